@@ -1,0 +1,43 @@
+"""What can go wrong, one class per exit code. Raised where it is known, printed by `cli.main` alone.
+
+    LaunchError
+    +-- ConfigRefused   2   a config, an override or an input that cannot work
+    +-- ImageFailed     3   rendering, building or fetching an image
+    +-- NodeFailed      4   a node that cannot be reached or used
+    +-- RunEnded        5   a run that started and failed
+
+The text of each says what, where (file and key), what is allowed, and the next command.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from trainer.contract import Exit
+
+
+class LaunchError(Exception):
+    exit_code = Exit.BUG
+
+
+class ConfigRefused(LaunchError):
+    exit_code = Exit.USAGE
+
+
+class ImageFailed(LaunchError):
+    exit_code = Exit.IMAGE
+
+
+class NodeFailed(LaunchError):
+    exit_code = Exit.NODE
+
+
+class RunEnded(LaunchError):
+    exit_code = Exit.RUN
+
+
+def suggest(word: str, valid: Iterable[str]) -> str:
+    """`did you mean 'x'? valid are: x, y` for a word that is not in `valid`."""
+    names = sorted(valid)
+    close = get_close_matches(word, names, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}valid are: {', '.join(names)}"

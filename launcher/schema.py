@@ -1,0 +1,292 @@
+"""The nouns of a config: one frozen dataclass per axis, held against conf/*.yaml by `compose`.
+
+Sections that the trainer reads unchanged (template, precision, LoRA, optimizer, evaluation) are the contract's own classes.
+Units are in the names: _gib, _s, tflops. Lengths and batches are in tokens and samples.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trainer.contract import Evaluation, Lora, Optimizer, Precision, Source, Template
+
+Accelerator = Literal["cpu", "cuda", "npu"]
+Confidence = Literal["published", "computed", "unverified"]
+GROUPS = ("vision", "projector", "lm", "head")
+
+
+# ------------------------------------------------------------------------------------------------------------- hardware
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capability:
+    """What the chip does itself. Emulated or storage-only support is not `native`; the reason is said in `notes`."""
+
+    bf16: Literal["native", "none"]
+    fp16: Literal["native", "storage", "none"]  # storage: arithmetic in fp32 is as fast or faster
+    tf32: bool
+    int8: Literal["tensor", "dp4a", "none"]  # tensor: matrix units; dp4a: dot product only, no training route in torch
+    attention: tuple[Literal["sdpa", "flash2", "flash3", "npu_fusion", "eager"], ...]  # the first is taken
+    compile: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """Dense peak rate of one device, for MFU."""
+
+    dtype: Literal["float32", "tf32", "float16", "bfloat16", "int8"]
+    tflops: float
+    source: str
+    confidence: Confidence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Driver:
+    """Inclusive range of the host driver; '' = no bound. `kind`: NVIDIA driver branch, or Ascend HDK."""
+
+    kind: Literal["nvidia", "hdk", "none"]
+    minimum: str = ""
+    maximum: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One kind of device. `chips`: the names that nvidia-smi or npu-smi print. `device_multiple`: device counts a job may have."""
+
+    name: str
+    title: str
+    chips: tuple[str, ...]
+    accelerator: Accelerator
+    devices_per_node: int
+    device_multiple: int = 1
+    memory_gib: float | None
+    host_memory_gib: float | None = None
+    bandwidth_gb_s: float | None = None
+    architecture: str  # what a wheel or an operator package must be compiled for: sm_61, ascend910b, x86_64
+    host_architectures: tuple[Literal["x86_64", "aarch64"], ...]
+    capability: Capability
+    peaks: tuple[Peak, ...]
+    stack: str
+    driver: Driver
+    collectives: Literal["nccl", "hccl", "gloo"]
+    threads: int = 0  # CPU threads of each rank; 0 = torch decides
+    environment: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vision:
+    """A vision (or audio) tower. `options`: whatever else the family's transformers config takes."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    patch_size: int
+    image_size: int | None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """A decoder. `head_dim` null = hidden_size / num_attention_heads."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    head_dim: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    vision: Vision
+    text: Text
+    audio: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)  # of the whole model: merge size, queries, feature layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Parameter counts by group. `lm` includes embeddings; `head` is 0 where it is tied to them or counted in `lm`."""
+
+    total: int
+    vision: int
+    projector: int
+    lm: int
+    head: int
+    other: int = 0  # carried, never trained: audio and speech parts
+    source: str
+    exact: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTokens:
+    """How many tokens an image becomes. fixed: `tokens`. grid: sides to multiples of `unit` px, area within [min, max] px, one
+    token per unit². tiles and slices: `unit` px squares, at most `maximum`, `tokens` each, plus an overview."""
+
+    rule: Literal["fixed", "grid", "tiles", "slices"]
+    tokens: int = 0
+    unit: int = 0
+    min_pixels: int = 0
+    max_pixels: int = 0
+    maximum: int = 0
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Licence:
+    name: str
+    source: str
+    commercial: Literal["yes", "no", "conditions", "unverified"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """`ready` false: the trainer has no module for it yet; `pending` says which work brings it. Lengths in tokens."""
+
+    name: str
+    title: str
+    family: str
+    ready: bool
+    pending: str = ""
+    source: Source
+    licence: Licence
+    architecture: Architecture
+    parameters: Parameters
+    groups: dict[str, str]
+    image_token: str
+    image_tokens: ImageTokens
+    template: Template
+    context: int
+    notes: tuple[str, ...] = ()
+
+
+# ------------------------------------------------------------------------------------------------ stage, strategy, data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """`needs`: checkpoint = start weights other than random; adapter = a LoRA result. `global_batch` in samples."""
+
+    name: str
+    title: str
+    kind: Literal["train", "evaluate"]
+    trainable: tuple[Literal["vision", "projector", "lm", "head"], ...]
+    lora: Lora | None = None
+    needs: tuple[Literal["checkpoint", "adapter"], ...] = ()
+    checkpoint: str = ""
+    global_batch: int
+    optimizer: Optimizer
+    restarts: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """`auto` takes the least sharded one whose model states fit. `micro_batch` null = chosen from the global batch."""
+
+    name: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"]
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    gradient_checkpointing: bool = False
+    micro_batch: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """`builtin` names a set that the trainer writes itself; else `train` and `evaluation` are JSON files, `images` their root."""
+
+    name: str
+    builtin: Literal["", "digits"]
+    train: str
+    evaluation: str
+    images: str
+    max_length: int
+    workers: int = 0
+
+
+# -------------------------------------------------------------------------------------------------------------- cluster
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """`address`: what the other nodes reach; `host`: what SSH reaches."""
+
+    host: str
+    user: str = ""
+    port: int = 22
+    address: str = ""
+    interface: str = ""
+    architecture: Literal["x86_64", "aarch64"] = "x86_64"
+    jump: str = ""
+    spare: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivery:
+    """How the image comes to be: `kind` build | pull | ship. `base` overrides the stack's base image."""
+
+    kind: Literal["build", "pull", "ship"] = "build"
+    base: str = ""
+    index: str = ""
+    extra_index: str = ""
+    find_links: str = ""
+    ca_bundle: str = ""
+    proxy: str = ""
+    wheelhouse: str = ""
+    accept_licence: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """`root`: on the nodes, absolute or below the launcher's folder: runs and data live under it. `shm_size` as docker takes it."""
+
+    name: str
+    runtime: Literal["process", "docker"]
+    nodes: tuple[Node, ...]
+    devices_per_node: int | None = None
+    root: str
+    delivery: Delivery = field(default_factory=Delivery)
+    rendezvous_port: int = 29500
+    shm_size: str = "1g"
+    ulimits: dict[str, str] = field(default_factory=dict)
+    user: str = ""  # uid:gid in the container; '' = the launcher's own, or 1000:1000 when that is root
+    environment: dict[str, str] = field(default_factory=dict)
+    mounts: tuple[str, ...] = ()  # host paths mounted read-only at the same place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """`force`: a reason that overrides a refusal and is recorded. Zero steps are refused; `save_every` 0 = only at the end."""
+
+    steps: int
+    seed: int
+    deterministic: bool
+    save_every: int
+    keep_checkpoints: int
+    restarts: int | None
+    stop_timeout_s: int
+    start_timeout_s: int
+    collective_timeout_s: int
+    force: str
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    hardware: Hardware
+    model: Model
+    stage: Stage
+    precision: Precision
+    strategy: Strategy
+    data: Data
+    cluster: Cluster
+    run: Run

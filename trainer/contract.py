@@ -1,0 +1,386 @@
+"""The vocabulary that the launcher and the trainer share: what a run is told, what it answers, and where both lie.
+
+Standard library only. The launcher imports this module and nothing else of the trainer; the trainer never imports the
+launcher. A change of meaning or shape of anything here raises `SCHEMA`; an image that carries another number is refused.
+"""
+
+import json
+import os
+import types
+import typing
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Literal
+
+SCHEMA = 1
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+# Inside `runs/<run_id>/`. The launcher writes the first, the trainer the others.
+SPEC_FILE = "spec.json"
+DATA_FILE = "data.json"
+ENVIRONMENT_FILE = "environment.json"
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+RESULT_FILE = "train_result.json"
+FAILURE_FILES = "failure-rank{rank}.json"
+CHECKPOINTS = "checkpoints"
+
+
+class Exit(IntEnum):
+    """Exit codes of `omnilaunch` and of `python -m trainer`."""
+
+    OK = 0
+    BUG = 1
+    USAGE = 2  # refused config or input
+    IMAGE = 3
+    NODE = 4
+    RUN = 5
+
+
+class InputRefused(Exception):
+    """The run cannot start from this input. The text says what, where, what is allowed, and what to do (exit code 2)."""
+
+
+class RunFailed(Exception):
+    """The run started and cannot go on. The text says what is lost, what is kept, and what to do (exit code 5)."""
+
+
+class SpecError(Exception):
+    """A file does not have the shape of its dataclass; says which key."""
+
+
+# ----------------------------------------------------------------------------------------------------- what a run is told
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """A chat template as segments, so that labels come from the segments and never from a search in the token stream.
+
+    `user` holds `{content}`. Trained on: the answer and `end_mark`. Everything else is masked.
+    """
+
+    system: str = ""
+    user: str
+    assistant_open: str
+    end_mark: str
+    separator: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where weights come from: `random` (architecture numbers only), `hub` (id and revision) or `path` (a local folder)."""
+
+    kind: Literal["random", "hub", "path"]
+    id: str = ""
+    revision: str = ""
+    path: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    r: int
+    alpha: int
+    dropout: float
+    targets: tuple[str, ...]  # names of linear layers inside the language model
+    rank_stabilised: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Element types. `optimizer` is the type of master weights and states; `compute` that of activations."""
+
+    name: str
+    weights: Dtype
+    compute: Dtype
+    optimizer: Dtype
+    gradients: Dtype
+    loss_scaling: Literal["none", "dynamic"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW. `warmup` counts steps when >= 1 and is a share of all steps when < 1. Betas, eps and decay as in
+    Loshchilov and Hutter, Decoupled Weight Decay Regularization (arXiv 1711.05101), algorithm 2."""
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: float = 0.03
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """`groups`: name (vision, projector, lm, head) -> regex over in-memory parameter names. `architecture`: random start only."""
+
+    name: str
+    family: str
+    source: Source
+    architecture: dict[str, Any]
+    groups: dict[str, str]
+    image_token: str
+    template: Template
+    attention: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    """`trainable`: groups whose parameters get gradients. `checkpoint`: weights to start from, or ''."""
+
+    name: str
+    kind: Literal["train", "evaluate"]
+    trainable: tuple[str, ...]
+    lora: Lora | None = None
+    checkpoint: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """Conversations with images. `builtin` names a set that the trainer writes itself into `root` before the first step.
+
+    `max_length` is in tokens, image tokens included.
+    """
+
+    name: str
+    builtin: str
+    root: str
+    train: str
+    evaluation: str
+    images: str
+    max_length: int
+    workers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """global_batch = micro_batch x accumulation x world_size, in samples."""
+
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceSpec:
+    """`threads`: CPU threads of each rank, 0 = torch's default."""
+
+    accelerator: Literal["cpu", "cuda", "npu"]
+    backend: Literal["gloo", "nccl", "hccl"]
+    world_size: int
+    devices_per_node: int
+    threads: int
+    timeout_s: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Greedy generation on the held-out rows. `limit` 0 = all of them; `enabled` after training."""
+
+    enabled: bool = True
+    batch: int = 64
+    max_new_tokens: int = 16
+    limit: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """Everything one run of the trainer is told. `output` is the run's folder as the trainer sees it."""
+
+    schema: int
+    run_id: str
+    output: str
+    seed: int
+    deterministic: bool
+    steps: int
+    save_every: int
+    keep_checkpoints: int
+    gradient_checkpointing: bool
+    model: ModelSpec
+    stage: StageSpec
+    precision: Precision
+    optimizer: Optimizer
+    batch: Batch
+    data: DataSpec
+    device: DeviceSpec
+    evaluation: Evaluation
+    deepspeed: dict[str, Any]
+
+
+# ---------------------------------------------------------------------------------------------------------- what it answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRow:
+    """One optimizer step over the global batch. `loss` is the mean over trained tokens; `peak_bytes` the highest of any rank
+    (device memory on an accelerator, resident memory on the CPU). `skipped`: the loss scaler dropped the step."""
+
+    step: int
+    steps: int
+    loss: float
+    lr: float
+    grad_norm: float
+    samples: int
+    tokens: int
+    seconds: float
+    peak_bytes: int
+    loss_scale: float = 1.0
+    skipped: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataProblem:
+    """`row` counts from 1 as a reader of the file does; 0 = the file as a whole."""
+
+    file: str
+    row: int
+    field: str
+    problem: str
+    fix: str
+
+    def __str__(self) -> str:
+        where = f"{self.file} row {self.row}" if self.row else self.file
+        return f"{where}, key {self.field!r}: {self.problem}\n    {self.fix}" if self.field else f"{where}: {self.problem}\n    {self.fix}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReport:
+    """`sha256`: over the annotation files and every image they name, in order."""
+
+    schema: int
+    sha256: str
+    train_rows: int
+    evaluation_rows: int
+    images: int
+    problems: tuple[DataProblem, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvReport:
+    """Facts asked of the running process, never copied from a config. `deepspeed`: the config that the engine really took."""
+
+    schema: int
+    hostname: str
+    platform: str
+    python: str
+    packages: dict[str, str]
+    accelerator: str
+    devices: tuple[str, ...]
+    driver: str
+    world_size: int
+    threads: int
+    environment: dict[str, str]
+    parameters: dict[str, int]
+    trainable: dict[str, int]
+    deepspeed: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """`evaluation`: metric -> value, with `count`. `checkpoint` is relative to the run's folder."""
+
+    schema: int
+    status: Literal["finished", "stopped"]
+    steps: int
+    seconds: float
+    samples_per_s: float
+    final_loss: float | None
+    checkpoint: str
+    weights_sha256: str
+    evaluation: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailureReport:
+    """Why a rank ended. `unix_s` orders the reports of several ranks; the first one is the cause."""
+
+    schema: int
+    rank: int
+    hostname: str
+    unix_s: float
+    code: int
+    kind: str
+    message: str
+    traceback: str
+
+
+# ------------------------------------------------------------------------------------------------------ to and from the disk
+
+
+def encode(value: Any) -> str:
+    """A dataclass as JSON text, keys in the order of the class, one trailing newline."""
+    return json.dumps(asdict(value), indent=2, ensure_ascii=False, allow_nan=True) + "\n"
+
+
+def decode(cls: Any, data: Any, where: str = "") -> Any:
+    """Build `cls` from plain JSON data. Raises SpecError that names the key for a missing, unknown or wrongly typed value."""
+    if is_dataclass(cls) and isinstance(cls, type):
+        if not isinstance(data, dict):
+            raise SpecError(f"{where or cls.__name__}: expected an object, got {type(data).__name__}")
+        hints = typing.get_type_hints(cls)
+        unknown = sorted(set(data) - set(hints))
+        if unknown:
+            raise SpecError(f"{where or cls.__name__}: unknown keys {unknown}; valid are {sorted(hints)}")
+        values = {key: decode(hints[key], item, f"{where}.{key}".lstrip(".")) for key, item in data.items()}
+        required = {f.name for f in fields(cls) if f.default.__class__.__name__ == "_MISSING_TYPE"}
+        missing = sorted(required - set(values))
+        if missing:
+            raise SpecError(f"{where or cls.__name__}: missing keys {missing}")
+        return cls(**values)
+    origin, args = typing.get_origin(cls), typing.get_args(cls)
+    if cls is Any:
+        return data
+    if origin in (types.UnionType, typing.Union):
+        if data is None and type(None) in args:
+            return None
+        return decode(next(a for a in args if a is not type(None)), data, where)
+    if origin is Literal:
+        if data in args:
+            return data
+        raise SpecError(f"{where}: {data!r} is not one of {', '.join(map(repr, args))}")
+    if origin is tuple and isinstance(data, (list, tuple)):
+        return tuple(decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+    if origin is dict and isinstance(data, dict):
+        return {key: decode(args[1], item, f"{where}.{key}") for key, item in data.items()}
+    if cls is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if isinstance(cls, type) and isinstance(data, cls) and not (cls is int and isinstance(data, bool)):
+        return data
+    raise SpecError(f"{where}: expected {getattr(cls, '__name__', cls)}, got {data!r}")
+
+
+def read(cls: Any, path: Path) -> Any:
+    """Read a dataclass from a JSON file. Raises SpecError naming the file for a bad shape or another schema number."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SpecError(f"{path}: cannot be read: {error}") from error
+    if isinstance(data, dict) and data.get("schema", SCHEMA) != SCHEMA:
+        raise SpecError(f"{path}: written with schema {data['schema']}, this version reads {SCHEMA}; rebuild the image with: omnilaunch image build")
+    try:
+        return decode(cls, data)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from error
+
+
+def write(value: Any, path: Path) -> None:
+    """Write a dataclass to `path` whole or not at all: aside, synced, renamed."""
+    write_text(encode(value), path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write text whole or not at all: aside, synced, renamed."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
