@@ -11,6 +11,7 @@ from trainer.contract import Evaluation, Lora, Optimizer, Precision, Source, Tem
 
 Accelerator = Literal["cpu", "cuda", "npu"]
 Confidence = Literal["published", "computed", "unverified"]
+AXES = ("hardware", "model", "stage", "precision", "strategy", "data", "cluster")
 GROUPS = ("vision", "projector", "lm", "head")
 
 

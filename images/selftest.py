@@ -1,0 +1,58 @@
+"""Proves inside an image, while it is built, that what was installed is what the table says and that it can be used.
+
+    python selftest.py ACCELERATOR [--versions NAME=VERSION...] [--architectures NAME...] [--operators NAME...]
+
+Ends with exit code 1 and one line for every finding.
+"""
+
+import argparse
+import sys
+from importlib import import_module, metadata
+
+IMPORTS = ("torch", "deepspeed", "transformers", "peft", "accelerate", "safetensors", "PIL", "sklearn", "ninja")
+BUILDERS = {"cpu_adam": "CPUAdamBuilder", "deepspeed_shm_comm": "ShareMemCommBuilder"}
+
+
+def check_versions(expected: list[str]) -> list[str]:
+    pairs = (pair.split("=", 1) for pair in expected)
+    return [f"{name} is {found}, the table says {version}" for name, version in pairs if (found := metadata.version(name)) != version]
+
+
+def check_architectures(expected: list[str]) -> list[str]:
+    """What torch was compiled for, asked of its library: torch.cuda.get_arch_list() is empty where there is no GPU."""
+    if not expected:
+        return []
+    compiled = import_module("torch")._C._cuda_getArchFlags().split()
+    return [f"torch holds no code for {name}; it has {' '.join(compiled)}" for name in expected if name not in compiled]
+
+
+def check_operators(accelerator: str, expected: list[str]) -> list[str]:
+    """Each operator is recorded as compiled for this accelerator, and its library loads."""
+    if not expected:
+        return []
+    version = import_module("deepspeed.git_version_info")
+    builders = import_module("deepspeed.ops.op_builder.cpu")
+    missing = [f"DeepSpeed does not have {name} compiled in" for name in expected if not version.installed_ops.get(name)]
+    if version.accelerator_name != accelerator:
+        missing.append(f"DeepSpeed's operators are recorded for {version.accelerator_name}, not {accelerator}")
+    if not missing:
+        for name in expected:
+            import_module(getattr(builders, BUILDERS[name])().absolute_name())
+    return missing
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("accelerator")
+    for option in ("--versions", "--architectures", "--operators"):
+        parser.add_argument(option, nargs="*", default=[])
+    asked = parser.parse_args()
+    for name in IMPORTS:
+        import_module(name)
+    findings = [*check_versions(asked.versions), *check_architectures(asked.architectures), *check_operators(asked.accelerator, asked.operators)]
+    print("\n".join(findings) or "self test passed")
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Rules about what the target has: element types, devices, nodes, collectives, and a stack that is built for the chip."""
+
+from collections.abc import Iterator, Mapping
+
+from launcher.errors import suggest
+from launcher.fit import device_count
+from launcher.image import Stack
+from launcher.problem import Problem, Rule
+from launcher.schema import Config
+
+BACKEND = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+FAMILY = {"cpu": "cpu", "cuda": "cuda", "npu": "ascend"}
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+
+# -------------------------------------------------------------------------------------------------------------- precision
+
+
+def bf16_is_native(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    precision, hardware = config.precision, config.hardware
+    wanted = "bfloat16" in (precision.weights, precision.compute, precision.optimizer, precision.gradients)
+    if wanted and hardware.capability.bf16 == "none":
+        what = f"{hardware.title} has no bfloat16: torch would emulate it, slowly, and say that it is supported"
+        fp16 = ("precision=fp16",) if hardware.capability.fp16 != "none" else ()
+        yield Problem(key="precision", what=what, changes=(*fp16, "precision=fp32"), forcible=True)
+
+
+def fp16_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    precision, hardware = config.precision, config.hardware
+    if "float16" in (precision.weights, precision.compute) and hardware.capability.fp16 == "none":
+        bf16 = ("precision=bf16",) if hardware.capability.bf16 == "native" else ()
+        what = f"{hardware.title} does not train in float16"
+        yield Problem(key="precision", what=what, changes=(*bf16, "precision=fp32"), forcible=True)
+
+
+def loss_scaling_suits(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    precision = config.precision
+    half = "float16" in (precision.weights, precision.compute)
+    if half and precision.loss_scaling == "none" and config.stage.kind == "train":
+        what = "gradients in float16 underflow without loss scaling"
+        yield Problem(key="precision.loss_scaling", what=what, changes=("precision.loss_scaling=dynamic",), forcible=True)
+    if not half and precision.loss_scaling == "dynamic":
+        what = f"loss scaling is for float16, not for {precision.compute}"
+        yield Problem(key="precision.loss_scaling", what=what, changes=("precision.loss_scaling=none",))
+
+
+# ------------------------------------------------------------------------------------------------------ devices and nodes
+
+
+def devices_exist(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    hardware, wanted = config.hardware, device_count(config)
+    # On the CPU a device is a rank, and a node runs as many as it is told to.
+    if hardware.accelerator != "cpu" and wanted > hardware.devices_per_node:
+        what = f"{wanted} devices a node, but a node of {hardware.title} has {hardware.devices_per_node}"
+        changes = (f"cluster.devices_per_node={hardware.devices_per_node}", f"hardware.devices_per_node={wanted}")
+        yield Problem(key="cluster.devices_per_node", what=what, changes=changes)
+
+
+def devices_are_whole(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    multiple, wanted = config.hardware.device_multiple, device_count(config)
+    if multiple > 1 and wanted % multiple:
+        what = f"{wanted} devices a node, but {config.hardware.title} is given to a job in whole modules of {multiple}"
+        fewer, more = wanted - wanted % multiple, wanted - wanted % multiple + multiple
+        counts = [count for count in (fewer, more) if 0 < count <= config.hardware.devices_per_node]
+        changes = tuple(f"cluster.devices_per_node={count}" for count in counts)
+        yield Problem(key="cluster.devices_per_node", what=what, changes=changes, forcible=True)
+
+
+def nodes_are_sound(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    cluster = config.cluster
+    if not any(not node.spare for node in cluster.nodes):
+        what = "every node is a spare: none is left to start on" if cluster.nodes else "no node is named"
+        change = "cluster.nodes.0.spare=false" if cluster.nodes else "cluster=local"
+        yield Problem(key="cluster.nodes", what=what, changes=(change,))
+    hosts = [f"{node.host}:{node.port}" for node in cluster.nodes]
+    addresses = [node.address or node.host for node in cluster.nodes]
+    for name, values in {"host": hosts, "address": addresses}.items():
+        twice = sorted({value for value in values if values.count(value) > 1})
+        if twice:
+            what = f"named twice: {', '.join(twice)}; a node runs one container"
+            yield Problem(key=f"cluster.nodes.{name}", what=what, changes=("cluster=local",))
+
+
+def cluster_suits_runtime(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    cluster = config.cluster
+    remote = [node.host for node in cluster.nodes if node.host not in LOCAL_HOSTS]
+    if cluster.runtime == "process" and (len(cluster.nodes) > 1 or remote):
+        what = "processes without containers are for this machine alone: nothing would make the nodes alike"
+        yield Problem(key="cluster.runtime", what=what, changes=("cluster.runtime=docker", "cluster=local"))
+    if remote and not cluster.root.startswith("/"):
+        what = f"{cluster.root!r} is relative, and means nothing on {', '.join(remote)}"
+        yield Problem(key="cluster.root", what=what, changes=("cluster.root=/srv/omnilaunch",))
+
+
+def host_is_served(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
+    hardware, stack, nodes = config.hardware, stacks.get(config.hardware.stack), config.cluster.nodes
+    served = [name for name in hardware.host_architectures if stack is None or name in stack.host_architectures]
+    wrong = [index for index, node in enumerate(nodes) if node.architecture not in served]
+    if wrong:
+        names = ", ".join(sorted({nodes[index].architecture for index in wrong}))
+        what = f"{hardware.title} with stack {hardware.stack} has nothing for hosts of {names}; it serves {', '.join(served)}"
+        changes = tuple(" ".join(f"cluster.nodes.{index}.architecture={name}" for index in wrong) for name in served)
+        yield Problem(key="cluster.nodes.architecture", what=what, changes=changes)
+
+
+def collectives_suit(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    hardware, backend = config.hardware, BACKEND[config.hardware.accelerator]
+    if hardware.collectives != backend:
+        what = f"{hardware.collectives} does not serve {hardware.accelerator} devices, {backend} does"
+        yield Problem(key="hardware.collectives", what=what, changes=(f"hardware.collectives={backend}",))
+
+
+def timeouts_are_ordered(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    """HCCL_CONNECT_TIMEOUT < HCCL_EXEC_TIMEOUT < torch's own: the narrower one names the rank that is missing."""
+    names = ("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT")
+    environment = {**config.hardware.environment, **config.cluster.environment}
+    keys = {name: f"{'cluster' if name in config.cluster.environment else 'hardware'}.environment.{name}" for name in names}
+    text = {name: environment.get(name, "0") for name in names}
+    for name in (name for name in names if not text[name].isdecimal()):
+        yield Problem(key=keys[name], what=f"{text[name]!r} is not a number of seconds", changes=(f"{keys[name]}=1800",))
+    connect_s, execute_s = (int(value) if value.isdecimal() else 0 for value in text.values())
+    longest_s = max(connect_s, execute_s)
+    if execute_s and connect_s >= execute_s:
+        key = keys["HCCL_CONNECT_TIMEOUT"]
+        yield Problem(key=key, what=f"{connect_s} s must be below HCCL_EXEC_TIMEOUT, {execute_s} s", changes=(f"{key}={execute_s - 30}",))
+    if longest_s >= config.run.collective_timeout_s:
+        what = f"{config.run.collective_timeout_s} s must be above HCCL's own {longest_s} s, else torch gives up before HCCL names the rank"
+        changes = (f"run.collective_timeout_s={longest_s + 60}",)
+        yield Problem(key="run.collective_timeout_s", what=what, changes=changes, forcible=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------ image
+
+
+def stack_exists(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
+    if config.hardware.stack not in stacks:
+        what = f"unknown stack {config.hardware.stack!r} (rows of images/versions.yaml); {suggest(config.hardware.stack, stacks)}"
+        fitting = sorted(name for name, stack in stacks.items() if _serves(stack, config))
+        yield Problem(key="hardware.stack", what=what, changes=tuple(f"hardware.stack={name}" for name in fitting))
+
+
+def stack_serves_chip(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
+    hardware, stack = config.hardware, stacks.get(config.hardware.stack)
+    if stack and not _serves(stack, config):
+        built = ", ".join(stack.chip_architectures)
+        what = f"torch {stack.torch} of stack {stack.name} is built for {built}; {hardware.title} needs {hardware.architecture}"
+        fitting = sorted(name for name, other in stacks.items() if _serves(other, config))
+        yield Problem(key="hardware.stack", what=what, changes=tuple(f"hardware.stack={name}" for name in fitting), forcible=True)
+
+
+def _serves(stack: Stack, config: Config) -> bool:
+    return stack.family == FAMILY[config.hardware.accelerator] and stack.covers(config.hardware.architecture)
+
+
+def licence_is_accepted(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
+    stack, delivery = stacks.get(config.hardware.stack), config.cluster.delivery
+    if config.cluster.runtime == "docker" and stack and stack.licence and not delivery.accept_licence:
+        what = f"the image holds software under {stack.licence}: read it, and say once that you accept it"
+        yield Problem(key="cluster.delivery.accept_licence", what=what, changes=("cluster.delivery.accept_licence=true",), launch_only=True)
+
+
+CAPABILITY_RULES: tuple[Rule, ...] = (
+    bf16_is_native,
+    fp16_is_possible,
+    loss_scaling_suits,
+    devices_exist,
+    devices_are_whole,
+    nodes_are_sound,
+    cluster_suits_runtime,
+    host_is_served,
+    collectives_suit,
+    timeouts_are_ordered,
+    stack_exists,
+    stack_serves_chip,
+    licence_is_accepted,
+)

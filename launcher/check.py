@@ -1,0 +1,53 @@
+"""Every reason why a config cannot work that its own numbers decide: the capability of the chip, counts, ranges, memory.
+
+Judges the target from the hardware table, never from what this machine has. All problems are reported together, each with changes
+that would pass it. Whether paths exist and nodes answer is asked elsewhere.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from launcher.capability import CAPABILITY_RULES
+from launcher.image import Stack
+from launcher.problem import Problem
+from launcher.recipe import RECIPE_RULES
+from launcher.schema import Config
+
+RULES = (*CAPABILITY_RULES, *RECIPE_RULES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """`ok`: a plan can be made. `launchable`: it can be carried out too. `problems` stand in the way; those in `forced` would, were it
+    not for `run.force`; `notes` are for the reader."""
+
+    ok: bool
+    launchable: bool
+    problems: tuple[Problem, ...]
+    forced: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def check(config: Config, stacks: Mapping[str, Stack]) -> Verdict:
+    """Hold a config against every rule. `stacks`: rows of images/versions.yaml by name. Raises nothing."""
+    found = [problem for rule in RULES for problem in rule(config, stacks)]
+    forced = tuple(problem for problem in found if config.run.force and problem.forcible)
+    problems = tuple(problem for problem in found if problem not in forced)
+    return Verdict(
+        ok=all(problem.launch_only for problem in problems),
+        launchable=not problems,
+        problems=problems,
+        forced=forced,
+        notes=tuple(write_notes(config)),
+    )
+
+
+def write_notes(config: Config) -> Iterator[str]:
+    """What a reader of the plan should know, though it stops nothing."""
+    licence, source = config.model.licence, config.model.source
+    if licence.commercial != "yes":
+        yield f"licence of {config.model.title}: {licence.name} (commercial use: {licence.commercial}; {licence.source})"
+    if source.kind == "hub" and not source.revision:
+        yield f"model.source.revision is empty: the main branch of {source.id} may change between two runs"
+    yield from config.hardware.notes
+    yield from config.model.notes

@@ -1,0 +1,140 @@
+"""omnilaunch: fine-tune multimodal models on the accelerators you have.
+
+  omnilaunch plan   [AXIS=NAME ...] [key=value ...]   show what a run would do; nothing is touched
+  omnilaunch launch [AXIS=NAME ...] [key=value ...]   carry it out
+  omnilaunch options [AXIS]                           what can be chosen
+  omnilaunch runs                                     the runs of this folder
+  omnilaunch image render|build|ls [AXIS=NAME ...]    images, rendered or built
+
+Axes: hardware, model, stage, precision, strategy, data, cluster. Exit codes: 0 done, 2 refused, 3 image, 4 node, 5 run failed,
+130 stopped, 1 a bug of ours.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.errors import ConfigRefused, LaunchError
+from trainer.contract import Exit
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The one place that catches. A refusal prints its text; a bug prints its traceback."""
+    try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
+        return int(arguments.verb(arguments))
+    except LaunchError as error:
+        print(f"\nomnilaunch: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `omnilaunch plan | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(Exit.OK)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="omnilaunch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    for name, verb, text in (("plan", show_plan, "show what a run would do"), ("launch", run_launch, "carry out a plan")):
+        sub = verbs.add_parser(name, help=text, allow_abbrev=False)
+        sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="an axis (hardware=h200) or a key (run.steps=100)")
+        sub.add_argument("--run-id", default="", help="name of the run; made from the time when left out")
+        if name == "plan":
+            sub.add_argument("--json", action="store_true", help="the whole plan as JSON")
+        sub.set_defaults(verb=verb)
+    sub = verbs.add_parser("options", help="what can be chosen")
+    sub.add_argument("axis", nargs="?", default="")
+    sub.set_defaults(verb=show_options)
+    sub = verbs.add_parser("runs", help="the runs of this folder")
+    sub.set_defaults(verb=show_runs)
+    sub = verbs.add_parser("image", help="render, build and list images")
+    sub.add_argument("action", choices=("render", "build", "ls"))
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    sub.set_defaults(verb=work_image)
+    return parser.parse_args(argv)
+
+
+def plan_of(overrides: Sequence[str], run_id: str) -> "Plan":  # noqa: F821
+    """Compose and plan, with this machine as the place."""
+    from launcher.compose import compose
+    from launcher.image import load_stacks
+    from launcher.plan import RUNS_FOLDER, Place, absolute, make_plan
+    from launcher.record import name_run, resolve_checkpoint, utc_now
+
+    here = Path.cwd()
+    config = compose(overrides, PROJECT / "conf")
+    config = resolve_checkpoint(config, Path(absolute(config.cluster.root, here)) / RUNS_FOLDER)
+    uid, gid = (os.getuid(), os.getgid()) if os.getuid() else (1000, 1000)
+    place = Place(project=PROJECT, here=here, interpreter=sys.executable, user=f"{uid}:{gid}")
+    return make_plan(config, load_stacks(PROJECT / "images"), place, run_id=run_id or name_run(config, utc_now()))
+
+
+def show_plan(arguments: argparse.Namespace) -> int:
+    from launcher.show import describe_plan, plan_json
+
+    plan = plan_of(arguments.overrides, arguments.run_id)
+    print(plan_json(plan) if arguments.json else describe_plan(plan, PROJECT))
+    return Exit.OK
+
+
+def run_launch(arguments: argparse.Namespace) -> int:
+    from launcher.launch import Desk, launch
+    from launcher.record import read_source
+    from launcher.show import describe_record
+    from launcher.transport import Local
+
+    plan = plan_of(arguments.overrides, arguments.run_id)
+    if plan.config.cluster.nodes[0].host not in ("localhost", "127.0.0.1") or len(plan.commands) > 1:
+        raise ConfigRefused(
+            f"cluster={plan.config.cluster.name}: this version starts runs on this machine only; several nodes over SSH are still to come."
+            "\n  What each node would be told: omnilaunch plan " + " ".join(arguments.overrides)
+        )
+    desk = Desk(project=PROJECT, transport=Local(os.environ), say=lambda text: print(text, flush=True), terminal=sys.stdout.isatty())
+    record = launch(plan, read_source(PROJECT), desk)
+    print(describe_record(record, plan))
+    return record.exit_code
+
+
+def show_options(arguments: argparse.Namespace) -> int:
+    from launcher.compose import options
+    from launcher.errors import suggest
+
+    axes = options(PROJECT / "conf")
+    if arguments.axis and arguments.axis not in axes:
+        raise ConfigRefused(f"unknown axis {arguments.axis!r}; {suggest(arguments.axis, axes)}")
+    for axis, names in axes.items():
+        if not arguments.axis or axis == arguments.axis:
+            print(f"{axis:10} {'  '.join(names)}")
+    return Exit.OK
+
+
+def show_runs(arguments: argparse.Namespace) -> int:
+    from launcher.show import describe_runs
+
+    print(describe_runs(Path.cwd() / "runs"))
+    return Exit.OK
+
+
+def work_image(arguments: argparse.Namespace) -> int:
+    from launcher.build import build, built_images
+    from launcher.image import write_rendered
+
+    if arguments.action == "render":
+        for path in write_rendered(PROJECT):
+            print(path.relative_to(PROJECT))
+    elif arguments.action == "ls":
+        for tag in built_images():
+            print(tag)
+    else:
+        plan = plan_of(arguments.overrides, "image")
+        print(build(plan.image, root=PROJECT, delivery=plan.config.cluster.delivery, on_line=lambda line: print(line, flush=True)))
+    return Exit.OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""What the model states of a run take on each device, and the strategy that `auto` stands for. Arithmetic only.
+
+Model states are weights, gradients, masters and Adam's moments. Activations, buffers of communication and fragmentation are not
+counted: a run that fits here may still run out of memory, one that does not fit here certainly will.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from launcher.schema import Config, Strategy, Text
+
+GIB = 2**30
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+# What ZeRO shards: stage 1 the optimizer's states, 2 gradients too, 3 weights too (Rajbhandari et al., arXiv 1910.02054, section 3.1).
+ZERO_STAGE = {"auto": 0, "single": 0, "ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}
+
+STATES_SHARE = 0.7  # of the device's memory, at most, where `auto` chooses; the rest is for activations
+TINY_PARAMETERS = 10_000_000
+TINY_MICRO_BATCH = 64  # the digits run: one micro-batch a step
+
+ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+StrategyName = Literal["single", "ddp", "zero1", "zero2", "zero3"]
+BY_SHARDING: tuple[StrategyName, ...] = ("ddp", "zero1", "zero2", "zero3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """`parameters` and `trainable` count elements of the whole model, LoRA included. `items_bytes` (weights, gradients, optimizer) is
+    what stays on one device, `total_bytes` its sum; `host_bytes` is what offloading puts into the memory of one node."""
+
+    parameters: int
+    trainable: int
+    items_bytes: dict[str, int]
+    total_bytes: int
+    host_bytes: int
+
+
+def device_count(config: Config) -> int:
+    """Devices used on each node."""
+    return config.cluster.devices_per_node or config.hardware.devices_per_node
+
+
+def world_size(config: Config) -> int:
+    """Ranks of the run: one a device on every node that is not a spare."""
+    return device_count(config) * sum(not node.spare for node in config.cluster.nodes)
+
+
+def model_states(config: Config) -> States:
+    """Bytes on the fullest device. With P parameters, T of them trained, N ranks and element sizes w, g, o of weights, gradients and
+    optimizer: w P + g T + (2 o + master) T, each term over N where ZeRO shards it; the master is o where o is not w, or where ZeRO
+    keeps its own copy of the slice, else 0 (arXiv 1910.02054, section 3.1: 2 P + 2 P + 12 P for mixed precision Adam).
+
+    ZeRO-Offload (arXiv 2101.06840, section 3) moves gradients and optimizer to the host; parameter offload moves weights too.
+    `auto` counts as unsharded: resolve it with `choose_strategy` first.
+    """
+    strategy, precision = config.strategy, config.precision
+    ranks, zero = max(1, world_size(config)), ZERO_STAGE[strategy.name]
+    adapter, trainable = lora_parameters(config), trainable_parameters(config)
+    parameters = config.model.parameters.total + adapter
+    state_bytes = DTYPE_BYTES[precision.optimizer]
+    master_bytes = state_bytes if zero or precision.optimizer != precision.weights else 0
+    items = {
+        "weights": _share(parameters * DTYPE_BYTES[precision.weights], ranks if zero >= 3 else 1),
+        "gradients": _share(trainable * DTYPE_BYTES[precision.gradients], ranks if zero >= 2 else 1),
+        "optimizer": _share(trainable * (2 * state_bytes + master_bytes), ranks if zero >= 1 else 1),
+    }
+    moved = {"weights": strategy.offload_parameters, "gradients": strategy.offload_optimizer, "optimizer": strategy.offload_optimizer}
+    on_device = {name: 0 if moved[name] else size for name, size in items.items()}
+    return States(
+        parameters=parameters,
+        trainable=trainable,
+        items_bytes=on_device,
+        total_bytes=sum(on_device.values()),
+        host_bytes=(sum(items.values()) - sum(on_device.values())) * device_count(config),
+    )
+
+
+def trainable_parameters(config: Config) -> int:
+    """Elements that get gradients: the stage's groups, and LoRA. None in an evaluation."""
+    if config.stage.kind == "evaluate":
+        return 0
+    return sum(getattr(config.model.parameters, group) for group in config.stage.trainable) + lora_parameters(config)
+
+
+def lora_parameters(config: Config) -> int:
+    """r (in + out) for every target in every layer of the decoder (Hu et al., arXiv 2106.09685, section 4.1)."""
+    lora, text = config.stage.lora, config.model.architecture.text
+    if lora is None or config.stage.kind == "evaluate":
+        return 0
+    shapes = linear_shapes(text)
+    # A hybrid decoder has attention under these names in one layer of `full_attention_interval` alone.
+    attention = text.num_hidden_layers // max(1, int(text.options.get("full_attention_interval", 1)))
+    layers = {name: attention if name in ATTENTION_LINEARS else text.num_hidden_layers for name in shapes}
+    return sum(lora.r * sum(shapes[name]) * layers[name] for name in lora.targets if name in shapes)
+
+
+def linear_shapes(text: Text) -> dict[str, tuple[int, int]]:
+    """(in, out) of every linear layer of a Llama-shaped decoder block, by the name that LoRA targets."""
+    head_dim = text.head_dim or text.hidden_size // max(1, text.num_attention_heads)
+    queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+    return {
+        "q_proj": (text.hidden_size, queries),
+        "k_proj": (text.hidden_size, keys),
+        "v_proj": (text.hidden_size, keys),
+        "o_proj": (queries, text.hidden_size),
+        "gate_proj": (text.hidden_size, text.intermediate_size),
+        "up_proj": (text.hidden_size, text.intermediate_size),
+        "down_proj": (text.intermediate_size, text.hidden_size),
+    }
+
+
+def choose_strategy(config: Config) -> Strategy:
+    """The strategy with `auto` and a null `micro_batch` resolved; whatever else the user set is kept.
+
+    Sharding costs communication, so the least sharded one is taken whose states leave room; where none does, the most sharded,
+    which `check` then judges. Offloading is never turned on unasked: the host's memory is not known here.
+    """
+    if config.strategy.name == "auto":
+        config = replace(config, strategy=replace(config.strategy, name=_choose_name(config)))
+    micro_batch = config.strategy.micro_batch or choose_micro_batch(config)
+    return replace(config.strategy, micro_batch=micro_batch)
+
+
+def _choose_name(config: Config) -> StrategyName:
+    first: StrategyName = "zero3" if config.strategy.offload_parameters else "zero1" if needs_sharding(config) else "ddp"
+    if world_size(config) <= 1 and first == "ddp":
+        return "single"
+    memory_gib = config.hardware.memory_gib
+    for name in BY_SHARDING[BY_SHARDING.index(first) :]:
+        states = model_states(replace(config, strategy=replace(config.strategy, name=name)))
+        if memory_gib is None or states.total_bytes <= STATES_SHARE * memory_gib * GIB:
+            return name
+    return BY_SHARDING[-1]
+
+
+def needs_sharding(config: Config) -> bool:
+    """Whether DeepSpeed takes this with ZeRO 1 to 3 alone, be it on one device: an offloaded optimizer, or masters in bfloat16
+    (`bf16_master_weights_and_grads`, deepspeed/runtime/config.py)."""
+    return config.strategy.offload_optimizer or config.precision.optimizer == "bfloat16"
+
+
+def choose_micro_batch(config: Config) -> int:
+    """Samples a rank takes at once: the largest divisor of its part of the global batch within a bound. 1 for a model of real size,
+    since activations are not counted here, and for a batch that the ranks cannot share, which `check` refuses."""
+    per_rank, rest = divmod(config.stage.global_batch, max(1, world_size(config)))
+    bound = TINY_MICRO_BATCH if config.model.parameters.total < TINY_PARAMETERS else 1
+    if rest or per_rank < 1:
+        return 1
+    return max(size for size in range(1, min(bound, per_rank) + 1) if per_rank % size == 0)
+
+
+def _share(size_bytes: int, ranks: int) -> int:
+    """The largest of `ranks` equal slices, rounded up to a whole byte."""
+    return -(-size_bytes // ranks)

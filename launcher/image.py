@@ -1,0 +1,220 @@
+"""The stacks of images/versions.yaml, and the one image that matches a stack, an architecture and the trainer's source. Pure.
+
+The fingerprint covers all that the build reads: Dockerfile, entrypoint, lock, trainer. The git commit is a label given when
+building and no part of it, so that a commit which changes none of these rebuilds nothing.
+"""
+
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from launcher.errors import ImageFailed, suggest
+from trainer.contract import SCHEMA, SpecError, decode
+
+VERSIONS_FILE = "versions.yaml"
+UNPINNED = "unpinned"
+REPOSITORY = "omnilaunch"
+LABEL = "io.omnilaunch."
+
+ENTRYPOINT = "entrypoint.sh"
+OPERATORS = "operators.py"
+SELFTEST = "selftest.py"
+BUILD_LOCK = "build.txt"
+LOCK = "lock.txt"
+TORCH_LOCK = "torch.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """One row: versions that belong together. `locks`: host architecture -> file below images/, '' = not resolved yet."""
+
+    name: str
+    title: str
+    family: Literal["cpu", "cuda", "ascend"]
+    base: str
+    digest: str
+    python: str
+    torch: str
+    plugin: str
+    toolkit: str
+    driver_kind: Literal["none", "nvidia", "hdk"]
+    driver_minimum: str
+    driver_maximum: str
+    chip_architectures: tuple[str, ...]
+    packages: dict[str, str]
+    locks: dict[str, str]
+    licence: str
+    support: dict[str, str]
+    sources: dict[str, str]
+
+    @property
+    def host_architectures(self) -> tuple[str, ...]:
+        return tuple(self.locks)
+
+    def covers(self, chip: str) -> bool:
+        """Whether code for `chip` is in the stack. Code for sm_XY runs on every sm_XZ with Z >= Y of the same major (NVIDIA,
+        CUDA binary compatibility); all other names must match."""
+        return chip in self.chip_architectures or any(binary_compatible(mine, chip) for mine in self.chip_architectures)
+
+
+def binary_compatible(compiled: str, chip: str) -> bool:
+    """Whether a cubin for `compiled` (sm_60) runs on `chip` (sm_61)."""
+    names = (compiled, chip)
+    if not all(name.startswith("sm_") and name[3:].isdigit() for name in names):
+        return False
+    (major, minor), (chip_major, chip_minor) = (divmod(int(name[3:]), 10) for name in names)
+    return major == chip_major and minor <= chip_minor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """What `docker build` is given. `files`: path in the build context -> sha256. `lock` is below images/, '' = not resolved
+    yet. `tag` is the whole reference, `omnilaunch:<stack>-<fingerprint[:12]>`."""
+
+    stack: str
+    architecture: str
+    base: str
+    dockerfile: str
+    files: dict[str, str]
+    lock: str
+    licence: str
+    fingerprint: str
+    tag: str
+    labels: dict[str, str]
+
+
+def load_stacks(images: Path) -> dict[str, Stack]:
+    """Read images/versions.yaml. Raises ImageFailed naming file and key."""
+    import yaml
+
+    path = images / VERSIONS_FILE
+    try:
+        rows = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["stacks"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise ImageFailed(f"{path}: cannot be read as a table of stacks: {error}") from error
+    return {name: read_stack(name, row, path) for name, row in rows.items()}
+
+
+def read_stack(name: str, row: Any, path: Path) -> Stack:
+    """One row, held against the dataclass and against what the files beside it say."""
+    try:
+        stack: Stack = decode(Stack, {"name": name, **row}, f"stacks.{name}")
+    except (SpecError, TypeError) as error:
+        raise ImageFailed(f"{path}: {error}") from error
+    for architecture, lock in stack.locks.items():
+        if lock and not (path.parent / lock).is_file():
+            raise ImageFailed(f"{path}, key stacks.{name}.locks.{architecture}: there is no file {lock}; write it with: omnilaunch image refresh")
+    return stack
+
+
+def find_stack(stacks: dict[str, Stack], name: str) -> Stack:
+    if name not in stacks:
+        raise ImageFailed(f"unknown stack {name!r} (images/{VERSIONS_FILE}); {suggest(name, stacks)}")
+    return stacks[name]
+
+
+def render(stack: Stack, *, architecture: str, root: Path, base: str = "") -> Image:
+    """The image of a stack for one host architecture. `base` stands in for the stack's own base image. Reads files below
+    `root`, writes none. Raises ImageFailed for an architecture that the stack has no row for, or a file that is missing."""
+    if architecture not in stack.locks:
+        raise ImageFailed(
+            f"stack {stack.name} has no {architecture} image (images/{VERSIONS_FILE}, key stacks.{stack.name}.locks); "
+            f"it has: {', '.join(stack.host_architectures)}"
+        )
+    dockerfile = draw(stack, root, base=base)
+    lock = stack.locks[architecture]
+    files = {name: digest(path) for name, path in context_files(root, lock).items()}
+    fingerprint = fold({"Dockerfile": text_digest(dockerfile), "architecture": architecture, **files})
+    return Image(
+        stack=stack.name,
+        architecture=architecture,
+        base=base or pinned(stack),
+        dockerfile=dockerfile,
+        files=files,
+        lock=lock,
+        licence=stack.licence,
+        fingerprint=fingerprint,
+        tag=f"{REPOSITORY}:{stack.name}-{fingerprint[:12]}",
+        labels={f"{LABEL}fingerprint": fingerprint, f"{LABEL}architecture": architecture, f"{LABEL}lock": files.get(LOCK, "")},
+    )
+
+
+def draw(stack: Stack, root: Path, *, base: str = "") -> str:
+    """The Dockerfile's text: the template of the family, filled from the row."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(root / "images"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
+    )
+    template = environment.get_template(f"{stack.family}.Dockerfile.j2")
+    return template.render(stack=stack, base=base or pinned(stack), base_given=bool(base), labels=described(stack))
+
+
+def pinned(stack: Stack) -> str:
+    """The base as FROM takes it: by digest where one is known."""
+    return stack.base if stack.digest == UNPINNED else f"{stack.base}@{stack.digest}"
+
+
+def described(stack: Stack) -> dict[str, str]:
+    """Labels that are the same for every architecture and commit, so that `docker inspect` tells what is inside."""
+    versions = {"python": stack.python, "torch": stack.torch, **stack.packages}
+    if stack.plugin:
+        name, version = stack.plugin.split()
+        versions[name] = version
+    return {
+        "org.opencontainers.image.title": f"{REPOSITORY} {stack.name}",
+        "org.opencontainers.image.description": stack.title,
+        f"{LABEL}stack": stack.name,
+        f"{LABEL}toolkit": stack.toolkit or "none",
+        f"{LABEL}contract": str(SCHEMA),
+        **{f"{LABEL}{name}": version for name, version in sorted(versions.items())},
+    }
+
+
+def context_files(root: Path, lock: str) -> dict[str, Path]:
+    """Path in the build context -> file. Only what the image holds: a README or a test changes no fingerprint."""
+    images = root / "images"
+    files = {name: images / name for name in (ENTRYPOINT, OPERATORS, SELFTEST)} | {BUILD_LOCK: images / "locks" / BUILD_LOCK}
+    if lock:
+        files |= {LOCK: images / lock, TORCH_LOCK: torch_lock(images / lock)}
+    trainer = root / "trainer"
+    return files | {f"trainer/{path.relative_to(trainer).as_posix()}": path for path in sorted(trainer.rglob("*.py"))}
+
+
+def torch_lock(lock: Path) -> Path:
+    """The lock of torch alone, beside the whole one: it is installed first, so that DeepSpeed's operators can be compiled
+    against it and only it is looked for on torch's own index."""
+    return lock.with_name(f"{lock.stem}.torch.txt")
+
+
+def digest(path: Path) -> str:
+    try:
+        return sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ImageFailed(f"{path}: needed for the image and cannot be read: {error}") from error
+
+
+def text_digest(text: str) -> str:
+    return sha256(text.encode()).hexdigest()
+
+
+def fold(digests: dict[str, str]) -> str:
+    """One digest of many, by name, in the order of the names."""
+    return text_digest("".join(f"{name}\0{value}\n" for name, value in sorted(digests.items())))
+
+
+def write_rendered(root: Path) -> tuple[Path, ...]:
+    """Draw images/rendered/<stack>/Dockerfile for every stack again, and the table of docs/images.md; the files written."""
+    stacks = load_stacks(root / "images")
+    written = []
+    for stack in stacks.values():
+        path = rendered_path(root, stack.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(draw(stack, root), encoding="utf-8")
+        written.append(path)
+    return tuple(written)
+
+
+def rendered_path(root: Path, stack: str) -> Path:
+    return root / "images" / "rendered" / stack / "Dockerfile"

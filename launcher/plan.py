@@ -1,0 +1,179 @@
+"""Config in, Plan out: everything a run will do, decided and written down before anything happens. Pure.
+
+The trainer's spec, the DeepSpeed config and the per-node commands are all made here; `launch` carries out this very object.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from launcher.check import Verdict, check
+from launcher.deepspeed import render_deepspeed
+from launcher.errors import ConfigRefused
+from launcher.fit import States, choose_strategy, device_count, model_states, world_size
+from launcher.image import Image, Stack, render
+from launcher.schema import Config
+from launcher.start import NodeCommand, node_commands
+from trainer.contract import SCHEMA, Batch, DataSpec, DeviceSpec, ModelSpec, StageSpec, TrainSpec
+
+DATA_FOLDER = ".cache/data"
+RUNS_FOLDER = "runs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What a plan takes from the machine it is made on. `here`: where relative paths start; `user`: uid:gid for containers."""
+
+    project: Path
+    here: Path
+    interpreter: str
+    user: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    schema: int
+    run_id: str
+    config: Config
+    verdict: Verdict
+    states: States
+    image: Image
+    spec: TrainSpec
+    commands: tuple[NodeCommand, ...]
+
+
+def make_plan(config: Config, stacks: dict[str, Stack], place: Place, *, run_id: str) -> Plan:
+    """Resolve the strategy, check, render the image, write the spec and the commands.
+
+    Raises ConfigRefused with every problem at once; a problem that only stops a launch (a module still to come, a licence to
+    accept) is left in `verdict` for `launch` to refuse.
+    """
+    config = replace(config, strategy=choose_strategy(config))
+    verdict = check(config, stacks)
+    refuse(verdict, launching=False)
+    image = render(
+        stacks[config.hardware.stack],
+        architecture=config.cluster.nodes[0].architecture,
+        root=place.project,
+        base=config.cluster.delivery.base,
+    )
+    spec = train_spec(config, place, run_id=run_id)
+    return Plan(
+        schema=SCHEMA,
+        run_id=run_id,
+        config=config,
+        verdict=verdict,
+        states=model_states(config),
+        image=image,
+        spec=spec,
+        commands=node_commands(config, image, spec, interpreter=place.interpreter, user=config.cluster.user or place.user),
+    )
+
+
+def refuse(verdict: Verdict, *, launching: bool) -> None:
+    """Raise ConfigRefused with all problems that stand in the way of the plan, or of its launch."""
+    standing = [problem for problem in verdict.problems if launching or not problem.launch_only]
+    if standing:
+        heading = "this cannot work:" if len(standing) == 1 else f"this cannot work, for {len(standing)} reasons:"
+        raise ConfigRefused("\n".join((heading, *map(str, standing))))
+
+
+def train_spec(config: Config, place: Place, *, run_id: str) -> TrainSpec:
+    """What the trainer is told. Paths become absolute: below `cluster.root` for the run, below `here` for what the user names."""
+    root = absolute(config.cluster.root, place.here)
+    ranks = world_size(config)
+    batch = divide(config, ranks)
+    return TrainSpec(
+        schema=SCHEMA,
+        run_id=run_id,
+        output=str(PurePosixPath(root) / RUNS_FOLDER / run_id),
+        seed=config.run.seed,
+        deterministic=config.run.deterministic,
+        steps=config.run.steps,
+        save_every=config.run.save_every,
+        keep_checkpoints=config.run.keep_checkpoints,
+        gradient_checkpointing=config.strategy.gradient_checkpointing,
+        model=model_spec(config, place),
+        stage=stage_spec(config, place),
+        precision=config.precision,
+        optimizer=config.stage.optimizer,
+        batch=batch,
+        data=data_spec(config, place, root),
+        device=DeviceSpec(
+            accelerator=config.hardware.accelerator,
+            backend=config.hardware.collectives,
+            world_size=ranks,
+            devices_per_node=device_count(config),
+            threads=config.hardware.threads,
+            timeout_s=config.run.collective_timeout_s,
+        ),
+        evaluation=config.run.evaluation,
+        deepspeed=render_deepspeed(config.strategy, config.precision, config.stage.optimizer, batch, world_size=ranks),
+    )
+
+
+def divide(config: Config, ranks: int) -> Batch:
+    """The one place where the global batch is divided; `check` has made sure that it can be."""
+    micro = config.strategy.micro_batch or 1
+    return Batch(
+        global_batch=config.stage.global_batch,
+        micro_batch=micro,
+        accumulation=max(1, config.stage.global_batch // (micro * ranks)),
+    )
+
+
+def model_spec(config: Config, place: Place) -> ModelSpec:
+    model = config.model
+    source = replace(model.source, path=absolute(model.source.path, place.here)) if model.source.path else model.source
+    return ModelSpec(
+        name=model.name,
+        family=model.family,
+        source=source,
+        architecture=asdict(model.architecture),
+        groups=model.groups,
+        image_token=model.image_token,
+        template=model.template,
+        attention=config.hardware.capability.attention[0],
+    )
+
+
+def stage_spec(config: Config, place: Place) -> StageSpec:
+    stage = config.stage
+    return StageSpec(
+        name=stage.name,
+        kind=stage.kind,
+        trainable=stage.trainable,
+        lora=stage.lora,
+        checkpoint=absolute(stage.checkpoint, place.here) if stage.checkpoint else "",
+    )
+
+
+def data_spec(config: Config, place: Place, root: str) -> DataSpec:
+    data = config.data
+    named = {key: absolute(getattr(data, key), place.here) if getattr(data, key) else "" for key in ("train", "evaluation", "images")}
+    return DataSpec(
+        name=data.name,
+        builtin=data.builtin,
+        root=str(PurePosixPath(root) / DATA_FOLDER),
+        max_length=data.max_length,
+        workers=data.workers,
+        **named,
+    )
+
+
+def absolute(path: str, here: Path) -> str:
+    """An absolute POSIX path without `.` and `..`; `~` is refused, since it means another folder on every node."""
+    if path.startswith("~"):
+        raise ConfigRefused(f"the path {path!r} starts with '~', which is another folder on every node: write it out")
+    parts: list[str] = []
+    for part in (PurePosixPath(here.as_posix()) / path).parts:
+        if part == "..":
+            parts = parts[:-1] or parts
+        else:
+            parts.append(part)
+    return str(PurePosixPath(*parts))
+
+
+def to_plain(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON data."""
+    return asdict(plan)

@@ -1,0 +1,263 @@
+"""Rules about what is asked for: numbers in range, a model and a stage that fit, batch, length, strategy, and room for the states."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from launcher.errors import suggest
+from launcher.fit import GIB, ZERO_STAGE, States, choose_strategy, linear_shapes, model_states, world_size
+from launcher.image import Stack
+from launcher.problem import Problem, Rule
+from launcher.schema import GROUPS, Config, ImageTokens
+
+TEXT_TOKENS = 32  # the shortest question and answer that can stand beside an image
+
+# ---------------------------------------------------------------------------------------------------------------- numbers
+
+# Lowest and highest value, inclusive. A number that is not named here must be finite and not negative.
+COUNT, PORT, SHARE = (1, math.inf), (1, 65535), (0, 1)
+RANGES: dict[str, tuple[float, float]] = {
+    "hardware.devices_per_node": COUNT,
+    "hardware.device_multiple": COUNT,
+    "hardware.memory_gib": (0.1, math.inf),
+    "hardware.host_memory_gib": (0.1, math.inf),
+    **{f"model.architecture.vision.{name}": COUNT for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")},
+    **{f"model.architecture.text.{name}": COUNT for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")},
+    "model.architecture.text.num_key_value_heads": COUNT,
+    "model.parameters.total": COUNT,
+    "model.context": COUNT,
+    "stage.global_batch": COUNT,
+    "stage.lora.r": COUNT,
+    "stage.lora.alpha": COUNT,
+    "stage.lora.dropout": (0, 0.99),
+    "stage.optimizer.lr": SHARE,
+    "stage.optimizer.beta1": (0, 0.99999),
+    "stage.optimizer.beta2": (0, 0.99999),
+    "stage.optimizer.eps": (1e-30, 1),
+    "stage.optimizer.weight_decay": SHARE,
+    "strategy.micro_batch": COUNT,
+    "data.max_length": COUNT,
+    "cluster.devices_per_node": COUNT,
+    "cluster.rendezvous_port": (1024, 65535),
+    "cluster.nodes.port": PORT,
+    "run.steps": COUNT,
+    "run.seed": (0, 2**63 - 1),  # torch.manual_seed
+    "run.keep_checkpoints": COUNT,
+    "run.stop_timeout_s": COUNT,
+    "run.start_timeout_s": COUNT,
+    "run.collective_timeout_s": COUNT,
+    "run.evaluation.batch": COUNT,
+    "run.evaluation.max_new_tokens": COUNT,
+}
+
+
+def numbers_in_range(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    for key, value in read_numbers(config):
+        low, high = RANGES.get(key, (0, math.inf))
+        if not (math.isfinite(value) and low <= value <= high):
+            bound = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
+            nearest = low if not value > low else high
+            yield Problem(key=key, what=f"{value:g} is out of range; it must be {bound}", changes=(f"{key}={nearest:g}",))
+
+
+def read_numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """(dotted key, number) of every number below a dataclass. Free-form sections (options, audio) belong to the model's family."""
+    if is_dataclass(value):
+        for field in fields(value):
+            yield from read_numbers(getattr(value, field.name), f"{key}.{field.name}" if key else field.name)
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from read_numbers(item, key)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield key, value
+
+
+def steps_hold_warmup(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    warmup, steps = config.stage.optimizer.warmup, config.run.steps
+    if config.stage.kind == "train" and 1 <= steps <= warmup < math.inf:
+        what = f"{warmup:g} warm-up steps, but the run has {steps}: the learning rate would never be reached"
+        yield Problem(key="stage.optimizer.warmup", what=what, changes=("stage.optimizer.warmup=0.03", f"run.steps={int(warmup) * 10}"))
+
+
+def learning_rate_is_set(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    if config.stage.kind == "train" and config.stage.optimizer.lr == 0:
+        yield Problem(key="stage.optimizer.lr", what="0 trains nothing", changes=("stage.optimizer.lr=1e-4",))
+
+
+# -------------------------------------------------------------------------------------------------------- model and stage
+
+
+def model_is_ready(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    if not config.model.ready:
+        what = f"the trainer cannot train {config.model.title} yet: {config.model.pending}"
+        yield Problem(key="model", what=what, changes=("model=tiny_llava", "model=llava_1_5_7b"), launch_only=True)
+
+
+def start_is_given(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    stage = config.stage
+    if "adapter" in stage.needs and not stage.checkpoint:
+        what = f"stage {stage.name} needs the result of a LoRA run"
+        yield Problem(key="stage.checkpoint", what=what, changes=("stage.checkpoint=RUN_ID", "stage.checkpoint=FOLDER"))
+    elif "checkpoint" in stage.needs and not stage.checkpoint and config.model.source.kind == "random":
+        what = f"stage {stage.name} starts from trained weights, and {config.model.title} has a random start: name a run that trained it"
+        yield Problem(key="stage.checkpoint", what=what, changes=("stage.checkpoint=RUN_ID", "stage.checkpoint=FOLDER", "stage=full"))
+
+
+def source_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    source = config.model.source
+    if source.kind == "hub" and not source.id:
+        yield Problem(key="model.source.id", what="is empty, but the source is a hub", changes=("model.source.id=ORGANISATION/NAME",))
+    if source.kind == "path" and not source.path:
+        yield Problem(key="model.source.path", what="is empty, but the source is a folder", changes=("model.source.path=FOLDER",))
+
+
+def something_is_trained(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    stage, parameters = config.stage, config.model.parameters
+    if stage.kind == "train" and stage.lora is None and not sum(getattr(parameters, group) for group in stage.trainable):
+        what = f"no parameter would be trained (groups with parameters: {', '.join(g for g in GROUPS if getattr(parameters, g))})"
+        yield Problem(key="stage.trainable", what=what, changes=("stage.trainable=[projector,lm,head]",))
+    unknown = sorted(set(stage.trainable) - set(config.model.groups))
+    if unknown:
+        what = f"{config.model.title} has no group {', '.join(unknown)}; it has {', '.join(config.model.groups)}"
+        known = ",".join(group for group in stage.trainable if group not in unknown)
+        yield Problem(key="stage.trainable", what=what, changes=(f"stage.trainable=[{known}]",))
+
+
+def lora_targets_exist(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    lora, names = config.stage.lora, linear_shapes(config.model.architecture.text)
+    if lora is None:
+        return
+    unknown = [target for target in lora.targets if target not in names]
+    if unknown or not lora.targets:
+        what = f"the decoder has no {', '.join(unknown)}; {suggest(unknown[0], names)}" if unknown else "names no layer"
+        yield Problem(key="stage.lora.targets", what=what, changes=(f"stage.lora.targets=[{','.join(names)}]",))
+    if "lm" in config.stage.trainable:
+        rest = ",".join(group for group in config.stage.trainable if group != "lm")
+        what = "lm would be trained whole and by LoRA at once"
+        yield Problem(key="stage.trainable", what=what, changes=(f"stage.trainable=[{rest}]", "stage.lora=null"))
+
+
+# ------------------------------------------------------------------------------------------------------- batch and length
+
+
+def batch_divides(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    total, micro, ranks = config.stage.global_batch, config.strategy.micro_batch or 1, max(1, world_size(config))
+    unit = micro * ranks
+    if total > 0 and unit > 0 and total % unit:
+        what = f"{total} samples cannot be shared by {ranks} device(s) in micro-batches of {micro}: it must be a multiple of {unit}"
+        sizes = [size for size in (total - total % unit, total - total % unit + unit) if size]
+        yield Problem(key="stage.global_batch", what=what, changes=tuple(f"stage.global_batch={size}" for size in sizes))
+
+
+def length_fits(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    length, context, image = config.data.max_length, config.model.context, smallest_image_tokens(config.model.image_tokens)
+    if length > context:
+        what = f"{length} tokens, but {config.model.title} has a context of {context}"
+        yield Problem(key="data.max_length", what=what, changes=(f"data.max_length={context}",))
+    if length < image + TEXT_TOKENS:
+        what = f"{length} tokens hold no sample: one image of {config.model.title} takes {image}, a short question and answer {TEXT_TOKENS}"
+        yield Problem(key="data.max_length", what=what, changes=(f"data.max_length={image + TEXT_TOKENS}",))
+
+
+def smallest_image_tokens(rule: ImageTokens) -> int:
+    """Tokens of the smallest image that the rule knows."""
+    return rule.min_pixels // rule.unit**2 if rule.rule == "grid" and rule.unit else rule.tokens
+
+
+def data_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    data = config.data
+    if data.builtin:
+        return
+    wanted = ("evaluation",) if config.stage.kind == "evaluate" else ("train",)
+    for name, placeholder in (*((name, "FILE.json") for name in wanted), ("images", "FOLDER")):
+        if not getattr(data, name):
+            yield Problem(key=f"data.{name}", what="is empty: say where it lies", changes=(f"data.{name}={placeholder}",))
+
+
+# ---------------------------------------------------------------------------------------------------- strategy and memory
+
+
+def strategy_suits_devices(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    ranks = world_size(config)
+    if config.strategy.name == "single" and ranks > 1:
+        changes = ["strategy=auto", "strategy=ddp"]
+        if sum(not node.spare for node in config.cluster.nodes) == 1 and config.hardware.device_multiple == 1:
+            changes.append("cluster.devices_per_node=1")
+        yield Problem(key="strategy", what=f"single is for one device, this run has {ranks}", changes=tuple(changes))
+
+
+def offload_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    strategy, stage = config.strategy, ZERO_STAGE[config.strategy.name]
+    if config.hardware.accelerator == "cpu" and (strategy.offload_optimizer or strategy.offload_parameters):
+        what = "on the CPU everything lies in the host's memory already"
+        yield Problem(key="strategy", what=what, changes=("strategy.offload_optimizer=false strategy.offload_parameters=false",))
+    elif strategy.name != "auto" and strategy.offload_parameters and stage < 3:
+        what = f"DeepSpeed offloads parameters with zero3 alone, not with {strategy.name}"
+        yield Problem(key="strategy.offload_parameters", what=what, changes=("strategy=zero3", "strategy.offload_parameters=false"))
+    elif strategy.name != "auto" and strategy.offload_optimizer and stage < 1:
+        what = f"DeepSpeed offloads the optimizer with zero1, zero2 or zero3, not with {strategy.name}"
+        yield Problem(key="strategy.offload_optimizer", what=what, changes=("strategy=zero2", "strategy.offload_optimizer=false"))
+
+
+def masters_suit_strategy(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    if config.precision.optimizer == "bfloat16" and config.strategy.name in ("single", "ddp"):
+        what = f"DeepSpeed keeps masters and states in bfloat16 with zero1, zero2 or zero3, not with {config.strategy.name}"
+        yield Problem(key="strategy", what=what, changes=("strategy=auto", "strategy=zero1", "precision=bf16"))
+
+
+def states_fit(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
+    """Model states alone, activations not counted: what this refuses cannot run, what it lets pass may still run out of memory."""
+    memory_gib, resolved = config.hardware.memory_gib, replace(config, strategy=choose_strategy(config))
+    states = model_states(resolved)
+    if memory_gib is None or states.total_bytes <= memory_gib * GIB:
+        return
+    held = [(flags, other) for flags, other in _roomier(resolved, stacks) if other.total_bytes <= memory_gib * GIB]
+    offloaded = max((other.host_bytes for _, other in held[:2]), default=0)
+    what = f"model states alone take {states.total_bytes / GIB:.1f} GiB on each device ({resolved.strategy.name}), which has {memory_gib:g}"
+    host = f"; offloaded, they take up to {offloaded / GIB:.1f} GiB of a node's own memory" if offloaded else ""
+    changes = tuple(" ".join(_as_override(key, value) for key, value in flags.items()) for flags, _ in held[:2])
+    yield Problem(key="strategy", what=what + host, changes=changes, forcible=True)
+
+
+def _roomier(config: Config, stacks: Mapping[str, Stack]) -> Iterator[tuple[dict[str, Any], States]]:
+    """Strategies that shard or offload more and are allowed here, with what they leave on a device."""
+    host_memory = (config.hardware.host_memory_gib or math.inf) * GIB
+    for flags in ROOMIER:
+        other = replace(config, strategy=replace(config.strategy, **flags))
+        states = model_states(other)
+        if states.host_bytes <= host_memory and not any(offload_is_possible(other, stacks)):
+            yield flags, states
+
+
+# In the order of what they cost in speed.
+ROOMIER: tuple[dict[str, Any], ...] = (
+    {"name": "zero1"},
+    {"name": "zero2"},
+    {"name": "zero3"},
+    {"name": "zero2", "offload_optimizer": True},
+    {"name": "zero3", "offload_optimizer": True, "offload_parameters": True},
+)
+
+
+def _as_override(key: str, value: Any) -> str:
+    return f"strategy={value}" if key == "name" else f"strategy.{key}={str(value).lower()}"
+
+
+RECIPE_RULES: tuple[Rule, ...] = (
+    numbers_in_range,
+    steps_hold_warmup,
+    learning_rate_is_set,
+    model_is_ready,
+    start_is_given,
+    source_is_named,
+    something_is_trained,
+    lora_targets_exist,
+    batch_divides,
+    length_fits,
+    data_is_named,
+    strategy_suits_devices,
+    offload_is_possible,
+    masters_suit_strategy,
+    states_fit,
+)

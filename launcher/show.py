@@ -1,0 +1,137 @@
+"""Plans and records as text for a person. The last lines are what one sees first: verdict, and what to do next."""
+
+import json
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from launcher.plan import Plan, to_plain
+from launcher.record import RECORD_FILE, Record, read_if_there
+from launcher.schema import AXES
+from launcher.start import NodeCommand
+from trainer.contract import METRICS_FILE
+
+GIB = 2**30
+
+
+def plan_json(plan: Plan) -> str:
+    return json.dumps(to_plain(plan), indent=2, ensure_ascii=False)
+
+
+def describe_plan(plan: Plan, project: Path) -> str:
+    """Everything that `launch` would do, then the verdict."""
+    import yaml
+
+    parts = (
+        ("config", yaml.safe_dump(json.loads(json.dumps(asdict(plan.config))), sort_keys=False, allow_unicode=True, width=140)),
+        ("DeepSpeed config", json.dumps(plan.spec.deepspeed, indent=2)),
+        *((f"node {command.node_rank}: {command.host}", describe_command(command)) for command in plan.commands),
+        ("image", describe_image(plan, project)),
+        ("memory of the fullest device", describe_states(plan)),
+        ("verdict", describe_verdict(plan)),
+    )
+    return "\n".join(f"== {title}\n{text.rstrip()}\n" for title, text in parts).rstrip()
+
+
+def describe_command(command: NodeCommand) -> str:
+    lines = [f"{key}={shlex.quote(value)}" for key, value in command.environment.items()]
+    told = {"data": command.prepare, "start": command.start, "probe": command.probe, "logs": command.logs, "stop": command.stop}
+    lines += [f"{name}: {shlex.join(argv)}" for name, argv in told.items() if argv]
+    return "\n".join(lines)
+
+
+def describe_image(plan: Plan, project: Path) -> str:
+    image = plan.image
+    rows = {
+        "tag": image.tag,
+        "Dockerfile": f"images/rendered/{image.stack}/Dockerfile",
+        "lock": image.lock or "none yet for this architecture: the image cannot be built until `omnilaunch image refresh` resolves one",
+    }
+    if plan.config.cluster.runtime == "process":
+        rows["used"] = "no: cluster.runtime=process runs in the environment of this command"
+    return table(rows)
+
+
+def describe_states(plan: Plan) -> str:
+    states, memory = plan.states, plan.config.hardware.memory_gib
+    rows = {name: gib(size) for name, size in states.items_bytes.items()}
+    rows["weights"] += f"  {states.parameters:,} parameters"
+    rows["gradients"] += f"  {states.trainable:,} trained"
+    rows["on the device"] = gib(states.total_bytes) + (f"  of {memory:g} GiB" if memory else "")
+    if states.host_bytes:
+        rows["host, a node"] = gib(states.host_bytes)
+    return table(rows) + "\nmodel states only: activations, buffers and fragmentation are not counted"
+
+
+def gib(size: int) -> str:
+    return f"{size / GIB:9.3f} GiB"
+
+
+def describe_verdict(plan: Plan) -> str:
+    config, spec, verdict = plan.config, plan.spec, plan.verdict
+    names = " ".join(f"{axis}={getattr(config, axis).name}" for axis in AXES)
+    batch = spec.batch
+    lines = [
+        names,
+        f"{batch.global_batch} samples a step = {batch.micro_batch} x {batch.accumulation} accumulated x {spec.device.world_size} device(s), {spec.steps} steps",
+        *(f"note: {note}" for note in verdict.notes),
+        *(f"forced ({config.run.force}):\n{problem}" for problem in verdict.forced),
+    ]
+    if verdict.launchable:
+        return "\n".join((*lines, "ok", f"next: omnilaunch launch {names}"))
+    return "\n".join((*lines, "planned; a launch is refused:", *map(str, verdict.problems)))
+
+
+def describe_record(record: Record, plan: Plan) -> str:
+    """How a run ended, where things lie, and the commands to go on with."""
+    folder = Path(plan.spec.output)
+    rows: dict[str, Any] = {"status": record.status, "steps": f"{record.steps} of {plan.spec.steps}"}
+    if record.final_loss is not None:
+        rows["final loss"] = f"{record.final_loss:.4f}"
+    if record.samples_per_s:
+        rows["speed"] = f"{record.samples_per_s:,.0f} samples/s over {record.train_seconds:.1f} s of training, {record.seconds:.1f} s in all"
+    for name, value in record.evaluation.items():
+        rows[name.replace("_", " ")] = f"{value:.4f}" if name != "count" else f"{value:g} held-out samples"
+    if record.checkpoint:
+        rows["checkpoint"] = relative(folder / record.checkpoint)
+    rows |= {"record": relative(folder / RECORD_FILE), "rows": relative(folder / METRICS_FILE), "log": relative(folder / "logs" / "node0.log")}
+    text = table(rows)
+    return text if not record.checkpoint else f"{text}\n\ngo on with\n{next_commands(record, plan)}"
+
+
+def next_commands(record: Record, plan: Plan) -> str:
+    config = plan.config
+    axes = " ".join(f"{axis}={getattr(config, axis).name}" for axis in ("hardware", "model", "data"))
+    return "\n".join(
+        (
+            f"  omnilaunch launch {axes} stage=evaluate stage.checkpoint={record.run_id}",
+            f"  omnilaunch launch {axes} stage=lora stage.checkpoint={record.run_id}",
+            "  omnilaunch runs",
+        )
+    )
+
+
+def describe_runs(runs: Path) -> str:
+    """One line a run, newest last."""
+    lines = []
+    for folder in sorted(path for path in runs.glob("*") if path.is_dir()):
+        record: Record | None = read_if_there(Record, folder / RECORD_FILE)
+        if record is None:
+            lines.append(f"{folder.name:50} no record: under way, or its launcher was killed")
+            continue
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in record.evaluation.items() if name != "count")
+        loss = f"loss {record.final_loss:.4f}" if record.final_loss is not None else ""
+        lines.append(f"{folder.name:50} {record.status:9} {record.steps:6} steps  {loss}  {figures}".rstrip())
+    return "\n".join(lines) or f"no runs in {runs}; start one with: omnilaunch launch"
+
+
+def table(rows: dict[str, str]) -> str:
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+
+
+def relative(path: Path) -> str:
+    """Shorter where it can be: as seen from here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -1,0 +1,175 @@
+"""One start command per node, as argv tuples from birth. Pure: nothing here looks at this machine."""
+
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from launcher.accelerator import attach
+from launcher.errors import ConfigRefused
+from launcher.image import Image
+from launcher.schema import Cluster, Config, Node
+from trainer.contract import SPEC_FILE, TrainSpec
+
+RUN_LABEL = "omnilaunch.run"  # containers of a run are found again by this
+RUN_VARIABLE = "OMNILAUNCH_RUN_ID"  # processes of a run are found again by this
+WRITABLE_HOME = "/tmp"  # of the image's user: caches of torch and transformers end with the container
+PINNED_VARIABLES = {
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONHASHSEED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+}
+OFFLINE_VARIABLES = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+DETERMINISTIC_VARIABLES = {
+    "cuda": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
+    "npu": {"HCCL_DETERMINISTIC": "true", "LCCL_DETERMINISTIC": "1", "ATB_MATMUL_SHUFFLE_K_ENABLE": "0", "ATB_LLM_LCOC_ENABLE": "0"},
+    "cpu": {},
+}
+# Library and the mark before a name that must match whole; torch's own store and checks go over gloo everywhere.
+SOCKET_INTERFACE = {"hccl": (("HCCL", "="), ("GLOO", "")), "nccl": (("NCCL", "="), ("GLOO", "")), "gloo": (("GLOO", ""),)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeCommand:
+    """All that is ever said to one node. `environment` travels in a 0600 file, never in an argv.
+
+    `prepare` checks the data, `start` starts the ranks, `probe` prints `<status> <exit code>`, `logs` follows the output,
+    `stop` asks the ranks to save and end, `remove` ends them. For the process runtime the last four are empty: the launcher
+    holds the process itself.
+    """
+
+    host: str
+    node_rank: int
+    runtime: str
+    name: str
+    folder: str
+    environment: dict[str, str]
+    prepare: tuple[str, ...]
+    start: tuple[str, ...]
+    probe: tuple[str, ...] = ()
+    logs: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()
+    remove: tuple[str, ...] = ()
+
+
+def node_commands(config: Config, image: Image, spec: TrainSpec, *, interpreter: str, user: str) -> tuple[NodeCommand, ...]:
+    """One command per working node, node rank 0 first; `user` is the uid:gid that the container runs as."""
+    build = {"process": process_command, "docker": docker_command}[config.cluster.runtime]
+    return tuple(build(config, image, spec, rank, interpreter, user) for rank in range(len(working_nodes(config.cluster))))
+
+
+def working_nodes(cluster: Cluster) -> tuple[Node, ...]:
+    """Nodes that take part from the start; spares wait."""
+    return tuple(node for node in cluster.nodes if not node.spare)
+
+
+def process_command(config: Config, image: Image, spec: TrainSpec, rank: int, interpreter: str, user: str) -> NodeCommand:
+    return NodeCommand(
+        host=working_nodes(config.cluster)[rank].host,
+        node_rank=rank,
+        runtime="process",
+        name=container_name(spec.run_id, rank),
+        folder=spec.output,
+        environment=run_environment(config, spec, rank),
+        prepare=(interpreter, *data_command(spec)),
+        start=(interpreter, *torchrun(config, spec, rank)),
+    )
+
+
+def docker_command(config: Config, image: Image, spec: TrainSpec, rank: int, interpreter: str, user: str) -> NodeCommand:
+    cluster, name = config.cluster, container_name(spec.run_id, rank)
+    devices = attach(config.hardware, devices=spec.device.devices_per_node, nodes=len(working_nodes(cluster))).options
+    shared = (
+        "--network", "host", "--user", user, "--env-file", env_file(spec, rank),
+        "--label", f"{RUN_LABEL}={spec.run_id}", "--label", f"omnilaunch.node={rank}",
+        "--shm-size", cluster.shm_size,
+        *(part for key, value in sorted(cluster.ulimits.items()) for part in ("--ulimit", f"{key}={value}")),
+        *(part for mount in mounts(cluster, spec) for part in ("--mount", mount)),
+    )  # fmt: skip
+    return NodeCommand(
+        host=working_nodes(cluster)[rank].host,
+        node_rank=rank,
+        runtime="docker",
+        name=name,
+        folder=spec.output,
+        environment={"HOME": WRITABLE_HOME, **run_environment(config, spec, rank)},
+        prepare=("docker", "run", "--rm", "--name", f"{name}-data", *shared, image.tag, "python", *data_command(spec)),
+        start=("docker", "run", "--detach", "--name", name, *shared, *devices, image.tag, "python", *torchrun(config, spec, rank)),
+        probe=("docker", "inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", name),
+        logs=("docker", "logs", "--follow", name),
+        stop=("docker", "kill", "--signal", "TERM", name),
+        remove=("docker", "rm", "--force", name),
+    )
+
+
+def container_name(run_id: str, rank: int) -> str:
+    return f"omnilaunch-{run_id}-n{rank}"
+
+
+def env_file(spec: TrainSpec, rank: int) -> str:
+    return str(PurePosixPath(spec.output) / f"node{rank}.env")
+
+
+def env_file_of(command: NodeCommand) -> str:
+    return str(PurePosixPath(command.folder) / f"node{command.node_rank}.env")
+
+
+def data_command(spec: TrainSpec) -> tuple[str, ...]:
+    return ("-m", "trainer", "data", str(PurePosixPath(spec.output) / SPEC_FILE))
+
+
+def torchrun(config: Config, spec: TrainSpec, rank: int) -> tuple[str, ...]:
+    """Static rendezvous on node 0; one node alone takes any free port, so that two runs on a laptop do not meet."""
+    nodes = working_nodes(config.cluster)
+    first = nodes[0].address or nodes[0].host
+    where = (
+        ("--standalone",)
+        if len(nodes) == 1
+        else ("--nnodes", str(len(nodes)), "--node-rank", str(rank), "--master-addr", first, "--master-port", str(config.cluster.rendezvous_port))
+    )
+    ranks = ("--nproc-per-node", str(spec.device.devices_per_node))
+    return ("-m", "torch.distributed.run", *where, *ranks, "-m", "trainer", "run", str(PurePosixPath(spec.output) / SPEC_FILE))
+
+
+def mounts(cluster: Cluster, spec: TrainSpec) -> tuple[str, ...]:
+    """Bind mounts at the same place inside, so that an error names a path that the reader knows. Only the run's folder and
+    the folder of built-in data are writable."""
+    writable = (spec.output, *((spec.data.root,) if spec.data.builtin else ()))
+    named = (spec.data.train, spec.data.evaluation, spec.data.images) if not spec.data.builtin else ()
+    readable = (*named, spec.stage.checkpoint, spec.model.source.path, *cluster.mounts)
+    wanted = [*((path, "") for path in writable), *((path, ",readonly") for path in dict.fromkeys(readable) if path)]
+    for path, _ in wanted:
+        if "," in path or "\n" in path or '"' in path:
+            raise ConfigRefused(f"a mount cannot carry the path {path!r}: docker reads commas, quotes and newlines in it as syntax. Rename it or link to it.")
+    return tuple(f"type=bind,source={path},target={path}{mode}" for path, mode in wanted)
+
+
+def network_environment(config: Config, rank: int) -> dict[str, str]:
+    """Which interface and address the collectives use, where several nodes meet and the cluster names them."""
+    nodes = working_nodes(config.cluster)
+    node = nodes[rank]
+    if len(nodes) == 1:
+        return {}
+    interface = {f"{name}_SOCKET_IFNAME": exact + node.interface for name, exact in SOCKET_INTERFACE[config.hardware.collectives] if node.interface}
+    return interface | ({"HCCL_IF_IP": node.address} if config.hardware.collectives == "hccl" and node.address else {})
+
+
+def run_environment(config: Config, spec: TrainSpec, rank: int) -> dict[str, str]:
+    """Every variable that we set, later ones win: pinned, device, hardware table, network, this run, and last what the cluster says."""
+    hardware, cluster = config.hardware, config.cluster
+    nodes = len(working_nodes(cluster))
+    environment = {
+        **PINNED_VARIABLES,
+        **(OFFLINE_VARIABLES if spec.model.source.kind != "hub" else {}),
+        **(DETERMINISTIC_VARIABLES[hardware.accelerator] if spec.deterministic else {}),
+        **attach(hardware, devices=spec.device.devices_per_node, nodes=nodes).environment,
+        **hardware.environment,
+        **network_environment(config, rank),
+        **({"OMP_NUM_THREADS": str(spec.device.threads)} if spec.device.threads else {}),
+        RUN_VARIABLE: spec.run_id,
+        **cluster.environment,
+    }
+    for key, value in environment.items():
+        if "\n" in value or "\0" in value:
+            raise ConfigRefused(f"cluster.environment.{key}: an environment file cannot carry a newline or a NUL. Put the text in a file and name the file.")
+    return dict(sorted(environment.items()))

@@ -1,0 +1,227 @@
+"""The verdict: which config is refused, in which words, and what would pass."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.check import RULES, Verdict, check
+from launcher.compose import compose
+from launcher.image import Stack, load_stacks
+from launcher.recipe import RANGES, read_numbers
+from launcher.schema import Config
+
+ROOT = Path(__file__).parents[2]
+
+
+@cache
+def stacks() -> dict[str, Stack]:
+    return dict(load_stacks(ROOT / "images"))
+
+
+def judge(*overrides: str) -> Verdict:
+    return check(compose(overrides, ROOT / "conf"), stacks())
+
+
+NPU = ("hardware=ascend910b", "model=qwen2_5_vl_32b", "stage=lora")
+ALL_TARGETS = "stage.lora.targets=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
+LLAVA = ("model=llava_1_5_7b", "tune=null")
+
+# Overrides -> the key that is refused, and a change that is offered.
+REFUSED: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("hardware=p4", "precision=bf16"), "precision", "precision=fp16"),
+    (("hardware=p4", "precision=pure_bf16"), "precision", "precision=fp32"),
+    (("precision=fp16",), "precision", "precision=bf16"),
+    (("hardware=p4", "precision.loss_scaling=none"), "precision.loss_scaling", "precision.loss_scaling=dynamic"),
+    (("precision.loss_scaling=dynamic",), "precision.loss_scaling", "precision.loss_scaling=none"),
+    (("hardware=rtx3090", "cluster.devices_per_node=4"), "cluster.devices_per_node", "cluster.devices_per_node=2"),
+    (("hardware=ascend910c", "cluster.devices_per_node=3"), "cluster.devices_per_node", "cluster.devices_per_node=4"),
+    (("cluster.nodes=[]",), "cluster.nodes", "cluster=local"),
+    (("cluster.nodes.0.spare=true",), "cluster.nodes", "cluster.nodes.0.spare=false"),
+    (("cluster=example", "cluster.nodes.1.host=192.0.2.11"), "cluster.nodes.host", "cluster=local"),
+    (("cluster=example", "cluster.nodes.1.address=192.0.2.11"), "cluster.nodes.address", "cluster=local"),
+    (("cluster=example", "cluster.runtime=process"), "cluster.runtime", "cluster.runtime=docker"),
+    (("cluster.nodes.0.host=192.0.2.11",), "cluster.runtime", "cluster=local"),
+    (("cluster=example", "cluster.root=runs"), "cluster.root", "cluster.root=/srv/omnilaunch"),
+    (("cluster.nodes.0.architecture=aarch64",), "cluster.nodes.architecture", "cluster.nodes.0.architecture=x86_64"),
+    (("hardware=h200", "hardware.collectives=hccl"), "hardware.collectives", "hardware.collectives=nccl"),
+    (("hardware=ascend910b", "hardware.collectives=nccl"), "hardware.collectives", "hardware.collectives=hccl"),
+    (("hardware.collectives=nccl",), "hardware.collectives", "hardware.collectives=gloo"),
+    (("hardware=ascend910b", "run.collective_timeout_s=600"), "run.collective_timeout_s", "run.collective_timeout_s=1896"),
+    (
+        ("hardware=ascend910b", "cluster.environment.HCCL_CONNECT_TIMEOUT=1900"),
+        "cluster.environment.HCCL_CONNECT_TIMEOUT",
+        "cluster.environment.HCCL_CONNECT_TIMEOUT=1806",
+    ),
+    (("hardware=p4", "hardware.stack=cuda130"), "hardware.stack", "hardware.stack=cuda126"),
+    (("hardware=p4", "hardware.stack=cuda999"), "hardware.stack", "hardware.stack=cuda126"),
+    (("hardware=ascend910b", "hardware.stack=cuda126"), "hardware.stack", "hardware.stack=ascend910b"),
+    (("hardware=ascend910b", "hardware.stack=ascend910c"), "hardware.stack", "hardware.stack=ascend910b"),
+    (("stage=lm",), "stage.checkpoint", "stage=full"),
+    (("stage=lora",), "stage.checkpoint", "stage.checkpoint=RUN_ID"),
+    (("stage=evaluate",), "stage.checkpoint", "stage.checkpoint=FOLDER"),
+    (("stage.needs=[adapter]",), "stage.checkpoint", "stage.checkpoint=RUN_ID"),
+    (("model.source.kind=hub",), "model.source.id", "model.source.id=ORGANISATION/NAME"),
+    (("model.source.kind=path",), "model.source.path", "model.source.path=FOLDER"),
+    (("stage.trainable=[]",), "stage.trainable", "stage.trainable=[projector,lm,head]"),
+    (("model=qwen2_5_vl_3b", "stage.trainable=[head]"), "stage.trainable", "stage.trainable=[projector,lm,head]"),
+    ((*LLAVA, "stage=lora", "stage.lora.targets=[]"), "stage.lora.targets", ALL_TARGETS),
+    ((*LLAVA, "stage=lora", "stage.lora.targets=[qproj]"), "stage.lora.targets", ALL_TARGETS),
+    ((*LLAVA, "stage=lora", "stage.trainable=[projector,lm]"), "stage.trainable", "stage.trainable=[projector]"),
+    (("cluster.devices_per_node=3",), "stage.global_batch", "stage.global_batch=66"),
+    (("strategy.micro_batch=48",), "stage.global_batch", "stage.global_batch=48"),
+    (("data.max_length=2048",), "data.max_length", "data.max_length=1024"),
+    (("data.max_length=40",), "data.max_length", "data.max_length=48"),
+    ((*LLAVA, "data.max_length=500"), "data.max_length", "data.max_length=608"),
+    (("data=files", "data.images=photos"), "data.train", "data.train=FILE.json"),
+    (("data=files", "data.train=a.json"), "data.images", "data.images=FOLDER"),
+    (("run.steps=20",), "stage.optimizer.warmup", "run.steps=200"),
+    (("stage.optimizer.lr=0",), "stage.optimizer.lr", "stage.optimizer.lr=1e-4"),
+    (("cluster.devices_per_node=2", "strategy=single"), "strategy", "strategy=ddp"),
+    (("precision=pure_bf16", "strategy=single"), "strategy", "strategy=zero1"),
+    (("strategy.offload_optimizer=true",), "strategy", "strategy.offload_optimizer=false strategy.offload_parameters=false"),
+    (("hardware=rtx3090", "strategy=zero2", "strategy.offload_parameters=true"), "strategy.offload_parameters", "strategy=zero3"),
+    (("hardware=rtx3090", "strategy=ddp", "strategy.offload_optimizer=true"), "strategy.offload_optimizer", "strategy=zero2"),
+    (("hardware=rtx3090", *LLAVA), "strategy", "strategy=zero2 strategy.offload_optimizer=true"),
+    (("hardware=p4", *LLAVA), "strategy", "strategy=zero3 strategy.offload_optimizer=true strategy.offload_parameters=true"),
+    (("hardware=ascend910b", *LLAVA, "strategy=ddp"), "strategy", "strategy=zero1"),
+)
+
+
+@pytest.mark.parametrize(("overrides", "key", "change"), REFUSED, ids=lambda value: " ".join(value) if isinstance(value, tuple) else None)
+def test_refused_and_what_would_pass(overrides: tuple[str, ...], key: str, change: str) -> None:
+    found = [problem for problem in judge(*overrides).problems if problem.key == key]
+    assert len(found) == 1 and not found[0].launch_only
+    assert change in found[0].changes
+    # The change takes the place of what it changes: the same key, or the keys of a cluster that is left for another.
+    replaced = {part.split("=")[0] for part in change.split()} | (
+        {"cluster.nodes", "cluster.runtime"} if change == "cluster=local" else set()
+    )
+    kept = [override for override in overrides if not any(override.startswith((f"{name}=", f"{name}.")) for name in replaced)]
+    assert found[0].what not in [problem.what for problem in judge(*kept, *change.split()).problems]
+
+
+PASSES = (
+    (),
+    ("cluster.devices_per_node=4",),
+    ("precision=bf16",),
+    ("precision=pure_bf16",),
+    ("hardware=p4",),
+    ("hardware=p4", "precision=fp32"),
+    ("hardware=h200", "hardware.stack=cuda130"),
+    ("hardware=ascend910c", "cluster.devices_per_node=4"),
+    ("stage=lm", "stage.checkpoint=run"),
+    ("stage=evaluate", "model=llava_1_5_7b"),
+    ("hardware=h200", *LLAVA),
+    ("hardware=h200", *LLAVA, "stage=lora"),
+    ("hardware=rtx3090", *LLAVA, "stage=lora", "strategy=zero3"),
+    ("hardware=h200", "cluster=example", "cluster.delivery.accept_licence=true"),
+    ("data=files", "data.train=a.json", "data.images=photos", "data.max_length=128"),
+)
+
+
+@pytest.mark.parametrize("overrides", PASSES, ids=" ".join)
+def test_launchable(overrides: tuple[str, ...]) -> None:
+    verdict = judge(*overrides)
+    assert (verdict.problems, verdict.ok, verdict.launchable) == ((), True, True)
+
+
+def test_what_a_person_reads() -> None:
+    overrides = ("hardware=p4", "precision=bf16", "stage=lm", "run.steps=0")
+    assert "\n".join(map(str, judge(*overrides).problems)) == (
+        "  precision: NVIDIA Tesla P4 has no bfloat16: torch would emulate it, slowly, and say that it is supported\n"
+        "    would pass: precision=fp16  or  precision=fp32\n"
+        "  run.steps: 0 is out of range; it must be at least 1\n"
+        "    would pass: run.steps=1\n"
+        "  stage.checkpoint: stage lm starts from trained weights, and Tiny LLaVA has a random start: name a run that trained it\n"
+        "    would pass: stage.checkpoint=RUN_ID  or  stage.checkpoint=FOLDER  or  stage=full"
+    )
+
+
+def test_memory_is_refused_with_numbers() -> None:
+    (problem,) = judge("hardware=rtx3090", *LLAVA).problems
+    assert str(problem) == (
+        "  strategy: model states alone take 56.9 GiB on each device (zero3), which has 24; "
+        "offloaded, they take up to 113.9 GiB of a node's own memory\n"
+        "    would pass: strategy=zero2 strategy.offload_optimizer=true  or  "
+        "strategy=zero3 strategy.offload_optimizer=true strategy.offload_parameters=true"
+    )
+
+
+def test_a_change_that_the_host_cannot_hold_is_not_offered() -> None:
+    (problem,) = judge("hardware=rtx3090", *LLAVA, "hardware.host_memory_gib=64").problems
+    assert problem.changes == ()
+
+
+def test_what_only_stops_a_launch_leaves_a_plan() -> None:
+    verdict = judge(*NPU, "cluster=example")
+    assert verdict.ok and not verdict.launchable
+    assert [(problem.key, problem.launch_only) for problem in verdict.problems] == [
+        ("cluster.delivery.accept_licence", True),
+        ("model", True),
+    ]
+    assert "family adapter still to come" in str(verdict.problems[1])
+
+
+@pytest.mark.parametrize("model", ["minicpm_v_2_6", "minicpm_o_2_6", "omnilmm_3b", "omnilmm_12b"])
+def test_modules_to_come_say_so(model: str) -> None:
+    assert "native module still to come" in str(judge(f"model={model}", "hardware=h200").problems)
+
+
+def test_force_records_what_could_be_tried_and_nothing_else() -> None:
+    verdict = judge("hardware=p4", "precision=bf16", "run.force='measuring emulation'")
+    assert verdict.launchable and [problem.key for problem in verdict.forced] == ["precision"]
+    hopeless = judge("run.force=please", "cluster.devices_per_node=3", "stage=lm", "run.steps=0", "model=omnilmm_3b", "hardware.stack=none")
+    assert {"stage.global_batch", "run.steps", "model", "hardware.stack"} <= {problem.key for problem in hopeless.problems}
+    assert hopeless.forced == ()
+
+
+def test_notes_stop_nothing() -> None:
+    verdict = judge("hardware=h200", *LLAVA)
+    assert verdict.launchable
+    assert verdict.notes == (
+        "licence of LLaVA-1.5 7B: Llama 2 Community License (commercial use: conditions; LLaVA README.md)",
+        "model.source.revision is empty: the main branch of llava-hf/llava-1.5-7b-hf may change between two runs",
+    )
+
+
+@cache
+def with_numbers() -> Config:
+    """A config in which no optional number is left out."""
+    optional = ("cluster.devices_per_node=8", "strategy.micro_batch=1", "run.restarts=1", "hardware.host_memory_gib=1000")
+    config = compose(["hardware=h200", *LLAVA, "stage=lora", *optional], ROOT / "conf")
+    text = replace(config.model.architecture.text, head_dim=128)
+    model = replace(config.model, architecture=replace(config.model.architecture, text=text))
+    return replace(config, model=model)
+
+
+def test_ranges_name_numbers_that_exist() -> None:
+    assert set(RANGES) <= {key for key, _ in read_numbers(with_numbers())}
+
+
+def number_keys() -> list[str]:
+    """Those that `put` can reach: not the ones inside tuples."""
+    return sorted(key for key, _ in read_numbers(with_numbers()) if not key.startswith(("cluster.nodes", "hardware.peaks")))
+
+
+@pytest.mark.parametrize("key", number_keys())
+def test_no_number_may_be_negative_or_infinite(key: str) -> None:
+    for value in (-1, float("nan"), float("inf")):
+        problems = check(put(with_numbers(), key.split("."), value), stacks()).problems
+        assert key in [problem.key for problem in problems], value
+
+
+def put(section: Any, path: list[str], value: float) -> Any:
+    inner = value if len(path) == 1 else put(getattr(section, path[0]), path[1:], value)
+    return replace(section, **{path[0]: inner})
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_zero_everywhere_breaks_no_rule(rule: Any) -> None:
+    config = with_numbers()
+    for key in number_keys():
+        config = put(config, key.split("."), 0)
+    list(rule(config, stacks()))
+    list(rule(replace(config, cluster=replace(config.cluster, nodes=())), {}))

@@ -1,0 +1,149 @@
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.data.conftest import conversation, with_data
+from trainer.contract import InputRefused
+from trainer.data.check import KEPT_PROBLEMS, check_data, resolve
+
+
+def test_it_imports_neither_torch_nor_transformers() -> None:
+    code = "import sys, trainer.data.check; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert "trainer" in modules
+    assert not {"torch", "transformers", "sklearn", "deepspeed"} & set(modules)
+
+
+def test_good_data(spec, write_data) -> None:
+    write_data(5), write_data(3, "held-out.json")
+    report = check_data(with_data(spec, evaluation="held-out.json"))
+    assert (report.train_rows, report.evaluation_rows, report.images, report.problems) == (5, 3, 5, ())
+
+
+def test_digits_are_written_and_found_whole(spec, tmp_path) -> None:
+    spec = with_data(spec, builtin="digits", root=str(tmp_path / "data"), train="", evaluation="", images="")
+    report = check_data(spec)
+    assert (report.train_rows, report.evaluation_rows, report.images, report.problems) == (1500, 297, 1797, ())
+    assert check_data(spec) == report
+
+
+def test_the_hash_is_over_files_and_images_in_order(spec, write_data, tmp_path) -> None:
+    file = write_data(2)
+    parts = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (file, tmp_path / "0.png", tmp_path / "1.png")]
+    assert check_data(spec).sha256 == hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("change", ["an image", "an answer", "the held-out file"])
+def test_any_change_changes_the_hash(spec, write_data, tmp_path, change) -> None:
+    write_data(3), write_data(2, "held-out.json")
+    spec = with_data(spec, evaluation="held-out.json")
+    before = check_data(spec).sha256
+    if change == "an image":
+        (tmp_path / "2.png").write_bytes((tmp_path / "1.png").read_bytes())
+    else:
+        name = "train.json" if change == "an answer" else "held-out.json"
+        (tmp_path / name).write_text((tmp_path / name).read_text().replace("number 1", "number 9"))
+    assert check_data(spec).sha256 != before
+
+
+def test_the_place_does_not_change_the_hash(spec, write_data, tmp_path) -> None:
+    write_data(3)
+    before = check_data(spec).sha256
+    (tmp_path / "elsewhere").mkdir()
+    for path in [*tmp_path.glob("*.png"), tmp_path / "train.json"]:
+        path.rename(tmp_path / "elsewhere" / path.name)
+    assert check_data(with_data(spec, root=str(tmp_path / "elsewhere"))).sha256 == before
+
+
+def test_problems_of_rows_images_and_template_come_together_in_the_order_of_the_rows(spec, write_data, tmp_path) -> None:
+    file = write_data(5)
+    rows = json.loads(file.read_text())
+    rows[0]["conversations"].pop()
+    rows[2]["conversations"].insert(0, {"from": "system", "value": "Be brief."})
+    rows[4]["image"] = "absent.png"
+    file.write_text(json.dumps(rows))
+    (tmp_path / "1.png").write_text("not an image")
+    (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:60])
+    report = check_data(spec)
+    found = [(problem.row, problem.problem) for problem in report.problems]
+    assert [row for row, _ in found] == [1, 2, 3, 4, 5]
+    for (_, problem), text in zip(
+        found, ["without an answer", "1.png is not an image", "no place for a system", "3.png is truncated", "absent.png"], strict=True
+    ):
+        assert text in problem
+    assert report.train_rows == 3
+
+
+def test_an_image_of_many_rows_is_looked_at_once(spec, write_data, tmp_path, monkeypatch) -> None:
+    write_data(1)
+    (tmp_path / "train.json").write_text(json.dumps([conversation("0.png", number) for number in range(30)]))
+    opened = []
+    monkeypatch.setattr("trainer.data.check.verify_image", lambda path: opened.append(path))
+    assert check_data(spec).images == 1
+    assert opened == [tmp_path / "0.png"]
+
+
+def test_many_problems_are_counted_not_listed(spec, tmp_path) -> None:
+    (tmp_path / "train.json").write_text(json.dumps([conversation("absent.png", number) for number in range(KEPT_PROBLEMS + 7)]))
+    problems = check_data(spec).problems
+    assert len(problems) == KEPT_PROBLEMS + 1
+    assert problems[-1].problem == "7 more problems"
+
+
+def test_an_image_that_vanishes_after_reading(spec, write_data, tmp_path, monkeypatch) -> None:
+    write_data(1)
+    monkeypatch.setattr("trainer.data.sample.is_file", lambda _: True)
+    (tmp_path / "0.png").unlink()
+    (problem,) = check_data(spec).problems
+    assert "0.png cannot be read: No such file" in problem.problem
+
+
+def test_a_missing_file_is_a_problem(spec, tmp_path) -> None:
+    (problem,) = check_data(spec).problems
+    assert str(problem).startswith(f"{tmp_path}/train.json: cannot be read: No such file")
+
+
+def test_a_spec_without_data_is_refused(spec) -> None:
+    with pytest.raises(InputRefused, match=r"stage full needs data.train, which is empty"):
+        check_data(with_data(spec, train=""))
+    asked = replace(spec, stage=replace(spec.stage, name="evaluate", kind="evaluate"))
+    with pytest.raises(InputRefused, match=r"stage evaluate needs data.evaluation"):
+        check_data(asked)
+    with pytest.raises(InputRefused, match=r"data.builtin='letters' is not known\n    valid are: digits"):
+        check_data(with_data(spec, builtin="letters"))
+
+
+def test_a_root_that_cannot_be_written(spec, tmp_path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputRefused, match=r"data.root=.*/file: the set digits cannot be written: .*\n    make room"):
+        check_data(with_data(spec, builtin="digits", root=str(tmp_path / "file"), train=""))
+
+
+def test_an_evaluation_reads_the_held_out_rows_alone(spec, write_data) -> None:
+    write_data(2, "held-out.json")
+    asked = replace(with_data(spec, train="", evaluation="held-out.json"), stage=replace(spec.stage, kind="evaluate"))
+    report = check_data(asked)
+    assert (report.train_rows, report.evaluation_rows, report.problems) == (0, 2, ())
+
+
+# (builtin, train, evaluation, images) -> (train, evaluation, images)
+PLACES = {
+    ("digits", "", "", ""): ("/root/digits/train.json", "/root/digits/evaluation.json", "/root/digits"),
+    ("", "a.json", "", "pictures"): ("/root/a.json", None, "/root/pictures"),
+    ("", "sub/a.json", "b.json", ""): ("/root/sub/a.json", "/root/b.json", "/root/sub"),
+    ("", "/x/a.json", "/y/b.json", "/z"): ("/x/a.json", "/y/b.json", "/z"),
+    ("", "", "/y/b.json", ""): (None, "/y/b.json", "/y"),
+}
+
+
+@pytest.mark.parametrize("given", PLACES)
+def test_places(spec, given) -> None:
+    builtin, train, evaluation, images = given
+    places = resolve(with_data(spec, root="/root", builtin=builtin, train=train, evaluation=evaluation, images=images).data)
+    expected = tuple(Path(place) if place else None for place in PLACES[given])
+    assert (places.train, places.evaluation, places.images) == expected

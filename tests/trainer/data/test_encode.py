@@ -1,0 +1,197 @@
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tests.trainer.data.conftest import CHATML, VICUNA
+from trainer.contract import InputRefused, Template
+from trainer.data.encode import IGNORED, encode, encode_prompt, tokenise
+from trainer.data.sample import Message, Sample
+from trainer.data.segment import cut
+from trainer.models.tiny import tiny_tokenizer
+
+
+@cache
+def byte_level(template: Template) -> PreTrainedTokenizerFast:
+    """ChatML's opening mark is left an ordinary text on purpose: frames need not be special tokens."""
+    return tiny_tokenizer("<image>", template)
+
+
+@cache
+def sentence_piece() -> PreTrainedTokenizerFast:
+    """Like Llama's: word starts marked by U+2581, bytes for the rest, and a BOS that the tokenizer itself puts first."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    lines = ["USER: Which digit is this? ASSISTANT: It is this one."] * 2
+    tokenizer.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=340, special_tokens=special, show_progress=False))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+CASES = [(VICUNA, byte_level(VICUNA)), (CHATML, byte_level(CHATML)), (VICUNA, sentence_piece())]
+IDS = ["vicuna", "chatml", "sentencepiece"]
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(lambda text: text.strip() and "<" not in text)
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> tuple[Sample, tuple[int, ...]]:
+    """A conversation of one to three turns with up to two images a question, and the number of tokens of each image."""
+    messages: list[Message] = []
+    counts: list[int] = []
+    for _ in range(draw(st.integers(1, 3))):
+        images = draw(st.lists(st.integers(1, 5), max_size=2))
+        counts += images
+        messages.append(Message(role="user", content="<image>\n" * len(images) + draw(TEXT)))
+        messages.append(Message(role="assistant", content=draw(TEXT)))
+    paths = tuple(Path(f"{place}.png") for place in range(len(counts)))
+    return Sample(id="1", images=paths, messages=tuple(messages), file="rows.json", row=3), tuple(counts)
+
+
+def runs(labels: list[int]) -> list[list[int]]:
+    """The stretches of trained labels."""
+    found: list[list[int]] = [[]]
+    for label in labels:
+        if label == IGNORED:
+            found.append([])
+        else:
+            found[-1].append(label)
+    return [run for run in found if run]
+
+
+@pytest.mark.parametrize(("template", "tokenizer"), CASES, ids=IDS)
+@settings(max_examples=60, deadline=None)
+@given(conversation=conversations())
+def test_labels_are_the_answers_with_their_end_marks(template, tokenizer, conversation) -> None:
+    sample, counts = conversation
+    encoded = encode(sample, tokenizer, template, "<image>", counts, 10_000)
+    assert len(encoded.input_ids) == len(encoded.labels)
+    assert all(label in (IGNORED, token) for token, label in zip(encoded.input_ids, encoded.labels, strict=True))
+    answers = [message.content for message in sample.messages if message.role == "assistant"]
+    trained = runs(encoded.labels)
+    assert [run[-1] for run in trained] == [tokenizer.eos_token_id] * len(answers)
+    blank = " " if template.assistant_open.endswith(" ") else ""
+    assert [spell(tokenizer, run[:-1], blank) for run in trained] == [blank + answer for answer in answers]
+
+
+def spell(tokenizer: PreTrainedTokenizerFast, ids: list[int], blank: str) -> str:
+    """Decodes a run. SentencePiece's decoder drops the blank at the head of a text."""
+    text = tokenizer.decode(ids)
+    return blank + text if tokenizer.bos_token else text
+
+
+@pytest.mark.parametrize(("template", "tokenizer"), CASES, ids=IDS)
+@settings(max_examples=60, deadline=None)
+@given(conversation=conversations())
+def test_every_image_has_its_tokens_side_by_side_and_masked(template, tokenizer, conversation) -> None:
+    sample, counts = conversation
+    encoded = encode(sample, tokenizer, template, "<image>", counts, 10_000)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    places = [place for place, token in enumerate(encoded.input_ids) if token == image]
+    assert len(places) == sum(counts)
+    assert all(encoded.labels[place] == IGNORED for place in places)
+    edges = [place for place in places if encoded.input_ids[place - 1] != image]
+    assert len(edges) == len(counts), "a line feed stands between two images"
+    for edge, count in zip(edges, counts, strict=True):
+        assert encoded.input_ids[edge : edge + count] == [image] * count
+
+
+@pytest.mark.parametrize(("template", "tokenizer"), CASES, ids=IDS)
+@settings(max_examples=60, deadline=None)
+@given(conversation=conversations())
+def test_a_prompt_is_the_beginning_of_what_was_trained(template, tokenizer, conversation) -> None:
+    sample, counts = conversation
+    encoded = encode(sample, tokenizer, template, "<image>", counts, 10_000)
+    prompt = encode_prompt(sample, tokenizer, template, "<image>", counts, 10_000)
+    assert encoded.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+    assert encoded.labels[len(prompt.input_ids)] != IGNORED
+    assert prompt.reference == sample.messages[-1].content
+
+
+@pytest.mark.parametrize(("template", "tokenizer"), CASES, ids=IDS)
+@settings(max_examples=60, deadline=None)
+@given(words=st.lists(st.text("abcdefgh ijklmn0123456789.,?é漢", min_size=1).filter(str.strip), min_size=2, max_size=6))
+def test_segments_joined_are_the_whole_text_tokenised(template, tokenizer, words) -> None:
+    """For answers that start with a letter or figure, as nearly all do; others may be cut at the edge to keep the prompt intact."""
+    pairs = [(words[i].strip(), "a" + words[i + 1].strip()) for i in range(0, len(words) - 1, 2)]
+    messages = [Message(role=role, content=text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
+    sample = Sample(id="1", images=(), messages=tuple(messages), file="rows.json", row=3)
+    segments = cut(sample, template, "<image>")
+    whole = tokenizer("".join(segment.text for segment in segments), add_special_tokens=False)["input_ids"]
+    assert [token for piece in tokenise(tokenizer, segments) for token in piece] == whole
+
+
+def test_a_token_never_reaches_across_the_start_of_an_answer() -> None:
+    """A tokenizer with the token "\\n\\n": the answer starts with a line feed, and the prompt still ends with one of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(["\n\n"] * 9, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    assert len(wrapped("\n\n", add_special_tokens=False)["input_ids"]) == 1
+    sample = conversation_of("What?", "\nA cat.")
+    segments = cut(sample, CHATML, "<image>")
+    prefix, answer, _ = tokenise(wrapped, segments)
+    assert wrapped.decode(prefix) == segments[0].text
+    assert wrapped.decode(answer) == "\nA cat.<|im_end|>"
+
+
+def conversation_of(question: str, answer: str, images: int = 0) -> Sample:
+    messages = (Message(role="user", content=question), Message(role="assistant", content=answer))
+    return Sample(id="1", images=tuple(Path(f"{i}.png") for i in range(images)), messages=messages, file="rows.json", row=3)
+
+
+def test_bos_is_there_only_when_the_tokenizer_puts_it() -> None:
+    sample = conversation_of("What?", "A cat.")
+    with_bos = encode(sample, sentence_piece(), VICUNA, "<image>", (), 100)
+    assert with_bos.input_ids[:1] == [sentence_piece().bos_token_id] and with_bos.labels[0] == IGNORED
+    assert sentence_piece()("USER: What? ASSISTANT: A cat.</s>")["input_ids"] == with_bos.input_ids
+    named_only = tiny_tokenizer("<image>", VICUNA)
+    named_only.bos_token = "<pad>"
+    assert encode(sample, named_only, VICUNA, "<image>", (), 100) == encode(sample, byte_level(VICUNA), VICUNA, "<image>", (), 100)
+
+
+def test_too_long_is_refused_with_both_lengths() -> None:
+    sample = conversation_of("<image>\nWhat?", "A cat.", images=1)
+    length = len(encode(sample, byte_level(VICUNA), VICUNA, "<image>", (40,), 10_000).input_ids)
+    encode(sample, byte_level(VICUNA), VICUNA, "<image>", (40,), length)
+    message = rf"rows.json row 3: {length} tokens \(40 of them images\) are longer than data.max_length={length - 1}"
+    with pytest.raises(InputRefused, match=message):
+        encode(sample, byte_level(VICUNA), VICUNA, "<image>", (40,), length - 1)
+    with pytest.raises(InputRefused, match=r"rows.json row 3: .* longer than data.max_length=20"):
+        encode_prompt(sample, byte_level(VICUNA), VICUNA, "<image>", (40,), 20)
+
+
+def test_marks_and_images_that_do_not_agree() -> None:
+    sample = conversation_of("<image>\nWhat?", "A cat.", images=2)
+    with pytest.raises(InputRefused, match=r"rows.json row 3: 1 image tokens in the text for 2 images"):
+        encode(sample, byte_level(VICUNA), VICUNA, "<image>", (4, 4), 100)
+
+
+def test_a_tokenizer_without_the_image_token() -> None:
+    with pytest.raises(InputRefused, match="has no token '<picture>'"):
+        encode(conversation_of("What?", "A cat."), byte_level(VICUNA), VICUNA, "<picture>", (), 100)
+
+
+def test_an_answer_that_leaves_nothing_to_learn() -> None:
+    """A tokenizer that drops what it does not know makes no token of this answer."""
+    words = Tokenizer(models.WordLevel({"USER:": 0, "ASSISTANT:": 1, "<image>": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.model = models.BPE({"U": 0, "<image>": 1}, [])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, extra_special_tokens={"image_token": "<image>"})
+    silent = Template(user="U{content}", assistant_open="U", end_mark="")
+    with pytest.raises(InputRefused, match=r"rows.json row 3: the tokenizer makes no token of its answers"):
+        encode(conversation_of("U", "漢"), tokenizer, silent, "<image>", (), 100)

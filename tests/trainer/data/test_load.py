@@ -1,0 +1,109 @@
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trainer.data.conftest import with_data
+from trainer.contract import Batch, InputRefused
+from trainer.data.load import batches, micro_batches
+from trainer.data.order import rows_of_step
+from trainer.data.sample import Sample, read_samples
+
+
+@pytest.fixture
+def samples(write_data, tmp_path: Path) -> tuple[Sample, ...]:
+    return read_samples(write_data(10), tmp_path)[0]
+
+
+def colours(steps) -> list[list[list[int]]]:
+    """Step -> micro-batch -> the red of each image: its row."""
+    return [[micro["pixel_values"][:, 0, 0, 0].int().tolist() for micro in step] for step in steps]
+
+
+def data_threads() -> int:
+    return sum(thread.name.startswith("data") for thread in threading.enumerate())
+
+
+def test_ranks_and_micro_batches_share_the_steps(samples, processor, spec) -> None:
+    seen = [colours(batches(samples, processor, spec, rank=rank, first_step=0)) for rank in (0, 1)]
+    assert [len(steps) for steps in seen] == [spec.steps, spec.steps]
+    for step in range(spec.steps):
+        rows = rows_of_step(step, seed=spec.seed, rows=10, global_batch=4)
+        assert seen[0][step] == [[rows[0]], [rows[2]]]
+        assert seen[1][step] == [[rows[1]], [rows[3]]]
+
+
+def test_another_number_of_ranks_sees_the_same_rows(samples, processor, spec) -> None:
+    alone = replace(spec, device=replace(spec.device, world_size=1), batch=Batch(global_batch=4, micro_batch=2, accumulation=2))
+    one = colours(batches(samples, processor, alone, rank=0, first_step=0))
+    two = [colours(batches(samples, processor, spec, rank=rank, first_step=0)) for rank in (0, 1)]
+    for step in range(spec.steps):
+        together = [row for rank in two for micro in rank[step] for row in micro]
+        assert sorted(row for micro in one[step] for row in micro) == sorted(together)
+
+
+def test_a_resumed_run_goes_on_where_it_was(samples, processor, spec) -> None:
+    whole = colours(batches(samples, processor, spec, rank=1, first_step=0))
+    assert colours(batches(samples, processor, spec, rank=1, first_step=2)) == whole[2:]
+    assert colours(batches(samples, processor, spec, rank=1, first_step=3)) == []
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(samples, processor, spec, workers) -> None:
+    spec = replace(spec, steps=9)
+    inline = list(batches(samples, processor, spec, rank=0, first_step=0))
+    ahead = list(batches(samples, processor, with_data(spec, workers=workers), rank=0, first_step=0))
+    assert len(ahead) == 9
+    for one, other in zip(inline, ahead, strict=True):
+        for expected, micro in zip(one, other, strict=True):
+            assert all(torch.equal(expected[name], micro[name]) for name in expected)
+    assert data_threads() == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_is_named_at_its_step_and_not_before(samples, processor, spec, workers, tmp_path) -> None:
+    row = rows_of_step(1, seed=spec.seed, rows=10, global_batch=4)[0]
+    assert row not in rows_of_step(0, seed=spec.seed, rows=10, global_batch=4)
+    (tmp_path / f"{row}.png").write_text("not an image")
+    steps = batches(samples, processor, with_data(spec, workers=workers), rank=0, first_step=0)
+    next(steps)
+    with pytest.raises(InputRefused, match=f"train.json row {row + 1}, key 'image': .*{row}.png: is not an image"):
+        next(steps)
+    assert data_threads() == 0
+
+
+def test_closing_ends_the_threads(samples, processor, spec) -> None:
+    steps = batches(samples, processor, with_data(spec, workers=2), rank=0, first_step=0)
+    next(steps)
+    assert data_threads() > 0
+    steps.close()
+    assert data_threads() == 0
+
+
+def test_little_is_prepared_ahead(samples, processor, spec) -> None:
+    """A long run must not fill the memory with batches that wait."""
+    spec = with_data(replace(spec, steps=500), workers=2)
+    taken = []
+
+    def count(images):
+        taken.append(len(images))
+        return processor.image_features(images)
+
+    steps = batches(samples * 100, replace(processor, image_features=count), spec, rank=0, first_step=0)
+    next(steps)
+    steps.close()
+    assert len(taken) <= 2 * (spec.batch.accumulation + 2)
+
+
+def test_no_rows(processor, spec) -> None:
+    with pytest.raises(InputRefused, match=r"train.json has no usable row"):
+        next(batches((), processor, spec, rank=0, first_step=0))
+
+
+def test_fewer_rows_than_a_batch(spec) -> None:
+    spec = replace(spec, steps=2, batch=Batch(global_batch=8, micro_batch=2, accumulation=2))
+    seen = [row for rank in (0, 1) for rows in micro_batches(3, spec, rank=rank, first_step=0) for row in rows]
+    assert len(seen) == 16
+    assert {seen.count(row) for row in range(3)} == {5, 6}

@@ -1,0 +1,65 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.data.conftest import CHATML, VICUNA
+from trainer.contract import InputRefused
+from trainer.data.sample import Message, Sample
+from trainer.data.segment import cut, find_template_problems
+
+SYSTEM = Message(role="system", content="Be brief.")
+TURNS = (
+    Message(role="user", content="<image>\nWhat?"),
+    Message(role="assistant", content="A cat."),
+    Message(role="user", content="Sure?"),
+    Message(role="assistant", content="Yes."),
+)
+
+
+def sample(*messages: Message) -> Sample:
+    return Sample(id="1", images=(Path("a.png"),), messages=messages, file="rows.json", row=3)
+
+
+def marked(template, image_token: str, *messages: Message) -> str:
+    return "".join(f"[{segment.text}]" if segment.trained else segment.text for segment in cut(sample(*messages), template, image_token))
+
+
+def test_vicuna() -> None:
+    assert marked(VICUNA, "<image>", *TURNS) == "USER: <image>\nWhat? ASSISTANT:[ A cat.</s>]USER: Sure? ASSISTANT:[ Yes.</s>]"
+
+
+def test_chatml_with_the_row_s_system_message() -> None:
+    assert marked(CHATML, "<|image_pad|>", SYSTEM, *TURNS) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\n<|image_pad|>\nWhat?<|im_end|>\n<|im_start|>assistant\n[A cat.<|im_end|>]\n"
+        "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n[Yes.<|im_end|>]\n"
+    )
+
+
+def test_a_system_place_stays_empty_without_a_system_message() -> None:
+    assert marked(CHATML, "<image>", *TURNS[2:]).startswith("<|im_start|>user\nSure?")
+
+
+def test_a_fixed_system_text_is_always_there() -> None:
+    fixed = replace(VICUNA, system="A chat. ")
+    assert marked(fixed, "<image>", *TURNS[2:]) == "A chat. USER: Sure? ASSISTANT:[ Yes.</s>]"
+
+
+def test_braces_in_the_text_are_only_text() -> None:
+    braces = Message(role="user", content="{content} {0}")
+    assert marked(VICUNA, "<image>", braces, TURNS[3]) == "USER: {content} {0} ASSISTANT:[ Yes.</s>]"
+
+
+def test_what_a_template_cannot_express_is_refused_not_dropped() -> None:
+    (problem,) = find_template_problems(sample(SYSTEM, *TURNS), VICUNA, "<image>")
+    assert "no place for a system message" in problem.problem
+    with pytest.raises(InputRefused, match=r"rows.json row 3: the model's chat template has no place"):
+        cut(sample(SYSTEM, *TURNS), VICUNA, "<image>")
+
+
+def test_the_model_s_own_image_token_in_a_text() -> None:
+    sly = sample(Message(role="user", content="<image> <|image_pad|>"), TURNS[1])
+    (problem,) = find_template_problems(sly, CHATML, "<|image_pad|>")
+    assert "'<|image_pad|>', which the model reads as part of an image" in problem.problem
+    assert find_template_problems(sly, CHATML, "<image>") == ()

@@ -1,0 +1,91 @@
+"""`python -m trainer data SPEC`: check the data before a rank starts. `torchrun ... -m trainer run SPEC`: the run, on every rank.
+
+Exit codes are contract.Exit. A rank that fails leaves `failure-rank<n>.json` in the run's folder.
+"""
+
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.contract import (
+    DATA_FILE,
+    FAILURE_FILES,
+    SCHEMA,
+    Exit,
+    FailureReport,
+    InputRefused,
+    RunFailed,
+    SpecError,
+    TrainSpec,
+    read,
+    write,
+)
+
+USAGE = "usage: python -m trainer data SPEC | run SPEC    (SPEC: the path of a run's spec.json)"
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 2 or arguments[0] not in COMMANDS:
+        print(USAGE, file=sys.stderr)
+        return Exit.USAGE
+    try:
+        spec = read(TrainSpec, Path(arguments[1]))
+    except SpecError as error:
+        print(error, file=sys.stderr)
+        return Exit.USAGE
+    try:
+        return COMMANDS[arguments[0]](spec)
+    except Exception as error:
+        return fail(spec, error)
+
+
+def data(spec: TrainSpec) -> int:
+    """Write data.json and say every problem."""
+    from trainer.data.check import check_data
+
+    report = check_data(spec)
+    write(report, Path(spec.output) / DATA_FILE)
+    for problem in report.problems:
+        print(problem, file=sys.stderr)
+    return Exit.USAGE if report.problems else Exit.OK
+
+
+def run(spec: TrainSpec) -> int:
+    from trainer.run import run_stage  # imports torch, which `data` must not
+
+    run_stage(spec, os.environ)
+    return Exit.OK
+
+
+COMMANDS: dict[str, Callable[[TrainSpec], int]] = {"data": data, "run": run}
+
+
+def fail(spec: TrainSpec, error: Exception) -> int:
+    """Say why this rank ends, to the reader and in the run's folder, and return its exit code."""
+    code = {InputRefused: Exit.USAGE, RunFailed: Exit.RUN}.get(type(error), Exit.BUG)
+    trace = "".join(traceback.format_exception(error))
+    print(trace if code == Exit.BUG else error, file=sys.stderr)
+    rank = int(os.environ.get("RANK", "0"))
+    report = FailureReport(
+        schema=SCHEMA,
+        rank=rank,
+        hostname=socket.gethostname(),
+        unix_s=time.time(),
+        code=code,
+        kind=type(error).__name__,
+        message=str(error),
+        traceback=trace,
+    )
+    try:
+        write(report, Path(spec.output) / FAILURE_FILES.format(rank=rank))
+    except OSError as unwritten:  # a full disk: what was printed is all there is
+        print(f"the failure report could not be written: {unwritten}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,89 @@
+"""Annotation files: a JSON list of rows, or one JSON object a line. Nothing here knows what a row means."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.contract import DataProblem
+
+# Python's own objects and other people's examples: the two ways in which hand-written annotation files are usually not JSON.
+SYNTAX_HELP = "JSON takes double quotes only and no comma before a closing bracket; see the place with: python -m json.tool {file}"
+
+
+def read_rows(file: Path) -> tuple[tuple[tuple[int, Any], ...], tuple[DataProblem, ...]]:
+    """(number, row) for each row, and what is wrong with the file. Numbers count from 1: the place in the list, or the line.
+
+    A line that is not JSON is a problem of that line; a list that is not JSON is one of the file.
+    """
+    text, problem = read_text(file)
+    if problem:
+        return (), (problem,)
+    if not text.strip():
+        return (), (file_problem(file, "is empty", "write one row for each conversation into it"),)
+    if text.lstrip().startswith("[") and file.suffix != ".jsonl":
+        return read_list(file, text)
+    return read_lines(file, text)
+
+
+def read_text(file: Path) -> tuple[str, DataProblem | None]:
+    try:
+        return file.read_text(encoding="utf-8-sig"), None
+    except UnicodeDecodeError as error:
+        return "", file_problem(file, f"is not UTF-8 text: {error.reason} at byte {error.start}", "save it as UTF-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        return "", file_problem(file, f"cannot be read: {reason}", "give data.train and data.evaluation the path of a readable JSON file")
+
+
+def read_list(file: Path, text: str) -> tuple[tuple[tuple[int, Any], ...], tuple[DataProblem, ...]]:
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return (), (file_problem(file, describe(error), SYNTAX_HELP.format(file=file)),)
+    if not rows:
+        return (), (file_problem(file, "is an empty list", "write one row for each conversation into it"),)
+    return tuple(enumerate(rows, start=1)), ()
+
+
+def read_lines(file: Path, text: str) -> tuple[tuple[tuple[int, Any], ...], tuple[DataProblem, ...]]:
+    if spans_lines(text):
+        return (), (file_problem(file, "is one JSON object, not a list of rows", "put the rows into a list: [ {...}, {...} ]"),)
+    rows: list[tuple[int, Any]] = []
+    problems: list[DataProblem] = []
+    for number, line in numbered_lines(text):
+        try:
+            rows.append((number, json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            fix = "write a list [ ... ], or one whole JSON object on every line; " + SYNTAX_HELP.split(";")[0]
+            problems.append(DataProblem(file=str(file), row=number, field="", problem=describe(error), fix=fix))
+    return tuple(rows), tuple(problems)
+
+
+def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines with something on them. Split at line feeds only: str.splitlines also cuts at U+2028, which JSON allows in a string."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, line
+
+
+def spans_lines(text: str) -> bool:
+    """Whether the whole text is one JSON object printed over several lines, as in `{"data": [...]}`."""
+    if "\n" not in text.strip():
+        return False
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def describe(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}"
+    if isinstance(error, RecursionError):
+        return "is not usable JSON: nested too deeply"
+    return f"is not usable JSON: {error}"
+
+
+def file_problem(file: Path, problem: str, fix: str) -> DataProblem:
+    return DataProblem(file=str(file), row=0, field="", problem=problem, fix=fix)

@@ -1,0 +1,121 @@
+"""The 1,797 handwritten digits that ship inside scikit-learn, as instruction data: "Which digit is this?" -> "7".
+
+UCI ML hand-written digits (Alpaydin and Kaynak, 1998), 8x8 pixels with 17 grey levels. 1,500 rows train, 297 are held out; which
+ones is fixed by `permute(1797, "digits")` and does not depend on a run's seed.
+"""
+
+import fcntl
+import hashlib
+import json
+import shutil
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.contract import write_text
+from trainer.data.order import permute
+
+ROWS = 1797
+TRAIN_ROWS = 1500
+QUESTION = "<image>\nWhich digit is this?"
+MANIFEST = "manifest.json"
+
+
+def write_digits(root: Path) -> None:
+    """Make `root/digits` unless it is there whole: train.json, evaluation.json, images/*.png and, last, the manifest.
+
+    Written aside and renamed, one process at a time, so that nobody ever reads half of it; the bytes are the same on every machine.
+    A damaged set is moved to `root/digits.damaged.*`, in case it is something of the user's. Raises OSError.
+    """
+    folder = root / "digits"
+    if is_whole(folder):
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    with locked(root / ".digits.lock"):
+        if is_whole(folder):
+            return
+        aside = Path(tempfile.mkdtemp(prefix=".digits.", dir=root))
+        try:
+            write_set(aside)
+            aside.chmod(0o755)  # mkdtemp's 0700 would hide it from the user of a container
+            if folder.exists():
+                folder.rename(root / f"digits.damaged{aside.suffix}")
+            aside.rename(folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the manifest is there and says the hash that the files have."""
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8")) == {"sha256": hash_set(folder)}
+    except (OSError, ValueError):
+        return False
+
+
+def hash_set(folder: Path) -> str:
+    """SHA-256 over names and bytes of the annotation files and images. Raises OSError when one is missing."""
+    digest = hashlib.sha256()
+    for name in ["train.json", "evaluation.json", *map(image_name, range(ROWS))]:
+        digest.update(f"{name}\0".encode())
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def write_set(folder: Path) -> None:
+    pixels, labels = load_pixels()
+    (folder / "images").mkdir()
+    for index, image in enumerate(pixels):
+        (folder / image_name(index)).write_bytes(png(image))
+    order = [int(index) for index in permute(ROWS, "digits")]
+    for name, part in (("train.json", order[:TRAIN_ROWS]), ("evaluation.json", order[TRAIN_ROWS:])):
+        rows = ",\n".join(json.dumps(row(index, labels[index])) for index in part)
+        write_text(f"[\n{rows}\n]\n", folder / name)
+    write_text(json.dumps({"sha256": hash_set(folder)}) + "\n", folder / MANIFEST)
+
+
+def load_pixels() -> tuple[NDArray[np.uint8], list[int]]:
+    """([1797, 8, 8] uint8 from 0 to 255, labels)."""
+    from sklearn.datasets import load_digits  # a second of imports, and needed once a machine
+
+    digits = load_digits()
+    return np.rint(digits.images * 255 / 16).astype(np.uint8), [int(label) for label in digits.target]
+
+
+def row(index: int, label: int) -> dict[str, object]:
+    turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": str(label)}]
+    return {"id": f"digit-{index:04}", "image": image_name(index), "conversations": turns}
+
+
+def image_name(index: int) -> str:
+    return f"images/{index:04}.png"
+
+
+def png(image: NDArray[np.uint8]) -> bytes:
+    """[H, W] grey levels as a PNG with one stored deflate block: what a compressor writes changes with its version, and so would the hash.
+
+    https://www.w3.org/TR/png-3/ sections 5 and 11; RFC 1950, RFC 1951 section 3.2.4. At most 65,535 bytes of pixels and filter marks.
+    """
+    height, width = image.shape
+    lines = b"".join(b"\0" + line.tobytes() for line in image)
+    block = b"\x78\x01\x01" + struct.pack("<HH", len(lines), len(lines) ^ 0xFFFF) + lines + struct.pack(">I", zlib.adler32(lines))
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", block) + chunk(b"IEND", b"")
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time; the kernel lets go of the lock when its holder dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
