@@ -19,7 +19,7 @@ from launcher.schema import AXES, Config
 from trainer.contract import SpecError, decode
 
 PRIMARY = "config"
-OPTIONAL_GROUPS = ("tune", "experiment")  # null takes none of them
+OPTIONAL_GROUPS = {"tune": "~tune", "experiment": ""}  # what null is for Hydra: the one has a default to delete, the other none
 UNREADABLE = "cannot be read; write KEY=VALUE, and quote a value with commas, brackets or quotes: \"KEY='a, b'\""
 INTERPOLATION = "interpolations are refused, a plan must show the value itself; write it out"
 
@@ -65,11 +65,11 @@ def _translate(overrides: Sequence[str], groups: dict[str, tuple[str, ...]]) -> 
             problems.append(f"  {override}: {error}")
     if problems:
         raise ConfigRefused("\n".join((_heading("override", len(problems)), *problems)))
-    return list(translated.values())
+    return [text for text in translated.values() if text]
 
 
 def _translate_one(override: str, groups: dict[str, tuple[str, ...]]) -> tuple[str, str]:
-    """(key, override for Hydra). Raises ConfigRefused with the bare reason."""
+    """(key, override for Hydra, '' where it needs none). Raises ConfigRefused with the bare reason."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -86,17 +86,18 @@ def _translate_one(override: str, groups: dict[str, tuple[str, ...]]) -> tuple[s
         raise ConfigRefused(f"one value is wanted; a list is written {key}=[{text}]")
     if "${" in text:
         raise ConfigRefused(INTERPOLATION)
+    value = parsed.value()
     if key in groups:
-        return key, _choose(key, parsed.value() if isinstance(parsed.value(), str) else text, groups[key])
+        return key, _choose(key, value if isinstance(value, str) else text, groups[key])
     kind = _find_type(key, groups)
-    if _without_null(kind) is str and isinstance(parsed.value(), (int, float)) and not isinstance(parsed.value(), bool):
+    if _without_null(kind) is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         text = f"'{text}'"  # a revision such as 12345e6 is text, though it reads as a number
     return key, f"++{key}={text}"  # forced, since a file may leave out what has a default
 
 
 def _choose(group: str, name: str, names: tuple[str, ...]) -> str:
     if name == "null" and group in OPTIONAL_GROUPS:
-        return f"~{group}"
+        return OPTIONAL_GROUPS[group]
     if name not in names:
         raise ConfigRefused(f"unknown {group} {name!r}; {suggest(name, names)}")
     return f"{group}={name}"

@@ -81,7 +81,8 @@ def trainable_parameters(config: Config) -> int:
     """Elements that get gradients: the stage's groups, and LoRA. None in an evaluation."""
     if config.stage.kind == "evaluate":
         return 0
-    return sum(getattr(config.model.parameters, group) for group in config.stage.trainable) + lora_parameters(config)
+    whole: int = sum(getattr(config.model.parameters, group) for group in config.stage.trainable)
+    return whole + lora_parameters(config)
 
 
 def lora_parameters(config: Config) -> int:
@@ -91,7 +92,8 @@ def lora_parameters(config: Config) -> int:
         return 0
     shapes = linear_shapes(text)
     # A hybrid decoder has attention under these names in one layer of `full_attention_interval` alone.
-    attention = text.num_hidden_layers // max(1, int(text.options.get("full_attention_interval", 1)))
+    interval: int = text.options.get("full_attention_interval", 1)
+    attention = text.num_hidden_layers // max(1, interval)
     layers = {name: attention if name in ATTENTION_LINEARS else text.num_hidden_layers for name in shapes}
     return sum(lora.r * sum(shapes[name]) * layers[name] for name in lora.targets if name in shapes)
 

@@ -14,6 +14,7 @@ from launcher.transport import Running, Transport, kill_processes, processes_wit
 
 PROBE_INTERVAL_S = 0.5  # an inspect costs the engine about 20 ms
 TICK_S = 0.1
+REAP_S = 2  # for a process that was killed to be gone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ class ProcessMember:
 
     def clear(self) -> None:
         kill_processes(processes_with(RUN_VARIABLE, self.command.environment[RUN_VARIABLE]))
+        self.running.wait(REAP_S)
 
 
 class ContainerMember:
@@ -94,11 +96,14 @@ class ContainerMember:
 
     def kill(self) -> None:
         self.code = self.code if self.code is not None else 128 + signal.SIGKILL
-        self.clear()
+        self.transport.run(self.command.remove)
 
     def clear(self) -> None:
-        self.logs.wait(5)
+        if self.code is None:
+            self.kill()
+        self.logs.wait(REAP_S)  # the last lines of a container that has ended
         self.logs.signal(signal.SIGTERM)
+        self.logs.wait(REAP_S)
         self.transport.run(self.command.remove)
 
 
@@ -128,6 +133,7 @@ class PrepareMember:
             self.transport.run(("docker", "rm", "--force", f"{self.command.name}-data"))
         else:
             kill_processes(processes_with(RUN_VARIABLE, self.command.environment[RUN_VARIABLE]))
+        self.running.wait(REAP_S)
 
 
 def start_members(commands: tuple[NodeCommand, ...], transport: Transport, folder: Path) -> tuple[Member, ...]:

@@ -12,7 +12,7 @@ from launcher.start import RUN_VARIABLE, NodeCommand
 from launcher.transport import Local, processes_with
 
 ENVIRON = {"PATH": "/usr/bin:/bin"}
-DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
 # torchrun gives each rank a session of its own: a group kill does not reach it.
 WITH_CHILD = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {DEAF!r}], start_new_session=True); time.sleep(60)"
 
@@ -51,18 +51,21 @@ def test_first_failure_stops_the_others(tmp_path: Path) -> None:
 
 def test_one_that_does_not_listen_is_killed_with_its_children(tmp_path: Path) -> None:
     stop = StopRequest()
-    stop.ask("SIGINT")
-    results = run(tmp_path, DEAF, WITH_CHILD, stop=stop)
+
+    def tick() -> None:
+        if not stop.count and all("deaf" in (tmp_path / f"logs/node{rank}.log").read_text() for rank in (0, 1)):
+            stop.ask("SIGINT")
+
+    results = run(tmp_path, DEAF, WITH_CHILD, stop=stop, tick=tick)
     assert results[0].killed
     assert processes_with(RUN_VARIABLE, tmp_path.name) == ()
 
 
 def test_a_second_request_kills_at_once(tmp_path: Path) -> None:
-    stop, ticks = StopRequest(), []
+    stop = StopRequest()
 
     def tick() -> None:
-        ticks.append(1)
-        if len(ticks) in (5, 10):  # the deaf one has had time to turn deaf
+        if stop.count or "deaf" in (tmp_path / "logs/node0.log").read_text():
             stop.ask("SIGINT")
 
     started = time.monotonic()

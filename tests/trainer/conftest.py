@@ -84,7 +84,15 @@ def architecture(width: int, layers: int) -> dict[str, Any]:
 
 
 def make_spec(
-    output: Path, data: Path, *, width: int = 32, precision: str = "fp32", zero: int = 0, micro: int = 8, accumulation: int = 1, ranks: int = 1
+    output: Path,
+    data: Path,
+    *,
+    width: int = 32,
+    precision: str = "fp32",
+    zero: int = 0,
+    micro: int = 8,
+    accumulation: int = 1,
+    ranks: int = 1,
 ) -> TrainSpec:
     """A few steps of a small model; replace what a test is about. `width` 96 with 3 layers is conf/model/tiny_llava.yaml."""
     batch = Batch(global_batch=micro * accumulation * ranks, micro_batch=micro, accumulation=accumulation)
@@ -118,6 +126,21 @@ def make_spec(
         evaluation=Evaluation(batch=16, max_new_tokens=4, limit=24),
         deepspeed=render_deepspeed(precision, batch, stage=zero, clip_norm=optimizer.clip_norm),
     )
+
+
+THIRD_PARTY = (
+    "ignore:.*_tensor. is deprecated:FutureWarning",  # DeepSpeed 0.19.8 calls two collectives by the names before torch 2.13
+    "ignore:.torch.jit.script:DeprecationWarning",  # torch 2.13 itself, when DeepSpeed imports torch._inductor
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",  # peft 0.21.2 asks transformers 5.23 by the old name
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The warnings of others that our tests of engine, stages and runs cannot help."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            for warning in THIRD_PARTY:
+                item.add_marker(pytest.mark.filterwarnings(warning))
 
 
 @pytest.fixture(scope="session")
@@ -173,7 +196,18 @@ def torchrun() -> Callable[..., Ended]:
         path = Path(spec.output) / SPEC_FILE
         write(spec, path)
         ranks = str(spec.device.world_size)
-        command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "-m", "trainer", "run", str(path))
+        command = (
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            ranks,
+            "-m",
+            "trainer",
+            "run",
+            str(path),
+        )
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:

@@ -15,11 +15,7 @@ from trainer.models import find_family
 from trainer.precision import loading_dtype
 from trainer.stages.group import apply_stage
 
-pytestmark = [
-    pytest.mark.usefixtures("process_group"),
-    # torch 2.13 renames two collectives that DeepSpeed 0.19.8 calls by their old names.
-    pytest.mark.filterwarnings("ignore:.*_tensor. is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture
@@ -52,7 +48,18 @@ def losses(engine: Engine, spec: TrainSpec) -> list[float]:
     return [row.loss for row in rows]
 
 
-CELLS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3), ("pure_bf16", 1), ("pure_bf16", 2), ("pure_bf16", 3)]
+CELLS = [
+    ("fp32", 0),
+    ("fp32", 1),
+    ("fp32", 2),
+    ("fp32", 3),
+    ("bf16", 1),
+    ("bf16", 2),
+    ("bf16", 3),
+    ("pure_bf16", 1),
+    ("pure_bf16", 2),
+    ("pure_bf16", 3),
+]
 
 
 @pytest.mark.parametrize(("precision", "zero"), CELLS)

@@ -32,6 +32,8 @@ def test_no_step_has_a_rate_of_zero() -> None:
     assert all(rate > 0 for schedule in ("constant", "linear", "cosine") for rate in rates(300, schedule=schedule, warmup=20))
 
 
-@pytest.mark.parametrize(("warmup", "steps", "expected"), [(0.03, 1000, 30), (0.03, 10, 1), (0.07, 100, 7), (0, 10, 0), (1, 10, 1), (20, 10, 10)])
+@pytest.mark.parametrize(
+    ("warmup", "steps", "expected"), [(0.03, 1000, 30), (0.03, 10, 1), (0.07, 100, 7), (0, 10, 0), (1, 10, 1), (20, 10, 10)]
+)
 def test_warmup_is_a_share_below_one_and_a_count_from_one_on(warmup: float, steps: int, expected: int) -> None:
     assert warmup_steps(steps, Optimizer(lr=1.0, warmup=warmup)) == expected

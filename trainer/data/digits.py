@@ -54,7 +54,7 @@ def write_digits(root: Path) -> None:
 def is_whole(folder: Path) -> bool:
     """Whether the manifest is there and says the hash that the files have."""
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8")) == {"sha256": hash_set(folder)}
+        return bool(json.loads((folder / MANIFEST).read_text(encoding="utf-8")) == {"sha256": hash_set(folder)})
     except (OSError, ValueError):
         return False
 

@@ -84,7 +84,9 @@ def tokenise(tokenizer: "PreTrainedTokenizerBase", segments: Sequence[Segment]) 
     start of its own from a SentencePiece tokenizer. Only where a token reaches across the edge is the text cut there, because the
     ids of a prompt must be the beginning of the ids that were trained on.
     """
-    text, ids, pieces = "", [], []
+    text = ""
+    ids: list[int] = []
+    pieces: list[list[int]] = []
     for segment in segments:
         text += segment.text
         whole = token_ids(tokenizer, text)
@@ -95,7 +97,8 @@ def tokenise(tokenizer: "PreTrainedTokenizerBase", segments: Sequence[Segment]) 
 
 
 def token_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 @lru_cache(maxsize=8)  # asked for every sample; a tokenizer does not change once a run has begun

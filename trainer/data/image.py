@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trainer.contract import InputRefused
 
@@ -71,7 +71,7 @@ def flatten(image: Image.Image) -> Image.Image:
 
 def describe(error: Exception) -> str:
     """Decoders raise anything (SyntaxError, struct.error, IndexError ...): say what it means for the file."""
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return f"is not an image that can be read ({', '.join(FORMATS)})"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"has more pixels than the limit of {MAX_PIXELS}"

@@ -136,7 +136,7 @@ def test_segments_joined_are_the_whole_text_tokenised(template, tokenizer, words
 def test_a_token_never_reaches_across_the_start_of_an_answer() -> None:
     """A tokenizer with the token "\\n\\n": the answer starts with a line feed, and the prompt still ends with one of its own."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(["\n\n"] * 9, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))

@@ -1,0 +1,74 @@
+"""Config -> Plan: pure, byte-stable, and without torch."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import ConfigRefused
+from launcher.plan import Plan, absolute, to_plain
+from trainer.contract import TrainSpec, decode
+
+PROJECT = Path(__file__).resolve().parents[2]
+WITHOUT_TORCH = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "deepspeed", "peft", "numpy"):
+            raise ImportError(f"{name} is not for the launcher")
+sys.meta_path.insert(0, Refuse())
+from launcher.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_same_inputs_give_an_equal_plan(plan_for: Callable[..., Plan]) -> None:
+    first, second = (json.dumps(to_plain(plan_for("hardware=p4"))) for _ in range(2))
+    assert first == second
+
+
+def test_spec_survives_the_disk(plan_for: Callable[..., Plan]) -> None:
+    spec = plan_for("stage=lora", "stage.checkpoint=/some/where").spec
+    assert decode(TrainSpec, json.loads(json.dumps(to_plain(plan_for("stage=lora", "stage.checkpoint=/some/where"))["spec"]))) == spec
+
+
+def test_plan_runs_where_torch_cannot_be_imported() -> None:
+    argv = (sys.executable, "-c", WITHOUT_TORCH, "plan", "hardware=ascend910b", "model=qwen2_5_vl_32b", "stage=lora", "precision=bf16", "cluster=example")
+    done = subprocess.run(argv, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for part in ("== config", "== DeepSpeed config", "== node 1: 192.0.2.12", "images/rendered/ascend910b/Dockerfile", "== verdict", "16 device(s)"):
+        assert part in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "batch", "stage"),
+    [
+        ((), (64, 64, 1), 0),
+        (("cluster.devices_per_node=2",), (64, 32, 1), 0),
+        (("cluster.devices_per_node=2", "strategy=zero2", "strategy.micro_batch=4"), (64, 4, 8), 2),
+        (("strategy.micro_batch=16", "precision=bf16"), (64, 16, 4), 0),
+    ],
+)
+def test_the_global_batch_is_divided_once(plan_for: Callable[..., Plan], overrides: tuple[str, ...], batch: tuple[int, int, int], stage: int) -> None:
+    spec = plan_for(*overrides).spec
+    assert (spec.batch.global_batch, spec.batch.micro_batch, spec.batch.accumulation) == batch
+    assert spec.deepspeed["train_batch_size"] == spec.batch.micro_batch * spec.batch.accumulation * spec.device.world_size == 64
+    assert spec.deepspeed["zero_optimization"]["stage"] == stage
+
+
+def test_two_problems_are_reported_together(plan_for: Callable[..., Plan]) -> None:
+    with pytest.raises(ConfigRefused) as caught:
+        plan_for("hardware=p4", "precision=bf16", "run.steps=0")
+    text = str(caught.value)
+    assert "2 reasons" in text and "precision" in text and "run.steps" in text and "precision=fp16" in text
+
+
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [("a/b", "/home/ann/a/b"), ("/data", "/data"), (".", "/home/ann"), ("../x", "/home/x"), ("../../../../x", "/x"), ("./a/./b", "/home/ann/a/b")],
+)
+def test_absolute(path: str, wanted: str) -> None:
+    assert absolute(path, Path("/home/ann")) == wanted

@@ -1,0 +1,116 @@
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from trainer.contract import InputRefused, Template
+from trainer.data.sample import Message, Sample
+from trainer.data.segment import cut
+from trainer.models import FAMILIES, find_family
+from trainer.models.llava import LLAVA
+from trainer.models.template import chat_template
+
+TEMPLATES = [
+    Template(user="USER: {content} ", assistant_open="ASSISTANT: ", end_mark="</s>"),
+    Template(system="A 'chat'.\n\n", user="USER: {content}\n", assistant_open="ASSISTANT:", end_mark="</s>", separator="\n"),
+    Template(
+        system="<|im_start|>system\n{content}<|im_end|>\n",
+        user="<|im_start|>user\n{content}<|im_end|>\n",
+        assistant_open="<|im_start|>assistant\n",
+        end_mark="<|im_end|>",
+        separator="\n",
+    ),
+    Template(user="{% {{ \\ {content} ", assistant_open="a ", end_mark="}}"),
+]
+
+
+def test_a_random_start_depends_on_the_seed_alone(tiny_spec: Any) -> None:
+    spec = tiny_spec()
+
+    def make(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return torch.cat([p.detach().flatten() for p in LLAVA.create(spec.model).parameters()])
+
+    assert torch.equal(make(1), make(1))
+    assert not torch.equal(make(1), make(2))
+
+
+def test_the_full_tiny_model_has_the_parameters_that_its_config_file_says(tiny_spec: Any) -> None:
+    assert sum(p.numel() for p in LLAVA.create(tiny_spec(width=96).model).parameters()) == 614_400
+
+
+@pytest.mark.parametrize("layer", [-1, -2, -3, 1, [-2, 0]])
+def test_unused_parameters_are_those_without_gradient(layer: int | list[int], tiny_spec: Any) -> None:
+    model = tiny_spec().model
+    options = {**model.architecture["options"], "vision_feature_layer": layer}
+    model = replace(model, architecture={**model.architecture, "options": options})
+    made, processor = LLAVA.create(model), LLAVA.create_processor(model)
+    images, counts = processor.image_features([Image.new("RGB", (20, 30), "red")])
+    assert counts == (16,)
+    ids = torch.tensor([[*[processor.tokenizer.convert_tokens_to_ids("<image>")] * counts[0], 40, 41]])
+    made(input_ids=ids, **images).logits[:, -1].sum().backward()
+    assert LLAVA.unused(made) == {name for name, p in made.named_parameters() if p.grad is None}
+
+
+def test_image_tokens_fit_the_features_of_either_strategy(tiny_spec: Any) -> None:
+    model = tiny_spec().model
+    options = {**model.architecture["options"], "vision_feature_select_strategy": "full"}
+    processor = LLAVA.create_processor(replace(model, architecture={**model.architecture, "options": options}))
+    assert processor.image_features([Image.new("RGB", (8, 8))] * 2)[1] == (17, 17)
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tiny_spec: Any) -> None:
+    model = tiny_spec().model
+    small = {**model.architecture, "text": {**model.architecture["text"], "vocab_size": 300}}
+    with pytest.raises(InputRefused, match="vocab_size: 300 is too small for the tokenizer's"):
+        LLAVA.create(replace(model, architecture=small))
+
+
+def test_an_unknown_family_is_answered_with_those_there_are() -> None:
+    with pytest.raises(InputRefused, match="no module for 'lava'; it has llava"):
+        find_family("lava")
+    assert all(name == family.name for name, family in FAMILIES.items())
+
+
+def test_saved_and_loaded_again_it_is_the_same_model_in_another_dtype(tiny_spec: Any, tmp_path: Any) -> None:
+    spec = tiny_spec()
+    made, processor = LLAVA.create(spec.model), LLAVA.create_processor(spec.model)
+    made.save_pretrained(tmp_path)
+    processor.save(tmp_path)
+    loaded, opened = LLAVA.load(tmp_path, spec.model, torch.bfloat16), LLAVA.load_processor(tmp_path, spec.model)
+    assert all(torch.equal(p.to(torch.bfloat16), q) for p, q in zip(made.parameters(), loaded.parameters(), strict=True))
+    picture = Image.linear_gradient("L").convert("RGB")
+    assert torch.equal(processor.image_features([picture])[0]["pixel_values"], opened.image_features([picture])[0]["pixel_values"])
+    assert opened.tokenizer("USER: <image>7")["input_ids"] == processor.tokenizer("USER: <image>7")["input_ids"]
+    assert opened.tokenizer.padding_side == "right"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_chat_template_writes_the_text_that_is_trained_on(template: Template) -> None:
+    tokenizer = FAMILIES["llava"].create_processor  # only for its tokenizer class
+    assert callable(tokenizer)
+    turns = [("user", "<image>\nWhat {x} 'is' it? "), ("assistant", 'A "cat"\n'), ("user", "And {{ this }}?"), ("assistant", "7")]
+    if "{content}" in template.system:
+        turns.insert(0, ("system", "Be brief."))
+    messages = tuple(Message(role=role, content=content) for role, content in turns)  # type: ignore[arg-type]
+    sample = Sample(id="1", images=(), messages=messages, file="f", row=1)
+    wanted = "".join(segment.text for segment in cut(sample, template, "<image>"))
+    assert render(template, [{"role": role, "content": content} for role, content in turns]) == wanted
+    prompt = render(template, [{"role": role, "content": content} for role, content in turns[:-1]], add_generation_prompt=True)
+    assert wanted.startswith(prompt)
+    assert wanted[len(prompt) :].strip().startswith("7")
+
+
+def test_images_in_parts_become_image_marks() -> None:
+    parts = [{"type": "image"}, {"type": "text", "text": "\nWhich?"}]
+    assert render(TEMPLATES[0], [{"role": "user", "content": parts}], add_generation_prompt=True) == "USER: <image>\nWhich? ASSISTANT:"
+
+
+def render(template: Template, messages: list[dict[str, Any]], **options: Any) -> str:
+    """By transformers itself."""
+    from trainer.models.tiny import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer("<image>", template)
+    return tokenizer.apply_chat_template(messages, chat_template=chat_template(template, "<image>"), tokenize=False, **options)
