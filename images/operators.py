@@ -36,7 +36,18 @@ def fetch_source(lock: Path, folder: Path) -> Path:
     """Download DeepSpeed's source distribution, hash checked by pip, and unpack it; its folder."""
     row = folder / "row.txt"
     row.write_text(locked_row(lock.read_text(encoding="utf-8"), "deepspeed"), encoding="utf-8")
-    pip = (sys.executable, "-m", "pip", "download", "-q", "--require-hashes", "--no-deps", "--no-build-isolation", "--no-binary", "deepspeed")
+    pip = (
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--require-hashes",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-binary",
+        "deepspeed",
+    )
     subprocess.run((*pip, "-d", str(folder), "-r", str(row)), check=True)
     (archive,) = folder.glob("deepspeed-*.tar.gz")
     with tarfile.open(archive) as tar:
@@ -47,7 +58,7 @@ def fetch_source(lock: Path, folder: Path) -> Path:
 def build_wheel(source: Path, out: Path, accelerator: str, operators: list[str]) -> None:
     """Run DeepSpeed's own setup.py with portable flags. The host's optimizer is the same code beside every accelerator, so it is
     compiled as for the CPU and recorded for the accelerator that will load it."""
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LDFLAGS": "-Wl,-s"}
+    os.environ |= {"DS_ACCELERATOR": "cpu", "DS_ENABLE_NINJA": "1", "LDFLAGS": "-Wl,-s"}
     os.chdir(source)
     sys.path.insert(0, str(source))
     from op_builder import all_ops

@@ -49,7 +49,11 @@ def main() -> int:
     asked = parser.parse_args()
     for name in IMPORTS:
         import_module(name)
-    findings = [*check_versions(asked.versions), *check_architectures(asked.architectures), *check_operators(asked.accelerator, asked.operators)]
+    findings = [
+        *check_versions(asked.versions),
+        *check_architectures(asked.architectures),
+        *check_operators(asked.accelerator, asked.operators),
+    ]
     print("\n".join(findings) or "self test passed")
     return 1 if findings else 0
 

@@ -7,7 +7,7 @@ CUDA, the NVIDIA container toolkit's `--gpus`.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from launcher.schema import Accelerator, Hardware
+from launcher.schema import Accelerator
 
 # Read-only, at the same place inside: the driver belongs to the host, never to the image.
 ASCEND_MOUNTS = (
@@ -29,18 +29,18 @@ class Attachment:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def attach_cpu(hardware: Hardware, devices: int, nodes: int) -> Attachment:
+def attach_cpu(devices: int, nodes: int) -> Attachment:
     return Attachment(environment={"DS_ACCELERATOR": "cpu"})
 
 
-def attach_cuda(hardware: Hardware, devices: int, nodes: int) -> Attachment:
+def attach_cuda(devices: int, nodes: int) -> Attachment:
     ids = ",".join(str(i) for i in range(devices))
     # docker reads --gpus as CSV: without the inner quotes a second id would be taken for a new key.
     options = ("--gpus", f'"device={ids}"')
     return Attachment(options=options, environment={"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": ids})
 
 
-def attach_npu(hardware: Hardware, devices: int, nodes: int) -> Attachment:
+def attach_npu(devices: int, nodes: int) -> Attachment:
     files = tuple(f"/dev/davinci{i}" for i in range(devices)) + ASCEND_MANAGERS
     mounts = ASCEND_MOUNTS + (ASCEND_NETWORK_MOUNTS if nodes > 1 else ())
     options = tuple(part for path in files for part in ("--device", path))
@@ -49,9 +49,9 @@ def attach_npu(hardware: Hardware, devices: int, nodes: int) -> Attachment:
     return Attachment(options=options, environment={"DS_ACCELERATOR": "npu", "ASCEND_RT_VISIBLE_DEVICES": visible})
 
 
-ATTACH: dict[Accelerator, Callable[[Hardware, int, int], Attachment]] = {"cpu": attach_cpu, "cuda": attach_cuda, "npu": attach_npu}
+ATTACH: dict[Accelerator, Callable[[int, int], Attachment]] = {"cpu": attach_cpu, "cuda": attach_cuda, "npu": attach_npu}
 
 
-def attach(hardware: Hardware, *, devices: int, nodes: int) -> Attachment:
+def attach(accelerator: Accelerator, *, devices: int, nodes: int) -> Attachment:
     """Options and variables that give a node's first `devices` devices to the run."""
-    return ATTACH[hardware.accelerator](hardware, devices, nodes)
+    return ATTACH[accelerator](devices, nodes)

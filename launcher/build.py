@@ -33,11 +33,17 @@ DISTRIBUTION = re.compile(r"^(?P<name>[A-Za-z0-9._]+?)-(?P<version>\d[^-]*?)(-[^
 ADVICE = (
     (r"DO NOT MATCH THE HASHES", "a package is not the one that was locked: look at the mirror or the wheelhouse; never loosen the hash"),
     (r"In --require-hashes mode", "the lock misses a package: omnilaunch image refresh"),
-    (r"No space left on device|no space left on device", "the engine's disk is full: docker system df shows by what, docker builder prune frees the build cache"),
+    (
+        r"No space left on device|no space left on device",
+        "the engine's disk is full: docker system df shows by what, docker builder prune frees the build cache",
+    ),
     (r"AssertionError: the base has Python", "take a base with the Python of the lock, or leave cluster.delivery.base empty"),
     (r"exec format error", "the base is for another architecture than this machine: build on a machine of the nodes' architecture"),
     (r"CERTIFICATE_VERIFY_FAILED|SSLError", "a proxy with a certificate of its own: name its bundle with cluster.delivery.ca_bundle=FILE"),
-    (r"No matching distribution found", "the index lacks it: cluster.delivery.index=URL for a mirror, cluster.delivery.find_links=FOLDER for local wheels"),
+    (
+        r"No matching distribution found",
+        "the index lacks it: cluster.delivery.index=URL for a mirror, cluster.delivery.find_links=FOLDER for local wheels",
+    ),
     (
         r"failed to resolve|failed to do request|pull access denied|no such host|failed to authorize|manifest unknown",
         "the base image cannot be pulled from here: name one that can with cluster.delivery.base=IMAGE",
@@ -71,7 +77,9 @@ def build(image: Image, *, root: Path, delivery: Delivery, on_line: Callable[[st
             run_build(command, context.with_suffix(".log"), delivery, on_line)
     made = find(image)
     if made is None:
-        raise ImageFailed(f"the build of {image.tag} ended without an error, yet the engine does not have the image: docker images {REPOSITORY}")
+        raise ImageFailed(
+            f"the build of {image.tag} ended without an error, yet the engine does not have the image: docker images {REPOSITORY}"
+        )
     return made
 
 
@@ -87,7 +95,9 @@ def find_client(environ: "os._Environ[str] | dict[str, str]") -> Client:
         )
     engine = engine_version()
     if version_of(engine) < OLDEST_ENGINE:
-        raise ImageFailed(f"the Docker engine is {engine}; BuildKit with mounts and secrets needs {OLDEST_ENGINE[0]}.{OLDEST_ENGINE[1]} or newer")
+        raise ImageFailed(
+            f"the Docker engine is {engine}; BuildKit with mounts and secrets needs {OLDEST_ENGINE[0]}.{OLDEST_ENGINE[1]} or newer"
+        )
     refused = []
     for path in dict.fromkeys(paths):
         version = answer((path, "version", "--format", "{{.Client.Version}}"))
@@ -110,7 +120,9 @@ def engine_version() -> str:
     except docker.errors.DockerException as error:
         denied = "Permission denied" in str(error)
         fix = "add yourself to the group docker, or use sudo" if denied else "start it: systemctl start docker, or dockerd"
-        raise ImageFailed(f"the Docker engine does not answer ({error}): {fix}. To run without containers: cluster.runtime=process") from error
+        raise ImageFailed(
+            f"the Docker engine does not answer ({error}): {fix}. To run without containers: cluster.runtime=process"
+        ) from error
 
 
 def find(image: Image) -> str | None:
@@ -151,14 +163,18 @@ def version_of(text: str) -> tuple[int, ...]:
 def refuse_unbuildable(image: Image, delivery: Delivery) -> None:
     """Raise ImageFailed for an image that may not or cannot be built, before anything is made."""
     if delivery.kind != "build":
-        raise ImageFailed(f"{image.tag} is not on this machine and cluster.delivery.kind={delivery.kind} is still to come; use cluster.delivery.kind=build")
+        raise ImageFailed(
+            f"{image.tag} is not on this machine and cluster.delivery.kind={delivery.kind} is still to come; use cluster.delivery.kind=build"
+        )
     if not image.lock:
         raise ImageFailed(
             f"stack {image.stack} has no lock for {image.architecture} yet (images/versions.yaml, key stacks.{image.stack}.locks): "
             "its image can be planned, not built"
         )
     if image.licence and not delivery.accept_licence:
-        raise ImageFailed(f"building {image.tag} accepts this licence: {image.licence}. Say so once with cluster.delivery.accept_licence=true")
+        raise ImageFailed(
+            f"building {image.tag} accepts this licence: {image.licence}. Say so once with cluster.delivery.accept_licence=true"
+        )
 
 
 @contextmanager
@@ -203,12 +219,22 @@ def place(source: Path, target: Path) -> None:
 
 def local_wheels(image: Image, root: Path, delivery: Delivery) -> tuple[Path, ...]:
     """Files of the local folders that the lock asks for, by name and version; pip checks their hashes inside."""
-    pins = {(normal(name), version) for name, version in re.findall(r"^([\w.-]+)==(\S+)", (root / "images" / image.lock).read_text(), re.MULTILINE)}
+    pins = {
+        (normal(name), version)
+        for name, version in re.findall(r"^([\w.-]+)==(\S+)", (root / "images" / image.lock).read_text(), re.MULTILINE)
+    }
     folders = [Path(where) for where in (delivery.wheelhouse, delivery.find_links) if where and "://" not in where]
     for folder in folders:
         if not folder.is_dir():
-            raise ImageFailed(f"the folder {folder} of cluster.delivery.{'wheelhouse' if str(folder) == delivery.wheelhouse else 'find_links'} does not exist")
-    found = {path.name: path for folder in folders for path in sorted(folder.iterdir()) if (match := DISTRIBUTION.match(path.name)) and (normal(match["name"]), match["version"]) in pins}
+            raise ImageFailed(
+                f"the folder {folder} of cluster.delivery.{'wheelhouse' if str(folder) == delivery.wheelhouse else 'find_links'} does not exist"
+            )
+    found = {
+        path.name: path
+        for folder in folders
+        for path in sorted(folder.iterdir())
+        if (match := DISTRIBUTION.match(path.name)) and (normal(match["name"]), match["version"]) in pins
+    }
     return tuple(found.values())
 
 
@@ -256,7 +282,9 @@ def run_build(command: tuple[str, ...], log: Path, delivery: Delivery, on_line: 
     environment = {**os.environ, **proxy, "DOCKER_BUILDKIT": "1"}
     last: deque[str] = deque(maxlen=LAST_LINES)
     advice: list[str] = []
-    with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as client:
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as client:
         try:
             with log.open("w", encoding="utf-8") as kept:
                 for line in client.stdout or ():
@@ -271,7 +299,9 @@ def run_build(command: tuple[str, ...], log: Path, delivery: Delivery, on_line: 
     if client.returncode:
         fix = f"\n  what to do: {advice[0]}" if advice else ""
         shown = "\n  ".join(line for line in last if line)
-        raise ImageFailed(f"the image was not built (docker build ended with {client.returncode}); its last lines:\n  {shown}\n  all of them: {log}{fix}")
+        raise ImageFailed(
+            f"the image was not built (docker build ended with {client.returncode}); its last lines:\n  {shown}\n  all of them: {log}{fix}"
+        )
 
 
 def shorten(line: str) -> str:

@@ -15,9 +15,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigRefused, LaunchError
 from trainer.contract import Exit
+
+if TYPE_CHECKING:
+    from launcher.plan import Plan
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -38,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="omnilaunch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="omnilaunch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for name, verb, text in (("plan", show_plan, "show what a run would do"), ("launch", run_launch, "carry out a plan")):
         sub = verbs.add_parser(name, help=text, allow_abbrev=False)
@@ -59,7 +65,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def plan_of(overrides: Sequence[str], run_id: str) -> "Plan":  # noqa: F821
+def plan_of(overrides: Sequence[str], run_id: str) -> "Plan":
     """Compose and plan, with this machine as the place."""
     from launcher.compose import compose
     from launcher.image import load_stacks
@@ -78,7 +84,7 @@ def show_plan(arguments: argparse.Namespace) -> int:
     from launcher.show import describe_plan, plan_json
 
     plan = plan_of(arguments.overrides, arguments.run_id)
-    print(plan_json(plan) if arguments.json else describe_plan(plan, PROJECT))
+    print(plan_json(plan) if arguments.json else describe_plan(plan))
     return Exit.OK
 
 

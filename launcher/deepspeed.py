@@ -12,6 +12,9 @@ OFFLOAD = {"device": "cpu", "pin_memory": True}
 def render_deepspeed(strategy: Strategy, precision: Precision, optimizer: Optimizer, batch: Batch, *, world_size: int) -> dict[str, Any]:
     """Keys as in DeepSpeed's config reference. A strategy must be resolved: `auto` is a KeyError."""
     zero: dict[str, Any] = {"stage": ZERO_STAGES[strategy.name]}
+    if precision.optimizer != precision.weights:
+        # DeepSpeed 0.19.8 keeps float32 masters of 16-bit weights in its ZeRO optimizers only; on one rank stage 1 shards nothing.
+        zero["stage"] = max(zero["stage"], 1)
     if strategy.offload_optimizer:
         zero["offload_optimizer"] = OFFLOAD
     if strategy.offload_parameters:
@@ -42,7 +45,14 @@ ELEMENT_TYPES: dict[str, dict[str, Any]] = {
     # Dynamic: starts at 2**16, halves on overflow, doubles after 1,000 good steps.
     "fp16": {
         "bf16": {"enabled": False},
-        "fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1},
+        "fp16": {
+            "enabled": True,
+            "loss_scale": 0,
+            "initial_scale_power": 16,
+            "loss_scale_window": 1000,
+            "hysteresis": 2,
+            "min_loss_scale": 1,
+        },
         "data_types": {"grad_accum_dtype": "fp32"},
     },
 }

@@ -142,7 +142,11 @@ def start_members(commands: tuple[NodeCommand, ...], transport: Transport, folde
     try:
         for command in commands:
             log = node_log(command)
-            member = ContainerMember(command, transport, log) if command.runtime == "docker" else ProcessMember(command, command.start, transport, log, folder)
+            member: Member = (
+                ContainerMember(command, transport, log)
+                if command.runtime == "docker"
+                else ProcessMember(command, command.start, transport, log, folder)
+            )
             started.append(member)
     except NodeFailed:
         for member in started:
@@ -152,7 +156,9 @@ def start_members(commands: tuple[NodeCommand, ...], transport: Transport, folde
 
 
 def start_preparation(commands: tuple[NodeCommand, ...], transport: Transport, folder: Path) -> tuple[Member, ...]:
-    return tuple(PrepareMember(command, transport, Path(command.folder) / "logs" / f"data{command.node_rank}.log", folder) for command in commands)
+    return tuple(
+        PrepareMember(command, transport, Path(command.folder) / "logs" / f"data{command.node_rank}.log", folder) for command in commands
+    )
 
 
 def watch(members: tuple[Member, ...], stop: StopRequest, tick: Callable[[], None], *, grace_s: float) -> tuple[NodeResult, ...]:
@@ -186,7 +192,11 @@ def watch(members: tuple[Member, ...], stop: StopRequest, tick: Callable[[], Non
             member.clear()
     return tuple(
         NodeResult(
-            host=member.command.host, node_rank=member.command.node_rank, code=member.poll() or 0, seconds=round(ended[rank], 3), killed=killed
+            host=member.command.host,
+            node_rank=member.command.node_rank,
+            code=member.poll() or 0,
+            seconds=round(ended[rank], 3),
+            killed=killed,
         )
         for rank, member in enumerate(members)
     )
@@ -200,5 +210,5 @@ def node_log(command: NodeCommand) -> Path:
 def write_env_file(command: NodeCommand) -> None:
     """`KEY=value` lines as `docker run --env-file` reads them: no quotes, the rest of the line is the value. Mode 0600."""
     path = env_file_of(command)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
         file.writelines(f"{key}={value}\n" for key, value in command.environment.items())

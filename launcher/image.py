@@ -104,7 +104,9 @@ def read_stack(name: str, row: Any, path: Path) -> Stack:
         raise ImageFailed(f"{path}: {error}") from error
     for architecture, lock in stack.locks.items():
         if lock and not (path.parent / lock).is_file():
-            raise ImageFailed(f"{path}, key stacks.{name}.locks.{architecture}: there is no file {lock}; write it with: omnilaunch image refresh")
+            raise ImageFailed(
+                f"{path}, key stacks.{name}.locks.{architecture}: there is no file {lock}; write it with: omnilaunch image refresh"
+            )
     return stack
 
 
@@ -145,7 +147,12 @@ def draw(stack: Stack, root: Path, *, base: str = "") -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(root / "images"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
+        loader=FileSystemLoader(root / "images"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
     )
     template = environment.get_template(f"{stack.family}.Dockerfile.j2")
     return template.render(stack=stack, base=base or pinned(stack), base_given=bool(base), labels=described(stack))

@@ -50,10 +50,17 @@ def launch(plan: Plan, source: SourceState, desk: Desk) -> Record:
         try:
             outcome = carry_out(plan, folder, desk, stop)
         except LaunchError as error:
-            close(plan, source, started, Outcome(status="refused" if isinstance(error, ConfigRefused) else "failed", code=error.exit_code, failure=described(plan, error)))
+            close(
+                plan,
+                source,
+                started,
+                Outcome(
+                    status="refused" if isinstance(error, ConfigRefused) else "failed", code=error.exit_code, failure=described(error)
+                ),
+            )
             raise
         except BaseException as error:
-            close(plan, source, started, Outcome(status="failed", code=Exit.BUG, failure=described(plan, error)))
+            close(plan, source, started, Outcome(status="failed", code=Exit.BUG, failure=described(error)))
             raise
         record = close(plan, source, started, outcome)
     explain(record, folder)
@@ -63,13 +70,17 @@ def launch(plan: Plan, source: SourceState, desk: Desk) -> Record:
 def carry_out(plan: Plan, folder: Path, desk: Desk, stop: StopRequest) -> Outcome:
     if plan.config.cluster.runtime == "docker":
         build(plan.image, root=desk.project, delivery=plan.config.cluster.delivery, on_line=desk.say)
-        give(folder, Path(plan.spec.data.root), plan.config.cluster.user or plan.commands[0].start[plan.commands[0].start.index("--user") + 1])
+        give(
+            folder,
+            Path(plan.spec.data.root),
+            plan.config.cluster.user or plan.commands[0].start[plan.commands[0].start.index("--user") + 1],
+        )
     desk.say("checking the data")
     prepared = watch(start_preparation(plan.commands, desk.transport, desk.project), stop, lambda: None, grace_s=0)
     if stop.count:
         return Outcome(status="stopped", code=stopped_code(), nodes=prepared)
     if any(node.code for node in prepared):
-        return refuse_data(plan, folder, prepared)
+        return refuse_data(folder, prepared)
     members = start_members(plan.commands, desk.transport, desk.project)
     desk.say(f"training: {plan.spec.device.world_size} rank(s) on {len(members)} node(s)")
     began, limit_s = time.monotonic(), plan.config.run.start_timeout_s
@@ -78,7 +89,9 @@ def carry_out(plan: Plan, folder: Path, desk: Desk, stop: StopRequest) -> Outcom
         def tick() -> None:
             progress.tick()
             if time.monotonic() - began > limit_s and not (folder / ENVIRONMENT_FILE).exists():
-                raise RunEnded(f"no rank had its model ready within run.start_timeout_s={limit_s}; all were ended.\n  log: {node_log(plan.commands[0])}")
+                raise RunEnded(
+                    f"no rank had its model ready within run.start_timeout_s={limit_s}; all were ended.\n  log: {node_log(plan.commands[0])}"
+                )
 
         nodes = watch(members, stop, tick, grace_s=plan.config.run.stop_timeout_s)
     return judge(plan, folder, nodes, stop)
@@ -96,7 +109,7 @@ def judge(plan: Plan, folder: Path, nodes: tuple[NodeResult, ...], stop: StopReq
     return Outcome(status="refused" if refused else "failed", code=Exit.USAGE if refused else Exit.RUN, nodes=nodes, failure=failure)
 
 
-def refuse_data(plan: Plan, folder: Path, nodes: tuple[NodeResult, ...]) -> Outcome:
+def refuse_data(folder: Path, nodes: tuple[NodeResult, ...]) -> Outcome:
     """The data's problems as the error; a check that broke without saying why is a failed run."""
     report: DataReport | None = read_if_there(DataReport, folder / DATA_FILE)
     if report is None or not report.problems:
@@ -124,12 +137,21 @@ def explain(record: Record, folder: Path) -> None:
 
 
 def close(plan: Plan, source: SourceState, started: datetime, outcome: Outcome) -> Record:
-    return close_run(plan, source, outcome.status, outcome.code, started=started, ended=utc_now(), nodes=outcome.nodes, failure=outcome.failure)
+    return close_run(
+        plan, source, outcome.status, outcome.code, started=started, ended=utc_now(), nodes=outcome.nodes, failure=outcome.failure
+    )
 
 
-def described(plan: Plan, error: BaseException) -> Failure:
+def described(error: BaseException) -> Failure:
     """An error of the launcher itself as the failure of a record."""
-    return Failure(host="launcher", rank=-1, code=int(getattr(error, "exit_code", Exit.BUG)), message=f"{type(error).__name__}: {error}", log="", tail=())
+    return Failure(
+        host="launcher",
+        rank=-1,
+        code=int(getattr(error, "exit_code", Exit.BUG)),
+        message=f"{type(error).__name__}: {error}",
+        log="",
+        tail=(),
+    )
 
 
 def stopped_code() -> int:

@@ -75,7 +75,9 @@ class Progress:
     def write(self, row: StepRow, facts: dict[str, str]) -> None:
         if row.step in (1, row.steps) or time.monotonic() - self.said_at >= PLAIN_INTERVAL_S:
             self.said_at = time.monotonic()
-            self.say(f"step {row.step}/{row.steps}  loss {facts['loss']}  {facts['samples_per_s']}  {facts['tokens_per_s']}  {facts['memory']}  {facts['left']}")
+            self.say(
+                f"step {row.step}/{row.steps}  loss {facts['loss']}  {facts['samples_per_s']}  {facts['tokens_per_s']}  {facts['memory']}  {facts['left']}"
+            )
 
     def draw(self, row: StepRow, facts: dict[str, str]) -> None:
         if self.bar is None:
@@ -93,4 +95,4 @@ def open_bar(steps: int) -> tuple[Any, Any]:
         *(TextColumn("{task.fields[" + name + "]}") for name in names),
     )  # fmt: skip
     bar.start()
-    return bar, bar.add_task("training", total=steps, loss="", **dict.fromkeys(names, ""))
+    return bar, bar.add_task("training", total=steps, loss="", samples_per_s="", tokens_per_s="", memory="", left="")

@@ -168,7 +168,9 @@ def find_failure(plan: Plan, nodes: tuple[NodeResult, ...]) -> Failure | None:
     """The rank that failed first, by its own report; else the node that ended first with an error, by its last lines."""
     folder = Path(plan.spec.output)
     reports: list[FailureReport] = [
-        report for path in sorted(folder.glob(contract.FAILURE_FILES.format(rank="*"))) if (report := read_if_there(FailureReport, path)) is not None
+        report
+        for path in sorted(folder.glob(contract.FAILURE_FILES.format(rank="*")))
+        if (report := read_if_there(FailureReport, path)) is not None
     ]
     if reports:
         first = min(reports, key=lambda report: report.unix_s)
@@ -210,4 +212,3 @@ def resolve_checkpoint(config: Config, runs: Path) -> Config:
 
 def utc_now() -> datetime:
     return datetime.now(UTC)
-

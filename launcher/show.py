@@ -19,7 +19,7 @@ def plan_json(plan: Plan) -> str:
     return json.dumps(to_plain(plan), indent=2, ensure_ascii=False)
 
 
-def describe_plan(plan: Plan, project: Path) -> str:
+def describe_plan(plan: Plan) -> str:
     """Everything that `launch` would do, then the verdict."""
     import yaml
 
@@ -27,7 +27,7 @@ def describe_plan(plan: Plan, project: Path) -> str:
         ("config", yaml.safe_dump(json.loads(json.dumps(asdict(plan.config))), sort_keys=False, allow_unicode=True, width=140)),
         ("DeepSpeed config", json.dumps(plan.spec.deepspeed, indent=2)),
         *((f"node {command.node_rank}: {command.host}", describe_command(command)) for command in plan.commands),
-        ("image", describe_image(plan, project)),
+        ("image", describe_image(plan)),
         ("memory of the fullest device", describe_states(plan)),
         ("verdict", describe_verdict(plan)),
     )
@@ -41,7 +41,7 @@ def describe_command(command: NodeCommand) -> str:
     return "\n".join(lines)
 
 
-def describe_image(plan: Plan, project: Path) -> str:
+def describe_image(plan: Plan) -> str:
     image = plan.image
     rows = {
         "tag": image.tag,
@@ -90,12 +90,18 @@ def describe_record(record: Record, plan: Plan) -> str:
     if record.final_loss is not None:
         rows["final loss"] = f"{record.final_loss:.4f}"
     if record.samples_per_s:
-        rows["speed"] = f"{record.samples_per_s:,.0f} samples/s over {record.train_seconds:.1f} s of training, {record.seconds:.1f} s in all"
+        rows["speed"] = (
+            f"{record.samples_per_s:,.0f} samples/s over {record.train_seconds:.1f} s of training, {record.seconds:.1f} s in all"
+        )
     for name, value in record.evaluation.items():
         rows[name.replace("_", " ")] = f"{value:.4f}" if name != "count" else f"{value:g} held-out samples"
     if record.checkpoint:
         rows["checkpoint"] = relative(folder / record.checkpoint)
-    rows |= {"record": relative(folder / RECORD_FILE), "rows": relative(folder / METRICS_FILE), "log": relative(folder / "logs" / "node0.log")}
+    rows |= {
+        "record": relative(folder / RECORD_FILE),
+        "rows": relative(folder / METRICS_FILE),
+        "log": relative(folder / "logs" / "node0.log"),
+    }
     text = table(rows)
     return text if not record.checkpoint else f"{text}\n\ngo on with\n{next_commands(record, plan)}"
 

@@ -78,7 +78,7 @@ def process_command(config: Config, image: Image, spec: TrainSpec, rank: int, in
 
 def docker_command(config: Config, image: Image, spec: TrainSpec, rank: int, interpreter: str, user: str) -> NodeCommand:
     cluster, name = config.cluster, container_name(spec.run_id, rank)
-    devices = attach(config.hardware, devices=spec.device.devices_per_node, nodes=len(working_nodes(cluster))).options
+    devices = attach(config.hardware.accelerator, devices=spec.device.devices_per_node, nodes=len(working_nodes(cluster))).options
     shared = (
         "--network", "host", "--user", user, "--env-file", env_file(spec, rank),
         "--label", f"{RUN_LABEL}={spec.run_id}", "--label", f"omnilaunch.node={rank}",
@@ -125,7 +125,16 @@ def torchrun(config: Config, spec: TrainSpec, rank: int) -> tuple[str, ...]:
     where = (
         ("--standalone",)
         if len(nodes) == 1
-        else ("--nnodes", str(len(nodes)), "--node-rank", str(rank), "--master-addr", first, "--master-port", str(config.cluster.rendezvous_port))
+        else (
+            "--nnodes",
+            str(len(nodes)),
+            "--node-rank",
+            str(rank),
+            "--master-addr",
+            first,
+            "--master-port",
+            str(config.cluster.rendezvous_port),
+        )
     )
     ranks = ("--nproc-per-node", str(spec.device.devices_per_node))
     return ("-m", "torch.distributed.run", *where, *ranks, "-m", "trainer", "run", str(PurePosixPath(spec.output) / SPEC_FILE))
@@ -140,7 +149,9 @@ def mounts(cluster: Cluster, spec: TrainSpec) -> tuple[str, ...]:
     wanted = [*((path, "") for path in writable), *((path, ",readonly") for path in dict.fromkeys(readable) if path)]
     for path, _ in wanted:
         if "," in path or "\n" in path or '"' in path:
-            raise ConfigRefused(f"a mount cannot carry the path {path!r}: docker reads commas, quotes and newlines in it as syntax. Rename it or link to it.")
+            raise ConfigRefused(
+                f"a mount cannot carry the path {path!r}: docker reads commas, quotes and newlines in it as syntax. Rename it or link to it."
+            )
     return tuple(f"type=bind,source={path},target={path}{mode}" for path, mode in wanted)
 
 
@@ -150,7 +161,9 @@ def network_environment(config: Config, rank: int) -> dict[str, str]:
     node = nodes[rank]
     if len(nodes) == 1:
         return {}
-    interface = {f"{name}_SOCKET_IFNAME": exact + node.interface for name, exact in SOCKET_INTERFACE[config.hardware.collectives] if node.interface}
+    interface = {
+        f"{name}_SOCKET_IFNAME": exact + node.interface for name, exact in SOCKET_INTERFACE[config.hardware.collectives] if node.interface
+    }
     return interface | ({"HCCL_IF_IP": node.address} if config.hardware.collectives == "hccl" and node.address else {})
 
 
@@ -162,7 +175,7 @@ def run_environment(config: Config, spec: TrainSpec, rank: int) -> dict[str, str
         **PINNED_VARIABLES,
         **(OFFLINE_VARIABLES if spec.model.source.kind != "hub" else {}),
         **(DETERMINISTIC_VARIABLES[hardware.accelerator] if spec.deterministic else {}),
-        **attach(hardware, devices=spec.device.devices_per_node, nodes=nodes).environment,
+        **attach(hardware.accelerator, devices=spec.device.devices_per_node, nodes=nodes).environment,
         **hardware.environment,
         **network_environment(config, rank),
         **({"OMP_NUM_THREADS": str(spec.device.threads)} if spec.device.threads else {}),
@@ -171,5 +184,7 @@ def run_environment(config: Config, spec: TrainSpec, rank: int) -> dict[str, str
     }
     for key, value in environment.items():
         if "\n" in value or "\0" in value:
-            raise ConfigRefused(f"cluster.environment.{key}: an environment file cannot carry a newline or a NUL. Put the text in a file and name the file.")
+            raise ConfigRefused(
+                f"cluster.environment.{key}: an environment file cannot carry a newline or a NUL. Put the text in a file and name the file."
+            )
     return dict(sorted(environment.items()))

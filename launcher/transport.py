@@ -43,8 +43,12 @@ class Running(Protocol):
 
 
 class Transport(Protocol):
-    def run(self, argv: tuple[str, ...], *, environment: Mapping[str, str] | None = None, timeout_s: float = 60, folder: Path | None = None) -> Result: ...
-    def start(self, argv: tuple[str, ...], *, log: Path, environment: Mapping[str, str] | None = None, folder: Path | None = None) -> Running: ...
+    def run(
+        self, argv: tuple[str, ...], *, environment: Mapping[str, str] | None = None, timeout_s: float = 60, folder: Path | None = None
+    ) -> Result: ...
+    def start(
+        self, argv: tuple[str, ...], *, log: Path, environment: Mapping[str, str] | None = None, folder: Path | None = None
+    ) -> Running: ...
 
 
 class Local:
@@ -53,11 +57,20 @@ class Local:
     def __init__(self, environ: Mapping[str, str]) -> None:
         self.kept = {key: environ[key] for key in KEPT_VARIABLES if key in environ}
 
-    def run(self, argv: tuple[str, ...], *, environment: Mapping[str, str] | None = None, timeout_s: float = 60, folder: Path | None = None) -> Result:
+    def run(
+        self, argv: tuple[str, ...], *, environment: Mapping[str, str] | None = None, timeout_s: float = 60, folder: Path | None = None
+    ) -> Result:
         """Wait for a command. A missing program or a timeout is NodeFailed; any exit code is a Result."""
         try:
             done = subprocess.run(
-                argv, env={**self.kept, **(environment or {})}, cwd=folder, capture_output=True, text=True, errors="replace", timeout=timeout_s, stdin=subprocess.DEVNULL
+                argv,
+                env={**self.kept, **(environment or {})},
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout_s,
+                stdin=subprocess.DEVNULL,
             )
         except FileNotFoundError as error:
             raise NodeFailed(f"{error.filename!r} was not found on this machine, needed for: {' '.join(argv)}") from error
@@ -65,12 +78,20 @@ class Local:
             raise NodeFailed(f"no answer within {timeout_s:g} s: {' '.join(argv)}") from error
         return Result(argv=argv, code=done.returncode, output=done.stdout, errors=done.stderr)
 
-    def start(self, argv: tuple[str, ...], *, log: Path, environment: Mapping[str, str] | None = None, folder: Path | None = None) -> "LocalProcess":
+    def start(
+        self, argv: tuple[str, ...], *, log: Path, environment: Mapping[str, str] | None = None, folder: Path | None = None
+    ) -> "LocalProcess":
         """Start a command in a session of its own, so that a terminal's Ctrl-C reaches the launcher alone; output goes to `log`."""
         with log.open("ab") as file:
             try:
                 process = subprocess.Popen(
-                    argv, env={**self.kept, **(environment or {})}, cwd=folder, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+                    argv,
+                    env={**self.kept, **(environment or {})},
+                    cwd=folder,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
                 )
             except FileNotFoundError as error:
                 raise NodeFailed(f"{error.filename!r} was not found on this machine, needed for: {' '.join(argv)}") from error
@@ -104,7 +125,13 @@ def processes_with(variable: str, value: str, *, proc: Path = Path("/proc")) -> 
     torchrun gives every rank a session of its own, so a process group does not hold them all; what they inherit does.
     """
     wanted = f"{variable}={value}".encode()
-    return tuple(sorted(int(entry.name) for entry in proc.iterdir() if entry.name.isdigit() and carries(entry, wanted) and int(entry.name) != os.getpid()))
+    return tuple(
+        sorted(
+            int(entry.name)
+            for entry in proc.iterdir()
+            if entry.name.isdigit() and carries(entry, wanted) and int(entry.name) != os.getpid()
+        )
+    )
 
 
 def carries(entry: Path, wanted: bytes) -> bool:

@@ -40,7 +40,15 @@ TRAINER_ORDER = (
 )
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "base", "misc"}
 # The only readers of the environment: the launcher's door, and what torchrun sets for a rank.
-ENVIRON_READERS = {"launcher/cli.py", "launcher/build.py", "trainer/device.py", "trainer/run.py", "trainer/__main__.py", "trainer/observe/environment.py", "trainer/engine.py"}
+ENVIRON_READERS = {
+    "launcher/cli.py",
+    "launcher/build.py",
+    "trainer/device.py",
+    "trainer/run.py",
+    "trainer/__main__.py",
+    "trainer/observe/environment.py",
+    "trainer/engine.py",
+}
 FORBIDDEN_TEXT = {
     r"shell=True": "commands are argv tuples",
     r"\bpkill\b|\bkillall\b": "a process is ended by its own id",
@@ -97,10 +105,16 @@ def test_public_modules_classes_and_dataclasses(path: Path) -> None:
             continue
         for decorator in node.decorator_list:
             if "dataclass" in ast.unparse(decorator):
-                assert "frozen=True" in ast.unparse(decorator) and "kw_only=True" in ast.unparse(decorator), f"{node.name} is frozen and keyword-only"
+                assert "frozen=True" in ast.unparse(decorator) and "kw_only=True" in ast.unparse(decorator), (
+                    f"{node.name} is frozen and keyword-only"
+                )
         bases = {ast.unparse(base) for base in node.bases}
-        allowed = bases <= {"Protocol", "Enum", "IntEnum", "StrEnum", "NamedTuple"} or any(base.endswith(("Error", "Exception")) for base in bases)
-        assert allowed or node.name.endswith(("Refused", "Failed", "Ended")) or "Dataset" in str(bases), f"{node.name} inherits from {bases}"
+        allowed = bases <= {"Protocol", "Enum", "IntEnum", "StrEnum", "NamedTuple"} or any(
+            base.endswith(("Error", "Exception")) for base in bases
+        )
+        assert allowed or node.name.endswith(("Refused", "Failed", "Ended")) or "Dataset" in str(bases), (
+            f"{node.name} inherits from {bases}"
+        )
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=relative)

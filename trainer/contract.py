@@ -360,7 +360,9 @@ def read(cls: Any, path: Path) -> Any:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise SpecError(f"{path}: cannot be read: {error}") from error
     if isinstance(data, dict) and data.get("schema", SCHEMA) != SCHEMA:
-        raise SpecError(f"{path}: written with schema {data['schema']}, this version reads {SCHEMA}; rebuild the image with: omnilaunch image build")
+        raise SpecError(
+            f"{path}: written with schema {data['schema']}, this version reads {SCHEMA}; rebuild the image with: omnilaunch image build"
+        )
     try:
         return decode(cls, data)
     except SpecError as error:

@@ -37,7 +37,9 @@ def loop_rate(rows: list[dict[str, object]]) -> float:
 
 
 def bare_rate(spec: Path) -> float:
-    done = subprocess.run((sys.executable, str(Path(__file__).with_name("bare_loop.py")), str(spec)), cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        (sys.executable, str(Path(__file__).with_name("bare_loop.py")), str(spec)), cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return float(done.stdout.split()[-1])
 
 
@@ -67,7 +69,9 @@ def main() -> None:
     seed = arguments.seeds[0]
     again, rows, _ = launch(arguments.folder, "again", f"run.seed={seed}", f"run.steps={arguments.steps}")
     first, first_rows = results[seed]
-    print(f"same seed again: rows equal {untimed(rows) == untimed(first_rows)}, weights equal {again['weights_sha256'] == first['weights_sha256']}")
+    print(
+        f"same seed again: rows equal {untimed(rows) == untimed(first_rows)}, weights equal {again['weights_sha256'] == first['weights_sha256']}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How long `omnilaunch plan` takes as a whole process, beside the bare interpreter in the same run.
 
-    python tests/benchmarks/plan_speed.py
+python tests/benchmarks/plan_speed.py
 """
 
 import statistics
@@ -27,7 +27,9 @@ def main() -> None:
     bare = statistics.median(seconds((sys.executable, "-c", "pass")) for _ in range(REPEATS))
     imports = subprocess.run((sys.executable, *MODULES), cwd=ROOT, check=True, capture_output=True, text=True).stderr
     heavy = [name for name in ("torch", "transformers", "deepspeed", "numpy") if f"| {name}\n" in imports]
-    print(f"plan {plan:.3f} s (median of {REPEATS}), bare interpreter {bare:.3f} s, ratio {plan / bare:.1f}; heavy imports: {heavy or 'none'}; goal <= 0.7 s")
+    print(
+        f"plan {plan:.3f} s (median of {REPEATS}), bare interpreter {bare:.3f} s, ratio {plan / bare:.1f}; heavy imports: {heavy or 'none'}; goal <= 0.7 s"
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ def command(folder: Path, rank: int, code: str, program: str = sys.executable) -
     )
 
 
-def run(folder: Path, *codes: str, stop: StopRequest | None = None, grace_s: float = 0.5, tick: object = lambda: None) -> tuple[NodeResult, ...]:
+def run(
+    folder: Path, *codes: str, stop: StopRequest | None = None, grace_s: float = 0.5, tick: object = lambda: None
+) -> tuple[NodeResult, ...]:
     members = start_members(tuple(command(folder, rank, code) for rank, code in enumerate(codes)), Local(ENVIRON), folder)
     return watch(members, stop or StopRequest(), tick, grace_s=grace_s)  # type: ignore[arg-type]
 

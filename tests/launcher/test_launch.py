@@ -74,7 +74,11 @@ def test_the_same_seed_gives_the_same_bits(finished: Path) -> None:
     assert launch(finished, *SHORT, name="again").returncode == 0
     assert launch(finished, *SHORT, "run.seed=2", name="other").returncode == 0
     assert rows_of(finished, "again") == rows_of(finished, "r") != rows_of(finished, "other")
-    assert result_of(finished, "again")["weights_sha256"] == result_of(finished)["weights_sha256"] != result_of(finished, "other")["weights_sha256"]
+    assert (
+        result_of(finished, "again")["weights_sha256"]
+        == result_of(finished)["weights_sha256"]
+        != result_of(finished, "other")["weights_sha256"]
+    )
 
 
 def test_evaluating_and_tuning_a_run_by_its_id(finished: Path) -> None:
@@ -99,7 +103,9 @@ def test_two_ranks_under_zero_2(tmp_path: Path) -> None:
 def test_a_stopped_run_leaves_no_process_and_a_record(tmp_path: Path, number: signal.Signals) -> None:
     name = f"stop-{tmp_path.name}"
     rows = tmp_path / "runs" / name / "metrics.jsonl"
-    process = subprocess.Popen(command(tmp_path, "run.steps=100000", name=name), cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command(tmp_path, "run.steps=100000", name=name), cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     try:
         deadline = time.monotonic() + 120
         while not (rows.exists() and rows.stat().st_size) and time.monotonic() < deadline and process.poll() is None:

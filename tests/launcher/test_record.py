@@ -27,7 +27,9 @@ def plan(plan_for: Callable[..., Plan], tmp_path: Path) -> Plan:
 
 
 def close(plan: Plan, nodes: tuple[NodeResult, ...] = ()) -> object:
-    return close_run(plan, SOURCE, "failed", 5, started=NOW, ended=NOW + timedelta(seconds=2), nodes=nodes, failure=find_failure(plan, nodes))
+    return close_run(
+        plan, SOURCE, "failed", 5, started=NOW, ended=NOW + timedelta(seconds=2), nodes=nodes, failure=find_failure(plan, nodes)
+    )
 
 
 def report(rank: int, unix_s: float) -> FailureReport:

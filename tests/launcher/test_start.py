@@ -61,7 +61,9 @@ def test_cuda_devices_are_quoted_for_dockers_csv(plan_for: PlanFor) -> None:
     assert command.environment["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
-@pytest.mark.parametrize("cluster", [ASCEND, ("hardware=rtx3090", "cluster.runtime=docker"), ("cluster.runtime=docker",)], ids=["ascend", "cuda", "cpu"])
+@pytest.mark.parametrize(
+    "cluster", [ASCEND, ("hardware=rtx3090", "cluster.runtime=docker"), ("cluster.runtime=docker",)], ids=["ascend", "cuda", "cpu"]
+)
 def test_never_privileged_never_root_never_secret(plan_for: PlanFor, cluster: tuple[str, ...]) -> None:
     for command in plan_for(*cluster).commands:
         for argv in (command.prepare, command.start):

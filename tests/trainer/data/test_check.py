@@ -133,9 +133,9 @@ def test_an_evaluation_reads_the_held_out_rows_alone(spec, write_data) -> None:
 
 # (builtin, train, evaluation, images) -> (train, evaluation, images)
 PLACES = {
-    ("digits", "", "", ""): ("/root/digits/train.json", "/root/digits/evaluation.json", "/root/digits"),
-    ("", "a.json", "", "pictures"): ("/root/a.json", None, "/root/pictures"),
-    ("", "sub/a.json", "b.json", ""): ("/root/sub/a.json", "/root/b.json", "/root/sub"),
+    ("digits", "", "", ""): ("/data/digits/train.json", "/data/digits/evaluation.json", "/data/digits"),
+    ("", "a.json", "", "pictures"): ("/data/a.json", None, "/data/pictures"),
+    ("", "sub/a.json", "b.json", ""): ("/data/sub/a.json", "/data/b.json", "/data/sub"),
     ("", "/x/a.json", "/y/b.json", "/z"): ("/x/a.json", "/y/b.json", "/z"),
     ("", "", "/y/b.json", ""): (None, "/y/b.json", "/y"),
 }
@@ -144,6 +144,6 @@ PLACES = {
 @pytest.mark.parametrize("given", PLACES)
 def test_places(spec, given) -> None:
     builtin, train, evaluation, images = given
-    places = resolve(with_data(spec, root="/root", builtin=builtin, train=train, evaluation=evaluation, images=images).data)
+    places = resolve(with_data(spec, root="/data", builtin=builtin, train=train, evaluation=evaluation, images=images).data)
     expected = tuple(Path(place) if place else None for place in PLACES[given])
     assert (places.train, places.evaluation, places.images) == expected

@@ -89,8 +89,6 @@ def test_saved_and_loaded_again_it_is_the_same_model_in_another_dtype(tiny_spec:
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_chat_template_writes_the_text_that_is_trained_on(template: Template) -> None:
-    tokenizer = FAMILIES["llava"].create_processor  # only for its tokenizer class
-    assert callable(tokenizer)
     turns = [("user", "<image>\nWhat {x} 'is' it? "), ("assistant", 'A "cat"\n'), ("user", "And {{ this }}?"), ("assistant", "7")]
     if "{content}" in template.system:
         turns.insert(0, ("system", "Be brief."))

@@ -7,6 +7,7 @@ import torch
 from trainer.contract import InputRefused, Lora, StageSpec
 from trainer.models import find_family
 from trainer.stages.group import Group, apply_stage, assign_groups, trainable_table
+from trainer.stages.lora import find_modules
 
 NAMES = ["a.x", "a.y", "b.x"]
 
@@ -99,9 +100,12 @@ def test_a_target_that_is_no_linear_layer_is_refused(model: Any) -> None:
 
 
 def test_a_bare_parameter_cannot_train_whole_beside_lora(model: Any) -> None:
-    made, spec, unused = model
+    made, _, _ = model
+    tower = "model.vision_tower.embeddings"
+    names = {f"{tower}.{name}" for name, _ in made.get_submodule(tower).named_parameters()}
+    assert find_modules(made, names) == (tower,)
     with pytest.raises(InputRefused, match="class_embedding are not whole modules"):
-        apply_stage(made, stage(spec, "vision", lora=Lora(r=2, alpha=4, dropout=0.0, targets=("q_proj",))), unused)
+        find_modules(made, {f"{tower}.class_embedding"})
 
 
 def test_the_table_says_what_stays_frozen_and_why() -> None:
