@@ -1,11 +1,12 @@
 """One rank of a run, from its spec to its result."""
 
+import re
 import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.distributed
 import transformers
 
 from trainer.checkpoint import Saved, adapter_base, hash_weights, require_whole, save_checkpoint
-from trainer.contract import ENVIRONMENT_FILE, RESULT_FILE, SCHEMA, InputRefused, TrainResult, TrainSpec, write
+from trainer.contract import ENVIRONMENT_FILE, RESULT_FILE, SCHEMA, InputRefused, RunFailed, TrainResult, TrainSpec, write
 from trainer.data.check import Places, prepare, resolve
 from trainer.data.load import batches
 from trainer.data.order import rows_of_step
@@ -31,6 +32,7 @@ from trainer.precision import loading_dtype
 from trainer.stages.group import Staged, apply_stage, trainable_table
 from trainer.stages.lora import merge_adapter
 
+LOST_PEER = re.compile("closed by peer|reset by peer|Broken pipe|remote process exited|Timed out waiting|Watchdog caught")  # gloo, NCCL
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # never a pickle
 
 
@@ -53,11 +55,16 @@ def run_stage(spec: TrainSpec, environ: Mapping[str, str]) -> TrainResult:
     start_distributed(spec.device)
     try:
         result = STAGES[spec.stage.kind](spec, rank, environ)
-        if rank.number == 0:
-            write(result, Path(spec.output) / RESULT_FILE)
-        return result
-    finally:
-        torch.distributed.destroy_process_group()
+    except RuntimeError as error:
+        if LOST_PEER.search(str(error)):
+            raise RunFailed(
+                f"rank {rank.number} lost another rank, whose own end is the cause. Checkpoints are whole. ({error})"
+            ) from error
+        raise
+    if rank.number == 0:
+        write(result, Path(spec.output) / RESULT_FILE)
+    torch.distributed.destroy_process_group()  # not after a failure: it would wait for ranks that are gone
+    return result
 
 
 def train_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
@@ -72,8 +79,12 @@ def train_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     describe(spec, rank, staged, {"config": dict(engine.handle.config), "taken": taken_config(engine)}, environ)
     progress = run_steps(spec, engine, samples, processor, rank.device)
     saved = save_checkpoint(engine, processor, spec, progress.step)
-    scores = {} if progress.stopped else score(spec, rank, engine.model, processor, places)
-    return summarise(spec, progress, saved, scores)
+    trained = summarise(spec, progress, saved)
+    if progress.stopped:
+        return trained
+    if rank.number == 0:  # stands when a signal ends the run while it evaluates
+        write(replace(trained, status="stopped"), Path(spec.output) / RESULT_FILE)
+    return replace(trained, evaluation=score(spec, rank, engine.model, processor, places))
 
 
 def evaluate_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
@@ -220,7 +231,7 @@ def score(spec: TrainSpec, rank: Rank, model: torch.nn.Module, processor: Proces
     return evaluate(model, held_out, processor, spec, rank.place, rank=rank.number, world_size=rank.world_size, partitioned=partitioned)
 
 
-def summarise(spec: TrainSpec, progress: Progress, saved: Saved, scores: dict[str, float]) -> TrainResult:
+def summarise(spec: TrainSpec, progress: Progress, saved: Saved) -> TrainResult:
     return TrainResult(
         schema=SCHEMA,
         status="stopped" if progress.stopped else "finished",
@@ -230,5 +241,5 @@ def summarise(spec: TrainSpec, progress: Progress, saved: Saved, scores: dict[st
         final_loss=progress.loss,
         checkpoint=saved.path,
         weights_sha256=saved.weights_sha256,
-        evaluation=scores,
+        evaluation={},
     )

@@ -28,7 +28,7 @@ class ScriptedEngine:
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         return values.unsqueeze(0)
 
-    def loss_sum(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def loss_sum(self, _batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.tensor(self.losses.pop(0))
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -55,7 +55,7 @@ def run(
     arguments: dict[str, Any] = {
         "stop": StopFlag(),
         "write": rows.append,
-        "save": lambda step: None,
+        "save": lambda _: None,
         "peak_bytes": lambda: 2048,
         "name_samples": lambda step: f"rows of {step}",
     }
@@ -88,7 +88,7 @@ def test_a_signal_ends_the_loop_after_the_step_that_it_met(spec: TrainSpec) -> N
     with stop_on_signals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         progress, rows = run(
-            replace(spec, save_every=1), ScriptedEngine([1.0] * 3), [(batch(1),)] * 3, stop=stop, save=lambda step: pytest.fail("saved")
+            replace(spec, save_every=1), ScriptedEngine([1.0] * 3), [(batch(1),)] * 3, stop=stop, save=lambda _: pytest.fail("saved")
         )
     assert (progress.step, progress.stopped, len(rows)) == (1, True, 1)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

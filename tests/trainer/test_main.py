@@ -43,7 +43,9 @@ def test_a_spec_of_another_shape_names_its_key(written: Path, capsys: pytest.Cap
 
 
 def test_the_data_command_reports_and_imports_no_torch(written: Path) -> None:
-    program = "import sys; from trainer.__main__ import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules, 'transformers' in sys.modules)"
+    program = (
+        "import sys; from trainer.__main__ import main; print(main(sys.argv[1:]), 'torch' in sys.modules, 'transformers' in sys.modules)"
+    )
     done = subprocess.run(
         (sys.executable, "-c", program, "data", str(written / SPEC_FILE)), cwd=ROOT, capture_output=True, text=True, check=True
     )
