@@ -11,13 +11,13 @@ import shutil
 import subprocess
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import ImageFailed
-from launcher.image import LABEL, REPOSITORY, Image, context_files
+from launcher.image import LABEL, REPOSITORY, Image, context_files, digest
 from launcher.schema import Delivery
 
 OLDEST_ENGINE = (20, 10)  # the first whose BuildKit reads RUN --mount without a frontend to pull
@@ -64,7 +64,7 @@ def build(image: Image, *, root: Path, delivery: Delivery, on_line: Callable[[st
     """The id of the built image; an image that is there already is not built again. Raises ImageFailed with what to do next;
     nothing is tagged then."""
     client = find_client(os.environ)
-    with only_builder(root, image):
+    with only_builder(root, image, on_line):
         there = find(image)
         if there:
             on_line(f"image {image.tag} is there already")
@@ -86,27 +86,32 @@ def build(image: Image, *, root: Path, delivery: Delivery, on_line: Callable[[st
 # --------------------------------------------------------------------------------------------------- engine and client
 
 
-def find_client(environ: "os._Environ[str] | dict[str, str]") -> Client:
-    """The first docker client on PATH that can build with BuildKit. Raises ImageFailed saying what is missing, and the fix."""
+def find_client(environ: Mapping[str, str]) -> Client:
+    """The first docker client on PATH that can build with BuildKit, and the engine behind it. Raises ImageFailed saying what is
+    missing, and the fix."""
     paths = [path for folder in environ.get("PATH", "").split(os.pathsep) if (path := shutil.which("docker", path=folder))]
     if not paths:
         raise ImageFailed(
             "there is no docker client on PATH. On Debian: apt-get install docker.io; to run without containers: cluster.runtime=process"
         )
-    engine = engine_version()
+    return choose_client(tuple(dict.fromkeys(paths)), engine_version())
+
+
+def choose_client(paths: tuple[str, ...], engine: str) -> Client:
+    """Raises ImageFailed when the engine is too old, or no client of `paths` speaks BuildKit."""
     if version_of(engine) < OLDEST_ENGINE:
         raise ImageFailed(
-            f"the Docker engine is {engine}; BuildKit with mounts and secrets needs {OLDEST_ENGINE[0]}.{OLDEST_ENGINE[1]} or newer"
+            f"the Docker engine is {engine}; BuildKit with mounts and secrets needs {OLDEST_ENGINE[0]}.{OLDEST_ENGINE[1]} or newer: upgrade it"
         )
     refused = []
-    for path in dict.fromkeys(paths):
+    for path in paths:
         version = answer((path, "version", "--format", "{{.Client.Version}}"))
-        if version_of(version) < (SEPARATE_BUILDKIT,) or answer((path, "buildx", "version")):
+        if (0,) < version_of(version) < (SEPARATE_BUILDKIT,) or answer((path, "buildx", "version")):
             return Client(path=path, version=version, engine_version=engine)
-        refused.append(f"{path} {version}")
+        refused.append(f"{path} ({version or 'no answer'})")
     raise ImageFailed(
-        f"no docker client here can do BuildKit builds: {', '.join(refused)} has no buildx plugin. "
-        "Install the plugin (package docker-buildx-plugin, or docker-buildx), or Debian's docker.io, whose client has BuildKit built in"
+        f"no docker client here can do BuildKit builds: {', '.join(refused)} without the buildx plugin. "
+        "Install the plugin (package docker-buildx-plugin or docker-buildx), or Debian's docker.io, whose client has BuildKit built in"
     )
 
 
@@ -178,12 +183,16 @@ def refuse_unbuildable(image: Image, delivery: Delivery) -> None:
 
 
 @contextmanager
-def only_builder(root: Path, image: Image) -> Iterator[None]:
+def only_builder(root: Path, image: Image, on_line: Callable[[str], None]) -> Iterator[None]:
     """One build of a stack at a time, since they share a context; a second one waits and then finds the image."""
     folder = root / CONTEXT_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{image.stack}-{image.architecture}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_line(f"another build of stack {image.stack} is under way here; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -202,6 +211,9 @@ def fill_context(image: Image, root: Path, delivery: Delivery) -> Path:
     (folder / WHEELHOUSE).mkdir(parents=True, exist_ok=True)
     for name, path in {**wanted, **wheels}.items():
         place(path, folder / name)
+    for name, expected in image.files.items():
+        if digest(folder / name) != expected:
+            raise ImageFailed(f"{wanted[name]} has changed since {image.tag} was planned; start again")
     (folder / "Dockerfile").write_text(image.dockerfile, encoding="utf-8")
     return folder
 

@@ -13,6 +13,7 @@ from launcher.errors import ImageFailed, suggest
 from trainer.contract import SCHEMA, SpecError, decode
 
 VERSIONS_FILE = "versions.yaml"
+TABLE_FILE = "docs/images.md"
 UNPINNED = "unpinned"
 REPOSITORY = "omnilaunch"
 LABEL = "io.omnilaunch."
@@ -184,14 +185,15 @@ def context_files(root: Path, lock: str) -> dict[str, Path]:
     images = root / "images"
     files = {name: images / name for name in (ENTRYPOINT, OPERATORS, SELFTEST)} | {BUILD_LOCK: images / "locks" / BUILD_LOCK}
     if lock:
-        files |= {LOCK: images / lock, TORCH_LOCK: torch_lock(images / lock)}
+        alone = torch_lock(images / lock)
+        files |= {LOCK: images / lock, **({TORCH_LOCK: alone} if alone.is_file() else {})}
     trainer = root / "trainer"
     return files | {f"trainer/{path.relative_to(trainer).as_posix()}": path for path in sorted(trainer.rglob("*.py"))}
 
 
 def torch_lock(lock: Path) -> Path:
-    """The lock of torch alone, beside the whole one: it is installed first, so that DeepSpeed's operators can be compiled
-    against it and only it is looked for on torch's own index."""
+    """The lock of torch alone, beside the whole one, where torch has an index of its own: asked for one package, an index that
+    cannot be reached costs one look-up instead of one for every package."""
     return lock.with_name(f"{lock.stem}.torch.txt")
 
 
@@ -212,16 +214,53 @@ def fold(digests: dict[str, str]) -> str:
 
 
 def write_rendered(root: Path) -> tuple[Path, ...]:
-    """Draw images/rendered/<stack>/Dockerfile for every stack again, and the table of docs/images.md; the files written."""
+    """Draw images/rendered/<stack>/Dockerfile for every stack again, and docs/images.md; the files written."""
     stacks = load_stacks(root / "images")
-    written = []
-    for stack in stacks.values():
-        path = rendered_path(root, stack.name)
+    drawn = {rendered_path(root, name): draw(stack, root) for name, stack in stacks.items()}
+    drawn[root / TABLE_FILE] = describe_stacks(stacks)
+    for path, text in drawn.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(draw(stack, root), encoding="utf-8")
-        written.append(path)
-    return tuple(written)
+        path.write_text(text, encoding="utf-8")
+    return tuple(drawn)
 
 
 def rendered_path(root: Path, stack: str) -> Path:
     return root / "images" / "rendered" / stack / "Dockerfile"
+
+
+def describe_stacks(stacks: dict[str, Stack]) -> str:
+    """docs/images.md: one row a stack, then where each pairing was read."""
+    head = ("stack", "chips", "torch", "plugin", "toolkit", "host driver", "Python", "base image", "locked for", "licence to accept")
+    rows = [table_row(stack) for stack in stacks.values()]
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows)]
+    notes = [f"### {stack.name}: {stack.title}\n\n{facts(stack)}" for stack in stacks.values()]
+    packages = ", ".join(sorted({f"{name} {version}" for stack in stacks.values() for name, version in stack.packages.items()}))
+    return "\n".join(
+        (
+            "# Images",
+            "",
+            "Written by `omnilaunch image render` from images/versions.yaml. Do not edit.",
+            "",
+            *lines,
+            "",
+            f"In every stack: {packages}.",
+            "",
+            "\n\n".join(notes),
+            "",
+        )
+    )
+
+
+def table_row(stack: Stack) -> tuple[str, ...]:
+    low, high = stack.driver_minimum, stack.driver_maximum
+    driver = f"{stack.driver_kind} {low or 'any'}" + (f" to {high}" if high else " or newer") if stack.driver_kind != "none" else ""
+    base = f"{stack.base} (not pinned yet)" if stack.digest == UNPINNED else f"{stack.base}@{stack.digest[:19]}"
+    locked = ", ".join(name if lock else f"{name} (not resolved yet)" for name, lock in stack.locks.items())
+    chips = ", ".join(stack.chip_architectures)
+    return (stack.name, chips, stack.torch, stack.plugin, stack.toolkit, driver, stack.python, base, locked, stack.licence)
+
+
+def facts(stack: Stack) -> str:
+    support = [f"- {what}: {until}" for what, until in stack.support.items()]
+    sources = [f"- {what}: {source}" for what, source in stack.sources.items()]
+    return "\n".join(["Support:", "", *support, "", "Sources:", "", *sources])

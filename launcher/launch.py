@@ -54,9 +54,7 @@ def launch(plan: Plan, source: SourceState, desk: Desk) -> Record:
                 plan,
                 source,
                 started,
-                Outcome(
-                    status="refused" if isinstance(error, ConfigRefused) else "failed", code=error.exit_code, failure=described(error)
-                ),
+                Outcome(status="refused" if isinstance(error, ConfigRefused) else "failed", code=error.exit_code, failure=described(error)),
             )
             raise
         except BaseException as error:

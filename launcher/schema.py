@@ -187,7 +187,6 @@ class Stage:
     checkpoint: str = ""
     global_batch: int
     optimizer: Optimizer
-    restarts: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +272,6 @@ class Run:
     deterministic: bool
     save_every: int
     keep_checkpoints: int
-    restarts: int | None
     stop_timeout_s: int
     start_timeout_s: int
     collective_timeout_s: int

@@ -18,6 +18,7 @@ from trainer.contract import DeviceSpec, Optimizer, RunFailed, TrainSpec
 from trainer.precision import dtype_name
 
 IGNORED = -100  # label of a token that is not trained on
+FUSED = ("cpu", "cuda")  # where torch has AdamW as one kernel: on the digits job a tenth of a step faster than one op at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +150,10 @@ def start_engine(model: torch.nn.Module, spec: TrainSpec, device: torch.device) 
     import deepspeed
 
     offload = spec.deepspeed.get("zero_optimization", {}).get("offload_optimizer") is not None
-    optimizer = build_optimizer(model, spec.optimizer, offload=offload)
+    optimizer = build_optimizer(model, spec.optimizer, offload=offload, fused=spec.device.accelerator in FUSED)
     handle, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(spec.deepspeed))
+    if spec.device.world_size == 1 and handle.zero_optimization_stage() == 0:
+        handle.enable_backward_allreduce = False  # else gradients are packed, summed over the one rank and unpacked
     engine = Engine(
         handle=handle,
         model=handle.module,
@@ -162,7 +165,7 @@ def start_engine(model: torch.nn.Module, spec: TrainSpec, device: torch.device) 
     return engine
 
 
-def build_optimizer(model: torch.nn.Module, optimizer: Optimizer, *, offload: bool) -> torch.optim.Optimizer:
+def build_optimizer(model: torch.nn.Module, optimizer: Optimizer, *, offload: bool, fused: bool) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters. Decay on matrices alone: decaying norms and biases pulls them to zero for nothing."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -175,7 +178,7 @@ def build_optimizer(model: torch.nn.Module, optimizer: Optimizer, *, offload: bo
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, **values)
-    return torch.optim.AdamW(groups, **values)
+    return torch.optim.AdamW(groups, fused=fused, **values)
 
 
 def taken_config(engine: Engine) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def test_notes_stop_nothing() -> None:
 @cache
 def with_numbers() -> Config:
     """A config in which no optional number is left out."""
-    optional = ("cluster.devices_per_node=8", "strategy.micro_batch=1", "run.restarts=1", "hardware.host_memory_gib=1000")
+    optional = ("cluster.devices_per_node=8", "strategy.micro_batch=1", "hardware.host_memory_gib=1000")
     config = compose(["hardware=h200", *LLAVA, "stage=lora", *optional], ROOT / "conf")
     text = replace(config.model.architecture.text, head_dim=128)
     model = replace(config.model, architecture=replace(config.model.architecture, text=text))

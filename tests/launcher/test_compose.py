@@ -96,7 +96,7 @@ def test_wrong_overrides_are_reported_together() -> None:
         "  hardware=asend910b: unknown hardware 'asend910b'; did you mean 'ascend910b'? "
         "valid are: ascend910b, ascend910c, cpu, h200, p4, rtx3090\n"
         "  run.stps=3: unknown key 'run.stps' in run; did you mean 'steps'? valid are: collective_timeout_s, deterministic, evaluation, "
-        "force, keep_checkpoints, restarts, save_every, seed, start_timeout_s, steps, stop_timeout_s\n"
+        "force, keep_checkpoints, save_every, seed, start_timeout_s, steps, stop_timeout_s\n"
         "  micro_batch=4: unknown key 'micro_batch'; did you mean 'strategy.micro_batch'?"
     )
 

@@ -1,0 +1,176 @@
+"""The CPU image, really built and really used: `make image-check`."""
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.build import build, built_images, find
+from launcher.errors import ImageFailed
+from launcher.image import load_stacks, render
+from launcher.schema import Delivery
+from tests.images.conftest import ROOT, Built, run
+
+pytestmark = pytest.mark.docker
+
+MEMORY_AND_WORLD = """
+import os, sys
+import torch, deepspeed
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.accelerator import get_accelerator
+
+weights = torch.nn.Parameter(torch.ones(1000))
+twin = torch.nn.Parameter(torch.ones(1000))
+pair = (DeepSpeedCPUAdam([weights], lr=0.1), torch.optim.AdamW([twin], lr=0.1, weight_decay=0.0))
+for step in range(3):
+    for optimizer, parameter in zip(pair, (weights, twin)):
+        parameter.grad = torch.linspace(-1, 1, 1000)
+        optimizer.step()
+assert torch.allclose(weights, twin, atol=1e-6), "the compiled optimizer is AdamW"
+
+deepspeed.init_distributed("gloo", verbose=False)
+assert deepspeed.comm.comm.cdb.shm_comm_op is not None, "the compiled shared-memory op is in use"
+tensor = torch.full((5000,), float(deepspeed.comm.get_rank() + 1))
+deepspeed.comm.inference_all_reduce(tensor)
+assert tensor.eq(3.0).all(), tensor
+print("uid", os.getuid(), "operators used")
+"""
+
+
+def inspect(name: str) -> dict[str, Any]:
+    answer: dict[str, Any] = json.loads(run("docker", "image", "inspect", name))[0]
+    return answer
+
+
+def in_container(image: str, *command: str, user: str = "1000:1000") -> str:
+    """Run in a container that can write nothing but /tmp and reach no network."""
+    shut = ("--read-only", "--tmpfs", "/tmp", "--network", "none", "--cap-drop", "ALL", "--shm-size", "256m")
+    return run("docker", "run", "--rm", "--user", user, *shut, image, *command)
+
+
+def test_size_user_and_labels(built: Built) -> None:
+    facts = inspect(built.image.tag)
+    print(f"\nCPU image: {facts['Size'] / 1e9:.2f} GB")
+    assert facts["Size"] <= 1.5e9
+    assert facts["Config"]["User"] == "1000:1000"
+    assert facts["Config"]["Entrypoint"] == ["/usr/local/bin/entrypoint.sh"]
+    labels = facts["Config"]["Labels"]
+    assert labels["io.omnilaunch.fingerprint"] == built.image.fingerprint
+    assert labels["io.omnilaunch.contract"] == "1" and labels["io.omnilaunch.stack"] == "cpu"
+    assert len(labels["org.opencontainers.image.revision"]) == 40
+    assert built.image.tag in built_images()
+
+
+def test_the_trainer_starts_as_any_user_from_a_layer_it_cannot_write(built: Built) -> None:
+    code = "import trainer.run, os; print(os.getuid(), os.access('/opt/omnilaunch/trainer/run.py', os.W_OK))"
+    assert in_container(built.image.tag, "python", "-c", code) == "1000 False"
+    assert in_container(built.image.tag, "python", "-c", code, user="54321:100") == "54321 False"
+
+
+def test_compiled_operators_are_used_without_a_compiler(built: Built, tmp_path: Path) -> None:
+    launch = ("torchrun", "--standalone", "--nproc-per-node", "2", "--no-python", "python", "-c", MEMORY_AND_WORLD)
+    said = in_container(built.image.tag, *launch, user="54321:100")
+    assert said.count("uid 54321 operators used") == 2
+    absent = in_container(built.image.tag, "python", "-c", "import shutil; print([shutil.which(n) for n in ('cc', 'gcc', 'g++', 'c++')])")
+    assert absent == "[None, None, None, None]"
+
+
+def test_packages_agree(built: Built) -> None:
+    assert in_container(built.image.tag, "python", "-m", "pip", "check") == "No broken requirements found."
+
+
+def test_neither_secrets_nor_the_builders_settings_are_in_the_image(built: Built) -> None:
+    history = run("docker", "history", "--no-trunc", "--format", "{{.CreatedBy}}", built.image.tag)
+    environment = "\n".join(inspect(built.image.tag)["Config"]["Env"])
+    for text in (history, environment):
+        assert "PIP_" not in text and "ca-certificates.crt" not in text and "wheelhouse" not in text
+    assert in_container(built.image.tag, "bash", "-c", "ls -A /run/secrets /wheelhouse 2>/dev/null | wc -l") == "0"
+
+
+def test_signals_reach_the_command(built: Built) -> None:
+    name = f"omnilaunch-test-{time.monotonic_ns()}"
+    wait = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(43))\nprint('ready', flush=True)\ntime.sleep(60)"
+    run("docker", "run", "--detach", "--name", name, built.image.tag, "python", "-c", wait)
+    try:
+        for _ in range(100):
+            if "ready" in run("docker", "logs", name):
+                break
+            time.sleep(0.1)
+        run("docker", "kill", "--signal", "TERM", name)
+        assert run("docker", "wait", name) == "43"
+    finally:
+        run("docker", "rm", "--force", name)
+
+
+def test_an_unchanged_tree_builds_nothing(built: Built, make: Callable[..., Built]) -> None:
+    started = time.monotonic()
+    again = make(ROOT)
+    assert again.id == built.id
+    assert again.said == (f"image {built.image.tag} is there already",)
+    assert time.monotonic() - started < 2
+
+
+@pytest.fixture
+def changed(built: Built, tmp_path: Path) -> Path:
+    """A copy of the project with one more line in the trainer."""
+    for folder in ("images", "trainer"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "trainer" / "loop.py").open("a", encoding="utf-8") as file:
+        file.write(f"# one more line, {time.time_ns()}\n")
+    # The context lies where it did for the image before, as it does when a user edits the one project folder.
+    (tmp_path / ".cache").symlink_to(ROOT / ".cache")
+    return tmp_path
+
+
+def test_one_line_of_the_trainer_rebuilds_in_seconds_and_adds_little(built: Built, make: Callable[..., Built], changed: Path) -> None:
+    started = time.monotonic()
+    other = make(changed)
+    seconds = time.monotonic() - started
+    try:
+        before, after = (inspect(name)["RootFS"]["Layers"] for name in (built.image.tag, other.image.tag))
+        added = run("docker", "history", "--human=false", "--format", "{{.Size}}", other.image.tag).splitlines()[
+            : len(after) - len(before) + 1
+        ]
+        print(f"\nrebuilt in {seconds:.1f} s, {int(added[0]) / 1e6:.2f} MB new")
+        assert other.image.tag != built.image.tag
+        assert after[:-1] == before[:-1] and after[-1] != before[-1], "only the last layer is new"
+        assert int(added[0]) <= 20e6
+        assert seconds <= 5
+    finally:
+        run("docker", "image", "rm", other.image.tag)
+
+
+def test_a_base_without_the_expected_python_is_refused_and_leaves_no_tag(built: Built, make: Callable[..., Built]) -> None:
+    name = "omnilaunch-base:wrong-python"
+    pretend = "import sys; sys.version_info = (3, 9, 2); sys.version = '3.9.2 (pretended)'"  # a line that Python's start-up runs
+    dockerfile = f'FROM {built.delivery.base}\nRUN echo "{pretend}" > /usr/lib/python3/dist-packages/pretend.pth\n'
+    subprocess.run(("docker", "build", "-q", "-t", name, "-"), input=dockerfile, text=True, capture_output=True, check=True)
+    try:
+        with pytest.raises(ImageFailed, match=r"the base has Python 3\.9\.2[\s\S]*take a base with the Python of the lock"):
+            make(ROOT, name)
+        image = render(load_stacks(ROOT / "images")["cpu"], architecture="x86_64", root=ROOT, base=name)
+        assert find(image) is None and image.tag not in built_images()
+    finally:
+        run("docker", "image", "rm", name)
+
+
+def test_a_base_that_cannot_be_had_says_so(make: Callable[..., Built]) -> None:
+    with pytest.raises(ImageFailed, match=r"cluster\.delivery\.base=IMAGE"):
+        make(ROOT, "registry.invalid/nothing:1")
+
+
+def test_an_altered_wheel_is_refused(built: Built, tmp_path: Path) -> None:
+    """A local wheel of the right name with another content: pip's hash check stops the build."""
+    (tmp_path / "torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl").write_bytes(b"not torch")
+    delivery: Delivery = replace(built.delivery, find_links="", wheelhouse=str(tmp_path))
+    image = replace(built.image, tag="omnilaunch:altered", fingerprint="altered")
+    with pytest.raises(ImageFailed) as caught:
+        build(image, root=ROOT, delivery=delivery, on_line=print)
+    assert "what to do" in str(caught.value)
+    assert "omnilaunch:altered" not in built_images()
