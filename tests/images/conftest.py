@@ -1,7 +1,9 @@
 """A base image made on the spot, and the CPU image built from it: no registry is asked."""
 
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,9 +52,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def delivery(base: str) -> Delivery:
     """What pip on this machine is told (`pip config`), the build is told as well: mirror, local wheels, CA bundle."""
-    import shlex
-    import sys
-
     lines = run(sys.executable, "-m", "pip", "config", "list").splitlines()
     told = {key.split(".")[-1]: shlex.split(value)[0] for key, _, value in (line.partition("=") for line in lines)}
     folder = told.get("find-links", "")
@@ -74,6 +73,18 @@ def make(delivery: Delivery) -> Callable[[Path, str], Built]:
     return make
 
 
+def copy_project(target: Path) -> Path:
+    """What an image is made from, as it is now: nobody's edit can come between two builds."""
+    for folder in ("images", "trainer"):
+        shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return target
+
+
 @pytest.fixture(scope="session")
-def built(make: Callable[..., Built]) -> Built:
-    return make(ROOT)
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="session")
+def built(make: Callable[..., Built], project: Path) -> Built:
+    return make(project)

@@ -20,6 +20,7 @@ from launcher.build import (
     refuse_unbuildable,
     run_build,
     shorten,
+    source_commit,
     version_of,
     write_secrets,
 )
@@ -236,3 +237,8 @@ def test_an_interrupted_build_ends_its_client(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_what_is_shown_of_the_progress(line: str, said: str) -> None:
     assert shorten(line) == said
+
+
+def test_the_commit_is_asked_of_git(tmp_path: Path) -> None:
+    assert re.fullmatch(r"[0-9a-f]{40}", source_commit(ROOT))
+    assert source_commit(tmp_path) == "unknown"
