@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def describe_verdict(plan: Plan) -> str:
         *(f"forced ({config.run.force}):\n{problem}" for problem in verdict.forced),
     ]
     if verdict.launchable:
-        return "\n".join((*lines, "ok", f"next: omnilaunch launch {names}"))
+        return "\n".join((*lines, "ok", f"next: {program()} launch {names}"))
     return "\n".join((*lines, "planned; a launch is refused:", *map(str, verdict.problems)))
 
 
@@ -109,13 +110,13 @@ def describe_record(record: Record, plan: Plan) -> str:
 def next_commands(record: Record, plan: Plan) -> str:
     config = plan.config
     axes = " ".join(f"{axis}={getattr(config, axis).name}" for axis in ("hardware", "model", "data"))
-    return "\n".join(
-        (
-            f"  omnilaunch launch {axes} stage=evaluate stage.checkpoint={record.run_id}",
-            f"  omnilaunch launch {axes} stage=lora stage.checkpoint={record.run_id}",
-            "  omnilaunch runs",
-        )
-    )
+    stages = (f"launch {axes} stage={stage} stage.checkpoint={record.run_id}" for stage in ("evaluate", "lora"))
+    return "\n".join(f"  {program()} {words}" for words in (*stages, "runs"))
+
+
+def program() -> str:
+    """The command as the user typed it: `make` runs .venv/bin/omnilaunch, which need not be on PATH."""
+    return sys.argv[0] if Path(sys.argv[0]).name == "omnilaunch" else "omnilaunch"
 
 
 def describe_runs(runs: Path) -> str:
