@@ -117,7 +117,7 @@ def test_what_cannot_start_says_why_and_ends_with_two(tiny_spec: Any, torchrun: 
 def test_the_digits_are_learned(seed: int, tiny_spec: Any, torchrun: Any) -> None:
     spec = tiny_spec(width=96, micro=64, changes={"seed": seed, "steps": 300, "evaluation": Evaluation()})
     spec = replace(spec, device=replace(spec.device, threads=2), model=replace(spec.model, source=Source(kind="random")))
-    ended = torchrun(spec)
+    ended = torchrun(spec, timeout_s=900)  # 40 s on two quiet cores
     assert ended.code == 0, ended.text
     evaluation = result_of(spec).evaluation
     assert evaluation["count"] == 297
