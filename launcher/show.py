@@ -47,7 +47,7 @@ def describe_image(plan: Plan) -> str:
     rows = {
         "tag": image.tag,
         "Dockerfile": f"images/rendered/{image.stack}/Dockerfile",
-        "lock": image.lock or "none yet for this architecture: the image cannot be built until `omnilaunch image refresh` resolves one",
+        "lock": image.lock or "none yet for this architecture: the image can be planned, not built",
     }
     if plan.config.cluster.runtime == "process":
         rows["used"] = "no: cluster.runtime=process runs in the environment of this command"
