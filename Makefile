@@ -38,8 +38,8 @@ plan: .venv/.launcher ## Print what `make train` with the same variables would d
 train: $(TRAINER) ## Carry the plan out: the tiny model on real digits unless the variables say otherwise
 	@.venv/bin/omnilaunch launch $(OVERRIDES)
 
-test: setup ## Run the tests that need no Docker engine
-	@.venv/bin/python -m pytest -m "not docker" $(ARGS)
+test: setup ## Run the tests that need neither an engine nor a network
+	@.venv/bin/python -m pytest -m "not docker and not network and not cluster" $(ARGS)
 
 lint: .venv/.launcher .venv/.dev ## ruff and mypy
 	@.venv/bin/ruff check . && .venv/bin/mypy
@@ -50,8 +50,8 @@ render: .venv/.launcher ## Write images/rendered/ and docs/images.md again from 
 image: .venv/.launcher ## Build the image that `make train RUNTIME=docker` with the same variables would use
 	@.venv/bin/omnilaunch image build $(OVERRIDES)
 
-image-check: setup ## Really build the CPU image and run in it (needs a Docker engine, debootstrap and root)
-	@.venv/bin/python -m pytest -m docker $(ARGS)
+image-check: setup ## Really build images and run in them, fetch those that cannot run here (needs a Docker engine, debootstrap, root, a network)
+	@.venv/bin/python -m pytest -m "(docker or network) and not cluster" $(ARGS)
 
 .venv/.python: $(LOCKS)/build.txt
 	@$(PYTHON) -c 'import sys, ensurepip; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "omnilaunch needs CPython 3.11 with venv, which '$(PYTHON)' is not. On Debian: apt-get install python3.11-venv. Elsewhere: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 2; }

@@ -1,7 +1,7 @@
 """Make an Image real: a small build context, BuildKit through the docker client, a tag only when everything went well.
 
-Facts about the engine come from its own API (the docker package); the build itself needs a client that speaks BuildKit. Index,
-mirrors and CA bundle reach pip as BuildKit secrets, so that neither a layer nor an argv nor the cache's keys hold them.
+Index, mirrors and CA bundle reach pip as BuildKit secrets, so that neither a layer nor an argv nor the cache's keys hold them.
+With a wheelhouse the build has no network at all.
 """
 
 import fcntl
@@ -11,23 +11,21 @@ import shutil
 import subprocess
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from launcher.engine import Client, answer, find, find_client
 from launcher.errors import ImageFailed
-from launcher.image import LABEL, REPOSITORY, Image, context_files, digest
+from launcher.image import REPOSITORY, Image, Stack, context_files, digest, draw_system
 from launcher.schema import Delivery
+from launcher.wheelhouse import SYSTEM, local_files, system_files
 
-OLDEST_ENGINE = (20, 10)  # the first whose BuildKit reads RUN --mount without a frontend to pull
-SEPARATE_BUILDKIT = 23  # from this client on BuildKit is a plugin, buildx; before, it is built in
 CONTEXT_FOLDER = ".cache/image"
 WHEELHOUSE = "wheelhouse"
 LAST_LINES = 20
 STEP = re.compile(r"^#\d+ (?P<place>\[.+?\]) (?P<what>[A-Z]+ .*)$")  # of BuildKit's plain progress
 DONE = re.compile(r"^#\d+ DONE (?P<seconds>\d+\.\d)s$")
-DISTRIBUTION = re.compile(r"^(?P<name>[A-Za-z0-9._]+?)-(?P<version>\d[^-]*?)(-[^/]*\.whl|\.tar\.gz|\.zip)$")
 
 # What a build may say, and what to do about it. The first that is found is shown.
 ADVICE = (
@@ -51,29 +49,21 @@ ADVICE = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Client:
-    """A docker command line that can do BuildKit builds on the engine here."""
-
-    path: str
-    version: str
-    engine_version: str
-
-
-def build(image: Image, *, root: Path, delivery: Delivery, on_line: Callable[[str], None]) -> str:
-    """The id of the built image; an image that is there already is not built again. Raises ImageFailed with what to do next;
-    nothing is tagged then."""
+def build(image: Image, *, root: Path, delivery: Delivery, on_line: Callable[[str], None], fresh: bool = False) -> str:
+    """The id of the built image; an image that is there already is not built again, unless `fresh`, which takes nothing over from
+    earlier builds. Raises ImageFailed with what to do next; nothing is tagged then."""
     client = find_client(os.environ)
     with only_builder(root, image, on_line):
         there = find(image)
-        if there:
+        if there and not fresh:
             on_line(f"image {image.tag} is there already")
             return there
-        refuse_unbuildable(image, delivery)
+        refuse_unbuildable(image, delivery, client)
         on_line(f"building {image.tag} from {image.base}" + ("" if "@sha256:" in image.base else ", which is not pinned by digest"))
         context = fill_context(image, root, delivery)
         with tempfile.TemporaryDirectory(prefix="omnilaunch-") as secrets:
-            command = build_command(client, image, context, write_secrets(delivery, Path(secrets)), source_commit(root))
+            told = write_secrets(delivery, Path(secrets))
+            command = build_command(client, image, context, told, source_commit(root), delivery=delivery, fresh=fresh)
             run_build(command, context.with_suffix(".log"), delivery, on_line)
     made = find(image)
     if made is None:
@@ -83,89 +73,10 @@ def build(image: Image, *, root: Path, delivery: Delivery, on_line: Callable[[st
     return made
 
 
-# --------------------------------------------------------------------------------------------------- engine and client
-
-
-def find_client(environ: Mapping[str, str]) -> Client:
-    """The first docker client on PATH that can build with BuildKit, and the engine behind it. Raises ImageFailed saying what is
-    missing, and the fix."""
-    paths = [path for folder in environ.get("PATH", "").split(os.pathsep) if (path := shutil.which("docker", path=folder))]
-    if not paths:
-        raise ImageFailed(
-            "there is no docker client on PATH. On Debian: apt-get install docker.io; to run without containers: cluster.runtime=process"
-        )
-    return choose_client(tuple(dict.fromkeys(paths)), engine_version())
-
-
-def choose_client(paths: tuple[str, ...], engine: str) -> Client:
-    """Raises ImageFailed when the engine is too old, or no client of `paths` speaks BuildKit."""
-    if version_of(engine) < OLDEST_ENGINE:
-        raise ImageFailed(
-            f"the Docker engine is {engine}; BuildKit with mounts and secrets needs {OLDEST_ENGINE[0]}.{OLDEST_ENGINE[1]} or newer: upgrade it"
-        )
-    refused = []
-    for path in paths:
-        version = answer((path, "version", "--format", "{{.Client.Version}}"))
-        if (0,) < version_of(version) < (SEPARATE_BUILDKIT,) or answer((path, "buildx", "version")):
-            return Client(path=path, version=version, engine_version=engine)
-        refused.append(f"{path} ({version or 'no answer'})")
-    raise ImageFailed(
-        f"no docker client here can do BuildKit builds: {', '.join(refused)} without the buildx plugin. "
-        "Install the plugin (package docker-buildx-plugin or docker-buildx), or Debian's docker.io, whose client has BuildKit built in"
-    )
-
-
-def engine_version() -> str:
-    """Asked of the engine itself. Raises ImageFailed when it does not answer."""
-    import docker
-
-    try:
-        with closing(docker.from_env()) as engine:
-            return str(engine.version()["Version"])
-    except docker.errors.DockerException as error:
-        denied = "Permission denied" in str(error)
-        fix = "add yourself to the group docker, or use sudo" if denied else "start it: systemctl start docker, or dockerd"
-        raise ImageFailed(
-            f"the Docker engine does not answer ({error}): {fix}. To run without containers: cluster.runtime=process"
-        ) from error
-
-
-def find(image: Image) -> str | None:
-    """The id of the engine's image with this tag and this whole fingerprint; None when there is none."""
-    import docker
-
-    with closing(docker.from_env()) as engine:
-        try:
-            there = engine.images.get(image.tag)
-        except docker.errors.ImageNotFound:
-            return None
-        return str(there.id) if there.labels.get(f"{LABEL}fingerprint") == image.fingerprint else None
-
-
-def built_images() -> tuple[str, ...]:
-    """Tags of all images that were built from here or by another omnilaunch, newest first as the engine lists them."""
-    import docker
-
-    engine_version()
-    with closing(docker.from_env()) as engine:
-        return tuple(tag for image in engine.images.list(filters={"label": f"{LABEL}fingerprint"}) for tag in image.tags)
-
-
-def answer(command: tuple[str, ...]) -> str:
-    """Standard output of a command, '' when it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def version_of(text: str) -> tuple[int, ...]:
-    """(20, 10, 24) of `20.10.24+dfsg1`."""
-    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
-
-
 # -------------------------------------------------------------------------------------------------------------- context
 
 
-def refuse_unbuildable(image: Image, delivery: Delivery) -> None:
+def refuse_unbuildable(image: Image, delivery: Delivery, client: Client) -> None:
     """Raise ImageFailed for an image that may not or cannot be built, before anything is made."""
     if delivery.kind != "build":
         raise ImageFailed(
@@ -175,6 +86,11 @@ def refuse_unbuildable(image: Image, delivery: Delivery) -> None:
         raise ImageFailed(
             f"stack {image.stack} has no lock for {image.architecture} yet (images/versions.yaml, key stacks.{image.stack}.locks): "
             "its image can be planned, not built"
+        )
+    if image.architecture != client.architecture:
+        raise ImageFailed(
+            f"{image.tag} is for {image.architecture}, the Docker engine here is {client.architecture}: build it on a machine of the nodes' "
+            f"architecture. For one without a network, fill its wheelhouse here: omnilaunch image fetch --architecture {image.architecture}"
         )
     if image.licence and not delivery.accept_licence:
         raise ImageFailed(
@@ -201,15 +117,17 @@ def fill_context(image: Image, root: Path, delivery: Delivery) -> Path:
     what has changed."""
     folder = root / CONTEXT_FOLDER / f"{image.stack}-{image.architecture}"
     wanted = context_files(root, image.lock)
-    wheels = {f"{WHEELHOUSE}/{path.name}": path for path in local_wheels(image, root, delivery)}
+    local = {f"{WHEELHOUSE}/{name}": path for name, path in local_files(root, image.lock, delivery).items()}
+    local |= {f"{SYSTEM}/{name}": path for name, path in system_files(delivery).items()}
     for path in sorted(folder.rglob("*"), reverse=True) if folder.exists() else ():
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in wanted and name not in wheels:
+        if path.is_file() and name not in wanted and name not in local:
             path.unlink()
         elif path.is_dir() and not any(path.iterdir()):
             path.rmdir()
-    (folder / WHEELHOUSE).mkdir(parents=True, exist_ok=True)
-    for name, path in {**wanted, **wheels}.items():
+    for name in (WHEELHOUSE, SYSTEM):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for name, path in {**wanted, **local}.items():
         place(path, folder / name)
     for name, expected in image.files.items():
         if digest(folder / name) != expected:
@@ -227,32 +145,6 @@ def place(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
     target.chmod(0o755 if target.suffix == ".sh" else 0o644)
     os.utime(target, ns=(here.st_atime_ns, here.st_mtime_ns))
-
-
-def local_wheels(image: Image, root: Path, delivery: Delivery) -> tuple[Path, ...]:
-    """Files of the local folders that the lock asks for, by name and version; pip checks their hashes inside."""
-    pins = {
-        (normal(name), version)
-        for name, version in re.findall(r"^([\w.-]+)==(\S+)", (root / "images" / image.lock).read_text(), re.MULTILINE)
-    }
-    folders = [Path(where) for where in (delivery.wheelhouse, delivery.find_links) if where and "://" not in where]
-    for folder in folders:
-        if not folder.is_dir():
-            raise ImageFailed(
-                f"the folder {folder} of cluster.delivery.{'wheelhouse' if str(folder) == delivery.wheelhouse else 'find_links'} does not exist"
-            )
-    found = {
-        path.name: path
-        for folder in folders
-        for path in sorted(folder.iterdir())
-        if (match := DISTRIBUTION.match(path.name)) and (normal(match["name"]), match["version"]) in pins
-    }
-    return tuple(found.values())
-
-
-def normal(name: str) -> str:
-    """As the packaging specification compares project names."""
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def write_secrets(delivery: Delivery, folder: Path) -> dict[str, Path]:
@@ -275,11 +167,14 @@ def write_secrets(delivery: Delivery, folder: Path) -> dict[str, Path]:
 # ---------------------------------------------------------------------------------------------------------------- build
 
 
-def build_command(client: Client, image: Image, context: Path, secrets: dict[str, Path], commit: str) -> tuple[str, ...]:
+def build_command(
+    client: Client, image: Image, context: Path, secrets: dict[str, Path], commit: str, *, delivery: Delivery, fresh: bool
+) -> tuple[str, ...]:
     """The argv. Proxies are named without their value, which the client takes from its environment."""
     labels = {**image.labels, "org.opencontainers.image.revision": commit}
     return (
         client.path, "build", "--progress", "plain", "--tag", image.tag,
+        *(("--network", "none") if delivery.wheelhouse else ()), *(("--no-cache",) if fresh else ()),
         *(part for name, value in sorted(labels.items()) for part in ("--label", f"{name}={value}")),
         *(part for name, path in sorted(secrets.items()) for part in ("--secret", f"id={name},src={path}")),
         *(part for name in ("http_proxy", "https_proxy") for part in ("--build-arg", name)),
@@ -328,3 +223,22 @@ def shorten(line: str) -> str:
 def source_commit(root: Path) -> str:
     """The commit of the project's folder, `unknown` outside git."""
     return answer(("git", "-C", str(root), "rev-parse", "HEAD")) or "unknown"
+
+
+# ------------------------------------------------------------------------------------------------------ system packages
+
+
+def fetch_system(stack: Stack, *, architecture: str, root: Path, folder: Path, delivery: Delivery, on_line: Callable[[str], None]) -> None:
+    """Download the Debian packages that the stack's Dockerfile installs into `folder`/system, as the base's own apt resolves and
+    checks them. Raises ImageFailed where the engine or the base cannot be had, or is of another architecture."""
+    client = find_client(os.environ)
+    if client.architecture != architecture:
+        raise ImageFailed(
+            f"system packages for {architecture} are fetched on a machine of that architecture, this one's engine is {client.architecture}. "
+            "The wheels are here; a base that has the packages already needs no more: cluster.delivery.base=IMAGE"
+        )
+    with tempfile.TemporaryDirectory(prefix="omnilaunch-") as context:
+        (Path(context) / "Dockerfile").write_text(draw_system(stack, root, base=delivery.base), encoding="utf-8")
+        output = ("--output", f"type=local,dest={folder / SYSTEM}")
+        proxies = tuple(part for name in ("http_proxy", "https_proxy") for part in ("--build-arg", name))
+        run_build((client.path, "build", "--progress", "plain", *output, *proxies, context), folder / "system.log", delivery, on_line)

@@ -4,7 +4,7 @@
   omnilaunch launch [AXIS=NAME ...] [key=value ...]   carry it out
   omnilaunch options [AXIS]                           what can be chosen
   omnilaunch runs                                     the runs of this folder
-  omnilaunch image render|build|ls [AXIS=NAME ...]    images, rendered or built
+  omnilaunch image ACTION [AXIS=NAME ...]             render, refresh, build, ls, inspect, prune, fetch: see image --help
 
 Axes: hardware, model, stage, precision, strategy, data, cluster. Exit codes: 0 done, 2 refused, 3 image, 4 node, 5 run failed,
 130 stopped, 1 a bug of ours.
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher import image_action
 from launcher.errors import ConfigRefused, LaunchError
 from trainer.contract import Exit
 
@@ -60,10 +61,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     sub.set_defaults(verb=show_options)
     sub = verbs.add_parser("runs", help="the runs of this folder")
     sub.set_defaults(verb=show_runs)
-    sub = verbs.add_parser("image", help="render, build and list images")
-    sub.add_argument("action", choices=("render", "build", "ls"))
-    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    sub.set_defaults(verb=work_image)
+    image_action.add_to(verbs.add_parser("image", help="the one image that matches a hardware", allow_abbrev=False))
     return parser.parse_args(argv)
 
 
@@ -126,22 +124,6 @@ def show_runs(arguments: argparse.Namespace) -> int:
     from launcher.show import describe_runs
 
     print(describe_runs(Path.cwd() / "runs"))
-    return Exit.OK
-
-
-def work_image(arguments: argparse.Namespace) -> int:
-    from launcher.build import build, built_images
-    from launcher.image import write_rendered
-
-    if arguments.action == "render":
-        for path in write_rendered(PROJECT):
-            print(path.relative_to(PROJECT))
-    elif arguments.action == "ls":
-        for tag in built_images():
-            print(tag)
-    else:
-        plan = plan_of(arguments.overrides, "image")
-        print(build(plan.image, root=PROJECT, delivery=plan.config.cluster.delivery, on_line=lambda line: print(line, flush=True)))
     return Exit.OK
 
 

@@ -13,7 +13,6 @@ from launcher.errors import ImageFailed, suggest
 from trainer.contract import SCHEMA, SpecError, decode
 
 VERSIONS_FILE = "versions.yaml"
-TABLE_FILE = "docs/images.md"
 UNPINNED = "unpinned"
 REPOSITORY = "omnilaunch"
 LABEL = "io.omnilaunch."
@@ -24,6 +23,16 @@ SELFTEST = "selftest.py"
 BUILD_LOCK = "build.txt"
 LOCK = "lock.txt"
 TORCH_LOCK = "torch.txt"
+
+
+# Debian packages by family and stage: `run` stays in the image, `build` only in the stage that compiles.
+# libgomp1: the OpenMP runtime of the compiled operators. cuda, gcc and libc6-dev: triton compiles its launchers when a run begins.
+# ascend: the toolkit and its compiler are in the base.
+SYSTEM_PACKAGES: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": {"run": ("libgomp1",), "build": ("g++", "libpython{python}-dev")},
+    "cuda": {"run": ("libgomp1", "gcc", "libc6-dev"), "build": ("g++", "libpython{python}-dev")},
+    "ascend": {"run": ("numactl", "libgomp1"), "build": ()},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +148,26 @@ def render(stack: Stack, *, architecture: str, root: Path, base: str = "") -> Im
         licence=stack.licence,
         fingerprint=fingerprint,
         tag=f"{REPOSITORY}:{stack.name}-{fingerprint[:12]}",
-        labels={f"{LABEL}fingerprint": fingerprint, f"{LABEL}architecture": architecture, f"{LABEL}lock": files.get(LOCK, "")},
+        labels={
+            f"{LABEL}fingerprint": fingerprint,
+            f"{LABEL}architecture": architecture,
+            f"{LABEL}lock": files.get(LOCK, ""),
+            f"{LABEL}base": base,  # '' = the stack's own
+        },
     )
 
 
 def draw(stack: Stack, root: Path, *, base: str = "") -> str:
     """The Dockerfile's text: the template of the family, filled from the row."""
+    return fill(f"{stack.family}.Dockerfile.j2", stack, root, base)
+
+
+def draw_system(stack: Stack, root: Path, *, base: str = "") -> str:
+    """The Dockerfile that only downloads the system packages, for a wheelhouse."""
+    return fill("system.Dockerfile.j2", stack, root, base)
+
+
+def fill(template: str, stack: Stack, root: Path, base: str) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -155,8 +178,18 @@ def draw(stack: Stack, root: Path, *, base: str = "") -> str:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    template = environment.get_template(f"{stack.family}.Dockerfile.j2")
-    return template.render(stack=stack, base=base or pinned(stack), base_given=bool(base), labels=described(stack))
+    return environment.get_template(template).render(
+        stack=stack,
+        base=base or pinned(stack),
+        base_given=bool(base),
+        labels=described(stack),
+        system=system_packages(stack),
+    )
+
+
+def system_packages(stack: Stack) -> dict[str, tuple[str, ...]]:
+    """Stage -> Debian packages."""
+    return {stage: tuple(name.format(python=stack.python) for name in names) for stage, names in SYSTEM_PACKAGES[stack.family].items()}
 
 
 def pinned(stack: Stack) -> str:
@@ -211,56 +244,3 @@ def text_digest(text: str) -> str:
 def fold(digests: dict[str, str]) -> str:
     """One digest of many, by name, in the order of the names."""
     return text_digest("".join(f"{name}\0{value}\n" for name, value in sorted(digests.items())))
-
-
-def write_rendered(root: Path) -> tuple[Path, ...]:
-    """Draw images/rendered/<stack>/Dockerfile for every stack again, and docs/images.md; the files written."""
-    stacks = load_stacks(root / "images")
-    drawn = {rendered_path(root, name): draw(stack, root) for name, stack in stacks.items()}
-    drawn[root / TABLE_FILE] = describe_stacks(stacks)
-    for path, text in drawn.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    return tuple(drawn)
-
-
-def rendered_path(root: Path, stack: str) -> Path:
-    return root / "images" / "rendered" / stack / "Dockerfile"
-
-
-def describe_stacks(stacks: dict[str, Stack]) -> str:
-    """docs/images.md: one row a stack, then where each pairing was read."""
-    head = ("stack", "chips", "torch", "plugin", "toolkit", "host driver", "Python", "base image", "locked for", "licence to accept")
-    rows = [table_row(stack) for stack in stacks.values()]
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows)]
-    notes = [f"### {stack.name}: {stack.title}\n\n{facts(stack)}" for stack in stacks.values()]
-    packages = ", ".join(sorted({f"{name} {version}" for stack in stacks.values() for name, version in stack.packages.items()}))
-    return "\n".join(
-        (
-            "# Images",
-            "",
-            "Written by `omnilaunch image render` from images/versions.yaml. Do not edit.",
-            "",
-            *lines,
-            "",
-            f"In every stack: {packages}.",
-            "",
-            "\n\n".join(notes),
-            "",
-        )
-    )
-
-
-def table_row(stack: Stack) -> tuple[str, ...]:
-    low, high = stack.driver_minimum, stack.driver_maximum
-    driver = f"{stack.driver_kind} {low or 'any'}" + (f" to {high}" if high else " or newer") if stack.driver_kind != "none" else ""
-    base = f"{stack.base} (not pinned yet)" if stack.digest == UNPINNED else f"{stack.base}@{stack.digest[:19]}"
-    locked = ", ".join(name if lock else f"{name} (not resolved yet)" for name, lock in stack.locks.items())
-    chips = ", ".join(stack.chip_architectures)
-    return (stack.name, chips, stack.torch, stack.plugin, stack.toolkit, driver, stack.python, base, locked, stack.licence)
-
-
-def facts(stack: Stack) -> str:
-    support = [f"- {what}: {until}" for what, until in stack.support.items()]
-    sources = [f"- {what}: {source}" for what, source in stack.sources.items()]
-    return "\n".join(["Support:", "", *support, "", "Sources:", "", *sources])

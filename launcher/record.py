@@ -150,6 +150,12 @@ def read_if_there(cls: Any, path: Path) -> Any:
         return None  # cut short by what ended the run; the raw file stays where it is
 
 
+def recorded_images(runs: Path) -> set[str]:
+    """Tags of the images that records name: a rerun asks for them."""
+    records = (read_if_there(Record, path) for path in runs.glob(f"*/{RECORD_FILE}"))
+    return {record.image for record in records if record is not None and record.image}
+
+
 def read_rows(path: Path) -> tuple[StepRow, ...]:
     """Whole rows of metrics.jsonl; a last line without its newline is still being written."""
     if not path.exists():

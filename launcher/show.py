@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from launcher.engine import BuiltImage
+from launcher.image import LABEL, Image
 from launcher.plan import Plan, to_plain
 from launcher.record import RECORD_FILE, Record, read_if_there
 from launcher.schema import AXES
@@ -14,6 +16,7 @@ from launcher.start import NodeCommand
 from trainer.contract import METRICS_FILE
 
 GIB = 2**30
+OPEN_LABEL = "org.opencontainers.image."
 
 
 def plan_json(plan: Plan) -> str:
@@ -28,7 +31,7 @@ def describe_plan(plan: Plan) -> str:
         ("config", yaml.safe_dump(json.loads(json.dumps(asdict(plan.config))), sort_keys=False, allow_unicode=True, width=140)),
         ("DeepSpeed config", json.dumps(plan.spec.deepspeed, indent=2)),
         *((f"node {command.node_rank}: {command.host}", describe_command(command)) for command in plan.commands),
-        ("image", describe_image(plan)),
+        ("image", describe_planned(plan)),
         ("memory of the fullest device", describe_states(plan)),
         ("verdict", describe_verdict(plan)),
     )
@@ -42,7 +45,7 @@ def describe_command(command: NodeCommand) -> str:
     return "\n".join(lines)
 
 
-def describe_image(plan: Plan) -> str:
+def describe_planned(plan: Plan) -> str:
     image = plan.image
     rows = {
         "tag": image.tag,
@@ -52,6 +55,39 @@ def describe_image(plan: Plan) -> str:
     if plan.config.cluster.runtime == "process":
         rows["used"] = "no: cluster.runtime=process runs in the environment of this command"
     return table(rows)
+
+
+def describe_images(images: tuple[BuiltImage, ...]) -> str:
+    """One line an image, newest first."""
+    lines = [f"{image.name:40} {image.size_bytes / 1e9:6.2f} GB  {image.architecture:8} {image.created}" for image in images]
+    return "\n".join(lines) or "no images of omnilaunch in this engine; build one with: omnilaunch image build hardware=cpu"
+
+
+def describe_image(image: BuiltImage) -> str:
+    """What is in a built image: its labels, and its layers from the last to the first."""
+    rows = {
+        "image": image.name,
+        "id": image.id,
+        "built": image.created,
+        "for": image.architecture,
+        "runs as": image.user or "root",
+        "size": f"{image.size_bytes / 1e9:.2f} GB",
+    }
+    labels = {name.removeprefix(LABEL).removeprefix(OPEN_LABEL): value for name, value in sorted(image.labels.items()) if value}
+    layers = [f"{size / 1e6:9.1f} MB  {command[:100]}" for size, command in image.layers if size]
+    return "\n".join((table(rows | labels), "", "layers, last first", *layers))
+
+
+def describe_unbuilt(image: Image) -> str:
+    return table(
+        {
+            "image": image.tag,
+            "built": "no",
+            "from": image.base,
+            "lock": image.lock or "none yet for this architecture",
+            "next": f"{program()} image build with the same words",
+        }
+    )
 
 
 def describe_states(plan: Plan) -> str:

@@ -25,10 +25,13 @@ LAUNCHER_ORDER = (
     ("check",),
     ("start",),
     ("plan",),
-    ("build", "gang", "progress"),
+    ("engine", "wheelhouse", "proof"),
+    ("image_table",),
+    ("build", "gang", "progress", "refresh"),
     ("record",),
     ("launch",),
     ("show",),
+    ("image_action",),
     ("cli",),
 )
 # The same for the trainer's packages and modules.
@@ -43,6 +46,7 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "b
 ENVIRON_READERS = {
     "launcher/cli.py",
     "launcher/build.py",
+    "launcher/image_action.py",
     "trainer/device.py",
     "trainer/run.py",
     "trainer/__main__.py",

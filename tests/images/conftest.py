@@ -1,18 +1,25 @@
-"""A base image made on the spot, and the CPU image built from it: no registry is asked."""
+"""A base image made on the spot, and images built from it: no registry is asked."""
 
+import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from launcher.build import build
+from launcher.build import build, fetch_system
+from launcher.engine import built_images
 from launcher.image import Image, load_stacks, render
+from launcher.proof import Proof, lock_digest, write_proof
 from launcher.schema import Delivery
+from launcher.wheelhouse import fetch_wheels, write_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "omnilaunch-base:bookworm"
@@ -20,7 +27,7 @@ BASE = "omnilaunch-base:bookworm"
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """The CPU image as the engine has it, and how it was made. `said`: the lines of the build."""
+    """An image as the engine has it, and how it was made. `said`: the lines of the build."""
 
     image: Image
     id: str
@@ -49,26 +56,34 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return BASE
 
 
-@pytest.fixture(scope="session")
-def delivery(base: str) -> Delivery:
-    """What pip on this machine is told (`pip config`), the build is told as well: mirror, local wheels, CA bundle."""
+def pip_delivery() -> Delivery:
+    """What pip on this machine is told (`pip config`), a build is told as well: mirror, local wheels, CA bundle."""
     lines = run(sys.executable, "-m", "pip", "config", "list").splitlines()
     told = {key.split(".")[-1]: shlex.split(value)[0] for key, _, value in (line.partition("=") for line in lines)}
     folder = told.get("find-links", "")
     return Delivery(
-        base=base, find_links=folder if Path(folder).is_dir() else "", ca_bundle=told.get("cert", ""), index=told.get("index-url", "")
+        find_links=folder if Path(folder).is_dir() else "",
+        ca_bundle=told.get("cert", ""),
+        index=told.get("index-url", ""),
+        accept_licence=True,
     )
 
 
 @pytest.fixture(scope="session")
-def make(delivery: Delivery) -> Callable[[Path, str], Built]:
-    """Build the CPU image of a project folder; `base` stands in for the usual one."""
+def delivery(base: str) -> Delivery:
+    return replace(pip_delivery(), base=base)
 
-    def make(root: Path, base: str = "") -> Built:
-        mine = replace(delivery, base=base or delivery.base)
-        image = render(load_stacks(root / "images")["cpu"], architecture="x86_64", root=root, base=mine.base)
+
+@pytest.fixture(scope="session")
+def make(delivery: Delivery) -> Callable[..., Built]:
+    """Build the image of a stack from a project folder; keywords change the delivery: another base, a wheelhouse."""
+
+    def make(root: Path, stack: str = "cpu", *, fresh: bool = False, **changes: str) -> Built:
+        mine = replace(delivery, **changes)
+        image = render(load_stacks(root / "images")[stack], architecture="x86_64", root=root, base=mine.base)
         said: list[str] = []
-        return Built(image=image, id=build(image, root=root, delivery=mine, on_line=said.append), delivery=mine, said=tuple(said))
+        made = build(image, root=root, delivery=mine, on_line=said.append, fresh=fresh)
+        return Built(image=image, id=made, delivery=mine, said=tuple(said))
 
     return make
 
@@ -88,3 +103,51 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def built(make: Callable[..., Built], project: Path) -> Built:
     return make(project)
+
+
+@pytest.fixture
+def copied(built: Built, project: Path, tmp_path: Path) -> Path:
+    """The project again, to be changed. Its build context lies where it did before, as in the one folder that a user edits."""
+    (tmp_path / ".cache").symlink_to(project / ".cache")
+    return copy_project(tmp_path)
+
+
+def tags() -> set[str]:
+    """Of all images of ours that the engine has."""
+    return {tag for image in built_images() for tag in image.tags}
+
+
+@pytest.fixture(scope="session")
+def wheelhouse(delivery: Delivery, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that the CPU image is made of, fetched as for a site without a network."""
+    folder, stack = tmp_path_factory.mktemp("wheelhouse"), load_stacks(ROOT / "images")["cpu"]
+    fetch_wheels(stack, architecture="x86_64", root=ROOT, folder=folder, environ=os.environ, delivery=delivery, say=print)
+    fetch_system(stack, architecture="x86_64", root=ROOT, folder=folder, delivery=delivery, on_line=print)
+    write_manifest(folder, stack, "x86_64")
+    return folder
+
+
+def inspect(name: str) -> dict[str, Any]:
+    """What the engine says about an image."""
+    answer: dict[str, Any] = json.loads(run("docker", "image", "inspect", name))[0]
+    return answer
+
+
+def in_container(image: str, *command: str, user: str = "1000:1000", network: str = "none", mounts: tuple[str, ...] = ()) -> str:
+    """Run in a container that can write nothing but /tmp and reach no network. Ranks need one: without it the host has no name."""
+    shut = ("--read-only", "--tmpfs", "/tmp:exec", "--network", network, "--cap-drop", "ALL", "--shm-size", "256m")
+    bound = tuple(part for mount in mounts for part in ("--mount", mount))
+    return run("docker", "run", "--rm", "--user", user, *shut, *bound, image, *command)
+
+
+@pytest.fixture
+def prove(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Keep what a test has shown, where the checks run with --prove; a test calls it last."""
+
+    def prove(stack: str, architecture: str, **facts: Any) -> None:
+        if request.config.getoption("--prove"):
+            lock = lock_digest(load_stacks(ROOT / "images")[stack], architecture, ROOT)
+            today = datetime.now(UTC).date().isoformat()
+            write_proof(ROOT, Proof(stack=stack, architecture=architecture, lock=lock, date=today, **facts))
+
+    return prove

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.images.conftest import ROOT, Built, run
+from tests.images.conftest import ROOT, Built, inspect, run
 
 pytestmark = pytest.mark.docker
 
@@ -32,7 +33,7 @@ def rows_of(run_folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in ("seconds", "peak_bytes")} for row in rows]
 
 
-def test_both_runtimes_give_the_same_bits(built: Built, tmp_path: Path) -> None:
+def test_both_runtimes_give_the_same_bits(built: Built, tmp_path: Path, prove: Callable[..., None]) -> None:
     tmp_path.chmod(0o755)  # the container's user must be able to walk to the run's folder
     for name, overrides in (("process", ()), ("docker", docker_overrides(built))):
         done = subprocess.run(command(tmp_path, name, *SHORT, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -45,6 +46,14 @@ def test_both_runtimes_give_the_same_bits(built: Built, tmp_path: Path) -> None:
     assert results[1]["image"] == built.image.tag
     assert (docker / "metrics.jsonl").stat().st_uid == (os.getuid() or 1000), "written by the container's user, which is not root"
     assert run("docker", "ps", "--all", "--quiet", "--filter", "label=omnilaunch.run=docker") == ""
+    prove(
+        "cpu",
+        "x86_64",
+        base="stand-in base",
+        size_bytes=inspect(built.image.tag)["Size"],
+        shown=("pip check", "compiled operators used", "a digits run as a user who is not root, bitwise equal to the process runtime"),
+        missing="",
+    )
 
 
 def test_a_stopped_container_is_gone_and_its_record_says_so(built: Built, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Building, up to the engine's door: which client, what is sent, what is said when it fails. tests/images does it for real."""
 
-import gc
 import os
 import re
 import stat
@@ -9,27 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher.build import (
-    Client,
-    build_command,
-    choose_client,
-    engine_version,
-    fill_context,
-    find_client,
-    local_wheels,
-    refuse_unbuildable,
-    run_build,
-    shorten,
-    source_commit,
-    version_of,
-    write_secrets,
-)
+from launcher.build import build_command, fill_context, refuse_unbuildable, run_build, shorten, source_commit, write_secrets
+from launcher.engine import Client
 from launcher.errors import ImageFailed
 from launcher.image import Image, context_files, load_stacks, render
 from launcher.schema import Delivery
 
 ROOT = Path(__file__).resolve().parents[2]
-CLIENT = Client(path="/usr/bin/docker", version="20.10.24", engine_version="20.10.24")
+CLIENT = Client(path="/usr/bin/docker", version="20.10.24", engine_version="20.10.24", architecture="x86_64")
 
 
 @pytest.fixture
@@ -55,71 +41,24 @@ def script(path: Path, text: str) -> Path:
     return path
 
 
-def client(path: Path, version: str, buildx: bool) -> str:
-    plugin = "echo v0.12" if buildx else "exit 1"
-    return str(script(path, f'case "$1" in version) echo {version};; buildx) {plugin};; esac'))
-
-
-# --------------------------------------------------------------------------------------------------- engine and client
-
-
-def test_a_client_with_buildkit_is_preferred_to_an_earlier_one_without(tmp_path: Path) -> None:
-    paths = (client(tmp_path / "a" / "docker", "28.2.2", False), client(tmp_path / "b" / "docker", "20.10.24+dfsg1", False))
-    assert choose_client(paths, "20.10.24").path == paths[1]
-
-
-def test_a_newer_client_with_the_plugin_is_taken(tmp_path: Path) -> None:
-    path = client(tmp_path / "docker", "28.2.2", True)
-    assert choose_client((path,), "27.1") == Client(path=path, version="28.2.2", engine_version="27.1")
-
-
-def test_no_client_with_buildkit_says_which_and_the_fix(tmp_path: Path) -> None:
-    path = client(tmp_path / "docker", "28.2.2", False)
-    with pytest.raises(ImageFailed, match=rf"{re.escape(path)} \(28\.2\.2\) without the buildx plugin.*docker-buildx"):
-        choose_client((path,), "20.10.24")
-
-
-def test_an_old_engine_is_refused() -> None:
-    with pytest.raises(ImageFailed, match=r"engine is 19\.03\.8; .* 20\.10 or newer"):
-        choose_client(("/usr/bin/docker",), "19.03.8")
-
-
-def test_no_client_at_all(tmp_path: Path) -> None:
-    with pytest.raises(ImageFailed, match=r"no docker client on PATH.*docker\.io.*cluster\.runtime=process"):
-        find_client({"PATH": str(tmp_path)})
-
-
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # the docker package leaves a socket open that found nobody
-def test_an_engine_that_is_down_says_how_to_start_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nothing.sock")
-    with pytest.raises(ImageFailed, match=r"does not answer.*systemctl start docker") as caught:
-        engine_version()
-    del caught
-    gc.collect()
-
-
-@pytest.mark.parametrize(("text", "version"), [("20.10.24+dfsg1", (20, 10, 24)), ("28.2.2", (28, 2, 2)), ("", ())])
-def test_versions(text: str, version: tuple[int, ...]) -> None:
-    assert version_of(text) == version
-
-
 # -------------------------------------------------------------------------------------------------------------- refusal
 
 
 @pytest.mark.parametrize(("change", "delivery", "words"), [
     ({"lock": ""}, Delivery(), ("no lock for x86_64", "stacks.cpu.locks")),
     ({"licence": "CANN 2.0"}, Delivery(), ("CANN 2.0", "cluster.delivery.accept_licence=true")),
+    ({"architecture": "aarch64"}, Delivery(), ("for aarch64", "engine here is x86_64", "image fetch --architecture aarch64")),
     ({}, Delivery(kind="pull"), ("cluster.delivery.kind=pull", "cluster.delivery.kind=build")),
 ])  # fmt: skip
 def test_what_may_not_be_built(image: Image, change: dict[str, str], delivery: Delivery, words: tuple[str, ...]) -> None:
     with pytest.raises(ImageFailed) as caught:
-        refuse_unbuildable(replace(image, **change), delivery)
+        refuse_unbuildable(replace(image, **change), delivery, CLIENT)
     assert all(word in str(caught.value) for word in words)
 
 
 def test_what_may_be_built(image: Image) -> None:
-    refuse_unbuildable(image, Delivery())
-    refuse_unbuildable(replace(image, licence="CANN 2.0"), Delivery(accept_licence=True))
+    refuse_unbuildable(image, Delivery(), CLIENT)
+    refuse_unbuildable(replace(image, licence="CANN 2.0"), Delivery(accept_licence=True), CLIENT)
 
 
 # -------------------------------------------------------------------------------------------------------------- context
@@ -132,7 +71,7 @@ def names(folder: Path) -> set[str]:
 def test_the_context_holds_the_images_files_and_nothing_else(image: Image, project: Path) -> None:
     folder = fill_context(image, project, Delivery())
     assert names(folder) == {*image.files, "Dockerfile"}
-    assert (folder / "wheelhouse").is_dir()
+    assert (folder / "wheelhouse").is_dir() and (folder / "system").is_dir()
     assert stat.S_IMODE((folder / "entrypoint.sh").stat().st_mode) == 0o755
     assert stat.S_IMODE((folder / "trainer" / "loop.py").stat().st_mode) == 0o644
     (folder / "trainer" / "stray.py").write_text("", encoding="utf-8")
@@ -153,7 +92,6 @@ def test_only_locked_wheels_are_taken_along(image: Image, project: Path, tmp_pat
     taken = {"torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl", "deepspeed-0.19.8.tar.gz", "huggingface_hub-2.4.0-py3-none-any.whl"}
     for name in (*taken, "torch-2.7.1-cp311-none-linux_x86_64.whl", "notes.txt", "sixth-1.0-py3-none-any.whl"):
         (wheels / name).write_bytes(b"x")
-    assert {path.name for path in local_wheels(image, project, Delivery(find_links=str(wheels)))} == taken
     folder = fill_context(image, project, Delivery(find_links=str(wheels)))
     assert {path.name for path in (folder / "wheelhouse").iterdir()} == taken
     fill_context(image, project, Delivery())
@@ -176,15 +114,20 @@ def test_index_and_bundle_travel_as_secrets(tmp_path: Path, image: Image) -> Non
         "extra-index-url = https://two.example", "cert = /run/secrets/ca",
     ]  # fmt: skip
     assert stat.S_IMODE(secrets["pip"].stat().st_mode) == 0o600
-    command = build_command(CLIENT, image, tmp_path, secrets, "0123")
+    command = build_command(CLIENT, image, tmp_path, secrets, "0123", delivery=delivery, fresh=False)
     assert "secret@" not in " ".join(command)
     assert command[:6] == ("/usr/bin/docker", "build", "--progress", "plain", "--tag", image.tag)
     assert command[-1] == str(tmp_path)
+    assert "--network" not in command and "--no-cache" not in command
     assert f"id=ca,src={bundle}" in command and "org.opencontainers.image.revision=0123" in command
 
 
-def test_a_wheelhouse_turns_the_index_off_and_a_missing_bundle_is_named(tmp_path: Path) -> None:
-    assert "no-index = true" in write_secrets(Delivery(wheelhouse="wheels"), tmp_path)["pip"].read_text(encoding="utf-8")
+def test_a_wheelhouse_turns_the_index_and_the_network_off_and_a_missing_bundle_is_named(tmp_path: Path, image: Image) -> None:
+    delivery = Delivery(wheelhouse="wheels")
+    secrets = write_secrets(delivery, tmp_path)
+    assert "no-index = true" in secrets["pip"].read_text(encoding="utf-8")
+    command = build_command(CLIENT, image, tmp_path, secrets, "0123", delivery=delivery, fresh=True)
+    assert command[command.index("--network") + 1] == "none" and "--no-cache" in command
     with pytest.raises(ImageFailed, match=r"ca_bundle: there is no file /nowhere\.pem"):
         write_secrets(Delivery(ca_bundle="/nowhere.pem"), tmp_path)
 

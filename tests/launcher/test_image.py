@@ -8,17 +8,15 @@ import pytest
 
 from launcher.errors import ImageFailed
 from launcher.image import (
-    TABLE_FILE,
     Stack,
-    describe_stacks,
     draw,
     find_stack,
     load_stacks,
     render,
-    rendered_path,
     torch_lock,
-    write_rendered,
 )
+from launcher.image_table import TABLE_FILE, describe_stacks, rendered_path, write_rendered
+from launcher.refresh import torch_of
 
 ROOT = Path(__file__).resolve().parents[2]
 STACKS = load_stacks(ROOT / "images")
@@ -46,8 +44,8 @@ def cpu(root: Path, base: str = "") -> str:
 
 
 def test_the_stacks() -> None:
-    assert list(STACKS) == ["cpu", "cuda126", "cuda130", "ascend910b", "ascend910c"]
-    assert len(LOCKED) == 5
+    assert list(STACKS) == ["cpu", "cuda126", "cuda130", "ascend910b", "ascend910c", "ascend910b_torch210"]
+    assert len(LOCKED) == 8
 
 
 @pytest.mark.parametrize(("stack", "chip", "covered"), [
@@ -90,7 +88,7 @@ def test_an_unknown_stack_is_answered_with_the_valid_ones() -> None:
 @pytest.mark.parametrize(("stack", "architecture"), LOCKED, ids=lambda value: getattr(value, "name", value))
 def test_a_lock_holds_what_its_row_says(stack: Stack, architecture: str) -> None:
     locked = pins(ROOT / "images" / stack.locks[architecture])
-    assert locked["torch"] == stack.torch
+    assert locked["torch"] == torch_of(stack, architecture)
     assert {name: locked[name] for name in stack.packages} == stack.packages
     if stack.plugin:
         name, version = stack.plugin.split()
@@ -125,7 +123,7 @@ def test_the_tools_agree_with_the_cpu_lock(name: str) -> None:
 
 def test_torch_alone_is_the_torch_of_the_whole_lock() -> None:
     pairs = [(lock, torch_lock(lock)) for lock in LOCKS if torch_lock(lock).is_file()]
-    assert len(pairs) == 2
+    assert len(pairs) == 4
     for whole, alone in pairs:
         assert pins(alone) == {"torch": pins(whole)["torch"]}
 
@@ -140,7 +138,7 @@ def test_rendered_files_are_what_the_templates_say(stack: Stack) -> None:
 
 def test_rendered_folder_holds_nothing_else_and_the_table_is_current() -> None:
     assert {path.name for path in (ROOT / "images" / "rendered").iterdir()} == set(STACKS)
-    assert (ROOT / TABLE_FILE).read_text(encoding="utf-8") == describe_stacks(STACKS), "run: make render"
+    assert (ROOT / TABLE_FILE).read_text(encoding="utf-8") == describe_stacks(STACKS, ROOT), "run: make render"
 
 
 def test_rendering_writes_the_same_bytes_again(project: Path) -> None:
@@ -211,9 +209,10 @@ def test_another_architecture_is_refused_with_those_there_are() -> None:
 
 
 def test_a_row_without_a_lock_can_be_planned() -> None:
-    image = render(STACKS["ascend910b"], architecture="x86_64", root=ROOT)
+    stack = STACKS["ascend910b_torch210"]
+    image = render(stack, architecture="x86_64", root=ROOT)
     assert image.lock == "" and "lock.txt" not in image.files
-    assert image.fingerprint != render(STACKS["ascend910b"], architecture="aarch64", root=ROOT).fingerprint
+    assert image.fingerprint != render(stack, architecture="aarch64", root=ROOT).fingerprint
 
 
 def test_a_missing_file_is_named(project: Path) -> None:

@@ -1,0 +1,81 @@
+"""The lock of cuda126, really installed on a stand-in base without a GPU: versions, architectures, and the trainer's own tests on
+its torch 2.7.1. What needs a GPU is not run here."""
+
+import shutil
+import sysconfig
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from tests.images.conftest import ROOT, Built, in_container, inspect
+
+pytestmark = pytest.mark.docker
+
+TEST_TOOLS = ("pytest", "iniconfig", "packaging", "pluggy", "pygments", "hypothesis", "sortedcontainers")
+# A driver's library is all that is missing: the same tests as on a laptop, on this image's torch.
+ON_THE_CPU = ("env", "DS_ACCELERATOR=cpu", "PYTHONPATH=/tools:/project", "OMP_NUM_THREADS=2", "HYPOTHESIS_STORAGE_DIRECTORY=/tmp/examples")
+
+
+@pytest.fixture(scope="session")
+def cuda(make: Callable[..., Built], project: Path) -> Built:
+    return make(project, "cuda126")
+
+
+@pytest.fixture(scope="session")
+def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pytest as it is installed here: pure Python, so any image of the same Python can take it."""
+    folder, site = tmp_path_factory.mktemp("tools"), Path(sysconfig.get_paths()["purelib"])
+    folder.chmod(0o755)  # another user reads it
+    for name in TEST_TOOLS:
+        for file in metadata.files(name) or ():
+            if ".." not in file.parts and "__pycache__" not in file.parts:
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(site / file, folder / file)
+    return folder
+
+
+def test_size_and_labels(cuda: Built) -> None:
+    facts = inspect(cuda.image.tag)
+    print(f"\ncuda126 image: {facts['Size'] / 1e9:.2f} GB")
+    assert facts["Size"] <= 9e9
+    assert facts["Config"]["Labels"]["io.omnilaunch.torch"] == "2.7.1"
+    assert facts["Config"]["User"] == "1000:1000"
+
+
+def test_packages_agree(cuda: Built) -> None:
+    assert in_container(cuda.image.tag, "python", "-m", "pip", "check") == "No broken requirements found."
+
+
+def test_torch_holds_code_for_every_card(cuda: Built) -> None:
+    """torch.cuda.get_arch_list() is empty without a GPU, so its library is asked."""
+    code = "import torch; print(torch.__version__, torch.version.cuda, torch._C._cuda_getArchFlags())"
+    version, toolkit, *architectures = in_container(cuda.image.tag, "python", "-c", code).split()
+    assert version.startswith("2.7.1") and toolkit == "12.6"
+    assert {"sm_60", "sm_86", "sm_90"} <= set(architectures)
+
+
+def test_the_trainers_tests_pass_inside(cuda: Built, tools: Path, tmp_path: Path, prove: Callable[..., None]) -> None:
+    """tests/trainer whole, on this torch, as a user who is not root and without a network."""
+    project = tmp_path / "project"
+    for name in ("conf", "trainer", "tests", "launcher", "images"):
+        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copyfile(ROOT / "pyproject.toml", project / "pyproject.toml")
+    said = in_container(
+        cuda.image.tag, *ON_THE_CPU, "python", "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", "/project", "/project/tests/trainer",
+        network="bridge",
+        mounts=(f"type=bind,source={project},target=/project,readonly", f"type=bind,source={tools},target=/tools,readonly"),
+    )  # fmt: skip
+    result = said.splitlines()[-1]
+    print(f"\n{result}")
+    assert " passed" in result and "failed" not in result
+    passed = result.split(" passed")[0].split()[-1]
+    prove(
+        "cuda126",
+        "x86_64",
+        base="stand-in base",
+        size_bytes=inspect(cuda.image.tag)["Size"],
+        shown=("pip check", "torch holds sm_60, sm_86 and sm_90", f"{passed} tests of the trainer on the CPU with torch 2.7.1"),
+        missing="a GPU",
+    )
