@@ -190,7 +190,14 @@ def run_build(command: tuple[str, ...], log: Path, delivery: Delivery, on_line: 
     last: deque[str] = deque(maxlen=LAST_LINES)
     advice: list[str] = []
     with subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # a terminal's Ctrl-C is the launcher's to handle
     ) as client:
         try:
             with log.open("w", encoding="utf-8") as kept:

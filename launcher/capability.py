@@ -86,6 +86,9 @@ def cluster_suits_runtime(config: Config, _: Mapping[str, Stack]) -> Iterator[Pr
     if cluster.runtime == "process" and (len(cluster.nodes) > 1 or remote):
         what = "processes without containers are for this machine alone: nothing would make the nodes alike"
         yield Problem(key="cluster.runtime", what=what, changes=("cluster.runtime=docker", "cluster=local"))
+    if remote and len(remote) < len(cluster.nodes):
+        what = f"this machine (localhost) beside {', '.join(remote)}: name it as the others reach it, over SSH like them"
+        yield Problem(key="cluster.nodes", what=what)
     if remote and not cluster.root.startswith("/"):
         what = f"{cluster.root!r} is relative, and means nothing on {', '.join(remote)}"
         yield Problem(key="cluster.root", what=what, changes=("cluster.root=/srv/omnilaunch",))
@@ -158,6 +161,22 @@ def licence_is_accepted(config: Config, stacks: Mapping[str, Stack]) -> Iterator
         yield Problem(key="cluster.delivery.accept_licence", what=what, changes=("cluster.delivery.accept_licence=true",), launch_only=True)
 
 
+def interfaces_are_named_for_all(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    """Collectives of which some look at one interface and some at any do not meet."""
+    nodes = config.cluster.working
+    unnamed = [node.host for node in nodes if not node.interface]
+    if len(nodes) > 1 and 0 < len(unnamed) < len(nodes):
+        what = f"no interface is named for {', '.join(unnamed)}, but one is for others: name it for all nodes, or for none"
+        yield Problem(key="cluster.nodes.interface", what=what)
+
+
+def registry_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    delivery = config.cluster.delivery
+    if config.cluster.runtime == "docker" and delivery.kind == "pull" and not delivery.registry:
+        what = "kind=pull takes the image from a registry of yours, and none is named"
+        yield Problem(key="cluster.delivery.registry", what=what, changes=("cluster.delivery.kind=build",))
+
+
 CAPABILITY_RULES: tuple[Rule, ...] = (
     bf16_is_native,
     fp16_is_possible,
@@ -166,10 +185,12 @@ CAPABILITY_RULES: tuple[Rule, ...] = (
     devices_are_whole,
     nodes_are_sound,
     cluster_suits_runtime,
+    interfaces_are_named_for_all,
     host_is_served,
     collectives_suit,
     timeouts_are_ordered,
     stack_exists,
     stack_serves_chip,
     licence_is_accepted,
+    registry_is_named,
 )

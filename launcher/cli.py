@@ -53,6 +53,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         sub = verbs.add_parser(name, help=text, allow_abbrev=False)
         sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="an axis (hardware=h200) or a key (run.steps=100)")
         sub.add_argument("--run-id", default="", help="name of the run; made from the time when left out")
+        if name == "launch":
+            sub.add_argument("--detach", action="store_true", help="leave when all ranks were started; the run goes on")
         if name == "plan":
             sub.add_argument("--json", action="store_true", help="the whole plan as JSON")
         sub.set_defaults(verb=verb)
@@ -89,22 +91,32 @@ def show_plan(arguments: argparse.Namespace) -> int:
 
 
 def run_launch(arguments: argparse.Namespace) -> int:
-    from launcher.launch import Desk, launch
+    from launcher.desk import open_desk
+    from launcher.launch import launch
     from launcher.record import read_source
     from launcher.show import describe_record
-    from launcher.transport import Local
 
     plan = plan_of(arguments.overrides, arguments.run_id)
-    if plan.config.cluster.nodes[0].host not in ("localhost", "127.0.0.1") or len(plan.commands) > 1:
-        raise ConfigRefused(
-            f"cluster={plan.config.cluster.name}: this version starts runs on this machine only; several nodes over SSH are still to come."
-            "\n  What each node would be told: omnilaunch plan " + " ".join(arguments.overrides)
-        )
     gc.enable()  # from here on it may be days
-    desk = Desk(project=PROJECT, transport=Local(os.environ), say=lambda text: print(text, flush=True), terminal=sys.stdout.isatty())
-    record = launch(plan, read_source(PROJECT), desk)
-    print(describe_record(record, plan))
-    return record.exit_code
+    with open_desk(plan, PROJECT, os.environ, say=Terminal().say, terminal=sys.stdout.isatty()) as desk:
+        record = launch(plan, read_source(PROJECT), desk, detach=arguments.detach)
+        desk.say(describe_record(record, plan) if record else f"it goes on by itself; to take it up again: omnilaunch attach {plan.run_id}")
+    return record.exit_code if record else Exit.OK
+
+
+class Terminal:
+    """Says things until nobody listens any more: a run does not end because a pipe or a window did."""
+
+    def __init__(self) -> None:
+        self.open = True
+
+    def say(self, text: str) -> None:
+        try:
+            if self.open:
+                print(text, flush=True)
+        except OSError:
+            self.open = False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show_options(arguments: argparse.Namespace) -> int:

@@ -1,31 +1,33 @@
-"""All nodes of a run as one: started together, watched together, stopped together. The first failure ends every member."""
+"""All nodes of a run as one: started together or not at all, watched together, stopped together. The first failure ends every member."""
 
-import os
-import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from launcher.errors import NodeFailed
-from launcher.start import RUN_VARIABLE, NodeCommand, env_file_of
-from launcher.transport import Running, Transport, kill_processes, processes_with
+from launcher.fleet import attempt_each, together
+from launcher.member import CheckMember, ContainerMember, Member, ProcessMember
+from launcher.start import NodeCommand
+from launcher.transport import Transport
 
-PROBE_INTERVAL_S = 0.5  # an inspect costs the engine about 20 ms
 TICK_S = 0.1
-REAP_S = 2  # for a process that was killed to be gone
+ASKERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeResult:
-    """How one node's part ended. `killed`: it did not end by itself within the grace time."""
+    """How one node's part ended. `killed`: it did not end by itself within the grace time. `lost`: the node did not answer any more.
+    `left`: why it could not be made sure that nothing of the run is left there, '' where it was."""
 
     host: str
     node_rank: int
     code: int
     seconds: float
     killed: bool
+    lost: bool = False
+    left: str = ""
 
 
 class StopRequest:
@@ -39,115 +41,36 @@ class StopRequest:
         self.reason = self.reason or reason
 
 
-class Member(Protocol):
-    """One node's part of a run."""
+@dataclass(frozen=True, kw_only=True)
+class Crewed:
+    """What starting members takes: a transport for every command, the folders for logs and for child processes, secret variables."""
 
-    command: NodeCommand
-
-    def poll(self) -> int | None: ...
-    def stop(self) -> None: ...
-    def kill(self) -> None: ...
-    def clear(self) -> None: ...
-
-
-class ProcessMember:
-    """torchrun as a child of the launcher."""
-
-    def __init__(self, command: NodeCommand, argv: tuple[str, ...], transport: Transport, log: Path, folder: Path) -> None:
-        self.command = command
-        self.running: Running = transport.start(argv, log=log, environment=command.environment, folder=folder)
-
-    def poll(self) -> int | None:
-        return self.running.poll()
-
-    def stop(self) -> None:
-        self.running.signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.running.signal(signal.SIGKILL)
-        self.clear()
-
-    def clear(self) -> None:
-        kill_processes(processes_with(RUN_VARIABLE, self.command.environment[RUN_VARIABLE]))
-        self.running.wait(REAP_S)
+    transports: tuple[Transport, ...]
+    logs: Path
+    project: Path
+    secrets: Mapping[str, str]
+    node_timeout_s: float
 
 
-class ContainerMember:
-    """A detached container; `docker logs` is followed beside it and may be lost without harm."""
-
-    def __init__(self, command: NodeCommand, transport: Transport, log: Path) -> None:
-        self.command, self.transport = command, transport
-        write_env_file(command)
-        transport.run(command.start).expect(f"starting container {command.name} on {command.host}")
-        self.logs: Running = transport.start(command.logs, log=log)
-        self.probed_at, self.code = 0.0, None
-
-    code: int | None
-
-    def poll(self) -> int | None:
-        if self.code is None and time.monotonic() - self.probed_at >= PROBE_INTERVAL_S:
-            self.probed_at = time.monotonic()
-            status, code = self.transport.run(self.command.probe).expect(f"asking for container {self.command.name}").output.split()
-            self.code = int(code) if status in ("exited", "dead") else None
-        return self.code
-
-    def stop(self) -> None:
-        self.transport.run(self.command.stop)  # a container that has just ended is no error
-
-    def kill(self) -> None:
-        self.code = self.code if self.code is not None else 128 + signal.SIGKILL
-        self.transport.run(self.command.remove)
-
-    def clear(self) -> None:
-        if self.code is None:
-            self.kill()
-        self.logs.wait(REAP_S)  # the last lines of a container that has ended
-        self.logs.signal(signal.SIGTERM)
-        self.logs.wait(REAP_S)
-        self.transport.run(self.command.remove)
+def start_members(commands: tuple[NodeCommand, ...], crewed: Crewed) -> tuple[Member, ...]:
+    """Start every node or none: when one does not start, those that did are ended, and all that went wrong is told."""
+    if commands[0].runtime == "process":
+        return start_processes(commands, crewed)
+    members = make_containers(commands, crewed)
+    answers = attempt_each(lambda member: member.start(crewed.secrets), members)
+    failures = [answer for answer in answers if isinstance(answer, NodeFailed)]
+    if failures:
+        attempt_each(ContainerMember.kill, members)
+        raise together(failures, len(members))
+    return members
 
 
-class PrepareMember:
-    """The data check of one node, in the same runtime as the run."""
-
-    def __init__(self, command: NodeCommand, transport: Transport, log: Path, folder: Path) -> None:
-        self.command, self.transport = command, transport
-        environment = command.environment
-        if command.runtime == "docker":
-            write_env_file(command)
-            environment = {}
-        self.running: Running = transport.start(command.prepare, log=log, environment=environment, folder=folder)
-
-    def poll(self) -> int | None:
-        return self.running.poll()
-
-    def stop(self) -> None:
-        self.kill()
-
-    def kill(self) -> None:
-        self.running.signal(signal.SIGKILL)
-        self.clear()
-
-    def clear(self) -> None:
-        if self.command.runtime == "docker":
-            self.transport.run(("docker", "rm", "--force", f"{self.command.name}-data"))
-        else:
-            kill_processes(processes_with(RUN_VARIABLE, self.command.environment[RUN_VARIABLE]))
-        self.running.wait(REAP_S)
-
-
-def start_members(commands: tuple[NodeCommand, ...], transport: Transport, folder: Path) -> tuple[Member, ...]:
-    """Start every node or none: when one does not start, those that did are ended and the error goes on."""
+def start_processes(commands: tuple[NodeCommand, ...], crewed: Crewed) -> tuple[Member, ...]:
     started: list[Member] = []
     try:
-        for command in commands:
-            log = node_log(command)
-            member: Member = (
-                ContainerMember(command, transport, log)
-                if command.runtime == "docker"
-                else ProcessMember(command, command.start, transport, log, folder)
-            )
-            started.append(member)
+        for command, transport in zip(commands, crewed.transports, strict=True):
+            log = node_log(crewed.logs, command)
+            started.append(ProcessMember(command, command.start, transport, log, crewed.project))
     except NodeFailed:
         for member in started:
             member.kill()
@@ -155,17 +78,47 @@ def start_members(commands: tuple[NodeCommand, ...], transport: Transport, folde
     return tuple(started)
 
 
-def start_preparation(commands: tuple[NodeCommand, ...], transport: Transport, folder: Path) -> tuple[Member, ...]:
+def find_members(commands: tuple[NodeCommand, ...], crewed: Crewed) -> tuple[Member, ...]:
+    """Members whose containers were started by a launcher that is gone. Their logs are read again from the beginning."""
+    members = make_containers(commands, crewed)
+    for member in members:
+        member.log.unlink(missing_ok=True)
+    return members
+
+
+def make_containers(commands: tuple[NodeCommand, ...], crewed: Crewed) -> tuple[ContainerMember, ...]:
+    asker = ThreadPoolExecutor(max_workers=min(ASKERS, len(commands)), thread_name_prefix="omnilaunch-asker")
     return tuple(
-        PrepareMember(command, transport, Path(command.folder) / "logs" / f"data{command.node_rank}.log", folder) for command in commands
+        ContainerMember(command, transport, node_log(crewed.logs, command), asker, node_timeout_s=crewed.node_timeout_s)
+        for command, transport in zip(commands, crewed.transports, strict=True)
     )
+
+
+def start_checks(commands: tuple[NodeCommand, ...], crewed: Crewed) -> tuple[Member, ...]:
+    """The data check on every node, in the runtime of the run."""
+
+    def start(pair: tuple[NodeCommand, Transport]) -> Member:
+        command, transport = pair
+        log = crewed.logs / f"data{command.node_rank}.log"
+        if command.runtime == "process":
+            return ProcessMember(command, command.prepare, transport, log, crewed.project)
+        return CheckMember(command, transport, log, crewed.secrets)
+
+    answers = attempt_each(start, list(zip(commands, crewed.transports, strict=True)))
+    failures = [answer for answer in answers if isinstance(answer, NodeFailed)]
+    started = tuple(answer for answer in answers if not isinstance(answer, NodeFailed))
+    if failures:
+        attempt_each(lambda member: member.kill(), started)
+        raise together(failures, len(answers))
+    return started
 
 
 def watch(members: tuple[Member, ...], stop: StopRequest, tick: Callable[[], None], *, grace_s: float) -> tuple[NodeResult, ...]:
     """Until every member has ended. One that fails, or a request to stop, stops all; `grace_s` later, or at a second request,
-    they are killed. Whatever happens here, nothing of the run is left behind."""
+    they are killed. Whatever happens here, nothing of the run is left behind on a node that answers."""
     started, asked_at, killed = time.monotonic(), 0.0, False
     ended: dict[int, float] = {}
+    left: dict[int, str] = {}
     try:
         while True:
             codes = [member.poll() for member in members]
@@ -176,20 +129,16 @@ def watch(members: tuple[Member, ...], stop: StopRequest, tick: Callable[[], Non
             if None not in codes:
                 break
             now = time.monotonic()
+            running = [member for member, code in zip(members, codes, strict=True) if code is None]
             if not asked_at and (stop.count or any(codes)):
                 asked_at = now
-                for member, code in zip(members, codes, strict=True):
-                    if code is None:
-                        member.stop()
+                attempt_each(lambda member: member.stop(), running)
             if asked_at and not killed and (stop.count > 1 or now - asked_at > grace_s):
                 killed = True
-                for member, code in zip(members, codes, strict=True):
-                    if code is None:
-                        member.kill()
+                attempt_each(lambda member: member.kill(), running)
             time.sleep(TICK_S)
     finally:
-        for member in members:
-            member.clear()
+        left = clear_all(members)
     return tuple(
         NodeResult(
             host=member.command.host,
@@ -197,18 +146,19 @@ def watch(members: tuple[Member, ...], stop: StopRequest, tick: Callable[[], Non
             code=member.poll() or 0,
             seconds=round(ended[rank], 3),
             killed=killed,
+            lost=member.lost,
+            left=left.get(rank, ""),
         )
         for rank, member in enumerate(members)
     )
 
 
-def node_log(command: NodeCommand) -> Path:
+def clear_all(members: Sequence[Member]) -> dict[int, str]:
+    """Clear every member side by side; place -> why it could not be."""
+    answers = attempt_each(lambda member: member.clear(), members)
+    return {place: str(answer) for place, answer in enumerate(answers) if isinstance(answer, NodeFailed)}
+
+
+def node_log(folder: Path, command: NodeCommand) -> Path:
     """Everything that the node's ranks print, whole."""
-    return Path(command.folder) / "logs" / f"node{command.node_rank}.log"
-
-
-def write_env_file(command: NodeCommand) -> None:
-    """`KEY=value` lines as `docker run --env-file` reads them: no quotes, the rest of the line is the value. Mode 0600."""
-    path = env_file_of(command)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-        file.writelines(f"{key}={value}\n" for key, value in command.environment.items())
+    return folder / f"node{command.node_rank}.log"

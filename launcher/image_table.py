@@ -66,11 +66,12 @@ def version_row(stack: Stack) -> tuple[str, ...]:
 def proven(stacks: dict[str, Stack], root: Path) -> list[str]:
     proofs = read_proofs(root)
     head = ("stack", "architecture", "size", "built from", "shown", "not tried", "when")
-    rows = [
-        proof_row(stack, architecture, proofs.get(f"{stack.name}-{architecture}"), lock_digest(stack, architecture, root))
-        for stack in stacks.values()
-        for architecture in stack.host_architectures
-    ]
+    rows = []
+    for stack in stacks.values():
+        for architecture in stack.host_architectures:
+            lock = lock_digest(stack, architecture, root)
+            fetched = next((proof for proof in proofs.values() if proof.lock == lock and not proof.base), None)  # of a stack that shares it
+            rows.append(proof_row(stack, architecture, proofs.get(f"{stack.name}-{architecture}", fetched), lock))
     return markdown((head, *rows))
 
 

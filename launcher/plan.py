@@ -40,6 +40,7 @@ class Plan:
     image: Image
     spec: TrainSpec
     commands: tuple[NodeCommand, ...]
+    folder: str  # the launcher's own folder of the run: the nodes' where this machine is the node
 
 
 def make_plan(config: Config, stacks: dict[str, Stack], place: Place, *, run_id: str) -> Plan:
@@ -67,6 +68,7 @@ def make_plan(config: Config, stacks: dict[str, Stack], place: Place, *, run_id:
         image=image,
         spec=spec,
         commands=node_commands(config, image, spec, interpreter=place.interpreter, user=config.cluster.user or place.user),
+        folder=spec.output if all(node.is_local for node in config.cluster.working) else absolute(f"{RUNS_FOLDER}/{run_id}", place.here),
     )
 
 

@@ -4,13 +4,13 @@ A proof belongs to a lock, by its sha256. When the lock changes, the proof is on
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import ImageFailed
 from launcher.image import Stack, digest
-from trainer.contract import SpecError, decode, encode
+from trainer.contract import SpecError, decode
 
 PROVEN_FILE = "images/proven.json"
 
@@ -48,7 +48,7 @@ def read_proofs(root: Path) -> dict[str, Proof]:
 def write_proof(root: Path, proof: Proof) -> None:
     """Put a proof in the place of an earlier one."""
     proofs = {**read_proofs(root), proof.key: proof}
-    rows = [encode(proofs[key]) for key in sorted(proofs)]
+    rows = [asdict(proofs[key]) for key in sorted(proofs)]
     (root / PROVEN_FILE).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 

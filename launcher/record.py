@@ -1,7 +1,6 @@
 """`runs/<run_id>/`: the plan before the first effect, the result after the last. Never overwritten, never written by halves."""
 
 import json
-import os
 import subprocess
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -75,7 +74,7 @@ def name_run(config: Config, now: datetime) -> str:
 
 def open_run(plan: Plan, source: SourceState) -> Path:
     """Make the run's folder and write what is known before anything happens. Raises ConfigRefused if the folder is there."""
-    folder = Path(plan.spec.output)
+    folder = Path(plan.folder)
     try:
         folder.mkdir(parents=True)
     except FileExistsError as error:
@@ -90,16 +89,6 @@ def open_run(plan: Plan, source: SourceState) -> Path:
     return folder
 
 
-def give(folder: Path, data_root: Path, user: str) -> None:
-    """Let the container's user write where the run writes; only root can, and only root needs to."""
-    if os.geteuid() != 0:
-        return
-    uid, gid = (int(part) for part in user.split(":"))
-    data_root.mkdir(parents=True, exist_ok=True)
-    for path in (folder, data_root, *data_root.rglob("*")):
-        os.chown(path, uid, gid, follow_symlinks=False)
-
-
 def close_run(
     plan: Plan,
     source: SourceState,
@@ -112,7 +101,7 @@ def close_run(
     failure: Failure | None,
 ) -> Record:
     """Gather what the trainer left, write result.json, and give it back. Missing parts of a failed run are no error."""
-    folder = Path(plan.spec.output)
+    folder = Path(plan.folder)
     result: TrainResult | None = read_if_there(TrainResult, folder / contract.RESULT_FILE)
     data: DataReport | None = read_if_there(DataReport, folder / contract.DATA_FILE)
     rows = read_rows(folder / contract.METRICS_FILE)
@@ -172,7 +161,7 @@ def last_checkpoint(folder: Path) -> str:
 
 def find_failure(plan: Plan, nodes: tuple[NodeResult, ...]) -> Failure | None:
     """The rank that failed first, by its own report; else the node that ended first with an error, by its last lines."""
-    folder = Path(plan.spec.output)
+    folder = Path(plan.folder)
     reports: list[FailureReport] = [
         report
         for path in sorted(folder.glob(contract.FAILURE_FILES.format(rank="*")))

@@ -229,12 +229,19 @@ class Node:
     jump: str = ""
     spare: bool = False
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the node is the machine of the launcher, which needs no SSH."""
+        return self.host in ("localhost", "127.0.0.1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
-    """How the image comes to be: `kind` build | pull | ship. `base` overrides the stack's base image."""
+    """How the image comes to the nodes. build: made on this machine and sent to the nodes that lack it; ship: the same, but never
+    built; pull: by each node from `registry`/<tag>. `base` overrides the stack's base image."""
 
     kind: Literal["build", "pull", "ship"] = "build"
+    registry: str = ""
     base: str = ""
     index: str = ""
     extra_index: str = ""
@@ -259,8 +266,16 @@ class Cluster:
     shm_size: str = "1g"
     ulimits: dict[str, str] = field(default_factory=dict)
     user: str = ""  # uid:gid in the container; '' = the launcher's own, or 1000:1000 when that is root
+    shared: bool = False  # whether `root` is one folder that all nodes see
+    node_timeout_s: int = 45  # without an answer, a node counts as lost
     environment: dict[str, str] = field(default_factory=dict)
+    secrets: tuple[str, ...] = ()  # names of variables of the launcher's environment that the ranks get; values are written nowhere
     mounts: tuple[str, ...] = ()  # host paths mounted read-only at the same place
+
+    @property
+    def working(self) -> tuple[Node, ...]:
+        """Nodes that take part from the start; spares wait."""
+        return tuple(node for node in self.nodes if not node.spare)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,7 +122,7 @@ def describe_verdict(plan: Plan) -> str:
 
 def describe_record(record: Record, plan: Plan) -> str:
     """How a run ended, where things lie, and the commands to go on with."""
-    folder = Path(plan.spec.output)
+    folder = Path(plan.folder)
     rows: dict[str, Any] = {"status": record.status, "steps": f"{record.steps} of {plan.spec.steps}"}
     if record.final_loss is not None:
         rows["final loss"] = f"{record.final_loss:.4f}"

@@ -1,16 +1,18 @@
 """One start command per node, as argv tuples from birth. Pure: nothing here looks at this machine."""
 
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import PurePosixPath
 
 from launcher.accelerator import attach
 from launcher.errors import ConfigRefused
 from launcher.image import Image
-from launcher.schema import Cluster, Config, Node
+from launcher.schema import Cluster, Config
 from trainer.contract import SPEC_FILE, TrainSpec
 
 RUN_LABEL = "omnilaunch.run"  # containers of a run are found again by this
-RUN_VARIABLE = "OMNILAUNCH_RUN_ID"  # processes of a run are found again by this
+RUN_VARIABLE = "OMNILAUNCH_RUN_ID"
+FOLDER_VARIABLE = "OMNILAUNCH_RUN_FOLDER"  # processes of a run are found again by this: two folders may hold runs of one id
 WRITABLE_HOME = "/tmp"  # of the image's user: caches of torch and transformers end with the container
 PINNED_VARIABLES = {
     "PYTHONUNBUFFERED": "1",
@@ -55,20 +57,15 @@ class NodeCommand:
 def node_commands(config: Config, image: Image, spec: TrainSpec, *, interpreter: str, user: str) -> tuple[NodeCommand, ...]:
     """One command per working node, node rank 0 first; `user` is the uid:gid that the container runs as."""
     build = {"process": process_command, "docker": docker_command}[config.cluster.runtime]
-    return tuple(build(config, image, spec, rank, interpreter, user) for rank in range(len(working_nodes(config.cluster))))
-
-
-def working_nodes(cluster: Cluster) -> tuple[Node, ...]:
-    """Nodes that take part from the start; spares wait."""
-    return tuple(node for node in cluster.nodes if not node.spare)
+    return tuple(build(config, image, spec, rank, interpreter, user) for rank in range(len(config.cluster.working)))
 
 
 def process_command(config: Config, image: Image, spec: TrainSpec, rank: int, interpreter: str, user: str) -> NodeCommand:
     return NodeCommand(
-        host=working_nodes(config.cluster)[rank].host,
+        host=config.cluster.working[rank].host,
         node_rank=rank,
         runtime="process",
-        name=container_name(spec.run_id, rank),
+        name=container_name(spec, rank),
         folder=spec.output,
         environment=run_environment(config, spec, rank),
         prepare=(interpreter, *data_command(spec)),
@@ -77,8 +74,8 @@ def process_command(config: Config, image: Image, spec: TrainSpec, rank: int, in
 
 
 def docker_command(config: Config, image: Image, spec: TrainSpec, rank: int, interpreter: str, user: str) -> NodeCommand:
-    cluster, name = config.cluster, container_name(spec.run_id, rank)
-    devices = attach(config.hardware.accelerator, devices=spec.device.devices_per_node, nodes=len(working_nodes(cluster))).options
+    cluster, name = config.cluster, container_name(spec, rank)
+    devices = attach(config.hardware.accelerator, devices=spec.device.devices_per_node, nodes=len(cluster.working)).options
     shared = (
         "--network", "host", "--user", user, "--env-file", env_file(spec, rank),
         "--label", f"{RUN_LABEL}={spec.run_id}", "--label", f"omnilaunch.node={rank}",
@@ -87,7 +84,7 @@ def docker_command(config: Config, image: Image, spec: TrainSpec, rank: int, int
         *(part for mount in mounts(cluster, spec) for part in ("--mount", mount)),
     )  # fmt: skip
     return NodeCommand(
-        host=working_nodes(cluster)[rank].host,
+        host=cluster.working[rank].host,
         node_rank=rank,
         runtime="docker",
         name=name,
@@ -102,8 +99,9 @@ def docker_command(config: Config, image: Image, spec: TrainSpec, rank: int, int
     )
 
 
-def container_name(run_id: str, rank: int) -> str:
-    return f"omnilaunch-{run_id}-n{rank}"
+def container_name(spec: TrainSpec, rank: int) -> str:
+    """One run's alone, even where another folder has a run of the same id."""
+    return f"omnilaunch-{spec.run_id}-{sha256(spec.output.encode()).hexdigest()[:6]}-n{rank}"
 
 
 def env_file(spec: TrainSpec, rank: int) -> str:
@@ -120,7 +118,7 @@ def data_command(spec: TrainSpec) -> tuple[str, ...]:
 
 def torchrun(config: Config, spec: TrainSpec, rank: int) -> tuple[str, ...]:
     """Static rendezvous on node 0; one node alone takes any free port, so that two runs on a laptop do not meet."""
-    nodes = working_nodes(config.cluster)
+    nodes = config.cluster.working
     first = nodes[0].address or nodes[0].host
     where = (
         ("--standalone",)
@@ -157,7 +155,7 @@ def mounts(cluster: Cluster, spec: TrainSpec) -> tuple[str, ...]:
 
 def network_environment(config: Config, rank: int) -> dict[str, str]:
     """Which interface and address the collectives use, where several nodes meet and the cluster names them."""
-    nodes = working_nodes(config.cluster)
+    nodes = config.cluster.working
     node = nodes[rank]
     if len(nodes) == 1:
         return {}
@@ -170,7 +168,7 @@ def network_environment(config: Config, rank: int) -> dict[str, str]:
 def run_environment(config: Config, spec: TrainSpec, rank: int) -> dict[str, str]:
     """Every variable that we set, later ones win: pinned, device, hardware table, network, this run, and last what the cluster says."""
     hardware, cluster = config.hardware, config.cluster
-    nodes = len(working_nodes(cluster))
+    nodes = len(cluster.working)
     environment = {
         **PINNED_VARIABLES,
         **(OFFLINE_VARIABLES if spec.model.source.kind != "hub" else {}),
@@ -180,6 +178,7 @@ def run_environment(config: Config, spec: TrainSpec, rank: int) -> dict[str, str
         **network_environment(config, rank),
         **({"OMP_NUM_THREADS": str(spec.device.threads)} if spec.device.threads else {}),
         RUN_VARIABLE: spec.run_id,
+        FOLDER_VARIABLE: spec.output,
         **cluster.environment,
     }
     for key, value in environment.items():

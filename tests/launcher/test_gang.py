@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import NodeFailed
-from launcher.gang import NodeResult, StopRequest, start_members, watch, write_env_file
-from launcher.start import RUN_VARIABLE, NodeCommand
+from launcher.gang import Crewed, NodeResult, StopRequest, start_members, watch
+from launcher.member import write_env_file
+from launcher.start import FOLDER_VARIABLE, NodeCommand
 from launcher.transport import Local, processes_with
 
 ENVIRON = {"PATH": "/usr/bin:/bin"}
@@ -25,16 +26,20 @@ def command(folder: Path, rank: int, code: str, program: str = sys.executable) -
         runtime="process",
         name=f"run-n{rank}",
         folder=str(folder),
-        environment={RUN_VARIABLE: folder.name},
+        environment={FOLDER_VARIABLE: str(folder)},
         prepare=(),
         start=(program, "-c", code),
     )
 
 
+def crewed(folder: Path, nodes: int) -> Crewed:
+    return Crewed(transports=(Local(ENVIRON),) * nodes, logs=folder / "logs", project=folder, secrets={}, node_timeout_s=5)
+
+
 def run(
     folder: Path, *codes: str, stop: StopRequest | None = None, grace_s: float = 0.5, tick: object = lambda: None
 ) -> tuple[NodeResult, ...]:
-    members = start_members(tuple(command(folder, rank, code) for rank, code in enumerate(codes)), Local(ENVIRON), folder)
+    members = start_members(tuple(command(folder, rank, code) for rank, code in enumerate(codes)), crewed(folder, len(codes)))
     return watch(members, stop or StopRequest(), tick, grace_s=grace_s)  # type: ignore[arg-type]
 
 
@@ -60,7 +65,7 @@ def test_one_that_does_not_listen_is_killed_with_its_children(tmp_path: Path) ->
 
     results = run(tmp_path, DEAF, WITH_CHILD, stop=stop, tick=tick)
     assert results[0].killed
-    assert processes_with(RUN_VARIABLE, tmp_path.name) == ()
+    assert processes_with(FOLDER_VARIABLE, str(tmp_path)) == ()
 
 
 def test_a_second_request_kills_at_once(tmp_path: Path) -> None:
@@ -78,14 +83,14 @@ def test_a_second_request_kills_at_once(tmp_path: Path) -> None:
 def test_a_child_left_by_a_rank_that_ended_well_is_ended_too(tmp_path: Path) -> None:
     left = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {DEAF!r}], start_new_session=True)"
     assert run(tmp_path, left)[0].code == 0
-    assert processes_with(RUN_VARIABLE, tmp_path.name) == ()
+    assert processes_with(FOLDER_VARIABLE, str(tmp_path)) == ()
 
 
 def test_all_start_or_none(tmp_path: Path) -> None:
     commands = (command(tmp_path, 0, "import time; time.sleep(60)"), command(tmp_path, 1, "", program="/no/such/program"))
     with pytest.raises(NodeFailed, match="/no/such/program"):
-        start_members(commands, Local(ENVIRON), tmp_path)
-    assert processes_with(RUN_VARIABLE, tmp_path.name) == ()
+        start_members(commands, crewed(tmp_path, len(commands)))
+    assert processes_with(FOLDER_VARIABLE, str(tmp_path)) == ()
 
 
 def test_nothing_is_left_when_the_watcher_breaks(tmp_path: Path) -> None:
@@ -94,14 +99,14 @@ def test_nothing_is_left_when_the_watcher_breaks(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="planted"):
         run(tmp_path, DEAF, tick=tick)
-    assert processes_with(RUN_VARIABLE, tmp_path.name) == ()
+    assert processes_with(FOLDER_VARIABLE, str(tmp_path)) == ()
 
 
 def test_env_file_is_private_and_literal(tmp_path: Path) -> None:
     from dataclasses import replace
 
     hostile = "a'b\"c $(id) `id` \\ #x = y"
-    write_env_file(replace(command(tmp_path, 0, ""), environment={"KEY": hostile}))
+    write_env_file(replace(command(tmp_path, 0, ""), environment={"KEY": hostile}), Local(ENVIRON), {"HF_TOKEN": "hf_1"})
     path = tmp_path / "node0.env"
     assert path.stat().st_mode & 0o777 == 0o600
-    assert path.read_text() == f"KEY={hostile}\n"
+    assert path.read_text() == f"HF_TOKEN=hf_1\nKEY={hostile}\n"

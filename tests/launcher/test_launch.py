@@ -1,6 +1,7 @@
 """Whole runs through the real command: torchrun, DeepSpeed, real digits. Short ones; what a long one learns is a benchmark."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -183,7 +184,7 @@ def test_a_sample_longer_than_the_length_is_refused_by_the_rank_that_meets_it(tm
         (("modle=x", "run.sed=1"), ("modle", "run.sed")),
         (("+run.steps=3",), ("'+' and '~' are refused",)),
         (("hardware=p4", "precision=bf16", "run.steps=0"), ("precision=fp16", "run.steps")),
-        (("cluster=example",), ("still to come",)),
+        (("cluster=example", "cluster.runtime=process"), ("cluster.runtime=docker",)),
         (("stage=lora",), ("stage.checkpoint",)),
     ],
 )
@@ -193,4 +194,25 @@ def test_a_bad_config_is_refused_before_anything_is_made(tmp_path: Path, overrid
     for part in said:
         assert part in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_nodes_that_cannot_be_reached_are_all_named_and_nothing_is_made(tmp_path: Path) -> None:
+    """Two ports of this machine where nobody listens."""
+    nodes = "cluster.nodes=[{host: 127.0.0.2, user: ann, port: 9}, {host: 127.0.0.3, user: ann, port: 9}]"
+    argv = (
+        sys.executable,
+        "-m",
+        "launcher.cli",
+        "launch",
+        "--run-id",
+        "r",
+        "cluster.runtime=docker",
+        nodes,
+        "cluster.root=/srv/omnilaunch",
+    )
+    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "ann@127.0.0.2:9" in done.stderr and "ann@127.0.0.3:9" in done.stderr and "Next: ssh" in done.stderr
     assert not (tmp_path / "runs").exists()

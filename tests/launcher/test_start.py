@@ -23,6 +23,7 @@ def test_process_on_this_machine(plan_for: PlanFor) -> None:
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_OFFLINE": "1",
+        "OMNILAUNCH_RUN_FOLDER": "/home/ann/work/runs/R",
         "OMNILAUNCH_RUN_ID": "R",
         "OMP_NUM_THREADS": "2",
         "PYTHONHASHSEED": "0",
@@ -38,7 +39,7 @@ def test_docker_on_two_ascend_nodes(plan_for: PlanFor) -> None:
     first, second = plan.commands
     mounts = [f"type=bind,source={path},target={path}" for path in (RUN, "/srv/omnilaunch/.cache/data")]
     assert first.start[:25] == (
-        "docker", "run", "--detach", "--name", "omnilaunch-R-n0", "--network", "host", "--user", "1000:1000", "--env-file", f"{RUN}/node0.env",
+        "docker", "run", "--detach", "--name", "omnilaunch-R-7aa70a-n0", "--network", "host", "--user", "1000:1000", "--env-file", f"{RUN}/node0.env",
         "--label", "omnilaunch.run=R", "--label", "omnilaunch.node=0", "--shm-size", "16g", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864",
         "--mount", mounts[0], "--mount", mounts[1],
     )  # fmt: skip
@@ -52,7 +53,7 @@ def test_docker_on_two_ascend_nodes(plan_for: PlanFor) -> None:
     assert second.start[second.start.index("--node-rank") + 1] == "1"
     assert (first.environment["HCCL_IF_IP"], second.environment["HCCL_IF_IP"]) == ("192.0.2.11", "192.0.2.12")
     assert first.environment["HCCL_SOCKET_IFNAME"] == "=eth0"
-    assert first.stop == ("docker", "kill", "--signal", "TERM", "omnilaunch-R-n0")
+    assert first.stop == ("docker", "kill", "--signal", "TERM", "omnilaunch-R-7aa70a-n0")
 
 
 def test_cuda_devices_are_quoted_for_dockers_csv(plan_for: PlanFor) -> None:

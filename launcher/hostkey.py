@@ -1,0 +1,140 @@
+"""Which host key a node must show. Keys come from known_hosts files alone: nothing is learned by connecting."""
+
+import base64
+import contextlib
+import fnmatch
+import hashlib
+import hmac
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from paramiko import PKey  # type: ignore[import-untyped]
+
+from launcher.errors import NodeFailed
+
+DEFAULT_PORT = 22
+HASHED = "|1|"  # |1|salt|HMAC-SHA1(salt, name), as ssh-keygen -H writes
+REVOKED, AUTHORITY = "@revoked", "@cert-authority"
+# The order in which a node is asked for a key when several of its keys are known: fastest to verify first.
+KINDS = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521", "ssh-rsa")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownKey:
+    """One line of a known_hosts file. `names`: comma-separated patterns, or one hashed name; then `salt` and `digest` are its parts."""
+
+    names: str
+    salt: bytes = b""
+    digest: bytes = b""
+    kind: str
+    body: str  # base64
+    revoked: bool
+    place: str  # file:line
+
+
+def load_known_keys(paths: Iterable[Path]) -> tuple[KnownKey, ...]:
+    """All lines of the files that exist, in order. Lines that sshd(8) does not describe and certificate authorities are left out."""
+    keys: list[KnownKey] = []
+    for path in paths:
+        if not path.is_file():
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+            fields = line.split()
+            marker = fields.pop(0) if fields and fields[0].startswith("@") else ""
+            if len(fields) >= 3 and not fields[0].startswith("#") and marker in ("", REVOKED):
+                keys.append(known_key(fields[0], fields[1], fields[2], marker, f"{path}:{number}"))
+    return tuple(keys)
+
+
+def known_key(names: str, kind: str, body: str, marker: str, place: str) -> KnownKey:
+    salt = digest = b""
+    if names.startswith(HASHED):  # taken apart once: each of 128 nodes looks at each of 128 lines
+        with contextlib.suppress(ValueError):  # a broken line has no digest that a name could equal
+            salt, digest = (base64.b64decode(part, validate=True) for part in names[len(HASHED) :].split("|"))
+    return KnownKey(names=names, salt=salt, digest=digest, kind=kind, body=body, revoked=marker == REVOKED, place=place)
+
+
+def known_name(host: str, port: int) -> str:
+    """How known_hosts writes a host: the bare name at port 22, else [name]:port."""
+    return host if port == DEFAULT_PORT else f"[{host}]:{port}"
+
+
+def names_match(key: KnownKey, name: str) -> bool:
+    """Whether a line's names hold `name`: hashed, plain, with * and ?, or refused by a leading !."""
+    if key.names.startswith(HASHED):
+        return hmac.compare_digest(hmac.digest(key.salt, name.encode(), "sha1"), key.digest)
+    patterns = key.names.split(",")
+    if any(pattern.startswith("!") and pattern_match(pattern[1:], name) for pattern in patterns):
+        return False
+    return any(pattern_match(pattern, name) for pattern in patterns)
+
+
+def pattern_match(pattern: str, name: str) -> bool:
+    escaped = pattern.lower().replace("[", "[[]")  # brackets are part of [host]:port, not a set of characters
+    return fnmatch.fnmatchcase(name.lower(), escaped)
+
+
+def keys_of(name: str, known: tuple[KnownKey, ...]) -> tuple[KnownKey, ...]:
+    """The keys that `name` may show, the fastest kind first. A key that any matching line revokes is none of them."""
+    mine = [key for key in known if names_match(key, name)]
+    revoked = {key.body for key in mine if key.revoked}
+    kept = [key for key in mine if key.body not in revoked and key.kind in KINDS]
+    return tuple(sorted(kept, key=lambda key: KINDS.index(key.kind)))
+
+
+def decoded(key: KnownKey) -> bytes:
+    """The key as it goes over the wire; b"" for a line whose base64 is broken, which equals no key."""
+    try:
+        return base64.b64decode(key.body, validate=True)
+    except ValueError:
+        return b""
+
+
+def fingerprint(key: bytes) -> str:
+    """SHA256:… as ssh-keygen -l prints it."""
+    return "SHA256:" + base64.b64encode(hashlib.sha256(key).digest()).decode().rstrip("=")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostKeyCheck:
+    """What paramiko calls a missing-host-key policy, asked about every key since paramiko itself is told none: it would hold only one
+    key of each kind for a host. `node` is for messages; `scan_prefix` the words before ssh-keyscan where only a jump host reaches it."""
+
+    node: str
+    host: str
+    port: int
+    known: tuple[KnownKey, ...]
+    file: Path
+    scan_prefix: str = ""
+
+    def missing_host_key(self, client: object, name: str, key: PKey) -> None:
+        """NodeFailed unless the key is one of those known."""
+        kind, body = key.get_name(), key.asbytes()
+        same_kind = [known for known in self.known if known.kind == kind]
+        if body in [decoded(known) for known in same_kind]:
+            return
+        if same_kind:
+            raise NodeFailed(self.changed_text(kind, body, same_kind[0]))
+        raise NodeFailed(self.unknown_text(kind, body))
+
+    def unknown_text(self, kind: str, body: bytes) -> str:
+        scan = f"{self.scan_prefix}ssh-keyscan -p {self.port} -H {shlex.quote(self.host)}"
+        return (
+            f"{self.node}: its host key is not known here, so it may be another machine; no login was tried.\n"
+            f"  it shows {kind} {fingerprint(body)}\n"
+            f"  compare that with `ssh-keygen -lf` on the .pub files of /etc/ssh on the node itself. If they are equal:\n"
+            f"  Next: {scan} >> {shlex.quote(str(self.file))}"
+        )
+
+    def changed_text(self, kind: str, body: bytes, known: KnownKey) -> str:
+        file = shlex.quote(known.place.rpartition(":")[0])
+        name = shlex.quote(known_name(self.host, self.port))
+        return (
+            f"{self.node}: its host key has CHANGED: it was set up anew, or another machine answers in its place. No login was tried.\n"
+            f"  it shows {kind} {fingerprint(body)}\n"
+            f"  {known.place} has {kind} {fingerprint(decoded(known))}\n"
+            f"  Find out which. If the change is right:\n"
+            f"  Next: ssh-keygen -f {file} -R {name}   and then look at the new key as for a new host"
+        )

@@ -1,0 +1,168 @@
+"""Hosts for tests: containers with an sshd, a Docker engine and a file system of their own, on one bridge network, with one folder
+that all of them share as an NFS mount would be. Everything carries LABEL, and is ended by its own name."""
+
+import hashlib
+import subprocess
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+LABEL = "omnilaunch.test=cluster"
+REPOSITORY = "omnilaunch-host"
+USER = "trainer"
+SUBNET = "10.213.{}.0/24"
+SHARED = "/shared"
+READY_S = 90
+# What an engine inside a container needs; no --privileged, which many machines forbid.
+RIGHTS = (
+    *(part for name in ("SYS_ADMIN", "NET_ADMIN", "SYS_PTRACE", "MKNOD") for part in ("--cap-add", name)),
+    *(part for name in ("seccomp", "apparmor", "systempaths") for part in ("--security-opt", f"{name}=unconfined")),
+    "--device-cgroup-rule", "a *:* rwm", "-v", "/sys/fs/cgroup:/sys/fs/cgroup:rw", "--cgroupns", "host", "-v", "/var/lib/docker",
+)  # fmt: skip
+DOCKERFILE = f"""FROM {{base}}
+RUN apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \\
+    docker.io openssh-server iptables iproute2 && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* && mkdir -p /run/sshd
+RUN useradd --create-home --shell /bin/bash --groups docker {USER}
+"""
+# The engine's files of an earlier life are in the way after a power cut.
+BOOT = "mount --make-rshared / && rm -f /var/run/docker.pid /var/run/docker/containerd/*.pid && /usr/sbin/sshd && exec dockerd >/var/log/dockerd.log 2>&1"
+
+
+def docker(*argv: str, check: bool = True, **options: object) -> str:
+    """Standard output of the engine's client on this machine."""
+    done = subprocess.run(("docker", *argv), capture_output=True, text=True, **options)  # type: ignore[call-overload]
+    if check:
+        assert done.returncode == 0, f"docker {' '.join(argv)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return str(done.stdout).strip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """A running host. `name` is its container here, `address` what the others and this machine reach."""
+
+    name: str
+    address: str
+    network: str
+
+    def run(self, *argv: str, user: str = "root", check: bool = True) -> str:
+        """The test's own look at the host, past its sshd."""
+        return docker("exec", "--user", user, self.name, *argv, check=check)
+
+    def power_off(self) -> None:
+        docker("kill", self.name)
+
+    def power_on(self) -> None:
+        docker("start", self.name)
+        self.wait()
+
+    def unplug(self) -> None:
+        docker("network", "disconnect", self.network, self.name)
+
+    def plug(self) -> None:
+        docker("network", "connect", "--ip", self.address, self.network, self.name)
+
+    def containers(self) -> tuple[str, ...]:
+        """Names of all its containers, running or not."""
+        return tuple(self.run("docker", "ps", "--all", "--format", "{{.Names}}").split())
+
+    def wait(self) -> None:
+        """Until sshd and the engine answer."""
+        deadline = time.monotonic() + READY_S
+        while subprocess.run(("docker", "exec", self.name, "docker", "info"), capture_output=True).returncode:
+            assert time.monotonic() < deadline, (
+                f"{self.name} is not ready:\n{self.run('tail', '-n', '20', '/var/log/dockerd.log', check=False)}"
+            )
+            time.sleep(0.3)
+
+    def load(self, tag: str) -> None:
+        """An image of this machine's engine, past the launcher."""
+        here = docker("image", "inspect", "--format", "{{.Id}}", tag)
+        if self.run("docker", "image", "inspect", "--format", "{{.Id}}", tag, check=False) == here:
+            return
+        with subprocess.Popen(("docker", "save", tag), stdout=subprocess.PIPE) as save:
+            subprocess.run(("docker", "exec", "-i", self.name, "docker", "load", "-q"), stdin=save.stdout, check=True, capture_output=True)
+
+    def limit_disk(self, folder: str, size: str) -> None:
+        """A small disk of its own in the place of a folder."""
+        self.run("mkdir", "-p", folder)
+        self.run("mount", "-t", "tmpfs", "-o", f"size={size},mode=0777", "tmpfs", folder)
+
+    def add_npus(self, count: int, sample: Path) -> None:
+        """Stand-ins: real device files that lead nowhere, and an npu-smi that prints a recorded sample."""
+        names = [f"davinci{number}" for number in range(count)] + ["davinci_manager", "devmm_svm", "hisi_hdc"]
+        for name in names:
+            self.run("mknod", "-m", "666", f"/dev/{name}", "c", "1", "3", check=False)
+        self.run("mkdir", "-p", "/usr/local/dcmi", "/usr/local/Ascend/driver/lib64", "/usr/local/Ascend/driver/tools", "/usr/local/bin")
+        for path in (
+            "/usr/local/Ascend/driver/version.info",
+            "/etc/ascend_install.info",
+            "/usr/local/Ascend/driver/tools/hccn_tool",
+            "/etc/hccn.conf",
+        ):
+            self.run("touch", path)
+        self.run("sh", "-c", "echo Version=25.5.1 > /usr/local/Ascend/driver/version.info")
+        docker("cp", str(sample), f"{self.name}:/etc/npu-smi.txt")
+        self.run("sh", "-c", "printf '#!/bin/sh\\ncat /etc/npu-smi.txt\\n' > /usr/local/bin/npu-smi && chmod 755 /usr/local/bin/npu-smi")
+
+
+def build_image(base: str) -> str:
+    """The hosts' image, kept by the engine under a tag that changes with its Dockerfile."""
+    text = DOCKERFILE.format(base=base)
+    tag = f"{REPOSITORY}:{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    if subprocess.run(("docker", "image", "inspect", tag), capture_output=True).returncode:
+        docker("build", "-q", "-t", tag, "-", input=text)
+    return tag
+
+
+def make_key(folder: Path) -> Path:
+    """A key pair without a passphrase; the private half."""
+    key = folder / "id_ed25519"
+    subprocess.run(("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)), check=True)
+    return key
+
+
+def start_hosts(count: int, *, image: str, key: Path, network: str, subnet: int) -> tuple[Host, ...]:
+    """Side by side, ready when all answer."""
+    docker("network", "create", "--label", LABEL, "--subnet", SUBNET.format(subnet), network)
+    docker("volume", "create", "--label", LABEL, f"{network}-shared")
+
+    def start(number: int) -> Host:
+        host = Host(name=f"{network}-{number}", address=f"10.213.{subnet}.{number + 11}", network=network)
+        shared = ("-v", f"{network}-shared:{SHARED}")
+        docker(
+            "run", "--detach", "--name", host.name, "--hostname", f"node{number}", "--label", LABEL, "--network", network,
+            "--ip", host.address, *RIGHTS, *shared, image, "sh", "-c", BOOT_KEYS + BOOT,
+        )  # fmt: skip
+        home = f"/home/{USER}/.ssh"
+        host.run("install", "-d", "-m", "700", "-o", USER, "-g", USER, home)
+        docker("cp", f"{key}.pub", f"{host.name}:{home}/authorized_keys")
+        host.run("chown", f"{USER}:{USER}", f"{home}/authorized_keys")
+        host.run("chown", f"{USER}:{USER}", SHARED)
+        host.wait()
+        return host
+
+    with ThreadPoolExecutor(max_workers=count) as pool:
+        return tuple(pool.map(start, range(count)))
+
+
+BOOT_KEYS = "ssh-keygen -A >/dev/null && "  # each host its own, as on a machine that was installed
+
+
+def known_hosts(hosts: Sequence[Host]) -> str:
+    """As a user has it who has looked at every key."""
+    lines = []
+    for host in hosts:
+        kind, value, *_ = host.run("cat", "/etc/ssh/ssh_host_ed25519_key.pub").split()
+        lines.append(f"{host.address} {kind} {value}\n")
+    return "".join(lines)
+
+
+def end_hosts(network: str) -> None:
+    """What `start_hosts` made under this name, and an earlier session of the same name left."""
+    names = docker("ps", "--all", "--quiet", "--filter", f"name=^{network}-").split()
+    if names:
+        docker("rm", "--force", "--volumes", *names)
+    docker("network", "rm", network, check=False)
+    docker("volume", "rm", f"{network}-shared", check=False)
