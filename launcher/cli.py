@@ -4,6 +4,7 @@
   omnilaunch launch [AXIS=NAME ...] [key=value ...]   carry it out
   omnilaunch options [AXIS]                           what can be chosen
   omnilaunch runs                                     the runs of this folder
+  omnilaunch attach|stop|status|logs RUN              one of them, on whatever nodes it is
   omnilaunch image ACTION [AXIS=NAME ...]             render, refresh, build, ls, inspect, prune, fetch: see image --help
 
 Axes: hardware, model, stage, precision, strategy, data, cluster. Exit codes: 0 done, 2 refused, 3 image, 4 node, 5 run failed,
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import image_action
+from launcher import image_action, run_action
 from launcher.errors import ConfigRefused, LaunchError
 from trainer.contract import Exit
 
@@ -63,6 +64,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     sub.set_defaults(verb=show_options)
     sub = verbs.add_parser("runs", help="the runs of this folder")
     sub.set_defaults(verb=show_runs)
+    run_action.add_to(verbs, Terminal().say)
     image_action.add_to(verbs.add_parser("image", help="the one image that matches a hardware", allow_abbrev=False))
     return parser.parse_args(argv)
 
@@ -97,6 +99,10 @@ def run_launch(arguments: argparse.Namespace) -> int:
     from launcher.show import describe_record
 
     plan = plan_of(arguments.overrides, arguments.run_id)
+    if arguments.detach and plan.config.cluster.runtime != "docker":
+        raise ConfigRefused(
+            "--detach leaves containers behind that go on by themselves, and cluster.runtime=process has none: cluster.runtime=docker"
+        )
     gc.enable()  # from here on it may be days
     with open_desk(plan, PROJECT, os.environ, say=Terminal().say, terminal=sys.stdout.isatty()) as desk:
         record = launch(plan, read_source(PROJECT), desk, detach=arguments.detach)

@@ -1,8 +1,6 @@
 """The SSH connections of this process: one to each node and jump host, kept open, opened anew when found dead."""
 
-import contextlib
 import logging
-import socket
 import subprocess
 import threading
 import time
@@ -12,7 +10,7 @@ from fabric import Connection  # type: ignore[import-untyped]
 from paramiko import Channel, ChannelException, SSHException  # type: ignore[import-untyped]
 from paramiko import Transport as ParamikoTransport
 
-from launcher.connection import describe_dial, open_connection, wait_banner
+from launcher.connection import close_connection, describe_dial, open_connection, wait_banner
 from launcher.errors import NodeFailed
 from launcher.login import Access, Login
 from launcher.pump import Pump
@@ -23,7 +21,6 @@ DEAD = (SSHException, EOFError, OSError)  # what paramiko raises on a connection
 # Handshakes at once: they are work for this machine's processor, and a crowd of them keeps the other threads from dialling: with 128 at
 # once on two cores, connecting took 3.0 s in place of 2.2 s, and a dead host was named after 10.7 s in place of 9.3 s.
 HANDSHAKES = 16
-LEAVE_S = 1.0
 ADMINISTRATIVELY_PROHIBITED = 1  # RFC 4254, section 5.1
 
 
@@ -169,12 +166,7 @@ class Link:
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            with contextlib.suppress(OSError):  # gone already
-                connection.transport.sock.shutdown(socket.SHUT_RDWR)  # wakes the transport's thread, which would keep it open a second
-            transport = connection.transport
-            connection.client.close()
-            if self.route.jumps:
-                transport.join(LEAVE_S)  # its last word goes through the jump host's connection, which may be closed next
+            close_connection(connection)
         proxy, self._proxy = self._proxy, None
         if proxy is not None:
             proxy.kill()

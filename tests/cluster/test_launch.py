@@ -58,6 +58,56 @@ def test_ctrl_c_saves_and_leaves_nothing(lab: Lab, clean: Callable[[], None]) ->
     clean()
 
 
+def test_a_killed_launcher_is_taken_up_again_and_a_second_run_is_untouched(lab: Lab, clean: Callable[[], None]) -> None:
+    """Three launches: one killed with SIGKILL and attached again, one stopped by name, and a neighbour that lives through all of it."""
+    steps = ("run.steps=400", "stage.global_batch=16", "stage.optimizer.warmup=5", "run.evaluation.limit=16")
+    neighbour = lab.start("launch", "--run-id", "neighbour", *steps, *lab.overrides(lab.hosts[0], root=ROOT_FOLDER))
+    try:
+        wait_for(lambda: (lab.home / "runs/neighbour/metrics.jsonl").exists(), neighbour)
+        killed = lab.start("launch", "--run-id", "killed", *steps, *lab.overrides(lab.hosts[0], root=ROOT_FOLDER))
+        wait_for(lambda: (lab.home / "runs/killed/metrics.jsonl").exists(), killed)
+        killed.kill()
+        killed.wait()
+        assert "running" in lab.run("status", "killed").stdout
+        attached = lab.run("attach", "killed")
+        assert attached.returncode == 0, attached.stdout + attached.stderr
+        assert [row["step"] for row in rows(lab.home / "runs/killed")] == list(range(1, 401))
+        assert record(lab.home / "runs/killed")["status"] == "finished"
+        said, _ = neighbour.communicate(timeout=300)
+        assert neighbour.returncode == 0, said
+    finally:
+        neighbour.kill()
+
+
+def test_detached_then_stopped_by_name(lab: Lab, clean: Callable[[], None]) -> None:
+    done = lab.run("launch", "--detach", "--run-id", "long", "run.steps=100000", *lab.overrides(lab.hosts[0], root=ROOT_FOLDER))
+    assert done.returncode == 0 and "omnilaunch attach long" in done.stdout, done.stdout + done.stderr
+    assert len(lab.hosts[0].containers()) == 1
+    stopped = lab.run("stop", "long")
+    assert stopped.returncode == 0 and "nothing of run long is left" in stopped.stdout, stopped.stdout + stopped.stderr
+    clean()
+    attached = lab.run("attach", "long")
+    assert attached.returncode in (5, 130), "its end is found out afterwards"
+
+
+def test_a_node_without_power_is_named_and_the_others_are_stopped(lab: Lab) -> None:
+    argv = ("launch", "--run-id", "dark", "run.steps=100000", "cluster.node_timeout_s=5", *lab.overrides(*lab.hosts[1:], root=ROOT_FOLDER))
+    process = lab.start(*argv)
+    try:
+        wait_for(lambda: (lab.home / "runs/dark/metrics.jsonl").exists(), process)
+        lab.hosts[2].power_off()
+        said, _ = process.communicate(timeout=180)
+    finally:
+        process.kill()
+        lab.hosts[2].power_on()
+    assert process.returncode in (4, 5), said
+    assert lab.hosts[2].address in said
+    assert lab.hosts[1].containers() == ()
+    lost = [node for node in record(lab.home / "runs/dark")["nodes"] if node["lost"]]
+    assert [node["host"] for node in lost] == [lab.hosts[2].address]
+    lab.hosts[2].run("sh", "-c", "docker ps -aq | xargs -r docker rm -f")
+
+
 def wait_for(condition: Callable[[], bool], process: Any, timeout_s: float = 180) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():

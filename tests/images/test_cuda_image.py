@@ -57,13 +57,13 @@ def test_torch_holds_code_for_every_card(cuda: Built) -> None:
 
 
 def test_the_trainers_tests_pass_inside(cuda: Built, tools: Path, tmp_path: Path, prove: Callable[..., None]) -> None:
-    """tests/trainer whole, on this torch, as a user who is not root and without a network."""
+    """All of tests/trainer but the long trainings, on this torch, as a user who is not root."""
     project = tmp_path / "project"
     for name in ("conf", "trainer", "tests", "launcher", "images"):
         shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(ROOT / "pyproject.toml", project / "pyproject.toml")
     said = in_container(
-        cuda.image.tag, *ON_THE_CPU, "python", "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", "/project", "/project/tests/trainer",
+        cuda.image.tag, *ON_THE_CPU, "python", "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", "--rootdir", "/project", "/project/tests/trainer",
         network="bridge",
         mounts=(f"type=bind,source={project},target=/project,readonly", f"type=bind,source={tools},target=/tools,readonly"),
     )  # fmt: skip
