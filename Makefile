@@ -25,7 +25,7 @@ TRAINER = $(if $(filter-out process,$(RUNTIME))$(filter-out local,$(CLUSTER)),.v
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup plan train test lint render image image-check
+.PHONY: help setup plan train test test-cluster lint render image image-check
 
 help: ## This list
 	@awk -F '##' '/^[a-z-]+:.*##/ {split($$1, t, ":"); printf "  make %-12s%s\n", t[1], $$2} /^[A-Z]+ \?=.*##/ {split($$1, v, " "); vars = vars sprintf("  %-12s%s\n", v[1], $$2)} END {printf "\nVariables, as in `make plan HW=h200`:\n%s", vars}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ image: .venv/.launcher ## Build the image that `make train RUNTIME=docker` with 
 
 image-check: setup ## Really build images and run in them, fetch those that cannot run here (needs a Docker engine, debootstrap, root, a network)
 	@.venv/bin/python -m pytest -m "(docker or network) and not cluster" $(ARGS)
+
+test-cluster: setup ## Run on hosts with an sshd, an engine and a disk of their own, made for the test (needs a Docker engine, debootstrap, root)
+	@.venv/bin/python -m pytest -m cluster $(ARGS)
 
 .venv/.python: $(LOCKS)/build.txt
 	@$(PYTHON) -c 'import sys, ensurepip; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "omnilaunch needs CPython 3.11 with venv, which '$(PYTHON)' is not. On Debian: apt-get install python3.11-venv. Elsewhere: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 2; }

@@ -17,7 +17,6 @@ from launcher.errors import ConfigRefused, NodeFailed, suggest
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
-    from launcher.launch import Desk
     from launcher.node import Site
     from launcher.plan import Plan
 

@@ -60,7 +60,7 @@ def test_ctrl_c_saves_and_leaves_nothing(lab: Lab, clean: Callable[[], None]) ->
 
 def test_a_killed_launcher_is_taken_up_again_and_a_second_run_is_untouched(lab: Lab, clean: Callable[[], None]) -> None:
     """Three launches: one killed with SIGKILL and attached again, one stopped by name, and a neighbour that lives through all of it."""
-    steps = ("run.steps=400", "stage.global_batch=16", "stage.optimizer.warmup=5", "run.evaluation.limit=16")
+    steps = ("run.steps=120", "stage.global_batch=16", "stage.optimizer.warmup=5", "run.evaluation.limit=16")
     neighbour = lab.start("launch", "--run-id", "neighbour", *steps, *lab.overrides(lab.hosts[0], root=ROOT_FOLDER))
     try:
         wait_for(lambda: (lab.home / "runs/neighbour/metrics.jsonl").exists(), neighbour)
@@ -71,7 +71,7 @@ def test_a_killed_launcher_is_taken_up_again_and_a_second_run_is_untouched(lab: 
         assert "running" in lab.run("status", "killed").stdout
         attached = lab.run("attach", "killed")
         assert attached.returncode == 0, attached.stdout + attached.stderr
-        assert [row["step"] for row in rows(lab.home / "runs/killed")] == list(range(1, 401))
+        assert [row["step"] for row in rows(lab.home / "runs/killed")] == list(range(1, 121))
         assert record(lab.home / "runs/killed")["status"] == "finished"
         said, _ = neighbour.communicate(timeout=300)
         assert neighbour.returncode == 0, said
