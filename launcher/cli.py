@@ -2,6 +2,7 @@
 
   omnilaunch plan   [AXIS=NAME ...] [key=value ...]   show what a run would do; nothing is touched
   omnilaunch launch [AXIS=NAME ...] [key=value ...]   carry it out
+  omnilaunch doctor [AXIS=NAME ...] [key=value ...]   what is wrong with the nodes
   omnilaunch options [AXIS]                           what can be chosen
   omnilaunch runs                                     the runs of this folder
   omnilaunch attach|stop|status|logs RUN              one of them, on whatever nodes it is
@@ -15,7 +16,8 @@ import argparse
 import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +26,7 @@ from launcher.errors import ConfigRefused, LaunchError
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
-    from launcher.plan import Plan
+    from launcher.plan import Place, Plan
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -59,6 +61,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if name == "plan":
             sub.add_argument("--json", action="store_true", help="the whole plan as JSON")
         sub.set_defaults(verb=verb)
+    sub = verbs.add_parser("doctor", help="what is wrong with the nodes of a cluster, or with this machine", allow_abbrev=False)
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for plan: cluster=lab hardware=h200")
+    sub.add_argument("--json", action="store_true", help="all findings as JSON")
+    sub.set_defaults(verb=show_doctor)
     sub = verbs.add_parser("options", help="what can be chosen")
     sub.add_argument("axis", nargs="?", default="")
     sub.set_defaults(verb=show_options)
@@ -73,15 +79,20 @@ def plan_of(overrides: Sequence[str], run_id: str) -> "Plan":
     """Compose and plan, with this machine as the place."""
     from launcher.compose import compose
     from launcher.image import load_stacks
-    from launcher.plan import RUNS_FOLDER, Place, absolute, make_plan
+    from launcher.plan import RUNS_FOLDER, absolute, make_plan
     from launcher.record import name_run, resolve_checkpoint, utc_now
 
     here = Path.cwd()
     config = compose(overrides, PROJECT / "conf")
     config = resolve_checkpoint(config, Path(absolute(config.cluster.root, here)) / RUNS_FOLDER)
+    return make_plan(config, load_stacks(PROJECT / "images"), place_here(), run_id=run_id or name_run(config, utc_now()))
+
+
+def place_here() -> "Place":
+    from launcher.plan import Place
+
     uid, gid = (os.getuid(), os.getgid()) if os.getuid() else (1000, 1000)
-    place = Place(project=PROJECT, here=here, interpreter=sys.executable, user=f"{uid}:{gid}")
-    return make_plan(config, load_stacks(PROJECT / "images"), place, run_id=run_id or name_run(config, utc_now()))
+    return Place(project=PROJECT, here=Path.cwd(), interpreter=sys.executable, user=f"{uid}:{gid}")
 
 
 def show_plan(arguments: argparse.Namespace) -> int:
@@ -104,10 +115,42 @@ def run_launch(arguments: argparse.Namespace) -> int:
             "--detach leaves containers behind that go on by themselves, and cluster.runtime=process has none: cluster.runtime=docker"
         )
     gc.enable()  # from here on it may be days
-    with open_desk(plan, PROJECT, os.environ, say=Terminal().say, terminal=sys.stdout.isatty()) as desk:
+    say = Terminal().say
+    if not all(node.is_local for node in plan.config.cluster.working):
+        say(f"looking at {', '.join(node.host for node in plan.config.cluster.working)}")
+        plan = examined(plan, say)
+    with open_desk(plan, PROJECT, os.environ, say=say, terminal=sys.stdout.isatty()) as desk:
         record = launch(plan, read_source(PROJECT), desk, detach=arguments.detach)
         desk.say(describe_record(record, plan) if record else f"it goes on by itself; to take it up again: omnilaunch attach {plan.run_id}")
     return record.exit_code if record else Exit.OK
+
+
+def examined(plan: "Plan", say: Callable[[str], None]) -> "Plan":
+    """The plan again with the network that its nodes were found in. Raises NodeFailed with all that stands in the way."""
+    from launcher.desk import examine_nodes, require_health
+    from launcher.image import load_stacks
+    from launcher.network import take_network
+    from launcher.plan import make_plan
+
+    stacks, cluster = load_stacks(PROJECT / "images"), plan.config.cluster
+    examination = examine_nodes(plan, stacks[plan.config.hardware.stack], os.environ, launching=True)
+    require_health(examination, say)
+    if not examination.choices:
+        return plan
+    spares = tuple(node for node in cluster.nodes if node.spare)
+    nodes = (*take_network(cluster.working, examination.choices), *spares)
+    return make_plan(replace(plan.config, cluster=replace(cluster, nodes=nodes)), stacks, place_here(), run_id=plan.run_id)
+
+
+def show_doctor(arguments: argparse.Namespace) -> int:
+    from launcher.desk import examine_nodes
+    from launcher.finding import describe_findings, findings_json, has_errors
+    from launcher.image import load_stacks
+
+    plan = plan_of(arguments.overrides, "")
+    examination = examine_nodes(plan, load_stacks(PROJECT / "images")[plan.config.hardware.stack], os.environ, launching=False)
+    print(findings_json(examination.findings) if arguments.json else describe_findings(examination.findings))
+    return Exit.NODE if has_errors(examination.findings) else Exit.OK
 
 
 class Terminal:

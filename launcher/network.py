@@ -7,7 +7,7 @@ where they share none, each node's route to the others' host addresses.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Network, ip_address, ip_interface, ip_network
+from ipaddress import IPv4Network, ip_address, ip_network
 
 from launcher.problem import Problem
 from launcher.schema import Node
@@ -190,6 +190,7 @@ def target(node: Node, view: View) -> str:
     """The address that the launcher knows the node by; '' when it is a name which only SSH understands."""
     at = view.reached_at or node.host
     try:
-        return str(ip_interface(at).ip) if ip_interface(at).version == 4 else ""
+        address = ip_address(at)
     except ValueError:
         return ""
+    return "" if address.version != 4 or address.is_loopback else at

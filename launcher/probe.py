@@ -4,29 +4,24 @@ One script a node and one question for its clock, so that 128 nodes cost as litt
 /proc, and nothing that a node might lack: what is missing is an answer, too. It writes no file and starts no container.
 """
 
-import json
-import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import IPv4Network
-from typing import Any
 
 from launcher.accelerator import ASCEND_MANAGERS, ASCEND_MOUNTS, ASCEND_NETWORK_MOUNTS
+from launcher.answer import CONTENT, MARK, UNASKED, read_answers, read_clock, read_facts
 from launcher.errors import NodeFailed
-from launcher.network import Interface, IpRoute, View
+from launcher.facts import NodeFacts
 from launcher.schema import Accelerator
-from launcher.smi import NPU_QUERY, NVIDIA_APPS_QUERY, NVIDIA_QUERY, Device, UnreadableTable, read_npu, read_npu_driver, read_nvidia
+from launcher.smi import NPU_QUERY, NVIDIA_APPS_QUERY, NVIDIA_QUERY
 from launcher.start import RUN_LABEL
-from launcher.transport import Result, Transport
+from launcher.transport import Transport
 
-MARK = "=omnilaunch="
 QUESTION_TIMEOUT_S = 10
+DEVICE_TIMEOUT_S = 40  # without persistence mode nvidia-smi wakes every card; npu-smi asks sixteen dies one by one
 HASH_TIMEOUT_S = 120
-PROBE_TIMEOUT_S = 300.0
 CLOCK = ("date", "+%s.%N")
 HDK_FILE = "/usr/local/Ascend/driver/version.info"
-GIB = 2**30
 
 # Each question ends with a line that holds its exit code. The second argument is its limit: a dead NFS mount or a driver that hangs
 # must not take the other answers with it. npu-smi lies in /usr/local/sbin on some hosts, which a login without a profile lacks.
@@ -46,7 +41,7 @@ DOCKER_ROOM = 'd=$(docker info --format "{{.DockerRootDir}}") && df -Pk "$d"'
 LINKS = 'cd /sys/class/net && for i in *; do echo "$i $(cat "$i/operstate") $(cat "$i/mtu") $(cat "$i/speed" 2>/dev/null)"; done'
 # A file by its content; a folder by the names and sizes of all that is in it.
 DIGEST = 'if [ -d "$1" ]; then echo folder; ls -lnR -- "$1" | awk \'{print $5, $9}\' | sha256sum; else echo file; sha256sum <"$1"; fi'
-TOOLKIT = "command -v nvidia-container-runtime-hook nvidia-container-runtime nvidia-ctk"
+TOOLKIT = "for i in nvidia-container-runtime-hook nvidia-container-runtime nvidia-ctk; do command -v $i; done"
 CONTAINER_FORMAT = f'{{{{.Names}}}}\t{{{{.State}}}}\t{{{{.Label "{RUN_LABEL}"}}}}'
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
@@ -84,90 +79,6 @@ DEVICE_QUESTIONS: dict[Accelerator, dict[str, tuple[str, ...]]] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------- facts
-
-
-@dataclass(frozen=True, kw_only=True)
-class Room:
-    """Of the file system that `path` is on. `inodes` None where it counts none."""
-
-    path: str
-    free_gib: float
-    writable: bool = True
-    inodes: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clock:
-    """The node's clock minus the launcher's lies between the two, in seconds."""
-
-    behind_s: float
-    ahead_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Docker:
-    """`engine` is '' where it does not answer, and `error` says why. `room`: where it keeps images."""
-
-    client: str
-    engine: str
-    error: str = ""
-    runtimes: tuple[str, ...] = ()
-    storage_driver: str = ""
-    room: Room | None = None
-    toolkit: bool = False  # NVIDIA's container toolkit is installed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Container:
-    """A container that carries a run's label."""
-
-    name: str
-    state: str
-    run_id: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Content:
-    """A path of the data or the model. `digest` is '' where it is missing or took too long; `error` says which."""
-
-    kind: str
-    digest: str
-    error: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodeFacts:
-    """What a node answered. Memory and room in GiB; `memlock_kib` None = unlimited; `ports`: TCP ports in use for listening;
-    `image_id` '' = not there. `devices_error` says why there are no devices."""
-
-    host: str
-    machine: str
-    kernel: str
-    hostname: str
-    boot: str
-    user: str
-    shell: str
-    memory_total_gib: float
-    memory_available_gib: float
-    shm: Room | None
-    memlock_kib: int | None
-    root: Room | None
-    clock: Clock
-    docker: Docker | None
-    containers: tuple[Container, ...]
-    image_id: str
-    ports: tuple[int, ...]
-    ephemeral_ports: tuple[int, int]
-    reserved_ports: tuple[tuple[int, int], ...]
-    view: View
-    devices: tuple[Device, ...]
-    devices_error: str
-    driver: str
-    files: tuple[str, ...]
-    contents: dict[str, Content]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Inquiry:
     """What a run needs to know of a node. `root`: cluster.root, absolute; `image`: the tag, '' where no container is used; `contents`:
@@ -179,112 +90,35 @@ class Inquiry:
     contents: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    code: int
-    output: str
-    errors: str
-
-    @property
-    def good(self) -> str:
-        """The output, or '' when the question failed."""
-        return self.output if self.code == 0 else ""
-
-    @property
-    def complaint(self) -> str:
-        """Why it failed, in one line."""
-        if self.code in (124, 137):
-            return f"no answer within {QUESTION_TIMEOUT_S} s"
-        said = " ".join((self.errors or self.output).split())
-        return said or f"exit code {self.code}"
-
-
-UNASKED = Answer(code=127, output="", errors="was not asked")
-
-
 # ------------------------------------------------------------------------------------------------------------- the probe
 
 
 def probe(transport: Transport, inquiry: Inquiry, *, now: Callable[[], float]) -> NodeFacts:
     """Ask a node, and read its answers. `now`: the launcher's clock in seconds since 1970. Raises NodeFailed when the node cannot be
     reached, or runs no script."""
-    argv = ("sh", "-c", script(inquiry))
-    done = transport.run(argv, timeout_s=PROBE_TIMEOUT_S)
+    limits_s = sum(map(limit_s, questions(inquiry)))
+    done = transport.run(("sh", "-c", script(inquiry)), timeout_s=limits_s)
     answers = read_answers(done)
-    if "machine" not in answers:
+    if not answers.get("machine", UNASKED).good:
         raise NodeFailed(f"{transport.host}: its shell ran none of the questions: {done.errors.strip()[-500:] or f'exit code {done.code}'}")
     sent_s = now()
-    told = transport.run(CLOCK, timeout_s=QUESTION_TIMEOUT_S).expect(f"{transport.host}: asking for the time").output
-    node_s, received_s = float(told), now()
-    return read_facts(transport.host, inquiry, answers, Clock(behind_s=node_s - received_s, ahead_s=node_s - sent_s))
+    told = transport.run(CLOCK, timeout_s=QUESTION_TIMEOUT_S).output
+    clock = read_clock(told, sent_s=sent_s, received_s=now())
+    return read_facts(transport.host, inquiry.accelerator, inquiry.contents, answers, clock)
 
 
 def questions(inquiry: Inquiry) -> dict[str, tuple[str, ...]]:
     docker = DOCKER_QUESTIONS | {"image": ("docker", "image", "inspect", "--format", "{{.Id}}", inquiry.image)} if inquiry.image else {}
-    contents = {f"content {path}": ("sh", "-c", DIGEST, "sh", path) for path in inquiry.contents}
+    contents = {f"{CONTENT}{place}": ("sh", "-c", DIGEST, "sh", path) for place, path in enumerate(inquiry.contents)}
     return {**QUESTIONS, "root": ("sh", "-c", ROOM, "sh", inquiry.root), **docker, **DEVICE_QUESTIONS[inquiry.accelerator], **contents}
 
 
 def script(inquiry: Inquiry) -> str:
-    lines = (
-        shlex.join(("ask", name, str(HASH_TIMEOUT_S if name.startswith("content ") else QUESTION_TIMEOUT_S), *argv))
-        for name, argv in questions(inquiry).items()
-    )
+    lines = (shlex.join(("ask", name, str(limit_s(name)), *argv)) for name, argv in questions(inquiry).items())
     return ASK + "\n".join(lines) + "\n"
 
 
-def read_answers(done: Result) -> dict[str, Answer]:
-    """The script's two streams, cut at the marks."""
-    errors = {name: text for name, text in cut(done.errors)}
-    answers = {}
-    for name, text in cut(done.output):
-        output, _, code = text.rpartition(f"\n{MARK}code ")
-        answers[name] = Answer(code=int(code) if code.strip().isdigit() else 255, output=output, errors=errors.get(name, "").strip())
-    return answers
-
-
-def cut(text: str) -> Iterator[tuple[str, str]]:
-    for part in text.split(f"\n{MARK} ")[1:]:
-        name, _, rest = part.partition("\n")
-        yield name, rest
-
-
-def read_facts(host: str, inquiry: Inquiry, answers: Mapping[str, Answer], clock: Clock) -> NodeFacts:
-    def said(name: str) -> Answer:
-        return answers.get(name, UNASKED)
-
-    memory = dict(re.findall(r"^(\w+):\s+(\d+) kB$", said("memory").good, re.MULTILINE))
-    devices, devices_error = read_devices(inquiry.accelerator, said("devices"), said("apps"))
-    shell, _, connection = said("shell").good.partition("\n")
-    low, high, reserved = read_ephemeral(said("ephemeral").good)
-    return NodeFacts(
-        host=host,
-        machine=said("machine").good.strip(),
-        kernel=said("kernel").good.strip(),
-        hostname=said("hostname").good.strip(),
-        boot=said("boot").good.strip(),
-        user=said("user").good.strip(),
-        shell=shell.strip(),
-        memory_total_gib=int(memory.get("MemTotal", 0)) * 1024 / GIB,
-        memory_available_gib=int(memory.get("MemAvailable", 0)) * 1024 / GIB,
-        shm=read_room("/dev/shm", said("shm").good),
-        memlock_kib=int(said("memlock").good) if said("memlock").good.strip().isdigit() else None,
-        root=read_root(said("root").good),
-        clock=clock,
-        docker=read_docker(answers) if inquiry.image else None,
-        containers=tuple(read_containers(said("containers").good)),
-        image_id=said("image").good.strip(),
-        ports=read_ports(said("tcp").output),
-        ephemeral_ports=(low, high),
-        reserved_ports=reserved,
-        view=View(
-            interfaces=tuple(read_interfaces(said("addresses").good, said("routes").good, said("links").output)),
-            routes=tuple(read_routes(said("routes").good)),
-            reached_at=(connection.split() + [""] * 3)[2],
-        ),
-        devices=devices,
-        devices_error=devices_error,
-        driver=read_driver(inquiry.accelerator, devices, said("driver").good, said("devices").output),
-        files=tuple(line for line in said("files").output.splitlines() if line.startswith("/")),
-        contents={path: read_content(said(f"content {path}")) for path in inquiry.contents},
-    )
+def limit_s(name: str) -> int:
+    if name.startswith(CONTENT):
+        return HASH_TIMEOUT_S
+    return DEVICE_TIMEOUT_S if name in ("devices", "apps") else QUESTION_TIMEOUT_S

@@ -4,21 +4,21 @@ What is asked for comes from two places: the versions of a row of images/version
 is there already is what uv prefers, so that a refresh changes only what has to change. All is resolved first and written then.
 
 A torch with a local version (2.13.0+cpu) is only on PyTorch's own index. Its row is asked there alone, and kept as it is where that
-index cannot be reached; the other packages are resolved without it, beside what torch itself asks for.
+index does not answer; the other packages are resolved beside the torch of the same version that the common index has, less what
+that one needs of an accelerator.
 """
 
 import re
-import subprocess
-import sysconfig
-import tempfile
 import tomllib
-from collections.abc import Callable, Iterable
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.errors import ImageFailed
-from launcher.image import BUILD_LOCK, UNPINNED, VERSIONS_FILE, Stack, find_stack, load_stacks, torch_lock
+from launcher.image import BUILD_LOCK, UNPINNED, VERSIONS_FILE, Stack, find_stack, torch_lock
+from launcher.resolver import NEVER, IndexUnreachable, cut, find_uv, join, name_of, read_lock, resolve, version_of
+from trainer.contract import SpecError, decode
 
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 HEADER = "# Written by: omnilaunch image refresh. Do not edit.\n"
@@ -26,24 +26,36 @@ ALONE = f"""# A local wheel with the same hash serves as well as the index.
 # Installed alone, with --no-deps: an index that cannot be reached then costs one look-up instead of one for every package.
 --extra-index-url {TORCH_INDEX}
 """
+OWN_HEADS = {
+    BUILD_LOCK: "# What builds the source distributions among the locked packages; installed before them.\n",
+    "launcher.txt": "# The launcher's packages, CPython {python}, in agreement with the trainer's CPU lock.\n",
+    "dev.txt": "# What the tests need besides, CPython {python}, in agreement with both other locks.\n",
+}
 BUILD_TOOLS = "setuptools>=77"
+# The stack and architecture of the environment that `make setup` fills: the launcher, the trainer and the tests together.
+SETUP_STACK, SETUP_ARCHITECTURE = "cpu", "x86_64"
 ACCELERATOR_LIBRARIES = ("nvidia-", "cuda-", "triton")
-PYTHON = "3.11"
-PLATFORM = "{}-manylinux_2_28"
-BLOCK = re.compile(r"^(?P<name>[\w.-]+)==\S+ \\\n(?: {4}--hash=\S+(?: \\)?\n)+", re.MULTILINE)
-NORMAL = re.compile(r"[-_.]+")
+PLATFORM = "{}-manylinux_2_28"  # what most wheels ask of glibc; the oldest base, Ubuntu 22.04, has 2.35
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One lock to write: for which stacks and architecture, and the torch that is asked for there."""
+    """One lock to write: `lock` below images/, for which stacks and architecture, and the torch that is asked for there."""
 
     lock: str
     stacks: tuple[Stack, ...]
     architecture: str
     torch: str
+
+    @property
+    def platform(self) -> str:
+        return PLATFORM.format(self.architecture)
+
+    @property
+    def python(self) -> str:
+        return self.stacks[0].python
 
     @property
     def alone(self) -> bool:
@@ -53,36 +65,46 @@ class Target:
     @property
     def title(self) -> str:
         names = " and ".join(stack.name for stack in self.stacks)
-        return f"Stack{'s' if len(self.stacks) > 1 else ''} {names}, {self.architecture}, CPython {self.stacks[0].python}"
+        return f"Stack{'s' if len(self.stacks) > 1 else ''} {names}, {self.architecture}, CPython {self.python}"
 
 
 def refresh(root: Path, *, stacks: tuple[str, ...], say: Say, upgrade: bool = False) -> tuple[Path, ...]:
-    """Resolve again and write; the files written. `stacks`: rows to do, all of them and the launcher's own locks when empty.
-    Raises ImageFailed with nothing written."""
-    uv, table = find_uv(), load_stacks(root / "images")
+    """Resolve again and write; the files that changed. `stacks`: the rows to do, all of them when empty; the locks of the launcher
+    and of the tests go with the CPU's. `upgrade`: everything that no row pins takes its newest version. Raises ImageFailed with
+    every file as it was."""
+    uv, images = find_uv(), root / "images"
+    versions = images / VERSIONS_FILE
+    before = versions.read_text(encoding="utf-8")
+    table = read_table(before, versions)
     chosen = {name: find_stack(table, name) for name in stacks or table}
-    written: dict[Path, str] = {} if stacks else own_locks(uv, root, upgrade)
-    paths: dict[tuple[str, str], str] = {}
-    for target in targets(chosen):
-        found = resolve_target(uv, target, root, say, upgrade)
-        written |= found
-        paths |= {(stack.name, target.architecture): target.lock if found else "" for stack in target.stacks}
-    found_digests = {base: look_up(base, known, say) for base, known in {stack.base: stack.digest for stack in chosen.values()}.items()}
-    digests = {stack.name: found_digests[stack.base] for stack in chosen.values()}
-    versions = root / "images" / VERSIONS_FILE
-    written[versions] = rewrite_table(versions.read_text(encoding="utf-8"), table, digests, paths)
-    changed = {path: text for path, text in written.items() if not path.exists() or path.read_text(encoding="utf-8") != text}
-    for path, text in changed.items():
-        path.write_text(text, encoding="utf-8")
-    return tuple(changed)
+    found: dict[Path, str] = {}
+    renewed = dict(table)
+    for target in targets(table):
+        if any(stack.name in chosen for stack in target.stacks):
+            texts = resolve_target(uv, target, root, say, upgrade)
+            found |= texts
+            for stack in target.stacks:
+                locks = {**renewed[stack.name].locks, target.architecture: target.lock if texts else ""}
+                renewed[stack.name] = replace(renewed[stack.name], locks=locks)
+    if SETUP_STACK in chosen:
+        found |= own_locks(uv, root, renewed[SETUP_STACK], found, say, upgrade)
+    digests = {base: look_up(base, known, say) for base, known in {stack.base: stack.digest for stack in chosen.values()}.items()}
+    renewed |= {name: replace(renewed[name], digest=digests[stack.base]) for name, stack in chosen.items()}
+    found[versions] = rewrite_table(before, renewed, versions)
+    return write_all(found)
 
 
-def targets(stacks: dict[str, Stack]) -> tuple[Target, ...]:
-    """The locks to write. Stacks that share a lock share its versions; one that has none yet is named after its sibling."""
+def targets(table: dict[str, Stack]) -> tuple[Target, ...]:
+    """The locks of the table. A lock that is not there yet is named after its sibling. Raises ImageFailed for stacks that share a
+    lock and differ in what is in it."""
     groups: dict[tuple[str, str], list[Stack]] = {}
-    for stack in stacks.values():
+    for stack in table.values():
         for architecture, lock in stack.locks.items():
             groups.setdefault((lock or new_lock(stack, architecture), architecture), []).append(stack)
+    for (lock, architecture), group in groups.items():
+        if len({(*pins(stack, architecture), stack.python, stack.family) for stack in group}) > 1:
+            names = " and ".join(f"stacks.{stack.name}" for stack in group)
+            raise ImageFailed(f"images/{VERSIONS_FILE}: {names} share {lock} and differ in its versions; give each a file of its own")
     return tuple(
         Target(lock=lock, stacks=tuple(group), architecture=architecture, torch=torch_of(group[0], architecture))
         for (lock, architecture), group in groups.items()
@@ -101,78 +123,10 @@ def torch_of(stack: Stack, architecture: str) -> str:
     return f"{stack.torch}+cpu" if stack.family == "ascend" and architecture == "x86_64" else stack.torch
 
 
-# ------------------------------------------------------------------------------------------------------------- resolve
-
-
-def resolve_target(uv: str, target: Target, root: Path, say: Say, upgrade: bool) -> dict[Path, str]:
-    """Path -> text of one lock, and of torch's own; nothing where torch's hash is neither known nor to be had."""
-    say(f"resolving {target.lock}")
-    path, first = root / "images" / target.lock, target.stacks[0]
-    wanted = [f"{name}=={version}" for name, version in first.packages.items()]
-    wanted += [first.plugin.replace(" ", "==")] if first.plugin else []
-    wanted += [need for need in needs(root, "trainer") if name_of(need) not in first.packages]
-    local = "+" in target.torch
-    blocks = resolve(
-        uv,
-        [*wanted, *(torch_needs(uv, target.torch) if local else (f"torch=={target.torch}",))],
-        platform=PLATFORM.format(target.architecture),
-        existing=path,
-        upgrade=upgrade,
-        without=("torch",) if local else (),
-    )
-    if local:
-        torch = local_torch(uv, target, torch_lock(path), say)
-        if not torch:
-            return {}
-        blocks["torch"] = torch
-    head = f"{HEADER}# {target.title}: the trainer's packages."
-    if not target.alone:
-        return {path: f"{head}\n{joined(blocks)}"}
-    return {
-        path: f"{head} torch comes first and alone, from {torch_lock(path).name}.\n{joined(blocks)}",
-        torch_lock(path): f"{HEADER}# {target.title}: torch.\n{ALONE if local else ''}{blocks['torch']}",
-    }
-
-
-def local_torch(uv: str, target: Target, known: Path, say: Say) -> str:
-    """torch's row with its hashes, from PyTorch's index, or as it is known; '' where it is neither."""
-    platform = PLATFORM.format(target.architecture)
-    try:
-        return resolve(uv, [f"torch=={target.torch}"], platform=platform, index=TORCH_INDEX, alone=True)["torch"]
-    except ImageFailed:
-        blocks = cut(known.read_text(encoding="utf-8")) if known.is_file() else {}
-        kept = blocks.get("torch", "")
-        if kept.startswith(f"torch=={target.torch} "):
-            say(f"  torch {target.torch}: {TORCH_INDEX} did not answer, its row is kept")
-            return kept
-        say(f"  torch {target.torch}: {TORCH_INDEX} did not answer, so {target.lock} was not resolved")
-        return ""
-
-
-def torch_needs(uv: str, version: str) -> tuple[str, ...]:
-    """Names of what torch itself asks for, beside no accelerator."""
-    found = resolve(uv, [f"torch=={version.split('+')[0]}"], platform=PLATFORM.format("aarch64"))
-    return tuple(name for name in found if name != "torch" and not name.startswith(ACCELERATOR_LIBRARIES))
-
-
-def own_locks(uv: str, root: Path, upgrade: bool) -> dict[Path, str]:
-    """What builds, the launcher, and what the tests need besides, in agreement with the trainer's CPU lock."""
-    locks = root / "images" / "locks"
-    cpu, platform = locks / "cpu-x86_64.txt", PLATFORM.format("x86_64")
-    build = resolve(uv, [BUILD_TOOLS], platform=platform, existing=locks / BUILD_LOCK, upgrade=upgrade)
-    launcher = resolve(uv, needs(root, ""), platform=platform, existing=locks / "launcher.txt", constraints=(cpu,), upgrade=upgrade)
-    both = cut(cpu.read_text(encoding="utf-8")) | launcher
-    with tempfile.TemporaryDirectory(prefix="omnilaunch-") as folder:
-        agreed = Path(folder) / "agreed.txt"
-        agreed.write_text(joined(both), encoding="utf-8")
-        tests = resolve(uv, needs(root, "dev"), platform=platform, existing=locks / "dev.txt", constraints=(agreed,), upgrade=upgrade)
-    return {
-        locks
-        / BUILD_LOCK: f"{HEADER}# What builds the source distributions among the locked packages; installed before them.\n{joined(build)}",
-        locks
-        / "launcher.txt": f"{HEADER}# The launcher's packages, CPython {PYTHON}, in agreement with the trainer's CPU lock.\n{joined(launcher)}",
-        locks / "dev.txt": f"{HEADER}# What the tests need besides, CPython {PYTHON}, in agreement with both other locks.\n{joined(tests)}",
-    }
+def pins(stack: Stack, architecture: str) -> tuple[str, ...]:
+    """What the row asks for, as requirements; torch comes last."""
+    plugin = (stack.plugin.replace(" ", "=="),) if stack.plugin else ()
+    return (*(f"{name}=={version}" for name, version in stack.packages.items()), *plugin, f"torch=={torch_of(stack, architecture)}")
 
 
 def needs(root: Path, extra: str) -> list[str]:
@@ -181,58 +135,86 @@ def needs(root: Path, extra: str) -> list[str]:
     return list(project["optional-dependencies"][extra] if extra else project["dependencies"])
 
 
-def name_of(requirement: str) -> str:
-    return NORMAL.sub("-", re.split(r"[<>=!~ ;\[]", requirement)[0]).lower()
+# ------------------------------------------------------------------------------------------------------------- resolve
 
 
-def resolve(
-    uv: str,
-    requirements: Iterable[str],
-    *,
-    platform: str,
-    existing: Path | None = None,
-    constraints: tuple[Path, ...] = (),
-    without: tuple[str, ...] = (),
-    index: str = "",
-    alone: bool = False,
-    upgrade: bool = False,
-) -> dict[str, str]:
-    """Name -> its row with every hash. `existing`: a lock whose versions are kept where they can be; `without`: packages that are
-    left out with their needs; `alone`: no dependencies. Raises ImageFailed with what uv said."""
-    with tempfile.TemporaryDirectory(prefix="omnilaunch-") as name:
-        folder = Path(name)
-        (folder / "wanted.in").write_text("\n".join(requirements) + "\n", encoding="utf-8")
-        (folder / "without.in").write_text("".join(f"{package}; python_version < '0'\n" for package in without), encoding="utf-8")
-        output = folder / "lock.txt"
-        output.write_text(joined(cut(existing.read_text(encoding="utf-8"))) if existing and existing.is_file() else "", encoding="utf-8")
-        command = (
-            uv, "pip", "compile", str(folder / "wanted.in"), "--output-file", str(output), "--quiet", "--generate-hashes", "--no-header",
-            "--no-annotate", "--no-config", "--python-version", PYTHON, "--python-platform", platform,
-            *(part for path in constraints for part in ("--constraints", str(path))),
-            *(("--overrides", str(folder / "without.in")) if without else ()),
-            *(("--default-index", index) if index else ()), *(("--no-deps",) if alone else ()), *(("--upgrade",) if upgrade else ()),
-        )  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise ImageFailed(f"uv did not resolve {', '.join(requirements)} for {platform}:\n{done.stderr.strip()}")
-        return cut(output.read_text(encoding="utf-8"))
+def resolve_target(uv: str, target: Target, root: Path, say: Say, upgrade: bool) -> dict[Path, str]:
+    """Path -> text of one lock, and of torch's own; nothing where torch's row is neither known nor to be had."""
+    say(f"resolving {target.lock}")
+    path, first = root / "images" / target.lock, target.stacks[0]
+    known = read_lock(path) | read_lock(torch_lock(path))
+    *pinned, torch = pins(first, target.architecture)
+    public, local = torch.partition("+")[::2]
+    torch_row = local_torch(uv, target, known.get("torch", ""), say) if local else ""
+    if local and not torch_row:
+        return {}
+    named = {name_of(need) for need in pinned}
+    rows = resolve(
+        uv,
+        [*pinned, *(need for need in needs(root, "trainer") if name_of(need) not in named), public],
+        python=target.python,
+        platform=target.platform,
+        kept={} if upgrade else {name: row for name, row in known.items() if name != "torch"},
+        overrides=beside_no_accelerator(uv, public, target) if local else (),
+    )
+    rows |= {"torch": torch_row} if local else {}
+    say_changes(known, rows, say)
+    head = f"{HEADER}# {target.title}: the trainer's packages."
+    if not target.alone:
+        return {path: f"{head}\n{join(rows)}"}
+    return {
+        path: f"{head} torch comes first and alone, from {torch_lock(path).name}.\n{join(rows)}",
+        torch_lock(path): f"{HEADER}# {target.title}: torch.\n{ALONE if local else ''}{rows['torch']}",
+    }
 
 
-def find_uv() -> str:
-    """uv as it is installed beside this Python."""
-    path = Path(sysconfig.get_path("scripts")) / "uv"
-    if not path.is_file():
-        raise ImageFailed(f"{path} is not there: uv resolves the locks and comes with the tests' tools: make setup")
-    return str(path)
+def local_torch(uv: str, target: Target, known: str, say: Say) -> str:
+    """torch's row with its hashes, from PyTorch's index, or `known` where that does not answer; '' where there is neither.
+    Raises ImageFailed where the index has no such torch, and where a lock that is there would be lost."""
+    wanted = f"torch=={target.torch}"
+    try:
+        return resolve(uv, [wanted], python=target.python, platform=target.platform, index=TORCH_INDEX, alone=True)["torch"]
+    except IndexUnreachable as error:
+        if known.startswith(f"{wanted} "):
+            say(f"  {wanted}: {TORCH_INDEX} did not answer, its row is kept")
+            return known
+        if known:
+            raise ImageFailed(
+                f"{wanted} (images/{VERSIONS_FILE}, key stacks.{target.stacks[0].name}.torch): {TORCH_INDEX} did not answer, and "
+                f"images/{target.lock} is for torch {version_of(known)}; refresh where that index can be reached\n{error}"
+            ) from error
+        say(f"  {wanted}: {TORCH_INDEX} did not answer, so {target.lock} was not resolved")
+        return ""
 
 
-def cut(text: str) -> dict[str, str]:
-    """Name -> block of a lock, in the order of the names."""
-    return {NORMAL.sub("-", match["name"]).lower(): match.group() for match in BLOCK.finditer(text)}
+def beside_no_accelerator(uv: str, torch: str, target: Target) -> tuple[str, ...]:
+    """Overrides with which `torch`, the common index's own build, stands for the CPU's: all packages take it, and its libraries
+    for an accelerator are left out."""
+    whole = resolve(uv, [torch], python=target.python, platform=target.platform)
+    return (torch, *(f"{name} ; {NEVER}" for name in whole if name.startswith(ACCELERATOR_LIBRARIES)))
 
 
-def joined(blocks: dict[str, str]) -> str:
-    return "".join(blocks[name] for name in sorted(blocks))
+def own_locks(uv: str, root: Path, stack: Stack, found: dict[Path, str], say: Say, upgrade: bool) -> dict[Path, str]:
+    """What builds, the launcher, and what the tests need besides, in agreement with `stack`'s lock as it was just `found`."""
+    locks, platform = root / "images" / "locks", PLATFORM.format(SETUP_ARCHITECTURE)
+    agreeing = cut(found.get(root / "images" / stack.locks[SETUP_ARCHITECTURE], ""))
+    texts = {}
+    for name, wanted in ((BUILD_LOCK, [BUILD_TOOLS]), ("launcher.txt", needs(root, "")), ("dev.txt", needs(root, "dev"))):
+        say(f"resolving locks/{name}")
+        known = read_lock(locks / name)
+        rows = resolve(uv, wanted, python=stack.python, platform=platform, kept={} if upgrade else known, agreeing=agreeing)
+        agreeing |= rows
+        say_changes(known, rows, say)
+        texts[locks / name] = f"{HEADER}{OWN_HEADS[name].format(python=stack.python)}{join(rows)}"
+    return texts
+
+
+def say_changes(before: dict[str, str], after: dict[str, str], say: Say) -> None:
+    """One line for a package that came, went or moved."""
+    for name in sorted(before.keys() | after.keys()):
+        old, new = (version_of(rows[name]) if name in rows else "none" for rows in (before, after))
+        if old != new:
+            say(f"  {name}: {old} -> {new}")
 
 
 # --------------------------------------------------------------------------------------------------------------- table
@@ -241,26 +223,59 @@ def joined(blocks: dict[str, str]) -> str:
 def look_up(base: str, known: str, say: Say) -> str:
     """The digest of a base image, from its registry through the engine; `known` where that cannot be asked."""
     import docker
+    import requests
 
     try:
         with closing(docker.from_env()) as engine:
             return str(engine.images.get_registry_data(base).id)
-    except docker.errors.DockerException as error:
+    except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
         reason = getattr(error, "explanation", None) or str(error)
         say(f"  {base}: its registry gave no digest, {known!r} is kept: {reason}")
         return known
 
 
-def rewrite_table(text: str, table: dict[str, Stack], digests: dict[str, str], paths: dict[tuple[str, str], str]) -> str:
-    """versions.yaml with its comments, only digests and paths of locks changed."""
+def read_table(text: str, path: Path) -> dict[str, Stack]:
+    """The rows, which may name locks that are yet to be written, unlike those that `load_stacks` takes."""
+    import yaml
+
+    try:
+        return {name: decode(Stack, {"name": name, **row}, f"stacks.{name}") for name, row in yaml.safe_load(text)["stacks"].items()}
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, SpecError) as error:
+        raise ImageFailed(f"{path}: cannot be read as a table of stacks: {error}") from error
+
+
+def rewrite_table(text: str, table: dict[str, Stack], path: Path) -> str:
+    """versions.yaml with its comments: only digests and the paths of locks become those of `table`. Raises ImageFailed where it
+    is laid out so that they would not."""
     lines, stack = [], ""
     for line in text.splitlines():
-        if head := re.match(r"^  ([\w.-]+):$", line):
+        if head := re.match(r"  ([\w.-]+):$", line):
             stack = head[1]
-        elif stack in digests and line.startswith("    digest: "):
-            line = f"    digest: {digests[stack] or UNPINNED}"
-        elif stack in digests and line.startswith("    locks: {"):
-            locks = {architecture: paths[stack, architecture] for architecture in table[stack].locks}
-            line = f"    locks: {{{', '.join(f'{name}: {path or repr(str())}' for name, path in locks.items())}}}"
+        elif stack in table and (found := re.fullmatch(r"(    digest: )\S+(.*)", line)):
+            line = f"{found[1]}{table[stack].digest or UNPINNED}{found[2]}"
+        elif stack in table and (found := re.fullmatch(r"(    locks: )\{.*?\}(.*)", line)):
+            pairs = (f"{architecture}: {lock or repr('')}" for architecture, lock in table[stack].locks.items())
+            line = f"{found[1]}{{{', '.join(pairs)}}}{found[2]}"
         lines.append(line)
-    return "\n".join(lines) + "\n"
+    written = "\n".join(lines) + "\n"
+    if wrong := [name for name, stack in read_table(written, path).items() if stack != table.get(name)]:
+        keys = ", ".join(f"stacks.{name}" for name in wrong)
+        raise ImageFailed(f"{path}, {keys}: digest and locks must stand each on a line of its own, as in the other rows, to be rewritten")
+    return written
+
+
+def write_all(texts: dict[Path, str]) -> tuple[Path, ...]:
+    """Write what differs, each file first beside its place and then all into place; the paths. Raises ImageFailed."""
+    changed = tuple(path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text)
+    beside = {path: path.with_name(f".{path.name}.new") for path in changed}
+    try:
+        for path, new in beside.items():
+            new.write_text(texts[path], encoding="utf-8")
+    except OSError as error:
+        for new in beside.values():
+            with suppress(OSError):
+                new.unlink(missing_ok=True)
+        raise ImageFailed(f"{path}: cannot be written: {error.strerror}; every file is as it was") from error
+    for path, new in beside.items():
+        new.replace(path)
+    return changed

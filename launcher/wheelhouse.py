@@ -23,7 +23,7 @@ from launcher.schema import Delivery
 
 MANIFEST = "wheelhouse.json"
 SYSTEM = "system"
-GLIBC_MINORS = range(5, 36)  # manylinux tags that a wheel may carry: glibc 2.5 to 2.35, the oldest base's (Ubuntu 22.04)
+GLIBC_MINORS = range(35, 4, -1)  # of manylinux tags, the best first, as pip would choose on the oldest base (Ubuntu 22.04: glibc 2.35)
 LEGACY_TAGS = ("manylinux1", "manylinux2010", "manylinux2014", "linux")
 DISTRIBUTION = re.compile(r"^(?P<name>[A-Za-z0-9._]+?)-(?P<version>\d[^-]*?)(-[^/]*\.whl|\.tar\.gz|\.zip)$")
 ROW = re.compile(r"^(?P<name>[\w.-]+)==(?P<version>\S+)(?P<hashes>(?:[ \\\n]+--hash=sha256:[0-9a-f]{64})*)", re.MULTILINE)

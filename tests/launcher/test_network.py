@@ -112,9 +112,7 @@ def test_two_interfaces_in_one_network_the_route_decides() -> None:
 
 def test_the_node_that_lacks_a_named_interface_is_named() -> None:
     problem = refused(nodes("a", "b", interface="ib0"), *two_networks(True)[:1], view(interface("eth0", "10.0.0.2")))
-    assert (
-        problem.key == "cluster.nodes[1].interface" and "b has no interface 'ib0'" in problem.what and "eth0 (10.0.0.2/24)" in problem.what
-    )
+    assert problem.key == "cluster.nodes[1]" and "b has no interface 'ib0'" in problem.what and "eth0 (10.0.0.2/24)" in problem.what
     assert problem.changes == ("{host: b, interface: eth0, address: 10.0.0.2} in the cluster file",)
 
 

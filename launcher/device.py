@@ -1,0 +1,145 @@
+"""Checks of a node's accelerators and their driver: there, the right ones, sound, idle, and such that a container can have them. Pure."""
+
+from collections.abc import Iterator
+
+from launcher.accelerator import ASCEND_MANAGERS, ASCEND_MOUNTS, ASCEND_NETWORK_MOUNTS
+from launcher.finding import Case, Diagnosis, fine, unchecked, warn, wrong
+from launcher.fit import device_count
+from launcher.machine import numbers
+from launcher.smi import Device
+
+TOOL = {"cuda": "nvidia-smi", "npu": "npu-smi info", "cpu": ""}
+LEAST_SHARE = 0.9  # of the memory in the hardware table: ECC and the driver keep some
+BUSY_SHARE = 0.15  # in use by nobody who is seen; an idle 910B4 says 9 %
+NO_DEVICES = "no devices could be read"
+
+
+def used(case: Case) -> tuple[Device, ...]:
+    """The devices that the run takes: the first ones of the node."""
+    return case.facts.devices[: device_count(case.plan.config)]
+
+
+def check_device_tool(case: Case) -> Diagnosis:
+    tool = TOOL[case.plan.config.hardware.accelerator]
+    if not case.facts.devices_error:
+        return fine(f"{tool} answers")
+    fix = f"install the driver of the {case.plan.config.hardware.title} on the host; then {tool} must work for {case.facts.user}"
+    return wrong(f"{tool}: {case.facts.devices_error}", fix)
+
+
+def check_device_count(case: Case) -> Diagnosis:
+    wanted, found = device_count(case.plan.config), len(case.facts.devices)
+    if case.facts.devices_error:
+        return unchecked(NO_DEVICES)
+    if found >= wanted:
+        return fine(f"{found} device(s), {wanted} used")
+    fix = f"cluster.devices_per_node={found}" if found else "look into dmesg for the driver's messages"
+    return wrong(f"{found} device(s), {wanted} wanted on each node", fix)
+
+
+def check_chip(case: Case) -> Diagnosis:
+    hardware = case.plan.config.hardware
+    names = sorted({device.name for device in used(case)})
+    if not names:
+        return unchecked(NO_DEVICES)
+    if set(names) <= set(hardware.chips):
+        return fine(", ".join(names))
+    fix = "choose the hardware that it is: omnilaunch options hardware"
+    return wrong(f"it has {', '.join(names)}; hardware={hardware.name} is {', '.join(hardware.chips)}", fix)
+
+
+def check_device_memory(case: Case) -> Diagnosis:
+    said = case.plan.config.hardware.memory_gib
+    sizes = [device.memory_total_gib for device in used(case) if device.memory_total_gib is not None]
+    if not used(case):
+        return unchecked(NO_DEVICES)
+    if not sizes or said is None:
+        return unchecked("its tool says no size of memory")
+    if min(sizes) >= LEAST_SHARE * said:
+        return fine(f"{min(sizes):.1f} GiB each")
+    return wrong(f"{min(sizes):.1f} GiB, the plan counts on {said:g}", f"hardware.memory_gib={min(sizes):.0f}")
+
+
+def check_device_health(case: Case) -> Diagnosis:
+    if not used(case):
+        return unchecked(NO_DEVICES)
+    ill = [f"device {device.index}: {device.health}" for device in used(case) if device.health.upper() != "OK"]
+    if not ill:
+        return fine("all healthy")
+    fix = {
+        "cuda": "sudo nvidia-smi --gpu-reset -i INDEX while nothing uses it, or restart the node; dmesg | grep NVRM says why",
+        "npu": "npu-smi info -t health -i NPU -c CHIP says more; npu-smi set -t reset -i NPU -c CHIP while nothing uses it",
+    }
+    return wrong(", ".join(ill), fix[case.plan.config.hardware.accelerator])
+
+
+def check_device_idle(case: Case) -> Diagnosis:
+    """A process that is seen is in the way; memory in use by nobody may be one of another container, or a leak."""
+    if not used(case):
+        return unchecked(NO_DEVICES)
+    busy = [(device, process) for device in used(case) for process in device.processes]
+    if busy:
+        text = ", ".join(f"device {device.index}: process {process.pid} {process.name}".rstrip() for device, process in busy[:6])
+        pids = " ".join(sorted({str(process.pid) for _, process in busy}))
+        return wrong(f"in use: {text}", f"ps -o pid,user,etime,args -p {pids.replace(' ', ',')}; when nobody needs them: kill {pids}")
+    full = [device for device in used(case) if taken_share(device) > BUSY_SHARE]
+    if full:
+        text = ", ".join(f"device {device.index}: {device.memory_used_gib:.1f} GiB" for device in full)
+        return warn(f"memory in use by no process that is seen: {text}", "docker ps on the node: a container may hold it")
+    return fine("idle")
+
+
+def taken_share(device: Device) -> float:
+    return (device.memory_used_gib or 0.0) / device.memory_total_gib if device.memory_total_gib else 0.0
+
+
+def check_driver(case: Case) -> Diagnosis:
+    """Within what the hardware table and the stack's row (CANN's release notes, CUDA's compatibility) allow."""
+    driver = case.facts.driver
+    if not driver:
+        return unchecked("the node says no driver version")
+    out = list(out_of_range(case))
+    if out:
+        fix = "install a driver in that range, or choose another stack: hardware.stack=NAME (docs/images.md has the ranges)"
+        return wrong("\n".join(f"driver {driver} is {text}" for text in out), fix)
+    return fine(f"driver {driver} fits {case.stack.toolkit or case.stack.name}")
+
+
+def out_of_range(case: Case) -> Iterator[str]:
+    """A bound counts as far as it is written: 580.159 is not above 580."""
+    hardware, stack, driver = case.plan.config.hardware, case.stack, numbers(case.facts.driver)
+    for who, low, high in (
+        (hardware.title, hardware.driver.minimum, hardware.driver.maximum),
+        (stack.toolkit or stack.name, stack.driver_minimum, stack.driver_maximum),
+    ):
+        if low and driver < numbers(low):
+            yield f"older than {low}, the oldest for {who}"
+        if high and driver[: len(numbers(high))] > numbers(high):
+            yield f"newer than {high}, the newest for {who}"
+
+
+def check_device_files(case: Case) -> Diagnosis:
+    """What is mapped into the container must be there, by the numbers that the start command uses."""
+    accelerator, wanted = case.plan.config.hardware.accelerator, device_count(case.plan.config)
+    if accelerator == "npu":
+        files = (*(f"/dev/davinci{index}" for index in range(wanted)), *ASCEND_MANAGERS)
+    else:
+        files = (*(f"/dev/nvidia{index}" for index in range(wanted)), "/dev/nvidiactl", "/dev/nvidia-uvm")
+    missing = [name for name in files if name not in case.facts.files]
+    if not missing:
+        return fine(f"{len(files)} device files")
+    if accelerator == "cuda":
+        return warn(f"missing: {', '.join(missing)}", "sudo nvidia-modprobe -u -c=0 (the container toolkit does it when it can)")
+    return wrong(f"missing: {', '.join(missing)}", "install or reload the Ascend driver; cluster.devices_per_node=N takes the first N")
+
+
+def check_driver_mounts(case: Case) -> Diagnosis:
+    """Docker refuses to start a container whose bind mount has no source."""
+    several = len(case.plan.config.cluster.working) > 1
+    wanted = ASCEND_MOUNTS + (ASCEND_NETWORK_MOUNTS if several else ())
+    missing = [path for path in wanted if path not in case.facts.files]
+    if not missing:
+        return fine(f"{len(wanted)} files of the driver")
+    return wrong(
+        f"missing: {', '.join(missing)}", "install the Ascend driver with --full --install-for-all, or link the path to where it lies"
+    )
