@@ -56,14 +56,18 @@ def test_torch_holds_code_for_every_card(cuda: Built) -> None:
     assert {"sm_60", "sm_86", "sm_90"} <= set(architectures)
 
 
-def test_the_trainers_tests_pass_inside(cuda: Built, tools: Path, tmp_path: Path, prove: Callable[..., None]) -> None:
-    """All of tests/trainer but the long trainings, on this torch, as a user who is not root."""
+def test_the_trainers_tests_pass_inside(
+    cuda: Built, tools: Path, tmp_path: Path, prove: Callable[..., None], request: pytest.FixtureRequest
+) -> None:
+    """On this torch, as a user who is not root. With --prove all of tests/trainer; else without the whole runs of test_run.py, which take
+    as long as all other checks of this image together."""
+    chosen = () if request.config.getoption("--prove") else ("-m", "not slow", "--ignore", "/project/tests/trainer/test_run.py")
     project = tmp_path / "project"
     for name in ("conf", "trainer", "tests", "launcher", "images"):
         shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(ROOT / "pyproject.toml", project / "pyproject.toml")
     said = in_container(
-        cuda.image.tag, *ON_THE_CPU, "python", "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", "--rootdir", "/project", "/project/tests/trainer",
+        cuda.image.tag, *ON_THE_CPU, "python", "-m", "pytest", "-p", "no:cacheprovider", *chosen, "--rootdir", "/project", "/project/tests/trainer",
         network="bridge",
         mounts=(f"type=bind,source={project},target=/project,readonly", f"type=bind,source={tools},target=/tools,readonly"),
     )  # fmt: skip
