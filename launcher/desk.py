@@ -4,45 +4,134 @@ import getpass
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from launcher.attempt import replace_lost
 from launcher.doctor import Examination, examine
 from launcher.errors import ConfigRefused, NodeFailed
 from launcher.finding import describe_findings, has_errors
 from launcher.fleet import reach_all, together
-from launcher.image import Stack
-from launcher.launch import Desk
+from launcher.image import Stack, load_stacks
 from launcher.link import Client
 from launcher.login import access_of
-from launcher.plan import Plan
-from launcher.schema import Node
+from launcher.network import take_network
+from launcher.node import Site
+from launcher.plan import Place, Plan, move_plan
+from launcher.preparation import Desk
+from launcher.schema import Cluster, Node
+from launcher.ssh import Ssh
 from launcher.transport import Local, Transport
 
 Say = Callable[[str], None]
+RETRY_S = 2.0
 
 
 @contextmanager
-def reach_nodes(nodes: Sequence[Node], environ: Mapping[str, str]) -> Iterator[tuple[Transport | NodeFailed, ...]]:
+def reach_nodes(cluster: Cluster, nodes: Sequence[Node], environ: Mapping[str, str]) -> Iterator[tuple[Transport | NodeFailed, ...]]:
     """The way to each node, or why there is none."""
+    with reach_with(cluster, nodes, environ) as (_, ways):
+        yield ways
+
+
+@contextmanager
+def reach_with(
+    cluster: Cluster, nodes: Sequence[Node], environ: Mapping[str, str]
+) -> Iterator[tuple[Client | None, tuple[Transport | NodeFailed, ...]]]:
+    """The same, and the client that the ways go through; None where this machine is the node."""
     if all(node.is_local for node in nodes):
-        yield tuple(Local(environ) for _ in nodes)
+        yield None, tuple(Local(environ) for _ in nodes)
         return
-    client = Client(access_of(Path(environ.get("HOME", "/")), getpass.getuser()))
+    client = Client(access_of(Path(environ.get("HOME", "/")), getpass.getuser(), cluster))
     try:
-        yield reach_all(nodes, client)
+        yield client, reach_all(nodes, client)
     finally:
         client.close()
 
 
 @contextmanager
-def open_desk(plan: Plan, project: Path, environ: Mapping[str, str], *, say: Say, terminal: bool) -> Iterator[Desk]:
+def open_desk(plan: Plan, place: Place, environ: Mapping[str, str], *, say: Say, terminal: bool, require: bool = True) -> Iterator[Desk]:
     """Connected to every working node, in their order. Raises NodeFailed that names all nodes which cannot be reached, before anything of
-    the run is made; ConfigRefused for a secret that is not there."""
-    secrets = named_secrets(plan.config.cluster.secrets, environ)
-    with reach_nodes(plan.config.cluster.working, environ) as ways:
-        transports = require_all(ways)
-        yield Desk(project=project, transports=transports, here=Local(environ), secrets=secrets, say=say, terminal=terminal)
+    the run is made, unless a run that is there is only to be looked after (`require`): then each use of such a node raises it. Raises
+    ConfigRefused for a secret that is not there and that a start will need."""
+    names = plan.config.cluster.secrets
+    with ExitStack() as stack:
+
+        def open_for(plan: Plan, require: bool) -> Desk:
+            secrets = named_secrets(names, environ) if require else {}
+            nodes = plan.config.cluster.working
+            client, ways = stack.enter_context(reach_with(plan.config.cluster, nodes, environ))
+            transports = require_all(ways) if require else tuple(lazily(node, way, client) for node, way in zip(nodes, ways, strict=True))
+            return Desk(
+                project=place.project,
+                transports=transports,
+                here=Local(environ),
+                secrets=secrets,
+                say=say,
+                terminal=terminal,
+                move=move,
+            )
+
+        def move(plan: Plan, lost: frozenset[str]) -> tuple[Plan, Desk]:
+            moved = move_to_reached(plan, lost, place, environ, say)
+            return moved, open_for(moved, True)
+
+        yield open_for(plan, require)
+
+
+def move_to_reached(plan: Plan, lost: frozenset[str], place: Place, environ: Mapping[str, str], say: Say) -> Plan:
+    """The plan on nodes that answer and are well. One that is lost and has no substitute is waited for as long as a node may be silent.
+    Raises NodeFailed."""
+    cluster, stacks = plan.config.cluster, load_stacks(place.project / "images")
+    if all(node.is_local for node in cluster.working):
+        return plan
+    deadline = time.monotonic() + cluster.node_timeout_s
+    while True:
+        moved = replace_lost(cluster, lost, minimum=plan.config.run.minimum_nodes)
+        with reach_nodes(moved, moved.working, environ) as ways:
+            silent = frozenset(node.host for node, way in zip(moved.working, ways, strict=True) if isinstance(way, NodeFailed))
+            if not silent:
+                break
+            if silent <= lost and time.monotonic() > deadline:
+                require_all(ways)
+        lost |= silent
+        time.sleep(RETRY_S)
+    return examined(move_plan(plan, moved, stacks, place), place, environ, say)
+
+
+def examined(plan: Plan, place: Place, environ: Mapping[str, str], say: Say) -> Plan:
+    """The plan with the network that its nodes were found in. Raises NodeFailed with all that stands in the way of a launch."""
+    stacks, cluster = load_stacks(place.project / "images"), plan.config.cluster
+    examination = examine_nodes(plan, stacks[plan.config.hardware.stack], environ, launching=True)
+    require_health(examination, say)
+    if not examination.choices:
+        return plan
+    spares = tuple(node for node in cluster.nodes if node.spare)
+    nodes = (*take_network(cluster.working, examination.choices), *spares)
+    return move_plan(plan, replace(cluster, nodes=nodes), stacks, place)
+
+
+@contextmanager
+def reach_sites(plans: Sequence[Plan], environ: Mapping[str, str]) -> Iterator[tuple[Site, ...]]:
+    """Every container that an attempt of a run may have left: by host and name, as the newest of the plans has it."""
+    found = {
+        (command.host, command.name): (node, command)
+        for plan in plans
+        for node, command in zip(plan.config.cluster.working, plan.commands, strict=True)
+    }
+    nodes = tuple(node for node, _ in found.values())
+    with reach_with(plans[-1].config.cluster, nodes, environ) as (client, ways):
+        transports = (lazily(node, way, client) for node, way in zip(nodes, ways, strict=True))
+        yield tuple(Site(command=command, transport=transport) for (_, command), transport in zip(found.values(), transports, strict=True))
+
+
+def lazily(node: Node, way: Transport | NodeFailed, client: Client | None) -> Transport:
+    """A node that does not answer is asked again by each use."""
+    if not isinstance(way, NodeFailed):
+        return way
+    assert client is not None, "this machine always answers"
+    return Ssh(node, client)
 
 
 def require_all(ways: Sequence[Transport | NodeFailed]) -> tuple[Transport, ...]:
@@ -55,7 +144,7 @@ def require_all(ways: Sequence[Transport | NodeFailed]) -> tuple[Transport, ...]
 def examine_nodes(plan: Plan, stack: Stack, environ: Mapping[str, str], *, launching: bool) -> Examination:
     """Every node of the cluster, spares too, held against the doctor's checks; a launch asks of the working ones what it waits for."""
     nodes = plan.config.cluster.working if launching else plan.config.cluster.nodes
-    with reach_nodes(nodes, environ) as ways:
+    with reach_nodes(plan.config.cluster, nodes, environ) as ways:
         return examine(plan, stack, nodes, ways, now=time.time, token=uuid.uuid4().hex[:12], launching=launching)
 
 

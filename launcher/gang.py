@@ -8,37 +8,13 @@ from pathlib import Path
 
 from launcher.errors import NodeFailed
 from launcher.fleet import attempt_each, together
-from launcher.member import CheckMember, ContainerMember, Member, ProcessMember
+from launcher.interrupt import StopRequest
+from launcher.member import CheckMember, ContainerMember, Member, NodeResult, ProcessMember
 from launcher.start import NodeCommand
 from launcher.transport import Transport
 
 TICK_S = 0.1
 ASKERS = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodeResult:
-    """How one node's part ended. `killed`: it did not end by itself within the grace time. `lost`: the node did not answer any more.
-    `left`: why it could not be made sure that nothing of the run is left there, '' where it was."""
-
-    host: str
-    node_rank: int
-    code: int
-    seconds: float
-    killed: bool
-    lost: bool = False
-    left: str = ""
-
-
-class StopRequest:
-    """How often the user, or something that went wrong, has asked the run to stop. The second time kills."""
-
-    def __init__(self) -> None:
-        self.count, self.reason = 0, ""
-
-    def ask(self, reason: str) -> None:
-        self.count += 1
-        self.reason = self.reason or reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +46,7 @@ def start_processes(commands: tuple[NodeCommand, ...], crewed: Crewed) -> tuple[
     try:
         for command, transport in zip(commands, crewed.transports, strict=True):
             log = node_log(crewed.logs, command)
-            started.append(ProcessMember(command, command.start, transport, log, crewed.project))
+            started.append(ProcessMember(command, command.start, transport, log, crewed.project, secrets=crewed.secrets))
     except NodeFailed:
         for member in started:
             member.kill()
@@ -79,30 +55,32 @@ def start_processes(commands: tuple[NodeCommand, ...], crewed: Crewed) -> tuple[
 
 
 def find_members(commands: tuple[NodeCommand, ...], crewed: Crewed) -> tuple[Member, ...]:
-    """Members whose containers were started by a launcher that is gone. Their logs are read again from the beginning."""
-    members = make_containers(commands, crewed)
-    for member in members:
-        member.log.unlink(missing_ok=True)
-    return members
+    """Members whose containers were started by a launcher that is gone. Their logs go on where it left them."""
+    return make_containers(commands, crewed)
 
 
 def make_containers(commands: tuple[NodeCommand, ...], crewed: Crewed) -> tuple[ContainerMember, ...]:
-    asker = ThreadPoolExecutor(max_workers=min(ASKERS, len(commands)), thread_name_prefix="omnilaunch-asker")
+    asker = new_asker(commands)
     return tuple(
         ContainerMember(command, transport, node_log(crewed.logs, command), asker, node_timeout_s=crewed.node_timeout_s)
         for command, transport in zip(commands, crewed.transports, strict=True)
     )
 
 
+def new_asker(commands: tuple[NodeCommand, ...]) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=min(ASKERS, len(commands)), thread_name_prefix="omnilaunch-asker")
+
+
 def start_checks(commands: tuple[NodeCommand, ...], crewed: Crewed) -> tuple[Member, ...]:
     """The data check on every node, in the runtime of the run."""
+    asker = new_asker(commands)
 
     def start(pair: tuple[NodeCommand, Transport]) -> Member:
         command, transport = pair
         log = crewed.logs / f"data{command.node_rank}.log"
         if command.runtime == "process":
-            return ProcessMember(command, command.prepare, transport, log, crewed.project)
-        return CheckMember(command, transport, log, crewed.secrets)
+            return ProcessMember(command, command.prepare, transport, log, crewed.project, secrets={})
+        return CheckMember(command, transport, log, asker)
 
     answers = attempt_each(start, list(zip(commands, crewed.transports, strict=True)))
     failures = [answer for answer in answers if isinstance(answer, NodeFailed)]

@@ -1,43 +1,43 @@
-"""Carry out a plan: open the run, bring the image, check the data, start, watch, close. Every way out of here leaves a record."""
+"""Carry out a plan: open the run, prepare and start, watch, start again, close. Every way out of here leaves a record."""
 
-import signal
+import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 
-from launcher.build import build
-from launcher.engine import find
-from launcher.errors import ConfigRefused, ImageFailed, LaunchError, RunEnded
-from launcher.gang import Crewed, NodeResult, StopRequest, find_members, node_log, start_checks, start_members, watch
-from launcher.member import Member
-from launcher.node import Mirror, Site, fetch_results, place_run
-from launcher.plan import Plan, refuse
+from launcher.attempt import reason_not_to, set_aside
+from launcher.claim import claim, is_asked_to_stop
+from launcher.errors import ConfigRefused, LaunchError, NodeFailed, RunEnded
+from launcher.gang import TICK_S, clear_all, find_members, node_log, watch
+from launcher.interrupt import STOPPED_CODE, Stopped, StopRequest, catch_stops, stops_interrupt
+from launcher.meaning import explain_log
+from launcher.member import Member, NodeResult
+from launcher.node import Mirror
+from launcher.plan import Plan, refuse, to_plain
+from launcher.preparation import Crew, Desk, bring_up, crewed, fetch, refuse_data, sites_of
 from launcher.progress import Progress
-from launcher.record import Failure, Record, SourceState, Status, close_run, find_failure, open_run, read_if_there, utc_now
-from launcher.ship import pull, ship
-from launcher.transport import Transport
-from trainer.contract import DATA_FILE, ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE, DataReport, Exit, TrainResult
+from launcher.record import (
+    ATTEMPTS,
+    PLAN_FILE,
+    Attempt,
+    Failure,
+    Record,
+    SourceState,
+    Status,
+    close_run,
+    find_failure,
+    load_attempts,
+    open_run,
+    read_if_there,
+    read_rows,
+    utc_now,
+)
+from trainer import contract
+from trainer.contract import ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE, Exit, TrainResult
 
-SHOWN_PROBLEMS = 20
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MIRROR_INTERVAL_S = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Desk:
-    """What a launch uses of the outside: where the project lies, how the working nodes are reached (in their order) and this machine,
-    secret variables for the ranks, where to say things."""
-
-    project: Path
-    transports: tuple[Transport, ...]
-    here: Transport
-    secrets: Mapping[str, str]
-    say: Callable[[str], None]
-    terminal: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +46,6 @@ class Outcome:
     code: int
     nodes: tuple[NodeResult, ...] = ()
     failure: Failure | None = None
-
-
-class Stopped(Exception):
-    """The user asked for a stop while nothing was running yet."""
 
 
 # -------------------------------------------------------------------------------------------------------------- launch
@@ -65,11 +61,11 @@ def launch(plan: Plan, source: SourceState, desk: Desk, *, detach: bool = False)
     def work() -> Outcome | None:
         try:
             with stops_interrupt():
-                members = bring_up(plan, folder, desk)
+                crew = bring_up(plan, desk)
         except Stopped:
-            return Outcome(status="stopped", code=stopped_code())
-        desk.say(f"training: {plan.spec.device.world_size} rank(s) on {len(members)} node(s)")
-        return None if detach else see_through(plan, folder, desk, members)
+            return Outcome(status="stopped", code=STOPPED_CODE)
+        desk.say(f"training: {plan.spec.device.world_size} rank(s) on {len(crew.members)} node(s)")
+        return None if detach else see_through(plan, folder, desk, crew)
 
     return conclude(plan, source, started, folder, work)
 
@@ -78,16 +74,24 @@ def attach(plan: Plan, source: SourceState, started: datetime, desk: Desk) -> Re
     """Take up the supervision of a run whose launcher is gone: the same end as if it had stayed."""
     folder = Path(plan.folder)
     desk.say(f"attached to run {plan.run_id}")
-    return conclude(plan, source, started, folder, lambda: see_through(plan, folder, desk, find_members(plan.commands, crewed(plan, desk))))
+    return conclude(plan, source, started, folder, lambda: see_through(plan, folder, desk, found(plan, desk)))
 
 
 def conclude(plan: Plan, source: SourceState, started: datetime, folder: Path, work: Callable[[], Outcome | None]) -> Record | None:
-    """Do the work and write the record, whatever comes of it."""
+    """Do the work and write the record, whatever comes of it. Raises ConfigRefused, writing nothing, where another launcher is at it."""
+    with claim(folder):
+        return concluded(plan, source, started, folder, work)
+
+
+def concluded(plan: Plan, source: SourceState, started: datetime, folder: Path, work: Callable[[], Outcome | None]) -> Record | None:
     try:
         outcome = work()
     except LaunchError as error:
         status: Status = "refused" if isinstance(error, ConfigRefused) else "failed"
-        close(plan, source, started, Outcome(status=status, code=error.exit_code, failure=described(error)))
+        failure = described(error)
+        close(plan, source, started, Outcome(status=status, code=error.exit_code, failure=failure))
+        if failure.meaning:
+            raise type(error)(f"{error}{advice(failure)}") from error
         raise
     except BaseException as error:
         close(plan, source, started, Outcome(status="failed", code=Exit.BUG, failure=described(error)))
@@ -99,68 +103,114 @@ def conclude(plan: Plan, source: SourceState, started: datetime, folder: Path, w
     return record
 
 
-def bring_up(plan: Plan, folder: Path, desk: Desk) -> tuple[Member, ...]:
-    """Everything before the first step. Raises Stopped, ConfigRefused for bad data, ImageFailed, NodeFailed."""
-    if plan.config.cluster.runtime == "docker":
-        bring_image(plan, desk)
-        sites = sites_of(plan, desk)
-        user = plan.commands[0].start[plan.commands[0].start.index("--user") + 1]
-        place_run(
-            sites, plan.spec, image=plan.image.tag, user=user, shared=plan.config.cluster.shared, local=plan.folder == plan.spec.output
-        )
-    desk.say("checking the data")
-    with catch_stops() as stop:
-        checked = watch(start_checks(plan.commands, crewed(plan, desk)), stop, lambda: None, grace_s=0)
-    if stop.count:
-        raise Stopped
-    if any(node.code for node in checked):
-        fetch(plan, folder, desk)
-        refuse_data(folder, checked)
-    return start_members(plan.commands, crewed(plan, desk))
+def see_through(plan: Plan, folder: Path, desk: Desk, crew: Crew) -> Outcome:
+    """Watch until the end. A failed attempt is followed by another, from the newest checkpoint, as long as run.restarts allows."""
+    while True:
+        began = utc_now()
+        outcome = watch_attempt(plan, folder, desk, crew)
+        if outcome.status != "failed" or not plan.config.run.restarts:
+            return outcome
+        earlier = load_attempts(folder)
+        attempt = attempted(len(earlier) + 1, began, folder, outcome)
+        why = reason_not_to(earlier, attempt, restarts=plan.config.run.restarts)
+        if why:
+            desk.say(f"not started again: {why}")
+            return outcome
+        try:
+            with stops_interrupt():
+                plan, desk, crew = start_again(plan, folder, desk, attempt)
+        except Stopped:
+            return replace(outcome, status="stopped", code=STOPPED_CODE)
+        except LaunchError as error:
+            return not_again(outcome, folder, attempt, error)
 
 
-def bring_image(plan: Plan, desk: Desk) -> None:
-    """The plan's image on every node, by the way that the cluster's config says."""
-    delivery, sites = plan.config.cluster.delivery, sites_of(plan, desk)
-    if delivery.kind == "pull":
-        pull(plan.image.tag, delivery.registry, sites, desk.say)
-        return
-    image_id = find(plan.image) if delivery.kind == "ship" else build(plan.image, root=desk.project, delivery=delivery, on_line=desk.say)
-    if image_id is None:
-        raise ImageFailed(
-            f"{plan.image.tag} is not on this machine, and cluster.delivery.kind=ship builds none: build it with "
-            "omnilaunch image build, or use cluster.delivery.kind=build"
-        )
-    if plan.folder != plan.spec.output:
-        ship(plan.image.tag, image_id, sites, desk.here, desk.say)
+def start_again(plan: Plan, folder: Path, desk: Desk, attempt: Attempt) -> tuple[Plan, Desk, Crew]:
+    """Another attempt on the nodes that are left and their spares. Raises Stopped, NodeFailed, and what `bring_up` raises."""
+    why = attempt.failure.message if attempt.failure else "it did not finish"
+    desk.say(f"attempt {attempt.number} failed after step {attempt.steps}: {why}")
+    plan, desk = desk.move(plan, frozenset(node.host for node in attempt.nodes if node.lost or node.left))
+    set_aside(folder, attempt)
+    number = attempt.number + 1
+    target = folder / ATTEMPTS / str(number) / PLAN_FILE
+    target.parent.mkdir(exist_ok=True)
+    contract.write_text(json.dumps(to_plain(plan), indent=2, ensure_ascii=False) + "\n", target)
+    desk.say(f"attempt {number} of at most {plan.config.run.restarts + 1}, on {', '.join(command.host for command in plan.commands)}")
+    return plan, desk, bring_up(plan, desk, again=True)
 
 
-def see_through(plan: Plan, folder: Path, desk: Desk, members: tuple[Member, ...]) -> Outcome:
-    """Watch until the end, and judge."""
+def attempted(number: int, began: datetime, folder: Path, outcome: Outcome) -> Attempt:
+    rows = read_rows(folder / METRICS_FILE)
+    return Attempt(
+        number=number,
+        started_at=began.isoformat(timespec="milliseconds"),
+        seconds=round((utc_now() - began).total_seconds(), 3),
+        steps=rows[-1].step if rows else 0,
+        nodes=outcome.nodes,
+        failure=outcome.failure,
+    )
+
+
+def not_again(outcome: Outcome, folder: Path, attempt: Attempt, error: LaunchError) -> Outcome:
+    """The failure of the attempt, and why no other followed. Its log may have been set aside already."""
+    aside = load_attempts(folder)
+    failure = aside[-1].failure if len(aside) == attempt.number else outcome.failure
+    if failure is None:
+        failure = described(error)
+    return replace(outcome, failure=replace(failure, message=f"{failure.message}\nIt could not be started again: {error}"))
+
+
+def watch_attempt(plan: Plan, folder: Path, desk: Desk, crew: Crew) -> Outcome:
+    """Watch until all members have ended, and judge. Raises ConfigRefused when the data turns out to be bad. The trainer writes its
+    environment when its model is ready and the rows of an earlier attempt are cut: until then there is nothing to show."""
     limit_s, began = plan.config.run.start_timeout_s, time.monotonic()
-    remote = plan.folder != plan.spec.output
-    mirrors = [Mirror(sites_of(plan, desk)[0], name, folder) for name in (METRICS_FILE, ENVIRONMENT_FILE)] if remote else []
+    mirrors = mirrors_of(plan, folder, desk)
     looked_at = 0.0
 
     with catch_stops() as stop, Progress(folder, desk.say, terminal=desk.terminal) as progress:
 
         def tick() -> None:
             nonlocal looked_at
+            ready = (folder / ENVIRONMENT_FILE).exists()
+            if any(check.poll() for check in crew.checks):
+                raise BadData
+            if not stop.count and is_asked_to_stop(folder):
+                stop.ask("omnilaunch stop")
             if mirrors and time.monotonic() - looked_at >= MIRROR_INTERVAL_S:
-                for mirror in mirrors:
-                    mirror.update()
+                mirrors[METRICS_FILE if ready else ENVIRONMENT_FILE].update()
                 looked_at = time.monotonic()
-            progress.tick()
-            if time.monotonic() - began > limit_s and not (folder / ENVIRONMENT_FILE).exists():
+            if ready:
+                progress.tick()
+            elif time.monotonic() - began > limit_s:
                 raise RunEnded(
                     f"no rank had its model ready within run.start_timeout_s={limit_s}; all were ended.\n"
                     f"  log: {node_log(folder / 'logs', plan.commands[0])}"
                 )
 
-        nodes = watch(members, stop, tick, grace_s=plan.config.run.stop_timeout_s)
+        try:
+            nodes = watch(crew.members, stop, tick, grace_s=plan.config.run.stop_timeout_s)
+            finish_checks(crew.checks, stop)
+        except BadData:
+            fetch(plan, folder, desk)
+            refuse_data(folder, crew.checks)
+            raise
+        finally:
+            clear_all(crew.checks)
         fetch(plan, folder, desk)
         progress.tick()
     return judge(plan, folder, nodes, stop)
+
+
+class BadData(Exception):
+    """A data check has ended with an error."""
+
+
+def finish_checks(checks: tuple[Member, ...], stop: StopRequest) -> None:
+    """A run that was faster than the check of its data waits for it. Raises BadData."""
+    while not stop.count and any(check.poll() is None for check in checks):
+        time.sleep(TICK_S)
+    if not stop.count and any(check.poll() for check in checks):
+        raise BadData
 
 
 def judge(plan: Plan, folder: Path, nodes: tuple[NodeResult, ...], stop: StopRequest) -> Outcome:
@@ -169,7 +219,7 @@ def judge(plan: Plan, folder: Path, nodes: tuple[NodeResult, ...], stop: StopReq
     if result and result.status == "finished" and not any(node.code for node in nodes):
         return Outcome(status="finished", code=Exit.OK, nodes=nodes)
     if stop.count or (result and result.status == "stopped"):
-        return Outcome(status="stopped", code=stopped_code(), nodes=nodes)
+        return Outcome(status="stopped", code=STOPPED_CODE, nodes=nodes)
     failure = find_failure(plan, nodes)
     refused = failure is not None and failure.code == Exit.USAGE
     lost = any(node.lost for node in nodes)
@@ -180,38 +230,15 @@ def judge(plan: Plan, folder: Path, nodes: tuple[NodeResult, ...], stop: StopReq
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-def crewed(plan: Plan, desk: Desk) -> Crewed:
-    return Crewed(
-        transports=desk.transports,
-        logs=Path(plan.folder) / "logs",
-        project=desk.project,
-        secrets=desk.secrets,
-        node_timeout_s=plan.config.cluster.node_timeout_s,
-    )
+def found(plan: Plan, desk: Desk) -> Crew:
+    return Crew(members=find_members(plan.commands, crewed(plan, desk)))
 
 
-def sites_of(plan: Plan, desk: Desk) -> tuple[Site, ...]:
-    return tuple(Site(command=command, transport=transport) for command, transport in zip(plan.commands, desk.transports, strict=True))
-
-
-def fetch(plan: Plan, folder: Path, desk: Desk) -> None:
-    if plan.folder != plan.spec.output:
-        fetch_results(sites_of(plan, desk), folder, ranks_per_node=plan.spec.device.devices_per_node)
-
-
-def refuse_data(folder: Path, nodes: tuple[NodeResult, ...]) -> None:
-    """Raise the data's problems as ConfigRefused; a check that broke without saying why is a failed run."""
-    report: DataReport | None = read_if_there(DataReport, folder / DATA_FILE)
-    if report is None or not report.problems:
-        failed = next(node for node in nodes if node.code)
-        log = folder / "logs" / f"data{failed.node_rank}.log"
-        tail = "\n".join(f"    {line}" for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-        text = f"the data check on {failed.host} ended with exit code {failed.code} and without a report\n{tail}\n  log: {log}\n  record: {folder}"
-        raise ConfigRefused(text) if failed.code == Exit.USAGE else RunEnded(text)
-    shown = "\n".join(f"  {problem}" for problem in report.problems[:SHOWN_PROBLEMS])
-    more = len(report.problems) - SHOWN_PROBLEMS
-    rest = f"\n  ... and {more} more in {folder / DATA_FILE}" if more > 0 else ""
-    raise ConfigRefused(f"the data cannot be trained on ({len(report.problems)} problem(s)); nothing was started:\n{shown}{rest}")
+def mirrors_of(plan: Plan, folder: Path, desk: Desk) -> dict[str, Mirror]:
+    """What of node 0 is kept up to date here while it grows; nothing where this machine is the node."""
+    if plan.folder == plan.spec.output:
+        return {}
+    return {name: Mirror(sites_of(plan, desk)[0], name, folder) for name in (METRICS_FILE, ENVIRONMENT_FILE)}
 
 
 def explain(record: Record, folder: Path) -> None:
@@ -220,10 +247,19 @@ def explain(record: Record, folder: Path) -> None:
         return
     failure = record.failure
     who = f"rank {failure.rank} on {failure.host}" if failure.rank >= 0 else failure.host
-    tail = "\n".join(f"    {line}" for line in failure.tail)
+    tail = "".join(f"\n    {line}" for line in failure.tail)
+    left = "".join(f"\n  not cleared: {node.host}: {node.left.splitlines()[0]}" for node in record.nodes if node.left)
+    left += f"\n  when it answers: omnilaunch stop {record.run_id}" if left else ""
     kept = f"\n  kept: {folder / record.checkpoint}" if record.checkpoint else ""
-    text = f"the run failed first at {who}: {failure.message}\n{tail}\n  log: {failure.log}\n  record: {folder}{kept}"
-    raise ConfigRefused(text) if record.status == "refused" else RunEnded(text)
+    text = f"the run failed first at {who}: {failure.message}{tail}{advice(failure)}\n  log: {failure.log}{left}\n  record: {folder}{kept}"
+    if record.status == "refused":
+        raise ConfigRefused(text)
+    raise NodeFailed(text) if record.exit_code == Exit.NODE else RunEnded(text)
+
+
+def advice(failure: Failure) -> str:
+    """What a known failure means and what to do about it, as further lines."""
+    return f"\n  meaning: {failure.meaning}\n  do: {failure.fix}" if failure.meaning else ""
 
 
 def close(plan: Plan, source: SourceState, started: datetime, outcome: Outcome) -> Record:
@@ -238,7 +274,8 @@ def close(plan: Plan, source: SourceState, started: datetime, outcome: Outcome) 
 
 
 def described(error: BaseException) -> Failure:
-    """An error of the launcher itself as the failure of a record."""
+    """An error of the launcher itself as the failure of a record. What a node or its docker answered may be a known failure."""
+    meaning = explain_log(str(error)) if isinstance(error, (NodeFailed, RunEnded)) else None
     return Failure(
         host="launcher",
         rank=-1,
@@ -246,41 +283,6 @@ def described(error: BaseException) -> Failure:
         message=f"{type(error).__name__}: {error}",
         log="",
         tail=(),
+        meaning=meaning.means if meaning else "",
+        fix=meaning.fix if meaning else "",
     )
-
-
-def stopped_code() -> int:
-    """As a shell reports a command that Ctrl-C ended."""
-    return 128 + signal.SIGINT
-
-
-@contextmanager
-def catch_stops() -> Iterator[StopRequest]:
-    """Ctrl-C, SIGTERM and a closed terminal become requests; the handlers of before come back at the end."""
-    stop = StopRequest()
-    with handling(lambda number: stop.ask(signal.Signals(number).name)):
-        yield stop
-
-
-@contextmanager
-def stops_interrupt() -> Iterator[None]:
-    """The same signals end what is going on at once, as Stopped: before the ranks run there is nothing to save."""
-
-    def end(number: int) -> None:
-        raise Stopped
-
-    with handling(end):
-        yield
-
-
-@contextmanager
-def handling(act: Callable[[int], None]) -> Iterator[None]:
-    def handler(number: int, frame: FrameType | None) -> None:
-        act(number)
-
-    before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

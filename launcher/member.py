@@ -8,16 +8,35 @@ import signal
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from launcher.errors import NodeFailed
-from launcher.start import FOLDER_VARIABLE, NodeCommand, env_file_of
+from launcher.start import FOLDER_VARIABLE, NodeCommand, data_env_file, env_file
 from launcher.transport import Running, Transport, kill_processes, processes_with
 
 PROBE_INTERVAL_S = 0.5  # an inspect costs the engine about 20 ms
 REAP_S = 2  # for a process that was killed to be gone
+LOG_TIMEOUT_S = 60  # for the rest of the log of a container that ended while nobody watched
 LOST = 255  # exit code of a node that does not answer any more
+SECRETS_VARIABLE = "OMNILAUNCH_SECRETS"  # both read by images/entrypoint.sh
+SECRETS_PIPE = "/dev/shm/omnilaunch-secrets"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeResult:
+    """How one node's part ended. `killed`: it did not end by itself within the grace time. `lost`: the node did not answer any more.
+    `left`: why it could not be made sure that nothing of the run is left there, '' where it was."""
+
+    host: str
+    node_rank: int
+    code: int
+    seconds: float
+    killed: bool
+    lost: bool = False
+    left: str = ""
 
 
 class Member(Protocol):
@@ -37,9 +56,11 @@ class ProcessMember:
 
     lost = False
 
-    def __init__(self, command: NodeCommand, argv: tuple[str, ...], transport: Transport, log: Path, folder: Path) -> None:
+    def __init__(
+        self, command: NodeCommand, argv: tuple[str, ...], transport: Transport, log: Path, folder: Path, *, secrets: Mapping[str, str]
+    ) -> None:
         self.command = command
-        self.running: Running = transport.start(argv, log=log, environment=command.environment, folder=folder)
+        self.running: Running = transport.start(argv, log=log, environment={**command.environment, **secrets}, folder=folder)
 
     def poll(self) -> int | None:
         return self.running.poll()
@@ -57,17 +78,33 @@ class ProcessMember:
 
 
 class CheckMember:
-    """The data check in a container that is followed and removed by itself."""
+    """The data check in a container that is followed and removed by itself. One whose connection was lost is made again."""
 
     lost = False
 
-    def __init__(self, command: NodeCommand, transport: Transport, log: Path, secrets: Mapping[str, str]) -> None:
-        self.command, self.transport = command, transport
-        write_env_file(command, transport, secrets)
-        self.running: Running = transport.start(command.prepare, log=log)
+    def __init__(self, command: NodeCommand, transport: Transport, log: Path, asker: ThreadPoolExecutor) -> None:
+        self.command, self.transport, self.log, self.asker = command, transport, log, asker
+        self.env_file = data_env_file(command.folder, command.node_rank)
+        self.beginning: Future[None] | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        write_env_file(self.command, self.transport, self.env_file)
+        self.running: Running = self.transport.start(self.command.prepare, log=self.log)
+
+    def begin_again(self) -> None:
+        self.clear()
+        self.begin()
 
     def poll(self) -> int | None:
-        return self.running.poll()
+        if self.beginning is None:
+            try:
+                return self.running.poll()
+            except NodeFailed:
+                self.beginning = self.asker.submit(self.begin_again)
+        elif self.beginning.done():  # where it failed the node is still away: the next poll finds that out
+            self.beginning = None
+        return None
 
     def stop(self) -> None:
         self.kill()
@@ -78,8 +115,9 @@ class CheckMember:
 
     def clear(self) -> None:
         self.transport.run(("docker", "rm", "--force", f"{self.command.name}-data"))
-        remove_env_file(self.command, self.transport)
-        self.running.wait(REAP_S)
+        remove_env_file(self.transport, self.env_file)
+        with suppress(NodeFailed):  # a log that was cut off
+            self.running.wait(REAP_S)
 
 
 class ContainerMember:
@@ -95,17 +133,21 @@ class ContainerMember:
 
     def start(self, secrets: Mapping[str, str]) -> None:
         """Raises NodeFailed, naming the node, when the container does not start."""
-        write_env_file(self.command, self.transport, secrets)
+        path = env_file(self.command.folder, self.command.node_rank)
+        write_env_file(self.command, self.transport, path, waits_for=tuple(secrets))
         try:
             self.transport.run(self.command.start, timeout_s=300).expect(f"starting container {self.command.name} on {self.command.host}")
         finally:
-            remove_env_file(self.command, self.transport)
+            remove_env_file(self.transport, path)
+        if secrets:
+            hand_secrets(self.command, self.transport, secrets)
         self.follow()
 
-    def follow(self, since: str = "") -> None:
+    def follow(self, since: str = "") -> Running:
         """Append the container's output to `log`, from the beginning or from the time `since`."""
         argv = (*self.command.logs[:-1], *(("--since", since) if since else ()), self.command.logs[-1])
-        self.logs = self.transport.start(argv, log=self.log)
+        self.logs = logs = self.transport.start(argv, log=self.log)
+        return logs
 
     def poll(self) -> int | None:
         """A future does the asking, so that a node that is gone holds up no other."""
@@ -140,6 +182,8 @@ class ContainerMember:
             found.expect(f"asking for container {self.command.name} on {self.command.host}")
         status, code = found.output.split()
         if status in ("exited", "dead"):
+            if self.logs is None:  # it ended while nobody watched
+                self.follow(since=self.silence()).wait(LOG_TIMEOUT_S)
             return int(code)
         self.follow(since=self.silence())
         return None
@@ -167,12 +211,21 @@ class ContainerMember:
         self.transport.run(self.command.remove)
 
 
-def write_env_file(command: NodeCommand, transport: Transport, secrets: Mapping[str, str]) -> None:
+def write_env_file(command: NodeCommand, transport: Transport, path: str, *, waits_for: tuple[str, ...] = ()) -> None:
     """`KEY=value` lines as `docker run --env-file` reads them: no quotes, the rest of the line is the value. Mode 0600, on the node
-    only while a docker client reads it; secrets are nowhere else."""
-    lines = "".join(f"{key}={value}\n" for key, value in sorted({**command.environment, **secrets}.items()))
-    transport.put(lines.encode(), env_file_of(command), mode=0o600)
+    only while a docker client reads it. Of secrets it has the names, for which the container then waits."""
+    waiting = {SECRETS_VARIABLE: " ".join(waits_for)} if waits_for else {}
+    lines = "".join(f"{key}={value}\n" for key, value in sorted({**command.environment, **waiting}.items()))
+    transport.put(lines.encode(), path, mode=0o600)
 
 
-def remove_env_file(command: NodeCommand, transport: Transport) -> None:
-    transport.run(("rm", "-f", "--", env_file_of(command)))
+def hand_secrets(command: NodeCommand, transport: Transport, secrets: Mapping[str, str]) -> None:
+    """Through a pipe in the container's memory, where entrypoint.sh waits for them in this order: in no file, argv or `docker inspect`."""
+    inside, what = ("docker", "exec", "--interactive", command.name), f"handing the secrets to {command.name} on {command.host}"
+    transport.run((*inside, "mkfifo", "-m", "600", SECRETS_PIPE))  # there already where the container was faster
+    values = "".join(f"{value}\0" for value in secrets.values()).encode()
+    transport.feed((*inside, "dd", f"of={SECRETS_PIPE}", "conv=nocreat,notrunc", "status=none"), (values,), timeout_s=60).expect(what)
+
+
+def remove_env_file(transport: Transport, path: str) -> None:
+    transport.run(("rm", "-f", "--", path))

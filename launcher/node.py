@@ -1,6 +1,6 @@
 """What is done on a node around its container: the run's folder made and handed to the container's user, files put and fetched."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -11,6 +11,7 @@ from launcher.transport import Transport
 from trainer.contract import DATA_FILE, ENVIRONMENT_FILE, FAILURE_FILES, METRICS_FILE, RESULT_FILE, SPEC_FILE, TrainSpec, encode
 
 ROOT = "0:0"
+STALE = (FAILURE_FILES.format(rank="*"), ENVIRONMENT_FILE, RESULT_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,33 @@ def place_on(site: Site, spec: TrainSpec, text: bytes, *, image: str, user: str,
     give(site, folders, image=image, user=user)
 
 
+def reopen_run(
+    sites: Sequence[Site], spec: TrainSpec, *, image: str, user: str, shared: bool, local: bool, spread: Callable[[Sequence[Site]], None]
+) -> None:
+    """The same for another attempt, on nodes that may have the run's folder or not. What the last attempt said of its end is removed,
+    `spread` brings the checkpoint to nodes that share no folder. Raises NodeFailed."""
+    if local:
+        return
+    owners = sites[:1] if shared else sites
+    each(lambda site: reopen_on(site, spec, image=image, user=user), owners)
+    if not shared:
+        spread(sites)
+    each(lambda site: give(site, prepared(site, spec), image=image, user=user), owners)
+
+
+def reopen_on(site: Site, spec: TrainSpec, *, image: str, user: str) -> None:
+    """The folder belongs to who logs in while it is changed."""
+    transport, host, own = site.transport, site.command.host, login_of(site)
+    prepared(site, spec)
+    transport.run(("mkdir", "-p", "--", spec.output)).expect(f"{host}: making {spec.output}")
+    if own not in (ROOT, user):
+        hand_over(site, (spec.output,), own, own=own, image=image)
+    stale = (part for name in STALE for part in ("-o", "-name", name))
+    argv = ("find", spec.output, "-maxdepth", "1", "-type", "f", "(", *list(stale)[1:], ")", "-delete")
+    transport.run(argv).expect(f"{host}: removing what the last attempt said of its end")
+    transport.put(encode(spec).encode(), str(PurePosixPath(spec.output) / SPEC_FILE), mode=0o644)
+
+
 def prepared(site: Site, spec: TrainSpec) -> tuple[str, ...]:
     """The folders that the container writes to, with those above them made."""
     parent = str(PurePosixPath(spec.output).parent)
@@ -65,16 +93,25 @@ def prepared(site: Site, spec: TrainSpec) -> tuple[str, ...]:
 def give(site: Site, folders: tuple[str, ...], *, image: str, user: str) -> None:
     """Let the container's user write there. Nothing needs to be done where that is who logs in; else root does it, of the node or, where
     the login is none, of a container."""
-    transport, host = site.transport, site.command.host
-    own = ":".join(transport.run(("id", option)).expect(f"{host}: asking who logs in").output.strip() for option in ("-u", "-g"))
+    own = login_of(site)
     if own == user:
         return
+    hand_over(site, folders, user, own=own, image=image)
+
+
+def login_of(site: Site) -> str:
+    """uid:gid of who logs in there."""
+    asked = (site.transport.run(("id", option)).expect(f"{site.command.host}: asking who logs in") for option in ("-u", "-g"))
+    return ":".join(answer.output.strip() for answer in asked)
+
+
+def hand_over(site: Site, folders: tuple[str, ...], user: str, *, own: str, image: str) -> None:
     change = ("chown", "-R", "--", user, *folders)
     if own != ROOT:
         mounts = (part for folder in folders for part in ("--mount", f"type=bind,source={folder},target={folder}"))
         change = ("docker", "run", "--rm", "--network", "none", "--user", ROOT, "--entrypoint", change[0], *mounts, image, *change[1:])
-    transport.run(change, timeout_s=120).expect(
-        f"{host}: giving {folders[0]} to the container's user {user} (to run as the one who logs in: cluster.user={own})"
+    site.transport.run(change, timeout_s=120).expect(
+        f"{site.command.host}: giving {folders[0]} to the container's user {user} (to run as the one who logs in: cluster.user={own})"
     )
 
 

@@ -8,11 +8,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launcher.check import Verdict, check
+from launcher.credential import mask_credentials
 from launcher.deepspeed import render_deepspeed
 from launcher.errors import ConfigRefused
 from launcher.fit import States, choose_strategy, device_count, model_states, world_size
 from launcher.image import Image, Stack, render
-from launcher.schema import Config
+from launcher.schema import Cluster, Config
 from launcher.start import NodeCommand, node_commands
 from trainer.contract import SCHEMA, Batch, DataSpec, DeviceSpec, ModelSpec, StageSpec, TrainSpec
 
@@ -41,9 +42,10 @@ class Plan:
     spec: TrainSpec
     commands: tuple[NodeCommand, ...]
     folder: str  # the launcher's own folder of the run: the nodes' where this machine is the node
+    overrides: tuple[str, ...] = ()  # as the user typed them
 
 
-def make_plan(config: Config, stacks: dict[str, Stack], place: Place, *, run_id: str) -> Plan:
+def make_plan(config: Config, stacks: dict[str, Stack], place: Place, *, run_id: str, overrides: tuple[str, ...] = ()) -> Plan:
     """Resolve the strategy, check, render the image, write the spec and the commands.
 
     Raises ConfigRefused with every problem at once; a problem that only stops a launch (a module still to come, a licence to
@@ -69,7 +71,19 @@ def make_plan(config: Config, stacks: dict[str, Stack], place: Place, *, run_id:
         spec=spec,
         commands=node_commands(config, image, spec, interpreter=place.interpreter, user=config.cluster.user or place.user),
         folder=spec.output if all(node.is_local for node in config.cluster.working) else absolute(f"{RUNS_FOLDER}/{run_id}", place.here),
+        overrides=overrides,
     )
+
+
+def move_plan(plan: Plan, cluster: Cluster, stacks: dict[str, Stack], place: Place) -> Plan:
+    """The same run with the same image on other nodes, or with other networks. Raises ConfigRefused where it cannot work there."""
+    config = replace(plan.config, cluster=cluster)
+    verdict = check(config, stacks)
+    refuse(verdict, launching=True)
+    spec = train_spec(config, place, run_id=plan.run_id)
+    user = config.cluster.user or place.user
+    commands = node_commands(config, plan.image, spec, interpreter=place.interpreter, user=user)
+    return replace(plan, config=config, verdict=verdict, states=model_states(config), spec=spec, commands=commands)
 
 
 def refuse(verdict: Verdict, *, launching: bool) -> None:
@@ -111,12 +125,13 @@ def train_spec(config: Config, place: Place, *, run_id: str) -> TrainSpec:
         ),
         evaluation=config.run.evaluation,
         deepspeed=render_deepspeed(config.strategy, config.precision, config.stage.optimizer, batch, world_size=ranks),
+        hang_timeout_s=config.run.hang_timeout_s,
     )
 
 
 def divide(config: Config, ranks: int) -> Batch:
     """The one place where the global batch is divided; `check` has made sure that it can be."""
-    micro = config.strategy.micro_batch or 1
+    micro = 1 if config.strategy.micro_batch is None else config.strategy.micro_batch
     return Batch(
         global_batch=config.stage.global_batch,
         micro_batch=micro,
@@ -177,5 +192,6 @@ def absolute(path: str, here: Path) -> str:
 
 
 def to_plain(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON data."""
-    return asdict(plan)
+    """The plan as JSON data, without credentials in URLs: they are in memory alone."""
+    plain: dict[str, Any] = mask_credentials(asdict(plan))
+    return plain

@@ -8,12 +8,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import ConfigRefused, NodeFailed, suggest
+from launcher.errors import ConfigRefused, NodeFailed, RunEnded, suggest
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
@@ -35,49 +36,63 @@ def add_to(verbs: Any, say: Callable[[str], None]) -> None:
 
 def attach_run(arguments: argparse.Namespace) -> int:
     """Supervision as if it had never been left; of a run that has ended, its record."""
-    from launcher.launch import attach
-    from launcher.record import SOURCE_FILE, SourceState, read_if_there
     from launcher.show import describe_record
 
     folder = find_run(arguments.run)
-    plan, record = load_plan(folder), recorded(folder)
+    plan = load_plan(folder)
     require_containers(plan, "attach")
-    if record is None:
-        source = read_if_there(SourceState, folder / SOURCE_FILE) or SourceState(commit="", dirty=False)
-        started = datetime.fromtimestamp((folder / "plan.json").stat().st_mtime, UTC)
-        with reach(plan, arguments.say) as desk:
-            record = attach(plan, source, started, desk)
+    record = recorded(folder) or supervise(folder, plan, arguments.say)
     arguments.say(describe_record(record, plan))
     return int(record.exit_code)
 
 
 def stop_run(arguments: argparse.Namespace) -> int:
-    """Ask the ranks to save and end, remove the containers, and look whether they are gone. Raises NodeFailed that names every node where
-    that is not so."""
-    folder = find_run(arguments.run)
-    plan = load_plan(folder)
-    require_containers(plan, "stop")
-    with reach(plan, arguments.say) as desk:
-        from launcher.fleet import each
-        from launcher.launch import sites_of
+    """Let the run save and end under its launcher, or under this one where that is gone; then look on every node of every attempt whether
+    nothing is left. Raises NodeFailed that names every node where something is or where that could not be found out."""
+    from launcher.claim import ask_to_stop, is_claimed
+    from launcher.ending import end_run
+    from launcher.record import utc_now
 
-        sites = sites_of(plan, desk)
-        each(lambda site: site.transport.run(site.command.stop), sites)
-        deadline = time.monotonic() + plan.config.run.stop_timeout_s
-        while any(each(is_running, sites)) and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-        each(lambda site: site.transport.run(site.command.remove), sites)
-        left = [site.command.host for site, there in zip(sites, each(is_there, sites), strict=True) if there]
-        if left:
-            raise NodeFailed(f"the container is still there on {', '.join(left)}: docker rm --force {sites[0].command.name} there says why")
-    arguments.say(f"nothing of run {plan.run_id} is left on {', '.join(command.host for command in plan.commands)}")
+    folder = find_run(arguments.run)
+    plans = load_plans(folder)
+    plan = plans[-1]
+    require_containers(plan, "stop")
+    ask_to_stop(folder, utc_now())
+    if recorded(folder) is None and not is_claimed(folder):
+        with suppress(RunEnded, NodeFailed):  # how it ended is in the record; what is left is looked at below
+            supervise(folder, plan, arguments.say)
+    deadline = time.monotonic() + plan.config.run.stop_timeout_s
+    while recorded(folder) is None and is_claimed(folder) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    with reach_sites(plans) as sites:
+        endings = end_run(sites, accelerator=plan.config.hardware.accelerator, grace_s=max(0.0, deadline - time.monotonic()))
+    left = [f"  {ending.host}: {ending.left}" for ending in endings if ending.left]
+    clear = [ending.host for ending in endings if not ending.left]
+    if clear:
+        arguments.say(f"nothing of run {plan.run_id} is left on {', '.join(clear)}")
+    if left:
+        names = "\n".join(left)
+        raise NodeFailed(
+            f"of run {plan.run_id} something is left, or may be:\n{names}\n  Next, when they answer: omnilaunch stop {plan.run_id}"
+        )
     return Exit.OK
+
+
+def supervise(folder: Path, plan: "Plan", say: Callable[[str], None]) -> Any:
+    """Its record, when it has ended."""
+    from launcher.launch import attach
+    from launcher.record import SOURCE_FILE, SourceState, read_if_there
+
+    source = read_if_there(SourceState, folder / SOURCE_FILE) or SourceState(commit="", dirty=False)
+    started = datetime.fromtimestamp((folder / "plan.json").stat().st_mtime, UTC)
+    with reach(plan, say) as desk:
+        return attach(plan, source, started, desk)
 
 
 def show_status(arguments: argparse.Namespace) -> int:
     """One line a node: what its engine says of the container, now."""
+    from launcher.ending import state_of
     from launcher.fleet import attempt_each
-    from launcher.launch import sites_of
 
     folder = find_run(arguments.run)
     plan, record = load_plan(folder), recorded(folder)
@@ -85,10 +100,10 @@ def show_status(arguments: argparse.Namespace) -> int:
         arguments.say(f"{record.status} at {record.ended_at}, step {record.steps} of {plan.spec.steps}")
         return Exit.OK
     require_containers(plan, "status")
-    with reach(plan, arguments.say) as desk:
-        answers = attempt_each(state_of, sites_of(plan, desk))
-    for command, answer in zip(plan.commands, answers, strict=True):
-        arguments.say(f"{command.host:30} {answer}")
+    with reach_sites([plan]) as sites:
+        answers = attempt_each(state_of, sites)
+    for site, answer in zip(sites, answers, strict=True):
+        arguments.say(f"{site.command.host:30} {answer}")
     return Exit.OK
 
 
@@ -133,14 +148,25 @@ def find_run(name: str) -> Path:
 
 
 def load_plan(folder: Path) -> "Plan":
+    """The plan of the newest attempt."""
+    return load_plans(folder)[-1]
+
+
+def load_plans(folder: Path) -> "tuple[Plan, ...]":
+    """The plan of each attempt that has one, in their order; the first is the run's."""
+    from launcher.record import PLAN_FILE, attempt_files
+
+    return tuple(read_plan(path) for path in (folder / PLAN_FILE, *attempt_files(folder, PLAN_FILE)))
+
+
+def read_plan(path: Path) -> "Plan":
     from launcher.plan import Plan
-    from launcher.record import PLAN_FILE
     from trainer.contract import SpecError, decode
 
     try:
-        plan: Plan = decode(Plan, json.loads((folder / PLAN_FILE).read_text(encoding="utf-8")), "plan")
-    except (OSError, ValueError, SpecError) as error:
-        raise ConfigRefused(f"{folder / PLAN_FILE} cannot be read by this version: {error}") from error
+        plan: Plan = decode(Plan, json.loads(path.read_text(encoding="utf-8")), "plan")
+    except (OSError, ValueError, RecursionError, SpecError) as error:
+        raise ConfigRefused(f"{path} cannot be read by this version: {error}") from error
     return plan
 
 
@@ -161,21 +187,15 @@ def require_containers(plan: "Plan", verb: str) -> None:
 
 def reach(plan: "Plan", say: Callable[[str], None]) -> Any:
     from launcher.desk import open_desk
+    from launcher.place import place_here
 
-    return open_desk(plan, PROJECT, os.environ, say=say, terminal=sys.stdout.isatty())
-
-
-def state_of(site: "Site") -> str:
-    found = site.transport.run(site.command.probe)
-    return found.output.strip() if found.code == 0 else "no container"
+    return open_desk(plan, place_here(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty(), require=False)
 
 
-def is_running(site: "Site") -> bool:
-    return state_of(site).startswith(("running", "created", "restarting"))
+def reach_sites(plans: "Sequence[Plan]") -> "AbstractContextManager[tuple[Site, ...]]":
+    from launcher.desk import reach_sites
 
-
-def is_there(site: "Site") -> bool:
-    return site.transport.run(site.command.probe).code == 0
+    return reach_sites(plans, os.environ)
 
 
 ACTIONS = {

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import PurePosixPath
 
-from launcher.accelerator import attach
+from launcher.accelerator import Attachment, attach, share_of
 from launcher.errors import ConfigRefused
 from launcher.image import Image
 from launcher.schema import Cluster, Config
+from launcher.text import why_no_mount
 from trainer.contract import SPEC_FILE, TrainSpec
 
 RUN_LABEL = "omnilaunch.run"  # containers of a run are found again by this
@@ -75,14 +76,16 @@ def process_command(config: Config, image: Image, spec: TrainSpec, rank: int, in
 
 def docker_command(config: Config, image: Image, spec: TrainSpec, rank: int, interpreter: str, user: str) -> NodeCommand:
     cluster, name = config.cluster, container_name(spec, rank)
-    devices = attach(config.hardware.accelerator, devices=spec.device.devices_per_node, nodes=len(cluster.working)).options
+    devices = attachment_of(config, spec, rank).options
     shared = (
-        "--network", "host", "--user", user, "--env-file", env_file(spec, rank),
+        "--network", "host", "--user", user,
         "--label", f"{RUN_LABEL}={spec.run_id}", "--label", f"omnilaunch.node={rank}",
         "--shm-size", cluster.shm_size,
         *(part for key, value in sorted(cluster.ulimits.items()) for part in ("--ulimit", f"{key}={value}")),
         *(part for mount in mounts(cluster, spec) for part in ("--mount", mount)),
     )  # fmt: skip
+    check = ("docker", "run", "--rm", "--name", f"{name}-data", "--env-file", data_env_file(spec.output, rank), *shared)
+    ranks = ("docker", "run", "--detach", "--name", name, "--env-file", env_file(spec.output, rank), *shared, *devices)
     return NodeCommand(
         host=cluster.working[rank].host,
         node_rank=rank,
@@ -90,13 +93,19 @@ def docker_command(config: Config, image: Image, spec: TrainSpec, rank: int, int
         name=name,
         folder=spec.output,
         environment={"HOME": WRITABLE_HOME, **run_environment(config, spec, rank)},
-        prepare=("docker", "run", "--rm", "--name", f"{name}-data", *shared, image.tag, "python", *data_command(spec)),
-        start=("docker", "run", "--detach", "--name", name, *shared, *devices, image.tag, "python", *torchrun(config, spec, rank)),
+        prepare=(*check, image.tag, "python", *data_command(spec)),
+        start=(*ranks, image.tag, "python", *torchrun(config, spec, rank)),
         probe=("docker", "inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", name),
         logs=("docker", "logs", "--follow", name),
         stop=("docker", "kill", "--signal", "TERM", name),
-        remove=("docker", "rm", "--force", name),
+        remove=("docker", "rm", "--force", name, f"{name}-data"),
     )
+
+
+def attachment_of(config: Config, spec: TrainSpec, rank: int) -> Attachment:
+    """The devices of a working node."""
+    share = share_of(config.cluster, config.cluster.working[rank], spec.device.devices_per_node)
+    return attach(config.hardware.accelerator, share)
 
 
 def container_name(spec: TrainSpec, rank: int) -> str:
@@ -104,12 +113,13 @@ def container_name(spec: TrainSpec, rank: int) -> str:
     return f"omnilaunch-{spec.run_id}-{sha256(spec.output.encode()).hexdigest()[:6]}-n{rank}"
 
 
-def env_file(spec: TrainSpec, rank: int) -> str:
-    return str(PurePosixPath(spec.output) / f"node{rank}.env")
+def env_file(folder: str, rank: int) -> str:
+    """Beside the run's folder, which may be the container's user's, where who logs in cannot write."""
+    return f"{folder}-node{rank}.env"
 
 
-def env_file_of(command: NodeCommand) -> str:
-    return str(PurePosixPath(command.folder) / f"node{command.node_rank}.env")
+def data_env_file(folder: str, rank: int) -> str:
+    return f"{folder}-data{rank}.env"
 
 
 def data_command(spec: TrainSpec) -> tuple[str, ...]:
@@ -145,11 +155,9 @@ def mounts(cluster: Cluster, spec: TrainSpec) -> tuple[str, ...]:
     named = (spec.data.train, spec.data.evaluation, spec.data.images) if not spec.data.builtin else ()
     readable = (*named, spec.stage.checkpoint, spec.model.source.path, *cluster.mounts)
     wanted = [*((path, "") for path in writable), *((path, ",readonly") for path in dict.fromkeys(readable) if path)]
-    for path, _ in wanted:
-        if "," in path or "\n" in path or '"' in path:
-            raise ConfigRefused(
-                f"a mount cannot carry the path {path!r}: docker reads commas, quotes and newlines in it as syntax. Rename it or link to it."
-            )
+    for path, _ in wanted:  # the user's own have passed the check by their keys; these have the launcher's folder in front
+        if why := why_no_mount(path):
+            raise ConfigRefused(why)
     return tuple(f"type=bind,source={path},target={path}{mode}" for path, mode in wanted)
 
 
@@ -168,12 +176,11 @@ def network_environment(config: Config, rank: int) -> dict[str, str]:
 def run_environment(config: Config, spec: TrainSpec, rank: int) -> dict[str, str]:
     """Every variable that we set, later ones win: pinned, device, hardware table, network, this run, and last what the cluster says."""
     hardware, cluster = config.hardware, config.cluster
-    nodes = len(cluster.working)
     environment = {
         **PINNED_VARIABLES,
         **(OFFLINE_VARIABLES if spec.model.source.kind != "hub" else {}),
         **(DETERMINISTIC_VARIABLES[hardware.accelerator] if spec.deterministic else {}),
-        **attach(hardware.accelerator, devices=spec.device.devices_per_node, nodes=nodes).environment,
+        **attachment_of(config, spec, rank).environment,
         **hardware.environment,
         **network_environment(config, rank),
         **({"OMP_NUM_THREADS": str(spec.device.threads)} if spec.device.threads else {}),
@@ -181,9 +188,4 @@ def run_environment(config: Config, spec: TrainSpec, rank: int) -> dict[str, str
         FOLDER_VARIABLE: spec.output,
         **cluster.environment,
     }
-    for key, value in environment.items():
-        if "\n" in value or "\0" in value:
-            raise ConfigRefused(
-                f"cluster.environment.{key}: an environment file cannot carry a newline or a NUL. Put the text in a file and name the file."
-            )
     return dict(sorted(environment.items()))

@@ -5,3 +5,4 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--prove", action="store_true", help="keep what tests/images has shown in images/proven.json")
+    parser.addoption("--rounds", type=int, default=1, help="how often tests/cluster/test_stop.py ends a run in each way")

@@ -16,7 +16,10 @@ EVERY = PRODUCT + sorted((ROOT / "tests").glob("**/*.py"))
 
 # Who may import whom inside the launcher: a module sees the rows above its own, never those below.
 LAUNCHER_ORDER = (
-    ("errors",),
+    ("errors", "interrupt"),
+    ("symptom",),
+    ("ascend_symptom", "cuda_symptom", "host_symptom"),
+    ("meaning",),
     ("schema",),
     ("transport",),
     ("hostkey", "pump", "channel"),
@@ -26,12 +29,13 @@ LAUNCHER_ORDER = (
     ("link",),
     ("ssh",),
     ("fleet",),
-    ("image", "compose", "fit", "accelerator", "deepspeed", "smi"),
+    ("credential", "image", "compose", "fit", "accelerator", "deepspeed", "smi"),
     ("problem",),
-    ("capability", "recipe", "network"),
+    ("capability", "cluster", "container", "recipe", "network"),
     ("check",),
     ("start",),
     ("plan",),
+    ("place",),
     ("engine", "wheelhouse", "proof"),
     ("image_table",),
     ("resolver",),
@@ -41,18 +45,24 @@ LAUNCHER_ORDER = (
     ("probe", "finding"),
     ("machine",),
     ("device", "agreement", "experiment"),
-    ("gang", "ship", "doctor"),
+    ("gang", "relay", "doctor"),
+    ("ship",),
+    ("remote_build", "sync"),
     ("record",),
-    ("launch",),
-    ("desk",),
+    ("attempt", "claim", "ending"),
+    ("preparation",),
+    ("launch", "desk"),
     ("show",),
+    ("script",),
+    ("guide",),
+    ("bundle",),
     ("image_action", "run_action"),
     ("cli",),
 )
 # The same for the trainer's packages and modules.
 TRAINER_ORDER = (
     ("contract",),
-    ("device", "precision", "schedule", "data", "models", "stages", "observe", "checkpoint", "engine", "evaluate", "loop"),
+    ("device", "precision", "schedule", "data", "models", "stages", "observe", "checkpoint", "engine", "evaluate", "loop", "resume"),
     ("run",),
     ("__main__",),
 )
@@ -60,6 +70,7 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "b
 # The only readers of the environment: the launcher's door, and what torchrun sets for a rank.
 ENVIRON_READERS = {
     "launcher/cli.py",
+    "launcher/place.py",
     "launcher/build.py",
     "launcher/image_action.py",
     "launcher/run_action.py",
@@ -211,3 +222,10 @@ def test_top_level_is_the_users() -> None:
     names = {line.split("/")[0] for line in tracked if line}
     allowed = {"conf", "images", "launcher", "trainer", "tests", "pyproject.toml", "Makefile", "docs", "LICENSE"}
     assert {name for name in names if not name.startswith((".", "README"))} <= allowed
+
+
+def test_a_plan_brings_nothing_that_reaches_a_node() -> None:
+    """Fabric and what it brings take as long as all the rest of a plan."""
+    code = "import sys; from launcher.cli import main; main(['plan']); print(sorted({'fabric', 'paramiko', 'asyncio', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run((sys.executable, "-c", code), cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -105,8 +105,8 @@ def test_nothing_is_left_when_the_watcher_breaks(tmp_path: Path) -> None:
 def test_env_file_is_private_and_literal(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    hostile = "a'b\"c $(id) `id` \\ #x = y"
-    write_env_file(replace(command(tmp_path, 0, ""), environment={"KEY": hostile}), Local(ENVIRON), {"HF_TOKEN": "hf_1"})
     path = tmp_path / "node0.env"
+    hostile = "a'b\"c $(id) `id` \\ #x = y"
+    write_env_file(replace(command(tmp_path, 0, ""), environment={"KEY": hostile}), Local(ENVIRON), str(path), waits_for=("HF_TOKEN", "B"))
     assert path.stat().st_mode & 0o777 == 0o600
-    assert path.read_text() == f"HF_TOKEN=hf_1\nKEY={hostile}\n"
+    assert path.read_text() == f"KEY={hostile}\nOMNILAUNCH_SECRETS=HF_TOKEN B\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from launcher.start import RUN_VARIABLE
+from launcher.start import FOLDER_VARIABLE, RUN_VARIABLE
 from launcher.transport import processes_with
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -163,7 +163,8 @@ def test_bad_data_is_refused_with_file_and_row(tmp_path: Path, images: Path, bad
         assert part in done.stderr
     assert "Traceback" not in done.stderr
     assert result_of(tmp_path)["status"] == "refused"
-    assert not (tmp_path / "runs/r/logs/node0.log").exists()
+    assert not (tmp_path / "runs/r/metrics.jsonl").exists(), "no step was taken"
+    assert processes_with(FOLDER_VARIABLE, str(tmp_path / "runs/r")) == ()
 
 
 def test_a_sample_longer_than_the_length_is_refused_by_the_rank_that_meets_it(tmp_path: Path, images: Path) -> None:

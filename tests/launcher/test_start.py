@@ -39,7 +39,7 @@ def test_docker_on_two_ascend_nodes(plan_for: PlanFor) -> None:
     first, second = plan.commands
     mounts = [f"type=bind,source={path},target={path}" for path in (RUN, "/srv/omnilaunch/.cache/data")]
     assert first.start[:25] == (
-        "docker", "run", "--detach", "--name", "omnilaunch-R-7aa70a-n0", "--network", "host", "--user", "1000:1000", "--env-file", f"{RUN}/node0.env",
+        "docker", "run", "--detach", "--name", "omnilaunch-R-7aa70a-n0", "--env-file", f"{RUN}-node0.env", "--network", "host", "--user", "1000:1000",
         "--label", "omnilaunch.run=R", "--label", "omnilaunch.node=0", "--shm-size", "16g", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864",
         "--mount", mounts[0], "--mount", mounts[1],
     )  # fmt: skip

@@ -1,0 +1,123 @@
+"""Starting a run again after a failure: which nodes take part, what is set aside, where the newest checkpoint is."""
+
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path, PurePosixPath
+
+from launcher.credential import mask_credentials
+from launcher.fleet import each, together
+from launcher.node import Site
+from launcher.record import ATTEMPT_FILE, ATTEMPTS, Attempt, Failure
+from launcher.schema import Cluster
+from launcher.ship import send
+from trainer import contract
+from trainer.contract import CHECKPOINTS, ENVIRONMENT_FILE, FAILURE_FILES, METRICS_FILE
+
+INCOMING = ".incoming"  # a checkpoint that is being copied to a node; the trainer looks at no hidden names
+
+
+def replace_lost(cluster: Cluster, lost: Iterable[str], *, minimum: int) -> Cluster:
+    """The cluster without its lost nodes: each one's place is taken by the next spare, in the order of the file, so that the ranks of all
+    others stay what they were. Where no spare is left, the run becomes smaller, as long as `minimum` (run.minimum_nodes) nodes work; else
+    the lost node keeps its place, since it may come back."""
+    gone = set(lost)
+    spares = [node for node in cluster.nodes if node.spare and node.host not in gone]
+    working = []
+    for node in cluster.working:
+        if node.host in gone and spares:
+            node = replace(spares.pop(0), spare=False)
+        working.append(node)
+    remaining = [node for node in working if node.host not in gone]
+    if minimum and len(remaining) >= minimum:
+        working = remaining
+    return replace(cluster, nodes=(*working, *spares))
+
+
+def reason_not_to(attempts: Sequence[Attempt], last: Attempt, *, restarts: int) -> str:
+    """Why a failed run is not started again; '' when it is. What fails in the same way at the same step twice would do so for ever."""
+    if not restarts:
+        return "run.restarts=0"
+    if len(attempts) >= restarts:
+        return f"all {restarts} restart(s) of run.restarts are used"
+    if attempts and repeats(attempts[-1], last):
+        return f"two attempts running failed in the same way after step {last.steps}"
+    return ""
+
+
+def repeats(earlier: Attempt, later: Attempt) -> bool:
+    first, second = earlier.failure, later.failure
+    if first is None or second is None or first.rank < 0 or second.rank < 0:
+        return False
+    return (earlier.steps, first.rank, first.message) == (later.steps, second.rank, second.message)
+
+
+def set_aside(folder: Path, attempt: Attempt) -> Attempt:
+    """Move what an attempt left in the launcher's folder to attempts/<number>/, where its logs and reports stay. The rows of its steps stay
+    too, as a copy: the trainer cuts off those after the checkpoint that it goes on from."""
+    aside = folder / ATTEMPTS / str(attempt.number)
+    aside.mkdir(parents=True, exist_ok=True)
+    for path in (folder / "logs", folder / ENVIRONMENT_FILE, *sorted(folder.glob(FAILURE_FILES.format(rank="*")))):
+        if path.exists():
+            shutil.move(path, aside / path.name)
+    (folder / "logs").mkdir()
+    if (folder / METRICS_FILE).exists():
+        shutil.copy2(folder / METRICS_FILE, aside / METRICS_FILE)
+    moved = replace(attempt, failure=moved_failure(attempt.failure, folder, aside))
+    contract.write(contract.decode(Attempt, mask_credentials(asdict(moved))), aside / ATTEMPT_FILE)
+    return moved
+
+
+def moved_failure(failure: Failure | None, folder: Path, aside: Path) -> Failure | None:
+    if failure is None or not failure.log or not Path(failure.log).is_relative_to(folder):
+        return failure
+    return replace(failure, log=str(aside / Path(failure.log).relative_to(folder)))
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def spread_checkpoint(sites: Sequence[Site], say: Callable[[str], None]) -> str:
+    """Let every node have the newest checkpoint that any of them has, where they share no folder; its name, '' when there is none.
+
+    Copied from its node to the others through this machine, all at once, and given its name when it is whole. Raises NodeFailed.
+    """
+    have = each(newest_checkpoint, sites)
+    newest = max(have, key=step_of)
+    lacking = [site for site, name in zip(sites, have, strict=True) if step_of(name) < step_of(newest)]
+    if not lacking:
+        return newest
+    source = sites[have.index(newest)]
+    say(f"copying checkpoint {newest} from {source.command.host} to {', '.join(site.command.host for site in lacking)}")
+    folder = PurePosixPath(checkpoints_of(source))
+    incoming = str(folder / INCOMING)
+    each(lambda site: must(site, "rm", "-rf", "--", incoming), lacking)
+    each(lambda site: must(site, "mkdir", "-p", "--", incoming), lacking)
+    load = ("tar", "-C", incoming, "-xf", "-")
+    failures = [answer for answer in send(("tar", "-C", str(folder), "-cf", "-", newest), load, lacking, source.transport, say) if answer]
+    if failures:
+        raise together(failures, len(lacking))
+    each(lambda site: must(site, "mv", "-T", "--", f"{incoming}/{newest}", str(folder / newest)), lacking)
+    each(lambda site: must(site, "rm", "-rf", "--", incoming), lacking)
+    return newest
+
+
+def newest_checkpoint(site: Site) -> str:
+    """The name of the node's newest checkpoint, '' where it has none. A checkpoint gets its name when it is whole."""
+    argv = ("find", checkpoints_of(site), "-mindepth", "1", "-maxdepth", "1", "-type", "d", "-name", "step-*", "-printf", "%f\\n")
+    names = site.transport.run(argv).output.splitlines()
+    return max((name for name in names if step_of(name)), key=step_of, default="")
+
+
+def step_of(name: str) -> int:
+    """0 for what is no checkpoint's name."""
+    digits = name.removeprefix("step-")
+    return int(digits) if digits.isdecimal() else 0
+
+
+def must(site: Site, *argv: str) -> None:
+    site.transport.run(argv).expect(f"{site.command.host}: taking in the checkpoint")
+
+
+def checkpoints_of(site: Site) -> str:
+    return str(PurePosixPath(site.command.folder) / CHECKPOINTS)

@@ -1,0 +1,154 @@
+"""Everything before the ranks of a run load: the image on every node, the run's folder there; and then they and the data check start."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from launcher.attempt import spread_checkpoint
+from launcher.build import build
+from launcher.engine import find
+from launcher.errors import ConfigRefused, ImageFailed, NodeFailed, RunEnded
+from launcher.gang import Crewed, clear_all, start_checks, start_members
+from launcher.member import Member
+from launcher.node import Site, fetch_results, place_run, reopen_run
+from launcher.plan import Plan
+from launcher.record import read_if_there
+from launcher.relay import Peer
+from launcher.remote_build import build_on
+from launcher.ship import pull, ship
+from launcher.sync import sync
+from launcher.transport import Transport
+from trainer.contract import DATA_FILE, DataReport, Exit
+
+SHOWN_PROBLEMS = 20
+MISSING_MOUNT = re.compile(r"bind source path does not exist: (?P<path>/.*?)\.?$", re.MULTILINE)  # moby, volume/mounts/validate.go
+
+
+@dataclass(frozen=True, kw_only=True)
+class Desk:
+    """What a launch uses of the outside: where the project lies, how the working nodes are reached (in their order) and this machine,
+    secret variables for the ranks, where to say things. `move`: the plan and the desk for another attempt without these hosts."""
+
+    project: Path
+    transports: tuple[Transport, ...]
+    here: Transport
+    secrets: Mapping[str, str]
+    say: Callable[[str], None]
+    terminal: bool
+    move: Callable[[Plan, frozenset[str]], tuple[Plan, "Desk"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crew:
+    """What runs: the ranks of every node, and beside them the data check of every node; none where a run is taken up again."""
+
+    members: tuple[Member, ...]
+    checks: tuple[Member, ...] = ()
+
+
+def bring_up(plan: Plan, desk: Desk, *, again: bool = False) -> Crew:
+    """Everything before the ranks are on their way, of a run's first attempt or `again`. The data is checked while they load: the check of
+    a small set ends before the first step, that of a large one holds nothing up. Raises Stopped, ImageFailed, NodeFailed."""
+    if plan.config.cluster.runtime == "docker":
+        bring_paths(plan, desk)
+        bring_image(plan, desk)
+        place(plan, desk, again=again)
+    members = start_ranks(plan, desk)
+    try:
+        return Crew(members=members, checks=start_checks(plan.commands, crewed(plan, desk)))
+    except BaseException:
+        clear_all(members)
+        raise
+
+
+def start_ranks(plan: Plan, desk: Desk) -> tuple[Member, ...]:
+    """Every node or none. Raises NodeFailed; of a path that a node lacks, with what brings it there."""
+    try:
+        return start_members(plan.commands, crewed(plan, desk))
+    except NodeFailed as error:
+        lacking = dict.fromkeys(match["path"] for match in MISSING_MOUNT.finditer(str(error)))
+        if not lacking:
+            raise
+        named = ",".join((*plan.config.cluster.sync, *lacking))
+        raise NodeFailed(f"{error}\n  Next: cluster.sync=[{named}] copies it there from this machine; or mount it on every node") from error
+
+
+def bring_paths(plan: Plan, desk: Desk) -> None:
+    """What cluster.sync names on every node that is not this machine; first of all, since it may be refused."""
+    if plan.folder != plan.spec.output:
+        sync(plan.config.cluster.sync, sites_of(plan, desk), desk.here, desk.say, token=plan.run_id)
+
+
+def bring_image(plan: Plan, desk: Desk) -> None:
+    """The plan's image on every node, by the way that the cluster's config says."""
+    delivery, sites = plan.config.cluster.delivery, sites_of(plan, desk)
+    if delivery.kind == "pull":
+        pull(plan.image.tag, delivery.registry, sites, desk.say)
+        return
+    if delivery.kind == "build_on_nodes" and plan.folder != plan.spec.output:
+        root = str(PurePosixPath(plan.spec.output).parents[1])
+        build_on(plan.image, sites, project=desk.project, root=root, delivery=delivery, source=desk.here, say=desk.say)
+        return
+    image_id = find(plan.image) if delivery.kind == "ship" else build(plan.image, root=desk.project, delivery=delivery, on_line=desk.say)
+    if image_id is None:
+        raise ImageFailed(
+            f"{plan.image.tag} is not on this machine, and cluster.delivery.kind=ship builds none: build it with "
+            "omnilaunch image build, or use cluster.delivery.kind=build"
+        )
+    if plan.folder != plan.spec.output:
+        nodes = plan.config.cluster.working
+        peers = [Peer(site=site, address=node.address or node.host) for site, node in zip(sites, nodes, strict=True)]
+        ship(plan.image.tag, image_id, peers, desk.here, desk.say)
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def crewed(plan: Plan, desk: Desk) -> Crewed:
+    return Crewed(
+        transports=desk.transports,
+        logs=Path(plan.folder) / "logs",
+        project=desk.project,
+        secrets=desk.secrets,
+        node_timeout_s=plan.config.cluster.node_timeout_s,
+    )
+
+
+def sites_of(plan: Plan, desk: Desk) -> tuple[Site, ...]:
+    return tuple(Site(command=command, transport=transport) for command, transport in zip(plan.commands, desk.transports, strict=True))
+
+
+def place(plan: Plan, desk: Desk, *, again: bool) -> None:
+    """The run's folder on every node, for the container's user."""
+    argv, cluster, sites = plan.commands[0].start, plan.config.cluster, sites_of(plan, desk)
+    user, local = argv[argv.index("--user") + 1], plan.folder == plan.spec.output
+    if not again:
+        place_run(sites, plan.spec, image=plan.image.tag, user=user, shared=cluster.shared, local=local)
+        return
+
+    def spread(sites: Sequence[Site]) -> None:
+        if not spread_checkpoint(sites, desk.say):
+            desk.say("no node that is left has a checkpoint: it starts from the first step")
+
+    reopen_run(sites, plan.spec, image=plan.image.tag, user=user, shared=cluster.shared, local=local, spread=spread)
+
+
+def fetch(plan: Plan, folder: Path, desk: Desk) -> None:
+    if plan.folder != plan.spec.output:
+        fetch_results(sites_of(plan, desk), folder, ranks_per_node=plan.spec.device.devices_per_node)
+
+
+def refuse_data(folder: Path, checks: tuple[Member, ...]) -> None:
+    """Raise the data's problems as ConfigRefused; a check that broke without saying why is a failed run."""
+    report: DataReport | None = read_if_there(DataReport, folder / DATA_FILE)
+    if report is None or not report.problems:
+        failed = next(check for check in checks if check.poll())
+        log, host, code = folder / "logs" / f"data{failed.command.node_rank}.log", failed.command.host, failed.poll()
+        tail = "\n".join(f"    {line}" for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+        text = f"the data check on {host} ended with exit code {code} and without a report\n{tail}\n  log: {log}\n  record: {folder}"
+        raise ConfigRefused(text) if code == Exit.USAGE else RunEnded(text)
+    shown = "\n".join(f"  {problem}" for problem in report.problems[:SHOWN_PROBLEMS])
+    more = len(report.problems) - SHOWN_PROBLEMS
+    rest = f"\n  ... and {more} more in {folder / DATA_FILE}" if more > 0 else ""
+    raise ConfigRefused(f"the data cannot be trained on ({len(report.problems)} problem(s)); the ranks were ended:\n{shown}{rest}")
