@@ -1,4 +1,4 @@
-"""Rules about what the target has: element types, devices, nodes, collectives, and a stack that is built for the chip."""
+"""Rules about what the target has: element types, devices, collectives, and a stack that is built for the chip and the nodes."""
 
 from collections.abc import Iterator, Mapping
 
@@ -10,7 +10,6 @@ from launcher.schema import Config
 
 BACKEND = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 FAMILY = {"cpu": "cpu", "cuda": "cuda", "npu": "ascend"}
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 # -------------------------------------------------------------------------------------------------------------- precision
 
@@ -43,7 +42,13 @@ def loss_scaling_suits(config: Config, _: Mapping[str, Stack]) -> Iterator[Probl
         yield Problem(key="precision.loss_scaling", what=what, changes=("precision.loss_scaling=none",))
 
 
-# ------------------------------------------------------------------------------------------------------ devices and nodes
+def attention_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    if not config.hardware.capability.attention:
+        what = "names no kernel, and the first one named is taken"
+        yield Problem(key="hardware.capability.attention", what=what, changes=("hardware.capability.attention=[sdpa]",))
+
+
+# ------------------------------------------------------------------------------------------------------ devices and hosts
 
 
 def devices_exist(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -63,35 +68,6 @@ def devices_are_whole(config: Config, _: Mapping[str, Stack]) -> Iterator[Proble
         counts = [count for count in (fewer, more) if 0 < count <= config.hardware.devices_per_node]
         changes = tuple(f"cluster.devices_per_node={count}" for count in counts)
         yield Problem(key="cluster.devices_per_node", what=what, changes=changes, forcible=True)
-
-
-def nodes_are_sound(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    cluster = config.cluster
-    if not any(not node.spare for node in cluster.nodes):
-        what = "every node is a spare: none is left to start on" if cluster.nodes else "no node is named"
-        change = "cluster.nodes.0.spare=false" if cluster.nodes else "cluster=local"
-        yield Problem(key="cluster.nodes", what=what, changes=(change,))
-    hosts = [f"{node.host}:{node.port}" for node in cluster.nodes]
-    addresses = [node.address or node.host for node in cluster.nodes]
-    for name, values in {"host": hosts, "address": addresses}.items():
-        twice = sorted({value for value in values if values.count(value) > 1})
-        if twice:
-            what = f"named twice: {', '.join(twice)}; a node runs one container"
-            yield Problem(key=f"cluster.nodes.{name}", what=what, changes=("cluster=local",))
-
-
-def cluster_suits_runtime(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    cluster = config.cluster
-    remote = [node.host for node in cluster.nodes if node.host not in LOCAL_HOSTS]
-    if cluster.runtime == "process" and (len(cluster.nodes) > 1 or remote):
-        what = "processes without containers are for this machine alone: nothing would make the nodes alike"
-        yield Problem(key="cluster.runtime", what=what, changes=("cluster.runtime=docker", "cluster=local"))
-    if remote and len(remote) < len(cluster.nodes):
-        what = f"this machine (localhost) beside {', '.join(remote)}: name it as the others reach it, over SSH like them"
-        yield Problem(key="cluster.nodes", what=what)
-    if remote and not cluster.root.startswith("/"):
-        what = f"{cluster.root!r} is relative, and means nothing on {', '.join(remote)}"
-        yield Problem(key="cluster.root", what=what, changes=("cluster.root=/srv/omnilaunch",))
 
 
 def host_is_served(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -143,11 +119,17 @@ def stack_exists(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Proble
 
 def stack_serves_chip(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
     hardware, stack = config.hardware, stacks.get(config.hardware.stack)
-    if stack and not _serves(stack, config):
+    if stack is None or _serves(stack, config):
+        return
+    fitting = tuple(f"hardware.stack={name}" for name, other in sorted(stacks.items()) if _serves(other, config))
+    if stack.family != FAMILY[hardware.accelerator]:
+        served = next(name for name, family in FAMILY.items() if family == stack.family)
+        what = f"stack {stack.name} is for {served} devices, and hardware.accelerator is {hardware.accelerator}"
+        yield Problem(key="hardware.stack", what=what, changes=fitting or (f"hardware.accelerator={served}",))
+    else:
         built = ", ".join(stack.chip_architectures)
         what = f"torch {stack.torch} of stack {stack.name} is built for {built}; {hardware.title} needs {hardware.architecture}"
-        fitting = sorted(name for name, other in stacks.items() if _serves(other, config))
-        yield Problem(key="hardware.stack", what=what, changes=tuple(f"hardware.stack={name}" for name in fitting), forcible=True)
+        yield Problem(key="hardware.stack", what=what, changes=fitting, forcible=True)
 
 
 def _serves(stack: Stack, config: Config) -> bool:
@@ -161,36 +143,17 @@ def licence_is_accepted(config: Config, stacks: Mapping[str, Stack]) -> Iterator
         yield Problem(key="cluster.delivery.accept_licence", what=what, changes=("cluster.delivery.accept_licence=true",), launch_only=True)
 
 
-def interfaces_are_named_for_all(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    """Collectives of which some look at one interface and some at any do not meet."""
-    nodes = config.cluster.working
-    unnamed = [node.host for node in nodes if not node.interface]
-    if len(nodes) > 1 and 0 < len(unnamed) < len(nodes):
-        what = f"no interface is named for {', '.join(unnamed)}, but one is for others: name it for all nodes, or for none"
-        yield Problem(key="cluster.nodes.interface", what=what)
-
-
-def registry_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    delivery = config.cluster.delivery
-    if config.cluster.runtime == "docker" and delivery.kind == "pull" and not delivery.registry:
-        what = "kind=pull takes the image from a registry of yours, and none is named"
-        yield Problem(key="cluster.delivery.registry", what=what, changes=("cluster.delivery.kind=build",))
-
-
 CAPABILITY_RULES: tuple[Rule, ...] = (
     bf16_is_native,
     fp16_is_possible,
     loss_scaling_suits,
+    attention_is_named,
     devices_exist,
     devices_are_whole,
-    nodes_are_sound,
-    cluster_suits_runtime,
-    interfaces_are_named_for_all,
     host_is_served,
     collectives_suit,
     timeouts_are_ordered,
     stack_exists,
     stack_serves_chip,
     licence_is_accepted,
-    registry_is_named,
 )

@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from launcher.capability import CAPABILITY_RULES
+from launcher.cluster import CLUSTER_RULES
+from launcher.container import CONTAINER_RULES
 from launcher.image import Stack
 from launcher.problem import Problem
 from launcher.recipe import RECIPE_RULES
 from launcher.schema import Config
+from launcher.text import TEXT_RULES
 
-RULES = (*CAPABILITY_RULES, *RECIPE_RULES)
+RULES = (*CAPABILITY_RULES, *CLUSTER_RULES, *CONTAINER_RULES, *TEXT_RULES, *RECIPE_RULES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,5 +52,7 @@ def write_notes(config: Config) -> Iterator[str]:
         yield f"licence of {config.model.title}: {licence.name} (commercial use: {licence.commercial}; {licence.source})"
     if source.kind == "hub" and not source.revision:
         yield f"model.source.revision is empty: the main branch of {source.id} may change between two runs"
+    if config.stage.kind == "train" and config.run.save_every == 0 and source.kind != "random":
+        yield "run.save_every=0: nothing is kept before the end, and a run that is killed is lost; run.save_every=N keeps every Nth step"
     yield from config.hardware.notes
     yield from config.model.notes

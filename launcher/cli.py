@@ -2,6 +2,7 @@
 
   omnilaunch plan   [AXIS=NAME ...] [key=value ...]   show what a run would do; nothing is touched
   omnilaunch launch [AXIS=NAME ...] [key=value ...]   carry it out
+  omnilaunch render [AXIS=NAME ...] --to FOLDER       write it as scripts for nodes that no SSH reaches
   omnilaunch doctor [AXIS=NAME ...] [key=value ...]   what is wrong with the nodes
   omnilaunch options [AXIS]                           what can be chosen
   omnilaunch runs                                     the runs of this folder
@@ -16,8 +17,7 @@ import argparse
 import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from launcher.errors import ConfigRefused, LaunchError
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
-    from launcher.plan import Place, Plan
+    from launcher.plan import Plan
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -61,6 +61,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if name == "plan":
             sub.add_argument("--json", action="store_true", help="the whole plan as JSON")
         sub.set_defaults(verb=verb)
+    sub = verbs.add_parser("render", help="write a run as a folder to carry to its nodes, where SSH is not allowed", allow_abbrev=False)
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for plan; or one run, by its id or folder")
+    sub.add_argument("--to", required=True, metavar="FOLDER", help="new or empty")
+    sub.add_argument("--run-id", default="", help="name of the run; made from the time when left out")
+    sub.set_defaults(verb=render_run)
     sub = verbs.add_parser("doctor", help="what is wrong with the nodes of a cluster, or with this machine", allow_abbrev=False)
     sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for plan: cluster=lab hardware=h200")
     sub.add_argument("--json", action="store_true", help="all findings as JSON")
@@ -79,20 +84,15 @@ def plan_of(overrides: Sequence[str], run_id: str) -> "Plan":
     """Compose and plan, with this machine as the place."""
     from launcher.compose import compose
     from launcher.image import load_stacks
+    from launcher.place import place_here
     from launcher.plan import RUNS_FOLDER, absolute, make_plan
-    from launcher.record import name_run, resolve_checkpoint, utc_now
+    from launcher.record import name_run, resolve_checkpoint, utc_now, valid_run_id
 
     here = Path.cwd()
     config = compose(overrides, PROJECT / "conf")
     config = resolve_checkpoint(config, Path(absolute(config.cluster.root, here)) / RUNS_FOLDER)
-    return make_plan(config, load_stacks(PROJECT / "images"), place_here(), run_id=run_id or name_run(config, utc_now()))
-
-
-def place_here() -> "Place":
-    from launcher.plan import Place
-
-    uid, gid = (os.getuid(), os.getgid()) if os.getuid() else (1000, 1000)
-    return Place(project=PROJECT, here=Path.cwd(), interpreter=sys.executable, user=f"{uid}:{gid}")
+    run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))
+    return make_plan(config, load_stacks(PROJECT / "images"), place_here(PROJECT), run_id=run_id, overrides=tuple(overrides))
 
 
 def show_plan(arguments: argparse.Namespace) -> int:
@@ -104,8 +104,9 @@ def show_plan(arguments: argparse.Namespace) -> int:
 
 
 def run_launch(arguments: argparse.Namespace) -> int:
-    from launcher.desk import open_desk
+    from launcher.desk import examined, open_desk
     from launcher.launch import launch
+    from launcher.place import place_here
     from launcher.record import read_source
     from launcher.show import describe_record
 
@@ -118,28 +119,24 @@ def run_launch(arguments: argparse.Namespace) -> int:
     say = Terminal().say
     if not all(node.is_local for node in plan.config.cluster.working):
         say(f"looking at {', '.join(node.host for node in plan.config.cluster.working)}")
-        plan = examined(plan, say)
-    with open_desk(plan, PROJECT, os.environ, say=say, terminal=sys.stdout.isatty()) as desk:
+        plan = examined(plan, place_here(PROJECT), os.environ, say)
+    with open_desk(plan, place_here(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty()) as desk:
         record = launch(plan, read_source(PROJECT), desk, detach=arguments.detach)
         desk.say(describe_record(record, plan) if record else f"it goes on by itself; to take it up again: omnilaunch attach {plan.run_id}")
     return record.exit_code if record else Exit.OK
 
 
-def examined(plan: "Plan", say: Callable[[str], None]) -> "Plan":
-    """The plan again with the network that its nodes were found in. Raises NodeFailed with all that stands in the way."""
-    from launcher.desk import examine_nodes, require_health
-    from launcher.image import load_stacks
-    from launcher.network import take_network
-    from launcher.plan import make_plan
+def render_run(arguments: argparse.Namespace) -> int:
+    from launcher.bundle import write_bundle
+    from launcher.record import PLAN_FILE, SOURCE_FILE, SourceState, read_if_there, read_source
 
-    stacks, cluster = load_stacks(PROJECT / "images"), plan.config.cluster
-    examination = examine_nodes(plan, stacks[plan.config.hardware.stack], os.environ, launching=True)
-    require_health(examination, say)
-    if not examination.choices:
-        return plan
-    spares = tuple(node for node in cluster.nodes if node.spare)
-    nodes = (*take_network(cluster.working, examination.choices), *spares)
-    return make_plan(replace(plan.config, cluster=replace(cluster, nodes=nodes)), stacks, place_here(), run_id=plan.run_id)
+    words = arguments.overrides
+    places = [path for path in (Path(words[0]), Path.cwd() / "runs" / words[0]) if (path / PLAN_FILE).is_file()] if len(words) == 1 else []
+    plan = run_action.load_plan(places[0]) if places else plan_of(words, arguments.run_id)
+    source = read_if_there(SourceState, places[0] / SOURCE_FILE) if places else None
+    folder = write_bundle(plan, Path(arguments.to), project=PROJECT, source=source or read_source(PROJECT))
+    print(f"run {plan.run_id} is in {folder}; README.txt there says what to do")
+    return Exit.OK
 
 
 def show_doctor(arguments: argparse.Namespace) -> int:

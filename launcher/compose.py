@@ -12,15 +12,19 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from launcher.errors import ConfigRefused, suggest
 from launcher.schema import AXES, Config
 from trainer.contract import SpecError, decode
 
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
 PRIMARY = "config"
 OPTIONAL_GROUPS = {"tune": "~tune", "experiment": ""}  # what null is for Hydra: the one has a default to delete, the other none
 UNREADABLE = "cannot be read; write KEY=VALUE, and quote a value with commas, brackets or quotes: \"KEY='a, b'\""
+LARGEST = 2**63 - 1  # of a number: what lies beyond is a slip of the hand, and no float
 INTERPOLATION = "interpolations are refused, a plan must show the value itself; write it out"
 
 
@@ -70,34 +74,58 @@ def _translate(overrides: Sequence[str], groups: dict[str, tuple[str, ...]]) -> 
 
 def _translate_one(override: str, groups: dict[str, tuple[str, ...]]) -> tuple[str, str]:
     """(key, override for Hydra, '' where it needs none). Raises ConfigRefused with the bare reason."""
+    if override.startswith(("+", "~")):
+        raise ConfigRefused(f"'+' and '~' are refused, every key is known already; write {override.lstrip('+~')}")
+    key, equals, text = override.partition("=")
+    if not key or not equals:
+        raise ConfigRefused(UNREADABLE)
+    if "${" in text:
+        raise ConfigRefused(INTERPOLATION)
+    if key in groups:
+        return key, _choose(key, text.strip().strip("'\""), groups[key])
+    axis, _, rest = key.partition(".")
+    if axis in AXES and rest == "name":
+        raise ConfigRefused(f"{key} is the name of the file that was taken; choose another with {axis}=NAME")
+    is_text = _without_null(_find_type(key, groups)) is str
+    return key, f"++{key}={_read_text(text) if is_text else _read_value(key, text)}"  # forced: a file may leave out what has a default
+
+
+def _read_text(text: str) -> str:
+    """A text as Hydra takes it, quoted where the user did not: it may hold what is syntax to Hydra, or read as a number, as the revision
+    12345e6 does. Null, lists and sections stay what they are, and are refused by their type."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    text = text.strip()
+    parsed = _parse(f"text={text}") if text[:1] in tuple("'\"[{") or text == "null" else None
+    return text if parsed and not parsed.is_sweep_override() else QuotedString(text=text, quote=Quote.single).with_quotes()
+
+
+def _read_value(key: str, text: str) -> str:
+    """Raises ConfigRefused for what is no value of Hydra's grammar, and for several of them."""
+    parsed = _parse(f"{key}={text}")
+    if parsed is None:
+        raise ConfigRefused(UNREADABLE)
+    if parsed.is_sweep_override():
+        raise ConfigRefused(f"one value is wanted; a list is written {key}=[{text}]")
+    return text
+
+
+def _parse(override: str) -> "Override | None":
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    if override.startswith(("+", "~")):
-        raise ConfigRefused(f"'+' and '~' are refused, every key is known already; write {override.lstrip('+~')}")
-    if override.startswith("="):
-        raise ConfigRefused(UNREADABLE)
     try:
-        parsed = OverridesParser.create().parse_overrides([override])[0]
-    except HydraException as error:
-        raise ConfigRefused(UNREADABLE) from error
-    key, text = parsed.get_key_element(), override.split("=", 1)[1]
-    if parsed.is_sweep_override():
-        raise ConfigRefused(f"one value is wanted; a list is written {key}=[{text}]")
-    if "${" in text:
-        raise ConfigRefused(INTERPOLATION)
-    value = parsed.value()
-    if key in groups:
-        return key, _choose(key, value if isinstance(value, str) else text, groups[key])
-    kind = _find_type(key, groups)
-    if _without_null(kind) is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        text = f"'{text}'"  # a revision such as 12345e6 is text, though it reads as a number
-    return key, f"++{key}={text}"  # forced, since a file may leave out what has a default
+        return OverridesParser.create().parse_overrides([override])[0]
+    except (HydraException, ValueError, RecursionError):  # ValueError: a number of more than 4,300 digits
+        return None
 
 
 def _choose(group: str, name: str, names: tuple[str, ...]) -> str:
+    """The raw text is what is held against the names: it need not be readable to Hydra."""
     if name == "null" and group in OPTIONAL_GROUPS:
         return OPTIONAL_GROUPS[group]
+    if name not in names and "," in name:
+        raise ConfigRefused(f"one value is wanted; {suggest(name.split(',')[0], names)}")
     if name not in names:
         raise ConfigRefused(f"unknown {group} {name!r}; {suggest(name, names)}")
     return f"{group}={name}"
@@ -182,9 +210,20 @@ def _validate(composed: Composed, overrides: Sequence[str], conf: Path) -> Confi
     problems: list[tuple[str, str]] = []
     config = _build(Config, composed.data, "", problems)
     if problems:
-        lines = [f"  {key} ({_where(key.split('.'), composed, overrides, conf)}): {reason}" for key, reason in problems]
+        lines = [
+            f"  {key}{_whose(key, composed)} ({_where(key.split('.'), composed, overrides, conf)}): {reason}" for key, reason in problems
+        ]
         raise ConfigRefused("\n".join((_heading("value", len(problems)), *lines)))
     return typing.cast(Config, config)
+
+
+def _whose(key: str, composed: Composed) -> str:
+    """The name of the node that a key is about: people do not count the lines of a cluster file."""
+    if not key.startswith("cluster.nodes."):
+        return ""
+    nodes, place = composed.data["cluster"]["nodes"], int(key.split(".")[2])
+    host = nodes[place].get("host") if isinstance(nodes[place], dict) else None
+    return f" of node {host}" if host else ""
 
 
 def _build(kind: Any, data: Any, key: str, problems: list[tuple[str, str]]) -> Any:
@@ -198,6 +237,9 @@ def _build(kind: Any, data: Any, key: str, problems: list[tuple[str, str]]) -> A
         return tuple(_build(item, value, f"{key}.{index}", problems) for index, value in enumerate(data))
     if isinstance(data, str) and "${" in data:
         problems.append((key, INTERPOLATION))
+        return None
+    if isinstance(data, int) and abs(data) > LARGEST:
+        problems.append((key, f"a number of {len(str(abs(data)))} digits is not allowed; at most {LARGEST}"))
         return None
     try:
         return decode(kind, data)

@@ -121,8 +121,9 @@ def choose_strategy(config: Config) -> Strategy:
     """
     if config.strategy.name == "auto":
         config = replace(config, strategy=replace(config.strategy, name=_choose_name(config)))
-    micro_batch = config.strategy.micro_batch or choose_micro_batch(config)
-    return replace(config.strategy, micro_batch=micro_batch)
+    if config.strategy.micro_batch is not None:
+        return config.strategy
+    return replace(config.strategy, micro_batch=choose_micro_batch(config))
 
 
 def _choose_name(config: Config) -> StrategyName:

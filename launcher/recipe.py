@@ -1,6 +1,7 @@
 """Rules about what is asked for: numbers in range, a model and a stage that fit, batch, length, strategy, and room for the states."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -16,10 +17,10 @@ TEXT_TOKENS = 32  # the shortest question and answer that can stand beside an im
 # ---------------------------------------------------------------------------------------------------------------- numbers
 
 # Lowest and highest value, inclusive. A number that is not named here must be finite and not negative.
-COUNT, PORT, SHARE = (1, math.inf), (1, 65535), (0, 1)
+COUNT, PORT, SHARE, PER_NODE = (1, math.inf), (1, 65535), (0, 1), (1, 1024)
 RANGES: dict[str, tuple[float, float]] = {
-    "hardware.devices_per_node": COUNT,
-    "hardware.device_multiple": COUNT,
+    "hardware.devices_per_node": PER_NODE,
+    "hardware.device_multiple": PER_NODE,
     "hardware.memory_gib": (0.1, math.inf),
     "hardware.host_memory_gib": (0.1, math.inf),
     **{f"model.architecture.vision.{name}": COUNT for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")},
@@ -27,7 +28,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.architecture.text.num_key_value_heads": COUNT,
     "model.parameters.total": COUNT,
     "model.context": COUNT,
-    "stage.global_batch": COUNT,
+    "stage.global_batch": (1, 10**7),
     "stage.lora.r": COUNT,
     "stage.lora.alpha": COUNT,
     "stage.lora.dropout": (0, 0.99),
@@ -38,10 +39,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "stage.optimizer.weight_decay": SHARE,
     "strategy.micro_batch": COUNT,
     "data.max_length": COUNT,
-    "cluster.devices_per_node": COUNT,
+    "cluster.devices_per_node": PER_NODE,
     "cluster.rendezvous_port": (1024, 65535),
     "cluster.nodes.port": PORT,
-    "run.steps": COUNT,
+    "cluster.connect_timeout_s": (1, 600),
+    "cluster.silence_s": (3, 3600),  # the kernel counts thirds of it in whole seconds
+    "cluster.node_timeout_s": COUNT,
+    "run.steps": (1, 10**9),
     "run.seed": (0, 2**63 - 1),  # torch.manual_seed
     "run.keep_checkpoints": COUNT,
     "run.stop_timeout_s": COUNT,
@@ -52,23 +56,34 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+# Where the bound itself would be refused, or trains nothing.
+BETTER = {"stage.optimizer.lr": "1e-4"}
+
+
 def numbers_in_range(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     for key, value in read_numbers(config):
-        low, high = RANGES.get(key, (0, math.inf))
-        if not (math.isfinite(value) and low <= value <= high):
-            bound = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
-            nearest = low if not value > low else high
-            yield Problem(key=key, what=f"{value:g} is out of range; it must be {bound}", changes=(f"{key}={nearest:g}",))
+        low, high = RANGES.get(re.sub(r"\.\d+(?=\.|$)", "", key), (0, math.inf))
+        if low <= value <= high and value != math.inf:
+            continue
+        bound = f"at most {write_number(high)}" if value > high else f"at least {write_number(low)}"
+        nearest = BETTER.get(key) or write_number(high if value > high else low)
+        whose = f" of node {config.cluster.nodes[int(key.split('.')[2])].host}" if key.startswith("cluster.nodes.") else ""
+        yield Problem(key=key, what=f"{write_number(value)}{whose} is out of range; it must be {bound}", changes=(f"{key}={nearest}",))
+
+
+def write_number(value: float) -> str:
+    """Whole numbers in full, as a key of that type takes them."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def read_numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """(dotted key, number) of every number below a dataclass. Free-form sections (options, audio) belong to the model's family."""
+    """(dotted key, number) of every number below a dataclass, places in lists included. Free-form sections (options, audio) belong to the model's family."""
     if is_dataclass(value):
         for field in fields(value):
             yield from read_numbers(getattr(value, field.name), f"{key}.{field.name}" if key else field.name)
     elif isinstance(value, tuple):
-        for item in value:
-            yield from read_numbers(item, key)
+        for place, item in enumerate(value):
+            yield from read_numbers(item, f"{key}.{place}")
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield key, value
 
@@ -104,6 +119,12 @@ def start_is_given(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
         yield Problem(key="stage.checkpoint", what=what, changes=("stage.checkpoint=RUN_ID", "stage.checkpoint=FOLDER", "stage=full"))
 
 
+def evaluation_is_on(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    if config.stage.kind == "evaluate" and not config.run.evaluation.enabled:
+        what = f"false leaves stage {config.stage.name} nothing to do"
+        yield Problem(key="run.evaluation.enabled", what=what, changes=("run.evaluation.enabled=true",))
+
+
 def source_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     source = config.model.source
     if source.kind == "hub" and not source.id:
@@ -124,6 +145,15 @@ def something_is_trained(config: Config, _: Mapping[str, Stack]) -> Iterator[Pro
         yield Problem(key="stage.trainable", what=what, changes=(f"stage.trainable=[{known}]",))
 
 
+def groups_are_patterns(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    for group, pattern in config.model.groups.items():
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            key, what = f"model.groups.{group}", f"{pattern!r} is not a regular expression: {error}"
+            yield Problem(key=key, what=what, changes=(f"{key}=REGEX",))
+
+
 def lora_targets_exist(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     lora, names = config.stage.lora, linear_shapes(config.model.architecture.text)
     if lora is None:
@@ -142,7 +172,8 @@ def lora_targets_exist(config: Config, _: Mapping[str, Stack]) -> Iterator[Probl
 
 
 def batch_divides(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    total, micro, ranks = config.stage.global_batch, config.strategy.micro_batch or 1, max(1, world_size(config))
+    total, ranks = config.stage.global_batch, max(1, world_size(config))
+    micro = 1 if config.strategy.micro_batch is None else config.strategy.micro_batch
     unit = micro * ranks
     if total > 0 and unit > 0 and total % unit:
         what = f"{total} samples cannot be shared by {ranks} device(s) in micro-batches of {micro}: it must be a multiple of {unit}"
@@ -163,6 +194,15 @@ def length_fits(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
 def smallest_image_tokens(rule: ImageTokens) -> int:
     """Tokens of the smallest image that the rule knows."""
     return rule.min_pixels // rule.unit**2 if rule.rule == "grid" and rule.unit else rule.tokens
+
+
+def data_is_one_set(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    data = config.data
+    named = [name for name in ("train", "evaluation", "images") if getattr(data, name)]
+    if data.builtin and named:
+        what = f"is named beside the built-in set {data.builtin}: a run would train on the one and be asked about the other"
+        changes = ("data.builtin=''",) if data.name == "files" else ("data=files", "data.builtin=''")
+        yield Problem(key=f"data.{named[0]}", what=what, changes=changes)
 
 
 def data_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -250,11 +290,14 @@ RECIPE_RULES: tuple[Rule, ...] = (
     learning_rate_is_set,
     model_is_ready,
     start_is_given,
+    evaluation_is_on,
     source_is_named,
     something_is_trained,
+    groups_are_patterns,
     lora_targets_exist,
     batch_divides,
     length_fits,
+    data_is_one_set,
     data_is_named,
     strategy_suits_devices,
     offload_is_possible,

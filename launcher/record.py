@@ -1,23 +1,33 @@
 """`runs/<run_id>/`: the plan before the first effect, the result after the last. Never overwritten, never written by halves."""
 
 import json
+import re
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher.errors import ConfigRefused
-from launcher.gang import NodeResult
+from launcher.credential import mask_credentials
+from launcher.errors import ConfigRefused, suggest
+from launcher.meaning import Meaning, explain_log, root_rank
+from launcher.member import NodeResult
 from launcher.plan import Plan, to_plain
 from launcher.schema import Config
+from launcher.symptom import Kind
 from trainer import contract
-from trainer.contract import SCHEMA, DataReport, FailureReport, SpecError, StepRow, TrainResult
+from trainer.contract import SCHEMA, DataReport, Exit, FailureReport, SpecError, StepRow, TrainResult
 
 PLAN_FILE = "plan.json"
 CONFIG_FILE = "config.json"
 SOURCE_FILE = "source.json"
 RECORD_FILE = "result.json"
+ATTEMPTS = "attempts"  # attempts/<number>/: what an attempt that was followed by another has left, and the plan of one that follows
+ATTEMPT_FILE = "attempt.json"
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a folder, a label and a part of a container's name
+LOG_BYTES = 1 << 20  # of a node's log: 4 MB take 4 s to be held against all known failures
+CAUSES = ("cause", "layer")  # kinds of a known failure that tell of the process which printed it
 Status = Literal["finished", "stopped", "failed", "refused"]
 
 
@@ -31,7 +41,8 @@ class SourceState:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """What failed first. `rank` -1: no rank said why, so `tail` holds the last lines of the node's log."""
+    """What failed first. `rank` -1: no rank said why, so `tail` holds the last lines of the node's log. `meaning` and what to do (`fix`) are
+    '' where the failure is none of the known ones."""
 
     host: str
     rank: int
@@ -39,6 +50,20 @@ class Failure:
     message: str
     log: str
     tail: tuple[str, ...]
+    meaning: str = ""
+    fix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One start of a run that failed and may be followed by another. `steps`: the last step that it wrote a row of."""
+
+    number: int
+    started_at: str
+    seconds: float
+    steps: int
+    nodes: tuple[NodeResult, ...]
+    failure: Failure | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,20 +90,32 @@ class Record:
     forced: str
     nodes: tuple[NodeResult, ...]
     failure: Failure | None
+    attempts: tuple[Attempt, ...] = ()  # those before the last
 
 
-def name_run(config: Config, now: datetime) -> str:
-    """`20261121-010203-tiny_llava-full-cpu`: sorts by time and says what it is."""
-    return f"{now:%Y%m%d-%H%M%S}-{config.model.name}-{config.stage.name}-{config.hardware.name}"
+def name_run(config: Config, now: datetime, *, pid: int) -> str:
+    """`20261121-010203-tiny_llava-full-cpu-3f0a`: sorts by time, says what it is, and differs from what another launcher calls its run in
+    the same second."""
+    suffix = sha256(f"{now.isoformat()} {pid}".encode()).hexdigest()[:4]
+    return f"{now:%Y%m%d-%H%M%S}-{config.model.name}-{config.stage.name}-{config.hardware.name}-{suffix}"
+
+
+def valid_run_id(text: str) -> str:
+    """The text itself. Raises ConfigRefused where no run can be called so."""
+    if not RUN_ID.fullmatch(text):
+        raise ConfigRefused(f"--run-id {text!r}: a run id is 1 to 100 letters, digits, '_', '.' and '-', and begins with a letter or digit")
+    return text
 
 
 def open_run(plan: Plan, source: SourceState) -> Path:
-    """Make the run's folder and write what is known before anything happens. Raises ConfigRefused if the folder is there."""
+    """Make the run's folder and write what is known before anything happens. Raises ConfigRefused if it is there or cannot be made."""
     folder = Path(plan.folder)
     try:
         folder.mkdir(parents=True)
-    except FileExistsError as error:
-        raise ConfigRefused(f"{folder} is there already: a run is never overwritten. Leave the run id out, or give another.") from error
+    except OSError as error:
+        if isinstance(error, FileExistsError) and error.filename == str(folder):
+            raise ConfigRefused(f"{folder} is there already: a run is never overwritten. Leave the run id out, or give another.") from error
+        raise ConfigRefused(f"{folder} cannot be made: {error.strerror}. Name another place with cluster.root=FOLDER.") from error
     (folder / "logs").mkdir()
     plain = to_plain(plan)
     contract.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", folder / PLAN_FILE)
@@ -126,9 +163,16 @@ def close_run(
         forced=plan.config.run.force,
         nodes=nodes,
         failure=failure,
+        attempts=load_attempts(folder),
     )
-    contract.write(record, folder / RECORD_FILE)
-    return record
+    return write_record(record, folder)
+
+
+def write_record(record: Record, folder: Path) -> Record:
+    """Write result.json and give back what it holds: the credentials of URLs are left out, as pip may say them when it fails."""
+    masked: Record = contract.decode(Record, mask_credentials(asdict(record)))
+    contract.write(masked, folder / RECORD_FILE)
+    return masked
 
 
 def read_if_there(cls: Any, path: Path) -> Any:
@@ -137,6 +181,18 @@ def read_if_there(cls: Any, path: Path) -> Any:
         return contract.read(cls, path) if path.exists() else None
     except SpecError:
         return None  # cut short by what ended the run; the raw file stays where it is
+
+
+def attempt_files(folder: Path, name: str) -> tuple[Path, ...]:
+    """attempts/<number>/`name` of every attempt that has it, in their order."""
+    numbered = [path for path in (folder / ATTEMPTS).glob(f"*/{name}") if path.parent.name.isdecimal()]
+    return tuple(sorted(numbered, key=lambda path: int(path.parent.name)))
+
+
+def load_attempts(folder: Path) -> tuple[Attempt, ...]:
+    """The attempts before the one that is under way or that ended the run, in their order."""
+    found = (read_if_there(Attempt, path) for path in attempt_files(folder, ATTEMPT_FILE))
+    return tuple(attempt for attempt in found if attempt is not None)
 
 
 def recorded_images(runs: Path) -> set[str]:
@@ -155,31 +211,78 @@ def read_rows(path: Path) -> tuple[StepRow, ...]:
 
 def last_checkpoint(folder: Path) -> str:
     """The newest whole checkpoint of a run, relative to its folder; '' when there is none. Half-written ones have hidden names."""
-    whole = sorted(path.name for path in (folder / contract.CHECKPOINTS).glob("step-*"))
-    return f"{contract.CHECKPOINTS}/{whole[-1]}" if whole else ""
+    names = (path.name for path in (folder / contract.CHECKPOINTS).glob("step-*"))
+    steps = {int(name.removeprefix("step-")): name for name in names if name.removeprefix("step-").isdecimal()}
+    return f"{contract.CHECKPOINTS}/{steps[max(steps)]}" if steps else ""
 
 
 def find_failure(plan: Plan, nodes: tuple[NodeResult, ...]) -> Failure | None:
-    """The rank that failed first, by its own report; else the node that ended first with an error, by its last lines."""
-    folder = Path(plan.folder)
-    reports: list[FailureReport] = [
-        report
-        for path in sorted(folder.glob(contract.FAILURE_FILES.format(rank="*")))
-        if (report := read_if_there(FailureReport, path)) is not None
-    ]
-    if reports:
-        first = min(reports, key=lambda report: report.unix_s)
-        rank = first.rank // plan.spec.device.devices_per_node
-        log = folder / "logs" / f"node{rank}.log"
-        tail = tuple(first.traceback.splitlines()[-10:])
-        return Failure(host=plan.commands[rank].host, rank=first.rank, code=first.code, message=first.message, log=str(log), tail=tail)
+    """What failed first: the first rank that reports something else than what another one's end did to it, else the first node that was lost
+    or whose log holds a cause, else the first of all. Where a node was lost, an error that is not a known one is held for its doing."""
+    reports = sorted(reports_in(Path(plan.folder)), key=lambda report: report.unix_s)
     failed = sorted((node for node in nodes if node.code), key=lambda node: node.seconds)
-    if not failed:
-        return None
-    log = folder / "logs" / f"node{failed[0].node_rank}.log"
-    tail = tuple(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]) if log.exists() else ()
-    message = f"the ranks ended with exit code {failed[0].code} and left no report"
-    return Failure(host=failed[0].host, rank=-1, code=failed[0].code, message=message, log=str(log), tail=tail)
+    told = [reported_failure(plan, report) for report in reports]
+    lost = any(node.lost for node in failed)
+    for failure, kind in told:
+        if kind in CAUSES or (kind != "consequence" and (failure.code == Exit.USAGE or not lost)):
+            return failure
+    ended = [ended_failure(plan, node) for node in failed]
+    caused = (failure for failure, kind in ended if kind in CAUSES)
+    return next(caused, None) or next((failure for failure, _ in (*told, *ended)), None)
+
+
+def reports_in(folder: Path) -> list[FailureReport]:
+    """What ranks said of their own end. Those that were killed said nothing."""
+    found = (read_if_there(FailureReport, path) for path in sorted(folder.glob(contract.FAILURE_FILES.format(rank="*"))))
+    return [report for report in found if report is not None]
+
+
+def reported_failure(plan: Plan, report: FailureReport) -> tuple[Failure, Kind | None]:
+    """A rank's report as a failure, and how much it says. What only names a layer is looked up in the node's log."""
+    rank = report.rank // plan.spec.device.devices_per_node
+    log = Path(plan.folder) / "logs" / f"node{rank}.log"
+    meaning = explain_log(f"{report.message}\n{report.traceback}")
+    if meaning and meaning.kind in ("layer", "wrapper"):
+        deeper = explain_log(read_end(log))
+        meaning = deeper if deeper and deeper.kind == "cause" else meaning
+    tail = tuple(report.traceback.splitlines()[-10:]) if report.code == Exit.BUG else ()  # what is said on purpose says it all
+    host = plan.commands[rank].host
+    failure = Failure(host=host, rank=report.rank, code=report.code, message=report.message, log=str(log), tail=tail)
+    return explained(failure, meaning), meaning.kind if meaning else None
+
+
+def ended_failure(plan: Plan, node: NodeResult) -> tuple[Failure, Kind | None]:
+    """A node without a report as a failure, by its exit code and its log, and how much they say."""
+    log = Path(plan.folder) / "logs" / f"node{node.node_rank}.log"
+    text = read_end(log)
+    message = f"the ranks ended with exit code {node.code} and left no report"
+    if node.lost:
+        message = f"the node did not answer any more for {plan.config.cluster.node_timeout_s} s"
+    elif root := root_rank(text):
+        message = f"rank {root[0]} ended with exit code {root[1]} and left no report"
+    # Where members had to be killed, their codes tell of the launcher.
+    meaning = explain_log(message if node.lost else text, 0 if node.killed else node.code)
+    tail = tuple(text.splitlines()[-15:])
+    failure = Failure(host=node.host, rank=-1, code=node.code, message=message, log=str(log), tail=tail)
+    return explained(failure, meaning), meaning.kind if meaning else None
+
+
+def explained(failure: Failure, meaning: Meaning | None) -> Failure:
+    """With what it means, and with the line that says so where the last lines do not show it."""
+    if meaning is None:
+        return failure
+    seen = any(meaning.line in line for line in (*failure.tail, failure.message))
+    tail = failure.tail if seen else (meaning.line, "...", *failure.tail)
+    return replace(failure, tail=tail, meaning=meaning.means, fix=meaning.fix)
+
+
+def read_end(log: Path) -> str:
+    """The last LOG_BYTES of a log, '' when there is none."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_BYTES))
+        return file.read().decode("utf-8", errors="replace")
 
 
 def read_source(project: Path) -> SourceState:
@@ -194,15 +297,28 @@ def read_source(project: Path) -> SourceState:
 
 def resolve_checkpoint(config: Config, runs: Path) -> Config:
     """A run id in `stage.checkpoint` stands for that run's newest whole checkpoint; anything else is a path. Raises ConfigRefused
-    for a run that saved none."""
+    for a run that saved none, and for what is neither where all nodes are this machine."""
     text = config.stage.checkpoint
     folder = runs / text
-    if not text or "/" in text or not (folder / PLAN_FILE).is_file():
+    if not text or text.startswith("~"):
+        return config
+    if "/" in text or not is_there(folder / PLAN_FILE):
+        if all(node.is_local for node in config.cluster.working) and not is_there(Path(text)):
+            names = sorted(path.parent.name for path in runs.glob(f"*/{PLAN_FILE}"))
+            hint = suggest(text, names) if names else "there are none yet"
+            raise ConfigRefused(f"stage.checkpoint={text}: neither a run of {runs} ({hint}) nor a folder. See: omnilaunch runs")
         return config
     newest = last_checkpoint(folder)
     if not newest:
         raise ConfigRefused(f"stage.checkpoint={text}: that run saved no checkpoint. See {folder / RECORD_FILE}")
     return replace(config, stage=replace(config.stage, checkpoint=str(folder / newest)))
+
+
+def is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long for one, or a folder that may not be looked into
+        return False
 
 
 def utc_now() -> datetime:

@@ -218,29 +218,33 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """`address`: what the other nodes reach; `host`: what SSH reaches."""
+    """`address`: what the other nodes reach; `host`: what SSH reaches. `port` and `user` left out are what ~/.ssh/config says for the host,
+    else 22 and who runs the launcher. `devices`: numbers of those to use, as nvidia-smi's index or /dev/davinciN count, in any order;
+    empty = the first ones."""
 
     host: str
     user: str = ""
-    port: int = 22
+    port: int | None = None
     address: str = ""
     interface: str = ""
     architecture: Literal["x86_64", "aarch64"] = "x86_64"
     jump: str = ""
     spare: bool = False
+    devices: tuple[int, ...] = ()
 
     @property
     def is_local(self) -> bool:
-        """Whether the node is the machine of the launcher, which needs no SSH."""
-        return self.host in ("localhost", "127.0.0.1")
+        """Whether the node is the machine of the launcher, which needs no SSH. With a port or a jump host it is another one behind it."""
+        return self.host in ("localhost", "127.0.0.1", "::1") and self.port is None and not self.jump
 
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
     """How the image comes to the nodes. build: made on this machine and sent to the nodes that lack it; ship: the same, but never
-    built; pull: by each node from `registry`/<tag>. `base` overrides the stack's base image."""
+    built; pull: by each node from `registry`/<tag>; build_on_nodes: made by each node that lacks it, from files sent there. `base`
+    overrides the stack's base image. Paths are this machine's."""
 
-    kind: Literal["build", "pull", "ship"] = "build"
+    kind: Literal["build", "pull", "ship", "build_on_nodes"] = "build"
     registry: str = ""
     base: str = ""
     index: str = ""
@@ -267,10 +271,14 @@ class Cluster:
     ulimits: dict[str, str] = field(default_factory=dict)
     user: str = ""  # uid:gid in the container; '' = the launcher's own, or 1000:1000 when that is root
     shared: bool = False  # whether `root` is one folder that all nodes see
+    connect_timeout_s: int = 8  # for one SSH connection, each jump host for itself
+    silence_s: int = 30  # without a sign of life, a connection counts as dead and is made anew
     node_timeout_s: int = 45  # without an answer, a node counts as lost
+    ascend_runtime: bool = False  # NPUs through Ascend Docker Runtime, which the nodes' engines must have; false: by their device files
     environment: dict[str, str] = field(default_factory=dict)
     secrets: tuple[str, ...] = ()  # names of variables of the launcher's environment that the ranks get; values are written nowhere
     mounts: tuple[str, ...] = ()  # host paths mounted read-only at the same place
+    sync: tuple[str, ...] = ()  # files and folders of the launcher's machine, copied to the same place on the nodes that lack them
 
     @property
     def working(self) -> tuple[Node, ...]:
@@ -280,7 +288,9 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """`force`: a reason that overrides a refusal and is recorded. Zero steps are refused; `save_every` 0 = only at the end."""
+    """`force`: a reason that overrides a refusal and is recorded. Zero steps are refused; `save_every` 0 = only at the end. `restarts`:
+    how often a failed run is started again from its newest checkpoint, spare nodes taking the places of lost ones; `minimum_nodes`: with
+    how many it may go on when no spare is left, 0 = never with fewer."""
 
     steps: int
     seed: int
@@ -290,6 +300,9 @@ class Run:
     stop_timeout_s: int
     start_timeout_s: int
     collective_timeout_s: int
+    hang_timeout_s: int  # a step without an end for so long is taken for hung; 0 = never
+    restarts: int
+    minimum_nodes: int
     force: str
     evaluation: Evaluation
 

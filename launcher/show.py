@@ -3,18 +3,26 @@
 import json
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from launcher.check import check
+from launcher.compose import compose
+from launcher.credential import mask_credentials
 from launcher.engine import BuiltImage
-from launcher.image import LABEL, Image
+from launcher.errors import ConfigRefused
+from launcher.fit import choose_strategy
+from launcher.image import LABEL, Image, load_stacks
 from launcher.plan import Plan, to_plain
-from launcher.record import RECORD_FILE, Record, read_if_there
+from launcher.record import RECORD_FILE, Record
 from launcher.schema import AXES
 from launcher.start import NodeCommand
-from trainer.contract import METRICS_FILE
+from trainer import contract
+from trainer.contract import METRICS_FILE, SpecError
 
+PROJECT = Path(__file__).resolve().parent.parent
+FOLLOWING_STAGES = ("evaluate", "lora")
 GIB = 2**30
 OPEN_LABEL = "org.opencontainers.image."
 
@@ -28,7 +36,7 @@ def describe_plan(plan: Plan) -> str:
     import yaml
 
     parts = (
-        ("config", yaml.safe_dump(json.loads(json.dumps(asdict(plan.config))), sort_keys=False, allow_unicode=True, width=140)),
+        ("config", yaml.safe_dump(mask_credentials(asdict(plan.config)), sort_keys=False, allow_unicode=True, width=140)),
         ("DeepSpeed config", json.dumps(plan.spec.deepspeed, indent=2)),
         *((f"node {command.node_rank}: {command.host}", describe_command(command)) for command in plan.commands),
         ("image", describe_planned(plan)),
@@ -39,7 +47,7 @@ def describe_plan(plan: Plan) -> str:
 
 
 def describe_command(command: NodeCommand) -> str:
-    lines = [f"{key}={shlex.quote(value)}" for key, value in command.environment.items()]
+    lines = [f"{key}={shlex.quote(value)}" for key, value in mask_credentials(command.environment).items()]
     told = {"data": command.prepare, "start": command.start, "probe": command.probe, "logs": command.logs, "stop": command.stop}
     lines += [f"{name}: {shlex.join(argv)}" for name, argv in told.items() if argv]
     return "\n".join(lines)
@@ -116,7 +124,7 @@ def describe_verdict(plan: Plan) -> str:
         *(f"forced ({config.run.force}):\n{problem}" for problem in verdict.forced),
     ]
     if verdict.launchable:
-        return "\n".join((*lines, "ok", f"next: {program()} launch {names}"))
+        return "\n".join((*lines, "ok", f"next: {command_line('launch', *plan.overrides)}"))
     return "\n".join((*lines, "planned; a launch is refused:", *map(str, verdict.problems)))
 
 
@@ -134,6 +142,9 @@ def describe_record(record: Record, plan: Plan) -> str:
         rows[name.replace("_", " ")] = f"{value:.4f}" if name != "count" else f"{value:g} held-out samples"
     if record.checkpoint:
         rows["checkpoint"] = relative(folder / record.checkpoint)
+    elif plan.spec.stage.kind == "train" and any(node.killed for node in record.nodes):
+        seconds = plan.config.run.stop_timeout_s
+        rows["checkpoint"] = f"none: killed after run.stop_timeout_s={seconds} without saving; raise it, or set run.save_every"
     rows |= {
         "record": relative(folder / RECORD_FILE),
         "rows": relative(folder / METRICS_FILE),
@@ -144,10 +155,24 @@ def describe_record(record: Record, plan: Plan) -> str:
 
 
 def next_commands(record: Record, plan: Plan) -> str:
-    config = plan.config
-    axes = " ".join(f"{axis}={getattr(config, axis).name}" for axis in ("hardware", "model", "data"))
-    stages = (f"launch {axes} stage={stage} stage.checkpoint={record.run_id}" for stage in ("evaluate", "lora"))
-    return "\n".join(f"  {program()} {words}" for words in (*stages, "runs"))
+    """The same words with another stage, from what this run has saved; those alone that a launch would take."""
+    kept = tuple(word for word in plan.overrides if word.partition("=")[0].partition(".")[0] != "stage")
+    following = ((*kept, f"stage={stage}", f"stage.checkpoint={record.run_id}") for stage in FOLLOWING_STAGES)
+    lines = (command_line("launch", *words) for words in following if is_launchable(words))
+    return "\n".join(f"  {line}" for line in (*lines, command_line("runs")))
+
+
+def is_launchable(overrides: tuple[str, ...]) -> bool:
+    try:
+        config = compose(overrides, PROJECT / "conf")
+    except ConfigRefused:
+        return False
+    config = replace(config, strategy=choose_strategy(config))
+    return check(config, load_stacks(PROJECT / "images")).launchable
+
+
+def command_line(*words: str) -> str:
+    return shlex.join((program(), *map(mask_credentials, words)))
 
 
 def program() -> str:
@@ -156,17 +181,26 @@ def program() -> str:
 
 
 def describe_runs(runs: Path) -> str:
-    """One line a run, newest last."""
-    lines = []
-    for folder in sorted(path for path in runs.glob("*") if path.is_dir()):
-        record: Record | None = read_if_there(Record, folder / RECORD_FILE)
-        if record is None:
-            lines.append(f"{folder.name:50} no record: under way, or its launcher was killed")
-            continue
-        figures = "  ".join(f"{name} {value:.4f}" for name, value in record.evaluation.items() if name != "count")
-        loss = f"loss {record.final_loss:.4f}" if record.final_loss is not None else ""
-        lines.append(f"{folder.name:50} {record.status:9} {record.steps:6} steps  {loss}  {figures}".rstrip())
+    """One line a run, newest last. Raises ConfigRefused where the folder of the runs is a file."""
+    if runs.is_file():
+        raise ConfigRefused(
+            f"{runs} is a file, and runs lie in a folder of that name: rename it, or name another place with cluster.root=FOLDER"
+        )
+    lines = [f"{folder.name:50} {describe_line(folder)}".rstrip() for folder in sorted(path for path in runs.glob("*") if path.is_dir())]
     return "\n".join(lines) or f"no runs in {runs}; start one with: omnilaunch launch"
+
+
+def describe_line(folder: Path) -> str:
+    path = folder / RECORD_FILE
+    if not path.exists():
+        return "no record: under way, or its launcher was killed"
+    try:
+        record: Record = contract.read(Record, path)
+    except SpecError as error:
+        return f"{RECORD_FILE} cannot be read: {str(error).removeprefix(f'{path}: ').removeprefix('cannot be read: ')}"
+    figures = "  ".join(f"{name} {value:.4f}" for name, value in record.evaluation.items() if name != "count")
+    loss = f"loss {record.final_loss:.4f}" if record.final_loss is not None else ""
+    return f"{record.status:9} {record.steps:6} steps  {loss}  {figures}"
 
 
 def table(rows: dict[str, str]) -> str:

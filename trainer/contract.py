@@ -37,6 +37,7 @@ class Exit(IntEnum):
     IMAGE = 3
     NODE = 4
     RUN = 5
+    HUNG = 6  # a step without an end; every rank has written its stacks into its log
 
 
 class InputRefused(Exception):
@@ -189,7 +190,8 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSpec:
-    """Everything one run of the trainer is told. `output` is the run's folder as the trainer sees it."""
+    """Everything one run of the trainer is told. `output` is the run's folder as the trainer sees it. `hang_timeout_s`: a step that
+    takes longer is told with the stacks of every rank, and ends the run after as long again; 0 = never."""
 
     schema: int
     run_id: str
@@ -209,6 +211,7 @@ class TrainSpec:
     device: DeviceSpec
     evaluation: Evaluation
     deepspeed: dict[str, Any]
+    hang_timeout_s: float = 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------- what it answers
@@ -357,7 +360,7 @@ def read(cls: Any, path: Path) -> Any:
     """Read a dataclass from a JSON file. Raises SpecError naming the file for a bad shape or another schema number."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or a number of more than 4,300 digits
         raise SpecError(f"{path}: cannot be read: {error}") from error
     if isinstance(data, dict) and data.get("schema", SCHEMA) != SCHEMA:
         raise SpecError(
@@ -365,7 +368,7 @@ def read(cls: Any, path: Path) -> Any:
         )
     try:
         return decode(cls, data)
-    except SpecError as error:
+    except (SpecError, OverflowError) as error:
         raise SpecError(f"{path}: {error}") from error
 
 

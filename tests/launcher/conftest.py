@@ -18,6 +18,6 @@ def plan_for() -> Callable[..., Plan]:
     stacks = load_stacks(PROJECT / "images")
 
     def plan(*overrides: str) -> Plan:
-        return make_plan(compose(overrides, PROJECT / "conf"), stacks, PLACE, run_id="R")
+        return make_plan(compose(overrides, PROJECT / "conf"), stacks, PLACE, run_id="R", overrides=overrides)
 
     return plan

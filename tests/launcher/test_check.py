@@ -1,5 +1,6 @@
 """The verdict: which config is refused, in which words, and what would pass."""
 
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,7 @@ def judge(*overrides: str) -> Verdict:
 
 NPU = ("hardware=ascend910b", "model=qwen2_5_vl_32b", "stage=lora")
 ALL_TARGETS = "stage.lora.targets=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
+DOCKER = ("cluster.runtime=docker",)
 LLAVA = ("model=llava_1_5_7b", "tune=null")
 
 # Overrides -> the key that is refused, and a change that is offered.
@@ -77,6 +79,51 @@ REFUSED: tuple[tuple[tuple[str, ...], str, str], ...] = (
     ((*LLAVA, "data.max_length=500"), "data.max_length", "data.max_length=608"),
     (("data=files", "data.images=photos"), "data.train", "data.train=FILE.json"),
     (("data=files", "data.train=a.json"), "data.images", "data.images=FOLDER"),
+    (("data.train=a.json",), "data.train", "data=files"),
+    (("data.evaluation=a.json",), "data.evaluation", "data.builtin=''"),
+    (("data=files", "data.builtin=digits", "data.images=photos"), "data.images", "data.builtin=''"),
+    (("stage=evaluate", "stage.checkpoint=x", "run.evaluation.enabled=false"), "run.evaluation.enabled", "run.evaluation.enabled=true"),
+    (("strategy.micro_batch=0",), "strategy.micro_batch", "strategy.micro_batch=1"),
+    (("hardware.capability.attention=[]",), "hardware.capability.attention", "hardware.capability.attention=[sdpa]"),
+    (("model.groups.lm=[",), "model.groups.lm", "model.groups.lm=REGEX"),
+    (("run.steps=10000000000",), "run.steps", "run.steps=1000000000"),
+    (("run.seed=-1",), "run.seed", "run.seed=0"),
+    (("stage.global_batch=20000000",), "stage.global_batch", "stage.global_batch=10000000"),
+    (("cluster.devices_per_node=5000", "stage.global_batch=5000"), "cluster.devices_per_node", "cluster.devices_per_node=1024"),
+    (("stage.optimizer.lr=nan",), "stage.optimizer.lr", "stage.optimizer.lr=1e-4"),
+    (("stage.optimizer.lr=2",), "stage.optimizer.lr", "stage.optimizer.lr=1e-4"),
+    (("hardware.memory_gib=inf",), "hardware.memory_gib", "hardware.memory_gib=0.1"),
+    (("hardware.accelerator=cuda",), "hardware.stack", "hardware.accelerator=cpu"),
+    (("hardware=p4", "hardware.stack=cpu"), "hardware.stack", "hardware.stack=cuda126"),
+    (("cluster.environment.HF_TOKEN=x",), "cluster.environment.HF_TOKEN", "cluster.secrets=[HF_TOKEN]"),
+    (("cluster.secrets=[A]", "hardware.environment.API_KEY=x"), "hardware.environment.API_KEY", "cluster.secrets=[A,API_KEY]"),
+    (
+        ("cluster.environment.HTTPS_PROXY=http://ann:pass@proxy:3128",),
+        "cluster.environment.HTTPS_PROXY",
+        "cluster.secrets=[HTTPS_PROXY]",
+    ),
+    (("cluster.secrets=['a b']",), "cluster.secrets", "cluster.secrets=[NAME]"),
+    (("cluster.secrets=['HF_TOKEN=x']",), "cluster.secrets", "cluster.secrets=[NAME]"),
+    (
+        ("cluster.delivery.index=https://***@mirror.example/simple",),
+        "cluster.delivery.index",
+        "cluster.delivery.index=https://USER:PASSWORD@mirror.example/simple",
+    ),
+    ((*DOCKER, "cluster.user=ann"), "cluster.user", "cluster.user=1000:1000"),
+    ((*DOCKER, "cluster.user=1000"), "cluster.user", "cluster.user=1000:1000"),
+    ((*DOCKER, "cluster.shm_size=lots"), "cluster.shm_size", "cluster.shm_size=16g"),
+    ((*DOCKER, "cluster.shm_size=0"), "cluster.shm_size", "cluster.shm_size=16g"),
+    ((*DOCKER, "cluster.ulimits.memlock=unlimited"), "cluster.ulimits.memlock", "cluster.ulimits.memlock=-1"),
+    ((*DOCKER, "cluster.ulimits.nofile=2:1"), "cluster.ulimits.nofile", "cluster.ulimits.nofile=1:2"),
+    ((*DOCKER, "cluster.ulimits.nofiles=1"), "cluster.ulimits.nofiles", "cluster.ulimits.nofile=1"),
+    ((*DOCKER, "cluster.mounts=[data/set]"), "cluster.mounts", "cluster.mounts=[/FOLDER]"),
+    ((*DOCKER, "cluster.mounts=[/a,'~/b']"), "cluster.mounts", "cluster.mounts=[/a,/FOLDER]"),
+    ((*DOCKER, "cluster.delivery.kind=pull"), "cluster.delivery.registry", "cluster.delivery.kind=build"),
+    (
+        (*DOCKER, "cluster.delivery.kind=pull", "cluster.delivery.registry=https://registry.example/team"),
+        "cluster.delivery.registry",
+        "cluster.delivery.registry=registry.example/team",
+    ),
     (("run.steps=20",), "stage.optimizer.warmup", "run.steps=200"),
     (("stage.optimizer.lr=0",), "stage.optimizer.lr", "stage.optimizer.lr=1e-4"),
     (("cluster.devices_per_node=2", "strategy=single"), "strategy", "strategy=ddp"),
@@ -95,9 +142,13 @@ def test_refused_and_what_would_pass(overrides: tuple[str, ...], key: str, chang
     found = [problem for problem in judge(*overrides).problems if problem.key == key]
     assert len(found) == 1 and not found[0].launch_only
     assert change in found[0].changes
-    # The change takes the place of what it changes: the same key, or the keys of a cluster that is left for another.
+    # The change takes the place of what it changes: the same key, or the keys of a cluster that is left for another, or a variable.
     replaced = {part.split("=")[0] for part in change.split()} | (
-        {"cluster.nodes", "cluster.runtime"} if change == "cluster=local" else set()
+        {"cluster.nodes", "cluster.runtime"}
+        if change == "cluster=local"
+        else {key}
+        if "environment." in key or "ulimits." in key
+        else set()
     )
     kept = [override for override in overrides if not any(override.startswith((f"{name}=", f"{name}.")) for name in replaced)]
     assert found[0].what not in [problem.what for problem in judge(*kept, *change.split()).problems]
@@ -119,6 +170,16 @@ PASSES = (
     ("hardware=rtx3090", *LLAVA, "stage=lora", "strategy=zero3"),
     ("hardware=h200", "cluster=example", "cluster.delivery.accept_licence=true"),
     ("data=files", "data.train=a.json", "data.images=photos", "data.max_length=128"),
+    (
+        "cluster.secrets=[HF_TOKEN,HTTPS_PROXY]",
+        "cluster.environment.TOKENIZERS_PARALLELISM=true",
+        "cluster.environment.HTTP_PROXY=http://p:1",
+    ),
+    ("cluster.delivery.index=https://ann:pass@mirror.example/simple",),
+    ("cluster.user=ann", "cluster.shm_size=lots", "cluster.mounts=[a]"),  # docker's, and there is no docker
+    (*DOCKER, "cluster.user=0:0", "cluster.shm_size=1.5GiB", "cluster.ulimits={memlock: '-1', nofile: '1024:-1'}", "cluster.mounts=[/a]"),
+    (*DOCKER, "cluster.delivery.kind=pull", "cluster.delivery.registry=registry.example:5000/team/a"),
+    ("run.evaluation.enabled=false",),
 )
 
 
@@ -138,6 +199,16 @@ def test_what_a_person_reads() -> None:
         "  stage.checkpoint: stage lm starts from trained weights, and Tiny LLaVA has a random start: name a run that trained it\n"
         "    would pass: stage.checkpoint=RUN_ID  or  stage.checkpoint=FOLDER  or  stage=full"
     )
+
+
+def test_a_stack_of_another_family_says_so() -> None:
+    (problem,) = [problem for problem in judge("hardware.accelerator=cuda").problems if problem.key == "hardware.stack"]
+    assert problem.what == "stack cpu is for cpu devices, and hardware.accelerator is cuda"
+
+
+def test_a_secret_is_not_in_the_refusal() -> None:
+    text = str(judge("cluster.environment.HF_TOKEN=hf_x1y2", "cluster.environment.P=http://ann:pa55@p").problems)
+    assert "hf_x1y2" not in text and "pa55" not in text
 
 
 def test_memory_is_refused_with_numbers() -> None:
@@ -178,8 +249,15 @@ def test_force_records_what_could_be_tried_and_nothing_else() -> None:
     assert hopeless.forced == ()
 
 
+def test_a_long_run_that_saves_nothing_is_noted() -> None:
+    saves = "run.save_every=0: nothing is kept before the end, and a run that is killed is lost; run.save_every=N keeps every Nth step"
+    assert saves in judge("hardware=h200", *LLAVA).notes
+    for overrides in ((), ("hardware=h200", *LLAVA, "run.save_every=100"), ("hardware=h200", *LLAVA, "stage=evaluate")):
+        assert saves not in judge(*overrides).notes
+
+
 def test_notes_stop_nothing() -> None:
-    verdict = judge("hardware=h200", *LLAVA)
+    verdict = judge("hardware=h200", *LLAVA, "run.save_every=100")
     assert verdict.launchable
     assert verdict.notes == (
         "licence of LLaVA-1.5 7B: Llama 2 Community License (commercial use: conditions; LLaVA README.md)",
@@ -190,7 +268,7 @@ def test_notes_stop_nothing() -> None:
 @cache
 def with_numbers() -> Config:
     """A config in which no optional number is left out."""
-    optional = ("cluster.devices_per_node=8", "strategy.micro_batch=1", "hardware.host_memory_gib=1000")
+    optional = ("cluster.devices_per_node=8", "strategy.micro_batch=1", "hardware.host_memory_gib=1000", "cluster.nodes.0.port=22")
     config = compose(["hardware=h200", *LLAVA, "stage=lora", *optional], ROOT / "conf")
     text = replace(config.model.architecture.text, head_dim=128)
     model = replace(config.model, architecture=replace(config.model.architecture, text=text))
@@ -198,7 +276,7 @@ def with_numbers() -> Config:
 
 
 def test_ranges_name_numbers_that_exist() -> None:
-    assert set(RANGES) <= {key for key, _ in read_numbers(with_numbers())}
+    assert set(RANGES) <= {re.sub(r"\.\d+", "", key) for key, _ in read_numbers(with_numbers())}
 
 
 def number_keys() -> list[str]:
@@ -211,6 +289,14 @@ def test_no_number_may_be_negative_or_infinite(key: str) -> None:
     for value in (-1, float("nan"), float("inf")):
         problems = check(put(with_numbers(), key.split("."), value), stacks()).problems
         assert key in [problem.key for problem in problems], value
+        (refused,) = (problem for problem in problems if problem.key == key and "out of range" in problem.what)
+        for text in (change.removeprefix(f"{key}=") for change in refused.changes):
+            better = put(with_numbers(), key.split("."), int(text) if text.isdecimal() else float(text))
+            assert f"{text} is out of range" not in str(check(better, stacks()).problems)
+            assert key not in INTEGERS or text.isdecimal()
+
+
+INTEGERS = {key for key, value in read_numbers(with_numbers()) if isinstance(value, int)}
 
 
 def put(section: Any, path: list[str], value: float) -> Any:

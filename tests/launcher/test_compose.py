@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from launcher.compose import compose, options
 from launcher.errors import ConfigRefused
@@ -17,6 +19,14 @@ def refusal(*overrides: str, conf: Path = CONF) -> str:
     with pytest.raises(ConfigRefused) as caught:
         compose(overrides, conf)
     return str(caught.value)
+
+
+@settings(max_examples=25, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=("Cs", "Cc"))))
+def test_any_text_is_taken_as_it_is_typed(text: str) -> None:
+    """But for what cannot be meant as text: quoted already, a list, a section, null, an interpolation."""
+    assume(not text.strip().startswith(("'", '"', "[", "{")) and text.strip() not in ("null", "???") and "${" not in text)
+    assert compose([f"data.train={text}"], CONF).data.train == text.strip()
 
 
 def test_defaults() -> None:
@@ -83,6 +93,24 @@ def get(config: Config, key: str) -> Any:
         ("data.train=''", ""),
         ("stage.trainable=[lm,head]", ("lm", "head")),
         ("run.force='a reason, with a comma'", "a reason, with a comma"),
+        ("cluster.nodes.0.user='ann'", "ann"),
+        ("run.force='it\\'s fine'", "it's fine"),
+        # Text is taken as it stands, whatever it would be to Hydra.
+        ('run.force=it\'s fine, "really"', 'it\'s fine, "really"'),
+        ("run.force='tis", "'tis"),
+        ("run.force= spaced ", "spaced"),
+        ("run.force=", ""),
+        ("data.train=日本.json", "日本.json"),
+        ("data.train=it's.json", "it's.json"),
+        ("data.train=a=b.json", "a=b.json"),
+        ("data.train=a#b.json", "a#b.json"),
+        ("data.train=a,b.json", "a,b.json"),
+        ("data.train=glob(*)", "glob(*)"),
+        ("data.train=true", "true"),
+        ("data.train=[draft].json", "[draft].json"),
+        ("data.images=back\\slash\\", "back\\slash\\"),
+        ("hardware.environment.A=true", "true"),
+        ("hardware.environment.A=$HOME/x", "$HOME/x"),
     ],
 )
 def test_every_key_of_the_schema_can_be_overridden(override: str, value: Any) -> None:
@@ -91,22 +119,22 @@ def test_every_key_of_the_schema_can_be_overridden(override: str, value: Any) ->
 
 
 def test_wrong_overrides_are_reported_together() -> None:
-    assert refusal("hardware=asend910b", "run.stps=3", "micro_batch=4", "run.seed=1") == (
+    assert refusal("hardware=asend910b", "data.trian=3", "micro_batch=4", "run.seed=1") == (
         "the config is refused, 3 overrides are wrong:\n"
         "  hardware=asend910b: unknown hardware 'asend910b'; did you mean 'ascend910b'? "
         "valid are: ascend910b, ascend910c, cpu, h200, p4, rtx3090\n"
-        "  run.stps=3: unknown key 'run.stps' in run; did you mean 'steps'? valid are: collective_timeout_s, deterministic, evaluation, "
-        "force, keep_checkpoints, save_every, seed, start_timeout_s, steps, stop_timeout_s\n"
+        "  data.trian=3: unknown key 'data.trian' in data; did you mean 'train'? valid are: builtin, evaluation, images, max_length, name, "
+        "train, workers\n"
         "  micro_batch=4: unknown key 'micro_batch'; did you mean 'strategy.micro_batch'?"
     )
 
 
 def test_wrong_values_are_reported_together() -> None:
-    assert refusal("run.steps=abc", "data.train=true", "cluster.delivery.kind=pushh", "stage.trainable=[lm,vison]") == (
+    assert refusal("run.steps=abc", "data.train=[a.json]", "cluster.delivery.kind=pushh", "stage.trainable=[lm,vison]") == (
         "the config is refused, 4 values are wrong:\n"
         "  stage.trainable.1 (override stage.trainable=[lm,vison]): \"vison\" is not allowed; did you mean 'vision'? "
         "valid are: head, lm, projector, vision\n"
-        "  data.train (override data.train=true): true is not allowed; it must be text; put it in quotes\n"
+        '  data.train (override data.train=[a.json]): ["a.json"] is not allowed; it must be text; put it in quotes\n'
         '  cluster.delivery.kind (override cluster.delivery.kind=pushh): "pushh" is not allowed; valid are: build, pull, ship\n'
         '  run.steps (override run.steps=abc): "abc" is not allowed; it must be a whole number'
     )
@@ -139,8 +167,15 @@ def test_wrong_values_are_reported_together() -> None:
         ("run.seed=1.5", "must be a whole number"),
         ("run.seed=true", "must be a whole number"),
         ("run.deterministic=1", "must be true or false"),
-        ("hardware.environment.A=true", "must be text"),
+        ("data.train=null", "must be text"),
+        ("cluster.delivery={kind: it's}", "cannot be read; write KEY=VALUE"),
         ("experiment=none", "unknown experiment 'none'"),
+        ("hardware=процессор", "unknown hardware 'процессор'; valid are: ascend910b"),
+        ("model.name=another", "model.name is the name of the file that was taken; choose another with model=NAME"),
+        ("strategy.name=zero2", "choose another with strategy=NAME"),
+        ("run.steps=" + "9" * 400, "is not allowed; at most 9223372036854775807"),
+        ("run.steps=" + "9" * 5000, "cannot be read; write KEY=VALUE"),
+        ("hardware.memory_gib=" + "9" * 400, "is not allowed; at most 9223372036854775807"),
     ],
 )
 def test_refused(override: str, words: str) -> None:

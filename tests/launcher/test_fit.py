@@ -126,6 +126,10 @@ def test_micro_batch_divides_what_a_rank_takes(overrides: tuple[str, ...], micro
     assert config.stage.global_batch % (micro_batch * world_size(config)) == 0
 
 
+def test_a_micro_batch_of_zero_is_left_for_check() -> None:
+    assert choose_strategy(compose(["strategy.micro_batch=0"], CONF)).micro_batch == 0
+
+
 def test_spares_are_no_ranks() -> None:
     assert world_size(compose(["hardware=ascend910b", "cluster=example"], CONF)) == 16
     assert world_size(compose(["hardware=ascend910b", "cluster=example", "cluster.nodes.1.spare=true"], CONF)) == 8

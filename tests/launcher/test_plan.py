@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.cli import plan_of
 from launcher.errors import ConfigRefused
 from launcher.plan import Plan, absolute, to_plain
 from trainer.contract import TrainSpec, decode
@@ -76,6 +77,19 @@ def test_the_global_batch_is_divided_once(
     assert (spec.batch.global_batch, spec.batch.micro_batch, spec.batch.accumulation) == batch
     assert spec.deepspeed["train_batch_size"] == spec.batch.micro_batch * spec.batch.accumulation * spec.device.world_size == 64
     assert spec.deepspeed["zero_optimization"]["stage"] == stage
+
+
+def test_the_command_plans_what_was_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = ["hardware=p4", "run.force=it's fine"]
+    plan = plan_of(overrides, "")
+    assert plan.overrides == tuple(overrides) and plan.run_id.endswith("-tiny_llava-full-p4-" + plan.run_id[-4:])
+    assert plan_of(overrides, "monday").run_id == "monday"
+    for run_id in ("a/b", "..", "a b"):
+        with pytest.raises(ConfigRefused, match=r"--run-id"):
+            plan_of(overrides, run_id)
+    with pytest.raises(ConfigRefused, match=r"stage\.checkpoint=mondy: neither a run"):
+        plan_of(["stage=lora", "stage.checkpoint=mondy"], "")
 
 
 def test_two_problems_are_reported_together(plan_for: Callable[..., Plan]) -> None:

@@ -1,6 +1,7 @@
 """A run's folder: written before, closed after, never overwritten."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -10,12 +11,26 @@ import pytest
 
 from launcher.compose import compose
 from launcher.errors import ConfigRefused
-from launcher.gang import NodeResult
+from launcher.member import NodeResult
 from launcher.plan import Plan
-from launcher.record import SourceState, close_run, find_failure, last_checkpoint, name_run, open_run, read_rows, resolve_checkpoint
+from launcher.record import (
+    Failure,
+    Record,
+    SourceState,
+    close_run,
+    find_failure,
+    last_checkpoint,
+    name_run,
+    open_run,
+    read_rows,
+    resolve_checkpoint,
+    valid_run_id,
+)
+from launcher.schema import Config
 from trainer import contract
 from trainer.contract import SCHEMA, FailureReport, StepRow
 
+CONF = Path(__file__).resolve().parents[2] / "conf"
 SOURCE = SourceState(commit="c0ffee", dirty=True)
 NOW = datetime(2026, 11, 21, 1, 2, 3, tzinfo=UTC)
 ROW = StepRow(step=1, steps=2, loss=1.5, lr=0.1, grad_norm=1.0, samples=64, tokens=2048, seconds=0.1, peak_bytes=1)
@@ -32,9 +47,9 @@ def close(plan: Plan, nodes: tuple[NodeResult, ...] = ()) -> object:
     )
 
 
-def report(rank: int, unix_s: float) -> FailureReport:
+def report(rank: int, unix_s: float, code: int = 1) -> FailureReport:
     return FailureReport(
-        schema=SCHEMA, rank=rank, hostname="h", unix_s=unix_s, code=5, kind="RunFailed", message=f"rank {rank} broke", traceback="a\nb\n"
+        schema=SCHEMA, rank=rank, hostname="h", unix_s=unix_s, code=code, kind="Broken", message=f"rank {rank} broke", traceback="a\nb\n"
     )
 
 
@@ -50,6 +65,22 @@ def test_a_run_is_never_overwritten(plan: Plan) -> None:
     with pytest.raises(ConfigRefused, match="is there already"):
         open_run(plan, SOURCE)
     assert (folder / "plan.json").exists()
+
+
+@pytest.mark.parametrize("folder", ["file/R", "link/R", "/proc/omnilaunch/R", "n" * 300])
+def test_a_folder_that_cannot_be_made_is_refused(plan: Plan, tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere/at/all")
+    with pytest.raises(ConfigRefused, match=r"cannot be made: .*cluster\.root=FOLDER"):
+        open_run(replace(plan, folder=str(tmp_path / folder)), SOURCE)
+
+
+def test_credentials_in_a_failure_are_not_recorded(plan: Plan) -> None:
+    folder = open_run(plan, SOURCE)
+    failure = Failure(host="launcher", rank=-1, code=3, message="no answer of https://ann:pa55@mirror", log="", tail=("http://b:pa55@c",))
+    record = close_run(plan, SOURCE, "failed", 3, started=NOW, ended=NOW, nodes=(), failure=failure)
+    assert record.failure == replace(failure, message="no answer of https://***@mirror", tail=("http://***@c",))
+    assert "pa55" not in (folder / "result.json").read_text() and contract.read(Record, folder / "result.json") == record
 
 
 def test_a_run_that_left_nothing_has_a_record(plan: Plan) -> None:
@@ -75,6 +106,14 @@ def test_the_rank_that_failed_first_is_named(plan: Plan) -> None:
     assert failure is not None and (failure.rank, failure.message, failure.tail) == (1, "rank 1 broke", ("a", "b"))
 
 
+@pytest.mark.parametrize("code", [2, 5])
+def test_what_was_said_on_purpose_has_no_traceback(plan: Plan, code: int) -> None:
+    folder = open_run(plan, SOURCE)
+    contract.write(report(0, 1.0, code), folder / contract.FAILURE_FILES.format(rank=0))
+    failure = find_failure(plan, ())
+    assert failure is not None and (failure.code, failure.message, failure.tail) == (code, "rank 0 broke", ())
+
+
 def test_without_a_report_the_nodes_last_lines_tell(plan: Plan) -> None:
     folder = open_run(plan, SOURCE)
     (folder / "logs/node0.log").write_text("\n".join(f"line {i}" for i in range(40)))
@@ -84,17 +123,49 @@ def test_without_a_report_the_nodes_last_lines_tell(plan: Plan) -> None:
 
 def test_a_run_id_stands_for_its_newest_checkpoint(plan: Plan, tmp_path: Path) -> None:
     folder = open_run(plan, SOURCE)
-    config = compose([f"stage.checkpoint={plan.run_id}", "stage=lora"], Path(__file__).resolve().parents[2] / "conf")
+    config = compose([f"stage.checkpoint={plan.run_id}", "stage=lora"], CONF)
     with pytest.raises(ConfigRefused, match="saved no checkpoint"):
         resolve_checkpoint(config, tmp_path / "runs")
-    for name in ("step-000010", "step-000200", ".step-000300.partial"):
+    for name in ("step-000010", "step-999999", "step-1000000", ".step-2000000.partial", "step-of-mine"):
         (folder / "checkpoints" / name).mkdir(parents=True)
-    assert last_checkpoint(folder) == "checkpoints/step-000200"
-    assert resolve_checkpoint(config, tmp_path / "runs").stage.checkpoint == str(folder / "checkpoints/step-000200")
-    elsewhere = replace(config, stage=replace(config.stage, checkpoint="some/folder"))
-    assert resolve_checkpoint(elsewhere, tmp_path / "runs") == elsewhere
+    assert last_checkpoint(folder) == "checkpoints/step-1000000"
+    assert resolve_checkpoint(config, tmp_path / "runs").stage.checkpoint == str(folder / "checkpoints/step-1000000")
 
 
-def test_a_name_sorts_by_time_and_says_what_it_is() -> None:
-    config = compose(["stage=lora", "stage.checkpoint=x"], Path(__file__).resolve().parents[2] / "conf")
-    assert name_run(config, NOW) == "20261121-010203-tiny_llava-lora-cpu"
+def test_a_checkpoint_that_is_nowhere_is_refused_where_that_can_be_seen(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    open_run(replace(plan, folder=str(tmp_path / "runs/monday")), SOURCE)
+    (tmp_path / "some/folder").mkdir(parents=True)
+    here, there = (compose(["stage=lora", *words], CONF) for words in ((), ("cluster=example",)))
+
+    def resolved(config: Config, text: str) -> str:
+        return resolve_checkpoint(replace(config, stage=replace(config.stage, checkpoint=text)), tmp_path / "runs").stage.checkpoint
+
+    with pytest.raises(ConfigRefused, match=r"stage\.checkpoint=mondy: .*did you mean 'monday'\? valid are: monday"):
+        resolved(here, "mondy")
+    for text in ("some/foldr", "n" * 300, "/nowhere/at/all"):
+        with pytest.raises(ConfigRefused, match=r"neither a run .* nor a folder"):
+            resolved(here, text)
+    for config, text in ((here, "some/folder"), (here, "./some/folder"), (here, ""), (there, "/nodes/only")):
+        assert resolved(config, text) == text
+
+
+def test_a_name_sorts_by_time_says_what_it_is_and_is_no_other_ones() -> None:
+    config = compose(["stage=lora", "stage.checkpoint=x"], CONF)
+    name = name_run(config, NOW, pid=7)
+    assert re.fullmatch(r"20261121-010203-tiny_llava-lora-cpu-[0-9a-f]{4}", name) and valid_run_id(name) == name
+    assert name_run(config, NOW, pid=7) == name
+    assert len({name, name_run(config, NOW, pid=8), name_run(config, NOW + timedelta(microseconds=1), pid=7)}) == 3
+
+
+@pytest.mark.parametrize("text", ["", "a/b", "..", ".hidden", "-x", "a b", "a\n", "ü", "n" * 101, "a:b"])
+def test_a_run_id_that_no_folder_and_no_container_can_have(text: str) -> None:
+    with pytest.raises(ConfigRefused, match=r"--run-id"):
+        valid_run_id(text)
+
+
+@pytest.mark.parametrize("text", ["a", "monday", "20261121-1.2_x", "N" * 100])
+def test_a_run_id(text: str) -> None:
+    assert valid_run_id(text) == text

@@ -24,6 +24,11 @@ ATTENTION = {
     "flash3": "flash_attention_3",
     "npu_fusion": "flash_attention_2",  # transformers maps this name to torch_npu's fusion kernel on an NPU
 }
+# What decides the shape of a weight or the number of image tokens, of the vision tower and of the decoder.
+SHAPE = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "patch_size",
+    "image_size",
+)  # fmt: skip
 VISION_CLASS_TOKENS = 1  # CLIP puts one before the patches
 
 
@@ -49,8 +54,27 @@ def create(model: ModelSpec) -> LlavaForConditionalGeneration:
 
 
 def load(folder: Path, model: ModelSpec, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+    """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model: its weights would be taken, and
+    batch, memory and image tokens were planned for this one."""
+    refuse_another(folder, model)
     attention = ATTENTION[model.attention]
     return LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation=attention, local_files_only=True)
+
+
+def refuse_another(folder: Path, model: ModelSpec) -> None:
+    kind = LlavaConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
+    if kind != LlavaConfig.model_type:
+        raise InputRefused(
+            f"{folder} is a {kind}, {model.name} is a {LlavaConfig.model_type}: choose the checkpoint's own with model=NAME."
+        )
+    found = LlavaConfig.from_pretrained(folder, local_files_only=True)
+    parts = {"vision": found.vision_config, "text": found.text_config}
+    keys = [(part, key, model.architecture[part][key]) for part in parts for key in SHAPE if key in model.architecture[part]]
+    given = {f"{part}.{key}": (wanted, getattr(parts[part], key, None)) for part, key, wanted in keys if wanted is not None}
+    lines = [f"  model.architecture.{key}: {wanted}, the checkpoint has {has}" for key, (wanted, has) in given.items() if wanted != has]
+    if lines:
+        listed = "\n".join(lines)
+        raise InputRefused(f"{folder} holds another model than {model.name}: choose its own with model=NAME.\n{listed}")
 
 
 def create_processor(model: ModelSpec) -> Processor:

@@ -87,6 +87,31 @@ def test_saved_and_loaded_again_it_is_the_same_model_in_another_dtype(tiny_spec:
     assert opened.tokenizer.padding_side == "right"
 
 
+def test_a_checkpoint_of_another_model_is_refused_with_every_difference(tiny_spec: Any, tmp_path: Any) -> None:
+    LLAVA.create(tiny_spec(width=32).model).save_pretrained(tmp_path)
+    wanted = tiny_spec("other", width=64).model
+    vision = {**wanted.architecture["vision"], "patch_size": 16, "num_hidden_layers": 9}
+    wanted = replace(wanted, architecture={**wanted.architecture, "vision": vision})
+    with pytest.raises(InputRefused) as caught:
+        LLAVA.load(tmp_path, wanted, torch.float32)
+    text = str(caught.value)
+    assert f"{tmp_path} holds another model than {wanted.name}" in text and "choose its own with model=NAME" in text
+    for line in (
+        "model.architecture.vision.hidden_size: 64, the checkpoint has 32",
+        "model.architecture.vision.num_hidden_layers: 9, the checkpoint has 2",
+        "model.architecture.vision.patch_size: 16, the checkpoint has 8",
+        "model.architecture.text.intermediate_size: 128, the checkpoint has 64",
+    ):
+        assert line in text
+    assert "num_attention_heads" not in text and "vocab_size" not in text
+
+
+def test_a_checkpoint_of_another_family_is_refused(tiny_spec: Any, tmp_path: Any) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl", "hidden_size": 32}')
+    with pytest.raises(InputRefused, match=r"is a qwen2_5_vl, .* is a llava"):
+        LLAVA.load(tmp_path, tiny_spec().model, torch.float32)
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_chat_template_writes_the_text_that_is_trained_on(template: Template) -> None:
     turns = [("user", "<image>\nWhat {x} 'is' it? "), ("assistant", 'A "cat"\n'), ("user", "And {{ this }}?"), ("assistant", "7")]

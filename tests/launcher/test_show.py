@@ -1,0 +1,138 @@
+"""What a person reads of a plan and of a run: no credential, no command that is another run or cannot work."""
+
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import ConfigRefused
+from launcher.member import NodeResult
+from launcher.plan import Plan
+from launcher.record import Record, SourceState, Status, close_run, open_run
+from launcher.show import describe_plan, describe_record, describe_runs, next_commands, plan_json
+from trainer import contract
+from trainer.contract import SCHEMA
+
+SOURCE = SourceState(commit="", dirty=False)
+NOW = datetime(2026, 11, 21, 1, 2, 3, tzinfo=UTC)
+ENDED = NodeResult(host="localhost", node_rank=0, code=0, seconds=1.0, killed=False)
+
+
+def end(plan: Plan, status: Status = "finished", *, checkpoint: bool = True, nodes: tuple[NodeResult, ...] = (ENDED,)) -> Record:
+    folder = open_run(plan, SOURCE)
+    if checkpoint:
+        (folder / "checkpoints/step-000300").mkdir(parents=True)
+    return close_run(plan, SOURCE, status, 0, started=NOW, ended=NOW + timedelta(seconds=2), nodes=nodes, failure=None)
+
+
+# ------------------------------------------------------------------------------------------------------------- next commands
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("hardware=p4", "run.steps=100"),
+        (
+            "run.force=it's fine",
+            "data=files",
+            "data.train=日 本.json",
+            "data.evaluation=b.json",
+            "data.images=.",
+            "cluster.devices_per_node=2",
+        ),
+    ],
+)
+def test_next_is_the_same_run(plan_for: Callable[..., Plan], overrides: tuple[str, ...]) -> None:
+    last = describe_plan(plan_for(*overrides)).splitlines()[-1]
+    assert last.startswith("next: omnilaunch launch")
+    assert tuple(shlex.split(last.removeprefix("next: omnilaunch launch"))) == overrides
+
+
+def commands(plan: Plan, tmp_path: Path) -> list[list[str]]:
+    return [shlex.split(line)[1:] for line in next_commands(end(plan), plan).splitlines()]
+
+
+def test_a_run_is_followed_by_what_was_typed_with_another_stage(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    kept = (f"cluster.root={tmp_path}", "run.seed=3", "precision=bf16")
+    plan = plan_for("stage=full", "stage.optimizer.lr=1e-3", *kept)
+    assert commands(plan, tmp_path) == [
+        ["launch", *kept, "stage=evaluate", "stage.checkpoint=R"],
+        ["launch", *kept, "stage=lora", "stage.checkpoint=R"],
+        ["runs"],
+    ]
+
+
+def test_what_cannot_follow_is_not_offered(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    """LoRA's 16 samples cannot be cut into micro-batches of 64, and an evaluation that is switched off does nothing."""
+    root = f"cluster.root={tmp_path}"
+    assert [words[2:] for words in commands(plan_for(root, "strategy.micro_batch=64"), tmp_path)[:-1]] == [
+        ["strategy.micro_batch=64", "stage=evaluate", "stage.checkpoint=R"]
+    ]
+    assert [
+        words[2:] for words in commands(replace_folder(plan_for(root, "run.evaluation.enabled=false"), tmp_path / "b"), tmp_path)[:-1]
+    ] == [["run.evaluation.enabled=false", "stage=lora", "stage.checkpoint=R"]]
+
+
+def replace_folder(plan: Plan, folder: Path) -> Plan:
+    return replace(plan, folder=str(folder))
+
+
+# -------------------------------------------------------------------------------------------------------------- credentials
+
+
+def test_credentials_are_shown_and_written_nowhere(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    plan = plan_for(
+        f"cluster.root={tmp_path}",
+        "cluster.delivery.index=https://ann:pa55word@mirror.example/simple",
+        "cluster.delivery.proxy=http://ann:pa55word@proxy.example:3128",
+    )
+    assert plan.config.cluster.delivery.index == "https://ann:pa55word@mirror.example/simple"
+    end(plan)
+    written = [path.read_text(encoding="utf-8") for path in Path(plan.folder).rglob("*") if path.is_file()]
+    assert len(written) >= 5
+    for text in (describe_plan(plan), plan_json(plan), *written):
+        assert "pa55word" not in text
+    assert json.loads(plan_json(plan))["config"]["cluster"]["delivery"]["index"] == "https://***@mirror.example/simple"
+    assert "'cluster.delivery.proxy=http://***@proxy.example:3128'" in describe_plan(plan).splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------------------------------ records
+
+
+def test_a_killed_run_that_saved_nothing_says_what_to_change(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    plan = plan_for(f"cluster.root={tmp_path}")
+    text = describe_record(end(plan, "stopped", checkpoint=False, nodes=(replace(ENDED, code=-9, killed=True),)), plan)
+    assert "killed after run.stop_timeout_s=8 without saving; raise it, or set run.save_every" in text
+
+
+@pytest.mark.parametrize(("checkpoint", "killed"), [(True, True), (False, False)])
+def test_a_run_that_saved_or_was_not_killed_says_no_such_thing(
+    plan_for: Callable[..., Plan], tmp_path: Path, checkpoint: bool, killed: bool
+) -> None:
+    plan = plan_for(f"cluster.root={tmp_path}")
+    assert "without saving" not in describe_record(
+        end(plan, "stopped", checkpoint=checkpoint, nodes=(replace(ENDED, killed=killed),)), plan
+    )
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"schema": 99}', f'{{"schema": {SCHEMA}}}', '{"seconds": ' + "9" * 5000 + "}"])
+def test_a_broken_record_is_called_broken(plan_for: Callable[..., Plan], tmp_path: Path, text: str) -> None:
+    folder = open_run(plan_for(f"cluster.root={tmp_path}"), SOURCE)
+    assert "no record: under way" in describe_runs(folder.parent)
+    (folder / "result.json").write_text(text, encoding="utf-8")
+    (line,) = describe_runs(folder.parent).splitlines()
+    assert line.startswith("R ") and "result.json cannot be read: " in line
+    with pytest.raises(contract.SpecError, match="result"):
+        contract.read(Record, folder / "result.json")
+
+
+def test_runs_that_are_no_folder(tmp_path: Path) -> None:
+    assert "start one with: omnilaunch launch" in describe_runs(tmp_path / "runs")
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(ConfigRefused, match=r"runs is a file.*cluster\.root"):
+        describe_runs(tmp_path / "runs")
