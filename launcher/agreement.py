@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 
+from launcher.device import used
 from launcher.finding import EVERY_NODE, Case, Diagnosis, fine, unchecked, warn, wrong
 from launcher.fit import device_count
 from launcher.network import Choice, choose_network
@@ -33,7 +34,8 @@ def check_same_chips(cases: Sequence[Case]) -> dict[str, Diagnosis]:
 
 
 def chips(case: Case) -> str:
-    return ", ".join(sorted({device.name for device in case.facts.devices})) or "no device"
+    """Of the devices that the run takes: a node may have others."""
+    return ", ".join(sorted({device.name for device in used(case)})) or "no device"
 
 
 def check_same_count(cases: Sequence[Case]) -> dict[str, Diagnosis]:
@@ -131,12 +133,15 @@ def check_same_contents(cases: Sequence[Case]) -> dict[str, Diagnosis]:
 
 
 def check_same_image(cases: Sequence[Case]) -> dict[str, Diagnosis]:
-    """By id. Sending replaces an older one; a node that pulls keeps what it has under that tag."""
+    """By id. Sending replaces an older one; a node that pulls keeps what it has under that tag. What each node builds for itself has an
+    id of its own: the tag says what it is made of, and a launch compares the whole fingerprint."""
     having = [case for case in cases if case.facts.image_id]
     if not having:
         return agreed("no node has the image yet")
-    usual, odd = odd_ones(having, lambda case: case.facts.image_id)
     plan = cases[0].plan
+    if plan.config.cluster.delivery.kind == "build_on_nodes":
+        return agreed(f"built by {len(having)} of {len(cases)} node(s), each for itself")
+    usual, odd = odd_ones(having, lambda case: case.facts.image_id)
     judge = wrong if plan.config.cluster.delivery.kind == "pull" else warn
     fix = f"docker image rm {plan.image.tag}"
     return {

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from launcher.credential import mask_credentials
 from launcher.fleet import each, together
 from launcher.node import Site
-from launcher.record import ATTEMPT_FILE, ATTEMPTS, Attempt, Failure
+from launcher.record import ATTEMPT_FILE, ATTEMPTS, Attempt, Failure, attempt_files
 from launcher.schema import Cluster
 from launcher.ship import send
 from trainer import contract
@@ -52,9 +52,10 @@ def repeats(earlier: Attempt, later: Attempt) -> bool:
     return (earlier.steps, first.rank, first.message) == (later.steps, second.rank, second.message)
 
 
-def set_aside(folder: Path, attempt: Attempt) -> Attempt:
-    """Move what an attempt left in the launcher's folder to attempts/<number>/, where its logs and reports stay. The rows of its steps stay
-    too, as a copy: the trainer cuts off those after the checkpoint that it goes on from."""
+def set_aside(folder: Path, attempt: Attempt, *, mirrored: bool) -> Attempt:
+    """Move what an attempt left in the launcher's folder to attempts/<number>/, where its logs and reports stay. The rows of its steps are
+    there as well; in the run's folder the trainer cuts off those after the checkpoint that it goes on from, and where that folder is only
+    a mirror of node 0's, they come from there again."""
     aside = folder / ATTEMPTS / str(attempt.number)
     aside.mkdir(parents=True, exist_ok=True)
     for path in (folder / "logs", folder / ENVIRONMENT_FILE, *sorted(folder.glob(FAILURE_FILES.format(rank="*")))):
@@ -62,7 +63,7 @@ def set_aside(folder: Path, attempt: Attempt) -> Attempt:
             shutil.move(path, aside / path.name)
     (folder / "logs").mkdir()
     if (folder / METRICS_FILE).exists():
-        shutil.copy2(folder / METRICS_FILE, aside / METRICS_FILE)
+        (shutil.move if mirrored else shutil.copy2)(folder / METRICS_FILE, aside / METRICS_FILE)
     moved = replace(attempt, failure=moved_failure(attempt.failure, folder, aside))
     contract.write(contract.decode(Attempt, mask_credentials(asdict(moved))), aside / ATTEMPT_FILE)
     return moved
@@ -94,12 +95,24 @@ def spread_checkpoint(sites: Sequence[Site], say: Callable[[str], None]) -> str:
     each(lambda site: must(site, "rm", "-rf", "--", incoming), lacking)
     each(lambda site: must(site, "mkdir", "-p", "--", incoming), lacking)
     load = ("tar", "-C", incoming, "-xf", "-")
-    failures = [answer for answer in send(("tar", "-C", str(folder), "-cf", "-", newest), load, lacking, source.transport, say) if answer]
+    failures = [
+        answer
+        for answer in send(("tar", "-C", str(folder), "-cf", "-", newest), load, lacking, source.transport, say, what="the checkpoint")
+        if answer
+    ]
     if failures:
         raise together(failures, len(lacking))
     each(lambda site: must(site, "mv", "-T", "--", f"{incoming}/{newest}", str(folder / newest)), lacking)
     each(lambda site: must(site, "rm", "-rf", "--", incoming), lacking)
     return newest
+
+
+def restore_rows(site: Site, folder: Path) -> None:
+    """Give a node that is the first one now the rows that its forerunner wrote, from the launcher's folder."""
+    path = str(PurePosixPath(site.command.folder) / METRICS_FILE)
+    kept = attempt_files(folder, METRICS_FILE)
+    if kept and site.transport.get(path) is None:
+        site.transport.put(kept[-1].read_bytes(), path, mode=0o644)
 
 
 def newest_checkpoint(site: Site) -> str:

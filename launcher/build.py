@@ -36,6 +36,10 @@ ADVICE = (
         "the engine's disk is full: docker system df shows by what, docker builder prune frees the build cache",
     ),
     (r"AssertionError: the base has Python", "take a base with the Python of the lock, or leave cluster.delivery.base empty"),
+    (
+        r"buildx component is missing|unknown flag: --secret",
+        "the node's docker client has no BuildKit: install docker-buildx-plugin (or docker-buildx) there",
+    ),
     (r"exec format error", "the base is for another architecture than this machine: build on a machine of the nodes' architecture"),
     (r"CERTIFICATE_VERIFY_FAILED|SSLError", "a proxy with a certificate of its own: name its bundle with cluster.delivery.ca_bundle=FILE"),
     (
@@ -63,7 +67,7 @@ def build(image: Image, *, root: Path, delivery: Delivery, on_line: Callable[[st
         context = fill_context(image, root, delivery)
         with tempfile.TemporaryDirectory(prefix="omnilaunch-") as secrets:
             told = write_secrets(delivery, Path(secrets))
-            command = build_command(client, image, context, told, source_commit(root), delivery=delivery, fresh=fresh)
+            command = build_command(client.path, image, context, told, source_commit(root), delivery=delivery, fresh=fresh)
             run_build(command, context.with_suffix(".log"), delivery, on_line)
     made = find(image)
     if made is None:
@@ -77,20 +81,25 @@ def build(image: Image, *, root: Path, delivery: Delivery, on_line: Callable[[st
 
 
 def refuse_unbuildable(image: Image, delivery: Delivery, client: Client) -> None:
-    """Raise ImageFailed for an image that may not or cannot be built, before anything is made."""
-    if delivery.kind != "build":
+    """Raise ImageFailed for an image that may not or cannot be built here, before anything is made."""
+    if delivery.kind not in ("build", "build_on_nodes"):
         raise ImageFailed(
-            f"{image.tag} is not on this machine and cluster.delivery.kind={delivery.kind} is still to come; use cluster.delivery.kind=build"
+            f"{image.tag} is not on this machine, and cluster.delivery.kind={delivery.kind} builds none; use cluster.delivery.kind=build"
         )
-    if not image.lock:
-        raise ImageFailed(
-            f"stack {image.stack} has no lock for {image.architecture} yet (images/versions.yaml, key stacks.{image.stack}.locks): "
-            "its image can be planned, not built"
-        )
+    refuse_unready(image, delivery)
     if image.architecture != client.architecture:
         raise ImageFailed(
             f"{image.tag} is for {image.architecture}, the Docker engine here is {client.architecture}: build it on a machine of the nodes' "
             f"architecture. For one without a network, fill its wheelhouse here: omnilaunch image fetch --architecture {image.architecture}"
+        )
+
+
+def refuse_unready(image: Image, delivery: Delivery) -> None:
+    """The same for one that may not or cannot be built anywhere."""
+    if not image.lock:
+        raise ImageFailed(
+            f"stack {image.stack} has no lock for {image.architecture} yet (images/versions.yaml, key stacks.{image.stack}.locks): "
+            "its image can be planned, not built"
         )
     if image.licence and not delivery.accept_licence:
         raise ImageFailed(
@@ -168,12 +177,12 @@ def write_secrets(delivery: Delivery, folder: Path) -> dict[str, Path]:
 
 
 def build_command(
-    client: Client, image: Image, context: Path, secrets: dict[str, Path], commit: str, *, delivery: Delivery, fresh: bool
+    client: str, image: Image, context: Path, secrets: dict[str, Path], commit: str, *, delivery: Delivery, fresh: bool
 ) -> tuple[str, ...]:
-    """The argv. Proxies are named without their value, which the client takes from its environment."""
+    """The argv of a `client` program. Proxies are named without their value, which it takes from its environment."""
     labels = {**image.labels, "org.opencontainers.image.revision": commit}
     return (
-        client.path, "build", "--progress", "plain", "--tag", image.tag,
+        client, "build", "--progress", "plain", "--tag", image.tag,
         *(("--network", "none") if delivery.wheelhouse else ()), *(("--no-cache",) if fresh else ()),
         *(part for name, value in sorted(labels.items()) for part in ("--label", f"{name}={value}")),
         *(part for name, path in sorted(secrets.items()) for part in ("--secret", f"id={name},src={path}")),
@@ -204,7 +213,7 @@ def run_build(command: tuple[str, ...], log: Path, delivery: Delivery, on_line: 
                 for line in client.stdout or ():
                     kept.write(line)
                     last.append(line.rstrip())
-                    advice.extend(text for pattern, text in ADVICE if re.search(pattern, line))
+                    advice.extend(advice_on(line))
                     if said := shorten(line.rstrip()):
                         on_line(said)
         except BaseException:
@@ -216,6 +225,10 @@ def run_build(command: tuple[str, ...], log: Path, delivery: Delivery, on_line: 
         raise ImageFailed(
             f"the image was not built (docker build ended with {client.returncode}); its last lines:\n  {shown}\n  all of them: {log}{fix}"
         )
+
+
+def advice_on(said: str) -> tuple[str, ...]:
+    return tuple(text for pattern, text in ADVICE if re.search(pattern, said))
 
 
 def shorten(line: str) -> str:

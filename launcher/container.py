@@ -20,7 +20,7 @@ LIMITS = (
     "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss", "rtprio", "rttime", "sigpending", "stack",
 )  # fmt: skip
 UNLIMITED = -1
-REGISTRY = re.compile(r"[A-Za-z0-9.-]+(:\d+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*/?")  # host, port, path: distribution/reference
+REGISTRY = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(:\d+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*/?")  # host, port, path: distribution/reference
 
 # ------------------------------------------------------------------------------------------------- variables and secrets
 
@@ -67,11 +67,15 @@ def docker_takes_the_settings(config: Config, _: Mapping[str, Stack]) -> Iterato
     if not SIZE.fullmatch(cluster.shm_size):
         what = f"{cluster.shm_size!r} is not a size as docker takes it"
         yield Problem(key="cluster.shm_size", what=what, changes=("cluster.shm_size=16g",))
-    if not all(path.startswith("/") for path in cluster.mounts):
-        relative = ", ".join(repr(path) for path in cluster.mounts if not path.startswith("/"))
-        kept = ",".join(path if path.startswith("/") else "/FOLDER" for path in cluster.mounts)
-        what = f"{relative}: a mount is a folder of the nodes, from the root on"
-        yield Problem(key="cluster.mounts", what=what, changes=(f"cluster.mounts=[{kept}]",))
+    for name, what in (
+        ("mounts", "a mount is a folder of the nodes, from the root on"),
+        ("sync", "what is copied lies at the same place on both sides"),
+    ):
+        paths = getattr(cluster, name)
+        if not all(path.startswith("/") for path in paths):
+            relative = ", ".join(repr(path) for path in paths if not path.startswith("/"))
+            kept = ",".join(path if path.startswith("/") else "/FOLDER" for path in paths)
+            yield Problem(key=f"cluster.{name}", what=f"{relative}: {what}", changes=(f"cluster.{name}=[{kept}]",))
 
 
 def limits_are_limits(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from launcher.accelerator import attach
+from launcher.accelerator import attach, share_of
 from launcher.errors import NodeFailed
 from launcher.finding import EVERY_NODE, Case, Diagnosis, fine, unchecked, wrong
 from launcher.fit import device_count
@@ -24,11 +24,17 @@ DOCKER_FAILED = (125, 126, 127)  # docker run itself, or a command that is not i
 NO_IMAGE = "the image is not on the node yet"
 DOCTOR_LABEL = "omnilaunch.doctor"
 
+NO_ASCEND_RUNTIME = "install Ascend Docker Runtime and sudo systemctl restart docker, or cluster.ascend_runtime=false"
 # What docker says when it cannot start a container -> what mends it. The first that fits.
 START_FIXES = (
     ("could not select device driver", "install nvidia-container-toolkit, then: sudo systemctl restart docker"),
-    ("error gathering device information", "cluster.devices_per_node=N for the devices that are there, or reload the driver"),
-    ("bind source path does not exist", "install the driver there, or take the path out of cluster.mounts"),
+    ("unknown runtime specified", NO_ASCEND_RUNTIME),
+    ("invalid runtime name", NO_ASCEND_RUNTIME),
+    ("error gathering device information", "cluster.devices_per_node=N or cluster.nodes.N.devices for what is there, or reload the driver"),
+    (
+        "bind source path does not exist",
+        "cluster.sync=[PATH] copies it there when a run is launched; of a driver, install it; else take the path out of cluster.mounts",
+    ),
     ("rlimit", "cluster.ulimits: raise the engine's own limit (default-ulimits in /etc/docker/daemon.json), or leave it out"),
     ("operation not permitted", "leave out what the engine may not grant: cluster.ulimits"),
     ("no space left on device", "free room where docker keeps its data: docker system df"),
@@ -129,10 +135,11 @@ def start_command(case: Case, token: str) -> tuple[str, ...]:
     cluster, config = case.plan.config.cluster, case.plan.config
     limits = (part for key, value in sorted(cluster.ulimits.items()) for part in ("--ulimit", f"{key}={value}"))
     mounts = (part for path in cluster.mounts for part in ("--mount", f"type=bind,source={path},target={path},readonly"))
-    devices = attach(config.hardware.accelerator, devices=device_count(config), nodes=len(cluster.working)).options
+    attachment = attach(config.hardware.accelerator, share_of(cluster, case.node, device_count(config)))
+    variables = (part for key, value in sorted(attachment.environment.items()) for part in ("--env", f"{key}={value}"))
     return (
         "docker", "run", "--rm", "--network", "host", "--label", f"{DOCTOR_LABEL}={token}", "--shm-size", cluster.shm_size,
-        *limits, *mounts, *devices, "--entrypoint", "true", case.plan.image.tag,
+        *limits, *mounts, *attachment.options, *variables, "--entrypoint", "true", case.plan.image.tag,
     )  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def start_again(plan: Plan, folder: Path, desk: Desk, attempt: Attempt) -> tuple
     why = attempt.failure.message if attempt.failure else "it did not finish"
     desk.say(f"attempt {attempt.number} failed after step {attempt.steps}: {why}")
     plan, desk = desk.move(plan, frozenset(node.host for node in attempt.nodes if node.lost or node.left))
-    set_aside(folder, attempt)
+    set_aside(folder, attempt, mirrored=plan.folder != plan.spec.output)
     number = attempt.number + 1
     target = folder / ATTEMPTS / str(number) / PLAN_FILE
     target.parent.mkdir(exist_ok=True)

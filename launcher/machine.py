@@ -117,10 +117,15 @@ def check_inodes(case: Case) -> Diagnosis:
 
 
 def check_contents(case: Case) -> Diagnosis:
-    """Data and model are used where they lie: nothing is copied behind the user's back."""
-    missing = [f"{path}: {content.error}" for path, content in case.facts.contents.items() if not content.digest]
+    """Data and model are used where they lie: nothing is copied but what cluster.sync names."""
+    synced = case.plan.config.cluster.sync
+    missing = {path: content.error for path, content in case.facts.contents.items() if not content.digest}
+    unnamed = [path for path in missing if not any(PurePosixPath(path).is_relative_to(named) for named in synced)]
+    if unnamed:
+        fix = f"cluster.sync=[{','.join((*synced, *unnamed))}] copies it there from this machine; or mount it on every node"
+        return wrong("\n".join(f"{path}: {missing[path]}" for path in unnamed), fix)
     if missing:
-        return wrong("\n".join(missing), f"bring it there (rsync -a PATH {case.node.host}:PATH), or mount it on every node")
+        return fine(f"{', '.join(missing)} is not there yet; launch copies it (cluster.sync)")
     return fine(f"{len(case.facts.contents)} path(s) of data and model are there")
 
 
@@ -203,7 +208,12 @@ def check_image(case: Case) -> Diagnosis:
     tag, kind = case.plan.image.tag, case.plan.config.cluster.delivery.kind
     if case.facts.image_id:
         return fine(f"{tag} is there ({case.facts.image_id[:19]})")
-    how = {"build": "launch builds and sends it", "ship": "launch sends it", "pull": "launch pulls it"}[kind]
+    how = {
+        "build": "launch builds and sends it",
+        "ship": "launch sends it",
+        "pull": "launch pulls it",
+        "build_on_nodes": "launch has it built there",
+    }[kind]
     return fine(f"{tag} is not there yet; {how}")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from launcher.attempt import spread_checkpoint
+from launcher.attempt import restore_rows, spread_checkpoint
 from launcher.build import build
 from launcher.engine import find
 from launcher.errors import ConfigRefused, ImageFailed, NodeFailed, RunEnded
@@ -128,7 +128,9 @@ def place(plan: Plan, desk: Desk, *, again: bool) -> None:
         return
 
     def spread(sites: Sequence[Site]) -> None:
-        if not spread_checkpoint(sites, desk.say):
+        if spread_checkpoint(sites, desk.say):
+            restore_rows(sites[0], Path(plan.folder))
+        else:
             desk.say("no node that is left has a checkpoint: it starts from the first step")
 
     reopen_run(sites, plan.spec, image=plan.image.tag, user=user, shared=cluster.shared, local=local, spread=spread)

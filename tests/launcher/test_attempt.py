@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.attempt import newest_checkpoint, reason_not_to, replace_lost, set_aside, spread_checkpoint
+from launcher.attempt import newest_checkpoint, reason_not_to, replace_lost, restore_rows, set_aside, spread_checkpoint
 from launcher.errors import NodeFailed
 from launcher.member import NodeResult
 from launcher.node import Site
@@ -81,7 +81,7 @@ def test_what_an_attempt_left_is_kept(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     for name in ("logs/node1.log", "failure-rank1.json", "environment.json", "metrics.jsonl", "plan.json"):
         (tmp_path / name).write_text(name, encoding="utf-8")
-    set_aside(tmp_path, failed(1, log=str(tmp_path / "logs" / "node1.log")))
+    set_aside(tmp_path, failed(1, log=str(tmp_path / "logs" / "node1.log")), mirrored=False)
     aside = tmp_path / "attempts" / "1"
     assert sorted(path.name for path in aside.iterdir()) == [
         "attempt.json",
@@ -94,8 +94,9 @@ def test_what_an_attempt_left_is_kept(tmp_path: Path) -> None:
     (kept,) = load_attempts(tmp_path)
     assert kept.failure is not None and Path(kept.failure.log).read_text(encoding="utf-8") == "logs/node1.log"
     for number in range(2, 12):
-        set_aside(tmp_path, failed(number))
+        set_aside(tmp_path, failed(number), mirrored=True)
     assert [attempt.number for attempt in load_attempts(tmp_path)] == list(range(1, 12))
+    assert not (tmp_path / "metrics.jsonl").exists(), "a mirror begins anew"
 
 
 class Rooted(Local):
@@ -110,6 +111,12 @@ class Rooted(Local):
 
     def run(self, argv: tuple[str, ...], **options: Any) -> Result:
         return super().run(self.here(argv), **options)
+
+    def put(self, content: bytes, path: str, *, mode: int = 0o600) -> None:
+        super().put(content, path.replace(FOLDER, str(self.root)), mode=mode)
+
+    def get(self, path: str) -> bytes | None:
+        return super().get(path.replace(FOLDER, str(self.root)))
 
     def feed(self, argv: tuple[str, ...], chunks: Iterable[bytes], *, timeout_s: float) -> Result:
         return super().feed(self.here(argv), chunks, timeout_s=timeout_s)
@@ -154,6 +161,18 @@ def test_the_newest_checkpoint_comes_to_the_nodes_that_lack_it(tmp_path: Path, s
         assert not (tmp_path / f"n{rank}" / "checkpoints" / ".incoming").exists()
     said.clear()
     assert spread_checkpoint(sites, said.append) == "step-1000000" and not said, "nothing is sent to a node that has it"
+
+
+def test_a_node_that_is_the_first_one_now_gets_the_rows(tmp_path: Path, sites: tuple[Site, ...]) -> None:
+    home = tmp_path / "home"
+    for number, text in ((1, "old\n"), (2, "new\n")):
+        (home / "attempts" / str(number)).mkdir(parents=True)
+        (home / "attempts" / str(number) / "metrics.jsonl").write_text(text, encoding="utf-8")
+    restore_rows(sites[0], home)
+    assert (tmp_path / "n0" / "metrics.jsonl").read_text(encoding="utf-8") == "new\n"
+    (tmp_path / "n1" / "metrics.jsonl").write_text("its own\n", encoding="utf-8")
+    restore_rows(sites[1], home)
+    assert (tmp_path / "n1" / "metrics.jsonl").read_text(encoding="utf-8") == "its own\n"
 
 
 def test_no_checkpoint_anywhere(sites: tuple[Site, ...]) -> None:

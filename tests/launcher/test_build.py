@@ -114,7 +114,7 @@ def test_index_and_bundle_travel_as_secrets(tmp_path: Path, image: Image) -> Non
         "extra-index-url = https://two.example", "cert = /run/secrets/ca",
     ]  # fmt: skip
     assert stat.S_IMODE(secrets["pip"].stat().st_mode) == 0o600
-    command = build_command(CLIENT, image, tmp_path, secrets, "0123", delivery=delivery, fresh=False)
+    command = build_command(CLIENT.path, image, tmp_path, secrets, "0123", delivery=delivery, fresh=False)
     assert "secret@" not in " ".join(command)
     assert command[:6] == ("/usr/bin/docker", "build", "--progress", "plain", "--tag", image.tag)
     assert command[-1] == str(tmp_path)
@@ -126,7 +126,7 @@ def test_a_wheelhouse_turns_the_index_and_the_network_off_and_a_missing_bundle_i
     delivery = Delivery(wheelhouse="wheels")
     secrets = write_secrets(delivery, tmp_path)
     assert "no-index = true" in secrets["pip"].read_text(encoding="utf-8")
-    command = build_command(CLIENT, image, tmp_path, secrets, "0123", delivery=delivery, fresh=True)
+    command = build_command(CLIENT.path, image, tmp_path, secrets, "0123", delivery=delivery, fresh=True)
     assert command[command.index("--network") + 1] == "none" and "--no-cache" in command
     with pytest.raises(ImageFailed, match=r"ca_bundle: there is no file /nowhere\.pem"):
         write_secrets(Delivery(ca_bundle="/nowhere.pem"), tmp_path)

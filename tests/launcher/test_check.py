@@ -117,6 +117,7 @@ REFUSED: tuple[tuple[tuple[str, ...], str, str], ...] = (
     ((*DOCKER, "cluster.ulimits.nofile=2:1"), "cluster.ulimits.nofile", "cluster.ulimits.nofile=1:2"),
     ((*DOCKER, "cluster.ulimits.nofiles=1"), "cluster.ulimits.nofiles", "cluster.ulimits.nofile=1"),
     ((*DOCKER, "cluster.mounts=[data/set]"), "cluster.mounts", "cluster.mounts=[/FOLDER]"),
+    ((*DOCKER, "cluster.sync=[data/set]"), "cluster.sync", "cluster.sync=[/FOLDER]"),
     ((*DOCKER, "cluster.mounts=[/a,'~/b']"), "cluster.mounts", "cluster.mounts=[/a,/FOLDER]"),
     ((*DOCKER, "cluster.delivery.kind=pull"), "cluster.delivery.registry", "cluster.delivery.kind=build"),
     (
