@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from launcher.accelerator import ASCEND_MANAGERS, ASCEND_MOUNTS, ASCEND_NETWORK_MOUNTS
+from launcher.accelerator import ASCEND_MANAGERS, ASCEND_RUNTIME, NPU_SMI, OTHER_NPU_SMI, Share, ascend_mounts, device_numbers, share_of
 from launcher.finding import Case, Diagnosis, fine, unchecked, warn, wrong
 from launcher.fit import device_count
 from launcher.machine import numbers
@@ -14,9 +14,19 @@ BUSY_SHARE = 0.15  # in use by nobody who is seen; an idle 910B4 says 9 %
 NO_DEVICES = "no devices could be read"
 
 
+def numbers_used(case: Case) -> tuple[int, ...]:
+    """The devices that the run takes, by their numbers on the host."""
+    return device_numbers(case.node, device_count(case.plan.config))
+
+
 def used(case: Case) -> tuple[Device, ...]:
-    """The devices that the run takes: the first ones of the node."""
-    return case.facts.devices[: device_count(case.plan.config)]
+    """Those of them that are there."""
+    wanted = numbers_used(case)
+    return tuple(device for device in case.facts.devices if device.physical in wanted)
+
+
+def share(case: Case) -> Share:
+    return share_of(case.plan.config.cluster, case.node, device_count(case.plan.config))
 
 
 def check_device_tool(case: Case) -> Diagnosis:
@@ -28,13 +38,17 @@ def check_device_tool(case: Case) -> Diagnosis:
 
 
 def check_device_count(case: Case) -> Diagnosis:
-    wanted, found = device_count(case.plan.config), len(case.facts.devices)
+    wanted, there = numbers_used(case), tuple(device.physical for device in case.facts.devices)
+    missing = [number for number in wanted if number not in there]
     if case.facts.devices_error:
         return unchecked(NO_DEVICES)
-    if found >= wanted:
-        return fine(f"{found} device(s), {wanted} used")
-    fix = f"cluster.devices_per_node={found}" if found else "look into dmesg for the driver's messages"
-    return wrong(f"{found} device(s), {wanted} wanted on each node", fix)
+    if not missing:
+        return fine(f"{len(there)} device(s), {len(wanted)} used")
+    if not there or (len(there) < len(wanted) and not case.node.devices):
+        fix = f"cluster.devices_per_node={len(there)}" if there else "look into dmesg for the driver's messages"
+        return wrong(f"{len(there)} device(s), {len(wanted)} wanted on each node", fix)
+    named = f"{{host: {case.node.host}, devices: [{', '.join(map(str, there[: len(wanted)]))}]}} in the cluster file"
+    return wrong(f"no device {', '.join(map(str, missing))}; there are {', '.join(map(str, there))}", named)
 
 
 def check_chip(case: Case) -> Diagnosis:
@@ -63,7 +77,7 @@ def check_device_memory(case: Case) -> Diagnosis:
 def check_device_health(case: Case) -> Diagnosis:
     if not used(case):
         return unchecked(NO_DEVICES)
-    ill = [f"device {device.index}: {device.health}" for device in used(case) if device.health.upper() != "OK"]
+    ill = [f"device {device.physical}: {device.health}" for device in used(case) if device.health.upper() != "OK"]
     if not ill:
         return fine("all healthy")
     fix = {
@@ -79,12 +93,12 @@ def check_device_idle(case: Case) -> Diagnosis:
         return unchecked(NO_DEVICES)
     busy = [(device, process) for device in used(case) for process in device.processes]
     if busy:
-        text = ", ".join(f"device {device.index}: process {process.pid} {process.name}".rstrip() for device, process in busy[:6])
+        text = ", ".join(f"device {device.physical}: process {process.pid} {process.name}".rstrip() for device, process in busy[:6])
         pids = " ".join(sorted({str(process.pid) for _, process in busy}))
         return wrong(f"in use: {text}", f"ps -o pid,user,etime,args -p {pids.replace(' ', ',')}; when nobody needs them: kill {pids}")
     full = [device for device in used(case) if taken_share(device) > BUSY_SHARE]
     if full:
-        text = ", ".join(f"device {device.index}: {device.memory_used_gib:.1f} GiB" for device in full)
+        text = ", ".join(f"device {device.physical}: {device.memory_used_gib:.1f} GiB" for device in full)
         return warn(f"memory in use by no process that is seen: {text}", "docker ps on the node: a container may hold it")
     return fine("idle")
 
@@ -120,26 +134,40 @@ def out_of_range(case: Case) -> Iterator[str]:
 
 def check_device_files(case: Case) -> Diagnosis:
     """What is mapped into the container must be there, by the numbers that the start command uses."""
-    accelerator, wanted = case.plan.config.hardware.accelerator, device_count(case.plan.config)
+    accelerator, wanted = case.plan.config.hardware.accelerator, numbers_used(case)
     if accelerator == "npu":
-        files = (*(f"/dev/davinci{index}" for index in range(wanted)), *ASCEND_MANAGERS)
+        files = (*(f"/dev/davinci{number}" for number in wanted), *ASCEND_MANAGERS)
     else:
-        files = (*(f"/dev/nvidia{index}" for index in range(wanted)), "/dev/nvidiactl", "/dev/nvidia-uvm")
+        files = (*(f"/dev/nvidia{number}" for number in wanted), "/dev/nvidiactl", "/dev/nvidia-uvm")
     missing = [name for name in files if name not in case.facts.files]
     if not missing:
         return fine(f"{len(files)} device files")
     if accelerator == "cuda":
         return warn(f"missing: {', '.join(missing)}", "sudo nvidia-modprobe -u -c=0 (the container toolkit does it when it can)")
-    return wrong(f"missing: {', '.join(missing)}", "install or reload the Ascend driver; cluster.devices_per_node=N takes the first N")
+    return wrong(
+        f"missing: {', '.join(missing)}", "install or reload the Ascend driver, or name the devices that are there: cluster.nodes.N.devices"
+    )
 
 
 def check_driver_mounts(case: Case) -> Diagnosis:
     """Docker refuses to start a container whose bind mount has no source."""
-    several = len(case.plan.config.cluster.working) > 1
-    wanted = ASCEND_MOUNTS + (ASCEND_NETWORK_MOUNTS if several else ())
+    wanted = ascend_mounts(share(case))
     missing = [path for path in wanted if path not in case.facts.files]
     if not missing:
         return fine(f"{len(wanted)} files of the driver")
+    if missing == [NPU_SMI] and OTHER_NPU_SMI in case.facts.files:
+        return wrong(f"missing: {NPU_SMI}; it lies at {OTHER_NPU_SMI}", f"sudo ln -s {OTHER_NPU_SMI} {NPU_SMI}")
     return wrong(
         f"missing: {', '.join(missing)}", "install the Ascend driver with --full --install-for-all, or link the path to where it lies"
     )
+
+
+def check_ascend_runtime(case: Case) -> Diagnosis:
+    """An engine that lacks it refuses every container that asks for it."""
+    docker = case.facts.docker
+    if not docker or not docker.engine:
+        return unchecked("the engine does not answer")
+    if ASCEND_RUNTIME in docker.runtimes:
+        return fine(f"the engine has the runtime {ASCEND_RUNTIME}")
+    fix = "install Ascend Docker Runtime and sudo systemctl restart docker, or cluster.ascend_runtime=false"
+    return wrong(f"the engine knows no runtime {ASCEND_RUNTIME!r}, only {', '.join(docker.runtimes)}", fix)

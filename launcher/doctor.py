@@ -21,11 +21,12 @@ from launcher.problem import Problem
 from launcher.schema import Node
 from launcher.transport import Transport
 
-Need = Literal["docker", "cuda", "npu", "device", "several", "named_data", "driver"]
+Need = Literal["docker", "cuda", "npu", "ascend_runtime", "device", "several", "named_data", "driver"]
 NEEDS: dict[Need, Callable[[Plan], bool]] = {
     "docker": lambda plan: plan.config.cluster.runtime == "docker",
     "cuda": lambda plan: plan.config.hardware.accelerator == "cuda",
     "npu": lambda plan: plan.config.hardware.accelerator == "npu",
+    "ascend_runtime": lambda plan: plan.config.cluster.ascend_runtime,
     "device": lambda plan: plan.config.hardware.accelerator != "cpu",
     "driver": lambda plan: plan.config.hardware.driver.kind != "none",
     "several": lambda plan: len(plan.config.cluster.working) > 1,
@@ -83,6 +84,7 @@ NODE_CHECKS: dict[str, Check] = {
     "driver": Check(ask=device.check_driver, needs=("driver",)),
     "device_files": Check(ask=device.check_device_files, needs=("device",)),
     "driver_mounts": Check(ask=device.check_driver_mounts, needs=("npu", "docker")),
+    "ascend_runtime": Check(ask=device.check_ascend_runtime, needs=("npu", "docker", "ascend_runtime")),
 }
 COMPARISONS: dict[str, Comparison] = {
     "distinct": Comparison(ask=agreement.check_distinct),

@@ -21,6 +21,7 @@ from paramiko import (  # type: ignore[import-untyped]
 
 from launcher.errors import NodeFailed
 from launcher.hostkey import KnownKey, load_known_keys
+from launcher.schema import Cluster
 
 KEY_NAMES = ("id_ed25519", "id_ecdsa", "id_rsa")
 INCLUDE_DEPTH = 16  # as OpenSSH
@@ -28,19 +29,18 @@ INCLUDE_DEPTH = 16  # as OpenSSH
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """Where things are. `known_hosts`: the first is the one that advice writes to. `silence_s`: how long a node may
-    be unreachable before its connection counts as lost."""
+    """Where things are. `known_hosts`: the first is the one that advice writes to. `connect_timeout_s` and `silence_s`: of the cluster."""
 
     config: Path
     known_hosts: tuple[Path, ...]
     keys: tuple[Path, ...]
     user: str
+    connect_timeout_s: float
+    silence_s: float
     agent: bool = True
-    connect_timeout_s: float = 8
-    silence_s: float = 30
 
 
-def access_of(home: Path, user: str) -> Access:
+def access_of(home: Path, user: str, cluster: Cluster) -> Access:
     """The usual places below a home folder; `user` logs in where neither the cluster nor the ssh config names one."""
     folder = home / ".ssh"
     return Access(
@@ -48,6 +48,8 @@ def access_of(home: Path, user: str) -> Access:
         known_hosts=(folder / "known_hosts", folder / "known_hosts2", Path("/etc/ssh/ssh_known_hosts")),
         keys=tuple(folder / name for name in KEY_NAMES),
         user=user,
+        connect_timeout_s=cluster.connect_timeout_s,
+        silence_s=cluster.silence_s,
     )
 
 

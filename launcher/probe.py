@@ -8,12 +8,12 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from launcher.accelerator import ASCEND_MANAGERS, ASCEND_MOUNTS, ASCEND_NETWORK_MOUNTS
+from launcher.accelerator import ASCEND_MANAGERS, ASCEND_MOUNTS, ASCEND_NETWORK_MOUNTS, OTHER_NPU_SMI
 from launcher.answer import CONTENT, MARK, UNASKED, read_answers, read_clock, read_facts
 from launcher.errors import NodeFailed
 from launcher.facts import NodeFacts
 from launcher.schema import Accelerator
-from launcher.smi import NPU_QUERY, NVIDIA_APPS_QUERY, NVIDIA_QUERY
+from launcher.smi import NPU_QUERY, NVIDIA_APPS_QUERY, NVIDIA_QUERY, TOOL_FOLDERS
 from launcher.start import RUN_LABEL
 from launcher.transport import Transport
 
@@ -24,8 +24,8 @@ CLOCK = ("date", "+%s.%N")
 HDK_FILE = "/usr/local/Ascend/driver/version.info"
 
 # Each question ends with a line that holds its exit code. The second argument is its limit: a dead NFS mount or a driver that hangs
-# must not take the other answers with it. npu-smi lies in /usr/local/sbin on some hosts, which a login without a profile lacks.
-ASK = f"""export LC_ALL=C PATH="$PATH:/usr/local/bin:/usr/local/sbin:/usr/sbin:/sbin"
+# must not take the other answers with it.
+ASK = f"""export LC_ALL=C PATH="$PATH:{TOOL_FOLDERS}"
 ask() {{
   printf '\\n{MARK} %s\\n' "$1"; printf '\\n{MARK} %s\\n' "$1" >&2
   limit=$2; shift 2
@@ -74,7 +74,16 @@ DEVICE_QUESTIONS: dict[Accelerator, dict[str, tuple[str, ...]]] = {
         "devices": NPU_QUERY,
         "driver": ("cat", HDK_FILE),
         # what there is of them, one a line; a missing one is on stderr
-        "files": ("sh", "-c", 'ls -d /dev/davinci[0-9]* "$@"', "sh", *ASCEND_MANAGERS, *ASCEND_MOUNTS, *ASCEND_NETWORK_MOUNTS),
+        "files": (
+            "sh",
+            "-c",
+            'ls -d /dev/davinci[0-9]* "$@"',
+            "sh",
+            *ASCEND_MANAGERS,
+            *ASCEND_MOUNTS,
+            *ASCEND_NETWORK_MOUNTS,
+            OTHER_NPU_SMI,
+        ),
     },
 }
 

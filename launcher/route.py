@@ -57,23 +57,24 @@ class Route:
 
 
 def find_route(node: Node, login: Login) -> Route:
-    """The cluster file wins over the ssh config; port 22 there counts as not said."""
+    """What the cluster file says wins over the ssh config."""
     access = login.access
     config = login.config.lookup(node.host)
     host = config.get("hostname", node.host)
-    port = node.port if node.port != DEFAULT_PORT else int(config.get("port", DEFAULT_PORT))
+    port = node.port if node.port is not None else int(config.get("port", DEFAULT_PORT))
     own_files = tuple(Path(word).expanduser() for word in shlex.split(config.get("userknownhostsfile", "")) if word != "none")
     files = own_files + access.known_hosts[1:] if own_files else access.known_hosts
     name = config.get("hostkeyalias", known_name(host, port))
     identities = tuple(Path(path).expanduser() for path in config.get("identityfile", ()))
-    jumps = split_jumps(node.jump) or configured_jumps(config.get("proxyjump", ""), (node.host, node.port), (host, port))
+    configured = configured_jumps(config.get("proxyjump", ""), (node.host, node.port), (host, port))
+    jumps = split_jumps(node.jump) if node.jump else configured  # `none` in the cluster file: straight there
     return Route(
         node=node.host,
         host=host,
         port=port,
         user=node.user or config.get("user", access.user),
         jumps=jumps,
-        proxy_command="" if jumps else config.get("proxycommand", ""),
+        proxy_command="" if jumps or node.jump else config.get("proxycommand", ""),
         keys=identities if config.get("identitiesonly") == "yes" and identities else (*identities, *access.keys),
         known=keys_of(name, login.known(files)),
         known_hosts=files[0],
@@ -81,11 +82,11 @@ def find_route(node: Node, login: Login) -> Route:
     )
 
 
-def configured_jumps(text: str, *own: tuple[str, int]) -> tuple[str, ...]:
-    """None for the jump host itself, which `Host *` with a ProxyJump names as well."""
+def configured_jumps(text: str, *own: tuple[str, int | None]) -> tuple[str, ...]:
+    """None for the jump host itself, which `Host *` with a ProxyJump names as well. `own`: what the node is called, and what is dialled."""
     jumps = split_jumps(text)
     first = node_of(jumps[0]) if jumps else None
-    return () if first is not None and (first.host, first.port) in own else jumps
+    return () if first is not None and {(first.host, first.port), (first.host, first.port or DEFAULT_PORT)} & {*own} else jumps
 
 
 def split_jumps(text: str) -> tuple[str, ...]:
@@ -100,9 +101,9 @@ def node_of(jump: str) -> Node:
         port = port.removeprefix(":")
     else:
         host, _, port = rest.partition(":") if rest.count(":") == 1 else (rest, "", "")
-    if not host or not (port or str(DEFAULT_PORT)).isdigit():
+    if not host or (port and not port.isdecimal()):
         raise NodeFailed(f"{jump!r} is no jump host: write user@host:port (cluster file nodes[].jump, or ProxyJump in the ssh config)")
-    return Node(host=host, user=user, port=int(port or DEFAULT_PORT))
+    return Node(host=host, user=user, port=int(port) if port else None)
 
 
 def dial(host: str, port: int, *, timeout_s: float) -> socket.socket:

@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 NVIDIA_FIELDS = ("index", "name", "uuid", "memory.total", "memory.used", "driver_version", "compute_cap", "utilization.gpu")
-NVIDIA_QUERY = ("nvidia-smi", f"--query-gpu={','.join(NVIDIA_FIELDS)}", "--format=csv,noheader,nounits")
-NVIDIA_APPS_QUERY = ("nvidia-smi", "--query-compute-apps=gpu_uuid,pid,process_name,used_memory", "--format=csv,noheader,nounits")
-NPU_QUERY = ("npu-smi", "info")
+# Where the tools may lie beside the PATH of a login without a profile: npu-smi in /usr/local/sbin with some drivers, nvidia-smi in WSL's.
+TOOL_FOLDERS = "/usr/local/bin:/usr/local/sbin:/usr/bin:/bin:/usr/sbin:/sbin:/usr/lib/wsl/lib"
+FIND = ("sh", "-c", f'PATH="$PATH:{TOOL_FOLDERS}"; exec "$@"', "sh")
+NVIDIA_QUERY = (*FIND, "nvidia-smi", f"--query-gpu={','.join(NVIDIA_FIELDS)}", "--format=csv,noheader,nounits")
+NVIDIA_APPS_QUERY = (*FIND, "nvidia-smi", "--query-compute-apps=gpu_uuid,pid,process_name,used_memory", "--format=csv,noheader,nounits")
+NPU_QUERY = (*FIND, "npu-smi", "info")
 
 MIB_PER_GIB = 1024
 NOT_SAID = ("[N/A]", "N/A", "[Not Supported]", "[Insufficient Permissions]", "")

@@ -31,7 +31,7 @@ LAUNCHER_ORDER = (
     ("fleet",),
     ("credential", "image", "compose", "fit", "accelerator", "deepspeed", "smi"),
     ("problem",),
-    ("capability", "cluster", "container", "recipe", "network"),
+    ("capability", "cluster", "container", "recipe", "network", "text"),
     ("check",),
     ("start",),
     ("plan",),

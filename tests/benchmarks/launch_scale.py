@@ -38,7 +38,15 @@ GOALS = {"cold": "3 s", "warm": "0.5 s", "attached": "10 % of a core", "threads"
 
 
 def access_to(hosts: Hosts) -> Access:
-    return Access(config=hosts.key.parent / "none", known_hosts=(hosts.known_hosts,), keys=(hosts.key,), user="root", agent=False)
+    return Access(
+        config=hosts.key.parent / "none",
+        known_hosts=(hosts.known_hosts,),
+        keys=(hosts.key,),
+        user="root",
+        agent=False,
+        connect_timeout_s=8,  # as in the schema
+        silence_s=30,
+    )
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def room(path: str = "/srv/omnilaunch", writable: str = "yes", free_kib: int = 2
     return f"{path}\n{writable}\n{df(free_kib)}{counts}"
 
 
-def docker_info(engine: str = "27.5.1", storage: str = "overlay2", runtimes: str = '"runc":{},"nvidia":{}') -> str:
+def docker_info(engine: str = "27.5.1", storage: str = "overlay2", runtimes: str = '"runc":{},"nvidia":{},"ascend":{}') -> str:
     return f'{{"ServerVersion":"{engine}","Driver":"{storage}","Runtimes":{{{runtimes}}},"DockerRootDir":"/var/lib/docker"}}\n'
 
 
@@ -147,6 +147,7 @@ class Bed:
 # Words of a plan, and what a node answers besides.
 CPU = ("cluster=example", "hardware=cpu")
 NPU = ("cluster=example", "hardware=ascend910b")
+NPU_RUNTIME = (*NPU, "cluster.ascend_runtime=true")
 P4 = ("cluster=example", "hardware=p4")
 LOCAL = ("cluster=local",)
 OFFLOAD = (*NPU, "strategy=zero2", "strategy.offload_optimizer=true")

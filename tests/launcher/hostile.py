@@ -1,6 +1,7 @@
 """Strings that a shell would take to be more than strings, and a look at what runs on this machine."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from hypothesis import HealthCheck, given, seed, settings
@@ -41,11 +42,17 @@ def running(*argv: str) -> list[int]:
     """Ids of processes with exactly these arguments, after a moment for them to go."""
     wanted = b"\0".join(word.encode() for word in argv) + b"\0"
     time.sleep(0.2)
-    found = []
+    return [pid for pid, line in command_lines() if line == wanted]
+
+
+def every_argv() -> bytes:
+    """The arguments of every process of this machine, one after the other."""
+    return b" ".join(line for _, line in command_lines())
+
+
+def command_lines() -> Iterator[tuple[int, bytes]]:
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if (entry / "cmdline").read_bytes() == wanted:
-                found.append(int(entry.name))
-        except OSError:
+            yield int(entry.name), (entry / "cmdline").read_bytes()
+        except OSError:  # it has just ended
             continue
-    return found

@@ -92,6 +92,8 @@ def access_in(folder: Path, client_key: Path, *known: str, **changes: object) ->
         "keys": (client_key,),
         "user": USER,
         "agent": False,
+        "connect_timeout_s": 8,
+        "silence_s": 30,
         **changes,
     }
     return Access(**values)  # type: ignore[arg-type]

@@ -135,7 +135,7 @@ def test_wrong_values_are_reported_together() -> None:
         "  stage.trainable.1 (override stage.trainable=[lm,vison]): \"vison\" is not allowed; did you mean 'vision'? "
         "valid are: head, lm, projector, vision\n"
         '  data.train (override data.train=[a.json]): ["a.json"] is not allowed; it must be text; put it in quotes\n'
-        '  cluster.delivery.kind (override cluster.delivery.kind=pushh): "pushh" is not allowed; valid are: build, pull, ship\n'
+        '  cluster.delivery.kind (override cluster.delivery.kind=pushh): "pushh" is not allowed; valid are: build, build_on_nodes, pull, ship\n'
         '  run.steps (override run.steps=abc): "abc" is not allowed; it must be a whole number'
     )
 

@@ -8,16 +8,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sshd import Sshd, access_in, free_port, make_key, node_at
+from sshd import USER, Sshd, access_in, free_port, make_key, node_at
 
 from launcher.errors import NodeFailed
 from launcher.hostkey import keys_of, load_known_keys
 from launcher.link import Client
-from launcher.login import Access
-from launcher.route import node_of
-from launcher.schema import Node
+from launcher.login import Access, Login, access_of
+from launcher.route import find_route, node_of, watch_socket
+from launcher.schema import Cluster, Node
 from launcher.ssh import Ssh
 
 Start = Callable[..., Sshd]
@@ -225,15 +226,41 @@ def test_jump_hosts_that_do_not_work(start: Start, key: Path, tmp_path: Path) ->
     ("text", "expected"),
     [
         ("ann@h:22", ("h", "ann", 22)),
-        ("h", ("h", "", 22)),
+        ("h", ("h", "", None)),
         ("ann@[::1]:2222", ("::1", "ann", 2222)),
-        ("::1", ("::1", "", 22)),
+        ("::1", ("::1", "", None)),
         ("ssh://h:9", ("h", "", 9)),
     ],
 )
-def test_jump_hosts_as_they_are_written(text: str, expected: tuple[str, str, int]) -> None:
+def test_jump_hosts_as_they_are_written(text: str, expected: tuple[str, str, int | None]) -> None:
     node = node_of(text)
     assert (node.host, node.user, node.port) == expected
+
+
+def test_what_the_cluster_file_leaves_out_is_the_ssh_configs(key: Path, tmp_path: Path) -> None:
+    access = access_in(tmp_path / "a", key)
+    access.config.write_text("Host gpu?\n  HostName 192.0.2.7\n  Port 2222\n  User ann\nHost *\n  ProxyJump door\n")
+    login = Login(access)
+
+    def route(**said: Any) -> tuple[str, str, int, str, tuple[str, ...]]:
+        found = find_route(Node(**said), login)
+        return found.node, found.host, found.port, found.user, found.jumps
+
+    assert route(host="gpu1") == ("gpu1", "192.0.2.7", 2222, "ann", ("door",))
+    assert route(host="gpu1", port=22, user="bob") == ("gpu1", "192.0.2.7", 22, "bob", ("door",)), "22 is a port like any other"
+    assert route(host="gpu9", jump="none") == ("gpu9", "192.0.2.7", 2222, "ann", ()), "straight there"
+    assert route(host="other") == ("other", "other", 22, USER, ("door",))
+    assert route(host="door") == route(host="door", port=22) == ("door", "door", 22, USER, ()), "the jump host is reached without itself"
+
+
+def test_times_are_the_clusters(tmp_path: Path) -> None:
+    cluster = Cluster(name="lab", runtime="docker", root="/srv", nodes=(), connect_timeout_s=3, silence_s=90)
+    access = access_of(tmp_path, "ann", cluster)
+    assert (access.connect_timeout_s, access.silence_s, access.user) == (3, 90, "ann")
+    with socket.socket() as plain:
+        watch_socket(plain, silence_s=access.silence_s)
+        kept = [plain.getsockopt(socket.IPPROTO_TCP, option) for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)]
+        assert kept == [30, 15, 2] and plain.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
 
 
 def test_what_cannot_be_reached_says_why_and_what_next(key: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tests.launcher.hospital import (
     LOCAL,
     NO_DOCKER,
     NPU,
+    NPU_RUNTIME,
     OFFLOAD,
     P4,
     PULL,
@@ -106,7 +107,12 @@ NODE_ILLS: dict[str, tuple[Ill, ...]] = {
     ),
     "inodes": (Ill(answers={"root": room(inodes="200")}, says="200 free inodes", fix="du --inodes", level="warning"),),
     "contents": (
-        Ill(words=DATA, answers={"content1": (1, "file\n", "sh: cannot open /d/eval.json: No such file")}, says="/d/eval.json: sh: cannot"),
+        Ill(
+            words=DATA,
+            answers={"content1": (1, "file\n", "sh: cannot open /d/eval.json: No such file")},
+            says="/d/eval.json: sh: cannot",
+            fix="cluster.sync=[/d/eval.json]",
+        ),
     ),
     "leftovers": (
         Ill(answers={"containers": "old-n0\texited\told\n"}, says="old-n0 (exited)", fix="docker rm old-n0", level="warning"),
@@ -200,6 +206,14 @@ NODE_ILLS: dict[str, tuple[Ill, ...]] = {
     "driver_mounts": (
         Ill(words=NPU, answers={"files": ascend()["files"].replace("/etc/hccn.conf\n", "")}, says="missing: /etc/hccn.conf"),
     ),
+    "ascend_runtime": (
+        Ill(
+            words=NPU_RUNTIME,
+            answers={"docker": docker_info(runtimes='"runc":{}')},
+            says="the engine knows no runtime 'ascend', only runc",
+            fix="cluster.ascend_runtime=false",
+        ),
+    ),
 }
 # A second node that is well by itself and does not fit the first. `says` is said of the host that is the odd one.
 COMPARED_ILLS: dict[str, tuple[Ill, ...]] = {
@@ -226,12 +240,12 @@ COMPARED_ILLS: dict[str, tuple[Ill, ...]] = {
 
 
 def test_the_number_of_checks() -> None:
-    assert (len(NODE_CHECKS), len(COMPARISONS), len(EXPERIMENTS)) == (30, 10, 3)
+    assert (len(NODE_CHECKS), len(COMPARISONS), len(EXPERIMENTS)) == (31, 10, 3)
     assert set(NODE_ILLS) == set(NODE_CHECKS) and set(COMPARED_ILLS) | {"clocks"} == set(COMPARISONS)
-    assert sum(check.launch for check in (*NODE_CHECKS.values(), *COMPARISONS.values())) == 31
+    assert sum(check.launch for check in (*NODE_CHECKS.values(), *COMPARISONS.values())) == 32
 
 
-@pytest.mark.parametrize("words", [CPU, NPU, P4, LOCAL, OFFLOAD, DATA, PULL], ids=lambda words: " ".join(words[:2]))
+@pytest.mark.parametrize("words", [CPU, NPU, NPU_RUNTIME, P4, LOCAL, OFFLOAD, DATA, PULL], ids=lambda words: " ".join(words[:2]))
 def test_nodes_that_are_well(plan_for: PlanFor, words: tuple[str, ...]) -> None:
     plan = plan_for(*words)
     findings = examined(plan, beds(plan)).findings
@@ -239,7 +253,7 @@ def test_nodes_that_are_well(plan_for: PlanFor, words: tuple[str, ...]) -> None:
 
 
 def test_every_check_is_made_of_nodes_that_are_well(plan_for: PlanFor) -> None:
-    plans = [plan_for(*words) for words in (CPU, NPU, P4, DATA)]
+    plans = [plan_for(*words) for words in (CPU, NPU_RUNTIME, P4, DATA)]
     names = {finding.name for plan in plans for finding in examined(plan, beds(plan)).findings if finding.level == "ok"}
     assert names == {*NODE_CHECKS, *COMPARISONS, *EXPERIMENTS, "reach"}
 

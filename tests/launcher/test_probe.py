@@ -103,7 +103,7 @@ def test_facts_of_a_healthy_node() -> None:
     assert facts.docker and (facts.docker.engine, facts.docker.storage_driver, facts.docker.runtimes) == (
         "27.5.1",
         "overlay2",
-        ("nvidia", "runc"),
+        ("ascend", "nvidia", "runc"),
     )
     assert facts.containers == (Container(name="omnilaunch-x-n0", state="running", run_id="x"),)
     assert facts.view.reached_at == "192.0.2.11" and facts.reserved_ports == ((60000, 60031),)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hostile import hostile, running
+from hostile import every_argv, hostile, running
 from sshd import Sshd, access_in, make_key, node_at
 
 from launcher.channel import command_line
@@ -63,7 +63,10 @@ def test_hostile_environment_values_arrive_and_are_in_no_argv(ssh: Ssh, tmp_path
     assert {name: received[name] for name in values} == values
     assert list(tmp_path.iterdir()) == []
     process = ssh.start(("sleep", "30"), log=tmp_path / "log", environment={"HF_TOKEN": "canary-4711"})
-    argvs = b" ".join(path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists())
+    deadline = time.monotonic() + 5  # its id is told just before the shell becomes the program
+    while not running("sleep", "30") and time.monotonic() < deadline:
+        pass
+    argvs = every_argv()
     process.signal(signal.SIGKILL)
     assert b"sleep\x0030" in argvs and b"canary-4711" not in argvs
     assert process.wait(5) == -1
