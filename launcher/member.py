@@ -18,6 +18,7 @@ from launcher.start import FOLDER_VARIABLE, NodeCommand, data_env_file, env_file
 from launcher.transport import Running, Transport, kill_processes, processes_with
 
 PROBE_INTERVAL_S = 0.5  # an inspect costs the engine about 20 ms
+LOOK_AGAIN_S = 0.02
 REAP_S = 2  # for a process that was killed to be gone
 LOG_TIMEOUT_S = 60  # for the rest of the log of a container that ended while nobody watched
 LOST = 255  # exit code of a node that does not answer any more
@@ -73,7 +74,10 @@ class ProcessMember:
         self.clear()
 
     def clear(self) -> None:
-        kill_processes(processes_with(FOLDER_VARIABLE, self.command.environment[FOLDER_VARIABLE]))
+        deadline = time.monotonic() + REAP_S
+        while (left := processes_with(FOLDER_VARIABLE, self.command.environment[FOLDER_VARIABLE])) and time.monotonic() < deadline:
+            kill_processes(left)  # again, since one that was killed may have started another just before
+            time.sleep(LOOK_AGAIN_S)
         self.running.wait(REAP_S)
 
 
@@ -198,8 +202,17 @@ class ContainerMember:
         self.transport.run(self.command.stop)  # a container that has just ended is no error
 
     def kill(self) -> None:
-        self.code = self.code if self.code is not None else 128 + signal.SIGKILL
-        self.transport.run(self.command.remove)
+        """Raises NodeFailed where the node does not answer, which then counts as lost: what its end did to other ranks may have been seen
+        long before its time was over."""
+        running = self.code is None
+        if running:
+            self.code = 128 + signal.SIGKILL
+        try:
+            self.transport.run(self.command.remove)
+        except NodeFailed:
+            if running:
+                self.code, self.lost = LOST, True
+            raise
 
     def clear(self) -> None:
         """Nothing of the container is left behind; NodeFailed where that cannot be made sure."""

@@ -62,7 +62,7 @@ LAUNCHER_ORDER = (
 # The same for the trainer's packages and modules.
 TRAINER_ORDER = (
     ("contract",),
-    ("device", "precision", "schedule", "data", "models", "stages", "observe", "checkpoint", "engine", "evaluate", "loop", "resume"),
+    ("device", "precision", "schedule", "data", "models", "stages", "observe", "checkpoint", "engine", "evaluate", "loop", "resume", "shard", "start", "state", "watchdog"),
     ("run",),
     ("__main__",),
 )

@@ -3,143 +3,164 @@
 A folder `checkpoints/step-000300` holds the weights in safetensors under the names that transformers publishes (so that the
 family's `from_pretrained` opens it; with LoRA peft's adapter instead), the processor's files, and `trainer_state.json`. The weights
 have the dtype of the model's parameters: in bf16 or fp16 training the compute weights, not the float32 masters of the optimizer.
+Before the last step there is a folder `resume` besides, with all that going on takes. A checkpoint lies on the disk of the first
+node; the launcher brings it to the others where they share none.
 """
 
 import hashlib
 import json
-import os
-import re
 import shutil
-import struct
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor
 
-from trainer.contract import CHECKPOINTS, SCHEMA, InputRefused, SpecError, TrainSpec, encode, read, write_text
+from trainer.contract import CHECKPOINTS, METRICS_FILE, SCHEMA, InputRefused, SpecError, TrainSpec, read, write_text
 from trainer.engine import Engine
 from trainer.models.family import Processor
+from trainer.resume import NAME, STATE_FILE, CheckpointState, fixed_parts, missing_files, whole_checkpoints, whole_state
+from trainer.shard import read_header, size_of, sync
+from trainer.state import state_bytes, write_state
 
-STATE_FILE = "trainer_state.json"
-NAME = "step-{step:06d}"
-NAMES = re.compile(r"step-(\d{6,})")
+RESUME = "resume"
 PARTIAL = ".{name}.partial"
+REMOVED = ".{name}.removed"
 WEIGHTS = "model.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 INDEX = "model.safetensors.index.json"
-ROOM_BYTES = 64 * 2**20  # for everything beside the weights
-HEADER_LIMIT_BYTES = 100 * 2**20  # as the safetensors library has it
-
-
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """`spec_sha256`: of the spec's JSON text. `files`: name -> bytes of every other file of the checkpoint."""
-
-    schema: int
-    step: int
-    spec_sha256: str
-    weights_sha256: str
-    files: dict[str, int]
+ROOM_BYTES = 64 * 2**20  # for everything beside the tensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """`path` is relative to the run's folder."""
+    """`path` is relative to the run's folder. Both are empty on all ranks but the first."""
 
-    path: str
-    weights_sha256: str
+    path: str = ""
+    weights_sha256: str = ""
 
 
 # ------------------------------------------------------------------------------------------------------------------ saving
 
 
-def save_checkpoint(engine: Engine, processor: Processor, spec: TrainSpec, step: int) -> Saved:
-    """Save `step`, then remove all but the newest `keep_checkpoints`. Every rank must call it; rank 0 writes.
+def save_checkpoint(engine: Engine, processor: Processor, spec: TrainSpec, step: int, *, data_sha256: str = "") -> Saved:
+    """Save `step`, then remove all but the newest `keep_checkpoints`. Every rank must call it; those of the first node write.
 
     Raises RunFailed on every rank when the disk is full; nothing of this step is left then, and earlier checkpoints are as they were.
     """
+    resumable = step < spec.steps
     weights = engine.gather_weights()
-    saved, problem = Saved(path="", weights_sha256=""), ""
-    if engine.rank == 0:
-        try:
-            saved = write_checkpoint(engine, processor, spec, step, weights)
-        except (OSError, SafetensorError) as error:
-            problem = describe_failure(spec, step, size_of(weights), error)
-    engine.agree(problem)
-    return saved
+    needed = size_of(weights) + ROOM_BYTES + (state_bytes(engine) if resumable else 0)
+    final = checkpoints_of(spec) / NAME.format(step=step)
+    aside = final.with_name(PARTIAL.format(name=final.name))
+    state = CheckpointState(
+        schema=SCHEMA,
+        step=step,
+        weights_sha256="",
+        data_sha256=data_sha256,
+        world_size=engine.world_size if resumable else 0,
+        spec=fixed_parts(spec),
+        files={},
+    )
 
+    def agree(problem: str) -> None:
+        engine.agree(problem and describe_failure(spec, step, needed, problem))
 
-def write_checkpoint(engine: Engine, processor: Processor, spec: TrainSpec, step: int, weights: dict[str, Tensor]) -> Saved:
-    root = Path(spec.output) / CHECKPOINTS
-    root.mkdir(exist_ok=True)
-    final = root / NAME.format(step=step)
-    aside = root / PARTIAL.format(name=final.name)
-    shutil.rmtree(aside, ignore_errors=True)  # left by a rank that was killed while it saved
-    if final.exists():
-        raise FileExistsError(f"{final} is already there")
     try:
-        aside.mkdir()
-        if shutil.disk_usage(aside).free < size_of(weights) + ROOM_BYTES:
-            raise OSError("not enough room on the disk")
-        # peft would ask the hub whether the vocabulary has grown; our adapters never touch the embeddings.
-        adapter = {"save_embedding_layers": False} if hasattr(engine.model, "peft_config") else {}
-        engine.model.save_pretrained(aside, state_dict=weights, **adapter)
-        processor.save(aside)
-        digest = hash_weights(aside)
-        files = {path.relative_to(aside).as_posix(): path.stat().st_size for path in sorted(aside.rglob("*")) if path.is_file()}
-        state = State(schema=SCHEMA, step=step, spec_sha256=hash_spec(spec), weights_sha256=digest, files=files)
-        write_text(json.dumps(asdict(state), indent=2) + "\n", aside / STATE_FILE)
-        sync_tree(aside)
-        aside.rename(final)
-        sync(root)
+        agree(on_first_rank(engine, lambda: write_weights(engine, processor, aside, weights, needed)))
+        weights.clear()
+        if resumable:
+            agree(write_state(engine, aside / RESUME, writers=min(spec.device.devices_per_node, engine.world_size)))
+        agree(on_first_rank(engine, lambda: complete(aside, final, state, spec)))
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        if engine.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
         raise
+    whole = whole_state(final) if engine.rank == 0 else None
+    return Saved(path=whole.path, weights_sha256=whole.weights_sha256) if whole else Saved()
+
+
+def on_first_rank(engine: Engine, action: Callable[[], None]) -> str:
+    """What went wrong with the disk, or ''. The other ranks do nothing."""
+    try:
+        if engine.rank == 0:
+            action()
+    except (OSError, SafetensorError) as error:
+        return str(error)
+    return ""
+
+
+def write_weights(engine: Engine, processor: Processor, aside: Path, weights: dict[str, Any], needed: int) -> None:
+    """Begin the folder, with what transformers opens."""
+    shutil.rmtree(aside, ignore_errors=True)  # left by a rank that was killed while it saved
+    (aside / RESUME).mkdir(parents=True)
+    if shutil.disk_usage(aside).free < needed:
+        raise OSError("not enough room on the disk")
+    # peft would ask the hub whether the vocabulary has grown; our adapters never touch the embeddings.
+    adapter = {"save_embedding_layers": False} if hasattr(engine.model, "peft_config") else {}
+    engine.model.save_pretrained(aside, state_dict=weights, **adapter)
+    processor.save(aside)
+
+
+def complete(aside: Path, final: Path, state: CheckpointState, spec: TrainSpec) -> None:
+    """List the files, have them on the disk, give the folder its name; then remove what is too old."""
+    if not state.world_size:
+        (aside / RESUME).rmdir()
+    files = {path.relative_to(aside).as_posix(): path.stat().st_size for path in sorted(aside.rglob("*")) if path.is_file()}
+    state = replace(state, weights_sha256=hash_weights(aside), files=files)
+    write_text(json.dumps(asdict(state), indent=2) + "\n", aside / STATE_FILE)
+    sync_tree(aside)
+    rows = Path(spec.output) / METRICS_FILE
+    if rows.exists():
+        sync(rows)  # a checkpoint without the rows of its steps would be a run with a gap
+    if whole_state(final) is not None:
+        raise FileExistsError(f"{final} is already there")
+    if final.exists():
+        remove(final)  # a copy that was cut short: nobody goes on from it
+    aside.rename(final)
+    sync(final.parent)
+    prune(spec)
+
+
+def prune(spec: TrainSpec) -> None:
+    """Remove all but the newest `keep_checkpoints`, and what ranks that were killed have left half-written or half-removed."""
     for old in list_checkpoints(spec)[: -max(1, spec.keep_checkpoints)]:
-        shutil.rmtree(old)
-    return Saved(path=f"{CHECKPOINTS}/{final.name}", weights_sha256=digest)
+        remove(old)
+    for pattern in (PARTIAL, REMOVED):
+        for left in checkpoints_of(spec).glob(pattern.format(name="step-*")):
+            shutil.rmtree(left)
 
 
-def describe_failure(spec: TrainSpec, step: int, weights_bytes: int, error: Exception) -> str:
+def remove(folder: Path) -> None:
+    """Under another name first, so that a half-removed checkpoint is never taken for one from elsewhere."""
+    gone = folder.with_name(REMOVED.format(name=folder.name))
+    shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(folder.rename(gone))
+
+
+def describe_failure(spec: TrainSpec, step: int, needed: int, problem: str) -> str:
     earlier = list_checkpoints(spec)
     kept = f"The checkpoint {earlier[-1]} is whole." if earlier else "There is no earlier checkpoint."
     return (
-        f"checkpoint of step {step} could not be written to {Path(spec.output) / CHECKPOINTS}: {error}. Nothing of it is left. {kept} It "
-        f"needs {(weights_bytes + ROOM_BYTES) / 2**30:.2f} GiB of room: free that much, or set run.keep_checkpoints lower, and start again."
+        f"checkpoint of step {step} could not be written to {checkpoints_of(spec)}: {problem}. Nothing of it is left. {kept} It "
+        f"needs {needed / 2**30:.2f} GiB of room: free that much, or set run.keep_checkpoints lower, and start again."
     )
 
 
 def list_checkpoints(spec: TrainSpec) -> list[Path]:
-    """Oldest first."""
-    found = [(int(match[1]), path) for path in (Path(spec.output) / CHECKPOINTS).glob("step-*") if (match := NAMES.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    """Whole ones, oldest first."""
+    return [Path(spec.output) / state.path for state in sorted(whole_checkpoints(Path(spec.output)), key=lambda state: state.step)]
 
 
-def size_of(weights: dict[str, Tensor]) -> int:
-    """In bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+def checkpoints_of(spec: TrainSpec) -> Path:
+    return Path(spec.output) / CHECKPOINTS
 
 
 def sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
-
-
-def sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def hash_spec(spec: TrainSpec) -> str:
-    return hashlib.sha256(encode(spec).encode()).hexdigest()
 
 
 def hash_weights(folder: Path) -> str:
@@ -158,22 +179,6 @@ def hash_weights(folder: Path) -> str:
             for begin in range(first, last, 2**24):
                 digest.update(stream.read(min(2**24, last - begin)))
     return digest.hexdigest()
-
-
-def read_header(file: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """(name, entry, where the data begins) of each tensor. Raises InputRefused when the file is not as long as its header says."""
-    with file.open("rb") as stream:
-        length = struct.unpack("<Q", stream.read(8).ljust(8, b"\xff"))[0]
-        header = stream.read(length) if length <= HEADER_LIMIT_BYTES else b""
-    try:
-        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise InputRefused(f"{file} is not a safetensors file. Copy the checkpoint again.") from error
-    if file.stat().st_size != 8 + length + end:
-        raise InputRefused(f"{file} has {file.stat().st_size} bytes where its header says {8 + length + end}. Copy the checkpoint again.")
-    for name, entry in entries.items():
-        yield name, entry, 8 + length
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -204,10 +209,10 @@ def find_gap(folder: Path) -> str:
         return "it was being written when its run ended"
     if (folder / STATE_FILE).is_file():
         try:
-            state: State = read(State, folder / STATE_FILE)
+            state: CheckpointState = read(CheckpointState, folder / STATE_FILE)
         except SpecError as error:
             return str(error)
-        wrong = [name for name, size in state.files.items() if not (folder / name).is_file() or (folder / name).stat().st_size != size]
+        wrong = missing_files(folder, state)
         if wrong:
             return f"{', '.join(wrong)} missing or not of the size that {STATE_FILE} says"
     missing = [path.name for path in weight_files(folder) if not path.is_file()]

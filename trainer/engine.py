@@ -14,7 +14,7 @@ import torch.distributed
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from trainer.contract import DeviceSpec, Optimizer, RunFailed, TrainSpec
+from trainer.contract import DeviceSpec, Dtype, Optimizer, RunFailed, TrainSpec
 from trainer.precision import dtype_name
 
 IGNORED = -100  # label of a token that is not trained on
@@ -104,11 +104,12 @@ class Engine:
         return torch.stack(table).cpu()
 
     def agree(self, problem: str) -> None:
-        """Raises RunFailed on every rank when rank 0 says a problem, so that none of them waits for the others for ever."""
-        said = [problem]
-        torch.distributed.broadcast_object_list(said, src=0)
-        if said[0]:
-            raise RunFailed(said[0])
+        """Raises RunFailed on every rank when any of them says a problem, so that none of them waits for the others for ever."""
+        said = [problem] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(said, problem)
+        if any(said):
+            raise RunFailed(next(filter(None, said)))
 
     def gather_weights(self) -> dict[str, Tensor]:
         """Names in memory -> whole tensors, on rank 0; {} on the others. A collective under ZeRO 3, one parameter at a time.
@@ -135,6 +136,9 @@ class Engine:
 def start_distributed(spec: DeviceSpec) -> None:
     """Join the process group that torchrun describes in the environment."""
     os.environ.setdefault("DS_ACCELERATOR", spec.accelerator)  # else DeepSpeed guesses from what is installed
+    if spec.accelerator == "cpu" and "LOCAL_WORLD_SIZE" in os.environ:
+        # DeepSpeed's shared-memory op reads what its own launcher would have set, and takes the absence for no rank at all.
+        os.environ.setdefault("LOCAL_SIZE", os.environ["LOCAL_WORLD_SIZE"])
     import deepspeed
     from deepspeed.git_version_info import installed_ops
 
@@ -150,7 +154,8 @@ def start_engine(model: torch.nn.Module, spec: TrainSpec, device: torch.device) 
     import deepspeed
 
     offload = spec.deepspeed.get("zero_optimization", {}).get("offload_optimizer") is not None
-    optimizer = build_optimizer(model, spec.optimizer, offload=offload, fused=spec.device.accelerator in FUSED)
+    states = spec.precision.optimizer
+    optimizer = build_optimizer(model, spec.optimizer, states=states, offload=offload, fused=spec.device.accelerator in FUSED)
     handle, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(spec.deepspeed))
     if spec.device.world_size == 1 and handle.zero_optimization_stage() == 0:
         handle.enable_backward_allreduce = False  # else gradients are packed, summed over the one rank and unpacked
@@ -165,7 +170,7 @@ def start_engine(model: torch.nn.Module, spec: TrainSpec, device: torch.device) 
     return engine
 
 
-def build_optimizer(model: torch.nn.Module, optimizer: Optimizer, *, offload: bool, fused: bool) -> torch.optim.Optimizer:
+def build_optimizer(model: torch.nn.Module, optimizer: Optimizer, *, states: Dtype, offload: bool, fused: bool) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters. Decay on matrices alone: decaying norms and biases pulls them to zero for nothing."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -177,7 +182,7 @@ def build_optimizer(model: torch.nn.Module, optimizer: Optimizer, *, offload: bo
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, **values)
+        return DeepSpeedCPUAdam(groups, fp32_optimizer_states=states == "float32", **values)
     return torch.optim.AdamW(groups, fused=fused, **values)
 
 
@@ -196,7 +201,7 @@ def taken_config(engine: Engine) -> dict[str, Any]:
         "optimizer": dtype_name(masters.dtype),
         "gradients": dtype_name(handle.get_data_types()[1]),
         "loss_scaling": "dynamic" if handle.fp16_enabled() and handle.dynamic_loss_scale() else "none",
-        "offload_optimizer": offloaded is not None and str(offloaded.device.value) != "none",
+        "offload_optimizer": offloaded is not None and offloaded.device != "none",  # DeepSpeed's configs hold the text of an enum
         "masters_on": masters.device.type,
     }
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from trainer.contract import RunFailed, StepRow, TrainSpec
 from trainer.engine import IGNORED, Engine
 from trainer.schedule import lr_at
+from trainer.watchdog import Watchdog
 
 Batches = Iterable[tuple[dict[str, Tensor], ...]]
 SKIPS_ALLOWED = 30  # a scale that starts at 2**16 is at 1 after 17
@@ -22,12 +23,12 @@ SKIPS_ALLOWED = 30  # a scale that starts at 2**16 is at 1 after 17
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """`step`: the last one done. `seconds`: of the steps alone, saving left out. `loss`: of the last step."""
+    """`step`: the last one done. `seconds`: of the steps alone, those before a resume too, saving left out. `loss`: of the last step."""
 
-    step: int
-    stopped: bool
-    seconds: float
-    loss: float | None
+    step: int = 0
+    stopped: bool = False
+    seconds: float = 0.0
+    loss: float | None = None
 
 
 class StopFlag:
@@ -57,24 +58,27 @@ def train(
     batches: Batches,
     spec: TrainSpec,
     *,
+    done: Progress,
     stop: StopFlag,
+    watchdog: Watchdog,
     write: Callable[[StepRow], None],
     save: Callable[[int], Any],
     peak_bytes: Callable[[], int],
     name_samples: Callable[[int], str],
 ) -> Progress:
-    """Run spec.steps steps, or fewer when any rank is asked to stop; save every `save_every` steps, and not at the end.
-
-    `name_samples(step)`: where the samples of a step lie. Raises RunFailed, naming them, for a loss or gradient that is no number.
-    """
+    """Run the steps after `done`, where `batches` begin, up to spec.steps, or fewer when any rank is asked to stop; save every `save_every`
+    steps, and not at the end. `name_samples(step)`: where the samples of a step lie. Raises RunFailed, naming them, for a loss or gradient
+    that is no number."""
     source = iter(batches)
-    step, seconds, loss, skips, stopped = 0, 0.0, None, 0, False
+    step, seconds, loss, skips, stopped = done.step, done.seconds, done.loss, 0, False
     engine.model.train()
     while step < spec.steps and not stopped:
         began = time.perf_counter()  # a step is as long as its data makes it wait, too
         step += 1
-        row, stopped = train_step(engine, next(source), spec, step, asked=stop.up, peak_bytes=peak_bytes())
+        watchdog.begin(step, "data")
+        row, stopped = train_step(engine, next(source), spec, step, stop=stop, watchdog=watchdog, peak_bytes=peak_bytes())
         row = replace(row, seconds=time.perf_counter() - began)
+        watchdog.rest()
         skips = skips + 1 if row.skipped else 0
         refuse_nonsense(row, spec, skips, name_samples)
         loss, seconds = row.loss, seconds + row.seconds
@@ -85,26 +89,29 @@ def train(
 
 
 def train_step(
-    engine: Engine, micro_batches: tuple[dict[str, Tensor], ...], spec: TrainSpec, step: int, *, asked: bool, peak_bytes: int
+    engine: Engine, parts: tuple[dict[str, Tensor], ...], spec: TrainSpec, step: int, *, stop: StopFlag, watchdog: Watchdog, peak_bytes: int
 ) -> tuple[StepRow, bool]:
-    """One update from this rank's micro-batches. Returns the row of the step over all ranks, and whether any rank was asked to stop.
+    """One update from this rank's micro-batches, `parts`. Returns the row of the step over all ranks, and whether any was asked to stop.
 
     The loss is the mean over the trained tokens of the whole global batch, so that the gradient is the same however the batch is
-    cut into ranks and micro-batches; DeepSpeed's mean over ranks is undone by the factor world_size.
-    """
+    cut into ranks and micro-batches; DeepSpeed's mean over ranks is undone by the factor world_size."""
     lr = lr_at(step, spec.steps, spec.optimizer)
-    trained = engine.add(sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in micro_batches))
+    watchdog.phase("forward and backward")
+    trained = engine.add(sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in parts))
     total = torch.zeros((), dtype=torch.float32, device=engine.device)
-    for place, batch in enumerate(micro_batches, start=1):
+    for place, batch in enumerate(parts, start=1):
         loss = engine.loss_sum(batch)
         engine.backward(loss * (engine.world_size / trained))
         total += loss.detach()
-        if place < len(micro_batches):
+        if place < len(parts):
             engine.micro_step()
+    watchdog.phase("update")
     update = engine.step(lr)
-    read = sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
-    # In KiB, because float32 counts in ones up to 2**24 only, and float64 does not exist on an NPU.
-    own = torch.tensor([read, peak_bytes / 1024, asked], dtype=torch.float32, device=engine.device)
+    watchdog.phase("exchange of the row")
+    read = sum(int(batch["attention_mask"].sum()) for batch in parts)
+    # The flag is read here, so that a signal is answered at the end of the step that it met. Bytes in KiB, because float32 counts in ones
+    # up to 2**24 only, and float64 does not exist on an NPU.
+    own = torch.tensor([read, peak_bytes / 1024, stop.up], dtype=torch.float32, device=engine.device)
     table = engine.gather(torch.cat([total.view(1), trained.view(1), own]))
     losses, denominators, tokens, peaks, stops = table.unbind(dim=1)
     row = StepRow(

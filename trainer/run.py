@@ -29,8 +29,11 @@ from trainer.models.family import Family, Processor
 from trainer.observe.environment import report_environment
 from trainer.observe.metric import open_metrics
 from trainer.precision import loading_dtype
+from trainer.resume import hash_file
 from trainer.stages.group import Staged, apply_stage, trainable_table
 from trainer.stages.lora import merge_adapter
+from trainer.start import Start, choose_start, finished_before, resume_engine, resume_weights, trained_model
+from trainer.watchdog import end_hung, watch_steps
 
 LOST_PEER = re.compile("closed by peer|reset by peer|Broken pipe|remote process exited|Timed out waiting|Watchdog caught")  # gloo, NCCL
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # never a pickle
@@ -54,14 +57,15 @@ def run_stage(spec: TrainSpec, environ: Mapping[str, str]) -> TrainResult:
     seed_all(spec.seed, deterministic=spec.deterministic)
     start_distributed(spec.device)
     try:
-        result = STAGES[spec.stage.kind](spec, rank, environ)
+        before = finished_before(spec)
+        result = before or STAGES[spec.stage.kind](spec, rank, environ)
     except RuntimeError as error:
         if LOST_PEER.search(str(error)):
             raise RunFailed(
                 f"rank {rank.number} lost another rank, whose own end is the cause. Checkpoints are whole. ({error})"
             ) from error
         raise
-    if rank.number == 0:
+    if rank.number == 0 and before is None:
         write(result, Path(spec.output) / RESULT_FILE)
     torch.distributed.destroy_process_group()  # not after a failure: it would wait for ranks that are gone
     return result
@@ -71,20 +75,35 @@ def train_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     family = find_family(spec.model.family)
     places = find_places(spec)
     samples = load_samples(places.train, places)
+    start = choose_start(spec, hash_file(places.train))
     model, processor = build(spec, family)
+    if start.step == spec.steps:
+        return finish_stage(spec, rank, start, trained_model(spec, family, model, start), processor, places)
     if spec.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # the other kind drops gradients behind frozen inputs
     staged = apply_stage(model, spec, family.unused(model))
+    resume_weights(staged.model, spec, start)
     engine = start_engine(staged.model, spec, rank.place)
     describe(spec, rank, staged, {"config": dict(engine.handle.config), "taken": taken_config(engine)}, environ)
-    progress = run_steps(spec, engine, samples, processor, rank.device)
-    saved = save_checkpoint(engine, processor, spec, progress.step)
+    resume_engine(engine, spec, start)
+    progress = run_steps(spec, engine, samples, processor, rank.device, start)
+    saved = save_checkpoint(engine, processor, spec, progress.step, data_sha256=start.data_sha256)
     trained = summarise(spec, progress, saved)
     if progress.stopped:
         return trained
     if rank.number == 0:  # stands when a signal ends the run while it evaluates
         write(replace(trained, status="stopped"), Path(spec.output) / RESULT_FILE)
-    return replace(trained, evaluation=score(spec, rank, engine.model, processor, places))
+    partitioned = spec.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3
+    return replace(trained, evaluation=score(spec, rank, engine.model, processor, places, partitioned=partitioned))
+
+
+def finish_stage(spec: TrainSpec, rank: Rank, start: Start, model: torch.nn.Module, processor: Processor, places: Places) -> TrainResult:
+    """All steps were done by an earlier attempt, which ended before it had evaluated. Every rank holds the whole model."""
+    assert start.checkpoint is not None
+    progress = Progress(step=start.step, seconds=start.rows.seconds, loss=start.rows.loss)
+    saved = Saved(path=start.checkpoint.path, weights_sha256=start.checkpoint.weights_sha256)
+    scores = score(spec, rank, model.to(rank.place), processor, places, partitioned=False)
+    return replace(summarise(spec, progress, saved), evaluation=scores)
 
 
 def evaluate_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
@@ -96,7 +115,7 @@ def evaluate_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> T
     staged = apply_stage(model, spec, family.unused(model))
     staged.model.to(rank.place)
     describe(spec, rank, staged, {}, environ)
-    scores = score(spec, rank, staged.model, processor, places)
+    scores = score(spec, rank, staged.model, processor, places, partitioned=False)
     seconds = time.perf_counter() - began
     return TrainResult(
         schema=SCHEMA,
@@ -197,8 +216,8 @@ def describe(spec: TrainSpec, rank: Rank, staged: Staged, deepspeed: dict[str, A
 # --------------------------------------------------------------------------------------------------------------- the steps
 
 
-def run_steps(spec: TrainSpec, engine: Engine, samples: Sequence[Sample], processor: Processor, device: Device) -> Progress:
-    """All steps, or those until a signal."""
+def run_steps(spec: TrainSpec, engine: Engine, samples: Sequence[Sample], processor: Processor, device: Device, start: Start) -> Progress:
+    """All steps that are not done yet, or those until a signal."""
 
     def name_samples(step: int) -> str:
         rows = rows_of_step(step - 1, seed=spec.seed, rows=len(samples), global_batch=spec.batch.global_batch)
@@ -207,27 +226,31 @@ def run_steps(spec: TrainSpec, engine: Engine, samples: Sequence[Sample], proces
 
     with (
         stop_on_signals() as stop,
+        watch_steps(spec.hang_timeout_s, rank=engine.rank, stream=sys.stderr, end=lambda why: end_hung(spec, engine.rank, why)) as watchdog,
         open_metrics(Path(spec.output), writes=engine.rank == 0) as write_row,
-        closing(batches(samples, processor, spec, rank=engine.rank, first_step=0)) as source,
+        closing(batches(samples, processor, spec, rank=engine.rank, first_step=start.step)) as source,
     ):
         return train(
             engine,
             source,
             spec,
+            done=Progress(step=start.step, seconds=start.rows.seconds, loss=start.rows.loss),
             stop=stop,
+            watchdog=watchdog,
             write=write_row,
-            save=lambda step: save_checkpoint(engine, processor, spec, step),
+            save=lambda step: save_checkpoint(engine, processor, spec, step, data_sha256=start.data_sha256),
             peak_bytes=device.peak_bytes,
             name_samples=name_samples,
         )
 
 
-def score(spec: TrainSpec, rank: Rank, model: torch.nn.Module, processor: Processor, places: Places) -> dict[str, float]:
-    """{} when the run asks for no evaluation or names no held-out file."""
+def score(
+    spec: TrainSpec, rank: Rank, model: torch.nn.Module, processor: Processor, places: Places, *, partitioned: bool
+) -> dict[str, float]:
+    """{} when the run asks for no evaluation or names no held-out file. `partitioned`: see `evaluate`."""
     held_out = load_samples(places.evaluation, places) if spec.evaluation.enabled else ()
     if not held_out:
         return {}
-    partitioned = spec.stage.kind == "train" and spec.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3
     return evaluate(model, held_out, processor, spec, rank.place, rank=rank.number, world_size=rank.world_size, partitioned=partitioned)
 
 
@@ -237,7 +260,7 @@ def summarise(spec: TrainSpec, progress: Progress, saved: Saved) -> TrainResult:
         status="stopped" if progress.stopped else "finished",
         steps=progress.step,
         seconds=progress.seconds,
-        samples_per_s=progress.step * spec.batch.global_batch / progress.seconds,
+        samples_per_s=progress.step * spec.batch.global_batch / progress.seconds if progress.seconds else 0.0,  # the rows may be lost
         final_loss=progress.loss,
         checkpoint=saved.path,
         weights_sha256=saved.weights_sha256,

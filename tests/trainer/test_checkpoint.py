@@ -19,10 +19,11 @@ from trainer.models import find_family
 
 @dataclass(frozen=True, kw_only=True)
 class LoneEngine:
-    """A model on the only rank, without DeepSpeed."""
+    """A model on the only rank, without DeepSpeed, after its last step: there is no optimizer whose state could be saved."""
 
     model: torch.nn.Module
     rank: int = 0
+    world_size: int = 1
 
     def gather_weights(self) -> dict[str, torch.Tensor]:
         return {name: p.detach() for name, p in self.model.named_parameters()}
@@ -34,7 +35,7 @@ class LoneEngine:
 
 @pytest.fixture
 def parts(tiny_spec: Any) -> tuple[LoneEngine, Any, TrainSpec]:
-    spec = tiny_spec()
+    spec = tiny_spec(changes={"steps": 1})
     family = find_family("llava")
     torch.manual_seed(0)
     return LoneEngine(model=family.create(spec.model)), family.create_processor(spec.model), spec

@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -5,15 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.contract import RunFailed, TrainSpec
+from trainer.contract import RunFailed, StepRow, TrainSpec
 from trainer.data.check import resolve
 from trainer.data.load import batches
 from trainer.data.sample import read_samples
 from trainer.engine import IGNORED, Engine, start_engine, taken_config
-from trainer.loop import train_step
+from trainer.loop import StopFlag, train_step
 from trainer.models import find_family
 from trainer.precision import loading_dtype
 from trainer.stages.group import apply_stage
+from trainer.watchdog import Watchdog
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -42,8 +44,15 @@ def steps_of(spec: TrainSpec) -> Iterator[tuple[dict[str, torch.Tensor], ...]]:
     return batches(samples, find_family("llava").create_processor(spec.model), spec, rank=0, first_step=0)
 
 
+def one_step(engine: Engine, batch: tuple[dict[str, torch.Tensor], ...], spec: TrainSpec, step: int = 1) -> StepRow:
+    watchdog = Watchdog(timeout_s=0, rank=0, stream=sys.stderr, end=pytest.fail)
+    row, stopped = train_step(engine, batch, spec, step, stop=StopFlag(), watchdog=watchdog, peak_bytes=0)
+    assert not stopped
+    return row
+
+
 def losses(engine: Engine, spec: TrainSpec) -> list[float]:
-    rows = [train_step(engine, batch, spec, step, asked=False, peak_bytes=0)[0] for step, batch in enumerate(steps_of(spec), start=1)]
+    rows = [one_step(engine, batch, spec, step) for step, batch in enumerate(steps_of(spec), start=1)]
     assert not any(row.skipped for row in rows)
     return [row.loss for row in rows]
 
@@ -98,9 +107,9 @@ def test_answers_of_unequal_length_weigh_by_their_tokens(tiny_spec: Any, start: 
     halves = tuple({key: value[part] for key, value in batch.items()} for part in (slice(0, 4), slice(4, 8)))
     counts = [int((half["labels"] != IGNORED).sum()) for half in halves]
     assert counts[0] != counts[1]
-    one, _ = train_step(start(spec), (batch,), spec, 1, asked=False, peak_bytes=0)
+    one = one_step(start(spec), (batch,), spec)
     two_spec = tiny_spec("two", micro=4, accumulation=2)
-    two, _ = train_step(start(two_spec), halves, two_spec, 1, asked=False, peak_bytes=0)
+    two = one_step(start(two_spec), halves, two_spec)
     assert two.loss == pytest.approx(one.loss, abs=1e-6)
     assert two.grad_norm == pytest.approx(one.grad_norm, abs=1e-5)
 
@@ -110,8 +119,7 @@ def test_the_norm_is_told_before_clipping(zero: int, tiny_spec: Any, start: Any)
     spec = tiny_spec(zero=zero)
     clipped = replace(spec, optimizer=replace(spec.optimizer, clip_norm=1e-3), deepspeed={**spec.deepspeed, "gradient_clipping": 1e-3})
     batch = next(steps_of(spec))
-    free, _ = train_step(start(spec), batch, spec, 1, asked=False, peak_bytes=0)
-    bound, _ = train_step(start(clipped), batch, clipped, 1, asked=False, peak_bytes=0)
+    free, bound = one_step(start(spec), batch, spec), one_step(start(clipped), batch, clipped)
     assert free.grad_norm > 1
     assert bound.grad_norm == pytest.approx(free.grad_norm, rel=1e-6)
 

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from trainer.contract import Precision, RunFailed, StepRow, TrainSpec
 from trainer.engine import Update
 from trainer.loop import SKIPS_ALLOWED, Progress, StopFlag, stop_on_signals, train
+from trainer.watchdog import Watchdog
 
 
 class ScriptedEngine:
@@ -53,7 +55,9 @@ def run(
 ) -> tuple[Progress, list[StepRow]]:
     rows: list[StepRow] = []
     arguments: dict[str, Any] = {
+        "done": Progress(),
         "stop": StopFlag(),
+        "watchdog": Watchdog(timeout_s=0, rank=0, stream=sys.stderr, end=pytest.fail),
         "write": rows.append,
         "save": lambda _: None,
         "peak_bytes": lambda: 2048,
@@ -92,6 +96,25 @@ def test_a_signal_ends_the_loop_after_the_step_that_it_met(spec: TrainSpec) -> N
         )
     assert (progress.step, progress.stopped, len(rows)) == (1, True, 1)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_in_the_middle_of_a_step_ends_the_loop_with_that_step(spec: TrainSpec) -> None:
+    class Interrupted(ScriptedEngine):
+        def step(self, lr: float) -> Update:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().step(lr)
+
+    with stop_on_signals() as stop:
+        progress, rows = run(spec, Interrupted([1.0] * 3), [(batch(1),)] * 3, stop=stop)
+    assert (progress.step, progress.stopped, len(rows)) == (1, True, 1)
+
+
+def test_steps_that_are_done_are_counted_and_not_done_again(spec: TrainSpec) -> None:
+    engine = ScriptedEngine([1.0])
+    progress, rows = run(spec, engine, [(batch(1),)], done=Progress(step=2, seconds=100.0, loss=5.0))
+    assert [row.step for row in rows] == [3]
+    assert (progress.step, progress.loss) == (3, 1.0)
+    assert progress.seconds == pytest.approx(100.0 + rows[0].seconds)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])

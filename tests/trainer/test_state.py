@@ -1,0 +1,180 @@
+"""Masters, moments and the rest, taken out of one engine and put into another."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.cpp_extension import get_default_build_root
+
+from trainer import shard
+from trainer.contract import InputRefused, Precision, TrainSpec
+from trainer.data.check import resolve
+from trainer.data.load import batches
+from trainer.data.sample import read_samples
+from trainer.engine import Engine, start_engine
+from trainer.loop import StopFlag, train_step
+from trainer.models import find_family
+from trainer.precision import DTYPES, loading_dtype
+from trainer.shard import find_stored
+from trainer.stages.group import apply_stage
+from trainer.state import MASTER, gather_random, load_masters, read_scaler, restore_state, set_random, state_bytes, write_state
+from trainer.watchdog import Watchdog
+
+pytestmark = pytest.mark.usefixtures("process_group")
+CELLS = [("fp32", 0), ("fp32", 2), ("bf16", 1), ("bf16", 3), ("pure_bf16", 2), ("pure_bf16", 3)]
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Engine]]:
+    """An engine over the random model of a spec, or one with the masters of a folder; ended after the test."""
+    engines: list[Engine] = []
+
+    def make(spec: TrainSpec, masters: Path | None = None) -> Engine:
+        family = find_family("llava")
+        torch.manual_seed(spec.seed)
+        model = family.create(spec.model).to(loading_dtype(spec.precision))
+        staged = apply_stage(model, spec, family.unused(model))
+        if masters:
+            load_masters(staged.model, masters)
+        engines.append(start_engine(staged.model, spec, torch.device("cpu")))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.handle.destroy()
+
+
+def train(engine: Engine, spec: TrainSpec, steps: range) -> list[float]:
+    """The loss of each of these steps (from 1)."""
+    places = resolve(spec.data)
+    samples, _ = read_samples(places.train, places.images)  # type: ignore[arg-type]
+    source = batches(samples, find_family("llava").create_processor(spec.model), spec, rank=0, first_step=steps.start - 1)
+    watchdog = Watchdog(timeout_s=0, rank=0, stream=sys.stderr, end=pytest.fail)
+    done = (train_step(engine, next(source), spec, step, stop=StopFlag(), watchdog=watchdog, peak_bytes=0) for step in steps)
+    return [row.loss for row, _ in done]
+
+
+def weights_of(engine: Engine) -> list[torch.Tensor]:
+    return [tensor.clone() for tensor in engine.gather_weights().values()]
+
+
+def assert_goes_on(spec: TrainSpec, start: Any, folder: Path) -> None:
+    first = start(spec)
+    train(first, spec, range(1, 3))
+    assert write_state(first, folder, writers=1) == ""
+    losses, weights = train(first, spec, range(3, 5)), weights_of(first)
+    second = start(spec, folder)
+    restore_state(second, folder, seed=0, step=2, world_size=1)
+    assert train(second, spec, range(3, 5)) == losses
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(second), weights, strict=True))
+    bare = start(spec, folder)  # masters without moments are not enough: the comparison above can fail
+    assert train(bare, spec, range(3, 5))[1] != losses[1]
+
+
+@pytest.mark.parametrize(("precision", "zero"), CELLS)
+def test_an_engine_goes_on_bit_for_bit_where_another_one_was(precision: str, zero: int, tiny_spec: Any, start: Any, tmp_path: Path) -> None:
+    assert_goes_on(tiny_spec(precision=precision, zero=zero, micro=4), start, tmp_path)
+
+
+@pytest.mark.parametrize(("precision", "zero"), CELLS)
+def test_tensors_are_whole_and_named_by_parameter(precision: str, zero: int, tiny_spec: Any, start: Any, tmp_path: Path) -> None:
+    spec = tiny_spec(precision=precision, zero=zero, micro=4)
+    engine = start(spec)
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.model.named_parameters() if p.requires_grad}
+    train(engine, spec, range(1, 2))
+    write_state(engine, tmp_path, writers=1)
+    stored = find_stored(tmp_path)
+    assert {entry: tensor.shape for entry, tensor in stored.items()} == {
+        f"{key}/{name}": shape for name, shape in shapes.items() for key in (MASTER, "exp_avg", "exp_avg_sq")
+    }
+    assert {tensor.dtype for tensor in stored.values()} == {DTYPES[spec.precision.optimizer]}
+    assert sum(torch.Size(t.shape).numel() * t.dtype.itemsize for t in stored.values()) == state_bytes(engine)
+    rest = json.loads((tmp_path / "rest.json").read_text())
+    assert rest["optimizer_steps"] == dict.fromkeys(shapes, 1) and rest["loss_scaler"] == {} and len(rest["random"]) == 1
+
+
+def cpu_adam_is_built() -> bool:
+    from deepspeed.git_version_info import installed_ops
+
+    return bool(installed_ops.get("cpu_adam") or list(Path(get_default_build_root()).glob("**/cpu_adam/cpu_adam.so")))
+
+
+@pytest.mark.parametrize(("precision", "zero"), [("fp32", 1), ("bf16", 2), ("pure_bf16", 3)])
+def test_an_offloaded_optimizer_goes_on_too(precision: str, zero: int, tiny_spec: Any, start: Any, tmp_path: Path) -> None:
+    if not cpu_adam_is_built():
+        pytest.skip("DeepSpeed's cpu_adam is not built here, and compiling it takes minutes")
+    spec = tiny_spec(precision=precision, zero=zero, micro=4)
+    spec.deepspeed["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    assert_goes_on(spec, start, tmp_path)
+
+
+def test_the_loss_scale_goes_on(tiny_spec: Any, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved while the scale was still falling, before the first update; DeepSpeed refuses fp16 on a CPU, which computes it all the same."""
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda _: True)
+    fp16 = Precision(name="fp16", weights="float16", compute="float16", optimizer="float32", gradients="float32", loss_scaling="dynamic")
+    scaling = {"enabled": True, "loss_scale": 0, "initial_scale_power": 18, "loss_scale_window": 2, "hysteresis": 2, "min_loss_scale": 1}
+    spec = tiny_spec(zero=1, changes={"steps": 8, "precision": fp16})
+    spec.deepspeed.update(fp16=scaling, data_types={"grad_accum_dtype": "fp32"})
+    first = start(spec)
+    train(first, spec, range(1, 3))
+    assert write_state(first, tmp_path, writers=1) == ""
+    rest = json.loads((tmp_path / "rest.json").read_text())
+    assert rest["optimizer_steps"] == {} and rest["loss_scaler"]["last_overflow_iter"] == 1
+    losses = train(first, spec, range(3, 9))
+    second = start(spec, tmp_path)
+    restore_state(second, tmp_path, seed=0, step=2, world_size=1)
+    assert train(second, spec, range(3, 9)) == losses
+    assert read_scaler(second) == read_scaler(first) != rest["loss_scaler"]
+    assert losses[-1] < losses[0]
+
+
+def test_other_parameters_are_refused(tiny_spec: Any, start: Any, tmp_path: Path) -> None:
+    spec = tiny_spec()
+    write_state(start(spec), tmp_path, writers=1)
+    other = torch.nn.ModuleDict({"lm_head": torch.nn.Linear(2, 2)})
+    with pytest.raises(InputRefused, match="holds other trained parameters than this stage has, as "):
+        load_masters(other, tmp_path)
+
+
+def test_random_numbers_go_on(tiny_spec: Any, start: Any) -> None:
+    import random
+
+    import numpy
+
+    engine = start(tiny_spec())
+    random.gauss(0, 1), numpy.random.standard_normal()  # both keep a second number for the next call
+    states = json.loads(json.dumps(gather_random(engine)))[0]
+    drawn = [(random.gauss(0, 1), numpy.random.standard_normal(), torch.rand(3).tolist()) for _ in range(3)]
+    set_random(states, engine.device)
+    assert [(random.gauss(0, 1), numpy.random.standard_normal(), torch.rand(3).tolist()) for _ in range(3)] == drawn
+
+
+# ----------------------------------------------------------------------------------------------------------------- shards
+
+
+def test_shards_are_bounded_and_a_tensor_is_read_in_spans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard, "SHARD_BYTES", 100)
+    tensors = {f"t{n}": torch.arange(n * 10, dtype=torch.float32).view(n, 10).to(torch.bfloat16) for n in range(1, 8)}
+    shards = shard.Shards(tmp_path, "state-000")
+    for name, tensor in tensors.items():
+        shards.add(name, tensor)
+    shards.flush()
+    assert shards.problem == "" and len(list(tmp_path.glob("state-000-*.safetensors"))) == 6  # 20 + 40, 60, 80, 100, 120, 140 bytes
+    stored = find_stored(tmp_path)
+    assert all(torch.equal(stored[name].read_whole(), tensor) for name, tensor in tensors.items())
+    assert torch.equal(stored["t4"].read(13, 5), tensors["t4"].view(-1)[13:18])
+    assert stored["t4"].read(40, 0).shape == (0,)
+
+
+def test_a_full_disk_is_said_and_the_writer_goes_on_taking_tensors(tmp_path: Path) -> None:
+    shards = shard.Shards(tmp_path / "nowhere", "state-000")
+    for name in ("a", "b"):
+        shards.add(name, torch.zeros(4))
+        shards.flush()
+    assert "No such file" in shards.problem and shards.waiting == {}

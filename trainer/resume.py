@@ -1,0 +1,136 @@
+"""Which checkpoint a run goes on from, told from the files alone: the newest whole one in the run's folder.
+
+Standard library only, so that the launcher can ask the same question before it starts the ranks again.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.contract import CHECKPOINTS, METRICS_FILE, InputRefused, SpecError, TrainSpec, read, write_text
+
+STATE_FILE = "trainer_state.json"
+NAME = "step-{step:06d}"
+NAMES = re.compile(r"step-(\d{6,})")
+
+# Where the attempts of one run may differ: it changes where and how fast the steps are done, not what they are.
+FREE_SECTIONS = ("device.", "evaluation.", "deepspeed.")
+FREE_KEYS = {
+    *("schema", "run_id", "output", "save_every", "keep_checkpoints", "gradient_checkpointing", "hang_timeout_s"),
+    *("batch.micro_batch", "batch.accumulation", "data.root", "data.workers"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointState:
+    """trainer_state.json. `files`: name -> bytes of every other file of the checkpoint. `spec`: dotted key -> value of all that must be
+    the same to go on. `data_sha256`: of the training rows' file. `world_size`: ranks that saved; 0 = weights alone, of the last step."""
+
+    schema: int
+    step: int
+    weights_sha256: str
+    data_sha256: str
+    world_size: int
+    spec: dict[str, Any]
+    files: dict[str, int]
+
+    @property
+    def path(self) -> str:
+        """Relative to the run's folder."""
+        return f"{CHECKPOINTS}/{NAME.format(step=self.step)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What the rows that stand tell of the steps done: how many, their seconds, the loss of the last."""
+
+    count: int = 0
+    seconds: float = 0.0
+    loss: float | None = None
+
+
+def newest_checkpoint(run: Path) -> CheckpointState | None:
+    """The newest whole checkpoint in the folder of a run. Half-written ones have hidden names; one that a copy left unfinished, or that
+    lost a file, is passed over."""
+    return max(whole_checkpoints(run), key=lambda state: state.step, default=None)
+
+
+def whole_checkpoints(run: Path) -> Iterator[CheckpointState]:
+    for folder in (run / CHECKPOINTS).glob("step-*"):
+        if NAMES.fullmatch(folder.name) and (state := whole_state(folder)) is not None:
+            yield state
+
+
+def whole_state(folder: Path) -> CheckpointState | None:
+    """What a checkpoint says of itself; None unless it has its own name and every file the size that it should have."""
+    try:
+        state: CheckpointState = read(CheckpointState, folder / STATE_FILE)
+    except SpecError:
+        return None
+    return state if folder.name == NAME.format(step=state.step) and not missing_files(folder, state) else None
+
+
+def missing_files(folder: Path, state: CheckpointState) -> tuple[str, ...]:
+    """Names of files that are not there or have another size."""
+    return tuple(name for name, size in state.files.items() if not (folder / name).is_file() or (folder / name).stat().st_size != size)
+
+
+def fixed_parts(spec: TrainSpec) -> dict[str, Any]:
+    """The spec as dotted keys, without those that attempts of one run may differ in. Values are plain JSON."""
+    plain = json.loads(json.dumps(asdict(spec)))
+    return {key: value for key, value in flatten(plain) if key not in FREE_KEYS and not f"{key}.".startswith(FREE_SECTIONS)}
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            yield from flatten(item, f"{prefix}{key}.")
+        else:
+            yield prefix + key, item
+
+
+def refuse_other_run(state: CheckpointState, spec: TrainSpec, data_sha256: str) -> None:
+    """Raises InputRefused, naming every difference, when the checkpoint in the run's folder is not of this very run."""
+    there, here = state.spec, fixed_parts(spec)
+    wrong = [f"{key} was {there.get(key)!r} and is {here.get(key)!r}" for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
+    if state.data_sha256 != data_sha256:
+        wrong.append("the training rows have changed since")
+    if wrong:
+        raise InputRefused(
+            f"{spec.output}/{state.path} belongs to another run: {'; '.join(wrong)}. A run goes on only as it began. Start a new run; "
+            f"with stage.checkpoint={spec.output}/{state.path} it begins with these weights."
+        )
+
+
+def hash_file(path: Path | None) -> str:
+    if path is None:
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cut_rows(run: Path, step: int) -> Rows:
+    """Keep the rows of steps 1 to `step` in metrics.jsonl and drop what follows, all or nothing: those steps will be done again."""
+    path = run / METRICS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    kept = Rows()
+    for line in lines:
+        row = parse_row(line)
+        if row is None or row["step"] != kept.count + 1 or row["step"] > step:
+            break
+        kept = Rows(count=kept.count + 1, seconds=kept.seconds + row["seconds"], loss=row["loss"])
+    if kept.count < len(lines):
+        write_text("".join(lines[: kept.count]), path)
+    return kept
+
+
+def parse_row(line: str) -> dict[str, Any] | None:
+    """None for a row that was being written when its run ended."""
+    try:
+        return json.loads(line) if line.endswith("\n") else None
+    except ValueError:
+        return None

@@ -1,0 +1,113 @@
+"""Tensors in safetensors files: written in files of bounded size, read in spans, so that no rank ever holds all of them.
+
+The layout (8 bytes of header length, JSON header, data) is read by ourselves: the library gives neither spans of a flattened tensor nor
+the bytes of a bfloat16 one. https://huggingface.co/docs/safetensors#format
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainer.contract import InputRefused
+
+SHARD_BYTES = 2**30  # in a writer's memory before it writes; a larger tensor has a file of its own
+HEADER_LIMIT_BYTES = 100 * 2**20  # as the safetensors library has it
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Shards:
+    """Writes `<prefix>-00000.safetensors` and so on into a folder. After a full disk it takes tensors and drops them, because the ranks
+    that gather them go on together; `problem` then says what happened."""
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        self.folder, self.prefix = folder, prefix
+        self.waiting: dict[str, Tensor] = {}
+        self.files, self.problem = 0, ""
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """`tensor`: on the CPU, and not changed any more."""
+        size = tensor.numel() * tensor.element_size()
+        if self.waiting and size_of(self.waiting) + size > SHARD_BYTES:
+            self.flush()
+        self.waiting[name] = tensor
+
+    def flush(self) -> None:
+        """Have all on the disk."""
+        if self.waiting and not self.problem:
+            path = self.folder / f"{self.prefix}-{self.files:05d}.safetensors"
+            try:
+                save_file(self.waiting, path)
+                sync(path)
+            except (OSError, SafetensorError) as error:
+                self.problem = str(error)
+            self.files += 1
+        self.waiting = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A tensor in a file; its data begin at byte `begin`."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+
+    def read(self, start: int, count: int) -> Tensor:
+        """Elements [start, start + count) of the flattened tensor: (count,)."""
+        if not count:
+            return torch.empty(0, dtype=self.dtype)
+        with self.file.open("rb") as stream:
+            stream.seek(self.begin + start * self.dtype.itemsize)
+            return torch.frombuffer(bytearray(stream.read(count * self.dtype.itemsize)), dtype=self.dtype, count=count)
+
+    def read_whole(self) -> Tensor:
+        return self.read(0, torch.Size(self.shape).numel()).view(self.shape)
+
+
+def find_stored(folder: Path) -> dict[str, Stored]:
+    """Every tensor in the safetensors files of a folder, by name. Raises InputRefused for a file that is not whole."""
+    return {
+        name: Stored(file=file, dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]), begin=start + entry["data_offsets"][0])
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, entry, start in read_header(file)
+    }
+
+
+def read_header(file: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """(name, entry, where the data begins) of each tensor. Raises InputRefused when the file is not as long as its header says."""
+    with file.open("rb") as stream:
+        length = struct.unpack("<Q", stream.read(8).ljust(8, b"\xff"))[0]
+        header = stream.read(length) if length <= HEADER_LIMIT_BYTES else b""
+    try:
+        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise InputRefused(f"{file} is not a safetensors file. Copy the checkpoint again.") from error
+    if file.stat().st_size != 8 + length + end:
+        raise InputRefused(f"{file} has {file.stat().st_size} bytes where its header says {8 + length + end}. Copy the checkpoint again.")
+    for name, entry in entries.items():
+        yield name, entry, 8 + length
+
+
+def size_of(tensors: dict[str, Tensor]) -> int:
+    """In bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

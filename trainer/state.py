@@ -1,0 +1,247 @@
+"""What the next step depends on besides the weights' file: masters and moments of the optimizer, loss scale, random numbers.
+
+Kept whole and by parameter name, so that a run can go on with another number of ranks or another ZeRO stage. DeepSpeed's own getters
+(deepspeed.utils.safe_get_full_fp32_param and its kin, 0.19.8) serve only in part: they know nothing without ZeRO, ZeRO 1 and 2 add up
+floats, which loses the sign of a zero, ZeRO 3 gathers float32 moments in the dtype of the weights, and its setter fails where a
+parameter is no multiple of the ranks. So the parts are found through the same maps that those use, and copied bit by bit.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed
+from torch import Tensor
+
+from trainer.contract import InputRefused, write_text
+from trainer.device import seed_all
+from trainer.engine import Engine
+from trainer.shard import Shards, Stored, find_stored, sync
+
+MASTER = "master"
+REST_FILE = "rest.json"  # what is no tensor
+SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # DeepSpeed's DynamicLossScaler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What this rank's optimizer holds of one parameter: `count` elements, from `start` on in the flattened parameter and from `offset`
+    on in `owner`, the flat tensor that the optimizer updates and keeps its states by. `count` 0: nothing."""
+
+    parameter: torch.nn.Parameter
+    numel: int
+    owner: Tensor
+    offset: int
+    start: int
+    count: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """This part in the owner, or in one of its states."""
+        return flat.detach().view(-1).narrow(0, self.offset, self.count)
+
+
+def find_parts(engine: Engine) -> dict[str, Part]:
+    """For each trained parameter, in the order of the model."""
+    handle = engine.handle
+    if handle.optimizer is handle.basic_optimizer:
+        trained = (p for p in engine.model.parameters() if p.requires_grad)
+        parts = [Part(parameter=p, numel=p.numel(), owner=p, offset=0, start=0, count=p.numel()) for p in trained]
+    elif handle.zero_optimization_stage() == 3:
+        parts = list(partitioned_parts(handle.optimizer, engine.rank))
+    else:
+        parts = list(flat_parts(handle.optimizer))
+    by_parameter = {id(part.parameter): part for part in parts}
+    return {name: by_parameter[id(p)] for name, p in engine.model.named_parameters() if p.requires_grad}
+
+
+def flat_parts(optimizer: Any) -> Iterator[Part]:
+    """ZeRO 1 and 2, and DeepSpeed's BF16_Optimizer: a flat group is cut into equal partitions, a parameter may lie in several."""
+    bf16 = hasattr(optimizer, "bf16_groups")
+    groups = optimizer.bf16_groups if bf16 else optimizer.bit16_groups
+    owners = optimizer.fp32_groups_flat_partition if bf16 else optimizer.single_partition_of_fp32_groups
+    for parameters, owner in zip(groups, owners, strict=True):
+        for p in parameters:
+            held = p._hp_mapping
+            offset = held.hp_fragment_address.start if held else 0
+            start, count = (held.lp_fragment_address.start, held.lp_fragment_address.numel) if held else (0, 0)
+            yield Part(parameter=p, numel=p.numel(), owner=owner, offset=offset, start=start, count=count)
+
+
+def partitioned_parts(optimizer: Any, rank: int) -> Iterator[Part]:
+    """ZeRO 3: every parameter is cut into equal parts, the last one padded."""
+    for group in optimizer.fp16_groups:
+        for p in group:
+            index, offset, size = optimizer.grad_position[optimizer.get_param_id(p)]
+            start = min(rank * size, p.ds_numel)
+            count = min(size, p.ds_numel - start)
+            owner = optimizer.fp32_partitioned_groups_flat[index]
+            yield Part(parameter=p, numel=p.ds_numel, owner=owner, offset=offset, start=start, count=count)
+
+
+# ------------------------------------------------------------------------------------------------------------------ saving
+
+
+def state_bytes(engine: Engine) -> int:
+    """Of all that `write_state` writes."""
+    return sum(part.numel * flat.element_size() for part in find_parts(engine).values() for flat in flats_of(engine, part).values())
+
+
+def flats_of(engine: Engine, part: Part) -> dict[str, Tensor]:
+    """master and, after the first update, the moments: flat tensors as long as the owner."""
+    states = engine.handle.basic_optimizer.state.get(part.owner, {})
+    moments = {key: value for key, value in states.items() if torch.is_tensor(value) and value.shape == part.owner.shape}
+    return {MASTER: part.owner, **moments}
+
+
+def write_state(engine: Engine, folder: Path, *, writers: int) -> str:
+    """Every rank must call it: parameter by parameter the tensors come together, tensor i at rank i % writers, which writes them into its
+    own files. Returns what went wrong on this rank, or ''."""
+    shards = Shards(folder, f"state-{engine.rank:03d}")
+    place = 0
+    for name, part in find_parts(engine).items():
+        for key, flat in flats_of(engine, part).items():
+            whole = gather_part(engine, part, flat)
+            if place % writers == engine.rank:
+                shards.add(f"{key}/{name}", whole.to("cpu", copy=True))
+            place += 1
+    shards.flush()
+    random_states = gather_random(engine)
+    if engine.rank == 0 and not shards.problem:
+        rest = {"optimizer_steps": optimizer_steps(engine), "loss_scaler": read_scaler(engine), "random": random_states}
+        try:
+            write_text(json.dumps(rest) + "\n", folder / REST_FILE)
+            sync(folder)
+        except OSError as error:
+            return str(error)
+    return shards.problem
+
+
+def gather_part(engine: Engine, part: Part, flat: Tensor) -> Tensor:
+    """All ranks' parts of a parameter or moment, whole, in the dtype of `flat`. Bits are added up as integers: every element is held by
+    one rank, and nothing but a zero is added to it."""
+    shape = getattr(part.parameter, "ds_shape", part.parameter.shape)
+    if engine.world_size == 1 or engine.handle.zero_optimization_stage() == 0:
+        return part.of(flat).view(shape)
+    whole = torch.zeros(part.numel, dtype=torch.float32, device=engine.device)  # 16 bits fit in, and come out as they were
+    whole.narrow(0, part.start, part.count).copy_(part.of(flat))
+    torch.distributed.all_reduce(whole.view(torch.int32))
+    return whole.to(flat.dtype).view(shape)
+
+
+def optimizer_steps(engine: Engine) -> dict[str, int]:
+    """Updates of each parameter, which Adam's bias correction counts: without ZeRO one that had no gradient stays behind."""
+    states = engine.handle.basic_optimizer.state
+    return {name: int(states[part.owner]["step"]) for name, part in find_parts(engine).items() if states.get(part.owner)}
+
+
+def read_scaler(engine: Engine) -> dict[str, Any]:
+    """{} where the loss is not scaled dynamically."""
+    scaler = getattr(engine.handle.optimizer, "loss_scaler", None)
+    return {key: getattr(scaler, key) for key in SCALER_KEYS} if getattr(scaler, "dynamic", False) else {}
+
+
+def gather_random(engine: Engine) -> list[dict[str, Any]]:
+    """Every rank's random numbers, by rank."""
+    states = [read_random(engine.device)]
+    if engine.world_size > 1:
+        states = states * engine.world_size
+        torch.distributed.all_gather_object(states, read_random(engine.device))
+    return states
+
+
+def read_random(device: torch.device) -> dict[str, Any]:
+    name, keys, position, has_gauss, gauss = numpy.random.get_state()
+    states = {"python": random.getstate(), "numpy": (name, keys.tolist(), position, has_gauss, gauss)}
+    states["torch"] = torch.get_rng_state().numpy().tobytes().hex()
+    states["device"] = getattr(torch, device.type).get_rng_state(device).cpu().numpy().tobytes().hex() if device.type != "cpu" else ""
+    return states
+
+
+# ---------------------------------------------------------------------------------------------------------------- going on
+
+
+def load_masters(model: torch.nn.Module, folder: Path) -> None:
+    """Put the trained weights into a model that no engine has taken yet; its frozen ones come from where they came from at first.
+
+    Raises InputRefused when the state is of other parameters."""
+    stored = find_stored(folder)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    saved = {name.removeprefix(f"{MASTER}/") for name in stored if name.startswith(f"{MASTER}/")}
+    if saved != set(trained):
+        other = ", ".join(sorted(saved ^ set(trained))[:5])
+        raise InputRefused(f"{folder} holds other trained parameters than this stage has, as {other}. Start a new run.")
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(stored[f"{MASTER}/{name}"].read_whole())
+
+
+def restore_state(engine: Engine, folder: Path, *, seed: int, step: int, world_size: int) -> None:
+    """Put an engine where the ranks that saved were. With another number of ranks than `world_size` each one's random numbers begin anew,
+    from seed, step and rank."""
+    stored: dict[str, dict[str, Stored]] = {}
+    for entry, tensor in find_stored(folder).items():
+        key, _, name = entry.partition("/")
+        stored.setdefault(name, {})[key] = tensor
+    rest = json.loads((folder / REST_FILE).read_text(encoding="utf-8"))
+    steps = rest["optimizer_steps"]
+    for name, part in find_parts(engine).items():
+        restore_part(engine, part, stored[name], steps=steps.get(name, 0))
+    replay_powers(engine.handle.basic_optimizer, max(steps.values(), default=0))
+    for key, value in rest["loss_scaler"].items():
+        setattr(engine.handle.optimizer.loss_scaler, key, value)
+    if world_size == engine.world_size:
+        set_random(rest["random"][engine.rank], engine.device)
+    else:
+        digest = hashlib.sha256(f"{seed}:{step}:{engine.rank}".encode()).digest()
+        seed_all(int.from_bytes(digest[:4], "little"), deterministic=False)
+
+
+def restore_part(engine: Engine, part: Part, stored: dict[str, Stored], *, steps: int) -> None:
+    """The owner's states are made as the optimizer would at its first update, which it then leaves out."""
+    optimizer = engine.handle.basic_optimizer
+    part.of(part.owner).copy_(stored[MASTER].read(part.start, part.count))
+    moments = {key: tensor for key, tensor in stored.items() if key != MASTER}
+    if moments and not optimizer.state.get(part.owner):
+        states = {key: torch.zeros_like(part.owner.detach(), dtype=tensor.dtype) for key, tensor in moments.items()}
+        optimizer.state[part.owner] = {"step": count_steps(optimizer, part.owner, steps), **states}
+    for key, tensor in moments.items():
+        part.of(optimizer.state[part.owner][key]).copy_(tensor.read(part.start, part.count))
+
+
+def count_steps(optimizer: torch.optim.Optimizer, owner: Tensor, steps: int) -> int | Tensor:
+    """As torch's AdamW counts, on the device when it is one kernel; DeepSpeedCPUAdam counts in plain ints."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return steps
+    device = owner.device if optimizer.defaults["fused"] else torch.device("cpu")
+    return torch.tensor(float(steps), dtype=torch.float32, device=device)
+
+
+def replay_powers(optimizer: Any, steps: int) -> None:
+    """DeepSpeedCPUAdam multiplies the powers of its betas up from step to step, and takes pow() where it sees a jump, which rounds
+    otherwise (0.19.8, ops/csrc/includes/cpu_adam.h, IncrementStep). So it gets all steps once more, with nothing to update."""
+    if not hasattr(optimizer, "ds_opt_adam"):
+        return
+    beta1, beta2 = optimizer.defaults["betas"]
+    nothing = [torch.zeros(1) for _ in range(4)]  # weight, gradient, both moments
+    for step in range(1, steps + 1):
+        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, beta1, beta2, 1.0, 0.0, True, *nothing)
+
+
+def set_random(states: dict[str, Any], device: torch.device) -> None:
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys), gauss))
+    numpy.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(read_bytes(states["torch"]))
+    if device.type != "cpu" and states["device"]:
+        getattr(torch, device.type).set_rng_state(read_bytes(states["device"]), device)
+
+
+def read_bytes(text: str) -> Tensor:
+    """(n) uint8."""
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

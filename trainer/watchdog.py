@@ -1,0 +1,109 @@
+"""Notices a step that does not end: a rank that hangs leaves no error, and those that wait for it look like it.
+
+A log that has gone quiet is no sign, since steps may be long; so each rank looks at its own clock, from a thread of its own, and says in
+which step and phase it waits, with all stacks. The rank that is in no collective is the one to look at.
+"""
+
+import faulthandler
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from trainer.contract import FAILURE_FILES, SCHEMA, Exit, FailureReport, TrainSpec, write
+
+LOOKS = 20  # at the clock, in each timeout
+STUCK_S = 10  # longer than the thread would take to end the process, if it could run at all
+
+
+class Watchdog:
+    """`begin` a step, name its `phase`, `rest` while no step is under way. `timeout_s` 0: it never wakes.
+
+    `end(reason)` is called from the thread when a step takes twice as long, and has to end the process.
+    """
+
+    def __init__(self, *, timeout_s: float, rank: int, stream: TextIO, end: Callable[[str], None]) -> None:
+        self.timeout_s, self.rank, self.stream, self.end = timeout_s, rank, stream, end
+        self.current: tuple[int, str, float] | None = None  # step, phase, when the step began; replaced whole, so that no lock is needed
+        self.told = 0  # the last step whose stacks are written
+
+    def begin(self, step: int, phase: str) -> None:
+        if not self.timeout_s:
+            return
+        self.current = (step, phase, time.monotonic())
+        # For a rank that hangs inside a library which holds the interpreter's lock: this one is a thread of C, and needs no lock.
+        faulthandler.dump_traceback_later(2 * self.timeout_s + STUCK_S, exit=True, file=self.stream)
+
+    def phase(self, name: str) -> None:
+        if self.current is not None:
+            step, _, since = self.current
+            self.current = (step, name, since)
+
+    def rest(self) -> None:
+        if self.timeout_s:
+            self.current = None
+            faulthandler.cancel_dump_traceback_later()
+
+    def look(self, now: float) -> None:
+        """Tell a step that is too long, once; end the process when it is so for twice as long."""
+        current = self.current
+        if current is None:
+            return
+        step, phase, since = current
+        waited = now - since
+        if waited >= self.timeout_s and self.told != step:
+            self.told = step
+            self.say(f"rank {self.rank} has waited {waited:.0f} s in step {step} ({phase})")
+            faulthandler.dump_traceback(file=self.stream, all_threads=True)
+            self.stream.flush()
+        if waited >= 2 * self.timeout_s:
+            reason = f"step {step} ({phase}) has not ended in {waited:.0f} s, twice run.hang_timeout_s"
+            self.say(f"rank {self.rank} ends: {reason}")
+            self.end(reason)
+
+    def say(self, text: str) -> None:
+        print(f"omnilaunch: {text}", file=self.stream, flush=True)
+
+
+@contextmanager
+def watch_steps(timeout_s: float, *, rank: int, stream: TextIO, end: Callable[[str], None]) -> Iterator[Watchdog]:
+    """A watchdog at work until the block ends. `stream`: a file with a number, as sys.stderr."""
+    watchdog = Watchdog(timeout_s=timeout_s, rank=rank, stream=stream, end=end)
+    over = threading.Event()
+
+    def guard() -> None:
+        while not over.wait(timeout_s / LOOKS):
+            watchdog.look(time.monotonic())
+
+    thread = threading.Thread(target=guard, name="watchdog", daemon=True)
+    if timeout_s:
+        thread.start()
+    try:
+        yield watchdog
+    finally:
+        over.set()
+        watchdog.rest()
+        if timeout_s:
+            thread.join()
+
+
+def end_hung(spec: TrainSpec, rank: int, reason: str) -> None:
+    """End this process, whose main thread will never come back to do it; torchrun then ends the other ranks."""
+    report = FailureReport(
+        schema=SCHEMA,
+        rank=rank,
+        hostname=socket.gethostname(),
+        unix_s=time.time(),
+        code=Exit.HUNG,
+        kind="Hung",
+        message=f"{reason}. Every rank's stacks are in its log; the rank to look at is the one that waits in no collective.",
+        traceback="",
+    )
+    try:
+        write(report, Path(spec.output) / FAILURE_FILES.format(rank=rank))
+    finally:
+        os._exit(Exit.HUNG)
