@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,19 +36,22 @@ def render(built: Built, project: Path, tmp_path: Path) -> Iterator[Callable[...
         place = Place(project=project, here=tmp_path, interpreter="python3", user="1000:1000")
         given = {word.partition("=")[0] for word in overrides}
         short = (word for word in SHORT if word.partition("=")[0] not in given)
-        words = (f"cluster.root={tmp_path}/site", *short, *docker_overrides(built), *overrides)
+        root = () if "cluster.root" in given else (f"cluster.root={tmp_path}/site",)
+        words = (*root, *short, *docker_overrides(built), *overrides)
         plan = make_plan(compose(words, ROOT / "conf"), load_stacks(project / "images"), place, run_id=f"bundle-{os.getpid()}-{len(plans)}")
         plans.append(plan)
         return plan, write_bundle(plan, tmp_path / plan.run_id, project=project, source=SourceState(commit="", dirty=False))
 
     yield render
     for plan in plans:
-        subprocess.run(plan.commands[0].remove, capture_output=True)
+        for command in plan.commands:
+            subprocess.run(command.remove, capture_output=True)
 
 
-def script(bundle: Path, *words: str, code: int = 0, **environment: str) -> str:
+def script(bundle: Path, *words: str, code: int = 0, node: int = 0, before: tuple[str, ...] = (), **environment: str) -> str:
     """What the node's script says to both streams, its exit code as expected."""
-    argv = (str(bundle / "node0-localhost.sh"), *words)
+    (path,) = bundle.glob(f"node{node}-*.sh")
+    argv = (*before, str(path), *words)
     done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment, timeout=300)
     assert done.returncode == code, done.stdout
     return done.stdout
@@ -94,14 +99,64 @@ def test_a_secret_arrives_whole_and_a_stopped_run_goes_on(render: Callable[..., 
     assert f"SITE_TOKEN={SECRET}" in run("docker", "exec", name, "cat", "/proc/1/environ").split("\0")
     assert "running" in script(bundle, "status")
     assert "exited, exit code" in script(bundle, "stop")
-    print(script(bundle, "status"))
     assert json.loads((folder / "train_result.json").read_text())["status"] == "stopped"
     script(bundle, "remove")
     script(bundle, "start", SITE_TOKEN=SECRET)
     wait_for(lambda: "going on from checkpoints/step-" in run("docker", "logs", name))
 
 
-def wait_for(condition: Callable[[], bool], *, seconds: float = 60) -> None:
+def own_networks() -> dict[str, str]:
+    """Interface -> address of this machine: the engine's bridge, and the way out."""
+    rows = [line.split() for line in run("ip", "-o", "-4", "address").splitlines()]
+    own = {row[1]: row[3].split("/")[0] for row in rows}
+    way = run("ip", "-o", "route", "get", "8.8.8.8").split()
+    return {name: own[name] for name in (way[way.index("dev") + 1], "docker0")}
+
+
+def test_two_nodes_meet(render: Callable[..., tuple[Plan, Path]]) -> None:
+    """Both are this machine, by two of its addresses."""
+    nodes = ", ".join(f"{{host: {address}, address: {address}, interface: {name}}}" for name, address in own_networks().items())
+    _, bundle = render(
+        f"cluster.nodes=[{nodes}]", "cluster.shared=true", "cluster.devices_per_node=1", f"cluster.rendezvous_port={free_port()}"
+    )
+    for words in (("data",), ("start",)):
+        for node in (0, 1):
+            script(bundle, *words, node=node)
+    for node in (0, 1):
+        assert "exited, exit code 0" in script(bundle, "follow", node=node)
+
+
+@pytest.fixture
+def lodging() -> Iterator[Path]:
+    """A folder of another user, who can walk to it, as to a folder of pytest's he cannot."""
+    folder = Path(tempfile.mkdtemp(prefix="omnilaunch-"))
+    os.chown(folder, 4321, 4321)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
+def test_a_login_that_is_neither_root_nor_the_containers_user(render: Callable[..., tuple[Plan, Path]], lodging: Path) -> None:
+    plan, rendered = render(f"cluster.root={lodging}/site")
+    bundle = Path(shutil.copytree(rendered, lodging / "bundle"))
+    group = Path("/var/run/docker.sock").stat().st_gid
+    before = ("setpriv", "--reuid", "4321", "--regid", "4321", "--groups", str(group))
+    script(bundle, before=before, HOME=str(lodging))
+    script(bundle, "follow", before=before, HOME=str(lodging))
+    folder = Path(plan.spec.output)
+    assert [path.name for path in folder.parent.iterdir()] == [plan.run_id]
+    owners = {path.name: path.stat().st_uid for path in (folder.parent, folder, folder / "spec.json", folder / "metrics.jsonl")}
+    assert owners == {"runs": 4321, plan.run_id: 1000, "spec.json": 1000, "metrics.jsonl": 1000}
+    script(bundle, "save", str(lodging / "kept"), before=before, HOME=str(lodging))
+    assert (lodging / "kept" / "node0" / "train_result.json").exists()
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+def wait_for(condition: Callable[[], bool], *, seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -217,3 +218,55 @@ def test_nodes_that_cannot_be_reached_are_all_named_and_nothing_is_made(tmp_path
     assert done.returncode == 4, done.stdout + done.stderr
     assert "ann@127.0.0.2:9" in done.stderr and "ann@127.0.0.3:9" in done.stderr and "Next: ssh" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_rank_that_is_killed_is_started_again_to_the_same_bits(tmp_path: Path) -> None:
+    """The kernel's out-of-memory killer, twice; `run.restarts` allows it."""
+    job = (
+        "run.steps=12",
+        "stage.optimizer.warmup=1",
+        "stage.global_batch=8",
+        "run.evaluation.limit=8",
+        "run.save_every=3",
+        "run.restarts=2",
+    )
+    calm = launch(tmp_path, *job, name="calm")
+    assert calm.returncode == 0, calm.stdout + calm.stderr
+    rows = tmp_path / "runs/shot/metrics.jsonl"
+    with subprocess.Popen(
+        command(tmp_path, *job, name="shot"), cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as shot:
+        try:
+            for step in (4, 8):
+                wait_until(lambda step=step: rows.exists() and len(rows.read_text().splitlines()) >= step, shot)  # type: ignore[misc]
+                ranks = [pid for pid in processes_with(FOLDER_VARIABLE, str(tmp_path / "runs/shot")) if b"trainer\0run" in words_of(pid)]
+                trainers = [pid for pid in ranks if b"torch.distributed.run" not in words_of(pid)]
+                assert len(trainers) == 1
+                os.kill(trainers[0], signal.SIGKILL)
+                attempt = tmp_path / "runs/shot/attempts" / str(step // 4) / "attempt.json"
+                wait_until(attempt.exists, shot)
+            said, _ = shot.communicate(timeout=240)
+        finally:
+            shot.kill()
+    assert shot.returncode == 0, said
+    assert rows_of(tmp_path, "shot") == rows_of(tmp_path, "calm")
+    mine, undisturbed = result_of(tmp_path, "shot"), result_of(tmp_path, "calm")
+    for key in ("status", "steps", "weights_sha256", "evaluation", "final_loss"):
+        assert mine[key] == undisturbed[key]
+    assert [attempt["number"] for attempt in mine["attempts"]] == [1, 2]  # type: ignore[attr-defined]
+    assert (tmp_path / "runs/shot/attempts/1/logs/node0.log").stat().st_size
+
+
+def words_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]", timeout_s: float = 240) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
