@@ -1,5 +1,5 @@
 #!/bin/bash
-# The only shell of the project. CANN keeps a part of its environment in scripts; all else is in ENV. Ends by becoming its
+# The only shell of an image. CANN keeps a part of its environment in scripts; all else is in ENV. Ends by becoming its
 # arguments, so that signals reach the trainer itself.
 
 # Secrets are named in OMNILAUNCH_SECRETS and come through a pipe, each ended by a NUL: `docker inspect` shows every variable that the
