@@ -113,6 +113,16 @@ def on_each(sites: Sequence[Site], work: Callable[[Site], Diagnosis]) -> dict[st
     }
 
 
+def run_briefly(site: Site, argv: tuple[str, ...], name: str) -> Result:
+    """A container that is removed when its time is over, too: ending docker's client would leave it."""
+    try:
+        return site.transport.run((*argv[:2], "--name", name, *argv[2:]), timeout_s=START_TIMEOUT_S)
+    except NodeFailed:
+        with suppress(NodeFailed):
+            site.transport.run(("docker", "rm", "--force", name), timeout_s=START_TIMEOUT_S)
+        raise
+
+
 # ------------------------------------------------------------------------------------------------- a container's options
 
 
@@ -122,7 +132,7 @@ def try_start(sites: Sequence[Site], token: str) -> dict[str, Diagnosis]:
     def start(site: Site) -> Diagnosis:
         if not site.case.facts.image_id:
             return unchecked(NO_IMAGE)
-        done = site.transport.run(start_command(site.case, token), timeout_s=START_TIMEOUT_S)
+        done = run_briefly(site, start_command(site.case, token), f"omnilaunch-doctor-{token}-start")
         if done.code == 0:
             return fine("a container with the run's options starts")
         said = last_line(done)
@@ -158,7 +168,7 @@ def try_reach(sites: Sequence[Site], choices: Sequence[Choice], token: str) -> d
     def reach(site: Site) -> Diagnosis:
         mine = own[site.case.node.host]
         others = [address for address in addresses if address != mine]
-        done = site.transport.run(reach_command(site.case, port, mine, others, token), timeout_s=START_TIMEOUT_S)
+        done = run_briefly(site, reach_command(site.case, port, mine, others, token), f"omnilaunch-doctor-{token}-reach")
         if done.code in DOCKER_FAILED:
             return unchecked(f"whether it reaches the others: {last_line(done)}")
         failures: dict[str, str] = {} if done.code else json.loads(done.output.strip().rpartition("\n")[2] or "{}")

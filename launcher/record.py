@@ -257,7 +257,7 @@ def ended_failure(plan: Plan, node: NodeResult) -> tuple[Failure, Kind | None]:
     text = read_end(log)
     message = f"the ranks ended with exit code {node.code} and left no report"
     if node.lost:
-        message = f"the node did not answer any more for {plan.config.cluster.node_timeout_s} s"
+        message = f"the node did not answer any more (cluster.node_timeout_s={plan.config.cluster.node_timeout_s})"
     elif root := root_rank(text):
         message = f"rank {root[0]} ended with exit code {root[1]} and left no report"
     # Where members had to be killed, their codes tell of the launcher.

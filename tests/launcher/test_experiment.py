@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
+from launcher.errors import NodeFailed
 from launcher.experiment import REACH
 from launcher.finding import EVERY_NODE
-from tests.launcher.hospital import CPU, HOSTS, NPU, SHARED, PlanFor, beds, examined, found, room
+from launcher.transport import Result
+from tests.launcher.hospital import CPU, HOSTS, NPU, SHARED, Bed, PlanFor, beds, examined, found, room
 
 CONTAINER_ILLS = {
     "docker: Error response from daemon: error setting rlimit type 8: operation not permitted: unknown": "cluster.ulimits",
@@ -77,3 +80,24 @@ def test_the_script_that_connects() -> None:
 def test_the_script_names_who_does_not_answer() -> None:
     first, second = reach_processes(["127.0.0.2", "127.0.0.3"], ["127.0.0.9"], 1.5)
     assert first == second == {"127.0.0.9": "port 29377: Connection refused"}
+
+
+class Hanging(Bed):
+    """A node whose containers do not end."""
+
+    def run(self, argv: tuple[str, ...], **options: Any) -> Result:
+        result = super().run(argv, **options)
+        if argv[:2] == ("docker", "run"):
+            raise NodeFailed(f"{self.host}: no answer within 60 s")
+        return result
+
+
+def test_a_container_whose_time_is_over_is_removed(plan_for: PlanFor) -> None:
+    """Ending docker's client ends no container."""
+    plan = plan_for(*CPU)
+    ways: list[Bed] = [Hanging(way.host, way.answers) for way in beds(plan)]
+    examined(plan, ways)
+    for way in ways:
+        started = {argv[argv.index("--name") + 1] for argv in way.asked if argv[:2] == ("docker", "run")}
+        removed = {argv[-1] for argv in way.asked if argv[:3] == ("docker", "rm", "--force")}
+        assert started and started == removed
