@@ -1,19 +1,57 @@
 """Three hosts for the session, a home folder whose ssh files know them, and the launcher run from there."""
 
+import json
 import os
 import subprocess
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.cluster.host import USER, Host, build_image, end_hosts, known_hosts, make_key, start_hosts
+from tests.cluster.host import INTERFACE, USER, Host, build_image, end_hosts, known_hosts, make_key, start_hosts
 from tests.images.conftest import ROOT, Built, base, built, delivery, make, project  # noqa: F401  # fixtures
 
 NETWORK = "omnilaunch-test"
 NODES = 3
+FOLDER = f"/home/{USER}/omnilaunch"
+# One thread a rank, since the hosts share this machine's cores; a small evaluation, since what is tested is not how well it learns; a
+# learning rate that does not depend on how many steps there are, so that runs of other lengths begin alike.
+SMALL = (
+    "hardware.threads=1", "stage.global_batch=16", "stage.optimizer.warmup=5", "stage.optimizer.schedule=constant", "run.evaluation.limit=16",
+)  # fmt: skip
+ENDLESS = ("run.steps=100000", *SMALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """The launcher under way. What it says goes into a file, so that nothing waits for a reader."""
+
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def wait(self, timeout_s: float = 300) -> int:
+        """Its exit code."""
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"not at its end after {timeout_s:g} s:\n{self.said}")
+
+    def until(self, condition: Callable[[], Any], timeout_s: float = 300) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < deadline, f"not after {timeout_s:g} s:\n{self.said}"
+            time.sleep(0.2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +62,12 @@ class Lab:
     home: Path
     image: tuple[str, ...]
 
-    def overrides(self, *hosts: Host, root: str, spares: tuple[Host, ...] = ()) -> tuple[str, ...]:
+    def overrides(self, *hosts: Host, root: str = FOLDER, spares: tuple[Host, ...] = ()) -> tuple[str, ...]:
         """`cluster.nodes` and what else a cluster file of these hosts would say."""
-        nodes = [f"{{host: '{host.address}', user: {USER}, address: '{host.address}', interface: eth0}}" for host in hosts]
-        nodes += [f"{{host: '{host.address}', user: {USER}, address: '{host.address}', interface: eth0, spare: true}}" for host in spares]
+        nodes = [f"{{host: '{host.address}', user: {USER}, address: '{host.address}', interface: {INTERFACE}}}" for host in hosts]
+        nodes += [
+            f"{{host: '{host.address}', user: {USER}, address: '{host.address}', interface: {INTERFACE}, spare: true}}" for host in spares
+        ]
         return ("cluster.runtime=docker", f"cluster.nodes=[{', '.join(nodes)}]", f"cluster.root={root}", *self.image)
 
     def command(self, *words: str) -> tuple[str, ...]:
@@ -37,16 +77,43 @@ class Lab:
     def environment(self) -> dict[str, str]:
         return {**os.environ, "HOME": str(self.home), "PYTHONPATH": str(ROOT), "SSH_AUTH_SOCK": ""}
 
-    def run(self, *words: str, timeout_s: float = 600) -> "subprocess.CompletedProcess[str]":
-        """The launcher, from the home folder, to its end."""
-        return subprocess.run(self.command(*words), cwd=self.home, env=self.environment, capture_output=True, text=True, timeout=timeout_s)
-
-    def start(self, *words: str) -> "subprocess.Popen[str]":
-        """The launcher in a session of its own, as in a terminal of its own."""
-        return subprocess.Popen(
-            self.command(*words), cwd=self.home, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True,
+    def run(self, *words: str, timeout_s: float = 300, **environment: str) -> "subprocess.CompletedProcess[str]":
+        """The launcher, from the home folder, to its end; all that it says is in `stdout`."""
+        return subprocess.run(
+            self.command(*words), cwd=self.home, env={**self.environment, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, timeout=timeout_s,
         )  # fmt: skip
+
+    def launch(self, run_id: str, *words: str, **environment: str) -> AbstractContextManager[Launch]:
+        return self.start("launch", "--run-id", run_id, *words, **environment)
+
+    @contextmanager
+    def start(self, *words: str, **environment: str) -> Iterator[Launch]:
+        """The launcher in a session of its own, as in a terminal of its own; killed when the test is left."""
+        log = self.home / f"{uuid.uuid4().hex}.said"
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                self.command(*words), cwd=self.home, env={**self.environment, **environment}, stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+        with process:
+            try:
+                yield Launch(process=process, log=log)
+            finally:
+                process.kill()
+
+    def record(self, run_id: str) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.home / "runs" / run_id / "result.json").read_text(encoding="utf-8"))
+        return content
+
+    def rows(self, run_id: str) -> list[dict[str, Any]]:
+        """Of metrics.jsonl as far as it is here; none before the first step."""
+        path = self.home / "runs" / run_id / "metrics.jsonl"
+        whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def steps(self, run_id: str) -> list[int]:
+        return [row["step"] for row in self.rows(run_id)]
 
 
 @pytest.fixture(scope="session")
@@ -65,13 +132,22 @@ def lab(base: str, built: Built, tmp_path_factory: pytest.TempPathFactory) -> It
         end_hosts(NETWORK)
 
 
+@pytest.fixture(scope="session")
+def alone(lab: Lab) -> dict[str, Any]:
+    """The record of a run that nobody disturbs: one rank on the first host, 60 steps."""
+    done = lab.run("launch", "--run-id", "alone", "run.steps=60", *SMALL, *lab.overrides(lab.hosts[0]))
+    assert done.returncode == 0, done.stdout
+    return lab.record("alone")
+
+
 @pytest.fixture
 def clean(lab: Lab) -> Iterator[Callable[[], None]]:
-    """Nothing of a run may be left on a host that is up."""
+    """When the test is over, nothing of a run is left on a host, but what was there before."""
+    before = {host.name: set(host.containers()) for host in lab.hosts}
 
     def check() -> None:
         for host in lab.hosts:
-            assert host.containers() == (), host.name
+            assert set(host.containers()) <= before[host.name], host.name
 
     yield check
     check()

@@ -4,14 +4,16 @@ that all of them share as an NFS mount would be. Everything carries LABEL, and i
 import hashlib
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 LABEL = "omnilaunch.test=cluster"
 REPOSITORY = "omnilaunch-host"
 USER = "trainer"
+INTERFACE = "eth0"
 SUBNET = "10.213.{}.0/24"
 SHARED = "/shared"
 READY_S = 90
@@ -57,11 +59,26 @@ class Host:
         docker("start", self.name)
         self.wait()
 
-    def unplug(self) -> None:
-        docker("network", "disconnect", self.network, self.name)
+    @contextmanager
+    def unplugged(self) -> Iterator[None]:
+        """Its cable pulled: it keeps its interface, address and routes, and has no carrier."""
+        self.turn_cable("down")
+        try:
+            yield
+        finally:
+            self.turn_cable("up")
 
-    def plug(self) -> None:
-        docker("network", "connect", "--ip", self.address, self.network, self.name)
+    def turn_cable(self, way: str) -> None:
+        """This machine's end of the pair. `docker network connect` would bring another interface, with a new name."""
+        number = self.run("cat", f"/sys/class/net/{INTERFACE}/iflink")
+        ends = [path.parent.name for path in Path("/sys/class/net").glob("*/ifindex") if path.read_text(encoding="utf-8").strip() == number]
+        subprocess.run(("ip", "link", "set", "dev", *ends, way), check=True)
+
+    def cut_ssh(self) -> None:
+        """End every SSH session of the user, as a firewall or a restarted sshd does; new ones are let in."""
+        self.run(
+            "sh", "-c", f'for at in /proc/[0-9]*; do ! grep -q "^sshd: {USER}" $at/cmdline 2>/dev/null || kill -9 ${{at#/proc/}}; done'
+        )
 
     def containers(self) -> tuple[str, ...]:
         """Names of all its containers, running or not."""
