@@ -65,7 +65,7 @@ def launch(plan: Plan, source: SourceState, desk: Desk, *, detach: bool = False)
         except Stopped:
             return Outcome(status="stopped", code=STOPPED_CODE)
         desk.say(f"training: {plan.spec.device.world_size} rank(s) on {len(crew.members)} node(s)")
-        return None if detach else see_through(plan, folder, desk, crew)
+        return leave(plan, folder, desk, crew) if detach else see_through(plan, folder, desk, crew)
 
     return conclude(plan, source, started, folder, work)
 
@@ -101,6 +101,23 @@ def concluded(plan: Plan, source: SourceState, started: datetime, folder: Path, 
     record = close(plan, source, started, outcome)
     explain(record, folder)
     return record
+
+
+def leave(plan: Plan, folder: Path, desk: Desk, crew: Crew) -> Outcome | None:
+    """Wait for the data check, which nobody would look at later; then the run is on its own. Raises ConfigRefused for bad data."""
+    with catch_stops() as stop:
+        try:
+            finish_checks(crew.checks, stop)
+        except BadData:
+            clear_all(crew.members)
+            fetch(plan, folder, desk)
+            refuse_data(folder, crew.checks)
+        finally:
+            clear_all(crew.checks)
+    if not stop.count:
+        return None
+    clear_all(crew.members)
+    return Outcome(status="stopped", code=STOPPED_CODE)
 
 
 def see_through(plan: Plan, folder: Path, desk: Desk, crew: Crew) -> Outcome:

@@ -222,6 +222,7 @@ class ContainerMember:
             self.logs.wait(REAP_S)  # the last lines of a container that has ended
             self.logs.signal(signal.SIGTERM)
         self.transport.run(self.command.remove)
+        remove_env_file(self.transport, data_env_file(self.command.folder, self.command.node_rank))  # of a check that nobody stayed for
 
 
 def write_env_file(command: NodeCommand, transport: Transport, path: str, *, waits_for: tuple[str, ...] = ()) -> None:

@@ -10,6 +10,7 @@ from launcher.build import build
 from launcher.engine import find
 from launcher.errors import ConfigRefused, ImageFailed, NodeFailed, RunEnded
 from launcher.gang import Crewed, clear_all, start_checks, start_members
+from launcher.interrupt import Stopped, catch_stops
 from launcher.member import Member
 from launcher.node import Site, fetch_results, place_run, reopen_run
 from launcher.plan import Plan
@@ -54,6 +55,15 @@ def bring_up(plan: Plan, desk: Desk, *, again: bool = False) -> Crew:
         bring_paths(plan, desk)
         bring_image(plan, desk)
         place(plan, desk, again=again)
+    with catch_stops() as stop:  # what is being started is not left half-way: a container may come up after its launcher has gone
+        crew = start_crew(plan, desk)
+    if stop.count:
+        clear_all((*crew.members, *crew.checks))
+        raise Stopped
+    return crew
+
+
+def start_crew(plan: Plan, desk: Desk) -> Crew:
     members = start_ranks(plan, desk)
     try:
         return Crew(members=members, checks=start_checks(plan.commands, crewed(plan, desk)))
