@@ -12,7 +12,7 @@ from launcher.record import ATTEMPT_FILE, ATTEMPTS, Attempt, Failure, attempt_fi
 from launcher.schema import Cluster
 from launcher.ship import send
 from trainer import contract
-from trainer.contract import CHECKPOINTS, ENVIRONMENT_FILE, FAILURE_FILES, METRICS_FILE
+from trainer.contract import CHECKPOINTS, ENVIRONMENT_FILE, FAILURE_FILES, METRICS_FILE, RESULT_FILE
 
 INCOMING = ".incoming"  # a checkpoint that is being copied to a node; the trainer looks at no hidden names
 
@@ -58,7 +58,7 @@ def set_aside(folder: Path, attempt: Attempt, *, mirrored: bool) -> Attempt:
     a mirror of node 0's, they come from there again."""
     aside = folder / ATTEMPTS / str(attempt.number)
     aside.mkdir(parents=True, exist_ok=True)
-    for path in (folder / "logs", folder / ENVIRONMENT_FILE, *sorted(folder.glob(FAILURE_FILES.format(rank="*")))):
+    for path in (folder / "logs", folder / ENVIRONMENT_FILE, folder / RESULT_FILE, *sorted(folder.glob(FAILURE_FILES.format(rank="*")))):
         if path.exists():
             shutil.move(path, aside / path.name)
     (folder / "logs").mkdir()

@@ -9,6 +9,8 @@ from launcher.problem import Problem, Rule
 from launcher.schema import Config
 
 BACKEND = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+HANG_GRACE_S = 30  # trainer.watchdog.GRACE_S
+HANG_MARGIN_S = 60  # for ranks whose collective began before the step of the one that hangs
 FAMILY = {"cpu": "cpu", "cuda": "cuda", "npu": "ascend"}
 
 # -------------------------------------------------------------------------------------------------------------- precision
@@ -107,6 +109,19 @@ def timeouts_are_ordered(config: Config, _: Mapping[str, Stack]) -> Iterator[Pro
         yield Problem(key="run.collective_timeout_s", what=what, changes=changes, forcible=True)
 
 
+def hang_is_told_first(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    """The trainer tells and ends a hung step before a collective gives up, whose error on every rank would hide which one hangs."""
+    hang_s, environment = config.run.hang_timeout_s, {**config.hardware.environment, **config.cluster.environment}
+    limits = {"run.collective_timeout_s": config.run.collective_timeout_s}
+    if config.hardware.collectives == "hccl" and (text := environment.get("HCCL_EXEC_TIMEOUT", "")).isdecimal() and int(text):
+        limits["HCCL_EXEC_TIMEOUT"] = int(text)
+    name, limit_s = min(limits.items(), key=lambda item: item[1])
+    if hang_s and hang_s + HANG_GRACE_S >= limit_s:
+        what = f"{hang_s} s, and {HANG_GRACE_S} s until the ranks end, must be below {name}, {limit_s} s, else the collective ends first"
+        changes = (f"run.hang_timeout_s={max(0, limit_s - HANG_GRACE_S - HANG_MARGIN_S)}",)
+        yield Problem(key="run.hang_timeout_s", what=what, changes=changes, forcible=True)
+
+
 # ------------------------------------------------------------------------------------------------------------------ image
 
 
@@ -153,6 +168,7 @@ CAPABILITY_RULES: tuple[Rule, ...] = (
     host_is_served,
     collectives_suit,
     timeouts_are_ordered,
+    hang_is_told_first,
     stack_exists,
     stack_serves_chip,
     licence_is_accepted,

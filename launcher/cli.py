@@ -57,7 +57,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="an axis (hardware=h200) or a key (run.steps=100)")
         sub.add_argument("--run-id", default="", help="name of the run; made from the time when left out")
         if name == "launch":
-            sub.add_argument("--detach", action="store_true", help="leave when all ranks were started and the data was checked; the run goes on")
+            sub.add_argument(
+                "--detach", action="store_true", help="leave when all ranks were started and the data was checked; the run goes on"
+            )
         if name == "plan":
             sub.add_argument("--json", action="store_true", help="the whole plan as JSON")
         sub.set_defaults(verb=verb)

@@ -89,15 +89,19 @@ def move_to_reached(plan: Plan, lost: frozenset[str], place: Place, environ: Map
     deadline = time.monotonic() + cluster.node_timeout_s
     while True:
         moved = replace_lost(cluster, lost, minimum=plan.config.run.minimum_nodes)
+        unfit: frozenset[str] = frozenset()
         with reach_nodes(moved, moved.working, environ) as ways:
-            silent = frozenset(node.host for node, way in zip(moved.working, ways, strict=True) if isinstance(way, NodeFailed))
-            if not silent:
-                break
-            if silent <= lost and time.monotonic() > deadline:
-                require_all(ways)
-        lost |= silent
+            unfit = frozenset(node.host for node, way in zip(moved.working, ways, strict=True) if isinstance(way, NodeFailed))
+            problem = together([way for way in ways if isinstance(way, NodeFailed)], len(ways)) if unfit else None
+        if problem is None:
+            try:
+                return examined(move_plan(plan, moved, stacks, place), place, environ, say)
+            except HealthRefused as error:
+                unfit, problem = error.hosts, error
+        if unfit <= lost and time.monotonic() > deadline:
+            raise problem
+        lost |= unfit
         time.sleep(RETRY_S)
-    return examined(move_plan(plan, moved, stacks, place), place, environ, say)
 
 
 def examined(plan: Plan, place: Place, environ: Mapping[str, str], say: Say) -> Plan:
@@ -148,10 +152,19 @@ def examine_nodes(plan: Plan, stack: Stack, environ: Mapping[str, str], *, launc
         return examine(plan, stack, nodes, ways, now=time.time, token=uuid.uuid4().hex[:12], launching=launching)
 
 
+class HealthRefused(NodeFailed):
+    """Findings that stand in the way of a launch, on these hosts."""
+
+    def __init__(self, text: str, hosts: frozenset[str]) -> None:
+        super().__init__(text)
+        self.hosts = hosts
+
+
 def require_health(examination: Examination, say: Say) -> None:
     """Say what a launch should know. Raises NodeFailed with every finding that stands in its way."""
     if has_errors(examination.findings):
-        raise NodeFailed("the nodes are not ready:\n" + describe_findings(examination.findings))
+        hosts = frozenset(finding.host for finding in examination.findings if finding.level == "error")
+        raise HealthRefused("the nodes are not ready:\n" + describe_findings(examination.findings), hosts)
     for finding in examination.findings:
         if finding.level == "warning":
             say(f"warning: {finding.host}: {finding.name}: {finding.evidence}")

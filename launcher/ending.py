@@ -9,7 +9,7 @@ from launcher.fleet import attempt_each
 from launcher.member import remove_env_file
 from launcher.node import Site
 from launcher.smi import NPU_QUERY, NVIDIA_APPS_QUERY, UnreadableTable, nvidia_processes, read_npu
-from launcher.start import data_env_file, env_file
+from launcher.start import data_env_file, data_name, env_file
 
 POLL_S = 0.5
 RUNNING = ("running", "created", "restarting", "paused")
@@ -33,6 +33,7 @@ def end_run(sites: Sequence[Site], *, accelerator: str, grace_s: float) -> tuple
         while state_of(site).startswith(RUNNING) and time.monotonic() < deadline:
             time.sleep(POLL_S)
         site.transport.run(site.command.remove)
+        site.transport.run((*site.command.remove[:-1], data_name(site.command.name)))
         for path in (env_file, data_env_file):
             remove_env_file(site.transport, path(site.command.folder, site.command.node_rank))
         return what_is_left(site, pids, accelerator)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+WATCH_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # while containers run, which a closed terminal does not concern
 STOPPED_CODE = 128 + signal.SIGINT  # as a shell reports a command that Ctrl-C ended
 
 
@@ -25,10 +26,10 @@ class StopRequest:
 
 
 @contextmanager
-def catch_stops() -> Iterator[StopRequest]:
+def catch_stops(signals: tuple[signal.Signals, ...] = STOP_SIGNALS) -> Iterator[StopRequest]:
     """The signals become requests; the handlers of before come back at the end."""
     stop = StopRequest()
-    with handling(lambda number: stop.ask(signal.Signals(number).name)):
+    with handling(lambda number: stop.ask(signal.Signals(number).name), signals):
         yield stop
 
 
@@ -39,16 +40,18 @@ def stops_interrupt() -> Iterator[None]:
     def end(number: int) -> None:
         raise Stopped
 
-    with handling(end):
+    with handling(end, STOP_SIGNALS):
         yield
 
 
 @contextmanager
-def handling(act: Callable[[int], None]) -> Iterator[None]:
+def handling(act: Callable[[int], None], signals: tuple[signal.Signals, ...]) -> Iterator[None]:
+    """One that was ignored, as under nohup, stays so."""
+
     def handler(number: int, frame: FrameType | None) -> None:
         act(number)
 
-    before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, handler) for number in signals if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:

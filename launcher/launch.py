@@ -1,22 +1,23 @@
 """Carry out a plan: open the run, prepare and start, watch, start again, close. Every way out of here leaves a record."""
 
 import json
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from launcher.attempt import reason_not_to, set_aside
 from launcher.claim import claim, is_asked_to_stop
 from launcher.errors import ConfigRefused, LaunchError, NodeFailed, RunEnded
 from launcher.gang import TICK_S, clear_all, find_members, node_log, watch
-from launcher.interrupt import STOPPED_CODE, Stopped, StopRequest, catch_stops, stops_interrupt
+from launcher.interrupt import STOP_SIGNALS, STOPPED_CODE, WATCH_SIGNALS, Stopped, StopRequest, catch_stops, stops_interrupt
 from launcher.meaning import explain_log
 from launcher.member import Member, NodeResult
 from launcher.node import Mirror
 from launcher.plan import Plan, refuse, to_plain
-from launcher.preparation import Crew, Desk, bring_up, crewed, fetch, refuse_data, sites_of
+from launcher.preparation import Crew, Desk, bring_up, broken_check, crewed, fetch, refuse_data, sites_of
 from launcher.progress import Progress
 from launcher.record import (
     ATTEMPTS,
@@ -35,7 +36,7 @@ from launcher.record import (
     utc_now,
 )
 from trainer import contract
-from trainer.contract import ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE, Exit, TrainResult
+from trainer.contract import DATA_FILE, ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE, Exit, TrainResult
 
 MIRROR_INTERVAL_S = 1.0
 
@@ -105,19 +106,16 @@ def concluded(plan: Plan, source: SourceState, started: datetime, folder: Path, 
 
 def leave(plan: Plan, folder: Path, desk: Desk, crew: Crew) -> Outcome | None:
     """Wait for the data check, which nobody would look at later; then the run is on its own. Raises ConfigRefused for bad data."""
-    with catch_stops() as stop:
+    with catch_stops(signals_of(plan)) as stop:
         try:
-            finish_checks(crew.checks, stop)
-        except BadData:
-            clear_all(crew.members)
-            fetch(plan, folder, desk)
-            refuse_data(folder, crew.checks)
+            finish_checks(crew.checks, lambda: bool(stop.count) or is_asked_to_stop(folder) or any(m.poll() for m in crew.members))
+        except BadData as error:
+            return judge_data(plan, folder, desk, crew, error.check)
         finally:
             clear_all(crew.checks)
-    if not stop.count:
-        return None
-    clear_all(crew.members)
-    return Outcome(status="stopped", code=STOPPED_CODE)
+    if stop.count or is_asked_to_stop(folder) or any(member.poll() for member in crew.members):
+        return see_through(plan, folder, desk, Crew(members=crew.members))
+    return None
 
 
 def see_through(plan: Plan, folder: Path, desk: Desk, crew: Crew) -> Outcome:
@@ -127,6 +125,8 @@ def see_through(plan: Plan, folder: Path, desk: Desk, crew: Crew) -> Outcome:
         outcome = watch_attempt(plan, folder, desk, crew)
         if outcome.status != "failed" or not plan.config.run.restarts:
             return outcome
+        if is_asked_to_stop(folder):
+            return replace(outcome, status="stopped", code=STOPPED_CODE)
         earlier = load_attempts(folder)
         attempt = attempted(len(earlier) + 1, began, folder, outcome)
         why = reason_not_to(earlier, attempt, restarts=plan.config.run.restarts)
@@ -184,13 +184,12 @@ def watch_attempt(plan: Plan, folder: Path, desk: Desk, crew: Crew) -> Outcome:
     mirrors = mirrors_of(plan, folder, desk)
     looked_at = 0.0
 
-    with catch_stops() as stop, Progress(folder, desk.say, terminal=desk.terminal) as progress:
+    with catch_stops(signals_of(plan)) as stop, Progress(folder, desk.say, terminal=desk.terminal) as progress:
 
         def tick() -> None:
             nonlocal looked_at
             ready = (folder / ENVIRONMENT_FILE).exists()
-            if any(check.poll() for check in crew.checks):
-                raise BadData
+            look_at_checks(crew.checks)
             if not stop.count and is_asked_to_stop(folder):
                 stop.ask("omnilaunch stop")
             if mirrors and time.monotonic() - looked_at >= MIRROR_INTERVAL_S:
@@ -206,11 +205,10 @@ def watch_attempt(plan: Plan, folder: Path, desk: Desk, crew: Crew) -> Outcome:
 
         try:
             nodes = watch(crew.members, stop, tick, grace_s=plan.config.run.stop_timeout_s)
-            finish_checks(crew.checks, stop)
-        except BadData:
-            fetch(plan, folder, desk)
-            refuse_data(folder, crew.checks)
-            raise
+            if not any(node.code for node in nodes):
+                finish_checks(crew.checks, lambda: bool(stop.count) or is_asked_to_stop(folder))
+        except BadData as error:
+            return judge_data(plan, folder, desk, crew, error.check)
         finally:
             clear_all(crew.checks)
         fetch(plan, folder, desk)
@@ -218,16 +216,61 @@ def watch_attempt(plan: Plan, folder: Path, desk: Desk, crew: Crew) -> Outcome:
     return judge(plan, folder, nodes, stop)
 
 
+def signals_of(plan: Plan) -> tuple[signal.Signals, ...]:
+    """A closed terminal ends the launcher of containers as a kill does, which harms nothing; processes end with it."""
+    return WATCH_SIGNALS if plan.config.cluster.runtime == "docker" else STOP_SIGNALS
+
+
 class BadData(Exception):
     """A data check has ended with an error."""
 
+    def __init__(self, check: Member) -> None:
+        self.check = check
 
-def finish_checks(checks: tuple[Member, ...], stop: StopRequest) -> None:
+
+def look_at_checks(checks: tuple[Member, ...]) -> None:
+    """Raises BadData with the first check that has ended by itself with an error."""
+    for check in checks:
+        if check.poll():
+            raise BadData(check)
+
+
+def finish_checks(checks: tuple[Member, ...], asked_to_stop: Callable[[], bool]) -> None:
     """A run that was faster than the check of its data waits for it. Raises BadData."""
-    while not stop.count and any(check.poll() is None for check in checks):
+    while not asked_to_stop() and any(check.poll() is None for check in checks):
         time.sleep(TICK_S)
-    if not stop.count and any(check.poll() for check in checks):
-        raise BadData
+        look_at_checks(checks)
+    look_at_checks(checks)
+
+
+def judge_data(plan: Plan, folder: Path, desk: Desk, crew: Crew, check: Member) -> Outcome:
+    """A check that refused refuses the run (ConfigRefused); one that broke fails the attempt. The ranks have been ended by now."""
+    code = check.poll()
+    clear_all(crew.members)
+    fetch(plan, folder, desk)
+    if code == Exit.USAGE:
+        fetch_report(crew, desk, folder, check)
+        refuse_data(folder, check)
+    nodes = tuple(
+        NodeResult(
+            host=member.command.host,
+            node_rank=member.command.node_rank,
+            code=member.poll() or 0,
+            seconds=0.0,
+            killed=True,
+            lost=member.lost,
+        )
+        for member in crew.members
+    )
+    return Outcome(status="failed", code=Exit.RUN, nodes=nodes, failure=broken_check(folder, check))
+
+
+def fetch_report(crew: Crew, desk: Desk, folder: Path, check: Member) -> None:
+    """The report of the node whose check it was."""
+    transport = desk.transports[check.command.node_rank]
+    content = transport.get(str(PurePosixPath(check.command.folder) / DATA_FILE))
+    if content is not None:
+        (folder / DATA_FILE).write_bytes(content)
 
 
 def judge(plan: Plan, folder: Path, nodes: tuple[NodeResult, ...], stop: StopRequest) -> Outcome:
@@ -235,7 +278,7 @@ def judge(plan: Plan, folder: Path, nodes: tuple[NodeResult, ...], stop: StopReq
     result: TrainResult | None = read_if_there(TrainResult, folder / RESULT_FILE)
     if result and result.status == "finished" and not any(node.code for node in nodes):
         return Outcome(status="finished", code=Exit.OK, nodes=nodes)
-    if stop.count or (result and result.status == "stopped"):
+    if stop.count or (result and result.status == "stopped" and result.steps < plan.spec.steps):
         return Outcome(status="stopped", code=STOPPED_CODE, nodes=nodes)
     failure = find_failure(plan, nodes)
     refused = failure is not None and failure.code == Exit.USAGE

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from launcher.errors import NodeFailed
-from launcher.start import FOLDER_VARIABLE, NodeCommand, data_env_file, env_file
+from launcher.start import FOLDER_VARIABLE, NodeCommand, data_env_file, data_name, env_file
 from launcher.transport import Running, Transport, kill_processes, processes_with
 
 PROBE_INTERVAL_S = 0.5  # an inspect costs the engine about 20 ms
@@ -118,7 +118,7 @@ class CheckMember:
         self.clear()
 
     def clear(self) -> None:
-        self.transport.run(("docker", "rm", "--force", f"{self.command.name}-data"))
+        self.transport.run(("docker", "rm", "--force", data_name(self.command.name)))
         remove_env_file(self.transport, self.env_file)
         with suppress(NodeFailed):  # a log that was cut off
             self.running.wait(REAP_S)
@@ -130,6 +130,7 @@ class ContainerMember:
     def __init__(self, command: NodeCommand, transport: Transport, log: Path, asker: ThreadPoolExecutor, *, node_timeout_s: float) -> None:
         self.command, self.transport, self.log, self.asker, self.node_timeout_s = command, transport, log, asker, node_timeout_s
         self.logs: Running | None = None
+        self.whole = False  # whether the log was followed to its end
         self.code: int | None = None
         self.lost = False
         self.answer: Future[int | None] | None = None
@@ -172,10 +173,15 @@ class ContainerMember:
         return self.code
 
     def followed(self) -> bool:
-        try:
-            return self.logs is not None and self.logs.poll() is None
-        except NodeFailed:  # the connection is gone, which says nothing of the container
+        if self.logs is None:
             return False
+        try:
+            ended = self.logs.poll() is not None
+        except NodeFailed:  # the connection is gone, which says nothing of the container
+            self.whole = False
+            return False
+        self.whole = ended
+        return not ended
 
     def ask(self) -> int | None:
         """The container's exit code; None while it runs, with its log followed again. A container that is gone has failed."""
@@ -186,7 +192,7 @@ class ContainerMember:
             found.expect(f"asking for container {self.command.name} on {self.command.host}")
         status, code = found.output.split()
         if status in ("exited", "dead"):
-            if self.logs is None:  # it ended while nobody watched
+            if not self.whole:  # it ended while nobody watched, or the connection was lost
                 self.follow(since=self.silence()).wait(LOG_TIMEOUT_S)
             return int(code)
         self.follow(since=self.silence())
@@ -219,10 +225,10 @@ class ContainerMember:
         if self.code is None:
             self.kill()
         if self.logs is not None and not self.lost:
-            self.logs.wait(REAP_S)  # the last lines of a container that has ended
-            self.logs.signal(signal.SIGTERM)
+            with suppress(NodeFailed):  # a log that was cut off is no reason to leave the container
+                self.logs.wait(REAP_S)  # the last lines of a container that has ended
+                self.logs.signal(signal.SIGTERM)
         self.transport.run(self.command.remove)
-        remove_env_file(self.transport, data_env_file(self.command.folder, self.command.node_rank))  # of a check that nobody stayed for
 
 
 def write_env_file(command: NodeCommand, transport: Transport, path: str, *, waits_for: tuple[str, ...] = ()) -> None:

@@ -54,7 +54,9 @@ def reopen_run(
     sites: Sequence[Site], spec: TrainSpec, *, image: str, user: str, shared: bool, local: bool, spread: Callable[[Sequence[Site]], None]
 ) -> None:
     """The same for another attempt, on nodes that may have the run's folder or not. What the last attempt said of its end is removed,
-    `spread` brings the checkpoint to nodes that share no folder. Raises NodeFailed."""
+    `spread` brings the checkpoint to nodes that share no folder. A container of an earlier attempt goes first: a node that was away kept
+    it. Raises NodeFailed."""
+    each(lambda site: site.transport.run(site.command.remove), sites)
     if local:
         return
     owners = sites[:1] if shared else sites

@@ -7,20 +7,21 @@ from pathlib import Path, PurePosixPath
 
 from launcher.attempt import restore_rows, spread_checkpoint
 from launcher.build import build
+from launcher.claim import is_asked_to_stop
 from launcher.engine import find
-from launcher.errors import ConfigRefused, ImageFailed, NodeFailed, RunEnded
+from launcher.errors import ConfigRefused, ImageFailed, NodeFailed
 from launcher.gang import Crewed, clear_all, start_checks, start_members
 from launcher.interrupt import Stopped, catch_stops
 from launcher.member import Member
 from launcher.node import Site, fetch_results, place_run, reopen_run
 from launcher.plan import Plan
-from launcher.record import read_if_there
+from launcher.record import Failure, read_if_there
 from launcher.relay import Peer
 from launcher.remote_build import build_on
 from launcher.ship import pull, ship
 from launcher.sync import sync
 from launcher.transport import Transport
-from trainer.contract import DATA_FILE, DataReport, Exit
+from trainer.contract import DATA_FILE, DataReport
 
 SHOWN_PROBLEMS = 20
 MISSING_MOUNT = re.compile(r"bind source path does not exist: (?P<path>/.*?)\.?$", re.MULTILINE)  # moby, volume/mounts/validate.go
@@ -55,6 +56,8 @@ def bring_up(plan: Plan, desk: Desk, *, again: bool = False) -> Crew:
         bring_paths(plan, desk)
         bring_image(plan, desk)
         place(plan, desk, again=again)
+    if is_asked_to_stop(Path(plan.folder)):
+        raise Stopped
     with catch_stops() as stop:  # what is being started is not left half-way: a container may come up after its launcher has gone
         crew = start_crew(plan, desk)
     if stop.count:
@@ -151,16 +154,33 @@ def fetch(plan: Plan, folder: Path, desk: Desk) -> None:
         fetch_results(sites_of(plan, desk), folder, ranks_per_node=plan.spec.device.devices_per_node)
 
 
-def refuse_data(folder: Path, checks: tuple[Member, ...]) -> None:
-    """Raise the data's problems as ConfigRefused; a check that broke without saying why is a failed run."""
+def refuse_data(folder: Path, check: Member) -> None:
+    """Raise the problems that a check has found as ConfigRefused."""
     report: DataReport | None = read_if_there(DataReport, folder / DATA_FILE)
     if report is None or not report.problems:
-        failed = next(check for check in checks if check.poll())
-        log, host, code = folder / "logs" / f"data{failed.command.node_rank}.log", failed.command.host, failed.poll()
-        tail = "\n".join(f"    {line}" for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-        text = f"the data check on {host} ended with exit code {code} and without a report\n{tail}\n  log: {log}\n  record: {folder}"
-        raise ConfigRefused(text) if code == Exit.USAGE else RunEnded(text)
+        log = check_log(folder, check)
+        raise ConfigRefused(
+            f"the data check on {check.command.host} refused without a report\n{tail_of(log)}\n  log: {log}\n  record: {folder}"
+        )
     shown = "\n".join(f"  {problem}" for problem in report.problems[:SHOWN_PROBLEMS])
     more = len(report.problems) - SHOWN_PROBLEMS
     rest = f"\n  ... and {more} more in {folder / DATA_FILE}" if more > 0 else ""
-    raise ConfigRefused(f"the data cannot be trained on ({len(report.problems)} problem(s)); the ranks were ended:\n{shown}{rest}")
+    where = f" on {check.command.host}" if check.command.runtime == "docker" else ""
+    raise ConfigRefused(f"the data{where} cannot be trained on ({len(report.problems)} problem(s)); the ranks were ended:\n{shown}{rest}")
+
+
+def broken_check(folder: Path, check: Member) -> Failure:
+    """A check that ended without an answer, as the failure of an attempt."""
+    log = check_log(folder, check)
+    message = f"the data check ended with exit code {check.poll()} and without a report"
+    tail = tuple(tail_of(log).splitlines())
+    return Failure(host=check.command.host, rank=-1, code=check.poll() or 0, message=message, log=str(log), tail=tail)
+
+
+def check_log(folder: Path, check: Member) -> Path:
+    return folder / "logs" / f"data{check.command.node_rank}.log"
+
+
+def tail_of(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    return "\n".join(lines[-15:])

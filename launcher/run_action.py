@@ -62,11 +62,13 @@ def stop_run(arguments: argparse.Namespace) -> int:
         with suppress(RunEnded, NodeFailed):  # how it ended is in the record; what is left is looked at below
             supervise(folder, plan, arguments.say)
     deadline = time.monotonic() + plan.config.run.stop_timeout_s
-    while recorded(folder) is None and is_claimed(folder) and time.monotonic() < deadline:
+    while (busy := recorded(folder) is None and is_claimed(folder)) and time.monotonic() < deadline:
         time.sleep(POLL_S)
-    with reach_sites(plans) as sites:
+    with reach_sites(load_plans(folder)) as sites:  # of an attempt that was begun meanwhile, too
         endings = end_run(sites, accelerator=plan.config.hardware.accelerator, grace_s=max(0.0, deadline - time.monotonic()))
     left = [f"  {ending.host}: {ending.left}" for ending in endings if ending.left]
+    if busy and recorded(folder) is None and is_claimed(folder):
+        left.append("  its launcher has not ended yet: it starts nothing any more, and ends as soon as what it waits for answers")
     clear = [ending.host for ending in endings if not ending.left]
     if clear:
         arguments.say(f"nothing of run {plan.run_id} is left on {', '.join(clear)}")
@@ -121,6 +123,8 @@ def follow(folder: Path, *, ended: Callable[[], bool]) -> Iterator[str]:
     last = False
     while True:
         for path in sorted((folder / "logs").glob("node*.log")):
+            if path.stat().st_size < offsets.get(path, 0):  # another attempt's
+                offsets[path] = 0
             with path.open("rb") as file:
                 file.seek(offsets.get(path, 0))
                 whole, newline, _ = file.read().rpartition(b"\n")

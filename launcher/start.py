@@ -84,7 +84,7 @@ def docker_command(config: Config, image: Image, spec: TrainSpec, rank: int, int
         *(part for key, value in sorted(cluster.ulimits.items()) for part in ("--ulimit", f"{key}={value}")),
         *(part for mount in mounts(cluster, spec) for part in ("--mount", mount)),
     )  # fmt: skip
-    check = ("docker", "run", "--rm", "--name", f"{name}-data", "--env-file", data_env_file(spec.output, rank), *shared)
+    check = ("docker", "run", "--rm", "--name", data_name(name), "--env-file", data_env_file(spec.output, rank), *shared)
     ranks = ("docker", "run", "--detach", "--name", name, "--env-file", env_file(spec.output, rank), *shared, *devices)
     return NodeCommand(
         host=cluster.working[rank].host,
@@ -98,7 +98,7 @@ def docker_command(config: Config, image: Image, spec: TrainSpec, rank: int, int
         probe=("docker", "inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", name),
         logs=("docker", "logs", "--follow", name),
         stop=("docker", "kill", "--signal", "TERM", name),
-        remove=("docker", "rm", "--force", name, f"{name}-data"),
+        remove=("docker", "rm", "--force", name),
     )
 
 
@@ -116,6 +116,11 @@ def container_name(spec: TrainSpec, rank: int) -> str:
 def env_file(folder: str, rank: int) -> str:
     """Beside the run's folder, which may be the container's user's, where who logs in cannot write."""
     return f"{folder}-node{rank}.env"
+
+
+def data_name(name: str) -> str:
+    """Of the container that checks the data."""
+    return f"{name}-data"
 
 
 def data_env_file(folder: str, rank: int) -> str:

@@ -21,7 +21,8 @@ from launcher.node import Site
 from launcher.ship import send, tail_of
 from launcher.transport import Transport
 
-INCOMING = ".omnilaunch-sync"  # below the folder itself, which may be a mount: moving in is then a rename
+# Then a dot and some letters, so that two launchers do not meet. Below the folder itself, which may be a mount: moving in is then a rename.
+INCOMING = ".omnilaunch-sync"
 BATCH_BYTES = 2**30  # what an interruption costs at most, unless one file is larger
 BATCH_FILES = 20_000
 LIST_TIMEOUT_S = 600  # a million files on a cold disk
@@ -29,7 +30,7 @@ SHOWN = 3
 
 # Size and path below of every file, an empty one where the path itself is a file. A link counts as what it leads to; one that leads
 # nowhere stays a link (`l`), and is refused.
-FIND = ("-name", INCOMING, "-prune", "-o", "(", "-type", "f", "-o", "-type", "l", ")", "-printf", r"%y %s %P\0")
+FIND = ("-name", f"{INCOMING}.*", "-prune", "-o", "(", "-type", "f", "-o", "-type", "l", ")", "-printf", r"%y %s %P\0")
 # What may not be read there, such as lost+found, is what is not there.
 THERE = 'path=$1; shift; find -L "$path" "$@" 2>/dev/null || true'
 DIGEST = f"{{ {THERE}; }} | LC_ALL=C sort -z | sha256sum"
@@ -46,10 +47,10 @@ done"""
 # A stream that is cut off ends tar with an error in the middle of a file, and at the end of one leaves only whole files.
 RECEIVE = f"""set -e
 umask 022
-incoming=$1/{INCOMING}
-rm -rf -- "$incoming"
-trap 'rm -rf -- "$incoming"' EXIT
-mkdir -- "$incoming"
+find "$1" -maxdepth 1 -name '{INCOMING}.*' -mmin +1440 -exec rm -r -- {{}} +
+incoming=$(mktemp -d -- "$1/{INCOMING}.XXXXXX")
+trap 'rm -r -- "$incoming"' EXIT
+chmod 755 -- "$incoming"
 tar -C "$incoming" --no-same-owner -xf -
 sync -f -- "$incoming"
 cd -- "$incoming"

@@ -1,15 +1,19 @@
 """A container's end, as its node tells it or fails to."""
 
+import signal
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher.errors import NodeFailed
 from launcher.member import LOST, ContainerMember
 from launcher.start import NodeCommand
-from launcher.transport import Local, Result
+from launcher.transport import Local, LocalProcess, Result
 
 
 class Node(Local):
@@ -55,3 +59,41 @@ def test_one_that_had_ended_before_its_node_went_dark_keeps_its_code(tmp_path: P
     with pytest.raises(NodeFailed):
         killed.kill()
     assert (killed.code, killed.lost) == (5, False)
+
+
+class Cut:
+    """A followed log whose connection was lost."""
+
+    pid = 1
+
+    def poll(self) -> int | None:
+        raise NodeFailed("node: lost the connection")
+
+    def wait(self, timeout_s: float) -> int | None:
+        raise NodeFailed("node: lost the connection")
+
+    def signal(self, number: signal.Signals) -> None:
+        raise NodeFailed("node: lost the connection")
+
+
+def test_the_rest_of_a_log_is_read_when_its_connection_was_lost_and_the_container_goes(tmp_path: Path) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    class Telling(Node):
+        def run(self, argv: tuple[str, ...], **options: Any) -> Result:
+            asked.append(argv)
+            return super().run(argv, **options)
+
+        def start(self, argv: tuple[str, ...], *, log: Path, **_: Any) -> LocalProcess:
+            asked.append(argv)
+            return Local({"PATH": "/usr/bin:/bin"}).start(("echo", "its last words"), log=log)
+
+    ended = member(tmp_path, dark=False)
+    ended.transport, ended.logs = Telling(dark=False), Cut()
+    ended.command = replace(ended.command, logs=("docker", "logs", "--follow", "run-n0"))
+    deadline = time.monotonic() + 20
+    while ended.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ended.clear()
+    assert ended.code == 5 and (tmp_path / "node0.log").read_text(encoding="utf-8") == "its last words\n"
+    assert asked[-1] == ("docker", "rm", "--force", "run-n0")

@@ -1,6 +1,8 @@
 """What cluster.sync names, copied to machines that are folders of this one: real find, tar and mv, names that a shell would misread."""
 
 import os
+import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,6 +162,11 @@ def test_another_file_of_the_name_is_refused_before_anything_is_sent(lab: Lab) -
     assert not any(node.fed for node in lab.nodes) and not contents(lab.there(0))
 
 
+def make_old(path: Path) -> None:
+    two_days_ago = time.time() - 2 * 86400
+    os.utime(path, (two_days_ago, two_days_ago))
+
+
 def test_a_cut_connection_leaves_no_half_file_and_the_next_launch_completes_it(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BATCH_BYTES", 1_000_000)
     for number in range(6):
@@ -170,6 +177,8 @@ def test_a_cut_connection_leaves_no_half_file_and_the_next_launch_completes_it(l
     arrived = {name: content for name, content in contents(lab.there(2)).items() if INCOMING.encode() not in name}
     assert {name: content for name, content in contents(lab.data).items() if name in arrived} == arrived and 1 <= len(arrived) < 6
     lab.nodes[2].cut = 0
+    for left in lab.there(2).glob(f"{INCOMING}.*"):
+        make_old(left)
     lab.sync()
     assert [lab.same(rank) for rank in range(3)] == [True] * 3
     assert 0 < lab.nodes[2].fed < 6_500_000, "what had arrived whole was not sent again"
@@ -177,12 +186,17 @@ def test_a_cut_connection_leaves_no_half_file_and_the_next_launch_completes_it(l
 
 def test_what_an_interrupted_copy_left_is_never_taken_for_a_file(lab: Lab) -> None:
     lab.write(b"a")
-    left = lab.there(0) / INCOMING
-    left.mkdir(parents=True)
-    (left / "a").write_bytes(b"half")
-    (left / "stranger").write_bytes(b"x")
+    old, new = (lab.there(0) / f"{INCOMING}.{name}" for name in ("abc123", "def456"))
+    for left in (old, new):
+        left.mkdir(parents=True)
+        (left / "a").write_bytes(b"half")
+        (left / "stranger").write_bytes(b"x")
+    make_old(old)
     lab.sync()
-    assert lab.same(0) and not left.exists()
+    assert not old.exists()
+    assert (new / "a").read_bytes() == b"half", "another launcher may be at it"
+    shutil.rmtree(new)
+    assert lab.same(0)
 
 
 def test_one_file_and_linked_ones_arrive_as_their_content(lab: Lab) -> None:
