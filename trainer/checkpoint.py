@@ -9,8 +9,10 @@ node; the launcher brings it to the others where they share none.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from trainer.engine import Engine
 from trainer.models.family import Processor
 from trainer.resume import NAME, STATE_FILE, CheckpointState, fixed_parts, missing_files, whole_checkpoints, whole_state
 from trainer.shard import read_header, size_of, sync
-from trainer.state import state_bytes, write_state
+from trainer.state import full_state_bytes, state_bytes, weights_bytes, write_state
 
 RESUME = "resume"
 PARTIAL = ".{name}.partial"
@@ -78,6 +80,8 @@ def save_checkpoint(engine: Engine, processor: Processor, spec: TrainSpec, step:
             shutil.rmtree(aside, ignore_errors=True)
         raise
     whole = whole_state(final) if engine.rank == 0 else None
+    if engine.rank == 0:
+        prune(spec)
     return Saved(path=whole.path, weights_sha256=whole.weights_sha256) if whole else Saved()
 
 
@@ -104,7 +108,7 @@ def write_weights(engine: Engine, processor: Processor, aside: Path, weights: di
 
 
 def complete(aside: Path, final: Path, state: CheckpointState, spec: TrainSpec) -> None:
-    """List the files, have them on the disk, give the folder its name; then remove what is too old."""
+    """List the files, have them on the disk, give the folder its name."""
     if not state.world_size:
         (aside / RESUME).rmdir()
     files = {path.relative_to(aside).as_posix(): path.stat().st_size for path in sorted(aside.rglob("*")) if path.is_file()}
@@ -116,27 +120,57 @@ def complete(aside: Path, final: Path, state: CheckpointState, spec: TrainSpec) 
         sync(rows)  # a checkpoint without the rows of its steps would be a run with a gap
     if whole_state(final) is not None:
         raise FileExistsError(f"{final} is already there")
-    if final.exists():
+    if os.path.lexists(final):
         remove(final)  # a copy that was cut short: nobody goes on from it
     aside.rename(final)
     sync(final.parent)
-    prune(spec)
 
 
 def prune(spec: TrainSpec) -> None:
-    """Remove all but the newest `keep_checkpoints`, and what ranks that were killed have left half-written or half-removed."""
+    """Remove all but the newest `keep_checkpoints`, and what ranks that were killed have left half-written or half-removed. What does not
+    go away is said: it takes room, and is no reason to end a run."""
     for old in list_checkpoints(spec)[: -max(1, spec.keep_checkpoints)]:
         remove(old)
     for pattern in (PARTIAL, REMOVED):
         for left in checkpoints_of(spec).glob(pattern.format(name="step-*")):
-            shutil.rmtree(left)
+            discard(left)
 
 
 def remove(folder: Path) -> None:
     """Under another name first, so that a half-removed checkpoint is never taken for one from elsewhere."""
     gone = folder.with_name(REMOVED.format(name=folder.name))
-    shutil.rmtree(gone, ignore_errors=True)
-    shutil.rmtree(folder.rename(gone))
+    discard(gone)
+    try:
+        folder.rename(gone)
+    except OSError as error:
+        print(f"{folder} stays: {error}. Nothing needs it any more: remove it by hand", flush=True)
+        return
+    discard(gone)
+
+
+def discard(folder: Path) -> None:
+    """All of it that goes away. A link goes, not what it leads to; on NFS a file that some process has open stays under another name."""
+    if folder.is_symlink():
+        with suppress(OSError):
+            folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    if os.path.lexists(folder):
+        print(f"{folder} could not be removed whole. Nothing needs it any more: remove it by hand", flush=True)
+
+
+def warn_of_room(engine: Engine, spec: TrainSpec) -> None:
+    """Before the first step rank 0 says when the disk will be full before the run has ended. Not refused: others may make room."""
+    if engine.rank or not spec.save_every:
+        return
+    more = max(1, spec.keep_checkpoints) + 1 - len(list_checkpoints(spec))  # the oldest goes when the newest is whole
+    needed, free = more * (weights_bytes(engine) + full_state_bytes(engine) + ROOM_BYTES), shutil.disk_usage(spec.output).free
+    if free < needed:
+        print(
+            f"{checkpoints_of(spec)} has {free / 2**30:.2f} GiB of room, and {more} more checkpoints need {needed / 2**30:.2f} GiB. Free "
+            "that much while the run goes on, or set run.keep_checkpoints lower",
+            flush=True,
+        )
 
 
 def describe_failure(spec: TrainSpec, step: int, needed: int, problem: str) -> str:

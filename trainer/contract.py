@@ -191,7 +191,7 @@ class Evaluation:
 @dataclass(frozen=True, kw_only=True)
 class TrainSpec:
     """Everything one run of the trainer is told. `output` is the run's folder as the trainer sees it. `hang_timeout_s`: a step that
-    takes longer is told with the stacks of every rank, and ends the run after as long again; 0 = never."""
+    takes longer is told with the stacks of every rank, and ends the run soon after; 0 = never."""
 
     schema: int
     run_id: str

@@ -78,13 +78,15 @@ def train(
         watchdog.begin(step, "data")
         row, stopped = train_step(engine, next(source), spec, step, stop=stop, watchdog=watchdog, peak_bytes=peak_bytes())
         row = replace(row, seconds=time.perf_counter() - began)
-        watchdog.rest()
         skips = skips + 1 if row.skipped else 0
         refuse_nonsense(row, spec, skips, name_samples)
         loss, seconds = row.loss, seconds + row.seconds
         write(row)
+        watchdog.rest()
         if spec.save_every and step % spec.save_every == 0 and step < spec.steps and not stopped:
+            watchdog.begin(step, "saving", ends=False)  # a slow disk is no hang: told, and left alone
             save(step)
+            watchdog.rest()
     return Progress(step=step, stopped=stopped, seconds=seconds, loss=loss)
 
 

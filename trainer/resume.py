@@ -17,6 +17,8 @@ STATE_FILE = "trainer_state.json"
 NAME = "step-{step:06d}"
 NAMES = re.compile(r"step-(\d{6,})")
 
+NAMED = 5  # files that are missing, in a message
+
 # Where the attempts of one run may differ: it changes where and how fast the steps are done, not what they are.
 FREE_SECTIONS = ("device.", "evaluation.", "deepspeed.")
 FREE_KEYS = {
@@ -46,7 +48,7 @@ class CheckpointState:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What the rows that stand tell of the steps done: how many, their seconds, the loss of the last."""
+    """What the rows that stand tell: how many they are, the seconds of their steps, the loss of the last."""
 
     count: int = 0
     seconds: float = 0.0
@@ -65,13 +67,29 @@ def whole_checkpoints(run: Path) -> Iterator[CheckpointState]:
             yield state
 
 
+def broken_checkpoints(run: Path) -> dict[Path, str]:
+    """Those with the name of a checkpoint that are not whole, by name, and what each of them lacks."""
+    folders = sorted(path for path in (run / CHECKPOINTS).glob("step-*") if NAMES.fullmatch(path.name))
+    return {folder: reason for folder in folders if (reason := inspect_checkpoint(folder)[1])}
+
+
 def whole_state(folder: Path) -> CheckpointState | None:
     """What a checkpoint says of itself; None unless it has its own name and every file the size that it should have."""
+    state, reason = inspect_checkpoint(folder)
+    return None if reason else state
+
+
+def inspect_checkpoint(folder: Path) -> tuple[CheckpointState | None, str]:
+    """What it says of itself, and why it is not whole, or ''."""
     try:
         state: CheckpointState = read(CheckpointState, folder / STATE_FILE)
-    except SpecError:
-        return None
-    return state if folder.name == NAME.format(step=state.step) and not missing_files(folder, state) else None
+    except SpecError as error:
+        return None, str(error)
+    if folder.name != NAME.format(step=state.step):
+        return state, f"its {STATE_FILE} is of step {state.step}"
+    wrong = missing_files(folder, state)
+    more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+    return state, f"{', '.join(wrong[:NAMED])}{more} missing or not of the size that {STATE_FILE} says" if wrong else ""
 
 
 def missing_files(folder: Path, state: CheckpointState) -> tuple[str, ...]:
@@ -114,23 +132,26 @@ def hash_file(path: Path | None) -> str:
 
 
 def cut_rows(run: Path, step: int) -> Rows:
-    """Keep the rows of steps 1 to `step` in metrics.jsonl and drop what follows, all or nothing: those steps will be done again."""
+    """Keep the rows of steps 1 to `step` in metrics.jsonl, gaps and all, and drop torn ones and those of later steps, which will be done
+    again."""
     path = run / METRICS_FILE
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    kept = Rows()
+    kept, stand, last = Rows(), [], 0
     for line in lines:
         row = parse_row(line)
-        if row is None or row["step"] != kept.count + 1 or row["step"] > step:
-            break
-        kept = Rows(count=kept.count + 1, seconds=kept.seconds + row["seconds"], loss=row["loss"])
-    if kept.count < len(lines):
-        write_text("".join(lines[: kept.count]), path)
+        if row is not None and last < row["step"] <= step:
+            kept = Rows(count=kept.count + 1, seconds=kept.seconds + row["seconds"], loss=row["loss"])
+            stand.append(line)
+            last = row["step"]
+    if len(stand) < len(lines):
+        write_text("".join(stand), path)
     return kept
 
 
 def parse_row(line: str) -> dict[str, Any] | None:
     """None for a row that was being written when its run ended."""
     try:
-        return json.loads(line) if line.endswith("\n") else None
+        row = json.loads(line) if line.endswith("\n") else None
     except ValueError:
         return None
+    return row if isinstance(row, dict) and {"step", "seconds", "loss"} <= row.keys() else None

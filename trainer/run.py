@@ -14,7 +14,7 @@ import torch
 import torch.distributed
 import transformers
 
-from trainer.checkpoint import Saved, adapter_base, hash_weights, require_whole, save_checkpoint
+from trainer.checkpoint import Saved, adapter_base, hash_weights, require_whole, save_checkpoint, warn_of_room
 from trainer.contract import ENVIRONMENT_FILE, RESULT_FILE, SCHEMA, InputRefused, RunFailed, TrainResult, TrainSpec, write
 from trainer.data.check import Places, prepare, resolve
 from trainer.data.load import batches
@@ -23,7 +23,7 @@ from trainer.data.sample import Sample, read_samples
 from trainer.device import Device, open_device, seed_all
 from trainer.engine import Engine, start_distributed, start_engine, taken_config
 from trainer.evaluate import evaluate
-from trainer.loop import Progress, stop_on_signals, train
+from trainer.loop import Progress, StopFlag, stop_on_signals, train
 from trainer.models import find_family
 from trainer.models.family import Family, Processor
 from trainer.observe.environment import report_environment
@@ -32,7 +32,7 @@ from trainer.precision import loading_dtype
 from trainer.resume import hash_file
 from trainer.stages.group import Staged, apply_stage, trainable_table
 from trainer.stages.lora import merge_adapter
-from trainer.start import Start, choose_start, finished_before, resume_engine, resume_weights, trained_model
+from trainer.start import Start, choose_start, finished_before, resume_adapter, resume_engine, whole_weights
 from trainer.watchdog import end_hung, watch_steps
 
 LOST_PEER = re.compile("closed by peer|reset by peer|Broken pipe|remote process exited|Timed out waiting|Watchdog caught")  # gloo, NCCL
@@ -76,34 +76,29 @@ def train_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     places = find_places(spec)
     samples = load_samples(places.train, places)
     start = choose_start(spec, hash_file(places.train))
-    model, processor = build(spec, family)
-    if start.step == spec.steps:
-        return finish_stage(spec, rank, start, trained_model(spec, family, model, start), processor, places)
+    model, processor = build(spec, family, instead=whole_weights(spec, start))
     if spec.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # the other kind drops gradients behind frozen inputs
     staged = apply_stage(model, spec, family.unused(model))
-    resume_weights(staged.model, spec, start)
+    resume_adapter(staged.model, spec, start)
     engine = start_engine(staged.model, spec, rank.place)
     describe(spec, rank, staged, {"config": dict(engine.handle.config), "taken": taken_config(engine)}, environ)
-    resume_engine(engine, spec, start)
-    progress = run_steps(spec, engine, samples, processor, rank.device, start)
-    saved = save_checkpoint(engine, processor, spec, progress.step, data_sha256=start.data_sha256)
-    trained = summarise(spec, progress, saved)
-    if progress.stopped:
+    with stop_on_signals() as stop:  # until all stands: where one node hears of a stop first, the others' signal comes while they save
+        if start.checkpoint is not None and start.step == spec.steps:  # an earlier attempt did them all, and ended before it had evaluated
+            saved = Saved(path=start.checkpoint.path, weights_sha256=start.checkpoint.weights_sha256)
+            trained = summarise(spec, progress_of(start), saved)
+        else:
+            resume_engine(engine, spec, start)
+            warn_of_room(engine, spec)
+            progress = run_steps(spec, engine, samples, processor, rank.device, start, stop)
+            saved = save_checkpoint(engine, processor, spec, progress.step, data_sha256=start.data_sha256)
+            trained = summarise(spec, progress, saved)
+        if rank.number == 0:  # stands when a signal ends the run while it evaluates
+            write(replace(trained, status="stopped"), Path(spec.output) / RESULT_FILE)
+    if trained.status == "stopped":
         return trained
-    if rank.number == 0:  # stands when a signal ends the run while it evaluates
-        write(replace(trained, status="stopped"), Path(spec.output) / RESULT_FILE)
     partitioned = spec.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3
     return replace(trained, evaluation=score(spec, rank, engine.model, processor, places, partitioned=partitioned))
-
-
-def finish_stage(spec: TrainSpec, rank: Rank, start: Start, model: torch.nn.Module, processor: Processor, places: Places) -> TrainResult:
-    """All steps were done by an earlier attempt, which ended before it had evaluated. Every rank holds the whole model."""
-    assert start.checkpoint is not None
-    progress = Progress(step=start.step, seconds=start.rows.seconds, loss=start.rows.loss)
-    saved = Saved(path=start.checkpoint.path, weights_sha256=start.checkpoint.weights_sha256)
-    scores = score(spec, rank, model.to(rank.place), processor, places, partitioned=False)
-    return replace(summarise(spec, progress, saved), evaluation=scores)
 
 
 def evaluate_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
@@ -175,17 +170,23 @@ def load_samples(file: Path | None, places: Places) -> tuple[Sample, ...]:
     return samples
 
 
-def build(spec: TrainSpec, family: Family) -> tuple[torch.nn.Module, Processor]:
-    """Model and processor: from the stage's checkpoint, else from the model's source."""
+def build(spec: TrainSpec, family: Family, *, instead: Path | None = None) -> tuple[torch.nn.Module, Processor]:
+    """Model and processor: from the stage's checkpoint, else from the model's source; the weights from `instead`, where it is given."""
     dtype = loading_dtype(spec.precision)
     folder = weights_folder(spec)
-    if folder is None:
-        return family.create(spec.model).to(dtype), family.create_processor(spec.model)
-    base = adapter_base(folder)
-    if base is None:
-        return family.load(folder, spec.model, dtype), family.load_processor(folder, spec.model)
-    require_whole(base, f"adapter_config.json of {folder}, base_model_name_or_path")
-    return merge_adapter(family.load(base, spec.model, dtype), folder), family.load_processor(base, spec.model)
+    base = adapter_base(folder) if folder else None
+    if base is not None:
+        require_whole(base, f"adapter_config.json of {folder}, base_model_name_or_path")
+    origin = base or folder
+    processor = family.load_processor(origin, spec.model) if origin else family.create_processor(spec.model)
+    if instead is not None:
+        model = family.load(instead, spec.model, dtype)
+        # A random start is rounded with its buffers, as the rotary frequencies, which no file holds; a loaded one keeps them in float32.
+        return (model if origin else model.to(dtype)), processor
+    if origin is None:
+        return family.create(spec.model).to(dtype), processor
+    model = family.load(origin, spec.model, dtype)
+    return (merge_adapter(model, folder) if folder and base else model), processor
 
 
 def weights_folder(spec: TrainSpec) -> Path | None:
@@ -216,8 +217,10 @@ def describe(spec: TrainSpec, rank: Rank, staged: Staged, deepspeed: dict[str, A
 # --------------------------------------------------------------------------------------------------------------- the steps
 
 
-def run_steps(spec: TrainSpec, engine: Engine, samples: Sequence[Sample], processor: Processor, device: Device, start: Start) -> Progress:
-    """All steps that are not done yet, or those until a signal."""
+def run_steps(
+    spec: TrainSpec, engine: Engine, samples: Sequence[Sample], processor: Processor, device: Device, start: Start, stop: StopFlag
+) -> Progress:
+    """All steps that are not done yet, or those until `stop` is up."""
 
     def name_samples(step: int) -> str:
         rows = rows_of_step(step - 1, seed=spec.seed, rows=len(samples), global_batch=spec.batch.global_batch)
@@ -225,7 +228,6 @@ def run_steps(spec: TrainSpec, engine: Engine, samples: Sequence[Sample], proces
         return f"{samples[0].file} rows {numbers}"
 
     with (
-        stop_on_signals() as stop,
         watch_steps(spec.hang_timeout_s, rank=engine.rank, stream=sys.stderr, end=lambda why: end_hung(spec, engine.rank, why)) as watchdog,
         open_metrics(Path(spec.output), writes=engine.rank == 0) as write_row,
         closing(batches(samples, processor, spec, rank=engine.rank, first_step=start.step)) as source,
@@ -234,7 +236,7 @@ def run_steps(spec: TrainSpec, engine: Engine, samples: Sequence[Sample], proces
             engine,
             source,
             spec,
-            done=Progress(step=start.step, seconds=start.rows.seconds, loss=start.rows.loss),
+            done=progress_of(start),
             stop=stop,
             watchdog=watchdog,
             write=write_row,
@@ -242,6 +244,10 @@ def run_steps(spec: TrainSpec, engine: Engine, samples: Sequence[Sample], proces
             peak_bytes=device.peak_bytes,
             name_samples=name_samples,
         )
+
+
+def progress_of(start: Start) -> Progress:
+    return Progress(step=start.step, seconds=start.rows.seconds, loss=start.rows.loss)
 
 
 def score(

@@ -66,9 +66,12 @@ class Stored:
         """Elements [start, start + count) of the flattened tensor: (count,)."""
         if not count:
             return torch.empty(0, dtype=self.dtype)
+        held = bytearray(count * self.dtype.itemsize)
         with self.file.open("rb") as stream:
             stream.seek(self.begin + start * self.dtype.itemsize)
-            return torch.frombuffer(bytearray(stream.read(count * self.dtype.itemsize)), dtype=self.dtype, count=count)
+            if stream.readinto(held) != len(held):
+                raise InputRefused(f"{self.file} has become shorter while it was read. Copy the checkpoint again.")
+        return torch.frombuffer(held, dtype=self.dtype, count=count)
 
     def read_whole(self) -> Tensor:
         return self.read(0, torch.Size(self.shape).numel()).view(self.shape)

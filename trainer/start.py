@@ -14,10 +14,8 @@ import torch.distributed
 from trainer.checkpoint import RESUME, prune
 from trainer.contract import FAILURE_FILES, METRICS_FILE, RESULT_FILE, InputRefused, RunFailed, SpecError, TrainResult, TrainSpec, read
 from trainer.engine import Engine
-from trainer.models.family import Family
-from trainer.precision import loading_dtype
-from trainer.resume import CheckpointState, Rows, cut_rows, newest_checkpoint, refuse_other_run, whole_state
-from trainer.state import load_masters, restore_state
+from trainer.resume import CheckpointState, Rows, broken_checkpoints, cut_rows, newest_checkpoint, refuse_other_run, whole_state
+from trainer.state import ANEW, restore_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +55,8 @@ def choose_start(spec: TrainSpec, data_sha256: str) -> Start:
     rank, run = torch.distributed.get_rank(), Path(spec.output)
     said: tuple[CheckpointState | None, str] = (None, "")
     if rank == 0:
-        found = newest_checkpoint(run)
         try:
-            if found is not None:
-                refuse_other_run(found, spec, data_sha256)
-            said = (found, "")
+            said = (choose_checkpoint(spec, data_sha256), "")
         except InputRefused as error:
             said = (None, str(error))
     checkpoint, refusal = tell_all(said)
@@ -74,6 +69,24 @@ def choose_start(spec: TrainSpec, data_sha256: str) -> Start:
         )
     start = Start(checkpoint=checkpoint, rows=Rows(), data_sha256=data_sha256)
     return Start(checkpoint=checkpoint, rows=clear_way(spec, start), data_sha256=data_sha256) if rank == 0 else start
+
+
+def choose_checkpoint(spec: TrainSpec, data_sha256: str) -> CheckpointState | None:
+    """The newest whole one; None where the run has none at all. Raises InputRefused for one of another run, and where all are broken:
+    to begin again at step 1 would throw away what may be mended."""
+    run = Path(spec.output)
+    found, broken = newest_checkpoint(run), broken_checkpoints(run)
+    for folder, reason in broken.items():
+        print(f"passing over {folder}: {reason}", flush=True)
+    if found is None and broken:
+        said = "; ".join(f"{folder}: {reason}" for folder, reason in broken.items())
+        raise InputRefused(
+            f"no checkpoint of this run is whole. {said}. Copy the missing files again, or remove the folder to begin at step 1, "
+            "or start a new run."
+        )
+    if found is not None:
+        refuse_other_run(found, spec, data_sha256)
+    return found
 
 
 def clear_way(spec: TrainSpec, start: Start) -> Rows:
@@ -89,8 +102,7 @@ def clear_way(spec: TrainSpec, start: Start) -> Rows:
             print(f"{run / METRICS_FILE} has rows of {rows.count} of these steps only", flush=True)
         if start.checkpoint.world_size not in (0, spec.device.world_size):
             print(
-                f"it was saved by {start.checkpoint.world_size} ranks, now there are {spec.device.world_size}: equal up to rounding, and "
-                "each rank's random numbers begin anew from seed, step and rank",
+                f"it was saved by {start.checkpoint.world_size} ranks, now there are {spec.device.world_size}: {ANEW}",
                 flush=True,
             )
     return rows
@@ -107,10 +119,27 @@ def tell_all(value: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------------- going on
 
 
-def resume_weights(model: torch.nn.Module, spec: TrainSpec, start: Start) -> None:
-    """Before an engine takes the model. Nothing to do at the first step."""
-    if start.checkpoint is not None:
-        load_masters(model, Path(spec.output) / start.checkpoint.path / RESUME)
+def whole_weights(spec: TrainSpec, start: Start) -> Path | None:
+    """The folder to load the model from in place of where the stage began; None at the first step, and with LoRA, whose checkpoints hold
+    an adapter alone. These are the weights that steps compute with; `resume_engine` brings the exact masters."""
+    return Path(spec.output) / start.checkpoint.path if start.checkpoint is not None and spec.stage.lora is None else None
+
+
+def resume_adapter(model: torch.nn.Module, spec: TrainSpec, start: Start) -> None:
+    """Put the checkpoint's adapter into a model that no engine has taken yet. Not merged: the same sums as in training."""
+    if start.checkpoint is not None and spec.stage.lora is not None:
+        load_adapter(model, Path(spec.output) / start.checkpoint.path)
+
+
+def load_adapter(model: torch.nn.Module, folder: Path) -> None:
+    """Put the adapter of `folder` into a model that peft has wrapped. Raises InputRefused when it is one for other modules."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    loaded = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    wrong = sorted((trained & set(loaded.missing_keys)) | set(loaded.unexpected_keys))
+    if wrong:
+        raise InputRefused(f"{folder} holds other trained parameters than this stage has, as {', '.join(wrong[:5])}. Start a new run.")
 
 
 def resume_engine(engine: Engine, spec: TrainSpec, start: Start) -> None:
@@ -118,14 +147,3 @@ def resume_engine(engine: Engine, spec: TrainSpec, start: Start) -> None:
     if start.checkpoint is not None:
         folder = Path(spec.output) / start.checkpoint.path / RESUME
         restore_state(engine, folder, seed=spec.seed, step=start.step, world_size=start.checkpoint.world_size)
-
-
-def trained_model(spec: TrainSpec, family: Family, base: torch.nn.Module, start: Start) -> torch.nn.Module:
-    """The model as it stood after the last step. `base`: the model that the stage began with."""
-    assert start.checkpoint is not None
-    folder = Path(spec.output) / start.checkpoint.path
-    if spec.stage.lora is None:
-        return family.load(folder, spec.model, loading_dtype(spec.precision))
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)  # not merged: the same sums as in training

@@ -25,6 +25,7 @@ from trainer.engine import Engine
 from trainer.shard import Shards, Stored, find_stored, sync
 
 MASTER = "master"
+ANEW = "equal up to rounding, and each rank's random numbers begin anew from seed, step and rank"
 REST_FILE = "rest.json"  # what is no tensor
 SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # DeepSpeed's DynamicLossScaler
 
@@ -99,6 +100,18 @@ def flats_of(engine: Engine, part: Part) -> dict[str, Tensor]:
     return {MASTER: part.owner, **moments}
 
 
+def full_state_bytes(engine: Engine) -> int:
+    """As `state_bytes` will be once the optimizer has its two moments, which it makes at its first update."""
+    return sum(3 * part.numel * part.owner.element_size() for part in find_parts(engine).values())
+
+
+def weights_bytes(engine: Engine) -> int:
+    """Of the weights in a checkpoint: all, or those that train where it is an adapter."""
+    adapter = hasattr(engine.model, "peft_config")
+    kept = (p for p in engine.model.parameters() if p.requires_grad or not adapter)
+    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in kept)
+
+
 def write_state(engine: Engine, folder: Path, *, writers: int) -> str:
     """Every rank must call it: parameter by parameter the tensors come together, tensor i at rank i % writers, which writes them into its
     own files. Returns what went wrong on this rank, or ''."""
@@ -106,9 +119,12 @@ def write_state(engine: Engine, folder: Path, *, writers: int) -> str:
     place = 0
     for name, part in find_parts(engine).items():
         for key, flat in flats_of(engine, part).items():
-            whole = gather_part(engine, part, flat)
-            if place % writers == engine.rank:
+            writer = place % writers
+            whole = gather_part(engine, part, flat, writer)
+            if writer == engine.rank:
                 shards.add(f"{key}/{name}", whole.to("cpu", copy=True))
+            if engine.device.type != "cpu":  # else the other ranks run ahead, and hold a whole tensor for each reduction under way
+                getattr(torch, engine.device.type).synchronize(engine.device)
             place += 1
     shards.flush()
     random_states = gather_random(engine)
@@ -122,15 +138,16 @@ def write_state(engine: Engine, folder: Path, *, writers: int) -> str:
     return shards.problem
 
 
-def gather_part(engine: Engine, part: Part, flat: Tensor) -> Tensor:
-    """All ranks' parts of a parameter or moment, whole, in the dtype of `flat`. Bits are added up as integers: every element is held by
-    one rank, and nothing but a zero is added to it."""
+def gather_part(engine: Engine, part: Part, flat: Tensor, writer: int) -> Tensor:
+    """All ranks' parts of a parameter or moment, whole, in the dtype of `flat`: on rank `writer`, of no use on the others. Bits are added
+    up as integers: every element is held by one rank, and nothing but a zero is added to it."""
     shape = getattr(part.parameter, "ds_shape", part.parameter.shape)
     if engine.world_size == 1 or engine.handle.zero_optimization_stage() == 0:
         return part.of(flat).view(shape)
-    whole = torch.zeros(part.numel, dtype=torch.float32, device=engine.device)  # 16 bits fit in, and come out as they were
+    bits = torch.zeros(part.numel, dtype=torch.int32, device=engine.device)  # made as integers: HCCL goes by the storage's own dtype
+    whole = bits.view(torch.float32)  # 16 bits fit in, and come out as they were
     whole.narrow(0, part.start, part.count).copy_(part.of(flat))
-    torch.distributed.all_reduce(whole.view(torch.int32))
+    torch.distributed.reduce(bits, dst=writer)
     return whole.to(flat.dtype).view(shape)
 
 
@@ -157,7 +174,8 @@ def gather_random(engine: Engine) -> list[dict[str, Any]]:
 
 def read_random(device: torch.device) -> dict[str, Any]:
     name, keys, position, has_gauss, gauss = numpy.random.get_state()
-    states = {"python": random.getstate(), "numpy": (name, keys.tolist(), position, has_gauss, gauss)}
+    states: dict[str, Any] = {"accelerator": device.type}
+    states |= {"python": random.getstate(), "numpy": (name, keys.tolist(), position, has_gauss, gauss)}
     states["torch"] = torch.get_rng_state().numpy().tobytes().hex()
     states["device"] = getattr(torch, device.type).get_rng_state(device).cpu().numpy().tobytes().hex() if device.type != "cpu" else ""
     return states
@@ -166,38 +184,29 @@ def read_random(device: torch.device) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------- going on
 
 
-def load_masters(model: torch.nn.Module, folder: Path) -> None:
-    """Put the trained weights into a model that no engine has taken yet; its frozen ones come from where they came from at first.
-
-    Raises InputRefused when the state is of other parameters."""
-    stored = find_stored(folder)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    saved = {name.removeprefix(f"{MASTER}/") for name in stored if name.startswith(f"{MASTER}/")}
-    if saved != set(trained):
-        other = ", ".join(sorted(saved ^ set(trained))[:5])
-        raise InputRefused(f"{folder} holds other trained parameters than this stage has, as {other}. Start a new run.")
-    with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(stored[f"{MASTER}/{name}"].read_whole())
-
-
 def restore_state(engine: Engine, folder: Path, *, seed: int, step: int, world_size: int) -> None:
-    """Put an engine where the ranks that saved were. With another number of ranks than `world_size` each one's random numbers begin anew,
-    from seed, step and rank."""
+    """Put an engine where the ranks that saved were; its model has the checkpoint's weights, of which the masters here are the exact ones.
+    With another number of ranks than `world_size`, or another kind of device, each rank's random numbers begin anew, from seed, step and
+    rank. Raises InputRefused when the state is of other parameters."""
     stored: dict[str, dict[str, Stored]] = {}
     for entry, tensor in find_stored(folder).items():
         key, _, name = entry.partition("/")
         stored.setdefault(name, {})[key] = tensor
     rest = json.loads((folder / REST_FILE).read_text(encoding="utf-8"))
-    steps = rest["optimizer_steps"]
-    for name, part in find_parts(engine).items():
+    steps, parts = rest["optimizer_steps"], find_parts(engine)
+    if other := sorted(set(stored) ^ set(parts)):
+        raise InputRefused(f"{folder} holds other trained parameters than this stage has, as {', '.join(other[:5])}. Start a new run.")
+    for name, part in parts.items():
         restore_part(engine, part, stored[name], steps=steps.get(name, 0))
     replay_powers(engine.handle.basic_optimizer, max(steps.values(), default=0))
     for key, value in rest["loss_scaler"].items():
         setattr(engine.handle.optimizer.loss_scaler, key, value)
-    if world_size == engine.world_size:
+    accelerator = rest["random"][0].get("accelerator")
+    if (world_size, accelerator) == (engine.world_size, engine.device.type):
         set_random(rest["random"][engine.rank], engine.device)
     else:
+        if accelerator != engine.device.type and engine.rank == 0:
+            print(f"it was saved on {accelerator}, this is {engine.device.type}: {ANEW}", flush=True)
         digest = hashlib.sha256(f"{seed}:{step}:{engine.rank}".encode()).digest()
         seed_all(int.from_bytes(digest[:4], "little"), deterministic=False)
 
@@ -238,7 +247,7 @@ def set_random(states: dict[str, Any], device: torch.device) -> None:
     random.setstate((version, tuple(keys), gauss))
     numpy.random.set_state(tuple(states["numpy"]))
     torch.set_rng_state(read_bytes(states["torch"]))
-    if device.type != "cpu" and states["device"]:
+    if device.type != "cpu":
         getattr(torch, device.type).set_rng_state(read_bytes(states["device"]), device)
 
 

@@ -5,6 +5,7 @@ which step and phase it waits, with all stacks. The rank that is in no collectiv
 """
 
 import faulthandler
+import math
 import os
 import socket
 import threading
@@ -17,31 +18,36 @@ from typing import TextIO
 from trainer.contract import FAILURE_FILES, SCHEMA, Exit, FailureReport, TrainSpec, write
 
 LOOKS = 20  # at the clock, in each timeout
+LOOK_S = 1.0  # the longest time between two looks, so that all ranks tell and end within a second of each other
+# From the stacks to the end: every rank has told by then, whose step began later because it waited, and no collective has given up yet,
+# whose error would take the place of the cause.
+GRACE_S = 30.0
 STUCK_S = 10  # longer than the thread would take to end the process, if it could run at all
 
 
 class Watchdog:
     """`begin` a step, name its `phase`, `rest` while no step is under way. `timeout_s` 0: it never wakes.
 
-    `end(reason)` is called from the thread when a step takes twice as long, and has to end the process.
+    `end(reason)` is called from the thread GRACE_S later, and has to end the process; with `begin(ends=False)` stacks are all.
     """
 
     def __init__(self, *, timeout_s: float, rank: int, stream: TextIO, end: Callable[[str], None]) -> None:
         self.timeout_s, self.rank, self.stream, self.end = timeout_s, rank, stream, end
-        self.current: tuple[int, str, float] | None = None  # step, phase, when the step began; replaced whole, so that no lock is needed
-        self.told = 0  # the last step whose stacks are written
+        # Step, phase, when it began, whether it may be ended. Replaced whole, so that no lock is needed.
+        self.current: tuple[int, str, float, bool] | None = None
+        self.told = -math.inf  # when that began whose stacks are written
 
-    def begin(self, step: int, phase: str) -> None:
+    def begin(self, step: int, phase: str, *, ends: bool = True) -> None:
         if not self.timeout_s:
             return
-        self.current = (step, phase, time.monotonic())
+        self.current = (step, phase, time.monotonic(), ends)
         # For a rank that hangs inside a library which holds the interpreter's lock: this one is a thread of C, and needs no lock.
-        faulthandler.dump_traceback_later(2 * self.timeout_s + STUCK_S, exit=True, file=self.stream)
+        faulthandler.dump_traceback_later(self.timeout_s + GRACE_S + STUCK_S, exit=ends, file=self.stream)
 
     def phase(self, name: str) -> None:
         if self.current is not None:
-            step, _, since = self.current
-            self.current = (step, name, since)
+            step, _, since, ends = self.current
+            self.current = (step, name, since, ends)
 
     def rest(self) -> None:
         if self.timeout_s:
@@ -49,19 +55,19 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def look(self, now: float) -> None:
-        """Tell a step that is too long, once; end the process when it is so for twice as long."""
+        """Tell a step that is too long, once; end the process when it is so GRACE_S later."""
         current = self.current
         if current is None:
             return
-        step, phase, since = current
+        step, phase, since, ends = current
         waited = now - since
-        if waited >= self.timeout_s and self.told != step:
-            self.told = step
+        if waited >= self.timeout_s and self.told != since:
+            self.told = since
             self.say(f"rank {self.rank} has waited {waited:.0f} s in step {step} ({phase})")
             faulthandler.dump_traceback(file=self.stream, all_threads=True)
             self.stream.flush()
-        if waited >= 2 * self.timeout_s:
-            reason = f"step {step} ({phase}) has not ended in {waited:.0f} s, twice run.hang_timeout_s"
+        if ends and waited >= self.timeout_s + GRACE_S:
+            reason = f"step {step} ({phase}) has not ended in {waited:.0f} s; run.hang_timeout_s is {self.timeout_s:g}"
             self.say(f"rank {self.rank} ends: {reason}")
             self.end(reason)
 
@@ -76,7 +82,7 @@ def watch_steps(timeout_s: float, *, rank: int, stream: TextIO, end: Callable[[s
     over = threading.Event()
 
     def guard() -> None:
-        while not over.wait(timeout_s / LOOKS):
+        while not over.wait(min(timeout_s / LOOKS, LOOK_S)):
             watchdog.look(time.monotonic())
 
     thread = threading.Thread(target=guard, name="watchdog", daemon=True)

@@ -51,6 +51,7 @@ REFUSED: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("hardware=h200", "hardware.collectives=hccl"), "hardware.collectives", "hardware.collectives=nccl"),
     (("hardware=ascend910b", "hardware.collectives=nccl"), "hardware.collectives", "hardware.collectives=hccl"),
     (("hardware.collectives=nccl",), "hardware.collectives", "hardware.collectives=gloo"),
+    (("run.collective_timeout_s=600",), "run.hang_timeout_s", "run.hang_timeout_s=510"),
     (("hardware=ascend910b", "run.collective_timeout_s=600"), "run.collective_timeout_s", "run.collective_timeout_s=1896"),
     (
         ("hardware=ascend910b", "cluster.environment.HCCL_CONNECT_TIMEOUT=1900"),

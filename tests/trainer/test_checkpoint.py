@@ -69,6 +69,27 @@ def test_the_oldest_are_removed_after_the_new_one_is_there(parts: Any) -> None:
     assert sorted(path.name for path in (Path(spec.output) / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_is_said_and_fails_nothing(
+    parts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is a link to elsewhere, and one that holds a file which comes back, as NFS keeps those that are open."""
+    engine, processor, spec = parts
+    folder = Path(spec.output) / "checkpoints"
+    save_checkpoint(engine, processor, spec, 1)
+    elsewhere = (folder / "step-000001").rename(tmp_path / "elsewhere")
+    (folder / "step-000001").symlink_to(elsewhere)
+    save_checkpoint(engine, processor, spec, 2)
+    save_checkpoint(engine, processor, spec, 3)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000002", "step-000003"]
+    assert (elsewhere / "model.safetensors").is_file() and capsys.readouterr().out == ""
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
+    assert save_checkpoint(engine, processor, spec, 4).path == "checkpoints/step-000004"
+    assert ".step-000002.removed could not be removed whole. Nothing needs it any more" in capsys.readouterr().out
+    (folder / "step-000002").mkdir()
+    checkpoint.remove(folder / "step-000002")  # its other name is taken by what stays
+    assert "step-000002 stays: " in capsys.readouterr().out
+
+
 def test_what_a_killed_rank_left_is_no_obstacle(parts: Any) -> None:
     engine, processor, spec = parts
     left = Path(spec.output) / "checkpoints" / ".step-000001.partial"

@@ -88,6 +88,21 @@ def test_saving_every_few_steps_leaves_out_the_last(spec: TrainSpec) -> None:
     assert saved == [2, 4]
 
 
+def test_the_row_is_written_under_watch_and_a_save_is_told_but_not_ended(spec: TrainSpec) -> None:
+    watchdog = Watchdog(timeout_s=1000, rank=0, stream=sys.stderr, end=pytest.fail)
+    seen: list[tuple[int, str, bool]] = []
+
+    def note(*_: Any) -> None:
+        assert watchdog.current is not None
+        step, phase, _, ends = watchdog.current
+        seen.append((step, phase, ends))
+
+    run(replace(spec, save_every=2), ScriptedEngine([1.0] * 3), [(batch(1),)] * 3, watchdog=watchdog, write=note, save=note)
+    row = "exchange of the row"
+    assert seen == [(1, row, True), (2, row, True), (2, "saving", False), (3, row, True)]
+    assert watchdog.current is None
+
+
 def test_a_signal_ends_the_loop_after_the_step_that_it_met(spec: TrainSpec) -> None:
     with stop_on_signals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -23,9 +23,11 @@ from tests.trainer.conftest import make_spec
 from tests.trainer.mortal import Death, Gone, run_ranks
 from trainer.contract import (
     CHECKPOINTS,
+    ENVIRONMENT_FILE,
     METRICS_FILE,
     RESULT_FILE,
     SAMPLES_FILE,
+    EnvReport,
     Exit,
     FailureReport,
     InputRefused,
@@ -58,6 +60,10 @@ def rows_of(spec: TrainSpec) -> list[dict[str, Any]]:
 
 def result_of(spec: TrainSpec) -> TrainResult:
     return read(TrainResult, Path(spec.output) / RESULT_FILE)
+
+
+def environment_of(spec: TrainSpec) -> EnvReport:
+    return read(EnvReport, Path(spec.output) / ENVIRONMENT_FILE)
 
 
 def expect(gone: Gone, *codes: int) -> Gone:
@@ -99,7 +105,12 @@ LIVES: dict[str, tuple[dict[str, Any], StageSpec | None, tuple[Death, ...]]] = {
     "fp32, ZeRO 3": (
         {"precision": "fp32", "zero": 3, "ranks": 2},
         None,
-        (Death(place="state", call=40), Death(place="update", call=4, rank=1), Death(place="weights", call=2)),
+        (Death(place="state", call=40), Death(place="update", call=4, rank=1), Death(place="weights", call=2), Death(place="evaluate")),
+    ),
+    "bf16, ZeRO 3, LoRA": (
+        {"precision": "bf16", "zero": 3, "ranks": 2},
+        LORA,
+        (Death(place="backward", call=4), Death(place="evaluate", rank=1)),
     ),
     "pure_bf16, ZeRO 3": (
         {"precision": "pure_bf16", "zero": 3, "ranks": 2},
@@ -122,8 +133,11 @@ def test_a_run_that_was_killed_again_and_again_ends_as_if_nothing_had_happened(l
         gone = run_ranks(killed, death)
         assert gone.codes[death.rank] == -9, f"{death} did not come about:\n{gone.text}"
         assert not list((Path(killed.output) / CHECKPOINTS).glob("step-*/.*"))
+        (Path(killed.output) / ENVIRONMENT_FILE).unlink(missing_ok=True)
     expect(run_ranks(killed), *[0] * killed.device.world_size)
     assert_same_run(quiet, killed)
+    # every attempt says that its model is ready, one that has only to evaluate too
+    assert environment_of(killed).deepspeed["taken"] == environment_of(quiet).deepspeed["taken"]
     assert {path.name for path in (Path(killed.output) / CHECKPOINTS).iterdir()} == {"step-000004", "step-000006"}
     assert not list(Path(killed.output).glob("failure*"))
     again = expect(run_ranks(killed), *[0] * killed.device.world_size)
@@ -242,8 +256,23 @@ def test_only_a_whole_checkpoint_of_this_very_run_counts(half_done: TrainSpec) -
     assert (newest_checkpoint(run) or newest).step == 1
     assert newest_checkpoint(run / "nowhere") is None
     # the broken one of step 3 is in the way of nobody
-    expect(run_ranks(half_done), 0)
+    gone = expect(run_ranks(half_done), 0)
+    assert "step-000003: resume/rest.json missing or not of the size that trainer_state.json says" in gone.text
+    assert "step-000200: its trainer_state.json is of step 2" in gone.text
     assert [row["step"] for row in rows_of(half_done)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_where_no_checkpoint_is_whole_the_run_does_not_begin_again(half_done: TrainSpec) -> None:
+    folder = Path(half_done.output) / CHECKPOINTS
+    (folder / "step-000001" / "trainer_state.json").unlink()
+    for name in ("step-000002", "step-000003"):
+        (folder / name / "config.json").unlink()
+    gone = expect(run_ranks(half_done), Exit.USAGE)
+    report = read(FailureReport, Path(half_done.output) / "failure-rank0.json")
+    assert report.message.startswith("no checkpoint of this run is whole. ") and report.kind == "InputRefused"
+    assert all(name in report.message for name in ("step-000001: ", "step-000002: config.json missing", "step-000003: config.json missing"))
+    assert "remove the folder to begin at step 1" in gone.text
+    assert len(rows_of(half_done)) == 3  # nothing was cut
 
 
 def test_another_spec_or_other_data_is_refused_by_name(half_done: TrainSpec, digits: Path) -> None:
@@ -315,6 +344,15 @@ def test_rows_after_the_checkpoint_are_cut_and_a_half_one_too(tmp_path: Path) ->
     assert path.read_text() == "".join(rows[:2])
     assert cut_rows(tmp_path, 0).loss is None and path.read_text() == ""
     assert cut_rows(tmp_path / "nowhere", 3).count == 0
+
+
+def test_rows_after_a_gap_stand(tmp_path: Path) -> None:
+    rows = {step: json.dumps({"step": step, "seconds": 0.5, "loss": 1.0 / step}) + "\n" for step in (1, 2, 4, 5, 6)}
+    path = tmp_path / METRICS_FILE
+    path.write_text(rows[1] + rows[2] + '{"st\n' + "7\n" + rows[4] + rows[2] + rows[5] + rows[6])
+    kept = cut_rows(tmp_path, 5)
+    assert (kept.count, kept.seconds, kept.loss) == (4, 2.0, 0.2)
+    assert path.read_text() == rows[1] + rows[2] + rows[4] + rows[5]
 
 
 def test_what_may_differ_between_attempts_is_where_and_how_fast(tiny_spec: Any) -> None:

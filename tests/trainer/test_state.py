@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.utils.cpp_extension import get_default_build_root
 
-from trainer import shard
+from trainer import checkpoint, shard
 from trainer.contract import InputRefused, Precision, TrainSpec
 from trainer.data.check import resolve
 from trainer.data.load import batches
@@ -21,7 +22,17 @@ from trainer.models import find_family
 from trainer.precision import DTYPES, loading_dtype
 from trainer.shard import find_stored
 from trainer.stages.group import apply_stage
-from trainer.state import MASTER, gather_random, load_masters, read_scaler, restore_state, set_random, state_bytes, write_state
+from trainer.state import (
+    MASTER,
+    full_state_bytes,
+    gather_random,
+    read_scaler,
+    restore_state,
+    set_random,
+    state_bytes,
+    weights_bytes,
+    write_state,
+)
 from trainer.watchdog import Watchdog
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -30,16 +41,16 @@ CELLS = [("fp32", 0), ("fp32", 2), ("bf16", 1), ("bf16", 3), ("pure_bf16", 2), (
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Engine]]:
-    """An engine over the random model of a spec, or one with the masters of a folder; ended after the test."""
+    """An engine over the random model of a spec, or one with the given weights; ended after the test."""
     engines: list[Engine] = []
 
-    def make(spec: TrainSpec, masters: Path | None = None) -> Engine:
+    def make(spec: TrainSpec, weights: dict[str, torch.Tensor] | None = None) -> Engine:
         family = find_family("llava")
         torch.manual_seed(spec.seed)
         model = family.create(spec.model).to(loading_dtype(spec.precision))
         staged = apply_stage(model, spec, family.unused(model))
-        if masters:
-            load_masters(staged.model, masters)
+        if weights:
+            staged.model.load_state_dict(weights)
         engines.append(start_engine(staged.model, spec, torch.device("cpu")))
         return engines[-1]
 
@@ -66,12 +77,13 @@ def assert_goes_on(spec: TrainSpec, start: Any, folder: Path) -> None:
     first = start(spec)
     train(first, spec, range(1, 3))
     assert write_state(first, folder, writers=1) == ""
+    saved = {name: tensor.clone() for name, tensor in first.gather_weights().items()}
     losses, weights = train(first, spec, range(3, 5)), weights_of(first)
-    second = start(spec, folder)
+    second = start(spec, saved)
     restore_state(second, folder, seed=0, step=2, world_size=1)
     assert train(second, spec, range(3, 5)) == losses
     assert all(torch.equal(a, b) for a, b in zip(weights_of(second), weights, strict=True))
-    bare = start(spec, folder)  # masters without moments are not enough: the comparison above can fail
+    bare = start(spec, saved)  # weights without moments are not enough: the comparison above can fail
     assert train(bare, spec, range(3, 5))[1] != losses[1]
 
 
@@ -126,8 +138,9 @@ def test_the_loss_scale_goes_on(tiny_spec: Any, start: Any, tmp_path: Path, monk
     assert write_state(first, tmp_path, writers=1) == ""
     rest = json.loads((tmp_path / "rest.json").read_text())
     assert rest["optimizer_steps"] == {} and rest["loss_scaler"]["last_overflow_iter"] == 1
+    saved = {name: tensor.clone() for name, tensor in first.gather_weights().items()}
     losses = train(first, spec, range(3, 9))
-    second = start(spec, tmp_path)
+    second = start(spec, saved)
     restore_state(second, tmp_path, seed=0, step=2, world_size=1)
     assert train(second, spec, range(3, 9)) == losses
     assert read_scaler(second) == read_scaler(first) != rest["loss_scaler"]
@@ -137,9 +150,44 @@ def test_the_loss_scale_goes_on(tiny_spec: Any, start: Any, tmp_path: Path, monk
 def test_other_parameters_are_refused(tiny_spec: Any, start: Any, tmp_path: Path) -> None:
     spec = tiny_spec()
     write_state(start(spec), tmp_path, writers=1)
-    other = torch.nn.ModuleDict({"lm_head": torch.nn.Linear(2, 2)})
+    other = start(tiny_spec("other", changes={"stage": replace(spec.stage, trainable=("projector",))}))
     with pytest.raises(InputRefused, match="holds other trained parameters than this stage has, as "):
-        load_masters(other, tmp_path)
+        restore_state(other, tmp_path, seed=0, step=0, world_size=1)
+
+
+def test_random_numbers_of_another_kind_of_device_begin_anew(
+    tiny_spec: Any, start: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = start(tiny_spec())
+    write_state(engine, tmp_path, writers=1)
+    rest = json.loads((tmp_path / "rest.json").read_text())
+    assert rest["random"][0]["accelerator"] == "cpu"
+    restore_state(engine, tmp_path, seed=0, step=2, world_size=1)
+    same, said = torch.rand(3), capsys.readouterr().out
+    rest["random"][0]["accelerator"] = "npu"
+    (tmp_path / "rest.json").write_text(json.dumps(rest))
+    restore_state(engine, tmp_path, seed=0, step=2, world_size=1)
+    assert "it was saved on npu, this is cpu: equal up to rounding" in capsys.readouterr().out and said == ""
+    assert not torch.equal(torch.rand(3), same)
+
+
+def test_a_disk_that_is_too_small_for_the_run_is_said_before_the_first_step(
+    tiny_spec: Any, start: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = tiny_spec(precision="bf16", zero=1, micro=4, changes={"save_every": 2})
+    engine = start(spec)
+    expected = full_state_bytes(engine)
+    train(engine, spec, range(1, 2))
+    assert state_bytes(engine) == expected == full_state_bytes(engine)
+    assert weights_bytes(engine) == sum(tensor.numel() * tensor.element_size() for _, tensor in engine.model.named_parameters())
+    capsys.readouterr()  # DeepSpeed has spoken
+    checkpoint.warn_of_room(engine, spec)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(checkpoint, "ROOM_BYTES", 2**60)
+    checkpoint.warn_of_room(engine, replace(spec, save_every=0))
+    assert capsys.readouterr().out == ""
+    checkpoint.warn_of_room(engine, spec)
+    assert "GiB of room, and 3 more checkpoints need" in capsys.readouterr().out
 
 
 def test_random_numbers_go_on(tiny_spec: Any, start: Any) -> None:

@@ -2,6 +2,8 @@
 
 import io
 import os
+import re
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 import pytest
 
 import trainer.data.load
+import trainer.watchdog
+from launcher.capability import HANG_GRACE_S
 from tests.trainer.mortal import run_ranks
 from trainer.contract import Exit, FailureReport, read
 from trainer.watchdog import Watchdog, watch_steps
@@ -39,8 +43,10 @@ def test_a_step_that_is_too_long_is_told_once_with_stacks_and_then_ended(log: io
     assert said(log).count("omnilaunch: rank 3 has waited 101 s in step 7 (update)") == 1
     assert "has waited 102 s" not in said(log)
     assert "test_a_step_that_is_too_long_is_told_once" in said(log)  # this very stack
-    watchdog.look(began + 201)
-    assert ends == ["step 7 (update) has not ended in 201 s, twice run.hang_timeout_s"]
+    watchdog.look(began + 129)
+    assert ends == []
+    watchdog.look(began + 131)
+    assert ends == ["step 7 (update) has not ended in 131 s; run.hang_timeout_s is 100"]
     watchdog.rest()
 
 
@@ -59,6 +65,35 @@ def test_between_steps_and_when_switched_off_it_sleeps(log: io.TextIOWrapper) ->
     assert said(log) == ""
 
 
+def test_a_save_that_is_too_long_is_told_and_goes_on(log: io.TextIOWrapper) -> None:
+    watchdog = Watchdog(timeout_s=100, rank=0, stream=log, end=pytest.fail)
+    watchdog.begin(2, "update")
+    watchdog.look(time.monotonic() + 101)
+    watchdog.rest()
+    watchdog.begin(2, "saving", ends=False)
+    watchdog.look(time.monotonic() + 1000)
+    watchdog.rest()
+    assert "in step 2 (update)" in said(log) and "rank 0 has waited 1000 s in step 2 (saving)" in said(log)
+
+
+def test_a_long_timeout_is_looked_at_every_second(log: io.TextIOWrapper, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    class Clock(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout or 0.0)
+            return super().wait(0.01)
+
+    monkeypatch.setattr(trainer.watchdog.threading, "Event", Clock)
+    with watch_steps(1500, rank=0, stream=log, end=pytest.fail):
+        time.sleep(0.05)
+    assert set(waits) - {0.0} == {1.0}
+
+
+def test_the_launcher_orders_its_timeouts_by_the_same_grace() -> None:
+    assert HANG_GRACE_S == trainer.watchdog.GRACE_S
+
+
 def test_every_step_has_the_whole_time(log: io.TextIOWrapper) -> None:
     with watch_steps(0.6, rank=0, stream=log, end=pytest.fail) as watchdog:
         for step in range(1, 6):
@@ -75,6 +110,7 @@ def sleep_for_ever(*_: Any) -> None:
 
 def hang_rank_1() -> None:
     """In the data of step 3."""
+    trainer.watchdog.GRACE_S = 3.0
     collate, calls = trainer.data.load.collate, iter(range(1, 100))
     if os.environ["RANK"] == "1":
         trainer.data.load.collate = lambda *arguments: collate(*arguments) if next(calls) < 3 else sleep_for_ever()
@@ -89,7 +125,7 @@ def test_of_two_ranks_the_log_shows_which_one_hangs_and_the_run_ends(tiny_spec: 
     assert "omnilaunch: rank 1 has waited 4 s in step 3 (data)" in gone.text
     assert "omnilaunch: rank 0 has waited 4 s in step 3 (forward and backward)" in gone.text
     assert "in sleep_for_ever" in gone.text and "in all_reduce" in gone.text
-    assert "(data) has not ended in 8 s" in gone.text or "(forward and backward) has not ended in 8 s" in gone.text
+    assert re.search(r"\((data|forward and backward)\) has not ended in [78] s; run.hang_timeout_s is 4", gone.text)
     reports = [read(FailureReport, path) for path in Path(spec.output).glob("failure-rank*.json")]
     assert reports and all((report.code, report.kind) == (Exit.HUNG, "Hung") and "step 3" in report.message for report in reports)
     assert gone.seconds < 60
