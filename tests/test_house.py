@@ -62,7 +62,9 @@ LAUNCHER_ORDER = (
 # The same for the trainer's packages and modules.
 TRAINER_ORDER = (
     ("contract",),
-    ("device", "precision", "schedule", "data", "models", "stages", "observe", "checkpoint", "engine", "evaluate", "loop", "resume", "shard", "start", "state", "watchdog"),
+    ("device", "precision", "schedule", "data", "models", "stages", "observe", "engine", "resume", "shard", "watchdog"),
+    ("state",),
+    ("checkpoint", "evaluate", "loop", "start"),
     ("run",),
     ("__main__",),
 )
