@@ -8,6 +8,7 @@ import faulthandler
 import math
 import os
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -64,15 +65,23 @@ class Watchdog:
         if waited >= self.timeout_s and self.told != since:
             self.told = since
             self.say(f"rank {self.rank} has waited {waited:.0f} s in step {step} ({phase})")
-            faulthandler.dump_traceback(file=self.stream, all_threads=True)
-            self.stream.flush()
+            self.say_stacks()
         if ends and waited >= self.timeout_s + GRACE_S:
             reason = f"step {step} ({phase}) has not ended in {waited:.0f} s; run.hang_timeout_s is {self.timeout_s:g}"
             self.say(f"rank {self.rank} ends: {reason}")
             self.end(reason)
 
+    def say_stacks(self) -> None:
+        """Line by line with the rank in front: all ranks of a node tell at the same moment, into one log."""
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file=file, all_threads=True)
+            file.seek(0)
+            for line in file:
+                os.write(self.stream.fileno(), f"[rank {self.rank}] {line}".encode())
+
     def say(self, text: str) -> None:
-        print(f"omnilaunch: {text}", file=self.stream, flush=True)
+        self.stream.flush()
+        os.write(self.stream.fileno(), f"omnilaunch: {text}\n".encode())  # one write, so that two ranks' lines do not mix
 
 
 @contextmanager

@@ -124,7 +124,9 @@ def test_of_two_ranks_the_log_shows_which_one_hangs_and_the_run_ends(tiny_spec: 
     assert Exit.HUNG in gone.codes, gone.text
     assert "omnilaunch: rank 1 has waited 4 s in step 3 (data)" in gone.text
     assert "omnilaunch: rank 0 has waited 4 s in step 3 (forward and backward)" in gone.text
-    assert "in sleep_for_ever" in gone.text and "in all_reduce" in gone.text
+    assert re.search(r"^\[rank 1\] .* in sleep_for_ever$", gone.text, re.MULTILINE) and re.search(
+        r"^\[rank 0\] .* in all_reduce$", gone.text, re.MULTILINE
+    )
     assert re.search(r"\((data|forward and backward)\) has not ended in [78] s; run.hang_timeout_s is 4", gone.text)
     reports = [read(FailureReport, path) for path in Path(spec.output).glob("failure-rank*.json")]
     assert reports and all((report.code, report.kind) == (Exit.HUNG, "Hung") and "step 3" in report.message for report in reports)
