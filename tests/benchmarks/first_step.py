@@ -36,7 +36,7 @@ def by_launcher(lab: Lab, overrides: tuple[str, ...], name: str) -> float:
     started = time.time()
     done = lab.run("launch", "--run-id", name, *overrides)
     if done.returncode:
-        sys.exit(f"launch failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        sys.exit(f"launch failed:\n{done.stdout[-3000:]}")
     return first_row_s(lab.hosts[0], name, started)
 
 
