@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from launcher.credential import mask_credentials
 from launcher.fleet import each, together
 from launcher.node import Site
-from launcher.record import ATTEMPT_FILE, ATTEMPTS, Attempt, Failure, attempt_files
+from launcher.record import ATTEMPT_FILE, ATTEMPTS, Attempt, Failure, attempt_files, newest_name, step_of
 from launcher.schema import Cluster
 from launcher.ship import send
 from trainer import contract
@@ -83,7 +83,7 @@ def spread_checkpoint(sites: Sequence[Site], say: Callable[[str], None]) -> str:
 
     Copied from its node to the others through this machine, all at once, and given its name when it is whole. Raises NodeFailed.
     """
-    have = each(newest_checkpoint, sites)
+    have = each(newest_on, sites)
     newest = max(have, key=step_of)
     lacking = [site for site, name in zip(sites, have, strict=True) if step_of(name) < step_of(newest)]
     if not lacking:
@@ -92,8 +92,8 @@ def spread_checkpoint(sites: Sequence[Site], say: Callable[[str], None]) -> str:
     say(f"copying checkpoint {newest} from {source.command.host} to {', '.join(site.command.host for site in lacking)}")
     folder = PurePosixPath(checkpoints_of(source))
     incoming = str(folder / INCOMING)
-    each(lambda site: must(site, "rm", "-rf", "--", incoming), lacking)
     each(lambda site: must(site, "mkdir", "-p", "--", incoming), lacking)
+    each(lambda site: must(site, "find", incoming, "-mindepth", "1", "-delete"), lacking)  # of a copy that was interrupted
     load = ("tar", "-C", incoming, "-xf", "-")
     failures = [
         answer
@@ -103,7 +103,7 @@ def spread_checkpoint(sites: Sequence[Site], say: Callable[[str], None]) -> str:
     if failures:
         raise together(failures, len(lacking))
     each(lambda site: must(site, "mv", "-T", "--", f"{incoming}/{newest}", str(folder / newest)), lacking)
-    each(lambda site: must(site, "rm", "-rf", "--", incoming), lacking)
+    each(lambda site: must(site, "rmdir", "--", incoming), lacking)
     return newest
 
 
@@ -115,17 +115,10 @@ def restore_rows(site: Site, folder: Path) -> None:
         site.transport.put(kept[-1].read_bytes(), path, mode=0o644)
 
 
-def newest_checkpoint(site: Site) -> str:
-    """The name of the node's newest checkpoint, '' where it has none. A checkpoint gets its name when it is whole."""
+def newest_on(site: Site) -> str:
+    """The name of the node's newest checkpoint, '' where it has none."""
     argv = ("find", checkpoints_of(site), "-mindepth", "1", "-maxdepth", "1", "-type", "d", "-name", "step-*", "-printf", "%f\\n")
-    names = site.transport.run(argv).output.splitlines()
-    return max((name for name in names if step_of(name)), key=step_of, default="")
-
-
-def step_of(name: str) -> int:
-    """0 for what is no checkpoint's name."""
-    digits = name.removeprefix("step-")
-    return int(digits) if digits.isdecimal() else 0
+    return newest_name(site.transport.run(argv).output.splitlines())
 
 
 def must(site: Site, *argv: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -210,10 +211,20 @@ def read_rows(path: Path) -> tuple[StepRow, ...]:
 
 
 def last_checkpoint(folder: Path) -> str:
-    """The newest whole checkpoint of a run, relative to its folder; '' when there is none. Half-written ones have hidden names."""
-    names = (path.name for path in (folder / contract.CHECKPOINTS).glob("step-*"))
-    steps = {int(name.removeprefix("step-")): name for name in names if name.removeprefix("step-").isdecimal()}
-    return f"{contract.CHECKPOINTS}/{steps[max(steps)]}" if steps else ""
+    """The newest checkpoint of a run, relative to its folder; '' when there is none."""
+    newest = newest_name(path.name for path in (folder / contract.CHECKPOINTS).glob("step-*"))
+    return f"{contract.CHECKPOINTS}/{newest}" if newest else ""
+
+
+def newest_name(names: Iterable[str]) -> str:
+    """Of checkpoints' names the one of the last step, '' where there is none. A checkpoint gets its name when it is whole."""
+    return max((name for name in names if step_of(name)), key=step_of, default="")
+
+
+def step_of(name: str) -> int:
+    """0 for what is no checkpoint's name."""
+    digits = name.removeprefix("step-")
+    return int(digits) if digits.isdecimal() else 0
 
 
 def find_failure(plan: Plan, nodes: tuple[NodeResult, ...]) -> Failure | None:

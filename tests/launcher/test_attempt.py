@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.attempt import newest_checkpoint, reason_not_to, replace_lost, restore_rows, set_aside, spread_checkpoint
+from launcher.attempt import newest_on, reason_not_to, replace_lost, restore_rows, set_aside, spread_checkpoint
 from launcher.errors import NodeFailed
 from launcher.member import NodeResult
 from launcher.node import Site
@@ -147,7 +147,7 @@ def checkpoint(tmp_path: Path, rank: int, name: str, size: int = 100_000) -> Pat
     return folder
 
 
-def test_the_newest_checkpoint_comes_to_the_nodes_that_lack_it(tmp_path: Path, sites: tuple[Site, ...]) -> None:
+def test_the_newest_on_comes_to_the_nodes_that_lack_it(tmp_path: Path, sites: tuple[Site, ...]) -> None:
     checkpoint(tmp_path, 0, "step-000100")
     newest = checkpoint(tmp_path, 1, "step-1000000", size=3_000_000)
     checkpoint(tmp_path, 2, ".step-2000000.partial")
@@ -176,7 +176,7 @@ def test_a_node_that_is_the_first_one_now_gets_the_rows(tmp_path: Path, sites: t
 
 
 def test_no_checkpoint_anywhere(sites: tuple[Site, ...]) -> None:
-    assert [newest_checkpoint(site) for site in sites] == ["", "", ""]
+    assert [newest_on(site) for site in sites] == ["", "", ""]
     assert spread_checkpoint(sites, print) == ""
 
 
@@ -185,5 +185,5 @@ def test_a_node_that_cannot_take_it_in_is_named_and_has_no_half(tmp_path: Path, 
     (tmp_path / "n1" / "checkpoints").write_text("a file in the way", encoding="utf-8")
     with pytest.raises(NodeFailed, match="host1"):
         spread_checkpoint(sites, print)
-    assert newest_checkpoint(sites[1]) == ""
+    assert newest_on(sites[1]) == ""
     shutil.rmtree(tmp_path / "n0" / "checkpoints")
