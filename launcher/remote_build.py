@@ -34,7 +34,7 @@ umask 022
 mkdir -p -- "$1"
 umask 077
 work=$(mktemp -d -- "$1/.omnilaunch-build.XXXXXX")
-trap 'rm -rf -- "$work"' EXIT
+trap 'rm -r -- "$work"' EXIT
 shift
 tar -C "$work" --no-same-owner -xpf -
 cd -- "$work"

@@ -23,8 +23,8 @@ find_client() {
 }
 
 take_wheels() {
-  rm -rf -- image/wheelhouse image/system
   mkdir -p -- image/wheelhouse image/system
+  find image/wheelhouse image/system -mindepth 1 -delete
   if [ -z "$from" ]; then return 0; fi
   if [ -f "$from/wheelhouse.json" ]; then
     sed -n 's|^  "\(.*\)": "\([0-9a-f]\{64\}\)",\{0,1\}$|\2  \1|p' "$from/wheelhouse.json" | (cd -- "$from" && sha256sum --check --quiet --strict -) ||

@@ -11,10 +11,11 @@ import pytest
 
 from launcher.claim import ask_to_stop
 from launcher.errors import ConfigRefused
-from launcher.launch import Outcome, leave, signals_of, watch_attempt
+from launcher.launch import leave
 from launcher.plan import Plan
 from launcher.preparation import Crew, Desk
 from launcher.start import NodeCommand
+from launcher.supervision import Outcome, signals_of, watch_attempt
 from launcher.transport import Local
 from trainer import contract
 from trainer.contract import SCHEMA, DataProblem, DataReport, TrainResult
