@@ -1,21 +1,22 @@
-"""Everything about the data that can be known before a rank is started. Imports neither torch nor transformers."""
+"""Everything about the data that can be known before a rank is started. Torch is imported only where there are lengths to be counted."""
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 
-from trainer.contract import SCHEMA, DataProblem, DataReport, DataSpec, InputRefused, TrainSpec
-from trainer.data.digits import write_digits
-from trainer.data.image import hash_file, verify_image
+from trainer.contract import DATA_PROBLEMS_FILE, SCHEMA, DataProblem, DataReport, DataSpec, InputRefused, TrainSpec
+from trainer.data.digits import QUESTIONS, write_digits
+from trainer.data.finding import examine_images, find_problems
+from trainer.data.image import Examined, hash_file
+from trainer.data.length import Lengths, measure
 from trainer.data.sample import Sample, read_samples
-from trainer.data.segment import find_template_problems
+from trainer.data.summary import summarise
 
 KEPT_PROBLEMS = 50
-CHUNK = 4096  # images in flight: futures of a million at once would take a gigabyte
+
+Read = tuple[tuple[Sample, ...], tuple[DataProblem, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,28 +38,43 @@ class Builtin:
     images: str
 
 
-BUILTIN = {"digits": Builtin(write=write_digits, train="digits/train.json", evaluation="digits/evaluation.json", images="digits")}
+BUILTIN = {
+    name: Builtin(write=partial(write_digits, name=name), train=f"{name}/train.json", evaluation=f"{name}/evaluation.json", images=name)
+    for name in QUESTIONS
+}
 
 
 def check_data(spec: TrainSpec) -> DataReport:
-    """Write the builtin set if the spec names one, read both annotation files, decode and hash every image.
+    """What `examine_data` finds, with the first KEPT_PROBLEMS of the problems. Raises InputRefused for a spec that names no data."""
+    return examine_data(spec)[0]
 
-    Problems of all rows are collected, the first KEPT_PROBLEMS kept. Raises InputRefused for a spec that names no data.
+
+def examine_data(spec: TrainSpec) -> tuple[DataReport, tuple[DataProblem, ...]]:
+    """Write the builtin set if the spec names one, read both annotation files, decode and hash every image, count every text's tokens.
+
+    The report, and all problems of all rows. Raises InputRefused for a spec that names no data.
     """
     prepare(spec.data)
     places = resolve(spec.data)
     files = [file for file in needed(spec, places) if file]
     read = {file: read_samples(file, places.images) for file in files}
-    images = inspect_images(image for samples, _ in read.values() for sample in samples for image in sample.images)
-    problems = [problem for found in read.values() for problem in find_problems(spec, *found, images)]
-    return DataReport(
+    samples = distinct(read)
+    images = examine_images(image for sample in samples for image in sample.images)
+    unread = (problem for _, problems in read.values() for problem in problems)
+    wrong = tuple(find_problems(samples, images, spec.model.template, spec.model.image_token))
+    lengths = measure_whole(samples, wrong, images, spec)
+    problems = in_order((*unread, *wrong, *lengths.problems))
+    report = DataReport(
         schema=SCHEMA,
         sha256=hash_data(read, images),
         train_rows=len(read[places.train][0]) if places.train in read else 0,
         evaluation_rows=len(read[places.evaluation][0]) if places.evaluation in read else 0,
         images=len(images),
         problems=bound(problems),
+        problem_count=len(problems),
+        summary=summarise(samples, images, lengths),
     )
+    return report, problems
 
 
 def prepare(data: DataSpec) -> None:
@@ -97,71 +113,45 @@ def needed(spec: TrainSpec, places: Places) -> tuple[Path | None, ...]:
     return (places.train, places.evaluation) if spec.stage.kind == "train" else (places.evaluation,)
 
 
-# ---------------------------------------------------------------------------------------------------------------- problems
+# -------------------------------------------------------------------------------------------------------------- what was found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Inspected:
-    sha256: str
-    problem: str | None
+def distinct(read: dict[Path, Read]) -> tuple[Sample, ...]:
+    """Every sample once, however often its rows count."""
+    return tuple({(sample.file, sample.row, sample.part): sample for samples, _ in read.values() for sample in samples}.values())
 
 
-def inspect_images(paths: Iterable[Path]) -> dict[Path, Inspected]:
-    """Decode and hash every image once, on all cores: Pillow and hashlib let go of the interpreter lock."""
-    distinct = iter(dict.fromkeys(paths))
-    found: dict[Path, Inspected] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while chunk := list(islice(distinct, CHUNK)):
-            found.update(zip(chunk, pool.map(inspect_image, chunk), strict=True))
-    return found
+def measure_whole(samples: tuple[Sample, ...], wrong: tuple[DataProblem, ...], images: dict[Path, Examined], spec: TrainSpec) -> Lengths:
+    """Lengths of the samples that nothing is wrong with."""
+    if spec.data.builtin:
+        return Lengths(unmeasured="the rows of a built-in set are a few words long")
+    bad = {(problem.file, problem.row) for problem in wrong}
+    whole = [sample for sample in samples if (sample.file, sample.row) not in bad]
+    return measure(whole, {path: image.size for path, image in images.items()}, spec) if whole else Lengths(unmeasured="no row can be read")
 
 
-def inspect_image(path: Path) -> Inspected:
-    try:
-        digest = hash_file(path)
-    except OSError as error:
-        return Inspected(sha256="", problem=f"cannot be read: {error.strerror}")
-    return Inspected(sha256=digest, problem=verify_image(path))
+def in_order(problems: Iterable[DataProblem]) -> tuple[DataProblem, ...]:
+    """File after file as they were first named, by row."""
+    listed = list(problems)
+    files = {file: place for place, file in enumerate(dict.fromkeys(problem.file for problem in listed))}
+    return tuple(sorted(listed, key=lambda problem: (files[problem.file], problem.row)))
 
 
-def find_problems(
-    spec: TrainSpec, samples: tuple[Sample, ...], problems: tuple[DataProblem, ...], images: dict[Path, Inspected]
-) -> Iterator[DataProblem]:
-    yield from sorted([*problems, *find_image_problems(samples, images), *find_misfits(samples, spec)], key=lambda problem: problem.row)
-
-
-def find_image_problems(samples: tuple[Sample, ...], images: dict[Path, Inspected]) -> Iterator[DataProblem]:
-    for sample in samples:
-        for path in sample.images:
-            if images[path].problem:
-                yield DataProblem(
-                    file=sample.file,
-                    row=sample.row,
-                    field="image",
-                    problem=f"{path} {images[path].problem}",
-                    fix="replace the image file, or leave the row out",
-                )
-
-
-def find_misfits(samples: tuple[Sample, ...], spec: TrainSpec) -> Iterator[DataProblem]:
-    for sample in samples:
-        yield from find_template_problems(sample, spec.model.template, spec.model.image_token)
-
-
-def bound(problems: list[DataProblem]) -> tuple[DataProblem, ...]:
+def bound(problems: tuple[DataProblem, ...]) -> tuple[DataProblem, ...]:
     """At most KEPT_PROBLEMS, and one line more that counts the others."""
     kept, others = problems[:KEPT_PROBLEMS], problems[KEPT_PROBLEMS:]
     if not others:
-        return tuple(kept)
-    count = DataProblem(file=others[0].file, row=0, field="", problem=f"{len(others)} more problems", fix="mend these and check again")
-    return (*kept, count)
+        return kept
+    fix = f"mend these and check again; all of them are in {DATA_PROBLEMS_FILE}"
+    return (*kept, DataProblem(file=others[0].file, row=0, field="", problem=f"{len(others)} more problems", fix=fix))
 
 
-def hash_data(read: dict[Path, tuple[tuple[Sample, ...], tuple[DataProblem, ...]]], images: dict[Path, Inspected]) -> str:
+def hash_data(read: dict[Path, Read], images: dict[Path, Examined]) -> str:
     """SHA-256 over the hash of each annotation file and then of its rows' images, in order. Where the files lie does not matter."""
     digest = hashlib.sha256()
     for file, (samples, _) in read.items():
-        digest.update(hash_file(file).encode() if file.is_file() else b"")
+        for part in dict.fromkeys((file, *(Path(sample.file) for sample in samples))):
+            digest.update(hash_file(part).encode() if part.is_file() else b"")
         for sample in samples:
             for path in sample.images:
                 digest.update(images[path].sha256.encode())

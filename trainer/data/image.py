@@ -1,6 +1,8 @@
 """Image files to upright RGB pixels."""
 
 import hashlib
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,12 @@ from trainer.contract import InputRefused
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 89_478_485  # Pillow's own threshold: a quarter of a GiB of RGB
 MAX_ASPECT = 200  # Qwen2-VL's smart_resize raises above it, and no tower sees anything in such a strip
+
+ORIENTATION = 0x0112  # of EXIF 2.32: how a camera was held; 1 = upright
+TURNS = range(2, 9)
+SIDEWAYS = range(5, 9)
+MODES = {"RGB": "", "L": "grey", "LA": "grey", "1": "black and white", "P": "palette", "PA": "palette"}  # others say their names
+EXIF_KEYS = frozenset({"exif", "Raw profile type exif"})  # where Pillow keeps the tags that stand before a PNG's pixels
 
 
 def open_image(path: Path) -> Image.Image:
@@ -25,16 +33,69 @@ def open_image(path: Path) -> Image.Image:
         raise InputRefused(f"{path}: {describe(error)}\n    replace the file, or leave its row out") from error
 
 
-def verify_image(path: Path) -> str | None:
-    """What is wrong with the image, or None. Decodes all of it and reads on to the end: decoding stops at the last pixel, where a PNG
-    may have lost its tail or hold a false checksum."""
+def read_size(path: Path) -> tuple[int, int]:
+    """(width, height) of what `open_image` returns, from the file's header alone. A PNG that is turned by a tag behind its pixels counts
+    as it lies. Raises InputRefused as `open_image` does."""
     try:
-        decode(path)
         with Image.open(path, formats=FORMATS) as image:
-            image.verify()
+            check_size(image.size)
+            # Pillow has turned a TIFF's size already, and would decode a PNG's pixels to look for a tag behind them.
+            plain = image.format == "TIFF" or (image.format == "PNG" and EXIF_KEYS.isdisjoint(image.info))
+            turned = not plain and image.getexif().get(ORIENTATION, 1) in SIDEWAYS
+            return image.size[::-1] if turned else image.size
     except Exception as error:
-        return describe(error)
-    return None
+        raise InputRefused(f"{path}: {describe(error)}\n    replace the file, or leave its row out") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examined:
+    """`sha256`: of the file's bytes, '' where it cannot be read. `size`: (width, height) in pixels, upright; (0, 0) with a `problem`.
+    `conversions`: what is done to make it upright RGB, in words."""
+
+    sha256: str
+    size: tuple[int, int] = (0, 0)
+    conversions: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+def examine_image(path: Path) -> Examined:
+    """The file's hash and size, and whether `open_image` would take it; the file is read once, and no pixel is computed that need not be.
+
+    It is read on to its end, too: decoding stops at the last pixel, where a PNG may have lost its tail or hold a false checksum.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        return Examined(sha256="", problem=f"cannot be read: {error.strerror}")
+    digest = hashlib.sha256(content).hexdigest()
+    try:
+        size, conversions = examine(content)
+    except Exception as error:
+        return Examined(sha256=digest, problem=describe(error))
+    return Examined(sha256=digest, size=size, conversions=conversions)
+
+
+def examine(content: bytes) -> tuple[tuple[int, int], tuple[str, ...]]:
+    with Image.open(BytesIO(content), formats=FORMATS) as image:
+        check_size(image.size)
+        turn = image.getexif().get(ORIENTATION, 1)
+        size = image.size[::-1] if turn in SIDEWAYS else image.size
+        conversions = tuple(word for word in (convert_mode(image), "turned by EXIF" if turn in TURNS else "") if word)
+        image.draft(None, (1, 1))  # a JPEG's codes are all read, but the pixels of every eighth line and column made of them
+        if conversions:
+            flatten(ImageOps.exif_transpose(image))
+        else:
+            image.load()
+    with Image.open(BytesIO(content), formats=FORMATS) as image:
+        image.verify()
+    return size, conversions
+
+
+def convert_mode(image: Image.Image) -> str:
+    """What `flatten` has to do away with, '' for plain RGB."""
+    if image.mode.startswith("I"):
+        return "16-bit grey"
+    return "transparent" if image.has_transparency_data else MODES.get(image.mode, image.mode)
 
 
 def hash_file(path: Path) -> str:

@@ -6,10 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from tests.trainer.data.conftest import conversation, with_data
+from tests.trainer.data.conftest import TOKENS, conversation, with_data
 from trainer.contract import InputRefused
 from trainer.data.check import KEPT_PROBLEMS, check_data, resolve
+from trainer.data.image import ORIENTATION, Examined
+
+
+@pytest.fixture(autouse=True)
+def ruler(monkeypatch, processor):
+    """The tiny tokenizer and 4 tokens an image, in place of a model's own."""
+    monkeypatch.setattr("trainer.data.length.open_ruler", lambda spec: processor)
 
 
 def test_it_imports_neither_torch_nor_transformers() -> None:
@@ -83,7 +91,7 @@ def test_an_image_of_many_rows_is_looked_at_once(spec, write_data, tmp_path, mon
     write_data(1)
     (tmp_path / "train.json").write_text(json.dumps([conversation("0.png", number) for number in range(30)]))
     opened = []
-    monkeypatch.setattr("trainer.data.check.verify_image", lambda path: opened.append(path))
+    monkeypatch.setattr("trainer.data.finding.examine_image", lambda path: opened.append(path) or Examined(sha256=""))
     assert check_data(spec).images == 1
     assert opened == [tmp_path / "0.png"]
 
@@ -147,3 +155,49 @@ def test_places(spec, given) -> None:
     places = resolve(with_data(spec, root="/data", builtin=builtin, train=train, evaluation=evaluation, images=images).data)
     expected = tuple(Path(place) if place else None for place in PLACES[given])
     assert (places.train, places.evaluation, places.images) == expected
+
+
+def test_the_summary(spec, tmp_path) -> None:
+    rows = [conversation("photo.jpg", 1), conversation("drawing.png", 2), conversation("photo.jpg", 3), conversation("lying.jpg", 4)]
+    rows.append({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi!"}]})
+    rows.append(conversation("absent.png", 5))
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    Image.new("CMYK", (30, 20)).save(tmp_path / "photo.jpg")
+    Image.new("P", (10, 50)).save(tmp_path / "drawing.png")
+    exif = Image.Exif()
+    exif[ORIENTATION] = 8
+    Image.new("RGB", (40, 20)).save(tmp_path / "lying.jpg", exif=exif)
+    report = check_data(spec)
+    summary = report.summary
+    assert (report.train_rows, report.images, report.problem_count) == (5, 3, 1)
+    assert (summary.rows, summary.rows_with_images) == (5, 4)
+    assert (summary.smallest, summary.largest) == ((10, 50), (20, 40))
+    assert summary.conversions == {"CMYK": 1, "palette": 1, "turned by EXIF": 1}
+    assert summary.image_tokens == 4 * TOKENS
+    assert 0 < summary.length_p50 <= summary.length_p95 == summary.length_max < summary.tokens
+    assert summary.unmeasured == ""
+
+
+def test_a_sample_that_is_too_long_or_ends_early_is_a_problem_of_its_row(spec, write_data, tmp_path) -> None:
+    file = write_data(4)
+    rows = json.loads(file.read_text())
+    rows[1]["conversations"][1]["value"] = "word " * 300
+    rows[2]["conversations"][1]["value"] = "It is </s> this."
+    rows[3]["conversations"][0]["value"] = "<image> What does </s> mean?"
+    file.write_text(json.dumps(rows))
+    first, second, third = check_data(spec).problems
+    assert (first.row, second.row, third.row) == (2, 3, 4)
+    assert "(4 of them images) are longer than data.max_length=256" in first.problem
+    assert second.problem == "message 2 (assistant) holds the end mark '</s>': the model would learn to stop there"
+    assert third.problem == "message 1 (user) holds the end mark '</s>': the model would read it as the end of a turn"
+
+
+def test_rows_that_count_twice_are_told_once(spec, write_data, tmp_path) -> None:
+    write_data(2, "rows.json")
+    (tmp_path / "1.png").write_text("not an image")
+    (tmp_path / "train.json").write_text(json.dumps({"set": {"annotation": "rows.json", "repeat_time": 3}}))
+    report = check_data(spec)
+    assert (report.train_rows, report.images, report.problem_count, report.summary.rows) == (6, 2, 1, 2)
+    before = report.sha256
+    (tmp_path / "rows.json").write_text((tmp_path / "rows.json").read_text() + " ")
+    assert check_data(spec).sha256 != before, "the hash is over the files that the meta file lists, too"

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from trainer.contract import InputRefused
-from trainer.data.image import MAX_PIXELS, check_size, hash_file, open_image, verify_image
+from trainer.data.image import MAX_PIXELS, ORIENTATION, check_size, examine_image, hash_file, open_image
 
 
 def palette() -> Image.Image:
@@ -43,7 +43,7 @@ def test_every_mode_becomes_rgb(tmp_path: Path, name: str) -> None:
     image = open_image(path)
     assert (image.mode, image.size) == ("RGB", (2, 1))
     assert [tuple(pixel) for pixel in np.asarray(image)[0].tolist()] == expected
-    assert verify_image(path) is None
+    assert examine_image(path).problem is None
 
 
 def test_a_clear_palette_colour_lies_over_white(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_what_cannot_be_used_is_refused_with_its_name(tmp_path: Path, name: str)
     make, expected = FILES[name]
     path = tmp_path / name
     make(path)
-    problem = verify_image(path)
+    problem = examine_image(path).problem
     assert problem and expected in problem
     with pytest.raises(InputRefused, match=name.split(".")[0]) as caught:
         open_image(path)
@@ -100,7 +100,7 @@ def test_a_damaged_chunk_is_found(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0xFF
     path.write_bytes(bytes(data))
-    assert verify_image(path)
+    assert examine_image(path).problem
 
 
 def test_a_lost_tail_is_found_though_all_pixels_are_there(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_lost_tail_is_found_though_all_pixels_are_there(tmp_path: Path) -> Non
     Image.new("RGB", (8, 8)).save(path)
     path.write_bytes(path.read_bytes()[:-12])
     assert open_image(path).size == (8, 8)
-    assert verify_image(path)
+    assert examine_image(path).problem
 
 
 def test_sizes() -> None:
@@ -121,3 +121,48 @@ def test_sizes() -> None:
 def test_hash_is_that_of_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert hash_file(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+
+
+# what was done to make it upright RGB -> (mode, format, EXIF orientation)
+CONVERTED = {
+    (): ("RGB", "jpg", 1),
+    ("grey",): ("L", "png", 1),
+    ("CMYK",): ("CMYK", "jpg", 1),
+    ("palette",): ("P", "png", 1),
+    ("transparent",): ("RGBA", "png", 1),
+    ("16-bit grey",): ("I;16", "png", 1),
+    ("turned by EXIF",): ("RGB", "jpg", 6),
+    ("grey", "turned by EXIF"): ("L", "jpg", 3),
+}
+
+
+@pytest.mark.parametrize("words", CONVERTED)
+def test_what_is_done_to_an_image_is_told(tmp_path: Path, words: tuple[str, ...]) -> None:
+    mode, form, orientation = CONVERTED[words]
+    path, exif = tmp_path / f"image.{form}", Image.Exif()
+    exif[ORIENTATION] = orientation
+    Image.new(mode, (30, 20)).save(path, exif=exif)
+    examined = examine_image(path)
+    assert (examined.problem, examined.conversions) == (None, words)
+    assert examined.size == open_image(path).size == ((20, 30) if orientation == 6 else (30, 20))
+    assert examined.sha256 == hash_file(path)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_is_judged_as_it_is_opened_wherever_it_is_cut(tmp_path: Path, progressive: bool) -> None:
+    """The check makes an eighth of its pixels; what it says must be what opening all of them says."""
+    path, noise = tmp_path / "photo.jpg", np.random.default_rng(1).integers(0, 255, (80, 120, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, quality=90, progressive=progressive)
+    whole = path.read_bytes()
+    refused = 0
+    for length in range(len(whole), 100, -97):
+        path.write_bytes(whole[:length])
+        problem = examine_image(path).problem
+        try:
+            open_image(path)
+        except InputRefused as error:
+            refused += 1
+            assert problem and problem.split(":")[0] in str(error), length
+        else:
+            assert problem is None, length
+    assert refused > 50

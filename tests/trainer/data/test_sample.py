@@ -60,16 +60,19 @@ def test_ids_are_those_of_the_file_or_the_row(tmp_path: Path) -> None:
 
 # row -> [(field, what the problem says)]
 PROBLEMS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
-    "not an object": ([1, 2], [("", "is a list, not an object")]),
-    "unknown shape": ({"image": "a.png", "query": "What?", "response": "A cat."}, [("", "keys 'image', 'query', 'response'")]),
+    "not an object": (7, [("", "is a number, not an object")]),
+    "an empty list": ([], [("", "is a list, not an object")]),
+    "a list of something else": ([1, "x"], [("[0]", "is a number"), ("[1]", "is a string, not an object")]),
+    "one of a list": ([row(ASK)], [("[0].conversations", "without an answer")]),
+    "unknown shape": ({"image": "a.png", "question": "What?", "answer": "A cat."}, [("", "keys 'image', 'question', 'answer'")]),
     "both shapes": ({"messages": [], "conversations": []}, [("", "has both conversations and messages")]),
     "no messages": (row(), [("conversations", "is empty")]),
     "messages not a list": ({"messages": "What?"}, [("messages", "is a string, not a list")]),
     "message not an object": (row("What?", TELL), [("conversations[0]", "is a string, not an object")]),
     "message without text": (row({"from": "human"}, TELL), [("conversations[0]", "has the keys 'from'")]),
     "text not a string": (
-        row({"from": "human", "value": [{"type": "image"}]}, TELL),
-        [("conversations[0].value", "is a list, not a string")],
+        row({"from": "human", "value": {"type": "image"}}, TELL),
+        [("conversations[0].value", "is an object, not a string")],
     ),
     "unknown role": (row({"from": "bot", "value": "x"}, TELL), [("conversations[0].from", "unknown role 'bot'")]),
     "role not a string": (row({"role": 1, "value": "x"}, TELL), [("conversations[0].role", "unknown role 1")]),
@@ -98,7 +101,7 @@ PROBLEMS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
         row({"from": "system", "value": "<image>"}, ASK, TELL),
         [("conversations[0].value", "in a system message")],
     ),
-    "image not a path": (row(ASK, TELL, image={"<image_00>": "a.png"}), [("image", "is an object, not a path")]),
+    "image not a path": (row(ASK, TELL, image={"bytes": "iVBOR"}), [("image", "is an object, not a path")]),
     "second image not a path": (row(ASK, TELL, ASK, TELL, image=["a.png", 7]), [("image[1]", "is a number, not a path")]),
     "empty path": (row(ASK, TELL, image=""), [("image", "empty path")]),
     "image and images": (row(ASK, TELL) | {"images": ["a.png"]}, [("image", "both image and images")]),
@@ -109,6 +112,19 @@ PROBLEMS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
     "a zero byte in a name": (row(ASK, TELL, image="a\0.png"), [("image", "no image file at")]),
     "a web address": (row(ASK, TELL, image="https://example.org/a.png"), [("image", "is not a file")]),
     "a video": (row(ASK, TELL) | {"video": "a.mp4"}, [("video", "only images")]),
+    "sound": (row(ASK, TELL) | {"audios": ["a.wav"]}, [("audios", "only images")]),
+    "tools": (row(ASK, TELL) | {"tools": "[...]"}, [("tools", "tools are not read")]),
+    "a preference": (row(ASK, TELL) | {"rejected_response": "A dog."}, [("rejected_response", "preferences are not trained on")]),
+    "settings of its own": (row(ASK, TELL) | {"chat_template_kwargs": {"max_pixels": 50176}}, [("chat_template_kwargs", "a single row")]),
+    "no answer is learned": (row(ASK, TELL | {"loss": False}), [("conversations", "all answers have loss: false")]),
+    "a question to be learned": (row(ASK | {"loss": True}, TELL), [("conversations[0].loss", "only answers are learned")]),
+    "loss is a word": (row(ASK, TELL | {"loss": "no"}), [("conversations[1].loss", "is a string, not true or false")]),
+    "two system messages": (row(SYSTEM, ASK, TELL) | {"system": "Be long."}, [("system", "another system message in conversations[0]")]),
+    "system not a string": (row(ASK, TELL) | {"system": ["Be long."]}, [("system", "is a list, not a string")]),
+    "swift's objects": (
+        row({"from": "human", "value": "<image> <bbox>"}, TELL) | {"objects": {"bbox": [[1, 2, 3, 4]]}},
+        [("conversations[0].value", "objects are not filled in")],
+    ),
     "two problems at once": (row(ASK, image="c.png"), [("image", "no image file"), ("conversations", "without an answer")]),
 }
 

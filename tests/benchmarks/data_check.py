@@ -1,0 +1,118 @@
+"""How fast data are checked, beside the least that any reader does: json.load, and PIL's own decoding of every image, one after the other.
+
+    python -m tests.benchmarks.data_check [--rows 100000] [--images 2000]
+
+Both read the same files in the same run, texts (rows without images) and photos (a small JPEG each) apart. The parts of our check are told
+apart, too: reading rows (every shape rule), images (hash, decode, verify), lengths (the tokenizer of tiny_llava).
+"""
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tests.trainer.data.conftest import VICUNA, FakeProcessor, image_features
+from trainer.data.finding import examine_images, find_problems
+from trainer.data.length import measure_with
+from trainer.data.sample import read_samples
+from trainer.models.tiny import tiny_tokenizer
+
+WORDS = "which of these is shown in the picture and what would one say of it if it were asked by a child".split()  # noqa: SIM905
+SIZE = (320, 240)
+IMAGE_TOKENS = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--images", type=int, default=2_000)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="omnilaunch-data-") as name:
+        folder = Path(name)
+        compare("texts", write_texts(folder, arguments.rows), arguments.rows)
+        compare("photos", write_photos(folder, arguments.images), arguments.images)
+
+
+def compare(name: str, file: Path, rows: int) -> None:
+    parts: dict[str, Took] = {}
+    with timed(parts, "bare"):
+        read_bare(file)
+    with timed(parts, "rows"):
+        samples, problems = read_samples(file, file.parent)
+    with timed(parts, "images"):
+        images = examine_images(image for sample in samples for image in sample.images)
+    with timed(parts, "template"):
+        wrong = list(find_problems(samples, images, VICUNA, "<image>"))
+    processor, sizes = make_processor(), {path: image.size for path, image in images.items()}
+    with timed(parts, "lengths"):
+        lengths = measure_with(processor, samples, sizes, VICUNA, "<image>", max_length=2048)
+    assert not problems and not wrong and not lengths.problems and len(samples) == rows, "the set is meant to be good"
+    bare = parts.pop("bare")
+    ours = Took(wall_s=sum(part.wall_s for part in parts.values()), cpu_s=sum(part.cpu_s for part in parts.values()))
+    print(f"{name:7} {rows:,} rows: bare {rows / bare.wall_s:,.0f} rows/s, checked {rows / ours.wall_s:,.0f} rows/s")
+    print(f"        {ours.wall_s / bare.wall_s:.2f} times as long, {ours.cpu_s / bare.cpu_s:.2f} times the processor's time")
+    for part, took in {"bare": bare, **parts}.items():
+        print(f"        {part:9} {took.wall_s:8.2f} s, {1e6 * took.cpu_s / rows:8.1f} us of the processor a row")
+    print(json.dumps({"set": name, "rows": rows} | {part: asdict(took) for part, took in {"bare": bare, **parts}.items()}))
+
+
+def read_bare(file: Path) -> None:
+    for row in json.loads(file.read_text(encoding="utf-8")):
+        if "image" in row:
+            with Image.open(file.parent / row["image"]) as image:
+                image.convert("RGB")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Took:
+    """`cpu_s`: of all threads, which other work on the machine does not lengthen as it does `wall_s`."""
+
+    wall_s: float
+    cpu_s: float
+
+
+@contextmanager
+def timed(parts: dict[str, Took], name: str) -> Iterator[None]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield
+    parts[name] = Took(wall_s=time.perf_counter() - wall, cpu_s=time.process_time() - cpu)
+
+
+def make_processor() -> FakeProcessor:
+    tokenizer = tiny_tokenizer("<image>", VICUNA)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    return FakeProcessor(tokenizer=tokenizer, image_features=image_features, span=lambda size, place: (image,) * IMAGE_TOKENS)
+
+
+def turns(rng: random.Random, mark: str = "") -> list[dict[str, str]]:
+    asked, answered = (" ".join(rng.choices(WORDS, k=rng.randint(4, 60))) for _ in range(2))
+    return [{"from": "human", "value": mark + asked}, {"from": "gpt", "value": answered}]
+
+
+def write_texts(folder: Path, count: int) -> Path:
+    rng, file = random.Random(1), folder / "texts.json"
+    file.write_text(json.dumps([{"id": row, "conversations": turns(rng)} for row in range(count)]), encoding="utf-8")
+    return file
+
+
+def write_photos(folder: Path, count: int) -> Path:
+    """Each a field of soft colours of its own, about 15 kB."""
+    rng, noise, file = random.Random(2), np.random.default_rng(2), folder / "photos.json"
+    for row in range(count):
+        small = Image.fromarray(noise.integers(0, 255, (24, 32, 3), dtype=np.uint8))
+        small.resize(SIZE, Image.Resampling.BICUBIC).save(folder / f"{row}.jpg", quality=90)
+    rows = [{"id": row, "image": f"{row}.jpg", "conversations": turns(rng, "<image>\n")} for row in range(count)]
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    return file
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""What is refused about rows and lengths: packing where samples would see each other."""
+
+from pathlib import Path
+
+import pytest
+
+from launcher.check import check
+from launcher.compose import compose
+from launcher.image import load_stacks
+
+ROOT = Path(__file__).parents[2]
+
+
+def judge(*overrides: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Keys of the problems, with what would pass. A later override takes the place of an earlier one."""
+    last = {override.partition("=")[0]: override for override in overrides}
+    verdict = check(compose(tuple(last.values()), ROOT / "conf"), dict(load_stacks(ROOT / "images")))
+    return [(problem.key, problem.changes) for problem in verdict.problems]
+
+
+@pytest.mark.parametrize("model", ["tiny_llava", "tiny_qwen2_5_vl", "tiny_qwen2_5_omni", "tiny_internvl"])
+def test_most_families_can_be_packed(model: str) -> None:
+    assert judge(f"model={model}", "data.packing=true") == []
+
+
+def test_linear_attention_cannot() -> None:
+    model = "model=tiny_minicpm_v_4_6"
+    ((key, changes),) = judge(model, "data.packing=true")
+    assert key == "data.packing"
+    for change in changes:
+        assert judge(model, "data.packing=true", *change.split()) == []
+
+
+def test_packing_has_no_windows() -> None:
+    ((key, changes),) = judge("data.packing=true", "data.length_aware=window")
+    assert key == "data.length_aware"
+    for change in changes:
+        assert judge("data.packing=true", "data.length_aware=window", change) == []
+    assert judge("data.length_aware=window") == judge("data.length_aware=step") == []

@@ -1,0 +1,35 @@
+"""A set of samples in numbers: what it holds, and how long it is."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from trainer.contract import DataSummary
+from trainer.data.image import Examined
+from trainer.data.length import Lengths
+from trainer.data.sample import Sample
+
+
+def summarise(samples: Sequence[Sample], images: Mapping[Path, Examined], lengths: Lengths) -> DataSummary:
+    """Of all `samples`; `lengths` of those that could be measured."""
+    sizes = sorted((image.size for image in images.values() if not image.problem), key=lambda size: size[0] * size[1])
+    conversions = Counter(word for image in images.values() for word in image.conversions)
+    ordered = sorted(lengths.tokens)
+    return DataSummary(
+        rows=len(samples),
+        rows_with_images=sum(bool(sample.images) for sample in samples),
+        smallest=sizes[0] if sizes else (),
+        largest=sizes[-1] if sizes else (),
+        conversions=dict(sorted(conversions.items())),
+        length_p50=percentile(ordered, 50),
+        length_p95=percentile(ordered, 95),
+        length_max=ordered[-1] if ordered else 0,
+        tokens=sum(ordered),
+        image_tokens=sum(lengths.image_tokens),
+        unmeasured=lengths.unmeasured,
+    )
+
+
+def percentile(ordered: Sequence[int], percent: int) -> int:
+    """The smallest value that `percent` of them do not exceed (nearest rank); 0 of nothing."""
+    return ordered[-(-len(ordered) * percent // 100) - 1] if ordered else 0
