@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainer.contract import InputRefused, TrainSpec
 from trainer.data.cache import Cache
-from trainer.data.encode import IGNORED, Encoded, encode, encode_prompt, image_id
+from trainer.data.encode import IGNORED, Encoded, encode, encode_prompt
 from trainer.data.image import open_image
 from trainer.data.sample import Sample
 
@@ -25,10 +25,10 @@ BYTES_PER_TOKEN = 80  # of an encoded text: an int object and a place in each of
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """One image as the model takes it. Every tensor joins those of other images along dimension 0. `tokens`: its image tokens."""
+    """One image as the model takes it. `size`: (width, height) in pixels of the image that they were made from, upright."""
 
     tensors: dict[str, Tensor]
-    tokens: int
+    size: tuple[int, int]
 
 
 def collate(samples: Sequence[Sample], processor: "Processor", spec: TrainSpec, cache: Cache | None = None) -> dict[str, Tensor]:
@@ -40,13 +40,15 @@ def collate(samples: Sequence[Sample], processor: "Processor", spec: TrainSpec, 
     images = [load_images(sample, processor, cache) for sample in samples]
     texts = [encode_cached(sample, processor, spec, found, cache) for sample, found in zip(samples, images, strict=True)]
     dummy = dummy_images(processor, cache) if needs_dummy(images, spec) else ()
-    fills = fill([text.input_ids for text in texts], dummy, processor, spec)
-    rows = list(zip(texts, fills, strict=True))
+    fills = fill([text.input_ids for text in texts], dummy, processor)
+    rows = [(text, ids + blanks) for text, (ids, blanks) in zip(texts, fills, strict=True)]
+    input_ids = integers([text.input_ids + end for text, end in rows])
     return {
-        "input_ids": integers([text.input_ids + end for text, end in rows]),
+        "input_ids": input_ids,
         "attention_mask": integers([[1] * len(text.input_ids) + [0] * len(end) for text, end in rows]),
         "labels": integers([text.labels + [IGNORED] * len(end) for text, end in rows]),
-        **join([*(image for found in images for image in found), *dummy]),
+        **processor.text_inputs(input_ids),
+        **join([*(image for found in images for image in found), *dummy], processor),
     }
 
 
@@ -61,12 +63,14 @@ def collate_prompts(
     images = [load_images(sample, processor, cache) for sample in samples]
     prompts = [encode_prompt(sample, *text_rule(processor, spec, found)) for sample, found in zip(samples, images, strict=True)]
     dummy = dummy_images(processor, cache) if needs_dummy(images, spec) else ()
-    fills = fill([prompt.input_ids for prompt in prompts], dummy, processor, spec)
-    rows = [(prompt.input_ids, end[::-1]) for prompt, end in zip(prompts, fills, strict=True)]
+    fills = fill([prompt.input_ids for prompt in prompts], dummy, processor)
+    rows = [(prompt.input_ids, blanks + ids) for prompt, (ids, blanks) in zip(prompts, fills, strict=True)]
+    input_ids = integers([front + ids for ids, front in rows])
     tensors = {
-        "input_ids": integers([front + ids for ids, front in rows]),
+        "input_ids": input_ids,
         "attention_mask": integers([[0] * len(front) + [1] * len(ids) for ids, front in rows]),
-        **join([*dummy, *(image for found in images for image in found)]),
+        **processor.text_inputs(input_ids),
+        **join([*dummy, *(image for found in images for image in found)], processor),
     }
     return tensors, tuple(prompt.reference for prompt in prompts)
 
@@ -86,8 +90,7 @@ def load_image(path: Path, sample: Sample, processor: "Processor", cache: Cache)
 
 
 def make_features(image: Image.Image, processor: "Processor") -> Features:
-    tensors, counts = processor.image_features([image])
-    return Features(tensors=tensors, tokens=counts[0])
+    return Features(tensors=processor.image_features(image), size=image.size)
 
 
 def feature_bytes(features: Features) -> int:
@@ -98,19 +101,19 @@ def encode_cached(sample: Sample, processor: "Processor", spec: TrainSpec, image
     def make() -> Encoded:
         return encode(sample, *text_rule(processor, spec, images))
 
-    return cache.get((sample.file, sample.row), make, lambda encoded: BYTES_PER_TOKEN * len(encoded.input_ids))
+    return cache.get((sample.file, sample.row, sample.part), make, lambda encoded: BYTES_PER_TOKEN * len(encoded.input_ids))
 
 
 def text_rule(processor: "Processor", spec: TrainSpec, images: Sequence[Features]) -> tuple[Any, ...]:
     """The arguments of `encode` and `encode_prompt` after the sample."""
-    counts = tuple(image.tokens for image in images)
-    return processor.tokenizer, spec.model.template, spec.model.image_token, counts, spec.data.max_length
+    spans = tuple(processor.span(image.size, place) for place, image in enumerate(images))
+    return processor.tokenizer, spec.model.template, spec.model.image_token, spans, spec.data.max_length
 
 
-def join(images: Sequence[Features]) -> dict[str, Tensor]:
+def join(images: Sequence[Features], processor: "Processor") -> dict[str, Tensor]:
     """The tensors of all images in one, by name; {} without images."""
     names = images[0].tensors if images else ()
-    return {name: torch.cat([image.tensors[name] for image in images]) for name in names}
+    return {name: torch.cat([image.tensors[name] for image in images], dim=processor.axes.get(name, 0)) for name in names}
 
 
 # ------------------------------------------------------------------------------------------------------- dummy and padding
@@ -132,18 +135,18 @@ def dummy_images(processor: "Processor", cache: Cache) -> tuple[Features, ...]:
     return (cache.get("blank", lambda: make_features(blank, processor), feature_bytes),)
 
 
-def fill(rows: Sequence[list[int]], dummy: Sequence[Features], processor: "Processor", spec: TrainSpec) -> list[list[int]]:
-    """What makes each row as long as the longest. The shortest one starts it with the dummy's image tokens: behind the text and
-    masked, they touch neither the loss nor another token, yet the model finds a place for each image feature."""
-    tokenizer, pad = processor.tokenizer, processor.tokenizer.pad_token_id
+def fill(rows: Sequence[list[int]], dummy: Sequence[Features], processor: "Processor") -> list[tuple[list[int], list[int]]]:
+    """What makes each row as long as the longest: ids of the dummy image, in the shortest row alone, and padding. Outside the text and
+    masked, the dummy touches neither the loss nor another token, yet the model finds a place for each image feature."""
+    pad = processor.tokenizer.pad_token_id
     if pad is None:
         raise InputRefused("the tokenizer has no pad token\n    set pad_token in its tokenizer_config.json")
     ends: list[list[int]] = [[] for _ in rows]
     if dummy:
         shortest = min(range(len(rows)), key=lambda place: len(rows[place]))
-        ends[shortest] = [image_id(tokenizer, spec.model.image_token)] * dummy[0].tokens
+        ends[shortest] = list(processor.span(dummy[0].size, 0))
     width = max(len(row) + len(end) for row, end in zip(rows, ends, strict=True))
-    return [end + [pad] * (width - len(row) - len(end)) for row, end in zip(rows, ends, strict=True)]
+    return [(end, [pad] * (width - len(row) - len(end))) for row, end in zip(rows, ends, strict=True)]
 
 
 def integers(rows: list[list[int]]) -> Tensor:

@@ -1,7 +1,7 @@
 """Conversations to token ids and labels."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
@@ -37,21 +37,21 @@ def encode(
     tokenizer: "PreTrainedTokenizerBase",
     template: Template,
     image_token: str,
-    image_token_counts: Sequence[int],
+    spans: Sequence[Sequence[int]],
     max_length: int,
 ) -> Encoded:
-    """Ids of the whole conversation; answers and their end marks are labels. `image_token_counts`: tokens of each image.
+    """Ids of the whole conversation; answers and their end marks are labels. `spans`: the ids that stand for each image.
 
     Raises InputRefused for more than `max_length` tokens (nothing is ever cut off), and for a text without a trained token.
     """
     segments = cut(sample, template, image_token)
-    pieces = expand(sample, tokenise(tokenizer, segments), image_id(tokenizer, image_token), image_token_counts)
+    pieces = expand(sample, tokenise(tokenizer, segments), image_id(tokenizer, image_token), spans)
     start = opening(tokenizer)
     ids = [*start, *chain.from_iterable(pieces)]
     labels = [IGNORED] * len(start)
     for segment, piece in zip(segments, pieces, strict=True):
         labels += piece if segment.trained else repeat(IGNORED, len(piece))
-    check_length(sample, len(ids), sum(image_token_counts), max_length)
+    check_length(sample, len(ids), sum(map(len, spans)), max_length)
     if all(label == IGNORED for label in labels):
         refuse(sample, "the tokenizer makes no token of its answers, so that nothing would be learned", "write a visible answer")
     return Encoded(input_ids=ids, labels=labels)
@@ -62,18 +62,19 @@ def encode_prompt(
     tokenizer: "PreTrainedTokenizerBase",
     template: Template,
     image_token: str,
-    image_token_counts: Sequence[int],
+    spans: Sequence[Sequence[int]],
     max_length: int,
 ) -> Prompt:
     """What the model is given to answer the last question: exactly the ids that came before that answer in training.
 
     Raises InputRefused as `encode` does.
     """
-    segments = cut(sample, template, image_token)
+    asked = replace(sample, messages=(*sample.messages[:-1], replace(sample.messages[-1], trained=True)))  # even if it is not learned
+    segments = cut(asked, template, image_token)
     last = max(place for place, segment in enumerate(segments) if segment.trained)
-    pieces = expand(sample, tokenise(tokenizer, segments[:last]), image_id(tokenizer, image_token), image_token_counts)
+    pieces = expand(sample, tokenise(tokenizer, segments[:last]), image_id(tokenizer, image_token), spans)
     ids = [*opening(tokenizer), *chain.from_iterable(pieces)]
-    check_length(sample, len(ids), sum(image_token_counts), max_length)
+    check_length(sample, len(ids), sum(map(len, spans)), max_length)
     return Prompt(input_ids=ids, reference=sample.messages[-1].content)
 
 
@@ -120,13 +121,13 @@ def image_id(tokenizer: "PreTrainedTokenizerBase", image_token: str) -> int:
     return ids[0]
 
 
-def expand(sample: Sample, pieces: list[list[int]], image: int, counts: Sequence[int]) -> list[list[int]]:
-    """Each image token as many times as its image has tokens."""
+def expand(sample: Sample, pieces: list[list[int]], image: int, spans: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Each image token replaced by the ids that stand for its image."""
     places = sum(piece.count(image) for piece in pieces)
-    if places != len(counts):
-        refuse(sample, f"{places} image tokens in the text for {len(counts)} images", "write <image> once for each image, and nowhere else")
-    remaining = iter(counts)
-    return [list(chain.from_iterable(repeat(token, next(remaining) if token == image else 1) for token in piece)) for piece in pieces]
+    if places != len(spans):
+        refuse(sample, f"{places} image tokens in the text for {len(spans)} images", "write <image> once for each image, and nowhere else")
+    remaining = iter(spans)
+    return [list(chain.from_iterable(next(remaining) if token == image else (token,) for token in piece)) for piece in pieces]
 
 
 def check_length(sample: Sample, length: int, image_tokens: int, max_length: int) -> None:

@@ -11,7 +11,7 @@ CONTENT = "{content}"
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """`trained`: an answer with its end mark. Everything else is masked."""
+    """`trained`: an answer that is learned, with its end mark. Everything else is masked."""
 
     text: str
     trained: bool
@@ -48,7 +48,7 @@ def frame(messages: tuple[Message, ...], template: Template, image_token: str) -
             yield Segment(text=template.user.replace(CONTENT, content), trained=False)
         else:
             yield Segment(text=opening, trained=False)
-            yield Segment(text=blanks + message.content + template.end_mark, trained=True)
+            yield Segment(text=blanks + message.content + template.end_mark, trained=message.trained)
             yield Segment(text=template.separator, trained=False)
 
 

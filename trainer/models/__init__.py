@@ -2,9 +2,13 @@
 
 from trainer.contract import InputRefused
 from trainer.models.family import Family
+from trainer.models.internvl import INTERNVL
 from trainer.models.llava import LLAVA
+from trainer.models.minicpm_v_4_6 import MINICPM_V_4_6
+from trainer.models.qwen2_5_omni import QWEN2_5_OMNI
+from trainer.models.qwen2_5_vl import QWEN2_5_VL
 
-FAMILIES = {"llava": LLAVA}
+FAMILIES = {family.name: family for family in (LLAVA, QWEN2_5_VL, INTERNVL, QWEN2_5_OMNI, MINICPM_V_4_6)}
 
 
 def find_family(name: str) -> Family:

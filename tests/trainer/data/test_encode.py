@@ -1,9 +1,9 @@
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -60,6 +60,19 @@ def conversations(draw: st.DrawFn) -> tuple[Sample, tuple[int, ...]]:
     return Sample(id="1", images=paths, messages=tuple(messages), file="rows.json", row=3), tuple(counts)
 
 
+def spans_of(tokenizer: PreTrainedTokenizerFast, counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """An image of n tokens is the image token n times."""
+    return tuple((tokenizer.convert_tokens_to_ids("<image>"),) * count for count in counts)
+
+
+def test_an_image_becomes_its_span_with_the_frame() -> None:
+    sample = conversation_of("<image><image>\nWhat?", "A cat.", images=2)
+    encoded = encode(sample, byte_level(VICUNA), VICUNA, "<image>", ((301, 7, 302), (303,)), 100)
+    start = encoded.input_ids.index(301)
+    assert encoded.input_ids[start : start + 4] == [301, 7, 302, 303]
+    assert set(encoded.labels[start : start + 4]) == {IGNORED}
+
+
 def runs(labels: list[int]) -> list[list[int]]:
     """The stretches of trained labels."""
     found: list[list[int]] = [[]]
@@ -76,7 +89,7 @@ def runs(labels: list[int]) -> list[list[int]]:
 @given(conversation=conversations())
 def test_labels_are_the_answers_with_their_end_marks(template, tokenizer, conversation) -> None:
     sample, counts = conversation
-    encoded = encode(sample, tokenizer, template, "<image>", counts, 10_000)
+    encoded = encode(sample, tokenizer, template, "<image>", spans_of(tokenizer, counts), 10_000)
     assert len(encoded.input_ids) == len(encoded.labels)
     assert all(label in (IGNORED, token) for token, label in zip(encoded.input_ids, encoded.labels, strict=True))
     answers = [message.content for message in sample.messages if message.role == "assistant"]
@@ -97,7 +110,7 @@ def spell(tokenizer: PreTrainedTokenizerFast, ids: list[int], blank: str) -> str
 @given(conversation=conversations())
 def test_every_image_has_its_tokens_side_by_side_and_masked(template, tokenizer, conversation) -> None:
     sample, counts = conversation
-    encoded = encode(sample, tokenizer, template, "<image>", counts, 10_000)
+    encoded = encode(sample, tokenizer, template, "<image>", spans_of(tokenizer, counts), 10_000)
     image = tokenizer.convert_tokens_to_ids("<image>")
     places = [place for place, token in enumerate(encoded.input_ids) if token == image]
     assert len(places) == sum(counts)
@@ -113,8 +126,8 @@ def test_every_image_has_its_tokens_side_by_side_and_masked(template, tokenizer,
 @given(conversation=conversations())
 def test_a_prompt_is_the_beginning_of_what_was_trained(template, tokenizer, conversation) -> None:
     sample, counts = conversation
-    encoded = encode(sample, tokenizer, template, "<image>", counts, 10_000)
-    prompt = encode_prompt(sample, tokenizer, template, "<image>", counts, 10_000)
+    encoded = encode(sample, tokenizer, template, "<image>", spans_of(tokenizer, counts), 10_000)
+    prompt = encode_prompt(sample, tokenizer, template, "<image>", spans_of(tokenizer, counts), 10_000)
     assert encoded.input_ids[: len(prompt.input_ids)] == prompt.input_ids
     assert encoded.labels[len(prompt.input_ids)] != IGNORED
     assert prompt.reference == sample.messages[-1].content
@@ -166,19 +179,19 @@ def test_bos_is_there_only_when_the_tokenizer_puts_it() -> None:
 
 def test_too_long_is_refused_with_both_lengths() -> None:
     sample = conversation_of("<image>\nWhat?", "A cat.", images=1)
-    length = len(encode(sample, byte_level(VICUNA), VICUNA, "<image>", (40,), 10_000).input_ids)
-    encode(sample, byte_level(VICUNA), VICUNA, "<image>", (40,), length)
+    length = len(encode(sample, byte_level(VICUNA), VICUNA, "<image>", spans_of(byte_level(VICUNA), (40,)), 10_000).input_ids)
+    encode(sample, byte_level(VICUNA), VICUNA, "<image>", spans_of(byte_level(VICUNA), (40,)), length)
     message = rf"rows.json row 3: {length} tokens \(40 of them images\) are longer than data.max_length={length - 1}"
     with pytest.raises(InputRefused, match=message):
-        encode(sample, byte_level(VICUNA), VICUNA, "<image>", (40,), length - 1)
+        encode(sample, byte_level(VICUNA), VICUNA, "<image>", spans_of(byte_level(VICUNA), (40,)), length - 1)
     with pytest.raises(InputRefused, match=r"rows.json row 3: .* longer than data.max_length=20"):
-        encode_prompt(sample, byte_level(VICUNA), VICUNA, "<image>", (40,), 20)
+        encode_prompt(sample, byte_level(VICUNA), VICUNA, "<image>", spans_of(byte_level(VICUNA), (40,)), 20)
 
 
 def test_marks_and_images_that_do_not_agree() -> None:
     sample = conversation_of("<image>\nWhat?", "A cat.", images=2)
     with pytest.raises(InputRefused, match=r"rows.json row 3: 1 image tokens in the text for 2 images"):
-        encode(sample, byte_level(VICUNA), VICUNA, "<image>", (4, 4), 100)
+        encode(sample, byte_level(VICUNA), VICUNA, "<image>", spans_of(byte_level(VICUNA), (4, 4)), 100)
 
 
 def test_a_tokenizer_without_the_image_token() -> None:

@@ -47,9 +47,9 @@ def test_unused_parameters_are_those_without_gradient(layer: int | list[int], ti
     options = {**model.architecture["options"], "vision_feature_layer": layer}
     model = replace(model, architecture={**model.architecture, "options": options})
     made, processor = LLAVA.create(model), LLAVA.create_processor(model)
-    images, counts = processor.image_features([Image.new("RGB", (20, 30), "red")])
-    assert counts == (16,)
-    ids = torch.tensor([[*[processor.tokenizer.convert_tokens_to_ids("<image>")] * counts[0], 40, 41]])
+    images, span = processor.image_features(Image.new("RGB", (20, 30), "red")), processor.span((20, 30), 0)
+    assert span == (processor.tokenizer.convert_tokens_to_ids("<image>"),) * 16
+    ids = torch.tensor([[*span, 40, 41]])
     made(input_ids=ids, **images).logits[:, -1].sum().backward()
     assert LLAVA.unused(made) == {name for name, p in made.named_parameters() if p.grad is None}
 
@@ -58,7 +58,7 @@ def test_image_tokens_fit_the_features_of_either_strategy(tiny_spec: Any) -> Non
     model = tiny_spec().model
     options = {**model.architecture["options"], "vision_feature_select_strategy": "full"}
     processor = LLAVA.create_processor(replace(model, architecture={**model.architecture, "options": options}))
-    assert processor.image_features([Image.new("RGB", (8, 8))] * 2)[1] == (17, 17)
+    assert len(processor.span((8, 8), 1)) == 17
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tiny_spec: Any) -> None:
@@ -69,7 +69,7 @@ def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tiny_spec: Any) -> 
 
 
 def test_an_unknown_family_is_answered_with_those_there_are() -> None:
-    with pytest.raises(InputRefused, match="no module for 'lava'; it has llava"):
+    with pytest.raises(InputRefused, match="no module for 'lava'; it has internvl, llava, minicpm_v_4_6, qwen2_5_omni, qwen2_5_vl"):
         find_family("lava")
     assert all(name == family.name for name, family in FAMILIES.items())
 
@@ -82,7 +82,7 @@ def test_saved_and_loaded_again_it_is_the_same_model_in_another_dtype(tiny_spec:
     loaded, opened = LLAVA.load(tmp_path, spec.model, torch.bfloat16), LLAVA.load_processor(tmp_path, spec.model)
     assert all(torch.equal(p.to(torch.bfloat16), q) for p, q in zip(made.parameters(), loaded.parameters(), strict=True))
     picture = Image.linear_gradient("L").convert("RGB")
-    assert torch.equal(processor.image_features([picture])[0]["pixel_values"], opened.image_features([picture])[0]["pixel_values"])
+    assert torch.equal(processor.image_features(picture)["pixel_values"], opened.image_features(picture)["pixel_values"])
     assert opened.tokenizer("USER: <image>7")["input_ids"] == processor.tokenizer("USER: <image>7")["input_ids"]
     assert opened.tokenizer.padding_side == "right"
 

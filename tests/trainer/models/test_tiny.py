@@ -1,10 +1,14 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
-from trainer.contract import Template
-from trainer.models.tiny import tiny_tokenizer
+from tests.trainer.models.conftest import CONF, TINY, model_spec
+from trainer.contract import InputRefused, Template
+from trainer.models import find_family
+from trainer.models.tiny import main, read_model, tiny_tokenizer, write_checkpoint
 
 VICUNA = Template(user="USER: {content} ", assistant_open="ASSISTANT: ", end_mark="</s>")
 TEXT = "USER: <image><image>\nWhich digit is this, 是什么? ASSISTANT: 7</s>\x00 é"
@@ -61,3 +65,35 @@ def test_it_opens_again_with_the_same_ids(tmp_path: Path, image_token: str, end_
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"] == tiny_tokenizer(image_token, template)(text)["input_ids"]
     assert (again.eos_token, again.pad_token, again.padding_side) == (end_mark, "<pad>", "right")
     assert again.image_token == image_token
+
+
+def test_more_special_tokens_leave_the_others_where_they_are() -> None:
+    plain, more = tiny_tokenizer("<image>", VICUNA), tiny_tokenizer("<image>", VICUNA, {"turn_token": "<|im_start|>"})
+    assert more(TEXT)["input_ids"] == plain(TEXT)["input_ids"]
+    assert more("<|im_start|>")["input_ids"] == [more.turn_token_id] == [323]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_checkpoint_is_written_that_the_family_loads(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, folder = CONF / f"{name}.yaml", tmp_path / name
+    assert replace(read_model(file), architecture={}) == replace(model_spec(name), architecture={})
+    assert main([str(file), str(folder)]) == 0
+    assert f"model.source.path={folder}" in capsys.readouterr().out
+    model = model_spec(name)
+    family = find_family(model.family)
+    torch.manual_seed(0)
+    made = family.create(model)
+    assert all(
+        torch.equal(ours, its) for ours, its in zip(made.parameters(), family.load(folder, model, torch.float32).parameters(), strict=True)
+    )
+    assert family.load_processor(folder, model).span((32, 32), 0) == family.create_processor(model).span((32, 32), 0)
+
+
+def test_what_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other.yaml").write_text("name: [", encoding="utf-8")
+    with pytest.raises(InputRefused, match=r"other\.yaml: is no model of conf/model"):
+        write_checkpoint(tmp_path / "other.yaml", tmp_path / "new")
+    with pytest.raises(InputRefused, match="is not empty"):
+        write_checkpoint(CONF / "tiny_llava.yaml", tmp_path)
+    assert main([]) == main([str(tmp_path / "none.yaml"), str(tmp_path / "new")]) == 2
+    assert "usage" in capsys.readouterr().err

@@ -1,0 +1,184 @@
+"""What holds for every family: counts, groups, files that transformers opens, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+from tests.trainer.models.conftest import CONF, Made, model_spec, read_model
+from trainer.contract import InputRefused
+from trainer.data.encode import encode_prompt
+from trainer.data.sample import Message, Sample
+from trainer.models import FAMILIES, find_family
+from trainer.models.weight import round_weights
+from trainer.stages.group import assign_groups
+
+READY = tuple(sorted(path.stem for path in CONF.glob("*.yaml") if read_model(path.stem).ready))
+
+
+def test_every_family_has_its_models() -> None:
+    assert {read_model(name).family for name in READY} == set(FAMILIES)
+    assert len(READY) == 13
+
+
+@pytest.mark.parametrize("name", READY)
+def test_parameters_are_those_of_the_config_file(name: str) -> None:
+    """Exact counts of transformers' classes on the meta device, in all and by group; the groups cut them into disjoint parts."""
+    wanted, spec = read_model(name).parameters, model_spec(name)
+    with torch.device("meta"):
+        model = find_family(spec.family).create(spec)
+    sizes = {parameter: tensor.numel() for parameter, tensor in model.named_parameters()}
+    found = dict.fromkeys(("vision", "projector", "lm", "head", "other"), 0)
+    for parameter, group in assign_groups(spec.groups, sizes).items():
+        found[group] += sizes[parameter]
+    assert wanted.exact and sum(sizes.values()) == wanted.total
+    assert found == {group: getattr(wanted, group) for group in found}
+
+
+def test_a_checkpoint_opens_with_transformers_own_classes(tiny: Made) -> None:
+    """Weights, tokenizer and image processor, by the automatic classes, which read the folder alone."""
+    if tiny.family.name != "qwen2_5_omni":  # the thinker alone is in no automatic class; test_reference opens it by its own
+        again = AutoModelForImageTextToText.from_pretrained(tiny.folder, dtype=torch.float32)
+        ours = dict(tiny.model.named_parameters())
+        assert all(torch.equal(tensor, ours[name]) for name, tensor in again.named_parameters())
+    tokenizer = AutoTokenizer.from_pretrained(tiny.folder)
+    assert tokenizer("A <image> 7")["input_ids"] == tiny.processor.tokenizer("A <image> 7")["input_ids"]
+    image = Image.linear_gradient("L").convert("RGB").resize((60, 40))
+    crop = {"crop_to_patches": True} if tiny.family.name == "internvl" else {}
+    made = AutoImageProcessor.from_pretrained(tiny.folder)(images=image, return_tensors="pt", **crop)
+    assert all(torch.equal(tensor, made[name]) for name, tensor in tiny.processor.image_features(image).items())
+
+
+@pytest.mark.skipif(
+    find_spec("torchvision") is None, reason="transformers' processors of videos, and so of these families, need torchvision"
+)
+def test_transformers_own_processor_writes_the_same_ids(tiny: Made) -> None:
+    real = AutoProcessor.from_pretrained(tiny.folder)
+    sizes = ((32, 32), (40, 24), (100, 70), (300, 31))
+    content = [*({"type": "image"} for _ in sizes), {"type": "text", "text": "Which?"}]
+    text = real.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    theirs = real(images=[Image.new("RGB", size) for size in sizes], text=[text], return_tensors="pt")["input_ids"][0].tolist()
+    messages = (Message(role="user", content="<image>" * len(sizes) + "Which?"), Message(role="assistant", content="7"))
+    sample = Sample(id="1", images=tuple(Path("x") for _ in sizes), messages=messages, file="rows.json", row=1)
+    spans = [tiny.processor.span(size, place) for place, size in enumerate(sizes)]
+    model = tiny.spec.model
+    assert encode_prompt(sample, tiny.processor.tokenizer, model.template, model.image_token, spans, 10_000).input_ids == theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_random_start_and_a_reload_compute_the_same(tiny: Made, dtype: torch.dtype) -> None:
+    """Types and values of every parameter and buffer: rotary frequencies stay in float32 either way."""
+    loaded = tiny.family.load(tiny.folder, tiny.spec.model, dtype)
+    torch.manual_seed(0)
+    created = round_weights(tiny.family.create(tiny.spec.model), dtype)
+    for kind in ("named_parameters", "named_buffers"):
+        ours, theirs = dict(getattr(created, kind)()), dict(getattr(loaded, kind)())
+        assert ours.keys() == theirs.keys()
+        assert all(ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(tensor.dtype == dtype for tensor in created.parameters())
+    rotary = [tensor.dtype for name, tensor in created.named_buffers() if name.endswith("inv_freq")]
+    assert rotary and set(rotary) == {torch.float32}
+
+
+def test_the_gradient_of_a_loaded_model_reaches_what_is_not_unused(tiny: Made) -> None:
+    """`unused` reads the config of a loaded model as it does that of a created one."""
+    assert tiny.family.unused(tiny.family.load(tiny.folder, tiny.spec.model, torch.float32)) == tiny.family.unused(tiny.model)
+
+
+def test_a_thinker_is_read_out_of_a_whole_omni_checkpoint(make_tiny: Callable[[str], Made], tmp_path: Path) -> None:
+    """Names as in the published one: thinker., talker. and token2wav. side by side, configs nested."""
+    from safetensors.torch import load_file, save_file
+
+    made = make_tiny("tiny_qwen2_5_omni")
+    shutil.copytree(made.folder, tmp_path, dirs_exist_ok=True)
+    weights = {f"thinker.{published(name)}": tensor for name, tensor in load_file(made.folder / "model.safetensors").items()}
+    others = {"talker.codec_head.weight": torch.zeros(2, 2), "token2wav.code2wav_dit_model.proj_out.weight": torch.zeros(2, 2)}
+    save_file({**weights, **others}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((made.folder / "config.json").read_text(encoding="utf-8"))
+    whole = {"model_type": "qwen2_5_omni", "architectures": ["Qwen2_5OmniModel"], "thinker_config": config}
+    (tmp_path / "config.json").write_text(json.dumps(whole), encoding="utf-8")
+    loaded = made.family.load(tmp_path, made.spec.model, torch.float32)
+    ours = dict(made.model.named_parameters())
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in loaded.named_parameters())
+    assert made.family.load_processor(tmp_path, made.spec.model).span((40, 24), 0) == made.processor.span((40, 24), 0)
+
+
+def published(name: str) -> str:
+    """The name in a published checkpoint, whatever prefix this version of transformers saves with."""
+    plain = name.removeprefix("thinker.")
+    for ours, theirs in (("model.visual.", "visual."), ("model.audio_tower.", "audio_tower."), ("model.language_model.", "model.")):
+        if plain.startswith(ours):
+            return theirs + plain.removeprefix(ours)
+    return plain
+
+
+# ---------------------------------------------------------------------------------------------------------------- refused
+
+
+def test_another_family_is_refused(tiny: Made, make_tiny: Callable[[str], Made]) -> None:
+    other = make_tiny("tiny_llava" if tiny.name != "tiny_llava" else "tiny_internvl")
+    for load in (
+        lambda: tiny.family.load(other.folder, tiny.spec.model, torch.float32),
+        lambda: tiny.family.load_processor(other.folder, tiny.spec.model),
+    ):
+        with pytest.raises(
+            InputRefused, match=rf"is a {other.family.name}, {tiny.name} is a .*choose the checkpoint's own with model=NAME"
+        ):
+            load()
+
+
+def test_another_size_is_refused_with_every_difference(tiny: Made) -> None:
+    architecture = tiny.spec.model.architecture
+    vision = {**architecture["vision"], "patch_size": 16, "num_hidden_layers": 9}
+    text = {**architecture["text"], "num_key_value_heads": 1, "vocab_size": 999}
+    wanted = replace(tiny.spec.model, architecture={**architecture, "vision": vision, "text": text})
+    with pytest.raises(InputRefused) as caught:
+        tiny.family.load(tiny.folder, wanted, torch.float32)
+    given, said = architecture, str(caught.value)
+    for line in (
+        f"model.architecture.vision.patch_size: 16, the checkpoint has {given['vision']['patch_size']}",
+        f"model.architecture.vision.num_hidden_layers: 9, the checkpoint has {given['vision']['num_hidden_layers']}",
+        f"model.architecture.text.num_key_value_heads: 1, the checkpoint has {given['text']['num_key_value_heads']}",
+        "model.architecture.text.vocab_size: 999, the checkpoint has 384",
+    ):
+        assert line in said
+    assert said.count("the checkpoint has") == 4
+
+
+def test_a_decoder_of_another_kind_is_refused(make_tiny: Callable[[str], Made]) -> None:
+    """InternVL 3 and 3.5 have one model type, and decoders that differ."""
+    made = make_tiny("tiny_internvl")
+    text = {**made.spec.model.architecture["text"], "options": {"model_type": "qwen3"}}
+    wanted = replace(made.spec.model, architecture={**made.spec.model.architecture, "text": text})
+    with pytest.raises(InputRefused, match=r"model\.architecture\.text\.model_type: qwen3, the checkpoint has qwen2"):
+        made.family.load(made.folder, wanted, torch.float32)
+
+
+def test_a_tokenizer_without_the_image_token_is_refused(tiny: Made) -> None:
+    with pytest.raises(InputRefused, match=r"the tokenizer has no token '<picture>'"):
+        tiny.family.load_processor(tiny.folder, replace(tiny.spec.model, image_token="<picture>"))
+
+
+def test_the_tokenizer_of_another_model_is_refused(tiny: Made, tmp_path: Path) -> None:
+    """It knows the image token, as another id: every image would be read as a word."""
+    shutil.copytree(tiny.folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    key = "image_token_id" if "image_token_id" in config else "image_token_index"
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: 7}), encoding="utf-8")
+    with pytest.raises(InputRefused, match=r"the tokenizer has '.*' as 32\d, the model as 7; .*\n    take the tokenizer that belongs"):
+        tiny.family.load_processor(tmp_path, tiny.spec.model)
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer(tiny: Made) -> None:
+    architecture: dict[str, Any] = tiny.spec.model.architecture
+    small = {**architecture, "text": {**architecture["text"], "vocab_size": 300}}
+    with pytest.raises(InputRefused, match="vocab_size: 300 is too small for the tokenizer's"):
+        tiny.family.create(replace(tiny.spec.model, architecture=small))

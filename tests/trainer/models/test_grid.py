@@ -1,0 +1,55 @@
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.trainer.models.conftest import Made, to_arguments
+from trainer.data.collate import collate
+from trainer.data.sample import Sample
+from trainer.models.grid import rotary_positions
+
+
+@pytest.mark.parametrize("name", ["tiny_qwen2_5_vl", "tiny_qwen2_5_omni"])
+def test_rotary_positions_are_those_of_transformers(name: str, make_tiny: Any, samples: tuple[Sample, ...]) -> None:
+    """For each sample alone: one image, several in a row with grids that differ, none."""
+    made = make_tiny(name)
+    for sample in samples:
+        batch = collate([sample], made.processor, SimpleNamespace(**{**vars(made.spec), "deepspeed": {}, "stage": lm_alone(made)}))
+        marks = {"mm_token_type_ids": batch["mm_token_type_ids"]} if "mm_token_type_ids" in batch else {}
+        grids = batch.get("image_grid_thw")
+        wanted, _ = made.model.model.get_rope_index(
+            batch["input_ids"], image_grid_thw=grids, attention_mask=batch["attention_mask"], **marks
+        )
+        images = [{"image_grid_thw": grid[None]} for grid in ([] if grids is None else grids)]
+        found = made.processor.position_ids(batch["input_ids"][0], images)
+        assert torch.equal(found[1:], wanted[:, 0])
+        assert torch.equal(found[0], torch.arange(batch["input_ids"].shape[1]))
+
+
+def lm_alone(made: Made) -> Any:
+    from dataclasses import replace
+
+    return replace(made.spec.stage, trainable=("lm",))
+
+
+def test_text_goes_on_after_the_longest_side() -> None:
+    ids = torch.tensor([5, 9, 9, 9, 9, 9, 9, 6, 9, 7])
+    positions = rotary_positions(ids, 9, [(2, 3), (1, 1)])
+    assert positions.tolist() == [
+        [0, 1, 2, 3, 4, 5, 6, 7, 8, 9],
+        [0, 1, 1, 1, 1, 1, 1, 4, 5, 6],
+        [0, 1, 1, 1, 2, 2, 2, 4, 5, 6],
+        [0, 1, 2, 3, 1, 2, 3, 4, 5, 6],
+    ]
+    assert rotary_positions(ids[:0], 9, []).shape == (4, 0)
+
+
+def test_without_marks_qwen_would_lose_its_positions(make_tiny: Any, samples: tuple[Sample, ...]) -> None:
+    """Why the collator makes mm_token_type_ids: the model takes the batch without them, and answers otherwise."""
+    made = make_tiny("tiny_qwen2_5_vl")
+    batch = collate(samples, made.processor, made.spec)
+    with torch.no_grad():
+        whole = made.model(**to_arguments(batch, "labels")).logits
+        lost = made.model(**to_arguments(batch, "labels", "mm_token_type_ids")).logits
+    assert not torch.allclose(whole, lost, atol=1e-4)

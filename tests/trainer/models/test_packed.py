@@ -1,0 +1,113 @@
+"""Packed rows through each family's own model: every sample is as it is alone, and no sample sees another."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from tests.trainer.models.conftest import CONF, TINY, Made, read_model
+from trainer.data.cache import Cache
+from trainer.data.collate import collate
+from trainer.data.encode import IGNORED
+from trainer.data.load import keep_lengths
+from trainer.data.pack import collate_packed
+from trainer.data.sample import Sample
+
+PACKABLE = tuple(name for name in TINY if read_model(name).packable)
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(params=PACKABLE)
+def packable(request: pytest.FixtureRequest, make_tiny) -> Made:
+    return make_tiny(request.param)
+
+
+def losses(model: torch.nn.Module, batch: Tensors) -> torch.Tensor:
+    """Cross entropy of each token, [B, T - 1] float32, given to the model as Engine.loss_sum does."""
+    kept = {"labels", "attention_mask"} if "position_ids" in batch else {"labels"}
+    logits = model(**{key: value for key, value in batch.items() if key not in kept}, use_cache=False).logits
+    return cross_entropy(logits[:, :-1].float().transpose(1, 2), batch["labels"][:, 1:], ignore_index=IGNORED, reduction="none")
+
+
+def edges(batch: Tensors) -> list[int]:
+    """Where the samples of the first row begin, and where it ends."""
+    counts = batch["position_ids"] if batch["position_ids"].ndim == 2 else batch["position_ids"][0]
+    return [*(counts[0] == 0).nonzero().flatten().tolist(), counts.shape[1]]
+
+
+def test_the_configs_say_which_families_can_be_packed(tiny: Made) -> None:
+    assert (tiny.processor.position_ids is not None) == read_model(tiny.name).packable
+    others = {path.stem for path in CONF.glob("*.yaml") if read_model(path.stem).family == tiny.family.name}
+    assert {read_model(name).packable for name in others} == {read_model(tiny.name).packable}
+    assert len(PACKABLE) == 4
+
+
+def test_each_sample_has_the_loss_that_it_has_alone(packable: Made, samples: tuple[Sample, ...]) -> None:
+    model, processor, spec = packable.model, packable.processor, packable.spec
+    alone = [losses(model, collate([sample], processor, spec)).sum().item() for sample in samples]
+    lengths = keep_lengths(samples, processor, spec, Cache(0))(range(len(samples)))
+    rows = [[0, 2, 1], [1, 0], [2], []]
+    token = losses(model, collate_packed([[samples[number] for number in row] for row in rows], processor, spec))
+    for place, row in enumerate(rows):
+        start = 0
+        for number in row:
+            found = token[place, start : start + lengths[number] - 1].sum().item()
+            assert found == pytest.approx(alone[number], rel=1e-5), f"sample {number} of row {place}"
+            start += lengths[number]
+        assert token[place].sum().item() == pytest.approx(sum(alone[number] for number in row), rel=1e-5)
+
+
+def gradients_across(made: Made, samples: tuple[Sample, ...], batch: Tensors) -> list[list[bool]]:
+    """[sample][other]: whether the loss of a sample in the first row depends on the other's embeddings at all."""
+    seen: list[torch.Tensor] = []
+    layer = made.model.model.language_model.layers[0] if hasattr(made.model.model, "language_model") else made.model.model.layers[0]
+    handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    token, places = losses(made.model, batch), edges(batch)
+    handle.remove()
+    table = []
+    for start, end in pairwise(places):
+        (gradient,) = torch.autograd.grad(token[0, start : end - 1].sum(), seen[0], retain_graph=True)
+        parts = [gradient[0, first:last] for first, last in pairwise(places)]
+        table.append([bool((part != 0).any()) for part in parts])
+    return table
+
+
+def test_no_sample_sees_another(packable: Made, samples: tuple[Sample, ...]) -> None:
+    """Not nearly: the gradient is exactly zero."""
+    batch = collate_packed([samples], packable.processor, packable.spec)
+    assert gradients_across(packable, samples, batch) == [[True, False, False], [False, True, False], [False, False, True]]
+
+
+def test_linear_attention_carries_its_state_across(make_tiny, samples: tuple[Sample, ...]) -> None:
+    """Why a family is not packable: with positions that begin anew and without a mask, later samples see earlier ones all the same."""
+    made = make_tiny("tiny_minicpm_v_4_6")
+    processor = make_tiny("tiny_llava").processor  # positions that count up
+    batch = collate([samples[2]], made.processor, made.spec)
+    ids = batch["input_ids"]
+    count = processor.position_ids(ids[0], ())
+    joined = {
+        "input_ids": torch.cat([ids, ids], dim=1),
+        "labels": torch.cat([batch["labels"], batch["labels"]], dim=1),
+        "attention_mask": torch.ones(1, 2 * ids.shape[1], dtype=torch.int64),
+        "position_ids": torch.cat([count, count]).expand(4, 1, -1),
+    }
+    assert gradients_across(made, samples, joined) == [[True, False], [True, True]]
+
+
+def test_gradients_of_a_packed_batch_are_those_of_a_padded_one(packable: Made, samples: tuple[Sample, ...]) -> None:
+    model, processor, spec = packable.model, packable.processor, packable.spec
+
+    def gradients(*batches: Tensors) -> Tensors:
+        model.zero_grad()
+        for batch in batches:
+            losses(model, batch).sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    padded = gradients(collate(samples, processor, spec))
+    packed = gradients(collate_packed([samples[:2], samples[2:]], processor, spec), collate_packed([()], processor, spec))
+    model.zero_grad()
+    assert padded.keys() == packed.keys()
+    largest = max(gradient.abs().max().item() for gradient in padded.values())  # a bias of keys has none but rounding
+    for name, gradient in padded.items():
+        assert torch.allclose(gradient, packed[name], rtol=1e-4, atol=1e-6 * largest), name

@@ -1,0 +1,76 @@
+"""The numbers of conf/model as transformers' configs, and a checkpoint's config held against them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from trainer.contract import InputRefused, ModelSpec
+
+ATTENTION = {
+    "sdpa": "sdpa",
+    "eager": "eager",
+    "flash2": "flash_attention_2",
+    "flash3": "flash_attention_3",
+    "npu_fusion": "flash_attention_2",  # transformers maps this name to torch_npu's fusion kernel on an NPU
+}
+# What decides the shape of a weight or the number of image tokens, of a tower and of the decoder.
+SHAPE = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "patch_size",
+    "image_size", "out_hidden_size", "spatial_merge_size", "temporal_patch_size", "window_size", "d_model", "encoder_layers",
+    "encoder_ffn_dim", "encoder_attention_heads", "num_mel_bins", "output_dim", "model_type", "head_dim", "linear_num_key_heads",
+    "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim",
+)  # fmt: skip
+
+
+def find_sizes(model: ModelSpec, part: str, names: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The keyword arguments of a transformers config for `part` (vision, text, audio). `names`: ours -> its own, where they differ."""
+    given = model.architecture[part]
+    sizes = {(names or {}).get(key, key): value for key, value in given.items() if key != "options" and value is not None}
+    return {**sizes, **given.get("options", {})}
+
+
+def find_text(model: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The same for the decoder of a random start, with the ids of its tokenizer. Raises InputRefused when it has too many."""
+    text = find_sizes(model, "text")
+    if len(tokenizer) > text["vocab_size"]:
+        size = text["vocab_size"]
+        raise InputRefused(f"model.architecture.text.vocab_size: {size} is too small for the tokenizer's {len(tokenizer)} tokens.")
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {**text, **ids}
+
+
+def split_options(model: ModelSpec, image: tuple[str, ...], part: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the whole model, or of a part: those named in `image`, which are the image processor's, and the others."""
+    options = model.architecture[part].get("options", {}) if part else model.architecture["options"]
+    return {key: options[key] for key in image if key in options}, {key: value for key, value in options.items() if key not in image}
+
+
+def refuse_another(folder: Path, model: ModelSpec, config: type[PreTrainedConfig], *, inside: tuple[str, ...] = ()) -> PreTrainedConfig:
+    """The config in `folder`, of type `config`. `inside`: model types that hold one of that type.
+
+    Raises InputRefused, naming each difference, where the checkpoint is of another model: its weights would be taken, and batch, memory
+    and image tokens were planned for this one."""
+    kind = PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
+    if kind not in (config.model_type, *inside):
+        raise InputRefused(f"{folder} is a {kind}, {model.name} is a {config.model_type}: choose the checkpoint's own with model=NAME.")
+    found = config.from_pretrained(folder, local_files_only=True)
+    lines = [line for part in ("vision", "text", "audio") for line in differences(model, found, part)]
+    if lines:
+        listed = "\n".join(lines)
+        raise InputRefused(f"{folder} holds another model than {model.name}: choose its own with model=NAME.\n{listed}")
+    return found
+
+
+def differences(model: ModelSpec, config: PreTrainedConfig, part: str) -> list[str]:
+    given = model.architecture.get(part) or {}
+    wanted = {**given, **given.get("options", {})}
+    has = getattr(config, f"{part}_config", None)
+    pairs = {key: (wanted[key], side(getattr(has, key, None))) for key in SHAPE if wanted.get(key) is not None}
+    return [f"  model.architecture.{part}.{key}: {ours}, the checkpoint has {its}" for key, (ours, its) in pairs.items() if ours != its]
+
+
+def side(value: Any) -> Any:
+    """Some configs write a square as two equal sides."""
+    return value[0] if isinstance(value, (list, tuple)) and len(set(value)) == 1 else value

@@ -1,0 +1,165 @@
+"""The token ids that stand for an image in a text, from the image's size alone.
+
+Plain arithmetic, without pixels and without torch, so that lengths are known before anything is decoded. Each rule follows the image
+processor of the same family in transformers 5.23 and is held against it in a test: Grid is `smart_resize` of Qwen2-VL, Tiles is
+`get_optimal_tiled_canvas` of GOT-OCR 2 (InternVL), Slices is `get_sliced_grid` and `find_best_resize` of MiniCPM-V.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+Ids = tuple[int, ...]
+Size = tuple[int, int]  # width, height in pixels, upright
+Span = Callable[[Size, int], Ids]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed:
+    """Every image becomes `tokens` times `image`."""
+
+    image: int
+    tokens: int
+
+    def __call__(self, size: Size, place: int) -> Ids:
+        return (self.image,) * self.tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """One token for each unit x unit pixels of the scaled image, whose area lies between the two limits where its sides allow it."""
+
+    before: Ids
+    image: int
+    after: Ids
+    unit: int
+    min_pixels: int
+    max_pixels: int
+
+    def __call__(self, size: Size, place: int) -> Ids:
+        columns, rows = self.cells(size)
+        return (*self.before, *(self.image,) * (columns * rows), *self.after)
+
+    def cells(self, size: Size) -> Size:
+        """Columns and rows of tokens."""
+        unit, (width, height) = self.unit, size
+        scaled = [round(side / unit) * unit for side in size]
+        if scaled[0] * scaled[1] > self.max_pixels:
+            ratio = math.sqrt(width * height / self.max_pixels)
+            scaled = [max(unit, math.floor(side / ratio / unit) * unit) for side in size]
+        elif scaled[0] * scaled[1] < self.min_pixels:
+            ratio = math.sqrt(self.min_pixels / (width * height))
+            scaled = [math.ceil(side * ratio / unit) * unit for side in size]
+        return scaled[0] // unit, scaled[1] // unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Square tiles of `tile` pixels in the arrangement of `least` to `most` that is nearest to the image's aspect, and a thumbnail where
+    there is more than one; each is `tokens` times `image`. All stand in one frame."""
+
+    before: Ids
+    image: int
+    after: Ids
+    tokens: int
+    tile: int
+    least: int
+    most: int
+
+    def __call__(self, size: Size, place: int) -> Ids:
+        columns, rows = nearest_arrangement(size, self.tile, self.least, self.most) if self.most > 1 else (1, 1)
+        count = columns * rows + (columns * rows > 1)
+        return (*self.before, *(self.image,) * (self.tokens * count), *self.after)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """Token ids around a part of an image."""
+
+    before: Ids
+    after: Ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slices:
+    """An overview of the image, and for a large one its slices, row by row with `line` between them; a token for each `unit` x `unit`
+    pixels. `number` spells the image's place in its sample, `None` where the model has no image numbers."""
+
+    image: int
+    overview: Frame
+    slice: Frame
+    line: Ids
+    number: Callable[[int], Ids] | None
+    unit: int
+    scale: int
+    most: int
+
+    def __call__(self, size: Size, place: int) -> Ids:
+        number = self.number(place) if self.number else ()
+        return (*number, *self.parts(size))
+
+    def parts(self, size: Size) -> Iterator[int]:
+        rows, columns = slice_grid(size, self.scale, self.most)
+        yield from self._framed(self.overview, fit(size, self.scale, self.unit, upscale=rows == 0))
+        if rows:
+            # A slice is the image cut into whole pixels, then scaled on its own.
+            cut = (divisible(size[0], columns) / columns, divisible(size[1], rows) / rows)
+            part = tuple(self._framed(self.slice, fit(cut, self.scale, self.unit, upscale=True)))
+            for row in range(rows):
+                yield from self.line if row else ()
+                yield from part * columns
+
+    def _framed(self, frame: Frame, size: Size) -> Iterator[int]:
+        yield from frame.before
+        yield from (self.image,) * ((size[0] // self.unit) * (size[1] // self.unit))
+        yield from frame.after
+
+
+def nearest_arrangement(size: Size, tile: int, least: int, most: int) -> Size:
+    """Columns and rows. Of several that are equally near the later is taken, as long as the image fills half of it."""
+    aspect, area = size[0] / size[1], size[0] * size[1]
+    best, nearest = (1, 1), math.inf
+    for columns, rows in arrangements(least, most):
+        distance = abs(aspect - columns / rows)
+        if distance < nearest or (distance == nearest and area > 0.5 * tile * tile * columns * rows):
+            best, nearest = (columns, rows), distance
+    return best
+
+
+@lru_cache(maxsize=8)
+def arrangements(least: int, most: int) -> tuple[Size, ...]:
+    sides = range(1, most + 1)
+    found = [(columns, rows) for columns in sides for rows in sides if least <= columns * rows <= most]
+    return tuple(sorted(found, key=lambda pair: pair[0] * pair[1]))
+
+
+def slice_grid(size: Size, scale: int, most: int) -> Size:
+    """Rows and columns of slices, (0, 0) for an image that is small enough for none."""
+    wanted = min(math.ceil(size[0] * size[1] / (scale * scale)), most)
+    if wanted <= 1:
+        return 0, 0
+    aspect = math.log(size[0] / size[1])
+    best, nearest = (1, 1), math.inf
+    for count in (wanted - 1, wanted, wanted + 1):
+        if count == 1 or count > most:
+            continue
+        for rows in (rows for rows in range(1, count + 1) if count % rows == 0):
+            distance = abs(aspect - math.log(count // rows / rows))
+            if distance < nearest or (distance == nearest and rows > best[0]):
+                best, nearest = (rows, count // rows), distance
+    return best
+
+
+def fit(size: tuple[float, float], scale: int, unit: int, *, upscale: bool) -> Size:
+    """The size that a part is scaled to: about scale x scale pixels if it is larger, or `upscale`, and sides divisible by `unit`."""
+    width, height = size
+    if width * height > scale * scale or upscale:
+        aspect = width / height
+        height = int(scale / math.sqrt(aspect))
+        width = int(height * aspect)
+    return divisible(width, unit), divisible(height, unit)
+
+
+def divisible(length: float, by: int) -> int:
+    return max(round(length / by) * by, by)
