@@ -4,21 +4,22 @@ import json
 import re
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 from launcher.credential import mask_credentials
-from launcher.errors import ConfigRefused, suggest
+from launcher.errors import ConfigRefused
+from launcher.log import lines_of, read_end, unnamed
 from launcher.meaning import Meaning, explain_log, root_rank
 from launcher.member import NodeResult
 from launcher.plan import Plan, to_plain
-from launcher.schema import Config
+from launcher.schema import Config, Node
 from launcher.symptom import Kind
 from trainer import contract
-from trainer.contract import SCHEMA, DataReport, Exit, FailureReport, SpecError, StepRow, TrainResult
+from trainer.contract import SCHEMA, DataReport, EnvReport, Exit, FailureReport, Origin, SpecError, StepRow, TrainResult
 
 PLAN_FILE = "plan.json"
 CONFIG_FILE = "config.json"
@@ -27,7 +28,6 @@ RECORD_FILE = "result.json"
 ATTEMPTS = "attempts"  # attempts/<number>/: what an attempt that was followed by another has left, and the plan of one that follows
 ATTEMPT_FILE = "attempt.json"
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a folder, a label and a part of a container's name
-LOG_BYTES = 1 << 20  # of a node's log: 4 MB take 4 s to be held against all known failures
 CAUSES = ("cause", "layer")  # kinds of a known failure that tell of the process which printed it
 Status = Literal["finished", "stopped", "failed", "refused"]
 
@@ -92,6 +92,7 @@ class Record:
     nodes: tuple[NodeResult, ...]
     failure: Failure | None
     attempts: tuple[Attempt, ...] = ()  # those before the last
+    origin: Origin = field(default_factory=Origin)  # what the run began with, as the trainer found it
 
 
 def name_run(config: Config, now: datetime, *, pid: int) -> str:
@@ -141,7 +142,6 @@ def close_run(
     """Gather what the trainer left, write result.json, and give it back. Missing parts of a failed run are no error."""
     folder = Path(plan.folder)
     result: TrainResult | None = read_if_there(TrainResult, folder / contract.RESULT_FILE)
-    data: DataReport | None = read_if_there(DataReport, folder / contract.DATA_FILE)
     rows = read_rows(folder / contract.METRICS_FILE)
     record = Record(
         schema=SCHEMA,
@@ -158,15 +158,28 @@ def close_run(
         evaluation=result.evaluation if result else {},
         checkpoint=result.checkpoint if result else last_checkpoint(folder),
         weights_sha256=result.weights_sha256 if result else "",
-        data_sha256=data.sha256 if data else "",
+        data_sha256=find_data(folder),
         source=source,
         image=plan.image.tag if plan.config.cluster.runtime == "docker" else "",
         forced=plan.config.run.force,
         nodes=nodes,
         failure=failure,
         attempts=load_attempts(folder),
+        origin=find_origin(folder),
     )
     return write_record(record, folder)
+
+
+def find_data(folder: Path) -> str:
+    """The hash of the data that the run was checked with; '' where it did not get that far."""
+    data: DataReport | None = read_if_there(DataReport, folder / contract.DATA_FILE)
+    return data.sha256 if data else ""
+
+
+def find_origin(folder: Path) -> Origin:
+    """What the run began with, as the trainer found it."""
+    environment: EnvReport | None = read_if_there(EnvReport, folder / contract.ENVIRONMENT_FILE)
+    return environment.origin if environment else Origin()
 
 
 def write_record(record: Record, folder: Path) -> Record:
@@ -216,6 +229,20 @@ def last_checkpoint(folder: Path) -> str:
     return f"{contract.CHECKPOINTS}/{newest}" if newest else ""
 
 
+def checkpoint_place(record: Record, plan: Plan) -> str:
+    """Where the record's checkpoint lies, as stage.checkpoint takes it: a folder here, or HOST:FOLDER of the node that wrote it."""
+    if plan.folder == plan.spec.output:
+        return str(Path(plan.folder) / record.checkpoint)
+    return f"{first_node(record, plan).host}:{plan.spec.output}/{record.checkpoint}"
+
+
+def first_node(record: Record, plan: Plan) -> Node:
+    """The node of rank 0 in the last attempt, which may have been a spare."""
+    cluster = plan.config.cluster
+    host = next((node.host for node in record.nodes if node.node_rank == 0), cluster.working[0].host)
+    return next((node for node in cluster.nodes if node.host == host), cluster.working[0])
+
+
 def newest_name(names: Iterable[str]) -> str:
     """Of checkpoints' names the one of the last step, '' where there is none. A checkpoint gets its name when it is whole."""
     return max((name for name in names if step_of(name)), key=step_of, default="")
@@ -254,26 +281,33 @@ def reported_failure(plan: Plan, report: FailureReport) -> tuple[Failure, Kind |
     log = Path(plan.folder) / "logs" / f"node{rank}.log"
     meaning = explain_log(f"{report.message}\n{report.traceback}")
     if meaning and meaning.kind in ("layer", "wrapper"):
-        deeper = explain_log(read_end(log))
-        meaning = deeper if deeper and deeper.kind == "cause" else meaning
+        text = read_end(log)
+        deeper = cause_in("\n".join(lines_of(text, report.rank))) or cause_in(unnamed(text))
+        meaning = deeper or meaning
     tail = tuple(report.traceback.splitlines()[-10:]) if report.code == Exit.BUG else ()  # what is said on purpose says it all
     host = plan.commands[rank].host
     failure = Failure(host=host, rank=report.rank, code=report.code, message=report.message, log=str(log), tail=tail)
     return explained(failure, meaning), meaning.kind if meaning else None
 
 
+def cause_in(text: str) -> Meaning | None:
+    found = explain_log(text)
+    return found if found and found.kind == "cause" else None
+
+
 def ended_failure(plan: Plan, node: NodeResult) -> tuple[Failure, Kind | None]:
     """A node without a report as a failure, by its exit code and its log, and how much they say."""
     log = Path(plan.folder) / "logs" / f"node{node.node_rank}.log"
     text = read_end(log)
-    message = f"the ranks ended with exit code {node.code} and left no report"
+    message, own = f"the ranks ended with exit code {node.code} and left no report", tuple[str, ...]()
     if node.lost:
-        message = f"the node did not answer any more (cluster.node_timeout_s={plan.config.cluster.node_timeout_s})"
-    elif root := root_rank(text):
+        text = message = f"the node did not answer any more (cluster.node_timeout_s={plan.config.cluster.node_timeout_s})"
+    elif root := root_rank(unnamed(text)):
         message = f"rank {root[0]} ended with exit code {root[1]} and left no report"
+        own = lines_of(text, root[0])
     # Where members had to be killed, their codes tell of the launcher.
-    meaning = explain_log(message if node.lost else text, 0 if node.killed else node.code)
-    tail = tuple(text.splitlines()[-15:])
+    meaning = cause_in("\n".join(own)) or explain_log(unnamed(text), 0 if node.killed else node.code)
+    tail = own[-15:] or tuple(read_end(log).splitlines()[-15:])
     failure = Failure(host=node.host, rank=-1, code=node.code, message=message, log=str(log), tail=tail)
     return explained(failure, meaning), meaning.kind if meaning else None
 
@@ -287,15 +321,6 @@ def explained(failure: Failure, meaning: Meaning | None) -> Failure:
     return replace(failure, tail=tail, meaning=meaning.means, fix=meaning.fix)
 
 
-def read_end(log: Path) -> str:
-    """The last LOG_BYTES of a log, '' when there is none."""
-    if not log.exists():
-        return ""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - LOG_BYTES))
-        return file.read().decode("utf-8", errors="replace")
-
-
 def read_source(project: Path) -> SourceState:
     """Commit and dirty flag of the project's tree, asked of git."""
     try:
@@ -304,32 +329,6 @@ def read_source(project: Path) -> SourceState:
     except (OSError, subprocess.CalledProcessError):
         return SourceState(commit="", dirty=False)
     return SourceState(commit=commit, dirty=bool(changed))
-
-
-def resolve_checkpoint(config: Config, runs: Path) -> Config:
-    """A run id in `stage.checkpoint` stands for that run's newest whole checkpoint; anything else is a path. Raises ConfigRefused
-    for a run that saved none, and for what is neither where all nodes are this machine."""
-    text = config.stage.checkpoint
-    folder = runs / text
-    if not text or text.startswith("~"):
-        return config
-    if "/" in text or not is_there(folder / PLAN_FILE):
-        if all(node.is_local for node in config.cluster.working) and not is_there(Path(text)):
-            names = sorted(path.parent.name for path in runs.glob(f"*/{PLAN_FILE}"))
-            hint = suggest(text, names) if names else "there are none yet"
-            raise ConfigRefused(f"stage.checkpoint={text}: neither a run of {runs} ({hint}) nor a folder. See: omnilaunch runs")
-        return config
-    newest = last_checkpoint(folder)
-    if not newest:
-        raise ConfigRefused(f"stage.checkpoint={text}: that run saved no checkpoint. See {folder / RECORD_FILE}")
-    return replace(config, stage=replace(config.stage, checkpoint=str(folder / newest)))
-
-
-def is_there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that is too long for one, or a folder that may not be looked into
-        return False
 
 
 def utc_now() -> datetime:

@@ -23,10 +23,8 @@ from launcher.record import (
     name_run,
     open_run,
     read_rows,
-    resolve_checkpoint,
     valid_run_id,
 )
-from launcher.schema import Config
 from trainer import contract
 from trainer.contract import SCHEMA, FailureReport, StepRow
 
@@ -121,35 +119,11 @@ def test_without_a_report_the_nodes_last_lines_tell(plan: Plan) -> None:
     assert failure is not None and failure.rank == -1 and failure.tail[-1] == "line 39" and len(failure.tail) == 15
 
 
-def test_a_run_id_stands_for_its_newest_checkpoint(plan: Plan, tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_that_of_the_last_step(plan: Plan) -> None:
     folder = open_run(plan, SOURCE)
-    config = compose([f"stage.checkpoint={plan.run_id}", "stage=lora"], CONF)
-    with pytest.raises(ConfigRefused, match="saved no checkpoint"):
-        resolve_checkpoint(config, tmp_path / "runs")
     for name in ("step-000010", "step-999999", "step-1000000", ".step-2000000.partial", "step-of-mine"):
         (folder / "checkpoints" / name).mkdir(parents=True)
     assert last_checkpoint(folder) == "checkpoints/step-1000000"
-    assert resolve_checkpoint(config, tmp_path / "runs").stage.checkpoint == str(folder / "checkpoints/step-1000000")
-
-
-def test_a_checkpoint_that_is_nowhere_is_refused_where_that_can_be_seen(
-    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    open_run(replace(plan, folder=str(tmp_path / "runs/monday")), SOURCE)
-    (tmp_path / "some/folder").mkdir(parents=True)
-    here, there = (compose(["stage=lora", *words], CONF) for words in ((), ("cluster=example",)))
-
-    def resolved(config: Config, text: str) -> str:
-        return resolve_checkpoint(replace(config, stage=replace(config.stage, checkpoint=text)), tmp_path / "runs").stage.checkpoint
-
-    with pytest.raises(ConfigRefused, match=r"stage\.checkpoint=mondy: .*did you mean 'monday'\? valid are: monday"):
-        resolved(here, "mondy")
-    for text in ("some/foldr", "n" * 300, "/nowhere/at/all"):
-        with pytest.raises(ConfigRefused, match=r"neither a run .* nor a folder"):
-            resolved(here, text)
-    for config, text in ((here, "some/folder"), (here, "./some/folder"), (here, ""), (there, "/nodes/only")):
-        assert resolved(config, text) == text
 
 
 def test_a_name_sorts_by_time_says_what_it_is_and_is_no_other_ones() -> None:

@@ -1,5 +1,6 @@
 """The 1,797 handwritten digits that ship inside scikit-learn, as instruction data: "Which digit is this?" -> "7".
 
+Two more sets ask something else of the same images, so that a chain of stages has something new to learn.
 UCI ML hand-written digits (Alpaydin and Kaynak, 1998), 8x8 pixels with 17 grey levels. 1,500 rows train, 297 are held out; which
 ones is fixed by `permute(1797, "digits")` and does not depend on a run's seed.
 """
@@ -11,8 +12,9 @@ import shutil
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,29 +25,49 @@ from trainer.data.order import permute
 
 ROWS = 1797
 TRAIN_ROWS = 1500
-QUESTION = "<image>\nWhich digit is this?"
 MANIFEST = "manifest.json"
 
 
-def write_digits(root: Path) -> None:
-    """Make `root/digits` unless it is there whole: train.json, evaluation.json, images/*.png and, last, the manifest.
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked about each image, and the answer for a digit."""
+
+    text: str
+    answer: Callable[[int], str]
+
+
+def yes_or_no(true: bool) -> str:
+    return "yes" if true else "no"
+
+
+# By the name of the set, which is that of its folder, too.
+QUESTIONS = {
+    "digits": Question(text="Which digit is this?", answer=str),
+    "digits_even": Question(text="Is the digit even?", answer=lambda digit: yes_or_no(digit % 2 == 0)),
+    "digits_large": Question(text="Is the digit greater than four?", answer=lambda digit: yes_or_no(digit > 4)),
+}
+
+
+def write_digits(root: Path, name: str = "digits") -> None:
+    """Make `root/name` unless it is there whole: train.json, evaluation.json, images/*.png and, last, the manifest.
 
     Written aside and renamed, one process at a time, so that nobody ever reads half of it; the bytes are the same on every machine.
-    A damaged set is moved to `root/digits.damaged.*`, in case it is something of the user's. Raises OSError.
+    A damaged set is moved to `root/<name>.damaged.*`, in case it is something of the user's. Raises OSError,
+    and KeyError for a name that is not in QUESTIONS.
     """
-    folder = root / "digits"
+    question, folder = QUESTIONS[name], root / name
     if is_whole(folder):
         return
     root.mkdir(parents=True, exist_ok=True)
-    with locked(root / ".digits.lock"):
+    with locked(root / f".{name}.lock"):
         if is_whole(folder):
             return
-        aside = Path(tempfile.mkdtemp(prefix=".digits.", dir=root))
+        aside = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
         try:
-            write_set(aside)
+            write_set(aside, question)
             aside.chmod(0o755)  # mkdtemp's 0700 would hide it from the user of a container
             if folder.exists():
-                folder.rename(root / f"digits.damaged{aside.suffix}")
+                folder.rename(root / f"{name}.damaged{aside.suffix}")
             aside.rename(folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -68,14 +90,14 @@ def hash_set(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def write_set(folder: Path) -> None:
+def write_set(folder: Path, question: Question) -> None:
     pixels, labels = load_pixels()
     (folder / "images").mkdir()
     for index, image in enumerate(pixels):
         (folder / image_name(index)).write_bytes(png(image))
     order = [int(index) for index in permute(ROWS, "digits")]
     for name, part in (("train.json", order[:TRAIN_ROWS]), ("evaluation.json", order[TRAIN_ROWS:])):
-        rows = ",\n".join(json.dumps(row(index, labels[index])) for index in part)
+        rows = ",\n".join(json.dumps(row(index, labels[index], question)) for index in part)
         write_text(f"[\n{rows}\n]\n", folder / name)
     write_text(json.dumps({"sha256": hash_set(folder)}) + "\n", folder / MANIFEST)
 
@@ -88,8 +110,9 @@ def load_pixels() -> tuple[NDArray[np.uint8], list[int]]:
     return np.rint(digits.images * 255 / 16).astype(np.uint8), [int(label) for label in digits.target]
 
 
-def row(index: int, label: int) -> dict[str, object]:
-    turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": str(label)}]
+def row(index: int, label: int, question: Question) -> dict[str, object]:
+    asked = {"from": "human", "value": f"<image>\n{question.text}"}
+    turns = [asked, {"from": "gpt", "value": question.answer(label)}]
     return {"id": f"digit-{index:04}", "image": image_name(index), "conversations": turns}
 
 

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from trainer.contract import InputRefused, TrainSpec
 from trainer.stages.lora import ADAPTER, add_lora, base_name
+from trainer.stages.rate import find_rates
 
 Names = Mapping[str, str]
 
@@ -24,10 +25,12 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Staged:
-    """`model` is wrapped by peft when the stage has LoRA; the groups are those of model.groups, and `lora`."""
+    """`model` is wrapped by peft when the stage has LoRA; the groups are those of model.groups, and `lora`. `rates`: trained parameter of
+    `model` -> its learning rate over that of the schedule, for those of optimizer.group_lr; 1 for all others."""
 
     model: torch.nn.Module
     groups: tuple[Group, ...]
+    rates: Mapping[str, float] = field(default_factory=dict)
 
 
 def apply_stage(model: torch.nn.Module, spec: TrainSpec, unused: frozenset[str]) -> Staged:
@@ -60,7 +63,7 @@ def apply_stage(model: torch.nn.Module, spec: TrainSpec, unused: frozenset[str])
         groups = (*groups, Group(name="lora", parameters=adapters, trainable=adapters))
     if spec.stage.kind == "train" and not any(group.trainable for group in groups):
         raise InputRefused(f"stage {spec.stage.name} trains no parameter. stage.trainable takes {', '.join(spec.model.groups)}.")
-    return Staged(model=model, groups=groups)
+    return Staged(model=model, groups=groups, rates=find_rates(model, spec, names))
 
 
 def is_trained(name: str, wanted: set[str], *, lora: bool) -> bool:

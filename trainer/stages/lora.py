@@ -1,6 +1,7 @@
 """LoRA inside the language model (Hu et al., arXiv 2106.09685), by peft.
 
-The targets are given to peft as one regex over module names: a bare list of layer names would also hit the vision tower.
+The targets are given to peft as one regex over module names: a bare list of layer names would also hit the vision tower. With
+`base: nf4` the language model's linear layers are quantised first, and the adapters learn on top of them.
 """
 
 import re
@@ -9,7 +10,10 @@ from pathlib import Path
 import torch
 
 from trainer.contract import InputRefused, Lora, ModelSpec
+from trainer.stages.module import cut_modules
+from trainer.stages.quantise import quantise_linears
 
+REGEX = "re:"  # begins a target that is a regex
 ADAPTER = ".lora_"  # in the names of the parameters that peft adds
 WRAPPER = re.compile(r"^base_model\.model\.|\.base_layer(?=\.)|\.(?:modules_to_save\.default|original_module)(?=\.)")
 
@@ -22,6 +26,8 @@ def add_lora(model: torch.nn.Module, lora: Lora, spec: ModelSpec, whole: set[str
     from peft import LoraConfig, get_peft_model
 
     targets = find_targets(model, lora.targets, spec.groups["lm"])
+    if lora.base:
+        quantise_linears(model, spec.groups["lm"])
     modules = find_modules(model, whole)
     config = LoraConfig(
         r=lora.r,
@@ -36,37 +42,49 @@ def add_lora(model: torch.nn.Module, lora: Lora, spec: ModelSpec, whole: set[str
 
 
 def merge_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
-    """The model with the adapter of `folder` added into its weights, without a trace of peft."""
+    """The model with the adapter of `folder` added into its weights, without a trace of peft. Raises InputRefused for an adapter of
+    another model."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    try:
+        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    except (RuntimeError, ValueError) as error:  # other shapes; no module that it is for
+        raise InputRefused(f"stage.checkpoint: {folder} is an adapter for another model than its base: {error}") from error
 
 
 def find_targets(model: torch.nn.Module, targets: tuple[str, ...], lm: str) -> str:
-    """A regex that peft matches against whole module names."""
+    """A regex that peft matches against whole module names. A target that hits nothing is refused: it would be a word without effect."""
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and re.match(lm, f"{name}.weight")]
-    names = {name.rpartition(".")[2] for name in linear}
-    missing = sorted(set(targets) - names)
-    if missing:
-        known = ", ".join(sorted(names))
-        raise InputRefused(f"stage.lora.targets: the language model has no linear layer {', '.join(missing)}; it has {known}.")
-    return rf"(?={lm}).*\.(?:{'|'.join(map(re.escape, targets))})"
+    patterns = {target: compile_target(target) for target in targets}
+    missing = [target for target, pattern in patterns.items() if not any(pattern.fullmatch(name) for name in linear)]
+    if missing or not targets:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        what = f"the language model has no linear layer {', '.join(missing)}" if missing else "names no layer of the language model"
+        example = f"a regex is held against whole names, as {linear[0]}" if linear else "there is none at all"
+        raise InputRefused(f"stage.lora.targets: {what}; it has {known} ({example}).")
+    if not any(target.startswith(REGEX) for target in targets):
+        return rf"(?={lm}).*\.(?:{'|'.join(map(re.escape, targets))})"
+    chosen = (name for name in linear if any(pattern.fullmatch(name) for pattern in patterns.values()))
+    return "|".join(map(re.escape, chosen))  # one by one: a user's regex may reach beyond the layers that an adapter can wrap
+
+
+def compile_target(target: str) -> re.Pattern[str]:
+    """A layer's own name, or with `re:` a regex over a whole module name. Raises InputRefused for what is no regex."""
+    try:
+        return re.compile(target.removeprefix(REGEX) if target.startswith(REGEX) else rf".*\.{re.escape(target)}")
+    except re.error as error:
+        raise InputRefused(f"stage.lora.targets: {target!r} is not a regular expression: {error}.") from error
 
 
 def find_modules(model: torch.nn.Module, whole: set[str]) -> tuple[str, ...]:
     """The outermost modules all of whose parameters are in `whole`; together they hold every name in it."""
-    found: list[str] = []
-    for name, module in model.named_modules():
-        names = {f"{name}.{parameter}" for parameter, _ in module.named_parameters()} if name else set()
-        if names and names <= whole and not any(name.startswith(f"{outer}.") for outer in found):
-            found.append(name)
-    bare = sorted(name for name in whole if not any(name.startswith(f"{outer}.") for outer in found))
+    found, bare = cut_modules(model, whole)
     if bare:
         raise InputRefused(
             f"stage.trainable with LoRA: {', '.join(bare)} are not whole modules and cannot be saved with an adapter. "
             "Leave their group out."
         )
-    return tuple(found)
+    return found
 
 
 def base_name(name: str) -> str:

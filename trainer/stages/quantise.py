@@ -1,0 +1,41 @@
+"""The frozen language model of a LoRA run in 4 bits: normal floats with doubly quantised scales (Dettmers et al., QLoRA, arXiv 2305.14314,
+section 3), by bitsandbytes, whose kernels are for CUDA.
+
+A layer is marked here and quantised when the engine brings the model to its device. Embeddings, norms and the head keep their dtype.
+"""
+
+import importlib.util
+import re
+
+import torch
+
+from trainer.contract import InputRefused
+
+
+def quantise_linears(model: torch.nn.Module, lm: str) -> None:
+    """Replace the linear layers of the language model, in place. `lm`: the group's regex over names. Raises InputRefused without the
+    package."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputRefused(
+            "stage.lora.base=nf4: the package bitsandbytes is not installed here. Add it to the environment, or set stage.lora.base=''."
+        )
+    import bitsandbytes
+
+    linear = [(name, module) for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+    for name, module in ((name, module) for name, module in linear if re.match(lm, f"{name}.weight")):
+        packed = bitsandbytes.nn.Linear4bit(
+            module.in_features,
+            module.out_features,
+            bias=module.bias is not None,
+            compute_dtype=module.weight.dtype,
+            compress_statistics=True,
+            quant_type="nf4",
+            device="meta",
+        )
+        packed.weight = bitsandbytes.nn.Params4bit(
+            module.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=packed
+        )
+        packed.bias = module.bias
+        outer, _, own = name.rpartition(".")
+        setattr(model.get_submodule(outer), own, packed)
+    model.is_loaded_in_4bit = True  # peft 0.21 takes its 4-bit adapter layer by this name, transformers refuses to cast such a model
