@@ -24,4 +24,9 @@ transformer_boost=/usr/local/Ascend/nnal/atb/set_env.sh
 if [ -f "$toolkit" ]; then source "$toolkit"; fi
 # Said outright, since the script would otherwise read this one's arguments and ask torch; torch has the C++11 ABI since 2.7.
 if [ -f "$transformer_boost" ]; then source "$transformer_boost" --cxx_abi=1; fi
+# CANN keeps its log there when it may; a folder that cannot be made would leave none at all.
+if [ -n "$ASCEND_PROCESS_LOG_PATH" ] && ! mkdir -p "$ASCEND_PROCESS_LOG_PATH"; then
+  echo "entrypoint.sh: CANN's log goes to $HOME/ascend/log, since uid $(id -u) cannot make $ASCEND_PROCESS_LOG_PATH" >&2
+  unset ASCEND_PROCESS_LOG_PATH
+fi
 exec "$@"

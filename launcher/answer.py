@@ -8,7 +8,7 @@ from ipaddress import IPv4Address, IPv4Network
 from math import inf
 from typing import Any
 
-from launcher.facts import GIB, Clock, Container, Content, Docker, NodeFacts, Room
+from launcher.facts import GIB, Clock, Container, Content, Docker, Mode, NodeFacts, Room
 from launcher.network import Interface, IpRoute, View
 from launcher.schema import Accelerator
 from launcher.smi import Device, UnreadableTable, read_npu, read_npu_driver, read_nvidia
@@ -105,6 +105,7 @@ def read_facts(host: str, accelerator: Accelerator, contents: tuple[str, ...], a
         devices_error=devices_error,
         driver=read_driver(accelerator, devices, said("driver").good, said("devices").output),
         files=tuple(line for line in said("files").output.splitlines() if line.startswith("/")),
+        modes=dict(read_modes(said("modes").output)),
         contents={path: read_content(said(f"{CONTENT}{place}")) for place, path in enumerate(contents)},
     )
 
@@ -175,6 +176,12 @@ def read_devices(accelerator: Accelerator, said: Answer, apps: Answer) -> tuple[
         return (read_nvidia(said.output, apps.good) if accelerator == "cuda" else read_npu(said.output)), ""
     except UnreadableTable as error:
         return (), str(error)
+
+
+def read_modes(text: str) -> Iterator[tuple[str, Mode]]:
+    """From `stat -c '%n %a %u %g'`."""
+    for name, bits, uid, gid in (row for row in map(str.split, text.splitlines()) if len(row) == 4):
+        yield name, Mode(bits=int(bits, 8), uid=int(uid), gid=int(gid))
 
 
 def read_driver(accelerator: Accelerator, devices: tuple[Device, ...], version_info: str, banner: str) -> str:

@@ -7,7 +7,7 @@ GUIDE = "github.com/hicann/hccl docs/zh/user_guide/fault_diagnosis/"
 MESSAGES = "HCCL's own error table (error_info_list, gitcode.com/cann/hcomm)"
 ACL = "github.com/Ascend/pytorch torch_npu/csrc/core/npu/NPUErrorCodes.h"
 CASES = "github.com/Ascend/pytorch docs/zh/user_guide/troubleshooting/"
-PLOG = "cluster.environment.ASCEND_PROCESS_LOG_PATH=FOLDER with a folder inside the run's own keeps CANN's log"
+PLOG = "CANN's own log is kept: logs/node<n>-cann.tgz in the run's folder, cann/node<n> in that of the node; grep ERROR in it"
 FREE_DEVICE = "npu-smi info on the node shows who holds the devices; omnilaunch doctor names leftovers"
 
 ASCEND = (

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from launcher.credential import masked_addresses
 from launcher.engine import Client, answer, find, find_client
 from launcher.errors import ImageFailed
 from launcher.image import REPOSITORY, Image, Stack, context_files, digest, draw_system
@@ -104,6 +105,11 @@ def refuse_unready(image: Image, delivery: Delivery) -> None:
     if image.licence and not delivery.accept_licence:
         raise ImageFailed(
             f"building {image.tag} accepts this licence: {image.licence}. Say so once with cluster.delivery.accept_licence=true"
+        )
+    if masked := masked_addresses(delivery):
+        raise ImageFailed(
+            f"{image.tag} has to be built, and the run's plan has these addresses without their credentials. Give them in the environment, "
+            f"and the same command again:\n{masked}"
         )
 
 

@@ -44,6 +44,19 @@ def loss_scaling_suits(config: Config, _: Mapping[str, Stack]) -> Iterator[Probl
         yield Problem(key="precision.loss_scaling", what=what, changes=("precision.loss_scaling=none",))
 
 
+def rounding_suits(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    precision, offload = config.precision, config.strategy.offload_optimizer
+    if precision.rounding == "nearest" or config.stage.kind != "train":
+        return
+    if precision.optimizer != "bfloat16":
+        what = f"stochastic rounding is for masters and states in bfloat16, not in {precision.optimizer}"
+        yield Problem(key="precision.rounding", what=what, changes=("precision.rounding=nearest",))
+    elif offload:
+        what = "the one optimizer that DeepSpeed takes for bfloat16 states in the host's memory rounds to nearest, and small updates are lost"
+        changes = ("strategy.offload_optimizer=false", "precision=bf16", "precision.rounding=nearest")
+        yield Problem(key="strategy.offload_optimizer", what=what, changes=changes)
+
+
 def attention_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     if not config.hardware.capability.attention:
         what = "names no kernel, and the first one named is taken"
@@ -162,6 +175,7 @@ CAPABILITY_RULES: tuple[Rule, ...] = (
     bf16_is_native,
     fp16_is_possible,
     loss_scaling_suits,
+    rounding_suits,
     attention_is_named,
     devices_exist,
     devices_are_whole,

@@ -14,9 +14,10 @@ from launcher.image import Stack
 from launcher.problem import Problem
 from launcher.recipe import RECIPE_RULES
 from launcher.schema import Config
+from launcher.stage import STAGE_RULES
 from launcher.text import TEXT_RULES
 
-RULES = (*CAPABILITY_RULES, *CLUSTER_RULES, *CONTAINER_RULES, *TEXT_RULES, *RECIPE_RULES)
+RULES = (*CAPABILITY_RULES, *CLUSTER_RULES, *CONTAINER_RULES, *TEXT_RULES, *RECIPE_RULES, *STAGE_RULES)
 
 
 @dataclass(frozen=True, kw_only=True)

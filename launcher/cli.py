@@ -4,6 +4,7 @@
   omnilaunch launch [AXIS=NAME ...] [key=value ...]   carry it out
   omnilaunch render [AXIS=NAME ...] --to FOLDER       write it as scripts for nodes that no SSH reaches
   omnilaunch doctor [AXIS=NAME ...] [key=value ...]   what is wrong with the nodes
+  omnilaunch data check [AXIS=NAME ...] [key=value ...]   what is wrong with the data
   omnilaunch options [AXIS]                           what can be chosen
   omnilaunch runs                                     the runs of this folder
   omnilaunch attach|stop|status|logs RUN              one of them, on whatever nodes it is
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import image_action, run_action
+from launcher import data_action, image_action, run_action
 from launcher.errors import ConfigRefused, LaunchError
 from trainer.contract import Exit
 
@@ -78,6 +79,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     sub = verbs.add_parser("runs", help="the runs of this folder")
     sub.set_defaults(verb=show_runs)
     run_action.add_to(verbs, Terminal().say)
+    data_action.add_to(verbs.add_parser("data", help="what a run would train on", allow_abbrev=False), plan_of)
     image_action.add_to(verbs.add_parser("image", help="the one image that matches a hardware", allow_abbrev=False))
     return parser.parse_args(argv)
 
@@ -88,11 +90,12 @@ def plan_of(overrides: Sequence[str], run_id: str) -> "Plan":
     from launcher.image import load_stacks
     from launcher.place import place_here
     from launcher.plan import RUNS_FOLDER, absolute, make_plan
-    from launcher.record import name_run, resolve_checkpoint, utc_now, valid_run_id
+    from launcher.record import name_run, utc_now, valid_run_id
+    from launcher.reference import resolve_checkpoint
 
     here = Path.cwd()
     config = compose(overrides, PROJECT / "conf")
-    config = resolve_checkpoint(config, Path(absolute(config.cluster.root, here)) / RUNS_FOLDER)
+    config = resolve_checkpoint(config, Path(absolute(config.cluster.root, here)) / RUNS_FOLDER, here / RUNS_FOLDER)
     run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))
     return make_plan(config, load_stacks(PROJECT / "images"), place_here(PROJECT), run_id=run_id, overrides=tuple(overrides))
 
@@ -106,7 +109,10 @@ def show_plan(arguments: argparse.Namespace) -> int:
 
 
 def run_launch(arguments: argparse.Namespace) -> int:
-    from launcher.desk import examined, open_desk
+    from concurrent.futures import ThreadPoolExecutor
+    from contextlib import ExitStack
+
+    from launcher.desk import open_examined
     from launcher.launch import launch
     from launcher.place import place_here
     from launcher.record import read_source
@@ -121,10 +127,12 @@ def run_launch(arguments: argparse.Namespace) -> int:
     say = Terminal().say
     if not all(node.is_local for node in plan.config.cluster.working):
         say(f"looking at {', '.join(node.host for node in plan.config.cluster.working)}")
-        plan = examined(plan, place_here(PROJECT), os.environ, say)
-    with open_desk(plan, place_here(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty()) as desk:
-        record = launch(plan, read_source(PROJECT), desk, detach=arguments.detach)
-        desk.say(describe_record(record, plan) if record else f"it goes on by itself; to take it up again: omnilaunch attach {plan.run_id}")
+    with ExitStack() as stack:
+        source = stack.enter_context(ThreadPoolExecutor(1)).submit(read_source, PROJECT)  # git is through when the nodes are looked at
+        opened = open_examined(plan, place_here(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty())
+        plan, desk = stack.enter_context(opened)
+        record = launch(plan, source.result(), desk, detach=arguments.detach)
+        say(describe_record(record, plan) if record else f"it goes on by itself; to take it up again: omnilaunch attach {plan.run_id}")
     return record.exit_code if record else Exit.OK
 
 

@@ -184,8 +184,7 @@ def _without_null(kind: Any) -> Any:
 
 def _compose(overrides: list[str], conf: Path) -> Composed:
     """Raises ConfigRefused for a file that cannot be read or composed."""
-    from hydra import compose as compose_files
-    from hydra import initialize_config_dir
+    from hydra import compose as compose_files, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

@@ -12,8 +12,9 @@ OFFLOAD = {"device": "cpu", "pin_memory": True}
 def render_deepspeed(strategy: Strategy, precision: Precision, optimizer: Optimizer, batch: Batch, *, world_size: int) -> dict[str, Any]:
     """Keys as in DeepSpeed's config reference. A strategy must be resolved: `auto` is a KeyError."""
     zero: dict[str, Any] = {"stage": ZERO_STAGES[strategy.name]}
-    if precision.optimizer != precision.weights:
-        # DeepSpeed 0.19.8 keeps float32 masters of 16-bit weights in its ZeRO optimizers only; on one rank stage 1 shards nothing.
+    if precision.weights != "float32":
+        # DeepSpeed 0.19.8 keeps float32 masters of 16-bit weights, and bfloat16 ones without float32 behind them, in its ZeRO optimizers
+        # only; on one rank stage 1 shards nothing.
         zero["stage"] = max(zero["stage"], 1)
     if strategy.offload_optimizer:
         zero["offload_optimizer"] = OFFLOAD
@@ -29,6 +30,7 @@ def render_deepspeed(strategy: Strategy, precision: Precision, optimizer: Optimi
         "gradient_clipping": optimizer.clip_norm,
         "zero_optimization": zero,
         **ELEMENT_TYPES[precision.name],
+        **({"zero_allow_untested_optimizer": True} if precision.rounding == "stochastic" else {}),
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
     }

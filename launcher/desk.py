@@ -55,15 +55,27 @@ def open_desk(plan: Plan, place: Place, environ: Mapping[str, str], *, say: Say,
     """Connected to every working node, in their order. Raises NodeFailed that names all nodes which cannot be reached, before anything of
     the run is made, unless a run that is there is only to be looked after (`require`): then each use of such a node raises it. Raises
     ConfigRefused for a secret that is not there and that a start will need."""
+    with open_examined(plan, place, environ, say=say, terminal=terminal, require=require, examines=False) as (_, desk):
+        yield desk
+
+
+@contextmanager
+def open_examined(
+    plan: Plan, place: Place, environ: Mapping[str, str], *, say: Say, terminal: bool, require: bool = True, examines: bool = True
+) -> Iterator[tuple[Plan, Desk]]:
+    """The same, and the plan with the network that its nodes were found in, over the same connections. Raises NodeFailed with all that
+    stands in the way of a launch."""
     names = plan.config.cluster.secrets
     with ExitStack() as stack:
 
-        def open_for(plan: Plan, require: bool) -> Desk:
+        def open_for(plan: Plan, require: bool, examines: bool) -> tuple[Plan, Desk]:
             secrets = named_secrets(names, environ) if require else {}
             nodes = plan.config.cluster.working
             client, ways = stack.enter_context(reach_with(plan.config.cluster, nodes, environ))
+            if examines and client is not None:
+                plan = examined(plan, place, ways, say)
             transports = require_all(ways) if require else tuple(lazily(node, way, client) for node, way in zip(nodes, ways, strict=True))
-            return Desk(
+            return plan, Desk(
                 project=place.project,
                 transports=transports,
                 here=Local(environ),
@@ -74,10 +86,9 @@ def open_desk(plan: Plan, place: Place, environ: Mapping[str, str], *, say: Say,
             )
 
         def move(plan: Plan, lost: frozenset[str]) -> tuple[Plan, Desk]:
-            moved = move_to_reached(plan, lost, place, environ, say)
-            return moved, open_for(moved, True)
+            return open_for(move_to_reached(plan, lost, place, environ, say), require=True, examines=False)
 
-        yield open_for(plan, require)
+        yield open_for(plan, require, examines)
 
 
 def move_to_reached(plan: Plan, lost: frozenset[str], place: Place, environ: Mapping[str, str], say: Say) -> Plan:
@@ -93,21 +104,22 @@ def move_to_reached(plan: Plan, lost: frozenset[str], place: Place, environ: Map
         with reach_nodes(moved, moved.working, environ) as ways:
             unfit = frozenset(node.host for node, way in zip(moved.working, ways, strict=True) if isinstance(way, NodeFailed))
             problem = together([way for way in ways if isinstance(way, NodeFailed)], len(ways)) if unfit else None
-        if problem is None:
-            try:
-                return examined(move_plan(plan, moved, stacks, place), place, environ, say)
-            except HealthRefused as error:
-                unfit, problem = error.hosts, error
+            if problem is None:
+                try:
+                    return examined(move_plan(plan, moved, stacks, place), place, ways, say)
+                except HealthRefused as error:
+                    unfit, problem = error.hosts, error
         if unfit <= lost and time.monotonic() > deadline:
             raise problem
         lost |= unfit
         time.sleep(RETRY_S)
 
 
-def examined(plan: Plan, place: Place, environ: Mapping[str, str], say: Say) -> Plan:
-    """The plan with the network that its nodes were found in. Raises NodeFailed with all that stands in the way of a launch."""
+def examined(plan: Plan, place: Place, ways: Sequence[Transport | NodeFailed], say: Say) -> Plan:
+    """The plan with the network that its nodes were found in. `ways`: to its working nodes. Raises NodeFailed with all that stands in the
+    way of a launch."""
     stacks, cluster = load_stacks(place.project / "images"), plan.config.cluster
-    examination = examine_nodes(plan, stacks[plan.config.hardware.stack], environ, launching=True)
+    examination = examine_on(plan, stacks[plan.config.hardware.stack], cluster.working, ways, launching=True)
     require_health(examination, say)
     if not examination.choices:
         return plan
@@ -149,7 +161,13 @@ def examine_nodes(plan: Plan, stack: Stack, environ: Mapping[str, str], *, launc
     """Every node of the cluster, spares too, held against the doctor's checks; a launch asks of the working ones what it waits for."""
     nodes = plan.config.cluster.working if launching else plan.config.cluster.nodes
     with reach_nodes(plan.config.cluster, nodes, environ) as ways:
-        return examine(plan, stack, nodes, ways, now=time.time, token=uuid.uuid4().hex[:12], launching=launching)
+        return examine_on(plan, stack, nodes, ways, launching=launching)
+
+
+def examine_on(
+    plan: Plan, stack: Stack, nodes: Sequence[Node], ways: Sequence[Transport | NodeFailed], *, launching: bool
+) -> Examination:
+    return examine(plan, stack, nodes, ways, now=time.time, token=uuid.uuid4().hex[:12], launching=launching)
 
 
 class HealthRefused(NodeFailed):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from launcher.accelerator import ASCEND_MANAGERS, ASCEND_RUNTIME, NPU_SMI, OTHER_NPU_SMI, Share, ascend_mounts, device_numbers, share_of
+from launcher.facts import Mode
 from launcher.finding import Case, Diagnosis, fine, unchecked, warn, wrong
 from launcher.fit import device_count
 from launcher.machine import numbers
@@ -11,6 +12,7 @@ from launcher.smi import Device
 TOOL = {"cuda": "nvidia-smi", "npu": "npu-smi info", "cpu": ""}
 LEAST_SHARE = 0.9  # of the memory in the hardware table: ECC and the driver keep some
 BUSY_SHARE = 0.15  # in use by nobody who is seen; an idle 910B4 says 9 %
+GROUP_USES = 0o060
 NO_DEVICES = "no devices could be read"
 
 
@@ -147,6 +149,30 @@ def check_device_files(case: Case) -> Diagnosis:
     return wrong(
         f"missing: {', '.join(missing)}", "install or reload the Ascend driver, or name the devices that are there: cluster.nodes.N.devices"
     )
+
+
+def check_device_access(case: Case) -> Diagnosis:
+    """A container sees the device files with the owner and the bits that they have on the host, and its user is not root."""
+    argv = case.plan.commands[0].start
+    uid, gid = (int(word) for word in argv[argv.index("--user") + 1].split(":"))
+    wanted = (*(f"/dev/davinci{number}" for number in numbers_used(case)), *ASCEND_MANAGERS)
+    closed = [(name, case.facts.modes[name]) for name in wanted if name in case.facts.modes and not may_use(case.facts.modes[name], uid, gid)]
+    if not case.facts.modes:
+        return unchecked("the node does not say whose the device files are")
+    if not closed:
+        return fine(f"user {uid}:{gid} of the container may use the device files")
+    groups = sorted({mode.gid for _, mode in closed if mode.bits & GROUP_USES == GROUP_USES})
+    fix = "install the driver with --install-for-all, which opens the device files to every user"
+    if len(groups) == 1:
+        fix = f"cluster.user={uid or 1000}:{groups[0]} runs as the device files' group; or {fix}"
+    text = ", ".join(f"{name} ({mode.bits:o}, owner {mode.uid}:{mode.gid})" for name, mode in closed[:3])
+    return wrong(f"user {uid}:{gid} of the container may not use {text}" + (f" and {len(closed) - 3} more" if len(closed) > 3 else ""), fix)
+
+
+def may_use(mode: Mode, uid: int, gid: int) -> bool:
+    """Read and write, as the kernel decides: the first of owner, group and others that fits, and root always."""
+    shift = 6 if uid == mode.uid else 3 if gid == mode.gid else 0
+    return uid == 0 or (mode.bits >> shift) & 0o6 == 0o6
 
 
 def check_driver_mounts(case: Case) -> Diagnosis:

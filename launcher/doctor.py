@@ -83,6 +83,7 @@ NODE_CHECKS: dict[str, Check] = {
     "device_idle": Check(ask=device.check_device_idle, needs=("device",)),
     "driver": Check(ask=device.check_driver, needs=("driver",)),
     "device_files": Check(ask=device.check_device_files, needs=("device",)),
+    "device_access": Check(ask=device.check_device_access, needs=("npu", "docker")),
     "driver_mounts": Check(ask=device.check_driver_mounts, needs=("npu", "docker")),
     "ascend_runtime": Check(ask=device.check_ascend_runtime, needs=("npu", "docker", "ascend_runtime")),
 }

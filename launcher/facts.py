@@ -1,6 +1,6 @@
 """What is known of a node when it has been asked: one frozen answer to everything that a launch depends on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from launcher.network import View
 from launcher.smi import Device
@@ -58,9 +58,19 @@ class Content:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mode:
+    """Of a device file: the permission bits, and whose it is."""
+
+    bits: int
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class NodeFacts:
     """What a node answered. Memory and room in GiB; `memlock_kib` None = unlimited; `ports`: TCP ports in use for listening;
-    `image_id` '' = not there. `devices_error` says why there are no devices."""
+    `image_id` '' = not there. `devices_error` says why there are no devices. `modes`: of the device
+    files that a container is given as they are."""
 
     host: str
     machine: str
@@ -87,3 +97,4 @@ class NodeFacts:
     driver: str
     files: tuple[str, ...]
     contents: dict[str, Content]
+    modes: dict[str, Mode] = field(default_factory=dict)

@@ -4,6 +4,8 @@ Model states are weights, gradients, masters and Adam's moments. Activations, bu
 counted: a run that fits here may still run out of memory, one that does not fit here certainly will.
 """
 
+import math
+import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,10 +18,14 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 ZERO_STAGE = {"auto": 0, "single": 0, "ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 
 STATES_SHARE = 0.7  # of the device's memory, at most, where `auto` chooses; the rest is for activations
+MOST_LAYERS = 1000  # whose names are written out: a slip of the hand may say a million
 TINY_PARAMETERS = 10_000_000
 TINY_MICRO_BATCH = 64  # the digits run: one micro-batch a step
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+REGEX = "re:"  # begins a LoRA target that is a regex over whole module names
+# A 4-bit weight with its share of the scales, in blocks of 64 and those in blocks of 256 (Dettmers et al., arXiv 2305.14314, section 3).
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
 StrategyName = Literal["single", "ddp", "zero1", "zero2", "zero3"]
 BY_SHARDING: tuple[StrategyName, ...] = ("ddp", "zero1", "zero2", "zero3")
@@ -62,7 +68,7 @@ def model_states(config: Config) -> States:
     state_bytes = DTYPE_BYTES[precision.optimizer]
     master_bytes = state_bytes if zero or precision.optimizer != precision.weights else 0
     items = {
-        "weights": _share(parameters * DTYPE_BYTES[precision.weights], ranks if zero >= 3 else 1),
+        "weights": _share(weight_bytes(config, parameters), ranks if zero >= 3 else 1),
         "gradients": _share(trainable * DTYPE_BYTES[precision.gradients], ranks if zero >= 2 else 1),
         "optimizer": _share(trainable * (2 * state_bytes + master_bytes), ranks if zero >= 1 else 1),
     }
@@ -75,6 +81,18 @@ def model_states(config: Config) -> States:
         total_bytes=sum(on_device.values()),
         host_bytes=(sum(items.values()) - sum(on_device.values())) * device_count(config),
     )
+
+
+def weight_bytes(config: Config, parameters: int) -> int:
+    """Of all weights, those that a LoRA run keeps in 4 bits counted so: the decoder's linear layers."""
+    width = DTYPE_BYTES[config.precision.weights]
+    if config.stage.lora is None or not config.stage.lora.base:
+        return parameters * width
+    text = config.model.architecture.text
+    shapes = linear_shapes(text)
+    layers = layer_counts(text)
+    packed = sum(math.prod(shapes[name]) * layers[name] for name in shapes)
+    return (parameters - packed) * width + math.ceil(packed * NF4_BITS / 8)
 
 
 def trainable_parameters(config: Config) -> int:
@@ -91,11 +109,39 @@ def lora_parameters(config: Config) -> int:
     if lora is None or config.stage.kind == "evaluate":
         return 0
     shapes = linear_shapes(text)
-    # A hybrid decoder has attention under these names in one layer of `full_attention_interval` alone.
+    layers = layer_counts(text)
+    named = sum(lora.r * sum(shapes[name]) * layers[name] for name in lora.targets if name in shapes)
+    regexes = tuple(target.removeprefix(REGEX) for target in lora.targets if target.startswith(REGEX))
+    others = (name for name in linear_names(text) if name.rpartition(".")[2] not in lora.targets) if regexes else ()
+    return named + sum(lora.r * sum(shapes[name.rpartition(".")[2]]) for name in others if matches(name, regexes))
+
+
+def matches(name: str, regexes: tuple[str, ...]) -> bool:
+    try:
+        return any(re.fullmatch(regex, name) for regex in regexes)
+    except (re.error, RecursionError, OverflowError):  # which `check` refuses
+        return False
+
+
+def layer_counts(text: Text) -> dict[str, int]:
+    """Name of a linear layer -> how many layers of the decoder have one. A hybrid one has attention under these names in one layer of
+    `full_attention_interval` alone."""
     interval: int = text.options.get("full_attention_interval", 1)
     attention = text.num_hidden_layers // max(1, interval)
-    layers = {name: attention if name in ATTENTION_LINEARS else text.num_hidden_layers for name in shapes}
-    return sum(lora.r * sum(shapes[name]) * layers[name] for name in lora.targets if name in shapes)
+    return {name: attention if name in ATTENTION_LINEARS else text.num_hidden_layers for name in linear_shapes(text)}
+
+
+def linear_names(text: Text) -> tuple[str, ...]:
+    """The decoder's linear layers, as transformers names them in memory, of MOST_LAYERS at most. A hybrid one has attention in the last
+    layer of each `full_attention_interval`."""
+    interval: int = max(1, text.options.get("full_attention_interval", 1))
+    depth = int(min(text.num_hidden_layers, MOST_LAYERS))
+    return tuple(
+        f"model.language_model.layers.{layer}.{'self_attn' if name in ATTENTION_LINEARS else 'mlp'}.{name}"
+        for layer in range(depth)
+        for name in linear_shapes(text)
+        if name not in ATTENTION_LINEARS or (layer + 1) % interval == 0
+    )
 
 
 def linear_shapes(text: Text) -> dict[str, tuple[int, int]]:

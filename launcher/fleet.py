@@ -1,6 +1,7 @@
 """Many nodes side by side: no node waits for another, all that goes wrong is told together."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -11,6 +12,8 @@ from launcher.ssh import Ssh
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
+LOOK_S = 0.05
+UNANSWERED = "it has not answered yet, and was waited for no more"
 FAN_OUT = 140  # threads at once, so that of 128 nodes and some spares none waits for another; they live as long as the call
 
 
@@ -53,22 +56,38 @@ def together(failures: Sequence[NodeFailed], count: int) -> NodeFailed:
     return NodeFailed(f"{len(failures)} of {count} nodes failed:\n" + "\n".join(str(failure) for failure in failures))
 
 
-def attempt_each(function: Callable[[Item], Answer], items: Sequence[Item], *, fan_out: int = FAN_OUT) -> tuple[Answer | NodeFailed, ...]:
+def attempt_each(
+    function: Callable[[Item], Answer],
+    items: Sequence[Item],
+    *,
+    fan_out: int = FAN_OUT,
+    until: Callable[[], bool] | None = None,
+) -> tuple[Answer | NodeFailed, ...]:
     """`function` of every item on at most `fan_out` threads: its answer, or its NodeFailed. Any other exception is a bug and goes on
-    as it is."""
+    as it is. When `until` comes true, an item without an answer is waited for no more; its call goes on by itself."""
     crew = Crew(function, items)
     for _ in range(min(fan_out, len(items))):
         # a daemon: what hangs must not hold up the end of a program that was told to stop
         threading.Thread(target=crew.work, name="omnilaunch-crew", daemon=True).start()
     with crew.changed:
-        crew.changed.wait_for(lambda: len(crew.outcomes) == len(items))
+        while not crew.changed.wait_for(lambda: len(crew.outcomes) == len(items), None if until is None else LOOK_S):
+            if until is not None and until():
+                crew.places = iter(())
+                break
+        outcomes = dict(crew.outcomes)
     answers: list[Answer | NodeFailed] = []
     for place in range(len(items)):
-        outcome = crew.outcomes[place]
+        outcome = outcomes.get(place, NodeFailed(UNANSWERED))
         if isinstance(outcome, BaseException) and not isinstance(outcome, NodeFailed):
             raise outcome
         answers.append(outcome)  # type: ignore[arg-type]  # an answer: what `function` raised has just been sorted out
     return tuple(answers)
+
+
+def after(seconds: float) -> Callable[[], bool]:
+    """Comes true `seconds` from now."""
+    deadline = time.monotonic() + seconds
+    return lambda: time.monotonic() >= deadline
 
 
 class Crew:

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import NodeFailed
-from launcher.fleet import attempt_each, together
+from launcher.fleet import after, attempt_each, together
 from launcher.interrupt import StopRequest
-from launcher.member import CheckMember, ContainerMember, Member, NodeResult, ProcessMember
-from launcher.start import NodeCommand
+from launcher.member import CheckMember, ContainerMember, Member, NodeResult, ProcessMember, remove_env_file
+from launcher.start import NodeCommand, data_env_file, data_name, env_file
 from launcher.transport import Transport
 
 TICK_S = 0.1
 ASKERS = 16
+START_PATIENCE_S = 3.0  # after a Ctrl-C, for the starts that are under way
+END_PATIENCE_S, HASTE_S = 9.0, 2.0  # after it, and after another, for the end of all that did start
+LEAVE_S = 1.0  # for logs that nobody follows any more
+ASK_S = 5.0  # that asking the nodes to stop holds up the watch; a node that does not answer gets to know in its own time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +32,39 @@ class Crewed:
     node_timeout_s: float
 
 
-def start_members(commands: tuple[NodeCommand, ...], crewed: Crewed) -> tuple[Member, ...]:
-    """Start every node or none: when one does not start, those that did are ended, and all that went wrong is told."""
+def start_members(commands: tuple[NodeCommand, ...], crewed: Crewed, stop: StopRequest) -> tuple[Member, ...]:
+    """Start every node or none: when one does not start, those that did are ended, and all that went wrong is told. After a request to stop
+    no start is waited for, and what did start is the caller's to `abandon`. Raises NodeFailed."""
     if commands[0].runtime == "process":
         return start_processes(commands, crewed)
     members = make_containers(commands, crewed)
-    answers = attempt_each(lambda member: member.start(crewed.secrets), members)
+    answers = attempt_each(
+        lambda member: member.start(crewed.secrets, lambda: bool(stop.count)), members, until=lambda: stop.is_over(START_PATIENCE_S)
+    )
     failures = [answer for answer in answers if isinstance(answer, NodeFailed)]
     if failures:
-        attempt_each(ContainerMember.kill, members)
+        attempt_each(ContainerMember.kill, members, until=lambda: bool(stop.count))
+        attempt_each(ContainerMember.unfollow, members, until=after(LEAVE_S))
         raise together(failures, len(members))
     return members
+
+
+def abandon(commands: tuple[NodeCommand, ...], crewed: Crewed, stop: StopRequest) -> dict[str, str]:
+    """Remove, by their names, the containers of a start that was given up; host -> why that is not sure. A node that has not answered in
+    time may still do it: the command is there."""
+
+    def remove(pair: tuple[NodeCommand, Transport]) -> None:
+        command, transport = pair
+        transport.run((*command.remove, data_name(command.name)))
+        for path in (env_file, data_env_file):
+            remove_env_file(transport, path(command.folder, command.node_rank))
+        named = ("docker", "ps", "--all", "--quiet", "--filter", f"name=^{command.name}(-data)?$")
+        if transport.run(named).expect(f"{command.host}: asking what is left").output.strip():
+            raise NodeFailed(f"its engine has not ended container {command.name} yet")
+
+    pairs = list(zip(commands, crewed.transports, strict=True))
+    answers = attempt_each(remove, pairs, until=lambda: stop.is_over(END_PATIENCE_S, haste_s=HASTE_S))
+    return {command.host: str(answer) for command, answer in zip(commands, answers, strict=True) if isinstance(answer, NodeFailed)}
 
 
 def start_processes(commands: tuple[NodeCommand, ...], crewed: Crewed) -> tuple[Member, ...]:
@@ -71,8 +97,8 @@ def new_asker(commands: tuple[NodeCommand, ...]) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=min(ASKERS, len(commands)), thread_name_prefix="omnilaunch-asker")
 
 
-def start_checks(commands: tuple[NodeCommand, ...], crewed: Crewed) -> tuple[Member, ...]:
-    """The data check on every node, in the runtime of the run."""
+def start_checks(commands: tuple[NodeCommand, ...], crewed: Crewed, stop: StopRequest) -> tuple[Member, ...]:
+    """The data check on every node, in the runtime of the run. Raises NodeFailed."""
     asker = new_asker(commands)
 
     def start(pair: tuple[NodeCommand, Transport]) -> Member:
@@ -82,11 +108,11 @@ def start_checks(commands: tuple[NodeCommand, ...], crewed: Crewed) -> tuple[Mem
             return ProcessMember(command, command.prepare, transport, log, crewed.project, secrets={})
         return CheckMember(command, transport, log, asker)
 
-    answers = attempt_each(start, list(zip(commands, crewed.transports, strict=True)))
+    answers = attempt_each(start, list(zip(commands, crewed.transports, strict=True)), until=lambda: stop.is_over(START_PATIENCE_S))
     failures = [answer for answer in answers if isinstance(answer, NodeFailed)]
     started = tuple(answer for answer in answers if not isinstance(answer, NodeFailed))
     if failures:
-        attempt_each(lambda member: member.kill(), started)
+        attempt_each(lambda member: member.kill(), started, until=lambda: bool(stop.count))
         raise together(failures, len(answers))
     return started
 
@@ -110,10 +136,10 @@ def watch(members: tuple[Member, ...], stop: StopRequest, tick: Callable[[], Non
             running = [member for member, code in zip(members, codes, strict=True) if code is None]
             if not asked_at and (stop.count or any(codes)):
                 asked_at = now
-                attempt_each(lambda member: member.stop(), running)
+                attempt_each(lambda member: member.stop(), running, until=after(ASK_S))
             if asked_at and not killed and (stop.count > 1 or now - asked_at > grace_s):
                 killed = True
-                attempt_each(lambda member: member.kill(), running)
+                attempt_each(lambda member: member.kill(), running, until=after(ASK_S))
             time.sleep(TICK_S)
     finally:
         left = clear_all(members)

@@ -10,7 +10,7 @@ from launcher.attempt import reason_not_to, set_aside
 from launcher.claim import claim, is_asked_to_stop
 from launcher.errors import ConfigRefused, LaunchError, NodeFailed, RunEnded
 from launcher.gang import clear_all, find_members
-from launcher.interrupt import STOPPED_CODE, Stopped, catch_stops, stops_interrupt
+from launcher.interrupt import STOPPED_CODE, Stopped, StopRequest, catch_stops, released
 from launcher.meaning import explain_log
 from launcher.plan import Plan, refuse, to_plain
 from launcher.preparation import Crew, Desk, bring_up, crewed
@@ -22,13 +22,14 @@ from launcher.record import (
     Record,
     SourceState,
     Status,
+    checkpoint_place,
     close_run,
     load_attempts,
     open_run,
     read_rows,
     utc_now,
 )
-from launcher.supervision import BadData, Outcome, finish_checks, judge_data, signals_of, watch_attempt
+from launcher.supervision import BadData, Outcome, finish_checks, judge_data, signals_of_others, watch_attempt
 from trainer import contract
 from trainer.contract import METRICS_FILE, Exit
 
@@ -42,14 +43,13 @@ def launch(plan: Plan, source: SourceState, desk: Desk, *, detach: bool = False)
     folder, started = open_run(plan, source), utc_now()
     desk.say(f"run {plan.run_id}")
 
-    def work() -> Outcome | None:
+    def work(stop: StopRequest) -> Outcome | None:
         try:
-            with stops_interrupt():
-                crew = bring_up(plan, desk)
+            crew = bring_up(plan, desk, stop)
         except Stopped:
             return Outcome(status="stopped", code=STOPPED_CODE)
         desk.say(f"training: {plan.spec.device.world_size} rank(s) on {len(crew.members)} node(s)")
-        return leave(plan, folder, desk, crew) if detach else see_through(plan, folder, desk, crew)
+        return leave(plan, folder, desk, crew, stop) if detach else see_through(plan, folder, desk, crew, stop)
 
     return conclude(plan, source, started, folder, work)
 
@@ -58,13 +58,15 @@ def attach(plan: Plan, source: SourceState, started: datetime, desk: Desk) -> Re
     """Take up the supervision of a run whose launcher is gone: the same end as if it had stayed."""
     folder = Path(plan.folder)
     desk.say(f"attached to run {plan.run_id}")
-    return conclude(plan, source, started, folder, lambda: see_through(plan, folder, desk, found(plan, desk)))
+    return conclude(plan, source, started, folder, lambda stop: see_through(plan, folder, desk, found(plan, desk), stop))
 
 
-def conclude(plan: Plan, source: SourceState, started: datetime, folder: Path, work: Callable[[], Outcome | None]) -> Record | None:
+def conclude(
+    plan: Plan, source: SourceState, started: datetime, folder: Path, work: Callable[[StopRequest], Outcome | None]
+) -> Record | None:
     """Do the work and write the record, whatever comes of it. Raises ConfigRefused, writing nothing, where another launcher is at it."""
-    with claim(folder):
-        return concluded(plan, source, started, folder, work)
+    with claim(folder), catch_stops() as stop:
+        return concluded(plan, source, started, folder, lambda: work(stop))
 
 
 def concluded(plan: Plan, source: SourceState, started: datetime, folder: Path, work: Callable[[], Outcome | None]) -> Record | None:
@@ -83,13 +85,13 @@ def concluded(plan: Plan, source: SourceState, started: datetime, folder: Path, 
     if outcome is None:
         return None
     record = close(plan, source, started, outcome)
-    explain(record, folder)
+    explain(record, plan, folder)
     return record
 
 
-def leave(plan: Plan, folder: Path, desk: Desk, crew: Crew) -> Outcome | None:
+def leave(plan: Plan, folder: Path, desk: Desk, crew: Crew, stop: StopRequest) -> Outcome | None:
     """Wait for the data check, which nobody would look at later; then the run is on its own. Raises ConfigRefused for bad data."""
-    with catch_stops(signals_of(plan)) as stop:
+    with released(signals_of_others(plan)):
         try:
             finish_checks(crew.checks, lambda: bool(stop.count) or is_asked_to_stop(folder) or any(m.poll() for m in crew.members))
         except BadData as error:
@@ -97,15 +99,15 @@ def leave(plan: Plan, folder: Path, desk: Desk, crew: Crew) -> Outcome | None:
         finally:
             clear_all(crew.checks)
     if stop.count or is_asked_to_stop(folder) or any(member.poll() for member in crew.members):
-        return see_through(plan, folder, desk, Crew(members=crew.members))
+        return see_through(plan, folder, desk, Crew(members=crew.members), stop)
     return None
 
 
-def see_through(plan: Plan, folder: Path, desk: Desk, crew: Crew) -> Outcome:
+def see_through(plan: Plan, folder: Path, desk: Desk, crew: Crew, stop: StopRequest) -> Outcome:
     """Watch until the end. A failed attempt is followed by another, from the newest checkpoint, as long as run.restarts allows."""
     while True:
         began = utc_now()
-        outcome = watch_attempt(plan, folder, desk, crew)
+        outcome = watch_attempt(plan, folder, desk, crew, stop)
         if outcome.status != "failed" or not plan.config.run.restarts:
             return outcome
         if is_asked_to_stop(folder):
@@ -117,26 +119,26 @@ def see_through(plan: Plan, folder: Path, desk: Desk, crew: Crew) -> Outcome:
             desk.say(f"not started again: {why}")
             return outcome
         try:
-            with stops_interrupt():
-                plan, desk, crew = start_again(plan, folder, desk, attempt)
+            plan, desk, crew = start_again(plan, folder, desk, attempt, stop)
         except Stopped:
             return replace(outcome, status="stopped", code=STOPPED_CODE)
         except LaunchError as error:
             return not_again(outcome, folder, attempt, error)
 
 
-def start_again(plan: Plan, folder: Path, desk: Desk, attempt: Attempt) -> tuple[Plan, Desk, Crew]:
+def start_again(plan: Plan, folder: Path, desk: Desk, attempt: Attempt, stop: StopRequest) -> tuple[Plan, Desk, Crew]:
     """Another attempt on the nodes that are left and their spares. Raises Stopped, NodeFailed, and what `bring_up` raises."""
     why = attempt.failure.message if attempt.failure else "it did not finish"
     desk.say(f"attempt {attempt.number} failed after step {attempt.steps}: {why}")
-    plan, desk = desk.move(plan, frozenset(node.host for node in attempt.nodes if node.lost or node.left))
+    with stop.interrupting():
+        plan, desk = desk.move(plan, frozenset(node.host for node in attempt.nodes if node.lost or node.left))
     set_aside(folder, attempt, mirrored=plan.folder != plan.spec.output)
     number = attempt.number + 1
     target = folder / ATTEMPTS / str(number) / PLAN_FILE
     target.parent.mkdir(exist_ok=True)
     contract.write_text(json.dumps(to_plain(plan), indent=2, ensure_ascii=False) + "\n", target)
     desk.say(f"attempt {number} of at most {plan.config.run.restarts + 1}, on {', '.join(command.host for command in plan.commands)}")
-    return plan, desk, bring_up(plan, desk, again=True)
+    return plan, desk, bring_up(plan, desk, stop, again=True)
 
 
 def attempted(number: int, began: datetime, folder: Path, outcome: Outcome) -> Attempt:
@@ -167,7 +169,7 @@ def found(plan: Plan, desk: Desk) -> Crew:
     return Crew(members=find_members(plan.commands, crewed(plan, desk)))
 
 
-def explain(record: Record, folder: Path) -> None:
+def explain(record: Record, plan: Plan, folder: Path) -> None:
     """Raise what a failed run is about; a finished or stopped one passes."""
     if record.failure is None:
         return
@@ -176,7 +178,7 @@ def explain(record: Record, folder: Path) -> None:
     tail = "".join(f"\n    {line}" for line in failure.tail)
     left = "".join(f"\n  not cleared: {node.host}: {node.left.splitlines()[0]}" for node in record.nodes if node.left)
     left += f"\n  when it answers: omnilaunch stop {record.run_id}" if left else ""
-    kept = f"\n  kept: {folder / record.checkpoint}" if record.checkpoint else ""
+    kept = f"\n  kept: {checkpoint_place(record, plan)}" if record.checkpoint else ""
     text = f"the run failed first at {who}: {failure.message}{tail}{advice(failure)}\n  log: {failure.log}{left}\n  record: {folder}{kept}"
     if record.status == "refused":
         raise ConfigRefused(text)

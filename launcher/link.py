@@ -7,8 +7,7 @@ import time
 from typing import Any
 
 from fabric import Connection  # type: ignore[import-untyped]
-from paramiko import Channel, ChannelException, SSHException  # type: ignore[import-untyped]
-from paramiko import Transport as ParamikoTransport
+from paramiko import Channel, ChannelException, SSHException, Transport as ParamikoTransport  # type: ignore[import-untyped]
 
 from launcher.connection import close_connection, describe_dial, open_connection, wait_banner
 from launcher.errors import NodeFailed

@@ -6,7 +6,7 @@ that runs costs one open channel and no commands. A node that does not answer is
 
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,10 +15,12 @@ from typing import Protocol
 
 from launcher.errors import NodeFailed
 from launcher.start import FOLDER_VARIABLE, NodeCommand, data_env_file, data_name, env_file
-from launcher.transport import Running, Transport, kill_processes, processes_with
+from launcher.transport import Result, Running, Transport, kill_processes, processes_with
 
 PROBE_INTERVAL_S = 0.5  # an inspect costs the engine about 20 ms
 LOOK_AGAIN_S = 0.02
+START_LIMIT_S = 300.0  # for an engine to start a container
+START_LOOK_S = 0.1
 REAP_S = 2  # for a process that was killed to be gone
 LOG_TIMEOUT_S = 60  # for the rest of the log of a container that ended while nobody watched
 LOST = 255  # exit code of a node that does not answer any more
@@ -136,17 +138,32 @@ class ContainerMember:
         self.answer: Future[int | None] | None = None
         self.asked_at, self.silent_since = 0.0, 0.0
 
-    def start(self, secrets: Mapping[str, str]) -> None:
-        """Raises NodeFailed, naming the node, when the container does not start."""
+    def start(self, secrets: Mapping[str, str], given_up: Callable[[], bool] = lambda: False) -> None:
+        """Raises NodeFailed, naming the node, when the container does not start, or when `given_up` comes true before it has; then nobody
+        tells the engine to start it any more."""
         path = env_file(self.command.folder, self.command.node_rank)
         write_env_file(self.command, self.transport, path, waits_for=tuple(secrets))
         try:
-            self.transport.run(self.command.start, timeout_s=300).expect(f"starting container {self.command.name} on {self.command.host}")
+            self.run_container(given_up)
         finally:
             remove_env_file(self.transport, path)
         if secrets:
             hand_secrets(self.command, self.transport, secrets)
         self.follow()
+
+    def run_container(self, given_up: Callable[[], bool]) -> None:
+        what, said = f"starting container {self.command.name} on {self.command.host}", self.log.with_name(f"start{self.command.node_rank}.log")
+        if given_up():
+            raise NodeFailed(f"{what} was given up")
+        running, deadline = self.transport.start(self.command.start, log=said), time.monotonic() + START_LIMIT_S
+        while (code := running.wait(START_LOOK_S)) is None:
+            if given_up() or time.monotonic() > deadline:
+                running.signal(signal.SIGKILL)
+                running.wait(REAP_S)
+                raise NodeFailed(f"{what} " + ("was given up" if given_up() else f"gave no answer within {START_LIMIT_S:g} s"))
+        text = said.read_text(encoding="utf-8", errors="replace")
+        said.unlink()
+        Result(argv=self.command.start, code=code, output="", errors=text).expect(what)
 
     def follow(self, since: str = "") -> Running:
         """Append the container's output to `log`, from the beginning or from the time `since`."""
@@ -227,8 +244,14 @@ class ContainerMember:
         if self.logs is not None and not self.lost:
             with suppress(NodeFailed):  # a log that was cut off is no reason to leave the container
                 self.logs.wait(REAP_S)  # the last lines of a container that has ended
-                self.logs.signal(signal.SIGTERM)
+                self.unfollow()
         self.transport.run(self.command.remove)
+
+    def unfollow(self) -> None:
+        """Raises NodeFailed."""
+        if self.logs is not None:
+            self.logs.signal(signal.SIGTERM)
+            self.logs.wait(REAP_S)
 
 
 def write_env_file(command: NodeCommand, transport: Transport, path: str, *, waits_for: tuple[str, ...] = ()) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launcher.check import Verdict, check
-from launcher.credential import mask_credentials
+from launcher.credential import mask_credentials, without_masked
 from launcher.deepspeed import render_deepspeed
 from launcher.errors import ConfigRefused
 from launcher.fit import States, choose_strategy, device_count, model_states, world_size
@@ -19,6 +19,11 @@ from trainer.contract import SCHEMA, Batch, DataSpec, DeviceSpec, ModelSpec, Sta
 
 DATA_FOLDER = ".cache/data"
 RUNS_FOLDER = "runs"
+# What the trainer is told unchanged, and by the same name, of config.run.
+OF_THE_RUN = (
+    *("seed", "deterministic", "steps", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background"),
+    *("evaluation", "hang_timeout_s", "trackers", "profile"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +83,8 @@ def make_plan(config: Config, stacks: dict[str, Stack], place: Place, *, run_id:
 def move_plan(plan: Plan, cluster: Cluster, stacks: dict[str, Stack], place: Place) -> Plan:
     """The same run with the same image on other nodes, or with other networks. Raises ConfigRefused where it cannot work there."""
     config = replace(plan.config, cluster=cluster)
-    verdict = check(config, stacks)
+    # Addresses that were recorded without their credentials are missed only where the image has to be built, and there it is said.
+    verdict = check(replace(config, cluster=replace(cluster, delivery=without_masked(cluster.delivery))), stacks)
     refuse(verdict, launching=True)
     spec = train_spec(config, place, run_id=plan.run_id)
     user = config.cluster.user or place.user
@@ -103,11 +109,6 @@ def train_spec(config: Config, place: Place, *, run_id: str) -> TrainSpec:
         schema=SCHEMA,
         run_id=run_id,
         output=str(PurePosixPath(root) / RUNS_FOLDER / run_id),
-        seed=config.run.seed,
-        deterministic=config.run.deterministic,
-        steps=config.run.steps,
-        save_every=config.run.save_every,
-        keep_checkpoints=config.run.keep_checkpoints,
         gradient_checkpointing=config.strategy.gradient_checkpointing,
         model=model_spec(config, place),
         stage=stage_spec(config, place),
@@ -123,9 +124,11 @@ def train_spec(config: Config, place: Place, *, run_id: str) -> TrainSpec:
             threads=config.hardware.threads,
             timeout_s=config.run.collective_timeout_s,
         ),
-        evaluation=config.run.evaluation,
         deepspeed=render_deepspeed(config.strategy, config.precision, config.stage.optimizer, batch, world_size=ranks),
-        hang_timeout_s=config.run.hang_timeout_s,
+        loss_chunk=config.strategy.loss_chunk,
+        checkpoint_every=config.strategy.checkpoint_every,
+        checkpoint_groups=config.strategy.checkpoint_groups,
+        **{name: getattr(config.run, name) for name in OF_THE_RUN},
     )
 
 
@@ -162,6 +165,8 @@ def stage_spec(config: Config, place: Place) -> StageSpec:
         trainable=stage.trainable,
         lora=stage.lora,
         checkpoint=absolute(stage.checkpoint, place.here) if stage.checkpoint else "",
+        reset=stage.reset,
+        needs=tuple(group for group in stage.needs if group in config.model.groups),
     )
 
 
@@ -174,6 +179,10 @@ def data_spec(config: Config, place: Place, root: str) -> DataSpec:
         root=str(PurePosixPath(root) / DATA_FOLDER),
         max_length=data.max_length,
         workers=data.workers,
+        packing=data.packing,
+        length_aware=data.length_aware,
+        max_pixels=data.max_pixels,
+        max_tiles=data.max_tiles,
         **named,
     )
 

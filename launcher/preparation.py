@@ -10,15 +10,17 @@ from launcher.build import build
 from launcher.claim import is_asked_to_stop
 from launcher.engine import find
 from launcher.errors import ConfigRefused, ImageFailed, NodeFailed
-from launcher.gang import Crewed, clear_all, start_checks, start_members
-from launcher.interrupt import Stopped, catch_stops
+from launcher.fleet import after, attempt_each
+from launcher.gang import Crewed, abandon, clear_all, start_checks, start_members
+from launcher.interrupt import Stopped, StopRequest
 from launcher.member import Member
-from launcher.node import Site, fetch_results, place_run, reopen_run
+from launcher.node import FETCH_S, Site, fetch_folder, fetch_results, place_run, reopen_run
 from launcher.plan import Plan
 from launcher.record import Failure, read_if_there
 from launcher.relay import Peer
 from launcher.remote_build import build_on
-from launcher.ship import pull, ship
+from launcher.ship import is_everywhere, pull, ship
+from launcher.start import CANN_LOGS
 from launcher.sync import sync
 from launcher.transport import Transport
 from trainer.contract import DATA_FILE, DataReport
@@ -49,36 +51,49 @@ class Crew:
     checks: tuple[Member, ...] = ()
 
 
-def bring_up(plan: Plan, desk: Desk, *, again: bool = False) -> Crew:
+def bring_up(plan: Plan, desk: Desk, stop: StopRequest, *, again: bool = False) -> Crew:
     """Everything before the ranks are on their way, of a run's first attempt or `again`. The data is checked while they load: the check of
     a small set ends before the first step, that of a large one holds nothing up. Raises Stopped, ImageFailed, NodeFailed."""
-    if plan.config.cluster.runtime == "docker":
-        bring_paths(plan, desk)
-        bring_image(plan, desk)
-        place(plan, desk, again=again)
-    if is_asked_to_stop(Path(plan.folder)):
-        raise Stopped
-    with catch_stops() as stop:  # what is being started is not left half-way: a container may come up after its launcher has gone
-        crew = start_crew(plan, desk)
+    with stop.interrupting():
+        if plan.config.cluster.runtime == "docker":
+            bring_paths(plan, desk)
+            bring_image(plan, desk)
+            place(plan, desk, again=again)
+        if is_asked_to_stop(Path(plan.folder)):
+            raise Stopped
+    return start_crew(plan, desk, stop)
+
+
+def start_crew(plan: Plan, desk: Desk, stop: StopRequest) -> Crew:
+    """What is being started is not left half-way: a container may come up after its launcher has gone. Raises Stopped when all of it has
+    been ended again, or when the nodes are named where that is not sure; NodeFailed."""
+    members: tuple[Member, ...] = ()
+    try:
+        members = start_ranks(plan, desk, stop)
+        crew = Crew(members=members, checks=start_checks(plan.commands, crewed(plan, desk), stop))
+    except BaseException as error:
+        if not (stop.count and isinstance(error, NodeFailed)):
+            clear_all(members)
+            raise
+        crew = Crew(members=members)
     if stop.count:
-        clear_all((*crew.members, *crew.checks))
+        end_start(plan, desk, crew, stop)
         raise Stopped
     return crew
 
 
-def start_crew(plan: Plan, desk: Desk) -> Crew:
-    members = start_ranks(plan, desk)
-    try:
-        return Crew(members=members, checks=start_checks(plan.commands, crewed(plan, desk)))
-    except BaseException:
-        clear_all(members)
-        raise
+def end_start(plan: Plan, desk: Desk, crew: Crew, stop: StopRequest) -> None:
+    if plan.config.cluster.runtime == "process":
+        clear_all((*crew.members, *crew.checks))
+        return
+    for host, why in abandon(plan.commands, crewed(plan, desk), stop).items():
+        desk.say(f"not cleared: {host}: {why}; when it answers: omnilaunch stop {plan.run_id}")
 
 
-def start_ranks(plan: Plan, desk: Desk) -> tuple[Member, ...]:
+def start_ranks(plan: Plan, desk: Desk, stop: StopRequest) -> tuple[Member, ...]:
     """Every node or none. Raises NodeFailed; of a path that a node lacks, with what brings it there."""
     try:
-        return start_members(plan.commands, crewed(plan, desk))
+        return start_members(plan.commands, crewed(plan, desk), stop)
     except NodeFailed as error:
         lacking = dict.fromkeys(match["path"] for match in MISSING_MOUNT.finditer(str(error)))
         if not lacking:
@@ -96,8 +111,10 @@ def bring_paths(plan: Plan, desk: Desk) -> None:
 def bring_image(plan: Plan, desk: Desk) -> None:
     """The plan's image on every node, by the way that the cluster's config says."""
     delivery, sites = plan.config.cluster.delivery, sites_of(plan, desk)
+    if plan.folder != plan.spec.output and is_everywhere(plan.image.tag, plan.image.fingerprint, sites):
+        return
     if delivery.kind == "pull":
-        pull(plan.image.tag, delivery.registry, sites, desk.say)
+        pull(plan.image.tag, delivery.registry, sites, desk.say, fingerprint=plan.image.fingerprint)
         return
     if delivery.kind == "build_on_nodes" and plan.folder != plan.spec.output:
         root = str(PurePosixPath(plan.spec.output).parents[1])
@@ -152,6 +169,17 @@ def place(plan: Plan, desk: Desk, *, again: bool) -> None:
 def fetch(plan: Plan, folder: Path, desk: Desk) -> None:
     if plan.folder != plan.spec.output:
         fetch_results(sites_of(plan, desk), folder, ranks_per_node=plan.spec.device.devices_per_node)
+        if plan.config.hardware.accelerator == "npu":
+            keep_cann_logs(sites_of(plan, desk), folder)
+
+
+def keep_cann_logs(sites: Sequence[Site], folder: Path) -> None:
+    """Beside the node's log, as logs/node<n>-cann.tgz. They stay on the node as well: what cannot be fetched is there."""
+
+    def keep(site: Site) -> None:
+        fetch_folder(site, CANN_LOGS, folder / "logs" / f"node{site.command.node_rank}-{CANN_LOGS}.tgz")
+
+    attempt_each(keep, sites, until=after(FETCH_S))
 
 
 def refuse_data(folder: Path, check: Member) -> None:

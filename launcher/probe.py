@@ -73,6 +73,7 @@ DEVICE_QUESTIONS: dict[Accelerator, dict[str, tuple[str, ...]]] = {
     "npu": {
         "devices": NPU_QUERY,
         "driver": ("cat", HDK_FILE),
+        "modes": ("sh", "-c", 'stat -c "%n %a %u %g" /dev/davinci[0-9]* "$@"', "sh", *ASCEND_MANAGERS),
         # what there is of them, one a line; a missing one is on stderr
         "files": (
             "sh",

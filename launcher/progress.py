@@ -86,8 +86,7 @@ class Progress:
 
 
 def open_bar(steps: int) -> tuple[Any, Any]:
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-    from rich.progress import Progress as Bar
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn
 
     names = ("samples_per_s", "tokens_per_s", "memory", "left")
     bar = Bar(

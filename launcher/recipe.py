@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from launcher.errors import suggest
-from launcher.fit import GIB, ZERO_STAGE, States, choose_strategy, linear_shapes, model_states, world_size
+from launcher.fit import GIB, ZERO_STAGE, States, choose_strategy, model_states, world_size
 from launcher.image import Stack
 from launcher.problem import Problem, Rule
 from launcher.schema import GROUPS, Config, ImageTokens
@@ -38,6 +37,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "stage.optimizer.eps": (1e-30, 1),
     "stage.optimizer.weight_decay": SHARE,
     "strategy.micro_batch": COUNT,
+    "strategy.checkpoint_every": COUNT,
     "data.max_length": COUNT,
     "cluster.devices_per_node": PER_NODE,
     "cluster.rendezvous_port": (1024, 65535),
@@ -154,20 +154,6 @@ def groups_are_patterns(config: Config, _: Mapping[str, Stack]) -> Iterator[Prob
             yield Problem(key=key, what=what, changes=(f"{key}=REGEX",))
 
 
-def lora_targets_exist(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    lora, names = config.stage.lora, linear_shapes(config.model.architecture.text)
-    if lora is None:
-        return
-    unknown = [target for target in lora.targets if target not in names]
-    if unknown or not lora.targets:
-        what = f"the decoder has no {', '.join(unknown)}; {suggest(unknown[0], names)}" if unknown else "names no layer"
-        yield Problem(key="stage.lora.targets", what=what, changes=(f"stage.lora.targets=[{','.join(names)}]",))
-    if "lm" in config.stage.trainable:
-        rest = ",".join(group for group in config.stage.trainable if group != "lm")
-        what = "lm would be trained whole and by LoRA at once"
-        yield Problem(key="stage.trainable", what=what, changes=(f"stage.trainable=[{rest}]", "stage.lora=null"))
-
-
 # ------------------------------------------------------------------------------------------------------- batch and length
 
 
@@ -189,6 +175,18 @@ def length_fits(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     if length < image + TEXT_TOKENS:
         what = f"{length} tokens hold no sample: one image of {config.model.title} takes {image}, a short question and answer {TEXT_TOKENS}"
         yield Problem(key="data.max_length", what=what, changes=(f"data.max_length={image + TEXT_TOKENS}",))
+
+
+def packing_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    data = config.data
+    if not data.packing or config.stage.kind != "train":
+        return
+    if not config.model.packable:
+        what = f"the samples of one row of {config.model.title} would see each other: its linear attention carries a state along the row"
+        yield Problem(key="data.packing", what=what, changes=("data.packing=false", "data.packing=false data.length_aware=step"))
+    if data.length_aware == "window":
+        what = "window gathers samples of like length in a step, and packing fills its rows best with long and short ones"
+        yield Problem(key="data.length_aware", what=what, changes=("data.length_aware=off", "data.packing=false"))
 
 
 def smallest_image_tokens(rule: ImageTokens) -> int:
@@ -294,9 +292,9 @@ RECIPE_RULES: tuple[Rule, ...] = (
     source_is_named,
     something_is_trained,
     groups_are_patterns,
-    lora_targets_exist,
     batch_divides,
     length_fits,
+    packing_is_possible,
     data_is_one_set,
     data_is_named,
     strategy_suits_devices,

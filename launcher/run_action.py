@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,10 +86,20 @@ def supervise(folder: Path, plan: "Plan", say: Callable[[str], None]) -> Any:
     from launcher.launch import attach
     from launcher.record import SOURCE_FILE, SourceState, read_if_there
 
+    plan = with_credentials(plan)
     source = read_if_there(SourceState, folder / SOURCE_FILE) or SourceState(commit="", dirty=False)
     started = datetime.fromtimestamp((folder / "plan.json").stat().st_mtime, UTC)
     with reach(plan, say) as desk:
         return attach(plan, source, started, desk)
+
+
+def with_credentials(plan: "Plan") -> "Plan":
+    """The plan with the addresses whose credentials this environment gives: none is ever written to a run's folder."""
+    from launcher.credential import give_credentials
+
+    cluster = plan.config.cluster
+    given = replace(cluster, delivery=give_credentials(cluster.delivery, os.environ))
+    return replace(plan, config=replace(plan.config, cluster=given))
 
 
 def show_status(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ Units are in the names: _gib, _s, tflops. Lengths and batches are in tokens and 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trainer.contract import Evaluation, Lora, Optimizer, Precision, Source, Template
+from trainer.contract import Evaluation, Lora, Optimizer, Precision, Profile, Source, Template
 
 Accelerator = Literal["cpu", "cuda", "npu"]
 Confidence = Literal["published", "computed", "unverified"]
@@ -169,6 +169,7 @@ class Model:
     template: Template
     context: int
     notes: tuple[str, ...] = ()
+    packable: bool = True  # false: samples in one row would see each other, whatever their positions are
 
 
 # ------------------------------------------------------------------------------------------------ stage, strategy, data
@@ -176,28 +177,35 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """`needs`: checkpoint = start weights other than random; adapter = a LoRA result. `global_batch` in samples."""
+    """`needs`: checkpoint = start weights other than random; adapter = a LoRA result; projector = one that some run has trained, which the
+    trainer sees in the checkpoint. `reset`: groups that begin anew from run.seed. `global_batch` in samples."""
 
     name: str
     title: str
     kind: Literal["train", "evaluate"]
     trainable: tuple[Literal["vision", "projector", "lm", "head"], ...]
     lora: Lora | None = None
-    needs: tuple[Literal["checkpoint", "adapter"], ...] = ()
+    needs: tuple[Literal["checkpoint", "adapter", "projector"], ...] = ()
     checkpoint: str = ""
     global_batch: int
     optimizer: Optimizer
+    reset: tuple[Literal["vision", "projector", "lm", "head"], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """`auto` takes the least sharded one whose model states fit. `micro_batch` null = chosen from the global batch."""
+    """`auto` takes the least sharded one whose model states fit. `micro_batch` null = chosen from the global batch. `loss_chunk`: the most
+    trained tokens of a micro-batch whose logits exist at a time, 0 = all. With gradient_checkpointing every `checkpoint_every`th layer of
+    `checkpoint_groups` is computed twice, () = of all groups that have layers."""
 
     name: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"]
     offload_optimizer: bool = False
     offload_parameters: bool = False
     gradient_checkpointing: bool = False
     micro_batch: int | None = None
+    loss_chunk: int = 0
+    checkpoint_every: int = 1
+    checkpoint_groups: tuple[Literal["vision", "lm"], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,12 +213,16 @@ class Data:
     """`builtin` names a set that the trainer writes itself; else `train` and `evaluation` are JSON files, `images` their root."""
 
     name: str
-    builtin: Literal["", "digits"]
+    builtin: Literal["", "digits", "digits_even", "digits_large"]
     train: str
     evaluation: str
     images: str
     max_length: int
     workers: int = 0
+    packing: bool = False  # several samples in one row of at most max_length tokens, which do not see each other
+    length_aware: Literal["off", "step", "window"] = "off"  # samples of like length together: of a step, or of a window of steps
+    max_pixels: int = 0  # of an image, for families that scale it (Qwen); 0 = as the model's processor says
+    max_tiles: int = 0  # of an image, for families that cut it (InternVL tiles, MiniCPM slices); 0 = as the model's processor says
 
 
 # -------------------------------------------------------------------------------------------------------------- cluster
@@ -305,6 +317,11 @@ class Run:
     minimum_nodes: int
     force: str
     evaluation: Evaluation
+    save_every_s: float = 0.0  # save at the first step that ends so long after the last checkpoint; 0 = by steps alone
+    keep_best: Literal["", "exact_match", "loss"] = ""  # by the evaluation; kept besides the newest keep_checkpoints
+    checkpoint_background: bool = False  # the steps go on while a copy in the first node's memory is written
+    trackers: tuple[str, ...] = ()  # tensorboard, wandb, swanlab, mlflow: where they are installed
+    profile: Profile = field(default_factory=Profile)
 
 
 @dataclass(frozen=True, kw_only=True)

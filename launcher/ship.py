@@ -6,9 +6,11 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from launcher.errors import ImageFailed, NodeFailed
 from launcher.fleet import attempt_each, each, together
+from launcher.image import LABEL
 from launcher.node import Site
 from launcher.relay import Peer, pass_on, share
 from launcher.transport import Result, Transport
@@ -22,6 +24,8 @@ PIECES_AHEAD = 8  # of 256 KiB, for each node: the slowest node sets the pace, m
 REPORT_BYTES = 256 * 2**20
 LAST_LINES = 20  # of a command that failed
 SAVE_TIMEOUT_S = 7200.0
+# Lines: the id, the fingerprint of the files it was built from, and each registry's digest of it.
+PULLED = f'{{{{.Id}}}}{{{{println}}}}{{{{index .Config.Labels "{LABEL}fingerprint"}}}}{{{{range .RepoDigests}}}}{{{{println}}}}{{{{.}}}}{{{{end}}}}'
 
 
 def ship(tag: str, image_id: str, peers: Sequence[Peer], source: Transport, say: Callable[[str], None]) -> None:
@@ -73,8 +77,9 @@ def hosts(peers: Sequence[Peer]) -> str:
     return ", ".join(peer.host for peer in peers)
 
 
-def pull(tag: str, registry: str, sites: Sequence[Site], say: Callable[[str], None]) -> None:
-    """Each node that lacks `tag` takes it from `registry`, and knows it by its own name afterwards."""
+def pull(tag: str, registry: str, sites: Sequence[Site], say: Callable[[str], None], *, fingerprint: str) -> None:
+    """Each node that lacks `tag` takes it from `registry`, and knows it by its own name afterwards. Raises NodeFailed, naming the nodes
+    whose image is not built from the plan's files, or is another one than the others have."""
     lacking = [site for site, found in zip(sites, each(lambda site: id_on(site, tag), sites), strict=True) if not found]
     reference = f"{registry.rstrip('/')}/{tag}"
 
@@ -87,6 +92,59 @@ def pull(tag: str, registry: str, sites: Sequence[Site], say: Callable[[str], No
     if lacking:
         say(f"pulling {reference} on {', '.join(site.command.host for site in lacking)}")
         each(take, lacking)
+    require_same(tag, reference, fingerprint, sites)
+
+
+def is_everywhere(tag: str, fingerprint: str, sites: Sequence[Site]) -> bool:
+    """Whether every node has one and the same image under the tag, built from the plan's files: then there is nothing to build, ask this
+    machine's engine for, or send. Raises NodeFailed."""
+    found = each(lambda site: image_on(site, tag), sites)
+    return all(image is not None and image.fingerprint == fingerprint and image.id == (found[0] or image).id for image in found)
+
+
+def require_same(tag: str, reference: str, fingerprint: str, sites: Sequence[Site]) -> None:
+    """A tag can be pushed anew between two pulls. An engine with containerd's store has another id for the same image: there the digest in
+    the registry says so."""
+    pulled = each(lambda site: pulled_on(site, tag, reference), sites)
+    mend = f"docker image rm {tag} {reference} there, and launch again"
+    strange = [site.command.host for site, image in zip(sites, pulled, strict=True) if image.fingerprint != fingerprint]
+    if strange:
+        raise NodeFailed(f"{', '.join(strange)}: {tag} is not the plan's image (fingerprint {fingerprint[:12]}): push that one; {mend}")
+    usual = max(pulled, key=lambda image: sum(image.is_same(other) for other in pulled))
+    other = [f"{site.command.host} ({image.id[:19]})" for site, image in zip(sites, pulled, strict=True) if not image.is_same(usual)]
+    if other:
+        raise NodeFailed(f"{', '.join(other)} pulled another {reference} than the other node(s), which have {usual.id[:19]}: {mend}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pulled:
+    """`digest`: of the image in its registry, '' where the engine does not know it (any more)."""
+
+    id: str
+    fingerprint: str
+    digest: str
+
+    def is_same(self, other: "Pulled") -> bool:
+        return self.id == other.id or bool(self.digest and self.digest == other.digest)
+
+
+def pulled_on(site: Site, tag: str, reference: str) -> Pulled:
+    image = image_on(site, tag, reference)
+    if image is None:
+        raise NodeFailed(f"{site.command.host}: {tag} is not there any more; launch again")
+    return image
+
+
+def image_on(site: Site, tag: str, reference: str = "") -> Pulled | None:
+    """None where there is none. Raises NodeFailed where the engine does not answer."""
+    told = site.transport.run(("docker", "image", "inspect", "--format", PULLED, tag))
+    if "No such image" in told.errors:
+        return None
+    told.expect(f"{site.command.host}: asking its Docker engine for {tag}")
+    image_id, fingerprint, *digests = told.output.splitlines()
+    name = reference.rpartition(":")[0]
+    found = (digest.removeprefix(f"{name}@") for digest in digests if digest.startswith(f"{name}@"))
+    return Pulled(id=image_id, fingerprint=fingerprint, digest=next(found, ""))
 
 
 def id_on(site: Site, tag: str) -> str:

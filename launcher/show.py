@@ -15,11 +15,11 @@ from launcher.errors import ConfigRefused
 from launcher.fit import choose_strategy
 from launcher.image import LABEL, Image, load_stacks
 from launcher.plan import Plan, to_plain
-from launcher.record import RECORD_FILE, Record
-from launcher.schema import AXES
+from launcher.record import RECORD_FILE, Record, checkpoint_place, first_node
+from launcher.schema import AXES, Node
 from launcher.start import NodeCommand
 from trainer import contract
-from trainer.contract import METRICS_FILE, SpecError
+from trainer.contract import CHECKPOINTS, METRICS_FILE, SpecError
 
 PROJECT = Path(__file__).resolve().parent.parent
 FOLLOWING_STAGES = ("evaluate", "lora")
@@ -141,7 +141,7 @@ def describe_record(record: Record, plan: Plan) -> str:
     for name, value in record.evaluation.items():
         rows[name.replace("_", " ")] = f"{value:.4f}" if name != "count" else f"{value:g} held-out samples"
     if record.checkpoint:
-        rows["checkpoint"] = relative(folder / record.checkpoint)
+        rows["checkpoint"] = relative(folder / record.checkpoint) if is_here(plan) else checkpoint_place(record, plan)
     elif plan.spec.stage.kind == "train" and any(node.killed for node in record.nodes):
         seconds = plan.config.run.stop_timeout_s
         rows["checkpoint"] = f"none: killed after run.stop_timeout_s={seconds} without saving; raise it, or set run.save_every"
@@ -158,8 +158,23 @@ def next_commands(record: Record, plan: Plan) -> str:
     """The same words with another stage, from what this run has saved; those alone that a launch would take."""
     kept = tuple(word for word in plan.overrides if word.partition("=")[0].partition(".")[0] != "stage")
     following = ((*kept, f"stage={stage}", f"stage.checkpoint={record.run_id}") for stage in FOLLOWING_STAGES)
-    lines = (command_line("launch", *words) for words in following if is_launchable(words))
+    lines = [command_line("launch", *words) for words in following if is_launchable(words)]
+    cluster = plan.config.cluster
+    if lines and not is_here(plan) and not cluster.shared and len(cluster.working) > 1:  # cluster.sync takes it to the others from here
+        lines.insert(0, bring_command(first_node(record, plan), plan))
     return "\n".join(f"  {line}" for line in (*lines, command_line("runs")))
+
+
+def is_here(plan: Plan) -> bool:
+    """Whether what the trainer wrote lies on this machine."""
+    return plan.folder == plan.spec.output
+
+
+def bring_command(node: Node, plan: Plan) -> str:
+    """The checkpoints of a run's first node into this machine's folder of the run."""
+    way = (*(("-J", node.jump) if node.jump else ()), *(("-P", str(node.port)) if node.port else ()))
+    target = f"{node.user}@{node.host}" if node.user else node.host
+    return shlex.join(("scp", "-r", *way, f"{target}:{plan.spec.output}/{CHECKPOINTS}", relative(Path(plan.folder))))
 
 
 def is_launchable(overrides: tuple[str, ...]) -> bool:

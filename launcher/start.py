@@ -15,6 +15,7 @@ RUN_LABEL = "omnilaunch.run"  # containers of a run are found again by this
 RUN_VARIABLE = "OMNILAUNCH_RUN_ID"
 FOLDER_VARIABLE = "OMNILAUNCH_RUN_FOLDER"  # processes of a run are found again by this: two folders may hold runs of one id
 WRITABLE_HOME = "/tmp"  # of the image's user: caches of torch and transformers end with the container
+CANN_LOGS = "cann"  # in the run's folder: what CANN writes of its own, for each node
 PINNED_VARIABLES = {
     "PYTHONUNBUFFERED": "1",
     "PYTHONHASHSEED": "0",
@@ -178,6 +179,14 @@ def network_environment(config: Config, rank: int) -> dict[str, str]:
     return interface | ({"HCCL_IF_IP": node.address} if config.hardware.collectives == "hccl" and node.address else {})
 
 
+def toolkit_environment(config: Config, spec: TrainSpec, rank: int) -> dict[str, str]:
+    """CANN's own log lies below the container's home unless it is told otherwise, and would end with the container. images/entrypoint.sh
+    makes the folder, as the container's user."""
+    if config.hardware.accelerator != "npu" or config.cluster.runtime != "docker":
+        return {}
+    return {"ASCEND_PROCESS_LOG_PATH": str(PurePosixPath(spec.output) / CANN_LOGS / f"node{rank}")}
+
+
 def run_environment(config: Config, spec: TrainSpec, rank: int) -> dict[str, str]:
     """Every variable that we set, later ones win: pinned, device, hardware table, network, this run, and last what the cluster says."""
     hardware, cluster = config.hardware, config.cluster
@@ -187,6 +196,7 @@ def run_environment(config: Config, spec: TrainSpec, rank: int) -> dict[str, str
         **(DETERMINISTIC_VARIABLES[hardware.accelerator] if spec.deterministic else {}),
         **attachment_of(config, spec, rank).environment,
         **hardware.environment,
+        **toolkit_environment(config, spec, rank),
         **network_environment(config, rank),
         **({"OMP_NUM_THREADS": str(spec.device.threads)} if spec.device.threads else {}),
         RUN_VARIABLE: spec.run_id,

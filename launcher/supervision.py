@@ -2,14 +2,14 @@
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from launcher.claim import is_asked_to_stop
-from launcher.errors import RunEnded
 from launcher.gang import TICK_S, clear_all, node_log, watch
-from launcher.interrupt import STOP_SIGNALS, STOPPED_CODE, WATCH_SIGNALS, StopRequest, catch_stops
+from launcher.interrupt import STOPPED_CODE, StopRequest, released
+from launcher.log import Standing, silence_s, standings
 from launcher.member import Member, NodeResult
 from launcher.node import Mirror
 from launcher.plan import Plan
@@ -19,6 +19,7 @@ from launcher.record import Failure, Status, find_failure, read_if_there
 from trainer.contract import DATA_FILE, ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE, Exit, TrainResult
 
 MIRROR_INTERVAL_S = 1.0
+SHOWN_RANKS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +30,14 @@ class Outcome:
     failure: Failure | None = None
 
 
-def watch_attempt(plan: Plan, folder: Path, desk: Desk, crew: Crew) -> Outcome:
+def watch_attempt(plan: Plan, folder: Path, desk: Desk, crew: Crew, stop: StopRequest) -> Outcome:
     """Watch until all members have ended, and judge. Raises ConfigRefused when the data turns out to be bad. The trainer writes its
     environment when its model is ready and the rows of an earlier attempt are cut: until then there is nothing to show."""
     limit_s, began = plan.config.run.start_timeout_s, time.monotonic()
     mirrors = mirrors_of(plan, folder, desk)
     looked_at = 0.0
 
-    with catch_stops(signals_of(plan)) as stop, Progress(folder, desk.say, terminal=desk.terminal) as progress:
+    with released(signals_of_others(plan)), Progress(folder, desk.say, terminal=desk.terminal) as progress:
 
         def tick() -> None:
             nonlocal looked_at
@@ -49,11 +50,8 @@ def watch_attempt(plan: Plan, folder: Path, desk: Desk, crew: Crew) -> Outcome:
                 looked_at = time.monotonic()
             if ready:
                 progress.tick()
-            elif time.monotonic() - began > limit_s:
-                raise RunEnded(
-                    f"no rank had its model ready within run.start_timeout_s={limit_s}; all were ended.\n"
-                    f"  log: {node_log(folder / 'logs', plan.commands[0])}"
-                )
+            elif not stop.count and time.monotonic() - began > limit_s:
+                raise NotReady(slow_start(plan, folder, limit_s))
 
         try:
             nodes = watch(crew.members, stop, tick, grace_s=plan.config.run.stop_timeout_s)
@@ -61,16 +59,56 @@ def watch_attempt(plan: Plan, folder: Path, desk: Desk, crew: Crew) -> Outcome:
                 finish_checks(crew.checks, lambda: bool(stop.count) or is_asked_to_stop(folder))
         except BadData as error:
             return judge_data(plan, folder, desk, crew, error.check)
+        except NotReady as error:
+            return judge_start(plan, folder, desk, crew, error.failure)
         finally:
             clear_all(crew.checks)
+            for mirror in mirrors.values():
+                mirror.settle()
         fetch(plan, folder, desk)
         progress.tick()
     return judge(plan, folder, nodes, stop)
 
 
-def signals_of(plan: Plan) -> tuple[signal.Signals, ...]:
-    """A closed terminal ends the launcher of containers as a kill does, which harms nothing; processes end with it."""
-    return WATCH_SIGNALS if plan.config.cluster.runtime == "docker" else STOP_SIGNALS
+def signals_of_others(plan: Plan) -> tuple[signal.Signals, ...]:
+    """Those that end a launcher that watches. A closed terminal ends that of containers as a kill does, which harms nothing; one of processes
+    ends them."""
+    return (signal.SIGHUP,) if plan.config.cluster.runtime == "docker" else ()
+
+
+class NotReady(Exception):
+    """The ranks are not ready when they should be."""
+
+    def __init__(self, failure: Failure) -> None:
+        self.failure = failure
+
+
+def slow_start(plan: Plan, folder: Path, limit_s: int) -> Failure:
+    """Which ranks hold up the start, as the failure of an attempt: those that have come least far, and what they were last seen doing."""
+    per_node, found = plan.spec.device.devices_per_node, list[Standing]()
+    for command in plan.commands:
+        ranks = range(command.node_rank * per_node, (command.node_rank + 1) * per_node)
+        found += standings(node_log(folder / "logs", command), command.host, ranks)
+    least = min(standing.phase for standing in found)
+    slow = [standing for standing in found if standing.phase == least]
+    first = slow[0]
+    command = plan.commands[first.rank // per_node]
+    log = node_log(folder / "logs", command)
+    quiet_s = silence_s(log)
+    return Failure(
+        host=first.host,
+        rank=first.rank,
+        code=Exit.RUN,
+        message=f"no rank had its model ready within run.start_timeout_s={limit_s}; all were ended. "
+        f"{len(slow)} of {len(found)} rank(s) had come least far: {describe_some(slow)}",
+        log=str(log),
+        tail=(first.last_line or "(nothing)", *((f"(and no line since, for {quiet_s:.0f} s)",) if quiet_s is not None else ())),
+    )
+
+
+def describe_some(slow: Sequence[Standing]) -> str:
+    more = f" and {len(slow) - SHOWN_RANKS} more" if len(slow) > SHOWN_RANKS else ""
+    return "; ".join(standing.describe() for standing in slow[:SHOWN_RANKS]) + more
 
 
 class BadData(Exception):
@@ -103,7 +141,19 @@ def judge_data(plan: Plan, folder: Path, desk: Desk, crew: Crew, check: Member) 
     if code == Exit.USAGE:
         fetch_report(crew, desk, folder, check)
         refuse_data(folder, check)
-    nodes = tuple(
+    return Outcome(status="failed", code=Exit.RUN, nodes=ended_nodes(crew, {}), failure=broken_check(folder, check))
+
+
+def judge_start(plan: Plan, folder: Path, desk: Desk, crew: Crew, failure: Failure) -> Outcome:
+    """A start that took too long fails the attempt. The ranks have been ended by now; what is left of them is asked once more."""
+    left = clear_all(crew.members)
+    fetch(plan, folder, desk)
+    lost = any(member.lost for member in crew.members)
+    return Outcome(status="failed", code=Exit.NODE if lost else Exit.RUN, nodes=ended_nodes(crew, left), failure=failure)
+
+
+def ended_nodes(crew: Crew, left: Mapping[int, str]) -> tuple[NodeResult, ...]:
+    return tuple(
         NodeResult(
             host=member.command.host,
             node_rank=member.command.node_rank,
@@ -111,10 +161,10 @@ def judge_data(plan: Plan, folder: Path, desk: Desk, crew: Crew, check: Member) 
             seconds=0.0,
             killed=True,
             lost=member.lost,
+            left=left.get(place, ""),
         )
-        for member in crew.members
+        for place, member in enumerate(crew.members)
     )
-    return Outcome(status="failed", code=Exit.RUN, nodes=nodes, failure=broken_check(folder, check))
 
 
 def fetch_report(crew: Crew, desk: Desk, folder: Path, check: Member) -> None:

@@ -72,12 +72,12 @@ class Watchdog:
             self.end(reason)
 
     def say_stacks(self) -> None:
-        """Line by line with the rank in front: all ranks of a node tell at the same moment, into one log."""
+        """Line by line: a fault handler writes word by word."""
         with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
             faulthandler.dump_traceback(file=file, all_threads=True)
             file.seek(0)
             for line in file:
-                os.write(self.stream.fileno(), f"[rank {self.rank}] {line}".encode())
+                os.write(self.stream.fileno(), line.encode())
 
     def say(self, text: str) -> None:
         self.stream.flush()

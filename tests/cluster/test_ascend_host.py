@@ -6,6 +6,7 @@ under the plan's tag is a small one whose `python` only waits.
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,20 @@ def test_the_doctor_sees_the_npus_and_what_is_in_the_way(lab: Lab, nodes: tuple[
         assert text in refused.stdout, refused.stdout
     assert not any("-refused-" in name for host in nodes for name in host.containers())
     assert errors(lab, *words, "cluster.devices_per_node=2") == {}, "the first two are idle and there"
+    first.run("chmod", "660", "/dev/davinci1")
+    assert errors(lab, *words, "cluster.devices_per_node=2") == {"device_access": {first.address}}
+    first.run("chmod", "666", "/dev/davinci1")
+
+
+def test_mixed_chips_are_refused_by_the_nodes_names(lab: Lab, nodes: tuple[Host, ...], tmp_path: Path, clean: Callable[[], None]) -> None:
+    second = nodes[1]
+    (tmp_path / "other.txt").write_text(SAMPLE.read_text(encoding="utf-8").replace("910B3", "910B4"), encoding="utf-8")
+    second.add_npus(8, tmp_path / "other.txt")
+    words = (*PLAN, *lab.overrides(*nodes)[:3], "cluster.devices_per_node=2")
+    refused = lab.run("launch", "--run-id", "mixed", *words)
+    assert refused.returncode == 4, refused.stdout
+    assert "same_chips" in refused.stdout and second.address in refused.stdout and "910B4" in refused.stdout
+    assert not (lab.home / "runs/mixed").exists()
 
 
 def test_everything_up_to_the_start_of_the_containers(
@@ -127,8 +142,13 @@ def test_everything_up_to_the_start_of_the_containers(
         assert seen == [*DEVICES[:8], "/dev/hisi_hdc"]
         assert host.run("docker", "exec", "--user", "root", told["Id"], "touch", "/usr/local/dcmi/mine", check=False) == ""
         assert not host.run("ls", "/usr/local/dcmi"), "a container cannot write into the driver"
+        written = ("docker", "exec", told["Id"], "sh", "-c", 'echo "[ERROR] HCCL" >"$ASCEND_PROCESS_LOG_PATH/plog-1.log" && id -u')
+        assert host.run(*written) != "0", "CANN's log can be written by the container's user"
     stopped = lab.run("stop", "npus")
     assert stopped.returncode == 0, stopped.stdout
+    for number in range(len(nodes)):
+        kept = lab.home / f"runs/npus/logs/node{number}-cann.tgz"
+        assert f"cann/node{number}/plog-1.log" in subprocess.run(("tar", "-tzf", kept), capture_output=True, text=True, check=True).stdout
 
 
 def check_environment(lines: list[str], host: Host) -> None:

@@ -1,5 +1,6 @@
 """Image and data come to hosts that share nothing: from host to host, and from here to the same place there."""
 
+import json
 import os
 import secrets
 import subprocess
@@ -30,6 +31,24 @@ pytestmark = pytest.mark.cluster
 TAG = "omnilaunch-relay:test"
 HERE = Local(os.environ)
 NAMES = ("plain.json", "with space", "new\nline", "-rf", "$(touch C)", "deep/er/'quoted\"")
+
+
+def test_a_node_that_has_another_image_under_the_tag_is_named(lab: Lab, clean: Callable[[], None]) -> None:
+    """As when a tag was pushed anew between two pulls. No registry is asked: both have the tag."""
+    first, second = lab.hosts[:2]
+    words = (*SMALL, "run.steps=1", *lab.overrides(first, second), "cluster.delivery.kind=pull", "cluster.delivery.registry=registry.example/x")
+    tag = json.loads(lab.run("plan", "--json", *words).stdout)["image"]["tag"]
+    for host in (first, second):
+        host.load(tag)
+    made = second.run("docker", "create", tag)
+    second.run("docker", "commit", made, tag)
+    second.run("docker", "rm", made)
+    try:
+        done = lab.run("launch", "--run-id", "other", *words)
+        assert done.returncode == 4, done.stdout
+        assert second.address in done.stdout and f"docker image rm {tag}" in done.stdout
+    finally:
+        second.run("docker", "image", "rm", tag)
 
 
 @pytest.fixture

@@ -101,7 +101,9 @@ def ascend() -> dict[str, str]:
     managers = "/dev/davinci_manager\n/dev/devmm_svm\n/dev/hisi_hdc\n"
     driver = "/usr/local/dcmi\n/usr/local/bin/npu-smi\n/usr/local/Ascend/driver/lib64\n/usr/local/Ascend/driver/version.info\n/etc/ascend_install.info\n"
     network_files = "/usr/local/Ascend/driver/tools/hccn_tool\n/etc/hccn.conf\n"
-    return {"devices": "\n".join(lines) + "\n", "driver": "Version=25.2.0\n", "files": davinci + managers + driver + network_files}
+    modes = "".join(f"{name} 666 0 1000\n" for name in (davinci + managers).split())
+    files = davinci + managers + driver + network_files
+    return {"devices": "\n".join(lines) + "\n", "driver": "Version=25.2.0\n", "files": files, "modes": modes}
 
 
 class Bed:

@@ -203,6 +203,15 @@ NODE_ILLS: dict[str, tuple[Ill, ...]] = {
         Ill(words=NPU, answers={"files": ascend()["files"].replace("/dev/davinci6\n", "")}, says="missing: /dev/davinci6"),
         Ill(words=P4, answers={"files": "/dev/nvidia0\n/dev/nvidiactl\n"}, says="/dev/nvidia-uvm", fix="nvidia-modprobe", level="warning"),
     ),
+    "device_access": (
+        Ill(
+            words=NPU,
+            answers={"modes": ascend()["modes"].replace("/dev/davinci6 666 0 1000", "/dev/davinci6 660 0 1900")},
+            says="user 1000:1000 of the container may not use /dev/davinci6 (660, owner 0:1900)",
+            fix="cluster.user=1000:1900",
+        ),
+        Ill(words=NPU, answers={"modes": ascend()["modes"].replace("666 0 1000", "600 0 0")}, says="and 8 more", fix="--install-for-all"),
+    ),
     "driver_mounts": (
         Ill(words=NPU, answers={"files": ascend()["files"].replace("/etc/hccn.conf\n", "")}, says="missing: /etc/hccn.conf"),
     ),
@@ -240,9 +249,9 @@ COMPARED_ILLS: dict[str, tuple[Ill, ...]] = {
 
 
 def test_the_number_of_checks() -> None:
-    assert (len(NODE_CHECKS), len(COMPARISONS), len(EXPERIMENTS)) == (31, 10, 3)
+    assert (len(NODE_CHECKS), len(COMPARISONS), len(EXPERIMENTS)) == (32, 10, 3)
     assert set(NODE_ILLS) == set(NODE_CHECKS) and set(COMPARED_ILLS) | {"clocks"} == set(COMPARISONS)
-    assert sum(check.launch for check in (*NODE_CHECKS.values(), *COMPARISONS.values())) == 32
+    assert sum(check.launch for check in (*NODE_CHECKS.values(), *COMPARISONS.values())) == 33
 
 
 @pytest.mark.parametrize("words", [CPU, NPU, NPU_RUNTIME, P4, LOCAL, OFFLOAD, DATA, PULL], ids=lambda words: " ".join(words[:2]))

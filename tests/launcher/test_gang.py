@@ -39,7 +39,7 @@ def crewed(folder: Path, nodes: int) -> Crewed:
 def run(
     folder: Path, *codes: str, stop: StopRequest | None = None, grace_s: float = 0.5, tick: object = lambda: None
 ) -> tuple[NodeResult, ...]:
-    members = start_members(tuple(command(folder, rank, code) for rank, code in enumerate(codes)), crewed(folder, len(codes)))
+    members = start_members(tuple(command(folder, rank, code) for rank, code in enumerate(codes)), crewed(folder, len(codes)), StopRequest())
     return watch(members, stop or StopRequest(), tick, grace_s=grace_s)  # type: ignore[arg-type]
 
 
@@ -89,7 +89,7 @@ def test_a_child_left_by_a_rank_that_ended_well_is_ended_too(tmp_path: Path) -> 
 def test_all_start_or_none(tmp_path: Path) -> None:
     commands = (command(tmp_path, 0, "import time; time.sleep(60)"), command(tmp_path, 1, "", program="/no/such/program"))
     with pytest.raises(NodeFailed, match="/no/such/program"):
-        start_members(commands, crewed(tmp_path, len(commands)))
+        start_members(commands, crewed(tmp_path, len(commands)), StopRequest())
     assert processes_with(FOLDER_VARIABLE, str(tmp_path)) == ()
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from launcher import preparation
 from launcher.errors import NodeFailed
+from launcher.interrupt import StopRequest
 from launcher.plan import Plan
 from launcher.preparation import Desk, bring_image, bring_paths, start_ranks
 from launcher.transport import Local
@@ -29,7 +30,18 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
     called: dict[str, tuple[Any, ...]] = {}
     for way in WAYS:
         monkeypatch.setattr(preparation, way, lambda *given, way=way, **named: called.__setitem__(way, given) or "sha256:1")
+    monkeypatch.setattr(preparation, "is_everywhere", lambda *given: False)
     return called
+
+
+@pytest.mark.parametrize("words", [CPU, (*CPU, "cluster.delivery.kind=build_on_nodes")])
+def test_an_image_that_all_nodes_have_takes_no_way(
+    plan_for: PlanFor, taken: dict[str, tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(preparation, "is_everywhere", lambda tag, fingerprint, sites: len(sites) == 2 and tag.endswith(fingerprint[:12]))
+    plan = plan_for(*words)
+    bring_image(plan, desk_for(plan))
+    assert not taken
 
 
 @pytest.mark.parametrize(
@@ -71,8 +83,8 @@ def test_a_path_that_a_node_lacks_is_named_with_what_brings_it(plan_for: PlanFor
 
     monkeypatch.setattr(preparation, "start_members", refuse)
     with pytest.raises(NodeFailed, match=r"Next: cluster\.sync=\[/base,/d/my set\] copies it there"):
-        start_ranks(plan, desk_for(plan))
+        start_ranks(plan, desk_for(plan), StopRequest())
     said = "docker: no space left on device"
     with pytest.raises(NodeFailed) as caught:
-        start_ranks(plan, desk_for(plan))
+        start_ranks(plan, desk_for(plan), StopRequest())
     assert str(caught.value) == said

@@ -136,3 +136,33 @@ def test_runs_that_are_no_folder(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
     with pytest.raises(ConfigRefused, match=r"runs is a file.*cluster\.root"):
         describe_runs(tmp_path / "runs")
+
+
+def elsewhere(plan: Plan, tmp_path: Path) -> Plan:
+    return replace(plan, folder=str(tmp_path / "runs/R"))
+
+
+def saved(plan: Plan, host: str) -> Record:
+    return replace(end(plan, nodes=(replace(ENDED, host=host),)), checkpoint="checkpoints/step-000300")
+
+
+TWO = "cluster.nodes=[{host: a, user: ann, port: 2222, jump: gate}, {host: b, user: ann}, {host: c, user: ann, spare: true}]"
+REMOTE = ("cluster.runtime=docker", "cluster.root=/srv/omnilaunch")
+
+
+@pytest.mark.parametrize("host", ["a", "c"])
+def test_a_checkpoint_on_a_node_is_named_by_its_node(plan_for: Callable[..., Plan], tmp_path: Path, host: str) -> None:
+    """The first one of the last attempt: a spare may have taken the place."""
+    plan = elsewhere(plan_for(*REMOTE, TWO), tmp_path)
+    record = saved(plan, host)
+    assert f"checkpoint  {host}:/srv/omnilaunch/runs/R/checkpoints/step-000300" in describe_record(record, plan)
+    way = ["-J", "gate", "-P", "2222"] if host == "a" else []
+    first = shlex.split(next_commands(record, plan).splitlines()[0])
+    assert first == ["scp", "-r", *way, f"ann@{host}:/srv/omnilaunch/runs/R/checkpoints", str(tmp_path / "runs/R")]
+
+
+@pytest.mark.parametrize("words", [("cluster.nodes=[{host: a}]",), (TWO, "cluster.shared=true")])
+def test_where_every_node_sees_it_nothing_is_copied(plan_for: Callable[..., Plan], tmp_path: Path, words: tuple[str, ...]) -> None:
+    plan = elsewhere(plan_for(*REMOTE, *words), tmp_path)
+    first, *_ = next_commands(saved(plan, "a"), plan).splitlines()
+    assert "stage=evaluate stage.checkpoint=R" in first

@@ -53,6 +53,7 @@ def test_docker_on_two_ascend_nodes(plan_for: PlanFor) -> None:
     assert second.start[second.start.index("--node-rank") + 1] == "1"
     assert (first.environment["HCCL_IF_IP"], second.environment["HCCL_IF_IP"]) == ("192.0.2.11", "192.0.2.12")
     assert first.environment["HCCL_SOCKET_IFNAME"] == "=eth0"
+    assert second.environment["ASCEND_PROCESS_LOG_PATH"] == f"{RUN}/cann/node1", "one for each node: the folder may be shared"
     assert first.stop == ("docker", "kill", "--signal", "TERM", "omnilaunch-R-7aa70a-n0")
 
 

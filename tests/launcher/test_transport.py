@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 from hostile import CONTENT, hostile, running
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from sshd import Sshd, access_in, make_key, node_at
 
 from launcher.errors import NodeFailed

@@ -11,12 +11,14 @@ import pytest
 
 from launcher.claim import ask_to_stop
 from launcher.errors import ConfigRefused
+from launcher.interrupt import StopRequest
 from launcher.launch import leave
+from launcher.node import Mirror, Site
 from launcher.plan import Plan
 from launcher.preparation import Crew, Desk
 from launcher.start import NodeCommand
-from launcher.supervision import Outcome, signals_of, watch_attempt
-from launcher.transport import Local
+from launcher.supervision import Outcome, signals_of_others, watch_attempt
+from launcher.transport import Local, Result
 from trainer import contract
 from trainer.contract import SCHEMA, DataProblem, DataReport, TrainResult
 
@@ -66,7 +68,7 @@ def crew(plan: Plan, ranks: tuple[Code, float], check: tuple[Code, float]) -> Cr
 
 
 def watched(plan: Plan, ranks: tuple[Code, float], check: tuple[Code, float]) -> Outcome:
-    return watch_attempt(plan, Path(plan.folder), desk(), crew(plan, ranks, check))
+    return watch_attempt(plan, Path(plan.folder), desk(), crew(plan, ranks, check), StopRequest())
 
 
 def trained(plan: Plan, status: str, steps: int) -> None:
@@ -95,7 +97,7 @@ def test_bad_data_ends_the_ranks(plan: Plan) -> None:
     contract.write(report, Path(plan.folder) / contract.DATA_FILE)
     mine = crew(plan, (None, 0.0), (2, 0.1))
     with pytest.raises(ConfigRefused, match=r"train\.json row 2"):
-        watch_attempt(plan, Path(plan.folder), desk(), mine)
+        watch_attempt(plan, Path(plan.folder), desk(), mine, StopRequest())
     assert mine.members[0].poll() == 137
 
 
@@ -119,14 +121,46 @@ def test_a_run_that_breaks_after_its_last_step_was_not_stopped(plan: Plan, steps
 
 
 def test_a_run_is_left_when_its_data_is_checked(plan: Plan) -> None:
-    assert leave(plan, Path(plan.folder), desk(), crew(plan, (None, 0.0), (0, 0.2))) is None
+    assert leave(plan, Path(plan.folder), desk(), crew(plan, (None, 0.0), (0, 0.2)), StopRequest()) is None
 
 
 def test_a_run_that_breaks_before_it_is_left_is_told(plan: Plan) -> None:
-    outcome = leave(plan, Path(plan.folder), desk(), crew(plan, (1, 0.2), (None, 0.0)))
+    outcome = leave(plan, Path(plan.folder), desk(), crew(plan, (1, 0.2), (None, 0.0)), StopRequest())
     assert outcome is not None and outcome.status == "failed"
 
 
 def test_a_closed_terminal_concerns_no_container(plan_for: Callable[..., Plan]) -> None:
-    assert signal.SIGHUP in signals_of(plan_for())
-    assert signal.SIGHUP not in signals_of(plan_for("cluster.runtime=docker"))
+    assert signals_of_others(plan_for()) == ()
+    assert signals_of_others(plan_for("cluster.runtime=docker")) == (signal.SIGHUP,)
+
+
+def test_a_start_that_takes_too_long_is_a_failed_attempt_that_names_the_slowest(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    plan = plan_for(f"cluster.root={tmp_path}", "cluster.devices_per_node=2", "run.start_timeout_s=1")
+    logs = Path(plan.folder) / "logs"
+    logs.mkdir(parents=True)
+    (logs / "node0.log").write_text(
+        "[rank 0] omnilaunch: starting: loading its libraries\n[rank 1] omnilaunch: starting: loading its libraries\n"
+        "[rank 0] omnilaunch: starting: meeting the other ranks\n[rank 1] Downloading shards\n"
+    )
+    mine = crew(plan, (None, 0.0), (0, 0.0))
+    outcome = watch_attempt(plan, Path(plan.folder), desk(), mine, StopRequest())
+    assert (outcome.status, outcome.code) == ("failed", 5) and outcome.failure is not None
+    assert "run.start_timeout_s=1" in outcome.failure.message and "1 of 2 rank(s) had come least far" in outcome.failure.message
+    assert "rank 1 on localhost: loading its libraries" in outcome.failure.message and outcome.failure.tail[0] == "Downloading shards"
+    assert outcome.nodes[0].killed and mine.members[0].poll() == 137
+
+
+def test_a_node_that_answers_slowly_holds_up_no_look_at_the_others(tmp_path: Path) -> None:
+    class Slow(Local):
+        def run(self, argv: tuple[str, ...], **named: object) -> Result:
+            time.sleep(1.0)
+            return Result(argv=argv, code=0, output="a row\n", errors="")
+
+    command = NodeCommand(host="a", node_rank=0, runtime="docker", name="c", folder="/run", environment={}, prepare=(), start=())
+    mirror = Mirror(Site(command=command, transport=Slow({})), "metrics.jsonl", tmp_path)
+    began = time.monotonic()
+    mirror.update()
+    mirror.update()
+    assert time.monotonic() - began < 0.5
+    mirror.settle()
+    assert (tmp_path / "metrics.jsonl").read_text() == "a row\n", "one question at a time"
