@@ -3,16 +3,19 @@
 Exit codes are contract.Exit. A rank that fails leaves `failure-rank<n>.json` in the run's folder.
 """
 
+import json
 import os
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from trainer.contract import (
     DATA_FILE,
+    DATA_PROBLEMS_FILE,
     FAILURE_FILES,
     SCHEMA,
     Exit,
@@ -23,7 +26,9 @@ from trainer.contract import (
     TrainSpec,
     read,
     write,
+    write_text,
 )
+from trainer.output import named_lines, say_phase
 
 USAGE = "usage: python -m trainer data SPEC | run SPEC    (SPEC: the path of a run's spec.json)"
 
@@ -32,22 +37,32 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 2 or arguments[0] not in COMMANDS:
         print(USAGE, file=sys.stderr)
         return Exit.USAGE
+    with named_lines(os.environ):
+        return carry_out(COMMANDS[arguments[0]], Path(arguments[1]))
+
+
+def carry_out(command: Callable[[TrainSpec], int], path: Path) -> int:
     try:
-        spec = read(TrainSpec, Path(arguments[1]))
+        spec = read(TrainSpec, path)
     except SpecError as error:
         print(error, file=sys.stderr)
         return Exit.USAGE
     try:
-        return COMMANDS[arguments[0]](spec)
+        return command(spec)
     except Exception as error:
         return fail(spec, error)
 
 
 def data(spec: TrainSpec) -> int:
-    """Write data.json and say every problem."""
-    from trainer.data.check import check_data
+    """Write data.json, and data_problems.jsonl where there are any, and say the first problems."""
+    from trainer.data.check import examine_data
 
-    report = check_data(spec)
+    report, problems = examine_data(spec)
+    listed = Path(spec.output) / DATA_PROBLEMS_FILE
+    if problems:
+        write_text("".join(f"{json.dumps(asdict(problem), ensure_ascii=False)}\n" for problem in problems), listed)
+    else:
+        listed.unlink(missing_ok=True)
     write(report, Path(spec.output) / DATA_FILE)
     for problem in report.problems:
         print(problem, file=sys.stderr)
@@ -55,6 +70,7 @@ def data(spec: TrainSpec) -> int:
 
 
 def run(spec: TrainSpec) -> int:
+    say_phase(0)
     from trainer.run import run_stage  # imports torch, which `data` must not
 
     run_stage(spec, os.environ)

@@ -11,20 +11,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-
-from trainer.contract import CHECKPOINTS, METRICS_FILE, SCHEMA, InputRefused, SpecError, TrainSpec, read, write_text
+from trainer.best import find_best
+from trainer.contract import CHECKPOINTS, InputRefused, SpecError, TrainSpec, read
 from trainer.engine import Engine
-from trainer.models.family import Processor
-from trainer.resume import NAME, STATE_FILE, CheckpointState, fixed_parts, missing_files, whole_checkpoints, whole_state
-from trainer.shard import read_header, size_of, sync
-from trainer.state import full_state_bytes, state_bytes, weights_bytes, write_state
+from trainer.resume import STATE_FILE, CheckpointState, missing_files, whole_checkpoints
+from trainer.shard import read_header, sync
+from trainer.state import full_state_bytes, weights_bytes
 
 RESUME = "resume"
 PARTIAL = ".{name}.partial"
@@ -35,102 +30,16 @@ INDEX = "model.safetensors.index.json"
 ROOM_BYTES = 64 * 2**20  # for everything beside the tensors
 
 
-@dataclass(frozen=True, kw_only=True)
-class Saved:
-    """`path` is relative to the run's folder. Both are empty on all ranks but the first."""
-
-    path: str = ""
-    weights_sha256: str = ""
-
-
-# ------------------------------------------------------------------------------------------------------------------ saving
-
-
-def save_checkpoint(engine: Engine, processor: Processor, spec: TrainSpec, step: int, *, data_sha256: str = "") -> Saved:
-    """Save `step`, then remove all but the newest `keep_checkpoints`. Every rank must call it; those of the first node write.
-
-    Raises RunFailed on every rank when the disk is full; nothing of this step is left then, and earlier checkpoints are as they were.
-    """
-    resumable = step < spec.steps
-    weights = engine.gather_weights()
-    needed = size_of(weights) + ROOM_BYTES + (state_bytes(engine) if resumable else 0)
-    final = checkpoints_of(spec) / NAME.format(step=step)
-    aside = final.with_name(PARTIAL.format(name=final.name))
-    state = CheckpointState(
-        schema=SCHEMA,
-        step=step,
-        weights_sha256="",
-        data_sha256=data_sha256,
-        world_size=engine.world_size if resumable else 0,
-        spec=fixed_parts(spec),
-        files={},
-    )
-
-    def agree(problem: str) -> None:
-        engine.agree(problem and describe_failure(spec, step, needed, problem))
-
-    try:
-        agree(on_first_rank(engine, lambda: write_weights(engine, processor, aside, weights, needed)))
-        weights.clear()
-        if resumable:
-            agree(write_state(engine, aside / RESUME, writers=min(spec.device.devices_per_node, engine.world_size)))
-        agree(on_first_rank(engine, lambda: complete(aside, final, state, spec)))
-    except BaseException:
-        if engine.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
-    whole = whole_state(final) if engine.rank == 0 else None
-    if engine.rank == 0:
-        prune(spec)
-    return Saved(path=whole.path, weights_sha256=whole.weights_sha256) if whole else Saved()
-
-
-def on_first_rank(engine: Engine, action: Callable[[], None]) -> str:
-    """What went wrong with the disk, or ''. The other ranks do nothing."""
-    try:
-        if engine.rank == 0:
-            action()
-    except (OSError, SafetensorError) as error:
-        return str(error)
-    return ""
-
-
-def write_weights(engine: Engine, processor: Processor, aside: Path, weights: dict[str, Any], needed: int) -> None:
-    """Begin the folder, with what transformers opens."""
-    shutil.rmtree(aside, ignore_errors=True)  # left by a rank that was killed while it saved
-    (aside / RESUME).mkdir(parents=True)
-    if shutil.disk_usage(aside).free < needed:
-        raise OSError("not enough room on the disk")
-    # peft would ask the hub whether the vocabulary has grown; our adapters never touch the embeddings.
-    adapter = {"save_embedding_layers": False} if hasattr(engine.model, "peft_config") else {}
-    engine.model.save_pretrained(aside, state_dict=weights, **adapter)
-    processor.save(aside)
-
-
-def complete(aside: Path, final: Path, state: CheckpointState, spec: TrainSpec) -> None:
-    """List the files, have them on the disk, give the folder its name."""
-    if not state.world_size:
-        (aside / RESUME).rmdir()
-    files = {path.relative_to(aside).as_posix(): path.stat().st_size for path in sorted(aside.rglob("*")) if path.is_file()}
-    state = replace(state, weights_sha256=hash_weights(aside), files=files)
-    write_text(json.dumps(asdict(state), indent=2) + "\n", aside / STATE_FILE)
-    sync_tree(aside)
-    rows = Path(spec.output) / METRICS_FILE
-    if rows.exists():
-        sync(rows)  # a checkpoint without the rows of its steps would be a run with a gap
-    if whole_state(final) is not None:
-        raise FileExistsError(f"{final} is already there")
-    if os.path.lexists(final):
-        remove(final)  # a copy that was cut short: nobody goes on from it
-    aside.rename(final)
-    sync(final.parent)
+# ------------------------------------------------------------------------------------------------------------- making room
 
 
 def prune(spec: TrainSpec) -> None:
-    """Remove all but the newest `keep_checkpoints`, and what ranks that were killed have left half-written or half-removed. What does not
-    go away is said: it takes room, and is no reason to end a run."""
+    """Remove all but the newest `keep_checkpoints` and the best one, and what ranks that were killed have left half-written or half-removed.
+    What does not go away is said: it takes room, and is no reason to end a run."""
+    best = find_best(spec)
     for old in list_checkpoints(spec)[: -max(1, spec.keep_checkpoints)]:
-        remove(old)
+        if best is None or old.name != Path(best.path).name:
+            remove(old)
     for pattern in (PARTIAL, REMOVED):
         for left in checkpoints_of(spec).glob(pattern.format(name="step-*")):
             discard(left)
@@ -161,9 +70,10 @@ def discard(folder: Path) -> None:
 
 def warn_of_room(engine: Engine, spec: TrainSpec) -> None:
     """Before the first step rank 0 says when the disk will be full before the run has ended. Not refused: others may make room."""
-    if engine.rank or not spec.save_every:
+    if engine.rank or not (spec.save_every or spec.save_every_s or spec.keep_best):
         return
-    more = max(1, spec.keep_checkpoints) + 1 - len(list_checkpoints(spec))  # the oldest goes when the newest is whole
+    kept = max(1, spec.keep_checkpoints) + bool(spec.keep_best)
+    more = kept + 1 - len(list_checkpoints(spec))  # the oldest goes when the newest is whole
     needed, free = more * (weights_bytes(engine) + full_state_bytes(engine) + ROOM_BYTES), shutil.disk_usage(spec.output).free
     if free < needed:
         print(

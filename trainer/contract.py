@@ -8,10 +8,24 @@ import json
 import os
 import types
 import typing
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Literal
+
+from trainer.report import (
+    Best as Best,
+    DataProblem as DataProblem,
+    DataReport as DataReport,
+    DataSummary as DataSummary,
+    EnvReport as EnvReport,
+    EvaluationRow as EvaluationRow,
+    FailureReport as FailureReport,
+    Origin as Origin,
+    PhasePeak as PhasePeak,
+    StepRow as StepRow,
+    TrainResult as TrainResult,
+)
 
 SCHEMA = 1
 
@@ -20,12 +34,23 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 # Inside `runs/<run_id>/`. The launcher writes the first, the trainer the others.
 SPEC_FILE = "spec.json"
 DATA_FILE = "data.json"
+DATA_PROBLEMS_FILE = "data_problems.jsonl"  # all of them, where data.json has the first ones
 ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 RESULT_FILE = "train_result.json"
 FAILURE_FILES = "failure-rank{rank}.json"
 CHECKPOINTS = "checkpoints"
+EVALUATIONS_FILE = "evaluations.jsonl"  # a row for each evaluation between two steps
+SAMPLES_FOLDER = "samples"  # and its answers: step-<n>.jsonl
+BEST_FILE = "best.json"
+TRACKER_FOLDER = "tracker"  # below it one folder for each of spec.trackers
+PROFILE_FOLDER = "profile"
+
+# In front of every line of a rank where there are several, and what a rank says of its start: what it does next, in this order.
+RANK_PREFIX = "[rank {rank}] "
+PHASE_LINE = "omnilaunch: starting: {phase}"
+START_PHASES = ("loading its libraries", "meeting the other ranks", "reading the data", "loading the model", "preparing the engine")
 
 
 class Exit(IntEnum):
@@ -84,13 +109,15 @@ class Lora:
     r: int
     alpha: int
     dropout: float
-    targets: tuple[str, ...]  # names of linear layers inside the language model
+    targets: tuple[str, ...]  # linear layers inside the language model: their own names, or 're:REGEX' over whole module names
     rank_stabilised: bool = False
+    base: Literal["", "nf4"] = ""  # nf4: the adapted layers are frozen in 4 bits (Dettmers et al., QLoRA, arXiv 2305.14314); CUDA only
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Element types. `optimizer` is the type of master weights and states; `compute` that of activations."""
+    """Element types. `optimizer` is the type of master weights and states; `compute` that of activations. `rounding`: how the optimizer's
+    results come into `optimizer`, stochastic for bfloat16 alone."""
 
     name: str
     weights: Dtype
@@ -98,12 +125,14 @@ class Precision:
     optimizer: Dtype
     gradients: Dtype
     loss_scaling: Literal["none", "dynamic"] = "none"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """AdamW. `warmup` counts steps when >= 1 and is a share of all steps when < 1. Betas, eps and decay as in
-    Loshchilov and Hutter, Decoupled Weight Decay Regularization (arXiv 1711.05101), algorithm 2."""
+    Loshchilov and Hutter, Decoupled Weight Decay Regularization (arXiv 1711.05101), algorithm 2. `group_lr`: peak rates of groups of
+    the model that learn at another one than `lr`, on the same schedule."""
 
     lr: float
     beta1: float = 0.9
@@ -113,6 +142,7 @@ class Optimizer:
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: float = 0.03
     clip_norm: float = 1.0
+    group_lr: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,20 +161,25 @@ class ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
-    """`trainable`: groups whose parameters get gradients. `checkpoint`: weights to start from, or ''."""
+    """`trainable`: groups whose parameters get gradients. `checkpoint`: weights to start from, or ''. `reset`: groups that begin anew from
+    the run's seed. `needs`: what the weights must have behind them, `projector` that some run has trained it."""
 
     name: str
     kind: Literal["train", "evaluate"]
     trainable: tuple[str, ...]
     lora: Lora | None = None
     checkpoint: str = ""
+    reset: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
     """Conversations with images. `builtin` names a set that the trainer writes itself into `root` before the first step.
 
-    `max_length` is in tokens, image tokens included.
+    `max_length` is in tokens, image tokens included: of a sample, and of a row where `packing` puts several samples into one, which do
+    not see each other. `length_aware`: samples of like length share a micro-batch, out of a step or out of a window of steps.
+    `max_pixels` (families that scale an image) and `max_tiles` (those that cut it) bound an image's tokens; 0 = as the processor says.
     """
 
     name: str
@@ -155,11 +190,16 @@ class DataSpec:
     images: str
     max_length: int
     workers: int
+    packing: bool = False
+    length_aware: Literal["off", "step", "window"] = "off"
+    max_pixels: int = 0
+    max_tiles: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """global_batch = micro_batch x accumulation x world_size, in samples."""
+    """global_batch = micro_batch x accumulation x world_size, in samples. With `data.packing` micro_batch counts packed rows, which hold
+    more than one sample each, and accumulation is the most that a step may need."""
 
     global_batch: int
     micro_batch: int
@@ -180,12 +220,24 @@ class DeviceSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Greedy generation on the held-out rows. `limit` 0 = all of them; `enabled` after training."""
+    """Greedy generation on the held-out rows. `limit` 0 = all of them; `enabled` after training; `every`: also after each so many steps,
+    0 = never. `loss`: the mean loss over the answers' tokens besides, one more forward pass."""
 
     enabled: bool = True
     batch: int = 64
     max_new_tokens: int = 16
     limit: int = 0
+    every: int = 0
+    loss: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """The profiler's window: steps `start` to `start` + `steps` - 1, of rank 0 or of all; `steps` 0 = never."""
+
+    start: int = 10
+    steps: int = 0
+    ranks: Literal["first", "all"] = "first"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,103 +264,14 @@ class TrainSpec:
     evaluation: Evaluation
     deepspeed: dict[str, Any]
     hang_timeout_s: float = 0.0
-
-
-# ---------------------------------------------------------------------------------------------------------- what it answers
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepRow:
-    """One optimizer step over the global batch. `loss` is the mean over trained tokens; `peak_bytes` the highest of any rank
-    (device memory on an accelerator, resident memory on the CPU). `skipped`: the loss scaler dropped the step."""
-
-    step: int
-    steps: int
-    loss: float
-    lr: float
-    grad_norm: float
-    samples: int
-    tokens: int
-    seconds: float
-    peak_bytes: int
-    loss_scale: float = 1.0
-    skipped: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataProblem:
-    """`row` counts from 1 as a reader of the file does; 0 = the file as a whole."""
-
-    file: str
-    row: int
-    field: str
-    problem: str
-    fix: str
-
-    def __str__(self) -> str:
-        where = f"{self.file} row {self.row}" if self.row else self.file
-        return f"{where}, key {self.field!r}: {self.problem}\n    {self.fix}" if self.field else f"{where}: {self.problem}\n    {self.fix}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataReport:
-    """`sha256`: over the annotation files and every image they name, in order."""
-
-    schema: int
-    sha256: str
-    train_rows: int
-    evaluation_rows: int
-    images: int
-    problems: tuple[DataProblem, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class EnvReport:
-    """Facts asked of the running process, never copied from a config. `deepspeed`: the config that the engine really took."""
-
-    schema: int
-    hostname: str
-    platform: str
-    python: str
-    packages: dict[str, str]
-    accelerator: str
-    devices: tuple[str, ...]
-    driver: str
-    world_size: int
-    threads: int
-    environment: dict[str, str]
-    parameters: dict[str, int]
-    trainable: dict[str, int]
-    deepspeed: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """`evaluation`: metric -> value, with `count`. `checkpoint` is relative to the run's folder."""
-
-    schema: int
-    status: Literal["finished", "stopped"]
-    steps: int
-    seconds: float
-    samples_per_s: float
-    final_loss: float | None
-    checkpoint: str
-    weights_sha256: str
-    evaluation: dict[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FailureReport:
-    """Why a rank ended. `unix_s` orders the reports of several ranks; the first one is the cause."""
-
-    schema: int
-    rank: int
-    hostname: str
-    unix_s: float
-    code: int
-    kind: str
-    message: str
-    traceback: str
+    save_every_s: float = 0.0  # save at the first step that ends so long after the last checkpoint; 0 = by steps alone
+    keep_best: Literal["", "exact_match", "loss"] = ""  # the checkpoint that evaluates best is kept besides the newest ones
+    checkpoint_background: bool = False  # the steps go on while a copy in the host's memory is written
+    trackers: tuple[str, ...] = ()
+    profile: Profile = Profile()
+    loss_chunk: int = 0  # the most trained tokens of a micro-batch whose logits exist at a time; 0 = all of them
+    checkpoint_every: int = 1  # with gradient_checkpointing: every which layer is computed twice
+    checkpoint_groups: tuple[str, ...] = ()  # and of which groups of the model; () = of all that have layers
 
 
 # ------------------------------------------------------------------------------------------------------ to and from the disk
@@ -329,7 +292,7 @@ def decode(cls: Any, data: Any, where: str = "") -> Any:
         if unknown:
             raise SpecError(f"{where or cls.__name__}: unknown keys {unknown}; valid are {sorted(hints)}")
         values = {key: decode(hints[key], item, f"{where}.{key}".lstrip(".")) for key, item in data.items()}
-        required = {f.name for f in fields(cls) if f.default.__class__.__name__ == "_MISSING_TYPE"}
+        required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
         missing = sorted(required - set(values))
         if missing:
             raise SpecError(f"{where or cls.__name__}: missing keys {missing}")

@@ -11,6 +11,7 @@ import re
 import resource
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ import torch
 from trainer.contract import DeviceSpec, RunFailed
 
 ASCEND_DRIVER = Path("/usr/local/Ascend/driver/version.info")
+MEMORY, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,9 @@ class Device:
     activate: Callable[[int], None]
     synchronize: Callable[[], None]
     peak_bytes: Callable[[], int]
+    reserved_bytes: Callable[[], int]  # the peak of what the allocator holds; 0 where there is none
+    reset_peaks: Callable[[], None]
+    profiler: Callable[[], Any]  # the module with `profile` and `ProfilerActivity`
     memory: Callable[[], tuple[int, int]]  # free, total
     title: Callable[[int], str]
     driver: Callable[[], str]
@@ -80,6 +86,30 @@ def system_memory() -> tuple[int, int]:
     return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
 
 
+def resident_peak() -> int:
+    """Since the start or the last `reset_resident_peak`, in bytes."""
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", STATUS.read_text(encoding="utf-8"), re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # both count in KiB
+
+
+def reset_resident_peak() -> None:
+    """Where the kernel lets a process do so; elsewhere every peak is that of the whole run."""
+    with suppress(OSError):
+        CLEAR_REFS.write_text("5", encoding="ascii")  # proc(5): resets VmHWM to what is resident now
+
+
+def host_memory_bytes() -> int:
+    """What the host can still give to this process: free, or taken by nothing but caches, and within the container's limit."""
+    free, _ = system_memory()
+    found = re.search(r"^MemAvailable:\s*(\d+) kB$", MEMORY.read_text(encoding="ascii"), re.MULTILINE)
+    free = int(found.group(1)) * 1024 if found else free
+    try:
+        limit, used = (int((CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no cgroup of version 2, or "max"
+        return free
+    return min(free, max(0, limit - used))
+
+
 def nvidia_driver() -> str:
     command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     try:
@@ -101,7 +131,20 @@ def import_torch_npu() -> None:
     import torch_npu  # noqa: F401  # its import adds torch.npu
 
 
-def on_accelerator(name: str, prepare: Callable[[], None], driver: Callable[[], str]) -> Device:
+def torch_profiler() -> Any:
+    return torch.profiler
+
+
+def npu_profiler() -> Any:
+    """The same words as torch's (Ascend/op-plugin, docs/zh/custom_APIs/torch_npu-profiler)."""
+    import torch_npu.profiler
+
+    return torch_npu.profiler
+
+
+def on_accelerator(
+    name: str, prepare: Callable[[], None], driver: Callable[[], str], profiler: Callable[[], Any] = torch_profiler
+) -> Device:
     """`torch.<name>` is looked up at call time: torch.npu exists only after `prepare`."""
 
     def api() -> Any:
@@ -115,6 +158,9 @@ def on_accelerator(name: str, prepare: Callable[[], None], driver: Callable[[], 
         activate=lambda local_rank: api().set_device(local_rank),
         synchronize=lambda: api().synchronize(),
         peak_bytes=lambda: api().max_memory_allocated(),
+        reserved_bytes=lambda: api().max_memory_reserved(),
+        reset_peaks=lambda: api().reset_peak_memory_stats(),
+        profiler=profiler,
         memory=lambda: api().mem_get_info(),
         title=lambda local_rank: api().get_device_name(local_rank),
         driver=driver,
@@ -129,11 +175,14 @@ DEVICES = {
         place=lambda _: torch.device("cpu"),
         activate=lambda _: None,
         synchronize=lambda: None,
-        peak_bytes=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
+        peak_bytes=resident_peak,
+        reserved_bytes=lambda: 0,
+        reset_peaks=reset_resident_peak,
+        profiler=torch_profiler,
         memory=system_memory,
         title=lambda _: processor_title(),
         driver=lambda: "",
     ),
     "cuda": on_accelerator("cuda", lambda: None, nvidia_driver),
-    "npu": on_accelerator("npu", import_torch_npu, ascend_driver),
+    "npu": on_accelerator("npu", import_torch_npu, ascend_driver, npu_profiler),
 }

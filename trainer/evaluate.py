@@ -1,7 +1,8 @@
-"""Greedy generation over held-out samples, and how many of the answers are exactly right."""
+"""Greedy generation over held-out samples, and how many of the answers are exactly right; where it is asked for, their loss."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from trainer.contract import SAMPLES_FILE, TrainSpec, write_text
-from trainer.data.collate import collate_prompts
+from trainer.data.collate import collate, collate_prompts
+from trainer.data.encode import IGNORED
 from trainer.data.sample import Sample
 from trainer.models.family import Processor
 
 Row = dict[str, Any]
+LossSum = Callable[[dict[str, Tensor]], Tensor]
 
 
 def evaluate(
@@ -28,8 +31,11 @@ def evaluate(
     rank: int,
     world_size: int,
     partitioned: bool,
+    file: str = SAMPLES_FILE,
+    loss_sum: LossSum | None = None,
 ) -> dict[str, float]:
-    """Answer the last question of each sample and write samples.jsonl. Returns exact_match (0 to 1) and count, on every rank.
+    """Answer the last question of each sample and write `file`, in the run's folder. Returns exact_match (0 to 1) and count, on every rank,
+    and with `loss_sum`, which adds up the cross entropy of a micro-batch, loss: the mean over the answers' tokens.
 
     `partitioned`: ranks hold parts of the weights (ZeRO 3) and must run the model equally often, so every rank gets as many
     batches as any other and goes on generating until all are done.
@@ -37,12 +43,49 @@ def evaluate(
     chosen = samples[: spec.evaluation.limit or None]
     shares = share(list(enumerate(chosen)), rank, world_size, spec.evaluation.batch)
     answer = make_answerer(model, processor, spec, device, together=partitioned and world_size > 1)
-    model.eval()
-    rows = [row for part in shares for row in answer(part)]
+    with answering(model):
+        rows = [row for part in shares for row in answer(part)]
+        own = set(range(rank, len(chosen), world_size))
+        losses = [part_loss(part, processor, spec, loss_sum, own) for part in shares] if loss_sum else []
     rows = gather_rows(rows, world_size)
     if rank == 0:
-        write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), Path(spec.output) / SAMPLES_FILE)
-    return {"exact_match": sum(row["match"] for row in rows) / max(1, len(rows)), "count": float(len(rows))}
+        (Path(spec.output) / file).parent.mkdir(exist_ok=True)
+        write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), Path(spec.output) / file)
+    scores = {"exact_match": sum(row["match"] for row in rows) / max(1, len(rows)), "count": float(len(rows))}
+    return scores | ({"loss": mean_loss(losses, world_size)} if loss_sum else {})
+
+
+@contextmanager
+def answering(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode within it; then every module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@torch.no_grad()
+def part_loss(part: list[tuple[int, Sample]], processor: Processor, spec: TrainSpec, loss_sum: LossSum, own: set[int]) -> tuple[float, int]:
+    """Of the samples at the places in `own`, which is emptied, so that each counts once: the sum of the loss, and the tokens it is over."""
+    batch = collate([sample for _, sample in part], processor, spec)
+    for row, (place, _) in enumerate(part):
+        if place not in own:
+            batch["labels"][row] = IGNORED
+        own.discard(place)
+    return float(loss_sum(batch)), int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def mean_loss(losses: list[tuple[float, int]], world_size: int) -> float:
+    """Over all ranks, in the order of the ranks."""
+    own = (sum(loss for loss, _ in losses), sum(tokens for _, tokens in losses))
+    sums = [own]
+    if world_size > 1:
+        sums = [own] * world_size
+        torch.distributed.all_gather_object(sums, own)
+    return sum(loss for loss, _ in sums) / max(1, sum(tokens for _, tokens in sums))
 
 
 def share(items: list, rank: int, world_size: int, size: int) -> list[list]:

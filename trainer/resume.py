@@ -20,9 +20,11 @@ NAMES = re.compile(r"step-(\d{6,})")
 NAMED = 5  # files that are missing, in a message
 
 # Where the attempts of one run may differ: it changes where and how fast the steps are done, not what they are.
-FREE_SECTIONS = ("device.", "evaluation.", "deepspeed.")
+FREE_SECTIONS = ("device.", "evaluation.", "deepspeed.", "profile.")
 FREE_KEYS = {
-    *("schema", "run_id", "output", "save_every", "keep_checkpoints", "gradient_checkpointing", "hang_timeout_s"),
+    *("save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background", "trackers"),
+    *("schema", "run_id", "output", "gradient_checkpointing", "hang_timeout_s"),
+    *("checkpoint_every", "checkpoint_groups", "loss_chunk"),
     *("batch.micro_batch", "batch.accumulation", "data.root", "data.workers"),
 }
 
@@ -30,7 +32,8 @@ FREE_KEYS = {
 @dataclass(frozen=True, kw_only=True)
 class CheckpointState:
     """trainer_state.json. `files`: name -> bytes of every other file of the checkpoint. `spec`: dotted key -> value of all that must be
-    the same to go on. `data_sha256`: of the training rows' file. `world_size`: ranks that saved; 0 = weights alone, of the last step."""
+    the same to go on. `data_sha256`: of the training rows' file. `world_size`: ranks that saved; 0 = weights alone, of the last step.
+    `trained`: groups that this run and those before it have trained. `base`: Origin.mark of the weights that an adapter stands on."""
 
     schema: int
     step: int
@@ -39,6 +42,9 @@ class CheckpointState:
     world_size: int
     spec: dict[str, Any]
     files: dict[str, int]
+    run_id: str = ""
+    trained: tuple[str, ...] = ()
+    base: str = ""
 
     @property
     def path(self) -> str:

@@ -5,7 +5,6 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,29 +13,45 @@ import torch
 import torch.distributed
 import transformers
 
-from trainer.checkpoint import Saved, adapter_base, hash_weights, require_whole, save_checkpoint, warn_of_room
-from trainer.contract import ENVIRONMENT_FILE, RESULT_FILE, SCHEMA, InputRefused, RunFailed, TrainResult, TrainSpec, write
+from trainer.activation import checkpoint_layers
+from trainer.best import record_best
+from trainer.boundary import make_row, tell_evaluation
+from trainer.build import build, weights_folder
+from trainer.checkpoint import hash_weights, warn_of_room
+from trainer.contract import (
+    ENVIRONMENT_FILE,
+    RESULT_FILE,
+    SAMPLES_FILE,
+    SCHEMA,
+    InputRefused,
+    Origin,
+    RunFailed,
+    TrainResult,
+    TrainSpec,
+    write,
+)
 from trainer.data.check import Places, prepare, resolve
-from trainer.data.load import batches
-from trainer.data.order import rows_of_step
 from trainer.data.sample import Sample, read_samples
+from trainer.data.source import hash_sources
 from trainer.device import Device, open_device, seed_all
-from trainer.engine import Engine, start_distributed, start_engine, taken_config
+from trainer.draft import Saved, make_room
+from trainer.effect import taken_config
+from trainer.engine import start_distributed, start_engine
 from trainer.evaluate import evaluate
-from trainer.loop import Progress, StopFlag, stop_on_signals, train
+from trainer.loop import Progress, stop_on_signals
 from trainer.models import find_family
-from trainer.models.family import Family, Processor
+from trainer.models.family import Processor
 from trainer.observe.environment import report_environment
-from trainer.observe.metric import open_metrics
-from trainer.precision import loading_dtype
-from trainer.resume import hash_file
+from trainer.observe.memory import Gauge
+from trainer.observe.tracker import open_trackers, refuse_missing
+from trainer.origin import continues_adapter, find_origin
+from trainer.output import say_phase
+from trainer.resume import fixed_parts
 from trainer.stages.group import Staged, apply_stage, trainable_table
-from trainer.stages.lora import merge_adapter
-from trainer.start import Start, choose_start, finished_before, resume_adapter, resume_engine, whole_weights
-from trainer.watchdog import end_hung, watch_steps
+from trainer.start import choose_start, finished_before, load_adapter, resume_adapter, resume_engine, whole_weights
+from trainer.training import Job, progress_of, run_steps
 
 LOST_PEER = re.compile("closed by peer|reset by peer|Broken pipe|remote process exited|Timed out waiting|Watchdog caught")  # gloo, NCCL
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # never a pickle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +68,11 @@ class Rank:
 def run_stage(spec: TrainSpec, environ: Mapping[str, str]) -> TrainResult:
     """Carry out `spec` as the rank that `environ` names. Raises InputRefused and RunFailed."""
     quieten()
+    refuse_missing(spec)
+    refuse_unmeasured(spec)
     rank = take_place(spec, environ)
     seed_all(spec.seed, deterministic=spec.deterministic)
+    say_phase(1)
     start_distributed(spec.device)
     try:
         before = finished_before(spec)
@@ -72,17 +90,49 @@ def run_stage(spec: TrainSpec, environ: Mapping[str, str]) -> TrainResult:
 
 
 def train_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
+    gauge = Gauge(rank.device)
     family = find_family(spec.model.family)
     places = find_places(spec)
     samples = load_samples(places.train, places)
-    start = choose_start(spec, hash_file(places.train))
-    model, processor = build(spec, family, instead=whole_weights(spec, start))
+    start = choose_start(spec, hash_sources(places.train, places.images))
+    origin = find_origin(spec, weights_folder(spec))
+    model, processor = build(spec, family, origin, instead=whole_weights(spec, start))
+    say_phase(4)
     if spec.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})  # the other kind drops gradients behind frozen inputs
+        checkpoint_layers(model, spec)
     staged = apply_stage(model, spec, family.unused(model))
+    if start.checkpoint is None and continues_adapter(origin, spec.stage.lora):
+        load_adapter(staged.model, Path(origin.path))
     resume_adapter(staged.model, spec, start)
-    engine = start_engine(staged.model, spec, rank.place)
-    describe(spec, rank, staged, {"config": dict(engine.handle.config), "taken": taken_config(engine)}, environ)
+    engine = start_engine(staged.model, spec, rank.place, rates=staged.rates)
+    describe(spec, rank, staged, origin, {"config": dict(engine.handle.config), "taken": taken_config(engine)}, environ)
+    held_out = load_samples(places.evaluation, places) if spec.evaluation.enabled else ()
+    loss_sum = engine.loss_sum if spec.evaluation.loss else None
+    partitioned = spec.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3
+
+    def answer(file: str) -> dict[str, float]:
+        return score(spec, rank, engine.model, processor, held_out, partitioned=partitioned, file=file, loss_sum=loss_sum)
+
+    with open_trackers(spec, fixed_parts(spec), environ, step=start.step, tells=rank.number == 0) as audience:
+        job = Job(
+            spec=spec,
+            engine=engine,
+            processor=processor,
+            samples=samples,
+            device=rank.device,
+            gauge=gauge,
+            start=start,
+            origin=origin,
+            audience=audience,
+            score=answer,
+        )
+        trained = take_steps(job)
+        return trained if trained.status == "stopped" else finish(job, trained)
+
+
+def take_steps(job: Job) -> TrainResult:
+    """The result without an evaluation, on the disk as that of a stopped run, for the case that a signal ends it while it evaluates."""
+    spec, engine, start = job.spec, job.engine, job.start
     with stop_on_signals() as stop:  # until all stands: where one node hears of a stop first, the others' signal comes while they save
         if start.checkpoint is not None and start.step == spec.steps:  # an earlier attempt did them all, and ended before it had evaluated
             saved = Saved(path=start.checkpoint.path, weights_sha256=start.checkpoint.weights_sha256)
@@ -90,27 +140,42 @@ def train_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
         else:
             resume_engine(engine, spec, start)
             warn_of_room(engine, spec)
-            progress = run_steps(spec, engine, samples, processor, rank.device, start, stop)
-            saved = save_checkpoint(engine, processor, spec, progress.step, data_sha256=start.data_sha256)
-            trained = summarise(spec, progress, saved)
-        if rank.number == 0:  # stands when a signal ends the run while it evaluates
+            trained = summarise(spec, *run_steps(job, stop))
+        trained = replace(trained, peaks=job.gauge.report())
+        if engine.rank == 0:
+            trained = replace(trained, best=record_best(spec))
             write(replace(trained, status="stopped"), Path(spec.output) / RESULT_FILE)
-    if trained.status == "stopped":
-        return trained
-    partitioned = spec.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3
-    return replace(trained, evaluation=score(spec, rank, engine.model, processor, places, partitioned=partitioned))
+    return trained
+
+
+def finish(job: Job, trained: TrainResult) -> TrainResult:
+    """Evaluate the weights of the last step."""
+    spec = job.spec
+    began = time.perf_counter()
+    job.gauge.enter("evaluation")
+    scores = job.score(SAMPLES_FILE)
+    best = trained.best
+    if job.engine.rank == 0 and scores and spec.evaluation.every:
+        row = make_row(spec.steps, scores, seconds=time.perf_counter() - began)
+        tell_evaluation(spec, row, job.audience, SAMPLES_FILE)
+        best = make_room(spec)
+    return replace(trained, evaluation=scores, peaks=job.gauge.report(), best=best)
 
 
 def evaluate_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
     """Every rank holds the whole model and answers its share."""
     began = time.perf_counter()
+    gauge = Gauge(rank.device)
     family = find_family(spec.model.family)
     places = find_places(spec)
-    model, processor = build(spec, family)
+    origin = find_origin(spec, weights_folder(spec))
+    model, processor = build(spec, family, origin)
     staged = apply_stage(model, spec, family.unused(model))
     staged.model.to(rank.place)
-    describe(spec, rank, staged, {}, environ)
-    scores = score(spec, rank, staged.model, processor, places, partitioned=False)
+    describe(spec, rank, staged, origin, {}, environ)
+    held_out = load_samples(places.evaluation, places) if spec.evaluation.enabled else ()
+    gauge.enter("evaluation")
+    scores = score(spec, rank, staged.model, processor, held_out, partitioned=False)
     seconds = time.perf_counter() - began
     return TrainResult(
         schema=SCHEMA,
@@ -120,8 +185,9 @@ def evaluate_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> T
         samples_per_s=scores.get("count", 0.0) / seconds,
         final_loss=None,
         checkpoint="",
-        weights_sha256=hash_weights(weights_folder(spec)) if rank.number == 0 else "",
+        weights_sha256=hash_weights(Path(origin.path)) if rank.number == 0 and origin.path else "",
         evaluation=scores,
+        peaks=gauge.report(),
     )
 
 
@@ -145,6 +211,19 @@ def take_place(spec: TrainSpec, environ: Mapping[str, str]) -> Rank:
     return Rank(number=number, local=local, world_size=world_size, device=device, place=place)
 
 
+def refuse_unmeasured(spec: TrainSpec) -> None:
+    """Raises InputRefused where the best checkpoint is to be kept and nothing tells which one that is."""
+    if not spec.keep_best or spec.stage.kind != "train":
+        return
+    evaluation = spec.evaluation
+    lacks = [] if evaluation.every and evaluation.enabled else ["run.evaluation.every=N and run.evaluation.enabled=true"]
+    lacks += ["run.evaluation.loss=true"] if spec.keep_best == "loss" and not evaluation.loss else []
+    if lacks:
+        raise InputRefused(
+            f"run.keep_best={spec.keep_best}: no evaluation tells it. Set {' and '.join(lacks)}, or leave run.keep_best empty."
+        )
+
+
 def quieten() -> None:
     """Leave on the terminal what a reader of the run needs."""
     transformers.utils.logging.disable_progress_bar()
@@ -156,6 +235,7 @@ def quieten() -> None:
 
 def find_places(spec: TrainSpec) -> Places:
     """Writes a builtin set where this node does not have it yet."""
+    say_phase(2)
     prepare(spec.data)
     return resolve(spec.data)
 
@@ -170,94 +250,26 @@ def load_samples(file: Path | None, places: Places) -> tuple[Sample, ...]:
     return samples
 
 
-def build(spec: TrainSpec, family: Family, *, instead: Path | None = None) -> tuple[torch.nn.Module, Processor]:
-    """Model and processor: from the stage's checkpoint, else from the model's source; the weights from `instead`, where it is given."""
-    dtype = loading_dtype(spec.precision)
-    folder = weights_folder(spec)
-    base = adapter_base(folder) if folder else None
-    if base is not None:
-        require_whole(base, f"adapter_config.json of {folder}, base_model_name_or_path")
-    origin = base or folder
-    processor = family.load_processor(origin, spec.model) if origin else family.create_processor(spec.model)
-    if instead is not None:
-        model = family.load(instead, spec.model, dtype)
-        # A random start is rounded with its buffers, as the rotary frequencies, which no file holds; a loaded one keeps them in float32.
-        return (model if origin else model.to(dtype)), processor
-    if origin is None:
-        return family.create(spec.model).to(dtype), processor
-    model = family.load(origin, spec.model, dtype)
-    return (merge_adapter(model, folder) if folder and base else model), processor
-
-
-def weights_folder(spec: TrainSpec) -> Path | None:
-    """The folder to load from, whole; None for a random start. Raises InputRefused."""
-    source = spec.model.source
-    if spec.stage.checkpoint:
-        require_whole(Path(spec.stage.checkpoint), "stage.checkpoint")
-        return Path(spec.stage.checkpoint)
-    if source.kind == "path":
-        require_whole(Path(source.path), "model.source.path")
-        return Path(source.path)
-    if source.kind == "hub":
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(source.id, revision=source.revision or None, allow_patterns=list(HUB_FILES)))
-    return None
-
-
-def describe(spec: TrainSpec, rank: Rank, staged: Staged, deepspeed: dict[str, Any], environ: Mapping[str, str]) -> None:
+def describe(spec: TrainSpec, rank: Rank, staged: Staged, origin: Origin, deepspeed: dict[str, Any], environ: Mapping[str, str]) -> None:
     """environment.json, and the table of what trains."""
     report = report_environment(rank.device, rank.local, staged.groups, deepspeed, environ)
     if report is not None:
-        write(report, Path(spec.output) / ENVIRONMENT_FILE)
+        write(replace(report, origin=origin), Path(spec.output) / ENVIRONMENT_FILE)
         trainable_table(staged.groups, print)
         sys.stdout.flush()
 
 
-# --------------------------------------------------------------------------------------------------------------- the steps
-
-
-def run_steps(
-    spec: TrainSpec, engine: Engine, samples: Sequence[Sample], processor: Processor, device: Device, start: Start, stop: StopFlag
-) -> Progress:
-    """All steps that are not done yet, or those until `stop` is up."""
-
-    def name_samples(step: int) -> str:
-        rows = rows_of_step(step - 1, seed=spec.seed, rows=len(samples), global_batch=spec.batch.global_batch)
-        numbers = ", ".join(str(samples[row].row) for row in sorted(rows))
-        return f"{samples[0].file} rows {numbers}"
-
-    with (
-        watch_steps(spec.hang_timeout_s, rank=engine.rank, stream=sys.stderr, end=lambda why: end_hung(spec, engine.rank, why)) as watchdog,
-        open_metrics(Path(spec.output), writes=engine.rank == 0) as write_row,
-        closing(batches(samples, processor, spec, rank=engine.rank, first_step=start.step)) as source,
-    ):
-        return train(
-            engine,
-            source,
-            spec,
-            done=progress_of(start),
-            stop=stop,
-            watchdog=watchdog,
-            write=write_row,
-            save=lambda step: save_checkpoint(engine, processor, spec, step, data_sha256=start.data_sha256),
-            peak_bytes=device.peak_bytes,
-            name_samples=name_samples,
-        )
-
-
-def progress_of(start: Start) -> Progress:
-    return Progress(step=start.step, seconds=start.rows.seconds, loss=start.rows.loss)
+# ---------------------------------------------------------------------------------------------------------- after the steps
 
 
 def score(
-    spec: TrainSpec, rank: Rank, model: torch.nn.Module, processor: Processor, places: Places, *, partitioned: bool
+    spec: TrainSpec, rank: Rank, model: torch.nn.Module, processor: Processor, held_out: Sequence[Sample], *, partitioned: bool, **more: Any
 ) -> dict[str, float]:
-    """{} when the run asks for no evaluation or names no held-out file. `partitioned`: see `evaluate`."""
-    held_out = load_samples(places.evaluation, places) if spec.evaluation.enabled else ()
-    if not held_out:
+    """{} when the run asks for no evaluation or names no held-out file. `partitioned` and `more`: see `evaluate`."""
+    if not (spec.evaluation.enabled and held_out):
         return {}
-    return evaluate(model, held_out, processor, spec, rank.place, rank=rank.number, world_size=rank.world_size, partitioned=partitioned)
+    place = {"rank": rank.number, "world_size": rank.world_size, "partitioned": partitioned}
+    return evaluate(model, held_out, processor, spec, rank.place, **place, **more)
 
 
 def summarise(spec: TrainSpec, progress: Progress, saved: Saved) -> TrainResult:

@@ -25,32 +25,51 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Shards:
-    """Writes `<prefix>-00000.safetensors` and so on into a folder. After a full disk it takes tensors and drops them, because the ranks
-    that gather them go on together; `problem` then says what happened."""
+    """Writes `<prefix>-00000.safetensors` and so on into a folder, with `held` not before `flush`. After a full disk it takes tensors and
+    drops them, because the ranks that gather them go on together; `problem` then says what happened."""
 
-    def __init__(self, folder: Path, prefix: str) -> None:
-        self.folder, self.prefix = folder, prefix
+    def __init__(self, folder: Path, prefix: str, *, held: bool = False) -> None:
+        self.folder, self.prefix, self.held = folder, prefix, held
         self.waiting: dict[str, Tensor] = {}
+        self.waiting_bytes = 0
         self.files, self.problem = 0, ""
 
     def add(self, name: str, tensor: Tensor) -> None:
         """`tensor`: on the CPU, and not changed any more."""
         size = tensor.numel() * tensor.element_size()
-        if self.waiting and size_of(self.waiting) + size > SHARD_BYTES:
+        if not self.held and self.waiting and self.waiting_bytes + size > SHARD_BYTES:
             self.flush()
         self.waiting[name] = tensor
+        self.waiting_bytes += size
 
     def flush(self) -> None:
-        """Have all on the disk."""
-        if self.waiting and not self.problem:
-            path = self.folder / f"{self.prefix}-{self.files:05d}.safetensors"
-            try:
-                save_file(self.waiting, path)
-                sync(path)
-            except (OSError, SafetensorError) as error:
-                self.problem = str(error)
-            self.files += 1
-        self.waiting = {}
+        """Have all on the disk, and nothing in memory."""
+        while self.waiting:
+            piece = self._take_piece()
+            if not self.problem:
+                self._write(piece)
+        self.waiting_bytes = 0
+
+    def _take_piece(self) -> dict[str, Tensor]:
+        """The first of those that wait, as many as one file takes."""
+        piece: dict[str, Tensor] = {}
+        taken = 0
+        while self.waiting:
+            name, tensor = next(iter(self.waiting.items()))
+            taken += tensor.numel() * tensor.element_size()
+            if piece and taken > SHARD_BYTES:
+                break
+            piece[name] = self.waiting.pop(name)
+        return piece
+
+    def _write(self, tensors: dict[str, Tensor]) -> None:
+        path = self.folder / f"{self.prefix}-{self.files:05d}.safetensors"
+        try:
+            save_file(tensors, path)
+            sync(path)
+        except (OSError, SafetensorError) as error:
+            self.problem = str(error)
+        self.files += 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,14 @@ Rank 0 decides from its own disk, since that is where checkpoints are written; e
 """
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
 
+from trainer.best import cut_evaluations, read_evaluations, record_best
 from trainer.checkpoint import RESUME, prune
 from trainer.contract import FAILURE_FILES, METRICS_FILE, RESULT_FILE, InputRefused, RunFailed, SpecError, TrainResult, TrainSpec, read
 from trainer.engine import Engine
@@ -20,11 +21,14 @@ from trainer.state import ANEW, restore_state
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """`checkpoint` None: from the beginning. `rows`: those that stand, on rank 0 alone. `data_sha256`: of the training rows' file."""
+    """`checkpoint` None: from the beginning. `rows`: those that stand, on rank 0 alone. `data_sha256`: of the training rows' file.
+    `evaluated`: whether the weights there have been; `best`: the value that keep_best goes by, of the best checkpoint there is."""
 
     checkpoint: CheckpointState | None
     rows: Rows
     data_sha256: str
+    evaluated: bool = False
+    best: float | None = None
 
     @property
     def step(self) -> int:
@@ -68,7 +72,15 @@ def choose_start(spec: TrainSpec, data_sha256: str) -> Start:
             "the run's folder, or copy that folder from the first node to this one, and start again."
         )
     start = Start(checkpoint=checkpoint, rows=Rows(), data_sha256=data_sha256)
-    return Start(checkpoint=checkpoint, rows=clear_way(spec, start), data_sha256=data_sha256) if rank == 0 else start
+    start = replace(start, rows=clear_way(spec, start)) if rank == 0 else start
+    evaluated, best = tell_all(find_standing(spec, start) if rank == 0 else None)
+    return replace(start, evaluated=evaluated, best=best)
+
+
+def find_standing(spec: TrainSpec, start: Start) -> tuple[bool, float | None]:
+    """Start.evaluated and Start.best."""
+    best = record_best(spec)
+    return start.step in read_evaluations(Path(spec.output)), best.value if best else None
 
 
 def choose_checkpoint(spec: TrainSpec, data_sha256: str) -> CheckpointState | None:
@@ -96,6 +108,7 @@ def clear_way(spec: TrainSpec, start: Start) -> Rows:
     if start.step < spec.steps:
         (run / RESULT_FILE).unlink(missing_ok=True)  # of an attempt that was stopped
     rows = cut_rows(run, start.step)
+    cut_evaluations(run, start.step)
     if start.checkpoint is not None:
         print(f"going on from {start.checkpoint.path}", flush=True)
         if rows.count < start.step:

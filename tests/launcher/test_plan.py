@@ -68,6 +68,7 @@ def test_plan_runs_where_torch_cannot_be_imported() -> None:
         (("cluster.devices_per_node=2",), (64, 32, 1), 0),
         (("cluster.devices_per_node=2", "strategy=zero2", "strategy.micro_batch=4"), (64, 4, 8), 2),
         (("strategy.micro_batch=16", "precision=bf16"), (64, 16, 4), 1),
+        (("strategy.micro_batch=16", "precision=pure_bf16"), (64, 16, 4), 1),
     ],
 )
 def test_the_global_batch_is_divided_once(
@@ -77,6 +78,8 @@ def test_the_global_batch_is_divided_once(
     assert (spec.batch.global_batch, spec.batch.micro_batch, spec.batch.accumulation) == batch
     assert spec.deepspeed["train_batch_size"] == spec.batch.micro_batch * spec.batch.accumulation * spec.device.world_size == 64
     assert spec.deepspeed["zero_optimization"]["stage"] == stage
+    assert spec.deepspeed.get("zero_allow_untested_optimizer", False) == (spec.precision.rounding == "stochastic")
+    assert (spec.loss_chunk, spec.checkpoint_every, spec.checkpoint_groups) == (1024, 1, ())
 
 
 def test_the_command_plans_what_was_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -39,7 +39,9 @@ GROUPS = {
 PRECISIONS = {
     "fp32": Precision(name="fp32", weights="float32", compute="float32", optimizer="float32", gradients="float32"),
     "bf16": Precision(name="bf16", weights="bfloat16", compute="bfloat16", optimizer="float32", gradients="float32"),
-    "pure_bf16": Precision(name="pure_bf16", weights="bfloat16", compute="bfloat16", optimizer="bfloat16", gradients="bfloat16"),
+    "pure_bf16": Precision(
+        name="pure_bf16", weights="bfloat16", compute="bfloat16", optimizer="bfloat16", gradients="bfloat16", rounding="stochastic"
+    ),
 }
 ELEMENT_TYPES: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -47,6 +49,7 @@ ELEMENT_TYPES: dict[str, dict[str, Any]] = {
     "pure_bf16": {
         "bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True},
         "data_types": {"grad_accum_dtype": "bf16"},
+        "zero_allow_untested_optimizer": True,
     },
 }
 

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import trainer.checkpoint
+import trainer.draft
 import trainer.engine
 import trainer.run
 import trainer.start
 import trainer.state
+import trainer.writer
 from trainer.__main__ import main
 from trainer.contract import SPEC_FILE, TrainSpec, write
 
@@ -31,12 +33,14 @@ LOOK_S = 0.005
 PLACES: dict[str, tuple[Any, str]] = {
     "backward": (trainer.engine.Engine, "backward"),
     "update": (trainer.engine.Engine, "step"),
-    "save": (trainer.run, "save_checkpoint"),
-    "weights": (trainer.checkpoint, "write_weights"),
+    "save": (trainer.writer, "save_checkpoint"),
+    "weights": (trainer.draft, "write_weights"),
     "state": (trainer.state, "gather_part"),
     "random numbers": (trainer.state, "gather_random"),
-    "complete": (trainer.checkpoint, "complete"),
-    "sync": (trainer.checkpoint, "sync_tree"),
+    "complete": (trainer.draft, "complete"),
+    "complete behind the steps": (trainer.writer, "complete"),
+    "collect": (trainer.writer.Writer, "_collect"),
+    "sync": (trainer.draft, "sync_tree"),
     "remove": (trainer.checkpoint, "remove"),
     "cut rows": (trainer.start, "cut_rows"),
     "restore": (trainer.start, "restore_state"),

@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 
-from trainer import checkpoint
-from trainer.checkpoint import find_gap, hash_weights, require_whole, save_checkpoint
+from trainer import checkpoint, draft
+from trainer.checkpoint import find_gap, hash_weights, require_whole
 from trainer.contract import InputRefused, RunFailed, TrainSpec
+from trainer.draft import save_checkpoint
 from trainer.models import find_family
 
 
@@ -113,7 +114,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_else(place: str, 
     elif place == "processor":
         processor = replace(processor, save=fail)
     else:
-        monkeypatch.setattr(checkpoint, "sync_tree", fail)
+        monkeypatch.setattr(draft, "sync_tree", fail)
     with pytest.raises(RunFailed, match=r"step 2 could not be written.*No space left on device.*step-000001 is whole.*needs 0.06 GiB"):
         save_checkpoint(engine, processor, spec, 2)
     folder = Path(spec.output) / "checkpoints"
@@ -136,8 +137,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_is_really_full(small_disk: Path, parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, processor, spec = parts
     spec = replace(spec, output=str(small_disk))
-    assert checkpoint.size_of(engine.gather_weights()) < 400 * 1024  # it fits once
-    monkeypatch.setattr(checkpoint, "ROOM_BYTES", -(2**40))  # past the look at the free space, into the write itself
+    assert draft.size_of(engine.gather_weights()) < 400 * 1024  # it fits once
+    monkeypatch.setattr(draft, "ROOM_BYTES", -(2**40))  # past the look at the free space, into the write itself
     save_checkpoint(engine, processor, spec, 1)
     with pytest.raises(RunFailed, match=r"step 2 could not be written.*No space left on device.*step-000001 is whole"):
         save_checkpoint(engine, processor, spec, 2)
@@ -147,7 +148,7 @@ def test_a_disk_that_is_really_full(small_disk: Path, parts: Any, monkeypatch: p
 
 def test_room_is_looked_at_first(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, processor, spec = parts
-    monkeypatch.setattr(checkpoint, "ROOM_BYTES", 2**60)
+    monkeypatch.setattr(draft, "ROOM_BYTES", 2**60)
     monkeypatch.setattr(type(engine.model), "save_pretrained", lambda *_, **__: pytest.fail("wrote all the same"))
     with pytest.raises(RunFailed, match=r"not enough room on the disk.*There is no earlier checkpoint"):
         save_checkpoint(engine, processor, spec, 1)

@@ -8,7 +8,7 @@ import torch
 
 from trainer.contract import Evaluation, Template
 from trainer.data.check import resolve
-from trainer.data.collate import collate_prompts
+from trainer.data.collate import collate, collate_prompts
 from trainer.data.sample import read_samples
 from trainer.evaluate import end_ids, evaluate, read_answer, share
 from trainer.models import find_family
@@ -88,3 +88,31 @@ def test_a_right_answer_counts(ready: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert expected[:2] == ["1", "3"]
     scores = evaluate(model, samples, processor, spec, torch.device("cpu"), rank=0, world_size=1, partitioned=False)
     assert scores == {"exact_match": pytest.approx(2 / 3), "count": 3.0}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_the_loss_is_the_mean_over_every_answer_once(ranks: int, ready: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared out to ranks, where some items are done twice so that all do as many; and modules that were frozen in evaluation stay so."""
+    model, processor, spec, samples = ready
+    model.train()
+    model.model.vision_tower.eval()
+
+    def loss_sum(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        labels = batch["labels"]
+        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+
+    said: list[tuple[float, int]] = []
+    monkeypatch.setattr("trainer.evaluate.mean_loss", lambda losses, _: said.extend(losses) or 0.0)
+    monkeypatch.setattr("trainer.evaluate.gather_rows", lambda rows, _: rows)
+    for rank in range(ranks):
+        place = {"rank": rank, "world_size": ranks, "partitioned": False, "file": f"samples/rank-{rank}.jsonl"}
+        evaluate(model, samples, processor, spec, torch.device("cpu"), **place, loss_sum=loss_sum)
+    assert model.training and not model.model.vision_tower.training and model.lm_head.training
+    model.eval()
+    with torch.no_grad():
+        whole = collate(samples[:12], processor, spec)
+        tokens = int((whole["labels"][:, 1:] != -100).sum())
+        expected = float(loss_sum(whole)) / tokens
+    assert sum(count for _, count in said) == tokens
+    assert sum(loss for loss, _ in said) / tokens == pytest.approx(expected, rel=1e-5)

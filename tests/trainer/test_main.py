@@ -11,7 +11,19 @@ from typing import Any
 import pytest
 
 from trainer.__main__ import fail, main
-from trainer.contract import DATA_FILE, SPEC_FILE, DataReport, Exit, FailureReport, InputRefused, RunFailed, TrainSpec, read, write
+from trainer.contract import (
+    DATA_FILE,
+    DATA_PROBLEMS_FILE,
+    SPEC_FILE,
+    DataReport,
+    Exit,
+    FailureReport,
+    InputRefused,
+    RunFailed,
+    TrainSpec,
+    read,
+    write,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,6 +79,26 @@ def test_every_problem_of_the_data_is_said(tiny_spec: Callable[..., TrainSpec], 
     said = capsys.readouterr().err
     assert "train.json row 1" in said and "gone.png" in said and "train.json row 2" in said
     assert len(read(DataReport, Path(spec.output) / DATA_FILE).problems) == 2
+
+
+def test_all_problems_are_in_a_file_of_their_own(tiny_spec: Callable[..., TrainSpec], tmp_path: Path) -> None:
+    spec = tiny_spec()
+    (tmp_path / "train.json").write_text(json.dumps([{"messages": []}] * 70 + [{"image": "\ud83d", "messages": []}]))
+    spec = replace(spec, data=replace(spec.data, builtin="", train=str(tmp_path / "train.json"), images=str(tmp_path)))
+    write(spec, Path(spec.output) / SPEC_FILE)
+    assert main(["data", str(Path(spec.output) / SPEC_FILE)]) == Exit.USAGE
+    lines = (Path(spec.output) / DATA_PROBLEMS_FILE).read_text().splitlines()
+    report = read(DataReport, Path(spec.output) / DATA_FILE)
+    assert (len(lines), report.problem_count, len(report.problems)) == (72, 72, 51)
+    assert [json.loads(line)["row"] for line in lines] == [*range(1, 72), 71]
+    assert main(["data", str(Path(replace_data(spec, builtin="digits").output) / SPEC_FILE)]) == Exit.OK
+    assert not (Path(spec.output) / DATA_PROBLEMS_FILE).exists(), "those of an earlier check"
+
+
+def replace_data(spec: TrainSpec, **changes: Any) -> TrainSpec:
+    spec = replace(spec, data=replace(spec.data, train="", images="", **changes))
+    write(spec, Path(spec.output) / SPEC_FILE)
+    return spec
 
 
 @pytest.mark.parametrize(

@@ -288,6 +288,21 @@ def test_another_spec_or_other_data_is_refused_by_name(half_done: TrainSpec, dig
         refuse_other_run(state, half_done, "0" * 64)
 
 
+def test_a_checkpoint_from_a_newer_version_or_of_another_family_is_refused_and_stays(half_done: TrainSpec) -> None:
+    run = Path(half_done.output)
+    other = replace(half_done, model=replace(half_done.model, family="qwen2_5_vl"))
+    state = newest_checkpoint(run)
+    assert state is not None
+    with pytest.raises(InputRefused, match=r"model.family was 'llava' and is 'qwen2_5_vl'"):
+        refuse_other_run(state, other, state.data_sha256)
+    for path in (run / CHECKPOINTS).glob("step-*/trainer_state.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": trainer.contract.SCHEMA + 1}))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name not in ("log.txt", "spec.json")}
+    gone = expect(run_ranks(half_done), Exit.USAGE)
+    assert f"written with schema {trainer.contract.SCHEMA + 1}, this version reads {trainer.contract.SCHEMA}" in gone.text
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
 def fill_the_disk_of_rank_1() -> None:
     """While it writes its part of the second checkpoint."""
     save, calls = trainer.shard.save_file, itertools.count(1)

@@ -1,0 +1,91 @@
+"""Peaks by phase, and the profiler's window."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.contract import Profile
+from trainer.device import DEVICES, host_memory_bytes, system_memory
+from trainer.observe.memory import Gauge
+from trainer.observe.profile import Window
+
+MIB = 2**20
+
+
+def test_a_peak_belongs_to_the_phase_that_it_was_in(process_group: None) -> None:
+    before = DEVICES["cpu"].peak_bytes()
+    DEVICES["cpu"].reset_peaks()
+    gauge = Gauge(DEVICES["cpu"])
+    gauge.enter("first step")
+    held = torch.ones(64 * MIB // 4)
+    gauge.enter("steps")
+    del held
+    gauge.enter("evaluation")
+    peaks = {peak.phase: peak.allocated_bytes for peak in gauge.report()}
+    assert list(peaks) == ["load", "first step", "steps", "evaluation"]
+    if DEVICES["cpu"].peak_bytes() >= before + 64 * MIB:
+        pytest.skip("this kernel does not reset a process's peak")
+    assert peaks["first step"] >= peaks["load"] + 60 * MIB
+    assert peaks["evaluation"] <= peaks["steps"] - 60 * MIB
+    assert gauge.highest() == max(peaks.values())
+
+
+class Scripted:
+    """A device whose peaks a test writes down, that of the allocator ten times as high."""
+
+    def __init__(self, peaks: list[int]) -> None:
+        self.peaks, self.resets = peaks, 0
+
+    def peak_bytes(self) -> int:
+        return self.peaks[self.resets]
+
+    def reserved_bytes(self) -> int:
+        return 10 * self.peaks[self.resets]
+
+    def reset_peaks(self) -> None:
+        self.resets += 1
+
+
+def test_a_phase_that_comes_again_keeps_the_highest(process_group: None) -> None:
+    gauge = Gauge(Scripted([1, 5, 3, 4, 2]))  # type: ignore[arg-type]
+    for phase in ("steps", "saving", "steps", "saving"):
+        gauge.enter(phase)
+    peaks = {peak.phase: (peak.allocated_bytes, peak.reserved_bytes) for peak in gauge.report()}
+    assert peaks == {"load": (1, 10), "steps": (5, 50), "saving": (3, 30)}
+    assert gauge.highest() == 5
+
+
+def test_the_host_has_no_more_memory_than_it_has() -> None:
+    assert 0 < host_memory_bytes() <= system_memory()[1]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Kineto, by version
+def test_the_window_traces_its_steps_and_no_other(tiny_spec: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    spec = replace(tiny_spec(), profile=Profile(start=3, steps=2))
+    window = Window(spec, DEVICES["cpu"], rank=0)
+    for step in range(1, 8):
+        window.reach(step)
+        with torch.profiler.record_function(f"step {step}"):
+            torch.ones(4).sum()
+    window.close()
+    (trace,) = (Path(spec.output) / "profile").glob("rank-000.*.pt.trace.json")
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {f"step {step}" for step in range(1, 8)} & names == {"step 3", "step 4"}
+    assert "the trace lies in" in capfd.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_only_the_ranks_that_are_asked_for_trace_and_an_open_window_is_written(tiny_spec: Any) -> None:
+    spec = replace(tiny_spec(), profile=Profile(start=2, steps=9))
+    for rank, ranks in ((1, "first"), (1, "all")):
+        window = Window(replace(spec, profile=replace(spec.profile, ranks=ranks)), DEVICES["cpu"], rank=rank)  # type: ignore[arg-type]
+        window.reach(5)
+        window.close()
+        assert len(list((Path(spec.output) / "profile").glob("rank-001.*"))) == (ranks == "all")
+    never = Window(replace(spec, profile=Profile()), DEVICES["cpu"], rank=0)
+    never.reach(10)
+    assert never.running is None
