@@ -1,69 +1,127 @@
 """The micro-batches of one rank, step after step, prepared ahead of the loop."""
 
+from array import array
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
 from trainer.contract import InputRefused, TrainSpec
 from trainer.data.cache import Cache
-from trainer.data.collate import collate
-from trainer.data.order import rows_of_rank, rows_of_step
+from trainer.data.collate import Features, collate, encode_cached
+from trainer.data.image import read_size
+from trainer.data.pack import collate_packed
 from trainer.data.sample import Sample
+from trainer.data.share import Measure, Micro, share_of_rank
 
 if TYPE_CHECKING:
     from trainer.models.family import Processor
 
 CACHE_BYTES = 512 * 2**20  # of processed images and encoded texts, for each rank
+STEPS_AHEAD = 2  # whose samples are measured and shared out before the loop comes to them
 
-Prepare = Callable[[Sequence[int]], dict[str, Tensor]]
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+Task = tuple[Micro | InputRefused, bool]  # a micro-batch, and whether it is the last one of its step
 
 
 def batches(
     samples: Sequence[Sample], processor: "Processor", spec: TrainSpec, *, rank: int, first_step: int
 ) -> Iterator[tuple[dict[str, Tensor], ...]]:
-    """For each step from `first_step` (steps already done) to spec.steps, this rank's `accumulation` micro-batches, made by `collate`.
+    """For each step from `first_step` (steps already done) to spec.steps, this rank's micro-batches: `accumulation` of them made by
+    `collate`, or as many as it takes, up to that, made by `collate_packed`; on every rank equally many.
 
     Closing the iterator ends its threads. Raises InputRefused, with file and row, at the step that holds a bad sample.
     """
+    refuse_unusable(samples, processor, spec)
+    cache, workers = Cache(CACHE_BYTES), spec.data.workers
+    own = spec.device.world_size == 1  # else most of the texts that are counted are other ranks', and would push images out
+    measure = keep_lengths(samples, processor, spec, cache if own else Cache(0))
+
+    def share(step: int) -> tuple[Micro, ...] | InputRefused:
+        try:
+            return share_of_rank(step, spec, rank=rank, count=len(samples), measure=measure)
+        except InputRefused as error:  # told when its step comes: until then the run has something to do, and to save
+            return error
+
+    def prepare(task: Task) -> tuple[dict[str, Tensor], bool]:
+        micro, last = task
+        if isinstance(micro, InputRefused):
+            raise micro
+        rows = [[samples[number] for number in row] for row in micro]
+        if spec.data.packing:
+            return collate_packed(rows, processor, spec, cache), last
+        return collate([sample for row in rows for sample in row], processor, spec, cache), last
+
+    with (
+        closing(prefetch(share, iter(range(first_step, spec.steps)), min(workers, 1), STEPS_AHEAD)) as shares,
+        closing(prefetch(prepare, one_by_one(shares), workers, spec.batch.accumulation + workers)) as prepared,
+    ):
+        step: list[dict[str, Tensor]] = []
+        for tensors, last in prepared:
+            step.append(tensors)
+            if last:
+                yield tuple(step)
+                step = []
+
+
+def refuse_unusable(samples: Sequence[Sample], processor: "Processor", spec: TrainSpec) -> None:
+    """Raises InputRefused for no samples at all, and for packing where a family cannot be packed."""
     if not samples:
         raise InputRefused(
             f"{spec.data.train or spec.data.name} has no usable row\n    the data check before the run names what is wrong with each row"
         )
-    cache = Cache(CACHE_BYTES)
-
-    def prepare(rows: Sequence[int]) -> dict[str, Tensor]:
-        return collate([samples[row] for row in rows], processor, spec, cache)
-
-    work = micro_batches(len(samples), spec, rank=rank, first_step=first_step)
-    ahead = spec.batch.accumulation + spec.data.workers
-    prepared = prefetch(prepare, work, spec.data.workers, ahead) if spec.data.workers else (prepare(rows) for rows in work)
-    with closing(prepared):
-        for _ in range(first_step, spec.steps):
-            yield tuple(islice(prepared, spec.batch.accumulation))
+    if spec.data.packing and processor.position_ids is None:
+        raise InputRefused(
+            f"data.packing: samples of {spec.model.family} in one row would see each other, whatever their positions\n    set "
+            "data.packing=false; data.length_aware=step saves padding without it"
+        )
 
 
-def micro_batches(rows: int, spec: TrainSpec, *, rank: int, first_step: int) -> Iterator[tuple[int, ...]]:
-    """Row indices of one micro-batch after the other."""
-    size = spec.batch.micro_batch
-    for step in range(first_step, spec.steps):
-        whole = rows_of_step(step, seed=spec.seed, rows=rows, global_batch=spec.batch.global_batch)
-        share = rows_of_rank(whole, rank=rank, world_size=spec.device.world_size)
-        yield from (share[start : start + size] for start in range(0, size * spec.batch.accumulation, size))
+def one_by_one(shares: Iterable[tuple[Micro, ...] | InputRefused]) -> Iterator[Task]:
+    for share in shares:
+        micros = (share,) if isinstance(share, InputRefused) else share
+        yield from ((micro, place == len(micros)) for place, micro in enumerate(micros, start=1))
 
 
-def prefetch(prepare: Prepare, work: Iterator[tuple[int, ...]], workers: int, ahead: int) -> Generator[dict[str, Tensor], None, None]:
-    """`map(prepare, work)` in `workers` threads, in order, at most `ahead` results early. An exception arrives in its place."""
+def keep_lengths(samples: Sequence[Sample], processor: "Processor", spec: TrainSpec, cache: Cache) -> Measure:
+    """Tokens of samples by their numbers, each counted once, from the text and the images' sizes. Every rank counts all samples of a step,
+    not its own alone. Raises InputRefused for a sample that cannot be encoded."""
+    known = array("q", bytes(8 * len(samples)))  # 0 = not counted yet
+
+    def count(number: int) -> int:
+        if not known[number]:
+            sample = samples[number]
+            known[number] = len(encode_cached(sample, processor, spec, image_sizes(sample), cache).input_ids)
+        return known[number]
+
+    return lambda numbers: [count(number) for number in numbers]
+
+
+def image_sizes(sample: Sample) -> list[Features]:
+    """What a sample's images are before they are decoded."""
+    try:
+        return [Features(tensors={}, size=read_size(path)) for path in sample.images]
+    except InputRefused as error:
+        raise InputRefused(f"{sample.file} row {sample.row}, key 'image': {error}") from error
+
+
+def prefetch(make: Callable[[Item], Made], items: Iterator[Item], workers: int, ahead: int) -> Generator[Made, None, None]:
+    """`map(make, items)` in `workers` threads, in order, at most `ahead` results early, or right here with 0 workers. An exception
+    arrives in its place."""
+    if not workers:
+        yield from map(make, items)
+        return
     with ThreadPoolExecutor(workers, thread_name_prefix="data") as pool:
         try:
-            pending = deque(pool.submit(prepare, rows) for rows in islice(work, ahead))
+            pending = deque(pool.submit(make, item) for item in islice(items, ahead))
             while pending:
                 result = pending.popleft().result()
-                pending.extend(pool.submit(prepare, rows) for rows in islice(work, 1))
+                pending.extend(pool.submit(make, item) for item in islice(items, 1))
                 yield result
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

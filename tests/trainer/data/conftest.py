@@ -1,8 +1,8 @@
 """A run's spec, the tiny tokenizer and a processor small enough to check by eye: 4 tokens and 8x8 pixels an image."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from trainer.contract import (
     Template,
     TrainSpec,
 )
+from trainer.models.family import count_up, no_inputs
 from trainer.models.tiny import tiny_tokenizer
 
 VICUNA = Template(user="USER: {content} ", assistant_open="ASSISTANT: ", end_mark="</s>")
@@ -41,17 +42,22 @@ TOKENS = 4
 @dataclass(frozen=True, kw_only=True)
 class FakeProcessor:
     tokenizer: Any
-    image_features: Callable[[Sequence[Image.Image]], tuple[dict[str, torch.Tensor], tuple[int, ...]]]
+    image_features: Callable[[Image.Image], dict[str, torch.Tensor]]
+    span: Callable[[tuple[int, int], int], tuple[int, ...]]
+    axes: Mapping[str, int] = field(default_factory=dict)
+    text_inputs: Callable[[torch.Tensor], dict[str, torch.Tensor]] = no_inputs
+    position_ids: Callable[[torch.Tensor, Sequence[dict[str, torch.Tensor]]], torch.Tensor] = count_up
 
 
-def image_features(images: Sequence[Image.Image]) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
-    pixels = [torch.from_numpy(np.asarray(image.resize((8, 8)), dtype=np.float32)).permute(2, 0, 1) for image in images]
-    return {"pixel_values": torch.stack(pixels)}, (TOKENS,) * len(images)
+def image_features(image: Image.Image) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.from_numpy(np.asarray(image.resize((8, 8)), dtype=np.float32)).permute(2, 0, 1)[None]}
 
 
 @pytest.fixture(scope="session")
 def processor() -> FakeProcessor:
-    return FakeProcessor(tokenizer=tiny_tokenizer("<image>", VICUNA), image_features=image_features)
+    tokenizer = tiny_tokenizer("<image>", VICUNA)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    return FakeProcessor(tokenizer=tokenizer, image_features=image_features, span=lambda size, place: (image,) * TOKENS)
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ import torch
 
 from tests.trainer.data.conftest import with_data
 from trainer.contract import Batch, InputRefused
-from trainer.data.load import batches, micro_batches
+from trainer.data.cache import Cache
+from trainer.data.collate import collate
+from trainer.data.load import batches, keep_lengths
 from trainer.data.order import rows_of_step
 from trainer.data.sample import Sample, read_samples
 
@@ -87,9 +89,9 @@ def test_little_is_prepared_ahead(samples, processor, spec) -> None:
     spec = with_data(replace(spec, steps=500), workers=2)
     taken = []
 
-    def count(images):
-        taken.append(len(images))
-        return processor.image_features(images)
+    def count(image):
+        taken.append(image)
+        return processor.image_features(image)
 
     steps = batches(samples * 100, replace(processor, image_features=count), spec, rank=0, first_step=0)
     next(steps)
@@ -102,8 +104,46 @@ def test_no_rows(processor, spec) -> None:
         next(batches((), processor, spec, rank=0, first_step=0))
 
 
-def test_fewer_rows_than_a_batch(spec) -> None:
-    spec = replace(spec, steps=2, batch=Batch(global_batch=8, micro_batch=2, accumulation=2))
-    seen = [row for rank in (0, 1) for rows in micro_batches(3, spec, rank=rank, first_step=0) for row in rows]
-    assert len(seen) == 16
-    assert {seen.count(row) for row in range(3)} == {5, 6}
+def test_a_rank_that_cannot_measure_says_so_at_that_step(samples, processor, spec, tmp_path) -> None:
+    """Were it told at once, the step before would be lost; were it passed over, this rank would share the step out otherwise."""
+    spec = with_data(spec, packing=True, workers=1)
+    row = rows_of_step(1, seed=spec.seed, rows=10, global_batch=4)[0]
+    (tmp_path / f"{row}.png").write_text("not an image")
+    for rank in (0, 1):
+        steps = batches(samples, processor, spec, rank=rank, first_step=0)
+        next(steps)
+        with pytest.raises(InputRefused, match=f"train.json row {row + 1}, key 'image'"):
+            next(steps)
+    assert data_threads() == 0
+
+
+@pytest.mark.parametrize("changes", [{"packing": True}, {"length_aware": "step"}, {"length_aware": "window"}])
+def test_workers_and_ranks_change_nothing_in_what_a_step_holds(samples, processor, spec, changes) -> None:
+    spec = with_data(replace(spec, steps=9), **changes)
+    alone = replace(spec, device=replace(spec.device, world_size=1), batch=Batch(global_batch=4, micro_batch=2, accumulation=2))
+    several = [with_data(spec, workers=workers) for workers in (0, 3)]
+    one = colours(batches(samples, processor, alone, rank=0, first_step=0))
+    for same in several:
+        two = [colours(batches(samples, processor, same, rank=rank, first_step=0)) for rank in (0, 1)]
+        for step in range(9):
+            assert len(two[0][step]) == len(two[1][step])
+            together = [row for rank in two for micro in rank[step] for row in micro]
+            assert sorted(row for micro in one[step] for row in micro) == sorted(together)
+    assert data_threads() == 0
+
+
+def test_lengths_are_those_of_the_encoded_samples(samples, processor, spec, tmp_path) -> None:
+    """Known without a decoded pixel: only the header of an image is read."""
+    measure = keep_lengths(samples, processor, spec, Cache(0))
+    found = [collate([sample], processor, spec)["input_ids"].shape[1] for sample in samples]
+    assert measure(range(10)) == found
+    for row in range(10):
+        header = (tmp_path / f"{row}.png").read_bytes()[:45]
+        (tmp_path / f"{row}.png").write_bytes(header)
+    assert measure([3, 3]) == [found[3]] * 2
+    assert keep_lengths(samples, processor, spec, Cache(0))([0, 1]) == found[:2]
+
+
+def test_a_family_whose_samples_would_see_each_other_is_not_packed(samples, processor, spec) -> None:
+    with pytest.raises(InputRefused, match=r"data.packing: samples of llava in one row.*\n    set data.packing=false"):
+        next(batches(samples, replace(processor, position_ids=None), with_data(spec, packing=True), rank=0, first_step=0))
