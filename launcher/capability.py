@@ -52,7 +52,9 @@ def rounding_suits(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
         what = f"stochastic rounding is for masters and states in bfloat16, not in {precision.optimizer}"
         yield Problem(key="precision.rounding", what=what, changes=("precision.rounding=nearest",))
     elif offload:
-        what = "the one optimizer that DeepSpeed takes for bfloat16 states in the host's memory rounds to nearest, and small updates are lost"
+        what = (
+            "the one optimizer that DeepSpeed takes for bfloat16 states in the host's memory rounds to nearest, and small updates are lost"
+        )
         changes = ("strategy.offload_optimizer=false", "precision=bf16", "precision.rounding=nearest")
         yield Problem(key="strategy.offload_optimizer", what=what, changes=changes)
 

@@ -4,7 +4,7 @@ DeepSpeed is imported inside the functions: its import picks an accelerator by D
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -12,11 +12,14 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from trainer.contract import DeviceSpec, Dtype, Optimizer, RunFailed, TrainSpec
-from trainer.precision import dtype_name
+from trainer.effect import refuse_mismatch
+from trainer.loss import sum_loss
+from trainer.optimizer import StochasticAdamW, stretches_of
+from trainer.part import find_parts
 
+RATE = "rate"  # key of a parameter group: its learning rate over that of the schedule
 IGNORED = -100  # label of a token that is not trained on
 FUSED = ("cpu", "cuda")  # where torch has AdamW as one kernel: on the digits job a tenth of a step faster than one op at a time
 
@@ -32,40 +35,58 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """A model that trains. `handle` is the DeepSpeedEngine, `model` the module in it."""
+    """A model that trains. `handle` is the DeepSpeedEngine, `model` the module in it. `loss_chunk`: TrainSpec.loss_chunk."""
 
     handle: Any
     model: torch.nn.Module
     device: torch.device
     rank: int
     world_size: int
+    loss_chunk: int = 0
 
     def loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
         """Cross entropy summed over the trained tokens of a micro-batch, float32, scalar.
 
         `batch`: input_ids, attention_mask, labels (samples, length) int64, and the images of the family. Logits are made at
-        trained positions alone: at 150,000 tokens of vocabulary the others would be the largest tensor of the step.
+        trained positions alone: at 150,000 tokens of vocabulary the others would be the largest tensor of the step. Packed rows
+        (trainer.data.pack) come with position_ids, which tell their samples apart only where the model is given no mask.
         """
-        inputs = {key: value.to(self.device, non_blocking=True) for key, value in batch.items() if key != "labels"}
+        kept = {"labels", "attention_mask"} if "position_ids" in batch else {"labels"}
+        inputs = {key: value.to(self.device, non_blocking=True) for key, value in batch.items() if key not in kept}
         targets = batch["labels"][:, 1:]
         trained = targets != IGNORED
         positions = torch.nn.functional.pad(trained, (0, 1)).to(self.device, non_blocking=True)
-        logits = self.handle(**inputs, logits_to_keep=positions, use_cache=False).logits
-        return cross_entropy(logits.float(), targets[trained].to(self.device, non_blocking=True), reduction="sum")
+
+        def run() -> Tensor:
+            return self.handle(**inputs, logits_to_keep=positions, use_cache=False).logits  # type: ignore[no-any-return]
+
+        return sum_loss(self.model, run, targets[trained].to(self.device, non_blocking=True), chunk=self.loss_chunk)
+
+    def begin_micro(self, *, last: bool) -> None:
+        """Before each micro-batch: whether the weights are updated after it. Said every time, since packed steps have different numbers of
+        micro-batches, which DeepSpeed's own count does not know."""
+        self.handle.set_gradient_accumulation_boundary(last)
 
     def backward(self, loss: Tensor) -> None:
-        """Add this loss's gradient to the step's. DeepSpeed means over ranks, and is kept from dividing by the accumulation."""
-        self.handle.backward(loss, scale_wrt_gas=False)
+        """Add this loss's gradient to the step's. DeepSpeed means over ranks, and is kept from dividing by the accumulation.
+
+        A loss that is no number makes every gradient so, which keeps `step` from updating anything on any rank: an infinite one may well
+        have finite gradients."""
+        spoil = 1 + (loss.detach() - loss.detach())  # 1, or NaN
+        self.handle.backward(loss * spoil, scale_wrt_gas=False)
 
     def micro_step(self) -> None:
         """Tell DeepSpeed that a micro-batch is done; it updates the weights after the last one of the step."""
         self.handle.step()
 
     def step(self, lr: float) -> Update:
-        """Update the weights after the last micro-batch of the step."""
+        """Update the weights after the last micro-batch of the step, unless a gradient is no number: then the update is skipped, by DeepSpeed
+        in all its optimizers and here where torch's own is at work."""
         for group in self.handle.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get(RATE, 1.0)
         norm = self._fp32_norm()
+        if norm is not None and not bool(norm.isfinite()):
+            return Update(grad_norm=float(norm), loss_scale=1.0, skipped=True)
         scale = float(getattr(self.handle.optimizer, "loss_scale", 1.0))
         try:
             self.handle.step()
@@ -149,13 +170,18 @@ def start_distributed(spec: DeviceSpec) -> None:
     deepspeed.init_distributed(dist_backend=spec.backend, timeout=timedelta(seconds=spec.timeout_s), verbose=False)
 
 
-def start_engine(model: torch.nn.Module, spec: TrainSpec, device: torch.device) -> Engine:
-    """Wrap a model whose trainable parameters are marked. Raises RunFailed when DeepSpeed took another config than planned."""
+def start_engine(model: torch.nn.Module, spec: TrainSpec, device: torch.device, *, rates: Mapping[str, float] | None = None) -> Engine:
+    """Wrap a model whose trainable parameters are marked. `rates`: see build_optimizer. Raises RunFailed when DeepSpeed took another
+    config than planned."""
     import deepspeed
 
     offload = spec.deepspeed.get("zero_optimization", {}).get("offload_optimizer") is not None
     states = spec.precision.optimizer
-    optimizer = build_optimizer(model, spec.optimizer, states=states, offload=offload, fused=spec.device.accelerator in FUSED)
+    if spec.precision.rounding == "stochastic":
+        optimizer: torch.optim.Optimizer = build_stochastic(model, spec, rates or {})
+    else:
+        fused = spec.device.accelerator in FUSED
+        optimizer = build_optimizer(model, spec.optimizer, rates or {}, states=states, offload=offload, fused=fused)
     handle, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(spec.deepspeed))
     if spec.device.world_size == 1 and handle.zero_optimization_stage() == 0:
         handle.enable_backward_allreduce = False  # else gradients are packed, summed over the one rank and unpacked
@@ -165,20 +191,20 @@ def start_engine(model: torch.nn.Module, spec: TrainSpec, device: torch.device) 
         device=device,
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
+        loss_chunk=spec.loss_chunk,
     )
     refuse_mismatch(engine, spec)
+    if isinstance(optimizer, StochasticAdamW):
+        optimizer.place(stretches_of(find_parts(engine)))
     return engine
 
 
-def build_optimizer(model: torch.nn.Module, optimizer: Optimizer, *, states: Dtype, offload: bool, fused: bool) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters. Decay on matrices alone: decaying norms and biases pulls them to zero for nothing."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": optimizer.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def build_optimizer(
+    model: torch.nn.Module, optimizer: Optimizer, rates: Mapping[str, float], *, states: Dtype, offload: bool, fused: bool
+) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters. `rates`: name -> learning rate over that of the schedule, 1 where it is not named."""
+    groups = group_parameters(model, optimizer, rates)
     values: dict[str, Any] = {"lr": optimizer.lr, "betas": (optimizer.beta1, optimizer.beta2), "eps": optimizer.eps}
-    groups = [group for group in groups if group["params"]]
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -186,62 +212,18 @@ def build_optimizer(model: torch.nn.Module, optimizer: Optimizer, *, states: Dty
     return torch.optim.AdamW(groups, fused=fused, **values)
 
 
-def taken_config(engine: Engine) -> dict[str, Any]:
-    """What the engine runs with, asked of its objects where they tell and of its accessors elsewhere, never of our config."""
-    handle = engine.handle
-    masters = master_weights(handle)
-    offloaded = handle.zero_offload_optimizer()
-    return {
-        "train_batch_size": handle.train_batch_size(),
-        "train_micro_batch_size_per_gpu": handle.train_micro_batch_size_per_gpu(),
-        "gradient_accumulation_steps": handle.gradient_accumulation_steps(),
-        "gradient_clipping": handle.gradient_clipping(),
-        "zero_stage": int(handle.zero_optimization_stage()),
-        "weights": dtype_name(next(p.dtype for p in engine.model.parameters() if p.requires_grad)),
-        "optimizer": dtype_name(masters.dtype),
-        "gradients": dtype_name(handle.get_data_types()[1]),
-        "loss_scaling": "dynamic" if handle.fp16_enabled() and handle.dynamic_loss_scale() else "none",
-        "offload_optimizer": offloaded is not None and offloaded.device != "none",  # DeepSpeed's configs hold the text of an enum
-        "masters_on": masters.device.type,
-    }
+def build_stochastic(model: torch.nn.Module, spec: TrainSpec, rates: Mapping[str, float]) -> StochasticAdamW:
+    values = spec.optimizer
+    groups = group_parameters(model, values, rates)
+    return StochasticAdamW(groups, seed=spec.seed, lr=values.lr, betas=(values.beta1, values.beta2), eps=values.eps)
 
 
-def master_weights(handle: Any) -> Tensor:
-    """One of the tensors that the optimizer updates: a slice of float32 masters, or the weights themselves."""
-    by_stage: dict[str, Callable[[], Tensor]] = {
-        "single_partition_of_fp32_groups": lambda: handle.optimizer.single_partition_of_fp32_groups[0],  # ZeRO 1, 2
-        "fp32_partitioned_groups_flat": lambda: handle.optimizer.fp32_partitioned_groups_flat[0],  # ZeRO 3
-        "fp32_groups": lambda: handle.optimizer.fp32_groups[0][0],  # 16 bit without ZeRO
-    }
-    for attribute, find in by_stage.items():
-        if hasattr(handle.optimizer, attribute):
-            return find()
-    return handle.optimizer.param_groups[0]["params"][0]
-
-
-def planned_config(spec: TrainSpec) -> dict[str, Any]:
-    """The same keys as `taken_config`, from the plan."""
-    zero = spec.deepspeed.get("zero_optimization", {})
-    offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-    return {
-        "train_batch_size": spec.batch.global_batch,
-        "train_micro_batch_size_per_gpu": spec.batch.micro_batch,
-        "gradient_accumulation_steps": spec.batch.accumulation,
-        "gradient_clipping": spec.optimizer.clip_norm,
-        "zero_stage": zero.get("stage", 0),
-        "weights": spec.precision.weights,
-        "optimizer": spec.precision.optimizer,
-        "gradients": spec.precision.gradients,
-        "loss_scaling": spec.precision.loss_scaling,
-        "offload_optimizer": offload,
-        "masters_on": "cpu" if offload else spec.device.accelerator,
-    }
-
-
-def refuse_mismatch(engine: Engine, spec: TrainSpec) -> None:
-    """Raises RunFailed naming every key in which the engine differs from the plan."""
-    planned, taken = planned_config(spec), taken_config(engine)
-    wrong = [f"{key}: planned {planned[key]!r}, the engine has {taken[key]!r}" for key in planned if planned[key] != taken[key]]
-    if wrong:
-        said = "; ".join(wrong)
-        raise RunFailed(f"DeepSpeed did not take the planned config. {said}. The plan's dict is in spec.json, key deepspeed.")
+def group_parameters(model: torch.nn.Module, optimizer: Optimizer, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The trainable parameters by rate, and by decay: matrices alone, since decaying norms and biases pulls them to zero for nothing."""
+    trainable = [(rates.get(name, 1.0), p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for own, p in trainable if own == rate and (p.ndim >= 2) == matrices], "weight_decay": decay, RATE: rate}
+        for rate in dict.fromkeys(rate for rate, _ in trainable)
+        for matrices, decay in ((True, optimizer.weight_decay), (False, 0.0))
+    ]
+    return [group for group in groups if group["params"]]

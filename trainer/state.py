@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,67 +22,13 @@ from torch import Tensor
 from trainer.contract import InputRefused, write_text
 from trainer.device import seed_all
 from trainer.engine import Engine
+from trainer.part import Part, find_parts
 from trainer.shard import Shards, Stored, find_stored, sync
 
 MASTER = "master"
 ANEW = "equal up to rounding, and each rank's random numbers begin anew from seed, step and rank"
 REST_FILE = "rest.json"  # what is no tensor
 SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # DeepSpeed's DynamicLossScaler
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """What this rank's optimizer holds of one parameter: `count` elements, from `start` on in the flattened parameter and from `offset`
-    on in `owner`, the flat tensor that the optimizer updates and keeps its states by. `count` 0: nothing."""
-
-    parameter: torch.nn.Parameter
-    numel: int
-    owner: Tensor
-    offset: int
-    start: int
-    count: int
-
-    def of(self, flat: Tensor) -> Tensor:
-        """This part in the owner, or in one of its states."""
-        return flat.detach().view(-1).narrow(0, self.offset, self.count)
-
-
-def find_parts(engine: Engine) -> dict[str, Part]:
-    """For each trained parameter, in the order of the model."""
-    handle = engine.handle
-    if handle.optimizer is handle.basic_optimizer:
-        trained = (p for p in engine.model.parameters() if p.requires_grad)
-        parts = [Part(parameter=p, numel=p.numel(), owner=p, offset=0, start=0, count=p.numel()) for p in trained]
-    elif handle.zero_optimization_stage() == 3:
-        parts = list(partitioned_parts(handle.optimizer, engine.rank))
-    else:
-        parts = list(flat_parts(handle.optimizer))
-    by_parameter = {id(part.parameter): part for part in parts}
-    return {name: by_parameter[id(p)] for name, p in engine.model.named_parameters() if p.requires_grad}
-
-
-def flat_parts(optimizer: Any) -> Iterator[Part]:
-    """ZeRO 1 and 2, and DeepSpeed's BF16_Optimizer: a flat group is cut into equal partitions, a parameter may lie in several."""
-    bf16 = hasattr(optimizer, "bf16_groups")
-    groups = optimizer.bf16_groups if bf16 else optimizer.bit16_groups
-    owners = optimizer.fp32_groups_flat_partition if bf16 else optimizer.single_partition_of_fp32_groups
-    for parameters, owner in zip(groups, owners, strict=True):
-        for p in parameters:
-            held = p._hp_mapping
-            offset = held.hp_fragment_address.start if held else 0
-            start, count = (held.lp_fragment_address.start, held.lp_fragment_address.numel) if held else (0, 0)
-            yield Part(parameter=p, numel=p.numel(), owner=owner, offset=offset, start=start, count=count)
-
-
-def partitioned_parts(optimizer: Any, rank: int) -> Iterator[Part]:
-    """ZeRO 3: every parameter is cut into equal parts, the last one padded."""
-    for group in optimizer.fp16_groups:
-        for p in group:
-            index, offset, size = optimizer.grad_position[optimizer.get_param_id(p)]
-            start = min(rank * size, p.ds_numel)
-            count = min(size, p.ds_numel - start)
-            owner = optimizer.fp32_partitioned_groups_flat[index]
-            yield Part(parameter=p, numel=p.ds_numel, owner=owner, offset=offset, start=start, count=count)
 
 
 # ------------------------------------------------------------------------------------------------------------------ saving
@@ -113,9 +59,19 @@ def weights_bytes(engine: Engine) -> int:
 
 
 def write_state(engine: Engine, folder: Path, *, writers: int) -> str:
-    """Every rank must call it: parameter by parameter the tensors come together, tensor i at rank i % writers, which writes them into its
-    own files. Returns what went wrong on this rank, or ''."""
-    shards = Shards(folder, f"state-{engine.rank:03d}")
+    """Every rank must call it. Returns what went wrong on this rank, or ''."""
+    shards = open_shards(engine, folder)
+    return finish_state(engine.rank, shards, gather_state(engine, shards, writers=writers))
+
+
+def open_shards(engine: Engine, folder: Path, *, held: bool = False) -> Shards:
+    """This rank's own files of a state."""
+    return Shards(folder, f"state-{engine.rank:03d}", held=held)
+
+
+def gather_state(engine: Engine, shards: Shards, *, writers: int) -> dict[str, Any]:
+    """Every rank must call it: parameter by parameter the tensors come together, tensor i at rank i % writers, whose `shards` take it.
+    Returns what is no tensor, for rank 0 to write."""
     place = 0
     for name, part in find_parts(engine).items():
         for key, flat in flats_of(engine, part).items():
@@ -126,13 +82,16 @@ def write_state(engine: Engine, folder: Path, *, writers: int) -> str:
             if engine.device.type != "cpu":  # else the other ranks run ahead, and hold a whole tensor for each reduction under way
                 getattr(torch, engine.device.type).synchronize(engine.device)
             place += 1
+    return {"optimizer_steps": optimizer_steps(engine), "loss_scaler": read_scaler(engine), "random": gather_random(engine)}
+
+
+def finish_state(rank: int, shards: Shards, rest: dict[str, Any]) -> str:
+    """Write what still waits, on rank 0 `rest` too. No collective. Returns what went wrong, or ''."""
     shards.flush()
-    random_states = gather_random(engine)
-    if engine.rank == 0 and not shards.problem:
-        rest = {"optimizer_steps": optimizer_steps(engine), "loss_scaler": read_scaler(engine), "random": random_states}
+    if rank == 0 and not shards.problem:
         try:
-            write_text(json.dumps(rest) + "\n", folder / REST_FILE)
-            sync(folder)
+            write_text(json.dumps(rest) + "\n", shards.folder / REST_FILE)
+            sync(shards.folder)
         except OSError as error:
             return str(error)
     return shards.problem
@@ -170,6 +129,17 @@ def gather_random(engine: Engine) -> list[dict[str, Any]]:
         states = states * engine.world_size
         torch.distributed.all_gather_object(states, read_random(engine.device))
     return states
+
+
+@contextmanager
+def keep_random(accelerator: str) -> Iterator[None]:
+    """Random numbers go on after it as if it had drawn none."""
+    device = torch.device(accelerator)
+    states = read_random(device)
+    try:
+        yield
+    finally:
+        set_random(states, device)
 
 
 def read_random(device: torch.device) -> dict[str, Any]:

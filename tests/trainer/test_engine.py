@@ -10,8 +10,9 @@ from trainer.contract import RunFailed, StepRow, TrainSpec
 from trainer.data.check import resolve
 from trainer.data.load import batches
 from trainer.data.sample import read_samples
-from trainer.engine import IGNORED, Engine, start_engine, taken_config
-from trainer.loop import StopFlag, train_step
+from trainer.effect import taken_config
+from trainer.engine import IGNORED, Engine, start_engine
+from trainer.loop import Wish, train_step
 from trainer.models import find_family
 from trainer.precision import loading_dtype
 from trainer.stages.group import apply_stage
@@ -46,8 +47,7 @@ def steps_of(spec: TrainSpec) -> Iterator[tuple[dict[str, torch.Tensor], ...]]:
 
 def one_step(engine: Engine, batch: tuple[dict[str, torch.Tensor], ...], spec: TrainSpec, step: int = 1) -> StepRow:
     watchdog = Watchdog(timeout_s=0, rank=0, stream=sys.stderr, end=pytest.fail)
-    row, stopped = train_step(engine, batch, spec, step, stop=StopFlag(), watchdog=watchdog, peak_bytes=0)
-    assert not stopped
+    row, _ = train_step(engine, batch, spec, step, asks=Wish, watchdog=watchdog, peak_bytes=0)
     return row
 
 

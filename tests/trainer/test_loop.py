@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from trainer.contract import Precision, RunFailed, StepRow, TrainSpec
 from trainer.engine import Update
-from trainer.loop import SKIPS_ALLOWED, Progress, StopFlag, stop_on_signals, train
+from trainer.loop import SKIPS_ALLOWED, Progress, Wish, stop_on_signals, train
 from trainer.watchdog import Watchdog
 
 
@@ -21,7 +22,8 @@ class ScriptedEngine:
 
     def __init__(self, losses: list[float], skipped: bool = False, norm: float = 1.0) -> None:
         self.losses, self.skipped, self.norm = losses, skipped, norm
-        self.device, self.world_size, self.model = torch.device("cpu"), 1, torch.nn.Linear(1, 1)
+        self.device, self.rank, self.world_size, self.model = torch.device("cpu"), 0, 1, torch.nn.Linear(1, 1)
+        self.handle = SimpleNamespace(optimizer=SimpleNamespace())
         self.calls: list[str] = []
 
     def add(self, value: float) -> torch.Tensor:
@@ -30,8 +32,11 @@ class ScriptedEngine:
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         return values.unsqueeze(0)
 
+    def begin_micro(self, *, last: bool) -> None:
+        self.calls.append("last micro-batch" if last else "micro-batch")
+
     def loss_sum(self, _batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return torch.tensor(self.losses.pop(0))
+        return torch.tensor(self.losses.pop(0) if len(self.losses) > 1 else self.losses[0])  # a failed step is done once more
 
     def backward(self, loss: torch.Tensor) -> None:
         self.calls.append(f"backward {float(loss):.3f}")
@@ -56,12 +61,13 @@ def run(
     rows: list[StepRow] = []
     arguments: dict[str, Any] = {
         "done": Progress(),
-        "stop": StopFlag(),
         "watchdog": Watchdog(timeout_s=0, rank=0, stream=sys.stderr, end=pytest.fail),
         "write": rows.append,
-        "save": lambda _: None,
+        "asks": Wish,
+        "between": lambda *_: None,
         "peak_bytes": lambda: 2048,
         "name_samples": lambda step: f"rows of {step}",
+        "rescue": lambda step: f"Kept: {step}.",
     }
     return train(engine, steps, spec, **{**arguments, **changes}), rows  # type: ignore[arg-type]
 
@@ -75,20 +81,21 @@ def spec(tiny_spec: Any) -> TrainSpec:
 def test_a_step_divides_by_the_trained_tokens_of_all_its_parts(spec: TrainSpec) -> None:
     engine = ScriptedEngine([2.0, 6.0] * 3)
     progress, rows = run(spec, engine, [(batch(1), batch(3))] * 3)
-    assert engine.calls[:4] == ["backward 0.500", "micro_step", "backward 1.500", "step 1"]
+    assert engine.calls[:6] == ["micro-batch", "backward 0.500", "micro_step", "last micro-batch", "backward 1.500", "step 1"]
     assert [row.loss for row in rows] == [2.0, 2.0, 2.0]
     assert [(row.step, row.steps, row.tokens, row.samples, row.peak_bytes) for row in rows] == [(n, 3, 12, 8, 2048) for n in (1, 2, 3)]
     assert (progress.step, progress.stopped, progress.loss) == (3, False, 2.0)
     assert progress.seconds == pytest.approx(sum(row.seconds for row in rows))
 
 
-def test_saving_every_few_steps_leaves_out_the_last(spec: TrainSpec) -> None:
-    saved: list[int] = []
-    run(replace(spec, steps=6, save_every=2), ScriptedEngine([1.0] * 6), [(batch(1),)] * 6, save=saved.append)
-    assert saved == [2, 4]
+def test_what_a_rank_asks_for_comes_back_with_the_step(spec: TrainSpec) -> None:
+    wishes = [Wish(save=True), Wish(failed=True), Wish()]
+    asked, seen = list(wishes), []
+    run(spec, ScriptedEngine([1.0] * 3), [(batch(1),)] * 3, asks=lambda: asked.pop(0), between=lambda *pair: seen.append(pair))
+    assert seen == list(enumerate(wishes, start=1))
 
 
-def test_the_row_is_written_under_watch_and_a_save_is_told_but_not_ended(spec: TrainSpec) -> None:
+def test_the_row_is_written_under_watch_and_nothing_is_between_two_steps(spec: TrainSpec) -> None:
     watchdog = Watchdog(timeout_s=1000, rank=0, stream=sys.stderr, end=pytest.fail)
     seen: list[tuple[int, str, bool]] = []
 
@@ -97,18 +104,25 @@ def test_the_row_is_written_under_watch_and_a_save_is_told_but_not_ended(spec: T
         step, phase, _, ends = watchdog.current
         seen.append((step, phase, ends))
 
-    run(replace(spec, save_every=2), ScriptedEngine([1.0] * 3), [(batch(1),)] * 3, watchdog=watchdog, write=note, save=note)
+    between: list[Any] = []
+    run(
+        spec,
+        ScriptedEngine([1.0] * 3),
+        [(batch(1),)] * 3,
+        watchdog=watchdog,
+        write=note,
+        between=lambda *_: between.append(watchdog.current),
+    )
     row = "exchange of the row"
-    assert seen == [(1, row, True), (2, row, True), (2, "saving", False), (3, row, True)]
+    assert seen == [(1, row, True), (2, row, True), (3, row, True)]
+    assert between == [None] * 3
     assert watchdog.current is None
 
 
 def test_a_signal_ends_the_loop_after_the_step_that_it_met(spec: TrainSpec) -> None:
     with stop_on_signals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        progress, rows = run(
-            replace(spec, save_every=1), ScriptedEngine([1.0] * 3), [(batch(1),)] * 3, stop=stop, save=lambda _: pytest.fail("saved")
-        )
+        progress, rows = run(replace(spec, save_every=1), ScriptedEngine([1.0] * 3), [(batch(1),)] * 3, asks=lambda: Wish(stop=stop.up))
     assert (progress.step, progress.stopped, len(rows)) == (1, True, 1)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -120,7 +134,7 @@ def test_a_signal_in_the_middle_of_a_step_ends_the_loop_with_that_step(spec: Tra
             return super().step(lr)
 
     with stop_on_signals() as stop:
-        progress, rows = run(spec, Interrupted([1.0] * 3), [(batch(1),)] * 3, stop=stop)
+        progress, rows = run(spec, Interrupted([1.0] * 3), [(batch(1),)] * 3, asks=lambda: Wish(stop=stop.up))
     assert (progress.step, progress.stopped, len(rows)) == (1, True, 1)
 
 
@@ -133,9 +147,25 @@ def test_steps_that_are_done_are_counted_and_not_done_again(spec: TrainSpec) -> 
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_names_step_and_samples(loss: float, spec: TrainSpec) -> None:
-    with pytest.raises(RunFailed, match=r"step 2: the loss is (nan|inf).*Its samples: rows of 2\..*Checkpoints of earlier steps are whole"):
-        run(spec, ScriptedEngine([1.0, loss, 1.0]), [(batch(1),)] * 3)
+def test_a_loss_that_is_no_number_names_step_and_samples_after_a_rescue(loss: float, spec: TrainSpec) -> None:
+    rescued: list[int] = []
+
+    def rescue(step: int) -> str:
+        rescued.append(step)
+        return f"Kept: {step}."
+
+    said = r"step 2: the loss is (nan|inf).*every layer's output and gradient is finite.*Its samples: rows of 2\. Kept: 1\."
+    with pytest.raises(RunFailed, match=said):
+        run(spec, ScriptedEngine([1.0, loss]), [(batch(1),)] * 3, rescue=rescue)
+    assert rescued == [1]
+
+
+def test_a_rescue_that_fails_is_told_with_its_cause(spec: TrainSpec) -> None:
+    def rescue(_: int) -> str:
+        raise RunFailed("the disk is full.")
+
+    with pytest.raises(RunFailed, match=r"step 1: the loss is nan.*rows of 1\. the disk is full\."):
+        run(spec, ScriptedEngine([math.nan]), [(batch(1),)] * 3, rescue=rescue)
 
 
 def test_a_gradient_that_is_no_number_fails_too(spec: TrainSpec) -> None:
@@ -161,3 +191,9 @@ def test_skipped_steps_are_part_of_dynamic_scaling_until_they_do_not_end(spec: T
 def test_a_skipped_step_without_scaling_is_a_failure(spec: TrainSpec) -> None:
     with pytest.raises(RunFailed, match="step 1"):
         run(spec, ScriptedEngine([1.0] * 3, skipped=True, norm=math.inf), [(batch(1),)] * 3)
+
+
+def test_a_lower_scale_does_not_help_a_loss_that_is_no_number(spec: TrainSpec) -> None:
+    half = Precision(name="fp16", weights="float16", compute="float16", optimizer="float32", gradients="float32", loss_scaling="dynamic")
+    with pytest.raises(RunFailed, match="step 1: the loss is inf"):
+        run(replace(spec, precision=half), ScriptedEngine([math.inf], skipped=True, norm=math.inf), [(batch(1),)] * 3)
