@@ -1,5 +1,7 @@
 """Options of the whole test suite."""
 
+import signal
+
 import pytest
 
 
@@ -7,3 +9,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--prove", action="store_true", help="keep what tests/images has shown in images/proven.json")
     parser.addoption("--rounds", type=int, default=1, help="how often tests/cluster/test_stop.py ends a run in each way")
     parser.addoption("--kills", type=int, default=3, help="how many SIGKILLs tests/trainer/test_kill.py shares out to 1, 2 and 4 ranks")
+
+
+def pytest_configure() -> None:
+    """What tests start begins with default signals, also where they run in the background of a shell or under nohup, which ignore some: a
+    handler of Python's, unlike that, is not handed on to a program."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda number, _: print(f"the tests go on in spite of {signal.Signals(number).name}"))

@@ -33,6 +33,7 @@ def user(lab: Lab, tmp_path: Path) -> Path:
     nodes = [{"host": host.address, "user": USER, "address": host.address, "interface": INTERFACE} for host in lab.hosts[:2]]
     given = {key.removeprefix("cluster.delivery."): value.strip("'") for key, _, value in (word.partition("=") for word in lab.image)}
     cluster |= {"name": "lab", "nodes": nodes, "devices_per_node": 2, "root": FOLDER, "delivery": given}
+    cluster |= {"ulimits": {}, "shm_size": "1g"}  # hosts inside containers may raise none
     (tmp_path / "conf/cluster/lab.yaml").write_text(yaml.safe_dump(cluster), encoding="utf-8")
     tools = tmp_path / ".venv"
     (tools / "bin").mkdir(parents=True)
