@@ -49,7 +49,7 @@ def test_measured_cell_is_taken_and_can_be_overridden_or_left_out() -> None:
     assert compose(["hardware=p4"], CONF).stage == tuned.stage
     assert compose(["run.steps=7"], CONF).run == replace(tuned.run, steps=7)
     assert compose(["tune=null"], CONF).stage.trainable == ("projector", "lm", "head")
-    assert compose(["stage=projector"], CONF).run.steps == 1000
+    assert compose(["stage=evaluate"], CONF).run.steps == 1000
 
 
 @pytest.mark.parametrize(
@@ -122,8 +122,8 @@ def test_wrong_overrides_are_reported_together() -> None:
         "the config is refused, 3 overrides are wrong:\n"
         "  hardware=asend910b: unknown hardware 'asend910b'; did you mean 'ascend910b'? "
         "valid are: ascend910b, ascend910c, cpu, h200, p4, rtx3090\n"
-        "  data.trian=3: unknown key 'data.trian' in data; did you mean 'train'? valid are: builtin, evaluation, images, max_length, name, "
-        "train, workers\n"
+        "  data.trian=3: unknown key 'data.trian' in data; did you mean 'train'? valid are: builtin, evaluation, images, length_aware, "
+        "max_length, max_pixels, max_tiles, name, packing, train, workers\n"
         "  micro_batch=4: unknown key 'micro_batch'; did you mean 'strategy.micro_batch'?"
     )
 

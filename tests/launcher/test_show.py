@@ -70,8 +70,8 @@ def test_a_run_is_followed_by_what_was_typed_with_another_stage(plan_for: Callab
 def test_what_cannot_follow_is_not_offered(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
     """LoRA's 16 samples cannot be cut into micro-batches of 64, and an evaluation that is switched off does nothing."""
     root = f"cluster.root={tmp_path}"
-    assert [words[2:] for words in commands(plan_for(root, "strategy.micro_batch=64"), tmp_path)[:-1]] == [
-        ["strategy.micro_batch=64", "stage=evaluate", "stage.checkpoint=R"]
+    assert [words[2:] for words in commands(plan_for(root, "tune=null", "strategy.micro_batch=64"), tmp_path)[:-1]] == [
+        ["tune=null", "strategy.micro_batch=64", "stage=evaluate", "stage.checkpoint=R"]
     ]
     assert [
         words[2:] for words in commands(replace_folder(plan_for(root, "run.evaluation.enabled=false"), tmp_path / "b"), tmp_path)[:-1]
