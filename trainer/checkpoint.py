@@ -107,8 +107,9 @@ def sync_tree(folder: Path) -> None:
     sync(folder)
 
 
-def hash_weights(folder: Path) -> str:
-    """SHA-256 over name, dtype, shape and bytes of each tensor, by name: equal for equal weights, however they are cut into files.
+def hash_weights(folder: Path, *, most_bytes: int | None = None) -> str:
+    """SHA-256 over name, dtype, shape and bytes of each tensor, by name: equal for equal weights, however they are cut into files. With
+    `most_bytes` only so many of each tensor are read.
 
     Reads the safetensors layout itself (8 bytes of header length, JSON header, data), because the library gives no bytes for bfloat16.
     """
@@ -118,6 +119,7 @@ def hash_weights(folder: Path) -> str:
         file, entry, start = tensors[name]
         digest.update(f"{name}\0{entry['dtype']}\0{entry['shape']}\0".encode())
         first, last = entry["data_offsets"]
+        last = last if most_bytes is None else min(last, first + most_bytes)
         with file.open("rb") as stream:
             stream.seek(start + first)
             for begin in range(first, last, 2**24):

@@ -4,14 +4,12 @@ A chain of stages can be followed from the checkpoints alone: each says its run,
 adapter the mark of the weights that it stands on.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
-from trainer.checkpoint import adapter_base, require_whole, weight_files
+from trainer.checkpoint import adapter_base, hash_weights, require_whole
 from trainer.contract import InputRefused, Lora, Origin, TrainSpec, read
 from trainer.resume import STATE_FILE, CheckpointState
-from trainer.shard import read_header
 from trainer.stages.chain import groups_before
 
 MARK_BYTES = 4096  # of each tensor: enough to tell weights that were trained from those they began as, and nothing to read of 65 GB
@@ -50,17 +48,8 @@ def find_origin(spec: TrainSpec, folder: Path | None) -> Origin:
 
 
 def mark_weights(folder: Path) -> str:
-    """SHA-256 over name, dtype, shape and the first bytes of each tensor, by name: tells weights apart without reading them all."""
-    digest = hashlib.sha256()
-    tensors = {name: (file, entry, start) for file in weight_files(folder) for name, entry, start in read_header(file)}
-    for name in sorted(tensors):
-        file, entry, start = tensors[name]
-        digest.update(f"{name}\0{entry['dtype']}\0{entry['shape']}\0".encode())
-        first, last = entry["data_offsets"]
-        with file.open("rb") as stream:
-            stream.seek(start + first)
-            digest.update(stream.read(min(MARK_BYTES, last - first)))
-    return digest.hexdigest()
+    """A hash that tells weights apart without reading them all."""
+    return hash_weights(folder, most_bytes=MARK_BYTES)
 
 
 # ---------------------------------------------------------------------------------------------------------------- refusals

@@ -3,7 +3,7 @@
 import ast
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -13,14 +13,17 @@ class Wheel:
     """Sources by path inside the wheel, such as torch_npu/npu/__init__.py."""
 
     sources: dict[str, str]
+    modules: dict[str, dict[str, ast.AST | None]] = field(default_factory=dict)
 
-    def names(self, module: str, asked: frozenset[str] = frozenset()) -> dict[str, ast.AST | None]:
-        """Name -> its function's syntax tree, None for what is no plain function; stars and re-exports are followed. `asked`: the
-        modules under way, since packages import in circles."""
-        found: dict[str, ast.AST | None] = {}
+    def names(self, module: str) -> dict[str, ast.AST | None]:
+        """Name -> its function's syntax tree, None for what is no plain function; stars and re-exports are followed. As with Python's own
+        import, a module is read once, and one that is imported in a circle sees what the other has so far."""
+        if module in self.modules:
+            return self.modules[module]
+        found = self.modules[module] = {}
         for node in statements(parse(self.sources[self.path(module)])):
             if isinstance(node, ast.ImportFrom):
-                found |= self.imported(node, module, asked | {module})
+                found |= self.imported(node, module)
             elif isinstance(node, ast.FunctionDef):
                 found[node.name] = node
             elif isinstance(node, ast.ClassDef):
@@ -32,11 +35,11 @@ class Wheel:
                 found |= {(alias.asname or alias.name).split(".")[0]: None for alias in node.names}
         return found
 
-    def imported(self, node: ast.ImportFrom, module: str, asked: frozenset[str]) -> dict[str, ast.AST | None]:
+    def imported(self, node: ast.ImportFrom, module: str) -> dict[str, ast.AST | None]:
         package = module.split(".") if self.path(module).endswith("/__init__.py") else module.split(".")[:-1]
         start = package[: len(package) - node.level + 1] if node.level else []
         source = ".".join((*start, *(node.module.split(".") if node.module else ())))
-        known = self.names(source, asked) if self.has(source) and source not in asked else {}
+        known = self.names(source) if self.has(source) else {}
         if node.names[0].name == "*":
             return {name: tree for name, tree in known.items() if not name.startswith("_")}
         return {alias.asname or alias.name: known.get(alias.name) for alias in node.names}

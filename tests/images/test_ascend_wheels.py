@@ -110,7 +110,15 @@ def test_every_name_that_the_trainer_calls_is_in_the_plugin(
 def test_the_adapter_is_the_only_user_of_the_plugin(path: Path) -> None:
     """So that the names above are all names."""
     used = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)}
-    assert not {name for name in used if name.startswith(("torch.npu.", "torch_npu."))}
+    assert {name for name in used if name.startswith(("torch.npu.", "torch_npu."))} <= {"torch_npu.profiler"}
+
+
+@pytest.mark.parametrize(("stack", "architecture"), CASES)
+def test_every_name_of_the_profiler_is_in_the_plugin(stack: str, architecture: str, wheelhouse: Callable[[str, str], Path]) -> None:
+    names = plugin(wheelhouse(stack, architecture)).names("torch_npu.profiler")
+    tree = ast.parse((ROOT / "trainer" / "observe" / "profile.py").read_text(encoding="utf-8"))
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "api"}
+    assert {"profile", "ProfilerActivity", "tensorboard_trace_handler"} <= used <= set(names)
 
 
 @pytest.mark.parametrize(("stack", "architecture"), CASES)
