@@ -139,8 +139,7 @@ def read_docker(answers: Mapping[str, Answer]) -> Docker:
     engine = str(facts.get("ServerVersion") or "")
     wrong = " ".join(facts.get("ServerErrors") or ()) or said.complaint
     return Docker(
-        # a client without an engine prints its version, and fails
-        client=client.output.strip(),
+        client=found.group(1) if (found := re.match(r"\S+ version ([^\s,]+)", client.good)) else "",
         engine=engine,
         error="" if engine else wrong,
         runtimes=tuple(sorted(facts.get("Runtimes") or ())),

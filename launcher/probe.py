@@ -62,7 +62,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 }
 DOCKER_QUESTIONS: dict[str, tuple[str, ...]] = {
     "docker": ("docker", "info", "--format", "{{json .}}"),
-    "docker_client": ("docker", "version", "--format", "{{.Client.Version}}"),
+    "docker_client": ("docker", "--version"),  # asks no engine
     "docker_room": ("sh", "-c", DOCKER_ROOM),
     "containers": ("docker", "ps", "--all", "--filter", f"label={RUN_LABEL}", "--format", CONTAINER_FORMAT),
     "toolkit": ("sh", "-c", TOOLKIT),

@@ -15,6 +15,7 @@ RUN_LABEL = "omnilaunch.run"  # containers of a run are found again by this
 RUN_VARIABLE = "OMNILAUNCH_RUN_ID"
 FOLDER_VARIABLE = "OMNILAUNCH_RUN_FOLDER"  # processes of a run are found again by this: two folders may hold runs of one id
 WRITABLE_HOME = "/tmp"  # of the image's user: caches of torch and transformers end with the container
+CHECK_SHARES = "16"  # of the processor, beside 1024 for the ranks, about what nice 19 leaves: the data check takes what they leave
 CANN_LOGS = "cann"  # in the run's folder: what CANN writes of its own, for each node
 PINNED_VARIABLES = {
     "PYTHONUNBUFFERED": "1",
@@ -85,7 +86,8 @@ def docker_command(config: Config, image: Image, spec: TrainSpec, rank: int, int
         *(part for key, value in sorted(cluster.ulimits.items()) for part in ("--ulimit", f"{key}={value}")),
         *(part for mount in mounts(cluster, spec) for part in ("--mount", mount)),
     )  # fmt: skip
-    check = ("docker", "run", "--rm", "--name", data_name(name), "--env-file", data_env_file(spec.output, rank), *shared)
+    aside = ("--cpu-shares", CHECK_SHARES, "--env-file", data_env_file(spec.output, rank))
+    check = ("docker", "run", "--rm", "--name", data_name(name), *aside, *shared)
     ranks = ("docker", "run", "--detach", "--name", name, "--env-file", env_file(spec.output, rank), *shared, *devices)
     return NodeCommand(
         host=cluster.working[rank].host,

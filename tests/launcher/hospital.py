@@ -79,7 +79,7 @@ def healthy(address: str = HOSTS[0]) -> dict[str, str]:
         **network(address),
         "root": room(),
         "docker": docker_info(),
-        "docker_client": "27.5.1\n",
+        "docker_client": "Docker version 27.5.1, build 9f9e405\n",
         "docker_room": df(900_000_000, "/var/lib/docker"),
         "containers": "",
         "toolkit": "/usr/bin/nvidia-ctk\n",
