@@ -183,6 +183,7 @@ def data_spec(config: Config, place: Place, root: str) -> DataSpec:
         length_aware=data.length_aware,
         max_pixels=data.max_pixels,
         max_tiles=data.max_tiles,
+        padding_free=data.padding_free,
         **named,
     )
 

@@ -18,6 +18,7 @@ from trainer.contract import (
     DATA_PROBLEMS_FILE,
     FAILURE_FILES,
     SCHEMA,
+    DataReport,
     Exit,
     FailureReport,
     InputRefused,
@@ -29,6 +30,7 @@ from trainer.contract import (
     write_text,
 )
 from trainer.output import named_lines, say_phase
+from trainer.resume import newest_checkpoint
 
 USAGE = "usage: python -m trainer data SPEC | run SPEC    (SPEC: the path of a run's spec.json)"
 
@@ -54,10 +56,12 @@ def carry_out(command: Callable[[TrainSpec], int], path: Path) -> int:
 
 
 def data(spec: TrainSpec) -> int:
-    """Write data.json, and data_problems.jsonl where there are any, and say the first problems."""
+    """Write data.json, and data_problems.jsonl where there are any, and say the first problems. Raises InputRefused where there are
+    checkpoints to go on from, and other data than they were trained on."""
     from trainer.data.check import examine_data
 
     report, problems = examine_data(spec)
+    refuse_changed(report, Path(spec.output))
     listed = Path(spec.output) / DATA_PROBLEMS_FILE
     if problems:
         write_text("".join(f"{json.dumps(asdict(problem), ensure_ascii=False)}\n" for problem in problems), listed)
@@ -67,6 +71,19 @@ def data(spec: TrainSpec) -> int:
     for problem in report.problems:
         print(problem, file=sys.stderr)
     return Exit.USAGE if report.problems else Exit.OK
+
+
+def refuse_changed(report: DataReport, run: Path) -> None:
+    """The ranks look at the annotation file alone: what became of the images since the run began is seen here."""
+    try:
+        before: DataReport = read(DataReport, run / DATA_FILE)
+    except SpecError:
+        return  # not there: the run has not begun
+    if before.sha256 != report.sha256 and newest_checkpoint(run) is not None:
+        raise InputRefused(
+            f"{run / DATA_FILE}: the rows or the images have changed since this run began. A run goes on only as it began: bring them back, "
+            "or start a new run."
+        )
 
 
 def run(spec: TrainSpec) -> int:

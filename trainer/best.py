@@ -1,6 +1,7 @@
 """Which checkpoint evaluates best: told from the rows of evaluations.jsonl and from what is on the disk, so that a killed run forgets nothing."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,8 +12,10 @@ HIGHER = {"exact_match": True, "loss": False}  # metric -> whether more of it is
 
 
 def is_better(metric: str, value: float | None, than: float | None) -> bool:
-    if value is None or than is None:
-        return value is not None
+    if value is None or math.isnan(value):  # a loss may be no number; kept as the best, nothing would ever be better
+        return False
+    if than is None:
+        return True
     return value > than if HIGHER[metric] else value < than
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from trainer.best import is_better, read_evaluations
 from trainer.contract import CHECKPOINTS, EVALUATIONS_FILE, SAMPLES_FOLDER, EvaluationRow, TrainSpec
 from trainer.device import Device
+from trainer.evaluate import Halted
 from trainer.loop import StopFlag, Wish
 from trainer.observe.memory import Gauge
 from trainer.observe.profile import Window
@@ -18,12 +19,14 @@ from trainer.state import keep_random
 from trainer.watchdog import Watchdog
 from trainer.writer import Writer
 
-Score = Callable[[str], dict[str, float]]  # evaluates into a file of the run's folder; metric -> value, {} without held-out rows
+# Evaluates into a file of the run's folder; metric -> value. {} without held-out rows, and when it was halted, which it asks between batches.
+Score = Callable[[str, Halted | None], dict[str, float]]
 
 
 class Boundary:
     """`reach` the first step, then `cross` from each step to the next; every rank alike. `best`: the value to beat, of what stands. What a
-    rank `asks` for reaches all of them with the row of the step; by rank 0's clock, since no two agree."""
+    rank `asks` for reaches all of them with the row of the step; by rank 0's clock, since no two agree. Only a stop does not wait for the
+    next row: an evaluation may be longer than the time that a launcher gives, so it asks whether it is `halted`."""
 
     def __init__(
         self,
@@ -37,38 +40,45 @@ class Boundary:
         audience: Audience,
         rank: int,
         best: float | None,
+        halted: Halted,
     ) -> None:
         self.spec, self.writer, self.score, self.gauge, self.rank, self.best = spec, writer, score, gauge, rank, best
-        self.device, self.watchdog, self.audience = device, watchdog, audience
+        self.device, self.watchdog, self.audience, self.halted = device, watchdog, audience, halted
         self.window = Window(spec, device, rank)
         self.saved_at = time.monotonic()
         self.kept = 0  # the step of the newest checkpoint, 0 for none
 
-    def reach(self, step: int, *, evaluated: bool) -> None:
-        """`step` is done, by an earlier attempt or none. `evaluated`: that one also did what comes after it."""
-        if step and not evaluated and self._evaluates(step):
+    def reach(self, step: int, *, evaluated: bool) -> bool:
+        """`step` is done, by an earlier attempt or none. `evaluated`: that one also did what comes after it. Returns whether to stop here."""
+        late = step > 0 and not evaluated and self._evaluates(step)
+        if late:
             self._evaluate(step)
         self.kept = step
         self.gauge.enter("first step")
         self.window.reach(step + 1)
+        return late and self.halted()
 
     def asks(self, stop: StopFlag) -> Wish:
         """What this rank wishes at the end of a step."""
         due = self.spec.save_every_s and time.monotonic() - self.saved_at >= self.spec.save_every_s
         return Wish(stop=stop.up, save=bool(due and self.rank == 0), failed=self.writer.failed)
 
-    def cross(self, step: int, wish: Wish) -> None:
-        """Raises RunFailed on every rank where a checkpoint could not be written."""
+    def cross(self, step: int, wish: Wish) -> bool:
+        """Returns whether to stop here, which `wish` did not say. Raises RunFailed on every rank where a checkpoint could not be written."""
         if self.gauge.phase == "first step":
             self.gauge.enter("steps")
         self.window.reach(step + 1)
         if wish.failed:
             self.writer.settle()
         if wish.stop or step == self.spec.steps:  # the run saves then, and evaluates
-            return
-        record = self._evaluates(step) and self._evaluate(step)
+            return False
+        due = self._evaluates(step)
+        record = due and self._evaluate(step)
+        if due and self.halted():  # the run saves then, too
+            return True
         if record or wish.save or (self.spec.save_every and step % self.spec.save_every == 0):
             self._save(step)
+        return False
 
     def close(self) -> None:
         self.window.close()
@@ -84,7 +94,7 @@ class Boundary:
         began = time.perf_counter()
         file = f"{SAMPLES_FOLDER}/step-{step:06d}.jsonl"
         with keep_random(self.device.name):
-            scores = self.score(file)
+            scores = self.score(file, self.halted)
         self.gauge.enter("steps")
         self.watchdog.rest()
         if not scores:

@@ -1,11 +1,14 @@
 """A model and its processor, from where the stage begins or from where an earlier attempt left off."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from trainer.checkpoint import require_whole
-from trainer.contract import Origin, TrainSpec
+from trainer.contract import ModelSpec, Origin, TrainSpec
+from trainer.models.attention import attend_by_sample
 from trainer.models.family import Family, Limit, Processor
 from trainer.models.weight import round_weights
 from trainer.origin import continues_adapter
@@ -15,12 +18,18 @@ from trainer.stages.lora import merge_adapter
 from trainer.stages.reset import reset_groups
 
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # never a pickle
+CPU = torch.device("cpu")
+LARGE = 10**9  # parameters; so many take a core 13 s to draw, and 4 GB in float32
 
 
-def build(spec: TrainSpec, family: Family, origin: Origin, *, instead: Path | None = None) -> tuple[torch.nn.Module, Processor]:
+def build(
+    spec: TrainSpec, family: Family, origin: Origin, *, instead: Path | None = None, place: torch.device = CPU
+) -> tuple[torch.nn.Module, Processor]:
     """Model and processor: from the stage's checkpoint, else from the model's source; the weights from `instead`, where it is given.
 
-    An adapter is merged into its base, unless the stage goes on with it."""
+    An adapter is merged into its base, unless the stage goes on with it. On the CPU, but for a large random start, which is made on
+    `place`, the device of this rank."""
+    attend_by_sample()
     dtype = loading_dtype(spec.precision)
     folder = Path(origin.base or origin.path) if origin.path else None
     limit = Limit(max_pixels=spec.data.max_pixels, max_tiles=spec.data.max_tiles)
@@ -28,12 +37,39 @@ def build(spec: TrainSpec, family: Family, origin: Origin, *, instead: Path | No
     if instead is not None:
         return family.load(instead, spec.model, dtype), processor
     if folder is None:
-        return round_weights(family.create(spec.model), dtype), processor
+        return start_at_random(spec.model, family, dtype, place), processor
     model = family.load(folder, spec.model, dtype)
     if origin.base and not continues_adapter(origin, spec.stage.lora):
         model = merge_adapter(model, Path(origin.path))
     reset_groups(model, spec)
     return model, processor
+
+
+def start_at_random(model: ModelSpec, family: Family, dtype: torch.dtype, place: torch.device) -> torch.nn.Module:
+    """Random weights in `dtype`, from torch's current seed: drawn in float32 on the CPU and rounded, so that one seed gives one start in
+    every precision and on every device. More than LARGE parameters are drawn on an accelerator, in `dtype`: 8 billion would take the CPU
+    two minutes and 33 GB. Their start is one for all devices of a kind, and of a dtype."""
+    if place.type != "cpu" and count_parameters(model, family) > LARGE:
+        with place, default_dtype(dtype):
+            return round_weights(family.create(model), dtype)
+    return round_weights(family.create(model), dtype)
+
+
+def count_parameters(model: ModelSpec, family: Family) -> int:
+    """Without memory for them: 0.1 s for 8 billion. The random numbers stay where they are."""
+    with torch.random.fork_rng(devices=()), torch.device("meta"):
+        return sum(parameter.numel() for parameter in family.create(model).parameters())
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """As from_pretrained(dtype=...) makes a model: what is float32 by intention, such as rotary frequencies, stays so."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def weights_folder(spec: TrainSpec) -> Path | None:

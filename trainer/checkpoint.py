@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from trainer.best import find_best
-from trainer.contract import CHECKPOINTS, InputRefused, SpecError, TrainSpec, read
+from trainer.contract import CHECKPOINTS, SCHEMA, InputRefused, OtherSchema, SpecError, TrainSpec, read
 from trainer.engine import Engine
 from trainer.resume import STATE_FILE, CheckpointState, missing_files, whole_checkpoints
 from trainer.shard import read_header, sync
@@ -140,7 +140,14 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 def require_whole(folder: Path, key: str) -> None:
     """Raises InputRefused, naming the config key, unless `folder` is a whole checkpoint: ours, or one from elsewhere in the same files."""
-    reason = find_gap(folder)
+    try:
+        reason = find_gap(folder)
+    except OtherSchema as error:
+        said = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["schema"]
+        raise InputRefused(
+            f"{key}: {folder} was written by another version of the trainer: the schema of its {STATE_FILE} is {said}, this version reads "
+            f"{SCHEMA}. Use the version that wrote it, or name a checkpoint that this one wrote."
+        ) from error
     if reason:
         raise InputRefused(
             f"{key}: {folder} is not a whole checkpoint: {reason}. "
@@ -149,6 +156,7 @@ def require_whole(folder: Path, key: str) -> None:
 
 
 def find_gap(folder: Path) -> str:
+    """What it lacks, or ''. Raises OtherSchema for one that may be whole, which this version cannot tell."""
     if not folder.is_dir():
         return "there is no such folder"
     if folder.name.endswith(".partial"):
@@ -156,6 +164,8 @@ def find_gap(folder: Path) -> str:
     if (folder / STATE_FILE).is_file():
         try:
             state: CheckpointState = read(CheckpointState, folder / STATE_FILE)
+        except OtherSchema:
+            raise
         except SpecError as error:
             return str(error)
         wrong = missing_files(folder, state)

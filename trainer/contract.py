@@ -77,6 +77,10 @@ class SpecError(Exception):
     """A file does not have the shape of its dataclass; says which key."""
 
 
+class OtherSchema(SpecError):
+    """A file was written with another schema number than SCHEMA."""
+
+
 # ----------------------------------------------------------------------------------------------------- what a run is told
 
 
@@ -132,7 +136,8 @@ class Precision:
 class Optimizer:
     """AdamW. `warmup` counts steps when >= 1 and is a share of all steps when < 1. Betas, eps and decay as in
     Loshchilov and Hutter, Decoupled Weight Decay Regularization (arXiv 1711.05101), algorithm 2. `group_lr`: peak rates of groups of
-    the model that learn at another one than `lr`, on the same schedule."""
+    the model that learn at another one than `lr`, on the same schedule. `state_bits`: of an element of either moment, 0 = as
+    `Precision.optimizer` says, 8 = quantized block by block (Dettmers et al., arXiv 2110.02861)."""
 
     lr: float
     beta1: float = 0.9
@@ -143,6 +148,7 @@ class Optimizer:
     warmup: float = 0.03
     clip_norm: float = 1.0
     group_lr: dict[str, float] = field(default_factory=dict)
+    state_bits: Literal[0, 8] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +185,7 @@ class DataSpec:
 
     `max_length` is in tokens, image tokens included: of a sample, and of a row where `packing` puts several samples into one, which do
     not see each other. `length_aware`: samples of like length share a micro-batch, out of a step or out of a window of steps.
+    `padding_free`: the samples of a micro-batch one after the other, as in a packed row, in place of padding.
     `max_pixels` (families that scale an image) and `max_tiles` (those that cut it) bound an image's tokens; 0 = as the processor says.
     """
 
@@ -194,6 +201,7 @@ class DataSpec:
     length_aware: Literal["off", "step", "window"] = "off"
     max_pixels: int = 0
     max_tiles: int = 0
+    padding_free: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,7 +334,7 @@ def read(cls: Any, path: Path) -> Any:
     except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or a number of more than 4,300 digits
         raise SpecError(f"{path}: cannot be read: {error}") from error
     if isinstance(data, dict) and data.get("schema", SCHEMA) != SCHEMA:
-        raise SpecError(
+        raise OtherSchema(
             f"{path}: written with schema {data['schema']}, this version reads {SCHEMA}; rebuild the image with: omnilaunch image build"
         )
     try:

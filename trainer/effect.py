@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.contract import RunFailed, TrainSpec
+from trainer.eight_bit import AdamW8bit
 from trainer.optimizer import StochasticAdamW
 from trainer.precision import dtype_name
 
@@ -24,6 +25,7 @@ def taken_config(engine: Any) -> dict[str, Any]:
         "optimizer": dtype_name(masters.dtype),
         "gradients": dtype_name(handle.get_data_types()[1]),
         "rounding": "stochastic" if isinstance(handle.basic_optimizer, StochasticAdamW) else "nearest",
+        "state_bits": 8 if isinstance(handle.basic_optimizer, AdamW8bit) else 0,
         "loss_scaling": "dynamic" if handle.fp16_enabled() and handle.dynamic_loss_scale() else "none",
         "offload_optimizer": is_offloaded(handle.zero_offload_optimizer()),
         "offload_parameters": is_offloaded(handle.zero_offload_param()),
@@ -63,6 +65,7 @@ def planned_config(spec: TrainSpec) -> dict[str, Any]:
         "optimizer": spec.precision.optimizer,
         "gradients": spec.precision.gradients,
         "rounding": spec.precision.rounding,
+        "state_bits": spec.optimizer.state_bits,
         "loss_scaling": spec.precision.loss_scaling,
         "offload_optimizer": offload,
         "offload_parameters": (zero.get("offload_param") or {}).get("device", "none") != "none",

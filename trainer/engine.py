@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainer.contract import DeviceSpec, Dtype, Optimizer, RunFailed, TrainSpec
 from trainer.effect import refuse_mismatch
+from trainer.eight_bit import AdamW8bit
 from trainer.loss import sum_loss
 from trainer.optimizer import StochasticAdamW, stretches_of
 from trainer.part import find_parts
@@ -49,10 +50,12 @@ class Engine:
 
         `batch`: input_ids, attention_mask, labels (samples, length) int64, and the images of the family. Logits are made at
         trained positions alone: at 150,000 tokens of vocabulary the others would be the largest tensor of the step. Packed rows
-        (trainer.data.pack) come with position_ids, which tell their samples apart only where the model is given no mask.
+        (trainer.data.pack) come with position_ids, and the ends of their samples, or nothing, take the place of the mask.
         """
-        kept = {"labels", "attention_mask"} if "position_ids" in batch else {"labels"}
+        kept = {"labels", "sample_ends", *(("attention_mask",) if "position_ids" in batch else ())}
         inputs = {key: value.to(self.device, non_blocking=True) for key, value in batch.items() if key not in kept}
+        if "sample_ends" in batch:
+            inputs["attention_mask"] = batch["sample_ends"]
         targets = batch["labels"][:, 1:]
         trained = targets != IGNORED
         positions = torch.nn.functional.pad(trained, (0, 1)).to(self.device, non_blocking=True)
@@ -181,7 +184,7 @@ def start_engine(model: torch.nn.Module, spec: TrainSpec, device: torch.device, 
         optimizer: torch.optim.Optimizer = build_stochastic(model, spec, rates or {})
     else:
         fused = spec.device.accelerator in FUSED
-        optimizer = build_optimizer(model, spec.optimizer, rates or {}, states=states, offload=offload, fused=fused)
+        optimizer = build_optimizer(model, spec.optimizer, rates or {}, states=states, offload=offload, fused=fused, seed=spec.seed)
     handle, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(spec.deepspeed))
     if spec.device.world_size == 1 and handle.zero_optimization_stage() == 0:
         handle.enable_backward_allreduce = False  # else gradients are packed, summed over the one rank and unpacked
@@ -196,11 +199,13 @@ def start_engine(model: torch.nn.Module, spec: TrainSpec, device: torch.device, 
     refuse_mismatch(engine, spec)
     if isinstance(optimizer, StochasticAdamW):
         optimizer.place(stretches_of(find_parts(engine)))
+    if isinstance(optimizer, AdamW8bit):
+        optimizer.place(find_parts(engine))
     return engine
 
 
 def build_optimizer(
-    model: torch.nn.Module, optimizer: Optimizer, rates: Mapping[str, float], *, states: Dtype, offload: bool, fused: bool
+    model: torch.nn.Module, optimizer: Optimizer, rates: Mapping[str, float], *, states: Dtype, offload: bool, fused: bool, seed: int
 ) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters. `rates`: name -> learning rate over that of the schedule, 1 where it is not named."""
     groups = group_parameters(model, optimizer, rates)
@@ -209,6 +214,8 @@ def build_optimizer(
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, fp32_optimizer_states=states == "float32", **values)
+    if optimizer.state_bits == 8:
+        return AdamW8bit(groups, seed=seed, **values)
     return torch.optim.AdamW(groups, fused=fused, **values)
 
 

@@ -19,6 +19,11 @@ from trainer.models.family import Processor
 
 Row = dict[str, Any]
 LossSum = Callable[[dict[str, Tensor]], Tensor]
+Halted = Callable[[], bool]  # whether any rank has been asked to stop: a collective
+
+
+class Interrupted(Exception):
+    """A stop was asked for between two batches."""
 
 
 def evaluate(
@@ -33,9 +38,11 @@ def evaluate(
     partitioned: bool,
     file: str = SAMPLES_FILE,
     loss_sum: LossSum | None = None,
+    halted: Halted | None = None,
 ) -> dict[str, float]:
     """Answer the last question of each sample and write `file`, in the run's folder. Returns exact_match (0 to 1) and count, on every rank,
-    and with `loss_sum`, which adds up the cross entropy of a micro-batch, loss: the mean over the answers' tokens.
+    and with `loss_sum`, which adds up the cross entropy of a micro-batch, loss: the mean over the answers' tokens. {}, and no file, when it
+    was `halted` before it was through.
 
     `partitioned`: ranks hold parts of the weights (ZeRO 3) and must run the model equally often, so every rank gets as many
     batches as any other and goes on generating until all are done.
@@ -43,16 +50,27 @@ def evaluate(
     chosen = samples[: spec.evaluation.limit or None]
     shares = share(list(enumerate(chosen)), rank, world_size, spec.evaluation.batch)
     answer = make_answerer(model, processor, spec, device, together=partitioned and world_size > 1)
-    with answering(model):
-        rows = [row for part in shares for row in answer(part)]
-        own = set(range(rank, len(chosen), world_size))
-        losses = [part_loss(part, processor, spec, loss_sum, own) for part in shares] if loss_sum else []
+    try:
+        with answering(model):
+            rows = [row for part in unless(halted, shares) for row in answer(part)]
+            own = set(range(rank, len(chosen), world_size))
+            losses = [part_loss(part, processor, spec, loss_sum, own) for part in unless(halted, shares)] if loss_sum else []
+    except Interrupted:
+        return {}
     rows = gather_rows(rows, world_size)
     if rank == 0:
         (Path(spec.output) / file).parent.mkdir(exist_ok=True)
         write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), Path(spec.output) / file)
     scores = {"exact_match": sum(row["match"] for row in rows) / max(1, len(rows)), "count": float(len(rows))}
     return scores | ({"loss": mean_loss(losses, world_size)} if loss_sum else {})
+
+
+def unless(halted: Halted | None, shares: list[list]) -> Iterator[list]:
+    """The batches, equally many on every rank. Raises Interrupted, on all of them before the same one."""
+    for part in shares:
+        if halted is not None and halted():
+            raise Interrupted
+        yield part
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,19 +72,19 @@ def train(
     watchdog: Watchdog,
     write: Callable[[StepRow], None],
     asks: Callable[[], Wish],
-    between: Callable[[int, Wish], Any],
+    between: Callable[[int, Wish], bool],
     peak_bytes: Callable[[], int],
     name_samples: Callable[[int], str],
     rescue: Callable[[int], str],
 ) -> Progress:
     """Run the steps after `done`, where `batches` begin, up to spec.steps, or fewer when any rank is asked to stop. `asks`: what this
-    rank wishes; `between(step, wish)` follows each step with what any of them did. `name_samples(step)`: where the samples of a
-    step lie. `rescue(step)`: have a checkpoint of the last good step, and say where. Raises RunFailed, naming the samples and the layer, for
-    a loss or gradient that is no number."""
+    rank wishes; `between(step, wish)` follows each step with what any of them did, and says whether one was asked to stop meanwhile.
+    `name_samples(step)`: where the samples of a step lie. `rescue(step)`: have a checkpoint of the last good step, and say where. Raises
+    RunFailed, naming the samples and the layer, for a loss or gradient that is no number."""
     source = iter(batches)
-    step, seconds, loss, skips, wish = done.step, done.seconds, done.loss, 0, Wish()
+    step, seconds, loss, skips, stopped = done.step, done.seconds, done.loss, 0, done.stopped
     engine.model.train()
-    while step < spec.steps and not wish.stop:
+    while step < spec.steps and not stopped:
         began = time.perf_counter()  # a step is as long as its data makes it wait, too
         step += 1
         watchdog.begin(step, "data")
@@ -100,8 +99,8 @@ def train(
         loss, seconds = row.loss, seconds + row.seconds
         write(row)
         watchdog.rest()
-        between(step, wish)
-    return Progress(step=step, stopped=wish.stop, seconds=seconds, loss=loss)
+        stopped = between(step, wish) or wish.stop
+    return Progress(step=step, stopped=stopped, seconds=seconds, loss=loss)
 
 
 def train_step(

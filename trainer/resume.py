@@ -3,7 +3,6 @@
 Standard library only, so that the launcher can ask the same question before it starts the ranks again.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.contract import CHECKPOINTS, METRICS_FILE, InputRefused, SpecError, TrainSpec, read, write_text
+from trainer.contract import CHECKPOINTS, METRICS_FILE, SCHEMA, InputRefused, SpecError, TrainSpec, read, write_text
 
 STATE_FILE = "trainer_state.json"
 NAME = "step-{step:06d}"
@@ -79,6 +78,15 @@ def broken_checkpoints(run: Path) -> dict[Path, str]:
     return {folder: reason for folder in folders if (reason := inspect_checkpoint(folder)[1])}
 
 
+def is_newer(folder: Path) -> bool:
+    """Whether a later version of the trainer has written a checkpoint, whose state this one cannot read."""
+    try:
+        schema = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["schema"]
+        return bool(schema > SCHEMA)
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return False
+
+
 def whole_state(folder: Path) -> CheckpointState | None:
     """What a checkpoint says of itself; None unless it has its own name and every file the size that it should have."""
     state, reason = inspect_checkpoint(folder)
@@ -128,13 +136,6 @@ def refuse_other_run(state: CheckpointState, spec: TrainSpec, data_sha256: str) 
             f"{spec.output}/{state.path} belongs to another run: {'; '.join(wrong)}. A run goes on only as it began. Start a new run; "
             f"with stage.checkpoint={spec.output}/{state.path} it begins with these weights."
         )
-
-
-def hash_file(path: Path | None) -> str:
-    if path is None:
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cut_rows(run: Path, step: int) -> Rows:

@@ -37,7 +37,7 @@ from trainer.device import Device, open_device, seed_all
 from trainer.draft import Saved, make_room
 from trainer.effect import taken_config
 from trainer.engine import start_distributed, start_engine
-from trainer.evaluate import evaluate
+from trainer.evaluate import Halted, evaluate
 from trainer.loop import Progress, stop_on_signals
 from trainer.models import find_family
 from trainer.models.family import Processor
@@ -49,7 +49,7 @@ from trainer.output import say_phase
 from trainer.resume import fixed_parts
 from trainer.stages.group import Staged, apply_stage, trainable_table
 from trainer.start import choose_start, finished_before, load_adapter, resume_adapter, resume_engine, whole_weights
-from trainer.training import Job, progress_of, run_steps
+from trainer.training import Job, progress_of, run_steps, saved_of
 
 LOST_PEER = re.compile("closed by peer|reset by peer|Broken pipe|remote process exited|Timed out waiting|Watchdog caught")  # gloo, NCCL
 
@@ -96,7 +96,7 @@ def train_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     samples = load_samples(places.train, places)
     start = choose_start(spec, hash_sources(places.train, places.images))
     origin = find_origin(spec, weights_folder(spec))
-    model, processor = build(spec, family, origin, instead=whole_weights(spec, start))
+    model, processor = build(spec, family, origin, instead=whole_weights(spec, start), place=rank.place)
     say_phase(4)
     if spec.gradient_checkpointing:
         checkpoint_layers(model, spec)
@@ -110,8 +110,9 @@ def train_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     loss_sum = engine.loss_sum if spec.evaluation.loss else None
     partitioned = spec.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3
 
-    def answer(file: str) -> dict[str, float]:
-        return score(spec, rank, engine.model, processor, held_out, partitioned=partitioned, file=file, loss_sum=loss_sum)
+    def answer(file: str, halted: Halted | None) -> dict[str, float]:
+        more = {"file": file, "loss_sum": loss_sum, "halted": halted}
+        return score(spec, rank, engine.model, processor, held_out, partitioned=partitioned, **more)
 
     with open_trackers(spec, fixed_parts(spec), environ, step=start.step, tells=rank.number == 0) as audience:
         job = Job(
@@ -133,14 +134,14 @@ def train_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
 def take_steps(job: Job) -> TrainResult:
     """The result without an evaluation, on the disk as that of a stopped run, for the case that a signal ends it while it evaluates."""
     spec, engine, start = job.spec, job.engine, job.start
+    lost = start.step - start.rows.count  # steps of whose time nothing is known; told by rank 0, which has the rows
     with stop_on_signals() as stop:  # until all stands: where one node hears of a stop first, the others' signal comes while they save
         if start.checkpoint is not None and start.step == spec.steps:  # an earlier attempt did them all, and ended before it had evaluated
-            saved = Saved(path=start.checkpoint.path, weights_sha256=start.checkpoint.weights_sha256)
-            trained = summarise(spec, progress_of(start), saved)
+            trained = summarise(spec, progress_of(start), saved_of(start.checkpoint), lost=lost)
         else:
             resume_engine(engine, spec, start)
             warn_of_room(engine, spec)
-            trained = summarise(spec, *run_steps(job, stop))
+            trained = summarise(spec, *run_steps(job, stop), lost=lost)
         trained = replace(trained, peaks=job.gauge.report())
         if engine.rank == 0:
             trained = replace(trained, best=record_best(spec))
@@ -153,7 +154,7 @@ def finish(job: Job, trained: TrainResult) -> TrainResult:
     spec = job.spec
     began = time.perf_counter()
     job.gauge.enter("evaluation")
-    scores = job.score(SAMPLES_FILE)
+    scores = job.score(SAMPLES_FILE, None)
     best = trained.best
     if job.engine.rank == 0 and scores and spec.evaluation.every:
         row = make_row(spec.steps, scores, seconds=time.perf_counter() - began)
@@ -169,7 +170,7 @@ def evaluate_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> T
     family = find_family(spec.model.family)
     places = find_places(spec)
     origin = find_origin(spec, weights_folder(spec))
-    model, processor = build(spec, family, origin)
+    model, processor = build(spec, family, origin, place=rank.place)
     staged = apply_stage(model, spec, family.unused(model))
     staged.model.to(rank.place)
     describe(spec, rank, staged, origin, {}, environ)
@@ -272,13 +273,14 @@ def score(
     return evaluate(model, held_out, processor, spec, rank.place, **place, **more)
 
 
-def summarise(spec: TrainSpec, progress: Progress, saved: Saved) -> TrainResult:
+def summarise(spec: TrainSpec, progress: Progress, saved: Saved, *, lost: int) -> TrainResult:
+    """`lost`: steps that are not in `progress.seconds`."""
     return TrainResult(
         schema=SCHEMA,
         status="stopped" if progress.stopped else "finished",
         steps=progress.step,
         seconds=progress.seconds,
-        samples_per_s=progress.step * spec.batch.global_batch / progress.seconds if progress.seconds else 0.0,  # the rows may be lost
+        samples_per_s=(progress.step - lost) * spec.batch.global_batch / progress.seconds if progress.seconds else 0.0,
         final_loss=progress.loss,
         checkpoint=saved.path,
         weights_sha256=saved.weights_sha256,

@@ -15,7 +15,8 @@ from trainer.best import cut_evaluations, read_evaluations, record_best
 from trainer.checkpoint import RESUME, prune
 from trainer.contract import FAILURE_FILES, METRICS_FILE, RESULT_FILE, InputRefused, RunFailed, SpecError, TrainResult, TrainSpec, read
 from trainer.engine import Engine
-from trainer.resume import CheckpointState, Rows, broken_checkpoints, cut_rows, newest_checkpoint, refuse_other_run, whole_state
+from trainer.resume import CheckpointState, Rows, broken_checkpoints, cut_rows, is_newer, newest_checkpoint, refuse_other_run, whole_state
+from trainer.stages.lora import describe_misfit
 from trainer.state import ANEW, restore_state
 
 
@@ -55,17 +56,23 @@ def finished_before(spec: TrainSpec) -> TrainResult | None:
 
 
 def choose_start(spec: TrainSpec, data_sha256: str) -> Start:
-    """Every rank must call it. Raises InputRefused on all of them for a checkpoint of another run, RunFailed on a rank that lacks it."""
+    """Every rank must call it. Raises InputRefused on all of them for a checkpoint of another run and on a rank with other training rows
+    than rank 0, RunFailed on one that lacks the checkpoint."""
     rank, run = torch.distributed.get_rank(), Path(spec.output)
-    said: tuple[CheckpointState | None, str] = (None, "")
+    said: tuple[CheckpointState | None, str, str] = (None, "", data_sha256)
     if rank == 0:
         try:
-            said = (choose_checkpoint(spec, data_sha256), "")
+            said = (choose_checkpoint(spec, data_sha256), "", data_sha256)
         except InputRefused as error:
-            said = (None, str(error))
-    checkpoint, refusal = tell_all(said)
+            said = (None, str(error), data_sha256)
+    checkpoint, refusal, rows_sha256 = tell_all(said)
     if refusal:
         raise InputRefused(refusal)
+    if data_sha256 != rows_sha256:  # the ranks deal the rows out by number, each of them from its own file
+        raise InputRefused(
+            f"rank {rank} on {socket.gethostname()} has other training rows than rank 0 in {spec.data.train or spec.data.name}. Let the nodes "
+            "share the file, or copy that of the first node to this one, and start again."
+        )
     if checkpoint is not None and whole_state(run / checkpoint.path) != checkpoint:
         raise RunFailed(
             f"rank {rank} on {socket.gethostname()} has no whole {run / checkpoint.path}, from which rank 0 goes on. Let the nodes share "
@@ -84,12 +91,17 @@ def find_standing(spec: TrainSpec, start: Start) -> tuple[bool, float | None]:
 
 
 def choose_checkpoint(spec: TrainSpec, data_sha256: str) -> CheckpointState | None:
-    """The newest whole one; None where the run has none at all. Raises InputRefused for one of another run, and where all are broken:
-    to begin again at step 1 would throw away what may be mended."""
+    """The newest whole one; None where the run has none at all. Raises InputRefused for one of another run or of a newer version, and where
+    all are broken: to begin again at step 1 would throw away what may be mended."""
     run = Path(spec.output)
     found, broken = newest_checkpoint(run), broken_checkpoints(run)
     for folder, reason in broken.items():
         print(f"passing over {folder}: {reason}", flush=True)
+    if newer := [folder for folder in broken if is_newer(folder)]:
+        raise InputRefused(
+            f"{broken[newer[0]]}. To go on from an earlier checkpoint would write over that one: go on with the version that wrote it, or "
+            f"move {newer[0]} elsewhere."
+        )
     if found is None and broken:
         said = "; ".join(f"{folder}: {reason}" for folder, reason in broken.items())
         raise InputRefused(
@@ -149,7 +161,10 @@ def load_adapter(model: torch.nn.Module, folder: Path) -> None:
     from peft import load_peft_weights, set_peft_model_state_dict
 
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    loaded = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    try:
+        loaded = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    except RuntimeError as error:  # tensors of other shapes
+        raise InputRefused(describe_misfit(folder, error)) from error
     wrong = sorted((trained & set(loaded.missing_keys)) | set(loaded.unexpected_keys))
     if wrong:
         raise InputRefused(f"{folder} holds other trained parameters than this stage has, as {', '.join(wrong[:5])}. Start a new run.")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trainer.contract import InputRefused, write_text
 from trainer.device import seed_all
+from trainer.eight_bit import AdamW8bit
 from trainer.engine import Engine
 from trainer.part import Part, find_parts
 from trainer.shard import Shards, Stored, find_stored, sync
@@ -36,14 +37,19 @@ SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis") 
 
 def state_bytes(engine: Engine) -> int:
     """Of all that `write_state` writes."""
-    return sum(part.numel * flat.element_size() for part in find_parts(engine).values() for flat in flats_of(engine, part).values())
+    parts = find_parts(engine).items()
+    return sum(part.numel * held.element_size() for name, part in parts for held in held_of(engine, name, part).values())
 
 
-def flats_of(engine: Engine, part: Part) -> dict[str, Tensor]:
-    """master and, after the first update, the moments: flat tensors as long as the owner."""
-    states = engine.handle.basic_optimizer.state.get(part.owner, {})
-    moments = {key: value for key, value in states.items() if torch.is_tensor(value) and value.shape == part.owner.shape}
-    return {MASTER: part.owner, **moments}
+def held_of(engine: Engine, name: str, part: Part) -> dict[str, Tensor]:
+    """What this rank holds of a parameter's master and, after the first update, of its moments: (count,) each. Moments in 8 bits come as
+    the float32 values that they stand for, which become the same codes again: so they can be cut for another number of ranks."""
+    optimizer = engine.handle.basic_optimizer
+    if isinstance(optimizer, AdamW8bit):
+        return {MASTER: part.of(part.owner), **optimizer.read_moments(part.owner, name)}
+    states = optimizer.state.get(part.owner, {})
+    moments = {key: part.of(value) for key, value in states.items() if torch.is_tensor(value) and value.shape == part.owner.shape}
+    return {MASTER: part.of(part.owner), **moments}
 
 
 def full_state_bytes(engine: Engine) -> int:
@@ -74,9 +80,9 @@ def gather_state(engine: Engine, shards: Shards, *, writers: int) -> dict[str, A
     Returns what is no tensor, for rank 0 to write."""
     place = 0
     for name, part in find_parts(engine).items():
-        for key, flat in flats_of(engine, part).items():
+        for key, held in held_of(engine, name, part).items():
             writer = place % writers
-            whole = gather_part(engine, part, flat, writer)
+            whole = gather_part(engine, part, held, writer)
             if writer == engine.rank:
                 shards.add(f"{key}/{name}", whole.to("cpu", copy=True))
             if engine.device.type != "cpu":  # else the other ranks run ahead, and hold a whole tensor for each reduction under way
@@ -97,17 +103,17 @@ def finish_state(rank: int, shards: Shards, rest: dict[str, Any]) -> str:
     return shards.problem
 
 
-def gather_part(engine: Engine, part: Part, flat: Tensor, writer: int) -> Tensor:
-    """All ranks' parts of a parameter or moment, whole, in the dtype of `flat`: on rank `writer`, of no use on the others. Bits are added
+def gather_part(engine: Engine, part: Part, held: Tensor, writer: int) -> Tensor:
+    """All ranks' parts of a parameter or moment, whole, in the dtype of `held`: on rank `writer`, of no use on the others. Bits are added
     up as integers: every element is held by one rank, and nothing but a zero is added to it."""
     shape = getattr(part.parameter, "ds_shape", part.parameter.shape)
     if engine.world_size == 1 or engine.handle.zero_optimization_stage() == 0:
-        return part.of(flat).view(shape)
+        return held.view(shape)
     bits = torch.zeros(part.numel, dtype=torch.int32, device=engine.device)  # made as integers: HCCL goes by the storage's own dtype
     whole = bits.view(torch.float32)  # 16 bits fit in, and come out as they were
-    whole.narrow(0, part.start, part.count).copy_(part.of(flat))
+    whole.narrow(0, part.start, part.count).copy_(held)
     torch.distributed.reduce(bits, dst=writer)
-    return whole.to(flat.dtype).view(shape)
+    return whole.to(held.dtype).view(shape)
 
 
 def optimizer_steps(engine: Engine) -> dict[str, int]:
@@ -167,7 +173,7 @@ def restore_state(engine: Engine, folder: Path, *, seed: int, step: int, world_s
     if other := sorted(set(stored) ^ set(parts)):
         raise InputRefused(f"{folder} holds other trained parameters than this stage has, as {', '.join(other[:5])}. Start a new run.")
     for name, part in parts.items():
-        restore_part(engine, part, stored[name], steps=steps.get(name, 0))
+        restore_part(engine, name, part, stored[name], steps=steps.get(name, 0))
     replay_powers(engine.handle.basic_optimizer, max(steps.values(), default=0))
     for key, value in rest["loss_scaler"].items():
         setattr(engine.handle.optimizer.loss_scaler, key, value)
@@ -181,11 +187,15 @@ def restore_state(engine: Engine, folder: Path, *, seed: int, step: int, world_s
         seed_all(int.from_bytes(digest[:4], "little"), deterministic=False)
 
 
-def restore_part(engine: Engine, part: Part, stored: dict[str, Stored], *, steps: int) -> None:
+def restore_part(engine: Engine, name: str, part: Part, stored: dict[str, Stored], *, steps: int) -> None:
     """The owner's states are made as the optimizer would at its first update, which it then leaves out."""
     optimizer = engine.handle.basic_optimizer
     part.of(part.owner).copy_(stored[MASTER].read(part.start, part.count))
     moments = {key: tensor for key, tensor in stored.items() if key != MASTER}
+    if moments and isinstance(optimizer, AdamW8bit):
+        read = {key: tensor.read(part.start, part.count) for key, tensor in moments.items()}
+        optimizer.write_moments(part.owner, name, read, steps=steps)
+        return
     if moments and not optimizer.state.get(part.owner):
         states = {key: torch.zeros_like(part.owner.detach(), dtype=tensor.dtype) for key, tensor in moments.items()}
         optimizer.state[part.owner] = {"step": count_steps(optimizer, part.owner, steps), **states}

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer.boundary import Boundary, Score
@@ -20,6 +20,7 @@ from trainer.models.family import Processor
 from trainer.observe.memory import Gauge
 from trainer.observe.metric import open_metrics
 from trainer.observe.tracker import Audience
+from trainer.resume import CheckpointState
 from trainer.start import Start
 from trainer.watchdog import Watchdog, end_hung, watch_steps
 from trainer.writer import Writer, choose_background
@@ -59,14 +60,15 @@ def run_steps(job: Job, stop: StopFlag) -> tuple[Progress, Saved]:
         open_metrics(Path(spec.output), writes=engine.rank == 0) as write_row,
         closing(batches(job.samples, job.processor, spec, rank=engine.rank, first_step=start.step)) as source,
         handing_over(writer),
-        closing(make_boundary(job, writer, watchdog)) as boundary,
+        closing(make_boundary(job, writer, watchdog, stop)) as boundary,
     ):
 
         def tell(row: StepRow) -> None:
             write_row(row)
             job.audience.log(row.step, {name: float(getattr(row, name)) for name in TOLD})
 
-        boundary.reach(start.step, evaluated=start.evaluated)
+        if boundary.reach(start.step, evaluated=start.evaluated) and start.checkpoint is not None:
+            return replace(progress_of(start), stopped=True), saved_of(start.checkpoint)
         progress = train(
             engine,
             source,
@@ -84,7 +86,10 @@ def run_steps(job: Job, stop: StopFlag) -> tuple[Progress, Saved]:
         return progress, writer.save(progress.step)
 
 
-def make_boundary(job: Job, writer: Writer, watchdog: Watchdog) -> Boundary:
+def make_boundary(job: Job, writer: Writer, watchdog: Watchdog, stop: StopFlag) -> Boundary:
+    def halted() -> bool:
+        return float(job.engine.add(float(stop.up))) > 0
+
     return Boundary(
         job.spec,
         writer=writer,
@@ -95,6 +100,7 @@ def make_boundary(job: Job, writer: Writer, watchdog: Watchdog) -> Boundary:
         audience=job.audience,
         rank=job.engine.rank,
         best=job.start.best,
+        halted=halted,
     )
 
 
@@ -111,8 +117,14 @@ def handing_over(writer: Writer) -> Iterator[None]:
 def name_samples(job: Job, step: int) -> str:
     measure = keep_lengths(job.samples, job.processor, job.spec, Cache(0))
     chosen = samples_of_step(step - 1, job.spec, count=len(job.samples), measure=measure)
-    numbers = ", ".join(str(job.samples[number].row) for number in sorted(chosen))
-    return f"{job.samples[0].file} rows {numbers}"
+    rows: dict[str, list[int]] = {}
+    for number in sorted(chosen):
+        rows.setdefault(job.samples[number].file, []).append(job.samples[number].row)
+    return "; ".join(f"{file} rows {', '.join(map(str, sorted(own)))}" for file, own in rows.items())
+
+
+def saved_of(checkpoint: CheckpointState) -> Saved:
+    return Saved(path=checkpoint.path, weights_sha256=checkpoint.weights_sha256)
 
 
 def progress_of(start: Start) -> Progress:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint import RESUME, describe_failure
-from trainer.contract import Origin, TrainSpec, write_text
+from trainer.contract import Origin, RunFailed, TrainSpec, write_text
 from trainer.device import host_memory_bytes
 from trainer.draft import (
     Draft,
@@ -71,6 +71,8 @@ class Writer:
         weights = engine.gather_weights()
         draft = open_draft(engine, self.spec, step, weights, **self.said)  # type: ignore[arg-type]
         no_room = on_first_rank(engine, lambda: begin_folder(draft))
+        if no_room:
+            shutil.rmtree(draft.aside, ignore_errors=True)
         engine.agree(no_room and describe_failure(self.spec, step, draft.needed, no_room))
         partitioned = engine.handle.zero_optimization_stage() == 3  # what was gathered is a copy already
         copies = {name: weights.pop(name).to("cpu", copy=not partitioned) for name in tuple(weights)}
@@ -83,9 +85,19 @@ class Writer:
 
     def settle(self) -> None:
         """Wait until what is under way is whole. Raises RunFailed on every rank where it could not be written on one."""
-        if self.background:
+        if not self.background:
+            return
+        if self.engine.rank:
             self._join()
-            self.engine.agree(self.problem)
+        try:
+            # The first rank, which still writes, hears here of one that could not even leave it a word, on a disk that is full to the brim.
+            self.engine.agree(self.problem if self.engine.rank else "")
+        except RunFailed:
+            self.abandoned.set()
+            raise
+        finally:
+            self._join()
+        self.engine.agree(self.problem)
 
     def close(self) -> None:
         """After a failure, without the other ranks: some of them may be gone, and what they have not written will not come."""

@@ -1,6 +1,7 @@
 """Between two steps: evaluations and checkpoints that leave the steps as they were, also in a run that is killed."""
 
 import json
+import math
 import os
 import signal
 from dataclasses import replace
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 
 import trainer.boundary
+import trainer.evaluate
 from tests.trainer.mortal import Death, Gone, run_ranks
-from trainer.best import find_best
+from trainer.best import find_best, is_better
 from trainer.contract import (
     BEST_FILE,
     EVALUATIONS_FILE,
@@ -105,6 +107,12 @@ def test_a_killed_run_repeats_and_loses_no_evaluation_and_keeps_the_best(tiny_sp
     assert result_of(killed).best == result_of(quiet).best
 
 
+def test_a_loss_that_is_no_number_is_never_the_best() -> None:
+    assert not is_better("loss", math.nan, None) and not is_better("loss", math.nan, 0.5) and not is_better("loss", None, None)
+    assert is_better("loss", 0.5, None) and is_better("loss", 0.4, 0.5) and not is_better("loss", 0.5, 0.5)
+    assert is_better("exact_match", 0.5, 0.4) and not is_better("exact_match", 0.4, 0.5)
+
+
 def stop_in_the_second_step() -> None:
     """SIGTERM, so that the run ends at a step whose evaluation is due."""
     before = trainer.boundary.Boundary.asks
@@ -126,6 +134,49 @@ def test_an_evaluation_that_a_stop_left_out_is_made_up_for(tiny_spec: Any) -> No
     expect(run_ranks(stopped), 0)
     assert rows_of(stopped) == rows_of(quiet)
     assert rows_of(stopped, EVALUATIONS_FILE) == rows_of(quiet, EVALUATIONS_FILE)
+
+
+def stop_in_an_evaluation() -> None:
+    """SIGTERM to the last rank alone, as it answers its second batch."""
+    before, calls = trainer.evaluate.generate, iter(range(1, 1000))
+
+    def generate(*arguments: Any, **named: Any) -> Any:
+        if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1 and next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return before(*arguments, **named)
+
+    trainer.evaluate.generate = generate
+
+
+def test_a_stop_in_an_evaluation_ends_the_run_without_another_step(tiny_spec: Any) -> None:
+    """In the second of three batches: the third is not answered. The evaluation is made up for, also when a second stop comes in that."""
+    many = replace(OFTEN, batch=4)
+    changes = {"steps": 4, "evaluation": many, "keep_best": "loss", "keep_checkpoints": 1}
+    quiet, stopped = (tiny_spec(name, ranks=2, micro=4, zero=2, changes=changes) for name in ("quiet", "stopped"))
+    expect(run_ranks(quiet), 0, 0)
+    expect(run_ranks(stopped, meddle=stop_in_an_evaluation), 0, 0)
+    result = result_of(stopped)
+    assert (result.status, result.steps, len(rows_of(stopped))) == ("stopped", 2, 2)
+    assert result.checkpoint == "checkpoints/step-000002" and [state.step for state in whole_checkpoints(Path(stopped.output))] == [2]
+    assert not (Path(stopped.output) / EVALUATIONS_FILE).exists() and not (Path(stopped.output) / "samples" / "step-000002.jsonl").exists()
+    expect(run_ranks(stopped, meddle=stop_in_an_evaluation), 0, 0)
+    again = result_of(stopped)
+    assert (again.status, again.steps, again.weights_sha256) == ("stopped", 2, result.weights_sha256), "it stops where it is made up for"
+    assert not (Path(stopped.output) / EVALUATIONS_FILE).exists()
+    expect(run_ranks(stopped), 0, 0)
+    assert rows_of(stopped) == rows_of(quiet)
+    assert rows_of(stopped, EVALUATIONS_FILE) == rows_of(quiet, EVALUATIONS_FILE)
+    assert result_of(stopped).weights_sha256 == result_of(quiet).weights_sha256
+
+
+def test_a_stop_in_the_last_batch_keeps_the_evaluation(tiny_spec: Any) -> None:
+    """Of two batches, without a loss to tell after them."""
+    spec = tiny_spec(changes={"steps": 4, "evaluation": replace(EVALUATION, batch=12, every=2), "keep_best": "exact_match"})
+    expect(run_ranks(spec, meddle=stop_in_an_evaluation), 0)
+    result = result_of(spec)
+    assert (result.status, result.steps, len(rows_of(spec))) == ("stopped", 2, 2)
+    assert [row["step"] for row in rows_of(spec, EVALUATIONS_FILE)] == [2]
+    assert result.best is not None and result.best.step == 2
 
 
 def test_by_the_clock_of_rank_0_all_ranks_save(tiny_spec: Any) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,10 @@ import trainer.engine
 from tests.trainer.mortal import Gone, run_ranks
 from trainer.checkpoint import whole_checkpoints
 from trainer.contract import CHECKPOINTS, Exit, FailureReport, Lora, StageSpec, TrainSpec, read
+from trainer.data.sample import Message, Sample
 from trainer.finite import find_tensors, watch_modules
 from trainer.shard import find_stored
+from trainer.training import name_samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LORA = StageSpec(name="lora", kind="train", trainable=("projector",), lora=Lora(r=4, alpha=8, dropout=0.05, targets=("q_proj", "v_proj")))
@@ -129,6 +132,14 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
         assert all(torch.equal(first[key].read_whole(), second[key].read_whole()) for key in first)
     rests = [json.loads((folder / "resume" / "rest.json").read_text()) for folder in (one, other)]
     assert rests[0] == rests[1]
+
+
+def test_the_samples_of_a_step_are_named_by_their_own_files(tiny_spec: Any) -> None:
+    spec = tiny_spec(micro=4)
+    text = (Message(role="user", content="?"), Message(role="assistant", content="!"))
+    made = [Sample(id="", images=(), messages=text, file=file, row=row) for file, row in (("b", 2), ("a", 7), ("b", 1), ("b", 2))]
+    job: Any = types.SimpleNamespace(samples=made, processor=None, spec=spec)
+    assert name_samples(job, 1) == "b rows 1, 2, 2; a rows 7"
 
 
 def test_a_gradient_is_found_where_every_value_is_finite(tiny_spec: Any) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from trainer.__main__ import fail, main
 from trainer.contract import (
     DATA_FILE,
     DATA_PROBLEMS_FILE,
+    SCHEMA,
     SPEC_FILE,
     DataReport,
     Exit,
@@ -24,6 +26,7 @@ from trainer.contract import (
     read,
     write,
 )
+from trainer.resume import STATE_FILE, CheckpointState
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,6 +67,31 @@ def test_the_data_command_reports_and_imports_no_torch(written: Path) -> None:
     assert done.stdout.split()[-3:] == ["0", "False", "False"]
     report = read(DataReport, written / DATA_FILE)
     assert (report.train_rows, report.evaluation_rows, report.images, report.problems) == (1500, 297, 1797, ())
+
+
+def test_a_run_does_not_go_on_where_an_image_has_changed(
+    tiny_spec: Callable[..., TrainSpec], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The ranks hash the rows alone: images would be read whole by each of them."""
+    spec, row = tiny_spec(), {"image": "a.png", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]}
+    (tmp_path / "train.json").write_text(json.dumps([row]))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    spec = replace(spec, data=replace(spec.data, builtin="", train=str(tmp_path / "train.json"), images=str(tmp_path)))
+    run = Path(spec.output)
+    write(spec, run / SPEC_FILE)
+    assert main(["data", str(run / SPEC_FILE)]) == Exit.OK
+    before = (run / DATA_FILE).read_bytes()
+    state = CheckpointState(schema=SCHEMA, step=1, weights_sha256="", data_sha256="", world_size=1, spec={}, files={})
+    (run / state.path).mkdir(parents=True)
+    write(state, run / state.path / STATE_FILE)
+    assert main(["data", str(run / SPEC_FILE)]) == Exit.OK
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    for _ in range(2):
+        assert main(["data", str(run / SPEC_FILE)]) == Exit.USAGE
+        assert "the rows or the images have changed since" in capsys.readouterr().err
+        assert (run / DATA_FILE).read_bytes() == before
+    (run / state.path / STATE_FILE).unlink()
+    assert main(["data", str(run / SPEC_FILE)]) == Exit.OK  # nothing is gone on with
 
 
 def test_every_problem_of_the_data_is_said(tiny_spec: Callable[..., TrainSpec], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Runs whose rows hold several samples: the same steps as without, on one rank and two, under each ZeRO stage."""
+"""Runs whose rows hold several samples: the same steps as with padding, on one rank and two, under each ZeRO stage."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,17 +9,20 @@ from tests.trainer.test_run import rows_of
 from trainer.contract import TrainSpec
 
 
-def packed(spec: TrainSpec, *, room: int) -> TrainSpec:
-    """Rows of `room` tokens, evaluation left out."""
-    data = replace(spec.data, packing=True, max_length=room)
-    return replace(spec, data=data, evaluation=replace(spec.evaluation, enabled=False))
+def without_padding(spec: TrainSpec, **changes: Any) -> TrainSpec:
+    """Evaluation left out."""
+    return replace(spec, data=replace(spec.data, **changes), evaluation=replace(spec.evaluation, enabled=False))
 
 
-@pytest.mark.parametrize(("ranks", "zero"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
-def test_a_packed_run_walks_as_a_padded_one(tiny_spec: Any, torchrun: Any, ranks: int, zero: int) -> None:
-    """Steps of 16 samples in rows of four: four or two micro-batches a rank, where DeepSpeed counts on 16 or 8."""
+@pytest.mark.parametrize(
+    ("ranks", "zero", "changes"),
+    [*((ranks, zero, {"packing": True, "max_length": 128}) for ranks, zero in [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)]), (2, 3, {"padding_free": True})],
+)
+def test_a_packed_run_walks_as_a_padded_one(tiny_spec: Any, torchrun: Any, ranks: int, zero: int, changes: dict[str, Any]) -> None:
+    """Steps of 16 samples. In rows of four: four or two micro-batches a rank, where DeepSpeed counts on 16 or 8."""
     plain = tiny_spec("plain", micro=16, changes={"evaluation": replace(tiny_spec("unused").evaluation, enabled=False)})
-    spec = packed(tiny_spec("packed", micro=1, accumulation=16 // ranks, ranks=ranks, zero=zero), room=128)
+    micro = 1 if "packing" in changes else 4
+    spec = without_padding(tiny_spec("packed", micro=micro, accumulation=16 // ranks // micro, ranks=ranks, zero=zero), **changes)
     for one in (plain, spec):
         ended = torchrun(one)
         assert ended.code == 0, ended.text

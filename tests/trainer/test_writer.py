@@ -5,11 +5,13 @@ import itertools
 import os
 import threading
 import time
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import tests.trainer.mortal
 import trainer.draft
 import trainer.shard
 import trainer.writer
@@ -69,6 +71,41 @@ def test_a_failure_behind_the_steps_is_raised_on_every_rank(tiny_spec: Any) -> N
     assert gone.codes == (Exit.RUN, Exit.RUN), gone.text
     assert "checkpoint of step 6 could not be written" in gone.text and "No space left on device. Nothing of it is left." in gone.text
     assert [path.name for path in (Path(spec.output) / CHECKPOINTS).iterdir()] == ["step-000003"]
+
+
+def fill_the_disk_of_rank_1_to_the_brim() -> None:
+    """As above, and its word to rank 0 finds no room either."""
+    fill_the_disk_of_rank_1()
+    write, calls = trainer.writer.write_text, itertools.count(1)
+
+    def fail_once(text: str, path: Path) -> None:
+        if next(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(text, path)
+
+    if os.environ["RANK"] == "1":
+        trainer.writer.write_text = fail_once
+
+
+def test_a_rank_that_cannot_even_say_that_it_failed_keeps_nobody_waiting(tiny_spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tests.trainer.mortal, "LIMIT_S", 60)  # it ends in seconds, or never
+    spec = tiny_spec(ranks=2, micro=4, zero=2, changes={"steps": 400, "save_every": 3, "checkpoint_background": True})
+    gone = run_ranks(spec, meddle=fill_the_disk_of_rank_1_to_the_brim)
+    assert gone.codes == (Exit.RUN, Exit.RUN), gone.text
+    assert gone.text.count("checkpoint of step 6 could not be written") == 2 and "No space left on device. Nothing of it" in gone.text
+    assert [path.name for path in (Path(spec.output) / CHECKPOINTS).iterdir()] == ["step-000003"]
+
+
+def leave_no_room() -> None:
+    trainer.draft.shutil.disk_usage = lambda _: types.SimpleNamespace(free=0)
+
+
+def test_without_room_nothing_is_left(tiny_spec: Any) -> None:
+    spec = tiny_spec(changes={"steps": 3, "save_every": 1, "checkpoint_background": True})
+    gone = run_ranks(spec, meddle=leave_no_room)
+    assert gone.codes == (Exit.RUN,), gone.text
+    assert "checkpoint of step 1 could not be written" in gone.text and "not enough room on the disk. Nothing of it is left." in gone.text
+    assert not list((Path(spec.output) / CHECKPOINTS).iterdir())
 
 
 def write_slowly() -> None:

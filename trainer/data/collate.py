@@ -101,7 +101,8 @@ def encode_cached(sample: Sample, processor: "Processor", spec: TrainSpec, image
     def make() -> Encoded:
         return encode(sample, *text_rule(processor, spec, images))
 
-    return cache.get((sample.file, sample.row, sample.part), make, lambda encoded: BYTES_PER_TOKEN * len(encoded.input_ids))
+    key = (sample.file, sample.row, sample.part, *(image.size for image in images))  # a size from a header may be another than the image's
+    return cache.get(key, make, lambda encoded: BYTES_PER_TOKEN * len(encoded.input_ids))
 
 
 def text_rule(processor: "Processor", spec: TrainSpec, images: Sequence[Features]) -> tuple[Any, ...]:

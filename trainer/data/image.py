@@ -39,10 +39,9 @@ def read_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path, formats=FORMATS) as image:
             check_size(image.size)
-            # Pillow has turned a TIFF's size already, and would decode a PNG's pixels to look for a tag behind them.
-            plain = image.format == "TIFF" or (image.format == "PNG" and EXIF_KEYS.isdisjoint(image.info))
-            turned = not plain and image.getexif().get(ORIENTATION, 1) in SIDEWAYS
-            return image.size[::-1] if turned else image.size
+            # Pillow would decode a PNG's pixels to look for a tag behind them.
+            untagged = image.format == "PNG" and EXIF_KEYS.isdisjoint(image.info)
+            return turn_size(image, 1 if untagged else image.getexif().get(ORIENTATION, 1))
     except Exception as error:
         raise InputRefused(f"{path}: {describe(error)}\n    replace the file, or leave its row out") from error
 
@@ -79,7 +78,7 @@ def examine(content: bytes) -> tuple[tuple[int, int], tuple[str, ...]]:
     with Image.open(BytesIO(content), formats=FORMATS) as image:
         check_size(image.size)
         turn = image.getexif().get(ORIENTATION, 1)
-        size = image.size[::-1] if turn in SIDEWAYS else image.size
+        size = turn_size(image, turn)
         conversions = tuple(word for word in (convert_mode(image), "turned by EXIF" if turn in TURNS else "") if word)
         image.draft(None, (1, 1))  # a JPEG's codes are all read, but the pixels of every eighth line and column made of them
         if conversions:
@@ -89,6 +88,11 @@ def examine(content: bytes) -> tuple[tuple[int, int], tuple[str, ...]]:
     with Image.open(BytesIO(content), formats=FORMATS) as image:
         image.verify()
     return size, conversions
+
+
+def turn_size(image: Image.Image, turn: int) -> tuple[int, int]:
+    """(width, height) of an image that was just opened, upright. Pillow has turned that of a TIFF already, though not its pixels."""
+    return image.size[::-1] if turn in SIDEWAYS and image.format != "TIFF" else image.size
 
 
 def convert_mode(image: Image.Image) -> str:

@@ -53,7 +53,7 @@ def batches(
         if isinstance(micro, InputRefused):
             raise micro
         rows = [[samples[number] for number in row] for row in micro]
-        if spec.data.packing:
+        if spec.data.packing or spec.data.padding_free:
             return collate_packed(rows, processor, spec, cache), last
         return collate([sample for row in rows for sample in row], processor, spec, cache), last
 
@@ -70,15 +70,16 @@ def batches(
 
 
 def refuse_unusable(samples: Sequence[Sample], processor: "Processor", spec: TrainSpec) -> None:
-    """Raises InputRefused for no samples at all, and for packing where a family cannot be packed."""
+    """Raises InputRefused for no samples at all, and for rows of several samples where a family cannot have them."""
     if not samples:
         raise InputRefused(
             f"{spec.data.train or spec.data.name} has no usable row\n    the data check before the run names what is wrong with each row"
         )
-    if spec.data.packing and processor.position_ids is None:
+    key = "packing" if spec.data.packing else "padding_free"
+    if getattr(spec.data, key) and processor.position_ids is None:
         raise InputRefused(
-            f"data.packing: samples of {spec.model.family} in one row would see each other, whatever their positions\n    set "
-            "data.packing=false; data.length_aware=step saves padding without it"
+            f"data.{key}: samples of {spec.model.family} in one row would see each other, whatever their positions\n    set "
+            f"data.{key}=false; data.length_aware=step saves padding without it"
         )
 
 

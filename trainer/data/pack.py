@@ -1,7 +1,8 @@
-"""Packed rows to the tensors of a micro-batch: several samples one after the other, each with positions of its own.
+"""Packed rows to the tensors of a micro-batch: all samples one after the other, each with positions of its own and none with padding.
 
-transformers tells the samples of a row apart by positions that begin anew, and only where it is given no attention mask
-(masking_utils.find_packed_sequence_indices, 5.23). So no token sees one of another sample, and the image towers see what they always see.
+No token sees one of another sample: the attention is told where samples end (trainer.models.attention), or finds it from positions that
+begin anew, as flash attention does in a single row without a mask (transformers' modeling_flash_attention_utils, 5.23, which would let the
+samples of several rows see each other). The image towers see what they always see.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from trainer.data.cache import Cache
 from trainer.data.collate import Features, dummy_images, encode_cached, integers, join, load_images, needs_dummy
 from trainer.data.encode import IGNORED
 from trainer.data.sample import Sample
+from trainer.models.attention import sample_ends
 
 if TYPE_CHECKING:
     from trainer.models.family import Processor
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Tokens that see each other and no others. `useful`: those of a sample, not of a dummy image or padding."""
+    """Tokens that see each other and no others. `useful`: those of a sample, not of a dummy image or filling."""
 
     input_ids: list[int]
     labels: list[int]
@@ -34,29 +36,27 @@ class Block:
 def collate_packed(
     rows: Sequence[Sequence[Sample]], processor: "Processor", spec: TrainSpec, cache: Cache | None = None
 ) -> dict[str, Tensor]:
-    """input_ids, labels, attention_mask and position_ids of B rows, [B, T] int64 ([4, B, T] positions where the family has them in three
-    dimensions), and the tensors of the images in the order of the rows.
+    """input_ids, labels, attention_mask and position_ids of all rows as one, [1, T] int64 ([4, 1, T] positions where the family has them in
+    three dimensions), sample_ends for attention that takes them, and the tensors of the images in the order of the rows.
 
-    attention_mask is 1 on the samples' tokens, and is there to be counted: the model must get position_ids without it. A row without a
-    sample is padding alone. For a processor with position_ids. Raises InputRefused as `collate` does.
+    attention_mask is 1 on the samples' tokens, and is there to be counted: the model must not get it. Without a sample there is a single
+    token that nothing is learned from. For a processor with position_ids. Raises InputRefused as `collate` does.
     """
     cache = Cache(0) if cache is None else cache
-    packed = [[sample_block(sample, processor, spec, cache) for sample in row] for row in rows]
-    if needs_dummy([block.images for row in packed for block in row], spec):
-        packed[-1].append(dummy_block(processor, spec, cache))  # rows come by length, so that the last one has most room
-    used = [sum(len(block.input_ids) for block in row) for row in packed]
-    width = max(1, *used)
-    for row, tokens in zip(packed, used, strict=True):
-        if tokens < width:
-            row.append(padding_block(width - tokens, processor.tokenizer.pad_token_id or 0))
-    input_ids = integers([[token for block in row for token in block.input_ids] for row in packed])
+    blocks = [sample_block(sample, processor, spec, cache) for row in rows for sample in row]
+    if needs_dummy([block.images for block in blocks], spec):
+        blocks.append(dummy_block(processor, spec, cache))
+    blocks = blocks or [filling_block(processor)]
+    input_ids = integers([[token for block in blocks for token in block.input_ids]])
+    ends = {"sample_ends": sample_ends([len(block.input_ids) for block in blocks])} if spec.model.attention == "sdpa" else {}
     return {
         "input_ids": input_ids,
-        "labels": integers([[label for block in row for label in block.labels] for row in packed]),
-        "attention_mask": integers([[int(block.useful) for block in row for _ in block.input_ids] for row in packed]),
-        "position_ids": torch.stack([torch.cat([positions(block, processor) for block in row], dim=-1) for row in packed], dim=-2),
+        "labels": integers([[label for block in blocks for label in block.labels]]),
+        "attention_mask": integers([[int(block.useful) for block in blocks for _ in block.input_ids]]),
+        "position_ids": torch.cat([positions(block, processor) for block in blocks], dim=-1).unsqueeze(-2),
+        **ends,
         **processor.text_inputs(input_ids),
-        **join([image for row in packed for block in row for image in block.images], processor),
+        **join([image for block in blocks for image in block.images], processor),
     }
 
 
@@ -77,5 +77,5 @@ def dummy_block(processor: "Processor", spec: TrainSpec, cache: Cache) -> Block:
     return Block(input_ids=ids, labels=[IGNORED] * len(ids), images=(image,))
 
 
-def padding_block(length: int, pad: int) -> Block:
-    return Block(input_ids=[pad] * length, labels=[IGNORED] * length)
+def filling_block(processor: "Processor") -> Block:
+    return Block(input_ids=[processor.tokenizer.pad_token_id or 0], labels=[IGNORED])

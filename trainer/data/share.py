@@ -5,7 +5,6 @@ which is free, because the loss is the mean over all trained tokens of the step.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import chain
 
 from trainer.contract import TrainSpec
 from trainer.data.bin import fill_bins
@@ -16,9 +15,6 @@ Micro = tuple[Row, ...]  # the rows of one micro-batch
 Measure = Callable[[Sequence[int]], Sequence[int]]  # sample numbers -> tokens of each
 
 WINDOW = 16  # steps whose samples are grouped together by length_aware=window
-# These kernels tell the samples of a row apart in a batch of one row only, and let them see each other in a batch of two (transformers
-# 5.23, modeling_flash_attention_utils._is_packed_sequence).
-ONE_ROW = ("flash2", "flash3", "npu_fusion")
 
 
 def samples_of_step(step: int, spec: TrainSpec, *, count: int, measure: Measure) -> tuple[int, ...]:
@@ -41,8 +37,7 @@ def share_of_rank(step: int, spec: TrainSpec, *, rank: int, count: int, measure:
     chosen = samples_of_step(step, spec, count=count, measure=measure)
     size, ranks = spec.batch.micro_batch, spec.device.world_size
     if spec.data.packing:
-        micros = deal(pack_rows(chosen, spec, measure), rank=rank, ranks=ranks, size=size)
-        return tuple((tuple(chain.from_iterable(micro)),) for micro in micros) if spec.model.attention in ONE_ROW else micros
+        return deal(pack_rows(chosen, spec, measure), rank=rank, ranks=ranks, size=size)
     if spec.data.length_aware != "off" and size < len(chosen):  # one micro-batch of all has nothing to choose
         return deal([(row,) for row in longest_first(chosen, measure)], rank=rank, ranks=ranks, size=size)
     share = rows_of_rank(chosen, rank=rank, world_size=ranks)

@@ -94,9 +94,11 @@ def find_unread(entry: Row) -> list[tuple[str, str, str]]:
 
 
 def hash_sources(file: Path, images: Path) -> str:
-    """SHA-256 of an annotation file; of a meta file, over it and all that it lists. Raises OSError."""
+    """SHA-256 of an annotation file; of a meta file, over it and all that it lists; and over the other names of keys, where there are any.
+    Raises OSError."""
     sources, _ = find_sources(file, images)
-    if [source.file for source in sources] == [file]:
+    columns = [str(source.columns) for source in sources if source.columns is not None]
+    if [source.file for source in sources] == [file] and not columns:
         return hash_file(file)
     parts = (file, *(source.file for source in sources))
-    return hashlib.sha256("".join(hash_file(part) for part in parts).encode()).hexdigest()
+    return hashlib.sha256("".join([*(hash_file(part) for part in parts), *columns]).encode()).hexdigest()

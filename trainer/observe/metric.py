@@ -6,21 +6,29 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from trainer.contract import METRICS_FILE, StepRow
+from trainer.contract import METRICS_FILE, RunFailed, StepRow
 
 
 @contextmanager
 def open_metrics(output: Path, *, writes: bool) -> Iterator[Callable[[StepRow], None]]:
-    """Yields the function that appends a row; on ranks that do not write it does nothing.
+    """Yields the function that appends a row; on ranks that do not write it does nothing. It raises RunFailed where the disk is full.
 
     A row reaches the file in one write, whole, before the next step begins: a reader never sees half a line but the last.
     """
     if not writes:
         yield lambda _: None
         return
-    with (output / METRICS_FILE).open("a", encoding="utf-8", buffering=1) as file:
+    path = output / METRICS_FILE
+    with path.open("ab", buffering=0) as file:
 
         def write(row: StepRow) -> None:
-            file.write(json.dumps(asdict(row)) + "\n")
+            line = f"{json.dumps(asdict(row))}\n".encode()
+            try:
+                wrong = "" if file.write(line) == len(line) else "No space left on device"
+            except OSError as error:
+                wrong = str(error)
+            if wrong:
+                fix = "Whole checkpoints stay as they are: make room there, and start again."
+                raise RunFailed(f"{path}: {wrong}, for the row of step {row.step}. {fix}")
 
         yield write

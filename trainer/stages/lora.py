@@ -14,6 +14,7 @@ from trainer.stages.module import cut_modules
 from trainer.stages.quantise import quantise_linears
 
 REGEX = "re:"  # begins a target that is a regex
+SHOWN_LINES = 2
 ADAPTER = ".lora_"  # in the names of the parameters that peft adds
 WRAPPER = re.compile(r"^base_model\.model\.|\.base_layer(?=\.)|\.(?:modules_to_save\.default|original_module)(?=\.)")
 
@@ -49,7 +50,17 @@ def merge_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
     try:
         return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except (RuntimeError, ValueError) as error:  # other shapes; no module that it is for
-        raise InputRefused(f"stage.checkpoint: {folder} is an adapter for another model than its base: {error}") from error
+        raise InputRefused(describe_misfit(folder, error)) from error
+
+
+def describe_misfit(folder: Path, error: Exception) -> str:
+    """An adapter that does not go into the model; torch has a line for each of its tensors."""
+    head, *lines = (line.strip() for line in str(error).splitlines() or [type(error).__name__])
+    more = f" ... and {len(lines) - SHOWN_LINES} more." if len(lines) > SHOWN_LINES else ""
+    return (
+        f"stage.checkpoint: {folder} is an adapter for another model than its base: {' '.join((head, *lines[:SHOWN_LINES]))}{more} "
+        "Name the model that it was trained on in base_model_name_or_path of its adapter_config.json, or another checkpoint."
+    )
 
 
 def find_targets(model: torch.nn.Module, targets: tuple[str, ...], lm: str) -> str:

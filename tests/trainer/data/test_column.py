@@ -8,6 +8,7 @@ import pytest
 
 from trainer.data.column import INFO_FILE, find_columns
 from trainer.data.sample import read_samples
+from trainer.data.source import hash_sources
 
 MESSAGES = [{"speaker": "customer", "words": "<image>\nWhat?"}, {"speaker": "clerk", "words": "A cat."}]
 TAGS = {"role_tag": "speaker", "content_tag": "words", "user_tag": "customer", "assistant_tag": "clerk"}
@@ -80,3 +81,14 @@ def test_a_map_that_cannot_be_followed(tmp_path: Path, name: str) -> None:
     _, (problem,) = find_columns(tmp_path / "rows.json")
     assert (problem.file, problem.row, problem.field) == (str(tmp_path / INFO_FILE), 0, field)
     assert said in problem.problem
+
+
+def test_another_map_makes_other_data_of_the_same_file(tmp_path: Path) -> None:
+    """A run that goes on would train on other samples; what the map says of other files does not matter."""
+    info, rows = {"columns": COLUMNS, "file_name": "rows.json", "tags": TAGS}, tmp_path / "rows.json"
+    read(tmp_path, {"mine": info}, ROW)
+    before = hash_sources(rows, tmp_path)
+    read(tmp_path, {"mine": info, "other": {"file_name": "b.json", "columns": {}}}, ROW)
+    assert hash_sources(rows, tmp_path) == before
+    read(tmp_path, {"mine": {**info, "tags": TAGS | {"user_tag": "clerk", "assistant_tag": "customer"}}}, ROW)
+    assert hash_sources(rows, tmp_path) != before

@@ -148,6 +148,19 @@ def test_what_is_done_to_an_image_is_told(tmp_path: Path, words: tuple[str, ...]
     assert examined.sha256 == hash_file(path)
 
 
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("form", ["tiff", "jpeg", "webp", "png"])
+def test_the_size_that_is_told_is_that_of_the_turned_image(tmp_path: Path, form: str, turn: int) -> None:
+    """Pillow turns a TIFF's size as it opens the file, and that of no other."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = turn
+    path = tmp_path / f"image.{form}"
+    Image.new("RGB", (30, 20)).save(path, exif=exif)
+    examined = examine_image(path)
+    assert examined.size == open_image(path).size == ((20, 30) if turn > 4 else (30, 20))
+    assert examined.conversions == (("turned by EXIF",) if turn > 1 else ())
+
+
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_jpeg_is_judged_as_it_is_opened_wherever_it_is_cut(tmp_path: Path, progressive: bool) -> None:
     """The check makes an eighth of its pixels; what it says must be what opening all of them says."""

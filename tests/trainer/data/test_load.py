@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.trainer.data.conftest import with_data
 from trainer.contract import Batch, InputRefused
@@ -117,7 +118,7 @@ def test_a_rank_that_cannot_measure_says_so_at_that_step(samples, processor, spe
     assert data_threads() == 0
 
 
-@pytest.mark.parametrize("changes", [{"packing": True}, {"length_aware": "step"}, {"length_aware": "window"}])
+@pytest.mark.parametrize("changes", [{"packing": True}, {"padding_free": True}, {"length_aware": "step"}, {"length_aware": "window"}])
 def test_workers_and_ranks_change_nothing_in_what_a_step_holds(samples, processor, spec, changes) -> None:
     spec = with_data(replace(spec, steps=9), **changes)
     alone = replace(spec, device=replace(spec.device, world_size=1), batch=Batch(global_batch=4, micro_batch=2, accumulation=2))
@@ -144,6 +145,28 @@ def test_lengths_are_those_of_the_encoded_samples(samples, processor, spec, tmp_
     assert keep_lengths(samples, processor, spec, Cache(0))([0, 1]) == found[:2]
 
 
-def test_a_family_whose_samples_would_see_each_other_is_not_packed(samples, processor, spec) -> None:
-    with pytest.raises(InputRefused, match=r"data.packing: samples of llava in one row.*\n    set data.packing=false"):
-        next(batches(samples, replace(processor, position_ids=None), with_data(spec, packing=True), rank=0, first_step=0))
+@pytest.mark.parametrize("key", ["packing", "padding_free"])
+def test_a_family_whose_samples_would_see_each_other_is_not_packed(samples, processor, spec, key) -> None:
+    with pytest.raises(InputRefused, match=rf"data.{key}: samples of llava in one row.*\n    set data.{key}=false"):
+        next(batches(samples, replace(processor, position_ids=None), with_data(spec, **{key: True}), rank=0, first_step=0))
+
+
+def turn_by_a_tag_at_the_end(path: Path) -> None:
+    """As old exiftools write it: behind the pixels, where the header does not tell of it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(path, exif=exif)
+    content = path.read_bytes()
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    path.write_bytes(content[:start] + content[end:-12] + content[start:end] + content[-12:])
+
+
+def test_what_was_encoded_to_be_measured_is_read_only_where_the_sizes_are_the_same(samples, processor, spec, tmp_path) -> None:
+    for row in range(10):
+        turn_by_a_tag_at_the_end(tmp_path / f"{row}.png")
+    (image,) = processor.span((30, 40), 0)[:1]
+    upright = replace(processor, span=lambda size, place: (image,) * size[1])
+    spec = with_data(replace(spec, device=replace(spec.device, world_size=1), batch=Batch(global_batch=4, micro_batch=2, accumulation=2)))
+    for step in batches(samples, upright, with_data(spec, length_aware="step"), rank=0, first_step=0):
+        assert all((micro["input_ids"] == image).sum(dim=1).tolist() == [40, 40] for micro in step)

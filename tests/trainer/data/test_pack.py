@@ -43,21 +43,29 @@ def test_rows_end_to_end(mixed, processor, spec: TrainSpec) -> None:
     singles = [collate([sample], processor, replace(spec, stage=replace(spec.stage, trainable=("lm",)))) for sample in mixed]
     ids = [single["input_ids"][0] for single in singles]
     labels = [single["labels"][0] for single in singles]
-    used = len(ids[0]) + len(ids[1])
-    assert torch.equal(batch["input_ids"][0, :used], torch.cat(ids[:2]))
-    assert torch.equal(batch["labels"][0, :used], torch.cat(labels[:2])), "the first token of a text is never trained on"
-    assert torch.equal(batch["position_ids"][0, :used], torch.cat([torch.arange(len(one)) for one in ids[:2]]))
-    assert batch["attention_mask"].sum(1).tolist() == [used, len(ids[4]), 0]
-    assert (batch["labels"][2] == IGNORED).all() and torch.equal(batch["position_ids"][2], torch.arange(batch["input_ids"].shape[1]))
+    lengths = [len(ids[number]) for number in (0, 1, 4)]
+    assert batch["input_ids"].shape == (1, sum(lengths)), "no padding"
+    assert torch.equal(batch["input_ids"][0], torch.cat([ids[number] for number in (0, 1, 4)]))
+    assert torch.equal(batch["labels"][0], torch.cat([labels[number] for number in (0, 1, 4)])), "a text's first token is never trained on"
+    assert torch.equal(batch["position_ids"][0], torch.cat([torch.arange(length) for length in lengths]))
+    assert batch["attention_mask"].all()
+    assert batch["sample_ends"].tolist() == [[[[lengths[0], sum(lengths[:2]), sum(lengths)]]]] and batch["sample_ends"].dtype == torch.int32
     assert len(batch["pixel_values"]) == 1
+    others = replace(spec, model=replace(spec.model, attention="flash2"))
+    assert "sample_ends" not in collate_packed([mixed[:2]], processor, others), "flash attention goes by the positions"
 
 
 def test_a_dummy_image_is_a_text_of_its_own(mixed, processor, spec: TrainSpec) -> None:
     batch = collate_packed([[mixed[1]], [mixed[4]]], processor, spec)
     image = processor.tokenizer.convert_tokens_to_ids("<image>")
     assert len(batch["pixel_values"]) == 1 and (batch["input_ids"] == image).sum() == 4
-    start = int((batch["input_ids"][1] == image).nonzero()[0])
-    assert batch["position_ids"][1, start] == 0 and (batch["labels"][1, start:] == IGNORED).all()
-    assert batch["attention_mask"][1, start:].sum() == 0
-    assert len(collate_packed([()], processor, spec)["pixel_values"]) == 1, "an idle rank runs the vision tower, too"
-    assert collate_packed([()], processor, replace(spec, stage=replace(spec.stage, trainable=("lm",))))["input_ids"].shape == (1, 1)
+    start = int((batch["input_ids"][0] == image).nonzero()[0])
+    assert batch["position_ids"][0, start] == 0 and (batch["labels"][0, start:] == IGNORED).all()
+    assert batch["attention_mask"][0, :start].all() and batch["attention_mask"][0, start:].sum() == 0
+    assert batch["sample_ends"].flatten().tolist()[-2:] == [start, batch["input_ids"].shape[1]]
+
+
+def test_an_idle_rank_takes_part(processor, spec: TrainSpec) -> None:
+    assert len(collate_packed([()], processor, spec)["pixel_values"]) == 1, "it runs the vision tower, too"
+    idle = collate_packed([()], processor, replace(spec, stage=replace(spec.stage, trainable=("lm",))))
+    assert idle["input_ids"].shape == (1, 1) and idle["labels"].tolist() == [[IGNORED]] and idle["attention_mask"].sum() == 0

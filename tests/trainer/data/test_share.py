@@ -92,16 +92,6 @@ def test_packed_rows_are_full(spec: TrainSpec, ranks: int) -> None:
     assert max(rows) - min(rows) < 0.1 * 1024, "ranks that take one each are equally long at work"
 
 
-def test_fused_attention_takes_a_micro_batch_as_one_row(spec: TrainSpec) -> None:
-    """It tells samples apart in a batch of one row only, and would let them see each other in a batch of two."""
-    spec = cut(spec, ranks=2, size=2, accumulation=8, packing=True)
-    fused = replace(spec, model=replace(spec.model, attention="flash2"))
-    for rank in (0, 1):
-        rows = share_of_rank(0, spec, rank=rank, count=200, measure=measure)
-        joined = share_of_rank(0, fused, rank=rank, count=200, measure=measure)
-        assert joined == tuple((tuple(number for row in micro for number in row),) for micro in rows)
-
-
 def test_windows(spec: TrainSpec) -> None:
     spec = cut(spec, ranks=2, size=2, accumulation=2, length_aware="window")
     steps = [samples_of_step(step, spec, count=200, measure=measure) for step in range(2 * WINDOW)]

@@ -1,21 +1,30 @@
 """Packed rows through each family's own model: every sample is as it is alone, and no sample sees another."""
 
+from collections.abc import Callable
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from tests.trainer.models.conftest import CONF, TINY, Made, read_model
+from trainer.contract import InputRefused
 from trainer.data.cache import Cache
 from trainer.data.collate import collate
 from trainer.data.encode import IGNORED
 from trainer.data.load import keep_lengths
 from trainer.data.pack import collate_packed
 from trainer.data.sample import Sample
+from trainer.models.attention import attend, attend_by_sample
 
 PACKABLE = tuple(name for name in TINY if read_model(name).packable)
 Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def taught() -> None:
+    attend_by_sample()
 
 
 @pytest.fixture(params=PACKABLE)
@@ -23,10 +32,18 @@ def packable(request: pytest.FixtureRequest, make_tiny) -> Made:
     return make_tiny(request.param)
 
 
+@pytest.fixture(params=["ends", "positions"])
+def told(request: pytest.FixtureRequest) -> Callable[[Tensors], Tensors]:
+    """What tells the samples of a row apart: their ends, or, as for flash and eager attention, positions that begin anew."""
+    dropped = {"sample_ends"} if request.param == "positions" else set()
+    return lambda batch: {key: value for key, value in batch.items() if key not in dropped}
+
+
 def losses(model: torch.nn.Module, batch: Tensors) -> torch.Tensor:
     """Cross entropy of each token, [B, T - 1] float32, given to the model as Engine.loss_sum does."""
-    kept = {"labels", "attention_mask"} if "position_ids" in batch else {"labels"}
-    logits = model(**{key: value for key, value in batch.items() if key not in kept}, use_cache=False).logits
+    kept = {"labels", "sample_ends", *(("attention_mask",) if "position_ids" in batch else ())}
+    mask = {"attention_mask": batch["sample_ends"]} if "sample_ends" in batch else {}
+    logits = model(**{key: value for key, value in batch.items() if key not in kept}, **mask, use_cache=False).logits
     return cross_entropy(logits[:, :-1].float().transpose(1, 2), batch["labels"][:, 1:], ignore_index=IGNORED, reduction="none")
 
 
@@ -43,19 +60,19 @@ def test_the_configs_say_which_families_can_be_packed(tiny: Made) -> None:
     assert len(PACKABLE) == 4
 
 
-def test_each_sample_has_the_loss_that_it_has_alone(packable: Made, samples: tuple[Sample, ...]) -> None:
+def test_each_sample_has_the_loss_that_it_has_alone(packable: Made, samples: tuple[Sample, ...], told: Callable[[Tensors], Tensors]) -> None:
     model, processor, spec = packable.model, packable.processor, packable.spec
     alone = [losses(model, collate([sample], processor, spec)).sum().item() for sample in samples]
     lengths = keep_lengths(samples, processor, spec, Cache(0))(range(len(samples)))
     rows = [[0, 2, 1], [1, 0], [2], []]
-    token = losses(model, collate_packed([[samples[number] for number in row] for row in rows], processor, spec))
-    for place, row in enumerate(rows):
-        start = 0
-        for number in row:
-            found = token[place, start : start + lengths[number] - 1].sum().item()
-            assert found == pytest.approx(alone[number], rel=1e-5), f"sample {number} of row {place}"
-            start += lengths[number]
-        assert token[place].sum().item() == pytest.approx(sum(alone[number] for number in row), rel=1e-5)
+    batch = told(collate_packed([[samples[number] for number in row] for row in rows], processor, spec))
+    token, start = losses(model, batch)[0], 0
+    for number in (number for row in rows for number in row):
+        assert token[start : start + lengths[number] - 1].sum().item() == pytest.approx(alone[number], rel=1e-5), f"sample {number}"
+        start += lengths[number]
+    assert start == batch["input_ids"].shape[1] and token.sum().item() == pytest.approx(
+        sum(alone[number] for row in rows for number in row), rel=1e-5
+    )
 
 
 def gradients_across(made: Made, samples: tuple[Sample, ...], batch: Tensors) -> list[list[bool]]:
@@ -73,9 +90,9 @@ def gradients_across(made: Made, samples: tuple[Sample, ...], batch: Tensors) ->
     return table
 
 
-def test_no_sample_sees_another(packable: Made, samples: tuple[Sample, ...]) -> None:
+def test_no_sample_sees_another(packable: Made, samples: tuple[Sample, ...], told: Callable[[Tensors], Tensors]) -> None:
     """Not nearly: the gradient is exactly zero."""
-    batch = collate_packed([samples], packable.processor, packable.spec)
+    batch = told(collate_packed([samples[:2], samples[2:]], packable.processor, packable.spec))
     assert gradients_across(packable, samples, batch) == [[True, False, False], [False, True, False], [False, False, True]]
 
 
@@ -111,3 +128,10 @@ def test_gradients_of_a_packed_batch_are_those_of_a_padded_one(packable: Made, s
     largest = max(gradient.abs().max().item() for gradient in padded.values())  # a bias of keys has none but rounding
     for name, gradient in padded.items():
         assert torch.allclose(gradient, packed[name], rtol=1e-4, atol=1e-6 * largest), name
+
+
+def test_a_sliding_window_is_refused() -> None:
+    """Nothing tells it where the mask was."""
+    heads = torch.zeros(1, 1, 4, 8)
+    with pytest.raises(InputRefused, match="sliding window"):
+        attend(SimpleNamespace(), heads, heads, heads, torch.tensor([[[[2, 4]]]], dtype=torch.int32), sliding_window=2)

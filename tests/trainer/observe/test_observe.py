@@ -1,7 +1,9 @@
 import json
 from pathlib import Path
 
-from trainer.contract import StepRow
+import pytest
+
+from trainer.contract import RunFailed, StepRow
 from trainer.observe.environment import select
 from trainer.observe.metric import open_metrics
 
@@ -36,3 +38,9 @@ def test_only_steering_variables_are_told_and_no_secret() -> None:
         "HOME": "/home/me",
     }
     assert select(environ) == {"NCCL_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "2", "RANK": "0"}
+
+
+def test_a_full_disk_ends_the_run_and_says_where(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with open_metrics(tmp_path, writes=True) as write, pytest.raises(RunFailed, match=r"metrics.jsonl: .*No space left on device.*step 1"):
+        write(row(1))

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from tests.trainer.stages.tiny import MODELS, tiny_model_spec
 from trainer.contract import InputRefused, Lora, StageSpec, TrainSpec
 from trainer.models import find_family
 from trainer.stages.group import Staged, apply_stage
-from trainer.stages.lora import ADAPTER, base_name, find_targets
+from trainer.stages.lora import ADAPTER, base_name, find_targets, merge_adapter
+from trainer.start import load_adapter
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # those of conf/stage/lora.yaml
 
@@ -96,3 +98,17 @@ def test_the_language_models_layers_are_packed_and_its_adapters_learn(model: str
     made.model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
     reached = {name for name, p in made.model.named_parameters() if p.grad is not None}
     assert reached == {name for name, p in made.model.named_parameters() if p.requires_grad}
+
+
+def test_an_adapter_of_another_model_is_refused_in_a_few_lines(tiny_spec: Any, tmp_path: Path) -> None:
+    """Where nothing tells before: an adapter from elsewhere, whose base_model_name_or_path leads to another model."""
+    own, _ = staged(tiny_spec, "tiny_llava", lora("q_proj", "v_proj"))
+    own.model.save_pretrained(tmp_path, save_embedding_layers=False)  # type: ignore[operator]
+    other, spec = staged(tiny_spec, "tiny_qwen2_5_vl", lora("q_proj", "v_proj"))
+    plain = find_family(spec.model.family).create(spec.model)
+    for take in (lambda: merge_adapter(plain, tmp_path), lambda: load_adapter(other.model, tmp_path)):
+        with pytest.raises(InputRefused) as caught:
+            take()
+        said = str(caught.value)
+        assert f"stage.checkpoint: {tmp_path} is an adapter for another model than its base" in said
+        assert said.count("size mismatch") == 2 and " more. Name the model" in said and "base_model_name_or_path" in said
