@@ -16,6 +16,7 @@ from launcher.transport import Result
 
 MARK = "=omnilaunch="
 CONTENT = "content"
+PODMAN = "the command docker there is podman's, and no Docker engine"
 TIMED_OUT = (124, 137)  # of coreutils' timeout: ended by TERM, by KILL
 KIB_PER_GIB = 2**20
 EVERYWHERE = "0.0.0.0/0"
@@ -138,6 +139,8 @@ def read_docker(answers: Mapping[str, Answer]) -> Docker:
         facts = {}
     engine = str(facts.get("ServerVersion") or "")
     wrong = " ".join(facts.get("ServerErrors") or ()) or said.complaint
+    if "host" in facts and not engine:  # podman's own `info`, behind its command `docker`
+        wrong = PODMAN
     return Docker(
         client=found.group(1) if (found := re.match(r"\S+ version ([^\s,]+)", client.good)) else "",
         engine=engine,

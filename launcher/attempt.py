@@ -14,6 +14,8 @@ from launcher.ship import send
 from trainer import contract
 from trainer.contract import CHECKPOINTS, ENVIRONMENT_FILE, FAILURE_FILES, METRICS_FILE, RESULT_FILE
 
+# For any POSIX shell. A folder that is there and may not be looked into is an error.
+LIST = '[ -d "$1" ] || exit 0; cd -- "$1" && for name in step-*; do if [ -d "$name" ]; then printf "%s\\n" "$name"; fi; done'
 INCOMING = ".incoming"  # a checkpoint that is being copied to a node; the trainer looks at no hidden names
 
 
@@ -108,17 +110,21 @@ def spread_checkpoint(sites: Sequence[Site], say: Callable[[str], None]) -> str:
 
 
 def restore_rows(site: Site, folder: Path) -> None:
-    """Give a node that is the first one now the rows that its forerunner wrote, from the launcher's folder."""
+    """Give a node that is the first one now the rows that its forerunner wrote, from the launcher's folder; and the first one of before those
+    that a loss of power took from its disk."""
     path = str(PurePosixPath(site.command.folder) / METRICS_FILE)
     kept = attempt_files(folder, METRICS_FILE)
-    if kept and site.transport.get(path) is None:
-        site.transport.put(kept[-1].read_bytes(), path, mode=0o644)
+    if not kept:
+        return
+    there, here = site.transport.get(path), kept[-1].read_bytes()
+    if there is None or (len(there) < len(here) and here.startswith(there.rstrip(b"\0"))):
+        site.transport.put(here, path, mode=0o644)
 
 
 def newest_on(site: Site) -> str:
-    """The name of the node's newest checkpoint, '' where it has none."""
-    argv = ("find", checkpoints_of(site), "-mindepth", "1", "-maxdepth", "1", "-type", "d", "-name", "step-*", "-printf", "%f\\n")
-    return newest_name(site.transport.run(argv).output.splitlines())
+    """The name of the node's newest checkpoint, '' where it has none. Raises NodeFailed where that cannot be told: a run would begin anew."""
+    listed = site.transport.run(("sh", "-c", LIST, "sh", checkpoints_of(site)))
+    return newest_name(listed.expect(f"{site.command.host}: looking for its newest checkpoint").output.splitlines())
 
 
 def must(site: Site, *argv: str) -> None:

@@ -59,6 +59,18 @@ def rounding_suits(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
         yield Problem(key="strategy.offload_optimizer", what=what, changes=changes)
 
 
+def state_bits_suit(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    key, precision = "stage.optimizer.state_bits", config.precision
+    if not config.stage.optimizer.state_bits or config.stage.kind != "train":
+        return
+    if precision.optimizer != "float32":
+        what = f"states in 8 bits stand beside masters in float32, and precision={precision.name} has masters in {precision.optimizer}"
+        yield Problem(key=key, what=what, changes=(f"{key}=0", "precision=bf16", "precision=fp32"))
+    if config.strategy.offload_optimizer:
+        what = "the one optimizer that DeepSpeed takes for states in the host's memory, DeepSpeedCPUAdam, has none in 8 bits"
+        yield Problem(key=key, what=what, changes=("strategy.offload_optimizer=false", f"{key}=0"))
+
+
 def attention_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     if not config.hardware.capability.attention:
         what = "names no kernel, and the first one named is taken"
@@ -178,6 +190,7 @@ CAPABILITY_RULES: tuple[Rule, ...] = (
     fp16_is_possible,
     loss_scaling_suits,
     rounding_suits,
+    state_bits_suit,
     attention_is_named,
     devices_exist,
     devices_are_whole,

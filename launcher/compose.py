@@ -262,7 +262,7 @@ EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str
 def _expected(kind: Any, data: Any) -> str:
     given, origin = json.dumps(data), typing.get_origin(kind)
     if origin is Literal:
-        return f"{given} is not allowed; {suggest(str(data), typing.get_args(kind))}"
+        return f"{given} is not allowed; {suggest(str(data), map(str, typing.get_args(kind)))}"
     if origin is dict and isinstance(data, dict):
         inner = typing.get_args(kind)[1]
         return f"{given} is not allowed; every value must be {EXPECTED.get(inner, inner)}"

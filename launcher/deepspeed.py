@@ -30,7 +30,7 @@ def render_deepspeed(strategy: Strategy, precision: Precision, optimizer: Optimi
         "gradient_clipping": optimizer.clip_norm,
         "zero_optimization": zero,
         **ELEMENT_TYPES[precision.name],
-        **({"zero_allow_untested_optimizer": True} if precision.rounding == "stochastic" else {}),
+        **({"zero_allow_untested_optimizer": True} if precision.rounding == "stochastic" or optimizer.state_bits else {}),
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
     }

@@ -1,6 +1,7 @@
 """Opens what a launch uses of the outside, for a plan: the nodes over SSH or this machine, and the secrets of this environment."""
 
 import getpass
+import resource
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from launcher.transport import Local, Transport
 
 Say = Callable[[str], None]
 RETRY_S = 2.0
+# Its connection 1, two logs that are followed 3 each, two commands at once 2 each (measured); 128 nodes pass the usual 1024.
+FILES, FILES_A_NODE = 256, 12
 
 
 @contextmanager
@@ -43,11 +46,20 @@ def reach_with(
     if all(node.is_local for node in nodes):
         yield None, tuple(Local(environ) for _ in nodes)
         return
+    allow_files(len(nodes))
     client = Client(access_of(Path(environ.get("HOME", "/")), getpass.getuser(), cluster))
     try:
         yield client, reach_all(nodes, client)
     finally:
         client.close()
+
+
+def allow_files(nodes: int) -> None:
+    """Raise this process's own limit of open files, which is 1024 as a rule, as far as it may and these nodes need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES + FILES_A_NODE * nodes
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 @contextmanager
@@ -86,7 +98,9 @@ def open_examined(
             )
 
         def move(plan: Plan, lost: frozenset[str]) -> tuple[Plan, Desk]:
-            return open_for(move_to_reached(plan, lost, place, environ, say), require=True, examines=False)
+            moved = move_to_reached(plan, lost, place, environ, say)
+            stack.close()  # of the attempt that is over, whose desk nobody uses any more
+            return open_for(moved, require=True, examines=False)
 
         yield open_for(plan, require, examines)
 

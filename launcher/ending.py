@@ -9,9 +9,11 @@ from launcher.fleet import attempt_each
 from launcher.member import remove_env_file
 from launcher.node import Site
 from launcher.smi import NPU_QUERY, NVIDIA_APPS_QUERY, UnreadableTable, nvidia_processes, read_npu
-from launcher.start import data_env_file, data_name, env_file
+from launcher.start import data_env_file, data_name, env_file, is_absent
 
 POLL_S = 0.5
+REMOVAL_S = 5.0  # that an engine may take to remove a container after it has said so, or which another client has asked it to
+NO_CONTAINER = "no container"
 RUNNING = ("running", "created", "restarting", "paused")
 
 
@@ -47,8 +49,8 @@ def state_of(site: Site) -> str:
     found = site.transport.run(site.command.probe)
     if found.code == 0:
         return found.output.strip()
-    if "No such" in found.errors:
-        return "no container"
+    if is_absent(found.errors):
+        return NO_CONTAINER
     raise NodeFailed(f"{site.command.host}: its Docker engine does not answer: {found.errors.strip()}")
 
 
@@ -61,14 +63,21 @@ def processes_of(site: Site) -> frozenset[int]:
 
 
 def what_is_left(site: Site, pids: frozenset[int], accelerator: str) -> str:
-    named = ("docker", "ps", "--all", "--quiet", "--filter", f"name=^{site.command.name}(-data)?$")
-    if site.transport.run(named).expect(f"{site.command.host}: asking what is left").output.strip():
-        return f"the container is still there; docker rm --force {site.command.name} there says why"
+    deadline = time.monotonic() + REMOVAL_S
+    while found := containers_of(site):
+        if time.monotonic() > deadline:
+            return f"container {', '.join(found)} is still there; docker rm --force {found[0]} there says why"
+        time.sleep(POLL_S)
     alive = site.transport.run(("ls", "-d", *(f"/proc/{pid}" for pid in sorted(pids)))).output.split() if pids else []
     if alive:
         names = " ".join(path.removeprefix("/proc/") for path in alive)
         return f"processes of it still run: {names}. A driver call that hangs keeps them; restart the node if they stay"
     return held_memory(site, pids, accelerator)
+
+
+def containers_of(site: Site) -> list[str]:
+    named = ("docker", "ps", "--all", "--format", "{{.Names}}", "--filter", f"name=^{site.command.name}(-data)?$")
+    return site.transport.run(named).expect(f"{site.command.host}: asking what is left").output.split()
 
 
 def held_memory(site: Site, pids: frozenset[int], accelerator: str) -> str:

@@ -18,6 +18,7 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 ZERO_STAGE = {"auto": 0, "single": 0, "ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 
 STATES_SHARE = 0.7  # of the device's memory, at most, where `auto` chooses; the rest is for activations
+STATE_BLOCK = 256  # trainer.quantization.BLOCK: elements of a moment in 8 bits that share a float32 scale
 MOST_LAYERS = 1000  # whose names are written out: a slip of the hand may say a million
 TINY_PARAMETERS = 10_000_000
 TINY_MICRO_BATCH = 64  # the digits run: one micro-batch a step
@@ -55,8 +56,9 @@ def world_size(config: Config) -> int:
 
 def model_states(config: Config) -> States:
     """Bytes on the fullest device. With P parameters, T of them trained, N ranks and element sizes w, g, o of weights, gradients and
-    optimizer: w P + g T + (2 o + master) T, each term over N where ZeRO shards it; the master is o where o is not w, or where ZeRO
-    keeps its own copy of the slice, else 0 (arXiv 1910.02054, section 3.1: 2 P + 2 P + 12 P for mixed precision Adam).
+    optimizer: w P + g T + (2 m + master) T, each term over N where ZeRO shards it; a moment's m is o, or in 8 bits 1 and its share of
+    a scale (the small parameters that stay in float32 are not counted); the master is o where o is not w, or where ZeRO keeps
+    its own copy of the slice, else 0 (arXiv 1910.02054, section 3.1: 2 P + 2 P + 12 P for mixed precision Adam).
 
     ZeRO-Offload (arXiv 2101.06840, section 3) moves gradients and optimizer to the host; parameter offload moves weights too.
     `auto` counts as unsharded: resolve it with `choose_strategy` first.
@@ -70,7 +72,7 @@ def model_states(config: Config) -> States:
     items = {
         "weights": _share(weight_bytes(config, parameters), ranks if zero >= 3 else 1),
         "gradients": _share(trainable * DTYPE_BYTES[precision.gradients], ranks if zero >= 2 else 1),
-        "optimizer": _share(trainable * (2 * state_bytes + master_bytes), ranks if zero >= 1 else 1),
+        "optimizer": _share(2 * moment_bytes(config, trainable) + trainable * master_bytes, ranks if zero >= 1 else 1),
     }
     moved = {"weights": strategy.offload_parameters, "gradients": strategy.offload_optimizer, "optimizer": strategy.offload_optimizer}
     on_device = {name: 0 if moved[name] else size for name, size in items.items()}
@@ -81,6 +83,13 @@ def model_states(config: Config) -> States:
         total_bytes=sum(on_device.values()),
         host_bytes=(sum(items.values()) - sum(on_device.values())) * device_count(config),
     )
+
+
+def moment_bytes(config: Config, elements: int) -> int:
+    """Of one of Adam's two moments."""
+    if config.stage.optimizer.state_bits == 8:
+        return elements + 4 * math.ceil(elements / STATE_BLOCK)
+    return elements * DTYPE_BYTES[config.precision.optimizer]
 
 
 def weight_bytes(config: Config, parameters: int) -> int:

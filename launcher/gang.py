@@ -43,9 +43,14 @@ def start_members(commands: tuple[NodeCommand, ...], crewed: Crewed, stop: StopR
     )
     failures = [answer for answer in answers if isinstance(answer, NodeFailed)]
     if failures:
-        attempt_each(ContainerMember.kill, members, until=lambda: bool(stop.count))
+        ends = attempt_each(ContainerMember.kill, members, until=lambda: bool(stop.count))
         attempt_each(ContainerMember.unfollow, members, until=after(LEAVE_S))
-        raise together(failures, len(members))
+        left = "".join(
+            f"\n  not cleared: {member.command.host}: {str(end).splitlines()[0]}; when it answers: docker rm --force {member.command.name} there"
+            for member, end in zip(members, ends, strict=True)
+            if isinstance(end, NodeFailed)
+        )
+        raise NodeFailed(f"{together(failures, len(members))}{left}")
     return members
 
 
@@ -106,7 +111,7 @@ def start_checks(commands: tuple[NodeCommand, ...], crewed: Crewed, stop: StopRe
         log = crewed.logs / f"data{command.node_rank}.log"
         if command.runtime == "process":
             return ProcessMember(command, command.prepare, transport, log, crewed.project, secrets={})
-        return CheckMember(command, transport, log, asker)
+        return CheckMember(command, transport, log, asker, node_timeout_s=crewed.node_timeout_s)
 
     answers = attempt_each(start, list(zip(commands, crewed.transports, strict=True)), until=lambda: stop.is_over(START_PATIENCE_S))
     failures = [answer for answer in answers if isinstance(answer, NodeFailed)]
@@ -117,8 +122,8 @@ def start_checks(commands: tuple[NodeCommand, ...], crewed: Crewed, stop: StopRe
     return started
 
 
-def watch(members: tuple[Member, ...], stop: StopRequest, tick: Callable[[], None], *, grace_s: float) -> tuple[NodeResult, ...]:
-    """Until every member has ended. One that fails, or a request to stop, stops all; `grace_s` later, or at a second request,
+def watch(members: tuple[Member, ...], stop: StopRequest, tick: Callable[[], None], *, grace_s: Callable[[], float]) -> tuple[NodeResult, ...]:
+    """Until every member has ended. One that fails, or a request to stop, stops all; `grace_s()` later, or at a second request,
     they are killed. Whatever happens here, nothing of the run is left behind on a node that answers."""
     started, asked_at, killed = time.monotonic(), 0.0, False
     ended: dict[int, float] = {}
@@ -137,7 +142,7 @@ def watch(members: tuple[Member, ...], stop: StopRequest, tick: Callable[[], Non
             if not asked_at and (stop.count or any(codes)):
                 asked_at = now
                 attempt_each(lambda member: member.stop(), running, until=after(ASK_S))
-            if asked_at and not killed and (stop.count > 1 or now - asked_at > grace_s):
+            if asked_at and not killed and (stop.count > 1 or now - asked_at > grace_s()):
                 killed = True
                 attempt_each(lambda member: member.kill(), running, until=after(ASK_S))
             time.sleep(TICK_S)

@@ -120,13 +120,11 @@ class Link:
         try:
             return self._session(timeout_s)
         except DEAD as error:
-            self.drop()
             if not reopens:
                 raise NodeFailed(f"{self.route.title}: lost the connection: {error}") from error
         try:
             return self._session(timeout_s)
         except DEAD as error:
-            self.drop()
             raise NodeFailed(f"{self.route.title}: lost the connection again right after it was made: {error}") from error
 
     def tunnel(self, host: str, port: int, timeout_s: float) -> Channel:
@@ -149,18 +147,22 @@ class Link:
     def check(self, timeout_s: float) -> None:
         """Drop the connection, and so end all that waits on it, unless the far side answers."""
         connection = self._connection
+        if connection is None:
+            return
+        transport = connection.transport
         try:
-            if connection is not None:
-                connection.transport.open_session(timeout=timeout_s).close()
+            transport.open_session(timeout=timeout_s).close()
         except ChannelException:
             return  # a refusal is an answer
         except DEAD:
-            self.drop()
+            self.drop(transport)
 
-    def drop(self) -> None:
-        """Close the connection; the next call makes another."""
+    def drop(self, transport: ParamikoTransport | None = None) -> None:
+        """Close the connection; the next call makes another. `transport`: the one that was found dead; where another has taken its place
+        since, that one stays."""
         with self._lock:
-            self._drop()
+            if transport is None or (self._connection is not None and self._connection.transport is transport):
+                self._drop()
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
@@ -172,13 +174,17 @@ class Link:
             proxy.wait()
 
     def _session(self, timeout_s: float) -> Channel:
+        transport = self.open()
         try:
-            return self.open().open_session(timeout=timeout_s)
+            return transport.open_session(timeout=timeout_s)
         except ChannelException as error:
             raise NodeFailed(
                 f"{self.route.title}: its sshd gives no further session to this connection ({error.text}). "
                 f"Next: raise MaxSessions in its sshd_config (10 by default)"
             ) from error
+        except DEAD:
+            self.drop(transport)
+            raise
 
     def _connect(self) -> Connection:
         timeout_s = self.client.login.access.connect_timeout_s

@@ -3,6 +3,7 @@
 import re
 from pathlib import PurePosixPath
 
+from launcher.answer import PODMAN
 from launcher.facts import GIB, Room
 from launcher.finding import Case, Diagnosis, fine, unchecked, warn, wrong
 from launcher.fit import DTYPE_BYTES
@@ -158,6 +159,8 @@ def check_docker_engine(case: Case) -> Diagnosis:
     error = docker.error if docker else "not asked"
     if "permission denied" in error.lower():
         return wrong(f"{user} may not use Docker: {error}", f"sudo usermod -aG docker {user}, then log in anew")
+    if error == PODMAN:
+        return wrong(error, "install Docker (docs.docker.com/engine/install) and remove podman-docker")
     return wrong(f"the Docker engine does not answer: {error}", "sudo systemctl enable --now docker")
 
 

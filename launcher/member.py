@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from launcher.errors import NodeFailed
-from launcher.start import FOLDER_VARIABLE, NodeCommand, data_env_file, data_name, env_file
+from launcher.start import FOLDER_VARIABLE, NodeCommand, data_env_file, data_name, env_file, is_absent
 from launcher.transport import Result, Running, Transport, kill_processes, processes_with
 
 PROBE_INTERVAL_S = 0.5  # an inspect costs the engine about 20 ms
@@ -84,12 +84,12 @@ class ProcessMember:
 
 
 class CheckMember:
-    """The data check in a container that is followed and removed by itself. One whose connection was lost is made again."""
+    """The data check in a container that is followed and removed by itself. One whose connection was lost is made again; its node counts as
+    lost after twice the time that it has for its ranks, whose own end says more while they run."""
 
-    lost = False
-
-    def __init__(self, command: NodeCommand, transport: Transport, log: Path, asker: ThreadPoolExecutor) -> None:
+    def __init__(self, command: NodeCommand, transport: Transport, log: Path, asker: ThreadPoolExecutor, *, node_timeout_s: float) -> None:
         self.command, self.transport, self.log, self.asker = command, transport, log, asker
+        self.limit_s, self.silent_since, self.lost = 2 * node_timeout_s, 0.0, False
         self.env_file = data_env_file(command.folder, command.node_rank)
         self.beginning: Future[None] | None = None
         self.begin()
@@ -103,12 +103,21 @@ class CheckMember:
         self.begin()
 
     def poll(self) -> int | None:
+        if self.lost:
+            return LOST
         if self.beginning is None:
             try:
                 return self.running.poll()
             except NodeFailed:
+                self.silent_since = self.silent_since or time.monotonic()
+                self.lost = time.monotonic() - self.silent_since > self.limit_s
                 self.beginning = self.asker.submit(self.begin_again)
-        elif self.beginning.done():  # where it failed the node is still away: the next poll finds that out
+        elif self.beginning.done():
+            try:
+                self.beginning.result()
+                self.silent_since = 0.0
+            except NodeFailed:  # it is still away: the next poll finds that out
+                pass
             self.beginning = None
         return None
 
@@ -204,7 +213,7 @@ class ContainerMember:
         """The container's exit code; None while it runs, with its log followed again. A container that is gone has failed."""
         found = self.transport.run(self.command.probe)
         if found.code:
-            if "No such" in found.errors:
+            if is_absent(found.errors):
                 return 128 + signal.SIGKILL
             found.expect(f"asking for container {self.command.name} on {self.command.host}")
         status, code = found.output.split()

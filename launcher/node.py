@@ -167,12 +167,23 @@ def fetch_results(sites: Sequence[Site], folder: Path, *, ranks_per_node: int) -
 def fetch_folder(site: Site, name: str, target: Path) -> None:
     """A folder in the run's folder of a node as a .tgz here; nothing where there is none, or where it is larger than FOLDER_BYTES. Raises
     NodeFailed."""
-    parent, part = site.command.folder, target.with_name(f".{target.name}.part")
-    if site.transport.run(("test", "-d", f"{parent}/{name}")).code:
-        return
-    written = 0
+    parent = site.command.folder
+    if site.transport.run(("test", "-d", f"{parent}/{name}")).code == 0:
+        receive(site, ("tar", "-C", parent, "-czf", "-", name), target)
+
+
+def fetch_file(site: Site, name: str, target: Path) -> None:
+    """A file that may be a long one in the same way, as it is."""
+    path = f"{site.command.folder}/{name}"
+    if site.transport.run(("test", "-f", path)).code == 0:
+        receive(site, ("cat", "--", path), target)
+
+
+def receive(site: Site, argv: tuple[str, ...], target: Path) -> None:
+    """What a command there writes, as a file here, whole or not at all."""
+    part, written = target.with_name(f".{target.name}.part"), 0
     try:
-        with site.transport.stream(("tar", "-C", parent, "-czf", "-", name), silence_s=FETCH_S) as chunks, part.open("wb") as file:
+        with site.transport.stream(argv, silence_s=FETCH_S) as chunks, part.open("wb") as file:
             for chunk in chunks:
                 written += file.write(chunk)
                 if written > FOLDER_BYTES:

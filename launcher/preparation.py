@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -14,7 +15,7 @@ from launcher.fleet import after, attempt_each
 from launcher.gang import Crewed, abandon, clear_all, start_checks, start_members
 from launcher.interrupt import Stopped, StopRequest
 from launcher.member import Member
-from launcher.node import FETCH_S, Site, fetch_folder, fetch_results, place_run, reopen_run
+from launcher.node import FETCH_S, Site, fetch_file, fetch_folder, fetch_results, place_run, reopen_run
 from launcher.plan import Plan
 from launcher.record import Failure, read_if_there
 from launcher.relay import Peer
@@ -23,7 +24,7 @@ from launcher.ship import is_everywhere, pull, ship
 from launcher.start import CANN_LOGS
 from launcher.sync import sync
 from launcher.transport import Transport
-from trainer.contract import DATA_FILE, DataReport
+from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, DataReport
 
 SHOWN_PROBLEMS = 20
 MISSING_MOUNT = re.compile(r"bind source path does not exist: (?P<path>/.*?)\.?$", re.MULTILINE)  # moby, volume/mounts/validate.go
@@ -183,24 +184,43 @@ def keep_cann_logs(sites: Sequence[Site], folder: Path) -> None:
 
 
 def refuse_data(folder: Path, check: Member) -> None:
-    """Raise the problems that a check has found as ConfigRefused."""
+    """Raise the problems that a check has found as ConfigRefused: the first ones, and where all of them are."""
     report: DataReport | None = read_if_there(DataReport, folder / DATA_FILE)
     if report is None or not report.problems:
         log = check_log(folder, check)
         raise ConfigRefused(
             f"the data check on {check.command.host} refused without a report\n{tail_of(log)}\n  log: {log}\n  record: {folder}"
         )
-    shown = "\n".join(f"  {problem}" for problem in report.problems[:SHOWN_PROBLEMS])
-    more = len(report.problems) - SHOWN_PROBLEMS
-    rest = f"\n  ... and {more} more in {folder / DATA_FILE}" if more > 0 else ""
+    shown, count = report.problems[:SHOWN_PROBLEMS], max(report.problem_count, len(report.problems))
+    lines = [f"  {problem}" for problem in shown]
+    lines += [f"  ... and {count - len(shown):,} more"] if count > len(shown) else []
+    lines += [f"  all of them, a JSON object a line: {place_of_problems(folder, check)}"]
     where = f" on {check.command.host}" if check.command.runtime == "docker" else ""
-    raise ConfigRefused(f"the data{where} cannot be trained on ({len(report.problems)} problem(s)); the ranks were ended:\n{shown}{rest}")
+    told = "\n".join(lines)
+    raise ConfigRefused(f"the data{where} cannot be trained on ({count:,} problem(s)); the ranks were ended:\n{told}")
+
+
+def fetch_problems(folder: Path, desk: Desk, check: Member) -> None:
+    """The report and the list of all problems, of the node whose check it was. What does not come stays there: the refusal says where."""
+    site = Site(command=check.command, transport=desk.transports[check.command.node_rank])
+    if folder == Path(check.command.folder):
+        return
+    for name in (DATA_FILE, DATA_PROBLEMS_FILE):
+        with suppress(NodeFailed):
+            fetch_file(site, name, folder / name)
+
+
+def place_of_problems(folder: Path, check: Member) -> str:
+    here = folder / DATA_PROBLEMS_FILE
+    return str(here) if here.is_file() else f"{check.command.host}:{PurePosixPath(check.command.folder) / DATA_PROBLEMS_FILE}"
 
 
 def broken_check(folder: Path, check: Member) -> Failure:
     """A check that ended without an answer, as the failure of an attempt."""
     log = check_log(folder, check)
     message = f"the data check ended with exit code {check.poll()} and without a report"
+    if check.lost:
+        message = "the node did not answer any more while its data was checked"
     tail = tuple(tail_of(log).splitlines())
     return Failure(host=check.command.host, rank=-1, code=check.poll() or 0, message=message, log=str(log), tail=tail)
 

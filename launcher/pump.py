@@ -80,6 +80,8 @@ class Pump:
                     if key.data is None:
                         self._far.recv(4096)
                         if not self._take_new(selector):
+                            for left in (*settling, *(key.data for key in selector.get_map().values() if key.data is not None)):
+                                left.file.close()
                             return
                         continue
                     command: Followed = key.data

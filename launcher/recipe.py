@@ -125,6 +125,20 @@ def evaluation_is_on(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem
         yield Problem(key="run.evaluation.enabled", what=what, changes=("run.evaluation.enabled=true",))
 
 
+def best_is_measured(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    """Which checkpoint is the best one is told by the evaluations between the steps, on the held-out rows."""
+    run, data = config.run, config.data
+    if not run.keep_best or config.stage.kind != "train":
+        return
+    lacks = [] if run.evaluation.enabled else ["run.evaluation.enabled=true"]
+    lacks += [] if run.evaluation.every else [f"run.evaluation.every={max(1, run.steps // 10)}"]
+    lacks += ["run.evaluation.loss=true"] if run.keep_best == "loss" and not run.evaluation.loss else []
+    lacks += [] if data.builtin or data.evaluation else ["data.evaluation=FILE.json"]
+    if lacks:
+        what = f"{run.keep_best} is told by no evaluation between the steps, so that no checkpoint would be the best"
+        yield Problem(key="run.keep_best", what=what, changes=(" ".join(lacks), "run.keep_best=''"))
+
+
 def source_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     source = config.model.source
     if source.kind == "hub" and not source.id:
@@ -179,12 +193,13 @@ def length_fits(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
 
 def packing_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     data = config.data
-    if not data.packing or config.stage.kind != "train":
+    if config.stage.kind != "train":
         return
-    if not config.model.packable:
-        what = f"the samples of one row of {config.model.title} would see each other: its linear attention carries a state along the row"
-        yield Problem(key="data.packing", what=what, changes=("data.packing=false", "data.packing=false data.length_aware=step"))
-    if data.length_aware == "window":
+    for key in ("packing", "padding_free"):
+        if getattr(data, key) and not config.model.packable:
+            what = f"the samples of one row of {config.model.title} would see each other: its linear attention carries a state along the row"
+            yield Problem(key=f"data.{key}", what=what, changes=(f"data.{key}=false", f"data.{key}=false data.length_aware=step"))
+    if data.packing and data.length_aware == "window":
         what = "window gathers samples of like length in a step, and packing fills its rows best with long and short ones"
         yield Problem(key="data.length_aware", what=what, changes=("data.length_aware=off", "data.packing=false"))
 
@@ -289,6 +304,7 @@ RECIPE_RULES: tuple[Rule, ...] = (
     model_is_ready,
     start_is_given,
     evaluation_is_on,
+    best_is_measured,
     source_is_named,
     something_is_trained,
     groups_are_patterns,

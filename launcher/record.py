@@ -16,6 +16,7 @@ from launcher.log import lines_of, read_end, unnamed
 from launcher.meaning import Meaning, explain_log, root_rank
 from launcher.member import NodeResult
 from launcher.plan import Plan, to_plain
+from launcher.progress import read_lines
 from launcher.schema import Config, Node
 from launcher.symptom import Kind
 from trainer import contract
@@ -216,11 +217,10 @@ def recorded_images(runs: Path) -> set[str]:
 
 
 def read_rows(path: Path) -> tuple[StepRow, ...]:
-    """Whole rows of metrics.jsonl; a last line without its newline is still being written."""
+    """Whole rows of metrics.jsonl, torn ones left out; a last line without its newline is still being written."""
     if not path.exists():
         return ()
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return tuple(contract.decode(StepRow, json.loads(line)) for line in lines)
+    return read_lines(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1])
 
 
 def last_checkpoint(folder: Path) -> str:
@@ -233,7 +233,12 @@ def checkpoint_place(record: Record, plan: Plan) -> str:
     """Where the record's checkpoint lies, as stage.checkpoint takes it: a folder here, or HOST:FOLDER of the node that wrote it."""
     if plan.folder == plan.spec.output:
         return str(Path(plan.folder) / record.checkpoint)
-    return f"{first_node(record, plan).host}:{plan.spec.output}/{record.checkpoint}"
+    return f"{bracketed(first_node(record, plan).host)}:{plan.spec.output}/{record.checkpoint}"
+
+
+def bracketed(host: str) -> str:
+    """As scp, and stage.checkpoint, take a host before a path: an IPv6 address has colons of its own."""
+    return f"[{host}]" if ":" in host else host
 
 
 def first_node(record: Record, plan: Plan) -> Node:

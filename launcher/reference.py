@@ -7,13 +7,14 @@ adapter stands on is brought and mounted with it.
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from launcher.errors import ConfigRefused, suggest
-from launcher.record import PLAN_FILE, RECORD_FILE, attempt_files
+from launcher.record import PLAN_FILE, RECORD_FILE, attempt_files, bracketed
 from launcher.schema import Config, Node
 from trainer.resume import broken_checkpoints, newest_checkpoint
 
@@ -125,7 +126,7 @@ def place_checkpoint(config: Config, found: Found, text: str) -> Config:
 
 def refuse_unseen(config: Config, found: Found, text: str) -> None:
     """Raises ConfigRefused unless the nodes of the run see a folder that lies on `found.host`."""
-    nodes, there = config.cluster.working, f"{found.host}:{found.path}"
+    nodes, there = config.cluster.working, shlex.quote(f"{bracketed(found.host)}:{found.path}")
     own = [node for node in nodes if found.host in (node.host, node.address)]
     others = [node.host for node in nodes if node not in own]
     if own and (not others or found.shared or config.cluster.shared):

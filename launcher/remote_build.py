@@ -20,6 +20,7 @@ from launcher.image import LABEL, Image
 from launcher.node import Site
 from launcher.schema import Delivery
 from launcher.ship import send
+from launcher.start import is_absent
 from launcher.transport import Transport
 
 SECRETS = "secrets"
@@ -113,7 +114,7 @@ def fingerprint_on(site: Site, tag: str) -> str:
     found = site.transport.run(("docker", "image", "inspect", "--format", FORMAT, tag))
     if found.code == 0:
         return found.output.strip()
-    if "No such image" not in found.errors:
+    if not is_absent(found.errors):
         found.expect(f"{site.command.host}: asking its Docker engine for {tag}")
     return ""
 

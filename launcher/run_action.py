@@ -4,12 +4,13 @@ Like image_action, imported by every command, so it imports late itself.
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,9 +22,12 @@ from trainer.contract import Exit
 if TYPE_CHECKING:
     from launcher.node import Site
     from launcher.plan import Plan
+    from launcher.transport import Running
 
 PROJECT = Path(__file__).resolve().parent.parent
 POLL_S = 0.5
+PIECE_BYTES = 1 << 20
+RECORD_S = 5.0  # that its launcher takes to write the record when all has ended
 
 
 def add_to(verbs: Any, say: Callable[[str], None]) -> None:
@@ -59,16 +63,15 @@ def stop_run(arguments: argparse.Namespace) -> int:
     plan = plans[-1]
     require_containers(plan, "stop")
     ask_to_stop(folder, utc_now())
-    if recorded(folder) is None and not is_claimed(folder):
+    if not has_ended(folder) and not is_claimed(folder):
         with suppress(RunEnded, NodeFailed):  # how it ended is in the record; what is left is looked at below
             supervise(folder, plan, arguments.say)
     deadline = time.monotonic() + plan.config.run.stop_timeout_s
-    while (busy := recorded(folder) is None and is_claimed(folder)) and time.monotonic() < deadline:
-        time.sleep(POLL_S)
+    busy = is_busy(folder, until=deadline)
     with reach_sites(load_plans(folder)) as sites:  # of an attempt that was begun meanwhile, too
         endings = end_run(sites, accelerator=plan.config.hardware.accelerator, grace_s=max(0.0, deadline - time.monotonic()))
     left = [f"  {ending.host}: {ending.left}" for ending in endings if ending.left]
-    if busy and recorded(folder) is None and is_claimed(folder):
+    if busy and is_busy(folder, until=time.monotonic() + RECORD_S):
         left.append("  its launcher has not ended yet: it starts nothing any more, and ends as soon as what it waits for answers")
     clear = [ending.host for ending in endings if not ending.left]
     if clear:
@@ -81,11 +84,23 @@ def stop_run(arguments: argparse.Namespace) -> int:
     return Exit.OK
 
 
+def is_busy(folder: Path, *, until: float) -> bool:
+    """Whether its launcher is still at it at that time (time.monotonic); no longer asked than it takes to end."""
+    from launcher.claim import is_claimed
+
+    while busy := not has_ended(folder) and is_claimed(folder):
+        if time.monotonic() >= until:
+            break
+        time.sleep(POLL_S)
+    return busy
+
+
 def supervise(folder: Path, plan: "Plan", say: Callable[[str], None]) -> Any:
     """Its record, when it has ended."""
     from launcher.launch import attach
     from launcher.record import SOURCE_FILE, SourceState, read_if_there
 
+    gc.enable()  # which the door of the command line has turned off: this may take days
     plan = with_credentials(plan)
     source = read_if_there(SourceState, folder / SOURCE_FILE) or SourceState(commit="", dirty=False)
     started = datetime.fromtimestamp((folder / "plan.json").stat().st_mtime, UTC)
@@ -123,29 +138,86 @@ def show_status(arguments: argparse.Namespace) -> int:
 def show_logs(arguments: argparse.Namespace) -> int:
     """Every rank's output, each line with its node in front."""
     folder = find_run(arguments.run)
-    for line in follow(folder, ended=lambda: not arguments.follow or recorded(folder) is not None):
-        arguments.say(line)
+    with place_of_logs(folder, follows=arguments.follow) as (place, ended):
+        for line in follow(place, ended=ended):
+            arguments.say(line)
     return Exit.OK
 
 
+@contextmanager
+def place_of_logs(folder: Path, *, follows: bool) -> Iterator[tuple[Path, Callable[[], bool]]]:
+    """The folder with the logs, and whether nothing is added any more. They come to the run's own while a launcher looks after it; of a run
+    that was left to itself the containers are asked, where there are any."""
+    from tempfile import TemporaryDirectory
+
+    from launcher.claim import is_claimed
+    from launcher.ending import NO_CONTAINER, state_of
+    from launcher.fleet import attempt_each
+
+    plan = load_plan(folder)
+    if has_ended(folder) or plan.config.cluster.runtime != "docker" or is_claimed(folder):
+        yield folder, lambda: not follows or has_ended(folder)
+        return
+    with TemporaryDirectory(prefix="omnilaunch-") as aside, reach_sites([plan]) as sites:
+        if not any(isinstance(state, str) and state != NO_CONTAINER for state in attempt_each(state_of, sites)):
+            yield folder, lambda: True
+            return
+        (Path(aside) / "logs").mkdir()
+        readers = attempt_logs(sites, Path(aside) / "logs", follows=follows)
+        yield Path(aside), lambda: all(map(is_over, readers))
+
+
+def attempt_logs(sites: "Sequence[Site]", logs: Path, *, follows: bool) -> "tuple[Running | NodeFailed, ...]":
+    """What the engine of each node has of its container, as a file that may grow."""
+    from launcher.fleet import attempt_each
+
+    def read(site: "Site") -> "Running":
+        argv = site.command.logs if follows else tuple(word for word in site.command.logs if word != "--follow")
+        return site.transport.start(argv, log=logs / f"node{site.command.node_rank}.log")
+
+    readers = attempt_each(read, sites)
+    for site, reader in zip(sites, readers, strict=True):
+        if isinstance(reader, NodeFailed):
+            (logs / f"node{site.command.node_rank}.log").write_text(f"{reader}\n", encoding="utf-8")
+    return readers
+
+
+def is_over(reader: "Running | NodeFailed") -> bool:
+    try:
+        return isinstance(reader, NodeFailed) or reader.poll() is not None
+    except NodeFailed:
+        return True
+
+
 def follow(folder: Path, *, ended: Callable[[], bool]) -> Iterator[str]:
-    """Whole lines of all logs as they come; once more after the end, so that the last lines are there."""
-    offsets: dict[Path, int] = {}
+    """Whole lines of all logs as they come; once more after the end, so that the last lines are there, whole or not."""
+    read_bytes: dict[int, int] = {}  # by the file's own number: the log of another attempt has the same name
     last = False
     while True:
         for path in sorted((folder / "logs").glob("node*.log")):
-            if path.stat().st_size < offsets.get(path, 0):  # another attempt's
-                offsets[path] = 0
-            with path.open("rb") as file:
-                file.seek(offsets.get(path, 0))
-                whole, newline, _ = file.read().rpartition(b"\n")
-            offsets[path] = offsets.get(path, 0) + len(whole) + len(newline)
-            yield from (f"[{path.stem}] {line}" for line in whole.decode("utf-8", errors="replace").splitlines())
+            yield from (f"[{path.stem}] {line}" for line in new_lines(path, read_bytes, last=last))
         if last:
             return
         last = ended()
         if not last:
             time.sleep(POLL_S)
+
+
+def new_lines(path: Path, read_bytes: dict[int, int], *, last: bool) -> Iterator[str]:
+    """A piece at a time, since a log may be larger than the memory. A line that is longer than a piece is cut."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:  # set aside just now, with its attempt
+        return
+    with file:
+        number = os.fstat(file.fileno()).st_ino
+        file.seek(read_bytes.get(number, 0))
+        while piece := file.read(PIECE_BYTES):
+            taken = piece.rfind(b"\n") + 1 or (len(piece) if last or len(piece) == PIECE_BYTES else 0)
+            if not taken:
+                return
+            read_bytes[number] = file.seek(taken - len(piece), os.SEEK_CUR)
+            yield from piece[:taken].decode("utf-8", errors="replace").splitlines()
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
@@ -186,10 +258,26 @@ def read_plan(path: Path) -> "Plan":
 
 
 def recorded(folder: Path) -> Any:
-    """The record of a run that has ended, else None."""
-    from launcher.record import RECORD_FILE, Record, read_if_there
+    """The record of a run that has ended, else None. Raises ConfigRefused for one that cannot be read: its run has ended all the same, and
+    who took it up again would start it anew and write over what is there."""
+    from launcher.record import RECORD_FILE, Record
+    from trainer.contract import SpecError, read
 
-    return read_if_there(Record, folder / RECORD_FILE)
+    if not has_ended(folder):
+        return None
+    try:
+        return read(Record, folder / RECORD_FILE)
+    except SpecError as error:
+        raise ConfigRefused(
+            f"run {folder.name} has ended, and this version cannot read how: {error}. To look whether anything of it is left: "
+            f"omnilaunch stop {folder.name}"
+        ) from error
+
+
+def has_ended(folder: Path) -> bool:
+    from launcher.record import RECORD_FILE
+
+    return (folder / RECORD_FILE).exists()
 
 
 def require_containers(plan: "Plan", verb: str) -> None:

@@ -13,6 +13,7 @@ from launcher.fleet import attempt_each, each, together
 from launcher.image import LABEL
 from launcher.node import Site
 from launcher.relay import Peer, pass_on, share
+from launcher.start import is_absent
 from launcher.transport import Result, Transport
 
 # Served at once by one node, and by this machine when there are many. An engine takes in 70 MB/s (1.43 GB in 21 s), so that a link of 10
@@ -24,28 +25,30 @@ PIECES_AHEAD = 8  # of 256 KiB, for each node: the slowest node sets the pace, m
 REPORT_BYTES = 256 * 2**20
 LAST_LINES = 20  # of a command that failed
 SAVE_TIMEOUT_S = 7200.0
+LAYERS = "{{json .RootFS.Layers}}"
 # Lines: the id, the fingerprint of the files it was built from, and each registry's digest of it.
 PULLED = f'{{{{.Id}}}}{{{{println}}}}{{{{index .Config.Labels "{LABEL}fingerprint"}}}}{{{{range .RepoDigests}}}}{{{{println}}}}{{{{.}}}}{{{{end}}}}'
 
 
 def ship(tag: str, image_id: str, peers: Sequence[Peer], source: Transport, say: Callable[[str], None]) -> None:
     """Have `tag` with `image_id` on every node. Raises NodeFailed, naming nodes, when one does not end up with that very id."""
-    found = each(lambda peer: id_on(peer.site, tag), peers)
-    lacking = [peer for peer, there in zip(peers, found, strict=True) if there != image_id]
+    sent = Sent(id=image_id, layers=layers_on(source, tag))
+    found = each(lambda peer: has(peer.site, tag, sent), peers)
+    lacking = [peer for peer, there in zip(peers, found, strict=True) if not there]
     if not lacking:
         return
     first = lacking if len(lacking) < MANY else lacking[:FAN_OUT]
     waiting = lacking[len(first) :]
     say(f"sending {tag} to {hosts(first)}" + (f"; {len(waiting)} others get it from node to node" if waiting else ""))
     send_image(tag, first, source, say)
-    unserved = spread(tag, image_id, first, waiting, say) if waiting else ()
+    unserved = spread(tag, sent, first, waiting, say) if waiting else ()
     if unserved:
         say(f"sending {tag} from here to {hosts(unserved)}, which no other node could serve")
         send_image(tag, unserved, source, say)
-    require(tag, image_id, [peer.site for peer in lacking])
+    require(tag, sent, [peer.site for peer in lacking])
 
 
-def spread(tag: str, image_id: str, holders: Sequence[Peer], waiting: Sequence[Peer], say: Callable[[str], None]) -> tuple[Peer, ...]:
+def spread(tag: str, sent: "Sent", holders: Sequence[Peer], waiting: Sequence[Peer], say: Callable[[str], None]) -> tuple[Peer, ...]:
     """From those that have it to all others, in rounds; the nodes that did not get it. Who could serve nobody is asked no more: where a
     firewall stands between the nodes, the first round is the last."""
     unserved: list[Peer] = []
@@ -54,7 +57,7 @@ def spread(tag: str, image_id: str, holders: Sequence[Peer], waiting: Sequence[P
         taking = tuple(taker for _, takers in shares for taker in takers)
         say(f"  {len(shares)} node(s) serve {len(taking)} other(s), {len(waiting) - len(taking)} wait")
         failures = [failure for of_one in pass_on(tag, shares) for failure in of_one]
-        arrived = attempt_each(lambda peer: id_on(peer.site, tag) == image_id, taking)
+        arrived = attempt_each(lambda peer: has(peer.site, tag, sent), taking)
         served = {id(peer) for peer, there in zip(taking, arrived, strict=True) if there is True}
         useless = {id(holder) for holder, takers in shares if not any(id(taker) in served for taker in takers)}
         holders = (*(peer for peer in holders if id(peer) not in useless), *(peer for peer in taking if id(peer) in served))
@@ -138,7 +141,7 @@ def pulled_on(site: Site, tag: str, reference: str) -> Pulled:
 def image_on(site: Site, tag: str, reference: str = "") -> Pulled | None:
     """None where there is none. Raises NodeFailed where the engine does not answer."""
     told = site.transport.run(("docker", "image", "inspect", "--format", PULLED, tag))
-    if "No such image" in told.errors:
+    if is_absent(told.errors):
         return None
     told.expect(f"{site.command.host}: asking its Docker engine for {tag}")
     image_id, fingerprint, *digests = told.output.splitlines()
@@ -147,22 +150,42 @@ def image_on(site: Site, tag: str, reference: str = "") -> Pulled | None:
     return Pulled(id=image_id, fingerprint=fingerprint, digest=next(found, ""))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """The image here. `layers`: the digests of its unpacked layers as the engine lists them, '' where it does not."""
+
+    id: str
+    layers: str
+
+
+def layers_on(transport: Transport, tag: str) -> str:
+    return transport.run(("docker", "image", "inspect", "--format", LAYERS, tag)).output.strip()
+
+
+def has(site: Site, tag: str, sent: Sent) -> bool:
+    """By its id; or, where that differs, by what is in it: containerd's store, which new engines have since 29, calls an image by its manifest
+    and the older one by its config (moby, daemon/containerd and daemon/images, image_inspect.go)."""
+    there = id_on(site, tag)
+    return there == sent.id or bool(there and sent.layers.startswith("[") and layers_on(site.transport, tag) == sent.layers)
+
+
 def id_on(site: Site, tag: str) -> str:
     """The id of the node's image with this tag; '' when there is none."""
     found = site.transport.run(("docker", "image", "inspect", "--format", "{{.Id}}", tag))
     if found.code == 0:
         return found.output.strip()
-    if "No such image" in found.errors:
+    if is_absent(found.errors):
         return ""
     found.expect(f"{site.command.host}: asking its Docker engine for {tag}")
     return ""
 
 
-def require(tag: str, image_id: str, sites: Sequence[Site]) -> None:
-    wrong = [site.command.host for site in sites if id_on(site, tag) != image_id]
+def require(tag: str, sent: Sent, sites: Sequence[Site]) -> None:
+    found = each(lambda site: has(site, tag, sent), sites)
+    wrong = [site.command.host for site, there in zip(sites, found, strict=True) if not there]
     if wrong:
         raise NodeFailed(
-            f"after sending, {', '.join(wrong)} does not have {tag} with id {image_id[:19]}: send it again with the same command"
+            f"after sending, {', '.join(wrong)} does not have {tag} with id {sent.id[:19]}: send it again with the same command"
         )
 
 

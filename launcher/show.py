@@ -15,7 +15,7 @@ from launcher.errors import ConfigRefused
 from launcher.fit import choose_strategy
 from launcher.image import LABEL, Image, load_stacks
 from launcher.plan import Plan, to_plain
-from launcher.record import RECORD_FILE, Record, checkpoint_place, first_node
+from launcher.record import RECORD_FILE, Record, bracketed, checkpoint_place, first_node
 from launcher.schema import AXES, Node
 from launcher.start import NodeCommand
 from trainer import contract
@@ -143,8 +143,11 @@ def describe_record(record: Record, plan: Plan) -> str:
     if record.checkpoint:
         rows["checkpoint"] = relative(folder / record.checkpoint) if is_here(plan) else checkpoint_place(record, plan)
     elif plan.spec.stage.kind == "train" and any(node.killed for node in record.nodes):
-        seconds = plan.config.run.stop_timeout_s
-        rows["checkpoint"] = f"none: killed after run.stop_timeout_s={seconds} without saving; raise it, or set run.save_every"
+        late = f"killed after run.stop_timeout_s={plan.config.run.stop_timeout_s} without saving; raise it, or set run.save_every"
+        rows["checkpoint"] = f"none: {late if record.steps else 'it ended before its first step'}"
+    left = [f"{node.host}: {node.left.splitlines()[0]}" for node in record.nodes if node.left]
+    if left and record.failure is None:  # a failure is told with them
+        rows["not cleared"] = f"{'; '.join(left)}; when it answers: {command_line('stop', record.run_id)}"
     rows |= {
         "record": relative(folder / RECORD_FILE),
         "rows": relative(folder / METRICS_FILE),
@@ -173,7 +176,7 @@ def is_here(plan: Plan) -> bool:
 def bring_command(node: Node, plan: Plan) -> str:
     """The checkpoints of a run's first node into this machine's folder of the run."""
     way = (*(("-J", node.jump) if node.jump else ()), *(("-P", str(node.port)) if node.port else ()))
-    target = f"{node.user}@{node.host}" if node.user else node.host
+    target = f"{node.user}@{bracketed(node.host)}" if node.user else bracketed(node.host)
     return shlex.join(("scp", "-r", *way, f"{target}:{plan.spec.output}/{CHECKPOINTS}", relative(Path(plan.folder))))
 
 

@@ -124,7 +124,7 @@ class Ssh:
             yield self._streamed(argv, channel, marker, silence_s)
         finally:
             if not has_ended(channel):
-                self._kill(marker)
+                self._kill(marker, channel)
             channel.close()
 
     def close(self) -> None:
@@ -184,7 +184,7 @@ class Ssh:
                 channel.sendall(variables)
                 channel.shutdown_write()
         except DEAD as error:
-            self.link.drop()
+            self.link.drop(channel.get_transport())
             raise self._lost(argv) from error
         return channel
 
@@ -194,24 +194,24 @@ class Ssh:
         try:
             yield
         except ConnectionLost as error:
-            self.link.drop()
+            self.link.drop(channel.get_transport())
             raise self._lost(argv) from error
         except BaseException as error:
             if not has_ended(channel):
-                self._kill(marker)
+                self._kill(marker, channel)
             channel.close()
             if isinstance(error, TimeoutError):
                 raise NodeFailed(f"{self.title}: no answer within {timeout_s:g} s: {' '.join(argv)}") from error
             raise
 
-    def _kill(self, marker: Marker) -> None:
+    def _kill(self, marker: Marker, channel: Channel) -> None:
         """A node that cannot even be asked to kill is one whose connection is of no use."""
         if not marker.pid:
             return
         try:
             self.signal_group(marker.pid, signal.SIGKILL, reopens=False)
         except NodeFailed:
-            self.link.drop()
+            self.link.drop(channel.get_transport())
 
     def _lost(self, argv: tuple[str, ...]) -> NodeFailed:
         return NodeFailed(

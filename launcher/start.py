@@ -1,5 +1,6 @@
 """One start command per node, as argv tuples from birth. Pure: nothing here looks at this machine."""
 
+import re
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import PurePosixPath
@@ -15,7 +16,6 @@ RUN_LABEL = "omnilaunch.run"  # containers of a run are found again by this
 RUN_VARIABLE = "OMNILAUNCH_RUN_ID"
 FOLDER_VARIABLE = "OMNILAUNCH_RUN_FOLDER"  # processes of a run are found again by this: two folders may hold runs of one id
 WRITABLE_HOME = "/tmp"  # of the image's user: caches of torch and transformers end with the container
-CHECK_SHARES = "16"  # of the processor, beside 1024 for the ranks, about what nice 19 leaves: the data check takes what they leave
 CANN_LOGS = "cann"  # in the run's folder: what CANN writes of its own, for each node
 PINNED_VARIABLES = {
     "PYTHONUNBUFFERED": "1",
@@ -30,6 +30,9 @@ DETERMINISTIC_VARIABLES = {
     "npu": {"HCCL_DETERMINISTIC": "true", "LCCL_DETERMINISTIC": "1", "ATB_MATMUL_SHUFFLE_K_ENABLE": "0", "ATB_LLM_LCOC_ENABLE": "0"},
     "cpu": {},
 }
+# Of docker's clients before 29, of those since (docker/cli 9ba1314d3a writes it small), and of podman's. "no such file or directory" and "no
+# such host" are an engine that does not answer.
+ABSENT = re.compile(r"no such (object|container|image)\b", re.IGNORECASE)
 # Library and the mark before a name that must match whole; torch's own store and checks go over gloo everywhere.
 SOCKET_INTERFACE = {"hccl": (("HCCL", "="), ("GLOO", "")), "nccl": (("NCCL", "="), ("GLOO", "")), "gloo": (("GLOO", ""),)}
 
@@ -86,8 +89,7 @@ def docker_command(config: Config, image: Image, spec: TrainSpec, rank: int, int
         *(part for key, value in sorted(cluster.ulimits.items()) for part in ("--ulimit", f"{key}={value}")),
         *(part for mount in mounts(cluster, spec) for part in ("--mount", mount)),
     )  # fmt: skip
-    aside = ("--cpu-shares", CHECK_SHARES, "--env-file", data_env_file(spec.output, rank))
-    check = ("docker", "run", "--rm", "--name", data_name(name), *aside, *shared)
+    check = ("docker", "run", "--rm", "--name", data_name(name), "--env-file", data_env_file(spec.output, rank), *shared)
     ranks = ("docker", "run", "--detach", "--name", name, "--env-file", env_file(spec.output, rank), *shared, *devices)
     return NodeCommand(
         host=cluster.working[rank].host,
@@ -103,6 +105,11 @@ def docker_command(config: Config, image: Image, spec: TrainSpec, rank: int, int
         stop=("docker", "kill", "--signal", "TERM", name),
         remove=("docker", "rm", "--force", name),
     )
+
+
+def is_absent(errors: str) -> bool:
+    """Whether what docker said on stderr is that there is no container or image of that name."""
+    return ABSENT.search(errors) is not None
 
 
 def attachment_of(config: Config, spec: TrainSpec, rank: int) -> Attachment:

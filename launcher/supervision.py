@@ -4,7 +4,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from launcher.claim import is_asked_to_stop
 from launcher.gang import TICK_S, clear_all, node_log, watch
@@ -13,13 +13,15 @@ from launcher.log import Standing, silence_s, standings
 from launcher.member import Member, NodeResult
 from launcher.node import Mirror
 from launcher.plan import Plan
-from launcher.preparation import Crew, Desk, broken_check, fetch, refuse_data, sites_of
+from launcher.preparation import Crew, Desk, broken_check, fetch, fetch_problems, refuse_data, sites_of
 from launcher.progress import Progress
 from launcher.record import Failure, Status, find_failure, read_if_there
-from trainer.contract import DATA_FILE, ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE, Exit, TrainResult
+from trainer.contract import ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE, Exit, TrainResult
 
 MIRROR_INTERVAL_S = 1.0
 SHOWN_RANKS = 8
+# Before the first row there is nothing to save, and an interpreter that still imports as the first process of a container hears no SIGTERM.
+START_GRACE_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ def watch_attempt(plan: Plan, folder: Path, desk: Desk, crew: Crew, stop: StopRe
                 raise NotReady(slow_start(plan, folder, limit_s))
 
         try:
-            nodes = watch(crew.members, stop, tick, grace_s=plan.config.run.stop_timeout_s)
+            nodes = watch(crew.members, stop, tick, grace_s=lambda: grace_s(plan, folder, began_here=bool(crew.checks)))
             if not any(node.code for node in nodes):
                 finish_checks(crew.checks, lambda: bool(stop.count) or is_asked_to_stop(folder))
         except BadData as error:
@@ -68,6 +70,14 @@ def watch_attempt(plan: Plan, folder: Path, desk: Desk, crew: Crew, stop: StopRe
         fetch(plan, folder, desk)
         progress.tick()
     return judge(plan, folder, nodes, stop)
+
+
+def grace_s(plan: Plan, folder: Path, *, began_here: bool = True) -> float:
+    """How long the ranks may take to save and end. Asked again and again, since a first row may have been on its way here. Of a run that
+    another launcher began (`began_here` false) there may be hours of rows that have not come here yet."""
+    rows = folder / METRICS_FILE
+    nothing_done = began_here and plan.spec.stage.kind == "train" and not (rows.exists() and rows.stat().st_size)
+    return min(plan.config.run.stop_timeout_s, START_GRACE_S) if nothing_done else plan.config.run.stop_timeout_s
 
 
 def signals_of_others(plan: Plan) -> tuple[signal.Signals, ...]:
@@ -139,9 +149,12 @@ def judge_data(plan: Plan, folder: Path, desk: Desk, crew: Crew, check: Member) 
     clear_all(crew.members)
     fetch(plan, folder, desk)
     if code == Exit.USAGE:
-        fetch_report(crew, desk, folder, check)
+        fetch_problems(folder, desk, check)
         refuse_data(folder, check)
-    return Outcome(status="failed", code=Exit.RUN, nodes=ended_nodes(crew, {}), failure=broken_check(folder, check))
+    lost = check.lost or any(member.lost for member in crew.members)
+    return Outcome(
+        status="failed", code=Exit.NODE if lost else Exit.RUN, nodes=ended_nodes(crew, {}), failure=broken_check(folder, check)
+    )
 
 
 def judge_start(plan: Plan, folder: Path, desk: Desk, crew: Crew, failure: Failure) -> Outcome:
@@ -165,14 +178,6 @@ def ended_nodes(crew: Crew, left: Mapping[int, str]) -> tuple[NodeResult, ...]:
         )
         for place, member in enumerate(crew.members)
     )
-
-
-def fetch_report(crew: Crew, desk: Desk, folder: Path, check: Member) -> None:
-    """The report of the node whose check it was."""
-    transport = desk.transports[check.command.node_rank]
-    content = transport.get(str(PurePosixPath(check.command.folder) / DATA_FILE))
-    if content is not None:
-        (folder / DATA_FILE).write_bytes(content)
 
 
 def judge(plan: Plan, folder: Path, nodes: tuple[NodeResult, ...], stop: StopRequest) -> Outcome:

@@ -175,9 +175,29 @@ def test_a_node_that_is_the_first_one_now_gets_the_rows(tmp_path: Path, sites: t
     assert (tmp_path / "n1" / "metrics.jsonl").read_text(encoding="utf-8") == "its own\n"
 
 
+@pytest.mark.parametrize("there", [b"one\n", b"one\ntw", b"one\n\0\0\0", b""])
+def test_rows_that_a_loss_of_power_took_from_the_first_node_are_given_back(tmp_path: Path, sites: tuple[Site, ...], there: bytes) -> None:
+    """Checkpoints are synced to its disk, rows are not; what the launcher has read of them is here."""
+    home = tmp_path / "home"
+    (home / "attempts" / "1").mkdir(parents=True)
+    (home / "attempts" / "1" / "metrics.jsonl").write_bytes(b"one\ntwo\nthree\n")
+    (tmp_path / "n0" / "metrics.jsonl").write_bytes(there)
+    restore_rows(sites[0], home)
+    assert (tmp_path / "n0" / "metrics.jsonl").read_bytes() == b"one\ntwo\nthree\n"
+
+
 def test_no_checkpoint_anywhere(sites: tuple[Site, ...]) -> None:
     assert [newest_on(site) for site in sites] == ["", "", ""]
     assert spread_checkpoint(sites, print) == ""
+
+
+def test_a_node_that_cannot_tell_its_checkpoints_does_not_let_the_run_begin_anew(sites: tuple[Site, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(argv: tuple[str, ...], **_: Any) -> Result:
+        return Result(argv=argv, code=1, output="", errors="Input/output error")
+
+    monkeypatch.setattr(sites[1].transport, "run", unreadable)
+    with pytest.raises(NodeFailed, match=r"host1: looking for its newest checkpoint(.|\n)*Input/output error"):
+        spread_checkpoint(sites, print)
 
 
 def test_a_node_that_cannot_take_it_in_is_named_and_has_no_half(tmp_path: Path, sites: tuple[Site, ...]) -> None:

@@ -40,6 +40,12 @@ REFUSED: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("precision.loss_scaling=dynamic",), "precision.loss_scaling", "precision.loss_scaling=none"),
     (("precision=bf16", "precision.rounding=stochastic"), "precision.rounding", "precision.rounding=nearest"),
     (("precision=pure_bf16", "strategy=zero2", "strategy.offload_optimizer=true"), "strategy.offload_optimizer", "precision=bf16"),
+    (("precision=pure_bf16", "stage.optimizer.state_bits=8"), "stage.optimizer.state_bits", "precision=bf16"),
+    (
+        ("stage.optimizer.state_bits=8", "strategy=zero2", "strategy.offload_optimizer=true"),
+        "stage.optimizer.state_bits",
+        "stage.optimizer.state_bits=0",
+    ),
     (("strategy.checkpoint_every=0",), "strategy.checkpoint_every", "strategy.checkpoint_every=1"),
     (("hardware=rtx3090", "cluster.devices_per_node=4"), "cluster.devices_per_node", "cluster.devices_per_node=2"),
     (("hardware=ascend910c", "cluster.devices_per_node=3"), "cluster.devices_per_node", "cluster.devices_per_node=4"),
@@ -129,6 +135,18 @@ REFUSED: tuple[tuple[tuple[str, ...], str, str], ...] = (
         "cluster.delivery.registry",
         "cluster.delivery.registry=registry.example/team",
     ),
+    (("run.keep_best=exact_match",), "run.keep_best", "run.evaluation.every=30"),
+    (("run.keep_best=loss", "run.evaluation.every=5"), "run.keep_best", "run.evaluation.loss=true"),
+    (
+        ("run.keep_best=loss", "run.evaluation.enabled=false"),
+        "run.keep_best",
+        "run.evaluation.enabled=true run.evaluation.every=30 run.evaluation.loss=true",
+    ),
+    (
+        ("run.keep_best=exact_match", "run.evaluation.every=5", "data=files", "data.train=a.json", "data.images=photos"),
+        "run.keep_best",
+        "data.evaluation=FILE.json",
+    ),
     (("run.steps=20",), "stage.optimizer.warmup", "run.steps=200"),
     (("stage.optimizer.lr=0",), "stage.optimizer.lr", "stage.optimizer.lr=1e-4"),
     (("cluster.devices_per_node=2", "strategy=single"), "strategy", "strategy=ddp"),
@@ -185,6 +203,8 @@ PASSES = (
     (*DOCKER, "cluster.user=0:0", "cluster.shm_size=1.5GiB", "cluster.ulimits={memlock: '-1', nofile: '1024:-1'}", "cluster.mounts=[/a]"),
     (*DOCKER, "cluster.delivery.kind=pull", "cluster.delivery.registry=registry.example:5000/team/a"),
     ("run.evaluation.enabled=false",),
+    ("run.keep_best=loss", "run.evaluation.every=5", "run.evaluation.loss=true"),
+    ("run.keep_best=loss", "stage=evaluate", "stage.checkpoint=run"),
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.ending import Ending, end_run
+from launcher.ending import Ending, end_run, state_of
 from launcher.errors import NodeFailed
 from launcher.node import Site
 from launcher.smi import NVIDIA_APPS_QUERY
@@ -16,17 +16,20 @@ from launcher.start import NodeCommand
 from launcher.transport import Local, Result
 
 NAME = "omnilaunch-r-n0"
+ABSENT = "Error: No such object"
 VERBS = {verb: ("docker", verb, NAME) for verb in ("inspect", "kill", "rm")}
 
 
 class Engine(Local):
     """This machine with an engine that answers from a table; /proc is the real one. `gone_after`: looks until the container is gone."""
 
-    def __init__(self, host: str, *, pids: str = "", apps: str = "", stays: bool = False, silent: bool = False) -> None:
+    def __init__(
+        self, host: str, *, pids: str = "", apps: str = "", stays: bool = False, silent: bool = False, absent: str = ABSENT, gone_after: int = 0
+    ) -> None:
         super().__init__({"PATH": os.environ["PATH"]}, host)
-        self.pids, self.apps, self.stays, self.silent = pids, apps, stays, silent
+        self.pids, self.apps, self.stays, self.silent, self.absent = pids, apps, stays, silent, absent
         self.asked: list[tuple[str, ...]] = []
-        self.removed = False
+        self.removed, self.looks, self.gone_after = False, 0, gone_after
 
     def run(self, argv: tuple[str, ...], **options: Any) -> Result:
         self.asked.append(argv)
@@ -34,7 +37,7 @@ class Engine(Local):
             raise NodeFailed(f"{self.host}: no route to host")
         answers: dict[tuple[str, ...], Callable[[], tuple[int, str, str]]] = {
             VERBS["inspect"]: self.inspect,
-            ("docker", "ps", "--all", "--quiet", "--filter", f"name=^{NAME}(-data)?$"): lambda: (0, "" if self.removed else "c0ffee", ""),
+            ("docker", "ps", "--all", "--format", "{{.Names}}", "--filter", f"name=^{NAME}(-data)?$"): self.list,
             VERBS["kill"]: lambda: (0, NAME, ""),
             VERBS["rm"]: self.remove,
             ("docker", "top", NAME, "-eo", "pid"): lambda: (0, f"PID\n{self.pids}\n", ""),
@@ -46,7 +49,11 @@ class Engine(Local):
         return Result(argv=argv, code=code, output=output, errors=errors)
 
     def inspect(self) -> tuple[int, str, str]:
-        return (1, "", f"Error: No such object: {NAME}") if self.removed else (0, "exited 0", "")
+        return (1, "", f"{self.absent}: {NAME}") if self.removed else (0, "exited 0", "")
+
+    def list(self) -> tuple[int, str, str]:
+        self.looks += 1
+        return 0, "" if self.removed and self.looks > self.gone_after else f"{NAME}\n", ""
 
     def remove(self) -> tuple[int, str, str]:
         self.removed = not self.stays
@@ -84,7 +91,35 @@ def test_a_node_that_does_not_answer_is_reported_and_the_others_are_ended(dead_p
     assert "no route" in endings[0].left and endings[1].left == "" and there.removed
 
 
-def test_a_container_that_stays() -> None:
+@pytest.mark.parametrize(
+    ("said", "state"),
+    [
+        ("Error: No such object", "no container"),  # docker's client up to 28
+        ("error: no such object", "no container"),  # from 29 on
+        ("Error response from daemon: No such container", "no container"),
+        ("error during connect: dial tcp: lookup engine: no such host", None),
+        ("dial unix /var/run/docker.sock: connect: no such file or directory", None),
+    ],
+)
+def test_what_no_container_is_called(said: str, state: str | None, dead_pid: str) -> None:
+    engine = Engine("a", pids=dead_pid, absent=said)
+    engine.removed = True
+    if state is None:
+        with pytest.raises(NodeFailed, match="engine does not answer"):
+            state_of(site(engine))
+    else:
+        assert state_of(site(engine)) == state
+        assert end(engine) == (Ending(host="a", left=""),), "a run that is gone is not reported as left"
+
+
+def test_a_container_whose_removal_is_under_way(dead_pid: str) -> None:
+    """By another client, whom the engine serves first; ours is told that it is being done."""
+    engine = Engine("a", pids=dead_pid, gone_after=2)
+    assert end(engine) == (Ending(host="a", left=""),) and engine.looks == 3
+
+
+def test_a_container_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.ending.REMOVAL_S", 1.0)
     (ending,) = end(Engine("a", stays=True))
     assert "still there" in ending.left and f"docker rm --force {NAME}" in ending.left
 

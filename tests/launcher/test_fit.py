@@ -59,6 +59,13 @@ def test_offloading_moves_states_to_the_host() -> None:
     assert model_states(with_strategy(llava(), name="zero3", offload_optimizer=True, offload_parameters=True)).total_bytes == 0
 
 
+def test_moments_in_8_bits_take_two_bytes_and_a_scale_for_256_of_them() -> None:
+    items = model_states(llava("precision=bf16", "stage.optimizer.state_bits=8")).items_bytes
+    assert items["optimizer"] == TRAINED * (4 + 2) + 2 * 4 * -(-TRAINED // 256)
+    sharded = model_states(with_strategy(llava("precision=fp32", "stage.optimizer.state_bits=8"), name="zero2")).items_bytes
+    assert sharded["optimizer"] == -(-items["optimizer"] // 8)
+
+
 def test_evaluation_holds_weights_alone() -> None:
     states = model_states(llava("stage=evaluate"))
     assert states.items_bytes == {"weights": 2 * LLAVA, "gradients": 0, "optimizer": 0}

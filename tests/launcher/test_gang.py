@@ -2,7 +2,9 @@
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +12,7 @@ from launcher.errors import NodeFailed
 from launcher.gang import Crewed, NodeResult, StopRequest, start_members, watch
 from launcher.member import write_env_file
 from launcher.start import FOLDER_VARIABLE, NodeCommand
-from launcher.transport import Local, processes_with
+from launcher.transport import Local, Result, processes_with
 
 ENVIRON = {"PATH": "/usr/bin:/bin"}
 DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
@@ -40,7 +42,7 @@ def run(
     folder: Path, *codes: str, stop: StopRequest | None = None, grace_s: float = 0.5, tick: object = lambda: None
 ) -> tuple[NodeResult, ...]:
     members = start_members(tuple(command(folder, rank, code) for rank, code in enumerate(codes)), crewed(folder, len(codes)), StopRequest())
-    return watch(members, stop or StopRequest(), tick, grace_s=grace_s)  # type: ignore[arg-type]
+    return watch(members, stop or StopRequest(), tick, grace_s=lambda: grace_s)  # type: ignore[arg-type]
 
 
 def test_all_finish(tmp_path: Path) -> None:
@@ -110,3 +112,20 @@ def test_env_file_is_private_and_literal(tmp_path: Path) -> None:
     write_env_file(replace(command(tmp_path, 0, ""), environment={"KEY": hostile}), Local(ENVIRON), str(path), waits_for=("HF_TOKEN", "B"))
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.read_text() == f"KEY={hostile}\nOMNILAUNCH_SECRETS=HF_TOKEN B\n"
+
+
+class Dark(Local):
+    """Starts nothing, and then answers no more."""
+
+    def put(self, content: bytes, path: str, *, mode: int = 0o600) -> None:
+        raise NodeFailed("dark: no room")
+
+    def run(self, argv: tuple[str, ...], **_: Any) -> Result:
+        raise NodeFailed("dark: no answer\n  Next: ssh dark true")
+
+
+def test_a_node_that_a_failed_start_could_not_clear_is_named(tmp_path: Path) -> None:
+    """What its engine was told may still come up."""
+    containers = tuple(replace(command(tmp_path, rank, ""), runtime="docker") for rank in range(1))
+    with pytest.raises(NodeFailed, match=r"no room\n  not cleared: host0: dark: no answer; when it answers: docker rm --force run-n0 there$"):
+        start_members(containers, replace(crewed(tmp_path, 1), transports=(Dark(ENVIRON),)), StopRequest())

@@ -20,15 +20,16 @@ def judge(*overrides: str) -> list[tuple[str, tuple[str, ...]]]:
 
 @pytest.mark.parametrize("model", ["tiny_llava", "tiny_qwen2_5_vl", "tiny_qwen2_5_omni", "tiny_internvl"])
 def test_most_families_can_be_packed(model: str) -> None:
-    assert judge(f"model={model}", "data.packing=true") == []
+    assert judge(f"model={model}", "data.packing=true") == judge(f"model={model}", "data.padding_free=true") == []
 
 
-def test_linear_attention_cannot() -> None:
+@pytest.mark.parametrize("key", ["data.packing", "data.padding_free"])
+def test_linear_attention_cannot(key: str) -> None:
     model = "model=tiny_minicpm_v_4_6"
-    ((key, changes),) = judge(model, "data.packing=true")
-    assert key == "data.packing"
+    ((found, changes),) = judge(model, f"{key}=true")
+    assert found == key
     for change in changes:
-        assert judge(model, "data.packing=true", *change.split()) == []
+        assert judge(model, f"{key}=true", *change.split()) == []
 
 
 def test_packing_has_no_windows() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from launcher.errors import NodeFailed
-from launcher.member import LOST, ContainerMember
+from launcher.member import LOST, CheckMember, ContainerMember
 from launcher.start import NodeCommand
 from launcher.transport import Local, LocalProcess, Result
 
@@ -97,3 +97,51 @@ def test_the_rest_of_a_log_is_read_when_its_connection_was_lost_and_the_containe
     ended.clear()
     assert ended.code == 5 and (tmp_path / "node0.log").read_text(encoding="utf-8") == "its last words\n"
     assert asked[-1] == ("docker", "rm", "--force", "run-n0")
+
+
+class Away(Node):
+    """Its commands are lost with their connection, and it can be asked nothing until it comes back."""
+
+    def start(self, argv: tuple[str, ...], *, log: Path, **_: Any) -> Any:
+        return Cut()
+
+    def put(self, content: bytes, path: str, *, mode: int = 0o600) -> None:
+        if self.dark:
+            raise NodeFailed("node: no answer")
+
+
+def polled(check: CheckMember, seconds: float) -> int | None:
+    deadline = time.monotonic() + seconds
+    while (code := check.poll()) is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return code
+
+
+def test_a_data_check_whose_node_never_comes_back_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    """A run that was faster than its check waits for nothing else."""
+    command, node = member(tmp_path, dark=False).command, Away(dark=False)
+    check = CheckMember(command, node, tmp_path / "data0.log", ThreadPoolExecutor(max_workers=1), node_timeout_s=0.2)
+    node.dark = True
+    assert polled(check, 5) == LOST and check.lost
+
+
+def test_a_data_check_is_made_again_on_a_node_that_comes_back_in_time(tmp_path: Path) -> None:
+    command, node = member(tmp_path, dark=False).command, Away(dark=False)
+    check = CheckMember(command, node, tmp_path / "data0.log", ThreadPoolExecutor(max_workers=1), node_timeout_s=0.2)
+    node.dark = True
+    assert polled(check, 0.3) is None and check.silent_since
+    node.dark = False
+    node.start = lambda argv, *, log, **_: Local({"PATH": "/usr/bin:/bin"}).start(("true",), log=log)  # type: ignore[method-assign]
+    assert polled(check, 5) == 0 and not check.lost
+
+
+def test_a_bug_in_the_thread_that_makes_a_check_again_is_seen(tmp_path: Path) -> None:
+    command, node = member(tmp_path, dark=False).command, Away(dark=False)
+    check = CheckMember(command, node, tmp_path / "data0.log", ThreadPoolExecutor(max_workers=1), node_timeout_s=20)
+
+    def broken(*_: object, **__: object) -> None:
+        raise OSError("no room for the log")
+
+    node.start = broken  # type: ignore[method-assign,assignment]
+    with pytest.raises(OSError, match="no room"):
+        polled(check, 2)

@@ -1,17 +1,24 @@
-"""Which way the image takes, and what is said of a path that a node lacks."""
+"""Which way the image takes, and what is said of a path that a node lacks and of data that cannot be trained on."""
 
+import json
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from launcher import preparation
-from launcher.errors import NodeFailed
+from launcher.errors import ConfigRefused, NodeFailed
 from launcher.interrupt import StopRequest
 from launcher.plan import Plan
-from launcher.preparation import Desk, bring_image, bring_paths, start_ranks
+from launcher.preparation import Desk, bring_image, bring_paths, fetch_problems, refuse_data, start_ranks
+from launcher.start import NodeCommand
 from launcher.transport import Local
 from tests.launcher.hospital import CPU, LOCAL, PlanFor
+from trainer import contract
+from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, SCHEMA, DataProblem, DataReport
 
 WAYS = ("pull", "ship", "build", "find", "build_on", "sync")
 
@@ -88,3 +95,55 @@ def test_a_path_that_a_node_lacks_is_named_with_what_brings_it(plan_for: PlanFor
     with pytest.raises(NodeFailed) as caught:
         start_ranks(plan, desk_for(plan), StopRequest())
     assert str(caught.value) == said
+
+
+# -------------------------------------------------------------------------------------------------------------- bad data
+
+
+@pytest.fixture
+def check(tmp_path: Path) -> Any:
+    """A data check that has ended on a node, whose folder of the run lies elsewhere, with 60 problems of which the report has 50."""
+    (tmp_path / "node").mkdir()
+    (tmp_path / "here").mkdir()
+    problems = tuple(
+        DataProblem(file="/d/rows.json", row=row, field="image", problem="no such file", fix="put it there") for row in range(1, 61)
+    )
+    report = DataReport(
+        schema=SCHEMA, sha256="", train_rows=90, evaluation_rows=0, images=0, problems=problems[:50], problem_count=len(problems)
+    )  # fmt: skip
+    contract.write(report, tmp_path / "node" / DATA_FILE)
+    (tmp_path / "node" / DATA_PROBLEMS_FILE).write_text("".join(f"{json.dumps(asdict(problem))}\n" for problem in problems))
+    command = NodeCommand(
+        host="192.0.2.11", node_rank=0, runtime="docker", name="c", folder=str(tmp_path / "node"), environment={}, prepare=(), start=()
+    )
+    return SimpleNamespace(command=command)
+
+
+def desk_here(plan: Plan) -> Desk:
+    here = Local({"PATH": os.environ["PATH"]})
+    return replace(desk_for(plan), transports=(here,), here=here)
+
+
+def test_all_problems_come_here_and_the_refusal_says_where(plan_for: PlanFor, tmp_path: Path, check: Any) -> None:
+    here = tmp_path / "here"
+    fetch_problems(here, desk_here(plan_for(*CPU)), check)
+    rows = [json.loads(line)["row"] for line in (here / DATA_PROBLEMS_FILE).read_text().splitlines()]
+    assert rows == list(range(1, 61))
+    with pytest.raises(ConfigRefused) as caught:
+        refuse_data(here, check)
+    said = str(caught.value)
+    assert "the data on 192.0.2.11 cannot be trained on (60 problem(s))" in said
+    assert said.count("/d/rows.json row ") == 20 and "... and 40 more" in said
+    assert said.endswith(f"all of them, a JSON object a line: {here / DATA_PROBLEMS_FILE}")
+
+
+def test_a_list_that_does_not_come_is_named_where_it_lies(
+    plan_for: PlanFor, tmp_path: Path, check: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.node.FOLDER_BYTES", (tmp_path / "node" / DATA_FILE).stat().st_size)
+    (tmp_path / "node" / DATA_PROBLEMS_FILE).write_text("x" * 2**20)
+    fetch_problems(tmp_path / "here", desk_here(plan_for(*CPU)), check)
+    assert [path.name for path in (tmp_path / "here").iterdir()] == [DATA_FILE]
+    with pytest.raises(ConfigRefused) as caught:
+        refuse_data(tmp_path / "here", check)
+    assert str(caught.value).endswith(f"192.0.2.11:{tmp_path / 'node' / DATA_PROBLEMS_FILE}")

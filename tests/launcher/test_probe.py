@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.answer import read_clock, read_interfaces, read_ports
+from launcher.answer import PODMAN, UNASKED, Answer, read_clock, read_docker, read_interfaces, read_ports
 from launcher.errors import NodeFailed
 from launcher.facts import Clock, Container
 from launcher.link import Client
@@ -45,6 +45,33 @@ def test_this_machine(tmp_path: Path) -> None:
     assert not list(Path.cwd().glob("x")) and not list(tmp_path.glob("x"))
     (hostile / "more").write_text("")
     assert probe(Local(os.environ), wanted, now=time.time).contents[str(hostile)].digest != folder.digest
+
+
+def test_a_folder_is_the_same_whatever_was_in_it_once(tmp_path: Path) -> None:
+    """Its own size is the file system's: on ext4 one that held thousands of files stays large."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder, count in ((one, 0), (other, 3000)):
+        (folder / "images").mkdir(parents=True)
+        for number in range(count):
+            (folder / "images" / f"{number:0100}").touch()
+        for path in (folder / "images").iterdir():
+            path.unlink()
+        (folder / "images" / "img 1.jpg").write_text("x")
+    known = tmp_path / "data"  # a link, as a data folder often is
+
+    def digest(folder: Path) -> str:
+        known.unlink(missing_ok=True)
+        known.symlink_to(folder)
+        content = probe(Local(os.environ), Inquiry(accelerator="cpu", root="/", contents=(str(known),)), now=time.time).contents[str(known)]
+        assert content.kind == "folder" and content.digest
+        return content.digest
+
+    assert digest(one) == digest(other)
+    (other / "images" / "img 1.jpg").rename(other / "images" / "img 2.jpg")
+    assert digest(one) != digest(other), "a name is all of its words"
+    (other / "images" / "img 2.jpg").rename(other / "images" / "img 1.jpg")
+    (other / "images" / "img 1.jpg").write_text("xy")
+    assert digest(one) != digest(other)
 
 
 def test_over_ssh(tmp_path: Path) -> None:
@@ -152,6 +179,13 @@ def test_docker_that_may_not_be_used() -> None:
     missing: Said = (127, "", "timeout: failed to run command 'docker': No such file or directory")
     facts = ask(Bed("a", healthy() | dict.fromkeys(DOCKER_QUESTIONS, missing)))
     assert facts.docker and facts.docker.client == "" and "No such file" in facts.docker.error
+
+
+def test_podman_behind_the_name_of_docker_is_called_so() -> None:
+    info = Answer(code=0, output='{"host": {"arch": "amd64"}, "store": {}, "version": {"Version": "4.9.3"}}', errors="Emulate Docker CLI")
+    client = Answer(code=0, output="podman version 4.9.3", errors="")
+    docker = read_docker({"docker": info, "docker_client": client, "docker_room": UNASKED, "toolkit": UNASKED})
+    assert (docker.engine, docker.error) == ("", PODMAN)
 
 
 def test_a_shell_that_runs_nothing_is_the_nodes_fault() -> None:

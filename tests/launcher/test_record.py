@@ -13,6 +13,7 @@ from launcher.compose import compose
 from launcher.errors import ConfigRefused
 from launcher.member import NodeResult
 from launcher.plan import Plan
+from launcher.progress import Tail
 from launcher.record import (
     Failure,
     Record,
@@ -93,6 +94,15 @@ def test_rows_that_were_written_count_and_half_a_row_does_not(plan: Plan) -> Non
     whole = json.dumps(ROW.__dict__)
     (folder / contract.METRICS_FILE).write_text(f"{whole}\n{whole[:20]}")
     assert read_rows(folder / contract.METRICS_FILE) == (ROW,)
+    assert close(plan).final_loss == 1.5  # type: ignore[attr-defined]
+
+
+def test_a_torn_row_takes_no_record_away(plan: Plan) -> None:
+    """As a disk leaves it that was full, or without power, and was written on later."""
+    folder = open_run(plan, SOURCE)
+    whole = json.dumps(ROW.__dict__).encode()
+    (folder / contract.METRICS_FILE).write_bytes(whole[:20] + b"\n" + whole + b"\n\0\0\xff\n[1]\n{}\n")
+    assert read_rows(folder / contract.METRICS_FILE) == Tail(folder / contract.METRICS_FILE).rows() == (ROW,)
     assert close(plan).final_loss == 1.5  # type: ignore[attr-defined]
 
 

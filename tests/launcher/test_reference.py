@@ -126,6 +126,11 @@ def test_a_remote_run_that_has_none(checkpoint: str, said: str, plan_for: Callab
         resolved(config_for("R", hosts=("gpu1",)), tmp_path)
 
 
+def test_a_node_without_a_name_is_written_as_scp_does(tmp_path: Path) -> None:
+    with pytest.raises(ConfigRefused, match=r"scp -r '\[fd00::5\]:/srv/my runs/step-000001' FOLDER"):
+        resolved(config_for("[fd00::5]:/srv/my runs/step-000001", hosts=("gpu2",)), tmp_path)
+
+
 @pytest.mark.parametrize("text", ["gpu1:/srv/c/step-000001", "ann@gpu1:/srv/c/step-000001"])
 def test_a_folder_on_a_node_is_named_as_scp_does(text: str, tmp_path: Path) -> None:
     assert resolved(config_for(text, hosts=("gpu1",)), tmp_path) == "/srv/c/step-000001"

@@ -1,14 +1,21 @@
 """Runs that are there: found, refused with what there is, their logs side by side."""
 
+import gc
 import json
+import os
+import tracemalloc
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from launcher import run_action
+from launcher.claim import claim
+from launcher.cli import main
 from launcher.errors import ConfigRefused
 from launcher.plan import Plan, to_plain
-from launcher.run_action import find_run, follow, load_plan, require_containers
+from launcher.run_action import PIECE_BYTES, attach_run, find_run, follow, load_plan, require_containers, show_logs, show_status
 
 
 def write_run(folder: Path, plan: Plan) -> Path:
@@ -63,3 +70,92 @@ def test_logs_of_all_nodes_line_by_line_until_the_end(tmp_path: Path, plan_for: 
         return calls > 1
 
     assert list(follow(folder, ended=ended)) == ["[node0] one", "[node0] two", "[node1] \ufffdthree"]
+
+
+def test_a_log_larger_than_a_piece_is_read_in_pieces(tmp_path: Path, plan_for: Callable[..., Plan]) -> None:
+    folder = write_run(tmp_path / "r", plan_for())
+    lines = [f"{number:099}" for number in range(3 * PIECE_BYTES // 100)]
+    (folder / "logs" / "node0.log").write_text("\n".join(lines), encoding="utf-8")
+    tracemalloc.start()
+    assert all(line == f"[node0] {wanted}" for line, wanted in zip(follow(folder, ended=lambda: True), lines, strict=True))
+    assert tracemalloc.get_traced_memory()[1] < 8 * PIECE_BYTES, "a file of hours is not held in memory"
+    tracemalloc.stop()
+
+
+def test_another_attempts_log_is_read_from_its_beginning_though_it_is_longer(tmp_path: Path, plan_for: Callable[..., Plan]) -> None:
+    folder = write_run(tmp_path / "r", plan_for())
+    log = folder / "logs" / "node0.log"
+    log.write_text("first\n", encoding="utf-8")
+    calls = 0
+
+    def ended() -> bool:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            (folder / "attempts" / "1").mkdir(parents=True)
+            (folder / "logs").rename(folder / "attempts" / "1" / "logs")
+            (folder / "logs").mkdir()
+            log.write_text("second, and more of it\nlast words", encoding="utf-8")
+        return calls > 1
+
+    assert list(follow(folder, ended=ended)) == ["[node0] first", "[node0] second, and more of it", "[node0] last words"]
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"schema": 1, "of_a_later_version": 2}'])
+def test_a_run_with_a_record_that_cannot_be_read_is_not_taken_up_again(
+    tmp_path: Path, plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    folder = write_run(tmp_path / "runs" / "monday", plan_for("cluster.runtime=docker"))
+    (folder / "result.json").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_action, "supervise", lambda *_: pytest.fail("it was taken up again"))
+    for verb in (attach_run, show_status):
+        with pytest.raises(ConfigRefused, match=r"monday has ended, and this version cannot read how: .*result\.json"):
+            verb(Namespace(run="monday", say=print))
+    assert (folder / "result.json").read_text(encoding="utf-8") == text
+    said: list[str] = []
+    (folder / "logs" / "node0.log").write_text("done\n", encoding="utf-8")
+    assert show_logs(Namespace(run="monday", say=said.append, follow=True)) == 0 and said == ["[node0] done"]
+
+
+def test_logs_of_a_run_that_was_left_to_itself_come_from_its_engine(
+    tmp_path: Path, plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after `launch --detach`, or a launcher that was killed: nobody adds to the logs here."""
+    folder = write_run(tmp_path / "runs" / "monday", plan_for("cluster.runtime=docker"))
+    (folder / "logs" / "node0.log").write_text("step 1\n", encoding="utf-8")
+    (tmp_path / "docker").write_text(
+        '#!/bin/sh\n[ "$1" = logs ] || exec echo running 0\necho step 1; echo "$*" >&2; [ "$2" = --follow ] || exit; sleep 1; echo step 2\n'
+    )
+    (tmp_path / "docker").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for follows, words, more in ((False, "logs", []), (True, "logs --follow", ["[node0] step 2"])):
+        said: list[str] = []
+        show_logs(Namespace(run="monday", say=said.append, follow=follows))
+        name = load_plan(folder).commands[0].name
+        assert said == ["[node0] step 1", f"[node0] {words} {name}", *more]
+    said.clear()
+    with claim(folder):
+        show_logs(Namespace(run="monday", say=said.append, follow=False))
+    assert said == ["[node0] step 1"], "with a launcher that looks after it they come here"
+    (tmp_path / "docker").write_text("#!/bin/sh\necho error: no such object >&2; exit 1\n")
+    show_logs(Namespace(run="monday", say=said.append, follow=True))
+    assert said == ["[node0] step 1"] * 2, "its containers are gone: what has come is all there is"
+
+
+def test_what_may_take_days_collects_its_garbage(tmp_path: Path, plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line starts without: each command to a node leaves some in a cycle, and a run asks once a second."""
+    write_run(tmp_path / "runs" / "monday", plan_for("cluster.runtime=docker"))
+    monkeypatch.chdir(tmp_path)
+    seen: list[bool] = []
+
+    def attached(*_: object) -> None:
+        seen.append(gc.isenabled())
+        raise ConfigRefused("enough")
+
+    monkeypatch.setattr("launcher.launch.attach", attached)
+    try:
+        assert main(["attach", "monday"]) == 2 and seen == [True]
+    finally:
+        gc.enable()

@@ -2,13 +2,15 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher import relay, ship
 from launcher.errors import ImageFailed, NodeFailed
-from launcher.ship import id_on, require
-from launcher.transport import Local
+from launcher.node import Site
+from launcher.ship import LAYERS, Sent, has, id_on, require
+from launcher.transport import Local, Result
 from tests.launcher.engine import Hall
 
 
@@ -94,4 +96,24 @@ def test_another_id_than_the_one_that_was_sent_is_found_out(tmp_path: Path) -> N
     (hall.engines[1].home / "image").write_bytes(b"another")
     site = hall.peers[0].site
     with pytest.raises(NodeFailed, match="host1 does not have tag with id"):
-        require("tag", id_on(site, "tag"), [peer.site for peer in hall.peers])
+        require("tag", Sent(id=id_on(site, "tag"), layers=""), [peer.site for peer in hall.peers])
+
+
+@pytest.mark.parametrize(
+    ("there", "layers", "same"),
+    [
+        ("sha256:config", "", True),
+        ("sha256:manifest", '["sha256:a","sha256:b"]', True),
+        ("sha256:manifest", '["sha256:a","sha256:c"]', False),
+        ("sha256:manifest", "", False),
+    ],
+)
+def test_an_image_in_another_kind_of_store_is_known_by_its_layers(tmp_path: Path, there: str, layers: str, same: bool) -> None:
+    """Docker 29 keeps images in containerd's, 28 in its own, where one image has another id."""
+
+    class Engine(Local):
+        def run(self, argv: tuple[str, ...], **_: Any) -> Result:
+            return Result(argv=argv, code=0, output=layers if LAYERS in argv else there, errors="")
+
+    site = Site(command=Hall(tmp_path, 1).peers[0].site.command, transport=Engine({}))
+    assert has(site, "tag", Sent(id="sha256:config", layers='["sha256:a","sha256:b"]')) is same

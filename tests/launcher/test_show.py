@@ -13,6 +13,7 @@ from launcher.errors import ConfigRefused
 from launcher.member import NodeResult
 from launcher.plan import Plan
 from launcher.record import Record, SourceState, Status, close_run, open_run
+from launcher.reference import ON_NODE
 from launcher.show import describe_plan, describe_record, describe_runs, next_commands, plan_json
 from trainer import contract
 from trainer.contract import SCHEMA
@@ -106,7 +107,9 @@ def test_credentials_are_shown_and_written_nowhere(plan_for: Callable[..., Plan]
 
 def test_a_killed_run_that_saved_nothing_says_what_to_change(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
     plan = plan_for(f"cluster.root={tmp_path}")
-    text = describe_record(end(plan, "stopped", checkpoint=False, nodes=(replace(ENDED, code=-9, killed=True),)), plan)
+    record = end(plan, "stopped", checkpoint=False, nodes=(replace(ENDED, code=-9, killed=True),))
+    assert "checkpoint  none: it ended before its first step" in describe_record(record, plan)
+    text = describe_record(replace(record, steps=4), plan)
     assert "killed after run.stop_timeout_s=8 without saving; raise it, or set run.save_every" in text
 
 
@@ -148,6 +151,20 @@ def saved(plan: Plan, host: str) -> Record:
 
 TWO = "cluster.nodes=[{host: a, user: ann, port: 2222, jump: gate}, {host: b, user: ann}, {host: c, user: ann, spare: true}]"
 REMOTE = ("cluster.runtime=docker", "cluster.root=/srv/omnilaunch")
+
+
+def test_a_node_without_a_name_is_written_as_scp_and_the_next_stage_take_it(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    plan = elsewhere(plan_for(*REMOTE, "cluster.nodes=[{host: 'fd00::5'}, {host: 'fd00::6'}]"), tmp_path)
+    record = saved(plan, "fd00::5")
+    place = "[fd00::5]:/srv/omnilaunch/runs/R/checkpoints/step-000300"
+    assert f"checkpoint  {place}" in describe_record(record, plan) and ON_NODE.fullmatch(place)
+    assert shlex.split(next_commands(record, plan).splitlines()[0])[2] == "[fd00::5]:/srv/omnilaunch/runs/R/checkpoints"
+
+
+def test_a_node_that_a_stop_could_not_clear_is_named(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    plan = plan_for(f"cluster.root={tmp_path}")
+    record = end(plan, "stopped", nodes=(replace(ENDED, host="dark", left="dark: no answer\n  Next: look"),))
+    assert "not cleared  dark: dark: no answer; when it answers: omnilaunch stop R" in describe_record(record, plan)
 
 
 @pytest.mark.parametrize("host", ["a", "c"])

@@ -1,5 +1,6 @@
 """Commands and files over a real sshd of this test's own, on loopback."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -108,3 +109,22 @@ def test_a_lost_connection_is_said_at_once_and_made_anew_by_the_next_call(ssh: S
     for pid in running("sleep", "4805"):
         os.kill(pid, signal.SIGKILL)
     assert not running("sleep", "4804")
+
+
+def test_a_loss_that_is_noticed_late_ends_no_newer_connection(ssh: Ssh, sshd: Sshd, tmp_path: Path) -> None:
+    """Of two commands on a connection that is lost, one is asked again at once; the other one's reader comes to it only then."""
+    with ssh.stream(("sh", "-c", "echo first; exec sleep 4806")) as chunks:
+        assert next(chunks) == b"first\n"
+        for pid in sshd.children():
+            os.kill(pid, signal.SIGKILL)
+        assert sshd.has_children(0)
+        with contextlib.suppress(NodeFailed):  # the loss may be seen while this asks
+            ssh.run(("true",))
+        followed = ssh.start(("sleep", "4807"), log=tmp_path / "log")
+        with pytest.raises(NodeFailed, match="lost the connection"):
+            next(chunks)
+        assert followed.wait(0.5) is None, "it is on the newer connection, which is well"
+    assert ssh.run(("echo", "again")).output == "again\n"
+    followed.signal(signal.SIGKILL)
+    for pid in running("sleep", "4806"):
+        os.kill(pid, signal.SIGKILL)

@@ -17,7 +17,7 @@ from launcher.node import Mirror, Site
 from launcher.plan import Plan
 from launcher.preparation import Crew, Desk
 from launcher.start import NodeCommand
-from launcher.supervision import Outcome, signals_of_others, watch_attempt
+from launcher.supervision import START_GRACE_S, Outcome, grace_s, signals_of_others, watch_attempt
 from launcher.transport import Local, Result
 from trainer import contract
 from trainer.contract import SCHEMA, DataProblem, DataReport, TrainResult
@@ -127,6 +127,18 @@ def test_a_run_is_left_when_its_data_is_checked(plan: Plan) -> None:
 def test_a_run_that_breaks_before_it_is_left_is_told(plan: Plan) -> None:
     outcome = leave(plan, Path(plan.folder), desk(), crew(plan, (1, 0.2), (None, 0.0)), StopRequest())
     assert outcome is not None and outcome.status == "failed"
+
+
+def test_before_the_first_row_there_is_nothing_to_wait_for(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    plan = plan_for(f"cluster.root={tmp_path}", "run.stop_timeout_s=60")
+    rows = tmp_path / contract.METRICS_FILE
+    assert grace_s(plan, tmp_path) == START_GRACE_S < 60
+    assert grace_s(plan, tmp_path, began_here=False) == 60, "a run that was left to itself may have trained for hours"
+    rows.touch()
+    assert grace_s(plan, tmp_path) == START_GRACE_S
+    rows.write_text("{}\n", encoding="utf-8")
+    assert grace_s(plan, tmp_path) == 60
+    assert grace_s(replace(plan, spec=replace(plan.spec, stage=replace(plan.spec.stage, kind="evaluate"))), Path("/nowhere")) == 60
 
 
 def test_a_closed_terminal_concerns_no_container(plan_for: Callable[..., Plan]) -> None:
