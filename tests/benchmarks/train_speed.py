@@ -6,7 +6,7 @@ Hugging Face's Trainer needs accelerate: pip install accelerate. Each way runs i
 figures are medians of the mean step after the first 15, an epoch of `mixed`. Both make their batches with our collate, in the process of the loop
 (data.workers=0, dataloader_num_workers=0), and keep processed images and texts between epochs. `mixed`: conversations of 20 to 500 tokens,
 three out of four with an image. A step is 16 samples: one micro-batch padded to its longest sample, or with packing rows of at most 512
-tokens, one a micro-batch. useful: the tokens of samples among all that the model computes.
+tokens, one a micro-batch; padding-free: the micro-batch of 16 samples as one row. useful: the tokens of samples among all that the model computes.
 """
 
 import argparse
@@ -184,6 +184,7 @@ WAYS = {
     "hf, by length": Way(trainer=run_theirs, data={}, arguments={"train_sampling_strategy": "group_by_length"}),
     "ours": Way(trainer=run_ours, data={}, arguments={}),
     "ours, by length": Way(trainer=run_ours, data={"length_aware": "window"}, arguments={}),
+    "ours, padding-free": Way(trainer=run_ours, data={"padding_free": True}, arguments={}),
     "ours, packed": Way(trainer=run_ours, data={"packing": True}, arguments={}),
 }
 
