@@ -57,11 +57,13 @@ def repeats(earlier: Attempt, later: Attempt) -> bool:
 def set_aside(folder: Path, attempt: Attempt, *, mirrored: bool) -> Attempt:
     """Move what an attempt left in the launcher's folder to attempts/<number>/, where its logs and reports stay. The rows of its steps are
     there as well; in the run's folder the trainer cuts off those after the checkpoint that it goes on from, and where that folder is only
-    a mirror of node 0's, they come from there again."""
+    a mirror of node 0's, they come from there again. Where a launcher was killed while it did this, what has been written since takes the
+    place of what it had moved: who attaches gets the same logs and reports once more."""
     aside = folder / ATTEMPTS / str(attempt.number)
     aside.mkdir(parents=True, exist_ok=True)
     for path in (folder / "logs", folder / ENVIRONMENT_FILE, folder / RESULT_FILE, *sorted(folder.glob(FAILURE_FILES.format(rank="*")))):
         if path.exists():
+            remove(aside / path.name)
             shutil.move(path, aside / path.name)
     (folder / "logs").mkdir()
     if (folder / METRICS_FILE).exists():
@@ -69,6 +71,13 @@ def set_aside(folder: Path, attempt: Attempt, *, mirrored: bool) -> Attempt:
     moved = replace(attempt, failure=moved_failure(attempt.failure, folder, aside))
     contract.write(contract.decode(Attempt, mask_credentials(asdict(moved))), aside / ATTEMPT_FILE)
     return moved
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def moved_failure(failure: Failure | None, folder: Path, aside: Path) -> Failure | None:

@@ -77,6 +77,17 @@ def test_when_a_run_is_not_started_again(earlier: tuple[Attempt, ...], last: Att
     assert why in said and bool(why) == bool(said)
 
 
+
+def test_a_launcher_that_was_killed_while_it_set_aside_leaves_work_to_the_next(tmp_path: Path) -> None:
+    for said in ("first", "second", "third"):
+        (tmp_path / "logs").mkdir(exist_ok=True)
+        (tmp_path / "logs/node0.log").write_text(said, encoding="utf-8")
+        set_aside(tmp_path, failed(1), mirrored=True)
+        (tmp_path / "attempts/1/attempt.json").unlink()
+    assert [path.name for path in sorted((tmp_path / "attempts/1").rglob("*"))] == ["logs", "node0.log"]
+    assert (tmp_path / "attempts/1/logs/node0.log").read_text(encoding="utf-8") == "third"
+
+
 def test_what_an_attempt_left_is_kept(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     for name in ("logs/node1.log", "failure-rank1.json", "environment.json", "metrics.jsonl", "plan.json"):
