@@ -12,7 +12,7 @@ for next; do
 done
 case "$1" in
   info) echo '{info}' ;;
-  version) echo 27.5.1 ;;
+  --version) echo "Docker version 27.5.1, build 9f9e405" ;;
   ps) ;;
   image) exit 1 ;;
 esac

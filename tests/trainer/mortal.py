@@ -28,6 +28,7 @@ from trainer.contract import SPEC_FILE, TrainSpec, write
 
 LIMIT_S = 240  # of any run here, on a machine that has other things to do
 LOOK_S = 0.005
+END_S = 10.0  # that the others have to end by themselves, once one has ended with an error of its own
 
 # name -> where the trainer looks a function up; a rank dies when it calls it
 PLACES: dict[str, tuple[Any, str]] = {
@@ -97,6 +98,10 @@ def wait_for_one(ranks: list[Any], kill_when: Callable[[], bool]) -> None:
         if any(rank.exitcode for rank in ranks):
             break
         left = [rank for rank in left if rank.is_alive()]
+    if any((rank.exitcode or 0) > 0 for rank in ranks):
+        until = time.monotonic() + END_S
+        for rank in left:
+            rank.join(max(0.0, until - time.monotonic()))
     for rank in left:
         rank.kill()
 
