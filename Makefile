@@ -75,7 +75,7 @@ test-cluster: setup ## Run on hosts with an sshd, an engine and a disk of their 
 	@touch $@
 
 .venv/.trainer: .venv/.torch $(CPU).txt
-	@echo "setting up the trainer from $(CPU).txt: 160 MB, about 80 s"
+	@echo "setting up the trainer from $(CPU).txt: 180 MB, about 80 s"
 	@$(INSTALL) --require-hashes -r $(CPU).txt
 	@touch $@
 

@@ -13,7 +13,7 @@ from launcher.deepspeed import render_deepspeed
 from launcher.errors import ConfigRefused
 from launcher.fit import States, choose_strategy, device_count, model_states, world_size
 from launcher.image import Image, Stack, render
-from launcher.schema import Cluster, Config
+from launcher.schema import Cluster, Config, Run
 from launcher.start import NodeCommand, node_commands
 from trainer.contract import SCHEMA, Batch, DataSpec, DeviceSpec, ModelSpec, StageSpec, TrainSpec
 
@@ -65,7 +65,7 @@ def make_plan(config: Config, stacks: dict[str, Stack], place: Place, *, run_id:
         root=place.project,
         base=config.cluster.delivery.base,
     )
-    spec = train_spec(config, place, run_id=run_id)
+    spec = train_spec(config, place, run_id=run_id, overrides=overrides)
     return Plan(
         schema=SCHEMA,
         run_id=run_id,
@@ -86,7 +86,7 @@ def move_plan(plan: Plan, cluster: Cluster, stacks: dict[str, Stack], place: Pla
     # Addresses that were recorded without their credentials are missed only where the image has to be built, and there it is said.
     verdict = check(replace(config, cluster=replace(cluster, delivery=without_masked(cluster.delivery))), stacks)
     refuse(verdict, launching=True)
-    spec = train_spec(config, place, run_id=plan.run_id)
+    spec = train_spec(config, place, run_id=plan.run_id, overrides=plan.overrides)
     user = config.cluster.user or place.user
     commands = node_commands(config, plan.image, spec, interpreter=place.interpreter, user=user)
     return replace(plan, config=config, verdict=verdict, states=model_states(config), spec=spec, commands=commands)
@@ -100,7 +100,7 @@ def refuse(verdict: Verdict, *, launching: bool) -> None:
         raise ConfigRefused("\n".join((heading, *map(str, standing))))
 
 
-def train_spec(config: Config, place: Place, *, run_id: str) -> TrainSpec:
+def train_spec(config: Config, place: Place, *, run_id: str, overrides: tuple[str, ...] = ()) -> TrainSpec:
     """What the trainer is told. Paths become absolute: below `cluster.root` for the run, below `here` for what the user names."""
     root = absolute(config.cluster.root, place.here)
     ranks = world_size(config)
@@ -128,8 +128,14 @@ def train_spec(config: Config, place: Place, *, run_id: str) -> TrainSpec:
         loss_chunk=config.strategy.loss_chunk,
         checkpoint_every=config.strategy.checkpoint_every,
         checkpoint_groups=config.strategy.checkpoint_groups,
+        trackers_named=names_trackers(config, overrides),
         **{name: getattr(config.run, name) for name in OF_THE_RUN},
     )
+
+
+def names_trackers(config: Config, overrides: tuple[str, ...]) -> bool:
+    """Whether somebody asked for the run's trackers: what is only the default stops no run where it is not installed."""
+    return config.run.trackers != Run.trackers or any(override.startswith("run.trackers") for override in overrides)
 
 
 def divide(config: Config, ranks: int) -> Batch:

@@ -321,7 +321,7 @@ class Run:
     save_every_s: float = 0.0  # save at the first step that ends so long after the last checkpoint; 0 = by steps alone
     keep_best: Literal["", "exact_match", "loss"] = ""  # by the evaluation; kept besides the newest keep_checkpoints
     checkpoint_background: bool = False  # the steps go on while a copy in the first node's memory is written
-    trackers: tuple[str, ...] = ()  # tensorboard, wandb, swanlab, mlflow: where they are installed
+    trackers: tuple[str, ...] = ("tensorboard",)  # also wandb, swanlab, mlflow: where they are installed
     profile: Profile = field(default_factory=Profile)
 
 

@@ -21,7 +21,7 @@ NAMED = 5  # files that are missing, in a message
 # Where the attempts of one run may differ: it changes where and how fast the steps are done, not what they are.
 FREE_SECTIONS = ("device.", "evaluation.", "deepspeed.", "profile.")
 FREE_KEYS = {
-    *("save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background", "trackers"),
+    *("save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background", "trackers", "trackers_named"),
     *("schema", "run_id", "output", "gradient_checkpointing", "hang_timeout_s"),
     *("checkpoint_every", "checkpoint_groups", "loss_chunk"),
     *("batch.micro_batch", "batch.accumulation", "data.root", "data.workers"),

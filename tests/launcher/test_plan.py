@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 
 from launcher.cli import plan_of
+from launcher.compose import compose
 from launcher.errors import ConfigRefused
-from launcher.plan import Plan, absolute, to_plain
+from launcher.image import load_stacks
+from launcher.plan import Place, Plan, absolute, move_plan, to_plain
+from launcher.resolver import read_lock
+from launcher.schema import Run
 from trainer.contract import TrainSpec, decode
 
 PROJECT = Path(__file__).resolve().parents[2]
+PLACE = Place(project=PROJECT, here=Path("/home/ann/work"), interpreter="/venv/bin/python", user="1000:1000")
 WITHOUT_TORCH = """
 import sys
 class Refuse:
@@ -80,6 +85,32 @@ def test_the_global_batch_is_divided_once(
     assert spec.deepspeed["zero_optimization"]["stage"] == stage
     assert spec.deepspeed.get("zero_allow_untested_optimizer", False) == (spec.precision.rounding == "stochastic")
     assert (spec.loss_chunk, spec.checkpoint_every, spec.checkpoint_groups) == (1024, 1, ())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "trackers", "named"),
+    [
+        ((), ("tensorboard",), False),
+        (("hardware=ascend910b",), ("tensorboard",), False),
+        (("run.trackers=[tensorboard]",), ("tensorboard",), True),
+        (("run.trackers=[tensorboard,wandb]",), ("tensorboard", "wandb"), True),
+        (("run.trackers=[]",), (), True),
+    ],
+)
+def test_the_trackers_and_whether_somebody_asked_for_them(
+    plan_for: Callable[..., Plan], overrides: tuple[str, ...], trackers: tuple[str, ...], named: bool
+) -> None:
+    plan = plan_for(*overrides)
+    assert (plan.spec.trackers, plan.spec.trackers_named) == (trackers, named)
+    moved = move_plan(plan, plan.config.cluster, load_stacks(PROJECT / "images"), PLACE) if plan.verdict.launchable else plan
+    assert moved.spec == plan.spec
+
+
+def test_the_default_trackers_are_in_every_lock_and_agree_with_the_file() -> None:
+    locks = {lock for stack in load_stacks(PROJECT / "images").values() for lock in stack.locks.values() if lock}
+    assert len(locks) == 6
+    assert all(set(Run.trackers) <= set(read_lock(PROJECT / "images" / lock)) for lock in locks)
+    assert compose([], PROJECT / "conf").run.trackers == Run.trackers
 
 
 def test_the_command_plans_what_was_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -221,6 +221,16 @@ def test_a_whole_refresh_with_the_real_uv(project: Path, index: Path, monkeypatc
     assert stacks["ascend910c"] == STACKS["ascend910c"] and stacks["cuda126"] == STACKS["cuda126"], "rows that were not named stay"
     assert refresh(project, stacks=("cpu",), say=said.append) == (), "the same index gives the same bytes"
 
+    package(index, "networkx", "9.0")
+    package(index, "newcomer", "1.0", "networkx", "its-own")
+    package(index, "its-own", "2.0")
+    asked = project / "pyproject.toml"
+    asked.write_text(asked.read_text(encoding="utf-8").replace('    "ninja",\n', '    "ninja",\n    "newcomer",\n'), encoding="utf-8")
+    refresh(project, stacks=("cpu",), say=said.append)
+    after = read_lock(locks / "cpu-x86_64.txt")
+    assert [after.pop(name).split()[0] for name in ("newcomer", "its-own")] == ["newcomer==1.0", "its-own==2.0"]
+    assert after == cpu, "what is locked stays, though the index has a newer one"
+
 
 @pytest.mark.parametrize("answer", ["<html>blocked</html>", "alpha==1.0", "alpha==1.0 \\\\\n    --hash=md5:1", ""])
 def test_an_answer_that_is_no_lock_is_refused(tmp_path: Path, answer: str) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from trainer.contract import TRACKER_FOLDER, InputRefused, TrainSpec
+from trainer.contract import METRICS_FILE, TRACKER_FOLDER, InputRefused, TrainSpec
 
 PROJECT = "omnilaunch"
 CLOSE_S = 60.0  # for what a tracker has not written yet when the run ends
+FLUSH_S = 10  # TensorBoard's own 120 would show a run that is looked at two minutes late, and lose as much of one that is killed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class TensorBoard:
     def __init__(self, facts: Facts) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(facts.folder), purge_step=facts.step + 1 if facts.step else None)
+        self.writer = SummaryWriter(str(facts.folder), purge_step=facts.step + 1 if facts.step else None, flush_secs=FLUSH_S)
         self.writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in facts.config.items()), facts.step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -159,17 +160,35 @@ TRACKERS = {
 # ------------------------------------------------------------------------------------------------------------------- all
 
 
+def is_installed(name: str) -> bool:
+    return importlib.util.find_spec(TRACKERS[name].module) is not None
+
+
 def refuse_missing(spec: TrainSpec) -> None:
-    """Raises InputRefused for a tracker that is unknown, or whose package is not installed here."""
+    """Raises InputRefused for a tracker that is unknown, or that somebody asked for and whose package is not installed here."""
     for name in spec.trackers:
         if name not in TRACKERS:
             raise InputRefused(f"run.trackers: there is no tracker {name!r}; valid are {', '.join(TRACKERS)}")
-        if importlib.util.find_spec(TRACKERS[name].module) is None:
+        if spec.trackers_named and not is_installed(name):
             package = TRACKERS[name].package
             raise InputRefused(
                 f"run.trackers: {name!r} needs the package {package}, which is not installed where the ranks run. Add it to the trainer's "
                 f"packages and build the image again, or install it there with: pip install {package}; or leave it out of run.trackers."
             )
+
+
+def choose_trackers(spec: TrainSpec) -> tuple[str, ...]:
+    """Those of the run that are installed here; the others, which nobody asked for, are said and left out."""
+    chosen = tuple(name for name in spec.trackers if is_installed(name))
+    for name in spec.trackers:
+        if name not in chosen:
+            package = TRACKERS[name].package
+            print(
+                f"run.trackers: {name}, the default, is left out, since the package {package} is not installed where the ranks run. "
+                f"{METRICS_FILE} has every row all the same. To have it: pip install {package} there; to ask for none: run.trackers=[]",
+                flush=True,
+            )
+    return chosen
 
 
 class Listener:
@@ -223,11 +242,12 @@ class Audience:
 
 @contextmanager
 def open_trackers(spec: TrainSpec, config: dict[str, Any], environ: Mapping[str, str], *, step: int, tells: bool) -> Iterator[Audience]:
-    """Yields the trackers of spec.trackers. They are closed at the end, however it comes. `config`: what they show of the run."""
+    """Yields those trackers of spec.trackers that are installed, and closes them at the end, however it comes. `config`: what they show of
+    the run."""
     folder = Path(spec.output) / TRACKER_FOLDER
     facts = {
         name: Facts(run_id=spec.run_id, folder=folder / name, config=config, step=step, environ=environ)
-        for name in (spec.trackers if tells else ())
+        for name in (choose_trackers(spec) if tells else ())
     }
     audience = Audience(tuple(Listener(name, told) for name, told in facts.items()))
     try:

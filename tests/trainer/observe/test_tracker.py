@@ -4,6 +4,7 @@ import importlib.util
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,3 +172,22 @@ def test_an_unknown_or_missing_one_is_refused_with_what_to_do(tiny_spec: Any, mo
     with pytest.raises(InputRefused, match=r"'wandb' needs the package wandb, which is not installed.*pip install wandb"):
         refuse_missing(replace(tiny_spec("b"), trackers=("wandb",)))
     refuse_missing(tiny_spec("c"))
+
+
+def test_one_that_is_only_the_default_and_missing_is_said_once_and_left_out(
+    tiny_spec: Any, known: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(TRACKERS, "tensorboard", replace(TRACKERS["tensorboard"], module="nowhere_to_be_found"))
+    told: list[int] = []
+    known("there", lambda _: SimpleNamespace(log=lambda step, _: told.append(step), close=lambda: None))
+    spec = replace(tiny_spec(), trackers=("tensorboard", "there"), trackers_named=False)
+    refuse_missing(spec)
+    for rank in range(2):
+        with open_trackers(spec, {}, {}, step=0, tells=rank == 0) as audience:
+            audience.log(1, {"loss": 1.0})
+    said = capsys.readouterr().out
+    assert said.count("tensorboard, the default, is left out, since the package tensorboard is not installed") == 1
+    assert "metrics.jsonl has every row" in said and "run.trackers=[]" in said
+    assert told == [1], "the others are told"
+    with pytest.raises(InputRefused, match=r"there is no tracker 'visdom'"):
+        refuse_missing(replace(spec, trackers=("visdom",)))
