@@ -280,6 +280,7 @@ class TrainSpec:
     loss_chunk: int = 0  # the most trained tokens of a micro-batch whose logits exist at a time; 0 = all of them
     checkpoint_every: int = 1  # with gradient_checkpointing: every which layer is computed twice
     checkpoint_groups: tuple[str, ...] = ()  # and of which groups of the model; () = of all that have layers
+    kernels: Literal["auto", "plain", "fused"] = "plain"  # of layers: auto = fused ones where the accelerator and the packages have them
 
 
 # ------------------------------------------------------------------------------------------------------ to and from the disk
