@@ -36,7 +36,7 @@ from trainer.data.source import hash_sources
 from trainer.device import Device, open_device, seed_all
 from trainer.draft import Saved, make_room
 from trainer.effect import taken_config
-from trainer.engine import start_distributed, start_engine
+from trainer.engine import Engine, start_distributed, start_engine
 from trainer.evaluate import Halted, evaluate
 from trainer.kernel import use_kernels
 from trainer.loop import Progress, stop_on_signals
@@ -107,14 +107,12 @@ def train_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
         load_adapter(staged.model, Path(origin.path))
     resume_adapter(staged.model, spec, start)
     engine = start_engine(staged.model, spec, rank.place, rates=staged.rates)
-    taken = {"config": dict(engine.handle.config), "taken": taken_config(engine)}
-    describe(spec, rank, staged, environ, origin=origin, deepspeed=taken, kernels=kernels)
+    describe(spec, rank, staged, environ, origin=origin, engine=engine, kernels=kernels)
     held_out = load_samples(places.evaluation, places) if spec.evaluation.enabled else ()
-    loss_sum = engine.loss_sum if spec.evaluation.loss else None
     partitioned = spec.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3
 
     def answer(file: str, halted: Halted | None) -> dict[str, float]:
-        more = {"file": file, "loss_sum": loss_sum, "halted": halted}
+        more = {"file": file, "loss_sum": engine.loss_sum if spec.evaluation.loss else None, "halted": halted}
         return score(spec, rank, engine.model, processor, held_out, partitioned=partitioned, **more)
 
     with open_trackers(spec, fixed_parts(spec), environ, step=start.step, tells=rank.number == 0) as audience:
@@ -177,7 +175,7 @@ def evaluate_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> T
     kernels = use_kernels(model, spec)
     staged = apply_stage(model, spec, family.unused(model))
     staged.model.to(rank.place)
-    describe(spec, rank, staged, environ, origin=origin, deepspeed={}, kernels=kernels)
+    describe(spec, rank, staged, environ, origin=origin, engine=None, kernels=kernels)
     held_out = load_samples(places.evaluation, places) if spec.evaluation.enabled else ()
     gauge.enter("evaluation")
     scores = score(spec, rank, staged.model, processor, held_out, partitioned=False)
@@ -262,10 +260,11 @@ def describe(
     environ: Mapping[str, str],
     *,
     origin: Origin,
-    deepspeed: dict[str, Any],
+    engine: Engine | None,
     kernels: dict[str, str],
 ) -> None:
     """environment.json, the table of what trains, and the kernels that are not the plain ones."""
+    deepspeed = {"config": dict(engine.handle.config), "taken": taken_config(engine)} if engine is not None else {}
     report = report_environment(rank.device, rank.local, staged.groups, deepspeed, environ)
     if report is not None:
         write(replace(report, origin=origin, kernels=kernels), Path(spec.output) / ENVIRONMENT_FILE)
