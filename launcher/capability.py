@@ -1,6 +1,7 @@
 """Rules about what the target has: element types, devices, collectives, and a stack that is built for the chip and the nodes."""
 
 from collections.abc import Iterator, Mapping
+from typing import Literal
 
 from launcher.errors import suggest
 from launcher.fit import device_count
@@ -11,6 +12,7 @@ from launcher.schema import Config
 BACKEND = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 HANG_GRACE_S = 30  # trainer.watchdog.GRACE_S
 HANG_MARGIN_S = 60  # for ranks whose collective began before the step of the one that hangs
+LIGER = "liger-kernel"
 FAMILY = {"cpu": "cpu", "cuda": "cuda", "npu": "ascend"}
 
 # -------------------------------------------------------------------------------------------------------------- precision
@@ -69,6 +71,33 @@ def state_bits_suit(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]
     if config.strategy.offload_optimizer:
         what = "the one optimizer that DeepSpeed takes for states in the host's memory, DeepSpeedCPUAdam, has none in 8 bits"
         yield Problem(key=key, what=what, changes=("strategy.offload_optimizer=false", f"{key}=0"))
+
+
+def lacks_kernels(config: Config) -> str:
+    """Why the chip has no fused kernels (trainer/kernel.py), '' where it has some."""
+    hardware = config.hardware
+    if hardware.accelerator == "cpu":
+        return "there are fused kernels for CUDA and NPU devices, none for a CPU, where torch's own are no faster"
+    if hardware.accelerator == "cuda" and not hardware.capability.compile:
+        return f"liger-kernel is written in Triton, which does not compile for {hardware.title} ({hardware.architecture})"
+    return ""
+
+
+def choose_kernels(config: Config) -> Literal["auto", "plain", "fused"]:
+    """For the trainer: `auto` is left to what is installed there, unless the chip decides it."""
+    return "plain" if config.strategy.kernels == "auto" and lacks_kernels(config) else config.strategy.kernels
+
+
+def kernels_exist(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
+    key, stack = "strategy.kernels", stacks.get(config.hardware.stack)
+    changes = (f"{key}=auto", f"{key}=plain")
+    if config.strategy.kernels != "fused":
+        return
+    if why := lacks_kernels(config):
+        yield Problem(key=key, what=why, changes=changes)
+    elif config.hardware.accelerator == "cuda" and config.cluster.runtime == "docker" and stack and LIGER not in stack.packages:
+        what = f"stack {stack.name} of images/versions.yaml has no {LIGER}; docs/training.md says how it gets one"
+        yield Problem(key=key, what=what, changes=changes)
 
 
 def attention_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -191,6 +220,7 @@ CAPABILITY_RULES: tuple[Rule, ...] = (
     loss_scaling_suits,
     rounding_suits,
     state_bits_suit,
+    kernels_exist,
     attention_is_named,
     devices_exist,
     devices_are_whole,

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from launcher.capability import choose_kernels
 from launcher.check import Verdict, check
 from launcher.credential import mask_credentials, without_masked
 from launcher.deepspeed import render_deepspeed
@@ -129,6 +130,7 @@ def train_spec(config: Config, place: Place, *, run_id: str, overrides: tuple[st
         checkpoint_every=config.strategy.checkpoint_every,
         checkpoint_groups=config.strategy.checkpoint_groups,
         trackers_named=names_trackers(config, overrides),
+        kernels=choose_kernels(config),
         **{name: getattr(config.run, name) for name in OF_THE_RUN},
     )
 

@@ -196,7 +196,8 @@ class Stage:
 class Strategy:
     """`auto` takes the least sharded one whose model states fit. `micro_batch` null = chosen from the global batch. `loss_chunk`: the most
     trained tokens of a micro-batch whose logits exist at a time, 0 = all. With gradient_checkpointing every `checkpoint_every`th layer of
-    `checkpoint_groups` is computed twice, () = of all groups that have layers."""
+    `checkpoint_groups` is computed twice, () = of all groups that have layers. `kernels`: of norms, SwiGLU and rotary positions; auto =
+    fused ones where the chip and the installed packages have them."""
 
     name: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"]
     offload_optimizer: bool = False
@@ -206,6 +207,7 @@ class Strategy:
     loss_chunk: int = 0
     checkpoint_every: int = 1
     checkpoint_groups: tuple[Literal["vision", "lm"], ...] = ()
+    kernels: Literal["auto", "plain", "fused"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,7 +66,7 @@ TRAINER_ORDER = (
     ("report",),
     ("contract",),
     ("device", "precision", "schedule", "data", "models", "stages", "observe", "resume", "shard", "output", "watchdog"),
-    ("activation", "loss", "part", "quantization", "rounding"),
+    ("activation", "kernel", "loss", "part", "quantization", "rounding"),
     ("optimizer",),
     ("eight_bit",),
     ("effect",),

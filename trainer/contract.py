@@ -281,6 +281,7 @@ class TrainSpec:
     checkpoint_every: int = 1  # with gradient_checkpointing: every which layer is computed twice
     checkpoint_groups: tuple[str, ...] = ()  # and of which groups of the model; () = of all that have layers
     trackers_named: bool = True  # by somebody: one whose package is missing is refused; False = the default, which is left out there
+    kernels: Literal["auto", "plain", "fused"] = "plain"  # of layers: auto = fused ones where the accelerator and the packages have them
 
 
 # ------------------------------------------------------------------------------------------------------ to and from the disk

@@ -88,7 +88,8 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class EnvReport:
-    """Facts asked of the running process, never copied from a config. `deepspeed`: the config that the engine really took."""
+    """Facts asked of the running process, never copied from a config. `deepspeed`: the config that the engine really took. `kernels`: fused
+    kernel -> in how many layers and whose, or "plain" -> why there are none; empty where none was looked for."""
 
     schema: int
     hostname: str
@@ -105,6 +106,7 @@ class EnvReport:
     trainable: dict[str, int]
     deepspeed: dict[str, Any]
     origin: Origin = Origin()
+    kernels: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

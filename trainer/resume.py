@@ -23,7 +23,7 @@ FREE_SECTIONS = ("device.", "evaluation.", "deepspeed.", "profile.")
 FREE_KEYS = {
     *("save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background", "trackers", "trackers_named"),
     *("schema", "run_id", "output", "gradient_checkpointing", "hang_timeout_s"),
-    *("checkpoint_every", "checkpoint_groups", "loss_chunk"),
+    *("checkpoint_every", "checkpoint_groups", "loss_chunk", "kernels"),
     *("batch.micro_batch", "batch.accumulation", "data.root", "data.workers"),
 }
 

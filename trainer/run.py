@@ -36,8 +36,9 @@ from trainer.data.source import hash_sources
 from trainer.device import Device, open_device, seed_all
 from trainer.draft import Saved, make_room
 from trainer.effect import taken_config
-from trainer.engine import start_distributed, start_engine
+from trainer.engine import Engine, start_distributed, start_engine
 from trainer.evaluate import Halted, evaluate
+from trainer.kernel import use_kernels
 from trainer.loop import Progress, stop_on_signals
 from trainer.models import find_family
 from trainer.models.family import Processor
@@ -98,6 +99,7 @@ def train_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     origin = find_origin(spec, weights_folder(spec))
     model, processor = build(spec, family, origin, instead=whole_weights(spec, start), place=rank.place)
     say_phase(4)
+    kernels = use_kernels(model, spec)
     if spec.gradient_checkpointing:
         checkpoint_layers(model, spec)
     staged = apply_stage(model, spec, family.unused(model))
@@ -105,13 +107,12 @@ def train_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
         load_adapter(staged.model, Path(origin.path))
     resume_adapter(staged.model, spec, start)
     engine = start_engine(staged.model, spec, rank.place, rates=staged.rates)
-    describe(spec, rank, staged, origin, {"config": dict(engine.handle.config), "taken": taken_config(engine)}, environ)
+    describe(spec, rank, staged, environ, origin=origin, engine=engine, kernels=kernels)
     held_out = load_samples(places.evaluation, places) if spec.evaluation.enabled else ()
-    loss_sum = engine.loss_sum if spec.evaluation.loss else None
     partitioned = spec.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3
 
     def answer(file: str, halted: Halted | None) -> dict[str, float]:
-        more = {"file": file, "loss_sum": loss_sum, "halted": halted}
+        more = {"file": file, "loss_sum": engine.loss_sum if spec.evaluation.loss else None, "halted": halted}
         return score(spec, rank, engine.model, processor, held_out, partitioned=partitioned, **more)
 
     with open_trackers(spec, fixed_parts(spec), environ, step=start.step, tells=rank.number == 0) as audience:
@@ -171,9 +172,10 @@ def evaluate_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> T
     places = find_places(spec)
     origin = find_origin(spec, weights_folder(spec))
     model, processor = build(spec, family, origin, place=rank.place)
+    kernels = use_kernels(model, spec)
     staged = apply_stage(model, spec, family.unused(model))
     staged.model.to(rank.place)
-    describe(spec, rank, staged, origin, {}, environ)
+    describe(spec, rank, staged, environ, origin=origin, engine=None, kernels=kernels)
     held_out = load_samples(places.evaluation, places) if spec.evaluation.enabled else ()
     gauge.enter("evaluation")
     scores = score(spec, rank, staged.model, processor, held_out, partitioned=False)
@@ -251,12 +253,24 @@ def load_samples(file: Path | None, places: Places) -> tuple[Sample, ...]:
     return samples
 
 
-def describe(spec: TrainSpec, rank: Rank, staged: Staged, origin: Origin, deepspeed: dict[str, Any], environ: Mapping[str, str]) -> None:
-    """environment.json, and the table of what trains."""
+def describe(
+    spec: TrainSpec,
+    rank: Rank,
+    staged: Staged,
+    environ: Mapping[str, str],
+    *,
+    origin: Origin,
+    engine: Engine | None,
+    kernels: dict[str, str],
+) -> None:
+    """environment.json, the table of what trains, and the kernels that are not the plain ones."""
+    deepspeed = {"config": dict(engine.handle.config), "taken": taken_config(engine)} if engine is not None else {}
     report = report_environment(rank.device, rank.local, staged.groups, deepspeed, environ)
     if report is not None:
-        write(replace(report, origin=origin), Path(spec.output) / ENVIRONMENT_FILE)
+        write(replace(report, origin=origin, kernels=kernels), Path(spec.output) / ENVIRONMENT_FILE)
         trainable_table(staged.groups, print)
+        for name, where in kernels.items():
+            print(f"kernel {name}: {where}")
         sys.stdout.flush()
 
 

@@ -122,6 +122,16 @@ def test_every_name_of_the_profiler_is_in_the_plugin(stack: str, architecture: s
 
 
 @pytest.mark.parametrize(("stack", "architecture"), CASES)
+def test_every_fused_operator_is_in_the_plugin(stack: str, architecture: str, wheelhouse: Callable[[str, str], Path]) -> None:
+    """That they are there; what they compute was not run."""
+    tree = ast.parse((ROOT / "trainer" / "kernel.py").read_text(encoding="utf-8"))
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch.ops.npu"}
+    sources = plugin(wheelhouse(stack, architecture)).sources.values()
+    assert len(used) == 3
+    assert {name for name in used if not any(f"torch.ops.npu.{name}" in text for text in sources)} == set()
+
+
+@pytest.mark.parametrize(("stack", "architecture"), CASES)
 def test_every_name_that_deepspeed_uses_is_in_the_plugin(stack: str, architecture: str, wheelhouse: Callable[[str, str], Path]) -> None:
     folder = wheelhouse(stack, architecture)
     names = plugin(folder).names("torch_npu.npu")

@@ -113,6 +113,23 @@ def test_the_default_trackers_are_in_every_lock_and_agree_with_the_file() -> Non
     assert compose([], PROJECT / "conf").run.trackers == Run.trackers
 
 
+@pytest.mark.parametrize(
+    ("overrides", "kernels"),
+    [
+        ((), "plain"),
+        (("hardware=p4",), "plain"),
+        (("hardware=h200",), "auto"),
+        (("hardware=ascend910b",), "auto"),
+        (("hardware=ascend910b", "strategy.kernels=plain"), "plain"),
+        (("hardware=ascend910b", "strategy.kernels=fused"), "fused"),
+    ],
+)
+def test_the_chip_decides_on_kernels_before_what_is_installed(
+    plan_for: Callable[..., Plan], overrides: tuple[str, ...], kernels: str
+) -> None:
+    assert plan_for(*overrides).spec.kernels == kernels
+
+
 def test_the_command_plans_what_was_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     overrides = ["hardware=p4", "run.force=it's fine"]
