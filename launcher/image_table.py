@@ -25,7 +25,6 @@ def rendered_path(root: Path, stack: str) -> Path:
 
 def describe_stacks(stacks: dict[str, Stack], root: Path) -> str:
     """docs/images.md: the versions, what was built and tested where, then where each pairing was read."""
-    packages = ", ".join(sorted({f"{name} {version}" for stack in stacks.values() for name, version in stack.packages.items()}))
     return "\n".join(
         (
             "# Images",
@@ -34,7 +33,7 @@ def describe_stacks(stacks: dict[str, Stack], root: Path) -> str:
             "",
             *versions(stacks),
             "",
-            f"In every stack: {packages}.",
+            *packages(stacks),
             "",
             "## What was built and tested",
             "",
@@ -47,6 +46,14 @@ def describe_stacks(stacks: dict[str, Stack], root: Path) -> str:
             "",
         )
     )
+
+
+def packages(stacks: dict[str, Stack]) -> tuple[str, ...]:
+    """What all stacks have, then what some have besides."""
+    pinned = {name: {f"{package} {version}" for package, version in stack.packages.items()} for name, stack in stacks.items()}
+    common = set.intersection(*pinned.values())
+    more = {name: ", ".join(sorted(own - common)) for name, own in pinned.items() if own - common}
+    return (f"In every stack: {', '.join(sorted(common))}.", *(f"In {name} besides: {own}." for name, own in more.items()))
 
 
 def versions(stacks: dict[str, Stack]) -> list[str]:

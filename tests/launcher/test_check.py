@@ -48,7 +48,6 @@ REFUSED: tuple[tuple[tuple[str, ...], str, str], ...] = (
     ),
     (("strategy.kernels=fused",), "strategy.kernels", "strategy.kernels=auto"),
     (("hardware=p4", "strategy.kernels=fused"), "strategy.kernels", "strategy.kernels=plain"),
-    (("hardware=h200", *DOCKER, "strategy.kernels=fused"), "strategy.kernels", "strategy.kernels=auto"),
     (("strategy.checkpoint_every=0",), "strategy.checkpoint_every", "strategy.checkpoint_every=1"),
     (("hardware=rtx3090", "cluster.devices_per_node=4"), "cluster.devices_per_node", "cluster.devices_per_node=2"),
     (("hardware=ascend910c", "cluster.devices_per_node=3"), "cluster.devices_per_node", "cluster.devices_per_node=4"),
@@ -188,6 +187,7 @@ PASSES = (
     ("hardware=p4",),
     ("hardware=p4", "precision=fp32"),
     ("hardware=h200", "hardware.stack=cuda130"),
+    ("hardware=h200", *DOCKER, "cluster.delivery.accept_licence=true", "strategy.kernels=fused"),
     ("hardware=ascend910c", "cluster.devices_per_node=4"),
     ("stage=lm", "stage.checkpoint=run"),
     ("stage=evaluate", "model=llava_1_5_7b"),
@@ -339,3 +339,12 @@ def test_zero_everywhere_breaks_no_rule(rule: Any) -> None:
         config = put(config, key.split("."), 0)
     list(rule(config, stacks()))
     list(rule(replace(config, cluster=replace(config.cluster, nodes=())), {}))
+
+
+def test_fused_kernels_are_refused_where_a_stack_lacks_them() -> None:
+    """As one of a user's own may."""
+    config = compose(("hardware=h200", *DOCKER, "strategy.kernels=fused"), ROOT / "conf")
+    stack = stacks()[config.hardware.stack]
+    poorer = replace(stack, packages={name: version for name, version in stack.packages.items() if name != "liger-kernel"})
+    found = [problem for problem in check(config, stacks() | {stack.name: poorer}).problems if problem.key == "strategy.kernels"]
+    assert len(found) == 1 and stack.name in found[0].what and "strategy.kernels=auto" in found[0].changes
