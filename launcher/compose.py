@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from launcher.errors import ConfigRefused, suggest
+from launcher.errors import NODES, ConfigRefused, refuse_config, suggest
 from launcher.schema import AXES, Config
 from trainer.contract import SpecError, decode
 
@@ -212,13 +212,13 @@ def _validate(composed: Composed, overrides: Sequence[str], conf: Path) -> Confi
         lines = [
             f"  {key}{_whose(key, composed)} ({_where(key.split('.'), composed, overrides, conf)}): {reason}" for key, reason in problems
         ]
-        raise ConfigRefused("\n".join((_heading("value", len(problems)), *lines)))
+        refuse_config("\n".join((_heading("value", len(problems)), *lines)), (key for key, _ in problems))
     return typing.cast(Config, config)
 
 
 def _whose(key: str, composed: Composed) -> str:
     """The name of the node that a key is about: people do not count the lines of a cluster file."""
-    if not key.startswith("cluster.nodes."):
+    if not key.startswith(f"{NODES}."):
         return ""
     nodes, place = composed.data["cluster"]["nodes"], int(key.split(".")[2])
     host = nodes[place].get("host") if isinstance(nodes[place], dict) else None

@@ -3,6 +3,7 @@
     LaunchError
     +-- ConfigRefused   2   a config, an override or an input that cannot work
     +-- ImageFailed     3   rendering, building or fetching an image
+    |   +-- NodesRefused 4  the same, where nothing but the list of nodes is wrong
     +-- NodeFailed      4   a node that cannot be reached or used
     +-- RunEnded        5   a run that started and failed
 
@@ -11,8 +12,11 @@ The text of each says what, where (file and key), what is allowed, and the next 
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import NoReturn
 
 from trainer.contract import Exit
+
+NODES = "cluster.nodes"  # the section that lists them
 
 
 class LaunchError(Exception):
@@ -21,6 +25,10 @@ class LaunchError(Exception):
 
 class ConfigRefused(LaunchError):
     exit_code = Exit.USAGE
+
+
+class NodesRefused(ConfigRefused):
+    exit_code = Exit.NODE
 
 
 class ImageFailed(LaunchError):
@@ -33,6 +41,12 @@ class NodeFailed(LaunchError):
 
 class RunEnded(LaunchError):
     exit_code = Exit.RUN
+
+
+def refuse_config(text: str, keys: Iterable[str]) -> NoReturn:
+    """Raises ConfigRefused, as NodesRefused where all the `keys` that are wrong are of cluster.nodes: to whoever starts runs by a script
+    that is a bad node, whether the file or the host itself tells it."""
+    raise (NodesRefused if all(key.startswith(NODES) for key in keys) else ConfigRefused)(text)
 
 
 def suggest(word: str, valid: Iterable[str]) -> str:

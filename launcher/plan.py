@@ -11,7 +11,7 @@ from launcher.capability import choose_kernels
 from launcher.check import Verdict, check
 from launcher.credential import mask_credentials, without_masked
 from launcher.deepspeed import render_deepspeed
-from launcher.errors import ConfigRefused
+from launcher.errors import ConfigRefused, refuse_config
 from launcher.fit import States, choose_strategy, device_count, model_states, world_size
 from launcher.image import Image, Stack, render
 from launcher.schema import Cluster, Config, Run
@@ -98,7 +98,7 @@ def refuse(verdict: Verdict, *, launching: bool) -> None:
     standing = [problem for problem in verdict.problems if launching or not problem.launch_only]
     if standing:
         heading = "this cannot work:" if len(standing) == 1 else f"this cannot work, for {len(standing)} reasons:"
-        raise ConfigRefused("\n".join((heading, *map(str, standing))))
+        refuse_config("\n".join((heading, *map(str, standing))), (problem.key for problem in standing))
 
 
 def train_spec(config: Config, place: Place, *, run_id: str, overrides: tuple[str, ...] = ()) -> TrainSpec:
