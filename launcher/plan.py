@@ -14,6 +14,7 @@ from launcher.deepspeed import render_deepspeed
 from launcher.errors import ConfigRefused, refuse_config
 from launcher.fit import States, choose_strategy, device_count, model_states, world_size
 from launcher.image import Image, Stack, render
+from launcher.recipe import leaves_padding_out
 from launcher.schema import Cluster, Config, Run
 from launcher.start import NodeCommand, node_commands
 from trainer.contract import SCHEMA, Batch, DataSpec, DeviceSpec, ModelSpec, StageSpec, TrainSpec
@@ -191,7 +192,7 @@ def data_spec(config: Config, place: Place, root: str) -> DataSpec:
         length_aware=data.length_aware,
         max_pixels=data.max_pixels,
         max_tiles=data.max_tiles,
-        padding_free=data.padding_free,
+        padding_free=leaves_padding_out(config),
         **named,
     )
 

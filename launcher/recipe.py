@@ -204,6 +204,13 @@ def packing_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterator[Prob
         yield Problem(key="data.length_aware", what=what, changes=("data.length_aware=off", "data.packing=false"))
 
 
+def leaves_padding_out(config: Config) -> bool:
+    """data.padding_free, which is left to us where it is null: tests/benchmarks/train_speed.py measured it on a CPU, and on nothing else."""
+    if config.data.padding_free is not None:
+        return config.data.padding_free
+    return config.hardware.accelerator == "cpu" and config.model.packable and not config.data.packing
+
+
 def smallest_image_tokens(rule: ImageTokens) -> int:
     """Tokens of the smallest image that the rule knows."""
     return rule.min_pixels // rule.unit**2 if rule.rule == "grid" and rule.unit else rule.tokens

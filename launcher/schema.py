@@ -225,7 +225,7 @@ class Data:
     length_aware: Literal["off", "step", "window"] = "off"  # samples of like length together: of a step, or of a window of steps
     max_pixels: int = 0  # of an image, for families that scale it (Qwen); 0 = as the model's processor says
     max_tiles: int = 0  # of an image, for families that cut it (InternVL tiles, MiniCPM slices); 0 = as the model's processor says
-    padding_free: bool = False  # the samples of a micro-batch one after the other in place of padding; they do not see each other
+    padding_free: bool | None = None  # the samples of a micro-batch one after the other in place of padding; null = on a CPU
 
 
 # -------------------------------------------------------------------------------------------------------------- cluster

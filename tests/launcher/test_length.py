@@ -7,6 +7,7 @@ import pytest
 from launcher.check import check
 from launcher.compose import compose
 from launcher.image import load_stacks
+from launcher.recipe import leaves_padding_out
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,3 +39,19 @@ def test_packing_has_no_windows() -> None:
     for change in changes:
         assert judge("data.packing=true", "data.length_aware=window", change) == []
     assert judge("data.length_aware=window") == judge("data.length_aware=step") == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "left_out"),
+    [
+        ((), True),
+        (("data.packing=true",), False),
+        (("model=tiny_minicpm_v_4_6",), False),
+        (("hardware=h200",), False),
+        (("hardware=h200", "data.padding_free=true"), True),
+        (("data.padding_free=false",), False),
+        (("data.padding_free=null",), True),
+    ],
+)
+def test_padding_is_left_out_by_default_where_that_was_measured(overrides: tuple[str, ...], left_out: bool) -> None:
+    assert leaves_padding_out(compose(overrides, ROOT / "conf")) is left_out

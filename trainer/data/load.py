@@ -14,7 +14,7 @@ from trainer.contract import InputRefused, TrainSpec
 from trainer.data.cache import Cache
 from trainer.data.collate import Features, collate, encode_cached
 from trainer.data.image import read_size
-from trainer.data.pack import collate_packed
+from trainer.data.pack import collate_packed, collate_unpadded
 from trainer.data.sample import Sample
 from trainer.data.share import Measure, Micro, share_of_rank
 
@@ -33,7 +33,7 @@ def batches(
     samples: Sequence[Sample], processor: "Processor", spec: TrainSpec, *, rank: int, first_step: int
 ) -> Iterator[tuple[dict[str, Tensor], ...]]:
     """For each step from `first_step` (steps already done) to spec.steps, this rank's micro-batches: `accumulation` of them made by
-    `collate`, or as many as it takes, up to that, made by `collate_packed`; on every rank equally many.
+    `collate` or `collate_unpadded`, or as many as it takes, up to that, made by `collate_packed`; on every rank equally many.
 
     Closing the iterator ends its threads. Raises InputRefused, with file and row, at the step that holds a bad sample.
     """
@@ -53,9 +53,10 @@ def batches(
         if isinstance(micro, InputRefused):
             raise micro
         rows = [[samples[number] for number in row] for row in micro]
-        if spec.data.packing or spec.data.padding_free:
+        if spec.data.packing:
             return collate_packed(rows, processor, spec, cache), last
-        return collate([sample for row in rows for sample in row], processor, spec, cache), last
+        make = collate_unpadded if spec.data.padding_free else collate
+        return make([sample for row in rows for sample in row], processor, spec, cache), last
 
     with (
         closing(prefetch(share, iter(range(first_step, spec.steps)), min(workers, 1), STEPS_AHEAD)) as shares,

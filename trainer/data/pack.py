@@ -44,8 +44,33 @@ def collate_packed(
     """
     cache = Cache(0) if cache is None else cache
     blocks = [sample_block(sample, processor, spec, cache) for row in rows for sample in row]
+    return chain(blocks, processor, spec, cache)
+
+
+def collate_unpadded(
+    samples: Sequence[Sample], processor: "Processor", spec: TrainSpec, cache: Cache | None = None
+) -> dict[str, Tensor]:
+    """A micro-batch without padding: one row as of `collate_packed`; or, of samples that are equally long, what `collate` makes of them,
+    [B, T], where attention is one call in place of one for each sample."""
+    cache = Cache(0) if cache is None else cache
+    blocks = [sample_block(sample, processor, spec, cache) for sample in samples]
+    images = [block.images for block in blocks]
+    if len({len(block.input_ids) for block in blocks}) > 1 or needs_dummy(images, spec):
+        return chain(blocks, processor, spec, cache)
+    input_ids = integers([block.input_ids for block in blocks])
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "labels": integers([block.labels for block in blocks]),
+        **processor.text_inputs(input_ids),
+        **join([image for found in images for image in found], processor),
+    }
+
+
+def chain(blocks: list[Block], processor: "Processor", spec: TrainSpec, cache: Cache) -> dict[str, Tensor]:
+    """One after the other, and a dummy image at the end where the step wants one."""
     if needs_dummy([block.images for block in blocks], spec):
-        blocks.append(dummy_block(processor, spec, cache))
+        blocks = [*blocks, dummy_block(processor, spec, cache)]
     blocks = blocks or [filling_block(processor)]
     input_ids = integers([[token for block in blocks for token in block.input_ids]])
     ends = {"sample_ends": sample_ends([len(block.input_ids) for block in blocks])} if spec.model.attention == "sdpa" else {}

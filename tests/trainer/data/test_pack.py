@@ -10,7 +10,7 @@ from PIL import Image
 from trainer.contract import TrainSpec
 from trainer.data.collate import collate
 from trainer.data.encode import IGNORED
-from trainer.data.pack import collate_packed
+from trainer.data.pack import collate_packed, collate_unpadded
 from trainer.data.sample import Sample, read_samples
 
 WORDS = ["which", "of", "these", "is", "in", "the", "picture", "what", "does", "it", "show", "and", "why", "would", "one", "say", "so"]
@@ -69,3 +69,17 @@ def test_an_idle_rank_takes_part(processor, spec: TrainSpec) -> None:
     assert len(collate_packed([()], processor, spec)["pixel_values"]) == 1, "it runs the vision tower, too"
     idle = collate_packed([()], processor, replace(spec, stage=replace(spec.stage, trainable=("lm",))))
     assert idle["input_ids"].shape == (1, 1) and idle["labels"].tolist() == [[IGNORED]] and idle["attention_mask"].sum() == 0
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_padding_is_left_out_where_there_would_be_any(mixed, processor, spec: TrainSpec) -> None:
+    unequal = mixed[:3]
+    assert not collate(unequal, processor, spec)["attention_mask"].all()
+    assert same(collate_unpadded(unequal, processor, spec), collate_packed([unequal], processor, spec))
+    equal = (mixed[0], replace(mixed[0], row=99))
+    assert same(collate_unpadded(equal, processor, spec), collate(equal, processor, spec)), "one call of attention for both"
+    blind = (mixed[1], replace(mixed[1], row=99))
+    assert same(collate_unpadded(blind, processor, spec), collate_packed([blind], processor, spec)), "the dummy image makes one longer"
