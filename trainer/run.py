@@ -157,7 +157,7 @@ def finish(job: Job, trained: TrainResult) -> TrainResult:
     job.gauge.enter("evaluation")
     scores = job.score(SAMPLES_FILE, None)
     best = trained.best
-    if job.engine.rank == 0 and scores and spec.evaluation.every:
+    if job.engine.rank == 0 and scores:
         row = make_row(spec.steps, scores, seconds=time.perf_counter() - began)
         tell_evaluation(spec, row, job.audience, SAMPLES_FILE)
         best = make_room(spec)

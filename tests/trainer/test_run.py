@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from trainer.best import read_evaluations
 from trainer.contract import EnvReport, Evaluation, Exit, FailureReport, Lora, Source, StageSpec, StepRow, TrainResult, TrainSpec, read
 
 LORA = StageSpec(name="lora", kind="train", trainable=("projector",), lora=Lora(r=4, alpha=8, dropout=0.05, targets=("q_proj", "v_proj")))
@@ -40,6 +41,8 @@ def test_a_run_leaves_everything_that_a_record_needs_and_repeats_bit_for_bit(tin
     assert result.final_loss == rows_of(first)[-1].loss
     folder = Path(first.output)
     assert len((folder / "samples.jsonl").read_text().splitlines()) == 24
+    last = read_evaluations(folder)[4]
+    assert (last.exact_match, last.count) == (result.evaluation["exact_match"], 24), "trackers are told of it, too"
     LlavaForConditionalGeneration.from_pretrained(folder / result.checkpoint)
     LlavaProcessor.from_pretrained(folder / result.checkpoint)
     report = read(EnvReport, folder / "environment.json")
