@@ -160,6 +160,9 @@ class Engine:
 def start_distributed(spec: DeviceSpec) -> None:
     """Join the process group that torchrun describes in the environment."""
     os.environ.setdefault("DS_ACCELERATOR", spec.accelerator)  # else DeepSpeed guesses from what is installed
+    # DeepSpeed looks at its Muon optimizer, which is under torch.compile, whatever optimizer is at work: 1.2 s of imports on every rank, and
+    # with Triton installed a pool of compiling processes. Nothing here is compiled by torch.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if spec.accelerator == "cpu" and "LOCAL_WORLD_SIZE" in os.environ:
         # DeepSpeed's shared-memory op reads what its own launcher would have set, and takes the absence for no rank at all.
         os.environ.setdefault("LOCAL_SIZE", os.environ["LOCAL_WORLD_SIZE"])
