@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LaunchError as error:
         print(f"\nomnilaunch: {error}", file=sys.stderr)
         return int(error.exit_code)
+    except PermissionError as error:  # the run of another user, as a rule
+        print(f"\nomnilaunch: {error.filename}: {error.strerror}. Do it as the user who owns it, or have the folder's rights changed", file=sys.stderr)
+        return int(Exit.USAGE)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `omnilaunch plan | head`
