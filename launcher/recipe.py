@@ -1,15 +1,16 @@
-"""Rules about what is asked for: numbers in range, a model and a stage that fit, batch, length, strategy, and room for the states."""
+"""Rules about what is asked for: numbers in range, a model and a stage that fit, batch, length and strategy."""
 
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-from launcher.fit import GIB, ZERO_STAGE, States, choose_strategy, model_states, world_size
+from launcher.fit import ZERO_STAGE, world_size
 from launcher.image import Stack
+from launcher.image_token import smallest_image_tokens
 from launcher.problem import Problem, Rule
-from launcher.schema import GROUPS, Config, ImageTokens
+from launcher.schema import GROUPS, Config
 
 TEXT_TOKENS = 32  # the shortest question and answer that can stand beside an image
 
@@ -197,16 +198,13 @@ def packing_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterator[Prob
         return
     for key in ("packing", "padding_free"):
         if getattr(data, key) and not config.model.packable:
-            what = f"the samples of one row of {config.model.title} would see each other: its linear attention carries a state along the row"
+            what = (
+                f"the samples of one row of {config.model.title} would see each other: its linear attention carries a state along the row"
+            )
             yield Problem(key=f"data.{key}", what=what, changes=(f"data.{key}=false", f"data.{key}=false data.length_aware=step"))
     if data.packing and data.length_aware == "window":
         what = "window gathers samples of like length in a step, and packing fills its rows best with long and short ones"
         yield Problem(key="data.length_aware", what=what, changes=("data.length_aware=off", "data.packing=false"))
-
-
-def smallest_image_tokens(rule: ImageTokens) -> int:
-    """Tokens of the smallest image that the rule knows."""
-    return rule.min_pixels // rule.unit**2 if rule.rule == "grid" and rule.unit else rule.tokens
 
 
 def data_is_one_set(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -228,7 +226,7 @@ def data_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
             yield Problem(key=f"data.{name}", what="is empty: say where it lies", changes=(f"data.{name}={placeholder}",))
 
 
-# ---------------------------------------------------------------------------------------------------- strategy and memory
+# --------------------------------------------------------------------------------------------------------------- strategy
 
 
 def strategy_suits_devices(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -259,44 +257,6 @@ def masters_suit_strategy(config: Config, _: Mapping[str, Stack]) -> Iterator[Pr
         yield Problem(key="strategy", what=what, changes=("strategy=auto", "strategy=zero1", "precision=bf16"))
 
 
-def states_fit(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
-    """Model states alone, activations not counted: what this refuses cannot run, what it lets pass may still run out of memory."""
-    memory_gib, resolved = config.hardware.memory_gib, replace(config, strategy=choose_strategy(config))
-    states = model_states(resolved)
-    if memory_gib is None or states.total_bytes <= memory_gib * GIB:
-        return
-    held = [(flags, other) for flags, other in _roomier(resolved, stacks) if other.total_bytes <= memory_gib * GIB]
-    offloaded = max((other.host_bytes for _, other in held[:2]), default=0)
-    what = f"model states alone take {states.total_bytes / GIB:.1f} GiB on each device ({resolved.strategy.name}), which has {memory_gib:g}"
-    host = f"; offloaded, they take up to {offloaded / GIB:.1f} GiB of a node's own memory" if offloaded else ""
-    changes = tuple(" ".join(_as_override(key, value) for key, value in flags.items()) for flags, _ in held[:2])
-    yield Problem(key="strategy", what=what + host, changes=changes, forcible=True)
-
-
-def _roomier(config: Config, stacks: Mapping[str, Stack]) -> Iterator[tuple[dict[str, Any], States]]:
-    """Strategies that shard or offload more and are allowed here, with what they leave on a device."""
-    host_memory = (config.hardware.host_memory_gib or math.inf) * GIB
-    for flags in ROOMIER:
-        other = replace(config, strategy=replace(config.strategy, **flags))
-        states = model_states(other)
-        if states.host_bytes <= host_memory and not any(offload_is_possible(other, stacks)):
-            yield flags, states
-
-
-# In the order of what they cost in speed.
-ROOMIER: tuple[dict[str, Any], ...] = (
-    {"name": "zero1"},
-    {"name": "zero2"},
-    {"name": "zero3"},
-    {"name": "zero2", "offload_optimizer": True},
-    {"name": "zero3", "offload_optimizer": True, "offload_parameters": True},
-)
-
-
-def _as_override(key: str, value: Any) -> str:
-    return f"strategy={value}" if key == "name" else f"strategy.{key}={str(value).lower()}"
-
-
 RECIPE_RULES: tuple[Rule, ...] = (
     numbers_in_range,
     steps_hold_warmup,
@@ -316,5 +276,4 @@ RECIPE_RULES: tuple[Rule, ...] = (
     strategy_suits_devices,
     offload_is_possible,
     masters_suit_strategy,
-    states_fit,
 )

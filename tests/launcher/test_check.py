@@ -242,16 +242,16 @@ def test_a_secret_is_not_in_the_refusal() -> None:
 def test_memory_is_refused_with_numbers() -> None:
     (problem,) = judge("hardware=rtx3090", *LLAVA).problems
     assert str(problem) == (
-        "  strategy: model states alone take 56.9 GiB on each device (zero3), which has 24; "
-        "offloaded, they take up to 113.9 GiB of a node's own memory\n"
+        "  strategy: the peak takes 62.9 GiB on each device (zero3), which has 24: 56.9 model states, 5.9 activations, buffers and runtime; "
+        "offloaded, states take up to 113.9 GiB of a node's own memory\n"
         "    would pass: strategy=zero2 strategy.offload_optimizer=true  or  "
-        "strategy=zero3 strategy.offload_optimizer=true strategy.offload_parameters=true"
+        "strategy=zero3 strategy.offload_optimizer=true strategy.offload_parameters=true  or  stage=lora"
     )
 
 
 def test_a_change_that_the_host_cannot_hold_is_not_offered() -> None:
     (problem,) = judge("hardware=rtx3090", *LLAVA, "hardware.host_memory_gib=64").problems
-    assert problem.changes == ()
+    assert problem.changes and not any("offload" in change for change in problem.changes)
 
 
 def test_what_only_stops_a_launch_leaves_a_plan() -> None:

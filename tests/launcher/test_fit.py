@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from launcher.choice import STATES_SHARE, choose_strategy
 from launcher.compose import compose
-from launcher.fit import GIB, STATES_SHARE, choose_strategy, lora_parameters, model_states, trainable_parameters, world_size
+from launcher.fit import GIB, lora_parameters, model_states, trainable_parameters, world_size
 from launcher.schema import Config
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -123,7 +124,8 @@ def test_the_less_sharded_ones_would_not_have_left_room() -> None:
         (("cluster.devices_per_node=4", "stage.global_batch=24"), 6),
         (("stage.global_batch=100",), 50),
         (("stage.global_batch=67",), 1),
-        (("hardware=h200", "model=llava_1_5_7b"), 1),
+        (("hardware=h200", "model=llava_1_5_7b"), 16),  # all of a rank's samples fit
+        (("model=llava_1_5_7b", "tune=null"), 1),  # on a device whose memory is not known
         (("strategy.micro_batch=4",), 4),
     ],
 )
