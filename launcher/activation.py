@@ -8,7 +8,7 @@ Korthikanti et al. (arXiv 2205.05198, section 4) count a GPT-2 layer in the same
 from dataclasses import dataclass
 from fractions import Fraction
 
-from launcher.fit import DTYPE_BYTES, REGEX, layer_counts, linear_names, linear_shapes, matches
+from launcher.fit import DTYPE_BYTES, REGEX, is_hybrid, layer_counts, linear_names, linear_shapes, matches
 from launcher.image_token import Load
 from launcher.schema import Config, Text, Vision
 
@@ -35,15 +35,14 @@ TOWERS = {
 }
 USUAL_TOWER = Tower(float32=0, wide=4 + 4, inner=2)  # LayerNorm, attention, GELU: SigLIP and EVA
 
-# Where three of four layers have gated linear attention (Qwen3.5): torch's own kernel works in float32 over chunks of 64 tokens and keeps
-# its intermediates. In units of the widths of query, key and value heads together; measured, see tests/trainer/test_saved.py.
-LINEAR_ATTENTION = 24
+CHUNK = 64  # tokens of torch's own kernel of gated linear attention (transformers, torch_chunk_gated_delta_rule)
+CHUNK_SQUARES = 5  # that it keeps for each chunk and head, of CHUNK x CHUNK: decays, two products, two systems
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
     """`lm` and `vision`: bytes kept from the forward pass to the backward pass. `layer`: what the layer that is being computed backward
-    takes besides, checkpointed or not. `exact`: counted tensor by tensor, not measured."""
+    takes besides, checkpointed or not. `exact`: of kernels that keep the same everywhere."""
 
     lm: int
     vision: int
@@ -71,7 +70,7 @@ def count_kept(config: Config, load: Load) -> Kept:
         lm=lm + ends + projector,
         vision=vision,
         layer=max(lm_again, vision_again) + working,
-        exact=not architecture.text.options.get("full_attention_interval"),
+        exact=not is_hybrid(architecture.text),
     )
 
 
@@ -92,10 +91,10 @@ def decoder_layer_bytes(config: Config, load: Load) -> int:
     whole = "lm" in config.stage.trainable and config.stage.lora is None
     norms = 2 * (FLOAT32 + (2 * width if whole else 0)) * text.hidden_size  # float32 copy; normalised; scaled, which the linears take
     mlp = (4 if whole else 3) * width * text.intermediate_size  # gate, its SiLU, up, and their product
-    interval = max(1, int(text.options.get("full_attention_interval", 1)))
     attention = attention_bytes(config, load, width, whole=whole)
-    if interval > 1:
-        attention = int((attention + (interval - 1) * linear_attention_bytes(text)) / interval)
+    if is_hybrid(text):
+        full = Fraction(layer_counts(text)["q_proj"], max(1, text.num_hidden_layers))
+        attention = int(full * attention + (1 - full) * linear_attention_bytes(text, width, whole=whole))
     return norms + mlp + attention
 
 
@@ -118,11 +117,18 @@ def attention_bytes(config: Config, load: Load, width: int, *, whole: bool) -> i
     return kept
 
 
-def linear_attention_bytes(text: Text) -> int:
+def linear_attention_bytes(text: Text, width: int, *, whole: bool) -> int:
+    """For each token, of a layer of gated linear attention (Qwen3.5), as torch's own kernel keeps it where flash-linear-attention is not
+    installed: in float32, over chunks of 64 tokens, query and key heads repeated to be as many as the value heads. The factors are the
+    numbers of tensors of each shape that autograd saves of transformers 5.23's Qwen3_5GatedDeltaNet."""
     options = text.options
-    key = options.get("linear_num_key_heads", 0) * options.get("linear_key_head_dim", 0)
-    value = options.get("linear_num_value_heads", 0) * options.get("linear_value_head_dim", 0)
-    return int(LINEAR_ATTENTION * FLOAT32 * (2 * key + value) / 3)
+    heads, query_heads = options.get("linear_num_value_heads", 0), options.get("linear_num_key_heads", 0)
+    key_dim, value_dim = options.get("linear_key_head_dim", 0), options.get("linear_value_head_dim", 0)
+    per_head = CHUNK_SQUARES * CHUNK + 10 + Fraction(key_dim * value_dim, CHUNK)  # squares, decays and norms, the state after each chunk
+    keys = (12 if width == FLOAT32 else 8) * heads * key_dim  # as counted; four fewer where inputs have to be widened
+    convolved = 2 * (2 * query_heads * key_dim + heads * value_dim)  # before and after its activation
+    gated = (3 if whole else 2) * heads * value_dim  # normalised, the gate, and what the last linear takes
+    return int(FLOAT32 * (heads * per_head + keys + 6 * heads * value_dim) + width * (convolved + gated))
 
 
 def lora_bytes(config: Config, width: int) -> int:

@@ -10,7 +10,7 @@ from typing import Literal
 from launcher.fit import GIB, model_states, world_size
 from launcher.image_token import read_load
 from launcher.memory import Memory, estimate_memory
-from launcher.recipe import numbers_in_range
+from launcher.recipe import counted_options_are_numbers, numbers_in_range
 from launcher.schema import Config, Strategy
 
 STATES_SHARE = 0.7  # of the device's memory, at most, where `auto` chooses; the rest is for activations
@@ -43,7 +43,7 @@ def choose_strategy(config: Config) -> Strategy:
 
 def is_countable(config: Config) -> bool:
     """Whether every number is in its range; `check` refuses the others, and nothing is computed from them."""
-    return not any(numbers_in_range(config, {}))
+    return not any(problem for rule in (numbers_in_range, counted_options_are_numbers) for problem in rule(config, {}))
 
 
 def _fitting(config: Config) -> Iterator[Strategy]:

@@ -50,12 +50,13 @@ def model_states(config: Config) -> States:
     """Bytes on the fullest device. With P parameters, T of them trained, N ranks and element sizes w, g, o of weights, gradients and
     optimizer: w P + g T + (2 m + master) T, each term over N where ZeRO shards it; a moment's m is o, or in 8 bits 1 and its share of
     a scale (the small parameters that stay in float32 are not counted); the master is o where o is not w, or where ZeRO keeps
-    its own copy of the slice, else 0 (arXiv 1910.02054, section 3.1: 2 P + 2 P + 12 P for mixed precision Adam).
+    its own copy of the slice, else 0 (arXiv 1910.02054, section 3.1: 2 P + 2 P + 12 P for mixed precision Adam); g is of both kinds of
+    gradients where takes_bf16_optimizer.
 
     ZeRO-Offload (arXiv 2101.06840, section 3) moves gradients and optimizer to the host; parameter offload moves weights too.
     `auto` counts as unsharded: resolve it with `launcher.choice.choose_strategy` first.
     """
-    strategy, precision, zero = config.strategy, config.precision, zero_stage(config)
+    strategy, precision, zero = config.strategy, config.precision, rendered_stage(config)
     ranks = max(1, world_size(config))
     adapter, trainable = lora_parameters(config), trainable_parameters(config)
     parameters = config.model.parameters.total + adapter
@@ -63,7 +64,7 @@ def model_states(config: Config) -> States:
     master_bytes = state_bytes if zero or precision.optimizer != precision.weights else 0
     items = {
         "weights": _share(weight_bytes(config, parameters), ranks if zero >= 3 else 1),
-        "gradients": _share(trainable * DTYPE_BYTES[precision.gradients], ranks if zero >= 2 else 1),
+        "gradients": _share(trainable * gradient_width(config), ranks if zero >= 2 else 1),
         "optimizer": _share(2 * moment_bytes(config, trainable) + trainable * master_bytes, ranks if zero >= 1 else 1),
     }
     trains = config.stage.kind == "train"
@@ -82,6 +83,27 @@ def model_states(config: Config) -> States:
 def zero_stage(config: Config) -> int:
     """0 in an evaluation, where every rank holds the whole model (trainer.run.evaluate_stage)."""
     return ZERO_STAGE[config.strategy.name] if config.stage.kind == "train" else 0
+
+
+def rendered_stage(config: Config) -> int:
+    """What launcher.deepspeed renders: 16-bit weights have their masters in a ZeRO optimizer, with ddp and on one device too."""
+    if config.stage.kind != "train":
+        return 0
+    return max(zero_stage(config), 0 if config.precision.weights == "float32" else 1)
+
+
+def takes_bf16_optimizer(config: Config) -> bool:
+    """Stage 1 with bfloat16 weights and float32 gradients is DeepSpeed's BF16_Optimizer (runtime/engine.py, _do_optimizer_sanity_check in
+    0.19.8): every rank holds all gradients in float32 from the start on, and beside them those in bfloat16 that it adds them up from, which
+    it sets to zero and keeps (bf16_optimizer.py, clear_lp_grads)."""
+    types = (config.precision.weights, config.precision.gradients) == ("bfloat16", "float32")
+    return types and rendered_stage(config) == 1 and not config.strategy.offload_optimizer
+
+
+def gradient_width(config: Config) -> int:
+    """Bytes of a trained element's gradient, or gradients."""
+    both = DTYPE_BYTES[config.precision.weights] if takes_bf16_optimizer(config) else 0
+    return DTYPE_BYTES[config.precision.gradients] + both
 
 
 def moment_bytes(config: Config, elements: int) -> int:
@@ -131,24 +153,36 @@ def matches(name: str, regexes: tuple[str, ...]) -> bool:
         return False
 
 
+def attention_layers(text: Text) -> frozenset[int]:
+    """Numbers of the decoder's layers that have attention under the names q_proj to o_proj: all, but in a hybrid one those alone that
+    `layer_types` calls so, or the last of each `full_attention_interval`. Of MOST_LAYERS at most."""
+    depth = int(min(text.num_hidden_layers, MOST_LAYERS))
+    types = text.options.get("layer_types")
+    if types:
+        return frozenset(layer for layer, kind in enumerate(types[:depth]) if kind == "full_attention")
+    interval: int = max(1, text.options.get("full_attention_interval", 1))
+    return frozenset(layer for layer in range(depth) if (layer + 1) % interval == 0)
+
+
 def layer_counts(text: Text) -> dict[str, int]:
-    """Name of a linear layer -> how many layers of the decoder have one. A hybrid one has attention under these names in one layer of
-    `full_attention_interval` alone."""
-    interval: int = text.options.get("full_attention_interval", 1)
-    attention = text.num_hidden_layers // max(1, interval)
+    """Name of a linear layer -> how many layers of the decoder have one."""
+    attention = len(attention_layers(text)) if is_hybrid(text) else text.num_hidden_layers
     return {name: attention if name in ATTENTION_LINEARS else text.num_hidden_layers for name in linear_shapes(text)}
 
 
+def is_hybrid(text: Text) -> bool:
+    """Whether some layers have linear attention."""
+    return bool(text.options.get("layer_types")) or text.options.get("full_attention_interval", 1) > 1
+
+
 def linear_names(text: Text) -> tuple[str, ...]:
-    """The decoder's linear layers, as transformers names them in memory, of MOST_LAYERS at most. A hybrid one has attention in the last
-    layer of each `full_attention_interval`."""
-    interval: int = max(1, text.options.get("full_attention_interval", 1))
-    depth = int(min(text.num_hidden_layers, MOST_LAYERS))
+    """The decoder's linear layers, as transformers names them in memory, of MOST_LAYERS at most."""
+    attention = attention_layers(text)
     return tuple(
         f"model.language_model.layers.{layer}.{'self_attn' if name in ATTENTION_LINEARS else 'mlp'}.{name}"
-        for layer in range(depth)
+        for layer in range(int(min(text.num_hidden_layers, MOST_LAYERS)))
         for name in linear_shapes(text)
-        if name not in ATTENTION_LINEARS or (layer + 1) % interval == 0
+        if name not in ATTENTION_LINEARS or layer in attention
     )
 
 

@@ -30,16 +30,17 @@ class Load:
 
 
 def read_load(config: Config, *, rows: int) -> Load:
-    """`rows` samples, or packed rows, of this config's data. Never longer than data.max_length, which the trainer cuts at."""
+    """`rows` samples, or packed rows, of this config's data. Never longer than data.max_length: the data check refuses such rows."""
     data = config.data
     tokens, patches = largest_image(config)
     length = data.max_length
-    assumption = f"rows as long as data.max_length={length}, an image each as large as the rule takes"
+    assumption = f"no sizes of the data are read: every row as long as data.max_length={length}, {describe_image(tokens, patches, length)}"
     if data.builtin and not data.packing:
         tokens, patches = smallest_image(config)
         length = min(length, tokens + TEXT_TOKENS)
         assumption = f"images of 8 x 8 pixels and {TEXT_TOKENS} tokens of text, as {data.builtin} has them"
     images = min(tokens, length)
+    patches = -(-patches * images // tokens) if tokens else patches  # of images that fit into the row
     return Load(
         rows=rows,
         length=length,
@@ -48,6 +49,12 @@ def read_load(config: Config, *, rows: int) -> Load:
         masked=rows > 1 and not (data.packing or data.padding_free),
         assumption=assumption,
     )
+
+
+def describe_image(tokens: int, patches: int, length: int) -> str:
+    if tokens > length:
+        return f"all of it images: the largest that the model takes has {tokens:,} tokens, and a row with it is refused by the data check"
+    return f"{tokens:,} of its tokens one image, the largest that the model takes ({patches:,} patches)"
 
 
 def smallest_image_tokens(rule: ImageTokens) -> int:
@@ -63,13 +70,14 @@ def smallest_image(config: Config) -> tuple[int, int]:
 
 
 def largest_image(config: Config) -> tuple[int, int]:
-    """(tokens, patches) of the largest image that the model takes, within data.max_pixels or data.max_tiles where they are set.
+    """(tokens, patches) of the largest image that the model takes: data.max_pixels or data.max_tiles stand for the processor's own bound where
+    they are set, above it too (trainer.models.family.Limit).
 
     grid: area / unit² (Qwen2-VL, arXiv 2409.12191, section 2.1). tiles and slices: `maximum` of them and one of the whole image, unless
     there is one alone (InternVL, arXiv 2404.16821, section 3; MiniCPM-V, arXiv 2408.01800, section 3.2)."""
     rule, data = config.model.image_tokens, config.data
     if rule.rule == "grid":
-        pixels = min(data.max_pixels, rule.max_pixels) if data.max_pixels and rule.max_pixels else data.max_pixels or rule.max_pixels
+        pixels = data.max_pixels or rule.max_pixels
         tokens = pixels // max(1, rule.unit) ** 2
         return tokens, tokens * patches_a_token(config)
     if rule.rule == "fixed":

@@ -1,23 +1,25 @@
 """Will it fit: the memory of the fullest device and of a node at their peaks, item by item. Arithmetic only, without torch.
 
 Each item is `arithmetic` (counted from architecture numbers) or `calibrated` (a share or constant that was measured or assumed; its source
-stands where it is defined). Peak = states + runtime + the larger of the two moments: the loss, before the backward pass, and the update.
+stands where it is defined). Peak = weights and optimizer + runtime + the highest of three moments: the loss, before the backward pass, the
+end of that pass, and the update.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from launcher.activation import count_kept
 from launcher.buffer import (
     HOST_FACTOR,
-    bucket_bytes,
+    MOMENTS,
+    Moment,
     cache_bytes,
     gather_bytes,
+    gradient_moments,
     loading_bytes,
     logits_bytes,
     runtime_bytes,
-    update_bytes,
 )
 from launcher.fit import DTYPE_BYTES, GIB, States, model_states, zero_stage
 from launcher.image_token import read_load
@@ -68,7 +70,8 @@ def estimate_memory(config: Config, *, states: States | None = None) -> Memory:
     hardware = config.hardware
     rows = config.run.evaluation.batch if config.stage.kind == "evaluate" else config.strategy.micro_batch or 1
     load = read_load(config, rows=rows)
-    fixed = tuple(Item(name=name, size_bytes=size, basis="arithmetic") for name, size in states.items_bytes.items())
+    trains = config.stage.kind == "train"  # else, with the states of a training run, its gradients stand
+    fixed = tuple(item for item in count_items(states.items_bytes, "arithmetic") if not (trains and item.name == "gradients"))
     moving = tuple(item for item in moving_items(config, rows) if item.size_bytes)
     spare = Item(name="fragmentation", size_bytes=int(hardware.fragmentation * total(moving)), basis="calibrated")
     runtime = Item(name="runtime", size_bytes=runtime_bytes(config, GIB), basis="calibrated")
@@ -88,23 +91,34 @@ def estimate_memory(config: Config, *, states: States | None = None) -> Memory:
     )
 
 
-def moving_items(config: Config, rows: int) -> Iterator[Item]:
-    """What comes and goes within a step. Of the loss and the update, which are never at the same time, the larger one."""
+def moving_items(config: Config, rows: int) -> tuple[Item, ...]:
+    """What comes and goes within a step, at its highest moment. In an evaluation: of a batch."""
     load = read_load(config, rows=rows)
     if config.stage.kind == "evaluate":
-        yield Item(name="keys and values", size_bytes=cache_bytes(config, load), basis="arithmetic")
-        return
+        return (Item(name="keys and values", size_bytes=cache_bytes(config, load), basis="arithmetic"),)
     kept = count_kept(config, load)
     basis: Basis = "arithmetic" if kept.exact else "calibrated"
-    step = (
+    gathered = Item(name="gathered weights", size_bytes=gather_bytes(config), basis="arithmetic")
+    layer, loss = (
+        Item(name="layer at work, or loss", size_bytes=size, basis="arithmetic") for size in (kept.layer, logits_bytes(config, load))
+    )
+    activations = (
         Item(name="activations, language", size_bytes=kept.lm, basis=basis),
         Item(name="activations, vision", size_bytes=kept.vision, basis="arithmetic"),
-        Item(name="layer at work, or loss", size_bytes=max(kept.layer, logits_bytes(config, load)), basis="arithmetic"),
-        Item(name="gathered weights", size_bytes=gather_bytes(config), basis="arithmetic"),
     )
-    update = (Item(name="copies of the update", size_bytes=update_bytes(config), basis="arithmetic"),)
-    yield Item(name="gradient buckets", size_bytes=bucket_bytes(config), basis="arithmetic")
-    yield from max(step, update, key=total)
+    others: dict[Moment, tuple[Item, ...]] = {
+        "loss": (*activations, loss, gathered),
+        "last layer": (*activations, layer, gathered),
+        "first layer": (layer, gathered),
+        "reduction": (gathered,),
+        "update": (),
+    }
+    gradients = gradient_moments(config)
+    return max((tuple(count_items(gradients[moment], "arithmetic")) + others[moment] for moment in MOMENTS), key=total)
+
+
+def count_items(sizes: Mapping[str, int], basis: Basis) -> Iterator[Item]:
+    return (Item(name=name, size_bytes=size, basis=basis) for name, size in sizes.items())
 
 
 def count_host(config: Config, states: States) -> Iterator[Item]:

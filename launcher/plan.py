@@ -13,7 +13,7 @@ from launcher.choice import choose_strategy, explain_choice
 from launcher.credential import mask_credentials, without_masked
 from launcher.deepspeed import render_deepspeed
 from launcher.errors import ConfigRefused
-from launcher.fit import States, device_count, model_states, world_size
+from launcher.fit import States, device_count, model_states, trainable_parameters, world_size
 from launcher.image import Image, Stack, render
 from launcher.memory import Memory, estimate_memory
 from launcher.schema import Cluster, Config, Run
@@ -133,7 +133,9 @@ def train_spec(config: Config, place: Place, *, run_id: str, overrides: tuple[st
             threads=config.hardware.threads,
             timeout_s=config.run.collective_timeout_s,
         ),
-        deepspeed=render_deepspeed(config.strategy, config.precision, config.stage.optimizer, batch, world_size=ranks),
+        deepspeed=render_deepspeed(
+            config.strategy, config.precision, config.stage.optimizer, batch, world_size=ranks, trained=trainable_parameters(config)
+        ),
         loss_chunk=config.strategy.loss_chunk,
         checkpoint_every=config.strategy.checkpoint_every,
         checkpoint_groups=config.strategy.checkpoint_groups,

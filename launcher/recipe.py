@@ -26,6 +26,8 @@ RANGES: dict[str, tuple[float, float]] = {
     **{f"model.architecture.vision.{name}": COUNT for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")},
     **{f"model.architecture.text.{name}": COUNT for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")},
     "model.architecture.text.num_key_value_heads": COUNT,
+    # What of the free-form sections launcher.fit and launcher.activation count with.
+    "model.architecture.text.options.full_attention_interval": COUNT,
     "model.parameters.total": COUNT,
     "model.context": COUNT,
     "stage.global_batch": (1, 10**7),
@@ -57,6 +59,11 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+COUNTED_OPTIONS = (
+    "full_attention_interval",
+    *("linear_num_key_heads", "linear_key_head_dim", "linear_num_value_heads", "linear_value_head_dim"),
+)
+
 # Where the bound itself would be refused, or trains nothing.
 BETTER = {"stage.optimizer.lr": "1e-4"}
 
@@ -78,15 +85,33 @@ def write_number(value: float) -> str:
 
 
 def read_numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """(dotted key, number) of every number below a dataclass, places in lists included. Free-form sections (options, audio) belong to the model's family."""
+    """(dotted key, number) of every number below a dataclass, places in lists included. Free-form sections (options, audio) belong to the
+    model's family; of them those alone that are counted with here."""
     if is_dataclass(value):
         for field in fields(value):
             yield from read_numbers(getattr(value, field.name), f"{key}.{field.name}" if key else field.name)
+    elif key == "model.architecture.text.options":
+        counted = {name: value[name] for name in COUNTED_OPTIONS if name in value}
+        yield from (pair for name, number in counted.items() for pair in read_numbers(number, f"{key}.{name}"))
     elif isinstance(value, tuple):
         for place, item in enumerate(value):
             yield from read_numbers(item, f"{key}.{place}")
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield key, value
+
+
+def counted_options_are_numbers(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    """Free-form sections take anything."""
+    options = config.model.architecture.text.options
+    for name in COUNTED_OPTIONS:
+        value = options.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int):
+            key = f"model.architecture.text.options.{name}"
+            yield Problem(key=key, what=f"{value!r} is no whole number", changes=(f"{key}=4",))
+    types = options.get("layer_types", ())
+    if not isinstance(types, (list, tuple)):
+        key = "model.architecture.text.options.layer_types"
+        yield Problem(key=key, what=f"{types!r} is no list of a kind for each layer", changes=(f"{key}=[full_attention]",))
 
 
 def steps_hold_warmup(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -259,6 +284,7 @@ def masters_suit_strategy(config: Config, _: Mapping[str, Stack]) -> Iterator[Pr
 
 RECIPE_RULES: tuple[Rule, ...] = (
     numbers_in_range,
+    counted_options_are_numbers,
     steps_hold_warmup,
     learning_rate_is_set,
     model_is_ready,

@@ -66,7 +66,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[misc]
             self.phase, self.kind = before
 
     def enter(self, tensor: Tensor) -> None:
-        """The tensor's storage under the present kind, unless it is known."""
+        """The tensor's storage under the present kind, unless it is known, or a tensor on the meta device, which has none."""
+        if tensor.device.type == "meta":
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         known = self.entries.get(key)

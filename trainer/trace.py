@@ -23,7 +23,7 @@ from trainer.models.family import Limit
 from trainer.models.weight import round_weights
 from trainer.phantom import Phantom, conversion_by_replacement, empty_weights, kernels_of_an_accelerator
 from trainer.precision import DTYPES, loading_dtype
-from trainer.sharding import Sharding, shard_step
+from trainer.sharding import Sharding, Way, shard_step
 from trainer.stages.group import apply_stage
 from trainer.synthesis import Synthesis, synthesise
 
@@ -80,16 +80,21 @@ def take_step(model: torch.nn.Module, batch: Mapping[str, Tensor], spec: TrainSp
     for tensor in batch.values():
         ledger.assign(tensor, "inputs")
     ledger.add("optimizer", sharding.optimizer_bytes)
-    with holding(ledger, "gradients", sharding.gradients_bytes if sharding.gradients_stand else 0):
-        handles = keep_gradients(model, spec, ledger, stand=sharding.gradients_stand)
-        with holding(ledger, "gathered weights", sharding.gathered_bytes):
-            with ledger.during("forward", "activations"):
-                loss = forward_of(model, spec)(dict(batch)) / max(1, int((batch["labels"] != -100).sum()))
-            with ledger.during("backward", "backward pass"), holding(ledger, "communication", sharding.bucket_bytes):
-                loss.backward()  # type: ignore[no-untyped-call]
-        del loss
-        with ledger.during("update", "update"), holding(ledger, "update", sharding.update_bytes):
-            ledger.look()
+    ledger.add("gradients", sharding.standing_bytes)
+    bucket = Bucket(ledger, sharding)
+    handles = keep_gradients(model, spec, ledger, way=sharding.way, bucket=bucket)
+    with holding(ledger, "gathered weights", sharding.gathered_bytes):
+        with ledger.during("forward", "activations"):
+            loss = forward_of(model, spec)(dict(batch)) / max(1, int((batch["labels"] != -100).sum()))
+        with ledger.during("backward", "backward pass"):
+            loss.backward()  # type: ignore[no-untyped-call]
+            ledger.add("gradients", sharding.arriving_bytes)
+            with holding(ledger, "communication", sharding.reduction_bytes):
+                ledger.look()
+            bucket.close()
+    del loss
+    with ledger.during("update", "update"), holding(ledger, "update", sharding.update_bytes):
+        ledger.look()
     for handle in handles:
         handle.remove()
 
@@ -119,19 +124,39 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def keep_gradients(model: torch.nn.Module, spec: TrainSpec, ledger: Ledger, *, stand: bool) -> list[Any]:
-    """Each gradient, as soon as it is whole, in the dtype that it is added up in; where they `stand` already it goes. Returns the
-    hooks."""
+class Bucket:
+    """What gradients go through on their way to other ranks: opened by the first of them, unless it stands."""
+
+    def __init__(self, ledger: Ledger, sharding: Sharding) -> None:
+        self.ledger, self.size, self.stands = ledger, sharding.bucket_bytes, sharding.bucket_stands
+        self.is_open = False
+        if self.stands:
+            self.open()
+
+    def open(self) -> None:
+        if not self.is_open:
+            self.is_open = True
+            self.ledger.add("communication", self.size)
+
+    def close(self) -> None:
+        if self.is_open and not self.stands:
+            self.is_open = False
+            self.ledger.add("communication", -self.size)
+
+
+def keep_gradients(model: torch.nn.Module, spec: TrainSpec, ledger: Ledger, *, way: Way, bucket: Bucket) -> list[Any]:
+    """Each gradient, as soon as it is whole, goes its `way` (Sharding.way). Returns the hooks, which hold those that stay."""
     dtype, kept = DTYPES[spec.precision.gradients], list[Tensor]()
 
     def keep(parameter: Tensor) -> None:
         gradient = parameter.grad
         if gradient is None:
             return
-        if gradient.dtype != dtype or stand:
+        bucket.open()
+        if way != "kept":
             parameter.grad = None
-        if not stand:
-            gradient = gradient.to(dtype)
+        if way != "moved":
+            gradient = gradient if way == "kept" else gradient.to(dtype)
             ledger.assign(gradient, "gradients")
             kept.append(gradient)
 

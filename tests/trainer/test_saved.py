@@ -21,6 +21,7 @@ from trainer.stages.group import apply_stage
 CONF = Path(__file__).parents[2] / "conf"
 LENGTH = 96
 WITHIN = 0.05
+LINEAR_WITHIN = 0.10  # launcher.activation.LINEAR_ATTENTION is one number for all that the kernel's chunks keep
 
 
 @pytest.fixture
@@ -69,10 +70,10 @@ def load(rows: int = 1) -> Load:
     return Load(rows=rows, length=LENGTH, image_tokens=0, patches=0, masked=False, assumption="")
 
 
-def answer(model: torch.nn.Module) -> Any:
+def answer(model: torch.nn.Module, length: int = LENGTH) -> Any:
     """The decoder of a model, behind inputs that need a gradient."""
     lm: Any = next(module for name, module in model.named_modules() if name.endswith("language_model"))
-    inputs = torch.randn(1, LENGTH, lm.config.hidden_size, dtype=next(model.parameters()).dtype, requires_grad=True)
+    inputs = torch.randn(1, length, lm.config.hidden_size, dtype=next(model.parameters()).dtype, requires_grad=True)
     return lm(inputs_embeds=inputs, use_cache=False)
 
 
@@ -91,6 +92,26 @@ def test_a_layer_of_the_decoder(precision: str, attention: str, stage: tuple[str
     layers = config.model.architecture.text.num_hidden_layers
     counted = (decoder_layer_bytes(config, load()) + lora_bytes(config, width) // layers) * LENGTH
     assert counted == pytest.approx(measured, rel=WITHIN)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", ["full", "projector"])
+@pytest.mark.parametrize("length", [128, 512])
+def test_a_layer_of_linear_attention(length: int, stage: str, precision: str, base: TrainSpec) -> None:
+    """Of Qwen3.5, with the heads of MiniCPM-V 4.6; its width and MLP are small, so that attention is most of what is kept."""
+    text = "model.architecture.text.options"
+    heads = (f"{text}.linear_key_head_dim=128", f"{text}.linear_value_head_dim=128", f"{text}.linear_num_value_heads=4")
+    config = compose(("model=tiny_minicpm_v_4_6", "tune=null", f"precision={precision}", f"stage={stage}", *heads), CONF)
+    sizes = []
+    for layers in (2, 4):
+        options = {**config.model.architecture.text.options, "layer_types": ["linear_attention"] * layers}
+        deeper = replace(config.model.architecture.text, num_hidden_layers=layers, options=options)
+        architecture = replace(config.model.architecture, text=deeper)
+        made = replace(config, model=replace(config.model, architecture=architecture))
+        model = build(made, base)
+        sizes.append(saved_bytes(model, lambda model=model: answer(model, length)))  # type: ignore[misc]
+    counted = decoder_layer_bytes(made, replace(load(), length=length)) * length
+    assert counted == pytest.approx((sizes[1] - sizes[0]) / 2, rel=LINEAR_WITHIN)
 
 
 def see(model: torch.nn.Module) -> Any:
