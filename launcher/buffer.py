@@ -190,7 +190,12 @@ def runtime_bytes(config: Config, gib: int) -> int:
 
 
 def loading_bytes(config: Config) -> tuple[int, int]:
-    """(device, host a node) before anything is divided: each rank makes or reads the whole model in its own memory (trainer.build), and
-    DeepSpeed moves it to the device whole (runtime/engine.py, _configure_distributed_model) before ZeRO 3 cuts it up."""
-    whole = config.model.parameters.total * DTYPE_BYTES[config.precision.weights]
-    return whole, whole * device_count(config)
+    """(device, host a node) while the model is loaded. Each rank makes or reads the whole model in its own memory (trainer.build), and
+    DeepSpeed moves it to the device whole (runtime/engine.py, _configure_distributed_model); but under ZeRO 3, where the model is built
+    without memory and each tensor divided as it is read, a rank holds its share and the largest tensor whole, here and there."""
+    width = DTYPE_BYTES[config.precision.weights]
+    whole = config.model.parameters.total * width
+    if zero_stage(config) < 3:
+        return whole, whole * device_count(config)
+    tensor = largest_tensor(config) * width
+    return -(-whole // max(1, world_size(config))) + tensor, tensor * device_count(config)

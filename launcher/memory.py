@@ -38,7 +38,7 @@ class Item:
 @dataclass(frozen=True, kw_only=True)
 class Memory:
     """`items` add up to `total_bytes` on the fullest device; `limit_bytes` is what it has, None = not known. `host_items` are a node's.
-    `start_bytes`: what the device takes while the model is loaded, before ZeRO 3 divides it. `assumption`: what the sizes take for granted."""
+    `start_bytes`: what the device takes under ZeRO 3 while the model is loaded. `assumption`: what the sizes take for granted."""
 
     items: tuple[Item, ...]
     total_bytes: int

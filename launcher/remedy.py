@@ -238,8 +238,8 @@ def write_memory_notes(config: Config) -> Iterator[str]:
     limit = memory.limit_bytes or 0
     if memory.fits and memory.start_bytes > limit:
         yield (
-            f"each device takes the whole model at the start, {memory.start_bytes / GIB:.1f} GiB of its {limit / GIB:g}, "
-            "before ZeRO 3 divides it"
+            f"at the start each device takes {memory.start_bytes / GIB:.1f} GiB of its {limit / GIB:g}: its share of the model, and the "
+            "largest tensor whole"
         )
     run = config.run.evaluation
     if config.stage.kind == "train" and run.enabled and memory.fits and not (asked := answering_memory(config)).fits:
