@@ -240,3 +240,33 @@ def test_published_failures_are_refused() -> None:
     assert gib_of(*MINICPM_V, *cards(2), *WHOLE, "strategy=zero2") > 80e9 / GIB
     lora = ("hardware=rtx3090", "model=qwen2_5_vl_7b", "stage=lora", "cluster.devices_per_node=1", "strategy=single")
     assert not memory_of(*lora, "strategy.micro_batch=1", "data.max_pixels=12800", "data.max_length=2048").fits
+
+
+# --------------------------------------------------------------------------------------------------- what is not known
+
+
+def test_data_without_sizes_is_taken_at_its_longest() -> None:
+    assumption = memory_of("hardware=h200", "model=qwen2_5_vl_7b", "stage=lora", "data.max_length=2048").assumption
+    assert "no sizes of the data are read: every row as long as data.max_length=2048, 1,280 of its tokens one image" in assumption
+
+
+def test_an_image_that_fits_into_no_row_is_told() -> None:
+    words = ("hardware=h200", "model=internvl3_8b", "stage=lora", "data.max_length=1024")
+    assert (
+        "the largest that the model takes has 3,328 tokens, and a row with it is refused by the data check" in memory_of(*words).assumption
+    )
+
+
+def test_an_image_above_the_processors_own_bound_counts_in_full() -> None:
+    """trainer.models.family.Limit stands for the processor's bound, above it too: 16,384 tokens, which Qwen's README allows."""
+    words = ("hardware=h200", "model=qwen2_5_vl_7b", "stage=full", "stage.trainable=[vision,projector,lm,head]", "data.max_length=20000")
+    usual, large = (memory_of(*words, *more, CHECKPOINTED, "strategy.micro_batch=1") for more in ((), ("data.max_pixels=12845056",)))
+    vision = [next(item.size_bytes for item in memory.items if item.name == "activations, vision") for memory in (usual, large)]
+    assert vision[1] == pytest.approx(vision[0] * 16384 / 1280)
+
+
+@pytest.mark.parametrize("length", [0, -5])
+def test_lengths_below_one_are_refused_and_nothing_is_computed_from_them(length: int) -> None:
+    verdict = check(compose(("hardware=rtx3090", "model=llava_1_5_7b", f"data.max_length={length}", *OWN), ROOT / "conf"), stacks())
+    assert "data.max_length" in [problem.key for problem in verdict.problems]
+    assert "strategy" not in [problem.key for problem in verdict.problems]

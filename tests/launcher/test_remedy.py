@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.check import check
 from launcher.choice import PEAK_SHARE, choose_strategy
 from launcher.compose import compose
-from launcher.fit import GIB
 from launcher.image import Stack, load_stacks
 from launcher.image_token import largest_image
 from launcher.memory import Memory, estimate_memory
