@@ -13,11 +13,12 @@ from launcher.container import CONTAINER_RULES
 from launcher.image import Stack
 from launcher.problem import Problem
 from launcher.recipe import RECIPE_RULES
+from launcher.remedy import MEMORY_RULES, write_memory_notes
 from launcher.schema import Config
 from launcher.stage import STAGE_RULES
 from launcher.text import TEXT_RULES
 
-RULES = (*CAPABILITY_RULES, *CLUSTER_RULES, *CONTAINER_RULES, *TEXT_RULES, *RECIPE_RULES, *STAGE_RULES)
+RULES = (*CAPABILITY_RULES, *CLUSTER_RULES, *CONTAINER_RULES, *TEXT_RULES, *RECIPE_RULES, *MEMORY_RULES, *STAGE_RULES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,5 +56,6 @@ def write_notes(config: Config) -> Iterator[str]:
         yield f"model.source.revision is empty: the main branch of {source.id} may change between two runs"
     if config.stage.kind == "train" and config.run.save_every == 0 and source.kind != "random":
         yield "run.save_every=0: nothing is kept before the end, and a run that is killed is lost; run.save_every=N keeps every Nth step"
+    yield from write_memory_notes(config)
     yield from config.hardware.notes
     yield from config.model.notes

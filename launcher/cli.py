@@ -8,6 +8,7 @@
   omnilaunch options [AXIS]                           what can be chosen
   omnilaunch runs                                     the runs of this folder
   omnilaunch attach|stop|status|logs RUN              one of them, on whatever nodes it is
+  omnilaunch fit-report [RUN ...]                     the memory that plans foretold against what their runs took
   omnilaunch image ACTION [AXIS=NAME ...]             render, refresh, build, ls, inspect, prune, fetch: see image --help
 
 Axes: hardware, model, stage, precision, strategy, data, cluster. Exit codes: 0 done, 2 refused, 3 image, 4 node, 5 run failed,
@@ -20,7 +21,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher import data_action, image_action, run_action
 from launcher.errors import ConfigRefused, LaunchError
@@ -66,6 +67,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             )
         if name == "plan":
             sub.add_argument("--json", action="store_true", help="the whole plan as JSON")
+            sub.add_argument("--trace", action="store_true", help="with the memory of one step, traced; needs the trainer's packages")
         sub.set_defaults(verb=verb)
     sub = verbs.add_parser("render", help="write a run as a folder to carry to its nodes, where SSH is not allowed", allow_abbrev=False)
     sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for plan; or one run, by its id or folder")
@@ -79,12 +81,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     sub = verbs.add_parser("options", help="what can be chosen")
     sub.add_argument("axis", nargs="?", default="")
     sub.set_defaults(verb=show_options)
-    sub = verbs.add_parser("runs", help="the runs of this folder")
-    sub.set_defaults(verb=show_runs)
+    add_reports(verbs)
     run_action.add_to(verbs, Terminal().say)
     data_action.add_to(verbs.add_parser("data", help="what a run would train on", allow_abbrev=False), plan_of)
     image_action.add_to(verbs.add_parser("image", help="the one image that matches a hardware", allow_abbrev=False))
     return parser.parse_args(argv)
+
+
+def add_reports(verbs: Any) -> None:
+    """What is read from the records of this folder."""
+    verbs.add_parser("runs", help="the runs of this folder").set_defaults(verb=show_runs)
+    sub = verbs.add_parser("fit-report", help="the memory that plans foretold against what their runs took", allow_abbrev=False)
+    sub.add_argument("runs", nargs="*", metavar="RUN", help="their ids; all runs of this folder when left out")
+    sub.add_argument("--markdown", action="store_true", help="as a table of Markdown")
+    sub.set_defaults(verb=show_fit_report)
 
 
 def plan_of(overrides: Sequence[str], run_id: str) -> "Plan":
@@ -107,8 +117,27 @@ def show_plan(arguments: argparse.Namespace) -> int:
     from launcher.show import describe_plan, plan_json
 
     plan = plan_of(arguments.overrides, arguments.run_id)
-    print(plan_json(plan) if arguments.json else describe_plan(plan))
+    if arguments.trace:
+        print(show_traced(plan, as_json=arguments.json))
+    else:
+        print(plan_json(plan) if arguments.json else describe_plan(plan))
     return Exit.OK
+
+
+def show_traced(plan: "Plan", *, as_json: bool) -> str:
+    """The plan with the memory of a traced step; as JSON its key is `trace`."""
+    import json
+    from dataclasses import asdict
+
+    from launcher.place import place_here
+    from launcher.plan import to_plain
+    from launcher.show import describe_plan
+    from launcher.trace import describe_trace, trace_plan
+
+    report = trace_plan(plan, place_here(PROJECT), os.environ)
+    if as_json:
+        return json.dumps(to_plain(plan) | {"trace": asdict(report)}, indent=2, ensure_ascii=False)
+    return f"{describe_plan(plan)}\n\n== a step, traced\n{describe_trace(report, plan)}"
 
 
 def run_launch(arguments: argparse.Namespace) -> int:
@@ -195,6 +224,14 @@ def show_runs(arguments: argparse.Namespace) -> int:
     from launcher.show import describe_runs
 
     print(describe_runs(Path.cwd() / "runs"))
+    return Exit.OK
+
+
+def show_fit_report(arguments: argparse.Namespace) -> int:
+    from launcher.forecast import choose_folders, compare_runs, describe_comparisons
+
+    comparisons, left_out = compare_runs(choose_folders(Path.cwd() / "runs", arguments.runs))
+    print(describe_comparisons(comparisons, left_out, markdown=arguments.markdown))
     return Exit.OK
 
 

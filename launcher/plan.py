@@ -9,11 +9,13 @@ from typing import Any
 
 from launcher.capability import choose_kernels
 from launcher.check import Verdict, check
+from launcher.choice import choose_strategy, explain_choice
 from launcher.credential import mask_credentials, without_masked
 from launcher.deepspeed import render_deepspeed
 from launcher.errors import ConfigRefused, refuse_config
-from launcher.fit import States, choose_strategy, device_count, model_states, world_size
+from launcher.fit import States, device_count, model_states, trainable_parameters, world_size
 from launcher.image import Image, Stack, render
+from launcher.memory import Memory, estimate_memory
 from launcher.recipe import leaves_padding_out
 from launcher.schema import Cluster, Config, Run
 from launcher.start import NodeCommand, node_commands
@@ -50,6 +52,8 @@ class Plan:
     commands: tuple[NodeCommand, ...]
     folder: str  # the launcher's own folder of the run: the nodes' where this machine is the node
     overrides: tuple[str, ...] = ()  # as the user typed them
+    memory: Memory | None = None  # None in plans of before
+    choice: str = ""  # why strategy and micro-batch are what they are
 
 
 def make_plan(config: Config, stacks: dict[str, Stack], place: Place, *, run_id: str, overrides: tuple[str, ...] = ()) -> Plan:
@@ -58,7 +62,7 @@ def make_plan(config: Config, stacks: dict[str, Stack], place: Place, *, run_id:
     Raises ConfigRefused with every problem at once; a problem that only stops a launch (a module still to come, a licence to
     accept) is left in `verdict` for `launch` to refuse.
     """
-    config = replace(config, strategy=choose_strategy(config))
+    asked, config = config, replace(config, strategy=choose_strategy(config))
     verdict = check(config, stacks)
     refuse(verdict, launching=False)
     image = render(
@@ -79,6 +83,8 @@ def make_plan(config: Config, stacks: dict[str, Stack], place: Place, *, run_id:
         commands=node_commands(config, image, spec, interpreter=place.interpreter, user=config.cluster.user or place.user),
         folder=spec.output if all(node.is_local for node in config.cluster.working) else absolute(f"{RUNS_FOLDER}/{run_id}", place.here),
         overrides=overrides,
+        memory=estimate_memory(config),
+        choice=explain_choice(asked, config),
     )
 
 
@@ -91,7 +97,9 @@ def move_plan(plan: Plan, cluster: Cluster, stacks: dict[str, Stack], place: Pla
     spec = train_spec(config, place, run_id=plan.run_id, overrides=plan.overrides)
     user = config.cluster.user or place.user
     commands = node_commands(config, plan.image, spec, interpreter=place.interpreter, user=user)
-    return replace(plan, config=config, verdict=verdict, states=model_states(config), spec=spec, commands=commands)
+    return replace(
+        plan, config=config, verdict=verdict, states=model_states(config), memory=estimate_memory(config), spec=spec, commands=commands
+    )
 
 
 def refuse(verdict: Verdict, *, launching: bool) -> None:
@@ -111,7 +119,7 @@ def train_spec(config: Config, place: Place, *, run_id: str, overrides: tuple[st
         schema=SCHEMA,
         run_id=run_id,
         output=str(PurePosixPath(root) / RUNS_FOLDER / run_id),
-        gradient_checkpointing=config.strategy.gradient_checkpointing,
+        gradient_checkpointing=bool(config.strategy.gradient_checkpointing),
         model=model_spec(config, place),
         stage=stage_spec(config, place),
         precision=config.precision,
@@ -126,7 +134,9 @@ def train_spec(config: Config, place: Place, *, run_id: str, overrides: tuple[st
             threads=config.hardware.threads,
             timeout_s=config.run.collective_timeout_s,
         ),
-        deepspeed=render_deepspeed(config.strategy, config.precision, config.stage.optimizer, batch, world_size=ranks),
+        deepspeed=render_deepspeed(
+            config.strategy, config.precision, config.stage.optimizer, batch, world_size=ranks, trained=trainable_parameters(config)
+        ),
         loss_chunk=config.strategy.loss_chunk,
         checkpoint_every=config.strategy.checkpoint_every,
         checkpoint_groups=config.strategy.checkpoint_groups,

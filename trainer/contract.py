@@ -24,6 +24,8 @@ from trainer.report import (
     Origin as Origin,
     PhasePeak as PhasePeak,
     StepRow as StepRow,
+    TracePhase as TracePhase,
+    TraceReport as TraceReport,
     TrainResult as TrainResult,
 )
 

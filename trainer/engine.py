@@ -180,6 +180,7 @@ def start_engine(model: torch.nn.Module, spec: TrainSpec, device: torch.device, 
     """Wrap a model whose trainable parameters are marked. `rates`: see build_optimizer. Raises RunFailed when DeepSpeed took another
     config than planned."""
     import deepspeed
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
     offload = spec.deepspeed.get("zero_optimization", {}).get("offload_optimizer") is not None
     states = spec.precision.optimizer
@@ -189,8 +190,9 @@ def start_engine(model: torch.nn.Module, spec: TrainSpec, device: torch.device, 
         fused = spec.device.accelerator in FUSED
         optimizer = build_optimizer(model, spec.optimizer, rates or {}, states=states, offload=offload, fused=fused, seed=spec.seed)
     handle, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(spec.deepspeed))
-    if spec.device.world_size == 1 and handle.zero_optimization_stage() == 0:
-        handle.enable_backward_allreduce = False  # else gradients are packed, summed over the one rank and unpacked
+    if spec.device.world_size == 1 and (handle.zero_optimization_stage() == 0 or isinstance(handle.optimizer, BF16_Optimizer)):
+        # Else gradients are packed, summed over the one rank and unpacked: by BF16_Optimizer in two copies more, rounded to bfloat16.
+        handle.enable_backward_allreduce = False
     engine = Engine(
         handle=handle,
         model=handle.module,
