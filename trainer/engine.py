@@ -233,8 +233,9 @@ def build_stochastic(model: torch.nn.Module, spec: TrainSpec, rates: Mapping[str
 def group_parameters(model: torch.nn.Module, optimizer: Optimizer, rates: Mapping[str, float]) -> list[dict[str, Any]]:
     """The trainable parameters by rate, and by decay: matrices alone, since decaying norms and biases pulls them to zero for nothing."""
     trainable = [(rates.get(name, 1.0), p) for name, p in model.named_parameters() if p.requires_grad]
+    dimensions = {p: len(getattr(p, "ds_shape", p.shape)) for _, p in trainable}  # what ZeRO 3 has cut is a vector
     groups = [
-        {"params": [p for own, p in trainable if own == rate and (p.ndim >= 2) == matrices], "weight_decay": decay, RATE: rate}
+        {"params": [p for own, p in trainable if own == rate and (dimensions[p] >= 2) == matrices], "weight_decay": decay, RATE: rate}
         for rate in dict.fromkeys(rate for rate, _ in trainable)
         for matrices, decay in ((True, optimizer.weight_decay), (False, 0.0))
     ]
