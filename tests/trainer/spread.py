@@ -31,7 +31,7 @@ from trainer.start import Start
 from trainer.state import read_random
 
 RANKS = 2
-SILENT_S = 240
+SILENT_S = 900  # a task takes seconds on a quiet machine, minutes on one that is not
 CPU = torch.device("cpu")
 Task = tuple[Callable[..., Any], tuple[Any, ...]]  # a function of this module, and what follows after the rank's number
 
