@@ -1,5 +1,6 @@
 """Two ranks that stay, and what a test of the start under ZeRO 3 has each of them do: build, scatter, and look at what became of it."""
 
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ from trainer.start import Start
 from trainer.state import read_random
 
 RANKS = 2
+MMAP_THRESHOLD = -3  # of mallopt(3)
 SILENT_S = 900  # a task takes seconds on a quiet machine, minutes on one that is not
 CPU = torch.device("cpu")
 Task = tuple[Callable[..., Any], tuple[Any, ...]]  # a function of this module, and what follows after the rank's number
@@ -141,6 +143,7 @@ def weigh(number: int, spec: TrainSpec, how: str) -> dict[str, float]:
     (as a rank without ZeRO 3 has it, every byte read)."""
     if how == "whole":
         spec = replace(spec, deepspeed={**spec.deepspeed, "zero_optimization": {"stage": 0}})
+    ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**16)  # else glibc keeps what is freed in a heap full of holes, and the figure is of those
     gc.collect()
     reset_resident_peak()
     before, anonymous = status("VmRSS"), [status("RssAnon")]

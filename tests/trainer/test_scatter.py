@@ -167,12 +167,8 @@ def test_the_device_never_holds_more_than_its_part_and_one_parameter(loads: dict
         assert found["whole"] == found["largest"], "more than one parameter stood whole on the device"
         assert found["moved"] == 0, "DeepSpeed moved parameters to the device"
         assert found["left"] == pytest.approx(0.5, abs=0.02)
-        if number:
-            assert found["built"] < 0.01, "a rank without values made some"
-            assert found["highest"] < 0.5 + 2 * found["largest"]
-        else:
-            assert found["built"] > 0.95
-            assert found["highest"] < 1.0 + 2 * found["largest"], "the first rank keeps what it has sent"
+        assert found["built"] < 0.01, "a rank without values made some" if number else "the first rank maps its file, and copies none of it"
+        assert found["highest"] < 0.5 + 2 * found["largest"]
 
 
 # -------------------------------------------------------------------------------------------------------------- what is refused
