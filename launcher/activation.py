@@ -8,7 +8,7 @@ Korthikanti et al. (arXiv 2205.05198, section 4) count a GPT-2 layer in the same
 from dataclasses import dataclass
 from fractions import Fraction
 
-from launcher.fit import DTYPE_BYTES, REGEX, is_hybrid, layer_counts, linear_names, linear_shapes, matches
+from launcher.fit import DTYPE_BYTES, REGEX, attention_layers, is_hybrid, layer_counts, linear_names, linear_shapes, matches
 from launcher.image_token import Load
 from launcher.schema import Config, Text, Vision
 
@@ -61,6 +61,10 @@ def count_kept(config: Config, load: Load) -> Kept:
     layers = architecture.text.num_hidden_layers
     average = lm_layer + lora // max(1, layers)
     lm, lm_again = stack_bytes(config, "lm", layers, average, width * architecture.text.hidden_size * load.tokens)
+    if lm_layer:
+        lm_again = max(lm_again, max(kinds_of_layer(config, load).values()) * load.tokens if lm_again else 0)
+    if lora and not before_lm and not config.strategy.gradient_checkpointing:
+        lm -= unkept_bytes(config, load) * load.tokens
     tower = architecture.vision.num_hidden_layers
     vision, vision_again = stack_bytes(config, "vision", tower, vision_layer, width * architecture.vision.hidden_size * load.patches)
     projector = projector_bytes(config, width) * load.image_tokens if trained & {"vision", "projector"} else 0
@@ -87,15 +91,37 @@ def stack_bytes(config: Config, group: str, layers: int, layer: int, residual: i
 
 def decoder_layer_bytes(config: Config, load: Load) -> int:
     """For each token, of an average layer of the decoder, adapters aside."""
+    text = config.model.architecture.text
+    full = Fraction(layer_counts(text)["q_proj"], max(1, text.num_hidden_layers)) if is_hybrid(text) else Fraction(1)
+    sizes = kinds_of_layer(config, load)
+    return int(full * sizes[True] + (1 - full) * sizes[False])
+
+
+def kinds_of_layer(config: Config, load: Load) -> dict[bool, int]:
+    """The same of a layer with usual attention (True) and of one with linear attention, where there are such."""
     text, width = config.model.architecture.text, DTYPE_BYTES[config.precision.compute]
-    whole = "lm" in config.stage.trainable and config.stage.lora is None
-    norms = 2 * (FLOAT32 + (2 * width if whole else 0)) * text.hidden_size  # float32 copy; normalised; scaled, which the linears take
+    whole = trains_whole(config)
     mlp = (4 if whole else 3) * width * text.intermediate_size  # gate, its SiLU, up, and their product
-    attention = attention_bytes(config, load, width, whole=whole)
-    if is_hybrid(text):
-        full = Fraction(layer_counts(text)["q_proj"], max(1, text.num_hidden_layers))
-        attention = int(full * attention + (1 - full) * linear_attention_bytes(text, width, whole=whole))
-    return norms + mlp + attention
+    same = 2 * norm_bytes(config) + mlp
+    linear = linear_attention_bytes(text, width, whole=whole) if is_hybrid(text) else 0
+    return {True: same + attention_bytes(config, load, width, whole=whole), False: same + linear}
+
+
+def trains_whole(config: Config) -> bool:
+    return "lm" in config.stage.trainable and config.stage.lora is None
+
+
+def norm_bytes(config: Config) -> int:
+    """Of one RMSNorm: a float32 copy; what is normalised, and what is scaled, which the linears take."""
+    width = DTYPE_BYTES[config.precision.compute]
+    return (FLOAT32 + (2 * width if trains_whole(config) else 0)) * config.model.architecture.text.hidden_size
+
+
+def unkept_bytes(config: Config, load: Load) -> int:
+    """For each token, of the first layer, where nothing trains before its first adapter: its inputs need no gradient until then."""
+    text = config.model.architecture.text
+    linear = is_hybrid(text) and 0 not in attention_layers(text)
+    return norm_bytes(config) + (linear_attention_bytes(text, DTYPE_BYTES[config.precision.compute], whole=False) if linear else 0)
 
 
 def attention_bytes(config: Config, load: Load, width: int, *, whole: bool) -> int:

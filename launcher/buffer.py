@@ -8,13 +8,12 @@ from typing import Literal
 from launcher.deepspeed import REDUCE_BUCKET
 from launcher.fit import (
     DTYPE_BYTES,
+    States,
     device_count,
     layer_counts,
     linear_shapes,
-    model_states,
     rendered_stage,
     takes_bf16_optimizer,
-    trainable_parameters,
     world_size,
     zero_stage,
 )
@@ -50,19 +49,19 @@ def logits_bytes(config: Config, load: Load) -> int:
     return WHOLE * FLOAT32 * vocabulary * tokens
 
 
-def gradient_moments(config: Config) -> dict[Moment, dict[str, int]]:
+def gradient_moments(config: Config, states: States) -> dict[Moment, dict[str, int]]:
     """Item -> bytes of gradients and of what they go through, at the moments of a step: when the loss is made; when the last layer is
     computed backward, and the first one; at the end of the backward pass; and while the weights are updated.
 
     Gradients stand from the start on where an earlier micro-batch has left them, in BF16_Optimizer (those in float32), and in ZeRO 3
     (zero/stage3.py, grad_partitions_flat_buffer). ZeRO 2 makes its slice when it reduces; others come layer by layer while activations go."""
-    trained, zero = trainable_parameters(config), rendered_stage(config)
+    trained, zero = states.trainable, rendered_stage(config)
     if not trained:
         return {moment: {} for moment in MOMENTS}
-    whole, bucket = model_states(config).items_bytes["gradients"], bucket_bytes(config)
+    whole, bucket = states.items_bytes["gradients"], bucket_bytes(config, trained)
     standing, first, last = whole, whole, whole
     if accumulation(config) == 1 and zero < 3:
-        standing = trained * FLOAT32 if takes_bf16_optimizer(config) else 0
+        standing = lasting_gradient_bytes(config, states)
         moved = zero == 2 or config.strategy.offload_optimizer  # into the bucket, layer by layer
         last = standing if moved else standing + head_gradient_bytes(config)
         first = standing if moved else max(standing, whole - late_gradient_bytes(config))
@@ -71,9 +70,16 @@ def gradient_moments(config: Config) -> dict[Moment, dict[str, int]]:
         "loss": {"gradients": standing, "gradient buckets": always},
         "last layer": {"gradients": last, "gradient buckets": bucket},
         "first layer": {"gradients": first, "gradient buckets": bucket},
-        "reduction": {"gradients": whole, "gradient buckets": bucket + reduction_bytes(config)},
-        "update": {"gradients": whole, "gradient buckets": always, "copies of the update": update_bytes(config)},
+        "reduction": {"gradients": whole, "gradient buckets": bucket + reduction_bytes(config, trained)},
+        "update": {"gradients": whole, "gradient buckets": always, "copies of the update": update_bytes(config, trained)},
     }
+
+
+def lasting_gradient_bytes(config: Config, states: States) -> int:
+    """Of gradients, between two steps: BF16_Optimizer's and ZeRO 3's places stay, all others go."""
+    if takes_bf16_optimizer(config):
+        return states.trainable * FLOAT32
+    return states.items_bytes["gradients"] if rendered_stage(config) == 3 else 0
 
 
 def accumulation(config: Config) -> int:
@@ -102,21 +108,21 @@ def embedding_elements(config: Config) -> int:
     return config.model.architecture.text.vocab_size * config.model.architecture.text.hidden_size
 
 
-def bucket_bytes(config: Config) -> int:
+def bucket_bytes(config: Config, trained: int) -> int:
     """Gradients that are put together to be summed over ranks: as many elements as launcher.deepspeed says, on one rank too. Stage 1 has
     them in the type that they are added up in (zero/stage_1_and_2.py, _gradient_reduction_buffer_dtype), 2 and 3 in that of the weights."""
     zero = rendered_stage(config)
     if takes_bf16_optimizer(config) or zero == 0:
         return 0
     dtype = config.precision.gradients if zero == 1 else config.precision.weights
-    return min(trainable_parameters(config), REDUCE_BUCKET) * DTYPE_BYTES[dtype]
+    return min(trained, REDUCE_BUCKET) * DTYPE_BYTES[dtype]
 
 
-def reduction_bytes(config: Config) -> int:
+def reduction_bytes(config: Config, trained: int) -> int:
     """Copies at the end of the backward pass. Without ZeRO gradients are flattened to be sent (runtime/engine.py, allreduce_bucket), as many as
     a bucket takes; BF16_Optimizer's, which lie in one piece, all at once, and once more in bfloat16. ZeRO 2 and 3 flatten the bucket, and 2
     makes one gradient after the other float32 where it adds them up so (_add_to_grad_partition_buffer)."""
-    zero, trained, precision = rendered_stage(config), trainable_parameters(config), config.precision
+    zero, precision = rendered_stage(config), config.precision
     ranks = max(1, world_size(config))
     if takes_bf16_optimizer(config):
         return trained * (FLOAT32 + DTYPE_BYTES["bfloat16"]) if ranks > 1 else 0
@@ -124,7 +130,7 @@ def reduction_bytes(config: Config) -> int:
         return min(trained, REDUCE_BUCKET) * DTYPE_BYTES[precision.gradients] if ranks > 1 else 0
     if zero == 1:
         return 0  # as gradients go into the bucket they leave their own place
-    widened = largest_trained(config) * FLOAT32 // ranks if zero == 2 and adds_flat(config) else 0
+    widened = largest_trained(config, trained) * FLOAT32 // ranks if zero == 2 and adds_flat(config) else 0
     return min(trained, REDUCE_BUCKET) * DTYPE_BYTES[precision.weights] + widened
 
 
@@ -133,9 +139,9 @@ def adds_flat(config: Config) -> bool:
     return config.precision.gradients == "float32" != config.precision.weights
 
 
-def largest_trained(config: Config) -> int:
+def largest_trained(config: Config, trained: int) -> int:
     """Elements of the largest tensor that trains: the embeddings', else one of an adapter's, else at most all of the projector."""
-    trained, lora = trainable_parameters(config), config.stage.lora
+    lora = config.stage.lora
     if {"lm", "head"} & set(config.stage.trainable):
         return min(trained, embedding_elements(config))
     if lora is not None and not config.stage.trainable:
@@ -157,19 +163,19 @@ def largest_tensor(config: Config) -> int:
     return max(text.vocab_size * text.hidden_size, *(a * b for a, b in linear_shapes(text).values()))
 
 
-def update_bytes(config: Config) -> int:
+def update_bytes(config: Config, trained: int) -> int:
     """Copies that exist during an update alone: the norm's float64 copy of a gradient (zero/utils.py, get_norm_dtype); then ZeRO's slice of the
     gradients once more, flat and in the masters' type (3: a sub-group of it), but where they are added up so already; and where torch's
     AdamW works tensor list by tensor list, on an NPU, one tensor more of the slice's size."""
-    zero, trained, precision = rendered_stage(config), trainable_parameters(config), config.precision
-    if not trained or config.strategy.offload_optimizer:
+    zero, precision = rendered_stage(config), config.precision
+    if config.strategy.offload_optimizer:
         return 0
     slice_elements = -(-trained // (max(1, world_size(config)) if zero else 1))
     copied = min(slice_elements, SUB_GROUP) if zero == 3 else slice_elements
     width = DTYPE_BYTES[precision.optimizer]
     none = zero == 0 or takes_bf16_optimizer(config)
     flat = 0 if none or (zero < 3 and adds_flat(config)) else copied * width
-    norm = 0 if none else FLOAT64 * min(slice_elements, largest_trained(config))
+    norm = 0 if none else FLOAT64 * min(slice_elements, largest_trained(config, trained))
     return max(norm, flat + (copied * width if config.hardware.accelerator == "npu" else 0))
 
 

@@ -17,6 +17,7 @@ from launcher.buffer import (
     cache_bytes,
     gather_bytes,
     gradient_moments,
+    lasting_gradient_bytes,
     loading_bytes,
     logits_bytes,
     runtime_bytes,
@@ -72,7 +73,7 @@ def estimate_memory(config: Config, *, states: States | None = None) -> Memory:
     load = read_load(config, rows=rows)
     trains = config.stage.kind == "train"  # else, with the states of a training run, its gradients stand
     fixed = tuple(item for item in count_items(states.items_bytes, "arithmetic") if not (trains and item.name == "gradients"))
-    moving = tuple(item for item in moving_items(config, rows) if item.size_bytes)
+    moving = tuple(item for item in moving_items(config, states, rows) if item.size_bytes)
     spare = Item(name="fragmentation", size_bytes=int(hardware.fragmentation * total(moving)), basis="calibrated")
     runtime = Item(name="runtime", size_bytes=runtime_bytes(config, GIB), basis="calibrated")
     # The CPU's ranks have no runtime of their own beside the process.
@@ -91,7 +92,7 @@ def estimate_memory(config: Config, *, states: States | None = None) -> Memory:
     )
 
 
-def moving_items(config: Config, rows: int) -> tuple[Item, ...]:
+def moving_items(config: Config, states: States, rows: int) -> tuple[Item, ...]:
     """What comes and goes within a step, at its highest moment. In an evaluation: of a batch."""
     load = read_load(config, rows=rows)
     if config.stage.kind == "evaluate":
@@ -113,7 +114,7 @@ def moving_items(config: Config, rows: int) -> tuple[Item, ...]:
         "reduction": (gathered,),
         "update": (),
     }
-    gradients = gradient_moments(config)
+    gradients = gradient_moments(config, states)
     return max((tuple(count_items(gradients[moment], "arithmetic")) + others[moment] for moment in MOMENTS), key=total)
 
 
@@ -131,10 +132,11 @@ def count_host(config: Config, states: States) -> Iterator[Item]:
 
 
 def answering_memory(config: Config) -> Memory:
-    """What the evaluation of a training run takes, with all that training holds still there."""
+    """What the evaluation of a training run takes, with all that training holds between two steps still there."""
     training = model_states(config)
+    items = {**training.items_bytes, "gradients": lasting_gradient_bytes(config, training)}
     asked = replace(config, stage=replace(config.stage, kind="evaluate"))
-    return estimate_memory(asked, states=training)
+    return estimate_memory(asked, states=replace(training, items_bytes=items, total_bytes=sum(items.values())))
 
 
 def split_weights(config: Config) -> tuple[int, int]:

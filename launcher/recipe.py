@@ -105,7 +105,8 @@ def counted_options_are_numbers(config: Config, _: Mapping[str, Stack]) -> Itera
     options = config.model.architecture.text.options
     for name in COUNTED_OPTIONS:
         value = options.get(name, 1)
-        if isinstance(value, bool) or not isinstance(value, int):
+        endless = isinstance(value, float) and not math.isfinite(value)  # which is out of range besides
+        if isinstance(value, bool) or not (isinstance(value, int) or endless):
             key = f"model.architecture.text.options.{name}"
             yield Problem(key=key, what=f"{value!r} is no whole number", changes=(f"{key}=4",))
     types = options.get("layer_types", ())

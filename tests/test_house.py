@@ -50,6 +50,7 @@ LAUNCHER_ORDER = (
     ("probe", "finding"),
     ("machine",),
     ("device", "agreement", "experiment"),
+    ("headroom",),
     ("gang", "relay", "doctor"),
     ("ship",),
     ("remote_build", "sync"),

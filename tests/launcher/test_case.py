@@ -270,3 +270,10 @@ def test_lengths_below_one_are_refused_and_nothing_is_computed_from_them(length:
     verdict = check(compose(("hardware=rtx3090", "model=llava_1_5_7b", f"data.max_length={length}", *OWN), ROOT / "conf"), stacks())
     assert "data.max_length" in [problem.key for problem in verdict.problems]
     assert "strategy" not in [problem.key for problem in verdict.problems]
+
+
+def test_a_start_under_zero_3_takes_a_share_and_the_largest_tensor() -> None:
+    """2 bytes for each of 33.5 billion parameters over 8 cards, the embeddings whole, and the runtime: not the 62 GiB of the whole model."""
+    memory = memory_of(*QWEN, "strategy=zero3", CHECKPOINTED, "stage=lora")
+    runtime = next(item.size_bytes for item in memory.items if item.name == "runtime")
+    assert memory.start_bytes == -(-2 * 33_452_718_336 // 8) + 2 * 152_064 * 5120 + runtime

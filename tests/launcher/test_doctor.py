@@ -265,7 +265,7 @@ COMPARED_ILLS: dict[str, tuple[Ill, ...]] = {
 def test_the_number_of_checks() -> None:
     assert (len(NODE_CHECKS), len(COMPARISONS), len(EXPERIMENTS)) == (33, 10, 3)
     assert set(NODE_ILLS) == set(NODE_CHECKS) and set(COMPARED_ILLS) | {"clocks"} == set(COMPARISONS)
-    assert sum(check.launch for check in (*NODE_CHECKS.values(), *COMPARISONS.values())) == 33
+    assert sum(check.launch for check in (*NODE_CHECKS.values(), *COMPARISONS.values())) == 34
 
 
 @pytest.mark.parametrize("words", [CPU, NPU, NPU_RUNTIME, P4, LOCAL, OFFLOAD, DATA, PULL], ids=lambda words: " ".join(words[:2]))
