@@ -18,7 +18,7 @@ pytestmark = pytest.mark.docker
 TEST_TOOLS = ("pytest", "iniconfig", "packaging", "pluggy", "pygments", "hypothesis", "sortedcontainers")
 TEST_TOOLS += ("hydra-core", "omegaconf", "antlr4-python3-runtime")  # the cells of tests/trainer/test_cells.py are planned as a launch is
 # A driver's library is all that is missing: the same tests as on a laptop, on this image's torch.
-ON_THE_CPU = ("env", "DS_ACCELERATOR=cpu", "PYTHONPATH=/tools:/project", "OMP_NUM_THREADS=2", "HYPOTHESIS_STORAGE_DIRECTORY=/tmp/examples")
+ON_THE_CPU = ("env", "DS_ACCELERATOR=cpu", "PYTHONPATH=/tools:/project", "OMP_NUM_THREADS=1", "HYPOTHESIS_STORAGE_DIRECTORY=/tmp/examples")
 
 
 @pytest.fixture(scope="session")
