@@ -47,7 +47,7 @@ HEADINGS = (
 HERE = Place(project=ROOT, here=ROOT, interpreter=sys.executable, user="0:0")
 TEXT = "model.architecture.text"
 VISION = "model.architecture.vision"
-# Small beside the published ones, and of their proportions: some 10 to 40 million parameters, most of them in the decoder.
+# Some 5 million parameters, most of them in the decoder.
 SIZES = (
     *(f"{TEXT}.hidden_size=256", f"{TEXT}.intermediate_size=704", f"{TEXT}.num_hidden_layers=4", f"{TEXT}.num_attention_heads=4"),
     *(f"{TEXT}.vocab_size=2048", f"{VISION}.hidden_size=128", f"{VISION}.intermediate_size=512", f"{VISION}.num_hidden_layers=2"),
