@@ -4,6 +4,7 @@ DeepSpeed is imported inside the functions: its import picks an accelerator by D
 """
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +23,7 @@ from trainer.part import find_parts
 
 RATE = "rate"  # key of a parameter group: its learning rate over that of the schedule
 IGNORED = -100  # label of a token that is not trained on
+SETTLE_S = 0.3  # a hundred times what a thread of gloo takes, whose turn comes later on a busy machine
 FUSED = ("cpu", "cuda")  # where torch has AdamW as one kernel: on the digits job a tenth of a step faster than one op at a time
 
 
@@ -174,6 +176,16 @@ def start_distributed(spec: DeviceSpec) -> None:
         # empty table says "no op is compatible"; deepspeed.comm.torch.build_shm_op is its only reader.
         deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend=spec.backend, timeout=timedelta(seconds=spec.timeout_s), verbose=False)
+
+
+def leave_distributed() -> None:
+    """Leave the process group, once all ranks have done their last collective.
+
+    torch 2.7.1 joins gloo's threads with Python's lock held, and one that still has to let go of a collective's tensors waits for that lock:
+    a rank that never ends. The threads get the lock here first. 2.13.0 does not need it (tests/trainer/test_leave.py)."""
+    if torch.distributed.get_backend() == "gloo" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        time.sleep(SETTLE_S)
+    torch.distributed.destroy_process_group()
 
 
 def start_engine(model: torch.nn.Module, spec: TrainSpec, device: torch.device, *, rates: Mapping[str, float] | None = None) -> Engine:

@@ -36,7 +36,7 @@ from trainer.data.source import hash_sources
 from trainer.device import Device, open_device, seed_all
 from trainer.draft import Saved, make_room
 from trainer.effect import taken_config
-from trainer.engine import Engine, start_distributed, start_engine
+from trainer.engine import Engine, leave_distributed, start_distributed, start_engine
 from trainer.evaluate import Halted, evaluate
 from trainer.kernel import use_kernels
 from trainer.loop import Progress, stop_on_signals
@@ -106,7 +106,7 @@ def run_stage(spec: TrainSpec, environ: Mapping[str, str]) -> TrainResult:
         raise
     if rank.number == 0 and before is None:
         write(result, Path(spec.output) / RESULT_FILE)
-    torch.distributed.destroy_process_group()  # not after a failure: it would wait for ranks that are gone
+    leave_distributed()  # not after a failure: it would wait for ranks that are gone
     return result
 
 
