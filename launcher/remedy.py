@@ -103,7 +103,9 @@ def find_changes(
         asked = set_values(config, change.values)
         other = replace(asked, strategy=choose_strategy(asked))
         memory = estimate_memory(other)
-        if replace(memory, total_bytes=memory.total_bytes + short_bytes).fits and not any(problem for rule in ALSO_ASKED for problem in rule(other, stacks)):
+        if replace(memory, total_bytes=memory.total_bytes + short_bytes).fits and not any(
+            problem for rule in ALSO_ASKED for problem in rule(other, stacks)
+        ):
             found.append((change, memory))
     return tuple(found[:MOST_CHANGES])
 
