@@ -11,7 +11,7 @@ from launcher.capability import CAPABILITY_RULES
 from launcher.cluster import CLUSTER_RULES
 from launcher.container import CONTAINER_RULES
 from launcher.image import Stack
-from launcher.problem import Problem
+from launcher.problem import Problem, Rule
 from launcher.recipe import RECIPE_RULES
 from launcher.remedy import MEMORY_RULES, write_memory_notes
 from launcher.schema import Config
@@ -19,6 +19,7 @@ from launcher.stage import STAGE_RULES
 from launcher.text import TEXT_RULES
 
 RULES = (*CAPABILITY_RULES, *CLUSTER_RULES, *CONTAINER_RULES, *TEXT_RULES, *RECIPE_RULES, *MEMORY_RULES, *STAGE_RULES)
+RULES_BUT_MEMORY = tuple(rule for rule in RULES if rule not in MEMORY_RULES)  # for a plan whose memory a traced step decides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +34,9 @@ class Verdict:
     notes: tuple[str, ...] = ()
 
 
-def check(config: Config, stacks: Mapping[str, Stack]) -> Verdict:
+def check(config: Config, stacks: Mapping[str, Stack], *, rules: tuple[Rule, ...] = RULES) -> Verdict:
     """Hold a config against every rule. `stacks`: rows of images/versions.yaml by name. Raises nothing."""
-    found = [problem for rule in RULES for problem in rule(config, stacks)]
+    found = [problem for rule in rules for problem in rule(config, stacks)]
     forced = tuple(problem for problem in found if config.run.force and problem.forcible)
     problems = tuple(problem for problem in found if problem not in forced)
     return Verdict(

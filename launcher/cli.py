@@ -67,7 +67,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             )
         if name == "plan":
             sub.add_argument("--json", action="store_true", help="the whole plan as JSON")
-            sub.add_argument("--trace", action="store_true", help="with the memory of one step, traced; needs the trainer's packages")
+            sub.add_argument("--trace", action="store_true", help="judge by the memory of one step, traced; needs the trainer's packages")
         sub.set_defaults(verb=verb)
     sub = verbs.add_parser("render", help="write a run as a folder to carry to its nodes, where SSH is not allowed", allow_abbrev=False)
     sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for plan; or one run, by its id or folder")
@@ -97,8 +97,9 @@ def add_reports(verbs: Any) -> None:
     sub.set_defaults(verb=show_fit_report)
 
 
-def plan_of(overrides: Sequence[str], run_id: str) -> "Plan":
-    """Compose and plan, with this machine as the place."""
+def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False) -> "Plan":
+    """Compose and plan, with this machine as the place. `traced`: its memory is still to be held against a traced step."""
+    from launcher.check import RULES, RULES_BUT_MEMORY
     from launcher.compose import compose
     from launcher.image import load_stacks
     from launcher.place import place_here
@@ -110,13 +111,14 @@ def plan_of(overrides: Sequence[str], run_id: str) -> "Plan":
     config = compose(overrides, PROJECT / "conf")
     config = resolve_checkpoint(config, Path(absolute(config.cluster.root, here)) / RUNS_FOLDER, here / RUNS_FOLDER)
     run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))
-    return make_plan(config, load_stacks(PROJECT / "images"), place_here(PROJECT), run_id=run_id, overrides=tuple(overrides))
+    rules = RULES_BUT_MEMORY if traced else RULES
+    return make_plan(config, load_stacks(PROJECT / "images"), place_here(PROJECT), run_id=run_id, overrides=tuple(overrides), rules=rules)
 
 
 def show_plan(arguments: argparse.Namespace) -> int:
     from launcher.show import describe_plan, plan_json
 
-    plan = plan_of(arguments.overrides, arguments.run_id)
+    plan = plan_of(arguments.overrides, arguments.run_id, traced=arguments.trace)
     if arguments.trace:
         print(show_traced(plan, as_json=arguments.json))
     else:
@@ -125,16 +127,18 @@ def show_plan(arguments: argparse.Namespace) -> int:
 
 
 def show_traced(plan: "Plan", *, as_json: bool) -> str:
-    """The plan with the memory of a traced step; as JSON its key is `trace`."""
+    """The plan whose memory and verdict go by a traced step, and the step; as JSON its key is `trace`."""
     import json
     from dataclasses import asdict
 
+    from launcher.image import load_stacks
     from launcher.place import place_here
     from launcher.plan import to_plain
     from launcher.show import describe_plan
-    from launcher.trace import describe_trace, trace_plan
+    from launcher.trace import describe_trace, go_by_trace, trace_plan
 
     report = trace_plan(plan, place_here(PROJECT), os.environ)
+    plan = go_by_trace(plan, report, load_stacks(PROJECT / "images"))
     if as_json:
         return json.dumps(to_plain(plan) | {"trace": asdict(report)}, indent=2, ensure_ascii=False)
     return f"{describe_plan(plan)}\n\n== a step, traced\n{describe_trace(report, plan)}"

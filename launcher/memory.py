@@ -1,8 +1,8 @@
 """Will it fit: the memory of the fullest device and of a node at their peaks, item by item. Arithmetic only, without torch.
 
-Each item is `arithmetic` (counted from architecture numbers) or `calibrated` (a share or constant that was measured or assumed; its source
-stands where it is defined). Peak = weights and optimizer + runtime + the highest of three moments: the loss, before the backward pass, the
-end of that pass, and the update.
+Each item is `arithmetic` (counted from architecture numbers), `calibrated` (a share or constant that was measured or assumed; its source
+stands where it is defined) or, where launcher.trace puts them in the place of others, `traced`. Peak = weights and optimizer + runtime + the
+highest of three moments: the loss, before the backward pass, the end of that pass, and the update.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ from launcher.fit import DTYPE_BYTES, GIB, States, model_states, zero_stage
 from launcher.image_token import read_load
 from launcher.schema import Config
 
-Basis = Literal["arithmetic", "calibrated"]
+Basis = Literal["arithmetic", "calibrated", "traced"]
 
 
 @dataclass(frozen=True, kw_only=True)

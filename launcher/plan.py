@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launcher.capability import choose_kernels
-from launcher.check import Verdict, check
+from launcher.check import RULES, Verdict, check
 from launcher.choice import choose_strategy, explain_choice
 from launcher.credential import mask_credentials, without_masked
 from launcher.deepspeed import render_deepspeed
@@ -16,6 +16,7 @@ from launcher.errors import ConfigRefused, refuse_config
 from launcher.fit import States, device_count, model_states, trainable_parameters, world_size
 from launcher.image import Image, Stack, render
 from launcher.memory import Memory, estimate_memory
+from launcher.problem import Rule
 from launcher.recipe import leaves_padding_out
 from launcher.schema import Cluster, Config, Run
 from launcher.start import NodeCommand, node_commands
@@ -56,14 +57,22 @@ class Plan:
     choice: str = ""  # why strategy and micro-batch are what they are
 
 
-def make_plan(config: Config, stacks: dict[str, Stack], place: Place, *, run_id: str, overrides: tuple[str, ...] = ()) -> Plan:
+def make_plan(
+    config: Config,
+    stacks: dict[str, Stack],
+    place: Place,
+    *,
+    run_id: str,
+    overrides: tuple[str, ...] = (),
+    rules: tuple[Rule, ...] = RULES,
+) -> Plan:
     """Resolve the strategy, check, render the image, write the spec and the commands.
 
     Raises ConfigRefused with every problem at once; a problem that only stops a launch (a module still to come, a licence to
     accept) is left in `verdict` for `launch` to refuse.
     """
     asked, config = config, replace(config, strategy=choose_strategy(config))
-    verdict = check(config, stacks)
+    verdict = check(config, stacks, rules=rules)
     refuse(verdict, launching=False)
     image = render(
         stacks[config.hardware.stack],

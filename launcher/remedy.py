@@ -52,14 +52,19 @@ def memory_fits(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Problem
         return
     resolved = replace(config, strategy=choose_strategy(config))
     memory = estimate_memory(resolved)
-    if memory.fits:
-        return
-    found = find_changes(config, resolved, stacks)
+    if not memory.fits:
+        yield refuse_memory(config, resolved, memory, stacks)
+
+
+def refuse_memory(config: Config, resolved: Config, memory: Memory, stacks: Mapping[str, Stack], *, short_bytes: int = 0) -> Problem:
+    """`memory`: what does not fit, of `resolved`, which is `config` with its strategy resolved. `short_bytes`: by how much the arithmetic
+    that changes are held against is known to be too low."""
+    found = find_changes(config, resolved, stacks, short_bytes=short_bytes)
     changes = tuple(str(change) for change, _ in found)
     offloaded = max((other.host_bytes for _, other in found), default=0)
     host = f"; offloaded, states take up to {offloaded / GIB:.1f} GiB of a node's own memory" if offloaded else ""
     what = f"{describe_need(resolved, memory)}{host}{describe_split(resolved) if resolved.stage.kind == 'evaluate' else ''}"
-    yield Problem(key="strategy", what=what, changes=changes, forcible=True)
+    return Problem(key="strategy", what=what, changes=changes, forcible=True)
 
 
 def describe_need(config: Config, memory: Memory) -> str:
@@ -81,8 +86,11 @@ def describe_split(config: Config) -> str:
     return f"; weights in int8 would take {weights * INT8_SHARE / GIB:.1f} GiB, in NF4 {weights * NF4_SHARE / GIB:.1f}{split}"
 
 
-def find_changes(config: Config, resolved: Config, stacks: Mapping[str, Stack]) -> tuple[tuple[Change, Memory], ...]:
-    """At most MOST_CHANGES that fit and that the other rules take, cheapest first. `resolved`: config with its strategy resolved."""
+def find_changes(
+    config: Config, resolved: Config, stacks: Mapping[str, Stack], *, short_bytes: int = 0
+) -> tuple[tuple[Change, Memory], ...]:
+    """At most MOST_CHANGES that fit with `short_bytes` more and that the other rules take, cheapest first. `resolved`: config with its
+    strategy resolved."""
     found: list[tuple[Change, Memory]] = []
     for change in (*list_changes(config, resolved), *hardware_changes(config)):
         if change.cost == "hardware" and found:
@@ -95,7 +103,9 @@ def find_changes(config: Config, resolved: Config, stacks: Mapping[str, Stack]) 
         asked = set_values(config, change.values)
         other = replace(asked, strategy=choose_strategy(asked))
         memory = estimate_memory(other)
-        if memory.fits and not any(problem for rule in ALSO_ASKED for problem in rule(other, stacks)):
+        if replace(memory, total_bytes=memory.total_bytes + short_bytes).fits and not any(
+            problem for rule in ALSO_ASKED for problem in rule(other, stacks)
+        ):
             found.append((change, memory))
     return tuple(found[:MOST_CHANGES])
 

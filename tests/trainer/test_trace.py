@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from launcher import cli
 from tests.trainer.conftest import make_spec
 from tests.trainer.models.conftest import model_spec
 from trainer.__main__ import main
@@ -153,6 +154,17 @@ def test_the_command_prints_a_report_and_leaves_no_run(tmp_path: Path, capsys: p
     report: TraceReport = decode(TraceReport, json.loads(capsys.readouterr().out))
     assert report.schema == SCHEMA and report.trained_tokens + report.image_tokens == 2 * LENGTH
     assert not Path(spec.output).exists()
+
+
+def test_a_plan_goes_by_the_trace_of_its_step(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("tune=null", "hardware=cpu", "hardware.memory_gib=1", "model=tiny_llava", "strategy=single", "strategy.micro_batch=4")
+    assert cli.main(["plan", "--trace", "--json", *words]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    sizes = {item["name"]: item["size_bytes"] for item in plan["memory"]["items"] if item["basis"] == "traced"}
+    highest = next(phase for phase in plan["trace"]["phases"] if phase["phase"] == plan["trace"]["peak_phase"])
+    assert sizes == highest["items_bytes"] and sizes["weights"] >= 4 * plan["trace"]["parameters"] > 0
+    assert plan["memory"]["total_bytes"] == plan["trace"]["peak_bytes"]  # the CPU has no runtime, and nothing is lost in its allocator
+    assert plan["verdict"]["launchable"]
 
 
 def test_the_command_refuses_a_family_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
