@@ -63,7 +63,7 @@ def make_plan(config: Config, stacks: dict[str, Stack], place: Place, *, run_id:
     accept) is left in `verdict` for `launch` to refuse.
     """
     asked, config = config, replace(config, strategy=choose_strategy(config))
-    verdict = check(asked, stacks)  # what is left open stays so in the changes that are offered
+    verdict = check(config, stacks, asked=asked)
     refuse(verdict, launching=False)
     image = render(
         stacks[config.hardware.stack],

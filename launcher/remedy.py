@@ -13,6 +13,7 @@ from launcher.memory import Memory, answering_memory, estimate_memory, split_wei
 from launcher.problem import Problem, Rule
 from launcher.recipe import TEXT_TOKENS, batch_divides, masters_suit_strategy, offload_is_possible, strategy_suits_devices
 from launcher.schema import Config
+from launcher.stage import quantised_base_is_possible
 from trainer.contract import Lora
 
 Cost = Literal["speed", "quality", "context", "hardware"]
@@ -24,6 +25,7 @@ ALSO_ASKED: tuple[Rule, ...] = (
     strategy_suits_devices,
     rounding_suits,
     state_bits_suit,
+    quantised_base_is_possible,
     batch_divides,
 )
 NF4_SHARE, INT8_SHARE = 4.5 / 16, 8.25 / 16  # of 16-bit weights, scales included: blocks of 64 in NF4, rows in int8

@@ -83,6 +83,20 @@ def test_a_plan_offers_changes_to_what_was_asked_and_not_to_what_was_chosen_for_
         assert make_plan(compose(apply(words, change), ROOT / "conf"), stacks(), place, run_id="r").memory.fits
 
 
+def test_four_bits_are_offered_where_there_are_kernels_for_them_alone() -> None:
+    words = (
+        "model=qwen2_5_vl_7b",
+        "stage=lora",
+        "strategy=ddp",
+        "strategy.gradient_checkpointing=true",
+        "cluster.devices_per_node=2",
+        *OWN,
+    )
+    for hardware, offered in (("rtx3090", True), ("ascend910b", False)):
+        (problem,) = problems(f"hardware={hardware}", "hardware.memory_gib=14", *words)
+        assert any("nf4" in change for change in problem.changes) == offered, problem.changes
+
+
 def test_a_host_that_is_too_small_is_named() -> None:
     words = ("hardware=rtx3090", "model=llava_1_5_7b", "tune=null", "strategy=zero2", "strategy.offload_optimizer=true")
     assert problems(*words, "strategy.gradient_checkpointing=true") == []
@@ -126,7 +140,9 @@ def test_items_add_up_and_say_what_they_rest_on() -> None:
 
 def test_weights_that_go_to_the_host_as_they_are_cut_do_not_fill_the_device_at_the_start() -> None:
     words = ("hardware=rtx3090", "model=qwen2_5_vl_32b", "stage=full", "strategy=zero3", "strategy.offload_optimizer=true", *OWN)
-    kept, moved = (resolved(*words, f"strategy.offload_parameters={moves}", "strategy.gradient_checkpointing=true") for moves in ("false", "true"))
+    kept, moved = (
+        resolved(*words, f"strategy.offload_parameters={moves}", "strategy.gradient_checkpointing=true") for moves in ("false", "true")
+    )
     weights = estimate_memory(kept).items[0]
     assert weights.name == "weights" and estimate_memory(kept).start_bytes - estimate_memory(moved).start_bytes == weights.size_bytes
     assert not [note for note in write_memory_notes(moved) if "at the start" in note]
