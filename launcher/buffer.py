@@ -204,4 +204,5 @@ def loading_bytes(config: Config) -> tuple[int, int]:
     if zero_stage(config) < 3:
         return whole, whole * device_count(config)
     tensor = largest_tensor(config) * width
-    return -(-whole // max(1, world_size(config))) + tensor, tensor * device_count(config)
+    share = 0 if config.strategy.offload_parameters else -(-whole // max(1, world_size(config)))  # which goes to the host as it is cut
+    return share + tensor, tensor * device_count(config)

@@ -34,9 +34,11 @@ class Verdict:
     notes: tuple[str, ...] = ()
 
 
-def check(config: Config, stacks: Mapping[str, Stack], *, rules: tuple[Rule, ...] = RULES) -> Verdict:
-    """Hold a config against every rule. `stacks`: rows of images/versions.yaml by name. Raises nothing."""
-    found = [problem for rule in rules for problem in rule(config, stacks)]
+def check(config: Config, stacks: Mapping[str, Stack], *, rules: tuple[Rule, ...] = RULES, asked: Config | None = None) -> Verdict:
+    """Hold a config against every rule. `stacks`: rows of images/versions.yaml by name. `asked`: the config before its strategy was chosen,
+    to which changes of what does not fit are made, so that what was left open is chosen again. Raises nothing."""
+    open_ = asked or config
+    found = [problem for rule in rules for problem in rule(open_ if rule in MEMORY_RULES else config, stacks)]
     forced = tuple(problem for problem in found if config.run.force and problem.forcible)
     problems = tuple(problem for problem in found if problem not in forced)
     return Verdict(

@@ -78,7 +78,7 @@ def largest_image(config: Config) -> tuple[int, int]:
     rule, data = config.model.image_tokens, config.data
     if rule.rule == "grid":
         pixels = data.max_pixels or rule.max_pixels
-        tokens = pixels // max(1, rule.unit) ** 2
+        tokens = max(1, pixels // max(1, rule.unit) ** 2)  # no side is ever shorter than a unit
         return tokens, tokens * patches_a_token(config)
     if rule.rule == "fixed":
         return rule.tokens, tile_patches(config)

@@ -72,7 +72,7 @@ def make_plan(
     accept) is left in `verdict` for `launch` to refuse.
     """
     asked, config = config, replace(config, strategy=choose_strategy(config))
-    verdict = check(config, stacks, rules=rules)
+    verdict = check(config, stacks, rules=rules, asked=asked)
     refuse(verdict, launching=False)
     image = render(
         stacks[config.hardware.stack],

@@ -18,11 +18,14 @@ TEXT_TOKENS = 32  # the shortest question and answer that can stand beside an im
 
 # Lowest and highest value, inclusive. A number that is not named here must be finite and not negative.
 COUNT, PORT, SHARE, PER_NODE = (1, math.inf), (1, 65535), (0, 1), (1, 1024)
+MOST_GIB = 10**6  # of one device or node, in sizes that are counted on in bytes
 RANGES: dict[str, tuple[float, float]] = {
     "hardware.devices_per_node": PER_NODE,
     "hardware.device_multiple": PER_NODE,
-    "hardware.memory_gib": (0.1, math.inf),
-    "hardware.host_memory_gib": (0.1, math.inf),
+    "hardware.memory_gib": (0.1, MOST_GIB),
+    "hardware.host_memory_gib": (0.1, MOST_GIB),
+    "hardware.context_gib": (0, MOST_GIB),
+    "hardware.fragmentation": (0, 10),
     **{f"model.architecture.vision.{name}": COUNT for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")},
     **{f"model.architecture.text.{name}": COUNT for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")},
     "model.architecture.text.num_key_value_heads": COUNT,

@@ -13,6 +13,7 @@ from launcher.memory import Memory, answering_memory, estimate_memory, split_wei
 from launcher.problem import Problem, Rule
 from launcher.recipe import TEXT_TOKENS, batch_divides, masters_suit_strategy, offload_is_possible, strategy_suits_devices
 from launcher.schema import Config
+from launcher.stage import quantised_base_is_possible
 from trainer.contract import Lora
 
 Cost = Literal["speed", "quality", "context", "hardware"]
@@ -24,6 +25,7 @@ ALSO_ASKED: tuple[Rule, ...] = (
     strategy_suits_devices,
     rounding_suits,
     state_bits_suit,
+    quantised_base_is_possible,
     batch_divides,
 )
 NF4_SHARE, INT8_SHARE = 4.5 / 16, 8.25 / 16  # of 16-bit weights, scales included: blocks of 64 in NF4, rows in int8
@@ -72,15 +74,16 @@ def describe_need(config: Config, memory: Memory) -> str:
     if memory.total_bytes <= limit:
         return f"offloaded states take {memory.host_bytes / GIB:.1f} GiB of a node's memory, which has {config.hardware.host_memory_gib:g}"
     states = total(item for item in memory.items if item.name in ("weights", "gradients", "optimizer"))
+    strategy = f" ({config.strategy.name})" if config.stage.kind == "train" else ""  # every rank asks a whole model
     return (
-        f"the peak takes {memory.total_bytes / GIB:.1f} GiB on each device ({config.strategy.name}), which has {limit / GIB:g}: "
+        f"the peak takes {memory.total_bytes / GIB:.1f} GiB on each device{strategy}, which has {limit / GIB:g}: "
         f"{states / GIB:.1f} model states, {(memory.total_bytes - states) / GIB:.1f} activations, buffers and runtime"
     )
 
 
 def describe_split(config: Config) -> str:
     """What else would hold the weights of a model that is asked, and has no switch of its own here."""
-    cards, each = split_weights(config)
+    cards, each = split_weights(set_values(config, {"run.evaluation.batch": 1}))  # else the batch, not the model, says how many
     weights = next(item.size_bytes for item in estimate_memory(config).items if item.name == "weights")
     split = f"; whole layers over {cards} cards (device_map) would put {each / GIB:.1f} GiB of weights on each" if cards > 1 else ""
     return f"; weights in int8 would take {weights * INT8_SHARE / GIB:.1f} GiB, in NF4 {weights * NF4_SHARE / GIB:.1f}{split}"
@@ -93,7 +96,7 @@ def find_changes(
     strategy resolved."""
     found: list[tuple[Change, Memory]] = []
     for change in (*list_changes(config, resolved), *hardware_changes(config)):
-        if change.cost == "hardware" and found:
+        if change.cost == "hardware" and any(other.cost != "hardware" for other, _ in found):
             break
         if sum(other.cost == change.cost for other, _ in found) == MOST_OF_A_COST:
             continue
@@ -151,13 +154,20 @@ LARGER: tuple[tuple[str, dict[str, Any]], ...] = tuple(
     (
         name,
         {
+            "hardware.accelerator": accelerator,
+            "hardware.collectives": collectives,
             "hardware.memory_gib": memory_gib,
             "hardware.devices_per_node": devices,
             "hardware.device_multiple": 1,
             "hardware.context_gib": context_gib,
+            "hardware.fragmentation": fragmentation,
         },
     )
-    for name, memory_gib, devices, context_gib in (("rtx3090", 24, 2, 0.5), ("ascend910b", 64, 8, 1.5), ("h200", 131, 8, 0.7))
+    for name, accelerator, collectives, memory_gib, devices, context_gib, fragmentation in (
+        ("rtx3090", "cuda", "nccl", 24, 2, 0.5, 0.08),
+        ("ascend910b", "npu", "hccl", 64, 8, 1.5, 0.05),
+        ("h200", "cuda", "nccl", 131, 8, 0.7, 0.05),
+    )
 )
 PURE_BF16 = {
     **dict.fromkeys(("precision.weights", "precision.compute", "precision.optimizer", "precision.gradients"), "bfloat16"),

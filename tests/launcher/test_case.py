@@ -140,6 +140,12 @@ def test_qwen_32b_is_not_asked_on_one_card(more: tuple[str, ...], cards: int, ea
     assert f"whole layers over {cards} cards (device_map) would put {each} GiB of weights on each" in problem.what
 
 
+def test_a_large_batch_of_questions_does_not_multiply_the_cards_of_a_split() -> None:
+    """Of a batch of 64 there was room for 2 GiB of weights on each card: it said 31 cards."""
+    (problem,) = problems(*QWEN, "stage=evaluate", "run.evaluation.batch=64", "cluster.devices_per_node=1")
+    assert "whole layers over 2 cards (device_map) would put 31.2 GiB of weights on each" in problem.what
+
+
 # ---------------------------------------------------------------------------------------------------- what was published
 
 A100 = ("hardware=h200", "strategy.micro_batch=1", "data.max_length=2048", CHECKPOINTED, "strategy.loss_chunk=0")

@@ -9,11 +9,13 @@ import pytest
 
 from launcher.choice import PEAK_SHARE, choose_strategy
 from launcher.compose import compose
+from launcher.errors import ConfigRefused
 from launcher.image import Stack, load_stacks
 from launcher.image_token import largest_image
 from launcher.memory import Memory, estimate_memory
+from launcher.plan import Place, make_plan
 from launcher.problem import Problem
-from launcher.remedy import ADAPTER, LARGER, PURE_BF16, memory_fits
+from launcher.remedy import ADAPTER, LARGER, PURE_BF16, memory_fits, write_memory_notes
 from launcher.schema import Config
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +72,31 @@ def test_changes_come_in_the_order_of_what_they_cost() -> None:
     assert ranks == sorted(ranks) and ranks[0] == 0
 
 
+def test_a_plan_offers_changes_to_what_was_asked_and_not_to_what_was_chosen_for_it() -> None:
+    """`auto` is single on the one device of a P4, which no larger hardware could be asked with."""
+    words = ("hardware=p4", "model=qwen2_5_vl_7b", "stage=evaluate", "data.evaluation=b.json", *OWN)
+    place = Place(project=ROOT, interpreter="python", here=ROOT, user="1000:1000")
+    with pytest.raises(ConfigRefused) as refused:
+        make_plan(compose(words, ROOT / "conf"), stacks(), place, run_id="r")
+    assert "would pass: hardware=ascend910b  or  hardware=h200" in str(refused.value) and "(single)" not in str(refused.value)
+    for change in ("hardware=ascend910b", "hardware=h200"):
+        assert make_plan(compose(apply(words, change), ROOT / "conf"), stacks(), place, run_id="r").memory.fits
+
+
+def test_four_bits_are_offered_where_there_are_kernels_for_them_alone() -> None:
+    words = (
+        "model=qwen2_5_vl_7b",
+        "stage=lora",
+        "strategy=ddp",
+        "strategy.gradient_checkpointing=true",
+        "cluster.devices_per_node=2",
+        *OWN,
+    )
+    for hardware, offered in (("rtx3090", True), ("ascend910b", False)):
+        (problem,) = problems(f"hardware={hardware}", "hardware.memory_gib=14", *words)
+        assert any("nf4" in change for change in problem.changes) == offered, problem.changes
+
+
 def test_a_host_that_is_too_small_is_named() -> None:
     words = ("hardware=rtx3090", "model=llava_1_5_7b", "tune=null", "strategy=zero2", "strategy.offload_optimizer=true")
     assert problems(*words, "strategy.gradient_checkpointing=true") == []
@@ -87,6 +114,7 @@ def test_a_host_that_is_too_small_is_named() -> None:
         (("model=minicpm_v_2_6", "data.max_tiles=1"), 64, 1024),
         (("model=qwen2_5_vl_7b",), 1280, 1280 * 4),
         (("model=qwen2_5_vl_7b", "data.max_pixels=50176"), 64, 256),
+        (("model=qwen2_5_vl_7b", "data.max_pixels=1"), 1, 4),  # as trainer.models.span has it: no side below a unit
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
@@ -108,6 +136,16 @@ def test_items_add_up_and_say_what_they_rest_on() -> None:
     assert sum(item.size_bytes for item in memory.items) == memory.total_bytes
     assert {item.name for item in memory.items if item.basis == "calibrated"} == {"fragmentation", "runtime"}
     assert "data.max_length=2048" in memory.assumption
+
+
+def test_weights_that_go_to_the_host_as_they_are_cut_do_not_fill_the_device_at_the_start() -> None:
+    words = ("hardware=rtx3090", "model=qwen2_5_vl_32b", "stage=full", "strategy=zero3", "strategy.offload_optimizer=true", *OWN)
+    kept, moved = (
+        resolved(*words, f"strategy.offload_parameters={moves}", "strategy.gradient_checkpointing=true") for moves in ("false", "true")
+    )
+    weights = estimate_memory(kept).items[0]
+    assert weights.name == "weights" and estimate_memory(kept).start_bytes - estimate_memory(moved).start_bytes == weights.size_bytes
+    assert not [note for note in write_memory_notes(moved) if "at the start" in note]
 
 
 def test_a_device_without_a_size_is_said_to_have_none() -> None:
