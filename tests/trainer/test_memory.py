@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.cpp_extension import get_default_build_root
 
+from tests.trainer.conftest import cpu_adam_is_built
 from tests.trainer.test_engine import one_step, steps_of
 from trainer.activation import checkpoint_layers
 from trainer.contract import Lora, Precision, StageSpec, TrainSpec
@@ -66,14 +65,6 @@ def test_a_loss_in_chunks_and_layers_computed_twice_are_the_same_steps(
     plain, saving = (tiny_spec(name, zero=zero, micro=8, changes=changes) for name in ("plain", "saving"))
     saving = replace(saving, loss_chunk=5, gradient_checkpointing=True, checkpoint_every=2, checkpoint_groups=("lm",))
     assert_near(after_steps(saving), after_steps(plain), 2e-5)
-
-
-def cpu_adam_is_built() -> bool:
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.git_version_info import accelerator_name, installed_ops
-
-    installed = installed_ops.get("cpu_adam") and accelerator_name == get_accelerator()._name  # one for CUDA is not taken on a CPU
-    return bool(installed or list(Path(get_default_build_root()).glob("**/cpu_adam/cpu_adam.so")))
 
 
 @pytest.mark.parametrize(("precision", "zero", "parameters"), [("fp32", 2, False), ("fp32", 3, True), ("bf16", 3, True)])
