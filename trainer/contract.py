@@ -285,6 +285,17 @@ class TrainSpec:
     trackers_named: bool = True  # by somebody: one whose package is missing is refused; False = the default, which is left out there
     kernels: Literal["auto", "plain", "fused"] = "plain"  # of layers: auto = fused ones where the accelerator and the packages have them
 
+    @property
+    def zero(self) -> dict[str, Any]:
+        """DeepSpeed's section about ZeRO, {} without."""
+        section: dict[str, Any] = self.deepspeed.get("zero_optimization", {})
+        return section
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether each rank holds a part of the weights alone (ZeRO 3)."""
+        return bool(self.zero.get("stage", 0) == 3)
+
 
 # ------------------------------------------------------------------------------------------------------ to and from the disk
 

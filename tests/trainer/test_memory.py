@@ -15,7 +15,7 @@ from trainer.effect import taken_config
 from trainer.engine import Engine, start_engine
 from trainer.models import find_family
 from trainer.precision import loading_dtype
-from trainer.scatter import is_partitioned, scatter
+from trainer.scatter import scatter
 from trainer.stages.group import apply_stage
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -35,7 +35,7 @@ def after_steps() -> Iterator[Callable[..., tuple[Engine, list[float], dict[str,
         if spec.gradient_checkpointing:
             checkpoint_layers(model, spec)
         model = apply_stage(model, spec, family.unused(model)).model
-        if is_partitioned(spec):
+        if spec.partitioned:
             scatter(model, spec, torch.device("cpu"))
         engine = start_engine(model, spec, torch.device("cpu"))
         engines.append(engine)
