@@ -8,9 +8,9 @@ Korthikanti et al. (arXiv 2205.05198, section 4) count a GPT-2 layer in the same
 from dataclasses import dataclass
 from fractions import Fraction
 
-from launcher.fit import DTYPE_BYTES, REGEX, attention_layers, is_hybrid, layer_counts, linear_names, linear_shapes, matches
+from launcher.fit import DTYPE_BYTES, REGEX, attention_layers, is_hybrid, layer_counts, linear_names, linear_shapes, matches, zero_stage
 from launcher.image_token import Load
-from launcher.schema import Config, Text, Vision
+from launcher.schema import Config, Vision
 
 FLOAT32 = DTYPE_BYTES["float32"]
 INPUT_OF = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
@@ -100,60 +100,65 @@ def decoder_layer_bytes(config: Config, load: Load) -> int:
 def kinds_of_layer(config: Config, load: Load) -> dict[bool, int]:
     """The same of a layer with usual attention (True) and of one with linear attention, where there are such."""
     text, width = config.model.architecture.text, DTYPE_BYTES[config.precision.compute]
-    whole = trains_whole(config)
-    mlp = (4 if whole else 3) * width * text.intermediate_size  # gate, its SiLU, up, and their product
+    mlp = (4 if keeps_inputs(config) else 3) * width * text.intermediate_size  # gate, its SiLU, up, and their product
     same = 2 * norm_bytes(config) + mlp
-    linear = linear_attention_bytes(text, width, whole=whole) if is_hybrid(text) else 0
-    return {True: same + attention_bytes(config, load, width, whole=whole), False: same + linear}
+    linear = linear_attention_bytes(config) if is_hybrid(text) else 0
+    return {True: same + attention_bytes(config, load), False: same + linear}
 
 
 def trains_whole(config: Config) -> bool:
     return "lm" in config.stage.trainable and config.stage.lora is None
 
 
+def keeps_inputs(config: Config) -> bool:
+    """Whether linears keep what they take: those that train; under ZeRO 3 DeepSpeed's own linear in the place of torch's, which does so for
+    frozen weights too (deepspeed 0.19.8, zero/linear.py)."""
+    return trains_whole(config) or zero_stage(config) == 3
+
+
 def norm_bytes(config: Config) -> int:
-    """Of one RMSNorm: a float32 copy; what is normalised, and what is scaled, which the linears take."""
+    """Of one RMSNorm: a float32 copy; what is normalised, where its weight trains; and what is scaled, which the linears take."""
     width = DTYPE_BYTES[config.precision.compute]
-    return (FLOAT32 + (2 * width if trains_whole(config) else 0)) * config.model.architecture.text.hidden_size
+    return (FLOAT32 + width * (trains_whole(config) + keeps_inputs(config))) * config.model.architecture.text.hidden_size
 
 
 def unkept_bytes(config: Config, load: Load) -> int:
     """For each token, of the first layer, where nothing trains before its first adapter: its inputs need no gradient until then."""
     text = config.model.architecture.text
     linear = is_hybrid(text) and 0 not in attention_layers(text)
-    return norm_bytes(config) + (linear_attention_bytes(text, DTYPE_BYTES[config.precision.compute], whole=False) if linear else 0)
+    return norm_bytes(config) + (linear_attention_bytes(config) if linear else 0)
 
 
-def attention_bytes(config: Config, load: Load, width: int, *, whole: bool) -> int:
+def attention_bytes(config: Config, load: Load) -> int:
     """q, k, v and the output, and float32 sums for each head. Without a fused kernel the square of probabilities too, in float32 and in the
     compute type. A mask (padded rows) and the eager kernel have the key heads repeated (transformers, use_gqa_in_sdpa)."""
-    text = config.model.architecture.text
+    text, width = config.model.architecture.text, DTYPE_BYTES[config.precision.compute]
     shapes, heads = linear_shapes(text), text.num_attention_heads
     queries, keys = shapes["q_proj"][1], shapes["k_proj"][1]
     eager = config.hardware.capability.attention[:1] == ("eager",)
     keys = queries if eager or load.masked else keys
     kept = width * (2 * queries + 2 * keys)
     if eager:
-        kept -= 0 if whole else width * queries  # a fused kernel needs its own output, else o_proj alone does
+        kept -= 0 if keeps_inputs(config) else width * queries  # a fused kernel needs its own output, else o_proj alone does
         kept += heads * load.length * (FLOAT32 + (width if width != FLOAT32 else 0))
     else:
         kept += FLOAT32 * heads
     if text.options.get("model_type") == "qwen3":  # RMSNorm of every head
-        kept += (FLOAT32 + (width if whole else 0)) * (queries + shapes["k_proj"][1])
+        kept += (FLOAT32 + (width if trains_whole(config) else 0)) * (queries + shapes["k_proj"][1])
     return kept
 
 
-def linear_attention_bytes(text: Text, width: int, *, whole: bool) -> int:
+def linear_attention_bytes(config: Config) -> int:
     """For each token, of a layer of gated linear attention (Qwen3.5), as torch's own kernel keeps it where flash-linear-attention is not
     installed: in float32, over chunks of 64 tokens, query and key heads repeated to be as many as the value heads. The factors are the
     numbers of tensors of each shape that autograd saves of transformers 5.23's Qwen3_5GatedDeltaNet."""
-    options = text.options
+    options, width = config.model.architecture.text.options, DTYPE_BYTES[config.precision.compute]
     heads, query_heads = options.get("linear_num_value_heads", 0), options.get("linear_num_key_heads", 0)
     key_dim, value_dim = options.get("linear_key_head_dim", 0), options.get("linear_value_head_dim", 0)
     per_head = CHUNK_SQUARES * CHUNK + 10 + Fraction(key_dim * value_dim, CHUNK)  # squares, decays and norms, the state after each chunk
     keys = (12 if width == FLOAT32 else 8) * heads * key_dim  # as counted; four fewer where inputs have to be widened
     convolved = 2 * (2 * query_heads * key_dim + heads * value_dim)  # before and after its activation
-    gated = (3 if whole else 2) * heads * value_dim  # normalised, the gate, and what the last linear takes
+    gated = (2 + keeps_inputs(config)) * heads * value_dim  # normalised, the gate, and what the last linear takes
     return int(FLOAT32 * (heads * per_head + keys + 6 * heads * value_dim) + width * (convolved + gated))
 
 
@@ -170,7 +175,7 @@ def lora_bytes(config: Config, width: int) -> int:
         kept += count * (lora.r * width + mask * shapes[name][0])
         if lora.dropout:
             kept += count * width * shapes[name][0]
-        elif name != "o_proj":  # whose input attention has kept
+        elif name != "o_proj" and not keeps_inputs(config):  # whose input attention has kept
             shared[INPUT_OF.get(name, name)] = count * width * shapes[name][0]
     return kept + sum(shared.values())
 

@@ -12,6 +12,7 @@ from launcher.fit import (
     device_count,
     layer_counts,
     linear_shapes,
+    lora_parameters,
     rendered_stage,
     takes_bf16_optimizer,
     world_size,
@@ -153,7 +154,7 @@ def gather_bytes(config: Config) -> int:
     """Weights that ZeRO 3 holds whole at a time: up to max_live_parameters and what is fetched ahead, or its largest tensor."""
     if zero_stage(config) < 3:
         return 0
-    width, total = DTYPE_BYTES[config.precision.weights], config.model.parameters.total
+    width, total = DTYPE_BYTES[config.precision.weights], config.model.parameters.total + lora_parameters(config)
     return max(min(total, LIVE_PARAMETERS + PREFETCH), largest_tensor(config)) * width
 
 

@@ -33,7 +33,7 @@ SECRET_FILES = {"pip": Path("pip.conf"), "ca": Path("ca.pem")}
 
 def write_bundle(plan: Plan, folder: Path, *, project: Path, source: SourceState) -> Path:
     """Everything that the plan's nodes need, in `folder`, which is not there or empty. Raises ConfigRefused, ImageFailed."""
-    refuse(plan.verdict, launching=True)
+    refuse(plan.verdict, launching=True, overrides=plan.overrides)
     refuse_unrenderable(plan)
     folder = folder.absolute()
     if (folder.exists() or folder.is_symlink()) and not (folder.is_dir() and not any(folder.iterdir())):

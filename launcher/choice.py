@@ -76,6 +76,7 @@ def _candidates(config: Config) -> Iterator[Strategy]:
             yield replace(asked, name=name, gradient_checkpointing=again)  # type: ignore[arg-type]
     if asked.name == "auto" and can_offload(config):
         yield replace(asked, name="zero2", gradient_checkpointing=twice[-1], offload_optimizer=True)
+    if asked.name == "auto" and can_offload(config) and can_cut_weights(config):
         yield replace(asked, name="zero3", gradient_checkpointing=twice[-1], offload_optimizer=True, offload_parameters=True)
 
 
@@ -83,7 +84,13 @@ def _names(config: Config) -> tuple[StrategyName, ...]:
     first: StrategyName = "zero3" if config.strategy.offload_parameters else "zero1" if needs_sharding(config) else "ddp"
     if world_size(config) <= 1 and first == "ddp":
         return ("single",)
-    return BY_SHARDING[BY_SHARDING.index(first) :]
+    last = len(BY_SHARDING) if first == "zero3" or can_cut_weights(config) else BY_SHARDING.index("zero3")
+    return BY_SHARDING[BY_SHARDING.index(first) : last]
+
+
+def can_cut_weights(config: Config) -> bool:
+    """ZeRO 3 cannot cut weights in 4 bits (launcher.stage, quantised_base_is_possible)."""
+    return config.stage.lora is None or not config.stage.lora.base
 
 
 def _last(config: Config) -> Strategy:

@@ -39,7 +39,7 @@ from trainer.contract import METRICS_FILE, Exit
 def launch(plan: Plan, source: SourceState, desk: Desk, *, detach: bool = False) -> Record | None:
     """Run to the end and return the record; None when the run goes on by itself (`detach`). Raises ConfigRefused before anything is made
     when the plan may not be launched; any other LaunchError comes after its record was written."""
-    refuse(plan.verdict, launching=True)
+    refuse(plan.verdict, launching=True, overrides=plan.overrides)
     folder, started = open_run(plan, source), utc_now()
     desk.say(f"run {plan.run_id}")
 

@@ -18,6 +18,7 @@ from launcher.image import Image, Stack, render
 from launcher.memory import Memory, estimate_memory
 from launcher.problem import Rule
 from launcher.recipe import leaves_padding_out
+from launcher.remedy import with_typed_hardware
 from launcher.schema import Cluster, Config, Run
 from launcher.start import NodeCommand, node_commands
 from trainer.contract import SCHEMA, Batch, DataSpec, DeviceSpec, ModelSpec, StageSpec, TrainSpec
@@ -73,7 +74,7 @@ def make_plan(
     """
     asked, config = config, replace(config, strategy=choose_strategy(config))
     verdict = check(config, stacks, rules=rules, asked=asked)
-    refuse(verdict, launching=False)
+    refuse(verdict, launching=False, overrides=overrides)
     image = render(
         stacks[config.hardware.stack],
         architecture=config.cluster.nodes[0].architecture,
@@ -111,9 +112,10 @@ def move_plan(plan: Plan, cluster: Cluster, stacks: dict[str, Stack], place: Pla
     )
 
 
-def refuse(verdict: Verdict, *, launching: bool) -> None:
-    """Raise ConfigRefused with all problems that stand in the way of the plan, or of its launch."""
-    standing = [problem for problem in verdict.problems if launching or not problem.launch_only]
+def refuse(verdict: Verdict, *, launching: bool, overrides: tuple[str, ...] = ()) -> None:
+    """Raise ConfigRefused with all problems that stand in the way of the plan, or of its launch. `overrides`: as typed, which the changes
+    that are named go along with."""
+    standing = [with_typed_hardware(problem, overrides) for problem in verdict.problems if launching or not problem.launch_only]
     if standing:
         heading = "this cannot work:" if len(standing) == 1 else f"this cannot work, for {len(standing)} reasons:"
         refuse_config("\n".join((heading, *map(str, standing))), (problem.key for problem in standing))

@@ -77,7 +77,8 @@ def numbers_in_range(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem
         if low <= value <= high and value != math.inf:
             continue
         bound = f"at most {write_number(high)}" if value > high else f"at least {write_number(low)}"
-        nearest = BETTER.get(key) or write_number(high if value > high else low)
+        better = str(least_length(config)) if key == "data.max_length" else BETTER.get(key)
+        nearest = better or write_number(high if value > high else low)
         whose = f" of node {config.cluster.nodes[int(key.split('.')[2])].host}" if key.startswith("cluster.nodes.") else ""
         yield Problem(key=key, what=f"{write_number(value)}{whose} is out of range; it must be {bound}", changes=(f"{key}={nearest}",))
 
@@ -212,13 +213,18 @@ def batch_divides(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
 
 
 def length_fits(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    length, context, image = config.data.max_length, config.model.context, smallest_image_tokens(config.model.image_tokens)
+    length, context, least = config.data.max_length, config.model.context, least_length(config)
     if length > context:
         what = f"{length} tokens, but {config.model.title} has a context of {context}"
         yield Problem(key="data.max_length", what=what, changes=(f"data.max_length={context}",))
-    if length < image + TEXT_TOKENS:
+    if 0 < length < least:
+        image = least - TEXT_TOKENS
         what = f"{length} tokens hold no sample: one image of {config.model.title} takes {image}, a short question and answer {TEXT_TOKENS}"
-        yield Problem(key="data.max_length", what=what, changes=(f"data.max_length={image + TEXT_TOKENS}",))
+        yield Problem(key="data.max_length", what=what, changes=(f"data.max_length={least}",))
+
+
+def least_length(config: Config) -> int:
+    return smallest_image_tokens(config.model.image_tokens) + TEXT_TOKENS
 
 
 def packing_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:

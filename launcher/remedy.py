@@ -1,6 +1,6 @@
 """The memory verdict, and what would fit instead: changes in the order of what they cost, each held against the same numbers and rules."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -231,6 +231,18 @@ def context_changes(config: Config) -> Iterator[Change]:
             yield Change(cost="context", values={**smaller, "data.max_length": length, **checkpointed})
 
 
+def with_typed_hardware(problem: Problem, overrides: Sequence[str]) -> Problem:
+    """hardware=NAME chooses a whole file, but what was typed of the old one, as hardware.memory_gib=14, would go on to hold: the change
+    names the new one's value of it."""
+    typed = {override.partition("=")[0] for override in overrides}
+    return replace(problem, changes=tuple(change + "".join(_typed_anew(change, typed)) for change in problem.changes))
+
+
+def _typed_anew(change: str, typed: Set[str]) -> Iterator[str]:
+    numbers = dict(LARGER).get(change.partition(" ")[0].removeprefix("hardware="), {}) if change.startswith("hardware=") else {}
+    return (f" {key}={value}" for key, value in numbers.items() if key in typed)
+
+
 def set_values(config: Config, values: Mapping[str, Any]) -> Config:
     for key, value in values.items():
         config = _put(config, key.split("."), value)
@@ -260,6 +272,13 @@ def write_memory_notes(config: Config) -> Iterator[str]:
         yield (
             f"at the start each device takes {memory.start_bytes / GIB:.1f} GiB of its {limit / GIB:g}: its share of the model, and the "
             "largest tensor whole"
+        )
+    host, host_limit = total(memory.host_items), memory.host_limit_bytes
+    if memory.fits and host_limit is not None and host > host_limit:
+        what = ", ".join(f"{item.name} {item.size_bytes / GIB:.1f}" for item in memory.host_items)
+        yield (
+            f"a node's own memory may not do: up to {host / GIB:.1f} GiB of its {host_limit / GIB:g} are taken ({what}), by DeepSpeed's rule "
+            "for pinned buffers; the kernel then ends a rank, with exit code 137"
         )
     run = config.run.evaluation
     if config.stage.kind == "train" and run.enabled and memory.fits and not (asked := answering_memory(config)).fits:

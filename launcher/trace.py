@@ -59,7 +59,7 @@ def go_by_trace(plan: Plan, report: TraceReport, stacks: Mapping[str, Stack]) ->
         verdict = with_problem(verdict, refuse_traced(config, planned, memory, stacks), forced=bool(config.run.force))
     elif not planned.fits:
         verdict = with_problem(verdict, contradict(planned, memory), forced=bool(config.run.force))
-    refuse(verdict, launching=False)
+    refuse(verdict, launching=False, overrides=plan.overrides)
     return replace(plan, memory=memory, verdict=verdict)
 
 

@@ -7,6 +7,7 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.contract import InputRefused, TrainSpec
+from trainer.stages.module import drop_input_gradients
 
 
 def checkpoint_layers(model: torch.nn.Module, spec: TrainSpec) -> tuple[str, ...]:
@@ -21,6 +22,7 @@ def checkpoint_layers(model: torch.nn.Module, spec: TrainSpec) -> tuple[str, ...
         )
     # The other kind drops gradients behind frozen inputs.
     model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    drop_input_gradients(model)
     chosen = {
         name
         for group in wanted

@@ -50,7 +50,7 @@ def trace(spec: TrainSpec) -> TraceReport:
     sharding = shard_step(model, spec)
     ledger = Ledger(sharding.shares, grain_bytes=GRAIN_BYTES[spec.device.accelerator])
     batch = {name: phantom.fake(value) if value.is_floating_point() else value for name, value in drawn.batch.items()}
-    with phantom, kernels_as_on(spec.device.accelerator), ledger:
+    with phantom, kernels_as_in(spec), ledger:
         take_step(model, batch, spec, ledger, sharding)
     return report(spec, model, drawn, ledger, sharding, cpu_seconds=time.process_time() - began)
 
@@ -67,10 +67,18 @@ def build_empty(spec: TrainSpec, phantom: Phantom) -> torch.nn.Module:
 
 
 @contextmanager
-def kernels_as_on(accelerator: str) -> Iterator[None]:
-    """Those of the CPU are traced as they are, for a run on the CPU: dropout keeps more there. Its attention is flash attention too."""
-    with kernels_of_an_accelerator(dropout=accelerator != "cpu"):
-        yield
+def kernels_as_in(spec: TrainSpec) -> Iterator[None]:
+    """Those of the CPU are traced as they are, for a run on the CPU: dropout keeps more there. Its attention is flash attention too. Under
+    ZeRO 3 DeepSpeed has a linear of its own, which keeps the inputs of frozen weights too."""
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    before = torch.nn.functional.linear
+    torch.nn.functional.linear = zero3_linear_wrap if spec.partitioned else before
+    try:
+        with kernels_of_an_accelerator(dropout=spec.device.accelerator != "cpu"):
+            yield
+    finally:
+        torch.nn.functional.linear = before
 
 
 def take_step(model: torch.nn.Module, batch: Mapping[str, Tensor], spec: TrainSpec, ledger: Ledger, sharding: Sharding) -> None:

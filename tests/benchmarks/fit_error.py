@@ -44,6 +44,7 @@ HEADINGS = (
     *("family", "stage", "precision", "rows x tokens", "checkpointing", "strategy x ranks"),
     *("planned MiB", "traced MiB", "measured MiB", "plan", "trace"),
 )
+LINEAR = torch.nn.functional.linear  # ZeRO 3 of one case leaves its own in this place
 HERE = Place(project=ROOT, here=ROOT, interpreter=sys.executable, user="0:0")
 TEXT = "model.architecture.text"
 VISION = "model.architecture.vision"
@@ -144,6 +145,7 @@ CASES = (
     case("minicpm_v_4_6", "full", "bf16", 256),
     case("minicpm_v_4_6", "full", "fp32", 512, checkpointing=True),
     case("minicpm_v_4_6", "lora", "bf16", 256),
+    case("minicpm_v_4_6", "projector", "bf16", 512, checkpointing=True),
     case("llava", "full", "fp32", 256, strategy="ddp", ranks=2),
     case("llava", "full", "bf16", 256, strategy="zero1", ranks=2),
     case("llava", "full", "bf16", 256, strategy="zero2", ranks=2),
@@ -151,6 +153,9 @@ CASES = (
     case("qwen2_5_vl", "full", "fp32", 256, strategy="zero2", ranks=2),
     case("qwen2_5_vl", "full", "bf16", 512, strategy="zero3", ranks=2, checkpointing=True),
     case("qwen2_5_vl", "lora", "bf16", 512, strategy="zero3", ranks=2),
+    case("llava", "lora", "fp32", 512, strategy="zero2", ranks=2),
+    case("internvl", "lora", "pure_bf16", 256, strategy="zero3", ranks=2),
+    case("qwen2_5_vl", "projector", "bf16", 256, strategy="zero3", ranks=2),
 )
 
 
@@ -256,6 +261,7 @@ def measure(spec: TrainSpec) -> dict[str, int]:
                 accumulate(engine, (batch,))
                 engine.step(1e-4)
     engine.handle.destroy()
+    torch.nn.functional.linear = LINEAR
     return dict(ledger.peaks["second step"].kinds_bytes)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.check import RULES
 from launcher.choice import PEAK_SHARE, choose_strategy
 from launcher.compose import compose
 from launcher.errors import ConfigRefused
@@ -83,6 +84,32 @@ def test_a_plan_offers_changes_to_what_was_asked_and_not_to_what_was_chosen_for_
         assert make_plan(compose(apply(words, change), ROOT / "conf"), stacks(), place, run_id="r").memory.fits
 
 
+def test_what_was_typed_of_the_old_hardware_is_named_anew() -> None:
+    words = ("hardware=p4", "hardware.memory_gib=4", "model=qwen2_5_vl_7b", "stage=evaluate", "data.evaluation=b.json", *OWN)
+    place = Place(project=ROOT, interpreter="python", here=ROOT, user="1000:1000")
+    with pytest.raises(ConfigRefused) as refused:
+        make_plan(compose(words, ROOT / "conf"), stacks(), place, run_id="r", overrides=words)
+    changes = str(refused.value).partition("would pass: ")[2].split("  or  ")
+    assert changes[0].strip() == "hardware=ascend910b hardware.memory_gib=64"
+    for change in changes:
+        assert make_plan(compose(apply(words, change), ROOT / "conf"), stacks(), place, run_id="r", overrides=words).memory.fits, change
+
+
+def test_auto_takes_no_zero_3_for_weights_in_4_bits() -> None:
+    """Which it cannot cut: what `auto` chooses has to pass every other rule."""
+    words = ("hardware=rtx3090", "model=qwen2_5_vl_32b", "stage=lora", "precision=bf16", "strategy=auto", *OWN)
+    assert resolved(*words).strategy.name == "zero3"
+    assert resolved(*words, "stage.lora.base=nf4").strategy.name == "zero2"
+    (problem,) = [found for rule in RULES for found in rule(resolved(*words, "stage.lora.base=nf4"), stacks())]
+    assert "GiB on each device (zero2)" in problem.what
+
+
+def test_a_length_of_nothing_is_said_once_with_a_length_that_passes() -> None:
+    config = compose(("data.max_length=0",), ROOT / "conf")
+    (problem,) = [found for rule in RULES for found in rule(config, stacks()) if found.key == "data.max_length"]
+    assert not [found for rule in RULES for found in rule(compose(problem.changes, ROOT / "conf"), stacks())]
+
+
 def test_four_bits_are_offered_where_there_are_kernels_for_them_alone() -> None:
     words = (
         "model=qwen2_5_vl_7b",
@@ -102,6 +129,17 @@ def test_a_host_that_is_too_small_is_named() -> None:
     assert problems(*words, "strategy.gradient_checkpointing=true") == []
     (problem,) = problems(*words, "strategy.gradient_checkpointing=true", "hardware.host_memory_gib=64")
     assert "which has 64" in problem.what
+
+
+def test_a_host_that_holds_the_states_and_not_the_pinned_buffers_beside_them_is_noted() -> None:
+    words = ("hardware=rtx3090", "model=llava_1_5_7b", "tune=null", "strategy=zero2", "strategy.offload_optimizer=true")
+    config = resolved(*words, "strategy.gradient_checkpointing=true")
+    memory = estimate_memory(config)
+    enough, short = (sum(item.size_bytes for item in memory.host_items) + more for more in (1, -1))
+    for limit, noted in ((enough, False), (short, True)):
+        sized = replace(config, hardware=replace(config.hardware, host_memory_gib=limit / 2**30))
+        assert estimate_memory(sized).fits
+        assert any("a node's own memory may not do" in note for note in write_memory_notes(sized)) == noted
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.filterwarnings(warning))
 
 
+@pytest.fixture(autouse=True)
+def linear_as_it_was() -> Iterator[None]:
+    """DeepSpeed's ZeRO 3 puts a linear of its own in the place of torch's and leaves it there, which the next test's memory would show."""
+    import torch
+
+    before = torch.nn.functional.linear
+    yield
+    torch.nn.functional.linear = before
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with the digits written into it."""

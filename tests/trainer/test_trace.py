@@ -125,6 +125,21 @@ def test_checkpointing_and_sharding_take_less(tmp_path: Path) -> None:
     assert forward[2]["optimizer"] == pytest.approx(forward[0]["optimizer"] / 4, rel=1e-4)
 
 
+def test_zero_3_keeps_the_inputs_of_frozen_weights_too(tmp_path: Path) -> None:
+    """DeepSpeed's own linear, as in tests/trainer/test_saved.py; afterwards torch's is there again."""
+    before = torch.nn.functional.linear
+    spec = spec_of(case("tiny_llava", "lora", "bf16"), tmp_path)
+    activations = [
+        trace(replace(spec, deepspeed={**spec.deepspeed, "zero_optimization": {"stage": zero}})).phases[0].items_bytes["activations"]
+        for zero in (2, 3)
+    ]
+    text = spec.model.architecture["text"]
+    inputs = 2 * text["hidden_size"] + text["intermediate_size"]  # of q, k and v; of gate and up; of down
+    tokens = 2 * LENGTH
+    assert activations[1] - activations[0] == pytest.approx(inputs * tokens * 2 * text["num_hidden_layers"], rel=0.1)
+    assert torch.nn.functional.linear is before
+
+
 def test_adapters_as_large_as_those_of_a_real_model_are_fake_too(tmp_path: Path) -> None:
     """peft converts them, and torch does not convert fake parameters by itself."""
     spec = spec_of(case("tiny_llava", "lora", "bf16"), tmp_path)

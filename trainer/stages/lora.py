@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from trainer.contract import InputRefused, Lora, ModelSpec
-from trainer.stages.module import cut_modules
+from trainer.stages.module import cut_modules, drop_input_gradients
 from trainer.stages.quantise import quantise_linears
 
 REGEX = "re:"  # begins a target that is a regex
@@ -39,7 +39,9 @@ def add_lora(model: torch.nn.Module, lora: Lora, spec: ModelSpec, whole: set[str
         modules_to_save=list(modules) or None,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)  # which names the folder or hub id that the model came from in the adapter's config
+    wrapped = get_peft_model(model, config)  # which names the folder or hub id that the model came from in the adapter's config
+    drop_input_gradients(model)
+    return wrapped
 
 
 def merge_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:

@@ -13,3 +13,9 @@ def cut_modules(model: torch.nn.Module, names: Set[str]) -> tuple[tuple[str, ...
         if own and own <= names and not any(name.startswith(f"{outer}.") for outer in found):
             found.append(name)
     return tuple(found), tuple(sorted(name for name in names if not any(name.startswith(f"{outer}.") for outer in found)))
+
+
+def drop_input_gradients(model: torch.nn.Module) -> None:
+    """transformers and peft have the embeddings' outputs need a gradient wherever layers are computed twice, which reentrant checkpointing
+    asks for and this kind does not: a frozen vision tower would be kept, and computed backward, for a gradient that nobody reads."""
+    model.disable_input_require_grads()  # type: ignore[operator]
