@@ -85,7 +85,7 @@ def open_examined(
             secrets = named_secrets(names, environ) if require else {}
             nodes = plan.config.cluster.working
             client, ways = stack.enter_context(reach_with(plan.config.cluster, nodes, environ))
-            if examines and client is not None:
+            if examines and (client is not None or plan.config.hardware.accelerator != "cpu"):
                 plan = examined(plan, place, ways, say)
             transports = require_all(ways) if require else tuple(lazily(node, way, client) for node, way in zip(nodes, ways, strict=True))
             return plan, Desk(

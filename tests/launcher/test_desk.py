@@ -6,13 +6,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher import desk
-from launcher.desk import FILES_A_NODE, open_desk
+from launcher.desk import FILES_A_NODE, open_desk, open_examined
+from launcher.errors import NodeFailed
 from launcher.link import Client
 from launcher.plan import Place, Plan
 from launcher.ssh import Ssh
@@ -20,6 +22,9 @@ from launcher.transport import Local
 from tests.launcher.hostile import running
 from tests.launcher.sshd import Sshd, access_in, make_key, node_at
 
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "smi"
+DATA = ("data=files", "data.train=a.json", "data.images=photos")
 PLACE = Place(project=Path("/"), here=Path("/"), interpreter="python", user="0:0")
 LIMIT = """
 import resource
@@ -48,6 +53,39 @@ def test_the_connections_of_an_attempt_end_with_it(plan_for: Callable[..., Plan]
         opened.move(plan, frozenset())
         assert seen[3:] == ["close", "open"]
     assert seen.count("open") == seen.count("close") == 3
+
+
+@pytest.fixture
+def p4_here(tmp_path: Path) -> dict[str, str]:
+    """An environment with an nvidia-smi that gives a recorded answer: an idle P4 with 7.5 GiB."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\ncase $* in *compute-apps*) ;; *) cat {GOLDEN / 'nvidia-p4.csv'} ;; esac\n")
+    tool.chmod(0o755)
+    return {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+
+def test_what_this_machines_accelerator_has_free_wins_over_the_data_sheet(plan_for: Callable[..., Plan], p4_here: dict[str, str]) -> None:
+    plan = plan_for("hardware=p4", "hardware.memory_gib=80")
+    examined = look_at(plan, p4_here)
+    assert plan.memory is not None and examined.memory is not None
+    assert (plan.memory.limit_bytes, examined.memory.limit_bytes) == (80 * 2**30, 7.5 * 2**30)
+
+
+def test_what_does_not_fit_this_machines_accelerator_is_refused(plan_for: Callable[..., Plan], p4_here: dict[str, str]) -> None:
+    """Which its data sheet alone would let through: the test says 80 GiB."""
+    plan = plan_for("hardware=p4", "hardware.memory_gib=80", "model=llava_1_5_7b", "precision=fp16", "stage=lora", *DATA)
+    with pytest.raises(NodeFailed, match=r"error +localhost: fit\n.* 7\.5 of 7\.5 are free"):
+        look_at(plan, p4_here)
+
+
+def test_a_machine_without_the_accelerator_is_named(plan_for: Callable[..., Plan]) -> None:
+    with pytest.raises(NodeFailed, match=r"error +localhost: device_tool\n"):
+        look_at(plan_for("hardware=p4"), {"PATH": "/usr/bin:/bin"})
+
+
+def look_at(plan: Plan, environ: dict[str, str]) -> Plan:
+    with open_examined(plan, replace(PLACE, project=ROOT), environ, say=print, terminal=False) as (examined, _):
+        return examined
 
 
 def test_many_nodes_may_have_their_files_open() -> None:
