@@ -15,7 +15,7 @@ from launcher.schema import AXES, GROUPS, Hardware, Model
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 LLAVA = ("tiny_llava", "llava_1_5_7b")
-LATER = ("minicpm_v_2_6", "minicpm_o_2_6", "omnilmm_3b", "omnilmm_12b")  # need modules of our own
+LATER = ("omnilmm_3b", "omnilmm_12b")  # need modules of our own
 
 
 @cache

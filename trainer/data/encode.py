@@ -113,7 +113,8 @@ def opening(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
 def image_id(tokenizer: "PreTrainedTokenizerBase", image_token: str) -> int:
     """Raises InputRefused when the tokenizer does not know `image_token` as one token."""
     ids = token_ids(tokenizer, image_token)
-    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+    unknown = len(ids) == 1 and ids[0] == tokenizer.unk_token_id and image_token != tokenizer.unk_token  # MiniCPM-V 2.6 puts images there
+    if len(ids) != 1 or unknown:
         raise InputRefused(
             f"the tokenizer has no token {image_token!r} (it reads {len(ids)} tokens)\n    take the tokenizer that belongs to the model, "
             "or set model.image_token to the name that it uses"

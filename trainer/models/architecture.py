@@ -60,18 +60,34 @@ def refuse_another(folder: Path, model: ModelSpec, config: type[PreTrainedConfig
 
     Raises InputRefused, naming each difference, where the checkpoint is of another model: its weights would be taken, and batch, memory
     and image tokens were planned for this one."""
-    kind = PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
-    if kind not in (config.model_type, *inside):
-        raise InputRefused(f"{folder} is a {kind}, {model.name} is a {config.model_type}: choose the checkpoint's own with model=NAME.")
+    refuse_kind(folder, model, config, *inside)
     found = config.from_pretrained(folder, local_files_only=True)
+    refuse_differences(folder, model, found)
+    return found
+
+
+def refuse_kind(folder: Path, model: ModelSpec, config: type[PreTrainedConfig], *inside: str) -> None:
+    """Raises InputRefused where the checkpoint is no `config`, nor of a type that holds one."""
+    from trainer.models import FAMILIES  # which import this module
+
+    content = PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0]
+    kind = content.get("model_type")
+    if kind in (config.model_type, *inside):
+        return
+    own = "auto_map" in content and kind not in ("minicpmv", "minicpmo")
+    families = f", with code of its own, which is never run; the families that there are: {', '.join(sorted(FAMILIES))}" if own else ""
+    raise InputRefused(f"{folder} is a {kind}{families}, {model.name} is a {config.model_type}: choose the checkpoint's own with model=NAME.")
+
+
+def refuse_differences(folder: Path, model: ModelSpec, found: Any) -> None:
+    """`found`: the config of the checkpoint, with a config of each part under the name of the part."""
     lines = [line for part in ("vision", "text", "audio") for line in differences(model, found, part)]
     if lines:
         listed = "\n".join(lines)
         raise InputRefused(f"{folder} holds another model than {model.name}: choose its own with model=NAME.\n{listed}")
-    return found
 
 
-def differences(model: ModelSpec, config: PreTrainedConfig, part: str) -> list[str]:
+def differences(model: ModelSpec, config: Any, part: str) -> list[str]:
     given = model.architecture.get(part) or {}
     wanted = {**given, **given.get("options", {})}
     has = getattr(config, f"{part}_config", None)

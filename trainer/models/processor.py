@@ -16,15 +16,17 @@ IMAGE_FILE = "preprocessor_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 
 
-def open_tokenizer(folder: Path, model: ModelSpec, image: int, vocabulary: int) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`, padding on the right. `image`: the id that the model in `folder` puts its images at; `vocabulary`: its
-    rows of embeddings. Raises InputRefused for the tokenizer of another model."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+def open_tokenizer(folder: Path, model: ModelSpec, image: int | None, vocabulary: int, kind: Any = AutoTokenizer) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, padding on the right. `image`: the id that the model in `folder` puts its images at, None where it does
+    not say; `vocabulary`: its rows of embeddings; `kind`: the class that opens it, where the folder names one of its own code. Raises
+    InputRefused for the tokenizer of another model."""
+    tokenizer = kind.from_pretrained(folder, local_files_only=True)
     tokenizer.padding_side = "right"
     try:
         found = image_id(tokenizer, model.image_token)
     except InputRefused as error:
         raise InputRefused(f"{folder}: {error}") from error
+    image = found if image is None else image
     if found != image or len(tokenizer) > vocabulary:
         what = f"has {model.image_token!r} as {found}, the model as {image}" if found != image else f"has {len(tokenizer)} tokens"
         raise InputRefused(

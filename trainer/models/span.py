@@ -84,7 +84,8 @@ class Frame:
 @dataclass(frozen=True, kw_only=True)
 class Slices:
     """An overview of the image, and for a large one its slices, row by row with `line` between them; a token for each `unit` x `unit`
-    pixels. `number` spells the image's place in its sample, `None` where the model has no image numbers."""
+    pixels, or of each part `tokens`, where that is not 0. `number` spells the image's place in its sample, `None` where the model has no
+    image numbers."""
 
     image: int
     overview: Frame
@@ -94,6 +95,7 @@ class Slices:
     unit: int
     scale: int
     most: int
+    tokens: int = 0
 
     def __call__(self, size: Size, place: int) -> Ids:
         number = self.number(place) if self.number else ()
@@ -112,7 +114,7 @@ class Slices:
 
     def _framed(self, frame: Frame, size: Size) -> Iterator[int]:
         yield from frame.before
-        yield from (self.image,) * ((size[0] // self.unit) * (size[1] // self.unit))
+        yield from (self.image,) * (self.tokens or (size[0] // self.unit) * (size[1] // self.unit))
         yield from frame.after
 
 

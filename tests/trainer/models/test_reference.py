@@ -21,7 +21,7 @@ from transformers import (
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
 
-from tests.trainer.models.conftest import Made, talk, to_arguments
+from tests.trainer.models.conftest import TINY, Made, read_model, talk, to_arguments
 from trainer.contract import Template
 from trainer.data.collate import collate, collate_prompts
 from trainer.data.encode import IGNORED
@@ -35,6 +35,12 @@ CLASSES = {
     "minicpm_v_4_6": MiniCPMV4_6ForConditionalGeneration,
 }
 Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(params=[name for name in TINY if read_model(name).family in CLASSES])
+def native(request: pytest.FixtureRequest, make_tiny: Callable[[str], Made]) -> Made:
+    """Of those families that transformers has a class of; test_minicpm_v holds another one against its published code."""
+    return make_tiny(request.param)
 
 
 # ------------------------------------------------------------------------------------- what stands in a text for an image
@@ -168,28 +174,28 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> Tensors:
 # ------------------------------------------------------------------------------------------------------------------ tests
 
 
-def test_the_batch_is_what_transformers_would_make(tiny: Made, samples: tuple[Sample, ...]) -> None:
-    reference = Reference(tiny)
-    ours, theirs = collate(samples, tiny.processor, tiny.spec), reference.complete(reference.batch(samples))
+def test_the_batch_is_what_transformers_would_make(native: Made, samples: tuple[Sample, ...]) -> None:
+    reference = Reference(native)
+    ours, theirs = collate(samples, native.processor, native.spec), reference.complete(reference.batch(samples))
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor.to(ours[name].dtype)), name
 
 
-def test_loss_and_gradients(tiny: Made, samples: tuple[Sample, ...]) -> None:
-    reference = Reference(tiny)
+def test_loss_and_gradients(native: Made, samples: tuple[Sample, ...]) -> None:
+    reference = Reference(native)
     theirs = reference.complete(reference.batch(samples))
     count = int((theirs["labels"][:, 1:] != IGNORED).sum())
     expected = reference.model(**theirs).loss * count  # a mean over the trained tokens
     wanted = gradients(reference.model, expected)
-    loss = our_loss(tiny.model, collate(samples, tiny.processor, tiny.spec))
+    loss = our_loss(native.model, collate(samples, native.processor, native.spec))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    found = gradients(tiny.model, loss)
+    found = gradients(native.model, loss)
     assert found.keys() == wanted.keys()
     largest = max(float(gradient.abs().max()) for gradient in wanted.values())  # a bias of keys has none but rounding
     for name, gradient in wanted.items():
         assert torch.allclose(found[name], gradient, rtol=1e-5, atol=max(1e-5 * float(gradient.abs().max()), 1e-7 * largest)), name
-    assert {name for name, _ in tiny.model.named_parameters()} - found.keys() == tiny.family.unused(tiny.model)
+    assert {name for name, _ in native.model.named_parameters()} - found.keys() == native.family.unused(native.model)
 
 
 def test_gradient_checkpointing_changes_nothing(tiny: Made, samples: tuple[Sample, ...]) -> None:
@@ -206,12 +212,12 @@ def test_gradient_checkpointing_changes_nothing(tiny: Made, samples: tuple[Sampl
     assert all(torch.allclose(found[name], plain[name], rtol=1e-5, atol=1e-6) for name in projector)
 
 
-def test_generation(tiny: Made, samples: tuple[Sample, ...]) -> None:
+def test_generation(native: Made, samples: tuple[Sample, ...]) -> None:
     """One prompt at a time as transformers would be asked, and all of them padded on the left as the trainer asks."""
-    reference = Reference(tiny)
+    reference = Reference(native)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=6, pad_token_id=reference.tokenizer.pad_token_id, eos_token_id=None)
-    batch, _ = collate_prompts(samples, tiny.processor, tiny.spec)
-    together = tiny.model.generate(**batch, generation_config=greedy)[:, batch["input_ids"].shape[1] :]
+    batch, _ = collate_prompts(samples, native.processor, native.spec)
+    together = native.model.generate(**batch, generation_config=greedy)[:, batch["input_ids"].shape[1] :]
     for number, sample in enumerate(samples):
         ids, _, made = reference.row(sample, answered=False)
         inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64), **reference.images(made)}
@@ -219,15 +225,15 @@ def test_generation(tiny: Made, samples: tuple[Sample, ...]) -> None:
         assert expected.tolist() == together[number].tolist(), f"row {sample.row}"
 
 
-def test_a_dummy_image_changes_no_loss_and_reaches_the_tower(tiny: Made) -> None:
+def test_a_dummy_image_changes_no_loss_and_reaches_the_tower(native: Made) -> None:
     """A micro-batch of text alone: every parameter of the tower gets a gradient, and it is zero."""
     texts = (talk(("Hello?", "Yes."), row=1), talk(("Who is there this time?", "Nobody."), row=2))
-    reference = Reference(tiny)
+    reference = Reference(native)
     theirs = reference.batch(texts)
     count = int((theirs["labels"][:, 1:] != IGNORED).sum())
     expected = reference.model(**theirs).loss.item() * count
-    loss = our_loss(tiny.model, collate(texts, tiny.processor, tiny.spec))
+    loss = our_loss(native.model, collate(texts, native.processor, native.spec))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
-    found = gradients(tiny.model, loss)
-    assert {name for name, _ in tiny.model.named_parameters()} - found.keys() == tiny.family.unused(tiny.model)
+    found = gradients(native.model, loss)
+    assert {name for name, _ in native.model.named_parameters()} - found.keys() == native.family.unused(native.model)
     assert not any(found[name].any() for name in found if "vis" in name or "merger" in name or "projector" in name)

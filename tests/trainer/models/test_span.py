@@ -16,7 +16,7 @@ from trainer.models import find_family
 from trainer.models.family import Limit
 from trainer.models.span import Fixed, Frame, Grid, Slices, Tiles
 
-BIG = ("llava_1_5_7b", "qwen2_5_vl_7b", "qwen2_5_omni_7b", "internvl3_8b", "minicpm_v_4_6")
+BIG = ("llava_1_5_7b", "qwen2_5_vl_7b", "qwen2_5_omni_7b", "internvl3_8b", "minicpm_v_4_6", "minicpm_v_2_6")
 SIDES = st.integers(1, 4000)
 
 
@@ -109,7 +109,7 @@ def test_as_many_tokens_as_features(tiny: Made, size: tuple[int, int]) -> None:
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     features = tiny.processor.image_features(image)
     found: Any = tiny.model.get_image_features(**features)
-    pooled = found.pooler_output
+    pooled = getattr(found, "pooler_output", found)
     tokens = sum(len(part.reshape(-1, part.shape[-1])) for part in pooled)
     image_token = tiny.processor.tokenizer.convert_tokens_to_ids(tiny.spec.model.image_token)
     assert tiny.processor.span(size, 0).count(image_token) == tokens
@@ -121,6 +121,7 @@ def test_as_many_tokens_as_features(tiny: Made, size: tuple[int, int]) -> None:
     ("tiny_qwen2_5_omni", Limit(max_pixels=512), (12, 6)),
     ("tiny_internvl", Limit(max_tiles=2), (80, 16)),
     ("tiny_minicpm_v_4_6", Limit(max_tiles=1), (75, 15)),
+    ("tiny_minicpm_v_2_6", Limit(max_tiles=1), (20, 4)),
 ])  # fmt: skip
 def test_a_limit_of_the_data_holds(name: str, limit: Limit, counts: tuple[int, int], make_tiny: Any) -> None:
     """On images of 100 x 70 pixels. A processor that is saved with the limit keeps it."""
