@@ -188,7 +188,7 @@ def target_layers(config: Config) -> dict[str, int]:
     layers = layer_counts(text)
     regexes = tuple(target.removeprefix(REGEX) for target in lora.targets if target.startswith(REGEX))
     found = {name: count for name, count in layers.items() if name in lora.targets}
-    for name in linear_names(text) if regexes else ():
+    for name in linear_names(config.model) if regexes else ():
         own = name.rpartition(".")[2]
         if own not in lora.targets and matches(name, regexes):
             found[own] = found.get(own, 0) + 1

@@ -256,13 +256,17 @@ def _build_section(section: type, data: dict[str, Any], key: str, problems: list
     return section(**values) if len(problems) == before else None
 
 
+SOUND = "audio and speech parts are carried along as they are: data here holds no sound, so that nothing would reach them"
+REASONS = dict.fromkeys(("audio", "speech", "apm", "tts"), SOUND)  # of words that somebody may well try
+
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text; put it in quotes", tuple: "a list"}
 
 
 def _expected(kind: Any, data: Any) -> str:
     given, origin = json.dumps(data), typing.get_origin(kind)
     if origin is Literal:
-        return f"{given} is not allowed; {suggest(str(data), map(str, typing.get_args(kind)))}"
+        reason = f" ({REASONS[data]})" if isinstance(data, str) and data in REASONS else ""
+        return f"{given} is not allowed{reason}; {suggest(str(data), map(str, typing.get_args(kind)))}"
     if origin is dict and isinstance(data, dict):
         inner = typing.get_args(kind)[1]
         return f"{given} is not allowed; every value must be {EXPECTED.get(inner, inner)}"

@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from launcher.schema import Config, Text
+from launcher.schema import Config, Model, Text
 
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -142,7 +142,7 @@ def lora_parameters(config: Config) -> int:
     layers = layer_counts(text)
     named = sum(lora.r * sum(shapes[name]) * layers[name] for name in lora.targets if name in shapes)
     regexes = tuple(target.removeprefix(REGEX) for target in lora.targets if target.startswith(REGEX))
-    others = (name for name in linear_names(text) if name.rpartition(".")[2] not in lora.targets) if regexes else ()
+    others = (name for name in linear_names(config.model) if name.rpartition(".")[2] not in lora.targets) if regexes else ()
     return named + sum(lora.r * sum(shapes[name.rpartition(".")[2]]) for name in others if matches(name, regexes))
 
 
@@ -175,11 +175,13 @@ def is_hybrid(text: Text) -> bool:
     return bool(text.options.get("layer_types")) or text.options.get("full_attention_interval", 1) > 1
 
 
-def linear_names(text: Text) -> tuple[str, ...]:
-    """The decoder's linear layers, as transformers names them in memory, of MOST_LAYERS at most."""
+def linear_names(model: Model) -> tuple[str, ...]:
+    """The decoder's linear layers, by their names in memory, of MOST_LAYERS at most."""
+    text = model.architecture.text
+    decoder = "llm.model" if model.groups.get("lm", "").startswith(r"^llm\.") else "model.language_model"
     attention = attention_layers(text)
     return tuple(
-        f"model.language_model.layers.{layer}.{'self_attn' if name in ATTENTION_LINEARS else 'mlp'}.{name}"
+        f"{decoder}.layers.{layer}.{'self_attn' if name in ATTENTION_LINEARS else 'mlp'}.{name}"
         for layer in range(int(min(text.num_hidden_layers, MOST_LAYERS)))
         for name in linear_shapes(text)
         if name not in ATTENTION_LINEARS or layer in attention

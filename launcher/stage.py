@@ -30,7 +30,7 @@ def lora_targets_exist(config: Config, _: Mapping[str, Stack]) -> Iterator[Probl
 
 
 def judge_regex(config: Config, target: str) -> Iterator[Problem]:
-    names = linear_names(config.model.architecture.text)
+    names = linear_names(config.model)
     example = next(iter(names), "")
     changes = (rf"stage.lora.targets=['{REGEX}.*\.q_proj']", "stage.lora.targets=[q_proj]")
     try:

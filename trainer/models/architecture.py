@@ -76,7 +76,9 @@ def refuse_kind(folder: Path, model: ModelSpec, config: type[PreTrainedConfig], 
         return
     own = "auto_map" in content and kind not in ("minicpmv", "minicpmo")
     families = f", with code of its own, which is never run; the families that there are: {', '.join(sorted(FAMILIES))}" if own else ""
-    raise InputRefused(f"{folder} is a {kind}{families}, {model.name} is a {config.model_type}: choose the checkpoint's own with model=NAME.")
+    raise InputRefused(
+        f"{folder} is a {kind}{families}, {model.name} is a {config.model_type}: choose the checkpoint's own with model=NAME."
+    )
 
 
 def refuse_differences(folder: Path, model: ModelSpec, found: Any) -> None:

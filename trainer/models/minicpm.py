@@ -30,8 +30,9 @@ class MiniCPMVConfig(Qwen2Config):
     model_type = "minicpmv"
 
     def to_dict(self) -> dict[str, Any]:
-        """With the keys that transformers 4 reads, which the published code needs."""
-        return {**super().to_dict(), "rope_theta": self.rope_parameters["rope_theta"], "model_type": self.model_type}
+        """With the keys that transformers 4 reads, which the published code needs; without the folder that it was read from."""
+        content = {key: value for key, value in super().to_dict().items() if key != "_name_or_path"}
+        return {**content, "rope_theta": self.rope_parameters["rope_theta"], "model_type": self.model_type}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """All of them: the defaults of transformers 4 are not this version's."""
@@ -53,8 +54,6 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["Idefics2EncoderLayer", "Qwen2DecoderLayer", "Resampler"]
-    _skip_keys_device_placement = ["past_key_values"]
 
     def __init__(self, config: MiniCPMVConfig) -> None:
         super().__init__(config)

@@ -86,8 +86,8 @@ def load(edition: Edition, folder: Path, model: ModelSpec, dtype: torch.dtype, *
     config = read_config(edition, folder, model)
     if getattr(config, "image_token_id", None) is None:
         config.image_token_id = image_id(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True), model.image_token)
-    options = {**loading_options(model, dtype, hollow=hollow), "config": config, "output_loading_info": True}
-    network, said = edition.network.from_pretrained(folder, **options)
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all that differs is refused below
+    network, said = edition.network.from_pretrained(folder, config=config, **told, **loading_options(model, dtype, hollow=hollow))
     extra = [name for name in said["unexpected_keys"] if not name.startswith(edition.carried or ("\0",))]
     if said["missing_keys"] or extra or said["mismatched_keys"]:
         raise InputRefused(describe_revision(folder, model, said, extra))
@@ -104,7 +104,9 @@ def read_config(edition: Edition, folder: Path, model: ModelSpec) -> Any:
     refuse_differences(folder, model, SimpleNamespace(text_config=config, vision_config=SimpleNamespace(**config.vision_config)))
     queries, wanted = getattr(config, "query_num", 64), model.architecture["options"]["num_query"]
     if queries != wanted:
-        raise InputRefused(f"{folder} has {queries} tokens a slice, model.architecture.options.num_query is {wanted}: choose its own model.")
+        raise InputRefused(
+            f"{folder} has {queries} tokens a slice, model.architecture.options.num_query is {wanted}: choose its own model."
+        )
     source = edition.source
     config.auto_map = {key: name_source(value, source) for key, value in (getattr(config, "auto_map", None) or {}).items()} or None
     return config
@@ -127,6 +129,10 @@ def read_tensors(folder: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Ten
     if index.is_file():
         placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted({file for name, file in placed.items() if name.startswith(prefixes)})
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise InputRefused(
+            f"{folder}: {', '.join(missing)} is not there; audio and speech tensors are carried along from safetensors alone"
+        )
     found = {}
     for file in files:
         with safe_open(folder / file, framework="pt") as tensors:

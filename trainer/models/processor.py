@@ -16,7 +16,9 @@ IMAGE_FILE = "preprocessor_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 
 
-def open_tokenizer(folder: Path, model: ModelSpec, image: int | None, vocabulary: int, kind: Any = AutoTokenizer) -> PreTrainedTokenizerBase:
+def open_tokenizer(
+    folder: Path, model: ModelSpec, image: int | None, vocabulary: int, kind: Any = AutoTokenizer
+) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, padding on the right. `image`: the id that the model in `folder` puts its images at, None where it does
     not say; `vocabulary`: its rows of embeddings; `kind`: the class that opens it, where the folder names one of its own code. Raises
     InputRefused for the tokenizer of another model."""

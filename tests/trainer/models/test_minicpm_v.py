@@ -60,7 +60,9 @@ def published() -> Tensors:
 
 def sample_of(case: str) -> Sample:
     messages = tuple(Message(role=role, content=content) for role, content in CASES[case]["turns"])
-    return Sample(id="1", images=tuple(GOLDEN / f"{name}.png" for name in CASES[case]["images"]), messages=messages, file="rows.json", row=1)
+    return Sample(
+        id="1", images=tuple(GOLDEN / f"{name}.png" for name in CASES[case]["images"]), messages=messages, file="rows.json", row=1
+    )
 
 
 def part(tensors: Tensors, case: str) -> Tensors:
@@ -123,7 +125,7 @@ def test_slices_are_cut_as_published(golden: Made) -> None:
     slicer, rows = Slicer(), json.loads((GOLDEN / "slices.json").read_text(encoding="utf-8"))
     assert len(rows) > 300
     span = find_family("minicpm_v_2_6").create_processor(model_spec("minicpm_v_2_6")).span
-    for width, height, most, grid, overview, whole, tokens in rows:
+    for width, height, most, grid, overview, whole, _ in rows:
         if width * height > 1_000_000 or (width + height) % 3:  # pixels of some; tokens of all
             continue
         parts = Slicer(saved={"max_slice_nums": most}).cut(Image.new("L", (width, height)))
@@ -346,11 +348,14 @@ def test_a_revision_with_other_tensors_is_refused_and_they_are_listed(golden: Ma
     shutil.copytree(GOLDEN, tmp_path, dirs_exist_ok=True)
     weights = load_file(GOLDEN / "model.safetensors")
     weights["resampler.pos_embed"] = torch.zeros(2)
+    weights["resampler.query"] = torch.zeros(5, 256)
     del weights["resampler.ln_q.bias"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputRefused) as caught:
         golden.family.load(tmp_path, golden.spec.model, torch.float32)
-    assert "  it lacks: resampler.ln_q.bias\n  it has besides: resampler.pos_embed" in str(caught.value)
+    assert "  it lacks: resampler.ln_q.bias\n  it has besides: resampler.pos_embed\n  it has in another shape: resampler.query" in str(
+        caught.value
+    )
 
 
 def test_a_repository_of_its_own_code_is_refused_by_name(golden: Made, tmp_path: Path) -> None:

@@ -60,7 +60,9 @@ def test_the_configs_say_which_families_can_be_packed(tiny: Made) -> None:
     assert len(PACKABLE) == 5
 
 
-def test_each_sample_has_the_loss_that_it_has_alone(packable: Made, samples: tuple[Sample, ...], told: Callable[[Tensors], Tensors]) -> None:
+def test_each_sample_has_the_loss_that_it_has_alone(
+    packable: Made, samples: tuple[Sample, ...], told: Callable[[Tensors], Tensors]
+) -> None:
     model, processor, spec = packable.model, packable.processor, packable.spec
     alone = [losses(model, collate([sample], processor, spec)).sum().item() for sample in samples]
     lengths = keep_lengths(samples, processor, spec, Cache(0))(range(len(samples)))
