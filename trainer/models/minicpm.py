@@ -108,10 +108,11 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         texts = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
         return self.llm(inputs_embeds=inputs_embeds, **texts, **options)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **options: Any) -> dict[str, Any]:
-        """Images go in with the prompt alone; what comes after it finds them in the cache."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **options)
-        cache = options.get("past_key_values")
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """Images go in with the prompt alone; what comes after it finds them in the cache. `kwargs`: by that very name transformers knows
+        that generate() may be given what forward takes."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             inputs |= {"pixel_values": None, "target_sizes": None}
         return inputs

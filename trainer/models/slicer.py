@@ -13,10 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trainer.contract import InputRefused
-from trainer.models.span import Size, divisible, fit, slice_grid
-
-MOST_ASPECT = 200  # as Qwen2-VL's processor; beyond it the shorter side would be scaled to a patch or two, and nothing be seen
+from trainer.models.span import divisible, fit, slice_grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +45,7 @@ class Slicer:
         return bool(self.saved.get("use_image_id", False))
 
     def features(self, image: Image.Image) -> dict[str, Tensor]:
-        """pixel_values (1, 3, patch, patches x patch) float32 and target_sizes (parts, 2) int64, rows and columns of patches. Raises
-        InputRefused for an image that is far longer than wide."""
-        refuse_aspect(image.size)
+        """pixel_values (1, 3, patch, patches x patch) float32 and target_sizes (parts, 2) int64, rows and columns of patches."""
         parts = self.cut(image)
         pixels = torch.cat([lay_out(normalise(part, self.saved), self.patch) for part in parts], dim=-1)
         sizes = [[part.height // self.patch, part.width // self.patch] for part in parts]
@@ -67,14 +62,6 @@ class Slicer:
         large = image.resize((width * columns, height * rows), resample=Image.Resampling.BICUBIC)
         corners = [(column * width, row * height) for row in range(rows) for column in range(columns)]
         return [overview, *(large.crop((left, top, left + width, top + height)) for left, top in corners)]
-
-
-def refuse_aspect(size: Size) -> None:
-    if max(size) > MOST_ASPECT * min(size):
-        width, height = size
-        raise InputRefused(
-            f"the image has {width} x {height} pixels, and one side is more than {MOST_ASPECT} times the other: cut it, or leave it out"
-        )
 
 
 def normalise(image: Image.Image, saved: Mapping[str, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
