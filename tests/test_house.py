@@ -49,6 +49,11 @@ LAUNCHER_ORDER = (
     ("ship",),
     ("remote_build", "sync"),
     ("record",),
+    ("curve", "noise"),
+    ("evidence",),
+    ("fact",),
+    ("comparison",),
+    ("compare",),
     ("reference",),
     ("attempt", "claim", "ending"),
     ("preparation",),
@@ -58,7 +63,7 @@ LAUNCHER_ORDER = (
     ("script",),
     ("guide",),
     ("bundle",),
-    ("data_action", "image_action", "run_action"),
+    ("data_action", "image_action", "run_action", "record_action"),
     ("cli",),
 )
 # The same for the trainer's packages and modules.

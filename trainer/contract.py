@@ -63,6 +63,7 @@ class Exit(IntEnum):
     NODE = 4
     RUN = 5
     HUNG = 6  # a step without an end; every rank has written its stacks into its log
+    DIFFERENT = 7  # `omnilaunch compare`: the runs are not the same
 
 
 class InputRefused(Exception):

@@ -1,0 +1,175 @@
+"""The facts of a run by key, and which of them must be the same in a run that repeats it. The table is the promise."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any
+
+from launcher.evidence import Evidence, nested
+
+
+class Kind(Enum):
+    """experiment: runs that differ in it are of two things, and are not compared unless asked to. input, environment: must match. free: may
+    differ."""
+
+    EXPERIMENT = "experiment"
+    INPUT = "input"
+    ENVIRONMENT = "environment"
+    FREE = "free"
+
+
+# The first pattern that fits a key counts. What no pattern knows is of the environment: it must match, so that a new fact is never passed over.
+RULES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+    (
+        Kind.FREE,
+        (
+            *("config.*.title", "config.*.notes", "config.*.notes.*", "config.*.pending", "config.model.licence.*", "config.model.ready"),
+            *("config.hardware.peaks", "config.hardware.peaks.*", "config.hardware.driver.*", "config.*.parameters.source"),
+            *("config.model.source.path", "config.stage.checkpoint", "config.stage.needs"),
+            *("config.data.train", "config.data.evaluation", "config.data.images", "config.data.workers"),
+            *("config.run.*timeout_s", "config.run.save_every*", "config.run.keep_*", "config.run.checkpoint_background"),
+            *("config.run.trackers", "config.run.profile.*", "config.run.restarts", "config.run.minimum_nodes", "config.run.force"),
+            *("config.run.bands.*", "config.cluster.name", "config.cluster.root", "config.cluster.nodes.*", "config.cluster.delivery.*"),
+            *("config.cluster.*_s", "config.cluster.rendezvous_port", "config.cluster.mounts", "config.cluster.sync"),
+            *("config.cluster.shared", "config.cluster.secrets", "config.cluster.user"),
+            *("variables.*.OMNILAUNCH_RUN_*", "environment.environment.OMNILAUNCH_RUN_*", "environment.environment.TORCHELASTIC_*"),
+            *("environment.environment.MASTER_*", "variables.*.MASTER_*", "variables.*.*_SOCKET_IFNAME", "variables.*.*_IF_IP"),
+            *("environment.environment.*_SOCKET_IFNAME", "environment.environment.*_IF_IP"),
+            *("origin.path", "origin.base", "origin.run_id", "result.attempts"),
+        ),
+    ),
+    (
+        Kind.EXPERIMENT,
+        (
+            *("config.model.name", "config.model.family", "config.model.architecture.*"),
+            *("config.stage.name", "config.stage.kind", "config.data.name", "config.data.builtin"),
+        ),
+    ),
+    (
+        Kind.INPUT,
+        (
+            *("data.*", "source.*", "origin.*", "result.*", "image.files.*", "image.lock*"),
+            *("config.model.*", "config.stage.*", "config.precision.*", "config.strategy.*", "config.data.*", "config.run.*"),
+        ),
+    ),
+    (Kind.ENVIRONMENT, ("*",)),
+)
+# Sets of keys by name, for --allow: what differs by design when a run is made again there.
+ALLOWANCES: dict[str, tuple[str, ...]] = {
+    "hardware": (
+        *("config.hardware.*", "config.cluster.*", "environment.*", "variables.*", "image.*", "batch.*", "layout.*"),
+        *("config.strategy.*",),
+    ),
+    "image": ("config.cluster.runtime", "environment.*", "variables.*", "image.*"),
+    "code": ("source.*", "image.files.trainer/*", "image.fingerprint"),
+}
+# Of these a key that only one side has is a difference; of all others it was not recorded there, and nothing is known.
+OPEN = (
+    "variables.*",
+    "environment.environment.*",
+    "environment.packages.*",
+    "environment.kernels.*",
+    "image.files.*",
+    "config.*.environment.*",
+)
+TRAINER_FACTS = (
+    *("python", "platform", "packages", "accelerator", "devices", "driver", "world_size", "threads", "environment"),
+    *("deepspeed", "kernels", "parameters", "trainable"),
+)
+ABSENT = "(none)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One fact that two runs do not have in common, each side as text. `known` false: one of the two did not record it."""
+
+    key: str
+    kind: Kind
+    left: str
+    right: str
+    known: bool = True
+    allowed: bool = False
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the runs are different for it."""
+        return self.kind is not Kind.FREE and self.known and not self.allowed
+
+
+def collect_facts(evidence: Evidence) -> dict[str, Any]:
+    """Key -> value, the inputs first. Hosts, folders and times are no facts."""
+    plan, record, environment = evidence.plan, evidence.record, evidence.environment
+    commands = [command for command in plan.get("commands") or () if isinstance(command, dict)]
+    image = {
+        key: value
+        for key, value in (plan.get("image") or {}).items()
+        if key in ("stack", "architecture", "base", "files", "lock", "fingerprint")
+    }
+    trainer = {key: environment[key] for key in TRAINER_FACTS if key in environment}
+    if isinstance(trainer.get("devices"), (list, tuple)):
+        trainer["devices"] = [str(title).partition(" ")[2] for title in trainer["devices"]]  # without the host's name
+    sections = {
+        "config": plan.get("config") or {},
+        "data": {key: evidence.data.get(key, "") for key in ("sha256", "train_rows", "evaluation_rows", "images")} if evidence.data else {},
+        "origin": record.get("origin") or {},
+        "source": evidence.source,
+        "image": image,
+        "layout": {"nodes": len(commands), "world_size": nested(plan, "spec", "device", "world_size")},
+        "batch": nested(plan, "spec", "batch") or {},
+        "variables": {str(command.get("node_rank")): command.get("environment") or {} for command in commands},
+        "environment": trainer,
+        "result": {key: record.get(key) for key in ("status", "steps")} | {"attempts": len(evidence.attempts) + 1},
+    }
+    return dict(flatten(sections, ""))
+
+
+def flatten(data: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Leaves by dotted key. A list of objects is gone into, any other one is a leaf."""
+    inside: Mapping[str, Any] = {}
+    if isinstance(data, dict):
+        inside = data
+    elif isinstance(data, (list, tuple)) and data and all(isinstance(item, dict) for item in data):
+        inside = {str(place): item for place, item in enumerate(data)}
+    if not inside:
+        yield prefix, data
+    for key, value in inside.items():
+        yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def find_differences(left: Mapping[str, Any], right: Mapping[str, Any], allow: tuple[str, ...] = ()) -> tuple[Difference, ...]:
+    """Of two runs' facts, in the order of the left ones. `allow`: names of ALLOWANCES, or patterns of keys."""
+    allowed = tuple(pattern for word in allow for pattern in ALLOWANCES.get(word, (word,)))
+    found = []
+    for key in dict.fromkeys((*left, *right)):
+        one, other = left.get(key, ABSENT), right.get(key, ABSENT)
+        if one == other and type(one) is type(other):
+            continue
+        kind = kind_of(key)
+        known = (key in left and key in right) or fits(key, OPEN) or kind is Kind.FREE
+        found.append(Difference(key=key, kind=kind, left=text_of(one), right=text_of(other), known=known, allowed=fits(key, allowed)))
+    return (*found, *unknown_diffs(left, right))
+
+
+def unknown_diffs(left: Mapping[str, Any], right: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """Two dirty trees whose changes nobody recorded may be two programs."""
+    sides = [(bool(facts.get("source.dirty")), facts.get("source.diff_sha256", ABSENT)) for facts in (left, right)]
+    if any(not dirty or diff != ABSENT for dirty, diff in sides):
+        return ()
+    changes = "changes that the record does not hold"
+    return (Difference(key="source.diff_sha256", kind=Kind.INPUT, left=changes, right=changes, known=False),)
+
+
+@cache
+def kind_of(key: str) -> Kind:
+    return next(kind for kind, patterns in RULES if fits(key, patterns))
+
+
+def fits(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def text_of(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
