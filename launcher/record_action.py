@@ -30,6 +30,18 @@ def add_to(verbs: Any, say: Callable[[str], None]) -> None:
     sub.add_argument("--unlike", action="store_true", help="compare runs of two experiments all the same")
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
     sub.set_defaults(verb=compare_runs, say=say)
+    sub = verbs.add_parser("report", help="runs as one page that stands by itself, or as Markdown or rows", allow_abbrev=False)
+    sub.add_argument("runs", nargs="+", metavar="RUN", help=f"of several, the first is the reference: {RUN_HELP}")
+    form = sub.add_mutually_exclusive_group()
+    form.add_argument(
+        "--markdown", dest="form", action="store_const", const="md", default="html", help="figures, environment and verdicts as text"
+    )
+    form.add_argument("--csv", dest="form", action="store_const", const="csv", help="a row a step")
+    sub.add_argument("--out", default="", metavar="FILE", help="report-RUN.html, .md or .csv in this folder when left out; - prints it")
+    sub.add_argument("--replace", action="store_true", help="write over a report that is there already")
+    sub.add_argument("--band", action="append", default=[], metavar="NAME=SHARE", help="as for compare")
+    sub.add_argument("--unlike", action="store_true", help="as for compare")
+    sub.set_defaults(verb=report_runs, say=say)
 
 
 def compare_runs(arguments: argparse.Namespace) -> int:
@@ -42,6 +54,22 @@ def compare_runs(arguments: argparse.Namespace) -> int:
     comparison = compare(reference, others, bands=read_bands(arguments.band, reference), allow=allow, unlike=arguments.unlike)
     arguments.say(comparison_json(comparison) if arguments.json else describe_comparison(comparison))
     return Exit.DIFFERENT if comparison.outcome is Outcome.DIFFERENT else Exit.OK
+
+
+def report_runs(arguments: argparse.Namespace) -> int:
+    from launcher.report import compare_for_report, render_csv, render_html, render_markdown, write_report
+
+    runs = read_runs(arguments.runs)
+    path = Path(arguments.out or f"report-{runs[0].run_id}{f'-and-{len(runs) - 1}-more' if len(runs) > 1 else ''}.{arguments.form}")
+    comparison, refused = compare_for_report(runs, read_bands(arguments.band, runs[0]), unlike=arguments.unlike)
+    render = {"html": render_html, "md": render_markdown, "csv": lambda runs, *_: render_csv(runs)}[arguments.form]
+    text = render(runs, comparison, refused)
+    if arguments.out == "-":
+        arguments.say(text.rstrip("\n"))
+        return Exit.OK
+    write_report(text, path, replace=arguments.replace)
+    arguments.say(f"{path}  {len(text.encode()):,} bytes")
+    return Exit.OK
 
 
 # ------------------------------------------------------------------------------------------------------------------ parts

@@ -54,6 +54,8 @@ LAUNCHER_ORDER = (
     ("fact",),
     ("comparison",),
     ("compare",),
+    ("chart", "gallery", "summary", "timeline"),
+    ("report",),
     ("reference",),
     ("attempt", "claim", "ending"),
     ("preparation",),
