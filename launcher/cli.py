@@ -6,12 +6,14 @@
   omnilaunch doctor [AXIS=NAME ...] [key=value ...]   what is wrong with the nodes
   omnilaunch data check [AXIS=NAME ...] [key=value ...]   what is wrong with the data
   omnilaunch options [AXIS]                           what can be chosen
-  omnilaunch runs                                     the runs of this folder
+  omnilaunch runs [KEY=VALUE ...]                     the runs of this folder; runs tag, runs prune: see runs --help
+  omnilaunch compare RUN RUN ...                      whether they are the same, and where they part
+  omnilaunch report RUN ...                           one page that stands by itself
   omnilaunch attach|stop|status|logs RUN              one of them, on whatever nodes it is
   omnilaunch image ACTION [AXIS=NAME ...]             render, refresh, build, ls, inspect, prune, fetch: see image --help
 
 Axes: hardware, model, stage, precision, strategy, data, cluster. Exit codes: 0 done, 2 refused, 3 image, 4 node, 5 run failed,
-130 stopped, 1 a bug of ours.
+7 compared and different, 130 stopped, 1 a bug of ours.
 """
 
 import argparse
@@ -76,8 +78,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     sub = verbs.add_parser("options", help="what can be chosen")
     sub.add_argument("axis", nargs="?", default="")
     sub.set_defaults(verb=show_options)
-    sub = verbs.add_parser("runs", help="the runs of this folder")
-    sub.set_defaults(verb=show_runs)
     run_action.add_to(verbs, Terminal().say)
     record_action.add_to(verbs, Terminal().say)
     data_action.add_to(verbs.add_parser("data", help="what a run would train on", allow_abbrev=False), plan_of)
@@ -186,13 +186,6 @@ def show_options(arguments: argparse.Namespace) -> int:
     for axis, names in axes.items():
         if not arguments.axis or axis == arguments.axis:
             print(f"{axis:10} {'  '.join(names)}")
-    return Exit.OK
-
-
-def show_runs(arguments: argparse.Namespace) -> int:
-    from launcher.show import describe_runs
-
-    print(describe_runs(Path.cwd() / "runs"))
     return Exit.OK
 
 

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import ConfigRefused, suggest
+from launcher.errors import ConfigRefused, RunEnded, suggest
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
+    from launcher.catalogue import Entry
     from launcher.evidence import Evidence
     from launcher.schema import Bands
 
@@ -42,6 +43,35 @@ def add_to(verbs: Any, say: Callable[[str], None]) -> None:
     sub.add_argument("--band", action="append", default=[], metavar="NAME=SHARE", help="as for compare")
     sub.add_argument("--unlike", action="store_true", help="as for compare")
     sub.set_defaults(verb=report_runs, say=say)
+    add_runs(verbs, say)
+
+
+RUNS_TEXT = """
+  omnilaunch runs [KEY=VALUE ...]                list them: stage=lora run.seed=1
+  omnilaunch runs tag RUN TAG ...                give a run tags; with --remove take them away
+  omnilaunch runs prune [KEY=VALUE ...]          say what a rule would remove; with --yes remove it
+"""
+
+
+def add_runs(verbs: Any, say: Callable[[str], None]) -> None:
+    sub = verbs.add_parser(
+        "runs",
+        help="the runs of this folder",
+        description=RUNS_TEXT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    sub.add_argument("words", nargs="*", metavar="KEY=VALUE", help="an axis or a key of the config, of those to take")
+    sub.add_argument("--status", default="", help="finished, stopped, failed, refused, or open: without a record")
+    sub.add_argument("--model", default="", help="as model=NAME")
+    sub.add_argument("--tag", default="", help="those that have it")
+    sub.add_argument("--disk", action="store_true", help="what they take on this machine")
+    sub.add_argument("--json", action="store_true", help="all records, as JSON")
+    sub.add_argument("--remove", action="store_true", help="of tag: take the tags away")
+    sub.add_argument("--keep", type=int, metavar="N", help="of prune: leave the N newest")
+    sub.add_argument("--older-than", default="", metavar="AGE", help="of prune: only what ended longer ago: 36h, 30d, 8w")
+    sub.add_argument("--yes", action="store_true", help="of prune: remove them, with their checkpoints")
+    sub.set_defaults(verb=manage_runs, say=say)
 
 
 def compare_runs(arguments: argparse.Namespace) -> int:
@@ -70,6 +100,90 @@ def report_runs(arguments: argparse.Namespace) -> int:
     write_report(text, path, replace=arguments.replace)
     arguments.say(f"{path}  {len(text.encode()):,} bytes")
     return Exit.OK
+
+
+# ------------------------------------------------------------------------------------------------------------------- runs
+
+
+def manage_runs(arguments: argparse.Namespace) -> int:
+    """List, or what the first word says. Raises ConfigRefused for an option that the word does not take."""
+    action = arguments.words[0] if arguments.words and arguments.words[0] in OPTIONS else ""
+    for word, names in OPTIONS.items():
+        given = [name for name in names if getattr(arguments, name.replace("-", "_")) not in (None, False, "")]
+        if given and action != word:
+            raise ConfigRefused(f"--{given[0]} is an option of: omnilaunch runs {word}")
+    if action:
+        arguments.words = arguments.words[1:]
+    return {"": list_runs, "tag": tag_runs, "prune": prune_runs}[action](arguments)
+
+
+OPTIONS = {"tag": ("remove",), "prune": ("keep", "older-than", "yes")}
+
+
+def list_runs(arguments: argparse.Namespace) -> int:
+    from launcher.catalogue import describe_entries, entries_json
+
+    every, matching = find_entries(arguments)
+    if arguments.json:
+        arguments.say(entries_json(matching, disk=arguments.disk))
+    elif not every:
+        arguments.say(f"no runs in {Path.cwd() / 'runs'}; start one with: omnilaunch launch")
+    else:
+        arguments.say(describe_entries(matching, disk=arguments.disk) or f"none of {len(every)} runs is one of those")
+    return Exit.OK
+
+
+def tag_runs(arguments: argparse.Namespace) -> int:
+    from launcher.catalogue import read_entry, tag_run
+
+    if len(arguments.words) < 2:
+        raise ConfigRefused("name a run and its tags: omnilaunch runs tag RUN TAG ...")
+    name, *tags = arguments.words
+    entry = read_entry(find_folder(name))
+    try:
+        after = tag_run(entry, tags, remove=arguments.remove)
+    except OSError as error:
+        raise RunEnded(f"the tags of run {entry.run_id} could not be written: {error.strerror}; they are as they were") from error
+    arguments.say(f"{entry.run_id}  {' '.join(f'#{tag}' for tag in after) or 'has no tags'}")
+    return Exit.OK
+
+
+def prune_runs(arguments: argparse.Namespace) -> int:
+    from launcher.catalogue import describe_entries
+    from launcher.prune import Rule, choose, parse_age, remove_runs
+    from launcher.record import utc_now
+
+    if arguments.keep is None and not arguments.older_than:
+        raise ConfigRefused(
+            "a rule is wanted: --keep N leaves the N newest, --older-than AGE takes what ended longer ago; --keep 0 takes all"
+        )
+    if arguments.keep is not None and arguments.keep < 0:
+        raise ConfigRefused(f"--keep {arguments.keep}: at least 0")
+    every, matching = find_entries(arguments)
+    rule = Rule(keep=arguments.keep, older_than=parse_age(arguments.older_than) if arguments.older_than else None)
+    chosen = choose(every, matching, rule, utc_now())
+    for name, why in chosen.kept.items():
+        arguments.say(f"stays: {name}: {why}")
+    if not chosen.removed:
+        arguments.say("nothing is to be removed")
+    elif not arguments.yes:
+        arguments.say(
+            f"{describe_entries(chosen.removed, disk=True)}\nnothing was removed; to remove these, with their checkpoints, add --yes"
+        )
+    else:
+        for name in remove_runs(chosen.removed):
+            arguments.say(f"removed {name}")
+    return Exit.OK
+
+
+def find_entries(arguments: argparse.Namespace) -> "tuple[tuple[Entry, ...], list[Entry]]":
+    """(all runs of this folder, those that the filter takes)."""
+    from launcher.catalogue import list_entries, parse_filter, require_key
+
+    every = list_entries(Path.cwd() / "runs")
+    chosen = parse_filter(arguments.words, status=arguments.status, model=arguments.model, tag=arguments.tag)
+    require_key(every, chosen)
+    return every, [entry for entry in every if chosen.takes(entry)]
 
 
 # ------------------------------------------------------------------------------------------------------------------ parts

@@ -10,6 +10,7 @@ import types
 import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from enum import IntEnum
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -298,7 +299,7 @@ def decode(cls: Any, data: Any, where: str = "") -> Any:
     if is_dataclass(cls) and isinstance(cls, type):
         if not isinstance(data, dict):
             raise SpecError(f"{where or cls.__name__}: expected an object, got {type(data).__name__}")
-        hints = typing.get_type_hints(cls)
+        hints = types_of(cls)
         unknown = sorted(set(data) - set(hints))
         if unknown:
             raise SpecError(f"{where or cls.__name__}: unknown keys {unknown}; valid are {sorted(hints)}")
@@ -328,6 +329,12 @@ def decode(cls: Any, data: Any, where: str = "") -> Any:
     if isinstance(cls, type) and isinstance(data, cls) and not (cls is int and isinstance(data, bool)):
         return data
     raise SpecError(f"{where}: expected {getattr(cls, '__name__', cls)}, got {data!r}")
+
+
+@cache
+def types_of(cls: type) -> dict[str, Any]:
+    """Field -> its type. Asked for once: of a thousand records it would be most of the time of reading them."""
+    return typing.get_type_hints(cls)
 
 
 def read(cls: Any, path: Path) -> Any:
