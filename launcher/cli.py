@@ -116,8 +116,8 @@ def run_launch(arguments: argparse.Namespace) -> int:
     from launcher.desk import open_examined
     from launcher.launch import launch
     from launcher.place import place_here
-    from launcher.record import read_source
     from launcher.show import describe_record
+    from launcher.source import read_source
 
     plan = plan_of(arguments.overrides, arguments.run_id)
     if arguments.detach and plan.config.cluster.runtime != "docker":
@@ -139,13 +139,14 @@ def run_launch(arguments: argparse.Namespace) -> int:
 
 def render_run(arguments: argparse.Namespace) -> int:
     from launcher.bundle import write_bundle
-    from launcher.record import PLAN_FILE, SOURCE_FILE, SourceState, read_if_there, read_source
+    from launcher.record import PLAN_FILE, SOURCE_FILE, SourceState, read_if_there
+    from launcher.source import read_source
 
     words = arguments.overrides
     places = [path for path in (Path(words[0]), Path.cwd() / "runs" / words[0]) if (path / PLAN_FILE).is_file()] if len(words) == 1 else []
     plan = run_action.load_plan(places[0]) if places else plan_of(words, arguments.run_id)
     source = read_if_there(SourceState, places[0] / SOURCE_FILE) if places else None
-    folder = write_bundle(plan, Path(arguments.to), project=PROJECT, source=source or read_source(PROJECT))
+    folder = write_bundle(plan, Path(arguments.to), project=PROJECT, source=source or read_source(PROJECT).state)
     print(f"run {plan.run_id} is in {folder}; README.txt there says what to do")
     return Exit.OK
 

@@ -11,20 +11,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from launcher.archive import load_archive
 from launcher.curve import Curve, read_curve
-from launcher.errors import ConfigRefused
-from launcher.record import ATTEMPT_FILE, PLAN_FILE, RECORD_FILE, SOURCE_FILE, Record, attempt_files
+from launcher.errors import ConfigRefused, RecordRefused
+from launcher.record import ATTEMPT_FILE, PLAN_FILE, RECORD_FILE, SOURCE_FILE, attempt_files
 from launcher.schema import Bands
 from trainer import contract
-from trainer.contract import SCHEMA, DataReport, EnvReport, SpecError, TrainResult
+from trainer.contract import SCHEMA, SpecError
 
 MOST_ANSWERS = 20_000  # of samples.jsonl that are looked at
-TYPES = {
-    RECORD_FILE: Record,
-    contract.ENVIRONMENT_FILE: EnvReport,
-    contract.DATA_FILE: DataReport,
-    contract.RESULT_FILE: TrainResult,
-}
+FILES = (SOURCE_FILE, RECORD_FILE, contract.ENVIRONMENT_FILE, contract.DATA_FILE, contract.RESULT_FILE)
 # (what, where it says so twice): a record that was edited by hand, or put together from two, contradicts itself.
 TWICE = (
     ("the final loss", (RECORD_FILE, "final_loss"), (contract.RESULT_FILE, "final_loss")),
@@ -84,10 +80,10 @@ def read_evidence(folder: Path) -> Evidence:
     plan = read_object(folder / PLAN_FILE, problems)
     if not plan:
         raise ConfigRefused(f"{folder} is not the folder of a run: {problems[0]}. See: omnilaunch runs")
-    files = {name: read_object(folder / name, problems) for name in (SOURCE_FILE, *TYPES)}
+    files = {name: read_object(folder / name, problems) for name in FILES}
     missing = expected_files(files[RECORD_FILE]) - {path.name for path in folder.iterdir()}
     problems += [f"{name} is missing" for name in sorted(missing)]
-    problems += find_misfits(files)
+    problems += find_refusal(folder) if files[RECORD_FILE] else []
     curve = read_curve(folder / contract.METRICS_FILE) if (folder / contract.METRICS_FILE).exists() else Curve()
     problems += [*curve.problems, *find_contradictions(files, curve, folder)]
     attempts = (read_object(path, problems) for path in attempt_files(folder, ATTEMPT_FILE))
@@ -103,14 +99,14 @@ def read_evidence(folder: Path) -> Evidence:
 
 
 def require_whole(evidence: Evidence) -> None:
-    """Raises ConfigRefused for a run that has not ended, and for a record that was cut short or contradicts itself."""
+    """Raises RecordRefused for a run that has not ended, and for a record that was cut short or contradicts itself."""
     if not evidence.ended and not evidence.problems:
-        raise ConfigRefused(
+        raise RecordRefused(
             f"run {evidence.run_id} has no {RECORD_FILE}: it is under way, or its launcher was killed. Next: omnilaunch attach {evidence.run_id}"
         )
     if evidence.problems:
         told = "\n".join(f"  {problem}" for problem in evidence.problems)
-        raise ConfigRefused(
+        raise RecordRefused(
             f"the record of run {evidence.run_id} is not whole, and nothing is compared with it:\n{told}\n"
             f"Bring the folder again from where the run was made: {evidence.folder}"
         )
@@ -185,14 +181,13 @@ def expected_files(record: dict[str, Any]) -> set[str]:
     return always | ({contract.METRICS_FILE} if record.get("steps") else set())
 
 
-def find_misfits(files: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """Files that do not have the shape of their class, as a hand may leave them."""
-    for name, cls in TYPES.items():
-        try:
-            if files[name]:
-                contract.decode(cls, files[name])
-        except (SpecError, OverflowError) as error:
-            yield f"{name}: {error}"
+def find_refusal(folder: Path) -> list[str]:
+    """What the strict reader says against the record of a run that has ended."""
+    try:
+        load_archive(folder, rows=False)
+    except RecordRefused as error:
+        return [str(error)]
+    return []
 
 
 def find_contradictions(files: dict[str, dict[str, Any]], curve: Curve, folder: Path) -> Iterator[str]:

@@ -38,7 +38,7 @@ RULES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
             *("variables.*.OMNILAUNCH_RUN_*", "environment.environment.OMNILAUNCH_RUN_*", "environment.environment.TORCHELASTIC_*"),
             *("environment.environment.MASTER_*", "variables.*.MASTER_*", "variables.*.*_SOCKET_IFNAME", "variables.*.*_IF_IP"),
             *("environment.environment.*_SOCKET_IFNAME", "environment.environment.*_IF_IP"),
-            *("origin.path", "origin.base", "origin.run_id", "result.attempts"),
+            *("origin.path", "origin.base", "origin.run_id", "result.attempts", "source.record_schema", "source.diff_bytes"),
         ),
     ),
     (
@@ -79,6 +79,7 @@ TRAINER_FACTS = (
     *("python", "platform", "packages", "accelerator", "devices", "driver", "world_size", "threads", "environment"),
     *("deepspeed", "kernels", "parameters", "trainable"),
 )
+CLEAN = {"diff_sha256": "", "diff_lacks": ""}  # of a tree without changes, where a record of the first schema does not say so
 ABSENT = "(none)"
 
 
@@ -115,7 +116,7 @@ def collect_facts(evidence: Evidence) -> dict[str, Any]:
         "config": plan.get("config") or {},
         "data": {key: evidence.data.get(key, "") for key in ("sha256", "train_rows", "evaluation_rows", "images")} if evidence.data else {},
         "origin": record.get("origin") or {},
-        "source": evidence.source,
+        "source": ({} if evidence.source.get("dirty") else CLEAN) | evidence.source,
         "image": image,
         "layout": {"nodes": len(commands), "world_size": nested(plan, "spec", "device", "world_size")},
         "batch": nested(plan, "spec", "batch") or {},
@@ -154,12 +155,13 @@ def find_differences(left: Mapping[str, Any], right: Mapping[str, Any], allow: t
 
 
 def unknown_diffs(left: Mapping[str, Any], right: Mapping[str, Any]) -> tuple[Difference, ...]:
-    """Two dirty trees whose changes nobody recorded may be two programs."""
-    sides = [(bool(facts.get("source.dirty")), facts.get("source.diff_sha256", ABSENT)) for facts in (left, right)]
-    if any(not dirty or diff != ABSENT for dirty, diff in sides):
+    """Two dirty trees whose changes were not recorded, or not whole, may be two programs."""
+    if not all(
+        facts.get("source.dirty") and ("source.diff_sha256" not in facts or facts.get("source.diff_lacks")) for facts in (left, right)
+    ):
         return ()
     changes = "changes that the record does not hold"
-    return (Difference(key="source.diff_sha256", kind=Kind.INPUT, left=changes, right=changes, known=False),)
+    return (Difference(key="source.diff", kind=Kind.INPUT, left=changes, right=changes, known=False),)
 
 
 @cache

@@ -2,7 +2,7 @@
 
 import json
 import re
-import subprocess
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -18,6 +18,8 @@ from launcher.member import NodeResult
 from launcher.plan import Plan, to_plain
 from launcher.progress import read_lines
 from launcher.schema import Config, Node
+from launcher.seal import SEAL_FILE, make_seal
+from launcher.source import SourceState as SourceState
 from launcher.symptom import Kind
 from trainer import contract
 from trainer.contract import SCHEMA, DataReport, EnvReport, Exit, FailureReport, Origin, SpecError, StepRow, TrainResult
@@ -25,20 +27,14 @@ from trainer.contract import SCHEMA, DataReport, EnvReport, Exit, FailureReport,
 PLAN_FILE = "plan.json"
 CONFIG_FILE = "config.json"
 SOURCE_FILE = "source.json"
+DIFF_FILE = "source.diff"
+LOCK_FILE = "lock.txt"
 RECORD_FILE = "result.json"
 ATTEMPTS = "attempts"  # attempts/<number>/: what an attempt that was followed by another has left, and the plan of one that follows
 ATTEMPT_FILE = "attempt.json"
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a folder, a label and a part of a container's name
 CAUSES = ("cause", "layer")  # kinds of a known failure that tell of the process which printed it
 Status = Literal["finished", "stopped", "failed", "refused"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceState:
-    """The code that ran. `dirty`: the tree had changes that the commit does not hold; '' commit: not a git tree."""
-
-    commit: str
-    dirty: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +106,9 @@ def valid_run_id(text: str) -> str:
     return text
 
 
-def open_run(plan: Plan, source: SourceState) -> Path:
-    """Make the run's folder and write what is known before anything happens. Raises ConfigRefused if it is there or cannot be made."""
+def open_run(plan: Plan, source: SourceState, *, diff: bytes = b"", lock: Path | None = None) -> Path:
+    """Make the run's folder and write what is known before anything happens. `lock`: the file that the image's packages are locked by.
+    Raises ConfigRefused if the folder is there or cannot be made."""
     folder = Path(plan.folder)
     try:
         folder.mkdir(parents=True)
@@ -125,6 +122,10 @@ def open_run(plan: Plan, source: SourceState) -> Path:
     contract.write_text(json.dumps(plain["config"], indent=2, ensure_ascii=False) + "\n", folder / CONFIG_FILE)
     contract.write_text(plan.image.dockerfile, folder / "Dockerfile")
     contract.write(source, folder / SOURCE_FILE)
+    if diff:
+        (folder / DIFF_FILE).write_bytes(diff)
+    if lock is not None and lock.is_file():
+        shutil.copyfile(lock, folder / LOCK_FILE)
     contract.write(plan.spec, folder / contract.SPEC_FILE)
     return folder
 
@@ -184,9 +185,12 @@ def find_origin(folder: Path) -> Origin:
 
 
 def write_record(record: Record, folder: Path) -> Record:
-    """Write result.json and give back what it holds: the credentials of URLs are left out, as pip may say them when it fails."""
+    """Write seal.json and then result.json, and give back what that holds: the credentials of URLs are left out, as pip may say them when it
+    fails. In this order, a run that has a result has a seal; where the second is not written, the run has not ended."""
     masked: Record = contract.decode(Record, mask_credentials(asdict(record)))
-    contract.write(masked, folder / RECORD_FILE)
+    text = contract.encode(masked)
+    contract.write(make_seal(folder, record.run_id, unwritten={RECORD_FILE: text.encode()}), folder / SEAL_FILE)
+    contract.write_text(text, folder / RECORD_FILE)
     return masked
 
 
@@ -324,16 +328,6 @@ def explained(failure: Failure, meaning: Meaning | None) -> Failure:
     seen = any(meaning.line in line for line in (*failure.tail, failure.message))
     tail = failure.tail if seen else (meaning.line, "...", *failure.tail)
     return replace(failure, tail=tail, meaning=meaning.means, fix=meaning.fix)
-
-
-def read_source(project: Path) -> SourceState:
-    """Commit and dirty flag of the project's tree, asked of git."""
-    try:
-        commit = subprocess.run(("git", "rev-parse", "HEAD"), cwd=project, capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(("git", "status", "--porcelain"), cwd=project, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return SourceState(commit="", dirty=False)
-    return SourceState(commit=commit, dirty=bool(changed))
 
 
 def utc_now() -> datetime:
