@@ -11,6 +11,7 @@ from launcher.curve import reduce_points
 WIDTH, HEIGHT = 420, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 28
 BUCKETS = 320  # points of a line at most; what lies between them is in the band of lowest and highest
+Point = tuple[float, float, float, float]  # step, lowest, mean, highest
 COLOURS = 8  # that the page's style knows
 
 
@@ -48,21 +49,26 @@ def draw_chart(title: str, lines: Sequence[Line], *, from_zero: bool) -> Markup:
     ticks = round_ticks(min(*lows, 0.0) if from_zero else min(lows), max(highs))
     x = Scale(low=min(p[0] for p in every), high=max(p[0] for p in every), begin=LEFT, end=WIDTH - RIGHT)
     y = Scale(low=min(ticks[0], *lows), high=max(ticks[-1], *highs), begin=HEIGHT - BOTTOM, end=TOP)
-    parts = [*draw_grid(ticks, y), *draw_steps(x), *(part for line, points in reduced for part in draw_line(line, points, x, y))]
+    parts = [
+        *draw_grid(ticks, y),
+        *draw_steps(x),
+        *(part for place, (line, points) in enumerate(reduced) for part in draw_line(line, points, x, y, len(reduced) - 1 - place)),
+    ]
     return Markup(
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} over the steps" class="chart">{"".join(parts)}</svg>'
     )
 
 
-def draw_line(line: Line, points: Sequence[tuple[float, float, float, float]], x: Scale, y: Scale) -> Iterator[str]:
-    """The band of lowest and highest, where a point stands for several steps; the means over it; a dot where there is one point alone."""
+def draw_line(line: Line, points: Sequence[Point], x: Scale, y: Scale, above: int) -> Iterator[str]:
+    """The band of lowest and highest, where a point stands for several steps; the means over it; a dot where there is one point alone.
+    `above`: how many lines come on top: one is the wider, the more may hide it."""
     colour = line.colour % COLOURS
     if any(low != high for _, low, _, high in points):
         there = [f"{x.at(step)},{y.at(high)}" for step, _, _, high in points]
         back = [f"{x.at(step)},{y.at(low)}" for step, low, _, _ in reversed(points)]
         yield f'<polygon class="band c{colour}" points="{" ".join((*there, *back))}"/>'
     middle = " ".join(f"{x.at(step)},{y.at(mean)}" for step, _, mean, _ in points)
-    yield f'<polyline class="line c{colour}" points="{middle}"><title>{escape(line.label)}</title></polyline>'
+    yield f'<polyline class="line c{colour}" stroke-width="{1.6 + 2.2 * min(above, 4):g}" points="{middle}"><title>{escape(line.label)}</title></polyline>'
     if len(points) == 1:
         yield f'<circle class="dot c{colour}" cx="{x.at(points[0][0])}" cy="{y.at(points[0][2])}" r="3"/>'
 

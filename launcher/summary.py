@@ -42,7 +42,7 @@ def list_figures(evidence: Evidence) -> tuple[tuple[str, str], ...]:
         found["highest memory"] = f"{in_words(speed.peak_bytes / 2**30)} GiB"
     scores = record.get("evaluation")
     for name, value in scores.items() if isinstance(scores, dict) else ():
-        found[name.replace("_", " ")] = in_words(value)
+        found["held-out loss" if name == "loss" else name.replace("_", " ")] = in_words(value)
     if len(evidence.attempts):
         found["attempts"] = str(len(evidence.attempts) + 1)
     return tuple(found.items())
