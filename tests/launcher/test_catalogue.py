@@ -1,7 +1,6 @@
 """The runs of a folder: what is listed, tagged, counted, and what a prune leaves alone."""
 
 import json
-import os
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -36,6 +35,10 @@ def runs(tmp_path: Path) -> Path:
 
 def names(entries: object) -> list[str]:
     return [entry.run_id for entry in entries]  # type: ignore[attr-defined]
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 # ----------------------------------------------------------------------------------------------------------------- listing
@@ -176,9 +179,9 @@ def test_prune_says_first_and_removes_when_told(runs: Path, monkeypatch: pytest.
     set_value("plan.json", "config.stage.checkpoint", "b")(runs / "e")
     assert main(["runs", "prune", "--keep", "2"]) == 0
     told = capsys.readouterr().out
-    assert "stays: b: e stand(s) on it" in told and "nothing was removed" in told and sorted(os.listdir(runs)) == list("abcde")
+    assert "stays: b: e stand(s) on it" in told and "nothing was removed" in told and names_in(runs) == list("abcde")
     assert main(["runs", "prune", "--keep", "2", "--yes"]) == 0
-    assert capsys.readouterr().out.splitlines()[1:] == ["removed c", "removed a"] and sorted(os.listdir(runs)) == list("bde")
+    assert capsys.readouterr().out.splitlines()[1:] == ["removed c", "removed a"] and names_in(runs) == list("bde")
     assert main(["runs", "prune", "--keep", "2", "--yes"]) == 0 and "nothing is to be removed" in capsys.readouterr().out
 
 

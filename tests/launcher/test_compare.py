@@ -17,7 +17,6 @@ from launcher.noise import interval
 from launcher.schema import Bands
 from tests.launcher.planted import Change, copy_run, set_rows, set_value, stretch
 
-
 NO_BANDS = Bands()
 
 
