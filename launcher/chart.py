@@ -46,7 +46,8 @@ def draw_chart(title: str, lines: Sequence[Line], *, from_zero: bool) -> Markup:
         return Markup("")
     every = [point for _, points in reduced for point in points]
     lows, highs = [point[1] for point in every], [point[3] for point in every]
-    ticks = round_ticks(min(*lows, 0.0) if from_zero else min(lows), max(highs))
+    floor = 0.0 if from_zero else lows[0]
+    ticks = round_ticks(min(*lows, floor), max(*highs, floor))
     x = Scale(low=min(p[0] for p in every), high=max(p[0] for p in every), begin=LEFT, end=WIDTH - RIGHT)
     y = Scale(low=min(ticks[0], *lows), high=max(ticks[-1], *highs), begin=HEIGHT - BOTTOM, end=TOP)
     parts = [

@@ -45,7 +45,7 @@ def compare(
     for place, evidence in enumerate(others, start=1):
         # The others that nothing sets apart from the reference say how far apart chance alone puts two runs.
         repeats = [runs[n] for n in range(len(runs)) if n != place and not any(map(weighs_or_unknown, found[n]))]
-        judgements.append(judge(reference, evidence, found[place], facts[place], repeats, bands))
+        judgements.append(judge(reference, evidence, found[place], facts[0] | facts[place], repeats, bands))
     return Comparison(reference=reference.run_id, judgements=tuple(judgements))
 
 
@@ -71,12 +71,13 @@ def judge(
     repeats: Sequence[Evidence],
     bands: Bands,
 ) -> Judgement:
+    """`facts`: of both, by key."""
     losses = compare_losses(reference.curve, other.curve, [repeat.curve for repeat in repeats], bands.loss)
     weights = compare_weights(reference, other)
     figures = (*compare_speed(reference, other, repeats, bands), *compare_scores(reference, other, repeats, bands.evaluation))
     answers = compare_answers(reference, other)
     outcome, reasons = conclude(differences, losses, weights, figures, answers)
-    apart = Counter(difference.kind.value for difference in differences)
+    apart = Counter(difference.kind.value for difference in differences if difference.key in facts)
     kinds = Counter(kind_of(key).value for key in facts)
     return Judgement(
         run_id=other.run_id,
@@ -103,10 +104,10 @@ def conclude(
     apart = apart[:SHOWN_REASONS] + ([f"and {len(apart) - SHOWN_REASONS} facts more"] if len(apart) > SHOWN_REASONS else [])
     if losses.level in (Level.OUTSIDE, Level.TOLD):
         why = losses.limit if losses.level is Level.TOLD else f"outside {losses.limit}"
-        apart.append(f"the rows part at step {losses.first_step} ({losses.column}); {why}")
+        apart.append(f"the rows part at step {losses.first_step} ({losses.column or 'one run has no more'}); {why}")
     if bits and weights is Level.OUTSIDE:
         apart.append("the rows are equal and the final weights are not: a checkpoint was exchanged, or the record was")
-    apart += [f"{figure.name} {change_of(figure)}, outside {figure.limit}" for figure in figures if figure.level is Level.OUTSIDE]
+    apart += [describe_outside(figure) for figure in figures if figure.level is Level.OUTSIDE]
     if bits and weights is Level.EQUAL:
         apart += [
             f"{figure.name} differs though the weights are equal" for figure in figures if not figure.unit and figure.level is Level.TOLD
@@ -124,10 +125,10 @@ def conclude(
     return Outcome.SAME, (f"all facts that must match do; {losses.steps} rows and the final weights are equal to the bit",)
 
 
-def change_of(figure: Figure) -> str:
+def describe_outside(figure: Figure) -> str:
     if figure.change is None:
-        return "is missing on one side"
-    return f"{figure.change:+.2%}" if figure.unit else f"{figure.change:+.4f}"
+        return f"{figure.name} is missing on one side"
+    return f"{figure.name} {figure.change:{'+.2%' if figure.unit else '+.4f'}}, outside {figure.limit}"
 
 
 # ----------------------------------------------------------------------------------------------------------------- losses
@@ -140,7 +141,7 @@ def compare_losses(left: Curve, right: Curve, repeats: Sequence[Curve], band: fl
     if not first and len(left.step) == len(right.step):
         return Losses(steps=steps, first_step=0, column="", left=None, right=None, change=0.0, level=Level.EQUAL)
     # Of one step the loss says more than what comes of it.
-    place, column = min(first, key=lambda found: (found[0], BITWISE.index(found[1]))) if first else (steps, "the number of steps")
+    place, column = min(first, key=lambda found: (found[0], BITWISE.index(found[1]))) if first else (steps, "")
     change, level, limit = judge_losses(left.loss, right.loss, [repeat.loss for repeat in repeats], band)
     sides = [float(curve.column(column)[place]) if first else float(len(curve.step)) for curve in (left, right)]
     return Losses(steps=steps, first_step=place + 1, column=column, left=sides[0], right=sides[1], change=change, level=level, limit=limit)
@@ -211,7 +212,7 @@ def judge_figure(
 ) -> Figure:
     """`worse`: a change to the other side is never outside. Shares where there is a unit, differences where there is none."""
     if left is None or right is None:
-        return Figure(name=name, unit=unit, left=left, right=right, change=None, level=Level.OUTSIDE, limit="everything: one side has none")
+        return Figure(name=name, unit=unit, left=left, right=right, change=None, level=Level.OUTSIDE, limit="anything: one side has none")
     change = right - left if not unit else (right - left) / left if left else math.inf
     level, limit = Level.EQUAL, ""
     if left != right and band is not None:

@@ -46,7 +46,8 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """`steps`: that both have. `first_step`: the first whose row has other bits in `column`, 0 where there is none. `change`: the largest of the
+    """`steps`: that both have. `first_step`: the first whose row has other bits in `column`, which is '' where one run
+    only has more steps; 0 where there is none. `change`: the largest of the
     means of a tenth of the steps, as a share."""
 
     steps: int
@@ -120,15 +121,18 @@ def describe_judgement(judgement: Judgement, reference: str) -> Iterator[str]:
     yield f"{judgement.run_id} against {reference}"
     yield from describe_facts(judgement)
     yield ""
-    yield f"  {'losses':20} {describe_losses(judgement.losses)}"
-    yield f"  {'final weights':20} {judgement.weights.value}"
-    for figure in judgement.figures:
-        yield f"  {figure.name:20} {describe_figure(figure)}"
-    if judgement.answers:
-        yield f"  {'answers':20} {judgement.answers}"
+    yield from describe_figures(judgement)
     yield ""
     yield f"verdict: {judgement.outcome.value}"
     yield from (f"  {reason}" for reason in judgement.reasons)
+
+
+def describe_figures(judgement: Judgement) -> Iterator[str]:
+    yield f"  {'losses':20} {describe_losses(judgement.losses)}"
+    yield f"  {'final weights':20} {WEIGHTS[judgement.weights]}"
+    yield from (f"  {figure.name:20} {describe_figure(figure)}" for figure in judgement.figures)
+    if judgement.answers:
+        yield f"  {'answers':20} {judgement.answers}"
 
 
 def describe_facts(judgement: Judgement) -> Iterator[str]:
@@ -152,6 +156,8 @@ def describe_difference(difference: Difference) -> str:
 def describe_losses(losses: Losses) -> str:
     if losses.level is Level.EQUAL:
         return f"equal to the bit over {losses.steps} steps" if losses.steps else "none on either side"
+    if not losses.column:
+        return f"{losses.left:g} steps and {losses.right:g}; {judged(losses.level, losses.limit)}"
     apart = f", {losses.change:.3%} apart at most" if losses.change is not None else ""
     return f"{losses.column} differs from step {losses.first_step}: {losses.left!r} -> {losses.right!r}{apart}; {judged(losses.level, losses.limit)}"
 
@@ -178,6 +184,7 @@ def shorten(text: str, most: int = 60) -> str:
     return line if len(line) <= most else f"{line[: most // 2]}…{line[-most // 2 :]}"
 
 
+WEIGHTS = {Level.EQUAL: "equal", Level.OUTSIDE: "not the same", Level.TOLD: "not recorded on both sides"}
 TITLES = {
     Kind.EXPERIMENT: "the experiment",
     Kind.INPUT: "inputs",

@@ -134,7 +134,7 @@ def flatten(data: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         inside = data
     elif isinstance(data, (list, tuple)) and data and all(isinstance(item, dict) for item in data):
         inside = {str(place): item for place, item in enumerate(data)}
-    if not inside:
+    if not inside and "." in prefix:  # a section without anything in it is no fact
         yield prefix, data
     for key, value in inside.items():
         yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
@@ -143,15 +143,21 @@ def flatten(data: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 def find_differences(left: Mapping[str, Any], right: Mapping[str, Any], allow: tuple[str, ...] = ()) -> tuple[Difference, ...]:
     """Of two runs' facts, in the order of the left ones. `allow`: names of ALLOWANCES, or patterns of keys."""
     allowed = tuple(pattern for word in allow for pattern in ALLOWANCES.get(word, (word,)))
+    sections = {section_of(key) for key in left} & {section_of(key) for key in right}
     found = []
     for key in dict.fromkeys((*left, *right)):
         one, other = left.get(key, ABSENT), right.get(key, ABSENT)
         if one == other and type(one) is type(other):
             continue
         kind = kind_of(key)
-        known = (key in left and key in right) or fits(key, OPEN) or kind is Kind.FREE
+        known = (key in left and key in right) or (fits(key, OPEN) and section_of(key) in sections) or kind is Kind.FREE
         found.append(Difference(key=key, kind=kind, left=text_of(one), right=text_of(other), known=known, allowed=fits(key, allowed)))
     return (*found, *unknown_diffs(left, right))
+
+
+def section_of(key: str) -> str:
+    """A run that ended early has no facts of some sections at all."""
+    return key.partition(".")[0]
 
 
 def unknown_diffs(left: Mapping[str, Any], right: Mapping[str, Any]) -> tuple[Difference, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from launcher.chart import BUCKETS, Line, draw_chart
 from launcher.compare import compare
-from launcher.comparison import Comparison, Outcome, describe_judgement, shorten
+from launcher.comparison import Comparison, Outcome, describe_figures, describe_judgement, shorten
 from launcher.curve import COLUMNS, SERIES
 from launcher.errors import ConfigRefused, RunEnded
 from launcher.evidence import Evidence
@@ -120,12 +120,13 @@ def describe_verdicts(comparison: Comparison) -> Iterator[dict[str, Any]]:
             {"key": one.key, "kind": one.kind.value, "left": shorten(one.left, 400), "right": shorten(one.right, 400)}
             for one in judgement.differences
         ]
-        lines = list(describe_judgement(judgement, comparison.reference))[1:]
         yield {
             "run": judgement.run_id,
             "outcome": judgement.outcome.value,
             "tone": OUTCOME_TONES[judgement.outcome],
-            "text": "\n".join(lines),
+            "reasons": judgement.reasons,
+            "figures": "\n".join(line.strip() for line in describe_figures(judgement)),
+            "matching": sum(judgement.matching.values()),
             "differences": found,
         }
 

@@ -1,7 +1,8 @@
 """The runs of a folder: what is listed, tagged, counted, and what a prune leaves alone."""
 
+import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -19,6 +20,13 @@ from trainer import contract
 from trainer.contract import SCHEMA
 
 NOW = datetime(2026, 11, 30, tzinfo=UTC)
+
+
+@pytest.fixture(autouse=True)
+def collecting() -> Iterator[None]:
+    """`main` turns the collection of garbage off for the whole process."""
+    yield
+    gc.enable()
 
 
 def ended(day: int) -> Change:

@@ -2,10 +2,12 @@
 
 import base64
 import errno
+import gc
 import io
 import json
 import math
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ TAGS = {
         "pre",
         "table",
     ),
-    *("thead", "tr", "th", "td", "details", "summary", "figure", "article", "img"),
+    *("thead", "tr", "th", "td", "details", "summary", "figure", "article", "img", "ul", "li"),
     *("svg", "line", "text", "polyline", "polygon", "circle"),
 }
 
@@ -70,6 +72,13 @@ class Page(HTMLParser):
 
     def values(self, name: str) -> list[str]:
         return [value for key, value in self.attributes if key == name]
+
+
+@pytest.fixture(autouse=True)
+def collecting() -> Iterator[None]:
+    """`main` turns the collection of garbage off for the whole process."""
+    yield
+    gc.enable()
 
 
 def page_of(*folders: Path, unlike: bool = False) -> str:
@@ -178,7 +187,7 @@ def test_a_chart_of_100_000_steps_is_small_and_has_its_spike() -> None:
     chart = draw_chart("loss", [Line(label="r", steps=range(100_000), values=values, colour=0)], from_zero=False)
     assert len(chart) < 25_000
     heights = [float(point.split(",")[1]) for point in re.search(r'polygon[^>]*points="([^"]+)"', chart)[1].split()]  # type: ignore[index]
-    assert min(heights) < 15, "the spike reaches the top"
+    assert min(heights) < 35, "the spike is there: the highest mean of a bucket would be at 157"
 
 
 @pytest.mark.parametrize("values", [[], [math.nan, math.inf]])
@@ -331,7 +340,8 @@ def test_the_verbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.chdir(tmp_path)
     assert main(["compare", "a", "b"]) == 0 and "verdict: same" in capsys.readouterr().out
     assert main(["compare", "a", str(tmp_path / "runs/b"), "--band", "throughput=0.05"]) == 7
-    assert json.loads(capsys.readouterr().out if main(["compare", "a", "b", "--json"]) == 0 else "")["outcome"] == "same"
+    assert "outside the stated band" in capsys.readouterr().out
+    assert main(["compare", "a", "b", "--json"]) == 0 and json.loads(capsys.readouterr().out)["outcome"] == "same"
     assert main(["report", "a", "b"]) == 0 and (tmp_path / "report-a-and-1-more.html").stat().st_size > 20_000
     assert main(["report", "a", "b"]) == 2 and "is there already" in capsys.readouterr().err
     assert main(["report", "a", "--csv", "--out", "-"]) == 0 and capsys.readouterr().out.count("\na,") == 40
