@@ -17,7 +17,7 @@ from launcher.comparison import Comparison, Figure, Judgement, Level, Losses, Ou
 from launcher.curve import Curve, first_difference, speed_of, window_means
 from launcher.errors import ConfigRefused
 from launcher.evidence import Evidence, require_whole
-from launcher.fact import Difference, Kind, collect_facts, find_differences, kind_of
+from launcher.fact import Difference, Kind, collect_facts, find_changed_inputs, find_differences, kind_of
 from launcher.noise import LEAST_REPEATS, interval
 from launcher.schema import Bands
 
@@ -37,7 +37,10 @@ def compare(
     for evidence in runs:
         require_whole(evidence)
     facts = [collect_facts(evidence) for evidence in runs]
-    found = [find_differences(facts[0], theirs, allow) for theirs in facts]
+    found = [
+        (*find_changed_inputs(reference, evidence, allow), *find_differences(facts[0], theirs, allow))
+        for evidence, theirs in zip(runs, facts, strict=True)
+    ]
     if not unlike:
         for evidence, differences in zip(others, found[1:], strict=True):
             refuse_unlike(reference, evidence, differences)

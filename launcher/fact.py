@@ -38,6 +38,7 @@ RULES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
             *("variables.*.OMNILAUNCH_RUN_*", "environment.environment.OMNILAUNCH_RUN_*", "environment.environment.TORCHELASTIC_*"),
             *("environment.environment.MASTER_*", "variables.*.MASTER_*", "variables.*.*_SOCKET_IFNAME", "variables.*.*_IF_IP"),
             *("environment.environment.*_SOCKET_IFNAME", "environment.environment.*_IF_IP"),
+            *("environment.ranks.*.hostname", "*.ASCEND_PROCESS_LOG_PATH", "*_VISIBLE_DEVICES"),
             *("origin.path", "origin.base", "origin.run_id", "result.attempts", "source.record_schema", "source.diff_bytes"),
         ),
     ),
@@ -64,6 +65,7 @@ ALLOWANCES: dict[str, tuple[str, ...]] = {
         *("config.strategy.*",),
     ),
     "image": ("config.cluster.runtime", "environment.*", "variables.*", "image.*"),
+    "data": ("data.*", "inputs.data.*"),
     "code": ("source.*", "image.files.trainer/*", "image.fingerprint"),
 }
 # Of these a key that only one side has is a difference; of all others it was not recorded there, and nothing is known.
@@ -77,10 +79,11 @@ OPEN = (
 )
 TRAINER_FACTS = (
     *("python", "platform", "packages", "accelerator", "devices", "driver", "world_size", "threads", "environment"),
-    *("deepspeed", "kernels", "parameters", "trainable"),
+    *("deepspeed", "kernels", "parameters", "trainable", "toolkit", "settings", "determinism", "ranks"),
 )
 CLEAN = {"diff_sha256": "", "diff_lacks": ""}  # of a tree without changes, where a record of the first schema does not say so
 ABSENT = "(none)"
+MOST_FILES = 20  # that are named of the inputs that differ
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +130,19 @@ def collect_facts(evidence: Evidence) -> dict[str, Any]:
     return dict(flatten(sections, ""))
 
 
+def find_changed_inputs(left: Evidence, right: Evidence, allow: tuple[str, ...] = ()) -> tuple[Difference, ...]:
+    """The files that are others, where both records have the hash of each; the hash of all is a fact of its own."""
+    found = []
+    for part in ("data", "weights"):
+        one, other = (part_of if isinstance(part_of := evidence.inputs.get(part), dict) else {} for evidence in (left, right))
+        names = (name for name in dict.fromkeys((*one, *other)) if one.get(name) != other.get(name)) if one and other else ()
+        for name in names:
+            sides = (text_of(one.get(name, ABSENT)), text_of(other.get(name, ABSENT)))
+            key = f"inputs.{part}.{name}"
+            found.append(Difference(key=key, kind=Kind.INPUT, left=sides[0], right=sides[1], allowed=fits(key, patterns_of(allow))))
+    return tuple(found[:MOST_FILES])
+
+
 def flatten(data: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     """Leaves by dotted key. A list of objects is gone into, any other one is a leaf."""
     inside: Mapping[str, Any] = {}
@@ -142,7 +158,7 @@ def flatten(data: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def find_differences(left: Mapping[str, Any], right: Mapping[str, Any], allow: tuple[str, ...] = ()) -> tuple[Difference, ...]:
     """Of two runs' facts, in the order of the left ones. `allow`: names of ALLOWANCES, or patterns of keys."""
-    allowed = tuple(pattern for word in allow for pattern in ALLOWANCES.get(word, (word,)))
+    allowed = patterns_of(allow)
     sections = {section_of(key) for key in left} & {section_of(key) for key in right}
     found = []
     for key in dict.fromkeys((*left, *right)):
@@ -153,6 +169,10 @@ def find_differences(left: Mapping[str, Any], right: Mapping[str, Any], allow: t
         known = (key in left and key in right) or (fits(key, OPEN) and section_of(key) in sections) or kind is Kind.FREE
         found.append(Difference(key=key, kind=kind, left=text_of(one), right=text_of(other), known=known, allowed=fits(key, allowed)))
     return (*found, *unknown_diffs(left, right))
+
+
+def patterns_of(allow: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(pattern for word in allow for pattern in ALLOWANCES.get(word, (word,)))
 
 
 def section_of(key: str) -> str:

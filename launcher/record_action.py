@@ -26,7 +26,7 @@ def add_to(verbs: Any, say: Callable[[str], None]) -> None:
         "--band", action="append", default=[], metavar="NAME=SHARE", help="loss, throughput, memory or evaluation; in place of run.bands"
     )
     sub.add_argument(
-        "--allow", action="append", default=[], metavar="WHAT", help="what may differ: hardware, image, code, or a pattern of keys"
+        "--allow", action="append", default=[], metavar="WHAT", help="what may differ: hardware, image, code, data, or a pattern of keys"
     )
     sub.add_argument("--unlike", action="store_true", help="compare runs of two experiments all the same")
     sub.add_argument("--json", action="store_true", help="everything, as JSON")

@@ -126,6 +126,17 @@ def test_a_host_in_the_name_of_a_device_is_no_difference(tmp_path: Path) -> None
     assert held(tmp_path, rename).outcome is Outcome.SAME
 
 
+def test_the_file_that_changed_is_named_where_the_record_has_them(tmp_path: Path) -> None:
+    def inputs(digest: str) -> Change:
+        data = {"digits/train.json": "a" * 64, "digits/images/0001.png": digest * 64}
+        return lambda folder: (folder / "inputs.json").write_text(json.dumps({"schema": 1, "data": data, "weights": {}}))
+
+    reference, other = copy_run(tmp_path, "before", inputs("b")), copy_run(tmp_path, "after", inputs("c"), other_data)
+    comparison = compare(read_evidence(reference), [read_evidence(other)], bands=Bands())
+    (judgement,) = comparison.judgements
+    assert [found.key for found in judgement.differences if found.weighs] == ["inputs.data.digits/images/0001.png", "data.sha256"]
+
+
 def test_the_first_environment_fact_and_the_first_step_are_named(tmp_path: Path) -> None:
     comparison = held(
         tmp_path, set_value("environment.json", "python", "3.12.1"), set_value("environment.json", "threads", 7), other_losses
