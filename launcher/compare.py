@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from launcher.comparison import Comparison, Figure, Judgement, Level, Losses, Outcome, shorten
-from launcher.curve import Curve, first_difference, speed_of, window_means
+from launcher.curve import Curve, first_difference, window_means
 from launcher.errors import ConfigRefused
 from launcher.evidence import Evidence, require_whole
 from launcher.fact import Difference, Kind, collect_facts, find_changed_inputs, find_differences, kind_of
@@ -192,7 +192,7 @@ def compare_speed(left: Evidence, right: Evidence, repeats: Sequence[Evidence], 
 
 
 def speeds_of(evidence: Evidence) -> dict[str, float]:
-    speed = speed_of(evidence.curve)
+    speed = evidence.curve.speed
     return {"throughput": speed.samples_per_s, "memory": speed.peak_bytes / 2**30} if speed else {}
 
 

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -41,6 +42,11 @@ class Curve:
         values: tuple[float, ...] = getattr(self, name)
         return values
 
+    @cached_property
+    def speed(self) -> "Speed | None":
+        """None where no step is left to look at."""
+        return speed_of(self)
+
     @property
     def warm_up(self) -> int:
         """How many steps, from the first, do not count for the speed."""
@@ -60,27 +66,31 @@ class Speed:
 def read_curve(path: Path) -> Curve:
     """The whole rows of metrics.jsonl. What is missing, cut short or no row is left out and told."""
     try:
-        text, newline, torn = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return Curve(problems=(f"{path.name} is missing",))
     except OSError as error:
         return Curve(problems=(f"{path.name} cannot be read: {error.strerror}",))
-    text += newline
-    problems = [f"{path.name}: its last row is cut short"] if torn else []
-    columns = parse_whole(text) or parse_lines(text.split("\n")[:-1])
-    wrong = text.count("\n") - len(columns["step"])
+    problems = []
+    if text and not text.endswith("\n"):
+        problems = [f"{path.name}: its last row is cut short"]
+        text = text[: text.rfind("\n") + 1]
+    lines = text.count("\n")
+    columns = parse_whole(text, lines) or parse_lines(text.split("\n")[:-1])
+    wrong = lines - len(columns["step"])
     if wrong:
         problems.append(f"{path.name}: {wrong} line(s) are no row")
-    gap = next((after for before, after in pairwise((0, *columns["step"])) if after != before + 1), None)
-    if gap is not None:
+    steps = columns["step"]
+    if steps != tuple(range(1, len(steps) + 1)):
+        gap = next(after for before, after in pairwise((0, *steps)) if after != before + 1)
         problems.append(f"{path.name}: the row before that of step {gap} is missing or is another one")
     return Curve(**columns, problems=tuple(problems))
 
 
-def parse_whole(text: str) -> dict[str, Any] | None:
+def parse_whole(text: str, lines: int) -> dict[str, Any] | None:
     """All rows at once, in half of the time that a JSON parser takes. None where one of them does not look as the trainer writes it."""
     rows = ROW.findall(text)
-    if len(rows) != text.count("\n"):
+    if len(rows) != lines:
         return None
     try:
         texts = zip(*rows, strict=True) if rows else [()] * len(COLUMNS)
@@ -106,7 +116,6 @@ def parse_row(line: str) -> dict[str, Any]:
 
 
 def speed_of(curve: Curve) -> Speed | None:
-    """None where no step is left to look at."""
     first = curve.warm_up
     seconds = [value for value in curve.seconds[first:] if math.isfinite(value) and value > 0]
     if not seconds:

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from launcher.curve import speed_of
 from launcher.evidence import Evidence, nested
 from launcher.fact import collect_facts, text_of
 
@@ -27,7 +26,7 @@ def describe_axes(evidence: Evidence) -> str:
 
 def list_figures(evidence: Evidence) -> tuple[tuple[str, str], ...]:
     """(name, value with its unit) of what a run is told by first; only what there is."""
-    record, speed = evidence.record, speed_of(evidence.curve)
+    record, speed = evidence.record, evidence.curve.speed
     found: dict[str, str] = {
         "status": status_of(evidence),
         "steps": f"{len(evidence.curve.step)} of {nested(evidence.plan, 'spec', 'steps')}",

@@ -296,6 +296,8 @@ def encode(value: Any) -> str:
 
 def decode(cls: Any, data: Any, where: str = "") -> Any:
     """Build `cls` from plain JSON data. Raises SpecError that names the key for a missing, unknown or wrongly typed value."""
+    if type(data) is cls:  # most of all there is: a text, a number
+        return data
     if is_dataclass(cls) and isinstance(cls, type):
         if not isinstance(data, dict):
             raise SpecError(f"{where or cls.__name__}: expected an object, got {type(data).__name__}")
@@ -304,8 +306,7 @@ def decode(cls: Any, data: Any, where: str = "") -> Any:
         if unknown:
             raise SpecError(f"{where or cls.__name__}: unknown keys {unknown}; valid are {sorted(hints)}")
         values = {key: decode(hints[key], item, f"{where}.{key}".lstrip(".")) for key, item in data.items()}
-        required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
-        missing = sorted(required - set(values))
+        missing = sorted(required_of(cls) - set(values))
         if missing:
             raise SpecError(f"{where or cls.__name__}: missing keys {missing}")
         return cls(**values)
@@ -329,6 +330,11 @@ def decode(cls: Any, data: Any, where: str = "") -> Any:
     if isinstance(cls, type) and isinstance(data, cls) and not (cls is int and isinstance(data, bool)):
         return data
     raise SpecError(f"{where}: expected {getattr(cls, '__name__', cls)}, got {data!r}")
+
+
+@cache
+def required_of(cls: type) -> frozenset[str]:
+    return frozenset(f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING)
 
 
 @cache
