@@ -79,7 +79,8 @@ def judge(
     weights = compare_weights(reference, other)
     figures = (*compare_speed(reference, other, repeats, bands), *compare_scores(reference, other, repeats, bands.evaluation))
     answers = compare_answers(reference, other)
-    outcome, reasons = conclude(differences, losses, weights, figures, answers)
+    finished = all(evidence.record.get("status") == "finished" for evidence in (reference, other))
+    outcome, reasons = conclude(differences, losses, weights, figures, finished=finished)
     apart = Counter(difference.kind.value for difference in differences if difference.key in facts)
     kinds = Counter(kind_of(key).value for key in facts)
     return Judgement(
@@ -99,7 +100,7 @@ def judge(
 
 
 def conclude(
-    differences: Sequence[Difference], losses: Losses, weights: Level, figures: Sequence[Figure], answers: str
+    differences: Sequence[Difference], losses: Losses, weights: Level, figures: Sequence[Figure], *, finished: bool
 ) -> tuple[Outcome, tuple[str, ...]]:
     """The outcome, and what made it. What only keeps two runs from being the same counts where nothing sets them apart."""
     bits = losses.level is Level.EQUAL
@@ -123,6 +124,8 @@ def conclude(
         less.append(f"the rows part at step {losses.first_step} ({losses.column}), within {losses.limit}")
     if bits and weights is Level.TOLD:
         less.append("the hash of the final weights was not recorded on both sides")
+    if not finished:
+        less.append("not both runs finished")
     if less:
         return Outcome.EQUIVALENT, tuple(less[:SHOWN_REASONS])
     return Outcome.SAME, (f"all facts that must match do; {losses.steps} rows and the final weights are equal to the bit",)

@@ -178,7 +178,7 @@ def number(value: float | None) -> str:
     return "none" if value is None else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
-def shorten(text: str, most: int = 60) -> str:
+def shorten(text: str, most: int = 44) -> str:
     """One line; both ends of a long one, since hashes and paths differ in one of them."""
     line = " ".join(text.split())
     return line if len(line) <= most else f"{line[: most // 2]}…{line[-most // 2 :]}"

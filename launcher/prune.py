@@ -11,7 +11,7 @@ from typing import Any
 
 from launcher.catalogue import Entry
 from launcher.claim import is_claimed
-from launcher.errors import ConfigRefused, NodeFailed
+from launcher.errors import ConfigRefused, RunEnded
 from launcher.record import PLAN_FILE, RECORD_FILE, SOURCE_FILE
 
 AGE = re.compile(r"(\d{1,6})([hdw])")
@@ -122,7 +122,7 @@ def read_any(path: Path) -> Any:
 
 def remove_runs(entries: Sequence[Entry]) -> Iterator[str]:
     """Yields the name of each run that is gone. A folder gets another name first, so that none is ever there by halves under its own.
-    Raises NodeFailed that names what could not be removed, when all were tried."""
+    Raises RunEnded that names what could not be removed, when all were tried."""
     failures = []
     for entry in entries:
         aside = entry.folder.with_name(f"{REMOVING}{entry.run_id}")
@@ -137,6 +137,6 @@ def remove_runs(entries: Sequence[Entry]) -> Iterator[str]:
         yield entry.run_id
     if failures:
         told = "\n".join(failures)
-        raise NodeFailed(
+        raise RunEnded(
             f"{len(failures)} run(s) could not be removed whole; their folders begin with {REMOVING!r} or stand as they were:\n{told}"
         )

@@ -11,7 +11,7 @@ import pytest
 from launcher.catalogue import describe_entries, list_entries, parse_filter, read_entry, size_bytes, tag_run
 from launcher.claim import claim
 from launcher.cli import main
-from launcher.errors import ConfigRefused, NodeFailed
+from launcher.errors import ConfigRefused, RunEnded
 from launcher.plan import Plan
 from launcher.prune import Rule, choose, parse_age, remove_runs
 from launcher.record import Record, SourceState, open_run
@@ -204,7 +204,7 @@ def test_what_cannot_be_removed_is_named_and_the_others_go(runs: Path, monkeypat
 
     monkeypatch.setattr(Path, "rename", rename)
     gone = []
-    with pytest.raises(NodeFailed, match=r"1 run\(s\) could not be removed whole.*\n.*/a: Permission denied"):
+    with pytest.raises(RunEnded, match=r"1 run\(s\) could not be removed whole.*\n.*/a: Permission denied"):
         for name in remove_runs(every[:2]):
             gone.append(name)
     assert gone == ["b"] and (runs / "a" / "plan.json").is_file() and not (runs / "b").exists()

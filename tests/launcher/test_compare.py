@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ import pytest
 
 from launcher.compare import compare
 from launcher.comparison import Comparison, Level, Outcome, comparison_json, describe_comparison
+from launcher.compose import compose
 from launcher.errors import ConfigRefused
 from launcher.evidence import bands_of, read_evidence
 from launcher.fact import Kind, collect_facts, find_differences, kind_of
+from launcher.image import load_stacks
 from launcher.noise import interval
+from launcher.plan import make_plan
 from launcher.schema import Bands
+from tests.launcher.conftest import PLACE, PROJECT
 from tests.launcher.planted import Change, copy_run, set_rows, set_value, stretch
 
 NO_BANDS = Bands()
@@ -251,6 +256,38 @@ def test_bands_are_those_that_the_run_stated(tmp_path: Path) -> None:
     assert bands_of(read_evidence(stated)) == Bands(loss=0.02, throughput=0.05)
     with pytest.raises(ConfigRefused, match=r"bands"):
         bands_of(read_evidence(copy_run(tmp_path, "bad", set_value("plan.json", "config.run.bands", {"los": 1}))))
+
+
+def test_bands_are_stated_in_an_experiment_and_are_in_the_plan(tmp_path: Path) -> None:
+    conf = shutil.copytree(PROJECT / "conf", tmp_path / "conf")
+    (conf / "experiment").mkdir(exist_ok=True)
+    (conf / "experiment" / "cell.yaml").write_text("# @package _global_\nrun:\n  bands: {loss: 0.01, throughput: 0.05}\n")
+    assert compose(["experiment=cell"], conf).run.bands == Bands(loss=0.01, throughput=0.05)
+    assert compose(["experiment=cell", "run.bands.memory=0.1"], conf).run.bands.memory == 0.1
+    assert compose([], conf).run.bands == Bands()
+    with pytest.raises(ConfigRefused, match=r"did you mean 'loss'"):
+        compose(["run.bands.los=1"], conf)
+    with pytest.raises(ConfigRefused, match=r"run\.bands\.loss"):
+        make_plan(compose(["run.bands.loss=-1"], conf), load_stacks(PROJECT / "images"), PLACE, run_id="R")
+
+
+def test_two_runs_that_failed_before_the_first_step_are_not_the_same(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        for name in ("metrics.jsonl", "train_result.json", "samples.jsonl", "evaluations.jsonl"):
+            (folder / name).unlink()
+        for key, value in {
+            "status": "failed",
+            "steps": 0,
+            "weights_sha256": "",
+            "checkpoint": "",
+            "evaluation": {},
+            "final_loss": None,
+        }.items():
+            set_value("result.json", key, value)(folder)
+
+    reference, other = copy_run(tmp_path, "before", fail), copy_run(tmp_path, "after", fail)
+    comparison = compare(read_evidence(reference), [read_evidence(other)], bands=Bands())
+    assert comparison.outcome is Outcome.EQUIVALENT and comparison.judgements[0].reasons == ("not both runs finished",)
 
 
 # ------------------------------------------------------------------------------------------------------------ broken records
