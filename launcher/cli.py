@@ -7,6 +7,7 @@
   omnilaunch data check [AXIS=NAME ...] [key=value ...]   what is wrong with the data
   omnilaunch options [AXIS]                           what can be chosen
   omnilaunch runs                                     the runs of this folder
+  omnilaunch rerun RUN [key=value ...]                the run of a record once more
   omnilaunch attach|stop|status|logs RUN              one of them, on whatever nodes it is
   omnilaunch image ACTION [AXIS=NAME ...]             render, refresh, build, ls, inspect, prune, fetch: see image --help
 
@@ -22,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import data_action, image_action, run_action
+from launcher import data_action, image_action, rerun_action, run_action
 from launcher.errors import ConfigRefused, LaunchError
 from trainer.contract import Exit
 
@@ -79,6 +80,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     sub = verbs.add_parser("runs", help="the runs of this folder")
     sub.set_defaults(verb=show_runs)
     run_action.add_to(verbs, Terminal().say)
+    rerun_action.add_to(verbs, Terminal().say)
     data_action.add_to(verbs.add_parser("data", help="what a run would train on", allow_abbrev=False), plan_of)
     image_action.add_to(verbs.add_parser("image", help="the one image that matches a hardware", allow_abbrev=False))
     return parser.parse_args(argv)

@@ -17,14 +17,14 @@ from launcher.interrupt import Stopped, StopRequest
 from launcher.member import Member
 from launcher.node import FETCH_S, Site, fetch_file, fetch_folder, fetch_results, place_run, reopen_run
 from launcher.plan import Plan
-from launcher.record import Failure, read_if_there
+from launcher.record import RECORDED_INPUTS_FILE, Failure, read_if_there
 from launcher.relay import Peer
 from launcher.remote_build import build_on
 from launcher.ship import is_everywhere, pull, ship
 from launcher.start import CANN_LOGS
 from launcher.sync import sync
 from launcher.transport import Transport
-from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, DataReport
+from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, INPUTS_FILE, DataReport, Inputs
 
 SHOWN_PROBLEMS = 20
 MISSING_MOUNT = re.compile(r"bind source path does not exist: (?P<path>/.*?)\.?$", re.MULTILINE)  # moby, volume/mounts/validate.go
@@ -188,8 +188,10 @@ def refuse_data(folder: Path, check: Member) -> None:
     report: DataReport | None = read_if_there(DataReport, folder / DATA_FILE)
     if report is None or not report.problems:
         log = check_log(folder, check)
+        named = "".join(f"\n  data {line}" for line in changed_data(folder))
         raise ConfigRefused(
-            f"the data check on {check.command.host} refused without a report\n{tail_of(log)}\n  log: {log}\n  record: {folder}"
+            f"the data check on {check.command.host} refused what it found; the ranks were ended:\n{tail_of(log)}{named}\n  log: {log}\n"
+            f"  record: {folder}"
         )
     shown, count = report.problems[:SHOWN_PROBLEMS], max(report.problem_count, len(report.problems))
     lines = [f"  {problem}" for problem in shown]
@@ -200,12 +202,22 @@ def refuse_data(folder: Path, check: Member) -> None:
     raise ConfigRefused(f"the data{where} cannot be trained on ({count:,} problem(s)); the ranks were ended:\n{told}")
 
 
+def changed_data(folder: Path) -> list[str]:
+    """In a rerun, the files that are others than the run that it repeats has read; [] where neither can be told."""
+    before, now = (read_if_there(Inputs, folder / name) for name in (RECORDED_INPUTS_FILE, INPUTS_FILE))
+    if before is None or now is None:
+        return []
+    names = sorted(name for name in {*before.data, *now.data} if before.data.get(name) != now.data.get(name))
+    lines = [f"{name}: {'missing' if name not in now.data else 'new' if name not in before.data else 'another file'}" for name in names]
+    return lines[:SHOWN_PROBLEMS] + ([f"and {len(lines) - SHOWN_PROBLEMS:,} more"] if len(lines) > SHOWN_PROBLEMS else [])
+
+
 def fetch_problems(folder: Path, desk: Desk, check: Member) -> None:
     """The report and the list of all problems, of the node whose check it was. What does not come stays there: the refusal says where."""
     site = Site(command=check.command, transport=desk.transports[check.command.node_rank])
     if folder == Path(check.command.folder):
         return
-    for name in (DATA_FILE, DATA_PROBLEMS_FILE):
+    for name in (DATA_FILE, INPUTS_FILE, DATA_PROBLEMS_FILE):
         with suppress(NodeFailed):
             fetch_file(site, name, folder / name)
 
