@@ -25,6 +25,7 @@ from trainer.contract import SPEC_FILE, Expectation, TrainSpec, decode, facts_of
 FACTS = ("python", "package", "toolkit", "driver", "firmware", "device", "accelerator", "threads", "world_size", "variable", "determinism")
 KINDS = ("code", "data", "weights", "image", *FACTS)
 OF_THE_MACHINE = ("device", "driver", "firmware", "accelerator", "threads", "world_size")
+OTHER_DEVICES = ("hardware", "cluster", "cluster.devices_per_node")
 LOCKED = re.compile(r"^([A-Za-z0-9][\w.-]*)==", re.MULTILINE)
 
 
@@ -61,7 +62,7 @@ def plan_rerun(
     """Raises ConfigRefused with all that stands in the way of the same run."""
     refuse_code(archive, tree, accepted)
     before = recall(archive, environ)
-    config = compose_over(before, overrides, conf) if overrides else before
+    config = compose_over(choose_anew(before, archive, overrides), overrides, conf) if overrides else before
     stacks, place = load_stacks(tree.project / "images"), replace(place, project=tree.project)
     then, now = (make_plan(each, stacks, place, run_id=run_id, overrides=overrides) for each in (before, config))
     if tree.image_stands_in and now.image.stack == archive.plan.image.stack:
@@ -106,6 +107,15 @@ def recall(archive: Archive, environ: Mapping[str, str]) -> Config:
         stage=replace(config.stage, checkpoint=spec.stage.checkpoint),
         model=replace(config.model, source=replace(config.model.source, path=spec.model.source.path)),
     )
+
+
+def choose_anew(config: Config, archive: Archive, overrides: tuple[str, ...]) -> Config:
+    """For other devices the strategy is chosen anew, where nobody named one; the global batch stays what it was."""
+    named = [word.partition("=")[0] for word in (*archive.plan.overrides, *overrides)]
+    other = any(key in OTHER_DEVICES or key.startswith("cluster.nodes") for key in (word.partition("=")[0] for word in overrides))
+    if not other or any(key.partition(".")[0] == "strategy" for key in named):
+        return config
+    return replace(config, strategy=replace(config.strategy, name="auto", micro_batch=None))
 
 
 def carry_spec(archive: Archive, then: TrainSpec, now: TrainSpec) -> TrainSpec:
