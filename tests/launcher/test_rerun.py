@@ -212,7 +212,11 @@ def test_overrides_over_a_config_that_is_there(archive: Archive) -> None:
     changed = compose_over(config, ("stage=lora", "run.steps=9", "data.train='a, b.json'"), PROJECT / "conf")
     assert changed.stage.lora is not None and changed.run.steps == 9 and changed.data.train == "a, b.json"
     assert (changed.model, changed.run.seed, changed.cluster) == (config.model, config.run.seed, config.cluster)
-    for wrong, said in (("run.stepz=1", "did you mean"), ("run.steps=x", "whole number"), ("experiment=a", "several sections|unknown experiment")):
+    for wrong, said in (
+        ("run.stepz=1", "did you mean"),
+        ("run.steps=x", "whole number"),
+        ("experiment=a", "several sections|unknown experiment"),
+    ):
         with pytest.raises(ConfigRefused, match=said):
             compose_over(config, (wrong,), PROJECT / "conf")
 
