@@ -51,7 +51,7 @@ LAUNCHER_ORDER = (
     ("source",),
     ("seal",),
     ("record",),
-    ("archive",),
+    ("archive", "record_schema"),
     ("reference",),
     ("attempt", "claim", "ending"),
     ("tree",),
