@@ -17,7 +17,7 @@ from launcher.record import LOCK_FILE, PLAN_FILE, RECORD_FILE, SOURCE_FILE, Reco
 from launcher.seal import SEAL_FILE, Seal, find_breaks
 from launcher.source import RECORD_SCHEMA, SourceState
 from trainer import contract
-from trainer.contract import SCHEMA, DataReport, EnvReport, EvaluationRow, FailureReport, SpecError, StepRow, TrainResult
+from trainer.contract import SCHEMA, DataReport, EnvReport, EvaluationRow, FailureReport, Inputs, SpecError, StepRow, TrainResult
 
 ROW_KEYS = frozenset(StepRow.__dataclass_fields__)
 NUMBERS = ("loss", "lr", "grad_norm", "seconds", "loss_scale")
@@ -38,6 +38,7 @@ class Archive:
     dockerfile: str
     lock: str
     data: DataReport | None
+    inputs: Inputs | None
     environment: EnvReport | None
     result: TrainResult | None
     rows: tuple[StepRow, ...]
@@ -61,6 +62,7 @@ def load_archive(folder: Path, *, rows: bool = True) -> Archive:
         dockerfile=read_bytes(folder / "Dockerfile").decode(errors="replace"),
         lock=read_bytes(folder / LOCK_FILE).decode(errors="replace"),
         data=load_if_there(DataReport, folder / contract.DATA_FILE),
+        inputs=load_if_there(Inputs, folder / contract.INPUTS_FILE),
         environment=load_if_there(EnvReport, folder / contract.ENVIRONMENT_FILE),
         result=load_if_there(TrainResult, folder / contract.RESULT_FILE),
         rows=load_rows(folder / contract.METRICS_FILE) if rows else (),

@@ -9,6 +9,7 @@
   omnilaunch runs [KEY=VALUE ...]                     the runs of this folder; runs tag, runs prune: see runs --help
   omnilaunch compare RUN RUN ...                      whether they are the same, and where they part
   omnilaunch report RUN ...                           one page that stands by itself
+  omnilaunch rerun RUN [key=value ...]                the run of a record once more
   omnilaunch attach|stop|status|logs RUN              one of them, on whatever nodes it is
   omnilaunch image ACTION [AXIS=NAME ...]             render, refresh, build, ls, inspect, prune, fetch: see image --help
 
@@ -24,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import data_action, image_action, record_action, run_action
+from launcher import data_action, image_action, record_action, rerun_action, run_action
 from launcher.errors import ConfigRefused, LaunchError
 from trainer.contract import Exit
 
@@ -80,6 +81,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     sub.set_defaults(verb=show_options)
     run_action.add_to(verbs, Terminal().say)
     record_action.add_to(verbs, Terminal().say)
+    rerun_action.add_to(verbs, Terminal().say)
     data_action.add_to(verbs.add_parser("data", help="what a run would train on", allow_abbrev=False), plan_of)
     image_action.add_to(verbs.add_parser("image", help="the one image that matches a hardware", allow_abbrev=False))
     return parser.parse_args(argv)

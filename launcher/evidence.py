@@ -20,8 +20,7 @@ from trainer import contract
 from trainer.contract import SCHEMA, SpecError
 
 MOST_ANSWERS = 20_000  # of samples.jsonl that are looked at
-INPUTS_FILE = "inputs.json"  # the hash of every file that the run read, where its trainer wrote them
-FILES = (SOURCE_FILE, RECORD_FILE, contract.ENVIRONMENT_FILE, contract.DATA_FILE, contract.RESULT_FILE, INPUTS_FILE)
+FILES = (SOURCE_FILE, RECORD_FILE, contract.ENVIRONMENT_FILE, contract.DATA_FILE, contract.RESULT_FILE, contract.INPUTS_FILE)
 # (what, where it says so twice): a record that was edited by hand, or put together from two, contradicts itself.
 TWICE = (
     ("the final loss", (RECORD_FILE, "final_loss"), (contract.RESULT_FILE, "final_loss")),
@@ -72,7 +71,7 @@ class Evidence:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        return self.files[INPUTS_FILE]
+        return self.files[contract.INPUTS_FILE]
 
     @property
     def ended(self) -> bool:

@@ -19,6 +19,7 @@ from launcher.record import (
     PLAN_FILE,
     Attempt,
     Failure,
+    Precedent,
     Record,
     Status,
     checkpoint_place,
@@ -36,12 +37,12 @@ from trainer.contract import METRICS_FILE, Exit
 # -------------------------------------------------------------------------------------------------------------- launch
 
 
-def launch(plan: Plan, source: Source, desk: Desk, *, detach: bool = False) -> Record | None:
+def launch(plan: Plan, source: Source, desk: Desk, *, detach: bool = False, precedent: Precedent | None = None) -> Record | None:
     """Run to the end and return the record; None when the run goes on by itself (`detach`). Raises ConfigRefused before anything is made
     when the plan may not be launched; any other LaunchError comes after its record was written."""
     refuse(plan.verdict, launching=True)
     lock = desk.project / "images" / plan.image.lock if plan.image.lock else None
-    folder, started = open_run(plan, source.state, diff=source.diff, lock=lock), utc_now()
+    folder, started = open_run(plan, source.state, diff=source.diff, lock=lock, precedent=precedent), utc_now()
     desk.say(f"run {plan.run_id}")
 
     def work(stop: StopRequest) -> Outcome | None:

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -22,19 +22,29 @@ from launcher.seal import SEAL_FILE, make_seal
 from launcher.source import SourceState as SourceState
 from launcher.symptom import Kind
 from trainer import contract
-from trainer.contract import SCHEMA, DataReport, EnvReport, Exit, FailureReport, Origin, SpecError, StepRow, TrainResult
+from trainer.contract import SCHEMA, DataReport, EnvReport, Exit, FailureReport, Origin, SpecError, StepRow, TrainResult, TrainSpec
 
 PLAN_FILE = "plan.json"
 CONFIG_FILE = "config.json"
 SOURCE_FILE = "source.json"
 DIFF_FILE = "source.diff"
 LOCK_FILE = "lock.txt"
+IMAGES_FILE = "images.json"
+RECORDED_INPUTS_FILE = "recorded_inputs.json"  # of the run that this one repeats
 RECORD_FILE = "result.json"
 ATTEMPTS = "attempts"  # attempts/<number>/: what an attempt that was followed by another has left, and the plan of one that follows
 ATTEMPT_FILE = "attempt.json"
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a folder, a label and a part of a container's name
 CAUSES = ("cause", "layer")  # kinds of a known failure that tell of the process which printed it
 Status = Literal["finished", "stopped", "failed", "refused"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precedent:
+    """The record that a rerun repeats. `older`: its own trainer reads the new run's spec too, and refuses keys that it does not know."""
+
+    folder: Path
+    older: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +100,12 @@ class Record:
     failure: Failure | None
     attempts: tuple[Attempt, ...] = ()  # those before the last
     origin: Origin = field(default_factory=Origin)  # what the run began with, as the trainer found it
+    rerun_of: str = ""  # the run whose record this one was started from
+    accepted: tuple[str, ...] = ()  # in which ways it was said to differ from that one
+    image_id: str = ""  # as the engines of the nodes say, where a container ran
+    config_sha256: str = ""  # of config.json
+    lock_sha256: str = ""
+    inputs_sha256: str = ""  # of inputs.json, which has the hash of every file that the run read
 
 
 def name_run(config: Config, now: datetime, *, pid: int) -> str:
@@ -106,7 +122,7 @@ def valid_run_id(text: str) -> str:
     return text
 
 
-def open_run(plan: Plan, source: SourceState, *, diff: bytes = b"", lock: Path | None = None) -> Path:
+def open_run(plan: Plan, source: SourceState, *, diff: bytes = b"", lock: Path | None = None, precedent: Precedent | None = None) -> Path:
     """Make the run's folder and write what is known before anything happens. `lock`: the file that the image's packages are locked by.
     Raises ConfigRefused if the folder is there or cannot be made."""
     folder = Path(plan.folder)
@@ -126,8 +142,31 @@ def open_run(plan: Plan, source: SourceState, *, diff: bytes = b"", lock: Path |
         (folder / DIFF_FILE).write_bytes(diff)
     if lock is not None and lock.is_file():
         shutil.copyfile(lock, folder / LOCK_FILE)
-    contract.write(plan.spec, folder / contract.SPEC_FILE)
+    older = precedent.folder / contract.SPEC_FILE if precedent and precedent.older else None
+    contract.write_text(encode_spec(plan.spec, like=older), folder / contract.SPEC_FILE)
+    if precedent and (precedent.folder / contract.INPUTS_FILE).is_file():
+        shutil.copyfile(precedent.folder / contract.INPUTS_FILE, folder / RECORDED_INPUTS_FILE)
     return folder
+
+
+def encode_spec(spec: TrainSpec, *, like: Path | None) -> str:
+    """Whole; or without the keys that `like` does not have and that are as if they were not there, since each trainer refuses keys that it
+    does not know."""
+    if like is None:
+        return contract.encode(spec)
+    return json.dumps(leave_out(spec, json.loads(like.read_text(encoding="utf-8"))), indent=2, ensure_ascii=False) + "\n"
+
+
+def leave_out(value: Any, like: Any) -> Any:
+    if not (is_dataclass(value) and isinstance(like, dict)):
+        return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    kept = {}
+    for each in fields(value):
+        now = getattr(value, each.name)
+        default = each.default_factory() if each.default_factory is not MISSING else each.default
+        if each.name in like or now != default:
+            kept[each.name] = leave_out(now, like.get(each.name))
+    return kept
 
 
 def close_run(
@@ -168,6 +207,12 @@ def close_run(
         failure=failure,
         attempts=load_attempts(folder),
         origin=find_origin(folder),
+        rerun_of=plan.rerun_of,
+        accepted=plan.accepted,
+        image_id=", ".join(dict.fromkeys(read_images(folder).values())),
+        config_sha256=hash_if_there(folder / CONFIG_FILE),
+        lock_sha256=plan.image.files.get(LOCK_FILE, ""),
+        inputs_sha256=hash_if_there(folder / contract.INPUTS_FILE),
     )
     return write_record(record, folder)
 
@@ -182,6 +227,23 @@ def find_origin(folder: Path) -> Origin:
     """What the run began with, as the trainer found it."""
     environment: EnvReport | None = read_if_there(EnvReport, folder / contract.ENVIRONMENT_FILE)
     return environment.origin if environment else Origin()
+
+
+def hash_if_there(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def keep_images(images: dict[str, str], folder: Path) -> None:
+    """`images`: host -> the id that its engine has for the run's image."""
+    contract.write_text(json.dumps(images, indent=2) + "\n", folder / IMAGES_FILE)
+
+
+def read_images(folder: Path) -> dict[str, str]:
+    try:
+        found = json.loads((folder / IMAGES_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(host): str(image) for host, image in found.items()} if isinstance(found, dict) else {}
 
 
 def write_record(record: Record, folder: Path) -> Record:

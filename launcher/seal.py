@@ -15,7 +15,7 @@ SEAL_FILE = "seal.json"
 PARTS = (
     *("plan.json", "config.json", "spec.json", "Dockerfile", "lock.txt", "source.json", "source.diff"),
     *("data.json", "inputs.json", "environment.json", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "best.json"),
-    *("train_result.json", "failure-rank*.json", "result.json", "nodes.json"),
+    *("train_result.json", "failure-rank*.json", "result.json", "images.json"),
     *("attempts/*/*.json", "attempts/*/*.jsonl"),
 )
 

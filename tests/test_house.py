@@ -51,7 +51,7 @@ LAUNCHER_ORDER = (
     ("source",),
     ("seal",),
     ("record",),
-    ("archive",),
+    ("archive", "record_schema"),
     ("curve", "noise"),
     ("evidence",),
     ("fact",),
@@ -61,7 +61,8 @@ LAUNCHER_ORDER = (
     ("report",),
     ("reference",),
     ("attempt", "claim", "ending", "catalogue"),
-    ("prune",),
+    ("prune", "tree"),
+    ("rerun",),
     ("preparation",),
     ("supervision", "desk"),
     ("launch",),
@@ -70,14 +71,16 @@ LAUNCHER_ORDER = (
     ("guide",),
     ("bundle",),
     ("data_action", "image_action", "run_action", "record_action"),
+    ("rerun_action",),
     ("cli",),
 )
 # The same for the trainer's packages and modules.
 TRAINER_ORDER = (
     ("report",),
+    ("fact",),
     ("contract",),
     ("device", "precision", "schedule", "data", "models", "stages", "observe", "resume", "shard", "output", "watchdog"),
-    ("activation", "kernel", "loss", "part", "quantization", "rounding"),
+    ("activation", "kernel", "manifest", "loss", "part", "quantization", "rounding"),
     ("optimizer",),
     ("eight_bit",),
     ("effect",),
@@ -99,6 +102,7 @@ ENVIRON_READERS = {
     "launcher/build.py",
     "launcher/image_action.py",
     "launcher/run_action.py",
+    "launcher/rerun_action.py",
     "trainer/device.py",
     "trainer/run.py",
     "trainer/__main__.py",
@@ -227,8 +231,8 @@ def test_loop_knows_no_stage_and_a_stage_knows_no_loop() -> None:
 
 def test_contract_is_standard_library_only() -> None:
     own = {name for name in imported(ROOT / "trainer" / "contract.py") if name.split(".")[0] == "trainer"}
-    assert all(name.startswith("trainer.report") for name in own)
-    names = imported(ROOT / "trainer" / "contract.py") | imported(ROOT / "trainer" / "report.py")
+    assert all(name.startswith(("trainer.report", "trainer.fact")) for name in own)
+    names = imported(ROOT / "trainer" / "contract.py") | imported(ROOT / "trainer" / "report.py") | imported(ROOT / "trainer" / "fact.py")
     assert {name.split(".")[0] for name in names - own} <= set(sys.stdlib_module_names)
 
 

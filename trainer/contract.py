@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer.fact import changed_facts as changed_facts, describe_change as describe_change, facts_of as facts_of, kind_of as kind_of
 from trainer.report import (
     Best as Best,
     DataProblem as DataProblem,
@@ -22,8 +23,10 @@ from trainer.report import (
     EnvReport as EnvReport,
     EvaluationRow as EvaluationRow,
     FailureReport as FailureReport,
+    Inputs as Inputs,
     Origin as Origin,
     PhasePeak as PhasePeak,
+    RankFacts as RankFacts,
     StepRow as StepRow,
     TrainResult as TrainResult,
 )
@@ -36,6 +39,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 SPEC_FILE = "spec.json"
 DATA_FILE = "data.json"
 DATA_PROBLEMS_FILE = "data_problems.jsonl"  # all of them, where data.json has the first ones
+INPUTS_FILE = "inputs.json"
 ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -251,6 +255,18 @@ class Profile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """What a rerun must find again, from the record of run `run_id`; whatever is empty is not asked. `weights`: as in Inputs; `facts`: as
+    `facts_of` makes them, of which those in `free` may be others, since somebody asked for it."""
+
+    run_id: str
+    data_sha256: str = ""
+    weights: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+    free: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainSpec:
     """Everything one run of the trainer is told. `output` is the run's folder as the trainer sees it. `hang_timeout_s`: a step that
     takes longer is told with the stacks of every rank, and ends the run soon after; 0 = never."""
@@ -284,6 +300,7 @@ class TrainSpec:
     checkpoint_groups: tuple[str, ...] = ()  # and of which groups of the model; () = of all that have layers
     trackers_named: bool = True  # by somebody: one whose package is missing is refused; False = the default, which is left out there
     kernels: Literal["auto", "plain", "fused"] = "plain"  # of layers: auto = fused ones where the accelerator and the packages have them
+    expects: Expectation | None = None  # of a rerun
 
 
 # ------------------------------------------------------------------------------------------------------ to and from the disk

@@ -1,5 +1,6 @@
 """One rank of a run, from its spec to its result."""
 
+import os
 import re
 import sys
 import time
@@ -23,17 +24,22 @@ from trainer.contract import (
     RESULT_FILE,
     SAMPLES_FILE,
     SCHEMA,
+    EnvReport,
     InputRefused,
     Origin,
     RunFailed,
     TrainResult,
     TrainSpec,
+    changed_facts,
+    describe_change,
+    facts_of,
+    kind_of,
     write,
 )
 from trainer.data.check import Places, prepare, resolve
 from trainer.data.sample import Sample, read_samples
 from trainer.data.source import hash_sources
-from trainer.device import Device, open_device, seed_all
+from trainer.device import Device, open_device, require_determinism, seed_all
 from trainer.draft import Saved, make_room
 from trainer.effect import taken_config
 from trainer.engine import Engine, start_distributed, start_engine
@@ -73,6 +79,8 @@ def run_stage(spec: TrainSpec, environ: Mapping[str, str]) -> TrainResult:
     refuse_unmeasured(spec)
     rank = take_place(spec, environ)
     seed_all(spec.seed, deterministic=spec.deterministic)
+    if spec.deterministic:
+        require_determinism(spec.device.accelerator, os.environ)  # seed_all may have set one there
     say_phase(1)
     start_distributed(spec.device)
     try:
@@ -263,15 +271,30 @@ def describe(
     engine: Engine | None,
     kernels: dict[str, str],
 ) -> None:
-    """environment.json, the table of what trains, and the kernels that are not the plain ones."""
+    """environment.json, the table of what trains, and the kernels that are not the plain ones. Raises InputRefused where a rerun finds
+    another environment than that of its record."""
     deepspeed = {"config": dict(engine.handle.config), "taken": taken_config(engine)} if engine is not None else {}
     report = report_environment(rank.device, rank.local, staged.groups, deepspeed, environ)
     if report is not None:
         write(replace(report, origin=origin, kernels=kernels), Path(spec.output) / ENVIRONMENT_FILE)
+        refuse_other_environment(spec, report)
         trainable_table(staged.groups, print)
         for name, where in kernels.items():
             print(f"kernel {name}: {where}")
         sys.stdout.flush()
+
+
+def refuse_other_environment(spec: TrainSpec, report: EnvReport) -> None:
+    """Raises InputRefused that names each fact."""
+    if spec.expects is None:
+        return
+    changes = {key: change for key, change in changed_facts(spec.expects.facts, facts_of(report)).items() if key not in spec.expects.free}
+    if changes:
+        said = "\n".join(f"  {describe_change(key, change)}" for key, change in changes.items())
+        kinds = ",".join(dict.fromkeys(map(kind_of, changes)))
+        raise InputRefused(
+            f"this is not the environment of run {spec.expects.run_id}:\n{said}\nBring it back; or say that it may differ: --accept {kinds}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- after the steps
