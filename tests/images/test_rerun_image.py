@@ -24,7 +24,9 @@ def rerun(record: Path, root: Path, *words: str) -> subprocess.CompletedProcess[
 def test_a_rerun_in_containers_has_the_same_bits_or_is_refused(built: Built, tmp_path: Path) -> None:
     tmp_path.chmod(0o755)  # the container's user must be able to walk to the run's folder
     first, elsewhere = tmp_path / "runs/first", tmp_path / "elsewhere"
-    done = subprocess.run(command(tmp_path, "first", *SHORT, *docker_overrides(built)), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command(tmp_path, "first", *SHORT, *docker_overrides(built)), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((first / "result.json").read_text())
     assert result["image_id"] == inspect(built.image.tag)["Id"]
