@@ -42,7 +42,10 @@ def launch(plan: Plan, source: Source, desk: Desk, *, detach: bool = False, prec
     when the plan may not be launched; any other LaunchError comes after its record was written."""
     refuse(plan.verdict, launching=True)
     lock = desk.project / "images" / plan.image.lock if plan.image.lock else None
-    folder, started = open_run(plan, source.state, diff=source.diff, lock=lock, precedent=precedent), utc_now()
+    try:
+        folder, started = open_run(plan, source.state, diff=source.diff, lock=lock, precedent=precedent), utc_now()
+    except OSError as error:
+        raise RunEnded(f"{plan.folder} could not be written: {error.strerror}. Free room there, and launch again; nothing was started") from error
     desk.say(f"run {plan.run_id}")
 
     def work(stop: StopRequest) -> Outcome | None:

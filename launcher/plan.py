@@ -94,6 +94,8 @@ def move_plan(plan: Plan, cluster: Cluster, stacks: dict[str, Stack], place: Pla
     refuse(verdict, launching=True)
     before, after = (train_spec(each, place, run_id=plan.run_id, overrides=plan.overrides) for each in (plan.config, config))
     spec: TrainSpec = decode(TrainSpec, carry_over(asdict(plan.spec), asdict(before), asdict(after)))
+    if plan.spec.expects is not None:  # of the ranks that are left nobody expects what all of them had
+        spec = replace(spec, expects=replace(plan.spec.expects, facts={}) if before.device != after.device else plan.spec.expects)
     user = config.cluster.user or place.user
     commands = node_commands(config, plan.image, spec, interpreter=place.interpreter, user=user)
     return replace(plan, config=config, verdict=verdict, states=model_states(config), spec=spec, commands=commands)

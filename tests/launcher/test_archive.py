@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,7 +46,7 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-@pytest.mark.parametrize("folder", sorted(GOLDEN.iterdir()), ids=lambda path: f"schema-{path.name}")
+@pytest.mark.parametrize("folder", sorted(path for path in GOLDEN.iterdir() if path.is_dir()), ids=lambda path: f"schema-{path.name}")
 def test_every_schema_is_read_for_ever(folder: Path) -> None:
     archive = load_archive(folder)
     assert archive.schema == int(folder.name)
@@ -58,7 +59,7 @@ def test_every_schema_is_read_for_ever(folder: Path) -> None:
 
 
 def test_there_is_a_golden_record_of_every_schema() -> None:
-    assert {int(path.name) for path in GOLDEN.iterdir()} == set(range(1, RECORD_SCHEMA + 1))
+    assert {int(path.name) for path in GOLDEN.iterdir() if path.is_dir()} == set(range(1, RECORD_SCHEMA + 1))
 
 
 def test_a_record_holds_diff_and_lock(sealed: Path) -> None:
@@ -122,3 +123,37 @@ def test_a_folder_that_is_none_of_ours(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(RecordRefused, match="is not the folder of a run"):
             load_archive(folder)
+
+
+def test_a_disk_that_is_full_loses_nothing(plan_for: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seal is not written, and so neither is the result: the run has not ended, and can be closed again when there is room."""
+    plan = plan_for(f"cluster.root={tmp_path}")
+    folder = open_run(plan, SOURCE)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    write = contract.write_text
+
+    def full(text: str, path: Path) -> None:
+        if path.name == "seal.json":
+            raise OSError(28, "No space left on device")
+        write(text, path)
+
+    monkeypatch.setattr(contract, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        close_run(plan, SOURCE, "finished", 0, started=NOW, ended=NOW, nodes=(), failure=None)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    with pytest.raises(RecordRefused, match=r"no result\.json"):
+        load_archive(folder)
+    monkeypatch.undo()
+    close_run(plan, SOURCE, "stopped", 130, started=NOW, ended=NOW, nodes=(), failure=None)
+    assert load_archive(folder).record.status == "stopped"
+
+
+def test_a_hundred_thousand_rows_are_read_in_seconds(tmp_path: Path) -> None:
+    from launcher.archive import load_rows
+
+    line = json.dumps(ROWS[0].__dict__)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{line}\n" * 100_000 + line[:40])
+    began = time.process_time()
+    assert len(load_rows(path)) == 100_000
+    assert time.process_time() - began < 10, "it takes about one"

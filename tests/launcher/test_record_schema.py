@@ -11,8 +11,16 @@ from launcher.record_schema import FILES, to_text
 from launcher.seal import PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = sorted((ROOT / "tests/golden/record").iterdir())
-KINDS: dict[str, Any] = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict, "null": type(None)}
+GOLDEN = sorted(path for path in (ROOT / "tests/golden/record").iterdir() if path.is_dir())
+KINDS: dict[str, Any] = {
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "boolean": bool,
+    "array": list,
+    "object": dict,
+    "null": type(None),
+}
 
 
 def test_the_published_schema_is_that_of_the_dataclasses() -> None:
