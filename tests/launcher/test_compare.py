@@ -20,7 +20,7 @@ from launcher.noise import interval
 from launcher.plan import make_plan
 from launcher.schema import Bands
 from tests.launcher.conftest import PLACE, PROJECT
-from tests.launcher.planted import Change, copy_run, set_rows, set_value, stretch
+from tests.launcher.planted import REAL, Change, copy_run, set_rows, set_value, stretch
 
 NO_BANDS = Bands()
 
@@ -355,6 +355,20 @@ def test_nothing_is_compared_with_a_broken_record(tmp_path: Path, change: Change
 def test_what_is_no_record_is_refused(tmp_path: Path, change: Callable[[Path], None], named: str) -> None:
     with pytest.raises(ConfigRefused, match=named):
         held(tmp_path, change)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "environment.json", "plan.json", "data.json", "samples.jsonl"])
+def test_a_sealed_record_that_was_edited_is_refused(tmp_path: Path, name: str) -> None:
+    """By one character, where no two files contradict each other."""
+    sealed = REAL.with_name("2")
+    for run in ("before", "after"):
+        shutil.copytree(sealed, tmp_path / run)
+    assert compare(read_evidence(tmp_path / "before"), [read_evidence(tmp_path / "after")], bands=NO_BANDS).outcome is Outcome.SAME
+    content = (tmp_path / "after" / name).read_text()
+    head, _, tail = content.rpartition("1")
+    (tmp_path / "after" / name).write_text(f"{head}2{tail}")
+    with pytest.raises(ConfigRefused, match=rf"{name} was edited"):
+        compare(read_evidence(tmp_path / "before"), [read_evidence(tmp_path / "after")], bands=NO_BANDS)
 
 
 def test_facts_are_many_and_hold_no_folder(tmp_path: Path) -> None:
