@@ -11,8 +11,7 @@ import pytest
 from launcher.archive import Archive, load_archive
 from launcher.compose import compose_over
 from launcher.errors import ConfigRefused
-from launcher.plan import Place, carry_over
-from launcher.record import encode_spec
+from launcher.plan import Place, carry_over, encode_spec
 from launcher.rerun import KINDS, Rerun, accepted_kinds, plan_rerun
 from launcher.tree import Tree, differing, find_tree
 from trainer.contract import Inputs, TrainSpec, decode, facts_of
@@ -81,7 +80,9 @@ def test_an_override_changes_what_it_names(archive: Archive) -> None:
     plan = rerun(archive, "run.seed=7", "cluster.environment.MKL_CBWR=COMPATIBLE").plan
     assert plan.spec.seed == 7 and replace(plan.spec, seed=1, expects=None, run_id="golden").steps == archive.plan.spec.steps
     assert plan.spec.expects is not None and "variable MKL_CBWR" in plan.spec.expects.free
-    assert plan.overrides == ("run.seed=7", "cluster.environment.MKL_CBWR=COMPATIBLE")
+    assert plan.overrides == (*archive.plan.overrides, "run.seed=7", "cluster.environment.MKL_CBWR=COMPATIBLE")
+    words = rerun(archive, "run.steps=9").plan.overrides
+    assert "run.steps=3" not in words and words[-1] == "run.steps=9", "as they would be typed to launch it"
 
 
 def test_other_hardware_expects_the_same_data_and_weights_alone(archive: Archive) -> None:
