@@ -45,7 +45,9 @@ def launch(plan: Plan, source: Source, desk: Desk, *, detach: bool = False, prec
     try:
         folder, started = open_run(plan, source.state, diff=source.diff, lock=lock, precedent=precedent), utc_now()
     except OSError as error:
-        raise RunEnded(f"{plan.folder} could not be written: {error.strerror}. Free room there, and launch again; nothing was started") from error
+        raise RunEnded(
+            f"{plan.folder} could not be written: {error.strerror}. Free room there, and launch again; nothing was started"
+        ) from error
     desk.say(f"run {plan.run_id}")
 
     def work(stop: StopRequest) -> Outcome | None:

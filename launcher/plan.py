@@ -3,7 +3,8 @@
 The trainer's spec, the DeepSpeed config and the per-node commands are all made here; `launch` carries out this very object.
 """
 
-from dataclasses import asdict, dataclass, replace
+import json
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,7 +18,7 @@ from launcher.image import Image, Stack, render
 from launcher.recipe import leaves_padding_out
 from launcher.schema import Cluster, Config, Run
 from launcher.start import NodeCommand, node_commands
-from trainer.contract import SCHEMA, Batch, DataSpec, DeviceSpec, ModelSpec, StageSpec, TrainSpec, decode
+from trainer.contract import SCHEMA, Batch, DataSpec, DeviceSpec, ModelSpec, StageSpec, TrainSpec, decode, encode
 
 DATA_FOLDER = ".cache/data"
 RUNS_FOLDER = "runs"
@@ -235,3 +236,23 @@ def to_plain(plan: Plan) -> dict[str, Any]:
     """The plan as JSON data, without credentials in URLs: they are in memory alone."""
     plain: dict[str, Any] = mask_credentials(asdict(plan))
     return plain
+
+
+def encode_spec(spec: TrainSpec, *, like: Path | None) -> str:
+    """Whole; or without the keys that `like` does not have and that are as if they were not there, since each trainer refuses keys that it
+    does not know."""
+    if like is None:
+        return encode(spec)
+    return json.dumps(leave_out(spec, json.loads(like.read_text(encoding="utf-8"))), indent=2, ensure_ascii=False) + "\n"
+
+
+def leave_out(value: Any, like: Any) -> Any:
+    if not (is_dataclass(value) and isinstance(like, dict)):
+        return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    kept = {}
+    for each in fields(value):
+        now = getattr(value, each.name)
+        default = each.default_factory() if each.default_factory is not MISSING else each.default
+        if each.name in like or now != default:
+            kept[each.name] = leave_out(now, like.get(each.name))
+    return kept

@@ -16,8 +16,8 @@ from launcher.gang import Crewed, abandon, clear_all, start_checks, start_member
 from launcher.interrupt import Stopped, StopRequest
 from launcher.member import Member
 from launcher.node import FETCH_S, Site, fetch_file, fetch_folder, fetch_results, place_run, reopen_run
-from launcher.plan import Plan
-from launcher.record import RECORDED_INPUTS_FILE, Failure, encode_spec, keep_images, read_if_there
+from launcher.plan import Plan, encode_spec
+from launcher.record import RECORDED_INPUTS_FILE, Failure, keep_images, read_if_there
 from launcher.relay import Peer
 from launcher.remote_build import build_on
 from launcher.ship import image_on, is_everywhere, pull, ship

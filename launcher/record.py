@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -15,14 +15,14 @@ from launcher.errors import ConfigRefused
 from launcher.log import lines_of, read_end, unnamed
 from launcher.meaning import Meaning, explain_log, root_rank
 from launcher.member import NodeResult
-from launcher.plan import Plan, to_plain
+from launcher.plan import Plan, encode_spec, to_plain
 from launcher.progress import read_lines
 from launcher.schema import Config, Node
 from launcher.seal import SEAL_FILE, make_seal
 from launcher.source import SourceState as SourceState
 from launcher.symptom import Kind
 from trainer import contract
-from trainer.contract import SCHEMA, DataReport, EnvReport, Exit, FailureReport, Origin, SpecError, StepRow, TrainResult, TrainSpec
+from trainer.contract import SCHEMA, DataReport, EnvReport, Exit, FailureReport, Origin, SpecError, StepRow, TrainResult
 
 PLAN_FILE = "plan.json"
 CONFIG_FILE = "config.json"
@@ -149,26 +149,6 @@ def open_run(plan: Plan, source: SourceState, *, diff: bytes = b"", lock: Path |
     return folder
 
 
-def encode_spec(spec: TrainSpec, *, like: Path | None) -> str:
-    """Whole; or without the keys that `like` does not have and that are as if they were not there, since each trainer refuses keys that it
-    does not know."""
-    if like is None:
-        return contract.encode(spec)
-    return json.dumps(leave_out(spec, json.loads(like.read_text(encoding="utf-8"))), indent=2, ensure_ascii=False) + "\n"
-
-
-def leave_out(value: Any, like: Any) -> Any:
-    if not (is_dataclass(value) and isinstance(like, dict)):
-        return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    kept = {}
-    for each in fields(value):
-        now = getattr(value, each.name)
-        default = each.default_factory() if each.default_factory is not MISSING else each.default
-        if each.name in like or now != default:
-            kept[each.name] = leave_out(now, like.get(each.name))
-    return kept
-
-
 def close_run(
     plan: Plan,
     source: SourceState,
@@ -207,14 +187,21 @@ def close_run(
         failure=failure,
         attempts=load_attempts(folder),
         origin=find_origin(folder),
-        rerun_of=plan.rerun_of,
-        accepted=plan.accepted,
-        image_id=", ".join(dict.fromkeys(read_images(folder).values())),
-        config_sha256=hash_if_there(folder / CONFIG_FILE),
-        lock_sha256=plan.image.files.get(LOCK_FILE, ""),
-        inputs_sha256=hash_if_there(folder / contract.INPUTS_FILE),
+        **identity(plan, folder),
     )
     return write_record(record, folder)
+
+
+def identity(plan: Plan, folder: Path) -> dict[str, Any]:
+    """What two runs are told to be of one kind by, beside the data and the code."""
+    return {
+        "rerun_of": plan.rerun_of,
+        "accepted": plan.accepted,
+        "image_id": ", ".join(dict.fromkeys(read_images(folder).values())),
+        "config_sha256": hash_if_there(folder / CONFIG_FILE),
+        "lock_sha256": plan.image.files.get(LOCK_FILE, ""),
+        "inputs_sha256": hash_if_there(folder / contract.INPUTS_FILE),
+    }
 
 
 def find_data(folder: Path) -> str:

@@ -64,7 +64,8 @@ def plan_rerun(
     before = recall(archive, environ)
     config = compose_over(choose_anew(before, archive, overrides), overrides, conf) if overrides else before
     stacks, place = load_stacks(tree.project / "images"), replace(place, project=tree.project)
-    then, now = (make_plan(each, stacks, place, run_id=run_id, overrides=overrides) for each in (before, config))
+    words = typed(archive, overrides)
+    then, now = (make_plan(each, stacks, place, run_id=run_id, overrides=words) for each in (before, config))
     if tree.image_stands_in and now.image.stack == archive.plan.image.stack:
         now = with_image(now, archive.plan.image, place)
     spec = carry_spec(archive, then.spec, now.spec)
@@ -107,6 +108,12 @@ def recall(archive: Archive, environ: Mapping[str, str]) -> Config:
         stage=replace(config.stage, checkpoint=spec.stage.checkpoint),
         model=replace(config.model, source=replace(config.model.source, path=spec.model.source.path)),
     )
+
+
+def typed(archive: Archive, overrides: tuple[str, ...]) -> tuple[str, ...]:
+    """The words that would launch it: those of the recorded run, and over them those of now."""
+    named = {word.partition("=")[0] for word in overrides}
+    return (*(word for word in archive.plan.overrides if word.partition("=")[0] not in named), *overrides)
 
 
 def choose_anew(config: Config, archive: Archive, overrides: tuple[str, ...]) -> Config:

@@ -1,6 +1,6 @@
 """What run.deterministic=true costs in speed: the same run with and without it, in turn. Prints samples/s and the ratio of the medians.
 
-    python tests/benchmarks/deterministic_cost.py [--rounds 5] [--steps 60] [key=value ...]
+python tests/benchmarks/deterministic_cost.py [--rounds 5] [--steps 60] [key=value ...]
 """
 
 import argparse
@@ -35,7 +35,13 @@ def main() -> None:
 
 def measure(folder: Path, name: str, steps: int, value: str, overrides: list[str]) -> float:
     """Samples a second over the steps after the first SKIPPED."""
-    words = (f"cluster.root={folder}", f"run.steps={steps}", f"run.deterministic={value}", "run.evaluation.enabled=false", "run.trackers=[]")
+    words = (
+        f"cluster.root={folder}",
+        f"run.steps={steps}",
+        f"run.deterministic={value}",
+        "run.evaluation.enabled=false",
+        "run.trackers=[]",
+    )
     warmup = "stage.optimizer.warmup=1"
     command = (sys.executable, "-m", "launcher.cli", "launch", *words, warmup, *overrides, "--run-id", name)
     subprocess.run(command, cwd=PROJECT, check=True, stdout=subprocess.DEVNULL)

@@ -74,5 +74,7 @@ def test_a_root_that_cannot_be_made_says_what_to_do(plan_for: PlanFor, tmp_path:
 
 def test_of_nodes_that_share_it_one_makes_it(plan_for: PlanFor, tmp_path: Path) -> None:
     transports, spec = (Counting(), Counting()), spec_in(plan_for, tmp_path)
-    place_run(tuple(site(each, spec) for each in transports), spec, encode(spec).encode(), image="image", user="0:0", shared=True, local=False)
+    place_run(
+        tuple(site(each, spec) for each in transports), spec, encode(spec).encode(), image="image", user="0:0", shared=True, local=False
+    )
     assert [each.fed for each in transports] == [1, 0] and (Path(spec.output) / SPEC_FILE).exists()

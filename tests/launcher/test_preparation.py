@@ -169,7 +169,9 @@ def test_the_image_that_each_node_has_is_kept_and_another_than_the_recorded_one_
     assert read_images(tmp_path) == ids and len(ids) == 2
     settle_image(replace(plan, image_id=", ".join(ids.values())), desk_for(plan))
     second = list(ids)[1]
-    with pytest.raises(ImageFailed, match=rf"(?s)not the image that run first had, sha256:0:\n  image on {second}: sha256:1\n.*--accept image"):
+    with pytest.raises(
+        ImageFailed, match=rf"(?s)not the image that run first had, sha256:0:\n  image on {second}: sha256:1\n.*--accept image"
+    ):
         settle_image(replace(plan, image_id="sha256:0", rerun_of="first"), desk_for(plan))
 
 

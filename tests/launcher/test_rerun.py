@@ -3,19 +3,24 @@
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from launcher import launch
 from launcher.archive import Archive, load_archive
 from launcher.compose import compose_over
-from launcher.errors import ConfigRefused
-from launcher.plan import Place, carry_over
-from launcher.record import encode_spec
+from launcher.errors import ConfigRefused, RunEnded
+from launcher.image import load_stacks, render
+from launcher.plan import Place, Plan, carry_over, encode_spec, move_plan
 from launcher.rerun import KINDS, Rerun, accepted_kinds, plan_rerun
+from launcher.source import Source, SourceState, read_source
 from launcher.tree import Tree, differing, find_tree
-from trainer.contract import Inputs, TrainSpec, decode, facts_of
+from tests.launcher.hospital import CPU
+from trainer.contract import Expectation, Inputs, TrainSpec, decode, facts_of
 
 PROJECT = Path(__file__).resolve().parents[2]
 GOLDEN = PROJECT / "tests/golden/record"
@@ -26,8 +31,6 @@ HERE = Place(project=PROJECT, here=Path("/home/bob/elsewhere"), interpreter="/ve
 def archive() -> Archive:
     """As if it had been made by this tree."""
     found = load_archive(GOLDEN / "1")
-    from launcher.image import load_stacks, render
-
     image = render(load_stacks(PROJECT / "images")["cpu"], architecture="x86_64", root=PROJECT)
     return replace(
         found,
@@ -81,7 +84,9 @@ def test_an_override_changes_what_it_names(archive: Archive) -> None:
     plan = rerun(archive, "run.seed=7", "cluster.environment.MKL_CBWR=COMPATIBLE").plan
     assert plan.spec.seed == 7 and replace(plan.spec, seed=1, expects=None, run_id="golden").steps == archive.plan.spec.steps
     assert plan.spec.expects is not None and "variable MKL_CBWR" in plan.spec.expects.free
-    assert plan.overrides == ("run.seed=7", "cluster.environment.MKL_CBWR=COMPATIBLE")
+    assert plan.overrides == (*archive.plan.overrides, "run.seed=7", "cluster.environment.MKL_CBWR=COMPATIBLE")
+    words = rerun(archive, "run.steps=9").plan.overrides
+    assert "run.steps=3" not in words and words[-1] == "run.steps=9", "as they would be typed to launch it"
 
 
 def test_other_hardware_expects_the_same_data_and_weights_alone(archive: Archive) -> None:
@@ -164,9 +169,6 @@ def test_a_tree_that_moved_on_is_left_for_the_recorded_commit(clone: tuple[Path,
 
 
 def test_a_recorded_tree_with_changes_is_made_again(clone: tuple[Path, Archive], tmp_path: Path) -> None:
-    from launcher.image import load_stacks, render
-    from launcher.source import read_source
-
     project, archive = clone
     (project / "trainer/loop.py").write_text((project / "trainer/loop.py").read_text() + "# not committed\n")
     image = render(load_stacks(project / "images")["cpu"], architecture="x86_64", root=project)
@@ -231,3 +233,26 @@ def test_facts_do_not_name_hosts_and_ports(archive: Archive) -> None:
     facts = facts_of(archive.environment)
     assert facts["device 0"] == "Intel(R) Xeon(R) Processor @ 2.50GHz" and facts["package deepspeed"] == "0.19.8"
     assert not any("MASTER_" in key or "TORCHELASTIC" in key for key in facts)
+
+
+def test_a_rerun_that_goes_on_elsewhere_keeps_what_it_has_from_its_record(plan_for: Callable[..., Plan]) -> None:
+    """Another network of the same nodes changes nothing; of fewer nodes nobody expects what all of them had."""
+    plan = plan_for(*CPU)
+    expects = Expectation(run_id="first", data_sha256="d", facts={"world_size": "2"})
+    rerun_plan = replace(plan, spec=replace(plan.spec, loss_chunk=77, expects=expects))
+    cluster, stacks = plan.config.cluster, load_stacks(PROJECT / "images")
+    same = move_plan(rerun_plan, replace(cluster, rendezvous_port=29777), stacks, HERE)
+    assert (same.spec.loss_chunk, same.spec.expects) == (77, expects)
+    fewer = move_plan(rerun_plan, replace(cluster, nodes=cluster.nodes[:1]), stacks, HERE)
+    assert fewer.spec.device.world_size < plan.spec.device.world_size
+    assert fewer.spec.loss_chunk == 77 and fewer.spec.expects == replace(expects, facts={})
+
+
+def test_a_folder_that_has_no_room_is_a_clear_end(plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*given: object, **named: object) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(launch, "open_run", full)
+    desk = SimpleNamespace(project=tmp_path, say=print)
+    with pytest.raises(RunEnded, match=r"runs/R could not be written: No space left on device\. Free room there"):
+        launch.launch(plan_for(), Source(state=SourceState(commit="", dirty=False)), desk)  # type: ignore[arg-type]
