@@ -163,16 +163,29 @@ def find_differences(left: Mapping[str, Any], right: Mapping[str, Any], allow: t
     found = []
     for key in dict.fromkeys((*left, *right)):
         one, other = left.get(key, ABSENT), right.get(key, ABSENT)
-        if one == other and type(one) is type(other):
+        if (one == other and type(one) is type(other)) or has_keys_instead(key, left, right):
             continue
         kind = kind_of(key)
         known = (key in left and key in right) or (fits(key, OPEN) and section_of(key) in sections) or kind is Kind.FREE
+        known = known or is_emptied(key, left) or is_emptied(key, right)
         found.append(Difference(key=key, kind=kind, left=text_of(one), right=text_of(other), known=known, allowed=fits(key, allowed)))
     return (*found, *unknown_diffs(left, right))
 
 
 def patterns_of(allow: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(pattern for word in allow for pattern in ALLOWANCES.get(word, (word,)))
+
+
+def has_keys_instead(key: str, left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
+    """Whether one side has an empty object there and the other one that is not, whose keys are told one by one."""
+    pairs = ((left, right), (right, left))
+    return any(one.get(key) == {} and any(name.startswith(f"{key}.") for name in other) for one, other in pairs)
+
+
+def is_emptied(key: str, facts: Mapping[str, Any]) -> bool:
+    """Whether these facts say that there is nothing where the key is."""
+    parts = key.split(".")
+    return any(facts.get(".".join(parts[:depth])) == {} for depth in range(2, len(parts)))
 
 
 def section_of(key: str) -> str:

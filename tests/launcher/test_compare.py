@@ -206,6 +206,11 @@ def test_two_dirty_trees_are_not_known_to_be_one(tmp_path: Path) -> None:
     assert comparison.outcome is Outcome.EQUIVALENT and "source.diff was not recorded" in describe_comparison(comparison)
 
 
+def test_a_key_in_an_object_that_was_empty_is_one_difference() -> None:
+    (found,) = find_differences({"config.stage.optimizer.group_lr": {}}, {"config.stage.optimizer.group_lr.vision": 1e-6})
+    assert found.key == "config.stage.optimizer.group_lr.vision" and found.weighs
+
+
 def test_a_fact_that_nobody_knows_must_match() -> None:
     assert kind_of("environment.something.new") is Kind.ENVIRONMENT and kind_of("data.something") is Kind.INPUT
     assert [found.weighs for found in find_differences({"environment.x": 1}, {"environment.x": 1.0})] == [True]
