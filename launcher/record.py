@@ -179,7 +179,6 @@ def close_run(
         evaluation=result.evaluation if result else {},
         checkpoint=result.checkpoint if result else last_checkpoint(folder),
         weights_sha256=result.weights_sha256 if result else "",
-        data_sha256=find_data(folder),
         source=source,
         image=plan.image.tag if plan.config.cluster.runtime == "docker" else "",
         forced=plan.config.run.force,
@@ -193,8 +192,9 @@ def close_run(
 
 
 def identity(plan: Plan, folder: Path) -> dict[str, Any]:
-    """What two runs are told to be of one kind by, beside the data and the code."""
+    """What two runs are told to be of one kind by, beside the code."""
     return {
+        "data_sha256": find_data(folder),
         "rerun_of": plan.rerun_of,
         "accepted": plan.accepted,
         "image_id": ", ".join(dict.fromkeys(read_images(folder).values())),
