@@ -11,13 +11,15 @@ from launcher.capability import CAPABILITY_RULES
 from launcher.cluster import CLUSTER_RULES
 from launcher.container import CONTAINER_RULES
 from launcher.image import Stack
-from launcher.problem import Problem
+from launcher.problem import Problem, Rule
 from launcher.recipe import RECIPE_RULES
+from launcher.remedy import MEMORY_RULES, write_memory_notes
 from launcher.schema import Config
 from launcher.stage import STAGE_RULES
 from launcher.text import TEXT_RULES
 
-RULES = (*CAPABILITY_RULES, *CLUSTER_RULES, *CONTAINER_RULES, *TEXT_RULES, *RECIPE_RULES, *STAGE_RULES)
+RULES = (*CAPABILITY_RULES, *CLUSTER_RULES, *CONTAINER_RULES, *TEXT_RULES, *RECIPE_RULES, *MEMORY_RULES, *STAGE_RULES)
+RULES_BUT_MEMORY = tuple(rule for rule in RULES if rule not in MEMORY_RULES)  # for a plan whose memory a traced step decides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +34,11 @@ class Verdict:
     notes: tuple[str, ...] = ()
 
 
-def check(config: Config, stacks: Mapping[str, Stack]) -> Verdict:
-    """Hold a config against every rule. `stacks`: rows of images/versions.yaml by name. Raises nothing."""
-    found = [problem for rule in RULES for problem in rule(config, stacks)]
+def check(config: Config, stacks: Mapping[str, Stack], *, rules: tuple[Rule, ...] = RULES, asked: Config | None = None) -> Verdict:
+    """Hold a config against every rule. `stacks`: rows of images/versions.yaml by name. `asked`: the config before its strategy was chosen,
+    to which changes of what does not fit are made, so that what was left open is chosen again. Raises nothing."""
+    open_ = asked or config
+    found = [problem for rule in rules for problem in rule(open_ if rule in MEMORY_RULES else config, stacks)]
     forced = tuple(problem for problem in found if config.run.force and problem.forcible)
     problems = tuple(problem for problem in found if problem not in forced)
     return Verdict(
@@ -55,5 +59,6 @@ def write_notes(config: Config) -> Iterator[str]:
         yield f"model.source.revision is empty: the main branch of {source.id} may change between two runs"
     if config.stage.kind == "train" and config.run.save_every == 0 and source.kind != "random":
         yield "run.save_every=0: nothing is kept before the end, and a run that is killed is lost; run.save_every=N keeps every Nth step"
+    yield from write_memory_notes(config)
     yield from config.hardware.notes
     yield from config.model.notes

@@ -11,6 +11,7 @@
   omnilaunch report RUN ...                           one page that stands by itself
   omnilaunch rerun RUN [key=value ...]                the run of a record once more
   omnilaunch attach|stop|status|logs RUN              one of them, on whatever nodes it is
+  omnilaunch fit-report [RUN ...]                     the memory that plans foretold against what their runs took
   omnilaunch image ACTION [AXIS=NAME ...]             render, refresh, build, ls, inspect, prune, fetch: see image --help
 
 Axes: hardware, model, stage, precision, strategy, data, cluster. Exit codes: 0 done, 2 refused, 3 image, 4 node, 5 run failed,
@@ -23,7 +24,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher import data_action, image_action, record_action, rerun_action, run_action
 from launcher.errors import ConfigRefused, LaunchError
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LaunchError as error:
         print(f"\nomnilaunch: {error}", file=sys.stderr)
         return int(error.exit_code)
+    except PermissionError as error:  # the run of another user, as a rule
+        print(f"\nomnilaunch: {error.filename}: {error.strerror}. Do it as the user who owns it, or have the folder's rights changed", file=sys.stderr)
+        return int(Exit.USAGE)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `omnilaunch plan | head`
@@ -66,6 +70,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             )
         if name == "plan":
             sub.add_argument("--json", action="store_true", help="the whole plan as JSON")
+            sub.add_argument("--trace", action="store_true", help="judge by the memory of one step, traced; needs the trainer's packages")
         sub.set_defaults(verb=verb)
     sub = verbs.add_parser("render", help="write a run as a folder to carry to its nodes, where SSH is not allowed", allow_abbrev=False)
     sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for plan; or one run, by its id or folder")
@@ -79,6 +84,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     sub = verbs.add_parser("options", help="what can be chosen")
     sub.add_argument("axis", nargs="?", default="")
     sub.set_defaults(verb=show_options)
+    add_reports(verbs)
     run_action.add_to(verbs, Terminal().say)
     record_action.add_to(verbs, Terminal().say)
     rerun_action.add_to(verbs, Terminal().say)
@@ -87,8 +93,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def plan_of(overrides: Sequence[str], run_id: str) -> "Plan":
-    """Compose and plan, with this machine as the place."""
+def add_reports(verbs: Any) -> None:
+    """What is read from the records of this folder."""
+    sub = verbs.add_parser("fit-report", help="the memory that plans foretold against what their runs took", allow_abbrev=False)
+    sub.add_argument("runs", nargs="*", metavar="RUN", help="their ids; all runs of this folder when left out")
+    sub.add_argument("--markdown", action="store_true", help="as a table of Markdown")
+    sub.set_defaults(verb=show_fit_report)
+
+
+def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False) -> "Plan":
+    """Compose and plan, with this machine as the place. `traced`: its memory is still to be held against a traced step."""
+    from launcher.check import RULES, RULES_BUT_MEMORY
     from launcher.compose import compose
     from launcher.image import load_stacks
     from launcher.place import place_here
@@ -100,15 +115,37 @@ def plan_of(overrides: Sequence[str], run_id: str) -> "Plan":
     config = compose(overrides, PROJECT / "conf")
     config = resolve_checkpoint(config, Path(absolute(config.cluster.root, here)) / RUNS_FOLDER, here / RUNS_FOLDER)
     run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))
-    return make_plan(config, load_stacks(PROJECT / "images"), place_here(PROJECT), run_id=run_id, overrides=tuple(overrides))
+    rules = RULES_BUT_MEMORY if traced else RULES
+    return make_plan(config, load_stacks(PROJECT / "images"), place_here(PROJECT), run_id=run_id, overrides=tuple(overrides), rules=rules)
 
 
 def show_plan(arguments: argparse.Namespace) -> int:
     from launcher.show import describe_plan, plan_json
 
-    plan = plan_of(arguments.overrides, arguments.run_id)
-    print(plan_json(plan) if arguments.json else describe_plan(plan))
+    plan = plan_of(arguments.overrides, arguments.run_id, traced=arguments.trace)
+    if arguments.trace:
+        print(show_traced(plan, as_json=arguments.json))
+    else:
+        print(plan_json(plan) if arguments.json else describe_plan(plan))
     return Exit.OK
+
+
+def show_traced(plan: "Plan", *, as_json: bool) -> str:
+    """The plan whose memory and verdict go by a traced step, and the step; as JSON its key is `trace`."""
+    import json
+    from dataclasses import asdict
+
+    from launcher.image import load_stacks
+    from launcher.place import place_here
+    from launcher.plan import to_plain
+    from launcher.show import describe_plan
+    from launcher.trace import describe_trace, go_by_trace, trace_plan
+
+    report = trace_plan(plan, place_here(PROJECT), os.environ)
+    plan = go_by_trace(plan, report, load_stacks(PROJECT / "images"))
+    if as_json:
+        return json.dumps(to_plain(plan) | {"trace": asdict(report)}, indent=2, ensure_ascii=False)
+    return f"{describe_plan(plan)}\n\n== a step, traced\n{describe_trace(report, plan)}"
 
 
 def run_launch(arguments: argparse.Namespace) -> int:
@@ -189,6 +226,14 @@ def show_options(arguments: argparse.Namespace) -> int:
     for axis, names in axes.items():
         if not arguments.axis or axis == arguments.axis:
             print(f"{axis:10} {'  '.join(names)}")
+    return Exit.OK
+
+
+def show_fit_report(arguments: argparse.Namespace) -> int:
+    from launcher.forecast import choose_folders, compare_runs, describe_comparisons
+
+    comparisons, left_out = compare_runs(choose_folders(Path.cwd() / "runs", arguments.runs))
+    print(describe_comparisons(comparisons, left_out, markdown=arguments.markdown))
     return Exit.OK
 
 

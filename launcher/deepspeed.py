@@ -6,11 +6,14 @@ from launcher.schema import Strategy
 from trainer.contract import Batch, Optimizer, Precision
 
 ZERO_STAGES = {"single": 0, "ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}
+REDUCE_BUCKET = 500_000_000  # elements, DeepSpeed's own default
 OFFLOAD = {"device": "cpu", "pin_memory": True}
 
 
-def render_deepspeed(strategy: Strategy, precision: Precision, optimizer: Optimizer, batch: Batch, *, world_size: int) -> dict[str, Any]:
-    """Keys as in DeepSpeed's config reference. A strategy must be resolved: `auto` is a KeyError."""
+def render_deepspeed(
+    strategy: Strategy, precision: Precision, optimizer: Optimizer, batch: Batch, *, world_size: int, trained: int
+) -> dict[str, Any]:
+    """Keys as in DeepSpeed's config reference. `trained`: elements that get gradients. A strategy must be resolved: `auto` is a KeyError."""
     zero: dict[str, Any] = {"stage": ZERO_STAGES[strategy.name]}
     if precision.weights != "float32":
         # DeepSpeed 0.19.8 keeps float32 masters of 16-bit weights, and bfloat16 ones without float32 behind them, in its ZeRO optimizers
@@ -20,6 +23,10 @@ def render_deepspeed(strategy: Strategy, precision: Precision, optimizer: Optimi
         zero["offload_optimizer"] = OFFLOAD
     if strategy.offload_parameters:
         zero["offload_param"] = OFFLOAD
+    if zero["stage"]:
+        # DeepSpeed allocates a whole bucket however little is trained: 1 to 2 GB beside an adapter of 20 MB (setup_buckets in
+        # zero/stage_1_and_2.py, zero/stage3.py). One that holds all gradients goes through at once, as in the larger one.
+        zero["reduce_bucket_size"] = min(REDUCE_BUCKET, max(1, trained))
     if zero["stage"] == 3:
         # One file of weights under published names, gathered from all ranks.
         zero["stage3_gather_16bit_weights_on_model_save"] = True

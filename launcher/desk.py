@@ -14,6 +14,7 @@ from launcher.doctor import Examination, examine
 from launcher.errors import ConfigRefused, NodeFailed
 from launcher.finding import describe_findings, has_errors
 from launcher.fleet import reach_all, together
+from launcher.headroom import memory_within
 from launcher.image import Stack, load_stacks
 from launcher.link import Client
 from launcher.login import access_of
@@ -130,16 +131,17 @@ def move_to_reached(plan: Plan, lost: frozenset[str], place: Place, environ: Map
 
 
 def examined(plan: Plan, place: Place, ways: Sequence[Transport | NodeFailed], say: Say) -> Plan:
-    """The plan with the network that its nodes were found in. `ways`: to its working nodes. Raises NodeFailed with all that stands in the
-    way of a launch."""
+    """The plan with the network that its nodes were found in, and what their fullest device has free. `ways`: to its working nodes. Raises
+    NodeFailed with all that stands in the way of a launch."""
     stacks, cluster = load_stacks(place.project / "images"), plan.config.cluster
     examination = examine_on(plan, stacks[plan.config.hardware.stack], cluster.working, ways, launching=True)
     require_health(examination, say)
-    if not examination.choices:
-        return plan
-    spares = tuple(node for node in cluster.nodes if node.spare)
-    nodes = (*take_network(cluster.working, examination.choices), *spares)
-    return move_plan(plan, replace(cluster, nodes=nodes), stacks, place)
+    if examination.choices:
+        spares = tuple(node for node in cluster.nodes if node.spare)
+        nodes = (*take_network(cluster.working, examination.choices), *spares)
+        plan = move_plan(plan, replace(cluster, nodes=nodes), stacks, place)
+    # What is free there wins over the data sheet; that it suffices has just been looked at, node by node.
+    return replace(plan, memory=memory_within(plan.config, examination.headroom)) if examination.headroom else plan
 
 
 @contextmanager
@@ -178,9 +180,7 @@ def examine_nodes(plan: Plan, stack: Stack, environ: Mapping[str, str], *, launc
         return examine_on(plan, stack, nodes, ways, launching=launching)
 
 
-def examine_on(
-    plan: Plan, stack: Stack, nodes: Sequence[Node], ways: Sequence[Transport | NodeFailed], *, launching: bool
-) -> Examination:
+def examine_on(plan: Plan, stack: Stack, nodes: Sequence[Node], ways: Sequence[Transport | NodeFailed], *, launching: bool) -> Examination:
     return examine(plan, stack, nodes, ways, now=time.time, token=uuid.uuid4().hex[:12], launching=launching)
 
 

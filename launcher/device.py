@@ -73,7 +73,8 @@ def check_device_memory(case: Case) -> Diagnosis:
         return unchecked("its tool says no size of memory")
     if min(sizes) >= LEAST_SHARE * said:
         return fine(f"{min(sizes):.1f} GiB each")
-    return wrong(f"{min(sizes):.1f} GiB, the plan counts on {said:g}", f"hardware.memory_gib={min(sizes):.0f}")
+    # Whether it fits all the same is told by launcher.headroom.
+    return warn(f"{min(sizes):.1f} GiB, the plan counts on {said:g}", f"hardware.memory_gib={min(sizes):.0f}")
 
 
 def check_device_health(case: Case) -> Diagnosis:
@@ -156,7 +157,9 @@ def check_device_access(case: Case) -> Diagnosis:
     argv = case.plan.commands[0].start
     uid, gid = (int(word) for word in argv[argv.index("--user") + 1].split(":"))
     wanted = (*(f"/dev/davinci{number}" for number in numbers_used(case)), *ASCEND_MANAGERS)
-    closed = [(name, case.facts.modes[name]) for name in wanted if name in case.facts.modes and not may_use(case.facts.modes[name], uid, gid)]
+    closed = [
+        (name, case.facts.modes[name]) for name in wanted if name in case.facts.modes and not may_use(case.facts.modes[name], uid, gid)
+    ]
     if not case.facts.modes:
         return unchecked("the node does not say whose the device files are")
     if not closed:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from launcher import agreement, device, experiment, machine
+from launcher import agreement, device, experiment, headroom, machine
 from launcher.errors import NodeFailed
 from launcher.experiment import Site
 from launcher.facts import NodeFacts
 from launcher.finding import EVERY_NODE, Agreement, Case, Diagnosis, Finding, NodeCheck, named, unchecked, wrong
 from launcher.fleet import attempt_each
+from launcher.headroom import Headroom
 from launcher.image import Stack
 from launcher.network import Choice
 from launcher.plan import Plan
@@ -79,6 +80,7 @@ NODE_CHECKS: dict[str, Check] = {
     "device_count": Check(ask=device.check_device_count, needs=("device",)),
     "chip": Check(ask=device.check_chip, needs=("device",)),
     "device_memory": Check(ask=device.check_device_memory, needs=("device",)),
+    "fit": Check(ask=headroom.check_fit, needs=("device",)),
     "device_health": Check(ask=device.check_device_health, needs=("device",)),
     "device_idle": Check(ask=device.check_device_idle, needs=("device",)),
     "driver": Check(ask=device.check_driver, needs=("driver",)),
@@ -105,11 +107,12 @@ EXPERIMENTS: dict[str, tuple[Need, ...]] = {"container": ("docker",), "connectio
 @dataclass(frozen=True, kw_only=True)
 class Examination:
     """`facts` by host, of the nodes that answered; `choices`: interface and address of the working nodes, in their order, () where some
-    did not answer or no network was found."""
+    did not answer or no network was found; `headroom`: of the fullest device of them all, None where a node says no size."""
 
     findings: tuple[Finding, ...]
     facts: dict[str, NodeFacts]
     choices: tuple[Choice, ...]
+    headroom: Headroom | None = None
 
 
 def examine(
@@ -137,7 +140,12 @@ def examine(
     choices = choices_of(plan, sites)
     if not launching:
         findings += experiment_on(plan, sites, choices, token)
-    return Examination(findings=tuple(findings), facts={site.case.node.host: site.case.facts for site in sites}, choices=choices)
+    return Examination(
+        findings=tuple(findings),
+        facts={site.case.node.host: site.case.facts for site in sites},
+        choices=choices,
+        headroom=headroom.tightest(site.case for site in sites),
+    )
 
 
 def inquiry_of(plan: Plan, launching: bool) -> Inquiry:

@@ -1,15 +1,13 @@
-"""What the model states of a run take on each device, and the strategy that `auto` stands for. Arithmetic only.
+"""What the model states of a run take on each device: weights, gradients, masters and Adam's moments. Arithmetic only.
 
-Model states are weights, gradients, masters and Adam's moments. Activations, buffers of communication and fragmentation are not
-counted: a run that fits here may still run out of memory, one that does not fit here certainly will.
+launcher.activation and launcher.buffer count what comes and goes beside them, launcher.memory adds all of it up.
 """
 
 import math
 import re
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
-from launcher.schema import Config, Strategy, Text
+from launcher.schema import Config, Text
 
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -17,19 +15,13 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # What ZeRO shards: stage 1 the optimizer's states, 2 gradients too, 3 weights too (Rajbhandari et al., arXiv 1910.02054, section 3.1).
 ZERO_STAGE = {"auto": 0, "single": 0, "ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 
-STATES_SHARE = 0.7  # of the device's memory, at most, where `auto` chooses; the rest is for activations
 STATE_BLOCK = 256  # trainer.quantization.BLOCK: elements of a moment in 8 bits that share a float32 scale
 MOST_LAYERS = 1000  # whose names are written out: a slip of the hand may say a million
-TINY_PARAMETERS = 10_000_000
-TINY_MICRO_BATCH = 64  # the digits run: one micro-batch a step
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 REGEX = "re:"  # begins a LoRA target that is a regex over whole module names
 # A 4-bit weight with its share of the scales, in blocks of 64 and those in blocks of 256 (Dettmers et al., arXiv 2305.14314, section 3).
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
-
-StrategyName = Literal["single", "ddp", "zero1", "zero2", "zero3"]
-BY_SHARDING: tuple[StrategyName, ...] = ("ddp", "zero1", "zero2", "zero3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,23 +50,26 @@ def model_states(config: Config) -> States:
     """Bytes on the fullest device. With P parameters, T of them trained, N ranks and element sizes w, g, o of weights, gradients and
     optimizer: w P + g T + (2 m + master) T, each term over N where ZeRO shards it; a moment's m is o, or in 8 bits 1 and its share of
     a scale (the small parameters that stay in float32 are not counted); the master is o where o is not w, or where ZeRO keeps
-    its own copy of the slice, else 0 (arXiv 1910.02054, section 3.1: 2 P + 2 P + 12 P for mixed precision Adam).
+    its own copy of the slice, else 0 (arXiv 1910.02054, section 3.1: 2 P + 2 P + 12 P for mixed precision Adam); g is of both kinds of
+    gradients where takes_bf16_optimizer.
 
     ZeRO-Offload (arXiv 2101.06840, section 3) moves gradients and optimizer to the host; parameter offload moves weights too.
-    `auto` counts as unsharded: resolve it with `choose_strategy` first.
+    `auto` counts as unsharded: resolve it with `launcher.choice.choose_strategy` first.
     """
-    strategy, precision = config.strategy, config.precision
-    ranks, zero = max(1, world_size(config)), ZERO_STAGE[strategy.name]
+    strategy, precision, zero = config.strategy, config.precision, rendered_stage(config)
+    ranks = max(1, world_size(config))
     adapter, trainable = lora_parameters(config), trainable_parameters(config)
     parameters = config.model.parameters.total + adapter
     state_bytes = DTYPE_BYTES[precision.optimizer]
     master_bytes = state_bytes if zero or precision.optimizer != precision.weights else 0
     items = {
         "weights": _share(weight_bytes(config, parameters), ranks if zero >= 3 else 1),
-        "gradients": _share(trainable * DTYPE_BYTES[precision.gradients], ranks if zero >= 2 else 1),
+        "gradients": _share(trainable * gradient_width(config), ranks if zero >= 2 else 1),
         "optimizer": _share(2 * moment_bytes(config, trainable) + trainable * master_bytes, ranks if zero >= 1 else 1),
     }
-    moved = {"weights": strategy.offload_parameters, "gradients": strategy.offload_optimizer, "optimizer": strategy.offload_optimizer}
+    trains = config.stage.kind == "train"
+    optimizer_moves = trains and strategy.offload_optimizer
+    moved = {"weights": trains and strategy.offload_parameters, "gradients": optimizer_moves, "optimizer": optimizer_moves}
     on_device = {name: 0 if moved[name] else size for name, size in items.items()}
     return States(
         parameters=parameters,
@@ -83,6 +78,32 @@ def model_states(config: Config) -> States:
         total_bytes=sum(on_device.values()),
         host_bytes=(sum(items.values()) - sum(on_device.values())) * device_count(config),
     )
+
+
+def zero_stage(config: Config) -> int:
+    """0 in an evaluation, where every rank holds the whole model (trainer.run.evaluate_stage)."""
+    return ZERO_STAGE[config.strategy.name] if config.stage.kind == "train" else 0
+
+
+def rendered_stage(config: Config) -> int:
+    """What launcher.deepspeed renders: 16-bit weights have their masters in a ZeRO optimizer, with ddp and on one device too."""
+    if config.stage.kind != "train":
+        return 0
+    return max(zero_stage(config), 0 if config.precision.weights == "float32" else 1)
+
+
+def takes_bf16_optimizer(config: Config) -> bool:
+    """Stage 1 with bfloat16 weights and float32 gradients is DeepSpeed's BF16_Optimizer (runtime/engine.py, _do_optimizer_sanity_check in
+    0.19.8): every rank holds all gradients in float32 from the start on, and beside them those in bfloat16 that it adds them up from, which
+    it sets to zero and keeps (bf16_optimizer.py, clear_lp_grads)."""
+    types = (config.precision.weights, config.precision.gradients) == ("bfloat16", "float32")
+    return types and rendered_stage(config) == 1 and not config.strategy.offload_optimizer
+
+
+def gradient_width(config: Config) -> int:
+    """Bytes of a trained element's gradient, or gradients."""
+    both = DTYPE_BYTES[config.precision.weights] if takes_bf16_optimizer(config) else 0
+    return DTYPE_BYTES[config.precision.gradients] + both
 
 
 def moment_bytes(config: Config, elements: int) -> int:
@@ -132,24 +153,36 @@ def matches(name: str, regexes: tuple[str, ...]) -> bool:
         return False
 
 
+def attention_layers(text: Text) -> frozenset[int]:
+    """Numbers of the decoder's layers that have attention under the names q_proj to o_proj: all, but in a hybrid one those alone that
+    `layer_types` calls so, or the last of each `full_attention_interval`. Of MOST_LAYERS at most."""
+    depth = int(min(text.num_hidden_layers, MOST_LAYERS))
+    types = text.options.get("layer_types")
+    if types:
+        return frozenset(layer for layer, kind in enumerate(types[:depth]) if kind == "full_attention")
+    interval: int = max(1, text.options.get("full_attention_interval", 1))
+    return frozenset(layer for layer in range(depth) if (layer + 1) % interval == 0)
+
+
 def layer_counts(text: Text) -> dict[str, int]:
-    """Name of a linear layer -> how many layers of the decoder have one. A hybrid one has attention under these names in one layer of
-    `full_attention_interval` alone."""
-    interval: int = text.options.get("full_attention_interval", 1)
-    attention = text.num_hidden_layers // max(1, interval)
+    """Name of a linear layer -> how many layers of the decoder have one."""
+    attention = len(attention_layers(text)) if is_hybrid(text) else text.num_hidden_layers
     return {name: attention if name in ATTENTION_LINEARS else text.num_hidden_layers for name in linear_shapes(text)}
 
 
+def is_hybrid(text: Text) -> bool:
+    """Whether some layers have linear attention."""
+    return bool(text.options.get("layer_types")) or text.options.get("full_attention_interval", 1) > 1
+
+
 def linear_names(text: Text) -> tuple[str, ...]:
-    """The decoder's linear layers, as transformers names them in memory, of MOST_LAYERS at most. A hybrid one has attention in the last
-    layer of each `full_attention_interval`."""
-    interval: int = max(1, text.options.get("full_attention_interval", 1))
-    depth = int(min(text.num_hidden_layers, MOST_LAYERS))
+    """The decoder's linear layers, as transformers names them in memory, of MOST_LAYERS at most."""
+    attention = attention_layers(text)
     return tuple(
         f"model.language_model.layers.{layer}.{'self_attn' if name in ATTENTION_LINEARS else 'mlp'}.{name}"
-        for layer in range(depth)
+        for layer in range(int(min(text.num_hidden_layers, MOST_LAYERS)))
         for name in linear_shapes(text)
-        if name not in ATTENTION_LINEARS or (layer + 1) % interval == 0
+        if name not in ATTENTION_LINEARS or layer in attention
     )
 
 
@@ -166,47 +199,6 @@ def linear_shapes(text: Text) -> dict[str, tuple[int, int]]:
         "up_proj": (text.hidden_size, text.intermediate_size),
         "down_proj": (text.intermediate_size, text.hidden_size),
     }
-
-
-def choose_strategy(config: Config) -> Strategy:
-    """The strategy with `auto` and a null `micro_batch` resolved; whatever else the user set is kept.
-
-    Sharding costs communication, so the least sharded one is taken whose states leave room; where none does, the most sharded,
-    which `check` then judges. Offloading is never turned on unasked: the host's memory is not known here.
-    """
-    if config.strategy.name == "auto":
-        config = replace(config, strategy=replace(config.strategy, name=_choose_name(config)))
-    if config.strategy.micro_batch is not None:
-        return config.strategy
-    return replace(config.strategy, micro_batch=choose_micro_batch(config))
-
-
-def _choose_name(config: Config) -> StrategyName:
-    first: StrategyName = "zero3" if config.strategy.offload_parameters else "zero1" if needs_sharding(config) else "ddp"
-    if world_size(config) <= 1 and first == "ddp":
-        return "single"
-    memory_gib = config.hardware.memory_gib
-    for name in BY_SHARDING[BY_SHARDING.index(first) :]:
-        states = model_states(replace(config, strategy=replace(config.strategy, name=name)))
-        if memory_gib is None or states.total_bytes <= STATES_SHARE * memory_gib * GIB:
-            return name
-    return BY_SHARDING[-1]
-
-
-def needs_sharding(config: Config) -> bool:
-    """Whether DeepSpeed takes this with ZeRO 1 to 3 alone, be it on one device: an offloaded optimizer, or masters in bfloat16
-    (`bf16_master_weights_and_grads`, deepspeed/runtime/config.py)."""
-    return config.strategy.offload_optimizer or config.precision.optimizer == "bfloat16"
-
-
-def choose_micro_batch(config: Config) -> int:
-    """Samples a rank takes at once: the largest divisor of its part of the global batch within a bound. 1 for a model of real size,
-    since activations are not counted here, and for a batch that the ranks cannot share, which `check` refuses."""
-    per_rank, rest = divmod(config.stage.global_batch, max(1, world_size(config)))
-    bound = TINY_MICRO_BATCH if config.model.parameters.total < TINY_PARAMETERS else 1
-    if rest or per_rank < 1:
-        return 1
-    return max(size for size in range(1, min(bound, per_rank) + 1) if per_rank % size == 0)
 
 
 def _share(size_bytes: int, ranks: int) -> int:

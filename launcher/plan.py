@@ -9,12 +9,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launcher.capability import choose_kernels
-from launcher.check import Verdict, check
+from launcher.check import RULES, Verdict, check
+from launcher.choice import choose_strategy, explain_choice
 from launcher.credential import mask_credentials, without_masked
 from launcher.deepspeed import render_deepspeed
 from launcher.errors import ConfigRefused, refuse_config
-from launcher.fit import States, choose_strategy, device_count, model_states, world_size
+from launcher.fit import States, device_count, model_states, trainable_parameters, world_size
 from launcher.image import Image, Stack, render
+from launcher.memory import Memory, estimate_memory
+from launcher.problem import Rule
 from launcher.recipe import leaves_padding_out
 from launcher.schema import Cluster, Config, Run
 from launcher.start import NodeCommand, node_commands
@@ -55,16 +58,26 @@ class Plan:
     rerun_of: str = ""  # the run whose record this plan was made from
     accepted: tuple[str, ...] = ()  # kinds of differences from that one that the user took
     image_id: str = ""  # what the nodes' engines must have for the image; '' = any that was built from its files
+    memory: Memory | None = None  # None in plans of before
+    choice: str = ""  # why strategy and micro-batch are what they are
 
 
-def make_plan(config: Config, stacks: dict[str, Stack], place: Place, *, run_id: str, overrides: tuple[str, ...] = ()) -> Plan:
+def make_plan(
+    config: Config,
+    stacks: dict[str, Stack],
+    place: Place,
+    *,
+    run_id: str,
+    overrides: tuple[str, ...] = (),
+    rules: tuple[Rule, ...] = RULES,
+) -> Plan:
     """Resolve the strategy, check, render the image, write the spec and the commands.
 
     Raises ConfigRefused with every problem at once; a problem that only stops a launch (a module still to come, a licence to
     accept) is left in `verdict` for `launch` to refuse.
     """
-    config = replace(config, strategy=choose_strategy(config))
-    verdict = check(config, stacks)
+    asked, config = config, replace(config, strategy=choose_strategy(config))
+    verdict = check(config, stacks, rules=rules, asked=asked)
     refuse(verdict, launching=False)
     image = render(
         stacks[config.hardware.stack],
@@ -84,6 +97,8 @@ def make_plan(config: Config, stacks: dict[str, Stack], place: Place, *, run_id:
         commands=node_commands(config, image, spec, interpreter=place.interpreter, user=config.cluster.user or place.user),
         folder=spec.output if all(node.is_local for node in config.cluster.working) else absolute(f"{RUNS_FOLDER}/{run_id}", place.here),
         overrides=overrides,
+        memory=estimate_memory(config),
+        choice=explain_choice(asked, config),
     )
 
 
@@ -99,7 +114,9 @@ def move_plan(plan: Plan, cluster: Cluster, stacks: dict[str, Stack], place: Pla
         spec = replace(spec, expects=replace(plan.spec.expects, facts={}) if before.device != after.device else plan.spec.expects)
     user = config.cluster.user or place.user
     commands = node_commands(config, plan.image, spec, interpreter=place.interpreter, user=user)
-    return replace(plan, config=config, verdict=verdict, states=model_states(config), spec=spec, commands=commands)
+    return replace(
+        plan, config=config, verdict=verdict, states=model_states(config), memory=estimate_memory(config), spec=spec, commands=commands
+    )
 
 
 def carry_over(kept: Any, before: Any, after: Any) -> Any:
@@ -128,7 +145,7 @@ def train_spec(config: Config, place: Place, *, run_id: str, overrides: tuple[st
         schema=SCHEMA,
         run_id=run_id,
         output=str(PurePosixPath(root) / RUNS_FOLDER / run_id),
-        gradient_checkpointing=config.strategy.gradient_checkpointing,
+        gradient_checkpointing=bool(config.strategy.gradient_checkpointing),
         model=model_spec(config, place),
         stage=stage_spec(config, place),
         precision=config.precision,
@@ -143,7 +160,9 @@ def train_spec(config: Config, place: Place, *, run_id: str, overrides: tuple[st
             threads=count_threads(config),
             timeout_s=config.run.collective_timeout_s,
         ),
-        deepspeed=render_deepspeed(config.strategy, config.precision, config.stage.optimizer, batch, world_size=ranks),
+        deepspeed=render_deepspeed(
+            config.strategy, config.precision, config.stage.optimizer, batch, world_size=ranks, trained=trainable_parameters(config)
+        ),
         loss_chunk=config.strategy.loss_chunk,
         checkpoint_every=config.strategy.checkpoint_every,
         checkpoint_groups=config.strategy.checkpoint_groups,

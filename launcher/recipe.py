@@ -1,15 +1,16 @@
-"""Rules about what is asked for: numbers in range, a model and a stage that fit, batch, length, strategy, and room for the states."""
+"""Rules about what is asked for: numbers in range, a model and a stage that fit, batch, length and strategy."""
 
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-from launcher.fit import GIB, ZERO_STAGE, States, choose_strategy, model_states, world_size
+from launcher.fit import ZERO_STAGE, world_size
 from launcher.image import Stack
+from launcher.image_token import smallest_image_tokens
 from launcher.problem import Problem, Rule
-from launcher.schema import GROUPS, Config, ImageTokens
+from launcher.schema import GROUPS, Config
 
 TEXT_TOKENS = 32  # the shortest question and answer that can stand beside an image
 
@@ -17,14 +18,19 @@ TEXT_TOKENS = 32  # the shortest question and answer that can stand beside an im
 
 # Lowest and highest value, inclusive. A number that is not named here must be finite and not negative.
 COUNT, PORT, SHARE, PER_NODE = (1, math.inf), (1, 65535), (0, 1), (1, 1024)
+MOST_GIB = 10**6  # of one device or node, in sizes that are counted on in bytes
 RANGES: dict[str, tuple[float, float]] = {
     "hardware.devices_per_node": PER_NODE,
     "hardware.device_multiple": PER_NODE,
-    "hardware.memory_gib": (0.1, math.inf),
-    "hardware.host_memory_gib": (0.1, math.inf),
+    "hardware.memory_gib": (0.1, MOST_GIB),
+    "hardware.host_memory_gib": (0.1, MOST_GIB),
+    "hardware.context_gib": (0, MOST_GIB),
+    "hardware.fragmentation": (0, 10),
     **{f"model.architecture.vision.{name}": COUNT for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")},
     **{f"model.architecture.text.{name}": COUNT for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")},
     "model.architecture.text.num_key_value_heads": COUNT,
+    # What of the free-form sections launcher.fit and launcher.activation count with.
+    "model.architecture.text.options.full_attention_interval": COUNT,
     "model.parameters.total": COUNT,
     "model.context": COUNT,
     "stage.global_batch": (1, 10**7),
@@ -56,6 +62,11 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+COUNTED_OPTIONS = (
+    "full_attention_interval",
+    *("linear_num_key_heads", "linear_key_head_dim", "linear_num_value_heads", "linear_value_head_dim"),
+)
+
 # Where the bound itself would be refused, or trains nothing.
 BETTER = {"stage.optimizer.lr": "1e-4"}
 
@@ -77,15 +88,34 @@ def write_number(value: float) -> str:
 
 
 def read_numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """(dotted key, number) of every number below a dataclass, places in lists included. Free-form sections (options, audio) belong to the model's family."""
+    """(dotted key, number) of every number below a dataclass, places in lists included. Free-form sections (options, audio) belong to the
+    model's family; of them those alone that are counted with here."""
     if is_dataclass(value):
         for field in fields(value):
             yield from read_numbers(getattr(value, field.name), f"{key}.{field.name}" if key else field.name)
+    elif key == "model.architecture.text.options":
+        counted = {name: value[name] for name in COUNTED_OPTIONS if name in value}
+        yield from (pair for name, number in counted.items() for pair in read_numbers(number, f"{key}.{name}"))
     elif isinstance(value, tuple):
         for place, item in enumerate(value):
             yield from read_numbers(item, f"{key}.{place}")
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield key, value
+
+
+def counted_options_are_numbers(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    """Free-form sections take anything."""
+    options = config.model.architecture.text.options
+    for name in COUNTED_OPTIONS:
+        value = options.get(name, 1)
+        endless = isinstance(value, float) and not math.isfinite(value)  # which is out of range besides
+        if isinstance(value, bool) or not (isinstance(value, int) or endless):
+            key = f"model.architecture.text.options.{name}"
+            yield Problem(key=key, what=f"{value!r} is no whole number", changes=(f"{key}=4",))
+    types = options.get("layer_types", ())
+    if not isinstance(types, (list, tuple)):
+        key = "model.architecture.text.options.layer_types"
+        yield Problem(key=key, what=f"{types!r} is no list of a kind for each layer", changes=(f"{key}=[full_attention]",))
 
 
 def steps_hold_warmup(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -197,7 +227,9 @@ def packing_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterator[Prob
         return
     for key in ("packing", "padding_free"):
         if getattr(data, key) and not config.model.packable:
-            what = f"the samples of one row of {config.model.title} would see each other: its linear attention carries a state along the row"
+            what = (
+                f"the samples of one row of {config.model.title} would see each other: its linear attention carries a state along the row"
+            )
             yield Problem(key=f"data.{key}", what=what, changes=(f"data.{key}=false", f"data.{key}=false data.length_aware=step"))
     if data.packing and data.length_aware == "window":
         what = "window gathers samples of like length in a step, and packing fills its rows best with long and short ones"
@@ -209,11 +241,6 @@ def leaves_padding_out(config: Config) -> bool:
     if config.data.padding_free is not None:
         return config.data.padding_free
     return config.hardware.accelerator == "cpu" and config.model.packable and not config.data.packing
-
-
-def smallest_image_tokens(rule: ImageTokens) -> int:
-    """Tokens of the smallest image that the rule knows."""
-    return rule.min_pixels // rule.unit**2 if rule.rule == "grid" and rule.unit else rule.tokens
 
 
 def data_is_one_set(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -235,7 +262,7 @@ def data_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
             yield Problem(key=f"data.{name}", what="is empty: say where it lies", changes=(f"data.{name}={placeholder}",))
 
 
-# ---------------------------------------------------------------------------------------------------- strategy and memory
+# --------------------------------------------------------------------------------------------------------------- strategy
 
 
 def strategy_suits_devices(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -266,46 +293,9 @@ def masters_suit_strategy(config: Config, _: Mapping[str, Stack]) -> Iterator[Pr
         yield Problem(key="strategy", what=what, changes=("strategy=auto", "strategy=zero1", "precision=bf16"))
 
 
-def states_fit(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
-    """Model states alone, activations not counted: what this refuses cannot run, what it lets pass may still run out of memory."""
-    memory_gib, resolved = config.hardware.memory_gib, replace(config, strategy=choose_strategy(config))
-    states = model_states(resolved)
-    if memory_gib is None or states.total_bytes <= memory_gib * GIB:
-        return
-    held = [(flags, other) for flags, other in _roomier(resolved, stacks) if other.total_bytes <= memory_gib * GIB]
-    offloaded = max((other.host_bytes for _, other in held[:2]), default=0)
-    what = f"model states alone take {states.total_bytes / GIB:.1f} GiB on each device ({resolved.strategy.name}), which has {memory_gib:g}"
-    host = f"; offloaded, they take up to {offloaded / GIB:.1f} GiB of a node's own memory" if offloaded else ""
-    changes = tuple(" ".join(_as_override(key, value) for key, value in flags.items()) for flags, _ in held[:2])
-    yield Problem(key="strategy", what=what + host, changes=changes, forcible=True)
-
-
-def _roomier(config: Config, stacks: Mapping[str, Stack]) -> Iterator[tuple[dict[str, Any], States]]:
-    """Strategies that shard or offload more and are allowed here, with what they leave on a device."""
-    host_memory = (config.hardware.host_memory_gib or math.inf) * GIB
-    for flags in ROOMIER:
-        other = replace(config, strategy=replace(config.strategy, **flags))
-        states = model_states(other)
-        if states.host_bytes <= host_memory and not any(offload_is_possible(other, stacks)):
-            yield flags, states
-
-
-# In the order of what they cost in speed.
-ROOMIER: tuple[dict[str, Any], ...] = (
-    {"name": "zero1"},
-    {"name": "zero2"},
-    {"name": "zero3"},
-    {"name": "zero2", "offload_optimizer": True},
-    {"name": "zero3", "offload_optimizer": True, "offload_parameters": True},
-)
-
-
-def _as_override(key: str, value: Any) -> str:
-    return f"strategy={value}" if key == "name" else f"strategy.{key}={str(value).lower()}"
-
-
 RECIPE_RULES: tuple[Rule, ...] = (
     numbers_in_range,
+    counted_options_are_numbers,
     steps_hold_warmup,
     learning_rate_is_set,
     model_is_ready,
@@ -323,5 +313,4 @@ RECIPE_RULES: tuple[Rule, ...] = (
     strategy_suits_devices,
     offload_is_possible,
     masters_suit_strategy,
-    states_fit,
 )

@@ -73,6 +73,8 @@ class Hardware:
     threads: int = 0  # CPU threads of each rank; 0 = torch decides
     environment: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    context_gib: float = 0.0  # of the device's memory, taken by driver and libraries before the first tensor
+    fragmentation: float = 0.0  # of what comes and goes within a step: the allocator's blocks that are reserved beside it
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -194,7 +196,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """`auto` takes the least sharded one whose model states fit. `micro_batch` null = chosen from the global batch. `loss_chunk`: the most
+    """`auto` takes the least sharded one that fits. `micro_batch` and `gradient_checkpointing` null = chosen with it. `loss_chunk`: the most
     trained tokens of a micro-batch whose logits exist at a time, 0 = all. With gradient_checkpointing every `checkpoint_every`th layer of
     `checkpoint_groups` is computed twice, () = of all groups that have layers. `kernels`: of norms, SwiGLU and rotary positions; auto =
     fused ones where the chip and the installed packages have them."""
@@ -202,7 +204,7 @@ class Strategy:
     name: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"]
     offload_optimizer: bool = False
     offload_parameters: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = False
     micro_batch: int | None = None
     loss_chunk: int = 0
     checkpoint_every: int = 1

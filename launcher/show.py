@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from launcher.check import check
+from launcher.choice import choose_strategy
 from launcher.compose import compose
 from launcher.credential import mask_credentials
 from launcher.engine import BuiltImage
 from launcher.errors import ConfigRefused
-from launcher.fit import choose_strategy
 from launcher.image import LABEL, Image, load_stacks
+from launcher.memory import estimate_memory
 from launcher.plan import Plan, to_plain
 from launcher.record import RECORD_FILE, Record, bracketed, checkpoint_place, first_node
 from launcher.schema import AXES, Node
@@ -39,7 +40,7 @@ def describe_plan(plan: Plan) -> str:
         ("DeepSpeed config", json.dumps(plan.spec.deepspeed, indent=2)),
         *((f"node {command.node_rank}: {command.host}", describe_command(command)) for command in plan.commands),
         ("image", describe_planned(plan)),
-        ("memory of the fullest device", describe_states(plan)),
+        ("memory of the fullest device", describe_memory(plan)),
         ("verdict", describe_verdict(plan)),
     )
     return "\n".join(f"== {title}\n{text.rstrip()}\n" for title, text in parts).rstrip()
@@ -97,15 +98,21 @@ def describe_unbuilt(image: Image) -> str:
     )
 
 
-def describe_states(plan: Plan) -> str:
-    states, memory = plan.states, plan.config.hardware.memory_gib
-    rows = {name: gib(size) for name, size in states.items_bytes.items()}
-    rows["weights"] += f"  {states.parameters:,} parameters"
-    rows["gradients"] += f"  {states.trainable:,} trained"
-    rows["on the device"] = gib(states.total_bytes) + (f"  of {memory:g} GiB" if memory else "")
-    if states.host_bytes:
-        rows["host, a node"] = gib(states.host_bytes)
-    return table(rows) + "\nmodel states only: activations, buffers and fragmentation are not counted"
+def describe_memory(plan: Plan) -> str:
+    """The verdict of launcher.memory as a table: item, size, and whether it is counted or calibrated."""
+    states, memory = plan.states, plan.memory or estimate_memory(plan.config)
+    told = {"weights": f"{states.parameters:,} parameters", "gradients": f"{states.trainable:,} trained"}
+    rows = {item.name: f"{gib(item.size_bytes)}  {item.basis:10}  {told.get(item.name, '')}".rstrip() for item in memory.items}
+    if memory.limit_bytes is None:
+        rows["peak"] = f"{gib(memory.total_bytes)}  the device's memory is not known: nothing was held against it"
+    else:
+        left = memory.limit_bytes - memory.total_bytes
+        rows["peak"] = (
+            f"{gib(memory.total_bytes)}  of {memory.limit_bytes / GIB:g} GiB: {left / GIB:.3f} GiB to spare ({left / memory.limit_bytes:.0%})"
+        )
+    rows |= {f"host, a node: {item.name}": f"{gib(item.size_bytes)}  {item.basis}" for item in memory.host_items}
+    lines = [table(rows), f"taken for granted: {memory.assumption}"]
+    return "\n".join((*lines, f"strategy: {plan.choice}") if plan.choice else lines)
 
 
 def gib(size: int) -> str:

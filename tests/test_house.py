@@ -30,8 +30,13 @@ LAUNCHER_ORDER = (
     ("ssh",),
     ("fleet",),
     ("credential", "image", "compose", "fit", "accelerator", "deepspeed", "smi"),
+    ("image_token",),
+    ("activation", "buffer"),
+    ("memory",),
     ("problem",),
     ("capability", "cluster", "container", "recipe", "network", "stage", "text"),
+    ("choice",),
+    ("remedy",),
     ("check",),
     ("start",),
     ("plan",),
@@ -45,6 +50,7 @@ LAUNCHER_ORDER = (
     ("probe", "finding"),
     ("machine",),
     ("device", "agreement", "experiment"),
+    ("headroom",),
     ("gang", "relay", "doctor"),
     ("ship",),
     ("remote_build", "sync"),
@@ -67,6 +73,7 @@ LAUNCHER_ORDER = (
     ("supervision", "desk"),
     ("launch",),
     ("show",),
+    ("forecast", "trace"),
     ("script",),
     ("guide",),
     ("bundle",),
@@ -80,14 +87,17 @@ TRAINER_ORDER = (
     ("fact",),
     ("contract",),
     ("device", "precision", "schedule", "data", "models", "stages", "observe", "resume", "shard", "output", "watchdog"),
-    ("activation", "kernel", "manifest", "loss", "part", "quantization", "rounding"),
+    ("activation", "kernel", "ledger", "loss", "manifest", "part", "phantom", "quantization", "rounding", "synthesis"),
     ("optimizer",),
     ("eight_bit",),
     ("effect",),
     ("engine",),
+    ("sharding",),
+    ("trace",),
     ("best", "state"),
     ("checkpoint", "evaluate", "finite", "loop", "origin", "start"),
-    ("build", "draft"),
+    ("draft", "scatter"),
+    ("build",),
     ("writer",),
     ("boundary",),
     ("training",),
@@ -169,7 +179,7 @@ def test_public_modules_classes_and_dataclasses(path: Path) -> None:
                     f"{node.name} is frozen and keyword-only"
                 )
         bases = {ast.unparse(base) for base in node.bases}
-        demanded = {"torch.nn.Module", "torch.optim.Optimizer", "torch.autograd.Function"}
+        demanded = {"torch.nn.Module", "torch.optim.Optimizer", "torch.autograd.Function", "TorchDispatchMode"}
         allowed = bases <= {"Protocol", "Enum", "IntEnum", "StrEnum", "NamedTuple", *demanded} or any(
             base.endswith(("Error", "Exception")) for base in bases
         )

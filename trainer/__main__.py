@@ -1,8 +1,10 @@
 """`python -m trainer data SPEC`: check the data before a rank starts. `torchrun ... -m trainer run SPEC`: the run, on every rank.
+`python -m trainer trace SPEC`: the memory of one step, as JSON, without weights and without an accelerator.
 
 Exit codes are contract.Exit. A rank that fails leaves `failure-rank<n>.json` in the run's folder.
 """
 
+import importlib.util
 import json
 import os
 import socket
@@ -10,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from trainer.contract import (
     RunFailed,
     SpecError,
     TrainSpec,
+    encode,
     read,
     write,
     write_text,
@@ -33,7 +37,8 @@ from trainer.contract import (
 from trainer.output import named_lines, say_phase
 from trainer.resume import newest_checkpoint
 
-USAGE = "usage: python -m trainer data SPEC | run SPEC    (SPEC: the path of a run's spec.json)"
+USAGE = "usage: python -m trainer data SPEC | run SPEC | trace SPEC    (SPEC: the path of a run's spec.json)"
+TRACED_WITH = ("torch", "transformers", "peft")
 
 
 def main(arguments: list[str]) -> int:
@@ -99,7 +104,27 @@ def run(spec: TrainSpec) -> int:
     return Exit.OK
 
 
-COMMANDS: dict[str, Callable[[TrainSpec], int]] = {"data": data, "run": run}
+def trace(spec: TrainSpec) -> int:
+    """Print a TraceReport. What is refused is said, and not left in the run's folder: there need be no run."""
+    try:
+        missing = [name for name in TRACED_WITH if importlib.util.find_spec(name) is None]
+        if missing:
+            raise InputRefused(
+                f"{sys.executable} has no {', '.join(missing)}, and a trace takes a step of the real model.\n    install the trainer's "
+                "environment (make setup), or plan without --trace"
+            )
+        with redirect_stdout(sys.stderr):  # libraries talk; what is printed here is read by the launcher
+            from trainer.trace import trace as trace_step
+
+            report = trace_step(spec)
+    except InputRefused as error:
+        print(error, file=sys.stderr)
+        return Exit.USAGE
+    print(encode(report), end="")
+    return Exit.OK
+
+
+COMMANDS: dict[str, Callable[[TrainSpec], int]] = {"data": data, "run": run, "trace": trace}
 
 
 def fail(spec: TrainSpec, error: Exception) -> int:

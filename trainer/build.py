@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from trainer.models.weight import round_weights
 from trainer.origin import continues_adapter
 from trainer.output import say_phase
 from trainer.precision import loading_dtype
+from trainer.scatter import is_partitioned
 from trainer.stages.lora import merge_adapter
 from trainer.stages.reset import reset_groups
 
@@ -23,42 +25,52 @@ LARGE = 10**9  # parameters; so many take a core 13 s to draw, and 4 GB in float
 
 
 def build(
-    spec: TrainSpec, family: Family, origin: Origin, *, instead: Path | None = None, place: torch.device = CPU
+    spec: TrainSpec, family: Family, origin: Origin, *, instead: Path | None = None, place: torch.device = CPU, hollow: bool = False
 ) -> tuple[torch.nn.Module, Processor]:
     """Model and processor: from the stage's checkpoint, else from the model's source; the weights from `instead`, where it is given.
 
     An adapter is merged into its base, unless the stage goes on with it. On the CPU, but for a large random start, which is made on
-    `place`, the device of this rank."""
+    `place`, the device of this rank. `hollow`: the same modules without values, on the meta device; trainer.scatter brings those."""
     attend_by_sample()
     dtype = loading_dtype(spec.precision)
     folder = Path(origin.base or origin.path) if origin.path else None
     limit = Limit(max_pixels=spec.data.max_pixels, max_tiles=spec.data.max_tiles)
     processor = family.load_processor(folder, spec.model, limit) if folder else family.create_processor(spec.model, limit)
     if instead is not None:
-        return family.load(instead, spec.model, dtype), processor
+        return family.load(instead, spec.model, dtype, hollow=hollow), processor
     if folder is None:
-        return start_at_random(spec.model, family, dtype, place), processor
-    model = family.load(folder, spec.model, dtype)
+        started = start_hollow if hollow else partial(start_at_random, place=place, partitioned=is_partitioned(spec))
+        return started(spec.model, family, dtype), processor
+    model = family.load(folder, spec.model, dtype, hollow=hollow)
     if origin.base and not continues_adapter(origin, spec.stage.lora):
         model = merge_adapter(model, Path(origin.path))
-    reset_groups(model, spec)
+    if not hollow:
+        reset_groups(model, spec)
     return model, processor
 
 
-def start_at_random(model: ModelSpec, family: Family, dtype: torch.dtype, place: torch.device) -> torch.nn.Module:
+def start_at_random(
+    model: ModelSpec, family: Family, dtype: torch.dtype, place: torch.device, *, partitioned: bool = False
+) -> torch.nn.Module:
     """Random weights in `dtype`, from torch's current seed: drawn in float32 on the CPU and rounded, so that one seed gives one start in
     every precision and on every device. More than LARGE parameters are drawn on an accelerator, in `dtype`: 8 billion would take the CPU
-    two minutes and 33 GB. Their start is one for all devices of a kind, and of a dtype."""
+    two minutes and 33 GB. Their start is one for all devices of a kind, and of a dtype. `partitioned`: no device has room for the whole,
+    which is drawn on the CPU after all, though in `dtype`."""
     if place.type != "cpu" and count_parameters(model, family) > LARGE:
-        with place, default_dtype(dtype):
+        with CPU if partitioned else place, default_dtype(dtype):
             return round_weights(family.create(model), dtype)
     return round_weights(family.create(model), dtype)
 
 
-def count_parameters(model: ModelSpec, family: Family) -> int:
-    """Without memory for them: 0.1 s for 8 billion. The random numbers stay where they are."""
+def start_hollow(model: ModelSpec, family: Family, dtype: torch.dtype) -> torch.nn.Module:
+    """A random start without its values and without memory for them. The random numbers stay where they are."""
     with torch.random.fork_rng(devices=()), torch.device("meta"):
-        return sum(parameter.numel() for parameter in family.create(model).parameters())
+        return round_weights(family.create(model), dtype)
+
+
+def count_parameters(model: ModelSpec, family: Family) -> int:
+    """0.1 s for 8 billion."""
+    return sum(parameter.numel() for parameter in start_hollow(model, family, torch.float32).parameters())
 
 
 @contextmanager

@@ -28,6 +28,8 @@ from trainer.report import (
     PhasePeak as PhasePeak,
     RankFacts as RankFacts,
     StepRow as StepRow,
+    TracePhase as TracePhase,
+    TraceReport as TraceReport,
     TrainResult as TrainResult,
 )
 

@@ -4,6 +4,7 @@ DeepSpeed is imported inside the functions: its import picks an accelerator by D
 """
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +23,7 @@ from trainer.part import find_parts
 
 RATE = "rate"  # key of a parameter group: its learning rate over that of the schedule
 IGNORED = -100  # label of a token that is not trained on
+SETTLE_S = 0.3  # a hundred times what a thread of gloo takes, whose turn comes later on a busy machine
 FUSED = ("cpu", "cuda")  # where torch has AdamW as one kernel: on the digits job a tenth of a step faster than one op at a time
 
 
@@ -160,6 +162,9 @@ class Engine:
 def start_distributed(spec: DeviceSpec) -> None:
     """Join the process group that torchrun describes in the environment."""
     os.environ.setdefault("DS_ACCELERATOR", spec.accelerator)  # else DeepSpeed guesses from what is installed
+    # DeepSpeed looks at its Muon optimizer, which is under torch.compile, whatever optimizer is at work: 1.2 s of imports on every rank, and
+    # with Triton installed a pool of compiling processes. Nothing here is compiled by torch.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if spec.accelerator == "cpu" and "LOCAL_WORLD_SIZE" in os.environ:
         # DeepSpeed's shared-memory op reads what its own launcher would have set, and takes the absence for no rank at all.
         os.environ.setdefault("LOCAL_SIZE", os.environ["LOCAL_WORLD_SIZE"])
@@ -173,10 +178,21 @@ def start_distributed(spec: DeviceSpec) -> None:
     deepspeed.init_distributed(dist_backend=spec.backend, timeout=timedelta(seconds=spec.timeout_s), verbose=False)
 
 
+def leave_distributed() -> None:
+    """Leave the process group, once all ranks have done their last collective.
+
+    torch 2.7.1 joins gloo's threads with Python's lock held, and one that still has to let go of a collective's tensors waits for that lock:
+    a rank that never ends. The threads get the lock here first. 2.13.0 does not need it (tests/trainer/test_leave.py)."""
+    if torch.distributed.get_backend() == "gloo" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        time.sleep(SETTLE_S)
+    torch.distributed.destroy_process_group()
+
+
 def start_engine(model: torch.nn.Module, spec: TrainSpec, device: torch.device, *, rates: Mapping[str, float] | None = None) -> Engine:
     """Wrap a model whose trainable parameters are marked. `rates`: see build_optimizer. Raises RunFailed when DeepSpeed took another
     config than planned."""
     import deepspeed
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
     offload = spec.deepspeed.get("zero_optimization", {}).get("offload_optimizer") is not None
     states = spec.precision.optimizer
@@ -186,8 +202,9 @@ def start_engine(model: torch.nn.Module, spec: TrainSpec, device: torch.device, 
         fused = spec.device.accelerator in FUSED
         optimizer = build_optimizer(model, spec.optimizer, rates or {}, states=states, offload=offload, fused=fused, seed=spec.seed)
     handle, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(spec.deepspeed))
-    if spec.device.world_size == 1 and handle.zero_optimization_stage() == 0:
-        handle.enable_backward_allreduce = False  # else gradients are packed, summed over the one rank and unpacked
+    if spec.device.world_size == 1 and (handle.zero_optimization_stage() == 0 or isinstance(handle.optimizer, BF16_Optimizer)):
+        # Else gradients are packed, summed over the one rank and unpacked: by BF16_Optimizer in two copies more, rounded to bfloat16.
+        handle.enable_backward_allreduce = False
     engine = Engine(
         handle=handle,
         model=handle.module,
@@ -228,8 +245,9 @@ def build_stochastic(model: torch.nn.Module, spec: TrainSpec, rates: Mapping[str
 def group_parameters(model: torch.nn.Module, optimizer: Optimizer, rates: Mapping[str, float]) -> list[dict[str, Any]]:
     """The trainable parameters by rate, and by decay: matrices alone, since decaying norms and biases pulls them to zero for nothing."""
     trainable = [(rates.get(name, 1.0), p) for name, p in model.named_parameters() if p.requires_grad]
+    dimensions = {p: len(getattr(p, "ds_shape", p.shape)) for _, p in trainable}  # what ZeRO 3 has cut is a vector
     groups = [
-        {"params": [p for own, p in trainable if own == rate and (p.ndim >= 2) == matrices], "weight_decay": decay, RATE: rate}
+        {"params": [p for own, p in trainable if own == rate and (dimensions[p] >= 2) == matrices], "weight_decay": decay, RATE: rate}
         for rate in dict.fromkeys(rate for rate, _ in trainable)
         for matrices, decay in ((True, optimizer.weight_decay), (False, 0.0))
     ]

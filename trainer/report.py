@@ -201,3 +201,37 @@ class FailureReport:
     kind: str
     message: str
     traceback: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracePhase:
+    """The highest moment of a part of a traced step: bytes on one rank's device, and what they are (`items_bytes`; their sum)."""
+
+    phase: Literal["forward", "backward", "update"]
+    peak_bytes: int
+    items_bytes: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceReport:
+    """One step of the real model on tensors without memory. `host_bytes`: what offloading puts into the memory of a node. `samples` rows of
+    `length` tokens, `image_tokens` of which stand for `images` images of `image_size`, (width, height) in pixels, and `trained_tokens` of
+    which have a loss. `cpu_seconds` and `resident_bytes` are what the trace itself took. `notes`: what was assumed."""
+
+    schema: int
+    torch: str
+    peak_bytes: int
+    peak_phase: str
+    phases: tuple[TracePhase, ...]
+    host_bytes: int
+    parameters: int
+    trainable: int
+    samples: int
+    length: int
+    images: int
+    image_size: tuple[int, ...]
+    image_tokens: int
+    trained_tokens: int
+    cpu_seconds: float
+    resident_bytes: int
+    notes: tuple[str, ...] = ()

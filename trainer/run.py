@@ -42,7 +42,7 @@ from trainer.data.source import hash_sources
 from trainer.device import Device, open_device, require_determinism, seed_all
 from trainer.draft import Saved, make_room
 from trainer.effect import taken_config
-from trainer.engine import Engine, start_distributed, start_engine
+from trainer.engine import Engine, leave_distributed, start_distributed, start_engine
 from trainer.evaluate import Halted, evaluate
 from trainer.kernel import use_kernels
 from trainer.loop import Progress, stop_on_signals
@@ -54,8 +54,18 @@ from trainer.observe.tracker import open_trackers, refuse_missing
 from trainer.origin import continues_adapter, find_origin
 from trainer.output import say_phase
 from trainer.resume import fixed_parts
+from trainer.scatter import SOURCE, is_partitioned, scatter
 from trainer.stages.group import Staged, apply_stage, trainable_table
-from trainer.start import choose_start, finished_before, load_adapter, resume_adapter, resume_engine, whole_weights
+from trainer.start import (
+    Start,
+    choose_start,
+    finished_before,
+    load_adapter,
+    refusing_together,
+    resume_adapter,
+    resume_engine,
+    whole_weights,
+)
 from trainer.training import Job, progress_of, run_steps, saved_of
 
 LOST_PEER = re.compile("closed by peer|reset by peer|Broken pipe|remote process exited|Timed out waiting|Watchdog caught")  # gloo, NCCL
@@ -70,6 +80,16 @@ class Rank:
     world_size: int
     device: Device
     place: torch.device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A model with its stage applied, before any engine. `kernels`: see use_kernels."""
+
+    staged: Staged
+    processor: Processor
+    origin: Origin
+    kernels: dict[str, str]
 
 
 def run_stage(spec: TrainSpec, environ: Mapping[str, str]) -> TrainResult:
@@ -94,50 +114,62 @@ def run_stage(spec: TrainSpec, environ: Mapping[str, str]) -> TrainResult:
         raise
     if rank.number == 0 and before is None:
         write(result, Path(spec.output) / RESULT_FILE)
-    torch.distributed.destroy_process_group()  # not after a failure: it would wait for ranks that are gone
+    leave_distributed()  # not after a failure: it would wait for ranks that are gone
     return result
 
 
 def train_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
     gauge = Gauge(rank.device)
-    family = find_family(spec.model.family)
     places = find_places(spec)
     samples = load_samples(places.train, places)
     start = choose_start(spec, hash_sources(places.train, places.images))
-    origin = find_origin(spec, weights_folder(spec))
-    model, processor = build(spec, family, origin, instead=whole_weights(spec, start), place=rank.place)
-    say_phase(4)
-    kernels = use_kernels(model, spec)
-    if spec.gradient_checkpointing:
-        checkpoint_layers(model, spec)
-    staged = apply_stage(model, spec, family.unused(model))
-    if start.checkpoint is None and continues_adapter(origin, spec.stage.lora):
-        load_adapter(staged.model, Path(origin.path))
-    resume_adapter(staged.model, spec, start)
-    engine = start_engine(staged.model, spec, rank.place, rates=staged.rates)
-    describe(spec, rank, staged, environ, origin=origin, engine=engine, kernels=kernels)
+    made = make_model(spec, rank, start)
+    if is_partitioned(spec):
+        scatter(made.staged.model, spec, rank.place)
+    engine = start_engine(made.staged.model, spec, rank.place, rates=made.staged.rates)
+    describe(spec, rank, made, environ, engine=engine)
     held_out = load_samples(places.evaluation, places) if spec.evaluation.enabled else ()
-    partitioned = spec.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3
 
     def answer(file: str, halted: Halted | None) -> dict[str, float]:
         more = {"file": file, "loss_sum": engine.loss_sum if spec.evaluation.loss else None, "halted": halted}
-        return score(spec, rank, engine.model, processor, held_out, partitioned=partitioned, **more)
+        return score(spec, rank, engine.model, made.processor, held_out, partitioned=is_partitioned(spec), **more)
 
     with open_trackers(spec, fixed_parts(spec), environ, step=start.step, tells=rank.number == 0) as audience:
         job = Job(
             spec=spec,
             engine=engine,
-            processor=processor,
+            processor=made.processor,
             samples=samples,
             device=rank.device,
             gauge=gauge,
             start=start,
-            origin=origin,
+            origin=made.origin,
             audience=audience,
             score=answer,
         )
         trained = take_steps(job)
         return trained if trained.status == "stopped" else finish(job, trained)
+
+
+def make_model(spec: TrainSpec, rank: Rank, start: Start) -> Made:
+    """The model that a stage trains, as it begins or goes on. Under ZeRO 3 rank 0 alone has its values. Every rank must call it; raises
+    InputRefused on all of them."""
+    family = find_family(spec.model.family)
+    hollow = is_partitioned(spec) and rank.number != SOURCE
+    with refusing_together():
+        origin = find_origin(spec, weights_folder(spec))
+        model, processor = build(spec, family, origin, instead=whole_weights(spec, start), place=rank.place, hollow=hollow)
+    say_phase(4)
+    kernels = use_kernels(model, spec)
+    with refusing_together():
+        if spec.gradient_checkpointing:
+            checkpoint_layers(model, spec)
+        staged = apply_stage(model, spec, family.unused(model))
+        if not hollow and start.checkpoint is None and continues_adapter(origin, spec.stage.lora):
+            load_adapter(staged.model, Path(origin.path))
+        if not hollow:
+            resume_adapter(staged.model, spec, start)
+    return Made(staged=staged, processor=processor, origin=origin, kernels=kernels)
 
 
 def take_steps(job: Job) -> TrainResult:
@@ -183,7 +215,7 @@ def evaluate_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> T
     kernels = use_kernels(model, spec)
     staged = apply_stage(model, spec, family.unused(model))
     staged.model.to(rank.place)
-    describe(spec, rank, staged, environ, origin=origin, engine=None, kernels=kernels)
+    describe(spec, rank, Made(staged=staged, processor=processor, origin=origin, kernels=kernels), environ, engine=None)
     held_out = load_samples(places.evaluation, places) if spec.evaluation.enabled else ()
     gauge.enter("evaluation")
     scores = score(spec, rank, staged.model, processor, held_out, partitioned=False)
@@ -261,25 +293,16 @@ def load_samples(file: Path | None, places: Places) -> tuple[Sample, ...]:
     return samples
 
 
-def describe(
-    spec: TrainSpec,
-    rank: Rank,
-    staged: Staged,
-    environ: Mapping[str, str],
-    *,
-    origin: Origin,
-    engine: Engine | None,
-    kernels: dict[str, str],
-) -> None:
+def describe(spec: TrainSpec, rank: Rank, made: Made, environ: Mapping[str, str], *, engine: Engine | None) -> None:
     """environment.json, the table of what trains, and the kernels that are not the plain ones. Raises InputRefused where a rerun finds
     another environment than that of its record."""
     deepspeed = {"config": dict(engine.handle.config), "taken": taken_config(engine)} if engine is not None else {}
-    report = report_environment(rank.device, rank.local, staged.groups, deepspeed, environ)
+    report = report_environment(rank.device, rank.local, made.staged.groups, deepspeed, environ)
     if report is not None:
-        write(replace(report, origin=origin, kernels=kernels), Path(spec.output) / ENVIRONMENT_FILE)
+        write(replace(report, origin=made.origin, kernels=made.kernels), Path(spec.output) / ENVIRONMENT_FILE)
         refuse_other_environment(spec, report)
-        trainable_table(staged.groups, print)
-        for name, where in kernels.items():
+        trainable_table(made.staged.groups, print)
+        for name, where in made.kernels.items():
             print(f"kernel {name}: {where}")
         sys.stdout.flush()
 

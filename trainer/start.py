@@ -4,6 +4,8 @@ Rank 0 decides from its own disk, since that is where checkpoints are written; e
 """
 
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,22 @@ def tell_all(value: Any) -> Any:
     if torch.distributed.get_world_size() > 1:
         torch.distributed.broadcast_object_list(said, src=0)
     return said[0]
+
+
+@contextmanager
+def refusing_together() -> Iterator[None]:
+    """What one rank refuses within, all of them do: else they would wait for it, in the next collective, until that gives up. Every rank
+    must come by. Raises InputRefused."""
+    problem = ""
+    try:
+        yield
+    except InputRefused as error:
+        problem = str(error)
+    said = [problem] * torch.distributed.get_world_size()
+    if len(said) > 1:
+        torch.distributed.all_gather_object(said, problem)
+    if any(said):
+        raise InputRefused(next(filter(None, said)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- going on

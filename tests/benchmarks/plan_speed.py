@@ -1,4 +1,4 @@
-"""How long `omnilaunch plan` takes as a whole process, beside the bare interpreter in the same run.
+"""How long `omnilaunch plan` takes as a whole process, beside the bare interpreter in the same run, and what of it the memory verdict takes.
 
 python tests/benchmarks/plan_speed.py
 """
@@ -7,10 +7,16 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 REPEATS = 7
+# One that fits, and a refusal, which tries every change.
+VERDICTS = (
+    ("hardware=ascend910b", "model=qwen2_5_vl_32b", "stage=lora", "cluster=example"),
+    ("hardware=rtx3090", "model=minicpm_o_2_6", "stage=full", "tune=null"),
+)
 PLAN = (sys.executable, "-m", "launcher.cli", "plan", "hardware=ascend910b", "model=qwen2_5_vl_32b", "stage=lora", "cluster=example")
 MODULES = ("-X", "importtime", "-m", "launcher.cli", *PLAN[3:])
 
@@ -30,6 +36,28 @@ def main() -> None:
     print(
         f"plan {plan:.3f} s (median of {REPEATS}), bare interpreter {bare:.3f} s, ratio {plan / bare:.1f}; heavy imports: {heavy or 'none'}; goal <= 0.7 s"
     )
+    for words in VERDICTS:
+        print(
+            f"memory verdict {time_verdict(words) * 1000:.1f} ms of the processor (median of {REPEATS}), {' '.join(words)}; goal <= 50 ms"
+        )
+
+
+def time_verdict(words: tuple[str, ...]) -> float:
+    """Seconds of the processor: the choice of a strategy, the verdict with its changes, the notes, and the table of the plan."""
+    from launcher.choice import choose_strategy
+    from launcher.compose import compose
+    from launcher.image import load_stacks
+    from launcher.memory import estimate_memory
+    from launcher.remedy import memory_fits, write_memory_notes
+
+    config, stacks = compose(words, ROOT / "conf"), dict(load_stacks(ROOT / "images"))
+    spent = []
+    for _ in range(REPEATS):
+        started = time.process_time()
+        chosen = replace(config, strategy=choose_strategy(config))
+        list(memory_fits(chosen, stacks)), list(write_memory_notes(chosen)), estimate_memory(chosen)
+        spent.append(time.process_time() - started)
+    return statistics.median(spent)
 
 
 if __name__ == "__main__":

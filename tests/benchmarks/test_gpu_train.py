@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher.choice import choose_strategy
 from launcher.compose import compose
-from launcher.fit import choose_strategy
 from launcher.plan import Place, train_spec
 from launcher.schema import Config
 from tests.benchmarks.flop import Shape, count_sample

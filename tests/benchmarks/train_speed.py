@@ -6,7 +6,8 @@ Hugging Face's Trainer needs accelerate: pip install accelerate. Each way runs i
 figures are medians of the mean step after the first 15, an epoch of `mixed`. Both make their batches with our collate, in the process of the loop
 (data.workers=0, dataloader_num_workers=0), and keep processed images and texts between epochs. `mixed`: conversations of 20 to 500 tokens,
 three out of four with an image. A step is 16 samples: one micro-batch padded to its longest sample, or with packing rows of at most 512
-tokens, one a micro-batch; padding-free: the micro-batch of 16 samples as one row. useful: the tokens of samples among all that the model computes.
+tokens, one a micro-batch; ours, as on every CPU, leaves padding out: the 16 samples as one row. useful: the tokens of samples among all
+that the model computes.
 """
 
 import argparse
@@ -108,7 +109,9 @@ def run_theirs(spec: TrainSpec, arguments: dict[str, Any]) -> dict[str, float]:
     torch.manual_seed(spec.seed)
     model, processor, samples = load(spec)
     cache = Cache(CACHE_BYTES)
-    lengths = keep_lengths(samples, processor, spec, cache)(range(len(samples)))
+    # What sorts by length has it counted before, which also leaves all texts encoded; the others encode each when it comes, as we do.
+    sorts = "train_sampling_strategy" in arguments
+    lengths = keep_lengths(samples, processor, spec, cache)(range(len(samples))) if sorts else [1] * len(samples)
 
     class Timer(TrainerCallback):
         began = ended = 0.0
@@ -182,9 +185,9 @@ def count_useful(spec: TrainSpec) -> dict[str, float]:
 WAYS = {
     "hf": Way(trainer=run_theirs, data={}, arguments={}),
     "hf, by length": Way(trainer=run_theirs, data={}, arguments={"train_sampling_strategy": "group_by_length"}),
-    "ours": Way(trainer=run_ours, data={}, arguments={}),
+    "ours": Way(trainer=run_ours, data={"padding_free": True}, arguments={}),  # as a plan for a CPU has it
+    "ours, padded": Way(trainer=run_ours, data={}, arguments={}),
     "ours, by length": Way(trainer=run_ours, data={"length_aware": "window"}, arguments={}),
-    "ours, padding-free": Way(trainer=run_ours, data={"padding_free": True}, arguments={}),
     "ours, packed": Way(trainer=run_ours, data={"packing": True}, arguments={}),
 }
 
@@ -235,9 +238,9 @@ def show(name: str, found: dict[str, dict[str, float]]) -> None:
         useful = f"{row['useful']:>9.1%}" if way != "hf, by length" else f"{'':>9}"  # its order is not ours
         rate = f"{row['useful_tokens_per_s']:>14,.0f}"
         print(f"{way:<18}{row['samples_per_s']:>12.1f}{row['samples_per_s'] / base:>12.2f}{rate}{useful}{row['spread']:>9.0%}")
-    packed = found["ours, packed"]["useful_tokens_per_s"] / found["ours"]["useful_tokens_per_s"]
+    packed = found["ours, packed"]["useful_tokens_per_s"] / found["ours, padded"]["useful_tokens_per_s"]
     print(
-        f"{name}: {found['ours']['samples_per_s'] / base:.2f} x hf (goal 1.2); packed {packed:.2f} x unpacked useful tokens/s (goal 2 on mixed),"
+        f"{name}: {found['ours']['samples_per_s'] / base:.2f} x hf (goal 1.2); packed {packed:.2f} x padded useful tokens/s (goal 2 on mixed),"
     )
     print(f"  {found['ours, packed']['useful']:.1%} of the packed tokens useful (goal 98 %)", flush=True)
 

@@ -164,7 +164,21 @@ NODE_ILLS: dict[str, tuple[Ill, ...]] = {
         Ill(words=P4, answers={"devices": p4()["devices"].replace("Tesla P4", "Tesla T4")}, says="it has Tesla T4"),
     ),
     "device_memory": (
-        Ill(words=NPU, answers=npu_table("65536", "32768"), says="32.0 GiB, the plan counts on 64", fix="hardware.memory_gib=32"),
+        Ill(
+            words=NPU,
+            answers=npu_table("65536", "32768"),
+            says="32.0 GiB, the plan counts on 64",
+            fix="hardware.memory_gib=32",
+            level="warning",
+        ),
+    ),
+    "fit": (
+        Ill(
+            words=(*NPU, "model=llava_1_5_7b", "tune=null", "strategy=zero2"),
+            answers=npu_table("65536", "32768"),
+            says="GiB, 28.7 of 32.0 are free",
+            fix="hardware.memory_gib=28.6 hardware.host_memory_gib=476",
+        ),
     ),
     "device_health": (
         Ill(
@@ -249,9 +263,9 @@ COMPARED_ILLS: dict[str, tuple[Ill, ...]] = {
 
 
 def test_the_number_of_checks() -> None:
-    assert (len(NODE_CHECKS), len(COMPARISONS), len(EXPERIMENTS)) == (32, 10, 3)
+    assert (len(NODE_CHECKS), len(COMPARISONS), len(EXPERIMENTS)) == (33, 10, 3)
     assert set(NODE_ILLS) == set(NODE_CHECKS) and set(COMPARED_ILLS) | {"clocks"} == set(COMPARISONS)
-    assert sum(check.launch for check in (*NODE_CHECKS.values(), *COMPARISONS.values())) == 33
+    assert sum(check.launch for check in (*NODE_CHECKS.values(), *COMPARISONS.values())) == 34
 
 
 @pytest.mark.parametrize("words", [CPU, NPU, NPU_RUNTIME, P4, LOCAL, OFFLOAD, DATA, PULL], ids=lambda words: " ".join(words[:2]))

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from launcher.choice import STATES_SHARE, choose_strategy
 from launcher.compose import compose
-from launcher.fit import GIB, STATES_SHARE, choose_strategy, lora_parameters, model_states, trainable_parameters, world_size
+from launcher.fit import GIB, lora_parameters, model_states, trainable_parameters, world_size
 from launcher.schema import Config
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -27,11 +28,12 @@ def with_strategy(config: Config, **changes: Any) -> Config:
 
 @pytest.mark.parametrize(
     ("precision", "bytes_each"),  # of a frozen weight, of what training adds to one: gradient, moments, master
-    [("fp32", (4, 4 + 8)), ("bf16", (2, 4 + 8 + 4)), ("fp16", (2, 4 + 8 + 4)), ("pure_bf16", (2, 2 + 4))],
+    [("fp32", (4, 4 + 8)), ("bf16", (2, 6 + 8 + 4)), ("fp16", (2, 4 + 8 + 4)), ("pure_bf16", (2, 2 + 4 + 2))],
 )
-def test_states_of_ddp_are_those_of_one_device(precision: str, bytes_each: tuple[int, int]) -> None:
+def test_states_of_one_device(precision: str, bytes_each: tuple[int, int]) -> None:
+    """BF16_Optimizer keeps gradients in bfloat16 beside those in float32; pure_bf16 in ZeRO has a copy of its slice."""
     weight, training = bytes_each
-    states = model_states(llava(f"precision={precision}"))
+    states = model_states(with_strategy(llava(f"precision={precision}", "cluster.devices_per_node=1"), name="single"))
     assert (states.parameters, states.trainable) == (LLAVA, TRAINED)
     assert states.total_bytes == LLAVA * weight + TRAINED * training == sum(states.items_bytes.values())
     assert states.host_bytes == 0
@@ -39,12 +41,19 @@ def test_states_of_ddp_are_those_of_one_device(precision: str, bytes_each: tuple
 
 @pytest.mark.parametrize(
     ("name", "shares"),  # ranks over which weights, gradients and optimizer are spread, of 8
-    [("ddp", (1, 1, 1)), ("zero1", (1, 1, 8)), ("zero2", (1, 8, 8)), ("zero3", (8, 8, 8))],
+    [("ddp", (1, 1, 8)), ("zero1", (1, 1, 8)), ("zero2", (1, 8, 8)), ("zero3", (8, 8, 8))],
 )
 def test_zero_shards_as_the_paper_says(name: str, shares: tuple[int, int, int]) -> None:
-    whole = {"weights": 2 * LLAVA, "gradients": 4 * TRAINED, "optimizer": 12 * TRAINED}
+    """ddp with 16-bit weights is rendered as stage 1, since their masters lie in a ZeRO optimizer."""
+    gradients = 4 + 2 if name in ("ddp", "zero1") else 4  # BF16_Optimizer's, in both types
+    whole = {"weights": 2 * LLAVA, "gradients": gradients * TRAINED, "optimizer": 12 * TRAINED}
     items = model_states(with_strategy(llava(), name=name)).items_bytes
     assert items == {key: -(-size // share) for (key, size), share in zip(whole.items(), shares, strict=True)}
+
+
+def test_ddp_in_float32_divides_nothing() -> None:
+    items = model_states(llava("precision=fp32")).items_bytes
+    assert items == {"weights": 4 * LLAVA, "gradients": 4 * TRAINED, "optimizer": 8 * TRAINED}
 
 
 def test_zero_keeps_a_copy_of_its_slice_in_fp32_too() -> None:
@@ -60,10 +69,11 @@ def test_offloading_moves_states_to_the_host() -> None:
 
 
 def test_moments_in_8_bits_take_two_bytes_and_a_scale_for_256_of_them() -> None:
-    items = model_states(llava("precision=bf16", "stage.optimizer.state_bits=8")).items_bytes
+    config = llava("precision=bf16", "stage.optimizer.state_bits=8", "cluster.devices_per_node=1")
+    items = model_states(with_strategy(config, name="single")).items_bytes
     assert items["optimizer"] == TRAINED * (4 + 2) + 2 * 4 * -(-TRAINED // 256)
     sharded = model_states(with_strategy(llava("precision=fp32", "stage.optimizer.state_bits=8"), name="zero2")).items_bytes
-    assert sharded["optimizer"] == -(-items["optimizer"] // 8)
+    assert sharded["optimizer"] == -(-items["optimizer"] // 8)  # float32 weights in ZeRO have a master too
 
 
 def test_evaluation_holds_weights_alone() -> None:
@@ -96,7 +106,7 @@ def test_hybrid_decoders_have_attention_in_some_layers_alone() -> None:
         (("cluster.devices_per_node=2",), "ddp"),
         (("precision=pure_bf16",), "zero1"),  # DeepSpeed's bfloat16 masters need ZeRO
         (("hardware=h200", "model=llava_1_5_7b", "stage=lora"), "ddp"),
-        (("hardware=h200", "model=llava_1_5_7b"), "zero1"),
+        (("hardware=h200", "model=llava_1_5_7b"), "ddp"),  # which in 16 bits is rendered as stage 1: its slices leave room
         (("hardware=ascend910b", "model=llava_1_5_7b"), "zero2"),
         (("hardware=ascend910b", "model=qwen2_5_vl_32b"), "zero3"),
         (("hardware=rtx3090", "model=llava_1_5_7b"), "zero3"),  # fits nowhere: the most sharded, which check refuses
@@ -123,7 +133,8 @@ def test_the_less_sharded_ones_would_not_have_left_room() -> None:
         (("cluster.devices_per_node=4", "stage.global_batch=24"), 6),
         (("stage.global_batch=100",), 50),
         (("stage.global_batch=67",), 1),
-        (("hardware=h200", "model=llava_1_5_7b"), 1),
+        (("hardware=h200", "model=llava_1_5_7b"), 16),  # all of a rank's samples fit
+        (("model=llava_1_5_7b", "tune=null"), 1),  # on a device whose memory is not known
         (("strategy.micro_batch=4",), 4),
     ],
 )

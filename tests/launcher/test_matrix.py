@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from launcher.check import Verdict, check
+from launcher.choice import choose_strategy
 from launcher.compose import compose, options
-from launcher.fit import choose_strategy
 from launcher.image import Stack, load_stacks
 from launcher.schema import Config
 

@@ -159,3 +159,15 @@ def test_what_may_take_days_collects_its_garbage(tmp_path: Path, plan_for: Calla
         assert main(["attach", "monday"]) == 2 and seen == [True]
     finally:
         gc.enable()
+
+
+def test_a_run_of_another_user_is_no_bug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """root may write anywhere, so the refusal of the system is stood in for."""
+
+    def refuse(_: Namespace) -> int:
+        raise PermissionError(13, "Permission denied", "runs/monday/logs/stop0.log")
+
+    monkeypatch.setattr("launcher.cli.parse", lambda _: Namespace(verb=refuse))
+    assert main(["stop", "monday"]) == 2
+    said = capsys.readouterr().err
+    assert "runs/monday/logs/stop0.log: Permission denied" in said and "Traceback" not in said

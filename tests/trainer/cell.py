@@ -10,11 +10,13 @@ import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trainer.build import CPU, start_at_random, start_hollow
 from trainer.contract import TrainSpec
 from trainer.data.check import resolve
 from trainer.data.load import batches
@@ -22,8 +24,8 @@ from trainer.data.sample import Sample, read_samples
 from trainer.engine import Engine, start_distributed, start_engine
 from trainer.loop import Wish, train_step
 from trainer.models import find_family
-from trainer.models.weight import round_weights
 from trainer.precision import loading_dtype
+from trainer.scatter import SOURCE, is_partitioned, scatter
 from trainer.stages.group import apply_stage
 from trainer.watchdog import Watchdog
 
@@ -91,10 +93,13 @@ def read_rows(spec: TrainSpec) -> tuple[Sample, ...]:
 def run_cell(spec: TrainSpec, samples: tuple[Sample, ...], rank: int) -> Outcome:
     family = find_family(spec.model.family)
     torch.manual_seed(spec.seed)
-    model = round_weights(family.create(spec.model), loading_dtype(spec.precision))
+    started = start_hollow if is_partitioned(spec) and rank != SOURCE else partial(start_at_random, place=CPU)
+    model = started(spec.model, family, loading_dtype(spec.precision))
     staged = apply_stage(model, spec, family.unused(model))
     trained = frozenset(name for name, p in staged.model.named_parameters() if p.requires_grad)
     before = {name: p.detach().clone() for name, p in staged.model.named_parameters()}
+    if is_partitioned(spec):
+        scatter(staged.model, spec, CPU)
     reached: set[str] = set()
     for name, parameter in staged.model.named_parameters():
         if parameter.requires_grad:
@@ -115,7 +120,7 @@ def run_cell(spec: TrainSpec, samples: tuple[Sample, ...], rank: int) -> Outcome
         grad_norm=row.grad_norm,
         trained=trained,
         reached=frozenset(reached),
-        changed=frozenset(name for name, value in after.items() if not torch.equal(value, before[name])),
+        changed=frozenset(name for name, value in after.items() if rank == SOURCE and not torch.equal(value, before[name])),
         names=frozenset(before),
         weights={name: value.float().numpy() for name, value in after.items() if name in trained} if rank == 0 else None,
     )

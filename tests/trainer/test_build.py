@@ -5,7 +5,7 @@ import torch
 
 import trainer.build
 from tests.trainer.models.conftest import TINY, model_spec
-from trainer.build import count_parameters, default_dtype, start_at_random
+from trainer.build import count_parameters, default_dtype, start_at_random, start_hollow
 from trainer.models import find_family
 from trainer.models.weight import round_weights
 
@@ -37,6 +37,34 @@ def test_a_large_one_is_made_on_the_device_and_in_its_dtype(name: str, monkeypat
     pairs = zip(tensors(small), tensors(large), strict=True)
     assert all(name == other and one.dtype == two.dtype and one.shape == two.shape for (name, one), (other, two) in pairs)
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_large_one_that_no_device_has_room_for_is_drawn_on_the_host_and_in_its_dtype(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer.build, "LARGE", 0)
+    spec = model_spec("tiny_llava")
+    family = find_family(spec.family)
+    torch.manual_seed(3)
+    with default_dtype(dtype):
+        wanted = family.create(spec)
+    torch.manual_seed(3)
+    found = start_at_random(spec, family, dtype, torch.device("meta"), partitioned=True)
+    for (name, one), (_, two) in zip(tensors(wanted), tensors(found), strict=True):
+        assert two.device.type == "cpu" and one.dtype == two.dtype and torch.equal(one, two), name
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_hollow_start_has_the_same_tensors_and_no_memory(name: str) -> None:
+    spec = model_spec(name)
+    family = find_family(spec.family)
+    before = torch.get_rng_state()
+    found = start_hollow(spec, family, torch.bfloat16)
+    assert torch.equal(torch.get_rng_state(), before)
+    wanted = round_weights(family.create(spec), torch.bfloat16)
+    pairs = zip(tensors(wanted), tensors(found), strict=True)
+    assert all(name == other and one.dtype == two.dtype and one.shape == two.shape and two.is_meta for (name, one), (other, two) in pairs)
 
 
 @pytest.mark.parametrize("name", TINY)

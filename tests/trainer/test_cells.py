@@ -16,8 +16,8 @@ from typing import Any
 import numpy
 import pytest
 
+from launcher.choice import choose_strategy
 from launcher.compose import compose
-from launcher.fit import choose_strategy
 from launcher.plan import Place, train_spec
 from launcher.schema import Config
 from tests.trainer.cell import RANKS, Cell, Outcome, run_cells, with_root

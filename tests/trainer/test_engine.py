@@ -1,3 +1,5 @@
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -6,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.contract import RunFailed, StepRow, TrainSpec
+from trainer.contract import RunFailed, StepRow, TrainSpec, write
 from trainer.data.check import resolve
 from trainer.data.load import batches
 from trainer.data.sample import read_samples
@@ -15,6 +17,7 @@ from trainer.engine import IGNORED, Engine, start_engine
 from trainer.loop import Wish, train_step
 from trainer.models import find_family
 from trainer.precision import loading_dtype
+from trainer.scatter import is_partitioned, scatter
 from trainer.stages.group import apply_stage
 from trainer.watchdog import Watchdog
 
@@ -30,7 +33,10 @@ def start() -> Iterator[Callable[[TrainSpec], Engine]]:
         family = find_family("llava")
         torch.manual_seed(spec.seed)
         model = family.create(spec.model).to(loading_dtype(spec.precision))
-        engines.append(start_engine(apply_stage(model, spec, family.unused(model)).model, spec, torch.device("cpu")))
+        model = apply_stage(model, spec, family.unused(model)).model
+        if is_partitioned(spec):
+            scatter(model, spec, torch.device("cpu"))
+        engines.append(start_engine(model, spec, torch.device("cpu")))
         return engines[-1]
 
     yield make
@@ -156,3 +162,32 @@ def test_no_op_is_compiled_where_none_is_prebuilt() -> None:
     from deepspeed.git_version_info import installed_ops
 
     assert installed_ops["deepspeed_shm_comm"] or deepspeed.ops.__compatible_ops__ == {}
+
+
+ZERO_RUN = """
+import sys
+from pathlib import Path
+import torch
+from trainer.contract import TrainSpec, read
+from trainer.engine import start_distributed, start_engine
+from trainer.models import find_family
+from trainer.stages.group import apply_stage
+spec = read(TrainSpec, Path(sys.argv[1]))
+start_distributed(spec.device)
+model = find_family("llava").create(spec.model)
+start_engine(apply_stage(model, spec, frozenset()).model, spec, torch.device("cpu"))
+print("muon" if "deepspeed.runtime.zero.muon.original_muon" in sys.modules else "", "compiler" if "torch._inductor.compile_fx" in sys.modules else "")
+"""
+
+
+def test_the_compiler_of_torch_is_not_loaded(tiny_spec: Any, tmp_path: Any) -> None:
+    """DeepSpeed asks for it with its Muon optimizer, which it loads with ZeRO: a second of every rank's start, and with Triton processes."""
+    spec = tiny_spec(zero=2)
+    write(spec, tmp_path / "spec.json")
+    free = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        (sys.executable, "-c", ZERO_RUN, str(tmp_path / "spec.json")), env=free | place, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1:] == ["muon"], done.stdout

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from trainer.contract import InputRefused, ModelSpec
@@ -45,6 +46,13 @@ def split_options(model: ModelSpec, image: tuple[str, ...], part: str = "") -> t
     """Options of the whole model, or of a part: those named in `image`, which are the image processor's, and the others."""
     options = model.architecture[part].get("options", {}) if part else model.architecture["options"]
     return {key: options[key] for key in image if key in options}, {key: value for key, value in options.items() if key not in image}
+
+
+def loading_options(model: ModelSpec, dtype: torch.dtype, *, hollow: bool) -> dict[str, Any]:
+    """The keyword arguments of from_pretrained for a local folder. `hollow`: see Family; transformers 5 makes every model on the meta
+    device first, and with this map leaves it there."""
+    options = {"dtype": dtype, "attn_implementation": ATTENTION[model.attention], "local_files_only": True}
+    return options | ({"device_map": {"": "meta"}} if hollow else {})
 
 
 def refuse_another(folder: Path, model: ModelSpec, config: type[PreTrainedConfig], *, inside: tuple[str, ...] = ()) -> PreTrainedConfig:

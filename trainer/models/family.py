@@ -63,13 +63,14 @@ class Processor:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """`create`: random weights, float32, drawn from torch's current seed. `load`: weights from a local folder in a dtype.
+    """`create`: random weights, float32, drawn from torch's current seed. `load`: weights from a local folder in a dtype; `hollow` without
+    their values, on the meta device, at the cost of the folder's config alone.
     `create_processor`, `load_processor`: with the limit of an image, `UNBOUND` for none of ours.
     `unused`: names of parameters that the forward pass computes but never uses, so that no gradient reaches them."""
 
     name: str
     create: Callable[[ModelSpec], torch.nn.Module]
-    load: Callable[[Path, ModelSpec, torch.dtype], torch.nn.Module]
+    load: Callable[..., torch.nn.Module]  # (folder, model, dtype, *, hollow=False)
     create_processor: Callable[..., Processor]  # (model, limit=UNBOUND)
     load_processor: Callable[..., Processor]  # (folder, model, limit=UNBOUND)
     unused: Callable[[torch.nn.Module], frozenset[str]]

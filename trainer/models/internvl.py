@@ -11,7 +11,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 
 from trainer.contract import ModelSpec
 from trainer.data.encode import image_id
-from trainer.models.architecture import ATTENTION, find_sizes, find_text, refuse_another, split_options
+from trainer.models.architecture import ATTENTION, find_sizes, find_text, loading_options, refuse_another, split_options
 from trainer.models.family import UNBOUND, Family, Inputs, Limit, Processor
 from trainer.models.processor import find_ids, open_tokenizer, write_processor
 from trainer.models.span import Tiles
@@ -42,11 +42,10 @@ def create(model: ModelSpec) -> InternVLForConditionalGeneration:
     return InternVLForConditionalGeneration(config)
 
 
-def load(folder: Path, model: ModelSpec, dtype: torch.dtype) -> InternVLForConditionalGeneration:
+def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool = False) -> InternVLForConditionalGeneration:
     """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model."""
     refuse_another(folder, model, InternVLConfig)
-    attention = ATTENTION[model.attention]
-    return InternVLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation=attention, local_files_only=True)
+    return InternVLForConditionalGeneration.from_pretrained(folder, **loading_options(model, dtype, hollow=hollow))
 
 
 def create_processor(model: ModelSpec, limit: Limit = UNBOUND) -> Processor:

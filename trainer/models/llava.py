@@ -13,7 +13,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from trainer.contract import ModelSpec
 from trainer.data.encode import image_id
-from trainer.models.architecture import ATTENTION, find_sizes, find_text, refuse_another, split_options
+from trainer.models.architecture import ATTENTION, find_sizes, find_text, loading_options, refuse_another, split_options
 from trainer.models.family import UNBOUND, Family, Inputs, Limit, Processor
 from trainer.models.processor import open_tokenizer
 from trainer.models.span import Fixed
@@ -39,11 +39,10 @@ def create(model: ModelSpec) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config)
 
 
-def load(folder: Path, model: ModelSpec, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool = False) -> LlavaForConditionalGeneration:
     """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model."""
     refuse_another(folder, model, LlavaConfig)
-    attention = ATTENTION[model.attention]
-    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation=attention, local_files_only=True)
+    return LlavaForConditionalGeneration.from_pretrained(folder, **loading_options(model, dtype, hollow=hollow))
 
 
 def create_processor(model: ModelSpec, limit: Limit = UNBOUND) -> Processor:

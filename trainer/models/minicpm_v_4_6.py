@@ -11,7 +11,7 @@ from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import Min
 
 from trainer.contract import ModelSpec
 from trainer.data.encode import image_id, token_ids
-from trainer.models.architecture import ATTENTION, find_sizes, find_text, refuse_another, split_options
+from trainer.models.architecture import ATTENTION, find_sizes, find_text, loading_options, refuse_another, split_options
 from trainer.models.family import UNBOUND, Family, Inputs, Limit, Processor
 from trainer.models.head import choose_logits
 from trainer.models.processor import find_ids, open_tokenizer, write_processor
@@ -49,12 +49,10 @@ def create(model: ModelSpec) -> torch.nn.Module:
     return choose_logits(MiniCPMV4_6ForConditionalGeneration(config))
 
 
-def load(folder: Path, model: ModelSpec, dtype: torch.dtype) -> torch.nn.Module:
+def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool = False) -> torch.nn.Module:
     """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model."""
     refuse_another(folder, model, MiniCPMV4_6Config)
-    attention = ATTENTION[model.attention]
-    loaded = MiniCPMV4_6ForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation=attention, local_files_only=True)
-    return choose_logits(loaded)
+    return choose_logits(MiniCPMV4_6ForConditionalGeneration.from_pretrained(folder, **loading_options(model, dtype, hollow=hollow)))
 
 
 def create_processor(model: ModelSpec, limit: Limit = UNBOUND) -> Processor:

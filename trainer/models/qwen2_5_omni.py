@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from trainer.contract import ModelSpec
 from trainer.data.encode import image_id
-from trainer.models.architecture import ATTENTION, find_sizes, find_text, refuse_another, split_options
+from trainer.models.architecture import ATTENTION, find_sizes, find_text, loading_options, refuse_another, split_options
 from trainer.models.family import UNBOUND, Family, Limit, Processor
 from trainer.models.grid import IMAGE_KEYS, NAMES, assemble, create_images, load_images
 from trainer.models.head import choose_logits
@@ -61,13 +61,11 @@ def create(model: ModelSpec) -> torch.nn.Module:
     return choose_logits(Qwen2_5OmniThinkerForConditionalGeneration(config))
 
 
-def load(folder: Path, model: ModelSpec, dtype: torch.dtype) -> torch.nn.Module:
+def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool = False) -> torch.nn.Module:
     """The thinker of a whole checkpoint, or one on its own. Raises InputRefused, naming each difference, where it is of another model."""
     config = refuse_another(folder, model, Qwen2_5OmniThinkerConfig, inside=WHOLE)
-    loaded = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
-        folder, config=config, dtype=dtype, attn_implementation=ATTENTION[model.attention], local_files_only=True
-    )
-    return choose_logits(loaded)
+    options = loading_options(model, dtype, hollow=hollow)
+    return choose_logits(Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder, config=config, **options))
 
 
 def create_processor(model: ModelSpec, limit: Limit = UNBOUND) -> Processor:

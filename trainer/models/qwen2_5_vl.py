@@ -10,7 +10,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from trainer.contract import ModelSpec
 from trainer.data.encode import image_id
-from trainer.models.architecture import ATTENTION, find_sizes, find_text, refuse_another, split_options
+from trainer.models.architecture import ATTENTION, find_sizes, find_text, loading_options, refuse_another, split_options
 from trainer.models.family import UNBOUND, Family, Limit, Processor
 from trainer.models.grid import IMAGE_KEYS, NAMES, assemble, create_images, load_images, mark_images
 from trainer.models.processor import find_ids, open_tokenizer, write_processor
@@ -41,11 +41,10 @@ def create(model: ModelSpec) -> Qwen2_5_VLForConditionalGeneration:
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def load(folder: Path, model: ModelSpec, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
+def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool = False) -> Qwen2_5_VLForConditionalGeneration:
     """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model."""
     refuse_another(folder, model, Qwen2_5_VLConfig)
-    attention = ATTENTION[model.attention]
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation=attention, local_files_only=True)
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, **loading_options(model, dtype, hollow=hollow))
 
 
 def create_processor(model: ModelSpec, limit: Limit = UNBOUND) -> Processor:

@@ -43,11 +43,13 @@ def add_lora(model: torch.nn.Module, lora: Lora, spec: ModelSpec, whole: set[str
 
 
 def merge_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
-    """The model with the adapter of `folder` added into its weights, without a trace of peft. Raises InputRefused for an adapter of
-    another model."""
-    from peft import PeftModel
+    """The model with the adapter of `folder` added into its weights, without a trace of peft; one on the meta device, which has no values,
+    as it is after that. Raises InputRefused for an adapter of another model."""
+    from peft import PeftConfig, PeftModel, get_peft_model
 
     try:
+        if next(model.parameters()).is_meta:
+            return get_peft_model(model, PeftConfig.from_pretrained(str(folder))).merge_and_unload()
         return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except (RuntimeError, ValueError) as error:  # other shapes; no module that it is for
         raise InputRefused(describe_misfit(folder, error)) from error

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
@@ -182,3 +183,36 @@ def test_a_vocabulary_too_small_for_the_tokenizer(tiny: Made) -> None:
     small = {**architecture, "text": {**architecture["text"], "vocab_size": 300}}
     with pytest.raises(InputRefused, match="vocab_size: 300 is too small for the tokenizer's"):
         tiny.family.create(replace(tiny.spec.model, architecture=small))
+
+
+def resampler_parameters(width: int, *, queries: int = 64, patches: int = 1152) -> int:
+    """MiniCPM-V's resampler.py: queries, the projection of keys and values, attention, three norms, the last projection."""
+    return queries * width + patches * width + 4 * (width * width + width) + 3 * 2 * width + width * width
+
+
+@pytest.mark.parametrize("name", ["minicpm_v_2_6", "minicpm_o_2_6", "omnilmm_3b", "omnilmm_12b"])
+def test_models_to_come_have_the_parameters_of_their_parts(name: str) -> None:
+    """On the meta device, of transformers' own classes. The EVA tower of the 12B has no class there, and its count is the file's."""
+    model = read_model(name)
+    text, vision = model.architecture.text, model.architecture.vision
+    sizes: dict[str, Any] = {key: getattr(text, key) for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")}
+    sizes |= {key: getattr(text, key) for key in ("num_attention_heads", "num_key_value_heads", "tie_word_embeddings")}
+    families = {"omnilmm_3b": ("Llama", "LlamaForCausalLM"), "omnilmm_12b": ("Mistral", "MistralForCausalLM")}
+    config, decoder = families.get(name, ("Qwen2", "Qwen2ForCausalLM"))
+    tower = {"hidden_size": vision.hidden_size, "intermediate_size": vision.intermediate_size, "patch_size": vision.patch_size}
+    tower |= {"num_hidden_layers": vision.num_hidden_layers, "num_attention_heads": vision.num_attention_heads}
+    with torch.device("meta"):
+        found = {"lm": count(getattr(transformers, decoder)(getattr(transformers, f"{config}Config")(**sizes)))}
+        if name != "omnilmm_12b":
+            side = vision.image_size or 378  # of the 3B, 27 x 27 positions
+            siglip = transformers.SiglipVisionConfig(**tower, image_size=side, vision_use_head=False)
+            found |= {"vision": count(transformers.SiglipVisionModel(siglip)), "projector": resampler_parameters(text.hidden_size)}
+        if name == "minicpm_o_2_6":
+            sound = {"d_model": 1024, "encoder_ffn_dim": 4096, "encoder_layers": 24, "encoder_attention_heads": 16, "num_mel_bins": 80}
+            whisper = transformers.WhisperConfig(**sound, decoder_layers=1, decoder_attention_heads=16)
+            found["other"] = count(transformers.WhisperModel(whisper).get_encoder())
+    assert found == {group: getattr(model.parameters, group) for group in found} and not model.ready
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

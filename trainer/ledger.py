@@ -1,0 +1,109 @@
+"""What tensors are alive at each moment, by what they are for, seen operator by operator; memory inside a kernel is not seen.
+
+torch.distributed._tools.mem_tracker does the same by module, in some ten times the time, and its parts moved between torch 2.7 and 2.13.
+This one asks torch for nothing but dispatch modes and weak references to storages.
+"""
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A storage that is alive, weakly referred to."""
+
+    kind: str
+    size_bytes: int
+    reference: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """Bytes alive, by kind, when their sum was highest."""
+
+    total_bytes: int = 0
+    kinds_bytes: Mapping[str, int] = field(default_factory=dict)
+
+
+class Ledger(TorchDispatchMode):  # type: ignore[misc]
+    """While it is active, every storage that an operator makes is entered under the kind of the present phase, and struck out when nothing
+    refers to it any more. `shares`: kind -> the part of it that one rank holds, 1 where it is not named. `grain_bytes`: what the device's
+    allocator rounds a storage up to."""
+
+    def __init__(self, shares: Mapping[str, float] | None = None, *, grain_bytes: int = 1) -> None:
+        super().__init__()
+        self.shares, self.grain_bytes = dict(shares or {}), grain_bytes
+        self.entries: dict[int, Entry] = {}
+        self.alive_bytes: dict[str, int] = {}
+        self.phase, self.kind = "", "inputs"
+        self.peaks: dict[str, Moment] = {}
+        self.total = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self.enter(value)
+        return result
+
+    @contextmanager
+    def during(self, phase: str, kind: str) -> Iterator[None]:
+        """A phase of the step; what it makes is entered under `kind`."""
+        before = self.phase, self.kind
+        self.phase, self.kind = phase, kind
+        self.look()
+        try:
+            yield
+        finally:
+            self.phase, self.kind = before
+
+    def enter(self, tensor: Tensor) -> None:
+        """The tensor's storage under the present kind, unless it is known, or a tensor on the meta device, which has none."""
+        if tensor.device.type == "meta":
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self.entries.get(key)
+        if known is not None and known.reference() is storage:
+            return
+        size = -(-storage.nbytes() // self.grain_bytes) * self.grain_bytes
+        reference = weakref.ref(storage, partial(self.strike, key))
+        self.entries[key] = Entry(kind=self.kind, size_bytes=size, reference=reference)
+        self.add(self.kind, size)
+
+    def strike(self, key: int, reference: Any) -> None:
+        entry = self.entries.get(key)
+        if entry is not None and entry.reference is reference:  # else another storage lies there by now
+            del self.entries[key]
+            self.add(entry.kind, -entry.size_bytes)
+
+    def assign(self, tensor: Tensor, kind: str) -> None:
+        """Enter the tensor's storage under `kind`, whatever it was under."""
+        self.enter(tensor)
+        key = tensor.untyped_storage()._cdata
+        entry = self.entries[key]
+        if entry.kind != kind:
+            self.add(entry.kind, -entry.size_bytes)
+            self.entries[key] = replace(entry, kind=kind)
+            self.add(kind, entry.size_bytes)
+
+    def add(self, kind: str, size: int) -> None:
+        """Bytes that come, or go where they are negative; also those of which there is no tensor."""
+        self.alive_bytes[kind] = self.alive_bytes.get(kind, 0) + size
+        self.total += size * self.shares.get(kind, 1.0)
+        if size > 0:
+            self.look()
+
+    def look(self) -> None:
+        """Keep this moment, where it is the highest of its phase."""
+        if self.total > self.peaks.get(self.phase, Moment()).total_bytes:
+            held = {kind: round(size * self.shares.get(kind, 1.0)) for kind, size in self.alive_bytes.items() if size}
+            self.peaks[self.phase] = Moment(total_bytes=round(self.total), kinds_bytes=held)
