@@ -15,7 +15,6 @@ from trainer.models.weight import round_weights
 from trainer.origin import continues_adapter
 from trainer.output import say_phase
 from trainer.precision import loading_dtype
-from trainer.scatter import is_partitioned
 from trainer.stages.lora import merge_adapter
 from trainer.stages.reset import reset_groups
 
@@ -39,7 +38,7 @@ def build(
     if instead is not None:
         return family.load(instead, spec.model, dtype, hollow=hollow), processor
     if folder is None:
-        started = start_hollow if hollow else partial(start_at_random, place=place, partitioned=is_partitioned(spec))
+        started = start_hollow if hollow else partial(start_at_random, place=place, partitioned=spec.partitioned)
         return started(spec.model, family, dtype), processor
     model = family.load(folder, spec.model, dtype, hollow=hollow)
     if origin.base and not continues_adapter(origin, spec.stage.lora):

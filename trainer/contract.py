@@ -304,6 +304,17 @@ class TrainSpec:
     kernels: Literal["auto", "plain", "fused"] = "plain"  # of layers: auto = fused ones where the accelerator and the packages have them
     expects: Expectation | None = None  # of a rerun
 
+    @property
+    def zero(self) -> dict[str, Any]:
+        """DeepSpeed's section about ZeRO, {} without."""
+        section: dict[str, Any] = self.deepspeed.get("zero_optimization", {})
+        return section
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether each rank holds a part of the weights alone (ZeRO 3)."""
+        return bool(self.zero.get("stage", 0) == 3)
+
 
 # ------------------------------------------------------------------------------------------------------ to and from the disk
 

@@ -53,7 +53,7 @@ def master_weights(handle: Any) -> Tensor:
 
 def planned_config(spec: TrainSpec) -> dict[str, Any]:
     """The same keys as `taken_config`, from the plan."""
-    zero = spec.deepspeed.get("zero_optimization", {})
+    zero = spec.zero
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     return {
         "train_batch_size": spec.batch.global_batch,

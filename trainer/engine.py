@@ -194,7 +194,7 @@ def start_engine(model: torch.nn.Module, spec: TrainSpec, device: torch.device, 
     import deepspeed
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
-    offload = spec.deepspeed.get("zero_optimization", {}).get("offload_optimizer") is not None
+    offload = spec.zero.get("offload_optimizer") is not None
     states = spec.precision.optimizer
     if spec.precision.rounding == "stochastic":
         optimizer: torch.optim.Optimizer = build_stochastic(model, spec, rates or {})

@@ -54,7 +54,7 @@ from trainer.observe.tracker import open_trackers, refuse_missing
 from trainer.origin import continues_adapter, find_origin
 from trainer.output import say_phase
 from trainer.resume import fixed_parts
-from trainer.scatter import SOURCE, is_partitioned, scatter
+from trainer.scatter import SOURCE, scatter
 from trainer.stages.group import Staged, apply_stage, trainable_table
 from trainer.start import (
     Start,
@@ -124,7 +124,7 @@ def train_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     samples = load_samples(places.train, places)
     start = choose_start(spec, hash_sources(places.train, places.images))
     made = make_model(spec, rank, start)
-    if is_partitioned(spec):
+    if spec.partitioned:
         scatter(made.staged.model, spec, rank.place)
     engine = start_engine(made.staged.model, spec, rank.place, rates=made.staged.rates)
     describe(spec, rank, made, environ, engine=engine)
@@ -132,7 +132,7 @@ def train_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
 
     def answer(file: str, halted: Halted | None) -> dict[str, float]:
         more = {"file": file, "loss_sum": engine.loss_sum if spec.evaluation.loss else None, "halted": halted}
-        return score(spec, rank, engine.model, made.processor, held_out, partitioned=is_partitioned(spec), **more)
+        return score(spec, rank, engine.model, made.processor, held_out, partitioned=spec.partitioned, **more)
 
     with open_trackers(spec, fixed_parts(spec), environ, step=start.step, tells=rank.number == 0) as audience:
         job = Job(
@@ -155,7 +155,7 @@ def make_model(spec: TrainSpec, rank: Rank, start: Start) -> Made:
     """The model that a stage trains, as it begins or goes on. Under ZeRO 3 rank 0 alone has its values. Every rank must call it; raises
     InputRefused on all of them."""
     family = find_family(spec.model.family)
-    hollow = is_partitioned(spec) and rank.number != SOURCE
+    hollow = spec.partitioned and rank.number != SOURCE
     with refusing_together():
         origin = find_origin(spec, weights_folder(spec))
         model, processor = build(spec, family, origin, instead=whole_weights(spec, start), place=rank.place, hollow=hollow)

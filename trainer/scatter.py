@@ -20,11 +20,6 @@ SOURCE = 0  # the rank whose values all take: zero.Init's own broadcast begins t
 Holder = tuple[Module, str]  # a module, and its own name for a parameter or buffer
 
 
-def is_partitioned(spec: TrainSpec) -> bool:
-    """Whether ranks hold parts of the weights."""
-    return bool(spec.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3)
-
-
 def scatter(model: Module, spec: TrainSpec, place: torch.device) -> None:
     """Cut the parameters among the ranks, in place and for deepspeed.initialize to take, with the values, buffers and random numbers of
     rank 0. The other ranks' model may be without values, on the meta device. Every rank must call it.

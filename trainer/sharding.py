@@ -49,7 +49,7 @@ class Sharding:
 
 
 def shard_step(model: torch.nn.Module, spec: TrainSpec) -> Sharding:
-    zero = spec.deepspeed.get("zero_optimization", {})
+    zero = spec.zero
     stage, ranks = zero.get("stage", 0), spec.device.world_size
     weights = sum(parameter.nbytes for parameter in model.parameters())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -96,7 +96,7 @@ def takes_bf16_optimizer(spec: TrainSpec) -> bool:
     """Stage 1 with bfloat16 weights and float32 gradients is DeepSpeed's BF16_Optimizer (engine.py, _do_optimizer_sanity_check): every rank
     holds all gradients in float32 from the start, into which it adds those in bfloat16 at the end of a backward pass, sums them over ranks
     where they lie, and updates from a view of its slice."""
-    zero, precision = spec.deepspeed.get("zero_optimization", {}), spec.precision
+    zero, precision = spec.zero, spec.precision
     types = (precision.weights, precision.gradients) == ("bfloat16", "float32")
     return types and zero.get("stage", 0) == 1 and zero.get("offload_optimizer") is None
 

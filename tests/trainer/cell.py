@@ -25,7 +25,7 @@ from trainer.engine import Engine, start_distributed, start_engine
 from trainer.loop import Wish, train_step
 from trainer.models import find_family
 from trainer.precision import loading_dtype
-from trainer.scatter import SOURCE, is_partitioned, scatter
+from trainer.scatter import SOURCE, scatter
 from trainer.stages.group import apply_stage
 from trainer.watchdog import Watchdog
 
@@ -93,12 +93,12 @@ def read_rows(spec: TrainSpec) -> tuple[Sample, ...]:
 def run_cell(spec: TrainSpec, samples: tuple[Sample, ...], rank: int) -> Outcome:
     family = find_family(spec.model.family)
     torch.manual_seed(spec.seed)
-    started = start_hollow if is_partitioned(spec) and rank != SOURCE else partial(start_at_random, place=CPU)
+    started = start_hollow if spec.partitioned and rank != SOURCE else partial(start_at_random, place=CPU)
     model = started(spec.model, family, loading_dtype(spec.precision))
     staged = apply_stage(model, spec, family.unused(model))
     trained = frozenset(name for name, p in staged.model.named_parameters() if p.requires_grad)
     before = {name: p.detach().clone() for name, p in staged.model.named_parameters()}
-    if is_partitioned(spec):
+    if spec.partitioned:
         scatter(staged.model, spec, CPU)
     reached: set[str] = set()
     for name, parameter in staged.model.named_parameters():

@@ -185,6 +185,16 @@ def process_group() -> Iterator[None]:
         del os.environ[name]
 
 
+def cpu_adam_is_built() -> bool:
+    """DeepSpeed's operator for an optimizer in the host's memory, for the accelerator at work: one for CUDA is not taken on a CPU."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.git_version_info import accelerator_name, installed_ops
+    from torch.utils.cpp_extension import get_default_build_root
+
+    installed = installed_ops.get("cpu_adam") and accelerator_name == get_accelerator()._name
+    return bool(installed or list(Path(get_default_build_root()).glob("**/cpu_adam/cpu_adam.so")))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ended:
     code: int

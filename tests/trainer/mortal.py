@@ -26,7 +26,7 @@ import trainer.writer
 from trainer.__main__ import main
 from trainer.contract import SPEC_FILE, TrainSpec, write
 
-LIMIT_S = 600  # of any run here, on a machine that has other things to do
+LIMIT_S = 240  # of any run here, on a machine that has other things to do
 LOOK_S = 0.005
 END_S = 10.0  # that the others have to end by themselves, once one has ended with an error of its own
 

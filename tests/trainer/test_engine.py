@@ -17,7 +17,7 @@ from trainer.engine import IGNORED, Engine, start_engine
 from trainer.loop import Wish, train_step
 from trainer.models import find_family
 from trainer.precision import loading_dtype
-from trainer.scatter import is_partitioned, scatter
+from trainer.scatter import scatter
 from trainer.stages.group import apply_stage
 from trainer.watchdog import Watchdog
 
@@ -34,7 +34,7 @@ def start() -> Iterator[Callable[[TrainSpec], Engine]]:
         torch.manual_seed(spec.seed)
         model = family.create(spec.model).to(loading_dtype(spec.precision))
         model = apply_stage(model, spec, family.unused(model)).model
-        if is_partitioned(spec):
+        if spec.partitioned:
             scatter(model, spec, torch.device("cpu"))
         engines.append(start_engine(model, spec, torch.device("cpu")))
         return engines[-1]

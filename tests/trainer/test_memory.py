@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.cpp_extension import get_default_build_root
 
+from tests.trainer.conftest import cpu_adam_is_built
 from tests.trainer.test_engine import one_step, steps_of
 from trainer.activation import checkpoint_layers
 from trainer.contract import Lora, Precision, StageSpec, TrainSpec
@@ -16,7 +15,7 @@ from trainer.effect import taken_config
 from trainer.engine import Engine, start_engine
 from trainer.models import find_family
 from trainer.precision import loading_dtype
-from trainer.scatter import is_partitioned, scatter
+from trainer.scatter import scatter
 from trainer.stages.group import apply_stage
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -36,7 +35,7 @@ def after_steps() -> Iterator[Callable[..., tuple[Engine, list[float], dict[str,
         if spec.gradient_checkpointing:
             checkpoint_layers(model, spec)
         model = apply_stage(model, spec, family.unused(model)).model
-        if is_partitioned(spec):
+        if spec.partitioned:
             scatter(model, spec, torch.device("cpu"))
         engine = start_engine(model, spec, torch.device("cpu"))
         engines.append(engine)
@@ -66,14 +65,6 @@ def test_a_loss_in_chunks_and_layers_computed_twice_are_the_same_steps(
     plain, saving = (tiny_spec(name, zero=zero, micro=8, changes=changes) for name in ("plain", "saving"))
     saving = replace(saving, loss_chunk=5, gradient_checkpointing=True, checkpoint_every=2, checkpoint_groups=("lm",))
     assert_near(after_steps(saving), after_steps(plain), 2e-5)
-
-
-def cpu_adam_is_built() -> bool:
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.git_version_info import accelerator_name, installed_ops
-
-    installed = installed_ops.get("cpu_adam") and accelerator_name == get_accelerator()._name  # one for CUDA is not taken on a CPU
-    return bool(installed or list(Path(get_default_build_root()).glob("**/cpu_adam/cpu_adam.so")))
 
 
 @pytest.mark.parametrize(("precision", "zero", "parameters"), [("fp32", 2, False), ("fp32", 3, True), ("bf16", 3, True)])

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.cpp_extension import get_default_build_root
 
+from tests.trainer.conftest import cpu_adam_is_built
 from trainer import checkpoint, shard
 from trainer.contract import InputRefused, Precision, TrainSpec
 from trainer.data.check import resolve
@@ -107,12 +107,6 @@ def test_tensors_are_whole_and_named_by_parameter(precision: str, zero: int, tin
     assert sum(torch.Size(t.shape).numel() * t.dtype.itemsize for t in stored.values()) == state_bytes(engine)
     rest = json.loads((tmp_path / "rest.json").read_text())
     assert rest["optimizer_steps"] == dict.fromkeys(shapes, 1) and rest["loss_scaler"] == {} and len(rest["random"]) == 1
-
-
-def cpu_adam_is_built() -> bool:
-    from deepspeed.git_version_info import installed_ops
-
-    return bool(installed_ops.get("cpu_adam") or list(Path(get_default_build_root()).glob("**/cpu_adam/cpu_adam.so")))
 
 
 @pytest.mark.parametrize(("precision", "zero"), [("fp32", 1), ("bf16", 2), ("pure_bf16", 3)])

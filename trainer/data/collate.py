@@ -126,9 +126,8 @@ def needs_dummy(images: Sequence[Sequence[Features]], spec: TrainSpec) -> bool:
     Without it a rank has no gradients for vision and projector where others have some, and the ranks wait for each other for ever;
     under ZeRO-3 they also wait where these groups are frozen, because their weights are gathered by all ranks together.
     """
-    gathers = spec.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3
     sees = bool({"vision", "projector"} & set(spec.stage.trainable))
-    return not any(images) and (gathers or (sees and spec.stage.kind == "train"))
+    return not any(images) and (spec.partitioned or (sees and spec.stage.kind == "train"))
 
 
 def dummy_images(processor: "Processor", cache: Cache) -> tuple[Features, ...]:

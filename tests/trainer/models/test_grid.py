@@ -1,10 +1,10 @@
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.trainer.models.conftest import Made, to_arguments
+from tests.trainer.models.conftest import to_arguments
 from trainer.data.collate import collate
 from trainer.data.sample import Sample
 from trainer.models.grid import rotary_positions
@@ -15,7 +15,7 @@ def test_rotary_positions_are_those_of_transformers(name: str, make_tiny: Any, s
     """For each sample alone: one image, several in a row with grids that differ, none."""
     made = make_tiny(name)
     for sample in samples:
-        batch = collate([sample], made.processor, SimpleNamespace(**{**vars(made.spec), "deepspeed": {}, "stage": lm_alone(made)}))
+        batch = collate([sample], made.processor, replace(made.spec, deepspeed={}, stage=replace(made.spec.stage, trainable=("lm",))))
         marks = {"mm_token_type_ids": batch["mm_token_type_ids"]} if "mm_token_type_ids" in batch else {}
         grids = batch.get("image_grid_thw")
         wanted, _ = made.model.model.get_rope_index(
@@ -25,12 +25,6 @@ def test_rotary_positions_are_those_of_transformers(name: str, make_tiny: Any, s
         found = made.processor.position_ids(batch["input_ids"][0], images)
         assert torch.equal(found[1:], wanted[:, 0])
         assert torch.equal(found[0], torch.arange(batch["input_ids"].shape[1]))
-
-
-def lm_alone(made: Made) -> Any:
-    from dataclasses import replace
-
-    return replace(made.spec.stage, trainable=("lm",))
 
 
 def test_text_goes_on_after_the_longest_side() -> None:
