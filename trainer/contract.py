@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.fact import changed_facts as changed_facts, describe_change as describe_change, facts_of as facts_of, kind_of as kind_of
+from trainer.fact import Expectation as Expectation, facts_of as facts_of, kind_of as kind_of
 from trainer.report import (
     Best as Best,
     DataProblem as DataProblem,
@@ -254,18 +254,6 @@ class Profile:
     start: int = 10
     steps: int = 0
     ranks: Literal["first", "all"] = "first"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Expectation:
-    """What a rerun must find again, from the record of run `run_id`; whatever is empty is not asked. `weights`: as in Inputs; `facts`: as
-    `facts_of` makes them, of which those in `free` may be others, since somebody asked for it."""
-
-    run_id: str
-    data_sha256: str = ""
-    weights: dict[str, str] = field(default_factory=dict)
-    facts: dict[str, str] = field(default_factory=dict)
-    free: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ A key is its kind, and where there are several of the kind a name: `python`, `dr
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from trainer.report import EnvReport
 
@@ -11,6 +12,18 @@ from trainer.report import EnvReport
 VARYING = ("MASTER_", "TORCHELASTIC_", "OMNILAUNCH_", "ASCEND_PROCESS_LOG_PATH", "CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES")
 VARYING_RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK")
 VARIABLE = "variable"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """What a rerun must find again, from the record of run `run_id`; whatever is empty is not asked. `weights`: as in Inputs; `facts`: as
+    `facts_of` makes them, of which those in `free` may be others, since somebody asked for it."""
+
+    run_id: str
+    data_sha256: str = ""
+    weights: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+    free: tuple[str, ...] = ()
 
 
 def facts_of(report: EnvReport) -> dict[str, str]:

@@ -30,8 +30,6 @@ from trainer.contract import (
     RunFailed,
     TrainResult,
     TrainSpec,
-    changed_facts,
-    describe_change,
     facts_of,
     kind_of,
     write,
@@ -44,6 +42,7 @@ from trainer.draft import Saved, make_room
 from trainer.effect import taken_config
 from trainer.engine import Engine, leave_distributed, start_distributed, start_engine
 from trainer.evaluate import Halted, evaluate
+from trainer.fact import changed_facts, describe_change
 from trainer.kernel import use_kernels
 from trainer.loop import Progress, stop_on_signals
 from trainer.models import find_family

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from trainer.contract import SCHEMA, EnvReport, RankFacts, changed_facts, describe_change, facts_of
+from trainer.contract import SCHEMA, EnvReport, RankFacts, facts_of
+from trainer.fact import changed_facts, describe_change
 
 RANK = RankFacts(hostname="a", device="a cuda 0: H200", driver="580", firmware="", threads=4, interop_threads=8, processors=16)
 REPORT = EnvReport(
