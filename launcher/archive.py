@@ -77,9 +77,11 @@ def load_archive(folder: Path, *, rows: bool = True) -> Archive:
 def load_source(folder: Path) -> SourceState:
     if not (folder / PLAN_FILE).is_file():
         raise RecordRefused(f"{folder} is not the folder of a run: it has no {PLAN_FILE}. See: omnilaunch runs")
-    source: SourceState = load(SourceState, folder / SOURCE_FILE)
-    if source.record_schema > RECORD_SCHEMA:
-        refuse_newer(folder / SOURCE_FILE, source.record_schema, source.commit)
+    found = read_json(folder / SOURCE_FILE)
+    schema = found.get("record_schema") if isinstance(found, dict) else None
+    if isinstance(schema, int) and schema > RECORD_SCHEMA:  # before its keys are looked at, some of which may be new
+        refuse_newer(folder / SOURCE_FILE, schema, str(found.get("commit") or ""))
+    source: SourceState = decode(SourceState, found, folder / SOURCE_FILE)
     return source
 
 

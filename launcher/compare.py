@@ -17,7 +17,7 @@ from launcher.comparison import Comparison, Figure, Judgement, Level, Losses, Ou
 from launcher.curve import Curve, first_difference, window_means
 from launcher.errors import ConfigRefused
 from launcher.evidence import Evidence, require_whole
-from launcher.fact import Difference, Kind, collect_facts, find_changed_inputs, find_differences, kind_of
+from launcher.fact import COMMIT, FILES, Difference, Kind, collect_facts, find_changed_inputs, find_differences, kind_of
 from launcher.noise import LEAST_REPEATS, interval
 from launcher.schema import Bands
 
@@ -118,7 +118,7 @@ def conclude(
         ]
     if apart:
         return Outcome.DIFFERENT, tuple(apart)
-    less = [f"{found.key} is allowed to differ" for found in differences if found.kind is not Kind.FREE and found.allowed]
+    less = [describe_allowed(found, differences) for found in differences if found.kind is not Kind.FREE and found.allowed]
     less += [f"{found.key} was not recorded on both sides" for found in differences if not found.known]
     if not bits:
         less.append(f"the rows part at step {losses.first_step} ({losses.column}), within {losses.limit}")
@@ -129,6 +129,12 @@ def conclude(
     if less:
         return Outcome.EQUIVALENT, tuple(less[:SHOWN_REASONS])
     return Outcome.SAME, (f"all facts that must match do; {losses.steps} rows and the final weights are equal to the bit",)
+
+
+def describe_allowed(found: Difference, differences: Sequence[Difference]) -> str:
+    same_files = found.key == COMMIT and not any(one.key.startswith(FILES) for one in differences)
+    why = ": the files of the image are the same" if same_files else ""
+    return f"{found.key} is allowed to differ{why}"
 
 
 def describe_outside(figure: Figure) -> str:

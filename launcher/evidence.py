@@ -17,9 +17,12 @@ from launcher.errors import ConfigRefused, RecordRefused
 from launcher.record import ATTEMPT_FILE, PLAN_FILE, RECORD_FILE, SOURCE_FILE, attempt_files
 from launcher.schema import Bands
 from trainer import contract
-from trainer.contract import SCHEMA, SpecError
+from trainer.contract import SCHEMA, InputRefused, SpecError
+from trainer.resume import STATE_FILE
+from trainer.weight import hash_weights, weight_files
 
 MOST_ANSWERS = 20_000  # of samples.jsonl that are looked at
+MOST_WEIGHT_BYTES = 2**28  # of a checkpoint that is read again without being asked to: about a third of a second
 FILES = (SOURCE_FILE, RECORD_FILE, contract.ENVIRONMENT_FILE, contract.DATA_FILE, contract.RESULT_FILE, contract.INPUTS_FILE)
 # (what, where it says so twice): a record that was edited by hand, or put together from two, contradicts itself.
 TWICE = (
@@ -78,8 +81,9 @@ class Evidence:
         return bool(self.record)
 
 
-def read_evidence(folder: Path) -> Evidence:
-    """Raises ConfigRefused for a folder without a plan that can be read: it is no run's."""
+def read_evidence(folder: Path, *, every_weight: bool = False) -> Evidence:
+    """`every_weight`: the last checkpoint is hashed again, however large it is. Raises ConfigRefused for a folder without a plan that can be
+    read: it is no run's."""
     problems: list[str] = []
     plan = read_object(folder / PLAN_FILE, problems)
     if not plan:
@@ -89,7 +93,11 @@ def read_evidence(folder: Path) -> Evidence:
     problems += [f"{name} is missing" for name in sorted(missing)]
     problems += find_refusal(folder) if files[RECORD_FILE] else []
     curve = read_curve(folder / contract.METRICS_FILE) if (folder / contract.METRICS_FILE).exists() else Curve()
-    problems += [*curve.problems, *find_contradictions(files, curve, folder)]
+    problems += [
+        *curve.problems,
+        *find_contradictions(files, curve, folder),
+        *find_swap(files[RECORD_FILE], folder, every_weight=every_weight),
+    ]
     attempts = (read_object(path, problems) for path in attempt_files(folder, ATTEMPT_FILE))
     return Evidence(
         folder=folder,
@@ -206,16 +214,26 @@ def find_contradictions(files: dict[str, dict[str, Any]], curve: Curve, folder: 
         yield f"{contract.METRICS_FILE} ends with step {curve.step[-1]}, {RECORD_FILE} says that {record.get('steps')} were done"
     elif curve.step and isinstance(record.get("final_loss"), float) and not alike(curve.loss[-1], record["final_loss"]):
         yield f"the final loss: {contract.METRICS_FILE} says {curve.loss[-1]!r}, {RECORD_FILE} says {record['final_loss']!r}"
-    yield from find_swap(record, folder)
 
 
 def alike(one: float, other: float) -> bool:
     return one == other or (math.isnan(one) and math.isnan(other))
 
 
-def find_swap(record: dict[str, Any], folder: Path) -> Iterator[str]:
-    """A checkpoint that is another one than the run's."""
-    name = record.get("checkpoint")
-    state = read_object(folder / str(name) / "trainer_state.json", []) if name else {}
-    if state and state.get("weights_sha256") != record.get("weights_sha256"):
-        yield f"{name} holds the weights {state.get('weights_sha256')!r}, {RECORD_FILE} says {record.get('weights_sha256')!r}"
+def find_swap(record: dict[str, Any], folder: Path, *, every_weight: bool) -> Iterator[str]:
+    """A last checkpoint that holds other weights than the run has saved, where it lies on this machine."""
+    checkpoint, said = folder / str(record.get("checkpoint")), record.get("weights_sha256")
+    state = read_object(checkpoint / STATE_FILE, []) if record.get("checkpoint") and record.get("status") == "finished" else {}
+    if not state:
+        return
+    found = state.get("weights_sha256")
+    try:
+        files = weight_files(checkpoint)
+        here = all(path.is_file() for path in files)  # a checkpoint is no part of the record, and large: it may be gone
+        if found == said and here and (every_weight or sum(path.stat().st_size for path in files) <= MOST_WEIGHT_BYTES):
+            found = hash_weights(checkpoint)
+    except (InputRefused, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        yield f"{record['checkpoint']} is not whole: {error}"
+        return
+    if found != said:
+        yield f"{record['checkpoint']} holds the weights {found!r}, {RECORD_FILE} says {said!r}"

@@ -82,6 +82,7 @@ TRAINER_FACTS = (
     *("deepspeed", "kernels", "parameters", "trainable", "toolkit", "settings", "determinism", "ranks"),
 )
 CLEAN = {"diff_sha256": "", "diff_lacks": ""}  # of a tree without changes, where a record of the first schema does not say so
+COMMIT, FILES = "source.commit", "image.files."
 ABSENT = "(none)"
 MOST_FILES = 20  # that are named of the inputs that differ
 
@@ -114,7 +115,9 @@ def collect_facts(evidence: Evidence) -> dict[str, Any]:
     }
     trainer = {key: environment[key] for key in TRAINER_FACTS if key in environment}
     if isinstance(trainer.get("devices"), (list, tuple)):
-        trainer["devices"] = [str(title).partition(" ")[2] for title in trainer["devices"]]  # without the host's name
+        trainer["devices"] = [without_host(title) for title in trainer["devices"]]
+    if isinstance(trainer.get("ranks"), (list, tuple)):
+        trainer["ranks"] = [rank | {"device": without_host(rank.get("device", ""))} for rank in trainer["ranks"] if isinstance(rank, dict)]
     sections = {
         "config": plan.get("config") or {},
         "data": {key: evidence.data.get(key, "") for key in ("sha256", "train_rows", "evaluation_rows", "images")} if evidence.data else {},
@@ -128,6 +131,11 @@ def collect_facts(evidence: Evidence) -> dict[str, Any]:
         "result": {key: record.get(key) for key in ("status", "steps")} | {"attempts": len(evidence.attempts) + 1},
     }
     return dict(flatten(sections, ""))
+
+
+def without_host(title: Any) -> str:
+    """Of a device, as the trainer names it: the host, a space, the rest."""
+    return str(title).partition(" ")[2]
 
 
 def find_changed_inputs(left: Evidence, right: Evidence, allow: tuple[str, ...] = ()) -> tuple[Difference, ...]:
@@ -168,12 +176,19 @@ def find_differences(left: Mapping[str, Any], right: Mapping[str, Any], allow: t
         kind = kind_of(key)
         known = (key in left and key in right) or (fits(key, OPEN) and section_of(key) in sections) or kind is Kind.FREE
         known = known or is_emptied(key, left) or is_emptied(key, right)
-        found.append(Difference(key=key, kind=kind, left=text_of(one), right=text_of(other), known=known, allowed=fits(key, allowed)))
+        free = fits(key, allowed) or (key == COMMIT and have_same_files(left, right))
+        found.append(Difference(key=key, kind=kind, left=text_of(one), right=text_of(other), known=known, allowed=free))
     return (*found, *unknown_diffs(left, right))
 
 
 def patterns_of(allow: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(pattern for word in allow for pattern in ALLOWANCES.get(word, (word,)))
+
+
+def have_same_files(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
+    """Whether the images, trainer and all, are of the same files: then two commits are one code, as a rerun sees it too."""
+    files = [{key: value for key, value in facts.items() if key.startswith(FILES)} for facts in (left, right)]
+    return bool(files[0]) and files[0] == files[1]
 
 
 def has_keys_instead(key: str, left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:

@@ -21,6 +21,7 @@ REMOVING = ".removing-"  # in front of the name of a folder that is being remove
 REFERENCES = (
     (PLAN_FILE, ("config", "stage", "checkpoint")),
     (PLAN_FILE, ("spec", "stage", "checkpoint")),
+    (PLAN_FILE, ("spec", "model", "source", "path")),
     (PLAN_FILE, ("rerun_of",)),
     (SOURCE_FILE, ("rerun_of",)),
     (RECORD_FILE, ("rerun_of",)),

@@ -29,6 +29,7 @@ def add_to(verbs: Any, say: Callable[[str], None]) -> None:
         "--allow", action="append", default=[], metavar="WHAT", help="what may differ: hardware, image, code, data, or a pattern of keys"
     )
     sub.add_argument("--unlike", action="store_true", help="compare runs of two experiments all the same")
+    sub.add_argument("--weights", action="store_true", help="read the last checkpoints again, however large they are")
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
     sub.set_defaults(verb=compare_runs, say=say)
     sub = verbs.add_parser("report", help="runs as one page that stands by itself, or as Markdown or rows", allow_abbrev=False)
@@ -41,6 +42,7 @@ def add_to(verbs: Any, say: Callable[[str], None]) -> None:
     sub.add_argument("--out", default="", metavar="FILE", help="report-RUN.html, .md or .csv in this folder when left out; - prints it")
     sub.add_argument("--replace", action="store_true", help="write over a report that is there already")
     sub.add_argument("--band", action="append", default=[], metavar="NAME=SHARE", help="as for compare")
+    sub.add_argument("--allow", action="append", default=[], metavar="WHAT", help="as for compare")
     sub.add_argument("--unlike", action="store_true", help="as for compare")
     sub.set_defaults(verb=report_runs, say=say)
     add_runs(verbs, say)
@@ -78,7 +80,7 @@ def compare_runs(arguments: argparse.Namespace) -> int:
     from launcher.compare import compare
     from launcher.comparison import Outcome, comparison_json, describe_comparison
 
-    reference, *others = read_runs(arguments.runs, at_least=2)
+    reference, *others = read_runs(arguments.runs, at_least=2, every_weight=arguments.weights)
     allow = tuple(arguments.allow)
     refuse_unknown(allow, (reference, *others))
     comparison = compare(reference, others, bands=read_bands(arguments.band, reference), allow=allow, unlike=arguments.unlike)
@@ -91,7 +93,9 @@ def report_runs(arguments: argparse.Namespace) -> int:
 
     runs = read_runs(arguments.runs)
     path = Path(arguments.out or f"report-{runs[0].run_id}{f'-and-{len(runs) - 1}-more' if len(runs) > 1 else ''}.{arguments.form}")
-    comparison, refused = compare_for_report(runs, read_bands(arguments.band, runs[0]), unlike=arguments.unlike)
+    allow = tuple(arguments.allow)
+    refuse_unknown(allow, runs)
+    comparison, refused = compare_for_report(runs, read_bands(arguments.band, runs[0]), allow=allow, unlike=arguments.unlike)
     render = {"html": render_html, "md": render_markdown, "csv": lambda runs, *_: render_csv(runs)}[arguments.form]
     text = render(runs, comparison, refused)
     if arguments.out == "-":
@@ -189,7 +193,7 @@ def find_entries(arguments: argparse.Namespace) -> "tuple[tuple[Entry, ...], lis
 # ------------------------------------------------------------------------------------------------------------------ parts
 
 
-def read_runs(names: Sequence[str], *, at_least: int = 1) -> "list[Evidence]":
+def read_runs(names: Sequence[str], *, at_least: int = 1, every_weight: bool = False) -> "list[Evidence]":
     """Raises ConfigRefused for a run that is not there, or that is named twice."""
     from launcher.evidence import read_evidence
 
@@ -199,7 +203,7 @@ def read_runs(names: Sequence[str], *, at_least: int = 1) -> "list[Evidence]":
         raise ConfigRefused(f"run {twice} is named twice: name different ones")
     if len(folders) < at_least:
         raise ConfigRefused(f"one run cannot be compared: name another one besides {names[0]}. See: omnilaunch runs")
-    return [read_evidence(folder) for folder in folders]
+    return [read_evidence(folder, every_weight=every_weight) for folder in folders]
 
 
 def find_folder(name: str) -> Path:

@@ -41,12 +41,14 @@ OUTCOME_TONES = {Outcome.SAME: "good", Outcome.EQUIVALENT: "warn", Outcome.DIFFE
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would carry out
 
 
-def compare_for_report(runs: Sequence[Evidence], bands: Bands, *, unlike: bool) -> tuple[Comparison | None, str]:
+def compare_for_report(
+    runs: Sequence[Evidence], bands: Bands, *, allow: tuple[str, ...] = (), unlike: bool
+) -> tuple[Comparison | None, str]:
     """(the comparison, or why there is none). A report of runs that cannot be compared shows them side by side all the same."""
     if len(runs) < 2:
         return None, ""
     try:
-        return compare(runs[0], runs[1:], bands=bands, unlike=unlike), ""
+        return compare(runs[0], runs[1:], bands=bands, allow=allow, unlike=unlike), ""
     except ConfigRefused as error:
         return None, str(error)
 

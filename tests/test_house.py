@@ -86,6 +86,7 @@ TRAINER_ORDER = (
     ("report",),
     ("fact",),
     ("contract",),
+    ("weight",),
     ("device", "precision", "schedule", "data", "models", "stages", "observe", "resume", "shard", "output", "watchdog"),
     ("activation", "kernel", "ledger", "loss", "manifest", "part", "phantom", "quantization", "rounding", "synthesis"),
     ("optimizer",),
@@ -209,7 +210,7 @@ def test_launcher_imports_run_one_way(path: Path) -> None:
     names = imported(path)
     assert not {name for name in names if name.split(".")[0] in ("torch", "transformers", "deepspeed", "peft")}
     trainer = {name for name in names if name.split(".")[0] == "trainer"}
-    assert {name for name in trainer if not name.startswith(("trainer.contract", "trainer.resume"))} <= {"trainer"}
+    assert {name for name in trainer if not name.startswith(("trainer.contract", "trainer.resume", "trainer.weight"))} <= {"trainer"}
     check_order("launcher", LAUNCHER_ORDER, path, names)
 
 

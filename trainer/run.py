@@ -18,7 +18,7 @@ from trainer.activation import checkpoint_layers
 from trainer.best import record_best
 from trainer.boundary import make_row, tell_evaluation
 from trainer.build import build, weights_folder
-from trainer.checkpoint import hash_weights, warn_of_room
+from trainer.checkpoint import warn_of_room
 from trainer.contract import (
     ENVIRONMENT_FILE,
     RESULT_FILE,
@@ -66,6 +66,7 @@ from trainer.start import (
     whole_weights,
 )
 from trainer.training import Job, progress_of, run_steps, saved_of
+from trainer.weight import hash_weights
 
 LOST_PEER = re.compile("closed by peer|reset by peer|Broken pipe|remote process exited|Timed out waiting|Watchdog caught")  # gloo, NCCL
 

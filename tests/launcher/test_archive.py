@@ -90,6 +90,10 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a plan that is missing": (lambda run: (run / "plan.json").unlink(), r"is not the folder of a run: it has no plan\.json"),
     "a source that is missing": (lambda run: (run / "source.json").unlink(), r"source\.json is missing"),
     "a newer seal": (lambda run: edit(run / "seal.json", '"schema": 2', '"schema": 3'), r"schema 3, this version reads 1 to 2.*c0ffee"),
+    "a newer source that says more": (
+        lambda run: edit(run / "source.json", '"record_schema": 2', '"record_schema": 9, "signed": true'),
+        r"schema 9.*git checkout c0ffee",
+    ),
     "a newer source": (lambda run: edit(run / "source.json", '"record_schema": 2', '"record_schema": 9'), r"schema 9.*git checkout c0ffee"),
 }  # fmt: skip
 

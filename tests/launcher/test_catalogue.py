@@ -148,6 +148,7 @@ def test_rules(runs: Path, rule: Rule, removed: str) -> None:
 REFERENCES: dict[str, Change] = {
     "a stage's checkpoint": set_value("plan.json", "config.stage.checkpoint", "a"),
     "a checkpoint's folder": set_value("plan.json", "config.stage.checkpoint", "/srv/runs/a/checkpoints/step-000003"),
+    "a model of its own": set_value("plan.json", "spec.model.source.path", "/srv/runs/a/checkpoints/step-000003"),
     "one on a node": set_value("plan.json", "config.stage.checkpoint", "node:/srv/runs/a/checkpoints/step-000003"),
     "what it began with": set_value("result.json", "origin.run_id", "a"),
     "what its adapter stands on": set_value("result.json", "origin.base", "/srv/runs/a/checkpoints/step-000003"),
