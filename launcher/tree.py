@@ -42,9 +42,8 @@ def find_tree(archive: Archive, project: Path, scratch: Path) -> Tree:
         return Tree(project=project, differs=differs, why=str(error))
     still = differing(archive, folder)
     if still:
-        return Tree(
-            project=project, differs=differs, why=f"the worktree of {archive.source.commit[:12]} differs too, in {', '.join(still[:NAMED])}"
-        )
+        why = f"the worktree of {archive.source.commit[:12]} differs too, in {describe_files(still)}: git worktree remove --force {folder}"
+        return Tree(project=project, differs=differs, why=why)
     return Tree(project=folder, why=f"this tree differs in {describe_files(differs)}", is_recorded=True)
 
 
@@ -100,14 +99,20 @@ def open_worktree(archive: Archive, project: Path, scratch: Path) -> Path:
 
 def make_worktree(project: Path, folder: Path, commit: str, diff: bytes) -> None:
     """Whole or not there: what git refuses half-way is taken away again."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         git(project, "worktree", "prune")
         git(project, "worktree", "add", "--detach", "--quiet", str(folder.resolve()), commit)
         if diff:
             subprocess.run(("git", "apply", "--whitespace=nowarn", "-"), cwd=folder, input=diff, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", b"").decode(errors="replace").strip() or str(error)
+        said = shorten(getattr(error, "stderr", b"").decode(errors="replace")) or str(error)
         if folder.exists():
             subprocess.run(("git", "worktree", "remove", "--force", str(folder.resolve())), cwd=project, capture_output=True, check=False)
         raise ConfigRefused(f"commit {commit[:12]} could not be checked out to {folder}: {said}") from error
+
+
+def shorten(said: str) -> str:
+    """What git says first and last: of a full disk it has a line for every file of the tree."""
+    lines = said.strip().splitlines()
+    return "\n".join((lines[0], f"... {len(lines) - 2} lines more", lines[-1]) if len(lines) > 3 else lines)

@@ -1,11 +1,19 @@
-"""A real run's record (tests/golden/record/1: three steps on a CPU) to be copied and to be changed in one thing."""
+"""A real run's record (tests/golden/record/1: three steps on a CPU) to be copied and to be changed in one thing; and whole runs, to plant
+the same things where they come from."""
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from launcher.seal import SEAL_FILE, make_seal
+from trainer import contract
+
+PROJECT = Path(__file__).resolve().parents[2]
 REAL = Path(__file__).resolve().parents[1] / "golden" / "record" / "1"
 
 Change = Callable[[Path], None]
@@ -59,3 +67,27 @@ def stretch(steps: int, *, loss: Callable[[int], float], seconds: Callable[[int]
         write_rows(folder, [row | {"step": n, "steps": steps, "loss": loss(n), "seconds": seconds(n)} for n in range(1, steps + 1)])
 
     return change
+
+
+# --------------------------------------------------------------------------------------------------------------- whole runs
+
+
+def clone_tree(project: Path) -> Path:
+    """This tree, changes and all, as the first commit of another one."""
+    for name in ("images", "trainer", "launcher", "conf"):
+        shutil.copytree(PROJECT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copyfile(PROJECT / ".gitignore", project / ".gitignore")  # or the bytecode of the first run would be a change of the tree
+    for words in (("init", "-q"), ("add", "."), ("-c", "user.name=A", "-c", "user.email=a@b", "commit", "-q", "-m", "first")):
+        subprocess.run(("git", *words), cwd=project, check=True)
+    return project
+
+
+def omnilaunch(project: Path, here: Path, *words: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    here.mkdir(exist_ok=True)
+    command = (sys.executable, "-m", "launcher.cli", *words)
+    variables = {**os.environ, **(environment or {}), "PYTHONPATH": str(project)}
+    return subprocess.run(command, cwd=here, env=variables, capture_output=True, text=True, timeout=900)
+
+
+def reseal(record: Path) -> None:
+    contract.write(make_seal(record, "first", unwritten={}), record / SEAL_FILE)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher import launch
+from launcher import launch, tree as tree_module
 from launcher.archive import Archive, load_archive
 from launcher.compose import compose_over
 from launcher.errors import ConfigRefused, RunEnded
@@ -195,6 +195,36 @@ def test_a_commit_that_cannot_be_had_is_told(clone: tuple[Path, Archive], tmp_pa
     source = replace(archive.source, **change)  # type: ignore[arg-type]
     tree = find_tree(replace(archive, source=source), project, tmp_path)
     assert tree.differs == ("trainer/loop.py",) and why in tree.why
+
+
+def test_a_worktree_that_was_changed_or_left_half_is_told(clone: tuple[Path, Archive], tmp_path: Path) -> None:
+    project, archive = clone
+    (project / "trainer/loop.py").write_text("")
+    made = find_tree(archive, project, tmp_path).project
+    (made / "trainer/loss.py").unlink()
+    tree = find_tree(archive, project, tmp_path)
+    assert tree.differs == ("trainer/loop.py",) and f"differs too, in trainer/loss.py: git worktree remove --force {made}" in tree.why
+
+
+def test_a_place_without_room_for_a_worktree_is_told_in_few_lines(
+    clone: tuple[Path, Archive], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """git has a line for every file that it could not write."""
+    project, archive = clone
+    (project / "trainer/loop.py").write_text("")
+    (tmp_path / "file").touch()
+    assert "could not be checked out" in find_tree(archive, project, tmp_path / "file").why
+    ask = tree_module.git
+
+    def full(project: Path, *words: str) -> bytes:
+        if words[:2] != ("worktree", "add"):
+            return ask(project, *words)
+        said = "".join(f"error: unable to write file {number}\n" for number in range(600))
+        raise subprocess.CalledProcessError(128, words, stderr=f"{said}fatal: Could not reset index file\n".encode())
+
+    monkeypatch.setattr(tree_module, "git", full)
+    why = find_tree(archive, project, tmp_path).why
+    assert why.endswith("unable to write file 0\n... 599 lines more\nfatal: Could not reset index file")
 
 
 def test_an_older_trainer_gets_a_spec_that_it_can_read(archive: Archive, tmp_path: Path) -> None:

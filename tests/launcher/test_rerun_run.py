@@ -1,19 +1,16 @@
 """Whole reruns through the real command: to the bit in another folder from another clone, and refused by name where anything differs."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from launcher.archive import load_archive
+from tests.launcher.planted import clone_tree, omnilaunch, reseal
 
-PROJECT = Path(__file__).resolve().parents[2]
 SHORT = (
     "run.steps=3",
     "stage.optimizer.warmup=1",
@@ -25,22 +22,10 @@ SHORT = (
 pytestmark = pytest.mark.slow
 
 
-def omnilaunch(project: Path, here: Path, *words: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    here.mkdir(exist_ok=True)
-    command = (sys.executable, "-m", "launcher.cli", *words)
-    variables = {**os.environ, **(environment or {}), "PYTHONPATH": str(project)}
-    return subprocess.run(command, cwd=here, env=variables, capture_output=True, text=True, timeout=900)
-
-
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """This tree, changes and all, as the first commit of another one."""
-    project = tmp_path_factory.mktemp("clone") / "project"
-    for name in ("images", "trainer", "launcher", "conf"):
-        shutil.copytree(PROJECT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for words in (("init", "-q"), ("add", "."), ("-c", "user.name=A", "-c", "user.email=a@b", "commit", "-q", "-m", "first")):
-        subprocess.run(("git", *words), cwd=project, check=True)
-    return project
+    return clone_tree(tmp_path_factory.mktemp("clone") / "project")
 
 
 @pytest.fixture(scope="module")
@@ -144,13 +129,6 @@ def test_another_environment_is_refused_by_its_facts(clone: Path, first: Path, t
     taken = omnilaunch(clone, tmp_path / "b", "rerun", str(record), "cluster.root=.", *kinds, environment=planted)
     assert taken.returncode == 0, taken.stdout + taken.stderr
     assert result_of(tmp_path / "b/runs/third")["accepted"] == ["driver", "threads", "package", "variable"]
-
-
-def reseal(record: Path) -> None:
-    from launcher.seal import SEAL_FILE, make_seal
-    from trainer import contract
-
-    contract.write(make_seal(record, "first", unwritten={}), record / SEAL_FILE)
 
 
 def test_a_record_that_was_edited_starts_nothing(clone: Path, first: Path, tmp_path: Path) -> None:
