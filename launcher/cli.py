@@ -90,7 +90,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     rerun_action.add_to(verbs, Terminal().say)
     data_action.add_to(verbs.add_parser("data", help="what a run would train on", allow_abbrev=False), plan_of)
     image_action.add_to(verbs.add_parser("image", help="the one image that matches a hardware", allow_abbrev=False))
-    return parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    take_words(arguments, rest, parser)
+    return arguments
+
+
+def take_words(arguments: argparse.Namespace, rest: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """KEY=VALUE after an option belongs to those before it: argparse takes the first row of them alone."""
+    into = next((name for name in ("overrides", "words") if hasattr(arguments, name)), "")
+    strange = [word for word in rest if word.startswith("-") or "=" not in word]
+    if rest and (strange or not into):
+        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+    if into:
+        setattr(arguments, into, [*getattr(arguments, into), *rest])
 
 
 def add_reports(verbs: Any) -> None:

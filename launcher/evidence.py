@@ -90,8 +90,9 @@ def read_evidence(folder: Path, *, every_weight: bool = False) -> Evidence:
         raise ConfigRefused(f"{folder} is not the folder of a run: {problems[0]}. See: omnilaunch runs")
     files = {name: read_object(folder / name, problems) for name in FILES}
     missing = expected_files(files[RECORD_FILE]) - {path.name for path in folder.iterdir()}
-    problems += [f"{name} is missing" for name in sorted(missing)]
-    problems += find_refusal(folder) if files[RECORD_FILE] else []
+    refusal = find_refusal(folder) if files[RECORD_FILE] else []
+    told = [f"{name} is missing" for name in sorted(missing)]
+    problems += [*(line for line in told if not any(line in text for text in refusal)), *refusal]
     curve = read_curve(folder / contract.METRICS_FILE) if (folder / contract.METRICS_FILE).exists() else Curve()
     problems += [
         *curve.problems,

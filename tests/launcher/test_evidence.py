@@ -143,3 +143,10 @@ def test_a_sealed_record_that_was_edited_is_refused(tmp_path: Path, name: str) -
     (tmp_path / "after" / name).write_text(f"{head}2{tail}")
     with pytest.raises(ConfigRefused, match=rf"{name} was edited"):
         compare(read_evidence(tmp_path / "before"), [read_evidence(tmp_path / "after")], bands=NO_BANDS)
+
+
+def test_each_thing_that_is_wrong_is_told_once(tmp_path: Path) -> None:
+    """Where the seal says that a file is missing, nobody else does."""
+    run = Path(shutil.copytree(REAL.with_name("2"), tmp_path / "run"))
+    (run / "environment.json").unlink()
+    assert "\n".join(read_evidence(run).problems).count("environment.json is missing") == 1

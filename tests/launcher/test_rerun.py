@@ -12,6 +12,7 @@ import pytest
 
 from launcher import launch, tree as tree_module
 from launcher.archive import Archive, load_archive
+from launcher.cli import parse
 from launcher.compose import compose_over
 from launcher.errors import ConfigRefused, RunEnded
 from launcher.image import load_stacks, render
@@ -225,6 +226,21 @@ def test_a_place_without_room_for_a_worktree_is_told_in_few_lines(
     monkeypatch.setattr(tree_module, "git", full)
     why = find_tree(archive, project, tmp_path).why
     assert why.endswith("unable to write file 0\n... 599 lines more\nfatal: Could not reset index file")
+
+
+def test_words_and_options_come_in_any_order(capsys: pytest.CaptureFixture[str]) -> None:
+    """argparse by itself takes the words before the first option alone."""
+    asked = parse(["rerun", "first", "run.seed=2", "--accept", "code", "cluster.root=.", "--run-id", "again", "run.steps=9"])
+    assert (asked.run, list(asked.overrides), asked.run_id) == ("first", ["run.seed=2", "cluster.root=.", "run.steps=9"], "again")
+    assert parse(["runs", "prune", "--keep", "1", "stage=lora"]).words == ["prune", "stage=lora"]
+    for words in (
+        ["rerun", "first", "--run-id", "again", "--acept=code"],
+        ["runs", "prune", "--keep", "1", "lora"],
+        ["compare", "a", "--json", "b=c"],
+    ):
+        with pytest.raises(SystemExit):
+            parse(words)
+        assert f"unrecognized arguments: {words[-1]}" in capsys.readouterr().err
 
 
 def test_an_older_trainer_gets_a_spec_that_it_can_read(archive: Archive, tmp_path: Path) -> None:
