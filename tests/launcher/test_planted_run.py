@@ -40,7 +40,9 @@ class Place:
             f"data.evaluation={self.here}/mine/evaluation.json",
             f"data.images={self.here}/mine",
         )
-        done = omnilaunch(project or self.project, self.here, "launch", *SHORT, "data=files", *mine, *words, "--run-id", name)
+        named = {word.partition("=")[0] for word in words}
+        short = [word for word in SHORT if word.partition("=")[0] not in named]
+        done = omnilaunch(project or self.project, self.here, "launch", *short, "data=files", *mine, *words, "--run-id", name)
         assert done.returncode == 0, done.stdout + done.stderr
         return self.here / "runs" / name
 
