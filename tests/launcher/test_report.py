@@ -344,6 +344,10 @@ def test_the_verbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert main(["compare", "a", "b", "--json"]) == 0 and json.loads(capsys.readouterr().out)["outcome"] == "same"
     assert main(["report", "a", "b"]) == 0 and (tmp_path / "report-a-and-1-more.html").stat().st_size > 20_000
     assert main(["report", "a", "b"]) == 2 and "is there already" in capsys.readouterr().err
+    plain = copy_run(tmp_path / "runs", "q")
+    planted = copy_run(tmp_path / "runs", "p", set_value("environment.json", "packages.numpy", "0.1"))
+    for words, verdict in (((), "verdict: different"), (("--allow", "environment.packages.numpy"), "verdict: equivalent")):
+        assert main(["report", str(plain), str(planted), "--markdown", "--out", "-", *words]) == 0 and verdict in capsys.readouterr().out
     assert main(["report", "a", "--csv", "--out", "-"]) == 0 and capsys.readouterr().out.count("\na,") == 40
     assert main(["report", "a", "--markdown"]) == 0 and (tmp_path / "report-a.md").read_text().startswith("# `a`")
     for words, said in (
