@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from launcher.archive import Archive, load_archive
+from launcher.archive import Archive, decode, load_archive, read_json
 from launcher.compare import BITWISE, WINDOWS
 from launcher.credential import mask_credentials
 from launcher.curve import Curve, read_curve, window_means
@@ -33,14 +33,15 @@ PLACE = re.compile(r"(^|[:=,\s])[/~]")  # a folder, alone or in a list
 def measure_run(folder: Path, *, load: float | None = None) -> Repeat:
     """Raises RecordRefused for a record that is not whole, ConfigRefused for a run without a step after its warm-up."""
     archive, curve = load_archive(folder, rows=False), read_curve(folder / contract.METRICS_FILE)
+    seal: Seal = decode(Seal, read_json(folder / SEAL_FILE), folder / SEAL_FILE)
     record, speed = archive.record, curve.speed
     if record.status != "finished" or speed is None or record.final_loss is None:
         raise ConfigRefused(
             f"run {record.run_id} is {record.status} after {len(curve.step)} steps, and has no speed that could be published"
         )
     return Repeat(
-        run_id=record.run_id,
-        record_sha256=contract.read(Seal, folder / SEAL_FILE).sha256,
+        run_id=folder.name,
+        record_sha256=seal.sha256,
         started_at=record.started_at,
         seconds=record.seconds,
         samples_per_s=speed.samples_per_s,
@@ -109,7 +110,7 @@ def require_alike(archives: Sequence[Archive]) -> None:
         if apart:
             lines = "\n".join(f"  {key}: {told[0].get(key, 'not there')} and {found.get(key, 'not there')}" for key in apart[:12])
             raise ConfigRefused(
-                f"runs {archives[0].record.run_id} and {archive.record.run_id} are no repeats of one another, and nothing is published:\n{lines}\n"
+                f"runs {archives[0].folder.name} and {archive.folder.name} are no repeats of one another, and nothing is published:\n{lines}\n"
                 "They stay where they are. To begin a bench anew: omnilaunch bench NAME --anew"
             )
 

@@ -73,16 +73,37 @@ def given(planned: Mapping[str, str], published: Mapping[str, str]) -> dict[str,
 
 
 def make_archive(result: Result, plan: Plan, folder: Path) -> Archive:
-    code, first = result.code, result.repeats[0]
-    lacks = LACKS if code.diff_sha256 else ""
+    code = result.code
     source = SourceState(
         commit=code.commit,
         dirty=bool(code.diff_sha256),
         diff_sha256=code.diff_sha256,
-        diff_lacks=lacks,
+        diff_lacks=LACKS if code.diff_sha256 else "",
         record_schema=RECORD_SCHEMA,
     )
-    record = Record(
+    return Archive(
+        folder=folder,
+        schema=RECORD_SCHEMA,
+        record=make_record(result, source),
+        plan=plan,
+        source=source,
+        diff=b"",
+        dockerfile="",
+        lock="",
+        data=None,
+        inputs=Inputs(schema=SCHEMA, data={}, weights=result.weights),
+        environment=None,
+        result=None,
+        rows=(),
+        evaluations=(),
+        failures=(),
+    )
+
+
+def make_record(result: Result, source: SourceState) -> Record:
+    """Of the first repeat. The image's id is left out: the same files make another one on every engine."""
+    first = result.repeats[0]
+    return Record(
         schema=SCHEMA,
         run_id=first.run_id,
         status="finished",
@@ -103,23 +124,6 @@ def make_archive(result: Result, plan: Plan, folder: Path) -> Archive:
         forced="",
         nodes=(),
         failure=None,
-    )
-    return Archive(
-        folder=folder,
-        schema=RECORD_SCHEMA,
-        record=record,
-        plan=plan,
-        source=source,
-        diff=b"",
-        dockerfile="",
-        lock="",
-        data=None,
-        inputs=Inputs(schema=SCHEMA, data={}, weights=result.weights),
-        environment=None,
-        result=None,
-        rows=(),
-        evaluations=(),
-        failures=(),
     )
 
 
