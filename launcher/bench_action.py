@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from launcher.plan import Plan
     from launcher.rerun import Rerun
     from launcher.result import Repeat, Result
+    from launcher.schema import Cluster
     from launcher.series import Series
     from launcher.source import Source
 
@@ -102,11 +103,17 @@ def measure_cell(arguments: argparse.Namespace, name: str, words: list[str], fol
             require_unchanged(source)
             return launch_run(plan_cell(cell, run_id), source, arguments.say)
 
-        repeats = carry_on(series, cell.config.run.repeats, carry_out, tags=(name,), again=again, say=arguments.say)
+        repeats = carry_on(
+            series, cell.config.run.repeats, carry_out, tags=(name,), again=again, say=arguments.say, here=is_here(cell.config.cluster)
+        )
         result = publish(series.name, name, repeats, read_archives(runs, repeats), dirty=arguments.dirty, made_at=utc_now())
         result = append_result(path, result)
     arguments.say(f"\n{describe_result(result)}\npublished in {path}; the table of README.md: omnilaunch bench --matrix")
     return Exit.OK
+
+
+def is_here(cluster: "Cluster") -> bool:
+    return all(node.is_local for node in cluster.working)
 
 
 def plan_cell(cell: "Cell", run_id: str) -> "Plan":
@@ -210,7 +217,8 @@ def rerun_bench(arguments: argparse.Namespace) -> int:
             return carry_rerun(plan_run(run_id), arguments.say)
 
         again = f"omnilaunch bench-rerun {result.result_id}, from its first repeat"
-        repeats = carry_on(series, wanted, carry_out, tags=(result.experiment, "bench-rerun"), again=again, say=arguments.say)
+        tags, here = (result.experiment, "bench-rerun"), is_here(first.plan.config.cluster)
+        repeats = carry_on(series, wanted, carry_out, tags=tags, again=again, say=arguments.say, here=here)
     found = judge(told_facts(result), repeats, facts_now(runs, repeats), fewer=fewer)
     arguments.say(f"\n{describe_reproduction(found, told_facts(result))}")
     return Exit.OK if found.reproduced else Exit.DIFFERENT
@@ -296,10 +304,15 @@ def write_matrix(arguments: argparse.Namespace, folder: Path) -> int:
 def describe_result(result: "Result") -> str:
     """Median, lowest and highest of each figure, one a line."""
     from launcher.matrix import describe_bits
+    from launcher.result import is_unsteady
 
     lines = [f"{result.result_id}: {len(result.repeats)} repeats of {result.steps} steps, the first {result.warm_up_steps} not counted"]
     for name, span in result.summary.items():
         scale, unit = (2**30, " GiB") if name == "peak_bytes" else (1, "")
         median, low, high = (f"{value / scale:,.6g}" for value in (span.median, span.lowest, span.highest))
         lines.append(f"  {name:24} {median:>12}{unit}  ({low} to {high})")
-    return "\n".join((*lines, f"  {'equal to the bit':24} {describe_bits(result)}"))
+    lines.append(f"  {'equal to the bit':24} {describe_bits(result)}")
+    unsteady = (
+        ["  the speeds lie further apart than the band that a rerun is held against: the machine was busy"] if is_unsteady(result) else []
+    )
+    return "\n".join((*lines, *unsteady))

@@ -8,7 +8,7 @@ from launcher.errors import ConfigRefused
 from launcher.fact import Kind, find_differences, flatten, kind_of
 from launcher.image_table import markdown
 from launcher.measurement import published_config
-from launcher.result import Result, read_results, results_file
+from launcher.result import Result, is_unsteady, read_results, results_file
 from launcher.schema import Config
 
 BEGIN, END = "<!-- omnilaunch bench --matrix: begin -->", "<!-- omnilaunch bench --matrix: end -->"
@@ -52,6 +52,7 @@ def describe_run(result: Result, config: Config) -> str:
     loads = [repeat.load for repeat in result.repeats if repeat.load is not None]
     busy = [f"load of the machine {min(loads):.1f} to {max(loads):.1f}"] if loads else []
     doubts = ["on a tree with changes"] if result.code.dirty else []
+    doubts += ["speeds further apart than the band"] if is_unsteady(result) else []
     doubts += ["as the cell was then"] if has_changed(result, config) else []
     count = len(result.repeats)
     return ", ".join((f"{result.made_at[:10]}, {count} repeats", f"commit {result.code.commit[:12] or 'none'}", *busy, *doubts))

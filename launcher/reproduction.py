@@ -8,7 +8,7 @@ from launcher.compare import judge_figure, judge_losses
 from launcher.comparison import Figure, Level
 from launcher.errors import RecordRefused
 from launcher.measurement import summarise
-from launcher.result import Repeat, Result
+from launcher.result import Repeat, Result, is_unsteady
 from launcher.schema import Bands
 from trainer import contract
 from trainer.contract import SpecError, changed_facts
@@ -110,6 +110,12 @@ def describe_reproduction(found: Reproduction, result: Result) -> str:
         lines += [f"    and {len(found.facts) - SHOWN} more"] if len(found.facts) > SHOWN else []
     else:
         lines.append(f"  all {len(result.facts)} facts of the ranks, of data, code and lock agree")
+    if is_unsteady(result):
+        span = result.summary["samples_per_s"]
+        lines += [
+            "",
+            f"  the published speeds lie {span.lowest:,.4g} to {span.highest:,.4g}, further apart than the band: that machine was busy",
+        ]
     fewer = f", from {len(found.repeats)} repeats in place of {len(result.repeats)}: {found.fewer}" if found.fewer else ""
     lines += ["", f"verdict: {'reproduced' if found.reproduced else 'not reproduced'}{fewer}"]
     outside = [figure.name for figure in found.figures if figure.level is Level.OUTSIDE]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launcher.errors import ConfigRefused, RecordRefused, RunEnded, suggest
+from launcher.record import RUN_ID
 from trainer import contract
 from trainer.contract import SpecError
 
@@ -106,6 +107,13 @@ class Result:
     sha256: str = ""
 
 
+def is_unsteady(result: Result) -> bool:
+    """Whether its own repeats lie further apart in speed than the band that a rerun is held against: the machine was busy."""
+    span, bands = result.summary["samples_per_s"], result.config.get("run", {}).get("bands") or {}
+    band = bands.get("throughput")
+    return band is not None and span.lowest < span.highest * (1 - band)
+
+
 def results_file(folder: Path, experiment: str) -> Path:
     return folder / f"{experiment}.jsonl"
 
@@ -141,6 +149,8 @@ def read_line(line: bytes, where: str) -> Result:
         result: Result = contract.decode(Result, data)
     except (SpecError, OverflowError) as error:
         refuse(where, f"is not what this version reads: {error}")
+    if not result.repeats or not all(RUN_ID.fullmatch(name) for name in (result.result_id, *(repeat.run_id for repeat in result.repeats))):
+        refuse(where, "has no repeats, or an id that is none")  # folders are called so
     return result
 
 

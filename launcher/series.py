@@ -117,10 +117,11 @@ def weighs(key: str) -> bool:
 
 
 def carry_on(
-    series: Series, wanted: int, carry_out: Callable[[str], Record | None], *, tags: Sequence[str], again: str, say: Say
+    series: Series, wanted: int, carry_out: Callable[[str], Record | None], *, tags: Sequence[str], again: str, say: Say, here: bool = True
 ) -> tuple[Repeat, ...]:
-    """The repeats, those that are missing carried out now by `carry_out`, which gets a run id. Raises SeriesStopped after Ctrl-C, and the
-    LaunchError of a run that failed, both saying how many are done and the command that goes on (`again`)."""
+    """The repeats, those that are missing carried out now by `carry_out`, which gets a run id. `here`: on this machine, whose load then
+    counts. Raises SeriesStopped after Ctrl-C, and the LaunchError of a run that failed, both saying how many are done and the command that
+    goes on (`again`)."""
     repeats = [measure_run(series.runs / run_id, load=read_load(series.runs / run_id)) for run_id in series.done[:wanted]]
     number = series.begun
     if repeats:
@@ -128,8 +129,8 @@ def carry_on(
     while len(repeats) < wanted:
         number += 1
         run_id = f"{series.name}-{number}"
-        load = os.getloadavg()[0]
-        say(f"repeat {len(repeats) + 1} of {wanted}, the machine has a load of {load:.1f}")
+        load = os.getloadavg()[0] if here else None
+        say(f"repeat {len(repeats) + 1} of {wanted}" + ("" if load is None else f", the machine has a load of {load:.1f}"))
         kept = f"{len(repeats)} of {wanted} repeats are done and stay in {series.runs}; to go on: {again}"
         try:
             record = carry_out(run_id)
@@ -158,7 +159,8 @@ def refuse_busy(series: Series) -> None:
 def read_load(folder: Path) -> float | None:
     """None where the launcher was ended before it wrote it."""
     try:
-        return float(json.loads((folder / LOAD_FILE).read_text(encoding="utf-8"))["load"])
+        load = json.loads((folder / LOAD_FILE).read_text(encoding="utf-8"))["load"]
+        return None if load is None else float(load)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -1,22 +1,26 @@
 """Published lines: what of a run is in them, how they are read, and how a rerun is held against one."""
 
+import gc
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from launcher import bench_action
 from launcher.archive import load_archive
+from launcher.cli import main
 from launcher.comparison import Level
 from launcher.errors import ConfigRefused, RecordRefused
 from launcher.matrix import BEGIN, END, describe_matrix, describe_row, put_matrix
 from launcher.measurement import measure_run, publish
 from launcher.reproduction import describe_reproduction, judge, told_facts
-from launcher.result import Repeat, Result, append_result, digest, find_result, read_results, results_file
+from launcher.result import Repeat, Result, Span, append_result, digest, find_result, is_unsteady, read_results, results_file
 from tests.launcher.test_bench_cell import CELL, CONF
 from trainer.contract import decode
 
@@ -116,9 +120,19 @@ def extended(text: str) -> str:
     return text + json.dumps(data | {"sha256": digest(data)}) + "\n"
 
 
+def planted(key: str, value: Any) -> Callable[[str], str]:
+    def spoil(text: str) -> str:
+        data = json.loads(text.splitlines()[0]) | {key: value}
+        return text + json.dumps(data | {"sha256": digest(data)}) + "\n"
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
+        (planted("result_id", "../../../tmp/x"), r"x\.jsonl, line 3 has no repeats, or an id that is none"),
+        (planted("repeats", []), r"x\.jsonl, line 3 has no repeats, or an id that is none"),
         (cut, r"x\.jsonl, line 2 was cut short or edited: .*git checkout -- docs/results"),
         (without_end, r"x\.jsonl, line 2 has no end: the file was cut short"),
         (edited, r"x\.jsonl, line 1 was edited: its hash"),
@@ -186,10 +200,51 @@ def test_facts_that_differ_are_told_and_judge_nothing(result: Result) -> None:
     assert text.endswith("verdict: reproduced, from 2 repeats in place of 5: a look before lunch")
 
 
+def test_speeds_further_apart_than_their_band_are_told(result: Result) -> None:
+    assert not is_unsteady(result)
+    wide = replace(result, summary=result.summary | {"samples_per_s": Span(median=102.0, lowest=94.0, highest=104.0)})
+    assert is_unsteady(wide) and "further apart than the band" in describe_reproduction(judge(wide, result.repeats, {}, fewer=""), wide)
+
+
 def test_a_line_without_bands_is_judged_by_nobody(result: Result) -> None:
     without = replace(result, config=result.config | {"run": result.config["run"] | {"bands": {"loss": 0.1}}})
     with pytest.raises(RecordRefused, match=r"no band of throughput, memory before it ran"):
         judge(without, result.repeats, result.facts, fewer="")
+
+
+@pytest.mark.parametrize(("share", "code"), [(1.0, 0), (1.1, 7)])
+def test_the_exit_code_is_the_verdict(
+    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], share: float, code: int
+) -> None:
+    """Where a run goes is stood in for: its record is that of the result."""
+    speed = measure_run(REAL).samples_per_s * share
+    append_result(
+        tmp_path / "results/x.jsonl", replace(result, summary=result.summary | {"samples_per_s": Span(median=speed, lowest=1, highest=2)})
+    )
+    config = load_archive(REAL).plan.config
+
+    def plan_run(run_id: str) -> Any:
+        return SimpleNamespace(notes=(), plan=SimpleNamespace(run_id=run_id, folder=str(tmp_path / "again" / run_id), config=config))
+
+    monkeypatch.setattr(bench_action, "restored", lambda *_: plan_run)
+    monkeypatch.setattr(bench_action, "require_devices", lambda *_: None)
+    monkeypatch.setattr(
+        bench_action, "carry_rerun", lambda rerun, _: shutil.copytree(REAL, rerun.plan.folder) and SimpleNamespace(status="finished")
+    )
+    try:
+        assert main(["bench-rerun", "x", "--repeats", "1", "--reason", "a test", "--results", str(tmp_path / "results")]) == code
+    finally:
+        gc.enable()  # which `main` turns off for the whole process
+    said = capsys.readouterr().out
+    assert f"verdict: {'not ' if code else ''}reproduced, from 1 repeats in place of 5: a test" in said
+
+
+def test_fewer_repeats_need_a_reason(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        assert main(["bench-rerun", "x", "--repeats", "4", "--results", str(path.parent)]) == 2
+    finally:
+        gc.enable()
+    assert "of fewer than 5 nobody knows the spread; say why: --reason" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------------ README
