@@ -10,12 +10,14 @@
   omnilaunch compare RUN RUN ...                      whether they are the same, and where they part
   omnilaunch report RUN ...                           one page that stands by itself
   omnilaunch rerun RUN [key=value ...]                the run of a record once more
+  omnilaunch bench NAME [cluster=...]                 a pinned cell of conf/experiment, measured and published
+  omnilaunch bench-rerun RESULT                       a published result again: reproduced or not
   omnilaunch attach|stop|status|logs RUN              one of them, on whatever nodes it is
   omnilaunch fit-report [RUN ...]                     the memory that plans foretold against what their runs took
   omnilaunch image ACTION [AXIS=NAME ...]             render, refresh, build, ls, inspect, prune, fetch: see image --help
 
 Axes: hardware, model, stage, precision, strategy, data, cluster. Exit codes: 0 done, 2 refused, 3 image, 4 node, 5 run failed,
-7 compared and different, 130 stopped, 1 a bug of ours.
+7 compared and different, or not reproduced, 130 stopped, 1 a bug of ours.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import data_action, image_action, record_action, rerun_action, run_action
+from launcher import bench_action, data_action, image_action, record_action, rerun_action, run_action
 from launcher.errors import ConfigRefused, LaunchError
 from trainer.contract import Exit
 
@@ -88,6 +90,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     run_action.add_to(verbs, Terminal().say)
     record_action.add_to(verbs, Terminal().say)
     rerun_action.add_to(verbs, Terminal().say)
+    bench_action.add_to(verbs, Terminal().say)
     data_action.add_to(verbs.add_parser("data", help="what a run would train on", allow_abbrev=False), plan_of)
     image_action.add_to(verbs.add_parser("image", help="the one image that matches a hardware", allow_abbrev=False))
     arguments, rest = parser.parse_known_args(argv)

@@ -34,7 +34,7 @@ RULES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
             *("config.run.trackers", "config.run.profile.*", "config.run.restarts", "config.run.minimum_nodes", "config.run.force"),
             *("config.run.bands.*", "config.cluster.name", "config.cluster.root", "config.cluster.nodes.*", "config.cluster.delivery.*"),
             *("config.cluster.*_s", "config.cluster.rendezvous_port", "config.cluster.mounts", "config.cluster.sync"),
-            *("config.cluster.shared", "config.cluster.secrets", "config.cluster.user"),
+            *("config.cluster.shared", "config.cluster.secrets", "config.cluster.user", "config.run.repeats"),
             *("variables.*.OMNILAUNCH_RUN_*", "environment.environment.OMNILAUNCH_RUN_*", "environment.environment.TORCHELASTIC_*"),
             *("environment.environment.MASTER_*", "variables.*.MASTER_*", "variables.*.*_SOCKET_IFNAME", "variables.*.*_IF_IP"),
             *("environment.environment.*_SOCKET_IFNAME", "environment.environment.*_IF_IP"),

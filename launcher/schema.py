@@ -339,6 +339,7 @@ class Run:
     trackers: tuple[str, ...] = ("tensorboard",)  # also wandb, swanlab, mlflow: where they are installed
     profile: Profile = field(default_factory=Profile)
     bands: Bands = field(default_factory=Bands)
+    repeats: int = 0  # of a benchmark cell (conf/experiment): how many runs it is made of; 0 = this is none
 
 
 @dataclass(frozen=True, kw_only=True)
