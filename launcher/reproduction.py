@@ -11,7 +11,8 @@ from launcher.measurement import summarise
 from launcher.result import Repeat, Result, is_unsteady
 from launcher.schema import Bands
 from trainer import contract
-from trainer.contract import SpecError, changed_facts
+from trainer.contract import SpecError
+from trainer.fact import changed_facts
 
 # Figure of a summary -> (what it is called, its unit, which way is worse, divided by). Bands have the same names.
 JUDGED: dict[str, tuple[str, str, int, float]] = {

@@ -216,7 +216,7 @@ def test_launcher_imports_run_one_way(path: Path) -> None:
     names = imported(path)
     assert not {name for name in names if name.split(".")[0] in ("torch", "transformers", "deepspeed", "peft")}
     trainer = {name for name in names if name.split(".")[0] == "trainer"}
-    assert {name for name in trainer if not name.startswith(("trainer.contract", "trainer.resume", "trainer.weight"))} <= {"trainer"}
+    assert {name for name in trainer if not name.startswith(("trainer.contract", "trainer.fact", "trainer.resume", "trainer.weight"))} <= {"trainer"}
     check_order("launcher", LAUNCHER_ORDER, path, names)
 
 
