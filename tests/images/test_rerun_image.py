@@ -16,9 +16,12 @@ from trainer import contract
 pytestmark = pytest.mark.docker
 
 
+def launcher(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run((sys.executable, "-m", "launcher.cli", *words), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
 def rerun(record: Path, root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    argv = (sys.executable, "-m", "launcher.cli", "rerun", str(record), f"cluster.root={root}", *words)
-    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return launcher("rerun", str(record), f"cluster.root={root}", *words)
 
 
 def test_a_rerun_in_containers_has_the_same_bits_or_is_refused(built: Built, tmp_path: Path) -> None:
@@ -35,6 +38,8 @@ def test_a_rerun_in_containers_has_the_same_bits_or_is_refused(built: Built, tmp
     second = elsewhere / "runs/second"
     assert rows_of(second) == rows_of(first)
     assert json.loads((second / "result.json").read_text())["weights_sha256"] == result["weights_sha256"]
+    compared = launcher("compare", str(first), str(second))
+    assert compared.returncode == 0 and "verdict: same" in compared.stdout, compared.stdout + compared.stderr
 
     record = tmp_path / "record"
     shutil.copytree(first, record, ignore=shutil.ignore_patterns("checkpoints", "logs"))
