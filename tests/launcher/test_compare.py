@@ -264,6 +264,18 @@ def test_repeats_say_what_noise_is(tmp_path: Path, changes: dict[str, Any], outc
     assert last.outcome is outcome and any(named in reason for reason in last.reasons), last.reasons
 
 
+def test_a_slowdown_of_5_percent_is_found_ten_times_out_of_ten_and_no_other_is(tmp_path: Path) -> None:
+    """Against the noise of five repeats, none of which was as fast as another."""
+    repeats = [read_evidence(repeat(tmp_path, f"repeat-{seed}", seed)) for seed in range(5)]
+    found = {1.0: 0, 1 / 0.95: 0}
+    for slower in found:
+        for seed in range(100, 110):
+            judged = read_evidence(repeat(tmp_path, f"judged-{slower:.2f}-{seed}", seed, slower=slower))
+            last = compare(repeats[0], [*repeats[1:], judged], bands=Bands()).judgements[-1]
+            found[slower] += any(reason.startswith("throughput -") for reason in last.reasons)
+    assert found == {1.0: 0, 1 / 0.95: 10}
+
+
 def test_two_runs_more_are_too_few_to_measure_noise(tmp_path: Path) -> None:
     runs = [read_evidence(repeat(tmp_path, f"repeat-{seed}", seed)) for seed in range(3)]
     assert {judgement.losses.level for judgement in compare(runs[0], runs[1:], bands=Bands()).judgements} == {Level.TOLD}
