@@ -6,6 +6,7 @@ Like run_action, imported by every command, so it imports late itself.
 import argparse
 import gc
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -66,6 +67,8 @@ def add_to(verbs: Any, say: Callable[[str], None]) -> None:
 def run_bench(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.results) if arguments.results else RESULTS
     if arguments.matrix:
+        if arguments.words or arguments.results:
+            raise ConfigRefused(f"--matrix writes the table of all cells, from {RESULTS.relative_to(PROJECT)} alone: omnilaunch bench --matrix")
         return write_matrix(arguments, folder)
     if not arguments.words:
         return list_bench(arguments, folder)
@@ -83,17 +86,18 @@ def measure_cell(arguments: argparse.Namespace, name: str, words: list[str], fol
     from launcher.cell import load_cell
     from launcher.measurement import publish
     from launcher.record import utc_now
-    from launcher.result import append_result, read_results, results_file
+    from launcher.result import append_result, read_results, require_writable, results_file
     from launcher.series import carry_on, hold, read_archives
     from launcher.source import read_source
 
     cell, path = load_cell(name, words, CONF), results_file(folder, name)
     published = [result.result_id for result in read_results(path)]
+    require_writable(path)
     source = read_source(PROJECT)
-    refuse_dirty(source, arguments.dirty)
+    dirty = refuse_dirty(source, arguments.dirty)
     runs = Path(plan_cell(cell, name).folder).parent
     gc.enable()  # from here on it may be hours
-    again = f"omnilaunch bench {' '.join((name, *words))}"
+    again = join_command("bench", name, words, arguments, "dirty", "results")
     with hold(runs):
         series = open_series(cell, source, runs, published, again, anew=arguments.anew)
         if len(series.done) < cell.config.run.repeats:
@@ -106,10 +110,20 @@ def measure_cell(arguments: argparse.Namespace, name: str, words: list[str], fol
         repeats = carry_on(
             series, cell.config.run.repeats, carry_out, tags=(name,), again=again, say=arguments.say, here=is_here(cell.config.cluster)
         )
-        result = publish(series.name, name, repeats, read_archives(runs, repeats), dirty=arguments.dirty, made_at=utc_now())
+        result = publish(series.name, name, repeats, read_archives(runs, repeats), dirty=dirty, made_at=utc_now())
         result = append_result(path, result)
     arguments.say(f"\n{describe_result(result)}\npublished in {path}; the table of README.md: omnilaunch bench --matrix")
     return Exit.OK
+
+
+def join_command(verb: str, name: str, words: list[str], arguments: argparse.Namespace, *options: str) -> str:
+    """What is to be typed to do this once more, with the `options` that were given."""
+    said = [(f"--{option}", value) for option in options for value in as_list(getattr(arguments, option))]
+    return shlex.join(("omnilaunch", verb, name, *words, *(text for pair in said for text in pair)))
+
+
+def as_list(value: Any) -> list[str]:
+    return value if isinstance(value, list) else [str(value)] if value else []
 
 
 def is_here(cluster: "Cluster") -> bool:
@@ -140,14 +154,15 @@ def open_series(cell: "Cell", source: "Source", runs: Path, published: list[str]
     return found
 
 
-def refuse_dirty(source: "Source", reason: str) -> None:
-    """Raises ConfigRefused where nobody could get the code of the result from git."""
+def refuse_dirty(source: "Source", reason: str) -> str:
+    """The reason, '' where the tree needs none. Raises ConfigRefused where nobody could get the code of the result from git."""
     changed = list_changes()
     if source.state.commit and not changed:
-        return
+        return ""
     if not reason:
         why = f"the tree has changes that no commit holds: {', '.join(changed[:8])}" if source.state.commit else f"{PROJECT} is no git tree"
         raise ConfigRefused(f"{why}. Nobody could measure the same code again. Commit them; or measure it all the same: --dirty REASON")
+    return reason
 
 
 def list_changes() -> list[str]:
@@ -197,11 +212,12 @@ def launch_run(plan: "Plan", source: "Source", say: Callable[[str], None]) -> An
 
 def rerun_bench(arguments: argparse.Namespace) -> int:
     from launcher.record import utc_now
-    from launcher.reproduction import describe_reproduction, judge, told_facts
+    from launcher.reproduction import bands_of, describe_reproduction, judge, told_facts
     from launcher.result import find_result
     from launcher.series import Series, carry_on, hold, name_series
 
     result = find_result(arguments.result, Path(arguments.results) if arguments.results else RESULTS)
+    bands_of(result)  # without them nobody could judge what takes hours to run
     wanted, fewer = count_repeats(arguments, result)
     plan_run = restored(arguments, result)
     first = plan_run("planned")
@@ -216,7 +232,8 @@ def rerun_bench(arguments: argparse.Namespace) -> int:
         def carry_out(run_id: str) -> Any:
             return carry_rerun(plan_run(run_id), arguments.say)
 
-        again = f"omnilaunch bench-rerun {result.result_id}, from its first repeat"
+        options = ("repeats", "reason", "accept", "results")
+        again = f"{join_command('bench-rerun', result.result_id, arguments.words, arguments, *options)} (from its first repeat)"
         tags, here = (result.experiment, "bench-rerun"), is_here(first.plan.config.cluster)
         repeats = carry_on(series, wanted, carry_out, tags=tags, again=again, say=arguments.say, here=here)
     found = judge(told_facts(result), repeats, facts_now(runs, repeats), fewer=fewer)

@@ -154,7 +154,7 @@ def site_of(plan: Plan) -> Site:
         runtime=cluster.runtime,
         nodes=len(cluster.working),
         devices_per_node=cluster.devices_per_node,
-        environment=dict(mask_credentials(cluster.environment)),
+        environment=dict(mask_credentials({name: value for name, value in cluster.environment.items() if not PLACE.search(value)})),
     )
 
 

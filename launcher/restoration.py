@@ -12,6 +12,7 @@ from typing import Any
 from launcher.archive import Archive
 from launcher.errors import ConfigRefused, ImageFailed, RecordRefused
 from launcher.image import Image, Stack, find_stack, load_stacks, render
+from launcher.measurement import PLACE
 from launcher.plan import DATA_FOLDER, Place, Plan, absolute, make_plan
 from launcher.record import Record
 from launcher.result import Result
@@ -46,7 +47,9 @@ def restore_config(result: Result, cluster: Cluster) -> Config:
             f"result {result.result_id} was made on {site.nodes} node(s), cluster={cluster.name} has {len(cluster.working)}: "
             "name one that has as many with cluster=NAME"
         )
-    named = replace(cluster, runtime=site.runtime, devices_per_node=site.devices_per_node, environment=site.environment)  # type: ignore[arg-type]
+    places = {name: value for name, value in cluster.environment.items() if PLACE.search(value)}
+    environment = given(places, site.environment)
+    named = replace(cluster, runtime=site.runtime, devices_per_node=site.devices_per_node, environment=environment)  # type: ignore[arg-type]
     try:
         config: Config = contract.decode(Config, {**result.config, "cluster": named}, "config")
     except SpecError as error:

@@ -19,6 +19,7 @@ from trainer.contract import SpecError
 
 FOLDER = "docs/results"
 RESULT_SCHEMA = 1
+NAME_ANOTHER = "Have its rights changed, or name another folder: --results FOLDER. No run is lost"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,13 +120,16 @@ def results_file(folder: Path, experiment: str) -> Path:
 
 
 def read_results(path: Path) -> tuple[Result, ...]:
-    """Oldest first; () where nothing was published yet. Raises RecordRefused for a line that was cut short or edited, or that a newer version
-    wrote."""
+    """Oldest first; () where nothing was published yet. Raises RecordRefused for a line that was cut short or edited, that a newer version
+    wrote, or that is of another experiment."""
     try:
         text = path.read_bytes() if path.exists() else b""
     except OSError as error:
         raise RecordRefused(f"{path} cannot be read: {error.strerror}") from error
     results = tuple(read_line(line, f"{path}, line {number}") for number, line in enumerate(text.splitlines(), start=1))
+    for number, result in enumerate(results, start=1):
+        if result.experiment != path.stem:
+            refuse(f"{path}, line {number}", f"is of {result.experiment}, and belongs to {result.experiment}.jsonl")
     if text and not text.endswith(b"\n"):
         refuse(f"{path}, line {len(results)}", "has no end: the file was cut short")
     return results
@@ -134,7 +138,8 @@ def read_results(path: Path) -> tuple[Result, ...]:
 def read_line(line: bytes, where: str) -> Result:
     try:
         data = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        found = digest(data) if isinstance(data, dict) else ""
+    except (ValueError, RecursionError) as error:  # half of a surrogate pair among them, which JSON has and UTF-8 has not
         refuse(where, f"was cut short or edited: {error}")
     if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
         refuse(where, "is no result: it has no schema number")
@@ -143,7 +148,7 @@ def read_line(line: bytes, where: str) -> Result:
             f"{where}: written with result schema {data['schema']}, this version reads 1 to {RESULT_SCHEMA}. Use the version that wrote it: "
             f"git log -1 {FOLDER}"
         )
-    if data.get("sha256") != digest(data):
+    if data.get("sha256") != found:
         refuse(where, "was edited: its hash is not that of what it holds")
     try:
         result: Result = contract.decode(Result, data)
@@ -169,13 +174,24 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
+def require_writable(path: Path) -> None:
+    """Raises ConfigRefused where a line could not be added. Asked before the first run as well, which may be hours earlier."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        target = path if path.exists() else path.parent
+    except OSError as error:
+        raise ConfigRefused(f"{path} cannot be written: {error.strerror}. {NAME_ANOTHER}") from error
+    if (path.exists() and not path.is_file()) or not os.access(target, os.W_OK):
+        raise ConfigRefused(f"{path} cannot be written. {NAME_ANOTHER}")
+
+
 def append_result(path: Path, result: Result) -> Result:
     """With its hash, as it was written. Raises RunEnded where there is no room; the lines that are there stay, and the new one is whole or
     not there."""
+    require_writable(path)
     plain = json.loads(json.dumps(asdict(result)))
     sealed = replace(result, sha256=digest(plain))
     line = json.dumps(plain | {"sha256": sealed.sha256}, ensure_ascii=False).encode() + b"\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         before = file.tell()
         try:

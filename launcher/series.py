@@ -73,9 +73,13 @@ def find_series(prefix: str, runs: Path, *, published: Sequence[str]) -> Series 
 
 @contextmanager
 def hold(runs: Path) -> Iterator[None]:
-    """Raises ConfigRefused where another bench is at work in this folder."""
-    runs.mkdir(parents=True, exist_ok=True)
-    with (runs / LOCK_FILE).open("a+", encoding="utf-8") as file:
+    """Raises ConfigRefused where another bench is at work in this folder, or where nothing can be written there."""
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        held = (runs / LOCK_FILE).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigRefused(f"runs cannot be written to {runs}: {error.strerror}. Name another folder: cluster.root=FOLDER") from error
+    with held as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

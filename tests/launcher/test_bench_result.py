@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -18,9 +19,21 @@ from launcher.cli import main
 from launcher.comparison import Level
 from launcher.errors import ConfigRefused, RecordRefused
 from launcher.matrix import BEGIN, END, describe_matrix, describe_row, put_matrix
-from launcher.measurement import measure_run, publish
+from launcher.measurement import measure_run, publish, site_of
 from launcher.reproduction import describe_reproduction, judge, told_facts
-from launcher.result import Repeat, Result, Span, append_result, digest, find_result, is_unsteady, read_results, results_file
+from launcher.restoration import restore_config
+from launcher.result import (
+    Repeat,
+    Result,
+    Span,
+    append_result,
+    digest,
+    find_result,
+    is_unsteady,
+    read_results,
+    require_writable,
+    results_file,
+)
 from tests.launcher.test_bench_cell import CELL, CONF
 from trainer.contract import decode
 
@@ -139,6 +152,8 @@ def planted(key: str, value: Any) -> Callable[[str], str]:
         (newer, r"x\.jsonl, line 3: written with result schema 2, this version reads 1 to 1"),
         (extended, r"x\.jsonl, line 3 is not what this version reads: .*more"),
         (lambda text: text + "{}\n", r"x\.jsonl, line 3 is no result: it has no schema number"),
+        (lambda text: text + '{"schema": 1, "more": "\\ud800"}\n', r"x\.jsonl, line 3 was cut short or edited: .*surrogates"),
+        (planted("experiment", "y"), r"x\.jsonl, line 3 is of y, and belongs to y\.jsonl"),
         (lambda text: text + "[" * 100_000 + "\n", r"x\.jsonl, line 3 was cut short or edited"),
     ],
 )
@@ -146,6 +161,59 @@ def test_a_line_that_is_not_as_it_was_written_is_refused(path: Path, spoil: Call
     path.write_text(spoil(path.read_text()))
     with pytest.raises(RecordRefused, match=told):
         read_results(path)
+
+
+@pytest.mark.parametrize("place", ["afile/x.jsonl", "afolder"])
+def test_where_no_line_can_be_added_is_known_before_the_first_run(tmp_path: Path, place: str) -> None:
+    (tmp_path / "afile").touch()
+    (tmp_path / "afolder").mkdir()
+    with pytest.raises(ConfigRefused, match=rf"{place} cannot be written.*--results FOLDER\. No run is lost"):
+        require_writable(tmp_path / place)
+    require_writable(tmp_path / "new/x.jsonl")
+    assert not (tmp_path / "new/x.jsonl").exists()
+
+
+def test_a_read_only_folder_of_results_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may write anywhere, so that the answer of a read-only disk is stood in for."""
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ConfigRefused, match=r"x\.jsonl cannot be written"):
+        require_writable(tmp_path / "x.jsonl")
+
+
+def test_a_bench_looks_at_its_results_before_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "afile").touch()
+    try:
+        words = ["bench", CELL, f"cluster.root={tmp_path}", "--dirty", "a test", "--results", str(tmp_path / "afile")]
+        assert main(words) == 2
+    finally:
+        gc.enable()
+    assert f"{CELL}.jsonl cannot be written" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_variables_of_the_cluster_that_name_places_stay_there(result: Result) -> None:
+    plan = load_archive(REAL).plan
+    variables = {"LD_LIBRARY_PATH": "/home/somebody/lib", "NCCL_DEBUG": "WARN"}
+    cluster = replace(plan.config.cluster, environment=variables)
+    site = site_of(replace(plan, config=replace(plan.config, cluster=cluster)))
+    assert site.environment == {"NCCL_DEBUG": "WARN"}
+    again = restore_config(replace(result, site=site), replace(cluster, environment={**variables, "NCCL_DEBUG": "INFO", "TZ": "UTC"}))
+    assert again.cluster.environment == variables, "places are those of now, all else is as published"
+
+
+def test_a_clean_tree_is_not_called_dirty(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean: Any = SimpleNamespace(state=SimpleNamespace(commit="abc"))
+    monkeypatch.setattr(bench_action, "list_changes", list)
+    assert bench_action.refuse_dirty(clean, "a try") == ""
+    monkeypatch.setattr(bench_action, "list_changes", lambda: ["trainer/new.py"])
+    assert bench_action.refuse_dirty(clean, "a try") == "a try"
+
+
+def test_the_command_that_goes_on_has_the_options_that_were_given() -> None:
+    given = Namespace(repeats=2, reason="a short look", accept=["code", "data"], results="elsewhere", dirty="")
+    options = ("dirty", "repeats", "reason", "accept", "results")
+    assert bench_action.join_command("bench-rerun", "x", ["cluster=lab"], given, *options) == (
+        "omnilaunch bench-rerun x cluster=lab --repeats 2 --reason 'a short look' --accept code --accept data --results elsewhere"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- verdict
@@ -212,6 +280,18 @@ def test_a_line_without_bands_is_judged_by_nobody(result: Result) -> None:
         judge(without, result.repeats, result.facts, fewer="")
 
 
+def test_a_line_without_bands_is_refused_before_it_is_run_again(
+    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    append_result(tmp_path / "results/x.jsonl", replace(result, config=result.config | {"run": result.config["run"] | {"bands": {}}}))
+    monkeypatch.setattr(bench_action, "restored", lambda *_: pytest.fail("it was planned"))
+    try:
+        assert main(["bench-rerun", "x", "--results", str(tmp_path / "results")]) == 2
+    finally:
+        gc.enable()
+    assert "no band of loss, throughput, memory before it ran" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("share", "code"), [(1.0, 0), (1.1, 7)])
 def test_the_exit_code_is_the_verdict(
     result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], share: float, code: int
@@ -266,6 +346,20 @@ def test_a_cell_without_a_result_was_not_run(result: Result) -> None:
 
     same = replace(result, config=published_config(cell.config), code=replace(result.code, dirty="a try"))
     assert "as the cell was then" not in describe_row(cell, (same,))[3] and "on a tree with changes" in describe_row(cell, (same,))[3]
+
+
+@pytest.mark.parametrize("words", [[CELL], ["--results", "typo"]])
+def test_the_table_is_of_all_cells_and_of_no_other_folder(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a folder that is not there it would say that nothing was ever run."""
+    (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}\n")
+    monkeypatch.setattr(bench_action, "README", tmp_path / "README.md")
+    try:
+        assert main(["bench", "--matrix", *words]) == 2
+    finally:
+        gc.enable()
+    assert "from docs/results alone" in capsys.readouterr().err
 
 
 def test_a_readme_without_its_marks() -> None:

@@ -133,6 +133,15 @@ def test_two_at_a_time_are_refused(series: Series) -> None:
         pass
 
 
+def test_runs_that_cannot_be_written_are_told(tmp_path: Path) -> None:
+    (tmp_path / "afile").touch()
+    with (
+        pytest.raises(ConfigRefused, match=r"runs cannot be written to .*/afile/runs: .*cluster\.root=FOLDER"),
+        hold(tmp_path / "afile/runs"),
+    ):
+        pytest.fail("there is no such folder")
+
+
 def test_a_run_that_is_under_way_is_waited_for(series: Series) -> None:
     from launcher.claim import claim
 
