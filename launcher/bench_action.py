@@ -68,7 +68,9 @@ def run_bench(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.results) if arguments.results else RESULTS
     if arguments.matrix:
         if arguments.words or arguments.results:
-            raise ConfigRefused(f"--matrix writes the table of all cells, from {RESULTS.relative_to(PROJECT)} alone: omnilaunch bench --matrix")
+            raise ConfigRefused(
+                f"--matrix writes the table of all cells, from {RESULTS.relative_to(PROJECT)} alone: omnilaunch bench --matrix"
+            )
         return write_matrix(arguments, folder)
     if not arguments.words:
         return list_bench(arguments, folder)

@@ -17,7 +17,7 @@ from pathlib import Path
 from launcher.archive import Archive, load_archive
 from launcher.catalogue import list_entries, read_entry, tag_run
 from launcher.claim import is_claimed
-from launcher.errors import ConfigRefused, LaunchError
+from launcher.errors import ConfigRefused, LaunchError, RecordRefused
 from launcher.fact import Kind, find_differences, flatten, kind_of
 from launcher.interrupt import STOPPED_CODE
 from launcher.measurement import canonical_data, measure_run
@@ -94,10 +94,13 @@ def hold(runs: Path) -> Iterator[None]:
 
 
 def require_same(series: Series, plan: Plan, source: SourceState, *, anew: str) -> None:
-    """Raises ConfigRefused where a run that is there was made of something else than the next one would be. `anew`: the command that begins
+    """Raises ConfigRefused where a run that is there was made of something else than the next one would be, or is not whole. `anew`: the command that begins
     another series."""
     for run_id in series.done:
-        archive = load_archive(series.runs / run_id, rows=False)
+        try:
+            archive = load_archive(series.runs / run_id, rows=False)
+        except RecordRefused as error:
+            raise RecordRefused(f"{error}\nTo leave the runs of {series.name} and begin anew: {anew}") from error
         apart = differing(archive, plan, source)
         if apart:
             lines = "\n".join(f"  {line}" for line in apart[:12])

@@ -13,7 +13,7 @@ import pytest
 
 from launcher.archive import load_archive
 from launcher.catalogue import read_entry
-from launcher.errors import ConfigRefused, NodeFailed, RunEnded
+from launcher.errors import ConfigRefused, NodeFailed, RecordRefused, RunEnded
 from launcher.seal import SEAL_FILE, make_seal
 from launcher.series import (
     Series,
@@ -124,6 +124,17 @@ def test_other_code_and_another_config_are_no_repeats(series: Series) -> None:
         ConfigRefused, match=r"(?s)was begun, 1 of its runs are done.*config\.run\.seed.*begin anew: omnilaunch bench x --anew"
     ):
         require_same(found, other, source, anew="omnilaunch bench x --anew")
+
+
+def test_a_repeat_whose_record_was_edited_can_be_left(series: Series) -> None:
+    leave_run(series.runs, f"{NAME}-1")
+    plan, source = load_archive(REAL).plan, load_archive(REAL).source
+    with (series.runs / f"{NAME}-1/metrics.jsonl").open("a") as file:
+        file.write("{}\n")
+    found = find_series("x", series.runs, published=())
+    assert found is not None
+    with pytest.raises(RecordRefused, match=r"(?s)metrics\.jsonl.*begin anew: omnilaunch bench x --anew"):
+        require_same(found, plan, source, anew="omnilaunch bench x --anew")
 
 
 def test_two_at_a_time_are_refused(series: Series) -> None:
