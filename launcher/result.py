@@ -109,7 +109,7 @@ class Result:
 
 
 def is_unsteady(result: Result) -> bool:
-    """Whether its own repeats lie further apart in speed than the band that a rerun is held against: the machine was busy."""
+    """Whether its own repeats lie further apart in speed than the band that a rerun is held against: the machine was not steady."""
     span, bands = result.summary["samples_per_s"], result.config.get("run", {}).get("bands") or {}
     band = bands.get("throughput")
     return band is not None and span.lowest < span.highest * (1 - band)
