@@ -115,7 +115,7 @@ def describe_reproduction(found: Reproduction, result: Result) -> str:
         span = result.summary["samples_per_s"]
         lines += [
             "",
-            f"  the published speeds lie {span.lowest:,.4g} to {span.highest:,.4g}, further apart than the band: that machine was busy",
+            f"  the published speeds lie {span.lowest:,.4g} to {span.highest:,.4g}, further apart than the band: that machine was not steady",
         ]
     fewer = f", from {len(found.repeats)} repeats in place of {len(result.repeats)}: {found.fewer}" if found.fewer else ""
     lines += ["", f"verdict: {'reproduced' if found.reproduced else 'not reproduced'}{fewer}"]
