@@ -8,6 +8,8 @@ STRATEGY ?=   ## strategy: auto, single, ddp, zero1, zero2 or zero3
 DATA ?=       ## data: digits, digits_even, digits_large or files
 CLUSTER ?=    ## cluster: a name of conf/cluster, such as local
 RUNTIME ?=    ## process or docker, in place of the cluster's own
+EXP ?=        ## experiment: a cell of conf/experiment, for bench
+RUN ?=        ## a published result, or its cell, for bench-rerun
 ARGS ?=       ## anything more: overrides for plan and train, arguments of pytest for test
 
 PYTHON ?= python3.11
@@ -25,7 +27,7 @@ TRAINER = $(if $(filter-out process,$(RUNTIME))$(filter-out local,$(CLUSTER)),.v
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup plan train test test-cluster lint render image image-check
+.PHONY: help setup plan train bench bench-rerun matrix test test-cluster lint render image image-check
 
 help: ## This list
 	@awk -F '##' '/^[a-z-]+:.*##/ {split($$1, t, ":"); printf "  make %-12s%s\n", t[1], $$2} /^[A-Z]+ \?=.*##/ {split($$1, v, " "); vars = vars sprintf("  %-12s%s\n", v[1], $$2)} END {printf "\nVariables, as in `make plan HW=h200`:\n%s", vars}' $(MAKEFILE_LIST)
@@ -37,6 +39,15 @@ plan: .venv/.launcher ## Print what `make train` with the same variables would d
 
 train: $(TRAINER) ## Carry the plan out: the tiny model on real digits unless the variables say otherwise
 	@.venv/bin/omnilaunch launch $(OVERRIDES)
+
+bench: $(TRAINER) ## Run the pinned cell EXP, its repeats one after the other, and publish median and range in docs/results; without EXP list the cells
+	@.venv/bin/omnilaunch bench $(EXP) $(if $(CLUSTER),cluster=$(CLUSTER)) $(if $(RUNTIME),cluster.runtime=$(RUNTIME)) $(ARGS)
+
+bench-rerun: $(TRAINER) ## Run the published result RUN again, from its line alone: reproduced or not
+	@.venv/bin/omnilaunch bench-rerun $(if $(RUN),$(RUN),$(error say which: make bench-rerun RUN=RESULT)) $(if $(CLUSTER),cluster=$(CLUSTER)) $(ARGS)
+
+matrix: .venv/.launcher ## Write the table "what ran where" of README.md again from docs/results
+	@.venv/bin/omnilaunch bench --matrix
 
 test: setup ## Run the tests that need neither an engine nor a network
 	@.venv/bin/python -m pytest -m "not docker and not network and not cluster" $(ARGS)

@@ -6,13 +6,18 @@
   omnilaunch doctor [AXIS=NAME ...] [key=value ...]   what is wrong with the nodes
   omnilaunch data check [AXIS=NAME ...] [key=value ...]   what is wrong with the data
   omnilaunch options [AXIS]                           what can be chosen
-  omnilaunch runs                                     the runs of this folder
+  omnilaunch runs [KEY=VALUE ...]                     the runs of this folder; runs tag, runs prune: see runs --help
+  omnilaunch compare RUN RUN ...                      whether they are the same, and where they part
+  omnilaunch report RUN ...                           one page that stands by itself
+  omnilaunch rerun RUN [key=value ...]                the run of a record once more
+  omnilaunch bench NAME [cluster=...]                 a pinned cell of conf/experiment, measured and published
+  omnilaunch bench-rerun RESULT                       a published result again: reproduced or not
   omnilaunch attach|stop|status|logs RUN              one of them, on whatever nodes it is
   omnilaunch fit-report [RUN ...]                     the memory that plans foretold against what their runs took
   omnilaunch image ACTION [AXIS=NAME ...]             render, refresh, build, ls, inspect, prune, fetch: see image --help
 
 Axes: hardware, model, stage, precision, strategy, data, cluster. Exit codes: 0 done, 2 refused, 3 image, 4 node, 5 run failed,
-130 stopped, 1 a bug of ours.
+7 compared and different, or not reproduced, 130 stopped, 1 a bug of ours.
 """
 
 import argparse
@@ -23,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import data_action, image_action, run_action
+from launcher import bench_action, data_action, image_action, record_action, rerun_action, run_action
 from launcher.errors import ConfigRefused, LaunchError
 from trainer.contract import Exit
 
@@ -83,14 +88,28 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     sub.set_defaults(verb=show_options)
     add_reports(verbs)
     run_action.add_to(verbs, Terminal().say)
+    record_action.add_to(verbs, Terminal().say)
+    rerun_action.add_to(verbs, Terminal().say)
+    bench_action.add_to(verbs, Terminal().say)
     data_action.add_to(verbs.add_parser("data", help="what a run would train on", allow_abbrev=False), plan_of)
     image_action.add_to(verbs.add_parser("image", help="the one image that matches a hardware", allow_abbrev=False))
-    return parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    take_words(arguments, rest, parser)
+    return arguments
+
+
+def take_words(arguments: argparse.Namespace, rest: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """KEY=VALUE after an option belongs to those before it: argparse takes the first row of them alone."""
+    into = next((name for name in ("overrides", "words") if hasattr(arguments, name)), "")
+    strange = [word for word in rest if word.startswith("-") or "=" not in word]
+    if rest and (strange or not into):
+        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+    if into:
+        setattr(arguments, into, [*getattr(arguments, into), *rest])
 
 
 def add_reports(verbs: Any) -> None:
     """What is read from the records of this folder."""
-    verbs.add_parser("runs", help="the runs of this folder").set_defaults(verb=show_runs)
     sub = verbs.add_parser("fit-report", help="the memory that plans foretold against what their runs took", allow_abbrev=False)
     sub.add_argument("runs", nargs="*", metavar="RUN", help="their ids; all runs of this folder when left out")
     sub.add_argument("--markdown", action="store_true", help="as a table of Markdown")
@@ -151,8 +170,8 @@ def run_launch(arguments: argparse.Namespace) -> int:
     from launcher.desk import open_examined
     from launcher.launch import launch
     from launcher.place import place_here
-    from launcher.record import read_source
     from launcher.show import describe_record
+    from launcher.source import read_source
 
     plan = plan_of(arguments.overrides, arguments.run_id)
     if arguments.detach and plan.config.cluster.runtime != "docker":
@@ -174,13 +193,14 @@ def run_launch(arguments: argparse.Namespace) -> int:
 
 def render_run(arguments: argparse.Namespace) -> int:
     from launcher.bundle import write_bundle
-    from launcher.record import PLAN_FILE, SOURCE_FILE, SourceState, read_if_there, read_source
+    from launcher.record import PLAN_FILE, SOURCE_FILE, SourceState, read_if_there
+    from launcher.source import read_source
 
     words = arguments.overrides
     places = [path for path in (Path(words[0]), Path.cwd() / "runs" / words[0]) if (path / PLAN_FILE).is_file()] if len(words) == 1 else []
     plan = run_action.load_plan(places[0]) if places else plan_of(words, arguments.run_id)
     source = read_if_there(SourceState, places[0] / SOURCE_FILE) if places else None
-    folder = write_bundle(plan, Path(arguments.to), project=PROJECT, source=source or read_source(PROJECT))
+    folder = write_bundle(plan, Path(arguments.to), project=PROJECT, source=source or read_source(PROJECT).state)
     print(f"run {plan.run_id} is in {folder}; README.txt there says what to do")
     return Exit.OK
 
@@ -221,13 +241,6 @@ def show_options(arguments: argparse.Namespace) -> int:
     for axis, names in axes.items():
         if not arguments.axis or axis == arguments.axis:
             print(f"{axis:10} {'  '.join(names)}")
-    return Exit.OK
-
-
-def show_runs(arguments: argparse.Namespace) -> int:
-    from launcher.show import describe_runs
-
-    print(describe_runs(Path.cwd() / "runs"))
     return Exit.OK
 
 

@@ -9,7 +9,7 @@ import json
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,6 +44,28 @@ def compose(overrides: Sequence[str], conf: Path) -> Config:
     groups = options(conf)
     composed = _compose(_translate(overrides, groups), conf)
     return _validate(composed, overrides, conf)
+
+
+def compose_over(config: Config, overrides: Sequence[str], conf: Path) -> Config:
+    """A config that is there already with overrides: what none of them names stays as it is, whatever `conf` says now. `axis=NAME` takes
+    that one section from `conf`. Raises ConfigRefused as `compose` does."""
+    from omegaconf import OmegaConf
+
+    groups = options(conf)
+    named = [override.partition("=")[0] for override in overrides]
+    if of_several := [name for name in named if name in OPTIONAL_GROUPS]:
+        raise ConfigRefused(f"{of_several[0]}=... sets keys of several sections: launch it anew, or name the keys themselves")
+    translated = _translate(overrides, groups)
+    chosen = [text for text in translated if not text.startswith("++")]
+    composed = _compose(chosen, conf)
+    data = json.loads(json.dumps(asdict(config))) | {text.partition("=")[0]: composed.data[text.partition("=")[0]] for text in chosen}
+    tree = OmegaConf.create(data)
+    for text in translated:
+        parsed = _parse(text.removeprefix("++")) if text.startswith("++") else None
+        if parsed is not None:
+            OmegaConf.update(tree, parsed.key_or_group, parsed.value(), merge=True, force_add=True)
+    changed = typing.cast(dict[str, Any], OmegaConf.to_container(tree))
+    return _validate(Composed(data=changed, choices=composed.choices), overrides, conf)
 
 
 def options(conf: Path) -> dict[str, tuple[str, ...]]:

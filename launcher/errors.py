@@ -2,6 +2,7 @@
 
     LaunchError
     +-- ConfigRefused   2   a config, an override or an input that cannot work
+    |   +-- RecordRefused   a run's record that cannot be read, or is not as it was written
     +-- ImageFailed     3   rendering, building or fetching an image
     |   +-- NodesRefused 4  the same, where nothing but the list of nodes is wrong
     +-- NodeFailed      4   a node that cannot be reached or used
@@ -25,6 +26,10 @@ class LaunchError(Exception):
 
 class ConfigRefused(LaunchError):
     exit_code = Exit.USAGE
+
+
+class RecordRefused(ConfigRefused):
+    """Exit code 2, as every input that cannot be used."""
 
 
 class NodesRefused(ConfigRefused):

@@ -19,8 +19,8 @@ from launcher.record import (
     PLAN_FILE,
     Attempt,
     Failure,
+    Precedent,
     Record,
-    SourceState,
     Status,
     checkpoint_place,
     close_run,
@@ -29,6 +29,7 @@ from launcher.record import (
     read_rows,
     utc_now,
 )
+from launcher.source import Source, SourceState
 from launcher.supervision import BadData, Outcome, finish_checks, judge_data, signals_of_others, watch_attempt
 from trainer import contract
 from trainer.contract import METRICS_FILE, Exit
@@ -36,11 +37,17 @@ from trainer.contract import METRICS_FILE, Exit
 # -------------------------------------------------------------------------------------------------------------- launch
 
 
-def launch(plan: Plan, source: SourceState, desk: Desk, *, detach: bool = False) -> Record | None:
+def launch(plan: Plan, source: Source, desk: Desk, *, detach: bool = False, precedent: Precedent | None = None) -> Record | None:
     """Run to the end and return the record; None when the run goes on by itself (`detach`). Raises ConfigRefused before anything is made
     when the plan may not be launched; any other LaunchError comes after its record was written."""
     refuse(plan.verdict, launching=True, overrides=plan.overrides)
-    folder, started = open_run(plan, source), utc_now()
+    lock = desk.project / "images" / plan.image.lock if plan.image.lock else None
+    try:
+        folder, started = open_run(plan, source.state, diff=source.diff, lock=lock, precedent=precedent), utc_now()
+    except OSError as error:
+        raise RunEnded(
+            f"{plan.folder} could not be written: {error.strerror}. Free room there, and launch again; nothing was started"
+        ) from error
     desk.say(f"run {plan.run_id}")
 
     def work(stop: StopRequest) -> Outcome | None:
@@ -51,7 +58,7 @@ def launch(plan: Plan, source: SourceState, desk: Desk, *, detach: bool = False)
         desk.say(f"training: {plan.spec.device.world_size} rank(s) on {len(crew.members)} node(s)")
         return leave(plan, folder, desk, crew, stop) if detach else see_through(plan, folder, desk, crew, stop)
 
-    return conclude(plan, source, started, folder, work)
+    return conclude(plan, source.state, started, folder, work)
 
 
 def attach(plan: Plan, source: SourceState, started: datetime, desk: Desk) -> Record | None:

@@ -9,7 +9,7 @@ from launcher.errors import NodeFailed
 from launcher.fleet import after, attempt_each, each
 from launcher.start import NodeCommand
 from launcher.transport import Transport
-from trainer.contract import DATA_FILE, ENVIRONMENT_FILE, FAILURE_FILES, METRICS_FILE, RESULT_FILE, SPEC_FILE, TrainSpec, encode
+from trainer.contract import DATA_FILE, ENVIRONMENT_FILE, FAILURE_FILES, METRICS_FILE, RESULT_FILE, SPEC_FILE, TrainSpec
 
 ROOT = "0:0"
 FOLDER_BYTES = 2**28
@@ -39,10 +39,9 @@ class Site:
     transport: Transport
 
 
-def place_run(sites: Sequence[Site], spec: TrainSpec, *, image: str, user: str, shared: bool, local: bool) -> None:
-    """Make the run's folder on every node, with the spec in it, writable by the container's `user` (uid:gid). `local`: the folder is the
+def place_run(sites: Sequence[Site], spec: TrainSpec, text: bytes, *, image: str, user: str, shared: bool, local: bool) -> None:
+    """Make the run's folder on every node, with the spec's `text` in it, writable by the container's `user` (uid:gid). `local`: the folder is the
     launcher's own and there already. Raises NodeFailed, naming the nodes; a folder that is there belongs to another run."""
-    text = encode(spec).encode()
     if local:
         (site,) = sites
         give(site, prepared(site, spec), image=image, user=user)
@@ -71,7 +70,15 @@ def place_on(site: Site, spec: TrainSpec, text: bytes, *, image: str, user: str)
 
 
 def reopen_run(
-    sites: Sequence[Site], spec: TrainSpec, *, image: str, user: str, shared: bool, local: bool, spread: Callable[[Sequence[Site]], None]
+    sites: Sequence[Site],
+    spec: TrainSpec,
+    text: bytes,
+    *,
+    image: str,
+    user: str,
+    shared: bool,
+    local: bool,
+    spread: Callable[[Sequence[Site]], None],
 ) -> None:
     """The same for another attempt, on nodes that may have the run's folder or not. What the last attempt said of its end is removed,
     `spread` brings the checkpoint to nodes that share no folder. A container of an earlier attempt goes first: a node that was away kept
@@ -80,13 +87,13 @@ def reopen_run(
     if local:
         return
     owners = sites[:1] if shared else sites
-    each(lambda site: reopen_on(site, spec, image=image, user=user), owners)
+    each(lambda site: reopen_on(site, spec, text, image=image, user=user), owners)
     if not shared:
         spread(sites)
     each(lambda site: give(site, prepared(site, spec), image=image, user=user), owners)
 
 
-def reopen_on(site: Site, spec: TrainSpec, *, image: str, user: str) -> None:
+def reopen_on(site: Site, spec: TrainSpec, text: bytes, *, image: str, user: str) -> None:
     """The folder belongs to who logs in while it is changed."""
     transport, host, own = site.transport, site.command.host, login_of(site)
     prepared(site, spec)
@@ -96,7 +103,7 @@ def reopen_on(site: Site, spec: TrainSpec, *, image: str, user: str) -> None:
     stale = (part for name in STALE for part in ("-o", "-name", name))
     argv = ("find", spec.output, "-maxdepth", "1", "-type", "f", "(", *list(stale)[1:], ")", "-delete")
     transport.run(argv).expect(f"{host}: removing what the last attempt said of its end")
-    transport.put(encode(spec).encode(), str(PurePosixPath(spec.output) / SPEC_FILE), mode=0o644)
+    transport.put(text, str(PurePosixPath(spec.output) / SPEC_FILE), mode=0o644)
 
 
 def prepared(site: Site, spec: TrainSpec) -> tuple[str, ...]:

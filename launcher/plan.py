@@ -3,7 +3,8 @@
 The trainer's spec, the DeepSpeed config and the per-node commands are all made here; `launch` carries out this very object.
 """
 
-from dataclasses import asdict, dataclass, replace
+import json
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,10 +22,11 @@ from launcher.recipe import leaves_padding_out
 from launcher.remedy import with_typed_hardware
 from launcher.schema import Cluster, Config, Run
 from launcher.start import NodeCommand, node_commands
-from trainer.contract import SCHEMA, Batch, DataSpec, DeviceSpec, ModelSpec, StageSpec, TrainSpec
+from trainer.contract import SCHEMA, Batch, DataSpec, DeviceSpec, ModelSpec, StageSpec, TrainSpec, decode, encode
 
 DATA_FOLDER = ".cache/data"
 RUNS_FOLDER = "runs"
+FIXED_THREADS = 4
 # What the trainer is told unchanged, and by the same name, of config.run.
 OF_THE_RUN = (
     *("seed", "deterministic", "steps", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background"),
@@ -54,6 +56,9 @@ class Plan:
     commands: tuple[NodeCommand, ...]
     folder: str  # the launcher's own folder of the run: the nodes' where this machine is the node
     overrides: tuple[str, ...] = ()  # as the user typed them
+    rerun_of: str = ""  # the run whose record this plan was made from
+    accepted: tuple[str, ...] = ()  # kinds of differences from that one that the user took
+    image_id: str = ""  # what the nodes' engines must have for the image; '' = any that was built from its files
     memory: Memory | None = None  # None in plans of before
     choice: str = ""  # why strategy and micro-batch are what they are
 
@@ -104,12 +109,24 @@ def move_plan(plan: Plan, cluster: Cluster, stacks: dict[str, Stack], place: Pla
     # Addresses that were recorded without their credentials are missed only where the image has to be built, and there it is said.
     verdict = check(replace(config, cluster=replace(cluster, delivery=without_masked(cluster.delivery))), stacks)
     refuse(verdict, launching=True)
-    spec = train_spec(config, place, run_id=plan.run_id, overrides=plan.overrides)
+    before, after = (train_spec(each, place, run_id=plan.run_id, overrides=plan.overrides) for each in (plan.config, config))
+    spec: TrainSpec = decode(TrainSpec, carry_over(asdict(plan.spec), asdict(before), asdict(after)))
+    if plan.spec.expects is not None:  # of the ranks that are left nobody expects what all of them had
+        spec = replace(spec, expects=replace(plan.spec.expects, facts={}) if before.device != after.device else plan.spec.expects)
     user = config.cluster.user or place.user
     commands = node_commands(config, plan.image, spec, interpreter=place.interpreter, user=user)
     return replace(
         plan, config=config, verdict=verdict, states=model_states(config), memory=estimate_memory(config), spec=spec, commands=commands
     )
+
+
+def carry_over(kept: Any, before: Any, after: Any) -> Any:
+    """`kept` with the changes from `before` to `after`: what a rerun has from its record stays, whatever would be derived today."""
+    if before == after:
+        return kept
+    if isinstance(kept, dict) and isinstance(before, dict) and isinstance(after, dict):
+        return {key: carry_over(kept.get(key, after[key]), before.get(key), after[key]) for key in after}
+    return after
 
 
 def refuse(verdict: Verdict, *, launching: bool, overrides: tuple[str, ...] = ()) -> None:
@@ -142,7 +159,7 @@ def train_spec(config: Config, place: Place, *, run_id: str, overrides: tuple[st
             backend=config.hardware.collectives,
             world_size=ranks,
             devices_per_node=device_count(config),
-            threads=config.hardware.threads,
+            threads=count_threads(config),
             timeout_s=config.run.collective_timeout_s,
         ),
         deepspeed=render_deepspeed(
@@ -155,6 +172,11 @@ def train_spec(config: Config, place: Place, *, run_id: str, overrides: tuple[st
         kernels=choose_kernels(config),
         **{name: getattr(config.run, name) for name in OF_THE_RUN},
     )
+
+
+def count_threads(config: Config) -> int:
+    """Of each rank; 0 = torch decides, by the processors of the machine that it finds itself on, which a deterministic run must not."""
+    return config.hardware.threads or (FIXED_THREADS if config.run.deterministic else 0)
 
 
 def names_trackers(config: Config, overrides: tuple[str, ...]) -> bool:
@@ -235,3 +257,23 @@ def to_plain(plan: Plan) -> dict[str, Any]:
     """The plan as JSON data, without credentials in URLs: they are in memory alone."""
     plain: dict[str, Any] = mask_credentials(asdict(plan))
     return plain
+
+
+def encode_spec(spec: TrainSpec, *, like: Path | None) -> str:
+    """Whole; or without the keys that `like` does not have and that are as if they were not there, since each trainer refuses keys that it
+    does not know."""
+    if like is None:
+        return encode(spec)
+    return json.dumps(leave_out(spec, json.loads(like.read_text(encoding="utf-8"))), indent=2, ensure_ascii=False) + "\n"
+
+
+def leave_out(value: Any, like: Any) -> Any:
+    if not (is_dataclass(value) and isinstance(like, dict)):
+        return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    kept = {}
+    for each in fields(value):
+        now = getattr(value, each.name)
+        default = each.default_factory() if each.default_factory is not MISSING else each.default
+        if each.name in like or now != default:
+            kept[each.name] = leave_out(now, like.get(each.name))
+    return kept

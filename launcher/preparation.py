@@ -11,20 +11,20 @@ from launcher.build import build
 from launcher.claim import is_asked_to_stop
 from launcher.engine import find
 from launcher.errors import ConfigRefused, ImageFailed, NodeFailed
-from launcher.fleet import after, attempt_each
+from launcher.fleet import after, attempt_each, each
 from launcher.gang import Crewed, abandon, clear_all, start_checks, start_members
 from launcher.interrupt import Stopped, StopRequest
 from launcher.member import Member
 from launcher.node import FETCH_S, Site, fetch_file, fetch_folder, fetch_results, place_run, reopen_run
-from launcher.plan import Plan
-from launcher.record import Failure, read_if_there
+from launcher.plan import Plan, encode_spec
+from launcher.record import RECORDED_INPUTS_FILE, Failure, keep_images, read_if_there
 from launcher.relay import Peer
 from launcher.remote_build import build_on
-from launcher.ship import is_everywhere, pull, ship
+from launcher.ship import image_on, is_everywhere, pull, ship
 from launcher.start import CANN_LOGS
 from launcher.sync import sync
 from launcher.transport import Transport
-from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, DataReport
+from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, INPUTS_FILE, SPEC_FILE, DataReport, Inputs
 
 SHOWN_PROBLEMS = 20
 MISSING_MOUNT = re.compile(r"bind source path does not exist: (?P<path>/.*?)\.?$", re.MULTILINE)  # moby, volume/mounts/validate.go
@@ -59,6 +59,7 @@ def bring_up(plan: Plan, desk: Desk, stop: StopRequest, *, again: bool = False) 
         if plan.config.cluster.runtime == "docker":
             bring_paths(plan, desk)
             bring_image(plan, desk)
+            settle_image(plan, desk)
             place(plan, desk, again=again)
         if is_asked_to_stop(Path(plan.folder)):
             raise Stopped
@@ -133,6 +134,22 @@ def bring_image(plan: Plan, desk: Desk) -> None:
         ship(plan.image.tag, image_id, peers, desk.here, desk.say)
 
 
+def settle_image(plan: Plan, desk: Desk) -> None:
+    """Keep which image each node really has, by the id of its engine. Raises ImageFailed where a rerun would take another than its record:
+    the same files built anew make another one, as system packages come in the versions of the day."""
+    sites = sites_of(plan, desk)
+    asked = each(lambda site: image_on(site, plan.image.tag), sites)
+    found = {site.command.host: image.id for site, image in zip(sites, asked, strict=True) if image}
+    keep_images(found, Path(plan.folder))
+    other = {host: image_id for host, image_id in found.items() if plan.image_id and image_id not in plan.image_id}
+    if other:
+        lines = "\n".join(f"  image on {host}: {image_id}" for host, image_id in other.items())
+        raise ImageFailed(
+            f"{plan.image.tag} is not the image that run {plan.rerun_of} had, {plan.image_id}:\n{lines}\n"
+            "Bring that one back (docker load); or say that it may differ: --accept image"
+        )
+
+
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
@@ -155,7 +172,7 @@ def place(plan: Plan, desk: Desk, *, again: bool) -> None:
     argv, cluster, sites = plan.commands[0].start, plan.config.cluster, sites_of(plan, desk)
     user, local = argv[argv.index("--user") + 1], plan.folder == plan.spec.output
     if not again:
-        place_run(sites, plan.spec, image=plan.image.tag, user=user, shared=cluster.shared, local=local)
+        place_run(sites, plan.spec, spec_text(plan), image=plan.image.tag, user=user, shared=cluster.shared, local=local)
         return
 
     def spread(sites: Sequence[Site]) -> None:
@@ -164,7 +181,13 @@ def place(plan: Plan, desk: Desk, *, again: bool) -> None:
         else:
             desk.say("no node that is left has a checkpoint: it starts from the first step")
 
-    reopen_run(sites, plan.spec, image=plan.image.tag, user=user, shared=cluster.shared, local=local, spread=spread)
+    reopen_run(sites, plan.spec, spec_text(plan), image=plan.image.tag, user=user, shared=cluster.shared, local=local, spread=spread)
+
+
+def spec_text(plan: Plan) -> bytes:
+    """As the trainer of the run reads it, which may be an older one: with the keys that the run's first spec has."""
+    written = Path(plan.folder) / SPEC_FILE
+    return encode_spec(plan.spec, like=written if written.is_file() else None).encode()
 
 
 def fetch(plan: Plan, folder: Path, desk: Desk) -> None:
@@ -188,8 +211,10 @@ def refuse_data(folder: Path, check: Member) -> None:
     report: DataReport | None = read_if_there(DataReport, folder / DATA_FILE)
     if report is None or not report.problems:
         log = check_log(folder, check)
+        named = "".join(f"\n  data {line}" for line in changed_data(folder))
         raise ConfigRefused(
-            f"the data check on {check.command.host} refused without a report\n{tail_of(log)}\n  log: {log}\n  record: {folder}"
+            f"the data check on {check.command.host} refused what it found; the ranks were ended:\n{tail_of(log)}{named}\n  log: {log}\n"
+            f"  record: {folder}"
         )
     shown, count = report.problems[:SHOWN_PROBLEMS], max(report.problem_count, len(report.problems))
     lines = [f"  {problem}" for problem in shown]
@@ -200,12 +225,22 @@ def refuse_data(folder: Path, check: Member) -> None:
     raise ConfigRefused(f"the data{where} cannot be trained on ({count:,} problem(s)); the ranks were ended:\n{told}")
 
 
+def changed_data(folder: Path) -> list[str]:
+    """In a rerun, the files that are others than the run that it repeats has read; [] where neither can be told."""
+    before, now = (read_if_there(Inputs, folder / name) for name in (RECORDED_INPUTS_FILE, INPUTS_FILE))
+    if before is None or now is None:
+        return []
+    names = sorted(name for name in {*before.data, *now.data} if before.data.get(name) != now.data.get(name))
+    lines = [f"{name}: {'missing' if name not in now.data else 'new' if name not in before.data else 'another file'}" for name in names]
+    return lines[:SHOWN_PROBLEMS] + ([f"and {len(lines) - SHOWN_PROBLEMS:,} more"] if len(lines) > SHOWN_PROBLEMS else [])
+
+
 def fetch_problems(folder: Path, desk: Desk, check: Member) -> None:
     """The report and the list of all problems, of the node whose check it was. What does not come stays there: the refusal says where."""
     site = Site(command=check.command, transport=desk.transports[check.command.node_rank])
     if folder == Path(check.command.folder):
         return
-    for name in (DATA_FILE, DATA_PROBLEMS_FILE):
+    for name in (DATA_FILE, INPUTS_FILE, DATA_PROBLEMS_FILE):
         with suppress(NodeFailed):
             fetch_file(site, name, folder / name)
 

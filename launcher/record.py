@@ -2,7 +2,7 @@
 
 import json
 import re
-import subprocess
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -15,9 +15,11 @@ from launcher.errors import ConfigRefused
 from launcher.log import lines_of, read_end, unnamed
 from launcher.meaning import Meaning, explain_log, root_rank
 from launcher.member import NodeResult
-from launcher.plan import Plan, to_plain
+from launcher.plan import Plan, encode_spec, to_plain
 from launcher.progress import read_lines
 from launcher.schema import Config, Node
+from launcher.seal import SEAL_FILE, make_seal
+from launcher.source import SourceState as SourceState
 from launcher.symptom import Kind
 from trainer import contract
 from trainer.contract import SCHEMA, DataReport, EnvReport, Exit, FailureReport, Origin, SpecError, StepRow, TrainResult
@@ -25,6 +27,10 @@ from trainer.contract import SCHEMA, DataReport, EnvReport, Exit, FailureReport,
 PLAN_FILE = "plan.json"
 CONFIG_FILE = "config.json"
 SOURCE_FILE = "source.json"
+DIFF_FILE = "source.diff"
+LOCK_FILE = "lock.txt"
+IMAGES_FILE = "images.json"
+RECORDED_INPUTS_FILE = "recorded_inputs.json"  # of the run that this one repeats
 RECORD_FILE = "result.json"
 ATTEMPTS = "attempts"  # attempts/<number>/: what an attempt that was followed by another has left, and the plan of one that follows
 ATTEMPT_FILE = "attempt.json"
@@ -34,11 +40,11 @@ Status = Literal["finished", "stopped", "failed", "refused"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceState:
-    """The code that ran. `dirty`: the tree had changes that the commit does not hold; '' commit: not a git tree."""
+class Precedent:
+    """The record that a rerun repeats. `older`: its own trainer reads the new run's spec too, and refuses keys that it does not know."""
 
-    commit: str
-    dirty: bool
+    folder: Path
+    older: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +100,12 @@ class Record:
     failure: Failure | None
     attempts: tuple[Attempt, ...] = ()  # those before the last
     origin: Origin = field(default_factory=Origin)  # what the run began with, as the trainer found it
+    rerun_of: str = ""  # the run whose record this one was started from
+    accepted: tuple[str, ...] = ()  # in which ways it was said to differ from that one
+    image_id: str = ""  # as the engines of the nodes say, where a container ran
+    config_sha256: str = ""  # of config.json
+    lock_sha256: str = ""
+    inputs_sha256: str = ""  # of inputs.json, which has the hash of every file that the run read
 
 
 def name_run(config: Config, now: datetime, *, pid: int) -> str:
@@ -110,8 +122,9 @@ def valid_run_id(text: str) -> str:
     return text
 
 
-def open_run(plan: Plan, source: SourceState) -> Path:
-    """Make the run's folder and write what is known before anything happens. Raises ConfigRefused if it is there or cannot be made."""
+def open_run(plan: Plan, source: SourceState, *, diff: bytes = b"", lock: Path | None = None, precedent: Precedent | None = None) -> Path:
+    """Make the run's folder and write what is known before anything happens. `lock`: the file that the image's packages are locked by.
+    Raises ConfigRefused if the folder is there or cannot be made."""
     folder = Path(plan.folder)
     try:
         folder.mkdir(parents=True)
@@ -125,7 +138,14 @@ def open_run(plan: Plan, source: SourceState) -> Path:
     contract.write_text(json.dumps(plain["config"], indent=2, ensure_ascii=False) + "\n", folder / CONFIG_FILE)
     contract.write_text(plan.image.dockerfile, folder / "Dockerfile")
     contract.write(source, folder / SOURCE_FILE)
-    contract.write(plan.spec, folder / contract.SPEC_FILE)
+    if diff:
+        (folder / DIFF_FILE).write_bytes(diff)
+    if lock is not None and lock.is_file():
+        shutil.copyfile(lock, folder / LOCK_FILE)
+    older = precedent.folder / contract.SPEC_FILE if precedent and precedent.older else None
+    contract.write_text(encode_spec(plan.spec, like=older), folder / contract.SPEC_FILE)
+    if precedent and (precedent.folder / contract.INPUTS_FILE).is_file():
+        shutil.copyfile(precedent.folder / contract.INPUTS_FILE, folder / RECORDED_INPUTS_FILE)
     return folder
 
 
@@ -159,7 +179,6 @@ def close_run(
         evaluation=result.evaluation if result else {},
         checkpoint=result.checkpoint if result else last_checkpoint(folder),
         weights_sha256=result.weights_sha256 if result else "",
-        data_sha256=find_data(folder),
         source=source,
         image=plan.image.tag if plan.config.cluster.runtime == "docker" else "",
         forced=plan.config.run.force,
@@ -167,8 +186,22 @@ def close_run(
         failure=failure,
         attempts=load_attempts(folder),
         origin=find_origin(folder),
+        **identity(plan, folder),
     )
     return write_record(record, folder)
+
+
+def identity(plan: Plan, folder: Path) -> dict[str, Any]:
+    """What two runs are told to be of one kind by, beside the code."""
+    return {
+        "data_sha256": find_data(folder),
+        "rerun_of": plan.rerun_of,
+        "accepted": plan.accepted,
+        "image_id": ", ".join(dict.fromkeys(read_images(folder).values())),
+        "config_sha256": hash_if_there(folder / CONFIG_FILE),
+        "lock_sha256": plan.image.files.get(LOCK_FILE, ""),
+        "inputs_sha256": hash_if_there(folder / contract.INPUTS_FILE),
+    }
 
 
 def find_data(folder: Path) -> str:
@@ -183,10 +216,30 @@ def find_origin(folder: Path) -> Origin:
     return environment.origin if environment else Origin()
 
 
+def hash_if_there(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def keep_images(images: dict[str, str], folder: Path) -> None:
+    """`images`: host -> the id that its engine has for the run's image."""
+    contract.write_text(json.dumps(images, indent=2) + "\n", folder / IMAGES_FILE)
+
+
+def read_images(folder: Path) -> dict[str, str]:
+    try:
+        found = json.loads((folder / IMAGES_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(host): str(image) for host, image in found.items()} if isinstance(found, dict) else {}
+
+
 def write_record(record: Record, folder: Path) -> Record:
-    """Write result.json and give back what it holds: the credentials of URLs are left out, as pip may say them when it fails."""
+    """Write seal.json and then result.json, and give back what that holds: the credentials of URLs are left out, as pip may say them when it
+    fails. In this order, a run that has a result has a seal; where the second is not written, the run has not ended."""
     masked: Record = contract.decode(Record, mask_credentials(asdict(record)))
-    contract.write(masked, folder / RECORD_FILE)
+    text = contract.encode(masked)
+    contract.write(make_seal(folder, record.run_id, unwritten={RECORD_FILE: text.encode()}), folder / SEAL_FILE)
+    contract.write_text(text, folder / RECORD_FILE)
     return masked
 
 
@@ -324,16 +377,6 @@ def explained(failure: Failure, meaning: Meaning | None) -> Failure:
     seen = any(meaning.line in line for line in (*failure.tail, failure.message))
     tail = failure.tail if seen else (meaning.line, "...", *failure.tail)
     return replace(failure, tail=tail, meaning=meaning.means, fix=meaning.fix)
-
-
-def read_source(project: Path) -> SourceState:
-    """Commit and dirty flag of the project's tree, asked of git."""
-    try:
-        commit = subprocess.run(("git", "rev-parse", "HEAD"), cwd=project, capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(("git", "status", "--porcelain"), cwd=project, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return SourceState(commit="", dirty=False)
-    return SourceState(commit=commit, dirty=bool(changed))
 
 
 def utc_now() -> datetime:

@@ -304,6 +304,17 @@ class Cluster:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bands:
+    """How far a run that repeats this one may lie from it, stated before either starts; null = not stated. `loss`: of the mean of each tenth
+    of the steps, a share of it; `throughput`: how much slower, `memory`: how much more, shares; `evaluation`: of each score, absolute."""
+
+    loss: float | None = None
+    throughput: float | None = None
+    memory: float | None = None
+    evaluation: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """`force`: a reason that overrides a refusal and is recorded. Zero steps are refused; `save_every` 0 = only at the end. `restarts`:
     how often a failed run is started again from its newest checkpoint, spare nodes taking the places of lost ones; `minimum_nodes`: with
@@ -327,6 +338,8 @@ class Run:
     checkpoint_background: bool = False  # the steps go on while a copy in the first node's memory is written
     trackers: tuple[str, ...] = ("tensorboard",)  # also wandb, swanlab, mlflow: where they are installed
     profile: Profile = field(default_factory=Profile)
+    bands: Bands = field(default_factory=Bands)
+    repeats: int = 0  # of a benchmark cell (conf/experiment): how many runs it is made of; 0 = this is none
 
 
 @dataclass(frozen=True, kw_only=True)

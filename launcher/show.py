@@ -19,8 +19,7 @@ from launcher.plan import Plan, to_plain
 from launcher.record import RECORD_FILE, Record, bracketed, checkpoint_place, first_node
 from launcher.schema import AXES, Node
 from launcher.start import NodeCommand
-from trainer import contract
-from trainer.contract import CHECKPOINTS, METRICS_FILE, SpecError
+from trainer.contract import CHECKPOINTS, METRICS_FILE
 
 PROJECT = Path(__file__).resolve().parent.parent
 FOLLOWING_STAGES = ("evaluate", "lora")
@@ -203,29 +202,6 @@ def command_line(*words: str) -> str:
 def program() -> str:
     """The command as the user typed it: `make` runs .venv/bin/omnilaunch, which need not be on PATH."""
     return sys.argv[0] if Path(sys.argv[0]).name == "omnilaunch" else "omnilaunch"
-
-
-def describe_runs(runs: Path) -> str:
-    """One line a run, newest last. Raises ConfigRefused where the folder of the runs is a file."""
-    if runs.is_file():
-        raise ConfigRefused(
-            f"{runs} is a file, and runs lie in a folder of that name: rename it, or name another place with cluster.root=FOLDER"
-        )
-    lines = [f"{folder.name:50} {describe_line(folder)}".rstrip() for folder in sorted(path for path in runs.glob("*") if path.is_dir())]
-    return "\n".join(lines) or f"no runs in {runs}; start one with: omnilaunch launch"
-
-
-def describe_line(folder: Path) -> str:
-    path = folder / RECORD_FILE
-    if not path.exists():
-        return "no record: under way, or its launcher was killed"
-    try:
-        record: Record = contract.read(Record, path)
-    except SpecError as error:
-        return f"{RECORD_FILE} cannot be read: {str(error).removeprefix(f'{path}: ').removeprefix('cannot be read: ')}"
-    figures = "  ".join(f"{name} {value:.4f}" for name, value in record.evaluation.items() if name != "count")
-    loss = f"loss {record.final_loss:.4f}" if record.final_loss is not None else ""
-    return f"{record.status:9} {record.steps:6} steps  {loss}  {figures}"
 
 
 def table(rows: dict[str, str]) -> str:

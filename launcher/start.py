@@ -26,8 +26,14 @@ PINNED_VARIABLES = {
 }
 OFFLINE_VARIABLES = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 DETERMINISTIC_VARIABLES = {
-    "cuda": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
-    "npu": {"HCCL_DETERMINISTIC": "true", "LCCL_DETERMINISTIC": "1", "ATB_MATMUL_SHUFFLE_K_ENABLE": "0", "ATB_LLM_LCOC_ENABLE": "0"},
+    "cuda": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"},
+    "npu": {
+        "HCCL_DETERMINISTIC": "true",
+        "LCCL_DETERMINISTIC": "1",
+        "CLOSE_MATMUL_K_SHIFT": "1",
+        "ATB_MATMUL_SHUFFLE_K_ENABLE": "0",
+        "ATB_LLM_LCOC_ENABLE": "0",
+    },
     "cpu": {},
 }
 # Of docker's clients before 29, of those since (docker/cli 9ba1314d3a writes it small), and of podman's. "no such file or directory" and "no

@@ -38,6 +38,7 @@ LAUNCHER_ORDER = (
     ("choice",),
     ("remedy",),
     ("check",),
+    ("cell",),
     ("start",),
     ("plan",),
     ("place",),
@@ -54,26 +55,45 @@ LAUNCHER_ORDER = (
     ("gang", "relay", "doctor"),
     ("ship",),
     ("remote_build", "sync"),
+    ("source",),
+    ("seal",),
     ("record",),
+    ("archive", "record_schema"),
+    ("curve", "noise"),
+    ("evidence",),
+    ("fact",),
+    ("comparison",),
+    ("compare",),
+    ("chart", "gallery", "summary", "timeline"),
+    ("report",),
     ("reference",),
-    ("attempt", "claim", "ending"),
+    ("attempt", "claim", "ending", "catalogue"),
+    ("prune", "tree", "result"),
+    ("rerun",),
+    ("measurement",),
+    ("matrix", "reproduction", "restoration"),
     ("preparation",),
     ("supervision", "desk"),
     ("launch",),
+    ("series",),
     ("show",),
     ("forecast", "trace"),
     ("script",),
     ("guide",),
     ("bundle",),
-    ("data_action", "image_action", "run_action"),
+    ("data_action", "image_action", "run_action", "record_action"),
+    ("rerun_action",),
+    ("bench_action",),
     ("cli",),
 )
 # The same for the trainer's packages and modules.
 TRAINER_ORDER = (
     ("report",),
+    ("fact",),
     ("contract",),
+    ("weight",),
     ("device", "precision", "schedule", "data", "models", "stages", "observe", "resume", "shard", "output", "watchdog"),
-    ("activation", "kernel", "ledger", "loss", "part", "phantom", "quantization", "rounding", "synthesis"),
+    ("activation", "kernel", "ledger", "loss", "manifest", "part", "phantom", "quantization", "rounding", "synthesis"),
     ("optimizer",),
     ("eight_bit",),
     ("effect",),
@@ -98,6 +118,8 @@ ENVIRON_READERS = {
     "launcher/build.py",
     "launcher/image_action.py",
     "launcher/run_action.py",
+    "launcher/rerun_action.py",
+    "launcher/bench_action.py",
     "trainer/device.py",
     "trainer/run.py",
     "trainer/__main__.py",
@@ -195,7 +217,7 @@ def test_launcher_imports_run_one_way(path: Path) -> None:
     names = imported(path)
     assert not {name for name in names if name.split(".")[0] in ("torch", "transformers", "deepspeed", "peft")}
     trainer = {name for name in names if name.split(".")[0] == "trainer"}
-    assert {name for name in trainer if not name.startswith(("trainer.contract", "trainer.resume"))} <= {"trainer"}
+    assert {name for name in trainer if not name.startswith(("trainer.contract", "trainer.fact", "trainer.resume", "trainer.weight"))} <= {"trainer"}
     check_order("launcher", LAUNCHER_ORDER, path, names)
 
 
@@ -227,8 +249,8 @@ def test_loop_knows_no_stage_and_a_stage_knows_no_loop() -> None:
 
 def test_contract_is_standard_library_only() -> None:
     own = {name for name in imported(ROOT / "trainer" / "contract.py") if name.split(".")[0] == "trainer"}
-    assert all(name.startswith("trainer.report") for name in own)
-    names = imported(ROOT / "trainer" / "contract.py") | imported(ROOT / "trainer" / "report.py")
+    assert all(name.startswith(("trainer.report", "trainer.fact")) for name in own)
+    names = imported(ROOT / "trainer" / "contract.py") | imported(ROOT / "trainer" / "report.py") | imported(ROOT / "trainer" / "fact.py")
     assert {name.split(".")[0] for name in names - own} <= set(sys.stdlib_module_names)
 
 

@@ -20,6 +20,7 @@ from trainer.contract import (
     DATA_FILE,
     DATA_PROBLEMS_FILE,
     FAILURE_FILES,
+    INPUTS_FILE,
     SCHEMA,
     DataReport,
     Exit,
@@ -61,18 +62,22 @@ def carry_out(command: Callable[[TrainSpec], int], path: Path) -> int:
 
 
 def data(spec: TrainSpec) -> int:
-    """Write data.json, and data_problems.jsonl where there are any, and say the first problems. Raises InputRefused where there are
-    checkpoints to go on from, and other data than they were trained on."""
-    from trainer.data.check import examine_data
+    """Write data.json, inputs.json, and data_problems.jsonl where there are any, and say the first problems. Raises InputRefused where there
+    are checkpoints to go on from, and other data than they were trained on, and in a rerun for other inputs than those of its record."""
+    from trainer.data.check import examine_data, resolve
+    from trainer.manifest import list_inputs, refuse_other_inputs
 
-    report, problems = examine_data(spec)
+    report, problems, files = examine_data(spec)
     refuse_changed(report, Path(spec.output))
     listed = Path(spec.output) / DATA_PROBLEMS_FILE
     if problems:
         write_text("".join(f"{json.dumps(asdict(problem), ensure_ascii=False)}\n" for problem in problems), listed)
     else:
         listed.unlink(missing_ok=True)
+    inputs = list_inputs(spec, resolve(spec.data), files)
+    write(inputs, Path(spec.output) / INPUTS_FILE)
     write(report, Path(spec.output) / DATA_FILE)
+    refuse_other_inputs(spec.expects, inputs, report.sha256)
     for problem in report.problems:
         print(problem, file=sys.stderr)
     return Exit.USAGE if report.problems else Exit.OK

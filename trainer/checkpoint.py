@@ -7,7 +7,6 @@ Before the last step there is a folder `resume` besides, with all that going on 
 node; the launcher brings it to the others where they share none.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,15 +17,13 @@ from trainer.best import find_best
 from trainer.contract import CHECKPOINTS, SCHEMA, InputRefused, OtherSchema, SpecError, TrainSpec, read
 from trainer.engine import Engine
 from trainer.resume import STATE_FILE, CheckpointState, missing_files, whole_checkpoints
-from trainer.shard import read_header, sync
+from trainer.shard import sync
 from trainer.state import full_state_bytes, weights_bytes
+from trainer.weight import read_header, weight_files
 
 RESUME = "resume"
 PARTIAL = ".{name}.partial"
 REMOVED = ".{name}.removed"
-WEIGHTS = "model.safetensors"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-INDEX = "model.safetensors.index.json"
 ROOM_BYTES = 64 * 2**20  # for everything beside the tensors
 
 
@@ -105,34 +102,6 @@ def sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
-
-
-def hash_weights(folder: Path, *, most_bytes: int | None = None) -> str:
-    """SHA-256 over name, dtype, shape and bytes of each tensor, by name: equal for equal weights, however they are cut into files. With
-    `most_bytes` only so many of each tensor are read.
-
-    Reads the safetensors layout itself (8 bytes of header length, JSON header, data), because the library gives no bytes for bfloat16.
-    """
-    digest = hashlib.sha256()
-    tensors = {name: (file, entry, start) for file in weight_files(folder) for name, entry, start in read_header(file)}
-    for name in sorted(tensors):
-        file, entry, start = tensors[name]
-        digest.update(f"{name}\0{entry['dtype']}\0{entry['shape']}\0".encode())
-        first, last = entry["data_offsets"]
-        last = last if most_bytes is None else min(last, first + most_bytes)
-        with file.open("rb") as stream:
-            stream.seek(start + first)
-            for begin in range(first, last, 2**24):
-                digest.update(stream.read(min(2**24, last - begin)))
-    return digest.hexdigest()
-
-
-def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The files that hold the weights: one, or those that the index names."""
-    if (folder / INDEX).is_file():
-        shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        return tuple(folder / name for name in sorted(set(shards)))
-    return (folder / (ADAPTER_WEIGHTS if (folder / ADAPTER_WEIGHTS).is_file() else WEIGHTS),)
 
 
 # ----------------------------------------------------------------------------------------------------------------- opening

@@ -10,9 +10,11 @@ import types
 import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from enum import IntEnum
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer.fact import Expectation as Expectation, facts_of as facts_of, kind_of as kind_of
 from trainer.report import (
     Best as Best,
     DataProblem as DataProblem,
@@ -21,8 +23,10 @@ from trainer.report import (
     EnvReport as EnvReport,
     EvaluationRow as EvaluationRow,
     FailureReport as FailureReport,
+    Inputs as Inputs,
     Origin as Origin,
     PhasePeak as PhasePeak,
+    RankFacts as RankFacts,
     StepRow as StepRow,
     TracePhase as TracePhase,
     TraceReport as TraceReport,
@@ -37,6 +41,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 SPEC_FILE = "spec.json"
 DATA_FILE = "data.json"
 DATA_PROBLEMS_FILE = "data_problems.jsonl"  # all of them, where data.json has the first ones
+INPUTS_FILE = "inputs.json"
 ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -65,6 +70,7 @@ class Exit(IntEnum):
     NODE = 4
     RUN = 5
     HUNG = 6  # a step without an end; every rank has written its stacks into its log
+    DIFFERENT = 7  # `omnilaunch compare`: the runs are not the same
 
 
 class InputRefused(Exception):
@@ -284,6 +290,7 @@ class TrainSpec:
     checkpoint_groups: tuple[str, ...] = ()  # and of which groups of the model; () = of all that have layers
     trackers_named: bool = True  # by somebody: one whose package is missing is refused; False = the default, which is left out there
     kernels: Literal["auto", "plain", "fused"] = "plain"  # of layers: auto = fused ones where the accelerator and the packages have them
+    expects: Expectation | None = None  # of a rerun
 
     @property
     def zero(self) -> dict[str, Any]:
@@ -307,16 +314,17 @@ def encode(value: Any) -> str:
 
 def decode(cls: Any, data: Any, where: str = "") -> Any:
     """Build `cls` from plain JSON data. Raises SpecError that names the key for a missing, unknown or wrongly typed value."""
+    if type(data) is cls:  # most of all there is: a text, a number
+        return data
     if is_dataclass(cls) and isinstance(cls, type):
         if not isinstance(data, dict):
             raise SpecError(f"{where or cls.__name__}: expected an object, got {type(data).__name__}")
-        hints = typing.get_type_hints(cls)
+        hints = types_of(cls)
         unknown = sorted(set(data) - set(hints))
         if unknown:
             raise SpecError(f"{where or cls.__name__}: unknown keys {unknown}; valid are {sorted(hints)}")
         values = {key: decode(hints[key], item, f"{where}.{key}".lstrip(".")) for key, item in data.items()}
-        required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
-        missing = sorted(required - set(values))
+        missing = sorted(required_of(cls) - set(values))
         if missing:
             raise SpecError(f"{where or cls.__name__}: missing keys {missing}")
         return cls(**values)
@@ -340,6 +348,17 @@ def decode(cls: Any, data: Any, where: str = "") -> Any:
     if isinstance(cls, type) and isinstance(data, cls) and not (cls is int and isinstance(data, bool)):
         return data
     raise SpecError(f"{where}: expected {getattr(cls, '__name__', cls)}, got {data!r}")
+
+
+@cache
+def required_of(cls: type) -> frozenset[str]:
+    return frozenset(f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING)
+
+
+@cache
+def types_of(cls: type) -> dict[str, Any]:
+    """Field -> its type. Asked for once: of a thousand records it would be most of the time of reading them."""
+    return typing.get_type_hints(cls)
 
 
 def read(cls: Any, path: Path) -> Any:

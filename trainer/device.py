@@ -10,7 +10,7 @@ import random
 import re
 import resource
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,31 @@ from typing import Any
 import numpy
 import torch
 
-from trainer.contract import DeviceSpec, RunFailed
+from trainer.contract import DeviceSpec, InputRefused, RunFailed
 
 ASCEND_DRIVER = Path("/usr/local/Ascend/driver/version.info")
+ASCEND_FIRMWARE = Path("/usr/local/Ascend/firmware/version.info")
+ASCEND_HOMES = ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH")
+# Clocks that an application asked for come last: newer drivers may not know them any more.
+NVIDIA_SETTINGS = (
+    *("name", "vbios_version", "clocks.max.sm", "clocks.max.memory", "power.limit", "power.max_limit", "ecc.mode.current"),
+    *("persistence_mode", "mig.mode.current"),
+)
+NVIDIA_APPLICATION_CLOCKS = ("clocks.applications.graphics", "clocks.applications.memory")
+NOT_SAID = ("", "N/A", "[N/A]", "[Not Supported]", "[Insufficient Permissions]", "[Unknown Error]")
+# What makes each kind of device add in one order -> the values that do. Of NVIDIA: cuBLAS's workspaces and NCCL's algorithm (NVLS and CollNet
+# add in the switches); of Ascend: HCCL's and LCCL's order and matmul's, as in vllm-ascend's FAQ and MindSpeed's npu_deterministic.
+DETERMINISTIC_VARIABLES: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": {},
+    "cuda": {"CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"), "NCCL_ALGO": ("Ring", "Tree")},
+    "npu": {
+        "HCCL_DETERMINISTIC": ("true", "strict"),
+        "LCCL_DETERMINISTIC": ("1",),
+        "CLOSE_MATMUL_K_SHIFT": ("1",),
+        "ATB_MATMUL_SHUFFLE_K_ENABLE": ("0",),
+        "ATB_LLM_LCOC_ENABLE": ("0",),
+    },
+}
 MEMORY, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -43,6 +65,9 @@ class Device:
     memory: Callable[[], tuple[int, int]]  # free, total
     title: Callable[[int], str]
     driver: Callable[[], str]
+    firmware: Callable[[], str]
+    toolkit: Callable[[], dict[str, str]]  # versions of what computes and communicates
+    settings: Callable[[], dict[str, str]]  # clocks and power caps, by device; {} where they cannot be asked
 
 
 def open_device(spec: DeviceSpec, local_rank: int) -> tuple[Device, torch.device]:
@@ -70,6 +95,30 @@ def seed_all(seed: int, *, deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+
+
+def find_determinism(accelerator: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Every switch of the accelerator and what it says now; '' for a variable that is not set."""
+    switches = {
+        "deterministic_algorithms": str(torch.are_deterministic_algorithms_enabled()),
+        "cudnn.deterministic": str(torch.backends.cudnn.deterministic),
+        "cudnn.benchmark": str(torch.backends.cudnn.benchmark),
+    }
+    return switches | {name: environ.get(name, "") for name in DETERMINISTIC_VARIABLES[accelerator]}
+
+
+def require_determinism(accelerator: str, environ: Mapping[str, str]) -> None:
+    """Ask every switch back. Raises InputRefused that names those which are not as a run with run.deterministic=true needs them."""
+    found = find_determinism(accelerator, environ)
+    wanted = {"deterministic_algorithms": ("True",), "cudnn.deterministic": ("True",), "cudnn.benchmark": ("False",)}
+    wanted |= DETERMINISTIC_VARIABLES[accelerator]
+    wrong = [f"{name} is {found[name]!r}, not {' or '.join(values)}" for name, values in wanted.items() if found[name] not in values]
+    if wrong:
+        raise InputRefused(
+            f"run.deterministic=true does not hold: {'; '.join(wrong)}. Take these variables out of cluster.environment, "
+            "hardware.environment and this shell, or set run.deterministic=false"
+        )
 
 
 def processor_title() -> str:
@@ -111,20 +160,70 @@ def host_memory_bytes() -> int:
 
 
 def nvidia_driver() -> str:
-    command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return next(iter(ask_nvidia("driver_version")), [""])[0]
+
+
+def ask_nvidia(*fields: str) -> list[list[str]]:
+    """A row for each device; [] where there is no nvidia-smi, as in some containers, which train all the same, or it refuses."""
+    command = ("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
-        return ""  # a container without nvidia-smi trains all the same
-    return answer.stdout.splitlines()[0].strip() if answer.stdout.strip() else ""
+        return []
+    return read_nvidia(answer.stdout, len(fields))
 
 
-def ascend_driver() -> str:
+def read_nvidia(text: str, columns: int) -> list[list[str]]:
+    """The rows of a query; lines that are none of its rows, such as warnings, are passed over."""
+    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
+    return [row for row in rows if len(row) == columns]
+
+
+def nvidia_settings() -> dict[str, str]:
+    fields = (*NVIDIA_SETTINGS, *NVIDIA_APPLICATION_CLOCKS)
+    rows = ask_nvidia(*fields)
+    if not rows:
+        fields = NVIDIA_SETTINGS
+        rows = ask_nvidia(*fields)
+    return name_settings(fields, rows)
+
+
+def name_settings(fields: Sequence[str], rows: Sequence[Sequence[str]]) -> dict[str, str]:
+    """`<device> <field>` -> what it says, without what it does not say."""
+    return {
+        f"{index} {field}": value
+        for index, row in enumerate(rows)
+        for field, value in zip(fields, row, strict=True)
+        if value not in NOT_SAID
+    }
+
+
+def cuda_toolkit() -> dict[str, str]:
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else ""
+    return {"CUDA": torch.version.cuda or "", "cuDNN": str(cudnn or ""), "NCCL": nccl}
+
+
+def read_version(path: Path) -> str:
+    """Of Ascend's *.info files: `Version=25.5.2`, in small letters with the toolkit's. '' where there is none."""
     try:
-        found = re.search(r"^Version=(\S+)", ASCEND_DRIVER.read_text(encoding="utf-8"), re.MULTILINE)
+        found = re.search(r"^version=(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE | re.IGNORECASE)
     except OSError:
         return ""
     return found.group(1) if found else ""
+
+
+def npu_toolkit() -> dict[str, str]:
+    """HCCL is a part of CANN and has its number."""
+    homes = [Path(os.environ[name]) for name in ASCEND_HOMES if os.environ.get(name)]
+    files = [path for home in homes for path in sorted(home.glob("*-linux/ascend_toolkit_install.info"))]
+    cann = next((version for path in files if (version := read_version(path))), "")
+    return {"CANN": cann, "HCCL": cann, "torch_npu": str(getattr(torch.npu, "__version__", ""))}
+
+
+def torch_build() -> dict[str, str]:
+    """The same on every device. `cpu`: the widest vectors that torch's own kernels use here, which changes how they add."""
+    return {"torch": torch.__version__, "torch commit": str(torch.version.git_version), "cpu": torch.backends.cpu.get_cpu_capability()}
 
 
 def import_torch_npu() -> None:
@@ -142,10 +241,8 @@ def npu_profiler() -> Any:
     return torch_npu.profiler
 
 
-def on_accelerator(
-    name: str, prepare: Callable[[], None], driver: Callable[[], str], profiler: Callable[[], Any] = torch_profiler
-) -> Device:
-    """`torch.<name>` is looked up at call time: torch.npu exists only after `prepare`."""
+def on_accelerator(name: str, *, prepare: Callable[[], None], profiler: Callable[[], Any] = torch_profiler, **facts: Any) -> Device:
+    """`torch.<name>` is looked up at call time: torch.npu exists only after `prepare`. `facts`: driver, firmware, toolkit, settings."""
 
     def api() -> Any:
         return getattr(torch, name)
@@ -163,7 +260,7 @@ def on_accelerator(
         profiler=profiler,
         memory=lambda: api().mem_get_info(),
         title=lambda local_rank: api().get_device_name(local_rank),
-        driver=driver,
+        **facts,
     )
 
 
@@ -182,7 +279,20 @@ DEVICES = {
         memory=system_memory,
         title=lambda _: processor_title(),
         driver=lambda: "",
+        firmware=lambda: "",
+        toolkit=dict,
+        settings=dict,
     ),
-    "cuda": on_accelerator("cuda", lambda: None, nvidia_driver),
-    "npu": on_accelerator("npu", import_torch_npu, ascend_driver, npu_profiler),
+    "cuda": on_accelerator(
+        "cuda", prepare=lambda: None, driver=nvidia_driver, firmware=lambda: "", toolkit=cuda_toolkit, settings=nvidia_settings
+    ),
+    "npu": on_accelerator(
+        "npu",
+        prepare=import_torch_npu,
+        profiler=npu_profiler,
+        driver=lambda: read_version(ASCEND_DRIVER),
+        firmware=lambda: read_version(ASCEND_FIRMWARE),
+        toolkit=npu_toolkit,
+        settings=dict,
+    ),
 }

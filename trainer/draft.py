@@ -17,7 +17,6 @@ from trainer.checkpoint import (
     ROOM_BYTES,
     checkpoints_of,
     describe_failure,
-    hash_weights,
     prune,
     remove,
     sync_tree,
@@ -29,6 +28,7 @@ from trainer.resume import NAME, STATE_FILE, CheckpointState, fixed_parts, whole
 from trainer.shard import size_of, sync
 from trainer.stages.chain import groups_trained
 from trainer.state import state_bytes, write_state
+from trainer.weight import hash_weights
 
 UNKNOWN = Origin()
 

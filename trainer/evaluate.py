@@ -139,6 +139,7 @@ def make_answerer(
                 "row": sample.row,
                 "place": place,
                 "prompt": prompt,
+                "images": name_images(sample, Path(spec.data.root)),
                 "expected": expected.strip(),
                 "got": got.strip(),
                 "match": got.strip() == expected.strip(),
@@ -147,6 +148,11 @@ def make_answerer(
         ]
 
     return answer
+
+
+def name_images(sample: Sample, root: Path) -> list[str]:
+    """Below the folder of the data where they are there, so that the answers of a run elsewhere are the same text."""
+    return [str(path.relative_to(root) if path.is_relative_to(root) else path) for path in sample.images]
 
 
 def generate(model: torch.nn.Module, batch: dict[str, Tensor], config: GenerationConfig, *, together: bool) -> Tensor:

@@ -7,11 +7,13 @@ adapter the mark of the weights that it stands on.
 import json
 from pathlib import Path
 
-from trainer.checkpoint import adapter_base, hash_weights, require_whole
+from trainer.checkpoint import adapter_base, require_whole
 from trainer.contract import InputRefused, Lora, Origin, TrainSpec, read
 from trainer.resume import STATE_FILE, CheckpointState
 from trainer.stages.chain import groups_before
+from trainer.weight import hash_weights
 
+SNAPSHOTS = "snapshots"  # of huggingface_hub's cache: <repository>/snapshots/<commit>
 MARK_BYTES = 4096  # of each tensor: enough to tell weights that were trained from those they began as, and nothing to read of 65 GB
 
 
@@ -39,6 +41,7 @@ def find_origin(spec: TrainSpec, folder: Path | None) -> Origin:
             trained=state.trained if state else tuple(spec.model.groups),  # a published model is trained throughout
             base=str(base or ""),
             mark=mark,
+            revision=folder.name if folder.parent.name == SNAPSHOTS else "",
         )
         if base is not None:
             refuse_base(origin, state)

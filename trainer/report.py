@@ -71,6 +71,17 @@ class DataReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """inputs.json: the SHA-256 of every file that a run reads. `data`: by path below the folder of images or of built-in data, else by the
+    whole one. `weights`: by what they are (model, checkpoint, base), a slash and the name in that folder; none of a model of a hub, whose
+    revision says it."""
+
+    schema: int
+    data: dict[str, str]
+    weights: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Origin:
     """What a stage began with. `path`: the folder, '' for a random start; `run_id`, `step`, `stage` and `weights_sha256` are those of the
     checkpoint in it, empty where none of our runs has saved it. `trained`: the groups that runs have trained up to there, all of a published
@@ -84,12 +95,28 @@ class Origin:
     trained: tuple[str, ...] = ()
     base: str = ""
     mark: str = ""
+    revision: str = ""  # of a hub's repository: the commit that was loaded
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFacts:
+    """What one rank's process says. `processors`: CPUs that it may run on."""
+
+    hostname: str
+    device: str
+    driver: str
+    firmware: str
+    threads: int
+    interop_threads: int
+    processors: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnvReport:
     """Facts asked of the running process, never copied from a config. `deepspeed`: the config that the engine really took. `kernels`: fused
-    kernel -> in how many layers and whose, or "plain" -> why there are none; empty where none was looked for."""
+    kernel -> in how many layers and whose, or "plain" -> why there are none; empty where none was looked for. `toolkit`: versions of what
+    computes and communicates; `settings`: clocks and power caps by device; `determinism`: switch -> what it says when asked. What cannot be
+    asked there is left out."""
 
     schema: int
     hostname: str
@@ -107,6 +134,10 @@ class EnvReport:
     deepspeed: dict[str, Any]
     origin: Origin = Origin()
     kernels: dict[str, str] = field(default_factory=dict)
+    toolkit: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
+    determinism: dict[str, str] = field(default_factory=dict)
+    ranks: tuple[RankFacts, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,11 @@ NAMES = re.compile(r"step-(\d{6,})")
 NAMED = 5  # files that are missing, in a message
 
 # Where the attempts of one run may differ: it changes where and how fast the steps are done, not what they are.
-FREE_SECTIONS = ("device.", "evaluation.", "deepspeed.", "profile.")
+FREE_SECTIONS = ("device.", "evaluation.", "deepspeed.", "profile.", "expects.")
 FREE_KEYS = {
     *("save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background", "trackers", "trackers_named"),
     *("schema", "run_id", "output", "gradient_checkpointing", "hang_timeout_s"),
-    *("checkpoint_every", "checkpoint_groups", "loss_chunk", "kernels"),
+    *("checkpoint_every", "checkpoint_groups", "loss_chunk", "kernels", "expects"),
     *("batch.micro_batch", "batch.accumulation", "data.root", "data.workers"),
 }
 

@@ -1,5 +1,6 @@
 """One rank of a run, from its spec to its result."""
 
+import os
 import re
 import sys
 import time
@@ -17,27 +18,31 @@ from trainer.activation import checkpoint_layers
 from trainer.best import record_best
 from trainer.boundary import make_row, tell_evaluation
 from trainer.build import build, weights_folder
-from trainer.checkpoint import hash_weights, warn_of_room
+from trainer.checkpoint import warn_of_room
 from trainer.contract import (
     ENVIRONMENT_FILE,
     RESULT_FILE,
     SAMPLES_FILE,
     SCHEMA,
+    EnvReport,
     InputRefused,
     Origin,
     RunFailed,
     TrainResult,
     TrainSpec,
+    facts_of,
+    kind_of,
     write,
 )
 from trainer.data.check import Places, prepare, resolve
 from trainer.data.sample import Sample, read_samples
 from trainer.data.source import hash_sources
-from trainer.device import Device, open_device, seed_all
+from trainer.device import Device, open_device, require_determinism, seed_all
 from trainer.draft import Saved, make_room
 from trainer.effect import taken_config
 from trainer.engine import Engine, leave_distributed, start_distributed, start_engine
 from trainer.evaluate import Halted, evaluate
+from trainer.fact import changed_facts, describe_change
 from trainer.kernel import use_kernels
 from trainer.loop import Progress, stop_on_signals
 from trainer.models import find_family
@@ -61,6 +66,7 @@ from trainer.start import (
     whole_weights,
 )
 from trainer.training import Job, progress_of, run_steps, saved_of
+from trainer.weight import hash_weights
 
 LOST_PEER = re.compile("closed by peer|reset by peer|Broken pipe|remote process exited|Timed out waiting|Watchdog caught")  # gloo, NCCL
 
@@ -93,6 +99,8 @@ def run_stage(spec: TrainSpec, environ: Mapping[str, str]) -> TrainResult:
     refuse_unmeasured(spec)
     rank = take_place(spec, environ)
     seed_all(spec.seed, deterministic=spec.deterministic)
+    if spec.deterministic:
+        require_determinism(spec.device.accelerator, os.environ)  # seed_all may have set one there
     say_phase(1)
     start_distributed(spec.device)
     try:
@@ -286,15 +294,30 @@ def load_samples(file: Path | None, places: Places) -> tuple[Sample, ...]:
 
 
 def describe(spec: TrainSpec, rank: Rank, made: Made, environ: Mapping[str, str], *, engine: Engine | None) -> None:
-    """environment.json, the table of what trains, and the kernels that are not the plain ones."""
+    """environment.json, the table of what trains, and the kernels that are not the plain ones. Raises InputRefused where a rerun finds
+    another environment than that of its record."""
     deepspeed = {"config": dict(engine.handle.config), "taken": taken_config(engine)} if engine is not None else {}
     report = report_environment(rank.device, rank.local, made.staged.groups, deepspeed, environ)
     if report is not None:
         write(replace(report, origin=made.origin, kernels=made.kernels), Path(spec.output) / ENVIRONMENT_FILE)
+        refuse_other_environment(spec, report)
         trainable_table(made.staged.groups, print)
         for name, where in made.kernels.items():
             print(f"kernel {name}: {where}")
         sys.stdout.flush()
+
+
+def refuse_other_environment(spec: TrainSpec, report: EnvReport) -> None:
+    """Raises InputRefused that names each fact."""
+    if spec.expects is None:
+        return
+    changes = {key: change for key, change in changed_facts(spec.expects.facts, facts_of(report)).items() if key not in spec.expects.free}
+    if changes:
+        said = "\n".join(f"  {describe_change(key, change)}" for key, change in changes.items())
+        kinds = ",".join(dict.fromkeys(map(kind_of, changes)))
+        raise InputRefused(
+            f"this is not the environment of run {spec.expects.run_id}:\n{said}\nBring it back; or say that it may differ: --accept {kinds}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- after the steps

@@ -4,13 +4,9 @@ The layout (8 bytes of header length, JSON header, data) is read by ourselves: t
 the bytes of a bfloat16 one. https://huggingface.co/docs/safetensors#format
 """
 
-import json
 import os
-import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.contract import InputRefused
+from trainer.weight import read_header
 
 SHARD_BYTES = 2**30  # in a writer's memory before it writes; a larger tensor has a file of its own
-HEADER_LIMIT_BYTES = 100 * 2**20  # as the safetensors library has it
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -103,22 +99,6 @@ def find_stored(folder: Path) -> dict[str, Stored]:
         for file in sorted(folder.glob("*.safetensors"))
         for name, entry, start in read_header(file)
     }
-
-
-def read_header(file: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """(name, entry, where the data begins) of each tensor. Raises InputRefused when the file is not as long as its header says."""
-    with file.open("rb") as stream:
-        length = struct.unpack("<Q", stream.read(8).ljust(8, b"\xff"))[0]
-        header = stream.read(length) if length <= HEADER_LIMIT_BYTES else b""
-    try:
-        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise InputRefused(f"{file} is not a safetensors file. Copy the checkpoint again.") from error
-    if file.stat().st_size != 8 + length + end:
-        raise InputRefused(f"{file} has {file.stat().st_size} bytes where its header says {8 + length + end}. Copy the checkpoint again.")
-    for name, entry in entries.items():
-        yield name, entry, 8 + length
 
 
 def size_of(tensors: dict[str, Tensor]) -> int:

@@ -233,7 +233,6 @@ def test_a_wrong_file_is_named(copied: Path, file: str, old: str, new: str, word
 
 
 def test_an_experiment_is_laid_over_everything_and_the_command_line_over_it(copied: Path) -> None:
-    (copied / "experiment").mkdir()
     text = "# @package _global_\ndefaults:\n  - override /hardware: p4\nrun: {steps: 11, seed: 5}\n"
     (copied / "experiment" / "pinned.yaml").write_text(text, encoding="utf-8")
     config = compose(["experiment=pinned", "run.seed=6"], copied)

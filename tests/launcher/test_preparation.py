@@ -10,10 +10,20 @@ from typing import Any
 import pytest
 
 from launcher import preparation
-from launcher.errors import ConfigRefused, NodeFailed
+from launcher.errors import ConfigRefused, ImageFailed, NodeFailed
 from launcher.interrupt import StopRequest
 from launcher.plan import Plan
-from launcher.preparation import Desk, bring_image, bring_paths, fetch_problems, refuse_data, start_ranks
+from launcher.preparation import (
+    Desk,
+    bring_image,
+    bring_paths,
+    changed_data,
+    fetch_problems,
+    refuse_data,
+    settle_image,
+    start_ranks,
+)
+from launcher.record import read_images
 from launcher.start import NodeCommand
 from launcher.transport import Local
 from tests.launcher.hospital import CPU, LOCAL, PlanFor
@@ -147,3 +157,27 @@ def test_a_list_that_does_not_come_is_named_where_it_lies(
     with pytest.raises(ConfigRefused) as caught:
         refuse_data(tmp_path / "here", check)
     assert str(caught.value).endswith(f"192.0.2.11:{tmp_path / 'node' / DATA_PROBLEMS_FILE}")
+
+
+def test_the_image_that_each_node_has_is_kept_and_another_than_the_recorded_one_refused(
+    plan_for: PlanFor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plan = replace(plan_for(*CPU), folder=str(tmp_path))
+    ids = {command.host: f"sha256:{place}" for place, command in enumerate(plan.commands)}
+    monkeypatch.setattr(preparation, "image_on", lambda site, tag: SimpleNamespace(id=ids[site.command.host]))
+    settle_image(plan, desk_for(plan))
+    assert read_images(tmp_path) == ids and len(ids) == 2
+    settle_image(replace(plan, image_id=", ".join(ids.values())), desk_for(plan))
+    second = list(ids)[1]
+    with pytest.raises(
+        ImageFailed, match=rf"(?s)not the image that run first had, sha256:0:\n  image on {second}: sha256:1\n.*--accept image"
+    ):
+        settle_image(replace(plan, image_id="sha256:0", rerun_of="first"), desk_for(plan))
+
+
+def test_in_a_rerun_the_files_that_changed_are_named(tmp_path: Path) -> None:
+    for name, data in (("recorded_inputs.json", {"a": "1", "b": "2", "c": "3"}), ("inputs.json", {"a": "1", "b": "4", "d": "3"})):
+        contract.write(contract.Inputs(schema=SCHEMA, data=data), tmp_path / name)
+    assert changed_data(tmp_path) == ["b: another file", "c: missing", "d: new"]
+    (tmp_path / "inputs.json").unlink()
+    assert changed_data(tmp_path) == []

@@ -56,7 +56,7 @@ def test_everything_is_there_before_anything_happens(plan: Plan) -> None:
     folder = open_run(plan, SOURCE)
     assert {path.name for path in folder.iterdir()} == {"plan.json", "config.json", "Dockerfile", "source.json", "spec.json", "logs"}
     assert contract.read(contract.TrainSpec, folder / "spec.json") == plan.spec
-    assert json.loads((folder / "source.json").read_text()) == {"commit": "c0ffee", "dirty": True}
+    assert contract.read(SourceState, folder / "source.json") == SOURCE
 
 
 def test_a_run_is_never_overwritten(plan: Plan) -> None:

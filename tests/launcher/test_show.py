@@ -9,14 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import ConfigRefused
 from launcher.member import NodeResult
 from launcher.plan import Plan
 from launcher.record import Record, SourceState, Status, close_run, open_run
 from launcher.reference import ON_NODE
-from launcher.show import describe_plan, describe_record, describe_runs, next_commands, plan_json
-from trainer import contract
-from trainer.contract import SCHEMA
+from launcher.show import describe_plan, describe_record, next_commands, plan_json
 
 SOURCE = SourceState(commit="", dirty=False)
 NOW = datetime(2026, 11, 21, 1, 2, 3, tzinfo=UTC)
@@ -121,24 +118,6 @@ def test_a_run_that_saved_or_was_not_killed_says_no_such_thing(
     assert "without saving" not in describe_record(
         end(plan, "stopped", checkpoint=checkpoint, nodes=(replace(ENDED, killed=killed),)), plan
     )
-
-
-@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"schema": 99}', f'{{"schema": {SCHEMA}}}', '{"seconds": ' + "9" * 5000 + "}"])
-def test_a_broken_record_is_called_broken(plan_for: Callable[..., Plan], tmp_path: Path, text: str) -> None:
-    folder = open_run(plan_for(f"cluster.root={tmp_path}"), SOURCE)
-    assert "no record: under way" in describe_runs(folder.parent)
-    (folder / "result.json").write_text(text, encoding="utf-8")
-    (line,) = describe_runs(folder.parent).splitlines()
-    assert line.startswith("R ") and "result.json cannot be read: " in line
-    with pytest.raises(contract.SpecError, match="result"):
-        contract.read(Record, folder / "result.json")
-
-
-def test_runs_that_are_no_folder(tmp_path: Path) -> None:
-    assert "start one with: omnilaunch launch" in describe_runs(tmp_path / "runs")
-    (tmp_path / "runs").write_text("")
-    with pytest.raises(ConfigRefused, match=r"runs is a file.*cluster\.root"):
-        describe_runs(tmp_path / "runs")
 
 
 def elsewhere(plan: Plan, tmp_path: Path) -> Plan:

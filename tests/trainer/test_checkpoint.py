@@ -12,10 +12,11 @@ import torch
 from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 
 from trainer import checkpoint, draft
-from trainer.checkpoint import find_gap, hash_weights, require_whole
+from trainer.checkpoint import find_gap, require_whole
 from trainer.contract import InputRefused, RunFailed, TrainSpec
 from trainer.draft import save_checkpoint
 from trainer.models import find_family
+from trainer.weight import hash_weights
 
 
 @dataclass(frozen=True, kw_only=True)

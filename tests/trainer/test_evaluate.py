@@ -57,6 +57,7 @@ def test_answers_are_those_of_a_plain_greedy_loop(ready: Any) -> None:
     rows = [json.loads(line) for line in (Path(spec.output) / "samples.jsonl").read_text().splitlines()]
     assert scores["count"] == len(rows) == 12
     assert [row["row"] for row in rows] == list(range(1, 13))
+    assert rows[0]["images"] == [str(samples[0].images[0].relative_to(spec.data.root))], "below the data's folder, wherever that lies"
     assert scores["exact_match"] == sum(row["match"] for row in rows) / 12
     for sample, row in list(zip(samples, rows, strict=False))[:3]:
         batch, references = collate_prompts([sample], processor, spec)

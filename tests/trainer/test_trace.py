@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from launcher import cli
-from tests.trainer.conftest import make_spec
+from tests.trainer.conftest import fuses_grouped_heads, make_spec
 from tests.trainer.models.conftest import model_spec
 from trainer.__main__ import main
 from trainer.activation import checkpoint_layers
@@ -101,6 +101,9 @@ def measure(spec: TrainSpec) -> dict[str, int]:
 @pytest.mark.parametrize("wanted", CASES, ids=lambda wanted: wanted.name)
 def test_a_trace_is_the_real_step(wanted: Case, tmp_path: Path) -> None:
     spec = spec_of(wanted, tmp_path)
+    text = spec.model.architecture["text"]
+    if text["num_key_value_heads"] != text["num_attention_heads"] and not fuses_grouped_heads():
+        pytest.skip("torch has no fused attention with grouped heads for this CPU: the real step keeps more than a card's")
     traced = {phase.phase: phase.peak_bytes for phase in trace(spec).phases}
     real = measure(spec)
     compared = ("forward", "backward", *(("update",) if wanted.precision == "fp32" else ()))  # in 16 bits DeepSpeed has a way of its own

@@ -129,5 +129,7 @@ def test_of_two_ranks_the_log_shows_which_one_hangs_and_the_run_ends(tiny_spec: 
     )
     assert re.search(r"\((data|forward and backward)\) has not ended in [78] s; run.hang_timeout_s is 4", gone.text)
     reports = [read(FailureReport, path) for path in Path(spec.output).glob("failure-rank*.json")]
-    assert reports and all((report.code, report.kind) == (Exit.HUNG, "Hung") and "step 3" in report.message for report in reports)
+    first = min(reports, key=lambda report: report.unix_s)  # another rank may still tell that it has lost this one
+    assert (first.code, first.kind) == (Exit.HUNG, "Hung") and "step 3" in first.message
+    assert all(report.kind == "Hung" for report in reports if report.rank == 1)
     assert gone.seconds < 60

@@ -49,10 +49,10 @@ def check_data(spec: TrainSpec) -> DataReport:
     return examine_data(spec)[0]
 
 
-def examine_data(spec: TrainSpec) -> tuple[DataReport, tuple[DataProblem, ...]]:
+def examine_data(spec: TrainSpec) -> tuple[DataReport, tuple[DataProblem, ...], dict[Path, str]]:
     """Write the builtin set if the spec names one, read both annotation files, decode and hash every image, count every text's tokens.
 
-    The report, and all problems of all rows. Raises InputRefused for a spec that names no data.
+    The report, all problems of all rows, and the hash of every file. Raises InputRefused for a spec that names no data.
     """
     prepare(spec.data)
     places = resolve(spec.data)
@@ -64,9 +64,10 @@ def examine_data(spec: TrainSpec) -> tuple[DataReport, tuple[DataProblem, ...]]:
     wrong = tuple(find_problems(samples, images, spec.model.template, spec.model.image_token))
     lengths = measure_whole(samples, wrong, images, spec)
     problems = in_order((*unread, *wrong, *lengths.problems))
+    hashes = hash_annotations(read) | {path: image.sha256 for path, image in images.items()}
     report = DataReport(
         schema=SCHEMA,
-        sha256=hash_data(read, images),
+        sha256=hash_data(read, hashes),
         train_rows=len(read[places.train][0]) if places.train in read else 0,
         evaluation_rows=len(read[places.evaluation][0]) if places.evaluation in read else 0,
         images=len(images),
@@ -74,7 +75,7 @@ def examine_data(spec: TrainSpec) -> tuple[DataReport, tuple[DataProblem, ...]]:
         problem_count=len(problems),
         summary=summarise(samples, images, lengths),
     )
-    return report, problems
+    return report, problems, hashes
 
 
 def prepare(data: DataSpec) -> None:
@@ -146,13 +147,19 @@ def bound(problems: tuple[DataProblem, ...]) -> tuple[DataProblem, ...]:
     return (*kept, DataProblem(file=others[0].file, row=0, field="", problem=f"{len(others)} more problems", fix=fix))
 
 
-def hash_data(read: dict[Path, Read], images: dict[Path, Examined]) -> str:
+def hash_annotations(read: dict[Path, Read]) -> dict[Path, str]:
+    """Of each annotation file and of those that it lists; '' for one that is not there."""
+    parts = {part for file, (samples, _) in read.items() for part in (file, *(Path(sample.file) for sample in samples))}
+    return {part: hash_file(part) if part.is_file() else "" for part in parts}
+
+
+def hash_data(read: dict[Path, Read], hashes: dict[Path, str]) -> str:
     """SHA-256 over the hash of each annotation file and then of its rows' images, in order. Where the files lie does not matter."""
     digest = hashlib.sha256()
     for file, (samples, _) in read.items():
         for part in dict.fromkeys((file, *(Path(sample.file) for sample in samples))):
-            digest.update(hash_file(part).encode() if part.is_file() else b"")
+            digest.update(hashes[part].encode())
         for sample in samples:
             for path in sample.images:
-                digest.update(images[path].sha256.encode())
+                digest.update(hashes[path].encode())
     return digest.hexdigest()

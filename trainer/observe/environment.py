@@ -1,6 +1,7 @@
 """environment.json: what the running process says of itself."""
 
 import importlib.metadata
+import os
 import platform
 import socket
 from collections.abc import Mapping
@@ -9,14 +10,14 @@ from typing import Any
 import torch
 import torch.distributed
 
-from trainer.contract import SCHEMA, EnvReport
-from trainer.device import Device
+from trainer.contract import SCHEMA, EnvReport, RankFacts
+from trainer.device import Device, find_determinism, torch_build
 from trainer.stages.group import Group
 
 # Variables that the launcher or the user sets to steer a run. A token can hide in any other one, and so none is written.
 PREFIXES = (
     *("OMP_", "MKL_", "NCCL_", "HCCL_", "GLOO_", "MASTER_", "CUDA_", "CUBLAS_", "ASCEND_", "LCCL_"),
-    *("PYTORCH_", "TORCH_", "TORCHELASTIC_", "TOKENIZERS_", "OMNILAUNCH_", "DS_"),
+    *("PYTORCH_", "TORCH_", "TORCHELASTIC_", "TOKENIZERS_", "OMNILAUNCH_", "DS_", "ATB_", "KMP_", "OPENBLAS_", "ONEDNN_", "DNNL_", "NVTE_"),
 )
 NAMES = (
     "RANK",
@@ -27,6 +28,11 @@ NAMES = (
     "CPU_AFFINITY_CONF",
     "PYTHONHASHSEED",
     "HF_HUB_OFFLINE",
+    "CLOSE_MATMUL_K_SHIFT",
+    "NVIDIA_TF32_OVERRIDE",
+    "ATEN_CPU_CAPABILITY",
+    "LD_PRELOAD",
+    "LD_LIBRARY_PATH",
 )
 SECRET = ("TOKEN", "SECRET", "PASSWORD", "KEY", "CREDENTIAL")
 
@@ -34,12 +40,12 @@ SECRET = ("TOKEN", "SECRET", "PASSWORD", "KEY", "CREDENTIAL")
 def report_environment(
     device: Device, local_rank: int, groups: tuple[Group, ...], deepspeed: dict[str, Any], environ: Mapping[str, str]
 ) -> EnvReport | None:
-    """Every rank must call it, since each names its device. Returns the report on rank 0, None on the others."""
-    own = f"{socket.gethostname()} {device.name} {local_rank}: {device.title(local_rank)}"
-    titles = [own]
+    """Every rank must call it, since each speaks of its own device. Returns the report on rank 0, None on the others."""
+    own = describe_rank(device, local_rank)
+    ranks = [own]
     if torch.distributed.get_world_size() > 1:
-        titles = [""] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(titles, own)
+        ranks = [own] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(ranks, own)
     if torch.distributed.get_rank():
         return None
     return EnvReport(
@@ -49,14 +55,30 @@ def report_environment(
         python=platform.python_version(),
         packages=dict(sorted((found.name, found.version) for found in importlib.metadata.distributions() if found.name)),
         accelerator=device.name,
-        devices=tuple(titles),
-        driver=device.driver(),
+        devices=tuple(rank.device for rank in ranks),
+        driver=own.driver,
         world_size=torch.distributed.get_world_size(),
         threads=torch.get_num_threads(),
         environment=select(environ),
         parameters={group.name: group.parameters for group in groups},
         trainable={group.name: group.trainable for group in groups},
         deepspeed=deepspeed,
+        toolkit={name: version for name, version in {**torch_build(), **device.toolkit()}.items() if version},
+        settings=device.settings(),
+        determinism=find_determinism(device.name, environ),
+        ranks=tuple(ranks),
+    )
+
+
+def describe_rank(device: Device, local_rank: int) -> RankFacts:
+    return RankFacts(
+        hostname=socket.gethostname(),
+        device=f"{socket.gethostname()} {device.name} {local_rank}: {device.title(local_rank)}",
+        driver=device.driver(),
+        firmware=device.firmware(),
+        threads=torch.get_num_threads(),
+        interop_threads=torch.get_num_interop_threads(),
+        processors=len(os.sched_getaffinity(0)),
     )
 
 

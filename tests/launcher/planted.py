@@ -1,0 +1,93 @@
+"""A real run's record (tests/golden/record/1: three steps on a CPU) to be copied and to be changed in one thing; and whole runs, to plant
+the same things where they come from."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from launcher.seal import SEAL_FILE, make_seal
+from trainer import contract
+
+PROJECT = Path(__file__).resolve().parents[2]
+REAL = Path(__file__).resolve().parents[1] / "golden" / "record" / "1"
+
+Change = Callable[[Path], None]
+
+
+def copy_run(runs: Path, name: str, *changes: Change) -> Path:
+    folder = runs / name
+    shutil.copytree(REAL, folder)
+    for change in changes:
+        change(folder)
+    return folder
+
+
+def set_value(file: str, key: str, value: Any) -> Change:
+    """`key` is dotted; a number in it is a place in a list."""
+
+    def change(folder: Path) -> None:
+        data = json.loads((folder / file).read_text())
+        *way, last = [int(part) if part.isdecimal() else part for part in key.split(".")]
+        inner = data
+        for part in way:
+            inner = inner[part]
+        inner[last] = value
+        (folder / file).write_text(json.dumps(data))
+
+    return change
+
+
+def set_rows(edit: Callable[[dict[str, Any]], dict[str, Any]]) -> Change:
+    """Every row of the metrics, and the final loss that the record says of them."""
+
+    def change(folder: Path) -> None:
+        rows = [edit(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        write_rows(folder, rows)
+
+    return change
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for file in ("result.json", "train_result.json"):
+        set_value(file, "final_loss", rows[-1]["loss"])(folder)
+        set_value(file, "steps", len(rows))(folder)
+
+
+def stretch(steps: int, *, loss: Callable[[int], float], seconds: Callable[[int], float]) -> Change:
+    """The same run with more steps, of rows that a function tells."""
+
+    def change(folder: Path) -> None:
+        row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+        write_rows(folder, [row | {"step": n, "steps": steps, "loss": loss(n), "seconds": seconds(n)} for n in range(1, steps + 1)])
+
+    return change
+
+
+# --------------------------------------------------------------------------------------------------------------- whole runs
+
+
+def clone_tree(project: Path) -> Path:
+    """This tree, changes and all, as the first commit of another one."""
+    for name in ("images", "trainer", "launcher", "conf"):
+        shutil.copytree(PROJECT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copyfile(PROJECT / ".gitignore", project / ".gitignore")  # or the bytecode of the first run would be a change of the tree
+    for words in (("init", "-q"), ("add", "."), ("-c", "user.name=A", "-c", "user.email=a@b", "commit", "-q", "-m", "first")):
+        subprocess.run(("git", *words), cwd=project, check=True)
+    return project
+
+
+def omnilaunch(project: Path, here: Path, *words: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    here.mkdir(exist_ok=True)
+    command = (sys.executable, "-m", "launcher.cli", *words)
+    variables = {**os.environ, **(environment or {}), "PYTHONPATH": str(project)}
+    return subprocess.run(command, cwd=here, env=variables, capture_output=True, text=True, timeout=900)
+
+
+def reseal(record: Path) -> None:
+    contract.write(make_seal(record, "first", unwritten={}), record / SEAL_FILE)
