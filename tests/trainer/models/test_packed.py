@@ -57,10 +57,12 @@ def test_the_configs_say_which_families_can_be_packed(tiny: Made) -> None:
     assert (tiny.processor.position_ids is not None) == read_model(tiny.name).packable
     others = {path.stem for path in CONF.glob("*.yaml") if read_model(path.stem).family == tiny.family.name}
     assert {read_model(name).packable for name in others} == {read_model(tiny.name).packable}
-    assert len(PACKABLE) == 4
+    assert len(PACKABLE) == 6
 
 
-def test_each_sample_has_the_loss_that_it_has_alone(packable: Made, samples: tuple[Sample, ...], told: Callable[[Tensors], Tensors]) -> None:
+def test_each_sample_has_the_loss_that_it_has_alone(
+    packable: Made, samples: tuple[Sample, ...], told: Callable[[Tensors], Tensors]
+) -> None:
     model, processor, spec = packable.model, packable.processor, packable.spec
     alone = [losses(model, collate([sample], processor, spec)).sum().item() for sample in samples]
     lengths = keep_lengths(samples, processor, spec, Cache(0))(range(len(samples)))
@@ -78,7 +80,8 @@ def test_each_sample_has_the_loss_that_it_has_alone(packable: Made, samples: tup
 def gradients_across(made: Made, samples: tuple[Sample, ...], batch: Tensors) -> list[list[bool]]:
     """[sample][other]: whether the loss of a sample in the first row depends on the other's embeddings at all."""
     seen: list[torch.Tensor] = []
-    layer = made.model.model.language_model.layers[0] if hasattr(made.model.model, "language_model") else made.model.model.layers[0]
+    model = made.model.llm.model if hasattr(made.model, "llm") else made.model.model
+    layer = model.language_model.layers[0] if hasattr(model, "language_model") else model.layers[0]
     handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     token, places = losses(made.model, batch), edges(batch)
     handle.remove()
