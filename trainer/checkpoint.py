@@ -11,8 +11,10 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from trainer.best import find_best
 from trainer.contract import CHECKPOINTS, SCHEMA, InputRefused, OtherSchema, SpecError, TrainSpec, read
@@ -27,6 +29,10 @@ REMOVED = ".{name}.removed"
 WEIGHTS = "model.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED, PICKLED_INDEX = (
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)  # of published models alone; torch reads tensors from them and no code
 ROOM_BYTES = 64 * 2**20  # for everything beside the tensors
 
 
@@ -114,7 +120,11 @@ def hash_weights(folder: Path, *, most_bytes: int | None = None) -> str:
     Reads the safetensors layout itself (8 bytes of header length, JSON header, data), because the library gives no bytes for bfloat16.
     """
     digest = hashlib.sha256()
-    tensors = {name: (file, entry, start) for file in weight_files(folder) for name, entry, start in read_header(file)}
+    files = weight_files(folder)
+    tensors = {name: (file, entry, start) for file in files if is_plain(file) for name, entry, start in read_header(file)}
+    for file in files:
+        if not is_plain(file):
+            hash_file(digest, file, most_bytes)
     for name in sorted(tensors):
         file, entry, start = tensors[name]
         digest.update(f"{name}\0{entry['dtype']}\0{entry['shape']}\0".encode())
@@ -127,12 +137,27 @@ def hash_weights(folder: Path, *, most_bytes: int | None = None) -> str:
     return digest.hexdigest()
 
 
+def hash_file(digest: Any, file: Path, most_bytes: int | None) -> None:
+    """The bytes of a file as it is: of all its tensors together, where it is no safetensors."""
+    digest.update(f"{file.name}\0".encode())
+    with file.open("rb") as stream:
+        left = file.stat().st_size if most_bytes is None else most_bytes
+        while left > 0 and (piece := stream.read(min(2**24, left))):
+            digest.update(piece)
+            left -= len(piece)
+
+
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The files that hold the weights: one, or those that the index names."""
-    if (folder / INDEX).is_file():
-        shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        return tuple(folder / name for name in sorted(set(shards)))
-    return (folder / (ADAPTER_WEIGHTS if (folder / ADAPTER_WEIGHTS).is_file() else WEIGHTS),)
+    """The files that hold the weights: one, or those that the index names. Safetensors where there are any, as transformers chooses."""
+    for index in (INDEX, PICKLED_INDEX):
+        if (folder / index).is_file() and not (index == PICKLED_INDEX and (folder / WEIGHTS).is_file()):
+            shards = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
+            return tuple(folder / name for name in sorted(set(shards)))
+    return (folder / next((name for name in (ADAPTER_WEIGHTS, WEIGHTS, PICKLED) if (folder / name).is_file()), WEIGHTS),)
+
+
+def is_plain(file: Path) -> bool:
+    return file.suffix == ".safetensors"
 
 
 # ----------------------------------------------------------------------------------------------------------------- opening
@@ -176,7 +201,10 @@ def find_gap(folder: Path) -> str:
         return f"{', '.join(missing) or 'config.json'} missing"
     try:
         for file in weight_files(folder):
-            list(read_header(file))
+            if is_plain(file):
+                list(read_header(file))
+            elif not zipfile.is_zipfile(file):
+                return f"{file} is no file of torch's, or cut short"
     except InputRefused as error:
         return str(error)
     return ""

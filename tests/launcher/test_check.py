@@ -273,7 +273,7 @@ def test_what_only_stops_a_launch_leaves_a_plan() -> None:
     assert "native module still to come" in str(verdict.problems[1])
 
 
-@pytest.mark.parametrize("model", ["minicpm_v_2_6", "minicpm_o_2_6", "omnilmm_3b", "omnilmm_12b"])
+@pytest.mark.parametrize("model", ["minicpm_v_2_6", "minicpm_o_2_6"])
 def test_modules_to_come_say_so(model: str) -> None:
     assert "native module still to come" in str(judge(f"model={model}", "hardware=h200").problems)
 
@@ -281,7 +281,7 @@ def test_modules_to_come_say_so(model: str) -> None:
 def test_force_records_what_could_be_tried_and_nothing_else() -> None:
     verdict = judge("hardware=p4", "precision=bf16", "run.force='measuring emulation'")
     assert verdict.launchable and [problem.key for problem in verdict.forced] == ["precision"]
-    hopeless = judge("run.force=please", "cluster.devices_per_node=3", "stage=lm", "run.steps=0", "model=omnilmm_3b", "hardware.stack=none")
+    hopeless = judge("run.force=please", "cluster.devices_per_node=3", "stage=lm", "run.steps=0", "model=minicpm_v_2_6", "hardware.stack=none")
     assert {"stage.global_batch", "run.steps", "model", "hardware.stack"} <= {problem.key for problem in hopeless.problems}
     assert hopeless.forced == ()
 

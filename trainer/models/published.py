@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ def load_published(
     options = loading_options(model, dtype, hollow=hollow)
     try:
         loaded, found = kind.from_pretrained(folder, config=config, output_loading_info=True, **options)
+    except UnpicklingError as error:
+        raise InputRefused(f"{folder} holds code among its tensors, which is never run: {error}\n    take the published files") from error
     except RuntimeError as error:  # of another shape
         raise InputRefused(f"{folder} holds another revision of {model.name}: {error}\n    take the revision that was published") from error
     lines = [

@@ -1,20 +1,26 @@
 """OmniLMM-3B and 12B against their published code: the tensors in tests/golden, and the names of the published files."""
 
+import copy
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
-from tests.trainer.models.conftest import model_spec, read_model
+from tests.trainer.models.conftest import Made, model_spec, read_model
+from trainer.checkpoint import hash_weights, require_whole
+from trainer.contract import InputRefused
 from trainer.models import find_family
 from trainer.models.omnilmm import OmniLMMConfig, OmniLMMForCausalLM
 from trainer.models.omnilmm_3b import MiniCPMV, MiniCPMVConfig
 from trainer.models.query import QueryResampler
+from trainer.models.weight import round_weights
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "patch_size": 4, "positions": 3, "num_hidden_layers": 2}
@@ -140,3 +146,101 @@ def test_the_tower_of_another_resolution() -> None:
     sizes = {**spec.architecture["vision"], "image_size": 48}
     model = find_family(spec.family).create(replace(spec, architecture={**spec.architecture, "vision": sizes}))
     assert model.model.vision_tower(torch.randn(2, 3, 48, 48)).shape == (2, 36, 96)
+
+
+# ----------------------------------------------------------------------------------------------------- files, and bad input
+
+
+@pytest.fixture(params=["tiny_omnilmm_3b", "tiny_omnilmm_12b"])
+def made(request: pytest.FixtureRequest, make_tiny: Any) -> Made:
+    found: Made = make_tiny(request.param)
+    return found
+
+
+def as_published(made: Made, folder: Path, *, pickled: bool = False) -> dict[str, Tensor]:
+    """A copy as OpenBMB would have published it: in two files, and with none of the fields that we add but the tower's numbers."""
+    shutil.copytree(made.folder, folder, dirs_exist_ok=True)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kept = {key: value for key, value in config.items() if key not in FRAME}
+    (folder / "config.json").write_text(json.dumps(kept), encoding="utf-8")
+    stem, kind = ("pytorch_model", "bin") if pickled else ("model", "safetensors")
+    names = sorted(weights)
+    parts = {f"{stem}-0000{place}-of-00002.{kind}": names[place - 1 :: 2] for place in (1, 2)}
+    for file, own in parts.items():
+        tensors = {name: weights[name] for name in own}
+        torch.save(tensors, folder / file) if pickled else save_file(tensors, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, own in parts.items() for name in own}}
+    (folder / f"{stem}.{kind}.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return weights
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_the_published_layout_is_read_and_written_again(pickled: bool, made: Made, tmp_path: Path) -> None:
+    weights = as_published(made, tmp_path / "published", pickled=pickled)
+    require_whole(tmp_path / "published", "model.source.path")
+    loaded: Any = made.family.load(tmp_path / "published", made.spec.model, torch.float32)
+    assert made.family.load_processor(tmp_path / "published", made.spec.model).span((9, 9), 0) == made.processor.span((9, 9), 0)
+    loaded.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == weights.keys() and all(torch.equal(again[name], weights[name]) for name in weights)
+    assert hash_weights(tmp_path / "published") == hash_weights(tmp_path / "published")
+
+
+def test_half_a_pickled_file_is_not_whole(made: Made, tmp_path: Path) -> None:
+    as_published(made, tmp_path, pickled=True)
+    file = tmp_path / "pytorch_model-00002-of-00002.bin"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputRefused, match="is no file of torch's, or cut short"):
+        require_whole(tmp_path, "model.source.path")
+
+
+class Payload:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("payload"),))
+
+
+def test_code_among_the_tensors_is_never_run(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    as_published(made, tmp_path / "published", pickled=True)
+    torch.save({"lm_head.weight": Payload()}, tmp_path / "published" / "pytorch_model-00002-of-00002.bin")
+    with pytest.raises(InputRefused, match="holds code among its tensors, which is never run"):
+        made.family.load(tmp_path / "published", made.spec.model, torch.float32)
+    assert not (tmp_path / "payload").exists()
+
+
+def test_another_revision_is_refused_with_its_names(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.folder, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if name.endswith("resampler.proj"))
+    weights[f"{name}_in"] = weights.pop(name)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputRefused) as caught:
+        made.family.load(tmp_path, made.spec.model, torch.float32)
+    assert f"1 missing: {name}\n" in str(caught.value) and f"1 not of this model: {name}_in\n" in str(caught.value)
+
+
+def test_a_later_minicpm_v_is_refused(make_tiny: Any, tmp_path: Path) -> None:
+    """The same model type, and the same names of its tensors."""
+    made = make_tiny("tiny_omnilmm_3b")
+    shutil.copytree(made.folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "slice_mode": True}), encoding="utf-8")
+    with pytest.raises(InputRefused, match="is a MiniCPM-V 2 or later, which cuts images into slices"):
+        made.family.load(tmp_path, made.spec.model, torch.float32)
+
+
+def test_marks_without_their_images_are_refused(golden: tuple[PreTrainedModel, dict[str, Tensor]]) -> None:
+    model, tensors = golden
+    with pytest.raises(ValueError, match="4 places between image marks for 8 image features"):
+        model(input_ids=tensors["one_image/input_ids"], pixel_values=torch.zeros(2, 3, 20, 20))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bits(dtype: torch.dtype, golden: tuple[PreTrainedModel, dict[str, Tensor]]) -> None:
+    """Everything in one type, as on a P4 in float16: near the float32 logits, and no overflow."""
+    model, tensors = golden
+    half = round_weights(copy.deepcopy(model), dtype)
+    made = half(input_ids=tensors["one_image/input_ids"], pixel_values=tensors["one_image/pixel_values"].to(dtype)).logits
+    assert made.dtype == dtype and torch.allclose(made.float(), tensors["one_image/logits"], atol=0.02 if dtype == torch.float16 else 0.2)
