@@ -18,7 +18,8 @@ from trainer.precision import loading_dtype
 from trainer.stages.lora import merge_adapter
 from trainer.stages.reset import reset_groups
 
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # never a pickle
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+PICKLES = ("pytorch_model*.bin",)  # where a model was published as nothing else; torch reads tensors from them and no code
 CPU = torch.device("cpu")
 LARGE = 10**9  # parameters; so many take a core 13 s to draw, and 4 GB in float32
 
@@ -96,5 +97,9 @@ def weights_folder(spec: TrainSpec) -> Path | None:
     if source.kind == "hub":
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(source.id, revision=source.revision or None, allow_patterns=list(HUB_FILES)))
+        def fetch(*patterns: str) -> Path:
+            return Path(snapshot_download(source.id, revision=source.revision or None, allow_patterns=list(patterns)))
+
+        folder = fetch(*HUB_FILES)
+        return folder if any(folder.glob("*.safetensors")) else fetch(*HUB_FILES, *PICKLES)
     return None

@@ -10,6 +10,7 @@ node; the launcher brings it to the others where they share none.
 import json
 import os
 import shutil
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from trainer.engine import Engine
 from trainer.resume import STATE_FILE, CheckpointState, missing_files, whole_checkpoints
 from trainer.shard import sync
 from trainer.state import full_state_bytes, weights_bytes
-from trainer.weight import read_header, weight_files
+from trainer.weight import is_plain, read_header, weight_files
 
 RESUME = "resume"
 PARTIAL = ".{name}.partial"
@@ -145,7 +146,10 @@ def find_gap(folder: Path) -> str:
         return f"{', '.join(missing) or 'config.json'} missing"
     try:
         for file in weight_files(folder):
-            list(read_header(file))
+            if is_plain(file):
+                list(read_header(file))
+            elif not zipfile.is_zipfile(file):
+                return f"{file} is no file of torch's, or cut short"
     except InputRefused as error:
         return str(error)
     return ""

@@ -140,10 +140,12 @@ ROTATION = Layer(kernel="rotate", put=put_rotation)
 # Qwen3_5RMSNormGated, and the MLPs of CLIP, InternViT and SigLIP, which have no gate.
 LAYERS: dict[str, Layer] = {
     **dict.fromkeys(("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Qwen2_5_VLRMSNorm", "Qwen2_5OmniRMSNorm"), NORM),
-    **dict.fromkeys(("InternVLVisionRMSNorm",), NORM),
+    **dict.fromkeys(("InternVLVisionRMSNorm", "GraniteRMSNorm", "MistralRMSNorm"), NORM),
     **dict.fromkeys(("Qwen3_5RMSNorm",), CENTRED_NORM),
     **dict.fromkeys(("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "Qwen2_5_VLMLP", "Qwen2_5OmniMLP", "Qwen3_5MLP"), SWIGLU),
+    **dict.fromkeys(("GraniteMLP", "MistralMLP"), SWIGLU),
     **dict.fromkeys(("LlamaAttention", "Qwen2Attention", "Qwen3Attention", "Qwen2_5_VLAttention", "Qwen2_5OmniAttention"), ROTATION),
+    **dict.fromkeys(("GraniteAttention", "MistralAttention"), ROTATION),
 }
 
 

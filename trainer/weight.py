@@ -16,32 +16,52 @@ from trainer.contract import InputRefused
 WEIGHTS = "model.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"  # of published models alone; torch reads no code from them
+PIECE_BYTES = 2**24  # read at a time
 HEADER_LIMIT_BYTES = 100 * 2**20  # as the safetensors library has it
 
 
 def hash_weights(folder: Path, *, most_bytes: int | None = None) -> str:
     """SHA-256 over name, dtype, shape and bytes of each tensor, by name: equal for equal weights, however they are cut into files. With
-    `most_bytes` only so many of each tensor are read. Raises InputRefused for a file that is not whole."""
+    `most_bytes` only so many of each tensor are read. A .bin counts as one tensor. Raises InputRefused for a file that is not whole."""
     digest = hashlib.sha256()
-    tensors = {name: (file, entry, start) for file in weight_files(folder) for name, entry, start in read_header(file)}
+    files = weight_files(folder)
+    for file in (file for file in files if not is_plain(file)):
+        digest.update(f"{file.name}\0".encode())
+        add_bytes(digest, file, 0, file.stat().st_size, most_bytes)
+    tensors = {name: (file, entry, start) for file in files if is_plain(file) for name, entry, start in read_header(file)}
     for name in sorted(tensors):
         file, entry, start = tensors[name]
         digest.update(f"{name}\0{entry['dtype']}\0{entry['shape']}\0".encode())
-        first, last = entry["data_offsets"]
-        last = last if most_bytes is None else min(last, first + most_bytes)
-        with file.open("rb") as stream:
-            stream.seek(start + first)
-            for begin in range(first, last, 2**24):
-                digest.update(stream.read(min(2**24, last - begin)))
+        first, last = (start + offset for offset in entry["data_offsets"])
+        add_bytes(digest, file, first, last, most_bytes)
     return digest.hexdigest()
 
 
+def add_bytes(digest: "hashlib._Hash", file: Path, first: int, last: int, most: int | None) -> None:
+    last = last if most is None else min(last, first + most)
+    with file.open("rb") as stream:
+        stream.seek(first)
+        for begin in range(first, last, PIECE_BYTES):
+            digest.update(stream.read(min(PIECE_BYTES, last - begin)))
+
+
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The files that hold the weights: one, or those that the index names."""
-    if (folder / INDEX).is_file():
-        shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        return tuple(folder / name for name in sorted(set(shards)))
-    return (folder / (ADAPTER_WEIGHTS if (folder / ADAPTER_WEIGHTS).is_file() else WEIGHTS),)
+    """The files that hold the weights: one, or those that the index names. Safetensors where there are any, as transformers chooses."""
+    if (folder / ADAPTER_WEIGHTS).is_file() and not (folder / INDEX).is_file():
+        return (folder / ADAPTER_WEIGHTS,)
+    for whole, index in ((WEIGHTS, INDEX), (PICKLED, PICKLED_INDEX)):
+        if (folder / index).is_file():
+            shards = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
+            return tuple(folder / name for name in sorted(set(shards)))
+        if (folder / whole).is_file():
+            return (folder / whole,)
+    return (folder / WEIGHTS,)
+
+
+def is_plain(file: Path) -> bool:
+    """Whether it is safetensors, of which each tensor can be told apart."""
+    return file.suffix == ".safetensors"
 
 
 def read_header(file: Path) -> Iterator[tuple[str, dict[str, Any], int]]:

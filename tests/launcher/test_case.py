@@ -85,7 +85,7 @@ ASKED = ("stage=evaluate", "run.evaluation.batch=1", "data.max_length=1024")
 @pytest.mark.parametrize(
     ("words", "fits", "least_gib", "most_gib"),
     [
-        (("model=omnilmm_3b", *ASKED), True, 6.2, 7.0),
+        (("model=omnilmm_3b", *ASKED), True, 6.8, 7.4),
         (("model=omnilmm_3b", "stage=lora", "data.max_length=512", CHECKPOINTED), True, 6.5, 8.0),
         (("model=omnilmm_12b", *ASKED), False, 21.6, 24.0),
         (("model=omnilmm_12b", "stage=lora", "data.max_length=512", CHECKPOINTED), False, 22.0, 25.0),
@@ -191,7 +191,12 @@ LORA = ("stage=lora", "stage.trainable=[projector]")
 SWIFT = ("hardware=h200", "strategy.micro_batch=1", CHECKPOINTED)
 PUBLISHED: tuple[Published, ...] = (
     Published(source="OpenBMB model zoo, MiniCPM-V 2.6, inference", words=("model=minicpm_v_2_6", *ONE_3090), gb=17),
-    Published(source="OpenBMB model zoo, MiniCPM-V 1.0, inference", words=("model=omnilmm_3b", *ONE_3090), gb=7),
+    Published(
+        source="OpenBMB model zoo, MiniCPM-V 1.0, inference",
+        words=("model=omnilmm_3b", *ONE_3090),
+        gb=7,
+        reason="published in whole GB: the files alone are 6.87, and ours counts the context of the device, activations and a margin besides",
+    ),
     Published(
         source="OpenBMB/MiniCPM-V#851, MiniCPM-o 2.6, inference",
         words=("model=minicpm_o_2_6", *ONE_3090),

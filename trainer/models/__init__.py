@@ -6,10 +6,13 @@ from trainer.models.internvl import INTERNVL
 from trainer.models.llava import LLAVA
 from trainer.models.minicpm_v import MINICPM_O_2_6, MINICPM_V_2_6
 from trainer.models.minicpm_v_4_6 import MINICPM_V_4_6
+from trainer.models.omnilmm import OMNILMM
+from trainer.models.omnilmm_3b import OMNILMM_3B
 from trainer.models.qwen2_5_omni import QWEN2_5_OMNI
 from trainer.models.qwen2_5_vl import QWEN2_5_VL
 
-FAMILIES = {family.name: family for family in (LLAVA, QWEN2_5_VL, INTERNVL, QWEN2_5_OMNI, MINICPM_V_4_6, MINICPM_V_2_6, MINICPM_O_2_6)}
+OPENBMB = (MINICPM_V_4_6, MINICPM_V_2_6, MINICPM_O_2_6, OMNILMM, OMNILMM_3B)
+FAMILIES = {family.name: family for family in (LLAVA, QWEN2_5_VL, INTERNVL, QWEN2_5_OMNI, *OPENBMB)}
 
 
 def find_family(name: str) -> Family:

@@ -17,13 +17,15 @@ Span = Callable[[Size, int], Ids]
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed:
-    """Every image becomes `tokens` times `image`."""
+    """Every image becomes `tokens` times `image`, in a frame where the family has one."""
 
     image: int
     tokens: int
+    before: Ids = ()
+    after: Ids = ()
 
     def __call__(self, size: Size, place: int) -> Ids:
-        return (self.image,) * self.tokens
+        return (*self.before, *(self.image,) * self.tokens, *self.after)
 
 
 @dataclass(frozen=True, kw_only=True)

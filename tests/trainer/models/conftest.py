@@ -20,8 +20,9 @@ from trainer.models import find_family
 from trainer.models.family import Family, Processor
 
 CONF = Path(__file__).resolve().parents[3] / "conf" / "model"
-TINY = ("tiny_llava", "tiny_qwen2_5_vl", "tiny_internvl", "tiny_qwen2_5_omni", "tiny_minicpm_v_4_6", "tiny_minicpm_v_2_6")
-OURS = ("minicpm_v_2_6", "minicpm_o_2_6")  # families that transformers has no class of
+TINY = ("tiny_llava", "tiny_qwen2_5_vl", "tiny_internvl", "tiny_qwen2_5_omni", "tiny_minicpm_v_4_6")
+TINY += ("tiny_minicpm_v_2_6", "tiny_omnilmm_3b", "tiny_omnilmm_12b")
+OURS = ("minicpm_v_2_6", "minicpm_o_2_6", "omnilmm_3b", "omnilmm")  # families whose model classes are ours, and not transformers'
 SIZES = ((40, 24), (33, 64), (100, 70), (32, 32))  # width, height
 
 

@@ -35,6 +35,8 @@ LAYERS: dict[str, dict[str, int]] = {
     "tiny_qwen2_5_omni": {"rms_norm": 10, "rotate": 2, "swiglu": 4},
     "tiny_minicpm_v_4_6": {"centred_rms_norm": 7, "swiglu": 2},
     "tiny_minicpm_v_2_6": {"rms_norm": 5, "rotate": 2, "swiglu": 2},
+    "tiny_omnilmm_3b": {"rms_norm": 7, "rotate": 3, "swiglu": 3},
+    "tiny_omnilmm_12b": {"rms_norm": 7, "rotate": 3, "swiglu": 3},
 }
 SCHEMAS = {  # torch_npu 2.7.1.post8, torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml
     "npu_rms_norm": "(Tensor self, Tensor gamma, float epsilon=1e-06) -> (Tensor, Tensor)",

@@ -57,7 +57,7 @@ def test_the_configs_say_which_families_can_be_packed(tiny: Made) -> None:
     assert (tiny.processor.position_ids is not None) == read_model(tiny.name).packable
     others = {path.stem for path in CONF.glob("*.yaml") if read_model(path.stem).family == tiny.family.name}
     assert {read_model(name).packable for name in others} == {read_model(tiny.name).packable}
-    assert len(PACKABLE) == 5
+    assert len(PACKABLE) == 7
 
 
 def test_each_sample_has_the_loss_that_it_has_alone(

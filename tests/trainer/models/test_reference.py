@@ -26,6 +26,8 @@ from trainer.contract import Template
 from trainer.data.collate import collate, collate_prompts
 from trainer.data.encode import IGNORED
 from trainer.data.sample import Sample
+from trainer.models.omnilmm import OmniLMMForCausalLM
+from trainer.models.omnilmm_3b import MiniCPMV
 
 CLASSES = {
     "llava": LlavaForConditionalGeneration,
@@ -33,6 +35,9 @@ CLASSES = {
     "internvl": InternVLForConditionalGeneration,
     "qwen2_5_omni": Qwen2_5OmniThinkerForConditionalGeneration,
     "minicpm_v_4_6": MiniCPMV4_6ForConditionalGeneration,
+    # Ours, held against their published code in test_omnilmm: here for what goes in and comes out.
+    "omnilmm_3b": MiniCPMV,
+    "omnilmm": OmniLMMForCausalLM,
 }
 Tensors = dict[str, torch.Tensor]
 
@@ -69,11 +74,22 @@ def slice_text(made: Any, place: int) -> str:
     return text + "\n".join("".join(parts[row * columns : (row + 1) * columns]) for row in range(rows))
 
 
+def query_text(before: str, image: str, after: str) -> Callable[[Any, int], str]:
+    """chat.py and modeling_minicpmv.py of OpenBMB: one token for each query of the resampler."""
+
+    def text(made: Any, place: int) -> str:
+        return before + image * 16 + after
+
+    return text
+
+
 RULES: dict[str, Callable[[Any, int], str]] = {
     "qwen2_5_vl": grid_text("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
     "qwen2_5_omni": grid_text("<|vision_bos|>", "<|IMAGE|>", "<|vision_eos|>"),
     "internvl": tile_text,
     "minicpm_v_4_6": slice_text,
+    "omnilmm_3b": query_text("<image>", "<unk>", "</image>"),
+    "omnilmm": query_text("<im_start>", "<im_patch>", "<im_end>"),
 }
 
 

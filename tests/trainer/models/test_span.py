@@ -101,6 +101,7 @@ def test_parts_in_their_frames() -> None:
     assert Tiles(before=(2,), image=1, after=(3,), tokens=2, tile=8, least=1, most=2)((16, 8), 5) == (2, 1, 1, 1, 1, 1, 1, 3)
     assert Grid(before=(2,), image=1, after=(3,), unit=4, min_pixels=16, max_pixels=64)((8, 4), 0) == (2, 1, 1, 3)
     assert Fixed(image=1, tokens=3)((8, 4), 0) == (1, 1, 1)
+    assert Fixed(before=(2,), image=1, after=(3,), tokens=3)((8, 4), 0) == (2, 1, 1, 1, 3)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 24), (64, 64), (20, 61), (129, 33), (300, 31), (7, 5)])
@@ -111,8 +112,8 @@ def test_as_many_tokens_as_features(tiny: Made, size: tuple[int, int]) -> None:
     found: Any = tiny.model.get_image_features(**features)
     pooled = getattr(found, "pooler_output", found)
     tokens = sum(len(part.reshape(-1, part.shape[-1])) for part in pooled)
-    image_token = tiny.processor.tokenizer.convert_tokens_to_ids(tiny.spec.model.image_token)
-    assert tiny.processor.span(size, 0).count(image_token) == tokens
+    span: Any = tiny.processor.span
+    assert span(size, 0).count(span.image) == tokens
 
 
 @pytest.mark.parametrize(("name", "limit", "counts"), [
@@ -145,9 +146,8 @@ def test_a_limit_is_saved(make_tiny: Any, tmp_path: Any) -> None:
 def test_the_rule_in_the_config_file_is_the_processor_s(name: str) -> None:
     """conf/model's image_tokens, by which a launch is planned, never says less than what a large image costs."""
     rule, spec = read_model(name).image_tokens, model_spec(name)
-    processor = find_family(spec.family).create_processor(spec)
-    image = processor.tokenizer.convert_tokens_to_ids(spec.image_token)
-    most = max(processor.span(size, 0).count(image) for size in ((8000, 8000), (1280, 784), (9000, 1000), (640, 480)))
+    span: Any = find_family(spec.family).create_processor(spec).span
+    most = max(span(size, 0).count(span.image) for size in ((8000, 8000), (1280, 784), (9000, 1000), (640, 480)))
     planned = {
         "fixed": rule.tokens,
         "grid": rule.max_pixels // max(1, rule.unit) ** 2,

@@ -1,0 +1,156 @@
+"""Model classes of our own that open a checkpoint as it was published, for families that transformers has none for.
+
+Their parameters have the published names, so that there is nothing to translate: `from_pretrained` reads safetensors, or a .bin through
+torch's loader of tensors alone, and `save_pretrained` writes the same names again. No code of a checkpoint is ever run.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from trainer.contract import InputRefused, ModelSpec
+from trainer.data.encode import image_id
+from trainer.models.architecture import differences, loading_options
+from trainer.models.family import Inputs, Processor
+from trainer.models.processor import IMAGE_FILE, TEMPLATE_FILE, find_ids
+from trainer.models.span import Fixed
+from trainer.models.template import chat_template
+from trainer.models.weight import round_weights
+
+SHOWN_KEYS = 6
+BICUBIC = 3  # PIL's number of it
+Ids = tuple[int, int]
+
+
+def load_published(
+    kind: type[PreTrainedModel], config: PreTrainedConfig, folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool
+) -> torch.nn.Module:
+    """Raises InputRefused, listing them, where the checkpoint's tensors are not those of the model, by name or shape."""
+    options = loading_options(model, dtype, hollow=hollow)
+    try:
+        loaded, found = kind.from_pretrained(folder, config=config, output_loading_info=True, **options)
+    except UnpicklingError as error:
+        raise InputRefused(f"{folder} holds code among its tensors, which is never run: {error}\n    take the published files") from error
+    except RuntimeError as error:  # of another shape
+        raise InputRefused(f"{folder} holds another revision of {model.name}: {error}\n    take the revision that was published") from error
+    lines = [
+        f"  {len(keys)} {what}: {', '.join(sorted(keys)[:SHOWN_KEYS])}{' ...' if len(keys) > SHOWN_KEYS else ''}"
+        for what, keys in (("missing", found["missing_keys"]), ("not of this model", found["unexpected_keys"]))
+        if keys
+    ]
+    if lines:
+        listed = "\n".join(lines)
+        raise InputRefused(
+            f"{folder} holds another revision of {model.name}, by the names of its tensors:\n{listed}\n"
+            "    take the revision that was published, or choose the checkpoint's own model with model=NAME"
+        )
+    return round_weights(loaded, dtype)  # transformers leaves buffers as they were made
+
+
+def read_config(folder: Path, model: ModelSpec, kind: type[PreTrainedConfig], parts: Callable[[Any], Any]) -> Any:
+    """The config in `folder`. `parts`: it as an object with `text_config` and `vision_config`.
+
+    Raises InputRefused, naming each difference, where the checkpoint is of another model. What model.architecture.options.unverified names
+    is not compared: the published file was never seen, and what it says is taken."""
+    has = PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
+    if has != kind.model_type:
+        raise InputRefused(f"{folder} is a {has}, {model.name} is a {kind.model_type}: choose the checkpoint's own with model=NAME.")
+    config = kind.from_pretrained(folder, local_files_only=True)
+    unverified = model.architecture["options"].get("unverified", ())
+    lines = [line for part in ("vision", "text") for line in differences(model, parts(config), part)]
+    lines = [line for line in lines if not any(line.startswith(f"  model.architecture.{name}:") for name in unverified)]
+    if lines:
+        listed = "\n".join(lines)
+        raise InputRefused(f"{folder} holds another model than {model.name}: choose its own with model=NAME.\n{listed}")
+    return config
+
+
+def open_published(folder: Path, model: ModelSpec, vocabulary: int, tokens: Mapping[str, str]) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, padding on the right; where its class is code of the checkpoint's own, the Llama tokenizer that this code
+    wraps. `tokens`: attribute -> token of the image's frame. Those that it lacks are added, as the published code does, behind the others.
+
+    Raises InputRefused for the tokenizer of another model."""
+    file = folder / "tokenizer_config.json"
+    own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    kind = LlamaTokenizer if "AutoTokenizer" in own.get("auto_map", {}) else AutoTokenizer
+    tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(folder, local_files_only=True)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.add_tokens(
+        [token for token in tokens.values() if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id)],
+        special_tokens=True,
+    )
+    try:
+        image_id(tokenizer, model.image_token)
+    except InputRefused as error:
+        raise InputRefused(f"{folder}: {error}") from error
+    if len(tokenizer) > vocabulary:
+        raise InputRefused(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens; the model has {vocabulary} embeddings\n"
+            "    take the tokenizer that belongs to the model"
+        )
+    return tokenizer
+
+
+def find_frame(folder: Path, model: ModelSpec, config: Any, tokens: Mapping[str, str]) -> Ids:
+    """The ids before and after an image: as our own checkpoints say, else of the tokenizer beside a published one. Raises InputRefused
+    where both say them and differ: every image would be read as words."""
+    tokenizer = open_published(folder, model, config.vocab_size, tokens)
+    before, after = find_ids(tokenizer, tokens, "image_start_token", "image_end_token")
+    said = (config.image_start_token_id, config.image_end_token_id)
+    if said != (None, None) and said != (before, after):
+        raise InputRefused(
+            f"{folder}: the tokenizer has {tokens['image_start_token']!r} as {before} and {tokens['image_end_token']!r} as {after}, the "
+            f"model as {said[0]} and {said[1]}\n    take the tokenizer that belongs to the model"
+        )
+    return before, after
+
+
+def assemble(
+    model: ModelSpec, tokenizer: PreTrainedTokenizerBase, span: Fixed, side: int, *, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Processor:
+    """Every image becomes a square of `side` pixels, whatever its aspect, and the tokens of `span`."""
+    size = {"height": side, "width": side}
+    images = SiglipImageProcessorPil(size=size, resample=BICUBIC, image_mean=list(mean), image_std=list(std))
+
+    def image_features(picture: Image) -> Inputs:
+        return {"pixel_values": images(images=picture, return_tensors="pt")["pixel_values"]}
+
+    return Processor(
+        tokenizer=tokenizer, image_features=image_features, span=span, save=partial(write, model=model, tokenizer=tokenizer, images=images)
+    )
+
+
+def write(folder: Path, *, model: ModelSpec, tokenizer: PreTrainedTokenizerBase, images: SiglipImageProcessorPil) -> None:
+    tokenizer.save_pretrained(folder)
+    images.save_pretrained(folder)
+    (folder / TEMPLATE_FILE).write_text(chat_template(model.template, model.image_token), encoding="utf-8")
+    assert (folder / IMAGE_FILE).is_file()
+
+
+def put_images(embeddings: Tensor, input_ids: Tensor, features: Tensor, frame: Ids) -> Tensor:
+    """`features`, (images, queries, width), at the places between the two ids of a frame: (B, T, width) -> the same. Raises ValueError where
+    there are more places than features, or fewer."""
+    before, after = (input_ids == token for token in frame)
+    inside = (before.cumsum(dim=1) - after.cumsum(dim=1) == 1) & ~before
+    places, given = int(inside.sum()), features.shape[0] * features.shape[1]
+    if places != given:
+        raise ValueError(f"{places} places between image marks for {given} image features")
+    return embeddings.masked_scatter(inside[..., None], features.to(embeddings.dtype))
+
+
+def initialise(model: Any, module: torch.nn.Module) -> None:
+    """A random start of `module`: by transformers' rules, and by its own `initialise` for bare tensors."""
+    PreTrainedModel._init_weights(model, module)
+    if hasattr(module, "initialise"):
+        module.initialise()
