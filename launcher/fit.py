@@ -41,9 +41,20 @@ def device_count(config: Config) -> int:
     return config.cluster.devices_per_node or config.hardware.devices_per_node
 
 
+def ranks_per_node(config: Config) -> int:
+    """One a device, but for a model that is spread over them."""
+    return 1 if spreads(config) else device_count(config)
+
+
+def spreads(config: Config) -> bool:
+    """Whether one rank holds a model over all devices of its node."""
+    asked = config.stage.inference or config.stage.serving
+    return asked is not None and asked.spread == "auto"
+
+
 def world_size(config: Config) -> int:
-    """Ranks of the run: one a device on every node that is not a spare."""
-    return device_count(config) * sum(not node.spare for node in config.cluster.nodes)
+    """Ranks of the run: those of every node that is not a spare."""
+    return ranks_per_node(config) * sum(not node.spare for node in config.cluster.nodes)
 
 
 def model_states(config: Config) -> States:

@@ -14,7 +14,7 @@ from launcher.choice import choose_strategy, explain_choice
 from launcher.credential import mask_credentials, without_masked
 from launcher.deepspeed import render_deepspeed
 from launcher.errors import ConfigRefused, refuse_config
-from launcher.fit import States, device_count, model_states, trainable_parameters, world_size
+from launcher.fit import States, device_count, model_states, ranks_per_node, spreads, trainable_parameters, world_size
 from launcher.image import Image, Stack, render
 from launcher.memory import Memory, estimate_memory
 from launcher.problem import Rule
@@ -27,6 +27,7 @@ from trainer.contract import SCHEMA, Batch, DataSpec, DeviceSpec, ModelSpec, Sta
 DATA_FOLDER = ".cache/data"
 RUNS_FOLDER = "runs"
 FIXED_THREADS = 4
+LONE = ("merge", "convert", "quantize", "serve")  # kinds of stages that are one process
 # What the trainer is told unchanged, and by the same name, of config.run.
 OF_THE_RUN = (
     *("seed", "deterministic", "steps", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background"),
@@ -77,6 +78,7 @@ def make_plan(
     Raises ConfigRefused with every problem at once; a problem that only stops a launch (a module still to come, a licence to
     accept) is left in `verdict` for `launch` to refuse.
     """
+    config = on_one_rank(config)
     asked, config = config, replace(config, strategy=choose_strategy(config))
     verdict = check(config, stacks, rules=rules, asked=asked)
     refuse(verdict, launching=False, overrides=overrides)
@@ -101,6 +103,14 @@ def make_plan(
         memory=estimate_memory(config),
         choice=explain_choice(asked, config),
     )
+
+
+def on_one_rank(config: Config) -> Config:
+    """A stage that one process carries out takes the first node alone, and of that one device, or all that a model is spread over."""
+    if not config.cluster.working or not (config.stage.kind in LONE or spreads(config)):
+        return config
+    devices = device_count(config) if spreads(config) else 1
+    return replace(config, cluster=replace(config.cluster, nodes=config.cluster.working[:1], devices_per_node=devices))
 
 
 def move_plan(plan: Plan, cluster: Cluster, stacks: dict[str, Stack], place: Place) -> Plan:
@@ -158,7 +168,8 @@ def train_spec(config: Config, place: Place, *, run_id: str, overrides: tuple[st
             accelerator=config.hardware.accelerator,
             backend=config.hardware.collectives,
             world_size=ranks,
-            devices_per_node=device_count(config),
+            devices_per_node=ranks_per_node(config),
+            cards=device_count(config) // ranks_per_node(config),
             threads=count_threads(config),
             timeout_s=config.run.collective_timeout_s,
         ),
@@ -210,7 +221,10 @@ def model_spec(config: Config, place: Place) -> ModelSpec:
 
 
 def stage_spec(config: Config, place: Place) -> StageSpec:
-    stage = config.stage
+    stage, inference = config.stage, config.stage.inference
+    if inference is not None:
+        image, rows = (absolute(path, place.here) if path else "" for path in (inference.image, inference.input))
+        inference = replace(inference, image=image, input=rows)
     return StageSpec(
         name=stage.name,
         kind=stage.kind,
@@ -219,6 +233,11 @@ def stage_spec(config: Config, place: Place) -> StageSpec:
         checkpoint=absolute(stage.checkpoint, place.here) if stage.checkpoint else "",
         reset=stage.reset,
         needs=tuple(group for group in stage.needs if group in config.model.groups),
+        merging=stage.merging,
+        conversion=stage.conversion,
+        quantization=stage.quantization,
+        inference=inference,
+        serving=stage.serving,
     )
 
 

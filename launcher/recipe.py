@@ -262,8 +262,10 @@ def data_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     data = config.data
     if data.builtin:
         return
-    wanted = ("evaluation",) if config.stage.kind == "evaluate" else ("train",)
-    for name, placeholder in (*((name, "FILE.json") for name in wanted), ("images", "FOLDER")):
+    stage, wanted = config.stage, {"train": ["train"], "evaluate": ["evaluation"]}.get(config.stage.kind, [])
+    if stage.quantization is not None:
+        wanted = ["train"] * bool(stage.quantization.calibration) + ["evaluation"] * stage.quantization.compare
+    for name, placeholder in (*((name, "FILE.json") for name in wanted), *(("images", "FOLDER"),) * bool(wanted)):
         if not getattr(data, name):
             yield Problem(key=f"data.{name}", what="is empty: say where it lies", changes=(f"data.{name}={placeholder}",))
 

@@ -7,7 +7,21 @@ Units are in the names: _gib, _s, tflops. Lengths and batches are in tokens and 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trainer.contract import Evaluation, Lora, Optimizer, Precision, Profile, Source, Template
+from trainer.contract import (
+    Conversion,
+    Evaluation,
+    Inference,
+    Kind,
+    Lora,
+    Merging,
+    Optimizer,
+    Precision,
+    Profile,
+    Quantization,
+    Serving,
+    Source,
+    Template,
+)
 
 Accelerator = Literal["cpu", "cuda", "npu"]
 Confidence = Literal["published", "computed", "unverified"]
@@ -184,7 +198,7 @@ class Stage:
 
     name: str
     title: str
-    kind: Literal["train", "evaluate"]
+    kind: Kind
     trainable: tuple[Literal["vision", "projector", "lm", "head"], ...]
     lora: Lora | None = None
     needs: tuple[Literal["checkpoint", "adapter", "projector"], ...] = ()
@@ -192,6 +206,11 @@ class Stage:
     global_batch: int
     optimizer: Optimizer
     reset: tuple[Literal["vision", "projector", "lm", "head"], ...] = ()
+    merging: Merging | None = None
+    conversion: Conversion | None = None
+    quantization: Quantization | None = None
+    inference: Inference | None = None
+    serving: Serving | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

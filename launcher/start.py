@@ -120,7 +120,7 @@ def is_absent(errors: str) -> bool:
 
 def attachment_of(config: Config, spec: TrainSpec, rank: int) -> Attachment:
     """The devices of a working node."""
-    share = share_of(config.cluster, config.cluster.working[rank], spec.device.devices_per_node)
+    share = share_of(config.cluster, config.cluster.working[rank], spec.device.devices_per_node * spec.device.cards)
     return attach(config.hardware.accelerator, share)
 
 
@@ -174,7 +174,9 @@ def mounts(cluster: Cluster, spec: TrainSpec) -> tuple[str, ...]:
     the folder of built-in data are writable."""
     writable = (spec.output, *((spec.data.root,) if spec.data.builtin else ()))
     named = (spec.data.train, spec.data.evaluation, spec.data.images) if not spec.data.builtin else ()
-    readable = (*named, spec.stage.checkpoint, spec.model.source.path, *cluster.mounts)
+    asked = spec.stage.inference
+    shown = (asked.image, asked.input) if asked else ()
+    readable = (*named, spec.stage.checkpoint, spec.evaluation.base, spec.model.source.path, *shown, *cluster.mounts)
     wanted = [*((path, "") for path in writable), *((path, ",readonly") for path in dict.fromkeys(readable) if path)]
     for path, _ in wanted:  # the user's own have passed the check by their keys; these have the launcher's folder in front
         if why := why_no_mount(path):

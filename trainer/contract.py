@@ -15,6 +15,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.fact import Expectation as Expectation, facts_of as facts_of, kind_of as kind_of
+from trainer.option import (
+    Conversion as Conversion,
+    Evaluation as Evaluation,
+    Inference as Inference,
+    Merging as Merging,
+    Metric as Metric,
+    Profile as Profile,
+    Quantization as Quantization,
+    Sampling as Sampling,
+    Serving as Serving,
+)
 from trainer.report import (
     Best as Best,
     DataProblem as DataProblem,
@@ -36,6 +47,7 @@ from trainer.report import (
 SCHEMA = 1
 
 Dtype = Literal["float32", "float16", "bfloat16"]
+Kind = Literal["train", "evaluate", "merge", "convert", "quantize", "infer", "serve"]
 
 # Inside `runs/<run_id>/`. The launcher writes the first, the trainer the others.
 SPEC_FILE = "spec.json"
@@ -176,15 +188,21 @@ class ModelSpec:
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
     """`trainable`: groups whose parameters get gradients. `checkpoint`: weights to start from, or ''. `reset`: groups that begin anew from
-    the run's seed. `needs`: what the weights must have behind them, `projector` that some run has trained it."""
+    the run's seed. `needs`: what the weights must have behind them, `projector` that some run has trained it. Of the options of kinds that
+    do not train, that of `kind` is there."""
 
     name: str
-    kind: Literal["train", "evaluate"]
+    kind: Kind
     trainable: tuple[str, ...]
     lora: Lora | None = None
     checkpoint: str = ""
     reset: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    merging: Merging | None = None
+    conversion: Conversion | None = None
+    quantization: Quantization | None = None
+    inference: Inference | None = None
+    serving: Serving | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,28 +250,7 @@ class DeviceSpec:
     devices_per_node: int
     threads: int
     timeout_s: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Greedy generation on the held-out rows. `limit` 0 = all of them; `enabled` after training; `every`: also after each so many steps,
-    0 = never. `loss`: the mean loss over the answers' tokens besides, one more forward pass."""
-
-    enabled: bool = True
-    batch: int = 64
-    max_new_tokens: int = 16
-    limit: int = 0
-    every: int = 0
-    loss: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Profile:
-    """The profiler's window: steps `start` to `start` + `steps` - 1, of rank 0 or of all; `steps` 0 = never."""
-
-    start: int = 10
-    steps: int = 0
-    ranks: Literal["first", "all"] = "first"
+    cards: int = 1  # that each rank takes; more than one where a model is spread over them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,7 +281,7 @@ class TrainSpec:
     keep_best: Literal["", "exact_match", "loss"] = ""  # the checkpoint that evaluates best is kept besides the newest ones
     checkpoint_background: bool = False  # the steps go on while a copy in the host's memory is written
     trackers: tuple[str, ...] = ()
-    profile: Profile = Profile()
+    profile: Profile = field(default_factory=Profile)
     loss_chunk: int = 0  # the most trained tokens of a micro-batch whose logits exist at a time; 0 = all of them
     checkpoint_every: int = 1  # with gradient_checkpointing: every which layer is computed twice
     checkpoint_groups: tuple[str, ...] = ()  # and of which groups of the model; () = of all that have layers

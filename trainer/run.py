@@ -5,8 +5,9 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from trainer.contract import (
 from trainer.data.check import Places, prepare, resolve
 from trainer.data.sample import Sample, read_samples
 from trainer.data.source import hash_sources
-from trainer.device import Device, open_device, require_determinism, seed_all
+from trainer.device import require_determinism, seed_all
 from trainer.draft import Saved, make_room
 from trainer.effect import taken_config
 from trainer.engine import Engine, leave_distributed, start_distributed, start_engine
@@ -52,6 +53,7 @@ from trainer.observe.memory import Gauge
 from trainer.observe.tracker import open_trackers, refuse_missing
 from trainer.origin import continues_adapter, find_origin
 from trainer.output import say_phase
+from trainer.rank import Rank, take_place
 from trainer.resume import fixed_parts
 from trainer.scatter import SOURCE, scatter
 from trainer.stages.group import Staged, apply_stage, trainable_table
@@ -69,17 +71,6 @@ from trainer.training import Job, progress_of, run_steps, saved_of
 from trainer.weight import hash_weights
 
 LOST_PEER = re.compile("closed by peer|reset by peer|Broken pipe|remote process exited|Timed out waiting|Watchdog caught")  # gloo, NCCL
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rank:
-    """Where this process stands, and its device. `local` counts on its node."""
-
-    number: int
-    local: int
-    world_size: int
-    device: Device
-    place: torch.device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +96,7 @@ def run_stage(spec: TrainSpec, environ: Mapping[str, str]) -> TrainResult:
     start_distributed(spec.device)
     try:
         before = finished_before(spec)
-        result = before or STAGES[spec.stage.kind](spec, rank, environ)
+        result = before or find_stage(spec.stage.kind)(spec, rank, environ)
     except RuntimeError as error:
         if LOST_PEER.search(str(error)):
             raise RunFailed(
@@ -235,23 +226,26 @@ def evaluate_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> T
 
 
 STAGES = {"train": train_stage, "evaluate": evaluate_stage}
+# Of each, `carry_out` does the stage. Imported when it is asked for: a server's packages are nothing that training needs.
+AFTER = {
+    "merge": "trainer.merge",
+    "convert": "trainer.convert",
+    "quantize": "trainer.quantize",
+    "infer": "trainer.infer",
+    "serve": "trainer.serve",
+}
+Stage = Callable[[TrainSpec, Rank, Mapping[str, str]], TrainResult]
+
+
+def find_stage(kind: str) -> Stage:
+    known = STAGES.get(kind)
+    if known is not None:
+        return known
+    found: Stage = import_module(AFTER[kind]).carry_out
+    return found
+
 
 # ------------------------------------------------------------------------------------------------------- before the steps
-
-
-def take_place(spec: TrainSpec, environ: Mapping[str, str]) -> Rank:
-    """From the variables that torchrun sets. Raises InputRefused when they are missing or another world than the plan's."""
-    try:
-        number, local, world_size = (int(environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    except (KeyError, ValueError) as error:
-        raise InputRefused(f"{error} is not set by torchrun. Start a run with: torchrun --nproc-per-node N -m trainer run SPEC") from error
-    if world_size != spec.device.world_size:
-        raise InputRefused(
-            f"WORLD_SIZE is {world_size}, the plan (spec.device.world_size) is for {spec.device.world_size} ranks: the batch would be "
-            "another one. Start as many ranks as planned, or plan again."
-        )
-    device, place = open_device(spec.device, local)
-    return Rank(number=number, local=local, world_size=world_size, device=device, place=place)
 
 
 def refuse_unmeasured(spec: TrainSpec) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from trainer.contract import DATA_PROBLEMS_FILE, SCHEMA, DataProblem, DataReport, DataSpec, InputRefused, TrainSpec
+from trainer.contract import DATA_PROBLEMS_FILE, SCHEMA, DataProblem, DataReport, DataSpec, InputRefused, StageSpec, TrainSpec
 from trainer.data.digits import QUESTIONS, write_digits
 from trainer.data.finding import examine_images, find_problems
 from trainer.data.image import Examined, hash_file
@@ -56,7 +56,7 @@ def examine_data(spec: TrainSpec) -> tuple[DataReport, tuple[DataProblem, ...], 
     """
     prepare(spec.data)
     places = resolve(spec.data)
-    files = [file for file in needed(spec, places) if file]
+    files = needed(spec, places)
     read = {file: read_samples(file, places.images) for file in files}
     samples = distinct(read)
     images = examine_images(image for sample in samples for image in sample.images)
@@ -105,13 +105,25 @@ def resolve(data: DataSpec) -> Places:
     )
 
 
-def needed(spec: TrainSpec, places: Places) -> tuple[Path | None, ...]:
-    """Raises InputRefused when the file that the stage is about is not named."""
-    key, file = ("train", places.train) if spec.stage.kind == "train" else ("evaluation", places.evaluation)
-    if file is None:
-        fix = f"set data.{key} to an annotation file, or take data=digits"
-        raise InputRefused(f"stage {spec.stage.name} needs data.{key}, which is empty\n    {fix}")
-    return (places.train, places.evaluation) if spec.stage.kind == "train" else (places.evaluation,)
+def needed(spec: TrainSpec, places: Places) -> tuple[Path, ...]:
+    """Raises InputRefused when a file that the stage is about is not named."""
+    files: list[Path] = []
+    for key, must in asked_of(spec.stage):
+        file: Path | None = getattr(places, key)
+        if file is None and must:
+            fix = f"set data.{key} to an annotation file, or take data=digits"
+            raise InputRefused(f"stage {spec.stage.name} needs data.{key}, which is empty\n    {fix}")
+        files += [file] if file else []
+    return tuple(files)
+
+
+def asked_of(stage: StageSpec) -> tuple[tuple[str, bool], ...]:
+    """Which files a stage reads, and whether it cannot do without. Those of an inference are looked at row by row as they are answered."""
+    if stage.kind == "train":
+        return (("train", True), ("evaluation", False))
+    if stage.quantization is not None:
+        return (("train", True),) * bool(stage.quantization.calibration) + (("evaluation", True),) * stage.quantization.compare
+    return (("evaluation", True),) if stage.kind == "evaluate" else ()
 
 
 # -------------------------------------------------------------------------------------------------------------- what was found
