@@ -263,25 +263,23 @@ def test_a_change_that_the_host_cannot_hold_is_not_offered() -> None:
     assert problem.changes and not any("offload" in change for change in problem.changes)
 
 
+TO_COME = ("model.ready=false", "model.pending='its module is still to come'")
+
+
 def test_what_only_stops_a_launch_leaves_a_plan() -> None:
-    verdict = judge("hardware=ascend910b", "model=omnilmm_3b", "stage=lora", "cluster=example")
+    verdict = judge("hardware=ascend910b", "model=omnilmm_3b", *TO_COME, "stage=lora", "cluster=example")
     assert verdict.ok and not verdict.launchable
     assert [(problem.key, problem.launch_only) for problem in verdict.problems] == [
         ("cluster.delivery.accept_licence", True),
         ("model", True),
     ]
-    assert "native module still to come" in str(verdict.problems[1])
-
-
-@pytest.mark.parametrize("model", ["omnilmm_3b", "omnilmm_12b"])
-def test_modules_to_come_say_so(model: str) -> None:
-    assert "native module still to come" in str(judge(f"model={model}", "hardware=h200").problems)
+    assert "the trainer cannot train OmniLMM 3B (MiniCPM-V 1.0) yet: its module is still to come" in str(verdict.problems[1])
 
 
 def test_force_records_what_could_be_tried_and_nothing_else() -> None:
     verdict = judge("hardware=p4", "precision=bf16", "run.force='measuring emulation'")
     assert verdict.launchable and [problem.key for problem in verdict.forced] == ["precision"]
-    hopeless = judge("run.force=please", "cluster.devices_per_node=3", "stage=lm", "run.steps=0", "model=minicpm_v_2_6", "hardware.stack=none")
+    hopeless = judge("run.force=please", "cluster.devices_per_node=3", "stage=lm", "run.steps=0", *TO_COME, "hardware.stack=none")
     assert {"stage.global_batch", "run.steps", "model", "hardware.stack"} <= {problem.key for problem in hopeless.problems}
     assert hopeless.forced == ()
 

@@ -50,13 +50,13 @@ def judged() -> dict[Cell, Verdict]:
 
 
 def test_the_grid_has_its_size() -> None:
-    assert [len(options(CONF)[axis]) for axis in GRID] == [6, 17, 5, 4]
-    assert len(judged()) == 6 * 17 * 5 * 4 == 2280
+    assert [len(options(CONF)[axis]) for axis in GRID] == [6, 21, 5, 4]
+    assert len(judged()) == 6 * 21 * 5 * 4 == 2520
 
 
 def test_every_cell_is_planned_or_refused_with_a_key_and_a_change() -> None:
     outcomes = Counter(verdict.ok for verdict in judged().values())
-    assert outcomes[True] + outcomes[False] == 2280 and min(outcomes.values()) > 300
+    assert outcomes[True] + outcomes[False] == 2520 and min(outcomes.values()) > 300
     for cell, verdict in judged().items():
         assert verdict.ok == all(problem.launch_only for problem in verdict.problems), cell
         for problem in verdict.problems:
@@ -78,7 +78,7 @@ def test_an_assembled_cell_is_the_composed_one(cell: Cell) -> None:
 
 def test_a_p4_never_computes_in_bfloat16() -> None:
     cells = [cell for cell in judged() if cell[0] == "p4" and cell[3] in ("bf16", "pure_bf16")]
-    assert len(cells) == 19 * 5 * 2
+    assert len(cells) == 21 * 5 * 2
     for cell in cells:
         refused = [problem for problem in judged()[cell].problems if problem.key == "precision"]
         assert refused and refused[0].changes == ("precision=fp16", "precision=fp32"), cell
@@ -86,7 +86,7 @@ def test_a_p4_never_computes_in_bfloat16() -> None:
 
 def test_a_cpu_never_trains_in_float16() -> None:
     cells = [cell for cell in judged() if cell[0] == "cpu" and cell[3] == "fp16"]
-    assert len(cells) == 19 * 5
+    assert len(cells) == 21 * 5
     assert all("precision=bf16" in problem.changes for cell in cells for problem in judged()[cell].problems if problem.key == "precision")
     assert not any(judged()[cell].ok for cell in cells)
 
