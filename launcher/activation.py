@@ -166,7 +166,7 @@ def lora_bytes(config: Config, width: int) -> int:
     """For each token, of all adapters of the decoder: the input after dropout, dropout's mask (a byte, on the CPU as wide as an element),
     and r elements between the two factors. Without dropout linears of one input share it."""
     lora, text = config.stage.lora, config.model.architecture.text
-    if lora is None or config.stage.kind == "evaluate":
+    if lora is None or config.stage.kind != "train":
         return 0
     mask = (width if config.hardware.accelerator == "cpu" else 1) if lora.dropout else 0
     shapes, layers = linear_shapes(text), target_layers(config)

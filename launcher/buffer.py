@@ -180,11 +180,21 @@ def update_bytes(config: Config, trained: int) -> int:
     return max(norm, flat + (copied * width if config.hardware.accelerator == "npu" else 0))
 
 
+def answer_load(config: Config) -> tuple[int, int]:
+    """Questions that are answered at a time, and the most tokens of an answer."""
+    inference, serving, evaluation = config.stage.inference, config.stage.serving, config.run.evaluation
+    if config.stage.kind == "infer" and inference:
+        return inference.batch * inference.sampling.beams, inference.sampling.max_new_tokens
+    if config.stage.kind == "serve" and serving:
+        return serving.max_batch, serving.sampling.max_new_tokens
+    return evaluation.batch, evaluation.max_new_tokens
+
+
 def cache_bytes(config: Config, load: Load) -> int:
     """Keys and values of a batch that is being answered, and a layer's working set for its questions."""
     text, width = config.model.architecture.text, DTYPE_BYTES[config.precision.compute]
     layers = layer_counts(text)["k_proj"]
-    length = load.length + config.run.evaluation.max_new_tokens
+    length = load.length + answer_load(config)[1]
     keys = 2 * linear_shapes(text)["k_proj"][1] * width * layers * length * load.rows
     working = (4 * text.hidden_size + 3 * text.intermediate_size) * width * load.tokens
     return keys + working + text.vocab_size * (width + FLOAT32) * load.rows

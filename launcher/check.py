@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from launcher.capability import CAPABILITY_RULES
 from launcher.cluster import CLUSTER_RULES
 from launcher.container import CONTAINER_RULES
+from launcher.deployment import DEPLOYMENT_RULES, write_deployment_notes
 from launcher.image import Stack
 from launcher.problem import Problem, Rule
 from launcher.recipe import RECIPE_RULES
@@ -18,7 +19,10 @@ from launcher.schema import Config
 from launcher.stage import STAGE_RULES
 from launcher.text import TEXT_RULES
 
-RULES = (*CAPABILITY_RULES, *CLUSTER_RULES, *CONTAINER_RULES, *TEXT_RULES, *RECIPE_RULES, *MEMORY_RULES, *STAGE_RULES)
+RULES = (
+    *(*CAPABILITY_RULES, *CLUSTER_RULES, *CONTAINER_RULES, *TEXT_RULES, *RECIPE_RULES, *MEMORY_RULES, *STAGE_RULES),
+    *DEPLOYMENT_RULES,
+)
 RULES_BUT_MEMORY = tuple(rule for rule in RULES if rule not in MEMORY_RULES)  # for a plan whose memory a traced step decides
 
 
@@ -60,5 +64,6 @@ def write_notes(config: Config) -> Iterator[str]:
     if config.stage.kind == "train" and config.run.save_every == 0 and source.kind != "random":
         yield "run.save_every=0: nothing is kept before the end, and a run that is killed is lost; run.save_every=N keeps every Nth step"
     yield from write_memory_notes(config)
+    yield from write_deployment_notes(config)
     yield from config.hardware.notes
     yield from config.model.notes

@@ -52,6 +52,12 @@ def spreads(config: Config) -> bool:
     return asked is not None and asked.spread == "auto"
 
 
+def streams(config: Config) -> bool:
+    """Whether the stage rewrites weights file by file, and never holds the model."""
+    quantization = config.stage.quantization
+    return config.stage.kind in ("merge", "convert") or (quantization is not None and not quantization.compare)
+
+
 def world_size(config: Config) -> int:
     """Ranks of the run: those of every node that is not a spare."""
     return ranks_per_node(config) * sum(not node.spare for node in config.cluster.nodes)
@@ -73,8 +79,9 @@ def model_states(config: Config) -> States:
     parameters = config.model.parameters.total + adapter
     state_bytes = DTYPE_BYTES[precision.optimizer]
     master_bytes = state_bytes if zero or precision.optimizer != precision.weights else 0
+    cards = device_count(config) if spreads(config) else 1
     items = {
-        "weights": _share(weight_bytes(config, parameters), ranks if zero >= 3 else 1),
+        "weights": 0 if streams(config) else _share(weight_bytes(config, parameters), ranks if zero >= 3 else cards),
         "gradients": _share(trainable * gradient_width(config), ranks if zero >= 2 else 1),
         "optimizer": _share(2 * moment_bytes(config, trainable) + trainable * master_bytes, ranks if zero >= 1 else 1),
     }
@@ -137,8 +144,8 @@ def weight_bytes(config: Config, parameters: int) -> int:
 
 
 def trainable_parameters(config: Config) -> int:
-    """Elements that get gradients: the stage's groups, and LoRA. None in an evaluation."""
-    if config.stage.kind == "evaluate":
+    """Elements that get gradients: the stage's groups, and LoRA. None where nothing is trained."""
+    if config.stage.kind != "train":
         return 0
     whole: int = sum(getattr(config.model.parameters, group) for group in config.stage.trainable)
     return whole + lora_parameters(config)
@@ -147,7 +154,7 @@ def trainable_parameters(config: Config) -> int:
 def lora_parameters(config: Config) -> int:
     """r (in + out) for every target in every layer of the decoder (Hu et al., arXiv 2106.09685, section 4.1)."""
     lora, text = config.stage.lora, config.model.architecture.text
-    if lora is None or config.stage.kind == "evaluate":
+    if lora is None or config.stage.kind != "train":
         return 0
     shapes = linear_shapes(text)
     layers = layer_counts(text)

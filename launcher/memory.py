@@ -14,6 +14,7 @@ from launcher.buffer import (
     HOST_FACTOR,
     MOMENTS,
     Moment,
+    answer_load,
     cache_bytes,
     gather_bytes,
     gradient_moments,
@@ -22,7 +23,7 @@ from launcher.buffer import (
     logits_bytes,
     runtime_bytes,
 )
-from launcher.fit import DTYPE_BYTES, GIB, States, model_states, zero_stage
+from launcher.fit import DTYPE_BYTES, GIB, States, model_states, streams, zero_stage
 from launcher.image_token import read_load
 from launcher.schema import Config
 
@@ -69,7 +70,7 @@ def estimate_memory(config: Config, *, states: States | None = None) -> Memory:
     as 1. `states`: model_states(config), where it is known."""
     states = states or model_states(config)
     hardware = config.hardware
-    rows = config.run.evaluation.batch if config.stage.kind == "evaluate" else config.strategy.micro_batch or 1
+    rows = config.strategy.micro_batch or 1 if config.stage.kind == "train" else answer_load(config)[0]
     load = read_load(config, rows=rows)
     trains = config.stage.kind == "train"  # else, with the states of a training run, its gradients stand
     fixed = tuple(item for item in count_items(states.items_bytes, "arithmetic") if not (trains and item.name == "gradients"))
@@ -95,7 +96,9 @@ def estimate_memory(config: Config, *, states: States | None = None) -> Memory:
 def moving_items(config: Config, states: States, rows: int) -> tuple[Item, ...]:
     """What comes and goes within a step, at its highest moment. In an evaluation: of a batch."""
     load = read_load(config, rows=rows)
-    if config.stage.kind == "evaluate":
+    if streams(config):
+        return ()
+    if config.stage.kind != "train":
         return (Item(name="keys and values", size_bytes=cache_bytes(config, load), basis="arithmetic"),)
     kept = count_kept(config, load)
     basis: Basis = "arithmetic" if kept.exact else "calibrated"

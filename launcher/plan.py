@@ -22,12 +22,12 @@ from launcher.recipe import leaves_padding_out
 from launcher.remedy import with_typed_hardware
 from launcher.schema import Cluster, Config, Run
 from launcher.start import NodeCommand, node_commands
-from trainer.contract import SCHEMA, Batch, DataSpec, DeviceSpec, ModelSpec, StageSpec, TrainSpec, decode, encode
+from trainer.contract import LONE, SCHEMA, Batch, DataSpec, DeviceSpec, ModelSpec, StageSpec, TrainSpec, decode, encode
 
 DATA_FOLDER = ".cache/data"
 RUNS_FOLDER = "runs"
 FIXED_THREADS = 4
-LONE = ("merge", "convert", "quantize", "serve")  # kinds of stages that are one process
+LEAVING_S = 5  # of a server that has answered
 # What the trainer is told unchanged, and by the same name, of config.run.
 OF_THE_RUN = (
     *("seed", "deterministic", "steps", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background"),
@@ -62,6 +62,12 @@ class Plan:
     image_id: str = ""  # what the nodes' engines must have for the image; '' = any that was built from its files
     memory: Memory | None = None  # None in plans of before
     choice: str = ""  # why strategy and micro-batch are what they are
+
+    @property
+    def stop_limit_s(self) -> float:
+        """How long the ranks may take to end when they are asked to; a server answers first what it has accepted."""
+        serving = self.spec.stage.serving if self.spec.stage.kind == "serve" else None
+        return max(self.config.run.stop_timeout_s, serving.drain_timeout_s + LEAVING_S if serving else 0)
 
 
 def make_plan(

@@ -59,6 +59,15 @@ RANGES: dict[str, tuple[float, float]] = {
     "run.collective_timeout_s": COUNT,
     "run.evaluation.batch": COUNT,
     "run.evaluation.max_new_tokens": COUNT,
+    **{f"stage.{name}.sampling.{key}": COUNT for name in ("inference", "serving") for key in ("max_new_tokens", "beams")},
+    **{f"stage.{name}.sampling.top_p": (0.01, 1) for name in ("inference", "serving")},
+    **{f"stage.{name}.sampling.temperature": (0, 10) for name in ("inference", "serving")},
+    **{f"stage.{name}.shard_bytes": (10**6, math.inf) for name in ("merging", "conversion", "quantization")},
+    "stage.merging.tolerance": (0, 1),
+    "stage.inference.batch": COUNT,
+    "stage.serving.port": PORT,
+    **{f"stage.serving.{name}": COUNT for name in ("max_batch", "max_waiting", "max_body_bytes", "max_image_bytes", "max_image_pixels")},
+    **{f"stage.serving.{name}_timeout_s": (0.1, 86400) for name in ("fetch", "request", "drain")},
 }
 
 

@@ -65,7 +65,7 @@ def refuse_memory(config: Config, resolved: Config, memory: Memory, stacks: Mapp
     changes = tuple(str(change) for change, _ in found)
     offloaded = max((other.host_bytes for _, other in found), default=0)
     host = f"; offloaded, states take up to {offloaded / GIB:.1f} GiB of a node's own memory" if offloaded else ""
-    what = f"{describe_need(resolved, memory)}{host}{describe_split(resolved) if resolved.stage.kind == 'evaluate' else ''}"
+    what = f"{describe_need(resolved, memory)}{host}{describe_split(resolved) if resolved.stage.kind != 'train' else ''}"
     return Problem(key="strategy", what=what, changes=changes, forcible=True)
 
 
@@ -83,7 +83,7 @@ def describe_need(config: Config, memory: Memory) -> str:
 
 def describe_split(config: Config) -> str:
     """What else would hold the weights of a model that is asked, and has no switch of its own here."""
-    cards, each = split_weights(set_values(config, {"run.evaluation.batch": 1}))  # else the batch, not the model, says how many
+    cards, each = split_weights(set_values(config, fewest_questions(config)))  # else the batch, not the model, says how many
     weights = next(item.size_bytes for item in estimate_memory(config).items if item.name == "weights")
     split = f"; whole layers over {cards} cards (device_map) would put {each / GIB:.1f} GiB of weights on each" if cards > 1 else ""
     return f"; weights in int8 would take {weights * INT8_SHARE / GIB:.1f} GiB, in NF4 {weights * NF4_SHARE / GIB:.1f}{split}"
@@ -114,12 +114,18 @@ def find_changes(
 
 
 def list_changes(config: Config, resolved: Config) -> Iterator[Change]:
-    if config.stage.kind == "evaluate":
-        yield from (Change(cost="speed", values=values) for values in ANSWERING)
+    if config.stage.kind != "train":
+        yield from (Change(cost="speed", values=values) for values in ANSWERING.get(config.stage.kind, ANSWERING["evaluate"]))
         return
     yield from (Change(cost="speed", values=values) for values in faster_first(resolved) if may_shard(config, values))
     yield from quality_changes(config)
     yield from context_changes(config)
+
+
+def fewest_questions(config: Config) -> dict[str, Any]:
+    """One at a time, the model where it is."""
+    last = ANSWERING.get(config.stage.kind, ANSWERING["evaluate"])[-1]
+    return {key: value for key, value in last.items() if value == 1}
 
 
 def may_shard(config: Config, values: Mapping[str, Any]) -> bool:
@@ -144,11 +150,18 @@ SHARDING: tuple[dict[str, Any], ...] = (
     {"strategy.name": "zero2", "strategy.offload_optimizer": True},
     {"strategy.name": "zero3", "strategy.offload_optimizer": True, "strategy.offload_parameters": True},
 )
-ANSWERING: tuple[dict[str, Any], ...] = (
-    {"run.evaluation.batch": 16},
-    {"run.evaluation.batch": 4},
-    {"run.evaluation.batch": 1},
-)
+# Fewer questions at a time; then the model over all cards of the node.
+ANSWERING: dict[str, tuple[dict[str, Any], ...]] = {
+    "evaluate": ({"run.evaluation.batch": 16}, {"run.evaluation.batch": 4}, {"run.evaluation.batch": 1}),
+    "infer": (
+        *({"stage.inference.batch": 4}, {"stage.inference.batch": 1}),
+        *({"stage.inference.spread": "auto"}, {"stage.inference.spread": "auto", "stage.inference.batch": 1}),
+    ),
+    "serve": (
+        *({"stage.serving.max_batch": 4}, {"stage.serving.max_batch": 1}),
+        *({"stage.serving.spread": "auto"}, {"stage.serving.spread": "auto", "stage.serving.max_batch": 1}),
+    ),
+}
 # Where nothing else fits: hardware=NAME, and of its file in conf/hardware what decides whether it would.
 LARGER: tuple[tuple[str, dict[str, Any]], ...] = tuple(
     (
@@ -205,9 +218,9 @@ def quality_changes(config: Config) -> Iterator[Change]:
 
 
 def hardware_changes(config: Config) -> Iterator[Change]:
-    asks = config.stage.kind == "evaluate"
+    asks = config.stage.kind != "train"
     with_it: tuple[dict[str, Any], ...] = (
-        ({}, {"run.evaluation.batch": 1}) if asks else ({}, {**SHARDING[-1], "strategy.gradient_checkpointing": True})
+        ({}, fewest_questions(config)) if asks else ({}, {**SHARDING[-1], "strategy.gradient_checkpointing": True})
     )
     for values in with_it:
         more = " ".join(map(write_override, values.items()))

@@ -66,7 +66,7 @@ def stop_run(arguments: argparse.Namespace) -> int:
     if not has_ended(folder) and not is_claimed(folder):
         with suppress(RunEnded, NodeFailed):  # how it ended is in the record; what is left is looked at below
             supervise(folder, plan, arguments.say)
-    deadline = time.monotonic() + plan.config.run.stop_timeout_s
+    deadline = time.monotonic() + plan.stop_limit_s
     busy = is_busy(folder, until=deadline)
     with reach_sites(load_plans(folder)) as sites:  # of an attempt that was begun meanwhile, too
         endings = end_run(sites, accelerator=plan.config.hardware.accelerator, grace_s=max(0.0, deadline - time.monotonic()))

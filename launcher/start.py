@@ -10,7 +10,7 @@ from launcher.errors import ConfigRefused
 from launcher.image import Image
 from launcher.schema import Cluster, Config
 from launcher.text import why_no_mount
-from trainer.contract import SPEC_FILE, TrainSpec
+from trainer.contract import LONE, SPEC_FILE, TrainSpec
 
 RUN_LABEL = "omnilaunch.run"  # containers of a run are found again by this
 RUN_VARIABLE = "OMNILAUNCH_RUN_ID"
@@ -148,7 +148,10 @@ def data_command(spec: TrainSpec) -> tuple[str, ...]:
 
 
 def torchrun(config: Config, spec: TrainSpec, rank: int) -> tuple[str, ...]:
-    """Static rendezvous on node 0; one node alone takes any free port, so that two runs on a laptop do not meet."""
+    """Static rendezvous on node 0; one node alone takes any free port, so that two runs on a laptop do not meet. A stage of one process
+    does without torchrun, which ends what it started 30 s after a signal: a server may have answers to finish."""
+    if spec.stage.kind in LONE:
+        return ("-m", "trainer", "run", str(PurePosixPath(spec.output) / SPEC_FILE))
     nodes = config.cluster.working
     first = nodes[0].address or nodes[0].host
     where = (

@@ -77,7 +77,7 @@ def grace_s(plan: Plan, folder: Path, *, began_here: bool = True) -> float:
     another launcher began (`began_here` false) there may be hours of rows that have not come here yet."""
     rows = folder / METRICS_FILE
     nothing_done = began_here and plan.spec.stage.kind == "train" and not (rows.exists() and rows.stat().st_size)
-    return min(plan.config.run.stop_timeout_s, START_GRACE_S) if nothing_done else plan.config.run.stop_timeout_s
+    return min(plan.config.run.stop_timeout_s, START_GRACE_S) if nothing_done else plan.stop_limit_s
 
 
 def signals_of_others(plan: Plan) -> tuple[signal.Signals, ...]:

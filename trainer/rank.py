@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.contract import InputRefused, TrainSpec
+from trainer.contract import LONE, InputRefused, TrainSpec
 from trainer.device import Device, open_device
+
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +23,11 @@ class Rank:
 
 
 def take_place(spec: TrainSpec, environ: Mapping[str, str]) -> Rank:
-    """From the variables that torchrun sets. Raises InputRefused when they are missing or another world than the plan's."""
+    """From the variables that torchrun sets; where it sets none, a stage of one process is alone. Raises InputRefused when they are missing
+    or another world than the plan's."""
+    set_ = environ if spec.stage.kind not in LONE or "RANK" in environ else {**environ, **ALONE}
     try:
-        number, local, world_size = (int(environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        number, local, world_size = (int(set_[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     except (KeyError, ValueError) as error:
         raise InputRefused(f"{error} is not set by torchrun. Start a run with: torchrun --nproc-per-node N -m trainer run SPEC") from error
     if world_size != spec.device.world_size:

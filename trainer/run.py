@@ -93,7 +93,9 @@ def run_stage(spec: TrainSpec, environ: Mapping[str, str]) -> TrainResult:
     if spec.deterministic:
         require_determinism(spec.device.accelerator, os.environ)  # seed_all may have set one there
     say_phase(1)
-    start_distributed(spec.device)
+    together = spec.stage.kind in STAGES or rank.world_size > 1
+    if together:
+        start_distributed(spec.device)
     try:
         before = finished_before(spec)
         result = before or find_stage(spec.stage.kind)(spec, rank, environ)
@@ -105,7 +107,8 @@ def run_stage(spec: TrainSpec, environ: Mapping[str, str]) -> TrainResult:
         raise
     if rank.number == 0 and before is None:
         write(result, Path(spec.output) / RESULT_FILE)
-    leave_distributed()  # not after a failure: it would wait for ranks that are gone
+    if together:
+        leave_distributed()  # not after a failure: it would wait for ranks that are gone
     return result
 
 
