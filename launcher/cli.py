@@ -124,11 +124,12 @@ def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False) -> "
     from launcher.place import place_here
     from launcher.plan import RUNS_FOLDER, absolute, make_plan
     from launcher.record import name_run, utc_now, valid_run_id
-    from launcher.reference import resolve_checkpoint
+    from launcher.reference import resolve_base, resolve_checkpoint
 
     here = Path.cwd()
     config = compose(overrides, PROJECT / "conf")
-    config = resolve_checkpoint(config, Path(absolute(config.cluster.root, here)) / RUNS_FOLDER, here / RUNS_FOLDER)
+    runs = (Path(absolute(config.cluster.root, here)) / RUNS_FOLDER, here / RUNS_FOLDER)
+    config = resolve_base(resolve_checkpoint(config, *runs), *runs)
     run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))
     rules = RULES_BUT_MEMORY if traced else RULES
     return make_plan(config, load_stacks(PROJECT / "images"), place_here(PROJECT), run_id=run_id, overrides=tuple(overrides), rules=rules)

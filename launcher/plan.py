@@ -22,7 +22,7 @@ from launcher.recipe import leaves_padding_out
 from launcher.remedy import with_typed_hardware
 from launcher.schema import Cluster, Config, Run
 from launcher.start import NodeCommand, node_commands
-from trainer.contract import LONE, SCHEMA, Batch, DataSpec, DeviceSpec, ModelSpec, StageSpec, TrainSpec, decode, encode
+from trainer.contract import LONE, SCHEMA, Batch, DataSpec, DeviceSpec, Evaluation, ModelSpec, StageSpec, TrainSpec, decode, encode
 
 DATA_FOLDER = ".cache/data"
 RUNS_FOLDER = "runs"
@@ -31,7 +31,7 @@ LEAVING_S = 5  # of a server that has answered
 # What the trainer is told unchanged, and by the same name, of config.run.
 OF_THE_RUN = (
     *("seed", "deterministic", "steps", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background"),
-    *("evaluation", "hang_timeout_s", "trackers", "profile"),
+    *("hang_timeout_s", "trackers", "profile"),
 )
 
 
@@ -112,10 +112,11 @@ def make_plan(
 
 
 def on_one_rank(config: Config) -> Config:
-    """A stage that one process carries out takes the first node alone, and of that one device, or all that a model is spread over."""
+    """A stage that one process carries out takes the first node alone, and of that one device (two dies, where a job takes no fewer), or all
+    that a model is spread over."""
     if not config.cluster.working or not (config.stage.kind in LONE or spreads(config)):
         return config
-    devices = device_count(config) if spreads(config) else 1
+    devices = device_count(config) if spreads(config) else config.hardware.device_multiple
     return replace(config, cluster=replace(config.cluster, nodes=config.cluster.working[:1], devices_per_node=devices))
 
 
@@ -167,6 +168,7 @@ def train_spec(config: Config, place: Place, *, run_id: str, overrides: tuple[st
         model=model_spec(config, place),
         stage=stage_spec(config, place),
         precision=config.precision,
+        evaluation=evaluation_of(config, place),
         optimizer=config.stage.optimizer,
         batch=batch,
         data=data_spec(config, place, root),
@@ -245,6 +247,11 @@ def stage_spec(config: Config, place: Place) -> StageSpec:
         inference=inference,
         serving=stage.serving,
     )
+
+
+def evaluation_of(config: Config, place: Place) -> Evaluation:
+    evaluation = config.run.evaluation
+    return replace(evaluation, base=absolute(evaluation.base, place.here)) if evaluation.base else evaluation
 
 
 def data_spec(config: Config, place: Place, root: str) -> DataSpec:

@@ -215,7 +215,7 @@ def batch_divides(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     total, ranks = config.stage.global_batch, max(1, world_size(config))
     micro = 1 if config.strategy.micro_batch is None else config.strategy.micro_batch
     unit = micro * ranks
-    if total > 0 and unit > 0 and total % unit:
+    if config.stage.kind in ("train", "evaluate") and total > 0 and unit > 0 and total % unit:
         what = f"{total} samples cannot be shared by {ranks} device(s) in micro-batches of {micro}: it must be a multiple of {unit}"
         sizes = [size for size in (total - total % unit, total - total % unit + unit) if size]
         yield Problem(key="stage.global_batch", what=what, changes=tuple(f"stage.global_batch={size}" for size in sizes))

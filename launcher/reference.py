@@ -46,6 +46,19 @@ def resolve_checkpoint(config: Config, *runs: Path) -> Config:
     return place_checkpoint(config, found, text) if found else config
 
 
+def resolve_base(config: Config, *runs: Path) -> Config:
+    """The same for run.evaluation.base."""
+    evaluation = config.run.evaluation
+    if not evaluation.base:
+        return config
+    try:
+        found = resolve_checkpoint(replace(config, stage=replace(config.stage, checkpoint=evaluation.base)), *runs)
+    except ConfigRefused as error:
+        raise ConfigRefused(str(error).replace("stage.checkpoint=", "run.evaluation.base=")) from error
+    base = replace(evaluation, base=found.stage.checkpoint)
+    return replace(config, cluster=found.cluster, run=replace(config.run, evaluation=base))
+
+
 def find_checkpoint(text: str, runs: tuple[Path, ...], *, local: bool) -> Found | None:
     """None for a path that only the nodes can judge."""
     if match := ON_NODE.fullmatch(text):

@@ -19,10 +19,18 @@ from launcher.plan import Plan, to_plain
 from launcher.record import RECORD_FILE, Record, bracketed, checkpoint_place, first_node
 from launcher.schema import AXES, Node
 from launcher.start import NodeCommand
-from trainer.contract import CHECKPOINTS, METRICS_FILE
+from trainer.contract import CHECKPOINTS, METRICS_FILE, TrainSpec
 
 PROJECT = Path(__file__).resolve().parent.parent
-FOLLOWING_STAGES = ("evaluate", "lora")
+# What can come next: after a stage of a kind, and after one that left an adapter.
+FOLLOWING_STAGES = {
+    "train": ("evaluate", "lora", "serve"),
+    "adapter": ("evaluate", "merge", "serve"),
+    "evaluate": (),
+    "merge": ("evaluate", "quantize", "serve"),
+    "convert": ("evaluate", "serve"),
+    "quantize": ("evaluate", "serve"),
+}
 GIB = 2**30
 OPEN_LABEL = "org.opencontainers.image."
 
@@ -37,7 +45,7 @@ def describe_plan(plan: Plan) -> str:
 
     parts = (
         ("config", yaml.safe_dump(mask_credentials(asdict(plan.config)), sort_keys=False, allow_unicode=True, width=140)),
-        ("DeepSpeed config", json.dumps(plan.spec.deepspeed, indent=2)),
+        *((("DeepSpeed config", json.dumps(plan.spec.deepspeed, indent=2)),) if plan.spec.stage.kind == "train" else ()),
         *((f"node {command.node_rank}: {command.host}", describe_command(command)) for command in plan.commands),
         ("image", describe_planned(plan)),
         ("memory of the fullest device", describe_memory(plan)),
@@ -102,7 +110,9 @@ def describe_memory(plan: Plan) -> str:
     """The verdict of launcher.memory as a table: item, size, and whether it is counted or calibrated."""
     states, memory = plan.states, plan.memory or estimate_memory(plan.config)
     told = {"weights": f"{states.parameters:,} parameters", "gradients": f"{states.trainable:,} trained"}
-    rows = {item.name: f"{gib(item.size_bytes)}  {item.basis:10}  {told.get(item.name, '')}".rstrip() for item in memory.items}
+    trains = plan.spec.stage.kind == "train"
+    items = (item for item in memory.items if trains or item.size_bytes)
+    rows = {item.name: f"{gib(item.size_bytes)}  {item.basis:10}  {told.get(item.name, '')}".rstrip() for item in items}
     if memory.limit_bytes is None:
         rows["peak"] = f"{gib(memory.total_bytes)}  the device's memory is not known: nothing was held against it"
     else:
@@ -112,7 +122,7 @@ def describe_memory(plan: Plan) -> str:
         )
     rows |= {f"host, a node: {item.name}": f"{gib(item.size_bytes)}  {item.basis}" for item in memory.host_items}
     lines = [table(rows), f"taken for granted: {memory.assumption}"]
-    return "\n".join((*lines, f"strategy: {plan.choice}") if plan.choice else lines)
+    return "\n".join((*lines, f"strategy: {plan.choice}") if plan.choice and trains else lines)
 
 
 def gib(size: int) -> str:
@@ -122,10 +132,9 @@ def gib(size: int) -> str:
 def describe_verdict(plan: Plan) -> str:
     config, spec, verdict = plan.config, plan.spec, plan.verdict
     names = " ".join(f"{axis}={getattr(config, axis).name}" for axis in AXES)
-    batch = spec.batch
     lines = [
         names,
-        f"{batch.global_batch} samples a step = {batch.micro_batch} x {batch.accumulation} accumulated x {spec.device.world_size} device(s), {spec.steps} steps",
+        describe_work(spec),
         *(f"note: {note}" for note in verdict.notes),
         *(f"forced ({config.run.force}):\n{problem}" for problem in verdict.forced),
     ]
@@ -134,13 +143,36 @@ def describe_verdict(plan: Plan) -> str:
     return "\n".join((*lines, "planned; a launch is refused:", *map(str, verdict.problems)))
 
 
+def describe_work(spec: TrainSpec) -> str:
+    """What the ranks will do, in a line."""
+    stage, batch, ranks = spec.stage, spec.batch, spec.device.world_size
+    where = f"on {ranks} device(s)" if spec.device.cards == 1 else f"over the {spec.device.cards} cards of one node"
+    weights = stage.checkpoint or spec.model.source.id or spec.model.source.path
+    if stage.kind == "merge":
+        return f"the adapter {weights} is folded into its base, file by file"
+    if stage.conversion is not None:
+        return f"{weights} in {stage.conversion.dtype}, file by file; what does not survive: {stage.conversion.unfit}"
+    if stage.quantization is not None:
+        return f"{weights} in {stage.quantization.scheme}, but for {', '.join(stage.quantization.keep) or 'nothing'}"
+    if stage.inference is not None:
+        what = f"the rows of {stage.inference.input}" if stage.inference.input else "one question"
+        return f"{what}, {stage.inference.batch} at a time, {where}"
+    if stage.serving is not None:
+        return f"http://{stage.serving.address}:{stage.serving.port} on the node, {stage.serving.max_batch} answers at a time, {where}"
+    if stage.kind == "evaluate":
+        return f"{', '.join(spec.evaluation.metrics)} of {weights}, {spec.evaluation.batch} questions at a time, {where}"
+    shares = f"{batch.micro_batch} x {batch.accumulation} accumulated x {ranks} device(s)"
+    return f"{batch.global_batch} samples a step = {shares}, {spec.steps} steps"
+
+
 def describe_record(record: Record, plan: Plan) -> str:
     """How a run ended, where things lie, and the commands to go on with."""
     folder = Path(plan.folder)
-    rows: dict[str, Any] = {"status": record.status, "steps": f"{record.steps} of {plan.spec.steps}"}
+    trained = plan.spec.stage.kind == "train"
+    rows: dict[str, Any] = {"status": record.status} | ({"steps": f"{record.steps} of {plan.spec.steps}"} if trained else {})
     if record.final_loss is not None:
         rows["final loss"] = f"{record.final_loss:.4f}"
-    if record.samples_per_s:
+    if record.samples_per_s and trained:
         rows["speed"] = (
             f"{record.samples_per_s:,.0f} samples/s over {record.train_seconds:.1f} s of training, {record.seconds:.1f} s in all"
         )
@@ -148,7 +180,7 @@ def describe_record(record: Record, plan: Plan) -> str:
         rows[name.replace("_", " ")] = f"{value:.4f}" if name != "count" else f"{value:g} held-out samples"
     if record.checkpoint:
         rows["checkpoint"] = relative(folder / record.checkpoint) if is_here(plan) else checkpoint_place(record, plan)
-    elif plan.spec.stage.kind == "train" and any(node.killed for node in record.nodes):
+    elif trained and any(node.killed for node in record.nodes):
         late = f"killed after run.stop_timeout_s={plan.config.run.stop_timeout_s} without saving; raise it, or set run.save_every"
         rows["checkpoint"] = f"none: {late if record.steps else 'it ended before its first step'}"
     left = [f"{node.host}: {node.left.splitlines()[0]}" for node in record.nodes if node.left]
@@ -166,7 +198,9 @@ def describe_record(record: Record, plan: Plan) -> str:
 def next_commands(record: Record, plan: Plan) -> str:
     """The same words with another stage, from what this run has saved; those alone that a launch would take."""
     kept = tuple(word for word in plan.overrides if word.partition("=")[0].partition(".")[0] != "stage")
-    following = ((*kept, f"stage={stage}", f"stage.checkpoint={record.run_id}") for stage in FOLLOWING_STAGES)
+    stage = plan.spec.stage
+    after = FOLLOWING_STAGES.get("adapter" if stage.kind == "train" and stage.lora else stage.kind, ())
+    following = ((*kept, f"stage={name}", f"stage.checkpoint={record.run_id}") for name in after)
     lines = [command_line("launch", *words) for words in following if is_launchable(words)]
     cluster = plan.config.cluster
     if lines and not is_here(plan) and not cluster.shared and len(cluster.working) > 1:  # cluster.sync takes it to the others from here

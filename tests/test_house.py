@@ -34,7 +34,7 @@ LAUNCHER_ORDER = (
     ("activation", "buffer"),
     ("memory",),
     ("problem",),
-    ("capability", "cluster", "container", "recipe", "network", "stage", "text"),
+    ("capability", "cluster", "container", "deployment", "recipe", "network", "stage", "text"),
     ("choice",),
     ("remedy",),
     ("check",),
@@ -88,7 +88,7 @@ LAUNCHER_ORDER = (
 )
 # The same for the trainer's packages and modules.
 TRAINER_ORDER = (
-    ("report",),
+    ("option", "report"),
     ("fact",),
     ("contract",),
     ("weight",),
@@ -102,7 +102,7 @@ TRAINER_ORDER = (
     ("trace",),
     ("best", "state"),
     ("checkpoint", "evaluate", "finite", "loop", "origin", "start"),
-    ("draft", "scatter"),
+    ("draft", "rank", "scatter"),
     ("build",),
     ("writer",),
     ("boundary",),
@@ -250,7 +250,7 @@ def test_loop_knows_no_stage_and_a_stage_knows_no_loop() -> None:
 
 def test_contract_is_standard_library_only() -> None:
     own = {name for name in imported(ROOT / "trainer" / "contract.py") if name.split(".")[0] == "trainer"}
-    assert all(name.startswith(("trainer.report", "trainer.fact")) for name in own)
+    assert all(name.startswith(("trainer.option", "trainer.report", "trainer.fact")) for name in own)
     names = imported(ROOT / "trainer" / "contract.py") | imported(ROOT / "trainer" / "report.py") | imported(ROOT / "trainer" / "fact.py")
     assert {name.split(".")[0] for name in names - own} <= set(sys.stdlib_module_names)
 

@@ -13,6 +13,7 @@ from launcher.compose import compose
 from launcher.image import Stack, load_stacks
 from launcher.recipe import RANGES, read_numbers
 from launcher.schema import Config
+from trainer.contract import Conversion, Inference, Merging, Quantization, Serving
 
 ROOT = Path(__file__).parents[2]
 
@@ -300,6 +301,9 @@ def test_notes_stop_nothing() -> None:
     )
 
 
+AFTER = {"merging": Merging, "conversion": Conversion, "quantization": Quantization, "inference": Inference, "serving": Serving}
+
+
 @cache
 def with_numbers() -> Config:
     """A config in which no optional number is left out."""
@@ -308,7 +312,8 @@ def with_numbers() -> Config:
     counted = {"full_attention_interval": 1, "linear_num_key_heads": 1, "linear_key_head_dim": 1, "linear_num_value_heads": 1}
     text = replace(config.model.architecture.text, head_dim=128, options=counted)
     model = replace(config.model, architecture=replace(config.model.architecture, text=text))
-    return replace(config, model=model)
+    after = {name: kind() for name, kind in AFTER.items()}
+    return replace(config, model=model, stage=replace(config.stage, **after))
 
 
 def test_ranges_name_numbers_that_exist() -> None:

@@ -243,4 +243,4 @@ def test_options_are_the_files() -> None:
     groups = options(CONF)
     assert set(groups) == {*AXES, "tune", "experiment"}
     assert groups["hardware"] == ("ascend910b", "ascend910c", "cpu", "h200", "p4", "rtx3090")
-    assert groups["stage"] == ("evaluate", "full", "lm", "lora", "projector")
+    assert groups["stage"] == ("convert", "evaluate", "full", "infer", "lm", "lora", "merge", "projector", "quantize", "serve")

@@ -61,6 +61,7 @@ def test_a_run_is_followed_by_what_was_typed_with_another_stage(plan_for: Callab
     assert commands(plan, tmp_path) == [
         ["launch", *kept, "stage=evaluate", "stage.checkpoint=R"],
         ["launch", *kept, "stage=lora", "stage.checkpoint=R"],
+        ["launch", *kept, "stage=serve", "stage.checkpoint=R"],
         ["runs"],
     ]
 
@@ -69,11 +70,11 @@ def test_what_cannot_follow_is_not_offered(plan_for: Callable[..., Plan], tmp_pa
     """LoRA's 16 samples cannot be cut into micro-batches of 64, and an evaluation that is switched off does nothing."""
     root = f"cluster.root={tmp_path}"
     assert [words[2:] for words in commands(plan_for(root, "tune=null", "strategy.micro_batch=64"), tmp_path)[:-1]] == [
-        ["tune=null", "strategy.micro_batch=64", "stage=evaluate", "stage.checkpoint=R"]
+        ["tune=null", "strategy.micro_batch=64", f"stage={stage}", "stage.checkpoint=R"] for stage in ("evaluate", "serve")
     ]
     assert [
         words[2:] for words in commands(replace_folder(plan_for(root, "run.evaluation.enabled=false"), tmp_path / "b"), tmp_path)[:-1]
-    ] == [["run.evaluation.enabled=false", "stage=lora", "stage.checkpoint=R"]]
+    ] == [["run.evaluation.enabled=false", f"stage={stage}", "stage.checkpoint=R"] for stage in ("lora", "serve")]
 
 
 def replace_folder(plan: Plan, folder: Path) -> Plan:
