@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.chain import list_chains
 from launcher.compose import compose, options
 from launcher.errors import ConfigRefused, suggest
 from launcher.schema import Config
@@ -32,7 +33,8 @@ class Cell:
 
 
 def list_cells(conf: Path) -> tuple[str, ...]:
-    return options(conf)[GROUP]
+    chains = list_chains(conf)
+    return tuple(name for name in options(conf)[GROUP] if name not in chains)
 
 
 def load_cell(name: str, words: Sequence[str], conf: Path) -> Cell:

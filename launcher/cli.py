@@ -33,6 +33,7 @@ from launcher.errors import ConfigRefused, LaunchError
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
+    from launcher.chain import Chain
     from launcher.plan import Plan
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -138,6 +139,10 @@ def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False) -> "
 def show_plan(arguments: argparse.Namespace) -> int:
     from launcher.show import describe_plan, plan_json
 
+    if chained := chain_of(arguments):
+        from launcher.chain_action import show_chain
+
+        return show_chain(*chained, PROJECT, Terminal().say)
     plan = plan_of(arguments.overrides, arguments.run_id, traced=arguments.trace)
     if arguments.trace:
         print(show_traced(plan, as_json=arguments.json))
@@ -164,7 +169,28 @@ def show_traced(plan: "Plan", *, as_json: bool) -> str:
     return f"{describe_plan(plan)}\n\n== a step, traced\n{describe_trace(report, plan)}"
 
 
+def chain_of(arguments: argparse.Namespace) -> "tuple[Chain, list[str], str] | None":
+    """The chain that the words name, the words, and what its runs are named by."""
+    from launcher.chain import find_chain
+    from launcher.record import utc_now, valid_run_id
+
+    chain = find_chain(arguments.overrides, PROJECT / "conf")
+    if chain is None:
+        return None
+    if refused := [option for option in ("json", "trace", "detach") if getattr(arguments, option, False)]:
+        raise ConfigRefused(f"--{refused[0]} is for one run, and experiment={chain.name} is a chain of {len(chain.steps)}")
+    return chain, arguments.overrides, valid_run_id(arguments.run_id or f"{utc_now():%Y%m%d-%H%M%S}-{chain.name}")
+
+
 def run_launch(arguments: argparse.Namespace) -> int:
+    if chained := chain_of(arguments):
+        from launcher.chain_action import launch_chain
+
+        return launch_chain(*chained, PROJECT, launch_one, Terminal().say)
+    return launch_one(arguments.overrides, arguments.run_id, detach=arguments.detach)
+
+
+def launch_one(overrides: Sequence[str], run_id: str, *, detach: bool = False) -> int:
     from concurrent.futures import ThreadPoolExecutor
     from contextlib import ExitStack
 
@@ -174,8 +200,8 @@ def run_launch(arguments: argparse.Namespace) -> int:
     from launcher.show import describe_record
     from launcher.source import read_source
 
-    plan = plan_of(arguments.overrides, arguments.run_id)
-    if arguments.detach and plan.config.cluster.runtime != "docker":
+    plan = plan_of(overrides, run_id)
+    if detach and plan.config.cluster.runtime != "docker":
         raise ConfigRefused(
             "--detach leaves containers behind that go on by themselves, and cluster.runtime=process has none: cluster.runtime=docker"
         )
@@ -187,7 +213,7 @@ def run_launch(arguments: argparse.Namespace) -> int:
         source = stack.enter_context(ThreadPoolExecutor(1)).submit(read_source, PROJECT)  # git is through when the nodes are looked at
         opened = open_examined(plan, place_here(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty())
         plan, desk = stack.enter_context(opened)
-        record = launch(plan, source.result(), desk, detach=arguments.detach)
+        record = launch(plan, source.result(), desk, detach=detach)
         say(describe_record(record, plan) if record else f"it goes on by itself; to take it up again: omnilaunch attach {plan.run_id}")
     return record.exit_code if record else Exit.OK
 

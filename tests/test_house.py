@@ -38,6 +38,7 @@ LAUNCHER_ORDER = (
     ("choice",),
     ("remedy",),
     ("check",),
+    ("chain",),
     ("cell",),
     ("start",),
     ("plan",),
@@ -83,7 +84,7 @@ LAUNCHER_ORDER = (
     ("bundle",),
     ("data_action", "image_action", "run_action", "record_action"),
     ("rerun_action",),
-    ("bench_action",),
+    ("bench_action", "chain_action"),
     ("cli",),
 )
 # The same for the trainer's packages and modules.
