@@ -19,7 +19,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from trainer.contract import InputRefused, ModelSpec
 from trainer.data.encode import image_id
-from trainer.models.architecture import differences, loading_options
+from trainer.models.architecture import differences, loading_options, refuse_kind
 from trainer.models.family import Inputs, Processor
 from trainer.models.processor import IMAGE_FILE, TEMPLATE_FILE, find_ids
 from trainer.models.span import Fixed
@@ -61,9 +61,7 @@ def read_config(folder: Path, model: ModelSpec, kind: type[PreTrainedConfig], pa
 
     Raises InputRefused, naming each difference, where the checkpoint is of another model. What model.architecture.options.unverified names
     is not compared: the published file was never seen, and what it says is taken."""
-    has = PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
-    if has != kind.model_type:
-        raise InputRefused(f"{folder} is a {has}, {model.name} is a {kind.model_type}: choose the checkpoint's own with model=NAME.")
+    refuse_kind(folder, model, kind)
     config = kind.from_pretrained(folder, local_files_only=True)
     unverified = model.architecture["options"].get("unverified", ())
     lines = [line for part in ("vision", "text") for line in differences(model, parts(config), part)]

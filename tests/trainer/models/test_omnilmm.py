@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
 from tests.trainer.models.conftest import Made, model_spec, read_model
-from trainer.checkpoint import hash_weights, require_whole
+from trainer.checkpoint import require_whole
 from trainer.contract import InputRefused
 from trainer.models import find_family
 from trainer.models.omnilmm import OmniLMMConfig, OmniLMMForCausalLM
 from trainer.models.omnilmm_3b import MiniCPMV, MiniCPMVConfig
 from trainer.models.query import QueryResampler
 from trainer.models.weight import round_weights
+from trainer.weight import hash_weights
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "patch_size": 4, "positions": 3, "num_hidden_layers": 2}
