@@ -94,3 +94,12 @@ def test_a_group_begins_anew_only_where_it_learns(plan_for: Callable[..., Plan])
 def test_a_group_that_no_model_has_cannot_begin_anew() -> None:
     with pytest.raises(ConfigRefused, match=r"stage\.reset"):
         compose(["stage.reset=[audio]"], ROOT / "conf")
+
+
+@pytest.mark.parametrize("part", ["audio", "speech", "apm", "tts"])
+def test_why_audio_and_speech_are_not_trained(part: str) -> None:
+    with pytest.raises(ConfigRefused) as caught:
+        compose(["model=minicpm_o_2_6", f"stage.trainable=[lm,{part}]"], ROOT / "conf")
+    said = str(caught.value)
+    assert f'stage.trainable.1 (override stage.trainable=[lm,{part}]): "{part}" is not allowed' in said
+    assert "carried along as they are: data here holds no sound" in said and "valid are: head, lm, projector, vision" in said

@@ -23,6 +23,7 @@ SHAPE = (
     "encoder_ffn_dim", "encoder_attention_heads", "num_mel_bins", "output_dim", "model_type", "head_dim", "linear_num_key_heads",
     "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim",
 )  # fmt: skip
+PUBLISHED_WITH_CODE = ("minicpmv", "minicpmo", "omnilmm")  # model types of families that there are, whose repositories hold code too
 
 
 def find_sizes(model: ModelSpec, part: str, names: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def refuse_kind(folder: Path, model: ModelSpec, config: type[PreTrainedConfig], 
     kind = content.get("model_type")
     if kind in (config.model_type, *inside):
         return
-    own = "auto_map" in content and kind not in ("minicpmv", "minicpmo")
+    own = "auto_map" in content and kind not in PUBLISHED_WITH_CODE
     families = f", with code of its own, which is never run; the families that there are: {', '.join(sorted(FAMILIES))}" if own else ""
     raise InputRefused(
         f"{folder} is a {kind}{families}, {model.name} is a {config.model_type}: choose the checkpoint's own with model=NAME."

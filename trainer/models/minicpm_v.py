@@ -26,6 +26,7 @@ from trainer.models.slicer import Slicer
 from trainer.models.span import Frame, Ids, Slices
 from trainer.models.template import chat_template
 from trainer.models.tiny import tiny_tokenizer
+from trainer.weight import is_plain, weight_files
 
 TOKENS = {
     "im_start": "<image>",
@@ -124,20 +125,21 @@ def describe_revision(folder: Path, model: ModelSpec, said: Mapping[str, Any], e
 
 def read_tensors(folder: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """By name, as they are on the disk, in memory of their own: the folder may be gone when they are saved."""
-    index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.is_file():
-        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted({file for name, file in placed.items() if name.startswith(prefixes)})
-    if missing := [file for file in files if not (folder / file).is_file()]:
-        raise InputRefused(
-            f"{folder}: {', '.join(missing)} is not there; audio and speech tensors are carried along from safetensors alone"
-        )
     found = {}
-    for file in files:
-        with safe_open(folder / file, framework="pt") as tensors:
-            found |= {name: tensors.get_tensor(name).clone() for name in tensors.keys() if name.startswith(prefixes)}  # noqa: SIM118
+    for file in weight_files(folder):
+        found |= read_plain(file, prefixes) if is_plain(file) else read_pickled(file, prefixes)
     return found
+
+
+def read_plain(file: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    with safe_open(file, framework="pt") as tensors:
+        return {name: tensors.get_tensor(name).clone() for name in tensors.keys() if name.startswith(prefixes)}  # noqa: SIM118
+
+
+def read_pickled(file: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Of a .bin, by torch's loader of tensors alone. It is mapped: what is not asked for is not read."""
+    tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    return {name: tensor.clone() for name, tensor in tensors.items() if name.startswith(prefixes)}
 
 
 def unused(model: torch.nn.Module) -> frozenset[str]:

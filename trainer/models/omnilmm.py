@@ -54,6 +54,23 @@ class OmniLMMConfig(MistralConfig):
     image_end_token_id: int | None = None
 
 
+class OmniLMMModel(MistralModel):
+    """Mistral with tower and resampler beside its layers. A class of its own since transformers starts what lies in a model by the rules of
+    that model alone: in a plain Mistral their bare tensors would stay zero."""
+
+    _init_weights = initialise
+
+    def __init__(self, config: OmniLMMConfig) -> None:
+        text = copy.deepcopy(config)
+        text.sliding_window = None  # Mistral's 4,096 tokens are more than the tokenizer's 2,048: no layer ever forgets a token
+        super().__init__(text)
+        sizes = config.tower or EVA
+        self.vision_tower = Tower(read_shape(sizes, eva=True))
+        heads = max(1, config.hidden_size // HEAD_WIDTH)
+        self.resampler = QueryResampler(width=config.hidden_size, source=sizes["hidden_size"], queries=config.num_query, heads=heads)
+        self.post_init()
+
+
 class OmniLMMForCausalLM(PreTrainedModel, GenerationMixin):
     """Images come as `pixel_values`, (images, 3, side, side), in the order of their places in `input_ids`."""
 
@@ -70,13 +87,7 @@ class OmniLMMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: OmniLMMConfig) -> None:
         super().__init__(config)
-        text = copy.deepcopy(config)
-        text.sliding_window = None  # Mistral's 4,096 tokens are more than the tokenizer's 2,048: no layer ever forgets a token
-        self.model = MistralModel(text)
-        self.model.vision_tower = Tower(read_shape(config.tower or EVA, eva=True))
-        heads = max(1, config.hidden_size // HEAD_WIDTH)
-        width = (config.tower or EVA)["hidden_size"]
-        self.model.resampler = QueryResampler(width=config.hidden_size, source=width, queries=config.num_query, heads=heads)
+        self.model = OmniLMMModel(config)
         self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 

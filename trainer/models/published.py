@@ -19,8 +19,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from trainer.contract import InputRefused, ModelSpec
 from trainer.data.encode import image_id
-from trainer.models.architecture import differences, loading_options
+from trainer.models.architecture import differences, loading_options, refuse_kind
 from trainer.models.family import Inputs, Processor
+from trainer.models.piece import FILE as PIECE_FILE, open_pieces
 from trainer.models.processor import IMAGE_FILE, TEMPLATE_FILE, find_ids
 from trainer.models.span import Fixed
 from trainer.models.template import chat_template
@@ -61,9 +62,7 @@ def read_config(folder: Path, model: ModelSpec, kind: type[PreTrainedConfig], pa
 
     Raises InputRefused, naming each difference, where the checkpoint is of another model. What model.architecture.options.unverified names
     is not compared: the published file was never seen, and what it says is taken."""
-    has = PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
-    if has != kind.model_type:
-        raise InputRefused(f"{folder} is a {has}, {model.name} is a {kind.model_type}: choose the checkpoint's own with model=NAME.")
+    refuse_kind(folder, model, kind)
     config = kind.from_pretrained(folder, local_files_only=True)
     unverified = model.architecture["options"].get("unverified", ())
     lines = [line for part in ("vision", "text") for line in differences(model, parts(config), part)]
@@ -76,13 +75,12 @@ def read_config(folder: Path, model: ModelSpec, kind: type[PreTrainedConfig], pa
 
 def open_published(folder: Path, model: ModelSpec, vocabulary: int, tokens: Mapping[str, str]) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, padding on the right; where its class is code of the checkpoint's own, the Llama tokenizer that this code
-    wraps. `tokens`: attribute -> token of the image's frame. Those that it lacks are added, as the published code does, behind the others.
+    wraps. A sentencepiece model that stands alone is read by `trainer.models.piece`, as sentencepiece and not as transformers would.
+    `tokens`: attribute -> token of the image's frame. Those that it lacks are added, as the published code does, behind the others.
 
     Raises InputRefused for the tokenizer of another model."""
-    file = folder / "tokenizer_config.json"
-    own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    kind = LlamaTokenizer if "AutoTokenizer" in own.get("auto_map", {}) else AutoTokenizer
-    tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(folder, local_files_only=True)
+    alone = (folder / PIECE_FILE).is_file() and not (folder / "tokenizer.json").is_file()
+    tokenizer = open_pieces(folder) if alone else open_whole(folder)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -99,6 +97,14 @@ def open_published(folder: Path, model: ModelSpec, vocabulary: int, tokens: Mapp
             f"{folder}: the tokenizer has {len(tokenizer)} tokens; the model has {vocabulary} embeddings\n"
             "    take the tokenizer that belongs to the model"
         )
+    return tokenizer
+
+
+def open_whole(folder: Path) -> PreTrainedTokenizerBase:
+    file = folder / "tokenizer_config.json"
+    own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    kind = LlamaTokenizer if "AutoTokenizer" in own.get("auto_map", {}) else AutoTokenizer
+    tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(folder, local_files_only=True)
     return tokenizer
 
 

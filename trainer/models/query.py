@@ -8,9 +8,9 @@ from math import isqrt
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import initialization
 
+from trainer.models.cross_attention import CrossAttention
 from trainer.models.place import carry, sines
 
 EPSILON = 1e-6
@@ -35,8 +35,7 @@ class QueryResampler(torch.nn.Module):
         """(images, patches, source) -> (images, queries, width). Patches are those of a square, row by row."""
         places = carry(self.pos_embed, isqrt(patches.shape[1]), antialias=False)
         values = self.ln_kv(self.kv_proj(patches))
-        queries = (self.ln_q(self.query) + self.pos_embed).expand(len(patches), -1, -1)
-        seen: Tensor = self.ln_post(self.attn(queries, values + places, values))
+        seen: Tensor = self.ln_post(self.attn(self.ln_q(self.query) + self.pos_embed, values + places, values))
         return seen @ self.proj
 
     def initialise(self) -> None:
@@ -44,27 +43,3 @@ class QueryResampler(torch.nn.Module):
         initialization.trunc_normal_(self.query, std=STD)
         initialization.normal_(self.proj, std=len(self.proj) ** -0.5)
         initialization.copy_(self.pos_embed, sines(self.pos_embed.shape[1], isqrt(len(self.pos_embed))).to(self.pos_embed))
-
-
-class CrossAttention(torch.nn.Module):
-    """torch.nn.MultiheadAttention's parameters by its names. That module hands the weight of its last layer to a function, past the
-    hooks by which ZeRO 3 brings it."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = torch.nn.Parameter(torch.zeros(3 * width, width))
-        self.in_proj_bias = torch.nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = torch.nn.Linear(width, width)
-
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """(images, queries, width), (images, patches, width) twice -> (images, queries, width)."""
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        inputs = zip((queries, keys, values), weights, biases, strict=True)
-        q, k, v = (torch.nn.functional.linear(*each).unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in inputs)
-        mixed: Tensor = self.out_proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return mixed
-
-    def initialise(self) -> None:
-        initialization.xavier_uniform_(self.in_proj_weight)
-        initialization.zeros_(self.in_proj_bias)

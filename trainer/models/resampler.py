@@ -8,36 +8,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import initialization
+
+from trainer.models.cross_attention import CrossAttention
 
 EPSILON = 1e-6
 WAVELENGTH = 10_000.0
-
-
-class Attention(torch.nn.Module):
-    """Of queries that are the same for every part. torch.nn.MultiheadAttention has these parameters too, and masks that not every device's
-    kernels take."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = torch.nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = torch.nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = torch.nn.Linear(width, width)
-
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """(queries, width), (parts, patches, width) twice -> (parts, queries, width). `mask`: (parts, patches) bool, True where there is a
-        patch; None where there is one everywhere."""
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        q, k, v = (linear(value, *both) for value, both in zip((queries, keys, values), zip(weights, biases, strict=True), strict=True))
-        q = self._split(q.unsqueeze(0)).expand(len(keys), -1, -1, -1)
-        seen = scaled_dot_product_attention(q, self._split(k), self._split(v), None if mask is None else mask[:, None, None, :])
-        out: Tensor = self.out_proj(seen.transpose(1, 2).flatten(2))
-        return out
-
-    def _split(self, value: Tensor) -> Tensor:
-        return value.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class Resampler(torch.nn.Module):
@@ -48,14 +24,14 @@ class Resampler(torch.nn.Module):
         self.query = torch.nn.Parameter(torch.zeros(queries, width))
         self.proj = torch.nn.Parameter(torch.empty(width, width))
         self.kv_proj = torch.nn.Linear(patch_width, width, bias=False) if patch_width != width else torch.nn.Identity()
-        self.attn = Attention(width, heads)
+        self.attn = CrossAttention(width, heads)
         self.ln_q = torch.nn.LayerNorm(width, eps=EPSILON)
         self.ln_kv = torch.nn.LayerNorm(width, eps=EPSILON)
         self.ln_post = torch.nn.LayerNorm(width, eps=EPSILON)
 
     def forward(self, patches: Tensor, sizes: Sequence[Sequence[int]], mask: Tensor | None) -> Tensor:
         """(parts, most patches, patch width) -> (parts, queries, width). `sizes`: rows and columns of patches of each part; `mask`: as in
-        Attention."""
+        CrossAttention."""
         values = self.ln_kv(self.kv_proj(patches))
         places = grid_positions(sizes, values.shape[-1], values.device).to(values.dtype)
         out = self.ln_post(self.attn(self.ln_q(self.query), values + places, values, mask))
@@ -67,9 +43,8 @@ def initialise(module: torch.nn.Module) -> None:
     if isinstance(module, Resampler):
         initialization.normal_(module.query, std=0.02)
         initialization.normal_(module.proj, std=module.proj.shape[0] ** -0.5)
-    elif isinstance(module, Attention):
-        initialization.xavier_uniform_(module.in_proj_weight)
-        initialization.zeros_(module.in_proj_bias)
+    elif isinstance(module, CrossAttention):
+        module.initialise()
 
 
 def grid_positions(sizes: Sequence[Sequence[int]], width: int, device: torch.device) -> Tensor:

@@ -43,6 +43,15 @@ def test_parameters_are_those_of_the_config_file(name: str) -> None:
     assert found == {group: getattr(wanted, group) for group in found}
 
 
+def test_a_random_start_leaves_no_matrix_at_zero(tiny: Made) -> None:
+    """What lies bare in a module is in no rule of transformers' own: a projector of zeros would keep every image from the decoder. Positions
+    and class tokens, (1, places, width), do begin at zero in transformers' InternVL."""
+    matrices = {
+        name: tensor for name, tensor in tiny.model.named_parameters() if tensor.ndim == 2 or (tiny.family.name in OURS and tensor.ndim > 1)
+    }
+    assert [name for name, tensor in matrices.items() if tensor.std() == 0] == []
+
+
 def test_a_checkpoint_opens_with_transformers_own_classes(tiny: Made) -> None:
     """Weights, tokenizer and image processor, by the automatic classes, which read the folder alone."""
     if tiny.family.name not in ("qwen2_5_omni", *OURS):  # the thinker alone is in no automatic class; test_reference opens it by its own
@@ -132,6 +141,20 @@ def test_another_family_is_refused(tiny: Made, make_tiny: Callable[[str], Made])
         with pytest.raises(
             InputRefused, match=rf"is a {other.family.name}, {tiny.name} is a .*choose the checkpoint's own with model=NAME"
         ):
+            load()
+
+
+def test_a_repository_of_code_that_we_do_not_know_is_refused_by_name(tiny: Made, tmp_path: Path) -> None:
+    config = {"model_type": "ovis9", "auto_map": {"AutoModel": "modeling_ovis.Ovis"}}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "modeling_ovis.py").write_text("raise SystemExit('run')", encoding="utf-8")
+    said = rf"is a ovis9, with code of its own, which is never run; the families that there are: {', '.join(sorted(FAMILIES))}, {tiny.name} is a "
+    for load in (
+        lambda: tiny.family.load(tmp_path, tiny.spec.model, torch.float32),
+        lambda: tiny.family.load(tmp_path, tiny.spec.model, torch.float32, hollow=True),
+        lambda: tiny.family.load_processor(tmp_path, tiny.spec.model),
+    ):
+        with pytest.raises(InputRefused, match=said):
             load()
 
 

@@ -14,13 +14,15 @@ from torch import Tensor
 from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
 from tests.trainer.models.conftest import Made, model_spec, read_model
-from trainer.checkpoint import hash_weights, require_whole
+from tests.trainer.models.test_piece import make_pieces, write
+from trainer.checkpoint import require_whole
 from trainer.contract import InputRefused
 from trainer.models import find_family
 from trainer.models.omnilmm import OmniLMMConfig, OmniLMMForCausalLM
 from trainer.models.omnilmm_3b import MiniCPMV, MiniCPMVConfig
 from trainer.models.query import QueryResampler
 from trainer.models.weight import round_weights
+from trainer.weight import hash_weights
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "patch_size": 4, "positions": 3, "num_hidden_layers": 2}
@@ -186,6 +188,20 @@ def test_the_published_layout_is_read_and_written_again(pickled: bool, made: Mad
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == weights.keys() and all(torch.equal(again[name], weights[name]) for name in weights)
     assert hash_weights(tmp_path / "published") == hash_weights(tmp_path / "published")
+
+
+def test_a_published_tokenizer_model_is_enough(make_tiny: Any, tmp_path: Path) -> None:
+    """As OpenBMB/MiniCPM-V has it: no tokenizer.json, and a tokenizer class that is code of its own."""
+    made = make_tiny("tiny_omnilmm_3b")
+    as_published(made, tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    write(tmp_path, make_pieces(50, "<image>", "</image>"))
+    known = {str(place): {"content": token, "special": True} for place, token in enumerate(("<unk>", "<s>", "</s>", "<image>", "</image>"))}
+    own = {"tokenizer_class": "LlamaTokenizerWrapper", "auto_map": {"AutoTokenizer": ["modeling_minicpmv.LlamaTokenizerWrapper", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**own, "added_tokens_decoder": known}), encoding="utf-8")
+    loaded: Any = made.family.load(tmp_path, made.spec.model, torch.float32)
+    assert (loaded.config.image_start_token_id, loaded.config.image_end_token_id) == (3, 4)
+    assert list(made.family.load_processor(tmp_path, made.spec.model).span((9, 9), 0)) == [3, *[0] * 16, 4]
 
 
 def test_half_a_pickled_file_is_not_whole(made: Made, tmp_path: Path) -> None:
