@@ -28,14 +28,14 @@ def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainR
     began, gauge = time.perf_counter(), Gauge(rank.device)
     origin = find_origin(spec, weights_folder(spec))
     base, folder = require_plain(spec, origin, adapter=True), Path(origin.path)
-    gauge.enter("merging")
+    gauge.enter("saving")
     sources = open_tensors(base)
     adapter = read_adapter(folder, open_hollow(base, spec))
     tensors = merge_tensors(sources, adapter, name_in_memory(open_hollow(base, spec), sources), base)
     print(f"{len(adapter.changed)} of {len(tensors)} tensors change: {len(adapter.additions)} by the adapter, {len(adapter.whole)} whole")
 
     def finish(aside: Path) -> dict[str, float]:
-        gauge.enter("probing")
+        gauge.enter("evaluation")
         return judge(spec, rank, origin, aside, bound_of(merging_of(spec), sources, adapter))
 
     product = Product(tensors=tensors, folders=(base, folder), shard_bytes=merging_of(spec).shard_bytes, finish=finish)

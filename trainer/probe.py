@@ -14,6 +14,7 @@ from trainer.adapter import FACTOR, PREFIX, find_parameter
 from trainer.contract import InputRefused, TrainSpec
 from trainer.data.collate import collate
 from trainer.data.sample import MARK, Message, Sample
+from trainer.int8 import see_through
 from trainer.models import find_family
 from trainer.models.family import Processor
 from trainer.naming import find_tied, name_in_memory
@@ -82,7 +83,7 @@ def open_hollow(folder: Path, spec: TrainSpec) -> torch.nn.Module:
 def compute_logits(folder: Path, spec: TrainSpec, batch: Mapping[str, Tensor], place: torch.device, adapter: Path | None = None) -> Tensor:
     """(places, vocabulary) float32, on the CPU: of the checkpoint in `folder`, and of `adapter` on top of it, not merged."""
     model = open_hollow(folder, spec)
-    sources = open_tensors(folder)
+    sources = see_through(open_tensors(folder))
     read = make_reader(model, sources)
     fill_buffers(model, read, set(name_in_memory(model, sources).values()), place)
     computing = page(wrap(model, adapter) if adapter else model, read_adapted(model, read, adapter) if adapter else read, place)

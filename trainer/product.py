@@ -50,8 +50,8 @@ def make_product(product: Product, spec: TrainSpec, origin: Origin) -> TrainResu
         begin_folder(draft)
         copy_files(product.folders, aside)
         write_shards(product.tensors, aside, product.shard_bytes)
-        require_files(aside, spec)
         figures = product.finish(aside)
+        require_files(aside, spec)
         complete(draft, spec)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -52,14 +52,24 @@ class Held:
         return tuple(self.tensor.shape)
 
     def read(self, start: int, count: int) -> Tensor:
-        """Elements [start, start + count) of the flattened tensor: (count,)."""
         return self.tensor.reshape(-1)[start : start + count]
 
     def read_whole(self) -> Tensor:
         return self.tensor
 
 
-Source = Stored | Held
+class Source(Protocol):
+    """A tensor on the disk. `read`: elements [start, start + count) of it, flattened: (count,)."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self, start: int, count: int) -> Tensor: ...
+
+    def read_whole(self) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,14 +133,13 @@ def open_pickled(file: Path) -> dict[str, Source]:
     return {name: Held(tensor=tensor) for name, tensor in tensors.items()}
 
 
-def read_pieces(source: Source, *, whole_rows: bool = False) -> Iterator[Tensor]:
-    """The elements in order, (n,) each; with `whole_rows` (rows, the other dimensions flattened)."""
+def read_pieces(source: Source) -> Iterator[Tensor]:
+    """(rows, the other dimensions flattened) each, in order."""
+    width = torch.Size(source.shape[1:]).numel()
     total = torch.Size(source.shape).numel()
-    width = max(1, total // source.shape[0]) if whole_rows and source.shape and source.shape[0] else 1
-    step = max(1, PIECE_ELEMENTS // width) * width
-    for start in range(0, total, step):
-        piece = source.read(start, min(step, total - start))
-        yield piece.view(-1, width) if whole_rows else piece
+    step = max(1, PIECE_ELEMENTS // max(1, width)) * width
+    for start in range(0, total, max(1, step)):
+        yield source.read(start, min(step, total - start)).view(-1, width)
 
 
 def read_single(source: Source) -> Tensor:
@@ -138,8 +147,8 @@ def read_single(source: Source) -> Tensor:
     made = torch.empty(source.shape, dtype=torch.float32)
     flat, start = made.view(-1), 0
     for piece in read_pieces(source):
-        flat[start : start + len(piece)] = piece
-        start += len(piece)
+        flat[start : start + piece.numel()] = piece.reshape(-1)
+        start += piece.numel()
     return made
 
 
@@ -154,7 +163,7 @@ def copy_tensor(name: str, source: Source) -> Outgoing:
 def write_shards(tensors: Sequence[Outgoing], folder: Path, shard_bytes: int, say: Callable[[str], None] = print) -> None:
     """`tensors` in files of at most `shard_bytes`, but for a larger tensor, which has a file of its own; and the index where there are
     several. Synced. Raises OSError for a disk that is full."""
-    shards = list(cut(tensors, shard_bytes))
+    shards = list(cut(tensors, shard_bytes)) if tensors else []
     placed: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else SHARD.format(number=number, count=len(shards))
