@@ -92,7 +92,9 @@ def read_adapter(folder: Path, model: torch.nn.Module) -> Adapter:
     return adapter
 
 
-def add_factors(adapter: Adapter, folder: Path, model: torch.nn.Module, config: dict[str, Any], place: str, parts: dict[str, Source]) -> None:
+def add_factors(
+    adapter: Adapter, folder: Path, model: torch.nn.Module, config: dict[str, Any], place: str, parts: dict[str, Source]
+) -> None:
     """Those of one module into `adapter`."""
     module, _, table = place.partition(":")
     if not {"A", "B"} <= parts.keys():
@@ -150,7 +152,9 @@ def refuse_misfits(folder: Path, adapter: Adapter, model: torch.nn.Module) -> No
     shapes |= {name: source.shape for name, (source, _) in adapter.biases.items()} | {n: s.shape for n, s in adapter.whole.items()}
     ranks = [name for name, one in adapter.additions.items() if one.a.shape[0] != one.b.shape[1] or len(one.a.shape) != 2]
     wrong = [f"{name} is not there" for name in shapes if name not in has]
-    wrong += [f"{name} is {list(has[name].shape)}, not {list(s)}" for name, s in shapes.items() if name in has and tuple(has[name].shape) != s]
+    wrong += [
+        f"{name} is {list(has[name].shape)}, not {list(s)}" for name, s in shapes.items() if name in has and tuple(has[name].shape) != s
+    ]
     wrong += [f"the factors of {name} are of two ranks" for name in ranks]
     if wrong:
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""

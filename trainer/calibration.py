@@ -21,9 +21,7 @@ from trainer.stream import open_tensors
 BATCH = 8  # samples to a forward pass, each of which reads the model once
 
 
-def measure_inputs(
-    spec: TrainSpec, rank: Rank, folder: Path, samples: Sequence[Sample], weights: frozenset[str]
-) -> dict[str, Tensor]:
+def measure_inputs(spec: TrainSpec, rank: Rank, folder: Path, samples: Sequence[Sample], weights: frozenset[str]) -> dict[str, Tensor]:
     """Name of a weight in memory -> (in,) float32. {} without samples."""
     if not samples:
         return {}

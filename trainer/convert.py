@@ -89,7 +89,7 @@ def report(conversion: Conversion, found: Sequence[Survival]) -> dict[str, Any]:
 
 def tell(found: Sequence[Survival], conversion: Conversion) -> None:
     """The worst tensors, as a table."""
-    worst = sorted(found, key=lambda one: (one.unfit, one.nan + one.infinite, one.overflow, one.loss), reverse=True)
+    worst = sorted(found, key=lambda one: (one.unfit, one.nan + one.infinite, one.overflow, one.underflow, one.loss), reverse=True)
     named = [one for one in worst if one.remarks or one.unfit]
     print(f"{len(found)} tensors to {conversion.dtype}: {len(named)} with values that it cannot hold as they are")
     for one in named[:SHOWN]:

@@ -49,8 +49,9 @@ def choose_scales(weight: Tensor, dtype: torch.dtype, power: Tensor | None = Non
 
 
 def to_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """A row of zeros, or one so small that its scale would vanish in `dtype`, has the smallest scale that the type holds in full."""
-    return (largest / HIGH).to(dtype).clamp(min=torch.finfo(dtype).tiny)
+    """A row of zeros, or one so small that its scale would vanish in `dtype`, has the smallest scale of all."""
+    limits = torch.finfo(dtype)
+    return (largest / HIGH).to(dtype).clamp(min=limits.tiny * limits.eps)
 
 
 def output_error(weight: Tensor, scales: Tensor, power: Tensor) -> Tensor:

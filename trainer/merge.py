@@ -29,9 +29,9 @@ def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainR
     origin = find_origin(spec, weights_folder(spec))
     base, folder = require_plain(spec, origin, adapter=True), Path(origin.path)
     gauge.enter("saving")
-    sources = open_tensors(base)
-    adapter = read_adapter(folder, open_hollow(base, spec))
-    tensors = merge_tensors(sources, adapter, name_in_memory(open_hollow(base, spec), sources), base)
+    sources, hollow = open_tensors(base), open_hollow(base, spec)
+    adapter = read_adapter(folder, hollow)
+    tensors = merge_tensors(sources, adapter, name_in_memory(hollow, sources), base)
     print(f"{len(adapter.changed)} of {len(tensors)} tensors change: {len(adapter.additions)} by the adapter, {len(adapter.whole)} whole")
 
     def finish(aside: Path) -> dict[str, float]:

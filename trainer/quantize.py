@@ -134,7 +134,9 @@ def weigh(sources: Mapping[str, Source], tensors: Sequence[Outgoing]) -> dict[st
     """Bytes of all weights, and how they are to those of the source and to 16 bits a value."""
     before = sum(torch.Size(source.shape).numel() * source.dtype.itemsize for source in sources.values())
     after, halves = sum(tensor.nbytes for tensor in tensors), sum(2 * torch.Size(source.shape).numel() for source in sources.values())
-    print(f"weights: {after / 2**30:.3f} GiB in place of {before / 2**30:.3f}: {after / before:.3f}, and {after / halves:.3f} of 16 bits each")
+    print(
+        f"weights: {after / 2**30:.3f} GiB in place of {before / 2**30:.3f}: {after / before:.3f}, and {after / halves:.3f} of 16 bits each"
+    )
     return {"bytes": float(after), "bytes_before": float(before), "size_ratio": after / before, "size_of_16_bits": after / halves}
 
 

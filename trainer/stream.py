@@ -93,19 +93,18 @@ def open_tensors(folder: Path) -> dict[str, Source]:
     """Every tensor of the checkpoint or adapter in `folder` by name, in the order of the files. Raises InputRefused for a shard that is
     missing, cut short or of another revision than the index, and for a type of element that torch has none for."""
     found: dict[str, Source] = {}
-    for file in weight_files(folder):
+    files = weight_files(folder)
+    for file in files:
         if not file.is_file():
-            raise InputRefused(f"{folder}: {file.name} is missing, which the index names. Copy the checkpoint again.")
+            raise InputRefused(f"{folder}: {file.name} is missing, which holds weights. Copy the checkpoint again.")
         found |= open_plain(file) if is_plain(file) else open_pickled(file)
-    for index in (folder / name for name in (INDEX, PICKLED_INDEX) if (folder / name).is_file()):
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        lost = sorted(set(named) - set(found))
-        if lost and any((folder / file).is_file() for file in named.values()):
-            raise InputRefused(
-                f"{folder}: {index.name} names {len(lost)} tensors that none of its files has, as {', '.join(lost[:3])}: the files are of "
-                "another revision than the index. Copy the checkpoint again."
-            )
-        break
+    index = folder / (INDEX if is_plain(files[0]) else PICKLED_INDEX)
+    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+    if lost := sorted(set(named) - set(found)):
+        raise InputRefused(
+            f"{folder}: {index.name} names {len(lost)} tensors that none of its files has, as {', '.join(lost[:3])}: the files are of "
+            "another revision than the index. Copy the checkpoint again."
+        )
     return found
 
 

@@ -49,15 +49,16 @@ def survey(name: str, source: Source, dtype: torch.dtype) -> Survival:
     counts = torch.zeros(5, dtype=torch.int64)
     norm, lost, worst = 0.0, 0.0, 0.0
     for piece in read_pieces(source):
-        before = piece.double() if piece.dtype == torch.float64 else piece.float()
-        after = piece.to(dtype)
-        counts += count(before, after)
+        before = piece if piece.dtype == torch.float64 else piece.float()
+        after = piece.to(dtype).to(before.dtype)
+        counts += count(before, after, torch.finfo(dtype).tiny)
         there = before.isfinite() & after.isfinite()
-        exact, error = before[there], (after[there].to(before.dtype) - before[there]).abs()
-        norm += float(exact.double().square().sum())
-        lost += float(error.double().square().sum())
-        seen = (exact != 0) & (after[there] != 0)
-        worst = max(worst, float((error[seen] / exact[seen].abs()).max())) if bool(seen.any()) else worst
+        if not bool(there.all()):
+            before, after = before[there], after[there]
+        error, size = (after - before).abs_(), before.abs()
+        norm += float(size.square().sum(dtype=torch.float64))
+        lost += float(error.square().sum(dtype=torch.float64))
+        worst = max(worst, float((error / size).masked_fill_((size == 0) | (after == 0), 0.0).max())) if len(before) else worst
     overflow, underflow, denormal, nan, infinite = counts.tolist()
     return Survival(
         name=name,
@@ -74,10 +75,8 @@ def survey(name: str, source: Source, dtype: torch.dtype) -> Survival:
     )
 
 
-def count(before: Tensor, after: Tensor) -> Tensor:
-    """(5,) int64: as the fields of Survival, in their order."""
-    smallest = torch.finfo(after.dtype).tiny
-    wide = after.to(before.dtype)
-    denormal = (wide != 0) & (wide.abs() < smallest)
-    found = (before.isfinite() & wide.isinf(), (before != 0) & (wide == 0), denormal, before.isnan(), before.isinf())
+def count(before: Tensor, after: Tensor, smallest: float) -> Tensor:
+    """(5,) int64: as the fields of Survival, in their order. `smallest`: of the new type's numbers that have all its bits."""
+    denormal = (after != 0) & (after.abs() < smallest)
+    found = (before.isfinite() & after.isinf(), (before != 0) & (after == 0), denormal, before.isnan(), before.isinf())
     return torch.stack([one.sum() for one in found])

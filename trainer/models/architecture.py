@@ -1,6 +1,7 @@
 """The numbers of conf/model as transformers' configs, and a checkpoint's config held against them."""
 
 import importlib.util
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,12 @@ def open_compressed(folder: Path) -> CompressedTensorsConfig:
             f"{folder} is quantized with compressed-tensors, and that package is not installed here. Add compressed-tensors to the "
             "environment, or take the weights that it was made of."
         )
+    from loguru import logger
+
+    # compressed-tensors 0.20 says for each layer that it does not know the shape of a tensor on the meta device, which it then does not need
+    logger.disable("compressed_tensors.compressors.pack_quantized")
+    # transformers 5.23 says that the config is the file's, which is meant: `dequantize` alone is ours
+    warnings.filterwarnings("ignore", message="You passed `quantization_config`", category=UserWarning)
     return CompressedTensorsConfig(dequantize=True)
 
 
