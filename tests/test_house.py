@@ -95,6 +95,8 @@ TRAINER_ORDER = (
     ("weight",),
     ("device", "precision", "schedule", "data", "models", "stages", "observe", "resume", "shard", "output", "watchdog"),
     ("activation", "kernel", "ledger", "loss", "manifest", "part", "phantom", "quantization", "rounding", "synthesis"),
+    ("naming", "paging", "rank", "stream"),
+    ("adapter", "int8", "mixture", "survival"),
     ("optimizer",),
     ("eight_bit",),
     ("effect",),
@@ -104,11 +106,13 @@ TRAINER_ORDER = (
     ("best", "state"),
     ("checkpoint", "evaluate", "finite", "loop", "origin", "start"),
     ("draft", "rank", "scatter"),
-    ("build",),
+    ("build", "probe", "product"),
+    ("calibration", "convert", "merge", "nf4"),
     ("writer",),
     ("boundary",),
     ("training",),
     ("run",),
+    ("quantize",),
     ("__main__",),
 )
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "base", "misc"}
@@ -219,7 +223,9 @@ def test_launcher_imports_run_one_way(path: Path) -> None:
     names = imported(path)
     assert not {name for name in names if name.split(".")[0] in ("torch", "transformers", "deepspeed", "peft")}
     trainer = {name for name in names if name.split(".")[0] == "trainer"}
-    assert {name for name in trainer if not name.startswith(("trainer.contract", "trainer.fact", "trainer.resume", "trainer.weight"))} <= {"trainer"}
+    assert {name for name in trainer if not name.startswith(("trainer.contract", "trainer.fact", "trainer.resume", "trainer.weight"))} <= {
+        "trainer"
+    }
     check_order("launcher", LAUNCHER_ORDER, path, names)
 
 

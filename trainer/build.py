@@ -9,6 +9,7 @@ import torch
 
 from trainer.checkpoint import require_whole
 from trainer.contract import ModelSpec, Origin, TrainSpec
+from trainer.mixture import keep_single
 from trainer.models.attention import attend_by_sample
 from trainer.models.family import Family, Limit, Processor
 from trainer.models.weight import round_weights
@@ -42,6 +43,8 @@ def build(
         started = start_hollow if hollow else partial(start_at_random, place=place, partitioned=spec.partitioned)
         return started(spec.model, family, dtype), processor
     model = family.load(folder, spec.model, dtype, hollow=hollow)
+    if not hollow:
+        keep_single(model, folder, spec, dtype)
     if origin.base and not continues_adapter(origin, spec.stage.lora):
         model = merge_adapter(model, Path(origin.path))
     if not hollow:

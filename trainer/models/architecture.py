@@ -1,11 +1,13 @@
 """The numbers of conf/model as transformers' configs, and a checkpoint's config held against them."""
 
+import importlib.util
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import CompressedTensorsConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from trainer.contract import InputRefused, ModelSpec
 
@@ -49,11 +51,31 @@ def split_options(model: ModelSpec, image: tuple[str, ...], part: str = "") -> t
     return {key: options[key] for key in image if key in options}, {key: value for key, value in options.items() if key not in image}
 
 
-def loading_options(model: ModelSpec, dtype: torch.dtype, *, hollow: bool) -> dict[str, Any]:
+def loading_options(folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool) -> dict[str, Any]:
     """The keyword arguments of from_pretrained for a local folder. `hollow`: see Family; transformers 5 makes every model on the meta
-    device first, and with this map leaves it there."""
+    device first, and with this map leaves it there. Weights in 8 bits (stage quantize) become numbers of `dtype` as they are read: there
+    is no kernel that computes with them in transformers."""
     options = {"dtype": dtype, "attn_implementation": ATTENTION[model.attention], "local_files_only": True}
+    how = PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("quantization_config") or {}
+    if how.get("quant_method") == "compressed-tensors":
+        options["quantization_config"] = open_compressed(folder)
     return options | ({"device_map": {"": "meta"}} if hollow else {})
+
+
+def open_compressed(folder: Path) -> CompressedTensorsConfig:
+    """Raises InputRefused without the package."""
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise InputRefused(
+            f"{folder} is quantized with compressed-tensors, and that package is not installed here. Add compressed-tensors to the "
+            "environment, or take the weights that it was made of."
+        )
+    from loguru import logger
+
+    # compressed-tensors 0.20 says for each layer that it does not know the shape of a tensor on the meta device, which it then does not need
+    logger.disable("compressed_tensors.compressors.pack_quantized")
+    # transformers 5.23 says that the config is the file's, which is meant: `dequantize` alone is ours
+    warnings.filterwarnings("ignore", message="You passed `quantization_config`", category=UserWarning)
+    return CompressedTensorsConfig(dequantize=True)
 
 
 def refuse_another(folder: Path, model: ModelSpec, config: type[PreTrainedConfig], *, inside: tuple[str, ...] = ()) -> PreTrainedConfig:

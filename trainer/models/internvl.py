@@ -45,7 +45,7 @@ def create(model: ModelSpec) -> InternVLForConditionalGeneration:
 def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool = False) -> InternVLForConditionalGeneration:
     """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model."""
     refuse_another(folder, model, InternVLConfig)
-    return InternVLForConditionalGeneration.from_pretrained(folder, **loading_options(model, dtype, hollow=hollow))
+    return InternVLForConditionalGeneration.from_pretrained(folder, **loading_options(folder, model, dtype, hollow=hollow))
 
 
 def create_processor(model: ModelSpec, limit: Limit = UNBOUND) -> Processor:

@@ -88,7 +88,7 @@ def load(edition: Edition, folder: Path, model: ModelSpec, dtype: torch.dtype, *
     if getattr(config, "image_token_id", None) is None:
         config.image_token_id = image_id(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True), model.image_token)
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all that differs is refused below
-    network, said = edition.network.from_pretrained(folder, config=config, **told, **loading_options(model, dtype, hollow=hollow))
+    network, said = edition.network.from_pretrained(folder, config=config, **told, **loading_options(folder, model, dtype, hollow=hollow))
     extra = [name for name in said["unexpected_keys"] if not name.startswith(edition.carried or ("\0",))]
     if said["missing_keys"] or extra or said["mismatched_keys"]:
         raise InputRefused(describe_revision(folder, model, said, extra))

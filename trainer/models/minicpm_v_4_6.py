@@ -52,7 +52,9 @@ def create(model: ModelSpec) -> torch.nn.Module:
 def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool = False) -> torch.nn.Module:
     """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model."""
     refuse_another(folder, model, MiniCPMV4_6Config)
-    return choose_logits(MiniCPMV4_6ForConditionalGeneration.from_pretrained(folder, **loading_options(model, dtype, hollow=hollow)))
+    return choose_logits(
+        MiniCPMV4_6ForConditionalGeneration.from_pretrained(folder, **loading_options(folder, model, dtype, hollow=hollow))
+    )
 
 
 def create_processor(model: ModelSpec, limit: Limit = UNBOUND) -> Processor:

@@ -36,7 +36,7 @@ def load_published(
     kind: type[PreTrainedModel], config: PreTrainedConfig, folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool
 ) -> torch.nn.Module:
     """Raises InputRefused, listing them, where the checkpoint's tensors are not those of the model, by name or shape."""
-    options = loading_options(model, dtype, hollow=hollow)
+    options = loading_options(folder, model, dtype, hollow=hollow)
     try:
         loaded, found = kind.from_pretrained(folder, config=config, output_loading_info=True, **options)
     except UnpicklingError as error:
