@@ -2,69 +2,27 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from trainer.contract import InputRefused, Sampling, TrainSpec
+from trainer.contract import InputRefused, TrainSpec
 from trainer.data.collate import Features, fill, integers, join, make_features, text_rule
 from trainer.data.encode import encode_prompt
 from trainer.data.image import check_size, flatten
-from trainer.data.sample import MARK, Message, Sample
+from trainer.data.sample import Message, Sample
 from trainer.models.family import Processor
-from trainer.reader import Reader, end_ids
+from trainer.question import Answer as Answer, Ended as Ended, Prepared as Prepared, Question as Question, check_messages
+from trainer.reader import end_ids
 from trainer.sampling import Chooser, check_sampling
+from trainer.watch import Calls, Halted, OnEnd, OnText, Watch
 
-Ended = Literal["stop", "length", "halted"]
-OnText = Callable[[int, str], None]  # row of the batch, new text
-Halted = Callable[[int], bool]  # whether nobody waits for that row of the batch any more
 NO_LIMIT = 2**62
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """A conversation that ends with a question. MARK stands in the user's messages for each of `images`, in their order: RGB and upright
-    (trainer.data.image). `stop`: texts that end the answer besides the template's end mark. `name`: what a refusal calls it."""
-
-    messages: tuple[Message, ...]
-    images: tuple[Image.Image, ...] = ()
-    sampling: Sampling = field(default_factory=Sampling)
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    name: str = "the question"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A question as the model takes it, on the CPU. `most`: new tokens, as asked for or as many as the context has room for."""
-
-    input_ids: list[int]
-    features: tuple[Features, ...]
-    sampling: Sampling
-    seed: int
-    marks: tuple[str, ...]
-    most: int
-
-    @property
-    def length(self) -> int:
-        """In tokens, those of its images included."""
-        return len(self.input_ids)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """`text` has no blanks at its ends. `new_tokens` counts the one that ended it. `ended`: by itself, for want of room, or `halted`."""
-
-    text: str
-    prompt_tokens: int
-    new_tokens: int
-    ended: Ended
 
 
 class Answerer:
@@ -126,24 +84,31 @@ class Answerer:
             )
         return self.context - length
 
-    def answer(self, batch: Sequence[Prepared], *, on_text: OnText | None = None, halted: Halted | None = None) -> list[Answer]:
-        """In the order of `batch`. `on_text` hears the parts of each answer's text as they come, which joined are its text; with beams
-        there is one part. `halted` is asked before each token. Rows that search by beams are answered apart from the others."""
+    def answer(
+        self,
+        batch: Sequence[Prepared],
+        *,
+        on_text: OnText | None = None,
+        on_end: OnEnd | None = None,
+        halted: Halted | None = None,
+    ) -> list[Answer]:
+        """In the order of `batch`. `on_text` hears the parts of each answer's text as they come, which joined are its text; with beams all
+        at the end. `on_end` hears each answer in the step that ends it, before those of its batch that go on. `halted` is asked before
+        each token of rows that go on. All are called on this thread. Rows that search by beams are answered apart from the others."""
         answers: dict[int, Answer] = {}
         for rows in group(batch):
-            say = None if on_text is None else relay(on_text, rows)
-            gone = None if halted is None else relay(halted, rows)
-            found = self._answer([batch[row] for row in rows], say, gone)
+            calls = Calls(text=relay(on_text, rows), end=relay(on_end, rows), halted=relay(halted, rows))
+            found = self._answer([batch[row] for row in rows], calls)
             answers |= dict(zip(rows, found, strict=True))
         return [answers[row] for row in range(len(batch))]
 
     @torch.no_grad()
-    def _answer(self, batch: Sequence[Prepared], say: OnText | None, gone: Halted | None) -> list[Answer]:
+    def _answer(self, batch: Sequence[Prepared], calls: Calls) -> list[Answer]:
         beams = batch[0].sampling.beams
         repeated = [one for one in batch for _ in range(beams)]
         tensors = {key: value.to(self.device) for key, value in collate_prepared(repeated, self.processor).items()}
         width = tensors["input_ids"].shape[1]
-        watch = Watch(batch, self.processor.tokenizer, frozenset(self.ends), width, say, gone, beams=beams)
+        watch = Watch(batch, self.processor.tokenizer, frozenset(self.ends), calls, beams=beams)
         with repeated_already(self.model):
             ids = self.model.generate(  # type: ignore[operator]  # a module of transformers
                 **tensors,
@@ -153,7 +118,7 @@ class Answerer:
             )
         if beams > 1:
             watch.read_whole(ids[:, width:])
-        return watch.answers()
+        return [answer for answer in watch.answers if answer is not None]
 
     def _config(self, most: int, beams: int) -> GenerationConfig:
         """Each value is said: what is left out here comes from the generation config of the checkpoint."""
@@ -165,73 +130,6 @@ class Answerer:
             eos_token_id=self.ends,
             pad_token_id=self.processor.tokenizer.pad_token_id,
         )
-
-
-class Watch(StoppingCriteria):
-    """Reads the rows of a batch while they grow, and says which of them are done."""
-
-    def __init__(
-        self,
-        batch: Sequence[Prepared],
-        tokenizer: Any,
-        ends: frozenset[int],
-        width: int,
-        say: OnText | None,
-        gone: Halted | None,
-        *,
-        beams: int,
-    ) -> None:
-        self.batch, self.ends, self.width, self.say, self.gone, self.beams = batch, ends, width, say, gone, beams
-        self.readers = [Reader(tokenizer, one.marks) for one in batch]
-        self.ended: list[Ended | None] = [None] * len(batch)
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """(rows,) bool. With beams, whose rows may still change, only whether all of them are wanted no more."""
-        if self.beams > 1:
-            for row in range(len(self.batch)):
-                if self.gone is not None and self.gone(row):
-                    self._end(row, "halted")
-            done = [all(self.ended)] * len(input_ids)
-        else:
-            for row, token in enumerate(input_ids[:, -1].tolist()):
-                if self.ended[row] is None:
-                    self._take(row, token)
-            done = [ended is not None for ended in self.ended]
-        return torch.tensor(done, device=input_ids.device)
-
-    def read_whole(self, new: Tensor) -> None:
-        """(rows, tokens): every row to its end, for those that could not be read before."""
-        for row, ids in enumerate(new.tolist()):
-            ended, self.ended[row] = self.ended[row], None
-            for token in ids:
-                if self.ended[row] is None:
-                    self._take(row, token, asks=False)
-            self.ended[row] = ended or self.ended[row] or "length"
-
-    def answers(self) -> list[Answer]:
-        made = []
-        for row, (one, reader) in enumerate(zip(self.batch, self.readers, strict=True)):
-            text, rest = reader.finish()
-            if rest and self.say is not None and self.ended[row] != "halted":
-                self.say(row, rest)
-            ended = self.ended[row] or "length"
-            made.append(Answer(text=text, prompt_tokens=one.length, new_tokens=len(reader.ids), ended=ended))
-        return made
-
-    def _take(self, row: int, token: int, *, asks: bool = True) -> None:
-        reader = self.readers[row]
-        new = reader.take(token)
-        if new and self.say is not None:
-            self.say(row, new)
-        if token in self.ends or reader.ended:
-            self._end(row, "stop")
-        elif len(reader.ids) >= self.batch[row].most:
-            self._end(row, "length")
-        elif asks and self.gone is not None and self.gone(row):
-            self._end(row, "halted")
-
-    def _end(self, row: int, how: Ended) -> None:
-        self.ended[row] = self.ended[row] or how
 
 
 @contextmanager
@@ -254,22 +152,6 @@ def find_context(model: torch.nn.Module) -> int:
     return int(model.config.get_text_config().max_position_embeddings)  # type: ignore[union-attr,operator]
 
 
-def check_messages(question: Question, images: int) -> None:
-    """Raises InputRefused for a conversation that cannot be asked."""
-    roles = [message.role for message in question.messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
-        raise InputRefused(
-            f"{question.name}: its messages are {', '.join(roles) or 'none'}\n    ask by one of the user, after as many pairs of user and "
-            "assistant as there are; a system message may stand before them"
-        )
-    marks = sum(message.content.count(MARK) for message in question.messages if message.role == "user")
-    if marks != images:
-        raise InputRefused(
-            f"{question.name}: {marks} {MARK} marks in its text for {images} images\n    write {MARK} once for each image, where it stands"
-        )
-
-
 def group(batch: Sequence[Prepared]) -> list[list[int]]:
     """The rows that can be answered together. A search by beams has one length and one width for all."""
     alike: dict[tuple[int, int], list[int]] = {}
@@ -278,9 +160,9 @@ def group(batch: Sequence[Prepared]) -> list[list[int]]:
     return list(alike.values())
 
 
-def relay(function: Callable[..., Any], rows: Sequence[int]) -> Callable[..., Any]:
+def relay(function: Callable[..., Any] | None, rows: Sequence[int]) -> Callable[..., Any] | None:
     """With the row of the whole batch in place of that of a part."""
-    return lambda row, *more: function(rows[row], *more)
+    return None if function is None else lambda row, *more: function(rows[row], *more)
 
 
 def collate_prepared(batch: Sequence[Prepared], processor: Processor) -> dict[str, Tensor]:
