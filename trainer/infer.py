@@ -15,10 +15,9 @@ from trainer.data.image import hash_file, open_image, read_size
 from trainer.data.load import prefetch
 from trainer.data.request import Request, place_images, read_requests
 from trainer.data.sample import Message
-from trainer.journal import Journal, Row, gather, open_journal, write_rows
+from trainer.journal import Journal, Row, find_mark, gather, open_journal, write_rows
 from trainer.models.family import Processor
 from trainer.observe.memory import Gauge
-from trainer.origin import mark_weights
 from trainer.rank import Rank
 from trainer.run import Made, open_model
 from trainer.weight import hash_weights
@@ -102,8 +101,9 @@ def refuse_prompt(field: str, problem: str, fix: str) -> None:
 
 def answer_all(spec: TrainSpec, options: Inference, rank: Rank, made: Made, requests: Sequence[Request]) -> Tally:
     """Every rank answers its batches; the rows of all are put together by the first."""
+    asked = hash_file(Path(options.input)) if options.input else ""
     answerer = Answerer(made.staged.model, made.processor, spec, rank.place)
-    journal = open_journal(spec, ANSWERS_FILE, rank.number, *fingerprints(made, options))
+    journal = open_journal(spec, ANSWERS_FILE, rank.number, *find_mark(made.origin), asked)
     own = (batch for batch in cut_batches(requests, made.processor, options.batch) if batch[0] % rank.world_size == rank.number)
     todo = (batch for batch in own if batch[0] not in journal.done)
     say = print_text if options.prompt and options.stream else None
@@ -120,11 +120,6 @@ def answer_all(spec: TrainSpec, options: Inference, rank: Rank, made: Made, requ
     if options.prompt and rank.number == 0:
         print("" if say is not None else rows_of(journal)[0]["answer"], flush=True)
     return finish(spec, rank, journal)
-
-
-def fingerprints(made: Made, options: Inference) -> tuple[str, ...]:
-    folders = [Path(folder) for folder in (made.origin.path, made.origin.base) if folder]
-    return (*map(mark_weights, folders), hash_file(Path(options.input)) if options.input else "")
 
 
 def cut_batches(requests: Sequence[Request], processor: Processor, size: int) -> Iterator[Batch]:

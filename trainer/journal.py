@@ -13,7 +13,8 @@ from typing import Any
 
 import torch.distributed
 
-from trainer.contract import TrainSpec, write_text
+from trainer.contract import Origin, TrainSpec, write_text
+from trainer.origin import mark_weights
 from trainer.resume import fixed_parts
 from trainer.start import tell_all
 
@@ -62,6 +63,11 @@ class Journal:
             self.done[number] = rows
             kept.append(line)
         return b"".join(kept)
+
+
+def find_mark(origin: Origin) -> tuple[str, ...]:
+    """What tells the weights of a model apart, those of an adapter and of its base."""
+    return tuple(mark_weights(Path(folder)) for folder in (origin.path, origin.base) if folder)
 
 
 def open_journal(spec: TrainSpec, name: str, rank: int, *inputs: str) -> Journal:
