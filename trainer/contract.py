@@ -57,6 +57,7 @@ INPUTS_FILE = "inputs.json"
 ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+ANSWERS_FILE = "answers.jsonl"  # of stage infer
 RESULT_FILE = "train_result.json"
 FAILURE_FILES = "failure-rank{rank}.json"
 CHECKPOINTS = "checkpoints"

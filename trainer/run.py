@@ -18,7 +18,7 @@ import transformers
 from trainer.activation import checkpoint_layers
 from trainer.best import record_best
 from trainer.boundary import make_row, tell_evaluation
-from trainer.build import build, weights_folder
+from trainer.build import CPU, build, weights_folder
 from trainer.checkpoint import warn_of_room
 from trainer.contract import (
     ENVIRONMENT_FILE,
@@ -53,6 +53,7 @@ from trainer.observe.memory import Gauge
 from trainer.observe.tracker import open_trackers, refuse_missing
 from trainer.origin import continues_adapter, find_origin
 from trainer.output import say_phase
+from trainer.placement import measure_cards, spread_model
 from trainer.rank import Rank, take_place
 from trainer.resume import fixed_parts
 from trainer.scatter import SOURCE, scatter
@@ -199,17 +200,12 @@ def evaluate_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> T
     """Every rank holds the whole model and answers its share."""
     began = time.perf_counter()
     gauge = Gauge(rank.device)
-    family = find_family(spec.model.family)
     places = find_places(spec)
-    origin = find_origin(spec, weights_folder(spec))
-    model, processor = build(spec, family, origin, place=rank.place)
-    kernels = use_kernels(model, spec)
-    staged = apply_stage(model, spec, family.unused(model))
-    staged.model.to(rank.place)
-    describe(spec, rank, Made(staged=staged, processor=processor, origin=origin, kernels=kernels), environ, engine=None)
     held_out = load_samples(places.evaluation, places) if spec.evaluation.enabled else ()
+    made = open_model(spec, rank, environ)
+    origin = made.origin
     gauge.enter("evaluation")
-    scores = score(spec, rank, staged.model, processor, held_out, partitioned=False)
+    scores = score(spec, rank, made.staged.model, made.processor, held_out, partitioned=False)
     seconds = time.perf_counter() - began
     return TrainResult(
         schema=SCHEMA,
@@ -223,6 +219,26 @@ def evaluate_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> T
         evaluation=scores,
         peaks=gauge.report(),
     )
+
+
+def open_model(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], *, spread: bool = False) -> Made:
+    """The model of a stage that does not train, whole on this rank's device, or `spread` over the rank's cards; described in
+    environment.json. Raises InputRefused."""
+    family = find_family(spec.model.family)
+    origin = find_origin(spec, weights_folder(spec))
+    model, processor = build(spec, family, origin, place=CPU if spread else rank.place)
+    kernels = use_kernels(model, spec)
+    staged = apply_stage(model, spec, family.unused(model))
+    staged.model.eval()
+    if spread and spec.device.cards > 1:
+        cards = measure_cards(rank.device, spec.device.cards, rank.local * spec.device.cards)
+        placed = spread_model(staged.model, spec.model.groups, cards)
+        print(f"the model lies on {len(set(placed.values()))} of {spec.device.cards} cards", flush=True)
+    else:
+        staged.model.to(rank.place)
+    made = Made(staged=staged, processor=processor, origin=origin, kernels=kernels)
+    describe(spec, rank, made, environ, engine=None)
+    return made
 
 
 STAGES = {"train": train_stage, "evaluate": evaluate_stage}
