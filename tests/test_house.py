@@ -107,7 +107,9 @@ TRAINER_ORDER = (
     ("writer",),
     ("boundary",),
     ("training",),
+    ("serving",),
     ("run",),
+    ("serve",),
     ("__main__",),
 )
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "base", "misc"}

@@ -8,15 +8,11 @@ from pathlib import Path
 import torch
 
 from trainer.answer import Answerer
-from trainer.build import build, weights_folder
 from trainer.contract import SCHEMA, SERVING_FILE, RunFailed, Serving, ServingReport, TrainResult, TrainSpec, write
-from trainer.kernel import use_kernels
 from trainer.loop import stop_on_signals
-from trainer.models import find_family
 from trainer.observe.memory import Gauge
-from trainer.origin import find_origin
 from trainer.rank import Rank
-from trainer.run import Made, describe
+from trainer.run import open_model
 from trainer.serving.app import COMPLETIONS, make_app
 from trainer.serving.body import BODY_TIMEOUT_S
 from trainer.serving.chat import LATE_S, Chat
@@ -27,7 +23,6 @@ from trainer.serving.listener import Listener, listening
 from trainer.serving.metric import OUTCOMES, Meters, make_meters
 from trainer.serving.queue import Queue
 from trainer.serving.worker import work
-from trainer.stages.group import apply_stage
 
 LAST_BYTES_S = 2.0  # for what was answered to get out
 SETTLE_S = 0.02
@@ -51,7 +46,8 @@ def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainR
         chat = Chat(serving, serving.model_name or spec.model.name, queue, meters, fetcher)
         app = make_app(chat, gate, meters, door, began=int(time.time()))
         with listening(app, door.listener, serving.request_timeout_s + LATE_S + BODY_TIMEOUT_S) as listener:
-            chat.answerer = open_model(spec, rank, environ)
+            made = open_model(spec, rank, environ, spread=serving.spread == "auto")
+            chat.answerer = Answerer(made.staged.model, made.processor, spec, rank.place)
             gate.ready = True
             announce(spec, serving, door, chat.name)
             work(queue, chat.answerer, gate, meters, limit_s=serving.request_timeout_s, check=lambda: check(listener, rank))
@@ -64,21 +60,11 @@ def serving_of(spec: TrainSpec, environ: Mapping[str, str]) -> Serving:
     serving = spec.stage.serving
     assert serving is not None, "a stage of the kind serve has them"
     if UNDER_TORCHRUN in environ and serving.drain_timeout_s > TORCHRUN_DRAIN_S:
-        print(f"stage.serving.drain_timeout_s={serving.drain_timeout_s:g} is cut to {TORCHRUN_DRAIN_S:g}: torchrun kills 30 s after SIGTERM")
+        print(
+            f"stage.serving.drain_timeout_s={serving.drain_timeout_s:g} is cut to {TORCHRUN_DRAIN_S:g}: torchrun kills 30 s after SIGTERM"
+        )
         return replace(serving, drain_timeout_s=TORCHRUN_DRAIN_S)
     return serving
-
-
-def open_model(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Answerer:
-    """As evaluate has it. Raises InputRefused."""
-    family = find_family(spec.model.family)
-    origin = find_origin(spec, weights_folder(spec))
-    model, processor = build(spec, family, origin, place=rank.place)
-    kernels = use_kernels(model, spec)
-    staged = apply_stage(model, spec, family.unused(model))
-    staged.model.to(rank.place).eval()
-    describe(spec, rank, Made(staged=staged, processor=processor, origin=origin, kernels=kernels), environ, engine=None)
-    return Answerer(staged.model, processor, spec, rank.place)
 
 
 def announce(spec: TrainSpec, serving: Serving, door: Door, name: str) -> None:
@@ -110,7 +96,10 @@ def await_last(gate: Gate) -> int:
 def summarise(meters: Meters, seconds: float, lost: int, gauge: Gauge) -> TrainResult:
     counts = {outcome: meters.count(outcome) for outcome in OUTCOMES}
     said = ", ".join(f"{int(count)} {outcome.replace('_', ' ')}" for outcome, count in counts.items())
-    print(f"stopped after {seconds:.0f} s: {said}" + (f"; {lost} were cut off, since their time to drain was over" if lost else ""), flush=True)
+    print(
+        f"stopped after {seconds:.0f} s: {said}" + (f"; {lost} were cut off, since their time to drain was over" if lost else ""),
+        flush=True,
+    )
     return TrainResult(
         schema=SCHEMA,
         status="finished",
