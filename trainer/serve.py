@@ -109,6 +109,6 @@ def summarise(meters: Meters, seconds: float, lost: int, gauge: Gauge) -> TrainR
         final_loss=None,
         checkpoint="",
         weights_sha256="",
-        evaluation={"count": counts["answered"], **{outcome: count for outcome, count in counts.items() if outcome != "answered"}},
+        evaluation=counts,
         peaks=gauge.report(),
     )
