@@ -332,6 +332,8 @@ def describe_result(result: "Result") -> str:
         lines.append(f"  {name:24} {median:>12}{unit}  ({low} to {high})")
     lines.append(f"  {'equal to the bit':24} {describe_bits(result)}")
     unsteady = (
-        ["  the speeds lie further apart than the band that a rerun is held against: the machine was not steady"] if is_unsteady(result) else []
+        ["  the speeds lie further apart than the band that a rerun is held against: the machine was not steady"]
+        if is_unsteady(result)
+        else []
     )
     return "\n".join((*lines, *unsteady))

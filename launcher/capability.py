@@ -96,7 +96,9 @@ def kernels_exist(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Probl
     if why := lacks_kernels(config):
         yield Problem(key=key, what=why, changes=changes)
     elif config.hardware.accelerator == "cuda" and config.cluster.runtime == "docker" and stack and LIGER not in stack.packages:
-        what = f"stack {stack.name} has no {LIGER}: name it in the packages of its row of images/versions.yaml, then omnilaunch image refresh"
+        what = (
+            f"stack {stack.name} has no {LIGER}: name it in the packages of its row of images/versions.yaml, then omnilaunch image refresh"
+        )
         yield Problem(key=key, what=what, changes=changes)
 
 

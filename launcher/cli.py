@@ -49,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nomnilaunch: {error}", file=sys.stderr)
         return int(error.exit_code)
     except PermissionError as error:  # the run of another user, as a rule
-        print(f"\nomnilaunch: {error.filename}: {error.strerror}. Do it as the user who owns it, or have the folder's rights changed", file=sys.stderr)
+        print(
+            f"\nomnilaunch: {error.filename}: {error.strerror}. Do it as the user who owns it, or have the folder's rights changed",
+            file=sys.stderr,
+        )
         return int(Exit.USAGE)
     except KeyboardInterrupt:
         return 130

@@ -122,7 +122,9 @@ def start_checks(commands: tuple[NodeCommand, ...], crewed: Crewed, stop: StopRe
     return started
 
 
-def watch(members: tuple[Member, ...], stop: StopRequest, tick: Callable[[], None], *, grace_s: Callable[[], float]) -> tuple[NodeResult, ...]:
+def watch(
+    members: tuple[Member, ...], stop: StopRequest, tick: Callable[[], None], *, grace_s: Callable[[], float]
+) -> tuple[NodeResult, ...]:
     """Until every member has ended. One that fails, or a request to stop, stops all; `grace_s()` later, or at a second request,
     they are killed. Whatever happens here, nothing of the run is left behind on a node that answers."""
     started, asked_at, killed = time.monotonic(), 0.0, False

@@ -20,6 +20,7 @@ LABEL = "io.omnilaunch."
 ENTRYPOINT = "entrypoint.sh"
 OPERATORS = "operators.py"
 SELFTEST = "selftest.py"
+TRAINER_FILES = ("*.py", "*.html")  # the page of a server lies beside its modules
 BUILD_LOCK = "build.txt"
 LOCK = "lock.txt"
 TORCH_LOCK = "torch.txt"
@@ -221,7 +222,8 @@ def context_files(root: Path, lock: str) -> dict[str, Path]:
         alone = torch_lock(images / lock)
         files |= {LOCK: images / lock, **({TORCH_LOCK: alone} if alone.is_file() else {})}
     trainer = root / "trainer"
-    return files | {f"trainer/{path.relative_to(trainer).as_posix()}": path for path in sorted(trainer.rglob("*.py"))}
+    found = sorted(path for pattern in TRAINER_FILES for path in trainer.rglob(pattern))
+    return files | {f"trainer/{path.relative_to(trainer).as_posix()}": path for path in found}
 
 
 def torch_lock(lock: Path) -> Path:

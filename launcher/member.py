@@ -161,7 +161,10 @@ class ContainerMember:
         self.follow()
 
     def run_container(self, given_up: Callable[[], bool]) -> None:
-        what, said = f"starting container {self.command.name} on {self.command.host}", self.log.with_name(f"start{self.command.node_rank}.log")
+        what, said = (
+            f"starting container {self.command.name} on {self.command.host}",
+            self.log.with_name(f"start{self.command.node_rank}.log"),
+        )
         if given_up():
             raise NodeFailed(f"{what} was given up")
         running, deadline = self.transport.start(self.command.start, log=said), time.monotonic() + START_LIMIT_S

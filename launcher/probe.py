@@ -41,10 +41,8 @@ DOCKER_ROOM = 'd=$(docker info --format "{{.DockerRootDir}}") && df -Pk "$d"'
 LINKS = 'cd /sys/class/net && for i in *; do echo "$i $(cat "$i/operstate") $(cat "$i/mtu") $(cat "$i/speed" 2>/dev/null)"; done'
 # A file by its content; a folder by the names and sizes of the files that are in it, and of the folders the names: their sizes are the file
 # system's, and depend on what was there once.
-NAMES_AND_SIZES = "/^[-l]/ {size = $5; for (i = 1; i < 9; i++) sub(/^[^ ]+ +/, \"\"); print size, $0} /^\\//"
-DIGEST = (
-    f'if [ -d "$1" ]; then echo folder; ls -lnR -- "$1/" | awk \'{NAMES_AND_SIZES}\' | sha256sum; else echo file; sha256sum <"$1"; fi'
-)
+NAMES_AND_SIZES = '/^[-l]/ {size = $5; for (i = 1; i < 9; i++) sub(/^[^ ]+ +/, ""); print size, $0} /^\\//'
+DIGEST = f'if [ -d "$1" ]; then echo folder; ls -lnR -- "$1/" | awk \'{NAMES_AND_SIZES}\' | sha256sum; else echo file; sha256sum <"$1"; fi'
 TOOLKIT = "for i in nvidia-container-runtime-hook nvidia-container-runtime nvidia-ctk; do command -v $i; done"
 CONTAINER_FORMAT = f'{{{{.Names}}}}\t{{{{.State}}}}\t{{{{.Label "{RUN_LABEL}"}}}}'
 

@@ -1,4 +1,5 @@
-"""What a user sees while steps go by: a bar on a terminal, plain lines elsewhere. Reads the trainer's rows, never its log."""
+"""What a user sees while steps go by: a bar on a terminal, plain lines elsewhere; of a server, where it listens. Reads what the trainer
+writes for it, never its log."""
 
 import json
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from trainer.contract import METRICS_FILE, SpecError, StepRow, decode
+from trainer.contract import METRICS_FILE, SERVING_FILE, ServingReport, SpecError, StepRow, decode, read
 
 PLAIN_INTERVAL_S = 5.0
 RATE_WINDOW = 50  # steps
@@ -65,6 +66,8 @@ class Progress:
     def __init__(self, folder: Path, say: Callable[[str], None], *, terminal: bool) -> None:
         self.tail, self.rate, self.say, self.terminal = Tail(folder / METRICS_FILE), Rate(), say, terminal
         self.said_at = time.monotonic()
+        self.serving = folder / SERVING_FILE
+        self.listens = False
         self.bar: Any = None
         self.task: Any = None
 
@@ -76,11 +79,20 @@ class Progress:
             self.bar.stop()
 
     def tick(self) -> None:
+        if not self.listens and self.serving.exists():
+            self.tell_server()
         rows = self.tail.rows()
         for row in rows:
             facts = self.rate.describe(row)
         if rows:
             self.draw(rows[-1], facts) if self.terminal else self.write(rows[-1], facts)
+
+    def tell_server(self) -> None:
+        with suppress(SpecError):  # on its way here from another node: the next tick sees the whole
+            report: ServingReport = read(ServingReport, self.serving)
+            self.listens = True
+            self.say(f"serving {report.model} at {report.url} (Ctrl-C ends it)")
+            self.say(f"  {report.example}")
 
     def write(self, row: StepRow, facts: dict[str, str]) -> None:
         if row.step in (1, row.steps) or time.monotonic() - self.said_at >= PLAIN_INTERVAL_S:

@@ -16,7 +16,7 @@ from launcher.plan import Plan
 from launcher.preparation import Crew, Desk, broken_check, fetch, fetch_problems, refuse_data, sites_of
 from launcher.progress import Progress
 from launcher.record import Failure, Status, find_failure, read_if_there
-from trainer.contract import ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE, Exit, TrainResult
+from trainer.contract import ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE, SERVING_FILE, Exit, TrainResult
 
 MIRROR_INTERVAL_S = 1.0
 SHOWN_RANKS = 8
@@ -48,7 +48,7 @@ def watch_attempt(plan: Plan, folder: Path, desk: Desk, crew: Crew, stop: StopRe
             if not stop.count and is_asked_to_stop(folder):
                 stop.ask("omnilaunch stop")
             if mirrors and time.monotonic() - looked_at >= MIRROR_INTERVAL_S:
-                mirrors[METRICS_FILE if ready else ENVIRONMENT_FILE].update()
+                mirrors[shown_file(plan) if ready else ENVIRONMENT_FILE].update()
                 looked_at = time.monotonic()
             if ready:
                 progress.tick()
@@ -152,9 +152,7 @@ def judge_data(plan: Plan, folder: Path, desk: Desk, crew: Crew, check: Member) 
         fetch_problems(folder, desk, check)
         refuse_data(folder, check)
     lost = check.lost or any(member.lost for member in crew.members)
-    return Outcome(
-        status="failed", code=Exit.NODE if lost else Exit.RUN, nodes=ended_nodes(crew, {}), failure=broken_check(folder, check)
-    )
+    return Outcome(status="failed", code=Exit.NODE if lost else Exit.RUN, nodes=ended_nodes(crew, {}), failure=broken_check(folder, check))
 
 
 def judge_start(plan: Plan, folder: Path, desk: Desk, crew: Crew, failure: Failure) -> Outcome:
@@ -198,4 +196,9 @@ def mirrors_of(plan: Plan, folder: Path, desk: Desk) -> dict[str, Mirror]:
     """What of node 0 is kept up to date here while it grows; nothing where this machine is the node."""
     if plan.folder == plan.spec.output:
         return {}
-    return {name: Mirror(sites_of(plan, desk)[0], name, folder) for name in (METRICS_FILE, ENVIRONMENT_FILE)}
+    return {name: Mirror(sites_of(plan, desk)[0], name, folder) for name in (shown_file(plan), ENVIRONMENT_FILE)}
+
+
+def shown_file(plan: Plan) -> str:
+    """What a user is shown of it while a run goes on."""
+    return SERVING_FILE if plan.spec.stage.kind == "serve" else METRICS_FILE

@@ -111,8 +111,9 @@ TRAINER_ORDER = (
     ("writer",),
     ("boundary",),
     ("training",),
+    ("serving",),
     ("run",),
-    ("quantize",),
+    ("quantize", "serve"),
     ("__main__",),
 )
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "base", "misc"}

@@ -38,6 +38,7 @@ from trainer.report import (
     Origin as Origin,
     PhasePeak as PhasePeak,
     RankFacts as RankFacts,
+    ServingReport as ServingReport,
     StepRow as StepRow,
     TracePhase as TracePhase,
     TraceReport as TraceReport,
@@ -59,6 +60,7 @@ ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 ANSWERS_FILE = "answers.jsonl"  # of stage infer
+SERVING_FILE = "serving.json"  # of stage serve, once the model answers
 RESULT_FILE = "train_result.json"
 FAILURE_FILES = "failure-rank{rank}.json"
 CHECKPOINTS = "checkpoints"

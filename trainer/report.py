@@ -235,3 +235,14 @@ class TraceReport:
     cpu_seconds: float
     resident_bytes: int
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingReport:
+    """Where a server listens. `token`: the variable that has the token, '' for none; `example`: a command that asks it something."""
+
+    schema: int
+    url: str
+    model: str
+    token: str
+    example: str
