@@ -93,7 +93,7 @@ def run_stage(spec: TrainSpec, environ: Mapping[str, str]) -> TrainResult:
     if spec.deterministic:
         require_determinism(spec.device.accelerator, os.environ)  # seed_all may have set one there
     say_phase(1)
-    together = spec.stage.kind in STAGES or rank.world_size > 1
+    together = spec.stage.kind == "train" or rank.world_size > 1
     if together:
         start_distributed(spec.device)
     try:
