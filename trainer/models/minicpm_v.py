@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.modeling_utils import load_state_dict
 
 from trainer.contract import InputRefused, ModelSpec
 from trainer.data.encode import image_id, token_ids
@@ -137,9 +138,8 @@ def read_plain(file: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]
 
 
 def read_pickled(file: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Of a .bin, by torch's loader of tensors alone. It is mapped: what is not asked for is not read."""
-    tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    return {name: tensor.clone() for name, tensor in tensors.items() if name.startswith(prefixes)}
+    """Of a .bin, by transformers with torch's loader of tensors alone. It is mapped: what is not asked for is not read."""
+    return {name: tensor.clone() for name, tensor in load_state_dict(file).items() if name.startswith(prefixes)}
 
 
 def unused(model: torch.nn.Module) -> frozenset[str]:
