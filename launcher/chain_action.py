@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launcher.chain import GROUP, Chain, Step, words_of
 from launcher.compose import compose
-from launcher.errors import ConfigRefused
+from launcher.errors import ConfigRefused, LaunchError
 from launcher.image import load_stacks
 from launcher.place import place_here
 from launcher.plan import RUNS_FOLDER, Plan, absolute, make_plan
@@ -134,9 +134,14 @@ def launch_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Pat
         if attempt.done:
             continue
         say(f"\n== step {place + 1} of {len(chain.steps)}: {step.name}")
-        code = launch(launch_words(outlook, place), outlook.run_ids[place])
+        stands = f"\nthe chain stands at step {step.name}; when it is mended: {resume_command(outlook)}"
+        try:
+            code = launch(launch_words(outlook, place), outlook.run_ids[place])
+        except (LaunchError, KeyboardInterrupt):
+            say(stands)
+            raise
         if code != Exit.OK:
-            say(f"\nthe chain stands at step {step.name}; when it is mended: {resume_command(outlook)}")
+            say(stands)
             return code
     say(f"\nthe chain is through:\n{describe_results(outlook)}")
     return Exit.OK

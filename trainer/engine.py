@@ -178,6 +178,11 @@ def start_distributed(spec: DeviceSpec) -> None:
     deepspeed.init_distributed(dist_backend=spec.backend, timeout=timedelta(seconds=spec.timeout_s), verbose=False)
 
 
+def start_alone() -> None:
+    """A process group of this process, for a stage that torchrun does not start: no port, no DeepSpeed."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+
 def leave_distributed() -> None:
     """Leave the process group, once all ranks have done their last collective.
 

@@ -22,6 +22,7 @@ from trainer.build import CPU, build, weights_folder
 from trainer.checkpoint import warn_of_room
 from trainer.contract import (
     ENVIRONMENT_FILE,
+    LONE,
     RESULT_FILE,
     SAMPLES_FILE,
     SCHEMA,
@@ -41,7 +42,7 @@ from trainer.data.source import hash_sources
 from trainer.device import require_determinism, seed_all
 from trainer.draft import Saved, make_room
 from trainer.effect import taken_config
-from trainer.engine import Engine, leave_distributed, start_distributed, start_engine
+from trainer.engine import Engine, leave_distributed, start_alone, start_distributed, start_engine
 from trainer.evaluate import Halted, evaluate
 from trainer.fact import changed_facts, describe_change
 from trainer.kernel import use_kernels
@@ -93,8 +94,9 @@ def run_stage(spec: TrainSpec, environ: Mapping[str, str]) -> TrainResult:
     if spec.deterministic:
         require_determinism(spec.device.accelerator, os.environ)  # seed_all may have set one there
     say_phase(1)
-    together = spec.stage.kind == "train" or rank.world_size > 1
-    if together:
+    if spec.stage.kind in LONE:
+        start_alone()
+    else:
         start_distributed(spec.device)
     try:
         before = finished_before(spec)
@@ -107,8 +109,7 @@ def run_stage(spec: TrainSpec, environ: Mapping[str, str]) -> TrainResult:
         raise
     if rank.number == 0 and before is None:
         write(result, Path(spec.output) / RESULT_FILE)
-    if together:
-        leave_distributed()  # not after a failure: it would wait for ranks that are gone
+    leave_distributed()  # not after a failure: it would wait for ranks that are gone
     return result
 
 

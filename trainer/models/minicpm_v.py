@@ -138,9 +138,8 @@ def read_plain(file: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]
 
 
 def read_pickled(file: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Of a .bin, by torch's loader of tensors alone. It is mapped: what is not asked for is not read."""
-    tensors = load_state_dict(str(file), map_location="cpu", weights_only=True)
-    return {name: tensor.clone() for name, tensor in tensors.items() if name.startswith(prefixes)}
+    """Of a .bin, by transformers with torch's loader of tensors alone. It is mapped: what is not asked for is not read."""
+    return {name: tensor.clone() for name, tensor in load_state_dict(file).items() if name.startswith(prefixes)}
 
 
 def unused(model: torch.nn.Module) -> frozenset[str]:

@@ -41,10 +41,10 @@ def start_from(tiny_spec: Callable[..., TrainSpec]) -> Start:
     return make
 
 
-def publish_pickled(made: Made, folder: Path) -> dict[str, torch.Tensor]:
-    """Its weights as two pytorch_model*.bin with an index, and no safetensors."""
+def publish_pickled(made: Made, folder: Path, carried: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Its weights and those `carried` as two pytorch_model*.bin with an index, and no safetensors."""
     shutil.copytree(made.folder, folder)
-    weights = load_file(folder / "model.safetensors")
+    weights = {**load_file(folder / "model.safetensors"), **carried}
     (folder / "model.safetensors").unlink()
     names = sorted(weights)
     parts = {f"pytorch_model-0000{place}-of-00002.bin": names[place - 1 :: 2] for place in (1, 2)}
@@ -58,18 +58,26 @@ def publish_pickled(made: Made, folder: Path) -> dict[str, torch.Tensor]:
 # -------------------------------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize("name", ["tiny_minicpm_v_2_6", "tiny_minicpm_o_2_6"])
+SOUND = {
+    "apm.conv1.weight": torch.ones(4, 3).bfloat16(),
+    "audio_projection_layer.linear1.bias": torch.ones(4),
+    "tts.dvae.coef": torch.ones(1),
+}
+
+
+@pytest.mark.parametrize(("name", "carried"), [("tiny_minicpm_v_2_6", {}), ("tiny_minicpm_o_2_6", SOUND)])
 def test_a_run_from_pickled_files_alone_saves_safetensors(
-    name: str, make_tiny: Callable[[str], Made], start_from: Start, tmp_path: Path
+    name: str, carried: dict[str, torch.Tensor], make_tiny: Callable[[str], Made], start_from: Start, tmp_path: Path
 ) -> None:
     made = make_tiny(name)
-    before = publish_pickled(made, tmp_path / "published")
+    before = publish_pickled(made, tmp_path / "published", carried)
     spec = start_from(made, tmp_path / "published")
     expect(run_ranks(spec), 0)
     saved = Path(spec.output) / read(TrainResult, Path(spec.output) / "train_result.json").checkpoint
     after = load_file(saved / "model.safetensors")
     assert not [*saved.glob("*.bin")]
     assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], tensor) and after[key].dtype == tensor.dtype for key, tensor in carried.items())
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     assert {key.split(".")[0] for key in moved} == {"llm", "vpm", "resampler"}
     # One step of Adam moves no element by more than its rate: it began with the folder's values, and not with others at random.
