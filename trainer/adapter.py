@@ -75,21 +75,26 @@ def read_adapter(folder: Path, model: torch.nn.Module) -> Adapter:
     adapter = Adapter()
     unread: list[str] = []
     factors: dict[str, dict[str, Source]] = {}
-    for key, source in open_tensors(folder).items():
-        name = key.removeprefix(PREFIX)
+    for name, source in open_adapter(folder).items():
         if found := FACTOR.fullmatch(name):
             part = found["table"] or (found["factor"] if found["kind"] == "weight" else "bias")
             factors.setdefault(found["module"] + (":table" if found["table"] else ""), {})[part] = source
         elif "lora_" in name or "token_adapter" in name:
             unread.append(name)
         else:
-            adapter.whole[find_parameter(model, base_name(name))] = source
+            adapter.whole[find_parameter(model, plain_name(name))] = source
     if unread:
         raise InputRefused(f"{folder}: merging does not know what {', '.join(unread[:SHOWN])} do. It takes plain LoRA of linear layers.")
     for module, parts in factors.items():
         add_factors(adapter, folder, model, config, module, parts)
     refuse_misfits(folder, adapter, model)
     return adapter
+
+
+def open_adapter(folder: Path) -> dict[str, Source]:
+    """Its tensors by name, without those that peft keeps of the base beside modules that were trained whole."""
+    tensors = {key.removeprefix(PREFIX): source for key, source in open_tensors(folder).items()}
+    return {name: source for name, source in tensors.items() if ".original_module." not in name}
 
 
 def add_factors(
@@ -112,6 +117,11 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
     patterns = config.get("alpha_pattern") or {}
     alpha = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), config["lora_alpha"])
     return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+
+
+def plain_name(name: str) -> str:
+    """Of a tensor that was trained whole, without the layers that peft puts around it: its files leave out the adapter's own name."""
+    return base_name(name).replace(".modules_to_save.", ".")
 
 
 def find_parameter(model: torch.nn.Module, name: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trainer.adapter import FACTOR, PREFIX, find_parameter
+from trainer.adapter import FACTOR, find_parameter, open_adapter, plain_name
 from trainer.contract import InputRefused, TrainSpec
 from trainer.data.collate import collate
 from trainer.data.sample import MARK, Message, Sample
@@ -123,13 +123,12 @@ def wrap(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:
 def read_adapted(model: torch.nn.Module, read: Read, adapter: Path) -> Read:
     """By the names that peft gives to the parameters of `model`, which is not wrapped."""
     own: dict[str, Source] = {}
-    for key, source in open_tensors(adapter).items():
-        name = key.removeprefix(PREFIX)
+    for name, source in open_adapter(adapter).items():
         if found := FACTOR.fullmatch(name):
             module = find_parameter(model, f"{found['module']}.weight").removesuffix(".weight")
             own[module + name.removeprefix(found["module"])] = source
         else:
-            own[find_parameter(model, base_name(name))] = source
+            own[find_parameter(model, plain_name(name))] = source
 
     def read_either(name: str) -> Tensor:
         plain = base_name(name.replace(".default", "")) if ".lora_" in name else base_name(name)
