@@ -20,6 +20,7 @@ from trainer.models.family import Processor
 from trainer.observe.memory import Gauge
 from trainer.rank import Rank
 from trainer.run import Made, open_model
+from trainer.sampling import check_sampling
 from trainer.weight import hash_weights
 
 WINDOW = 16  # batches whose rows are sorted by length together
@@ -76,6 +77,7 @@ def require_options(spec: TrainSpec) -> Inference:
         raise InputRefused(
             f"stage.inference.prompt and stage.inference.input: {said}\n    set prompt, and perhaps image, for one question, or input=FILE.jsonl"
         )
+    check_sampling(options.sampling, "stage.inference.sampling")
     if options.batch < 1:
         raise InputRefused(f"stage.inference.batch is {options.batch}: it can be 1 or more")
     return options

@@ -172,6 +172,7 @@ def test_one_question_is_answered_word_by_word(
     [
         ({}, "neither is set"),
         ({"prompt": "?", "input": "rows.jsonl"}, "both are set"),
+        ({"prompt": "?", "sampling": Sampling(top_p=2.0)}, r"stage\.inference\.sampling\.top_p is 2\.0"),
         ({"prompt": "?", "batch": 0}, "stage.inference.batch is 0"),
         ({"prompt": "<image><image>", "image": "a.png"}, "2 <image> marks for 1 images"),
         ({"input": "/nowhere/rows.jsonl"}, "cannot be read: No such file"),
