@@ -82,13 +82,14 @@ def open_journal(spec: TrainSpec, name: str, rank: int, *inputs: str) -> Journal
     return Journal(Path(spec.output) / FILES.format(name=name, rank=rank), fingerprint)
 
 
-def gather(journal: Journal, rank: int, world_size: int) -> dict[int, list[Row]]:
-    """The batches of all ranks by number, on every rank: a collective."""
-    parts: list[dict[int, list[Row]]] = [journal.done]
+def gather(journal: Journal, world_size: int) -> list[Row]:
+    """The rows of all ranks, on every rank: a collective."""
+    own = [row for rows in journal.done.values() for row in rows]
+    parts = [own]
     if world_size > 1:
-        parts = [{} for _ in range(world_size)]
-        torch.distributed.all_gather_object(parts, journal.done)
-    return {number: rows for part in parts for number, rows in part.items()}
+        parts = [[] for _ in range(world_size)]
+        torch.distributed.all_gather_object(parts, own)
+    return [row for part in parts for row in part]
 
 
 def write_rows(rows: Sequence[Row], file: Path, rank: int) -> None:
