@@ -2,7 +2,7 @@
 
 HW ?=         ## hardware: a name of conf/hardware, such as cpu or ascend910b
 MODEL ?=      ## model: a name of conf/model, such as tiny_llava
-STAGE ?=      ## stage: projector, lm, lora, full or evaluate
+STAGE ?=      ## stage: projector, lm, lora or full; evaluate, merge, convert, quantize, infer or serve
 PRECISION ?=  ## precision: fp32, fp16, bf16 or pure_bf16
 STRATEGY ?=   ## strategy: auto, single, ddp, zero1, zero2 or zero3
 DATA ?=       ## data: digits, digits_even, digits_large or files

@@ -14,7 +14,7 @@ from launcher.plan import RUNS_FOLDER, Plan, absolute, make_plan
 from launcher.record import PLAN_FILE, RECORD_FILE, Record, read_if_there, valid_run_id
 from launcher.reference import read_plain
 from launcher.schema import Config
-from launcher.show import command_line, describe_work, gib, table
+from launcher.show import command_line, describe_work, figure, gib, table
 from trainer.contract import Exit
 
 Launch = Callable[[Sequence[str], str], int]  # words and run id -> exit code
@@ -159,7 +159,7 @@ def describe_results(outlook: Outlook) -> str:
     rows = {}
     for step, run_id in zip(outlook.chain.steps, outlook.run_ids, strict=True):
         record = next((read_plain(folder / run_id / RECORD_FILE) for folder in outlook.folders if (folder / run_id / PLAN_FILE).is_file()), {})
-        scores = ", ".join(f"{name} {value:g}" for name, value in record.get("evaluation", {}).items())
+        scores = ", ".join(f"{name.replace('_', ' ')} {figure(value)}" for name, value in record.get("evaluation", {}).items())
         rows[step.name] = f"run {run_id}  {scores}".rstrip()
     return table(rows)
 

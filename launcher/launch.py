@@ -36,6 +36,17 @@ from trainer.contract import METRICS_FILE, Exit
 
 # -------------------------------------------------------------------------------------------------------------- launch
 
+# What the ranks are said to be about, by the kind of the stage.
+VERBS = {
+    "train": "training",
+    "evaluate": "evaluating",
+    "merge": "merging",
+    "convert": "converting",
+    "quantize": "quantizing",
+    "infer": "answering",
+    "serve": "serving",
+}
+
 
 def launch(plan: Plan, source: Source, desk: Desk, *, detach: bool = False, precedent: Precedent | None = None) -> Record | None:
     """Run to the end and return the record; None when the run goes on by itself (`detach`). Raises ConfigRefused before anything is made
@@ -55,7 +66,7 @@ def launch(plan: Plan, source: Source, desk: Desk, *, detach: bool = False, prec
             crew = bring_up(plan, desk, stop)
         except Stopped:
             return Outcome(status="stopped", code=STOPPED_CODE)
-        desk.say(f"training: {plan.spec.device.world_size} rank(s) on {len(crew.members)} node(s)")
+        desk.say(f"{VERBS[plan.spec.stage.kind]}: {plan.spec.device.world_size} rank(s) on {len(crew.members)} node(s)")
         return leave(plan, folder, desk, crew, stop) if detach else see_through(plan, folder, desk, crew, stop)
 
     return conclude(plan, source.state, started, folder, work)

@@ -1,6 +1,7 @@
 """Plans and records as text for a person. The last lines are what one sees first: verdict, and what to do next."""
 
 import json
+import math
 import shlex
 import sys
 from dataclasses import asdict, replace
@@ -143,6 +144,13 @@ def describe_verdict(plan: Plan) -> str:
     return "\n".join((*lines, "planned; a launch is refused:", *map(str, verdict.problems)))
 
 
+def figure(value: float) -> str:
+    """Whole numbers whole, small ones by their powers."""
+    if math.isfinite(value) and value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if abs(value) >= 0.001 else f"{value:.2e}"
+
+
 def describe_work(spec: TrainSpec) -> str:
     """What the ranks will do, in a line."""
     stage, batch, ranks = spec.stage, spec.batch, spec.device.world_size
@@ -177,7 +185,7 @@ def describe_record(record: Record, plan: Plan) -> str:
             f"{record.samples_per_s:,.0f} samples/s over {record.train_seconds:.1f} s of training, {record.seconds:.1f} s in all"
         )
     for name, value in record.evaluation.items():
-        rows[name.replace("_", " ")] = f"{value:.4f}" if name != "count" else f"{value:g} held-out samples"
+        rows[name.replace("_", " ")] = f"{value:g} held-out samples" if name == "count" else figure(value)
     if record.checkpoint:
         rows["checkpoint"] = relative(folder / record.checkpoint) if is_here(plan) else checkpoint_place(record, plan)
     elif trained and any(node.killed for node in record.nodes):
@@ -188,7 +196,7 @@ def describe_record(record: Record, plan: Plan) -> str:
         rows["not cleared"] = f"{'; '.join(left)}; when it answers: {command_line('stop', record.run_id)}"
     rows |= {
         "record": relative(folder / RECORD_FILE),
-        "rows": relative(folder / METRICS_FILE),
+        **({"rows": relative(folder / METRICS_FILE)} if trained else {}),
         "log": relative(folder / "logs" / "node0.log"),
     }
     text = table(rows)
