@@ -26,7 +26,7 @@ READY = tuple(sorted(path.stem for path in CONF.glob("*.yaml") if read_model(pat
 
 def test_every_family_has_its_models() -> None:
     assert {read_model(name).family for name in READY} == set(FAMILIES)
-    assert len(READY) == 17
+    assert len(READY) == 21
 
 
 @pytest.mark.parametrize("name", READY)
@@ -51,6 +51,8 @@ def test_a_checkpoint_opens_with_transformers_own_classes(tiny: Made) -> None:
         assert all(torch.equal(tensor, ours[name]) for name, tensor in again.named_parameters())
     tokenizer = AutoTokenizer.from_pretrained(tiny.folder)
     assert tokenizer("A <image> 7")["input_ids"] == tiny.processor.tokenizer("A <image> 7")["input_ids"]
+    if tiny.family.name == "minicpm_v_2_6":  # transformers has no class for its images; test_minicpm_v holds ours against the published one
+        return
     image = Image.linear_gradient("L").convert("RGB").resize((60, 40))
     crop = {"crop_to_patches": True} if tiny.family.name == "internvl" else {}
     made = AutoImageProcessor.from_pretrained(tiny.folder)(images=image, return_tensors="pt", **crop)
