@@ -60,6 +60,8 @@ def test_a_checkpoint_opens_with_transformers_own_classes(tiny: Made) -> None:
         assert all(torch.equal(tensor, ours[name]) for name, tensor in again.named_parameters())
     tokenizer = AutoTokenizer.from_pretrained(tiny.folder)
     assert tokenizer("A <image> 7")["input_ids"] == tiny.processor.tokenizer("A <image> 7")["input_ids"]
+    if tiny.family.name == "minicpm_v_2_6":  # transformers has no class for its images; test_minicpm_v holds ours against the published one
+        return
     image = Image.linear_gradient("L").convert("RGB").resize((60, 40))
     crop = {"crop_to_patches": True} if tiny.family.name == "internvl" else {}
     made = AutoImageProcessor.from_pretrained(tiny.folder)(images=image, return_tensors="pt", **crop)
