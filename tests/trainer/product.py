@@ -34,14 +34,23 @@ def write_model(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> 
     return spec
 
 
-def write_adapter(spec: ModelSpec, base: Path, folder: Path, *, whole: bool = True, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+def write_adapter(
+    spec: ModelSpec, base: Path, folder: Path, *, whole: bool = True, dtype: torch.dtype = torch.float32, **options: Any
+) -> None:
     """Of every linear layer of the language model, and with `whole` the linear layers of the projector trained whole; by peft."""
     model = find_family(spec.family).load(base, spec, dtype)
     linear = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
     targets = [name for name in linear if re.match(spec.groups["lm"], f"{name}.weight")]
     others = [name for name in linear if re.match(spec.groups["projector"], f"{name}.weight")] if whole else []
     torch.manual_seed(1)
-    settings = {"r": 4, "lora_alpha": 16, "init_lora_weights": False, "modules_to_save": others or None, "target_modules": targets, **options}
+    settings = {
+        "r": 4,
+        "lora_alpha": 16,
+        "init_lora_weights": False,
+        "modules_to_save": others or None,
+        "target_modules": targets,
+        **options,
+    }
     wrapped = get_peft_model(model, LoraConfig(**settings))
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():

@@ -121,7 +121,11 @@ def test_an_adapter_with_the_names_of_the_files_is_merged_as_well(llava: tuple[M
     shutil.copytree(adapter, old)
     tensors = load_file(old / "adapter_model.safetensors")
     lm, head, rest = "base_model.model.model.language_model.", "base_model.model.lm_head.", "base_model.model.model."
-    renames = ((lm, "base_model.model.language_model.model."), (head, "base_model.model.language_model.lm_head."), (rest, "base_model.model."))
+    renames = (
+        (lm, "base_model.model.language_model.model."),
+        (head, "base_model.model.language_model.lm_head."),
+        (rest, "base_model.model."),
+    )
     named = {}
     for key, tensor in tensors.items():
         before, after = next(pair for pair in renames if key.startswith(pair[0]))
