@@ -80,7 +80,8 @@ def test_each_sample_has_the_loss_that_it_has_alone(
 def gradients_across(made: Made, samples: tuple[Sample, ...], batch: Tensors) -> list[list[bool]]:
     """[sample][other]: whether the loss of a sample in the first row depends on the other's embeddings at all."""
     seen: list[torch.Tensor] = []
-    layer = next(module for name, module in made.model.named_modules() if name.endswith(("language_model.layers.0", "llm.model.layers.0")) or name == "model.layers.0")
+    first = ("language_model.layers.0", "llm.model.layers.0")
+    layer = next(module for name, module in made.model.named_modules() if name.endswith(first) or name == "model.layers.0")
     handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     token, places = losses(made.model, batch), edges(batch)
     handle.remove()
