@@ -116,7 +116,7 @@ def test_rows_of_a_large_tensor_are_merged_a_few_at_a_time(
 
 def test_an_adapter_with_the_names_of_the_files_is_merged_as_well(llava: tuple[ModelSpec, Path, Path], tmp_path: Path) -> None:
     """As transformers 4 named the modules of LLaVA when it was trained."""
-    model, base, adapter = llava
+    model, _, adapter = llava
     old = tmp_path / "adapter"
     shutil.copytree(adapter, old)
     tensors = load_file(old / "adapter_model.safetensors")
@@ -186,9 +186,9 @@ def test_a_variant_of_other_sums_is_refused_by_name(
 
 
 def test_an_adapter_of_another_base_is_refused_with_what_does_not_fit(llava: tuple[ModelSpec, Path, Path], tmp_path: Path) -> None:
-    model, base, adapter = llava
+    model, _, adapter = llava
     other = write_model("tiny_qwen2_5_vl", tmp_path / "base")
-    with pytest.raises(InputRefused, match="is an adapter for another model than its base.*base_model_name_or_path"):
+    with pytest.raises(InputRefused, match=r"is an adapter for another model than its base.*base_model_name_or_path"):
         merge(other, change_config(adapter, tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base")), tmp_path / "run")
     tensors = load_file(adapter / "adapter_model.safetensors")
     key = next(key for key in tensors if key.endswith("q_proj.lora_B.weight"))
@@ -200,13 +200,13 @@ def test_an_adapter_of_another_base_is_refused_with_what_does_not_fit(llava: tup
 
 def test_the_base_of_an_adapter_that_is_gone_is_named(llava: tuple[ModelSpec, Path, Path], tmp_path: Path) -> None:
     model, _, adapter = llava
-    with pytest.raises(InputRefused, match="base_model_name_or_path: .*nowhere is not a whole checkpoint: there is no such folder"):
+    with pytest.raises(InputRefused, match=r"base_model_name_or_path: .*nowhere is not a whole checkpoint: there is no such folder"):
         merge(model, change_config(adapter, tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "nowhere")), tmp_path / "run")
 
 
 def test_whole_weights_have_nothing_to_merge(llava: tuple[ModelSpec, Path, Path], tmp_path: Path) -> None:
     model, base, _ = llava
-    with pytest.raises(InputRefused, match="holds whole weights and no adapter: there is nothing to merge"):
+    with pytest.raises(InputRefused, match=r"holds whole weights and no adapter: there is nothing to merge"):
         merge(model, base, tmp_path / "run")
 
 
@@ -214,7 +214,7 @@ def test_whole_weights_have_nothing_to_merge(llava: tuple[ModelSpec, Path, Path]
 def test_embeddings_that_are_the_head_too_are_not_merged_in_one_of_their_places(tmp_path: Path) -> None:
     model = write_model("tiny_minicpm_v_4_6", tmp_path / "base")
     write_adapter(model, tmp_path / "base", tmp_path / "adapter", target_modules=["embed_tokens"], whole=False)
-    with pytest.raises(InputRefused, match="embed_tokens.weight, which the base uses in two places"):
+    with pytest.raises(InputRefused, match=r"embed_tokens.weight, which the base uses in two places"):
         merge(model, tmp_path / "adapter", tmp_path / "run")
 
 

@@ -173,12 +173,12 @@ def test_more_groups_than_the_decoder_may_be_quantized(tmp_path: Path) -> None:
 
 def test_what_cannot_be_quantized_is_refused(made: tuple[ModelSpec, Path, Path], tmp_path: Path) -> None:
     model, base, folder = made
-    with pytest.raises(InputRefused, match="no linear layer is left to quantize"):
+    with pytest.raises(InputRefused, match=r"no linear layer is left to quantize"):
         quantize(model, base, tmp_path / "none", keep=("vision", "projector", "lm", "head"))
     with pytest.raises(InputRefused, match=r"is quantized already \(compressed-tensors\). Take the weights that it was made of"):
         quantize(model, folder, tmp_path / "twice")
-    with pytest.raises(InputRefused, match="scheme=nf4: there is not a kernel for it on cpu.*scheme=int8"):
+    with pytest.raises(InputRefused, match=r"scheme=nf4: there is not a kernel for it on cpu.*scheme=int8"):
         quantize(model, base, tmp_path / "nf4", scheme="nf4")
     write_adapter(model, base, tmp_path / "adapter")
-    with pytest.raises(InputRefused, match="is an adapter, and quantize works on whole weights. Merge it first"):
+    with pytest.raises(InputRefused, match=r"is an adapter, and quantize works on whole weights. Merge it first"):
         quantize(model, tmp_path / "adapter", tmp_path / "adapted")
