@@ -29,7 +29,7 @@ def refusal_of(**keys: Any) -> RequestRefused:
 def test_what_is_left_out_is_the_servers() -> None:
     asked = read()
     assert (asked.sampling, asked.seed, asked.stop, asked.stream, asked.usage) == (DEFAULT, None, (), False, False)
-    assert read(**{key: None for key in (*READ - {"model", "messages"}, *WITHOUT_EFFECT)}) == asked
+    assert read(**dict.fromkeys((*(READ - {"model", "messages"}), *WITHOUT_EFFECT))) == asked
 
 
 def test_what_is_given_counts() -> None:
