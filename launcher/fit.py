@@ -92,7 +92,7 @@ def model_states(config: Config) -> States:
 
 
 def zero_stage(config: Config) -> int:
-    """0 in an evaluation, where every rank holds the whole model (trainer.run.evaluate_stage)."""
+    """0 in an evaluation, where every rank holds the whole model (trainer.assess)."""
     return ZERO_STAGE[config.strategy.name] if config.stage.kind == "train" else 0
 
 

@@ -14,6 +14,7 @@ from launcher.evidence import Evidence, nested
 
 MOST_SAMPLES = 24  # of a run
 MOST_IMAGES = 4  # of a sample
+MOST_SCORES, MOST_NAME = 12, 40  # of a sample; characters
 MOST_TEXT = 2_000  # characters of a question or an answer
 SIDE = 160  # pixels that an image is scaled to
 MOST_FILE_BYTES = 64 * 2**20
@@ -33,7 +34,8 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """One answer. Texts are as the record has them: who writes a page escapes them."""
+    """One answer. Texts are as the record has them: who writes a page escapes them. `scores`: metrics besides the match; `base`: what the
+    base answered, and `change`, whether this is better or worse, '' where there is no base."""
 
     row: str
     prompt: str
@@ -41,6 +43,9 @@ class Shown:
     got: str
     match: bool
     pictures: tuple[Picture, ...]
+    scores: str = ""
+    base: str = ""
+    change: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +62,8 @@ class Album:
 
 
 def choose_samples(evidence: Evidence, album: Album) -> tuple[Shown, ...]:
-    """Wrong answers first, in their order, then right ones."""
-    ordered = sorted(evidence.answers, key=lambda answer: answer.get("match") is True)[:MOST_SAMPLES]
+    """Of answers beside those of a base first what got worse; then wrong answers, in their order, then right ones."""
+    ordered = sorted(evidence.answers, key=lambda answer: (change_of(answer) != "worse", answer.get("match") is True))[:MOST_SAMPLES]
     root = Path(str(nested(evidence.plan, "spec", "data", "root") or "/"))
     return tuple(show_answer(answer, root, album) for answer in ordered)
 
@@ -73,6 +78,27 @@ def show_answer(answer: Mapping[str, Any], root: Path, album: Album) -> Shown:
         got=bounded(answer.get("got")),
         match=answer.get("match") is True,
         pictures=tuple(album.take(root / name, name) for name in names),
+        scores=describe_scores(answer.get("scores")),
+        base=bounded(base_of(answer).get("got")),
+        change=change_of(answer),
+    )
+
+
+def base_of(answer: Mapping[str, Any]) -> Mapping[str, Any]:
+    base = answer.get("base")
+    return base if isinstance(base, dict) else {}
+
+
+def change_of(answer: Mapping[str, Any]) -> str:
+    change = base_of(answer).get("change")
+    return change if change in ("better", "worse", "same") else ""
+
+
+def describe_scores(scores: Any) -> str:
+    """`anls 0.80, perplexity 1.13`, of what are numbers."""
+    named = scores.items() if isinstance(scores, dict) else ()
+    return ", ".join(
+        f"{name[:MOST_NAME].replace('_', ' ')} {value:.4g}" for name, value in list(named)[:MOST_SCORES] if type(value) in (int, float)
     )
 
 

@@ -88,12 +88,15 @@ LAUNCHER_ORDER = (
 )
 # The same for the trainer's packages and modules.
 TRAINER_ORDER = (
-    ("report",),
+    ("option", "report"),
     ("fact",),
     ("contract",),
     ("weight",),
     ("device", "precision", "schedule", "data", "models", "stages", "observe", "resume", "shard", "output", "watchdog"),
     ("activation", "kernel", "ledger", "loss", "manifest", "part", "phantom", "quantization", "rounding", "synthesis"),
+    ("forced", "metric", "placement", "question", "rank", "reader", "sampling"),
+    ("watch",),
+    ("answer",),
     ("optimizer",),
     ("eight_bit",),
     ("effect",),
@@ -101,7 +104,7 @@ TRAINER_ORDER = (
     ("sharding",),
     ("trace",),
     ("best", "state"),
-    ("checkpoint", "evaluate", "finite", "loop", "origin", "start"),
+    ("checkpoint", "difference", "evaluate", "finite", "journal", "loop", "origin", "start"),
     ("draft", "scatter"),
     ("build",),
     ("writer",),
@@ -109,7 +112,7 @@ TRAINER_ORDER = (
     ("training",),
     ("serving",),
     ("run",),
-    ("serve",),
+    ("assess", "infer", "serve"),
     ("__main__",),
 )
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "base", "misc"}
@@ -220,7 +223,9 @@ def test_launcher_imports_run_one_way(path: Path) -> None:
     names = imported(path)
     assert not {name for name in names if name.split(".")[0] in ("torch", "transformers", "deepspeed", "peft")}
     trainer = {name for name in names if name.split(".")[0] == "trainer"}
-    assert {name for name in trainer if not name.startswith(("trainer.contract", "trainer.fact", "trainer.resume", "trainer.weight"))} <= {"trainer"}
+    assert {name for name in trainer if not name.startswith(("trainer.contract", "trainer.fact", "trainer.resume", "trainer.weight"))} <= {
+        "trainer"
+    }
     check_order("launcher", LAUNCHER_ORDER, path, names)
 
 
@@ -252,7 +257,7 @@ def test_loop_knows_no_stage_and_a_stage_knows_no_loop() -> None:
 
 def test_contract_is_standard_library_only() -> None:
     own = {name for name in imported(ROOT / "trainer" / "contract.py") if name.split(".")[0] == "trainer"}
-    assert all(name.startswith(("trainer.report", "trainer.fact")) for name in own)
+    assert all(name.startswith(("trainer.report", "trainer.fact", "trainer.option")) for name in own)
     names = imported(ROOT / "trainer" / "contract.py") | imported(ROOT / "trainer" / "report.py") | imported(ROOT / "trainer" / "fact.py")
     assert {name.split(".")[0] for name in names - own} <= set(sys.stdlib_module_names)
 

@@ -15,12 +15,12 @@ from trainer.data.image import hash_file, open_image, read_size
 from trainer.data.load import prefetch
 from trainer.data.request import Request, place_images, read_requests
 from trainer.data.sample import Message
-from trainer.journal import Journal, Row, gather, open_journal, write_rows
+from trainer.journal import Journal, Row, find_mark, gather, open_journal, write_rows
 from trainer.models.family import Processor
 from trainer.observe.memory import Gauge
-from trainer.origin import mark_weights
 from trainer.rank import Rank
 from trainer.run import Made, open_model
+from trainer.sampling import check_sampling
 from trainer.weight import hash_weights
 
 WINDOW = 16  # batches whose rows are sorted by length together
@@ -28,7 +28,7 @@ SHOWN = 3  # rows that could not be answered, in a message
 TOLD_S = 10.0  # between two lines that say how far it is
 
 Batch = tuple[int, tuple[Request, ...]]
-Ready = tuple[int, list[tuple[Request, Prepared | str]]]  # the text says why a row cannot be answered
+Ready = list[tuple[Request, Prepared | str]]  # the text says why a row cannot be answered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,7 @@ def require_options(spec: TrainSpec) -> Inference:
         raise InputRefused(
             f"stage.inference.prompt and stage.inference.input: {said}\n    set prompt, and perhaps image, for one question, or input=FILE.jsonl"
         )
+    check_sampling(options.sampling, "stage.inference.sampling")
     if options.batch < 1:
         raise InputRefused(f"stage.inference.batch is {options.batch}: it can be 1 or more")
     return options
@@ -102,29 +103,26 @@ def refuse_prompt(field: str, problem: str, fix: str) -> None:
 
 def answer_all(spec: TrainSpec, options: Inference, rank: Rank, made: Made, requests: Sequence[Request]) -> Tally:
     """Every rank answers its batches; the rows of all are put together by the first."""
+    asked = hash_file(Path(options.input)) if options.input else ""
     answerer = Answerer(made.staged.model, made.processor, spec, rank.place)
-    journal = open_journal(spec, ANSWERS_FILE, rank.number, *fingerprints(made, options))
+    journal = open_journal(spec, ANSWERS_FILE, rank.number, *find_mark(made.origin), asked)
     own = (batch for batch in cut_batches(requests, made.processor, options.batch) if batch[0] % rank.world_size == rank.number)
-    todo = (batch for batch in own if batch[0] not in journal.done)
+    answered = {row["row"] for rows in journal.done.values() for row in rows}
+    todo = (batch for batch in own if not all(request.row in answered for request in batch[1]))
     say = print_text if options.prompt and options.stream else None
     progress = tell_progress(len(requests)) if rank.number == 0 and options.input else None
     prepare = make_preparer(answerer, options, spec.seed)
     with closing(prefetch(prepare, todo, min(options.prefetch, 1), options.prefetch)) as prepared:
-        for number, ready in prepared:
+        for ready in prepared:
             rows = answer_batch(answerer, ready, say)
             if options.prompt and "error" in rows[0]:
                 raise InputRefused(str(rows[0]["error"]))
-            keep(journal, number, rows)
+            keep(journal, rows)
             if progress is not None:
                 progress(sum(map(len, journal.done.values())))
     if options.prompt and rank.number == 0:
         print("" if say is not None else rows_of(journal)[0]["answer"], flush=True)
     return finish(spec, rank, journal)
-
-
-def fingerprints(made: Made, options: Inference) -> tuple[str, ...]:
-    folders = [Path(folder) for folder in (made.origin.path, made.origin.base) if folder]
-    return (*map(mark_weights, folders), hash_file(Path(options.input)) if options.input else "")
 
 
 def cut_batches(requests: Sequence[Request], processor: Processor, size: int) -> Iterator[Batch]:
@@ -166,10 +164,10 @@ def make_preparer(answerer: Answerer, options: Inference, seed: int) -> Callable
         except InputRefused as error:
             return str(error)
 
-    return lambda batch: (batch[0], [(request, prepare(request)) for request in batch[1]])
+    return lambda batch: [(request, prepare(request)) for request in batch[1]]
 
 
-def answer_batch(answerer: Answerer, ready: Sequence[tuple[Request, Prepared | str]], say: Callable[[int, str], None] | None) -> list[Row]:
+def answer_batch(answerer: Answerer, ready: Ready, say: Callable[[int, str], None] | None) -> list[Row]:
     """A row for each, in the order of `ready`."""
     good = [one for _, one in ready if isinstance(one, Prepared)]
     answers = iter(answerer.answer(good, on_text=say) if good else ())
@@ -205,12 +203,14 @@ def tell_progress(total: int) -> Callable[[int], None]:
 # --------------------------------------------------------------------------------------------------------------- the results
 
 
-def keep(journal: Journal, number: int, rows: list[Row]) -> None:
-    """A batch with a row that failed is not written down: where the run is started again, the image may be there."""
+def keep(journal: Journal, rows: list[Row]) -> None:
+    """A batch with a row that failed is not written down: where the run is started again, the image may be there. It is then of another
+    length, and its batches hold other rows."""
+    place = max(journal.done, default=-1) + 1
     if any("error" in row for row in rows):
-        journal.done[number] = rows
+        journal.done[place] = rows
     else:
-        journal.add(number, rows)
+        journal.add(place, rows)
 
 
 def rows_of(journal: Journal) -> list[Row]:
@@ -219,8 +219,8 @@ def rows_of(journal: Journal) -> list[Row]:
 
 def finish(spec: TrainSpec, rank: Rank, journal: Journal) -> Tally:
     """answers.jsonl in the order of the input: a collective."""
-    batches = gather(journal, rank.number, rank.world_size)
-    rows = sorted((row for batch in batches.values() for row in batch), key=lambda row: int(row["row"]))
+    by_row = {row["row"]: row for row in gather(journal, rank.world_size)}
+    rows = [by_row[number] for number in sorted(by_row)]
     write_rows(rows, Path(spec.output) / ANSWERS_FILE, rank.number)
     wrong = tuple(row for row in rows if "error" in row)
     if not wrong:

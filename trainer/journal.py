@@ -6,6 +6,7 @@ out at the end is the same file, to the byte, as that of a run that nobody distu
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 
 import torch.distributed
 
-from trainer.contract import TrainSpec, write_text
+from trainer.contract import Origin, TrainSpec, write_text
+from trainer.origin import mark_weights
 from trainer.resume import fixed_parts
 from trainer.start import tell_all
 
@@ -27,41 +29,50 @@ class Journal:
     def __init__(self, file: Path, fingerprint: str) -> None:
         self.path = file
         self.done: dict[int, list[Row]] = {}
-        head = json.dumps({"of": fingerprint}) + "\n"
-        whole = self._read(head) or head.encode()
+        head = json.dumps({"of": fingerprint}).encode() + b"\n"
         self.path.parent.mkdir(exist_ok=True)
-        self.file = self.path.open("r+b" if self.path.exists() else "w+b")
-        self.file.truncate(0)
-        self.file.write(whole)
-        self.file.flush()
+        whole = self._read(head)
+        if whole:
+            os.truncate(self.path, whole)
+        else:
+            self.path.write_bytes(head)
 
     def add(self, number: int, rows: Sequence[Row]) -> None:
-        """On the disk, as far as this process goes, before it returns."""
+        """In the file, as far as this process goes, before it returns."""
         self.done[number] = list(rows)
-        self.file.write((json.dumps([number, rows], ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
-        self.file.flush()
+        with self.path.open("ab") as file:
+            file.write(json.dumps([number, rows]).encode() + b"\n")
 
     def remove(self) -> None:
-        self.file.close()
         self.path.unlink(missing_ok=True)
 
-    def _read(self, head: str) -> bytes:
-        """The whole lines, without one that was being written when the run ended; nothing where they are of another task."""
-        content = self.path.read_bytes() if self.path.exists() else b""
-        lines = content.splitlines(keepends=True)
-        if not lines or lines[0] != head.encode():
-            return b""
-        kept = [lines[0]]
+    def _read(self, head: bytes) -> int:
+        """The bytes of the whole lines, without one that was being written when the run ended; 0 where they are of another task."""
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        if not lines or lines[0] != head:
+            return 0
+        whole = len(head)
         for line in lines[1:]:
-            try:
-                number, rows = json.loads(line) if line.endswith(b"\n") else (None, None)
-            except (ValueError, TypeError):
+            batch = parse_batch(line)
+            if batch is None:
                 break
-            if number is None:
-                break
-            self.done[number] = rows
-            kept.append(line)
-        return b"".join(kept)
+            self.done[batch[0]] = batch[1]
+            whole += len(line)
+        return whole
+
+
+def parse_batch(line: bytes) -> tuple[int, list[Row]] | None:
+    """None for a line that is not whole."""
+    try:
+        number, rows = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, TypeError):
+        return None
+    return number, rows
+
+
+def find_mark(origin: Origin) -> tuple[str, ...]:
+    """What tells the weights of a model apart, those of an adapter and of its base."""
+    return tuple(mark_weights(Path(folder)) for folder in (origin.path, origin.base) if folder)
 
 
 def open_journal(spec: TrainSpec, name: str, rank: int, *inputs: str) -> Journal:
@@ -71,13 +82,14 @@ def open_journal(spec: TrainSpec, name: str, rank: int, *inputs: str) -> Journal
     return Journal(Path(spec.output) / FILES.format(name=name, rank=rank), fingerprint)
 
 
-def gather(journal: Journal, rank: int, world_size: int) -> dict[int, list[Row]]:
-    """The batches of all ranks by number, on every rank: a collective."""
-    parts: list[dict[int, list[Row]]] = [journal.done]
+def gather(journal: Journal, world_size: int) -> list[Row]:
+    """The rows of all ranks, on every rank: a collective."""
+    own = [row for rows in journal.done.values() for row in rows]
+    parts = [own]
     if world_size > 1:
-        parts = [{} for _ in range(world_size)]
-        torch.distributed.all_gather_object(parts, journal.done)
-    return {number: rows for part in parts for number, rows in part.items()}
+        parts = [[] for _ in range(world_size)]
+        torch.distributed.all_gather_object(parts, own)
+    return [row for part in parts for row in part]
 
 
 def write_rows(rows: Sequence[Row], file: Path, rank: int) -> None:

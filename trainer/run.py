@@ -69,7 +69,6 @@ from trainer.start import (
     whole_weights,
 )
 from trainer.training import Job, progress_of, run_steps, saved_of
-from trainer.weight import hash_weights
 
 LOST_PEER = re.compile("closed by peer|reset by peer|Broken pipe|remote process exited|Timed out waiting|Watchdog caught")  # gloo, NCCL
 
@@ -196,31 +195,6 @@ def finish(job: Job, trained: TrainResult) -> TrainResult:
     return replace(trained, evaluation=scores, peaks=job.gauge.report(), best=best)
 
 
-def evaluate_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
-    """Every rank holds the whole model and answers its share."""
-    began = time.perf_counter()
-    gauge = Gauge(rank.device)
-    places = find_places(spec)
-    held_out = load_samples(places.evaluation, places) if spec.evaluation.enabled else ()
-    made = open_model(spec, rank, environ)
-    origin = made.origin
-    gauge.enter("evaluation")
-    scores = score(spec, rank, made.staged.model, made.processor, held_out, partitioned=False)
-    seconds = time.perf_counter() - began
-    return TrainResult(
-        schema=SCHEMA,
-        status="finished",
-        steps=0,
-        seconds=seconds,
-        samples_per_s=scores.get("count", 0.0) / seconds,
-        final_loss=None,
-        checkpoint="",
-        weights_sha256=hash_weights(Path(origin.path)) if rank.number == 0 and origin.path else "",
-        evaluation=scores,
-        peaks=gauge.report(),
-    )
-
-
 def open_model(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], *, spread: bool = False) -> Made:
     """The model of a stage that does not train, whole on this rank's device, or `spread` over the rank's cards; described in
     environment.json. Raises InputRefused."""
@@ -241,9 +215,9 @@ def open_model(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], *, sprea
     return made
 
 
-STAGES = {"train": train_stage, "evaluate": evaluate_stage}
 # Of each, `carry_out` does the stage. Imported when it is asked for: a server's packages are nothing that training needs.
 AFTER = {
+    "evaluate": "trainer.assess",
     "merge": "trainer.merge",
     "convert": "trainer.convert",
     "quantize": "trainer.quantize",
@@ -254,9 +228,8 @@ Stage = Callable[[TrainSpec, Rank, Mapping[str, str]], TrainResult]
 
 
 def find_stage(kind: str) -> Stage:
-    known = STAGES.get(kind)
-    if known is not None:
-        return known
+    if kind == "train":
+        return train_stage
     found: Stage = import_module(AFTER[kind]).carry_out
     return found
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from trainer.contract import InputRefused, Sampling
 
 
-def check_sampling(sampling: Sampling) -> None:
-    """Raises InputRefused that names the value and what is allowed."""
+def check_sampling(sampling: Sampling, key: str = "sampling") -> None:
+    """`key`: where it stands in a config. Raises InputRefused that names the value and what is allowed."""
     for name, value, holds, allowed in (
         ("max_new_tokens", sampling.max_new_tokens, sampling.max_new_tokens >= 1, "1 or more"),
         ("temperature", sampling.temperature, 0 <= sampling.temperature < float("inf"), "0, for the likeliest token, or more"),
@@ -18,11 +18,11 @@ def check_sampling(sampling: Sampling) -> None:
         ("beams", sampling.beams, sampling.beams >= 1, "1 or more"),
     ):
         if not holds:
-            raise InputRefused(f"sampling.{name} is {value}: it can be {allowed}")
+            raise InputRefused(f"{key}.{name} is {value}: it can be {allowed}")
     if sampling.beams > 1 and sampling.temperature > 0:
         raise InputRefused(
-            f"sampling.beams is {sampling.beams} with sampling.temperature {sampling.temperature}: beams search the likeliest answer\n"
-            "    set sampling.temperature=0, or sampling.beams=1"
+            f"{key}.beams is {sampling.beams} with {key}.temperature {sampling.temperature}: beams search the likeliest answer\n"
+            f"    set {key}.temperature=0, or {key}.beams=1"
         )
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
 
 from trainer.question import Answer, Ended, Prepared
 from trainer.reader import Reader
@@ -25,8 +24,8 @@ class Calls:
     halted: Halted | None = None
 
 
-class Watch(StoppingCriteria):
-    """Reads the rows of a batch while they grow, and says which of them are done."""
+class Watch:
+    """A stopping criterion of transformers: reads the rows of a batch while they grow, and says which of them are done."""
 
     def __init__(self, batch: Sequence[Prepared], tokenizer: Any, ends: frozenset[int], calls: Calls, *, beams: int) -> None:
         self.batch, self.ends, self.calls, self.beams = batch, ends, calls, beams

@@ -240,6 +240,37 @@ def test_a_name_that_is_no_file(tmp_path: Path, name: str) -> None:
     assert read_picture(tmp_path / name, name).missing
 
 
+def test_metrics_and_the_answers_of_a_base_are_shown(tmp_path: Path) -> None:
+    """What got worse comes first. What is no figure, and what a base never says, is left out."""
+    told = {"got": "eight", "match": False, "scores": {"anls": 0.2}}
+    rows = [
+        {"row": 1, "prompt": "p", "expected": "7", "got": "1", "match": False, "base": {**told, "change": "same"}},
+        {
+            "row": 2,
+            "prompt": "p",
+            "expected": "7",
+            "got": "7",
+            "match": True,
+            "scores": {"rouge_l": 0.75, "x": "y"},
+            "base": {**told, "change": "worse"},
+        },
+        {"row": 3, "prompt": "p", "expected": "7", "got": "7", "match": True, "base": {"change": EVIL}, "scores": EVIL},
+        {"row": 4, "prompt": "p", "expected": "7", "got": "7", "match": True, "base": EVIL, "scores": {"a" * 999: 1, EVIL: True}},
+    ]
+    folder = copy_run(tmp_path, "r", answers(rows))
+    shown = choose_samples(read_evidence(folder), Album())
+    assert [(one.row, one.base, one.change) for one in shown] == [
+        ("2", "eight", "worse"),
+        ("1", "eight", "same"),
+        ("3", "", ""),
+        ("4", "", ""),
+    ]
+    assert [one.scores for one in shown] == ["rouge l 0.75", "", "", "a" * 40 + " 1"]
+    page = render_html([read_evidence(folder)], None, "")
+    for wanted in ("this is worse", "base: eight", "rouge l 0.75"):
+        assert wanted in page
+
+
 def test_answers_are_bounded_and_wrong_ones_come_first(tmp_path: Path) -> None:
     rows = [
         {"row": n, "prompt": "p" * 9000, "expected": "1", "got": "1", "match": n % 100 != 0, "images": ["a.png"] * 9} for n in range(1, 301)

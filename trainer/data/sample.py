@@ -45,7 +45,8 @@ class Message:
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """One conversation. `<image>` stands once in the user's messages for each of `images`, in their order. `row` counts from 1; `part`,
-    from 0, tells the conversations of a row apart that holds several."""
+    from 0, tells the conversations of a row apart that holds several. `accepted`: answers to its last question, any of which is right, where
+    the row lists them; the last message is the one that is learned."""
 
     id: str
     images: tuple[Path, ...]
@@ -53,6 +54,7 @@ class Sample:
     file: str
     row: int
     part: int = 0
+    accepted: tuple[str, ...] = ()
 
 
 def read_samples(file: Path, images: Path) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:
@@ -124,7 +126,15 @@ def read_row(row: Any, number: int, source: Source, *, part: int = 0, prefix: st
         file=str(source.file),
         row=number,
         part=part,
+        accepted=read_accepted(row),
     ), problems
+
+
+def read_accepted(row: Row) -> tuple[str, ...]:
+    """`answers`, as DocVQA and TextVQA have them beside the question: a list of texts. Any other shape of that key is somebody's own."""
+    answers = row.get("answers")
+    texts = isinstance(answers, list) and all(isinstance(answer, str) and answer.strip() for answer in answers)
+    return tuple(dict.fromkeys(answers)) if texts and answers else ()
 
 
 def refuse_unread(row: Row, complain: Complain) -> None:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,11 +17,25 @@ from threading import Event
 from typing import Any
 
 import pytest
-from openai import APIStatusError, OpenAI
+from openai import APIConnectionError, APIStatusError, OpenAI
 
 from tests.trainer.conftest import ROOT, make_spec
-from tests.trainer.serving.service import data_uri
-from trainer.contract import SERVING_FILE, SPEC_FILE, Evaluation, Sampling, Serving, StageSpec, TrainResult, TrainSpec, read, write
+from tests.trainer.serving.service import TOKEN, data_uri
+from trainer.contract import (
+    RESULT_FILE,
+    SERVING_FILE,
+    SPEC_FILE,
+    Evaluation,
+    InputRefused,
+    Sampling,
+    Serving,
+    StageSpec,
+    TrainResult,
+    TrainSpec,
+    read,
+    write,
+)
+from trainer.serve import serving_of
 
 NEW_TOKENS = 12
 ROWS = 12
@@ -87,96 +103,112 @@ def messages_of(row: dict[str, Any], root: Path) -> list[Any]:
     return [{"role": "user", "content": [*images, {"type": "text", "text": row["prompt"].removeprefix("<image>\n")}]}]
 
 
-def test_the_client_library_gets_the_answers_of_evaluate(trained: TrainSpec, tmp_path: Path) -> None:
-    rows, token = rows_of(trained), "a-token-of-many-characters"
+@pytest.fixture(scope="module")
+def server(trained: TrainSpec, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Its process, its address, and its folder. The last test of this module that takes it ends it."""
+    folder = tmp_path_factory.mktemp("served") / "run"
+    with served(serving_spec(trained, token="SERVE_TOKEN"), folder, SERVE_TOKEN=TOKEN) as (process, url):
+        yield process, url, folder
+
+
+def test_the_client_library_gets_the_answers_of_evaluate(trained: TrainSpec, server: Any) -> None:
+    rows, root = rows_of(trained), Path(trained.data.root)
     assert len(rows) == ROWS and any(len(row["got"]) > 3 for row in rows)
-    with served(serving_spec(trained, token="SERVE_TOKEN"), tmp_path / "serve", SERVE_TOKEN=token) as (process, url):
-        client = OpenAI(base_url=f"{url}/v1", api_key=token, max_retries=0)
+    with OpenAI(base_url=f"{server[1]}/v1", api_key=TOKEN, max_retries=0) as client, ThreadPoolExecutor(8) as clients:
         assert [model.id for model in client.models.list().data] == ["tiny_llava"]
         ask = client.chat.completions.create
 
         def whole(row: dict[str, Any]) -> str:
-            found = ask(model="tiny_llava", messages=messages_of(row, Path(trained.data.root)), max_tokens=NEW_TOKENS)
+            found = ask(model="tiny_llava", messages=messages_of(row, root), max_tokens=NEW_TOKENS)
             assert found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens > 16
             return found.choices[0].message.content.strip()
 
         def parts(row: dict[str, Any]) -> str:
-            found = ask(
-                model="tiny_llava", messages=messages_of(row, Path(trained.data.root)), max_completion_tokens=NEW_TOKENS, stream=True
-            )
+            found = ask(model="tiny_llava", messages=messages_of(row, root), max_completion_tokens=NEW_TOKENS, stream=True)
             return "".join(part.choices[0].delta.content or "" for part in found).strip()
 
-        with ThreadPoolExecutor(8) as clients:
-            assert list(clients.map(whole, rows)) == list(clients.map(parts, rows)) == [row["got"] for row in rows]
+        assert list(clients.map(whole, rows)) == list(clients.map(parts, rows)) == [row["got"] for row in rows]
         hello: Any = {"model": "tiny_llava", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 30}
         sampled = [ask(**hello, temperature=1.0, seed=seed).choices[0].message.content for seed in (1, 1, 2, 3, 4)]
         assert sampled[0] == sampled[1] and len(set(sampled)) > 1
         row = max(rows, key=lambda row: len(row["got"]))
         text, stop = row["got"], row["got"][2:4]
-        stopped = ask(model="tiny_llava", messages=messages_of(row, Path(trained.data.root)), stop=[stop], max_tokens=NEW_TOKENS).choices[0]
+        stopped = ask(model="tiny_llava", messages=messages_of(row, root), stop=[stop], max_tokens=NEW_TOKENS).choices[0]
         assert stopped.message.content == text[: text.index(stop)].strip() and stopped.finish_reason == "stop"
-        for wrong, code in (
-            ({"max_tokens": 65}, "invalid_value"),
-            ({"messages": [{"role": "user", "content": "x" * 130}]}, "context_length_exceeded"),
-        ):
+        long = [{"role": "user", "content": "x" * 130}]
+        for wrong, code in (({"max_tokens": 65}, "invalid_value"), ({"messages": long}, "context_length_exceeded")):
             with pytest.raises(APIStatusError) as refused:
                 ask(**{**hello, **wrong})
             assert (refused.value.status_code, refused.value.code) == (400, code)
+
+
+def keep_asking(client: OpenAI, number: int, ended: Event) -> list[Any]:
+    """Answers, and the status or the exception of what was none, until the port is closed."""
+    ask, found = client.chat.completions.create, list[Any]()
+    asked: Any = {"model": "tiny_llava", "messages": [{"role": "user", "content": f"Hello {number}"}], "max_tokens": 20}
+    while not ended.is_set():
+        try:
+            if number % 2:
+                found.append("".join(part.choices[0].delta.content or "" for part in ask(**asked, stream=True)))
+            else:
+                found.append(ask(**asked).choices[0].message.content)
+        except APIStatusError as error:
+            found.append(error)
+        except APIConnectionError as error:
+            return [*found, error]
+    return found
+
+
+def test_sigterm_under_load_loses_no_request_that_was_taken(server: Any) -> None:
+    process, url, folder = server
+    with OpenAI(base_url=f"{url}/v1", api_key=TOKEN, max_retries=0) as client, ThreadPoolExecutor(16) as clients:
+        before, ended = answered(url), Event()
+        asking = [clients.submit(keep_asking, client, number, ended) for number in range(16)]
+        time.sleep(5)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-        assert process.stdout is not None and token not in process.stdout.read()
-    for file in (tmp_path / "serve").rglob("*"):
-        assert not file.is_file() or token.encode() not in file.read_bytes()
-
-
-def test_sigterm_under_load_loses_no_request_that_was_taken(trained: TrainSpec, tmp_path: Path) -> None:
-    with served(serving_spec(trained), tmp_path / "serve") as (process, url), ThreadPoolExecutor(16) as clients:
-        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        ended = Event()
-
-        def keep_asking(number: int) -> list[Any]:
-            found: list[Any] = []
-            while not ended.is_set():
-                try:
-                    asked = client.chat.completions.create(
-                        model="tiny_llava",
-                        messages=[{"role": "user", "content": f"Hello {number}"}],
-                        stream=bool(number % 2),
-                        max_tokens=20,
-                    )
-                    found.append(
-                        "".join(part.choices[0].delta.content or "" for part in asked) if number % 2 else asked.choices[0].message.content
-                    )
-                except APIStatusError as error:
-                    found.append(error.status_code)
-                except Exception as error:  # the port is closed
-                    found.append(type(error).__name__)
-                    break
-            return found
-
-        asking = [clients.submit(keep_asking, number) for number in range(16)]
-        time.sleep(3)
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(60)
+        code = process.wait(100)
         ended.set()
         told = [answer for asked in asking for answer in asked.result()]
-    result = read(TrainResult, tmp_path / "serve/train_result.json")
-    answers = [answer for answer in told if isinstance(answer, str) and not answer.endswith("Error")]
-    others = {answer for answer in told if not isinstance(answer, str) or answer.endswith("Error")}
+    result = read(TrainResult, folder / RESULT_FILE)
+    others = [answer for answer in told if not isinstance(answer, str)]
     assert code == 0 and result.status == "finished"
-    assert len(answers) == result.evaluation["answered"] > 16 and result.evaluation["gone"] == result.evaluation["failed"] == 0
-    assert others <= {503, "APIConnectionError"}, others
+    assert len(told) - len(others) == result.evaluation["answered"] - before > 16
+    assert all(isinstance(other, APIConnectionError) or other.status_code == 503 for other in others), others
+    assert [result.evaluation[name] for name in ("gone", "failed", "cut_off", "timeout")] == [0, 0, 0, 0]
+    assert process.stdout is not None and TOKEN not in process.stdout.read()
+    assert not [file for file in folder.rglob("*") if file.is_file() and TOKEN.encode() in file.read_bytes()]
+
+
+def answered(url: str) -> float:
+    request = urllib.request.Request(f"{url}/metrics", headers={"Authorization": f"Bearer {TOKEN}"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return float(re.search(r'omnilaunch_requests_total{outcome="answered"} (\S+)', response.read().decode())[1])  # type: ignore[index]
+
+
+def test_what_cannot_be_is_said_before_the_model_is_loaded(trained: TrainSpec, tmp_path: Path) -> None:
+    process = launched(serving_spec(trained, address="0.0.0.0"), tmp_path / "serve")
+    text = finish(process)
+    assert process.returncode == 2 and "stage.serving.address=0.0.0.0 can be reached from other machines" in text
+    assert "loading the model" not in text
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"address": "0.0.0.0"}, "stage.serving.address=0.0.0.0 can be reached from other machines"),
-        ({"port": 70000}, "stage.serving.port=70000 is no port"),
-        ({"hosts": ("127.0.0.1",)}, "stage.serving.hosts: '127.0.0.1' is no name of a host"),
+        ({"max_batch": 0}, "stage.serving.max_batch is 0: it can be 1 or more"),
+        ({"wait_ms": -1}, "stage.serving.wait_ms is -1"),
+        ({"request_timeout_s": 0.0}, "stage.serving.request_timeout_s is 0"),
+        ({"sampling": Sampling(top_p=0.0)}, "stage.serving.sampling.top_p is 0.0: it can be above 0"),
     ],
 )
-def test_what_cannot_be_is_said_before_the_model_is_loaded(options: dict[str, Any], said: str, trained: TrainSpec, tmp_path: Path) -> None:
-    process = launched(serving_spec(trained, **options), tmp_path / "serve")
-    text = finish(process)
-    assert process.returncode == 2 and said in text and "loading the model" not in text
+def test_numbers_with_which_nobody_could_be_answered(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, tmp_path)
+    spec = replace(spec, stage=StageSpec(name="serve", kind="serve", trainable=(), serving=Serving(**options)))
+    with pytest.raises(InputRefused, match=said.replace("(", r"\(")):
+        serving_of(spec, {})
+
+
+def test_torchrun_gives_less_time_to_drain(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, tmp_path)
+    spec = replace(spec, stage=StageSpec(name="serve", kind="serve", trainable=(), serving=Serving()))
+    assert serving_of(spec, {}).drain_timeout_s == 60 and serving_of(spec, {"TORCHELASTIC_RUN_ID": "x"}).drain_timeout_s == 20
