@@ -1,6 +1,7 @@
 """What a user sees while steps go by: a bar on a terminal, plain lines elsewhere; of a server, where it listens. Reads what the trainer
 writes for it, never its log."""
 
+import codecs
 import json
 import time
 from collections import deque
@@ -10,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from trainer.contract import METRICS_FILE, SERVING_FILE, ServingReport, SpecError, StepRow, decode, read
+from trainer.contract import METRICS_FILE, SERVING_FILE, STREAM_FILE, ServingReport, SpecError, StepRow, decode, read
 
 PLAIN_INTERVAL_S = 5.0
 RATE_WINDOW = 50  # steps
@@ -41,6 +42,23 @@ class Tail:
         return read_lines(whole.decode("utf-8", errors="replace").split("\n"))
 
 
+class Stream:
+    """New text of a growing file since the last call; a character that is cut waits for its end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.offset = path, 0
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def text(self) -> str:
+        if not self.path.exists():
+            return ""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            new = file.read()
+        self.offset += len(new)
+        return self.decoder.decode(new)
+
+
 class Rate:
     """Samples, tokens and seconds over the last steps."""
 
@@ -68,6 +86,7 @@ class Progress:
         self.said_at = time.monotonic()
         self.serving = folder / SERVING_FILE
         self.listens = False
+        self.answer, self.answering = Stream(folder / STREAM_FILE), False
         self.bar: Any = None
         self.task: Any = None
 
@@ -77,15 +96,24 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         if self.bar is not None:
             self.bar.stop()
+        if self.answering:
+            self.tell("\n")
 
     def tick(self) -> None:
         if not self.listens and self.serving.exists():
             self.tell_server()
+        if text := self.answer.text():
+            self.answering = True
+            self.tell(text)
         rows = self.tail.rows()
         for row in rows:
             facts = self.rate.describe(row)
         if rows:
             self.draw(rows[-1], facts) if self.terminal else self.write(rows[-1], facts)
+
+    def tell(self, text: str) -> None:
+        with suppress(OSError):  # nobody listens any more
+            print(text, end="", flush=True)
 
     def tell_server(self) -> None:
         with suppress(SpecError):  # on its way here from another node: the next tick sees the whole

@@ -22,6 +22,7 @@ from launcher.schema import AXES, Node
 from launcher.start import NodeCommand
 from trainer.contract import CHECKPOINTS, METRICS_FILE, TrainSpec
 
+COUNTED = {"infer": "questions", "serve": "requests"}
 PROJECT = Path(__file__).resolve().parent.parent
 # What can come next: after a stage of a kind, and after one that left an adapter.
 FOLLOWING_STAGES = {
@@ -185,7 +186,7 @@ def describe_record(record: Record, plan: Plan) -> str:
             f"{record.samples_per_s:,.0f} samples/s over {record.train_seconds:.1f} s of training, {record.seconds:.1f} s in all"
         )
     for name, value in record.evaluation.items():
-        rows[name.replace("_", " ")] = f"{value:g} held-out samples" if name == "count" else figure(value)
+        rows[name.replace("_", " ")] = f"{value:g} {COUNTED.get(plan.spec.stage.kind, 'held-out samples')}" if name == "count" else figure(value)
     if record.checkpoint:
         rows["checkpoint"] = relative(folder / record.checkpoint) if is_here(plan) else checkpoint_place(record, plan)
     elif trained and any(node.killed for node in record.nodes):

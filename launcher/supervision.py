@@ -16,7 +16,7 @@ from launcher.plan import Plan
 from launcher.preparation import Crew, Desk, broken_check, fetch, fetch_problems, refuse_data, sites_of
 from launcher.progress import Progress
 from launcher.record import Failure, Status, find_failure, read_if_there
-from trainer.contract import ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE, SERVING_FILE, Exit, TrainResult
+from trainer.contract import ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE, SERVING_FILE, STREAM_FILE, Exit, TrainResult
 
 MIRROR_INTERVAL_S = 1.0
 SHOWN_RANKS = 8
@@ -201,4 +201,4 @@ def mirrors_of(plan: Plan, folder: Path, desk: Desk) -> dict[str, Mirror]:
 
 def shown_file(plan: Plan) -> str:
     """What a user is shown of it while a run goes on."""
-    return SERVING_FILE if plan.spec.stage.kind == "serve" else METRICS_FILE
+    return {"serve": SERVING_FILE, "infer": STREAM_FILE}.get(plan.spec.stage.kind, METRICS_FILE)

@@ -60,6 +60,7 @@ ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 ANSWERS_FILE = "answers.jsonl"  # of stage infer
+STREAM_FILE = "answer.txt"  # of one question: the words as they come
 SERVING_FILE = "serving.json"  # of stage serve, once the model answers
 RESULT_FILE = "train_result.json"
 FAILURE_FILES = "failure-rank{rank}.json"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.answer import Answerer, Prepared, Question
-from trainer.contract import ANSWERS_FILE, SCHEMA, Inference, InputRefused, RunFailed, TrainResult, TrainSpec
+from trainer.contract import ANSWERS_FILE, SCHEMA, STREAM_FILE, Inference, InputRefused, RunFailed, TrainResult, TrainSpec
 from trainer.data.cache import Cache
 from trainer.data.collate import Features
 from trainer.data.draft import Turn
@@ -109,7 +109,7 @@ def answer_all(spec: TrainSpec, options: Inference, rank: Rank, made: Made, requ
     own = (batch for batch in cut_batches(requests, made.processor, options.batch) if batch[0] % rank.world_size == rank.number)
     answered = {row["row"] for rows in journal.done.values() for row in rows}
     todo = (batch for batch in own if not all(request.row in answered for request in batch[1]))
-    say = print_text if options.prompt and options.stream else None
+    say = Teller(Path(spec.output) / STREAM_FILE) if options.prompt and options.stream and rank.number == 0 else None
     progress = tell_progress(len(requests)) if rank.number == 0 and options.input else None
     prepare = make_preparer(answerer, options, spec.seed)
     with closing(prefetch(prepare, todo, min(options.prefetch, 1), options.prefetch)) as prepared:
@@ -183,8 +183,17 @@ def answer_batch(answerer: Answerer, ready: Ready, say: Callable[[int, str], Non
     return rows
 
 
-def print_text(_row: int, text: str) -> None:
-    print(text, end="", flush=True)
+class Teller:
+    """Says the words of an answer as they come: to who reads this rank's output, and in the run's folder, from where the launcher has them."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        file.write_text("", encoding="utf-8")  # of an attempt that broke off
+
+    def __call__(self, _row: int, text: str) -> None:
+        print(text, end="", flush=True)
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(text)
 
 
 def tell_progress(total: int) -> Callable[[int], None]:

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from trainer.answer import Answerer
-from trainer.contract import SCHEMA, SERVING_FILE, RunFailed, Serving, ServingReport, TrainResult, TrainSpec, write
+from trainer.contract import SCHEMA, SERVING_FILE, InputRefused, RunFailed, Serving, ServingReport, TrainResult, TrainSpec, write
 from trainer.loop import stop_on_signals
 from trainer.observe.memory import Gauge
 from trainer.rank import Rank
 from trainer.run import open_model
+from trainer.sampling import check_sampling
 from trainer.serving.app import COMPLETIONS, make_app
 from trainer.serving.body import BODY_TIMEOUT_S
 from trainer.serving.chat import LATE_S, Chat
@@ -26,9 +27,14 @@ from trainer.serving.worker import work
 
 LAST_BYTES_S = 2.0  # for what was answered to get out
 SETTLE_S = 0.02
-# torchrun passes SIGTERM on and kills its ranks 30 s later (torch 2.7 to 2.13); a second is for its own way out, and five for ours.
-TORCHRUN_DRAIN_S = 24.0
+# torchrun passes SIGTERM on and kills its ranks 30 s later (torch 2.7 to 2.13), ten of which this one may need to end.
+TORCHRUN_DRAIN_S = 20.0
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
+LEAST = {
+    **dict.fromkeys(("max_batch", "max_waiting", "max_body_bytes", "max_image_bytes", "max_image_pixels"), 1),
+    **dict.fromkeys(("wait_ms", "max_images", "drain_timeout_s"), 0),
+    **dict.fromkeys(("fetch_timeout_s", "request_timeout_s"), 0.001),
+}
 
 
 def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
@@ -37,6 +43,7 @@ def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainR
     serving = serving_of(spec, environ)
     hosts = read_hosts(serving.hosts)
     door = open_door(serving, environ)
+    (Path(spec.output) / SERVING_FILE).unlink(missing_ok=True)  # of an earlier attempt
     began, gauge = time.perf_counter(), Gauge(rank.device)
     with stop_on_signals() as stop:
         queue = Queue(most_batch=serving.max_batch, wait_s=serving.wait_ms / 1000)
@@ -50,15 +57,28 @@ def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainR
             chat.answerer = Answerer(made.staged.model, made.processor, spec, rank.place)
             gate.ready = True
             announce(spec, serving, door, chat.name)
-            work(queue, chat.answerer, gate, meters, limit_s=serving.request_timeout_s, check=lambda: check(listener, rank))
-            lost = queue.close() + await_last(gate)
+            try:
+                work(queue, chat.answerer, gate, meters, limit_s=serving.request_timeout_s, check=lambda: check(listener, rank))
+            finally:
+                queue.close()
+            await_last(gate)
+    chat.pool.shutdown(wait=False, cancel_futures=True)
     seconds = time.perf_counter() - began
-    return summarise(meters, seconds, lost, gauge)
+    return summarise(meters, seconds, gauge)
 
 
 def serving_of(spec: TrainSpec, environ: Mapping[str, str]) -> Serving:
+    """Raises InputRefused for numbers with which no request could be answered."""
     serving = spec.stage.serving
-    assert serving is not None, "a stage of the kind serve has them"
+    if serving is None:
+        raise InputRefused("stage.serving is not set\n    choose stage=serve, which has it")
+    for name, least in LEAST.items():
+        if getattr(serving, name) < least:
+            raise InputRefused(f"stage.serving.{name} is {getattr(serving, name):g}: it can be {least:g} or more")
+    try:
+        check_sampling(serving.sampling)
+    except InputRefused as error:
+        raise InputRefused(f"stage.serving.{error}") from None
     if UNDER_TORCHRUN in environ and serving.drain_timeout_s > TORCHRUN_DRAIN_S:
         print(
             f"stage.serving.drain_timeout_s={serving.drain_timeout_s:g} is cut to {TORCHRUN_DRAIN_S:g}: torchrun kills 30 s after SIGTERM"
@@ -85,21 +105,16 @@ def check(listener: Listener, rank: Rank) -> None:
         raise RunFailed(f"the device {rank.place} does not compute any more ({error}). Look at it, then start the run again.") from error
 
 
-def await_last(gate: Gate) -> int:
-    """Until the last bytes are out. Returns how many requests could not be answered in time."""
+def await_last(gate: Gate) -> None:
     until = time.monotonic() + LAST_BYTES_S
     while gate.inside and time.monotonic() < until:
         time.sleep(SETTLE_S)
-    return gate.inside
 
 
-def summarise(meters: Meters, seconds: float, lost: int, gauge: Gauge) -> TrainResult:
+def summarise(meters: Meters, seconds: float, gauge: Gauge) -> TrainResult:
     counts = {outcome: meters.count(outcome) for outcome in OUTCOMES}
     said = ", ".join(f"{int(count)} {outcome.replace('_', ' ')}" for outcome, count in counts.items())
-    print(
-        f"stopped after {seconds:.0f} s: {said}" + (f"; {lost} were cut off, since their time to drain was over" if lost else ""),
-        flush=True,
-    )
+    print(f"stopped after {seconds:.0f} s: {said}", flush=True)
     return TrainResult(
         schema=SCHEMA,
         status="finished",

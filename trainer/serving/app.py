@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from trainer.serving.chat import Chat
 from trainer.serving.door import Door, knows, names_us
 from trainer.serving.gate import Gate
-from trainer.serving.metric import CONTENT_TYPE, Meters
+from trainer.serving.metric import CONTENT_TYPE, Meters, outcome_of
 from trainer.serving.page import make_page
 from trainer.serving.refusal import RequestRefused, error_body, failed, stopping
 
@@ -59,25 +59,27 @@ def make_app(chat: Chat, gate: Gate, meters: Meters, door: Door, *, began: int) 
     app.add_exception_handler(HTTPException, tell_route)
     app.add_exception_handler(ClientDisconnect, tell_nobody)
     app.add_exception_handler(Exception, tell_failure)
-    return Guard(app, gate, door, page.response(401))
+    return Guard(app, gate, door, meters, page.response(401))
 
 
 class Guard:
     """Host, origin and token of every request, and whether this is the time for it, before anything of it is read."""
 
-    def __init__(self, app: ASGIApp, gate: Gate, door: Door, page: Response) -> None:
-        self.app, self.gate, self.door, self.page = app, gate, door, page
+    def __init__(self, app: ASGIApp, gate: Gate, door: Door, meters: Meters, page: Response) -> None:
+        self.app, self.gate, self.door, self.meters, self.page = app, gate, door, meters, page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
+        headers, asks = Headers(scope=scope), scope["path"] == COMPLETIONS and scope["method"] == "POST"
         try:
             self.judge(headers)
-            if scope["path"] == COMPLETIONS and scope["method"] == "POST":
+            if asks:
                 self.judge_time()
                 with self.gate.visit():
                     await self.app(scope, receive, send)
                 return
         except RequestRefused as refusal:
+            if asks:
+                self.meters.requests.labels(outcome_of(refusal.status)).inc()
             browser = refusal.status == 401 and scope["path"] == "/" and "text/html" in headers.get("accept", "")
             await (self.page if browser else answer(refusal))(scope, receive, send)
             return

@@ -18,7 +18,7 @@ from trainer.question import Answer, Prepared, Question
 from trainer.serving.body import parse_body, read_body
 from trainer.serving.budget import Budget, Lease
 from trainer.serving.fetch import Fetcher
-from trainer.serving.metric import Meters
+from trainer.serving.metric import Meters, outcome_of
 from trainer.serving.picture import decode, is_data, read_data
 from trainer.serving.queue import Queue
 from trainer.serving.refusal import RequestRefused, busy, timed_out, wrong
@@ -31,7 +31,6 @@ THREADS = 4  # that parse bodies and decode images
 CHARACTERS_PER_TOKEN = 16  # four times what usual text has: more is refused before the tokenizer sees it
 LATE_S = 5.0  # for the model to come to its next token, where it is told that a request's time is over
 HEADERS = {"X-Accel-Buffering": "no"}  # a proxy that gathers the parts of a stream would undo it
-OUTCOMES = {429: "turned_away", 503: "turned_away", 504: "timeout", 408: "timeout"}
 
 
 class Chat:
@@ -61,7 +60,7 @@ class Chat:
                 return StreamingResponse(parts, media_type="text/event-stream", headers=HEADERS)
             answer = await until_gone(request, self._last(ticket, first))
         except RequestRefused as refusal:
-            self._count(OUTCOMES.get(refusal.status, "failed" if refusal.status >= 500 else "refused"), came)
+            self._count(outcome_inside(refusal), came)
             raise
         except (ClientDisconnect, asyncio.CancelledError):
             self._count("gone", came)
@@ -169,7 +168,7 @@ class Chat:
                     event = await self._next(ticket)
                 except RequestRefused as late:
                     event = late
-            outcome = "answered" if isinstance(event, Answer) else OUTCOMES.get(event.status, "failed")
+            outcome = "answered" if isinstance(event, Answer) else outcome_inside(event)
             answer = event if isinstance(event, Answer) else None
             yield event
         finally:
@@ -211,6 +210,11 @@ async def until_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
 async def hear_end(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         continue
+
+
+def outcome_inside(refusal: RequestRefused) -> str:
+    """Of a request that was taken before the server was to stop."""
+    return "cut_off" if refusal.code == "stopping" else outcome_of(refusal.status)
 
 
 def one_line(error: InputRefused) -> str:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-OUTCOMES = ("answered", "refused", "turned_away", "timeout", "gone", "failed")
+# cut_off: taken, and not answered when the time to drain was over.
+OUTCOMES = ("answered", "refused", "turned_away", "timeout", "gone", "failed", "cut_off")
+BY_STATUS = {429: "turned_away", 503: "turned_away", 504: "timeout", 408: "timeout"}
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -26,6 +28,11 @@ class Meters:
 
     def count(self, outcome: str) -> float:
         return self.registry.get_sample_value("omnilaunch_requests_total", {"outcome": outcome}) or 0.0
+
+
+def outcome_of(status: int) -> str:
+    """Of a request that was not answered."""
+    return BY_STATUS.get(status, "failed" if status >= 500 else "refused")
 
 
 def make_meters(waiting: Callable[[], float], inside: Callable[[], float]) -> Meters:

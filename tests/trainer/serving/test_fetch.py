@@ -71,7 +71,7 @@ ATTEMPTS = (
     *("http://169.254.169.254/latest/meta-data/", "http://metadata.google.internal/", "http://100.100.100.200/", "http://192.168.0.1/", "http://10.0.0.1/"),
     *("file:///etc/passwd", "file://localhost/etc/passwd", "FILE:///etc/passwd", "/etc/passwd", "../../etc/passwd", "etc/passwd", "\\\\127.0.0.1\\share"),
     *(f"ftp://{NAME}/a.png", f"gopher://{NAME}/_x", f"jar:https://{NAME}/a!/b", f"dict://{NAME}/", f"ws://{NAME}/", f"unix://{NAME}/", "netdoc:///etc/passwd"),
-    *(f"httpss://{NAME}/", f"javascript://{NAME}/", f"blob:https://{NAME}/", "", "http://", "http:///", "https://" + "a" * 3000 + "/"),
+    *(f"httpss://{NAME}/", f"javascript://{NAME}/", f"blob:https://{NAME}/", "?", "http://", "http:///", "https://" + "a" * 3000 + "/"),
 )  # fmt: skip
 
 
@@ -152,8 +152,9 @@ class Host(http.server.BaseHTTPRequestHandler):
 
     def say(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        for name, value in {"Content-Length": str(len(body)), **named}.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 

@@ -58,7 +58,7 @@ def jpeg_sized(width: int, height: int) -> bytes:
 
 def many_scans() -> bytes:
     """A progressive JPEG whose last scan stands there a thousand times: a pass over all pixels each."""
-    content = jpeg_of(512, 512, progressive=True)
+    content = png(2000, 2000, kind="JPEG", progressive=True)
     start = content.rindex(b"\xff\xda")
     return content[:start] + content[start:-2] * 1000 + b"\xff\xd9"
 
@@ -81,7 +81,6 @@ BOMBS: dict[str, Callable[[], bytes]] = {
         32, 32, chunk(b"zTXt", b"k\x00\x00" + zlib.compress(bytes(200 * MIB), 9)), data=bytes(32 * 97)
     ),
     "png: a profile of 200 MB": lambda: png_of(32, 32, chunk(b"iCCP", b"p\x00\x00" + zlib.compress(bytes(200 * MIB), 9)), data=bytes(8)),
-    "png: pixels of 300 MB for a small image": lambda: png_of(32, 32, data=bytes(300 * MIB))[:-30],
     "png: cut in its pixels": lambda: png(500, 500, mode="RGB")[:-40],
     "png: header alone": lambda: png()[:20],
     "gif: 65535 x 65535": lambda: gif_of(65535, 65535),
@@ -105,6 +104,14 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 }
 
 
+HARMLESS: dict[str, Callable[[], bytes]] = {  # of which no more is unpacked than the image has pixels
+    "png: 300 MB behind the last pixel": lambda: png_of(32, 32, data=bytes(300 * MIB)),
+    "gif: 200 frames": lambda: animation("GIF"),
+    "png: 200 frames": lambda: animation("PNG"),
+    "webp: 200 frames": lambda: animation("WEBP"),
+}
+
+
 def test_bombs_are_refused_and_the_server_goes_on() -> None:
     with serve(Echo(), max_batch=4) as served:
         good = data_uri(png())
@@ -117,14 +124,15 @@ def test_bombs_are_refused_and_the_server_goes_on() -> None:
             assert reply.status == 400 and reply.error["code"] in ("invalid_image", "image_too_large"), (name, reply.data[:300])
             assert reply.error["param"] == "messages: image 1" and time.monotonic() - began < 5, name
             assert served.ask(image=good).status == 200, name
-        assert resident_bytes() - before < 512 * MIB
         assert len(BOMBS) >= 15 and set(served.chat.answerer.looked) == {(32, 32)}  # type: ignore[union-attr]
+        assert [served.ask(image=data_uri(make())).status for make in HARMLESS.values()] == [200] * len(HARMLESS)
+        assert resident_bytes() - before < 512 * MIB
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
 def test_of_many_frames_the_first_alone_is_decoded(kind: str) -> None:
     image = decode(animation(kind), MOST, "image")
-    assert image.size == (64, 64) and image.mode == "RGB" and getattr(image, "n_frames", 1) in (1, 200)
+    assert image.size == (64, 64) and image.mode == "RGB"
     assert max(channel[1] for channel in image.getextrema()) <= 2, "that of the first frame is black"
 
 
