@@ -281,9 +281,7 @@ def test_modules_to_come_say_so(model: str) -> None:
 def test_force_records_what_could_be_tried_and_nothing_else() -> None:
     verdict = judge("hardware=p4", "precision=bf16", "run.force='measuring emulation'")
     assert verdict.launchable and [problem.key for problem in verdict.forced] == ["precision"]
-    hopeless = judge(
-        "run.force=please", "cluster.devices_per_node=3", "stage=lm", "run.steps=0", "model=minicpm_v_2_6", "hardware.stack=none"
-    )
+    hopeless = judge("run.force=please", "cluster.devices_per_node=3", "stage=lm", "run.steps=0", "model=minicpm_v_2_6", "hardware.stack=none")
     assert {"stage.global_batch", "run.steps", "model", "hardware.stack"} <= {problem.key for problem in hopeless.problems}
     assert hopeless.forced == ()
 
