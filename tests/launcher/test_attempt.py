@@ -77,6 +77,7 @@ def test_when_a_run_is_not_started_again(earlier: tuple[Attempt, ...], last: Att
     assert why in said and bool(why) == bool(said)
 
 
+
 def test_a_launcher_that_was_killed_while_it_set_aside_leaves_work_to_the_next(tmp_path: Path) -> None:
     for said in ("first", "second", "third"):
         (tmp_path / "logs").mkdir(exist_ok=True)
@@ -201,9 +202,7 @@ def test_no_checkpoint_anywhere(sites: tuple[Site, ...]) -> None:
     assert spread_checkpoint(sites, print) == ""
 
 
-def test_a_node_that_cannot_tell_its_checkpoints_does_not_let_the_run_begin_anew(
-    sites: tuple[Site, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_node_that_cannot_tell_its_checkpoints_does_not_let_the_run_begin_anew(sites: tuple[Site, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     def unreadable(argv: tuple[str, ...], **_: Any) -> Result:
         return Result(argv=argv, code=1, output="", errors="Input/output error")
 

@@ -285,9 +285,7 @@ def test_ascend_nodes_differ(plan_for: PlanFor, tmp_path: Path) -> None:
         assert array(script, "devices")[::10] == ("/dev/davinci0", "/dev/hisi_hdc") and "/etc/hccn.conf" in array(script, "sources")
     assert (array(first, "ports"), array(second, "ports")) == (("29500-29500", "60000-60031"), ("60000-60031",))
     lines = [(folder / f"node{rank}.env").read_text().splitlines() for rank in (0, 1)]
-    own = {"HCCL_IF_IP=192.0.2.11", "HCCL_IF_IP=192.0.2.12"} | {
-        f"ASCEND_PROCESS_LOG_PATH=/srv/omnilaunch/runs/R/cann/node{rank}" for rank in (0, 1)
-    }
+    own = {"HCCL_IF_IP=192.0.2.11", "HCCL_IF_IP=192.0.2.12"} | {f"ASCEND_PROCESS_LOG_PATH=/srv/omnilaunch/runs/R/cann/node{rank}" for rank in (0, 1)}
     assert {*lines[0]} ^ {*lines[1]} == own
 
 

@@ -24,15 +24,7 @@ class Engine(Local):
     """This machine with an engine that answers from a table; /proc is the real one. `gone_after`: looks until the container is gone."""
 
     def __init__(
-        self,
-        host: str,
-        *,
-        pids: str = "",
-        apps: str = "",
-        stays: bool = False,
-        silent: bool = False,
-        absent: str = ABSENT,
-        gone_after: int = 0,
+        self, host: str, *, pids: str = "", apps: str = "", stays: bool = False, silent: bool = False, absent: str = ABSENT, gone_after: int = 0
     ) -> None:
         super().__init__({"PATH": os.environ["PATH"]}, host)
         self.pids, self.apps, self.stays, self.silent, self.absent = pids, apps, stays, silent, absent

@@ -41,9 +41,7 @@ def crewed(folder: Path, nodes: int) -> Crewed:
 def run(
     folder: Path, *codes: str, stop: StopRequest | None = None, grace_s: float = 0.5, tick: object = lambda: None
 ) -> tuple[NodeResult, ...]:
-    members = start_members(
-        tuple(command(folder, rank, code) for rank, code in enumerate(codes)), crewed(folder, len(codes)), StopRequest()
-    )
+    members = start_members(tuple(command(folder, rank, code) for rank, code in enumerate(codes)), crewed(folder, len(codes)), StopRequest())
     return watch(members, stop or StopRequest(), tick, grace_s=lambda: grace_s)  # type: ignore[arg-type]
 
 
@@ -129,7 +127,5 @@ class Dark(Local):
 def test_a_node_that_a_failed_start_could_not_clear_is_named(tmp_path: Path) -> None:
     """What its engine was told may still come up."""
     containers = tuple(replace(command(tmp_path, rank, ""), runtime="docker") for rank in range(1))
-    with pytest.raises(
-        NodeFailed, match=r"no room\n  not cleared: host0: dark: no answer; when it answers: docker rm --force run-n0 there$"
-    ):
+    with pytest.raises(NodeFailed, match=r"no room\n  not cleared: host0: dark: no answer; when it answers: docker rm --force run-n0 there$"):
         start_members(containers, replace(crewed(tmp_path, 1), transports=(Dark(ENVIRON),)), StopRequest())

@@ -274,9 +274,7 @@ def test_the_trainer_reads_hostile_rows_below_a_hostile_folder(
         for word in spoken
     ]
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    data = replace(
-        plan.spec.data, builtin="", train=f"{folder}/rows.json", evaluation=f"{folder}/rows.json", images=str(folder), max_length=1000
-    )
+    data = replace(plan.spec.data, builtin="", train=f"{folder}/rows.json", evaluation=f"{folder}/rows.json", images=str(folder), max_length=1000)
     spec = replace(plan.spec, data=data, output=str(folder / "runs"))
     ssh.put(contract.encode(spec).encode(), f"{folder}/runs/spec.json")
     done = ssh.run((sys.executable, "-m", "trainer", "data", f"{folder}/runs/spec.json"), folder=PROJECT, timeout_s=120)

@@ -47,7 +47,9 @@ def collate_packed(
     return chain(blocks, processor, spec, cache)
 
 
-def collate_unpadded(samples: Sequence[Sample], processor: "Processor", spec: TrainSpec, cache: Cache | None = None) -> dict[str, Tensor]:
+def collate_unpadded(
+    samples: Sequence[Sample], processor: "Processor", spec: TrainSpec, cache: Cache | None = None
+) -> dict[str, Tensor]:
     """A micro-batch without padding: one row as of `collate_packed`; or, of samples that are equally long, what `collate` makes of them,
     [B, T], where attention is one call in place of one for each sample."""
     cache = Cache(0) if cache is None else cache

@@ -38,8 +38,6 @@ def attend(
         raise InputRefused("this model's layers have a sliding window, which packed rows do not keep\n    set data.packing=false")
     ends = attention_mask.flatten().tolist()
     lengths = [last - first for first, last in zip([0, *ends[:-1]], ends, strict=True)]
-    samples = zip(
-        *(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True
-    )  # a slice's gradient is as long as the row
+    samples = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)  # a slice's gradient is as long as the row
     parts = [sdpa_attention_forward(module, *sample, None, **{**options, "is_causal": True})[0] for sample in samples]
     return torch.cat(parts, dim=1), None

@@ -174,7 +174,8 @@ def create(model: ModelSpec) -> OmniLMMForCausalLM:
 def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool = False) -> torch.nn.Module:
     """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model or revision."""
     config = read_config(folder, model, OmniLMMConfig, split_config)
-    config.image_start_token_id, config.image_end_token_id = find_frame(folder, model, config, TOKENS)
+    if config.image_start_token_id is None:
+        config.image_start_token_id, config.image_end_token_id = find_frame(folder, model, config, TOKENS)
     return load_published(OmniLMMForCausalLM, config, folder, model, dtype, hollow=hollow)
 
 
