@@ -125,6 +125,9 @@ def fill(index: Path) -> None:
     for need in asked:
         found = re.search(r"[=>]=([\d.]+)", need)
         package(index, name_of(need), found[1] if found else "1.0")
+    for stack in ("cpu", "ascend910b"):
+        for name, version in STACKS[stack].packages.items():
+            package(index, name, version)
     package(index, "sympy", "2.0")
     for name in ("nvidia-cublas", "cuda-bindings", "triton", "nvidia-ml-py"):
         package(index, name, "1.0")
