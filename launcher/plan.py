@@ -27,7 +27,7 @@ from trainer.contract import LONE, SCHEMA, Batch, DataSpec, DeviceSpec, Evaluati
 DATA_FOLDER = ".cache/data"
 RUNS_FOLDER = "runs"
 FIXED_THREADS = 4
-LEAVING_S = 5  # of a server that has answered
+LEAVING_S = 10  # of a server that has answered
 # What the trainer is told unchanged, and by the same name, of config.run.
 OF_THE_RUN = (
     *("seed", "deterministic", "steps", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background"),
