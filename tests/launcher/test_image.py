@@ -168,12 +168,8 @@ def test_image_of_the_cpu() -> None:
         n for n in image.files if "/" not in n
     }
     assert "trainer/contract.py" in image.files
-<<<<<<< HEAD
-    assert not [name for name in image.files if not name.endswith((".py", ".txt", ".sh", "serving/page.html"))]
-=======
     assert "trainer/serving/page.html" in image.files
     assert not [name for name in image.files if not name.endswith((".py", ".txt", ".sh", "page.html"))]
->>>>>>> d5e4dc5d567751b1747c0e4e5568a2246cbbe29f
     assert image.labels["io.omnilaunch.fingerprint"] == image.fingerprint
     assert image.labels["io.omnilaunch.lock"] == image.files["lock.txt"]
     assert 'io.omnilaunch.contract="1"' in image.dockerfile and 'io.omnilaunch.torch="2.13.0+cpu"' in image.dockerfile
