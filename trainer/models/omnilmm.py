@@ -20,7 +20,9 @@ from trainer.models.processor import find_ids
 from trainer.models.published import (
     assemble,
     find_frame,
+    find_marks,
     initialise,
+    keep_marks,
     load_published,
     open_published,
     put_images,
@@ -41,7 +43,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 class OmniLMMConfig(MistralConfig):
-    """The published fields; `tower` and the two ids, which a published file lacks, are written by us."""
+    """The published fields; `tower` and the three ids, which a published file lacks, are written by us."""
 
     model_type = "omnilmm"
 
@@ -51,6 +53,7 @@ class OmniLMMConfig(MistralConfig):
     mm_use_im_start_end: bool = True
     tower: dict[str, Any] | None = None
     image_start_token_id: int | None = None
+    image_token_id: int | None = None
     image_end_token_id: int | None = None
 
 
@@ -144,10 +147,6 @@ def begins(past_key_values: Any) -> bool:
     return past_key_values is None or past_key_values.get_seq_length() == 0
 
 
-def find_marks(config: Any) -> tuple[int, int]:
-    return config.image_start_token_id, config.image_end_token_id
-
-
 def split_tower(model: ModelSpec) -> tuple[dict[str, Any], int]:
     """The tower's numbers of conf/model, and the side of an image in pixels."""
     sizes = find_sizes(model, "vision")
@@ -162,10 +161,10 @@ def split_config(config: OmniLMMConfig) -> SimpleNamespace:
 def create(model: ModelSpec) -> OmniLMMForCausalLM:
     """Raises InputRefused when the tokenizer does not fit the vocabulary."""
     tokenizer = tiny_tokenizer(model.image_token, model.template, TOKENS)
-    before, after = find_ids(tokenizer, TOKENS, "image_start_token", "image_end_token")
+    before, image, after = find_ids(tokenizer, TOKENS, "image_start_token", "image_patch_token", "image_end_token")
     tower, side = split_tower(model)
     queries = {"num_query": model.architecture["options"]["num_query"], "image_size": side}
-    ids = {"image_start_token_id": before, "image_end_token_id": after}
+    ids = {"image_start_token_id": before, "image_token_id": image, "image_end_token_id": after}
     config = OmniLMMConfig(**{**find_text(model, tokenizer), **queries, **ids}, tower=tower)
     config._attn_implementation = ATTENTION[model.attention]
     return OmniLMMForCausalLM(config)
@@ -174,8 +173,8 @@ def create(model: ModelSpec) -> OmniLMMForCausalLM:
 def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool = False) -> torch.nn.Module:
     """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model or revision."""
     config = read_config(folder, model, OmniLMMConfig, split_config)
-    if config.image_start_token_id is None:
-        config.image_start_token_id, config.image_end_token_id = find_frame(folder, model, config, TOKENS)
+    if None in find_marks(config):  # a published one; ours is whole without its tokenizer
+        keep_marks(config, find_frame(folder, model, config, TOKENS, TOKENS["image_patch_token"]))
     return load_published(OmniLMMForCausalLM, config, folder, model, dtype, hollow=hollow)
 
 
@@ -187,7 +186,7 @@ def create_processor(model: ModelSpec, limit: Limit = UNBOUND) -> Processor:
 def load_processor(folder: Path, model: ModelSpec, limit: Limit = UNBOUND) -> Processor:
     """From the files that `Processor.save` writes, or those of a published checkpoint."""
     config = read_config(folder, model, OmniLMMConfig, split_config)
-    find_frame(folder, model, config, TOKENS)
+    find_frame(folder, model, config, TOKENS, TOKENS["image_patch_token"])
     return complete(model, open_published(folder, model, config.vocab_size, TOKENS), config.num_query, config.image_size)
 
 

@@ -19,12 +19,14 @@ from transformers.modeling_utils import slice_logits_to_keep
 from trainer.contract import InputRefused, ModelSpec
 from trainer.models.architecture import ATTENTION, find_text
 from trainer.models.family import UNBOUND, Family, Limit, Processor
-from trainer.models.omnilmm import HEAD_WIDTH, begins, find_marks, read_shape, split_tower
+from trainer.models.omnilmm import HEAD_WIDTH, begins, read_shape, split_tower
 from trainer.models.processor import find_ids
 from trainer.models.published import (
     assemble,
     find_frame,
+    find_marks,
     initialise,
+    keep_marks,
     load_published,
     open_published,
     put_images,
@@ -46,7 +48,7 @@ SCALES = ("scale_emb", "scale_depth", "dim_model_base")  # options of the decode
 
 
 class MiniCPMVConfig(GraniteConfig):
-    """The published fields; `tower` and the two ids, which a published file lacks, are written by us. A published `tower` has 27 layers
+    """The published fields; `tower` and the three ids, which a published file lacks, are written by us. A published `tower` has 27 layers
     and a last one that is dropped; one of ours has those that are there."""
 
     model_type = "minicpmv"
@@ -60,6 +62,7 @@ class MiniCPMVConfig(GraniteConfig):
     drop_vision_last_layer: bool = True
     tower: dict[str, Any] | None = None
     image_start_token_id: int | None = None
+    image_token_id: int | None = None
     image_end_token_id: int | None = None
 
 
@@ -152,7 +155,8 @@ def create(model: ModelSpec) -> MiniCPMV:
     before, after = find_ids(tokenizer, TOKENS, "image_start_token", "image_end_token")
     tower, side = split_tower(model)
     queries = {"query_num": model.architecture["options"]["num_query"], "image_size": side}
-    ids = {"image_start_token_id": before, "image_end_token_id": after}
+    unknown = tokenizer.convert_tokens_to_ids(UNKNOWN)
+    ids = {"image_start_token_id": before, "image_token_id": unknown, "image_end_token_id": after}
     config = MiniCPMVConfig(**{**find_text(model, tokenizer), **queries, **ids}, tower=tower)
     config._attn_implementation = ATTENTION[model.attention]
     return MiniCPMV(config)
@@ -167,8 +171,8 @@ def start_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
 def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool = False) -> torch.nn.Module:
     """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model or revision."""
     config = read_first(folder, model)
-    if config.image_start_token_id is None:
-        config.image_start_token_id, config.image_end_token_id = find_frame(folder, model, config, TOKENS)
+    if None in find_marks(config):  # a published one; ours is whole without its tokenizer
+        keep_marks(config, find_frame(folder, model, config, TOKENS, UNKNOWN))
     return load_published(MiniCPMV, config, folder, model, dtype, hollow=hollow)
 
 
@@ -191,7 +195,7 @@ def create_processor(model: ModelSpec, limit: Limit = UNBOUND) -> Processor:
 def load_processor(folder: Path, model: ModelSpec, limit: Limit = UNBOUND) -> Processor:
     """From the files that `Processor.save` writes, or those of a published checkpoint."""
     config = read_first(folder, model)
-    find_frame(folder, model, config, TOKENS)
+    find_frame(folder, model, config, TOKENS, UNKNOWN)
     return complete(model, open_published(folder, model, config.vocab_size, TOKENS), config.query_num, config.image_size)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -29,7 +30,7 @@ from trainer.models.weight import round_weights
 
 SHOWN_KEYS = 6
 BICUBIC = 3  # PIL's number of it
-Ids = tuple[int, int]
+Ids = tuple[int, int, int]
 
 
 def load_published(
@@ -108,18 +109,29 @@ def open_whole(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def find_frame(folder: Path, model: ModelSpec, config: Any, tokens: Mapping[str, str]) -> Ids:
-    """The ids before and after an image: as our own checkpoints say, else of the tokenizer beside a published one. Raises InputRefused
-    where both say them and differ: every image would be read as words."""
+def find_frame(folder: Path, model: ModelSpec, config: Any, tokens: Mapping[str, str], image_token: str) -> Ids:
+    """The ids before an image, of each of its places and after it: as our own checkpoints say, else of the tokenizer beside a published one.
+    Raises InputRefused where both say them and differ: every image would be read as words."""
     tokenizer = open_published(folder, model, config.vocab_size, tokens)
     before, after = find_ids(tokenizer, tokens, "image_start_token", "image_end_token")
-    said = (config.image_start_token_id, config.image_end_token_id)
-    if said != (None, None) and said != (before, after):
-        raise InputRefused(
-            f"{folder}: the tokenizer has {tokens['image_start_token']!r} as {before} and {tokens['image_end_token']!r} as {after}, the "
-            f"model as {said[0]} and {said[1]}\n    take the tokenizer that belongs to the model"
-        )
-    return before, after
+    found = before, tokenizer.convert_tokens_to_ids(image_token), after
+    said = find_marks(config)
+    names = tokens["image_start_token"], image_token, tokens["image_end_token"]
+    for name, its, ours in zip(names, found, said, strict=True):
+        if ours not in (None, its):
+            raise InputRefused(
+                f"{folder}: the tokenizer has {name!r} as {its}, the model as {ours}\n    take the tokenizer that belongs to the model"
+            )
+    return found
+
+
+def find_marks(config: Any) -> Any:
+    """The ids of an image's frame, each None where the config does not say."""
+    return config.image_start_token_id, config.image_token_id, config.image_end_token_id
+
+
+def keep_marks(config: Any, frame: Ids) -> None:
+    config.image_start_token_id, config.image_token_id, config.image_end_token_id = frame
 
 
 def assemble(
@@ -145,14 +157,26 @@ def write(folder: Path, *, model: ModelSpec, tokenizer: PreTrainedTokenizerBase,
 
 
 def put_images(embeddings: Tensor, input_ids: Tensor, features: Tensor, frame: Ids) -> Tensor:
-    """`features`, (images, queries, width), at the places between the two ids of a frame: (B, T, width) -> the same. Raises ValueError where
-    there are more places than features, or fewer."""
-    before, after = (input_ids == token for token in frame)
-    inside = (before.cumsum(dim=1) - after.cumsum(dim=1) == 1) & ~before
+    """`features`, (images, queries, width), at the places of images: (B, T, width) -> the same. Raises ValueError where there are more
+    places than features, or fewer."""
+    inside = find_places(input_ids, features.shape[1], frame)
     places, given = int(inside.sum()), features.shape[0] * features.shape[1]
     if places != given:
         raise ValueError(f"{places} places between image marks for {given} image features")
     return embeddings.masked_scatter(inside[..., None], features.to(embeddings.dtype))
+
+
+def find_places(input_ids: Tensor, queries: int, frame: Ids) -> Tensor:
+    """(B, T) bool, of (B, T) int64: where whole frames hold an image. A mark that stands alone is a word of somebody's text, and moves no
+    image of its row, nor of those that are packed with it."""
+    before, image, after = frame
+    length = input_ids.shape[1]
+    further = pad(input_ids, (0, queries + 1), value=-1)
+    images = (further == image).cumsum(dim=1)  # up to and with each place
+    full = images[:, queries : queries + length] - images[:, :length] == queries
+    starts = ((input_ids == before) & full & (further[:, queries + 1 :] == after)).int()
+    opened, closed = (pad(starts, (shift, 0))[:, :length].cumsum(dim=1) for shift in (1, queries + 1))
+    return opened > closed
 
 
 def initialise(model: Any, module: torch.nn.Module) -> None:

@@ -13,13 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
-from tests.trainer.models.conftest import Made, model_spec, read_model
+from tests.trainer.models.conftest import Made, model_spec, read_model, talk
 from tests.trainer.models.test_piece import make_pieces, write
 from trainer.checkpoint import require_whole
 from trainer.contract import InputRefused
+from trainer.data.collate import collate
+from trainer.data.sample import MARK, Sample
 from trainer.models import find_family
 from trainer.models.omnilmm import OmniLMMConfig, OmniLMMForCausalLM
 from trainer.models.omnilmm_3b import MiniCPMV, MiniCPMVConfig
+from trainer.models.published import find_marks, put_images
 from trainer.models.query import QueryResampler
 from trainer.models.weight import round_weights
 from trainer.weight import hash_weights
@@ -28,7 +31,8 @@ GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "patch_size": 4, "positions": 3, "num_hidden_layers": 2}
 TEXT = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 MORE = {"num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "image_size": 20, "tower": TOWER}
-FRAME = {"image_start_token_id": 91, "image_end_token_id": 92}
+FRAME = {"image_start_token_id": 91, "image_token_id": 90, "image_end_token_id": 92}
+UNKNOWN = {"image_token_id": 0}  # what stands for an image of the 3B
 SCALES = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 64}
 # two_turns: of the 3B a row with an image in each turn; of the 12B two rows with an image in either turn, since its published code keeps
 # the last image of a row alone.
@@ -41,7 +45,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 def make(name: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """Ours, of the size of the tiny instance, and the tensors that the published code left."""
     if name == "omnilmm_3b":
-        model: Any = MiniCPMV(MiniCPMVConfig(**TEXT, **MORE, **FRAME, **SCALES, query_num=4))
+        model: Any = MiniCPMV(MiniCPMVConfig(**TEXT, **MORE, **{**FRAME, **UNKNOWN}, **SCALES, query_num=4))
     else:
         model = OmniLMMForCausalLM(OmniLMMConfig(**TEXT, **MORE, **FRAME, num_query=4))
     tensors = load_file(GOLDEN / name / "tiny.safetensors")
@@ -190,6 +194,16 @@ def test_the_published_layout_is_read_and_written_again(pickled: bool, made: Mad
     assert hash_weights(tmp_path / "published") == hash_weights(tmp_path / "published")
 
 
+@pytest.mark.parametrize("key", FRAME)
+def test_each_mark_is_held_against_the_tokenizer(key: str, made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: 7}), encoding="utf-8")
+    for open_part in (made.family.load_processor, lambda folder, model: made.family.load(folder, model, torch.float32)):
+        with pytest.raises(InputRefused, match=rf"the tokenizer has '.*' as {config[key]}, the model as 7\n"):
+            open_part(tmp_path, made.spec.model)
+
+
 def test_a_published_tokenizer_model_is_enough(make_tiny: Any, tmp_path: Path) -> None:
     """As OpenBMB/MiniCPM-V has it: no tokenizer.json, and a tokenizer class that is code of its own."""
     made = make_tiny("tiny_omnilmm_3b")
@@ -251,6 +265,23 @@ def test_marks_without_their_images_are_refused(golden: tuple[PreTrainedModel, d
     model, tensors = golden
     with pytest.raises(ValueError, match="4 places between image marks for 8 image features"):
         model(input_ids=tensors["one_image/input_ids"], pixel_values=torch.zeros(2, 3, 20, 20))
+
+
+def test_marks_that_a_text_holds_are_words_of_it(made: Made, samples: tuple[Sample, ...]) -> None:
+    """Before the image, in an answer, and in a text without one, beside another row's image: none moves a place of an image."""
+    alone = samples[0]
+    marks = made.processor.tokenizer.convert_ids_to_tokens([made.model.config.image_start_token_id, made.model.config.image_end_token_id])
+    for mark in (mark for mark in marks if mark != MARK):  # that one is counted by the data
+        first, answer, *rest = alone.messages
+        noted = (replace(first, content=f"{mark}{mark} {first.content}"), replace(answer, content=f"It is {mark}."), *rest)
+        batch = collate([replace(alone, messages=noted), talk((f"What is {mark}?", f"{mark * 70}"), row=9)], made.processor, made.spec)
+        ids, width = batch["input_ids"], made.model.config.hidden_size
+        frame = find_marks(made.model.config)
+        features = torch.ones(1, made.processor.span.tokens, width)
+        filled = put_images(torch.zeros(*ids.shape, width), ids, features, frame)[..., 0]
+        start = next(place for place in range(ids.shape[1]) if tuple(ids[0, place : place + 18]) == made.processor.span((9, 9), 0))
+        assert filled[0].nonzero().flatten().tolist() == [*range(start + 1, start + 17)] and not filled[1].any()
+        assert made.model(**batch, use_cache=False).loss.isfinite()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
