@@ -21,6 +21,7 @@ from trainer.models.published import (
     assemble,
     find_frame,
     find_marks,
+    has_tokenizer,
     initialise,
     keep_marks,
     load_published,
@@ -173,7 +174,7 @@ def create(model: ModelSpec) -> OmniLMMForCausalLM:
 def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool = False) -> torch.nn.Module:
     """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model or revision."""
     config = read_config(folder, model, OmniLMMConfig, split_config)
-    if None in find_marks(config):  # a published one; ours is whole without its tokenizer
+    if None in find_marks(config) or has_tokenizer(folder):  # weights of ours are whole without one
         keep_marks(config, find_frame(folder, model, config, TOKENS, TOKENS["image_patch_token"]))
     return load_published(OmniLMMForCausalLM, config, folder, model, dtype, hollow=hollow)
 

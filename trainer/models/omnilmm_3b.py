@@ -25,6 +25,7 @@ from trainer.models.published import (
     assemble,
     find_frame,
     find_marks,
+    has_tokenizer,
     initialise,
     keep_marks,
     load_published,
@@ -171,7 +172,7 @@ def start_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
 def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool = False) -> torch.nn.Module:
     """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model or revision."""
     config = read_first(folder, model)
-    if None in find_marks(config):  # a published one; ours is whole without its tokenizer
+    if None in find_marks(config) or has_tokenizer(folder):  # weights of ours are whole without one
         keep_marks(config, find_frame(folder, model, config, TOKENS, UNKNOWN))
     return load_published(MiniCPMV, config, folder, model, dtype, hollow=hollow)
 

@@ -125,6 +125,10 @@ def find_frame(folder: Path, model: ModelSpec, config: Any, tokens: Mapping[str,
     return found
 
 
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
 def find_marks(config: Any) -> Any:
     """The ids of an image's frame, each None where the config does not say."""
     return config.image_start_token_id, config.image_token_id, config.image_end_token_id
