@@ -12,11 +12,11 @@ from PIL import Image
 
 import trainer.infer
 from trainer.answer import Answerer, Question
-from trainer.contract import Inference, InputRefused, RunFailed, Sampling, StageSpec, TrainSpec
+from trainer.contract import STREAM_FILE, Inference, InputRefused, RunFailed, Sampling, StageSpec, TrainSpec
 from trainer.data.image import open_image
 from trainer.data.sample import Message
 from trainer.device import DEVICES
-from trainer.infer import carry_out
+from trainer.infer import Teller, carry_out
 from trainer.models import find_family
 from trainer.rank import Rank
 
@@ -155,10 +155,12 @@ def test_one_question_is_answered_word_by_word(
     image = next((digits / "digits" / "images").glob("*.png"))
     spec = asking("run", prompt="Which digit is this?", image=str(image))
     parts: list[str] = []
-    monkeypatch.setattr("trainer.infer.print_text", lambda row, text: parts.append(text))
+    said = Teller.__call__
+    monkeypatch.setattr(Teller, "__call__", lambda teller, row, text: (parts.append(text), said(teller, row, text)))
     carry_out(spec, PLACE, {})
     (row,) = answers_of(spec)
     assert "".join(parts) == row["answer"] and len(parts) > 1
+    assert (Path(spec.output) / STREAM_FILE).read_text(encoding="utf-8") == row["answer"], "where the launcher has it from"
     silent = asking("silent", prompt="Which digit is this?", image=str(image), stream=False)
     capsys.readouterr()
     carry_out(silent, PLACE, {})

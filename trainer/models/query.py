@@ -22,7 +22,7 @@ class QueryResampler(torch.nn.Module):
 
     def __init__(self, *, width: int, source: int, queries: int, heads: int) -> None:
         super().__init__()
-        self.register_buffer("pos_embed", sines(width, isqrt(queries)))
+        self.register_buffer("pos_embed", sines(width, isqrt(queries)).to(torch.get_default_dtype()))
         self.query = torch.nn.Parameter(torch.zeros(queries, width))
         self.kv_proj = torch.nn.Linear(source, width, bias=False) if source != width else torch.nn.Identity()
         self.attn = CrossAttention(width, heads)
