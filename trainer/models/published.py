@@ -39,20 +39,20 @@ def load_published(
     """Raises InputRefused, listing them, where the checkpoint's tensors are not those of the model, by name or shape."""
     options = loading_options(folder, model, dtype, hollow=hollow)
     try:
-        loaded, found = kind.from_pretrained(folder, config=config, output_loading_info=True, **options)
+        told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all that differs is refused below
+        loaded, found = kind.from_pretrained(folder, config=config, **told, **options)
     except UnpicklingError as error:
         raise InputRefused(f"{folder} holds code among its tensors, which is never run: {error}\n    take the published files") from error
-    except RuntimeError as error:  # of another shape
-        raise InputRefused(f"{folder} holds another revision of {model.name}: {error}\n    take the revision that was published") from error
+    other = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
     lines = [
         f"  {len(keys)} {what}: {', '.join(sorted(keys)[:SHOWN_KEYS])}{' ...' if len(keys) > SHOWN_KEYS else ''}"
-        for what, keys in (("missing", found["missing_keys"]), ("not of this model", found["unexpected_keys"]))
+        for what, keys in (("missing", found["missing_keys"]), ("not of this model", found["unexpected_keys"]), ("of another shape", other))
         if keys
     ]
     if lines:
         listed = "\n".join(lines)
         raise InputRefused(
-            f"{folder} holds another revision of {model.name}, by the names of its tensors:\n{listed}\n"
+            f"{folder} holds another revision of {model.name}, by its tensors:\n{listed}\n"
             "    take the revision that was published, or choose the checkpoint's own model with model=NAME"
         )
     return round_weights(loaded, dtype)  # transformers leaves buffers as they were made

@@ -245,10 +245,13 @@ def test_another_revision_is_refused_with_its_names(made: Made, tmp_path: Path) 
     weights = load_file(tmp_path / "model.safetensors")
     name = next(name for name in weights if name.endswith("resampler.proj"))
     weights[f"{name}_in"] = weights.pop(name)
+    query = next(name for name in weights if name.endswith("resampler.query"))
+    weights[query] = weights[query][:5].clone()
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputRefused) as caught:
         made.family.load(tmp_path, made.spec.model, torch.float32)
     assert f"1 missing: {name}\n" in str(caught.value) and f"1 not of this model: {name}_in\n" in str(caught.value)
+    assert f"1 of another shape: {query}\n" in str(caught.value)
 
 
 def test_a_later_minicpm_v_is_refused(make_tiny: Any, tmp_path: Path) -> None:
