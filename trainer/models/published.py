@@ -65,8 +65,11 @@ def read_config(folder: Path, model: ModelSpec, kind: type[PreTrainedConfig], pa
     is not compared: the published file was never seen, and what it says is taken."""
     refuse_kind(folder, model, kind)
     config = kind.from_pretrained(folder, local_files_only=True)
-    unverified = model.architecture["options"].get("unverified", ())
+    options = model.architecture["options"]
+    unverified, queries = options.get("unverified", ()), getattr(config, "query_num", getattr(config, "num_query", None))
     lines = [line for part in ("vision", "text") for line in differences(model, parts(config), part)]
+    if queries != options["num_query"]:
+        lines.append(f"  model.architecture.options.num_query: {options['num_query']}, the checkpoint has {queries}")
     lines = [line for line in lines if not any(line.startswith(f"  model.architecture.{name}:") for name in unverified)]
     if lines:
         listed = "\n".join(lines)

@@ -204,6 +204,16 @@ def test_each_mark_is_held_against_the_tokenizer(key: str, made: Made, tmp_path:
             open_part(tmp_path, made.spec.model)
 
 
+def test_a_checkpoint_with_other_queries_is_refused(made: Made, tmp_path: Path) -> None:
+    """A plan has counted with those of the model."""
+    shutil.copytree(made.folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    key = next(name for name in ("query_num", "num_query") if name in config)
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: 9}), encoding="utf-8")
+    with pytest.raises(InputRefused, match=r"options\.num_query: 16, the checkpoint has 9"):
+        made.family.load(tmp_path, made.spec.model, torch.float32)
+
+
 def test_a_published_tokenizer_model_is_enough(make_tiny: Any, tmp_path: Path) -> None:
     """As OpenBMB/MiniCPM-V has it: no tokenizer.json, and a tokenizer class that is code of its own."""
     made = make_tiny("tiny_omnilmm_3b")
