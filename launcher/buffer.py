@@ -13,7 +13,9 @@ from launcher.fit import (
     layer_counts,
     linear_shapes,
     lora_parameters,
+    ranks_per_node,
     rendered_stage,
+    streams,
     takes_bf16_optimizer,
     world_size,
     zero_stage,
@@ -209,11 +211,14 @@ def runtime_bytes(config: Config, gib: int) -> int:
 def loading_bytes(config: Config) -> tuple[int, int]:
     """(device, host a node) while the model is loaded. Each rank makes or reads the whole model in its own memory (trainer.build), and
     DeepSpeed moves it to the device whole (runtime/engine.py, _configure_distributed_model); but under ZeRO 3, where the model is built
-    without memory and each tensor divided as it is read, a rank holds its share and the largest tensor whole, here and there."""
+    without memory and each tensor divided as it is read, a rank holds its share and the largest tensor whole, here and there. A stage that
+    works file by file loads no model, and a model that is spread over the cards of a node is loaded once."""
+    if streams(config):
+        return 0, 0
     width = DTYPE_BYTES[config.precision.weights]
     whole = config.model.parameters.total * width
     if zero_stage(config) < 3:
-        return whole, whole * device_count(config)
+        return whole, whole * ranks_per_node(config)
     tensor = largest_tensor(config) * width
     share = 0 if config.strategy.offload_parameters else -(-whole // max(1, world_size(config)))  # which goes to the host as it is cut
     return share + tensor, tensor * device_count(config)

@@ -1,6 +1,7 @@
 """The runs of a folder: found, filtered, tagged, measured."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -189,10 +190,18 @@ def describe_entry(entry: Entry) -> str:
     record = entry.record
     if record is None:
         return f"{RECORD_FILE} cannot be read: {entry.problem}" if entry.problem else "no record: under way, or its launcher was killed"
-    figures = "  ".join(f"{name} {value:.4f}" for name, value in record.evaluation.items() if name != "count")
+    figures = "  ".join(f"{name} {figure(value)}" for name, value in record.evaluation.items() if name != "count")
     loss = f"loss {record.final_loss:.4f}" if record.final_loss is not None else ""
     tags = " ".join(f"#{tag}" for tag in entry.tags)
-    return f"{record.status:9} {record.steps:6} steps  {loss}  {figures}  {tags}".rstrip()
+    steps = f"{record.steps:6} steps" if record.steps or record.status != "finished" else " " * 12  # what follows training has none
+    return f"{record.status:9} {steps}  {loss}  {figures}  {tags}".rstrip()
+
+
+def figure(value: float) -> str:
+    """Whole numbers whole, small ones by their powers."""
+    if math.isfinite(value) and value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if abs(value) >= 0.001 else f"{value:.2e}"
 
 
 def entries_json(entries: Sequence[Entry], *, disk: bool = False) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.catalogue import figure
 from launcher.chain import GROUP, Chain, Step, words_of
 from launcher.compose import compose
 from launcher.errors import ConfigRefused, LaunchError
@@ -14,7 +15,7 @@ from launcher.plan import RUNS_FOLDER, Plan, absolute, make_plan
 from launcher.record import PLAN_FILE, RECORD_FILE, Record, read_if_there, valid_run_id
 from launcher.reference import read_plain
 from launcher.schema import Config
-from launcher.show import command_line, describe_work, figure, gib, table
+from launcher.show import command_line, describe_work, gib, table
 from trainer.contract import Exit
 
 Launch = Callable[[Sequence[str], str], int]  # words and run id -> exit code

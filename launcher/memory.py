@@ -130,7 +130,7 @@ def count_host(config: Config, states: States) -> Iterator[Item]:
     if states.host_bytes:
         yield Item(name="offloaded states", size_bytes=states.host_bytes, basis="arithmetic")
         yield Item(name="pinned buffers", size_bytes=int((HOST_FACTOR - 1) * states.host_bytes), basis="calibrated")
-    if config.hardware.accelerator != "cpu":
+    if config.hardware.accelerator != "cpu" and not streams(config):
         yield Item(name="model while it loads", size_bytes=loading_bytes(config)[1], basis="arithmetic")
 
 

@@ -125,7 +125,8 @@ def show_status(arguments: argparse.Namespace) -> int:
     folder = find_run(arguments.run)
     plan, record = load_plan(folder), recorded(folder)
     if record is not None:
-        arguments.say(f"{record.status} at {record.ended_at}, step {record.steps} of {plan.spec.steps}")
+        steps = f", step {record.steps} of {plan.spec.steps}" if plan.spec.stage.kind == "train" else ""
+        arguments.say(f"{record.status} at {record.ended_at}{steps}")
         return Exit.OK
     require_containers(plan, "status")
     with reach_sites([plan]) as sites:

@@ -1,13 +1,13 @@
 """Plans and records as text for a person. The last lines are what one sees first: verdict, and what to do next."""
 
 import json
-import math
 import shlex
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from launcher.catalogue import figure
 from launcher.check import check
 from launcher.choice import choose_strategy
 from launcher.compose import compose
@@ -143,13 +143,6 @@ def describe_verdict(plan: Plan) -> str:
     if verdict.launchable:
         return "\n".join((*lines, "ok", f"next: {command_line('launch', *plan.overrides)}"))
     return "\n".join((*lines, "planned; a launch is refused:", *map(str, verdict.problems)))
-
-
-def figure(value: float) -> str:
-    """Whole numbers whole, small ones by their powers."""
-    if math.isfinite(value) and value == int(value):
-        return f"{value:,.0f}"
-    return f"{value:.4f}" if abs(value) >= 0.001 else f"{value:.2e}"
 
 
 def describe_work(spec: TrainSpec) -> str:

@@ -110,13 +110,13 @@ TRAINER_ORDER = (
     ("checkpoint", "difference", "evaluate", "finite", "journal", "loop", "origin", "start"),
     ("draft", "scatter"),
     ("build", "probe", "product"),
-    ("calibration", "convert", "merge", "nf4"),
+    ("calibration", "nf4"),
     ("writer",),
     ("boundary",),
     ("training",),
     ("serving",),
     ("run",),
-    ("assess", "infer", "quantize", "serve"),
+    ("assess", "convert", "infer", "merge", "quantize", "serve"),
     ("__main__",),
 )
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "base", "misc"}

@@ -22,6 +22,7 @@ from trainer.precision import DTYPES
 from trainer.probe import compare, compute_logits, make_probes
 from trainer.product import Product, make_product, require_plain
 from trainer.rank import Rank
+from trainer.run import describe_place
 from trainer.stream import Outgoing, Source, copy_tensor, open_tensors, read_pieces
 from trainer.survival import Survival, survey
 
@@ -35,6 +36,7 @@ def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainR
     conversion = spec.stage.conversion or Conversion()
     origin = find_origin(spec, weights_folder(spec))
     folder = require_plain(spec, origin, adapter=False)
+    describe_place(spec, rank, origin, environ)
     sources = open_tensors(folder)
     found = [survey(name, source, DTYPES[conversion.dtype]) for name, source in sources.items() if source.dtype.is_floating_point]
     write_text(json.dumps(report(conversion, found), indent=2) + "\n", Path(spec.output) / REPORT_FILE)

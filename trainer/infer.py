@@ -238,7 +238,8 @@ def finish(spec: TrainSpec, rank: Rank, journal: Journal) -> Tally:
 
 
 def describe_failed(tally: Tally, options: Inference, file: Path) -> str:
-    first = "\n".join(f"  row {row['row']}: {row['error']}" for row in tally.failed[:SHOWN])
+    named = [(f"row {row['row']}: ", str(row["error"])) for row in tally.failed[:SHOWN]]
+    first = "\n".join(f"  {name}{error.removeprefix(name)}" for name, error in named)
     more = f"\n  ... and {len(tally.failed) - SHOWN} more" if len(tally.failed) > SHOWN else ""
     return (
         f"{len(tally.failed)} of {tally.rows} rows of {options.input} could not be answered; the others are in {file}, and these have an "

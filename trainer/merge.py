@@ -19,6 +19,7 @@ from trainer.origin import find_origin
 from trainer.probe import compare, compute_logits, make_probes, open_hollow
 from trainer.product import Product, make_product, require_plain
 from trainer.rank import Rank
+from trainer.run import describe_place
 from trainer.stream import Outgoing, Source, copy_tensor, open_tensors
 
 
@@ -28,6 +29,7 @@ def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainR
     began, gauge = time.perf_counter(), Gauge(rank.device)
     origin = find_origin(spec, weights_folder(spec))
     base, folder = require_plain(spec, origin, adapter=True), Path(origin.path)
+    describe_place(spec, rank, origin, environ)
     gauge.enter("saving")
     sources, hollow = open_tensors(base), open_hollow(base, spec)
     adapter = read_adapter(folder, hollow)

@@ -27,7 +27,7 @@ from trainer.precision import loading_dtype
 from trainer.probe import open_hollow
 from trainer.product import Product, make_product, require_plain
 from trainer.rank import Rank
-from trainer.run import find_places, load_samples
+from trainer.run import describe_place, find_places, load_samples
 from trainer.stream import Outgoing, Source, copy_tensor, open_tensors
 
 REPORT_FILE = "quantization.json"
@@ -40,6 +40,7 @@ def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainR
     wanted = spec.stage.quantization or Quantization()
     origin = find_origin(spec, weights_folder(spec))
     folder = require_plain(spec, origin, adapter=False)
+    describe_place(spec, rank, origin, environ)
     sources, hollow = open_tensors(folder), open_hollow(folder, spec)
     names = name_in_memory(hollow, sources)
     chosen = choose_weights(hollow, spec, names, sources)

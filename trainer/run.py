@@ -294,6 +294,15 @@ def describe(spec: TrainSpec, rank: Rank, made: Made, environ: Mapping[str, str]
         sys.stdout.flush()
 
 
+def describe_place(spec: TrainSpec, rank: Rank, origin: Origin, environ: Mapping[str, str]) -> None:
+    """environment.json of a stage that works on files and holds no model, before its long work begins: by it the launcher knows that the
+    stage has begun, however long it takes, and comparisons and reruns what it ran in. Raises InputRefused as `describe` does."""
+    report = report_environment(rank.device, rank.local, (), {}, environ)
+    if report is not None:
+        write(replace(report, origin=origin), Path(spec.output) / ENVIRONMENT_FILE)
+        refuse_other_environment(spec, report)
+
+
 def refuse_other_environment(spec: TrainSpec, report: EnvReport) -> None:
     """Raises InputRefused that names each fact."""
     if spec.expects is None:

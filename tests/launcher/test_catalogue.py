@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.catalogue import describe_entries, list_entries, parse_filter, read_entry, size_bytes, tag_run
+from launcher.catalogue import describe_entries, describe_entry, list_entries, parse_filter, read_entry, size_bytes, tag_run
 from launcher.claim import claim
 from launcher.cli import main
 from launcher.errors import ConfigRefused, RunEnded
@@ -50,6 +50,22 @@ def names_in(folder: Path) -> list[str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------- listing
+
+
+def test_figures_keep_what_they_say(runs: Path) -> None:
+    """A stage that does not train has no steps, and 4e-7 is not 0.0000."""
+    figures = {"logit_error": 4.02e-7, "bytes": 1638864.0, "exact_match": 0.963}
+    for key, value in {"steps": 0, "final_loss": None, "evaluation": figures}.items():
+        set_value("result.json", key, value)(runs / "a")
+    assert describe_entry(read_entry(runs / "a")).split() == [
+        "finished",
+        "logit_error",
+        "4.02e-07",
+        "bytes",
+        "1,638,864",
+        "exact_match",
+        "0.9630",
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"schema": 99}', f'{{"schema": {SCHEMA}}}', '{"seconds": ' + "9" * 5000 + "}"])

@@ -54,6 +54,7 @@ def test_every_stage_can_be_planned_on_every_hardware(kind: str, name: str, plan
         ((*ASKED, "stage.inference.input=rows.jsonl"), "stage.inference.prompt", "whose rows have their own"),
         ((*ASKED, "stage.inference.sampling.beams=4", "stage.inference.sampling.temperature=1"), "stage.inference.sampling.beams", "are drawn"),
         (("stage=serve", RUN, "stage.serving.address=0.0.0.0"), "stage.serving.address", "reached from other machines"),
+        (("stage=serve", RUN, "stage.serving.address=127.0.0.2"), "stage.serving.address", "reached from other machines"),
         (("stage=serve", RUN, "stage.serving.address=gpu7"), "stage.serving.address", "is no IP address"),
         (("stage=serve", RUN, "stage.serving.token=T"), "stage.serving.token", "no secret that the node is given"),
         (("stage=serve", RUN, "stage.serving.port=0"), "stage.serving.port", "at least 1"),
@@ -81,7 +82,7 @@ def test_an_unknown_metric_is_refused_with_those_there_are() -> None:
 
 def test_a_stage_of_files_needs_no_room_on_the_device() -> None:
     whole = estimate_memory(compose(("stage=merge", RUN, "model=qwen2_5_vl_32b", "hardware=p4"), ROOT / "conf"))
-    assert whole.fits and whole.total_bytes < GIB
+    assert whole.fits and whole.total_bytes < GIB and not whole.host_items
 
 
 def test_a_model_that_no_card_holds_is_spread() -> None:
@@ -92,6 +93,7 @@ def test_a_model_that_no_card_holds_is_spread() -> None:
     one, spread = (estimate_memory(compose((*words, *more), ROOT / "conf")) for more in ((), ("stage.inference.spread=auto",)))
     sizes = [next(item.size_bytes for item in memory.items if item.name == "weights") for memory in (one, spread)]
     assert sizes[1] == -(-sizes[0] // 8)
+    assert [item.size_bytes for item in spread.host_items] == [sizes[0]]  # one process loads it, once
 
 
 def test_a_spread_model_is_one_rank_that_sees_every_card(plan_for: Callable[..., Plan]) -> None:

@@ -101,6 +101,20 @@ def test_another_attempts_log_is_read_from_its_beginning_though_it_is_longer(tmp
     assert list(follow(folder, ended=ended)) == ["[node0] first", "[node0] second, and more of it", "[node0] last words"]
 
 
+@pytest.mark.parametrize(("words", "said"), [((), ", step 5 of 300"), (("stage=merge", "stage.checkpoint=/a"), "")], ids=("full", "merge"))
+def test_the_status_of_a_run_that_did_not_train_counts_no_steps(
+    tmp_path: Path, plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: str
+) -> None:
+    plan = plan_for(*words)
+    write_run(tmp_path / "runs" / "monday", plan)
+    ended = type("Ended", (), {"status": "finished", "ended_at": "noon", "steps": 5})
+    monkeypatch.setattr(run_action, "recorded", lambda _: ended)
+    monkeypatch.chdir(tmp_path)
+    heard: list[str] = []
+    show_status(Namespace(run="monday", say=heard.append))
+    assert heard == [f"finished at noon{said}"]
+
+
 @pytest.mark.parametrize("text", ["{", "{}", '{"schema": 1, "of_a_later_version": 2}'])
 def test_a_run_with_a_record_that_cannot_be_read_is_not_taken_up_again(
     tmp_path: Path, plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, text: str
