@@ -28,13 +28,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import bench_action, data_action, image_action, record_action, rerun_action, run_action
+from launcher.commands import (
+    bench as bench_action,
+    data as data_action,
+    image as image_action,
+    live_run as run_action,
+    records as record_action,
+    rerun as rerun_action,
+)
 from launcher.errors import ConfigRefused, LaunchError
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
-    from launcher.chain import Chain
-    from launcher.plan import Plan
+    from launcher.config.chain import Chain
+    from launcher.plan.plan import Plan
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -122,13 +129,13 @@ def add_reports(verbs: Any) -> None:
 
 def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False) -> "Plan":
     """Compose and plan, with this machine as the place. `traced`: its memory is still to be held against a traced step."""
-    from launcher.check import RULES, RULES_BUT_MEMORY
-    from launcher.compose import compose
-    from launcher.image import load_stacks
-    from launcher.place import place_here
-    from launcher.plan import RUNS_FOLDER, absolute, make_plan
-    from launcher.record import name_run, utc_now, valid_run_id
-    from launcher.reference import resolve_base, resolve_checkpoint
+    from launcher.check.rules import RULES, RULES_BUT_MEMORY
+    from launcher.config.compose import compose
+    from launcher.image.stack import load_stacks
+    from launcher.plan.local_context import place_here
+    from launcher.plan.plan import RUNS_FOLDER, absolute, make_plan
+    from launcher.record.checkpoint_reference import resolve_base, resolve_checkpoint
+    from launcher.record.record import name_run, utc_now, valid_run_id
 
     here = Path.cwd()
     config = compose(overrides, PROJECT / "conf")
@@ -140,10 +147,10 @@ def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False) -> "
 
 
 def show_plan(arguments: argparse.Namespace) -> int:
-    from launcher.show import describe_plan, plan_json
+    from launcher.plan.description import describe_plan, plan_json
 
     if chained := chain_of(arguments):
-        from launcher.chain_action import show_chain
+        from launcher.commands.chain import show_chain
 
         return show_chain(*chained, PROJECT, Terminal().say)
     plan = plan_of(arguments.overrides, arguments.run_id, traced=arguments.trace)
@@ -159,11 +166,11 @@ def show_traced(plan: "Plan", *, as_json: bool) -> str:
     import json
     from dataclasses import asdict
 
-    from launcher.image import load_stacks
-    from launcher.place import place_here
-    from launcher.plan import to_plain
-    from launcher.show import describe_plan
-    from launcher.trace import describe_trace, go_by_trace, trace_plan
+    from launcher.image.stack import load_stacks
+    from launcher.plan.description import describe_plan
+    from launcher.plan.local_context import place_here
+    from launcher.plan.plan import to_plain
+    from launcher.plan.trace import describe_trace, go_by_trace, trace_plan
 
     report = trace_plan(plan, place_here(PROJECT), os.environ)
     plan = go_by_trace(plan, report, load_stacks(PROJECT / "images"))
@@ -174,8 +181,8 @@ def show_traced(plan: "Plan", *, as_json: bool) -> str:
 
 def chain_of(arguments: argparse.Namespace) -> "tuple[Chain, list[str], str] | None":
     """The chain that the words name, the words, and what its runs are named by."""
-    from launcher.chain import find_chain
-    from launcher.record import utc_now, valid_run_id
+    from launcher.config.chain import find_chain
+    from launcher.record.record import utc_now, valid_run_id
 
     chain = find_chain(arguments.overrides, PROJECT / "conf")
     if chain is None:
@@ -187,7 +194,7 @@ def chain_of(arguments: argparse.Namespace) -> "tuple[Chain, list[str], str] | N
 
 def run_launch(arguments: argparse.Namespace) -> int:
     if chained := chain_of(arguments):
-        from launcher.chain_action import launch_chain
+        from launcher.commands.chain import launch_chain
 
         return launch_chain(*chained, PROJECT, launch_one, Terminal().say)
     return launch_one(arguments.overrides, arguments.run_id, detach=arguments.detach)
@@ -197,11 +204,11 @@ def launch_one(overrides: Sequence[str], run_id: str, *, detach: bool = False) -
     from concurrent.futures import ThreadPoolExecutor
     from contextlib import ExitStack
 
-    from launcher.desk import open_examined
-    from launcher.launch import launch
-    from launcher.place import place_here
-    from launcher.show import describe_record
-    from launcher.source import read_source
+    from launcher.plan.description import describe_record
+    from launcher.plan.local_context import place_here
+    from launcher.record.source import read_source
+    from launcher.run.launch import launch
+    from launcher.run.session import open_examined
 
     plan = plan_of(overrides, run_id)
     if detach and plan.config.cluster.runtime != "docker":
@@ -222,9 +229,9 @@ def launch_one(overrides: Sequence[str], run_id: str, *, detach: bool = False) -
 
 
 def render_run(arguments: argparse.Namespace) -> int:
-    from launcher.bundle import write_bundle
-    from launcher.record import PLAN_FILE, SOURCE_FILE, SourceState, read_if_there
-    from launcher.source import read_source
+    from launcher.record.record import PLAN_FILE, SOURCE_FILE, SourceState, read_if_there
+    from launcher.record.source import read_source
+    from launcher.run.offline.render import write_bundle
 
     words = arguments.overrides
     places = [path for path in (Path(words[0]), Path.cwd() / "runs" / words[0]) if (path / PLAN_FILE).is_file()] if len(words) == 1 else []
@@ -236,9 +243,9 @@ def render_run(arguments: argparse.Namespace) -> int:
 
 
 def show_doctor(arguments: argparse.Namespace) -> int:
-    from launcher.desk import examine_nodes
-    from launcher.finding import describe_findings, findings_json, has_errors
-    from launcher.image import load_stacks
+    from launcher.doctor.findings import describe_findings, findings_json, has_errors
+    from launcher.image.stack import load_stacks
+    from launcher.run.session import examine_nodes
 
     plan = plan_of(arguments.overrides, "")
     examination = examine_nodes(plan, load_stacks(PROJECT / "images")[plan.config.hardware.stack], os.environ, launching=False)
@@ -262,7 +269,7 @@ class Terminal:
 
 
 def show_options(arguments: argparse.Namespace) -> int:
-    from launcher.compose import options
+    from launcher.config.compose import options
     from launcher.errors import suggest
 
     axes = options(PROJECT / "conf")
@@ -275,7 +282,7 @@ def show_options(arguments: argparse.Namespace) -> int:
 
 
 def show_fit_report(arguments: argparse.Namespace) -> int:
-    from launcher.forecast import choose_folders, compare_runs, describe_comparisons
+    from launcher.record.memory_report import choose_folders, compare_runs, describe_comparisons
 
     comparisons, left_out = compare_runs(choose_folders(Path.cwd() / "runs", arguments.runs))
     print(describe_comparisons(comparisons, left_out, markdown=arguments.markdown))

@@ -123,17 +123,17 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "b
 # The only readers of the environment: the launcher's door, and what torchrun sets for a rank.
 ENVIRON_READERS = {
     "launcher/cli.py",
-    "launcher/place.py",
-    "launcher/build.py",
-    "launcher/image_action.py",
-    "launcher/run_action.py",
-    "launcher/rerun_action.py",
-    "launcher/bench_action.py",
-    "trainer/device.py",
-    "trainer/run.py",
+    "launcher/plan/local_context.py",
+    "launcher/image/build.py",
+    "launcher/commands/image.py",
+    "launcher/commands/live_run.py",
+    "launcher/commands/rerun.py",
+    "launcher/commands/bench.py",
+    "trainer/device/device.py",
+    "trainer/train/run.py",
     "trainer/__main__.py",
     "trainer/observe/environment.py",
-    "trainer/engine.py",
+    "trainer/distributed/engine.py",
 }
 FORBIDDEN_TEXT = {
     r"shell=True": "commands are argv tuples",
@@ -227,7 +227,7 @@ def test_launcher_imports_run_one_way(path: Path) -> None:
     names = imported(path)
     assert not {name for name in names if name.split(".")[0] in ("torch", "transformers", "deepspeed", "peft")}
     trainer = {name for name in names if name.split(".")[0] == "trainer"}
-    assert {name for name in trainer if not name.startswith(("trainer.contract", "trainer.fact", "trainer.resume", "trainer.weight"))} <= {
+    assert {name for name in trainer if not name.startswith(("trainer.contract", "trainer.contract.environment_facts", "trainer.contract.checkpoint_files", "trainer.contract.weight_files"))} <= {
         "trainer"
     }
     check_order("launcher", LAUNCHER_ORDER, path, names)
@@ -256,12 +256,12 @@ def test_loop_knows_no_stage_and_a_stage_knows_no_loop() -> None:
     loop = imported(ROOT / "trainer" / "loop.py")
     assert not {name for name in loop if name.startswith(("trainer.stages", "trainer.models"))}
     for path in (ROOT / "trainer" / "stages").glob("*.py"):
-        assert not {name for name in imported(path) if name.startswith(("trainer.loop", "trainer.engine"))}
+        assert not {name for name in imported(path) if name.startswith(("trainer.train.loop", "trainer.distributed.engine"))}
 
 
 def test_contract_is_standard_library_only() -> None:
     own = {name for name in imported(ROOT / "trainer" / "contract.py") if name.split(".")[0] == "trainer"}
-    assert all(name.startswith(("trainer.option", "trainer.report", "trainer.fact")) for name in own)
+    assert all(name.startswith(("trainer.contract.options", "trainer.contract.rows", "trainer.contract.environment_facts")) for name in own)
     names = imported(ROOT / "trainer" / "contract.py") | imported(ROOT / "trainer" / "report.py") | imported(ROOT / "trainer" / "fact.py")
     assert {name.split(".")[0] for name in names - own} <= set(sys.stdlib_module_names)
 

@@ -34,8 +34,8 @@ from trainer.contract import (
     write,
     write_text,
 )
-from trainer.output import named_lines, say_phase
-from trainer.resume import newest_checkpoint
+from trainer.contract.checkpoint_files import newest_checkpoint
+from trainer.device.log_prefix import named_lines, say_phase
 
 USAGE = "usage: python -m trainer data SPEC | run SPEC | trace SPEC    (SPEC: the path of a run's spec.json)"
 TRACED_WITH = ("torch", "transformers", "peft")
@@ -65,7 +65,7 @@ def data(spec: TrainSpec) -> int:
     """Write data.json, inputs.json, and data_problems.jsonl where there are any, and say the first problems. Raises InputRefused where there
     are checkpoints to go on from, and other data than they were trained on, and in a rerun for other inputs than those of its record."""
     from trainer.data.check import examine_data, resolve
-    from trainer.manifest import list_inputs, refuse_other_inputs
+    from trainer.data.manifest import list_inputs, refuse_other_inputs
 
     report, problems, files = examine_data(spec)
     refuse_changed(report, Path(spec.output))
@@ -98,7 +98,7 @@ def refuse_changed(report: DataReport, run: Path) -> None:
 
 def run(spec: TrainSpec) -> int:
     say_phase(0)
-    from trainer.run import run_stage  # imports torch, which `data` must not
+    from trainer.train.run import run_stage  # imports torch, which `data` must not
 
     run_stage(spec, os.environ)
     return Exit.OK
@@ -114,7 +114,7 @@ def trace(spec: TrainSpec) -> int:
                 "environment (make setup), or plan without --trace"
             )
         with redirect_stdout(sys.stderr):  # libraries talk; what is printed here is read by the launcher
-            from trainer.trace import trace as trace_step
+            from trainer.memory_model.trace import trace as trace_step
 
             report = trace_step(spec)
     except InputRefused as error:

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from trainer.contract import TrainSpec, read
+from trainer.data.batch.collate import collate
 from trainer.data.check import resolve
-from trainer.data.collate import collate
-from trainer.data.sample import read_samples
+from trainer.data.rows.sample import read_samples
 from trainer.models import FAMILIES
 
 WARM_UP = 20

@@ -22,7 +22,7 @@ from PIL import Image
 from tests.trainer.data.conftest import VICUNA, FakeProcessor, image_features
 from trainer.data.finding import examine_images, find_problems
 from trainer.data.length import measure_with
-from trainer.data.sample import read_samples
+from trainer.data.rows.sample import read_samples
 from trainer.models.tiny import tiny_tokenizer
 
 WORDS = "which of these is shown in the picture and what would one say of it if it were asked by a child".split()  # noqa: SIM905

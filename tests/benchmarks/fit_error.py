@@ -2,7 +2,7 @@
 
     python tests/benchmarks/fit_error.py [--rows FILE.json] [--only WORD]
 
-Small models of every family take two real steps in the real engine, on one rank and on two; trainer.ledger sees every tensor that is made and
+Small models of every family take two real steps in the real engine, on one rank and on two; memory_model.allocation_tracker sees every tensor that is made and
 dropped, of weights, of DeepSpeed's buffers and of the optimizer, and the second step's peak is the measure. Work space inside a kernel is not
 seen, nor what a device's context takes. Prints the table of docs/fit.md, and the errors.
 """
@@ -21,22 +21,22 @@ from typing import Any
 
 import torch
 
-from launcher.choice import choose_strategy
-from launcher.compose import compose
-from launcher.memory import estimate_memory
-from launcher.plan import Place, train_spec
-from launcher.schema import Config
-from trainer.activation import checkpoint_layers
+from launcher.check.strategy import choose_strategy
+from launcher.config.compose import compose
+from launcher.config.schema import Config
+from launcher.memory.estimate import estimate_memory
+from launcher.plan.plan import Place, train_spec
 from trainer.contract import TrainSpec
-from trainer.engine import start_distributed, start_engine
-from trainer.ledger import Ledger
-from trainer.loop import accumulate
+from trainer.device.dtype import loading_dtype
+from trainer.distributed.engine import start_distributed, start_engine
+from trainer.memory_model.allocation_tracker import Ledger
+from trainer.memory_model.synthetic_batch import synthesise
+from trainer.memory_model.trace import trace
 from trainer.models import find_family
 from trainer.models.weight import round_weights
-from trainer.precision import loading_dtype
+from trainer.stages.gradient_checkpointing import checkpoint_layers
 from trainer.stages.group import apply_stage, assign_groups
-from trainer.synthesis import synthesise
-from trainer.trace import trace
+from trainer.train.loop import accumulate
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAST = 0.03  # that a verdict may be below the measure

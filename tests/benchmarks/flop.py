@@ -17,8 +17,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from launcher.fit import layer_counts, linear_shapes
-from launcher.schema import Config, Model
+from launcher.config.schema import Config, Model
+from launcher.memory.states import layer_counts, linear_shapes
 
 ORDER = ("vision", "projector", "lm", "head")  # as an image goes through them
 MLP_MATRICES = {"qwen2_5_vl": 3, "internvl": 2}  # of a layer of the vision tower, by family: with a gate, without

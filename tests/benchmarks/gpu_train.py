@@ -27,8 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from launcher.compose import compose  # noqa: E402  # after the path to it
-from launcher.schema import Config  # noqa: E402
+from launcher.config.compose import compose  # noqa: E402  # after the path to it
+from launcher.config.schema import Config  # noqa: E402
 from tests.benchmarks.flop import Shape, count_sample  # noqa: E402
 from trainer.contract import ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE, EnvReport, StepRow, TrainResult, decode, read  # noqa: E402
 
@@ -135,7 +135,7 @@ def write_image(file: Path, size: tuple[int, int], seed: int) -> None:
 def measure(job: Job) -> tuple[Shape, int]:
     """A sample's shape, and the digits of its answer that fill it, by the trainer's own processor. Exits where the rest is too long."""
     from trainer.data.encode import encode, image_id
-    from trainer.data.sample import Message, Sample
+    from trainer.data.rows.sample import Message, Sample
     from trainer.models import find_family
     from trainer.models.tiny import read_model
 

@@ -21,17 +21,17 @@ from PIL import Image
 
 from tests.trainer.conftest import architecture, make_spec
 from trainer.contract import Inference, Origin, Sampling, StageSpec, TrainSpec
-from trainer.data.collate import collate_prompts
-from trainer.data.request import read_requests
-from trainer.data.sample import Message, Sample
-from trainer.device import DEVICES
-from trainer.infer import answer_all
+from trainer.data.batch.collate import collate_prompts
+from trainer.data.rows.request import read_requests
+from trainer.data.rows.sample import Message, Sample
+from trainer.device.device import DEVICES
+from trainer.device.rank import Rank
+from trainer.generation.text_reader import end_ids
 from trainer.models import find_family
 from trainer.models.family import Processor
-from trainer.rank import Rank
-from trainer.reader import end_ids
-from trainer.run import Made
+from trainer.programs.infer import answer_all
 from trainer.stages.group import Staged
+from trainer.train.run import Made
 
 WORDS = "which of these is shown in the picture and what would one say of it if asked".split()  # noqa: SIM905
 PHOTO = (640, 480)

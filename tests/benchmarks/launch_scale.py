@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from fabric import Config, Connection, ThreadingGroup
 from netns import DEAD_ADDRESS, Hosts, light_hosts
 
+from launcher.config.schema import Node
 from launcher.errors import NodeFailed
-from launcher.fleet import connect_all, each, reach_all
-from launcher.link import Client
-from launcher.login import Access
-from launcher.schema import Node
-from launcher.ssh import Ssh
+from launcher.ssh.node import Ssh
+from launcher.ssh.parallel import connect_all, each, reach_all
+from launcher.ssh.pool import Client
+from launcher.ssh.ssh_config import Access
 
 ATTACHED_S = 10
 X25519 = ("-o", "KexAlgorithms=curve25519-sha256")  # what paramiko takes; ssh's own first choice costs ten times as much

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from trainer.optimizer import StochasticAdamW
+from trainer.optim.adamw import StochasticAdamW
 
 RUNS = 5
 KINDS: dict[str, Callable[[torch.nn.Parameter], torch.optim.Optimizer]] = {

@@ -44,11 +44,11 @@ def main() -> None:
 
 def time_verdict(words: tuple[str, ...]) -> float:
     """Seconds of the processor: the choice of a strategy, the verdict with its changes, the notes, and the table of the plan."""
-    from launcher.choice import choose_strategy
-    from launcher.compose import compose
-    from launcher.image import load_stacks
-    from launcher.memory import estimate_memory
-    from launcher.remedy import memory_fits, write_memory_notes
+    from launcher.check.strategy import choose_strategy
+    from launcher.check.suggestions import memory_fits, write_memory_notes
+    from launcher.config.compose import compose
+    from launcher.image.stack import load_stacks
+    from launcher.memory.estimate import estimate_memory
 
     config, stacks = compose(words, ROOT / "conf"), dict(load_stacks(ROOT / "images"))
     spent = []

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.choice import choose_strategy
-from launcher.compose import compose
-from launcher.plan import Place, train_spec
-from launcher.schema import Config
+from launcher.check.strategy import choose_strategy
+from launcher.config.compose import compose
+from launcher.config.schema import Config
+from launcher.plan.plan import Place, train_spec
 from tests.benchmarks.flop import Shape, count_sample
 from tests.benchmarks.gpu_train import JOBS, ROOT, Job, describe, make_tiny, summarise, write_data
 from trainer.contract import SCHEMA, PhasePeak, StepRow, TrainResult
@@ -45,9 +45,9 @@ def count_by_torch(config: Config, folder: Path) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from trainer.data.collate import collate
-    from trainer.data.sample import read_samples
-    from trainer.engine import Engine
+    from trainer.data.batch.collate import collate
+    from trainer.data.rows.sample import read_samples
+    from trainer.distributed.engine import Engine
     from trainer.models import find_family
     from trainer.stages.group import apply_stage
 

@@ -91,7 +91,7 @@ def plan(output: Path, data: DataSpec, steps: int, threads: int, changes: dict[s
 
 
 def run_ours(spec: TrainSpec, _: dict[str, Any]) -> dict[str, float]:
-    from trainer.run import run_stage
+    from trainer.train.run import run_stage
 
     run_stage(spec, dict(os.environ))
     rows = [json.loads(line) for line in (Path(spec.output) / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
@@ -102,9 +102,9 @@ def run_theirs(spec: TrainSpec, arguments: dict[str, Any]) -> dict[str, float]:
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from trainer.data.cache import Cache
-    from trainer.data.collate import collate
-    from trainer.data.load import CACHE_BYTES, keep_lengths
+    from trainer.data.batch.cache import Cache
+    from trainer.data.batch.collate import collate
+    from trainer.data.batch.load import CACHE_BYTES, keep_lengths
 
     torch.manual_seed(spec.seed)
     model, processor, samples = load(spec)
@@ -157,7 +157,7 @@ def load(spec: TrainSpec) -> tuple[Any, Any, Any]:
     import torch
 
     from trainer.data.check import prepare, resolve
-    from trainer.data.sample import read_samples
+    from trainer.data.rows.sample import read_samples
     from trainer.models import find_family
 
     torch.set_num_threads(spec.device.threads)
@@ -172,7 +172,7 @@ def load(spec: TrainSpec) -> tuple[Any, Any, Any]:
 
 def count_useful(spec: TrainSpec) -> dict[str, float]:
     """Of our batches, over all steps: the share of tokens that belong to a sample, and how many a step has."""
-    from trainer.data.load import batches
+    from trainer.data.batch.load import batches
 
     _, processor, samples = load(spec)
     useful = computed = 0

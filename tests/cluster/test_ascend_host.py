@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from launcher.image import LABEL
+from launcher.image.stack import LABEL
 from tests.cluster.conftest import Lab
 from tests.cluster.host import Host, docker
 from tests.images.conftest import ROOT

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from launcher import relay, ship
+from launcher.config.schema import Cluster, Node
 from launcher.errors import NodeFailed
-from launcher.fleet import connect_all
-from launcher.link import Client
-from launcher.login import access_of
-from launcher.node import Site
-from launcher.relay import Peer
-from launcher.schema import Cluster, Node
-from launcher.sync import sync
-from launcher.transport import Local, Result
+from launcher.run.delivery import peer_transfer as relay, ship
+from launcher.run.delivery.peer_transfer import Peer
+from launcher.run.delivery.sync import sync
+from launcher.run.run_folder import Site
+from launcher.ssh.parallel import connect_all
+from launcher.ssh.pool import Client
+from launcher.ssh.ssh_config import access_of
+from launcher.ssh.transport import Local, Result
 from tests.cluster.conftest import SMALL, Lab
 from tests.cluster.host import USER, docker
 from tests.launcher.engine import command

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from launcher.compose import compose, options
-from launcher.image import load_stacks
-from launcher.schema import AXES, GROUPS, Hardware, Model
+from launcher.config.compose import compose, options
+from launcher.config.schema import AXES, GROUPS, Hardware, Model
+from launcher.image.stack import load_stacks
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"

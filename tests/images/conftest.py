@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from launcher.build import build, fetch_system
-from launcher.engine import built_images
-from launcher.image import Image, load_stacks, render
-from launcher.proof import Proof, lock_digest, write_proof
-from launcher.schema import Delivery
-from launcher.wheelhouse import fetch_wheels, write_manifest
+from launcher.config.schema import Delivery
+from launcher.image.build import build, fetch_system
+from launcher.image.docker import built_images
+from launcher.image.proof import Proof, lock_digest, write_proof
+from launcher.image.stack import Image, load_stacks, render
+from launcher.image.wheelhouse import fetch_wheels, write_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "omnilaunch-base:bookworm"

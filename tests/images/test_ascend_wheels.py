@@ -10,9 +10,9 @@ from urllib.request import urlopen
 
 import pytest
 
-from launcher.image import load_stacks
-from launcher.refresh import TORCH_INDEX, torch_of
-from launcher.wheelhouse import fetch_wheels, locked_rows
+from launcher.image.refresh import TORCH_INDEX, torch_of
+from launcher.image.stack import load_stacks
+from launcher.image.wheelhouse import fetch_wheels, locked_rows
 from tests.images.conftest import ROOT, pip_delivery
 from tests.images.source import Wheel, accepts, read_wheel
 
@@ -75,7 +75,7 @@ def plugin(folder: Path) -> Wheel:
 
 
 def calls_of_the_trainer() -> dict[str, int]:
-    """Name under torch.npu -> the number of arguments that trainer/device.py calls it with."""
+    """Name under torch.npu -> the number of arguments that trainer/device/device.py calls it with."""
     tree = ast.parse((ROOT / "trainer" / "device.py").read_text(encoding="utf-8"))
     (adapter,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "on_accelerator")
     return {

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import NodeFailed
-from launcher.image import load_stacks, render
-from launcher.node import Site
-from launcher.remote_build import build_on, fingerprint_on
-from launcher.transport import Local
+from launcher.image.stack import load_stacks, render
+from launcher.run.delivery.remote_build import build_on, fingerprint_on
+from launcher.run.run_folder import Site
+from launcher.ssh.transport import Local
 from tests.images.conftest import Built, in_container, tags
 from tests.launcher.engine import command
 

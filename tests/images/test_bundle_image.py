@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from launcher.bundle import write_bundle
-from launcher.compose import compose
-from launcher.image import load_stacks
-from launcher.plan import Place, Plan, make_plan
-from launcher.record import SourceState
-from launcher.wheelhouse import local_files
+from launcher.config.compose import compose
+from launcher.image.stack import load_stacks
+from launcher.image.wheelhouse import local_files
+from launcher.plan.plan import Place, Plan, make_plan
+from launcher.record.record import SourceState
+from launcher.run.offline.render import write_bundle
 from tests.images.conftest import ROOT, Built, run
 from tests.images.test_train import SHORT, docker_overrides
 

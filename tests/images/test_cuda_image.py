@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher.image import load_stacks
-from launcher.proof import lock_digest, read_proofs
+from launcher.image.proof import lock_digest, read_proofs
+from launcher.image.stack import load_stacks
 from tests.images.conftest import ROOT, Built, in_container, inspect
 
 pytestmark = pytest.mark.docker
 
 TEST_TOOLS = ("pytest", "iniconfig", "packaging", "pluggy", "pygments", "hypothesis", "sortedcontainers")
-TEST_TOOLS += ("hydra-core", "omegaconf", "antlr4-python3-runtime")  # the cells of tests/trainer/test_cells.py are planned as a launch is
+TEST_TOOLS += ("hydra-core", "omegaconf", "antlr4-python3-runtime")  # the cells of tests/trainer/programs/test_cells.py are planned as a launch is
 # A driver's library is all that is missing: the same tests as on a laptop, on this image's torch.
 ON_THE_CPU = ("env", "DS_ACCELERATOR=cpu", "PYTHONPATH=/tools:/project", "OMP_NUM_THREADS=1", "HYPOTHESIS_STORAGE_DIRECTORY=/tmp/examples")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.engine import find
 from launcher.errors import ImageFailed
-from launcher.image import load_stacks, render
+from launcher.image.docker import find
+from launcher.image.stack import load_stacks, render
 from tests.images.conftest import BASE, ROOT, Built, run, tags
 
 pytestmark = pytest.mark.docker
@@ -68,8 +68,8 @@ def test_a_changed_lock_is_another_image(built: Built, copied: Path) -> None:
 
 
 def test_another_architecture(make: Callable[..., Built], project: Path) -> None:
-    from launcher.build import build
-    from launcher.schema import Delivery
+    from launcher.config.schema import Delivery
+    from launcher.image.build import build
 
     image = render(load_stacks(project / "images")["ascend910b"], architecture="aarch64", root=project, base=BASE)
     with pytest.raises(ImageFailed, match=r"is for aarch64, the Docker engine here is x86_64"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.seal import SEAL_FILE, make_seal
+from launcher.record.checksums import SEAL_FILE, make_seal
 from tests.images.conftest import ROOT, Built, inspect
 from tests.images.test_train import SHORT, command, docker_overrides, rows_of
 from trainer import contract

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.compose import compose
-from launcher.image import load_stacks
-from launcher.plan import Place, Plan, make_plan
+from launcher.config.compose import compose
+from launcher.image.stack import load_stacks
+from launcher.plan.plan import Place, Plan, make_plan
 
 PROJECT = Path(__file__).resolve().parents[2]
 PLACE = Place(project=PROJECT, here=Path("/home/ann/work"), interpreter="/venv/bin/python", user="1000:1000")

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from launcher.node import Site
-from launcher.relay import Peer
-from launcher.start import NodeCommand
-from launcher.transport import Local, Result
+from launcher.plan.commands import NodeCommand
+from launcher.run.delivery.peer_transfer import Peer
+from launcher.run.run_folder import Site
+from launcher.ssh.transport import Local, Result
 
 # `$HOME` is the engine. Files in it make it fail: `half` (its save breaks off), `mute` (its containers say nothing), `full` (no load).
 # Like the engine's own, a load takes nothing in when the end is missing.

@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.answer import MARK
-from launcher.doctor import Examination, examine
+from launcher.doctor.doctor import Examination, examine
+from launcher.doctor.findings import Finding
+from launcher.doctor.parse import MARK
 from launcher.errors import NodeFailed
-from launcher.finding import Finding
-from launcher.image import load_stacks
-from launcher.plan import Plan
-from launcher.transport import Result
+from launcher.image.stack import load_stacks
+from launcher.plan.plan import Plan
+from launcher.ssh.transport import Result
 from tests.launcher.conftest import PROJECT
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "smi"

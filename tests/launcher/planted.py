@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.seal import SEAL_FILE, make_seal
+from launcher.record.checksums import SEAL_FILE, make_seal
 from trainer import contract
 
 PROJECT = Path(__file__).resolve().parents[2]

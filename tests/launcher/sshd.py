@@ -7,8 +7,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from launcher.login import Access
-from launcher.schema import Node
+from launcher.config.schema import Node
+from launcher.ssh.ssh_config import Access
 
 USER = "root"  # sshd lets in whom it runs as
 

@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 
-from trainer.build import CPU, start_at_random, start_hollow
+from trainer.checkpoint.build import CPU, start_at_random, start_hollow
+from trainer.checkpoint.scatter import SOURCE, scatter
 from trainer.contract import TrainSpec
+from trainer.data.batch.load import batches
 from trainer.data.check import resolve
-from trainer.data.load import batches
-from trainer.data.sample import Sample, read_samples
-from trainer.engine import Engine, start_distributed, start_engine
-from trainer.loop import Wish, train_step
+from trainer.data.rows.sample import Sample, read_samples
+from trainer.device.dtype import loading_dtype
+from trainer.distributed.engine import Engine, start_distributed, start_engine
 from trainer.models import find_family
-from trainer.precision import loading_dtype
-from trainer.scatter import SOURCE, scatter
 from trainer.stages.group import apply_stage
-from trainer.watchdog import Watchdog
+from trainer.train.loop import Wish, train_step
+from trainer.train.watchdog import Watchdog
 
 RANKS = 2
 

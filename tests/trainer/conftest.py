@@ -192,7 +192,7 @@ def process_group() -> Iterator[None]:
     """A world of one rank in this process, joined as the trainer does."""
     import torch
 
-    from trainer.engine import start_distributed
+    from trainer.distributed.engine import start_distributed
 
     torch.set_num_threads(1)
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

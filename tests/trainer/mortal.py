@@ -16,13 +16,13 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-import trainer.checkpoint
-import trainer.draft
-import trainer.engine
-import trainer.run
-import trainer.start
-import trainer.state
-import trainer.writer
+import trainer.checkpoint.checkpoint
+import trainer.checkpoint.pending
+import trainer.checkpoint.resume
+import trainer.checkpoint.state
+import trainer.checkpoint.writer
+import trainer.distributed.engine
+import trainer.train.run
 from trainer.__main__ import main
 from trainer.contract import SPEC_FILE, TrainSpec, write
 
@@ -32,20 +32,20 @@ END_S = 10.0  # that the others have to end by themselves, once one has ended wi
 
 # name -> where the trainer looks a function up; a rank dies when it calls it
 PLACES: dict[str, tuple[Any, str]] = {
-    "backward": (trainer.engine.Engine, "backward"),
-    "update": (trainer.engine.Engine, "step"),
-    "save": (trainer.writer, "save_checkpoint"),
-    "weights": (trainer.draft, "write_weights"),
-    "state": (trainer.state, "gather_part"),
-    "random numbers": (trainer.state, "gather_random"),
-    "complete": (trainer.draft, "complete"),
-    "complete behind the steps": (trainer.writer, "complete"),
-    "collect": (trainer.writer.Writer, "_collect"),
-    "sync": (trainer.draft, "sync_tree"),
-    "remove": (trainer.checkpoint, "remove"),
-    "cut rows": (trainer.start, "cut_rows"),
-    "restore": (trainer.start, "restore_state"),
-    "evaluate": (trainer.run, "evaluate"),
+    "backward": (trainer.distributed.engine.Engine, "backward"),
+    "update": (trainer.distributed.engine.Engine, "step"),
+    "save": (trainer.checkpoint.writer, "save_checkpoint"),
+    "weights": (trainer.checkpoint.pending, "write_weights"),
+    "state": (trainer.checkpoint.state, "gather_part"),
+    "random numbers": (trainer.checkpoint.state, "gather_random"),
+    "complete": (trainer.checkpoint.pending, "complete"),
+    "complete behind the steps": (trainer.checkpoint.writer, "complete"),
+    "collect": (trainer.checkpoint.writer.Writer, "_collect"),
+    "sync": (trainer.checkpoint.pending, "sync_tree"),
+    "remove": (trainer.checkpoint.checkpoint, "remove"),
+    "cut rows": (trainer.checkpoint.resume, "cut_rows"),
+    "restore": (trainer.checkpoint.resume, "restore_state"),
+    "evaluate": (trainer.train.run, "evaluate"),
 }
 
 

@@ -11,11 +11,11 @@ from peft import LoraConfig, get_peft_model
 from tests.trainer.conftest import make_spec
 from tests.trainer.models.conftest import model_spec
 from trainer.contract import Kind, ModelSpec, StageSpec, TrainResult, TrainSpec
-from trainer.device import DEVICES
+from trainer.device.device import DEVICES
+from trainer.device.rank import Rank
 from trainer.models import find_family
 from trainer.models.weight import round_weights
-from trainer.rank import Rank
-from trainer.run import find_stage
+from trainer.train.run import find_stage
 
 RANK = Rank(number=0, local=0, world_size=1, device=DEVICES["cpu"], place=torch.device("cpu"))
 

@@ -26,7 +26,7 @@ from trainer.contract import (
     read,
     write,
 )
-from trainer.resume import STATE_FILE, CheckpointState
+from trainer.contract.checkpoint_files import STATE_FILE, CheckpointState
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from trainer.contract import DATA_PROBLEMS_FILE, SCHEMA, DataProblem, DataReport, DataSpec, InputRefused, StageSpec, TrainSpec
 from trainer.data.digits import QUESTIONS, write_digits
 from trainer.data.finding import examine_images, find_problems
-from trainer.data.image import Examined, hash_file
 from trainer.data.length import Lengths, measure
-from trainer.data.sample import Sample, read_samples
+from trainer.data.media.image import Examined, hash_file
+from trainer.data.rows.sample import Sample, read_samples
 from trainer.data.summary import summarise
 
 KEPT_PROBLEMS = 50

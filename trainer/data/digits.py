@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.contract import write_text
-from trainer.data.order import permute
+from trainer.data.batch.order import permute
 
 ROWS = 1797
 TRAIN_ROWS = 1500

@@ -7,7 +7,7 @@ from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 from trainer.contract import DataProblem, InputRefused, Template
-from trainer.data.sample import Sample
+from trainer.data.rows.sample import Sample
 from trainer.data.segment import Segment, cut
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from itertools import islice
 from pathlib import Path
 
 from trainer.contract import DataProblem, Template
-from trainer.data.draft import printable
-from trainer.data.image import Examined, examine_image
-from trainer.data.sample import Sample
+from trainer.data.media.image import Examined, examine_image
+from trainer.data.rows.parsed_row import printable
+from trainer.data.rows.sample import Sample
 from trainer.data.segment import find_template_problems
 
 CHUNK = 4096  # images in flight: futures of a million at once would take a gigabyte

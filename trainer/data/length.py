@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from trainer.contract import DataProblem, InputRefused, Template, TrainSpec
 from trainer.data.encode import expand, image_id, opening, token_ids, tokenise
-from trainer.data.sample import Sample
+from trainer.data.rows.sample import Sample
 from trainer.data.segment import Segment, cut
 
 CHUNK = 1024  # samples whose texts and ids are in memory together

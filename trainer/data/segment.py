@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from trainer.contract import DataProblem, InputRefused, Template
-from trainer.data.sample import MARK, Message, Sample
+from trainer.data.rows.sample import MARK, Message, Sample
 
 CONTENT = "{content}"
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trainer.contract import DataSummary
-from trainer.data.image import Examined
 from trainer.data.length import Lengths
-from trainer.data.sample import Sample
+from trainer.data.media.image import Examined
+from trainer.data.rows.sample import Sample
 
 
 def summarise(samples: Sequence[Sample], images: Mapping[Path, Examined], lengths: Lengths) -> DataSummary:

@@ -4,10 +4,10 @@ from trainer.contract import InputRefused
 from trainer.models.family import Family
 from trainer.models.internvl import INTERNVL
 from trainer.models.llava import LLAVA
-from trainer.models.minicpm_v import MINICPM_O_2_6, MINICPM_V_2_6
 from trainer.models.minicpm_v_4_6 import MINICPM_V_4_6
-from trainer.models.omnilmm import OMNILMM
-from trainer.models.omnilmm_3b import OMNILMM_3B
+from trainer.models.openbmb.minicpm_v import MINICPM_O_2_6, MINICPM_V_2_6
+from trainer.models.openbmb.omnilmm import OMNILMM
+from trainer.models.openbmb.omnilmm_3b import OMNILMM_3B
 from trainer.models.qwen2_5_omni import QWEN2_5_OMNI
 from trainer.models.qwen2_5_vl import QWEN2_5_VL
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 
 from trainer.contract import SCHEMA, EnvReport, RankFacts
-from trainer.device import Device, find_determinism, torch_build
+from trainer.device.device import Device, find_determinism, torch_build
 from trainer.stages.group import Group
 
 # Variables that the launcher or the user sets to steer a run. A token can hide in any other one, and so none is written.

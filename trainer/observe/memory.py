@@ -3,7 +3,7 @@
 import torch.distributed
 
 from trainer.contract import PhasePeak
-from trainer.device import Device
+from trainer.device.device import Device
 
 PHASES = ("load", "first step", "steps", "evaluation", "saving")
 

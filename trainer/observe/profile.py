@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.contract import PROFILE_FOLDER, TrainSpec
-from trainer.device import Device
+from trainer.device.device import Device
 
 
 class Window:

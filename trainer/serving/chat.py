@@ -11,10 +11,10 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from trainer.answer import Answerer
 from trainer.contract import InputRefused, Serving
-from trainer.data.collate import Features
-from trainer.question import Answer, Prepared, Question
+from trainer.data.batch.collate import Features
+from trainer.generation.answerer import Answerer
+from trainer.generation.question import Answer, Prepared, Question
 from trainer.serving.body import parse_body, read_body
 from trainer.serving.budget import Budget, Lease
 from trainer.serving.fetch import Fetcher

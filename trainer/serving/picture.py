@@ -10,7 +10,7 @@ from threading import Lock
 
 from PIL import Image, ImageOps
 
-from trainer.data.image import check_size, describe, flatten
+from trainer.data.media.image import check_size, describe, flatten
 from trainer.serving.refusal import RequestRefused, wrong
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
@@ -48,7 +48,7 @@ def too_many_bytes(most: int, param: str) -> RequestRefused:
 
 
 def decode(content: bytes, most_pixels: int, param: str) -> Image.Image:
-    """The first frame, as trainer.data.image.open_image makes it of a file. Raises RequestRefused."""
+    """The first frame, as trainer.data.media.image.open_image makes it of a file. Raises RequestRefused."""
     try:
         width, height = size_of(content)
         check_bounds(width, height, most_pixels)

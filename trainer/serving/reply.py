@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.question import Answer
+from trainer.generation.question import Answer
 from trainer.serving.refusal import RequestRefused, error_body
 from trainer.serving.ticket import Event
 

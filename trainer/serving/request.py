@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.contract import Sampling
-from trainer.data.draft import KINDS, MARK, Role
-from trainer.data.sample import Message
+from trainer.data.rows.parsed_row import KINDS, MARK, Role
+from trainer.data.rows.sample import Message
 from trainer.serving.refusal import RequestRefused, wrong
 
 MOST_MESSAGES = 64

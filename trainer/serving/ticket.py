@@ -4,7 +4,7 @@ import asyncio
 import time
 from contextlib import suppress
 
-from trainer.question import Answer, Prepared
+from trainer.generation.question import Answer, Prepared
 from trainer.serving.refusal import RequestRefused
 
 Event = str | Answer | RequestRefused  # new text, then one of the others

@@ -4,9 +4,9 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from trainer.answer import Answerer
 from trainer.contract import RunFailed
-from trainer.question import Answer
+from trainer.generation.answerer import Answerer
+from trainer.generation.question import Answer
 from trainer.serving.gate import Gate
 from trainer.serving.metric import Meters
 from trainer.serving.queue import Queue

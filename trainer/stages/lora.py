@@ -11,7 +11,7 @@ import torch
 
 from trainer.contract import InputRefused, Lora, ModelSpec
 from trainer.stages.module import cut_modules, drop_input_gradients
-from trainer.stages.quantise import quantise_linears
+from trainer.stages.nf4_linears import quantise_linears
 
 REGEX = "re:"  # begins a target that is a regex
 SHOWN_LINES = 2

@@ -17,6 +17,6 @@ def cut_modules(model: torch.nn.Module, names: Set[str]) -> tuple[tuple[str, ...
 
 def drop_input_gradients(model: torch.nn.Module) -> None:
     """transformers and peft have the embeddings' outputs need a gradient wherever layers are computed twice. Reentrant checkpointing asks for
-    that; trainer.activation's is not reentrant, and a frozen vision tower would be kept, and computed backward, for a gradient that nobody
+    that; trainer.stages.gradient_checkpointing's is not reentrant, and a frozen vision tower would be kept, and computed backward, for a gradient that nobody
     reads."""
     model.disable_input_require_grads()  # type: ignore[operator]

@@ -11,7 +11,7 @@ from PIL import Image
 from tests.trainer.data.conftest import TOKENS, conversation, with_data
 from trainer.contract import InputRefused
 from trainer.data.check import KEPT_PROBLEMS, check_data, resolve
-from trainer.data.image import ORIENTATION, Examined
+from trainer.data.media.image import ORIENTATION, Examined
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +105,7 @@ def test_many_problems_are_counted_not_listed(spec, tmp_path) -> None:
 
 def test_an_image_that_vanishes_after_reading(spec, write_data, tmp_path, monkeypatch) -> None:
     write_data(1)
-    monkeypatch.setattr("trainer.data.sample.is_file", lambda _: True)
+    monkeypatch.setattr("trainer.data.rows.sample.is_file", lambda _: True)
     (tmp_path / "0.png").unlink()
     (problem,) = check_data(spec).problems
     assert "0.png cannot be read: No such file" in problem.problem

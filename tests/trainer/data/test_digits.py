@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from trainer.data.digits import MANIFEST, hash_set, load_pixels, png, write_digits
-from trainer.data.sample import read_samples
+from trainer.data.rows.sample import read_samples
 
 
 @pytest.fixture(scope="module")

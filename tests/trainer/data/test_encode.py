@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.trainer.data.conftest import CHATML, VICUNA
 from trainer.contract import InputRefused, Template
 from trainer.data.encode import IGNORED, encode, encode_prompt, tokenise
-from trainer.data.sample import Message, Sample
+from trainer.data.rows.sample import Message, Sample
 from trainer.data.segment import cut
 from trainer.models.tiny import tiny_tokenizer
 

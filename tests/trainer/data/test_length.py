@@ -11,7 +11,7 @@ from tests.trainer.data.conftest import CHATML, TOKENS, VICUNA
 from trainer.contract import InputRefused, Source
 from trainer.data.encode import encode
 from trainer.data.length import SLACK, measure, measure_with
-from trainer.data.sample import Message, Sample
+from trainer.data.rows.sample import Message, Sample
 from trainer.data.segment import cut
 from trainer.data.summary import percentile
 from trainer.models.tiny import tiny_tokenizer

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from trainer.contract import InputRefused
-from trainer.data.image import open_image, read_size
+from trainer.data.media.image import open_image, read_size
 
 TAGGED = ("png", "jpeg", "webp", "tiff")
 

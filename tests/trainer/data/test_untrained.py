@@ -3,10 +3,10 @@
 from typing import Any
 
 from tests.trainer.data.conftest import VICUNA
-from trainer.data.cache import Cache
-from trainer.data.collate import encode_cached
+from trainer.data.batch.cache import Cache
+from trainer.data.batch.collate import encode_cached
 from trainer.data.encode import IGNORED, encode, encode_prompt
-from trainer.data.sample import Message, Sample
+from trainer.data.rows.sample import Message, Sample
 
 
 def talk(*answers: tuple[str, bool], part: int = 0) -> Sample:

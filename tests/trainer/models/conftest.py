@@ -12,10 +12,10 @@ import torch
 import yaml
 from PIL import Image
 
-from launcher.schema import Model
+from launcher.config.schema import Model
 from tests.trainer.conftest import make_spec
 from trainer.contract import ModelSpec, Source, TrainSpec, decode
-from trainer.data.sample import Message, Sample
+from trainer.data.rows.sample import Message, Sample
 from trainer.models import find_family
 from trainer.models.family import Family, Processor
 
@@ -33,7 +33,7 @@ def read_model(name: str) -> Model:
 
 
 def model_spec(name: str) -> ModelSpec:
-    """As launcher.plan makes it, for a random start."""
+    """As launcher.plan.plan makes it, for a random start."""
     model = read_model(name)
     return ModelSpec(
         name=model.name,

@@ -10,10 +10,10 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from tests.trainer.models.conftest import Made
-from trainer.answer import Answer, Answerer, Prepared, Question, collate_prepared
 from trainer.contract import InputRefused, Sampling
-from trainer.data.image import open_image
-from trainer.data.sample import Message
+from trainer.data.media.image import open_image
+from trainer.data.rows.sample import Message
+from trainer.generation.answerer import Answer, Answerer, Prepared, Question, collate_prepared
 
 CPU = torch.device("cpu")
 

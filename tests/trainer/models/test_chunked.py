@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tests.trainer.kernels.test_cross_entropy import assert_equal
 from tests.trainer.models.conftest import Made, to_arguments
-from tests.trainer.test_loss import assert_equal
-from trainer.activation import checkpoint_layers
 from trainer.contract import InputRefused
-from trainer.data.collate import collate
+from trainer.data.batch.collate import collate
 from trainer.data.encode import IGNORED
-from trainer.data.sample import Sample
-from trainer.loss import find_head
+from trainer.data.rows.sample import Sample
+from trainer.kernels.cross_entropy import find_head
+from trainer.stages.gradient_checkpointing import checkpoint_layers
 
 Forward = tuple[Callable[[], Tensor], Tensor]
 

@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 from tests.trainer.models.conftest import CONF, OURS, Made, model_spec, read_model
 from trainer.contract import InputRefused
 from trainer.data.encode import encode_prompt
-from trainer.data.sample import Message, Sample
+from trainer.data.rows.sample import Message, Sample
 from trainer.models import FAMILIES, find_family
 from trainer.models.weight import round_weights
 from trainer.stages.group import assign_groups

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from tests.trainer.models.conftest import Made
-from trainer.data.collate import collate
-from trainer.data.sample import Sample
-from trainer.forced import add, figures, judge, only_last
+from trainer.data.batch.collate import collate
+from trainer.data.rows.sample import Sample
+from trainer.evaluation.teacher_forcing import add, figures, judge, only_last
 
 
 def test_they_are_those_of_the_whole_logits(tiny: Made, samples: tuple[Sample, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the last answer alone, whose tokens are judged two at a time."""
-    monkeypatch.setattr("trainer.forced.CHUNK", 2)
+    monkeypatch.setattr("trainer.evaluation.teacher_forcing.CHUNK", 2)
     torch.set_num_threads(1)
     found = judge(tiny.model, samples, tiny.processor, tiny.spec, torch.device("cpu"))
     for sample, judged in zip(samples, found, strict=True):

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from tests.trainer.models.conftest import to_arguments
-from trainer.data.collate import collate
-from trainer.data.sample import Sample
+from trainer.data.batch.collate import collate
+from trainer.data.rows.sample import Sample
 from trainer.models.grid import rotary_positions
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.trainer.models.conftest import Made, to_arguments
-from trainer.data.collate import collate
-from trainer.data.sample import Sample
+from trainer.data.batch.collate import collate
+from trainer.data.rows.sample import Sample
 
 
 @pytest.mark.parametrize("name", ["tiny_qwen2_5_omni", "tiny_minicpm_v_4_6"])

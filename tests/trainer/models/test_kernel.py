@@ -22,10 +22,10 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
 
 from tests.trainer.models.conftest import TINY, Made, to_arguments
 from trainer.contract import InputRefused, TrainSpec
-from trainer.data.collate import collate
+from trainer.data.batch.collate import collate
 from trainer.data.encode import IGNORED
-from trainer.data.sample import Sample
-from trainer.kernel import PACKAGES, ROTARY, Kernels, fuse, open_liger, open_torch_npu, put_norm, refuse_difference, use_kernels
+from trainer.data.rows.sample import Sample
+from trainer.kernels.fused import PACKAGES, ROTARY, Kernels, fuse, open_liger, open_torch_npu, put_norm, refuse_difference, use_kernels
 
 # How many layers of each tiny model get a kernel: a class that transformers renames would be missed in silence.
 LAYERS: dict[str, dict[str, int]] = {
@@ -253,7 +253,7 @@ def test_inputs_of_another_type_than_the_weight_take_the_plain_path() -> None:
 
 
 def test_torchs_own_norm_is_transformers_but_for_its_rounding() -> None:
-    """Why the CPU has no kernel of its own is its speed, not its numbers (trainer.kernel)."""
+    """Why the CPU has no kernel of its own is its speed, not its numbers (trainer.kernels.fused)."""
     (x,) = draw(torch.float32, (4, 96))
     norm = LlamaRMSNorm(96)
     assert torch.allclose(rms_norm(x, (96,), norm.weight, norm.variance_epsilon), norm(x), rtol=1e-6, atol=1e-6)

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from trainer.contract import InputRefused, Template
-from trainer.data.sample import Message, Sample
+from trainer.data.rows.sample import Message, Sample
 from trainer.data.segment import cut
 from trainer.models import FAMILIES, find_family
 from trainer.models.llava import LLAVA

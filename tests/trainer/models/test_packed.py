@@ -10,12 +10,12 @@ from torch.nn.functional import cross_entropy
 
 from tests.trainer.models.conftest import CONF, TINY, Made, read_model
 from trainer.contract import InputRefused
-from trainer.data.cache import Cache
-from trainer.data.collate import collate
+from trainer.data.batch.cache import Cache
+from trainer.data.batch.collate import collate
+from trainer.data.batch.load import keep_lengths
+from trainer.data.batch.pack import collate_packed
 from trainer.data.encode import IGNORED
-from trainer.data.load import keep_lengths
-from trainer.data.pack import collate_packed
-from trainer.data.sample import Sample
+from trainer.data.rows.sample import Sample
 from trainer.models.attention import attend, attend_by_sample
 
 PACKABLE = tuple(name for name in TINY if read_model(name).packable)

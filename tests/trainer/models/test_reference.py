@@ -23,11 +23,11 @@ from transformers import (
 
 from tests.trainer.models.conftest import TINY, Made, read_model, talk, to_arguments
 from trainer.contract import Template
-from trainer.data.collate import collate, collate_prompts
+from trainer.data.batch.collate import collate, collate_prompts
 from trainer.data.encode import IGNORED
-from trainer.data.sample import Sample
-from trainer.models.omnilmm import OmniLMMForCausalLM
-from trainer.models.omnilmm_3b import MiniCPMV
+from trainer.data.rows.sample import Sample
+from trainer.models.openbmb.omnilmm import OmniLMMForCausalLM
+from trainer.models.openbmb.omnilmm_3b import MiniCPMV
 
 CLASSES = {
     "llava": LlavaForConditionalGeneration,
@@ -172,7 +172,7 @@ def cut_images(sample: Sample, text: str, real: bool) -> Sample:
 
 
 def our_loss(model: torch.nn.Module, batch: Tensors) -> torch.Tensor:
-    """The sum that trainer.engine takes: logits at trained positions alone."""
+    """The sum that trainer.distributed.engine takes: logits at trained positions alone."""
     targets = batch["labels"][:, 1:]
     trained = targets != IGNORED
     positions = torch.nn.functional.pad(trained, (0, 1))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trainer.contract import Profile
-from trainer.device import DEVICES, host_memory_bytes, system_memory
+from trainer.device.device import DEVICES, host_memory_bytes, system_memory
 from trainer.observe.memory import Gauge
 from trainer.observe.profile import Window
 

@@ -17,9 +17,8 @@ from typing import Any
 from PIL import Image
 
 from trainer.contract import Serving
-from trainer.data.collate import Features
-from trainer.loop import StopFlag
-from trainer.question import Answer, Question
+from trainer.data.batch.collate import Features
+from trainer.generation.question import Answer, Question
 from trainer.serving.app import make_app
 from trainer.serving.chat import Chat
 from trainer.serving.door import open_door
@@ -29,6 +28,7 @@ from trainer.serving.listener import listening
 from trainer.serving.metric import Meters, make_meters
 from trainer.serving.queue import Queue
 from trainer.serving.worker import work
+from trainer.train.loop import StopFlag
 
 COMPLETIONS = "/v1/chat/completions"
 TOKEN = "a-token-of-many-characters"

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.trainer.serving.service import Echo, data_uri, png, resident_bytes, serve
-from trainer.data.image import open_image
+from trainer.data.media.image import open_image
 from trainer.serving.picture import decode, size_of
 from trainer.serving.refusal import RequestRefused
 

@@ -35,7 +35,7 @@ from trainer.contract import (
     read,
     write,
 )
-from trainer.serve import serving_of
+from trainer.programs.serve import serving_of
 
 NEW_TOKENS = 12
 ROWS = 12

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tests.trainer.stages.tiny import MODELS, tiny_model_spec
+from trainer.checkpoint.resume import load_adapter
 from trainer.contract import InputRefused, Lora, StageSpec, TrainSpec
 from trainer.models import find_family
 from trainer.stages.group import Staged, apply_stage
 from trainer.stages.lora import ADAPTER, base_name, find_targets, merge_adapter
-from trainer.start import load_adapter
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # those of conf/stage/lora.yaml
 

@@ -8,7 +8,7 @@ import torch
 
 from tests.trainer.cell import read_rows, run_cell
 from trainer.contract import InputRefused, Lora, StageSpec, TrainSpec
-from trainer.engine import RATE, group_parameters
+from trainer.distributed.engine import RATE, group_parameters
 from trainer.models import find_family
 from trainer.stages.group import Staged, apply_stage
 

@@ -3,8 +3,8 @@
 from functools import cache
 from pathlib import Path
 
-from launcher.compose import compose
-from launcher.plan import Place, model_spec
+from launcher.config.compose import compose
+from launcher.plan.plan import Place, model_spec
 from trainer.contract import ModelSpec
 
 CONF = Path(__file__).resolve().parents[3] / "conf"

@@ -1,0 +1,156 @@
+"""Whether a published result came out again: the figures of its rerun held against it by the bands that the cell had stated before both."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from launcher.bench.measure import summarise
+from launcher.bench.result import Repeat, Result, is_unsteady
+from launcher.config.schema import Bands
+from launcher.errors import RecordRefused
+from launcher.record.comparison import Figure, Level
+from launcher.record.verdict import judge_figure, judge_losses
+from trainer import contract
+from trainer.contract import SpecError
+from trainer.contract.environment_facts import changed_facts
+
+# Figure of a summary -> (what it is called, its unit, which way is worse, divided by). Bands have the same names.
+JUDGED: dict[str, tuple[str, str, int, float]] = {
+    "samples_per_s": ("throughput", "samples/s", -1, 1.0),
+    "peak_bytes": ("memory", "GiB", 1, 2.0**30),
+}
+SHOWN = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduction:
+    """`facts`: key -> (then, now) of what is otherwise. `losses`: of the repeat that lies farthest off. `rows_equal`, `weights_equal`: how many
+    of the repeats have the bits of the published ones. `fewer`: why there are fewer repeats than published, '' where there are as many."""
+
+    result_id: str
+    repeats: tuple[Repeat, ...]
+    figures: tuple[Figure, ...]
+    losses: Level
+    loss_change: float
+    loss_limit: str
+    rows_equal: int
+    weights_equal: int
+    facts: dict[str, tuple[str, str]]
+    fewer: str
+
+    @property
+    def reproduced(self) -> bool:
+        return Level.OUTSIDE not in (self.losses, *(figure.level for figure in self.figures))
+
+
+def judge(result: Result, repeats: Sequence[Repeat], facts: Mapping[str, str], *, fewer: str) -> Reproduction:
+    """`facts`: of the ranks that ran now, with what else is told of them. Raises RecordRefused for a line that states no bands."""
+    bands = bands_of(result)
+    losses = [judge_repeat(result, repeat, bands) for repeat in repeats]
+    worst = max(losses, key=lambda found: (found[1] is Level.OUTSIDE, found[0]))
+    return Reproduction(
+        result_id=result.result_id,
+        repeats=tuple(repeats),
+        figures=judge_figures(result, repeats, bands),
+        losses=worst[1],
+        loss_change=worst[0],
+        loss_limit=worst[2],
+        rows_equal=sum(repeat.rows_sha256 in {each.rows_sha256 for each in result.repeats} for repeat in repeats),
+        weights_equal=sum(repeat.weights_sha256 in {each.weights_sha256 for each in result.repeats} for repeat in repeats),
+        facts=changed_facts(result.facts, facts),
+        fewer=fewer,
+    )
+
+
+def bands_of(result: Result) -> Bands:
+    try:
+        bands: Bands = contract.decode(Bands, result.config["run"]["bands"], "config.run.bands")
+    except (SpecError, KeyError, TypeError) as error:
+        raise RecordRefused(f"result {result.result_id} states no bands that this version reads: {error}") from error
+    missing = [name for name in ("loss", "throughput", "memory") if getattr(bands, name) is None]
+    if missing or (bands.evaluation is None and result.repeats[0].evaluation):
+        raise RecordRefused(
+            f"result {result.result_id} stated no band of {', '.join(missing) or 'evaluation'} before it ran, so that nobody can say whether "
+            "it came out again; hold the runs themselves against each other: omnilaunch compare"
+        )
+    return bands
+
+
+def judge_repeat(result: Result, repeat: Repeat, bands: Bands) -> tuple[float, Level, str]:
+    """(largest change of a tenth of the steps, as a share; level; by what)."""
+    if repeat.rows_sha256 in {each.rows_sha256 for each in result.repeats}:
+        return 0.0, Level.EQUAL, ""
+    change, level, limit = judge_losses(result.repeats[0].windows, repeat.windows, (), bands.loss)
+    return float("inf") if change is None else change, level, limit
+
+
+def judge_figures(result: Result, repeats: Sequence[Repeat], bands: Bands) -> tuple[Figure, ...]:
+    """Medians against medians."""
+    now, found = summarise(repeats), []
+    for key, then in result.summary.items():
+        name, unit, worse, scale = JUDGED.get(key, (key.removeprefix("evaluation."), "", 0, 1.0))
+        if key not in JUDGED and not key.startswith("evaluation."):
+            continue
+        band: Any = getattr(bands, name) if key in JUDGED else bands.evaluation
+        right = now[key].median / scale if key in now else None
+        found.append(judge_figure(name, unit, then.median / scale, right, (), band, worse))
+    return tuple(found)
+
+
+# ------------------------------------------------------------------------------------------------------------------- text
+
+
+def describe_reproduction(found: Reproduction, result: Result) -> str:
+    lines = [f"result {found.result_id}, of {result.made_at[:10]}, commit {result.code.commit[:12]}", ""]
+    lines.append(f"  {'':14} {'published':>12} {'now':>12} {'change':>9}")
+    lines += [describe_figure(figure) for figure in found.figures]
+    lines += [f"  {'losses':14} {describe_losses(found)}", describe_bits(found), ""]
+    if found.facts:
+        lines.append(f"  {len(found.facts)} fact(s) differ:")
+        lines += [f"    {key}: {then or 'not there'} -> {now or 'not there'}" for key, (then, now) in list(found.facts.items())[:SHOWN]]
+        lines += [f"    and {len(found.facts) - SHOWN} more"] if len(found.facts) > SHOWN else []
+    else:
+        lines.append(f"  all {len(result.facts)} facts of the ranks, of data, code and lock agree")
+    if is_unsteady(result):
+        span = result.summary["samples_per_s"]
+        lines += [
+            "",
+            f"  the published speeds lie {span.lowest:,.4g} to {span.highest:,.4g}, further apart than the band: that machine was not steady",
+        ]
+    fewer = f", from {len(found.repeats)} repeats in place of {len(result.repeats)}: {found.fewer}" if found.fewer else ""
+    lines += ["", f"verdict: {'reproduced' if found.reproduced else 'not reproduced'}{fewer}"]
+    outside = [figure.name for figure in found.figures if figure.level is Level.OUTSIDE]
+    outside += ["losses"] if found.losses is Level.OUTSIDE else []
+    return "\n".join([*lines, *([f"  outside: {', '.join(outside)}"] if outside else [])])
+
+
+def describe_figure(figure: Figure) -> str:
+    left, right = (f"{value:,.4g}" if value is not None else "none" for value in (figure.left, figure.right))
+    change = "" if figure.change is None else f"{figure.change:{'+.2%' if figure.unit else '+.4g'}}"
+    judged = {Level.EQUAL: "equal", Level.WITHIN: f"within {figure.limit}"}.get(figure.level, f"OUTSIDE {figure.limit}")
+    return f"  {figure.name.replace('_', ' '):14} {left:>12} {right:>12} {change:>9}  {figure.unit}  {judged}".rstrip()
+
+
+def describe_losses(found: Reproduction) -> str:
+    if found.losses is Level.EQUAL:
+        return "equal to the bit in every repeat"
+    word = "within" if found.losses is Level.WITHIN else "OUTSIDE"
+    return f"the mean of a tenth of the steps is off by {found.loss_change:.3%} at most, {word} {found.loss_limit}"
+
+
+def describe_bits(found: Reproduction) -> str:
+    count = len(found.repeats)
+    return f"  {'bits':14} rows as published in {found.rows_equal} of {count} repeats, final weights in {found.weights_equal} of {count}"
+
+
+def with_code(facts: Mapping[str, str], *, data: str, lock: str, image: str, fingerprint: str) -> dict[str, str]:
+    """Facts of the ranks, and beside them what else a result is of."""
+    more = {"data": data, "lock": lock, "image": image, "code": fingerprint}
+    return {**facts, **{key: value for key, value in more.items() if value}}
+
+
+def told_facts(result: Result) -> Result:
+    """The result with its code, data and lock among its facts, for judging."""
+    code = result.code
+    facts = with_code(result.facts, data=result.data_sha256, lock=code.lock_sha256, image=code.image_id, fingerprint=code.fingerprint)
+    return replace(result, facts=facts)

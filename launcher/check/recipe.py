@@ -1,0 +1,333 @@
+"""Rules about what is asked for: numbers in range, a model and a stage that fit, batch, length and strategy."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from launcher.check.problem import Problem, Rule
+from launcher.config.schema import GROUPS, Config
+from launcher.image.stack import Stack
+from launcher.memory.states import ZERO_STAGE, world_size
+from launcher.memory.tokens import smallest_image_tokens
+
+TEXT_TOKENS = 32  # the shortest question and answer that can stand beside an image
+
+# ---------------------------------------------------------------------------------------------------------------- numbers
+
+# Lowest and highest value, inclusive. A number that is not named here must be finite and not negative.
+COUNT, PORT, SHARE, PER_NODE = (1, math.inf), (1, 65535), (0, 1), (1, 1024)
+MOST_GIB = 10**6  # of one device or node, in sizes that are counted on in bytes
+RANGES: dict[str, tuple[float, float]] = {
+    "hardware.devices_per_node": PER_NODE,
+    "hardware.device_multiple": PER_NODE,
+    "hardware.memory_gib": (0.1, MOST_GIB),
+    "hardware.host_memory_gib": (0.1, MOST_GIB),
+    "hardware.context_gib": (0, MOST_GIB),
+    "hardware.fragmentation": (0, 10),
+    **{f"model.architecture.vision.{name}": COUNT for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")},
+    **{f"model.architecture.text.{name}": COUNT for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")},
+    "model.architecture.text.num_key_value_heads": COUNT,
+    # What of the free-form sections launcher.memory.states and launcher.memory.activations count with.
+    "model.architecture.text.options.full_attention_interval": COUNT,
+    "model.parameters.total": COUNT,
+    "model.context": COUNT,
+    "stage.global_batch": (1, 10**7),
+    "stage.lora.r": COUNT,
+    "stage.lora.alpha": COUNT,
+    "stage.lora.dropout": (0, 0.99),
+    "stage.optimizer.lr": SHARE,
+    "stage.optimizer.beta1": (0, 0.99999),
+    "stage.optimizer.beta2": (0, 0.99999),
+    "stage.optimizer.eps": (1e-30, 1),
+    "stage.optimizer.weight_decay": SHARE,
+    "strategy.micro_batch": COUNT,
+    "strategy.checkpoint_every": COUNT,
+    "data.max_length": COUNT,
+    "cluster.devices_per_node": PER_NODE,
+    "cluster.rendezvous_port": (1024, 65535),
+    "cluster.nodes.port": PORT,
+    "cluster.connect_timeout_s": (1, 600),
+    "cluster.silence_s": (3, 3600),  # the kernel counts thirds of it in whole seconds
+    "cluster.node_timeout_s": COUNT,
+    "run.steps": (1, 10**9),
+    "run.seed": (0, 2**63 - 1),  # torch.manual_seed
+    "run.keep_checkpoints": COUNT,
+    "run.stop_timeout_s": COUNT,
+    "run.start_timeout_s": COUNT,
+    "run.collective_timeout_s": COUNT,
+    "run.evaluation.batch": COUNT,
+    "run.evaluation.max_new_tokens": COUNT,
+    **{f"stage.{name}.sampling.{key}": COUNT for name in ("inference", "serving") for key in ("max_new_tokens", "beams")},
+    **{f"stage.{name}.sampling.top_p": (0.01, 1) for name in ("inference", "serving")},
+    **{f"stage.{name}.sampling.temperature": (0, 10) for name in ("inference", "serving")},
+    **{f"stage.{name}.shard_bytes": (10**6, math.inf) for name in ("merging", "conversion", "quantization")},
+    "stage.merging.tolerance": (0, 1),
+    "stage.inference.batch": COUNT,
+    "stage.serving.port": PORT,
+    **{f"stage.serving.{name}": COUNT for name in ("max_batch", "max_waiting", "max_body_bytes", "max_image_bytes", "max_image_pixels")},
+    **{f"stage.serving.{name}_timeout_s": (0.1, 86400) for name in ("fetch", "request", "drain")},
+}
+
+
+COUNTED_OPTIONS = (
+    "full_attention_interval",
+    *("linear_num_key_heads", "linear_key_head_dim", "linear_num_value_heads", "linear_value_head_dim"),
+)
+
+# Where the bound itself would be refused, or trains nothing.
+BETTER = {"stage.optimizer.lr": "1e-4"}
+
+
+def numbers_in_range(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    for key, value in read_numbers(config):
+        low, high = RANGES.get(re.sub(r"\.\d+(?=\.|$)", "", key), (0, math.inf))
+        if low <= value <= high and value != math.inf:
+            continue
+        bound = f"at most {write_number(high)}" if value > high else f"at least {write_number(low)}"
+        better = str(least_length(config)) if key == "data.max_length" else BETTER.get(key)
+        nearest = better or write_number(high if value > high else low)
+        whose = f" of node {config.cluster.nodes[int(key.split('.')[2])].host}" if key.startswith("cluster.nodes.") else ""
+        yield Problem(key=key, what=f"{write_number(value)}{whose} is out of range; it must be {bound}", changes=(f"{key}={nearest}",))
+
+
+def write_number(value: float) -> str:
+    """Whole numbers in full, as a key of that type takes them."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
+def read_numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """(dotted key, number) of every number below a dataclass, places in lists included. Free-form sections (options, audio) belong to the
+    model's family; of them those alone that are counted with here."""
+    if is_dataclass(value):
+        for field in fields(value):
+            yield from read_numbers(getattr(value, field.name), f"{key}.{field.name}" if key else field.name)
+    elif key == "model.architecture.text.options":
+        counted = {name: value[name] for name in COUNTED_OPTIONS if name in value}
+        yield from (pair for name, number in counted.items() for pair in read_numbers(number, f"{key}.{name}"))
+    elif isinstance(value, tuple):
+        for place, item in enumerate(value):
+            yield from read_numbers(item, f"{key}.{place}")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield key, value
+
+
+def counted_options_are_numbers(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    """Free-form sections take anything."""
+    options = config.model.architecture.text.options
+    for name in COUNTED_OPTIONS:
+        value = options.get(name, 1)
+        endless = isinstance(value, float) and not math.isfinite(value)  # which is out of range besides
+        if isinstance(value, bool) or not (isinstance(value, int) or endless):
+            key = f"model.architecture.text.options.{name}"
+            yield Problem(key=key, what=f"{value!r} is no whole number", changes=(f"{key}=4",))
+    types = options.get("layer_types", ())
+    if not isinstance(types, (list, tuple)):
+        key = "model.architecture.text.options.layer_types"
+        yield Problem(key=key, what=f"{types!r} is no list of a kind for each layer", changes=(f"{key}=[full_attention]",))
+
+
+def steps_hold_warmup(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    warmup, steps = config.stage.optimizer.warmup, config.run.steps
+    if config.stage.kind == "train" and 1 <= steps <= warmup < math.inf:
+        what = f"{warmup:g} warm-up steps, but the run has {steps}: the learning rate would never be reached"
+        yield Problem(key="stage.optimizer.warmup", what=what, changes=("stage.optimizer.warmup=0.03", f"run.steps={int(warmup) * 10}"))
+
+
+def learning_rate_is_set(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    if config.stage.kind == "train" and config.stage.optimizer.lr == 0:
+        yield Problem(key="stage.optimizer.lr", what="0 trains nothing", changes=("stage.optimizer.lr=1e-4",))
+
+
+# -------------------------------------------------------------------------------------------------------- model and stage
+
+
+def model_is_ready(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    if not config.model.ready:
+        what = f"the trainer cannot train {config.model.title} yet: {config.model.pending}"
+        yield Problem(key="model", what=what, changes=("model=tiny_llava", "model=llava_1_5_7b"), launch_only=True)
+
+
+def start_is_given(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    stage = config.stage
+    if "adapter" in stage.needs and not stage.checkpoint:
+        what = f"stage {stage.name} needs the result of a LoRA run"
+        yield Problem(key="stage.checkpoint", what=what, changes=("stage.checkpoint=RUN_ID", "stage.checkpoint=FOLDER"))
+    elif "checkpoint" in stage.needs and not stage.checkpoint and config.model.source.kind == "random":
+        what = f"stage {stage.name} starts from trained weights, and {config.model.title} has a random start: name a run that trained it"
+        yield Problem(key="stage.checkpoint", what=what, changes=("stage.checkpoint=RUN_ID", "stage.checkpoint=FOLDER", "stage=full"))
+
+
+def evaluation_is_on(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    if config.stage.kind == "evaluate" and not config.run.evaluation.enabled:
+        what = f"false leaves stage {config.stage.name} nothing to do"
+        yield Problem(key="run.evaluation.enabled", what=what, changes=("run.evaluation.enabled=true",))
+
+
+def best_is_measured(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    """Which checkpoint is the best one is told by the evaluations between the steps, on the held-out rows."""
+    run, data = config.run, config.data
+    if not run.keep_best or config.stage.kind != "train":
+        return
+    lacks = [] if run.evaluation.enabled else ["run.evaluation.enabled=true"]
+    lacks += [] if run.evaluation.every else [f"run.evaluation.every={max(1, run.steps // 10)}"]
+    lacks += ["run.evaluation.loss=true"] if run.keep_best == "loss" and not run.evaluation.loss else []
+    lacks += [] if data.builtin or data.evaluation else ["data.evaluation=FILE.json"]
+    if lacks:
+        what = f"{run.keep_best} is told by no evaluation between the steps, so that no checkpoint would be the best"
+        yield Problem(key="run.keep_best", what=what, changes=(" ".join(lacks), "run.keep_best=''"))
+
+
+def source_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    source = config.model.source
+    if source.kind == "hub" and not source.id:
+        yield Problem(key="model.source.id", what="is empty, but the source is a hub", changes=("model.source.id=ORGANISATION/NAME",))
+    if source.kind == "path" and not source.path:
+        yield Problem(key="model.source.path", what="is empty, but the source is a folder", changes=("model.source.path=FOLDER",))
+
+
+def something_is_trained(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    stage, parameters = config.stage, config.model.parameters
+    if stage.kind == "train" and stage.lora is None and not sum(getattr(parameters, group) for group in stage.trainable):
+        what = f"no parameter would be trained (groups with parameters: {', '.join(g for g in GROUPS if getattr(parameters, g))})"
+        yield Problem(key="stage.trainable", what=what, changes=("stage.trainable=[projector,lm,head]",))
+    unknown = sorted(set(stage.trainable) - set(config.model.groups))
+    if unknown:
+        what = f"{config.model.title} has no group {', '.join(unknown)}; it has {', '.join(config.model.groups)}"
+        known = ",".join(group for group in stage.trainable if group not in unknown)
+        yield Problem(key="stage.trainable", what=what, changes=(f"stage.trainable=[{known}]",))
+
+
+def groups_are_patterns(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    for group, pattern in config.model.groups.items():
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            key, what = f"model.groups.{group}", f"{pattern!r} is not a regular expression: {error}"
+            yield Problem(key=key, what=what, changes=(f"{key}=REGEX",))
+
+
+# ------------------------------------------------------------------------------------------------------- batch and length
+
+
+def batch_divides(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    total, ranks = config.stage.global_batch, max(1, world_size(config))
+    micro = 1 if config.strategy.micro_batch is None else config.strategy.micro_batch
+    unit = micro * ranks
+    if config.stage.kind in ("train", "evaluate") and total > 0 and unit > 0 and total % unit:
+        what = f"{total} samples cannot be shared by {ranks} device(s) in micro-batches of {micro}: it must be a multiple of {unit}"
+        sizes = [size for size in (total - total % unit, total - total % unit + unit) if size]
+        yield Problem(key="stage.global_batch", what=what, changes=tuple(f"stage.global_batch={size}" for size in sizes))
+
+
+def length_fits(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    length, context, least = config.data.max_length, config.model.context, least_length(config)
+    if length > context:
+        what = f"{length} tokens, but {config.model.title} has a context of {context}"
+        yield Problem(key="data.max_length", what=what, changes=(f"data.max_length={context}",))
+    if 0 < length < least:
+        image = least - TEXT_TOKENS
+        what = f"{length} tokens hold no sample: one image of {config.model.title} takes {image}, a short question and answer {TEXT_TOKENS}"
+        yield Problem(key="data.max_length", what=what, changes=(f"data.max_length={least}",))
+
+
+def least_length(config: Config) -> int:
+    return smallest_image_tokens(config.model.image_tokens) + TEXT_TOKENS
+
+
+def packing_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    data = config.data
+    if config.stage.kind != "train":
+        return
+    for key in ("packing", "padding_free"):
+        if getattr(data, key) and not config.model.packable:
+            what = (
+                f"the samples of one row of {config.model.title} would see each other: its linear attention carries a state along the row"
+            )
+            yield Problem(key=f"data.{key}", what=what, changes=(f"data.{key}=false", f"data.{key}=false data.length_aware=step"))
+    if data.packing and data.length_aware == "window":
+        what = "window gathers samples of like length in a step, and packing fills its rows best with long and short ones"
+        yield Problem(key="data.length_aware", what=what, changes=("data.length_aware=off", "data.packing=false"))
+
+
+def leaves_padding_out(config: Config) -> bool:
+    """data.padding_free, which is left to us where it is null: tests/benchmarks/train_speed.py measured it on a CPU, and on nothing else."""
+    if config.data.padding_free is not None:
+        return config.data.padding_free
+    return config.hardware.accelerator == "cpu" and config.model.packable and not config.data.packing
+
+
+def data_is_one_set(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    data = config.data
+    named = [name for name in ("train", "evaluation", "images") if getattr(data, name)]
+    if data.builtin and named:
+        what = f"is named beside the built-in set {data.builtin}: a run would train on the one and be asked about the other"
+        changes = ("data.builtin=''",) if data.name == "files" else ("data=files", "data.builtin=''")
+        yield Problem(key=f"data.{named[0]}", what=what, changes=changes)
+
+
+def data_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    data = config.data
+    if data.builtin:
+        return
+    stage, wanted = config.stage, {"train": ["train"], "evaluate": ["evaluation"]}.get(config.stage.kind, [])
+    if stage.quantization is not None:
+        wanted = ["train"] * bool(stage.quantization.calibration) + ["evaluation"] * stage.quantization.compare
+    for name, placeholder in (*((name, "FILE.json") for name in wanted), *(("images", "FOLDER"),) * bool(wanted)):
+        if not getattr(data, name):
+            yield Problem(key=f"data.{name}", what="is empty: say where it lies", changes=(f"data.{name}={placeholder}",))
+
+
+# --------------------------------------------------------------------------------------------------------------- strategy
+
+
+def strategy_suits_devices(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    ranks = world_size(config)
+    if config.strategy.name == "single" and ranks > 1:
+        changes = ["strategy=auto", "strategy=ddp"]
+        if sum(not node.spare for node in config.cluster.nodes) == 1 and config.hardware.device_multiple == 1:
+            changes.append("cluster.devices_per_node=1")
+        yield Problem(key="strategy", what=f"single is for one device, this run has {ranks}", changes=tuple(changes))
+
+
+def offload_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    strategy, stage = config.strategy, ZERO_STAGE[config.strategy.name]
+    if config.hardware.accelerator == "cpu" and (strategy.offload_optimizer or strategy.offload_parameters):
+        what = "on the CPU everything lies in the host's memory already"
+        yield Problem(key="strategy", what=what, changes=("strategy.offload_optimizer=false strategy.offload_parameters=false",))
+    elif strategy.name != "auto" and strategy.offload_parameters and stage < 3:
+        what = f"DeepSpeed offloads parameters with zero3 alone, not with {strategy.name}"
+        yield Problem(key="strategy.offload_parameters", what=what, changes=("strategy=zero3", "strategy.offload_parameters=false"))
+    elif strategy.name != "auto" and strategy.offload_optimizer and stage < 1:
+        what = f"DeepSpeed offloads the optimizer with zero1, zero2 or zero3, not with {strategy.name}"
+        yield Problem(key="strategy.offload_optimizer", what=what, changes=("strategy=zero2", "strategy.offload_optimizer=false"))
+
+
+def masters_suit_strategy(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    if config.precision.optimizer == "bfloat16" and config.strategy.name in ("single", "ddp"):
+        what = f"DeepSpeed keeps masters and states in bfloat16 with zero1, zero2 or zero3, not with {config.strategy.name}"
+        yield Problem(key="strategy", what=what, changes=("strategy=auto", "strategy=zero1", "precision=bf16"))
+
+
+RECIPE_RULES: tuple[Rule, ...] = (
+    numbers_in_range,
+    counted_options_are_numbers,
+    steps_hold_warmup,
+    learning_rate_is_set,
+    model_is_ready,
+    start_is_given,
+    evaluation_is_on,
+    best_is_measured,
+    source_is_named,
+    something_is_trained,
+    groups_are_patterns,
+    batch_divides,
+    length_fits,
+    packing_is_possible,
+    data_is_one_set,
+    data_is_named,
+    strategy_suits_devices,
+    offload_is_possible,
+    masters_suit_strategy,
+)

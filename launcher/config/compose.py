@@ -1,0 +1,325 @@
+"""conf/ and overrides in, a typed Config out.
+
+Hydra's Compose API does the composing. Before it, every override is held against the schema by itself, so that all problems are
+reported together and in our words; after it, the whole result is held against the schema's dataclasses. Hydra is imported where it
+is used, and no validation library is: importing one would take a quarter of the time that a plan may take.
+"""
+
+import json
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from launcher.config.schema import AXES, Config
+from launcher.errors import NODES, ConfigRefused, refuse_config, suggest
+from trainer.contract import SpecError, decode
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+PRIMARY = "config"
+OPTIONAL_GROUPS = {"tune": "~tune", "experiment": ""}  # what null is for Hydra: the one has a default to delete, the other none
+UNREADABLE = "cannot be read; write KEY=VALUE, and quote a value with commas, brackets or quotes: \"KEY='a, b'\""
+LARGEST = 2**63 - 1  # of a number: what lies beyond is a slip of the hand, and no float
+INTERPOLATION = "interpolations are refused, a plan must show the value itself; write it out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composed:
+    """What Hydra made: plain data, and which file was taken for each group."""
+
+    data: dict[str, Any]
+    choices: dict[str, str | None]
+
+
+def compose(overrides: Sequence[str], conf: Path) -> Config:
+    """The config of `conf`/config.yaml with overrides such as `hardware=p4` and `run.steps=10`.
+
+    Raises ConfigRefused that lists every wrong override, or else every wrong value with its key, its file and what is allowed.
+    """
+    groups = options(conf)
+    composed = _compose(_translate(overrides, groups), conf)
+    return _validate(composed, overrides, conf)
+
+
+def compose_over(config: Config, overrides: Sequence[str], conf: Path) -> Config:
+    """A config that is there already with overrides: what none of them names stays as it is, whatever `conf` says now. `axis=NAME` takes
+    that one section from `conf`. Raises ConfigRefused as `compose` does."""
+    from omegaconf import OmegaConf
+
+    groups = options(conf)
+    named = [override.partition("=")[0] for override in overrides]
+    if of_several := [name for name in named if name in OPTIONAL_GROUPS]:
+        raise ConfigRefused(f"{of_several[0]}=... sets keys of several sections: launch it anew, or name the keys themselves")
+    translated = _translate(overrides, groups)
+    chosen = [text for text in translated if not text.startswith("++")]
+    composed = _compose(chosen, conf)
+    data = json.loads(json.dumps(asdict(config))) | {text.partition("=")[0]: composed.data[text.partition("=")[0]] for text in chosen}
+    tree = OmegaConf.create(data)
+    for text in translated:
+        parsed = _parse(text.removeprefix("++")) if text.startswith("++") else None
+        if parsed is not None:
+            OmegaConf.update(tree, parsed.key_or_group, parsed.value(), merge=True, force_add=True)
+    changed = typing.cast(dict[str, Any], OmegaConf.to_container(tree))
+    return _validate(Composed(data=changed, choices=composed.choices), overrides, conf)
+
+
+def options(conf: Path) -> dict[str, tuple[str, ...]]:
+    """Group -> its options, as the files in `conf` have them."""
+    folders = sorted(folder for folder in conf.iterdir() if folder.is_dir())
+    groups = {folder.name: tuple(sorted(file.stem for file in folder.glob("*.yaml"))) for folder in folders}
+    return {**groups, **{name: groups.get(name, ()) for name in OPTIONAL_GROUPS}}
+
+
+# ------------------------------------------------------------------------------------------------------- overrides
+
+
+def _translate(overrides: Sequence[str], groups: dict[str, tuple[str, ...]]) -> list[str]:
+    """Overrides as Hydra takes them. Raises ConfigRefused for all that are wrong, together."""
+    translated: dict[str, str] = {}
+    problems: list[str] = []
+    for override in overrides:
+        try:
+            key, text = _translate_one(override, groups)
+            if translated.setdefault(key, text) != text:
+                raise ConfigRefused(f"{key} is given twice, with different values: keep one")
+        except ConfigRefused as error:
+            problems.append(f"  {override}: {error}")
+    if problems:
+        raise ConfigRefused("\n".join((_heading("override", len(problems)), *problems)))
+    return [text for text in translated.values() if text]
+
+
+def _translate_one(override: str, groups: dict[str, tuple[str, ...]]) -> tuple[str, str]:
+    """(key, override for Hydra, '' where it needs none). Raises ConfigRefused with the bare reason."""
+    if override.startswith(("+", "~")):
+        raise ConfigRefused(f"'+' and '~' are refused, every key is known already; write {override.lstrip('+~')}")
+    key, equals, text = override.partition("=")
+    if not key or not equals:
+        raise ConfigRefused(UNREADABLE)
+    if "${" in text:
+        raise ConfigRefused(INTERPOLATION)
+    if key in groups:
+        return key, _choose(key, text.strip().strip("'\""), groups[key])
+    axis, _, rest = key.partition(".")
+    if axis in AXES and rest == "name":
+        raise ConfigRefused(f"{key} is the name of the file that was taken; choose another with {axis}=NAME")
+    is_text = _without_null(_find_type(key, groups)) is str
+    return key, f"++{key}={_read_text(text) if is_text else _read_value(key, text)}"  # forced: a file may leave out what has a default
+
+
+def _read_text(text: str) -> str:
+    """A text as Hydra takes it, quoted where the user did not: it may hold what is syntax to Hydra, or read as a number, as the revision
+    12345e6 does. Null, lists and sections stay what they are, and are refused by their type."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    text = text.strip()
+    parsed = _parse(f"text={text}") if text[:1] in tuple("'\"[{") or text == "null" else None
+    return text if parsed and not parsed.is_sweep_override() else QuotedString(text=text, quote=Quote.single).with_quotes()
+
+
+def _read_value(key: str, text: str) -> str:
+    """Raises ConfigRefused for what is no value of Hydra's grammar, and for several of them."""
+    parsed = _parse(f"{key}={text}")
+    if parsed is None:
+        raise ConfigRefused(UNREADABLE)
+    if parsed.is_sweep_override():
+        raise ConfigRefused(f"one value is wanted; a list is written {key}=[{text}]")
+    return text
+
+
+def _parse(override: str) -> "Override | None":
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_overrides([override])[0]
+    except (HydraException, ValueError, RecursionError):  # ValueError: a number of more than 4,300 digits
+        return None
+
+
+def _choose(group: str, name: str, names: tuple[str, ...]) -> str:
+    """The raw text is what is held against the names: it need not be readable to Hydra."""
+    if name == "null" and group in OPTIONAL_GROUPS:
+        return OPTIONAL_GROUPS[group]
+    if name not in names and "," in name:
+        raise ConfigRefused(f"one value is wanted; {suggest(name.split(',')[0], names)}")
+    if name not in names:
+        raise ConfigRefused(f"unknown {group} {name!r}; {suggest(name, names)}")
+    return f"{group}={name}"
+
+
+def _find_type(key: str, groups: dict[str, tuple[str, ...]]) -> Any:
+    """The schema's type of a dotted key. Raises ConfigRefused with a suggestion for a key that is not there."""
+    kind: Any = Config
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        section, kind = ".".join(parts[:depth]), _without_null(kind)
+        origin = typing.get_origin(kind)
+        if is_dataclass(kind):
+            names = _types(typing.cast(type, kind))
+            if part not in names:
+                raise ConfigRefused(_unknown_key(key, section, part, {*names, *groups} if not section else {*names}))
+            kind = names[part]
+        elif origin in (dict, tuple) and (origin is dict or part.isdigit()):
+            kind = typing.get_args(kind)[1 if origin is dict else 0]
+        elif kind is not Any:
+            raise ConfigRefused(f"unknown key {key!r}: {section} is a single value")
+    return kind
+
+
+def _unknown_key(key: str, section: str, part: str, names: set[str]) -> str:
+    """Also finds a key of which only the last part was given: micro_batch -> strategy.micro_batch."""
+    if section:
+        return f"unknown key {key!r} in {section}; {suggest(part, names)}"
+    leaf = key.rsplit(".", 1)[-1]
+    found = [dotted for dotted in _leaves(Config, "") if dotted.rsplit(".", 1)[-1] == leaf]
+    return f"unknown key {key!r}; did you mean {found[0]!r}?" if found else f"unknown key {key!r}; {suggest(part, names)}"
+
+
+def _leaves(kind: Any, prefix: str) -> list[str]:
+    kind = _without_null(kind)
+    if not is_dataclass(kind):
+        return [prefix]
+    sections = _types(typing.cast(type, kind)).items()
+    return [leaf for name, inner in sections for leaf in _leaves(inner, f"{prefix}.{name}" if prefix else name)]
+
+
+@cache
+def _types(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def _without_null(kind: Any) -> Any:
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return next(inner for inner in typing.get_args(kind) if inner is not type(None))
+    return kind
+
+
+# ---------------------------------------------------------------------------------------------------------- Hydra
+
+
+def _compose(overrides: list[str], conf: Path) -> Composed:
+    """Raises ConfigRefused for a file that cannot be read or composed."""
+    from hydra import compose as compose_files, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+            config = compose_files(PRIMARY, overrides, return_hydra_config=True)
+        choices = dict(config.hydra.runtime.choices)
+        ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        data = typing.cast(dict[str, Any], OmegaConf.to_container(ours, throw_on_missing=True))
+    except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+        raise ConfigRefused(f"{conf}: cannot be composed: {str(error).replace('++', '')}") from error
+    return Composed(data=data, choices=choices)
+
+
+# ----------------------------------------------------------------------------------------------------------- types
+
+
+def _validate(composed: Composed, overrides: Sequence[str], conf: Path) -> Config:
+    """Raises ConfigRefused listing every value that the schema does not take, with its key and where it was written."""
+    problems: list[tuple[str, str]] = []
+    config = _build(Config, composed.data, "", problems)
+    if problems:
+        lines = [
+            f"  {key}{_whose(key, composed)} ({_where(key.split('.'), composed, overrides, conf)}): {reason}" for key, reason in problems
+        ]
+        refuse_config("\n".join((_heading("value", len(problems)), *lines)), (key for key, _ in problems))
+    return typing.cast(Config, config)
+
+
+def _whose(key: str, composed: Composed) -> str:
+    """The name of the node that a key is about: people do not count the lines of a cluster file."""
+    if not key.startswith(f"{NODES}."):
+        return ""
+    nodes, place = composed.data["cluster"]["nodes"], int(key.split(".")[2])
+    host = nodes[place].get("host") if isinstance(nodes[place], dict) else None
+    return f" of node {host}" if host else ""
+
+
+def _build(kind: Any, data: Any, key: str, problems: list[tuple[str, str]]) -> Any:
+    """A schema type from plain data. Goes down dataclasses and tuples, so that nothing stops at the first problem; the contract's own
+    decoder takes the leaves. What is built beside a problem is None and must not be used."""
+    inner = _without_null(kind)
+    if is_dataclass(inner) and isinstance(data, dict):
+        return _build_section(typing.cast(type, inner), data, key, problems)
+    if typing.get_origin(inner) is tuple and isinstance(data, list):
+        item = typing.get_args(inner)[0]
+        return tuple(_build(item, value, f"{key}.{index}", problems) for index, value in enumerate(data))
+    if isinstance(data, str) and "${" in data:
+        problems.append((key, INTERPOLATION))
+        return None
+    if isinstance(data, int) and abs(data) > LARGEST:
+        problems.append((key, f"a number of {len(str(abs(data)))} digits is not allowed; at most {LARGEST}"))
+        return None
+    try:
+        return decode(kind, data)
+    except SpecError:
+        problems.append((key, _expected(inner, data)))
+        return None
+
+
+def _build_section(section: type, data: dict[str, Any], key: str, problems: list[tuple[str, str]]) -> Any:
+    types, prefix, before = _types(section), f"{key}." if key else "", len(problems)
+    required = [field.name for field in fields(section) if field.default is MISSING and field.default_factory is MISSING]
+    problems += [(f"{prefix}{name}", f"unknown key; {suggest(name, types)}") for name in data if name not in types]
+    problems += [(f"{prefix}{name}", "is missing") for name in required if name not in data]
+    values = {name: _build(types[name], value, f"{prefix}{name}", problems) for name, value in data.items() if name in types}
+    return section(**values) if len(problems) == before else None
+
+
+SOUND = "audio and speech parts are carried along as they are: data here holds no sound, so that nothing would reach them"
+REASONS = dict.fromkeys(("audio", "speech", "apm", "tts"), SOUND)  # of words that somebody may well try
+
+EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text; put it in quotes", tuple: "a list"}
+
+
+def _expected(kind: Any, data: Any) -> str:
+    given, origin = json.dumps(data), typing.get_origin(kind)
+    if origin is Literal:
+        reason = f" ({REASONS[data]})" if isinstance(data, str) and data in REASONS else ""
+        return f"{given} is not allowed{reason}; {suggest(str(data), map(str, typing.get_args(kind)))}"
+    if origin is dict and isinstance(data, dict):
+        inner = typing.get_args(kind)[1]
+        return f"{given} is not allowed; every value must be {EXPECTED.get(inner, inner)}"
+    return f"{given} is not allowed; it must be {EXPECTED.get(origin or kind, 'a section')}"
+
+
+def _where(path: list[str], composed: Composed, overrides: Sequence[str], conf: Path) -> str:
+    """The override or the file that a key comes from. The later file wins, as in the defaults list."""
+    key = ".".join(path)
+    for override in overrides:
+        name = override.split("=", 1)[0]
+        if name not in AXES and (key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.")):
+            return f"override {override}"
+    for group in reversed(OPTIONAL_GROUPS):
+        choice = composed.choices.get(group)
+        if choice and _holds(conf / group / f"{choice}.yaml", path):
+            return f"{conf.name}/{group}/{choice}.yaml"
+    axis = path[0]
+    return f"{conf.name}/{axis}/{composed.choices.get(axis)}.yaml" if axis in AXES else f"{conf.name}/{PRIMARY}.yaml"
+
+
+def _holds(file: Path, path: list[str]) -> bool:
+    from yaml import safe_load
+
+    node = safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+    for part in path:
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def _heading(what: str, count: int) -> str:
+    return f"the config is refused, one {what} is wrong:" if count == 1 else f"the config is refused, {count} {what}s are wrong:"

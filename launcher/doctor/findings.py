@@ -1,0 +1,125 @@
+"""What a check says of a node or a cluster, and how a person and a program read it."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from launcher.config.schema import Node
+from launcher.doctor.node_facts import NodeFacts
+from launcher.image.stack import Stack
+from launcher.plan.plan import Plan
+
+Level = Literal["ok", "warning", "error", "unchecked"]
+ORDER: tuple[Level, ...] = ("error", "warning", "unchecked", "ok")
+EVERY_NODE = "all nodes"
+SHOWN_HOSTS = 4
+INDENT = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """`evidence`: what was seen; `fix`: the command or the key that mends it, '' where nothing is to be mended."""
+
+    name: str
+    host: str
+    level: Level
+    evidence: str
+    fix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """A finding before it has a name and a host."""
+
+    level: Level
+    evidence: str
+    fix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A node that answered, and what the run wants of it. `rank`: its node rank, None for a spare."""
+
+    plan: Plan
+    stack: Stack
+    node: Node
+    rank: int | None
+    facts: NodeFacts
+
+
+# A check of one node, and one that compares nodes: host -> what is said of it, EVERY_NODE where all agree.
+NodeCheck = Callable[[Case], Diagnosis]
+Agreement = Callable[[Sequence[Case]], dict[str, Diagnosis]]
+
+
+def fine(evidence: str) -> Diagnosis:
+    return Diagnosis(level="ok", evidence=evidence)
+
+
+def warn(evidence: str, fix: str) -> Diagnosis:
+    return Diagnosis(level="warning", evidence=evidence, fix=fix)
+
+
+def wrong(evidence: str, fix: str) -> Diagnosis:
+    return Diagnosis(level="error", evidence=evidence, fix=fix)
+
+
+def unchecked(evidence: str, fix: str = "") -> Diagnosis:
+    return Diagnosis(level="unchecked", evidence=evidence, fix=fix)
+
+
+def named(name: str, host: str, diagnosis: Diagnosis) -> Finding:
+    return Finding(name=name, host=host, level=diagnosis.level, evidence=diagnosis.evidence, fix=diagnosis.fix)
+
+
+def has_errors(findings: Sequence[Finding]) -> bool:
+    return any(finding.level == "error" for finding in findings)
+
+
+def findings_json(findings: Sequence[Finding]) -> str:
+    counts = Counter(finding.level for finding in findings)
+    summary = {level: counts[level] for level in ORDER}
+    return json.dumps({"summary": summary, "findings": [asdict(finding) for finding in findings]}, indent=2, ensure_ascii=False) + "\n"
+
+
+def describe_findings(findings: Sequence[Finding]) -> str:
+    """Problems first, each with its evidence and what mends it, the same one of many nodes once; then a line for each node."""
+    lines = [line for level in ("error", "warning") for line in describe_level(findings, level)]
+    lines += describe_unchecked(findings)
+    ok = Counter(finding.host for finding in findings if finding.level == "ok")
+    width = max(map(len, ok), default=0)
+    lines += [f"{'ok':{INDENT}}{host:{width}}  {count} check(s)" for host, count in ok.items()]
+    counts = Counter(finding.level for finding in findings)
+    return "\n".join((*lines, ", ".join(f"{counts[level]} {level}" for level in ORDER)))
+
+
+def describe_level(findings: Sequence[Finding], level: str) -> Iterator[str]:
+    same: dict[tuple[str, str, str], list[str]] = {}
+    for finding in findings:
+        if finding.level == level:
+            same.setdefault((finding.name, finding.evidence, finding.fix), []).append(finding.host)
+    for (name, evidence, fix), hosts in same.items():
+        yield f"{level:{INDENT}}{describe_hosts(hosts)}: {name}"
+        yield from (" " * INDENT + line for line in evidence.splitlines())
+        yield from (" " * INDENT + f"{'fix: ' if place == 0 else '     '}{line}" for place, line in enumerate(fix.splitlines()))
+
+
+def describe_unchecked(findings: Sequence[Finding]) -> Iterator[str]:
+    """By reason: a node that is down leaves thirty checks undone for one."""
+    undone: dict[tuple[str, str, str], list[str]] = {}
+    for finding in findings:
+        if finding.level == "unchecked":
+            undone.setdefault((finding.host, finding.evidence, finding.fix), []).append(finding.name)
+    same: dict[tuple[tuple[str, ...], str, str], list[str]] = {}
+    for (host, evidence, fix), names in undone.items():
+        same.setdefault((tuple(names), evidence, fix), []).append(host)
+    for (checks, evidence, fix), hosts in same.items():
+        what = checks[0] if len(checks) == 1 else f"{len(checks)} checks"
+        yield f"{'unchecked':{INDENT}}{describe_hosts(hosts)}: {what}: {evidence}" + (f" ({fix})" if fix else "")
+
+
+def describe_hosts(hosts: Sequence[str]) -> str:
+    shown, rest = hosts[:SHOWN_HOSTS], len(hosts) - SHOWN_HOSTS
+    return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")

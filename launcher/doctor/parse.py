@@ -1,0 +1,254 @@
+"""Text that a node's commands printed, read into facts. Pure; the commands are in `probe`."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+from math import inf
+from typing import Any
+
+from launcher.config.schema import Accelerator
+from launcher.doctor.network import Interface, IpRoute, View
+from launcher.doctor.node_facts import GIB, Clock, Container, Content, Docker, Mode, NodeFacts, Room
+from launcher.doctor.smi import Device, UnreadableTable, read_npu, read_npu_driver, read_nvidia
+from launcher.ssh.transport import Result
+
+MARK = "=omnilaunch="
+CONTENT = "content"
+PODMAN = "the command docker there is podman's, and no Docker engine"
+TIMED_OUT = (124, 137)  # of coreutils' timeout: ended by TERM, by KILL
+KIB_PER_GIB = 2**20
+EVERYWHERE = "0.0.0.0/0"
+LISTENING = "0A"  # state of a socket in /proc/net/tcp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    code: int
+    output: str
+    errors: str
+
+    @property
+    def good(self) -> str:
+        """The output, or '' when the question failed."""
+        return self.output if self.code == 0 else ""
+
+    @property
+    def complaint(self) -> str:
+        """Why it failed, in one line."""
+        if self.code in TIMED_OUT:
+            return "no answer in time: it hangs"
+        said = " ".join((self.errors or self.output).split())
+        return said or f"exit code {self.code}"
+
+
+UNASKED = Answer(code=127, output="", errors="was not asked")
+
+
+def read_answers(done: Result) -> dict[str, Answer]:
+    """The script's two streams, cut at the marks."""
+    errors = dict(cut(done.errors))
+    answers = {}
+    for name, text in cut(done.output):
+        output, _, code = text.rpartition(f"\n{MARK}code ")
+        answers[name] = Answer(code=int(code) if code.strip().isdigit() else 255, output=output, errors=errors.get(name, "").strip())
+    return answers
+
+
+def read_clock(told: str, *, sent_s: float, received_s: float) -> Clock:
+    """From `date +%s.%N`, asked between the two; whole seconds where the node's date knows no %N, and no bounds where it says none."""
+    seconds, _, fraction = told.strip().partition(".")
+    if not seconds.isdigit():
+        return Clock(behind_s=-inf, ahead_s=inf)
+    early_s, late_s = (float(f"{seconds}.{fraction}"),) * 2 if fraction.isdigit() else (float(seconds), float(seconds) + 1)
+    return Clock(behind_s=early_s - received_s, ahead_s=late_s - sent_s)
+
+
+def cut(text: str) -> Iterator[tuple[str, str]]:
+    for part in text.split(f"\n{MARK} ")[1:]:
+        name, _, rest = part.partition("\n")
+        yield name, rest
+
+
+def read_facts(host: str, accelerator: Accelerator, contents: tuple[str, ...], answers: Mapping[str, Answer], clock: Clock) -> NodeFacts:
+    """Every answer read. `contents`: the paths asked about, in order. One that is missing or odd leaves its fact empty."""
+
+    def said(name: str) -> Answer:
+        return answers.get(name, UNASKED)
+
+    memory = dict(re.findall(r"^(\w+):\s+(\d+) kB$", said("memory").good, re.MULTILINE))
+    devices, devices_error = read_devices(accelerator, said("devices"), said("apps"))
+    shell, _, connection = said("shell").good.partition("\n")
+    low, high, reserved = read_ephemeral(said("ephemeral").good)
+    return NodeFacts(
+        host=host,
+        machine=said("machine").good.strip(),
+        kernel=said("kernel").good.strip(),
+        hostname=said("hostname").good.strip(),
+        boot=said("boot").good.strip(),
+        user=said("user").good.strip(),
+        shell=shell.strip(),
+        memory_total_gib=int(memory.get("MemTotal", 0)) * 1024 / GIB,
+        memory_available_gib=int(memory.get("MemAvailable", 0)) * 1024 / GIB,
+        shm=read_room("/dev/shm", said("shm").good),
+        memlock_kib=int(said("memlock").good) if said("memlock").good.strip().isdigit() else None,
+        root=read_root(said("root").good),
+        clock=clock,
+        docker=read_docker(answers) if "docker" in answers else None,
+        containers=tuple(read_containers(said("containers").good)),
+        image_id=said("image").good.strip(),
+        ports=read_ports(said("tcp").output),
+        ephemeral_ports=(low, high),
+        reserved_ports=reserved,
+        view=read_view(connection, said("addresses").good, said("routes").good, said("links").output),
+        devices=devices,
+        devices_error=devices_error,
+        driver=read_driver(accelerator, devices, said("driver").good, said("devices").output),
+        files=tuple(line for line in said("files").output.splitlines() if line.startswith("/")),
+        modes=dict(read_modes(said("modes").output)),
+        contents={path: read_content(said(f"{CONTENT}{place}")) for place, path in enumerate(contents)},
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- disks, docker, data
+
+
+def read_room(path: str, text: str, *, writable: bool = True, inodes: int | None = None) -> Room | None:
+    """From `df -Pk`; None when there is none."""
+    lines = [line.split() for line in text.splitlines() if len(line.split()) >= 6 and line.split()[3].isdigit()]
+    return Room(path=path, free_gib=int(lines[-1][3]) / KIB_PER_GIB, writable=writable, inodes=inodes) if lines else None
+
+
+def read_root(text: str) -> Room | None:
+    """From the folder's name, whether it is writable, `df -Pk` and `df -Pi`."""
+    path, writable, *rest = (*text.splitlines(), "", "")
+    sizes = [line for line in rest if line and not line.startswith("Filesystem")]
+    if len(sizes) != 2:
+        return None
+    total, _, free = (*sizes[1].split(), "", "", "")[1:4]  # btrfs and some network file systems count none: 0 or -
+    inodes = int(free) if free.isdigit() and total not in ("0", "-") else None
+    return read_room(path, sizes[0], writable=writable == "yes", inodes=inodes)
+
+
+def read_docker(answers: Mapping[str, Answer]) -> Docker:
+    said, client = answers["docker"], answers["docker_client"]
+    try:
+        facts: dict[str, Any] = json.loads(said.output or "{}")
+    except json.JSONDecodeError:
+        facts = {}
+    engine = str(facts.get("ServerVersion") or "")
+    wrong = " ".join(facts.get("ServerErrors") or ()) or said.complaint
+    if "host" in facts and not engine:  # podman's own `info`, behind its command `docker`
+        wrong = PODMAN
+    return Docker(
+        client=found.group(1) if (found := re.match(r"\S+ version ([^\s,]+)", client.good)) else "",
+        engine=engine,
+        error="" if engine else wrong,
+        runtimes=tuple(sorted(facts.get("Runtimes") or ())),
+        storage_driver=str(facts.get("Driver") or ""),
+        room=read_room(str(facts.get("DockerRootDir") or ""), answers["docker_room"].good),
+        toolkit=bool(answers["toolkit"].output.strip()),
+    )
+
+
+def read_containers(text: str) -> Iterator[Container]:
+    for line in text.splitlines():
+        name, state, run_id = (*line.split("\t"), "", "")[:3]
+        yield Container(name=name, state=state, run_id=run_id)
+
+
+def read_content(said: Answer) -> Content:
+    kind, _, digest = said.output.strip().partition("\n")
+    if said.code == 0 and digest:
+        return Content(kind=kind, digest=digest.split()[0])
+    return Content(kind="", digest="", error="took too long to hash" if said.code in TIMED_OUT else said.complaint)
+
+
+# --------------------------------------------------------------------------------------------------------------- devices
+
+
+def read_devices(accelerator: Accelerator, said: Answer, apps: Answer) -> tuple[tuple[Device, ...], str]:
+    """The devices, or why there are none."""
+    if accelerator == "cpu":
+        return (), ""
+    if said.code:
+        return (), said.complaint
+    try:
+        return (read_nvidia(said.output, apps.good) if accelerator == "cuda" else read_npu(said.output)), ""
+    except UnreadableTable as error:
+        return (), str(error)
+
+
+def read_modes(text: str) -> Iterator[tuple[str, Mode]]:
+    """From `stat -c '%n %a %u %g'`."""
+    for name, bits, uid, gid in (row for row in map(str.split, text.splitlines()) if len(row) == 4):
+        yield name, Mode(bits=int(bits, 8), uid=int(uid), gid=int(gid))
+
+
+def read_driver(accelerator: Accelerator, devices: tuple[Device, ...], version_info: str, banner: str) -> str:
+    """NVIDIA's as nvidia-smi says it; Ascend's from version.info (`Version=`), or the banner of npu-smi."""
+    if accelerator == "npu":
+        found = re.search(r"^Version=(\S+)", version_info, re.MULTILINE)
+        return found.group(1) if found else read_npu_driver(banner)
+    return next((device.driver for device in devices if device.driver), "")
+
+
+# --------------------------------------------------------------------------------------------------------------- network
+
+
+def read_ports(text: str) -> tuple[int, ...]:
+    """TCP ports that something listens on, from /proc/net/tcp and tcp6."""
+    rows = (line.split() for line in text.splitlines())
+    return tuple(sorted({int(row[1].rpartition(":")[2], 16) for row in rows if len(row) > 3 and row[3] == LISTENING}))
+
+
+def read_ephemeral(text: str) -> tuple[int, int, tuple[tuple[int, int], ...]]:
+    """The range that the kernel takes ports from for whoever names none, and the ranges it leaves out. (0, 0) when it does not say."""
+    first, _, second = text.partition("\n")
+    bounds = [int(word) for word in first.split() if word.isdigit()]
+    spans = [span.split("-") for span in second.strip().split(",") if span]
+    reserved = tuple((int(span[0]), int(span[-1])) for span in spans if span[0].isdigit())
+    return (*((bounds[0], bounds[1]) if len(bounds) == 2 else (0, 0)), reserved)
+
+
+def read_view(connection: str, addresses: str, routes: str, links: str) -> View:
+    """`connection`: what sshd tells a login, the client's address and port, then the node's own."""
+    return View(
+        interfaces=tuple(read_interfaces(addresses, routes, links)),
+        routes=tuple(read_routes(routes)),
+        reached_at=(*connection.split(), "", "", "")[2],
+    )
+
+
+def read_routes(text: str) -> Iterator[IpRoute]:
+    """From /proc/net/route, whose addresses are little-endian hex."""
+    for row in (line.split() for line in text.splitlines()[1:]):
+        if len(row) >= 8:
+            network = IPv4Network(f"{from_hex(row[1])}/{from_hex(row[7])}", strict=False)
+            yield IpRoute(interface=row[0], network=str(network), metric=int(row[6]))
+
+
+def from_hex(word: str) -> IPv4Address:
+    return IPv4Address(int.from_bytes(bytes.fromhex(word), "little"))
+
+
+def read_interfaces(addresses: str, routes: str, links: str) -> Iterator[Interface]:
+    """The node's own addresses (/proc/net/fib_trie), each on the interface whose connected route holds it."""
+    state = {row[0]: row[1:] for row in (line.split() for line in links.splitlines()) if len(row) >= 3}
+    connected = [(IPv4Network(route.network), route) for route in read_routes(routes) if route.network != EVERYWHERE]
+    found = re.findall(r"\|-- (\S+)\n\s*/32 host LOCAL", addresses)
+    for address in sorted(set(found), key=IPv4Address):
+        holding = [(network.prefixlen, route.interface) for network, route in connected if IPv4Address(address) in network]
+        if not holding:
+            continue
+        prefix, name = max(holding)
+        operstate, mtu, *speed = state.get(name, ["unknown", "0"])
+        yield Interface(
+            name=name,
+            address=address,
+            prefix=prefix,
+            up=operstate != "down",  # a tunnel and some virtual drivers say unknown
+            mtu=int(mtu) if mtu.isdigit() else 0,
+            speed_mb_s=int(speed[0]) if speed and speed[0].isdigit() else None,
+        )

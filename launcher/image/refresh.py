@@ -1,0 +1,281 @@
+"""`image refresh`: the only code that looks anything up. Resolves every lock with uv, asks the registries for the bases' digests.
+
+What is asked for comes from two places: the versions of a row of images/versions.yaml, and pyproject.toml for all else. A lock that
+is there already is what uv prefers, so that a refresh changes only what has to change. All is resolved first and written then.
+
+A torch with a local version (2.13.0+cpu) is only on PyTorch's own index. Its row is asked there alone, and kept as it is where that
+index does not answer; the other packages are resolved beside the torch of the same version that the common index has, less what
+that one needs of an accelerator.
+"""
+
+import re
+import tomllib
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launcher.errors import ImageFailed
+from launcher.image.resolver import NEVER, IndexUnreachable, cut, find_uv, join, name_of, read_lock, resolve, version_of
+from launcher.image.stack import BUILD_LOCK, UNPINNED, VERSIONS_FILE, Stack, find_stack, torch_lock
+from trainer.contract import SpecError, decode
+
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+HEADER = "# Written by: omnilaunch image refresh. Do not edit.\n"
+ALONE = f"""# A local wheel with the same hash serves as well as the index.
+# Installed alone, with --no-deps: an index that cannot be reached then costs one look-up instead of one for every package.
+--extra-index-url {TORCH_INDEX}
+"""
+OWN_HEADS = {
+    BUILD_LOCK: "# What builds the source distributions among the locked packages; installed before them.\n",
+    "launcher.txt": "# The launcher's packages, CPython {python}, in agreement with the trainer's CPU lock.\n",
+    "dev.txt": "# What the tests need besides, CPython {python}, in agreement with both other locks.\n",
+}
+BUILD_TOOLS = "setuptools>=77"
+# The stack and architecture of the environment that `make setup` fills: the launcher, the trainer and the tests together.
+SETUP_STACK, SETUP_ARCHITECTURE = "cpu", "x86_64"
+ACCELERATOR_LIBRARIES = ("nvidia-", "cuda-", "triton")
+PLATFORM = "{}-manylinux_2_28"  # what most wheels ask of glibc; the oldest base, Ubuntu 22.04, has 2.35
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One lock to write: `lock` below images/, for which stacks and architecture, and the torch that is asked for there."""
+
+    lock: str
+    stacks: tuple[Stack, ...]
+    architecture: str
+    torch: str
+
+    @property
+    def platform(self) -> str:
+        return PLATFORM.format(self.architecture)
+
+    @property
+    def python(self) -> str:
+        return self.stacks[0].python
+
+    @property
+    def alone(self) -> bool:
+        """Whether torch has a lock of its own, installed before the rest."""
+        return self.stacks[0].family != "cuda"
+
+    @property
+    def title(self) -> str:
+        names = " and ".join(stack.name for stack in self.stacks)
+        return f"Stack{'s' if len(self.stacks) > 1 else ''} {names}, {self.architecture}, CPython {self.python}"
+
+
+def refresh(root: Path, *, stacks: tuple[str, ...], say: Say, upgrade: bool = False) -> tuple[Path, ...]:
+    """Resolve again and write; the files that changed. `stacks`: the rows to do, all of them when empty; the locks of the launcher
+    and of the tests go with the CPU's. `upgrade`: everything that no row pins takes its newest version. Raises ImageFailed with
+    every file as it was."""
+    uv, images = find_uv(), root / "images"
+    versions = images / VERSIONS_FILE
+    before = versions.read_text(encoding="utf-8")
+    table = read_table(before, versions)
+    chosen = {name: find_stack(table, name) for name in stacks or table}
+    found: dict[Path, str] = {}
+    renewed = dict(table)
+    for target in targets(table):
+        if any(stack.name in chosen for stack in target.stacks):
+            texts = resolve_target(uv, target, root, say, upgrade)
+            found |= texts
+            for stack in target.stacks:
+                locks = {**renewed[stack.name].locks, target.architecture: target.lock if texts else ""}
+                renewed[stack.name] = replace(renewed[stack.name], locks=locks)
+    if SETUP_STACK in chosen:
+        found |= own_locks(uv, root, renewed[SETUP_STACK], found, say, upgrade)
+    digests = {base: look_up(base, known, say) for base, known in {stack.base: stack.digest for stack in chosen.values()}.items()}
+    renewed |= {name: replace(renewed[name], digest=digests[stack.base]) for name, stack in chosen.items()}
+    found[versions] = rewrite_table(before, renewed, versions)
+    return write_all(found)
+
+
+def targets(table: dict[str, Stack]) -> tuple[Target, ...]:
+    """The locks of the table. A lock that is not there yet is named after its sibling. Raises ImageFailed for stacks that share a
+    lock and differ in what is in it."""
+    groups: dict[tuple[str, str], list[Stack]] = {}
+    for stack in table.values():
+        for architecture, lock in stack.locks.items():
+            groups.setdefault((lock or new_lock(stack, architecture), architecture), []).append(stack)
+    for (lock, architecture), group in groups.items():
+        if len({(*pins(stack, architecture), stack.python, stack.family) for stack in group}) > 1:
+            names = " and ".join(f"stacks.{stack.name}" for stack in group)
+            raise ImageFailed(f"images/{VERSIONS_FILE}: {names} share {lock} and differ in its versions; give each a file of its own")
+    return tuple(
+        Target(lock=lock, stacks=tuple(group), architecture=architecture, torch=torch_of(group[0], architecture))
+        for (lock, architecture), group in groups.items()
+    )
+
+
+def new_lock(stack: Stack, architecture: str) -> str:
+    for sibling, lock in stack.locks.items():
+        if lock:
+            return lock.replace(sibling, architecture)
+    return f"locks/{stack.name}-{architecture}.txt"
+
+
+def torch_of(stack: Stack, architecture: str) -> str:
+    """The common index has torch for CUDA on x86_64; beside an NPU it is the one for the CPU."""
+    return f"{stack.torch}+cpu" if stack.family == "ascend" and architecture == "x86_64" else stack.torch
+
+
+def pins(stack: Stack, architecture: str) -> tuple[str, ...]:
+    """What the row asks for, as requirements; torch comes last."""
+    plugin = (stack.plugin.replace(" ", "=="),) if stack.plugin else ()
+    return (*(f"{name}=={version}" for name, version in stack.packages.items()), *plugin, f"torch=={torch_of(stack, architecture)}")
+
+
+def needs(root: Path, extra: str) -> list[str]:
+    """Requirements of pyproject.toml: of the launcher, or of one of its extras."""
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return list(project["optional-dependencies"][extra] if extra else project["dependencies"])
+
+
+# ------------------------------------------------------------------------------------------------------------- resolve
+
+
+def resolve_target(uv: str, target: Target, root: Path, say: Say, upgrade: bool) -> dict[Path, str]:
+    """Path -> text of one lock, and of torch's own; nothing where torch's row is neither known nor to be had."""
+    say(f"resolving {target.lock}")
+    path, first = root / "images" / target.lock, target.stacks[0]
+    known = read_lock(path) | read_lock(torch_lock(path))
+    *pinned, torch = pins(first, target.architecture)
+    public, local = torch.partition("+")[::2]
+    torch_row = local_torch(uv, target, known.get("torch", ""), say) if local else ""
+    if local and not torch_row:
+        return {}
+    named = {name_of(need) for need in pinned}
+    rows = resolve(
+        uv,
+        [*pinned, *(need for need in needs(root, "trainer") if name_of(need) not in named), public],
+        python=target.python,
+        platform=target.platform,
+        kept={} if upgrade else {name: row for name, row in known.items() if name != "torch"},
+        overrides=beside_no_accelerator(uv, public, target) if local else (),
+    )
+    rows |= {"torch": torch_row} if local else {}
+    say_changes(known, rows, say)
+    head = f"{HEADER}# {target.title}: the trainer's packages."
+    if not target.alone:
+        return {path: f"{head}\n{join(rows)}"}
+    return {
+        path: f"{head} torch comes first and alone, from {torch_lock(path).name}.\n{join(rows)}",
+        torch_lock(path): f"{HEADER}# {target.title}: torch.\n{ALONE if local else ''}{rows['torch']}",
+    }
+
+
+def local_torch(uv: str, target: Target, known: str, say: Say) -> str:
+    """torch's row with its hashes, from PyTorch's index, or `known` where that does not answer; '' where there is neither.
+    Raises ImageFailed where the index has no such torch, and where a lock that is there would be lost."""
+    wanted = f"torch=={target.torch}"
+    try:
+        return resolve(uv, [wanted], python=target.python, platform=target.platform, index=TORCH_INDEX, alone=True)["torch"]
+    except IndexUnreachable as error:
+        if known.startswith(f"{wanted} "):
+            say(f"  {wanted}: {TORCH_INDEX} did not answer, its row is kept")
+            return known
+        if known:
+            raise ImageFailed(
+                f"{wanted} (images/{VERSIONS_FILE}, key stacks.{target.stacks[0].name}.torch): {TORCH_INDEX} did not answer, and "
+                f"images/{target.lock} is for torch {version_of(known)}; refresh where that index can be reached\n{error}"
+            ) from error
+        say(f"  {wanted}: {TORCH_INDEX} did not answer, so {target.lock} was not resolved")
+        return ""
+
+
+def beside_no_accelerator(uv: str, torch: str, target: Target) -> tuple[str, ...]:
+    """Overrides with which `torch`, the common index's own build, stands for the CPU's: all packages take it, and its libraries
+    for an accelerator are left out."""
+    whole = resolve(uv, [torch], python=target.python, platform=target.platform)
+    return (torch, *(f"{name} ; {NEVER}" for name in whole if name.startswith(ACCELERATOR_LIBRARIES)))
+
+
+def own_locks(uv: str, root: Path, stack: Stack, found: dict[Path, str], say: Say, upgrade: bool) -> dict[Path, str]:
+    """What builds, the launcher, and what the tests need besides, in agreement with `stack`'s lock as it was just `found`."""
+    locks, platform = root / "images" / "locks", PLATFORM.format(SETUP_ARCHITECTURE)
+    agreeing = cut(found.get(root / "images" / stack.locks[SETUP_ARCHITECTURE], ""))
+    texts = {}
+    for name, wanted in ((BUILD_LOCK, [BUILD_TOOLS]), ("launcher.txt", needs(root, "")), ("dev.txt", needs(root, "dev"))):
+        say(f"resolving locks/{name}")
+        known = read_lock(locks / name)
+        rows = resolve(uv, wanted, python=stack.python, platform=platform, kept={} if upgrade else known, agreeing=agreeing)
+        agreeing |= rows
+        say_changes(known, rows, say)
+        texts[locks / name] = f"{HEADER}{OWN_HEADS[name].format(python=stack.python)}{join(rows)}"
+    return texts
+
+
+def say_changes(before: dict[str, str], after: dict[str, str], say: Say) -> None:
+    """One line for a package that came, went or moved."""
+    for name in sorted(before.keys() | after.keys()):
+        old, new = (version_of(rows[name]) if name in rows else "none" for rows in (before, after))
+        if old != new:
+            say(f"  {name}: {old} -> {new}")
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+def look_up(base: str, known: str, say: Say) -> str:
+    """The digest of a base image, from its registry through the engine; `known` where that cannot be asked."""
+    import docker
+    import requests
+
+    try:
+        with closing(docker.from_env()) as engine:
+            return str(engine.images.get_registry_data(base).id)
+    except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
+        reason = getattr(error, "explanation", None) or str(error)
+        say(f"  {base}: its registry gave no digest, {known!r} is kept: {reason}")
+        return known
+
+
+def read_table(text: str, path: Path) -> dict[str, Stack]:
+    """The rows, which may name locks that are yet to be written, unlike those that `load_stacks` takes."""
+    import yaml
+
+    try:
+        return {name: decode(Stack, {"name": name, **row}, f"stacks.{name}") for name, row in yaml.safe_load(text)["stacks"].items()}
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, SpecError) as error:
+        raise ImageFailed(f"{path}: cannot be read as a table of stacks: {error}") from error
+
+
+def rewrite_table(text: str, table: dict[str, Stack], path: Path) -> str:
+    """versions.yaml with its comments: only digests and the paths of locks become those of `table`. Raises ImageFailed where it
+    is laid out so that they would not."""
+    lines, stack = [], ""
+    for line in text.splitlines():
+        if head := re.match(r"  ([\w.-]+):$", line):
+            stack = head[1]
+        elif stack in table and (found := re.fullmatch(r"(    digest: )\S+(.*)", line)):
+            line = f"{found[1]}{table[stack].digest or UNPINNED}{found[2]}"
+        elif stack in table and (found := re.fullmatch(r"(    locks: )\{.*?\}(.*)", line)):
+            pairs = (f"{architecture}: {lock or repr('')}" for architecture, lock in table[stack].locks.items())
+            line = f"{found[1]}{{{', '.join(pairs)}}}{found[2]}"
+        lines.append(line)
+    written = "\n".join(lines) + "\n"
+    if wrong := [name for name, stack in read_table(written, path).items() if stack != table.get(name)]:
+        keys = ", ".join(f"stacks.{name}" for name in wrong)
+        raise ImageFailed(f"{path}, {keys}: digest and locks must stand each on a line of its own, as in the other rows, to be rewritten")
+    return written
+
+
+def write_all(texts: dict[Path, str]) -> tuple[Path, ...]:
+    """Write what differs, each file first beside its place and then all into place; the paths. Raises ImageFailed."""
+    changed = tuple(path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text)
+    beside = {path: path.with_name(f".{path.name}.new") for path in changed}
+    try:
+        for path, new in beside.items():
+            new.write_text(texts[path], encoding="utf-8")
+    except OSError as error:
+        for new in beside.values():
+            with suppress(OSError):
+                new.unlink(missing_ok=True)
+        raise ImageFailed(f"{path}: cannot be written: {error.strerror}; every file is as it was") from error
+    for path, new in beside.items():
+        new.replace(path)
+    return changed

@@ -1,0 +1,158 @@
+"""Will it fit: the memory of the fullest device and of a node at their peaks, item by item. Arithmetic only, without torch.
+
+Each item is `arithmetic` (counted from architecture numbers), `calibrated` (a share or constant that was measured or assumed; its source
+stands where it is defined) or, where launcher.plan.trace puts them in the place of others, `traced`. Peak = weights and optimizer + runtime + the
+highest of three moments: the loss, before the backward pass, the end of that pass, and the update.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from launcher.config.schema import Config
+from launcher.memory.activations import count_kept
+from launcher.memory.buffers import (
+    HOST_FACTOR,
+    MOMENTS,
+    Moment,
+    answer_load,
+    cache_bytes,
+    gather_bytes,
+    gradient_moments,
+    lasting_gradient_bytes,
+    loading_bytes,
+    logits_bytes,
+    runtime_bytes,
+)
+from launcher.memory.states import DTYPE_BYTES, GIB, States, model_states, streams, zero_stage
+from launcher.memory.tokens import read_load
+
+Basis = Literal["arithmetic", "calibrated", "traced"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    name: str
+    size_bytes: int
+    basis: Basis
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """`items` add up to `total_bytes` on the fullest device; `limit_bytes` is what it has, None = not known. `host_items` are a node's.
+    `start_bytes`: what the device takes under ZeRO 3 while the model is loaded. `assumption`: what the sizes take for granted."""
+
+    items: tuple[Item, ...]
+    total_bytes: int
+    limit_bytes: int | None
+    host_items: tuple[Item, ...]
+    host_bytes: int
+    host_limit_bytes: int | None
+    start_bytes: int
+    assumption: str
+
+    @property
+    def margin_bytes(self) -> int | None:
+        return None if self.limit_bytes is None else self.limit_bytes - self.total_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.fits_within(1.0)
+
+    def fits_within(self, share: float) -> bool:
+        """Whether the device's peak takes at most `share` of it, and the offloaded states the host. Yes where neither has a known size."""
+        device = self.limit_bytes is None or self.total_bytes <= share * self.limit_bytes
+        return device and (self.host_limit_bytes is None or self.host_bytes <= self.host_limit_bytes)
+
+
+def estimate_memory(config: Config, *, states: States | None = None) -> Memory:
+    """At the peak of a step, or in an evaluation of a batch. The strategy must be resolved: `auto` counts as unsharded and micro-batch null
+    as 1. `states`: model_states(config), where it is known."""
+    states = states or model_states(config)
+    hardware = config.hardware
+    rows = config.strategy.micro_batch or 1 if config.stage.kind == "train" else answer_load(config)[0]
+    load = read_load(config, rows=rows)
+    trains = config.stage.kind == "train"  # else, with the states of a training run, its gradients stand
+    fixed = tuple(item for item in count_items(states.items_bytes, "arithmetic") if not (trains and item.name == "gradients"))
+    moving = tuple(item for item in moving_items(config, states, rows) if item.size_bytes)
+    spare = Item(name="fragmentation", size_bytes=int(hardware.fragmentation * total(moving)), basis="calibrated")
+    runtime = Item(name="runtime", size_bytes=runtime_bytes(config, GIB), basis="calibrated")
+    # The CPU's ranks have no runtime of their own beside the process.
+    items = (*fixed, *moving, spare, *((runtime,) if runtime.size_bytes else ()))
+    host_items = tuple(count_host(config, states))
+    start, _ = loading_bytes(config)
+    return Memory(
+        items=items,
+        total_bytes=total(items),
+        limit_bytes=None if hardware.memory_gib is None else int(hardware.memory_gib * GIB),
+        host_items=host_items,
+        host_bytes=states.host_bytes,
+        host_limit_bytes=None if hardware.host_memory_gib is None else int(hardware.host_memory_gib * GIB),
+        start_bytes=start + runtime.size_bytes if zero_stage(config) == 3 else 0,
+        assumption=load.assumption,
+    )
+
+
+def moving_items(config: Config, states: States, rows: int) -> tuple[Item, ...]:
+    """What comes and goes within a step, at its highest moment. In an evaluation: of a batch."""
+    load = read_load(config, rows=rows)
+    if streams(config):
+        return ()
+    if config.stage.kind != "train":
+        return (Item(name="keys and values", size_bytes=cache_bytes(config, load), basis="arithmetic"),)
+    kept = count_kept(config, load)
+    basis: Basis = "arithmetic" if kept.exact else "calibrated"
+    gathered = Item(name="gathered weights", size_bytes=gather_bytes(config), basis="arithmetic")
+    layer, loss = (
+        Item(name="layer at work, or loss", size_bytes=size, basis="arithmetic") for size in (kept.layer, logits_bytes(config, load))
+    )
+    activations = (
+        Item(name="activations, language", size_bytes=kept.lm, basis=basis),
+        Item(name="activations, vision", size_bytes=kept.vision, basis="arithmetic"),
+    )
+    others: dict[Moment, tuple[Item, ...]] = {
+        "loss": (*activations, loss, gathered),
+        "last layer": (*activations, layer, gathered),
+        "first layer": (layer, gathered),
+        "reduction": (gathered,),
+        "update": (),
+    }
+    gradients = gradient_moments(config, states)
+    return max((tuple(count_items(gradients[moment], "arithmetic")) + others[moment] for moment in MOMENTS), key=total)
+
+
+def count_items(sizes: Mapping[str, int], basis: Basis) -> Iterator[Item]:
+    return (Item(name=name, size_bytes=size, basis=basis) for name, size in sizes.items())
+
+
+def count_host(config: Config, states: States) -> Iterator[Item]:
+    """Of one node. What is offloaded, the pinned buffers beside it, and the whole models that its ranks load."""
+    if states.host_bytes:
+        yield Item(name="offloaded states", size_bytes=states.host_bytes, basis="arithmetic")
+        yield Item(name="pinned buffers", size_bytes=int((HOST_FACTOR - 1) * states.host_bytes), basis="calibrated")
+    if config.hardware.accelerator != "cpu" and not streams(config):
+        yield Item(name="model while it loads", size_bytes=loading_bytes(config)[1], basis="arithmetic")
+
+
+def answering_memory(config: Config) -> Memory:
+    """What the evaluation of a training run takes, with all that training holds between two steps still there."""
+    training = model_states(config)
+    items = {**training.items_bytes, "gradients": lasting_gradient_bytes(config, training)}
+    asked = replace(config, stage=replace(config.stage, kind="evaluate"))
+    return estimate_memory(asked, states=replace(training, items_bytes=items, total_bytes=sum(items.values())))
+
+
+def split_weights(config: Config) -> tuple[int, int]:
+    """(cards, bytes of weights on each) over which whole layers of the model would have to be divided to answer with it, one card's own
+    working set left free. Raises nothing; (0, 0) where the device's size is not known."""
+    memory = estimate_memory(config)
+    if memory.limit_bytes is None:
+        return 0, 0
+    weights = config.model.parameters.total * DTYPE_BYTES[config.precision.weights]
+    room = memory.limit_bytes - (memory.total_bytes - total(item for item in memory.items if item.name == "weights"))
+    cards = -(-weights // room) if room > 0 else 0
+    return cards, -(-weights // cards) if cards else 0
+
+
+def total(items: Iterator[Item] | tuple[Item, ...]) -> int:
+    return sum(item.size_bytes for item in items)

@@ -1,0 +1,75 @@
+"""seal.json: the hash of every part of a record, written when the run has ended. It tells a record that was cut short or edited since.
+
+It guards against accidents and forgetting, not against somebody who makes a new seal.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import file_digest, sha256
+from pathlib import Path
+
+from launcher.record.source import RECORD_SCHEMA
+
+SEAL_FILE = "seal.json"
+# What a record is made of, as patterns below the run's folder. Logs, checkpoints and trackers lie beside it: large, or not facts.
+PARTS = (
+    *("plan.json", "config.json", "spec.json", "Dockerfile", "lock.txt", "source.json", "source.diff"),
+    *("data.json", "inputs.json", "environment.json", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "best.json"),
+    *("train_result.json", "failure-rank*.json", "result.json", "images.json"),
+    *("attempts/*/*.json", "attempts/*/*.jsonl"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seal:
+    """`schema`: RECORD_SCHEMA of who wrote it. `parts`: path below the run's folder -> its hash. `sha256`: over all of them."""
+
+    schema: int
+    run_id: str
+    parts: dict[str, Part]
+    sha256: str
+
+
+def make_seal(folder: Path, run_id: str, *, unwritten: Mapping[str, bytes]) -> Seal:
+    """Of all parts that are there. `unwritten`: those whose content is known and which are still to be written. Raises OSError."""
+    parts = {name: hash_part(folder / name) for name in find_parts(folder)}
+    parts |= {name: Part(sha256=sha256(content).hexdigest(), bytes=len(content)) for name, content in unwritten.items()}
+    ordered = dict(sorted(parts.items()))
+    return Seal(schema=RECORD_SCHEMA, run_id=run_id, parts=ordered, sha256=fold(ordered))
+
+
+def find_parts(folder: Path) -> tuple[str, ...]:
+    found = {path.relative_to(folder).as_posix() for pattern in PARTS for path in folder.glob(pattern) if path.is_file()}
+    return tuple(sorted(found))
+
+
+def hash_part(path: Path) -> Part:
+    with path.open("rb") as file:
+        return Part(sha256=file_digest(file, "sha256").hexdigest(), bytes=path.stat().st_size)
+
+
+def fold(parts: Mapping[str, Part]) -> str:
+    return sha256("".join(f"{part.sha256} {part.bytes} {name}\n" for name, part in sorted(parts.items())).encode()).hexdigest()
+
+
+def find_breaks(seal: Seal, folder: Path) -> tuple[str, ...]:
+    """What is no longer as the seal says, a line each; () for a whole record. Raises OSError."""
+    there = set(find_parts(folder))
+    broken = [f"{SEAL_FILE} itself was edited"] if fold(seal.parts) != seal.sha256 else []
+    broken += [f"{name} is missing" for name in seal.parts if name not in there]
+    broken += [f"{name} was added" for name in sorted(there - seal.parts.keys())]
+    for name, part in seal.parts.items():
+        if name not in there:
+            continue
+        found = hash_part(folder / name)
+        if found.bytes < part.bytes:
+            broken.append(f"{name} was cut short: {found.bytes:,} of {part.bytes:,} bytes")
+        elif found != part:
+            broken.append(f"{name} was edited")
+    return tuple(broken)

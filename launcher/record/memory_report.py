@@ -1,0 +1,102 @@
+"""What plans said of memory against what their runs took, over all runs of a folder."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.errors import ConfigRefused
+from launcher.plan.plan import Plan
+from launcher.record.record import PLAN_FILE, RECORD_FILE, read_if_there
+from trainer.contract import RESULT_FILE, TrainResult
+
+TRAINING = ("load", "first step", "steps")  # phases that a plan speaks of; evaluation and saving have peaks of their own
+HEADINGS = ("run", "model", "stage", "precision", "strategy", "length", "planned GiB", "allocated GiB", "reserved GiB", "error")
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """`measured_bytes`: the highest of any rank while it loaded and trained; on a CPU resident memory, with the libraries in it.
+    `reserved_bytes`: what the allocator held for it, 0 on a CPU."""
+
+    run_id: str
+    config: tuple[str, ...]  # model, stage, precision, strategy, length
+    accelerator: str
+    planned_bytes: int
+    measured_bytes: int
+    reserved_bytes: int
+
+    @property
+    def error(self) -> float:
+        """Of the plan, over what was measured: below 0 it said too little."""
+        return self.planned_bytes / self.measured_bytes - 1
+
+
+def compare_runs(folders: Iterable[Path]) -> tuple[tuple[Comparison, ...], tuple[str, ...]]:
+    """The comparisons, and a line for each run that cannot be compared, which says why."""
+    found = [(folder.name, compare_run(folder)) for folder in folders]
+    lines = tuple(f"{name}: {what}" for name, what in found if isinstance(what, str))
+    return tuple(what for _, what in found if isinstance(what, Comparison)), lines
+
+
+def compare_run(folder: Path) -> Comparison | str:
+    """Or why there is nothing to compare."""
+    if not (folder / RECORD_FILE).is_file():
+        return "it has no record yet"
+    plan: Plan | None = read_if_there(Plan, folder / PLAN_FILE)
+    result: TrainResult | None = read_if_there(TrainResult, folder / RESULT_FILE)
+    if plan is None:
+        return f"{PLAN_FILE} cannot be read by this version"
+    if plan.memory is None:
+        return "its plan is of a version that did not foretell memory"
+    peaks = [peak for peak in result.peaks if peak.phase in TRAINING] if result else []
+    if plan.spec.stage.kind != "train" or not any(peak.allocated_bytes for peak in peaks):
+        return "it has measured no step of training"
+    spec = plan.spec
+    return Comparison(
+        run_id=plan.run_id,
+        config=(spec.model.name, spec.stage.name, spec.precision.name, plan.config.strategy.name, str(spec.data.max_length)),
+        accelerator=spec.device.accelerator,
+        planned_bytes=plan.memory.total_bytes,
+        measured_bytes=max(peak.allocated_bytes for peak in peaks),
+        reserved_bytes=max(peak.reserved_bytes for peak in peaks),
+    )
+
+
+def choose_folders(runs: Path, names: Sequence[str]) -> tuple[Path, ...]:
+    """Those of the named runs, all where none is named. Raises ConfigRefused for a name that is no run."""
+    there = tuple(sorted(path for path in runs.glob("*") if path.is_dir()))
+    missing = [name for name in names if runs / name not in there]
+    if missing:
+        raise ConfigRefused(f"there is no run {', '.join(missing)} in {runs}; omnilaunch runs lists those that there are")
+    return tuple(path for path in there if not names or path.name in names)
+
+
+def describe_comparisons(comparisons: Sequence[Comparison], left_out: Sequence[str], *, markdown: bool) -> str:
+    """The table, the errors by accelerator, and what was left out."""
+    rows = [cells(comparison) for comparison in comparisons]
+    text = (markdown_table if markdown else text_table)(rows) if rows else "no run that can be compared"
+    kinds = dict.fromkeys(comparison.accelerator for comparison in comparisons)
+    sums = [summarise(kind, [c.error for c in comparisons if c.accelerator == kind]) for kind in kinds]
+    lines = [f"{'- ' if markdown else ''}{line}" for line in (*sums, *(f"left out: {line}" for line in left_out))]
+    return "\n".join((text, "", *lines)).rstrip()
+
+
+def summarise(kind: str, errors: Sequence[float]) -> str:
+    mean = sum(map(abs, errors)) / len(errors)
+    note = "; measured is resident memory there, with the interpreter and its libraries" if kind == "cpu" else ""
+    return f"{kind}: {len(errors)} run(s), mean error {mean:.1%}, most above {max(0.0, *errors):.1%}, most below {-min(0.0, *errors):.1%}{note}"
+
+
+def cells(comparison: Comparison) -> tuple[str, ...]:
+    sizes = (comparison.planned_bytes, comparison.measured_bytes, comparison.reserved_bytes)
+    return (comparison.run_id, *comparison.config, *(f"{size / GIB:.3f}" for size in sizes), f"{comparison.error:+.1%}")
+
+
+def text_table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(HEADINGS, *rows, strict=True)]
+    return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in (HEADINGS, *rows))
+
+
+def markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (HEADINGS, ("---",) * len(HEADINGS), *rows))

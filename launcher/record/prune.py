@@ -1,0 +1,143 @@
+"""Which runs a rule takes away, and which stay whatever the rule says. Nothing is removed that another run refers to."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import ConfigRefused, RunEnded
+from launcher.record.index import Entry
+from launcher.record.lock import is_claimed
+from launcher.record.record import PLAN_FILE, RECORD_FILE, SOURCE_FILE
+
+AGE = re.compile(r"(\d{1,6})([hdw])")
+HOURS = {"h": 1, "d": 24, "w": 24 * 7}
+REMOVING = ".removing-"  # in front of the name of a folder that is being removed
+# Where a record says which run it stands on: a name, or a path with the name in it.
+REFERENCES = (
+    (PLAN_FILE, ("config", "stage", "checkpoint")),
+    (PLAN_FILE, ("spec", "stage", "checkpoint")),
+    (PLAN_FILE, ("spec", "model", "source", "path")),
+    (PLAN_FILE, ("rerun_of",)),
+    (SOURCE_FILE, ("rerun_of",)),
+    (RECORD_FILE, ("rerun_of",)),
+    (RECORD_FILE, ("origin", "run_id")),
+    (RECORD_FILE, ("origin", "path")),
+    (RECORD_FILE, ("origin", "base")),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """`keep`: so many of the newest stay; `older_than`: only what ended before. None: not asked for."""
+
+    keep: int | None = None
+    older_than: timedelta | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a rule comes to. `kept`: run -> why it stays though the rule would take it."""
+
+    removed: tuple[Entry, ...]
+    kept: dict[str, str]
+
+
+def parse_age(text: str) -> timedelta:
+    """Of 36h, 30d or 8w. Raises ConfigRefused."""
+    match = AGE.fullmatch(text)
+    if not match:
+        raise ConfigRefused(f"--older-than {text}: write hours, days or weeks, such as 36h, 30d or 8w")
+    return timedelta(hours=int(match[1]) * HOURS[match[2]])
+
+
+def choose(every: Sequence[Entry], matching: Sequence[Entry], rule: Rule, now: datetime) -> Choice:
+    """Of the `matching` ones, those that the rule takes and that nothing holds. `every`: all runs of the folder, which may refer to them."""
+    newest = sorted(matching, key=lambda entry: entry.age_of, reverse=True)
+    taken = newest[rule.keep or 0 :]
+    taken = [entry for entry in taken if rule.older_than is None or now - entry.age_of > rule.older_than]
+    held = find_references(every)
+    kept = {entry.run_id: why for entry in taken if (why := reason_to_keep(entry, held))}
+    return Choice(removed=tuple(entry for entry in taken if entry.run_id not in kept), kept=kept)
+
+
+def reason_to_keep(entry: Entry, held: Mapping[str, Sequence[str]]) -> str:
+    """'' where nothing holds it."""
+    if users := held.get(entry.run_id):
+        return f"{', '.join(users[:3])}{' and others' if len(users) > 3 else ''} stand(s) on it"
+    if entry.tags:
+        return f"tagged {', '.join(entry.tags)}"
+    if entry.folder.is_symlink():
+        return "its folder is a link"
+    if entry.problem:
+        return f"{RECORD_FILE} cannot be read"
+    if entry.record is None:
+        return "it has no record: it may be under way on its nodes (omnilaunch stop, or attach)"
+    if is_claimed(entry.folder):
+        return "a launcher is at work on it"
+    return ""
+
+
+def find_references(every: Sequence[Entry]) -> dict[str, list[str]]:
+    """Run -> the other runs that stand on it. What a run refers to whose plan cannot be read is told by the names in its files."""
+    names = {entry.run_id for entry in every}
+    held: dict[str, list[str]] = {}
+    for entry in every:
+        for name in sorted(names_of(entry, names) - {entry.run_id}):
+            held.setdefault(name, []).append(entry.run_id)
+    return held
+
+
+def names_of(entry: Entry, names: set[str]) -> set[str]:
+    found: set[str] = set()
+    texts: dict[str, Any] = {}
+    for name, keys in REFERENCES:
+        if name not in texts:
+            texts[name] = read_any(entry.folder / name)
+        data = texts[name]
+        if isinstance(data, str):  # no JSON: whatever name stands in it is taken for a reference
+            found |= {other for other in names if other in data}
+            continue
+        for key in keys:
+            data = data.get(key) if isinstance(data, dict) else None
+        if isinstance(data, str) and data:
+            found |= names & {data, *re.split(r"[/:\\]", data)}
+    return found
+
+
+def read_any(path: Path) -> Any:
+    """JSON data, the text where it is none, {} where there is no file."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def remove_runs(entries: Sequence[Entry]) -> Iterator[str]:
+    """Yields the name of each run that is gone. A folder gets another name first, so that none is ever there by halves under its own.
+    Raises RunEnded that names what could not be removed, when all were tried."""
+    failures = []
+    for entry in entries:
+        aside = entry.folder.with_name(f"{REMOVING}{entry.run_id}")
+        try:
+            if aside.exists():
+                shutil.rmtree(aside)
+            entry.folder.rename(aside)
+            shutil.rmtree(aside)
+        except OSError as error:
+            failures.append(f"  {error.filename or aside}: {error.strerror}")
+            continue
+        yield entry.run_id
+    if failures:
+        told = "\n".join(failures)
+        raise RunEnded(
+            f"{len(failures)} run(s) could not be removed whole; their folders begin with {REMOVING!r} or stand as they were:\n{told}"
+        )

@@ -1,0 +1,135 @@
+"""A run's figures and facts as a reader wants them, in words; the same for the page, the Markdown and the list."""
+
+import json
+import math
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from launcher.record.comparable import collect_facts, text_of
+from launcher.record.evidence import Evidence, nested
+
+MOST_EVALUATIONS = 100
+AXES = ("hardware", "model", "stage", "precision", "strategy", "data", "cluster")
+TONES = {"finished": "good", "failed": "bad", "refused": "bad", "stopped": "warn"}
+UNDER_WAY = "no record yet"
+
+
+def status_of(evidence: Evidence) -> str:
+    return str(evidence.record.get("status") or UNDER_WAY)
+
+
+def describe_axes(evidence: Evidence) -> str:
+    config = evidence.plan.get("config")
+    return " ".join(f"{axis}={nested(config, axis, 'name')}" for axis in AXES)
+
+
+def list_figures(evidence: Evidence) -> tuple[tuple[str, str], ...]:
+    """(name, value with its unit) of what a run is told by first; only what there is."""
+    record, speed = evidence.record, evidence.curve.speed
+    found: dict[str, str] = {
+        "status": status_of(evidence),
+        "steps": f"{len(evidence.curve.step)} of {nested(evidence.plan, 'spec', 'steps')}",
+    }
+    if record:
+        found["started"] = str(record.get("started_at", ""))[:19].replace("T", " ")
+        found["in all"] = f"{in_words(record.get('seconds'))} s"
+    if evidence.curve.loss:
+        found["last loss"] = in_words(evidence.curve.loss[-1])
+    if speed:
+        found |= {"throughput": f"{in_words(speed.samples_per_s)} samples/s", "tokens": f"{in_words(speed.tokens_per_s)} tokens/s"}
+        found["highest memory"] = f"{in_words(speed.peak_bytes / 2**30)} GiB"
+    scores = record.get("evaluation")
+    for name, value in scores.items() if isinstance(scores, dict) else ():
+        found["held-out loss" if name == "loss" else name.replace("_", " ")] = in_words(value)
+    if len(evidence.attempts):
+        found["attempts"] = str(len(evidence.attempts) + 1)
+    return tuple(found.items())
+
+
+def list_environment(evidence: Evidence) -> tuple[tuple[str, str], ...]:
+    """What it ran on and from, in a dozen lines."""
+    environment, source, record = evidence.environment, evidence.source, evidence.record
+    packages = environment.get("packages") if isinstance(environment.get("packages"), dict) else {}
+    rows = {
+        "choice": describe_axes(evidence),
+        "commit": f"{source.get('commit') or 'none'}{', with changes' if source.get('dirty') else ''}",
+        "image": record.get("image") or f"none: {nested(evidence.plan, 'config', 'cluster', 'runtime')}",
+        "image fingerprint": nested(evidence.plan, "image", "fingerprint"),
+        "data": evidence.data.get("sha256"),
+        "began with": nested(record, "origin", "path") or "a random start",
+        "final weights": record.get("weights_sha256"),
+        "platform": environment.get("platform"),
+        "python": environment.get("python"),
+        "torch": packages.get("torch") if packages else None,
+        "devices": "\n".join(map(str, environment.get("devices") or ())),
+        "driver": environment.get("driver"),
+        "ranks": environment.get("world_size"),
+        "threads": environment.get("threads"),
+        "seed": nested(evidence.plan, "spec", "seed"),
+        "forced": record.get("forced"),
+    }
+    return tuple((name, text_of(value)) for name, value in rows.items() if value not in (None, "", []))
+
+
+def list_details(evidence: Evidence) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
+    """All facts, in parts that a reader opens one by one."""
+    facts = collect_facts(evidence)
+    parts: dict[str, list[tuple[str, str]]] = {}
+    for key, value in facts.items():
+        title = next((title for prefix, title in DETAILS.items() if key.startswith(prefix)), "other facts")
+        parts.setdefault(title, []).append((key, text_of(value)))
+    return tuple((title, tuple(rows)) for title, rows in parts.items())
+
+
+DETAILS = {
+    "environment.packages.": "packages",
+    "environment.environment.": "variables that the ranks saw",
+    "variables.": "variables that were set",
+    "config.": "config",
+    "image.files.": "files of the image",
+}
+
+
+def list_commands(evidence: Evidence) -> Iterator[tuple[str, str, str]]:
+    """(node rank, host, variables and command line) of each node of the first attempt."""
+    for command in evidence.plan.get("commands") or ():
+        if not isinstance(command, dict):
+            continue
+        variables = command.get("environment") if isinstance(command.get("environment"), dict) else {}
+        lines = [f"{key}={shlex.quote(str(value))}" for key, value in (variables or {}).items()]
+        for name in ("prepare", "start", "stop"):
+            argv = command.get(name)
+            if isinstance(argv, (list, tuple)) and argv:
+                lines.append(f"{name}: {shlex.join(map(str, argv))}")
+        yield str(command.get("node_rank")), str(command.get("host")), "\n".join(lines)
+
+
+def launch_line(evidence: Evidence) -> str:
+    overrides = evidence.plan.get("overrides")
+    words = map(str, overrides) if isinstance(overrides, (list, tuple)) else ()
+    return shlex.join(("omnilaunch", "launch", *words))
+
+
+def list_evaluations(evidence: Evidence) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]] | None:
+    """(names, rows) of evaluations.jsonl, the newest; None where there are none."""
+    rows = evidence.evaluations[-MOST_EVALUATIONS:]
+    names = tuple(dict.fromkeys(name for row in rows for name, value in row.items() if value is not None))
+    return (names, tuple(tuple(in_words(row.get(name)) for name in names) for row in rows)) if rows else None
+
+
+def in_words(value: Any) -> str:
+    """A number as a reader wants it, anything else as it is."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    if not math.isfinite(value) or value == int(value):
+        return f"{value:,.0f}" if math.isfinite(value) else str(value)
+    return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.5g}"
+
+
+def side_by_side(figures: list[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
+    """(name, the value of each run) of every figure that any of them has."""
+    names = dict.fromkeys(name for one in figures for name in one)
+    return [(name, [one.get(name, "") for one in figures]) for name in names]

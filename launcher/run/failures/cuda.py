@@ -1,0 +1,165 @@
+"""Known failures of CUDA, NCCL and the NVIDIA driver."""
+
+from launcher.run.failures.symptom import Symptom
+
+RESULTS = "docs.nvidia.com/deeplearning/nccl/user-guide/docs/api/types.html"
+TROUBLE = "docs.nvidia.com/deeplearning/nccl/user-guide/docs/troubleshooting.html"
+MORE = "cluster.environment.NCCL_DEBUG=WARN prints the reason"
+XID = "dmesg | grep NVRM on the node says which device; nvidia-smi --gpu-reset -i N while nothing uses it, or make the node a spare"
+
+CUDA = (
+    Symptom(
+        name="cuda-out-of-memory",
+        kind="cause",
+        pattern=r"CUDA out of memory|CUDA error: out of memory|Cuda failure (?:2 )?'out of memory'",
+        means="A GPU had no memory left for what the step needed.",
+        fix="strategy.micro_batch=1, then strategy.gradient_checkpointing=true, strategy=zero3 or strategy.offload_optimizer=true; "
+        "omnilaunch plan shows what the model's states alone take, omnilaunch doctor who else is on the device",
+        source="docs.pytorch.org/docs/stable/notes/cuda.html (memory management)",
+    ),
+    Symptom(
+        name="cuda-no-kernel",
+        kind="cause",
+        pattern=r"no kernel image is available for execution|is not compatible with the current PyTorch installation",
+        means="The image's torch has no code for this GPU.",
+        fix="choose the hardware that it is (omnilaunch options hardware); a Pascal card such as the P4 needs hardware.stack=cuda126",
+        source="github.com/pytorch/pytorch/issues/157517; docs/images.md",
+    ),
+    Symptom(
+        name="cuda-driver-old",
+        kind="cause",
+        pattern=r"NVIDIA driver on your system is too old|driver version is insufficient for CUDA|unsatisfied condition: cuda",
+        means="The node's NVIDIA driver is older than the image's CUDA needs.",
+        fix="install a driver of the range in docs/images.md, or take an older stack: hardware.stack=cuda126; omnilaunch doctor checks it",
+        source="docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html",
+    ),
+    Symptom(
+        name="cuda-no-runtime",
+        kind="cause",
+        pattern=r'could not select device driver "\w*" with capabilities: \[\[gpu',
+        means="Docker on the node does not know the NVIDIA container runtime.",
+        fix="on the node: install nvidia-container-toolkit, nvidia-ctk runtime configure --runtime=docker, systemctl restart docker",
+        source="github.com/NVIDIA/nvidia-docker/issues/1642",
+    ),
+    Symptom(
+        name="cuda-no-driver",
+        kind="cause",
+        pattern=r"Found no NVIDIA driver on your system|libcuda\.so\S*: cannot open shared object file",
+        means="There is no NVIDIA driver where the ranks run.",
+        fix="nvidia-smi on the node; in a container it comes from the NVIDIA container runtime: omnilaunch doctor",
+        source="github.com/hiyouga/LlamaFactory/issues/1169",
+    ),
+    Symptom(
+        name="cuda-device-lost",
+        kind="cause",
+        pattern=r"uncorrectable ECC error|fallen off the bus|Unable to determine the device handle",
+        means="A GPU is sick: its memory has an error that cannot be corrected, or the host lost it.",
+        fix=XID,
+        source="docs.nvidia.com/deploy/xid-errors; github.com/jade-hpc-gpu/jade-hpc-gpu.github.io/issues/194",
+    ),
+    Symptom(
+        name="cuda-launch-failure",
+        kind="cause",
+        pattern=r"CUDA error: (?:unspecified launch failure|an illegal memory access|misaligned address)|device-side assert triggered",
+        means="A kernel failed on the GPU: an index out of range (a token or label beyond the vocabulary), a kernel's bug, or a sick card.",
+        fix=f"cluster.environment.CUDA_LAUNCH_BLOCKING=1 makes the trace point at the kernel; always on the same card: {XID}",
+        source="PyTorch's own text of the error; github.com/opendatalab/MinerU/issues/426",
+    ),
+    Symptom(
+        name="cuda-no-bfloat16",
+        kind="cause",
+        pattern=r"CUBLAS_STATUS_NOT_SUPPORTED[^\n]*CUDA_R_16BF",
+        means="The GPU cannot multiply bfloat16.",
+        fix="precision=fp16 or precision=fp32",
+        source="github.com/deepspeedai/DeepSpeed/issues/6723; github.com/pytorch/pytorch/issues/57773",
+    ),
+    Symptom(
+        name="nccl-shared-memory",
+        kind="cause",
+        pattern=r"Error while creating shared memory segment|failed to extend /dev/shm/nccl|posix_fallocate failed : No space left",
+        means="/dev/shm is too small, or full, for NCCL's buffers between the ranks of a node.",
+        fix="cluster.shm_size=16g",
+        source=TROUBLE + "#shared-memory",
+    ),
+    Symptom(
+        name="nccl-interface",
+        kind="cause",
+        pattern=r"Bootstrap : no socket interface found|is neither AF_INET\(2\) nor AF_INET6",
+        means="The node has no network interface of the name that NCCL was given.",
+        fix="correct `interface` of that node in the cluster file, or leave it out: omnilaunch doctor shows what each node has",
+        source="github.com/NVIDIA/nccl/issues/1837",
+    ),
+    Symptom(
+        name="nccl-unreachable",
+        kind="cause",
+        pattern=r"NCCL WARN [^\n]*[Cc]onnect to \S+ [^\n]*(?:No route to host|timed out|connection abort)",
+        means="A node cannot reach another one at the address that NCCL chose: the wrong interface, or a firewall between them.",
+        fix="omnilaunch doctor tries every node from every other; name the right `interface` and `address` in the cluster file",
+        source="github.com/NVIDIA/nccl/issues/1105; github.com/sgl-project/sglang/issues/3820",
+    ),
+    Symptom(
+        name="nccl-locked-memory",
+        kind="cause",
+        pattern=r"ibv_reg_mr\w* failed[^\n]*Cannot allocate memory",
+        means="InfiniBand or RoCE may not lock enough memory in the container.",
+        fix="cluster.ulimits.memlock=-1",
+        source=TROUBLE + "#infiniband; github.com/NVIDIA/nccl-tests/issues/206",
+    ),
+    Symptom(
+        name="nccl-duplicate-device",
+        kind="cause",
+        pattern=r"Duplicate GPU detected",
+        means="Two ranks took the same GPU.",
+        fix="cluster.devices_per_node must not be more than the node has: omnilaunch doctor; take CUDA_VISIBLE_DEVICES out of cluster.environment",
+        source="docs.nvidia.com/deeplearning/nccl/user-guide/docs/usage/communicators.html",
+    ),
+    Symptom(
+        name="nccl-cuda",
+        kind="layer",
+        pattern=r"ncclUnhandledCudaError|unhandled cuda error",
+        means="A CUDA call beneath NCCL failed; the line `Last error` names it.",
+        fix=f"{MORE}; {XID}",
+        source=RESULTS,
+    ),
+    Symptom(
+        name="nccl-system",
+        kind="layer",
+        pattern=r"ncclSystemError|unhandled system error",
+        means="A system call beneath NCCL failed, mostly a connection or shared memory; the line `Last error` names it.",
+        fix=f"{MORE}; omnilaunch doctor looks at the network and at shared memory",
+        source=RESULTS,
+    ),
+    Symptom(
+        name="nccl-usage",
+        kind="layer",
+        pattern=r"ncclInvalid(?:Usage|Argument)",
+        means="NCCL was called in a way that it does not take; the line `Last error` names it.",
+        fix=MORE,
+        source=RESULTS,
+    ),
+    Symptom(
+        name="nccl-internal",
+        kind="layer",
+        pattern=r"ncclInternalError",
+        means="NCCL failed inside: mostly a link or a GPU that broke, seldom a bug of its own; the line `Last error` names it.",
+        fix=MORE,
+        source=RESULTS,
+    ),
+    Symptom(
+        name="nccl-remote",
+        kind="consequence",
+        pattern=r"ncclRemoteError|NCCL WARN [^\n]*Connection closed by remote peer|NCCL WARN [^\n]*Connection refused",
+        means="Another rank ended, or the network to it broke, while this one waited for it.",
+        fix="the log of the rank that ended first: runs/RUN/logs",
+        source=RESULTS,
+    ),
+    Symptom(
+        name="nccl-timeout",
+        kind="consequence",
+        pattern=r"Watchdog caught collective operation timeout|due to a collective timeout from|Observed flight recorder dump signal",
+        means="A rank waited in a collective for another one that did not come: it failed, hangs, or has more work than the others.",
+        fix="the log that says something else first; a step that takes longer by nature: run.collective_timeout_s=SECONDS. On 3090s that hang "
+        "in the first collective: cluster.environment.NCCL_P2P_DISABLE=1",
+        source="docs.pytorch.org/docs/stable/torch_nccl_environment_variables.html; github.com/NVIDIA/nccl/issues/1127",
+    ),
+)

@@ -1,0 +1,114 @@
+"""Many nodes side by side: no node waits for another, all that goes wrong is told together."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from launcher.config.schema import Node
+from launcher.errors import NodeFailed
+from launcher.ssh.node import Ssh
+from launcher.ssh.pool import Client
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+LOOK_S = 0.05
+UNANSWERED = "it has not answered yet, and was waited for no more"
+FAN_OUT = 140  # threads at once, so that of 128 nodes and some spares none waits for another; they live as long as the call
+
+
+def connect_all(nodes: Sequence[Node], client: Client, *, fan_out: int = FAN_OUT) -> tuple[Ssh, ...]:
+    """An open connection to every node, in their order. One NodeFailed names all nodes that cannot be reached; no connection of this
+    call is then left open."""
+    reached = reach_all(nodes, client, fan_out=fan_out)
+    failures = [answer for answer in reached if isinstance(answer, NodeFailed)]
+    connected = tuple(answer for answer in reached if not isinstance(answer, NodeFailed))
+    if failures:
+        for ssh in connected:
+            ssh.close()
+        raise together(failures, len(nodes))
+    return connected
+
+
+def reach_all(nodes: Sequence[Node], client: Client, *, fan_out: int = FAN_OUT) -> tuple[Ssh | NodeFailed, ...]:
+    """The same, with the failure in the place of a node that cannot be reached."""
+
+    def connect(node: Node) -> Ssh:
+        ssh = Ssh(node, client)
+        ssh.connect()
+        return ssh
+
+    return attempt_each(connect, nodes, fan_out=fan_out)
+
+
+def each(function: Callable[[Item], Answer], items: Sequence[Item], *, fan_out: int = FAN_OUT) -> tuple[Answer, ...]:
+    """`function` of every item side by side, answers in their order. One NodeFailed tells every failure."""
+    answers = attempt_each(function, items, fan_out=fan_out)
+    failures = [answer for answer in answers if isinstance(answer, NodeFailed)]
+    if failures:
+        raise together(failures, len(items))
+    return tuple(answer for answer in answers if not isinstance(answer, NodeFailed))
+
+
+def together(failures: Sequence[NodeFailed], count: int) -> NodeFailed:
+    if len(failures) == 1:
+        return failures[0]
+    return NodeFailed(f"{len(failures)} of {count} nodes failed:\n" + "\n".join(str(failure) for failure in failures))
+
+
+def attempt_each(
+    function: Callable[[Item], Answer],
+    items: Sequence[Item],
+    *,
+    fan_out: int = FAN_OUT,
+    until: Callable[[], bool] | None = None,
+) -> tuple[Answer | NodeFailed, ...]:
+    """`function` of every item on at most `fan_out` threads: its answer, or its NodeFailed. Any other exception is a bug and goes on
+    as it is. When `until` comes true, an item without an answer is waited for no more; its call goes on by itself."""
+    crew = Crew(function, items)
+    for _ in range(min(fan_out, len(items))):
+        # a daemon: what hangs must not hold up the end of a program that was told to stop
+        threading.Thread(target=crew.work, name="omnilaunch-crew", daemon=True).start()
+    with crew.changed:
+        while not crew.changed.wait_for(lambda: len(crew.outcomes) == len(items), None if until is None else LOOK_S):
+            if until is not None and until():
+                crew.places = iter(())
+                break
+        outcomes = dict(crew.outcomes)
+    answers: list[Answer | NodeFailed] = []
+    for place in range(len(items)):
+        outcome = outcomes.get(place, NodeFailed(UNANSWERED))
+        if isinstance(outcome, BaseException) and not isinstance(outcome, NodeFailed):
+            raise outcome
+        answers.append(outcome)  # type: ignore[arg-type]  # an answer: what `function` raised has just been sorted out
+    return tuple(answers)
+
+
+def after(seconds: float) -> Callable[[], bool]:
+    """Comes true `seconds` from now."""
+    deadline = time.monotonic() + seconds
+    return lambda: time.monotonic() >= deadline
+
+
+class Crew:
+    """Threads that take one item after the other. `outcomes` is by place in `items`, guarded by `changed`."""
+
+    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:
+        self.function, self.items = function, items
+        self.changed = threading.Condition()
+        self.places = iter(range(len(items)))
+        self.outcomes: dict[int, object] = {}
+
+    def work(self) -> None:
+        while True:
+            with self.changed:
+                place = next(self.places, None)
+            if place is None:
+                return
+            try:
+                outcome: object = self.function(self.items[place])
+            except BaseException as error:
+                outcome = error
+            with self.changed:
+                self.outcomes[place] = outcome
+                self.changed.notify_all()

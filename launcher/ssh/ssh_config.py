@@ -1,0 +1,153 @@
+"""What this machine has to get into a node: ssh config, known hosts, keys and agent. Read once, shared by all connections."""
+
+import functools
+import glob
+import shlex
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from paramiko import (  # type: ignore[import-untyped]
+    Agent,
+    AuthenticationException,
+    BadAuthenticationType,
+    PKey,
+    SSHConfig,
+    SSHException,
+    Transport,
+)
+
+from launcher.config.schema import Cluster
+from launcher.errors import NodeFailed
+from launcher.ssh.hostkey import KnownKey, load_known_keys
+
+KEY_NAMES = ("id_ed25519", "id_ecdsa", "id_rsa")
+INCLUDE_DEPTH = 16  # as OpenSSH
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """Where things are. `known_hosts`: the first is the one that advice writes to. `connect_timeout_s` and `silence_s`: of the cluster."""
+
+    config: Path
+    known_hosts: tuple[Path, ...]
+    keys: tuple[Path, ...]
+    user: str
+    connect_timeout_s: float
+    silence_s: float
+    agent: bool = True
+
+
+def access_of(home: Path, user: str, cluster: Cluster) -> Access:
+    """The usual places below a home folder; `user` logs in where neither the cluster nor the ssh config names one."""
+    folder = home / ".ssh"
+    return Access(
+        config=folder / "config",
+        known_hosts=(folder / "known_hosts", folder / "known_hosts2", Path("/etc/ssh/ssh_known_hosts")),
+        keys=tuple(folder / name for name in KEY_NAMES),
+        user=user,
+        connect_timeout_s=cluster.connect_timeout_s,
+        silence_s=cluster.silence_s,
+    )
+
+
+class Login:
+    """An Access with its files read. Safe for many threads: each file is read once, under one lock."""
+
+    def __init__(self, access: Access) -> None:
+        self.access = access
+        text = "\n".join(config_lines(access.config, access.config.parent))
+        self.config = SSHConfig.from_text(text)
+        self._lock = threading.RLock()
+        self._read_key = functools.cache(read_private_key)
+        self._load_known = functools.cache(load_known_keys)
+
+    def known(self, paths: tuple[Path, ...]) -> tuple[KnownKey, ...]:
+        with self._lock:
+            return self._load_known(paths)
+
+    def key(self, path: Path) -> PKey | str:
+        """The private key, or why it cannot be used."""
+        with self._lock:
+            return self._read_key(path)
+
+
+def config_lines(path: Path, folder: Path, depth: int = 0) -> Iterator[str]:
+    """The lines of an ssh config with Include lines replaced by what they name (paramiko knows no Include)."""
+    if not path.is_file() or depth > INCLUDE_DEPTH:
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        keyword, _, rest = line.strip().replace("=", " ", 1).partition(" ")
+        if keyword.lower() != "include":
+            yield line
+            continue
+        for pattern in shlex.split(rest):
+            for found in sorted(glob.glob(str(folder / Path(pattern).expanduser()))):  # noqa: PTH207  an absolute pattern is allowed
+                yield from config_lines(Path(found), folder, depth + 1)
+
+
+def read_private_key(path: Path) -> PKey | str:
+    try:
+        return PKey.from_path(path)
+    except FileNotFoundError:
+        return "no such file"
+    except (TypeError, SSHException) as error:  # cryptography says TypeError when a passphrase is missing
+        return f"needs its passphrase (ssh-add {path})" if isinstance(error, TypeError) else f"cannot be read: {error}"
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        return f"cannot be read: {error}"
+
+
+class Authentication:
+    """Tries the key files, then the agent's keys, on one connection: what paramiko calls an AuthStrategy."""
+
+    def __init__(self, login: Login, *, node: str, user: str, keys: tuple[Path, ...], next_command: str) -> None:
+        self.login, self.node, self.user, self.keys, self.next_command = login, node, user, keys, next_command
+
+    def authenticate(self, transport: Transport) -> list[str]:
+        """The server's remaining demands, always none. NodeFailed says what was tried."""
+        tried: list[str] = []
+        agent = Agent() if self.login.access.agent else None
+        try:
+            for name, key in self.candidates(agent):
+                if isinstance(key, str):
+                    tried.append(f"{name}: {key}")
+                elif self.accepts(transport, name, key, tried):
+                    return []
+        finally:
+            if agent is not None:
+                agent.close()
+        raise self.refusal(tried)
+
+    def candidates(self, agent: Agent | None) -> Iterator[tuple[str, PKey | str]]:
+        for path in self.keys:
+            yield str(path), self.login.key(path)
+        for key in agent.get_keys() if agent is not None else ():
+            yield f"agent key {key.get_name()}", key
+
+    def accepts(self, transport: Transport, name: str, key: PKey, tried: list[str]) -> bool:
+        try:
+            wanted = transport.auth_publickey(self.user, key)
+        except BadAuthenticationType as error:
+            tried.append(f"{name}: the server takes only {', '.join(error.allowed_types)}, no keys")
+            return False
+        except AuthenticationException:
+            tried.append(f"{name}: refused")
+            return False
+        except (SSHException, EOFError) as error:
+            if not tried:
+                raise
+            tried.append(f"{name}: then the server closed the connection (its MaxAuthTries); name the right key as IdentityFile")
+            raise self.refusal(tried) from error
+        if wanted:
+            tried.append(f"{name}: accepted, but the server wants {', '.join(wanted)} as well")
+        return not wanted
+
+    def refusal(self, tried: list[str]) -> NodeFailed:
+        listed = "".join(f"\n  {line}" for line in tried) or "\n  no key file, and no key in an agent"
+        return NodeFailed(
+            f"{self.node}: the login of user {self.user!r} was refused. Tried:{listed}\n"
+            f"  is the user right (cluster file nodes[].user, or User in {self.login.access.config}) and the public key in its authorized_keys?\n"
+            f"  Next: ssh-copy-id {self.next_command}   or look closer: ssh -v {self.next_command} true"
+        )

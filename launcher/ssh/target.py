@@ -1,0 +1,174 @@
+"""The way to a node: what the cluster file and the ssh config say together, and the socket at its end."""
+
+import contextlib
+import queue
+import shlex
+import socket
+import subprocess
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.config.schema import Node
+from launcher.errors import NodeFailed
+from launcher.ssh.hostkey import DEFAULT_PORT, KnownKey, keys_of, known_name
+from launcher.ssh.ssh_config import Login
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """`host` is what is dialled, `node` the name in the cluster file. `jumps`: user@host:port, the first is dialled first."""
+
+    node: str
+    host: str
+    port: int
+    user: str
+    jumps: tuple[str, ...]
+    proxy_command: str
+    keys: tuple[Path, ...]
+    known: tuple[KnownKey, ...]
+    known_hosts: Path  # where advice tells the user to write
+    config: Path
+
+    @property
+    def is_tunnelled(self) -> bool:
+        """Whether this machine's kernel does not see the node's own connection."""
+        return bool(self.jumps or self.proxy_command)
+
+    @property
+    def title(self) -> str:
+        return f"{self.node} ({self.user}@{self.host}:{self.port})" if self.node != self.host else f"{self.user}@{self.host}:{self.port}"
+
+    @property
+    def target(self) -> str:
+        """The words after `ssh` that reach the node by hand."""
+        jumps = ("-J", ",".join(self.jumps)) if self.jumps else ()
+        return shlex.join((*jumps, "-p", str(self.port), f"{self.user}@{self.node}"))
+
+    @property
+    def scan_prefix(self) -> str:
+        """`ssh JUMP ` where only the last jump host can look at the node's key, '' otherwise."""
+        if not self.jumps:
+            return ""
+        before = ("-J", ",".join(self.jumps[:-1])) if self.jumps[1:] else ()
+        return shlex.join(("ssh", *before, f"ssh://{self.jumps[-1].removeprefix('ssh://')}")) + " "
+
+
+def find_route(node: Node, login: Login) -> Route:
+    """What the cluster file says wins over the ssh config."""
+    access = login.access
+    config = login.config.lookup(node.host)
+    host = config.get("hostname", node.host)
+    port = node.port if node.port is not None else int(config.get("port", DEFAULT_PORT))
+    own_files = tuple(Path(word).expanduser() for word in shlex.split(config.get("userknownhostsfile", "")) if word != "none")
+    files = own_files + access.known_hosts[1:] if own_files else access.known_hosts
+    name = config.get("hostkeyalias", known_name(host, port))
+    identities = tuple(Path(path).expanduser() for path in config.get("identityfile", ()))
+    configured = configured_jumps(config.get("proxyjump", ""), (node.host, node.port), (host, port))
+    jumps = split_jumps(node.jump) if node.jump else configured  # `none` in the cluster file: straight there
+    return Route(
+        node=node.host,
+        host=host,
+        port=port,
+        user=node.user or config.get("user", access.user),
+        jumps=jumps,
+        proxy_command="" if jumps or node.jump else config.get("proxycommand", ""),
+        keys=identities if config.get("identitiesonly") == "yes" and identities else (*identities, *access.keys),
+        known=keys_of(name, login.known(files)),
+        known_hosts=files[0],
+        config=access.config,
+    )
+
+
+def configured_jumps(text: str, *own: tuple[str, int | None]) -> tuple[str, ...]:
+    """None for the jump host itself, which `Host *` with a ProxyJump names as well. `own`: what the node is called, and what is dialled."""
+    jumps = split_jumps(text)
+    first = node_of(jumps[0]) if jumps else None
+    return () if first is not None and {(first.host, first.port), (first.host, first.port or DEFAULT_PORT)} & {*own} else jumps
+
+
+def split_jumps(text: str) -> tuple[str, ...]:
+    return () if text.strip().lower() in ("", "none") else tuple(part.strip() for part in text.split(","))
+
+
+def node_of(jump: str) -> Node:
+    """user@host:port, user@[v6]:port or a name of the ssh config, as a Node."""
+    user, _, rest = jump.removeprefix("ssh://").rpartition("@")
+    if rest.startswith("["):
+        host, _, port = rest[1:].partition("]")
+        port = port.removeprefix(":")
+    else:
+        host, _, port = rest.partition(":") if rest.count(":") == 1 else (rest, "", "")
+    if not host or (port and not port.isdecimal()):
+        raise NodeFailed(f"{jump!r} is no jump host: write user@host:port (cluster file nodes[].jump, or ProxyJump in the ssh config)")
+    return Node(host=host, user=user, port=int(port) if port else None)
+
+
+def dial(host: str, port: int, *, timeout_s: float) -> socket.socket:
+    """A TCP connection to the first address that answers; OSError of the last one otherwise. The addresses share the time."""
+    deadline = time.monotonic() + timeout_s
+    addresses = find_addresses(host, port, timeout_s=timeout_s)
+    for place, (family, kind, protocol, _, address) in enumerate(addresses):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(max(0.1, (deadline - time.monotonic()) / (len(addresses) - place)))
+            connection.connect(address)
+        except OSError:
+            connection.close()
+            if place == len(addresses) - 1:
+                raise
+        else:
+            return connection
+    raise OSError(f"{host} has no address")
+
+
+def find_addresses(host: str, port: int, *, timeout_s: float) -> list[Any]:
+    """As socket.getaddrinfo, which has no timeout: name servers that do not answer cost it half a minute. socket.gaierror."""
+    with contextlib.suppress(socket.gaierror, UnicodeError):
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def look() -> None:
+        try:
+            found.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            found.put(error)
+
+    threading.Thread(target=look, name=f"lookup {host}", daemon=True).start()
+    try:
+        answer = found.get(timeout=timeout_s)
+    except queue.Empty:
+        raise socket.gaierror(socket.EAI_AGAIN, f"no answer from the name servers within {timeout_s:g} s") from None
+    if isinstance(answer, UnicodeError):
+        raise socket.gaierror(socket.EAI_NONAME, "no possible name of a host") from answer
+    if isinstance(answer, OSError):
+        raise answer
+    return list(answer)
+
+
+def start_proxy(command: str) -> "tuple[socket.socket, subprocess.Popen[bytes]]":
+    """A ProxyCommand, and the socket whose other end is its stdin and stdout; OSError when it cannot be started. No shell reads it."""
+    near, far = socket.socketpair()
+    with far:
+        try:
+            return near, subprocess.Popen(shlex.split(command), stdin=far.fileno(), stdout=far.fileno())
+        except OSError:
+            near.close()
+            raise
+
+
+def watch_socket(connection: socket.socket, *, silence_s: float) -> None:
+    """Have the kernel notice a pulled cable within `silence_s`: it asks after a third of it and gives up after two thirds. An SSH
+    keep-alive would be of no use: paramiko sends one but never looks for the answer."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", max(1, round(silence_s / 3))),
+        ("TCP_KEEPINTVL", max(1, round(silence_s / 6))),
+        ("TCP_KEEPCNT", 2),
+        ("TCP_USER_TIMEOUT", round(silence_s * 2000 / 3)),
+    ):
+        if hasattr(socket, name):  # macOS lacks some of them
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

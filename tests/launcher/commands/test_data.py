@@ -1,0 +1,120 @@
+"""`omnilaunch data check`: what it reads, what it says, and how it ends."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher.cli import main
+from launcher.commands import data as data_action
+from launcher.commands.data import describe_data, describe_problems, refusal
+from launcher.errors import ConfigRefused, LaunchError
+from launcher.plan.plan import Plan
+from trainer.contract import SCHEMA, DataProblem, DataReport, DataSummary, Exit, decode
+
+ROWS = 60  # of a file in which every row is bad: no tokenizer is needed then, nor seconds to import it
+
+
+@pytest.fixture
+def chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """The arguments for a file of bad rows in the folder that the command is given in."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"image": f"{row}.png", "question": "What?"} for row in range(ROWS)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    return ("data", "check", "data=files", "data.train=rows.json", "data.images=.", "run.evaluation.enabled=false")
+
+
+def test_every_problem_is_said_and_written(chosen: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main((*chosen, "--out", "problems.jsonl")) == Exit.USAGE
+    said = capsys.readouterr().out
+    assert "rows       0 to train on, 0 held out; 0 with images" in said
+    assert f"problems   {ROWS}" in said
+    assert "rows.json row 1: has no known shape: keys 'image', 'question'" in said
+    assert f"... and {ROWS - data_action.SHOWN_PROBLEMS} more in problems.jsonl" in said
+    lines = (tmp_path / "problems.jsonl").read_text(encoding="utf-8").splitlines()
+    problems = [decode(DataProblem, json.loads(line)) for line in lines]
+    assert [problem.row for problem in problems] == list(range(1, ROWS + 1))
+    assert {problem.file for problem in problems} == {str(tmp_path / "rows.json")}
+
+
+def test_json_has_all_problems(chosen: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main((*chosen, "--json")) == Exit.USAGE
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["problems"]) == report["problem_count"] == ROWS
+    assert report["summary"]["unmeasured"] == "no row can be read"
+    assert not (tmp_path / "runs").exists(), "no run was begun"
+
+
+def test_a_refused_config_is_refused_before_anything_is_read(chosen: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main((*chosen[:4], "data.train=", *chosen[5:])) == Exit.USAGE
+    assert "data.train" in capsys.readouterr().err
+
+
+def test_data_without_problems_end_well(
+    chosen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(data_action, "examine", lambda spec: (REPORT, []))
+    assert main(chosen) == Exit.OK
+    assert capsys.readouterr().out.rstrip().endswith("problems   none")
+
+
+def test_nodes_elsewhere_are_named(plan_for, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    plan: Plan = plan_for("hardware=h200", "model=qwen2_5_vl_7b", "cluster=example")
+    monkeypatch.setattr(data_action, "examine", lambda spec: (REPORT, []))
+    monkeypatch.setattr("launcher.cli.plan_of", lambda overrides, run_id: plan)
+    assert main(("data", "check")) == Exit.OK
+    hosts = ", ".join(node.host for node in plan.config.cluster.working)
+    assert f"a launch reads what lies on {hosts}" in capsys.readouterr().out
+
+
+REPORT = DataReport(
+    schema=SCHEMA,
+    sha256="ab" * 32,
+    train_rows=1200,
+    evaluation_rows=30,
+    images=800,
+    summary=DataSummary(
+        rows=1230,
+        rows_with_images=900,
+        smallest=(8, 9),
+        largest=(4000, 3000),
+        conversions={"CMYK": 3, "turned by EXIF": 1204},
+        length_p50=310,
+        length_p95=1900,
+        length_max=2040,
+        tokens=500_000,
+        image_tokens=320_000,
+    ),
+)
+
+
+def test_the_summary_reads_like_this() -> None:
+    assert describe_data(REPORT, 2048).splitlines() == [
+        "rows       1,200 to train on, 30 held out; 900 with images",
+        "images     800, from 8x9 to 4000x3000 pixels",
+        "converted  3 CMYK, 1,204 turned by EXIF",
+        "length     p50 310, p95 1,900, longest 2,040 of 2,048 tokens; 64 % of all 500,000 are images",
+        f"sha256     {'ab' * 32}",
+    ]
+
+
+def test_problems_without_a_file_to_write_them_to() -> None:
+    problem = {"file": "rows.json", "row": 3, "field": "image", "problem": "is 7", "fix": "give a path"}
+    assert describe_problems([problem], "") == "problems   1\n  rows.json row 3, key 'image': is 7\n    give a path"
+    assert describe_problems([problem] * 52, "").endswith("... and 2 more: --out FILE writes all")
+
+
+# (exit code, what the check said) -> (class, part of its text)
+REFUSALS = {
+    (Exit.USAGE, "data.root=/x: the set digits cannot be written"): (ConfigRefused, "cannot be written"),
+    (Exit.BUG, "Traceback\nModuleNotFoundError: No module named 'PIL'"): (ConfigRefused, "lacks what reads the data: ModuleNotFoundError"),
+    (Exit.BUG, "Traceback\nKeyError: 'x'"): (LaunchError, "ended with exit code 1:\nTraceback\nKeyError"),
+}
+
+
+@pytest.mark.parametrize("given", REFUSALS)
+def test_a_check_that_could_not_be_done(given: tuple[int, str]) -> None:
+    kind, text = REFUSALS[given]
+    error = refusal(*given)
+    assert type(error) is kind
+    assert text in str(error)

@@ -1,0 +1,70 @@
+"""The two-stage recipe on real digits, and LoRA on top: four runs that find each other's results by run id."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from launcher.record.record import RECORD_FILE, Record
+from trainer import contract
+
+pytestmark = pytest.mark.slow  # four times half a minute on two quiet cores
+
+PROJECT = Path(__file__).resolve().parents[3]
+RECIPE = {
+    "tower": ("stage=full",),
+    "aligned": ("stage=projector", "stage.checkpoint=tower", "stage.reset=[projector]"),
+    "tuned": ("stage=lm", "stage.checkpoint=aligned", "data=digits_even"),
+    "adapted": ("stage=lora", "stage.checkpoint=tuned", "data=digits_large"),
+}
+GROUPS = {"vision": r"^vision_tower\.", "projector": r"^multi_modal_projector\.", "lm": r"^language_model\."}  # as LLaVA is saved
+LIMIT_S = 1200  # of one run, on a machine that has other things to do
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the four runs lie."""
+    root = tmp_path_factory.mktemp("recipe")
+    for run_id, words in RECIPE.items():
+        command = (sys.executable, "-m", "launcher.cli", "launch", f"cluster.root={root}", *words, "--run-id", run_id)
+        done = subprocess.run(command, cwd=PROJECT, env={**os.environ}, capture_output=True, text=True, timeout=LIMIT_S)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return root
+
+
+def record_of(root: Path, run_id: str) -> Record:
+    record: Record = contract.read(Record, root / "runs" / run_id / RECORD_FILE)
+    return record
+
+
+def changed(root: Path, first: str, second: str) -> set[str]:
+    """Groups with a tensor that is another one."""
+    before, after = (load_file(root / "runs" / run / record_of(root, run).checkpoint / "model.safetensors") for run in (first, second))
+    assert before.keys() == after.keys()
+    names = [name for name in before if before[name].tobytes() != after[name].tobytes()]
+    return {next((group for group, regex in GROUPS.items() if re.match(regex, name)), name) for name in names}
+
+
+@pytest.mark.parametrize(("run_id", "least"), [("tower", 0.93), ("aligned", 0.85), ("tuned", 0.9), ("adapted", 0.85)])
+def test_every_stage_learns_what_it_is_asked(run_id: str, least: float, root: Path) -> None:
+    evaluation = record_of(root, run_id).evaluation
+    assert evaluation["count"] == 297 and evaluation["exact_match"] >= least
+
+
+def test_what_a_stage_leaves_frozen_is_bitwise_what_it_was(root: Path) -> None:
+    assert changed(root, "tower", "aligned") == {"projector"}
+    assert changed(root, "aligned", "tuned") == {"projector", "lm"}
+    adapter = root / "runs/adapted" / record_of(root, "adapted").checkpoint
+    assert not (adapter / "model.safetensors").exists()
+    assert all(".language_model." in name for name in load_file(adapter / "adapter_model.safetensors"))
+
+
+def test_the_chain_can_be_followed_from_the_records(root: Path) -> None:
+    for before, after in zip(RECIPE, list(RECIPE)[1:], strict=False):
+        origin, parent = record_of(root, after).origin, record_of(root, before)
+        assert (origin.run_id, origin.step, origin.weights_sha256) == (before, parent.steps, parent.weights_sha256)
+    assert record_of(root, "tower").origin.run_id == ""

@@ -1,0 +1,72 @@
+"""OmniLMM 3B and 12B in their tiny sizes on real digits: all of it, the same on two ranks under ZeRO 3, the projector anew, LoRA on top."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from launcher.record.record import RECORD_FILE, Record
+from trainer import contract
+
+pytestmark = pytest.mark.slow  # eight times up to a minute on two quiet cores
+
+PROJECT = Path(__file__).resolve().parents[3]
+RECIPE = {
+    "whole": ("stage=full",),
+    "apart": ("stage=full", "strategy=zero3", "cluster.devices_per_node=2", "hardware.threads=1"),
+    "aligned": ("stage=projector", "stage.checkpoint=whole", "stage.reset=[projector]"),
+    "adapted": ("stage=lora", "stage.checkpoint=whole", "data=digits_large"),
+}
+PROJECTOR = {"tiny_omnilmm_3b": r"resampler\.", "tiny_omnilmm_12b": r"model\.resampler\."}  # as the published files have it
+TOWER = {"tiny_omnilmm_3b": "vpm", "tiny_omnilmm_12b": "vision_tower"}
+LIMIT_S = 2400  # of one run, on a machine that has other things to do
+
+
+@pytest.fixture(scope="module", params=PROJECTOR)
+def model(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def root(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the four runs lie."""
+    root = tmp_path_factory.mktemp(model)
+    for run_id, words in RECIPE.items():
+        command = (sys.executable, "-m", "launcher.cli", "launch", f"cluster.root={root}", f"model={model}", *words, "--run-id", run_id)
+        done = subprocess.run(command, cwd=PROJECT, env={**os.environ}, capture_output=True, text=True, timeout=LIMIT_S)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return root
+
+
+def record_of(root: Path, run_id: str) -> Record:
+    record: Record = contract.read(Record, root / "runs" / run_id / RECORD_FILE)
+    return record
+
+
+@pytest.mark.parametrize("run_id", RECIPE)
+def test_every_stage_learns_what_it_is_asked(run_id: str, root: Path) -> None:
+    evaluation = record_of(root, run_id).evaluation
+    assert evaluation["count"] == 297 and evaluation["exact_match"] >= 0.85
+
+
+def test_what_a_stage_leaves_frozen_is_bitwise_what_it_was(model: str, root: Path) -> None:
+    before, after = (load_file(root / "runs" / run / record_of(root, run).checkpoint / "model.safetensors") for run in ("whole", "aligned"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if before[name].tobytes() != after[name].tobytes()}
+    fixed = {name for name in before if name.endswith("resampler.pos_embed")}  # sines, which nothing trains
+    assert changed == {name for name in before if re.match(PROJECTOR[model], name)} - fixed
+    adapter = root / "runs/adapted" / record_of(root, "adapted").checkpoint
+    assert not (adapter / "model.safetensors").exists()
+    assert not [name for name in load_file(adapter / "adapter_model.safetensors") if "resampler" in name or TOWER[model] in name]
+
+
+def test_the_chain_can_be_followed_from_the_records(root: Path) -> None:
+    parent = record_of(root, "whole")
+    for run_id in ("aligned", "adapted"):
+        origin = record_of(root, run_id).origin
+        assert (origin.run_id, origin.step, origin.weights_sha256) == ("whole", parent.steps, parent.weights_sha256)

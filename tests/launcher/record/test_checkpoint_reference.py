@@ -1,0 +1,139 @@
+"""What stage.checkpoint may hold, and the folder that the nodes are told."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.config.compose import compose
+from launcher.config.schema import Config, Node
+from launcher.errors import ConfigRefused
+from launcher.plan.plan import Plan
+from launcher.record.checkpoint_reference import resolve_checkpoint
+from launcher.record.record import SourceState, open_run
+from trainer.contract import CHECKPOINTS, SCHEMA
+from trainer.contract.checkpoint_files import NAME, STATE_FILE
+
+CONF = Path(__file__).resolve().parents[3] / "conf"
+SOURCE = SourceState(commit="", dirty=False)
+REMOTE = "/srv/omnilaunch/runs/R"
+
+
+def config_for(text: str, *words: str, hosts: tuple[str, ...] = ()) -> Config:
+    config = compose(["stage=lora", *words], CONF)
+    nodes = tuple(Node(host=host) for host in hosts) or config.cluster.nodes
+    root = config.cluster.root if not hosts else "/srv/omnilaunch"
+    return replace(config, cluster=replace(config.cluster, nodes=nodes, root=root), stage=replace(config.stage, checkpoint=text))
+
+
+@pytest.fixture
+def run(plan_for: Callable[..., Plan], tmp_path: Path) -> Path:
+    """The folder of a run on this machine that has saved nothing yet."""
+    return open_run(plan_for(f"cluster.root={tmp_path}"), SOURCE)
+
+
+def save(run: Path, step: int, *, whole: bool = True, base: str = "") -> Path:
+    folder = run / CHECKPOINTS / NAME.format(step=step)
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text("1234")
+    if base:
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    state = {"schema": SCHEMA, "step": step, "weights_sha256": "", "data_sha256": "", "world_size": 0, "spec": {}}
+    (folder / STATE_FILE).write_text(json.dumps({**state, "files": {"weights": 4 if whole else 5}}))
+    return folder
+
+
+def remote_run(
+    tmp_path: Path, plan: Plan, *, host: str = "gpu1", shared: bool = False, checkpoint: str = "checkpoints/step-000007"
+) -> Path:
+    """What this machine keeps of a run on other nodes: its plan and its record."""
+    folder = open_run(replace(plan, folder=str(tmp_path / "runs/R")), SOURCE)
+    plain: dict[str, Any] = json.loads((folder / "plan.json").read_text())
+    plain["spec"]["output"], plain["commands"][0]["host"], plain["config"]["cluster"]["shared"] = REMOTE, host, shared
+    (folder / "plan.json").write_text(json.dumps(plain))
+    if checkpoint is not None:
+        (folder / "result.json").write_text(json.dumps({"checkpoint": checkpoint}))
+    return folder
+
+
+def resolved(config: Config, tmp_path: Path) -> str:
+    return resolve_checkpoint(config, tmp_path / "runs").stage.checkpoint
+
+
+def test_a_run_id_and_a_runs_folder_stand_for_the_newest_whole_checkpoint(run: Path, tmp_path: Path) -> None:
+    save(run, 10)
+    newest = save(run, 1000000)
+    save(run, 2000000, whole=False)
+    (run / CHECKPOINTS / ".step-3000000.partial").mkdir()
+    assert resolved(config_for("R"), tmp_path) == resolved(config_for(str(run)), tmp_path) == str(newest)
+    assert resolved(config_for(str(save(run, 5))), tmp_path) == str(run / CHECKPOINTS / "step-000005"), "a checkpoint is itself"
+    assert resolve_checkpoint(config_for("R"), tmp_path / "elsewhere", tmp_path / "runs").stage.checkpoint == str(newest)
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigRefused, match=r"stage\.checkpoint=R: that run saved no checkpoint\. See .*result\.json"):
+        resolved(config_for("R"), tmp_path)
+    save(run, 10, whole=False)
+    with pytest.raises(ConfigRefused, match=r"no checkpoint of that run is whole: step-000010: weights missing or not of the size"):
+        resolved(config_for("R"), tmp_path)
+
+
+def test_a_checkpoint_that_is_nowhere_is_refused_where_that_can_be_seen(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some/folder").mkdir(parents=True)
+    with pytest.raises(ConfigRefused, match=r"stage\.checkpoint=Q: neither a run of .*valid are: R"):
+        resolved(config_for("Q"), tmp_path)
+    for text in ("some/foldr", "n" * 300, "/nowhere/at/all"):
+        with pytest.raises(ConfigRefused, match=r"neither a run .* nor a folder"):
+            resolved(config_for(text), tmp_path)
+    for text in ("some/folder", "./some/folder", ""):
+        assert resolved(config_for(text), tmp_path) == text
+    assert resolved(config_for("/nodes/only", hosts=("gpu1",)), tmp_path) == "/nodes/only"
+
+
+def test_a_checkpoint_of_this_machine_is_brought_to_nodes_elsewhere(run: Path, tmp_path: Path) -> None:
+    newest = save(run, 10, base="/srv/base")
+    config = resolve_checkpoint(config_for("R", "cluster.runtime=docker", hosts=("gpu1", "gpu2")), tmp_path / "runs")
+    assert config.stage.checkpoint == str(newest)
+    assert config.cluster.sync == (str(newest), "/srv/base")
+    assert config.cluster.mounts == ("/srv/base",), "an adapter is of no use in a container that lacks its base"
+    assert resolve_checkpoint(config_for("R"), tmp_path / "runs").cluster.sync == (), "nothing to bring to where it is"
+
+
+def test_a_remote_run_is_gone_on_with_on_the_node_that_has_it(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    remote_run(tmp_path, plan_for())
+    assert resolved(config_for("R", hosts=("gpu1",)), tmp_path) == f"{REMOTE}/checkpoints/step-000007"
+    with pytest.raises(ConfigRefused, match=r"it lies on gpu1 alone, and the other nodes have it not: gpu2.*scp -r gpu1:/srv/"):
+        resolved(config_for("R", hosts=("gpu1", "gpu2")), tmp_path)
+    with pytest.raises(ConfigRefused, match=r"it lies on gpu1, and no node of this run is that one"):
+        resolved(config_for("R", hosts=("gpu2",)), tmp_path)
+    with pytest.raises(ConfigRefused, match=r"it lies on gpu1, and no node"):
+        resolved(config_for("R"), tmp_path)
+
+
+def test_a_remote_run_whose_nodes_share_its_folder(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    remote_run(tmp_path, plan_for(), shared=True)
+    assert resolved(config_for("R", hosts=("gpu1", "gpu2")), tmp_path).endswith("step-000007")
+
+
+@pytest.mark.parametrize(("checkpoint", "said"), [(None, "has not ended.*omnilaunch attach R"), ("", "saved no checkpoint")])
+def test_a_remote_run_that_has_none(checkpoint: str, said: str, plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    remote_run(tmp_path, plan_for(), checkpoint=checkpoint)
+    with pytest.raises(ConfigRefused, match=said):
+        resolved(config_for("R", hosts=("gpu1",)), tmp_path)
+
+
+def test_a_node_without_a_name_is_written_as_scp_does(tmp_path: Path) -> None:
+    with pytest.raises(ConfigRefused, match=r"scp -r '\[fd00::5\]:/srv/my runs/step-000001' FOLDER"):
+        resolved(config_for("[fd00::5]:/srv/my runs/step-000001", hosts=("gpu2",)), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["gpu1:/srv/c/step-000001", "ann@gpu1:/srv/c/step-000001"])
+def test_a_folder_on_a_node_is_named_as_scp_does(text: str, tmp_path: Path) -> None:
+    assert resolved(config_for(text, hosts=("gpu1",)), tmp_path) == "/srv/c/step-000001"
+    assert resolved(config_for(text, "cluster.shared=true", hosts=("gpu1", "gpu2")), tmp_path) == "/srv/c/step-000001"
+    with pytest.raises(ConfigRefused, match="it lies on gpu1, and no node of this run is that one"):
+        resolved(config_for(text, hosts=("gpu2",)), tmp_path)

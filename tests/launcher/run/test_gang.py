@@ -1,0 +1,131 @@
+"""The gang with real processes: what ends, what is ended, and that nothing is left."""
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.errors import NodeFailed
+from launcher.plan.commands import FOLDER_VARIABLE, NodeCommand
+from launcher.run.gang import Crewed, NodeResult, StopRequest, start_members, watch
+from launcher.run.node_process import write_env_file
+from launcher.ssh.transport import Local, Result, processes_with
+
+ENVIRON = {"PATH": "/usr/bin:/bin"}
+DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+# torchrun gives each rank a session of its own: a group kill does not reach it.
+WITH_CHILD = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {DEAF!r}], start_new_session=True); time.sleep(60)"
+
+
+def command(folder: Path, rank: int, code: str, program: str = sys.executable) -> NodeCommand:
+    (folder / "logs").mkdir(exist_ok=True)
+    return NodeCommand(
+        host=f"host{rank}",
+        node_rank=rank,
+        runtime="process",
+        name=f"run-n{rank}",
+        folder=str(folder),
+        environment={FOLDER_VARIABLE: str(folder)},
+        prepare=(),
+        start=(program, "-c", code),
+    )
+
+
+def crewed(folder: Path, nodes: int) -> Crewed:
+    return Crewed(transports=(Local(ENVIRON),) * nodes, logs=folder / "logs", project=folder, secrets={}, node_timeout_s=5)
+
+
+def run(
+    folder: Path, *codes: str, stop: StopRequest | None = None, grace_s: float = 0.5, tick: object = lambda: None
+) -> tuple[NodeResult, ...]:
+    members = start_members(tuple(command(folder, rank, code) for rank, code in enumerate(codes)), crewed(folder, len(codes)), StopRequest())
+    return watch(members, stop or StopRequest(), tick, grace_s=lambda: grace_s)  # type: ignore[arg-type]
+
+
+def test_all_finish(tmp_path: Path) -> None:
+    results = run(tmp_path, "print('one')", "print('two')")
+    assert [(r.host, r.code, r.killed) for r in results] == [("host0", 0, False), ("host1", 0, False)]
+    assert (tmp_path / "logs/node1.log").read_text() == "two\n"
+
+
+def test_first_failure_stops_the_others(tmp_path: Path) -> None:
+    started = time.monotonic()
+    results = run(tmp_path, "import time; time.sleep(60)", "import sys; sys.exit(5)")
+    assert results[1].code == 5 and results[0].code == -15
+    assert time.monotonic() - started < 10
+
+
+def test_one_that_does_not_listen_is_killed_with_its_children(tmp_path: Path) -> None:
+    stop = StopRequest()
+
+    def tick() -> None:
+        if not stop.count and all("deaf" in (tmp_path / f"logs/node{rank}.log").read_text() for rank in (0, 1)):
+            stop.ask("SIGINT")
+
+    results = run(tmp_path, DEAF, WITH_CHILD, stop=stop, tick=tick)
+    assert results[0].killed
+    assert processes_with(FOLDER_VARIABLE, str(tmp_path)) == ()
+
+
+def test_a_second_request_kills_at_once(tmp_path: Path) -> None:
+    stop = StopRequest()
+
+    def tick() -> None:
+        if stop.count or "deaf" in (tmp_path / "logs/node0.log").read_text():
+            stop.ask("SIGINT")
+
+    started = time.monotonic()
+    results = run(tmp_path, DEAF, stop=stop, grace_s=60, tick=tick)
+    assert results[0].killed and time.monotonic() - started < 20
+
+
+def test_a_child_left_by_a_rank_that_ended_well_is_ended_too(tmp_path: Path) -> None:
+    left = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {DEAF!r}], start_new_session=True)"
+    assert run(tmp_path, left)[0].code == 0
+    assert processes_with(FOLDER_VARIABLE, str(tmp_path)) == ()
+
+
+def test_all_start_or_none(tmp_path: Path) -> None:
+    commands = (command(tmp_path, 0, "import time; time.sleep(60)"), command(tmp_path, 1, "", program="/no/such/program"))
+    with pytest.raises(NodeFailed, match="/no/such/program"):
+        start_members(commands, crewed(tmp_path, len(commands)), StopRequest())
+    assert processes_with(FOLDER_VARIABLE, str(tmp_path)) == ()
+
+
+def test_nothing_is_left_when_the_watcher_breaks(tmp_path: Path) -> None:
+    def tick() -> None:
+        raise ValueError("planted")
+
+    with pytest.raises(ValueError, match="planted"):
+        run(tmp_path, DEAF, tick=tick)
+    assert processes_with(FOLDER_VARIABLE, str(tmp_path)) == ()
+
+
+def test_env_file_is_private_and_literal(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    path = tmp_path / "node0.env"
+    hostile = "a'b\"c $(id) `id` \\ #x = y"
+    write_env_file(replace(command(tmp_path, 0, ""), environment={"KEY": hostile}), Local(ENVIRON), str(path), waits_for=("HF_TOKEN", "B"))
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.read_text() == f"KEY={hostile}\nOMNILAUNCH_SECRETS=HF_TOKEN B\n"
+
+
+class Dark(Local):
+    """Starts nothing, and then answers no more."""
+
+    def put(self, content: bytes, path: str, *, mode: int = 0o600) -> None:
+        raise NodeFailed("dark: no room")
+
+    def run(self, argv: tuple[str, ...], **_: Any) -> Result:
+        raise NodeFailed("dark: no answer\n  Next: ssh dark true")
+
+
+def test_a_node_that_a_failed_start_could_not_clear_is_named(tmp_path: Path) -> None:
+    """What its engine was told may still come up."""
+    containers = tuple(replace(command(tmp_path, rank, ""), runtime="docker") for rank in range(1))
+    with pytest.raises(NodeFailed, match=r"no room\n  not cleared: host0: dark: no answer; when it answers: docker rm --force run-n0 there$"):
+        start_members(containers, replace(crewed(tmp_path, 1), transports=(Dark(ENVIRON),)), StopRequest())

@@ -1,0 +1,178 @@
+"""The ranks and the data check beside each other: whichever ends first, in whatever way, the outcome is the one that a reader expects."""
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import ConfigRefused
+from launcher.plan.commands import NodeCommand
+from launcher.plan.plan import Plan
+from launcher.record.lock import ask_to_stop
+from launcher.run.launch import leave
+from launcher.run.monitor import START_GRACE_S, Outcome, grace_s, signals_of_others, watch_attempt
+from launcher.run.prepare import Crew, Desk
+from launcher.run.run_folder import Mirror, Site
+from launcher.run.signals import StopRequest
+from launcher.ssh.transport import Local, Result
+from trainer import contract
+from trainer.contract import SCHEMA, DataProblem, DataReport, TrainResult
+
+Code = int | None
+
+
+class Scripted:
+    """A member that ends with `code` after `seconds`; None: never by itself. Killed as a container is: 137."""
+
+    def __init__(self, command: NodeCommand, code: Code, seconds: float = 0.0) -> None:
+        self.command, self.code, self.lost = command, code, False
+        self.ends_at = time.monotonic() + seconds
+        self.killed = False
+
+    def poll(self) -> Code:
+        if self.killed:
+            return 137
+        return self.code if self.code is not None and time.monotonic() >= self.ends_at else None
+
+    def stop(self) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        self.killed = self.killed or self.poll() is None
+
+    clear = kill
+
+
+@pytest.fixture
+def plan(plan_for: Callable[..., Plan], tmp_path: Path) -> Plan:
+    plan = plan_for(f"cluster.root={tmp_path}", "run.steps=10", "stage.optimizer.warmup=1", "run.stop_timeout_s=1")
+    (Path(plan.folder) / "logs").mkdir(parents=True)
+    (Path(plan.folder) / "environment.json").write_text("{}", encoding="utf-8")
+    return plan
+
+
+def desk() -> Desk:
+    here = Local({"PATH": "/usr/bin:/bin"})
+    return Desk(
+        project=Path("/"), transports=(here,), here=here, secrets={}, say=print, terminal=False, move=lambda plan, lost: (plan, desk())
+    )
+
+
+def crew(plan: Plan, ranks: tuple[Code, float], check: tuple[Code, float]) -> Crew:
+    (command,) = plan.commands
+    return Crew(members=(Scripted(command, *ranks),), checks=(Scripted(command, *check),))
+
+
+def watched(plan: Plan, ranks: tuple[Code, float], check: tuple[Code, float]) -> Outcome:
+    return watch_attempt(plan, Path(plan.folder), desk(), crew(plan, ranks, check), StopRequest())
+
+
+def trained(plan: Plan, status: str, steps: int) -> None:
+    result = TrainResult(
+        schema=SCHEMA, status="finished", steps=steps, seconds=1.0, samples_per_s=1.0, final_loss=1.0, checkpoint="", weights_sha256="",
+        evaluation={},
+    )  # fmt: skip
+    contract.write(replace(result, status=status), Path(plan.folder) / contract.RESULT_FILE)  # type: ignore[arg-type]
+
+
+def test_a_run_that_is_faster_than_its_check_waits_for_it(plan: Plan) -> None:
+    trained(plan, "finished", 10)
+    began = time.monotonic()
+    assert watched(plan, (0, 0.0), (0, 0.6)).status == "finished"
+    assert time.monotonic() - began >= 0.6
+
+
+def test_a_rank_that_fails_while_the_data_is_checked_is_the_failure(plan: Plan) -> None:
+    outcome = watched(plan, (1, 0.1), (None, 0.0))
+    assert outcome.status == "failed" and outcome.failure is not None and "data" not in outcome.failure.message
+
+
+def test_bad_data_ends_the_ranks(plan: Plan) -> None:
+    problem = DataProblem(file="/d/train.json", row=2, field="image", problem="no image file", fix="put it there")
+    report = DataReport(schema=SCHEMA, sha256="", train_rows=2, evaluation_rows=0, images=0, problems=(problem,))
+    contract.write(report, Path(plan.folder) / contract.DATA_FILE)
+    mine = crew(plan, (None, 0.0), (2, 0.1))
+    with pytest.raises(ConfigRefused, match=r"train\.json row 2"):
+        watch_attempt(plan, Path(plan.folder), desk(), mine, StopRequest())
+    assert mine.members[0].poll() == 137
+
+
+def test_a_check_that_breaks_is_a_failed_attempt_and_no_refusal(plan: Plan) -> None:
+    outcome = watched(plan, (None, 0.0), (137, 0.1))
+    assert outcome.status == "failed" and outcome.failure is not None
+    assert "data check ended with exit code 137" in outcome.failure.message
+
+
+def test_a_stop_ends_the_wait_for_a_check(plan: Plan) -> None:
+    trained(plan, "finished", 10)
+    ask_to_stop(Path(plan.folder), datetime.now(UTC))
+    assert watched(plan, (0, 0.0), (None, 0.0)).status == "finished"
+
+
+@pytest.mark.parametrize("steps, status", [(10, "failed"), (4, "stopped")])
+def test_a_run_that_breaks_after_its_last_step_was_not_stopped(plan: Plan, steps: int, status: str) -> None:
+    """The trainer's result says `stopped` until the evaluation is over."""
+    trained(plan, "stopped", steps)
+    assert watched(plan, (1, 0.0), (0, 0.0)).status == status
+
+
+def test_a_run_is_left_when_its_data_is_checked(plan: Plan) -> None:
+    assert leave(plan, Path(plan.folder), desk(), crew(plan, (None, 0.0), (0, 0.2)), StopRequest()) is None
+
+
+def test_a_run_that_breaks_before_it_is_left_is_told(plan: Plan) -> None:
+    outcome = leave(plan, Path(plan.folder), desk(), crew(plan, (1, 0.2), (None, 0.0)), StopRequest())
+    assert outcome is not None and outcome.status == "failed"
+
+
+def test_before_the_first_row_there_is_nothing_to_wait_for(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    plan = plan_for(f"cluster.root={tmp_path}", "run.stop_timeout_s=60")
+    rows = tmp_path / contract.METRICS_FILE
+    assert grace_s(plan, tmp_path) == START_GRACE_S < 60
+    assert grace_s(plan, tmp_path, began_here=False) == 60, "a run that was left to itself may have trained for hours"
+    rows.touch()
+    assert grace_s(plan, tmp_path) == START_GRACE_S
+    rows.write_text("{}\n", encoding="utf-8")
+    assert grace_s(plan, tmp_path) == 60
+    assert grace_s(replace(plan, spec=replace(plan.spec, stage=replace(plan.spec.stage, kind="evaluate"))), Path("/nowhere")) == 60
+
+
+def test_a_closed_terminal_concerns_no_container(plan_for: Callable[..., Plan]) -> None:
+    assert signals_of_others(plan_for()) == ()
+    assert signals_of_others(plan_for("cluster.runtime=docker")) == (signal.SIGHUP,)
+
+
+def test_a_start_that_takes_too_long_is_a_failed_attempt_that_names_the_slowest(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    plan = plan_for(f"cluster.root={tmp_path}", "cluster.devices_per_node=2", "run.start_timeout_s=1")
+    logs = Path(plan.folder) / "logs"
+    logs.mkdir(parents=True)
+    (logs / "node0.log").write_text(
+        "[rank 0] omnilaunch: starting: loading its libraries\n[rank 1] omnilaunch: starting: loading its libraries\n"
+        "[rank 0] omnilaunch: starting: meeting the other ranks\n[rank 1] Downloading shards\n"
+    )
+    mine = crew(plan, (None, 0.0), (0, 0.0))
+    outcome = watch_attempt(plan, Path(plan.folder), desk(), mine, StopRequest())
+    assert (outcome.status, outcome.code) == ("failed", 5) and outcome.failure is not None
+    assert "run.start_timeout_s=1" in outcome.failure.message and "1 of 2 rank(s) had come least far" in outcome.failure.message
+    assert "rank 1 on localhost: loading its libraries" in outcome.failure.message and outcome.failure.tail[0] == "Downloading shards"
+    assert outcome.nodes[0].killed and mine.members[0].poll() == 137
+
+
+def test_a_node_that_answers_slowly_holds_up_no_look_at_the_others(tmp_path: Path) -> None:
+    class Slow(Local):
+        def run(self, argv: tuple[str, ...], **named: object) -> Result:
+            time.sleep(1.0)
+            return Result(argv=argv, code=0, output="a row\n", errors="")
+
+    command = NodeCommand(host="a", node_rank=0, runtime="docker", name="c", folder="/run", environment={}, prepare=(), start=())
+    mirror = Mirror(Site(command=command, transport=Slow({})), "metrics.jsonl", tmp_path)
+    began = time.monotonic()
+    mirror.update()
+    mirror.update()
+    assert time.monotonic() - began < 0.5
+    mirror.settle()
+    assert (tmp_path / "metrics.jsonl").read_text() == "a row\n", "one question at a time"

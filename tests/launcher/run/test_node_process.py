@@ -1,0 +1,147 @@
+"""A container's end, as its node tells it or fails to."""
+
+import signal
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.errors import NodeFailed
+from launcher.plan.commands import NodeCommand
+from launcher.run.node_process import LOST, CheckMember, ContainerMember
+from launcher.ssh.transport import Local, LocalProcess, Result
+
+
+class Node(Local):
+    """Answers every command with success, unless it is dark."""
+
+    def __init__(self, *, dark: bool) -> None:
+        super().__init__({}, "node")
+        self.dark = dark
+
+    def run(
+        self, argv: tuple[str, ...], *, environment: Mapping[str, str] | None = None, timeout_s: float = 60, folder: Path | None = None
+    ) -> Result:
+        if self.dark:
+            raise NodeFailed("node: no answer")
+        return Result(argv=argv, code=0, output="exited 5", errors="")
+
+
+def member(tmp_path: Path, *, dark: bool) -> ContainerMember:
+    command = NodeCommand(
+        host="node", node_rank=0, runtime="docker", name="run-n0", folder=str(tmp_path), environment={}, prepare=(), start=(),
+        remove=("docker", "rm", "--force", "run-n0"),
+    )  # fmt: skip
+    return ContainerMember(command, Node(dark=dark), tmp_path / "node0.log", ThreadPoolExecutor(max_workers=1), node_timeout_s=20)
+
+
+def test_a_node_that_answers_is_not_lost_when_its_container_is_killed(tmp_path: Path) -> None:
+    killed = member(tmp_path, dark=False)
+    killed.kill()
+    assert (killed.code, killed.lost) == (137, False)
+
+
+def test_a_node_that_does_not_answer_when_it_is_to_be_ended_is_lost(tmp_path: Path) -> None:
+    """Its peers saw its connections break and failed at once; the cause is this node, though its time was not over yet."""
+    killed = member(tmp_path, dark=True)
+    with pytest.raises(NodeFailed):
+        killed.kill()
+    assert (killed.code, killed.lost) == (LOST, True)
+
+
+def test_one_that_had_ended_before_its_node_went_dark_keeps_its_code(tmp_path: Path) -> None:
+    killed = member(tmp_path, dark=True)
+    killed.code = 5
+    with pytest.raises(NodeFailed):
+        killed.kill()
+    assert (killed.code, killed.lost) == (5, False)
+
+
+class Cut:
+    """A followed log whose connection was lost."""
+
+    pid = 1
+
+    def poll(self) -> int | None:
+        raise NodeFailed("node: lost the connection")
+
+    def wait(self, timeout_s: float) -> int | None:
+        raise NodeFailed("node: lost the connection")
+
+    def signal(self, number: signal.Signals) -> None:
+        raise NodeFailed("node: lost the connection")
+
+
+def test_the_rest_of_a_log_is_read_when_its_connection_was_lost_and_the_container_goes(tmp_path: Path) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    class Telling(Node):
+        def run(self, argv: tuple[str, ...], **options: Any) -> Result:
+            asked.append(argv)
+            return super().run(argv, **options)
+
+        def start(self, argv: tuple[str, ...], *, log: Path, **_: Any) -> LocalProcess:
+            asked.append(argv)
+            return Local({"PATH": "/usr/bin:/bin"}).start(("echo", "its last words"), log=log)
+
+    ended = member(tmp_path, dark=False)
+    ended.transport, ended.logs = Telling(dark=False), Cut()
+    ended.command = replace(ended.command, logs=("docker", "logs", "--follow", "run-n0"))
+    deadline = time.monotonic() + 20
+    while ended.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ended.clear()
+    assert ended.code == 5 and (tmp_path / "node0.log").read_text(encoding="utf-8") == "its last words\n"
+    assert asked[-1] == ("docker", "rm", "--force", "run-n0")
+
+
+class Away(Node):
+    """Its commands are lost with their connection, and it can be asked nothing until it comes back."""
+
+    def start(self, argv: tuple[str, ...], *, log: Path, **_: Any) -> Any:
+        return Cut()
+
+    def put(self, content: bytes, path: str, *, mode: int = 0o600) -> None:
+        if self.dark:
+            raise NodeFailed("node: no answer")
+
+
+def polled(check: CheckMember, seconds: float) -> int | None:
+    deadline = time.monotonic() + seconds
+    while (code := check.poll()) is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return code
+
+
+def test_a_data_check_whose_node_never_comes_back_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    """A run that was faster than its check waits for nothing else."""
+    command, node = member(tmp_path, dark=False).command, Away(dark=False)
+    check = CheckMember(command, node, tmp_path / "data0.log", ThreadPoolExecutor(max_workers=1), node_timeout_s=0.2)
+    node.dark = True
+    assert polled(check, 5) == LOST and check.lost
+
+
+def test_a_data_check_is_made_again_on_a_node_that_comes_back_in_time(tmp_path: Path) -> None:
+    command, node = member(tmp_path, dark=False).command, Away(dark=False)
+    check = CheckMember(command, node, tmp_path / "data0.log", ThreadPoolExecutor(max_workers=1), node_timeout_s=0.2)
+    node.dark = True
+    assert polled(check, 0.3) is None and check.silent_since
+    node.dark = False
+    node.start = lambda argv, *, log, **_: Local({"PATH": "/usr/bin:/bin"}).start(("true",), log=log)  # type: ignore[method-assign]
+    assert polled(check, 5) == 0 and not check.lost
+
+
+def test_a_bug_in_the_thread_that_makes_a_check_again_is_seen(tmp_path: Path) -> None:
+    command, node = member(tmp_path, dark=False).command, Away(dark=False)
+    check = CheckMember(command, node, tmp_path / "data0.log", ThreadPoolExecutor(max_workers=1), node_timeout_s=20)
+
+    def broken(*_: object, **__: object) -> None:
+        raise OSError("no room for the log")
+
+    node.start = broken  # type: ignore[method-assign,assignment]
+    with pytest.raises(OSError, match="no room"):
+        polled(check, 2)

@@ -1,0 +1,315 @@
+"""Every published shape of a row becomes the same record, and what is wrong with one is said in its own words."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from trainer.contract import DataReport, encode
+from trainer.data.rows.parsed_row import MARK
+from trainer.data.rows.sample import Message, Sample, read_samples
+from trainer.data.rows.shape import SHAPES, USUAL, nearest
+
+ROLES = ("user", "assistant")
+
+
+def talk(*texts: Any, keys: tuple[str, str] = ("role", "content"), roles: tuple[str, str] = ROLES) -> list[dict[str, Any]]:
+    return [{keys[0]: roles[place % 2], keys[1]: text} for place, text in enumerate(texts)]
+
+
+def llava(*texts: Any) -> list[dict[str, Any]]:
+    return talk(*texts, keys=("from", "value"), roles=("human", "gpt"))
+
+
+def picture(**path: Any) -> dict[str, Any]:
+    return {"type": "image", **path}
+
+
+def text(words: str) -> dict[str, Any]:
+    return {"type": "text", "text": words}
+
+
+def address(url: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": url}
+
+
+def read(folder: Path, *rows: Any) -> Any:
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(b"any file: nothing is decoded here")
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    return read_samples(folder / "rows.json", folder)
+
+
+# name -> (row, images, contents of the messages)
+ASK, TELL = "<image>\nWhat?", "A cat."
+READ: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
+    "LLaVA": ({"id": "1", "image": "a.png", "conversations": llava(ASK, TELL)}, ("a.png",), (ASK, TELL)),
+    "Qwen2.5-VL, several": (
+        {"image": ["a.png", "b.png"], "conversations": llava("<image><image>?", TELL)},
+        ("a.png", "b.png"),
+        ("<image><image>?", TELL),
+    ),
+    "InternVL": (
+        {"id": 0, "image": "a.png", "width": 8, "height": 8, "conversations": llava(ASK, TELL, "Sure?", "Yes.")},
+        ("a.png",),
+        (ASK, TELL, "Sure?", "Yes."),
+    ),
+    "MiniCPM": ({"id": "0", "image": "a.png", "conversations": talk(ASK, TELL)}, ("a.png",), (ASK, TELL)),
+    "MiniCPM, no mark": ({"id": "0", "image": "a.png", "conversations": talk("What?", TELL)}, ("a.png",), (ASK, TELL)),
+    "MiniCPM, a mark in the second question": (
+        {"image": "a.png", "conversations": talk("Hi", "Hi!", ASK, TELL)},
+        ("a.png",),
+        ("Hi", "Hi!", ASK, TELL),
+    ),
+    "MiniCPM, named": (
+        {"image": {"<image_00>": "a.png", "<image_01>": "b.png"}, "conversations": talk("<image_01>\n<image_00>?", TELL)},
+        ("b.png", "a.png"),
+        ("<image>\n<image>?", TELL),
+    ),
+    "MiniCPM, one named twice": (
+        {"image": {"<image_00>": "a.png"}, "conversations": talk("<image_00>?", TELL, "<image_00>!", TELL)},
+        ("a.png", "a.png"),
+        ("<image>?", TELL, "<image>!", TELL),
+    ),
+    "Qwen-VL": (
+        {"id": "i0", "conversations": talk("Picture 1: <img>a.png</img>\nWhat?", TELL, keys=("from", "value"))},
+        ("a.png",),
+        ("Picture 1: <image>\nWhat?", TELL),
+    ),
+    "Qwen-VL, two and boxes": (
+        {"conversations": talk("<img>a.png</img><img> b.png </img>", "<ref>it</ref><box>(1,2),(3,4)</box>", keys=("from", "value"))},
+        ("a.png", "b.png"),
+        ("<image><image>", "<ref>it</ref><box>(1,2),(3,4)</box>"),
+    ),
+    "text of HTML beside an image": (
+        {"image": "a.png", "conversations": llava("<image> Is <img>x</img> HTML?", TELL)},
+        ("a.png",),
+        ("<image> Is <img>x</img> HTML?", TELL),
+    ),
+    "LLaMA-Factory": ({"images": ["a.png"], "messages": talk(ASK, TELL)}, ("a.png",), (ASK, TELL)),
+    "ms-swift, images with bytes": ({"images": [{"path": "a.png", "bytes": None}], "messages": talk(ASK, TELL)}, ("a.png",), (ASK, TELL)),
+    "image and no images": ({"image": "a.png", "images": [], "messages": talk(ASK, TELL)}, ("a.png",), (ASK, TELL)),
+    "sharegpt": ({"system": "Be brief.", "images": ["a.png"], "conversations": llava(ASK, TELL)}, ("a.png",), ("Be brief.", ASK, TELL)),
+    "OpenAI": ({"messages": talk([address({"url": "a.png"}), text("What?")], TELL)}, ("a.png",), ("<image>What?", TELL)),
+    "OpenAI, a file's address": ({"messages": talk([text("See "), address("file:///{folder}/a.png")], TELL)}, ("a.png",), None),
+    "transformers": (
+        {"messages": talk([picture(image="a.png"), picture(path="b.png"), text("Which?")], [text("The "), text("first.")])},
+        ("a.png", "b.png"),
+        ("<image><image>Which?", "The first."),
+    ),
+    "transformers, images apart": (
+        {"images": ["a.png"], "messages": talk([picture(), text("What?")], [text(TELL)])},
+        ("a.png",),
+        ("<image>What?", TELL),
+    ),
+    "ms-swift's conversation": (
+        {
+            "system": "Be brief.",
+            "conversation": [{"human": ASK, "assistant": TELL}, {"human": "Sure?", "assistant": "Yes."}],
+            "image": "a.png",
+        },
+        ("a.png",),
+        ("Be brief.", ASK, TELL, "Sure?", "Yes."),
+    ),
+    "ms-swift's query": (
+        {"query": "Sure?", "response": "Yes.", "history": [[ASK, TELL]], "images": ["a.png"]},
+        ("a.png",),
+        (ASK, TELL, "Sure?", "Yes."),
+    ),
+    "ms-swift's query alone": ({"query": ASK, "response": TELL, "images": "a.png", "history": None}, ("a.png",), (ASK, TELL)),
+    "alpaca": ({"instruction": "<image>", "input": "What?", "output": TELL, "images": ["a.png"]}, ("a.png",), (ASK, TELL)),
+    "alpaca without input": ({"instruction": ASK, "input": "", "output": TELL, "system": "", "images": ["a.png"]}, ("a.png",), (ASK, TELL)),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_shape_becomes_the_record(tmp_path: Path, name: str) -> None:
+    row, images, contents = READ[name]
+    row = json.loads(json.dumps(row).replace("{folder}", str(tmp_path).lstrip("/")))
+    (sample,), problems = read(tmp_path, row)
+    assert problems == ()
+    assert sample.images == tuple(tmp_path / image for image in images)
+    assert sum(message.content.count(MARK) for message in sample.messages) == len(images)
+    if contents is not None:
+        assert tuple(message.content for message in sample.messages) == contents
+        assert tuple(message.role for message in sample.messages)[-2:] == ROLES
+        assert sample.messages[0].role == ("system" if len(contents) % 2 else "user")
+
+
+def test_an_example_of_every_shape_is_read_as_that_shape(tmp_path: Path) -> None:
+    for shape in SHAPES:
+        row = json.loads(shape.example)
+        (sample,), problems = read(tmp_path, row)
+        assert problems == (), shape.name
+        assert len(sample.images) == 1
+        assert next(found for found in SHAPES if found.key in row and found.fits(row)) is shape
+        assert nearest(row).key == shape.key
+
+
+def test_conversations_of_a_list_are_samples_of_their_own(tmp_path: Path) -> None:
+    rows = [{"image": "a.png", "conversations": llava(ASK, TELL)}, {"conversations": llava("Hi", "Hi!")}]
+    samples, problems = read(tmp_path, rows, rows[1])
+    assert problems == ()
+    assert [(sample.row, sample.part, len(sample.images)) for sample in samples] == [(1, 0, 1), (1, 1, 0), (2, 0, 0)]
+
+
+def test_an_answer_without_loss_is_read_and_not_learned(tmp_path: Path) -> None:
+    messages = talk("Hi", "Hi!", "What?", TELL)
+    messages[1]["loss"], messages[3]["loss"] = False, True
+    (sample,), _ = read(tmp_path, {"messages": messages})
+    assert [message.trained for message in sample.messages] == [True, False, True, True]
+    assert sample.messages[1] == Message(role="assistant", content="Hi!", trained=False)
+
+
+# row -> [(field, what the problem says)]
+NAMED = {"<image_00>": "a.png"}
+PROBLEMS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
+    "a name without an image": (
+        {"image": NAMED, "conversations": talk("<image_00> <image_07>?", TELL)},
+        [("conversations[0].content", "<image_07> is not in the row's images, which are '<image_00>'"), ("conversations[0]", "too many")],
+    ),
+    "an image that nobody names": (
+        {"image": NAMED | {"<image_01>": "b.png"}, "conversations": talk("<image_00>?", TELL)},
+        [("image.<image_01>", "no question names this image")],
+    ),
+    "no name of an image": (
+        {"image": {"first": "a.png"}, "conversations": talk("What?", TELL)},
+        [("image.first", "is no name of an image")],
+    ),
+    "a name in an answer": (
+        {"image": NAMED, "conversations": talk("<image_00>", "<image_00>")},
+        [("conversations[1].content", "<image_00> mark in an answer")],
+    ),
+    "a named image that is not there": (
+        {"image": {"<image_00>": "c.png"}, "conversations": talk("<image_00>", TELL)},
+        [("image.<image_00>", "no image file at")],
+    ),
+    "a list of images without marks is not put first": (
+        {"image": ["a.png"], "conversations": talk("What?", TELL)},
+        [("conversations[0]", "too few <image> marks: 0")],
+    ),
+    "LLaVA without a mark is not put first": ({"image": "a.png", "conversations": llava("?", TELL)}, [("conversations[0]", "too few")]),
+    "a tag in an answer": (
+        {"conversations": talk("<img>a.png</img>", "<img>a.png</img>", keys=("from", "value"))},
+        [("conversations[1].value", "<img> in an answer")],
+    ),
+    "a tag and a mark": (
+        {"conversations": talk("<img>a.png</img> <image>", TELL, keys=("from", "value"))},
+        [("conversations[0].value", "both <image> and <img>"), ("conversations[0]", "too many")],
+    ),
+    "a tag without a file": (
+        {"conversations": talk("<img>c.png</img>", TELL, keys=("from", "value"))},
+        [("conversations[0].value", "no image file at")],
+    ),
+    "a web address": (
+        {"messages": talk([address({"url": "https://example.org/a.png"}), text("?")], TELL)},
+        [("messages[0].content[0].image_url", "is not a file; a run reads no network")],
+    ),
+    "an image in the text": (
+        {"messages": talk([address({"url": "data:image/png;base64,iVBOR"})], TELL)},
+        [("messages[0].content[0].image_url", "is not a file")],
+    ),
+    "a block of video": (
+        {"messages": talk([{"type": "video", "video": "a.mp4"}, text("?")], TELL)},
+        [("messages[0].content[0]", "a block of the type 'video'; text and images are read")],
+    ),
+    "a block of nothing": ({"messages": talk([{"type": 3}], TELL)}, [("messages[0].content[0]", "has the keys 'type'")]),
+    "a block with two images": (
+        {"messages": talk([picture(image="a.png", path="b.png")], TELL)},
+        [("messages[0].content[0]", "has an image under image and path")],
+    ),
+    "a block that is a number": ({"messages": talk([7], TELL)}, [("messages[0].content[0]", "is a number, not an object")]),
+    "a block of text without text": ({"messages": talk([{"type": "text"}], TELL)}, [("messages[0].content[0].text", "is null")]),
+    "blocks and a list": (
+        {"images": ["a.png"], "messages": talk([picture(image="b.png"), text("?")], TELL)},
+        [("messages[0].content[0].image", "images stand here and in 'images'")],
+    ),
+    "a block without its path": (
+        {"messages": talk([picture(image="b.png"), picture(), text("?")], TELL)},
+        [("messages[0].content[1]", "an image block without a path"), ("messages[0]", "too many")],
+    ),
+    "an image in an answer's blocks": (
+        {"messages": talk("?", [picture(image="a.png"), text("This.")])},
+        [("messages[1].content", "<image> mark in an answer"), ("messages[0]", "too few")],
+    ),
+    "a query without a response": ({"query": "What?", "images": []}, [("response", "is missing")]),
+    "a query that is a list": ({"query": ["What?"], "response": TELL}, [("query", "is a list, not a string")]),
+    "an empty response": ({"query": "What?", "response": " "}, [("response", "empty answer")]),
+    "history of single words": ({"query": "What?", "response": TELL, "history": ["a"]}, [("history", "is not a list of pairs")]),
+    "a null in history": ({"query": "What?", "response": TELL, "history": [["a", None]]}, [("history[0][1]", "is missing")]),
+    "an input that is a number": ({"instruction": "Add", "input": 7, "output": "8"}, [("instruction", "is a number, not a string")]),
+    "a conversation of strings": ({"conversation": ["a", "b"]}, [("conversation", "is not a list of questions and answers")]),
+    "a conversation half": ({"conversation": [{"human": "a"}]}, [("conversation[0].assistant", "is missing")]),
+    "query and instruction": ({"query": "a", "instruction": "b"}, [("", "has both query and instruction")]),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_problems(tmp_path: Path, name: str) -> None:
+    bad, expected = PROBLEMS[name]
+    good = {"messages": talk("Hi", "Hi!")}
+    samples, problems = read(tmp_path, good, bad, good)
+    assert [sample.row for sample in samples] == [1, 3], "the rows beside it are kept, the bad one is left out"
+    assert sorted(problem.field for problem in problems) == sorted(field for field, _ in expected)
+    for field, said in expected:
+        problem = next(problem for problem in problems if problem.field == field)
+        assert said in problem.problem
+        assert problem.row == 2
+        assert problem.fix
+
+
+NEAREST = {
+    ("image", "question", "answer"): '"query"',
+    ("image", "conversation_list"): '"conversation',
+    ("id", "image", "dialog"): '"image": "a.png", "conversations"',
+    ("message",): '"messages"',
+    ("instructions", "outputs"): '"instruction"',
+    (): USUAL,
+    ("a", "b"): USUAL,
+}
+
+
+@pytest.mark.parametrize("keys", NEAREST)
+def test_the_nearest_shape_is_shown(tmp_path: Path, keys: tuple[str, ...]) -> None:
+    _, (problem,) = read(tmp_path, dict.fromkeys(keys, "x"))
+    assert f"keys {', '.join(map(repr, keys)) or 'none'}" in problem.problem
+    assert NEAREST[keys] in problem.fix
+
+
+# -------------------------------------------------------------------------------------------------------------- any JSON at all
+
+KEYS = (
+    "conversations", "messages", "conversation", "query", "response", "instruction", "input", "output", "history", "image", "images",
+    "from", "value", "role", "content", "type", "text", "human", "gpt", "user", "assistant", "system", "loss", "path", "bytes", "url",
+    "image_url", "id", "video", "tools", "objects",
+)  # fmt: skip
+WORDS = st.sampled_from((*KEYS, MARK, "<image_00>", "<img>a.png</img>", "a.png", "\ud83d", "\0", "", "<bbox>"))
+LEAVES = st.none() | st.booleans() | st.integers(-3, 3) | st.floats(allow_nan=False) | WORDS | st.text(max_size=5)
+ANY = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=6), max_leaves=25)
+MESSAGES = st.lists(st.dictionaries(st.sampled_from(["from", "value", "role", "content", "loss", "human", "assistant"]), ANY), max_size=4)
+ROWS = ANY | st.fixed_dictionaries({}, optional={"conversations": MESSAGES, "messages": MESSAGES, "conversation": MESSAGES, "image": ANY})
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(rows=st.lists(ROWS, min_size=1, max_size=4))
+def test_no_row_makes_the_reader_raise(tmp_path: Path, rows: list[Any]) -> None:
+    samples, problems = read(tmp_path, *rows)
+    told = {problem.row for problem in problems}
+    whole = {sample.row for sample in samples}
+    assert told | whole == set(range(1, len(rows) + 1)), "every row is a sample or has a problem"
+    for number, row in enumerate(rows, start=1):
+        assert not (number in told and number in whole) or isinstance(row, list)
+    for sample in samples:
+        assert_whole(sample)
+    report = DataReport(schema=1, sha256="", train_rows=0, evaluation_rows=0, images=0, problems=problems)
+    assert encode(report).encode(), "whatever the row held, its problems can be written to a file"
+
+
+def assert_whole(sample: Sample) -> None:
+    roles = [message.role for message in sample.messages if message.role != "system"]
+    assert roles and roles == ["user", "assistant"] * (len(roles) // 2)
+    assert sum(message.content.count(MARK) for message in sample.messages if message.role == "user") == len(sample.images)
+    assert not any(MARK in message.content for message in sample.messages if message.role != "user")
+    assert all(image.is_file() for image in sample.images)

@@ -1,0 +1,124 @@
+"""Which files a run reads, their hashes, and the refusal of others in a rerun."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.conftest import make_spec
+from trainer.contract import Expectation, InputRefused, Inputs, TrainSpec
+from trainer.data import manifest
+from trainer.data.check import Places, examine_data, resolve
+from trainer.data.manifest import HASHES_FILE, describe_changes, hash_weights_of, list_inputs, refuse_other_inputs
+
+INPUTS = Inputs(schema=1, data={}, weights={"model/a.safetensors": "1"})
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> TrainSpec:
+    """One that begins from a checkpoint."""
+    folder = tmp_path / "step-000003"
+    folder.mkdir()
+    for name in ("model.safetensors", "config.json", "trainer_state.json", "notes.md"):
+        (folder / name).write_text(name)
+    made = make_spec(tmp_path / "run", tmp_path / "data")
+    return replace(made, stage=replace(made.stage, checkpoint=str(folder)))
+
+
+def test_weights_are_what_a_stage_reads(spec: TrainSpec) -> None:
+    found = hash_weights_of(spec)
+    assert set(found) == {"checkpoint/model.safetensors", "checkpoint/config.json"}, "which run saved them makes them no other weights"
+    assert len(set(map(len, found.values()))) == 1
+
+
+def test_weights_are_hashed_once(spec: TrainSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = hash_weights_of(spec)
+    monkeypatch.setattr(manifest, "hash_file", lambda path: pytest.fail(f"{path} is hashed again"))
+    assert hash_weights_of(spec) == first
+
+
+def test_a_file_of_the_same_size_and_time_is_seen(spec: TrainSpec) -> None:
+    """As cp --preserve and rsync -t leave one."""
+    path = Path(spec.stage.checkpoint) / "model.safetensors"
+    before, stat = hash_weights_of(spec), path.stat()
+    other = path.with_name("other")
+    other.write_text("MODEL.safetensors")
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    other.replace(path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    assert hash_weights_of(spec)["checkpoint/model.safetensors"] != before["checkpoint/model.safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"a": 1}', '{"a": []}'])
+def test_known_hashes_that_were_damaged_are_made_anew(spec: TrainSpec, damage: str) -> None:
+    before = hash_weights_of(spec)
+    path = Path(spec.data.root) / HASHES_FILE
+    assert json.loads(path.read_text())
+    path.write_text(damage)
+    assert hash_weights_of(spec) == before
+
+
+def test_an_adapter_brings_its_base(spec: TrainSpec, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": spec.stage.checkpoint}))
+    found = hash_weights_of(replace(spec, stage=replace(spec.stage, checkpoint=str(adapter))))
+    assert {"checkpoint/adapter_config.json", "base/model.safetensors"} <= set(found)
+
+
+def test_files_have_the_same_names_wherever_they_lie(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path / "run", tmp_path / "data")
+    places = Places(train=tmp_path / "rows/train.json", evaluation=None, images=tmp_path / "images")
+    files = {tmp_path / "rows/train.json": "1", tmp_path / "images/a/b.png": "2", tmp_path / "data/digits/x.png": "3"}
+    assert list_inputs(spec, places, files).data == {"a/b.png": "2", "digits/x.png": "3", str(tmp_path / "rows/train.json"): "1"}
+
+
+def test_one_changed_pixel_is_one_other_file(digits: Path, tmp_path: Path) -> None:
+    from shutil import copytree
+
+    from PIL import Image
+
+    copytree(digits / "digits", tmp_path / "mine")
+    spec = make_spec(tmp_path / "run", tmp_path / "data")
+    mine = {
+        "train": str(tmp_path / "mine/train.json"),
+        "evaluation": str(tmp_path / "mine/evaluation.json"),
+        "images": str(tmp_path / "mine"),
+    }
+    spec = replace(spec, data=replace(spec.data, builtin="", **mine))  # a built-in set is written anew where it was changed
+    report, problems, files = examine_data(spec)
+    before = list_inputs(spec, resolve(spec.data), files)
+    assert not problems and len(before.data) == report.images + 2
+    path = next(path for path in sorted(files) if path.suffix == ".png")
+    with Image.open(path) as image:
+        image.putpixel((0, 0), image.getpixel((0, 0)) ^ 1)  # type: ignore[operator]
+        image.save(path)
+    report, _, files = examine_data(spec)
+    (line,) = describe_changes(before.data, list_inputs(spec, resolve(spec.data), files).data)
+    assert path.name in line and "another file" in line
+
+
+@pytest.mark.parametrize(
+    ("expects", "said"),
+    [
+        (Expectation(run_id="R", data_sha256="d" * 64), r"not what run R read:\n  data: [0-9a-f]{12} in place of dddddddddddd"),
+        (Expectation(run_id="R", weights={"model/a.safetensors": "2"}), r"weights model/a\.safetensors: another file"),
+        (Expectation(run_id="R", weights={**INPUTS.weights, "model/b": "2"}), r"weights model/b: missing"),
+        (Expectation(run_id="R", weights={"model/b": "2"}), r"(?s)model/a\.safetensors: new.*model/b: missing"),
+    ],
+)
+def test_other_inputs_are_refused_by_name(expects: Expectation, said: str) -> None:
+    with pytest.raises(InputRefused, match=said):
+        refuse_other_inputs(expects, INPUTS, "0" * 64)
+
+
+@pytest.mark.parametrize("expects", [None, Expectation(run_id="R"), Expectation(run_id="R", data_sha256="0" * 64, weights=INPUTS.weights)])
+def test_the_same_inputs_pass(expects: Expectation | None) -> None:
+    refuse_other_inputs(expects, INPUTS, "0" * 64)
+
+
+def test_many_changes_are_counted() -> None:
+    lines = describe_changes({str(number): "1" for number in range(25)}, {})
+    assert len(lines) == 11 and lines[-1] == "and 15 more"

@@ -1,0 +1,72 @@
+"""The environment of a run as flat facts, key -> text, so that two can be held against each other. Part of the contract; standard library.
+
+A key is its kind, and where there are several of the kind a name: `python`, `driver`, `package torch`, `variable OMP_NUM_THREADS`.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from trainer.contract.rows import EnvReport
+
+# Variables that are others in every run, or name one of several like devices.
+VARYING = ("MASTER_", "TORCHELASTIC_", "OMNILAUNCH_", "ASCEND_PROCESS_LOG_PATH", "CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES")
+VARYING_RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK")
+VARIABLE = "variable"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """What a rerun must find again, from the record of run `run_id`; whatever is empty is not asked. `weights`: as in Inputs; `facts`: as
+    `facts_of` makes them, of which those in `free` may be others, since somebody asked for it."""
+
+    run_id: str
+    data_sha256: str = ""
+    weights: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+    free: tuple[str, ...] = ()
+
+
+def facts_of(report: EnvReport) -> dict[str, str]:
+    """Of what may change a run's numbers or its speed. What could not be asked is left out."""
+    facts = {
+        "python": report.python,
+        "accelerator": report.accelerator,
+        "driver": report.driver,
+        "world_size": str(report.world_size),
+        "threads": str(report.threads),
+        "firmware": ", ".join(dict.fromkeys(rank.firmware for rank in report.ranks if rank.firmware)),
+    }
+    for rank, title in enumerate(report.devices):
+        facts[f"device {rank}"] = title.partition(": ")[2] or title
+    for rank, found in enumerate(report.ranks):
+        facts |= {f"driver of rank {rank}": found.driver, f"threads of rank {rank}": str(found.threads)} if rank else {}
+    named = {"package": report.packages, "toolkit": report.toolkit, "setting": report.settings, "determinism": report.determinism}
+    for kind, values in named.items():
+        facts |= {f"{kind} {name}": value for name, value in values.items()}
+    facts |= {f"{VARIABLE} {name}": value for name, value in report.environment.items() if not varies(name)}
+    return {key: value for key, value in facts.items() if value}
+
+
+def varies(variable: str) -> bool:
+    return variable in VARYING_RANKS or variable.startswith(VARYING)
+
+
+def kind_of(key: str) -> str:
+    return key.partition(" ")[0]
+
+
+def changed_facts(expected: Mapping[str, str], found: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Key -> (expected, found) where they differ; '' for what is not there. Facts that only `found` has count where they are variables, and
+    where variables are expected at all: a newer version asks for more than an older one did."""
+    added = [key for key in found if kind_of(key) == VARIABLE and key not in expected] if VARIABLE in kinds(expected) else []
+    keys: Iterable[str] = (*expected, *added)
+    return {key: (expected.get(key, ""), found.get(key, "")) for key in keys if expected.get(key, "") != found.get(key, "")}
+
+
+def kinds(facts: Mapping[str, str]) -> set[str]:
+    return {kind_of(key) for key in facts}
+
+
+def describe_change(key: str, change: tuple[str, str]) -> str:
+    expected, found = (repr(value) if value else "not there" for value in change)
+    return f"{key}: {expected} in the record, {found} here"

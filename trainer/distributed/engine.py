@@ -1,0 +1,259 @@
+"""DeepSpeed behind the few words that the loop needs: forward, backward, step, gather.
+
+DeepSpeed is imported inside the functions: its import picks an accelerator by DS_ACCELERATOR, which `start_distributed` sets.
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from trainer.contract import DeviceSpec, Dtype, Optimizer, RunFailed, TrainSpec
+from trainer.distributed.effective_config import refuse_mismatch
+from trainer.kernels.cross_entropy import sum_loss
+from trainer.optim.adamw import StochasticAdamW, stretches_of
+from trainer.optim.adamw_8bit import AdamW8bit
+from trainer.optim.optimizer_shard import find_parts
+
+RATE = "rate"  # key of a parameter group: its learning rate over that of the schedule
+IGNORED = -100  # label of a token that is not trained on
+SETTLE_S = 0.3  # a hundred times what a thread of gloo takes, whose turn comes later on a busy machine
+FUSED = ("cpu", "cuda")  # where torch has AdamW as one kernel: on the digits job a tenth of a step faster than one op at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What one optimizer step did. `grad_norm`: before clipping, over all ranks."""
+
+    grad_norm: float
+    loss_scale: float
+    skipped: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """A model that trains. `handle` is the DeepSpeedEngine, `model` the module in it. `loss_chunk`: TrainSpec.loss_chunk."""
+
+    handle: Any
+    model: torch.nn.Module
+    device: torch.device
+    rank: int
+    world_size: int
+    loss_chunk: int = 0
+
+    def loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
+        """Cross entropy summed over the trained tokens of a micro-batch, float32, scalar.
+
+        `batch`: input_ids, attention_mask, labels (samples, length) int64, and the images of the family. Logits are made at
+        trained positions alone: at 150,000 tokens of vocabulary the others would be the largest tensor of the step. Packed rows
+        (trainer.data.batch.pack) come with position_ids, and the ends of their samples, or nothing, take the place of the mask.
+        """
+        kept = {"labels", "sample_ends", *(("attention_mask",) if "position_ids" in batch else ())}
+        inputs = {key: value.to(self.device, non_blocking=True) for key, value in batch.items() if key not in kept}
+        if "sample_ends" in batch:
+            inputs["attention_mask"] = batch["sample_ends"]
+        targets = batch["labels"][:, 1:]
+        trained = targets != IGNORED
+        positions = torch.nn.functional.pad(trained, (0, 1)).to(self.device, non_blocking=True)
+
+        def run() -> Tensor:
+            return self.handle(**inputs, logits_to_keep=positions, use_cache=False).logits  # type: ignore[no-any-return]
+
+        return sum_loss(self.model, run, targets[trained].to(self.device, non_blocking=True), chunk=self.loss_chunk)
+
+    def begin_micro(self, *, last: bool) -> None:
+        """Before each micro-batch: whether the weights are updated after it. Said every time, since packed steps have different numbers of
+        micro-batches, which DeepSpeed's own count does not know."""
+        self.handle.set_gradient_accumulation_boundary(last)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this loss's gradient to the step's. DeepSpeed means over ranks, and is kept from dividing by the accumulation.
+
+        A loss that is no number makes every gradient so, which keeps `step` from updating anything on any rank: an infinite one may well
+        have finite gradients."""
+        spoil = 1 + (loss.detach() - loss.detach())  # 1, or NaN
+        self.handle.backward(loss * spoil, scale_wrt_gas=False)
+
+    def micro_step(self) -> None:
+        """Tell DeepSpeed that a micro-batch is done; it updates the weights after the last one of the step."""
+        self.handle.step()
+
+    def step(self, lr: float) -> Update:
+        """Update the weights after the last micro-batch of the step, unless a gradient is no number: then the update is skipped, by DeepSpeed
+        in all its optimizers and here where torch's own is at work."""
+        for group in self.handle.optimizer.param_groups:
+            group["lr"] = lr * group.get(RATE, 1.0)
+        norm = self._fp32_norm()
+        if norm is not None and not bool(norm.isfinite()):
+            return Update(grad_norm=float(norm), loss_scale=1.0, skipped=True)
+        scale = float(getattr(self.handle.optimizer, "loss_scale", 1.0))
+        try:
+            self.handle.step()
+        except Exception as error:  # DeepSpeed raises a bare Exception here
+            if "loss scale already at minimum" not in str(error):
+                raise
+            raise RunFailed(
+                "the gradients overflow float16 even at a loss scale of 1. Train in bf16 or fp32, or lower stage.optimizer.lr."
+            ) from error
+        return Update(
+            grad_norm=float(self.handle.get_global_grad_norm() if norm is None else norm),
+            loss_scale=scale,
+            skipped=not self.handle.was_step_applied(),
+        )
+
+    def _fp32_norm(self) -> Tensor | None:
+        """DeepSpeed keeps no norm where the optimizer is torch's own (no ZeRO, float32); everywhere else it does."""
+        if self.handle.optimizer is not self.handle.basic_optimizer:
+            return None
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+    def add(self, value: float) -> Tensor:
+        """The sum over all ranks, float32, scalar, on the device (so that nothing waits for it here)."""
+        total = torch.tensor(value, dtype=torch.float32, device=self.device)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(total)
+        return total
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Each rank's vector, float32: (n) -> (world_size, n), on the CPU. The one place of a step that waits for the device."""
+        if self.world_size == 1:
+            return values.unsqueeze(0).cpu()
+        table = [torch.empty_like(values) for _ in range(self.world_size)]
+        torch.distributed.all_gather(table, values)
+        return torch.stack(table).cpu()
+
+    def agree(self, problem: str) -> None:
+        """Raises RunFailed on every rank when any of them says a problem, so that none of them waits for the others for ever."""
+        said = [problem] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(said, problem)
+        if any(said):
+            raise RunFailed(next(filter(None, said)))
+
+    def gather_weights(self) -> dict[str, Tensor]:
+        """Names in memory -> whole tensors, on rank 0; {} on the others. A collective under ZeRO 3, one parameter at a time.
+
+        With peft only what trains is gathered: an adapter holds nothing else.
+        """
+        adapter = hasattr(self.model, "peft_config")
+        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad or not adapter}
+        if self.handle.zero_optimization_stage() < 3:
+            weights = {name: p.detach() for name, p in parameters.items()}
+        else:
+            weights = {name: tensor for name, p in parameters.items() if (tensor := self._whole(p)) is not None}
+        kept = self.model.state_dict().keys()
+        buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
+        return {**weights, **buffers} if self.rank == 0 else {}
+
+    def _whole(self, parameter: torch.nn.Parameter) -> Tensor | None:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().cpu().clone() if self.rank == 0 else None
+
+
+def start_distributed(spec: DeviceSpec) -> None:
+    """Join the process group that torchrun describes in the environment."""
+    os.environ.setdefault("DS_ACCELERATOR", spec.accelerator)  # else DeepSpeed guesses from what is installed
+    # DeepSpeed looks at its Muon optimizer, which is under torch.compile, whatever optimizer is at work: 1.2 s of imports on every rank, and
+    # with Triton installed a pool of compiling processes. Nothing here is compiled by torch.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if spec.accelerator == "cpu" and "LOCAL_WORLD_SIZE" in os.environ:
+        # DeepSpeed's shared-memory op reads what its own launcher would have set, and takes the absence for no rank at all.
+        os.environ.setdefault("LOCAL_SIZE", os.environ["LOCAL_WORLD_SIZE"])
+    import deepspeed
+    from deepspeed.git_version_info import installed_ops
+
+    if not installed_ops.get("deepspeed_shm_comm"):
+        # On the CPU DeepSpeed compiles its shared-memory op here, for a minute and with a compiler that may not be there. An
+        # empty table says "no op is compatible"; deepspeed.comm.torch.build_shm_op is its only reader.
+        deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed(dist_backend=spec.backend, timeout=timedelta(seconds=spec.timeout_s), verbose=False)
+
+
+def start_alone() -> None:
+    """A process group of this process, for a stage that torchrun does not start: no port, no DeepSpeed."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+
+def leave_distributed() -> None:
+    """Leave the process group, once all ranks have done their last collective.
+
+    torch 2.7.1 joins gloo's threads with Python's lock held, and one that still has to let go of a collective's tensors waits for that lock:
+    a rank that never ends. The threads get the lock here first. 2.13.0 does not need it (tests/trainer/distributed/test_leave.py)."""
+    if torch.distributed.get_backend() == "gloo" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        time.sleep(SETTLE_S)
+    torch.distributed.destroy_process_group()
+
+
+def start_engine(model: torch.nn.Module, spec: TrainSpec, device: torch.device, *, rates: Mapping[str, float] | None = None) -> Engine:
+    """Wrap a model whose trainable parameters are marked. `rates`: see build_optimizer. Raises RunFailed when DeepSpeed took another
+    config than planned."""
+    import deepspeed
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    offload = spec.zero.get("offload_optimizer") is not None
+    states = spec.precision.optimizer
+    if spec.precision.rounding == "stochastic":
+        optimizer: torch.optim.Optimizer = build_stochastic(model, spec, rates or {})
+    else:
+        fused = spec.device.accelerator in FUSED
+        optimizer = build_optimizer(model, spec.optimizer, rates or {}, states=states, offload=offload, fused=fused, seed=spec.seed)
+    handle, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(spec.deepspeed))
+    if spec.device.world_size == 1 and (handle.zero_optimization_stage() == 0 or isinstance(handle.optimizer, BF16_Optimizer)):
+        # Else gradients are packed, summed over the one rank and unpacked: by BF16_Optimizer in two copies more, rounded to bfloat16.
+        handle.enable_backward_allreduce = False
+    engine = Engine(
+        handle=handle,
+        model=handle.module,
+        device=device,
+        rank=torch.distributed.get_rank(),
+        world_size=torch.distributed.get_world_size(),
+        loss_chunk=spec.loss_chunk,
+    )
+    refuse_mismatch(engine, spec)
+    if isinstance(optimizer, StochasticAdamW):
+        optimizer.place(stretches_of(find_parts(engine)))
+    if isinstance(optimizer, AdamW8bit):
+        optimizer.place(find_parts(engine))
+    return engine
+
+
+def build_optimizer(
+    model: torch.nn.Module, optimizer: Optimizer, rates: Mapping[str, float], *, states: Dtype, offload: bool, fused: bool, seed: int
+) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters. `rates`: name -> learning rate over that of the schedule, 1 where it is not named."""
+    groups = group_parameters(model, optimizer, rates)
+    values: dict[str, Any] = {"lr": optimizer.lr, "betas": (optimizer.beta1, optimizer.beta2), "eps": optimizer.eps}
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, fp32_optimizer_states=states == "float32", **values)
+    if optimizer.state_bits == 8:
+        return AdamW8bit(groups, seed=seed, **values)
+    return torch.optim.AdamW(groups, fused=fused, **values)
+
+
+def build_stochastic(model: torch.nn.Module, spec: TrainSpec, rates: Mapping[str, float]) -> StochasticAdamW:
+    values = spec.optimizer
+    groups = group_parameters(model, values, rates)
+    return StochasticAdamW(groups, seed=spec.seed, lr=values.lr, betas=(values.beta1, values.beta2), eps=values.eps)
+
+
+def group_parameters(model: torch.nn.Module, optimizer: Optimizer, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The trainable parameters by rate, and by decay: matrices alone, since decaying norms and biases pulls them to zero for nothing."""
+    trainable = [(rates.get(name, 1.0), p) for name, p in model.named_parameters() if p.requires_grad]
+    dimensions = {p: len(getattr(p, "ds_shape", p.shape)) for _, p in trainable}  # what ZeRO 3 has cut is a vector
+    groups = [
+        {"params": [p for own, p in trainable if own == rate and (dimensions[p] >= 2) == matrices], "weight_decay": decay, RATE: rate}
+        for rate in dict.fromkeys(rate for rate, _ in trainable)
+        for matrices, decay in ((True, optimizer.weight_decay), (False, 0.0))
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,35 @@
+"""The answers of a checkpoint beside those of its base: which samples got better, and by how much in all."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from trainer.checkpoint.journal import Row
+
+Change = Literal["better", "worse", "same"]
+LOWER = ("perplexity",)
+
+
+def compare_rows(rows: Sequence[Row], base: Sequence[Row], metrics: Sequence[str]) -> list[Row]:
+    """Each row with `base`: what the base answered, its figures, and the change by the first of `metrics`. Both in the order of the samples."""
+    metric = metrics[0] if metrics else "exact_match"
+    compared = []
+    for row, before in zip(rows, base, strict=True):
+        told = {key: before[key] for key in ("got", "match", "scores") if key in before}
+        compared.append(row | {"base": told | {"change": find_change(figure(row, metric), figure(before, metric), metric)}})
+    return compared
+
+
+def figure(row: Row, metric: str) -> float:
+    return float(row["match"]) if metric == "exact_match" else float(row["scores"][metric])
+
+
+def find_change(now: float, before: float, metric: str) -> Change:
+    if now == before:
+        return "same"
+    return "better" if (now > before) != (metric in LOWER) else "worse"
+
+
+def compare_scores(scores: dict[str, float], base: dict[str, float], rows: Sequence[Row]) -> dict[str, float]:
+    """`scores` with the base's under base_<name>, and how many samples are better, worse and the same."""
+    counts = {change: float(sum(row["base"]["change"] == change for row in rows)) for change in ("better", "worse", "same")}
+    return scores | {f"base_{name}": value for name, value in base.items() if name != "count"} | counts

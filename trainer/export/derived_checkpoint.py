@@ -1,0 +1,143 @@
+"""The checkpoint that a stage after training makes of another one: written aside, checked, named. Whatever goes wrong, nothing half-done is
+left, and what it was made of stays as it was."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from trainer.checkpoint.checkpoint import PARTIAL, ROOM_BYTES, checkpoints_of, remove
+from trainer.checkpoint.pending import Draft, begin_folder, complete
+from trainer.contract import SCHEMA, InputRefused, Origin, RunFailed, TrainResult, TrainSpec
+from trainer.contract.checkpoint_files import NAME, STATE_FILE, CheckpointState, fixed_parts, whole_state
+from trainer.contract.weight_files import INDEX, PICKLED_INDEX
+from trainer.models import find_family
+from trainer.stages.chain import groups_trained
+from trainer.tensor.stream import Outgoing, open_tensors, write_shards
+
+# Of a checkpoint beside its weights: configs, tokenizer, processor, templates, the code that a published config names.
+COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+LEFT = (STATE_FILE, INDEX, PICKLED_INDEX, "adapter_config.json")
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """`tensors`: of the new checkpoint, in order. `folders`: whose other files are copied, the later ones over the earlier. `finish`: what
+    is left to write, and the checks, given the folder; raises RunFailed where it is not what it should be. Returns figures for the result."""
+
+    tensors: Sequence[Outgoing]
+    folders: tuple[Path, ...]
+    shard_bytes: int
+    finish: Callable[[Path], dict[str, float]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def make_product(product: Product, spec: TrainSpec, origin: Origin) -> TrainResult:
+    """Write, check and name it. Raises RunFailed for a disk that is full."""
+    final = checkpoints_of(spec) / NAME.format(step=origin.step)
+    aside = final.with_name(PARTIAL.format(name=final.name))
+    draft = Draft(final=final, aside=aside, state=describe_state(spec, origin), writers=0, needed=product.nbytes + ROOM_BYTES)
+    if final.exists():
+        remove(final)  # of an attempt that was ended before it could say its result
+    try:
+        begin_folder(draft)
+        copy_files(product.folders, aside)
+        write_shards(product.tensors, aside, product.shard_bytes)
+        figures = product.finish(aside)
+        require_files(aside, spec)
+        complete(draft, spec)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise RunFailed(describe_loss(spec, origin, draft.needed, error)) from error
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    state = whole_state(final)
+    assert state is not None
+    return TrainResult(
+        schema=SCHEMA,
+        status="finished",
+        steps=0,
+        seconds=0.0,
+        samples_per_s=0.0,
+        final_loss=None,
+        checkpoint=state.path,
+        weights_sha256=state.weights_sha256,
+        evaluation=figures,
+    )
+
+
+def describe_state(spec: TrainSpec, origin: Origin) -> CheckpointState:
+    return CheckpointState(
+        schema=SCHEMA,
+        step=origin.step,
+        weights_sha256="",
+        data_sha256="",
+        world_size=0,
+        spec=fixed_parts(spec),
+        files={},
+        run_id=spec.run_id,
+        trained=groups_trained(origin, spec.stage),
+    )
+
+
+def describe_loss(spec: TrainSpec, origin: Origin, needed: int, error: Exception) -> str:
+    return (
+        f"stage {spec.stage.name}: the checkpoint could not be written to {checkpoints_of(spec)}: {error}. Nothing of it is left, and "
+        f"{origin.base or origin.path} is as it was. It needs {needed / 2**30:.2f} GiB of room: free that much, or put the run elsewhere "
+        "with cluster.root=FOLDER, and start again."
+    )
+
+
+def copy_files(folders: Sequence[Path], aside: Path) -> None:
+    """Everything but weights and what belongs to the old checkpoint alone."""
+    for folder in folders:
+        for file in sorted(folder.iterdir()):
+            if file.is_file() and file.suffix in COPIED and file.name not in LEFT and not file.name.startswith("."):
+                shutil.copyfile(file, aside / file.name)
+
+
+def require_files(aside: Path, spec: TrainSpec) -> None:
+    """Raises InputRefused where the new checkpoint lacks what opens it, or has something of an adapter left."""
+    if not (aside / "config.json").is_file():
+        raise InputRefused(f"stage.checkpoint: there is no config.json beside the weights of {spec.stage.checkpoint}. Copy it again.")
+    find_family(spec.model.family).load_processor(aside, spec.model)  # raises for a tokenizer or image processor that is not there
+    left = [file.name for file in aside.glob("adapter_*")] + [name for name in open_tensors(aside) if "lora_" in name]
+    if left:
+        raise InputRefused(f"stage.checkpoint: {', '.join(left[:3])} would be left of an adapter. Merge it first with stage=merge.")
+    settings = aside / "tokenizer_config.json"
+    inside = settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
+    if not inside and not any((aside / name).is_file() for name in TEMPLATES):
+        print(f"note: the model has no chat template beside its weights; a server needs one: conf/model/{spec.model.name}.yaml has ours")
+
+
+def require_plain(spec: TrainSpec, origin: Origin, *, adapter: bool) -> Path:
+    """The folder of whole weights that the stage works on: of the base where an `adapter` is wanted. Raises InputRefused for the other
+    of the two, for a random start, and for weights that are quantized already."""
+    kind = spec.stage.kind
+    if not origin.path:
+        raise InputRefused(f"stage {kind}: there are no weights, only a random start. Name them with stage.checkpoint=RUN_ID or a folder.")
+    if adapter and not origin.base:
+        raise InputRefused(
+            f"stage.checkpoint: {origin.path} holds whole weights and no adapter: there is nothing to merge. Name the checkpoint of a LoRA "
+            "run, or go on with these weights as they are."
+        )
+    if origin.base and not adapter:
+        raise InputRefused(
+            f"stage.checkpoint: {origin.path} is an adapter, and {kind} works on whole weights. Merge it first: omnilaunch launch "
+            f"stage=merge stage.checkpoint={origin.path}"
+        )
+    folder = Path(origin.base or origin.path)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if how := config.get("quantization_config"):
+        raise InputRefused(
+            f"stage {kind}: {folder} is quantized already ({how.get('quant_method', 'unknown')}). Take the weights that it was made of."
+        )
+    return folder

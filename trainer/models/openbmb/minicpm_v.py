@@ -1,0 +1,269 @@
+"""MiniCPM-V 2.6 and MiniCPM-o 2.6 as families: the repositories as they are published, without the code that lies in them.
+
+Of MiniCPM-o the vision-language path is trained. Its audio encoder, its speech decoder and what joins them are carried along: read, kept in
+the host's memory of the rank that saves, and saved as they were.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.modeling_utils import load_state_dict
+
+from trainer.contract import InputRefused, ModelSpec
+from trainer.contract.weight_files import is_plain, weight_files
+from trainer.data.encode import image_id, token_ids
+from trainer.models.architecture import ATTENTION, find_sizes, find_text, loading_options, refuse_differences, refuse_kind
+from trainer.models.family import UNBOUND, Family, Limit, Processor
+from trainer.models.openbmb.minicpm_network import MiniCPMO, MiniCPMV
+from trainer.models.openbmb.slicer import Slicer
+from trainer.models.processor import IMAGE_FILE, TEMPLATE_FILE, find_ids, open_tokenizer
+from trainer.models.span import Frame, Ids, Slices
+from trainer.models.template import chat_template
+from trainer.models.tiny import tiny_tokenizer
+
+TOKENS = {
+    "im_start": "<image>",
+    "im_end": "</image>",
+    "slice_start": "<slice>",
+    "slice_end": "</slice>",
+    "im_id_start": "<image_id>",
+    "im_id_end": "</image_id>",
+    "turn_token": "<|im_start|>",
+}
+MARK = "(<image>./</image>)"  # what the published processor looks for in a text
+KEPT_FILES = (  # of the tokenizer; as they are, since transformers 4 cannot read those that transformers 5 writes
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+)  # fmt: skip
+SHOWN = 12  # names of tensors in a message
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edition:
+    """What the two differ in. `carried`: prefixes of the tensors that are carried along."""
+
+    network: type[MiniCPMV]
+    source: str
+    carried: tuple[str, ...] = ()
+
+
+V_2_6 = Edition(network=MiniCPMV, source="openbmb/MiniCPM-V-2_6")
+O_2_6 = Edition(network=MiniCPMO, source="openbmb/MiniCPM-o-2_6", carried=("apm.", "audio_projection_layer.", "tts."))
+
+
+# -------------------------------------------------------------------------------------------------------------------- model
+
+
+def create(edition: Edition, model: ModelSpec) -> torch.nn.Module:
+    """Raises InputRefused when the tokenizer does not fit the vocabulary."""
+    tokenizer, options = make_tokenizer(model), model.architecture["options"]
+    vision = find_sizes(model, "vision")
+    config = edition.network.config_class(
+        **find_text(model, tokenizer),
+        vision_config=vision,
+        drop_vision_last_layer=False,
+        query_num=options["num_query"],
+        patch_size=vision["patch_size"],
+        slice_config={"max_slice_nums": options.get("max_slice_nums", 9), "patch_size": vision["patch_size"], "model_type": "minicpmv"},
+        slice_mode=True,
+        use_image_id=True,
+        batch_vision_input=True,
+        version=2.6,
+        image_token_id=image_id(tokenizer, model.image_token),
+    )
+    config._attn_implementation = ATTENTION[model.attention]
+    return edition.network(config)
+
+
+def load(edition: Edition, folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool = False) -> torch.nn.Module:
+    """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model or revision."""
+    config = read_config(edition, folder, model)
+    if getattr(config, "image_token_id", None) is None:
+        config.image_token_id = image_id(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True), model.image_token)
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all that differs is refused below
+    network, said = edition.network.from_pretrained(folder, config=config, **told, **loading_options(folder, model, dtype, hollow=hollow))
+    extra = [name for name in said["unexpected_keys"] if not name.startswith(edition.carried or ("\0",))]
+    if said["missing_keys"] or extra or said["mismatched_keys"]:
+        raise InputRefused(describe_revision(folder, model, said, extra))
+    if edition.carried and not hollow:
+        network.carried = read_tensors(folder, edition.carried)
+    return network  # type: ignore[no-any-return]
+
+
+def read_config(edition: Edition, folder: Path, model: ModelSpec) -> Any:
+    """Raises InputRefused."""
+    known = edition.network.config_class
+    refuse_kind(folder, model, known)
+    config = known.from_pretrained(folder, local_files_only=True)
+    refuse_differences(folder, model, SimpleNamespace(text_config=config, vision_config=SimpleNamespace(**config.vision_config)))
+    queries, wanted = getattr(config, "query_num", 64), model.architecture["options"]["num_query"]
+    if queries != wanted:
+        raise InputRefused(
+            f"{folder} has {queries} tokens a slice, model.architecture.options.num_query is {wanted}: choose its own model."
+        )
+    source = edition.source
+    config.auto_map = {key: name_source(value, source) for key, value in (getattr(config, "auto_map", None) or {}).items()} or None
+    return config
+
+
+def describe_revision(folder: Path, model: ModelSpec, said: Mapping[str, Any], extra: list[str]) -> str:
+    lines = []
+    for what, names in (("lacks", said["missing_keys"]), ("has besides", extra), ("has in another shape", said["mismatched_keys"])):
+        names = sorted(name if isinstance(name, str) else name[0] for name in names)
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        lines += [f"  it {what}: {', '.join(names[:SHOWN])}{more}"] if names else []
+    listed = "\n".join(lines)
+    return f"{folder} is another revision than {model.name} is made for: take the one that its config names, or all of its files.\n{listed}"
+
+
+def read_tensors(folder: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """By name, as they are on the disk, in memory of their own: the folder may be gone when they are saved."""
+    found = {}
+    for file in weight_files(folder):
+        found |= read_plain(file, prefixes) if is_plain(file) else read_pickled(file, prefixes)
+    return found
+
+
+def read_plain(file: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    with safe_open(file, framework="pt") as tensors:
+        return {name: tensors.get_tensor(name).clone() for name in tensors.keys() if name.startswith(prefixes)}  # noqa: SIM118
+
+
+def read_pickled(file: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Of a .bin, by transformers with torch's loader of tensors alone. It is mapped: what is not asked for is not read."""
+    return {name: tensor.clone() for name, tensor in load_state_dict(file).items() if name.startswith(prefixes)}
+
+
+def unused(model: torch.nn.Module) -> frozenset[str]:
+    """Every layer of the tower leads to the resampler."""
+    return frozenset()
+
+
+# ---------------------------------------------------------------------------------------------------------------- processor
+
+
+def make_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
+    return tiny_tokenizer(model.image_token, model.template, TOKENS)
+
+
+def create_processor(edition: Edition, model: ModelSpec, limit: Limit = UNBOUND) -> Processor:
+    options, patch = model.architecture["options"], model.architecture["vision"]["patch_size"]
+    saved = {
+        "image_processor_type": "MiniCPMVImageProcessor",
+        "processor_class": "MiniCPMOProcessor" if edition.carried else "MiniCPMVProcessor",
+        "max_slice_nums": options.get("max_slice_nums", 9),
+        "scale_resolution": options.get("scale_resolution", 448),
+        "patch_size": patch,
+        "use_image_id": True,
+        "image_feature_size": options["num_query"],
+        **{key: value for key, value in TOKENS.items() if key != "turn_token"},
+        "unk": model.image_token,
+        "slice_mode": True,
+        "norm_mean": [0.5, 0.5, 0.5],
+        "norm_std": [0.5, 0.5, 0.5],
+        "version": 2.6,
+    }
+    tokenizer = make_tokenizer(model)
+    return assemble(model, tokenizer, saved, limit, lambda folder: tokenizer.save_pretrained(folder))
+
+
+def load_processor(edition: Edition, folder: Path, model: ModelSpec, limit: Limit = UNBOUND) -> Processor:
+    """From the files that `Processor.save` writes, or those of a published checkpoint."""
+    config = read_config(edition, folder, model)
+    image = getattr(config, "image_token_id", None)
+    tokenizer = open_tokenizer(folder, model, image, config.vocab_size, PreTrainedTokenizerFast)
+    saved = json.loads((folder / IMAGE_FILE).read_text(encoding="utf-8"))
+    kept = {name: (folder / name).read_bytes() for name in KEPT_FILES if (folder / name).is_file()}
+    return assemble(model, tokenizer, name_code(saved, edition.source), limit, partial(write_files, kept=kept, source=edition.source))
+
+
+def assemble(model: ModelSpec, tokenizer: PreTrainedTokenizerBase, saved: dict[str, Any], limit: Limit, write_tokenizer: Any) -> Processor:
+    slicer = Slicer(saved={**saved, **({"max_slice_nums": limit.max_tiles} if limit.max_tiles else {})})
+    return Processor(
+        tokenizer=tokenizer,
+        image_features=slicer.features,
+        span=find_span(model, tokenizer, slicer),
+        save=partial(save, model=model, slicer=slicer, write_tokenizer=write_tokenizer),
+        axes={"pixel_values": -1},  # (1, 3, patch, patches * patch): all patches of all images side by side
+    )
+
+
+def find_span(model: ModelSpec, tokenizer: PreTrainedTokenizerBase, slicer: Slicer) -> Slices:
+    start, end, slice_start, slice_end = find_ids(tokenizer, TOKENS, "im_start", "im_end", "slice_start", "slice_end")
+    return Slices(
+        image=image_id(tokenizer, model.image_token),
+        overview=Frame(before=(start,), after=(end,)),
+        slice=Frame(before=(slice_start,), after=(slice_end,)),
+        line=tuple(token_ids(tokenizer, "\n")),
+        number=partial(spell_number, tokenizer) if slicer.numbered else None,
+        unit=slicer.patch,
+        scale=slicer.scale,
+        most=slicer.most,
+        tokens=slicer.tokens,
+    )
+
+
+def spell_number(tokenizer: PreTrainedTokenizerBase, place: int) -> Ids:
+    before, after = find_ids(tokenizer, TOKENS, "im_id_start", "im_id_end")
+    return (before, *token_ids(tokenizer, str(place)), after)
+
+
+# -------------------------------------------------------------------------------------------------------------------- files
+
+
+def save(folder: Path, *, model: ModelSpec, slicer: Slicer, write_tokenizer: Any) -> None:
+    """The published files. The published code wants the number of slices in both configs."""
+    write_tokenizer(folder)
+    write_json(folder / IMAGE_FILE, dict(slicer.saved))
+    (folder / TEMPLATE_FILE).write_text(chat_template(model.template, MARK), encoding="utf-8")
+    if (folder / CONFIG_FILE).is_file():
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        slices = {**(config.get("slice_config") or {}), "max_slice_nums": slicer.saved.get("max_slice_nums", 9)}
+        write_json(folder / CONFIG_FILE, {**config, "slice_config": slices})
+
+
+def write_files(folder: Path, *, kept: Mapping[str, bytes], source: str) -> None:
+    for name, content in kept.items():
+        (folder / name).write_bytes(content)
+    if "tokenizer_config.json" in kept:
+        write_json(folder / "tokenizer_config.json", name_code(json.loads(kept["tokenizer_config.json"]), source))
+
+
+def name_code(settings: dict[str, Any], source: str) -> dict[str, Any]:
+    """The code that a file names, which is not saved with it, is to be found in the published repository."""
+    named = {key: name_source(value, source) for key, value in settings.get("auto_map", {}).items()}
+    return {**settings, "auto_map": named} if named else settings
+
+
+def name_source(value: Any, source: str) -> Any:
+    """transformers' notation `repository--module.Class`."""
+    if isinstance(value, (list, tuple)):
+        return [name_source(one, source) for one in value]
+    return value if value is None or "--" in value else f"{source}--{value}"
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def make_family(name: str, edition: Edition) -> Family:
+    return Family(
+        name=name,
+        create=partial(create, edition),
+        load=partial(load, edition),
+        create_processor=partial(create_processor, edition),
+        load_processor=partial(load_processor, edition),
+        unused=unused,
+    )
+
+
+MINICPM_V_2_6 = make_family("minicpm_v_2_6", V_2_6)
+MINICPM_O_2_6 = make_family("minicpm_o_2_6", O_2_6)

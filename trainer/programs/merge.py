@@ -1,0 +1,98 @@
+"""The stage merge: the adapter of stage.checkpoint into its base, tensor by tensor from file to file, and the proof that the result answers
+as base and adapter do. It needs the memory of the largest layer, and no accelerator."""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from trainer.checkpoint.adapter import Adapter, merge_tensor, read_adapter
+from trainer.checkpoint.build import weights_folder
+from trainer.checkpoint.lineage import find_origin
+from trainer.contract import InputRefused, Merging, Origin, RunFailed, TrainResult, TrainSpec
+from trainer.device.rank import Rank
+from trainer.export.derived_checkpoint import Product, make_product, require_plain
+from trainer.export.probe import compare, compute_logits, make_probes, open_hollow
+from trainer.models import find_family
+from trainer.observe.memory import Gauge
+from trainer.tensor.naming import name_in_memory
+from trainer.tensor.stream import Outgoing, Source, copy_tensor, open_tensors
+from trainer.train.run import describe_place
+
+
+def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
+    """Raises InputRefused for an adapter that does not fit its base or is of a kind that cannot be merged, RunFailed where the result
+    answers otherwise than base and adapter by more than the bound."""
+    began, gauge = time.perf_counter(), Gauge(rank.device)
+    origin = find_origin(spec, weights_folder(spec))
+    base, folder = require_plain(spec, origin, adapter=True), Path(origin.path)
+    describe_place(spec, rank, origin, environ)
+    gauge.enter("saving")
+    sources, hollow = open_tensors(base), open_hollow(base, spec)
+    adapter = read_adapter(folder, hollow)
+    tensors = merge_tensors(sources, adapter, name_in_memory(hollow, sources), base)
+    print(f"{len(adapter.changed)} of {len(tensors)} tensors change: {len(adapter.additions)} by the adapter, {len(adapter.whole)} whole")
+
+    def finish(aside: Path) -> dict[str, float]:
+        gauge.enter("evaluation")
+        return judge(spec, rank, origin, aside, bound_of(merging_of(spec), sources, adapter))
+
+    product = Product(tensors=tensors, folders=(base, folder), shard_bytes=merging_of(spec).shard_bytes, finish=finish)
+    result = make_product(product, spec, origin)
+    return replace(result, seconds=time.perf_counter() - began, peaks=gauge.report())
+
+
+def merging_of(spec: TrainSpec) -> Merging:
+    return spec.stage.merging or Merging()
+
+
+def merge_tensors(sources: Mapping[str, Source], adapter: Adapter, memory: Mapping[str, str], base: Path) -> list[Outgoing]:
+    """Raises InputRefused where the adapter changes what the files of the base hold in no tensor of its own."""
+    lost = sorted(adapter.changed - set(memory.values()))
+    if lost:
+        raise InputRefused(
+            f"the adapter changes {', '.join(lost[:5])}, which the files of {base} have in another form: it cannot be merged file by file. "
+            "Save the base once more with this version of transformers (stage=convert does), and merge into that."
+        )
+    changed = adapter.changed
+    return [
+        merge_tensor(name, memory[name], source, adapter) if memory.get(name) in changed else copy_tensor(name, source)
+        for name, source in sources.items()
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------- checking
+
+
+def bound_of(merging: Merging, sources: Mapping[str, Source], adapter: Adapter) -> float:
+    """The most by which logits may differ, relative to the largest. The sums of float32 weights differ in their last bits alone, which is
+    merging.tolerance. In 16 bits each merged weight is rounded, by at most u relative to itself (Higham, Accuracy and Stability of
+    Numerical Algorithms, 2.2): bfloat16 2^-8, float16 2^-11. One layer's output is then off by u at most, relative to its own size, and
+    the n layers' roundings know nothing of each other, so that their sum grows as the square root of n: u * sqrt(n) comes on top."""
+    dtypes = {source.dtype for source in sources.values() if source.dtype.is_floating_point}
+    unit = max((torch.finfo(dtype).eps / 2 for dtype in dtypes if dtype.itemsize < torch.float32.itemsize), default=0.0)
+    return merging.tolerance + unit * math.sqrt(len(adapter.changed))
+
+
+def judge(spec: TrainSpec, rank: Rank, origin: Origin, aside: Path, bound: float) -> dict[str, float]:
+    """The figures of the result. Raises RunFailed above the bound."""
+    count = merging_of(spec).probes
+    if not count:
+        return {}
+    batch = make_probes(spec, find_family(spec.model.family).load_processor(aside, spec.model), count)
+    apart = compute_logits(Path(origin.base), spec, batch, rank.place, adapter=Path(origin.path))
+    found = compare(apart, compute_logits(aside, spec, batch, rank.place), count)
+    print(
+        f"logits of base and adapter against merged, {found.probes} probes, {found.values:,} values: largest difference "
+        f"{found.relative:.2e} of the largest logit, bound {bound:.2e}; the same first choice at {found.agreement:.1%} of the places"
+    )
+    if not found.relative <= bound:
+        raise RunFailed(
+            f"stage merge: the merged weights answer otherwise than base and adapter: logits differ by {found.relative:.2e} of the largest, "
+            f"{bound:.2e} is the bound. Nothing of it is left. A weight that overflows in the base's type does that: convert the base to "
+            "float32 with stage=convert stage.conversion.dtype=float32, or set stage.merging.tolerance to what you accept."
+        )
+    return {"logit_error": found.relative, "logit_bound": bound, "logit_agreement": found.agreement, "probes": float(count)}

@@ -1,0 +1,129 @@
+"""The stage serve: one model behind HTTP until somebody asks it to stop."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from trainer.contract import SCHEMA, SERVING_FILE, InputRefused, RunFailed, Serving, ServingReport, TrainResult, TrainSpec, write
+from trainer.device.rank import Rank
+from trainer.generation.answerer import Answerer
+from trainer.generation.sampling import check_sampling
+from trainer.observe.memory import Gauge
+from trainer.serving.app import COMPLETIONS, make_app
+from trainer.serving.body import BODY_TIMEOUT_S
+from trainer.serving.chat import LATE_S, Chat
+from trainer.serving.door import Door, open_door
+from trainer.serving.fetch import Fetcher, read_hosts
+from trainer.serving.gate import Gate
+from trainer.serving.listener import Listener, listening
+from trainer.serving.metric import OUTCOMES, Meters, make_meters
+from trainer.serving.queue import Queue
+from trainer.serving.worker import work
+from trainer.train.loop import stop_on_signals
+from trainer.train.run import open_model
+
+LAST_BYTES_S = 2.0  # for what was answered to get out
+SETTLE_S = 0.02
+# torchrun passes SIGTERM on and kills its ranks 30 s later (torch 2.7 to 2.13), ten of which this one may need to end.
+TORCHRUN_DRAIN_S = 20.0
+UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
+LEAST = {
+    **dict.fromkeys(("max_batch", "max_waiting", "max_body_bytes", "max_image_bytes", "max_image_pixels"), 1),
+    **dict.fromkeys(("wait_ms", "max_images", "drain_timeout_s"), 0),
+    **dict.fromkeys(("fetch_timeout_s", "request_timeout_s"), 0.001),
+}
+
+
+def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
+    """Until SIGTERM or SIGINT, and then until all that was taken is answered. Raises InputRefused before the model is loaded, RunFailed
+    when the device or the listener is lost."""
+    serving = serving_of(spec, environ)
+    hosts = read_hosts(serving.hosts)
+    door = open_door(serving, environ)
+    (Path(spec.output) / SERVING_FILE).unlink(missing_ok=True)  # of an earlier attempt
+    began, gauge = time.perf_counter(), Gauge(rank.device)
+    with stop_on_signals() as stop:
+        queue = Queue(most_batch=serving.max_batch, wait_s=serving.wait_ms / 1000)
+        gate = Gate(lambda: stop.up, serving.drain_timeout_s)
+        meters = make_meters(lambda: chat.waiting, lambda: gate.inside)
+        fetcher = Fetcher(hosts=hosts, timeout_s=serving.fetch_timeout_s, most_bytes=serving.max_image_bytes)
+        chat = Chat(serving, serving.model_name or spec.model.name, queue, meters, fetcher)
+        app = make_app(chat, gate, meters, door, began=int(time.time()))
+        with listening(app, door.listener, serving.request_timeout_s + LATE_S + BODY_TIMEOUT_S) as listener:
+            made = open_model(spec, rank, environ, spread=serving.spread == "auto")
+            chat.answerer = Answerer(made.staged.model, made.processor, spec, rank.place)
+            gate.ready = True
+            announce(spec, serving, door, chat.name)
+            try:
+                work(queue, chat.answerer, gate, meters, limit_s=serving.request_timeout_s, check=lambda: check(listener, rank))
+            finally:
+                queue.close()
+            await_last(gate)
+    chat.pool.shutdown(wait=False, cancel_futures=True)
+    seconds = time.perf_counter() - began
+    return summarise(meters, seconds, gauge)
+
+
+def serving_of(spec: TrainSpec, environ: Mapping[str, str]) -> Serving:
+    """Raises InputRefused for numbers with which no request could be answered."""
+    serving = spec.stage.serving
+    if serving is None:
+        raise InputRefused("stage.serving is not set\n    choose stage=serve, which has it")
+    for name, least in LEAST.items():
+        if getattr(serving, name) < least:
+            raise InputRefused(f"stage.serving.{name} is {getattr(serving, name):g}: it can be {least:g} or more")
+    try:
+        check_sampling(serving.sampling)
+    except InputRefused as error:
+        raise InputRefused(f"stage.serving.{error}") from None
+    if UNDER_TORCHRUN in environ and serving.drain_timeout_s > TORCHRUN_DRAIN_S:
+        print(
+            f"stage.serving.drain_timeout_s={serving.drain_timeout_s:g} is cut to {TORCHRUN_DRAIN_S:g}: torchrun kills 30 s after SIGTERM"
+        )
+        return replace(serving, drain_timeout_s=TORCHRUN_DRAIN_S)
+    return serving
+
+
+def announce(spec: TrainSpec, serving: Serving, door: Door, name: str) -> None:
+    """To whoever reads this rank's output, and in the run's folder."""
+    token = f' -H "Authorization: Bearer ${serving.token}"' if door.token else ""
+    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    example = f"curl {door.url}{COMPLETIONS} -H 'Content-Type: application/json'{token} -d '{body}'"
+    report = ServingReport(schema=SCHEMA, url=door.url, model=name, token=serving.token, example=example)
+    write(report, Path(spec.output) / SERVING_FILE)
+    print(f"serving {name} at {door.url}\n  {example}", flush=True)
+
+
+def check(listener: Listener, rank: Rank) -> None:
+    listener.check()
+    try:
+        torch.ones(1, device=rank.place).add_(1).item()
+    except RuntimeError as error:
+        raise RunFailed(f"the device {rank.place} does not compute any more ({error}). Look at it, then start the run again.") from error
+
+
+def await_last(gate: Gate) -> None:
+    until = time.monotonic() + LAST_BYTES_S
+    while gate.inside and time.monotonic() < until:
+        time.sleep(SETTLE_S)
+
+
+def summarise(meters: Meters, seconds: float, gauge: Gauge) -> TrainResult:
+    counts = {outcome: meters.count(outcome) for outcome in OUTCOMES}
+    said = ", ".join(f"{int(count)} {outcome.replace('_', ' ')}" for outcome, count in counts.items())
+    print(f"stopped after {seconds:.0f} s: {said}", flush=True)
+    return TrainResult(
+        schema=SCHEMA,
+        status="finished",
+        steps=0,
+        seconds=seconds,
+        samples_per_s=counts["answered"] / seconds,
+        final_loss=None,
+        checkpoint="",
+        weights_sha256="",
+        evaluation=counts,
+        peaks=gauge.report(),
+    )

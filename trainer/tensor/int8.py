@@ -1,0 +1,179 @@
+"""Weights of linear layers in 8 bits, one scale to each output channel, as compressed-tensors stores them: what transformers and vLLM open.
+
+A weight w of (out, in) becomes q = round(w / s) in [-128, 127], with one s to each row (symmetric, Jacob et al., arXiv 1712.05877, section
+2.1, without a zero point). In the files X.weight is then X.weight_packed (int32, four q + 128 to a word, the first in the lowest byte),
+X.weight_scale (out, 1) in the model's own type and X.weight_shape (2,) int64: format pack-quantized, which vLLM wants where activations stay
+in 16 bits (compressed_tensors/compressors/pack_quantized; vllm, compressed_tensors.py, _get_scheme_from_parts).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.tensor.stream import Outgoing, Source, read_pieces
+
+LOW, HIGH = -128, 127
+FORMAT = "pack-quantized"
+PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"  # behind the name of the weight
+# Shares of a row's largest weight that its scale may reach to; the best by the error of the layer's output (OmniQuant's clipping, Shao et
+# al., arXiv 2308.13137, section 3.2, by search in place of learning).
+CLIPS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coarse:
+    """What a weight has become. `error`: norm of the difference over the weight's own norm. `clipped`: rows whose scale is not that of
+    their largest weight."""
+
+    error: float
+    clipped: int
+
+
+def choose_scales(weight: Tensor, dtype: torch.dtype, power: Tensor | None = None) -> Tensor:
+    """(rows, in) float32 -> (rows, 1) in `dtype`. `power`: mean square of each input, (in,) float32; with it each row takes the clip by
+    which its output's error, the sum over inputs of power * (w - s q)^2, is least."""
+    largest = weight.abs().amax(dim=1, keepdim=True)
+    best = to_scale(largest, dtype)
+    if power is None:
+        return best
+    least = output_error(weight, best, power)
+    for clip in CLIPS[1:]:
+        scales = to_scale(largest * clip, dtype)
+        error = output_error(weight, scales, power)
+        better = error < least
+        best, least = torch.where(better, scales, best), torch.where(better, error, least)
+    return best
+
+
+def to_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """A row of zeros, or one so small that its scale would vanish in `dtype`, has the smallest scale of all."""
+    limits = torch.finfo(dtype)
+    return (largest / HIGH).to(dtype).clamp(min=limits.tiny * limits.eps)
+
+
+def output_error(weight: Tensor, scales: Tensor, power: Tensor) -> Tensor:
+    """(rows, 1) float32."""
+    difference = weight - round_weight(weight, scales) * scales.float()
+    return (difference.square() * power).sum(dim=1, keepdim=True)
+
+
+def round_weight(weight: Tensor, scales: Tensor) -> Tensor:
+    """The q, as float32."""
+    return (weight / scales.float()).round_().clamp_(LOW, HIGH)
+
+
+def pack(codes: Tensor) -> Tensor:
+    """(rows, in) whole numbers in [-128, 127] -> (rows, ceil(in / 4)) int32."""
+    rows, width = codes.shape
+    held = torch.zeros(rows, -(-width // 4) * 4, dtype=torch.uint8)
+    held[:, :width] = (codes + 128).to(torch.uint8)
+    return held.view(torch.int32)
+
+
+def unpack(packed: Tensor, width: int) -> Tensor:
+    """The other way: (rows, width) float32."""
+    return packed.contiguous().view(torch.uint8)[:, :width].float() - 128
+
+
+# ------------------------------------------------------------------------------------------------------------------ streaming
+
+
+def scale_rows(source: Source, power: Tensor | None) -> tuple[Tensor, Coarse]:
+    """The scales of a whole weight, (out, 1) in its dtype, and what it loses by them; a pass over it."""
+    scales, lost, norm, clipped = [], 0.0, 0.0, 0
+    for rows in read_pieces(source):
+        weight = rows.float()
+        scales.append(choose_scales(weight, source.dtype, power))
+        lost += float((round_weight(weight, scales[-1]) * scales[-1].float()).sub_(weight).double().square().sum())
+        norm += float(weight.double().square().sum())
+        clipped += int((scales[-1] != choose_scales(weight, source.dtype)).sum())
+    return torch.cat(scales), Coarse(error=(lost / norm) ** 0.5 if norm else 0.0, clipped=clipped)
+
+
+def quantize_tensor(name: str, source: Source, scales: Tensor) -> tuple[Outgoing, ...]:
+    """The three tensors in the place of the weight `name`."""
+    out, width = source.shape
+
+    def pieces() -> Iterator[Tensor]:
+        start = 0
+        for rows in read_pieces(source):
+            yield pack(round_weight(rows.float(), scales[start : start + len(rows)]))
+            start += len(rows)
+
+    return (
+        Outgoing(name=name + PACKED, dtype=torch.int32, shape=(out, -(-width // 4)), pieces=pieces),
+        Outgoing(name=name + SCALE, dtype=scales.dtype, shape=tuple(scales.shape), pieces=lambda: iter((scales,))),
+        Outgoing(name=name + SHAPE, dtype=torch.int64, shape=(2,), pieces=lambda: iter((torch.tensor(source.shape),))),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dequantized:
+    """A quantized weight, read as the numbers that it stands for, in float32."""
+
+    packed: Source
+    scales: Source
+    width: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.packed.shape[0], self.width)
+
+    def read(self, start: int, count: int) -> Tensor:
+        """Elements [start, start + count) of the flattened tensor, which must be whole rows: (count,)."""
+        first, rows, words = start // self.width, count // self.width, self.packed.shape[1]
+        packed = self.packed.read(first * words, rows * words).view(rows, words)
+        return (unpack(packed, self.width) * self.scales.read(first, rows).float()[:, None]).view(-1)
+
+    def read_whole(self) -> Tensor:
+        return self.read(0, self.shape[0] * self.width).view(self.shape)
+
+
+def see_through(sources: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a quantized checkpoint as those of the model that it stands for. Of any other: as they are."""
+    found = {name: source for name, source in sources.items() if not is_part(name, sources)}
+    for name in (name for name in sources if name.endswith(f".weight{PACKED}")):
+        weight = name.removesuffix(PACKED)
+        width = int(sources[weight + SHAPE].read_whole()[1])
+        found[weight] = Dequantized(packed=sources[name], scales=sources[weight + SCALE], width=width)
+    return found
+
+
+def is_part(name: str, sources: Mapping[str, Any]) -> bool:
+    return any(name.endswith(f".weight{end}") and f"{name.removesuffix(end)}{PACKED}" in sources for end in (PACKED, SCALE, SHAPE))
+
+
+# ------------------------------------------------------------------------------------------------------------------- config
+
+
+def describe_format(ignore: Sequence[str]) -> dict[str, Any]:
+    """quantization_config of config.json. `ignore`: linear layers that stay as they are, by regex."""
+    weights = {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel",
+        "group_size": None,
+        "block_structure": None,
+        "dynamic": False,
+        "actorder": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None, "format": FORMAT}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(ignore),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }

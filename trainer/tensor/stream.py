@@ -1,0 +1,219 @@
+"""Weights read and written in pieces, so that no process ever holds a whole model: every tensor in a folder as something to read from, and
+new tensors, which are made while they are written, in safetensors files of bounded size with transformers' index.
+
+Reading is by `read`, never by a map of the file: mapped pages would count as this process's memory.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from trainer.contract import InputRefused, write_text
+from trainer.contract.weight_files import INDEX, PICKLED_INDEX, WEIGHTS, is_plain, read_header, weight_files
+from trainer.tensor.shard import Stored, sync
+
+# https://huggingface.co/docs/safetensors#format
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
+PIECE_ELEMENTS = 2**24  # worked on at a time: 64 MiB in float32
+SHARD = "model-{number:05d}-of-{count:05d}.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A tensor of a .bin file, which torch maps into memory."""
+
+    tensor: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def read(self, start: int, count: int) -> Tensor:
+        return self.tensor.reshape(-1)[start : start + count]
+
+    def read_whole(self) -> Tensor:
+        return self.tensor
+
+
+class Source(Protocol):
+    """A tensor on the disk. `read`: elements [start, start + count) of it, flattened: (count,)."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self, start: int, count: int) -> Tensor: ...
+
+    def read_whole(self) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outgoing:
+    """A tensor to be written. `pieces`: makes its elements in order, in tensors of `dtype`, when its turn has come."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterator[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+# ----------------------------------------------------------------------------------------------------------------- reading
+
+
+def open_tensors(folder: Path) -> dict[str, Source]:
+    """Every tensor of the checkpoint or adapter in `folder` by name, in the order of the files. Raises InputRefused for a shard that is
+    missing, cut short or of another revision than the index, and for a type of element that torch has none for."""
+    found: dict[str, Source] = {}
+    files = weight_files(folder)
+    for file in files:
+        if not file.is_file():
+            raise InputRefused(f"{folder}: {file.name} is missing, which holds weights. Copy the checkpoint again.")
+        found |= open_plain(file) if is_plain(file) else open_pickled(file)
+    index = folder / (INDEX if is_plain(files[0]) else PICKLED_INDEX)
+    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+    if lost := sorted(set(named) - set(found)):
+        raise InputRefused(
+            f"{folder}: {index.name} names {len(lost)} tensors that none of its files has, as {', '.join(lost[:3])}: the files are of "
+            "another revision than the index. Copy the checkpoint again."
+        )
+    return found
+
+
+def open_plain(file: Path) -> dict[str, Source]:
+    entries = sorted(read_header(file), key=lambda one: one[1]["data_offsets"][0])
+    unknown = [f"{name} ({entry['dtype']})" for name, entry, _ in entries if entry["dtype"] not in TYPES]
+    if unknown:
+        raise InputRefused(f"{file}: {', '.join(unknown[:3])}: torch has no such type of element; known are {', '.join(TYPES)}.")
+    return {
+        name: Stored(file=file, dtype=TYPES[entry["dtype"]], shape=tuple(entry["shape"]), begin=start + entry["data_offsets"][0])
+        for name, entry, start in entries
+    }
+
+
+def open_pickled(file: Path) -> dict[str, Source]:
+    """By torch's loader of tensors alone: code in the file is never run. Raises InputRefused where there is some."""
+    from pickle import UnpicklingError
+
+    from transformers.modeling_utils import load_state_dict
+
+    try:
+        tensors = load_state_dict(str(file), map_location="cpu", weights_only=True)
+    except (UnpicklingError, OSError, RuntimeError, ValueError) as error:
+        raise InputRefused(f"{file} is no file of tensors, or cut short: {error}. Take the published file, or copy it again.") from error
+    return {name: Held(tensor=tensor) for name, tensor in tensors.items()}
+
+
+def read_pieces(source: Source) -> Iterator[Tensor]:
+    """(rows, the other dimensions flattened) each, in order."""
+    width = torch.Size(source.shape[1:]).numel()
+    total = torch.Size(source.shape).numel()
+    step = max(1, PIECE_ELEMENTS // max(1, width)) * width
+    for start in range(0, total, max(1, step)):
+        yield source.read(start, min(step, total - start)).view(-1, width)
+
+
+def read_single(source: Source) -> Tensor:
+    """The tensor in float32, made piece by piece: what is on the disk in 16 bits is never whole beside it."""
+    made = torch.empty(source.shape, dtype=torch.float32)
+    flat, start = made.view(-1), 0
+    for piece in read_pieces(source):
+        flat[start : start + piece.numel()] = piece.reshape(-1)
+        start += piece.numel()
+    return made
+
+
+def copy_tensor(name: str, source: Source) -> Outgoing:
+    """As it is, to the bit."""
+    return Outgoing(name=name, dtype=source.dtype, shape=source.shape, pieces=lambda: read_pieces(source))
+
+
+# ----------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_shards(tensors: Sequence[Outgoing], folder: Path, shard_bytes: int, say: Callable[[str], None] = print) -> None:
+    """`tensors` in files of at most `shard_bytes`, but for a larger tensor, which has a file of its own; and the index where there are
+    several. Synced. Raises OSError for a disk that is full."""
+    shards = list(cut(tensors, shard_bytes)) if tensors else []
+    placed: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = WEIGHTS if len(shards) == 1 else SHARD.format(number=number, count=len(shards))
+        write_file(shard, folder / file)
+        placed |= {tensor.name: file for tensor in shard}
+        say(f"wrote {file}: {len(shard)} tensors, {sum(tensor.nbytes for tensor in shard) / 2**30:.2f} GiB")
+    if len(shards) > 1:
+        size = {"total_size": sum(tensor.nbytes for tensor in tensors)}
+        index = {"metadata": size, "weight_map": dict(sorted(placed.items()))}
+        write_text(json.dumps(index, indent=2) + "\n", folder / INDEX)
+
+
+def cut(tensors: Sequence[Outgoing], shard_bytes: int) -> Iterator[list[Outgoing]]:
+    """In their order, as many as go into a file."""
+    shard: list[Outgoing] = []
+    taken = 0
+    for tensor in tensors:
+        if shard and taken + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, taken = [], 0
+        shard.append(tensor)
+        taken += tensor.nbytes
+    yield shard
+
+
+def write_file(tensors: Sequence[Outgoing], path: Path) -> None:
+    """Wide elements first, so that each lies at a multiple of its size, as the safetensors library writes them."""
+    ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in ordered:
+        entries[tensor.name] = {
+            "dtype": TYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.nbytes],
+        }
+        end += tensor.nbytes
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        for tensor in ordered:
+            write_tensor(tensor, stream)
+    sync(path)
+
+
+def write_tensor(tensor: Outgoing, stream: Any) -> None:
+    written = 0
+    for piece in tensor.pieces():
+        if piece.dtype != tensor.dtype:
+            raise TypeError(f"{tensor.name}: a piece is {piece.dtype}, the tensor {tensor.dtype}")
+        written += stream.write(piece.contiguous().view(-1).view(torch.uint8).numpy())
+    if written != tensor.nbytes:
+        raise ValueError(f"{tensor.name}: {written} bytes were made of {tensor.nbytes}")

@@ -1,0 +1,344 @@
+"""One rank of a run, from its spec to its result."""
+
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+import transformers
+
+from trainer.checkpoint.best import record_best
+from trainer.checkpoint.build import CPU, build, weights_folder
+from trainer.checkpoint.checkpoint import warn_of_room
+from trainer.checkpoint.lineage import continues_adapter, find_origin
+from trainer.checkpoint.pending import Saved, make_room
+from trainer.checkpoint.resume import (
+    Start,
+    choose_start,
+    finished_before,
+    load_adapter,
+    refusing_together,
+    resume_adapter,
+    resume_engine,
+    whole_weights,
+)
+from trainer.checkpoint.scatter import SOURCE, scatter
+from trainer.contract import (
+    ENVIRONMENT_FILE,
+    LONE,
+    RESULT_FILE,
+    SAMPLES_FILE,
+    SCHEMA,
+    EnvReport,
+    InputRefused,
+    Origin,
+    RunFailed,
+    TrainResult,
+    TrainSpec,
+    facts_of,
+    kind_of,
+    write,
+)
+from trainer.contract.checkpoint_files import fixed_parts
+from trainer.contract.environment_facts import changed_facts, describe_change
+from trainer.data.check import Places, prepare, resolve
+from trainer.data.rows.sample import Sample, read_samples
+from trainer.data.rows.source import hash_sources
+from trainer.device.device import require_determinism, seed_all
+from trainer.device.log_prefix import say_phase
+from trainer.device.rank import Rank, take_place
+from trainer.distributed.effective_config import taken_config
+from trainer.distributed.engine import Engine, leave_distributed, start_alone, start_distributed, start_engine
+from trainer.evaluation.evaluate import Halted, evaluate
+from trainer.kernels.fused import use_kernels
+from trainer.models import find_family
+from trainer.models.family import Processor
+from trainer.observe.environment import report_environment
+from trainer.observe.memory import Gauge
+from trainer.observe.tracker import open_trackers, refuse_missing
+from trainer.stages.gradient_checkpointing import checkpoint_layers
+from trainer.stages.group import Staged, apply_stage, trainable_table
+from trainer.train.loop import Progress, stop_on_signals
+from trainer.train.placement import measure_cards, spread_model
+from trainer.train.step_hooks import make_row, tell_evaluation
+from trainer.train.steps import Job, progress_of, run_steps, saved_of
+
+LOST_PEER = re.compile("closed by peer|reset by peer|Broken pipe|remote process exited|Timed out waiting|Watchdog caught")  # gloo, NCCL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A model with its stage applied, before any engine. `kernels`: see use_kernels."""
+
+    staged: Staged
+    processor: Processor
+    origin: Origin
+    kernels: dict[str, str]
+
+
+def run_stage(spec: TrainSpec, environ: Mapping[str, str]) -> TrainResult:
+    """Carry out `spec` as the rank that `environ` names. Raises InputRefused and RunFailed."""
+    quieten()
+    refuse_missing(spec)
+    refuse_unmeasured(spec)
+    rank = take_place(spec, environ)
+    seed_all(spec.seed, deterministic=spec.deterministic)
+    if spec.deterministic:
+        require_determinism(spec.device.accelerator, os.environ)  # seed_all may have set one there
+    say_phase(1)
+    if spec.stage.kind in LONE:
+        start_alone()
+    else:
+        start_distributed(spec.device)
+    try:
+        before = finished_before(spec)
+        result = before or find_stage(spec.stage.kind)(spec, rank, environ)
+    except RuntimeError as error:
+        if LOST_PEER.search(str(error)):
+            raise RunFailed(
+                f"rank {rank.number} lost another rank, whose own end is the cause. Checkpoints are whole. ({error})"
+            ) from error
+        raise
+    if rank.number == 0 and before is None:
+        write(result, Path(spec.output) / RESULT_FILE)
+    leave_distributed()  # not after a failure: it would wait for ranks that are gone
+    return result
+
+
+def train_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
+    gauge = Gauge(rank.device)
+    places = find_places(spec)
+    samples = load_samples(places.train, places)
+    start = choose_start(spec, hash_sources(places.train, places.images))
+    made = make_model(spec, rank, start)
+    if spec.partitioned:
+        scatter(made.staged.model, spec, rank.place)
+    engine = start_engine(made.staged.model, spec, rank.place, rates=made.staged.rates)
+    describe(spec, rank, made, environ, engine=engine)
+    held_out = load_samples(places.evaluation, places) if spec.evaluation.enabled else ()
+
+    def answer(file: str, halted: Halted | None) -> dict[str, float]:
+        more = {"file": file, "loss_sum": engine.loss_sum if spec.evaluation.loss else None, "halted": halted}
+        return score(spec, rank, engine.model, made.processor, held_out, partitioned=spec.partitioned, **more)
+
+    with open_trackers(spec, fixed_parts(spec), environ, step=start.step, tells=rank.number == 0) as audience:
+        job = Job(
+            spec=spec,
+            engine=engine,
+            processor=made.processor,
+            samples=samples,
+            device=rank.device,
+            gauge=gauge,
+            start=start,
+            origin=made.origin,
+            audience=audience,
+            score=answer,
+        )
+        trained = take_steps(job)
+        return trained if trained.status == "stopped" else finish(job, trained)
+
+
+def make_model(spec: TrainSpec, rank: Rank, start: Start) -> Made:
+    """The model that a stage trains, as it begins or goes on. Under ZeRO 3 rank 0 alone has its values. Every rank must call it; raises
+    InputRefused on all of them."""
+    family = find_family(spec.model.family)
+    hollow = spec.partitioned and rank.number != SOURCE
+    with refusing_together():
+        origin = find_origin(spec, weights_folder(spec))
+        model, processor = build(spec, family, origin, instead=whole_weights(spec, start), place=rank.place, hollow=hollow)
+    say_phase(4)
+    kernels = use_kernels(model, spec)
+    with refusing_together():
+        if spec.gradient_checkpointing:
+            checkpoint_layers(model, spec)
+        staged = apply_stage(model, spec, family.unused(model))
+        if not hollow and start.checkpoint is None and continues_adapter(origin, spec.stage.lora):
+            load_adapter(staged.model, Path(origin.path))
+        if not hollow:
+            resume_adapter(staged.model, spec, start)
+    return Made(staged=staged, processor=processor, origin=origin, kernels=kernels)
+
+
+def take_steps(job: Job) -> TrainResult:
+    """The result without an evaluation, on the disk as that of a stopped run, for the case that a signal ends it while it evaluates."""
+    spec, engine, start = job.spec, job.engine, job.start
+    lost = start.step - start.rows.count  # steps of whose time nothing is known; told by rank 0, which has the rows
+    with stop_on_signals() as stop:  # until all stands: where one node hears of a stop first, the others' signal comes while they save
+        if start.checkpoint is not None and start.step == spec.steps:  # an earlier attempt did them all, and ended before it had evaluated
+            trained = summarise(spec, progress_of(start), saved_of(start.checkpoint), lost=lost)
+        else:
+            resume_engine(engine, spec, start)
+            warn_of_room(engine, spec)
+            trained = summarise(spec, *run_steps(job, stop), lost=lost)
+        trained = replace(trained, peaks=job.gauge.report())
+        if engine.rank == 0:
+            trained = replace(trained, best=record_best(spec))
+            write(replace(trained, status="stopped"), Path(spec.output) / RESULT_FILE)
+    return trained
+
+
+def finish(job: Job, trained: TrainResult) -> TrainResult:
+    """Evaluate the weights of the last step."""
+    spec = job.spec
+    began = time.perf_counter()
+    job.gauge.enter("evaluation")
+    scores = job.score(SAMPLES_FILE, None)
+    best = trained.best
+    if job.engine.rank == 0 and scores:
+        row = make_row(spec.steps, scores, seconds=time.perf_counter() - began)
+        tell_evaluation(spec, row, job.audience, SAMPLES_FILE)
+        best = make_room(spec)
+    return replace(trained, evaluation=scores, peaks=job.gauge.report(), best=best)
+
+
+def open_model(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], *, spread: bool = False) -> Made:
+    """The model of a stage that does not train, whole on this rank's device, or `spread` over the rank's cards; described in
+    environment.json. Raises InputRefused."""
+    family = find_family(spec.model.family)
+    origin = find_origin(spec, weights_folder(spec))
+    model, processor = build(spec, family, origin, place=CPU if spread else rank.place)
+    kernels = use_kernels(model, spec)
+    staged = apply_stage(model, spec, family.unused(model))
+    staged.model.eval()
+    if spread and spec.device.cards > 1:
+        cards = measure_cards(rank.device, spec.device.cards, rank.local * spec.device.cards)
+        placed = spread_model(staged.model, spec.model.groups, cards)
+        print(f"the model lies on {len(set(placed.values()))} of {spec.device.cards} cards", flush=True)
+    else:
+        staged.model.to(rank.place)
+    made = Made(staged=staged, processor=processor, origin=origin, kernels=kernels)
+    describe(spec, rank, made, environ, engine=None)
+    return made
+
+
+# Of each, `carry_out` does the stage. Imported when it is asked for: a server's packages are nothing that training needs.
+AFTER = {
+    "evaluate": "trainer.programs.evaluate",
+    "merge": "trainer.programs.merge",
+    "convert": "trainer.programs.convert",
+    "quantize": "trainer.programs.quantize",
+    "infer": "trainer.programs.infer",
+    "serve": "trainer.programs.serve",
+}
+Stage = Callable[[TrainSpec, Rank, Mapping[str, str]], TrainResult]
+
+
+def find_stage(kind: str) -> Stage:
+    if kind == "train":
+        return train_stage
+    found: Stage = import_module(AFTER[kind]).carry_out
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- before the steps
+
+
+def refuse_unmeasured(spec: TrainSpec) -> None:
+    """Raises InputRefused where the best checkpoint is to be kept and nothing tells which one that is."""
+    if not spec.keep_best or spec.stage.kind != "train":
+        return
+    evaluation = spec.evaluation
+    lacks = [] if evaluation.every and evaluation.enabled else ["run.evaluation.every=N and run.evaluation.enabled=true"]
+    lacks += ["run.evaluation.loss=true"] if spec.keep_best == "loss" and not evaluation.loss else []
+    if lacks:
+        raise InputRefused(
+            f"run.keep_best={spec.keep_best}: no evaluation tells it. Set {' and '.join(lacks)}, or leave run.keep_best empty."
+        )
+
+
+def quieten() -> None:
+    """Leave on the terminal what a reader of the run needs."""
+    transformers.utils.logging.disable_progress_bar()
+    # torch 2.13 renames two collectives that DeepSpeed 0.19.8 calls by their old names, once a step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    # peft 0.21.2 asks transformers 5.23 by a name that is on its way out.
+    warnings.filterwarnings("ignore", message=".?is_gradient_checkpointing", category=FutureWarning)
+
+
+def find_places(spec: TrainSpec) -> Places:
+    """Writes a builtin set where this node does not have it yet."""
+    say_phase(2)
+    prepare(spec.data)
+    return resolve(spec.data)
+
+
+def load_samples(file: Path | None, places: Places) -> tuple[Sample, ...]:
+    """Raises InputRefused with every problem: rows that are left out quietly would be another data set."""
+    if file is None:
+        return ()
+    samples, problems = read_samples(file, places.images)
+    if problems:
+        raise InputRefused("\n".join(map(str, problems)))
+    return samples
+
+
+def describe(spec: TrainSpec, rank: Rank, made: Made, environ: Mapping[str, str], *, engine: Engine | None) -> None:
+    """environment.json, the table of what trains, and the kernels that are not the plain ones. Raises InputRefused where a rerun finds
+    another environment than that of its record."""
+    deepspeed = {"config": dict(engine.handle.config), "taken": taken_config(engine)} if engine is not None else {}
+    report = report_environment(rank.device, rank.local, made.staged.groups, deepspeed, environ)
+    if report is not None:
+        write(replace(report, origin=made.origin, kernels=made.kernels), Path(spec.output) / ENVIRONMENT_FILE)
+        refuse_other_environment(spec, report)
+        trainable_table(made.staged.groups, print)
+        for name, where in made.kernels.items():
+            print(f"kernel {name}: {where}")
+        sys.stdout.flush()
+
+
+def describe_place(spec: TrainSpec, rank: Rank, origin: Origin, environ: Mapping[str, str]) -> None:
+    """environment.json of a stage that works on files and holds no model, before its long work begins: by it the launcher knows that the
+    stage has begun, however long it takes, and comparisons and reruns what it ran in. Raises InputRefused as `describe` does."""
+    report = report_environment(rank.device, rank.local, (), {}, environ)
+    if report is not None:
+        write(replace(report, origin=origin), Path(spec.output) / ENVIRONMENT_FILE)
+        refuse_other_environment(spec, report)
+
+
+def refuse_other_environment(spec: TrainSpec, report: EnvReport) -> None:
+    """Raises InputRefused that names each fact."""
+    if spec.expects is None:
+        return
+    changes = {key: change for key, change in changed_facts(spec.expects.facts, facts_of(report)).items() if key not in spec.expects.free}
+    if changes:
+        said = "\n".join(f"  {describe_change(key, change)}" for key, change in changes.items())
+        kinds = ",".join(dict.fromkeys(map(kind_of, changes)))
+        raise InputRefused(
+            f"this is not the environment of run {spec.expects.run_id}:\n{said}\nBring it back; or say that it may differ: --accept {kinds}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- after the steps
+
+
+def score(
+    spec: TrainSpec, rank: Rank, model: torch.nn.Module, processor: Processor, held_out: Sequence[Sample], *, partitioned: bool, **more: Any
+) -> dict[str, float]:
+    """{} when the run asks for no evaluation or names no held-out file. `partitioned` and `more`: see `evaluate`."""
+    if not (spec.evaluation.enabled and held_out):
+        return {}
+    place = {"rank": rank.number, "world_size": rank.world_size, "partitioned": partitioned}
+    return evaluate(model, held_out, processor, spec, rank.place, **place, **more)
+
+
+def summarise(spec: TrainSpec, progress: Progress, saved: Saved, *, lost: int) -> TrainResult:
+    """`lost`: steps that are not in `progress.seconds`."""
+    return TrainResult(
+        schema=SCHEMA,
+        status="stopped" if progress.stopped else "finished",
+        steps=progress.step,
+        seconds=progress.seconds,
+        samples_per_s=(progress.step - lost) * spec.batch.global_batch / progress.seconds if progress.seconds else 0.0,
+        final_loss=progress.loss,
+        checkpoint=saved.path,
+        weights_sha256=saved.weights_sha256,
+        evaluation={},
+    )

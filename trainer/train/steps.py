@@ -1,0 +1,131 @@
+"""The steps of a stage, with all that watches over them."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from trainer.checkpoint.pending import Saved
+from trainer.checkpoint.resume import Start
+from trainer.checkpoint.writer import Writer, choose_background
+from trainer.contract import Origin, StepRow, TrainSpec
+from trainer.contract.checkpoint_files import CheckpointState
+from trainer.data.batch.assign_to_ranks import samples_of_step
+from trainer.data.batch.cache import Cache
+from trainer.data.batch.load import batches, keep_lengths
+from trainer.data.rows.sample import Sample
+from trainer.device.device import Device
+from trainer.distributed.engine import Engine
+from trainer.models.family import Processor
+from trainer.observe.memory import Gauge
+from trainer.observe.metric import open_metrics
+from trainer.observe.tracker import Audience
+from trainer.train.loop import Progress, StopFlag, train
+from trainer.train.step_hooks import Boundary, Score
+from trainer.train.watchdog import Watchdog, end_hung, watch_steps
+
+TOLD = ("loss", "lr", "grad_norm", "tokens", "seconds", "peak_bytes", "loss_scale")  # of a step's row, to the trackers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the steps need. `start`: what is done already; `origin`: what the stage began with."""
+
+    spec: TrainSpec
+    engine: Engine
+    processor: Processor
+    samples: Sequence[Sample]
+    device: Device
+    gauge: Gauge
+    start: Start
+    origin: Origin
+    audience: Audience
+    score: Score
+
+
+def run_steps(job: Job, stop: StopFlag) -> tuple[Progress, Saved]:
+    """All steps that are not done yet, or those until `stop` is up; then a checkpoint of the last one."""
+    spec, engine, start = job.spec, job.engine, job.start
+    writer = Writer(
+        engine,
+        job.processor,
+        spec,
+        data_sha256=start.data_sha256,
+        origin=job.origin,
+        background=choose_background(engine, spec),
+    )
+    with (
+        watch_steps(spec.hang_timeout_s, rank=engine.rank, stream=sys.stderr, end=lambda why: end_hung(spec, engine.rank, why)) as watchdog,
+        open_metrics(Path(spec.output), writes=engine.rank == 0) as write_row,
+        closing(batches(job.samples, job.processor, spec, rank=engine.rank, first_step=start.step)) as source,
+        handing_over(writer),
+        closing(make_boundary(job, writer, watchdog, stop)) as boundary,
+    ):
+
+        def tell(row: StepRow) -> None:
+            write_row(row)
+            job.audience.log(row.step, {name: float(getattr(row, name)) for name in TOLD})
+
+        if boundary.reach(start.step, evaluated=start.evaluated) and start.checkpoint is not None:
+            return replace(progress_of(start), stopped=True), saved_of(start.checkpoint)
+        progress = train(
+            engine,
+            source,
+            spec,
+            done=progress_of(start),
+            watchdog=watchdog,
+            write=tell,
+            asks=lambda: boundary.asks(stop),
+            between=boundary.cross,
+            peak_bytes=job.gauge.highest,
+            name_samples=lambda step: name_samples(job, step),
+            rescue=boundary.rescue,
+        )
+        job.gauge.enter("saving")
+        return progress, writer.save(progress.step)
+
+
+def make_boundary(job: Job, writer: Writer, watchdog: Watchdog, stop: StopFlag) -> Boundary:
+    def halted() -> bool:
+        return float(job.engine.add(float(stop.up))) > 0
+
+    return Boundary(
+        job.spec,
+        writer=writer,
+        score=job.score,
+        device=job.device,
+        gauge=job.gauge,
+        watchdog=watchdog,
+        audience=job.audience,
+        rank=job.engine.rank,
+        best=job.start.best,
+        halted=halted,
+    )
+
+
+@contextmanager
+def handing_over(writer: Writer) -> Iterator[None]:
+    """What is still being written when the steps end in failure is written to its end, if that can be."""
+    try:
+        yield
+    except BaseException:
+        writer.close()
+        raise
+
+
+def name_samples(job: Job, step: int) -> str:
+    measure = keep_lengths(job.samples, job.processor, job.spec, Cache(0))
+    chosen = samples_of_step(step - 1, job.spec, count=len(job.samples), measure=measure)
+    rows: dict[str, list[int]] = {}
+    for number in sorted(chosen):
+        rows.setdefault(job.samples[number].file, []).append(job.samples[number].row)
+    return "; ".join(f"{file} rows {', '.join(map(str, sorted(own)))}" for file, own in rows.items())
+
+
+def saved_of(checkpoint: CheckpointState) -> Saved:
+    return Saved(path=checkpoint.path, weights_sha256=checkpoint.weights_sha256)
+
+
+def progress_of(start: Start) -> Progress:
+    return Progress(step=start.step, seconds=start.rows.seconds, loss=start.rows.loss)
