@@ -132,7 +132,7 @@ def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False) -> "
     from launcher.check.rules import RULES, RULES_BUT_MEMORY
     from launcher.config.compose import compose
     from launcher.image.stack import load_stacks
-    from launcher.plan.local_context import place_here
+    from launcher.plan.local_context import local_context
     from launcher.plan.plan import RUNS_FOLDER, absolute, make_plan
     from launcher.record.checkpoint_reference import resolve_base, resolve_checkpoint
     from launcher.record.record import name_run, utc_now, valid_run_id
@@ -143,7 +143,7 @@ def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False) -> "
     config = resolve_base(resolve_checkpoint(config, *runs), *runs)
     run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))
     rules = RULES_BUT_MEMORY if traced else RULES
-    return make_plan(config, load_stacks(PROJECT / "images"), place_here(PROJECT), run_id=run_id, overrides=tuple(overrides), rules=rules)
+    return make_plan(config, load_stacks(PROJECT / "images"), local_context(PROJECT), run_id=run_id, overrides=tuple(overrides), rules=rules)
 
 
 def show_plan(arguments: argparse.Namespace) -> int:
@@ -168,11 +168,11 @@ def show_traced(plan: "Plan", *, as_json: bool) -> str:
 
     from launcher.image.stack import load_stacks
     from launcher.plan.description import describe_plan
-    from launcher.plan.local_context import place_here
+    from launcher.plan.local_context import local_context
     from launcher.plan.plan import to_plain
     from launcher.plan.trace import describe_trace, go_by_trace, trace_plan
 
-    report = trace_plan(plan, place_here(PROJECT), os.environ)
+    report = trace_plan(plan, local_context(PROJECT), os.environ)
     plan = go_by_trace(plan, report, load_stacks(PROJECT / "images"))
     if as_json:
         return json.dumps(to_plain(plan) | {"trace": asdict(report)}, indent=2, ensure_ascii=False)
@@ -205,7 +205,7 @@ def launch_one(overrides: Sequence[str], run_id: str, *, detach: bool = False) -
     from contextlib import ExitStack
 
     from launcher.plan.description import describe_record
-    from launcher.plan.local_context import place_here
+    from launcher.plan.local_context import local_context
     from launcher.record.source import read_source
     from launcher.run.launch import launch
     from launcher.run.session import open_examined
@@ -221,7 +221,7 @@ def launch_one(overrides: Sequence[str], run_id: str, *, detach: bool = False) -
         say(f"looking at {', '.join(node.host for node in plan.config.cluster.working)}")
     with ExitStack() as stack:
         source = stack.enter_context(ThreadPoolExecutor(1)).submit(read_source, PROJECT)  # git is through when the nodes are looked at
-        opened = open_examined(plan, place_here(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty())
+        opened = open_examined(plan, local_context(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty())
         plan, desk = stack.enter_context(opened)
         record = launch(plan, source.result(), desk, detach=detach)
         say(describe_record(record, plan) if record else f"it goes on by itself; to take it up again: omnilaunch attach {plan.run_id}")

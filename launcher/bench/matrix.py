@@ -5,11 +5,11 @@ from pathlib import Path
 
 from launcher.bench.cell import Cell, list_cells, load_cell
 from launcher.bench.measure import published_config
-from launcher.bench.result import Result, is_unsteady, read_results, results_file
+from launcher.bench.result import PublishedResult, is_unsteady, read_results, results_file
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused
 from launcher.image.docs import markdown
-from launcher.record.comparable import Kind, find_differences, flatten, kind_of
+from launcher.record.comparable import FactKind, find_differences, flatten, kind_of
 
 BEGIN, END = "<!-- omnilaunch bench --matrix: begin -->", "<!-- omnilaunch bench --matrix: end -->"
 HEAD = ("cell", "hardware", "what", "ran", "samples/s", "memory", "final loss", "exact match", "repeats equal to the bit")
@@ -23,7 +23,7 @@ def describe_matrix(conf: Path, results: Path) -> str:
     return "\n".join(markdown((HEAD, *rows)))
 
 
-def describe_row(cell: Cell, results: Sequence[Result]) -> tuple[str, ...]:
+def describe_row(cell: Cell, results: Sequence[PublishedResult]) -> tuple[str, ...]:
     config = cell.config
     what = (
         f"{config.model.name} {config.stage.name} {config.precision.name} {config.strategy.name}, "
@@ -34,7 +34,7 @@ def describe_row(cell: Cell, results: Sequence[Result]) -> tuple[str, ...]:
     return (cell.name, f"{config.hardware.title}: {describe_devices(results[-1])}", what, *describe_result(results[-1], config))
 
 
-def describe_result(result: Result, config: Config) -> tuple[str, ...]:
+def describe_result(result: PublishedResult, config: Config) -> tuple[str, ...]:
     summary = result.summary
     speed, memory, loss = (summary[name] for name in ("samples_per_s", "peak_bytes", "final_loss"))
     score = summary.get("evaluation.exact_match")
@@ -48,7 +48,7 @@ def describe_result(result: Result, config: Config) -> tuple[str, ...]:
     )
 
 
-def describe_run(result: Result, config: Config) -> str:
+def describe_run(result: PublishedResult, config: Config) -> str:
     loads = [repeat.load for repeat in result.repeats if repeat.load is not None]
     busy = [f"load of the machine {min(loads):.1f} to {max(loads):.1f}"] if loads else []
     doubts = ["on a tree with changes"] if result.code.dirty else []
@@ -58,21 +58,21 @@ def describe_run(result: Result, config: Config) -> str:
     return ", ".join((f"{result.made_at[:10]}, {count} repeats", f"commit {result.code.commit[:12] or 'none'}", *busy, *doubts))
 
 
-def describe_bits(result: Result) -> str:
+def describe_bits(result: PublishedResult) -> str:
     rows, weights = ("yes" if equal else "no" for equal in (result.rows_equal, result.weights_equal))
     return f"rows {rows}, weights {weights}"
 
 
-def describe_devices(result: Result) -> str:
+def describe_devices(result: PublishedResult) -> str:
     """Of the running ranks, each kind once."""
     titles = [value for key, value in result.facts.items() if key.startswith("device ")]
     return ", ".join(f"{titles.count(title)} x {title}" for title in dict.fromkeys(titles))
 
 
-def has_changed(result: Result, config: Config) -> bool:
+def has_changed(result: PublishedResult, config: Config) -> bool:
     """Whether the cell of now would compute something else. A key that only one of the two has is of a version that did not know it."""
     facts = [dict(flatten(plain, "config")) for plain in (result.config, published_config(config))]
-    return any(found.known and kind_of(found.key) is not Kind.FREE for found in find_differences(facts[0], facts[1]))
+    return any(found.known and kind_of(found.key) is not FactKind.FREE for found in find_differences(facts[0], facts[1]))
 
 
 def put_matrix(text: str, table: str) -> str:

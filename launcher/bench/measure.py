@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from launcher.bench.result import RESULT_SCHEMA, Code, Repeat, Result, Site, Span, canonical
+from launcher.bench.result import RESULT_SCHEMA, ClusterShape, Code, PublishedResult, Repeat, Span, canonical
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused
 from launcher.plan.commands import FOLDER_VARIABLE, RUN_VARIABLE
@@ -72,14 +72,14 @@ def summarise(repeats: Sequence[Repeat]) -> dict[str, Span]:
 
 def publish(
     series_id: str, experiment: str, repeats: Sequence[Repeat], archives: Sequence[Archive], *, dirty: str, made_at: datetime
-) -> Result:
+) -> PublishedResult:
     """The result of runs of one plan. `dirty`: why a tree with changes was taken. Raises ConfigRefused where they were not run with the same
     things after all."""
     require_alike(archives)
     first = archives[0]
     plan = first.plan
     config = published_config(plan.config)
-    return Result(
+    return PublishedResult(
         schema=RESULT_SCHEMA,
         result_id=series_id,
         experiment=experiment,
@@ -148,9 +148,9 @@ def published_variables(plan: Plan) -> dict[str, str]:
     return dict(mask_credentials(kept))
 
 
-def site_of(plan: Plan) -> Site:
+def site_of(plan: Plan) -> ClusterShape:
     cluster = plan.config.cluster
-    return Site(
+    return ClusterShape(
         runtime=cluster.runtime,
         nodes=len(cluster.working),
         devices_per_node=cluster.devices_per_node,

@@ -18,7 +18,7 @@ from launcher.bench.measure import canonical_data, measure_run
 from launcher.bench.result import Repeat
 from launcher.errors import ConfigRefused, LaunchError, RecordRefused
 from launcher.plan.plan import Plan, to_plain
-from launcher.record.comparable import Kind, find_differences, flatten, kind_of
+from launcher.record.comparable import FactKind, find_differences, flatten, kind_of
 from launcher.record.index import list_entries, read_entry, tag_run
 from launcher.record.lock import is_claimed
 from launcher.record.reader import Archive, load_archive
@@ -120,7 +120,7 @@ def differing(archive: Archive, plan: Plan, source: SourceState) -> tuple[str, .
 
 
 def weighs(key: str) -> bool:
-    return kind_of(key) is not Kind.FREE or key.startswith("config.run.bands")
+    return kind_of(key) is not FactKind.FREE or key.startswith("config.run.bands")
 
 
 def carry_on(

@@ -15,7 +15,7 @@ from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, suggest
 from launcher.image.stack import Image, load_stacks
 from launcher.plan.commands import FOLDER_VARIABLE, RUN_VARIABLE, node_commands
-from launcher.plan.plan import Place, Plan, carry_over, make_plan
+from launcher.plan.plan import LocalContext, Plan, carry_over, make_plan
 from launcher.record.reader import Archive
 from launcher.record.record import Precedent
 from launcher.redact import give_credentials, without_masked
@@ -53,7 +53,7 @@ def plan_rerun(
     overrides: tuple[str, ...],
     accepted: tuple[str, ...],
     tree: Tree,
-    place: Place,
+    place: LocalContext,
     environ: Mapping[str, str],
     *,
     conf: Path,
@@ -80,7 +80,7 @@ def plan_rerun(
     )
 
 
-def with_image(plan: Plan, image: Image, place: Place) -> Plan:
+def with_image(plan: Plan, image: Image, place: LocalContext) -> Plan:
     """The plan with an image that is there already, in place of the one that this tree makes."""
     user = plan.config.cluster.user or place.user
     commands = node_commands(plan.config, image, plan.spec, interpreter=place.interpreter, user=user)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.bench.measure import PLACE
-from launcher.bench.result import Result
+from launcher.bench.result import PublishedResult
 from launcher.bench.worktree import DOCKERFILE, Tree, describe_files, open_worktree
 from launcher.config.schema import Cluster, Config
 from launcher.errors import ConfigRefused, ImageFailed, RecordRefused
 from launcher.image.stack import Image, Stack, find_stack, load_stacks, render
-from launcher.plan.plan import DATA_FOLDER, Place, Plan, absolute, make_plan
+from launcher.plan.plan import DATA_FOLDER, LocalContext, Plan, absolute, make_plan
 from launcher.record.reader import Archive
 from launcher.record.record import Record
 from launcher.record.source import RECORD_SCHEMA, SourceState
@@ -25,7 +25,7 @@ from trainer.contract import SCHEMA, Inputs, SpecError, TrainSpec
 LACKS = "them all: a published result has only their hash"
 
 
-def restore(result: Result, cluster: Cluster, place: Place, scratch: Path) -> tuple[Archive, Tree]:
+def restore(result: PublishedResult, cluster: Cluster, place: LocalContext, scratch: Path) -> tuple[Archive, Tree]:
     """`cluster`: where it is to run now; `scratch`: where worktrees, and the spec as an older trainer reads it, lie. Raises ConfigRefused for
     other nodes than it had, and for a line that this version cannot plan from."""
     config = restore_config(result, cluster)
@@ -39,7 +39,7 @@ def restore(result: Result, cluster: Cluster, place: Place, scratch: Path) -> tu
     return replace(archive, plan=replace(archive.plan, image=image)), tree
 
 
-def restore_config(result: Result, cluster: Cluster) -> Config:
+def restore_config(result: PublishedResult, cluster: Cluster) -> Config:
     """The published one, on the nodes of now."""
     site = result.site
     if len(cluster.working) != site.nodes:
@@ -57,7 +57,7 @@ def restore_config(result: Result, cluster: Cluster) -> Config:
     return config
 
 
-def restore_plan(result: Result, plan: Plan, place: Place) -> Plan:
+def restore_plan(result: PublishedResult, plan: Plan, place: LocalContext) -> Plan:
     """What this version would plan, with the spec and the variables of then in their place."""
     root = absolute(plan.config.cluster.root, place.here)
     filled: dict[str, Any] = result.spec | {"run_id": plan.run_id, "output": plan.spec.output}
@@ -75,7 +75,7 @@ def given(planned: Mapping[str, str], published: Mapping[str, str]) -> dict[str,
     return dict(sorted({**planned, **published}.items()))
 
 
-def make_archive(result: Result, plan: Plan, folder: Path) -> Archive:
+def make_archive(result: PublishedResult, plan: Plan, folder: Path) -> Archive:
     code = result.code
     source = SourceState(
         commit=code.commit,
@@ -103,7 +103,7 @@ def make_archive(result: Result, plan: Plan, folder: Path) -> Archive:
     )
 
 
-def make_record(result: Result, source: SourceState) -> Record:
+def make_record(result: PublishedResult, source: SourceState) -> Record:
     """Of the first repeat. The image's id is left out: the same files make another one on every engine."""
     first = result.repeats[0]
     return Record(
@@ -133,7 +133,7 @@ def make_record(result: Result, source: SourceState) -> Record:
 # ------------------------------------------------------------------------------------------------------------------- code
 
 
-def find_code(archive: Archive, result: Result, project: Path, scratch: Path) -> tuple[Tree, Image]:
+def find_code(archive: Archive, result: PublishedResult, project: Path, scratch: Path) -> tuple[Tree, Image]:
     """This tree where it makes the published image, else the published commit; else this tree with what it differs in."""
     base = archive.plan.config.cluster.delivery.base or result.code.base
     here = draw(result, project, base)
@@ -151,7 +151,7 @@ def find_code(archive: Archive, result: Result, project: Path, scratch: Path) ->
     return Tree(project=project, differs=differs or ("what the image is made of",), why=why), here
 
 
-def draw(result: Result, project: Path, base: str) -> Image:
+def draw(result: PublishedResult, project: Path, base: str) -> Image:
     stack: Stack = find_stack(load_stacks(project / "images"), result.code.stack)
     return render(stack, architecture=result.code.architecture, root=project, base=base)
 

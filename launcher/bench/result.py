@@ -71,7 +71,7 @@ class Code:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
+class ClusterShape:
     """Of the cluster what a run computes with. Hosts stay where they are."""
 
     runtime: str
@@ -81,9 +81,9 @@ class Site:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class PublishedResult:
     """`config`: as it was composed, without its cluster; `spec`: what the trainer was told, without run id and folders; `variables`: that were
-    set for the ranks; `facts`: asked of the running ranks (trainer.contract.environment_facts). `warm_up_steps`: of `steps`, by the rule of record.metrics. `sha256`:
+    set for the ranks; `facts`: asked of the running ranks (trainer.contract.environment_facts). `warm_up_steps`: of `steps` (record.metrics). `sha256`:
     of the line without it."""
 
     schema: int
@@ -98,7 +98,7 @@ class Result:
     repeats: tuple[Repeat, ...]
     config: dict[str, Any]
     config_sha256: str
-    site: Site
+    site: ClusterShape
     spec: dict[str, Any]
     variables: dict[str, str]
     code: Code
@@ -108,7 +108,7 @@ class Result:
     sha256: str = ""
 
 
-def is_unsteady(result: Result) -> bool:
+def is_unsteady(result: PublishedResult) -> bool:
     """Whether its own repeats lie further apart in speed than the band that a rerun is held against: the machine was not steady."""
     span, bands = result.summary["samples_per_s"], result.config.get("run", {}).get("bands") or {}
     band = bands.get("throughput")
@@ -119,7 +119,7 @@ def results_file(folder: Path, experiment: str) -> Path:
     return folder / f"{experiment}.jsonl"
 
 
-def read_results(path: Path) -> tuple[Result, ...]:
+def read_results(path: Path) -> tuple[PublishedResult, ...]:
     """Oldest first; () where nothing was published yet. Raises RecordRefused for a line that was cut short or edited, that a newer version
     wrote, or that is of another experiment."""
     try:
@@ -135,7 +135,7 @@ def read_results(path: Path) -> tuple[Result, ...]:
     return results
 
 
-def read_line(line: bytes, where: str) -> Result:
+def read_line(line: bytes, where: str) -> PublishedResult:
     try:
         data = json.loads(line)
         found = digest(data) if isinstance(data, dict) else ""
@@ -151,7 +151,7 @@ def read_line(line: bytes, where: str) -> Result:
     if data.get("sha256") != found:
         refuse(where, "was edited: its hash is not that of what it holds")
     try:
-        result: Result = contract.decode(Result, data)
+        result: PublishedResult = contract.decode(PublishedResult, data)
     except (SpecError, OverflowError) as error:
         refuse(where, f"is not what this version reads: {error}")
     if not result.repeats or not all(RUN_ID.fullmatch(name) for name in (result.result_id, *(repeat.run_id for repeat in result.repeats))):
@@ -185,7 +185,7 @@ def require_writable(path: Path) -> None:
         raise ConfigRefused(f"{path} cannot be written. {NAME_ANOTHER}")
 
 
-def append_result(path: Path, result: Result) -> Result:
+def append_result(path: Path, result: PublishedResult) -> PublishedResult:
     """With its hash, as it was written. Raises RunEnded where there is no room; the lines that are there stay, and the new one is whole or
     not there."""
     require_writable(path)
@@ -206,7 +206,7 @@ def append_result(path: Path, result: Result) -> Result:
     return sealed
 
 
-def find_result(text: str, folder: Path) -> Result:
+def find_result(text: str, folder: Path) -> PublishedResult:
     """By its id, or the newest one of an experiment. Raises ConfigRefused with those that there are."""
     found = {result.result_id: result for path in published_files(folder) for result in read_results(path)}
     newest = {result.experiment: result for result in found.values()}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.bench.measure import summarise
-from launcher.bench.result import Repeat, Result, is_unsteady
+from launcher.bench.result import PublishedResult, Repeat, is_unsteady
 from launcher.config.schema import Bands
 from launcher.errors import RecordRefused
 from launcher.record.comparison import Figure, Level
@@ -43,7 +43,7 @@ class Reproduction:
         return Level.OUTSIDE not in (self.losses, *(figure.level for figure in self.figures))
 
 
-def judge(result: Result, repeats: Sequence[Repeat], facts: Mapping[str, str], *, fewer: str) -> Reproduction:
+def judge(result: PublishedResult, repeats: Sequence[Repeat], facts: Mapping[str, str], *, fewer: str) -> Reproduction:
     """`facts`: of the ranks that ran now, with what else is told of them. Raises RecordRefused for a line that states no bands."""
     bands = bands_of(result)
     losses = [judge_repeat(result, repeat, bands) for repeat in repeats]
@@ -62,7 +62,7 @@ def judge(result: Result, repeats: Sequence[Repeat], facts: Mapping[str, str], *
     )
 
 
-def bands_of(result: Result) -> Bands:
+def bands_of(result: PublishedResult) -> Bands:
     try:
         bands: Bands = contract.decode(Bands, result.config["run"]["bands"], "config.run.bands")
     except (SpecError, KeyError, TypeError) as error:
@@ -76,7 +76,7 @@ def bands_of(result: Result) -> Bands:
     return bands
 
 
-def judge_repeat(result: Result, repeat: Repeat, bands: Bands) -> tuple[float, Level, str]:
+def judge_repeat(result: PublishedResult, repeat: Repeat, bands: Bands) -> tuple[float, Level, str]:
     """(largest change of a tenth of the steps, as a share; level; by what)."""
     if repeat.rows_sha256 in {each.rows_sha256 for each in result.repeats}:
         return 0.0, Level.EQUAL, ""
@@ -84,7 +84,7 @@ def judge_repeat(result: Result, repeat: Repeat, bands: Bands) -> tuple[float, L
     return float("inf") if change is None else change, level, limit
 
 
-def judge_figures(result: Result, repeats: Sequence[Repeat], bands: Bands) -> tuple[Figure, ...]:
+def judge_figures(result: PublishedResult, repeats: Sequence[Repeat], bands: Bands) -> tuple[Figure, ...]:
     """Medians against medians."""
     now, found = summarise(repeats), []
     for key, then in result.summary.items():
@@ -100,7 +100,7 @@ def judge_figures(result: Result, repeats: Sequence[Repeat], bands: Bands) -> tu
 # ------------------------------------------------------------------------------------------------------------------- text
 
 
-def describe_reproduction(found: Reproduction, result: Result) -> str:
+def describe_reproduction(found: Reproduction, result: PublishedResult) -> str:
     lines = [f"result {found.result_id}, of {result.made_at[:10]}, commit {result.code.commit[:12]}", ""]
     lines.append(f"  {'':14} {'published':>12} {'now':>12} {'change':>9}")
     lines += [describe_figure(figure) for figure in found.figures]
@@ -149,7 +149,7 @@ def with_code(facts: Mapping[str, str], *, data: str, lock: str, image: str, fin
     return {**facts, **{key: value for key, value in more.items() if value}}
 
 
-def told_facts(result: Result) -> Result:
+def told_facts(result: PublishedResult) -> PublishedResult:
     """The result with its code, data and lock among its facts, for judging."""
     code = result.code
     facts = with_code(result.facts, data=result.data_sha256, lock=code.lock_sha256, image=code.image_id, fingerprint=code.fingerprint)

@@ -10,7 +10,7 @@ from launcher.memory.states import device_count, spreads
 
 # Kind of stage -> its options, which conf/stage gives.
 OPTIONS = {"merge": "merging", "convert": "conversion", "quantize": "quantization", "infer": "inference", "serve": "serving"}
-OWN_ADDRESSES = ("127.0.0.1", "::1")  # where trainer.serving.door asks for no token
+LOOPBACK = ("127.0.0.1", "::1")  # where trainer.serving.door asks for no token
 
 
 def options_are_there(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -55,9 +55,9 @@ def server_is_guarded(config: Config, _: Mapping[str, Stack]) -> Iterator[Proble
         what = f"{serving.address!r} is no IP address; 127.0.0.1 is this node alone, 0.0.0.0 all of its networks"
         yield Problem(key="stage.serving.address", what=what, changes=("stage.serving.address=127.0.0.1",))
         return
-    if serving.address not in OWN_ADDRESSES and not serving.token:
+    if serving.address not in LOOPBACK and not serving.token:
         what = (
-            f"{serving.address} can be reached from other machines, unlike {' and '.join(OWN_ADDRESSES)}, and no token is asked: name a "
+            f"{serving.address} can be reached from other machines, unlike {' and '.join(LOOPBACK)}, and no token is asked: name a "
             "variable of your environment that holds one"
         )
         changes = ("stage.serving.token=OMNILAUNCH_TOKEN cluster.secrets=[OMNILAUNCH_TOKEN]", "stage.serving.address=127.0.0.1")

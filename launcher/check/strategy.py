@@ -132,7 +132,7 @@ def memory_of(config: Config, micro_batch: int) -> Memory:
     return estimate_memory(replace(config, strategy=replace(config.strategy, micro_batch=micro_batch)))
 
 
-def explain_choice(config: Config, chosen: Config) -> str:
+def explain_strategy(config: Config, chosen: Config) -> str:
     """Why `chosen` has the strategy it has, in one line; '' where nothing was left open."""
     asked, taken = config.strategy, chosen.strategy
     left = (asked.name == "auto", asked.gradient_checkpointing is None, asked.micro_batch is None)

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from launcher.bench.cell import Cell
     from launcher.bench.repeats import Series
     from launcher.bench.rerun import Rerun
-    from launcher.bench.result import Repeat, Result
+    from launcher.bench.result import PublishedResult, Repeat
     from launcher.config.schema import Cluster
     from launcher.plan.plan import Plan
-    from launcher.record.source import Source
+    from launcher.record.source import SourceTree
 
 PROJECT = Path(__file__).resolve().parents[2]
 CONF = PROJECT / "conf"
@@ -135,15 +135,15 @@ def is_here(cluster: "Cluster") -> bool:
 def plan_cell(cell: "Cell", run_id: str) -> "Plan":
     """The one plan of the cell, by the name of each of its runs."""
     from launcher.image.stack import load_stacks
-    from launcher.plan.local_context import place_here
+    from launcher.plan.local_context import local_context
     from launcher.plan.plan import make_plan
     from launcher.record.record import valid_run_id
 
     stacks = load_stacks(PROJECT / "images")
-    return make_plan(cell.config, stacks, place_here(PROJECT), run_id=valid_run_id(run_id), overrides=cell.overrides)
+    return make_plan(cell.config, stacks, local_context(PROJECT), run_id=valid_run_id(run_id), overrides=cell.overrides)
 
 
-def open_series(cell: "Cell", source: "Source", runs: Path, published: list[str], again: str, *, anew: bool) -> "Series":
+def open_series(cell: "Cell", source: "SourceTree", runs: Path, published: list[str], again: str, *, anew: bool) -> "Series":
     """The one that was begun and not published, where the next run would be a repeat of its runs; else a new one."""
     from launcher.bench.repeats import Series, find_series, name_series, refuse_busy, require_same
     from launcher.record.record import utc_now
@@ -156,7 +156,7 @@ def open_series(cell: "Cell", source: "Source", runs: Path, published: list[str]
     return found
 
 
-def refuse_dirty(source: "Source", reason: str) -> str:
+def refuse_dirty(source: "SourceTree", reason: str) -> str:
     """The reason, '' where the tree needs none. Raises ConfigRefused where nobody could get the code of the result from git."""
     changed = list_changes()
     if source.state.commit and not changed:
@@ -178,7 +178,7 @@ def list_changes() -> list[str]:
     return [line[3:] for line in lines]
 
 
-def require_unchanged(source: "Source") -> None:
+def require_unchanged(source: "SourceTree") -> None:
     from launcher.record.source import read_source
 
     now = read_source(PROJECT).state
@@ -199,12 +199,12 @@ def require_devices(plan: "Plan", say: Callable[[str], None]) -> None:
     require_health(examine_nodes(plan, stack, os.environ, launching=True), say)
 
 
-def launch_run(plan: "Plan", source: "Source", say: Callable[[str], None]) -> Any:
-    from launcher.plan.local_context import place_here
+def launch_run(plan: "Plan", source: "SourceTree", say: Callable[[str], None]) -> Any:
+    from launcher.plan.local_context import local_context
     from launcher.run.launch import launch
     from launcher.run.session import open_examined
 
-    opened = open_examined(plan, place_here(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty())
+    opened = open_examined(plan, local_context(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty())
     with opened as (examined, desk):
         return launch(examined, source, desk)
 
@@ -243,7 +243,7 @@ def rerun_bench(arguments: argparse.Namespace) -> int:
     return Exit.OK if found.reproduced else Exit.DIFFERENT
 
 
-def count_repeats(arguments: argparse.Namespace, result: "Result") -> tuple[int, str]:
+def count_repeats(arguments: argparse.Namespace, result: "PublishedResult") -> tuple[int, str]:
     """(how many, why fewer). Raises ConfigRefused for fewer without a reason."""
     from launcher.bench.cell import LEAST_REPEATS
 
@@ -255,18 +255,18 @@ def count_repeats(arguments: argparse.Namespace, result: "Result") -> tuple[int,
     return wanted, arguments.reason if wanted < LEAST_REPEATS else ""
 
 
-def restored(arguments: argparse.Namespace, result: "Result") -> "Callable[[str], Rerun]":
+def restored(arguments: argparse.Namespace, result: "PublishedResult") -> "Callable[[str], Rerun]":
     """What makes the plan of a rerun by the run id. The code is looked for once."""
     from launcher.bench.cell import COMPUTING, refuse_choices
     from launcher.bench.rerun import accepted_kinds, plan_rerun
     from launcher.bench.restore import restore
     from launcher.bench.worktree import try_image
     from launcher.config.compose import compose
-    from launcher.plan.local_context import place_here
+    from launcher.plan.local_context import local_context
     from launcher.plan.plan import absolute
 
     refuse_choices(arguments.words, (*COMPUTING, "cluster.runtime"))
-    cluster, place = compose(arguments.words, CONF).cluster, place_here(PROJECT)
+    cluster, place = compose(arguments.words, CONF).cluster, local_context(PROJECT)
     accepted = accepted_kinds(arguments.accept)
     archive, tree = restore(result, cluster, place, Path(absolute(cluster.root, Path.cwd())) / SCRATCH)
     tree = try_image(archive, tree) if result.site.runtime == "docker" else tree
@@ -320,7 +320,7 @@ def write_matrix(arguments: argparse.Namespace, folder: Path) -> int:
     return Exit.OK
 
 
-def describe_result(result: "Result") -> str:
+def describe_result(result: "PublishedResult") -> str:
     """Median, lowest and highest of each figure, one a line."""
     from launcher.bench.matrix import describe_bits
     from launcher.bench.result import is_unsteady

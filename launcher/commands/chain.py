@@ -11,7 +11,7 @@ from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import load_stacks
 from launcher.plan.description import command_line, describe_work, gib, table
-from launcher.plan.local_context import place_here
+from launcher.plan.local_context import local_context
 from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan
 from launcher.record.checkpoint_reference import read_plain
 from launcher.record.index import figure
@@ -23,7 +23,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attempt:
+class StepRun:
     """The newest run of a step, '' where there is none; `status`: of its record, 'unfinished' where it has none."""
 
     run_id: str = ""
@@ -36,22 +36,22 @@ class Attempt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outlook:
+class PlannedStep:
     """Where a chain stands. Of each step: the newest run of it, the run that it is or would be, and its plan as it would be made now."""
 
     chain: Chain
     chain_id: str
     typed: tuple[str, ...]
     kinds: tuple[str, ...]
-    attempts: tuple[Attempt, ...]
+    attempts: tuple[StepRun, ...]
     run_ids: tuple[str, ...]
     plans: tuple[Plan, ...]
     folders: tuple[Path, ...]
 
 
-def look_ahead(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, here: Path) -> Outlook:
+def look_ahead(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, here: Path) -> PlannedStep:
     """Plans every step. Raises ConfigRefused that names the step where one cannot work, or where a finished one was made with other words."""
-    conf, placed, stacks = project / "conf", place_here(project), load_stacks(project / "images")
+    conf, placed, stacks = project / "conf", local_context(project), load_stacks(project / "images")
     first = compose(words_of(chain, 0, typed, {}, ()), conf)
     root = Path(absolute(first.cluster.root, here)) / RUNS_FOLDER
     folders = tuple(dict.fromkeys((root, here / RUNS_FOLDER)))
@@ -71,7 +71,7 @@ def look_ahead(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
         except ConfigRefused as error:
             raise ConfigRefused(f"step {step.name} of {GROUP}={chain.name}: {error}") from error
         kinds.append(config.stage.kind)
-    outlook = Outlook(
+    outlook = PlannedStep(
         chain=chain,
         chain_id=chain_id,
         typed=tuple(typed),
@@ -85,7 +85,7 @@ def look_ahead(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
     return outlook
 
 
-def refuse_mixture(outlook: Outlook) -> None:
+def refuse_mixture(outlook: PlannedStep) -> None:
     """Raises ConfigRefused for a step that was done with other words, or out of turn, or whose containers may still run."""
     waiting = ""
     for place, (step, attempt) in enumerate(zip(outlook.chain.steps, outlook.attempts, strict=True)):
@@ -103,13 +103,13 @@ def refuse_mixture(outlook: Outlook) -> None:
             )
 
 
-def launch_words(outlook: Outlook, place: int) -> tuple[str, ...]:
+def launch_words(outlook: PlannedStep, place: int) -> tuple[str, ...]:
     """With run ids, which `launch` turns into folders, or into those of another node."""
     runs = {step.name: run_id for step, run_id in zip(outlook.chain.steps, outlook.run_ids, strict=True)}
     return words_of(outlook.chain, place, outlook.typed, runs, outlook.kinds)
 
 
-def describe_chain(outlook: Outlook) -> str:
+def describe_chain(outlook: PlannedStep) -> str:
     """A line for each step: where it stands, what it does, what it takes."""
     rows: dict[str, str] = {}
     for place, (step, attempt, plan) in enumerate(zip(outlook.chain.steps, outlook.attempts, outlook.plans, strict=True)):
@@ -148,7 +148,7 @@ def launch_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Pat
     return Exit.OK
 
 
-def refuse_unlaunchable(outlook: Outlook) -> None:
+def refuse_unlaunchable(outlook: PlannedStep) -> None:
     """What stops a launch alone, a licence to accept, is told before the first step, and not after hours."""
     for step, plan in zip(outlook.chain.steps, outlook.plans, strict=True):
         if not plan.verdict.launchable:
@@ -156,7 +156,7 @@ def refuse_unlaunchable(outlook: Outlook) -> None:
             raise ConfigRefused(f"step {step.name} of {GROUP}={outlook.chain.name} cannot be launched:\n{problems}")
 
 
-def describe_results(outlook: Outlook) -> str:
+def describe_results(outlook: PlannedStep) -> str:
     rows = {}
     for step, run_id in zip(outlook.chain.steps, outlook.run_ids, strict=True):
         record = next((read_plain(folder / run_id / RECORD_FILE) for folder in outlook.folders if (folder / run_id / PLAN_FILE).is_file()), {})
@@ -165,14 +165,14 @@ def describe_results(outlook: Outlook) -> str:
     return table(rows)
 
 
-def resume_command(outlook: Outlook) -> str:
+def resume_command(outlook: PlannedStep) -> str:
     return command_line("launch", *outlook.typed, "--run-id", outlook.chain_id)
 
 
 # ------------------------------------------------------------------------------------------------------------- runs of a step
 
 
-def find_attempt(chain_id: str, step: Step, folders: Sequence[Path]) -> Attempt:
+def find_attempt(chain_id: str, step: Step, folders: Sequence[Path]) -> StepRun:
     """The newest run of the step, in whichever of the folders of runs it lies."""
     pattern = re.compile(rf"{re.escape(chain_id)}-{step.name}(?:-(\d+))?")
     found = {
@@ -182,17 +182,17 @@ def find_attempt(chain_id: str, step: Step, folders: Sequence[Path]) -> Attempt:
         if (match := pattern.fullmatch(path.name)) and (path / PLAN_FILE).is_file()
     }
     if not found:
-        return Attempt()
+        return StepRun()
     number = max(found)
     record = read_if_there(Record, found[number] / RECORD_FILE)
-    return Attempt(run_id=found[number].name, status=record.status if record else "unfinished", number=number)
+    return StepRun(run_id=found[number].name, status=record.status if record else "unfinished", number=number)
 
 
-def name_next(chain_id: str, step: Step, before: Attempt) -> str:
+def name_next(chain_id: str, step: Step, before: StepRun) -> str:
     return f"{chain_id}-{step.name}" + (f"-{before.number + 1}" if before.number else "")
 
 
-def refuse_other_words(attempt: Attempt, words: Sequence[str], folders: Sequence[Path]) -> None:
+def refuse_other_words(attempt: StepRun, words: Sequence[str], folders: Sequence[Path]) -> None:
     """Raises ConfigRefused where the step was done with other words than it would be now: the chain would be a mixture."""
     folder = next(folder / attempt.run_id for folder in folders if (folder / attempt.run_id / PLAN_FILE).is_file())
     before = read_plain(folder / PLAN_FILE).get("overrides", [])

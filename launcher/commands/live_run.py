@@ -21,7 +21,7 @@ from trainer.contract import Exit
 
 if TYPE_CHECKING:
     from launcher.plan.plan import Plan
-    from launcher.run.run_folder import Site
+    from launcher.run.run_folder import WorkingNode
     from launcher.ssh.transport import Running
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -168,11 +168,11 @@ def place_of_logs(folder: Path, *, follows: bool) -> Iterator[tuple[Path, Callab
         yield Path(aside), lambda: all(map(is_over, readers))
 
 
-def attempt_logs(sites: "Sequence[Site]", logs: Path, *, follows: bool) -> "tuple[Running | NodeFailed, ...]":
+def attempt_logs(sites: "Sequence[WorkingNode]", logs: Path, *, follows: bool) -> "tuple[Running | NodeFailed, ...]":
     """What the engine of each node has of its container, as a file that may grow."""
     from launcher.ssh.parallel import attempt_each
 
-    def read(site: "Site") -> "Running":
+    def read(site: "WorkingNode") -> "Running":
         argv = site.command.logs if follows else tuple(word for word in site.command.logs if word != "--follow")
         return site.transport.start(argv, log=logs / f"node{site.command.node_rank}.log")
 
@@ -290,13 +290,13 @@ def require_containers(plan: "Plan", verb: str) -> None:
 
 
 def reach(plan: "Plan", say: Callable[[str], None]) -> Any:
-    from launcher.plan.local_context import place_here
-    from launcher.run.session import open_desk
+    from launcher.plan.local_context import local_context
+    from launcher.run.session import open_session
 
-    return open_desk(plan, place_here(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty(), require=False)
+    return open_session(plan, local_context(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty(), require=False)
 
 
-def reach_sites(plans: "Sequence[Plan]") -> "AbstractContextManager[tuple[Site, ...]]":
+def reach_sites(plans: "Sequence[Plan]") -> "AbstractContextManager[tuple[WorkingNode, ...]]":
     from launcher.run.session import reach_sites
 
     return reach_sites(plans, os.environ)

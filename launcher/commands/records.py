@@ -14,7 +14,7 @@ from trainer.contract import Exit
 if TYPE_CHECKING:
     from launcher.config.schema import Bands
     from launcher.record.evidence import Evidence
-    from launcher.record.index import Entry
+    from launcher.record.index import RunEntry
 
 RUN_HELP = "its id, as `omnilaunch runs` shows it, or its folder"
 
@@ -180,7 +180,7 @@ def prune_runs(arguments: argparse.Namespace) -> int:
     return Exit.OK
 
 
-def find_entries(arguments: argparse.Namespace) -> "tuple[tuple[Entry, ...], list[Entry]]":
+def find_entries(arguments: argparse.Namespace) -> "tuple[tuple[RunEntry, ...], list[RunEntry]]":
     """(all runs of this folder, those that the filter takes)."""
     from launcher.record.index import list_entries, parse_filter, require_key
 

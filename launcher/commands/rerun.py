@@ -69,7 +69,7 @@ def find_record(text: str) -> Path:
 def make_rerun(archive: "Archive", overrides: tuple[str, ...], accepted: tuple[str, ...], run_id: str) -> "Rerun":
     from launcher.bench.rerun import plan_rerun
     from launcher.bench.worktree import find_tree, try_image
-    from launcher.plan.local_context import place_here
+    from launcher.plan.local_context import local_context
     from launcher.plan.plan import absolute
     from launcher.record.record import name_run, utc_now, valid_run_id
 
@@ -77,17 +77,17 @@ def make_rerun(archive: "Archive", overrides: tuple[str, ...], accepted: tuple[s
     tree = find_tree(archive, PROJECT, Path(absolute(root, Path.cwd())) / SCRATCH)
     tree = try_image(archive, tree) if archive.plan.config.cluster.runtime == "docker" else tree
     name = valid_run_id(run_id or name_run(archive.plan.config, utc_now(), pid=os.getpid()))
-    return plan_rerun(archive, overrides, accepted, tree, place_here(PROJECT), os.environ, conf=PROJECT / "conf", run_id=name)
+    return plan_rerun(archive, overrides, accepted, tree, local_context(PROJECT), os.environ, conf=PROJECT / "conf", run_id=name)
 
 
 def carry_out(rerun: "Rerun", arguments: argparse.Namespace) -> Any:
     """(record or None, plan as it was carried out)."""
-    from launcher.plan.local_context import place_here
+    from launcher.plan.local_context import local_context
     from launcher.record.source import read_source
     from launcher.run.launch import launch
     from launcher.run.session import open_examined
 
-    opened = open_examined(rerun.plan, place_here(rerun.project), os.environ, say=arguments.say, terminal=sys.stdout.isatty())
+    opened = open_examined(rerun.plan, local_context(rerun.project), os.environ, say=arguments.say, terminal=sys.stdout.isatty())
     with opened as (plan, desk):
         record = launch(plan, read_source(rerun.project), desk, detach=arguments.detach, precedent=rerun.precedent)
         return record, plan

@@ -5,8 +5,8 @@ from collections.abc import Callable, Hashable, Sequence
 
 from launcher.check.problem import Problem
 from launcher.doctor.device_checks import used
-from launcher.doctor.findings import EVERY_NODE, Case, Diagnosis, fine, unchecked, warn, wrong
-from launcher.doctor.network import Choice, choose_network
+from launcher.doctor.findings import EVERY_NODE, Case, CheckResult, fine, unchecked, warn, wrong
+from launcher.doctor.network import NetworkChoice, choose_network
 from launcher.memory.states import device_count
 
 SKEW_WARNED_S = 1.0  # the failures of several ranks are put in order by their time
@@ -20,14 +20,14 @@ def odd_ones(cases: Sequence[Case], value: Callable[[Case], Hashable]) -> tuple[
     return usual, {host: found for host, found in values.items() if found != usual}
 
 
-def check_same_architecture(cases: Sequence[Case]) -> dict[str, Diagnosis]:
+def check_same_architecture(cases: Sequence[Case]) -> dict[str, CheckResult]:
     """One image is built for all nodes."""
     usual, odd = odd_ones(cases, lambda case: case.facts.machine)
     fix = "nodes of one architecture in the cluster file: an image is built for one"
     return {host: wrong(f"it is {found}, the others are {usual}", fix) for host, found in odd.items()} or agreed(str(usual))
 
 
-def check_same_chips(cases: Sequence[Case]) -> dict[str, Diagnosis]:
+def check_same_chips(cases: Sequence[Case]) -> dict[str, CheckResult]:
     usual, odd = odd_ones(cases, chips)
     fix = "nodes of one chip in the cluster file: the slowest sets the pace, and kernels differ"
     return {host: wrong(f"it has {found}, the others have {usual}", fix) for host, found in odd.items()} or agreed(str(usual))
@@ -38,7 +38,7 @@ def chips(case: Case) -> str:
     return ", ".join(sorted({device.name for device in used(case)})) or "no device"
 
 
-def check_same_count(cases: Sequence[Case]) -> dict[str, Diagnosis]:
+def check_same_count(cases: Sequence[Case]) -> dict[str, CheckResult]:
     """More than the run takes is no harm; HCCL advises the same count on every server."""
     usual, odd = odd_ones(cases, lambda case: len(case.facts.devices))
     wanted = device_count(cases[0].plan.config)
@@ -51,7 +51,7 @@ def check_same_count(cases: Sequence[Case]) -> dict[str, Diagnosis]:
     } or agreed(f"{usual} device(s)")
 
 
-def check_same_driver(cases: Sequence[Case]) -> dict[str, Diagnosis]:
+def check_same_driver(cases: Sequence[Case]) -> dict[str, CheckResult]:
     usual, odd = odd_ones(cases, lambda case: case.facts.driver)
     fix = f"install driver {usual} there: mixed ones are tried by nobody, and results may differ"
     return {host: warn(f"driver {found or 'unknown'}, the others have {usual}", fix) for host, found in odd.items()} or agreed(
@@ -59,9 +59,9 @@ def check_same_driver(cases: Sequence[Case]) -> dict[str, Diagnosis]:
     )
 
 
-def check_clocks(cases: Sequence[Case]) -> dict[str, Diagnosis]:
+def check_clocks(cases: Sequence[Case]) -> dict[str, CheckResult]:
     """The least that two clocks surely differ by, each known within the time that asking took."""
-    found: dict[str, Diagnosis] = {}
+    found: dict[str, CheckResult] = {}
     for case in cases:
         skew_s = max(surely_apart(case, other) for other in cases)
         text = f"its clock is at least {skew_s:.1f} s off another node's"
@@ -75,10 +75,10 @@ def surely_apart(case: Case, other: Case) -> float:
     return max(mine.behind_s - theirs.ahead_s, theirs.behind_s - mine.ahead_s, 0.0)
 
 
-def check_distinct(cases: Sequence[Case]) -> dict[str, Diagnosis]:
+def check_distinct(cases: Sequence[Case]) -> dict[str, CheckResult]:
     """Two lines of the cluster file may reach one machine by two names. Cloned machines share ids, but neither boots nor addresses."""
     seen: dict[Hashable, str] = {}
-    found: dict[str, Diagnosis] = {}
+    found: dict[str, CheckResult] = {}
     for case in cases:
         facts = case.facts
         identity = (facts.hostname, facts.boot, tuple(each.address for each in facts.view.interfaces))
@@ -90,11 +90,11 @@ def check_distinct(cases: Sequence[Case]) -> dict[str, Diagnosis]:
     return found or agreed(f"{len(cases)} machines")
 
 
-def networks_of(cases: Sequence[Case]) -> tuple[Choice, ...] | Problem:
+def networks_of(cases: Sequence[Case]) -> tuple[NetworkChoice, ...] | Problem:
     return choose_network([case.node for case in cases], [case.facts.view for case in cases])
 
 
-def check_network(cases: Sequence[Case]) -> dict[str, Diagnosis]:
+def check_network(cases: Sequence[Case]) -> dict[str, CheckResult]:
     choices = networks_of(cases)
     if isinstance(choices, Problem):
         place = int(choices.key.partition("[")[2].rstrip("]"))
@@ -102,7 +102,7 @@ def check_network(cases: Sequence[Case]) -> dict[str, Diagnosis]:
     return agreed(", ".join(sorted({f"{choice.interface}: {choice.why}" for choice in choices})))
 
 
-def check_same_mtu(cases: Sequence[Case]) -> dict[str, Diagnosis]:
+def check_same_mtu(cases: Sequence[Case]) -> dict[str, CheckResult]:
     """Unequal ones pass small messages and lose large ones: a run hangs at its first all-reduce."""
     choices = networks_of(cases)
     if isinstance(choices, Problem):
@@ -119,7 +119,7 @@ def check_same_mtu(cases: Sequence[Case]) -> dict[str, Diagnosis]:
     } or agreed(f"MTU {usual}")
 
 
-def check_same_contents(cases: Sequence[Case]) -> dict[str, Diagnosis]:
+def check_same_contents(cases: Sequence[Case]) -> dict[str, CheckResult]:
     """Files by their sha256, folders by the names and sizes of what is in them."""
     found: dict[str, list[str]] = {}
     for path in cases[0].facts.contents:
@@ -132,7 +132,7 @@ def check_same_contents(cases: Sequence[Case]) -> dict[str, Diagnosis]:
     return {host: wrong("\n".join(texts), fix) for host, texts in found.items()} or agreed("data and model are the same")
 
 
-def check_same_image(cases: Sequence[Case]) -> dict[str, Diagnosis]:
+def check_same_image(cases: Sequence[Case]) -> dict[str, CheckResult]:
     """By id. Sending replaces an older one; a node that pulls keeps what it has under that tag. What each node builds for itself has an
     id of its own: the tag says what it is made of, and a launch compares the whole fingerprint."""
     having = [case for case in cases if case.facts.image_id]
@@ -149,5 +149,5 @@ def check_same_image(cases: Sequence[Case]) -> dict[str, Diagnosis]:
     } or agreed(f"one id on {len(having)} of {len(cases)} node(s)")
 
 
-def agreed(evidence: str) -> dict[str, Diagnosis]:
+def agreed(evidence: str) -> dict[str, CheckResult]:
     return {EVERY_NODE: fine(evidence)}

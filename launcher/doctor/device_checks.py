@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from launcher.doctor.findings import Case, Diagnosis, fine, unchecked, warn, wrong
+from launcher.doctor.findings import Case, CheckResult, fine, unchecked, warn, wrong
 from launcher.doctor.host_checks import numbers
 from launcher.doctor.node_facts import Mode
-from launcher.doctor.smi import Device
+from launcher.doctor.smi import SmiDevice
 from launcher.memory.states import device_count
 from launcher.plan.devices import ASCEND_MANAGERS, ASCEND_RUNTIME, NPU_SMI, OTHER_NPU_SMI, Share, ascend_mounts, device_numbers, share_of
 
@@ -21,7 +21,7 @@ def numbers_used(case: Case) -> tuple[int, ...]:
     return device_numbers(case.node, device_count(case.plan.config))
 
 
-def used(case: Case) -> tuple[Device, ...]:
+def used(case: Case) -> tuple[SmiDevice, ...]:
     """Those of them that are there."""
     wanted = numbers_used(case)
     return tuple(device for device in case.facts.devices if device.physical in wanted)
@@ -31,7 +31,7 @@ def share(case: Case) -> Share:
     return share_of(case.plan.config.cluster, case.node, device_count(case.plan.config))
 
 
-def check_device_tool(case: Case) -> Diagnosis:
+def check_device_tool(case: Case) -> CheckResult:
     tool = TOOL[case.plan.config.hardware.accelerator]
     if not case.facts.devices_error:
         return fine(f"{tool} answers")
@@ -39,7 +39,7 @@ def check_device_tool(case: Case) -> Diagnosis:
     return wrong(f"{tool}: {case.facts.devices_error}", fix)
 
 
-def check_device_count(case: Case) -> Diagnosis:
+def check_device_count(case: Case) -> CheckResult:
     wanted, there = numbers_used(case), tuple(device.physical for device in case.facts.devices)
     missing = [number for number in wanted if number not in there]
     if case.facts.devices_error:
@@ -53,7 +53,7 @@ def check_device_count(case: Case) -> Diagnosis:
     return wrong(f"no device {', '.join(map(str, missing))}; there are {', '.join(map(str, there))}", named)
 
 
-def check_chip(case: Case) -> Diagnosis:
+def check_chip(case: Case) -> CheckResult:
     hardware = case.plan.config.hardware
     names = sorted({device.name for device in used(case)})
     if not names:
@@ -64,7 +64,7 @@ def check_chip(case: Case) -> Diagnosis:
     return wrong(f"it has {', '.join(names)}; hardware={hardware.name} is {', '.join(hardware.chips)}", fix)
 
 
-def check_device_memory(case: Case) -> Diagnosis:
+def check_device_memory(case: Case) -> CheckResult:
     said = case.plan.config.hardware.memory_gib
     sizes = [device.memory_total_gib for device in used(case) if device.memory_total_gib is not None]
     if not used(case):
@@ -77,7 +77,7 @@ def check_device_memory(case: Case) -> Diagnosis:
     return warn(f"{min(sizes):.1f} GiB, the plan counts on {said:g}", f"hardware.memory_gib={min(sizes):.0f}")
 
 
-def check_device_health(case: Case) -> Diagnosis:
+def check_device_health(case: Case) -> CheckResult:
     if not used(case):
         return unchecked(NO_DEVICES)
     ill = [f"device {device.physical}: {device.health}" for device in used(case) if device.health.upper() != "OK"]
@@ -90,7 +90,7 @@ def check_device_health(case: Case) -> Diagnosis:
     return wrong(", ".join(ill), fix[case.plan.config.hardware.accelerator])
 
 
-def check_device_idle(case: Case) -> Diagnosis:
+def check_device_idle(case: Case) -> CheckResult:
     """A process that is seen is in the way; memory in use by nobody may be one of another container, or a leak."""
     if not used(case):
         return unchecked(NO_DEVICES)
@@ -106,11 +106,11 @@ def check_device_idle(case: Case) -> Diagnosis:
     return fine("idle")
 
 
-def taken_share(device: Device) -> float:
+def taken_share(device: SmiDevice) -> float:
     return (device.memory_used_gib or 0.0) / device.memory_total_gib if device.memory_total_gib else 0.0
 
 
-def check_driver(case: Case) -> Diagnosis:
+def check_driver(case: Case) -> CheckResult:
     """Within what the hardware table and the stack's row (CANN's release notes, CUDA's compatibility) allow."""
     driver = case.facts.driver
     if not driver:
@@ -135,7 +135,7 @@ def out_of_range(case: Case) -> Iterator[str]:
             yield f"newer than {high}, the newest for {who}"
 
 
-def check_device_files(case: Case) -> Diagnosis:
+def check_device_files(case: Case) -> CheckResult:
     """What is mapped into the container must be there, by the numbers that the start command uses."""
     accelerator, wanted = case.plan.config.hardware.accelerator, numbers_used(case)
     if accelerator == "npu":
@@ -152,7 +152,7 @@ def check_device_files(case: Case) -> Diagnosis:
     )
 
 
-def check_device_access(case: Case) -> Diagnosis:
+def check_device_access(case: Case) -> CheckResult:
     """A container sees the device files with the owner and the bits that they have on the host, and its user is not root."""
     argv = case.plan.commands[0].start
     uid, gid = (int(word) for word in argv[argv.index("--user") + 1].split(":"))
@@ -178,7 +178,7 @@ def may_use(mode: Mode, uid: int, gid: int) -> bool:
     return uid == 0 or (mode.bits >> shift) & 0o6 == 0o6
 
 
-def check_driver_mounts(case: Case) -> Diagnosis:
+def check_driver_mounts(case: Case) -> CheckResult:
     """Docker refuses to start a container whose bind mount has no source."""
     wanted = ascend_mounts(share(case))
     missing = [path for path in wanted if path not in case.facts.files]
@@ -191,7 +191,7 @@ def check_driver_mounts(case: Case) -> Diagnosis:
     )
 
 
-def check_ascend_runtime(case: Case) -> Diagnosis:
+def check_ascend_runtime(case: Case) -> CheckResult:
     """An engine that lacks it refuses every container that asks for it."""
     docker = case.facts.docker
     if not docker or not docker.engine:

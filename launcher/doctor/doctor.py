@@ -16,10 +16,10 @@ from launcher.doctor import (
     host_checks as machine,
     live_checks as experiment,
 )
-from launcher.doctor.findings import EVERY_NODE, Agreement, Case, Diagnosis, Finding, NodeCheck, named, unchecked, wrong
-from launcher.doctor.free_memory import Headroom
-from launcher.doctor.live_checks import Site
-from launcher.doctor.network import Choice
+from launcher.doctor.findings import EVERY_NODE, Agreement, Case, CheckResult, Finding, NodeCheck, named, unchecked, wrong
+from launcher.doctor.free_memory import FreeMemory
+from launcher.doctor.live_checks import AnsweredNode
+from launcher.doctor.network import NetworkChoice
 from launcher.doctor.node_facts import NodeFacts
 from launcher.doctor.questions import Inquiry, probe
 from launcher.errors import NodeFailed
@@ -51,7 +51,7 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class CrossNodeCheck:
     """The same, of nodes held against each other; it needs several of them besides."""
 
     ask: Agreement
@@ -95,17 +95,17 @@ NODE_CHECKS: dict[str, Check] = {
     "driver_mounts": Check(ask=device.check_driver_mounts, needs=("npu", "docker")),
     "ascend_runtime": Check(ask=device.check_ascend_runtime, needs=("npu", "docker", "ascend_runtime")),
 }
-COMPARISONS: dict[str, Comparison] = {
-    "distinct": Comparison(ask=agreement.check_distinct),
-    "same_architecture": Comparison(ask=agreement.check_same_architecture),
-    "same_chips": Comparison(ask=agreement.check_same_chips, needs=("device",)),
-    "same_count": Comparison(ask=agreement.check_same_count, needs=("device",)),
-    "same_driver": Comparison(ask=agreement.check_same_driver, needs=("driver",), launch=False),
-    "clocks": Comparison(ask=agreement.check_clocks),
-    "network": Comparison(ask=agreement.check_network),
-    "same_mtu": Comparison(ask=agreement.check_same_mtu, launch=False),
-    "same_contents": Comparison(ask=agreement.check_same_contents, needs=("named_data",), launch=False),
-    "same_image": Comparison(ask=agreement.check_same_image, needs=("docker",)),
+COMPARISONS: dict[str, CrossNodeCheck] = {
+    "distinct": CrossNodeCheck(ask=agreement.check_distinct),
+    "same_architecture": CrossNodeCheck(ask=agreement.check_same_architecture),
+    "same_chips": CrossNodeCheck(ask=agreement.check_same_chips, needs=("device",)),
+    "same_count": CrossNodeCheck(ask=agreement.check_same_count, needs=("device",)),
+    "same_driver": CrossNodeCheck(ask=agreement.check_same_driver, needs=("driver",), launch=False),
+    "clocks": CrossNodeCheck(ask=agreement.check_clocks),
+    "network": CrossNodeCheck(ask=agreement.check_network),
+    "same_mtu": CrossNodeCheck(ask=agreement.check_same_mtu, launch=False),
+    "same_contents": CrossNodeCheck(ask=agreement.check_same_contents, needs=("named_data",), launch=False),
+    "same_image": CrossNodeCheck(ask=agreement.check_same_image, needs=("docker",)),
 }
 EXPERIMENTS: dict[str, tuple[Need, ...]] = {"container": ("docker",), "connections": ("docker", "several"), "shared": ("several",)}
 
@@ -117,8 +117,8 @@ class Examination:
 
     findings: tuple[Finding, ...]
     facts: dict[str, NodeFacts]
-    choices: tuple[Choice, ...]
-    headroom: Headroom | None = None
+    choices: tuple[NetworkChoice, ...]
+    headroom: FreeMemory | None = None
 
 
 def examine(
@@ -137,7 +137,7 @@ def examine(
     asked = inquiry_of(plan, launching)
     answers = attempt_each(lambda way: facts_of(way, asked, now), transports)
     sites = tuple(
-        Site(case=Case(plan=plan, stack=stack, node=node, rank=rank_of(plan, node), facts=facts), transport=way)
+        AnsweredNode(case=Case(plan=plan, stack=stack, node=node, rank=rank_of(plan, node), facts=facts), transport=way)
         for node, way, facts in zip(nodes, transports, answers, strict=True)
         if isinstance(facts, NodeFacts) and not isinstance(way, NodeFailed)
     )
@@ -193,7 +193,7 @@ def examine_node(plan: Plan, stack: Stack, node: Node, facts: NodeFacts | NodeFa
         yield named(REACH, node.host, wrong(evidence, fix.strip() or f"ssh {node.host} true"))
         yield from (named(name, node.host, unchecked("the node could not be reached")) for name in checks)
         return
-    yield named(REACH, node.host, Diagnosis(level="ok", evidence=f"it answers as {facts.user}@{facts.hostname}"))
+    yield named(REACH, node.host, CheckResult(level="ok", evidence=f"it answers as {facts.user}@{facts.hostname}"))
     case = Case(plan=plan, stack=stack, node=node, rank=rank_of(plan, node), facts=facts)
     for name, check in checks.items():
         yield named(name, node.host, check.ask(case))
@@ -208,7 +208,7 @@ def compare(plan: Plan, cases: Sequence[Case], launching: bool) -> Iterator[Find
         yield from (named(name, host, diagnosis) for host, diagnosis in told.items())
 
 
-def choices_of(plan: Plan, sites: Sequence[Site]) -> tuple[Choice, ...]:
+def choices_of(plan: Plan, sites: Sequence[AnsweredNode]) -> tuple[NetworkChoice, ...]:
     working = [site.case for site in sites if site.case.rank is not None]
     if len(working) < len(plan.config.cluster.working):
         return ()
@@ -216,15 +216,15 @@ def choices_of(plan: Plan, sites: Sequence[Site]) -> tuple[Choice, ...]:
     return () if isinstance(choices, Problem) else choices
 
 
-def experiment_on(plan: Plan, sites: Sequence[Site], choices: Sequence[Choice], token: str) -> Iterator[Finding]:
+def experiment_on(plan: Plan, sites: Sequence[AnsweredNode], choices: Sequence[NetworkChoice], token: str) -> Iterator[Finding]:
     working = tuple(site for site in sites if site.case.rank is not None)
 
-    def connections() -> dict[str, Diagnosis]:
+    def connections() -> dict[str, CheckResult]:
         if not choices:
             return {EVERY_NODE: unchecked("no network was found that all nodes are in")}
         return experiment.try_reach(working, choices, token)
 
-    tries: dict[str, Callable[[], dict[str, Diagnosis]]] = {
+    tries: dict[str, Callable[[], dict[str, CheckResult]]] = {
         "container": lambda: experiment.try_start(sites, token),
         "connections": connections,
         "shared": lambda: experiment.try_shared(sites, token),

@@ -30,7 +30,7 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diagnosis:
+class CheckResult:
     """A finding before it has a name and a host."""
 
     level: Level
@@ -50,27 +50,27 @@ class Case:
 
 
 # A check of one node, and one that compares nodes: host -> what is said of it, EVERY_NODE where all agree.
-NodeCheck = Callable[[Case], Diagnosis]
-Agreement = Callable[[Sequence[Case]], dict[str, Diagnosis]]
+NodeCheck = Callable[[Case], CheckResult]
+Agreement = Callable[[Sequence[Case]], dict[str, CheckResult]]
 
 
-def fine(evidence: str) -> Diagnosis:
-    return Diagnosis(level="ok", evidence=evidence)
+def fine(evidence: str) -> CheckResult:
+    return CheckResult(level="ok", evidence=evidence)
 
 
-def warn(evidence: str, fix: str) -> Diagnosis:
-    return Diagnosis(level="warning", evidence=evidence, fix=fix)
+def warn(evidence: str, fix: str) -> CheckResult:
+    return CheckResult(level="warning", evidence=evidence, fix=fix)
 
 
-def wrong(evidence: str, fix: str) -> Diagnosis:
-    return Diagnosis(level="error", evidence=evidence, fix=fix)
+def wrong(evidence: str, fix: str) -> CheckResult:
+    return CheckResult(level="error", evidence=evidence, fix=fix)
 
 
-def unchecked(evidence: str, fix: str = "") -> Diagnosis:
-    return Diagnosis(level="unchecked", evidence=evidence, fix=fix)
+def unchecked(evidence: str, fix: str = "") -> CheckResult:
+    return CheckResult(level="unchecked", evidence=evidence, fix=fix)
 
 
-def named(name: str, host: str, diagnosis: Diagnosis) -> Finding:
+def named(name: str, host: str, diagnosis: CheckResult) -> Finding:
     return Finding(name=name, host=host, level=diagnosis.level, evidence=diagnosis.evidence, fix=diagnosis.fix)
 
 

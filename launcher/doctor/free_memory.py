@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from launcher.check.strategy import is_countable
 from launcher.config.schema import Config
 from launcher.doctor.device_checks import NO_DEVICES, used
-from launcher.doctor.findings import Case, Diagnosis, fine, unchecked, warn, wrong
+from launcher.doctor.findings import Case, CheckResult, fine, unchecked, warn, wrong
 from launcher.doctor.node_facts import GIB
 from launcher.memory.estimate import Memory, estimate_memory
 
 
 @dataclass(frozen=True, kw_only=True)
-class Headroom:
+class FreeMemory:
     """Of the fullest device that the run takes on a node, None where its tool says no size; and of the node's own memory. In GiB."""
 
     free_gib: float | None
@@ -20,19 +20,19 @@ class Headroom:
     host_gib: float
 
 
-def find_headroom(case: Case) -> Headroom:
+def find_free_memory(case: Case) -> FreeMemory:
     sizes = [
         (device.memory_total_gib - (device.memory_used_gib or 0.0), device.memory_total_gib)
         for device in used(case)
         if device.memory_total_gib is not None
     ]
     free, total = min(sizes) if sizes and len(sizes) == len(used(case)) else (None, None)
-    return Headroom(free_gib=free, total_gib=total, host_gib=case.facts.memory_available_gib)
+    return FreeMemory(free_gib=free, total_gib=total, host_gib=case.facts.memory_available_gib)
 
 
-def check_fit(case: Case) -> Diagnosis:
+def check_fit(case: Case) -> CheckResult:
     """The plan's peak against what is free there now. A run that is forced is tried."""
-    config, headroom = case.plan.config, find_headroom(case)
+    config, headroom = case.plan.config, find_free_memory(case)
     if not used(case):
         return unchecked(NO_DEVICES)
     if headroom.free_gib is None:
@@ -53,19 +53,19 @@ def check_fit(case: Case) -> Diagnosis:
     return wrong(told, f"end what uses it there, or plan for what is free, which says what would fit: {sized}")
 
 
-def offered(config: Config, headroom: Headroom) -> Config:
+def with_free_memory(config: Config, headroom: FreeMemory) -> Config:
     hardware = replace(config.hardware, memory_gib=headroom.free_gib, host_memory_gib=headroom.host_gib)
     return replace(config, hardware=hardware)
 
 
-def memory_within(config: Config, headroom: Headroom) -> Memory:
+def memory_within(config: Config, headroom: FreeMemory) -> Memory:
     """The verdict for a node that has this much free."""
-    return estimate_memory(offered(config, headroom))
+    return estimate_memory(with_free_memory(config, headroom))
 
 
-def tightest(cases: Iterable[Case]) -> Headroom | None:
+def tightest(cases: Iterable[Case]) -> FreeMemory | None:
     """Of all working nodes; None where one of them says no size."""
-    found = [find_headroom(case) for case in cases if case.rank is not None]
+    found = [find_free_memory(case) for case in cases if case.rank is not None]
     if not found or any(headroom.free_gib is None for headroom in found):
         return None
     least = min(found, key=lambda headroom: headroom.free_gib or 0.0)

@@ -3,7 +3,7 @@
 import re
 from pathlib import PurePosixPath
 
-from launcher.doctor.findings import Case, Diagnosis, fine, unchecked, warn, wrong
+from launcher.doctor.findings import Case, CheckResult, fine, unchecked, warn, wrong
 from launcher.doctor.node_facts import GIB, Room
 from launcher.doctor.parse import PODMAN
 from launcher.memory.states import DTYPE_BYTES
@@ -24,14 +24,14 @@ UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 # ------------------------------------------------------------------------------------------------------------- the host
 
 
-def check_shell(case: Case) -> Diagnosis:
+def check_shell(case: Case) -> CheckResult:
     shell = PurePosixPath(case.facts.shell).name
     if shell in POSIX_SHELLS or not shell:
         return fine(f"login shell {shell or 'not said'}")
     return wrong(f"the login shell {case.facts.shell} does not read POSIX quoting", f"sudo chsh -s /bin/bash {case.facts.user}")
 
 
-def check_architecture(case: Case) -> Diagnosis:
+def check_architecture(case: Case) -> CheckResult:
     machine, said = case.facts.machine, case.node.architecture
     if machine == said:
         return fine(machine)
@@ -40,13 +40,13 @@ def check_architecture(case: Case) -> Diagnosis:
     )
 
 
-def check_kernel(case: Case) -> Diagnosis:
+def check_kernel(case: Case) -> CheckResult:
     if numbers(case.facts.kernel) >= OLDEST_KERNEL:
         return fine(case.facts.kernel)
     return warn(f"kernel {case.facts.kernel} is older than {dotted(OLDEST_KERNEL)}: ranks may hang", "update the kernel of the node")
 
 
-def check_memory(case: Case) -> Diagnosis:
+def check_memory(case: Case) -> CheckResult:
     """What offloading puts there must be free; without it, nothing is asked."""
     needed, facts = case.plan.states.host_bytes / GIB, case.facts
     text = f"{facts.memory_available_gib:.1f} of {facts.memory_total_gib:.1f} GiB free, {needed:.1f} needed for offloading"
@@ -57,7 +57,7 @@ def check_memory(case: Case) -> Diagnosis:
     return wrong(text, "more nodes, stage=lora, or strategy.offload_optimizer=false strategy.offload_parameters=false")
 
 
-def check_shm(case: Case) -> Diagnosis:
+def check_shm(case: Case) -> CheckResult:
     facts, cluster = case.facts, case.plan.config.cluster
     if cluster.runtime == "docker":
         size_gib = size_bytes(cluster.shm_size) / GIB
@@ -69,7 +69,7 @@ def check_shm(case: Case) -> Diagnosis:
     return warn(f"/dev/shm has {free}: data workers and ranks share memory there", "sudo mount -o remount,size=8g /dev/shm")
 
 
-def check_memlock(case: Case) -> Diagnosis:
+def check_memlock(case: Case) -> CheckResult:
     """RDMA pins memory, and ends with 'Cannot allocate memory' below the limit."""
     cluster, facts = case.plan.config.cluster, case.facts
     limit = cluster.ulimits.get("memlock", "docker's default") if cluster.runtime == "docker" else facts.memlock_kib
@@ -82,7 +82,7 @@ def check_memlock(case: Case) -> Diagnosis:
 # ----------------------------------------------------------------------------------------------------------------- disk
 
 
-def check_room(case: Case) -> Diagnosis:
+def check_room(case: Case) -> CheckResult:
     """For checkpoints: weights, master and two moments of what is trained, as often as they are kept and once more."""
     config, states, room = case.plan.config, case.plan.states, case.facts.root
     if room is None:
@@ -96,7 +96,7 @@ def check_room(case: Case) -> Diagnosis:
     return warn(text, "run.keep_checkpoints=1, or cluster.root=FOLDER") if room.free_gib < all_gib else fine(text)
 
 
-def check_writable(case: Case) -> Diagnosis:
+def check_writable(case: Case) -> CheckResult:
     room, root, user = case.facts.root, root_of(case.plan), case.facts.user
     if room is None:
         return unchecked(f"df did not answer for {root}")
@@ -105,7 +105,7 @@ def check_writable(case: Case) -> Diagnosis:
     return wrong(f"{user} may not write to {room.path}, where runs and data lie or are made", f"sudo install -d -o {user} {root}")
 
 
-def check_inodes(case: Case) -> Diagnosis:
+def check_inodes(case: Case) -> CheckResult:
     room = case.facts.root
     if room is None or room.inodes is None:
         return unchecked("the file system counts no inodes")
@@ -117,7 +117,7 @@ def check_inodes(case: Case) -> Diagnosis:
     )
 
 
-def check_contents(case: Case) -> Diagnosis:
+def check_contents(case: Case) -> CheckResult:
     """Data and model are used where they lie: nothing is copied but what cluster.sync names."""
     synced = case.plan.config.cluster.sync
     missing = {path: content.error for path, content in case.facts.contents.items() if not content.digest}
@@ -130,7 +130,7 @@ def check_contents(case: Case) -> Diagnosis:
     return fine(f"{len(case.facts.contents)} path(s) of data and model are there")
 
 
-def check_leftovers(case: Case) -> Diagnosis:
+def check_leftovers(case: Case) -> CheckResult:
     """Containers of other runs: a live one may be a sibling, a dead one is to be looked at and removed."""
     others = [each for each in case.facts.containers if each.run_id != case.plan.run_id]
     if not others:
@@ -145,14 +145,14 @@ def check_leftovers(case: Case) -> Diagnosis:
 # --------------------------------------------------------------------------------------------------------------- docker
 
 
-def check_docker_client(case: Case) -> Diagnosis:
+def check_docker_client(case: Case) -> CheckResult:
     docker = case.facts.docker
     if docker and docker.client:
         return fine(f"docker {docker.client}")
     return wrong("there is no docker command", "install it (docs.docker.com/engine/install), or cluster.runtime=process for one node")
 
 
-def check_docker_engine(case: Case) -> Diagnosis:
+def check_docker_engine(case: Case) -> CheckResult:
     docker, user = case.facts.docker, case.facts.user
     if docker and docker.engine:
         return fine(f"engine {docker.engine} answers {user} without sudo")
@@ -164,7 +164,7 @@ def check_docker_engine(case: Case) -> Diagnosis:
     return wrong(f"the Docker engine does not answer: {error}", "sudo systemctl enable --now docker")
 
 
-def check_docker_version(case: Case) -> Diagnosis:
+def check_docker_version(case: Case) -> CheckResult:
     engine = case.facts.docker.engine if case.facts.docker else ""
     if not engine:
         return unchecked("the engine does not answer")
@@ -173,7 +173,7 @@ def check_docker_version(case: Case) -> Diagnosis:
     return wrong(f"engine {engine} is older than {dotted(OLDEST_ENGINE)}", "update it: docs.docker.com/engine/install")
 
 
-def check_docker_storage(case: Case) -> Diagnosis:
+def check_docker_storage(case: Case) -> CheckResult:
     driver = case.facts.docker.storage_driver if case.facts.docker else ""
     if not driver:
         return unchecked("the engine does not answer")
@@ -184,7 +184,7 @@ def check_docker_storage(case: Case) -> Diagnosis:
     )
 
 
-def check_docker_room(case: Case) -> Diagnosis:
+def check_docker_room(case: Case) -> CheckResult:
     room: Room | None = case.facts.docker.room if case.facts.docker else None
     if room is None:
         return unchecked("the engine does not say where it keeps images")
@@ -197,7 +197,7 @@ def check_docker_room(case: Case) -> Diagnosis:
     return fine(text) if room.free_gib >= wanted_gib else warn(text, "docker system df shows what takes it")
 
 
-def check_toolkit(case: Case) -> Diagnosis:
+def check_toolkit(case: Case) -> CheckResult:
     docker = case.facts.docker
     if not docker or not docker.engine:
         return unchecked("the engine does not answer")
@@ -207,7 +207,7 @@ def check_toolkit(case: Case) -> Diagnosis:
     return wrong("docker run --gpus needs the NVIDIA container toolkit, which is not there", fix)
 
 
-def check_image(case: Case) -> Diagnosis:
+def check_image(case: Case) -> CheckResult:
     tag, kind = case.plan.image.tag, case.plan.config.cluster.delivery.kind
     if case.facts.image_id:
         return fine(f"{tag} is there ({case.facts.image_id[:19]})")
@@ -223,7 +223,7 @@ def check_image(case: Case) -> Diagnosis:
 # ---------------------------------------------------------------------------------------------------------------- ports
 
 
-def check_rendezvous_port(case: Case) -> Diagnosis:
+def check_rendezvous_port(case: Case) -> CheckResult:
     """Rank 0 of the ranks listens there; the other nodes need no port of their own for it."""
     port = case.plan.config.cluster.rendezvous_port
     if case.rank != 0:
@@ -234,7 +234,7 @@ def check_rendezvous_port(case: Case) -> Diagnosis:
     return wrong(f"port {port} is in use there (sudo ss -ltnp 'sport = :{port}' says by whom)", f"cluster.rendezvous_port={free}")
 
 
-def check_hccl_ports(case: Case) -> Diagnosis:
+def check_hccl_ports(case: Case) -> CheckResult:
     low, high = HCCL_PORTS
     taken = [port for port in case.facts.ports if low <= port <= high]
     if not taken:
@@ -243,7 +243,7 @@ def check_hccl_ports(case: Case) -> Diagnosis:
     return wrong(f"HCCL's port(s) {named} are in use there (sudo ss -ltnp says by whom)", "cluster.environment.HCCL_IF_BASE_PORT='61000'")
 
 
-def check_hccl_reserved(case: Case) -> Diagnosis:
+def check_hccl_reserved(case: Case) -> CheckResult:
     """An outgoing connection of anybody may otherwise hold one of HCCL's ports."""
     (low, high), (first, last) = HCCL_PORTS, case.facts.ephemeral_ports
     covered = any(start <= low and high <= end for start, end in case.facts.reserved_ports)

@@ -8,9 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from launcher.doctor.findings import EVERY_NODE, Case, Diagnosis, fine, unchecked, wrong
+from launcher.doctor.findings import EVERY_NODE, Case, CheckResult, fine, unchecked, wrong
 from launcher.doctor.host_checks import root_of
-from launcher.doctor.network import Choice
+from launcher.doctor.network import NetworkChoice
 from launcher.errors import NodeFailed
 from launcher.memory.states import device_count
 from launcher.plan.devices import attach, share_of
@@ -97,14 +97,14 @@ print(json.dumps(failures))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
+class AnsweredNode:
     """A node that answered, and the way to it."""
 
     case: Case
     transport: Transport
 
 
-def on_each(sites: Sequence[Site], work: Callable[[Site], Diagnosis]) -> dict[str, Diagnosis]:
+def on_each(sites: Sequence[AnsweredNode], work: Callable[[AnsweredNode], CheckResult]) -> dict[str, CheckResult]:
     """`work` on all nodes side by side; a node that is lost meanwhile is not checked."""
     answers = attempt_each(work, sites)
     return {
@@ -113,7 +113,7 @@ def on_each(sites: Sequence[Site], work: Callable[[Site], Diagnosis]) -> dict[st
     }
 
 
-def run_briefly(site: Site, argv: tuple[str, ...], name: str) -> Result:
+def run_briefly(site: AnsweredNode, argv: tuple[str, ...], name: str) -> Result:
     """A container that is removed when its time is over, too: ending docker's client would leave it."""
     try:
         return site.transport.run((*argv[:2], "--name", name, *argv[2:]), timeout_s=START_TIMEOUT_S)
@@ -126,10 +126,10 @@ def run_briefly(site: Site, argv: tuple[str, ...], name: str) -> Result:
 # ------------------------------------------------------------------------------------------------- a container's options
 
 
-def try_start(sites: Sequence[Site], token: str) -> dict[str, Diagnosis]:
+def try_start(sites: Sequence[AnsweredNode], token: str) -> dict[str, CheckResult]:
     """`true` in the run's own image with its devices, limits and user."""
 
-    def start(site: Site) -> Diagnosis:
+    def start(site: AnsweredNode) -> CheckResult:
         if not site.case.facts.image_id:
             return unchecked(NO_IMAGE)
         done = run_briefly(site, start_command(site.case, token), f"omnilaunch-doctor-{token}-start")
@@ -156,7 +156,7 @@ def start_command(case: Case, token: str) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------------ every node every other
 
 
-def try_reach(sites: Sequence[Site], choices: Sequence[Choice], token: str) -> dict[str, Diagnosis]:
+def try_reach(sites: Sequence[AnsweredNode], choices: Sequence[NetworkChoice], token: str) -> dict[str, CheckResult]:
     """Every node connects to every other on the chosen addresses, from a container in the node's own network: on the port of the
     rendezvous, and on one that the kernel gives, as NCCL, HCCL and Gloo use."""
     if any(not site.case.facts.image_id for site in sites):
@@ -165,7 +165,7 @@ def try_reach(sites: Sequence[Site], choices: Sequence[Choice], token: str) -> d
     own = {host: address for address, host in addresses.items()}
     port = free_port(sites)
 
-    def reach(site: Site) -> Diagnosis:
+    def reach(site: AnsweredNode) -> CheckResult:
         mine = own[site.case.node.host]
         others = [address for address in addresses if address != mine]
         done = run_briefly(site, reach_command(site.case, port, mine, others, token), f"omnilaunch-doctor-{token}-reach")
@@ -181,7 +181,7 @@ def try_reach(sites: Sequence[Site], choices: Sequence[Choice], token: str) -> d
     return on_each(sites, reach)
 
 
-def free_port(sites: Sequence[Site]) -> int:
+def free_port(sites: Sequence[AnsweredNode]) -> int:
     """The rendezvous port, or the next that no node uses: only node rank 0 needs that very one, and another check looks at it."""
     taken = {port for site in sites for port in site.case.facts.ports}
     first = sites[0].case.plan.config.cluster.rendezvous_port
@@ -198,7 +198,7 @@ def reach_command(case: Case, port: int, own: str, others: Sequence[str], token:
 # ------------------------------------------------------------------------------------------------------------ one folder
 
 
-def try_shared(sites: Sequence[Site], token: str) -> dict[str, Diagnosis]:
+def try_shared(sites: Sequence[AnsweredNode], token: str) -> dict[str, CheckResult]:
     """A mark written by the first node is seen by the others exactly when `cluster.shared` says so. Nothing is tried where the folder
     is still to be made."""
     first, *others = sites
@@ -221,7 +221,7 @@ def try_shared(sites: Sequence[Site], token: str) -> dict[str, Diagnosis]:
     }
 
 
-def judge_shared(said: bool, root: str, seen: bool, first: Site) -> Diagnosis:
+def judge_shared(said: bool, root: str, seen: bool, first: AnsweredNode) -> CheckResult:
     if said and not seen:
         return wrong(
             f"cluster.shared=true, but what {first.case.node.host} writes to {root} is not seen here", "cluster.shared=false, or mount it"

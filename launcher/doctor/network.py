@@ -54,7 +54,7 @@ class View:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class NetworkChoice:
     """Empty where a run has one node, which needs no network."""
 
     interface: str
@@ -62,11 +62,11 @@ class Choice:
     why: str
 
 
-def choose_network(nodes: Sequence[Node], views: Sequence[View]) -> tuple[Choice, ...] | Problem:
+def choose_network(nodes: Sequence[Node], views: Sequence[View]) -> tuple[NetworkChoice, ...] | Problem:
     """Interface and address of every node, in their order, such that each can route to each; or the Problem that names the node which
     lacks what it takes."""
     if len(nodes) == 1:
-        return (Choice(interface="", address="", why="one node: nothing goes over a network"),)
+        return (NetworkChoice(interface="", address="", why="one node: nothing goes over a network"),)
     offers = tuple(offered(node, view) for node, view in zip(nodes, views, strict=True))
     for place, (node, view, offer) in enumerate(zip(nodes, views, offers, strict=True)):
         if not offer:
@@ -82,7 +82,7 @@ def choose_network(nodes: Sequence[Node], views: Sequence[View]) -> tuple[Choice
     return by_routes(nodes, views, offers, targets)
 
 
-def take_network(nodes: Sequence[Node], choices: Sequence[Choice]) -> tuple[Node, ...]:
+def take_network(nodes: Sequence[Node], choices: Sequence[NetworkChoice]) -> tuple[Node, ...]:
     """The nodes with interface and address as chosen; what the cluster file names stays, since the choice has kept it."""
     return tuple(
         replace(node, interface=choice.interface or node.interface, address=choice.address or node.address)
@@ -127,14 +127,14 @@ def in_network(offer: tuple[Interface, ...], network: IPv4Network) -> list[Inter
     return [each for each in offer if each.network == network]
 
 
-def within(network: IPv4Network, offers: Sequence[tuple[Interface, ...]], views: Sequence[View], why: str) -> tuple[Choice, ...]:
+def within(network: IPv4Network, offers: Sequence[tuple[Interface, ...]], views: Sequence[View], why: str) -> tuple[NetworkChoice, ...]:
     """Each node's interface in that network; of two, the one that its own route there takes."""
     choices = []
     for offer, view in zip(offers, views, strict=True):
         mine = in_network(offer, network)
         taken = interface_towards(view, str(network.network_address + 1))
         best = next((each for each in mine if each.name == taken), mine[0])
-        choices.append(Choice(interface=best.name, address=best.address, why=f"{network}: {why}"))
+        choices.append(NetworkChoice(interface=best.name, address=best.address, why=f"{network}: {why}"))
     return tuple(choices)
 
 
@@ -152,7 +152,7 @@ def faster_than(network: IPv4Network, shared: Sequence[IPv4Network], offers: Seq
 
 def by_routes(
     nodes: Sequence[Node], views: Sequence[View], offers: Sequence[tuple[Interface, ...]], targets: Sequence[str]
-) -> tuple[Choice, ...] | Problem:
+) -> tuple[NetworkChoice, ...] | Problem:
     """Each node's only interface, or the one that its routes to the others' host addresses take; held against those routes."""
     choices = []
     for place, (node, view, offer) in enumerate(zip(nodes, views, offers, strict=True)):
@@ -163,11 +163,11 @@ def by_routes(
             what = f"{node.host} has several interfaces, and no route that tells which leads to the others: {names}"
             return Problem(key=f"cluster.nodes[{place}]", what=what, changes=tuple(in_file(node, each) for each in offer))
         why = "its route to the others" if len(offer) > 1 else "the one that it has" if not (node.interface or node.address) else "named"
-        choices.append(Choice(interface=found[0].name, address=found[0].address, why=why))
+        choices.append(NetworkChoice(interface=found[0].name, address=found[0].address, why=why))
     return unroutable(nodes, views, choices) or tuple(choices)
 
 
-def unroutable(nodes: Sequence[Node], views: Sequence[View], choices: Sequence[Choice]) -> Problem | None:
+def unroutable(nodes: Sequence[Node], views: Sequence[View], choices: Sequence[NetworkChoice]) -> Problem | None:
     """The first node whose route to another's address is missing, or leaves by an interface that was not chosen."""
     for place, (node, view, mine) in enumerate(zip(nodes, views, choices, strict=True)):
         for other, theirs in zip(nodes, choices, strict=True):

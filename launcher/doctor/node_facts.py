@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from launcher.doctor.network import View
-from launcher.doctor.smi import Device
+from launcher.doctor.smi import SmiDevice
 
 GIB = 2**30
 
@@ -92,7 +92,7 @@ class NodeFacts:
     ephemeral_ports: tuple[int, int]
     reserved_ports: tuple[tuple[int, int], ...]
     view: View
-    devices: tuple[Device, ...]
+    devices: tuple[SmiDevice, ...]
     devices_error: str
     driver: str
     files: tuple[str, ...]

@@ -11,7 +11,7 @@ from typing import Any
 from launcher.config.schema import Accelerator
 from launcher.doctor.network import Interface, IpRoute, View
 from launcher.doctor.node_facts import GIB, Clock, Container, Content, Docker, Mode, NodeFacts, Room
-from launcher.doctor.smi import Device, UnreadableTable, read_npu, read_npu_driver, read_nvidia
+from launcher.doctor.smi import SmiDevice, UnreadableTable, read_npu, read_npu_driver, read_nvidia
 from launcher.ssh.transport import Result
 
 MARK = "=omnilaunch="
@@ -24,7 +24,7 @@ LISTENING = "0A"  # state of a socket in /proc/net/tcp
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class CommandOutput:
     code: int
     output: str
     errors: str
@@ -43,16 +43,16 @@ class Answer:
         return said or f"exit code {self.code}"
 
 
-UNASKED = Answer(code=127, output="", errors="was not asked")
+UNASKED = CommandOutput(code=127, output="", errors="was not asked")
 
 
-def read_answers(done: Result) -> dict[str, Answer]:
+def read_answers(done: Result) -> dict[str, CommandOutput]:
     """The script's two streams, cut at the marks."""
     errors = dict(cut(done.errors))
     answers = {}
     for name, text in cut(done.output):
         output, _, code = text.rpartition(f"\n{MARK}code ")
-        answers[name] = Answer(code=int(code) if code.strip().isdigit() else 255, output=output, errors=errors.get(name, "").strip())
+        answers[name] = CommandOutput(code=int(code) if code.strip().isdigit() else 255, output=output, errors=errors.get(name, "").strip())
     return answers
 
 
@@ -71,10 +71,10 @@ def cut(text: str) -> Iterator[tuple[str, str]]:
         yield name, rest
 
 
-def read_facts(host: str, accelerator: Accelerator, contents: tuple[str, ...], answers: Mapping[str, Answer], clock: Clock) -> NodeFacts:
+def read_facts(host: str, accelerator: Accelerator, contents: tuple[str, ...], answers: Mapping[str, CommandOutput], clock: Clock) -> NodeFacts:
     """Every answer read. `contents`: the paths asked about, in order. One that is missing or odd leaves its fact empty."""
 
-    def said(name: str) -> Answer:
+    def said(name: str) -> CommandOutput:
         return answers.get(name, UNASKED)
 
     memory = dict(re.findall(r"^(\w+):\s+(\d+) kB$", said("memory").good, re.MULTILINE))
@@ -131,7 +131,7 @@ def read_root(text: str) -> Room | None:
     return read_room(path, sizes[0], writable=writable == "yes", inodes=inodes)
 
 
-def read_docker(answers: Mapping[str, Answer]) -> Docker:
+def read_docker(answers: Mapping[str, CommandOutput]) -> Docker:
     said, client = answers["docker"], answers["docker_client"]
     try:
         facts: dict[str, Any] = json.loads(said.output or "{}")
@@ -158,7 +158,7 @@ def read_containers(text: str) -> Iterator[Container]:
         yield Container(name=name, state=state, run_id=run_id)
 
 
-def read_content(said: Answer) -> Content:
+def read_content(said: CommandOutput) -> Content:
     kind, _, digest = said.output.strip().partition("\n")
     if said.code == 0 and digest:
         return Content(kind=kind, digest=digest.split()[0])
@@ -168,7 +168,7 @@ def read_content(said: Answer) -> Content:
 # --------------------------------------------------------------------------------------------------------------- devices
 
 
-def read_devices(accelerator: Accelerator, said: Answer, apps: Answer) -> tuple[tuple[Device, ...], str]:
+def read_devices(accelerator: Accelerator, said: CommandOutput, apps: CommandOutput) -> tuple[tuple[SmiDevice, ...], str]:
     """The devices, or why there are none."""
     if accelerator == "cpu":
         return (), ""
@@ -186,7 +186,7 @@ def read_modes(text: str) -> Iterator[tuple[str, Mode]]:
         yield name, Mode(bits=int(bits, 8), uid=int(uid), gid=int(gid))
 
 
-def read_driver(accelerator: Accelerator, devices: tuple[Device, ...], version_info: str, banner: str) -> str:
+def read_driver(accelerator: Accelerator, devices: tuple[SmiDevice, ...], version_info: str, banner: str) -> str:
     """NVIDIA's as nvidia-smi says it; Ascend's from version.info (`Version=`), or the banner of npu-smi."""
     if accelerator == "npu":
         found = re.search(r"^Version=(\S+)", version_info, re.MULTILINE)

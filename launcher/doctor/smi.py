@@ -41,7 +41,7 @@ class DeviceProcess:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Device:
+class SmiDevice:
     """One accelerator. `index`: as printed, from 0, which is what a process counts by; `physical`: as /dev/davinciN and docker count.
     Memory is None where the tool says none (unified memory); `health` is OK, or what the tool says instead."""
 
@@ -60,7 +60,7 @@ class Device:
 # --------------------------------------------------------------------------------------------------------------- NVIDIA
 
 
-def read_nvidia(text: str, apps: str = "") -> tuple[Device, ...]:
+def read_nvidia(text: str, apps: str = "") -> tuple[SmiDevice, ...]:
     """Devices from the output of NVIDIA_QUERY, and who is on them from that of NVIDIA_APPS_QUERY. Raises UnreadableTable."""
     if NO_NVIDIA_DEVICE in text:
         return ()
@@ -72,10 +72,10 @@ def read_nvidia(text: str, apps: str = "") -> tuple[Device, ...]:
     return tuple(nvidia_device(cells, processes) for _, cells in rows)
 
 
-def nvidia_device(cells: list[str], processes: tuple[tuple[str, DeviceProcess], ...]) -> Device:
+def nvidia_device(cells: list[str], processes: tuple[tuple[str, DeviceProcess], ...]) -> SmiDevice:
     index, name, uuid, total, used, driver, _, utilization = cells
     sick = next((cell for cell in cells if SICK.fullmatch(cell)), "")
-    return Device(
+    return SmiDevice(
         index=int(index),
         physical=int(index),
         name=name,
@@ -111,7 +111,7 @@ def read_npu_driver(text: str) -> str:
     return found.group(2) if found else ""
 
 
-def read_npu(text: str) -> tuple[Device, ...]:
+def read_npu(text: str) -> tuple[SmiDevice, ...]:
     """Devices from `npu-smi info`: two lines each, then the table of processes. On an A3 each of a module's two dies is a device.
     Raises UnreadableTable, with the first odd line of the table, or of the whole text when there is no table."""
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if line.startswith("|")]
@@ -139,7 +139,7 @@ def is_odd(line: str) -> bool:
     return bool(line.strip()) and not line.startswith(("|", "+"))
 
 
-def npu_device(head: list[str], chip: list[str], index: int) -> tuple[tuple[int, int], Device]:
+def npu_device(head: list[str], chip: list[str], index: int) -> tuple[tuple[int, int], SmiDevice]:
     """(NPU, chip), which the table of processes counts by, and the device. A number after the chip's is the physical one; where there
     is none, the NPU's is."""
     first, second = NPU_CELL.match(head[0]), CHIP_CELL.match(chip[0])
@@ -151,7 +151,7 @@ def npu_device(head: list[str], chip: list[str], index: int) -> tuple[tuple[int,
     usage = [(int(used), int(total)) for used, total in USAGE.findall(chip[2]) if int(total)]
     used_mb, total_mb = usage[-1] if usage else (None, None)  # HBM stands last; the other pair is the memory of its control CPU
     busy = chip[2].split()[0] if chip[2] else ""
-    return (npu, int(second.group(1))), Device(
+    return (npu, int(second.group(1))), SmiDevice(
         index=index,
         physical=int(physical) if physical.isdigit() else npu,
         name=first.group(2),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from launcher.config.schema import Delivery
 from launcher.errors import ImageFailed
-from launcher.image.docker import Client, answer, find, find_client
+from launcher.image.docker import DockerCommand, answer, find, find_client
 from launcher.image.stack import REPOSITORY, Image, Stack, context_files, digest, draw_system
 from launcher.image.wheelhouse import SYSTEM, local_files, system_files
 from launcher.redact import masked_addresses
@@ -81,7 +81,7 @@ def build(image: Image, *, root: Path, delivery: Delivery, on_line: Callable[[st
 # -------------------------------------------------------------------------------------------------------------- context
 
 
-def refuse_unbuildable(image: Image, delivery: Delivery, client: Client) -> None:
+def refuse_unbuildable(image: Image, delivery: Delivery, client: DockerCommand) -> None:
     """Raise ImageFailed for an image that may not or cannot be built here, before anything is made."""
     if delivery.kind not in ("build", "build_on_nodes"):
         raise ImageFailed(

@@ -24,7 +24,7 @@ ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Client:
+class DockerCommand:
     """A docker command line that can do BuildKit builds, and the engine behind it. `architecture` as `uname -m` prints it."""
 
     path: str
@@ -73,7 +73,7 @@ def unanswered(error: Exception) -> str:
     return f"the Docker engine does not answer ({error}): {fix}. To run without containers: cluster.runtime=process"
 
 
-def find_client(environ: Mapping[str, str]) -> Client:
+def find_client(environ: Mapping[str, str]) -> DockerCommand:
     """The first docker client on PATH that can build with BuildKit, and the engine behind it. Raises ImageFailed saying what is
     missing, and the fix."""
     paths = [path for folder in environ.get("PATH", "").split(":") if (path := shutil.which("docker", path=folder))]
@@ -86,7 +86,7 @@ def find_client(environ: Mapping[str, str]) -> Client:
     return choose_client(tuple(dict.fromkeys(paths)), str(facts["Version"]), str(facts["Arch"]))
 
 
-def choose_client(paths: tuple[str, ...], engine: str, architecture: str) -> Client:
+def choose_client(paths: tuple[str, ...], engine: str, architecture: str) -> DockerCommand:
     """Raises ImageFailed when the engine is too old, or no client of `paths` speaks BuildKit."""
     if version_of(engine) < OLDEST_ENGINE:
         raise ImageFailed(
@@ -96,7 +96,7 @@ def choose_client(paths: tuple[str, ...], engine: str, architecture: str) -> Cli
     for path in paths:
         version = answer((path, "version", "--format", "{{.Client.Version}}"))
         if (0,) < version_of(version) < (SEPARATE_BUILDKIT,) or answer((path, "buildx", "version")):
-            return Client(path=path, version=version, engine_version=engine, architecture=ARCHITECTURES.get(architecture, architecture))
+            return DockerCommand(path=path, version=version, engine_version=engine, architecture=ARCHITECTURES.get(architecture, architecture))
         refused.append(f"{path} ({version or 'no answer'})")
     raise ImageFailed(
         f"no docker client here can do BuildKit builds: {', '.join(refused)} without the buildx plugin. "

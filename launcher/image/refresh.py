@@ -41,7 +41,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class LockTarget:
     """One lock to write: `lock` below images/, for which stacks and architecture, and the torch that is asked for there."""
 
     lock: str
@@ -94,7 +94,7 @@ def refresh(root: Path, *, stacks: tuple[str, ...], say: Say, upgrade: bool = Fa
     return write_all(found)
 
 
-def targets(table: dict[str, Stack]) -> tuple[Target, ...]:
+def targets(table: dict[str, Stack]) -> tuple[LockTarget, ...]:
     """The locks of the table. A lock that is not there yet is named after its sibling. Raises ImageFailed for stacks that share a
     lock and differ in what is in it."""
     groups: dict[tuple[str, str], list[Stack]] = {}
@@ -106,7 +106,7 @@ def targets(table: dict[str, Stack]) -> tuple[Target, ...]:
             names = " and ".join(f"stacks.{stack.name}" for stack in group)
             raise ImageFailed(f"images/{VERSIONS_FILE}: {names} share {lock} and differ in its versions; give each a file of its own")
     return tuple(
-        Target(lock=lock, stacks=tuple(group), architecture=architecture, torch=torch_of(group[0], architecture))
+        LockTarget(lock=lock, stacks=tuple(group), architecture=architecture, torch=torch_of(group[0], architecture))
         for (lock, architecture), group in groups.items()
     )
 
@@ -138,7 +138,7 @@ def needs(root: Path, extra: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- resolve
 
 
-def resolve_target(uv: str, target: Target, root: Path, say: Say, upgrade: bool) -> dict[Path, str]:
+def resolve_target(uv: str, target: LockTarget, root: Path, say: Say, upgrade: bool) -> dict[Path, str]:
     """Path -> text of one lock, and of torch's own; nothing where torch's row is neither known nor to be had."""
     say(f"resolving {target.lock}")
     path, first = root / "images" / target.lock, target.stacks[0]
@@ -168,7 +168,7 @@ def resolve_target(uv: str, target: Target, root: Path, say: Say, upgrade: bool)
     }
 
 
-def local_torch(uv: str, target: Target, known: str, say: Say) -> str:
+def local_torch(uv: str, target: LockTarget, known: str, say: Say) -> str:
     """torch's row with its hashes, from PyTorch's index, or `known` where that does not answer; '' where there is neither.
     Raises ImageFailed where the index has no such torch, and where a lock that is there would be lost."""
     wanted = f"torch=={target.torch}"
@@ -187,7 +187,7 @@ def local_torch(uv: str, target: Target, known: str, say: Say) -> str:
         return ""
 
 
-def beside_no_accelerator(uv: str, torch: str, target: Target) -> tuple[str, ...]:
+def beside_no_accelerator(uv: str, torch: str, target: LockTarget) -> tuple[str, ...]:
     """Overrides with which `torch`, the common index's own build, stands for the CPU's: all packages take it, and its libraries
     for an accelerator are left out."""
     whole = resolve(uv, [torch], python=target.python, platform=target.platform)

@@ -27,7 +27,7 @@ INPUT_OF = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention",
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tower:
+class TowerActivations:
     """What a trained layer of a vision tower keeps for each patch, beside attention's own: `float32` and `wide` in units of h, `inner` in
     units of i. LayerNorm keeps its input and output; RMSNorm a float32 copy, the normalised and the scaled one."""
 
@@ -38,12 +38,12 @@ class Tower:
 
 # wide: norms, then q, k, v and the output of attention.
 TOWERS = {
-    "llava": Tower(float32=0, wide=4 + 4, inner=3),  # quick_gelu keeps its input and its sigmoid, then the product
-    "internvl": Tower(float32=0, wide=4 + 4 + 2, inner=2),  # the two outputs that are scaled layer by layer (lambda_1, lambda_2)
-    "qwen2_5_vl": Tower(float32=2, wide=4 + 2 + 3 + 2, inner=4),  # v is a view of the fused qkv; windows are put together in a copy
-    "qwen2_5_omni": Tower(float32=2, wide=4 + 2 + 1 + 2, inner=4),
+    "llava": TowerActivations(float32=0, wide=4 + 4, inner=3),  # quick_gelu keeps its input and its sigmoid, then the product
+    "internvl": TowerActivations(float32=0, wide=4 + 4 + 2, inner=2),  # the two outputs that are scaled layer by layer (lambda_1, lambda_2)
+    "qwen2_5_vl": TowerActivations(float32=2, wide=4 + 2 + 3 + 2, inner=4),  # v is a view of the fused qkv; windows are put together in a copy
+    "qwen2_5_omni": TowerActivations(float32=2, wide=4 + 2 + 1 + 2, inner=4),
 }
-USUAL_TOWER = Tower(float32=0, wide=4 + 4, inner=2)  # LayerNorm, attention, GELU: SigLIP and EVA
+USUAL_TOWER = TowerActivations(float32=0, wide=4 + 4, inner=2)  # LayerNorm, attention, GELU: SigLIP and EVA
 
 CHUNK = 64  # tokens of torch's own kernel of gated linear attention (transformers, torch_chunk_gated_delta_rule)
 CHUNK_SQUARES = 5  # that it keeps for each chunk and head, of CHUNK x CHUNK: decays, two products, two systems

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from launcher.config.schema import Config, Model, Text
-from trainer.contract import LONE
+from trainer.contract import SINGLE_PROCESS_KINDS
 
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -44,7 +44,7 @@ def device_count(config: Config) -> int:
 
 def ranks_per_node(config: Config) -> int:
     """One a device, but for a stage of one process and for a model that is spread over them."""
-    return 1 if config.stage.kind in LONE or spreads(config) else device_count(config)
+    return 1 if config.stage.kind in SINGLE_PROCESS_KINDS or spreads(config) else device_count(config)
 
 
 def spreads(config: Config) -> bool:

@@ -10,7 +10,7 @@ from launcher.config.schema import Cluster, Config
 from launcher.errors import ConfigRefused
 from launcher.image.stack import Image
 from launcher.plan.devices import Attachment, attach, share_of
-from trainer.contract import LONE, SPEC_FILE, TrainSpec
+from trainer.contract import SINGLE_PROCESS_KINDS, SPEC_FILE, TrainSpec
 
 RUN_LABEL = "omnilaunch.run"  # containers of a run are found again by this
 RUN_VARIABLE = "OMNILAUNCH_RUN_ID"
@@ -150,7 +150,7 @@ def data_command(spec: TrainSpec) -> tuple[str, ...]:
 def torchrun(config: Config, spec: TrainSpec, rank: int) -> tuple[str, ...]:
     """Static rendezvous on node 0; one node alone takes any free port, so that two runs on a laptop do not meet. A stage of one process
     does without torchrun, which ends what it started 30 s after a signal: a server may have answers to finish."""
-    if spec.stage.kind in LONE:
+    if spec.stage.kind in SINGLE_PROCESS_KINDS:
         return ("-m", "trainer", "run", str(PurePosixPath(spec.output) / SPEC_FILE))
     nodes = config.cluster.working
     first = nodes[0].address or nodes[0].host

@@ -4,11 +4,11 @@ import os
 import sys
 from pathlib import Path
 
-from launcher.plan.plan import Place
+from launcher.plan.plan import LocalContext
 
 CONTAINER_USER = "1000:1000"  # in place of root, whom no container needs to be
 
 
-def place_here(project: Path) -> Place:
+def local_context(project: Path) -> LocalContext:
     user = f"{os.getuid()}:{os.getgid()}" if os.getuid() else CONTAINER_USER
-    return Place(project=project, here=Path.cwd(), interpreter=sys.executable, user=user)
+    return LocalContext(project=project, here=Path.cwd(), interpreter=sys.executable, user=user)

@@ -12,7 +12,7 @@ from launcher.check.hardware import choose_kernels
 from launcher.check.problem import Rule
 from launcher.check.recipe import leaves_padding_out
 from launcher.check.rules import RULES, Verdict, check
-from launcher.check.strategy import choose_strategy, explain_choice
+from launcher.check.strategy import choose_strategy, explain_strategy
 from launcher.check.suggestions import with_typed_hardware
 from launcher.config.schema import Cluster, Config, Run
 from launcher.errors import ConfigRefused, refuse_config
@@ -22,7 +22,19 @@ from launcher.memory.estimate import Memory, estimate_memory
 from launcher.memory.states import States, device_count, model_states, ranks_per_node, spreads, trainable_parameters, world_size
 from launcher.plan.commands import NodeCommand, node_commands
 from launcher.redact import mask_credentials, without_masked
-from trainer.contract import LONE, SCHEMA, Batch, DataSpec, DeviceSpec, Evaluation, ModelSpec, StageSpec, TrainSpec, decode, encode
+from trainer.contract import (
+    SCHEMA,
+    SINGLE_PROCESS_KINDS,
+    Batch,
+    DataSpec,
+    DeviceSpec,
+    Evaluation,
+    ModelSpec,
+    StageSpec,
+    TrainSpec,
+    decode,
+    encode,
+)
 
 DATA_FOLDER = ".cache/data"
 RUNS_FOLDER = "runs"
@@ -36,7 +48,7 @@ OF_THE_RUN = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class LocalContext:
     """What a plan takes from the machine it is made on. `here`: where relative paths start; `user`: uid:gid for containers."""
 
     project: Path
@@ -73,7 +85,7 @@ class Plan:
 def make_plan(
     config: Config,
     stacks: dict[str, Stack],
-    place: Place,
+    place: LocalContext,
     *,
     run_id: str,
     overrides: tuple[str, ...] = (),
@@ -107,20 +119,20 @@ def make_plan(
         folder=spec.output if all(node.is_local for node in config.cluster.working) else absolute(f"{RUNS_FOLDER}/{run_id}", place.here),
         overrides=overrides,
         memory=estimate_memory(config),
-        choice=explain_choice(asked, config),
+        choice=explain_strategy(asked, config),
     )
 
 
 def on_one_rank(config: Config) -> Config:
     """A stage that one process carries out takes the first node alone, and of that one device (two dies, where a job takes no fewer), or all
     that a model is spread over."""
-    if not config.cluster.working or not (config.stage.kind in LONE or spreads(config)):
+    if not config.cluster.working or not (config.stage.kind in SINGLE_PROCESS_KINDS or spreads(config)):
         return config
     devices = device_count(config) if spreads(config) else config.hardware.device_multiple
     return replace(config, cluster=replace(config.cluster, nodes=config.cluster.working[:1], devices_per_node=devices))
 
 
-def move_plan(plan: Plan, cluster: Cluster, stacks: dict[str, Stack], place: Place) -> Plan:
+def move_plan(plan: Plan, cluster: Cluster, stacks: dict[str, Stack], place: LocalContext) -> Plan:
     """The same run with the same image on other nodes, or with other networks. Raises ConfigRefused where it cannot work there."""
     config = replace(plan.config, cluster=cluster)
     # Addresses that were recorded without their credentials are missed only where the image has to be built, and there it is said.
@@ -155,7 +167,7 @@ def refuse(verdict: Verdict, *, launching: bool, overrides: tuple[str, ...] = ()
         refuse_config("\n".join((heading, *map(str, standing))), (problem.key for problem in standing))
 
 
-def train_spec(config: Config, place: Place, *, run_id: str, overrides: tuple[str, ...] = ()) -> TrainSpec:
+def train_spec(config: Config, place: LocalContext, *, run_id: str, overrides: tuple[str, ...] = ()) -> TrainSpec:
     """What the trainer is told. Paths become absolute: below `cluster.root` for the run, below `here` for what the user names."""
     root = absolute(config.cluster.root, place.here)
     ranks = world_size(config)
@@ -213,7 +225,7 @@ def divide(config: Config, ranks: int) -> Batch:
     )
 
 
-def model_spec(config: Config, place: Place) -> ModelSpec:
+def model_spec(config: Config, place: LocalContext) -> ModelSpec:
     model = config.model
     source = replace(model.source, path=absolute(model.source.path, place.here)) if model.source.path else model.source
     return ModelSpec(
@@ -228,7 +240,7 @@ def model_spec(config: Config, place: Place) -> ModelSpec:
     )
 
 
-def stage_spec(config: Config, place: Place) -> StageSpec:
+def stage_spec(config: Config, place: LocalContext) -> StageSpec:
     stage, inference = config.stage, config.stage.inference
     if inference is not None:
         image, rows = (absolute(path, place.here) if path else "" for path in (inference.image, inference.input))
@@ -249,12 +261,12 @@ def stage_spec(config: Config, place: Place) -> StageSpec:
     )
 
 
-def evaluation_of(config: Config, place: Place) -> Evaluation:
+def evaluation_of(config: Config, place: LocalContext) -> Evaluation:
     evaluation = config.run.evaluation
     return replace(evaluation, base=absolute(evaluation.base, place.here)) if evaluation.base else evaluation
 
 
-def data_spec(config: Config, place: Place, root: str) -> DataSpec:
+def data_spec(config: Config, place: LocalContext, root: str) -> DataSpec:
     data = config.data
     named = {key: absolute(getattr(data, key), place.here) if getattr(data, key) else "" for key in ("train", "evaluation", "images")}
     return DataSpec(

@@ -17,14 +17,14 @@ from launcher.image.stack import Stack
 from launcher.memory.estimate import Item, Memory, estimate_memory, total
 from launcher.memory.states import GIB
 from launcher.plan.description import gib, table
-from launcher.plan.plan import Place, Plan, refuse
+from launcher.plan.plan import LocalContext, Plan, refuse
 from trainer.contract import SPEC_FILE, Exit, SpecError, TracePhase, TraceReport, decode, write
 
 TIMEOUT_S = 1800
 HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "ASCEND_RT_VISIBLE_DEVICES": ""}  # a trace takes no accelerator, and must not wait for one
 
 
-def trace_plan(plan: Plan, place: Place, environ: Mapping[str, str]) -> TraceReport:
+def trace_plan(plan: Plan, place: LocalContext, environ: Mapping[str, str]) -> TraceReport:
     """With the interpreter that cluster.runtime=process trains with. Raises ConfigRefused where the trainer refuses, LaunchError where it
     fails."""
     with tempfile.TemporaryDirectory(prefix="omnilaunch-trace-") as name:

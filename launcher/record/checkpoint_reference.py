@@ -23,7 +23,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class FoundCheckpoint:
     """`host`: the node that has the folder; '' = this machine. `shared`: all nodes of its cluster see it. `needs`: further folders there,
     which an adapter stands on."""
 
@@ -59,10 +59,10 @@ def resolve_base(config: Config, *runs: Path) -> Config:
     return replace(config, cluster=found.cluster, run=replace(config.run, evaluation=base))
 
 
-def find_checkpoint(text: str, runs: tuple[Path, ...], *, local: bool) -> Found | None:
+def find_checkpoint(text: str, runs: tuple[Path, ...], *, local: bool) -> FoundCheckpoint | None:
     """None for a path that only the nodes can judge."""
     if match := ON_NODE.fullmatch(text):
-        return Found(path=match["path"], host=match["host"].strip("[]"))
+        return FoundCheckpoint(path=match["path"], host=match["host"].strip("[]"))
     known = next((folder / text for folder in runs if "/" not in text and is_there(folder / text / PLAN_FILE)), None)
     if known is not None:
         return of_run(known, text)
@@ -70,7 +70,7 @@ def find_checkpoint(text: str, runs: tuple[Path, ...], *, local: bool) -> Found 
     if local and is_there(folder / PLAN_FILE):
         return of_run(folder.resolve(), text)
     if is_there(folder):
-        return Found(path=text, needs=tuple(bases_of(folder))) if local else None
+        return FoundCheckpoint(path=text, needs=tuple(bases_of(folder))) if local else None
     if local:
         names = sorted({path.parent.name for place in runs for path in place.glob(f"*/{PLAN_FILE}")})
         hint = suggest(text, names) if names else "there are none yet"
@@ -82,10 +82,10 @@ def find_checkpoint(text: str, runs: tuple[Path, ...], *, local: bool) -> Found 
 # ------------------------------------------------------------------------------------------------------------------ of a run
 
 
-def of_run(folder: Path, text: str) -> Found:
+def of_run(folder: Path, text: str) -> FoundCheckpoint:
     """The newest whole checkpoint of the run that has `folder` on this machine."""
     if state := newest_checkpoint(folder):
-        return Found(path=str(folder / state.path), needs=tuple(bases_of(folder / state.path)))
+        return FoundCheckpoint(path=str(folder / state.path), needs=tuple(bases_of(folder / state.path)))
     plan = read_newest(folder)
     return on_first_node(folder, plan, text) if lies_elsewhere(folder, plan) else refuse_run(folder, text)
 
@@ -95,7 +95,7 @@ def lies_elsewhere(folder: Path, plan: dict[str, Any]) -> bool:
     return bool(nodes) and plan["spec"]["output"] != str(folder.resolve()) and not is_here(str(nodes[0]["host"]))
 
 
-def on_first_node(folder: Path, plan: dict[str, Any], text: str) -> Found:
+def on_first_node(folder: Path, plan: dict[str, Any], text: str) -> FoundCheckpoint:
     record = read_plain(folder / RECORD_FILE)
     host, output = str(plan["commands"][0]["host"]), str(plan["spec"]["output"])
     if not record:
@@ -105,7 +105,7 @@ def on_first_node(folder: Path, plan: dict[str, Any], text: str) -> Found:
     stage = plan["spec"]["stage"]
     needs = (str(stage["checkpoint"]),) if stage.get("lora") and stage["checkpoint"] else ()
     shared = bool(plan["config"]["cluster"].get("shared"))
-    return Found(path=f"{output}/{record['checkpoint']}", host=host, shared=shared, needs=needs)
+    return FoundCheckpoint(path=f"{output}/{record['checkpoint']}", host=host, shared=shared, needs=needs)
 
 
 def refuse_run(folder: Path, text: str) -> NoReturn:
@@ -124,7 +124,7 @@ def bases_of(folder: Path) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------------------- for the nodes
 
 
-def place_checkpoint(config: Config, found: Found, text: str) -> Config:
+def place_checkpoint(config: Config, found: FoundCheckpoint, text: str) -> Config:
     nodes = config.cluster.working
     if found.host and not is_here(found.host):
         refuse_unseen(config, found, text)
@@ -137,7 +137,7 @@ def place_checkpoint(config: Config, found: Found, text: str) -> Config:
     return replace(config, cluster=cluster, stage=replace(config.stage, checkpoint=found.path))
 
 
-def refuse_unseen(config: Config, found: Found, text: str) -> None:
+def refuse_unseen(config: Config, found: FoundCheckpoint, text: str) -> None:
     """Raises ConfigRefused unless the nodes of the run see a folder that lies on `found.host`."""
     nodes, there = config.cluster.working, shlex.quote(f"{bracketed(found.host)}:{found.path}")
     own = [node for node in nodes if found.host in (node.host, node.address)]

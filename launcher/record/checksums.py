@@ -21,7 +21,7 @@ PARTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class RecordPart:
     sha256: str
     bytes: int
 
@@ -32,14 +32,14 @@ class Seal:
 
     schema: int
     run_id: str
-    parts: dict[str, Part]
+    parts: dict[str, RecordPart]
     sha256: str
 
 
 def make_seal(folder: Path, run_id: str, *, unwritten: Mapping[str, bytes]) -> Seal:
     """Of all parts that are there. `unwritten`: those whose content is known and which are still to be written. Raises OSError."""
     parts = {name: hash_part(folder / name) for name in find_parts(folder)}
-    parts |= {name: Part(sha256=sha256(content).hexdigest(), bytes=len(content)) for name, content in unwritten.items()}
+    parts |= {name: RecordPart(sha256=sha256(content).hexdigest(), bytes=len(content)) for name, content in unwritten.items()}
     ordered = dict(sorted(parts.items()))
     return Seal(schema=RECORD_SCHEMA, run_id=run_id, parts=ordered, sha256=fold(ordered))
 
@@ -49,12 +49,12 @@ def find_parts(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def hash_part(path: Path) -> Part:
+def hash_part(path: Path) -> RecordPart:
     with path.open("rb") as file:
-        return Part(sha256=file_digest(file, "sha256").hexdigest(), bytes=path.stat().st_size)
+        return RecordPart(sha256=file_digest(file, "sha256").hexdigest(), bytes=path.stat().st_size)
 
 
-def fold(parts: Mapping[str, Part]) -> str:
+def fold(parts: Mapping[str, RecordPart]) -> str:
     return sha256("".join(f"{part.sha256} {part.bytes} {name}\n" for name, part in sorted(parts.items())).encode()).hexdigest()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from launcher.record.evidence import Evidence, nested
 
 
-class Kind(Enum):
+class FactKind(Enum):
     """experiment: runs that differ in it are of two things, and are not compared unless asked to. input, environment: must match. free: may
     differ."""
 
@@ -22,9 +22,9 @@ class Kind(Enum):
 
 
 # The first pattern that fits a key counts. What no pattern knows is of the environment: it must match, so that a new fact is never passed over.
-RULES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+RULES: tuple[tuple[FactKind, tuple[str, ...]], ...] = (
     (
-        Kind.FREE,
+        FactKind.FREE,
         (
             *("config.*.title", "config.*.notes", "config.*.notes.*", "config.*.pending", "config.model.licence.*", "config.model.ready"),
             *("config.hardware.peaks", "config.hardware.peaks.*", "config.hardware.driver.*", "config.*.parameters.source"),
@@ -43,20 +43,20 @@ RULES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        Kind.EXPERIMENT,
+        FactKind.EXPERIMENT,
         (
             *("config.model.name", "config.model.family", "config.model.architecture.*"),
             *("config.stage.name", "config.stage.kind", "config.data.name", "config.data.builtin"),
         ),
     ),
     (
-        Kind.INPUT,
+        FactKind.INPUT,
         (
             *("data.*", "source.*", "origin.*", "result.*", "image.files.*", "image.lock*"),
             *("config.model.*", "config.stage.*", "config.precision.*", "config.strategy.*", "config.data.*", "config.run.*"),
         ),
     ),
-    (Kind.ENVIRONMENT, ("*",)),
+    (FactKind.ENVIRONMENT, ("*",)),
 )
 # Sets of keys by name, for --allow: what differs by design when a run is made again there.
 ALLOWANCES: dict[str, tuple[str, ...]] = {
@@ -88,11 +88,11 @@ MOST_FILES = 20  # that are named of the inputs that differ
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class FactDifference:
     """One fact that two runs do not have in common, each side as text. `known` false: one of the two did not record it."""
 
     key: str
-    kind: Kind
+    kind: FactKind
     left: str
     right: str
     known: bool = True
@@ -101,7 +101,7 @@ class Difference:
     @property
     def weighs(self) -> bool:
         """Whether the runs are different for it."""
-        return self.kind is not Kind.FREE and self.known and not self.allowed
+        return self.kind is not FactKind.FREE and self.known and not self.allowed
 
 
 def collect_facts(evidence: Evidence) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def without_host(title: Any) -> str:
     return str(title).partition(" ")[2]
 
 
-def find_changed_inputs(left: Evidence, right: Evidence, allow: tuple[str, ...] = ()) -> tuple[Difference, ...]:
+def find_changed_inputs(left: Evidence, right: Evidence, allow: tuple[str, ...] = ()) -> tuple[FactDifference, ...]:
     """The files that are others, where both records have the hash of each; the hash of all is a fact of its own."""
     found = []
     for part in ("data", "weights"):
@@ -147,7 +147,7 @@ def find_changed_inputs(left: Evidence, right: Evidence, allow: tuple[str, ...] 
         for name in names:
             sides = (text_of(one.get(name, ABSENT)), text_of(other.get(name, ABSENT)))
             key = f"inputs.{part}.{name}"
-            found.append(Difference(key=key, kind=Kind.INPUT, left=sides[0], right=sides[1], allowed=fits(key, patterns_of(allow))))
+            found.append(FactDifference(key=key, kind=FactKind.INPUT, left=sides[0], right=sides[1], allowed=fits(key, patterns_of(allow))))
     return tuple(found[:MOST_FILES])
 
 
@@ -164,7 +164,7 @@ def flatten(data: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
 
 
-def find_differences(left: Mapping[str, Any], right: Mapping[str, Any], allow: tuple[str, ...] = ()) -> tuple[Difference, ...]:
+def find_differences(left: Mapping[str, Any], right: Mapping[str, Any], allow: tuple[str, ...] = ()) -> tuple[FactDifference, ...]:
     """Of two runs' facts, in the order of the left ones. `allow`: names of ALLOWANCES, or patterns of keys."""
     allowed = patterns_of(allow)
     sections = {section_of(key) for key in left} & {section_of(key) for key in right}
@@ -174,10 +174,10 @@ def find_differences(left: Mapping[str, Any], right: Mapping[str, Any], allow: t
         if (one == other and type(one) is type(other)) or has_keys_instead(key, left, right):
             continue
         kind = kind_of(key)
-        known = (key in left and key in right) or (fits(key, OPEN) and section_of(key) in sections) or kind is Kind.FREE
+        known = (key in left and key in right) or (fits(key, OPEN) and section_of(key) in sections) or kind is FactKind.FREE
         known = known or is_emptied(key, left) or is_emptied(key, right)
         free = fits(key, allowed) or (key == COMMIT and have_same_files(left, right))
-        found.append(Difference(key=key, kind=kind, left=text_of(one), right=text_of(other), known=known, allowed=free))
+        found.append(FactDifference(key=key, kind=kind, left=text_of(one), right=text_of(other), known=known, allowed=free))
     return (*found, *unknown_diffs(left, right))
 
 
@@ -208,18 +208,18 @@ def section_of(key: str) -> str:
     return key.partition(".")[0]
 
 
-def unknown_diffs(left: Mapping[str, Any], right: Mapping[str, Any]) -> tuple[Difference, ...]:
+def unknown_diffs(left: Mapping[str, Any], right: Mapping[str, Any]) -> tuple[FactDifference, ...]:
     """Two dirty trees whose changes were not recorded, or not whole, may be two programs."""
     if not all(
         facts.get("source.dirty") and ("source.diff_sha256" not in facts or facts.get("source.diff_lacks")) for facts in (left, right)
     ):
         return ()
     changes = "changes that the record does not hold"
-    return (Difference(key="source.diff", kind=Kind.INPUT, left=changes, right=changes, known=False),)
+    return (FactDifference(key="source.diff", kind=FactKind.INPUT, left=changes, right=changes, known=False),)
 
 
 @cache
-def kind_of(key: str) -> Kind:
+def kind_of(key: str) -> FactKind:
     return next(kind for kind, patterns in RULES if fits(key, patterns))
 
 

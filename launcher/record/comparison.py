@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-from launcher.record.comparable import Difference, Kind
+from launcher.record.comparable import FactDifference, FactKind
 from trainer.contract import SCHEMA
 
 SHOWN = 12  # differences of one kind that are listed as text
@@ -68,16 +68,16 @@ class Judgement:
     outcome: Outcome
     reasons: tuple[str, ...]
     matching: dict[str, int]
-    differences: tuple[Difference, ...]
+    differences: tuple[FactDifference, ...]
     losses: Losses
     figures: tuple[Figure, ...]
     weights: Level
     answers: str
 
     @property
-    def first_environment(self) -> Difference | None:
+    def first_environment(self) -> FactDifference | None:
         """The first fact of the environment that must match and does not."""
-        return next((found for found in self.differences if found.kind is Kind.ENVIRONMENT and found.known), None)
+        return next((found for found in self.differences if found.kind is FactKind.ENVIRONMENT and found.known), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ def describe_facts(judgement: Judgement) -> Iterator[str]:
     for kind, title in TITLES.items():
         equal, different = judgement.matching.get(kind.value, 0), apart[kind]
         yield f"  {title:20} {equal:4} agree" + (f", {different} do not" if different else "")
-        if kind is Kind.FREE:
+        if kind is FactKind.FREE:
             continue
         found = [difference for difference in judgement.differences if difference.kind is kind]
         yield from (f"    {line}" for line in map(describe_difference, found[:SHOWN]))
@@ -148,7 +148,7 @@ def describe_facts(judgement: Judgement) -> Iterator[str]:
             yield f"    ... and {len(found) - SHOWN} more: --json has all of them"
 
 
-def describe_difference(difference: Difference) -> str:
+def describe_difference(difference: FactDifference) -> str:
     mark = "  (not recorded on one side)" if not difference.known else "  (allowed)" if difference.allowed else ""
     return f"{difference.key}: {shorten(difference.left)} -> {shorten(difference.right)}{mark}"
 
@@ -186,8 +186,8 @@ def shorten(text: str, most: int = 44) -> str:
 
 WEIGHTS = {Level.EQUAL: "equal", Level.OUTSIDE: "not the same", Level.TOLD: "not recorded on both sides"}
 TITLES = {
-    Kind.EXPERIMENT: "the experiment",
-    Kind.INPUT: "inputs",
-    Kind.ENVIRONMENT: "environment",
-    Kind.FREE: "may differ",
+    FactKind.EXPERIMENT: "the experiment",
+    FactKind.INPUT: "inputs",
+    FactKind.ENVIRONMENT: "environment",
+    FactKind.FREE: "may differ",
 }

@@ -24,7 +24,7 @@ STATUSES = ("finished", "stopped", "failed", "refused", OPEN)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class RunEntry:
     """One folder. `problem`: why its record cannot be read, '' where it can or where there is none."""
 
     folder: Path
@@ -77,7 +77,7 @@ class Filter:
     tag: str = ""
     keys: tuple[tuple[str, str], ...] = ()
 
-    def takes(self, entry: Entry) -> bool:
+    def takes(self, entry: RunEntry) -> bool:
         if self.status and entry.status != self.status:
             return False
         if self.tag and self.tag not in entry.tags:
@@ -86,7 +86,7 @@ class Filter:
         return all(value_of(entry.config, key) == value for key, value in keys)
 
 
-def list_entries(runs: Path) -> tuple[Entry, ...]:
+def list_entries(runs: Path) -> tuple[RunEntry, ...]:
     """By name, which is by time where nobody chose it. Raises ConfigRefused where the folder of the runs is a file."""
     if runs.is_file():
         raise ConfigRefused(
@@ -96,14 +96,14 @@ def list_entries(runs: Path) -> tuple[Entry, ...]:
     return tuple(read_entry(folder) for folder in folders if not folder.name.startswith("."))
 
 
-def read_entry(folder: Path) -> Entry:
+def read_entry(folder: Path) -> RunEntry:
     path = folder / RECORD_FILE
     if not path.exists():
-        return Entry(folder=folder, record=None)
+        return RunEntry(folder=folder, record=None)
     try:
-        return Entry(folder=folder, record=contract.read(Record, path))
+        return RunEntry(folder=folder, record=contract.read(Record, path))
     except SpecError as error:
-        return Entry(folder=folder, record=None, problem=str(error).removeprefix(f"{path}: ").removeprefix("cannot be read: "))
+        return RunEntry(folder=folder, record=None, problem=str(error).removeprefix(f"{path}: ").removeprefix("cannot be read: "))
 
 
 def parse_filter(words: Sequence[str], *, status: str, model: str, tag: str) -> Filter:
@@ -127,7 +127,7 @@ def value_of(config: dict[str, Any], key: str) -> str | None:
     return json.dumps(data)
 
 
-def require_key(entries: Sequence[Entry], chosen: Filter) -> None:
+def require_key(entries: Sequence[RunEntry], chosen: Filter) -> None:
     """Raises ConfigRefused for a key that the config of no run has: no run would be listed, and nobody would know why."""
     for key, _ in chosen.keys:
         if entries and all(value_of(entry.config, key) is None for entry in entries):
@@ -137,7 +137,7 @@ def require_key(entries: Sequence[Entry], chosen: Filter) -> None:
 # ------------------------------------------------------------------------------------------------------------------- tags
 
 
-def tag_run(entry: Entry, tags: Sequence[str], *, remove: bool) -> tuple[str, ...]:
+def tag_run(entry: RunEntry, tags: Sequence[str], *, remove: bool) -> tuple[str, ...]:
     """The run's tags afterwards. Raises ConfigRefused for what can be no tag."""
     wrong = next((tag for tag in tags if not TAG.fullmatch(tag)), None)
     if wrong is not None:
@@ -170,7 +170,7 @@ def walk(folder: Path) -> Iterator[os.DirEntry[str]]:
 # ------------------------------------------------------------------------------------------------------------------- text
 
 
-def describe_entries(entries: Sequence[Entry], *, disk: bool = False) -> str:
+def describe_entries(entries: Sequence[RunEntry], *, disk: bool = False) -> str:
     """One line a run, newest last; with `disk` what it takes, and a line for all."""
     sizes = [size_bytes(entry.folder) for entry in entries] if disk else []
     lines = [
@@ -186,7 +186,7 @@ def in_mb(size: int) -> str:
     return f"{size / 1e6:10,.1f} MB"
 
 
-def describe_entry(entry: Entry) -> str:
+def describe_entry(entry: RunEntry) -> str:
     record = entry.record
     if record is None:
         return f"{RECORD_FILE} cannot be read: {entry.problem}" if entry.problem else "no record: under way, or its launcher was killed"
@@ -204,7 +204,7 @@ def figure(value: float) -> str:
     return f"{value:.4f}" if abs(value) >= 0.001 else f"{value:.2e}"
 
 
-def entries_json(entries: Sequence[Entry], *, disk: bool = False) -> str:
+def entries_json(entries: Sequence[RunEntry], *, disk: bool = False) -> str:
     plain = [
         {"run_id": entry.run_id, "status": entry.status, "problem": entry.problem, "tags": list(entry.tags)}
         | {"record": asdict(entry.record) if entry.record else None}

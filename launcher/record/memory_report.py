@@ -15,7 +15,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class PeakComparison:
     """`measured_bytes`: the highest of any rank while it loaded and trained; on a CPU resident memory, with the libraries in it.
     `reserved_bytes`: what the allocator held for it, 0 on a CPU."""
 
@@ -32,14 +32,14 @@ class Comparison:
         return self.planned_bytes / self.measured_bytes - 1
 
 
-def compare_runs(folders: Iterable[Path]) -> tuple[tuple[Comparison, ...], tuple[str, ...]]:
+def compare_runs(folders: Iterable[Path]) -> tuple[tuple[PeakComparison, ...], tuple[str, ...]]:
     """The comparisons, and a line for each run that cannot be compared, which says why."""
     found = [(folder.name, compare_run(folder)) for folder in folders]
     lines = tuple(f"{name}: {what}" for name, what in found if isinstance(what, str))
-    return tuple(what for _, what in found if isinstance(what, Comparison)), lines
+    return tuple(what for _, what in found if isinstance(what, PeakComparison)), lines
 
 
-def compare_run(folder: Path) -> Comparison | str:
+def compare_run(folder: Path) -> PeakComparison | str:
     """Or why there is nothing to compare."""
     if not (folder / RECORD_FILE).is_file():
         return "it has no record yet"
@@ -53,7 +53,7 @@ def compare_run(folder: Path) -> Comparison | str:
     if plan.spec.stage.kind != "train" or not any(peak.allocated_bytes for peak in peaks):
         return "it has measured no step of training"
     spec = plan.spec
-    return Comparison(
+    return PeakComparison(
         run_id=plan.run_id,
         config=(spec.model.name, spec.stage.name, spec.precision.name, plan.config.strategy.name, str(spec.data.max_length)),
         accelerator=spec.device.accelerator,
@@ -72,7 +72,7 @@ def choose_folders(runs: Path, names: Sequence[str]) -> tuple[Path, ...]:
     return tuple(path for path in there if not names or path.name in names)
 
 
-def describe_comparisons(comparisons: Sequence[Comparison], left_out: Sequence[str], *, markdown: bool) -> str:
+def describe_comparisons(comparisons: Sequence[PeakComparison], left_out: Sequence[str], *, markdown: bool) -> str:
     """The table, the errors by accelerator, and what was left out."""
     rows = [cells(comparison) for comparison in comparisons]
     text = (markdown_table if markdown else text_table)(rows) if rows else "no run that can be compared"
@@ -88,7 +88,7 @@ def summarise(kind: str, errors: Sequence[float]) -> str:
     return f"{kind}: {len(errors)} run(s), mean error {mean:.1%}, most above {max(0.0, *errors):.1%}, most below {-min(0.0, *errors):.1%}{note}"
 
 
-def cells(comparison: Comparison) -> tuple[str, ...]:
+def cells(comparison: PeakComparison) -> tuple[str, ...]:
     sizes = (comparison.planned_bytes, comparison.measured_bytes, comparison.reserved_bytes)
     return (comparison.run_id, *comparison.config, *(f"{size / GIB:.3f}" for size in sizes), f"{comparison.error:+.1%}")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigRefused, RunEnded
-from launcher.record.index import Entry
+from launcher.record.index import RunEntry
 from launcher.record.lock import is_claimed
 from launcher.record.record import PLAN_FILE, RECORD_FILE, SOURCE_FILE
 
@@ -40,10 +40,10 @@ class Rule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class Selection:
     """What a rule comes to. `kept`: run -> why it stays though the rule would take it."""
 
-    removed: tuple[Entry, ...]
+    removed: tuple[RunEntry, ...]
     kept: dict[str, str]
 
 
@@ -55,17 +55,17 @@ def parse_age(text: str) -> timedelta:
     return timedelta(hours=int(match[1]) * HOURS[match[2]])
 
 
-def choose(every: Sequence[Entry], matching: Sequence[Entry], rule: Rule, now: datetime) -> Choice:
+def choose(every: Sequence[RunEntry], matching: Sequence[RunEntry], rule: Rule, now: datetime) -> Selection:
     """Of the `matching` ones, those that the rule takes and that nothing holds. `every`: all runs of the folder, which may refer to them."""
     newest = sorted(matching, key=lambda entry: entry.age_of, reverse=True)
     taken = newest[rule.keep or 0 :]
     taken = [entry for entry in taken if rule.older_than is None or now - entry.age_of > rule.older_than]
     held = find_references(every)
     kept = {entry.run_id: why for entry in taken if (why := reason_to_keep(entry, held))}
-    return Choice(removed=tuple(entry for entry in taken if entry.run_id not in kept), kept=kept)
+    return Selection(removed=tuple(entry for entry in taken if entry.run_id not in kept), kept=kept)
 
 
-def reason_to_keep(entry: Entry, held: Mapping[str, Sequence[str]]) -> str:
+def reason_to_keep(entry: RunEntry, held: Mapping[str, Sequence[str]]) -> str:
     """'' where nothing holds it."""
     if users := held.get(entry.run_id):
         return f"{', '.join(users[:3])}{' and others' if len(users) > 3 else ''} stand(s) on it"
@@ -82,7 +82,7 @@ def reason_to_keep(entry: Entry, held: Mapping[str, Sequence[str]]) -> str:
     return ""
 
 
-def find_references(every: Sequence[Entry]) -> dict[str, list[str]]:
+def find_references(every: Sequence[RunEntry]) -> dict[str, list[str]]:
     """Run -> the other runs that stand on it. What a run refers to whose plan cannot be read is told by the names in its files."""
     names = {entry.run_id for entry in every}
     held: dict[str, list[str]] = {}
@@ -92,7 +92,7 @@ def find_references(every: Sequence[Entry]) -> dict[str, list[str]]:
     return held
 
 
-def names_of(entry: Entry, names: set[str]) -> set[str]:
+def names_of(entry: RunEntry, names: set[str]) -> set[str]:
     found: set[str] = set()
     texts: dict[str, Any] = {}
     for name, keys in REFERENCES:
@@ -121,7 +121,7 @@ def read_any(path: Path) -> Any:
         return text
 
 
-def remove_runs(entries: Sequence[Entry]) -> Iterator[str]:
+def remove_runs(entries: Sequence[RunEntry]) -> Iterator[str]:
     """Yields the name of each run that is gone. A folder gets another name first, so that none is ever there by halves under its own.
     Raises RunEnded that names what could not be removed, when all were tried."""
     failures = []

@@ -16,7 +16,7 @@ from launcher.plan.plan import Plan, encode_spec, to_plain
 from launcher.record.checksums import SEAL_FILE, make_seal
 from launcher.record.source import SourceState as SourceState
 from launcher.redact import mask_credentials
-from launcher.run.diagnosis import Meaning, explain_log, root_rank
+from launcher.run.diagnosis import Diagnosis, explain_log, root_rank
 from launcher.run.failures.symptom import Kind
 from launcher.run.node_log import lines_of, read_end, unnamed
 from launcher.run.node_process import NodeResult
@@ -348,7 +348,7 @@ def reported_failure(plan: Plan, report: FailureReport) -> tuple[Failure, Kind |
     return explained(failure, meaning), meaning.kind if meaning else None
 
 
-def cause_in(text: str) -> Meaning | None:
+def cause_in(text: str) -> Diagnosis | None:
     found = explain_log(text)
     return found if found and found.kind == "cause" else None
 
@@ -370,7 +370,7 @@ def ended_failure(plan: Plan, node: NodeResult) -> tuple[Failure, Kind | None]:
     return explained(failure, meaning), meaning.kind if meaning else None
 
 
-def explained(failure: Failure, meaning: Meaning | None) -> Failure:
+def explained(failure: Failure, meaning: Diagnosis | None) -> Failure:
     """With what it means, and with the line that says so where the last lines do not show it."""
     if meaning is None:
         return failure

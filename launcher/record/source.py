@@ -34,26 +34,26 @@ class SourceState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class SourceTree:
     """`diff`: as git apply takes it, bounded; b'' where there is none."""
 
     state: SourceState
     diff: bytes = b""
 
 
-def read_source(project: Path) -> Source:
+def read_source(project: Path) -> SourceTree:
     """Commit, dirty flag and diff of the project's tree, asked of git."""
     try:
         commit = git(project, "rev-parse", "HEAD").decode().strip()
         changed = git(project, "status", "--porcelain").strip()
         diff, lacks = read_diff(project) if changed else (b"", "")
     except (OSError, subprocess.CalledProcessError):
-        return Source(state=SourceState(commit="", dirty=False, record_schema=RECORD_SCHEMA))
+        return SourceTree(state=SourceState(commit="", dirty=False, record_schema=RECORD_SCHEMA))
     digest = sha256(diff).hexdigest() if diff else ""
     state = SourceState(
         commit=commit, dirty=bool(changed), diff_sha256=digest, diff_bytes=len(diff), diff_lacks=lacks, record_schema=RECORD_SCHEMA
     )
-    return Source(state=state, diff=diff)
+    return SourceTree(state=state, diff=diff)
 
 
 def read_diff(project: Path) -> tuple[bytes, str]:

@@ -15,7 +15,16 @@ from typing import Any
 
 from launcher.config.schema import Bands
 from launcher.errors import ConfigRefused
-from launcher.record.comparable import COMMIT, FILES, Difference, Kind, collect_facts, find_changed_inputs, find_differences, kind_of
+from launcher.record.comparable import (
+    COMMIT,
+    FILES,
+    FactDifference,
+    FactKind,
+    collect_facts,
+    find_changed_inputs,
+    find_differences,
+    kind_of,
+)
 from launcher.record.comparison import Comparison, Figure, Judgement, Level, Losses, Outcome, shorten
 from launcher.record.evidence import Evidence, require_whole
 from launcher.record.metrics import Curve, first_difference, window_means
@@ -52,12 +61,12 @@ def compare(
     return Comparison(reference=reference.run_id, judgements=tuple(judgements))
 
 
-def weighs_or_unknown(difference: Difference) -> bool:
-    return difference.kind is not Kind.FREE
+def weighs_or_unknown(difference: FactDifference) -> bool:
+    return difference.kind is not FactKind.FREE
 
 
-def refuse_unlike(reference: Evidence, other: Evidence, differences: Sequence[Difference]) -> None:
-    unlike = [difference for difference in differences if difference.kind is Kind.EXPERIMENT and difference.known]
+def refuse_unlike(reference: Evidence, other: Evidence, differences: Sequence[FactDifference]) -> None:
+    unlike = [difference for difference in differences if difference.kind is FactKind.EXPERIMENT and difference.known]
     if unlike:
         told = "\n".join(f"  {found.key}: {shorten(found.left)} and {shorten(found.right)}" for found in unlike[:SHOWN_REASONS])
         raise ConfigRefused(
@@ -69,7 +78,7 @@ def refuse_unlike(reference: Evidence, other: Evidence, differences: Sequence[Di
 def judge(
     reference: Evidence,
     other: Evidence,
-    differences: tuple[Difference, ...],
+    differences: tuple[FactDifference, ...],
     facts: Mapping[str, Any],
     repeats: Sequence[Evidence],
     bands: Bands,
@@ -100,7 +109,7 @@ def judge(
 
 
 def conclude(
-    differences: Sequence[Difference], losses: Losses, weights: Level, figures: Sequence[Figure], *, finished: bool
+    differences: Sequence[FactDifference], losses: Losses, weights: Level, figures: Sequence[Figure], *, finished: bool
 ) -> tuple[Outcome, tuple[str, ...]]:
     """The outcome, and what made it. What only keeps two runs from being the same counts where nothing sets them apart."""
     bits = losses.level is Level.EQUAL
@@ -118,7 +127,7 @@ def conclude(
         ]
     if apart:
         return Outcome.DIFFERENT, tuple(apart)
-    less = [describe_allowed(found, differences) for found in differences if found.kind is not Kind.FREE and found.allowed]
+    less = [describe_allowed(found, differences) for found in differences if found.kind is not FactKind.FREE and found.allowed]
     less += [f"{found.key} was not recorded on both sides" for found in differences if not found.known]
     if not bits:
         less.append(f"the rows part at step {losses.first_step} ({losses.column}), within {losses.limit}")
@@ -131,7 +140,7 @@ def conclude(
     return Outcome.SAME, (f"all facts that must match do; {losses.steps} rows and the final weights are equal to the bit",)
 
 
-def describe_allowed(found: Difference, differences: Sequence[Difference]) -> str:
+def describe_allowed(found: FactDifference, differences: Sequence[FactDifference]) -> str:
     same_files = found.key == COMMIT and not any(one.key.startswith(FILES) for one in differences)
     why = ": the files of the image are the same" if same_files else ""
     return f"{found.key} is allowed to differ{why}"

@@ -29,7 +29,7 @@ TITLES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Meaning:
+class Diagnosis:
     """`line`: the log's, '' where the exit code alone told."""
 
     name: str
@@ -40,7 +40,7 @@ class Meaning:
     source: str
 
 
-def explain_log(text: str, code: int = 0) -> Meaning | None:
+def explain_log(text: str, code: int = 0) -> Diagnosis | None:
     """The known failure that says most about why a process ended that printed `text` and had this exit code (negative, or 128 and more: by a
     signal); None when none is known."""
     found = [(place, order, symptom) for order, symptom in enumerate(SYMPTOMS) if (place := place_of(symptom, text, code)) is not None]
@@ -48,7 +48,7 @@ def explain_log(text: str, code: int = 0) -> Meaning | None:
         return None
     place, _, symptom = min(found, key=lambda each: (KINDS.index(each[2].kind), each[0], each[1]))
     line = text[place:].split("\n", 1)[0].strip()[:SHOWN]
-    return Meaning(name=symptom.name, kind=symptom.kind, line=line, means=symptom.means, fix=symptom.fix, source=symptom.source)
+    return Diagnosis(name=symptom.name, kind=symptom.kind, line=line, means=symptom.means, fix=symptom.fix, source=symptom.source)
 
 
 def place_of(symptom: Symptom, text: str, code: int) -> int | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launcher.errors import NodeFailed
 from launcher.plan.commands import NodeCommand, data_env_file, data_name, env_file
-from launcher.run.node_process import CheckMember, ContainerMember, Member, NodeResult, ProcessMember, remove_env_file
+from launcher.run.node_process import CheckNodeProcess, ChildNodeProcess, ContainerNodeProcess, NodeProcess, NodeResult, remove_env_file
 from launcher.run.signals import StopRequest
 from launcher.ssh.parallel import after, attempt_each, together
 from launcher.ssh.transport import Transport
@@ -22,7 +22,7 @@ ASK_S = 5.0  # that asking the nodes to stop holds up the watch; a node that doe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Crewed:
+class StartContext:
     """What starting members takes: a transport for every command, the folders for logs and for child processes, secret variables."""
 
     transports: tuple[Transport, ...]
@@ -32,7 +32,7 @@ class Crewed:
     node_timeout_s: float
 
 
-def start_members(commands: tuple[NodeCommand, ...], crewed: Crewed, stop: StopRequest) -> tuple[Member, ...]:
+def start_members(commands: tuple[NodeCommand, ...], crewed: StartContext, stop: StopRequest) -> tuple[NodeProcess, ...]:
     """Start every node or none: when one does not start, those that did are ended, and all that went wrong is told. After a request to stop
     no start is waited for, and what did start is the caller's to `abandon`. Raises NodeFailed."""
     if commands[0].runtime == "process":
@@ -43,8 +43,8 @@ def start_members(commands: tuple[NodeCommand, ...], crewed: Crewed, stop: StopR
     )
     failures = [answer for answer in answers if isinstance(answer, NodeFailed)]
     if failures:
-        ends = attempt_each(ContainerMember.kill, members, until=lambda: bool(stop.count))
-        attempt_each(ContainerMember.unfollow, members, until=after(LEAVE_S))
+        ends = attempt_each(ContainerNodeProcess.kill, members, until=lambda: bool(stop.count))
+        attempt_each(ContainerNodeProcess.unfollow, members, until=after(LEAVE_S))
         left = "".join(
             f"\n  not cleared: {member.command.host}: {str(end).splitlines()[0]}; when it answers: docker rm --force {member.command.name} there"
             for member, end in zip(members, ends, strict=True)
@@ -54,7 +54,7 @@ def start_members(commands: tuple[NodeCommand, ...], crewed: Crewed, stop: StopR
     return members
 
 
-def abandon(commands: tuple[NodeCommand, ...], crewed: Crewed, stop: StopRequest) -> dict[str, str]:
+def abandon(commands: tuple[NodeCommand, ...], crewed: StartContext, stop: StopRequest) -> dict[str, str]:
     """Remove, by their names, the containers of a start that was given up; host -> why that is not sure. A node that has not answered in
     time may still do it: the command is there."""
 
@@ -72,12 +72,12 @@ def abandon(commands: tuple[NodeCommand, ...], crewed: Crewed, stop: StopRequest
     return {command.host: str(answer) for command, answer in zip(commands, answers, strict=True) if isinstance(answer, NodeFailed)}
 
 
-def start_processes(commands: tuple[NodeCommand, ...], crewed: Crewed) -> tuple[Member, ...]:
-    started: list[Member] = []
+def start_processes(commands: tuple[NodeCommand, ...], crewed: StartContext) -> tuple[NodeProcess, ...]:
+    started: list[NodeProcess] = []
     try:
         for command, transport in zip(commands, crewed.transports, strict=True):
             log = node_log(crewed.logs, command)
-            started.append(ProcessMember(command, command.start, transport, log, crewed.project, secrets=crewed.secrets))
+            started.append(ChildNodeProcess(command, command.start, transport, log, crewed.project, secrets=crewed.secrets))
     except NodeFailed:
         for member in started:
             member.kill()
@@ -85,15 +85,15 @@ def start_processes(commands: tuple[NodeCommand, ...], crewed: Crewed) -> tuple[
     return tuple(started)
 
 
-def find_members(commands: tuple[NodeCommand, ...], crewed: Crewed) -> tuple[Member, ...]:
+def find_members(commands: tuple[NodeCommand, ...], crewed: StartContext) -> tuple[NodeProcess, ...]:
     """Members whose containers were started by a launcher that is gone. Their logs go on where it left them."""
     return make_containers(commands, crewed)
 
 
-def make_containers(commands: tuple[NodeCommand, ...], crewed: Crewed) -> tuple[ContainerMember, ...]:
+def make_containers(commands: tuple[NodeCommand, ...], crewed: StartContext) -> tuple[ContainerNodeProcess, ...]:
     asker = new_asker(commands)
     return tuple(
-        ContainerMember(command, transport, node_log(crewed.logs, command), asker, node_timeout_s=crewed.node_timeout_s)
+        ContainerNodeProcess(command, transport, node_log(crewed.logs, command), asker, node_timeout_s=crewed.node_timeout_s)
         for command, transport in zip(commands, crewed.transports, strict=True)
     )
 
@@ -102,16 +102,16 @@ def new_asker(commands: tuple[NodeCommand, ...]) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=min(ASKERS, len(commands)), thread_name_prefix="omnilaunch-asker")
 
 
-def start_checks(commands: tuple[NodeCommand, ...], crewed: Crewed, stop: StopRequest) -> tuple[Member, ...]:
+def start_checks(commands: tuple[NodeCommand, ...], crewed: StartContext, stop: StopRequest) -> tuple[NodeProcess, ...]:
     """The data check on every node, in the runtime of the run. Raises NodeFailed."""
     asker = new_asker(commands)
 
-    def start(pair: tuple[NodeCommand, Transport]) -> Member:
+    def start(pair: tuple[NodeCommand, Transport]) -> NodeProcess:
         command, transport = pair
         log = crewed.logs / f"data{command.node_rank}.log"
         if command.runtime == "process":
-            return ProcessMember(command, command.prepare, transport, log, crewed.project, secrets={})
-        return CheckMember(command, transport, log, asker, node_timeout_s=crewed.node_timeout_s)
+            return ChildNodeProcess(command, command.prepare, transport, log, crewed.project, secrets={})
+        return CheckNodeProcess(command, transport, log, asker, node_timeout_s=crewed.node_timeout_s)
 
     answers = attempt_each(start, list(zip(commands, crewed.transports, strict=True)), until=lambda: stop.is_over(START_PATIENCE_S))
     failures = [answer for answer in answers if isinstance(answer, NodeFailed)]
@@ -123,7 +123,7 @@ def start_checks(commands: tuple[NodeCommand, ...], crewed: Crewed, stop: StopRe
 
 
 def watch(
-    members: tuple[Member, ...], stop: StopRequest, tick: Callable[[], None], *, grace_s: Callable[[], float]
+    members: tuple[NodeProcess, ...], stop: StopRequest, tick: Callable[[], None], *, grace_s: Callable[[], float]
 ) -> tuple[NodeResult, ...]:
     """Until every member has ended. One that fails, or a request to stop, stops all; `grace_s()` later, or at a second request,
     they are killed. Whatever happens here, nothing of the run is left behind on a node that answers."""
@@ -164,7 +164,7 @@ def watch(
     )
 
 
-def clear_all(members: Sequence[Member]) -> dict[int, str]:
+def clear_all(members: Sequence[NodeProcess]) -> dict[int, str]:
     """Clear every member side by side; place -> why it could not be."""
     answers = attempt_each(lambda member: member.clear(), members)
     return {place: str(answer) for place, answer in enumerate(answers) if isinstance(answer, NodeFailed)}

@@ -24,11 +24,11 @@ from launcher.record.record import (
     read_rows,
     utc_now,
 )
-from launcher.record.source import Source, SourceState
+from launcher.record.source import SourceState, SourceTree
 from launcher.run.diagnosis import explain_log
 from launcher.run.gang import clear_all, find_members
-from launcher.run.monitor import BadData, Outcome, finish_checks, judge_data, signals_of_others, watch_attempt
-from launcher.run.prepare import Crew, Desk, bring_up, crewed
+from launcher.run.monitor import AttemptOutcome, BadData, finish_checks, judge_data, signals_of_others, watch_attempt
+from launcher.run.prepare import NodeProcesses, Session, bring_up, crewed
 from launcher.run.restart import reason_not_to, set_aside
 from launcher.run.signals import STOPPED_CODE, Stopped, StopRequest, catch_stops, released
 from trainer import contract
@@ -48,7 +48,7 @@ VERBS = {
 }
 
 
-def launch(plan: Plan, source: Source, desk: Desk, *, detach: bool = False, precedent: Precedent | None = None) -> Record | None:
+def launch(plan: Plan, source: SourceTree, desk: Session, *, detach: bool = False, precedent: Precedent | None = None) -> Record | None:
     """Run to the end and return the record; None when the run goes on by itself (`detach`). Raises ConfigRefused before anything is made
     when the plan may not be launched; any other LaunchError comes after its record was written."""
     refuse(plan.verdict, launching=True, overrides=plan.overrides)
@@ -61,18 +61,18 @@ def launch(plan: Plan, source: Source, desk: Desk, *, detach: bool = False, prec
         ) from error
     desk.say(f"run {plan.run_id}")
 
-    def work(stop: StopRequest) -> Outcome | None:
+    def work(stop: StopRequest) -> AttemptOutcome | None:
         try:
             crew = bring_up(plan, desk, stop)
         except Stopped:
-            return Outcome(status="stopped", code=STOPPED_CODE)
+            return AttemptOutcome(status="stopped", code=STOPPED_CODE)
         desk.say(f"{VERBS[plan.spec.stage.kind]}: {plan.spec.device.world_size} rank(s) on {len(crew.members)} node(s)")
         return leave(plan, folder, desk, crew, stop) if detach else see_through(plan, folder, desk, crew, stop)
 
     return conclude(plan, source.state, started, folder, work)
 
 
-def attach(plan: Plan, source: SourceState, started: datetime, desk: Desk) -> Record | None:
+def attach(plan: Plan, source: SourceState, started: datetime, desk: Session) -> Record | None:
     """Take up the supervision of a run whose launcher is gone: the same end as if it had stayed."""
     folder = Path(plan.folder)
     desk.say(f"attached to run {plan.run_id}")
@@ -80,25 +80,25 @@ def attach(plan: Plan, source: SourceState, started: datetime, desk: Desk) -> Re
 
 
 def conclude(
-    plan: Plan, source: SourceState, started: datetime, folder: Path, work: Callable[[StopRequest], Outcome | None]
+    plan: Plan, source: SourceState, started: datetime, folder: Path, work: Callable[[StopRequest], AttemptOutcome | None]
 ) -> Record | None:
     """Do the work and write the record, whatever comes of it. Raises ConfigRefused, writing nothing, where another launcher is at it."""
     with claim(folder), catch_stops() as stop:
         return concluded(plan, source, started, folder, lambda: work(stop))
 
 
-def concluded(plan: Plan, source: SourceState, started: datetime, folder: Path, work: Callable[[], Outcome | None]) -> Record | None:
+def concluded(plan: Plan, source: SourceState, started: datetime, folder: Path, work: Callable[[], AttemptOutcome | None]) -> Record | None:
     try:
         outcome = work()
     except LaunchError as error:
         status: Status = "refused" if isinstance(error, ConfigRefused) else "failed"
         failure = described(error)
-        close(plan, source, started, Outcome(status=status, code=error.exit_code, failure=failure))
+        close(plan, source, started, AttemptOutcome(status=status, code=error.exit_code, failure=failure))
         if failure.meaning:
             raise type(error)(f"{error}{advice(failure)}") from error
         raise
     except BaseException as error:
-        close(plan, source, started, Outcome(status="failed", code=Exit.BUG, failure=described(error)))
+        close(plan, source, started, AttemptOutcome(status="failed", code=Exit.BUG, failure=described(error)))
         raise
     if outcome is None:
         return None
@@ -107,7 +107,7 @@ def concluded(plan: Plan, source: SourceState, started: datetime, folder: Path, 
     return record
 
 
-def leave(plan: Plan, folder: Path, desk: Desk, crew: Crew, stop: StopRequest) -> Outcome | None:
+def leave(plan: Plan, folder: Path, desk: Session, crew: NodeProcesses, stop: StopRequest) -> AttemptOutcome | None:
     """Wait for the data check, which nobody would look at later; then the run is on its own. Raises ConfigRefused for bad data."""
     with released(signals_of_others(plan)):
         try:
@@ -117,11 +117,11 @@ def leave(plan: Plan, folder: Path, desk: Desk, crew: Crew, stop: StopRequest) -
         finally:
             clear_all(crew.checks)
     if stop.count or is_asked_to_stop(folder) or any(member.poll() for member in crew.members):
-        return see_through(plan, folder, desk, Crew(members=crew.members), stop)
+        return see_through(plan, folder, desk, NodeProcesses(members=crew.members), stop)
     return None
 
 
-def see_through(plan: Plan, folder: Path, desk: Desk, crew: Crew, stop: StopRequest) -> Outcome:
+def see_through(plan: Plan, folder: Path, desk: Session, crew: NodeProcesses, stop: StopRequest) -> AttemptOutcome:
     """Watch until the end. A failed attempt is followed by another, from the newest checkpoint, as long as run.restarts allows."""
     while True:
         began = utc_now()
@@ -144,7 +144,7 @@ def see_through(plan: Plan, folder: Path, desk: Desk, crew: Crew, stop: StopRequ
             return not_again(outcome, folder, attempt, error)
 
 
-def start_again(plan: Plan, folder: Path, desk: Desk, attempt: Attempt, stop: StopRequest) -> tuple[Plan, Desk, Crew]:
+def start_again(plan: Plan, folder: Path, desk: Session, attempt: Attempt, stop: StopRequest) -> tuple[Plan, Session, NodeProcesses]:
     """Another attempt on the nodes that are left and their spares. Raises Stopped, NodeFailed, and what `bring_up` raises."""
     why = attempt.failure.message if attempt.failure else "it did not finish"
     desk.say(f"attempt {attempt.number} failed after step {attempt.steps}: {why}")
@@ -159,7 +159,7 @@ def start_again(plan: Plan, folder: Path, desk: Desk, attempt: Attempt, stop: St
     return plan, desk, bring_up(plan, desk, stop, again=True)
 
 
-def attempted(number: int, began: datetime, folder: Path, outcome: Outcome) -> Attempt:
+def attempted(number: int, began: datetime, folder: Path, outcome: AttemptOutcome) -> Attempt:
     rows = read_rows(folder / METRICS_FILE)
     return Attempt(
         number=number,
@@ -171,7 +171,7 @@ def attempted(number: int, began: datetime, folder: Path, outcome: Outcome) -> A
     )
 
 
-def not_again(outcome: Outcome, folder: Path, attempt: Attempt, error: LaunchError) -> Outcome:
+def not_again(outcome: AttemptOutcome, folder: Path, attempt: Attempt, error: LaunchError) -> AttemptOutcome:
     """The failure of the attempt, and why no other followed. Its log may have been set aside already."""
     aside = load_attempts(folder)
     failure = aside[-1].failure if len(aside) == attempt.number else outcome.failure
@@ -183,8 +183,8 @@ def not_again(outcome: Outcome, folder: Path, attempt: Attempt, error: LaunchErr
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-def found(plan: Plan, desk: Desk) -> Crew:
-    return Crew(members=find_members(plan.commands, crewed(plan, desk)))
+def found(plan: Plan, desk: Session) -> NodeProcesses:
+    return NodeProcesses(members=find_members(plan.commands, crewed(plan, desk)))
 
 
 def explain(record: Record, plan: Plan, folder: Path) -> None:
@@ -208,7 +208,7 @@ def advice(failure: Failure) -> str:
     return f"\n  meaning: {failure.meaning}\n  do: {failure.fix}" if failure.meaning else ""
 
 
-def close(plan: Plan, source: SourceState, started: datetime, outcome: Outcome) -> Record:
+def close(plan: Plan, source: SourceState, started: datetime, outcome: AttemptOutcome) -> Record:
     """Raises RunEnded where the record itself cannot be written."""
     try:
         return close_run(

@@ -10,10 +10,10 @@ from launcher.plan.plan import Plan
 from launcher.record.lock import is_asked_to_stop
 from launcher.record.record import Failure, Status, find_failure, read_if_there
 from launcher.run.gang import TICK_S, clear_all, node_log, watch
-from launcher.run.node_log import Standing, silence_s, standings
-from launcher.run.node_process import Member, NodeResult
-from launcher.run.prepare import Crew, Desk, broken_check, fetch, fetch_problems, refuse_data, sites_of
-from launcher.run.progress import Progress
+from launcher.run.node_log import StartPhase, silence_s, standings
+from launcher.run.node_process import NodeProcess, NodeResult
+from launcher.run.prepare import NodeProcesses, Session, broken_check, fetch, fetch_problems, refuse_data, sites_of
+from launcher.run.progress import ProgressView
 from launcher.run.run_folder import Mirror
 from launcher.run.signals import STOPPED_CODE, StopRequest, released
 from trainer.contract import ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE, SERVING_FILE, STREAM_FILE, Exit, TrainResult
@@ -25,21 +25,21 @@ START_GRACE_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class AttemptOutcome:
     status: Status
     code: int
     nodes: tuple[NodeResult, ...] = ()
     failure: Failure | None = None
 
 
-def watch_attempt(plan: Plan, folder: Path, desk: Desk, crew: Crew, stop: StopRequest) -> Outcome:
+def watch_attempt(plan: Plan, folder: Path, desk: Session, crew: NodeProcesses, stop: StopRequest) -> AttemptOutcome:
     """Watch until all members have ended, and judge. Raises ConfigRefused when the data turns out to be bad. The trainer writes its
     environment when its model is ready and the rows of an earlier attempt are cut: until then there is nothing to show."""
     limit_s, began = plan.config.run.start_timeout_s, time.monotonic()
     mirrors = mirrors_of(plan, folder, desk)
     looked_at = 0.0
 
-    with released(signals_of_others(plan)), Progress(folder, desk.say, terminal=desk.terminal) as progress:
+    with released(signals_of_others(plan)), ProgressView(folder, desk.say, terminal=desk.terminal) as progress:
 
         def tick() -> None:
             nonlocal looked_at
@@ -95,7 +95,7 @@ class NotReady(Exception):
 
 def slow_start(plan: Plan, folder: Path, limit_s: int) -> Failure:
     """Which ranks hold up the start, as the failure of an attempt: those that have come least far, and what they were last seen doing."""
-    per_node, found = plan.spec.device.devices_per_node, list[Standing]()
+    per_node, found = plan.spec.device.devices_per_node, list[StartPhase]()
     for command in plan.commands:
         ranks = range(command.node_rank * per_node, (command.node_rank + 1) * per_node)
         found += standings(node_log(folder / "logs", command), command.host, ranks)
@@ -116,7 +116,7 @@ def slow_start(plan: Plan, folder: Path, limit_s: int) -> Failure:
     )
 
 
-def describe_some(slow: Sequence[Standing]) -> str:
+def describe_some(slow: Sequence[StartPhase]) -> str:
     more = f" and {len(slow) - SHOWN_RANKS} more" if len(slow) > SHOWN_RANKS else ""
     return "; ".join(standing.describe() for standing in slow[:SHOWN_RANKS]) + more
 
@@ -124,18 +124,18 @@ def describe_some(slow: Sequence[Standing]) -> str:
 class BadData(Exception):
     """A data check has ended with an error."""
 
-    def __init__(self, check: Member) -> None:
+    def __init__(self, check: NodeProcess) -> None:
         self.check = check
 
 
-def look_at_checks(checks: tuple[Member, ...]) -> None:
+def look_at_checks(checks: tuple[NodeProcess, ...]) -> None:
     """Raises BadData with the first check that has ended by itself with an error."""
     for check in checks:
         if check.poll():
             raise BadData(check)
 
 
-def finish_checks(checks: tuple[Member, ...], asked_to_stop: Callable[[], bool]) -> None:
+def finish_checks(checks: tuple[NodeProcess, ...], asked_to_stop: Callable[[], bool]) -> None:
     """A run that was faster than the check of its data waits for it. Raises BadData."""
     while not asked_to_stop() and any(check.poll() is None for check in checks):
         time.sleep(TICK_S)
@@ -143,7 +143,7 @@ def finish_checks(checks: tuple[Member, ...], asked_to_stop: Callable[[], bool])
     look_at_checks(checks)
 
 
-def judge_data(plan: Plan, folder: Path, desk: Desk, crew: Crew, check: Member) -> Outcome:
+def judge_data(plan: Plan, folder: Path, desk: Session, crew: NodeProcesses, check: NodeProcess) -> AttemptOutcome:
     """A check that refused refuses the run (ConfigRefused); one that broke fails the attempt. The ranks have been ended by now."""
     code = check.poll()
     clear_all(crew.members)
@@ -152,18 +152,18 @@ def judge_data(plan: Plan, folder: Path, desk: Desk, crew: Crew, check: Member) 
         fetch_problems(folder, desk, check)
         refuse_data(folder, check)
     lost = check.lost or any(member.lost for member in crew.members)
-    return Outcome(status="failed", code=Exit.NODE if lost else Exit.RUN, nodes=ended_nodes(crew, {}), failure=broken_check(folder, check))
+    return AttemptOutcome(status="failed", code=Exit.NODE if lost else Exit.RUN, nodes=ended_nodes(crew, {}), failure=broken_check(folder, check))
 
 
-def judge_start(plan: Plan, folder: Path, desk: Desk, crew: Crew, failure: Failure) -> Outcome:
+def judge_start(plan: Plan, folder: Path, desk: Session, crew: NodeProcesses, failure: Failure) -> AttemptOutcome:
     """A start that took too long fails the attempt. The ranks have been ended by now; what is left of them is asked once more."""
     left = clear_all(crew.members)
     fetch(plan, folder, desk)
     lost = any(member.lost for member in crew.members)
-    return Outcome(status="failed", code=Exit.NODE if lost else Exit.RUN, nodes=ended_nodes(crew, left), failure=failure)
+    return AttemptOutcome(status="failed", code=Exit.NODE if lost else Exit.RUN, nodes=ended_nodes(crew, left), failure=failure)
 
 
-def ended_nodes(crew: Crew, left: Mapping[int, str]) -> tuple[NodeResult, ...]:
+def ended_nodes(crew: NodeProcesses, left: Mapping[int, str]) -> tuple[NodeResult, ...]:
     return tuple(
         NodeResult(
             host=member.command.host,
@@ -178,21 +178,21 @@ def ended_nodes(crew: Crew, left: Mapping[int, str]) -> tuple[NodeResult, ...]:
     )
 
 
-def judge(plan: Plan, folder: Path, nodes: tuple[NodeResult, ...], stop: StopRequest) -> Outcome:
+def judge(plan: Plan, folder: Path, nodes: tuple[NodeResult, ...], stop: StopRequest) -> AttemptOutcome:
     """Finished is what the trainer says it is, and every node must agree."""
     result: TrainResult | None = read_if_there(TrainResult, folder / RESULT_FILE)
     if result and result.status == "finished" and not any(node.code for node in nodes):
-        return Outcome(status="finished", code=Exit.OK, nodes=nodes)
+        return AttemptOutcome(status="finished", code=Exit.OK, nodes=nodes)
     if stop.count or (result and result.status == "stopped" and result.steps < plan.spec.steps):
-        return Outcome(status="stopped", code=STOPPED_CODE, nodes=nodes)
+        return AttemptOutcome(status="stopped", code=STOPPED_CODE, nodes=nodes)
     failure = find_failure(plan, nodes)
     refused = failure is not None and failure.code == Exit.USAGE
     lost = any(node.lost for node in nodes)
     code = Exit.USAGE if refused else Exit.NODE if lost else Exit.RUN
-    return Outcome(status="refused" if refused else "failed", code=code, nodes=nodes, failure=failure)
+    return AttemptOutcome(status="refused" if refused else "failed", code=code, nodes=nodes, failure=failure)
 
 
-def mirrors_of(plan: Plan, folder: Path, desk: Desk) -> dict[str, Mirror]:
+def mirrors_of(plan: Plan, folder: Path, desk: Session) -> dict[str, Mirror]:
     """What of node 0 is kept up to date here while it grows; nothing where this machine is the node."""
     if plan.folder == plan.spec.output:
         return {}

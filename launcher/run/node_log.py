@@ -9,14 +9,14 @@ from pathlib import Path
 from trainer.contract import PHASE_LINE, RANK_PREFIX, START_PHASES
 
 END_BYTES = 1 << 20  # of a log: 4 MB take 4 s to be held against all known failures
-NOBODY = -1  # in place of a rank: a line of torchrun or docker, and every line where there is one rank
+NO_RANK = -1  # in place of a rank: a line of torchrun or docker, and every line where there is one rank
 UNSEEN = "has said nothing yet"
 PREFIXED = re.compile("^" + re.escape(RANK_PREFIX).replace(re.escape("{rank}"), r"(\d+)"), re.MULTILINE)
 PHASE = re.compile(re.escape(PHASE_LINE).replace(re.escape("{phase}"), "(" + "|".join(map(re.escape, START_PHASES)) + ")"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class StartPhase:
     """How far a rank has come with its start. `phase`: of START_PHASES what it said last that it begins, -1: nothing yet. `last_line`: of
     its lines, or of its node's where it has none."""
 
@@ -50,20 +50,20 @@ def lines_of(text: str, rank: int) -> tuple[str, ...]:
 
 def speaker(line: str) -> int:
     found = PREFIXED.match(line)
-    return int(found[1]) if found else NOBODY
+    return int(found[1]) if found else NO_RANK
 
 
-def standings(log: Path, host: str, ranks: Iterable[int]) -> tuple[Standing, ...]:
+def standings(log: Path, host: str, ranks: Iterable[int]) -> tuple[StartPhase, ...]:
     """Of each of a node's ranks, the slowest first. Where a line names no rank it is that of the only one."""
     ranks, text = tuple(ranks), read_end(log)
     alone = len(ranks) == 1 and not PREFIXED.search(text)
     last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
     found = []
     for rank in ranks:
-        lines = lines_of(text, NOBODY if alone else rank)
+        lines = lines_of(text, NO_RANK if alone else rank)
         said = [START_PHASES.index(match[1]) for line in lines if (match := PHASE.search(line))]
         own = next((line for line in reversed(lines) if line.strip()), last)
-        found.append(Standing(host=host, rank=rank, phase=said[-1] if said else -1, last_line=own))
+        found.append(StartPhase(host=host, rank=rank, phase=said[-1] if said else -1, last_line=own))
     return tuple(sorted(found, key=lambda standing: (standing.phase, standing.rank)))
 
 

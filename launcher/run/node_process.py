@@ -42,7 +42,7 @@ class NodeResult:
     left: str = ""
 
 
-class Member(Protocol):
+class NodeProcess(Protocol):
     """`poll` gives the exit code or None and never waits for a node. `lost`: the node did not answer until the end of its time."""
 
     command: NodeCommand
@@ -54,7 +54,7 @@ class Member(Protocol):
     def clear(self) -> None: ...
 
 
-class ProcessMember:
+class ChildNodeProcess:
     """torchrun, or the data check, as a child of the launcher."""
 
     lost = False
@@ -83,7 +83,7 @@ class ProcessMember:
         self.running.wait(REAP_S)
 
 
-class CheckMember:
+class CheckNodeProcess:
     """The data check in a container that is followed and removed by itself. One whose connection was lost is made again; its node counts as
     lost after twice the time that it has for its ranks, whose own end says more while they run."""
 
@@ -135,7 +135,7 @@ class CheckMember:
             self.running.wait(REAP_S)
 
 
-class ContainerMember:
+class ContainerNodeProcess:
     """A detached container. `attached` takes one up again that is there already."""
 
     def __init__(self, command: NodeCommand, transport: Transport, log: Path, asker: ThreadPoolExecutor, *, node_timeout_s: float) -> None:

@@ -17,10 +17,10 @@ from launcher.run.delivery.peer_transfer import Peer
 from launcher.run.delivery.remote_build import build_on
 from launcher.run.delivery.ship import image_on, is_everywhere, pull, ship
 from launcher.run.delivery.sync import sync
-from launcher.run.gang import Crewed, abandon, clear_all, start_checks, start_members
-from launcher.run.node_process import Member
+from launcher.run.gang import StartContext, abandon, clear_all, start_checks, start_members
+from launcher.run.node_process import NodeProcess
 from launcher.run.restart import restore_rows, spread_checkpoint
-from launcher.run.run_folder import FETCH_S, Site, fetch_file, fetch_folder, fetch_results, place_run, reopen_run
+from launcher.run.run_folder import FETCH_S, WorkingNode, fetch_file, fetch_folder, fetch_results, place_run, reopen_run
 from launcher.run.signals import Stopped, StopRequest
 from launcher.ssh.parallel import after, attempt_each, each
 from launcher.ssh.transport import Transport
@@ -31,7 +31,7 @@ MISSING_MOUNT = re.compile(r"bind source path does not exist: (?P<path>/.*?)\.?$
 
 
 @dataclass(frozen=True, kw_only=True)
-class Desk:
+class Session:
     """What a launch uses of the outside: where the project lies, how the working nodes are reached (in their order) and this machine,
     secret variables for the ranks, where to say things. `move`: the plan and the desk for another attempt without these hosts."""
 
@@ -41,18 +41,18 @@ class Desk:
     secrets: Mapping[str, str]
     say: Callable[[str], None]
     terminal: bool
-    move: Callable[[Plan, frozenset[str]], tuple[Plan, "Desk"]]
+    move: Callable[[Plan, frozenset[str]], tuple[Plan, "Session"]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Crew:
+class NodeProcesses:
     """What runs: the ranks of every node, and beside them the data check of every node; none where a run is taken up again."""
 
-    members: tuple[Member, ...]
-    checks: tuple[Member, ...] = ()
+    members: tuple[NodeProcess, ...]
+    checks: tuple[NodeProcess, ...] = ()
 
 
-def bring_up(plan: Plan, desk: Desk, stop: StopRequest, *, again: bool = False) -> Crew:
+def bring_up(plan: Plan, desk: Session, stop: StopRequest, *, again: bool = False) -> NodeProcesses:
     """Everything before the ranks are on their way, of a run's first attempt or `again`. The data is checked while they load: the check of
     a small set ends before the first step, that of a large one holds nothing up. Raises Stopped, ImageFailed, NodeFailed."""
     with stop.interrupting():
@@ -66,25 +66,25 @@ def bring_up(plan: Plan, desk: Desk, stop: StopRequest, *, again: bool = False) 
     return start_crew(plan, desk, stop)
 
 
-def start_crew(plan: Plan, desk: Desk, stop: StopRequest) -> Crew:
+def start_crew(plan: Plan, desk: Session, stop: StopRequest) -> NodeProcesses:
     """What is being started is not left half-way: a container may come up after its launcher has gone. Raises Stopped when all of it has
     been ended again, or when the nodes are named where that is not sure; NodeFailed."""
-    members: tuple[Member, ...] = ()
+    members: tuple[NodeProcess, ...] = ()
     try:
         members = start_ranks(plan, desk, stop)
-        crew = Crew(members=members, checks=start_checks(plan.commands, crewed(plan, desk), stop))
+        crew = NodeProcesses(members=members, checks=start_checks(plan.commands, crewed(plan, desk), stop))
     except BaseException as error:
         if not (stop.count and isinstance(error, NodeFailed)):
             clear_all(members)
             raise
-        crew = Crew(members=members)
+        crew = NodeProcesses(members=members)
     if stop.count:
         end_start(plan, desk, crew, stop)
         raise Stopped
     return crew
 
 
-def end_start(plan: Plan, desk: Desk, crew: Crew, stop: StopRequest) -> None:
+def end_start(plan: Plan, desk: Session, crew: NodeProcesses, stop: StopRequest) -> None:
     if plan.config.cluster.runtime == "process":
         clear_all((*crew.members, *crew.checks))
         return
@@ -92,7 +92,7 @@ def end_start(plan: Plan, desk: Desk, crew: Crew, stop: StopRequest) -> None:
         desk.say(f"not cleared: {host}: {why}; when it answers: omnilaunch stop {plan.run_id}")
 
 
-def start_ranks(plan: Plan, desk: Desk, stop: StopRequest) -> tuple[Member, ...]:
+def start_ranks(plan: Plan, desk: Session, stop: StopRequest) -> tuple[NodeProcess, ...]:
     """Every node or none. Raises NodeFailed; of a path that a node lacks, with what brings it there."""
     try:
         return start_members(plan.commands, crewed(plan, desk), stop)
@@ -104,13 +104,13 @@ def start_ranks(plan: Plan, desk: Desk, stop: StopRequest) -> tuple[Member, ...]
         raise NodeFailed(f"{error}\n  Next: cluster.sync=[{named}] copies it there from this machine; or mount it on every node") from error
 
 
-def bring_paths(plan: Plan, desk: Desk) -> None:
+def bring_paths(plan: Plan, desk: Session) -> None:
     """What cluster.sync names on every node that is not this machine; first of all, since it may be refused."""
     if plan.folder != plan.spec.output:
         sync(plan.config.cluster.sync, sites_of(plan, desk), desk.here, desk.say, token=plan.run_id)
 
 
-def bring_image(plan: Plan, desk: Desk) -> None:
+def bring_image(plan: Plan, desk: Session) -> None:
     """The plan's image on every node, by the way that the cluster's config says."""
     delivery, sites = plan.config.cluster.delivery, sites_of(plan, desk)
     if plan.folder != plan.spec.output and is_everywhere(plan.image.tag, plan.image.fingerprint, sites):
@@ -134,7 +134,7 @@ def bring_image(plan: Plan, desk: Desk) -> None:
         ship(plan.image.tag, image_id, peers, desk.here, desk.say)
 
 
-def settle_image(plan: Plan, desk: Desk) -> None:
+def settle_image(plan: Plan, desk: Session) -> None:
     """Keep which image each node really has, by the id of its engine. Raises ImageFailed where a rerun would take another than its record:
     the same files built anew make another one, as system packages come in the versions of the day."""
     sites = sites_of(plan, desk)
@@ -153,8 +153,8 @@ def settle_image(plan: Plan, desk: Desk) -> None:
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-def crewed(plan: Plan, desk: Desk) -> Crewed:
-    return Crewed(
+def crewed(plan: Plan, desk: Session) -> StartContext:
+    return StartContext(
         transports=desk.transports,
         logs=Path(plan.folder) / "logs",
         project=desk.project,
@@ -163,11 +163,11 @@ def crewed(plan: Plan, desk: Desk) -> Crewed:
     )
 
 
-def sites_of(plan: Plan, desk: Desk) -> tuple[Site, ...]:
-    return tuple(Site(command=command, transport=transport) for command, transport in zip(plan.commands, desk.transports, strict=True))
+def sites_of(plan: Plan, desk: Session) -> tuple[WorkingNode, ...]:
+    return tuple(WorkingNode(command=command, transport=transport) for command, transport in zip(plan.commands, desk.transports, strict=True))
 
 
-def place(plan: Plan, desk: Desk, *, again: bool) -> None:
+def place(plan: Plan, desk: Session, *, again: bool) -> None:
     """The run's folder on every node, for the container's user."""
     argv, cluster, sites = plan.commands[0].start, plan.config.cluster, sites_of(plan, desk)
     user, local = argv[argv.index("--user") + 1], plan.folder == plan.spec.output
@@ -175,7 +175,7 @@ def place(plan: Plan, desk: Desk, *, again: bool) -> None:
         place_run(sites, plan.spec, spec_text(plan), image=plan.image.tag, user=user, shared=cluster.shared, local=local)
         return
 
-    def spread(sites: Sequence[Site]) -> None:
+    def spread(sites: Sequence[WorkingNode]) -> None:
         if spread_checkpoint(sites, desk.say):
             restore_rows(sites[0], Path(plan.folder))
         else:
@@ -190,23 +190,23 @@ def spec_text(plan: Plan) -> bytes:
     return encode_spec(plan.spec, like=written if written.is_file() else None).encode()
 
 
-def fetch(plan: Plan, folder: Path, desk: Desk) -> None:
+def fetch(plan: Plan, folder: Path, desk: Session) -> None:
     if plan.folder != plan.spec.output:
         fetch_results(sites_of(plan, desk), folder, ranks_per_node=plan.spec.device.devices_per_node)
         if plan.config.hardware.accelerator == "npu":
             keep_cann_logs(sites_of(plan, desk), folder)
 
 
-def keep_cann_logs(sites: Sequence[Site], folder: Path) -> None:
+def keep_cann_logs(sites: Sequence[WorkingNode], folder: Path) -> None:
     """Beside the node's log, as logs/node<n>-cann.tgz. They stay on the node as well: what cannot be fetched is there."""
 
-    def keep(site: Site) -> None:
+    def keep(site: WorkingNode) -> None:
         fetch_folder(site, CANN_LOGS, folder / "logs" / f"node{site.command.node_rank}-{CANN_LOGS}.tgz")
 
     attempt_each(keep, sites, until=after(FETCH_S))
 
 
-def refuse_data(folder: Path, check: Member) -> None:
+def refuse_data(folder: Path, check: NodeProcess) -> None:
     """Raise the problems that a check has found as ConfigRefused: the first ones, and where all of them are."""
     report: DataReport | None = read_if_there(DataReport, folder / DATA_FILE)
     if report is None or not report.problems:
@@ -235,9 +235,9 @@ def changed_data(folder: Path) -> list[str]:
     return lines[:SHOWN_PROBLEMS] + ([f"and {len(lines) - SHOWN_PROBLEMS:,} more"] if len(lines) > SHOWN_PROBLEMS else [])
 
 
-def fetch_problems(folder: Path, desk: Desk, check: Member) -> None:
+def fetch_problems(folder: Path, desk: Session, check: NodeProcess) -> None:
     """The report and the list of all problems, of the node whose check it was. What does not come stays there: the refusal says where."""
-    site = Site(command=check.command, transport=desk.transports[check.command.node_rank])
+    site = WorkingNode(command=check.command, transport=desk.transports[check.command.node_rank])
     if folder == Path(check.command.folder):
         return
     for name in (DATA_FILE, INPUTS_FILE, DATA_PROBLEMS_FILE):
@@ -245,12 +245,12 @@ def fetch_problems(folder: Path, desk: Desk, check: Member) -> None:
             fetch_file(site, name, folder / name)
 
 
-def place_of_problems(folder: Path, check: Member) -> str:
+def place_of_problems(folder: Path, check: NodeProcess) -> str:
     here = folder / DATA_PROBLEMS_FILE
     return str(here) if here.is_file() else f"{check.command.host}:{PurePosixPath(check.command.folder) / DATA_PROBLEMS_FILE}"
 
 
-def broken_check(folder: Path, check: Member) -> Failure:
+def broken_check(folder: Path, check: NodeProcess) -> Failure:
     """A check that ended without an answer, as the failure of an attempt."""
     log = check_log(folder, check)
     message = f"the data check ended with exit code {check.poll()} and without a report"
@@ -260,7 +260,7 @@ def broken_check(folder: Path, check: Member) -> Failure:
     return Failure(host=check.command.host, rank=-1, code=check.poll() or 0, message=message, log=str(log), tail=tail)
 
 
-def check_log(folder: Path, check: Member) -> Path:
+def check_log(folder: Path, check: NodeProcess) -> Path:
     return folder / "logs" / f"data{check.command.node_rank}.log"
 
 

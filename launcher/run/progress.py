@@ -78,7 +78,7 @@ class Rate:
         }
 
 
-class Progress:
+class ProgressView:
     """`with Progress(folder, print) as progress:` and then `progress.tick()` as often as one likes."""
 
     def __init__(self, folder: Path, say: Callable[[str], None], *, terminal: bool) -> None:
@@ -90,7 +90,7 @@ class Progress:
         self.bar: Any = None
         self.task: Any = None
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressView":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:

@@ -9,7 +9,7 @@ from launcher.config.schema import Cluster
 from launcher.record.record import ATTEMPT_FILE, ATTEMPTS, Attempt, Failure, attempt_files, newest_name, step_of
 from launcher.redact import mask_credentials
 from launcher.run.delivery.ship import send
-from launcher.run.run_folder import Site
+from launcher.run.run_folder import WorkingNode
 from launcher.ssh.parallel import each, together
 from trainer import contract
 from trainer.contract import CHECKPOINTS, ENVIRONMENT_FILE, FAILURE_FILES, METRICS_FILE, RESULT_FILE
@@ -89,7 +89,7 @@ def moved_failure(failure: Failure | None, folder: Path, aside: Path) -> Failure
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def spread_checkpoint(sites: Sequence[Site], say: Callable[[str], None]) -> str:
+def spread_checkpoint(sites: Sequence[WorkingNode], say: Callable[[str], None]) -> str:
     """Let every node have the newest checkpoint that any of them has, where they share no folder; its name, '' when there is none.
 
     Copied from its node to the others through this machine, all at once, and given its name when it is whole. Raises NodeFailed.
@@ -118,7 +118,7 @@ def spread_checkpoint(sites: Sequence[Site], say: Callable[[str], None]) -> str:
     return newest
 
 
-def restore_rows(site: Site, folder: Path) -> None:
+def restore_rows(site: WorkingNode, folder: Path) -> None:
     """Give a node that is the first one now the rows that its forerunner wrote, from the launcher's folder; and the first one of before those
     that a loss of power took from its disk."""
     path = str(PurePosixPath(site.command.folder) / METRICS_FILE)
@@ -130,15 +130,15 @@ def restore_rows(site: Site, folder: Path) -> None:
         site.transport.put(here, path, mode=0o644)
 
 
-def newest_on(site: Site) -> str:
+def newest_on(site: WorkingNode) -> str:
     """The name of the node's newest checkpoint, '' where it has none. Raises NodeFailed where that cannot be told: a run would begin anew."""
     listed = site.transport.run(("sh", "-c", LIST, "sh", checkpoints_of(site)))
     return newest_name(listed.expect(f"{site.command.host}: looking for its newest checkpoint").output.splitlines())
 
 
-def must(site: Site, *argv: str) -> None:
+def must(site: WorkingNode, *argv: str) -> None:
     site.transport.run(argv).expect(f"{site.command.host}: taking in the checkpoint")
 
 
-def checkpoints_of(site: Site) -> str:
+def checkpoints_of(site: WorkingNode) -> str:
     return str(PurePosixPath(site.command.folder) / CHECKPOINTS)

@@ -32,14 +32,14 @@ echo "$own"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
+class WorkingNode:
     """A working node: what it is told, and how it is reached."""
 
     command: NodeCommand
     transport: Transport
 
 
-def place_run(sites: Sequence[Site], spec: TrainSpec, text: bytes, *, image: str, user: str, shared: bool, local: bool) -> None:
+def place_run(sites: Sequence[WorkingNode], spec: TrainSpec, text: bytes, *, image: str, user: str, shared: bool, local: bool) -> None:
     """Make the run's folder on every node, with the spec's `text` in it, writable by the container's `user` (uid:gid). `local`: the folder is the
     launcher's own and there already. Raises NodeFailed, naming the nodes; a folder that is there belongs to another run."""
     if local:
@@ -53,7 +53,7 @@ def place_run(sites: Sequence[Site], spec: TrainSpec, text: bytes, *, image: str
     each(lambda site: place_on(site, spec, text, image=image, user=user), sites)
 
 
-def place_on(site: Site, spec: TrainSpec, text: bytes, *, image: str, user: str) -> None:
+def place_on(site: WorkingNode, spec: TrainSpec, text: bytes, *, image: str, user: str) -> None:
     """In one command: each costs a node's login shell, which stands between the user and the first step."""
     host, folders = site.command.host, folders_of(spec)
     argv = ("sh", "-c", PLACE, "sh", SPEC_FILE, str(len(text)), user, str(PurePosixPath(spec.output).parent), *folders)
@@ -70,7 +70,7 @@ def place_on(site: Site, spec: TrainSpec, text: bytes, *, image: str, user: str)
 
 
 def reopen_run(
-    sites: Sequence[Site],
+    sites: Sequence[WorkingNode],
     spec: TrainSpec,
     text: bytes,
     *,
@@ -78,7 +78,7 @@ def reopen_run(
     user: str,
     shared: bool,
     local: bool,
-    spread: Callable[[Sequence[Site]], None],
+    spread: Callable[[Sequence[WorkingNode]], None],
 ) -> None:
     """The same for another attempt, on nodes that may have the run's folder or not. What the last attempt said of its end is removed,
     `spread` brings the checkpoint to nodes that share no folder. A container of an earlier attempt goes first: a node that was away kept
@@ -93,7 +93,7 @@ def reopen_run(
     each(lambda site: give(site, prepared(site, spec), image=image, user=user), owners)
 
 
-def reopen_on(site: Site, spec: TrainSpec, text: bytes, *, image: str, user: str) -> None:
+def reopen_on(site: WorkingNode, spec: TrainSpec, text: bytes, *, image: str, user: str) -> None:
     """The folder belongs to who logs in while it is changed."""
     transport, host, own = site.transport, site.command.host, login_of(site)
     prepared(site, spec)
@@ -106,7 +106,7 @@ def reopen_on(site: Site, spec: TrainSpec, text: bytes, *, image: str, user: str
     transport.put(text, str(PurePosixPath(spec.output) / SPEC_FILE), mode=0o644)
 
 
-def prepared(site: Site, spec: TrainSpec) -> tuple[str, ...]:
+def prepared(site: WorkingNode, spec: TrainSpec) -> tuple[str, ...]:
     """The folders that the container writes to, with those above them made."""
     folders = folders_of(spec)
     made = site.transport.run(("mkdir", "-p", "--", str(PurePosixPath(spec.output).parent), *folders[1:]))
@@ -128,7 +128,7 @@ def no_parent(host: str, errors: str) -> NodeFailed:
     )
 
 
-def give(site: Site, folders: tuple[str, ...], *, image: str, user: str) -> None:
+def give(site: WorkingNode, folders: tuple[str, ...], *, image: str, user: str) -> None:
     """Let the container's user write there. Nothing needs to be done where that is who logs in; else root does it, of the node or, where
     the login is none, of a container."""
     own = login_of(site)
@@ -137,13 +137,13 @@ def give(site: Site, folders: tuple[str, ...], *, image: str, user: str) -> None
     hand_over(site, folders, user, own=own, image=image)
 
 
-def login_of(site: Site) -> str:
+def login_of(site: WorkingNode) -> str:
     """uid:gid of who logs in there."""
     asked = (site.transport.run(("id", option)).expect(f"{site.command.host}: asking who logs in") for option in ("-u", "-g"))
     return ":".join(answer.output.strip() for answer in asked)
 
 
-def hand_over(site: Site, folders: tuple[str, ...], user: str, *, own: str, image: str) -> None:
+def hand_over(site: WorkingNode, folders: tuple[str, ...], user: str, *, own: str, image: str) -> None:
     change = ("chown", "-R", "--", user, *folders)
     if own != ROOT:
         mounts = (part for folder in folders for part in ("--mount", f"type=bind,source={folder},target={folder}"))
@@ -153,11 +153,11 @@ def hand_over(site: Site, folders: tuple[str, ...], user: str, *, own: str, imag
     )
 
 
-def fetch_results(sites: Sequence[Site], folder: Path, *, ranks_per_node: int) -> dict[str, str]:
+def fetch_results(sites: Sequence[WorkingNode], folder: Path, *, ranks_per_node: int) -> dict[str, str]:
     """Copy what the trainer left to the launcher's own folder of the run; host -> why it could not be asked. Missing files are no error:
     a run that failed has only some."""
 
-    def fetch(site: Site) -> None:
+    def fetch(site: WorkingNode) -> None:
         ranks = range(site.command.node_rank * ranks_per_node, (site.command.node_rank + 1) * ranks_per_node)
         names = [FAILURE_FILES.format(rank=rank) for rank in ranks]
         if site.command.node_rank == 0:
@@ -171,7 +171,7 @@ def fetch_results(sites: Sequence[Site], folder: Path, *, ranks_per_node: int) -
     return {site.command.host: str(answer) for site, answer in zip(sites, answers, strict=True) if isinstance(answer, NodeFailed)}
 
 
-def fetch_folder(site: Site, name: str, target: Path) -> None:
+def fetch_folder(site: WorkingNode, name: str, target: Path) -> None:
     """A folder in the run's folder of a node as a .tgz here; nothing where there is none, or where it is larger than FOLDER_BYTES. Raises
     NodeFailed."""
     parent = site.command.folder
@@ -179,14 +179,14 @@ def fetch_folder(site: Site, name: str, target: Path) -> None:
         receive(site, ("tar", "-C", parent, "-czf", "-", name), target)
 
 
-def fetch_file(site: Site, name: str, target: Path) -> None:
+def fetch_file(site: WorkingNode, name: str, target: Path) -> None:
     """A file that may be a long one in the same way, as it is."""
     path = f"{site.command.folder}/{name}"
     if site.transport.run(("test", "-f", path)).code == 0:
         receive(site, ("cat", "--", path), target)
 
 
-def receive(site: Site, argv: tuple[str, ...], target: Path) -> None:
+def receive(site: WorkingNode, argv: tuple[str, ...], target: Path) -> None:
     """What a command there writes, as a file here, whole or not at all."""
     part, written = target.with_name(f".{target.name}.part"), 0
     try:
@@ -203,7 +203,7 @@ def receive(site: Site, argv: tuple[str, ...], target: Path) -> None:
 class Mirror:
     """A growing file of a node, kept up to date here by asking for what is new."""
 
-    def __init__(self, site: Site, name: str, folder: Path) -> None:
+    def __init__(self, site: WorkingNode, name: str, folder: Path) -> None:
         self.site, self.path, self.source = site, folder / name, str(PurePosixPath(site.command.folder) / name)
         self.asking: threading.Thread | None = None
 

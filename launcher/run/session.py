@@ -16,13 +16,13 @@ from launcher.doctor.free_memory import memory_within
 from launcher.doctor.network import take_network
 from launcher.errors import ConfigRefused, NodeFailed
 from launcher.image.stack import Stack, load_stacks
-from launcher.plan.plan import Place, Plan, move_plan
-from launcher.run.prepare import Desk
+from launcher.plan.plan import LocalContext, Plan, move_plan
+from launcher.run.prepare import Session
 from launcher.run.restart import replace_lost
-from launcher.run.run_folder import Site
+from launcher.run.run_folder import WorkingNode
 from launcher.ssh.node import Ssh
 from launcher.ssh.parallel import reach_all, together
-from launcher.ssh.pool import Client
+from launcher.ssh.pool import PoolContext
 from launcher.ssh.ssh_config import access_of
 from launcher.ssh.transport import Local, Transport
 
@@ -42,13 +42,13 @@ def reach_nodes(cluster: Cluster, nodes: Sequence[Node], environ: Mapping[str, s
 @contextmanager
 def reach_with(
     cluster: Cluster, nodes: Sequence[Node], environ: Mapping[str, str]
-) -> Iterator[tuple[Client | None, tuple[Transport | NodeFailed, ...]]]:
+) -> Iterator[tuple[PoolContext | None, tuple[Transport | NodeFailed, ...]]]:
     """The same, and the client that the ways go through; None where this machine is the node."""
     if all(node.is_local for node in nodes):
         yield None, tuple(Local(environ) for _ in nodes)
         return
     allow_files(len(nodes))
-    client = Client(access_of(Path(environ.get("HOME", "/")), getpass.getuser(), cluster))
+    client = PoolContext(access_of(Path(environ.get("HOME", "/")), getpass.getuser(), cluster))
     try:
         yield client, reach_all(nodes, client)
     finally:
@@ -64,7 +64,7 @@ def allow_files(nodes: int) -> None:
 
 
 @contextmanager
-def open_desk(plan: Plan, place: Place, environ: Mapping[str, str], *, say: Say, terminal: bool, require: bool = True) -> Iterator[Desk]:
+def open_session(plan: Plan, place: LocalContext, environ: Mapping[str, str], *, say: Say, terminal: bool, require: bool = True) -> Iterator[Session]:
     """Connected to every working node, in their order. Raises NodeFailed that names all nodes which cannot be reached, before anything of
     the run is made, unless a run that is there is only to be looked after (`require`): then each use of such a node raises it. Raises
     ConfigRefused for a secret that is not there and that a start will need."""
@@ -74,21 +74,21 @@ def open_desk(plan: Plan, place: Place, environ: Mapping[str, str], *, say: Say,
 
 @contextmanager
 def open_examined(
-    plan: Plan, place: Place, environ: Mapping[str, str], *, say: Say, terminal: bool, require: bool = True, examines: bool = True
-) -> Iterator[tuple[Plan, Desk]]:
+    plan: Plan, place: LocalContext, environ: Mapping[str, str], *, say: Say, terminal: bool, require: bool = True, examines: bool = True
+) -> Iterator[tuple[Plan, Session]]:
     """The same, and the plan with the network that its nodes were found in, over the same connections. Raises NodeFailed with all that
     stands in the way of a launch."""
     names = plan.config.cluster.secrets
     with ExitStack() as stack:
 
-        def open_for(plan: Plan, require: bool, examines: bool) -> tuple[Plan, Desk]:
+        def open_for(plan: Plan, require: bool, examines: bool) -> tuple[Plan, Session]:
             secrets = named_secrets(names, environ) if require else {}
             nodes = plan.config.cluster.working
             client, ways = stack.enter_context(reach_with(plan.config.cluster, nodes, environ))
             if examines and (client is not None or plan.config.hardware.accelerator != "cpu"):
                 plan = examined(plan, place, ways, say)
             transports = require_all(ways) if require else tuple(lazily(node, way, client) for node, way in zip(nodes, ways, strict=True))
-            return plan, Desk(
+            return plan, Session(
                 project=place.project,
                 transports=transports,
                 here=Local(environ),
@@ -98,7 +98,7 @@ def open_examined(
                 move=move,
             )
 
-        def move(plan: Plan, lost: frozenset[str]) -> tuple[Plan, Desk]:
+        def move(plan: Plan, lost: frozenset[str]) -> tuple[Plan, Session]:
             moved = move_to_reached(plan, lost, place, environ, say)
             stack.close()  # of the attempt that is over, whose desk nobody uses any more
             return open_for(moved, require=True, examines=False)
@@ -106,7 +106,7 @@ def open_examined(
         yield open_for(plan, require, examines)
 
 
-def move_to_reached(plan: Plan, lost: frozenset[str], place: Place, environ: Mapping[str, str], say: Say) -> Plan:
+def move_to_reached(plan: Plan, lost: frozenset[str], place: LocalContext, environ: Mapping[str, str], say: Say) -> Plan:
     """The plan on nodes that answer and are well. One that is lost and has no substitute is waited for as long as a node may be silent.
     Raises NodeFailed."""
     cluster, stacks = plan.config.cluster, load_stacks(place.project / "images")
@@ -130,7 +130,7 @@ def move_to_reached(plan: Plan, lost: frozenset[str], place: Place, environ: Map
         time.sleep(RETRY_S)
 
 
-def examined(plan: Plan, place: Place, ways: Sequence[Transport | NodeFailed], say: Say) -> Plan:
+def examined(plan: Plan, place: LocalContext, ways: Sequence[Transport | NodeFailed], say: Say) -> Plan:
     """The plan with the network that its nodes were found in, and what their fullest device has free. `ways`: to its working nodes. Raises
     NodeFailed with all that stands in the way of a launch."""
     stacks, cluster = load_stacks(place.project / "images"), plan.config.cluster
@@ -145,7 +145,7 @@ def examined(plan: Plan, place: Place, ways: Sequence[Transport | NodeFailed], s
 
 
 @contextmanager
-def reach_sites(plans: Sequence[Plan], environ: Mapping[str, str]) -> Iterator[tuple[Site, ...]]:
+def reach_sites(plans: Sequence[Plan], environ: Mapping[str, str]) -> Iterator[tuple[WorkingNode, ...]]:
     """Every container that an attempt of a run may have left: by host and name, as the newest of the plans has it."""
     found = {
         (command.host, command.name): (node, command)
@@ -155,10 +155,10 @@ def reach_sites(plans: Sequence[Plan], environ: Mapping[str, str]) -> Iterator[t
     nodes = tuple(node for node, _ in found.values())
     with reach_with(plans[-1].config.cluster, nodes, environ) as (client, ways):
         transports = (lazily(node, way, client) for node, way in zip(nodes, ways, strict=True))
-        yield tuple(Site(command=command, transport=transport) for (_, command), transport in zip(found.values(), transports, strict=True))
+        yield tuple(WorkingNode(command=command, transport=transport) for (_, command), transport in zip(found.values(), transports, strict=True))
 
 
-def lazily(node: Node, way: Transport | NodeFailed, client: Client | None) -> Transport:
+def lazily(node: Node, way: Transport | NodeFailed, client: PoolContext | None) -> Transport:
     """A node that does not answer is asked again by each use."""
     if not isinstance(way, NodeFailed):
         return way

@@ -8,7 +8,7 @@ from launcher.doctor.smi import NPU_QUERY, NVIDIA_APPS_QUERY, UnreadableTable, n
 from launcher.errors import NodeFailed
 from launcher.plan.commands import data_env_file, data_name, env_file, is_absent
 from launcher.run.node_process import remove_env_file
-from launcher.run.run_folder import Site
+from launcher.run.run_folder import WorkingNode
 from launcher.ssh.parallel import attempt_each
 
 POLL_S = 0.5
@@ -25,10 +25,10 @@ class Ending:
     left: str
 
 
-def end_run(sites: Sequence[Site], *, accelerator: str, grace_s: float) -> tuple[Ending, ...]:
+def end_run(sites: Sequence[WorkingNode], *, accelerator: str, grace_s: float) -> tuple[Ending, ...]:
     """Ask all to save and end, remove them `grace_s` later, and look. No node waits for another, or for one that does not answer."""
 
-    def end(site: Site) -> str:
+    def end(site: WorkingNode) -> str:
         pids = processes_of(site)
         site.transport.run(site.command.stop)  # one that has ended is no error
         deadline = time.monotonic() + grace_s
@@ -44,7 +44,7 @@ def end_run(sites: Sequence[Site], *, accelerator: str, grace_s: float) -> tuple
     return tuple(Ending(host=site.command.host, left=str(answer)) for site, answer in zip(sites, answers, strict=True))
 
 
-def state_of(site: Site) -> str:
+def state_of(site: WorkingNode) -> str:
     """`<status> <exit code>` as the engine says it, or that there is no container. Raises NodeFailed when the engine does not answer."""
     found = site.transport.run(site.command.probe)
     if found.code == 0:
@@ -54,7 +54,7 @@ def state_of(site: Site) -> str:
     raise NodeFailed(f"{site.command.host}: its Docker engine does not answer: {found.errors.strip()}")
 
 
-def processes_of(site: Site) -> frozenset[int]:
+def processes_of(site: WorkingNode) -> frozenset[int]:
     """The node's ids of all processes in the container."""
     listed = site.transport.run(("docker", "top", site.command.name, "-eo", "pid"))
     if listed.code:  # no `ps` on the node
@@ -62,7 +62,7 @@ def processes_of(site: Site) -> frozenset[int]:
     return frozenset(int(word) for word in listed.output.split() if word.isdecimal() and int(word))
 
 
-def what_is_left(site: Site, pids: frozenset[int], accelerator: str) -> str:
+def what_is_left(site: WorkingNode, pids: frozenset[int], accelerator: str) -> str:
     deadline = time.monotonic() + REMOVAL_S
     while found := containers_of(site):
         if time.monotonic() > deadline:
@@ -75,12 +75,12 @@ def what_is_left(site: Site, pids: frozenset[int], accelerator: str) -> str:
     return held_memory(site, pids, accelerator)
 
 
-def containers_of(site: Site) -> list[str]:
+def containers_of(site: WorkingNode) -> list[str]:
     named = ("docker", "ps", "--all", "--format", "{{.Names}}", "--filter", f"name=^{site.command.name}(-data)?$")
     return site.transport.run(named).expect(f"{site.command.host}: asking what is left").output.split()
 
 
-def held_memory(site: Site, pids: frozenset[int], accelerator: str) -> str:
+def held_memory(site: WorkingNode, pids: frozenset[int], accelerator: str) -> str:
     """Device memory that the driver still counts for one of the processes."""
     if not pids or accelerator == "cpu":
         return ""

@@ -26,7 +26,7 @@ from launcher.ssh.channel import (
     pieces,
 )
 from launcher.ssh.log_writer import Followed
-from launcher.ssh.pool import DEAD, Client
+from launcher.ssh.pool import DEAD, PoolContext
 from launcher.ssh.transport import PIECE_BYTES, Result
 
 SESSION_TIMEOUT_S = 10.0  # for an open connection to give a command its channel
@@ -56,7 +56,7 @@ class Ssh:
     """One node as a Transport. Connected by the first call and kept so; a connection found dead is made anew, once a call. Safe for
     many threads. Raises NodeFailed, naming the node: unreachable, not let in, a missing program, a timeout, a lost connection."""
 
-    def __init__(self, node: Node, client: Client) -> None:
+    def __init__(self, node: Node, client: PoolContext) -> None:
         self.host, self.client, self.link = node.host, client, client.link(node)
         self.title = self.link.route.title
 

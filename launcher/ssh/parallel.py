@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from launcher.config.schema import Node
 from launcher.errors import NodeFailed
 from launcher.ssh.node import Ssh
-from launcher.ssh.pool import Client
+from launcher.ssh.pool import PoolContext
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -17,7 +17,7 @@ UNANSWERED = "it has not answered yet, and was waited for no more"
 FAN_OUT = 140  # threads at once, so that of 128 nodes and some spares none waits for another; they live as long as the call
 
 
-def connect_all(nodes: Sequence[Node], client: Client, *, fan_out: int = FAN_OUT) -> tuple[Ssh, ...]:
+def connect_all(nodes: Sequence[Node], client: PoolContext, *, fan_out: int = FAN_OUT) -> tuple[Ssh, ...]:
     """An open connection to every node, in their order. One NodeFailed names all nodes that cannot be reached; no connection of this
     call is then left open."""
     reached = reach_all(nodes, client, fan_out=fan_out)
@@ -30,7 +30,7 @@ def connect_all(nodes: Sequence[Node], client: Client, *, fan_out: int = FAN_OUT
     return connected
 
 
-def reach_all(nodes: Sequence[Node], client: Client, *, fan_out: int = FAN_OUT) -> tuple[Ssh | NodeFailed, ...]:
+def reach_all(nodes: Sequence[Node], client: PoolContext, *, fan_out: int = FAN_OUT) -> tuple[Ssh | NodeFailed, ...]:
     """The same, with the failure in the place of a node that cannot be reached."""
 
     def connect(node: Node) -> Ssh:
@@ -65,7 +65,7 @@ def attempt_each(
 ) -> tuple[Answer | NodeFailed, ...]:
     """`function` of every item on at most `fan_out` threads: its answer, or its NodeFailed. Any other exception is a bug and goes on
     as it is. When `until` comes true, an item without an answer is waited for no more; its call goes on by itself."""
-    crew = Crew(function, items)
+    crew = Workers(function, items)
     for _ in range(min(fan_out, len(items))):
         # a daemon: what hangs must not hold up the end of a program that was told to stop
         threading.Thread(target=crew.work, name="omnilaunch-crew", daemon=True).start()
@@ -90,7 +90,7 @@ def after(seconds: float) -> Callable[[], bool]:
     return lambda: time.monotonic() >= deadline
 
 
-class Crew:
+class Workers:
     """Threads that take one item after the other. `outcomes` is by place in `items`, guarded by `changed`."""
 
     def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:

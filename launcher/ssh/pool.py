@@ -23,7 +23,7 @@ HANDSHAKES = 16
 ADMINISTRATIVELY_PROHIBITED = 1  # RFC 4254, section 5.1
 
 
-class Client:
+class PoolContext:
     """What all connections share: the login, the jump hosts, the thread that writes logs, the thread that looks after tunnels."""
 
     def __init__(self, access: Access) -> None:
@@ -82,7 +82,7 @@ class Client:
 class Link:
     """One connection. Safe for many threads: they wait for one attempt and share how it ended."""
 
-    def __init__(self, node: Node, client: Client, seen: tuple[str, ...] = ()) -> None:
+    def __init__(self, node: Node, client: PoolContext, seen: tuple[str, ...] = ()) -> None:
         self.client, self.seen = client, seen
         self.route = find_route(node, client.login)
         self._connection: Connection | None = None

@@ -25,11 +25,11 @@ from launcher.check.strategy import choose_strategy
 from launcher.config.compose import compose
 from launcher.config.schema import Config
 from launcher.memory.estimate import estimate_memory
-from launcher.plan.plan import Place, train_spec
+from launcher.plan.plan import LocalContext, train_spec
 from trainer.contract import TrainSpec
 from trainer.device.dtype import loading_dtype
 from trainer.distributed.engine import start_distributed, start_engine
-from trainer.memory_model.allocation_tracker import Ledger
+from trainer.memory_model.allocation_tracker import AllocationTracker
 from trainer.memory_model.synthetic_batch import synthesise
 from trainer.memory_model.trace import trace
 from trainer.models import find_family
@@ -45,7 +45,7 @@ HEADINGS = (
     *("planned MiB", "traced MiB", "measured MiB", "plan", "trace"),
 )
 LINEAR = torch.nn.functional.linear  # ZeRO 3 of one case leaves its own in this place
-HERE = Place(project=ROOT, here=ROOT, interpreter=sys.executable, user="0:0")
+HERE = LocalContext(project=ROOT, here=ROOT, interpreter=sys.executable, user="0:0")
 TEXT = "model.architecture.text"
 VISION = "model.architecture.vision"
 # Some 5 million parameters, most of them in the decoder.
@@ -249,7 +249,7 @@ def measure(spec: TrainSpec) -> dict[str, int]:
         checkpoint_layers(model, spec)
     staged = apply_stage(model, spec, family.unused(model))
     batch = synthesise(family.create_processor(spec.model), spec).batch
-    ledger = Ledger()
+    ledger = AllocationTracker()
     with ledger:
         for tensor in (*staged.model.parameters(), *staged.model.buffers()):
             ledger.assign(tensor, "weights")

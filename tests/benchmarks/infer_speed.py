@@ -31,7 +31,7 @@ from trainer.models import find_family
 from trainer.models.family import Processor
 from trainer.programs.infer import answer_all
 from trainer.stages.group import Staged
-from trainer.train.run import Made
+from trainer.train.run import BuiltModel
 
 WORDS = "which of these is shown in the picture and what would one say of it if asked".split()  # noqa: SIM905
 PHOTO = (640, 480)
@@ -99,7 +99,7 @@ def answer_plainly(model: torch.nn.Module, processor: Processor, spec: TrainSpec
 
 
 def answer_file(model: torch.nn.Module, processor: Processor, spec: TrainSpec, file: Path) -> tuple[list[str], float]:
-    made = Made(staged=Staged(model=model, groups=(), rates={}), processor=processor, origin=Origin(), kernels={})
+    made = BuiltModel(staged=Staged(model=model, groups=(), rates={}), processor=processor, origin=Origin(), kernels={})
     assert spec.stage.inference is not None
     began = time.perf_counter()
     tally = answer_all(spec, spec.stage.inference, PLACE, made, read_requests(file, file.parent))

@@ -28,7 +28,7 @@ from launcher.config.schema import Node
 from launcher.errors import NodeFailed
 from launcher.ssh.node import Ssh
 from launcher.ssh.parallel import connect_all, each, reach_all
-from launcher.ssh.pool import Client
+from launcher.ssh.pool import PoolContext
 from launcher.ssh.ssh_config import Access
 
 ATTACHED_S = 10
@@ -88,7 +88,7 @@ def run_true(ssh: Ssh) -> None:
 def ours(hosts: Hosts, times: dict[str, list[float]], *, attached: bool) -> None:
     nodes = [Node(host=host.address) for host in hosts.all]
     with Threads() as threads, clock(times, "ours cold"):
-        client = Client(access_to(hosts))
+        client = PoolContext(access_to(hosts))
         with clock(times, "ours connect"):
             fleet = connect_all(nodes, client)
         each(run_true, fleet)
@@ -119,7 +119,7 @@ def stay_attached(hosts: Hosts, fleet: tuple[Ssh, ...], times: dict[str, list[fl
 
 def name_the_dead(hosts: Hosts, times: dict[str, list[float]]) -> None:
     nodes = [*(Node(host=host.address) for host in hosts.all), Node(host=DEAD_ADDRESS)]
-    client = Client(access_to(hosts))
+    client = PoolContext(access_to(hosts))
     arrived: list[float] = []
     started = time.perf_counter()
     watcher = threading.Thread(target=lambda: arrived.append(wait_for(client, len(hosts.all)) - started))
@@ -134,14 +134,14 @@ def name_the_dead(hosts: Hosts, times: dict[str, list[float]]) -> None:
     time.sleep(0.5)
 
 
-def wait_for(client: Client, count: int) -> float:
+def wait_for(client: PoolContext, count: int) -> float:
     while sum(link.is_open for link in client._links) < count:
         time.sleep(0.01)
     return time.perf_counter()
 
 
 def pull_cable(hosts: Hosts, times: dict[str, list[float]]) -> None:
-    client = Client(access_to(hosts))
+    client = PoolContext(access_to(hosts))
     process = Ssh(Node(host=hosts.all[0].address), client).start(("sleep", "300"), log=hosts.key.parent / "cable.log")
     hosts.all[0].unplug()
     started = time.perf_counter()

@@ -12,7 +12,7 @@ import pytest
 from launcher.check.strategy import choose_strategy
 from launcher.config.compose import compose
 from launcher.config.schema import Config
-from launcher.plan.plan import Place, train_spec
+from launcher.plan.plan import LocalContext, train_spec
 from tests.benchmarks.flop import Shape, count_sample
 from tests.benchmarks.gpu_train import JOBS, ROOT, Job, describe, make_tiny, summarise, write_data
 from trainer.contract import SCHEMA, PhasePeak, StepRow, TrainResult
@@ -31,7 +31,7 @@ TRAINED = {
     "all": ("stage=full", "stage.trainable=[vision,projector,lm,head]"),
     "lora": ("stage=lora", "stage.needs=[]"),
 }
-PLACE = Place(project=ROOT, here=Path("/"), interpreter="", user="")
+PLACE = LocalContext(project=ROOT, here=Path("/"), interpreter="", user="")
 
 
 def configure(*overrides: str) -> Config:

@@ -16,9 +16,9 @@ from launcher.errors import NodeFailed
 from launcher.run.delivery import peer_transfer as relay, ship
 from launcher.run.delivery.peer_transfer import Peer
 from launcher.run.delivery.sync import sync
-from launcher.run.run_folder import Site
+from launcher.run.run_folder import WorkingNode
 from launcher.ssh.parallel import connect_all
-from launcher.ssh.pool import Client
+from launcher.ssh.pool import PoolContext
 from launcher.ssh.ssh_config import access_of
 from launcher.ssh.transport import Local, Result
 from tests.cluster.conftest import SMALL, Lab
@@ -57,11 +57,11 @@ def peers(lab: Lab) -> Iterator[list[Peer]]:
     """Logged in to all hosts, as a launch is. `fed` of each transport: bytes that went to it from here."""
     nodes = tuple(Node(host=host.address, user=USER) for host in lab.hosts)
     cluster = Cluster(name="lab", runtime="docker", nodes=nodes, root="/")
-    client = Client(replace(access_of(lab.home, USER, cluster), agent=False))
+    client = PoolContext(replace(access_of(lab.home, USER, cluster), agent=False))
     try:
         transports = connect_all(nodes, client)
         yield [
-            Peer(site=Site(command=command(ssh.host, rank), transport=counting(ssh)), address=ssh.host)
+            Peer(site=WorkingNode(command=command(ssh.host, rank), transport=counting(ssh)), address=ssh.host)
             for rank, ssh in enumerate(transports)
         ]
     finally:

@@ -9,7 +9,7 @@ import pytest
 from launcher.errors import NodeFailed
 from launcher.image.stack import load_stacks, render
 from launcher.run.delivery.remote_build import build_on, fingerprint_on
-from launcher.run.run_folder import Site
+from launcher.run.run_folder import WorkingNode
 from launcher.ssh.transport import Local
 from tests.images.conftest import Built, in_container, tags
 from tests.launcher.engine import command
@@ -23,7 +23,7 @@ def test_a_node_builds_what_this_machine_would_have_built(built: Built, copied: 
     delivery = replace(built.delivery, kind="build_on_nodes")
     image = render(load_stacks(copied / "images")["cpu"], architecture="x86_64", root=copied, base=delivery.base)
     node = Local(os.environ)
-    site, said, root = Site(command=command("here", 0), transport=node), list[str](), tmp_path / "root"
+    site, said, root = WorkingNode(command=command("here", 0), transport=node), list[str](), tmp_path / "root"
     assert image.tag != built.image.tag and fingerprint_on(site, image.tag) == ""
     try:
         build_on(image, (site,), project=copied, root=str(root), delivery=delivery, source=node, say=said.append)
@@ -40,7 +40,7 @@ def test_a_node_builds_what_this_machine_would_have_built(built: Built, copied: 
 def test_a_base_that_the_node_cannot_have(built: Built, copied: Path, tmp_path: Path) -> None:
     delivery = replace(built.delivery, kind="build_on_nodes", base="registry.invalid/nothing:1")
     image = render(load_stacks(copied / "images")["cpu"], architecture="x86_64", root=copied, base=delivery.base)
-    site = Site(command=command("here", 0), transport=Local(os.environ))
+    site = WorkingNode(command=command("here", 0), transport=Local(os.environ))
     with pytest.raises(
         NodeFailed, match=r"here: taking in the context of omnilaunch:cpu-\w+, and building it, failed[\s\S]*cluster\.delivery\.base=IMAGE"
     ):

@@ -15,7 +15,7 @@ import pytest
 from launcher.config.compose import compose
 from launcher.image.stack import load_stacks
 from launcher.image.wheelhouse import local_files
-from launcher.plan.plan import Place, Plan, make_plan
+from launcher.plan.plan import LocalContext, Plan, make_plan
 from launcher.record.record import SourceState
 from launcher.run.offline.render import write_bundle
 from tests.images.conftest import ROOT, Built, run
@@ -33,7 +33,7 @@ def render(built: Built, project: Path, tmp_path: Path) -> Iterator[Callable[...
     plans: list[Plan] = []
 
     def render(*overrides: str) -> tuple[Plan, Path]:
-        place = Place(project=project, here=tmp_path, interpreter="python3", user="1000:1000")
+        place = LocalContext(project=project, here=tmp_path, interpreter="python3", user="1000:1000")
         given = {word.partition("=")[0] for word in overrides}
         short = (word for word in SHORT if word.partition("=")[0] not in given)
         root = () if "cluster.root" in given else (f"cluster.root={tmp_path}/site",)

@@ -7,10 +7,10 @@ import pytest
 
 from launcher.config.compose import compose
 from launcher.image.stack import load_stacks
-from launcher.plan.plan import Place, Plan, make_plan
+from launcher.plan.plan import LocalContext, Plan, make_plan
 
 PROJECT = Path(__file__).resolve().parents[2]
-PLACE = Place(project=PROJECT, here=Path("/home/ann/work"), interpreter="/venv/bin/python", user="1000:1000")
+PLACE = LocalContext(project=PROJECT, here=Path("/home/ann/work"), interpreter="/venv/bin/python", user="1000:1000")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launcher.plan.commands import NodeCommand
 from launcher.run.delivery.peer_transfer import Peer
-from launcher.run.run_folder import Site
+from launcher.run.run_folder import WorkingNode
 from launcher.ssh.transport import Local, Result
 
 # `$HOME` is the engine. Files in it make it fail: `half` (its save breaks off), `mute` (its containers say nothing), `full` (no load).
@@ -57,7 +57,7 @@ class Hall:
         (self.source.home / "image").write_bytes(self.image)
         self.engines = [self.machine(f"host{rank}", folder, programs) for rank in range(count)]
         self.peers = tuple(
-            Peer(site=Site(command=command(engine.host, rank), transport=engine), address=f"127.0.1.{rank + 1}")
+            Peer(site=WorkingNode(command=command(engine.host, rank), transport=engine), address=f"127.0.1.{rank + 1}")
             for rank, engine in enumerate(self.engines)
         )
 

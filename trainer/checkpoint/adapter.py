@@ -19,7 +19,7 @@ from torch import Tensor
 from trainer.contract import InputRefused
 from trainer.stages.lora import base_name
 from trainer.tensor.naming import find_tied, name_in_memory
-from trainer.tensor.stream import PIECE_ELEMENTS, Outgoing, Source, open_tensors, read_pieces, read_single
+from trainer.tensor.stream import PIECE_ELEMENTS, Outgoing, TensorSource, open_tensors, read_pieces, read_single
 
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."  # of the names in an adapter's file
@@ -42,8 +42,8 @@ SHOWN = 5
 class Addition:
     """scale * B A to a weight of (out, in); `a` (r, in), `b` (out, r). `transposed`: the weight is (in, out), as of Conv1D and embeddings."""
 
-    a: Source
-    b: Source
+    a: TensorSource
+    b: TensorSource
     scale: float
     transposed: bool = False
 
@@ -59,8 +59,8 @@ class Adapter:
     """By the name of a parameter in memory. `whole`: tensors in the place of the base's. `biases`: (tensor, scale), to be added."""
 
     additions: dict[str, Addition] = field(default_factory=dict)
-    biases: dict[str, tuple[Source, float]] = field(default_factory=dict)
-    whole: dict[str, Source] = field(default_factory=dict)
+    biases: dict[str, tuple[TensorSource, float]] = field(default_factory=dict)
+    whole: dict[str, TensorSource] = field(default_factory=dict)
 
     @property
     def changed(self) -> frozenset[str]:
@@ -74,7 +74,7 @@ def read_adapter(folder: Path, model: torch.nn.Module) -> Adapter:
     refuse_variant(folder, config)
     adapter = Adapter()
     unread: list[str] = []
-    factors: dict[str, dict[str, Source]] = {}
+    factors: dict[str, dict[str, TensorSource]] = {}
     for name, source in open_adapter(folder).items():
         if found := FACTOR.fullmatch(name):
             part = found["table"] or (found["factor"] if found["kind"] == "weight" else "bias")
@@ -91,14 +91,14 @@ def read_adapter(folder: Path, model: torch.nn.Module) -> Adapter:
     return adapter
 
 
-def open_adapter(folder: Path) -> dict[str, Source]:
+def open_adapter(folder: Path) -> dict[str, TensorSource]:
     """Its tensors by name, without those that peft keeps of the base beside modules that were trained whole."""
     tensors = {key.removeprefix(PREFIX): source for key, source in open_tensors(folder).items()}
     return {name: source for name, source in tensors.items() if ".original_module." not in name}
 
 
 def add_factors(
-    adapter: Adapter, folder: Path, model: torch.nn.Module, config: dict[str, Any], place: str, parts: dict[str, Source]
+    adapter: Adapter, folder: Path, model: torch.nn.Module, config: dict[str, Any], place: str, parts: dict[str, TensorSource]
 ) -> None:
     """Those of one module into `adapter`."""
     module, _, table = place.partition(":")
@@ -183,7 +183,7 @@ def refuse_misfits(folder: Path, adapter: Adapter, model: torch.nn.Module) -> No
 # ------------------------------------------------------------------------------------------------------------------ merging
 
 
-def merge_tensor(name: str, memory: str, base: Source, adapter: Adapter) -> Outgoing:
+def merge_tensor(name: str, memory: str, base: TensorSource, adapter: Adapter) -> Outgoing:
     """The tensor `name` of the base, `memory` in memory, as the merged model has it: in the base's dtype, summed in float32."""
 
     source = adapter.whole.get(memory, base)
@@ -200,7 +200,7 @@ def merge_tensor(name: str, memory: str, base: Source, adapter: Adapter) -> Outg
     return Outgoing(name=name, dtype=base.dtype, shape=base.shape, pieces=pieces)
 
 
-def add(base: Source, addition: Addition, dtype: torch.dtype) -> Iterator[Tensor]:
+def add(base: TensorSource, addition: Addition, dtype: torch.dtype) -> Iterator[Tensor]:
     """Rows of base + scale * B A, a piece at a time, in `dtype`."""
     a, b = read_single(addition.a), read_single(addition.b)
     rows, width = base.shape

@@ -42,7 +42,7 @@ class Saved:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draft:
+class PendingCheckpoint:
     """A checkpoint that is not there yet. `writers`: ranks 0 to writers - 1 write its state, 0 where it has none. `needed`: bytes of room."""
 
     final: Path
@@ -56,7 +56,7 @@ class Draft:
         return self.state.step
 
 
-def open_draft(engine: Engine, spec: TrainSpec, step: int, weights: dict[str, Tensor], *, data_sha256: str, origin: Origin) -> Draft:
+def open_draft(engine: Engine, spec: TrainSpec, step: int, weights: dict[str, Tensor], *, data_sha256: str, origin: Origin) -> PendingCheckpoint:
     resumable = step < spec.steps
     final = checkpoints_of(spec) / NAME.format(step=step)
     state = CheckpointState(
@@ -71,7 +71,7 @@ def open_draft(engine: Engine, spec: TrainSpec, step: int, weights: dict[str, Te
         trained=groups_trained(origin, spec.stage),
         base=origin.mark if spec.stage.lora is not None else "",
     )
-    return Draft(
+    return PendingCheckpoint(
         final=final,
         aside=final.with_name(PARTIAL.format(name=final.name)),
         state=state,
@@ -123,7 +123,7 @@ def try_disk(action: Callable[[], None]) -> str:
     return ""
 
 
-def begin_folder(draft: Draft) -> None:
+def begin_folder(draft: PendingCheckpoint) -> None:
     shutil.rmtree(draft.aside, ignore_errors=True)  # left by a rank that was killed while it saved
     (draft.aside / RESUME).mkdir(parents=True)
     if shutil.disk_usage(draft.aside).free < draft.needed:
@@ -138,7 +138,7 @@ def write_weights(engine: Engine, processor: Processor, aside: Path, weights: di
     processor.save(aside)
 
 
-def complete(draft: Draft, spec: TrainSpec) -> None:
+def complete(draft: PendingCheckpoint, spec: TrainSpec) -> None:
     """List the files, have them on the disk, give the folder its name."""
     aside, final = draft.aside, draft.final
     if not draft.writers:

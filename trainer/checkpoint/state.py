@@ -23,7 +23,7 @@ from trainer.contract import InputRefused, write_text
 from trainer.device.device import seed_all
 from trainer.distributed.engine import Engine
 from trainer.optim.adamw_8bit import AdamW8bit
-from trainer.optim.optimizer_shard import Part, find_parts
+from trainer.optim.optimizer_shard import OptimizerShard, find_parts
 from trainer.tensor.shard import Shards, Stored, find_stored, sync
 
 MASTER = "master"
@@ -41,7 +41,7 @@ def state_bytes(engine: Engine) -> int:
     return sum(part.numel * held.element_size() for name, part in parts for held in held_of(engine, name, part).values())
 
 
-def held_of(engine: Engine, name: str, part: Part) -> dict[str, Tensor]:
+def held_of(engine: Engine, name: str, part: OptimizerShard) -> dict[str, Tensor]:
     """What this rank holds of a parameter's master and, after the first update, of its moments: (count,) each. Moments in 8 bits come as
     the float32 values that they stand for, which become the same codes again: so they can be cut for another number of ranks."""
     optimizer = engine.handle.basic_optimizer
@@ -103,7 +103,7 @@ def finish_state(rank: int, shards: Shards, rest: dict[str, Any]) -> str:
     return shards.problem
 
 
-def gather_part(engine: Engine, part: Part, held: Tensor, writer: int) -> Tensor:
+def gather_part(engine: Engine, part: OptimizerShard, held: Tensor, writer: int) -> Tensor:
     """All ranks' parts of a parameter or moment, whole, in the dtype of `held`: on rank `writer`, of no use on the others. Bits are added
     up as integers: every element is held by one rank, and nothing but a zero is added to it."""
     shape = getattr(part.parameter, "ds_shape", part.parameter.shape)
@@ -187,7 +187,7 @@ def restore_state(engine: Engine, folder: Path, *, seed: int, step: int, world_s
         seed_all(int.from_bytes(digest[:4], "little"), deterministic=False)
 
 
-def restore_part(engine: Engine, name: str, part: Part, stored: dict[str, Stored], *, steps: int) -> None:
+def restore_part(engine: Engine, name: str, part: OptimizerShard, stored: dict[str, Stored], *, steps: int) -> None:
     """The owner's states are made as the optimizer would at its first update, which it then leaves out."""
     optimizer = engine.handle.basic_optimizer
     part.of(part.owner).copy_(stored[MASTER].read(part.start, part.count))

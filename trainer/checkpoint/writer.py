@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainer.checkpoint.checkpoint import RESUME, describe_failure
 from trainer.checkpoint.pending import (
-    Draft,
+    PendingCheckpoint,
     Saved,
     begin_folder,
     complete,
@@ -111,7 +111,7 @@ class Writer:
             self.thread.join()
             self.thread = None
 
-    def _guard(self, draft: Draft, work: Callable[[], str]) -> None:
+    def _guard(self, draft: PendingCheckpoint, work: Callable[[], str]) -> None:
         """A thread's exception would be told to nobody."""
         try:
             problem = work()
@@ -119,12 +119,12 @@ class Writer:
             problem = f"{type(error).__name__}: {error}"
         self.problem = problem and describe_failure(self.spec, draft.step, draft.needed, problem)
 
-    def _hand_in(self, draft: Draft, shards: Shards) -> str:
+    def _hand_in(self, draft: PendingCheckpoint, shards: Shards) -> str:
         """A rank other than the first: its part of the state, then word of it."""
         problem = finish_state(self.engine.rank, shards, {})
         return try_disk(lambda: write_text(problem, draft.aside / WRITTEN.format(rank=self.engine.rank))) or problem
 
-    def _finish(self, draft: Draft, copies: dict[str, Tensor], shards: Shards, rest: dict[str, Any]) -> str:
+    def _finish(self, draft: PendingCheckpoint, copies: dict[str, Tensor], shards: Shards, rest: dict[str, Any]) -> str:
         """Rank 0: the weights, its part of the state, and when all are through, the name."""
         problem = try_disk(lambda: write_weights(self.engine, self.processor, draft.aside, copies))
         copies.clear()
@@ -136,7 +136,7 @@ class Writer:
             make_room(self.spec)
         return problem
 
-    def _collect(self, draft: Draft) -> list[str]:
+    def _collect(self, draft: PendingCheckpoint) -> list[str]:
         """What the other writers say, when all have."""
         said = []
         for rank in range(1, draft.writers):

@@ -21,7 +21,7 @@ SCHEMA = 1
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Kind = Literal["train", "evaluate", "merge", "convert", "quantize", "infer", "serve"]
-LONE = ("merge", "convert", "quantize", "serve")  # kinds that one process carries out, started without torchrun
+SINGLE_PROCESS_KINDS = ("merge", "convert", "quantize", "serve")  # kinds that one process carries out, started without torchrun
 
 # Inside `runs/<run_id>/`. The launcher writes the first, the trainer the others.
 SPEC_FILE = "spec.json"

@@ -20,7 +20,7 @@ Read = tuple[tuple[Sample, ...], tuple[DataProblem, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
+class DataPaths:
     """Where the data lies. `train` and `evaluation` are None when the spec names none."""
 
     train: Path | None
@@ -91,21 +91,21 @@ def prepare(data: DataSpec) -> None:
         raise InputRefused(f"data.root={data.root}: the set {data.builtin} cannot be written: {error}\n    {fix}") from error
 
 
-def resolve(data: DataSpec) -> Places:
+def resolve(data: DataSpec) -> DataPaths:
     """Absolute paths stay; others lie below `data.root`. Without `data.images`, images lie beside the first annotation file."""
     root = Path(data.root)
     known = BUILTIN.get(data.builtin)
     train = data.train or (known.train if known else "")
     evaluation = data.evaluation or (known.evaluation if known else "")
     images = data.images or (known.images if known else str((root / (train or evaluation)).parent))
-    return Places(
+    return DataPaths(
         train=root / train if train else None,
         evaluation=root / evaluation if evaluation else None,
         images=root / images,
     )
 
 
-def needed(spec: TrainSpec, places: Places) -> tuple[Path, ...]:
+def needed(spec: TrainSpec, places: DataPaths) -> tuple[Path, ...]:
     """Raises InputRefused when a file that the stage is about is not named."""
     files: list[Path] = []
     for key, must in asked_of(spec.stage):

@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class DigitsQuestion:
     """What is asked about each image, and the answer for a digit."""
 
     text: str
@@ -42,9 +42,9 @@ def yes_or_no(true: bool) -> str:
 
 # By the name of the set, which is that of its folder, too.
 QUESTIONS = {
-    "digits": Question(text="Which digit is this?", answer=str),
-    "digits_even": Question(text="Is the digit even?", answer=lambda digit: yes_or_no(digit % 2 == 0)),
-    "digits_large": Question(text="Is the digit greater than four?", answer=lambda digit: yes_or_no(digit > 4)),
+    "digits": DigitsQuestion(text="Which digit is this?", answer=str),
+    "digits_even": DigitsQuestion(text="Is the digit even?", answer=lambda digit: yes_or_no(digit % 2 == 0)),
+    "digits_large": DigitsQuestion(text="Is the digit greater than four?", answer=lambda digit: yes_or_no(digit > 4)),
 }
 
 
@@ -90,7 +90,7 @@ def hash_set(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def write_set(folder: Path, question: Question) -> None:
+def write_set(folder: Path, question: DigitsQuestion) -> None:
     pixels, labels = load_pixels()
     (folder / "images").mkdir()
     for index, image in enumerate(pixels):
@@ -110,7 +110,7 @@ def load_pixels() -> tuple[NDArray[np.uint8], list[int]]:
     return np.rint(digits.images * 255 / 16).astype(np.uint8), [int(label) for label in digits.target]
 
 
-def row(index: int, label: int, question: Question) -> dict[str, object]:
+def row(index: int, label: int, question: DigitsQuestion) -> dict[str, object]:
     asked = {"from": "human", "value": f"<image>\n{question.text}"}
     turns = [asked, {"from": "gpt", "value": question.answer(label)}]
     return {"id": f"digit-{index:04}", "image": image_name(index), "conversations": turns}

@@ -50,7 +50,7 @@ def encode(
     ids = [*start, *chain.from_iterable(pieces)]
     labels = [IGNORED] * len(start)
     for segment, piece in zip(segments, pieces, strict=True):
-        labels += piece if segment.trained else repeat(IGNORED, len(piece))
+        labels += piece if segment.in_loss else repeat(IGNORED, len(piece))
     check_length(sample, len(ids), sum(map(len, spans)), max_length)
     if all(label == IGNORED for label in labels):
         refuse(sample, "the tokenizer makes no token of its answers, so that nothing would be learned", "write a visible answer")
@@ -69,9 +69,9 @@ def encode_prompt(
 
     Raises InputRefused as `encode` does.
     """
-    asked = replace(sample, messages=(*sample.messages[:-1], replace(sample.messages[-1], trained=True)))  # even if it is not learned
+    asked = replace(sample, messages=(*sample.messages[:-1], replace(sample.messages[-1], in_loss=True)))  # even if it is not learned
     segments = cut(asked, template, image_token)
-    last = max(place for place, segment in enumerate(segments) if segment.trained)
+    last = max(place for place, segment in enumerate(segments) if segment.in_loss)
     pieces = expand(sample, tokenise(tokenizer, segments[:last]), image_id(tokenizer, image_token), spans)
     ids = [*opening(tokenizer), *chain.from_iterable(pieces)]
     check_length(sample, len(ids), sum(map(len, spans)), max_length)

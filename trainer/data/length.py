@@ -127,7 +127,7 @@ class Counter:
             problem = f"{length} tokens ({images} of them images) are longer than data.max_length={self.max_length}"
             fix = f"nothing is cut off: set data.max_length={length} if model and memory take it, or split or leave out the row"
             return length, [self.problem(sample, problem, fix)]
-        if not any(piece for segment, piece in zip(segments, pieces, strict=True) if segment.trained):
+        if not any(piece for segment, piece in zip(segments, pieces, strict=True) if segment.in_loss):
             problem = "the tokenizer makes no token of its answers, so that nothing would be learned"
             return length, [self.problem(sample, problem, "write a visible answer")]
         return length, []

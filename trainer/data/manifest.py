@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from trainer.contract import SCHEMA, Expectation, InputRefused, Inputs, TrainSpec, write_text
-from trainer.data.check import Places
+from trainer.data.check import DataPaths
 from trainer.data.media.image import hash_file
 
 HASHES_FILE = "hashes.json"
@@ -19,13 +19,13 @@ OF_THE_RUN = "trainer_state.json"  # says which run saved them, not what they ar
 NAMED = 10
 
 
-def list_inputs(spec: TrainSpec, places: Places, files: Mapping[Path, str]) -> Inputs:
+def list_inputs(spec: TrainSpec, places: DataPaths, files: Mapping[Path, str]) -> Inputs:
     """`files`: those of the data with their hashes. Raises OSError for weights that cannot be read."""
     data = {name_below(path, places, spec): digest for path, digest in files.items()}
     return Inputs(schema=SCHEMA, data=dict(sorted(data.items())), weights=hash_weights_of(spec))
 
 
-def name_below(path: Path, places: Places, spec: TrainSpec) -> str:
+def name_below(path: Path, places: DataPaths, spec: TrainSpec) -> str:
     for folder in (places.images, Path(spec.data.root)):
         if path.is_relative_to(folder):
             return path.relative_to(folder).as_posix()

@@ -11,10 +11,10 @@ CONTENT = "{content}"
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """`trained`: an answer that is learned, with its end mark. Everything else is masked."""
+    """`in_loss`: an answer that is learned, with its end mark. Everything else is masked."""
 
     text: str
-    trained: bool
+    in_loss: bool
 
 
 def cut(sample: Sample, template: Template, image_token: str) -> tuple[Segment, ...]:
@@ -28,8 +28,8 @@ def cut(sample: Sample, template: Template, image_token: str) -> tuple[Segment, 
         raise InputRefused(str(problem))
     merged: list[Segment] = []
     for segment in frame(sample.messages, template, image_token):
-        if merged and not merged[-1].trained and not segment.trained:
-            segment = Segment(text=merged.pop().text + segment.text, trained=False)
+        if merged and not merged[-1].in_loss and not segment.in_loss:
+            segment = Segment(text=merged.pop().text + segment.text, in_loss=False)
         if segment.text:
             merged.append(segment)
     return tuple(merged)
@@ -39,17 +39,17 @@ def frame(messages: tuple[Message, ...], template: Template, image_token: str) -
     opening = template.assistant_open.rstrip(" ")
     blanks = template.assistant_open[len(opening) :]
     if CONTENT not in template.system:
-        yield Segment(text=template.system, trained=False)
+        yield Segment(text=template.system, in_loss=False)
     for message in messages:
         if message.role == "system":
-            yield Segment(text=template.system.replace(CONTENT, message.content), trained=False)
+            yield Segment(text=template.system.replace(CONTENT, message.content), in_loss=False)
         elif message.role == "user":
             content = message.content.replace(MARK, image_token)
-            yield Segment(text=template.user.replace(CONTENT, content), trained=False)
+            yield Segment(text=template.user.replace(CONTENT, content), in_loss=False)
         else:
-            yield Segment(text=opening, trained=False)
-            yield Segment(text=blanks + message.content + template.end_mark, trained=message.trained)
-            yield Segment(text=template.separator, trained=False)
+            yield Segment(text=opening, in_loss=False)
+            yield Segment(text=blanks + message.content + template.end_mark, in_loss=message.in_loss)
+            yield Segment(text=template.separator, in_loss=False)
 
 
 def find_template_problems(sample: Sample, template: Template, image_token: str) -> tuple[DataProblem, ...]:

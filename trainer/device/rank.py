@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.contract import LONE, InputRefused, TrainSpec
+from trainer.contract import SINGLE_PROCESS_KINDS, InputRefused, TrainSpec
 from trainer.device.device import Device, open_device
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -25,7 +25,7 @@ class Rank:
 def take_place(spec: TrainSpec, environ: Mapping[str, str]) -> Rank:
     """From the variables that torchrun sets; where it sets none, a stage of one process is alone. Raises InputRefused when they are missing
     or another world than the plan's."""
-    set_ = environ if spec.stage.kind not in LONE or "RANK" in environ else {**environ, **ALONE}
+    set_ = environ if spec.stage.kind not in SINGLE_PROCESS_KINDS or "RANK" in environ else {**environ, **ALONE}
     try:
         number, local, world_size = (int(set_[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     except (KeyError, ValueError) as error:

@@ -15,7 +15,7 @@ from trainer.contract import SAMPLES_FILE, TrainSpec
 from trainer.data.batch.collate import collate, collate_prompts
 from trainer.data.encode import IGNORED
 from trainer.data.rows.sample import Sample
-from trainer.evaluation.teacher_forcing import FORCED_METRICS, Judged, add, figures, judge
+from trainer.evaluation.teacher_forcing import FORCED_METRICS, TokenScores, add, figures, judge
 from trainer.evaluation.text_metric import TEXT_METRICS, rate
 from trainer.generation.text_reader import end_ids, read_answer
 from trainer.models.family import Processor
@@ -88,7 +88,7 @@ def sum_up(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, float]:
         if name in TEXT_METRICS and name != "exact_match":
             scores[name] = sum((row["scores"][name] for row in rows), 0.0) / max(1, len(rows))
     if any(name in FORCED_METRICS for name in metrics) and rows:
-        scores |= figures(add([Judged(**row["judged"]) for row in rows]), metrics)
+        scores |= figures(add([TokenScores(**row["judged"]) for row in rows]), metrics)
     return scores
 
 
@@ -174,7 +174,7 @@ def make_answerer(
     return answer
 
 
-def make_row(place: int, sample: Sample, reference: str, got: str, spec: TrainSpec, judged: Judged | None) -> Row:
+def make_row(place: int, sample: Sample, reference: str, got: str, spec: TrainSpec, judged: TokenScores | None) -> Row:
     """`scores`: metrics besides exact_match, where any is asked for. `place` and `judged` are for the sums, and in no file of a reader."""
     metrics = spec.evaluation.metrics
     accepted = tuple(dict.fromkeys((reference, *sample.accepted)))

@@ -23,7 +23,7 @@ FORCED_METRICS = ("token_accuracy", "perplexity")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class TokenScores:
     """Of the last answer and its end mark: tokens, how many of them were the likeliest, the sum of -log p in nats."""
 
     tokens: int
@@ -40,15 +40,15 @@ class Judged:
         return math.exp(min(self.nats / max(1, self.tokens), MOST_NATS))
 
 
-def add(judged: Sequence[Judged]) -> Judged:
+def add(judged: Sequence[TokenScores]) -> TokenScores:
     """All of them as one, summed in their order."""
-    return Judged(
+    return TokenScores(
         tokens=sum(one.tokens for one in judged), right=sum(one.right for one in judged), nats=sum((one.nats for one in judged), 0.0)
     )
 
 
 @torch.no_grad()
-def judge(model: torch.nn.Module, samples: Sequence[Sample], processor: Processor, spec: TrainSpec, device: torch.device) -> list[Judged]:
+def judge(model: torch.nn.Module, samples: Sequence[Sample], processor: Processor, spec: TrainSpec, device: torch.device) -> list[TokenScores]:
     """One for each sample, from one forward pass over all of them. Raises InputRefused as `collate` does."""
     batch = collate([only_last(sample) for sample in samples], processor, spec)
     targets = batch.pop("labels")[:, 1:]
@@ -58,7 +58,7 @@ def judge(model: torch.nn.Module, samples: Sequence[Sample], processor: Processo
         told = model(**inputs, logits_to_keep=pad(asked, (0, 1)).to(device), use_cache=False).logits.double().cpu()
     counts = asked.sum(dim=1).tolist()
     return [
-        Judged(tokens=count, right=int(part[:, 1].sum()), nats=float(part[:, 0].sum()))
+        TokenScores(tokens=count, right=int(part[:, 1].sum()), nats=float(part[:, 0].sum()))
         for count, part in zip(counts, told.reshape(-1, 2).split(counts), strict=True)
     ]
 
@@ -90,6 +90,6 @@ def head_as_judge(head: torch.nn.Module, targets: Tensor) -> Iterator[None]:
         del head.forward  # that of its class is found again
 
 
-def figures(judged: Judged, metrics: Sequence[str]) -> dict[str, Any]:
+def figures(judged: TokenScores, metrics: Sequence[str]) -> dict[str, Any]:
     """The named figures, of FORCED_METRICS."""
     return {name: getattr(judged, name) for name in metrics if name in FORCED_METRICS}

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from trainer.checkpoint.checkpoint import PARTIAL, ROOM_BYTES, checkpoints_of, remove
-from trainer.checkpoint.pending import Draft, begin_folder, complete
+from trainer.checkpoint.pending import PendingCheckpoint, begin_folder, complete
 from trainer.contract import SCHEMA, InputRefused, Origin, RunFailed, TrainResult, TrainSpec
 from trainer.contract.checkpoint_files import NAME, STATE_FILE, CheckpointState, fixed_parts, whole_state
 from trainer.contract.weight_files import INDEX, PICKLED_INDEX
@@ -43,7 +43,7 @@ def make_product(product: Product, spec: TrainSpec, origin: Origin) -> TrainResu
     """Write, check and name it. Raises RunFailed for a disk that is full."""
     final = checkpoints_of(spec) / NAME.format(step=origin.step)
     aside = final.with_name(PARTIAL.format(name=final.name))
-    draft = Draft(final=final, aside=aside, state=describe_state(spec, origin), writers=0, needed=product.nbytes + ROOM_BYTES)
+    draft = PendingCheckpoint(final=final, aside=aside, state=describe_state(spec, origin), writers=0, needed=product.nbytes + ROOM_BYTES)
     if final.exists():
         remove(final)  # of an attempt that was ended before it could say its result
     try:

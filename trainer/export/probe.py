@@ -20,7 +20,7 @@ from trainer.stages.lora import base_name, describe_misfit
 from trainer.tensor.int8 import see_through
 from trainer.tensor.naming import find_tied, name_in_memory
 from trainer.tensor.paging import Read, fill_buffers, page
-from trainer.tensor.stream import Source, open_tensors, read_single
+from trainer.tensor.stream import TensorSource, open_tensors, read_single
 
 LAST = 8  # tokens of a row whose logits are compared: at all of them a vocabulary of 150,000 would be the largest tensor of all
 SIDE = (96, 64)  # pixels of the image
@@ -31,7 +31,7 @@ ANSWERS = ("It is a slope of grey.", "Red, orange, yellow, green, blue, violet."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class LogitDifference:
     """`relative`: the largest difference of two logits over the largest logit. `agreement`: share of places where both have the same first
     choice. `probes`: inputs, `values`: logits compared."""
 
@@ -94,7 +94,7 @@ def compute_logits(folder: Path, spec: TrainSpec, batch: Mapping[str, Tensor], p
     return logits.float().cpu()
 
 
-def make_reader(model: torch.nn.Module, sources: Mapping[str, Source]) -> Read:
+def make_reader(model: torch.nn.Module, sources: Mapping[str, TensorSource]) -> Read:
     """By names in memory; a tied parameter reads what it is tied to."""
     saved = {memory: name for name, memory in name_in_memory(model, sources).items()}
     tied = find_tied(model)
@@ -122,7 +122,7 @@ def wrap(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:
 
 def read_adapted(model: torch.nn.Module, read: Read, adapter: Path) -> Read:
     """By the names that peft gives to the parameters of `model`, which is not wrapped."""
-    own: dict[str, Source] = {}
+    own: dict[str, TensorSource] = {}
     for name, source in open_adapter(adapter).items():
         if found := FACTOR.fullmatch(name):
             module = find_parameter(model, f"{found['module']}.weight").removesuffix(".weight")
@@ -140,11 +140,11 @@ def read_adapted(model: torch.nn.Module, read: Read, adapter: Path) -> Read:
 # ---------------------------------------------------------------------------------------------------------------- comparing
 
 
-def compare(before: Tensor, after: Tensor, probes: int) -> Difference:
+def compare(before: Tensor, after: Tensor, probes: int) -> LogitDifference:
     """Two tensors of logits, (places, vocabulary). A NaN on either side makes `relative` infinite."""
     largest = before.abs().max()
     relative = float((before - after).abs().max() / largest)
-    return Difference(
+    return LogitDifference(
         relative=relative if relative == relative else float("inf"),
         agreement=float((before.argmax(dim=-1) == after.argmax(dim=-1)).float().mean()),
         probes=probes,

@@ -16,7 +16,7 @@ from trainer.data.batch.collate import Features, fill, integers, join, make_feat
 from trainer.data.encode import encode_prompt
 from trainer.data.media.image import check_size, flatten
 from trainer.data.rows.sample import Message, Sample
-from trainer.generation.batch_progress import Calls, Halted, OnEnd, OnText, Watch
+from trainer.generation.batch_progress import BatchProgress, Calls, Halted, OnEnd, OnText
 from trainer.generation.question import Answer as Answer, Ended as Ended, Prepared as Prepared, Question as Question, check_messages
 from trainer.generation.sampling import Chooser, check_sampling
 from trainer.generation.text_reader import end_ids
@@ -108,7 +108,7 @@ class Answerer:
         repeated = [one for one in batch for _ in range(beams)]
         tensors = {key: value.to(self.device) for key, value in collate_prepared(repeated, self.processor).items()}
         width = tensors["input_ids"].shape[1]
-        watch = Watch(batch, self.processor.tokenizer, frozenset(self.ends), calls, beams=beams)
+        watch = BatchProgress(batch, self.processor.tokenizer, frozenset(self.ends), calls, beams=beams)
         with repeated_already(self.model):
             ids = self.model.generate(  # type: ignore[operator]  # a module of transformers
                 **tensors,

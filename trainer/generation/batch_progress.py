@@ -24,7 +24,7 @@ class Calls:
     halted: Halted | None = None
 
 
-class Watch:
+class BatchProgress:
     """A stopping criterion of transformers: reads the rows of a batch while they grow, and says which of them are done."""
 
     def __init__(self, batch: Sequence[Prepared], tokenizer: Any, ends: frozenset[int], calls: Calls, *, beams: int) -> None:

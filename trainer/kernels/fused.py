@@ -85,7 +85,7 @@ PACKAGES: dict[str, Callable[[bool], Kernels]] = {"cuda": open_liger, "npu": ope
 # ------------------------------------------------------------------------------------------------------------------- layers
 
 
-def put_norm(module: Any, normalise: Normalise, *, epsilon: str) -> bool:
+def patch_rms_norm(module: Any, normalise: Normalise, *, epsilon: str) -> bool:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         if hidden_states.dtype != self.weight.dtype:
             return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
@@ -95,7 +95,7 @@ def put_norm(module: Any, normalise: Normalise, *, epsilon: str) -> bool:
     return True
 
 
-def put_swiglu(module: Any, swiglu: Callable[[Tensor, Tensor], Tensor]) -> bool:
+def patch_swiglu(module: Any, swiglu: Callable[[Tensor, Tensor], Tensor]) -> bool:
     if type(module.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
         return False
 
@@ -106,7 +106,7 @@ def put_swiglu(module: Any, swiglu: Callable[[Tensor, Tensor], Tensor]) -> bool:
     return True
 
 
-def put_rotation(module: Any, rotate: Rotate) -> bool:
+def patch_rotary(module: Any, rotate: Rotate) -> bool:
     """Into the module of transformers that has the layer's class, whose attention calls it by name: for all models of this process."""
     modeling = sys.modules[type(module).__module__]
     plain = getattr(modeling, ROTARY)
@@ -131,10 +131,10 @@ class Layer:
     put: Callable[..., bool]
 
 
-NORM = Layer(kernel="rms_norm", put=functools.partial(put_norm, epsilon="variance_epsilon"))
-CENTRED_NORM = Layer(kernel="centred_rms_norm", put=functools.partial(put_norm, epsilon="eps"))
-SWIGLU = Layer(kernel="swiglu", put=put_swiglu)
-ROTATION = Layer(kernel="rotate", put=put_rotation)
+NORM = Layer(kernel="rms_norm", put=functools.partial(patch_rms_norm, epsilon="variance_epsilon"))
+CENTRED_NORM = Layer(kernel="centred_rms_norm", put=functools.partial(patch_rms_norm, epsilon="eps"))
+SWIGLU = Layer(kernel="swiglu", put=patch_swiglu)
+ROTATION = Layer(kernel="rotate", put=patch_rotary)
 
 # transformers' classes by name. Not here, since they compute something else: Qwen3_5Attention, which rotates a part of each head,
 # Qwen3_5RMSNormGated, and the MLPs of CLIP, InternViT and SigLIP, which have no gate.

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_iter
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class Allocation:
     """A storage that is alive, weakly referred to."""
 
     kind: str
@@ -33,7 +33,7 @@ class Moment:
     kinds_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
-class Ledger(TorchDispatchMode):  # type: ignore[misc]
+class AllocationTracker(TorchDispatchMode):  # type: ignore[misc]
     """While it is active, every storage that an operator makes is entered under the kind of the present phase, and struck out when nothing
     refers to it any more. `shares`: kind -> the part of it that one rank holds, 1 where it is not named. `grain_bytes`: what the device's
     allocator rounds a storage up to."""
@@ -41,7 +41,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[misc]
     def __init__(self, shares: Mapping[str, float] | None = None, *, grain_bytes: int = 1) -> None:
         super().__init__()
         self.shares, self.grain_bytes = dict(shares or {}), grain_bytes
-        self.entries: dict[int, Entry] = {}
+        self.entries: dict[int, Allocation] = {}
         self.alive_bytes: dict[str, int] = {}
         self.phase, self.kind = "", "inputs"
         self.peaks: dict[str, Moment] = {}
@@ -76,7 +76,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[misc]
             return
         size = -(-storage.nbytes() // self.grain_bytes) * self.grain_bytes
         reference = weakref.ref(storage, partial(self.strike, key))
-        self.entries[key] = Entry(kind=self.kind, size_bytes=size, reference=reference)
+        self.entries[key] = Allocation(kind=self.kind, size_bytes=size, reference=reference)
         self.add(self.kind, size)
 
     def strike(self, key: int, reference: Any) -> None:

@@ -19,7 +19,7 @@ REAL_BYTES = 2**16  # a new tensor of floats up to this size stays real: an oper
 INDEXING = {torch.ops.aten.index.Tensor: False, torch.ops.aten.index_put.default: True, torch.ops.aten.index_put_.default: True}
 
 
-class Phantom(TorchDispatchMode):  # type: ignore[misc]
+class FakeTensors(TorchDispatchMode):  # type: ignore[misc]
     """While it is active, large tensors of floats are made fake, and whatever is computed with a fake one is."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ def is_choice(func: Any, args: Any) -> bool:
     return len(masks) == 1 and args[1][0] is not None and masks[0].dtype == torch.bool and not isinstance(masks[0], FakeTensor)
 
 
-def empty_weights(model: torch.nn.Module, phantom: Phantom, dtype: torch.dtype) -> None:
+def empty_weights(model: torch.nn.Module, phantom: FakeTensors, dtype: torch.dtype) -> None:
     """Fake parameters in place of all that are real, in place and in `dtype`; ties between them stay."""
     made: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
@@ -118,11 +118,11 @@ def attend(
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """For torch.nn.functional.scaled_dot_product_attention. (B, heads, T, width); heads of key and value may be fewer."""
-    result: Tensor = Attention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
+    result: Tensor = FakeAttention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
     return result
 
 
-class Attention(torch.autograd.Function):
+class FakeAttention(torch.autograd.Function):
     """Flash attention keeps query, key, value, its result and the log-sum-exp of each row, float32 (Dao, arXiv 2307.08691, algorithm 1);
     where there is a mask, the memory-efficient kernel keeps that too, in the dtype of the query. The result lies in memory as
     (B, T, heads, width). Its values are nobody's."""

@@ -16,7 +16,7 @@ LEAST_TEXT = 2  # tokens: one to train on, and one before it
 
 
 @dataclass(frozen=True, kw_only=True)
-class Synthesis:
+class SyntheticBatch:
     """`batch`: what `collate` gives, (samples, length). `image_size`: of the one image of each sample, () where none fits."""
 
     batch: dict[str, Tensor]
@@ -25,7 +25,7 @@ class Synthesis:
     trained_tokens: int
 
 
-def synthesise(processor: Processor, spec: TrainSpec) -> Synthesis:
+def synthesise(processor: Processor, spec: TrainSpec) -> SyntheticBatch:
     """Every sample is one square image and a text that is trained on from end to end."""
     samples, length = spec.batch.micro_batch, spec.data.max_length
     side = choose_side(processor, length)
@@ -43,7 +43,7 @@ def synthesise(processor: Processor, spec: TrainSpec) -> Synthesis:
         **join(images, processor),
     }
     trained = int((labels[:, 1:] != IGNORED).sum())
-    return Synthesis(batch=batch, image_size=(side, side) if side else (), image_tokens=len(span) * samples, trained_tokens=trained)
+    return SyntheticBatch(batch=batch, image_size=(side, side) if side else (), image_tokens=len(span) * samples, trained_tokens=trained)
 
 
 def choose_side(processor: Processor, length: int) -> int:

@@ -17,10 +17,10 @@ from torch import Tensor
 from trainer.contract import SCHEMA, InputRefused, TracePhase, TraceReport, TrainSpec
 from trainer.device.dtype import DTYPES, loading_dtype
 from trainer.distributed.engine import Engine
-from trainer.memory_model.allocation_tracker import Ledger, Moment
-from trainer.memory_model.fake_tensors import Phantom, conversion_by_replacement, empty_weights, kernels_of_an_accelerator
+from trainer.memory_model.allocation_tracker import AllocationTracker, Moment
+from trainer.memory_model.fake_tensors import FakeTensors, conversion_by_replacement, empty_weights, kernels_of_an_accelerator
 from trainer.memory_model.sharding import Sharding, Way, shard_step
-from trainer.memory_model.synthetic_batch import Synthesis, synthesise
+from trainer.memory_model.synthetic_batch import SyntheticBatch, synthesise
 from trainer.models import find_family
 from trainer.models.family import Limit
 from trainer.models.weight import round_weights
@@ -44,18 +44,18 @@ def trace(spec: TrainSpec) -> TraceReport:
     spec = replace(spec, model=replace(spec.model, attention="eager" if spec.model.attention == "eager" else "sdpa"))
     processor = family.create_processor(spec.model, Limit(max_pixels=spec.data.max_pixels, max_tiles=spec.data.max_tiles))
     drawn = synthesise(processor, spec)
-    phantom = Phantom()
+    phantom = FakeTensors()
     with phantom, conversion_by_replacement():
         model = build_empty(spec, phantom)
     sharding = shard_step(model, spec)
-    ledger = Ledger(sharding.shares, grain_bytes=GRAIN_BYTES[spec.device.accelerator])
+    ledger = AllocationTracker(sharding.shares, grain_bytes=GRAIN_BYTES[spec.device.accelerator])
     batch = {name: phantom.fake(value) if value.is_floating_point() else value for name, value in drawn.batch.items()}
     with phantom, kernels_as_in(spec), ledger:
         take_step(model, batch, spec, ledger, sharding)
     return report(spec, model, drawn, ledger, sharding, cpu_seconds=time.process_time() - began)
 
 
-def build_empty(spec: TrainSpec, phantom: Phantom) -> torch.nn.Module:
+def build_empty(spec: TrainSpec, phantom: FakeTensors) -> torch.nn.Module:
     """The model as trainer.train.run makes it for its first step, every parameter fake."""
     family, dtype = find_family(spec.model.family), loading_dtype(spec.precision)
     model = round_weights(family.create(spec.model), dtype)
@@ -81,7 +81,7 @@ def kernels_as_in(spec: TrainSpec) -> Iterator[None]:
         torch.nn.functional.linear = before
 
 
-def take_step(model: torch.nn.Module, batch: Mapping[str, Tensor], spec: TrainSpec, ledger: Ledger, sharding: Sharding) -> None:
+def take_step(model: torch.nn.Module, batch: Mapping[str, Tensor], spec: TrainSpec, ledger: AllocationTracker, sharding: Sharding) -> None:
     """Under an active ledger: a step after the first, which finds the optimizer's states there. Fake or real tensors."""
     for tensor in (*model.parameters(), *model.buffers()):
         ledger.assign(tensor, "weights")
@@ -108,7 +108,7 @@ def take_step(model: torch.nn.Module, batch: Mapping[str, Tensor], spec: TrainSp
 
 
 @contextmanager
-def holding(ledger: Ledger, kind: str, size: int) -> Iterator[None]:
+def holding(ledger: AllocationTracker, kind: str, size: int) -> Iterator[None]:
     """Bytes of which there is no tensor."""
     ledger.add(kind, size)
     try:
@@ -135,7 +135,7 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 class Bucket:
     """What gradients go through on their way to other ranks: opened by the first of them, unless it stands."""
 
-    def __init__(self, ledger: Ledger, sharding: Sharding) -> None:
+    def __init__(self, ledger: AllocationTracker, sharding: Sharding) -> None:
         self.ledger, self.size, self.stands = ledger, sharding.bucket_bytes, sharding.bucket_stands
         self.is_open = False
         if self.stands:
@@ -152,7 +152,7 @@ class Bucket:
             self.ledger.add("communication", -self.size)
 
 
-def keep_gradients(model: torch.nn.Module, spec: TrainSpec, ledger: Ledger, *, way: Way, bucket: Bucket) -> list[Any]:
+def keep_gradients(model: torch.nn.Module, spec: TrainSpec, ledger: AllocationTracker, *, way: Way, bucket: Bucket) -> list[Any]:
     """Each gradient, as soon as it is whole, goes its `way` (Sharding.way). Returns the hooks, which hold those that stay."""
     dtype, kept = DTYPES[spec.precision.gradients], list[Tensor]()
 
@@ -175,7 +175,7 @@ def keep_gradients(model: torch.nn.Module, spec: TrainSpec, ledger: Ledger, *, w
 
 
 def report(
-    spec: TrainSpec, model: torch.nn.Module, drawn: Synthesis, ledger: Ledger, sharding: Sharding, *, cpu_seconds: float
+    spec: TrainSpec, model: torch.nn.Module, drawn: SyntheticBatch, ledger: AllocationTracker, sharding: Sharding, *, cpu_seconds: float
 ) -> TraceReport:
     phases = tuple(describe(name, ledger.peaks[name]) for name in ("forward", "backward", "update"))
     highest = max(phases, key=lambda phase: phase.peak_bytes)
@@ -204,7 +204,7 @@ def describe(name: Any, moment: Moment) -> TracePhase:
     return TracePhase(phase=name, peak_bytes=moment.total_bytes, items_bytes=dict(moment.kinds_bytes))
 
 
-def notes_of(spec: TrainSpec, drawn: Synthesis) -> Iterator[str]:
+def notes_of(spec: TrainSpec, drawn: SyntheticBatch) -> Iterator[str]:
     yield "tensors alone: the context of the device, what its allocator wastes and the work space of its kernels come on top"
     if not drawn.image_size:
         yield f"no image: not even a small one fits into data.max_length={spec.data.max_length}"

@@ -142,7 +142,7 @@ class MlFlow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class TrackerKind:
     """`package`: as pip knows it, `module`: as Python does."""
 
     package: str
@@ -151,10 +151,10 @@ class Kind:
 
 
 TRACKERS = {
-    "tensorboard": Kind(package="tensorboard", module="tensorboard", open=TensorBoard),
-    "wandb": Kind(package="wandb", module="wandb", open=WeightsAndBiases),
-    "swanlab": Kind(package="swanlab", module="swanlab", open=SwanLab),
-    "mlflow": Kind(package="mlflow", module="mlflow", open=MlFlow),
+    "tensorboard": TrackerKind(package="tensorboard", module="tensorboard", open=TensorBoard),
+    "wandb": TrackerKind(package="wandb", module="wandb", open=WeightsAndBiases),
+    "swanlab": TrackerKind(package="swanlab", module="swanlab", open=SwanLab),
+    "mlflow": TrackerKind(package="mlflow", module="mlflow", open=MlFlow),
 }
 
 # ------------------------------------------------------------------------------------------------------------------- all
@@ -191,7 +191,7 @@ def choose_trackers(spec: TrainSpec) -> tuple[str, ...]:
     return chosen
 
 
-class Listener:
+class TrackerThread:
     """A tracker in a thread of its own: neither a slow one nor a signal handler that it would set reaches the steps. One that raises is
     told once and hears no more: a run does not end because somebody cannot watch it."""
 
@@ -225,10 +225,10 @@ class Listener:
             print(f"the tracker {self.name} has not taken everything within {CLOSE_S:g} s and is left", flush=True)
 
 
-class Audience:
+class Trackers:
     """Every tracker of a run; on ranks that do not tell, none."""
 
-    def __init__(self, listeners: tuple[Listener, ...]) -> None:
+    def __init__(self, listeners: tuple[TrackerThread, ...]) -> None:
         self.listeners = listeners
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -241,7 +241,7 @@ class Audience:
 
 
 @contextmanager
-def open_trackers(spec: TrainSpec, config: dict[str, Any], environ: Mapping[str, str], *, step: int, tells: bool) -> Iterator[Audience]:
+def open_trackers(spec: TrainSpec, config: dict[str, Any], environ: Mapping[str, str], *, step: int, tells: bool) -> Iterator[Trackers]:
     """Yields those trackers of spec.trackers that are installed, and closes them at the end, however it comes. `config`: what they show of
     the run."""
     folder = Path(spec.output) / TRACKER_FOLDER
@@ -249,7 +249,7 @@ def open_trackers(spec: TrainSpec, config: dict[str, Any], environ: Mapping[str,
         name: Facts(run_id=spec.run_id, folder=folder / name, config=config, step=step, environ=environ)
         for name in (choose_trackers(spec) if tells else ())
     }
-    audience = Audience(tuple(Listener(name, told) for name, told in facts.items()))
+    audience = Trackers(tuple(TrackerThread(name, told) for name, told in facts.items()))
     try:
         yield audience
     finally:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainer.optim.adamw import CHUNK, CHUNK_ELSEWHERE, MOMENTS, adamw, settings
 from trainer.optim.blockwise import BLOCK, dequantize, quantize
-from trainer.optim.optimizer_shard import Part
+from trainer.optim.optimizer_shard import OptimizerShard
 from trainer.optim.stochastic_rounding import LOW, derive_keys, random_words
 
 SMALLEST = 4096  # elements of a parameter whose moments are quantized, as in bitsandbytes: norms and biases stay in float32
@@ -52,7 +52,7 @@ class Quantized:
         self.codes[place], self.scales[place] = quantize(blocks, signed=self.signed, bits=bits)
 
 
-def make_moment(part: Part, *, signed: bool) -> Quantized | Tensor:
+def make_moment(part: OptimizerShard, *, signed: bool) -> Quantized | Tensor:
     """Zero everywhere, on the owner's device; (count,) float32 where the parameter is small."""
     device = part.owner.device
     if part.numel < SMALLEST or not part.count:
@@ -84,9 +84,9 @@ class AdamW8bit(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.seed = seed
-        self.parts: dict[Tensor, dict[str, Part]] = {}
+        self.parts: dict[Tensor, dict[str, OptimizerShard]] = {}
 
-    def place(self, parts: Mapping[str, Part]) -> None:
+    def place(self, parts: Mapping[str, OptimizerShard]) -> None:
         """Which parameters lie where in the tensors that this rank updates. What none of them covers is padding."""
         self.parts = {}
         for name, part in parts.items():
@@ -116,10 +116,10 @@ class AdamW8bit(torch.optim.Optimizer):
                 keys = derive_keys(self.seed, state["step"], name)
                 update_blocks(part.of(parameter), held, part.of(gradients), keys, **values)
 
-    def cover(self, parameter: Tensor) -> dict[str, Part]:
+    def cover(self, parameter: Tensor) -> dict[str, OptimizerShard]:
         if parameter not in self.parts:
             count = parameter.numel()
-            whole = Part(parameter=parameter, numel=count, owner=parameter, offset=0, start=0, count=count)  # type: ignore[arg-type]
+            whole = OptimizerShard(parameter=parameter, numel=count, owner=parameter, offset=0, start=0, count=count)  # type: ignore[arg-type]
             self.parts[parameter] = {f"#{len(self.parts)}": whole}
         return self.parts[parameter]
 

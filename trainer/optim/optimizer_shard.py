@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class OptimizerShard:
     """What this rank's optimizer holds of one parameter: `count` elements, from `start` on in the flattened parameter and from `offset`
     on in `owner`, the flat tensor that the optimizer updates and keeps its states by. `count` 0: nothing."""
 
@@ -25,12 +25,12 @@ class Part:
         return flat.detach().view(-1).narrow(0, self.offset, self.count)
 
 
-def find_parts(engine: Any) -> dict[str, Part]:
+def find_parts(engine: Any) -> dict[str, OptimizerShard]:
     """For each trained parameter, in the order of the model. `engine`: trainer.distributed.engine.Engine, which asks for them itself."""
     handle = engine.handle
     if handle.optimizer is handle.basic_optimizer:
         trained = (p for p in engine.model.parameters() if p.requires_grad)
-        parts = [Part(parameter=p, numel=p.numel(), owner=p, offset=0, start=0, count=p.numel()) for p in trained]
+        parts = [OptimizerShard(parameter=p, numel=p.numel(), owner=p, offset=0, start=0, count=p.numel()) for p in trained]
     elif handle.zero_optimization_stage() == 3:
         parts = list(partitioned_parts(handle.optimizer, engine.rank))
     else:
@@ -39,7 +39,7 @@ def find_parts(engine: Any) -> dict[str, Part]:
     return {name: by_parameter[id(p)] for name, p in engine.model.named_parameters() if p.requires_grad}
 
 
-def flat_parts(optimizer: Any) -> Iterator[Part]:
+def flat_parts(optimizer: Any) -> Iterator[OptimizerShard]:
     """ZeRO 1 and 2, and DeepSpeed's BF16_Optimizer: a flat group is cut into equal partitions, a parameter may lie in several."""
     bf16 = hasattr(optimizer, "bf16_groups")
     groups = optimizer.bf16_groups if bf16 else optimizer.bit16_groups
@@ -49,10 +49,10 @@ def flat_parts(optimizer: Any) -> Iterator[Part]:
             held = p._hp_mapping
             offset = held.hp_fragment_address.start if held else 0
             start, count = (held.lp_fragment_address.start, held.lp_fragment_address.numel) if held else (0, 0)
-            yield Part(parameter=p, numel=p.numel(), owner=owner, offset=offset, start=start, count=count)
+            yield OptimizerShard(parameter=p, numel=p.numel(), owner=owner, offset=offset, start=start, count=count)
 
 
-def partitioned_parts(optimizer: Any, rank: int) -> Iterator[Part]:
+def partitioned_parts(optimizer: Any, rank: int) -> Iterator[OptimizerShard]:
     """ZeRO 3: every parameter is cut into equal parts, the last one padded."""
     for group in optimizer.fp16_groups:
         for p in group:
@@ -60,4 +60,4 @@ def partitioned_parts(optimizer: Any, rank: int) -> Iterator[Part]:
             start = min(rank * size, p.ds_numel)
             count = min(size, p.ds_numel - start)
             owner = optimizer.fp32_partitioned_groups_flat[index]
-            yield Part(parameter=p, numel=p.ds_numel, owner=owner, offset=offset, start=start, count=count)
+            yield OptimizerShard(parameter=p, numel=p.ds_numel, owner=owner, offset=offset, start=start, count=count)

@@ -21,9 +21,9 @@ from trainer.export.derived_checkpoint import Product, make_product, require_pla
 from trainer.export.probe import compare, compute_logits, make_probes
 from trainer.models import find_family
 from trainer.observe.memory import Gauge
-from trainer.tensor.cast_error import Survival, survey
+from trainer.tensor.cast_error import CastError, survey
 from trainer.tensor.fp32_exceptions import KEPT
-from trainer.tensor.stream import Outgoing, Source, copy_tensor, open_tensors, read_pieces
+from trainer.tensor.stream import Outgoing, TensorSource, copy_tensor, open_tensors, read_pieces
 from trainer.train.run import describe_place
 
 REPORT_FILE = "conversion.json"
@@ -56,7 +56,7 @@ def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainR
     return replace(result, seconds=time.perf_counter() - began, peaks=gauge.report())
 
 
-def convert_tensor(name: str, source: Source, kept: frozenset[str], dtype: torch.dtype) -> Outgoing:
+def convert_tensor(name: str, source: TensorSource, kept: frozenset[str], dtype: torch.dtype) -> Outgoing:
     """`kept`: tensors that stay, or become, float32. What has no floating point is copied."""
     target = torch.float32 if name in kept else dtype
     if not source.dtype.is_floating_point or source.dtype == target:
@@ -84,12 +84,12 @@ def name_dtype(file: Path, dtype: str, kept: Sequence[str]) -> None:
 # ----------------------------------------------------------------------------------------------------------------- telling
 
 
-def report(conversion: Conversion, found: Sequence[Survival]) -> dict[str, Any]:
+def report(conversion: Conversion, found: Sequence[CastError]) -> dict[str, Any]:
     tensors = [{**asdict(one), "unfit": one.unfit} for one in found]
     return {"dtype": conversion.dtype, "unfit": conversion.unfit, "tensors": tensors}
 
 
-def tell(found: Sequence[Survival], conversion: Conversion) -> None:
+def tell(found: Sequence[CastError], conversion: Conversion) -> None:
     """The worst tensors, as a table."""
     worst = sorted(found, key=lambda one: (one.unfit, one.nan + one.infinite, one.overflow, one.underflow, one.loss), reverse=True)
     named = [one for one in worst if one.remarks or one.unfit]
@@ -101,7 +101,7 @@ def tell(found: Sequence[Survival], conversion: Conversion) -> None:
         print(f"  and {len(named) - SHOWN} more, in {REPORT_FILE}")
 
 
-def refuse_unfit(found: Sequence[Survival], conversion: Conversion, file: Path) -> None:
+def refuse_unfit(found: Sequence[CastError], conversion: Conversion, file: Path) -> None:
     """Raises InputRefused that names them."""
     unfit = [f"{one.name} ({one.remarks or 'too small'})" for one in found if one.unfit or one.nan or one.infinite]
     if unfit and conversion.unfit == "refuse":
@@ -112,7 +112,7 @@ def refuse_unfit(found: Sequence[Survival], conversion: Conversion, file: Path) 
         )
 
 
-def count_up(found: Sequence[Survival], kept: frozenset[str]) -> dict[str, float]:
+def count_up(found: Sequence[CastError], kept: frozenset[str]) -> dict[str, float]:
     fields = ("overflow", "underflow", "denormal", "nan", "infinite")
     counts = {name: float(sum(getattr(one, name) for one in found)) for name in fields}
     errors = [one.largest_error for one in found if one.name not in kept]

@@ -13,20 +13,20 @@ from pathlib import Path
 from trainer.checkpoint.journal import Journal, Row, find_mark, open_journal, write_rows
 from trainer.contract import SAMPLES_FILE, SCHEMA, InputRefused, TrainResult, TrainSpec
 from trainer.contract.weight_files import hash_weights
-from trainer.data.check import Places
+from trainer.data.check import DataPaths
 from trainer.data.rows.sample import Sample
 from trainer.data.rows.source import hash_sources
 from trainer.device.rank import Rank
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.score_change import compare_rows, compare_scores
 from trainer.observe.memory import Gauge
-from trainer.train.run import Made, find_places, load_samples, open_model
+from trainer.train.run import BuiltModel, find_places, load_samples, open_model
 
 BASE_FILE = "samples_base.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class HeldOut:
     """The held-out samples, and the hash of their file."""
 
     samples: tuple[Sample, ...]
@@ -71,18 +71,18 @@ def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainR
     )
 
 
-def find_asked(spec: TrainSpec, places: Places) -> Asked:
+def find_asked(spec: TrainSpec, places: DataPaths) -> HeldOut:
     """Nothing where the run asks for no evaluation or names no held-out file."""
     if not spec.evaluation.enabled or places.evaluation is None:
-        return Asked(samples=(), sha256="")
-    return Asked(samples=load_samples(places.evaluation, places), sha256=hash_sources(places.evaluation, places.images))
+        return HeldOut(samples=(), sha256="")
+    return HeldOut(samples=load_samples(places.evaluation, places), sha256=hash_sources(places.evaluation, places.images))
 
 
 def at_base(spec: TrainSpec) -> TrainSpec:
     return replace(spec, stage=replace(spec.stage, checkpoint=spec.evaluation.base, needs=()))
 
 
-def assess(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], asked: Asked, file: str) -> tuple[dict[str, float], Journal]:
+def assess(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], asked: HeldOut, file: str) -> tuple[dict[str, float], Journal]:
     """Of the base, whose model is gone when this returns. Raises InputRefused."""
     try:
         made = open_model(spec, rank, environ)
@@ -91,7 +91,7 @@ def assess(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], asked: Asked
     return answer(spec, rank, made, asked, file)
 
 
-def answer(spec: TrainSpec, rank: Rank, made: Made, asked: Asked, file: str) -> tuple[dict[str, float], Journal]:
+def answer(spec: TrainSpec, rank: Rank, made: BuiltModel, asked: HeldOut, file: str) -> tuple[dict[str, float], Journal]:
     """The figures, and the journal, which goes when the whole stage is through."""
     journal = open_journal(spec, file, rank.number, *find_mark(made.origin), asked.sha256)
     place = {"rank": rank.number, "world_size": rank.world_size, "partitioned": False}

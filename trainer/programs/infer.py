@@ -21,7 +21,7 @@ from trainer.generation.answerer import Answerer, Prepared, Question
 from trainer.generation.sampling import check_sampling
 from trainer.models.family import Processor
 from trainer.observe.memory import Gauge
-from trainer.train.run import Made, open_model
+from trainer.train.run import BuiltModel, open_model
 
 WINDOW = 16  # batches whose rows are sorted by length together
 SHOWN = 3  # rows that could not be answered, in a message
@@ -101,7 +101,7 @@ def refuse_prompt(field: str, problem: str, fix: str) -> None:
 # --------------------------------------------------------------------------------------------------------------- the answers
 
 
-def answer_all(spec: TrainSpec, options: Inference, rank: Rank, made: Made, requests: Sequence[Request]) -> Tally:
+def answer_all(spec: TrainSpec, options: Inference, rank: Rank, made: BuiltModel, requests: Sequence[Request]) -> Tally:
     """Every rank answers its batches; the rows of all are put together by the first."""
     asked = hash_file(Path(options.input)) if options.input else ""
     answerer = Answerer(made.staged.model, made.processor, spec, rank.place)

@@ -19,7 +19,7 @@ from trainer.export.probe import compare, compute_logits, make_probes, open_holl
 from trainer.models import find_family
 from trainer.observe.memory import Gauge
 from trainer.tensor.naming import name_in_memory
-from trainer.tensor.stream import Outgoing, Source, copy_tensor, open_tensors
+from trainer.tensor.stream import Outgoing, TensorSource, copy_tensor, open_tensors
 from trainer.train.run import describe_place
 
 
@@ -49,7 +49,7 @@ def merging_of(spec: TrainSpec) -> Merging:
     return spec.stage.merging or Merging()
 
 
-def merge_tensors(sources: Mapping[str, Source], adapter: Adapter, memory: Mapping[str, str], base: Path) -> list[Outgoing]:
+def merge_tensors(sources: Mapping[str, TensorSource], adapter: Adapter, memory: Mapping[str, str], base: Path) -> list[Outgoing]:
     """Raises InputRefused where the adapter changes what the files of the base hold in no tensor of its own."""
     lost = sorted(adapter.changed - set(memory.values()))
     if lost:
@@ -67,7 +67,7 @@ def merge_tensors(sources: Mapping[str, Source], adapter: Adapter, memory: Mappi
 # ----------------------------------------------------------------------------------------------------------------- checking
 
 
-def bound_of(merging: Merging, sources: Mapping[str, Source], adapter: Adapter) -> float:
+def bound_of(merging: Merging, sources: Mapping[str, TensorSource], adapter: Adapter) -> float:
     """The most by which logits may differ, relative to the largest. The sums of float32 weights differ in their last bits alone, which is
     merging.tolerance. In 16 bits each merged weight is rounded, by at most u relative to itself (Higham, Accuracy and Stability of
     Numerical Algorithms, 2.2): bfloat16 2^-8, float16 2^-11. One layer's output is then off by u at most, relative to its own size, and

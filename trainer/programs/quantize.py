@@ -27,7 +27,7 @@ from trainer.observe.memory import Gauge
 from trainer.programs.convert import probe
 from trainer.tensor.int8 import Coarse, describe_format, quantize_tensor, scale_rows
 from trainer.tensor.naming import Names, find_tied, name_in_memory
-from trainer.tensor.stream import Outgoing, Source, copy_tensor, open_tensors
+from trainer.tensor.stream import Outgoing, TensorSource, copy_tensor, open_tensors
 from trainer.train.run import describe_place, find_places, load_samples
 
 REPORT_FILE = "quantization.json"
@@ -68,7 +68,7 @@ def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainR
 # ---------------------------------------------------------------------------------------------------------------- choosing
 
 
-def choose_weights(model: torch.nn.Module, spec: TrainSpec, names: Names, sources: Mapping[str, Source]) -> tuple[str, ...]:
+def choose_weights(model: torch.nn.Module, spec: TrainSpec, names: Names, sources: Mapping[str, TensorSource]) -> tuple[str, ...]:
     """Names in the files of the weights of linear layers in the groups that are not kept, and that no other layer shares."""
     keep = (spec.stage.quantization or Quantization()).keep
     patterns = [re.compile(regex) for group, regex in spec.model.groups.items() if group not in (*keep, "other")]
@@ -111,7 +111,7 @@ def outermost(kept: set[str], chosen: set[str]) -> set[str]:
     return {cut(name) for name in kept}
 
 
-def quantize_tensors(sources: Mapping[str, Source], scales: Mapping[str, Tensor]) -> list[Outgoing]:
+def quantize_tensors(sources: Mapping[str, TensorSource], scales: Mapping[str, Tensor]) -> list[Outgoing]:
     tensors: list[Outgoing] = []
     for name, source in sources.items():
         tensors += quantize_tensor(name, source, scales[name]) if name in scales else [copy_tensor(name, source)]
@@ -131,7 +131,7 @@ def calibration_samples(spec: TrainSpec, wanted: Quantization) -> tuple:
 # ----------------------------------------------------------------------------------------------------------------- telling
 
 
-def weigh(sources: Mapping[str, Source], tensors: Sequence[Outgoing]) -> dict[str, float]:
+def weigh(sources: Mapping[str, TensorSource], tensors: Sequence[Outgoing]) -> dict[str, float]:
     """Bytes of all weights, and how they are to those of the source and to 16 bits a value."""
     before = sum(torch.Size(source.shape).numel() * source.dtype.itemsize for source in sources.values())
     after, halves = sum(tensor.nbytes for tensor in tensors), sum(2 * torch.Size(source.shape).numel() for source in sources.values())
@@ -163,7 +163,7 @@ def write_config(file: Path, how: Mapping[str, Any]) -> None:
     write_text(json.dumps({**config, "quantization_config": how}, indent=2, ensure_ascii=False) + "\n", file)
 
 
-def write_report(spec: TrainSpec, wanted: Quantization, found: Mapping[str, Coarse], sources: Mapping[str, Source], figures: dict) -> None:
+def write_report(spec: TrainSpec, wanted: Quantization, found: Mapping[str, Coarse], sources: Mapping[str, TensorSource], figures: dict) -> None:
     kept = sorted(name for name in sources if name not in found)
     tensors = [{"name": name, **asdict(coarse)} for name, coarse in found.items()]
     content = {"scheme": wanted.scheme, "calibration": wanted.calibration, "figures": figures, "tensors": tensors, "kept": kept}

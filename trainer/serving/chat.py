@@ -23,7 +23,7 @@ from trainer.serving.picture import decode, is_data, read_data
 from trainer.serving.queue import Queue
 from trainer.serving.refusal import RequestRefused, busy, timed_out, wrong
 from trainer.serving.reply import Head, stream
-from trainer.serving.request import Asked, read_request
+from trainer.serving.request import ChatRequest, read_request
 from trainer.serving.ticket import Event, Ticket
 
 BODIES = 4  # of the largest size, that are held at a time
@@ -73,7 +73,7 @@ class Chat:
 
     # ------------------------------------------------------------------------------------------------ from bytes to a batch
 
-    async def _take(self, request: Request, came: float) -> tuple[Asked, Ticket]:
+    async def _take(self, request: Request, came: float) -> tuple[ChatRequest, Ticket]:
         """Up to the moment when the model takes it."""
         with self.budget.lease() as lease:
             asked = await self._aside(self._read, await read_body(request, self.serving.max_body_bytes, lease))
@@ -85,11 +85,11 @@ class Chat:
             finally:
                 self.waiting -= 1
 
-    def _read(self, body: bytes) -> Asked:
+    def _read(self, body: bytes) -> ChatRequest:
         most = CHARACTERS_PER_TOKEN * self._model.context
         return read_request(parse_body(body), self.name, self.serving.sampling, self.serving.max_images, most)
 
-    async def _enter(self, asked: Asked, lease: Lease, deadline: float) -> Ticket:
+    async def _enter(self, asked: ChatRequest, lease: Lease, deadline: float) -> Ticket:
         try:
             async with asyncio.timeout(deadline - time.monotonic()), self.places:
                 ticket = Ticket(await self._prepare(asked, lease), deadline)
@@ -100,7 +100,7 @@ class Chat:
         except TimeoutError:
             raise timed_out(self.serving.request_timeout_s) from None
 
-    async def _prepare(self, asked: Asked, lease: Lease) -> Prepared:
+    async def _prepare(self, asked: ChatRequest, lease: Lease) -> Prepared:
         """One image after the other, so that the pixels of one are there at a time."""
         features = [await self._look(url, f"messages: image {place}", lease) for place, url in enumerate(asked.pictures, start=1)]
         question = Question(

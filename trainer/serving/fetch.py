@@ -32,7 +32,7 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class FetchTarget:
     scheme: str
     host: str
     port: int
@@ -74,7 +74,7 @@ class Fetcher:
         ):  # a name without address, no connection, no such certificate
             raise wrong(param, f"the image could not be had from {target.host}", "image_not_fetched") from None
 
-    def read_url(self, url: str, param: str) -> Target:
+    def read_url(self, url: str, param: str) -> FetchTarget:
         found = URL.fullmatch(url) if len(url) <= MOST_URL else None
         if found is None:
             raise wrong(param, "is neither data:image/...;base64,... nor a plain URL of http or https", "image_not_fetched")
@@ -82,9 +82,9 @@ class Fetcher:
         port = int(found["port"] or PORTS[scheme])
         if f"{host}:{port}" not in self.hosts and not (host in self.hosts and port == PORTS[scheme]):
             raise wrong(param, "images are not fetched from this host; send them as data:image/png;base64,...", "host_not_allowed")
-        return Target(scheme=scheme, host=host, port=port, path=(found["path"] or "/") + (found["query"] or ""))
+        return FetchTarget(scheme=scheme, host=host, port=port, path=(found["path"] or "/") + (found["query"] or ""))
 
-    async def get(self, target: Target, address: str, param: str, take: Callable[[int], None]) -> bytes:
+    async def get(self, target: FetchTarget, address: str, param: str, take: Callable[[int], None]) -> bytes:
         """Asks `address` and no other; a certificate must be that of the name."""
         secure: dict[str, Any] = {"ssl": self.tls, "server_hostname": target.host} if target.scheme == "https" else {}
         reader, writer = await self.connect(address, target.port, **secure)

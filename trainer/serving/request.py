@@ -39,7 +39,7 @@ LABELS = frozenset({"user", "safety_identifier", "prompt_cache_key"})  # texts b
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class ChatRequest:
     """`pictures`: where the images lie, each for one MARK of the messages."""
 
     messages: tuple[Message, ...]
@@ -51,7 +51,7 @@ class Asked:
     usage: bool  # at the end of a stream
 
 
-def read_request(body: Mapping[str, Any], name: str, sampling: Sampling, most_images: int, most_characters: int) -> Asked:
+def read_request(body: Mapping[str, Any], name: str, sampling: Sampling, most_images: int, most_characters: int) -> ChatRequest:
     """`name`: of the model; `sampling`: what counts where nothing is said. Raises RequestRefused that names the key."""
     given = {key: value for key, value in body.items() if value is not None}
     refuse_unread(given)
@@ -65,7 +65,7 @@ def read_request(body: Mapping[str, Any], name: str, sampling: Sampling, most_im
     options = given.get("stream_options", {})
     if options and (not stream or not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}):
         raise wrong("stream_options", "it goes with stream=true, and has include_usage alone")
-    return Asked(
+    return ChatRequest(
         messages=messages,
         pictures=pictures,
         sampling=read_sampling(given, sampling),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trainer.device.dtype import dtype_name
-from trainer.tensor.stream import Source, read_pieces
+from trainer.tensor.stream import TensorSource, read_pieces
 
 # Of a tensor's norm. No rounding to the nearest takes so much from values within the range of a type that we write: bfloat16's is 2^-8 of
 # each at most. More is gone where values vanish or lose bits because they are too small for it.
@@ -14,7 +14,7 @@ LOSS_LIMIT = 2.0**-7
 
 
 @dataclass(frozen=True, kw_only=True)
-class Survival:
+class CastError:
     """Of one tensor; counts are of values. `overflow`: finite before, infinite after. `underflow`: zero after, and not before. `denormal`:
     after, at fewer bits than the type has. `nan`, `infinite`: in the source. `largest_error`: relative, of those that neither overflow nor
     vanish. `loss`: the norm of what is lost over the tensor's own, of finite values."""
@@ -44,7 +44,7 @@ class Survival:
         return ", ".join(f"{count:,} {what}" for what, count in (*parts.items(), *source.items()) if count)
 
 
-def survey(name: str, source: Source, dtype: torch.dtype) -> Survival:
+def survey(name: str, source: TensorSource, dtype: torch.dtype) -> CastError:
     """A pass over the tensor, a piece at a time."""
     counts = torch.zeros(5, dtype=torch.int64)
     norm, lost, worst = 0.0, 0.0, 0.0
@@ -60,7 +60,7 @@ def survey(name: str, source: Source, dtype: torch.dtype) -> Survival:
         lost += float(error.square().sum(dtype=torch.float64))
         worst = max(worst, float((error / size).masked_fill_((size == 0) | (after == 0), 0.0).max())) if len(before) else worst
     overflow, underflow, denormal, nan, infinite = counts.tolist()
-    return Survival(
+    return CastError(
         name=name,
         before=dtype_name(source.dtype),
         after=dtype_name(dtype),

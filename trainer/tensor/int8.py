@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.tensor.stream import Outgoing, Source, read_pieces
+from trainer.tensor.stream import Outgoing, TensorSource, read_pieces
 
 LOW, HIGH = -128, 127
 FORMAT = "pack-quantized"
@@ -81,7 +81,7 @@ def unpack(packed: Tensor, width: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------------ streaming
 
 
-def scale_rows(source: Source, power: Tensor | None) -> tuple[Tensor, Coarse]:
+def scale_rows(source: TensorSource, power: Tensor | None) -> tuple[Tensor, Coarse]:
     """The scales of a whole weight, (out, 1) in its dtype, and what it loses by them; a pass over it."""
     scales, lost, norm, clipped = [], 0.0, 0.0, 0
     for rows in read_pieces(source):
@@ -93,7 +93,7 @@ def scale_rows(source: Source, power: Tensor | None) -> tuple[Tensor, Coarse]:
     return torch.cat(scales), Coarse(error=(lost / norm) ** 0.5 if norm else 0.0, clipped=clipped)
 
 
-def quantize_tensor(name: str, source: Source, scales: Tensor) -> tuple[Outgoing, ...]:
+def quantize_tensor(name: str, source: TensorSource, scales: Tensor) -> tuple[Outgoing, ...]:
     """The three tensors in the place of the weight `name`."""
     out, width = source.shape
 
@@ -114,8 +114,8 @@ def quantize_tensor(name: str, source: Source, scales: Tensor) -> tuple[Outgoing
 class Dequantized:
     """A quantized weight, read as the numbers that it stands for, in float32."""
 
-    packed: Source
-    scales: Source
+    packed: TensorSource
+    scales: TensorSource
     width: int
 
     @property

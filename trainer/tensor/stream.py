@@ -58,7 +58,7 @@ class Held:
         return self.tensor
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """A tensor on the disk. `read`: elements [start, start + count) of it, flattened: (count,)."""
 
     @property
@@ -89,10 +89,10 @@ class Outgoing:
 # ----------------------------------------------------------------------------------------------------------------- reading
 
 
-def open_tensors(folder: Path) -> dict[str, Source]:
+def open_tensors(folder: Path) -> dict[str, TensorSource]:
     """Every tensor of the checkpoint or adapter in `folder` by name, in the order of the files. Raises InputRefused for a shard that is
     missing, cut short or of another revision than the index, and for a type of element that torch has none for."""
-    found: dict[str, Source] = {}
+    found: dict[str, TensorSource] = {}
     files = weight_files(folder)
     for file in files:
         if not file.is_file():
@@ -108,7 +108,7 @@ def open_tensors(folder: Path) -> dict[str, Source]:
     return found
 
 
-def open_plain(file: Path) -> dict[str, Source]:
+def open_plain(file: Path) -> dict[str, TensorSource]:
     entries = sorted(read_header(file), key=lambda one: one[1]["data_offsets"][0])
     unknown = [f"{name} ({entry['dtype']})" for name, entry, _ in entries if entry["dtype"] not in TYPES]
     if unknown:
@@ -119,7 +119,7 @@ def open_plain(file: Path) -> dict[str, Source]:
     }
 
 
-def open_pickled(file: Path) -> dict[str, Source]:
+def open_pickled(file: Path) -> dict[str, TensorSource]:
     """By torch's loader of tensors alone: code in the file is never run. Raises InputRefused where there is some."""
     from pickle import UnpicklingError
 
@@ -132,7 +132,7 @@ def open_pickled(file: Path) -> dict[str, Source]:
     return {name: Held(tensor=tensor) for name, tensor in tensors.items()}
 
 
-def read_pieces(source: Source) -> Iterator[Tensor]:
+def read_pieces(source: TensorSource) -> Iterator[Tensor]:
     """(rows, the other dimensions flattened) each, in order."""
     width = torch.Size(source.shape[1:]).numel()
     total = torch.Size(source.shape).numel()
@@ -141,7 +141,7 @@ def read_pieces(source: Source) -> Iterator[Tensor]:
         yield source.read(start, min(step, total - start)).view(-1, width)
 
 
-def read_single(source: Source) -> Tensor:
+def read_single(source: TensorSource) -> Tensor:
     """The tensor in float32, made piece by piece: what is on the disk in 16 bits is never whole beside it."""
     made = torch.empty(source.shape, dtype=torch.float32)
     flat, start = made.view(-1), 0
@@ -151,7 +151,7 @@ def read_single(source: Source) -> Tensor:
     return made
 
 
-def copy_tensor(name: str, source: Source) -> Outgoing:
+def copy_tensor(name: str, source: TensorSource) -> Outgoing:
     """As it is, to the bit."""
     return Outgoing(name=name, dtype=source.dtype, shape=source.shape, pieces=lambda: read_pieces(source))
 

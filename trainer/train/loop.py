@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.contract import RunFailed, StepRow, TrainSpec
 from trainer.distributed.engine import IGNORED, Engine, Update
 from trainer.optim.schedule import lr_at
-from trainer.train.nonfinite import Noted, gather_first, go_back, note, watch_modules
+from trainer.train.nonfinite import Noted, gather_first, note, restore_rng, watch_modules
 from trainer.train.watchdog import Watchdog
 
 Batches = Iterable[tuple[dict[str, Tensor], ...]]
@@ -33,7 +33,7 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class StepRequests:
     """What a rank, or any of them, asks for at the end of a step: to stop, to save, to hear that a checkpoint could not be written."""
 
     stop: bool = False
@@ -71,8 +71,8 @@ def train(
     done: Progress,
     watchdog: Watchdog,
     write: Callable[[StepRow], None],
-    asks: Callable[[], Wish],
-    between: Callable[[int, Wish], bool],
+    asks: Callable[[], StepRequests],
+    between: Callable[[int, StepRequests], bool],
     peak_bytes: Callable[[], int],
     name_samples: Callable[[int], str],
     rescue: Callable[[int], str],
@@ -92,10 +92,10 @@ def train(
         row, wish = train_step(engine, parts, spec, step, asks=asks, watchdog=watchdog, peak_bytes=peak_bytes())
         row = replace(row, seconds=time.perf_counter() - began)
         skips = skips + 1 if row.skipped else 0
-        if is_spoilt(row, spec, skips):
+        if is_nonfinite(row, spec, skips):
             watchdog.begin(step, "search for the layer that failed", ends=False)
             first, kept = look_back(engine, parts, noted, partial(rescue, step - 1))
-            raise RunFailed(describe_nonsense(row, skips, first, name_samples(step), kept))
+            raise RunFailed(nonfinite_message(row, skips, first, name_samples(step), kept))
         loss, seconds = row.loss, seconds + row.seconds
         write(row)
         watchdog.rest()
@@ -109,10 +109,10 @@ def train_step(
     spec: TrainSpec,
     step: int,
     *,
-    asks: Callable[[], Wish],
+    asks: Callable[[], StepRequests],
     watchdog: Watchdog,
     peak_bytes: int,
-) -> tuple[StepRow, Wish]:
+) -> tuple[StepRow, StepRequests]:
     """One update from this rank's micro-batches, `parts`. Returns the row of the step over all ranks, and what any of them asked for.
 
     The loss is the mean over the trained tokens of the whole global batch, so that the gradient is the same however the batch is
@@ -146,7 +146,7 @@ def accumulate(engine: Engine, parts: tuple[dict[str, Tensor], ...]) -> tuple[Te
     return total, trained
 
 
-def read_table(table: Tensor, update: Update, spec: TrainSpec, *, step: int, lr: float) -> tuple[StepRow, Wish]:
+def read_table(table: Tensor, update: Update, spec: TrainSpec, *, step: int, lr: float) -> tuple[StepRow, StepRequests]:
     """`table`: (ranks, 7) float32, what each rank says of the step."""
     losses, denominators, tokens, peaks, stops, saves, failures = table.unbind(dim=1)
     row = StepRow(
@@ -162,10 +162,10 @@ def read_table(table: Tensor, update: Update, spec: TrainSpec, *, step: int, lr:
         loss_scale=update.loss_scale,
         skipped=update.skipped,
     )
-    return row, Wish(stop=bool(stops.any()), save=bool(saves.any()), failed=bool(failures.any()))
+    return row, StepRequests(stop=bool(stops.any()), save=bool(saves.any()), failed=bool(failures.any()))
 
 
-def is_spoilt(row: StepRow, spec: TrainSpec, skips: int) -> bool:
+def is_nonfinite(row: StepRow, spec: TrainSpec, skips: int) -> bool:
     """Whether no further step makes sense. Skipping is part of dynamic loss scaling, where a gradient alone overflows: a lower scale helps
     it, and does nothing for a loss that is no number."""
     if not math.isfinite(row.loss):
@@ -178,18 +178,18 @@ def is_spoilt(row: StepRow, spec: TrainSpec, skips: int) -> bool:
 def look_back(engine: Engine, parts: tuple[dict[str, Tensor], ...], noted: Noted, rescue: Callable[[], str]) -> tuple[str, str]:
     """After a step that has changed no weight: have a checkpoint of the one before it, then do its forward and backward passes again, with the
     same random numbers and every layer under watch. Every rank must call it. Returns what was seen first, and where the checkpoint is."""
-    go_back(engine, noted)
+    restore_rng(engine, noted)
     try:
         kept = rescue()
     except RunFailed as error:  # on every rank, as a full disk is: the cause of it all is to be told too
         kept = str(error)
-    go_back(engine, noted)
+    restore_rng(engine, noted)
     with watch_modules(engine.model) as watch:
         accumulate(engine, parts)
     return gather_first(engine, watch), kept
 
 
-def describe_nonsense(row: StepRow, skips: int, first: str, samples: str, kept: str) -> str:
+def nonfinite_message(row: StepRow, skips: int, first: str, samples: str, kept: str) -> str:
     again = f" for the {skips}th time in a row, at a loss scale of {row.loss_scale:g}" if skips > 1 else ""
     return (
         f"step {row.step}: the loss is {row.loss:g} and the gradient norm {row.grad_norm:g}{again}, so that this step is of no use and has "

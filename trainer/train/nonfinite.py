@@ -30,7 +30,7 @@ def note(engine: Engine) -> Noted:
     return Noted(host=torch.get_rng_state(), device=own, scaler=read_scaler(engine))
 
 
-def go_back(engine: Engine, noted: Noted) -> None:
+def restore_rng(engine: Engine, noted: Noted) -> None:
     """As it was at `note`. The weights and moments of a spoilt step need nothing: it has not updated them."""
     torch.set_rng_state(noted.host)
     if noted.device is not None:
@@ -39,7 +39,7 @@ def go_back(engine: Engine, noted: Noted) -> None:
         setattr(engine.handle.optimizer.loss_scaler, key, value)
 
 
-class Watch:
+class NonfiniteWatch:
     """`first`: the first place that was seen, '' while all is finite. `micro`: the micro-batch under way, from 1."""
 
     def __init__(self) -> None:
@@ -88,9 +88,9 @@ def say_weights(module: torch.nn.Module) -> str:
 
 
 @contextmanager
-def watch_modules(model: torch.nn.Module) -> Iterator[Watch]:
+def watch_modules(model: torch.nn.Module) -> Iterator[NonfiniteWatch]:
     """Every module's input, output and gradient, and every trained parameter's gradient. Slow: each look waits for the device."""
-    watch = Watch()
+    watch = NonfiniteWatch()
     hooks = [model.register_forward_pre_hook(watch.begin)]
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(partial(watch.look_at_input, name or "the model"), with_kwargs=True))
@@ -105,7 +105,7 @@ def watch_modules(model: torch.nn.Module) -> Iterator[Watch]:
             hook.remove()
 
 
-def gather_first(engine: Engine, watch: Watch) -> str:
+def gather_first(engine: Engine, watch: NonfiniteWatch) -> str:
     """What was seen first, forward before backward, then by rank. Every rank must call it. A sentence, which says so where nothing was."""
     said = [(watch.backward, watch.first)] * engine.world_size
     if engine.world_size > 1:

@@ -33,10 +33,10 @@ from trainer.checkpoint.resume import (
 from trainer.checkpoint.scatter import SOURCE, scatter
 from trainer.contract import (
     ENVIRONMENT_FILE,
-    LONE,
     RESULT_FILE,
     SAMPLES_FILE,
     SCHEMA,
+    SINGLE_PROCESS_KINDS,
     EnvReport,
     InputRefused,
     Origin,
@@ -49,7 +49,7 @@ from trainer.contract import (
 )
 from trainer.contract.checkpoint_files import fixed_parts
 from trainer.contract.environment_facts import changed_facts, describe_change
-from trainer.data.check import Places, prepare, resolve
+from trainer.data.check import DataPaths, prepare, resolve
 from trainer.data.rows.sample import Sample, read_samples
 from trainer.data.rows.source import hash_sources
 from trainer.device.device import require_determinism, seed_all
@@ -75,7 +75,7 @@ LOST_PEER = re.compile("closed by peer|reset by peer|Broken pipe|remote process 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class BuiltModel:
     """A model with its stage applied, before any engine. `kernels`: see use_kernels."""
 
     staged: Staged
@@ -94,7 +94,7 @@ def run_stage(spec: TrainSpec, environ: Mapping[str, str]) -> TrainResult:
     if spec.deterministic:
         require_determinism(spec.device.accelerator, os.environ)  # seed_all may have set one there
     say_phase(1)
-    if spec.stage.kind in LONE:
+    if spec.stage.kind in SINGLE_PROCESS_KINDS:
         start_alone()
     else:
         start_distributed(spec.device)
@@ -146,7 +146,7 @@ def train_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
         return trained if trained.status == "stopped" else finish(job, trained)
 
 
-def make_model(spec: TrainSpec, rank: Rank, start: Start) -> Made:
+def make_model(spec: TrainSpec, rank: Rank, start: Start) -> BuiltModel:
     """The model that a stage trains, as it begins or goes on. Under ZeRO 3 rank 0 alone has its values. Every rank must call it; raises
     InputRefused on all of them."""
     family = find_family(spec.model.family)
@@ -164,7 +164,7 @@ def make_model(spec: TrainSpec, rank: Rank, start: Start) -> Made:
             load_adapter(staged.model, Path(origin.path))
         if not hollow:
             resume_adapter(staged.model, spec, start)
-    return Made(staged=staged, processor=processor, origin=origin, kernels=kernels)
+    return BuiltModel(staged=staged, processor=processor, origin=origin, kernels=kernels)
 
 
 def take_steps(job: Job) -> TrainResult:
@@ -199,7 +199,7 @@ def finish(job: Job, trained: TrainResult) -> TrainResult:
     return replace(trained, evaluation=scores, peaks=job.gauge.report(), best=best)
 
 
-def open_model(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], *, spread: bool = False) -> Made:
+def open_model(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], *, spread: bool = False) -> BuiltModel:
     """The model of a stage that does not train, whole on this rank's device, or `spread` over the rank's cards; described in
     environment.json. Raises InputRefused."""
     family = find_family(spec.model.family)
@@ -214,7 +214,7 @@ def open_model(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], *, sprea
         print(f"the model lies on {len(set(placed.values()))} of {spec.device.cards} cards", flush=True)
     else:
         staged.model.to(rank.place)
-    made = Made(staged=staged, processor=processor, origin=origin, kernels=kernels)
+    made = BuiltModel(staged=staged, processor=processor, origin=origin, kernels=kernels)
     describe(spec, rank, made, environ, engine=None)
     return made
 
@@ -263,14 +263,14 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".?is_gradient_checkpointing", category=FutureWarning)
 
 
-def find_places(spec: TrainSpec) -> Places:
+def find_places(spec: TrainSpec) -> DataPaths:
     """Writes a builtin set where this node does not have it yet."""
     say_phase(2)
     prepare(spec.data)
     return resolve(spec.data)
 
 
-def load_samples(file: Path | None, places: Places) -> tuple[Sample, ...]:
+def load_samples(file: Path | None, places: DataPaths) -> tuple[Sample, ...]:
     """Raises InputRefused with every problem: rows that are left out quietly would be another data set."""
     if file is None:
         return ()
@@ -280,7 +280,7 @@ def load_samples(file: Path | None, places: Places) -> tuple[Sample, ...]:
     return samples
 
 
-def describe(spec: TrainSpec, rank: Rank, made: Made, environ: Mapping[str, str], *, engine: Engine | None) -> None:
+def describe(spec: TrainSpec, rank: Rank, made: BuiltModel, environ: Mapping[str, str], *, engine: Engine | None) -> None:
     """environment.json, the table of what trains, and the kernels that are not the plain ones. Raises InputRefused where a rerun finds
     another environment than that of its record."""
     deepspeed = {"config": dict(engine.handle.config), "taken": taken_config(engine)} if engine is not None else {}

@@ -15,15 +15,15 @@ from trainer.device.device import Device
 from trainer.evaluation.evaluate import Halted
 from trainer.observe.memory import Gauge
 from trainer.observe.profile import Window
-from trainer.observe.tracker import Audience
-from trainer.train.loop import StopFlag, Wish
+from trainer.observe.tracker import Trackers
+from trainer.train.loop import StepRequests, StopFlag
 from trainer.train.watchdog import Watchdog
 
 # Evaluates into a file of the run's folder; metric -> value. {} without held-out rows, and when it was halted, which it asks between batches.
 Score = Callable[[str, Halted | None], dict[str, float]]
 
 
-class Boundary:
+class StepHooks:
     """`reach` the first step, then `cross` from each step to the next; every rank alike. `best`: the value to beat, of what stands. What a
     rank `asks` for reaches all of them with the row of the step; by rank 0's clock, since no two agree. Only a stop does not wait for the
     next row: an evaluation may be longer than the time that a launcher gives, so it asks whether it is `halted`."""
@@ -37,7 +37,7 @@ class Boundary:
         device: Device,
         gauge: Gauge,
         watchdog: Watchdog,
-        audience: Audience,
+        audience: Trackers,
         rank: int,
         best: float | None,
         halted: Halted,
@@ -58,12 +58,12 @@ class Boundary:
         self.window.reach(step + 1)
         return late and self.halted()
 
-    def asks(self, stop: StopFlag) -> Wish:
+    def asks(self, stop: StopFlag) -> StepRequests:
         """What this rank wishes at the end of a step."""
         due = self.spec.save_every_s and time.monotonic() - self.saved_at >= self.spec.save_every_s
-        return Wish(stop=stop.up, save=bool(due and self.rank == 0), failed=self.writer.failed)
+        return StepRequests(stop=stop.up, save=bool(due and self.rank == 0), failed=self.writer.failed)
 
-    def cross(self, step: int, wish: Wish) -> bool:
+    def cross(self, step: int, wish: StepRequests) -> bool:
         """Returns whether to stop here, which `wish` did not say. Raises RunFailed on every rank where a checkpoint could not be written."""
         if self.gauge.phase == "first step":
             self.gauge.enter("steps")
@@ -130,7 +130,7 @@ def make_row(step: int, scores: dict[str, float], *, seconds: float) -> Evaluati
     return EvaluationRow(step=step, exact_match=scores["exact_match"], count=int(scores["count"]), seconds=seconds, loss=scores.get("loss"))
 
 
-def tell_evaluation(spec: TrainSpec, row: EvaluationRow, audience: Audience, file: str) -> None:
+def tell_evaluation(spec: TrainSpec, row: EvaluationRow, audience: Trackers, file: str) -> None:
     """Append the row, unless an earlier attempt has. Rank 0 alone."""
     run = Path(spec.output)
     if row.step not in read_evaluations(run):

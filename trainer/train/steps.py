@@ -20,9 +20,9 @@ from trainer.distributed.engine import Engine
 from trainer.models.family import Processor
 from trainer.observe.memory import Gauge
 from trainer.observe.metric import open_metrics
-from trainer.observe.tracker import Audience
+from trainer.observe.tracker import Trackers
 from trainer.train.loop import Progress, StopFlag, train
-from trainer.train.step_hooks import Boundary, Score
+from trainer.train.step_hooks import Score, StepHooks
 from trainer.train.watchdog import Watchdog, end_hung, watch_steps
 
 TOLD = ("loss", "lr", "grad_norm", "tokens", "seconds", "peak_bytes", "loss_scale")  # of a step's row, to the trackers
@@ -40,7 +40,7 @@ class Job:
     gauge: Gauge
     start: Start
     origin: Origin
-    audience: Audience
+    audience: Trackers
     score: Score
 
 
@@ -86,11 +86,11 @@ def run_steps(job: Job, stop: StopFlag) -> tuple[Progress, Saved]:
         return progress, writer.save(progress.step)
 
 
-def make_boundary(job: Job, writer: Writer, watchdog: Watchdog, stop: StopFlag) -> Boundary:
+def make_boundary(job: Job, writer: Writer, watchdog: Watchdog, stop: StopFlag) -> StepHooks:
     def halted() -> bool:
         return float(job.engine.add(float(stop.up))) > 0
 
-    return Boundary(
+    return StepHooks(
         job.spec,
         writer=writer,
         score=job.score,

@@ -24,7 +24,7 @@ SIGNATURES = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gi
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class AnswerImage:
     """`data`: as a data: address, '' where `missing` says why it is not shown."""
 
     name: str
@@ -42,7 +42,7 @@ class Shown:
     expected: str
     got: str
     match: bool
-    pictures: tuple[Picture, ...]
+    pictures: tuple[AnswerImage, ...]
     scores: str = ""
     base: str = ""
     change: str = ""
@@ -52,12 +52,12 @@ class Shown:
 class Album:
     """Pictures of one page by file; the budget is that of all of them."""
 
-    known: dict[Path, Picture] = field(default_factory=dict)
+    known: dict[Path, AnswerImage] = field(default_factory=dict)
 
-    def take(self, path: Path, name: str) -> Picture:
+    def take(self, path: Path, name: str) -> AnswerImage:
         if path not in self.known:
             spent = sum(len(picture.data) for picture in self.known.values())
-            self.known[path] = read_picture(path, name) if spent < MOST_PAGE_BYTES else Picture(name=name, missing="the page is full")
+            self.known[path] = read_picture(path, name) if spent < MOST_PAGE_BYTES else AnswerImage(name=name, missing="the page is full")
         return self.known[path]
 
 
@@ -107,26 +107,26 @@ def bounded(value: Any) -> str:
     return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}… ({len(text):,} characters)"
 
 
-def read_picture(path: Path, name: str) -> Picture:
+def read_picture(path: Path, name: str) -> AnswerImage:
     """A file that holds anything else than an image is not shown, whatever it is called."""
     try:
         if not path.is_file():
-            return Picture(name=name, missing="not on this machine")
+            return AnswerImage(name=name, missing="not on this machine")
         size = path.stat().st_size
         if size > MOST_FILE_BYTES:
-            return Picture(name=name, missing=f"{size:,} bytes")
+            return AnswerImage(name=name, missing=f"{size:,} bytes")
         content = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name with a null in it
-        return Picture(name=name, missing=f"cannot be read: {error}")
+        return AnswerImage(name=name, missing=f"cannot be read: {error}")
     data = scale(content)
     if data is None:
         kind = next((kind for signature, kind in SIGNATURES.items() if content.startswith(signature)), "")
         if not kind or size > MOST_RAW_BYTES:
-            return Picture(
+            return AnswerImage(
                 name=name, missing="no image that can be shown here" if not kind else "Pillow, which would scale it, is not installed"
             )
         data = address(content, kind)
-    return Picture(name=name, data=data) if data else Picture(name=name, missing="no image, or a broken one")
+    return AnswerImage(name=name, data=data) if data else AnswerImage(name=name, missing="no image, or a broken one")
 
 
 def scale(content: bytes) -> str | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from launcher.errors import NodeFailed
-from launcher.run.run_folder import Site
+from launcher.run.run_folder import WorkingNode
 from launcher.ssh.parallel import attempt_each
 
 RELAY_LABEL = "omnilaunch.relay"
@@ -102,7 +102,7 @@ cat <&3 | docker load
 class Peer:
     """A node, and the address at which the others reach it."""
 
-    site: Site
+    site: WorkingNode
     address: str
 
     @property

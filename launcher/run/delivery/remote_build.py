@@ -19,7 +19,7 @@ from launcher.image.build import advice_on, build_command, fill_context, only_bu
 from launcher.image.stack import LABEL, Image
 from launcher.plan.commands import is_absent
 from launcher.run.delivery.ship import send
-from launcher.run.run_folder import Site
+from launcher.run.run_folder import WorkingNode
 from launcher.ssh.parallel import each, together
 from launcher.ssh.transport import Transport
 
@@ -53,7 +53,7 @@ OWN = re.compile(r"^(file:|[\w+]+://([^/@]*@)?(localhost|127\.[\d.]+|\[::1\])([:
 
 
 def build_on(
-    image: Image, sites: Sequence[Site], *, project: Path, root: str, delivery: Delivery, source: Transport, say: Callable[[str], None]
+    image: Image, sites: Sequence[WorkingNode], *, project: Path, root: str, delivery: Delivery, source: Transport, say: Callable[[str], None]
 ) -> None:
     """Have every node build what it lacks. `root`: cluster.root on the nodes, where the context lies meanwhile. Raises ImageFailed for an
     image that cannot be built so, NodeFailed that names the nodes where it was not, each with its last lines."""
@@ -109,7 +109,7 @@ def gather_secrets(delivery: Delivery, folder: Path) -> dict[str, Path]:
     return {name: path.relative_to(folder) for name, path in found.items()}
 
 
-def fingerprint_on(site: Site, tag: str) -> str:
+def fingerprint_on(site: WorkingNode, tag: str) -> str:
     """Of the node's image with this tag; '' when there is none."""
     found = site.transport.run(("docker", "image", "inspect", "--format", FORMAT, tag))
     if found.code == 0:
@@ -119,7 +119,7 @@ def fingerprint_on(site: Site, tag: str) -> str:
     return ""
 
 
-def require(image: Image, sites: Sequence[Site]) -> None:
+def require(image: Image, sites: Sequence[WorkingNode]) -> None:
     found = each(lambda site: fingerprint_on(site, image.tag), sites)
     wrong = [site.command.host for site, there in zip(sites, found, strict=True) if there != image.fingerprint]
     if wrong:

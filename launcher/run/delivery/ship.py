@@ -12,7 +12,7 @@ from launcher.errors import ImageFailed, NodeFailed
 from launcher.image.stack import LABEL
 from launcher.plan.commands import is_absent
 from launcher.run.delivery.peer_transfer import Peer, pass_on, share
-from launcher.run.run_folder import Site
+from launcher.run.run_folder import WorkingNode
 from launcher.ssh.parallel import attempt_each, each, together
 from launcher.ssh.transport import Result, Transport
 
@@ -80,13 +80,13 @@ def hosts(peers: Sequence[Peer]) -> str:
     return ", ".join(peer.host for peer in peers)
 
 
-def pull(tag: str, registry: str, sites: Sequence[Site], say: Callable[[str], None], *, fingerprint: str) -> None:
+def pull(tag: str, registry: str, sites: Sequence[WorkingNode], say: Callable[[str], None], *, fingerprint: str) -> None:
     """Each node that lacks `tag` takes it from `registry`, and knows it by its own name afterwards. Raises NodeFailed, naming the nodes
     whose image is not built from the plan's files, or is another one than the others have."""
     lacking = [site for site, found in zip(sites, each(lambda site: id_on(site, tag), sites), strict=True) if not found]
     reference = f"{registry.rstrip('/')}/{tag}"
 
-    def take(site: Site) -> None:
+    def take(site: WorkingNode) -> None:
         site.transport.run(("docker", "pull", "--quiet", reference), timeout_s=SAVE_TIMEOUT_S).expect(
             f"{site.command.host}: pulling {reference}"
         )
@@ -98,14 +98,14 @@ def pull(tag: str, registry: str, sites: Sequence[Site], say: Callable[[str], No
     require_same(tag, reference, fingerprint, sites)
 
 
-def is_everywhere(tag: str, fingerprint: str, sites: Sequence[Site]) -> bool:
+def is_everywhere(tag: str, fingerprint: str, sites: Sequence[WorkingNode]) -> bool:
     """Whether every node has one and the same image under the tag, built from the plan's files: then there is nothing to build, ask this
     machine's engine for, or send. Raises NodeFailed."""
     found = each(lambda site: image_on(site, tag), sites)
     return all(image is not None and image.fingerprint == fingerprint and image.id == (found[0] or image).id for image in found)
 
 
-def require_same(tag: str, reference: str, fingerprint: str, sites: Sequence[Site]) -> None:
+def require_same(tag: str, reference: str, fingerprint: str, sites: Sequence[WorkingNode]) -> None:
     """A tag can be pushed anew between two pulls. An engine with containerd's store has another id for the same image: there the digest in
     the registry says so."""
     pulled = each(lambda site: pulled_on(site, tag, reference), sites)
@@ -131,14 +131,14 @@ class Pulled:
         return self.id == other.id or bool(self.digest and self.digest == other.digest)
 
 
-def pulled_on(site: Site, tag: str, reference: str) -> Pulled:
+def pulled_on(site: WorkingNode, tag: str, reference: str) -> Pulled:
     image = image_on(site, tag, reference)
     if image is None:
         raise NodeFailed(f"{site.command.host}: {tag} is not there any more; launch again")
     return image
 
 
-def image_on(site: Site, tag: str, reference: str = "") -> Pulled | None:
+def image_on(site: WorkingNode, tag: str, reference: str = "") -> Pulled | None:
     """None where there is none. Raises NodeFailed where the engine does not answer."""
     told = site.transport.run(("docker", "image", "inspect", "--format", PULLED, tag))
     if is_absent(told.errors):
@@ -162,14 +162,14 @@ def layers_on(transport: Transport, tag: str) -> str:
     return transport.run(("docker", "image", "inspect", "--format", LAYERS, tag)).output.strip()
 
 
-def has(site: Site, tag: str, sent: Sent) -> bool:
+def has(site: WorkingNode, tag: str, sent: Sent) -> bool:
     """By its id; or, where that differs, by what is in it: containerd's store, which new engines have since 29, calls an image by its manifest
     and the older one by its config (moby, daemon/containerd and daemon/images, image_inspect.go)."""
     there = id_on(site, tag)
     return there == sent.id or bool(there and sent.layers.startswith("[") and layers_on(site.transport, tag) == sent.layers)
 
 
-def id_on(site: Site, tag: str) -> str:
+def id_on(site: WorkingNode, tag: str) -> str:
     """The id of the node's image with this tag; '' when there is none."""
     found = site.transport.run(("docker", "image", "inspect", "--format", "{{.Id}}", tag))
     if found.code == 0:
@@ -180,7 +180,7 @@ def id_on(site: Site, tag: str) -> str:
     return ""
 
 
-def require(tag: str, sent: Sent, sites: Sequence[Site]) -> None:
+def require(tag: str, sent: Sent, sites: Sequence[WorkingNode]) -> None:
     found = each(lambda site: has(site, tag, sent), sites)
     wrong = [site.command.host for site, there in zip(sites, found, strict=True) if not there]
     if wrong:
@@ -192,7 +192,7 @@ def require(tag: str, sent: Sent, sites: Sequence[Site]) -> None:
 def send(
     save: tuple[str, ...],
     load: tuple[str, ...],
-    sites: Sequence[Site],
+    sites: Sequence[WorkingNode],
     source: Transport,
     say: Callable[[str], None],
     *,
@@ -235,7 +235,7 @@ def read_into(pipes: Sequence["Pipe"], save: tuple[str, ...], source: Transport,
         pipe.put(b"")
 
 
-def feed(site: Site, pipe: "Pipe", load: tuple[str, ...], what: str) -> None:
+def feed(site: WorkingNode, pipe: "Pipe", load: tuple[str, ...], what: str) -> None:
     try:
         done = site.transport.feed(load, pipe, timeout_s=SAVE_TIMEOUT_S)
         if done.code:

@@ -17,7 +17,7 @@ from launcher.doctor.node_facts import GIB
 from launcher.doctor.parse import read_room
 from launcher.errors import ConfigRefused, ImageFailed, NodeFailed
 from launcher.run.delivery.ship import send, tail_of
-from launcher.run.run_folder import Site
+from launcher.run.run_folder import WorkingNode
 from launcher.ssh.parallel import each, together
 from launcher.ssh.transport import Transport
 
@@ -58,7 +58,7 @@ find . -type d -exec sh -c "$2" sh "$1" {{}} +"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parcel:
+class SyncPath:
     """One path of cluster.sync as it is here. `files`: path below it -> size in bytes; of a file itself the one path is empty."""
 
     path: str
@@ -79,21 +79,21 @@ class Parcel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gap:
+class Missing:
     """What a node lacks of a parcel, and what it has of another size (bytes)."""
 
     missing: frozenset[bytes]
     other: dict[bytes, int]
 
 
-def sync(paths: Sequence[str], sites: Sequence[Site], source: Transport, say: Callable[[str], None], *, token: str) -> None:
+def sync(paths: Sequence[str], sites: Sequence[WorkingNode], source: Transport, say: Callable[[str], None], *, token: str) -> None:
     """Have the files below `paths` on every node. `source`: this machine; `token`: a word of this run for marks that are made and removed.
 
     Raises ConfigRefused for a path that cannot be copied; NodeFailed, before anything is copied, with every file that a node has of
     another size; NodeFailed for a node that cannot take them in, when the others have them.
     """
-    parcels = [read_parcel(path, source) for path in paths]
-    gaps = [each(lambda site, parcel=parcel: find_gap(parcel, site), sites) for parcel in parcels]  # type: ignore[misc]
+    parcels = [read_sync_path(path, source) for path in paths]
+    gaps = [each(lambda site, parcel=parcel: find_missing(parcel, site), sites) for parcel in parcels]  # type: ignore[misc]
     refused = [refusal for parcel, found in zip(parcels, gaps, strict=True) for refusal in refusals(parcel, sites, found)]
     if refused:
         raise together(refused, len(sites))
@@ -106,7 +106,7 @@ def sync(paths: Sequence[str], sites: Sequence[Site], source: Transport, say: Ca
 # ------------------------------------------------------------------------------------------------------------- what is where
 
 
-def read_parcel(path: str, source: Transport) -> Parcel:
+def read_sync_path(path: str, source: Transport) -> SyncPath:
     """The files below a path of this machine. Raises ConfigRefused."""
     if not path.startswith("/") or not posixpath.normpath(path).strip("/"):
         raise ConfigRefused(
@@ -118,7 +118,7 @@ def read_parcel(path: str, source: Transport) -> Parcel:
             files = read_files(chunks)
     except NodeFailed as error:
         raise ConfigRefused(f"cluster.sync: {path} cannot be read on this machine: {str(error).rpartition(chr(10))[2]}") from error
-    parcel = Parcel(path=path, files=files)
+    parcel = SyncPath(path=path, files=files)
     loose = sorted(name for name, size in files.items() if size < 0)
     if loose or not files:
         what = f"the link {parcel.shown(loose[0])} leads nowhere" if loose else f"there is no file below {path}"
@@ -132,17 +132,17 @@ def read_files(chunks: Iterator[bytes]) -> dict[bytes, int]:
     return {path: int(size) if kind == b"f" else -1 for kind, size, path in records}
 
 
-def find_gap(parcel: Parcel, site: Site) -> Gap:
+def find_missing(parcel: SyncPath, site: WorkingNode) -> Missing:
     """Asked for a digest first: a million names of each of 128 nodes are not fetched when all is well."""
     argv = ("sh", parcel.path, *FIND)
     told = site.transport.run(("sh", "-c", DIGEST, *argv), timeout_s=LIST_TIMEOUT_S).expect(
         f"{site.command.host}: looking at {parcel.path}"
     )
     if told.output.split()[:1] == [digest(parcel.files)]:
-        return Gap(missing=frozenset(), other={})
+        return Missing(missing=frozenset(), other={})
     with site.transport.stream(("sh", "-c", THERE, *argv), silence_s=LIST_TIMEOUT_S) as chunks:
         there = read_files(chunks)
-    return Gap(
+    return Missing(
         missing=frozenset(parcel.files.keys() - there.keys()),
         other={name: there[name] for name, size in parcel.files.items() if name in there and there[name] != size},
     )
@@ -152,7 +152,7 @@ def digest(files: dict[bytes, int]) -> str:
     return hashlib.sha256(b"".join(sorted(b"f %d %s\0" % (size, name) for name, size in files.items()))).hexdigest()
 
 
-def refusals(parcel: Parcel, sites: Sequence[Site], gaps: Sequence[Gap]) -> Iterator[NodeFailed]:
+def refusals(parcel: SyncPath, sites: Sequence[WorkingNode], gaps: Sequence[Missing]) -> Iterator[NodeFailed]:
     for site, gap in zip(sites, gaps, strict=True):
         if gap.other:
             lines = [
@@ -169,7 +169,7 @@ def refusals(parcel: Parcel, sites: Sequence[Site], gaps: Sequence[Gap]) -> Iter
 # ------------------------------------------------------------------------------------------------------------------ copying
 
 
-def copy(parcel: Parcel, lacking: Sequence[tuple[Site, Gap]], source: Transport, say: Callable[[str], None], token: str) -> None:
+def copy(parcel: SyncPath, lacking: Sequence[tuple[WorkingNode, Missing]], source: Transport, say: Callable[[str], None], token: str) -> None:
     sites, names = [site for site, _ in lacking], sorted(frozenset[bytes]().union(*(gap.missing for _, gap in lacking)))
     total_bytes, sent_bytes, sent = sum(parcel.files[name] for name in names), 0, 0
     owners = open_folders(parcel, sites, token, total_bytes)
@@ -198,7 +198,7 @@ def batches(names: Sequence[bytes], sizes: dict[bytes, int]) -> Iterator[list[by
 
 
 def send_batch(
-    parcel: Parcel, listed: Path, sites: Sequence[Site], source: Transport, say: Callable[[str], None], sent_bytes: int, total_bytes: int
+    parcel: SyncPath, listed: Path, sites: Sequence[WorkingNode], source: Transport, say: Callable[[str], None], sent_bytes: int, total_bytes: int
 ) -> None:
     """The files whose names, each with a NUL after it, are in `listed`."""
     links = ("-h", "--hard-dereference")
@@ -216,12 +216,12 @@ def send_batch(
         raise together(failures, len(sites))
 
 
-def open_folders(parcel: Parcel, sites: Sequence[Site], token: str, total_bytes: int) -> tuple[Site, ...]:
+def open_folders(parcel: SyncPath, sites: Sequence[WorkingNode], token: str, total_bytes: int) -> tuple[WorkingNode, ...]:
     """The folder made on every node, and one node of each group that sees the same folder: a network file system is copied to once.
     Raises NodeFailed where it cannot be made or has no room."""
     marks = {id(site): f".omnilaunch-{token}-{site.command.node_rank}" for site in sites}
 
-    def mark(site: Site) -> None:
+    def mark(site: WorkingNode) -> None:
         made = site.transport.run(("sh", "-c", MARK, "sh", parcel.folder, marks[id(site)]))
         if made.code:
             raise NodeFailed(
@@ -232,7 +232,7 @@ def open_folders(parcel: Parcel, sites: Sequence[Site], token: str, total_bytes:
         if room and room.free_gib * GIB < total_bytes:
             raise NodeFailed(f"{site.command.host}: {parcel.path} takes {total_bytes / 1e9:.1f} GB, {room.free_gib:.1f} GiB are free there")
 
-    def look(site: Site) -> frozenset[str]:
+    def look(site: WorkingNode) -> frozenset[str]:
         argv = ("find", parcel.folder, "-maxdepth", "1", "-name", f".omnilaunch-{token}-*", "-printf", r"%f\n")
         return frozenset(site.transport.run(argv).output.splitlines())
 
@@ -241,14 +241,14 @@ def open_folders(parcel: Parcel, sites: Sequence[Site], token: str, total_bytes:
         seen = each(look, sites)
     finally:
         each(lambda site: site.transport.run(("rm", "-f", "--", f"{parcel.folder}/{marks[id(site)]}")), sites)
-    first: dict[frozenset[str], Site] = {}
+    first: dict[frozenset[str], WorkingNode] = {}
     for names, site in zip(seen, sites, strict=True):
         first.setdefault(names, site)
     return tuple(first.values())
 
 
-def require(parcel: Parcel, sites: Sequence[Site]) -> None:
-    for site, gap in zip(sites, each(lambda site: find_gap(parcel, site), sites), strict=True):
+def require(parcel: SyncPath, sites: Sequence[WorkingNode]) -> None:
+    for site, gap in zip(sites, each(lambda site: find_missing(parcel, site), sites), strict=True):
         wrong = sorted({*gap.missing, *gap.other})
         if wrong:
             raise NodeFailed(

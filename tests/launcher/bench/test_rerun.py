@@ -17,16 +17,16 @@ from launcher.cli import parse
 from launcher.config.compose import compose_over
 from launcher.errors import ConfigRefused, RunEnded
 from launcher.image.stack import load_stacks, render
-from launcher.plan.plan import Place, Plan, carry_over, encode_spec, move_plan
+from launcher.plan.plan import LocalContext, Plan, carry_over, encode_spec, move_plan
 from launcher.record.reader import Archive, load_archive
-from launcher.record.source import Source, SourceState, read_source
+from launcher.record.source import SourceState, SourceTree, read_source
 from launcher.run import launch
 from tests.launcher.hospital import CPU
 from trainer.contract import Expectation, Inputs, TrainSpec, decode, facts_of
 
 PROJECT = Path(__file__).resolve().parents[3]
 GOLDEN = PROJECT / "tests/golden/record"
-HERE = Place(project=PROJECT, here=Path("/home/bob/elsewhere"), interpreter="/venv/bin/python", user="1000:1000")
+HERE = LocalContext(project=PROJECT, here=Path("/home/bob/elsewhere"), interpreter="/venv/bin/python", user="1000:1000")
 
 
 @pytest.fixture(scope="module")
@@ -302,4 +302,4 @@ def test_a_folder_that_has_no_room_is_a_clear_end(plan_for: Callable[..., Plan],
     monkeypatch.setattr(launch, "open_run", full)
     desk = SimpleNamespace(project=tmp_path, say=print)
     with pytest.raises(RunEnded, match=r"runs/R could not be written: No space left on device\. Free room there"):
-        launch.launch(plan_for(), Source(state=SourceState(commit="", dirty=False)), desk)  # type: ignore[arg-type]
+        launch.launch(plan_for(), SourceTree(state=SourceState(commit="", dirty=False)), desk)  # type: ignore[arg-type]

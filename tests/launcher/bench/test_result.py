@@ -17,8 +17,8 @@ from launcher.bench.matrix import BEGIN, END, describe_matrix, describe_row, put
 from launcher.bench.measure import measure_run, publish, site_of
 from launcher.bench.restore import restore_config
 from launcher.bench.result import (
+    PublishedResult,
     Repeat,
-    Result,
     Span,
     append_result,
     digest,
@@ -44,7 +44,7 @@ BANDS = {"loss": 0.01, "throughput": 0.05, "memory": 0.05, "evaluation": 0.01}
 
 
 @pytest.fixture
-def result(tmp_path: Path) -> Result:
+def result(tmp_path: Path) -> PublishedResult:
     """Of five runs whose speeds are 100 to 104 samples a second."""
     for number in range(1, 6):
         shutil.copytree(REAL, tmp_path / f"runs/x-{number}")
@@ -55,27 +55,27 @@ def result(tmp_path: Path) -> Result:
 
 
 @pytest.fixture
-def path(tmp_path: Path, result: Result) -> Path:
+def path(tmp_path: Path, result: PublishedResult) -> Path:
     append_result(results_file(tmp_path / "results", "x"), result)
     append_result(results_file(tmp_path / "results", "x"), replace(result, result_id="x-20261122-000000-0000"))
     return results_file(tmp_path / "results", "x")
 
 
-def test_median_lowest_and_highest(result: Result) -> None:
+def test_median_lowest_and_highest(result: PublishedResult) -> None:
     span = result.summary["samples_per_s"]
     assert (span.median, span.lowest, span.highest) == (102.0, 100.0, 104.0)
     assert result.summary["step_s"].median == measure_run(REAL).step_s and "evaluation.exact_match" in result.summary
     assert result.rows_equal and result.weights_equal
 
 
-def test_one_bit_is_told(result: Result, tmp_path: Path) -> None:
+def test_one_bit_is_told(result: PublishedResult, tmp_path: Path) -> None:
     folders = sorted((tmp_path / "runs").iterdir())
     repeats = [*result.repeats[:4], replace(result.repeats[4], rows_sha256="0")]
     other = publish("y", "x", repeats, [load_archive(folder) for folder in folders], dirty="", made_at=MADE)
     assert (other.rows_equal, other.weights_equal) == (False, True)
 
 
-def test_a_line_says_nothing_of_the_machines_places(path: Path, result: Result) -> None:
+def test_a_line_says_nothing_of_the_machines_places(path: Path, result: PublishedResult) -> None:
     plan = json.loads((REAL / "plan.json").read_text())
     text = path.read_text()
     names = (plan["spec"]["output"], plan["spec"]["data"]["root"], plan["commands"][0]["start"][0], str(path.parents[1]), '"localhost"')
@@ -83,7 +83,7 @@ def test_a_line_says_nothing_of_the_machines_places(path: Path, result: Result) 
     assert len(text.splitlines()[0]) < 40_000, "small enough for git"
 
 
-def test_runs_with_other_packages_are_no_repeats(tmp_path: Path, result: Result) -> None:
+def test_runs_with_other_packages_are_no_repeats(tmp_path: Path, result: PublishedResult) -> None:
     archives = [load_archive(folder) for folder in sorted((tmp_path / "runs").iterdir())]
     environment = archives[3].environment
     assert environment is not None
@@ -95,17 +95,17 @@ def test_runs_with_other_packages_are_no_repeats(tmp_path: Path, result: Result)
 # ------------------------------------------------------------------------------------------------------------------ lines
 
 
-def test_lines_are_added_and_found(path: Path, result: Result) -> None:
+def test_lines_are_added_and_found(path: Path, result: PublishedResult) -> None:
     found = read_results(path)
     assert [one.result_id for one in found] == ["x-20261121-000000-0000", "x-20261122-000000-0000"]
-    assert replace(found[0], sha256="") == decode(Result, json.loads(json.dumps(to_plain(result))))
+    assert replace(found[0], sha256="") == decode(PublishedResult, json.loads(json.dumps(to_plain(result))))
     assert find_result("x", path.parent).result_id == "x-20261122-000000-0000"
     assert find_result("x-20261121-000000-0000", path.parent) == found[0]
     with pytest.raises(ConfigRefused, match=r"no result 'y'.*valid are: x, x-20261121"):
         find_result("y", path.parent)
 
 
-def to_plain(result: Result) -> Any:
+def to_plain(result: PublishedResult) -> Any:
     from dataclasses import asdict
 
     return asdict(result)
@@ -190,7 +190,7 @@ def test_a_bench_looks_at_its_results_before_it_runs(tmp_path: Path, capsys: pyt
     assert f"{CELL}.jsonl cannot be written" in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
-def test_variables_of_the_cluster_that_name_places_stay_there(result: Result) -> None:
+def test_variables_of_the_cluster_that_name_places_stay_there(result: PublishedResult) -> None:
     plan = load_archive(REAL).plan
     variables = {"LD_LIBRARY_PATH": "/home/somebody/lib", "NCCL_DEBUG": "WARN"}
     cluster = replace(plan.config.cluster, environment=variables)
@@ -223,7 +223,7 @@ def scaled(repeats: tuple[Repeat, ...], **shares: float) -> list[Repeat]:
     return [replace(repeat, **{name: getattr(repeat, name) * share for name, share in shares.items()}) for repeat in repeats]  # type: ignore[arg-type]
 
 
-def test_the_same_again(result: Result) -> None:
+def test_the_same_again(result: PublishedResult) -> None:
     told = told_facts(result)
     found = judge(told, result.repeats, told.facts, fewer="")
     assert found.reproduced and found.losses is Level.EQUAL and (found.rows_equal, found.weights_equal) == (5, 5) and not found.facts
@@ -235,7 +235,7 @@ def test_the_same_again(result: Result) -> None:
     ("shares", "name"),
     [({"samples_per_s": 0.949}, "throughput"), ({"peak_bytes": 1.051}, "memory")],
 )
-def test_a_figure_outside_of_its_band(result: Result, shares: dict[str, float], name: str) -> None:
+def test_a_figure_outside_of_its_band(result: PublishedResult, shares: dict[str, float], name: str) -> None:
     found = judge(result, scaled(result.repeats, **shares), result.facts, fewer="")
     assert not found.reproduced and [figure.name for figure in found.figures if figure.level is Level.OUTSIDE] == [name]
     assert f"verdict: not reproduced\n  outside: {name}" in describe_reproduction(found, result)
@@ -243,7 +243,7 @@ def test_a_figure_outside_of_its_band(result: Result, shares: dict[str, float], 
     assert judge(result, scaled(result.repeats, **better), result.facts, fewer="").reproduced, "what is better is no failure"
 
 
-def test_one_repeat_of_five_with_other_losses(result: Result) -> None:
+def test_one_repeat_of_five_with_other_losses(result: PublishedResult) -> None:
     last = result.repeats[4]
     for share, wanted in ((1.02, Level.OUTSIDE), (1.005, Level.WITHIN)):
         off = replace(last, rows_sha256="0", windows=tuple(value * share for value in last.windows))
@@ -251,7 +251,7 @@ def test_one_repeat_of_five_with_other_losses(result: Result) -> None:
         assert found.losses is wanted and found.rows_equal == 4 and found.reproduced is (wanted is Level.WITHIN)
 
 
-def test_another_score(result: Result) -> None:
+def test_another_score(result: PublishedResult) -> None:
     repeats = [
         replace(repeat, evaluation={**repeat.evaluation, "exact_match": repeat.evaluation["exact_match"] + 0.02})
         for repeat in result.repeats
@@ -260,7 +260,7 @@ def test_another_score(result: Result) -> None:
     assert [figure.name for figure in found.figures if figure.level is Level.OUTSIDE] == ["exact_match"]
 
 
-def test_facts_that_differ_are_told_and_judge_nothing(result: Result) -> None:
+def test_facts_that_differ_are_told_and_judge_nothing(result: PublishedResult) -> None:
     now = {**result.facts, "package torch": "2.7.1"}
     found = judge(result, result.repeats[:2], now, fewer="a look before lunch")
     text = describe_reproduction(found, result)
@@ -268,20 +268,20 @@ def test_facts_that_differ_are_told_and_judge_nothing(result: Result) -> None:
     assert text.endswith("verdict: reproduced, from 2 repeats in place of 5: a look before lunch")
 
 
-def test_speeds_further_apart_than_their_band_are_told(result: Result) -> None:
+def test_speeds_further_apart_than_their_band_are_told(result: PublishedResult) -> None:
     assert not is_unsteady(result)
     wide = replace(result, summary=result.summary | {"samples_per_s": Span(median=102.0, lowest=94.0, highest=104.0)})
     assert is_unsteady(wide) and "further apart than the band" in describe_reproduction(judge(wide, result.repeats, {}, fewer=""), wide)
 
 
-def test_a_line_without_bands_is_judged_by_nobody(result: Result) -> None:
+def test_a_line_without_bands_is_judged_by_nobody(result: PublishedResult) -> None:
     without = replace(result, config=result.config | {"run": result.config["run"] | {"bands": {"loss": 0.1}}})
     with pytest.raises(RecordRefused, match=r"no band of throughput, memory before it ran"):
         judge(without, result.repeats, result.facts, fewer="")
 
 
 def test_a_line_without_bands_is_refused_before_it_is_run_again(
-    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    result: PublishedResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     append_result(tmp_path / "results/x.jsonl", replace(result, config=result.config | {"run": result.config["run"] | {"bands": {}}}))
     monkeypatch.setattr(bench_action, "restored", lambda *_: pytest.fail("it was planned"))
@@ -294,7 +294,7 @@ def test_a_line_without_bands_is_refused_before_it_is_run_again(
 
 @pytest.mark.parametrize(("share", "code"), [(1.0, 0), (1.1, 7)])
 def test_the_exit_code_is_the_verdict(
-    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], share: float, code: int
+    result: PublishedResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], share: float, code: int
 ) -> None:
     """Where a run goes is stood in for: its record is that of the result."""
     speed = measure_run(REAL).samples_per_s * share
@@ -335,7 +335,7 @@ def test_the_readme_says_what_the_results_say() -> None:
     assert put_matrix(text, describe_matrix(CONF, PROJECT / "docs/results")) == text, "write it anew: make matrix"
 
 
-def test_a_cell_without_a_result_was_not_run(result: Result) -> None:
+def test_a_cell_without_a_result_was_not_run(result: PublishedResult) -> None:
     from launcher.bench.cell import load_cell
 
     cell = load_cell(CELL, (), CONF)

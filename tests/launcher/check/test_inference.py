@@ -18,7 +18,7 @@ from launcher.image.stack import Stack, load_stacks
 from launcher.memory.estimate import estimate_memory
 from launcher.plan.description import describe_plan
 from launcher.plan.plan import LEAVING_S, Plan
-from trainer.contract import LONE
+from trainer.contract import SINGLE_PROCESS_KINDS
 
 ROOT = Path(__file__).parents[3]
 GIB = 2**30
@@ -41,9 +41,9 @@ def test_every_stage_can_be_planned_on_every_hardware(kind: str, name: str, plan
     plan = plan_for(f"stage={kind}", f"hardware={name}", "tune=null", RUN, *named)
     stage = plan.spec.stage
     assert getattr(stage, OPTIONS[kind]) is not None and sum(getattr(stage, option) is not None for option in OPTIONS.values()) == 1
-    assert plan.spec.device.world_size == (1 if kind in LONE else plan.config.hardware.devices_per_node)
+    assert plan.spec.device.world_size == (1 if kind in SINGLE_PROCESS_KINDS else plan.config.hardware.devices_per_node)
     torchrun = [command.start[1:3] == ("-m", "torch.distributed.run") for command in plan.commands]
-    assert torchrun == [kind not in LONE] * len(plan.commands)
+    assert torchrun == [kind not in SINGLE_PROCESS_KINDS] * len(plan.commands)
     assert "DeepSpeed" not in describe_plan(plan) and "samples a step" not in describe_plan(plan)
 
 

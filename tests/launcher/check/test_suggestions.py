@@ -16,7 +16,7 @@ from launcher.errors import ConfigRefused
 from launcher.image.stack import Stack, load_stacks
 from launcher.memory.estimate import Memory, estimate_memory
 from launcher.memory.tokens import largest_image
-from launcher.plan.plan import Place, make_plan
+from launcher.plan.plan import LocalContext, make_plan
 
 ROOT = Path(__file__).parents[3]
 OWN = ("data=files", "data.train=a.json", "data.images=photos", "tune=null")
@@ -75,7 +75,7 @@ def test_changes_come_in_the_order_of_what_they_cost() -> None:
 def test_a_plan_offers_changes_to_what_was_asked_and_not_to_what_was_chosen_for_it() -> None:
     """`auto` is single on the one device of a P4, which no larger hardware could be asked with."""
     words = ("hardware=p4", "model=qwen2_5_vl_7b", "stage=evaluate", "data.evaluation=b.json", *OWN)
-    place = Place(project=ROOT, interpreter="python", here=ROOT, user="1000:1000")
+    place = LocalContext(project=ROOT, interpreter="python", here=ROOT, user="1000:1000")
     with pytest.raises(ConfigRefused) as refused:
         make_plan(compose(words, ROOT / "conf"), stacks(), place, run_id="r")
     assert "would pass: hardware=ascend910b  or  hardware=h200" in str(refused.value) and "(single)" not in str(refused.value)
@@ -85,7 +85,7 @@ def test_a_plan_offers_changes_to_what_was_asked_and_not_to_what_was_chosen_for_
 
 def test_what_was_typed_of_the_old_hardware_is_named_anew() -> None:
     words = ("hardware=p4", "hardware.memory_gib=4", "model=qwen2_5_vl_7b", "stage=evaluate", "data.evaluation=b.json", *OWN)
-    place = Place(project=ROOT, interpreter="python", here=ROOT, user="1000:1000")
+    place = LocalContext(project=ROOT, interpreter="python", here=ROOT, user="1000:1000")
     with pytest.raises(ConfigRefused) as refused:
         make_plan(compose(words, ROOT / "conf"), stacks(), place, run_id="r", overrides=words)
     changes = str(refused.value).partition("would pass: ")[2].split("  or  ")

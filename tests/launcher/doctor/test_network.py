@@ -4,7 +4,7 @@ import pytest
 
 from launcher.check.problem import Problem
 from launcher.config.schema import Node
-from launcher.doctor.network import Choice, Interface, IpRoute, View, choose_network, interface_towards, take_network
+from launcher.doctor.network import Interface, IpRoute, NetworkChoice, View, choose_network, interface_towards, take_network
 
 DOCKER = Interface(name="docker0", address="172.17.0.1", prefix=16)
 
@@ -141,6 +141,6 @@ def test_longest_prefix_then_metric() -> None:
 
 
 def test_nodes_take_what_was_chosen() -> None:
-    choices = (Choice(interface="eth0", address="10.0.0.1", why=""), Choice(interface="", address="", why=""))
+    choices = (NetworkChoice(interface="eth0", address="10.0.0.1", why=""), NetworkChoice(interface="", address="", why=""))
     taken = take_network((Node(host="a"), Node(host="b", interface="x")), choices)
     assert [(node.interface, node.address) for node in taken] == [("eth0", "10.0.0.1"), ("x", "")]

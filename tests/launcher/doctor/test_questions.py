@@ -9,11 +9,11 @@ import pytest
 
 from launcher.doctor.network import Interface
 from launcher.doctor.node_facts import Clock, Container
-from launcher.doctor.parse import PODMAN, UNASKED, Answer, read_clock, read_docker, read_interfaces, read_ports
+from launcher.doctor.parse import PODMAN, UNASKED, CommandOutput, read_clock, read_docker, read_interfaces, read_ports
 from launcher.doctor.questions import DEVICE_QUESTIONS, DOCKER_QUESTIONS, QUESTIONS, Inquiry, probe, questions
 from launcher.errors import NodeFailed
 from launcher.ssh.node import Ssh
-from launcher.ssh.pool import Client
+from launcher.ssh.pool import PoolContext
 from launcher.ssh.transport import Local
 from tests.launcher.hospital import IMAGE_ID, NOW_S, Bed, Said, ascend, healthy, network, p4, tcp
 from tests.launcher.sshd import Sshd, access_in, make_key, node_at
@@ -79,7 +79,7 @@ def test_over_ssh(tmp_path: Path) -> None:
     key = make_key(tmp_path / "id_ed25519")
     server = Sshd(tmp_path / "node", key)
     try:
-        client = Client(access_in(tmp_path / "access", key, server.known_line()))
+        client = PoolContext(access_in(tmp_path / "access", key, server.known_line()))
         facts = probe(Ssh(node_at(server), client), Inquiry(accelerator="cpu", root="/", contents=(f"{tmp_path}/it's",)), now=time.time)
         client.close()
     finally:
@@ -182,8 +182,8 @@ def test_docker_that_may_not_be_used() -> None:
 
 
 def test_podman_behind_the_name_of_docker_is_called_so() -> None:
-    info = Answer(code=0, output='{"host": {"arch": "amd64"}, "store": {}, "version": {"Version": "4.9.3"}}', errors="Emulate Docker CLI")
-    client = Answer(code=0, output="podman version 4.9.3", errors="")
+    info = CommandOutput(code=0, output='{"host": {"arch": "amd64"}, "store": {}, "version": {"Version": "4.9.3"}}', errors="Emulate Docker CLI")
+    client = CommandOutput(code=0, output="podman version 4.9.3", errors="")
     docker = read_docker({"docker": info, "docker_client": client, "docker_room": UNASKED, "toolkit": UNASKED})
     assert (docker.engine, docker.error) == ("", PODMAN)
 

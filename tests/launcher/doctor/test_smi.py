@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.doctor.smi import Device, UnreadableTable, read_npu, read_npu_driver, read_nvidia
+from launcher.doctor.smi import SmiDevice, UnreadableTable, read_npu, read_npu_driver, read_nvidia
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "smi"
 
@@ -76,7 +76,7 @@ def test_npu_driver_from_the_banner() -> None:
     assert read_npu_driver("nothing") == ""
 
 
-def facts(device: Device) -> tuple[object, ...]:
+def facts(device: SmiDevice) -> tuple[object, ...]:
     return (device.name, device.memory_total_gib, device.health, device.driver, device.utilization_percent, len(device.processes))
 
 

@@ -11,11 +11,11 @@ import pytest
 from launcher.config.schema import Delivery
 from launcher.errors import ImageFailed
 from launcher.image.build import build_command, fill_context, refuse_unbuildable, run_build, shorten, source_commit, write_secrets
-from launcher.image.docker import Client
+from launcher.image.docker import DockerCommand
 from launcher.image.stack import Image, context_files, load_stacks, render
 
 ROOT = Path(__file__).resolve().parents[3]
-CLIENT = Client(path="/usr/bin/docker", version="20.10.24", engine_version="20.10.24", architecture="x86_64")
+CLIENT = DockerCommand(path="/usr/bin/docker", version="20.10.24", engine_version="20.10.24", architecture="x86_64")
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import launcher.image.refresh as module
 from launcher.errors import ImageFailed
 from launcher.image.refresh import (
     TORCH_INDEX,
-    Target,
+    LockTarget,
     local_torch,
     look_up,
     needs,
@@ -242,7 +242,7 @@ def test_an_answer_that_is_no_lock_is_refused(tmp_path: Path, answer: str) -> No
         resolve(uv, ["alpha"], python="3.11", platform="x86_64-manylinux_2_28")
 
 
-def cpu_target(torch: str) -> Target:
+def cpu_target(torch: str) -> LockTarget:
     return replace(next(target for target in targets(STACKS) if target.lock == "locks/cpu-x86_64.txt"), torch=torch)
 
 

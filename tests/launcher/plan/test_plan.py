@@ -14,11 +14,11 @@ from launcher.config.schema import Run
 from launcher.errors import ConfigRefused
 from launcher.image.resolver import read_lock
 from launcher.image.stack import load_stacks
-from launcher.plan.plan import Place, Plan, absolute, move_plan, to_plain
+from launcher.plan.plan import LocalContext, Plan, absolute, move_plan, to_plain
 from trainer.contract import TrainSpec, decode
 
 PROJECT = Path(__file__).resolve().parents[3]
-PLACE = Place(project=PROJECT, here=Path("/home/ann/work"), interpreter="/venv/bin/python", user="1000:1000")
+PLACE = LocalContext(project=PROJECT, here=Path("/home/ann/work"), interpreter="/venv/bin/python", user="1000:1000")
 WITHOUT_TORCH = """
 import sys
 class Refuse:

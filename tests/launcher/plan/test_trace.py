@@ -17,7 +17,7 @@ from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import load_stacks
 from launcher.memory.estimate import estimate_memory
 from launcher.plan.description import describe_plan
-from launcher.plan.plan import Place, Plan, make_plan
+from launcher.plan.plan import LocalContext, Plan, make_plan
 from launcher.plan.trace import describe_trace, go_by_trace, trace_plan
 from tests.launcher.conftest import PLACE, PROJECT
 from trainer.contract import SCHEMA, TracePhase, TraceReport
@@ -48,10 +48,10 @@ REPORT = TraceReport(
 
 
 @pytest.fixture
-def trainer(tmp_path: Path) -> Callable[..., Place]:
+def trainer(tmp_path: Path) -> Callable[..., LocalContext]:
     """A place whose interpreter writes down its arguments and the spec, and answers."""
 
-    def make(*, code: int = 0, out: str = json.dumps(asdict(REPORT)), err: str = "") -> Place:
+    def make(*, code: int = 0, out: str = json.dumps(asdict(REPORT)), err: str = "") -> LocalContext:
         program = tmp_path / "python"
         told = tmp_path / "told.json"
         program.write_text(
@@ -70,7 +70,7 @@ def plan(plan_for: Callable[..., Plan]) -> Plan:
     return plan_for("run.steps=200")
 
 
-def test_the_trainer_is_asked_with_the_spec_of_the_plan(plan: Plan, trainer: Callable[..., Place], tmp_path: Path) -> None:
+def test_the_trainer_is_asked_with_the_spec_of_the_plan(plan: Plan, trainer: Callable[..., LocalContext], tmp_path: Path) -> None:
     assert trace_plan(plan, trainer(), {"PATH": "/usr/bin"}) == REPORT
     told = json.loads((tmp_path / "told.json").read_text())
     assert told["argv"][:3] == ["-m", "trainer", "trace"]
@@ -79,13 +79,13 @@ def test_the_trainer_is_asked_with_the_spec_of_the_plan(plan: Plan, trainer: Cal
     assert told["cuda"] == ""
 
 
-def test_a_refusal_of_the_trainer_is_one_of_the_plan(plan: Plan, trainer: Callable[..., Place]) -> None:
+def test_a_refusal_of_the_trainer_is_one_of_the_plan(plan: Plan, trainer: Callable[..., LocalContext]) -> None:
     with pytest.raises(ConfigRefused, match="no module for 'omnilmm'"):
         trace_plan(plan, trainer(code=2, out="", err="model.family: the trainer has no module for 'omnilmm'"), {})
 
 
 @pytest.mark.parametrize(("code", "out", "said"), ((1, "", "exit code 1"), (0, "{}", "cannot read"), (0, "hello", "cannot read")))
-def test_a_failure_is_told_with_what_the_trainer_said(plan: Plan, trainer: Callable[..., Place], code: int, out: str, said: str) -> None:
+def test_a_failure_is_told_with_what_the_trainer_said(plan: Plan, trainer: Callable[..., LocalContext], code: int, out: str, said: str) -> None:
     with pytest.raises(LaunchError, match=said) as caught:
         trace_plan(plan, trainer(code=code, out=out, err="the last line"), {})
     assert "the last line" in str(caught.value)
@@ -171,13 +171,13 @@ def test_a_traced_peak_that_fits_passes_the_plan_but_no_launch(plan_for: Callabl
     assert plan_for(*FULL_7B, "run.force=fits by a traced step").verdict.launchable  # as the text says
 
 
-def run_plan(place: Place, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+def run_plan(place: LocalContext, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     monkeypatch.setattr("launcher.plan.local_context.place_here", lambda project: place)
     return cli.main(["plan", *words])
 
 
 def test_the_flag_has_the_plan_go_by_the_trace(
-    trainer: Callable[..., Place], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trainer: Callable[..., LocalContext], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_plan(trainer(), monkeypatch, "--trace", "--json", "hardware=rtx3090") == 0
     told = json.loads(capsys.readouterr().out)
@@ -191,7 +191,7 @@ def test_the_flag_has_the_plan_go_by_the_trace(
 
 
 def test_the_flag_refuses_by_the_trace(
-    trainer: Callable[..., Place], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trainer: Callable[..., LocalContext], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = trainer(out=json.dumps(asdict(peak_of(weights=25))))
     assert run_plan(place, monkeypatch, "--trace", "hardware=rtx3090") == 2
@@ -200,7 +200,7 @@ def test_the_flag_refuses_by_the_trace(
 
 
 def test_without_the_trainers_packages_no_plan_is_shown(
-    trainer: Callable[..., Place], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trainer: Callable[..., LocalContext], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = trainer(code=2, out="", err="this interpreter has no torch")
     assert run_plan(place, monkeypatch, "--trace", "hardware=rtx3090") == 2

@@ -9,7 +9,7 @@ import pytest
 
 from launcher.errors import ConfigRefused
 from launcher.plan.plan import Plan
-from launcher.record.memory_report import Comparison, choose_folders, compare_runs, describe_comparisons
+from launcher.record.memory_report import PeakComparison, choose_folders, compare_runs, describe_comparisons
 from launcher.record.record import SourceState, close_run, open_run
 from trainer.contract import RESULT_FILE, SCHEMA, PhasePeak, TrainResult, write
 
@@ -70,10 +70,10 @@ def test_runs_are_chosen_by_name(record: Callable[..., Plan], tmp_path: Path) ->
         choose_folders(tmp_path, ("b", "c"))
 
 
-def comparison_of(planned: int, measured: int) -> Comparison:
+def comparison_of(planned: int, measured: int) -> PeakComparison:
     config = ("tiny", "full", "bf16", "zero2", "2048")
     sizes = {"planned_bytes": planned, "measured_bytes": measured, "reserved_bytes": measured}
-    return Comparison(run_id="R", config=config, accelerator="cuda", **sizes)
+    return PeakComparison(run_id="R", config=config, accelerator="cuda", **sizes)
 
 
 @pytest.mark.parametrize("markdown", (True, False))

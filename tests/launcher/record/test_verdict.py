@@ -15,7 +15,7 @@ from launcher.config.schema import Bands
 from launcher.errors import ConfigRefused
 from launcher.image.stack import load_stacks
 from launcher.plan.plan import make_plan
-from launcher.record.comparable import Kind, collect_facts, find_differences, kind_of
+from launcher.record.comparable import FactKind, collect_facts, find_differences, kind_of
 from launcher.record.comparison import Comparison, Level, Outcome, comparison_json, describe_comparison
 from launcher.record.evidence import bands_of, read_evidence
 from launcher.record.noise import interval
@@ -234,7 +234,7 @@ def test_a_key_in_an_object_that_was_empty_is_one_difference() -> None:
 
 
 def test_a_fact_that_nobody_knows_must_match() -> None:
-    assert kind_of("environment.something.new") is Kind.ENVIRONMENT and kind_of("data.something") is Kind.INPUT
+    assert kind_of("environment.something.new") is FactKind.ENVIRONMENT and kind_of("data.something") is FactKind.INPUT
     assert [found.weighs for found in find_differences({"environment.x": 1}, {"environment.x": 1.0})] == [True]
 
 

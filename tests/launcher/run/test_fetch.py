@@ -9,7 +9,7 @@ import pytest
 
 from launcher.plan.commands import CANN_LOGS, NodeCommand
 from launcher.run import run_folder as node
-from launcher.run.run_folder import Site, fetch_folder
+from launcher.run.run_folder import WorkingNode, fetch_folder
 from launcher.ssh.transport import Local
 from tests.launcher.conftest import PROJECT
 
@@ -17,16 +17,16 @@ PATH = os.environ["PATH"]
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Site:
+def site(tmp_path: Path) -> WorkingNode:
     (tmp_path / "run/cann/node0/debug/plog").mkdir(parents=True)
     (tmp_path / "run/cann/node0/debug/plog/plog-1.log").write_text("[ERROR] HCCL\n" + "x" * 5000)
     command = NodeCommand(
         host="a", node_rank=0, runtime="docker", name="c", folder=str(tmp_path / "run"), environment={}, prepare=(), start=()
     )
-    return Site(command=command, transport=Local({"PATH": PATH}))
+    return WorkingNode(command=command, transport=Local({"PATH": PATH}))
 
 
-def test_a_folder_arrives_whole(site: Site, tmp_path: Path) -> None:
+def test_a_folder_arrives_whole(site: WorkingNode, tmp_path: Path) -> None:
     fetch_folder(site, CANN_LOGS, tmp_path / "node0-cann.tgz")
     with tarfile.open(tmp_path / "node0-cann.tgz") as archive:
         assert "cann/node0/debug/plog/plog-1.log" in archive.getnames()
@@ -34,7 +34,7 @@ def test_a_folder_arrives_whole(site: Site, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "limit"), [("nothing", 2**20), (CANN_LOGS, 10)])
 def test_what_is_not_there_or_too_large_leaves_nothing_here(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, limit: int
+    site: WorkingNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, limit: int
 ) -> None:
     monkeypatch.setattr(node, "FOLDER_BYTES", limit)
     fetch_folder(site, name, tmp_path / "kept.tgz")

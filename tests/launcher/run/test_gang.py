@@ -10,7 +10,7 @@ import pytest
 
 from launcher.errors import NodeFailed
 from launcher.plan.commands import FOLDER_VARIABLE, NodeCommand
-from launcher.run.gang import Crewed, NodeResult, StopRequest, start_members, watch
+from launcher.run.gang import NodeResult, StartContext, StopRequest, start_members, watch
 from launcher.run.node_process import write_env_file
 from launcher.ssh.transport import Local, Result, processes_with
 
@@ -34,8 +34,8 @@ def command(folder: Path, rank: int, code: str, program: str = sys.executable) -
     )
 
 
-def crewed(folder: Path, nodes: int) -> Crewed:
-    return Crewed(transports=(Local(ENVIRON),) * nodes, logs=folder / "logs", project=folder, secrets={}, node_timeout_s=5)
+def crewed(folder: Path, nodes: int) -> StartContext:
+    return StartContext(transports=(Local(ENVIRON),) * nodes, logs=folder / "logs", project=folder, secrets={}, node_timeout_s=5)
 
 
 def run(

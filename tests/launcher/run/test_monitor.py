@@ -14,9 +14,9 @@ from launcher.plan.commands import NodeCommand
 from launcher.plan.plan import Plan
 from launcher.record.lock import ask_to_stop
 from launcher.run.launch import leave
-from launcher.run.monitor import START_GRACE_S, Outcome, grace_s, signals_of_others, watch_attempt
-from launcher.run.prepare import Crew, Desk
-from launcher.run.run_folder import Mirror, Site
+from launcher.run.monitor import START_GRACE_S, AttemptOutcome, grace_s, signals_of_others, watch_attempt
+from launcher.run.prepare import NodeProcesses, Session
+from launcher.run.run_folder import Mirror, WorkingNode
 from launcher.run.signals import StopRequest
 from launcher.ssh.transport import Local, Result
 from trainer import contract
@@ -55,19 +55,19 @@ def plan(plan_for: Callable[..., Plan], tmp_path: Path) -> Plan:
     return plan
 
 
-def desk() -> Desk:
+def desk() -> Session:
     here = Local({"PATH": "/usr/bin:/bin"})
-    return Desk(
+    return Session(
         project=Path("/"), transports=(here,), here=here, secrets={}, say=print, terminal=False, move=lambda plan, lost: (plan, desk())
     )
 
 
-def crew(plan: Plan, ranks: tuple[Code, float], check: tuple[Code, float]) -> Crew:
+def crew(plan: Plan, ranks: tuple[Code, float], check: tuple[Code, float]) -> NodeProcesses:
     (command,) = plan.commands
-    return Crew(members=(Scripted(command, *ranks),), checks=(Scripted(command, *check),))
+    return NodeProcesses(members=(Scripted(command, *ranks),), checks=(Scripted(command, *check),))
 
 
-def watched(plan: Plan, ranks: tuple[Code, float], check: tuple[Code, float]) -> Outcome:
+def watched(plan: Plan, ranks: tuple[Code, float], check: tuple[Code, float]) -> AttemptOutcome:
     return watch_attempt(plan, Path(plan.folder), desk(), crew(plan, ranks, check), StopRequest())
 
 
@@ -169,7 +169,7 @@ def test_a_node_that_answers_slowly_holds_up_no_look_at_the_others(tmp_path: Pat
             return Result(argv=argv, code=0, output="a row\n", errors="")
 
     command = NodeCommand(host="a", node_rank=0, runtime="docker", name="c", folder="/run", environment={}, prepare=(), start=())
-    mirror = Mirror(Site(command=command, transport=Slow({})), "metrics.jsonl", tmp_path)
+    mirror = Mirror(WorkingNode(command=command, transport=Slow({})), "metrics.jsonl", tmp_path)
     began = time.monotonic()
     mirror.update()
     mirror.update()

@@ -12,7 +12,7 @@ import pytest
 
 from launcher.errors import NodeFailed
 from launcher.plan.commands import NodeCommand
-from launcher.run.node_process import LOST, CheckMember, ContainerMember
+from launcher.run.node_process import LOST, CheckNodeProcess, ContainerNodeProcess
 from launcher.ssh.transport import Local, LocalProcess, Result
 
 
@@ -31,12 +31,12 @@ class Node(Local):
         return Result(argv=argv, code=0, output="exited 5", errors="")
 
 
-def member(tmp_path: Path, *, dark: bool) -> ContainerMember:
+def member(tmp_path: Path, *, dark: bool) -> ContainerNodeProcess:
     command = NodeCommand(
         host="node", node_rank=0, runtime="docker", name="run-n0", folder=str(tmp_path), environment={}, prepare=(), start=(),
         remove=("docker", "rm", "--force", "run-n0"),
     )  # fmt: skip
-    return ContainerMember(command, Node(dark=dark), tmp_path / "node0.log", ThreadPoolExecutor(max_workers=1), node_timeout_s=20)
+    return ContainerNodeProcess(command, Node(dark=dark), tmp_path / "node0.log", ThreadPoolExecutor(max_workers=1), node_timeout_s=20)
 
 
 def test_a_node_that_answers_is_not_lost_when_its_container_is_killed(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ class Away(Node):
             raise NodeFailed("node: no answer")
 
 
-def polled(check: CheckMember, seconds: float) -> int | None:
+def polled(check: CheckNodeProcess, seconds: float) -> int | None:
     deadline = time.monotonic() + seconds
     while (code := check.poll()) is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -120,14 +120,14 @@ def polled(check: CheckMember, seconds: float) -> int | None:
 def test_a_data_check_whose_node_never_comes_back_is_not_waited_for_for_ever(tmp_path: Path) -> None:
     """A run that was faster than its check waits for nothing else."""
     command, node = member(tmp_path, dark=False).command, Away(dark=False)
-    check = CheckMember(command, node, tmp_path / "data0.log", ThreadPoolExecutor(max_workers=1), node_timeout_s=0.2)
+    check = CheckNodeProcess(command, node, tmp_path / "data0.log", ThreadPoolExecutor(max_workers=1), node_timeout_s=0.2)
     node.dark = True
     assert polled(check, 5) == LOST and check.lost
 
 
 def test_a_data_check_is_made_again_on_a_node_that_comes_back_in_time(tmp_path: Path) -> None:
     command, node = member(tmp_path, dark=False).command, Away(dark=False)
-    check = CheckMember(command, node, tmp_path / "data0.log", ThreadPoolExecutor(max_workers=1), node_timeout_s=0.2)
+    check = CheckNodeProcess(command, node, tmp_path / "data0.log", ThreadPoolExecutor(max_workers=1), node_timeout_s=0.2)
     node.dark = True
     assert polled(check, 0.3) is None and check.silent_since
     node.dark = False
@@ -137,7 +137,7 @@ def test_a_data_check_is_made_again_on_a_node_that_comes_back_in_time(tmp_path: 
 
 def test_a_bug_in_the_thread_that_makes_a_check_again_is_seen(tmp_path: Path) -> None:
     command, node = member(tmp_path, dark=False).command, Away(dark=False)
-    check = CheckMember(command, node, tmp_path / "data0.log", ThreadPoolExecutor(max_workers=1), node_timeout_s=20)
+    check = CheckNodeProcess(command, node, tmp_path / "data0.log", ThreadPoolExecutor(max_workers=1), node_timeout_s=20)
 
     def broken(*_: object, **__: object) -> None:
         raise OSError("no room for the log")

@@ -15,7 +15,7 @@ from launcher.plan.plan import Plan
 from launcher.record.record import read_images
 from launcher.run import prepare as preparation
 from launcher.run.prepare import (
-    Desk,
+    Session,
     bring_image,
     bring_paths,
     changed_data,
@@ -33,9 +33,9 @@ from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, SCHEMA, DataProblem,
 WAYS = ("pull", "ship", "build", "find", "build_on", "sync")
 
 
-def desk_for(plan: Plan) -> Desk:
+def desk_for(plan: Plan) -> Session:
     here = Local({})
-    return Desk(
+    return Session(
         project=Path("/nowhere"), transports=(here,) * len(plan.commands), here=here, secrets={}, say=lambda text: None, terminal=False,
         move=lambda plan, lost: (plan, desk_for(plan)),
     )  # fmt: skip
@@ -129,7 +129,7 @@ def check(tmp_path: Path) -> Any:
     return SimpleNamespace(command=command)
 
 
-def desk_here(plan: Plan) -> Desk:
+def desk_here(plan: Plan) -> Session:
     here = Local({"PATH": os.environ["PATH"]})
     return replace(desk_for(plan), transports=(here,), here=here)
 

@@ -14,7 +14,7 @@ from launcher.plan.commands import NodeCommand
 from launcher.record.record import Attempt, Failure, load_attempts
 from launcher.run.node_process import NodeResult
 from launcher.run.restart import newest_on, reason_not_to, replace_lost, restore_rows, set_aside, spread_checkpoint
-from launcher.run.run_folder import Site
+from launcher.run.run_folder import WorkingNode
 from launcher.ssh.transport import Local, Result
 
 FOLDER = "/run/of/all"
@@ -139,14 +139,14 @@ class Rooted(Local):
 
 
 @pytest.fixture
-def sites(tmp_path: Path) -> tuple[Site, ...]:
-    def site(rank: int) -> Site:
+def sites(tmp_path: Path) -> tuple[WorkingNode, ...]:
+    def site(rank: int) -> WorkingNode:
         root = tmp_path / f"n{rank}"
         root.mkdir()
         command = NodeCommand(
             host=f"host{rank}", node_rank=rank, runtime="docker", name="c", folder=FOLDER, environment={}, prepare=(), start=()
         )
-        return Site(command=command, transport=Rooted(command.host, root))
+        return WorkingNode(command=command, transport=Rooted(command.host, root))
 
     return tuple(site(rank) for rank in range(3))
 
@@ -158,7 +158,7 @@ def checkpoint(tmp_path: Path, rank: int, name: str, size: int = 100_000) -> Pat
     return folder
 
 
-def test_the_newest_on_comes_to_the_nodes_that_lack_it(tmp_path: Path, sites: tuple[Site, ...]) -> None:
+def test_the_newest_on_comes_to_the_nodes_that_lack_it(tmp_path: Path, sites: tuple[WorkingNode, ...]) -> None:
     checkpoint(tmp_path, 0, "step-000100")
     newest = checkpoint(tmp_path, 1, "step-1000000", size=3_000_000)
     checkpoint(tmp_path, 2, ".step-2000000.partial")
@@ -174,7 +174,7 @@ def test_the_newest_on_comes_to_the_nodes_that_lack_it(tmp_path: Path, sites: tu
     assert spread_checkpoint(sites, said.append) == "step-1000000" and not said, "nothing is sent to a node that has it"
 
 
-def test_a_node_that_is_the_first_one_now_gets_the_rows(tmp_path: Path, sites: tuple[Site, ...]) -> None:
+def test_a_node_that_is_the_first_one_now_gets_the_rows(tmp_path: Path, sites: tuple[WorkingNode, ...]) -> None:
     home = tmp_path / "home"
     for number, text in ((1, "old\n"), (2, "new\n")):
         (home / "attempts" / str(number)).mkdir(parents=True)
@@ -187,7 +187,7 @@ def test_a_node_that_is_the_first_one_now_gets_the_rows(tmp_path: Path, sites: t
 
 
 @pytest.mark.parametrize("there", [b"one\n", b"one\ntw", b"one\n\0\0\0", b""])
-def test_rows_that_a_loss_of_power_took_from_the_first_node_are_given_back(tmp_path: Path, sites: tuple[Site, ...], there: bytes) -> None:
+def test_rows_that_a_loss_of_power_took_from_the_first_node_are_given_back(tmp_path: Path, sites: tuple[WorkingNode, ...], there: bytes) -> None:
     """Checkpoints are synced to its disk, rows are not; what the launcher has read of them is here."""
     home = tmp_path / "home"
     (home / "attempts" / "1").mkdir(parents=True)
@@ -197,12 +197,12 @@ def test_rows_that_a_loss_of_power_took_from_the_first_node_are_given_back(tmp_p
     assert (tmp_path / "n0" / "metrics.jsonl").read_bytes() == b"one\ntwo\nthree\n"
 
 
-def test_no_checkpoint_anywhere(sites: tuple[Site, ...]) -> None:
+def test_no_checkpoint_anywhere(sites: tuple[WorkingNode, ...]) -> None:
     assert [newest_on(site) for site in sites] == ["", "", ""]
     assert spread_checkpoint(sites, print) == ""
 
 
-def test_a_node_that_cannot_tell_its_checkpoints_does_not_let_the_run_begin_anew(sites: tuple[Site, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_cannot_tell_its_checkpoints_does_not_let_the_run_begin_anew(sites: tuple[WorkingNode, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     def unreadable(argv: tuple[str, ...], **_: Any) -> Result:
         return Result(argv=argv, code=1, output="", errors="Input/output error")
 
@@ -211,7 +211,7 @@ def test_a_node_that_cannot_tell_its_checkpoints_does_not_let_the_run_begin_anew
         spread_checkpoint(sites, print)
 
 
-def test_a_node_that_cannot_take_it_in_is_named_and_has_no_half(tmp_path: Path, sites: tuple[Site, ...]) -> None:
+def test_a_node_that_cannot_take_it_in_is_named_and_has_no_half(tmp_path: Path, sites: tuple[WorkingNode, ...]) -> None:
     checkpoint(tmp_path, 0, "step-000100")
     (tmp_path / "n1" / "checkpoints").write_text("a file in the way", encoding="utf-8")
     with pytest.raises(NodeFailed, match="host1"):

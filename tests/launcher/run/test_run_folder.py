@@ -10,7 +10,7 @@ import pytest
 from launcher.errors import NodeFailed
 from launcher.plan.commands import NodeCommand
 from launcher.plan.plan import Plan
-from launcher.run.run_folder import Site, place_run
+from launcher.run.run_folder import WorkingNode, place_run
 from launcher.ssh.transport import Local
 from trainer.contract import SPEC_FILE, TrainSpec, encode, read
 
@@ -37,9 +37,9 @@ def spec_in(plan_for: PlanFor, folder: Path) -> TrainSpec:
     return replace(spec, output=str(folder / HOSTILE / "runs" / "R"), data=replace(spec.data, root=str(folder / HOSTILE / "data")))
 
 
-def site(transport: Local, spec: TrainSpec) -> Site:
+def site(transport: Local, spec: TrainSpec) -> WorkingNode:
     command = NodeCommand(host="a", node_rank=0, runtime="docker", name="c", folder=spec.output, environment={}, prepare=(), start=())
-    return Site(command=command, transport=transport)
+    return WorkingNode(command=command, transport=transport)
 
 
 def owner(path: Path | str) -> str:

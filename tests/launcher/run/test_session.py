@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from launcher.errors import NodeFailed
-from launcher.plan.plan import Place, Plan
+from launcher.plan.plan import LocalContext, Plan
 from launcher.run import session as desk
-from launcher.run.session import FILES_A_NODE, open_desk, open_examined
+from launcher.run.session import FILES_A_NODE, open_examined, open_session
 from launcher.ssh.node import Ssh
-from launcher.ssh.pool import Client
+from launcher.ssh.pool import PoolContext
 from launcher.ssh.transport import Local
 from tests.launcher.hostile import running
 from tests.launcher.sshd import Sshd, access_in, make_key, node_at
@@ -25,7 +25,7 @@ from tests.launcher.sshd import Sshd, access_in, make_key, node_at
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "golden" / "smi"
 DATA = ("data=files", "data.train=a.json", "data.images=photos")
-PLACE = Place(project=Path("/"), here=Path("/"), interpreter="python", user="0:0")
+PLACE = LocalContext(project=Path("/"), here=Path("/"), interpreter="python", user="0:0")
 LIMIT = """
 import resource
 from launcher.run.session import allow_files
@@ -47,7 +47,7 @@ def test_the_connections_of_an_attempt_end_with_it(plan_for: Callable[..., Plan]
 
     monkeypatch.setattr(desk, "reach_with", reach)
     monkeypatch.setattr(desk, "move_to_reached", lambda plan, *_: plan)
-    with open_desk(plan_for(), PLACE, {}, say=print, terminal=False) as opened:
+    with open_session(plan_for(), PLACE, {}, say=print, terminal=False) as opened:
         plan, opened = opened.move(plan_for(), frozenset())
         assert seen == ["open", "close", "open"]
         opened.move(plan, frozenset())
@@ -98,7 +98,7 @@ def test_what_a_node_costs(tmp_path: Path) -> None:
     """Its connection, and the logs of its ranks and of its data check, with a command under way."""
     key = make_key(tmp_path / "key")
     sshd = Sshd(tmp_path / "sshd", key)
-    client = Client(access_in(tmp_path / "home", key, sshd.known_line()))
+    client = PoolContext(access_in(tmp_path / "home", key, sshd.known_line()))
     try:
         before = len(list(Path("/proc/self/fd").iterdir()))
         ssh = Ssh(node_at(sshd), client)
@@ -118,7 +118,7 @@ def test_logs_that_are_left_are_closed_with_the_client(tmp_path: Path) -> None:
     """As those of containers that run on when a launcher leaves, or of an attempt that is over."""
     key = make_key(tmp_path / "key")
     sshd = Sshd(tmp_path / "sshd", key)
-    client = Client(access_in(tmp_path / "home", key, sshd.known_line()))
+    client = PoolContext(access_in(tmp_path / "home", key, sshd.known_line()))
     followed = Ssh(node_at(sshd), client).start(("sleep", "4812"), log=tmp_path / "log")
     client.close()
     sshd.end()

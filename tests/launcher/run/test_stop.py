@@ -11,7 +11,7 @@ import pytest
 from launcher.doctor.smi import NVIDIA_APPS_QUERY
 from launcher.errors import NodeFailed
 from launcher.plan.commands import NodeCommand
-from launcher.run.run_folder import Site
+from launcher.run.run_folder import WorkingNode
 from launcher.run.stop import Ending, end_run, state_of
 from launcher.ssh.transport import Local, Result
 
@@ -60,12 +60,12 @@ class Engine(Local):
         return 0, NAME, ""
 
 
-def site(engine: Engine) -> Site:
+def site(engine: Engine) -> WorkingNode:
     command = NodeCommand(
         host=engine.host, node_rank=0, runtime="docker", name=NAME, folder="/r", environment={}, prepare=(), start=(),
         probe=VERBS["inspect"], stop=VERBS["kill"], remove=VERBS["rm"],
     )  # fmt: skip
-    return Site(command=command, transport=engine)
+    return WorkingNode(command=command, transport=engine)
 
 
 def end(*engines: Engine, accelerator: str = "cpu") -> tuple[Ending, ...]:

@@ -16,7 +16,7 @@ from launcher.config.schema import Cluster, Node
 from launcher.errors import NodeFailed
 from launcher.ssh.hostkey import keys_of, load_known_keys
 from launcher.ssh.node import Ssh
-from launcher.ssh.pool import Client
+from launcher.ssh.pool import PoolContext
 from launcher.ssh.ssh_config import Access, Login, access_of
 from launcher.ssh.target import find_route, node_of, watch_socket
 from tests.launcher.sshd import USER, Sshd, access_in, free_port, make_key, node_at
@@ -43,7 +43,7 @@ def start(tmp_path: Path, key: Path) -> Iterator[Start]:
 
 
 def echo(node: Node, access: Access) -> str:
-    client = Client(access)
+    client = PoolContext(access)
     try:
         return Ssh(node, client).run(("echo", "here")).output
     finally:
@@ -194,7 +194,7 @@ def test_a_proxy_command_of_the_ssh_config(start: Start, key: Path, tmp_path: Pa
 
 def test_silence_behind_a_jump_host_is_noticed(start: Start, key: Path, tmp_path: Path) -> None:
     sshd, jump = start(), start()
-    client = Client(access_in(tmp_path / "a", key, sshd.known_line(), jump.known_line(), silence_s=1.5))
+    client = PoolContext(access_in(tmp_path / "a", key, sshd.known_line(), jump.known_line(), silence_s=1.5))
     try:
         process = Ssh(node_at(sshd, jump=f"127.0.0.1:{jump.port}"), client).start(("sleep", "30"), log=tmp_path / "log")
         assert process.wait(2) is None  # its signs of life are taken for what they are
@@ -309,7 +309,7 @@ def test_a_port_that_is_silent_and_one_whose_packets_are_dropped_are_named_in_ti
 
 def test_limits_of_the_far_side_are_named(start: Start, key: Path, tmp_path: Path) -> None:
     narrow, forced = start("MaxSessions 1"), start("ForceCommand echo This account is closed")
-    client = Client(access_in(tmp_path / "a", key, narrow.known_line(), forced.known_line()))
+    client = PoolContext(access_in(tmp_path / "a", key, narrow.known_line(), forced.known_line()))
     try:
         ssh = Ssh(node_at(narrow), client)
         process = ssh.start(("sleep", "30"), log=tmp_path / "log")

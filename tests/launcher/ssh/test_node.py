@@ -14,7 +14,7 @@ import pytest
 from launcher.errors import NodeFailed
 from launcher.ssh.channel import command_line
 from launcher.ssh.node import Ssh
-from launcher.ssh.pool import Client
+from launcher.ssh.pool import PoolContext
 from tests.launcher.hostile import every_argv, hostile, running
 from tests.launcher.sshd import Sshd, access_in, make_key, node_at
 
@@ -33,7 +33,7 @@ def sshd(tmp_path_factory: pytest.TempPathFactory, key: Path) -> Iterator[Sshd]:
 
 @pytest.fixture(scope="module")
 def ssh(tmp_path_factory: pytest.TempPathFactory, sshd: Sshd, key: Path) -> Iterator[Ssh]:
-    client = Client(access_in(tmp_path_factory.mktemp("access"), key, sshd.known_line()))
+    client = PoolContext(access_in(tmp_path_factory.mktemp("access"), key, sshd.known_line()))
     yield Ssh(node_at(sshd), client)
     client.close()
 

@@ -33,7 +33,7 @@ from trainer.models import find_family
 from trainer.stages.group import apply_stage
 from trainer.tensor import shard
 from trainer.tensor.shard import find_stored
-from trainer.train.loop import Wish, train_step
+from trainer.train.loop import StepRequests, train_step
 from trainer.train.watchdog import Watchdog
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -66,7 +66,7 @@ def train(engine: Engine, spec: TrainSpec, steps: range) -> list[float]:
     samples, _ = read_samples(places.train, places.images)  # type: ignore[arg-type]
     source = batches(samples, find_family("llava").create_processor(spec.model), spec, rank=0, first_step=steps.start - 1)
     watchdog = Watchdog(timeout_s=0, rank=0, stream=sys.stderr, end=pytest.fail)
-    done = (train_step(engine, next(source), spec, step, asks=Wish, watchdog=watchdog, peak_bytes=0) for step in steps)
+    done = (train_step(engine, next(source), spec, step, asks=StepRequests, watchdog=watchdog, peak_bytes=0) for step in steps)
     return [row.loss for row, _ in done]
 
 

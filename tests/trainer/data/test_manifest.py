@@ -10,7 +10,7 @@ import pytest
 from tests.trainer.conftest import make_spec
 from trainer.contract import Expectation, InputRefused, Inputs, TrainSpec
 from trainer.data import manifest
-from trainer.data.check import Places, examine_data, resolve
+from trainer.data.check import DataPaths, examine_data, resolve
 from trainer.data.manifest import HASHES_FILE, describe_changes, hash_weights_of, list_inputs, refuse_other_inputs
 
 INPUTS = Inputs(schema=1, data={}, weights={"model/a.safetensors": "1"})
@@ -70,7 +70,7 @@ def test_an_adapter_brings_its_base(spec: TrainSpec, tmp_path: Path) -> None:
 
 def test_files_have_the_same_names_wherever_they_lie(tmp_path: Path) -> None:
     spec = make_spec(tmp_path / "run", tmp_path / "data")
-    places = Places(train=tmp_path / "rows/train.json", evaluation=None, images=tmp_path / "images")
+    places = DataPaths(train=tmp_path / "rows/train.json", evaluation=None, images=tmp_path / "images")
     files = {tmp_path / "rows/train.json": "1", tmp_path / "images/a/b.png": "2", tmp_path / "data/digits/x.png": "3"}
     assert list_inputs(spec, places, files).data == {"a/b.png": "2", "digits/x.png": "3", str(tmp_path / "rows/train.json"): "1"}
 

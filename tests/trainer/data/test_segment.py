@@ -22,7 +22,7 @@ def sample(*messages: Message) -> Sample:
 
 
 def marked(template, image_token: str, *messages: Message) -> str:
-    return "".join(f"[{segment.text}]" if segment.trained else segment.text for segment in cut(sample(*messages), template, image_token))
+    return "".join(f"[{segment.text}]" if segment.in_loss else segment.text for segment in cut(sample(*messages), template, image_token))
 
 
 def test_vicuna() -> None:

@@ -18,7 +18,7 @@ from trainer.distributed.effective_config import taken_config
 from trainer.distributed.engine import IGNORED, Engine, start_engine
 from trainer.models import find_family
 from trainer.stages.group import apply_stage
-from trainer.train.loop import Wish, train_step
+from trainer.train.loop import StepRequests, train_step
 from trainer.train.watchdog import Watchdog
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -53,7 +53,7 @@ def steps_of(spec: TrainSpec) -> Iterator[tuple[dict[str, torch.Tensor], ...]]:
 
 def one_step(engine: Engine, batch: tuple[dict[str, torch.Tensor], ...], spec: TrainSpec, step: int = 1) -> StepRow:
     watchdog = Watchdog(timeout_s=0, rank=0, stream=sys.stderr, end=pytest.fail)
-    row, _ = train_step(engine, batch, spec, step, asks=Wish, watchdog=watchdog, peak_bytes=0)
+    row, _ = train_step(engine, batch, spec, step, asks=StepRequests, watchdog=watchdog, peak_bytes=0)
     return row
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from trainer.memory_model.allocation_tracker import Ledger
+from trainer.memory_model.allocation_tracker import AllocationTracker
 
 KIB = 1024
 
@@ -12,7 +12,7 @@ def kib(count: int) -> torch.Tensor:
 
 
 def test_the_highest_moment_of_each_phase_is_kept() -> None:
-    ledger = Ledger()
+    ledger = AllocationTracker()
     with ledger:
         with ledger.during("forward", "activations"):
             kept = kib(4)
@@ -27,7 +27,7 @@ def test_the_highest_moment_of_each_phase_is_kept() -> None:
 
 
 def test_views_and_what_is_changed_in_place_count_once() -> None:
-    ledger = Ledger()
+    ledger = AllocationTracker()
     with ledger, ledger.during("forward", "activations"):
         whole = kib(4)
         part = whole[:8].view(2, 4).add_(1)
@@ -39,7 +39,7 @@ def test_views_and_what_is_changed_in_place_count_once() -> None:
 
 
 def test_a_share_counts_for_what_one_rank_holds() -> None:
-    ledger = Ledger({"weights": 0.25})
+    ledger = AllocationTracker({"weights": 0.25})
     with ledger, ledger.during("forward", "activations"):
         weight = kib(8)
         ledger.assign(weight, "weights")
@@ -50,7 +50,7 @@ def test_a_share_counts_for_what_one_rank_holds() -> None:
 
 
 def test_sizes_are_rounded_as_the_allocator_does() -> None:
-    ledger = Ledger(grain_bytes=512)
+    ledger = AllocationTracker(grain_bytes=512)
     with ledger, ledger.during("forward", "activations"):
         small = torch.zeros(3)
     assert ledger.total == 512

@@ -3,14 +3,14 @@
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from trainer.memory_model.allocation_tracker import Ledger
-from trainer.memory_model.fake_tensors import Phantom, attend, empty_weights, kernels_of_an_accelerator
+from trainer.memory_model.allocation_tracker import AllocationTracker
+from trainer.memory_model.fake_tensors import FakeTensors, attend, empty_weights, kernels_of_an_accelerator
 
 LARGE = (1024, 64)  # more than phantom.REAL_BYTES in float32
 
 
 def test_large_floats_are_fake_and_integers_stay_real() -> None:
-    with Phantom():
+    with FakeTensors():
         weight, ids, few = torch.randn(LARGE), torch.arange(4096), torch.zeros(3)
         assert isinstance(weight, FakeTensor) and not isinstance(ids, FakeTensor) and not isinstance(few, FakeTensor)
         assert isinstance(weight.sum(dim=1) + few[0], FakeTensor)
@@ -18,7 +18,7 @@ def test_large_floats_are_fake_and_integers_stay_real() -> None:
 
 
 def test_a_real_mask_chooses_as_many_rows_as_it_has_ones() -> None:
-    with Phantom():
+    with FakeTensors():
         hidden = torch.randn(2, 512, 64).requires_grad_()
         mask = torch.arange(1024).view(2, 512) % 4 == 0
         chosen = hidden[mask]
@@ -28,7 +28,7 @@ def test_a_real_mask_chooses_as_many_rows_as_it_has_ones() -> None:
 
 
 def test_weights_become_fake_and_ties_stay() -> None:
-    phantom = Phantom()
+    phantom = FakeTensors()
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
     model[1].weight = model[0].weight
     model[0].bias.requires_grad_(False)
@@ -40,8 +40,8 @@ def test_weights_become_fake_and_ties_stay() -> None:
 
 def test_attention_keeps_its_inputs_its_result_and_a_number_for_each_row() -> None:
     """Nothing that grows with the square of the length."""
-    ledger = Ledger()
-    with Phantom(), ledger, ledger.during("forward", "activations"):
+    ledger = AllocationTracker()
+    with FakeTensors(), ledger, ledger.during("forward", "activations"):
         query = torch.randn(2, 8, 256, 64).requires_grad_()
         key, value = (torch.randn(2, 2, 256, 64).requires_grad_() for _ in range(2))
         before = ledger.total

@@ -13,7 +13,7 @@ from tests.trainer.models.conftest import model_spec
 from trainer.__main__ import main
 from trainer.contract import SCHEMA, SPEC_FILE, InputRefused, Lora, TraceReport, TrainSpec, decode, write
 from trainer.device.dtype import loading_dtype
-from trainer.memory_model.allocation_tracker import Ledger
+from trainer.memory_model.allocation_tracker import AllocationTracker
 from trainer.memory_model.sharding import shard_step
 from trainer.memory_model.synthetic_batch import synthesise
 from trainer.memory_model.trace import take_step, trace
@@ -82,7 +82,7 @@ def measure(spec: TrainSpec) -> dict[str, int]:
         checkpoint_layers(model, spec)
     model = apply_stage(model, spec, family.unused(model)).model.to(dtype)
     batch = synthesise(family.create_processor(spec.model), spec).batch
-    ledger = Ledger()
+    ledger = AllocationTracker()
     with ledger:
         with ledger.during("states", "optimizer"):
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -25,7 +25,17 @@ from trainer.contract import InputRefused, TrainSpec
 from trainer.data.batch.collate import collate
 from trainer.data.encode import IGNORED
 from trainer.data.rows.sample import Sample
-from trainer.kernels.fused import PACKAGES, ROTARY, Kernels, fuse, open_liger, open_torch_npu, put_norm, refuse_difference, use_kernels
+from trainer.kernels.fused import (
+    PACKAGES,
+    ROTARY,
+    Kernels,
+    fuse,
+    open_liger,
+    open_torch_npu,
+    patch_rms_norm,
+    refuse_difference,
+    use_kernels,
+)
 
 # How many layers of each tiny model get a kernel: a class that transformers renames would be missed in silence.
 LAYERS: dict[str, dict[str, int]] = {
@@ -248,7 +258,7 @@ def test_every_kernel_is_called(make_tiny: Callable[[str], Made], samples: tuple
 def test_inputs_of_another_type_than_the_weight_take_the_plain_path() -> None:
     norm, x = LlamaRMSNorm(8), torch.randn(2, 8).bfloat16()
     plain = norm(x)
-    put_norm(norm, lambda *_: pytest.fail("the kernel was called"), epsilon="variance_epsilon")
+    patch_rms_norm(norm, lambda *_: pytest.fail("the kernel was called"), epsilon="variance_epsilon")
     assert torch.equal(norm(x), plain) and plain.dtype == torch.float32
 
 

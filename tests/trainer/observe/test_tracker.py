@@ -11,7 +11,7 @@ import pytest
 
 from trainer.contract import InputRefused, TrainSpec
 from trainer.observe import tracker
-from trainer.observe.tracker import TRACKERS, Kind, open_trackers, refuse_missing
+from trainer.observe.tracker import TRACKERS, TrackerKind, open_trackers, refuse_missing
 
 THIRD_PARTY = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
 ANSWERS = '{"row": 1, "got": "7"}\n{"row": 2, "got": "3"}\n'
@@ -122,7 +122,7 @@ class Slow:
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> Any:
     def know(name: str, kind: Any) -> None:
-        monkeypatch.setitem(TRACKERS, name, Kind(package=name, module="json", open=kind))
+        monkeypatch.setitem(TRACKERS, name, TrackerKind(package=name, module="json", open=kind))
 
     return know
 

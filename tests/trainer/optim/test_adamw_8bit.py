@@ -11,7 +11,7 @@ from trainer.optim import adamw_8bit as eight_bit
 from trainer.optim.adamw import MOMENTS
 from trainer.optim.adamw_8bit import SMALLEST, AdamW8bit, Quantized
 from trainer.optim.blockwise import BLOCK
-from trainer.optim.optimizer_shard import Part
+from trainer.optim.optimizer_shard import OptimizerShard
 
 STEPS = 3000
 COUNT = 20 * BLOCK + 100
@@ -63,8 +63,8 @@ def test_updates_are_torchs_up_to_a_codes_error() -> None:
     assert isinstance(pair[0].state[mine[1]]["exp_avg_sq"]["#1"], Tensor)
 
 
-def part_of(owner: Tensor, *, offset: int, start: int, count: int, numel: int = COUNT) -> Part:
-    return Part(parameter=owner, numel=numel, owner=owner, offset=offset, start=start, count=count)  # type: ignore[arg-type]
+def part_of(owner: Tensor, *, offset: int, start: int, count: int, numel: int = COUNT) -> OptimizerShard:
+    return OptimizerShard(parameter=owner, numel=numel, owner=owner, offset=offset, start=start, count=count)  # type: ignore[arg-type]
 
 
 def step_all(optimizer: AdamW8bit, held: list[Tensor], gradients: list[list[Tensor]]) -> AdamW8bit:

@@ -20,7 +20,7 @@ import pytest
 from launcher.check.strategy import choose_strategy
 from launcher.config.compose import compose
 from launcher.config.schema import Config
-from launcher.plan.plan import Place, train_spec
+from launcher.plan.plan import LocalContext, train_spec
 from tests.trainer.cell import RANKS, Cell, Outcome, run_cells, with_root
 from tests.trainer.mortal import free_port
 from trainer.contract import TrainSpec
@@ -98,7 +98,7 @@ def collect(answers: Any, ranks: list[Any], log: Path) -> dict[Cell, Outcome]:
 def make_specs() -> Iterator[tuple[Cell, TrainSpec]]:
     """As the launcher plans them. A large epsilon makes the first step of Adam a smooth function of the gradient: with 1e-8 it is the
     gradient's sign, and a gradient that is zero up to rounding would move a weight either way."""
-    place = Place(project=CONF.parent, here=CONF.parent, interpreter="python", user="")
+    place = LocalContext(project=CONF.parent, here=CONF.parent, interpreter="python", user="")
     configs = {(model, stage): compose_cell(model, stage) for model in MODELS for stage in STAGES}
     precisions = {name: compose([f"precision={name}"], CONF).precision for name in ZERO}
     strategies = {zero: compose([f"strategy={name}"], CONF).strategy for zero, name in STRATEGIES.items()}

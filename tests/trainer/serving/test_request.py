@@ -8,7 +8,7 @@ import pytest
 from trainer.contract import Sampling
 from trainer.serving.body import MOST_MARKS, parse_body
 from trainer.serving.refusal import RequestRefused
-from trainer.serving.request import READ, WITHOUT_EFFECT, Asked, read_request
+from trainer.serving.request import READ, WITHOUT_EFFECT, ChatRequest, read_request
 
 DEFAULT = Sampling(max_new_tokens=100, temperature=0.5, top_p=0.9, top_k=7)
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -16,7 +16,7 @@ URL = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 TEXT = {"type": "text", "text": "what?"}
 
 
-def read(**keys: Any) -> Asked:
+def read(**keys: Any) -> ChatRequest:
     return read_request({"model": "m", "messages": HELLO, **keys}, "m", DEFAULT, most_images=2, most_characters=1000)
 
 

@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 
 from launcher.config.compose import compose
-from launcher.plan.plan import Place, model_spec
+from launcher.plan.plan import LocalContext, model_spec
 from trainer.contract import ModelSpec
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
@@ -13,4 +13,4 @@ MODELS = tuple(sorted(path.stem for path in (CONF / "model").glob("tiny_*.yaml")
 
 @cache
 def tiny_model_spec(name: str) -> ModelSpec:
-    return model_spec(compose([f"model={name}", "tune=null"], CONF), Place(project=CONF.parent, here=CONF.parent, interpreter="", user=""))
+    return model_spec(compose([f"model={name}", "tune=null"], CONF), LocalContext(project=CONF.parent, here=CONF.parent, interpreter="", user=""))

@@ -13,7 +13,7 @@ import torch
 
 from trainer.contract import Precision, RunFailed, StepRow, TrainSpec
 from trainer.distributed.engine import Update
-from trainer.train.loop import SKIPS_ALLOWED, Progress, Wish, stop_on_signals, train
+from trainer.train.loop import SKIPS_ALLOWED, Progress, StepRequests, stop_on_signals, train
 from trainer.train.watchdog import Watchdog
 
 
@@ -63,7 +63,7 @@ def run(
         "done": Progress(),
         "watchdog": Watchdog(timeout_s=0, rank=0, stream=sys.stderr, end=pytest.fail),
         "write": rows.append,
-        "asks": Wish,
+        "asks": StepRequests,
         "between": lambda *_: None,
         "peak_bytes": lambda: 2048,
         "name_samples": lambda step: f"rows of {step}",
@@ -89,7 +89,7 @@ def test_a_step_divides_by_the_trained_tokens_of_all_its_parts(spec: TrainSpec) 
 
 
 def test_what_a_rank_asks_for_comes_back_with_the_step(spec: TrainSpec) -> None:
-    wishes = [Wish(save=True), Wish(failed=True), Wish()]
+    wishes = [StepRequests(save=True), StepRequests(failed=True), StepRequests()]
     asked, seen = list(wishes), []
     run(spec, ScriptedEngine([1.0] * 3), [(batch(1),)] * 3, asks=lambda: asked.pop(0), between=lambda *pair: seen.append(pair))
     assert seen == list(enumerate(wishes, start=1))
@@ -122,7 +122,7 @@ def test_the_row_is_written_under_watch_and_nothing_is_between_two_steps(spec: T
 def test_a_signal_ends_the_loop_after_the_step_that_it_met(spec: TrainSpec) -> None:
     with stop_on_signals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        progress, rows = run(replace(spec, save_every=1), ScriptedEngine([1.0] * 3), [(batch(1),)] * 3, asks=lambda: Wish(stop=stop.up))
+        progress, rows = run(replace(spec, save_every=1), ScriptedEngine([1.0] * 3), [(batch(1),)] * 3, asks=lambda: StepRequests(stop=stop.up))
     assert (progress.step, progress.stopped, len(rows)) == (1, True, 1)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -134,7 +134,7 @@ def test_a_signal_in_the_middle_of_a_step_ends_the_loop_with_that_step(spec: Tra
             return super().step(lr)
 
     with stop_on_signals() as stop:
-        progress, rows = run(spec, Interrupted([1.0] * 3), [(batch(1),)] * 3, asks=lambda: Wish(stop=stop.up))
+        progress, rows = run(spec, Interrupted([1.0] * 3), [(batch(1),)] * 3, asks=lambda: StepRequests(stop=stop.up))
     assert (progress.step, progress.stopped, len(rows)) == (1, True, 1)
 
 

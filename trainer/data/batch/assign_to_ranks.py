@@ -37,9 +37,9 @@ def share_of_rank(step: int, spec: TrainSpec, *, rank: int, count: int, measure:
     chosen = samples_of_step(step, spec, count=count, measure=measure)
     size, ranks = spec.batch.micro_batch, spec.device.world_size
     if spec.data.packing:
-        return deal(pack_rows(chosen, spec, measure), rank=rank, ranks=ranks, size=size)
+        return assign_to_ranks(pack_rows(chosen, spec, measure), rank=rank, ranks=ranks, size=size)
     if spec.data.length_aware != "off" and size < len(chosen):  # one micro-batch of all has nothing to choose
-        return deal([(row,) for row in longest_first(chosen, measure)], rank=rank, ranks=ranks, size=size)
+        return assign_to_ranks([(row,) for row in longest_first(chosen, measure)], rank=rank, ranks=ranks, size=size)
     share = rows_of_rank(chosen, rank=rank, world_size=ranks)
     return tuple(tuple((row,) for row in share[start : start + size]) for start in range(0, len(share), size))
 
@@ -57,7 +57,7 @@ def longest_first(chosen: Sequence[int], measure: Measure) -> list[int]:
     return [chosen[place] for place in sorted(range(len(chosen)), key=lambda place: -lengths[place])]  # equal ones keep their order
 
 
-def deal(rows: Sequence[Row], *, rank: int, ranks: int, size: int) -> tuple[Micro, ...]:
+def assign_to_ranks(rows: Sequence[Row], *, rank: int, ranks: int, size: int) -> tuple[Micro, ...]:
     """Of rows by length: neighbours share a micro-batch (little padding), and the ranks' micro-batches of one time are neighbours, too
     (nobody waits)."""
     together = size * ranks

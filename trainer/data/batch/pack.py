@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
+class TokenBlock:
     """Tokens that see each other and no others. `useful`: those of a sample, not of a dummy image or filling."""
 
     input_ids: list[int]
@@ -67,7 +67,7 @@ def collate_unpadded(
     }
 
 
-def chain(blocks: list[Block], processor: "Processor", spec: TrainSpec, cache: Cache) -> dict[str, Tensor]:
+def chain(blocks: list[TokenBlock], processor: "Processor", spec: TrainSpec, cache: Cache) -> dict[str, Tensor]:
     """One after the other, and a dummy image at the end where the step wants one."""
     if needs_dummy([block.images for block in blocks], spec):
         blocks = [*blocks, dummy_block(processor, spec, cache)]
@@ -85,22 +85,22 @@ def chain(blocks: list[Block], processor: "Processor", spec: TrainSpec, cache: C
     }
 
 
-def positions(block: Block, processor: "Processor") -> Tensor:
+def positions(block: TokenBlock, processor: "Processor") -> Tensor:
     return processor.position_ids(torch.tensor(block.input_ids, dtype=torch.int64), [image.tensors for image in block.images])
 
 
-def sample_block(sample: Sample, processor: "Processor", spec: TrainSpec, cache: Cache) -> Block:
+def sample_block(sample: Sample, processor: "Processor", spec: TrainSpec, cache: Cache) -> TokenBlock:
     """The first label goes: what stands before it is another sample's, and must not learn to say it."""
     images = load_images(sample, processor, cache)
     text = encode_cached(sample, processor, spec, images, cache)
-    return Block(input_ids=text.input_ids, labels=[IGNORED, *text.labels[1:]], images=images, useful=True)
+    return TokenBlock(input_ids=text.input_ids, labels=[IGNORED, *text.labels[1:]], images=images, useful=True)
 
 
-def dummy_block(processor: "Processor", spec: TrainSpec, cache: Cache) -> Block:
+def dummy_block(processor: "Processor", spec: TrainSpec, cache: Cache) -> TokenBlock:
     (image,) = dummy_images(processor, cache)
     ids = list(processor.span(image.size, 0))
-    return Block(input_ids=ids, labels=[IGNORED] * len(ids), images=(image,))
+    return TokenBlock(input_ids=ids, labels=[IGNORED] * len(ids), images=(image,))
 
 
-def filling_block(processor: "Processor") -> Block:
-    return Block(input_ids=[processor.tokenizer.pad_token_id or 0], labels=[IGNORED])
+def filling_block(processor: "Processor") -> TokenBlock:
+    return TokenBlock(input_ids=[processor.tokenizer.pad_token_id or 0], labels=[IGNORED])

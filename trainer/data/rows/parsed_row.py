@@ -14,14 +14,14 @@ KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a n
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One message. `content` holds a MARK for each image. `trained`: whether an answer is learned. `field`: where it stands in the row,
+    """One message. `content` holds a MARK for each image. `in_loss`: whether an answer is learned. `field`: where it stands in the row,
     `text_key`: the key of its text there, '' where the field is the text."""
 
     role: Role
     content: str
     field: str
     text_key: str = ""
-    trained: bool = True
+    in_loss: bool = True
 
     @property
     def text_field(self) -> str:
@@ -29,7 +29,7 @@ class Turn:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class ImageReference:
     """An image's path as written; anything else that stands in its place is told later, and counted against the marks until then."""
 
     name: Any
@@ -37,12 +37,12 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draft:
+class ParsedRow:
     """`turns` is None where one of them could not be understood: their order and their marks say nothing then. `field`: of them all."""
 
     field: str
     turns: tuple[Turn, ...] | None
-    pictures: tuple[Picture, ...]
+    pictures: tuple[ImageReference, ...]
 
 
 def kind(value: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.contract import DataProblem, InputRefused
 from trainer.data.rows.annotation import read_rows
-from trainer.data.rows.parsed_row import MARK, Complain, Picture, Row, Turn, keys_of, kind, printable
+from trainer.data.rows.parsed_row import MARK, Complain, ImageReference, Row, Turn, keys_of, kind, printable
 from trainer.data.rows.row_images import read_pictures, take_blocks
 from trainer.data.rows.sample import Message, path_text, refuse_unread
 from trainer.data.rows.turn import read_system, read_turns
@@ -66,7 +66,7 @@ def read_request(row: Any, number: int, file: Path, folder: Path) -> tuple[Reque
     ), problems
 
 
-def read_asked(row: Row, complain: Complain) -> tuple[tuple[Turn, ...] | None, tuple[Picture, ...]]:
+def read_asked(row: Row, complain: Complain) -> tuple[tuple[Turn, ...] | None, tuple[ImageReference, ...]]:
     given = [key for key in ("prompt", "messages") if key in row]
     if len(given) != 1:
         said = "has both prompt and messages" if given else f"has neither prompt nor messages: its keys are {keys_of(row)}"
@@ -101,7 +101,7 @@ def check_turns(turns: Sequence[Turn], complain: Complain) -> None:
         complain(turns[-1].field, f"the roles are {', '.join(roles)}", "let questions and answers alternate, a question first and last")
 
 
-def check_name(picture: Picture, complain: Complain) -> None:
+def check_name(picture: ImageReference, complain: Complain) -> None:
     name = picture.name
     if not isinstance(name, str) or not name:
         complain(picture.field, "is an empty path" if name == "" else f"is {kind(name)}, not a path", "give the image's path as a string")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from trainer.data.rows.parsed_row import MARK, Complain, Picture, Row, Turn, keys_of, kind
+from trainer.data.rows.parsed_row import MARK, Complain, ImageReference, Row, Turn, keys_of, kind
 from trainer.data.rows.turn import FROM_IMAGES
 
 IMAGE_KEYS = ("image", "images")
@@ -13,7 +13,7 @@ NAMED_MARK = re.compile(r"<image_\d+>")  # OpenBMB/MiniCPM-V: finetune/dataset.p
 TAG = re.compile(r"<img>(.*?)</img>", re.DOTALL)  # QwenLM/Qwen-VL: the words before it ("Picture 1: ") are part of the text
 
 
-def read_pictures(row: Row, complain: Complain) -> tuple[Picture, ...]:
+def read_pictures(row: Row, complain: Complain) -> tuple[ImageReference, ...]:
     given = [key for key in IMAGE_KEYS if row.get(key) not in (None, [])]
     if len(given) > 1:
         complain("image", "both image and images are given", "keep one of them, as a path or a list of paths")
@@ -21,8 +21,8 @@ def read_pictures(row: Row, complain: Complain) -> tuple[Picture, ...]:
         return ()
     key = given[0]
     if isinstance(row[key], list):
-        return tuple(Picture(name=path_of(item), field=f"{key}[{place}]") for place, item in enumerate(row[key]))
-    return (Picture(name=path_of(row[key]), field=key),)
+        return tuple(ImageReference(name=path_of(item), field=f"{key}[{place}]") for place, item in enumerate(row[key]))
+    return (ImageReference(name=path_of(row[key]), field=key),)
 
 
 def path_of(item: Any) -> Any:
@@ -30,7 +30,7 @@ def path_of(item: Any) -> Any:
     return item["path"] if isinstance(item, dict) and item.get("path") is not None else item
 
 
-def take_blocks(row: Row, standing: Sequence[Picture], listed: tuple[Picture, ...], complain: Complain) -> tuple[Picture, ...]:
+def take_blocks(row: Row, standing: Sequence[ImageReference], listed: tuple[ImageReference, ...], complain: Complain) -> tuple[ImageReference, ...]:
     """The images of blocks: those with a path, or for blocks without one those that the row lists."""
     named = [picture for picture in standing if picture.name is not FROM_IMAGES]
     if not named:
@@ -54,9 +54,9 @@ def take_first(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     return (*turns[:place], replace(turns[place], content=f"{MARK}\n{turns[place].content}"), *turns[place + 1 :])
 
 
-def take_named(images: Row, turns: tuple[Turn, ...], complain: Complain) -> tuple[tuple[Turn, ...], tuple[Picture, ...]]:
+def take_named(images: Row, turns: tuple[Turn, ...], complain: Complain) -> tuple[tuple[Turn, ...], tuple[ImageReference, ...]]:
     """MiniCPM: {"<image_00>": path, ...}, each standing wherever a question names it."""
-    pictures: list[Picture] = []
+    pictures: list[ImageReference] = []
     read: list[Turn] = []
     for turn in turns:
         marks = NAMED_MARK.findall(turn.content)
@@ -66,7 +66,7 @@ def take_named(images: Row, turns: tuple[Turn, ...], complain: Complain) -> tupl
             elif mark not in images:
                 complain(turn.text_field, f"{mark} is not in the row's images, which are {keys_of(images)}", "add its path, or take it out")
             else:
-                pictures.append(Picture(name=images[mark], field=f"image.{mark}"))
+                pictures.append(ImageReference(name=images[mark], field=f"image.{mark}"))
         read.append(replace(turn, content=NAMED_MARK.sub(MARK, turn.content)) if turn.role == "user" else turn)
     unknown = [mark for mark in images if not NAMED_MARK.fullmatch(mark)]
     for mark in unknown:
@@ -90,9 +90,9 @@ def has_tags(row: Row) -> bool:
     return False
 
 
-def take_tags(turns: tuple[Turn, ...], complain: Complain) -> tuple[tuple[Turn, ...], tuple[Picture, ...]]:
+def take_tags(turns: tuple[Turn, ...], complain: Complain) -> tuple[tuple[Turn, ...], tuple[ImageReference, ...]]:
     """Qwen-VL: the path stands in the text."""
-    pictures: list[Picture] = []
+    pictures: list[ImageReference] = []
     read: list[Turn] = []
     for turn in turns:
         names = TAG.findall(turn.content)
@@ -102,7 +102,7 @@ def take_tags(turns: tuple[Turn, ...], complain: Complain) -> tuple[tuple[Turn, 
             continue
         if names and MARK in turn.content:
             complain(turn.text_field, f"both {MARK} and <img>", "write each image in one way")
-        pictures += [Picture(name=name.strip(), field=turn.text_field) for name in names]
+        pictures += [ImageReference(name=name.strip(), field=turn.text_field) for name in names]
         read.append(replace(turn, content=TAG.sub(MARK, turn.content)) if names else turn)
     return tuple(read), tuple(pictures)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from trainer.contract import DataProblem
 from trainer.data.rows.annotation import read_rows
-from trainer.data.rows.parsed_row import MARK, Complain, Draft, Picture, Role, Row, Turn, kind, printable
+from trainer.data.rows.parsed_row import MARK, Complain, ImageReference, ParsedRow, Role, Row, Turn, kind, printable
 from trainer.data.rows.shape import USUAL, read_row_shape
-from trainer.data.rows.source import Source, find_sources
+from trainer.data.rows.source import AnnotationSource, find_sources
 
 __all__ = ["MARK", "Message", "Role", "Sample", "read_samples"]
 
@@ -35,11 +35,11 @@ GROUNDING = ("<bbox>", "<ref-object>")  # ms-swift puts the row's `objects` in t
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """`trained`: whether an answer is learned, or only read."""
+    """`in_loss`: whether an answer is learned, or only read."""
 
     role: Role
     content: str
-    trained: bool = True
+    in_loss: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def read_samples(file: Path, images: Path) -> tuple[tuple[Sample, ...], tuple[Da
     return tuple(samples), tuple(problems)
 
 
-def read_source(source: Source) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:
+def read_source(source: AnnotationSource) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:
     rows, file_problems = read_rows(source.file)
     samples: list[Sample] = []
     problems = list(file_problems)
@@ -97,7 +97,7 @@ def split_row(row: Any) -> Iterator[tuple[int, str, Any]]:
         yield part, f"[{part}]", item
 
 
-def read_row(row: Any, number: int, source: Source, *, part: int = 0, prefix: str = "") -> tuple[Sample | None, list[DataProblem]]:
+def read_row(row: Any, number: int, source: AnnotationSource, *, part: int = 0, prefix: str = "") -> tuple[Sample | None, list[DataProblem]]:
     """The sample, or None and every problem that can be seen without decoding an image."""
     problems: list[DataProblem] = []
 
@@ -122,7 +122,7 @@ def read_row(row: Any, number: int, source: Source, *, part: int = 0, prefix: st
     return Sample(
         id=str(identity),
         images=tuple(source.images / path_text(picture.name) for picture in draft.pictures),
-        messages=tuple(Message(role=turn.role, content=turn.content, trained=turn.trained) for turn in draft.turns),
+        messages=tuple(Message(role=turn.role, content=turn.content, in_loss=turn.in_loss) for turn in draft.turns),
         file=str(source.file),
         row=number,
         part=part,
@@ -143,7 +143,7 @@ def refuse_unread(row: Row, complain: Complain) -> None:
             complain(key, *UNREAD[key])
 
 
-def check_draft(draft: Draft, row: Row, folder: Path, complain: Complain) -> None:
+def check_draft(draft: ParsedRow, row: Row, folder: Path, complain: Complain) -> None:
     for picture in draft.pictures:
         check_path(picture, folder, complain)
     if draft.turns is None:
@@ -172,7 +172,7 @@ def check_text(turn: Turn, complain: Complain) -> None:
         complain(turn.text_field, "half of a surrogate pair, which is no character", "write the text again from its source")
 
 
-def check_order(draft: Draft, complain: Complain) -> None:
+def check_order(draft: ParsedRow, complain: Complain) -> None:
     """[system] then user and assistant in turn, ending with an answer; one of the answers at least is learned."""
     turns = [turn for place, turn in enumerate(draft.turns or ()) if turn.role != "system" or place > 0]
     previous: Role = "assistant"
@@ -189,7 +189,7 @@ def check_order(draft: Draft, complain: Complain) -> None:
         complain(draft.field, "conversation without an answer", 'add the answer as the last message ("gpt" or "assistant")')
     elif turns[-1].role == "user":
         complain(turns[-1].field, "conversation ends with a question", "add its answer, or drop the question")
-    elif not any(turn.trained for turn in answers):
+    elif not any(turn.in_loss for turn in answers):
         complain(
             draft.field, "all answers have loss: false, so that nothing would be learned", "leave the row out, or take out one of them"
         )
@@ -198,7 +198,7 @@ def check_order(draft: Draft, complain: Complain) -> None:
 # -------------------------------------------------------------------------------------------------------------------- images
 
 
-def check_path(picture: Picture, folder: Path, complain: Complain) -> None:
+def check_path(picture: ImageReference, folder: Path, complain: Complain) -> None:
     name = picture.name
     if not isinstance(name, str) or not name:
         said = "is an empty path" if name == "" else f"is {kind(name)}, not a path"
@@ -214,7 +214,7 @@ def path_text(name: str) -> str:
     return name.removeprefix("file://")
 
 
-def check_marks(draft: Draft, complain: Complain) -> None:
+def check_marks(draft: ParsedRow, complain: Complain) -> None:
     questions = [turn for turn in draft.turns or () if turn.role == "user"]
     marks, images = sum(turn.content.count(MARK) for turn in questions), len(draft.pictures)
     if marks == images:

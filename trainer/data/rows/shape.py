@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from trainer.data.rows.parsed_row import Complain, Draft, Row, keys_of
+from trainer.data.rows.parsed_row import Complain, ParsedRow, Row, keys_of
 from trainer.data.rows.row_images import has_tags, read_pictures, take_blocks, take_first, take_named, take_tags
 from trainer.data.rows.turn import pair, read_system, read_turns
 
@@ -16,11 +16,11 @@ class Shape:
     name: str
     key: str
     fits: Callable[[Row], bool]
-    read: Callable[[Row, Complain], Draft]
+    read: Callable[[Row, Complain], ParsedRow]
     example: str
 
 
-def read_row_shape(row: Row, complain: Complain) -> Draft | None:
+def read_row_shape(row: Row, complain: Complain) -> ParsedRow | None:
     """None where the row has no known shape, or two."""
     shape = find_shape(row, complain)
     return shape.read(row, complain) if shape else None
@@ -52,59 +52,59 @@ def nearest(row: Row) -> Shape:
 # -------------------------------------------------------------------------------------------------------------- the readers
 
 
-def read_conversations(row: Row, complain: Complain) -> Draft:
+def read_conversations(row: Row, complain: Complain) -> ParsedRow:
     return read_listed(row, "conversations", complain)
 
 
-def read_messages(row: Row, complain: Complain) -> Draft:
+def read_messages(row: Row, complain: Complain) -> ParsedRow:
     return read_listed(row, "messages", complain)
 
 
-def read_listed(row: Row, key: str, complain: Complain) -> Draft:
+def read_listed(row: Row, key: str, complain: Complain) -> ParsedRow:
     turns, standing = read_turns(row, key, complain)
     pictures = take_blocks(row, standing, read_pictures(row, complain), complain)
-    return Draft(field=key, turns=read_system(row, turns, complain), pictures=pictures)
+    return ParsedRow(field=key, turns=read_system(row, turns, complain), pictures=pictures)
 
 
-def read_minicpm(row: Row, complain: Complain) -> Draft:
+def read_minicpm(row: Row, complain: Complain) -> ParsedRow:
     turns, _ = read_turns(row, "conversations", complain)
     pictures = read_pictures(row, complain)
     if turns is not None and isinstance(row.get("image"), str):
         turns = take_first(turns)
-    return Draft(field="conversations", turns=turns, pictures=pictures)
+    return ParsedRow(field="conversations", turns=turns, pictures=pictures)
 
 
-def read_named(row: Row, complain: Complain) -> Draft:
+def read_named(row: Row, complain: Complain) -> ParsedRow:
     turns, _ = read_turns(row, "conversations", complain)
     if turns is None:
-        return Draft(field="conversations", turns=None, pictures=())
+        return ParsedRow(field="conversations", turns=None, pictures=())
     turns, pictures = take_named(row["image"], turns, complain)
-    return Draft(field="conversations", turns=turns, pictures=pictures)
+    return ParsedRow(field="conversations", turns=turns, pictures=pictures)
 
 
-def read_tagged(row: Row, complain: Complain) -> Draft:
+def read_tagged(row: Row, complain: Complain) -> ParsedRow:
     turns, _ = read_turns(row, "conversations", complain)
     turns, pictures = take_tags(turns or (), complain) if turns is not None else (None, ())
-    return Draft(field="conversations", turns=read_system(row, turns, complain), pictures=pictures)
+    return ParsedRow(field="conversations", turns=read_system(row, turns, complain), pictures=pictures)
 
 
-def read_pairs(row: Row, complain: Complain) -> Draft:
+def read_pairs(row: Row, complain: Complain) -> ParsedRow:
     """[{"human": question, "assistant": answer}, ...]"""
     pairs = row["conversation"]
     if not isinstance(pairs, list) or not pairs or not all(isinstance(item, dict) for item in pairs):
         complain("conversation", "is not a list of questions and answers", 'write [{"human": "...", "assistant": "..."}]')
-        return Draft(field="conversation", turns=None, pictures=read_pictures(row, complain))
+        return ParsedRow(field="conversation", turns=None, pictures=read_pictures(row, complain))
     fields = [(f"conversation[{place}].human", f"conversation[{place}].assistant") for place in range(len(pairs))]
     read = [pair(item.get("human"), item.get("assistant"), place, complain) for item, place in zip(pairs, fields, strict=True)]
     turns = tuple(turn for turns in read if turns for turn in turns) if all(read) else None
-    return Draft(field="conversation", turns=read_system(row, turns, complain), pictures=read_pictures(row, complain))
+    return ParsedRow(field="conversation", turns=read_system(row, turns, complain), pictures=read_pictures(row, complain))
 
 
-def read_query(row: Row, complain: Complain) -> Draft:
+def read_query(row: Row, complain: Complain) -> ParsedRow:
     return read_asked(row, "query", row["query"], "response", complain)
 
 
-def read_instruction(row: Row, complain: Complain) -> Draft:
+def read_instruction(row: Row, complain: Complain) -> ParsedRow:
     """LLaMA-Factory joins instruction and input by a line feed."""
     question, more = row["instruction"], row.get("input")
     if isinstance(question, str) and isinstance(more, str) and more:
@@ -114,17 +114,17 @@ def read_instruction(row: Row, complain: Complain) -> Draft:
     return read_asked(row, "instruction", question, "output", complain)
 
 
-def read_asked(row: Row, asked: str, question: object, answered: str, complain: Complain) -> Draft:
+def read_asked(row: Row, asked: str, question: object, answered: str, complain: Complain) -> ParsedRow:
     """Question and answer under keys of their own, after the pairs of `history`."""
     pictures = read_pictures(row, complain)
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(item, list) and len(item) == 2 for item in history):
         complain("history", "is not a list of pairs", 'write [["question", "answer"], ...]')
-        return Draft(field=asked, turns=None, pictures=pictures)
+        return ParsedRow(field=asked, turns=None, pictures=pictures)
     past = [(item[0], item[1], (f"history[{place}][0]", f"history[{place}][1]")) for place, item in enumerate(history)]
     read = [pair(first, second, fields, complain) for first, second, fields in (*past, (question, row.get(answered), (asked, answered)))]
     turns = tuple(turn for turns in read if turns for turn in turns) if all(read) else None
-    return Draft(field=asked, turns=read_system(row, turns, complain), pictures=pictures)
+    return ParsedRow(field=asked, turns=read_system(row, turns, complain), pictures=pictures)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the table

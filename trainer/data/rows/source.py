@@ -26,7 +26,7 @@ UNREAD = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class AnnotationSource:
     """One annotation file, the folder that its image paths start from, how often its rows count (< 1: the first ones alone), and what its
     keys are called where they have names of their own."""
 
@@ -36,13 +36,13 @@ class Source:
     columns: Columns | None = None
 
 
-def find_sources(file: Path, images: Path) -> tuple[tuple[Source, ...], tuple[DataProblem, ...]]:
+def find_sources(file: Path, images: Path) -> tuple[tuple[AnnotationSource, ...], tuple[DataProblem, ...]]:
     """The sources and all problems of the files that name them. A file that cannot be read is a source: its reading says why."""
     meta = read_meta(file)
     if meta is None:
         columns, problems = find_columns(file)
-        return (Source(file=file, images=images, columns=columns),), problems
-    sources: list[Source] = []
+        return (AnnotationSource(file=file, images=images, columns=columns),), problems
+    sources: list[AnnotationSource] = []
     found: list[DataProblem] = []
     for name, entry in meta.items():
         wrong = [DataProblem(file=str(file), row=0, field=f"{name}{key}", problem=said, fix=fix) for key, said, fix in find_faults(entry)]
@@ -52,7 +52,7 @@ def find_sources(file: Path, images: Path) -> tuple[tuple[Source, ...], tuple[Da
             columns, problems = find_columns(annotation)
             found += problems
             root = images / entry.get("root", "")
-            sources.append(Source(file=annotation, images=root, repeat=entry.get("repeat_time", 1), columns=columns))
+            sources.append(AnnotationSource(file=annotation, images=root, repeat=entry.get("repeat_time", 1), columns=columns))
     return tuple(sources), tuple(found)
 
 

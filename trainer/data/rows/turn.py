@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trainer.data.rows.parsed_row import MARK, Complain, Picture, Role, Row, Turn, keys_of, kind
+from trainer.data.rows.parsed_row import MARK, Complain, ImageReference, Role, Row, Turn, keys_of, kind
 
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 # Of a block {"type": "image", KEY: path}: transformers' chat templates know the first three, ms-swift and OpenAI the last.
@@ -10,10 +10,10 @@ PATH_KEYS = ("image", "path", "url", "image_url")
 IMAGE_TYPES = ("image", "image_url")
 FROM_IMAGES = object()  # in place of a path: the block says only that an image stands here, and `images` has it
 
-Read = tuple[Turn, tuple[Picture, ...]]
+Read = tuple[Turn, tuple[ImageReference, ...]]
 
 
-def read_turns(row: Row, key: str, complain: Complain) -> tuple[tuple[Turn, ...] | None, tuple[Picture, ...]]:
+def read_turns(row: Row, key: str, complain: Complain) -> tuple[tuple[Turn, ...] | None, tuple[ImageReference, ...]]:
     """The messages below `key`, None when one of them cannot be understood; and the images that stand in their blocks."""
     if not isinstance(row[key], list) or not row[key]:
         fix = 'give it the messages: [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
@@ -41,7 +41,7 @@ def read_turn(item: Any, field: str, complain: Complain) -> Read | None:
     trained = read_loss(item, ROLES[role], field, complain) if "loss" in item else True
     if content is None or trained is None:
         return None
-    return Turn(role=ROLES[role], content=content[0], field=field, text_key=text_key, trained=trained), content[1]
+    return Turn(role=ROLES[role], content=content[0], field=field, text_key=text_key, in_loss=trained), content[1]
 
 
 def read_loss(item: Row, role: Role, field: str, complain: Complain) -> bool | None:
@@ -56,7 +56,7 @@ def read_loss(item: Row, role: Role, field: str, complain: Complain) -> bool | N
     return loss
 
 
-def read_content(value: Any, field: str, complain: Complain) -> tuple[str, tuple[Picture, ...]] | None:
+def read_content(value: Any, field: str, complain: Complain) -> tuple[str, tuple[ImageReference, ...]] | None:
     if isinstance(value, str):
         return value, ()
     if not isinstance(value, list):
@@ -68,7 +68,7 @@ def read_content(value: Any, field: str, complain: Complain) -> tuple[str, tuple
     return "".join(block[0] for block in blocks if block), tuple(block[1] for block in blocks if block and block[1])
 
 
-def read_block(block: Any, field: str, complain: Complain) -> tuple[str, Picture | None] | None:
+def read_block(block: Any, field: str, complain: Complain) -> tuple[str, ImageReference | None] | None:
     """Its text, MARK for an image, and the image."""
     if isinstance(block, str):
         return block, None
@@ -85,7 +85,7 @@ def read_block(block: Any, field: str, complain: Complain) -> tuple[str, Picture
         name = block[given[0]] if given else FROM_IMAGES
         if given and isinstance(name, dict):  # OpenAI: {"type": "image_url", "image_url": {"url": ...}}
             name = name.get("url")
-        return MARK, Picture(name=name, field=f"{field}.{given[0]}" if given else field)
+        return MARK, ImageReference(name=name, field=f"{field}.{given[0]}" if given else field)
     complain(field, describe_block(block, given), 'a block is {"type": "text", "text": ...} or {"type": "image", "image": PATH}')
     return None
 

@@ -24,7 +24,7 @@ def sines(width: int, side: int) -> Tensor:
     return torch.cat((columns, rows), dim=2).flatten(0, 1).float()
 
 
-def carry(positions: Tensor, side: int, *, antialias: bool) -> Tensor:
+def interpolate_pos_embed(positions: Tensor, side: int, *, antialias: bool) -> Tensor:
     """Positions of a square grid, (places, width), for one of `side` by `side`: (side * side, width), in the same dtype."""
     before = isqrt(len(positions))
     if before == side:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import initialization
 
 from trainer.models.openbmb.cross_attention import CrossAttention
-from trainer.models.openbmb.position_embedding import carry, sines
+from trainer.models.openbmb.position_embedding import interpolate_pos_embed, sines
 
 EPSILON = 1e-6
 STD = 0.02  # of a random start
@@ -33,7 +33,7 @@ class QueryResampler(torch.nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """(images, patches, source) -> (images, queries, width). Patches are those of a square, row by row."""
-        places = carry(self.pos_embed, isqrt(patches.shape[1]), antialias=False)
+        places = interpolate_pos_embed(self.pos_embed, isqrt(patches.shape[1]), antialias=False)
         values = self.ln_kv(self.kv_proj(patches))
         seen: Tensor = self.ln_post(self.attn(self.ln_q(self.query) + self.pos_embed, values + places, values))
         return seen @ self.proj

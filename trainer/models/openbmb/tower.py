@@ -13,7 +13,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 from transformers import initialization
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trainer.models.openbmb.position_embedding import carry
+from trainer.models.openbmb.position_embedding import interpolate_pos_embed
 
 EPSILON = 1e-6
 STD = 0.02  # of a random start
@@ -51,7 +51,7 @@ class Tower(torch.nn.Module):
         patches = self.patch_embed(pixel_values)
         side = pixel_values.shape[-1] // self.patch_embed.proj.kernel_size[0]
         first, rest = self.pos_embed[:, : self.classes], self.pos_embed[0, self.classes :]
-        hidden = patches + carry(rest, side, antialias=True)
+        hidden = patches + interpolate_pos_embed(rest, side, antialias=True)
         if self.classes:
             hidden = torch.cat(((self.cls_token + first).expand(len(hidden), -1, -1), hidden), dim=1)
         for block in self.blocks:

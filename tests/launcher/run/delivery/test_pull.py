@@ -7,7 +7,7 @@ import pytest
 
 from launcher.errors import NodeFailed
 from launcher.run.delivery.ship import Pulled, is_everywhere, pull
-from launcher.run.run_folder import Site
+from launcher.run.run_folder import WorkingNode
 from launcher.ssh.transport import Local
 from tests.launcher.engine import command
 
@@ -25,7 +25,7 @@ esac
 """
 
 
-def sites(folder: Path, *remote: tuple[str, ...]) -> list[Site]:
+def sites(folder: Path, *remote: tuple[str, ...]) -> list[WorkingNode]:
     programs = folder / "programs"
     programs.mkdir()
     (programs / "docker").write_text(DOCKER)
@@ -36,7 +36,7 @@ def sites(folder: Path, *remote: tuple[str, ...]) -> list[Site]:
         home.mkdir()
         (home / "remote").write_text("".join(f"{line}\n" for line in lines))
         transport = Local({"PATH": f"{programs}:{os.environ['PATH']}", "HOME": str(home)}, home.name)
-        made.append(Site(command=command(home.name, rank), transport=transport))
+        made.append(WorkingNode(command=command(home.name, rank), transport=transport))
     return made
 
 
@@ -44,7 +44,7 @@ def digest(letter: str) -> str:
     return f"{REGISTRY}/omnilaunch@sha256:{letter * 64}"
 
 
-def pull_all(nodes: list[Site]) -> list[str]:
+def pull_all(nodes: list[WorkingNode]) -> list[str]:
     said: list[str] = []
     pull(TAG, REGISTRY, nodes, said.append, fingerprint=PRINT)
     return said

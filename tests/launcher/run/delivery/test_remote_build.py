@@ -10,7 +10,7 @@ from launcher.config.schema import Delivery
 from launcher.errors import ImageFailed, NodeFailed
 from launcher.image.stack import Image, context_files, load_stacks, render
 from launcher.run.delivery.remote_build import build_on, refuse_unsendable
-from launcher.run.run_folder import Site
+from launcher.run.run_folder import WorkingNode
 from launcher.ssh.transport import Local
 from tests.launcher.engine import Engine, command
 
@@ -46,7 +46,7 @@ class Yard:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
         engines = [Engine(f"host{rank}", home, folder / "programs") for rank, home in enumerate(self.homes)]
-        self.sites = tuple(Site(command=command(engine.host, rank), transport=engine) for rank, engine in enumerate(engines))
+        self.sites = tuple(WorkingNode(command=command(engine.host, rank), transport=engine) for rank, engine in enumerate(engines))
 
     def build(self, delivery: Delivery, image: Image | None = None) -> None:
         source = Local({"PATH": os.environ["PATH"]})

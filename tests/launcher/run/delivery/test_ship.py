@@ -9,7 +9,7 @@ import pytest
 from launcher.errors import ImageFailed, NodeFailed
 from launcher.run.delivery import peer_transfer as relay, ship
 from launcher.run.delivery.ship import LAYERS, Sent, has, id_on, require
-from launcher.run.run_folder import Site
+from launcher.run.run_folder import WorkingNode
 from launcher.ssh.transport import Local, Result
 from tests.launcher.engine import Hall
 
@@ -115,5 +115,5 @@ def test_an_image_in_another_kind_of_store_is_known_by_its_layers(tmp_path: Path
         def run(self, argv: tuple[str, ...], **_: Any) -> Result:
             return Result(argv=argv, code=0, output=layers if LAYERS in argv else there, errors="")
 
-    site = Site(command=Hall(tmp_path, 1).peers[0].site.command, transport=Engine({}))
+    site = WorkingNode(command=Hall(tmp_path, 1).peers[0].site.command, transport=Engine({}))
     assert has(site, "tag", Sent(id="sha256:config", layers='["sha256:a","sha256:b"]')) is same

@@ -14,7 +14,7 @@ from launcher.errors import ConfigRefused, NodeFailed
 from launcher.plan.commands import NodeCommand
 from launcher.run.delivery import sync as module
 from launcher.run.delivery.sync import INCOMING, batches, sync
-from launcher.run.run_folder import Site
+from launcher.run.run_folder import WorkingNode
 from launcher.ssh.transport import Local, Result
 from tests.launcher.hospital import DATA, HOSTS, PlanFor, Said, beds, examined, found
 from tests.launcher.hostile import hostile
@@ -75,7 +75,7 @@ class Lab:
         self.data.mkdir()
         self.source = Local(ENVIRON)
         self.nodes = [Rooted(f"host{rank}", folder, self.root(rank)) for rank in range(count)]
-        self.sites = tuple(Site(command=command(node.host, rank), transport=node) for rank, node in enumerate(self.nodes))
+        self.sites = tuple(WorkingNode(command=command(node.host, rank), transport=node) for rank, node in enumerate(self.nodes))
         self.said: list[str] = []
 
     def root(self, rank: int) -> Path:

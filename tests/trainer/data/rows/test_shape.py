@@ -159,8 +159,8 @@ def test_an_answer_without_loss_is_read_and_not_learned(tmp_path: Path) -> None:
     messages = talk("Hi", "Hi!", "What?", TELL)
     messages[1]["loss"], messages[3]["loss"] = False, True
     (sample,), _ = read(tmp_path, {"messages": messages})
-    assert [message.trained for message in sample.messages] == [True, False, True, True]
-    assert sample.messages[1] == Message(role="assistant", content="Hi!", trained=False)
+    assert [message.in_loss for message in sample.messages] == [True, False, True, True]
+    assert sample.messages[1] == Message(role="assistant", content="Hi!", in_loss=False)
 
 
 # row -> [(field, what the problem says)]
