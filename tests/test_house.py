@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.architecture import LAUNCHER_ORDER, TRAINER_ORDER, draw
+
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = sorted((ROOT / "launcher").glob("**/*.py"))
 TRAINER = sorted((ROOT / "trainer").glob("**/*.py"))
@@ -31,37 +33,6 @@ TEXTS = [
 ]
 PUBLISHED_CLASSES = {"MiniCPMV", "MiniCPMVConfig"}  # two published families name theirs so, and their config.json asks for it
 
-# Who may import whom: a package sees its own row and the rows above it. `errors` and `redact` are modules beside the packages.
-LAUNCHER_ORDER = (
-    ("errors", "redact"),
-    ("config",),
-    ("image",),
-    ("memory",),
-    ("check",),
-    ("plan",),
-    ("ssh",),
-    ("record",),
-    ("doctor",),
-    ("run",),
-    ("bench",),
-    ("commands",),
-    ("cli",),
-)
-TRAINER_ORDER = (
-    ("contract",),
-    ("device",),
-    ("tensor", "optim", "kernels"),
-    ("distributed",),
-    ("data", "models"),
-    ("stages",),
-    ("generation", "memory_model"),
-    ("checkpoint", "observe"),
-    ("evaluation",),
-    ("train",),
-    ("export", "serving"),
-    ("programs",),
-    ("__main__",),
-)
 MOST_MODULES = 20  # in one folder, its __init__ not counted
 # Our own words and turns, and what the manuals of PyTorch, Docker and OpenSSH say instead. Case is ignored.
 WORDS = {
@@ -251,6 +222,11 @@ def test_folders_are_small_and_say_what_they_hold(folder: Path) -> None:
     text = ast.get_docstring(tree_of(folder / "__init__.py")) or ""
     assert 2 <= text.count("\n") + 1 <= 8, "the __init__ says in about five lines what the folder holds and which module to read first"
     assert any(f"`{path.stem}`" in text for path in modules) or len(modules) < 3, "names the module to read first"
+
+
+def test_the_picture_of_the_house_is_drawn_from_the_code() -> None:
+    drawn = (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8")
+    assert drawn == draw(), "python -m tests.architecture > docs/architecture.svg"
 
 
 def test_one_class_for_a_name() -> None:
