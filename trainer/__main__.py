@@ -98,7 +98,7 @@ def refuse_changed(report: DataReport, run: Path) -> None:
 
 def run(spec: TrainSpec) -> int:
     say_phase(0)
-    from trainer.train.run import run_stage  # imports torch, which `data` must not
+    from trainer.programs.dispatch import run_stage  # imports torch, which `data` must not
 
     run_stage(spec, os.environ)
     return Exit.OK

@@ -31,7 +31,7 @@ from trainer.models import find_family
 from trainer.models.family import Processor
 from trainer.programs.infer import answer_all
 from trainer.stages.group import Staged
-from trainer.train.run import BuiltModel
+from trainer.programs.dispatch import BuiltModel
 
 WORDS = "which of these is shown in the picture and what would one say of it if asked".split()  # noqa: SIM905
 PHOTO = (640, 480)

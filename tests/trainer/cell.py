@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint.build import CPU, start_at_random, start_hollow
-from trainer.checkpoint.scatter import SOURCE, scatter
+from trainer.train.model import CPU, start_at_random, start_hollow
+from trainer.distributed.zero3 import SOURCE, scatter
 from trainer.contract import TrainSpec
 from trainer.data.batch.load import batches
 from trainer.data.check import resolve

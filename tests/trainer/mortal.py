@@ -22,7 +22,7 @@ import trainer.checkpoint.resume
 import trainer.checkpoint.state
 import trainer.checkpoint.writer
 import trainer.distributed.engine
-import trainer.train.run
+import trainer.programs.dispatch
 from trainer.__main__ import main
 from trainer.contract import SPEC_FILE, TrainSpec, write
 
@@ -45,7 +45,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "remove": (trainer.checkpoint.checkpoint, "remove"),
     "cut rows": (trainer.checkpoint.resume, "cut_rows"),
     "restore": (trainer.checkpoint.resume, "restore_state"),
-    "evaluate": (trainer.train.run, "evaluate"),
+    "evaluate": (trainer.programs.dispatch, "evaluate"),
 }
 
 

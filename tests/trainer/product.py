@@ -15,7 +15,7 @@ from trainer.device.device import DEVICES
 from trainer.device.rank import Rank
 from trainer.models import find_family
 from trainer.models.weight import round_weights
-from trainer.train.run import find_stage
+from trainer.programs.dispatch import find_stage
 
 RANK = Rank(number=0, local=0, world_size=1, device=DEVICES["cpu"], place=torch.device("cpu"))
 

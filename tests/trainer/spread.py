@@ -19,17 +19,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import trainer.checkpoint.scatter
+import trainer.distributed.zero3
 from tests.trainer.mortal import free_port
 from trainer.checkpoint.resume import Start
-from trainer.checkpoint.scatter import scatter
+from trainer.distributed.zero3 import scatter
 from trainer.checkpoint.state import read_random
 from trainer.contract import TrainSpec
 from trainer.contract.checkpoint_files import Rows
 from trainer.device.device import DEVICES, STATUS, reset_resident_peak, seed_all
 from trainer.device.dtype import loading_dtype
 from trainer.distributed.engine import start_distributed, start_engine
-from trainer.train.run import Rank, make_model, quieten
+from trainer.programs.dispatch import Rank, make_model, quieten
 
 RANKS = 2
 MMAP_THRESHOLD = -3  # of mallopt(3)
@@ -191,18 +191,18 @@ def watch_parameters(measure: Callable[[list[torch.nn.Parameter]], int]) -> Iter
     """What `measure` says each time that a parameter has come to the device whole, asked with all that have come so far."""
     seen: list[int] = []
     come: list[torch.nn.Parameter] = []
-    bring = trainer.checkpoint.scatter.bring_parameter
+    bring = trainer.distributed.zero3.bring_parameter
 
     def watched(*arguments: Any) -> torch.nn.Parameter:
         come.append(bring(*arguments))
         seen.append(measure(come))
         return come[-1]
 
-    trainer.checkpoint.scatter.bring_parameter = watched
+    trainer.distributed.zero3.bring_parameter = watched
     try:
         yield seen
     finally:
-        trainer.checkpoint.scatter.bring_parameter = bring
+        trainer.distributed.zero3.bring_parameter = bring
 
 
 @contextmanager

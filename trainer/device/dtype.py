@@ -11,7 +11,7 @@ def loading_dtype(precision: Precision) -> torch.dtype:
     """The dtype that weights are read in: that of the module's parameters.
 
     Masters, where they are wider, are made from these by the optimizer. A random start is drawn in float32 and rounded, so
-    that one seed gives the same start in every precision (trainer.checkpoint.build says for which models it does not).
+    that one seed gives the same start in every precision (trainer.train.model says for which models it does not).
     """
     return DTYPES[precision.weights]
 

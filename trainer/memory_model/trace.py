@@ -56,7 +56,7 @@ def trace(spec: TrainSpec) -> TraceReport:
 
 
 def build_empty(spec: TrainSpec, phantom: FakeTensors) -> torch.nn.Module:
-    """The model as trainer.train.run makes it for its first step, every parameter fake."""
+    """The model as trainer.programs.dispatch makes it for its first step, every parameter fake."""
     family, dtype = find_family(spec.model.family), loading_dtype(spec.precision)
     model = round_weights(family.create(spec.model), dtype)
     if spec.gradient_checkpointing:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.build import weights_folder
+from trainer.train.model import weights_folder
 from trainer.checkpoint.lineage import find_origin
 from trainer.contract import Conversion, InputRefused, TrainResult, TrainSpec, write_text
 from trainer.device.dtype import DTYPES
@@ -24,7 +24,7 @@ from trainer.observe.memory import Gauge
 from trainer.tensor.cast_error import CastError, survey
 from trainer.tensor.fp32_exceptions import KEPT
 from trainer.tensor.stream import Outgoing, TensorSource, copy_tensor, open_tensors, read_pieces
-from trainer.train.run import describe_place
+from trainer.programs.dispatch import describe_place
 
 REPORT_FILE = "conversion.json"
 SHOWN = 10  # tensors on the terminal; all are in the report

@@ -20,7 +20,7 @@ from trainer.device.rank import Rank
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.score_change import compare_rows, compare_scores
 from trainer.observe.memory import Gauge
-from trainer.train.run import BuiltModel, find_places, load_samples, open_model
+from trainer.programs.dispatch import BuiltModel, find_places, load_samples, open_model
 
 BASE_FILE = "samples_base.jsonl"
 

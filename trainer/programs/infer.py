@@ -21,7 +21,7 @@ from trainer.generation.answerer import Answerer, Prepared, Question
 from trainer.generation.sampling import check_sampling
 from trainer.models.family import Processor
 from trainer.observe.memory import Gauge
-from trainer.train.run import BuiltModel, open_model
+from trainer.programs.dispatch import BuiltModel, open_model
 
 WINDOW = 16  # batches whose rows are sorted by length together
 SHOWN = 3  # rows that could not be answered, in a message

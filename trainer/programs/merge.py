@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from trainer.checkpoint.adapter import Adapter, merge_tensor, read_adapter
-from trainer.checkpoint.build import weights_folder
+from trainer.train.model import weights_folder
 from trainer.checkpoint.lineage import find_origin
 from trainer.contract import InputRefused, Merging, Origin, RunFailed, TrainResult, TrainSpec
 from trainer.device.rank import Rank
@@ -20,7 +20,7 @@ from trainer.models import find_family
 from trainer.observe.memory import Gauge
 from trainer.tensor.naming import name_in_memory
 from trainer.tensor.stream import Outgoing, TensorSource, copy_tensor, open_tensors
-from trainer.train.run import describe_place
+from trainer.programs.dispatch import describe_place
 
 
 def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:

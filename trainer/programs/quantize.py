@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.build import weights_folder
+from trainer.train.model import weights_folder
 from trainer.checkpoint.lineage import find_origin
 from trainer.contract import SAMPLES_FILE, InputRefused, Quantization, TrainResult, TrainSpec, write_text
 from trainer.device.dtype import loading_dtype
@@ -28,7 +28,7 @@ from trainer.programs.convert import probe
 from trainer.tensor.int8 import Coarse, describe_format, quantize_tensor, scale_rows
 from trainer.tensor.naming import Names, find_tied, name_in_memory
 from trainer.tensor.stream import Outgoing, TensorSource, copy_tensor, open_tensors
-from trainer.train.run import describe_place, find_places, load_samples
+from trainer.programs.dispatch import describe_place, find_places, load_samples
 
 REPORT_FILE = "quantization.json"
 SAMPLES_BEFORE_FILE = "samples_before.jsonl"  # answers of the weights that it was made of; samples.jsonl has those of the result

@@ -23,7 +23,7 @@ from trainer.serving.metric import OUTCOMES, Meters, make_meters
 from trainer.serving.queue import Queue
 from trainer.serving.worker import work
 from trainer.train.loop import stop_on_signals
-from trainer.train.run import open_model
+from trainer.programs.dispatch import open_model
 
 LAST_BYTES_S = 2.0  # for what was answered to get out
 SETTLE_S = 0.02

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.checkpoint.scatter import scatter
+from trainer.distributed.zero3 import scatter
 from trainer.contract import RunFailed, StepRow, TrainSpec, write
 from trainer.data.batch.load import batches
 from trainer.data.check import resolve

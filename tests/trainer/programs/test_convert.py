@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.trainer.models.conftest import TINY
 from tests.trainer.product import carry_out, stage_spec, write_adapter, write_model
-from trainer.checkpoint.build import build
+from trainer.train.model import build
 from trainer.contract import Conversion, InputRefused, ModelSpec, Origin, Precision, TrainResult
 from trainer.contract.weight_files import PICKLED, WEIGHTS
 from trainer.models import find_family

@@ -9,7 +9,7 @@ import torch
 
 from tests.trainer.conftest import cpu_adam_is_built
 from tests.trainer.distributed.test_engine import one_step, steps_of
-from trainer.checkpoint.scatter import scatter
+from trainer.distributed.zero3 import scatter
 from trainer.contract import Lora, Precision, StageSpec, TrainSpec
 from trainer.device.dtype import loading_dtype
 from trainer.distributed.effective_config import taken_config

@@ -11,7 +11,7 @@ from tests.trainer.models.conftest import model_spec
 from trainer.contract import InputRefused, TrainSpec
 from trainer.device.device import DEVICES
 from trainer.models import find_family
-from trainer.train.placement import SHARE, bytes_of, find_pinned, map_model, measure_cards, spread_model
+from trainer.programs.device_map import SHARE, bytes_of, find_pinned, map_model, measure_cards, spread_model
 
 NAMES = ("tiny_llava", "tiny_qwen2_5_vl", "tiny_internvl", "tiny_minicpm_v_2_6", "tiny_omnilmm_3b", "tiny_omnilmm_12b")
 

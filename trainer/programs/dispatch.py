@@ -16,7 +16,7 @@ import torch.distributed
 import transformers
 
 from trainer.checkpoint.best import record_best
-from trainer.checkpoint.build import CPU, build, weights_folder
+from trainer.train.model import CPU, build, weights_folder
 from trainer.checkpoint.checkpoint import warn_of_room
 from trainer.checkpoint.lineage import continues_adapter, find_origin
 from trainer.checkpoint.pending import Saved, make_room
@@ -30,7 +30,7 @@ from trainer.checkpoint.resume import (
     resume_engine,
     whole_weights,
 )
-from trainer.checkpoint.scatter import SOURCE, scatter
+from trainer.distributed.zero3 import SOURCE, scatter
 from trainer.contract import (
     ENVIRONMENT_FILE,
     RESULT_FILE,
@@ -67,7 +67,7 @@ from trainer.observe.tracker import open_trackers, refuse_missing
 from trainer.stages.gradient_checkpointing import checkpoint_layers
 from trainer.stages.group import Staged, apply_stage, trainable_table
 from trainer.train.loop import Progress, stop_on_signals
-from trainer.train.placement import measure_cards, spread_model
+from trainer.programs.device_map import measure_cards, spread_model
 from trainer.train.step_hooks import make_row, tell_evaluation
 from trainer.train.steps import Job, progress_of, run_steps, saved_of
 

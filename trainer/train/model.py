@@ -31,7 +31,7 @@ def build(
     """Model and processor: from the stage's checkpoint, else from the model's source; the weights from `instead`, where it is given.
 
     An adapter is merged into its base, unless the stage goes on with it. On the CPU, but for a large random start, which is made on
-    `place`, the device of this rank. `hollow`: the same modules without values, on the meta device; trainer.checkpoint.scatter brings those."""
+    `place`, the device of this rank. `hollow`: the same modules without values, on the meta device; trainer.distributed.zero3 brings those."""
     attend_by_sample()
     dtype = loading_dtype(spec.precision)
     folder = Path(origin.base or origin.path) if origin.path else None
