@@ -35,7 +35,7 @@ from trainer.contract import (
     write_text,
 )
 from trainer.contract.checkpoint_files import newest_checkpoint
-from trainer.device.log_prefix import named_lines, say_phase
+from trainer.device.log_prefix import prefix_lines, report_phase
 
 USAGE = "usage: python -m trainer data SPEC | run SPEC | trace SPEC    (SPEC: the path of a run's spec.json)"
 TRACED_WITH = ("torch", "transformers", "peft")
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 2 or arguments[0] not in COMMANDS:
         print(USAGE, file=sys.stderr)
         return Exit.USAGE
-    with named_lines(os.environ):
+    with prefix_lines(os.environ):
         return carry_out(COMMANDS[arguments[0]], Path(arguments[1]))
 
 
@@ -97,7 +97,7 @@ def refuse_changed(report: DataReport, run: Path) -> None:
 
 
 def run(spec: TrainSpec) -> int:
-    say_phase(0)
+    report_phase(0)
     from trainer.programs.dispatch import run_stage  # imports torch, which `data` must not
 
     run_stage(spec, os.environ)

@@ -30,7 +30,7 @@ from trainer.contract import TrainSpec
 from trainer.device.dtype import loading_dtype
 from trainer.distributed.engine import start_distributed, start_engine
 from trainer.memory_model.allocation_tracker import AllocationTracker
-from trainer.memory_model.synthetic_batch import synthesise
+from trainer.memory_model.synthetic_batch import make_synthetic_batch
 from trainer.memory_model.trace import trace
 from trainer.models import find_family
 from trainer.models.weight import round_weights
@@ -248,7 +248,7 @@ def measure(spec: TrainSpec) -> dict[str, int]:
     if spec.gradient_checkpointing:
         checkpoint_layers(model, spec)
     staged = apply_stage(model, spec, family.unused(model))
-    batch = synthesise(family.create_processor(spec.model), spec).batch
+    batch = make_synthetic_batch(family.create_processor(spec.model), spec).batch
     ledger = AllocationTracker()
     with ledger:
         for tensor in (*staged.model.parameters(), *staged.model.buffers()):

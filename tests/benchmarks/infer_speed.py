@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from tests.trainer.conftest import architecture, make_spec
-from trainer.contract import Inference, Origin, Sampling, StageSpec, TrainSpec
+from trainer.contract import Inference, WeightsLineage, Sampling, StageSpec, TrainSpec
 from trainer.data.batch.collate import collate_prompts
 from trainer.data.rows.request import read_requests
 from trainer.data.rows.sample import Message, Sample
@@ -99,7 +99,7 @@ def answer_plainly(model: torch.nn.Module, processor: Processor, spec: TrainSpec
 
 
 def answer_file(model: torch.nn.Module, processor: Processor, spec: TrainSpec, file: Path) -> tuple[list[str], float]:
-    made = BuiltModel(staged=Staged(model=model, groups=(), rates={}), processor=processor, origin=Origin(), kernels={})
+    made = BuiltModel(staged=Staged(model=model, groups=(), rates={}), processor=processor, origin=WeightsLineage(), kernels={})
     assert spec.stage.inference is not None
     began = time.perf_counter()
     tally = answer_all(spec, spec.stage.inference, PLACE, made, read_requests(file, file.parent))

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from trainer.train.model import CPU, start_at_random, start_hollow
-from trainer.distributed.zero3 import SOURCE, scatter
+from trainer.train.model import CPU, create_random, create_on_meta
+from trainer.distributed.zero3 import SOURCE_RANK, partition_model
 from trainer.contract import TrainSpec
 from trainer.data.batch.load import batches
 from trainer.data.check import resolve
@@ -93,13 +93,13 @@ def read_rows(spec: TrainSpec) -> tuple[Sample, ...]:
 def run_cell(spec: TrainSpec, samples: tuple[Sample, ...], rank: int) -> Outcome:
     family = find_family(spec.model.family)
     torch.manual_seed(spec.seed)
-    started = start_hollow if spec.partitioned and rank != SOURCE else partial(start_at_random, place=CPU)
+    started = create_on_meta if spec.partitioned and rank != SOURCE_RANK else partial(create_random, place=CPU)
     model = started(spec.model, family, loading_dtype(spec.precision))
     staged = apply_stage(model, spec, family.unused(model))
     trained = frozenset(name for name, p in staged.model.named_parameters() if p.requires_grad)
     before = {name: p.detach().clone() for name, p in staged.model.named_parameters()}
     if spec.partitioned:
-        scatter(staged.model, spec, CPU)
+        partition_model(staged.model, spec, CPU)
     reached: set[str] = set()
     for name, parameter in staged.model.named_parameters():
         if parameter.requires_grad:
@@ -120,7 +120,7 @@ def run_cell(spec: TrainSpec, samples: tuple[Sample, ...], rank: int) -> Outcome
         grad_norm=row.grad_norm,
         trained=trained,
         reached=frozenset(reached),
-        changed=frozenset(name for name, value in after.items() if rank == SOURCE and not torch.equal(value, before[name])),
+        changed=frozenset(name for name, value in after.items() if rank == SOURCE_RANK and not torch.equal(value, before[name])),
         names=frozenset(before),
         weights={name: value.float().numpy() for name, value in after.items() if name in trained} if rank == 0 else None,
     )

@@ -40,7 +40,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "random numbers": (trainer.checkpoint.state, "gather_random"),
     "complete": (trainer.checkpoint.pending, "complete"),
     "complete behind the steps": (trainer.checkpoint.writer, "complete"),
-    "collect": (trainer.checkpoint.writer.Writer, "_collect"),
+    "collect": (trainer.checkpoint.writer.CheckpointWriter, "_collect"),
     "sync": (trainer.checkpoint.pending, "sync_tree"),
     "remove": (trainer.checkpoint.checkpoint, "remove"),
     "cut rows": (trainer.checkpoint.resume, "cut_rows"),

@@ -15,7 +15,7 @@ from trainer.device.device import DEVICES
 from trainer.device.rank import Rank
 from trainer.models import find_family
 from trainer.models.weight import round_weights
-from trainer.programs.dispatch import find_stage
+from trainer.programs.dispatch import find_program
 
 RANK = Rank(number=0, local=0, world_size=1, device=DEVICES["cpu"], place=torch.device("cpu"))
 
@@ -71,4 +71,4 @@ def stage_spec(kind: Kind, model: ModelSpec, checkpoint: Path, output: Path, **o
 
 def carry_out(spec: TrainSpec) -> TrainResult:
     """In a process group of one, which a test brings."""
-    return find_stage(spec.stage.kind)(spec, RANK, {})
+    return find_program(spec.stage.kind)(spec, RANK, {})

@@ -19,7 +19,7 @@ from torch import Tensor
 from trainer.contract import InputRefused
 from trainer.stages.lora import base_name
 from trainer.tensor.naming import find_tied, name_in_memory
-from trainer.tensor.stream import PIECE_ELEMENTS, Outgoing, TensorSource, open_tensors, read_pieces, read_single
+from trainer.tensor.stream import PIECE_ELEMENTS, TensorToWrite, TensorSource, open_tensors, read_pieces, read_float32
 
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."  # of the names in an adapter's file
@@ -39,7 +39,7 @@ SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Addition:
+class LowRankUpdate:
     """scale * B A to a weight of (out, in); `a` (r, in), `b` (out, r). `transposed`: the weight is (in, out), as of Conv1D and embeddings."""
 
     a: TensorSource
@@ -58,7 +58,7 @@ class Addition:
 class Adapter:
     """By the name of a parameter in memory. `whole`: tensors in the place of the base's. `biases`: (tensor, scale), to be added."""
 
-    additions: dict[str, Addition] = field(default_factory=dict)
+    additions: dict[str, LowRankUpdate] = field(default_factory=dict)
     biases: dict[str, tuple[TensorSource, float]] = field(default_factory=dict)
     whole: dict[str, TensorSource] = field(default_factory=dict)
 
@@ -82,7 +82,7 @@ def read_adapter(folder: Path, model: torch.nn.Module) -> Adapter:
         elif "lora_" in name or "token_adapter" in name:
             unread.append(name)
         else:
-            adapter.whole[find_parameter(model, plain_name(name))] = source
+            adapter.whole[find_parameter(model, name_without_wrapper(name))] = source
     if unread:
         raise InputRefused(f"{folder}: merging does not know what {', '.join(unread[:SHOWN])} do. It takes plain LoRA of linear layers.")
     for module, parts in factors.items():
@@ -107,8 +107,8 @@ def add_factors(
     name = find_parameter(model, f"{module}.weight")
     scale = scale_of(config, module, parts["A"].shape[0])
     # peft itself sets fan_in_fan_out by the kind of the layer, whatever the config says
-    transposed = bool(table) or (has_module(model, name) and type(model.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D")
-    adapter.additions[name] = Addition(a=parts["A"], b=parts["B"], scale=scale, transposed=transposed)
+    transposed = bool(table) or (has_tensor(model, name) and type(model.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D")
+    adapter.additions[name] = LowRankUpdate(a=parts["A"], b=parts["B"], scale=scale, transposed=transposed)
     if "bias" in parts:
         adapter.biases[find_parameter(model, f"{module}.bias")] = (parts["bias"], scale)
 
@@ -119,19 +119,19 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
     return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 
-def plain_name(name: str) -> str:
+def name_without_wrapper(name: str) -> str:
     """Of a tensor that was trained whole, without the layers that peft puts around it: its files leave out the adapter's own name."""
     return base_name(name).replace(".modules_to_save.", ".")
 
 
 def find_parameter(model: torch.nn.Module, name: str) -> str:
     """The name in memory. An adapter that was trained with an older transformers has the names of the files."""
-    if has_module(model, name):
+    if has_tensor(model, name):
         return name
     return name_in_memory(model, [name]).get(name, name)
 
 
-def has_module(model: torch.nn.Module, name: str) -> bool:
+def has_tensor(model: torch.nn.Module, name: str) -> bool:
     try:
         owner = model.get_submodule(name.rpartition(".")[0])
         return name.rpartition(".")[2] in {**owner._parameters, **owner._buffers}
@@ -183,26 +183,26 @@ def refuse_misfits(folder: Path, adapter: Adapter, model: torch.nn.Module) -> No
 # ------------------------------------------------------------------------------------------------------------------ merging
 
 
-def merge_tensor(name: str, memory: str, base: TensorSource, adapter: Adapter) -> Outgoing:
+def merge_tensor(name: str, memory: str, base: TensorSource, adapter: Adapter) -> TensorToWrite:
     """The tensor `name` of the base, `memory` in memory, as the merged model has it: in the base's dtype, summed in float32."""
 
     source = adapter.whole.get(memory, base)
 
     def pieces() -> Iterator[Tensor]:
         if memory in adapter.additions:
-            yield from add(source, adapter.additions[memory], base.dtype)
+            yield from add_low_rank(source, adapter.additions[memory], base.dtype)
         elif memory in adapter.biases:
             bias, scale = adapter.biases[memory]
             yield (source.read_whole().float() + bias.read_whole().float() * scale).to(base.dtype)
         else:
             yield from (piece.to(base.dtype) for piece in read_pieces(source))
 
-    return Outgoing(name=name, dtype=base.dtype, shape=base.shape, pieces=pieces)
+    return TensorToWrite(name=name, dtype=base.dtype, shape=base.shape, pieces=pieces)
 
 
-def add(base: TensorSource, addition: Addition, dtype: torch.dtype) -> Iterator[Tensor]:
+def add_low_rank(base: TensorSource, addition: LowRankUpdate, dtype: torch.dtype) -> Iterator[Tensor]:
     """Rows of base + scale * B A, a piece at a time, in `dtype`."""
-    a, b = read_single(addition.a), read_single(addition.b)
+    a, b = read_float32(addition.a), read_float32(addition.b)
     rows, width = base.shape
     step = max(1, PIECE_ELEMENTS // width)
     for start in range(0, rows, step):

@@ -18,14 +18,14 @@ from trainer.checkpoint.best import find_best
 from trainer.checkpoint.state import full_state_bytes, weights_bytes
 from trainer.contract import CHECKPOINTS, SCHEMA, InputRefused, OtherSchema, SpecError, TrainSpec, read
 from trainer.contract.checkpoint_files import STATE_FILE, CheckpointState, missing_files, whole_checkpoints
-from trainer.contract.weight_files import is_plain, read_header, weight_files
+from trainer.contract.weight_files import is_safetensors, read_header, weight_files
 from trainer.distributed.engine import Engine
 from trainer.tensor.shard import sync
 
-RESUME = "resume"
+RESUME_FOLDER = "resume"
 PARTIAL = ".{name}.partial"
 REMOVED = ".{name}.removed"
-ROOM_BYTES = 64 * 2**20  # for everything beside the tensors
+MARGIN_BYTES = 64 * 2**20  # for everything beside the tensors
 
 
 # ------------------------------------------------------------------------------------------------------------- making room
@@ -39,7 +39,7 @@ def prune(spec: TrainSpec) -> None:
         if best is None or old.name != Path(best.path).name:
             remove(old)
     for pattern in (PARTIAL, REMOVED):
-        for left in checkpoints_of(spec).glob(pattern.format(name="step-*")):
+        for left in checkpoints_folder(spec).glob(pattern.format(name="step-*")):
             discard(left)
 
 
@@ -66,16 +66,16 @@ def discard(folder: Path) -> None:
         print(f"{folder} could not be removed whole. Nothing needs it any more: remove it by hand", flush=True)
 
 
-def warn_of_room(engine: Engine, spec: TrainSpec) -> None:
+def warn_if_disk_is_small(engine: Engine, spec: TrainSpec) -> None:
     """Before the first step rank 0 says when the disk will be full before the run has ended. Not refused: others may make room."""
     if engine.rank or not (spec.save_every or spec.save_every_s or spec.keep_best):
         return
     kept = max(1, spec.keep_checkpoints) + bool(spec.keep_best)
     more = kept + 1 - len(list_checkpoints(spec))  # the oldest goes when the newest is whole
-    needed, free = more * (weights_bytes(engine) + full_state_bytes(engine) + ROOM_BYTES), shutil.disk_usage(spec.output).free
+    needed, free = more * (weights_bytes(engine) + full_state_bytes(engine) + MARGIN_BYTES), shutil.disk_usage(spec.output).free
     if free < needed:
         print(
-            f"{checkpoints_of(spec)} has {free / 2**30:.2f} GiB of room, and {more} more checkpoints need {needed / 2**30:.2f} GiB. Free "
+            f"{checkpoints_folder(spec)} has {free / 2**30:.2f} GiB of room, and {more} more checkpoints need {needed / 2**30:.2f} GiB. Free "
             "that much while the run goes on, or set run.keep_checkpoints lower",
             flush=True,
         )
@@ -85,7 +85,7 @@ def describe_failure(spec: TrainSpec, step: int, needed: int, problem: str) -> s
     earlier = list_checkpoints(spec)
     kept = f"The checkpoint {earlier[-1]} is whole." if earlier else "There is no earlier checkpoint."
     return (
-        f"checkpoint of step {step} could not be written to {checkpoints_of(spec)}: {problem}. Nothing of it is left. {kept} It "
+        f"checkpoint of step {step} could not be written to {checkpoints_folder(spec)}: {problem}. Nothing of it is left. {kept} It "
         f"needs {needed / 2**30:.2f} GiB of room: free that much, or set run.keep_checkpoints lower, and start again."
     )
 
@@ -95,7 +95,7 @@ def list_checkpoints(spec: TrainSpec) -> list[Path]:
     return [Path(spec.output) / state.path for state in sorted(whole_checkpoints(Path(spec.output)), key=lambda state: state.step)]
 
 
-def checkpoints_of(spec: TrainSpec) -> Path:
+def checkpoints_folder(spec: TrainSpec) -> Path:
     return Path(spec.output) / CHECKPOINTS
 
 
@@ -111,7 +111,7 @@ def sync_tree(folder: Path) -> None:
 def require_whole(folder: Path, key: str) -> None:
     """Raises InputRefused, naming the config key, unless `folder` is a whole checkpoint: ours, or one from elsewhere in the same files."""
     try:
-        reason = find_gap(folder)
+        reason = find_defect(folder)
     except OtherSchema as error:
         said = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["schema"]
         raise InputRefused(
@@ -125,7 +125,7 @@ def require_whole(folder: Path, key: str) -> None:
         )
 
 
-def find_gap(folder: Path) -> str:
+def find_defect(folder: Path) -> str:
     """What it lacks, or ''. Raises OtherSchema for one that may be whole, which this version cannot tell."""
     if not folder.is_dir():
         return "there is no such folder"
@@ -146,7 +146,7 @@ def find_gap(folder: Path) -> str:
         return f"{', '.join(missing) or 'config.json'} missing"
     try:
         for file in weight_files(folder):
-            if is_plain(file):
+            if is_safetensors(file):
                 list(read_header(file))
             elif not zipfile.is_zipfile(file):
                 return f"{file} is no file of torch's, or cut short"

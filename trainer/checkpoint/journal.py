@@ -14,13 +14,13 @@ from typing import Any
 
 import torch.distributed
 
-from trainer.checkpoint.lineage import mark_weights
-from trainer.checkpoint.resume import tell_all
-from trainer.contract import Origin, TrainSpec, write_text
-from trainer.contract.checkpoint_files import fixed_parts
+from trainer.checkpoint.lineage import fingerprint_weights
+from trainer.checkpoint.resume import broadcast_object
+from trainer.contract import WeightsLineage, TrainSpec, write_text
+from trainer.contract.checkpoint_files import fixed_settings
 
 Row = dict[str, Any]
-FILES = ".{name}.rank{rank}"  # in the run's folder, beside `name`, which they become
+JOURNAL_FILE = ".{name}.rank{rank}"  # in the run's folder, beside `name`, which they become
 
 
 class Journal:
@@ -70,19 +70,19 @@ def parse_batch(line: bytes) -> tuple[int, list[Row]] | None:
     return number, rows
 
 
-def find_mark(origin: Origin) -> tuple[str, ...]:
+def weights_fingerprints(origin: WeightsLineage) -> tuple[str, ...]:
     """What tells the weights of a model apart, those of an adapter and of its base."""
-    return tuple(mark_weights(Path(folder)) for folder in (origin.path, origin.base) if folder)
+    return tuple(fingerprint_weights(Path(folder)) for folder in (origin.path, origin.base) if folder)
 
 
 def open_journal(spec: TrainSpec, name: str, rank: int, *inputs: str) -> Journal:
     """`name`: the file that comes of it. `inputs`: what the answers depend on besides the spec: hashes of weights and of rows."""
-    told = {**fixed_parts(spec), "evaluation": asdict(spec.evaluation), "inputs": inputs}
+    told = {**fixed_settings(spec), "evaluation": asdict(spec.evaluation), "inputs": inputs}
     fingerprint = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-    return Journal(Path(spec.output) / FILES.format(name=name, rank=rank), fingerprint)
+    return Journal(Path(spec.output) / JOURNAL_FILE.format(name=name, rank=rank), fingerprint)
 
 
-def gather(journal: Journal, world_size: int) -> list[Row]:
+def gather_rows(journal: Journal, world_size: int) -> list[Row]:
     """The rows of all ranks, on every rank: a collective."""
     own = [row for rows in journal.done.values() for row in rows]
     parts = [own]
@@ -98,4 +98,4 @@ def write_rows(rows: Sequence[Row], file: Path, rank: int) -> None:
         file.parent.mkdir(exist_ok=True)
         write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), file)
     if torch.distributed.is_initialized():
-        tell_all(None)
+        broadcast_object(None)

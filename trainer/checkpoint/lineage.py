@@ -8,31 +8,31 @@ import json
 from pathlib import Path
 
 from trainer.checkpoint.checkpoint import adapter_base, require_whole
-from trainer.contract import InputRefused, Lora, Origin, TrainSpec, read
+from trainer.contract import InputRefused, Lora, WeightsLineage, TrainSpec, read
 from trainer.contract.checkpoint_files import STATE_FILE, CheckpointState
 from trainer.contract.weight_files import hash_weights
 from trainer.stages.chain import groups_before
 
 SNAPSHOTS = "snapshots"  # of huggingface_hub's cache: <repository>/snapshots/<commit>
-MARK_BYTES = 4096  # of each tensor: enough to tell weights that were trained from those they began as, and nothing to read of 65 GB
+FINGERPRINT_BYTES = 4096  # of each tensor: enough to tell weights that were trained from those they began as, and nothing to read of 65 GB
 
 
-def find_origin(spec: TrainSpec, folder: Path | None) -> Origin:
+def find_lineage(spec: TrainSpec, folder: Path | None) -> WeightsLineage:
     """What is known of the weights in `folder`, a whole checkpoint or None for a random start.
 
     Raises InputRefused for a checkpoint of another family, for one that lacks what the stage needs, for an adapter whose base is not
     there or has other weights than it was trained on, and for an adapter that this stage cannot go on with.
     """
     if folder is None:
-        origin = Origin()
+        origin = WeightsLineage()
     else:
         state: CheckpointState | None = read(CheckpointState, folder / STATE_FILE) if (folder / STATE_FILE).is_file() else None
         refuse_family(spec, folder, state)
         base = adapter_base(folder)
         if base is not None:
             require_whole(base, f"adapter_config.json of {folder}, base_model_name_or_path")
-        mark = mark_weights(base or folder) if base is not None or spec.stage.lora is not None else ""
-        origin = Origin(
+        mark = fingerprint_weights(base or folder) if base is not None or spec.stage.lora is not None else ""
+        origin = WeightsLineage(
             path=str(folder),
             run_id=state.run_id if state else "",
             step=state.step if state else 0,
@@ -50,9 +50,9 @@ def find_origin(spec: TrainSpec, folder: Path | None) -> Origin:
     return origin
 
 
-def mark_weights(folder: Path) -> str:
+def fingerprint_weights(folder: Path) -> str:
     """A hash that tells weights apart without reading them all."""
-    return hash_weights(folder, most_bytes=MARK_BYTES)
+    return hash_weights(folder, most_bytes=FINGERPRINT_BYTES)
 
 
 # ---------------------------------------------------------------------------------------------------------------- refusals
@@ -69,7 +69,7 @@ def refuse_family(spec: TrainSpec, folder: Path, state: CheckpointState | None) 
         )
 
 
-def refuse_base(origin: Origin, state: CheckpointState | None) -> None:
+def refuse_base(origin: WeightsLineage, state: CheckpointState | None) -> None:
     if state is not None and state.base and state.base != origin.mark:
         raise InputRefused(
             f"stage.checkpoint: {origin.path} is an adapter for other weights than those in {origin.base}, which its adapter_config.json "
@@ -99,7 +99,7 @@ def refuse_adapter(spec: TrainSpec, folder: Path) -> None:
         )
 
 
-def refuse_untrained(spec: TrainSpec, origin: Origin) -> None:
+def refuse_untrained(spec: TrainSpec, origin: WeightsLineage) -> None:
     lacking = [group for group in spec.stage.needs if group in spec.model.groups and group not in groups_before(origin, spec.stage)]
     if lacking:
         names = ", ".join(lacking)
@@ -110,6 +110,6 @@ def refuse_untrained(spec: TrainSpec, origin: Origin) -> None:
         )
 
 
-def continues_adapter(origin: Origin, lora: Lora | None) -> bool:
+def continues_adapter(origin: WeightsLineage, lora: Lora | None) -> bool:
     """Whether the stage goes on with the adapter that it begins from, rather than on its base."""
     return bool(origin.base) and lora is not None

@@ -13,28 +13,28 @@ from torch import Tensor
 from trainer.checkpoint.best import record_best
 from trainer.checkpoint.checkpoint import (
     PARTIAL,
-    RESUME,
-    ROOM_BYTES,
-    checkpoints_of,
+    RESUME_FOLDER,
+    MARGIN_BYTES,
+    checkpoints_folder,
     describe_failure,
     prune,
     remove,
     sync_tree,
 )
 from trainer.checkpoint.state import state_bytes, write_state
-from trainer.contract import EVALUATIONS_FILE, METRICS_FILE, SCHEMA, Best, Origin, TrainSpec, write_text
-from trainer.contract.checkpoint_files import NAME, STATE_FILE, CheckpointState, fixed_parts, whole_state
+from trainer.contract import EVALUATIONS_FILE, METRICS_FILE, SCHEMA, Best, WeightsLineage, TrainSpec, write_text
+from trainer.contract.checkpoint_files import CHECKPOINT_NAME, STATE_FILE, CheckpointState, fixed_settings, whole_state
 from trainer.contract.weight_files import hash_weights
 from trainer.distributed.engine import Engine
 from trainer.models.family import Processor
 from trainer.stages.chain import groups_trained
-from trainer.tensor.shard import size_of, sync
+from trainer.tensor.shard import tensor_bytes, sync
 
-UNKNOWN = Origin()
+UNKNOWN_LINEAGE = WeightsLineage()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved:
+class SavedCheckpoint:
     """`path` is relative to the run's folder. Both are empty on all ranks but the first."""
 
     path: str = ""
@@ -56,16 +56,16 @@ class PendingCheckpoint:
         return self.state.step
 
 
-def open_draft(engine: Engine, spec: TrainSpec, step: int, weights: dict[str, Tensor], *, data_sha256: str, origin: Origin) -> PendingCheckpoint:
+def plan_checkpoint(engine: Engine, spec: TrainSpec, step: int, weights: dict[str, Tensor], *, data_sha256: str, origin: WeightsLineage) -> PendingCheckpoint:
     resumable = step < spec.steps
-    final = checkpoints_of(spec) / NAME.format(step=step)
+    final = checkpoints_folder(spec) / CHECKPOINT_NAME.format(step=step)
     state = CheckpointState(
         schema=SCHEMA,
         step=step,
         weights_sha256="",
         data_sha256=data_sha256,
         world_size=engine.world_size if resumable else 0,
-        spec=fixed_parts(spec),
+        spec=fixed_settings(spec),
         files={},
         run_id=spec.run_id,
         trained=groups_trained(origin, spec.stage),
@@ -76,46 +76,46 @@ def open_draft(engine: Engine, spec: TrainSpec, step: int, weights: dict[str, Te
         aside=final.with_name(PARTIAL.format(name=final.name)),
         state=state,
         writers=min(spec.device.devices_per_node, engine.world_size) if resumable else 0,
-        needed=size_of(weights) + ROOM_BYTES + (state_bytes(engine) if resumable else 0),
+        needed=tensor_bytes(weights) + MARGIN_BYTES + (state_bytes(engine) if resumable else 0),
     )
 
 
 def save_checkpoint(
-    engine: Engine, processor: Processor, spec: TrainSpec, step: int, *, data_sha256: str = "", origin: Origin = UNKNOWN
-) -> Saved:
+    engine: Engine, processor: Processor, spec: TrainSpec, step: int, *, data_sha256: str = "", origin: WeightsLineage = UNKNOWN_LINEAGE
+) -> SavedCheckpoint:
     """Save `step`, then remove all but the newest `keep_checkpoints` and the best. Every rank must call it.
 
     Raises RunFailed on every rank when the disk is full; nothing of this step is left then, and earlier checkpoints are as they were.
     """
     weights = engine.gather_weights()
-    draft = open_draft(engine, spec, step, weights, data_sha256=data_sha256, origin=origin)
+    draft = plan_checkpoint(engine, spec, step, weights, data_sha256=data_sha256, origin=origin)
 
     def agree(problem: str) -> None:
         engine.agree(problem and describe_failure(spec, step, draft.needed, problem))
 
     try:
-        agree(on_first_rank(engine, lambda: begin_folder(draft)))
-        agree(on_first_rank(engine, lambda: write_weights(engine, processor, draft.aside, weights)))
+        agree(disk_error_on_first_rank(engine, lambda: begin_folder(draft)))
+        agree(disk_error_on_first_rank(engine, lambda: write_weights(engine, processor, draft.aside, weights)))
         weights.clear()
         if draft.writers:
-            agree(write_state(engine, draft.aside / RESUME, writers=draft.writers))
-        agree(on_first_rank(engine, lambda: complete(draft, spec)))
+            agree(write_state(engine, draft.aside / RESUME_FOLDER, writers=draft.writers))
+        agree(disk_error_on_first_rank(engine, lambda: complete(draft, spec)))
     except BaseException:
         if engine.rank == 0:
             shutil.rmtree(draft.aside, ignore_errors=True)
         raise
     whole = whole_state(draft.final) if engine.rank == 0 else None
     if engine.rank == 0:
-        make_room(spec)
-    return Saved(path=whole.path, weights_sha256=whole.weights_sha256) if whole else Saved()
+        update_best_and_prune(spec)
+    return SavedCheckpoint(path=whole.path, weights_sha256=whole.weights_sha256) if whole else SavedCheckpoint()
 
 
-def on_first_rank(engine: Engine, action: Callable[[], None]) -> str:
+def disk_error_on_first_rank(engine: Engine, action: Callable[[], None]) -> str:
     """What went wrong with the disk, or ''. The other ranks do nothing."""
-    return try_disk(action) if engine.rank == 0 else ""
+    return disk_error(action) if engine.rank == 0 else ""
 
 
-def try_disk(action: Callable[[], None]) -> str:
+def disk_error(action: Callable[[], None]) -> str:
     try:
         action()
     except (OSError, SafetensorError) as error:
@@ -125,7 +125,7 @@ def try_disk(action: Callable[[], None]) -> str:
 
 def begin_folder(draft: PendingCheckpoint) -> None:
     shutil.rmtree(draft.aside, ignore_errors=True)  # left by a rank that was killed while it saved
-    (draft.aside / RESUME).mkdir(parents=True)
+    (draft.aside / RESUME_FOLDER).mkdir(parents=True)
     if shutil.disk_usage(draft.aside).free < draft.needed:
         raise OSError("not enough room on the disk")
 
@@ -142,7 +142,7 @@ def complete(draft: PendingCheckpoint, spec: TrainSpec) -> None:
     """List the files, have them on the disk, give the folder its name."""
     aside, final = draft.aside, draft.final
     if not draft.writers:
-        (aside / RESUME).rmdir()
+        (aside / RESUME_FOLDER).rmdir()
     files = {path.relative_to(aside).as_posix(): path.stat().st_size for path in sorted(aside.rglob("*")) if path.is_file()}
     state = replace(draft.state, weights_sha256=hash_weights(aside), files=files)
     write_text(json.dumps(asdict(state), indent=2) + "\n", aside / STATE_FILE)
@@ -158,7 +158,7 @@ def complete(draft: PendingCheckpoint, spec: TrainSpec) -> None:
     sync(final.parent)
 
 
-def make_room(spec: TrainSpec) -> Best | None:
+def update_best_and_prune(spec: TrainSpec) -> Best | None:
     """Say which checkpoint is best, then remove those that nobody needs any more. Rank 0 alone."""
     best = record_best(spec)
     prune(spec)

@@ -14,12 +14,12 @@ import torch
 import torch.distributed
 
 from trainer.checkpoint.best import cut_evaluations, read_evaluations, record_best
-from trainer.checkpoint.checkpoint import RESUME, prune
-from trainer.checkpoint.state import ANEW, restore_state
+from trainer.checkpoint.checkpoint import RESUME_FOLDER, prune
+from trainer.checkpoint.state import NEW_RNG_NOTE, restore_state
 from trainer.contract import FAILURE_FILES, METRICS_FILE, RESULT_FILE, InputRefused, RunFailed, SpecError, TrainResult, TrainSpec, read
 from trainer.contract.checkpoint_files import (
     CheckpointState,
-    Rows,
+    MetricsSummary,
     broken_checkpoints,
     cut_rows,
     is_newer,
@@ -28,16 +28,16 @@ from trainer.contract.checkpoint_files import (
     whole_state,
 )
 from trainer.distributed.engine import Engine
-from trainer.stages.lora import describe_misfit
+from trainer.stages.lora import describe_mismatch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class ResumePoint:
     """`checkpoint` None: from the beginning. `rows`: those that stand, on rank 0 alone. `data_sha256`: of the training rows' file.
     `evaluated`: whether the weights there have been; `best`: the value that keep_best goes by, of the best checkpoint there is."""
 
     checkpoint: CheckpointState | None
-    rows: Rows
+    rows: MetricsSummary
     data_sha256: str
     evaluated: bool = False
     best: float | None = None
@@ -48,7 +48,7 @@ class Start:
         return self.checkpoint.step if self.checkpoint else 0
 
 
-def finished_before(spec: TrainSpec) -> TrainResult | None:
+def read_finished_result(spec: TrainSpec) -> TrainResult | None:
     """The result of a run that needs nothing more, on every rank. Each rank's report of an earlier failure goes away with this start."""
     rank = torch.distributed.get_rank()
     (Path(spec.output) / FAILURE_FILES.format(rank=rank)).unlink(missing_ok=True)
@@ -62,11 +62,11 @@ def finished_before(spec: TrainSpec) -> TrainResult | None:
             found = None
         if found is not None:
             print(f"{spec.output} is finished, as {RESULT_FILE} says: nothing is left to do", flush=True)
-    result: TrainResult | None = tell_all(found)
+    result: TrainResult | None = broadcast_object(found)
     return result
 
 
-def choose_start(spec: TrainSpec, data_sha256: str) -> Start:
+def choose_resume_point(spec: TrainSpec, data_sha256: str) -> ResumePoint:
     """Every rank must call it. Raises InputRefused on all of them for a checkpoint of another run and on a rank with other training rows
     than rank 0, RunFailed on one that lacks the checkpoint."""
     rank, run = torch.distributed.get_rank(), Path(spec.output)
@@ -76,7 +76,7 @@ def choose_start(spec: TrainSpec, data_sha256: str) -> Start:
             said = (choose_checkpoint(spec, data_sha256), "", data_sha256)
         except InputRefused as error:
             said = (None, str(error), data_sha256)
-    checkpoint, refusal, rows_sha256 = tell_all(said)
+    checkpoint, refusal, rows_sha256 = broadcast_object(said)
     if refusal:
         raise InputRefused(refusal)
     if data_sha256 != rows_sha256:  # the ranks deal the rows out by number, each of them from its own file
@@ -89,13 +89,13 @@ def choose_start(spec: TrainSpec, data_sha256: str) -> Start:
             f"rank {rank} on {socket.gethostname()} has no whole {run / checkpoint.path}, from which rank 0 goes on. Let the nodes share "
             "the run's folder, or copy that folder from the first node to this one, and start again."
         )
-    start = Start(checkpoint=checkpoint, rows=Rows(), data_sha256=data_sha256)
-    start = replace(start, rows=clear_way(spec, start)) if rank == 0 else start
-    evaluated, best = tell_all(find_standing(spec, start) if rank == 0 else None)
+    start = ResumePoint(checkpoint=checkpoint, rows=MetricsSummary(), data_sha256=data_sha256)
+    start = replace(start, rows=discard_unfinished(spec, start)) if rank == 0 else start
+    evaluated, best = broadcast_object(read_evaluation_state(spec, start) if rank == 0 else None)
     return replace(start, evaluated=evaluated, best=best)
 
 
-def find_standing(spec: TrainSpec, start: Start) -> tuple[bool, float | None]:
+def read_evaluation_state(spec: TrainSpec, start: ResumePoint) -> tuple[bool, float | None]:
     """Start.evaluated and Start.best."""
     best = record_best(spec)
     return start.step in read_evaluations(Path(spec.output)), best.value if best else None
@@ -124,7 +124,7 @@ def choose_checkpoint(spec: TrainSpec, data_sha256: str) -> CheckpointState | No
     return found
 
 
-def clear_way(spec: TrainSpec, start: Start) -> Rows:
+def discard_unfinished(spec: TrainSpec, start: ResumePoint) -> MetricsSummary:
     """Remove what an earlier attempt left half-done, and its rows of steps that will be done again. Returns the rows that stand."""
     run = Path(spec.output)
     prune(spec)
@@ -138,13 +138,13 @@ def clear_way(spec: TrainSpec, start: Start) -> Rows:
             print(f"{run / METRICS_FILE} has rows of {rows.count} of these steps only", flush=True)
         if start.checkpoint.world_size not in (0, spec.device.world_size):
             print(
-                f"it was saved by {start.checkpoint.world_size} ranks, now there are {spec.device.world_size}: {ANEW}",
+                f"it was saved by {start.checkpoint.world_size} ranks, now there are {spec.device.world_size}: {NEW_RNG_NOTE}",
                 flush=True,
             )
     return rows
 
 
-def tell_all(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     said = [value]
     if torch.distributed.get_world_size() > 1:
@@ -153,7 +153,7 @@ def tell_all(value: Any) -> Any:
 
 
 @contextmanager
-def refusing_together() -> Iterator[None]:
+def refuse_on_all_ranks() -> Iterator[None]:
     """What one rank refuses within, all of them do: else they would wait for it, in the next collective, until that gives up. Every rank
     must come by. Raises InputRefused."""
     problem = ""
@@ -171,13 +171,13 @@ def refusing_together() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------- going on
 
 
-def whole_weights(spec: TrainSpec, start: Start) -> Path | None:
+def resume_weights_folder(spec: TrainSpec, start: ResumePoint) -> Path | None:
     """The folder to load the model from in place of where the stage began; None at the first step, and with LoRA, whose checkpoints hold
     an adapter alone. These are the weights that steps compute with; `resume_engine` brings the exact masters."""
     return Path(spec.output) / start.checkpoint.path if start.checkpoint is not None and spec.stage.lora is None else None
 
 
-def resume_adapter(model: torch.nn.Module, spec: TrainSpec, start: Start) -> None:
+def resume_adapter(model: torch.nn.Module, spec: TrainSpec, start: ResumePoint) -> None:
     """Put the checkpoint's adapter into a model that no engine has taken yet. Not merged: the same sums as in training."""
     if start.checkpoint is not None and spec.stage.lora is not None:
         load_adapter(model, Path(spec.output) / start.checkpoint.path)
@@ -191,14 +191,14 @@ def load_adapter(model: torch.nn.Module, folder: Path) -> None:
     try:
         loaded = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
     except RuntimeError as error:  # tensors of other shapes
-        raise InputRefused(describe_misfit(folder, error)) from error
+        raise InputRefused(describe_mismatch(folder, error)) from error
     wrong = sorted((trained & set(loaded.missing_keys)) | set(loaded.unexpected_keys))
     if wrong:
         raise InputRefused(f"{folder} holds other trained parameters than this stage has, as {', '.join(wrong[:5])}. Start a new run.")
 
 
-def resume_engine(engine: Engine, spec: TrainSpec, start: Start) -> None:
+def resume_engine(engine: Engine, spec: TrainSpec, start: ResumePoint) -> None:
     """The last thing before the steps, since it sets the random numbers too."""
     if start.checkpoint is not None:
-        folder = Path(spec.output) / start.checkpoint.path / RESUME
+        folder = Path(spec.output) / start.checkpoint.path / RESUME_FOLDER
         restore_state(engine, folder, seed=spec.seed, step=start.step, world_size=start.checkpoint.world_size)

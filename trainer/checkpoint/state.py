@@ -23,11 +23,11 @@ from trainer.contract import InputRefused, write_text
 from trainer.device.device import seed_all
 from trainer.distributed.engine import Engine
 from trainer.optim.adamw_8bit import AdamW8bit
-from trainer.optim.optimizer_shard import OptimizerShard, find_parts
-from trainer.tensor.shard import Shards, Stored, find_stored, sync
+from trainer.optim.optimizer_shard import OptimizerShard, find_shards
+from trainer.tensor.shard import ShardWriter, StoredTensor, find_stored_tensors, sync
 
 MASTER = "master"
-ANEW = "equal up to rounding, and each rank's random numbers begin anew from seed, step and rank"
+NEW_RNG_NOTE = "equal up to rounding, and each rank's random numbers begin anew from seed, step and rank"
 REST_FILE = "rest.json"  # what is no tensor
 SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # DeepSpeed's DynamicLossScaler
 
@@ -37,11 +37,11 @@ SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis") 
 
 def state_bytes(engine: Engine) -> int:
     """Of all that `write_state` writes."""
-    parts = find_parts(engine).items()
-    return sum(part.numel * held.element_size() for name, part in parts for held in held_of(engine, name, part).values())
+    parts = find_shards(engine).items()
+    return sum(part.numel * held.element_size() for name, part in parts for held in local_state(engine, name, part).values())
 
 
-def held_of(engine: Engine, name: str, part: OptimizerShard) -> dict[str, Tensor]:
+def local_state(engine: Engine, name: str, part: OptimizerShard) -> dict[str, Tensor]:
     """What this rank holds of a parameter's master and, after the first update, of its moments: (count,) each. Moments in 8 bits come as
     the float32 values that they stand for, which become the same codes again: so they can be cut for another number of ranks."""
     optimizer = engine.handle.basic_optimizer
@@ -54,7 +54,7 @@ def held_of(engine: Engine, name: str, part: OptimizerShard) -> dict[str, Tensor
 
 def full_state_bytes(engine: Engine) -> int:
     """As `state_bytes` will be once the optimizer has its two moments, which it makes at its first update."""
-    return sum(3 * part.numel * part.owner.element_size() for part in find_parts(engine).values())
+    return sum(3 * part.numel * part.owner.element_size() for part in find_shards(engine).values())
 
 
 def weights_bytes(engine: Engine) -> int:
@@ -70,28 +70,28 @@ def write_state(engine: Engine, folder: Path, *, writers: int) -> str:
     return finish_state(engine.rank, shards, gather_state(engine, shards, writers=writers))
 
 
-def open_shards(engine: Engine, folder: Path, *, held: bool = False) -> Shards:
+def open_shards(engine: Engine, folder: Path, *, held: bool = False) -> ShardWriter:
     """This rank's own files of a state."""
-    return Shards(folder, f"state-{engine.rank:03d}", held=held)
+    return ShardWriter(folder, f"state-{engine.rank:03d}", held=held)
 
 
-def gather_state(engine: Engine, shards: Shards, *, writers: int) -> dict[str, Any]:
+def gather_state(engine: Engine, shards: ShardWriter, *, writers: int) -> dict[str, Any]:
     """Every rank must call it: parameter by parameter the tensors come together, tensor i at rank i % writers, whose `shards` take it.
     Returns what is no tensor, for rank 0 to write."""
     place = 0
-    for name, part in find_parts(engine).items():
-        for key, held in held_of(engine, name, part).items():
+    for name, part in find_shards(engine).items():
+        for key, held in local_state(engine, name, part).items():
             writer = place % writers
-            whole = gather_part(engine, part, held, writer)
+            whole = gather_shard(engine, part, held, writer)
             if writer == engine.rank:
                 shards.add(f"{key}/{name}", whole.to("cpu", copy=True))
             if engine.device.type != "cpu":  # else the other ranks run ahead, and hold a whole tensor for each reduction under way
                 getattr(torch, engine.device.type).synchronize(engine.device)
             place += 1
-    return {"optimizer_steps": optimizer_steps(engine), "loss_scaler": read_scaler(engine), "random": gather_random(engine)}
+    return {"optimizer_steps": optimizer_steps(engine), "loss_scaler": read_scaler(engine), "random": gather_rng_states(engine)}
 
 
-def finish_state(rank: int, shards: Shards, rest: dict[str, Any]) -> str:
+def finish_state(rank: int, shards: ShardWriter, rest: dict[str, Any]) -> str:
     """Write what still waits, on rank 0 `rest` too. No collective. Returns what went wrong, or ''."""
     shards.flush()
     if rank == 0 and not shards.problem:
@@ -103,7 +103,7 @@ def finish_state(rank: int, shards: Shards, rest: dict[str, Any]) -> str:
     return shards.problem
 
 
-def gather_part(engine: Engine, part: OptimizerShard, held: Tensor, writer: int) -> Tensor:
+def gather_shard(engine: Engine, part: OptimizerShard, held: Tensor, writer: int) -> Tensor:
     """All ranks' parts of a parameter or moment, whole, in the dtype of `held`: on rank `writer`, of no use on the others. Bits are added
     up as integers: every element is held by one rank, and nothing but a zero is added to it."""
     shape = getattr(part.parameter, "ds_shape", part.parameter.shape)
@@ -119,7 +119,7 @@ def gather_part(engine: Engine, part: OptimizerShard, held: Tensor, writer: int)
 def optimizer_steps(engine: Engine) -> dict[str, int]:
     """Updates of each parameter, which Adam's bias correction counts: without ZeRO one that had no gradient stays behind."""
     states = engine.handle.basic_optimizer.state
-    return {name: int(states[part.owner]["step"]) for name, part in find_parts(engine).items() if states.get(part.owner)}
+    return {name: int(states[part.owner]["step"]) for name, part in find_shards(engine).items() if states.get(part.owner)}
 
 
 def read_scaler(engine: Engine) -> dict[str, Any]:
@@ -128,27 +128,27 @@ def read_scaler(engine: Engine) -> dict[str, Any]:
     return {key: getattr(scaler, key) for key in SCALER_KEYS} if getattr(scaler, "dynamic", False) else {}
 
 
-def gather_random(engine: Engine) -> list[dict[str, Any]]:
+def gather_rng_states(engine: Engine) -> list[dict[str, Any]]:
     """Every rank's random numbers, by rank."""
-    states = [read_random(engine.device)]
+    states = [read_rng_state(engine.device)]
     if engine.world_size > 1:
         states = states * engine.world_size
-        torch.distributed.all_gather_object(states, read_random(engine.device))
+        torch.distributed.all_gather_object(states, read_rng_state(engine.device))
     return states
 
 
 @contextmanager
-def keep_random(accelerator: str) -> Iterator[None]:
+def keep_rng_state(accelerator: str) -> Iterator[None]:
     """Random numbers go on after it as if it had drawn none."""
     device = torch.device(accelerator)
-    states = read_random(device)
+    states = read_rng_state(device)
     try:
         yield
     finally:
-        set_random(states, device)
+        set_rng_state(states, device)
 
 
-def read_random(device: torch.device) -> dict[str, Any]:
+def read_rng_state(device: torch.device) -> dict[str, Any]:
     name, keys, position, has_gauss, gauss = numpy.random.get_state()
     states: dict[str, Any] = {"accelerator": device.type}
     states |= {"python": random.getstate(), "numpy": (name, keys.tolist(), position, has_gauss, gauss)}
@@ -164,30 +164,30 @@ def restore_state(engine: Engine, folder: Path, *, seed: int, step: int, world_s
     """Put an engine where the ranks that saved were; its model has the checkpoint's weights, of which the masters here are the exact ones.
     With another number of ranks than `world_size`, or another kind of device, each rank's random numbers begin anew, from seed, step and
     rank. Raises InputRefused when the state is of other parameters."""
-    stored: dict[str, dict[str, Stored]] = {}
-    for entry, tensor in find_stored(folder).items():
+    stored: dict[str, dict[str, StoredTensor]] = {}
+    for entry, tensor in find_stored_tensors(folder).items():
         key, _, name = entry.partition("/")
         stored.setdefault(name, {})[key] = tensor
     rest = json.loads((folder / REST_FILE).read_text(encoding="utf-8"))
-    steps, parts = rest["optimizer_steps"], find_parts(engine)
+    steps, parts = rest["optimizer_steps"], find_shards(engine)
     if other := sorted(set(stored) ^ set(parts)):
         raise InputRefused(f"{folder} holds other trained parameters than this stage has, as {', '.join(other[:5])}. Start a new run.")
     for name, part in parts.items():
-        restore_part(engine, name, part, stored[name], steps=steps.get(name, 0))
-    replay_powers(engine.handle.basic_optimizer, max(steps.values(), default=0))
+        restore_shard(engine, name, part, stored[name], steps=steps.get(name, 0))
+    replay_adam_steps(engine.handle.basic_optimizer, max(steps.values(), default=0))
     for key, value in rest["loss_scaler"].items():
         setattr(engine.handle.optimizer.loss_scaler, key, value)
     accelerator = rest["random"][0].get("accelerator")
     if (world_size, accelerator) == (engine.world_size, engine.device.type):
-        set_random(rest["random"][engine.rank], engine.device)
+        set_rng_state(rest["random"][engine.rank], engine.device)
     else:
         if accelerator != engine.device.type and engine.rank == 0:
-            print(f"it was saved on {accelerator}, this is {engine.device.type}: {ANEW}", flush=True)
+            print(f"it was saved on {accelerator}, this is {engine.device.type}: {NEW_RNG_NOTE}", flush=True)
         digest = hashlib.sha256(f"{seed}:{step}:{engine.rank}".encode()).digest()
         seed_all(int.from_bytes(digest[:4], "little"), deterministic=False)
 
 
-def restore_part(engine: Engine, name: str, part: OptimizerShard, stored: dict[str, Stored], *, steps: int) -> None:
+def restore_shard(engine: Engine, name: str, part: OptimizerShard, stored: dict[str, StoredTensor], *, steps: int) -> None:
     """The owner's states are made as the optimizer would at its first update, which it then leaves out."""
     optimizer = engine.handle.basic_optimizer
     part.of(part.owner).copy_(stored[MASTER].read(part.start, part.count))
@@ -211,7 +211,7 @@ def count_steps(optimizer: torch.optim.Optimizer, owner: Tensor, steps: int) -> 
     return torch.tensor(float(steps), dtype=torch.float32, device=device)
 
 
-def replay_powers(optimizer: Any, steps: int) -> None:
+def replay_adam_steps(optimizer: Any, steps: int) -> None:
     """DeepSpeedCPUAdam multiplies the powers of its betas up from step to step, and takes pow() where it sees a jump, which rounds
     otherwise (0.19.8, ops/csrc/includes/cpu_adam.h, IncrementStep). So it gets all steps once more, with nothing to update."""
     if not hasattr(optimizer, "ds_opt_adam"):
@@ -222,7 +222,7 @@ def replay_powers(optimizer: Any, steps: int) -> None:
         optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, beta1, beta2, 1.0, 0.0, True, *nothing)
 
 
-def set_random(states: dict[str, Any], device: torch.device) -> None:
+def set_rng_state(states: dict[str, Any], device: torch.device) -> None:
     version, keys, gauss = states["python"]
     random.setstate((version, tuple(keys), gauss))
     numpy.random.set_state(tuple(states["numpy"]))

@@ -13,38 +13,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.checkpoint import RESUME, describe_failure
+from trainer.checkpoint.checkpoint import RESUME_FOLDER, describe_failure
 from trainer.checkpoint.pending import (
     PendingCheckpoint,
-    Saved,
+    SavedCheckpoint,
     begin_folder,
     complete,
-    make_room,
-    on_first_rank,
-    open_draft,
+    update_best_and_prune,
+    disk_error_on_first_rank,
+    plan_checkpoint,
     save_checkpoint,
-    try_disk,
+    disk_error,
     write_weights,
 )
 from trainer.checkpoint.state import finish_state, full_state_bytes, gather_state, open_shards, weights_bytes
-from trainer.contract import Origin, RunFailed, TrainSpec, write_text
+from trainer.contract import WeightsLineage, RunFailed, TrainSpec, write_text
 from trainer.device.device import host_memory_bytes
 from trainer.distributed.engine import Engine
 from trainer.models.family import Processor
-from trainer.tensor.shard import Shards
+from trainer.tensor.shard import ShardWriter
 
-WRITTEN = ".written-{rank:03d}"  # in the folder, by a rank other than 0 that is through: what went wrong, or nothing
-LOOK_S = 0.05
-LEFT_S = 60.0  # for the last files of a run that ends in failure
+RANK_DONE_FILE = ".written-{rank:03d}"  # in the folder, by a rank other than 0 that is through: what went wrong, or nothing
+POLL_S = 0.05
+LAST_WRITE_S = 60.0  # for the last files of a run that ends in failure
 MEMORY_SHARE = 0.8  # of the host's free memory that copies may take
 
 
-class Writer:
+class CheckpointWriter:
     """Saves for one engine. Every rank has one and calls the same methods at the same steps. With `background` the steps go on as soon as
     the weights and the optimizer's state are copied to the host's memory, whole, by the ranks of the first node."""
 
     def __init__(
-        self, engine: Engine, processor: Processor, spec: TrainSpec, *, data_sha256: str, origin: Origin, background: bool = False
+        self, engine: Engine, processor: Processor, spec: TrainSpec, *, data_sha256: str, origin: WeightsLineage, background: bool = False
     ) -> None:
         self.engine, self.processor, self.spec, self.background = engine, processor, spec, background
         self.said = {"data_sha256": data_sha256, "origin": origin}
@@ -56,7 +56,7 @@ class Writer:
     def failed(self) -> bool:
         return bool(self.problem)
 
-    def save(self, step: int) -> Saved:
+    def save(self, step: int) -> SavedCheckpoint:
         """With all on the disk when it returns. Raises RunFailed as `save_checkpoint`."""
         self.settle()
         return save_checkpoint(self.engine, self.processor, self.spec, step, **self.said)  # type: ignore[arg-type]
@@ -69,14 +69,14 @@ class Writer:
         self.settle()
         engine = self.engine
         weights = engine.gather_weights()
-        draft = open_draft(engine, self.spec, step, weights, **self.said)  # type: ignore[arg-type]
-        no_room = on_first_rank(engine, lambda: begin_folder(draft))
+        draft = plan_checkpoint(engine, self.spec, step, weights, **self.said)  # type: ignore[arg-type]
+        no_room = disk_error_on_first_rank(engine, lambda: begin_folder(draft))
         if no_room:
             shutil.rmtree(draft.aside, ignore_errors=True)
         engine.agree(no_room and describe_failure(self.spec, step, draft.needed, no_room))
         partitioned = engine.handle.zero_optimization_stage() == 3  # what was gathered is a copy already
         copies = {name: weights.pop(name).to("cpu", copy=not partitioned) for name in tuple(weights)}
-        shards = open_shards(engine, draft.aside / RESUME, held=True)
+        shards = open_shards(engine, draft.aside / RESUME_FOLDER, held=True)
         rest = gather_state(engine, shards, writers=draft.writers)
         if engine.rank < draft.writers:
             work = (lambda: self._finish(draft, copies, shards, rest)) if engine.rank == 0 else (lambda: self._hand_in(draft, shards))
@@ -102,7 +102,7 @@ class Writer:
     def close(self) -> None:
         """After a failure, without the other ranks: some of them may be gone, and what they have not written will not come."""
         if self.thread is not None:
-            self.thread.join(LEFT_S)
+            self.thread.join(LAST_WRITE_S)
             self.abandoned.set()
         self._join()
 
@@ -119,32 +119,32 @@ class Writer:
             problem = f"{type(error).__name__}: {error}"
         self.problem = problem and describe_failure(self.spec, draft.step, draft.needed, problem)
 
-    def _hand_in(self, draft: PendingCheckpoint, shards: Shards) -> str:
+    def _hand_in(self, draft: PendingCheckpoint, shards: ShardWriter) -> str:
         """A rank other than the first: its part of the state, then word of it."""
         problem = finish_state(self.engine.rank, shards, {})
-        return try_disk(lambda: write_text(problem, draft.aside / WRITTEN.format(rank=self.engine.rank))) or problem
+        return disk_error(lambda: write_text(problem, draft.aside / RANK_DONE_FILE.format(rank=self.engine.rank))) or problem
 
-    def _finish(self, draft: PendingCheckpoint, copies: dict[str, Tensor], shards: Shards, rest: dict[str, Any]) -> str:
+    def _finish(self, draft: PendingCheckpoint, copies: dict[str, Tensor], shards: ShardWriter, rest: dict[str, Any]) -> str:
         """Rank 0: the weights, its part of the state, and when all are through, the name."""
-        problem = try_disk(lambda: write_weights(self.engine, self.processor, draft.aside, copies))
+        problem = disk_error(lambda: write_weights(self.engine, self.processor, draft.aside, copies))
         copies.clear()
         problems = [problem or finish_state(0, shards, rest), *self._collect(draft)]
-        problem = next(filter(None, problems), "") or try_disk(lambda: complete(draft, self.spec))
+        problem = next(filter(None, problems), "") or disk_error(lambda: complete(draft, self.spec))
         if problem:
             shutil.rmtree(draft.aside, ignore_errors=True)
         else:
-            make_room(self.spec)
+            update_best_and_prune(self.spec)
         return problem
 
     def _collect(self, draft: PendingCheckpoint) -> list[str]:
         """What the other writers say, when all have."""
         said = []
         for rank in range(1, draft.writers):
-            word = draft.aside / WRITTEN.format(rank=rank)
+            word = draft.aside / RANK_DONE_FILE.format(rank=rank)
             while not word.exists():
                 if self.abandoned.is_set():
                     return [f"rank {rank} has not written its part"]
-                time.sleep(LOOK_S)
+                time.sleep(POLL_S)
             said.append(word.read_text(encoding="utf-8"))
             word.unlink()
         return said

@@ -30,7 +30,7 @@ from trainer.contract.rows import (
     EvaluationRow as EvaluationRow,
     FailureReport as FailureReport,
     Inputs as Inputs,
-    Origin as Origin,
+    WeightsLineage as WeightsLineage,
     PhasePeak as PhasePeak,
     RankFacts as RankFacts,
     ServingReport as ServingReport,

@@ -13,14 +13,14 @@ from typing import Any
 from trainer.contract import CHECKPOINTS, METRICS_FILE, SCHEMA, InputRefused, SpecError, TrainSpec, read, write_text
 
 STATE_FILE = "trainer_state.json"
-NAME = "step-{step:06d}"
-NAMES = re.compile(r"step-(\d{6,})")
+CHECKPOINT_NAME = "step-{step:06d}"
+CHECKPOINT_PATTERN = re.compile(r"step-(\d{6,})")
 
-NAMED = 5  # files that are missing, in a message
+SHOWN = 5  # files that are missing, in a message
 
 # Where the attempts of one run may differ: it changes where and how fast the steps are done, not what they are.
-FREE_SECTIONS = ("device.", "evaluation.", "deepspeed.", "profile.", "expects.")
-FREE_KEYS = {
+CHANGEABLE_SECTIONS = ("device.", "evaluation.", "deepspeed.", "profile.", "expects.")
+CHANGEABLE_KEYS = {
     *("save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background", "trackers", "trackers_named"),
     *("schema", "run_id", "output", "gradient_checkpointing", "hang_timeout_s"),
     *("checkpoint_every", "checkpoint_groups", "loss_chunk", "kernels", "expects"),
@@ -48,11 +48,11 @@ class CheckpointState:
     @property
     def path(self) -> str:
         """Relative to the run's folder."""
-        return f"{CHECKPOINTS}/{NAME.format(step=self.step)}"
+        return f"{CHECKPOINTS}/{CHECKPOINT_NAME.format(step=self.step)}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class MetricsSummary:
     """What the rows that stand tell: how many they are, the seconds of their steps, the loss of the last."""
 
     count: int = 0
@@ -68,13 +68,13 @@ def newest_checkpoint(run: Path) -> CheckpointState | None:
 
 def whole_checkpoints(run: Path) -> Iterator[CheckpointState]:
     for folder in (run / CHECKPOINTS).glob("step-*"):
-        if NAMES.fullmatch(folder.name) and (state := whole_state(folder)) is not None:
+        if CHECKPOINT_PATTERN.fullmatch(folder.name) and (state := whole_state(folder)) is not None:
             yield state
 
 
 def broken_checkpoints(run: Path) -> dict[Path, str]:
     """Those with the name of a checkpoint that are not whole, by name, and what each of them lacks."""
-    folders = sorted(path for path in (run / CHECKPOINTS).glob("step-*") if NAMES.fullmatch(path.name))
+    folders = sorted(path for path in (run / CHECKPOINTS).glob("step-*") if CHECKPOINT_PATTERN.fullmatch(path.name))
     return {folder: reason for folder in folders if (reason := inspect_checkpoint(folder)[1])}
 
 
@@ -99,11 +99,11 @@ def inspect_checkpoint(folder: Path) -> tuple[CheckpointState | None, str]:
         state: CheckpointState = read(CheckpointState, folder / STATE_FILE)
     except SpecError as error:
         return None, str(error)
-    if folder.name != NAME.format(step=state.step):
+    if folder.name != CHECKPOINT_NAME.format(step=state.step):
         return state, f"its {STATE_FILE} is of step {state.step}"
     wrong = missing_files(folder, state)
-    more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
-    return state, f"{', '.join(wrong[:NAMED])}{more} missing or not of the size that {STATE_FILE} says" if wrong else ""
+    more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+    return state, f"{', '.join(wrong[:SHOWN])}{more} missing or not of the size that {STATE_FILE} says" if wrong else ""
 
 
 def missing_files(folder: Path, state: CheckpointState) -> tuple[str, ...]:
@@ -111,10 +111,10 @@ def missing_files(folder: Path, state: CheckpointState) -> tuple[str, ...]:
     return tuple(name for name, size in state.files.items() if not (folder / name).is_file() or (folder / name).stat().st_size != size)
 
 
-def fixed_parts(spec: TrainSpec) -> dict[str, Any]:
+def fixed_settings(spec: TrainSpec) -> dict[str, Any]:
     """The spec as dotted keys, without those that attempts of one run may differ in. Values are plain JSON."""
     plain = json.loads(json.dumps(asdict(spec)))
-    return {key: value for key, value in flatten(plain) if key not in FREE_KEYS and not f"{key}.".startswith(FREE_SECTIONS)}
+    return {key: value for key, value in flatten(plain) if key not in CHANGEABLE_KEYS and not f"{key}.".startswith(CHANGEABLE_SECTIONS)}
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -127,7 +127,7 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def refuse_other_run(state: CheckpointState, spec: TrainSpec, data_sha256: str) -> None:
     """Raises InputRefused, naming every difference, when the checkpoint in the run's folder is not of this very run."""
-    there, here = state.spec, fixed_parts(spec)
+    there, here = state.spec, fixed_settings(spec)
     wrong = [f"{key} was {there.get(key)!r} and is {here.get(key)!r}" for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
     if state.data_sha256 != data_sha256:
         wrong.append("the training rows have changed since")
@@ -138,16 +138,16 @@ def refuse_other_run(state: CheckpointState, spec: TrainSpec, data_sha256: str) 
         )
 
 
-def cut_rows(run: Path, step: int) -> Rows:
+def cut_rows(run: Path, step: int) -> MetricsSummary:
     """Keep the rows of steps 1 to `step` in metrics.jsonl, gaps and all, and drop torn ones and those of later steps, which will be done
     again."""
     path = run / METRICS_FILE
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    kept, stand, last = Rows(), [], 0
+    kept, stand, last = MetricsSummary(), [], 0
     for line in lines:
-        row = parse_row(line)
+        row = parse_metrics_row(line)
         if row is not None and last < row["step"] <= step:
-            kept = Rows(count=kept.count + 1, seconds=kept.seconds + row["seconds"], loss=row["loss"])
+            kept = MetricsSummary(count=kept.count + 1, seconds=kept.seconds + row["seconds"], loss=row["loss"])
             stand.append(line)
             last = row["step"]
     if len(stand) < len(lines):
@@ -155,7 +155,7 @@ def cut_rows(run: Path, step: int) -> Rows:
     return kept
 
 
-def parse_row(line: str) -> dict[str, Any] | None:
+def parse_metrics_row(line: str) -> dict[str, Any] | None:
     """None for a row that was being written when its run ended."""
     try:
         row = json.loads(line) if line.endswith("\n") else None

@@ -43,11 +43,11 @@ def facts_of(report: EnvReport) -> dict[str, str]:
     named = {"package": report.packages, "toolkit": report.toolkit, "setting": report.settings, "determinism": report.determinism}
     for kind, values in named.items():
         facts |= {f"{kind} {name}": value for name, value in values.items()}
-    facts |= {f"{VARIABLE} {name}": value for name, value in report.environment.items() if not varies(name)}
+    facts |= {f"{VARIABLE} {name}": value for name, value in report.environment.items() if not differs_by_run(name)}
     return {key: value for key, value in facts.items() if value}
 
 
-def varies(variable: str) -> bool:
+def differs_by_run(variable: str) -> bool:
     return variable in VARYING_RANKS or variable.startswith(VARYING)
 
 

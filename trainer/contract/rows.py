@@ -82,7 +82,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
+class WeightsLineage:
     """What a stage began with. `path`: the folder, '' for a random start; `run_id`, `step`, `stage` and `weights_sha256` are those of the
     checkpoint in it, empty where none of our runs has saved it. `trained`: the groups that runs have trained up to there, all of a published
     model. `base`: the folder of the model that an adapter stands on; `mark`: of the weights there, or of those a new adapter stands on."""
@@ -132,7 +132,7 @@ class EnvReport:
     parameters: dict[str, int]
     trainable: dict[str, int]
     deepspeed: dict[str, Any]
-    origin: Origin = Origin()
+    origin: WeightsLineage = WeightsLineage()
     kernels: dict[str, str] = field(default_factory=dict)
     toolkit: dict[str, str] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)

@@ -26,19 +26,19 @@ def hash_weights(folder: Path, *, most_bytes: int | None = None) -> str:
     `most_bytes` only so many of each tensor are read. A .bin counts as one tensor. Raises InputRefused for a file that is not whole."""
     digest = hashlib.sha256()
     files = weight_files(folder)
-    for file in (file for file in files if not is_plain(file)):
+    for file in (file for file in files if not is_safetensors(file)):
         digest.update(f"{file.name}\0".encode())
-        add_bytes(digest, file, 0, file.stat().st_size, most_bytes)
-    tensors = {name: (file, entry, start) for file in files if is_plain(file) for name, entry, start in read_header(file)}
+        hash_range(digest, file, 0, file.stat().st_size, most_bytes)
+    tensors = {name: (file, entry, start) for file in files if is_safetensors(file) for name, entry, start in read_header(file)}
     for name in sorted(tensors):
         file, entry, start = tensors[name]
         digest.update(f"{name}\0{entry['dtype']}\0{entry['shape']}\0".encode())
         first, last = (start + offset for offset in entry["data_offsets"])
-        add_bytes(digest, file, first, last, most_bytes)
+        hash_range(digest, file, first, last, most_bytes)
     return digest.hexdigest()
 
 
-def add_bytes(digest: "hashlib._Hash", file: Path, first: int, last: int, most: int | None) -> None:
+def hash_range(digest: "hashlib._Hash", file: Path, first: int, last: int, most: int | None) -> None:
     last = last if most is None else min(last, first + most)
     with file.open("rb") as stream:
         stream.seek(first)
@@ -59,7 +59,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     return (folder / WEIGHTS,)
 
 
-def is_plain(file: Path) -> bool:
+def is_safetensors(file: Path) -> bool:
     """Whether it is safetensors, of which each tensor can be told apart."""
     return file.suffix == ".safetensors"
 

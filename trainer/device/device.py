@@ -30,7 +30,7 @@ NVIDIA_SETTINGS = (
     *("persistence_mode", "mig.mode.current"),
 )
 NVIDIA_APPLICATION_CLOCKS = ("clocks.applications.graphics", "clocks.applications.memory")
-NOT_SAID = ("", "N/A", "[N/A]", "[Not Supported]", "[Insufficient Permissions]", "[Unknown Error]")
+EMPTY_ANSWERS = ("", "N/A", "[N/A]", "[Not Supported]", "[Insufficient Permissions]", "[Unknown Error]")
 # What makes each kind of device add in one order -> the values that do. Of NVIDIA: cuBLAS's workspaces and NCCL's algorithm (NVLS and CollNet
 # add in the switches); of Ascend: HCCL's and LCCL's order and matmul's, as in vllm-ascend's FAQ and MindSpeed's npu_deterministic.
 DETERMINISTIC_VARIABLES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -160,20 +160,20 @@ def host_memory_bytes() -> int:
 
 
 def nvidia_driver() -> str:
-    return next(iter(ask_nvidia("driver_version")), [""])[0]
+    return next(iter(query_nvidia_smi("driver_version")), [""])[0]
 
 
-def ask_nvidia(*fields: str) -> list[list[str]]:
+def query_nvidia_smi(*fields: str) -> list[list[str]]:
     """A row for each device; [] where there is no nvidia-smi, as in some containers, which train all the same, or it refuses."""
     command = ("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    return read_nvidia(answer.stdout, len(fields))
+    return parse_nvidia_smi(answer.stdout, len(fields))
 
 
-def read_nvidia(text: str, columns: int) -> list[list[str]]:
+def parse_nvidia_smi(text: str, columns: int) -> list[list[str]]:
     """The rows of a query; lines that are none of its rows, such as warnings, are passed over."""
     rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
     return [row for row in rows if len(row) == columns]
@@ -181,10 +181,10 @@ def read_nvidia(text: str, columns: int) -> list[list[str]]:
 
 def nvidia_settings() -> dict[str, str]:
     fields = (*NVIDIA_SETTINGS, *NVIDIA_APPLICATION_CLOCKS)
-    rows = ask_nvidia(*fields)
+    rows = query_nvidia_smi(*fields)
     if not rows:
         fields = NVIDIA_SETTINGS
-        rows = ask_nvidia(*fields)
+        rows = query_nvidia_smi(*fields)
     return name_settings(fields, rows)
 
 
@@ -194,7 +194,7 @@ def name_settings(fields: Sequence[str], rows: Sequence[Sequence[str]]) -> dict[
         f"{index} {field}": value
         for index, row in enumerate(rows)
         for field, value in zip(fields, row, strict=True)
-        if value not in NOT_SAID
+        if value not in EMPTY_ANSWERS
     }
 
 
@@ -241,7 +241,7 @@ def npu_profiler() -> Any:
     return torch_npu.profiler
 
 
-def on_accelerator(name: str, *, prepare: Callable[[], None], profiler: Callable[[], Any] = torch_profiler, **facts: Any) -> Device:
+def accelerator_device(name: str, *, prepare: Callable[[], None], profiler: Callable[[], Any] = torch_profiler, **facts: Any) -> Device:
     """`torch.<name>` is looked up at call time: torch.npu exists only after `prepare`. `facts`: driver, firmware, toolkit, settings."""
 
     def api() -> Any:
@@ -283,10 +283,10 @@ DEVICES = {
         toolkit=dict,
         settings=dict,
     ),
-    "cuda": on_accelerator(
+    "cuda": accelerator_device(
         "cuda", prepare=lambda: None, driver=nvidia_driver, firmware=lambda: "", toolkit=cuda_toolkit, settings=nvidia_settings
     ),
-    "npu": on_accelerator(
+    "npu": accelerator_device(
         "npu",
         prepare=import_torch_npu,
         profiler=npu_profiler,

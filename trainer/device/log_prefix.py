@@ -18,17 +18,17 @@ from trainer.contract import PHASE_LINE, RANK_PREFIX, START_PHASES
 
 PIECE_BYTES = 1 << 16  # a line that is longer is cut
 DRAIN_S = 2.0  # for the last lines, when all is over
-LOOK_S = 0.005
-ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # which a terminal or an engine sends to all
+POLL_S = 0.005
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # which a terminal or an engine sends to all
 
 
-def say_phase(number: int) -> None:
+def report_phase(number: int) -> None:
     """Which of contract.START_PHASES this rank begins: where a run does not start, the slowest rank is told by it."""
     print(PHASE_LINE.format(phase=START_PHASES[number]), flush=True)
 
 
 @contextmanager
-def named_lines(environ: Mapping[str, str]) -> Iterator[None]:
+def prefix_lines(environ: Mapping[str, str]) -> Iterator[None]:
     """Until the block ends, what goes to stdout and stderr comes out of stdout with `[rank N] ` in front of each line, in the order in
     which it was written. With one rank nothing changes. `environ`: RANK and WORLD_SIZE as torchrun sets them."""
     if int(environ.get("WORLD_SIZE") or 1) < 2:
@@ -36,7 +36,7 @@ def named_lines(environ: Mapping[str, str]) -> Iterator[None]:
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    child, target = start_child(RANK_PREFIX.format(rank=environ.get("RANK", "?")).encode())
+    child, target = start_prefix_process(RANK_PREFIX.format(rank=environ.get("RANK", "?")).encode())
     before = tuple((number, os.dup(number)) for number in (1, 2))
     for number, _ in before:
         os.dup2(target, number)
@@ -50,16 +50,16 @@ def named_lines(environ: Mapping[str, str]) -> Iterator[None]:
         for number, old in before:
             os.dup2(old, number)
             os.close(old)
-        await_end(child)
+        wait_for_child(child)
 
 
-def start_child(prefix: bytes) -> tuple[int, int]:
+def start_prefix_process(prefix: bytes) -> tuple[int, int]:
     """Its process id, and the descriptor whose lines it takes. It stands by itself when this returns."""
     source, target = os.pipe()
     stands, says = os.pipe()
     child = os.fork()
     if child == 0:
-        serve(source, 1, prefix, says, close=(target, stands))
+        run_child(source, 1, prefix, says, close=(target, stands))
     os.close(source)
     os.close(says)
     os.read(stands, 1)
@@ -67,28 +67,28 @@ def start_child(prefix: bytes) -> tuple[int, int]:
     return child, target
 
 
-def await_end(child: int) -> None:
+def wait_for_child(child: int) -> None:
     """Until it has written what it was given. One whose pipe somebody else still holds, as a worker of a data loader, is left alone."""
     deadline = time.monotonic() + DRAIN_S
     with suppress(ChildProcessError):
         while not os.waitpid(child, os.WNOHANG)[0] and time.monotonic() < deadline:
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
 
 
-def serve(source: int, target: int, prefix: bytes, says: int, *, close: Sequence[int]) -> None:
+def run_child(source: int, target: int, prefix: bytes, says: int, *, close: Sequence[int]) -> None:
     """The child. It never returns: what it was forked from goes on elsewhere."""
     try:
         os.setsid()  # torchrun ends a rank's whole process group
-        for number in ENDS:
+        for number in IGNORED_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         for number in (*close, says):
             os.close(number)
-        name_lines(source, target, prefix)
+        copy_with_prefix(source, target, prefix)
     finally:
         os._exit(0)
 
 
-def name_lines(source: int, target: int, prefix: bytes) -> None:
+def copy_with_prefix(source: int, target: int, prefix: bytes) -> None:
     """Every line of `source` to `target` with `prefix` in front, until no one can write to `source` any more."""
     held = b""
     while piece := os.read(source, PIECE_BYTES):

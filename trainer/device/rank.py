@@ -8,7 +8,7 @@ import torch
 from trainer.contract import SINGLE_PROCESS_KINDS, InputRefused, TrainSpec
 from trainer.device.device import Device, open_device
 
-ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+SINGLE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +22,10 @@ class Rank:
     place: torch.device
 
 
-def take_place(spec: TrainSpec, environ: Mapping[str, str]) -> Rank:
+def open_rank(spec: TrainSpec, environ: Mapping[str, str]) -> Rank:
     """From the variables that torchrun sets; where it sets none, a stage of one process is alone. Raises InputRefused when they are missing
     or another world than the plan's."""
-    set_ = environ if spec.stage.kind not in SINGLE_PROCESS_KINDS or "RANK" in environ else {**environ, **ALONE}
+    set_ = environ if spec.stage.kind not in SINGLE_PROCESS_KINDS or "RANK" in environ else {**environ, **SINGLE_RANK}
     try:
         number, local, world_size = (int(set_[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     except (KeyError, ValueError) as error:

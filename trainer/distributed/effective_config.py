@@ -11,7 +11,7 @@ from trainer.optim.adamw import StochasticAdamW
 from trainer.optim.adamw_8bit import AdamW8bit
 
 
-def taken_config(engine: Any) -> dict[str, Any]:
+def read_effective_config(engine: Any) -> dict[str, Any]:
     """What the engine runs with, asked of its objects where they tell and of its accessors elsewhere, never of our config."""
     handle = engine.handle
     masters = master_weights(handle)
@@ -52,7 +52,7 @@ def master_weights(handle: Any) -> Tensor:
 
 
 def planned_config(spec: TrainSpec) -> dict[str, Any]:
-    """The same keys as `taken_config`, from the plan."""
+    """The same keys as `read_effective_config`, from the plan."""
     zero = spec.zero
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     return {
@@ -75,7 +75,7 @@ def planned_config(spec: TrainSpec) -> dict[str, Any]:
 
 def refuse_mismatch(engine: Any, spec: TrainSpec) -> None:
     """Raises RunFailed naming every key in which the engine differs from the plan."""
-    planned, taken = planned_config(spec), taken_config(engine)
+    planned, taken = planned_config(spec), read_effective_config(engine)
     wrong = [f"{key}: planned {planned[key]!r}, the engine has {taken[key]!r}" for key in planned if planned[key] != taken[key]]
     if wrong:
         said = "; ".join(wrong)

@@ -17,13 +17,13 @@ from torch import Tensor
 from trainer.contract import DeviceSpec, Dtype, Optimizer, RunFailed, TrainSpec
 from trainer.distributed.effective_config import refuse_mismatch
 from trainer.kernels.cross_entropy import sum_loss
-from trainer.optim.adamw import StochasticAdamW, stretches_of
+from trainer.optim.adamw import StochasticAdamW, parameter_slices
 from trainer.optim.adamw_8bit import AdamW8bit
-from trainer.optim.optimizer_shard import find_parts
+from trainer.optim.optimizer_shard import find_shards
 
-RATE = "rate"  # key of a parameter group: its learning rate over that of the schedule
+RATE_FACTOR = "rate"  # key of a parameter group: its learning rate over that of the schedule
 IGNORED = -100  # label of a token that is not trained on
-SETTLE_S = 0.3  # a hundred times what a thread of gloo takes, whose turn comes later on a busy machine
+GLOO_WAIT_S = 0.3  # a hundred times what a thread of gloo takes, whose turn comes later on a busy machine
 FUSED = ("cpu", "cuda")  # where torch has AdamW as one kernel: on the digits job a tenth of a step faster than one op at a time
 
 
@@ -88,7 +88,7 @@ class Engine:
         """Update the weights after the last micro-batch of the step, unless a gradient is no number: then the update is skipped, by DeepSpeed
         in all its optimizers and here where torch's own is at work."""
         for group in self.handle.optimizer.param_groups:
-            group["lr"] = lr * group.get(RATE, 1.0)
+            group["lr"] = lr * group.get(RATE_FACTOR, 1.0)
         norm = self._fp32_norm()
         if norm is not None and not bool(norm.isfinite()):
             return Update(grad_norm=float(norm), loss_scale=1.0, skipped=True)
@@ -178,18 +178,18 @@ def start_distributed(spec: DeviceSpec) -> None:
     deepspeed.init_distributed(dist_backend=spec.backend, timeout=timedelta(seconds=spec.timeout_s), verbose=False)
 
 
-def start_alone() -> None:
+def start_single_process() -> None:
     """A process group of this process, for a stage that torchrun does not start: no port, no DeepSpeed."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 
 
-def leave_distributed() -> None:
+def stop_distributed() -> None:
     """Leave the process group, once all ranks have done their last collective.
 
     torch 2.7.1 joins gloo's threads with Python's lock held, and one that still has to let go of a collective's tensors waits for that lock:
     a rank that never ends. The threads get the lock here first. 2.13.0 does not need it (tests/trainer/distributed/test_leave.py)."""
     if torch.distributed.get_backend() == "gloo" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
-        time.sleep(SETTLE_S)
+        time.sleep(GLOO_WAIT_S)
     torch.distributed.destroy_process_group()
 
 
@@ -220,9 +220,9 @@ def start_engine(model: torch.nn.Module, spec: TrainSpec, device: torch.device, 
     )
     refuse_mismatch(engine, spec)
     if isinstance(optimizer, StochasticAdamW):
-        optimizer.place(stretches_of(find_parts(engine)))
+        optimizer.place(parameter_slices(find_shards(engine)))
     if isinstance(optimizer, AdamW8bit):
-        optimizer.place(find_parts(engine))
+        optimizer.place(find_shards(engine))
     return engine
 
 
@@ -252,7 +252,7 @@ def group_parameters(model: torch.nn.Module, optimizer: Optimizer, rates: Mappin
     trainable = [(rates.get(name, 1.0), p) for name, p in model.named_parameters() if p.requires_grad]
     dimensions = {p: len(getattr(p, "ds_shape", p.shape)) for _, p in trainable}  # what ZeRO 3 has cut is a vector
     groups = [
-        {"params": [p for own, p in trainable if own == rate and (dimensions[p] >= 2) == matrices], "weight_decay": decay, RATE: rate}
+        {"params": [p for own, p in trainable if own == rate and (dimensions[p] >= 2) == matrices], "weight_decay": decay, RATE_FACTOR: rate}
         for rate in dict.fromkeys(rate for rate, _ in trainable)
         for matrices, decay in ((True, optimizer.weight_decay), (False, 0.0))
     ]

@@ -11,34 +11,34 @@ import torch.distributed
 from torch import Tensor
 from torch.nn import Module, Parameter, ParameterList
 
-from trainer.checkpoint.resume import refusing_together, tell_all
-from trainer.checkpoint.state import read_random, set_random
+from trainer.checkpoint.resume import refuse_on_all_ranks, broadcast_object
+from trainer.checkpoint.state import read_rng_state, set_rng_state
 from trainer.contract import InputRefused, TrainSpec
 from trainer.device.dtype import loading_dtype
 
-SOURCE = 0  # the rank whose values all take: zero.Init's own broadcast begins there
+SOURCE_RANK = 0  # the rank whose values all take: zero.Init's own broadcast begins there
 Holder = tuple[Module, str]  # a module, and its own name for a parameter or buffer
 
 
-def scatter(model: Module, spec: TrainSpec, place: torch.device) -> None:
+def partition_model(model: Module, spec: TrainSpec, place: torch.device) -> None:
     """Cut the parameters among the ranks, in place and for deepspeed.initialize to take, with the values, buffers and random numbers of
     rank 0. The other ranks' model may be without values, on the meta device. Every rank must call it.
 
     `place`, the device, holds a rank's parts and one whole parameter; rank 0's host lets go of each as it leaves. Parameters become new
     objects of the dtype that DeepSpeed would give them. Raises InputRefused where a rank has another model than rank 0.
     """
-    with refusing_together():
-        refuse_another_model(describe(model))
-    for holders in find_tensors(model, "_buffers"):
-        bring_buffer(holders, place)
+    with refuse_on_all_ranks():
+        refuse_another_model(list_tensors(model))
+    for holders in group_by_tensor(model, "_buffers"):
+        broadcast_buffer(holders, place)
     dtype, cut = loading_dtype(spec.precision), None
-    for holders in find_tensors(model, "_parameters"):
-        whole = bring_parameter(holders, place, dtype)
-        cut = cut_parameter(whole, spec, like=cut)
-    share_random(place)
+    for holders in group_by_tensor(model, "_parameters"):
+        whole = load_parameter(holders, place, dtype)
+        cut = partition_parameter(whole, spec, like=cut)
+    broadcast_rng_state(place)
 
 
-def find_tensors(model: Module, kind: str) -> Iterator[list[Holder]]:
+def group_by_tensor(model: Module, kind: str) -> Iterator[list[Holder]]:
     """All modules that hold a tensor, for each tensor in the order of DeepSpeed's numbers, which is that of model.parameters(). It keeps
     none of them: what its holders let go of is gone."""
     found: dict[int, list[Holder]] = {}
@@ -49,14 +49,14 @@ def find_tensors(model: Module, kind: str) -> Iterator[list[Holder]]:
     yield from found.values()
 
 
-def describe(model: Module) -> list[tuple[str, ...]]:
+def list_tensors(model: Module) -> list[tuple[str, ...]]:
     """What must be the same on every rank for the tensors to meet."""
     parameters = [(name, str(tuple(p.shape)), f"trains: {p.requires_grad}") for name, p in model.named_parameters()]
     return parameters + [(name, str(tuple(buffer.shape)), str(buffer.dtype)) for name, buffer in model.named_buffers()]
 
 
 def refuse_another_model(own: list[tuple[str, ...]]) -> None:
-    expected = tell_all(own)
+    expected = broadcast_object(own)
     if own == expected:
         return
     lacking, more = ([" ".join(line) for line in one if line not in other] for one, other in ((expected, own), (own, expected)))
@@ -66,17 +66,17 @@ def refuse_another_model(own: list[tuple[str, ...]]) -> None:
     )
 
 
-def bring_buffer(holders: list[Holder], place: torch.device) -> None:
+def broadcast_buffer(holders: list[Holder], place: torch.device) -> None:
     module, name = holders[0]
     before: Tensor = getattr(module, name)
     value = before.to(place).contiguous() if is_source() else torch.empty(before.shape, dtype=before.dtype, device=place)
     if value.numel():
-        torch.distributed.broadcast(value.view(-1).view(torch.uint8), SOURCE)  # as bytes: not every backend sends every type
+        torch.distributed.broadcast(value.view(-1).view(torch.uint8), SOURCE_RANK)  # as bytes: not every backend sends every type
     for module, name in holders:
         setattr(module, name, value)
 
 
-def bring_parameter(holders: list[Holder], place: torch.device, dtype: torch.dtype) -> Parameter:
+def load_parameter(holders: list[Holder], place: torch.device, dtype: torch.dtype) -> Parameter:
     """Whole on `place`: the values on rank 0, memory for them on the others. A new object, since `.data` does not go from one kind of
     device to every other; a tied parameter is one again."""
     module, name = holders[0]
@@ -88,7 +88,7 @@ def bring_parameter(holders: list[Holder], place: torch.device, dtype: torch.dty
     return whole
 
 
-def cut_parameter(whole: Parameter, spec: TrainSpec, *, like: Parameter | None) -> Parameter:
+def partition_parameter(whole: Parameter, spec: TrainSpec, *, like: Parameter | None) -> Parameter:
     """Send the values of rank 0 to all, who keep their part. `like`: one that was cut before, which saves a setup for each."""
     import deepspeed
 
@@ -99,12 +99,12 @@ def cut_parameter(whole: Parameter, spec: TrainSpec, *, like: Parameter | None) 
     return whole
 
 
-def share_random(place: torch.device) -> None:
+def broadcast_rng_state(place: torch.device) -> None:
     """A model without values draws none."""
-    states = tell_all(read_random(place) if is_source() else None)
+    states = broadcast_object(read_rng_state(place) if is_source() else None)
     if not is_source():
-        set_random(states, place)
+        set_rng_state(states, place)
 
 
 def is_source() -> bool:
-    return torch.distributed.get_rank() == SOURCE
+    return torch.distributed.get_rank() == SOURCE_RANK

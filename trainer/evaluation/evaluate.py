@@ -15,18 +15,18 @@ from trainer.contract import SAMPLES_FILE, TrainSpec
 from trainer.data.batch.collate import collate, collate_prompts
 from trainer.data.encode import IGNORED
 from trainer.data.rows.sample import Sample
-from trainer.evaluation.teacher_forcing import FORCED_METRICS, TokenScores, add, figures, judge
+from trainer.evaluation.teacher_forcing import TEACHER_FORCED_METRICS, TokenScores, add_scores, figures, score_tokens
 from trainer.evaluation.text_metric import TEXT_METRICS, rate
 from trainer.generation.text_reader import end_ids, read_answer
 from trainer.models.family import Processor
 
 INTERNAL = ("place", "judged")
-Part = list[tuple[int, Sample]]
+NumberedBatch = list[tuple[int, Sample]]
 LossSum = Callable[[dict[str, Tensor]], Tensor]
-Halted = Callable[[], bool]  # whether any rank has been asked to stop: a collective
+StopCheck = Callable[[], bool]  # whether any rank has been asked to stop: a collective
 
 
-class Interrupted(Exception):
+class EvaluationStopped(Exception):
     """A stop was asked for between two batches."""
 
 
@@ -42,7 +42,7 @@ def evaluate(
     partitioned: bool,
     file: str = SAMPLES_FILE,
     loss_sum: LossSum | None = None,
-    halted: Halted | None = None,
+    halted: StopCheck | None = None,
     journal: Journal | None = None,
 ) -> dict[str, float]:
     """Answer the last question of each sample and write `file`, in the run's folder. Returns exact_match (0 to 1), the other metrics of
@@ -55,22 +55,22 @@ def evaluate(
     """
     chosen = list(enumerate(samples[: spec.evaluation.limit or None]))
     size = spec.evaluation.batch if journal is not None else min(spec.evaluation.batch, max(1, -(-len(chosen) // world_size)))
-    shares = share(chosen, rank, world_size, size) if journal is None else cut(chosen, size)[rank::world_size]
+    shares = batches_of_rank(chosen, rank, world_size, size) if journal is None else split_batches(chosen, size)[rank::world_size]
     answer = make_answerer(model, processor, spec, device, together=partitioned and world_size > 1)
     try:
-        with answering(model):
-            rows = answer_parts(unless(halted, shares), answer, journal)
-            own = {place for part in cut(chosen, size)[rank::world_size] for place, _ in part}
-            losses = [part_loss(part, processor, spec, loss_sum, own) for part in unless(halted, shares)] if loss_sum else []
-    except Interrupted:
+        with evaluation_mode(model):
+            rows = answer_batches(until_stopped(halted, shares), answer, journal)
+            own = {place for part in split_batches(chosen, size)[rank::world_size] for place, _ in part}
+            losses = [batch_loss(part, processor, spec, loss_sum, own) for part in until_stopped(halted, shares)] if loss_sum else []
+    except EvaluationStopped:
         return {}
     rows = gather_rows(rows, world_size)
     write_rows([{key: value for key, value in row.items() if key not in INTERNAL} for row in rows], Path(spec.output) / file, rank)
-    scores = sum_up(rows, spec.evaluation.metrics)
+    scores = total_scores(rows, spec.evaluation.metrics)
     return scores | ({"loss": mean_loss(losses, world_size)} if loss_sum else {})
 
 
-def answer_parts(parts: Iterable[Part], answer: Callable[[Part], list[Row]], journal: Journal | None) -> list[Row]:
+def answer_batches(parts: Iterable[NumberedBatch], answer: Callable[[NumberedBatch], list[Row]], journal: Journal | None) -> list[Row]:
     if journal is None:
         return [row for part in parts for row in answer(part)]
     for part in parts:
@@ -80,28 +80,28 @@ def answer_parts(parts: Iterable[Part], answer: Callable[[Part], list[Row]], jou
     return [row for rows in journal.done.values() for row in rows]
 
 
-def sum_up(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, float]:
+def total_scores(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, float]:
     """The figures of all rows, each summed in the order of the samples. token_accuracy and perplexity are over all tokens, not means over
     samples."""
     scores = {"exact_match": sum(row["match"] for row in rows) / max(1, len(rows)), "count": float(len(rows))}
     for name in metrics:
         if name in TEXT_METRICS and name != "exact_match":
             scores[name] = sum((row["scores"][name] for row in rows), 0.0) / max(1, len(rows))
-    if any(name in FORCED_METRICS for name in metrics) and rows:
-        scores |= figures(add([TokenScores(**row["judged"]) for row in rows]), metrics)
+    if any(name in TEACHER_FORCED_METRICS for name in metrics) and rows:
+        scores |= figures(add_scores([TokenScores(**row["judged"]) for row in rows]), metrics)
     return scores
 
 
-def unless(halted: Halted | None, shares: list[list]) -> Iterator[list]:
+def until_stopped(halted: StopCheck | None, shares: list[list]) -> Iterator[list]:
     """The batches, equally many on every rank. Raises Interrupted, on all of them before the same one."""
     for part in shares:
         if halted is not None and halted():
-            raise Interrupted
+            raise EvaluationStopped
         yield part
 
 
 @contextmanager
-def answering(model: torch.nn.Module) -> Iterator[None]:
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode within it; then every module is in the mode that it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -113,7 +113,7 @@ def answering(model: torch.nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def part_loss(part: Part, processor: Processor, spec: TrainSpec, loss_sum: LossSum, own: set[int]) -> tuple[float, int]:
+def batch_loss(part: NumberedBatch, processor: Processor, spec: TrainSpec, loss_sum: LossSum, own: set[int]) -> tuple[float, int]:
     """Of the samples at the places in `own`, which is emptied, so that each counts once: the sum of the loss, and the tokens it is over."""
     batch = collate([sample for _, sample in part], processor, spec)
     for row, (place, _) in enumerate(part):
@@ -133,23 +133,23 @@ def mean_loss(losses: list[tuple[float, int]], world_size: int) -> float:
     return sum(loss for loss, _ in sums) / max(1, sum(tokens for _, tokens in sums))
 
 
-def share(items: list, rank: int, world_size: int, size: int) -> list[list]:
+def batches_of_rank(items: list, rank: int, world_size: int, size: int) -> list[list]:
     """This rank's batches: equally many on every rank; where they run out, one is done twice and counted once."""
-    batches = cut(items, size)
+    batches = split_batches(items, size)
     own = batches[rank::world_size] or batches[:1]
     longest = -(-len(batches) // world_size)
     return own + own[-1:] * (longest - len(own))
 
 
-def cut(items: list, size: int) -> list[list]:
+def split_batches(items: list, size: int) -> list[list]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def make_answerer(
     model: torch.nn.Module, processor: Processor, spec: TrainSpec, device: torch.device, *, together: bool
-) -> Callable[[Part], list[Row]]:
+) -> Callable[[NumberedBatch], list[Row]]:
     tokenizer, end_mark = processor.tokenizer, spec.model.template.end_mark
-    forced = any(name in FORCED_METRICS for name in spec.evaluation.metrics)
+    forced = any(name in TEACHER_FORCED_METRICS for name in spec.evaluation.metrics)
     # Each value is said: what is left out here comes from the generation config of the checkpoint.
     config = GenerationConfig(
         do_sample=False,
@@ -161,11 +161,11 @@ def make_answerer(
     )
 
     @torch.no_grad()  # not inference_mode: ZeRO 3 gathers weights in place, which that forbids
-    def answer(part: Part) -> list[Row]:
+    def answer(part: NumberedBatch) -> list[Row]:
         batch, references = collate_prompts([sample for _, sample in part], processor, spec)
         ids = generate(model, {key: value.to(device) for key, value in batch.items()}, config, together=together)
         texts = [read_answer(tokenizer, row, end_mark) for row in ids[:, batch["input_ids"].shape[1] :]]
-        judged = judge(model, [sample for _, sample in part], processor, spec, device) if forced else [None] * len(part)
+        judged = score_tokens(model, [sample for _, sample in part], processor, spec, device) if forced else [None] * len(part)
         return [
             make_row(place, sample, reference, text.strip(), spec, told)
             for (place, sample), reference, text, told in zip(part, references, texts, judged, strict=True)

@@ -18,8 +18,8 @@ from trainer.kernels.cross_entropy import find_head, slices
 from trainer.models.family import Processor
 
 CHUNK = 1024  # tokens that have logits at a time: 0.6 GB in float32 of a vocabulary of 150,000
-MOST_NATS = 700.0  # of a token; exp of more is beyond what a float holds
-FORCED_METRICS = ("token_accuracy", "perplexity")
+MAX_NATS = 700.0  # of a token; exp of more is beyond what a float holds
+TEACHER_FORCED_METRICS = ("token_accuracy", "perplexity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,10 @@ class TokenScores:
     @property
     def perplexity(self) -> float:
         """exp of the mean of -log p."""
-        return math.exp(min(self.nats / max(1, self.tokens), MOST_NATS))
+        return math.exp(min(self.nats / max(1, self.tokens), MAX_NATS))
 
 
-def add(judged: Sequence[TokenScores]) -> TokenScores:
+def add_scores(judged: Sequence[TokenScores]) -> TokenScores:
     """All of them as one, summed in their order."""
     return TokenScores(
         tokens=sum(one.tokens for one in judged), right=sum(one.right for one in judged), nats=sum((one.nats for one in judged), 0.0)
@@ -48,13 +48,13 @@ def add(judged: Sequence[TokenScores]) -> TokenScores:
 
 
 @torch.no_grad()
-def judge(model: torch.nn.Module, samples: Sequence[Sample], processor: Processor, spec: TrainSpec, device: torch.device) -> list[TokenScores]:
+def score_tokens(model: torch.nn.Module, samples: Sequence[Sample], processor: Processor, spec: TrainSpec, device: torch.device) -> list[TokenScores]:
     """One for each sample, from one forward pass over all of them. Raises InputRefused as `collate` does."""
-    batch = collate([only_last(sample) for sample in samples], processor, spec)
+    batch = collate([label_last_answer(sample) for sample in samples], processor, spec)
     targets = batch.pop("labels")[:, 1:]
     asked = targets != IGNORED
     inputs = {key: value.to(device) for key, value in batch.items()}
-    with head_as_judge(find_head(model), targets[asked].to(device)):
+    with head_as_scorer(find_head(model), targets[asked].to(device)):
         told = model(**inputs, logits_to_keep=pad(asked, (0, 1)).to(device), use_cache=False).logits.double().cpu()
     counts = asked.sum(dim=1).tolist()
     return [
@@ -63,14 +63,14 @@ def judge(model: torch.nn.Module, samples: Sequence[Sample], processor: Processo
     ]
 
 
-def only_last(sample: Sample) -> Sample:
+def label_last_answer(sample: Sample) -> Sample:
     """The same conversation, whose last answer alone has labels."""
     *before, last = sample.messages
-    return replace(sample, messages=(*(replace(message, trained=False) for message in before), replace(last, trained=True)))
+    return replace(sample, messages=(*(replace(message, in_loss=False) for message in before), replace(last, in_loss=True)))
 
 
 @contextmanager
-def head_as_judge(head: torch.nn.Module, targets: Tensor) -> Iterator[None]:
+def head_as_scorer(head: torch.nn.Module, targets: Tensor) -> Iterator[None]:
     """Within it the head answers with (tokens, 2) float32 in place of logits: -log p of each target, and 1 where it is the likeliest.
     Logits of more than CHUNK tokens never exist together."""
 
@@ -92,4 +92,4 @@ def head_as_judge(head: torch.nn.Module, targets: Tensor) -> Iterator[None]:
 
 def figures(judged: TokenScores, metrics: Sequence[str]) -> dict[str, Any]:
     """The named figures, of FORCED_METRICS."""
-    return {name: getattr(judged, name) for name in metrics if name in FORCED_METRICS}
+    return {name: getattr(judged, name) for name in metrics if name in TEACHER_FORCED_METRICS}

@@ -11,9 +11,9 @@ from trainer.contract import TrainSpec
 from trainer.data.batch.collate import collate
 from trainer.data.rows.sample import Sample
 from trainer.device.rank import Rank
-from trainer.export.probe import make_reader, open_hollow
+from trainer.export.probe import make_reader, open_on_meta
 from trainer.models import find_family
-from trainer.tensor.int8 import see_through
+from trainer.tensor.int8 import dequantize_sources
 from trainer.tensor.naming import name_in_memory
 from trainer.tensor.paging import fill_buffers, page
 from trainer.tensor.stream import open_tensors
@@ -25,15 +25,15 @@ def measure_inputs(spec: TrainSpec, rank: Rank, folder: Path, samples: Sequence[
     """Name of a weight in memory -> (in,) float32. {} without samples."""
     if not samples:
         return {}
-    model = open_hollow(folder, spec)
-    sources = see_through(open_tensors(folder))
+    model = open_on_meta(folder, spec)
+    sources = dequantize_sources(open_tensors(folder))
     read = make_reader(model, sources)
     fill_buffers(model, read, set(name_in_memory(model, sources).values()), rank.place)
     sums: dict[str, tuple[Tensor, int]] = {}
     seen: list[Tensor] = []  # the mask of the batch that is under way
     for name, module in model.named_modules():
         if f"{name}.weight" in weights:
-            module.register_forward_pre_hook(adds_up(f"{name}.weight", sums, seen))
+            module.register_forward_pre_hook(input_power_hook(f"{name}.weight", sums, seen))
     page(model, read, rank.place)
     processor = find_family(spec.model.family).load_processor(folder, spec.model)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def measure_inputs(spec: TrainSpec, rank: Rank, folder: Path, samples: Sequence[
     return {name: total / count for name, (total, count) in sums.items()}
 
 
-def adds_up(name: str, sums: dict[str, tuple[Tensor, int]], seen: list[Tensor]) -> Callable[..., None]:
+def input_power_hook(name: str, sums: dict[str, tuple[Tensor, int]], seen: list[Tensor]) -> Callable[..., None]:
     """A hook that adds a module's input to its sum, without the places of padding."""
 
     def add(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:

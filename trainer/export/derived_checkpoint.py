@@ -9,27 +9,27 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from trainer.checkpoint.checkpoint import PARTIAL, ROOM_BYTES, checkpoints_of, remove
+from trainer.checkpoint.checkpoint import PARTIAL, MARGIN_BYTES, checkpoints_folder, remove
 from trainer.checkpoint.pending import PendingCheckpoint, begin_folder, complete
-from trainer.contract import SCHEMA, InputRefused, Origin, RunFailed, TrainResult, TrainSpec
-from trainer.contract.checkpoint_files import NAME, STATE_FILE, CheckpointState, fixed_parts, whole_state
+from trainer.contract import SCHEMA, InputRefused, WeightsLineage, RunFailed, TrainResult, TrainSpec
+from trainer.contract.checkpoint_files import CHECKPOINT_NAME, STATE_FILE, CheckpointState, fixed_settings, whole_state
 from trainer.contract.weight_files import INDEX, PICKLED_INDEX
 from trainer.models import find_family
 from trainer.stages.chain import groups_trained
-from trainer.tensor.stream import Outgoing, open_tensors, write_shards
+from trainer.tensor.stream import TensorToWrite, open_tensors, write_shards
 
 # Of a checkpoint beside its weights: configs, tokenizer, processor, templates, the code that a published config names.
 COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
-LEFT = (STATE_FILE, INDEX, PICKLED_INDEX, "adapter_config.json")
+NOT_COPIED = (STATE_FILE, INDEX, PICKLED_INDEX, "adapter_config.json")
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Product:
+class DerivedCheckpoint:
     """`tensors`: of the new checkpoint, in order. `folders`: whose other files are copied, the later ones over the earlier. `finish`: what
     is left to write, and the checks, given the folder; raises RunFailed where it is not what it should be. Returns figures for the result."""
 
-    tensors: Sequence[Outgoing]
+    tensors: Sequence[TensorToWrite]
     folders: tuple[Path, ...]
     shard_bytes: int
     finish: Callable[[Path], dict[str, float]]
@@ -39,11 +39,11 @@ class Product:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def make_product(product: Product, spec: TrainSpec, origin: Origin) -> TrainResult:
+def write_derived_checkpoint(product: DerivedCheckpoint, spec: TrainSpec, origin: WeightsLineage) -> TrainResult:
     """Write, check and name it. Raises RunFailed for a disk that is full."""
-    final = checkpoints_of(spec) / NAME.format(step=origin.step)
+    final = checkpoints_folder(spec) / CHECKPOINT_NAME.format(step=origin.step)
     aside = final.with_name(PARTIAL.format(name=final.name))
-    draft = PendingCheckpoint(final=final, aside=aside, state=describe_state(spec, origin), writers=0, needed=product.nbytes + ROOM_BYTES)
+    draft = PendingCheckpoint(final=final, aside=aside, state=describe_state(spec, origin), writers=0, needed=product.nbytes + MARGIN_BYTES)
     if final.exists():
         remove(final)  # of an attempt that was ended before it could say its result
     try:
@@ -55,7 +55,7 @@ def make_product(product: Product, spec: TrainSpec, origin: Origin) -> TrainResu
         complete(draft, spec)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise RunFailed(describe_loss(spec, origin, draft.needed, error)) from error
+        raise RunFailed(describe_write_failure(spec, origin, draft.needed, error)) from error
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -74,23 +74,23 @@ def make_product(product: Product, spec: TrainSpec, origin: Origin) -> TrainResu
     )
 
 
-def describe_state(spec: TrainSpec, origin: Origin) -> CheckpointState:
+def describe_state(spec: TrainSpec, origin: WeightsLineage) -> CheckpointState:
     return CheckpointState(
         schema=SCHEMA,
         step=origin.step,
         weights_sha256="",
         data_sha256="",
         world_size=0,
-        spec=fixed_parts(spec),
+        spec=fixed_settings(spec),
         files={},
         run_id=spec.run_id,
         trained=groups_trained(origin, spec.stage),
     )
 
 
-def describe_loss(spec: TrainSpec, origin: Origin, needed: int, error: Exception) -> str:
+def describe_write_failure(spec: TrainSpec, origin: WeightsLineage, needed: int, error: Exception) -> str:
     return (
-        f"stage {spec.stage.name}: the checkpoint could not be written to {checkpoints_of(spec)}: {error}. Nothing of it is left, and "
+        f"stage {spec.stage.name}: the checkpoint could not be written to {checkpoints_folder(spec)}: {error}. Nothing of it is left, and "
         f"{origin.base or origin.path} is as it was. It needs {needed / 2**30:.2f} GiB of room: free that much, or put the run elsewhere "
         "with cluster.root=FOLDER, and start again."
     )
@@ -100,7 +100,7 @@ def copy_files(folders: Sequence[Path], aside: Path) -> None:
     """Everything but weights and what belongs to the old checkpoint alone."""
     for folder in folders:
         for file in sorted(folder.iterdir()):
-            if file.is_file() and file.suffix in COPIED and file.name not in LEFT and not file.name.startswith("."):
+            if file.is_file() and file.suffix in COPIED and file.name not in NOT_COPIED and not file.name.startswith("."):
                 shutil.copyfile(file, aside / file.name)
 
 
@@ -118,7 +118,7 @@ def require_files(aside: Path, spec: TrainSpec) -> None:
         print(f"note: the model has no chat template beside its weights; a server needs one: conf/model/{spec.model.name}.yaml has ours")
 
 
-def require_plain(spec: TrainSpec, origin: Origin, *, adapter: bool) -> Path:
+def require_full_weights(spec: TrainSpec, origin: WeightsLineage, *, adapter: bool) -> Path:
     """The folder of whole weights that the stage works on: of the base where an `adapter` is wanted. Raises InputRefused for the other
     of the two, for a random start, and for weights that are quantized already."""
     kind = spec.stage.kind

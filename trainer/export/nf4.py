@@ -10,15 +10,15 @@ from pathlib import Path
 
 import torch
 
-from trainer.contract import InputRefused, Origin, Quantization, TrainResult, TrainSpec
+from trainer.contract import InputRefused, WeightsLineage, Quantization, TrainResult, TrainSpec
 from trainer.device.dtype import loading_dtype
 from trainer.device.rank import Rank
-from trainer.export.derived_checkpoint import Product, make_product
+from trainer.export.derived_checkpoint import DerivedCheckpoint, write_derived_checkpoint
 
 
-def make_nf4(spec: TrainSpec, rank: Rank, origin: Origin, folder: Path, hollow: torch.nn.Module, weights: frozenset[str]) -> TrainResult:
+def write_nf4_checkpoint(spec: TrainSpec, rank: Rank, origin: WeightsLineage, folder: Path, hollow: torch.nn.Module, weights: frozenset[str]) -> TrainResult:
     """`weights`: those that become 4 bits, by name in memory. Raises InputRefused where the device or the package is not there."""
-    refuse_elsewhere(rank)
+    require_nf4(rank)
     from transformers import BitsAndBytesConfig
 
     wanted, dtype = spec.stage.quantization or Quantization(), loading_dtype(spec.precision)
@@ -39,10 +39,10 @@ def make_nf4(spec: TrainSpec, rank: Rank, origin: Origin, folder: Path, hollow: 
         size = sum(file.stat().st_size for file in aside.glob("*.safetensors"))
         return {"bytes": float(size), "seconds": time.perf_counter() - began}
 
-    return make_product(Product(tensors=(), folders=(folder,), shard_bytes=wanted.shard_bytes, finish=finish), spec, origin)
+    return write_derived_checkpoint(DerivedCheckpoint(tensors=(), folders=(folder,), shard_bytes=wanted.shard_bytes, finish=finish), spec, origin)
 
 
-def refuse_elsewhere(rank: Rank) -> None:
+def require_nf4(rank: Rank) -> None:
     if rank.device.name != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
         lacks = "the package bitsandbytes" if rank.device.name == "cuda" else f"a kernel for it on {rank.device.name}"
         raise InputRefused(

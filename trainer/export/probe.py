@@ -10,17 +10,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trainer.checkpoint.adapter import FACTOR, find_parameter, open_adapter, plain_name
+from trainer.checkpoint.adapter import FACTOR, find_parameter, open_adapter, name_without_wrapper
 from trainer.contract import InputRefused, TrainSpec
 from trainer.data.batch.collate import collate
 from trainer.data.rows.sample import MARK, Message, Sample
 from trainer.models import find_family
 from trainer.models.family import Processor
-from trainer.stages.lora import base_name, describe_misfit
-from trainer.tensor.int8 import see_through
+from trainer.stages.lora import base_name, describe_mismatch
+from trainer.tensor.int8 import dequantize_sources
 from trainer.tensor.naming import find_tied, name_in_memory
-from trainer.tensor.paging import Read, fill_buffers, page
-from trainer.tensor.stream import TensorSource, open_tensors, read_single
+from trainer.tensor.paging import ReadTensor, fill_buffers, page
+from trainer.tensor.stream import TensorSource, open_tensors, read_float32
 
 LAST = 8  # tokens of a row whose logits are compared: at all of them a vocabulary of 150,000 would be the largest tensor of all
 SIDE = (96, 64)  # pixels of the image
@@ -45,7 +45,7 @@ def make_probes(spec: TrainSpec, processor: Processor, count: int) -> dict[str, 
     """A batch of `count` inputs, the same ones every time; `logits_to_keep` marks the last tokens of each."""
     with TemporaryDirectory() as folder:
         file = Path(folder) / "probe.png"
-        draw().save(file)
+        draw_image().save(file)
         samples = [make_sample(number, file) for number in range(count)]
         wide = replace(spec, data=replace(spec.data, max_length=LENGTH))
         batch = collate(samples, processor, wide)
@@ -63,7 +63,7 @@ def make_sample(number: int, file: Path) -> Sample:
     return Sample(id=f"probe-{number}", images=(file,) * seen, messages=messages, file="probe", row=number + 1)
 
 
-def draw() -> Image.Image:
+def draw_image() -> Image.Image:
     """A slope with stripes in three colours: no two patches of it are alike."""
     width, height = SIDE
     across = torch.arange(width)[None, :].expand(height, width)
@@ -75,18 +75,18 @@ def draw() -> Image.Image:
 # ------------------------------------------------------------------------------------------------------------------ reading
 
 
-def open_hollow(folder: Path, spec: TrainSpec) -> torch.nn.Module:
+def open_on_meta(folder: Path, spec: TrainSpec) -> torch.nn.Module:
     """The model of the checkpoint in `folder` without its values."""
     return find_family(spec.model.family).load(folder, spec.model, torch.float32, hollow=True)
 
 
 def compute_logits(folder: Path, spec: TrainSpec, batch: Mapping[str, Tensor], place: torch.device, adapter: Path | None = None) -> Tensor:
     """(places, vocabulary) float32, on the CPU: of the checkpoint in `folder`, and of `adapter` on top of it, not merged."""
-    model = open_hollow(folder, spec)
-    sources = see_through(open_tensors(folder))
+    model = open_on_meta(folder, spec)
+    sources = dequantize_sources(open_tensors(folder))
     read = make_reader(model, sources)
     fill_buffers(model, read, set(name_in_memory(model, sources).values()), place)
-    computing = page(wrap(model, adapter) if adapter else model, read_adapted(model, read, adapter) if adapter else read, place)
+    computing = page(add_adapter_layers(model, adapter) if adapter else model, read_adapted(model, read, adapter) if adapter else read, place)
     with torch.no_grad():
         logits = computing(**{key: value.to(place) for key, value in batch.items()}, use_cache=False).logits
     if logits.ndim == 3:
@@ -94,13 +94,13 @@ def compute_logits(folder: Path, spec: TrainSpec, batch: Mapping[str, Tensor], p
     return logits.float().cpu()
 
 
-def make_reader(model: torch.nn.Module, sources: Mapping[str, TensorSource]) -> Read:
+def make_reader(model: torch.nn.Module, sources: Mapping[str, TensorSource]) -> ReadTensor:
     """By names in memory; a tied parameter reads what it is tied to."""
     saved = {memory: name for name, memory in name_in_memory(model, sources).items()}
     tied = find_tied(model)
 
     def read(name: str) -> Tensor:
-        return read_single(sources[saved[name if name in saved else tied[name]]])
+        return read_float32(sources[saved[name if name in saved else tied[name]]])
 
     return read
 
@@ -108,7 +108,7 @@ def make_reader(model: torch.nn.Module, sources: Mapping[str, TensorSource]) -> 
 # ------------------------------------------------------------------------------------------------------------------ adapter
 
 
-def wrap(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:
+def add_adapter_layers(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:
     """The hollow model with peft's layers, whose values come from the adapter. Raises InputRefused for an adapter of another model."""
     from peft import PeftConfig, get_peft_model
 
@@ -117,10 +117,10 @@ def wrap(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:
     try:
         return get_peft_model(model, config)  # type: ignore[arg-type]
     except (RuntimeError, ValueError) as error:
-        raise InputRefused(describe_misfit(adapter, error)) from error
+        raise InputRefused(describe_mismatch(adapter, error)) from error
 
 
-def read_adapted(model: torch.nn.Module, read: Read, adapter: Path) -> Read:
+def read_adapted(model: torch.nn.Module, read: ReadTensor, adapter: Path) -> ReadTensor:
     """By the names that peft gives to the parameters of `model`, which is not wrapped."""
     own: dict[str, TensorSource] = {}
     for name, source in open_adapter(adapter).items():
@@ -128,11 +128,11 @@ def read_adapted(model: torch.nn.Module, read: Read, adapter: Path) -> Read:
             module = find_parameter(model, f"{found['module']}.weight").removesuffix(".weight")
             own[module + name.removeprefix(found["module"])] = source
         else:
-            own[find_parameter(model, plain_name(name))] = source
+            own[find_parameter(model, name_without_wrapper(name))] = source
 
     def read_either(name: str) -> Tensor:
         plain = base_name(name.replace(".default", "")) if ".lora_" in name else base_name(name)
-        return read_single(own[plain]) if plain in own else read(plain)
+        return read_float32(own[plain]) if plain in own else read(plain)
 
     return read_either
 

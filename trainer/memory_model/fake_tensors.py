@@ -29,7 +29,7 @@ class FakeTensors(TorchDispatchMode):  # type: ignore[misc]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if FakeTensor in types:
-            return self.choose(func, args) if is_choice(func, args) else func(*args, **kwargs)
+            return self.choose(func, args) if is_mask_indexing(func, args) else func(*args, **kwargs)
         if any(isinstance(value, Tensor) for value in tree_iter((args, kwargs))):
             return func(*args, **kwargs)
         with self.fakes:
@@ -54,7 +54,7 @@ class FakeTensors(TorchDispatchMode):  # type: ignore[misc]
         return self.empty_like(source, tuple(source.shape))
 
 
-def is_choice(func: Any, args: Any) -> bool:
+def is_mask_indexing(func: Any, args: Any) -> bool:
     """Whether the first dimensions are chosen by one real mask."""
     if func not in INDEXING:
         return False
@@ -106,14 +106,14 @@ def kernels_of_an_accelerator(*, dropout: bool) -> Iterator[None]:
     attention with grouped heads the whole square of scores, of dropout a mask as wide as what it drops from."""
     functional = torch.nn.functional
     before = functional.scaled_dot_product_attention, functional.dropout
-    functional.scaled_dot_product_attention, functional.dropout = attend, drop if dropout else before[1]
+    functional.scaled_dot_product_attention, functional.dropout = fake_attention, fake_dropout if dropout else before[1]
     try:
         yield
     finally:
         functional.scaled_dot_product_attention, functional.dropout = before
 
 
-def attend(
+def fake_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
@@ -142,6 +142,6 @@ class FakeAttention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
-def drop(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+def fake_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """For torch.nn.functional.dropout: one kernel, which keeps a mask of one byte an element."""
     return torch.native_dropout(input, p, True)[0] if training and p else input

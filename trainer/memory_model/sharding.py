@@ -21,7 +21,7 @@ FOREACH_TENSORS = 1  # AdamW without a fused kernel makes one tensor more of eac
 CHUNK_TENSORS = 8
 
 
-Way = Literal["kept", "converted", "moved"]
+GradientHandling = Literal["kept", "converted", "moved"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Sharding:
     shares: Mapping[str, float] = field(default_factory=dict)
     trainable: int = 0
     optimizer_bytes: int = 0
-    way: Way = "kept"
+    way: GradientHandling = "kept"
     standing_bytes: int = 0
     arriving_bytes: int = 0
     gathered_bytes: int = 0
@@ -57,12 +57,12 @@ def shard_step(model: torch.nn.Module, spec: TrainSpec) -> Sharding:
     gradients = -(-trainable * DTYPES[spec.precision.gradients].itemsize // (ranks if stage >= 2 else 1))
     optimizer = optimizer_bytes(trained, spec, ranks=ranks if stage else 1, master=stage > 0)
     states_away, weights_away = (zero.get(name) is not None for name in ("offload_optimizer", "offload_param"))
-    standing, arriving = (0, 0) if states_away else gradient_places(spec, stage, trainable, gradients)
+    standing, arriving = (0, 0) if states_away else gradient_buffers(spec, stage, trainable, gradients)
     return Sharding(
         shares={"weights": (0 if weights_away else 1 / ranks) if stage == 3 else 1.0},
         trainable=trainable,
         optimizer_bytes=0 if states_away else optimizer,
-        way=choose_way(spec, stage, away=states_away),
+        way=choose_gradient_handling(spec, stage, away=states_away),
         standing_bytes=standing,
         arriving_bytes=arriving,
         gathered_bytes=gathered_bytes(model, zero) if stage == 3 else 0,
@@ -75,7 +75,7 @@ def shard_step(model: torch.nn.Module, spec: TrainSpec) -> Sharding:
     )
 
 
-def gradient_places(spec: TrainSpec, stage: int, trainable: int, gradients: int) -> tuple[int, int]:
+def gradient_buffers(spec: TrainSpec, stage: int, trainable: int, gradients: int) -> tuple[int, int]:
     """Sharding.standing_bytes and arriving_bytes. Gradients stand where an earlier micro-batch has left them, in BF16_Optimizer (those in
     bfloat16, which it sets to zero and keeps, too), and in ZeRO 3 (grad_partitions_flat_buffer); ZeRO 2 makes its slice when it reduces."""
     again = spec.batch.accumulation > 1
@@ -86,7 +86,7 @@ def gradient_places(spec: TrainSpec, stage: int, trainable: int, gradients: int)
     return 0, gradients if stage == 2 else 0
 
 
-def choose_way(spec: TrainSpec, stage: int, *, away: bool) -> Way:
+def choose_gradient_handling(spec: TrainSpec, stage: int, *, away: bool) -> GradientHandling:
     if stage >= 2 or spec.batch.accumulation > 1 or away:
         return "moved"
     return "kept" if takes_bf16_optimizer(spec) or spec.precision.gradients == spec.precision.weights else "converted"
@@ -101,7 +101,7 @@ def takes_bf16_optimizer(spec: TrainSpec) -> bool:
     return types and zero.get("stage", 0) == 1 and zero.get("offload_optimizer") is None
 
 
-def adds_flat(spec: TrainSpec) -> bool:
+def accumulates_flat(spec: TrainSpec) -> bool:
     """Whether ZeRO 1 or 2 adds gradients up in the flat tensor that it updates from, in float32 (_use_compact_grad_partition_buffer)."""
     return spec.precision.gradients == "float32" != spec.precision.weights
 
@@ -151,7 +151,7 @@ def reduction_bytes(trained: list[torch.nn.Parameter], spec: TrainSpec, zero: Ma
     if stage == 1:
         return 0  # as gradients go into the bucket they leave their own place
     largest = max(parameter.numel() for parameter in trained)
-    return min(elements, size) * width + (4 * largest // ranks if stage == 2 and adds_flat(spec) else 0)
+    return min(elements, size) * width + (4 * largest // ranks if stage == 2 and accumulates_flat(spec) else 0)
 
 
 def group_sizes(trained: list[torch.nn.Parameter]) -> tuple[int, int]:
@@ -164,7 +164,7 @@ def update_bytes(trained: list[torch.nn.Parameter], spec: TrainSpec, *, stage: i
     gradients once more, flat and in the masters' type, a group at a time, where they are not added up in it; and what the optimizer makes."""
     size, ranks = DTYPES[spec.precision.optimizer].itemsize, spec.device.world_size if stage else 1
     slice_of = -(-max(group_sizes(trained)) // ranks)
-    flat = 0 if stage == 0 or takes_bf16_optimizer(spec) or (stage < 3 and adds_flat(spec)) else slice_of * size
+    flat = 0 if stage == 0 or takes_bf16_optimizer(spec) or (stage < 3 and accumulates_flat(spec)) else slice_of * size
     norm = 0 if stage == 0 or takes_bf16_optimizer(spec) else 8 * min(slice_of, max(parameter.numel() for parameter in trained))
     if spec.precision.rounding == "stochastic" or spec.optimizer.state_bits == 8:
         made = CHUNK_TENSORS * 4 * min(CHUNK.get(spec.device.accelerator, CHUNK_ELSEWHERE), slice_of)

@@ -19,8 +19,8 @@ from trainer.device.dtype import DTYPES, loading_dtype
 from trainer.distributed.engine import Engine
 from trainer.memory_model.allocation_tracker import AllocationTracker, Moment
 from trainer.memory_model.fake_tensors import FakeTensors, conversion_by_replacement, empty_weights, kernels_of_an_accelerator
-from trainer.memory_model.sharding import Sharding, Way, shard_step
-from trainer.memory_model.synthetic_batch import SyntheticBatch, synthesise
+from trainer.memory_model.sharding import Sharding, GradientHandling, shard_step
+from trainer.memory_model.synthetic_batch import SyntheticBatch, make_synthetic_batch
 from trainer.models import find_family
 from trainer.models.family import Limit
 from trainer.models.weight import round_weights
@@ -43,7 +43,7 @@ def trace(spec: TrainSpec) -> TraceReport:
     family = find_family(spec.model.family)
     spec = replace(spec, model=replace(spec.model, attention="eager" if spec.model.attention == "eager" else "sdpa"))
     processor = family.create_processor(spec.model, Limit(max_pixels=spec.data.max_pixels, max_tiles=spec.data.max_tiles))
-    drawn = synthesise(processor, spec)
+    drawn = make_synthetic_batch(processor, spec)
     phantom = FakeTensors()
     with phantom, conversion_by_replacement():
         model = build_empty(spec, phantom)
@@ -152,7 +152,7 @@ class Bucket:
             self.ledger.add("communication", -self.size)
 
 
-def keep_gradients(model: torch.nn.Module, spec: TrainSpec, ledger: AllocationTracker, *, way: Way, bucket: Bucket) -> list[Any]:
+def keep_gradients(model: torch.nn.Module, spec: TrainSpec, ledger: AllocationTracker, *, way: GradientHandling, bucket: Bucket) -> list[Any]:
     """Each gradient, as soon as it is whole, goes its `way` (Sharding.way). Returns the hooks, which hold those that stay."""
     dtype, kept = DTYPES[spec.precision.gradients], list[Tensor]()
 

@@ -8,7 +8,7 @@ from trainer.device.device import Device
 PHASES = ("load", "first step", "steps", "evaluation", "saving")
 
 
-class Gauge:
+class MemoryPeaks:
     """Reads this rank's peaks phase by phase. It begins in "load"; `enter` ends a phase and begins another, which may come again."""
 
     def __init__(self, device: Device) -> None:

@@ -10,7 +10,7 @@ from trainer.contract import PROFILE_FOLDER, TrainSpec
 from trainer.device.device import Device
 
 
-class Window:
+class ProfilerWindow:
     """Told which step comes next, it starts and stops the profiler of this rank. The steps within are slower than the others."""
 
     def __init__(self, spec: TrainSpec, device: Device, rank: int) -> None:

@@ -22,7 +22,7 @@ FLUSH_S = 10  # TensorBoard's own 120 would show a run that is looked at two min
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class TrackerContext:
     """What a tracker is told of a run as it starts. `folder`: its own. `step`: the last one that is done, 0 at the beginning."""
 
     run_id: str
@@ -48,7 +48,7 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files. What an earlier attempt wrote of steps that are done again is hidden from the reader."""
 
-    def __init__(self, facts: Facts) -> None:
+    def __init__(self, facts: TrackerContext) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(facts.folder), purge_step=facts.step + 1 if facts.step else None, flush_secs=FLUSH_S)
@@ -66,7 +66,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    def __init__(self, facts: Facts) -> None:
+    def __init__(self, facts: TrackerContext) -> None:
         import wandb
 
         self.run = wandb.init(
@@ -91,7 +91,7 @@ class WeightsAndBiases:
 
 
 class SwanLab:
-    def __init__(self, facts: Facts) -> None:
+    def __init__(self, facts: TrackerContext) -> None:
         import swanlab
 
         self.api = swanlab
@@ -116,7 +116,7 @@ class SwanLab:
 class MlFlow:
     """Through its client, so that no global run is active. A database in a file, since the plain folder is on its way out of MLflow."""
 
-    def __init__(self, facts: Facts) -> None:
+    def __init__(self, facts: TrackerContext) -> None:
         from mlflow.entities import Metric
         from mlflow.tracking import MlflowClient
 
@@ -147,7 +147,7 @@ class TrackerKind:
 
     package: str
     module: str
-    open: Callable[[Facts], Tracker]
+    open: Callable[[TrackerContext], Tracker]
 
 
 TRACKERS = {
@@ -195,7 +195,7 @@ class TrackerThread:
     """A tracker in a thread of its own: neither a slow one nor a signal handler that it would set reaches the steps. One that raises is
     told once and hears no more: a run does not end because somebody cannot watch it."""
 
-    def __init__(self, name: str, facts: Facts) -> None:
+    def __init__(self, name: str, facts: TrackerContext) -> None:
         self.name, self.facts = name, facts
         self.waiting: SimpleQueue[Callable[[Tracker], None] | None] = SimpleQueue()
         self.lost = False
@@ -246,7 +246,7 @@ def open_trackers(spec: TrainSpec, config: dict[str, Any], environ: Mapping[str,
     the run."""
     folder = Path(spec.output) / TRACKER_FOLDER
     facts = {
-        name: Facts(run_id=spec.run_id, folder=folder / name, config=config, step=step, environ=environ)
+        name: TrackerContext(run_id=spec.run_id, folder=folder / name, config=config, step=step, environ=environ)
         for name in (choose_trackers(spec) if tells else ())
     }
     audience = Trackers(tuple(TrackerThread(name, told) for name, told in facts.items()))

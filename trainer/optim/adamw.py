@@ -16,7 +16,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stretch:
+class ParameterSlice:
     """`count` elements of an optimizer's tensor, from `offset` on, that are the elements from `start` on of the parameter `name`."""
 
     name: str
@@ -45,9 +45,9 @@ class StochasticAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.seed = seed
-        self.stretches: dict[Tensor, tuple[Stretch, ...]] = {}
+        self.stretches: dict[Tensor, tuple[ParameterSlice, ...]] = {}
 
-    def place(self, stretches: Mapping[Tensor, tuple[Stretch, ...]]) -> None:
+    def place(self, stretches: Mapping[Tensor, tuple[ParameterSlice, ...]]) -> None:
         """Which parameters lie where in the tensors that this rank updates. What none of them covers is padding."""
         self.stretches = dict(stretches)
 
@@ -73,23 +73,23 @@ class StochasticAdamW(torch.optim.Optimizer):
             for first in range(0, stretch.count, size := CHUNK.get(parameter.device.type, CHUNK_ELSEWHERE)):
                 place = slice(stretch.offset + first, stretch.offset + min(first + size, stretch.count))
                 held = (weights[place], *(moment[place] for moment in moments))
-                values = adamw(*(tensor.float() for tensor in (*held, gradients[place])), step=state["step"], **settings(group))
+                values = adamw(*(tensor.float() for tensor in (*held, gradients[place])), step=state["step"], **group_settings(group))
                 self.store(values, held, stretch, first, state["step"])
 
-    def cover(self, parameter: Tensor) -> tuple[Stretch, ...]:
+    def cover(self, parameter: Tensor) -> tuple[ParameterSlice, ...]:
         if parameter not in self.stretches:
-            whole = Stretch(name=f"#{len(self.stretches)}", offset=0, start=0, count=parameter.numel())
+            whole = ParameterSlice(name=f"#{len(self.stretches)}", offset=0, start=0, count=parameter.numel())
             self.stretches[parameter] = (whole,)
         return self.stretches[parameter]
 
-    def store(self, values: tuple[Tensor, ...], held: tuple[Tensor, ...], stretch: Stretch, first: int, step: int) -> None:
+    def store(self, values: tuple[Tensor, ...], held: tuple[Tensor, ...], stretch: ParameterSlice, first: int, step: int) -> None:
         """Each of weight and moments rounded by bits of its own."""
         words = random_words(derive_keys(self.seed, step, stretch.name), stretch.start + first, len(values[0]), values[0].device)
         for bits, value, tensor in zip(split_words(words), values, held, strict=True):
             tensor.copy_(round_stochastically(value, bits))
 
 
-def settings(group: Mapping[str, Any]) -> dict[str, Any]:
+def group_settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
 
 
@@ -113,10 +113,10 @@ def adamw(
     return weight, average, square
 
 
-def stretches_of(parts: Mapping[str, Any]) -> dict[Tensor, tuple[Stretch, ...]]:
+def parameter_slices(parts: Mapping[str, Any]) -> dict[Tensor, tuple[ParameterSlice, ...]]:
     """`parts`: trained parameter -> trainer.checkpoint.state.Part."""
-    found: dict[Tensor, list[Stretch]] = {}
+    found: dict[Tensor, list[ParameterSlice]] = {}
     for name, part in parts.items():
         if part.count:
-            found.setdefault(part.owner, []).append(Stretch(name=name, offset=part.offset, start=part.start, count=part.count))
+            found.setdefault(part.owner, []).append(ParameterSlice(name=name, offset=part.offset, start=part.start, count=part.count))
     return {owner: tuple(stretches) for owner, stretches in found.items()}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.optim.adamw import CHUNK, CHUNK_ELSEWHERE, MOMENTS, adamw, settings
+from trainer.optim.adamw import CHUNK, CHUNK_ELSEWHERE, MOMENTS, adamw, group_settings
 from trainer.optim.blockwise import BLOCK, dequantize, quantize
 from trainer.optim.optimizer_shard import OptimizerShard
 from trainer.optim.stochastic_rounding import LOW, derive_keys, random_words
@@ -109,7 +109,7 @@ class AdamW8bit(torch.optim.Optimizer):
         state["step"] += 1
         gradients = parameter.grad.contiguous()  # type: ignore[union-attr]
         for name, part in self.cover(parameter).items():
-            held, values = tuple(state[key][name] for key in MOMENTS), {"step": state["step"], **settings(group)}
+            held, values = tuple(state[key][name] for key in MOMENTS), {"step": state["step"], **group_settings(group)}
             if isinstance(held[0], Tensor):
                 adamw(part.of(parameter), *held, part.of(gradients).float(), **values)
             else:

@@ -25,21 +25,21 @@ class OptimizerShard:
         return flat.detach().view(-1).narrow(0, self.offset, self.count)
 
 
-def find_parts(engine: Any) -> dict[str, OptimizerShard]:
+def find_shards(engine: Any) -> dict[str, OptimizerShard]:
     """For each trained parameter, in the order of the model. `engine`: trainer.distributed.engine.Engine, which asks for them itself."""
     handle = engine.handle
     if handle.optimizer is handle.basic_optimizer:
         trained = (p for p in engine.model.parameters() if p.requires_grad)
         parts = [OptimizerShard(parameter=p, numel=p.numel(), owner=p, offset=0, start=0, count=p.numel()) for p in trained]
     elif handle.zero_optimization_stage() == 3:
-        parts = list(partitioned_parts(handle.optimizer, engine.rank))
+        parts = list(zero3_shards(handle.optimizer, engine.rank))
     else:
-        parts = list(flat_parts(handle.optimizer))
+        parts = list(flat_shards(handle.optimizer))
     by_parameter = {id(part.parameter): part for part in parts}
     return {name: by_parameter[id(p)] for name, p in engine.model.named_parameters() if p.requires_grad}
 
 
-def flat_parts(optimizer: Any) -> Iterator[OptimizerShard]:
+def flat_shards(optimizer: Any) -> Iterator[OptimizerShard]:
     """ZeRO 1 and 2, and DeepSpeed's BF16_Optimizer: a flat group is cut into equal partitions, a parameter may lie in several."""
     bf16 = hasattr(optimizer, "bf16_groups")
     groups = optimizer.bf16_groups if bf16 else optimizer.bit16_groups
@@ -52,7 +52,7 @@ def flat_parts(optimizer: Any) -> Iterator[OptimizerShard]:
             yield OptimizerShard(parameter=p, numel=p.numel(), owner=owner, offset=offset, start=start, count=count)
 
 
-def partitioned_parts(optimizer: Any, rank: int) -> Iterator[OptimizerShard]:
+def zero3_shards(optimizer: Any, rank: int) -> Iterator[OptimizerShard]:
     """ZeRO 3: every parameter is cut into equal parts, the last one padded."""
     for group in optimizer.fp16_groups:
         for p in group:

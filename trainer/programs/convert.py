@@ -13,50 +13,50 @@ import torch
 from torch import Tensor
 
 from trainer.train.model import weights_folder
-from trainer.checkpoint.lineage import find_origin
+from trainer.checkpoint.lineage import find_lineage
 from trainer.contract import Conversion, InputRefused, TrainResult, TrainSpec, write_text
 from trainer.device.dtype import DTYPES
 from trainer.device.rank import Rank
-from trainer.export.derived_checkpoint import Product, make_product, require_plain
+from trainer.export.derived_checkpoint import DerivedCheckpoint, write_derived_checkpoint, require_full_weights
 from trainer.export.probe import compare, compute_logits, make_probes
 from trainer.models import find_family
-from trainer.observe.memory import Gauge
-from trainer.tensor.cast_error import CastError, survey
-from trainer.tensor.fp32_exceptions import KEPT
-from trainer.tensor.stream import Outgoing, TensorSource, copy_tensor, open_tensors, read_pieces
-from trainer.programs.dispatch import describe_place
+from trainer.observe.memory import MemoryPeaks
+from trainer.tensor.cast_error import CastError, measure_cast_error
+from trainer.tensor.fp32_exceptions import FLOAT32_TENSORS
+from trainer.tensor.stream import TensorToWrite, TensorSource, copy_tensor, open_tensors, read_pieces
+from trainer.programs.dispatch import write_environment_of_files
 
 REPORT_FILE = "conversion.json"
 SHOWN = 10  # tensors on the terminal; all are in the report
 
 
-def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
+def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
     """Raises InputRefused, with conversion.unfit=refuse, where the new type cannot hold a tensor; before anything is written."""
-    began, gauge = time.perf_counter(), Gauge(rank.device)
+    began, gauge = time.perf_counter(), MemoryPeaks(rank.device)
     conversion = spec.stage.conversion or Conversion()
-    origin = find_origin(spec, weights_folder(spec))
-    folder = require_plain(spec, origin, adapter=False)
-    describe_place(spec, rank, origin, environ)
+    origin = find_lineage(spec, weights_folder(spec))
+    folder = require_full_weights(spec, origin, adapter=False)
+    write_environment_of_files(spec, rank, origin, environ)
     sources = open_tensors(folder)
-    found = [survey(name, source, DTYPES[conversion.dtype]) for name, source in sources.items() if source.dtype.is_floating_point]
+    found = [measure_cast_error(name, source, DTYPES[conversion.dtype]) for name, source in sources.items() if source.dtype.is_floating_point]
     write_text(json.dumps(report(conversion, found), indent=2) + "\n", Path(spec.output) / REPORT_FILE)
-    tell(found, conversion)
+    print_worst(found, conversion)
     refuse_unfit(found, conversion, Path(spec.output) / REPORT_FILE)
     gauge.enter("saving")
     kept = frozenset(one.name for one in found if one.unfit)
     tensors = [convert_tensor(name, source, kept, DTYPES[conversion.dtype]) for name, source in sources.items()]
 
     def finish(aside: Path) -> dict[str, float]:
-        name_dtype(aside / "config.json", conversion.dtype, sorted(kept))
+        write_dtype(aside / "config.json", conversion.dtype, sorted(kept))
         gauge.enter("evaluation")
-        return {**count_up(found, kept), **probe(spec, rank, folder, aside, conversion.probes)}
+        return {**total_errors(found, kept), **compare_logits(spec, rank, folder, aside, conversion.probes)}
 
-    product = Product(tensors=tensors, folders=(folder,), shard_bytes=conversion.shard_bytes, finish=finish)
-    result = make_product(product, spec, origin)
+    product = DerivedCheckpoint(tensors=tensors, folders=(folder,), shard_bytes=conversion.shard_bytes, finish=finish)
+    result = write_derived_checkpoint(product, spec, origin)
     return replace(result, seconds=time.perf_counter() - began, peaks=gauge.report())
 
 
-def convert_tensor(name: str, source: TensorSource, kept: frozenset[str], dtype: torch.dtype) -> Outgoing:
+def convert_tensor(name: str, source: TensorSource, kept: frozenset[str], dtype: torch.dtype) -> TensorToWrite:
     """`kept`: tensors that stay, or become, float32. What has no floating point is copied."""
     target = torch.float32 if name in kept else dtype
     if not source.dtype.is_floating_point or source.dtype == target:
@@ -65,10 +65,10 @@ def convert_tensor(name: str, source: TensorSource, kept: frozenset[str], dtype:
     def pieces() -> Iterator[Tensor]:
         return (piece.to(target) for piece in read_pieces(source))
 
-    return Outgoing(name=name, dtype=target, shape=source.shape, pieces=pieces)
+    return TensorToWrite(name=name, dtype=target, shape=source.shape, pieces=pieces)
 
 
-def name_dtype(file: Path, dtype: str, kept: Sequence[str]) -> None:
+def write_dtype(file: Path, dtype: str, kept: Sequence[str]) -> None:
     """The new type into the config, of the whole and of its parts, and which tensors are kept in float32."""
 
     def rename(value: Any, key: str = "") -> Any:
@@ -77,8 +77,8 @@ def name_dtype(file: Path, dtype: str, kept: Sequence[str]) -> None:
         return dtype if key in ("dtype", "torch_dtype") and isinstance(value, str) else value
 
     config = rename(json.loads(file.read_text(encoding="utf-8")))
-    config = {key: value for key, value in config.items() if key not in (KEPT, "torch_dtype")} | {"dtype": dtype}
-    write_text(json.dumps({**config, **({KEPT: list(kept)} if kept else {})}, indent=2, ensure_ascii=False) + "\n", file)
+    config = {key: value for key, value in config.items() if key not in (FLOAT32_TENSORS, "torch_dtype")} | {"dtype": dtype}
+    write_text(json.dumps({**config, **({FLOAT32_TENSORS: list(kept)} if kept else {})}, indent=2, ensure_ascii=False) + "\n", file)
 
 
 # ----------------------------------------------------------------------------------------------------------------- telling
@@ -89,7 +89,7 @@ def report(conversion: Conversion, found: Sequence[CastError]) -> dict[str, Any]
     return {"dtype": conversion.dtype, "unfit": conversion.unfit, "tensors": tensors}
 
 
-def tell(found: Sequence[CastError], conversion: Conversion) -> None:
+def print_worst(found: Sequence[CastError], conversion: Conversion) -> None:
     """The worst tensors, as a table."""
     worst = sorted(found, key=lambda one: (one.unfit, one.nan + one.infinite, one.overflow, one.underflow, one.loss), reverse=True)
     named = [one for one in worst if one.remarks or one.unfit]
@@ -112,14 +112,14 @@ def refuse_unfit(found: Sequence[CastError], conversion: Conversion, file: Path)
         )
 
 
-def count_up(found: Sequence[CastError], kept: frozenset[str]) -> dict[str, float]:
+def total_errors(found: Sequence[CastError], kept: frozenset[str]) -> dict[str, float]:
     fields = ("overflow", "underflow", "denormal", "nan", "infinite")
     counts = {name: float(sum(getattr(one, name) for one in found)) for name in fields}
     errors = [one.largest_error for one in found if one.name not in kept]
     return {"tensors": float(len(found)), "kept": float(len(kept)), **counts, "largest_error": max(errors, default=0.0)}
 
 
-def probe(spec: TrainSpec, rank: Rank, before: Path, after: Path, count: int) -> dict[str, float]:
+def compare_logits(spec: TrainSpec, rank: Rank, before: Path, after: Path, count: int) -> dict[str, float]:
     """How far the logits of two checkpoints lie apart: told, not judged."""
     if not count:
         return {}

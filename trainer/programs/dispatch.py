@@ -17,20 +17,20 @@ import transformers
 
 from trainer.checkpoint.best import record_best
 from trainer.train.model import CPU, build, weights_folder
-from trainer.checkpoint.checkpoint import warn_of_room
-from trainer.checkpoint.lineage import continues_adapter, find_origin
-from trainer.checkpoint.pending import Saved, make_room
+from trainer.checkpoint.checkpoint import warn_if_disk_is_small
+from trainer.checkpoint.lineage import continues_adapter, find_lineage
+from trainer.checkpoint.pending import SavedCheckpoint, update_best_and_prune
 from trainer.checkpoint.resume import (
-    Start,
-    choose_start,
-    finished_before,
+    ResumePoint,
+    choose_resume_point,
+    read_finished_result,
     load_adapter,
-    refusing_together,
+    refuse_on_all_ranks,
     resume_adapter,
     resume_engine,
-    whole_weights,
+    resume_weights_folder,
 )
-from trainer.distributed.zero3 import SOURCE, scatter
+from trainer.distributed.zero3 import SOURCE_RANK, partition_model
 from trainer.contract import (
     ENVIRONMENT_FILE,
     RESULT_FILE,
@@ -39,7 +39,7 @@ from trainer.contract import (
     SINGLE_PROCESS_KINDS,
     EnvReport,
     InputRefused,
-    Origin,
+    WeightsLineage,
     RunFailed,
     TrainResult,
     TrainSpec,
@@ -47,29 +47,29 @@ from trainer.contract import (
     kind_of,
     write,
 )
-from trainer.contract.checkpoint_files import fixed_parts
+from trainer.contract.checkpoint_files import fixed_settings
 from trainer.contract.environment_facts import changed_facts, describe_change
 from trainer.data.check import DataPaths, prepare, resolve
 from trainer.data.rows.sample import Sample, read_samples
 from trainer.data.rows.source import hash_sources
 from trainer.device.device import require_determinism, seed_all
-from trainer.device.log_prefix import say_phase
-from trainer.device.rank import Rank, take_place
-from trainer.distributed.effective_config import taken_config
-from trainer.distributed.engine import Engine, leave_distributed, start_alone, start_distributed, start_engine
-from trainer.evaluation.evaluate import Halted, evaluate
+from trainer.device.log_prefix import report_phase
+from trainer.device.rank import Rank, open_rank
+from trainer.distributed.effective_config import read_effective_config
+from trainer.distributed.engine import Engine, stop_distributed, start_single_process, start_distributed, start_engine
+from trainer.evaluation.evaluate import StopCheck, evaluate
 from trainer.kernels.fused import use_kernels
 from trainer.models import find_family
 from trainer.models.family import Processor
 from trainer.observe.environment import report_environment
-from trainer.observe.memory import Gauge
+from trainer.observe.memory import MemoryPeaks
 from trainer.observe.tracker import open_trackers, refuse_missing
 from trainer.stages.gradient_checkpointing import checkpoint_layers
 from trainer.stages.group import Staged, apply_stage, trainable_table
 from trainer.train.loop import Progress, stop_on_signals
-from trainer.programs.device_map import measure_cards, spread_model
-from trainer.train.step_hooks import make_row, tell_evaluation
-from trainer.train.steps import Job, progress_of, run_steps, saved_of
+from trainer.programs.device_map import measure_free_memory, dispatch_over_cards
+from trainer.train.step_hooks import make_evaluation_row, record_evaluation
+from trainer.train.steps import Job, progress_of, run_steps, saved_checkpoint
 
 LOST_PEER = re.compile("closed by peer|reset by peer|Broken pipe|remote process exited|Timed out waiting|Watchdog caught")  # gloo, NCCL
 
@@ -80,27 +80,27 @@ class BuiltModel:
 
     staged: Staged
     processor: Processor
-    origin: Origin
+    origin: WeightsLineage
     kernels: dict[str, str]
 
 
 def run_stage(spec: TrainSpec, environ: Mapping[str, str]) -> TrainResult:
     """Carry out `spec` as the rank that `environ` names. Raises InputRefused and RunFailed."""
-    quieten()
+    silence_libraries()
     refuse_missing(spec)
     refuse_unmeasured(spec)
-    rank = take_place(spec, environ)
+    rank = open_rank(spec, environ)
     seed_all(spec.seed, deterministic=spec.deterministic)
     if spec.deterministic:
         require_determinism(spec.device.accelerator, os.environ)  # seed_all may have set one there
-    say_phase(1)
+    report_phase(1)
     if spec.stage.kind in SINGLE_PROCESS_KINDS:
-        start_alone()
+        start_single_process()
     else:
         start_distributed(spec.device)
     try:
-        before = finished_before(spec)
-        result = before or find_stage(spec.stage.kind)(spec, rank, environ)
+        before = read_finished_result(spec)
+        result = before or find_program(spec.stage.kind)(spec, rank, environ)
     except RuntimeError as error:
         if LOST_PEER.search(str(error)):
             raise RunFailed(
@@ -109,27 +109,27 @@ def run_stage(spec: TrainSpec, environ: Mapping[str, str]) -> TrainResult:
         raise
     if rank.number == 0 and before is None:
         write(result, Path(spec.output) / RESULT_FILE)
-    leave_distributed()  # not after a failure: it would wait for ranks that are gone
+    stop_distributed()  # not after a failure: it would wait for ranks that are gone
     return result
 
 
 def train_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
-    gauge = Gauge(rank.device)
-    places = find_places(spec)
+    gauge = MemoryPeaks(rank.device)
+    places = prepare_data(spec)
     samples = load_samples(places.train, places)
-    start = choose_start(spec, hash_sources(places.train, places.images))
-    made = make_model(spec, rank, start)
+    start = choose_resume_point(spec, hash_sources(places.train, places.images))
+    made = build_model(spec, rank, start)
     if spec.partitioned:
-        scatter(made.staged.model, spec, rank.place)
+        partition_model(made.staged.model, spec, rank.place)
     engine = start_engine(made.staged.model, spec, rank.place, rates=made.staged.rates)
-    describe(spec, rank, made, environ, engine=engine)
+    write_environment(spec, rank, made, environ, engine=engine)
     held_out = load_samples(places.evaluation, places) if spec.evaluation.enabled else ()
 
-    def answer(file: str, halted: Halted | None) -> dict[str, float]:
+    def answer(file: str, halted: StopCheck | None) -> dict[str, float]:
         more = {"file": file, "loss_sum": engine.loss_sum if spec.evaluation.loss else None, "halted": halted}
         return score(spec, rank, engine.model, made.processor, held_out, partitioned=spec.partitioned, **more)
 
-    with open_trackers(spec, fixed_parts(spec), environ, step=start.step, tells=rank.number == 0) as audience:
+    with open_trackers(spec, fixed_settings(spec), environ, step=start.step, tells=rank.number == 0) as audience:
         job = Job(
             spec=spec,
             engine=engine,
@@ -146,17 +146,17 @@ def train_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
         return trained if trained.status == "stopped" else finish(job, trained)
 
 
-def make_model(spec: TrainSpec, rank: Rank, start: Start) -> BuiltModel:
+def build_model(spec: TrainSpec, rank: Rank, start: ResumePoint) -> BuiltModel:
     """The model that a stage trains, as it begins or goes on. Under ZeRO 3 rank 0 alone has its values. Every rank must call it; raises
     InputRefused on all of them."""
     family = find_family(spec.model.family)
-    hollow = spec.partitioned and rank.number != SOURCE
-    with refusing_together():
-        origin = find_origin(spec, weights_folder(spec))
-        model, processor = build(spec, family, origin, instead=whole_weights(spec, start), place=rank.place, hollow=hollow)
-    say_phase(4)
+    hollow = spec.partitioned and rank.number != SOURCE_RANK
+    with refuse_on_all_ranks():
+        origin = find_lineage(spec, weights_folder(spec))
+        model, processor = build(spec, family, origin, instead=resume_weights_folder(spec, start), place=rank.place, hollow=hollow)
+    report_phase(4)
     kernels = use_kernels(model, spec)
-    with refusing_together():
+    with refuse_on_all_ranks():
         if spec.gradient_checkpointing:
             checkpoint_layers(model, spec)
         staged = apply_stage(model, spec, family.unused(model))
@@ -173,10 +173,10 @@ def take_steps(job: Job) -> TrainResult:
     lost = start.step - start.rows.count  # steps of whose time nothing is known; told by rank 0, which has the rows
     with stop_on_signals() as stop:  # until all stands: where one node hears of a stop first, the others' signal comes while they save
         if start.checkpoint is not None and start.step == spec.steps:  # an earlier attempt did them all, and ended before it had evaluated
-            trained = summarise(spec, progress_of(start), saved_of(start.checkpoint), lost=lost)
+            trained = summarise(spec, progress_of(start), saved_checkpoint(start.checkpoint), lost=lost)
         else:
             resume_engine(engine, spec, start)
-            warn_of_room(engine, spec)
+            warn_if_disk_is_small(engine, spec)
             trained = summarise(spec, *run_steps(job, stop), lost=lost)
         trained = replace(trained, peaks=job.gauge.report())
         if engine.rank == 0:
@@ -193,9 +193,9 @@ def finish(job: Job, trained: TrainResult) -> TrainResult:
     scores = job.score(SAMPLES_FILE, None)
     best = trained.best
     if job.engine.rank == 0 and scores:
-        row = make_row(spec.steps, scores, seconds=time.perf_counter() - began)
-        tell_evaluation(spec, row, job.audience, SAMPLES_FILE)
-        best = make_room(spec)
+        row = make_evaluation_row(spec.steps, scores, seconds=time.perf_counter() - began)
+        record_evaluation(spec, row, job.audience, SAMPLES_FILE)
+        best = update_best_and_prune(spec)
     return replace(trained, evaluation=scores, peaks=job.gauge.report(), best=best)
 
 
@@ -203,23 +203,23 @@ def open_model(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], *, sprea
     """The model of a stage that does not train, whole on this rank's device, or `spread` over the rank's cards; described in
     environment.json. Raises InputRefused."""
     family = find_family(spec.model.family)
-    origin = find_origin(spec, weights_folder(spec))
+    origin = find_lineage(spec, weights_folder(spec))
     model, processor = build(spec, family, origin, place=CPU if spread else rank.place)
     kernels = use_kernels(model, spec)
     staged = apply_stage(model, spec, family.unused(model))
     staged.model.eval()
     if spread and spec.device.cards > 1:
-        cards = measure_cards(rank.device, spec.device.cards, rank.local * spec.device.cards)
-        placed = spread_model(staged.model, spec.model.groups, cards)
+        cards = measure_free_memory(rank.device, spec.device.cards, rank.local * spec.device.cards)
+        placed = dispatch_over_cards(staged.model, spec.model.groups, cards)
         print(f"the model lies on {len(set(placed.values()))} of {spec.device.cards} cards", flush=True)
     else:
         staged.model.to(rank.place)
     made = BuiltModel(staged=staged, processor=processor, origin=origin, kernels=kernels)
-    describe(spec, rank, made, environ, engine=None)
+    write_environment(spec, rank, made, environ, engine=None)
     return made
 
 
-# Of each, `carry_out` does the stage. Imported when it is asked for: a server's packages are nothing that training needs.
+# Of each, `run_program` does the stage. Imported when it is asked for: a server's packages are nothing that training needs.
 AFTER = {
     "evaluate": "trainer.programs.evaluate",
     "merge": "trainer.programs.merge",
@@ -231,10 +231,10 @@ AFTER = {
 Stage = Callable[[TrainSpec, Rank, Mapping[str, str]], TrainResult]
 
 
-def find_stage(kind: str) -> Stage:
+def find_program(kind: str) -> Stage:
     if kind == "train":
         return train_stage
-    found: Stage = import_module(AFTER[kind]).carry_out
+    found: Stage = import_module(AFTER[kind]).run_program
     return found
 
 
@@ -254,7 +254,7 @@ def refuse_unmeasured(spec: TrainSpec) -> None:
         )
 
 
-def quieten() -> None:
+def silence_libraries() -> None:
     """Leave on the terminal what a reader of the run needs."""
     transformers.utils.logging.disable_progress_bar()
     # torch 2.13 renames two collectives that DeepSpeed 0.19.8 calls by their old names, once a step.
@@ -263,9 +263,9 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".?is_gradient_checkpointing", category=FutureWarning)
 
 
-def find_places(spec: TrainSpec) -> DataPaths:
+def prepare_data(spec: TrainSpec) -> DataPaths:
     """Writes a builtin set where this node does not have it yet."""
-    say_phase(2)
+    report_phase(2)
     prepare(spec.data)
     return resolve(spec.data)
 
@@ -280,10 +280,10 @@ def load_samples(file: Path | None, places: DataPaths) -> tuple[Sample, ...]:
     return samples
 
 
-def describe(spec: TrainSpec, rank: Rank, made: BuiltModel, environ: Mapping[str, str], *, engine: Engine | None) -> None:
+def write_environment(spec: TrainSpec, rank: Rank, made: BuiltModel, environ: Mapping[str, str], *, engine: Engine | None) -> None:
     """environment.json, the table of what trains, and the kernels that are not the plain ones. Raises InputRefused where a rerun finds
     another environment than that of its record."""
-    deepspeed = {"config": dict(engine.handle.config), "taken": taken_config(engine)} if engine is not None else {}
+    deepspeed = {"config": dict(engine.handle.config), "taken": read_effective_config(engine)} if engine is not None else {}
     report = report_environment(rank.device, rank.local, made.staged.groups, deepspeed, environ)
     if report is not None:
         write(replace(report, origin=made.origin, kernels=made.kernels), Path(spec.output) / ENVIRONMENT_FILE)
@@ -294,9 +294,9 @@ def describe(spec: TrainSpec, rank: Rank, made: BuiltModel, environ: Mapping[str
         sys.stdout.flush()
 
 
-def describe_place(spec: TrainSpec, rank: Rank, origin: Origin, environ: Mapping[str, str]) -> None:
+def write_environment_of_files(spec: TrainSpec, rank: Rank, origin: WeightsLineage, environ: Mapping[str, str]) -> None:
     """environment.json of a stage that works on files and holds no model, before its long work begins: by it the launcher knows that the
-    stage has begun, however long it takes, and comparisons and reruns what it ran in. Raises InputRefused as `describe` does."""
+    stage has begun, however long it takes, and comparisons and reruns what it ran in. Raises InputRefused as `write_environment` does."""
     report = report_environment(rank.device, rank.local, (), {}, environ)
     if report is not None:
         write(replace(report, origin=origin), Path(spec.output) / ENVIRONMENT_FILE)
@@ -329,7 +329,7 @@ def score(
     return evaluate(model, held_out, processor, spec, rank.place, **place, **more)
 
 
-def summarise(spec: TrainSpec, progress: Progress, saved: Saved, *, lost: int) -> TrainResult:
+def summarise(spec: TrainSpec, progress: Progress, saved: SavedCheckpoint, *, lost: int) -> TrainResult:
     """`lost`: steps that are not in `progress.seconds`."""
     return TrainResult(
         schema=SCHEMA,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trainer.checkpoint.journal import Journal, Row, find_mark, open_journal, write_rows
+from trainer.checkpoint.journal import Journal, Row, weights_fingerprints, open_journal, write_rows
 from trainer.contract import SAMPLES_FILE, SCHEMA, InputRefused, TrainResult, TrainSpec
 from trainer.contract.weight_files import hash_weights
 from trainer.data.check import DataPaths
@@ -19,8 +19,8 @@ from trainer.data.rows.source import hash_sources
 from trainer.device.rank import Rank
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.score_change import compare_rows, compare_scores
-from trainer.observe.memory import Gauge
-from trainer.programs.dispatch import BuiltModel, find_places, load_samples, open_model
+from trainer.observe.memory import MemoryPeaks
+from trainer.programs.dispatch import BuiltModel, prepare_data, load_samples, open_model
 
 BASE_FILE = "samples_base.jsonl"
 
@@ -33,16 +33,16 @@ class HeldOut:
     sha256: str
 
 
-def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
+def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
     """Write samples.jsonl, a row for each held-out sample, in their order. Raises InputRefused."""
     began = time.perf_counter()
-    gauge = Gauge(rank.device)
-    places = find_places(spec)
-    asked = find_asked(spec, places)
+    gauge = MemoryPeaks(rank.device)
+    places = prepare_data(spec)
+    asked = read_held_out(spec, places)
     journals: list[Journal] = []
     base = {}
     if spec.evaluation.base and asked.samples:
-        base, journal = assess(at_base(spec), rank, environ, asked, BASE_FILE)
+        base, journal = answer_with_base(spec_of_base(spec), rank, environ, asked, BASE_FILE)
         journals.append(journal)
         gc.collect()  # of two models only one stands at a time
     made = open_model(spec, rank, environ)
@@ -52,7 +52,7 @@ def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainR
         scores, journal = answer(spec, rank, made, asked, SAMPLES_FILE)
         journals.append(journal)
     if base:
-        scores = tell_difference(spec, rank, scores, base)
+        scores = compare_with_base(spec, rank, scores, base)
     for journal in journals:
         journal.remove()
     seconds = time.perf_counter() - began
@@ -71,18 +71,18 @@ def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainR
     )
 
 
-def find_asked(spec: TrainSpec, places: DataPaths) -> HeldOut:
+def read_held_out(spec: TrainSpec, places: DataPaths) -> HeldOut:
     """Nothing where the run asks for no evaluation or names no held-out file."""
     if not spec.evaluation.enabled or places.evaluation is None:
         return HeldOut(samples=(), sha256="")
     return HeldOut(samples=load_samples(places.evaluation, places), sha256=hash_sources(places.evaluation, places.images))
 
 
-def at_base(spec: TrainSpec) -> TrainSpec:
+def spec_of_base(spec: TrainSpec) -> TrainSpec:
     return replace(spec, stage=replace(spec.stage, checkpoint=spec.evaluation.base, needs=()))
 
 
-def assess(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], asked: HeldOut, file: str) -> tuple[dict[str, float], Journal]:
+def answer_with_base(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], asked: HeldOut, file: str) -> tuple[dict[str, float], Journal]:
     """Of the base, whose model is gone when this returns. Raises InputRefused."""
     try:
         made = open_model(spec, rank, environ)
@@ -93,13 +93,13 @@ def assess(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], asked: HeldO
 
 def answer(spec: TrainSpec, rank: Rank, made: BuiltModel, asked: HeldOut, file: str) -> tuple[dict[str, float], Journal]:
     """The figures, and the journal, which goes when the whole stage is through."""
-    journal = open_journal(spec, file, rank.number, *find_mark(made.origin), asked.sha256)
+    journal = open_journal(spec, file, rank.number, *weights_fingerprints(made.origin), asked.sha256)
     place = {"rank": rank.number, "world_size": rank.world_size, "partitioned": False}
     scores = evaluate(made.staged.model, asked.samples, made.processor, spec, rank.place, file=file, journal=journal, **place)
     return scores, journal
 
 
-def tell_difference(spec: TrainSpec, rank: Rank, scores: dict[str, float], base: dict[str, float]) -> dict[str, float]:
+def compare_with_base(spec: TrainSpec, rank: Rank, scores: dict[str, float], base: dict[str, float]) -> dict[str, float]:
     """Puts the base's answers into samples.jsonl. On rank 0, which has both files; on the others the scores stay as they are."""
     run, rows = Path(spec.output), []
     if rank.number == 0:

@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.checkpoint.journal import Journal, Row, find_mark, gather, open_journal, write_rows
+from trainer.checkpoint.journal import Journal, Row, weights_fingerprints, gather_rows, open_journal, write_rows
 from trainer.contract import ANSWERS_FILE, SCHEMA, STREAM_FILE, Inference, InputRefused, RunFailed, TrainResult, TrainSpec
 from trainer.contract.weight_files import hash_weights
 from trainer.data.batch.cache import Cache
@@ -20,36 +20,36 @@ from trainer.device.rank import Rank
 from trainer.generation.answerer import Answerer, Prepared, Question
 from trainer.generation.sampling import check_sampling
 from trainer.models.family import Processor
-from trainer.observe.memory import Gauge
+from trainer.observe.memory import MemoryPeaks
 from trainer.programs.dispatch import BuiltModel, open_model
 
 WINDOW = 16  # batches whose rows are sorted by length together
 SHOWN = 3  # rows that could not be answered, in a message
-TOLD_S = 10.0  # between two lines that say how far it is
+REPORT_S = 10.0  # between two lines that say how far it is
 
 Batch = tuple[int, tuple[Request, ...]]
-Ready = list[tuple[Request, Prepared | str]]  # the text says why a row cannot be answered
+PreparedBatch = list[tuple[Request, Prepared | str]]  # the text says why a row cannot be answered
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tally:
+class InferenceTotals:
     rows: int
     failed: tuple[Row, ...]
     tokens: int
 
 
-def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
+def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
     """Write answers.jsonl, a row for each of the input in its order. Raises InputRefused before anything is answered, and RunFailed at the
     end where rows could not be answered, which the file says of each."""
     began = time.perf_counter()
     options = require_options(spec)
-    requests = find_requests(spec, options)
-    gauge = Gauge(rank.device)
+    requests = read_input(spec, options)
+    gauge = MemoryPeaks(rank.device)
     made = open_model(spec, rank, environ, spread=options.spread == "auto")
     gauge.enter("evaluation")
     tally = answer_all(spec, options, rank, made, requests)
     if tally.failed:
-        raise RunFailed(describe_failed(tally, options, Path(spec.output) / ANSWERS_FILE))
+        raise RunFailed(describe_failures(tally, options, Path(spec.output) / ANSWERS_FILE))
     seconds = time.perf_counter() - began
     return TrainResult(
         schema=SCHEMA,
@@ -83,7 +83,7 @@ def require_options(spec: TrainSpec) -> Inference:
     return options
 
 
-def find_requests(spec: TrainSpec, options: Inference) -> tuple[Request, ...]:
+def read_input(spec: TrainSpec, options: Inference) -> tuple[Request, ...]:
     """Those of the file, or the one. Raises InputRefused."""
     if options.input:
         file = Path(options.input)
@@ -101,23 +101,23 @@ def refuse_prompt(field: str, problem: str, fix: str) -> None:
 # --------------------------------------------------------------------------------------------------------------- the answers
 
 
-def answer_all(spec: TrainSpec, options: Inference, rank: Rank, made: BuiltModel, requests: Sequence[Request]) -> Tally:
+def answer_all(spec: TrainSpec, options: Inference, rank: Rank, made: BuiltModel, requests: Sequence[Request]) -> InferenceTotals:
     """Every rank answers its batches; the rows of all are put together by the first."""
     asked = hash_file(Path(options.input)) if options.input else ""
     answerer = Answerer(made.staged.model, made.processor, spec, rank.place)
-    journal = open_journal(spec, ANSWERS_FILE, rank.number, *find_mark(made.origin), asked)
+    journal = open_journal(spec, ANSWERS_FILE, rank.number, *weights_fingerprints(made.origin), asked)
     own = (batch for batch in cut_batches(requests, made.processor, options.batch) if batch[0] % rank.world_size == rank.number)
     answered = {row["row"] for rows in journal.done.values() for row in rows}
     todo = (batch for batch in own if not all(request.row in answered for request in batch[1]))
-    say = Teller(Path(spec.output) / STREAM_FILE) if options.prompt and options.stream and rank.number == 0 else None
-    progress = tell_progress(len(requests)) if rank.number == 0 and options.input else None
+    say = AnswerStream(Path(spec.output) / STREAM_FILE) if options.prompt and options.stream and rank.number == 0 else None
+    progress = report_progress(len(requests)) if rank.number == 0 and options.input else None
     prepare = make_preparer(answerer, options, spec.seed)
     with closing(prefetch(prepare, todo, min(options.prefetch, 1), options.prefetch)) as prepared:
         for ready in prepared:
             rows = answer_batch(answerer, ready, say)
             if options.prompt and "error" in rows[0]:
                 raise InputRefused(str(rows[0]["error"]))
-            keep(journal, rows)
+            record_batch(journal, rows)
             if progress is not None:
                 progress(sum(map(len, journal.done.values())))
     if options.prompt and rank.number == 0:
@@ -129,13 +129,13 @@ def cut_batches(requests: Sequence[Request], processor: Processor, size: int) ->
     """Numbered batches of rows of like length, the longest of a window first: the same for any number of ranks and at any start."""
     number = 0
     for start in range(0, len(requests), size * WINDOW):
-        window = sorted(requests[start : start + size * WINDOW], key=lambda request: -weigh(request, processor))
+        window = sorted(requests[start : start + size * WINDOW], key=lambda request: -estimate_tokens(request, processor))
         for place in range(0, len(window), size):
             yield number, tuple(window[place : place + size])
             number += 1
 
 
-def weigh(request: Request, processor: Processor) -> int:
+def estimate_tokens(request: Request, processor: Processor) -> int:
     """About the tokens of a row, from the headers of its images; 0 where one cannot be read, which is told when its turn comes."""
     try:
         images = sum(len(processor.span(read_size(path), place)) for place, path in enumerate(request.images))
@@ -144,7 +144,7 @@ def weigh(request: Request, processor: Processor) -> int:
     return images + sum(len(message.content.encode()) // 4 for message in request.messages)
 
 
-def make_preparer(answerer: Answerer, options: Inference, seed: int) -> Callable[[Batch], Ready]:
+def make_preparer(answerer: Answerer, options: Inference, seed: int) -> Callable[[Batch], PreparedBatch]:
     """Makes a batch ready on the CPU. Of images that are shown again, told by their bytes, the latest are kept."""
     cache = Cache(options.cache_images)
 
@@ -167,7 +167,7 @@ def make_preparer(answerer: Answerer, options: Inference, seed: int) -> Callable
     return lambda batch: [(request, prepare(request)) for request in batch[1]]
 
 
-def answer_batch(answerer: Answerer, ready: Ready, say: Callable[[int, str], None] | None) -> list[Row]:
+def answer_batch(answerer: Answerer, ready: PreparedBatch, say: Callable[[int, str], None] | None) -> list[Row]:
     """A row for each, in the order of `ready`."""
     good = [one for _, one in ready if isinstance(one, Prepared)]
     answers = iter(answerer.answer(good, on_text=say) if good else ())
@@ -183,7 +183,7 @@ def answer_batch(answerer: Answerer, ready: Ready, say: Callable[[int, str], Non
     return rows
 
 
-class Teller:
+class AnswerStream:
     """Says the words of an answer as they come: to who reads this rank's output, and in the run's folder, from where the launcher has them."""
 
     def __init__(self, file: Path) -> None:
@@ -196,13 +196,13 @@ class Teller:
             stream.write(text)
 
 
-def tell_progress(total: int) -> Callable[[int], None]:
+def report_progress(total: int) -> Callable[[int], None]:
     """Says how many rows this rank has answered, now and then."""
     last = time.monotonic()
 
     def tell(done: int) -> None:
         nonlocal last
-        if time.monotonic() - last >= TOLD_S:
+        if time.monotonic() - last >= REPORT_S:
             last = time.monotonic()
             print(f"answered {done} of {total} rows on this rank", flush=True)
 
@@ -212,7 +212,7 @@ def tell_progress(total: int) -> Callable[[int], None]:
 # --------------------------------------------------------------------------------------------------------------- the results
 
 
-def keep(journal: Journal, rows: list[Row]) -> None:
+def record_batch(journal: Journal, rows: list[Row]) -> None:
     """A batch with a row that failed is not written down: where the run is started again, the image may be there. It is then of another
     length, and its batches hold other rows."""
     place = max(journal.done, default=-1) + 1
@@ -226,18 +226,18 @@ def rows_of(journal: Journal) -> list[Row]:
     return [row for rows in journal.done.values() for row in rows]
 
 
-def finish(spec: TrainSpec, rank: Rank, journal: Journal) -> Tally:
+def finish(spec: TrainSpec, rank: Rank, journal: Journal) -> InferenceTotals:
     """answers.jsonl in the order of the input: a collective."""
-    by_row = {row["row"]: row for row in gather(journal, rank.world_size)}
+    by_row = {row["row"]: row for row in gather_rows(journal, rank.world_size)}
     rows = [by_row[number] for number in sorted(by_row)]
     write_rows(rows, Path(spec.output) / ANSWERS_FILE, rank.number)
     wrong = tuple(row for row in rows if "error" in row)
     if not wrong:
         journal.remove()
-    return Tally(rows=len(rows), failed=wrong, tokens=sum(int(row.get("tokens", 0)) for row in rows))
+    return InferenceTotals(rows=len(rows), failed=wrong, tokens=sum(int(row.get("tokens", 0)) for row in rows))
 
 
-def describe_failed(tally: Tally, options: Inference, file: Path) -> str:
+def describe_failures(tally: InferenceTotals, options: Inference, file: Path) -> str:
     named = [(f"row {row['row']}: ", str(row["error"])) for row in tally.failed[:SHOWN]]
     first = "\n".join(f"  {name}{error.removeprefix(name)}" for name, error in named)
     more = f"\n  ... and {len(tally.failed) - SHOWN} more" if len(tally.failed) > SHOWN else ""

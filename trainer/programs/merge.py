@@ -11,37 +11,37 @@ import torch
 
 from trainer.checkpoint.adapter import Adapter, merge_tensor, read_adapter
 from trainer.train.model import weights_folder
-from trainer.checkpoint.lineage import find_origin
-from trainer.contract import InputRefused, Merging, Origin, RunFailed, TrainResult, TrainSpec
+from trainer.checkpoint.lineage import find_lineage
+from trainer.contract import InputRefused, Merging, WeightsLineage, RunFailed, TrainResult, TrainSpec
 from trainer.device.rank import Rank
-from trainer.export.derived_checkpoint import Product, make_product, require_plain
-from trainer.export.probe import compare, compute_logits, make_probes, open_hollow
+from trainer.export.derived_checkpoint import DerivedCheckpoint, write_derived_checkpoint, require_full_weights
+from trainer.export.probe import compare, compute_logits, make_probes, open_on_meta
 from trainer.models import find_family
-from trainer.observe.memory import Gauge
+from trainer.observe.memory import MemoryPeaks
 from trainer.tensor.naming import name_in_memory
-from trainer.tensor.stream import Outgoing, TensorSource, copy_tensor, open_tensors
-from trainer.programs.dispatch import describe_place
+from trainer.tensor.stream import TensorToWrite, TensorSource, copy_tensor, open_tensors
+from trainer.programs.dispatch import write_environment_of_files
 
 
-def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
+def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
     """Raises InputRefused for an adapter that does not fit its base or is of a kind that cannot be merged, RunFailed where the result
     answers otherwise than base and adapter by more than the bound."""
-    began, gauge = time.perf_counter(), Gauge(rank.device)
-    origin = find_origin(spec, weights_folder(spec))
-    base, folder = require_plain(spec, origin, adapter=True), Path(origin.path)
-    describe_place(spec, rank, origin, environ)
+    began, gauge = time.perf_counter(), MemoryPeaks(rank.device)
+    origin = find_lineage(spec, weights_folder(spec))
+    base, folder = require_full_weights(spec, origin, adapter=True), Path(origin.path)
+    write_environment_of_files(spec, rank, origin, environ)
     gauge.enter("saving")
-    sources, hollow = open_tensors(base), open_hollow(base, spec)
+    sources, hollow = open_tensors(base), open_on_meta(base, spec)
     adapter = read_adapter(folder, hollow)
     tensors = merge_tensors(sources, adapter, name_in_memory(hollow, sources), base)
     print(f"{len(adapter.changed)} of {len(tensors)} tensors change: {len(adapter.additions)} by the adapter, {len(adapter.whole)} whole")
 
     def finish(aside: Path) -> dict[str, float]:
         gauge.enter("evaluation")
-        return judge(spec, rank, origin, aside, bound_of(merging_of(spec), sources, adapter))
+        return check_logits(spec, rank, origin, aside, logit_bound(merging_of(spec), sources, adapter))
 
-    product = Product(tensors=tensors, folders=(base, folder), shard_bytes=merging_of(spec).shard_bytes, finish=finish)
-    result = make_product(product, spec, origin)
+    product = DerivedCheckpoint(tensors=tensors, folders=(base, folder), shard_bytes=merging_of(spec).shard_bytes, finish=finish)
+    result = write_derived_checkpoint(product, spec, origin)
     return replace(result, seconds=time.perf_counter() - began, peaks=gauge.report())
 
 
@@ -49,7 +49,7 @@ def merging_of(spec: TrainSpec) -> Merging:
     return spec.stage.merging or Merging()
 
 
-def merge_tensors(sources: Mapping[str, TensorSource], adapter: Adapter, memory: Mapping[str, str], base: Path) -> list[Outgoing]:
+def merge_tensors(sources: Mapping[str, TensorSource], adapter: Adapter, memory: Mapping[str, str], base: Path) -> list[TensorToWrite]:
     """Raises InputRefused where the adapter changes what the files of the base hold in no tensor of its own."""
     lost = sorted(adapter.changed - set(memory.values()))
     if lost:
@@ -67,7 +67,7 @@ def merge_tensors(sources: Mapping[str, TensorSource], adapter: Adapter, memory:
 # ----------------------------------------------------------------------------------------------------------------- checking
 
 
-def bound_of(merging: Merging, sources: Mapping[str, TensorSource], adapter: Adapter) -> float:
+def logit_bound(merging: Merging, sources: Mapping[str, TensorSource], adapter: Adapter) -> float:
     """The most by which logits may differ, relative to the largest. The sums of float32 weights differ in their last bits alone, which is
     merging.tolerance. In 16 bits each merged weight is rounded, by at most u relative to itself (Higham, Accuracy and Stability of
     Numerical Algorithms, 2.2): bfloat16 2^-8, float16 2^-11. One layer's output is then off by u at most, relative to its own size, and
@@ -77,7 +77,7 @@ def bound_of(merging: Merging, sources: Mapping[str, TensorSource], adapter: Ada
     return merging.tolerance + unit * math.sqrt(len(adapter.changed))
 
 
-def judge(spec: TrainSpec, rank: Rank, origin: Origin, aside: Path, bound: float) -> dict[str, float]:
+def check_logits(spec: TrainSpec, rank: Rank, origin: WeightsLineage, aside: Path, bound: float) -> dict[str, float]:
     """The figures of the result. Raises RunFailed above the bound."""
     count = merging_of(spec).probes
     if not count:

@@ -13,39 +13,39 @@ import torch
 from torch import Tensor
 
 from trainer.train.model import weights_folder
-from trainer.checkpoint.lineage import find_origin
+from trainer.checkpoint.lineage import find_lineage
 from trainer.contract import SAMPLES_FILE, InputRefused, Quantization, TrainResult, TrainSpec, write_text
 from trainer.device.dtype import loading_dtype
 from trainer.device.rank import Rank
 from trainer.evaluation.evaluate import evaluate
 from trainer.export.calibration import measure_inputs
-from trainer.export.derived_checkpoint import Product, make_product, require_plain
-from trainer.export.nf4 import make_nf4
-from trainer.export.probe import open_hollow
+from trainer.export.derived_checkpoint import DerivedCheckpoint, write_derived_checkpoint, require_full_weights
+from trainer.export.nf4 import write_nf4_checkpoint
+from trainer.export.probe import open_on_meta
 from trainer.models import find_family
-from trainer.observe.memory import Gauge
-from trainer.programs.convert import probe
-from trainer.tensor.int8 import Coarse, describe_format, quantize_tensor, scale_rows
+from trainer.observe.memory import MemoryPeaks
+from trainer.programs.convert import compare_logits
+from trainer.tensor.int8 import QuantizationLoss, describe_format, quantize_tensor, scale_rows
 from trainer.tensor.naming import Names, find_tied, name_in_memory
-from trainer.tensor.stream import Outgoing, TensorSource, copy_tensor, open_tensors
-from trainer.programs.dispatch import describe_place, find_places, load_samples
+from trainer.tensor.stream import TensorToWrite, TensorSource, copy_tensor, open_tensors
+from trainer.programs.dispatch import write_environment_of_files, prepare_data, load_samples
 
 REPORT_FILE = "quantization.json"
 SAMPLES_BEFORE_FILE = "samples_before.jsonl"  # answers of the weights that it was made of; samples.jsonl has those of the result
 
 
-def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
+def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
     """Raises InputRefused for a checkpoint without a layer to quantize, and for nf4 on a device that has it not."""
-    began, gauge = time.perf_counter(), Gauge(rank.device)
+    began, gauge = time.perf_counter(), MemoryPeaks(rank.device)
     wanted = spec.stage.quantization or Quantization()
-    origin = find_origin(spec, weights_folder(spec))
-    folder = require_plain(spec, origin, adapter=False)
-    describe_place(spec, rank, origin, environ)
-    sources, hollow = open_tensors(folder), open_hollow(folder, spec)
+    origin = find_lineage(spec, weights_folder(spec))
+    folder = require_full_weights(spec, origin, adapter=False)
+    write_environment_of_files(spec, rank, origin, environ)
+    sources, hollow = open_tensors(folder), open_on_meta(folder, spec)
     names = name_in_memory(hollow, sources)
     chosen = choose_weights(hollow, spec, names, sources)
     if wanted.scheme == "nf4":
-        return make_nf4(spec, rank, origin, folder, hollow, frozenset(names[name] for name in chosen))
+        return write_nf4_checkpoint(spec, rank, origin, folder, hollow, frozenset(names[name] for name in chosen))
     power = measure_inputs(spec, rank, folder, calibration_samples(spec, wanted), frozenset(names[name] for name in chosen))
     scales = {name: scale_rows(sources[name], power.get(names[name])) for name in chosen}
     tensors = quantize_tensors(sources, {name: made for name, (made, _) in scales.items()})
@@ -53,15 +53,15 @@ def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainR
 
     def finish(aside: Path) -> dict[str, float]:
         write_config(aside / "config.json", describe_format(name_ignored(hollow, names, chosen)))
-        figures = weigh(sources, tensors)
+        figures = report_size(sources, tensors)
         gauge.enter("evaluation")
-        figures |= probe(spec, rank, folder, aside, wanted.probes)
+        figures |= compare_logits(spec, rank, folder, aside, wanted.probes)
         figures |= compare_answers(spec, rank, folder, aside) if wanted.compare else {}
         write_report(spec, wanted, {name: coarse for name, (_, coarse) in scales.items()}, sources, figures)
         return figures
 
-    product = Product(tensors=tensors, folders=(folder,), shard_bytes=wanted.shard_bytes, finish=finish)
-    result = make_product(product, spec, origin)
+    product = DerivedCheckpoint(tensors=tensors, folders=(folder,), shard_bytes=wanted.shard_bytes, finish=finish)
+    result = write_derived_checkpoint(product, spec, origin)
     return replace(result, seconds=time.perf_counter() - began, peaks=gauge.report())
 
 
@@ -111,8 +111,8 @@ def outermost(kept: set[str], chosen: set[str]) -> set[str]:
     return {cut(name) for name in kept}
 
 
-def quantize_tensors(sources: Mapping[str, TensorSource], scales: Mapping[str, Tensor]) -> list[Outgoing]:
-    tensors: list[Outgoing] = []
+def quantize_tensors(sources: Mapping[str, TensorSource], scales: Mapping[str, Tensor]) -> list[TensorToWrite]:
+    tensors: list[TensorToWrite] = []
     for name, source in sources.items():
         tensors += quantize_tensor(name, source, scales[name]) if name in scales else [copy_tensor(name, source)]
     return tensors
@@ -122,7 +122,7 @@ def calibration_samples(spec: TrainSpec, wanted: Quantization) -> tuple:
     """Evenly spread over the training rows."""
     if not wanted.calibration:
         return ()
-    places = find_places(spec)
+    places = prepare_data(spec)
     samples = load_samples(places.train, places)
     step = max(1, len(samples) // wanted.calibration)
     return samples[::step][: wanted.calibration]
@@ -131,7 +131,7 @@ def calibration_samples(spec: TrainSpec, wanted: Quantization) -> tuple:
 # ----------------------------------------------------------------------------------------------------------------- telling
 
 
-def weigh(sources: Mapping[str, TensorSource], tensors: Sequence[Outgoing]) -> dict[str, float]:
+def report_size(sources: Mapping[str, TensorSource], tensors: Sequence[TensorToWrite]) -> dict[str, float]:
     """Bytes of all weights, and how they are to those of the source and to 16 bits a value."""
     before = sum(torch.Size(source.shape).numel() * source.dtype.itemsize for source in sources.values())
     after, halves = sum(tensor.nbytes for tensor in tensors), sum(2 * torch.Size(source.shape).numel() for source in sources.values())
@@ -143,7 +143,7 @@ def weigh(sources: Mapping[str, TensorSource], tensors: Sequence[Outgoing]) -> d
 
 def compare_answers(spec: TrainSpec, rank: Rank, before: Path, after: Path) -> dict[str, float]:
     """The evaluation of the run, of both; {} without held-out rows."""
-    places = find_places(spec)
+    places = prepare_data(spec)
     held_out = load_samples(places.evaluation, places) if spec.evaluation.enabled else ()
     if not held_out:
         return {}
@@ -163,7 +163,7 @@ def write_config(file: Path, how: Mapping[str, Any]) -> None:
     write_text(json.dumps({**config, "quantization_config": how}, indent=2, ensure_ascii=False) + "\n", file)
 
 
-def write_report(spec: TrainSpec, wanted: Quantization, found: Mapping[str, Coarse], sources: Mapping[str, TensorSource], figures: dict) -> None:
+def write_report(spec: TrainSpec, wanted: Quantization, found: Mapping[str, QuantizationLoss], sources: Mapping[str, TensorSource], figures: dict) -> None:
     kept = sorted(name for name in sources if name not in found)
     tensors = [{"name": name, **asdict(coarse)} for name, coarse in found.items()]
     content = {"scheme": wanted.scheme, "calibration": wanted.calibration, "figures": figures, "tensors": tensors, "kept": kept}

@@ -11,7 +11,7 @@ from trainer.contract import SCHEMA, SERVING_FILE, InputRefused, RunFailed, Serv
 from trainer.device.rank import Rank
 from trainer.generation.answerer import Answerer
 from trainer.generation.sampling import check_sampling
-from trainer.observe.memory import Gauge
+from trainer.observe.memory import MemoryPeaks
 from trainer.serving.app import COMPLETIONS, make_app
 from trainer.serving.body import BODY_TIMEOUT_S
 from trainer.serving.chat import LATE_S, Chat
@@ -37,14 +37,14 @@ LEAST = {
 }
 
 
-def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
+def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
     """Until SIGTERM or SIGINT, and then until all that was taken is answered. Raises InputRefused before the model is loaded, RunFailed
     when the device or the listener is lost."""
     serving = serving_of(spec, environ)
     hosts = read_hosts(serving.hosts)
     door = open_door(serving, environ)
     (Path(spec.output) / SERVING_FILE).unlink(missing_ok=True)  # of an earlier attempt
-    began, gauge = time.perf_counter(), Gauge(rank.device)
+    began, gauge = time.perf_counter(), MemoryPeaks(rank.device)
     with stop_on_signals() as stop:
         queue = Queue(most_batch=serving.max_batch, wait_s=serving.wait_ms / 1000)
         gate = Gate(lambda: stop.up, serving.drain_timeout_s)
@@ -111,7 +111,7 @@ def await_last(gate: Gate) -> None:
         time.sleep(SETTLE_S)
 
 
-def summarise(meters: Meters, seconds: float, gauge: Gauge) -> TrainResult:
+def summarise(meters: Meters, seconds: float, gauge: MemoryPeaks) -> TrainResult:
     counts = {outcome: meters.count(outcome) for outcome in OUTCOMES}
     said = ", ".join(f"{int(count)} {outcome.replace('_', ' ')}" for outcome, count in counts.items())
     print(f"stopped after {seconds:.0f} s: {said}", flush=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from trainer.contract import InputRefused, Lora, ModelSpec
-from trainer.stages.module import cut_modules, drop_input_gradients
-from trainer.stages.nf4_linears import quantise_linears
+from trainer.stages.module import find_whole_modules, drop_input_gradients
+from trainer.stages.nf4_linears import quantize_linears
 
 REGEX = "re:"  # begins a target that is a regex
 SHOWN_LINES = 2
@@ -28,7 +28,7 @@ def add_lora(model: torch.nn.Module, lora: Lora, spec: ModelSpec, whole: set[str
 
     targets = find_targets(model, lora.targets, spec.groups["lm"])
     if lora.base:
-        quantise_linears(model, spec.groups["lm"])
+        quantize_linears(model, spec.groups["lm"])
     modules = find_modules(model, whole)
     config = LoraConfig(
         r=lora.r,
@@ -54,10 +54,10 @@ def merge_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
             return get_peft_model(model, PeftConfig.from_pretrained(str(folder))).merge_and_unload()
         return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except (RuntimeError, ValueError) as error:  # other shapes; no module that it is for
-        raise InputRefused(describe_misfit(folder, error)) from error
+        raise InputRefused(describe_mismatch(folder, error)) from error
 
 
-def describe_misfit(folder: Path, error: Exception) -> str:
+def describe_mismatch(folder: Path, error: Exception) -> str:
     """An adapter that does not go into the model; torch has a line for each of its tensors."""
     head, *lines = (line.strip() for line in str(error).splitlines() or [type(error).__name__])
     more = f" ... and {len(lines) - SHOWN_LINES} more." if len(lines) > SHOWN_LINES else ""
@@ -93,7 +93,7 @@ def compile_target(target: str) -> re.Pattern[str]:
 
 def find_modules(model: torch.nn.Module, whole: set[str]) -> tuple[str, ...]:
     """The outermost modules all of whose parameters are in `whole`; together they hold every name in it."""
-    found, bare = cut_modules(model, whole)
+    found, bare = find_whole_modules(model, whole)
     if bare:
         raise InputRefused(
             f"stage.trainable with LoRA: {', '.join(bare)} are not whole modules and cannot be saved with an adapter. "

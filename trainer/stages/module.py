@@ -5,7 +5,7 @@ from collections.abc import Set
 import torch
 
 
-def cut_modules(model: torch.nn.Module, names: Set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def find_whole_modules(model: torch.nn.Module, names: Set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The outermost modules all of whose parameters are in `names`, and those of `names` that lie in none of them."""
     found: list[str] = []
     for name, module in model.named_modules():

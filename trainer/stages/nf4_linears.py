@@ -12,7 +12,7 @@ import torch
 from trainer.contract import InputRefused
 
 
-def quantise_linears(model: torch.nn.Module, lm: str) -> None:
+def quantize_linears(model: torch.nn.Module, lm: str) -> None:
     """Replace the linear layers of the language model, in place. `lm`: the group's regex over names. Raises InputRefused without the
     package."""
     if importlib.util.find_spec("bitsandbytes") is None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from trainer.contract import InputRefused, TrainSpec
 from trainer.stages.group import assign_groups
-from trainer.stages.module import cut_modules
+from trainer.stages.module import find_whole_modules
 
 LOADED = "_is_hf_initialized"  # transformers 5 leaves tensors and modules alone that carry it
 
@@ -32,13 +32,13 @@ def reset_groups(model: torch.nn.Module, spec: TrainSpec) -> None:
     if frozen:
         raise InputRefused(f"stage.reset: {', '.join(frozen)} would begin anew and stay so: name it in stage.trainable too, or not here.")
     groups = assign_groups(spec.model.groups, [name for name, _ in model.named_parameters()])
-    modules, bare = cut_modules(model, {name for name, group in groups.items() if group in wanted})
+    modules, bare = find_whole_modules(model, {name for name, group in groups.items() if group in wanted})
     if bare:
         raise InputRefused(f"stage.reset: {', '.join(bare)} are not whole modules and have no start of their own. Leave their group out.")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(spec.seed)
         for name in modules:
-            draw(model.get_submodule(name), name, find_owner(model, name))
+            reinitialize(model.get_submodule(name), name, find_owner(model, name))
 
 
 def find_owner(model: torch.nn.Module, name: str) -> PreTrainedModel:
@@ -48,14 +48,14 @@ def find_owner(model: torch.nn.Module, name: str) -> PreTrainedModel:
     return next(module for module in above if isinstance(module, PreTrainedModel))
 
 
-def draw(module: torch.nn.Module, name: str, owner: PreTrainedModel) -> None:
+def reinitialize(module: torch.nn.Module, name: str, owner: PreTrainedModel) -> None:
     """New values for all parameters of `module`, made in a float32 twin, where NaN stays for what no rule speaks of."""
     twin = copy.deepcopy(module).float()
     for part in (*twin.modules(), *twin.parameters()):
         part.__dict__.pop(LOADED, None)
     for parameter in twin.parameters():
         parameter.fill_(torch.nan)
-    initialise(twin, owner)
+    initialize(twin, owner)
     unruled = [f"{name}.{key}" for key, value in twin.named_parameters() if value.isnan().any()]
     if unruled:
         raise InputRefused(f"stage.reset: transformers has no rule for a random {', '.join(unruled)}. Leave their group out.")
@@ -63,8 +63,8 @@ def draw(module: torch.nn.Module, name: str, owner: PreTrainedModel) -> None:
         parameter.copy_(fresh)
 
 
-def initialise(module: torch.nn.Module, owner: PreTrainedModel) -> None:
+def initialize(module: torch.nn.Module, owner: PreTrainedModel) -> None:
     owner = module if isinstance(module, PreTrainedModel) else owner
     for child in module.children():
-        initialise(child, owner)
+        initialize(child, owner)
     owner._init_weights(module)

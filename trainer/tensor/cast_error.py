@@ -41,17 +41,17 @@ class CastError:
         """'' for a tensor of which there is nothing to say."""
         parts = {"overflow": self.overflow, "vanish": self.underflow, "become denormal": self.denormal}
         source = {"NaN in the source": self.nan, "infinite in the source": self.infinite}
-        return ", ".join(f"{count:,} {what}" for what, count in (*parts.items(), *source.items()) if count)
+        return ", ".join(f"{number:,} {what}" for what, number in (*parts.items(), *source.items()) if number)
 
 
-def survey(name: str, source: TensorSource, dtype: torch.dtype) -> CastError:
+def measure_cast_error(name: str, source: TensorSource, dtype: torch.dtype) -> CastError:
     """A pass over the tensor, a piece at a time."""
     counts = torch.zeros(5, dtype=torch.int64)
     norm, lost, worst = 0.0, 0.0, 0.0
     for piece in read_pieces(source):
         before = piece if piece.dtype == torch.float64 else piece.float()
         after = piece.to(dtype).to(before.dtype)
-        counts += count(before, after, torch.finfo(dtype).tiny)
+        counts += count_errors(before, after, torch.finfo(dtype).tiny)
         there = before.isfinite() & after.isfinite()
         if not bool(there.all()):
             before, after = before[there], after[there]
@@ -75,7 +75,7 @@ def survey(name: str, source: TensorSource, dtype: torch.dtype) -> CastError:
     )
 
 
-def count(before: Tensor, after: Tensor, smallest: float) -> Tensor:
+def count_errors(before: Tensor, after: Tensor, smallest: float) -> Tensor:
     """(5,) int64: as the fields of Survival, in their order. `smallest`: of the new type's numbers that have all its bits."""
     denormal = (after != 0) & (after.abs() < smallest)
     found = (before.isfinite() & after.isinf(), (before != 0) & (after == 0), denormal, before.isnan(), before.isinf())

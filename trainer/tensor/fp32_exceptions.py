@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from trainer.contract import InputRefused, TrainSpec
 from trainer.tensor.naming import name_in_memory
-from trainer.tensor.stream import open_tensors, read_single
+from trainer.tensor.stream import open_tensors, read_float32
 
-KEPT = "float32_tensors"  # in config.json: names, as in the files
-HALVES = (torch.float16, torch.bfloat16)
+FLOAT32_TENSORS = "float32_tensors"  # in config.json: names, as in the files
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
-def keep_single(model: nn.Module, folder: Path, spec: TrainSpec, dtype: torch.dtype) -> None:
+def keep_float32(model: nn.Module, folder: Path, spec: TrainSpec, dtype: torch.dtype) -> None:
     """Bring the tensors that config.json of `folder` names to float32, in a model that was loaded in `dtype`; in place. Raises InputRefused
     for a stage that trains, whose engine makes all weights one type."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kept = frozenset(config.get(KEPT, ()))
-    if not kept or dtype not in HALVES:
+    kept = frozenset(config.get(FLOAT32_TENSORS, ()))
+    if not kept or dtype not in HALF_DTYPES:
         return
     if spec.stage.kind == "train":
         raise InputRefused(
@@ -36,11 +36,11 @@ def keep_single(model: nn.Module, folder: Path, spec: TrainSpec, dtype: torch.dt
         module = model.get_submodule(owner)
         parameter = module._parameters[key]
         if parameter is not None and not parameter.is_meta:
-            module._parameters[key] = nn.Parameter(read_single(sources[name]), requires_grad=parameter.requires_grad)
-            compute_single(module, dtype)
+            module._parameters[key] = nn.Parameter(read_float32(sources[name]), requires_grad=parameter.requires_grad)
+            compute_in_float32(module, dtype)
 
 
-def compute_single(module: nn.Module, dtype: torch.dtype) -> None:
+def compute_in_float32(module: nn.Module, dtype: torch.dtype) -> None:
     """All of the module in float32, between inputs and outputs of `dtype`."""
     for key, parameter in module._parameters.items():
         if parameter is not None and parameter.dtype == dtype:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.tensor.stream import Outgoing, TensorSource, read_pieces
+from trainer.tensor.stream import TensorToWrite, TensorSource, read_pieces
 
 LOW, HIGH = -128, 127
 FORMAT = "pack-quantized"
@@ -24,7 +24,7 @@ CLIPS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Coarse:
+class QuantizationLoss:
     """What a weight has become. `error`: norm of the difference over the weight's own norm. `clipped`: rows whose scale is not that of
     their largest weight."""
 
@@ -81,7 +81,7 @@ def unpack(packed: Tensor, width: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------------ streaming
 
 
-def scale_rows(source: TensorSource, power: Tensor | None) -> tuple[Tensor, Coarse]:
+def scale_rows(source: TensorSource, power: Tensor | None) -> tuple[Tensor, QuantizationLoss]:
     """The scales of a whole weight, (out, 1) in its dtype, and what it loses by them; a pass over it."""
     scales, lost, norm, clipped = [], 0.0, 0.0, 0
     for rows in read_pieces(source):
@@ -90,10 +90,10 @@ def scale_rows(source: TensorSource, power: Tensor | None) -> tuple[Tensor, Coar
         lost += float((round_weight(weight, scales[-1]) * scales[-1].float()).sub_(weight).double().square().sum())
         norm += float(weight.double().square().sum())
         clipped += int((scales[-1] != choose_scales(weight, source.dtype)).sum())
-    return torch.cat(scales), Coarse(error=(lost / norm) ** 0.5 if norm else 0.0, clipped=clipped)
+    return torch.cat(scales), QuantizationLoss(error=(lost / norm) ** 0.5 if norm else 0.0, clipped=clipped)
 
 
-def quantize_tensor(name: str, source: TensorSource, scales: Tensor) -> tuple[Outgoing, ...]:
+def quantize_tensor(name: str, source: TensorSource, scales: Tensor) -> tuple[TensorToWrite, ...]:
     """The three tensors in the place of the weight `name`."""
     out, width = source.shape
 
@@ -104,9 +104,9 @@ def quantize_tensor(name: str, source: TensorSource, scales: Tensor) -> tuple[Ou
             start += len(rows)
 
     return (
-        Outgoing(name=name + PACKED, dtype=torch.int32, shape=(out, -(-width // 4)), pieces=pieces),
-        Outgoing(name=name + SCALE, dtype=scales.dtype, shape=tuple(scales.shape), pieces=lambda: iter((scales,))),
-        Outgoing(name=name + SHAPE, dtype=torch.int64, shape=(2,), pieces=lambda: iter((torch.tensor(source.shape),))),
+        TensorToWrite(name=name + PACKED, dtype=torch.int32, shape=(out, -(-width // 4)), pieces=pieces),
+        TensorToWrite(name=name + SCALE, dtype=scales.dtype, shape=tuple(scales.shape), pieces=lambda: iter((scales,))),
+        TensorToWrite(name=name + SHAPE, dtype=torch.int64, shape=(2,), pieces=lambda: iter((torch.tensor(source.shape),))),
     )
 
 
@@ -136,9 +136,9 @@ class Dequantized:
         return self.read(0, self.shape[0] * self.width).view(self.shape)
 
 
-def see_through(sources: Mapping[str, Any]) -> dict[str, Any]:
+def dequantize_sources(sources: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors of a quantized checkpoint as those of the model that it stands for. Of any other: as they are."""
-    found = {name: source for name, source in sources.items() if not is_part(name, sources)}
+    found = {name: source for name, source in sources.items() if not is_quantized_part(name, sources)}
     for name in (name for name in sources if name.endswith(f".weight{PACKED}")):
         weight = name.removesuffix(PACKED)
         width = int(sources[weight + SHAPE].read_whole()[1])
@@ -146,7 +146,7 @@ def see_through(sources: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def is_part(name: str, sources: Mapping[str, Any]) -> bool:
+def is_quantized_part(name: str, sources: Mapping[str, Any]) -> bool:
     return any(name.endswith(f".weight{end}") and f"{name.removesuffix(end)}{PACKED}" in sources for end in (PACKED, SCALE, SHAPE))
 
 

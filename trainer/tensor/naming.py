@@ -14,7 +14,7 @@ def name_in_memory(model: torch.nn.Module, saved: Iterable[str]) -> Names:
     does not have, as the talker of Qwen2.5-Omni, and of those that it holds in another form."""
     conversions = getattr(model, "_weight_conversions", None) or []
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-    converters = [one for one in conversions if isinstance(one, WeightConverter) and not undoes_quantization(one)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter) and not only_dequantizes(one)]
     has = model.state_dict(keep_vars=True)  # with what transformers counts as tied
     found: Names = {}
     for name in saved:
@@ -31,6 +31,6 @@ def find_tied(model: torch.nn.Module) -> Names:
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
-def undoes_quantization(converter: WeightConverter) -> bool:
+def only_dequantizes(converter: WeightConverter) -> bool:
     """Whether it does nothing but make numbers of codes, under the same name."""
     return all(type(operation).__name__.endswith("Dequantize") for operation in converter.operations)

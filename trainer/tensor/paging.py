@@ -12,18 +12,18 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 UNIT_BYTES = 2**30  # in float32: a decoder's layer of a 7B takes 0.93 GB
-SKIPPED = ".original_module."  # what peft keeps beside a module that is trained whole; never computed with
+FROZEN_COPY = ".original_module."  # what peft keeps beside a module that is trained whole; never computed with
 
-Read = Callable[[str], Tensor]  # of a parameter by its name; float32, on the CPU
+ReadTensor = Callable[[str], Tensor]  # of a parameter by its name; float32, on the CPU
 
 
 class Pager:
     """Brings the parameters of `model`, which is hollow, to `place` and takes them away again."""
 
-    def __init__(self, model: nn.Module, read: Read, place: torch.device) -> None:
+    def __init__(self, model: nn.Module, read: ReadTensor, place: torch.device) -> None:
         self.read, self.place = read, place
         self.taken: dict[nn.Module, list[tuple[nn.Module, str, nn.Parameter | None]]] = {}
-        self.owned = {module: list(own_parameters(module, name)) for name, module in model.named_modules()}
+        self.owned = {module: list(parameters_of(module, name)) for name, module in model.named_modules()}
         for module in model.modules():
             if bytes_of(module) <= UNIT_BYTES or not any(True for _ in module.children()):
                 module.register_forward_pre_hook(self._enter)
@@ -49,7 +49,7 @@ class Pager:
         return brought
 
 
-def page(model: nn.Module, read: Read, place: torch.device) -> nn.Module:
+def page(model: nn.Module, read: ReadTensor, place: torch.device) -> nn.Module:
     """The same model, hollow, able to compute in float32 without gradients."""
     for _, module in model.named_modules():
         for key, value in module._parameters.items():
@@ -59,7 +59,7 @@ def page(model: nn.Module, read: Read, place: torch.device) -> nn.Module:
     return model.eval()
 
 
-def fill_buffers(model: nn.Module, read: Read, saved: set[str], place: torch.device) -> None:
+def fill_buffers(model: nn.Module, read: ReadTensor, saved: set[str], place: torch.device) -> None:
     """Give a hollow model its buffers: those of `saved` are in files, the others, as rotary frequencies, are computed anew by a twin."""
     hollow = {name for name, buffer in model.named_buffers() if buffer.is_meta}
     twin: dict[str, Tensor] = {}
@@ -72,11 +72,11 @@ def fill_buffers(model: nn.Module, read: Read, saved: set[str], place: torch.dev
         model.get_submodule(owner)._buffers[key] = value.to(place)
 
 
-def own_parameters(module: nn.Module, name: str) -> Iterator[tuple[nn.Module, str, str]]:
+def parameters_of(module: nn.Module, name: str) -> Iterator[tuple[nn.Module, str, str]]:
     """(owner, key, whole name), tied ones under each of their names."""
     for key in module._parameters:
         whole = f"{name}.{key}" if name else key
-        if SKIPPED not in f".{whole}":
+        if FROZEN_COPY not in f".{whole}":
             yield module, key, whole
 
 

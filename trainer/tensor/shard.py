@@ -17,10 +17,10 @@ from trainer.contract import InputRefused
 from trainer.contract.weight_files import read_header
 
 SHARD_BYTES = 2**30  # in a writer's memory before it writes; a larger tensor has a file of its own
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STATE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class Shards:
+class ShardWriter:
     """Writes `<prefix>-00000.safetensors` and so on into a folder, with `held` not before `flush`. After a full disk it takes tensors and
     drops them, because the ranks that gather them go on together; `problem` then says what happened."""
 
@@ -69,7 +69,7 @@ class Shards:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class StoredTensor:
     """A tensor in a file; its data begin at byte `begin`."""
 
     file: Path
@@ -92,16 +92,16 @@ class Stored:
         return self.read(0, torch.Size(self.shape).numel()).view(self.shape)
 
 
-def find_stored(folder: Path) -> dict[str, Stored]:
+def find_stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor in the safetensors files of a folder, by name. Raises InputRefused for a file that is not whole."""
     return {
-        name: Stored(file=file, dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]), begin=start + entry["data_offsets"][0])
+        name: StoredTensor(file=file, dtype=STATE_DTYPES[entry["dtype"]], shape=tuple(entry["shape"]), begin=start + entry["data_offsets"][0])
         for file in sorted(folder.glob("*.safetensors"))
         for name, entry, start in read_header(file)
     }
 
 
-def size_of(tensors: dict[str, Tensor]) -> int:
+def tensor_bytes(tensors: dict[str, Tensor]) -> int:
     """In bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from trainer.contract import InputRefused, write_text
-from trainer.contract.weight_files import INDEX, PICKLED_INDEX, WEIGHTS, is_plain, read_header, weight_files
-from trainer.tensor.shard import Stored, sync
+from trainer.contract.weight_files import INDEX, PICKLED_INDEX, WEIGHTS, is_safetensors, read_header, weight_files
+from trainer.tensor.shard import StoredTensor, sync
 
 # https://huggingface.co/docs/safetensors#format
-TYPES = {
+DTYPE_OF_CODE = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -32,13 +32,13 @@ TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
+CODE_OF_DTYPE = {dtype: name for name, dtype in DTYPE_OF_CODE.items()}
 PIECE_ELEMENTS = 2**24  # worked on at a time: 64 MiB in float32
 SHARD = "model-{number:05d}-of-{count:05d}.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class PickledTensor:
     """A tensor of a .bin file, which torch maps into memory."""
 
     tensor: Tensor
@@ -73,7 +73,7 @@ class TensorSource(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outgoing:
+class TensorToWrite:
     """A tensor to be written. `pieces`: makes its elements in order, in tensors of `dtype`, when its turn has come."""
 
     name: str
@@ -97,8 +97,8 @@ def open_tensors(folder: Path) -> dict[str, TensorSource]:
     for file in files:
         if not file.is_file():
             raise InputRefused(f"{folder}: {file.name} is missing, which holds weights. Copy the checkpoint again.")
-        found |= open_plain(file) if is_plain(file) else open_pickled(file)
-    index = folder / (INDEX if is_plain(files[0]) else PICKLED_INDEX)
+        found |= open_safetensors(file) if is_safetensors(file) else open_pickled(file)
+    index = folder / (INDEX if is_safetensors(files[0]) else PICKLED_INDEX)
     named = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
     if lost := sorted(set(named) - set(found)):
         raise InputRefused(
@@ -108,13 +108,13 @@ def open_tensors(folder: Path) -> dict[str, TensorSource]:
     return found
 
 
-def open_plain(file: Path) -> dict[str, TensorSource]:
+def open_safetensors(file: Path) -> dict[str, TensorSource]:
     entries = sorted(read_header(file), key=lambda one: one[1]["data_offsets"][0])
-    unknown = [f"{name} ({entry['dtype']})" for name, entry, _ in entries if entry["dtype"] not in TYPES]
+    unknown = [f"{name} ({entry['dtype']})" for name, entry, _ in entries if entry["dtype"] not in DTYPE_OF_CODE]
     if unknown:
-        raise InputRefused(f"{file}: {', '.join(unknown[:3])}: torch has no such type of element; known are {', '.join(TYPES)}.")
+        raise InputRefused(f"{file}: {', '.join(unknown[:3])}: torch has no such type of element; known are {', '.join(DTYPE_OF_CODE)}.")
     return {
-        name: Stored(file=file, dtype=TYPES[entry["dtype"]], shape=tuple(entry["shape"]), begin=start + entry["data_offsets"][0])
+        name: StoredTensor(file=file, dtype=DTYPE_OF_CODE[entry["dtype"]], shape=tuple(entry["shape"]), begin=start + entry["data_offsets"][0])
         for name, entry, start in entries
     }
 
@@ -129,7 +129,7 @@ def open_pickled(file: Path) -> dict[str, TensorSource]:
         tensors = load_state_dict(str(file), map_location="cpu", weights_only=True)
     except (UnpicklingError, OSError, RuntimeError, ValueError) as error:
         raise InputRefused(f"{file} is no file of tensors, or cut short: {error}. Take the published file, or copy it again.") from error
-    return {name: Held(tensor=tensor) for name, tensor in tensors.items()}
+    return {name: PickledTensor(tensor=tensor) for name, tensor in tensors.items()}
 
 
 def read_pieces(source: TensorSource) -> Iterator[Tensor]:
@@ -141,7 +141,7 @@ def read_pieces(source: TensorSource) -> Iterator[Tensor]:
         yield source.read(start, min(step, total - start)).view(-1, width)
 
 
-def read_single(source: TensorSource) -> Tensor:
+def read_float32(source: TensorSource) -> Tensor:
     """The tensor in float32, made piece by piece: what is on the disk in 16 bits is never whole beside it."""
     made = torch.empty(source.shape, dtype=torch.float32)
     flat, start = made.view(-1), 0
@@ -151,18 +151,18 @@ def read_single(source: TensorSource) -> Tensor:
     return made
 
 
-def copy_tensor(name: str, source: TensorSource) -> Outgoing:
+def copy_tensor(name: str, source: TensorSource) -> TensorToWrite:
     """As it is, to the bit."""
-    return Outgoing(name=name, dtype=source.dtype, shape=source.shape, pieces=lambda: read_pieces(source))
+    return TensorToWrite(name=name, dtype=source.dtype, shape=source.shape, pieces=lambda: read_pieces(source))
 
 
 # ----------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_shards(tensors: Sequence[Outgoing], folder: Path, shard_bytes: int, say: Callable[[str], None] = print) -> None:
+def write_shards(tensors: Sequence[TensorToWrite], folder: Path, shard_bytes: int, say: Callable[[str], None] = print) -> None:
     """`tensors` in files of at most `shard_bytes`, but for a larger tensor, which has a file of its own; and the index where there are
     several. Synced. Raises OSError for a disk that is full."""
-    shards = list(cut(tensors, shard_bytes)) if tensors else []
+    shards = list(split_into_shards(tensors, shard_bytes)) if tensors else []
     placed: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else SHARD.format(number=number, count=len(shards))
@@ -175,9 +175,9 @@ def write_shards(tensors: Sequence[Outgoing], folder: Path, shard_bytes: int, sa
         write_text(json.dumps(index, indent=2) + "\n", folder / INDEX)
 
 
-def cut(tensors: Sequence[Outgoing], shard_bytes: int) -> Iterator[list[Outgoing]]:
+def split_into_shards(tensors: Sequence[TensorToWrite], shard_bytes: int) -> Iterator[list[TensorToWrite]]:
     """In their order, as many as go into a file."""
-    shard: list[Outgoing] = []
+    shard: list[TensorToWrite] = []
     taken = 0
     for tensor in tensors:
         if shard and taken + tensor.nbytes > shard_bytes:
@@ -188,14 +188,14 @@ def cut(tensors: Sequence[Outgoing], shard_bytes: int) -> Iterator[list[Outgoing
     yield shard
 
 
-def write_file(tensors: Sequence[Outgoing], path: Path) -> None:
+def write_file(tensors: Sequence[TensorToWrite], path: Path) -> None:
     """Wide elements first, so that each lies at a multiple of its size, as the safetensors library writes them."""
     ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in ordered:
         entries[tensor.name] = {
-            "dtype": TYPE_NAMES[tensor.dtype],
+            "dtype": CODE_OF_DTYPE[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [end, end + tensor.nbytes],
         }
@@ -209,7 +209,7 @@ def write_file(tensors: Sequence[Outgoing], path: Path) -> None:
     sync(path)
 
 
-def write_tensor(tensor: Outgoing, stream: Any) -> None:
+def write_tensor(tensor: TensorToWrite, stream: Any) -> None:
     written = 0
     for piece in tensor.pieces():
         if piece.dtype != tensor.dtype:

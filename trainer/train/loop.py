@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.contract import RunFailed, StepRow, TrainSpec
 from trainer.distributed.engine import IGNORED, Engine, Update
 from trainer.optim.schedule import lr_at
-from trainer.train.nonfinite import Noted, gather_first, note, restore_rng, watch_modules
+from trainer.train.nonfinite import StepSnapshot, gather_first_finding, take_snapshot, restore_rng, watch_modules
 from trainer.train.watchdog import Watchdog
 
 Batches = Iterable[tuple[dict[str, Tensor], ...]]
@@ -88,13 +88,13 @@ def train(
         began = time.perf_counter()  # a step is as long as its data makes it wait, too
         step += 1
         watchdog.begin(step, "data")
-        parts, noted = next(source), note(engine)
+        parts, noted = next(source), take_snapshot(engine)
         row, wish = train_step(engine, parts, spec, step, asks=asks, watchdog=watchdog, peak_bytes=peak_bytes())
         row = replace(row, seconds=time.perf_counter() - began)
         skips = skips + 1 if row.skipped else 0
         if is_nonfinite(row, spec, skips):
             watchdog.begin(step, "search for the layer that failed", ends=False)
-            first, kept = look_back(engine, parts, noted, partial(rescue, step - 1))
+            first, kept = find_nonfinite_layer(engine, parts, noted, partial(rescue, step - 1))
             raise RunFailed(nonfinite_message(row, skips, first, name_samples(step), kept))
         loss, seconds = row.loss, seconds + row.seconds
         write(row)
@@ -129,7 +129,7 @@ def train_step(
     values = (read, peak_bytes / 1024, wish.stop, wish.save, wish.failed)
     own = torch.tensor(values, dtype=torch.float32, device=engine.device)
     table = engine.gather(torch.cat([total.view(1), trained.view(1), own]))
-    return read_table(table, update, spec, step=step, lr=lr)
+    return read_step_row(table, update, spec, step=step, lr=lr)
 
 
 def accumulate(engine: Engine, parts: tuple[dict[str, Tensor], ...]) -> tuple[Tensor, Tensor]:
@@ -146,7 +146,7 @@ def accumulate(engine: Engine, parts: tuple[dict[str, Tensor], ...]) -> tuple[Te
     return total, trained
 
 
-def read_table(table: Tensor, update: Update, spec: TrainSpec, *, step: int, lr: float) -> tuple[StepRow, StepRequests]:
+def read_step_row(table: Tensor, update: Update, spec: TrainSpec, *, step: int, lr: float) -> tuple[StepRow, StepRequests]:
     """`table`: (ranks, 7) float32, what each rank says of the step."""
     losses, denominators, tokens, peaks, stops, saves, failures = table.unbind(dim=1)
     row = StepRow(
@@ -175,7 +175,7 @@ def is_nonfinite(row: StepRow, spec: TrainSpec, skips: int) -> bool:
     return not math.isfinite(row.grad_norm)
 
 
-def look_back(engine: Engine, parts: tuple[dict[str, Tensor], ...], noted: Noted, rescue: Callable[[], str]) -> tuple[str, str]:
+def find_nonfinite_layer(engine: Engine, parts: tuple[dict[str, Tensor], ...], noted: StepSnapshot, rescue: Callable[[], str]) -> tuple[str, str]:
     """After a step that has changed no weight: have a checkpoint of the one before it, then do its forward and backward passes again, with the
     same random numbers and every layer under watch. Every rank must call it. Returns what was seen first, and where the checkpoint is."""
     restore_rng(engine, noted)
@@ -186,7 +186,7 @@ def look_back(engine: Engine, parts: tuple[dict[str, Tensor], ...], noted: Noted
     restore_rng(engine, noted)
     with watch_modules(engine.model) as watch:
         accumulate(engine, parts)
-    return gather_first(engine, watch), kept
+    return gather_first_finding(engine, watch), kept
 
 
 def nonfinite_message(row: StepRow, skips: int, first: str, samples: str, kept: str) -> str:

@@ -15,7 +15,7 @@ from trainer.distributed.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
-class Noted:
+class StepSnapshot:
     """What a step changes before its update: torch's random numbers (of the host, of the device or None) and the loss scale."""
 
     host: Tensor
@@ -23,15 +23,15 @@ class Noted:
     scaler: dict[str, Any]
 
 
-def note(engine: Engine) -> Noted:
+def take_snapshot(engine: Engine) -> StepSnapshot:
     """Some microseconds: neither waits for the device."""
     kind = engine.device.type
     own = getattr(torch, kind).get_rng_state(engine.device) if kind != "cpu" else None
-    return Noted(host=torch.get_rng_state(), device=own, scaler=read_scaler(engine))
+    return StepSnapshot(host=torch.get_rng_state(), device=own, scaler=read_scaler(engine))
 
 
-def restore_rng(engine: Engine, noted: Noted) -> None:
-    """As it was at `note`. The weights and moments of a spoilt step need nothing: it has not updated them."""
+def restore_rng(engine: Engine, noted: StepSnapshot) -> None:
+    """As it was at `take_snapshot`. The weights and moments of a spoilt step need nothing: it has not updated them."""
     torch.set_rng_state(noted.host)
     if noted.device is not None:
         getattr(torch, engine.device.type).set_rng_state(noted.device, engine.device)
@@ -53,7 +53,7 @@ class NonfiniteWatch:
         self._look(values, f"what reaches {name} ({type(module).__name__})")
 
     def look_at_output(self, name: str, module: torch.nn.Module, _: Any, output: Any) -> None:
-        self._look(output, f"the output of {name} ({type(module).__name__}){say_weights(module)}")
+        self._look(output, f"the output of {name} ({type(module).__name__}){describe_weights(module)}")
         for tensor in find_tensors(output):
             if tensor.requires_grad:
                 tensor.register_hook(partial(self.look_at_gradient, f"the gradient of the output of {name} ({type(module).__name__})"))
@@ -80,7 +80,7 @@ def find_tensors(value: Any) -> Iterator[Tensor]:
             yield from find_tensors(item)
 
 
-def say_weights(module: torch.nn.Module) -> str:
+def describe_weights(module: torch.nn.Module) -> str:
     """ZeRO 3 keeps this rank's part of a weight beside it."""
     own = {name: getattr(p, "ds_tensor", p) for name, p in module._parameters.items() if p is not None}
     broken = [name for name, p in own.items() if p.is_floating_point() and not bool(p.detach().isfinite().all())]
@@ -105,7 +105,7 @@ def watch_modules(model: torch.nn.Module) -> Iterator[NonfiniteWatch]:
             hook.remove()
 
 
-def gather_first(engine: Engine, watch: NonfiniteWatch) -> str:
+def gather_first_finding(engine: Engine, watch: NonfiniteWatch) -> str:
     """What was seen first, forward before backward, then by rank. Every rank must call it. A sentence, which says so where nothing was."""
     said = [(watch.backward, watch.first)] * engine.world_size
     if engine.world_size > 1:

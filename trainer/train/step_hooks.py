@@ -7,20 +7,20 @@ from dataclasses import asdict
 from pathlib import Path
 
 from trainer.checkpoint.best import is_better, read_evaluations
-from trainer.checkpoint.state import keep_random
-from trainer.checkpoint.writer import Writer
+from trainer.checkpoint.state import keep_rng_state
+from trainer.checkpoint.writer import CheckpointWriter
 from trainer.contract import CHECKPOINTS, EVALUATIONS_FILE, SAMPLES_FOLDER, EvaluationRow, TrainSpec
-from trainer.contract.checkpoint_files import NAME
+from trainer.contract.checkpoint_files import CHECKPOINT_NAME
 from trainer.device.device import Device
-from trainer.evaluation.evaluate import Halted
-from trainer.observe.memory import Gauge
-from trainer.observe.profile import Window
+from trainer.evaluation.evaluate import StopCheck
+from trainer.observe.memory import MemoryPeaks
+from trainer.observe.profile import ProfilerWindow
 from trainer.observe.tracker import Trackers
 from trainer.train.loop import StepRequests, StopFlag
 from trainer.train.watchdog import Watchdog
 
 # Evaluates into a file of the run's folder; metric -> value. {} without held-out rows, and when it was halted, which it asks between batches.
-Score = Callable[[str, Halted | None], dict[str, float]]
+Score = Callable[[str, StopCheck | None], dict[str, float]]
 
 
 class StepHooks:
@@ -32,19 +32,19 @@ class StepHooks:
         self,
         spec: TrainSpec,
         *,
-        writer: Writer,
+        writer: CheckpointWriter,
         score: Score,
         device: Device,
-        gauge: Gauge,
+        gauge: MemoryPeaks,
         watchdog: Watchdog,
         audience: Trackers,
         rank: int,
         best: float | None,
-        halted: Halted,
+        halted: StopCheck,
     ) -> None:
         self.spec, self.writer, self.score, self.gauge, self.rank, self.best = spec, writer, score, gauge, rank, best
         self.device, self.watchdog, self.audience, self.halted = device, watchdog, audience, halted
-        self.window = Window(spec, device, rank)
+        self.window = ProfilerWindow(spec, device, rank)
         self.saved_at = time.monotonic()
         self.kept = 0  # the step of the newest checkpoint, 0 for none
 
@@ -93,15 +93,15 @@ class StepHooks:
         self.gauge.enter("evaluation")
         began = time.perf_counter()
         file = f"{SAMPLES_FOLDER}/step-{step:06d}.jsonl"
-        with keep_random(self.device.name):
+        with keep_rng_state(self.device.name):
             scores = self.score(file, self.halted)
         self.gauge.enter("steps")
         self.watchdog.rest()
         if not scores:
             return False
-        row = make_row(step, scores, seconds=time.perf_counter() - began)
+        row = make_evaluation_row(step, scores, seconds=time.perf_counter() - began)
         if self.rank == 0:
-            tell_evaluation(self.spec, row, self.audience, file)
+            record_evaluation(self.spec, row, self.audience, file)
         better = bool(self.spec.keep_best) and is_better(self.spec.keep_best, getattr(row, self.spec.keep_best), self.best)
         if better:
             self.best = getattr(row, self.spec.keep_best)
@@ -123,14 +123,14 @@ class StepHooks:
         if step != self.kept:
             self._save(step)
         self.writer.settle()
-        return f"The weights are those of step {step}, in {CHECKPOINTS}/{NAME.format(step=step)}."
+        return f"The weights are those of step {step}, in {CHECKPOINTS}/{CHECKPOINT_NAME.format(step=step)}."
 
 
-def make_row(step: int, scores: dict[str, float], *, seconds: float) -> EvaluationRow:
+def make_evaluation_row(step: int, scores: dict[str, float], *, seconds: float) -> EvaluationRow:
     return EvaluationRow(step=step, exact_match=scores["exact_match"], count=int(scores["count"]), seconds=seconds, loss=scores.get("loss"))
 
 
-def tell_evaluation(spec: TrainSpec, row: EvaluationRow, audience: Trackers, file: str) -> None:
+def record_evaluation(spec: TrainSpec, row: EvaluationRow, audience: Trackers, file: str) -> None:
     """Append the row, unless an earlier attempt has. Rank 0 alone."""
     run = Path(spec.output)
     if row.step not in read_evaluations(run):

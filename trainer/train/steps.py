@@ -6,10 +6,10 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trainer.checkpoint.pending import Saved
-from trainer.checkpoint.resume import Start
-from trainer.checkpoint.writer import Writer, choose_background
-from trainer.contract import Origin, StepRow, TrainSpec
+from trainer.checkpoint.pending import SavedCheckpoint
+from trainer.checkpoint.resume import ResumePoint
+from trainer.checkpoint.writer import CheckpointWriter, choose_background
+from trainer.contract import WeightsLineage, StepRow, TrainSpec
 from trainer.contract.checkpoint_files import CheckpointState
 from trainer.data.batch.assign_to_ranks import samples_of_step
 from trainer.data.batch.cache import Cache
@@ -18,14 +18,14 @@ from trainer.data.rows.sample import Sample
 from trainer.device.device import Device
 from trainer.distributed.engine import Engine
 from trainer.models.family import Processor
-from trainer.observe.memory import Gauge
+from trainer.observe.memory import MemoryPeaks
 from trainer.observe.metric import open_metrics
 from trainer.observe.tracker import Trackers
 from trainer.train.loop import Progress, StopFlag, train
 from trainer.train.step_hooks import Score, StepHooks
 from trainer.train.watchdog import Watchdog, end_hung, watch_steps
 
-TOLD = ("loss", "lr", "grad_norm", "tokens", "seconds", "peak_bytes", "loss_scale")  # of a step's row, to the trackers
+TRACKED_FIELDS = ("loss", "lr", "grad_norm", "tokens", "seconds", "peak_bytes", "loss_scale")  # of a step's row, to the trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,17 +37,17 @@ class Job:
     processor: Processor
     samples: Sequence[Sample]
     device: Device
-    gauge: Gauge
-    start: Start
-    origin: Origin
+    gauge: MemoryPeaks
+    start: ResumePoint
+    origin: WeightsLineage
     audience: Trackers
     score: Score
 
 
-def run_steps(job: Job, stop: StopFlag) -> tuple[Progress, Saved]:
+def run_steps(job: Job, stop: StopFlag) -> tuple[Progress, SavedCheckpoint]:
     """All steps that are not done yet, or those until `stop` is up; then a checkpoint of the last one."""
     spec, engine, start = job.spec, job.engine, job.start
-    writer = Writer(
+    writer = CheckpointWriter(
         engine,
         job.processor,
         spec,
@@ -59,16 +59,16 @@ def run_steps(job: Job, stop: StopFlag) -> tuple[Progress, Saved]:
         watch_steps(spec.hang_timeout_s, rank=engine.rank, stream=sys.stderr, end=lambda why: end_hung(spec, engine.rank, why)) as watchdog,
         open_metrics(Path(spec.output), writes=engine.rank == 0) as write_row,
         closing(batches(job.samples, job.processor, spec, rank=engine.rank, first_step=start.step)) as source,
-        handing_over(writer),
-        closing(make_boundary(job, writer, watchdog, stop)) as boundary,
+        finish_writing(writer),
+        closing(make_step_hooks(job, writer, watchdog, stop)) as boundary,
     ):
 
         def tell(row: StepRow) -> None:
             write_row(row)
-            job.audience.log(row.step, {name: float(getattr(row, name)) for name in TOLD})
+            job.audience.log(row.step, {name: float(getattr(row, name)) for name in TRACKED_FIELDS})
 
         if boundary.reach(start.step, evaluated=start.evaluated) and start.checkpoint is not None:
-            return replace(progress_of(start), stopped=True), saved_of(start.checkpoint)
+            return replace(progress_of(start), stopped=True), saved_checkpoint(start.checkpoint)
         progress = train(
             engine,
             source,
@@ -86,7 +86,7 @@ def run_steps(job: Job, stop: StopFlag) -> tuple[Progress, Saved]:
         return progress, writer.save(progress.step)
 
 
-def make_boundary(job: Job, writer: Writer, watchdog: Watchdog, stop: StopFlag) -> StepHooks:
+def make_step_hooks(job: Job, writer: CheckpointWriter, watchdog: Watchdog, stop: StopFlag) -> StepHooks:
     def halted() -> bool:
         return float(job.engine.add(float(stop.up))) > 0
 
@@ -105,7 +105,7 @@ def make_boundary(job: Job, writer: Writer, watchdog: Watchdog, stop: StopFlag) 
 
 
 @contextmanager
-def handing_over(writer: Writer) -> Iterator[None]:
+def finish_writing(writer: CheckpointWriter) -> Iterator[None]:
     """What is still being written when the steps end in failure is written to its end, if that can be."""
     try:
         yield
@@ -123,9 +123,9 @@ def name_samples(job: Job, step: int) -> str:
     return "; ".join(f"{file} rows {', '.join(map(str, sorted(own)))}" for file, own in rows.items())
 
 
-def saved_of(checkpoint: CheckpointState) -> Saved:
-    return Saved(path=checkpoint.path, weights_sha256=checkpoint.weights_sha256)
+def saved_checkpoint(checkpoint: CheckpointState) -> SavedCheckpoint:
+    return SavedCheckpoint(path=checkpoint.path, weights_sha256=checkpoint.weights_sha256)
 
 
-def progress_of(start: Start) -> Progress:
+def progress_of(start: ResumePoint) -> Progress:
     return Progress(step=start.step, seconds=start.rows.seconds, loss=start.rows.loss)

@@ -18,8 +18,8 @@ from typing import TextIO
 
 from trainer.contract import FAILURE_FILES, SCHEMA, Exit, FailureReport, TrainSpec, write
 
-LOOKS = 20  # at the clock, in each timeout
-LOOK_S = 1.0  # the longest time between two looks, so that all ranks tell and end within a second of each other
+CHECKS_PER_TIMEOUT = 20  # at the clock, in each timeout
+CHECK_S = 1.0  # the longest time between two looks, so that all ranks tell and end within a second of each other
 # From the stacks to the end: every rank has told by then, whose step began later because it waited, and no collective has given up yet,
 # whose error would take the place of the cause.
 GRACE_S = 30.0
@@ -91,7 +91,7 @@ def watch_steps(timeout_s: float, *, rank: int, stream: TextIO, end: Callable[[s
     over = threading.Event()
 
     def guard() -> None:
-        while not over.wait(min(timeout_s / LOOKS, LOOK_S)):
+        while not over.wait(min(timeout_s / CHECKS_PER_TIMEOUT, CHECK_S)):
             watchdog.look(time.monotonic())
 
     thread = threading.Thread(target=guard, name="watchdog", daemon=True)

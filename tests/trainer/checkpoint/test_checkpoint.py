@@ -12,7 +12,7 @@ import torch
 from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 
 from trainer.checkpoint import checkpoint, pending as draft
-from trainer.checkpoint.checkpoint import find_gap, require_whole
+from trainer.checkpoint.checkpoint import find_defect, require_whole
 from trainer.checkpoint.pending import save_checkpoint
 from trainer.contract import InputRefused, RunFailed, TrainSpec
 from trainer.contract.weight_files import hash_weights
@@ -97,7 +97,7 @@ def test_what_a_killed_rank_left_is_no_obstacle(parts: Any) -> None:
     left = Path(spec.output) / "checkpoints" / ".step-000001.partial"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
-    assert find_gap(left) == "it was being written when its run ended"
+    assert find_defect(left) == "it was being written when its run ended"
     save_checkpoint(engine, processor, spec, 1)
     assert [path.name for path in left.parent.iterdir()] == ["step-000001"]
 
@@ -166,9 +166,9 @@ def test_a_checkpoint_with_a_file_missing_is_refused(name: str, saved: Any) -> N
 def test_a_truncated_file_is_refused_with_and_without_our_own_list(saved: Any) -> None:
     folder, _ = saved
     os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 100)
-    assert "model.safetensors missing or not of the size" in find_gap(folder)
+    assert "model.safetensors missing or not of the size" in find_defect(folder)
     (folder / "trainer_state.json").unlink()
-    assert "bytes where its header says" in find_gap(folder)
+    assert "bytes where its header says" in find_defect(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"1234", b"\xff" * 16, b"\x02" + b"\x00" * 7 + b"[]", b"\x0b" + b"\x00" * 7 + b'{"a":"b"  }'])
@@ -176,7 +176,7 @@ def test_a_file_that_is_not_safetensors_is_refused(content: bytes, saved: Any) -
     folder, _ = saved
     (folder / "trainer_state.json").unlink()
     (folder / "model.safetensors").write_bytes(content)
-    assert "is not a safetensors file" in find_gap(folder) or "bytes where" in find_gap(folder)
+    assert "is not a safetensors file" in find_defect(folder) or "bytes where" in find_defect(folder)
 
 
 def test_no_folder_is_refused(tmp_path: Path) -> None:

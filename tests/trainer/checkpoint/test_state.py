@@ -15,10 +15,10 @@ from trainer.checkpoint import checkpoint
 from trainer.checkpoint.state import (
     MASTER,
     full_state_bytes,
-    gather_random,
+    gather_rng_states,
     read_scaler,
     restore_state,
-    set_random,
+    set_rng_state,
     state_bytes,
     weights_bytes,
     write_state,
@@ -32,7 +32,7 @@ from trainer.distributed.engine import Engine, start_engine
 from trainer.models import find_family
 from trainer.stages.group import apply_stage
 from trainer.tensor import shard
-from trainer.tensor.shard import find_stored
+from trainer.tensor.shard import find_stored_tensors
 from trainer.train.loop import StepRequests, train_step
 from trainer.train.watchdog import Watchdog
 
@@ -100,7 +100,7 @@ def test_tensors_are_whole_and_named_by_parameter(precision: str, zero: int, tin
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.model.named_parameters() if p.requires_grad}
     train(engine, spec, range(1, 2))
     write_state(engine, tmp_path, writers=1)
-    stored = find_stored(tmp_path)
+    stored = find_stored_tensors(tmp_path)
     assert {entry: tensor.shape for entry, tensor in stored.items()} == {
         f"{key}/{name}": shape for name, shape in shapes.items() for key in (MASTER, "exp_avg", "exp_avg_sq")
     }
@@ -193,9 +193,9 @@ def test_random_numbers_go_on(tiny_spec: Any, start: Any) -> None:
 
     engine = start(tiny_spec())
     random.gauss(0, 1), numpy.random.standard_normal()  # both keep a second number for the next call
-    states = json.loads(json.dumps(gather_random(engine)))[0]
+    states = json.loads(json.dumps(gather_rng_states(engine)))[0]
     drawn = [(random.gauss(0, 1), numpy.random.standard_normal(), torch.rand(3).tolist()) for _ in range(3)]
-    set_random(states, engine.device)
+    set_rng_state(states, engine.device)
     assert [(random.gauss(0, 1), numpy.random.standard_normal(), torch.rand(3).tolist()) for _ in range(3)] == drawn
 
 
@@ -210,7 +210,7 @@ def test_shards_are_bounded_and_a_tensor_is_read_in_spans(tmp_path: Path, monkey
         shards.add(name, tensor)
     shards.flush()
     assert shards.problem == "" and len(list(tmp_path.glob("state-000-*.safetensors"))) == 6  # 20 + 40, 60, 80, 100, 120, 140 bytes
-    stored = find_stored(tmp_path)
+    stored = find_stored_tensors(tmp_path)
     assert all(torch.equal(stored[name].read_whole(), tensor) for name, tensor in tensors.items())
     assert torch.equal(stored["t4"].read(13, 5), tensors["t4"].view(-1)[13:18])
     assert stored["t4"].read(40, 0).shape == (0,)

@@ -37,7 +37,7 @@ from trainer.contract import (
     TrainSpec,
     read,
 )
-from trainer.contract.checkpoint_files import cut_rows, fixed_parts, newest_checkpoint, refuse_other_run, whole_checkpoints
+from trainer.contract.checkpoint_files import cut_rows, fixed_settings, newest_checkpoint, refuse_other_run, whole_checkpoints
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LORA = StageSpec(name="lora", kind="train", trainable=("projector",), lora=Lora(r=4, alpha=8, dropout=0.05, targets=("q_proj", "v_proj")))
@@ -372,8 +372,8 @@ def test_rows_after_a_gap_stand(tmp_path: Path) -> None:
 
 def test_what_may_differ_between_attempts_is_where_and_how_fast(tiny_spec: Any) -> None:
     spec = tiny_spec()
-    parts = fixed_parts(spec)
+    parts = fixed_settings(spec)
     assert {"seed", "steps", "batch.global_batch", "precision.name", "model.architecture.text.hidden_size", "stage.lora"} <= set(parts)
     assert not {key for key in parts if key.startswith(("device.", "deepspeed.", "evaluation."))}
-    assert fixed_parts(replace(spec, output="/elsewhere", deepspeed={})) == parts
+    assert fixed_settings(replace(spec, output="/elsewhere", deepspeed={})) == parts
     assert json.loads(json.dumps(parts)) == parts

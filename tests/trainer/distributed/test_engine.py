@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.distributed.zero3 import scatter
+from trainer.distributed.zero3 import partition_model
 from trainer.contract import RunFailed, StepRow, TrainSpec, write
 from trainer.data.batch.load import batches
 from trainer.data.check import resolve
 from trainer.data.rows.sample import read_samples
 from trainer.device.dtype import loading_dtype
-from trainer.distributed.effective_config import taken_config
+from trainer.distributed.effective_config import read_effective_config
 from trainer.distributed.engine import IGNORED, Engine, start_engine
 from trainer.models import find_family
 from trainer.stages.group import apply_stage
@@ -35,7 +35,7 @@ def start() -> Iterator[Callable[[TrainSpec], Engine]]:
         model = family.create(spec.model).to(loading_dtype(spec.precision))
         model = apply_stage(model, spec, family.unused(model)).model
         if spec.partitioned:
-            scatter(model, spec, torch.device("cpu"))
+            partition_model(model, spec, torch.device("cpu"))
         engines.append(start_engine(model, spec, torch.device("cpu")))
         return engines[-1]
 
@@ -83,7 +83,7 @@ def test_every_precision_and_stage_is_taken_as_planned_and_learns(precision: str
     engine = start(spec)
     seen = losses(engine, spec)
     assert seen[-1] < seen[0] - 0.2
-    taken = taken_config(engine)
+    taken = read_effective_config(engine)
     assert (taken["zero_stage"], taken["weights"], taken["optimizer"]) == (zero, spec.precision.weights, spec.precision.optimizer)
 
 
@@ -143,7 +143,7 @@ def test_another_config_than_planned_is_refused(changes: dict[str, Any], said: s
     spec = tiny_spec()
     spec = replace(spec, deepspeed={**spec.deepspeed, **changes})
     if said is None:
-        assert taken_config(start(spec))["zero_stage"] == 2
+        assert read_effective_config(start(spec))["zero_stage"] == 2
         return
     with pytest.raises(RunFailed, match="DeepSpeed did not take the planned config") as refused:
         start(spec)

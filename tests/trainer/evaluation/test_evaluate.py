@@ -10,7 +10,7 @@ from trainer.contract import Evaluation, Template
 from trainer.data.batch.collate import collate, collate_prompts
 from trainer.data.check import resolve
 from trainer.data.rows.sample import read_samples
-from trainer.evaluation.evaluate import end_ids, evaluate, read_answer, share
+from trainer.evaluation.evaluate import end_ids, evaluate, read_answer, batches_of_rank
 from trainer.models import find_family
 from trainer.models.tiny import tiny_tokenizer
 
@@ -19,7 +19,7 @@ TEMPLATE = Template(user="USER: {content} ", assistant_open="ASSISTANT: ", end_m
 
 def test_every_rank_gets_as_many_batches_as_any_other() -> None:
     for count in (0, 1, 5, 7, 8, 33):
-        parts = [share(list(range(count)), rank, 3, 4) for rank in range(3)]
+        parts = [batches_of_rank(list(range(count)), rank, 3, 4) for rank in range(3)]
         assert len({len(part) for part in parts}) == 1
         assert {item for part in parts for batch in part for item in batch} == set(range(count))
 

@@ -15,7 +15,7 @@ from trainer.contract import SCHEMA, SPEC_FILE, InputRefused, Lora, TraceReport,
 from trainer.device.dtype import loading_dtype
 from trainer.memory_model.allocation_tracker import AllocationTracker
 from trainer.memory_model.sharding import shard_step
-from trainer.memory_model.synthetic_batch import synthesise
+from trainer.memory_model.synthetic_batch import make_synthetic_batch
 from trainer.memory_model.trace import take_step, trace
 from trainer.models import find_family
 from trainer.models.weight import round_weights
@@ -81,7 +81,7 @@ def measure(spec: TrainSpec) -> dict[str, int]:
     if spec.gradient_checkpointing:
         checkpoint_layers(model, spec)
     model = apply_stage(model, spec, family.unused(model)).model.to(dtype)
-    batch = synthesise(family.create_processor(spec.model), spec).batch
+    batch = make_synthetic_batch(family.create_processor(spec.model), spec).batch
     ledger = AllocationTracker()
     with ledger:
         with ledger.during("states", "optimizer"):

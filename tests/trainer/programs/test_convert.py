@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from tests.trainer.models.conftest import TINY
 from tests.trainer.product import carry_out, stage_spec, write_adapter, write_model
 from trainer.train.model import build
-from trainer.contract import Conversion, InputRefused, ModelSpec, Origin, Precision, TrainResult
+from trainer.contract import Conversion, InputRefused, ModelSpec, WeightsLineage, Precision, TrainResult
 from trainer.contract.weight_files import PICKLED, WEIGHTS
 from trainer.models import find_family
 from trainer.programs.convert import REPORT_FILE
-from trainer.tensor.cast_error import survey
-from trainer.tensor.fp32_exceptions import KEPT
+from trainer.tensor.cast_error import measure_cast_error
+from trainer.tensor.fp32_exceptions import FLOAT32_TENSORS
 from trainer.tensor.stream import open_tensors
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -78,7 +78,7 @@ def test_every_tensor_is_rounded_once_and_the_family_opens_the_result(name: str,
     assert all(torch.equal(after[key], before[key].to(kind)) for key in before)
     assert 1e-7 < result.evaluation["logit_error"] < 0.05 and result.evaluation["kept"] == 0
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    assert config["dtype"] == dtype and dtype in json.dumps(config) and "float32" not in json.dumps(config).replace(KEPT, "")
+    assert config["dtype"] == dtype and dtype in json.dumps(config) and "float32" not in json.dumps(config).replace(FLOAT32_TENSORS, "")
     loaded = find_family(model.family).load(folder, model, kind)
     assert {parameter.dtype for parameter in loaded.parameters()} == {kind}
 
@@ -151,7 +151,7 @@ def test_unfit_tensors_stop_it_before_anything_is_written(planted: tuple[ModelSp
 def test_a_tensor_whose_values_all_vanish_is_unfit_and_a_few_of_them_are_not(tmp_path: Path) -> None:
     values = torch.full((4096,), 1e-9)
     save_file({"all": values, "few": torch.cat((torch.ones(4096), values[:4]))}, tmp_path / WEIGHTS)
-    found = {name: survey(name, source, torch.float16) for name, source in open_tensors(tmp_path).items()}
+    found = {name: measure_cast_error(name, source, torch.float16) for name, source in open_tensors(tmp_path).items()}
     assert found["all"].unfit and found["all"].underflow == 4096 and found["all"].loss == 1
     assert not found["few"].unfit and found["few"].underflow == 4 and found["few"].loss < 1e-8
 
@@ -168,10 +168,10 @@ def test_what_is_kept_computes_in_float32_among_16_bits(plain: tuple[ModelSpec, 
     save_file(tensors, large / WEIGHTS, metadata={"format": "pt"})
     spec = stage_spec("convert", model, large, tmp_path / "run", conversion=Conversion(dtype="float16", probes=0))
     folder = tmp_path / "run" / carry_out(spec).checkpoint
-    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))[KEPT] == [name]
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))[FLOAT32_TENSORS] == [name]
     alone = find_family("llava").load(folder, model, torch.float16).model.language_model.layers[0].input_layernorm.weight
     assert alone.dtype == torch.float16 and alone.isinf().any()
-    ours, _ = build(replace(spec, precision=HALF), find_family("llava"), Origin(path=str(folder)))
+    ours, _ = build(replace(spec, precision=HALF), find_family("llava"), WeightsLineage(path=str(folder)))
     weight = ours.model.language_model.layers[0].input_layernorm.weight
     assert weight.dtype == torch.float32 and float(weight.detach()[7]) == 1e5
     wide = find_family("llava").load(large, model, torch.float32)
@@ -182,7 +182,7 @@ def test_what_is_kept_computes_in_float32_among_16_bits(plain: tuple[ModelSpec, 
     assert (found.float() - wanted).abs().max() < 0.03 * wanted.abs().max()
     trained = replace(spec, precision=HALF, stage=replace(spec.stage, kind="train", trainable=("lm",)))
     with pytest.raises(InputRefused, match=r"1 of its tensors do not fit into float16 and are float32"):
-        build(trained, find_family("llava"), Origin(path=str(folder)))
+        build(trained, find_family("llava"), WeightsLineage(path=str(folder)))
 
 
 def test_an_adapter_is_merged_before_it_is_converted(plain: tuple[ModelSpec, Path], tmp_path: Path) -> None:

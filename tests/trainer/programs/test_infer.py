@@ -18,7 +18,7 @@ from trainer.device.device import DEVICES
 from trainer.device.rank import Rank
 from trainer.generation.answerer import Answerer, Question
 from trainer.models import find_family
-from trainer.programs.infer import Teller, carry_out
+from trainer.programs.infer import AnswerStream, carry_out
 
 PLACE = Rank(number=0, local=0, world_size=1, device=DEVICES["cpu"], place=torch.device("cpu"))
 ROWS = 37
@@ -155,8 +155,8 @@ def test_one_question_is_answered_word_by_word(
     image = next((digits / "digits" / "images").glob("*.png"))
     spec = asking("run", prompt="Which digit is this?", image=str(image))
     parts: list[str] = []
-    said = Teller.__call__
-    monkeypatch.setattr(Teller, "__call__", lambda teller, row, text: (parts.append(text), said(teller, row, text)))
+    said = AnswerStream.__call__
+    monkeypatch.setattr(AnswerStream, "__call__", lambda teller, row, text: (parts.append(text), said(teller, row, text)))
     carry_out(spec, PLACE, {})
     (row,) = answers_of(spec)
     assert "".join(parts) == row["answer"] and len(parts) > 1

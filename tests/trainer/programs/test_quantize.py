@@ -18,7 +18,7 @@ from tests.trainer.product import carry_out, stage_spec, write_adapter, write_mo
 from trainer.contract import SAMPLES_FILE, DataSpec, InputRefused, ModelSpec, Quantization, TrainResult
 from trainer.models import find_family
 from trainer.programs.quantize import REPORT_FILE, SAMPLES_BEFORE_FILE, outermost
-from trainer.tensor.int8 import choose_scales, describe_format, output_error, pack, round_weight, see_through, unpack
+from trainer.tensor.int8 import choose_scales, describe_format, output_error, pack, round_weight, dequantize_sources, unpack
 from trainer.tensor.naming import name_in_memory
 from trainer.tensor.stream import open_tensors
 
@@ -105,8 +105,8 @@ def test_every_family_opens_it_with_numbers_in_the_place_of_codes(name: str, tmp
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert len(changed) >= 14 and all(key.endswith("proj.weight") or "_proj_" in key for key in changed), changed
     lm = family.load(folder, model, torch.float32, hollow=True)
-    names = name_in_memory(lm, see_through(open_tensors(folder)))
-    assert len(names) == len(see_through(open_tensors(folder)))  # each is found again
+    names = name_in_memory(lm, dequantize_sources(open_tensors(folder)))
+    assert len(names) == len(dequantize_sources(open_tensors(folder)))  # each is found again
     for key in changed:
         step = before[key].abs().amax(dim=1, keepdim=True) / 127
         assert bool(((before[key] - after[key]).abs() <= 0.51 * step).all()), key

@@ -8,7 +8,7 @@ import torch
 
 from tests.trainer.cell import read_rows, run_cell
 from trainer.contract import InputRefused, Lora, StageSpec, TrainSpec
-from trainer.distributed.engine import RATE, group_parameters
+from trainer.distributed.engine import RATE_FACTOR, group_parameters
 from trainer.models import find_family
 from trainer.stages.group import Staged, apply_stage
 
@@ -43,7 +43,7 @@ def test_every_trained_parameter_is_in_one_group_with_its_rate_and_decay(tiny_sp
     for decay in (0.1, 0.0):
         for group in group_parameters(made.model, replace(spec.optimizer, weight_decay=decay), made.rates):
             for parameter in group["params"]:
-                assert group[RATE] == pytest.approx(2.0 if names[id(parameter)].startswith(PROJECTOR) else 1.0)
+                assert group[RATE_FACTOR] == pytest.approx(2.0 if names[id(parameter)].startswith(PROJECTOR) else 1.0)
                 assert group["weight_decay"] == (decay if parameter.ndim >= 2 else 0.0)
                 seen.append(names[id(parameter)])
     assert sorted(seen) == sorted([*names.values()] * 2)

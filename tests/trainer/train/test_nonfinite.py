@@ -19,7 +19,7 @@ from tests.trainer.mortal import Gone, run_ranks
 from trainer.checkpoint.checkpoint import whole_checkpoints
 from trainer.contract import CHECKPOINTS, Exit, FailureReport, Lora, StageSpec, TrainSpec, read
 from trainer.data.rows.sample import Message, Sample
-from trainer.tensor.shard import find_stored
+from trainer.tensor.shard import find_stored_tensors
 from trainer.train.nonfinite import find_tensors, watch_modules
 from trainer.train.steps import name_samples
 
@@ -127,7 +127,7 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
     """Weights, masters, moments, random numbers: all that a step could have touched."""
     assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
     for folders in ((one, other), (one / "resume", other / "resume")):
-        first, second = (find_stored(folder) for folder in folders)
+        first, second = (find_stored_tensors(folder) for folder in folders)
         assert first.keys() == second.keys() and first
         assert all(torch.equal(first[key].read_whole(), second[key].read_whole()) for key in first)
     rests = [json.loads((folder / "resume" / "rest.json").read_text()) for folder in (one, other)]

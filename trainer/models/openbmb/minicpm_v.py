@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.modeling_utils import load_state_dict
 
 from trainer.contract import InputRefused, ModelSpec
-from trainer.contract.weight_files import is_plain, weight_files
+from trainer.contract.weight_files import is_safetensors, weight_files
 from trainer.data.encode import image_id, token_ids
 from trainer.models.architecture import ATTENTION, find_sizes, find_text, loading_options, refuse_differences, refuse_kind
 from trainer.models.family import UNBOUND, Family, Limit, Processor
@@ -128,7 +128,7 @@ def read_tensors(folder: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Ten
     """By name, as they are on the disk, in memory of their own: the folder may be gone when they are saved."""
     found = {}
     for file in weight_files(folder):
-        found |= read_plain(file, prefixes) if is_plain(file) else read_pickled(file, prefixes)
+        found |= read_plain(file, prefixes) if is_safetensors(file) else read_pickled(file, prefixes)
     return found
 
 
