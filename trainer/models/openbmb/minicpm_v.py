@@ -83,17 +83,17 @@ def create(edition: Edition, model: ModelSpec) -> torch.nn.Module:
     return edition.network(config)
 
 
-def load(edition: Edition, folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool = False) -> torch.nn.Module:
+def load(edition: Edition, folder: Path, model: ModelSpec, dtype: torch.dtype, *, on_meta: bool = False) -> torch.nn.Module:
     """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model or revision."""
     config = read_config(edition, folder, model)
     if getattr(config, "image_token_id", None) is None:
         config.image_token_id = image_id(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True), model.image_token)
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all that differs is refused below
-    network, said = edition.network.from_pretrained(folder, config=config, **told, **loading_options(folder, model, dtype, hollow=hollow))
+    network, said = edition.network.from_pretrained(folder, config=config, **told, **loading_options(folder, model, dtype, on_meta=on_meta))
     extra = [name for name in said["unexpected_keys"] if not name.startswith(edition.carried or ("\0",))]
     if said["missing_keys"] or extra or said["mismatched_keys"]:
         raise InputRefused(describe_revision(folder, model, said, extra))
-    if edition.carried and not hollow:
+    if edition.carried and not on_meta:
         network.carried = read_tensors(folder, edition.carried)
     return network  # type: ignore[no-any-return]
 
