@@ -35,7 +35,7 @@ from trainer.programs.dispatch import BuiltModel
 
 WORDS = "which of these is shown in the picture and what would one say of it if asked".split()  # noqa: SIM905
 PHOTO = (640, 480)
-PLACE = Rank(number=0, local=0, world_size=1, device=DEVICES["cpu"], place=torch.device("cpu"))
+PLACE = Rank(number=0, local=0, world_size=1, device=DEVICES["cpu"], torch_device=torch.device("cpu"))
 
 
 def main() -> None:

@@ -69,14 +69,14 @@ def measure(run: Path) -> int:
 
 def write_base(model: ModelSpec, folder: Path, share: float) -> None:
     family = find_family(model.family)
-    hollow = create_on_meta(model, family, torch.bfloat16)
+    on_meta = create_on_meta(model, family, torch.bfloat16)
     block = (torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-    tensors = [make_tensor(name, tuple(parameter.shape), block) for name, parameter in hollow.named_parameters()]
+    tensors = [make_tensor(name, tuple(parameter.shape), block) for name, parameter in on_meta.named_parameters()]
     write_shards(tensors, folder, 5 * 10**9)
     if share < 1:
         for file in folder.glob("*.safetensors"):
             punch(file, share)
-    hollow.config.save_pretrained(folder)
+    on_meta.config.save_pretrained(folder)
     family.create_processor(model).save(folder)
 
 
@@ -103,8 +103,8 @@ def write_adapter(model: ModelSpec, base: Path, folder: Path) -> None:
 
     from peft import LoraConfig
 
-    hollow = create_on_meta(model, find_family(model.family), torch.bfloat16)
-    linear = {name: module for name, module in hollow.named_modules() if type(module) is torch.nn.Linear}
+    on_meta = create_on_meta(model, find_family(model.family), torch.bfloat16)
+    linear = {name: module for name, module in on_meta.named_modules() if type(module) is torch.nn.Linear}
     chosen = {name: module for name, module in linear.items() if re.match(model.groups["lm"], f"{name}.weight")}
     generator = torch.Generator().manual_seed(1)
     tensors: list[TensorToWrite] = []

@@ -93,7 +93,7 @@ def read_rows(spec: TrainSpec) -> tuple[Sample, ...]:
 def run_cell(spec: TrainSpec, samples: tuple[Sample, ...], rank: int) -> Outcome:
     family = find_family(spec.model.family)
     torch.manual_seed(spec.seed)
-    started = create_on_meta if spec.partitioned and rank != SOURCE_RANK else partial(create_random, place=CPU)
+    started = create_on_meta if spec.partitioned and rank != SOURCE_RANK else partial(create_random, device=CPU)
     model = started(spec.model, family, loading_dtype(spec.precision))
     staged = apply_stage(model, spec, family.unused(model))
     trained = frozenset(name for name, p in staged.model.named_parameters() if p.requires_grad)

@@ -17,7 +17,7 @@ from trainer.models import find_family
 from trainer.models.weight import round_weights
 from trainer.programs.dispatch import find_program
 
-RANK = Rank(number=0, local=0, world_size=1, device=DEVICES["cpu"], place=torch.device("cpu"))
+RANK = Rank(number=0, local=0, world_size=1, device=DEVICES["cpu"], torch_device=torch.device("cpu"))
 
 
 def write_model(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> ModelSpec:

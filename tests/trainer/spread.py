@@ -84,7 +84,7 @@ def be_rank(number: int, port: int, tasks: dict[str, Task], log: Path, answers: 
 
 
 def place_of(number: int) -> Rank:
-    return Rank(number=number, local=number, world_size=RANKS, device=DEVICES["cpu"], place=CPU)
+    return Rank(number=number, local=number, world_size=RANKS, device=DEVICES["cpu"], torch_device=CPU)
 
 
 def start_of(checkpoint: str) -> ResumePoint:
@@ -106,7 +106,7 @@ def compare(number: int, spec: TrainSpec, checkpoint: str = "") -> dict[str, Any
     seed_all(spec.seed + number, deterministic=False)  # on rank 1 what must not matter
     made = build_model(spec, place_of(number), start_of(checkpoint))
     model = made.staged.model
-    hollow = sum(parameter.is_meta for parameter in model.parameters())
+    on_meta = sum(parameter.is_meta for parameter in model.parameters())
     partition_model(model, spec, CPU)
     held = sum(parameter.numel() for parameter in model.parameters())
     random = read_rng_state(CPU) == numbers
@@ -127,7 +127,7 @@ def compare(number: int, spec: TrainSpec, checkpoint: str = "") -> dict[str, Any
     return {
         "differing": differing,
         "parameters": len(found),
-        "hollow": hollow,
+        "hollow": on_meta,
         "held": held,
         "rotary": sum("inv_freq" in name for name in buffers),
         "random": random,

@@ -1,10 +1,19 @@
-"""What the launcher and the trainer share: the spec that a run is given, the reports that it writes, and the names of its files.
+"""What the launcher and the trainer share: the spec of a run, the reports that it writes, and the names of its files.
 
 Standard library only. Read `spec` first; `options` has the sections of evaluation and of the stages after training, `rows` the reports,
-`environment_facts` the comparison of two environments. `checkpoint_files` and `weight_files` tell from the files alone what a folder holds.
-The launcher imports this package and no other of the trainer; the trainer never imports the launcher.
+`run_files` the file names, `codec` reading and writing, `environment_facts` the comparison of two environments. `checkpoint_files` and
+`weight_files` inspect a folder without torch. The launcher imports only this package of the trainer; the trainer never imports the launcher.
 """
 
+from trainer.contract.codec import (
+    decode as decode,
+    encode as encode,
+    read as read,
+    required_of as required_of,
+    types_of as types_of,
+    write as write,
+    write_text as write_text,
+)
 from trainer.contract.environment_facts import (
     Expectation as Expectation,
     facts_of as facts_of,
@@ -30,7 +39,6 @@ from trainer.contract.rows import (
     EvaluationRow as EvaluationRow,
     FailureReport as FailureReport,
     Inputs as Inputs,
-    WeightsLineage as WeightsLineage,
     PhasePeak as PhasePeak,
     RankFacts as RankFacts,
     ServingReport as ServingReport,
@@ -38,8 +46,9 @@ from trainer.contract.rows import (
     TracePhase as TracePhase,
     TraceReport as TraceReport,
     TrainResult as TrainResult,
+    WeightsLineage as WeightsLineage,
 )
-from trainer.contract.spec import (
+from trainer.contract.run_files import (
     ANSWERS_FILE as ANSWERS_FILE,
     BEST_FILE as BEST_FILE,
     CHECKPOINTS as CHECKPOINTS,
@@ -56,13 +65,15 @@ from trainer.contract.spec import (
     RESULT_FILE as RESULT_FILE,
     SAMPLES_FILE as SAMPLES_FILE,
     SAMPLES_FOLDER as SAMPLES_FOLDER,
-    SCHEMA as SCHEMA,
     SERVING_FILE as SERVING_FILE,
-    SINGLE_PROCESS_KINDS as SINGLE_PROCESS_KINDS,
     SPEC_FILE as SPEC_FILE,
     START_PHASES as START_PHASES,
     STREAM_FILE as STREAM_FILE,
     TRACKER_FOLDER as TRACKER_FOLDER,
+)
+from trainer.contract.spec import (
+    SCHEMA as SCHEMA,
+    SINGLE_PROCESS_KINDS as SINGLE_PROCESS_KINDS,
     Batch as Batch,
     DataSpec as DataSpec,
     DeviceSpec as DeviceSpec,
@@ -81,11 +92,4 @@ from trainer.contract.spec import (
     StageSpec as StageSpec,
     Template as Template,
     TrainSpec as TrainSpec,
-    decode as decode,
-    encode as encode,
-    read as read,
-    required_of as required_of,
-    types_of as types_of,
-    write as write,
-    write_text as write_text,
 )

@@ -55,7 +55,7 @@ class Device:
     name: str
     prepare: Callable[[], None]
     count: Callable[[], int]
-    place: Callable[[int], torch.device]
+    torch_device: Callable[[int], torch.device]
     activate: Callable[[int], None]
     synchronize: Callable[[], None]
     peak_bytes: Callable[[], int]
@@ -82,7 +82,7 @@ def open_device(spec: DeviceSpec, local_rank: int) -> tuple[Device, torch.device
     device.activate(local_rank)
     if spec.threads:
         torch.set_num_threads(spec.threads)
-    return device, device.place(local_rank)
+    return device, device.torch_device(local_rank)
 
 
 def seed_all(seed: int, *, deterministic: bool) -> None:
@@ -251,7 +251,7 @@ def accelerator_device(name: str, *, prepare: Callable[[], None], profiler: Call
         name=name,
         prepare=prepare,
         count=lambda: api().device_count(),
-        place=lambda local_rank: torch.device(name, local_rank),
+        torch_device=lambda local_rank: torch.device(name, local_rank),
         activate=lambda local_rank: api().set_device(local_rank),
         synchronize=lambda: api().synchronize(),
         peak_bytes=lambda: api().max_memory_allocated(),
@@ -269,7 +269,7 @@ DEVICES = {
         name="cpu",
         prepare=lambda: None,
         count=lambda: 2**31,  # as many ranks as the plan wants share the processor
-        place=lambda _: torch.device("cpu"),
+        torch_device=lambda _: torch.device("cpu"),
         activate=lambda _: None,
         synchronize=lambda: None,
         peak_bytes=resident_peak,

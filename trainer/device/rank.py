@@ -36,4 +36,4 @@ def open_rank(spec: TrainSpec, environ: Mapping[str, str]) -> Rank:
             "another one. Start as many ranks as planned, or plan again."
         )
     device, place = open_device(spec.device, local)
-    return Rank(number=number, local=local, world_size=world_size, device=device, place=place)
+    return Rank(number=number, local=local, world_size=world_size, device=device, torch_device=place)

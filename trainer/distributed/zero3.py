@@ -20,22 +20,22 @@ SOURCE_RANK = 0  # the rank whose values all take: zero.Init's own broadcast beg
 Holder = tuple[Module, str]  # a module, and its own name for a parameter or buffer
 
 
-def partition_model(model: Module, spec: TrainSpec, place: torch.device) -> None:
+def partition_model(model: Module, spec: TrainSpec, device: torch.device) -> None:
     """Cut the parameters among the ranks, in place and for deepspeed.initialize to take, with the values, buffers and random numbers of
     rank 0. The other ranks' model may be without values, on the meta device. Every rank must call it.
 
-    `place`, the device, holds a rank's parts and one whole parameter; rank 0's host lets go of each as it leaves. Parameters become new
+    `device`, the device, holds a rank's parts and one whole parameter; rank 0's host lets go of each as it leaves. Parameters become new
     objects of the dtype that DeepSpeed would give them. Raises InputRefused where a rank has another model than rank 0.
     """
     with refuse_on_all_ranks():
         refuse_another_model(list_tensors(model))
     for holders in group_by_tensor(model, "_buffers"):
-        broadcast_buffer(holders, place)
+        broadcast_buffer(holders, device)
     dtype, cut = loading_dtype(spec.precision), None
     for holders in group_by_tensor(model, "_parameters"):
-        whole = load_parameter(holders, place, dtype)
+        whole = load_parameter(holders, device, dtype)
         cut = partition_parameter(whole, spec, like=cut)
-    broadcast_rng_state(place)
+    broadcast_rng_state(device)
 
 
 def group_by_tensor(model: Module, kind: str) -> Iterator[list[Holder]]:
@@ -66,22 +66,22 @@ def refuse_another_model(own: list[tuple[str, ...]]) -> None:
     )
 
 
-def broadcast_buffer(holders: list[Holder], place: torch.device) -> None:
+def broadcast_buffer(holders: list[Holder], device: torch.device) -> None:
     module, name = holders[0]
     before: Tensor = getattr(module, name)
-    value = before.to(place).contiguous() if is_source() else torch.empty(before.shape, dtype=before.dtype, device=place)
+    value = before.to(device).contiguous() if is_source() else torch.empty(before.shape, dtype=before.dtype, device=device)
     if value.numel():
         torch.distributed.broadcast(value.view(-1).view(torch.uint8), SOURCE_RANK)  # as bytes: not every backend sends every type
     for module, name in holders:
         setattr(module, name, value)
 
 
-def load_parameter(holders: list[Holder], place: torch.device, dtype: torch.dtype) -> Parameter:
-    """Whole on `place`: the values on rank 0, memory for them on the others. A new object, since `.data` does not go from one kind of
+def load_parameter(holders: list[Holder], device: torch.device, dtype: torch.dtype) -> Parameter:
+    """Whole on `device`: the values on rank 0, memory for them on the others. A new object, since `.data` does not go from one kind of
     device to every other; a tied parameter is one again."""
     module, name = holders[0]
     before: Parameter = getattr(module, name)
-    value = before.detach().to(place, dtype) if is_source() else torch.empty(before.shape, dtype=dtype, device=place)
+    value = before.detach().to(device, dtype) if is_source() else torch.empty(before.shape, dtype=dtype, device=device)
     whole = Parameter(value, requires_grad=before.requires_grad)
     for module, name in holders:
         setattr(module, name, whole)
@@ -99,11 +99,11 @@ def partition_parameter(whole: Parameter, spec: TrainSpec, *, like: Parameter | 
     return whole
 
 
-def broadcast_rng_state(place: torch.device) -> None:
+def broadcast_rng_state(device: torch.device) -> None:
     """A model without values draws none."""
-    states = broadcast_object(read_rng_state(place) if is_source() else None)
+    states = broadcast_object(read_rng_state(device) if is_source() else None)
     if not is_source():
-        set_rng_state(states, place)
+        set_rng_state(states, device)
 
 
 def is_source() -> bool:

@@ -28,19 +28,19 @@ def measure_inputs(spec: TrainSpec, rank: Rank, folder: Path, samples: Sequence[
     model = open_on_meta(folder, spec)
     sources = dequantize_sources(open_tensors(folder))
     read = make_reader(model, sources)
-    fill_buffers(model, read, set(name_in_memory(model, sources).values()), rank.place)
+    fill_buffers(model, read, set(name_in_memory(model, sources).values()), rank.torch_device)
     sums: dict[str, tuple[Tensor, int]] = {}
     seen: list[Tensor] = []  # the mask of the batch that is under way
     for name, module in model.named_modules():
         if f"{name}.weight" in weights:
             module.register_forward_pre_hook(input_power_hook(f"{name}.weight", sums, seen))
-    page(model, read, rank.place)
+    page(model, read, rank.torch_device)
     processor = find_family(spec.model.family).load_processor(folder, spec.model)
     with torch.no_grad():
         for start in range(0, len(samples), BATCH):
             batch = collate(samples[start : start + BATCH], processor, spec)
             seen[:] = [batch["attention_mask"].bool()]
-            model(**{key: value.to(rank.place) for key, value in batch.items() if key != "labels"}, use_cache=False)
+            model(**{key: value.to(rank.torch_device) for key, value in batch.items() if key != "labels"}, use_cache=False)
     print(f"calibrated on {len(samples)} samples: {len(sums)} layers")
     return {name: total / count for name, (total, count) in sums.items()}
 

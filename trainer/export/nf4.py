@@ -16,13 +16,13 @@ from trainer.device.rank import Rank
 from trainer.export.derived_checkpoint import DerivedCheckpoint, write_derived_checkpoint
 
 
-def write_nf4_checkpoint(spec: TrainSpec, rank: Rank, origin: WeightsLineage, folder: Path, hollow: torch.nn.Module, weights: frozenset[str]) -> TrainResult:
+def write_nf4_checkpoint(spec: TrainSpec, rank: Rank, origin: WeightsLineage, folder: Path, meta_model: torch.nn.Module, weights: frozenset[str]) -> TrainResult:
     """`weights`: those that become 4 bits, by name in memory. Raises InputRefused where the device or the package is not there."""
     require_nf4(rank)
     from transformers import BitsAndBytesConfig
 
     wanted, dtype = spec.stage.quantization or Quantization(), loading_dtype(spec.precision)
-    kept = [name for name, module in hollow.named_modules() if isinstance(module, torch.nn.Linear) and f"{name}.weight" not in weights]
+    kept = [name for name, module in meta_model.named_modules() if isinstance(module, torch.nn.Linear) and f"{name}.weight" not in weights]
     how = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -31,8 +31,8 @@ def write_nf4_checkpoint(spec: TrainSpec, rank: Rank, origin: WeightsLineage, fo
         llm_int8_skip_modules=kept,
     )
     began = time.perf_counter()
-    options = {"dtype": dtype, "device_map": {"": rank.place}, "local_files_only": True, "quantization_config": how}
-    model = type(hollow).from_pretrained(folder, config=hollow.config, **options)  # type: ignore[attr-defined]
+    options = {"dtype": dtype, "device_map": {"": rank.torch_device}, "local_files_only": True, "quantization_config": how}
+    model = type(meta_model).from_pretrained(folder, config=meta_model.config, **options)  # type: ignore[attr-defined]
 
     def finish(aside: Path) -> dict[str, float]:
         model.save_pretrained(aside, max_shard_size=wanted.shard_bytes)

@@ -55,11 +55,11 @@ def make_probes(spec: TrainSpec, processor: Processor, count: int) -> dict[str, 
 
 
 def make_sample(number: int, file: Path) -> Sample:
-    place = number % len(QUESTIONS)
-    seen = place % 2 == 0
-    question = f"{MARK}\n{QUESTIONS[place]}" if seen else QUESTIONS[place]
+    device = number % len(QUESTIONS)
+    seen = device % 2 == 0
+    question = f"{MARK}\n{QUESTIONS[device]}" if seen else QUESTIONS[device]
     again = f" ({number // len(QUESTIONS) + 1})" if number >= len(QUESTIONS) else ""
-    messages = (Message(role="user", content=question + again), Message(role="assistant", content=ANSWERS[place]))
+    messages = (Message(role="user", content=question + again), Message(role="assistant", content=ANSWERS[device]))
     return Sample(id=f"probe-{number}", images=(file,) * seen, messages=messages, file="probe", row=number + 1)
 
 
@@ -77,18 +77,18 @@ def draw_image() -> Image.Image:
 
 def open_on_meta(folder: Path, spec: TrainSpec) -> torch.nn.Module:
     """The model of the checkpoint in `folder` without its values."""
-    return find_family(spec.model.family).load(folder, spec.model, torch.float32, hollow=True)
+    return find_family(spec.model.family).load(folder, spec.model, torch.float32, on_meta=True)
 
 
-def compute_logits(folder: Path, spec: TrainSpec, batch: Mapping[str, Tensor], place: torch.device, adapter: Path | None = None) -> Tensor:
+def compute_logits(folder: Path, spec: TrainSpec, batch: Mapping[str, Tensor], device: torch.device, adapter: Path | None = None) -> Tensor:
     """(places, vocabulary) float32, on the CPU: of the checkpoint in `folder`, and of `adapter` on top of it, not merged."""
     model = open_on_meta(folder, spec)
     sources = dequantize_sources(open_tensors(folder))
     read = make_reader(model, sources)
-    fill_buffers(model, read, set(name_in_memory(model, sources).values()), place)
-    computing = page(add_adapter_layers(model, adapter) if adapter else model, read_adapted(model, read, adapter) if adapter else read, place)
+    fill_buffers(model, read, set(name_in_memory(model, sources).values()), device)
+    computing = page(add_adapter_layers(model, adapter) if adapter else model, read_adapted(model, read, adapter) if adapter else read, device)
     with torch.no_grad():
-        logits = computing(**{key: value.to(place) for key, value in batch.items()}, use_cache=False).logits
+        logits = computing(**{key: value.to(device) for key, value in batch.items()}, use_cache=False).logits
     if logits.ndim == 3:
         logits = logits[batch["logits_to_keep"].to(logits.device)]
     return logits.float().cpu()

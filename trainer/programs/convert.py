@@ -124,7 +124,7 @@ def compare_logits(spec: TrainSpec, rank: Rank, before: Path, after: Path, count
     if not count:
         return {}
     batch = make_probes(spec, find_family(spec.model.family).load_processor(after, spec.model), count)
-    logits = partial(compute_logits, spec=spec, batch=batch, place=rank.place)
+    logits = partial(compute_logits, spec=spec, batch=batch, device=rank.torch_device)
     found = compare(logits(before), logits(after), count)
     print(
         f"logits before and after, {found.probes} probes, {found.values:,} values: largest difference {found.relative:.2e} of the largest "

@@ -120,8 +120,8 @@ def train_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     start = choose_resume_point(spec, hash_sources(places.train, places.images))
     made = build_model(spec, rank, start)
     if spec.partitioned:
-        partition_model(made.staged.model, spec, rank.place)
-    engine = start_engine(made.staged.model, spec, rank.place, rates=made.staged.rates)
+        partition_model(made.staged.model, spec, rank.torch_device)
+    engine = start_engine(made.staged.model, spec, rank.torch_device, rates=made.staged.rates)
     write_environment(spec, rank, made, environ, engine=engine)
     held_out = load_samples(places.evaluation, places) if spec.evaluation.enabled else ()
 
@@ -150,19 +150,19 @@ def build_model(spec: TrainSpec, rank: Rank, start: ResumePoint) -> BuiltModel:
     """The model that a stage trains, as it begins or goes on. Under ZeRO 3 rank 0 alone has its values. Every rank must call it; raises
     InputRefused on all of them."""
     family = find_family(spec.model.family)
-    hollow = spec.partitioned and rank.number != SOURCE_RANK
+    on_meta = spec.partitioned and rank.number != SOURCE_RANK
     with refuse_on_all_ranks():
         origin = find_lineage(spec, weights_folder(spec))
-        model, processor = build(spec, family, origin, instead=resume_weights_folder(spec, start), place=rank.place, hollow=hollow)
+        model, processor = build(spec, family, origin, instead=resume_weights_folder(spec, start), device=rank.torch_device, on_meta=on_meta)
     report_phase(4)
     kernels = use_kernels(model, spec)
     with refuse_on_all_ranks():
         if spec.gradient_checkpointing:
             checkpoint_layers(model, spec)
         staged = apply_stage(model, spec, family.unused(model))
-        if not hollow and start.checkpoint is None and continues_adapter(origin, spec.stage.lora):
+        if not on_meta and start.checkpoint is None and continues_adapter(origin, spec.stage.lora):
             load_adapter(staged.model, Path(origin.path))
-        if not hollow:
+        if not on_meta:
             resume_adapter(staged.model, spec, start)
     return BuiltModel(staged=staged, processor=processor, origin=origin, kernels=kernels)
 
@@ -204,7 +204,7 @@ def open_model(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], *, sprea
     environment.json. Raises InputRefused."""
     family = find_family(spec.model.family)
     origin = find_lineage(spec, weights_folder(spec))
-    model, processor = build(spec, family, origin, place=CPU if spread else rank.place)
+    model, processor = build(spec, family, origin, device=CPU if spread else rank.torch_device)
     kernels = use_kernels(model, spec)
     staged = apply_stage(model, spec, family.unused(model))
     staged.model.eval()
@@ -213,7 +213,7 @@ def open_model(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], *, sprea
         placed = dispatch_over_cards(staged.model, spec.model.groups, cards)
         print(f"the model lies on {len(set(placed.values()))} of {spec.device.cards} cards", flush=True)
     else:
-        staged.model.to(rank.place)
+        staged.model.to(rank.torch_device)
     made = BuiltModel(staged=staged, processor=processor, origin=origin, kernels=kernels)
     write_environment(spec, rank, made, environ, engine=None)
     return made
@@ -326,7 +326,7 @@ def score(
     if not (spec.evaluation.enabled and held_out):
         return {}
     place = {"rank": rank.number, "world_size": rank.world_size, "partitioned": partitioned}
-    return evaluate(model, held_out, processor, spec, rank.place, **place, **more)
+    return evaluate(model, held_out, processor, spec, rank.torch_device, **place, **more)
 
 
 def summarise(spec: TrainSpec, progress: Progress, saved: SavedCheckpoint, *, lost: int) -> TrainResult:

@@ -95,7 +95,7 @@ def answer(spec: TrainSpec, rank: Rank, made: BuiltModel, asked: HeldOut, file: 
     """The figures, and the journal, which goes when the whole stage is through."""
     journal = open_journal(spec, file, rank.number, *weights_fingerprints(made.origin), asked.sha256)
     place = {"rank": rank.number, "world_size": rank.world_size, "partitioned": False}
-    scores = evaluate(made.staged.model, asked.samples, made.processor, spec, rank.place, file=file, journal=journal, **place)
+    scores = evaluate(made.staged.model, asked.samples, made.processor, spec, rank.torch_device, file=file, journal=journal, **place)
     return scores, journal
 
 

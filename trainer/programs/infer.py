@@ -104,7 +104,7 @@ def refuse_prompt(field: str, problem: str, fix: str) -> None:
 def answer_all(spec: TrainSpec, options: Inference, rank: Rank, made: BuiltModel, requests: Sequence[Request]) -> InferenceTotals:
     """Every rank answers its batches; the rows of all are put together by the first."""
     asked = hash_file(Path(options.input)) if options.input else ""
-    answerer = Answerer(made.staged.model, made.processor, spec, rank.place)
+    answerer = Answerer(made.staged.model, made.processor, spec, rank.torch_device)
     journal = open_journal(spec, ANSWERS_FILE, rank.number, *weights_fingerprints(made.origin), asked)
     own = (batch for batch in cut_batches(requests, made.processor, options.batch) if batch[0] % rank.world_size == rank.number)
     answered = {row["row"] for rows in journal.done.values() for row in rows}

@@ -31,9 +31,9 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     base, folder = require_full_weights(spec, origin, adapter=True), Path(origin.path)
     write_environment_of_files(spec, rank, origin, environ)
     gauge.enter("saving")
-    sources, hollow = open_tensors(base), open_on_meta(base, spec)
-    adapter = read_adapter(folder, hollow)
-    tensors = merge_tensors(sources, adapter, name_in_memory(hollow, sources), base)
+    sources, meta_model = open_tensors(base), open_on_meta(base, spec)
+    adapter = read_adapter(folder, meta_model)
+    tensors = merge_tensors(sources, adapter, name_in_memory(meta_model, sources), base)
     print(f"{len(adapter.changed)} of {len(tensors)} tensors change: {len(adapter.additions)} by the adapter, {len(adapter.whole)} whole")
 
     def finish(aside: Path) -> dict[str, float]:
@@ -83,8 +83,8 @@ def check_logits(spec: TrainSpec, rank: Rank, origin: WeightsLineage, aside: Pat
     if not count:
         return {}
     batch = make_probes(spec, find_family(spec.model.family).load_processor(aside, spec.model), count)
-    apart = compute_logits(Path(origin.base), spec, batch, rank.place, adapter=Path(origin.path))
-    found = compare(apart, compute_logits(aside, spec, batch, rank.place), count)
+    apart = compute_logits(Path(origin.base), spec, batch, rank.torch_device, adapter=Path(origin.path))
+    found = compare(apart, compute_logits(aside, spec, batch, rank.torch_device), count)
     print(
         f"logits of base and adapter against merged, {found.probes} probes, {found.values:,} values: largest difference "
         f"{found.relative:.2e} of the largest logit, bound {bound:.2e}; the same first choice at {found.agreement:.1%} of the places"

@@ -41,18 +41,18 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     origin = find_lineage(spec, weights_folder(spec))
     folder = require_full_weights(spec, origin, adapter=False)
     write_environment_of_files(spec, rank, origin, environ)
-    sources, hollow = open_tensors(folder), open_on_meta(folder, spec)
-    names = name_in_memory(hollow, sources)
-    chosen = choose_weights(hollow, spec, names, sources)
+    sources, meta_model = open_tensors(folder), open_on_meta(folder, spec)
+    names = name_in_memory(meta_model, sources)
+    chosen = choose_weights(meta_model, spec, names, sources)
     if wanted.scheme == "nf4":
-        return write_nf4_checkpoint(spec, rank, origin, folder, hollow, frozenset(names[name] for name in chosen))
+        return write_nf4_checkpoint(spec, rank, origin, folder, meta_model, frozenset(names[name] for name in chosen))
     power = measure_inputs(spec, rank, folder, calibration_samples(spec, wanted), frozenset(names[name] for name in chosen))
     scales = {name: scale_rows(sources[name], power.get(names[name])) for name in chosen}
     tensors = quantize_tensors(sources, {name: made for name, (made, _) in scales.items()})
     gauge.enter("saving")
 
     def finish(aside: Path) -> dict[str, float]:
-        write_config(aside / "config.json", describe_format(name_ignored(hollow, names, chosen)))
+        write_config(aside / "config.json", describe_format(name_ignored(meta_model, names, chosen)))
         figures = report_size(sources, tensors)
         gauge.enter("evaluation")
         figures |= compare_logits(spec, rank, folder, aside, wanted.probes)
@@ -150,9 +150,9 @@ def compare_answers(spec: TrainSpec, rank: Rank, before: Path, after: Path) -> d
     found = {}
     for folder, file in ((before, SAMPLES_BEFORE_FILE), (after, SAMPLES_FILE)):
         family = find_family(spec.model.family)
-        model = family.load(folder, spec.model, loading_dtype(spec.precision)).to(rank.place)
+        model = family.load(folder, spec.model, loading_dtype(spec.precision)).to(rank.torch_device)
         place = {"rank": rank.number, "world_size": rank.world_size, "partitioned": False}
-        found[folder] = evaluate(model, held_out, family.load_processor(folder, spec.model), spec, rank.place, file=file, **place)
+        found[folder] = evaluate(model, held_out, family.load_processor(folder, spec.model), spec, rank.torch_device, file=file, **place)
     scores = {**found[after], **{f"{name}_before": value for name, value in found[before].items() if name != "count"}}
     print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     return scores

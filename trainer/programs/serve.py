@@ -54,7 +54,7 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
         app = make_app(chat, gate, meters, door, began=int(time.time()))
         with listening(app, door.listener, serving.request_timeout_s + LATE_S + BODY_TIMEOUT_S) as listener:
             made = open_model(spec, rank, environ, spread=serving.spread == "auto")
-            chat.answerer = Answerer(made.staged.model, made.processor, spec, rank.place)
+            chat.answerer = Answerer(made.staged.model, made.processor, spec, rank.torch_device)
             gate.ready = True
             announce(spec, serving, door, chat.name)
             try:
@@ -100,9 +100,9 @@ def announce(spec: TrainSpec, serving: Serving, door: Door, name: str) -> None:
 def check(listener: Listener, rank: Rank) -> None:
     listener.check()
     try:
-        torch.ones(1, device=rank.place).add_(1).item()
+        torch.ones(1, device=rank.torch_device).add_(1).item()
     except RuntimeError as error:
-        raise RunFailed(f"the device {rank.place} does not compute any more ({error}). Look at it, then start the run again.") from error
+        raise RunFailed(f"the device {rank.torch_device} does not compute any more ({error}). Look at it, then start the run again.") from error
 
 
 def await_last(gate: Gate) -> None:

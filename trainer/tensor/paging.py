@@ -18,10 +18,10 @@ ReadTensor = Callable[[str], Tensor]  # of a parameter by its name; float32, on 
 
 
 class Pager:
-    """Brings the parameters of `model`, which is hollow, to `place` and takes them away again."""
+    """Brings the parameters of `model`, which is hollow, to `device` and takes them away again."""
 
-    def __init__(self, model: nn.Module, read: ReadTensor, place: torch.device) -> None:
-        self.read, self.place = read, place
+    def __init__(self, model: nn.Module, read: ReadTensor, device: torch.device) -> None:
+        self.read, self.device = read, device
         self.taken: dict[nn.Module, list[tuple[nn.Module, str, nn.Parameter | None]]] = {}
         self.owned = {module: list(parameters_of(module, name)) for name, module in model.named_modules()}
         for module in model.modules():
@@ -44,32 +44,32 @@ class Pager:
         for owner, key, name in names:
             before = owner._parameters[key]
             if before is not None and before.is_meta:
-                owner._parameters[key] = nn.Parameter(self.read(name).to(self.place), requires_grad=False)
+                owner._parameters[key] = nn.Parameter(self.read(name).to(self.device), requires_grad=False)
                 brought.append((owner, key, before))
         return brought
 
 
-def page(model: nn.Module, read: ReadTensor, place: torch.device) -> nn.Module:
+def page(model: nn.Module, read: ReadTensor, device: torch.device) -> nn.Module:
     """The same model, hollow, able to compute in float32 without gradients."""
     for _, module in model.named_modules():
         for key, value in module._parameters.items():
             if value is not None and not value.is_meta:
                 module._parameters[key] = nn.Parameter(value.detach().to("meta"), requires_grad=False)
-    Pager(model, read, place)
+    Pager(model, read, device)
     return model.eval()
 
 
-def fill_buffers(model: nn.Module, read: ReadTensor, saved: set[str], place: torch.device) -> None:
+def fill_buffers(model: nn.Module, read: ReadTensor, saved: set[str], device: torch.device) -> None:
     """Give a hollow model its buffers: those of `saved` are in files, the others, as rotary frequencies, are computed anew by a twin."""
-    hollow = {name for name, buffer in model.named_buffers() if buffer.is_meta}
+    on_meta = {name for name, buffer in model.named_buffers() if buffer.is_meta}
     twin: dict[str, Tensor] = {}
-    if hollow - saved:
+    if on_meta - saved:
         with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
             twin = dict(type(model)(model.config).named_buffers())  # type: ignore[arg-type]
-    for name in hollow:
+    for name in on_meta:
         owner, _, key = name.rpartition(".")
         value = read(name) if name in saved else twin[name]
-        model.get_submodule(owner)._buffers[key] = value.to(place)
+        model.get_submodule(owner)._buffers[key] = value.to(device)
 
 
 def parameters_of(module: nn.Module, name: str) -> Iterator[tuple[nn.Module, str, str]]:

@@ -26,41 +26,41 @@ LARGE_PARAMETERS = 10**9  # parameters; so many take a core 13 s to draw, and 4 
 
 
 def build(
-    spec: TrainSpec, family: Family, origin: WeightsLineage, *, instead: Path | None = None, place: torch.device = CPU, hollow: bool = False
+    spec: TrainSpec, family: Family, origin: WeightsLineage, *, instead: Path | None = None, device: torch.device = CPU, on_meta: bool = False
 ) -> tuple[torch.nn.Module, Processor]:
     """Model and processor: from the stage's checkpoint, else from the model's source; the weights from `instead`, where it is given.
 
     An adapter is merged into its base, unless the stage goes on with it. On the CPU, but for a large random start, which is made on
-    `place`, the device of this rank. `hollow`: the same modules without values, on the meta device; trainer.distributed.zero3 brings those."""
+    `device`, the device of this rank. `on_meta`: the same modules without values, on the meta device; trainer.distributed.zero3 brings those."""
     attend_by_sample()
     dtype = loading_dtype(spec.precision)
     folder = Path(origin.base or origin.path) if origin.path else None
     limit = Limit(max_pixels=spec.data.max_pixels, max_tiles=spec.data.max_tiles)
     processor = family.load_processor(folder, spec.model, limit) if folder else family.create_processor(spec.model, limit)
     if instead is not None:
-        return family.load(instead, spec.model, dtype, hollow=hollow), processor
+        return family.load(instead, spec.model, dtype, on_meta=on_meta), processor
     if folder is None:
-        started = create_on_meta if hollow else partial(create_random, place=place, partitioned=spec.partitioned)
+        started = create_on_meta if on_meta else partial(create_random, device=device, partitioned=spec.partitioned)
         return started(spec.model, family, dtype), processor
-    model = family.load(folder, spec.model, dtype, hollow=hollow)
-    if not hollow:
+    model = family.load(folder, spec.model, dtype, on_meta=on_meta)
+    if not on_meta:
         keep_float32(model, folder, spec, dtype)
     if origin.base and not continues_adapter(origin, spec.stage.lora):
         model = merge_adapter(model, Path(origin.path))
-    if not hollow:
+    if not on_meta:
         reset_groups(model, spec)
     return model, processor
 
 
 def create_random(
-    model: ModelSpec, family: Family, dtype: torch.dtype, place: torch.device, *, partitioned: bool = False
+    model: ModelSpec, family: Family, dtype: torch.dtype, device: torch.device, *, partitioned: bool = False
 ) -> torch.nn.Module:
     """Random weights in `dtype`, from torch's current seed: drawn in float32 on the CPU and rounded, so that one seed gives one start in
     every precision and on every device. More than LARGE parameters are drawn on an accelerator, in `dtype`: 8 billion would take the CPU
     two minutes and 33 GB. Their start is one for all devices of a kind, and of a dtype. `partitioned`: no device has room for the whole,
     which is drawn on the CPU after all, though in `dtype`."""
-    if place.type != "cpu" and count_parameters(model, family) > LARGE_PARAMETERS:
-        with CPU if partitioned else place, default_dtype(dtype):
+    if device.type != "cpu" and count_parameters(model, family) > LARGE_PARAMETERS:
+        with CPU if partitioned else device, default_dtype(dtype):
             return round_weights(family.create(model), dtype)
     return round_weights(family.create(model), dtype)
 

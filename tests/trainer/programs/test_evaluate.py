@@ -18,7 +18,7 @@ from trainer.evaluation.score_change import compare_rows
 from trainer.models import find_family
 from trainer.programs.evaluate import carry_out
 
-PLACE = Rank(number=0, local=0, world_size=1, device=DEVICES["cpu"], place=torch.device("cpu"))
+PLACE = Rank(number=0, local=0, world_size=1, device=DEVICES["cpu"], torch_device=torch.device("cpu"))
 EVERY: tuple[Metric, ...] = get_args(Metric)
 SAMPLES = 22
 

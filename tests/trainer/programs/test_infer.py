@@ -20,7 +20,7 @@ from trainer.generation.answerer import Answerer, Question
 from trainer.models import find_family
 from trainer.programs.infer import AnswerStream, carry_out
 
-PLACE = Rank(number=0, local=0, world_size=1, device=DEVICES["cpu"], place=torch.device("cpu"))
+PLACE = Rank(number=0, local=0, world_size=1, device=DEVICES["cpu"], torch_device=torch.device("cpu"))
 ROWS = 37
 
 
