@@ -1,9 +1,9 @@
-"""Weights of linear layers in 8 bits, one scale to each output channel, as compressed-tensors stores them: what transformers and vLLM open.
+"""int8 weights of linear layers, one scale per output channel, in the format of compressed-tensors, which transformers and vLLM read.
 
-A weight w of (out, in) becomes q = round(w / s) in [-128, 127], with one s to each row (symmetric, Jacob et al., arXiv 1712.05877, section
-2.1, without a zero point). In the files X.weight is then X.weight_packed (int32, four q + 128 to a word, the first in the lowest byte),
-X.weight_scale (out, 1) in the model's own type and X.weight_shape (2,) int64: format pack-quantized, which vLLM wants where activations stay
-in 16 bits (compressed_tensors/compressors/pack_quantized; vllm, compressed_tensors.py, _get_scheme_from_parts).
+A weight w of (out, in) becomes q = round(w / s) in [-128, 127], with one s per row (symmetric, Jacob et al., arXiv 1712.05877, section
+2.1, without a zero point). In the files X.weight becomes X.weight_packed (int32, four q + 128 per word, the first in the lowest byte),
+X.weight_scale (out, 1) in the model's dtype and X.weight_shape (2,) int64: format pack-quantized, which vLLM requires for 16-bit activations
+(compressed_tensors/compressors/pack_quantized; vllm, compressed_tensors.py, _get_scheme_from_parts).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,24 +17,24 @@ from trainer.tensor.stream import TensorToWrite, TensorSource, read_pieces
 
 LOW, HIGH = -128, 127
 FORMAT = "pack-quantized"
-PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"  # behind the name of the weight
-# Shares of a row's largest weight that its scale may reach to; the best by the error of the layer's output (OmniQuant's clipping, Shao et
-# al., arXiv 2308.13137, section 3.2, by search in place of learning).
+PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"  # suffixes of the weight's name
+# Shares of a row's largest weight that its scale may cover; the one with the least output error is chosen (OmniQuant's clipping, Shao et
+# al., arXiv 2308.13137, section 3.2, by search instead of learning).
 CLIPS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8)
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationLoss:
-    """What a weight has become. `error`: norm of the difference over the weight's own norm. `clipped`: rows whose scale is not that of
-    their largest weight."""
+    """`error`: norm of the difference over the norm of the weight. `clipped`: number of rows whose scale is smaller than their largest weight
+    needs."""
 
     error: float
     clipped: int
 
 
 def choose_scales(weight: Tensor, dtype: torch.dtype, power: Tensor | None = None) -> Tensor:
-    """(rows, in) float32 -> (rows, 1) in `dtype`. `power`: mean square of each input, (in,) float32; with it each row takes the clip by
-    which its output's error, the sum over inputs of power * (w - s q)^2, is least."""
+    """(rows, in) float32 -> (rows, 1) in `dtype`. `power`: mean square of each input, (in,) float32; with it each row takes the clip with
+    the least output error, the sum over inputs of power * (w - s q)^2."""
     largest = weight.abs().amax(dim=1, keepdim=True)
     best = to_scale(largest, dtype)
     if power is None:
@@ -49,7 +49,7 @@ def choose_scales(weight: Tensor, dtype: torch.dtype, power: Tensor | None = Non
 
 
 def to_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """A row of zeros, or one so small that its scale would vanish in `dtype`, has the smallest scale of all."""
+    """A row of zeros, or one whose scale would underflow in `dtype`, gets the smallest scale."""
     limits = torch.finfo(dtype)
     return (largest / HIGH).to(dtype).clamp(min=limits.tiny * limits.eps)
 
@@ -61,7 +61,7 @@ def output_error(weight: Tensor, scales: Tensor, power: Tensor) -> Tensor:
 
 
 def round_weight(weight: Tensor, scales: Tensor) -> Tensor:
-    """The q, as float32."""
+    """The codes q, as float32."""
     return (weight / scales.float()).round_().clamp_(LOW, HIGH)
 
 
@@ -74,7 +74,7 @@ def pack(codes: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, width: int) -> Tensor:
-    """The other way: (rows, width) float32."""
+    """The reverse: (rows, width) float32."""
     return packed.contiguous().view(torch.uint8)[:, :width].float() - 128
 
 
@@ -82,7 +82,7 @@ def unpack(packed: Tensor, width: int) -> Tensor:
 
 
 def scale_rows(source: TensorSource, power: Tensor | None) -> tuple[Tensor, QuantizationLoss]:
-    """The scales of a whole weight, (out, 1) in its dtype, and what it loses by them; a pass over it."""
+    """The scales of a whole weight, (out, 1) in its dtype, and the loss by them; reads the weight once."""
     scales, lost, norm, clipped = [], 0.0, 0.0, 0
     for rows in read_pieces(source):
         weight = rows.float()
@@ -94,7 +94,7 @@ def scale_rows(source: TensorSource, power: Tensor | None) -> tuple[Tensor, Quan
 
 
 def quantize_tensor(name: str, source: TensorSource, scales: Tensor) -> tuple[TensorToWrite, ...]:
-    """The three tensors in the place of the weight `name`."""
+    """The three tensors that replace the weight `name`."""
     out, width = source.shape
 
     def pieces() -> Iterator[Tensor]:
@@ -112,7 +112,7 @@ def quantize_tensor(name: str, source: TensorSource, scales: Tensor) -> tuple[Te
 
 @dataclass(frozen=True, kw_only=True)
 class Dequantized:
-    """A quantized weight, read as the numbers that it stands for, in float32."""
+    """A quantized weight, read as float32 values."""
 
     packed: TensorSource
     scales: TensorSource
@@ -137,7 +137,7 @@ class Dequantized:
 
 
 def dequantize_sources(sources: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of a quantized checkpoint as those of the model that it stands for. Of any other: as they are."""
+    """The tensors of a quantized checkpoint with its weights dequantized; other checkpoints are not changed."""
     found = {name: source for name, source in sources.items() if not is_quantized_part(name, sources)}
     for name in (name for name in sources if name.endswith(f".weight{PACKED}")):
         weight = name.removesuffix(PACKED)
@@ -154,7 +154,7 @@ def is_quantized_part(name: str, sources: Mapping[str, Any]) -> bool:
 
 
 def describe_format(ignore: Sequence[str]) -> dict[str, Any]:
-    """quantization_config of config.json. `ignore`: linear layers that stay as they are, by regex."""
+    """quantization_config of config.json. `ignore`: linear layers that are not quantized, by regex."""
     weights = {
         "num_bits": 8,
         "type": "int",

@@ -81,7 +81,7 @@ def run(tensors: list[tuple[Tensor, Tensor]], stretches: list[tuple[ParameterSli
     """Two updates of each."""
     held = [torch.nn.Parameter(weight.clone()) for weight, _ in tensors]
     steps = StochasticAdamW(held, seed=1, lr=0.05)
-    steps.place(dict(zip(held, stretches, strict=True)))
+    steps.set_layout(dict(zip(held, stretches, strict=True)))
     for _ in range(2):
         for parameter, (_, gradient) in zip(held, tensors, strict=True):
             parameter.grad = gradient.clone()
