@@ -99,7 +99,7 @@ def answer_plainly(model: torch.nn.Module, processor: Processor, spec: TrainSpec
 
 
 def answer_file(model: torch.nn.Module, processor: Processor, spec: TrainSpec, file: Path) -> tuple[list[str], float]:
-    made = BuiltModel(staged=Staged(model=model, groups=(), rates={}), processor=processor, origin=WeightsLineage(), kernels={})
+    made = BuiltModel(staged=Staged(model=model, groups=(), rates={}), processor=processor, lineage=WeightsLineage(), kernels={})
     assert spec.stage.inference is not None
     began = time.perf_counter()
     tally = answer_all(spec, spec.stage.inference, PLACE, made, read_requests(file, file.parent))

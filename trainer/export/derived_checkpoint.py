@@ -39,25 +39,25 @@ class DerivedCheckpoint:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def write_derived_checkpoint(product: DerivedCheckpoint, spec: TrainSpec, origin: WeightsLineage) -> TrainResult:
+def write_derived_checkpoint(product: DerivedCheckpoint, spec: TrainSpec, lineage: WeightsLineage) -> TrainResult:
     """Write, check and name it. Raises RunFailed for a disk that is full."""
-    final = checkpoints_folder(spec) / CHECKPOINT_NAME.format(step=origin.step)
-    aside = final.with_name(PARTIAL.format(name=final.name))
-    draft = PendingCheckpoint(final=final, aside=aside, state=describe_state(spec, origin), writers=0, needed=product.nbytes + MARGIN_BYTES)
+    final = checkpoints_folder(spec) / CHECKPOINT_NAME.format(step=lineage.step)
+    partial_folder = final.with_name(PARTIAL.format(name=final.name))
+    pending = PendingCheckpoint(final=final, partial_folder=partial_folder, state=describe_state(spec, lineage), writers=0, needed=product.nbytes + MARGIN_BYTES)
     if final.exists():
         remove(final)  # of an attempt that was ended before it could say its result
     try:
-        begin_folder(draft)
-        copy_files(product.folders, aside)
-        write_shards(product.tensors, aside, product.shard_bytes)
-        figures = product.finish(aside)
-        require_files(aside, spec)
-        complete(draft, spec)
+        begin_folder(pending)
+        copy_files(product.folders, partial_folder)
+        write_shards(product.tensors, partial_folder, product.shard_bytes)
+        figures = product.finish(partial_folder)
+        require_files(partial_folder, spec)
+        complete(pending, spec)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise RunFailed(describe_write_failure(spec, origin, draft.needed, error)) from error
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        raise RunFailed(describe_write_failure(spec, lineage, pending.needed, error)) from error
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial_folder, ignore_errors=True)
         raise
     state = whole_state(final)
     assert state is not None
@@ -74,67 +74,67 @@ def write_derived_checkpoint(product: DerivedCheckpoint, spec: TrainSpec, origin
     )
 
 
-def describe_state(spec: TrainSpec, origin: WeightsLineage) -> CheckpointState:
+def describe_state(spec: TrainSpec, lineage: WeightsLineage) -> CheckpointState:
     return CheckpointState(
         schema=SCHEMA,
-        step=origin.step,
+        step=lineage.step,
         weights_sha256="",
         data_sha256="",
         world_size=0,
         spec=fixed_settings(spec),
         files={},
         run_id=spec.run_id,
-        trained=groups_trained(origin, spec.stage),
+        trained=groups_trained(lineage, spec.stage),
     )
 
 
-def describe_write_failure(spec: TrainSpec, origin: WeightsLineage, needed: int, error: Exception) -> str:
+def describe_write_failure(spec: TrainSpec, lineage: WeightsLineage, needed: int, error: Exception) -> str:
     return (
         f"stage {spec.stage.name}: the checkpoint could not be written to {checkpoints_folder(spec)}: {error}. Nothing of it is left, and "
-        f"{origin.base or origin.path} is as it was. It needs {needed / 2**30:.2f} GiB of room: free that much, or put the run elsewhere "
+        f"{lineage.base or lineage.path} is as it was. It needs {needed / 2**30:.2f} GiB of room: free that much, or put the run elsewhere "
         "with cluster.root=FOLDER, and start again."
     )
 
 
-def copy_files(folders: Sequence[Path], aside: Path) -> None:
+def copy_files(folders: Sequence[Path], partial_folder: Path) -> None:
     """Everything but weights and what belongs to the old checkpoint alone."""
     for folder in folders:
         for file in sorted(folder.iterdir()):
             if file.is_file() and file.suffix in COPIED and file.name not in NOT_COPIED and not file.name.startswith("."):
-                shutil.copyfile(file, aside / file.name)
+                shutil.copyfile(file, partial_folder / file.name)
 
 
-def require_files(aside: Path, spec: TrainSpec) -> None:
+def require_files(partial_folder: Path, spec: TrainSpec) -> None:
     """Raises InputRefused where the new checkpoint lacks what opens it, or has something of an adapter left."""
-    if not (aside / "config.json").is_file():
+    if not (partial_folder / "config.json").is_file():
         raise InputRefused(f"stage.checkpoint: there is no config.json beside the weights of {spec.stage.checkpoint}. Copy it again.")
-    find_family(spec.model.family).load_processor(aside, spec.model)  # raises for a tokenizer or image processor that is not there
-    left = [file.name for file in aside.glob("adapter_*")] + [name for name in open_tensors(aside) if "lora_" in name]
+    find_family(spec.model.family).load_processor(partial_folder, spec.model)  # raises for a tokenizer or image processor that is not there
+    left = [file.name for file in partial_folder.glob("adapter_*")] + [name for name in open_tensors(partial_folder) if "lora_" in name]
     if left:
         raise InputRefused(f"stage.checkpoint: {', '.join(left[:3])} would be left of an adapter. Merge it first with stage=merge.")
-    settings = aside / "tokenizer_config.json"
+    settings = partial_folder / "tokenizer_config.json"
     inside = settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
-    if not inside and not any((aside / name).is_file() for name in TEMPLATES):
+    if not inside and not any((partial_folder / name).is_file() for name in TEMPLATES):
         print(f"note: the model has no chat template beside its weights; a server needs one: conf/model/{spec.model.name}.yaml has ours")
 
 
-def require_full_weights(spec: TrainSpec, origin: WeightsLineage, *, adapter: bool) -> Path:
+def require_full_weights(spec: TrainSpec, lineage: WeightsLineage, *, adapter: bool) -> Path:
     """The folder of whole weights that the stage works on: of the base where an `adapter` is wanted. Raises InputRefused for the other
     of the two, for a random start, and for weights that are quantized already."""
     kind = spec.stage.kind
-    if not origin.path:
+    if not lineage.path:
         raise InputRefused(f"stage {kind}: there are no weights, only a random start. Name them with stage.checkpoint=RUN_ID or a folder.")
-    if adapter and not origin.base:
+    if adapter and not lineage.base:
         raise InputRefused(
-            f"stage.checkpoint: {origin.path} holds whole weights and no adapter: there is nothing to merge. Name the checkpoint of a LoRA "
+            f"stage.checkpoint: {lineage.path} holds whole weights and no adapter: there is nothing to merge. Name the checkpoint of a LoRA "
             "run, or go on with these weights as they are."
         )
-    if origin.base and not adapter:
+    if lineage.base and not adapter:
         raise InputRefused(
-            f"stage.checkpoint: {origin.path} is an adapter, and {kind} works on whole weights. Merge it first: omnilaunch launch "
-            f"stage=merge stage.checkpoint={origin.path}"
+            f"stage.checkpoint: {lineage.path} is an adapter, and {kind} works on whole weights. Merge it first: omnilaunch launch "
+            f"stage=merge stage.checkpoint={lineage.path}"
         )
-    folder = Path(origin.base or origin.path)
+    folder = Path(lineage.base or lineage.path)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if how := config.get("quantization_config"):
         raise InputRefused(

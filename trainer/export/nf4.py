@@ -16,7 +16,7 @@ from trainer.device.rank import Rank
 from trainer.export.derived_checkpoint import DerivedCheckpoint, write_derived_checkpoint
 
 
-def write_nf4_checkpoint(spec: TrainSpec, rank: Rank, origin: WeightsLineage, folder: Path, meta_model: torch.nn.Module, weights: frozenset[str]) -> TrainResult:
+def write_nf4_checkpoint(spec: TrainSpec, rank: Rank, lineage: WeightsLineage, folder: Path, meta_model: torch.nn.Module, weights: frozenset[str]) -> TrainResult:
     """`weights`: those that become 4 bits, by name in memory. Raises InputRefused where the device or the package is not there."""
     require_nf4(rank)
     from transformers import BitsAndBytesConfig
@@ -34,12 +34,12 @@ def write_nf4_checkpoint(spec: TrainSpec, rank: Rank, origin: WeightsLineage, fo
     options = {"dtype": dtype, "device_map": {"": rank.torch_device}, "local_files_only": True, "quantization_config": how}
     model = type(meta_model).from_pretrained(folder, config=meta_model.config, **options)  # type: ignore[attr-defined]
 
-    def finish(aside: Path) -> dict[str, float]:
-        model.save_pretrained(aside, max_shard_size=wanted.shard_bytes)
-        size = sum(file.stat().st_size for file in aside.glob("*.safetensors"))
+    def finish(partial_folder: Path) -> dict[str, float]:
+        model.save_pretrained(partial_folder, max_shard_size=wanted.shard_bytes)
+        size = sum(file.stat().st_size for file in partial_folder.glob("*.safetensors"))
         return {"bytes": float(size), "seconds": time.perf_counter() - began}
 
-    return write_derived_checkpoint(DerivedCheckpoint(tensors=(), folders=(folder,), shard_bytes=wanted.shard_bytes, finish=finish), spec, origin)
+    return write_derived_checkpoint(DerivedCheckpoint(tensors=(), folders=(folder,), shard_bytes=wanted.shard_bytes, finish=finish), spec, lineage)
 
 
 def require_nf4(rank: Rank) -> None:

@@ -34,9 +34,9 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     """Raises InputRefused, with conversion.unfit=refuse, where the new type cannot hold a tensor; before anything is written."""
     began, gauge = time.perf_counter(), MemoryPeaks(rank.device)
     conversion = spec.stage.conversion or Conversion()
-    origin = find_lineage(spec, weights_folder(spec))
-    folder = require_full_weights(spec, origin, adapter=False)
-    write_environment_of_files(spec, rank, origin, environ)
+    lineage = find_lineage(spec, weights_folder(spec))
+    folder = require_full_weights(spec, lineage, adapter=False)
+    write_environment_of_files(spec, rank, lineage, environ)
     sources = open_tensors(folder)
     found = [measure_cast_error(name, source, DTYPES[conversion.dtype]) for name, source in sources.items() if source.dtype.is_floating_point]
     write_text(json.dumps(report(conversion, found), indent=2) + "\n", Path(spec.output) / REPORT_FILE)
@@ -46,13 +46,13 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     kept = frozenset(one.name for one in found if one.unfit)
     tensors = [convert_tensor(name, source, kept, DTYPES[conversion.dtype]) for name, source in sources.items()]
 
-    def finish(aside: Path) -> dict[str, float]:
-        write_dtype(aside / "config.json", conversion.dtype, sorted(kept))
+    def finish(partial_folder: Path) -> dict[str, float]:
+        write_dtype(partial_folder / "config.json", conversion.dtype, sorted(kept))
         gauge.enter("evaluation")
-        return {**total_errors(found, kept), **compare_logits(spec, rank, folder, aside, conversion.probes)}
+        return {**total_errors(found, kept), **compare_logits(spec, rank, folder, partial_folder, conversion.probes)}
 
     product = DerivedCheckpoint(tensors=tensors, folders=(folder,), shard_bytes=conversion.shard_bytes, finish=finish)
-    result = write_derived_checkpoint(product, spec, origin)
+    result = write_derived_checkpoint(product, spec, lineage)
     return replace(result, seconds=time.perf_counter() - began, peaks=gauge.report())
 
 

@@ -80,7 +80,7 @@ class BuiltModel:
 
     staged: Staged
     processor: Processor
-    origin: WeightsLineage
+    lineage: WeightsLineage
     kernels: dict[str, str]
 
 
@@ -138,7 +138,7 @@ def train_stage(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
             device=rank.device,
             gauge=gauge,
             start=start,
-            origin=made.origin,
+            lineage=made.lineage,
             audience=audience,
             score=answer,
         )
@@ -152,19 +152,19 @@ def build_model(spec: TrainSpec, rank: Rank, start: ResumePoint) -> BuiltModel:
     family = find_family(spec.model.family)
     on_meta = spec.partitioned and rank.number != SOURCE_RANK
     with refuse_on_all_ranks():
-        origin = find_lineage(spec, weights_folder(spec))
-        model, processor = build(spec, family, origin, instead=resume_weights_folder(spec, start), device=rank.torch_device, on_meta=on_meta)
+        lineage = find_lineage(spec, weights_folder(spec))
+        model, processor = build(spec, family, lineage, instead=resume_weights_folder(spec, start), device=rank.torch_device, on_meta=on_meta)
     report_phase(4)
     kernels = use_kernels(model, spec)
     with refuse_on_all_ranks():
         if spec.gradient_checkpointing:
             checkpoint_layers(model, spec)
         staged = apply_stage(model, spec, family.unused(model))
-        if not on_meta and start.checkpoint is None and continues_adapter(origin, spec.stage.lora):
-            load_adapter(staged.model, Path(origin.path))
+        if not on_meta and start.checkpoint is None and continues_adapter(lineage, spec.stage.lora):
+            load_adapter(staged.model, Path(lineage.path))
         if not on_meta:
             resume_adapter(staged.model, spec, start)
-    return BuiltModel(staged=staged, processor=processor, origin=origin, kernels=kernels)
+    return BuiltModel(staged=staged, processor=processor, lineage=lineage, kernels=kernels)
 
 
 def take_steps(job: Job) -> TrainResult:
@@ -203,8 +203,8 @@ def open_model(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], *, sprea
     """The model of a stage that does not train, whole on this rank's device, or `spread` over the rank's cards; described in
     environment.json. Raises InputRefused."""
     family = find_family(spec.model.family)
-    origin = find_lineage(spec, weights_folder(spec))
-    model, processor = build(spec, family, origin, device=CPU if spread else rank.torch_device)
+    lineage = find_lineage(spec, weights_folder(spec))
+    model, processor = build(spec, family, lineage, device=CPU if spread else rank.torch_device)
     kernels = use_kernels(model, spec)
     staged = apply_stage(model, spec, family.unused(model))
     staged.model.eval()
@@ -214,7 +214,7 @@ def open_model(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], *, sprea
         print(f"the model lies on {len(set(placed.values()))} of {spec.device.cards} cards", flush=True)
     else:
         staged.model.to(rank.torch_device)
-    made = BuiltModel(staged=staged, processor=processor, origin=origin, kernels=kernels)
+    made = BuiltModel(staged=staged, processor=processor, lineage=lineage, kernels=kernels)
     write_environment(spec, rank, made, environ, engine=None)
     return made
 
@@ -286,7 +286,7 @@ def write_environment(spec: TrainSpec, rank: Rank, made: BuiltModel, environ: Ma
     deepspeed = {"config": dict(engine.handle.config), "taken": read_effective_config(engine)} if engine is not None else {}
     report = report_environment(rank.device, rank.local, made.staged.groups, deepspeed, environ)
     if report is not None:
-        write(replace(report, origin=made.origin, kernels=made.kernels), Path(spec.output) / ENVIRONMENT_FILE)
+        write(replace(report, origin=made.lineage, kernels=made.kernels), Path(spec.output) / ENVIRONMENT_FILE)
         refuse_other_environment(spec, report)
         trainable_table(made.staged.groups, print)
         for name, where in made.kernels.items():
@@ -294,12 +294,12 @@ def write_environment(spec: TrainSpec, rank: Rank, made: BuiltModel, environ: Ma
         sys.stdout.flush()
 
 
-def write_environment_of_files(spec: TrainSpec, rank: Rank, origin: WeightsLineage, environ: Mapping[str, str]) -> None:
+def write_environment_of_files(spec: TrainSpec, rank: Rank, lineage: WeightsLineage, environ: Mapping[str, str]) -> None:
     """environment.json of a stage that works on files and holds no model, before its long work begins: by it the launcher knows that the
     stage has begun, however long it takes, and comparisons and reruns what it ran in. Raises InputRefused as `write_environment` does."""
     report = report_environment(rank.device, rank.local, (), {}, environ)
     if report is not None:
-        write(replace(report, origin=origin), Path(spec.output) / ENVIRONMENT_FILE)
+        write(replace(report, origin=lineage), Path(spec.output) / ENVIRONMENT_FILE)
         refuse_other_environment(spec, report)
 
 

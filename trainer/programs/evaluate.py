@@ -56,7 +56,7 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     for journal in journals:
         journal.remove()
     seconds = time.perf_counter() - began
-    origin = made.origin
+    lineage = made.lineage
     return TrainResult(
         schema=SCHEMA,
         status="finished",
@@ -65,7 +65,7 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
         samples_per_s=scores.get("count", 0.0) / seconds,
         final_loss=None,
         checkpoint="",
-        weights_sha256=hash_weights(Path(origin.path)) if rank.number == 0 and origin.path else "",
+        weights_sha256=hash_weights(Path(lineage.path)) if rank.number == 0 and lineage.path else "",
         evaluation=scores,
         peaks=gauge.report(),
     )
@@ -93,7 +93,7 @@ def answer_with_base(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], as
 
 def answer(spec: TrainSpec, rank: Rank, made: BuiltModel, asked: HeldOut, file: str) -> tuple[dict[str, float], Journal]:
     """The figures, and the journal, which goes when the whole stage is through."""
-    journal = open_journal(spec, file, rank.number, *weights_fingerprints(made.origin), asked.sha256)
+    journal = open_journal(spec, file, rank.number, *weights_fingerprints(made.lineage), asked.sha256)
     place = {"rank": rank.number, "world_size": rank.world_size, "partitioned": False}
     scores = evaluate(made.staged.model, asked.samples, made.processor, spec, rank.torch_device, file=file, journal=journal, **place)
     return scores, journal

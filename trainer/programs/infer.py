@@ -59,7 +59,7 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
         samples_per_s=tally.rows / seconds,
         final_loss=None,
         checkpoint="",
-        weights_sha256=hash_weights(Path(made.origin.path)) if rank.number == 0 and made.origin.path else "",
+        weights_sha256=hash_weights(Path(made.lineage.path)) if rank.number == 0 and made.lineage.path else "",
         evaluation={"count": float(tally.rows), "new_tokens": float(tally.tokens)},
         peaks=gauge.report(),
     )
@@ -105,7 +105,7 @@ def answer_all(spec: TrainSpec, options: Inference, rank: Rank, made: BuiltModel
     """Every rank answers its batches; the rows of all are put together by the first."""
     asked = hash_file(Path(options.input)) if options.input else ""
     answerer = Answerer(made.staged.model, made.processor, spec, rank.torch_device)
-    journal = open_journal(spec, ANSWERS_FILE, rank.number, *weights_fingerprints(made.origin), asked)
+    journal = open_journal(spec, ANSWERS_FILE, rank.number, *weights_fingerprints(made.lineage), asked)
     own = (batch for batch in cut_batches(requests, made.processor, options.batch) if batch[0] % rank.world_size == rank.number)
     answered = {row["row"] for rows in journal.done.values() for row in rows}
     todo = (batch for batch in own if not all(request.row in answered for request in batch[1]))

@@ -27,21 +27,21 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     """Raises InputRefused for an adapter that does not fit its base or is of a kind that cannot be merged, RunFailed where the result
     answers otherwise than base and adapter by more than the bound."""
     began, gauge = time.perf_counter(), MemoryPeaks(rank.device)
-    origin = find_lineage(spec, weights_folder(spec))
-    base, folder = require_full_weights(spec, origin, adapter=True), Path(origin.path)
-    write_environment_of_files(spec, rank, origin, environ)
+    lineage = find_lineage(spec, weights_folder(spec))
+    base, folder = require_full_weights(spec, lineage, adapter=True), Path(lineage.path)
+    write_environment_of_files(spec, rank, lineage, environ)
     gauge.enter("saving")
     sources, meta_model = open_tensors(base), open_on_meta(base, spec)
     adapter = read_adapter(folder, meta_model)
     tensors = merge_tensors(sources, adapter, name_in_memory(meta_model, sources), base)
     print(f"{len(adapter.changed)} of {len(tensors)} tensors change: {len(adapter.additions)} by the adapter, {len(adapter.whole)} whole")
 
-    def finish(aside: Path) -> dict[str, float]:
+    def finish(partial_folder: Path) -> dict[str, float]:
         gauge.enter("evaluation")
-        return check_logits(spec, rank, origin, aside, logit_bound(merging_of(spec), sources, adapter))
+        return check_logits(spec, rank, lineage, partial_folder, logit_bound(merging_of(spec), sources, adapter))
 
     product = DerivedCheckpoint(tensors=tensors, folders=(base, folder), shard_bytes=merging_of(spec).shard_bytes, finish=finish)
-    result = write_derived_checkpoint(product, spec, origin)
+    result = write_derived_checkpoint(product, spec, lineage)
     return replace(result, seconds=time.perf_counter() - began, peaks=gauge.report())
 
 
@@ -77,14 +77,14 @@ def logit_bound(merging: Merging, sources: Mapping[str, TensorSource], adapter: 
     return merging.tolerance + unit * math.sqrt(len(adapter.changed))
 
 
-def check_logits(spec: TrainSpec, rank: Rank, origin: WeightsLineage, aside: Path, bound: float) -> dict[str, float]:
+def check_logits(spec: TrainSpec, rank: Rank, lineage: WeightsLineage, partial_folder: Path, bound: float) -> dict[str, float]:
     """The figures of the result. Raises RunFailed above the bound."""
     count = merging_of(spec).probes
     if not count:
         return {}
-    batch = make_probes(spec, find_family(spec.model.family).load_processor(aside, spec.model), count)
-    apart = compute_logits(Path(origin.base), spec, batch, rank.torch_device, adapter=Path(origin.path))
-    found = compare(apart, compute_logits(aside, spec, batch, rank.torch_device), count)
+    batch = make_probes(spec, find_family(spec.model.family).load_processor(partial_folder, spec.model), count)
+    apart = compute_logits(Path(lineage.base), spec, batch, rank.torch_device, adapter=Path(lineage.path))
+    found = compare(apart, compute_logits(partial_folder, spec, batch, rank.torch_device), count)
     print(
         f"logits of base and adapter against merged, {found.probes} probes, {found.values:,} values: largest difference "
         f"{found.relative:.2e} of the largest logit, bound {bound:.2e}; the same first choice at {found.agreement:.1%} of the places"

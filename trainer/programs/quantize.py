@@ -38,30 +38,30 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     """Raises InputRefused for a checkpoint without a layer to quantize, and for nf4 on a device that has it not."""
     began, gauge = time.perf_counter(), MemoryPeaks(rank.device)
     wanted = spec.stage.quantization or Quantization()
-    origin = find_lineage(spec, weights_folder(spec))
-    folder = require_full_weights(spec, origin, adapter=False)
-    write_environment_of_files(spec, rank, origin, environ)
+    lineage = find_lineage(spec, weights_folder(spec))
+    folder = require_full_weights(spec, lineage, adapter=False)
+    write_environment_of_files(spec, rank, lineage, environ)
     sources, meta_model = open_tensors(folder), open_on_meta(folder, spec)
     names = name_in_memory(meta_model, sources)
     chosen = choose_weights(meta_model, spec, names, sources)
     if wanted.scheme == "nf4":
-        return write_nf4_checkpoint(spec, rank, origin, folder, meta_model, frozenset(names[name] for name in chosen))
+        return write_nf4_checkpoint(spec, rank, lineage, folder, meta_model, frozenset(names[name] for name in chosen))
     power = measure_inputs(spec, rank, folder, calibration_samples(spec, wanted), frozenset(names[name] for name in chosen))
     scales = {name: scale_rows(sources[name], power.get(names[name])) for name in chosen}
     tensors = quantize_tensors(sources, {name: made for name, (made, _) in scales.items()})
     gauge.enter("saving")
 
-    def finish(aside: Path) -> dict[str, float]:
-        write_config(aside / "config.json", describe_format(name_ignored(meta_model, names, chosen)))
+    def finish(partial_folder: Path) -> dict[str, float]:
+        write_config(partial_folder / "config.json", describe_format(name_ignored(meta_model, names, chosen)))
         figures = report_size(sources, tensors)
         gauge.enter("evaluation")
-        figures |= compare_logits(spec, rank, folder, aside, wanted.probes)
-        figures |= compare_answers(spec, rank, folder, aside) if wanted.compare else {}
+        figures |= compare_logits(spec, rank, folder, partial_folder, wanted.probes)
+        figures |= compare_answers(spec, rank, folder, partial_folder) if wanted.compare else {}
         write_report(spec, wanted, {name: coarse for name, (_, coarse) in scales.items()}, sources, figures)
         return figures
 
     product = DerivedCheckpoint(tensors=tensors, folders=(folder,), shard_bytes=wanted.shard_bytes, finish=finish)
-    result = write_derived_checkpoint(product, spec, origin)
+    result = write_derived_checkpoint(product, spec, lineage)
     return replace(result, seconds=time.perf_counter() - began, peaks=gauge.report())
 
 

@@ -26,7 +26,7 @@ LARGE_PARAMETERS = 10**9  # parameters; so many take a core 13 s to draw, and 4 
 
 
 def build(
-    spec: TrainSpec, family: Family, origin: WeightsLineage, *, instead: Path | None = None, device: torch.device = CPU, on_meta: bool = False
+    spec: TrainSpec, family: Family, lineage: WeightsLineage, *, instead: Path | None = None, device: torch.device = CPU, on_meta: bool = False
 ) -> tuple[torch.nn.Module, Processor]:
     """Model and processor: from the stage's checkpoint, else from the model's source; the weights from `instead`, where it is given.
 
@@ -34,7 +34,7 @@ def build(
     `device`, the device of this rank. `on_meta`: the same modules without values, on the meta device; trainer.distributed.zero3 brings those."""
     attend_by_sample()
     dtype = loading_dtype(spec.precision)
-    folder = Path(origin.base or origin.path) if origin.path else None
+    folder = Path(lineage.base or lineage.path) if lineage.path else None
     limit = Limit(max_pixels=spec.data.max_pixels, max_tiles=spec.data.max_tiles)
     processor = family.load_processor(folder, spec.model, limit) if folder else family.create_processor(spec.model, limit)
     if instead is not None:
@@ -45,8 +45,8 @@ def build(
     model = family.load(folder, spec.model, dtype, on_meta=on_meta)
     if not on_meta:
         keep_float32(model, folder, spec, dtype)
-    if origin.base and not continues_adapter(origin, spec.stage.lora):
-        model = merge_adapter(model, Path(origin.path))
+    if lineage.base and not continues_adapter(lineage, spec.stage.lora):
+        model = merge_adapter(model, Path(lineage.path))
     if not on_meta:
         reset_groups(model, spec)
     return model, processor

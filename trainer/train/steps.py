@@ -1,4 +1,4 @@
-"""The steps of a stage, with all that watches over them."""
+"""The steps of a stage, with checkpoints, metrics, trackers and the watchdog."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,34 +25,34 @@ from trainer.train.loop import Progress, StopFlag, train
 from trainer.train.step_hooks import Score, StepHooks
 from trainer.train.watchdog import Watchdog, end_hung, watch_steps
 
-TRACKED_FIELDS = ("loss", "lr", "grad_norm", "tokens", "seconds", "peak_bytes", "loss_scale")  # of a step's row, to the trackers
+TRACKED_FIELDS = ("loss", "lr", "grad_norm", "tokens", "seconds", "peak_bytes", "loss_scale")  # of a step's row, for the trackers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What the steps need. `start`: what is done already; `origin`: what the stage began with."""
+    """What the steps need. `start`: where the run continues; `lineage`: the weights that the stage began with."""
 
     spec: TrainSpec
     engine: Engine
     processor: Processor
     samples: Sequence[Sample]
     device: Device
-    gauge: MemoryPeaks
+    memory: MemoryPeaks
     start: ResumePoint
-    origin: WeightsLineage
-    audience: Trackers
+    lineage: WeightsLineage
+    trackers: Trackers
     score: Score
 
 
 def run_steps(job: Job, stop: StopFlag) -> tuple[Progress, SavedCheckpoint]:
-    """All steps that are not done yet, or those until `stop` is up; then a checkpoint of the last one."""
+    """All remaining steps, or those until `stop` is set; then a checkpoint of the last one."""
     spec, engine, start = job.spec, job.engine, job.start
     writer = CheckpointWriter(
         engine,
         job.processor,
         spec,
         data_sha256=start.data_sha256,
-        origin=job.origin,
+        lineage=job.lineage,
         background=choose_background(engine, spec),
     )
     with (
@@ -60,14 +60,14 @@ def run_steps(job: Job, stop: StopFlag) -> tuple[Progress, SavedCheckpoint]:
         open_metrics(Path(spec.output), writes=engine.rank == 0) as write_row,
         closing(batches(job.samples, job.processor, spec, rank=engine.rank, first_step=start.step)) as source,
         finish_writing(writer),
-        closing(make_step_hooks(job, writer, watchdog, stop)) as boundary,
+        closing(make_step_hooks(job, writer, watchdog, stop)) as hooks,
     ):
 
-        def tell(row: StepRow) -> None:
+        def write(row: StepRow) -> None:
             write_row(row)
-            job.audience.log(row.step, {name: float(getattr(row, name)) for name in TRACKED_FIELDS})
+            job.trackers.log(row.step, {name: float(getattr(row, name)) for name in TRACKED_FIELDS})
 
-        if boundary.reach(start.step, evaluated=start.evaluated) and start.checkpoint is not None:
+        if hooks.before_first_step(start.step, evaluated=start.evaluated) and start.checkpoint is not None:
             return replace(progress_of(start), stopped=True), saved_checkpoint(start.checkpoint)
         progress = train(
             engine,
@@ -75,38 +75,38 @@ def run_steps(job: Job, stop: StopFlag) -> tuple[Progress, SavedCheckpoint]:
             spec,
             done=progress_of(start),
             watchdog=watchdog,
-            write=tell,
-            asks=lambda: boundary.asks(stop),
-            between=boundary.cross,
-            peak_bytes=job.gauge.highest,
+            write=write,
+            own_requests=lambda: hooks.requests(stop),
+            after_step=hooks.after_step,
+            peak_bytes=job.memory.highest,
             name_samples=lambda step: name_samples(job, step),
-            rescue=boundary.rescue,
+            save_last_good=hooks.save_last_good,
         )
-        job.gauge.enter("saving")
+        job.memory.enter("saving")
         return progress, writer.save(progress.step)
 
 
 def make_step_hooks(job: Job, writer: CheckpointWriter, watchdog: Watchdog, stop: StopFlag) -> StepHooks:
-    def halted() -> bool:
-        return float(job.engine.add(float(stop.up))) > 0
+    def stop_requested() -> bool:
+        return float(job.engine.sum_over_ranks(float(stop.up))) > 0
 
     return StepHooks(
         job.spec,
         writer=writer,
         score=job.score,
         device=job.device,
-        gauge=job.gauge,
+        memory=job.memory,
         watchdog=watchdog,
-        audience=job.audience,
+        trackers=job.trackers,
         rank=job.engine.rank,
         best=job.start.best,
-        halted=halted,
+        stop_requested=stop_requested,
     )
 
 
 @contextmanager
 def finish_writing(writer: CheckpointWriter) -> Iterator[None]:
-    """What is still being written when the steps end in failure is written to its end, if that can be."""
+    """If the steps fail, a background checkpoint is still written to its end, if possible."""
     try:
         yield
     except BaseException:

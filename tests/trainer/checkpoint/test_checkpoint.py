@@ -30,7 +30,7 @@ class LoneEngine:
     def gather_weights(self) -> dict[str, torch.Tensor]:
         return {name: p.detach() for name, p in self.model.named_parameters()}
 
-    def agree(self, problem: str) -> None:
+    def fail_together(self, problem: str) -> None:
         if problem:
             raise RunFailed(problem)
 

@@ -26,10 +26,10 @@ class ScriptedEngine:
         self.handle = SimpleNamespace(optimizer=SimpleNamespace())
         self.calls: list[str] = []
 
-    def add(self, value: float) -> torch.Tensor:
+    def sum_over_ranks(self, value: float) -> torch.Tensor:
         return torch.tensor(value, dtype=torch.float32)
 
-    def gather(self, values: torch.Tensor) -> torch.Tensor:
+    def gather_vectors(self, values: torch.Tensor) -> torch.Tensor:
         return values.unsqueeze(0)
 
     def begin_micro(self, *, last: bool) -> None:
