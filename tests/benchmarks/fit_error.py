@@ -249,20 +249,20 @@ def measure(spec: TrainSpec) -> dict[str, int]:
         checkpoint_layers(model, spec)
     staged = apply_stage(model, spec, family.unused(model))
     batch = make_synthetic_batch(family.create_processor(spec.model), spec).batch
-    ledger = AllocationTracker()
-    with ledger:
+    tracker = AllocationTracker()
+    with tracker:
         for tensor in (*staged.model.parameters(), *staged.model.buffers()):
-            ledger.assign(tensor, "weights")
-        with ledger.during("start", "engine"):
+            tracker.assign(tensor, "weights")
+        with tracker.during("start", "engine"):
             engine = start_engine(staged.model.to(dtype), spec, torch.device("cpu"), rates=staged.rates)
         engine.model.train()
         for phase in ("first step", "second step"):
-            with ledger.during(phase, phase):
+            with tracker.during(phase, phase):
                 accumulate(engine, (batch,))
                 engine.step(1e-4)
     engine.handle.destroy()
     torch.nn.functional.linear = LINEAR
-    return dict(ledger.peaks["second step"].kinds_bytes)
+    return dict(tracker.peaks["second step"].kinds_bytes)
 
 
 # --------------------------------------------------------------------------------------------------------------- showing

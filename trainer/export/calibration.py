@@ -1,5 +1,5 @@
-"""What goes into each linear layer on real samples: the mean square of each of its inputs, by which the scales of weights in 8 bits are
-chosen, since an error on an input that is always near zero costs nothing."""
+"""Calibration: the mean square of each input of a linear layer on real samples. The scales of int8 weights are chosen by it, since an error
+on an input that is always near zero costs nothing."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from trainer.tensor.naming import name_in_memory
 from trainer.tensor.paging import fill_buffers, page
 from trainer.tensor.stream import open_tensors
 
-BATCH = 8  # samples to a forward pass, each of which reads the model once
+BATCH = 8  # samples per forward pass; each pass reads the model once
 
 
 def measure_inputs(spec: TrainSpec, rank: Rank, folder: Path, samples: Sequence[Sample], weights: frozenset[str]) -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ def measure_inputs(spec: TrainSpec, rank: Rank, folder: Path, samples: Sequence[
     read = make_reader(model, sources)
     fill_buffers(model, read, set(name_in_memory(model, sources).values()), rank.torch_device)
     sums: dict[str, tuple[Tensor, int]] = {}
-    seen: list[Tensor] = []  # the mask of the batch that is under way
+    seen: list[Tensor] = []  # the mask of the current batch
     for name, module in model.named_modules():
         if f"{name}.weight" in weights:
             module.register_forward_pre_hook(input_power_hook(f"{name}.weight", sums, seen))
@@ -46,7 +46,7 @@ def measure_inputs(spec: TrainSpec, rank: Rank, folder: Path, samples: Sequence[
 
 
 def input_power_hook(name: str, sums: dict[str, tuple[Tensor, int]], seen: list[Tensor]) -> Callable[..., None]:
-    """A hook that adds a module's input to its sum, without the places of padding."""
+    """A hook that adds the squares of a module's inputs to its sum, without padding."""
 
     def add(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
         values, mask = inputs[0].detach().float().cpu(), seen[0]

@@ -1,5 +1,5 @@
-"""The checkpoint that a stage after training makes of another one: written aside, checked, named. Whatever goes wrong, nothing half-done is
-left, and what it was made of stays as it was."""
+"""The checkpoint that a stage after training makes from another one: written to a hidden folder, checked, renamed. After an error nothing
+half-done is left, and the source is never changed."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from trainer.models import find_family
 from trainer.stages.chain import groups_trained
 from trainer.tensor.stream import TensorToWrite, open_tensors, write_shards
 
-# Of a checkpoint beside its weights: configs, tokenizer, processor, templates, the code that a published config names.
+# Files of a checkpoint beside its weights: configs, tokenizer, processor, templates, and code that a published config names.
 COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 NOT_COPIED = (STATE_FILE, INDEX, PICKLED_INDEX, "adapter_config.json")
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -26,8 +26,8 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 @dataclass(frozen=True, kw_only=True)
 class DerivedCheckpoint:
-    """`tensors`: of the new checkpoint, in order. `folders`: whose other files are copied, the later ones over the earlier. `finish`: what
-    is left to write, and the checks, given the folder; raises RunFailed where it is not what it should be. Returns figures for the result."""
+    """`tensors`: of the new checkpoint, in order. `folders`: whose other files are copied, later ones over earlier ones. `finish(folder)` writes
+    the rest and checks the result; it raises RunFailed if a check fails, and returns figures for the stage's result."""
 
     tensors: Sequence[TensorToWrite]
     folders: tuple[Path, ...]
@@ -39,18 +39,18 @@ class DerivedCheckpoint:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def write_derived_checkpoint(product: DerivedCheckpoint, spec: TrainSpec, lineage: WeightsLineage) -> TrainResult:
-    """Write, check and name it. Raises RunFailed for a disk that is full."""
+def write_derived_checkpoint(derived: DerivedCheckpoint, spec: TrainSpec, lineage: WeightsLineage) -> TrainResult:
+    """Write, check and rename it. Raises RunFailed if the disk is full."""
     final = checkpoints_folder(spec) / CHECKPOINT_NAME.format(step=lineage.step)
     partial_folder = final.with_name(PARTIAL.format(name=final.name))
-    pending = PendingCheckpoint(final=final, partial_folder=partial_folder, state=describe_state(spec, lineage), writers=0, needed=product.nbytes + MARGIN_BYTES)
+    pending = PendingCheckpoint(final=final, partial_folder=partial_folder, state=describe_state(spec, lineage), writers=0, needed=derived.nbytes + MARGIN_BYTES)
     if final.exists():
-        remove(final)  # of an attempt that was ended before it could say its result
+        remove(final)  # of an attempt that ended before it wrote its result
     try:
         begin_folder(pending)
-        copy_files(product.folders, partial_folder)
-        write_shards(product.tensors, partial_folder, product.shard_bytes)
-        figures = product.finish(partial_folder)
+        copy_files(derived.folders, partial_folder)
+        write_shards(derived.tensors, partial_folder, derived.shard_bytes)
+        figures = derived.finish(partial_folder)
         require_files(partial_folder, spec)
         complete(pending, spec)
     except (OSError, SafetensorError) as error:
@@ -90,14 +90,14 @@ def describe_state(spec: TrainSpec, lineage: WeightsLineage) -> CheckpointState:
 
 def describe_write_failure(spec: TrainSpec, lineage: WeightsLineage, needed: int, error: Exception) -> str:
     return (
-        f"stage {spec.stage.name}: the checkpoint could not be written to {checkpoints_folder(spec)}: {error}. Nothing of it is left, and "
-        f"{lineage.base or lineage.path} is as it was. It needs {needed / 2**30:.2f} GiB of room: free that much, or put the run elsewhere "
+        f"stage {spec.stage.name}: the checkpoint could not be written to {checkpoints_folder(spec)}: {error}. The incomplete folder was removed, "
+        f"and {lineage.base or lineage.path} is not changed. It needs {needed / 2**30:.2f} GiB: free that much, or put the run on another disk "
         "with cluster.root=FOLDER, and start again."
     )
 
 
 def copy_files(folders: Sequence[Path], partial_folder: Path) -> None:
-    """Everything but weights and what belongs to the old checkpoint alone."""
+    """Everything except weights and files that belong to the old checkpoint only."""
     for folder in folders:
         for file in sorted(folder.iterdir()):
             if file.is_file() and file.suffix in COPIED and file.name not in NOT_COPIED and not file.name.startswith("."):
@@ -105,39 +105,39 @@ def copy_files(folders: Sequence[Path], partial_folder: Path) -> None:
 
 
 def require_files(partial_folder: Path, spec: TrainSpec) -> None:
-    """Raises InputRefused where the new checkpoint lacks what opens it, or has something of an adapter left."""
+    """Raises InputRefused if the new checkpoint lacks a file that is needed to load it, or still contains parts of an adapter."""
     if not (partial_folder / "config.json").is_file():
         raise InputRefused(f"stage.checkpoint: there is no config.json beside the weights of {spec.stage.checkpoint}. Copy it again.")
-    find_family(spec.model.family).load_processor(partial_folder, spec.model)  # raises for a tokenizer or image processor that is not there
+    find_family(spec.model.family).load_processor(partial_folder, spec.model)  # raises if tokenizer or image processor is missing
     left = [file.name for file in partial_folder.glob("adapter_*")] + [name for name in open_tensors(partial_folder) if "lora_" in name]
     if left:
-        raise InputRefused(f"stage.checkpoint: {', '.join(left[:3])} would be left of an adapter. Merge it first with stage=merge.")
+        raise InputRefused(f"stage.checkpoint: {', '.join(left[:3])} belong to an adapter. Merge it first with stage=merge.")
     settings = partial_folder / "tokenizer_config.json"
     inside = settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
     if not inside and not any((partial_folder / name).is_file() for name in TEMPLATES):
-        print(f"note: the model has no chat template beside its weights; a server needs one: conf/model/{spec.model.name}.yaml has ours")
+        print(f"note: the model has no chat template beside its weights, which a server needs; conf/model/{spec.model.name}.yaml has one")
 
 
 def require_full_weights(spec: TrainSpec, lineage: WeightsLineage, *, adapter: bool) -> Path:
-    """The folder of whole weights that the stage works on: of the base where an `adapter` is wanted. Raises InputRefused for the other
-    of the two, for a random start, and for weights that are quantized already."""
+    """The folder of full weights that the stage works on: those of the base if an `adapter` is wanted. Raises InputRefused if it finds the
+    other kind, for a random start, and for weights that are quantized already."""
     kind = spec.stage.kind
     if not lineage.path:
         raise InputRefused(f"stage {kind}: there are no weights, only a random start. Name them with stage.checkpoint=RUN_ID or a folder.")
     if adapter and not lineage.base:
         raise InputRefused(
-            f"stage.checkpoint: {lineage.path} holds whole weights and no adapter: there is nothing to merge. Name the checkpoint of a LoRA "
-            "run, or go on with these weights as they are."
+            f"stage.checkpoint: {lineage.path} holds full weights and no adapter: there is nothing to merge. Name the checkpoint of a LoRA "
+            "run, or use these weights as they are."
         )
     if lineage.base and not adapter:
         raise InputRefused(
-            f"stage.checkpoint: {lineage.path} is an adapter, and {kind} works on whole weights. Merge it first: omnilaunch launch "
+            f"stage.checkpoint: {lineage.path} is an adapter, and {kind} needs full weights. Merge it first: omnilaunch launch "
             f"stage=merge stage.checkpoint={lineage.path}"
         )
     folder = Path(lineage.base or lineage.path)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if how := config.get("quantization_config"):
         raise InputRefused(
-            f"stage {kind}: {folder} is quantized already ({how.get('quant_method', 'unknown')}). Take the weights that it was made of."
+            f"stage {kind}: {folder} is quantized already ({how.get('quant_method', 'unknown')}). Use the weights that it was made from."
         )
     return folder

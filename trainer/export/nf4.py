@@ -1,7 +1,7 @@
-"""The stage quantize in normal floats of 4 bits with doubly quantised scales (Dettmers et al., QLoRA, arXiv 2305.14314, section 3), by
-bitsandbytes, on CUDA: transformers quantizes as it loads, and writes what it holds. The whole model passes through the device.
+"""The stage quantize with 4-bit normal floats and double-quantized scales (Dettmers et al., QLoRA, arXiv 2305.14314, section 3), by
+bitsandbytes, on CUDA: transformers quantizes while it loads, and saves the result. The whole model passes through the device.
 
-Not run where this was written, for want of the device.
+Not tested: no such device was available.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from trainer.export.derived_checkpoint import DerivedCheckpoint, write_derived_c
 
 
 def write_nf4_checkpoint(spec: TrainSpec, rank: Rank, lineage: WeightsLineage, folder: Path, meta_model: torch.nn.Module, weights: frozenset[str]) -> TrainResult:
-    """`weights`: those that become 4 bits, by name in memory. Raises InputRefused where the device or the package is not there."""
+    """`weights`: those to quantize, by name in memory. Raises InputRefused if the device or the package is missing."""
     require_nf4(rank)
     from transformers import BitsAndBytesConfig
 
@@ -44,8 +44,8 @@ def write_nf4_checkpoint(spec: TrainSpec, rank: Rank, lineage: WeightsLineage, f
 
 def require_nf4(rank: Rank) -> None:
     if rank.device.name != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
-        lacks = "the package bitsandbytes" if rank.device.name == "cuda" else f"a kernel for it on {rank.device.name}"
+        missing = "the package bitsandbytes" if rank.device.name == "cuda" else f"a kernel for {rank.device.name}"
         raise InputRefused(
-            f"stage.quantization.scheme=nf4: there is not {lacks}; bitsandbytes has NF4 for CUDA alone. Set stage.quantization.scheme=int8, "
-            "which every device opens, or run this stage on a CUDA card with bitsandbytes installed."
+            f"stage.quantization.scheme=nf4: {missing} is missing; bitsandbytes has NF4 for CUDA only. Set stage.quantization.scheme=int8, "
+            "which works on every device, or run this stage on a CUDA card with bitsandbytes installed."
         )

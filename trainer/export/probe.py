@@ -1,5 +1,5 @@
-"""Two forms of a model held against each other by their logits on a few inputs, text and images, in float32 and layer by layer from the
-disk: so that what was made of a model is judged by what it answers, on a machine that could not hold it."""
+"""Compares the logits of two forms of a model on a few inputs, text and images, in float32 and layer by layer from the disk: a derived
+checkpoint is checked by its outputs, on a machine that could not hold the model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,9 +22,9 @@ from trainer.tensor.naming import find_tied, name_in_memory
 from trainer.tensor.paging import ReadTensor, fill_buffers, page
 from trainer.tensor.stream import TensorSource, open_tensors, read_float32
 
-LAST = 8  # tokens of a row whose logits are compared: at all of them a vocabulary of 150,000 would be the largest tensor of all
+LAST = 8  # tokens of a row whose logits are compared: with a vocabulary of 150,000 all of them would be the largest tensor
 SIDE = (96, 64)  # pixels of the image
-LENGTH = 2**16  # tokens that a probe may have: as many as it needs
+LENGTH = 2**16  # maximum tokens of a probe: more than it needs
 QUESTIONS = ("What is in this image?", "Name the colours of the rainbow.", "Which digit is this?", "Count from one to ten.")
 ANSWERS = ("It is a slope of grey.", "Red, orange, yellow, green, blue, violet.", "7", "One two three four five six seven eight nine ten.")
 """Every other question shows the image."""
@@ -32,8 +32,8 @@ ANSWERS = ("It is a slope of grey.", "Red, orange, yellow, green, blue, violet."
 
 @dataclass(frozen=True, kw_only=True)
 class LogitDifference:
-    """`relative`: the largest difference of two logits over the largest logit. `agreement`: share of places where both have the same first
-    choice. `probes`: inputs, `values`: logits compared."""
+    """`relative`: the largest difference of two logits over the largest logit. `agreement`: share of positions where both have the same top
+    token. `probes`: number of inputs; `values`: number of logits compared."""
 
     relative: float
     agreement: float
@@ -42,7 +42,7 @@ class LogitDifference:
 
 
 def make_probes(spec: TrainSpec, processor: Processor, count: int) -> dict[str, Tensor]:
-    """A batch of `count` inputs, the same ones every time; `logits_to_keep` marks the last tokens of each."""
+    """A batch of `count` inputs, always the same; `logits_to_keep` marks the last tokens of each."""
     with TemporaryDirectory() as folder:
         file = Path(folder) / "probe.png"
         draw_image().save(file)
@@ -55,16 +55,16 @@ def make_probes(spec: TrainSpec, processor: Processor, count: int) -> dict[str, 
 
 
 def make_sample(number: int, file: Path) -> Sample:
-    device = number % len(QUESTIONS)
-    seen = device % 2 == 0
-    question = f"{MARK}\n{QUESTIONS[device]}" if seen else QUESTIONS[device]
+    index = number % len(QUESTIONS)
+    seen = index % 2 == 0
+    question = f"{MARK}\n{QUESTIONS[index]}" if seen else QUESTIONS[index]
     again = f" ({number // len(QUESTIONS) + 1})" if number >= len(QUESTIONS) else ""
-    messages = (Message(role="user", content=question + again), Message(role="assistant", content=ANSWERS[device]))
+    messages = (Message(role="user", content=question + again), Message(role="assistant", content=ANSWERS[index]))
     return Sample(id=f"probe-{number}", images=(file,) * seen, messages=messages, file="probe", row=number + 1)
 
 
 def draw_image() -> Image.Image:
-    """A slope with stripes in three colours: no two patches of it are alike."""
+    """A gradient with stripes in three colours: no two patches are alike."""
     width, height = SIDE
     across = torch.arange(width)[None, :].expand(height, width)
     down = torch.arange(height)[:, None].expand(height, width)
@@ -72,16 +72,15 @@ def draw_image() -> Image.Image:
     return Image.fromarray(colours.to(torch.uint8).numpy())
 
 
-# ------------------------------------------------------------------------------------------------------------------ reading
 
 
 def open_on_meta(folder: Path, spec: TrainSpec) -> torch.nn.Module:
-    """The model of the checkpoint in `folder` without its values."""
+    """The model of the checkpoint in `folder`, on the meta device."""
     return find_family(spec.model.family).load(folder, spec.model, torch.float32, on_meta=True)
 
 
 def compute_logits(folder: Path, spec: TrainSpec, batch: Mapping[str, Tensor], device: torch.device, adapter: Path | None = None) -> Tensor:
-    """(places, vocabulary) float32, on the CPU: of the checkpoint in `folder`, and of `adapter` on top of it, not merged."""
+    """(positions, vocabulary) float32, on the CPU: of the checkpoint in `folder`, with `adapter` applied but not merged."""
     model = open_on_meta(folder, spec)
     sources = dequantize_sources(open_tensors(folder))
     read = make_reader(model, sources)
@@ -95,7 +94,7 @@ def compute_logits(folder: Path, spec: TrainSpec, batch: Mapping[str, Tensor], d
 
 
 def make_reader(model: torch.nn.Module, sources: Mapping[str, TensorSource]) -> ReadTensor:
-    """By names in memory; a tied parameter reads what it is tied to."""
+    """Reads by names in memory; a tied parameter reads the one that it is tied to."""
     saved = {memory: name for name, memory in name_in_memory(model, sources).items()}
     tied = find_tied(model)
 
@@ -105,15 +104,14 @@ def make_reader(model: torch.nn.Module, sources: Mapping[str, TensorSource]) -> 
     return read
 
 
-# ------------------------------------------------------------------------------------------------------------------ adapter
 
 
 def add_adapter_layers(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:
-    """The hollow model with peft's layers, whose values come from the adapter. Raises InputRefused for an adapter of another model."""
+    """Adds peft's layers to a model on the meta device. Raises InputRefused for an adapter of another model."""
     from peft import PeftConfig, get_peft_model
 
     config = PeftConfig.from_pretrained(str(adapter))
-    config.init_lora_weights = False  # type: ignore[attr-defined]  # some starts want the base's values
+    config.init_lora_weights = False  # type: ignore[attr-defined]  # some initializations need the base's values
     try:
         return get_peft_model(model, config)  # type: ignore[arg-type]
     except (RuntimeError, ValueError) as error:
@@ -121,7 +119,7 @@ def add_adapter_layers(model: torch.nn.Module, adapter: Path) -> torch.nn.Module
 
 
 def read_adapted(model: torch.nn.Module, read: ReadTensor, adapter: Path) -> ReadTensor:
-    """By the names that peft gives to the parameters of `model`, which is not wrapped."""
+    """Reads by the names that peft gives to the parameters of `model`, which is not wrapped yet."""
     own: dict[str, TensorSource] = {}
     for name, source in open_adapter(adapter).items():
         if found := FACTOR.fullmatch(name):
@@ -137,11 +135,10 @@ def read_adapted(model: torch.nn.Module, read: ReadTensor, adapter: Path) -> Rea
     return read_either
 
 
-# ---------------------------------------------------------------------------------------------------------------- comparing
 
 
 def compare(before: Tensor, after: Tensor, probes: int) -> LogitDifference:
-    """Two tensors of logits, (places, vocabulary). A NaN on either side makes `relative` infinite."""
+    """Two tensors of logits, (positions, vocabulary). A NaN in either makes `relative` infinite."""
     largest = before.abs().max()
     relative = float((before - after).abs().max() / largest)
     return LogitDifference(

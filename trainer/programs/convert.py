@@ -1,5 +1,5 @@
-"""The stage convert: every weight in another type of element, from file to file, after a look at what each tensor loses by it. Also from .bin
-to safetensors, and into files of another size."""
+"""The stage convert: casts every weight to another dtype, from file to file, after measuring the error of each tensor. Also converts .bin
+files to safetensors, and changes the size of the files."""
 
 import json
 import time
@@ -27,12 +27,12 @@ from trainer.tensor.stream import TensorToWrite, TensorSource, copy_tensor, open
 from trainer.programs.dispatch import write_environment_of_files
 
 REPORT_FILE = "conversion.json"
-SHOWN = 10  # tensors on the terminal; all are in the report
+SHOWN = 10  # tensors that are printed; all are in the report
 
 
 def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
-    """Raises InputRefused, with conversion.unfit=refuse, where the new type cannot hold a tensor; before anything is written."""
-    began, gauge = time.perf_counter(), MemoryPeaks(rank.device)
+    """Raises InputRefused, with conversion.unfit=refuse, if a tensor does not fit into the new dtype; before anything is written."""
+    began, memory = time.perf_counter(), MemoryPeaks(rank.device)
     conversion = spec.stage.conversion or Conversion()
     lineage = find_lineage(spec, weights_folder(spec))
     folder = require_full_weights(spec, lineage, adapter=False)
@@ -42,22 +42,22 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     write_text(json.dumps(report(conversion, found), indent=2) + "\n", Path(spec.output) / REPORT_FILE)
     print_worst(found, conversion)
     refuse_unfit(found, conversion, Path(spec.output) / REPORT_FILE)
-    gauge.enter("saving")
+    memory.enter("saving")
     kept = frozenset(one.name for one in found if one.unfit)
     tensors = [convert_tensor(name, source, kept, DTYPES[conversion.dtype]) for name, source in sources.items()]
 
     def finish(partial_folder: Path) -> dict[str, float]:
         write_dtype(partial_folder / "config.json", conversion.dtype, sorted(kept))
-        gauge.enter("evaluation")
+        memory.enter("evaluation")
         return {**total_errors(found, kept), **compare_logits(spec, rank, folder, partial_folder, conversion.probes)}
 
-    product = DerivedCheckpoint(tensors=tensors, folders=(folder,), shard_bytes=conversion.shard_bytes, finish=finish)
-    result = write_derived_checkpoint(product, spec, lineage)
-    return replace(result, seconds=time.perf_counter() - began, peaks=gauge.report())
+    derived = DerivedCheckpoint(tensors=tensors, folders=(folder,), shard_bytes=conversion.shard_bytes, finish=finish)
+    result = write_derived_checkpoint(derived, spec, lineage)
+    return replace(result, seconds=time.perf_counter() - began, peaks=memory.report())
 
 
 def convert_tensor(name: str, source: TensorSource, kept: frozenset[str], dtype: torch.dtype) -> TensorToWrite:
-    """`kept`: tensors that stay, or become, float32. What has no floating point is copied."""
+    """`kept`: tensors that stay or become float32. Tensors of integers are copied."""
     target = torch.float32 if name in kept else dtype
     if not source.dtype.is_floating_point or source.dtype == target:
         return copy_tensor(name, source)
@@ -69,7 +69,7 @@ def convert_tensor(name: str, source: TensorSource, kept: frozenset[str], dtype:
 
 
 def write_dtype(file: Path, dtype: str, kept: Sequence[str]) -> None:
-    """The new type into the config, of the whole and of its parts, and which tensors are kept in float32."""
+    """Write the new dtype into the config and its sections, and which tensors are kept in float32."""
 
     def rename(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
@@ -81,7 +81,6 @@ def write_dtype(file: Path, dtype: str, kept: Sequence[str]) -> None:
     write_text(json.dumps({**config, **({FLOAT32_TENSORS: list(kept)} if kept else {})}, indent=2, ensure_ascii=False) + "\n", file)
 
 
-# ----------------------------------------------------------------------------------------------------------------- telling
 
 
 def report(conversion: Conversion, found: Sequence[CastError]) -> dict[str, Any]:
@@ -90,13 +89,13 @@ def report(conversion: Conversion, found: Sequence[CastError]) -> dict[str, Any]
 
 
 def print_worst(found: Sequence[CastError], conversion: Conversion) -> None:
-    """The worst tensors, as a table."""
+    """Print the tensors with the largest errors as a table."""
     worst = sorted(found, key=lambda one: (one.unfit, one.nan + one.infinite, one.overflow, one.underflow, one.loss), reverse=True)
     named = [one for one in worst if one.remarks or one.unfit]
-    print(f"{len(found)} tensors to {conversion.dtype}: {len(named)} with values that it cannot hold as they are")
+    print(f"{len(found)} tensors to {conversion.dtype}: {len(named)} with values that it cannot represent")
     for one in named[:SHOWN]:
-        fate = f" ({'refused' if conversion.unfit == 'refuse' else 'kept in float32'})" if one.unfit else ""
-        print(f"  {one.name}: {one.remarks or 'too small'} of {one.values:,}; lost {one.loss:.1e} of its norm{fate}")
+        action = f" ({'refused' if conversion.unfit == 'refuse' else 'kept in float32'})" if one.unfit else ""
+        print(f"  {one.name}: {one.remarks or 'too small'} of {one.values:,}; lost {one.loss:.1e} of its norm{action}")
     if len(named) > SHOWN:
         print(f"  and {len(named) - SHOWN} more, in {REPORT_FILE}")
 
@@ -120,7 +119,7 @@ def total_errors(found: Sequence[CastError], kept: frozenset[str]) -> dict[str, 
 
 
 def compare_logits(spec: TrainSpec, rank: Rank, before: Path, after: Path, count: int) -> dict[str, float]:
-    """How far the logits of two checkpoints lie apart: told, not judged."""
+    """The difference between the logits of two checkpoints: reported, not checked."""
     if not count:
         return {}
     batch = make_probes(spec, find_family(spec.model.family).load_processor(after, spec.model), count)
@@ -128,6 +127,6 @@ def compare_logits(spec: TrainSpec, rank: Rank, before: Path, after: Path, count
     found = compare(logits(before), logits(after), count)
     print(
         f"logits before and after, {found.probes} probes, {found.values:,} values: largest difference {found.relative:.2e} of the largest "
-        f"logit; the same first choice at {found.agreement:.1%} of the places"
+        f"logit; the same top token at {found.agreement:.1%} of the positions"
     )
     return {"logit_error": found.relative, "logit_agreement": found.agreement, "probes": float(count)}

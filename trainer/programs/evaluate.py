@@ -1,6 +1,6 @@
-"""The stage evaluate: a checkpoint's answers to the held-out samples and how right they are, beside those of its base where one is named.
+"""The stage evaluate: a checkpoint's answers to the held-out samples and their scores, optionally compared with those of a base.
 
-Over all ranks, and resumable: what is done is written down batch by batch.
+On all ranks, and resumable: finished batches are recorded.
 """
 
 import gc
@@ -36,27 +36,27 @@ class HeldOut:
 def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
     """Write samples.jsonl, a row for each held-out sample, in their order. Raises InputRefused."""
     began = time.perf_counter()
-    gauge = MemoryPeaks(rank.device)
+    memory = MemoryPeaks(rank.device)
     places = prepare_data(spec)
-    asked = read_held_out(spec, places)
+    held_out = read_held_out(spec, places)
     journals: list[Journal] = []
     base = {}
-    if spec.evaluation.base and asked.samples:
-        base, journal = answer_with_base(spec_of_base(spec), rank, environ, asked, BASE_FILE)
+    if spec.evaluation.base and held_out.samples:
+        base, journal = answer_with_base(spec_of_base(spec), rank, environ, held_out, BASE_FILE)
         journals.append(journal)
-        gc.collect()  # of two models only one stands at a time
-    made = open_model(spec, rank, environ)
-    gauge.enter("evaluation")
+        gc.collect()  # only one model is in memory at a time
+    built = open_model(spec, rank, environ)
+    memory.enter("evaluation")
     scores: dict[str, float] = {}
-    if asked.samples:
-        scores, journal = answer(spec, rank, made, asked, SAMPLES_FILE)
+    if held_out.samples:
+        scores, journal = answer(spec, rank, built, held_out, SAMPLES_FILE)
         journals.append(journal)
     if base:
         scores = compare_with_base(spec, rank, scores, base)
     for journal in journals:
         journal.remove()
     seconds = time.perf_counter() - began
-    lineage = made.lineage
+    lineage = built.lineage
     return TrainResult(
         schema=SCHEMA,
         status="finished",
@@ -67,12 +67,12 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
         checkpoint="",
         weights_sha256=hash_weights(Path(lineage.path)) if rank.number == 0 and lineage.path else "",
         evaluation=scores,
-        peaks=gauge.report(),
+        peaks=memory.report(),
     )
 
 
 def read_held_out(spec: TrainSpec, places: DataPaths) -> HeldOut:
-    """Nothing where the run asks for no evaluation or names no held-out file."""
+    """Empty if the run has no evaluation or no held-out file."""
     if not spec.evaluation.enabled or places.evaluation is None:
         return HeldOut(samples=(), sha256="")
     return HeldOut(samples=load_samples(places.evaluation, places), sha256=hash_sources(places.evaluation, places.images))
@@ -82,25 +82,25 @@ def spec_of_base(spec: TrainSpec) -> TrainSpec:
     return replace(spec, stage=replace(spec.stage, checkpoint=spec.evaluation.base, needs=()))
 
 
-def answer_with_base(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], asked: HeldOut, file: str) -> tuple[dict[str, float], Journal]:
-    """Of the base, whose model is gone when this returns. Raises InputRefused."""
+def answer_with_base(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], held_out: HeldOut, file: str) -> tuple[dict[str, float], Journal]:
+    """The base's scores; its model is freed when this returns. Raises InputRefused."""
     try:
-        made = open_model(spec, rank, environ)
+        built = open_model(spec, rank, environ)
     except InputRefused as error:
         raise InputRefused(f"run.evaluation.base: {str(error).replace('stage.checkpoint', spec.stage.checkpoint)}") from error
-    return answer(spec, rank, made, asked, file)
+    return answer(spec, rank, built, held_out, file)
 
 
-def answer(spec: TrainSpec, rank: Rank, made: BuiltModel, asked: HeldOut, file: str) -> tuple[dict[str, float], Journal]:
-    """The figures, and the journal, which goes when the whole stage is through."""
-    journal = open_journal(spec, file, rank.number, *weights_fingerprints(made.lineage), asked.sha256)
+def answer(spec: TrainSpec, rank: Rank, built: BuiltModel, held_out: HeldOut, file: str) -> tuple[dict[str, float], Journal]:
+    """The scores, and the journal, which is removed when the whole stage is done."""
+    journal = open_journal(spec, file, rank.number, *weights_fingerprints(built.lineage), held_out.sha256)
     place = {"rank": rank.number, "world_size": rank.world_size, "partitioned": False}
-    scores = evaluate(made.staged.model, asked.samples, made.processor, spec, rank.torch_device, file=file, journal=journal, **place)
+    scores = evaluate(built.staged.model, held_out.samples, built.processor, spec, rank.torch_device, file=file, journal=journal, **place)
     return scores, journal
 
 
 def compare_with_base(spec: TrainSpec, rank: Rank, scores: dict[str, float], base: dict[str, float]) -> dict[str, float]:
-    """Puts the base's answers into samples.jsonl. On rank 0, which has both files; on the others the scores stay as they are."""
+    """Adds the base's answers to samples.jsonl on rank 0, which has both files; on other ranks the scores do not change."""
     run, rows = Path(spec.output), []
     if rank.number == 0:
         rows = compare_rows(read_rows(run / SAMPLES_FILE), read_rows(run / BASE_FILE), spec.evaluation.metrics)

@@ -1,5 +1,5 @@
-"""The stage merge: the adapter of stage.checkpoint into its base, tensor by tensor from file to file, and the proof that the result answers
-as base and adapter do. It needs the memory of the largest layer, and no accelerator."""
+"""The stage merge: merges the adapter of stage.checkpoint into its base, tensor by tensor from file to file, and checks that the result gives
+the logits of base and adapter. It needs the memory of the largest layer, and no accelerator."""
 
 import math
 import time
@@ -24,25 +24,25 @@ from trainer.programs.dispatch import write_environment_of_files
 
 
 def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
-    """Raises InputRefused for an adapter that does not fit its base or is of a kind that cannot be merged, RunFailed where the result
-    answers otherwise than base and adapter by more than the bound."""
-    began, gauge = time.perf_counter(), MemoryPeaks(rank.device)
+    """Raises InputRefused for an adapter that does not fit its base or cannot be merged, RunFailed if the logits of the result differ by more
+    than the bound."""
+    began, memory = time.perf_counter(), MemoryPeaks(rank.device)
     lineage = find_lineage(spec, weights_folder(spec))
     base, folder = require_full_weights(spec, lineage, adapter=True), Path(lineage.path)
     write_environment_of_files(spec, rank, lineage, environ)
-    gauge.enter("saving")
+    memory.enter("saving")
     sources, meta_model = open_tensors(base), open_on_meta(base, spec)
     adapter = read_adapter(folder, meta_model)
     tensors = merge_tensors(sources, adapter, name_in_memory(meta_model, sources), base)
     print(f"{len(adapter.changed)} of {len(tensors)} tensors change: {len(adapter.additions)} by the adapter, {len(adapter.whole)} whole")
 
     def finish(partial_folder: Path) -> dict[str, float]:
-        gauge.enter("evaluation")
+        memory.enter("evaluation")
         return check_logits(spec, rank, lineage, partial_folder, logit_bound(merging_of(spec), sources, adapter))
 
-    product = DerivedCheckpoint(tensors=tensors, folders=(base, folder), shard_bytes=merging_of(spec).shard_bytes, finish=finish)
-    result = write_derived_checkpoint(product, spec, lineage)
-    return replace(result, seconds=time.perf_counter() - began, peaks=gauge.report())
+    derived = DerivedCheckpoint(tensors=tensors, folders=(base, folder), shard_bytes=merging_of(spec).shard_bytes, finish=finish)
+    result = write_derived_checkpoint(derived, spec, lineage)
+    return replace(result, seconds=time.perf_counter() - began, peaks=memory.report())
 
 
 def merging_of(spec: TrainSpec) -> Merging:
@@ -50,12 +50,12 @@ def merging_of(spec: TrainSpec) -> Merging:
 
 
 def merge_tensors(sources: Mapping[str, TensorSource], adapter: Adapter, memory: Mapping[str, str], base: Path) -> list[TensorToWrite]:
-    """Raises InputRefused where the adapter changes what the files of the base hold in no tensor of its own."""
+    """Raises InputRefused if the base's files hold a changed tensor in another form."""
     lost = sorted(adapter.changed - set(memory.values()))
     if lost:
         raise InputRefused(
-            f"the adapter changes {', '.join(lost[:5])}, which the files of {base} have in another form: it cannot be merged file by file. "
-            "Save the base once more with this version of transformers (stage=convert does), and merge into that."
+            f"the adapter changes {', '.join(lost[:5])}, which the files of {base} hold in another form, so it cannot be merged file by file. "
+            "Save the base with this version of transformers (stage=convert does), and merge into that."
         )
     changed = adapter.changed
     return [
@@ -64,14 +64,13 @@ def merge_tensors(sources: Mapping[str, TensorSource], adapter: Adapter, memory:
     ]
 
 
-# ----------------------------------------------------------------------------------------------------------------- checking
 
 
 def logit_bound(merging: Merging, sources: Mapping[str, TensorSource], adapter: Adapter) -> float:
-    """The most by which logits may differ, relative to the largest. The sums of float32 weights differ in their last bits alone, which is
-    merging.tolerance. In 16 bits each merged weight is rounded, by at most u relative to itself (Higham, Accuracy and Stability of
-    Numerical Algorithms, 2.2): bfloat16 2^-8, float16 2^-11. One layer's output is then off by u at most, relative to its own size, and
-    the n layers' roundings know nothing of each other, so that their sum grows as the square root of n: u * sqrt(n) comes on top."""
+    """The allowed difference of logits, relative to the largest. Sums of float32 weights differ in their last bits only: merging.tolerance. In 16
+    bits each merged weight is rounded, by at most u relative to itself (Higham, Accuracy and Stability of Numerical Algorithms, 2.2): bfloat16
+    2^-8, float16 2^-11. One layer's output is then off by at most u, relative to its size; the rounding errors of the n layers are independent,
+    so their sum grows as the square root of n: u * sqrt(n) is added."""
     dtypes = {source.dtype for source in sources.values() if source.dtype.is_floating_point}
     unit = max((torch.finfo(dtype).eps / 2 for dtype in dtypes if dtype.itemsize < torch.float32.itemsize), default=0.0)
     return merging.tolerance + unit * math.sqrt(len(adapter.changed))
@@ -87,12 +86,12 @@ def check_logits(spec: TrainSpec, rank: Rank, lineage: WeightsLineage, partial_f
     found = compare(apart, compute_logits(partial_folder, spec, batch, rank.torch_device), count)
     print(
         f"logits of base and adapter against merged, {found.probes} probes, {found.values:,} values: largest difference "
-        f"{found.relative:.2e} of the largest logit, bound {bound:.2e}; the same first choice at {found.agreement:.1%} of the places"
+        f"{found.relative:.2e} of the largest logit, bound {bound:.2e}; the same top token at {found.agreement:.1%} of the positions"
     )
     if not found.relative <= bound:
         raise RunFailed(
-            f"stage merge: the merged weights answer otherwise than base and adapter: logits differ by {found.relative:.2e} of the largest, "
-            f"{bound:.2e} is the bound. Nothing of it is left. A weight that overflows in the base's type does that: convert the base to "
+            f"stage merge: the logits of the merged weights differ from those of base and adapter by {found.relative:.2e} of the largest, more than "
+            f"the bound {bound:.2e}. The result was removed. A weight that overflows in the base's dtype causes this: convert the base to "
             "float32 with stage=convert stage.conversion.dtype=float32, or set stage.merging.tolerance to what you accept."
         )
     return {"logit_error": found.relative, "logit_bound": bound, "logit_agreement": found.agreement, "probes": float(count)}

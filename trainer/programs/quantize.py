@@ -1,5 +1,5 @@
-"""The stage quantize: the decoder's linear layers in fewer bits, vision tower, projector and head as they are; with a report of what it
-costs, by the weights, by the logits and by the answers."""
+"""The stage quantize: the decoder's linear layers in fewer bits; vision tower, projector and head are not changed. Reports the error of the
+weights, of the logits and of the answers."""
 
 import json
 import re
@@ -31,12 +31,12 @@ from trainer.tensor.stream import TensorToWrite, TensorSource, copy_tensor, open
 from trainer.programs.dispatch import write_environment_of_files, prepare_data, load_samples
 
 REPORT_FILE = "quantization.json"
-SAMPLES_BEFORE_FILE = "samples_before.jsonl"  # answers of the weights that it was made of; samples.jsonl has those of the result
+SAMPLES_BEFORE_FILE = "samples_before.jsonl"  # answers of the source weights; those of the result are in samples.jsonl
 
 
 def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
-    """Raises InputRefused for a checkpoint without a layer to quantize, and for nf4 on a device that has it not."""
-    began, gauge = time.perf_counter(), MemoryPeaks(rank.device)
+    """Raises InputRefused for a checkpoint without a layer to quantize, and for nf4 on a device that does not support it."""
+    began, memory = time.perf_counter(), MemoryPeaks(rank.device)
     wanted = spec.stage.quantization or Quantization()
     lineage = find_lineage(spec, weights_folder(spec))
     folder = require_full_weights(spec, lineage, adapter=False)
@@ -49,23 +49,22 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     power = measure_inputs(spec, rank, folder, calibration_samples(spec, wanted), frozenset(names[name] for name in chosen))
     scales = {name: scale_rows(sources[name], power.get(names[name])) for name in chosen}
     tensors = quantize_tensors(sources, {name: made for name, (made, _) in scales.items()})
-    gauge.enter("saving")
+    memory.enter("saving")
 
     def finish(partial_folder: Path) -> dict[str, float]:
         write_config(partial_folder / "config.json", describe_format(name_ignored(meta_model, names, chosen)))
         figures = report_size(sources, tensors)
-        gauge.enter("evaluation")
+        memory.enter("evaluation")
         figures |= compare_logits(spec, rank, folder, partial_folder, wanted.probes)
         figures |= compare_answers(spec, rank, folder, partial_folder) if wanted.compare else {}
         write_report(spec, wanted, {name: coarse for name, (_, coarse) in scales.items()}, sources, figures)
         return figures
 
-    product = DerivedCheckpoint(tensors=tensors, folders=(folder,), shard_bytes=wanted.shard_bytes, finish=finish)
-    result = write_derived_checkpoint(product, spec, lineage)
-    return replace(result, seconds=time.perf_counter() - began, peaks=gauge.report())
+    derived = DerivedCheckpoint(tensors=tensors, folders=(folder,), shard_bytes=wanted.shard_bytes, finish=finish)
+    result = write_derived_checkpoint(derived, spec, lineage)
+    return replace(result, seconds=time.perf_counter() - began, peaks=memory.report())
 
 
-# ---------------------------------------------------------------------------------------------------------------- choosing
 
 
 def choose_weights(model: torch.nn.Module, spec: TrainSpec, names: Names, sources: Mapping[str, TensorSource]) -> tuple[str, ...]:
@@ -89,7 +88,7 @@ def choose_weights(model: torch.nn.Module, spec: TrainSpec, names: Names, source
 
 
 def name_ignored(model: torch.nn.Module, names: Names, chosen: Sequence[str]) -> list[str]:
-    """Linear layers that stay, as regexes over module names: in memory, by which transformers goes, and in the files, by which vLLM goes."""
+    """Linear layers that are not quantized, as regexes over module names: in memory for transformers, and in the files for vLLM."""
     memory = {names[name].removesuffix(".weight") for name in chosen}
     others = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)} - memory
     files = {name.removesuffix(".weight") for name in chosen}
@@ -100,7 +99,7 @@ def name_ignored(model: torch.nn.Module, names: Names, chosen: Sequence[str]) ->
 
 
 def outermost(kept: set[str], chosen: set[str]) -> set[str]:
-    """The shortest beginnings, whole parts between dots, under which all of `kept` and none of `chosen` lie."""
+    """The shortest prefixes, whole parts between dots, that cover all of `kept` and none of `chosen`."""
     taken = {".".join(parts[:depth]) for parts in (name.split(".") for name in chosen) for depth in range(1, len(parts) + 1)}
 
     def cut(name: str) -> str:
@@ -128,21 +127,20 @@ def calibration_samples(spec: TrainSpec, wanted: Quantization) -> tuple:
     return samples[::step][: wanted.calibration]
 
 
-# ----------------------------------------------------------------------------------------------------------------- telling
 
 
 def report_size(sources: Mapping[str, TensorSource], tensors: Sequence[TensorToWrite]) -> dict[str, float]:
-    """Bytes of all weights, and how they are to those of the source and to 16 bits a value."""
+    """Bytes of all weights, their ratio to those of the source, and to 16 bits per value."""
     before = sum(torch.Size(source.shape).numel() * source.dtype.itemsize for source in sources.values())
     after, halves = sum(tensor.nbytes for tensor in tensors), sum(2 * torch.Size(source.shape).numel() for source in sources.values())
     print(
-        f"weights: {after / 2**30:.3f} GiB in place of {before / 2**30:.3f}: {after / before:.3f}, and {after / halves:.3f} of 16 bits each"
+        f"weights: {after / 2**30:.3f} GiB, before {before / 2**30:.3f}: {after / before:.3f} of it, and {after / halves:.3f} of 16 bits each"
     )
     return {"bytes": float(after), "bytes_before": float(before), "size_ratio": after / before, "size_of_16_bits": after / halves}
 
 
 def compare_answers(spec: TrainSpec, rank: Rank, before: Path, after: Path) -> dict[str, float]:
-    """The evaluation of the run, of both; {} without held-out rows."""
+    """The run's evaluation of both; {} without held-out rows."""
     places = prepare_data(spec)
     held_out = load_samples(places.evaluation, places) if spec.evaluation.enabled else ()
     if not held_out:
@@ -169,6 +167,6 @@ def write_report(spec: TrainSpec, wanted: Quantization, found: Mapping[str, Quan
     content = {"scheme": wanted.scheme, "calibration": wanted.calibration, "figures": figures, "tensors": tensors, "kept": kept}
     write_text(json.dumps(content, indent=2) + "\n", Path(spec.output) / REPORT_FILE)
     worst = sorted(found.items(), key=lambda item: -item[1].error)[:3]
-    print(f"{len(found)} weights in 8 bits, {len(kept)} tensors as they were; the coarsest:")
+    print(f"{len(found)} int8 weights, {len(kept)} tensors not changed; the largest errors:")
     for name, coarse in worst:
         print(f"  {name}: off by {coarse.error:.2e} of its norm")

@@ -82,9 +82,9 @@ def measure(spec: TrainSpec) -> dict[str, int]:
         checkpoint_layers(model, spec)
     model = apply_stage(model, spec, family.unused(model)).model.to(dtype)
     batch = make_synthetic_batch(family.create_processor(spec.model), spec).batch
-    ledger = AllocationTracker()
-    with ledger:
-        with ledger.during("states", "optimizer"):
+    tracker = AllocationTracker()
+    with tracker:
+        with tracker.during("states", "optimizer"):
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             masters = trained if dtype == torch.float32 else [parameter.detach().float() for parameter in trained]
             optimizer = torch.optim.AdamW(masters, fused=True)
@@ -92,10 +92,10 @@ def measure(spec: TrainSpec) -> dict[str, int]:
                 master.grad = torch.zeros_like(master)
             optimizer.step()
             optimizer.zero_grad()
-        take_step(model, batch, spec, ledger, replace(shard_step(model, spec), optimizer_bytes=0, update_bytes=0))
-        with ledger.during("update", "update"):
+        take_step(model, batch, spec, tracker, replace(shard_step(model, spec), optimizer_bytes=0, update_bytes=0))
+        with tracker.during("update", "update"):
             optimizer.step()
-    return {phase: ledger.peaks[phase].total_bytes for phase in ("forward", "backward", "update")}
+    return {phase: tracker.peaks[phase].total_bytes for phase in ("forward", "backward", "update")}
 
 
 @pytest.mark.parametrize("wanted", CASES, ids=lambda wanted: wanted.name)
