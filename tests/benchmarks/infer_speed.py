@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from tests.trainer.conftest import architecture, make_spec
-from trainer.contract import Inference, WeightsLineage, Sampling, StageSpec, TrainSpec
+from trainer.contract import Inference, Sampling, StageSpec, TrainSpec, WeightsLineage
 from trainer.data.batch.collate import collate_prompts
 from trainer.data.rows.request import read_requests
 from trainer.data.rows.sample import Message, Sample
@@ -31,7 +31,7 @@ from trainer.models import find_family
 from trainer.models.family import Processor
 from trainer.programs.infer import answer_all
 from trainer.stages.group import Staged
-from trainer.programs.dispatch import BuiltModel
+from trainer.train.model import BuiltModel
 
 WORDS = "which of these is shown in the picture and what would one say of it if asked".split()  # noqa: SIM905
 PHOTO = (640, 480)

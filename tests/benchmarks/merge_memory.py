@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.trainer.conftest import make_spec  # noqa: E402
-from trainer.train.model import create_on_meta  # noqa: E402
 from trainer.contract import RESULT_FILE, SPEC_FILE, Merging, ModelSpec, StageSpec, TrainResult, read, write  # noqa: E402
 from trainer.models import find_family  # noqa: E402
 from trainer.models.tiny import read_model  # noqa: E402
 from trainer.tensor.stream import TensorToWrite, write_shards  # noqa: E402
+from trainer.train.model import create_on_meta  # noqa: E402
 
 RANK = 16
 BLOCK = 2**24  # random numbers, over and over

@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-from trainer.train.model import CPU, create_random, create_on_meta
-from trainer.distributed.zero3 import SOURCE_RANK, partition_model
 from trainer.contract import TrainSpec
 from trainer.data.batch.load import batches
 from trainer.data.check import resolve
 from trainer.data.rows.sample import Sample, read_samples
 from trainer.device.dtype import loading_dtype
 from trainer.distributed.engine import Engine, start_distributed, start_engine
+from trainer.distributed.zero3 import SOURCE_RANK, partition_model
 from trainer.models import find_family
 from trainer.stages.group import apply_stage
 from trainer.train.loop import StepRequests, train_step
+from trainer.train.model import CPU, create_on_meta, create_random
 from trainer.train.watchdog import Watchdog
 
 RANKS = 2
@@ -110,7 +110,7 @@ def run_cell(spec: TrainSpec, samples: tuple[Sample, ...], rank: int) -> Outcome
         batch = next(iter(batches(samples, family.create_processor(spec.model), spec, rank=rank, first_step=0)))
         engine.model.train()
         watchdog = Watchdog(timeout_s=0, rank=rank, stream=io.StringIO(), end=sys.exit)
-        row, _ = train_step(engine, batch, spec, 1, asks=StepRequests, watchdog=watchdog, peak_bytes=0)
+        row, _ = train_step(engine, batch, spec, 1, own_requests=StepRequests, watchdog=watchdog, peak_bytes=0)
         reached |= {name for name, p in engine.model.named_parameters() if p.grad is not None}
         after = dict(whole_parameters(engine))
     finally:

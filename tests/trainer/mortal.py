@@ -23,6 +23,7 @@ import trainer.checkpoint.state
 import trainer.checkpoint.writer
 import trainer.distributed.engine
 import trainer.programs.dispatch
+import trainer.programs.train
 from trainer.__main__ import main
 from trainer.contract import SPEC_FILE, TrainSpec, write
 
@@ -36,8 +37,8 @@ PLACES: dict[str, tuple[Any, str]] = {
     "update": (trainer.distributed.engine.Engine, "step"),
     "save": (trainer.checkpoint.writer, "save_checkpoint"),
     "weights": (trainer.checkpoint.pending, "write_weights"),
-    "state": (trainer.checkpoint.state, "gather_part"),
-    "random numbers": (trainer.checkpoint.state, "gather_random"),
+    "state": (trainer.checkpoint.state, "gather_shard"),
+    "random numbers": (trainer.checkpoint.state, "read_rng_state"),
     "complete": (trainer.checkpoint.pending, "complete"),
     "complete behind the steps": (trainer.checkpoint.writer, "complete"),
     "collect": (trainer.checkpoint.writer.CheckpointWriter, "_collect"),
@@ -45,7 +46,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "remove": (trainer.checkpoint.checkpoint, "remove"),
     "cut rows": (trainer.checkpoint.resume, "cut_rows"),
     "restore": (trainer.checkpoint.resume, "restore_state"),
-    "evaluate": (trainer.programs.dispatch, "evaluate"),
+    "evaluate": (trainer.programs.train, "evaluate"),
 }
 
 

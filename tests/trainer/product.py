@@ -69,6 +69,6 @@ def stage_spec(kind: Kind, model: ModelSpec, checkpoint: Path, output: Path, **o
     return replace(make_spec(output, output), model=model, stage=stage, run_id=output.name)
 
 
-def carry_out(spec: TrainSpec) -> TrainResult:
+def run_program(spec: TrainSpec) -> TrainResult:
     """In a process group of one, which a test brings."""
     return find_program(spec.stage.kind)(spec, RANK, {})

@@ -22,14 +22,16 @@ from torch.utils._pytree import tree_leaves
 import trainer.distributed.zero3
 from tests.trainer.mortal import free_port
 from trainer.checkpoint.resume import ResumePoint
-from trainer.distributed.zero3 import partition_model
-from trainer.checkpoint.state import read_rng_state
 from trainer.contract import TrainSpec
 from trainer.contract.checkpoint_files import MetricsSummary
 from trainer.device.device import DEVICES, STATUS, reset_resident_peak, seed_all
 from trainer.device.dtype import loading_dtype
+from trainer.device.rank import Rank
+from trainer.device.rng import read_rng_state
 from trainer.distributed.engine import start_distributed, start_engine
-from trainer.programs.dispatch import Rank, build_model, silence_libraries
+from trainer.distributed.zero3 import partition_model
+from trainer.programs.dispatch import silence_libraries
+from trainer.train.model import build_model
 
 RANKS = 2
 MMAP_THRESHOLD = -3  # of mallopt(3)

@@ -19,7 +19,7 @@ from torch import Tensor
 from trainer.contract import InputRefused
 from trainer.stages.lora import base_name
 from trainer.tensor.naming import find_tied, name_in_memory
-from trainer.tensor.stream import PIECE_ELEMENTS, TensorToWrite, TensorSource, open_tensors, read_pieces, read_float32
+from trainer.tensor.stream import PIECE_ELEMENTS, TensorSource, TensorToWrite, open_tensors, read_float32, read_pieces
 
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."  # of the names in an adapter's file

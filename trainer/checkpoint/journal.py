@@ -15,9 +15,9 @@ from typing import Any
 import torch.distributed
 
 from trainer.checkpoint.lineage import fingerprint_weights
-from trainer.distributed.collective import broadcast_object, gather_objects
-from trainer.contract import WeightsLineage, TrainSpec, write_text
+from trainer.contract import TrainSpec, WeightsLineage, write_text
 from trainer.contract.checkpoint_files import fixed_settings
+from trainer.distributed.collective import broadcast_object, gather_objects
 
 Row = dict[str, Any]
 JOURNAL_FILE = ".{name}.rank{rank}"  # in the run's folder, beside the file `name` that is made of it

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from trainer.checkpoint.checkpoint import adapter_base, require_whole
-from trainer.contract import InputRefused, Lora, WeightsLineage, TrainSpec, read
+from trainer.contract import InputRefused, Lora, TrainSpec, WeightsLineage, read
 from trainer.contract.checkpoint_files import STATE_FILE, CheckpointState
 from trainer.contract.weight_files import hash_weights
 from trainer.stages.chain import groups_before

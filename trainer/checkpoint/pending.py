@@ -12,9 +12,9 @@ from torch import Tensor
 
 from trainer.checkpoint.best import record_best
 from trainer.checkpoint.checkpoint import (
+    MARGIN_BYTES,
     PARTIAL,
     RESUME_FOLDER,
-    MARGIN_BYTES,
     checkpoints_folder,
     describe_failure,
     prune,
@@ -22,13 +22,13 @@ from trainer.checkpoint.checkpoint import (
     sync_tree,
 )
 from trainer.checkpoint.state import state_bytes, write_state
-from trainer.contract import EVALUATIONS_FILE, METRICS_FILE, SCHEMA, Best, WeightsLineage, TrainSpec, write_text
+from trainer.contract import EVALUATIONS_FILE, METRICS_FILE, SCHEMA, Best, TrainSpec, WeightsLineage, write_text
 from trainer.contract.checkpoint_files import CHECKPOINT_NAME, STATE_FILE, CheckpointState, fixed_settings, whole_state
 from trainer.contract.weight_files import hash_weights
 from trainer.distributed.engine import Engine
 from trainer.models.family import Processor
 from trainer.stages.chain import groups_trained
-from trainer.tensor.shard import tensor_bytes, sync
+from trainer.tensor.shard import sync, tensor_bytes
 
 UNKNOWN_LINEAGE = WeightsLineage()
 

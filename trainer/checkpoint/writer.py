@@ -19,15 +19,15 @@ from trainer.checkpoint.pending import (
     SavedCheckpoint,
     begin_folder,
     complete,
-    update_best_and_prune,
+    disk_error,
     disk_error_on_first_rank,
     plan_checkpoint,
     save_checkpoint,
-    disk_error,
+    update_best_and_prune,
     write_weights,
 )
 from trainer.checkpoint.state import finish_state, full_state_bytes, gather_state, open_shards, weights_bytes
-from trainer.contract import WeightsLineage, RunFailed, TrainSpec, write_text
+from trainer.contract import RunFailed, TrainSpec, WeightsLineage, write_text
 from trainer.device.device import host_memory_bytes
 from trainer.distributed.engine import Engine
 from trainer.models.family import Processor

@@ -19,7 +19,7 @@ class Rank:
     local: int
     world_size: int
     device: Device
-    place: torch.device
+    torch_device: torch.device
 
 
 def open_rank(spec: TrainSpec, environ: Mapping[str, str]) -> Rank:

@@ -11,10 +11,10 @@ import torch.distributed
 from torch import Tensor
 from torch.nn import Module, Parameter, ParameterList
 
-from trainer.device.rng import read_rng_state, set_rng_state
-from trainer.distributed.collective import broadcast_object, refuse_on_all_ranks
 from trainer.contract import InputRefused, TrainSpec
 from trainer.device.dtype import loading_dtype
+from trainer.device.rng import read_rng_state, set_rng_state
+from trainer.distributed.collective import broadcast_object, refuse_on_all_ranks
 
 SOURCE_RANK = 0  # the rank that has the values: zero.Init's own broadcast starts there
 Holder = tuple[Module, str]  # a module, and its own name for a parameter or buffer

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from trainer.checkpoint.checkpoint import PARTIAL, MARGIN_BYTES, checkpoints_folder, remove
+from trainer.checkpoint.checkpoint import MARGIN_BYTES, PARTIAL, checkpoints_folder, remove
 from trainer.checkpoint.pending import PendingCheckpoint, begin_folder, complete
-from trainer.contract import SCHEMA, InputRefused, WeightsLineage, RunFailed, TrainResult, TrainSpec
+from trainer.contract import SCHEMA, InputRefused, RunFailed, TrainResult, TrainSpec, WeightsLineage
 from trainer.contract.checkpoint_files import CHECKPOINT_NAME, STATE_FILE, CheckpointState, fixed_settings, whole_state
 from trainer.contract.weight_files import INDEX, PICKLED_INDEX
 from trainer.models import find_family

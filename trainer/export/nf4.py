@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.contract import InputRefused, WeightsLineage, Quantization, TrainResult, TrainSpec
+from trainer.contract import InputRefused, Quantization, TrainResult, TrainSpec, WeightsLineage
 from trainer.device.dtype import loading_dtype
 from trainer.device.rank import Rank
 from trainer.export.derived_checkpoint import DerivedCheckpoint, write_derived_checkpoint

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trainer.checkpoint.adapter import FACTOR, find_parameter, open_adapter, name_without_wrapper
+from trainer.checkpoint.adapter import FACTOR, find_parameter, name_without_wrapper, open_adapter
 from trainer.contract import InputRefused, TrainSpec
 from trainer.data.batch.collate import collate
 from trainer.data.rows.sample import MARK, Message, Sample

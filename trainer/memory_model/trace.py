@@ -19,7 +19,7 @@ from trainer.device.dtype import DTYPES, loading_dtype
 from trainer.distributed.engine import Engine
 from trainer.memory_model.allocation_tracker import AllocationTracker, Moment
 from trainer.memory_model.fake_tensors import FakeTensors, conversion_by_replacement, empty_weights, kernels_of_an_accelerator
-from trainer.memory_model.sharding import Sharding, GradientHandling, shard_step
+from trainer.memory_model.sharding import GradientHandling, Sharding, shard_step
 from trainer.memory_model.synthetic_batch import SyntheticBatch, make_synthetic_batch
 from trainer.models import find_family
 from trainer.models.family import Limit

@@ -1,5 +1,5 @@
-"""One model over several cards, by the memory that each has free: the decoder's layers one after the other, what sees the images and the
-embeddings, whose results meet, on the first."""
+"""Spreads one model over several cards by their free memory: the decoder's layers one after the other; the modules that process images and
+the embeddings, whose outputs are combined, on the first card."""
 
 import copy
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ from trainer.contract import InputRefused
 from trainer.device.device import Device
 from trainer.stages.group import assign_groups
 
-WEIGHT_SHARE = 0.85  # of what is free, for weights; the rest is for the answers' caches and activations
+WEIGHT_SHARE = 0.85  # of the free memory, for weights; the rest is for caches and activations
 PINNED = ("vision", "projector")
-UNSPLIT_CLASSES = ("Resampler", "QueryResampler", "Block")  # of families of our own, which name no such classes; they use their own parameters
+UNSPLIT_CLASSES = ("Resampler", "QueryResampler", "Block")  # of our own families, whose models list no such classes
 Budgets = dict[int | str, int]  # card, or "cpu" -> bytes; what does not fit goes to "disk"
 
 
 def measure_free_memory(device: Device, cards: int, first: int = 0) -> Budgets:
-    """Bytes that weights may take of each card, by what its driver says is free now. The first one is at work afterwards."""
+    """Bytes that weights may use on each card, from the free memory that the driver reports. Afterwards the first card is active."""
     budgets: Budgets = {}
     for card in range(first, first + cards):
         device.activate(card)
@@ -28,8 +28,8 @@ def measure_free_memory(device: Device, cards: int, first: int = 0) -> Budgets:
 
 
 def dispatch_over_cards(model: nn.Module, groups: Mapping[str, str], budgets: Budgets, *, offload: Path | None = None) -> dict[str, int | str]:
-    """Put the model's modules where they are to be, and return the map. `groups`: ModelSpec.groups. `offload`: a folder for what fits
-    nowhere else; without one that is refused. Raises InputRefused with the numbers."""
+    """Move the model's modules to their cards, and return the device map. `groups`: ModelSpec.groups. `offload`: a folder for modules that fit
+    on no card; without it they are refused. Raises InputRefused with the numbers."""
     from accelerate import dispatch_model
 
     placed = make_device_map(model, groups, budgets)
@@ -41,15 +41,15 @@ def dispatch_over_cards(model: nn.Module, groups: Mapping[str, str], budgets: Bu
 
 
 def make_device_map(model: nn.Module, groups: Mapping[str, str], budgets: Budgets) -> dict[str, int | str]:
-    """Module -> card, for modules that together are the model and of which none lies within another. Raises InputRefused where the parts
-    that belong on the first card do not fit there."""
+    """Module -> card, for disjoint modules that together are the model. Raises InputRefused if the modules for the first card do not fit
+    there."""
     from accelerate import infer_auto_device_map
 
     pinned = find_first_card_modules(model, groups)
     first = next(iter(budgets))
     held = sum(module_bytes(model.get_submodule(name)) for name in pinned)
     if held > budgets[first]:
-        raise InputRefused(describe_shortage(model, budgets, f"what sees the images and the embeddings, {held:,} bytes, belong on the first. "))
+        raise InputRefused(describe_shortage(model, budgets, f"vision, projector and embeddings, {held:,} bytes, must be on the first card. "))
     room = {**budgets, first: budgets[first] - held}
     rest = copy_without(model, pinned)
     names = sorted({name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()} | set(UNSPLIT_CLASSES))
@@ -61,7 +61,7 @@ def make_device_map(model: nn.Module, groups: Mapping[str, str], budgets: Budget
 
 
 def find_first_card_modules(model: nn.Module, groups: Mapping[str, str]) -> tuple[str, ...]:
-    """The outermost modules of the pinned groups, and the one that embeds text."""
+    """The outermost modules of the pinned groups, and the text embedding."""
     names = assign_groups(groups, [name for name, _ in model.named_parameters()])
     owned = {name for name, group in names.items() if group in PINNED}
     embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -74,7 +74,7 @@ def find_first_card_modules(model: nn.Module, groups: Mapping[str, str]) -> tupl
 
 
 def copy_without(module: nn.Module, names: tuple[str, ...], path: str = "") -> nn.Module:
-    """The same tree, sharing all its tensors, but for the modules in `names`."""
+    """The same module tree, sharing all tensors, without the modules in `names`."""
     clone = copy.copy(module)
     children = {name: (f"{path}.{name}".lstrip("."), child) for name, child in module.named_children()}
     clone._modules = {name: copy_without(child, names, place) for name, (place, child) in children.items() if place not in names}
@@ -82,7 +82,7 @@ def copy_without(module: nn.Module, names: tuple[str, ...], path: str = "") -> n
 
 
 def split_around(model: nn.Module, name: str, pinned: tuple[str, ...]) -> list[str]:
-    """The module itself, or of one that holds pinned ones its children, which do not."""
+    """The module itself; if it contains pinned modules, its children that do not."""
     prefix = f"{name}." if name else ""
     if not any(other.startswith(prefix) for other in pinned):
         return [name]
@@ -96,8 +96,8 @@ def module_bytes(module: nn.Module) -> int:
 
 
 def describe_shortage(model: nn.Module, budgets: Budgets, more: str = "") -> str:
-    said = ", ".join(f"{place}: {size:,}" for place, size in budgets.items())
+    each = ", ".join(f"{card}: {size:,}" for card, size in budgets.items())
     return (
-        f"the model's {module_bytes(model):,} bytes do not fit the cards of this node (bytes for weights by card: {said}). {more}\n    free their "
-        "memory, take a node with more cards, or a narrower precision; stage=quantize makes the weights smaller"
+        f"the model's {module_bytes(model):,} bytes do not fit the cards of this node (bytes for weights by card: {each}). {more}\n    free their "
+        "memory, use a node with more cards or a narrower precision, or make the weights smaller with stage=quantize"
     )

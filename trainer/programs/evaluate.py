@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trainer.checkpoint.journal import Journal, Row, weights_fingerprints, open_journal, write_rows
+from trainer.checkpoint.journal import Journal, Row, open_journal, weights_fingerprints, write_rows
 from trainer.contract import SAMPLES_FILE, SCHEMA, InputRefused, TrainResult, TrainSpec
 from trainer.contract.weight_files import hash_weights
 from trainer.data.check import DataPaths
@@ -20,7 +20,8 @@ from trainer.device.rank import Rank
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.score_change import compare_rows, compare_scores
 from trainer.observe.memory import MemoryPeaks
-from trainer.programs.dispatch import BuiltModel, prepare_data, load_samples, open_model
+from trainer.programs.inputs import load_samples, open_model, prepare_data
+from trainer.train.model import BuiltModel
 
 BASE_FILE = "samples_base.jsonl"
 
@@ -37,8 +38,8 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     """Write samples.jsonl, a row for each held-out sample, in their order. Raises InputRefused."""
     began = time.perf_counter()
     memory = MemoryPeaks(rank.device)
-    places = prepare_data(spec)
-    held_out = read_held_out(spec, places)
+    paths = prepare_data(spec)
+    held_out = read_held_out(spec, paths)
     journals: list[Journal] = []
     base = {}
     if spec.evaluation.base and held_out.samples:
@@ -71,11 +72,11 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     )
 
 
-def read_held_out(spec: TrainSpec, places: DataPaths) -> HeldOut:
+def read_held_out(spec: TrainSpec, paths: DataPaths) -> HeldOut:
     """Empty if the run has no evaluation or no held-out file."""
-    if not spec.evaluation.enabled or places.evaluation is None:
+    if not spec.evaluation.enabled or paths.evaluation is None:
         return HeldOut(samples=(), sha256="")
-    return HeldOut(samples=load_samples(places.evaluation, places), sha256=hash_sources(places.evaluation, places.images))
+    return HeldOut(samples=load_samples(paths.evaluation, paths), sha256=hash_sources(paths.evaluation, paths.images))
 
 
 def spec_of_base(spec: TrainSpec) -> TrainSpec:
@@ -94,8 +95,8 @@ def answer_with_base(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], he
 def answer(spec: TrainSpec, rank: Rank, built: BuiltModel, held_out: HeldOut, file: str) -> tuple[dict[str, float], Journal]:
     """The scores, and the journal, which is removed when the whole stage is done."""
     journal = open_journal(spec, file, rank.number, *weights_fingerprints(built.lineage), held_out.sha256)
-    place = {"rank": rank.number, "world_size": rank.world_size, "partitioned": False}
-    scores = evaluate(built.staged.model, held_out.samples, built.processor, spec, rank.torch_device, file=file, journal=journal, **place)
+    ranks = {"rank": rank.number, "world_size": rank.world_size, "partitioned": False}
+    scores = evaluate(built.staged.model, held_out.samples, built.processor, spec, rank.torch_device, file=file, journal=journal, **ranks)
     return scores, journal
 
 

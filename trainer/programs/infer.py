@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.checkpoint.journal import Journal, Row, weights_fingerprints, gather_rows, open_journal, write_rows
+from trainer.checkpoint.journal import Journal, Row, gather_rows, open_journal, weights_fingerprints, write_rows
 from trainer.contract import ANSWERS_FILE, SCHEMA, STREAM_FILE, Inference, InputRefused, RunFailed, TrainResult, TrainSpec
 from trainer.contract.weight_files import hash_weights
 from trainer.data.batch.cache import Cache
@@ -21,7 +21,8 @@ from trainer.generation.answerer import Answerer, Prepared, Question
 from trainer.generation.sampling import check_sampling
 from trainer.models.family import Processor
 from trainer.observe.memory import MemoryPeaks
-from trainer.programs.dispatch import BuiltModel, open_model
+from trainer.programs.inputs import open_model
+from trainer.train.model import BuiltModel
 
 WINDOW = 16  # batches whose rows are sorted by length together
 SHOWN = 3  # failed rows in a message

@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 
 from trainer.checkpoint.adapter import Adapter, merge_tensor, read_adapter
-from trainer.train.model import weights_folder
 from trainer.checkpoint.lineage import find_lineage
-from trainer.contract import InputRefused, Merging, WeightsLineage, RunFailed, TrainResult, TrainSpec
+from trainer.contract import InputRefused, Merging, RunFailed, TrainResult, TrainSpec, WeightsLineage
 from trainer.device.rank import Rank
-from trainer.export.derived_checkpoint import DerivedCheckpoint, write_derived_checkpoint, require_full_weights
+from trainer.export.derived_checkpoint import DerivedCheckpoint, require_full_weights, write_derived_checkpoint
 from trainer.export.probe import compare, compute_logits, make_probes, open_on_meta
 from trainer.models import find_family
 from trainer.observe.memory import MemoryPeaks
+from trainer.programs.environment import write_environment
 from trainer.tensor.naming import name_in_memory
-from trainer.tensor.stream import TensorToWrite, TensorSource, copy_tensor, open_tensors
-from trainer.programs.dispatch import write_environment_of_files
+from trainer.tensor.stream import TensorSource, TensorToWrite, copy_tensor, open_tensors
+from trainer.train.model import weights_folder
 
 
 def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
@@ -29,7 +29,7 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     began, memory = time.perf_counter(), MemoryPeaks(rank.device)
     lineage = find_lineage(spec, weights_folder(spec))
     base, folder = require_full_weights(spec, lineage, adapter=True), Path(lineage.path)
-    write_environment_of_files(spec, rank, lineage, environ)
+    write_environment(spec, rank, environ, lineage=lineage)
     memory.enter("saving")
     sources, meta_model = open_tensors(base), open_on_meta(base, spec)
     adapter = read_adapter(folder, meta_model)

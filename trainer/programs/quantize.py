@@ -12,23 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.train.model import weights_folder
 from trainer.checkpoint.lineage import find_lineage
 from trainer.contract import SAMPLES_FILE, InputRefused, Quantization, TrainResult, TrainSpec, write_text
 from trainer.device.dtype import loading_dtype
 from trainer.device.rank import Rank
 from trainer.evaluation.evaluate import evaluate
 from trainer.export.calibration import measure_inputs
-from trainer.export.derived_checkpoint import DerivedCheckpoint, write_derived_checkpoint, require_full_weights
+from trainer.export.derived_checkpoint import DerivedCheckpoint, require_full_weights, write_derived_checkpoint
 from trainer.export.nf4 import write_nf4_checkpoint
 from trainer.export.probe import open_on_meta
 from trainer.models import find_family
 from trainer.observe.memory import MemoryPeaks
 from trainer.programs.convert import compare_logits
+from trainer.programs.environment import write_environment
+from trainer.programs.inputs import load_samples, prepare_data
 from trainer.tensor.int8 import QuantizationLoss, describe_format, quantize_tensor, scale_rows
 from trainer.tensor.naming import Names, find_tied, name_in_memory
-from trainer.tensor.stream import TensorToWrite, TensorSource, copy_tensor, open_tensors
-from trainer.programs.dispatch import write_environment_of_files, prepare_data, load_samples
+from trainer.tensor.stream import TensorSource, TensorToWrite, copy_tensor, open_tensors
+from trainer.train.model import weights_folder
 
 REPORT_FILE = "quantization.json"
 SAMPLES_BEFORE_FILE = "samples_before.jsonl"  # answers of the source weights; those of the result are in samples.jsonl
@@ -40,7 +41,7 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     wanted = spec.stage.quantization or Quantization()
     lineage = find_lineage(spec, weights_folder(spec))
     folder = require_full_weights(spec, lineage, adapter=False)
-    write_environment_of_files(spec, rank, lineage, environ)
+    write_environment(spec, rank, environ, lineage=lineage)
     sources, meta_model = open_tensors(folder), open_on_meta(folder, spec)
     names = name_in_memory(meta_model, sources)
     chosen = choose_weights(meta_model, spec, names, sources)
@@ -121,8 +122,8 @@ def calibration_samples(spec: TrainSpec, wanted: Quantization) -> tuple:
     """Evenly spread over the training rows."""
     if not wanted.calibration:
         return ()
-    places = prepare_data(spec)
-    samples = load_samples(places.train, places)
+    paths = prepare_data(spec)
+    samples = load_samples(paths.train, paths)
     step = max(1, len(samples) // wanted.calibration)
     return samples[::step][: wanted.calibration]
 
@@ -141,16 +142,16 @@ def report_size(sources: Mapping[str, TensorSource], tensors: Sequence[TensorToW
 
 def compare_answers(spec: TrainSpec, rank: Rank, before: Path, after: Path) -> dict[str, float]:
     """The run's evaluation of both; {} without held-out rows."""
-    places = prepare_data(spec)
-    held_out = load_samples(places.evaluation, places) if spec.evaluation.enabled else ()
+    paths = prepare_data(spec)
+    held_out = load_samples(paths.evaluation, paths) if spec.evaluation.enabled else ()
     if not held_out:
         return {}
     found = {}
     for folder, file in ((before, SAMPLES_BEFORE_FILE), (after, SAMPLES_FILE)):
         family = find_family(spec.model.family)
         model = family.load(folder, spec.model, loading_dtype(spec.precision)).to(rank.torch_device)
-        place = {"rank": rank.number, "world_size": rank.world_size, "partitioned": False}
-        found[folder] = evaluate(model, held_out, family.load_processor(folder, spec.model), spec, rank.torch_device, file=file, **place)
+        ranks = {"rank": rank.number, "world_size": rank.world_size, "partitioned": False}
+        found[folder] = evaluate(model, held_out, family.load_processor(folder, spec.model), spec, rank.torch_device, file=file, **ranks)
     scores = {**found[after], **{f"{name}_before": value for name, value in found[before].items() if name != "count"}}
     print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     return scores

@@ -12,6 +12,7 @@ from trainer.device.rank import Rank
 from trainer.generation.answerer import Answerer
 from trainer.generation.sampling import check_sampling
 from trainer.observe.memory import MemoryPeaks
+from trainer.programs.inputs import open_model
 from trainer.serving.app import COMPLETIONS, make_app
 from trainer.serving.body import BODY_TIMEOUT_S
 from trainer.serving.chat import LATE_S, Chat
@@ -23,7 +24,6 @@ from trainer.serving.metric import OUTCOMES, Meters, make_meters
 from trainer.serving.queue import Queue
 from trainer.serving.worker import work
 from trainer.train.loop import stop_on_signals
-from trainer.programs.dispatch import open_model
 
 LAST_BYTES_S = 2.0  # for the last responses to be sent
 SETTLE_S = 0.02

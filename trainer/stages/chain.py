@@ -1,6 +1,6 @@
 """Which parameter groups a chain of stages has trained."""
 
-from trainer.contract import WeightsLineage, StageSpec
+from trainer.contract import StageSpec, WeightsLineage
 
 
 def groups_before(lineage: WeightsLineage, stage: StageSpec) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from trainer.contract import InputRefused, Lora, ModelSpec
-from trainer.stages.module import find_whole_modules, drop_input_gradients
+from trainer.stages.module import drop_input_gradients, find_whole_modules
 from trainer.stages.nf4_linears import quantize_linears
 
 REGEX = "re:"  # prefix of a target that is a regex

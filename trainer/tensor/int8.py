@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.tensor.stream import TensorToWrite, TensorSource, read_pieces
+from trainer.tensor.stream import TensorSource, TensorToWrite, read_pieces
 
 LOW, HIGH = -128, 127
 FORMAT = "pack-quantized"

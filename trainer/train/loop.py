@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.contract import RunFailed, StepRow, TrainSpec
 from trainer.distributed.engine import IGNORED, Engine, Update
 from trainer.optim.schedule import lr_at
-from trainer.train.nonfinite import StepSnapshot, gather_first_finding, take_snapshot, restore_rng, watch_modules
+from trainer.train.nonfinite import StepSnapshot, gather_first_finding, restore_rng, take_snapshot, watch_modules
 from trainer.train.watchdog import Watchdog
 
 Batches = Iterable[tuple[dict[str, Tensor], ...]]

@@ -9,7 +9,7 @@ from pathlib import Path
 from trainer.checkpoint.pending import SavedCheckpoint
 from trainer.checkpoint.resume import ResumePoint
 from trainer.checkpoint.writer import CheckpointWriter, choose_background
-from trainer.contract import WeightsLineage, StepRow, TrainSpec
+from trainer.contract import StepRow, TrainSpec, WeightsLineage
 from trainer.contract.checkpoint_files import CheckpointState
 from trainer.data.batch.assign_to_ranks import samples_of_step
 from trainer.data.batch.cache import Cache

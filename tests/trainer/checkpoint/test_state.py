@@ -15,10 +15,8 @@ from trainer.checkpoint import checkpoint
 from trainer.checkpoint.state import (
     MASTER,
     full_state_bytes,
-    gather_rng_states,
     read_scaler,
     restore_state,
-    set_rng_state,
     state_bytes,
     weights_bytes,
     write_state,
@@ -28,6 +26,7 @@ from trainer.data.batch.load import batches
 from trainer.data.check import resolve
 from trainer.data.rows.sample import read_samples
 from trainer.device.dtype import DTYPES, loading_dtype
+from trainer.device.rng import read_rng_state, set_rng_state
 from trainer.distributed.engine import Engine, start_engine
 from trainer.models import find_family
 from trainer.stages.group import apply_stage
@@ -66,7 +65,7 @@ def train(engine: Engine, spec: TrainSpec, steps: range) -> list[float]:
     samples, _ = read_samples(places.train, places.images)  # type: ignore[arg-type]
     source = batches(samples, find_family("llava").create_processor(spec.model), spec, rank=0, first_step=steps.start - 1)
     watchdog = Watchdog(timeout_s=0, rank=0, stream=sys.stderr, end=pytest.fail)
-    done = (train_step(engine, next(source), spec, step, asks=StepRequests, watchdog=watchdog, peak_bytes=0) for step in steps)
+    done = (train_step(engine, next(source), spec, step, own_requests=StepRequests, watchdog=watchdog, peak_bytes=0) for step in steps)
     return [row.loss for row, _ in done]
 
 
@@ -193,7 +192,7 @@ def test_random_numbers_go_on(tiny_spec: Any, start: Any) -> None:
 
     engine = start(tiny_spec())
     random.gauss(0, 1), numpy.random.standard_normal()  # both keep a second number for the next call
-    states = json.loads(json.dumps(gather_rng_states(engine)))[0]
+    states = json.loads(json.dumps([read_rng_state(engine.device)]))[0]
     drawn = [(random.gauss(0, 1), numpy.random.standard_normal(), torch.rand(3).tolist()) for _ in range(3)]
     set_rng_state(states, engine.device)
     assert [(random.gauss(0, 1), numpy.random.standard_normal(), torch.rand(3).tolist()) for _ in range(3)] == drawn

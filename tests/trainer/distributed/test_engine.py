@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.distributed.zero3 import partition_model
 from trainer.contract import RunFailed, StepRow, TrainSpec, write
 from trainer.data.batch.load import batches
 from trainer.data.check import resolve
@@ -16,6 +15,7 @@ from trainer.data.rows.sample import read_samples
 from trainer.device.dtype import loading_dtype
 from trainer.distributed.effective_config import read_effective_config
 from trainer.distributed.engine import IGNORED, Engine, start_engine
+from trainer.distributed.zero3 import partition_model
 from trainer.models import find_family
 from trainer.stages.group import apply_stage
 from trainer.train.loop import StepRequests, train_step
@@ -53,7 +53,7 @@ def steps_of(spec: TrainSpec) -> Iterator[tuple[dict[str, torch.Tensor], ...]]:
 
 def one_step(engine: Engine, batch: tuple[dict[str, torch.Tensor], ...], spec: TrainSpec, step: int = 1) -> StepRow:
     watchdog = Watchdog(timeout_s=0, rank=0, stream=sys.stderr, end=pytest.fail)
-    row, _ = train_step(engine, batch, spec, step, asks=StepRequests, watchdog=watchdog, peak_bytes=0)
+    row, _ = train_step(engine, batch, spec, step, own_requests=StepRequests, watchdog=watchdog, peak_bytes=0)
     return row
 
 

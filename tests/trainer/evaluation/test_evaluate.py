@@ -10,7 +10,7 @@ from trainer.contract import Evaluation, Template
 from trainer.data.batch.collate import collate, collate_prompts
 from trainer.data.check import resolve
 from trainer.data.rows.sample import read_samples
-from trainer.evaluation.evaluate import end_ids, evaluate, read_answer, batches_of_rank
+from trainer.evaluation.evaluate import batches_of_rank, end_ids, evaluate, read_answer
 from trainer.models import find_family
 from trainer.models.tiny import tiny_tokenizer
 

@@ -4,7 +4,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from trainer.memory_model.allocation_tracker import AllocationTracker
-from trainer.memory_model.fake_tensors import FakeTensors, fake_attention, empty_weights, kernels_of_an_accelerator
+from trainer.memory_model.fake_tensors import FakeTensors, empty_weights, fake_attention, kernels_of_an_accelerator
 
 LARGE = (1024, 64)  # more than phantom.REAL_BYTES in float32
 

@@ -8,7 +8,7 @@ import torch
 from tests.trainer.models.conftest import Made
 from trainer.data.batch.collate import collate
 from trainer.data.rows.sample import Sample
-from trainer.evaluation.teacher_forcing import add_scores, figures, score_tokens, label_last_answer
+from trainer.evaluation.teacher_forcing import add_scores, figures, label_last_answer, score_tokens
 
 
 def test_they_are_those_of_the_whole_logits(tiny: Made, samples: tuple[Sample, ...], monkeypatch: pytest.MonkeyPatch) -> None:

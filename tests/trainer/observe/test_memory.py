@@ -70,7 +70,7 @@ def test_the_window_traces_its_steps_and_no_other(tiny_spec: Any, capfd: pytest.
     spec = replace(tiny_spec(), profile=Profile(start=3, steps=2))
     window = ProfilerWindow(spec, DEVICES["cpu"], rank=0)
     for step in range(1, 8):
-        window.reach(step)
+        window.before_step(step)
         with torch.profiler.record_function(f"step {step}"):
             torch.ones(4).sum()
     window.close()
@@ -85,9 +85,9 @@ def test_only_the_ranks_that_are_asked_for_trace_and_an_open_window_is_written(t
     spec = replace(tiny_spec(), profile=Profile(start=2, steps=9))
     for rank, ranks in ((1, "first"), (1, "all")):
         window = ProfilerWindow(replace(spec, profile=replace(spec.profile, ranks=ranks)), DEVICES["cpu"], rank=rank)  # type: ignore[arg-type]
-        window.reach(5)
+        window.before_step(5)
         window.close()
         assert len(list((Path(spec.output) / "profile").glob("rank-001.*"))) == (ranks == "all")
     never = ProfilerWindow(replace(spec, profile=Profile()), DEVICES["cpu"], rank=0)
-    never.reach(10)
+    never.before_step(10)
     assert never.running is None

@@ -25,10 +25,10 @@ def needs(module: str) -> pytest.MarkDecorator:
 def tell(spec: TrainSpec, name: str, *, first: int = 1, last: int = 3) -> Path:
     """Rows of some steps, and the answers of an evaluation. Returns the tracker's folder."""
     spec = replace(spec, trackers=(name,))
-    with open_trackers(spec, {"seed": spec.seed, "stage.name": "full"}, {}, step=first - 1, tells=True) as audience:
+    with open_trackers(spec, {"seed": spec.seed, "stage.name": "full"}, {}, step=first - 1, writes=True) as trackers:
         for step in range(first, last + 1):
-            audience.log(step, {"loss": 1.0 / step, "evaluation/exact_match": 0.5})
-        audience.samples(last, ANSWERS)
+            trackers.log(step, {"loss": 1.0 / step, "evaluation/exact_match": 0.5})
+        trackers.samples(last, ANSWERS)
     return Path(spec.output) / "tracker" / name
 
 
@@ -150,9 +150,9 @@ def test_a_slow_one_holds_up_no_step_and_is_left_at_the_end(
     monkeypatch.setattr(tracker, "CLOSE_S", 0.1)
     spec = replace(tiny_spec(), trackers=("slow",))
     began = time.monotonic()
-    with open_trackers(spec, {}, {}, step=0, tells=True) as audience:
+    with open_trackers(spec, {}, {}, step=0, writes=True) as trackers:
         for step in range(5):
-            audience.log(step, {"loss": 1.0})
+            trackers.log(step, {"loss": 1.0})
         assert time.monotonic() - began < 0.3
     assert "the tracker slow has not taken everything within 0.1 s and is left" in capsys.readouterr().out
 
@@ -160,8 +160,8 @@ def test_a_slow_one_holds_up_no_step_and_is_left_at_the_end(
 def test_ranks_that_do_not_tell_open_none(tiny_spec: Any, known: Any) -> None:
     known("never", lambda _: pytest.fail("opened"))
     spec = replace(tiny_spec(), trackers=("never",))
-    with open_trackers(spec, {}, {}, step=0, tells=False) as audience:
-        audience.log(1, {"loss": 1.0})
+    with open_trackers(spec, {}, {}, step=0, writes=False) as trackers:
+        trackers.log(1, {"loss": 1.0})
     assert not (Path(spec.output) / "tracker").exists()
 
 
@@ -183,8 +183,8 @@ def test_one_that_is_only_the_default_and_missing_is_said_once_and_left_out(
     spec = replace(tiny_spec(), trackers=("tensorboard", "there"), trackers_named=False)
     refuse_missing(spec)
     for rank in range(2):
-        with open_trackers(spec, {}, {}, step=0, tells=rank == 0) as audience:
-            audience.log(1, {"loss": 1.0})
+        with open_trackers(spec, {}, {}, step=0, writes=rank == 0) as trackers:
+            trackers.log(1, {"loss": 1.0})
     said = capsys.readouterr().out
     assert said.count("tensorboard, the default, is left out, since the package tensorboard is not installed") == 1
     assert "metrics.jsonl has every row" in said and "run.trackers=[]" in said

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trainer.optim import adamw as optimizer
-from trainer.optim.adamw import StochasticAdamW, ParameterSlice
+from trainer.optim.adamw import ParameterSlice, StochasticAdamW
 
 STEPS = 3000
 

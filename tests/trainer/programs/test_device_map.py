@@ -11,7 +11,14 @@ from tests.trainer.models.conftest import model_spec
 from trainer.contract import InputRefused, TrainSpec
 from trainer.device.device import DEVICES
 from trainer.models import find_family
-from trainer.programs.device_map import WEIGHT_SHARE, module_bytes, find_first_card_modules, make_device_map, measure_free_memory, dispatch_over_cards
+from trainer.programs.device_map import (
+    WEIGHT_SHARE,
+    dispatch_over_cards,
+    find_first_card_modules,
+    make_device_map,
+    measure_free_memory,
+    module_bytes,
+)
 
 NAMES = ("tiny_llava", "tiny_qwen2_5_vl", "tiny_internvl", "tiny_minicpm_v_2_6", "tiny_omnilmm_3b", "tiny_omnilmm_12b")
 

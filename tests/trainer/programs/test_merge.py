@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from tests.trainer.models.conftest import TINY
-from tests.trainer.product import carry_out, stage_spec, write_adapter, write_model
+from tests.trainer.product import run_program, stage_spec, write_adapter, write_model
 from trainer.checkpoint.checkpoint import require_whole
 from trainer.contract import InputRefused, Merging, ModelSpec, RunFailed, TrainResult
 from trainer.contract.checkpoint_files import newest_checkpoint
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def merge(model: ModelSpec, adapter: Path, output: Path, **options: Any) -> TrainResult:
-    return carry_out(stage_spec("merge", model, adapter, output, merging=Merging(**options)))
+    return run_program(stage_spec("merge", model, adapter, output, merging=Merging(**options)))
 
 
 def values_of(folder: Path) -> dict[str, torch.Tensor]:

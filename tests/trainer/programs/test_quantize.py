@@ -14,11 +14,11 @@ from compressed_tensors.utils.match import match_name
 from transformers import LlavaForConditionalGeneration
 
 from tests.trainer.models.conftest import TINY, model_spec
-from tests.trainer.product import carry_out, stage_spec, write_adapter, write_model
+from tests.trainer.product import run_program, stage_spec, write_adapter, write_model
 from trainer.contract import SAMPLES_FILE, DataSpec, InputRefused, ModelSpec, Quantization, TrainResult
 from trainer.models import find_family
 from trainer.programs.quantize import REPORT_FILE, SAMPLES_BEFORE_FILE, outermost
-from trainer.tensor.int8 import choose_scales, describe_format, output_error, pack, round_weight, dequantize_sources, unpack
+from trainer.tensor.int8 import choose_scales, dequantize_sources, describe_format, output_error, pack, round_weight, unpack
 from trainer.tensor.naming import name_in_memory
 from trainer.tensor.stream import open_tensors
 
@@ -27,7 +27,7 @@ Q_PROJ = "language_model.model.layers.0.self_attn.q_proj.weight"
 
 
 def quantize(model: ModelSpec, checkpoint: Path, output: Path, **options: Any) -> TrainResult:
-    return carry_out(stage_spec("quantize", model, checkpoint, output, quantization=Quantization(**{"compare": False, **options})))
+    return run_program(stage_spec("quantize", model, checkpoint, output, quantization=Quantization(**{"compare": False, **options})))
 
 
 def values_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -155,7 +155,7 @@ def test_it_is_calibrated_and_compared_on_the_data_of_the_run(tmp_path: Path, di
     options = Quantization(calibration=6, probes=2)
     spec = stage_spec("quantize", model, tmp_path / "base", tmp_path / "run", quantization=options)
     data = DataSpec(name="digits", builtin="digits", root=str(digits), train="", evaluation="", images="", max_length=128, workers=0)
-    result = carry_out(replace(spec, data=data))
+    result = run_program(replace(spec, data=data))
     assert {"exact_match", "exact_match_before"} <= result.evaluation.keys() and result.evaluation["count"] == 24
     for file in (SAMPLES_FILE, SAMPLES_BEFORE_FILE):
         assert len((tmp_path / "run" / file).read_text(encoding="utf-8").splitlines()) == 24

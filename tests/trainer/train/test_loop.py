@@ -91,7 +91,7 @@ def test_a_step_divides_by_the_trained_tokens_of_all_its_parts(spec: TrainSpec) 
 def test_what_a_rank_asks_for_comes_back_with_the_step(spec: TrainSpec) -> None:
     wishes = [StepRequests(save=True), StepRequests(failed=True), StepRequests()]
     asked, seen = list(wishes), []
-    run(spec, ScriptedEngine([1.0] * 3), [(batch(1),)] * 3, asks=lambda: asked.pop(0), between=lambda *pair: seen.append(pair))
+    run(spec, ScriptedEngine([1.0] * 3), [(batch(1),)] * 3, own_requests=lambda: asked.pop(0), after_step=lambda *pair: seen.append(pair))
     assert seen == list(enumerate(wishes, start=1))
 
 
@@ -104,25 +104,25 @@ def test_the_row_is_written_under_watch_and_nothing_is_between_two_steps(spec: T
         step, phase, _, ends = watchdog.current
         seen.append((step, phase, ends))
 
-    between: list[Any] = []
+    after_step: list[Any] = []
     run(
         spec,
         ScriptedEngine([1.0] * 3),
         [(batch(1),)] * 3,
         watchdog=watchdog,
         write=note,
-        between=lambda *_: between.append(watchdog.current),
+        after_step=lambda *_: after_step.append(watchdog.current),
     )
     row = "exchange of the row"
     assert seen == [(1, row, True), (2, row, True), (3, row, True)]
-    assert between == [None] * 3
+    assert after_step == [None] * 3
     assert watchdog.current is None
 
 
 def test_a_signal_ends_the_loop_after_the_step_that_it_met(spec: TrainSpec) -> None:
     with stop_on_signals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        progress, rows = run(replace(spec, save_every=1), ScriptedEngine([1.0] * 3), [(batch(1),)] * 3, asks=lambda: StepRequests(stop=stop.up))
+        progress, rows = run(replace(spec, save_every=1), ScriptedEngine([1.0] * 3), [(batch(1),)] * 3, own_requests=lambda: StepRequests(stop=stop.up))
     assert (progress.step, progress.stopped, len(rows)) == (1, True, 1)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -134,7 +134,7 @@ def test_a_signal_in_the_middle_of_a_step_ends_the_loop_with_that_step(spec: Tra
             return super().step(lr)
 
     with stop_on_signals() as stop:
-        progress, rows = run(spec, Interrupted([1.0] * 3), [(batch(1),)] * 3, asks=lambda: StepRequests(stop=stop.up))
+        progress, rows = run(spec, Interrupted([1.0] * 3), [(batch(1),)] * 3, own_requests=lambda: StepRequests(stop=stop.up))
     assert (progress.step, progress.stopped, len(rows)) == (1, True, 1)
 
 
@@ -156,7 +156,7 @@ def test_a_loss_that_is_no_number_names_step_and_samples_after_a_rescue(loss: fl
 
     said = r"step 2: the loss is (nan|inf).*every layer's output and gradient is finite.*Its samples: rows of 2\. Kept: 1\."
     with pytest.raises(RunFailed, match=said):
-        run(spec, ScriptedEngine([1.0, loss]), [(batch(1),)] * 3, rescue=rescue)
+        run(spec, ScriptedEngine([1.0, loss]), [(batch(1),)] * 3, save_last_good=rescue)
     assert rescued == [1]
 
 
@@ -165,7 +165,7 @@ def test_a_rescue_that_fails_is_told_with_its_cause(spec: TrainSpec) -> None:
         raise RunFailed("the disk is full.")
 
     with pytest.raises(RunFailed, match=r"step 1: the loss is nan.*rows of 1\. the disk is full\."):
-        run(spec, ScriptedEngine([math.nan]), [(batch(1),)] * 3, rescue=rescue)
+        run(spec, ScriptedEngine([math.nan]), [(batch(1),)] * 3, save_last_good=rescue)
 
 
 def test_a_gradient_that_is_no_number_fails_too(spec: TrainSpec) -> None:

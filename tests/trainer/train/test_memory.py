@@ -9,11 +9,11 @@ import torch
 
 from tests.trainer.conftest import cpu_adam_is_built
 from tests.trainer.distributed.test_engine import one_step, steps_of
-from trainer.distributed.zero3 import partition_model
 from trainer.contract import Lora, Precision, StageSpec, TrainSpec
 from trainer.device.dtype import loading_dtype
 from trainer.distributed.effective_config import read_effective_config
 from trainer.distributed.engine import Engine, start_engine
+from trainer.distributed.zero3 import partition_model
 from trainer.models import find_family
 from trainer.stages.gradient_checkpointing import checkpoint_layers
 from trainer.stages.group import apply_stage

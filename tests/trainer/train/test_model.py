@@ -5,9 +5,9 @@ import torch
 
 import trainer.train.model
 from tests.trainer.models.conftest import TINY, model_spec
-from trainer.train.model import count_parameters, default_dtype, create_random, create_on_meta
 from trainer.models import find_family
 from trainer.models.weight import round_weights
+from trainer.train.model import count_parameters, create_on_meta, create_random, default_dtype
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -115,14 +115,14 @@ def test_a_loss_that_is_no_number_is_never_the_best() -> None:
 
 def stop_in_the_second_step() -> None:
     """SIGTERM, so that the run ends at a step whose evaluation is due."""
-    before = trainer.train.step_hooks.StepHooks.asks
+    before = trainer.train.step_hooks.StepHooks.requests
 
-    def asks(self: Any, stop: Any) -> Any:
-        if self.window.first and self.spec.steps == 5 and (Path(self.spec.output) / METRICS_FILE).read_text().count("\n") == 1:
+    def requests(self: Any, stop: Any) -> Any:
+        if self.profiler.first and self.spec.steps == 5 and (Path(self.spec.output) / METRICS_FILE).read_text().count("\n") == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return before(self, stop)
 
-    trainer.train.step_hooks.StepHooks.asks = asks  # type: ignore[method-assign]
+    trainer.train.step_hooks.StepHooks.requests = requests  # type: ignore[method-assign]
 
 
 def test_an_evaluation_that_a_stop_left_out_is_made_up_for(tiny_spec: Any) -> None:
