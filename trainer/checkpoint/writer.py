@@ -47,7 +47,7 @@ class CheckpointWriter:
         self, engine: Engine, processor: Processor, spec: TrainSpec, *, data_sha256: str, lineage: WeightsLineage, background: bool = False
     ) -> None:
         self.engine, self.processor, self.spec, self.background = engine, processor, spec, background
-        self.context = {"data_sha256": data_sha256, "origin": lineage}
+        self.context = {"data_sha256": data_sha256, "lineage": lineage}
         self.thread: threading.Thread | None = None
         self.problem = ""  # of this rank's thread
         self.abandoned = threading.Event()

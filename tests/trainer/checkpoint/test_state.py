@@ -146,7 +146,7 @@ def test_other_parameters_are_refused(tiny_spec: Any, start: Any, tmp_path: Path
     spec = tiny_spec()
     write_state(start(spec), tmp_path, writers=1)
     other = start(tiny_spec("other", changes={"stage": replace(spec.stage, trainable=("projector",))}))
-    with pytest.raises(InputRefused, match="holds other trained parameters than this stage has, as "):
+    with pytest.raises(InputRefused, match="was saved with other trained parameters than this stage has, as "):
         restore_state(other, tmp_path, seed=0, step=0, world_size=1)
 
 
@@ -162,7 +162,7 @@ def test_random_numbers_of_another_kind_of_device_begin_anew(
     rest["random"][0]["accelerator"] = "npu"
     (tmp_path / "rest.json").write_text(json.dumps(rest))
     restore_state(engine, tmp_path, seed=0, step=2, world_size=1)
-    assert "it was saved on npu, this is cpu: equal up to rounding" in capsys.readouterr().out and said == ""
+    assert "the checkpoint was saved on npu, this is cpu: equal up to rounding" in capsys.readouterr().out and said == ""
     assert not torch.equal(torch.rand(3), same)
 
 
@@ -176,13 +176,13 @@ def test_a_disk_that_is_too_small_for_the_run_is_said_before_the_first_step(
     assert state_bytes(engine) == expected == full_state_bytes(engine)
     assert weights_bytes(engine) == sum(tensor.numel() * tensor.element_size() for _, tensor in engine.model.named_parameters())
     capsys.readouterr()  # DeepSpeed has spoken
-    checkpoint.warn_of_room(engine, spec)
+    checkpoint.warn_if_disk_is_small(engine, spec)
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(checkpoint, "ROOM_BYTES", 2**60)
-    checkpoint.warn_of_room(engine, replace(spec, save_every=0))
+    monkeypatch.setattr(checkpoint, "MARGIN_BYTES", 2**60)
+    checkpoint.warn_if_disk_is_small(engine, replace(spec, save_every=0))
     assert capsys.readouterr().out == ""
-    checkpoint.warn_of_room(engine, spec)
-    assert "GiB of room, and 3 more checkpoints need" in capsys.readouterr().out
+    checkpoint.warn_if_disk_is_small(engine, spec)
+    assert "GiB free, and 3 more checkpoints need" in capsys.readouterr().out
 
 
 def test_random_numbers_go_on(tiny_spec: Any, start: Any) -> None:
@@ -204,7 +204,7 @@ def test_random_numbers_go_on(tiny_spec: Any, start: Any) -> None:
 def test_shards_are_bounded_and_a_tensor_is_read_in_spans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard, "SHARD_BYTES", 100)
     tensors = {f"t{n}": torch.arange(n * 10, dtype=torch.float32).view(n, 10).to(torch.bfloat16) for n in range(1, 8)}
-    shards = shard.Shards(tmp_path, "state-000")
+    shards = shard.ShardWriter(tmp_path, "state-000")
     for name, tensor in tensors.items():
         shards.add(name, tensor)
     shards.flush()
@@ -216,7 +216,7 @@ def test_shards_are_bounded_and_a_tensor_is_read_in_spans(tmp_path: Path, monkey
 
 
 def test_a_full_disk_is_said_and_the_writer_goes_on_taking_tensors(tmp_path: Path) -> None:
-    shards = shard.Shards(tmp_path / "nowhere", "state-000")
+    shards = shard.ShardWriter(tmp_path / "nowhere", "state-000")
     for name in ("a", "b"):
         shards.add(name, torch.zeros(4))
         shards.flush()

@@ -9,7 +9,7 @@ import pytest
 
 from trainer.device.log_prefix import PIECE_BYTES, copy_with_prefix, write_all
 
-BEGIN = "import os, sys\nfrom trainer.device.log_prefix import named_lines\nwith named_lines(os.environ):\n"
+BEGIN = "import os, sys\nfrom trainer.device.log_prefix import prefix_lines\nwith prefix_lines(os.environ):\n"
 
 
 def printed(code: str, *, ranks: int = 2, **named: object) -> tuple[str, int]:

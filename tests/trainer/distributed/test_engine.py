@@ -145,7 +145,7 @@ def test_another_config_than_planned_is_refused(changes: dict[str, Any], said: s
     if said is None:
         assert read_effective_config(start(spec))["zero_stage"] == 2
         return
-    with pytest.raises(RunFailed, match="DeepSpeed did not take the planned config") as refused:
+    with pytest.raises(RunFailed, match="DeepSpeed does not use the planned config") as refused:
         start(spec)
     assert said in str(refused.value)
 

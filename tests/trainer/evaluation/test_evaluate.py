@@ -104,8 +104,8 @@ def test_the_loss_is_the_mean_over_every_answer_once(ranks: int, ready: Any, mon
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
 
     said: list[tuple[float, int]] = []
-    monkeypatch.setattr("trainer.evaluation.evaluate.mean_loss", lambda losses, _: said.extend(losses) or 0.0)
-    monkeypatch.setattr("trainer.evaluation.evaluate.gather_rows", lambda rows, _: rows)
+    monkeypatch.setattr("trainer.evaluation.evaluate.mean_loss", lambda losses: said.extend(losses) or 0.0)
+    monkeypatch.setattr("trainer.evaluation.evaluate.merge_rows", lambda rows: rows)
     for rank in range(ranks):
         place = {"rank": rank, "world_size": ranks, "partitioned": False, "file": f"samples/rank-{rank}.jsonl"}
         evaluate(model, samples, processor, spec, torch.device("cpu"), **place, loss_sum=loss_sum)

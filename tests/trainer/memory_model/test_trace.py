@@ -154,7 +154,7 @@ def test_adapters_as_large_as_those_of_a_real_model_are_fake_too(tmp_path: Path)
 
 def test_an_evaluation_has_no_step(tmp_path: Path) -> None:
     spec = spec_of(CASES[0], tmp_path)
-    with pytest.raises(InputRefused, match="a step of training"):
+    with pytest.raises(InputRefused, match="a training step"):
         trace(replace(spec, stage=replace(spec.stage, kind="evaluate")))
 
 

@@ -131,7 +131,7 @@ def test_one_that_raises_is_told_once_and_hears_no_more(tiny_spec: Any, known: A
     known("broken", Broken)
     tell(tiny_spec(), "broken", last=5)
     said = capsys.readouterr().out
-    assert said.count("the tracker broken has failed and hears no more of this run, which goes on: OSError: No space left on device") == 1
+    assert said.count("the tracker broken has failed and gets no more data of this run, which continues: OSError: No space left on device") == 1
 
 
 def test_one_that_cannot_be_opened_ends_no_run(tiny_spec: Any, known: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +154,7 @@ def test_a_slow_one_holds_up_no_step_and_is_left_at_the_end(
         for step in range(5):
             trackers.log(step, {"loss": 1.0})
         assert time.monotonic() - began < 0.3
-    assert "the tracker slow has not taken everything within 0.1 s and is left" in capsys.readouterr().out
+    assert "the tracker slow has not written everything within 0.1 s and is abandoned" in capsys.readouterr().out
 
 
 def test_ranks_that_do_not_tell_open_none(tiny_spec: Any, known: Any) -> None:

@@ -110,7 +110,7 @@ def test_code_in_a_bin_file_is_never_run(plain: tuple[ModelSpec, Path], tmp_path
     find_family("llava").load_processor(base, model).save(folder)
     (folder / "config.json").write_bytes((base / "config.json").read_bytes())
     torch.save({"weight": Planted(proof)}, folder / PICKLED)
-    with pytest.raises(InputRefused, match=r"no file of tensors"):
+    with pytest.raises(InputRefused, match=r"not a file of tensors"):
         convert(model, folder, tmp_path / "run")
     assert not proof.exists()
 
@@ -188,5 +188,5 @@ def test_what_is_kept_computes_in_float32_among_16_bits(plain: tuple[ModelSpec, 
 def test_an_adapter_is_merged_before_it_is_converted(plain: tuple[ModelSpec, Path], tmp_path: Path) -> None:
     model, base = plain
     write_adapter(model, base, tmp_path / "adapter")
-    with pytest.raises(InputRefused, match=r"is an adapter, and convert works on whole weights. Merge it first: .*stage=merge"):
+    with pytest.raises(InputRefused, match=r"is an adapter, and convert needs full weights. Merge it first: .*stage=merge"):
         convert(model, tmp_path / "adapter", tmp_path / "run")

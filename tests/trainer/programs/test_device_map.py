@@ -63,7 +63,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     with pytest.raises(InputRefused, match=rf"{module_bytes(model):,} bytes do not fit.*0: 1,600,000, 1: 1,000\)") as refused:
         dispatch_over_cards(model, groups, {0: 1_600_000, 1: 1_000})
     assert "\n    free their memory" in str(refused.value)
-    with pytest.raises(InputRefused, match="belong on the first"):
+    with pytest.raises(InputRefused, match="must be on the first card"):
         make_device_map(model, groups, {0: 1000, 1: 10**9})
 
 

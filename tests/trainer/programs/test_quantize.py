@@ -175,10 +175,10 @@ def test_what_cannot_be_quantized_is_refused(made: tuple[ModelSpec, Path, Path],
     model, base, folder = made
     with pytest.raises(InputRefused, match=r"no linear layer is left to quantize"):
         quantize(model, base, tmp_path / "none", keep=("vision", "projector", "lm", "head"))
-    with pytest.raises(InputRefused, match=r"is quantized already \(compressed-tensors\). Take the weights that it was made of"):
+    with pytest.raises(InputRefused, match=r"is quantized already \(compressed-tensors\). Use the weights that it was made from"):
         quantize(model, folder, tmp_path / "twice")
-    with pytest.raises(InputRefused, match=r"scheme=nf4: there is not a kernel for it on cpu.*scheme=int8"):
+    with pytest.raises(InputRefused, match=r"scheme=nf4: a kernel for cpu is missing.*scheme=int8"):
         quantize(model, base, tmp_path / "nf4", scheme="nf4")
     write_adapter(model, base, tmp_path / "adapter")
-    with pytest.raises(InputRefused, match=r"is an adapter, and quantize works on whole weights. Merge it first"):
+    with pytest.raises(InputRefused, match=r"is an adapter, and quantize needs full weights. Merge it first"):
         quantize(model, tmp_path / "adapter", tmp_path / "adapted")

@@ -110,7 +110,7 @@ def test_lora_on_a_checkpoint_is_a_peft_adapter_that_evaluates(tiny_spec: Any, t
 def test_what_cannot_start_says_why_and_ends_with_two(tiny_spec: Any, torchrun: Any) -> None:
     spec = tiny_spec(changes={"stage": replace(EVALUATE, checkpoint="/nowhere/step-000001")})
     ended = torchrun(spec)
-    assert "stage.checkpoint: /nowhere/step-000001 is not a whole checkpoint: there is no such folder" in ended.text
+    assert "stage.checkpoint: /nowhere/step-000001 is not a complete checkpoint: there is no such folder" in ended.text
     assert read(FailureReport, Path(spec.output) / "failure-rank0.json").code == Exit.USAGE
     assert not (Path(spec.output) / "train_result.json").exists()
 

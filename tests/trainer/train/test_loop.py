@@ -63,11 +63,11 @@ def run(
         "done": Progress(),
         "watchdog": Watchdog(timeout_s=0, rank=0, stream=sys.stderr, end=pytest.fail),
         "write": rows.append,
-        "asks": StepRequests,
-        "between": lambda *_: None,
+        "own_requests": StepRequests,
+        "after_step": lambda *_: None,
         "peak_bytes": lambda: 2048,
         "name_samples": lambda step: f"rows of {step}",
-        "rescue": lambda step: f"Kept: {step}.",
+        "save_last_good": lambda step: f"Kept: {step}.",
     }
     return train(engine, steps, spec, **{**arguments, **changes}), rows  # type: ignore[arg-type]
 
@@ -128,13 +128,13 @@ def test_a_signal_ends_the_loop_after_the_step_that_it_met(spec: TrainSpec) -> N
 
 
 def test_a_signal_in_the_middle_of_a_step_ends_the_loop_with_that_step(spec: TrainSpec) -> None:
-    class Interrupted(ScriptedEngine):
+    class InterruptedEngine(ScriptedEngine):
         def step(self, lr: float) -> Update:
             os.kill(os.getpid(), signal.SIGTERM)
             return super().step(lr)
 
     with stop_on_signals() as stop:
-        progress, rows = run(spec, Interrupted([1.0] * 3), [(batch(1),)] * 3, own_requests=lambda: StepRequests(stop=stop.up))
+        progress, rows = run(spec, InterruptedEngine([1.0] * 3), [(batch(1),)] * 3, own_requests=lambda: StepRequests(stop=stop.up))
     assert (progress.step, progress.stopped, len(rows)) == (1, True, 1)
 
 
@@ -150,22 +150,22 @@ def test_steps_that_are_done_are_counted_and_not_done_again(spec: TrainSpec) -> 
 def test_a_loss_that_is_no_number_names_step_and_samples_after_a_rescue(loss: float, spec: TrainSpec) -> None:
     rescued: list[int] = []
 
-    def rescue(step: int) -> str:
+    def save_last_good(step: int) -> str:
         rescued.append(step)
         return f"Kept: {step}."
 
-    said = r"step 2: the loss is (nan|inf).*every layer's output and gradient is finite.*Its samples: rows of 2\. Kept: 1\."
+    said = r"step 2: the loss is (nan|inf).*every layer's output and gradient was finite.*Its samples: rows of 2\. Kept: 1\."
     with pytest.raises(RunFailed, match=said):
-        run(spec, ScriptedEngine([1.0, loss]), [(batch(1),)] * 3, save_last_good=rescue)
+        run(spec, ScriptedEngine([1.0, loss]), [(batch(1),)] * 3, save_last_good=save_last_good)
     assert rescued == [1]
 
 
 def test_a_rescue_that_fails_is_told_with_its_cause(spec: TrainSpec) -> None:
-    def rescue(_: int) -> str:
+    def save_last_good(_: int) -> str:
         raise RunFailed("the disk is full.")
 
     with pytest.raises(RunFailed, match=r"step 1: the loss is nan.*rows of 1\. the disk is full\."):
-        run(spec, ScriptedEngine([math.nan]), [(batch(1),)] * 3, save_last_good=rescue)
+        run(spec, ScriptedEngine([math.nan]), [(batch(1),)] * 3, save_last_good=save_last_good)
 
 
 def test_a_gradient_that_is_no_number_fails_too(spec: TrainSpec) -> None:

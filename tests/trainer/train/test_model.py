@@ -13,7 +13,7 @@ from trainer.train.model import count_parameters, create_on_meta, create_random,
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_on_the_cpu_any_size_is_drawn_in_float32_and_rounded(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer.train.model, "LARGE", 0)
+    monkeypatch.setattr(trainer.train.model, "LARGE_PARAMETERS", 0)
     spec = model_spec(name)
     family = find_family(spec.family)
     torch.manual_seed(3)
@@ -31,7 +31,7 @@ def test_a_large_one_is_made_on_the_device_and_in_its_dtype(name: str, monkeypat
     family = find_family(spec.family)
     small = create_random(spec, family, torch.bfloat16, place)
     assert {parameter.device.type for parameter in small.parameters()} == {"cpu"}
-    monkeypatch.setattr(trainer.train.model, "LARGE", count_parameters(spec, family) - 1)
+    monkeypatch.setattr(trainer.train.model, "LARGE_PARAMETERS", count_parameters(spec, family) - 1)
     large = create_random(spec, family, torch.bfloat16, place)
     assert {parameter.device.type for parameter in large.parameters()} == {"meta"}
     pairs = zip(tensors(small), tensors(large), strict=True)
@@ -43,7 +43,7 @@ def test_a_large_one_is_made_on_the_device_and_in_its_dtype(name: str, monkeypat
 def test_a_large_one_that_no_device_has_room_for_is_drawn_on_the_host_and_in_its_dtype(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer.train.model, "LARGE", 0)
+    monkeypatch.setattr(trainer.train.model, "LARGE_PARAMETERS", 0)
     spec = model_spec("tiny_llava")
     family = find_family(spec.family)
     torch.manual_seed(3)

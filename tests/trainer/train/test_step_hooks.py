@@ -191,5 +191,5 @@ def test_by_the_clock_of_rank_0_all_ranks_save(tiny_spec: Any) -> None:
 def test_keeping_the_best_without_a_measure_is_refused(tiny_spec: Any) -> None:
     spec = tiny_spec(changes={"keep_best": "loss", "evaluation": replace(EVALUATION, every=2)})
     gone = expect(run_ranks(spec), Exit.USAGE)
-    assert "run.keep_best=loss: no evaluation tells it. Set run.evaluation.loss=true, or leave run.keep_best empty." in gone.text
+    assert "run.keep_best=loss: no evaluation measures it. Set run.evaluation.loss=true, or leave run.keep_best empty." in gone.text
     assert not (Path(spec.output) / "checkpoints").exists()

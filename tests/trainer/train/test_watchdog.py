@@ -61,7 +61,7 @@ def test_between_steps_and_when_switched_off_it_sleeps(log: io.TextIOWrapper) ->
         watchdog.check(time.monotonic() + 1000)
     never = Watchdog(timeout_s=0, rank=0, stream=log, end=pytest.fail)
     never.begin(1, "data")
-    never.look(time.monotonic() + 1000)
+    never.check(time.monotonic() + 1000)
     assert said(log) == ""
 
 
