@@ -142,8 +142,6 @@ def has_tensor(model: torch.nn.Module, name: str) -> bool:
         return False
 
 
-
-
 def refuse_variant(folder: Path, config: Mapping[str, Any]) -> None:
     wrong = [f"{key} is {value!r}" for key, value in config.items() if value and key not in READ]
     if (start := config.get("init_lora_weights")) not in PLAIN_STARTS:
@@ -180,8 +178,6 @@ def refuse_misfits(folder: Path, adapter: Adapter, model: torch.nn.Module) -> No
             f"{folder} changes {', '.join(both)}, which the base uses in two places (tied embeddings): merged, both would change, or the "
             "model would grow. Train the adapter without it."
         )
-
-
 
 
 def merge_tensor(name: str, memory: str, base: TensorSource, adapter: Adapter) -> TensorToWrite:

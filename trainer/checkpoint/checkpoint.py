@@ -28,8 +28,6 @@ REMOVED = ".{name}.removed"
 MARGIN_BYTES = 64 * 2**20  # for everything except the tensors
 
 
-
-
 def prune(spec: TrainSpec) -> None:
     """Remove all but the newest `keep_checkpoints` and the best one, and what killed ranks left half-written or half-removed. Folders that
     cannot be removed are reported; the run continues."""
@@ -102,8 +100,6 @@ def sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
-
-
 
 
 def require_whole(folder: Path, key: str) -> None:

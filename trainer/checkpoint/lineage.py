@@ -55,8 +55,6 @@ def fingerprint_weights(folder: Path) -> str:
     return hash_weights(folder, most_bytes=FINGERPRINT_BYTES)
 
 
-
-
 def refuse_family(spec: TrainSpec, folder: Path, state: CheckpointState | None) -> None:
     """If the checkpoint names its family: before anything is loaded, and for an adapter, whose config names no family."""
     family = state.spec.get("model.family", spec.model.family) if state else spec.model.family

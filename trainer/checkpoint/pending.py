@@ -56,7 +56,9 @@ class PendingCheckpoint:
         return self.state.step
 
 
-def plan_checkpoint(engine: Engine, spec: TrainSpec, step: int, weights: dict[str, Tensor], *, data_sha256: str, lineage: WeightsLineage) -> PendingCheckpoint:
+def plan_checkpoint(
+    engine: Engine, spec: TrainSpec, step: int, weights: dict[str, Tensor], *, data_sha256: str, lineage: WeightsLineage
+) -> PendingCheckpoint:
     resumable = step < spec.steps
     final = checkpoints_folder(spec) / CHECKPOINT_NAME.format(step=step)
     state = CheckpointState(
@@ -143,7 +145,9 @@ def complete(pending: PendingCheckpoint, spec: TrainSpec) -> None:
     partial_folder, final = pending.partial_folder, pending.final
     if not pending.writers:
         (partial_folder / RESUME_FOLDER).rmdir()
-    files = {path.relative_to(partial_folder).as_posix(): path.stat().st_size for path in sorted(partial_folder.rglob("*")) if path.is_file()}
+    files = {
+        path.relative_to(partial_folder).as_posix(): path.stat().st_size for path in sorted(partial_folder.rglob("*")) if path.is_file()
+    }
     state = replace(pending.state, weights_sha256=hash_weights(partial_folder), files=files)
     write_text(json.dumps(asdict(state), indent=2) + "\n", partial_folder / STATE_FILE)
     sync_tree(partial_folder)

@@ -30,8 +30,6 @@ REST_FILE = "rest.json"  # everything that is not a tensor
 SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # DeepSpeed's DynamicLossScaler
 
 
-
-
 def state_bytes(engine: Engine) -> int:
     """Bytes that `write_state` writes."""
     shards_by_name = find_shards(engine).items()
@@ -67,9 +65,9 @@ def write_state(engine: Engine, folder: Path, *, writers: int) -> str:
     return finish_state(engine.rank, shards, gather_state(engine, shards, writers=writers))
 
 
-def open_shards(engine: Engine, folder: Path, *, held: bool = False) -> ShardWriter:
+def open_shards(engine: Engine, folder: Path, *, hold: bool = False) -> ShardWriter:
     """This rank's files of the state."""
-    return ShardWriter(folder, f"state-{engine.rank:03d}", held=held)
+    return ShardWriter(folder, f"state-{engine.rank:03d}", hold=hold)
 
 
 def gather_state(engine: Engine, shards: ShardWriter, *, writers: int) -> dict[str, Any]:
@@ -85,7 +83,11 @@ def gather_state(engine: Engine, shards: ShardWriter, *, writers: int) -> dict[s
             if engine.device.type != "cpu":  # else the other ranks run ahead and hold a whole tensor for each pending reduction
                 getattr(torch, engine.device.type).synchronize(engine.device)
             place += 1
-    return {"optimizer_steps": optimizer_steps(engine), "loss_scaler": read_scaler(engine), "random": gather_objects(read_rng_state(engine.device))}
+    return {
+        "optimizer_steps": optimizer_steps(engine),
+        "loss_scaler": read_scaler(engine),
+        "random": gather_objects(read_rng_state(engine.device)),
+    }
 
 
 def finish_state(rank: int, shards: ShardWriter, rest: dict[str, Any]) -> str:
@@ -123,8 +125,6 @@ def read_scaler(engine: Engine) -> dict[str, Any]:
     """{} without dynamic loss scaling."""
     scaler = getattr(engine.handle.optimizer, "loss_scaler", None)
     return {key: getattr(scaler, key) for key in SCALER_KEYS} if getattr(scaler, "dynamic", False) else {}
-
-
 
 
 def restore_state(engine: Engine, folder: Path, *, seed: int, step: int, world_size: int) -> None:

@@ -76,7 +76,7 @@ class CheckpointWriter:
         engine.fail_together(no_room and describe_failure(self.spec, step, pending.needed, no_room))
         partitioned = engine.handle.zero_optimization_stage() == 3  # the gathered weights are copies already
         copies = {name: weights.pop(name).to("cpu", copy=not partitioned) for name in tuple(weights)}
-        shards = open_shards(engine, pending.partial_folder / RESUME_FOLDER, held=True)
+        shards = open_shards(engine, pending.partial_folder / RESUME_FOLDER, hold=True)
         rest = gather_state(engine, shards, writers=pending.writers)
         if engine.rank < pending.writers:
             work = (lambda: self._finish(pending, copies, shards, rest)) if engine.rank == 0 else (lambda: self._hand_in(pending, shards))
@@ -157,8 +157,6 @@ def choose_background(engine: Engine, spec: TrainSpec) -> bool:
     needed, free = weights_bytes(engine) + full_state_bytes(engine), host_memory_bytes()
     fits = needed <= free * MEMORY_SHARE
     if engine.rank == 0:
-        cost = (
-            f"background checkpoints hold up to {needed / 2**30:.2f} GiB of the first node's memory, of {free / 2**30:.2f} GiB free"
-        )
+        cost = f"background checkpoints hold up to {needed / 2**30:.2f} GiB of the first node's memory, of {free / 2**30:.2f} GiB free"
         print(cost if fits else f"{cost}: too much, so training waits for each checkpoint", flush=True)
     return bool(engine.gather_vectors(torch.tensor([float(fits)], device=engine.device))[0, 0])

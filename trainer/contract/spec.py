@@ -46,8 +46,6 @@ class OtherSchema(SpecError):
     """A file was written with another schema number than SCHEMA."""
 
 
-
-
 @dataclass(frozen=True, kw_only=True)
 class Template:
     """A chat template as segments: labels come from the segments, not from a search in the tokens.

@@ -75,8 +75,6 @@ def read_header(file: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise InputRefused(f"{file} is not a safetensors file. Copy the checkpoint again.") from error
     if file.stat().st_size != 8 + length + end:
-        raise InputRefused(
-            f"{file} has {file.stat().st_size} bytes, but its header says {8 + length + end}. Copy the checkpoint again."
-        )
+        raise InputRefused(f"{file} has {file.stat().st_size} bytes, but its header says {8 + length + end}. Copy the checkpoint again.")
     for name, entry in entries.items():
         yield name, entry, 8 + length

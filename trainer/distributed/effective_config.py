@@ -78,4 +78,6 @@ def refuse_mismatch(engine: Any, spec: TrainSpec) -> None:
     planned, taken = planned_config(spec), read_effective_config(engine)
     wrong = [f"{key}: planned {planned[key]!r}, the engine has {taken[key]!r}" for key in planned if planned[key] != taken[key]]
     if wrong:
-        raise RunFailed(f"DeepSpeed does not use the planned config: {'; '.join(wrong)}. The planned config is in spec.json, key deepspeed.")
+        raise RunFailed(
+            f"DeepSpeed does not use the planned config: {'; '.join(wrong)}. The planned config is in spec.json, key deepspeed."
+        )

@@ -250,7 +250,11 @@ def group_parameters(model: torch.nn.Module, optimizer: Optimizer, rates: Mappin
     trainable = [(rates.get(name, 1.0), p) for name, p in model.named_parameters() if p.requires_grad]
     dimensions = {p: len(getattr(p, "ds_shape", p.shape)) for _, p in trainable}  # ZeRO 3 stores its part as a vector
     groups = [
-        {"params": [p for own, p in trainable if own == rate and (dimensions[p] >= 2) == matrices], "weight_decay": decay, RATE_FACTOR: rate}
+        {
+            "params": [p for own, p in trainable if own == rate and (dimensions[p] >= 2) == matrices],
+            "weight_decay": decay,
+            RATE_FACTOR: rate,
+        }
         for rate in dict.fromkeys(rate for rate, _ in trainable)
         for matrices, decay in ((True, optimizer.weight_decay), (False, 0.0))
     ]

@@ -61,7 +61,11 @@ def evaluate(
         with evaluation_mode(model):
             rows = answer_batches(until_stopped(stop_requested, shares), answer, journal)
             own = {place for batch_samples in split_batches(chosen, size)[rank::world_size] for place, _ in batch_samples}
-            losses = [batch_loss(batch_samples, processor, spec, loss_sum, own) for batch_samples in until_stopped(stop_requested, shares)] if loss_sum else []
+            losses = (
+                [batch_loss(batch_samples, processor, spec, loss_sum, own) for batch_samples in until_stopped(stop_requested, shares)]
+                if loss_sum
+                else []
+            )
     except EvaluationStopped:
         return {}
     rows = merge_rows(rows)
@@ -161,7 +165,9 @@ def make_answerer(
         batch, references = collate_prompts([sample for _, sample in batch_samples], processor, spec)
         ids = generate(model, {key: value.to(device) for key, value in batch.items()}, config, together=together)
         texts = [read_answer(tokenizer, row, end_mark) for row in ids[:, batch["input_ids"].shape[1] :]]
-        token_scores = score_tokens(model, [sample for _, sample in batch_samples], processor, spec, device) if forced else [None] * len(batch_samples)
+        token_scores = (
+            score_tokens(model, [sample for _, sample in batch_samples], processor, spec, device) if forced else [None] * len(batch_samples)
+        )
         return [
             make_row(place, sample, reference, text.strip(), spec, scores_of_sample)
             for (place, sample), reference, text, scores_of_sample in zip(batch_samples, references, texts, token_scores, strict=True)

@@ -43,12 +43,16 @@ class TokenScores:
 def add_scores(token_scores: Sequence[TokenScores]) -> TokenScores:
     """The sum of all, in their order."""
     return TokenScores(
-        tokens=sum(one.tokens for one in token_scores), right=sum(one.right for one in token_scores), nats=sum((one.nats for one in token_scores), 0.0)
+        tokens=sum(one.tokens for one in token_scores),
+        right=sum(one.right for one in token_scores),
+        nats=sum((one.nats for one in token_scores), 0.0),
     )
 
 
 @torch.no_grad()
-def score_tokens(model: torch.nn.Module, samples: Sequence[Sample], processor: Processor, spec: TrainSpec, device: torch.device) -> list[TokenScores]:
+def score_tokens(
+    model: torch.nn.Module, samples: Sequence[Sample], processor: Processor, spec: TrainSpec, device: torch.device
+) -> list[TokenScores]:
     """One for each sample, from one forward pass over all of them. Raises InputRefused like `collate`."""
     batch = collate([label_last_answer(sample) for sample in samples], processor, spec)
     targets = batch.pop("labels")[:, 1:]

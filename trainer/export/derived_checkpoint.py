@@ -43,7 +43,9 @@ def write_derived_checkpoint(derived: DerivedCheckpoint, spec: TrainSpec, lineag
     """Write, check and rename it. Raises RunFailed if the disk is full."""
     final = checkpoints_folder(spec) / CHECKPOINT_NAME.format(step=lineage.step)
     partial_folder = final.with_name(PARTIAL.format(name=final.name))
-    pending = PendingCheckpoint(final=final, partial_folder=partial_folder, state=describe_state(spec, lineage), writers=0, needed=derived.nbytes + MARGIN_BYTES)
+    pending = PendingCheckpoint(
+        final=final, partial_folder=partial_folder, state=describe_state(spec, lineage), writers=0, needed=derived.nbytes + MARGIN_BYTES
+    )
     if final.exists():
         remove(final)  # of an attempt that ended before it wrote its result
     try:

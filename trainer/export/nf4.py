@@ -16,7 +16,9 @@ from trainer.device.rank import Rank
 from trainer.export.derived_checkpoint import DerivedCheckpoint, write_derived_checkpoint
 
 
-def write_nf4_checkpoint(spec: TrainSpec, rank: Rank, lineage: WeightsLineage, folder: Path, meta_model: torch.nn.Module, weights: frozenset[str]) -> TrainResult:
+def write_nf4_checkpoint(
+    spec: TrainSpec, rank: Rank, lineage: WeightsLineage, folder: Path, meta_model: torch.nn.Module, weights: frozenset[str]
+) -> TrainResult:
     """`weights`: those to quantize, by name in memory. Raises InputRefused if the device or the package is missing."""
     require_nf4(rank)
     from transformers import BitsAndBytesConfig
@@ -39,7 +41,9 @@ def write_nf4_checkpoint(spec: TrainSpec, rank: Rank, lineage: WeightsLineage, f
         size = sum(file.stat().st_size for file in partial_folder.glob("*.safetensors"))
         return {"bytes": float(size), "seconds": time.perf_counter() - began}
 
-    return write_derived_checkpoint(DerivedCheckpoint(tensors=(), folders=(folder,), shard_bytes=wanted.shard_bytes, finish=finish), spec, lineage)
+    return write_derived_checkpoint(
+        DerivedCheckpoint(tensors=(), folders=(folder,), shard_bytes=wanted.shard_bytes, finish=finish), spec, lineage
+    )
 
 
 def require_nf4(rank: Rank) -> None:

@@ -72,8 +72,6 @@ def draw_image() -> Image.Image:
     return Image.fromarray(colours.to(torch.uint8).numpy())
 
 
-
-
 def open_on_meta(folder: Path, spec: TrainSpec) -> torch.nn.Module:
     """The model of the checkpoint in `folder`, on the meta device."""
     return find_family(spec.model.family).load(folder, spec.model, torch.float32, on_meta=True)
@@ -85,7 +83,9 @@ def compute_logits(folder: Path, spec: TrainSpec, batch: Mapping[str, Tensor], d
     sources = dequantize_sources(open_tensors(folder))
     read = make_reader(model, sources)
     fill_buffers(model, read, set(name_in_memory(model, sources).values()), device)
-    computing = page(add_adapter_layers(model, adapter) if adapter else model, read_adapted(model, read, adapter) if adapter else read, device)
+    computing = page(
+        add_adapter_layers(model, adapter) if adapter else model, read_adapted(model, read, adapter) if adapter else read, device
+    )
     with torch.no_grad():
         logits = computing(**{key: value.to(device) for key, value in batch.items()}, use_cache=False).logits
     if logits.ndim == 3:
@@ -102,8 +102,6 @@ def make_reader(model: torch.nn.Module, sources: Mapping[str, TensorSource]) -> 
         return read_float32(sources[saved[name if name in saved else tied[name]]])
 
     return read
-
-
 
 
 def add_adapter_layers(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:
@@ -133,8 +131,6 @@ def read_adapted(model: torch.nn.Module, read: ReadTensor, adapter: Path) -> Rea
         return read_float32(own[plain]) if plain in own else read(plain)
 
     return read_either
-
-
 
 
 def compare(before: Tensor, after: Tensor, probes: int) -> LogitDifference:

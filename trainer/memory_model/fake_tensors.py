@@ -97,8 +97,6 @@ def replace_tensors(module: torch.nn.Module, convert: Callable[[Tensor], Tensor]
     return module
 
 
-
-
 @contextmanager
 def kernels_of_an_accelerator(*, dropout: bool) -> Iterator[None]:
     """Attention, and optionally dropout, keep for the backward pass what the kernels of CUDA and of an NPU keep. The CPU keeps more: for

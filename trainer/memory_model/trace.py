@@ -152,7 +152,9 @@ class Bucket:
             self.tracker.add("communication", -self.size)
 
 
-def handle_gradients(model: torch.nn.Module, spec: TrainSpec, tracker: AllocationTracker, *, gradient_handling: GradientHandling, bucket: Bucket) -> list[Any]:
+def handle_gradients(
+    model: torch.nn.Module, spec: TrainSpec, tracker: AllocationTracker, *, gradient_handling: GradientHandling, bucket: Bucket
+) -> list[Any]:
     """Handles each gradient, as soon as it is complete, as `gradient_handling` says. Returns the hooks, which also hold the kept gradients."""
     dtype, kept = DTYPES[spec.precision.gradients], list[Tensor]()
 
@@ -172,7 +174,13 @@ def handle_gradients(model: torch.nn.Module, spec: TrainSpec, tracker: Allocatio
 
 
 def report(
-    spec: TrainSpec, model: torch.nn.Module, synthetic: SyntheticBatch, tracker: AllocationTracker, sharding: Sharding, *, cpu_seconds: float
+    spec: TrainSpec,
+    model: torch.nn.Module,
+    synthetic: SyntheticBatch,
+    tracker: AllocationTracker,
+    sharding: Sharding,
+    *,
+    cpu_seconds: float,
 ) -> TraceReport:
     phases = tuple(describe(name, tracker.peaks[name]) for name in ("forward", "backward", "update"))
     highest = max(phases, key=lambda phase: phase.peak_bytes)

@@ -42,7 +42,6 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-
 class TensorBoard:
     """Event files. Values that an earlier attempt wrote for repeated steps are hidden from the reader."""
 

@@ -38,7 +38,9 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     folder = require_full_weights(spec, lineage, adapter=False)
     write_environment(spec, rank, environ, lineage=lineage)
     sources = open_tensors(folder)
-    found = [measure_cast_error(name, source, DTYPES[conversion.dtype]) for name, source in sources.items() if source.dtype.is_floating_point]
+    found = [
+        measure_cast_error(name, source, DTYPES[conversion.dtype]) for name, source in sources.items() if source.dtype.is_floating_point
+    ]
     write_text(json.dumps(report(conversion, found), indent=2) + "\n", Path(spec.output) / REPORT_FILE)
     print_worst(found, conversion)
     refuse_unfit(found, conversion, Path(spec.output) / REPORT_FILE)
@@ -79,8 +81,6 @@ def write_dtype(file: Path, dtype: str, kept: Sequence[str]) -> None:
     config = rename(json.loads(file.read_text(encoding="utf-8")))
     config = {key: value for key, value in config.items() if key not in (FLOAT32_TENSORS, "torch_dtype")} | {"dtype": dtype}
     write_text(json.dumps({**config, **({FLOAT32_TENSORS: list(kept)} if kept else {})}, indent=2, ensure_ascii=False) + "\n", file)
-
-
 
 
 def report(conversion: Conversion, found: Sequence[CastError]) -> dict[str, Any]:

@@ -27,7 +27,9 @@ def measure_free_memory(device: Device, cards: int, first: int = 0) -> Budgets:
     return budgets
 
 
-def dispatch_over_cards(model: nn.Module, groups: Mapping[str, str], budgets: Budgets, *, offload: Path | None = None) -> dict[str, int | str]:
+def dispatch_over_cards(
+    model: nn.Module, groups: Mapping[str, str], budgets: Budgets, *, offload: Path | None = None
+) -> dict[str, int | str]:
     """Move the model's modules to their cards, and return the device map. `groups`: ModelSpec.groups. `offload`: a folder for modules that fit
     on no card; without it they are refused. Raises InputRefused with the numbers."""
     from accelerate import dispatch_model
@@ -49,7 +51,9 @@ def make_device_map(model: nn.Module, groups: Mapping[str, str], budgets: Budget
     first = next(iter(budgets))
     held = sum(module_bytes(model.get_submodule(name)) for name in pinned)
     if held > budgets[first]:
-        raise InputRefused(describe_shortage(model, budgets, f"vision, projector and embeddings, {held:,} bytes, must be on the first card. "))
+        raise InputRefused(
+            describe_shortage(model, budgets, f"vision, projector and embeddings, {held:,} bytes, must be on the first card. ")
+        )
     room = {**budgets, first: budgets[first] - held}
     rest = copy_without(model, pinned)
     names = sorted({name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()} | set(UNSPLIT_CLASSES))

@@ -83,7 +83,9 @@ def spec_of_base(spec: TrainSpec) -> TrainSpec:
     return replace(spec, stage=replace(spec.stage, checkpoint=spec.evaluation.base, needs=()))
 
 
-def answer_with_base(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], held_out: HeldOut, file: str) -> tuple[dict[str, float], Journal]:
+def answer_with_base(
+    spec: TrainSpec, rank: Rank, environ: Mapping[str, str], held_out: HeldOut, file: str
+) -> tuple[dict[str, float], Journal]:
     """The base's scores; its model is freed when this returns. Raises InputRefused."""
     try:
         built = open_model(spec, rank, environ)

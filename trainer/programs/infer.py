@@ -66,8 +66,6 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     )
 
 
-
-
 def require_options(spec: TrainSpec) -> Inference:
     options = spec.stage.inference
     if options is None:
@@ -97,8 +95,6 @@ def read_input(spec: TrainSpec, options: Inference) -> tuple[Request, ...]:
 
 def refuse_prompt(field: str, problem: str, fix: str) -> None:
     raise InputRefused(f"{field}: {problem}\n    {fix}")
-
-
 
 
 def answer_all(spec: TrainSpec, options: Inference, rank: Rank, built: BuiltModel, requests: Sequence[Request]) -> InferenceTotals:
@@ -207,8 +203,6 @@ def report_progress(total: int) -> Callable[[int], None]:
             print(f"answered {done} of {total} rows on this rank", flush=True)
 
     return report
-
-
 
 
 def record_batch(journal: Journal, rows: list[Row]) -> None:

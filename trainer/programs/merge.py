@@ -64,8 +64,6 @@ def merge_tensors(sources: Mapping[str, TensorSource], adapter: Adapter, memory:
     ]
 
 
-
-
 def logit_bound(merging: Merging, sources: Mapping[str, TensorSource], adapter: Adapter) -> float:
     """The allowed difference of logits, relative to the largest. Sums of float32 weights differ in their last bits only: merging.tolerance. In 16
     bits each merged weight is rounded, by at most u relative to itself (Higham, Accuracy and Stability of Numerical Algorithms, 2.2): bfloat16

@@ -66,8 +66,6 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     return replace(result, seconds=time.perf_counter() - began, peaks=memory.report())
 
 
-
-
 def choose_weights(model: torch.nn.Module, spec: TrainSpec, names: Names, sources: Mapping[str, TensorSource]) -> tuple[str, ...]:
     """Names in the files of the weights of linear layers in the groups that are not kept, and that no other layer shares."""
     keep = (spec.stage.quantization or Quantization()).keep
@@ -128,8 +126,6 @@ def calibration_samples(spec: TrainSpec, wanted: Quantization) -> tuple:
     return samples[::step][: wanted.calibration]
 
 
-
-
 def report_size(sources: Mapping[str, TensorSource], tensors: Sequence[TensorToWrite]) -> dict[str, float]:
     """Bytes of all weights, their ratio to those of the source, and to 16 bits per value."""
     before = sum(torch.Size(source.shape).numel() * source.dtype.itemsize for source in sources.values())
@@ -162,7 +158,9 @@ def write_config(file: Path, how: Mapping[str, Any]) -> None:
     write_text(json.dumps({**config, "quantization_config": how}, indent=2, ensure_ascii=False) + "\n", file)
 
 
-def write_report(spec: TrainSpec, wanted: Quantization, found: Mapping[str, QuantizationLoss], sources: Mapping[str, TensorSource], figures: dict) -> None:
+def write_report(
+    spec: TrainSpec, wanted: Quantization, found: Mapping[str, QuantizationLoss], sources: Mapping[str, TensorSource], figures: dict
+) -> None:
     kept = sorted(name for name in sources if name not in found)
     tensors = [{"name": name, **asdict(coarse)} for name, coarse in found.items()]
     content = {"scheme": wanted.scheme, "calibration": wanted.calibration, "figures": figures, "tensors": tensors, "kept": kept}

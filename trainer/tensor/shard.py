@@ -95,7 +95,9 @@ class StoredTensor:
 def find_stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor in the safetensors files of a folder, by name. Raises InputRefused for a truncated file."""
     return {
-        name: StoredTensor(file=file, dtype=STATE_DTYPES[entry["dtype"]], shape=tuple(entry["shape"]), begin=start + entry["data_offsets"][0])
+        name: StoredTensor(
+            file=file, dtype=STATE_DTYPES[entry["dtype"]], shape=tuple(entry["shape"]), begin=start + entry["data_offsets"][0]
+        )
         for file in sorted(folder.glob("*.safetensors"))
         for name, entry, start in read_header(file)
     }

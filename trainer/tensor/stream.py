@@ -114,7 +114,9 @@ def open_safetensors(file: Path) -> dict[str, TensorSource]:
     if unknown:
         raise InputRefused(f"{file}: {', '.join(unknown[:3])}: torch has no such dtype; known are {', '.join(DTYPE_OF_CODE)}.")
     return {
-        name: StoredTensor(file=file, dtype=DTYPE_OF_CODE[entry["dtype"]], shape=tuple(entry["shape"]), begin=start + entry["data_offsets"][0])
+        name: StoredTensor(
+            file=file, dtype=DTYPE_OF_CODE[entry["dtype"]], shape=tuple(entry["shape"]), begin=start + entry["data_offsets"][0]
+        )
         for name, entry, start in entries
     }
 
@@ -128,7 +130,9 @@ def open_pickled(file: Path) -> dict[str, TensorSource]:
     try:
         tensors = load_state_dict(str(file), map_location="cpu", weights_only=True)
     except (UnpicklingError, OSError, RuntimeError, ValueError) as error:
-        raise InputRefused(f"{file} is not a file of tensors, or is truncated: {error}. Use the published file, or copy it again.") from error
+        raise InputRefused(
+            f"{file} is not a file of tensors, or is truncated: {error}. Use the published file, or copy it again."
+        ) from error
     return {name: PickledTensor(tensor=tensor) for name, tensor in tensors.items()}
 
 

@@ -175,7 +175,9 @@ def is_nonfinite(row: StepRow, spec: TrainSpec, skips: int) -> bool:
     return not math.isfinite(row.grad_norm)
 
 
-def find_nonfinite_layer(engine: Engine, micro_batches: tuple[dict[str, Tensor], ...], snapshot: StepSnapshot, save_last_good: Callable[[], str]) -> tuple[str, str]:
+def find_nonfinite_layer(
+    engine: Engine, micro_batches: tuple[dict[str, Tensor], ...], snapshot: StepSnapshot, save_last_good: Callable[[], str]
+) -> tuple[str, str]:
     """After a step that changed no weight: save a checkpoint of the step before it, then repeat its forward and backward passes with the same
     random numbers and every layer checked. Every rank must call it. Returns the first finding, and where the checkpoint is."""
     restore_rng(engine, snapshot)

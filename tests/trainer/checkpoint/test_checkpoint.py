@@ -89,7 +89,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_said_and_fails_nothing(
     assert ".step-000002.removed could not be removed completely. It is not needed any more" in capsys.readouterr().out
     (folder / "step-000002").mkdir()
     checkpoint.remove(folder / "step-000002")  # its other name is taken by what stays
-    assert "step-000002 stays: " in capsys.readouterr().out
+    assert "step-000002 could not be removed: " in capsys.readouterr().out
 
 
 def test_what_a_killed_rank_left_is_no_obstacle(parts: Any) -> None:
@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_else(place: str, 
         processor = replace(processor, save=fail)
     else:
         monkeypatch.setattr(pending, "sync_tree", fail)
-    with pytest.raises(RunFailed, match=r"step 2 could not be written.*No space left on device.*step-000001 is whole.*needs 0.06 GiB"):
+    with pytest.raises(RunFailed, match=r"step 2 could not be written.*No space left on device.*step-000001 is complete.*needs 0.06 GiB"):
         save_checkpoint(engine, processor, spec, 2)
     folder = Path(spec.output) / "checkpoints"
     assert [path.name for path in folder.iterdir()] == ["step-000001"]
@@ -141,7 +141,7 @@ def test_a_disk_that_is_really_full(small_disk: Path, parts: Any, monkeypatch: p
     assert pending.tensor_bytes(engine.gather_weights()) < 400 * 1024  # it fits once
     monkeypatch.setattr(pending, "MARGIN_BYTES", -(2**40))  # past the look at the free space, into the write itself
     save_checkpoint(engine, processor, spec, 1)
-    with pytest.raises(RunFailed, match=r"step 2 could not be written.*No space left on device.*step-000001 is whole"):
+    with pytest.raises(RunFailed, match=r"step 2 could not be written.*No space left on device.*step-000001 is complete"):
         save_checkpoint(engine, processor, spec, 2)
     assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step-000001"]
     require_whole(small_disk / "checkpoints" / "step-000001", "stage.checkpoint")

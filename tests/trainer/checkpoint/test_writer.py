@@ -69,7 +69,10 @@ def test_a_failure_behind_the_steps_is_raised_on_every_rank(tiny_spec: Any) -> N
     spec = tiny_spec(ranks=2, micro=4, zero=2, changes={"steps": 400, "save_every": 3, "checkpoint_background": True})
     gone = run_ranks(spec, meddle=fill_the_disk_of_rank_1)
     assert gone.codes == (Exit.RUN, Exit.RUN), gone.text
-    assert "checkpoint of step 6 could not be written" in gone.text and "No space left on device. The incomplete folder was removed." in gone.text
+    assert (
+        "checkpoint of step 6 could not be written" in gone.text
+        and "No space left on device. The incomplete folder was removed." in gone.text
+    )
     assert [path.name for path in (Path(spec.output) / CHECKPOINTS).iterdir()] == ["step-000003"]
 
 
@@ -104,7 +107,10 @@ def test_without_room_nothing_is_left(tiny_spec: Any) -> None:
     spec = tiny_spec(changes={"steps": 3, "save_every": 1, "checkpoint_background": True})
     gone = run_ranks(spec, meddle=leave_no_room)
     assert gone.codes == (Exit.RUN,), gone.text
-    assert "checkpoint of step 1 could not be written" in gone.text and "not enough room on the disk. The incomplete folder was removed." in gone.text
+    assert (
+        "checkpoint of step 1 could not be written" in gone.text
+        and "not enough room on the disk. The incomplete folder was removed." in gone.text
+    )
     assert not list((Path(spec.output) / CHECKPOINTS).iterdir())
 
 

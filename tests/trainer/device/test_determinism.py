@@ -70,7 +70,9 @@ def test_clocks_and_power_caps_as_nvidia_smi_prints_them() -> None:
 
 def test_a_driver_that_knows_fewer_clocks_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, ...]] = []
-    monkeypatch.setattr(device, "query_nvidia_smi", lambda *fields: asked.append(fields) or ([] if len(asked) == 1 else [["x"] * len(fields)]))
+    monkeypatch.setattr(
+        device, "query_nvidia_smi", lambda *fields: asked.append(fields) or ([] if len(asked) == 1 else [["x"] * len(fields)])
+    )
     assert len(device.nvidia_settings()) == len(device.NVIDIA_SETTINGS) and len(asked[0]) == len(asked[1]) + 2
 
 

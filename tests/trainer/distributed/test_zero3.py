@@ -182,7 +182,9 @@ def test_what_the_first_rank_alone_sees_ends_all_of_them_with_its_words(make_tin
     assert gone.codes == (Exit.USAGE, Exit.USAGE), gone.text
     for rank in range(RANKS):
         failure: FailureReport = read(FailureReport, Path(spec.output) / f"failure-rank{rank}.json")
-        assert failure.kind == "InputRefused" and failure.message.startswith("stage.reset: projector would be drawn again and never trained")
+        assert failure.kind == "InputRefused" and failure.message.startswith(
+            "stage.reset: projector would be drawn again and never trained"
+        )
 
 
 def with_digits(spec: TrainSpec, root: Path) -> TrainSpec:

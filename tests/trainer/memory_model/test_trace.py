@@ -189,7 +189,14 @@ def test_a_plan_goes_by_the_trace_of_its_step(capsys: pytest.CaptureFixture[str]
 def test_minicpm_o_on_two_cards_of_24_gib_is_as_its_plan_says(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     """OpenBMB/MiniCPM-V#828: the settings that the refusal offers, one step of the real network of 8 billion parameters."""
     asked = ("hardware=rtx3090", "cluster.devices_per_node=2", "model=minicpm_o_2_6", "stage=full", "precision=bf16", *words)
-    lengths = ("data=files", "data.train=a.json", "data.images=photos", "data.max_length=1024", "data.max_tiles=1", "strategy.micro_batch=1")
+    lengths = (
+        "data=files",
+        "data.train=a.json",
+        "data.images=photos",
+        "data.max_length=1024",
+        "data.max_tiles=1",
+        "strategy.micro_batch=1",
+    )
     more = ("strategy.offload_optimizer=true", "strategy.gradient_checkpointing=true", "cluster.delivery.accept_licence=true")
     peaks = []
     for option in ((), ("--trace",)):

@@ -131,7 +131,10 @@ def test_one_that_raises_is_told_once_and_hears_no_more(tiny_spec: Any, known: A
     known("broken", Broken)
     tell(tiny_spec(), "broken", last=5)
     said = capsys.readouterr().out
-    assert said.count("the tracker broken has failed and gets no more data of this run, which continues: OSError: No space left on device") == 1
+    assert (
+        said.count("the tracker broken has failed and gets no more data of this run, which continues: OSError: No space left on device")
+        == 1
+    )
 
 
 def test_one_that_cannot_be_opened_ends_no_run(tiny_spec: Any, known: Any, capsys: pytest.CaptureFixture[str]) -> None:

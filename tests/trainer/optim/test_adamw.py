@@ -71,7 +71,9 @@ def test_parts_round_as_the_whole_does(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.cat([pad, start[:41]]), torch.cat([pad, gradient[:41]])),
         (torch.cat([start[41:], pad]), torch.cat([gradient[41:], pad])),
     ]
-    first, second = run(ranks, [(ParameterSlice(name="w", offset=3, start=0, count=41),), (ParameterSlice(name="w", offset=0, start=41, count=59),)])
+    first, second = run(
+        ranks, [(ParameterSlice(name="w", offset=3, start=0, count=41),), (ParameterSlice(name="w", offset=0, start=41, count=59),)]
+    )
     for key, tensor in whole.items():
         assert torch.equal(torch.cat([first[key][3:], second[key][:59]]), tensor), key
     assert not first["weight"][:3].any()

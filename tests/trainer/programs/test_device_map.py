@@ -94,4 +94,8 @@ def test_budgets_are_a_share_of_what_each_card_says_is_free() -> None:
 def test_pinned_parts_are_those_of_the_groups(tmp_path: Path) -> None:
     spec: TrainSpec = make_spec(tmp_path, tmp_path)
     model = find_family("llava").create(spec.model)
-    assert find_first_card_modules(model, GROUPS) == ("model.vision_tower", "model.multi_modal_projector", "model.language_model.embed_tokens")
+    assert find_first_card_modules(model, GROUPS) == (
+        "model.vision_tower",
+        "model.multi_modal_projector",
+        "model.language_model.embed_tokens",
+    )

@@ -110,5 +110,5 @@ def test_an_adapter_of_another_model_is_refused_in_a_few_lines(tiny_spec: Any, t
         with pytest.raises(InputRefused) as caught:
             take()
         said = str(caught.value)
-        assert f"stage.checkpoint: {tmp_path} does not fit its base" in said
-        assert said.count("size mismatch") == 2 and " more. Name the model" in said and "base_model_name_or_path" in said
+        assert f"stage.checkpoint: the adapter {tmp_path} does not fit its base" in said
+        assert said.count("size mismatch") == 2 and " more. Set base_model_name_or_path" in said and "base_model_name_or_path" in said

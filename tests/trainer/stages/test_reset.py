@@ -82,7 +82,7 @@ def test_one_seed_gives_one_start_in_every_precision(tiny_spec: Any) -> None:
     ("reset", "trainable", "said"),
     [
         (("audio",), ("projector",), r"stage\.reset: the model has no group audio; it has vision, projector, lm, head"),
-        (("vision",), ("projector",), r"stage\.reset: vision would be drawn again and never trained: add it to stage\.trainable too"),
+        (("vision",), ("projector",), r"stage\.reset: vision would be drawn again and never trained: add it to stage\.trainable"),
     ],
 )
 def test_what_cannot_be_reset(reset: tuple[str, ...], trainable: tuple[str, ...], said: str, tiny_spec: Any) -> None:

@@ -122,7 +122,9 @@ def test_the_row_is_written_under_watch_and_nothing_is_between_two_steps(spec: T
 def test_a_signal_ends_the_loop_after_the_step_that_it_met(spec: TrainSpec) -> None:
     with stop_on_signals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        progress, rows = run(replace(spec, save_every=1), ScriptedEngine([1.0] * 3), [(batch(1),)] * 3, own_requests=lambda: StepRequests(stop=stop.up))
+        progress, rows = run(
+            replace(spec, save_every=1), ScriptedEngine([1.0] * 3), [(batch(1),)] * 3, own_requests=lambda: StepRequests(stop=stop.up)
+        )
     assert (progress.step, progress.stopped, len(rows)) == (1, True, 1)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
