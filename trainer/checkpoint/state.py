@@ -22,7 +22,8 @@ from trainer.distributed.collective import gather_objects
 from trainer.distributed.engine import Engine
 from trainer.optim.adamw_8bit import AdamW8bit
 from trainer.optim.optimizer_shard import OptimizerShard, find_shards
-from trainer.tensor.shard import ShardWriter, StoredTensor, find_stored_tensors, sync
+from trainer.tensor.shard import ShardWriter, StoredTensor, sync
+from trainer.tensor.stream import find_stored_tensors
 
 MASTER = "master"
 NEW_RNG_NOTE = "equal up to rounding, and each rank's random numbers are seeded again from seed, step and rank"

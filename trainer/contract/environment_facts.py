@@ -58,13 +58,13 @@ def kind_of(key: str) -> str:
 def changed_facts(expected: Mapping[str, str], found: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """Key -> (expected, found) where they differ; '' for a missing one. Facts that are only in `found` count if they are variables, and only
     if variables are expected at all: a newer version records more facts than an older one."""
-    added = [key for key in found if kind_of(key) == VARIABLE and key not in expected] if VARIABLE in kinds(expected) else []
+    added = (
+        [key for key in found if kind_of(key) == VARIABLE and key not in expected]
+        if any(kind_of(key) == VARIABLE for key in expected)
+        else []
+    )
     keys: Iterable[str] = (*expected, *added)
     return {key: (expected.get(key, ""), found.get(key, "")) for key in keys if expected.get(key, "") != found.get(key, "")}
-
-
-def kinds(facts: Mapping[str, str]) -> set[str]:
-    return {kind_of(key) for key in facts}
 
 
 def describe_change(key: str, change: tuple[str, str]) -> str:

@@ -61,13 +61,13 @@ class Device:
     peak_bytes: Callable[[], int]
     reserved_bytes: Callable[[], int]  # the peak of the allocator's reserved memory; 0 where there is no allocator
     reset_peaks: Callable[[], None]
-    profiler: Callable[[], Any]  # the module with `profile` and `ProfilerActivity`
+    profiler: Callable[[], Any] = lambda: torch.profiler  # the module with `profile` and `ProfilerActivity`
     memory: Callable[[], tuple[int, int]]  # free, total
     title: Callable[[int], str]
-    driver: Callable[[], str]
-    firmware: Callable[[], str]
-    toolkit: Callable[[], dict[str, str]]  # versions of compute and communication libraries
-    settings: Callable[[], dict[str, str]]  # clocks and power caps per device; {} where they cannot be read
+    driver: Callable[[], str] = str
+    firmware: Callable[[], str] = str
+    toolkit: Callable[[], dict[str, str]] = dict  # versions of compute and communication libraries
+    settings: Callable[[], dict[str, str]] = dict  # clocks and power caps per device; {} where they cannot be read
 
 
 def open_device(spec: DeviceSpec, local_rank: int) -> tuple[Device, torch.device]:
@@ -230,10 +230,6 @@ def import_torch_npu() -> None:
     import torch_npu  # noqa: F401  # its import adds torch.npu
 
 
-def torch_profiler() -> Any:
-    return torch.profiler
-
-
 def npu_profiler() -> Any:
     """The same interface as torch's (Ascend/op-plugin, docs/zh/custom_APIs/torch_npu-profiler)."""
     import torch_npu.profiler
@@ -241,8 +237,8 @@ def npu_profiler() -> Any:
     return torch_npu.profiler
 
 
-def accelerator_device(name: str, *, prepare: Callable[[], None], profiler: Callable[[], Any] = torch_profiler, **facts: Any) -> Device:
-    """`torch.<name>` is looked up on each call: torch.npu exists only after `prepare`. `facts`: driver, firmware, toolkit, settings."""
+def accelerator_device(name: str, *, prepare: Callable[[], None], **facts: Any) -> Device:
+    """`torch.<name>` is looked up on each call: torch.npu exists only after `prepare`. `facts`: profiler, driver, firmware, toolkit, settings."""
 
     def api() -> Any:
         return getattr(torch, name)
@@ -257,7 +253,6 @@ def accelerator_device(name: str, *, prepare: Callable[[], None], profiler: Call
         peak_bytes=lambda: api().max_memory_allocated(),
         reserved_bytes=lambda: api().max_memory_reserved(),
         reset_peaks=lambda: api().reset_peak_memory_stats(),
-        profiler=profiler,
         memory=lambda: api().mem_get_info(),
         title=lambda local_rank: api().get_device_name(local_rank),
         **facts,
@@ -275,17 +270,10 @@ DEVICES = {
         peak_bytes=resident_peak,
         reserved_bytes=lambda: 0,
         reset_peaks=reset_resident_peak,
-        profiler=torch_profiler,
         memory=system_memory,
         title=lambda _: processor_title(),
-        driver=lambda: "",
-        firmware=lambda: "",
-        toolkit=dict,
-        settings=dict,
     ),
-    "cuda": accelerator_device(
-        "cuda", prepare=lambda: None, driver=nvidia_driver, firmware=lambda: "", toolkit=cuda_toolkit, settings=nvidia_settings
-    ),
+    "cuda": accelerator_device("cuda", prepare=lambda: None, driver=nvidia_driver, toolkit=cuda_toolkit, settings=nvidia_settings),
     "npu": accelerator_device(
         "npu",
         prepare=import_torch_npu,
@@ -293,6 +281,5 @@ DEVICES = {
         driver=lambda: read_version(ASCEND_DRIVER),
         firmware=lambda: read_version(ASCEND_FIRMWARE),
         toolkit=npu_toolkit,
-        settings=dict,
     ),
 }

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -63,17 +64,13 @@ def write_derived_checkpoint(derived: DerivedCheckpoint, spec: TrainSpec, lineag
         raise
     state = whole_state(final)
     assert state is not None
-    return TrainResult(
-        schema=SCHEMA,
-        status="finished",
-        steps=0,
-        seconds=0.0,
-        samples_per_s=0.0,
-        final_loss=None,
-        checkpoint=state.path,
-        weights_sha256=state.weights_sha256,
-        evaluation=figures,
-    )
+    return finished_result(0.0, figures, checkpoint=state.path, weights_sha256=state.weights_sha256)
+
+
+def finished_result(seconds: float, figures: dict[str, float], **fields: Any) -> TrainResult:
+    """The result of a stage that does not train. `fields`: further fields of TrainResult, whose defaults are for a stage without them."""
+    empty: dict[str, Any] = {"samples_per_s": 0.0, "checkpoint": "", "weights_sha256": ""}
+    return TrainResult(schema=SCHEMA, status="finished", steps=0, seconds=seconds, final_loss=None, evaluation=figures, **(empty | fields))
 
 
 def describe_state(spec: TrainSpec, lineage: WeightsLineage) -> CheckpointState:

@@ -44,9 +44,6 @@ class Kernels:
     rotate: Rotate | None
 
 
-# ----------------------------------------------------------------------------------------------------------------- packages
-
-
 def open_liger(deterministic: bool) -> Kernels:
     """Raises ImportError without liger-kernel or Triton. `in_place` is False: otherwise the norm's backward pass overwrites a gradient that
     the residual stream may still need. Rotation and SwiGLU overwrite the output of a linear layer, which nothing else reads."""
@@ -80,9 +77,6 @@ def open_torch_npu(deterministic: bool) -> Kernels:
 
 
 PACKAGES: dict[str, Callable[[bool], Kernels]] = {"cuda": open_liger, "npu": open_torch_npu}
-
-
-# ------------------------------------------------------------------------------------------------------------------- layers
 
 
 def patch_rms_norm(module: Any, normalize: Normalize, *, epsilon: str) -> bool:
@@ -147,9 +141,6 @@ LAYERS: dict[str, Layer] = {
     **dict.fromkeys(("LlamaAttention", "Qwen2Attention", "Qwen3Attention", "Qwen2_5_VLAttention", "Qwen2_5OmniAttention"), ROTATION),
     **dict.fromkeys(("GraniteAttention", "MistralAttention"), ROTATION),
 }
-
-
-# -------------------------------------------------------------------------------------------------------------------- a run
 
 
 def use_kernels(model: torch.nn.Module, spec: TrainSpec) -> dict[str, str]:

@@ -1,12 +1,13 @@
 """AdamW over bfloat16 weights and moments without float32 copies, rounded stochastically so that small updates are not lost."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trainer.device.dtype import dtype_name
 from trainer.optim.stochastic_rounding import derive_keys, random_words, round_stochastically, split_words
 
 # Elements that are in float32 at a time: on a CPU as many as fit in its cache, elsewhere enough to hide the launch of each operation.
@@ -53,17 +54,11 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update. Raises ValueError for a tensor that is not bfloat16 or not contiguous, and for a closure."""
-        if closure is not None:
-            raise ValueError("StochasticAdamW takes no closure")
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.update(parameter, group)
+        """One update. Raises ValueError as `find_gradients`."""
+        for parameter, group in find_gradients(self, closure, torch.bfloat16):
+            self.update(parameter, group)
 
     def update(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
-        if parameter.dtype != torch.bfloat16 or not parameter.is_contiguous():
-            raise ValueError(f"StochasticAdamW takes contiguous bfloat16 tensors, not {parameter.dtype} of {tuple(parameter.shape)}")
         state = self.state[parameter]
         if not state:
             state |= {"step": 0, **{key: torch.zeros_like(parameter) for key in MOMENTS}}
@@ -87,6 +82,20 @@ class StochasticAdamW(torch.optim.Optimizer):
         words = random_words(derive_keys(self.seed, step, piece.name), piece.start + first, len(values[0]), values[0].device)
         for bits, value, tensor in zip(split_words(words), values, held, strict=True):
             tensor.copy_(round_stochastically(value, bits))
+
+
+def find_gradients(
+    optimizer: torch.optim.Optimizer, closure: Callable[[], Any] | None, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Each parameter with a gradient, and its group. Raises ValueError for a closure, and for a tensor of another dtype or not contiguous."""
+    name = type(optimizer).__name__
+    if closure is not None:
+        raise ValueError(f"{name} takes no closure")
+    for group in optimizer.param_groups:
+        for parameter in (p for p in group["params"] if p.grad is not None):
+            if parameter.dtype != dtype or not parameter.is_contiguous():
+                raise ValueError(f"{name} takes contiguous {dtype_name(dtype)} tensors, not {parameter.dtype} of {tuple(parameter.shape)}")
+            yield parameter, group
 
 
 def group_settings(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.optim.adamw import CHUNK, CHUNK_ELSEWHERE, MOMENTS, adamw, group_settings
+from trainer.optim.adamw import CHUNK, CHUNK_ELSEWHERE, MOMENTS, adamw, find_gradients, group_settings
 from trainer.optim.blockwise import BLOCK, dequantize, quantize
 from trainer.optim.optimizer_shard import OptimizerShard
 from trainer.optim.stochastic_rounding import LOW, derive_keys, random_words
@@ -93,17 +93,11 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update. Raises ValueError for a tensor that is not float32 or not contiguous, and for a closure."""
-        if closure is not None:
-            raise ValueError("AdamW8bit takes no closure")
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.update(parameter, group)
+        """One update. Raises ValueError as `find_gradients`."""
+        for parameter, group in find_gradients(self, closure, torch.float32):
+            self.update(parameter, group)
 
     def update(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
-        if parameter.dtype != torch.float32 or not parameter.is_contiguous():
-            raise ValueError(f"AdamW8bit takes contiguous float32 tensors, not {parameter.dtype} of {tuple(parameter.shape)}")
         state = self.begin(parameter)
         state["step"] += 1
         gradients = parameter.grad.contiguous()  # type: ignore[union-attr]

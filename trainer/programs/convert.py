@@ -12,19 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.lineage import find_lineage
 from trainer.contract import Conversion, InputRefused, TrainResult, TrainSpec, write_text
 from trainer.device.dtype import DTYPES
 from trainer.device.rank import Rank
-from trainer.export.derived_checkpoint import DerivedCheckpoint, require_full_weights, write_derived_checkpoint
+from trainer.export.derived_checkpoint import DerivedCheckpoint, write_derived_checkpoint
 from trainer.export.probe import compare, compute_logits, make_probes
 from trainer.models import find_family
 from trainer.observe.memory import MemoryPeaks
-from trainer.programs.environment import write_environment
+from trainer.programs.inputs import open_weights
 from trainer.tensor.cast_error import CastError, measure_cast_error
 from trainer.tensor.fp32_exceptions import FLOAT32_TENSORS
 from trainer.tensor.stream import TensorSource, TensorToWrite, copy_tensor, open_tensors, read_pieces
-from trainer.train.model import weights_folder
 
 REPORT_FILE = "conversion.json"
 SHOWN = 10  # tensors that are printed; all are in the report
@@ -34,9 +32,7 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     """Raises InputRefused, with conversion.unfit=refuse, if a tensor does not fit into the new dtype; before anything is written."""
     began, memory = time.perf_counter(), MemoryPeaks(rank.device)
     conversion = spec.stage.conversion or Conversion()
-    lineage = find_lineage(spec, weights_folder(spec))
-    folder = require_full_weights(spec, lineage, adapter=False)
-    write_environment(spec, rank, environ, lineage=lineage)
+    lineage, folder = open_weights(spec, rank, environ)
     sources = open_tensors(folder)
     found = [
         measure_cast_error(name, source, DTYPES[conversion.dtype]) for name, source in sources.items() if source.dtype.is_floating_point

@@ -5,16 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from trainer.contract import (
-    ENVIRONMENT_FILE,
-    EnvReport,
-    InputRefused,
-    TrainSpec,
-    WeightsLineage,
-    facts_of,
-    kind_of,
-    write,
-)
+from trainer.contract import ENVIRONMENT_FILE, EnvReport, InputRefused, TrainSpec, WeightsLineage, facts_of, kind_of, write
 from trainer.contract.environment_facts import changed_facts, describe_change
 from trainer.device.rank import Rank
 from trainer.distributed.effective_config import read_effective_config

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer.checkpoint.journal import Journal, Row, open_journal, weights_fingerprints, write_rows
-from trainer.contract import SAMPLES_FILE, SCHEMA, InputRefused, TrainResult, TrainSpec
+from trainer.contract import SAMPLES_FILE, InputRefused, TrainResult, TrainSpec
 from trainer.contract.weight_files import hash_weights
 from trainer.data.check import DataPaths
 from trainer.data.rows.sample import Sample
@@ -19,6 +19,7 @@ from trainer.data.rows.source import hash_sources
 from trainer.device.rank import Rank
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.score_change import compare_rows, compare_scores
+from trainer.export.derived_checkpoint import finished_result
 from trainer.observe.memory import MemoryPeaks
 from trainer.programs.inputs import load_samples, open_model, prepare_data
 from trainer.train.model import BuiltModel
@@ -57,19 +58,8 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     for journal in journals:
         journal.remove()
     seconds = time.perf_counter() - began
-    lineage = built.lineage
-    return TrainResult(
-        schema=SCHEMA,
-        status="finished",
-        steps=0,
-        seconds=seconds,
-        samples_per_s=scores.get("count", 0.0) / seconds,
-        final_loss=None,
-        checkpoint="",
-        weights_sha256=hash_weights(Path(lineage.path)) if rank.number == 0 and lineage.path else "",
-        evaluation=scores,
-        peaks=memory.report(),
-    )
+    sha256 = hash_weights(Path(built.lineage.path)) if rank.number == 0 and built.lineage.path else ""
+    return finished_result(seconds, scores, samples_per_s=scores.get("count", 0.0) / seconds, weights_sha256=sha256, peaks=memory.report())
 
 
 def read_held_out(spec: TrainSpec, paths: DataPaths) -> HeldOut:

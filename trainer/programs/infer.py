@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.checkpoint.journal import Journal, Row, gather_rows, open_journal, weights_fingerprints, write_rows
-from trainer.contract import ANSWERS_FILE, SCHEMA, STREAM_FILE, Inference, InputRefused, RunFailed, TrainResult, TrainSpec
+from trainer.contract import ANSWERS_FILE, STREAM_FILE, Inference, InputRefused, RunFailed, TrainResult, TrainSpec
 from trainer.contract.weight_files import hash_weights
 from trainer.data.batch.cache import Cache
 from trainer.data.batch.collate import Features
@@ -17,6 +17,7 @@ from trainer.data.rows.parsed_row import Turn
 from trainer.data.rows.request import Request, place_images, read_requests
 from trainer.data.rows.sample import Message
 from trainer.device.rank import Rank
+from trainer.export.derived_checkpoint import finished_result
 from trainer.generation.answerer import Answerer, Prepared, Question
 from trainer.generation.sampling import check_sampling
 from trainer.models.family import Processor
@@ -52,18 +53,9 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     if totals.failed:
         raise RunFailed(describe_failures(totals, options, Path(spec.output) / ANSWERS_FILE))
     seconds = time.perf_counter() - began
-    return TrainResult(
-        schema=SCHEMA,
-        status="finished",
-        steps=0,
-        seconds=seconds,
-        samples_per_s=totals.rows / seconds,
-        final_loss=None,
-        checkpoint="",
-        weights_sha256=hash_weights(Path(built.lineage.path)) if rank.number == 0 and built.lineage.path else "",
-        evaluation={"count": float(totals.rows), "new_tokens": float(totals.tokens)},
-        peaks=memory.report(),
-    )
+    sha256 = hash_weights(Path(built.lineage.path)) if rank.number == 0 and built.lineage.path else ""
+    figures = {"count": float(totals.rows), "new_tokens": float(totals.tokens)}
+    return finished_result(seconds, figures, samples_per_s=totals.rows / seconds, weights_sha256=sha256, peaks=memory.report())
 
 
 def require_options(spec: TrainSpec) -> Inference:

@@ -1,14 +1,15 @@
-"""What a stage starts with: its data, and for stages that do not train, their model."""
+"""What a stage starts with: its data and, if it does not train, its weights or model; and the result of such a stage."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.checkpoint.lineage import find_lineage
-from trainer.contract import InputRefused, TrainSpec
+from trainer.contract import InputRefused, TrainSpec, WeightsLineage
 from trainer.data.check import DataPaths, prepare, resolve
 from trainer.data.rows.sample import Sample, read_samples
 from trainer.device.log_prefix import report_phase
 from trainer.device.rank import Rank
+from trainer.export.derived_checkpoint import require_full_weights
 from trainer.kernels.fused import use_kernels
 from trainer.models import find_family
 from trainer.programs.device_map import dispatch_over_cards, measure_free_memory
@@ -32,6 +33,15 @@ def load_samples(file: Path | None, paths: DataPaths) -> tuple[Sample, ...]:
     if problems:
         raise InputRefused("\n".join(map(str, problems)))
     return samples
+
+
+def open_weights(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], *, adapter: bool = False) -> tuple[WeightsLineage, Path]:
+    """The lineage and folder of full weights for a stage that works on files; with `adapter` the folder of the adapter's base. Writes
+    environment.json. Raises InputRefused."""
+    lineage = find_lineage(spec, weights_folder(spec))
+    folder = require_full_weights(spec, lineage, adapter=adapter)
+    write_environment(spec, rank, environ, lineage=lineage)
+    return lineage, folder
 
 
 def open_model(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], *, spread: bool = False) -> BuiltModel:

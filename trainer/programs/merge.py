@@ -10,26 +10,23 @@ from pathlib import Path
 import torch
 
 from trainer.checkpoint.adapter import Adapter, merge_tensor, read_adapter
-from trainer.checkpoint.lineage import find_lineage
 from trainer.contract import InputRefused, Merging, RunFailed, TrainResult, TrainSpec, WeightsLineage
 from trainer.device.rank import Rank
-from trainer.export.derived_checkpoint import DerivedCheckpoint, require_full_weights, write_derived_checkpoint
+from trainer.export.derived_checkpoint import DerivedCheckpoint, write_derived_checkpoint
 from trainer.export.probe import compare, compute_logits, make_probes, open_on_meta
 from trainer.models import find_family
 from trainer.observe.memory import MemoryPeaks
-from trainer.programs.environment import write_environment
+from trainer.programs.inputs import open_weights
 from trainer.tensor.naming import name_in_memory
 from trainer.tensor.stream import TensorSource, TensorToWrite, copy_tensor, open_tensors
-from trainer.train.model import weights_folder
 
 
 def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
     """Raises InputRefused for an adapter that does not fit its base or cannot be merged, RunFailed if the logits of the result differ by more
     than the bound."""
     began, memory = time.perf_counter(), MemoryPeaks(rank.device)
-    lineage = find_lineage(spec, weights_folder(spec))
-    base, folder = require_full_weights(spec, lineage, adapter=True), Path(lineage.path)
-    write_environment(spec, rank, environ, lineage=lineage)
+    lineage, base = open_weights(spec, rank, environ, adapter=True)
+    folder = Path(lineage.path)
     memory.enter("saving")
     sources, meta_model = open_tensors(base), open_on_meta(base, spec)
     adapter = read_adapter(folder, meta_model)

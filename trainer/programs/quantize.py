@@ -12,24 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.lineage import find_lineage
 from trainer.contract import SAMPLES_FILE, InputRefused, Quantization, TrainResult, TrainSpec, write_text
 from trainer.device.dtype import loading_dtype
 from trainer.device.rank import Rank
 from trainer.evaluation.evaluate import evaluate
 from trainer.export.calibration import measure_inputs
-from trainer.export.derived_checkpoint import DerivedCheckpoint, require_full_weights, write_derived_checkpoint
+from trainer.export.derived_checkpoint import DerivedCheckpoint, write_derived_checkpoint
 from trainer.export.nf4 import write_nf4_checkpoint
 from trainer.export.probe import open_on_meta
 from trainer.models import find_family
 from trainer.observe.memory import MemoryPeaks
 from trainer.programs.convert import compare_logits
-from trainer.programs.environment import write_environment
-from trainer.programs.inputs import load_samples, prepare_data
+from trainer.programs.inputs import load_samples, open_weights, prepare_data
 from trainer.tensor.int8 import QuantizationLoss, describe_format, quantize_tensor, scale_rows
 from trainer.tensor.naming import Names, find_tied, name_in_memory
 from trainer.tensor.stream import TensorSource, TensorToWrite, copy_tensor, open_tensors
-from trainer.train.model import weights_folder
 
 REPORT_FILE = "quantization.json"
 SAMPLES_BEFORE_FILE = "samples_before.jsonl"  # answers of the source weights; those of the result are in samples.jsonl
@@ -39,9 +36,7 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     """Raises InputRefused for a checkpoint without a layer to quantize, and for nf4 on a device that does not support it."""
     began, memory = time.perf_counter(), MemoryPeaks(rank.device)
     wanted = spec.stage.quantization or Quantization()
-    lineage = find_lineage(spec, weights_folder(spec))
-    folder = require_full_weights(spec, lineage, adapter=False)
-    write_environment(spec, rank, environ, lineage=lineage)
+    lineage, folder = open_weights(spec, rank, environ)
     sources, meta_model = open_tensors(folder), open_on_meta(folder, spec)
     names = name_in_memory(meta_model, sources)
     chosen = choose_weights(meta_model, spec, names, sources)

@@ -9,6 +9,7 @@ import torch
 
 from trainer.contract import SCHEMA, SERVING_FILE, InputRefused, RunFailed, Serving, ServingReport, TrainResult, TrainSpec, write
 from trainer.device.rank import Rank
+from trainer.export.derived_checkpoint import finished_result
 from trainer.generation.answerer import Answerer
 from trainer.generation.sampling import check_sampling
 from trainer.observe.memory import MemoryPeaks
@@ -115,15 +116,4 @@ def summarise(meters: Meters, seconds: float, memory: MemoryPeaks) -> TrainResul
     counts = {outcome: meters.count(outcome) for outcome in OUTCOMES}
     summary = ", ".join(f"{int(count)} {outcome.replace('_', ' ')}" for outcome, count in counts.items())
     print(f"stopped after {seconds:.0f} s: {summary}", flush=True)
-    return TrainResult(
-        schema=SCHEMA,
-        status="finished",
-        steps=0,
-        seconds=seconds,
-        samples_per_s=counts["answered"] / seconds,
-        final_loss=None,
-        checkpoint="",
-        weights_sha256="",
-        evaluation=counts,
-        peaks=memory.report(),
-    )
+    return finished_result(seconds, counts, samples_per_s=counts["answered"] / seconds, peaks=memory.report())

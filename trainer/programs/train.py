@@ -22,8 +22,8 @@ from trainer.programs.environment import write_environment
 from trainer.programs.inputs import load_samples, prepare_data
 from trainer.train.loop import Progress, stop_on_signals
 from trainer.train.model import build_model
-from trainer.train.step_hooks import make_evaluation_row, record_evaluation
-from trainer.train.steps import Job, progress_of, run_steps, saved_checkpoint
+from trainer.train.step_hooks import Job, make_evaluation_row, record_evaluation
+from trainer.train.steps import progress_of, run_steps, saved_checkpoint
 
 
 def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:

@@ -78,9 +78,6 @@ def unpack(packed: Tensor, width: int) -> Tensor:
     return packed.contiguous().view(torch.uint8)[:, :width].float() - 128
 
 
-# ------------------------------------------------------------------------------------------------------------------ streaming
-
-
 def scale_rows(source: TensorSource, power: Tensor | None) -> tuple[Tensor, QuantizationLoss]:
     """The scales of a whole weight, (out, 1) in its dtype, and the loss by them; reads the weight once."""
     scales, lost, norm, clipped = [], 0.0, 0.0, 0
@@ -148,9 +145,6 @@ def dequantize_sources(sources: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_quantized_part(name: str, sources: Mapping[str, Any]) -> bool:
     return any(name.endswith(f".weight{end}") and f"{name.removesuffix(end)}{PACKED}" in sources for end in (PACKED, SCALE, SHAPE))
-
-
-# ------------------------------------------------------------------------------------------------------------------- config
 
 
 def describe_format(ignore: Sequence[str]) -> dict[str, Any]:

@@ -14,10 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.contract import InputRefused
-from trainer.contract.weight_files import read_header
 
 SHARD_BYTES = 2**30  # collected in memory before a file is written; a larger tensor has its own file
-STATE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class ShardWriter:
@@ -90,17 +88,6 @@ class StoredTensor:
 
     def read_whole(self) -> Tensor:
         return self.read(0, torch.Size(self.shape).numel()).view(self.shape)
-
-
-def find_stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor in the safetensors files of a folder, by name. Raises InputRefused for a truncated file."""
-    return {
-        name: StoredTensor(
-            file=file, dtype=STATE_DTYPES[entry["dtype"]], shape=tuple(entry["shape"]), begin=start + entry["data_offsets"][0]
-        )
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, entry, start in read_header(file)
-    }
 
 
 def tensor_bytes(tensors: dict[str, Tensor]) -> int:

@@ -86,9 +86,6 @@ class TensorToWrite:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-# ----------------------------------------------------------------------------------------------------------------- reading
-
-
 def open_tensors(folder: Path) -> dict[str, TensorSource]:
     """Every tensor of the checkpoint or adapter in `folder` by name, in the order of the files. Raises InputRefused for a shard that is
     missing, truncated or of another revision than the index, and for a dtype that torch does not have."""
@@ -108,7 +105,12 @@ def open_tensors(folder: Path) -> dict[str, TensorSource]:
     return found
 
 
-def open_safetensors(file: Path) -> dict[str, TensorSource]:
+def find_stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor in the safetensors files of a folder, by name. Raises InputRefused for a truncated file."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in open_safetensors(file).items()}
+
+
+def open_safetensors(file: Path) -> dict[str, StoredTensor]:
     entries = sorted(read_header(file), key=lambda one: one[1]["data_offsets"][0])
     unknown = [f"{name} ({entry['dtype']})" for name, entry, _ in entries if entry["dtype"] not in DTYPE_OF_CODE]
     if unknown:
@@ -158,9 +160,6 @@ def read_float32(source: TensorSource) -> Tensor:
 def copy_tensor(name: str, source: TensorSource) -> TensorToWrite:
     """Unchanged, bitwise identical."""
     return TensorToWrite(name=name, dtype=source.dtype, shape=source.shape, pieces=lambda: read_pieces(source))
-
-
-# ----------------------------------------------------------------------------------------------------------------- writing
 
 
 def write_shards(tensors: Sequence[TensorToWrite], folder: Path, shard_bytes: int, report: Callable[[str], None] = print) -> None:

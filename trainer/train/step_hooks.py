@@ -2,17 +2,21 @@
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trainer.checkpoint.best import is_better, read_evaluations
+from trainer.checkpoint.resume import ResumePoint
 from trainer.checkpoint.writer import CheckpointWriter
-from trainer.contract import CHECKPOINTS, EVALUATIONS_FILE, SAMPLES_FOLDER, EvaluationRow, TrainSpec
+from trainer.contract import CHECKPOINTS, EVALUATIONS_FILE, SAMPLES_FOLDER, EvaluationRow, TrainSpec, WeightsLineage
 from trainer.contract.checkpoint_files import CHECKPOINT_NAME
+from trainer.data.rows.sample import Sample
 from trainer.device.device import Device
 from trainer.device.rng import keep_rng_state
+from trainer.distributed.engine import Engine
 from trainer.evaluation.evaluate import StopCheck
+from trainer.models.family import Processor
 from trainer.observe.memory import MemoryPeaks
 from trainer.observe.profile import ProfilerWindow
 from trainer.observe.tracker import Trackers
@@ -23,28 +27,32 @@ from trainer.train.watchdog import Watchdog
 Score = Callable[[str, StopCheck | None], dict[str, float]]
 
 
-class StepHooks:
-    """Call `before_first_step`, then `after_step` after each step, on every rank. `best`: the value that a better checkpoint must exceed. A
-    rank's `requests` reach all ranks with the step's metrics; saving by time follows rank 0's clock, since no two clocks agree. An evaluation
-    may be longer than the launcher waits after a stop, so it checks `stop_requested` between batches."""
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the steps need. `start`: where the run continues; `lineage`: the weights that the stage began with."""
 
-    def __init__(
-        self,
-        spec: TrainSpec,
-        *,
-        writer: CheckpointWriter,
-        score: Score,
-        device: Device,
-        memory: MemoryPeaks,
-        watchdog: Watchdog,
-        trackers: Trackers,
-        rank: int,
-        best: float | None,
-        stop_requested: StopCheck,
-    ) -> None:
-        self.spec, self.writer, self.score, self.memory, self.rank, self.best = spec, writer, score, memory, rank, best
-        self.device, self.watchdog, self.trackers, self.stop_requested = device, watchdog, trackers, stop_requested
-        self.profiler = ProfilerWindow(spec, device, rank)
+    spec: TrainSpec
+    engine: Engine
+    processor: Processor
+    samples: Sequence[Sample]
+    device: Device
+    memory: MemoryPeaks
+    start: ResumePoint
+    lineage: WeightsLineage
+    trackers: Trackers
+    score: Score
+
+
+class StepHooks:
+    """Call `before_first_step`, then `after_step` after each step, on every rank. A rank's `requests` reach all ranks with the step's metrics;
+    saving by time follows rank 0's clock, since no two clocks agree. An evaluation may be longer than the launcher waits after a stop, so it
+    checks `stop_requested` between batches."""
+
+    def __init__(self, job: Job, writer: CheckpointWriter, watchdog: Watchdog, stop: StopFlag) -> None:
+        self.spec, self.engine, self.score, self.memory, self.trackers = job.spec, job.engine, job.score, job.memory, job.trackers
+        self.rank, self.device, self.best = job.engine.rank, job.device, job.start.best
+        self.writer, self.watchdog, self.stop = writer, watchdog, stop
+        self.profiler = ProfilerWindow(job.spec, job.device, self.rank)
         self.saved_at = time.monotonic()
         self.saved_step = 0  # of the newest checkpoint, 0 for none
 
@@ -58,10 +66,14 @@ class StepHooks:
         self.profiler.before_step(step + 1)
         return late and self.stop_requested()
 
-    def requests(self, stop: StopFlag) -> StepRequests:
+    def stop_requested(self) -> bool:
+        """Whether any rank was asked to stop: a collective."""
+        return float(self.engine.sum_over_ranks(float(self.stop.up))) > 0
+
+    def requests(self) -> StepRequests:
         """What this rank requests at the end of a step."""
         due = self.spec.save_every_s and time.monotonic() - self.saved_at >= self.spec.save_every_s
-        return StepRequests(stop=stop.up, save=bool(due and self.rank == 0), failed=self.writer.failed)
+        return StepRequests(stop=self.stop.up, save=bool(due and self.rank == 0), failed=self.writer.failed)
 
     def after_step(self, step: int, requests: StepRequests) -> bool:
         """Returns whether to stop, apart from `requests`. Raises RunFailed on every rank if a checkpoint could not be written."""

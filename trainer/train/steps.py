@@ -1,66 +1,38 @@
 """The steps of a stage, with checkpoints, metrics, trackers and the watchdog."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from trainer.checkpoint.pending import SavedCheckpoint
 from trainer.checkpoint.resume import ResumePoint
 from trainer.checkpoint.writer import CheckpointWriter, choose_background
-from trainer.contract import StepRow, TrainSpec, WeightsLineage
+from trainer.contract import StepRow
 from trainer.contract.checkpoint_files import CheckpointState
 from trainer.data.batch.assign_to_ranks import samples_of_step
 from trainer.data.batch.cache import Cache
 from trainer.data.batch.load import batches, keep_lengths
-from trainer.data.rows.sample import Sample
-from trainer.device.device import Device
-from trainer.distributed.engine import Engine
-from trainer.models.family import Processor
-from trainer.observe.memory import MemoryPeaks
 from trainer.observe.metric import open_metrics
-from trainer.observe.tracker import Trackers
 from trainer.train.loop import Progress, StopFlag, train
-from trainer.train.step_hooks import Score, StepHooks
-from trainer.train.watchdog import Watchdog, end_hung, watch_steps
+from trainer.train.step_hooks import Job, StepHooks
+from trainer.train.watchdog import end_hung, watch_steps
 
 TRACKED_FIELDS = ("loss", "lr", "grad_norm", "tokens", "seconds", "peak_bytes", "loss_scale")  # of a step's row, for the trackers
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What the steps need. `start`: where the run continues; `lineage`: the weights that the stage began with."""
-
-    spec: TrainSpec
-    engine: Engine
-    processor: Processor
-    samples: Sequence[Sample]
-    device: Device
-    memory: MemoryPeaks
-    start: ResumePoint
-    lineage: WeightsLineage
-    trackers: Trackers
-    score: Score
 
 
 def run_steps(job: Job, stop: StopFlag) -> tuple[Progress, SavedCheckpoint]:
     """All remaining steps, or those until `stop` is set; then a checkpoint of the last one."""
     spec, engine, start = job.spec, job.engine, job.start
-    writer = CheckpointWriter(
-        engine,
-        job.processor,
-        spec,
-        data_sha256=start.data_sha256,
-        lineage=job.lineage,
-        background=choose_background(engine, spec),
-    )
+    background = choose_background(engine, spec)
+    writer = CheckpointWriter(engine, job.processor, spec, data_sha256=start.data_sha256, lineage=job.lineage, background=background)
     with (
         watch_steps(spec.hang_timeout_s, rank=engine.rank, stream=sys.stderr, end=lambda why: end_hung(spec, engine.rank, why)) as watchdog,
         open_metrics(Path(spec.output), writes=engine.rank == 0) as write_row,
         closing(batches(job.samples, job.processor, spec, rank=engine.rank, first_step=start.step)) as source,
         finish_writing(writer),
-        closing(make_step_hooks(job, writer, watchdog, stop)) as hooks,
+        closing(StepHooks(job, writer, watchdog, stop)) as hooks,
     ):
 
         def write(row: StepRow) -> None:
@@ -76,7 +48,7 @@ def run_steps(job: Job, stop: StopFlag) -> tuple[Progress, SavedCheckpoint]:
             done=progress_of(start),
             watchdog=watchdog,
             write=write,
-            own_requests=lambda: hooks.requests(stop),
+            own_requests=hooks.requests,
             after_step=hooks.after_step,
             peak_bytes=job.memory.highest,
             name_samples=lambda step: name_samples(job, step),
@@ -84,24 +56,6 @@ def run_steps(job: Job, stop: StopFlag) -> tuple[Progress, SavedCheckpoint]:
         )
         job.memory.enter("saving")
         return progress, writer.save(progress.step)
-
-
-def make_step_hooks(job: Job, writer: CheckpointWriter, watchdog: Watchdog, stop: StopFlag) -> StepHooks:
-    def stop_requested() -> bool:
-        return float(job.engine.sum_over_ranks(float(stop.up))) > 0
-
-    return StepHooks(
-        job.spec,
-        writer=writer,
-        score=job.score,
-        device=job.device,
-        memory=job.memory,
-        watchdog=watchdog,
-        trackers=job.trackers,
-        rank=job.engine.rank,
-        best=job.start.best,
-        stop_requested=stop_requested,
-    )
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from trainer.distributed.engine import Engine, start_engine
 from trainer.models import find_family
 from trainer.stages.group import apply_stage
 from trainer.tensor import shard
-from trainer.tensor.shard import find_stored_tensors
+from trainer.tensor.stream import find_stored_tensors
 from trainer.train.loop import StepRequests, train_step
 from trainer.train.watchdog import Watchdog
 

@@ -19,7 +19,7 @@ from tests.trainer.mortal import Gone, run_ranks
 from trainer.checkpoint.checkpoint import whole_checkpoints
 from trainer.contract import CHECKPOINTS, Exit, FailureReport, Lora, StageSpec, TrainSpec, read
 from trainer.data.rows.sample import Message, Sample
-from trainer.tensor.shard import find_stored_tensors
+from trainer.tensor.stream import find_stored_tensors
 from trainer.train.nonfinite import find_tensors, watch_modules
 from trainer.train.steps import name_samples
 
