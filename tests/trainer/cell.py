@@ -1,7 +1,7 @@
 """One step of a tiny family in every stage, precision and ZeRO stage, by two ranks that stay: a process group costs seconds, a cell a
 fraction of one.
 
-What a cell is told comes from conf/ by way of the launcher, as a user's run is: nothing of the engine's config is written here.
+The spec of a cell is planned by the launcher from conf/, as that of a user's run: this file has no engine config of its own.
 """
 
 import io

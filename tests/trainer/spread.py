@@ -129,7 +129,7 @@ def compare(number: int, spec: TrainSpec, checkpoint: str = "") -> dict[str, Any
     return {
         "differing": differing,
         "parameters": len(found),
-        "hollow": on_meta,
+        "on_meta": on_meta,
         "held": held,
         "rotary": sum("inv_freq" in name for name in buffers),
         "random": random,

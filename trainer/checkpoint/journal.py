@@ -76,7 +76,7 @@ def weights_fingerprints(lineage: WeightsLineage) -> tuple[str, ...]:
 
 
 def open_journal(spec: TrainSpec, name: str, rank: int, *inputs: str) -> Journal:
-    """`name`: the file to be written. `inputs`: what the answers depend on besides the spec: hashes of weights and of rows."""
+    """`name`: the file to be written. `inputs`: what the answers depend on in addition to the spec: hashes of weights and of rows."""
     task = {**fixed_settings(spec), "evaluation": asdict(spec.evaluation), "inputs": inputs}
     fingerprint = hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
     return Journal(Path(spec.output) / JOURNAL_FILE.format(name=name, rank=rank), fingerprint)

@@ -1,4 +1,4 @@
-"""Runs that are killed and started again, against runs that nobody disturbs."""
+"""Runs that are killed and started again, compared with uninterrupted runs."""
 
 import errno
 import itertools
@@ -255,7 +255,7 @@ def test_only_a_whole_checkpoint_of_this_very_run_counts(half_done: TrainSpec) -
     (run / CHECKPOINTS / ".step-000009.partial").mkdir()
     assert (newest_checkpoint(run) or newest).step == 1
     assert newest_checkpoint(run / "nowhere") is None
-    # the broken one of step 3 is in the way of nobody
+    # the broken one of step 3 is ignored
     gone = expect(run_ranks(half_done), 0)
     assert "step-000003: resume/rest.json missing or not of the size that trainer_state.json says" in gone.text
     assert "step-000200: its trainer_state.json is of step 2" in gone.text

@@ -70,7 +70,7 @@ def test_exact_match_alone_writes_the_rows_that_it_always_did(assessing: Callabl
 
 
 def test_two_ranks_write_the_file_and_the_figures_of_one(assessing: Callable[..., TrainSpec], torchrun: Callable[..., Any]) -> None:
-    """To the bit, perplexity too, beside a base; 22 samples are five batches and a half."""
+    """Bitwise identical, perplexity too, with a base; 22 samples are five batches and a half."""
     base = assessing("base", seed=1).stage.checkpoint
     one, two = assessing("one", base=base), assessing("two", base=base, ranks=2)
     results = []

@@ -126,7 +126,7 @@ def test_two_ranks_write_the_file_of_one(asking: Callable[..., TrainSpec], rows:
 
 @pytest.mark.usefixtures("process_group")
 def test_rows_that_cannot_be_answered_are_told_and_the_others_done(asking: Callable[..., TrainSpec], tmp_path: Path, rows: Path) -> None:
-    """Unreadable, missing and too long; after they are mended the same run answers their batches alone."""
+    """Unreadable, missing and too long; after they are fixed the same run answers only their batches."""
     (tmp_path / "cut.png").write_bytes((tmp_path / "rows.jsonl").read_bytes()[:50])
     with rows.open("a", encoding="utf-8") as lines:
         for row in ({"image": "cut.png"}, {"image": "none.png"}, {"prompt": "long " * 200}):
@@ -189,12 +189,12 @@ def test_what_cannot_be_asked_is_refused_before_the_model_is_loaded(options: Any
 def test_an_image_that_is_shown_again_is_made_ready_once(
     asking: Callable[..., TrainSpec], rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Told by its bytes, whatever its name; without a cache each time."""
+    """Identified by its bytes, whatever its name; without a cache it is read each time."""
     looks: list[int] = []
     real = Answerer.look
     monkeypatch.setattr(Answerer, "look", lambda self, image: looks.append(1) or real(self, image))
     run_program(asking("kept", input=str(rows)), PLACE, {})
     kept = len(looks)
-    run_program(asking("anew", input=str(rows), cache_images=0, prefetch=0), PLACE, {})
+    run_program(asking("uncached", input=str(rows), cache_images=0, prefetch=0), PLACE, {})
     shown = sum(len(json.loads(line)["images"]) for line in rows.read_text().splitlines())
     assert kept <= 6 and len(looks) - kept == shown > 20

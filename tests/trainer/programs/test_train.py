@@ -1,4 +1,4 @@
-"""Whole runs under torchrun, as the launcher starts them."""
+"""Complete runs under torchrun, as the launcher starts them."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def test_a_run_leaves_everything_that_a_record_needs_and_repeats_bit_for_bit(tin
     folder = Path(first.output)
     assert len((folder / "samples.jsonl").read_text().splitlines()) == 24
     last = read_evaluations(folder)[4]
-    assert (last.exact_match, last.count) == (result.evaluation["exact_match"], 24), "trackers are told of it, too"
+    assert (last.exact_match, last.count) == (result.evaluation["exact_match"], 24), "also logged to trackers"
     LlavaForConditionalGeneration.from_pretrained(folder / result.checkpoint)
     LlavaProcessor.from_pretrained(folder / result.checkpoint)
     report = read(EnvReport, folder / "environment.json")

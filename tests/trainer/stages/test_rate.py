@@ -50,7 +50,7 @@ def test_every_trained_parameter_is_in_one_group_with_its_rate_and_decay(tiny_sp
 
 
 def test_adapters_take_the_schedules_rate(tiny_spec: Any) -> None:
-    """ms-swift's lora_llm_full_vit: adapters at 1e-4, what trains whole besides at 1e-5."""
+    """ms-swift's lora_llm_full_vit: adapters at 1e-4, what is trained whole at 1e-5."""
     lora = Lora(r=2, alpha=4, dropout=0.0, targets=("q_proj",))
     made = staged(with_rates(tiny_spec(), StageSpec(name="lora", kind="train", trainable=("projector",), lora=lora), projector=1e-4))
     assert made.rates and all(".modules_to_save." in name and rate == pytest.approx(0.1) for name, rate in made.rates.items())

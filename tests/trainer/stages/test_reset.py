@@ -1,4 +1,4 @@
-"""A group that begins anew, of every family."""
+"""A group that is reset, in every family."""
 
 import re
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What saves memory leaves the step as it was: offloading, chunks of the loss, layers computed twice. And float16, where a CPU is made to."""
+"""What saves memory leaves the step as it was: offloading, chunks of the loss, gradient checkpointing. And float16, where a CPU is made to."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Steps that make a value that is not finite, in a layer and on a rank that the test chose."""
+"""Steps that compute a non-finite value, in a layer and on a rank that the test chooses."""
 
 import json
 import math
@@ -61,14 +61,14 @@ def break_last_rank(change: Callable[[Tensor], Tensor]) -> None:
         updates[0] += 1
         return before(engine, lr)
 
-    def spoilt(module: Any, hidden: Tensor) -> Tensor:
+    def broken(module: Any, hidden: Tensor) -> Tensor:
         values = forward(module, hidden)
         # While step n is under way, n - 1 updates have been called for; when it is done once more, n.
         last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
         return change(values) if module.place == 1 and last and updates[0] >= BAD_STEP - 1 else values
 
     trainer.distributed.engine.Engine.step = step  # type: ignore[method-assign]
-    LlamaMLP.forward = spoilt  # type: ignore[method-assign]
+    LlamaMLP.forward = broken  # type: ignore[method-assign]
     number, made = LlamaMLP.__init__, [0]
 
     def create(module: Any, *arguments: Any, **named: Any) -> None:
@@ -152,7 +152,7 @@ def test_a_gradient_is_found_where_every_value_is_finite(tiny_spec: Any) -> None
 
 def test_weights_that_one_step_has_blown_up_fail_in_the_next(tiny_spec: Any) -> None:
     bad = tiny_spec(changes={"steps": 2})
-    bad = replace(bad, optimizer=replace(bad.optimizer, lr=1e30))  # step 1 spoils what step 2 computes with
+    bad = replace(bad, optimizer=replace(bad.optimizer, lr=1e30))  # step 1 breaks the weights of step 2
     message = reported_message(bad, run_ranks(bad))
     assert "step 2: the loss is nan" in message and "in checkpoints/step-000001" in message
 

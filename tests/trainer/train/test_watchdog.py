@@ -1,4 +1,4 @@
-"""A step that does not end: told by every rank, with stacks, and ended."""
+"""A step that does not end: reported by every rank, with stacks, and ended."""
 
 import io
 import os
@@ -30,7 +30,7 @@ def said(log: io.TextIOWrapper) -> str:
     return Path(log.name).read_text(encoding="utf-8")
 
 
-def test_a_step_that_is_too_long_is_told_once_with_stacks_and_then_ended(log: io.TextIOWrapper) -> None:
+def test_a_step_that_takes_too_long_is_reported_once_with_stacks_and_then_ended(log: io.TextIOWrapper) -> None:
     ends: list[str] = []
     watchdog = Watchdog(timeout_s=100, rank=3, stream=log, end=ends.append)
     watchdog.begin(7, "data")
@@ -42,7 +42,7 @@ def test_a_step_that_is_too_long_is_told_once_with_stacks_and_then_ended(log: io
         watchdog.check(began + after_s)
     assert said(log).count("omnilaunch: rank 3 has waited 101 s in step 7 (update)") == 1
     assert "has waited 102 s" not in said(log)
-    assert "test_a_step_that_is_too_long_is_told_once" in said(log)  # this very stack
+    assert "test_a_step_that_takes_too_long_is_reported_once" in said(log)  # this very stack
     watchdog.check(began + 129)
     assert ends == []
     watchdog.check(began + 131)
@@ -65,7 +65,7 @@ def test_between_steps_and_when_switched_off_it_sleeps(log: io.TextIOWrapper) ->
     assert said(log) == ""
 
 
-def test_a_save_that_is_too_long_is_told_and_goes_on(log: io.TextIOWrapper) -> None:
+def test_a_save_that_takes_too_long_is_reported_and_continues(log: io.TextIOWrapper) -> None:
     watchdog = Watchdog(timeout_s=100, rank=0, stream=log, end=pytest.fail)
     watchdog.begin(2, "update")
     watchdog.check(time.monotonic() + 101)
