@@ -79,7 +79,7 @@ ENVIRON_READERS = {
     "launcher/commands/rerun.py",
     "launcher/commands/bench.py",
     "trainer/device/device.py",
-    "trainer/train/run.py",
+    "trainer/programs/dispatch.py",
     "trainer/__main__.py",
     "trainer/observe/environment.py",
     "trainer/distributed/engine.py",

@@ -1,7 +1,7 @@
 """`python -m trainer data SPEC`: check the data before a rank starts. `torchrun ... -m trainer run SPEC`: the run, on every rank.
 `python -m trainer trace SPEC`: the memory of one step, as JSON, without weights and without an accelerator.
 
-Exit codes are contract.Exit. A rank that fails leaves `failure-rank<n>.json` in the run's folder.
+Exit codes: trainer.contract.Exit. A rank that fails writes `failure-rank<n>.json` to the run's folder.
 """
 
 import importlib.util
@@ -35,21 +35,21 @@ from trainer.contract import (
     write_text,
 )
 from trainer.contract.checkpoint_files import newest_checkpoint
-from trainer.device.log_prefix import named_lines, say_phase
+from trainer.device.log_prefix import prefix_lines, report_phase
 
 USAGE = "usage: python -m trainer data SPEC | run SPEC | trace SPEC    (SPEC: the path of a run's spec.json)"
-TRACED_WITH = ("torch", "transformers", "peft")
+TRACE_PACKAGES = ("torch", "transformers", "peft")
 
 
 def main(arguments: list[str]) -> int:
     if len(arguments) != 2 or arguments[0] not in COMMANDS:
         print(USAGE, file=sys.stderr)
         return Exit.USAGE
-    with named_lines(os.environ):
-        return carry_out(COMMANDS[arguments[0]], Path(arguments[1]))
+    with prefix_lines(os.environ):
+        return run_command(COMMANDS[arguments[0]], Path(arguments[1]))
 
 
-def carry_out(command: Callable[[TrainSpec], int], path: Path) -> int:
+def run_command(command: Callable[[TrainSpec], int], path: Path) -> int:
     try:
         spec = read(TrainSpec, path)
     except SpecError as error:
@@ -62,8 +62,8 @@ def carry_out(command: Callable[[TrainSpec], int], path: Path) -> int:
 
 
 def data(spec: TrainSpec) -> int:
-    """Write data.json, inputs.json, and data_problems.jsonl where there are any, and say the first problems. Raises InputRefused where there
-    are checkpoints to go on from, and other data than they were trained on, and in a rerun for other inputs than those of its record."""
+    """Write data.json, inputs.json, and data_problems.jsonl if there are problems, and print the first ones. Raises InputRefused if the data
+    has changed since the run's checkpoints, and in a rerun for other inputs than those of its record."""
     from trainer.data.check import examine_data, resolve
     from trainer.data.manifest import list_inputs, refuse_other_inputs
 
@@ -84,36 +84,36 @@ def data(spec: TrainSpec) -> int:
 
 
 def refuse_changed(report: DataReport, run: Path) -> None:
-    """The ranks look at the annotation file alone: what became of the images since the run began is seen here."""
+    """The ranks check only the annotation file; changed images are found here."""
     try:
         before: DataReport = read(DataReport, run / DATA_FILE)
     except SpecError:
-        return  # not there: the run has not begun
+        return  # no file: the run has not begun
     if before.sha256 != report.sha256 and newest_checkpoint(run) is not None:
         raise InputRefused(
-            f"{run / DATA_FILE}: the rows or the images have changed since this run began. A run goes on only as it began: bring them back, "
-            "or start a new run."
+            f"{run / DATA_FILE}: the rows or the images have changed since this run began. A run can only be resumed with the same data: "
+            "restore them, or start a new run."
         )
 
 
 def run(spec: TrainSpec) -> int:
-    say_phase(0)
-    from trainer.train.run import run_stage  # imports torch, which `data` must not
+    report_phase(0)
+    from trainer.programs.dispatch import run_stage  # imports torch, which `data` must not
 
     run_stage(spec, os.environ)
     return Exit.OK
 
 
 def trace(spec: TrainSpec) -> int:
-    """Print a TraceReport. What is refused is said, and not left in the run's folder: there need be no run."""
+    """Print a TraceReport. A refusal is only printed, since there may be no run's folder."""
     try:
-        missing = [name for name in TRACED_WITH if importlib.util.find_spec(name) is None]
+        missing = [name for name in TRACE_PACKAGES if importlib.util.find_spec(name) is None]
         if missing:
             raise InputRefused(
-                f"{sys.executable} has no {', '.join(missing)}, and a trace takes a step of the real model.\n    install the trainer's "
+                f"{sys.executable} has no {', '.join(missing)}, but a trace runs a step of the real model.\n    install the trainer's "
                 "environment (make setup), or plan without --trace"
             )
-        with redirect_stdout(sys.stderr):  # libraries talk; what is printed here is read by the launcher
+        with redirect_stdout(sys.stderr):  # libraries print; the launcher reads stdout
             from trainer.memory_model.trace import trace as trace_step
 
             report = trace_step(spec)
@@ -128,7 +128,7 @@ COMMANDS: dict[str, Callable[[TrainSpec], int]] = {"data": data, "run": run, "tr
 
 
 def fail(spec: TrainSpec, error: Exception) -> int:
-    """Say why this rank ends, to the reader and in the run's folder, and return its exit code."""
+    """Report why this rank ends, on stderr and in the run's folder. Returns the exit code."""
     code = {InputRefused: Exit.USAGE, RunFailed: Exit.RUN}.get(type(error), Exit.BUG)
     trace = "".join(traceback.format_exception(error))
     print(trace if code == Exit.BUG else error, file=sys.stderr)
@@ -145,7 +145,7 @@ def fail(spec: TrainSpec, error: Exception) -> int:
     )
     try:
         write(report, Path(spec.output) / FAILURE_FILES.format(rank=rank))
-    except OSError as unwritten:  # a full disk: what was printed is all there is
+    except OSError as unwritten:  # a full disk: only the printed text remains
         print(f"the failure report could not be written: {unwritten}", file=sys.stderr)
     return code
 

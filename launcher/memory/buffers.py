@@ -209,7 +209,7 @@ def runtime_bytes(config: Config, gib: int) -> int:
 
 
 def loading_bytes(config: Config) -> tuple[int, int]:
-    """(device, host a node) while the model is loaded. Each rank makes or reads the whole model in its own memory (trainer.checkpoint.build), and
+    """(device, host a node) while the model is loaded. Each rank makes or reads the whole model in its own memory (trainer.train.model), and
     DeepSpeed moves it to the device whole (runtime/engine.py, _configure_distributed_model); but under ZeRO 3, where the model is built
     without memory and each tensor divided as it is read, a rank holds its share and the largest tensor whole, here and there. A stage that
     works file by file loads no model, and a model that is spread over the cards of a node is loaded once."""

@@ -22,7 +22,7 @@ from launcher.run.node_log import lines_of, read_end, unnamed
 from launcher.run.node_process import NodeResult
 from launcher.run.progress import read_lines
 from trainer import contract
-from trainer.contract import SCHEMA, DataReport, EnvReport, Exit, FailureReport, Origin, SpecError, StepRow, TrainResult
+from trainer.contract import SCHEMA, DataReport, EnvReport, Exit, FailureReport, WeightsLineage, SpecError, StepRow, TrainResult
 
 PLAN_FILE = "plan.json"
 CONFIG_FILE = "config.json"
@@ -99,7 +99,7 @@ class Record:
     nodes: tuple[NodeResult, ...]
     failure: Failure | None
     attempts: tuple[Attempt, ...] = ()  # those before the last
-    origin: Origin = field(default_factory=Origin)  # what the run began with, as the trainer found it
+    origin: WeightsLineage = field(default_factory=WeightsLineage)  # what the run began with, as the trainer found it
     rerun_of: str = ""  # the run whose record this one was started from
     accepted: tuple[str, ...] = ()  # in which ways it was said to differ from that one
     image_id: str = ""  # as the engines of the nodes say, where a container ran
@@ -210,10 +210,10 @@ def find_data(folder: Path) -> str:
     return data.sha256 if data else ""
 
 
-def find_origin(folder: Path) -> Origin:
+def find_origin(folder: Path) -> WeightsLineage:
     """What the run began with, as the trainer found it."""
     environment: EnvReport | None = read_if_there(EnvReport, folder / contract.ENVIRONMENT_FILE)
-    return environment.origin if environment else Origin()
+    return environment.origin if environment else WeightsLineage()
 
 
 def hash_if_there(path: Path) -> str:

@@ -30,7 +30,7 @@ from trainer.contract import TrainSpec
 from trainer.device.dtype import loading_dtype
 from trainer.distributed.engine import start_distributed, start_engine
 from trainer.memory_model.allocation_tracker import AllocationTracker
-from trainer.memory_model.synthetic_batch import synthesise
+from trainer.memory_model.synthetic_batch import make_synthetic_batch
 from trainer.memory_model.trace import trace
 from trainer.models import find_family
 from trainer.models.weight import round_weights
@@ -248,21 +248,21 @@ def measure(spec: TrainSpec) -> dict[str, int]:
     if spec.gradient_checkpointing:
         checkpoint_layers(model, spec)
     staged = apply_stage(model, spec, family.unused(model))
-    batch = synthesise(family.create_processor(spec.model), spec).batch
-    ledger = AllocationTracker()
-    with ledger:
+    batch = make_synthetic_batch(family.create_processor(spec.model), spec).batch
+    tracker = AllocationTracker()
+    with tracker:
         for tensor in (*staged.model.parameters(), *staged.model.buffers()):
-            ledger.assign(tensor, "weights")
-        with ledger.during("start", "engine"):
+            tracker.assign(tensor, "weights")
+        with tracker.during("start", "engine"):
             engine = start_engine(staged.model.to(dtype), spec, torch.device("cpu"), rates=staged.rates)
         engine.model.train()
         for phase in ("first step", "second step"):
-            with ledger.during(phase, phase):
+            with tracker.during(phase, phase):
                 accumulate(engine, (batch,))
                 engine.step(1e-4)
     engine.handle.destroy()
     torch.nn.functional.linear = LINEAR
-    return dict(ledger.peaks["second step"].kinds_bytes)
+    return dict(tracker.peaks["second step"].kinds_bytes)
 
 
 # --------------------------------------------------------------------------------------------------------------- showing

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from tests.trainer.conftest import architecture, make_spec
-from trainer.contract import Inference, Origin, Sampling, StageSpec, TrainSpec
+from trainer.contract import Inference, Sampling, StageSpec, TrainSpec, WeightsLineage
 from trainer.data.batch.collate import collate_prompts
 from trainer.data.rows.request import read_requests
 from trainer.data.rows.sample import Message, Sample
@@ -31,11 +31,11 @@ from trainer.models import find_family
 from trainer.models.family import Processor
 from trainer.programs.infer import answer_all
 from trainer.stages.group import Staged
-from trainer.train.run import BuiltModel
+from trainer.train.model import BuiltModel
 
 WORDS = "which of these is shown in the picture and what would one say of it if asked".split()  # noqa: SIM905
 PHOTO = (640, 480)
-PLACE = Rank(number=0, local=0, world_size=1, device=DEVICES["cpu"], place=torch.device("cpu"))
+PLACE = Rank(number=0, local=0, world_size=1, device=DEVICES["cpu"], torch_device=torch.device("cpu"))
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def answer_plainly(model: torch.nn.Module, processor: Processor, spec: TrainSpec
 
 
 def answer_file(model: torch.nn.Module, processor: Processor, spec: TrainSpec, file: Path) -> tuple[list[str], float]:
-    made = BuiltModel(staged=Staged(model=model, groups=(), rates={}), processor=processor, origin=Origin(), kernels={})
+    made = BuiltModel(staged=Staged(model=model, groups=(), rates={}), processor=processor, lineage=WeightsLineage(), kernels={})
     assert spec.stage.inference is not None
     began = time.perf_counter()
     tally = answer_all(spec, spec.stage.inference, PLACE, made, read_requests(file, file.parent))

@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.trainer.conftest import make_spec  # noqa: E402
-from trainer.checkpoint.build import start_hollow  # noqa: E402
 from trainer.contract import RESULT_FILE, SPEC_FILE, Merging, ModelSpec, StageSpec, TrainResult, read, write  # noqa: E402
 from trainer.models import find_family  # noqa: E402
 from trainer.models.tiny import read_model  # noqa: E402
-from trainer.tensor.stream import Outgoing, write_shards  # noqa: E402
+from trainer.tensor.stream import TensorToWrite, write_shards  # noqa: E402
+from trainer.train.model import create_on_meta  # noqa: E402
 
 RANK = 16
 BLOCK = 2**24  # random numbers, over and over
@@ -69,25 +69,25 @@ def measure(run: Path) -> int:
 
 def write_base(model: ModelSpec, folder: Path, share: float) -> None:
     family = find_family(model.family)
-    hollow = start_hollow(model, family, torch.bfloat16)
+    on_meta = create_on_meta(model, family, torch.bfloat16)
     block = (torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-    tensors = [make_tensor(name, tuple(parameter.shape), block) for name, parameter in hollow.named_parameters()]
+    tensors = [make_tensor(name, tuple(parameter.shape), block) for name, parameter in on_meta.named_parameters()]
     write_shards(tensors, folder, 5 * 10**9)
     if share < 1:
         for file in folder.glob("*.safetensors"):
             punch(file, share)
-    hollow.config.save_pretrained(folder)
+    on_meta.config.save_pretrained(folder)
     family.create_processor(model).save(folder)
 
 
-def make_tensor(name: str, shape: tuple[int, ...], block: Tensor) -> Outgoing:
+def make_tensor(name: str, shape: tuple[int, ...], block: Tensor) -> TensorToWrite:
     count = torch.Size(shape).numel()
 
     def pieces() -> Iterator[Tensor]:
         for start in range(0, count, BLOCK):
             yield block[: min(BLOCK, count - start)]
 
-    return Outgoing(name=name, dtype=torch.bfloat16, shape=shape, pieces=pieces)
+    return TensorToWrite(name=name, dtype=torch.bfloat16, shape=shape, pieces=pieces)
 
 
 def punch(file: Path, share: float) -> None:
@@ -103,16 +103,16 @@ def write_adapter(model: ModelSpec, base: Path, folder: Path) -> None:
 
     from peft import LoraConfig
 
-    hollow = start_hollow(model, find_family(model.family), torch.bfloat16)
-    linear = {name: module for name, module in hollow.named_modules() if type(module) is torch.nn.Linear}
+    on_meta = create_on_meta(model, find_family(model.family), torch.bfloat16)
+    linear = {name: module for name, module in on_meta.named_modules() if type(module) is torch.nn.Linear}
     chosen = {name: module for name, module in linear.items() if re.match(model.groups["lm"], f"{name}.weight")}
     generator = torch.Generator().manual_seed(1)
-    tensors: list[Outgoing] = []
+    tensors: list[TensorToWrite] = []
     for name, module in chosen.items():
         for factor, shape in (("A", (RANK, module.in_features)), ("B", (module.out_features, RANK))):
             values = torch.randn(shape, generator=generator) * 0.01
             key = f"base_model.model.{name}.lora_{factor}.weight"
-            tensors.append(Outgoing(name=key, dtype=torch.float32, shape=shape, pieces=lambda values=values: iter((values,))))
+            tensors.append(TensorToWrite(name=key, dtype=torch.float32, shape=shape, pieces=lambda values=values: iter((values,))))
     write_shards(tensors, folder, 10**12)
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=sorted(chosen), base_model_name_or_path=str(base))

@@ -91,7 +91,7 @@ def plan(output: Path, data: DataSpec, steps: int, threads: int, changes: dict[s
 
 
 def run_ours(spec: TrainSpec, _: dict[str, Any]) -> dict[str, float]:
-    from trainer.train.run import run_stage
+    from trainer.programs.dispatch import run_stage
 
     run_stage(spec, dict(os.environ))
     rows = [json.loads(line) for line in (Path(spec.output) / METRICS_FILE).read_text(encoding="utf-8").splitlines()]

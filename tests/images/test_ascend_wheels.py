@@ -77,7 +77,7 @@ def plugin(folder: Path) -> Wheel:
 def calls_of_the_trainer() -> dict[str, int]:
     """Name under torch.npu -> the number of arguments that trainer/device/device.py calls it with."""
     tree = ast.parse((ROOT / "trainer" / "device.py").read_text(encoding="utf-8"))
-    (adapter,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "on_accelerator")
+    (adapter,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "accelerator_device")
     return {
         node.func.attr: len(node.args)
         for node in ast.walk(adapter)

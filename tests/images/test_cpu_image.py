@@ -47,7 +47,7 @@ def test_size_user_and_labels(built: Built) -> None:
 
 
 def test_the_trainer_starts_as_any_user_from_a_layer_it_cannot_write(built: Built) -> None:
-    code = "import trainer.train.run, os; print(os.getuid(), os.access('/opt/omnilaunch/trainer/train/run.py', os.W_OK))"
+    code = "import trainer.programs.dispatch, os; print(os.getuid(), os.access('/opt/omnilaunch/trainer/programs/dispatch.py', os.W_OK))"
     assert in_container(built.image.tag, "python", "-c", code) == "1000 False"
     assert in_container(built.image.tag, "python", "-c", code, user="54321:100") == "54321 False"
 

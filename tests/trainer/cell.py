@@ -1,7 +1,7 @@
 """One step of a tiny family in every stage, precision and ZeRO stage, by two ranks that stay: a process group costs seconds, a cell a
 fraction of one.
 
-What a cell is told comes from conf/ by way of the launcher, as a user's run is: nothing of the engine's config is written here.
+The spec of a cell is planned by the launcher from conf/, as that of a user's run: this file has no engine config of its own.
 """
 
 import io
@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint.build import CPU, start_at_random, start_hollow
-from trainer.checkpoint.scatter import SOURCE, scatter
 from trainer.contract import TrainSpec
 from trainer.data.batch.load import batches
 from trainer.data.check import resolve
 from trainer.data.rows.sample import Sample, read_samples
 from trainer.device.dtype import loading_dtype
 from trainer.distributed.engine import Engine, start_distributed, start_engine
+from trainer.distributed.zero3 import SOURCE_RANK, partition_model
 from trainer.models import find_family
 from trainer.stages.group import apply_stage
 from trainer.train.loop import StepRequests, train_step
+from trainer.train.model import CPU, create_on_meta, create_random
 from trainer.train.watchdog import Watchdog
 
 RANKS = 2
@@ -93,13 +93,13 @@ def read_rows(spec: TrainSpec) -> tuple[Sample, ...]:
 def run_cell(spec: TrainSpec, samples: tuple[Sample, ...], rank: int) -> Outcome:
     family = find_family(spec.model.family)
     torch.manual_seed(spec.seed)
-    started = start_hollow if spec.partitioned and rank != SOURCE else partial(start_at_random, place=CPU)
+    started = create_on_meta if spec.partitioned and rank != SOURCE_RANK else partial(create_random, device=CPU)
     model = started(spec.model, family, loading_dtype(spec.precision))
     staged = apply_stage(model, spec, family.unused(model))
     trained = frozenset(name for name, p in staged.model.named_parameters() if p.requires_grad)
     before = {name: p.detach().clone() for name, p in staged.model.named_parameters()}
     if spec.partitioned:
-        scatter(staged.model, spec, CPU)
+        partition_model(staged.model, spec, CPU)
     reached: set[str] = set()
     for name, parameter in staged.model.named_parameters():
         if parameter.requires_grad:
@@ -110,7 +110,7 @@ def run_cell(spec: TrainSpec, samples: tuple[Sample, ...], rank: int) -> Outcome
         batch = next(iter(batches(samples, family.create_processor(spec.model), spec, rank=rank, first_step=0)))
         engine.model.train()
         watchdog = Watchdog(timeout_s=0, rank=rank, stream=io.StringIO(), end=sys.exit)
-        row, _ = train_step(engine, batch, spec, 1, asks=StepRequests, watchdog=watchdog, peak_bytes=0)
+        row, _ = train_step(engine, batch, spec, 1, own_requests=StepRequests, watchdog=watchdog, peak_bytes=0)
         reached |= {name for name, p in engine.model.named_parameters() if p.grad is not None}
         after = dict(whole_parameters(engine))
     finally:
@@ -120,7 +120,7 @@ def run_cell(spec: TrainSpec, samples: tuple[Sample, ...], rank: int) -> Outcome
         grad_norm=row.grad_norm,
         trained=trained,
         reached=frozenset(reached),
-        changed=frozenset(name for name, value in after.items() if rank == SOURCE and not torch.equal(value, before[name])),
+        changed=frozenset(name for name, value in after.items() if rank == SOURCE_RANK and not torch.equal(value, before[name])),
         names=frozenset(before),
         weights={name: value.float().numpy() for name, value in after.items() if name in trained} if rank == 0 else None,
     )

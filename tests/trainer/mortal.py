@@ -22,7 +22,8 @@ import trainer.checkpoint.resume
 import trainer.checkpoint.state
 import trainer.checkpoint.writer
 import trainer.distributed.engine
-import trainer.train.run
+import trainer.programs.dispatch
+import trainer.programs.train
 from trainer.__main__ import main
 from trainer.contract import SPEC_FILE, TrainSpec, write
 
@@ -36,16 +37,16 @@ PLACES: dict[str, tuple[Any, str]] = {
     "update": (trainer.distributed.engine.Engine, "step"),
     "save": (trainer.checkpoint.writer, "save_checkpoint"),
     "weights": (trainer.checkpoint.pending, "write_weights"),
-    "state": (trainer.checkpoint.state, "gather_part"),
-    "random numbers": (trainer.checkpoint.state, "gather_random"),
+    "state": (trainer.checkpoint.state, "gather_shard"),
+    "random numbers": (trainer.checkpoint.state, "read_rng_state"),
     "complete": (trainer.checkpoint.pending, "complete"),
     "complete behind the steps": (trainer.checkpoint.writer, "complete"),
-    "collect": (trainer.checkpoint.writer.Writer, "_collect"),
+    "collect": (trainer.checkpoint.writer.CheckpointWriter, "_collect"),
     "sync": (trainer.checkpoint.pending, "sync_tree"),
     "remove": (trainer.checkpoint.checkpoint, "remove"),
     "cut rows": (trainer.checkpoint.resume, "cut_rows"),
     "restore": (trainer.checkpoint.resume, "restore_state"),
-    "evaluate": (trainer.train.run, "evaluate"),
+    "evaluate": (trainer.programs.train, "evaluate"),
 }
 
 

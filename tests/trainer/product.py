@@ -15,9 +15,9 @@ from trainer.device.device import DEVICES
 from trainer.device.rank import Rank
 from trainer.models import find_family
 from trainer.models.weight import round_weights
-from trainer.train.run import find_stage
+from trainer.programs.dispatch import find_program
 
-RANK = Rank(number=0, local=0, world_size=1, device=DEVICES["cpu"], place=torch.device("cpu"))
+RANK = Rank(number=0, local=0, world_size=1, device=DEVICES["cpu"], torch_device=torch.device("cpu"))
 
 
 def write_model(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> ModelSpec:
@@ -69,6 +69,6 @@ def stage_spec(kind: Kind, model: ModelSpec, checkpoint: Path, output: Path, **o
     return replace(make_spec(output, output), model=model, stage=stage, run_id=output.name)
 
 
-def carry_out(spec: TrainSpec) -> TrainResult:
+def run_program(spec: TrainSpec) -> TrainResult:
     """In a process group of one, which a test brings."""
-    return find_stage(spec.stage.kind)(spec, RANK, {})
+    return find_program(spec.stage.kind)(spec, RANK, {})

@@ -19,17 +19,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import trainer.checkpoint.scatter
+import trainer.distributed.zero3
 from tests.trainer.mortal import free_port
-from trainer.checkpoint.resume import Start
-from trainer.checkpoint.scatter import scatter
-from trainer.checkpoint.state import read_random
+from trainer.checkpoint.resume import ResumePoint
 from trainer.contract import TrainSpec
-from trainer.contract.checkpoint_files import Rows
+from trainer.contract.checkpoint_files import MetricsSummary
 from trainer.device.device import DEVICES, STATUS, reset_resident_peak, seed_all
 from trainer.device.dtype import loading_dtype
+from trainer.device.rank import Rank
+from trainer.device.rng import read_rng_state
 from trainer.distributed.engine import start_distributed, start_engine
-from trainer.train.run import Rank, make_model, quieten
+from trainer.distributed.zero3 import partition_model
+from trainer.programs.dispatch import silence_libraries
+from trainer.train.model import build_model
 
 RANKS = 2
 MMAP_THRESHOLD = -3  # of mallopt(3)
@@ -68,7 +70,7 @@ def be_rank(number: int, port: int, tasks: dict[str, Task], log: Path, answers: 
     variables = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in variables.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
-    quieten()
+    silence_libraries()
     first = next(iter(tasks.values()))[1][0]
     start_distributed(first.device)
     for name, (task, arguments) in tasks.items():
@@ -84,12 +86,12 @@ def be_rank(number: int, port: int, tasks: dict[str, Task], log: Path, answers: 
 
 
 def place_of(number: int) -> Rank:
-    return Rank(number=number, local=number, world_size=RANKS, device=DEVICES["cpu"], place=CPU)
+    return Rank(number=number, local=number, world_size=RANKS, device=DEVICES["cpu"], torch_device=CPU)
 
 
-def start_of(checkpoint: str) -> Start:
+def start_of(checkpoint: str) -> ResumePoint:
     state: Any = SimpleNamespace(path=checkpoint, step=1) if checkpoint else None
-    return Start(checkpoint=state, rows=Rows(), data_sha256="")
+    return ResumePoint(checkpoint=state, rows=MetricsSummary(), data_sha256="")
 
 
 # ------------------------------------------------------------------------------------------------------------- what comes out
@@ -101,15 +103,15 @@ def compare(number: int, spec: TrainSpec, checkpoint: str = "") -> dict[str, Any
 
     whole = {**spec.deepspeed, "zero_optimization": {"stage": 0}}
     seed_all(spec.seed, deterministic=False)
-    expected = make_model(replace(spec, deepspeed=whole), place_of(number), start_of(checkpoint)).staged.model
-    numbers = read_random(CPU)
+    expected = build_model(replace(spec, deepspeed=whole), place_of(number), start_of(checkpoint)).staged.model
+    numbers = read_rng_state(CPU)
     seed_all(spec.seed + number, deterministic=False)  # on rank 1 what must not matter
-    made = make_model(spec, place_of(number), start_of(checkpoint))
+    made = build_model(spec, place_of(number), start_of(checkpoint))
     model = made.staged.model
-    hollow = sum(parameter.is_meta for parameter in model.parameters())
-    scatter(model, spec, CPU)
+    on_meta = sum(parameter.is_meta for parameter in model.parameters())
+    partition_model(model, spec, CPU)
     held = sum(parameter.numel() for parameter in model.parameters())
-    random = read_random(CPU) == numbers
+    random = read_rng_state(CPU) == numbers
     engine = start_engine(model, spec, CPU, rates=made.staged.rates)
     found = dict(model.named_parameters())
     wanted = dict(expected.named_parameters())
@@ -127,7 +129,7 @@ def compare(number: int, spec: TrainSpec, checkpoint: str = "") -> dict[str, Any
     return {
         "differing": differing,
         "parameters": len(found),
-        "hollow": hollow,
+        "on_meta": on_meta,
         "held": held,
         "rotary": sum("inv_freq" in name for name in buffers),
         "random": random,
@@ -147,14 +149,14 @@ def weigh(number: int, spec: TrainSpec, how: str) -> dict[str, float]:
     gc.collect()
     reset_resident_peak()
     before, anonymous = status("VmRSS"), [status("RssAnon")]
-    model = make_model(spec, place_of(number), start_of("")).staged.model
+    model = build_model(spec, place_of(number), start_of("")).staged.model
     size, _ = sizes(model)
     if how == "whole":
         for parameter in model.parameters():
             parameter.detach().view(torch.uint8).max()
     if how == "scattered":
         with watch_parameters(lambda _: status("RssAnon")) as seen:
-            scatter(model, spec, CPU)
+            partition_model(model, spec, CPU)
         anonymous += seen
     anonymous.append(status("RssAnon"))
     own = (max(anonymous) - anonymous[0]) / size
@@ -165,12 +167,12 @@ def trace(number: int, spec: TrainSpec) -> dict[str, float]:
     """What stands in a rank's memory, over the bytes of the model: as it is built, at most until it is scattered, and then; of whole
     parameters on the device at most; of parameters that DeepSpeed moves as it starts."""
     with Tally() as tally:
-        made = make_model(spec, place_of(number), start_of(""))
+        made = build_model(spec, place_of(number), start_of(""))
         model = made.staged.model
         size, largest = sizes(model)
         built, tally.highest = tally.standing, tally.standing
         with watch_parameters(lambda come: sum(p.numel() * p.element_size() for p in come)) as wholes:
-            scatter(model, spec, CPU)
+            partition_model(model, spec, CPU)
         gc.collect()
         highest, left = tally.highest, tally.standing
     with watch_moves() as moves:
@@ -191,18 +193,18 @@ def watch_parameters(measure: Callable[[list[torch.nn.Parameter]], int]) -> Iter
     """What `measure` says each time that a parameter has come to the device whole, asked with all that have come so far."""
     seen: list[int] = []
     come: list[torch.nn.Parameter] = []
-    bring = trainer.checkpoint.scatter.bring_parameter
+    bring = trainer.distributed.zero3.load_parameter
 
     def watched(*arguments: Any) -> torch.nn.Parameter:
         come.append(bring(*arguments))
         seen.append(measure(come))
         return come[-1]
 
-    trainer.checkpoint.scatter.bring_parameter = watched
+    trainer.distributed.zero3.load_parameter = watched
     try:
         yield seen
     finally:
-        trainer.checkpoint.scatter.bring_parameter = bring
+        trainer.distributed.zero3.load_parameter = bring
 
 
 @contextmanager

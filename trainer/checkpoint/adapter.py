@@ -1,8 +1,8 @@
-"""What an adapter of peft's changes in its base, tensor by tensor, told from its files: low-rank additions, biases, and weights that were
-trained whole. Variants whose sums are others are refused by name: their result would be quietly wrong.
+"""What a peft adapter changes in its base, tensor by tensor, read from its files: low-rank updates, biases, and weights that were trained
+whole. Variants with another formula are refused by name: their result would be wrong without an error.
 
-The sums are those of peft 0.21 (peft/tuners/lora/layer.py, get_delta_weight): scale * B A, with scale = alpha / r, or alpha / sqrt(r) for
-rank-stabilised LoRA (Kalajdzievski, arXiv 2312.03732); r and alpha may be each layer's own.
+The formula is that of peft 0.21 (peft/tuners/lora/layer.py, get_delta_weight): scale * B A, with scale = alpha / r, or alpha / sqrt(r) for
+rank-stabilised LoRA (Kalajdzievski, arXiv 2312.03732); each layer may have its own r and alpha.
 """
 
 import json
@@ -19,12 +19,12 @@ from torch import Tensor
 from trainer.contract import InputRefused
 from trainer.stages.lora import base_name
 from trainer.tensor.naming import find_tied, name_in_memory
-from trainer.tensor.stream import PIECE_ELEMENTS, Outgoing, TensorSource, open_tensors, read_pieces, read_single
+from trainer.tensor.stream import PIECE_ELEMENTS, TensorSource, TensorToWrite, open_tensors, read_float32, read_pieces
 
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."  # of the names in an adapter's file
 FACTOR = re.compile(r"(?P<module>.+)\.(?:lora_(?P<factor>[AB])\.(?P<kind>weight|bias)|lora_embedding_(?P<table>[AB]))")
-# Keys of the config that are read here, or that say how it was trained and not what it is. Any other that is set makes it another variant.
+# Config keys that are read here, or that only describe how the adapter was trained. Any other key that is set makes it another variant.
 READ = frozenset(
     (
         *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "eva_config", "exclude_modules", "fan_in_fan_out"),
@@ -33,14 +33,14 @@ READ = frozenset(
         *("runtime_config", "target_modules", "task_type", "use_rslora", "ensure_weight_tying"),
     )
 )
-# The other starts take the adapter out of the base's weights and leave those changed (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
+# Other initializations take the adapter out of the base's weights and change those (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", None)
 SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Addition:
-    """scale * B A to a weight of (out, in); `a` (r, in), `b` (out, r). `transposed`: the weight is (in, out), as of Conv1D and embeddings."""
+class LowRankUpdate:
+    """scale * B A, added to a weight of (out, in); `a` (r, in), `b` (out, r). `transposed`: the weight is (in, out), as in Conv1D and embeddings."""
 
     a: TensorSource
     b: TensorSource
@@ -56,9 +56,9 @@ class Addition:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """By the name of a parameter in memory. `whole`: tensors in the place of the base's. `biases`: (tensor, scale), to be added."""
+    """Keys: names of parameters in memory. `whole`: tensors that replace those of the base. `biases`: (tensor, scale), to be added."""
 
-    additions: dict[str, Addition] = field(default_factory=dict)
+    additions: dict[str, LowRankUpdate] = field(default_factory=dict)
     biases: dict[str, tuple[TensorSource, float]] = field(default_factory=dict)
     whole: dict[str, TensorSource] = field(default_factory=dict)
 
@@ -68,8 +68,8 @@ class Adapter:
 
 
 def read_adapter(folder: Path, model: torch.nn.Module) -> Adapter:
-    """What the adapter in `folder` changes in `model`, which may be hollow. Raises InputRefused for an adapter of another kind, one for
-    another base, and one that changes a tensor which the base has twice (tied)."""
+    """What the adapter in `folder` changes in `model`, which may be on the meta device. Raises InputRefused for another kind of adapter, for
+    another base, and for a changed tensor that the base uses twice (tied)."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     refuse_variant(folder, config)
     adapter = Adapter()
@@ -82,9 +82,12 @@ def read_adapter(folder: Path, model: torch.nn.Module) -> Adapter:
         elif "lora_" in name or "token_adapter" in name:
             unread.append(name)
         else:
-            adapter.whole[find_parameter(model, plain_name(name))] = source
+            adapter.whole[find_parameter(model, name_without_wrapper(name))] = source
     if unread:
-        raise InputRefused(f"{folder}: merging does not know what {', '.join(unread[:SHOWN])} do. It takes plain LoRA of linear layers.")
+        raise InputRefused(
+            f"{folder}: merging does not support {', '.join(unread[:SHOWN])}, only plain LoRA of linear layers. Merge this adapter with peft's "
+            "merge_and_unload."
+        )
     for module, parts in factors.items():
         add_factors(adapter, folder, model, config, module, parts)
     refuse_misfits(folder, adapter, model)
@@ -92,7 +95,7 @@ def read_adapter(folder: Path, model: torch.nn.Module) -> Adapter:
 
 
 def open_adapter(folder: Path) -> dict[str, TensorSource]:
-    """Its tensors by name, without those that peft keeps of the base beside modules that were trained whole."""
+    """Its tensors by name, without the frozen copies that peft keeps beside modules that were trained whole."""
     tensors = {key.removeprefix(PREFIX): source for key, source in open_tensors(folder).items()}
     return {name: source for name, source in tensors.items() if ".original_module." not in name}
 
@@ -100,15 +103,15 @@ def open_adapter(folder: Path) -> dict[str, TensorSource]:
 def add_factors(
     adapter: Adapter, folder: Path, model: torch.nn.Module, config: dict[str, Any], place: str, parts: dict[str, TensorSource]
 ) -> None:
-    """Those of one module into `adapter`."""
+    """Add the factors of one module to `adapter`."""
     module, _, table = place.partition(":")
     if not {"A", "B"} <= parts.keys():
-        raise InputRefused(f"{folder}: {module} has one of its two factors alone. Copy the adapter again.")
+        raise InputRefused(f"{folder}: {module} has only one of its two factors. Copy the adapter again.")
     name = find_parameter(model, f"{module}.weight")
     scale = scale_of(config, module, parts["A"].shape[0])
-    # peft itself sets fan_in_fan_out by the kind of the layer, whatever the config says
-    transposed = bool(table) or (has_module(model, name) and type(model.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D")
-    adapter.additions[name] = Addition(a=parts["A"], b=parts["B"], scale=scale, transposed=transposed)
+    # peft sets fan_in_fan_out by the kind of the layer, whatever the config says
+    transposed = bool(table) or (has_tensor(model, name) and type(model.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D")
+    adapter.additions[name] = LowRankUpdate(a=parts["A"], b=parts["B"], scale=scale, transposed=transposed)
     if "bias" in parts:
         adapter.biases[find_parameter(model, f"{module}.bias")] = (parts["bias"], scale)
 
@@ -119,27 +122,24 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
     return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 
-def plain_name(name: str) -> str:
-    """Of a tensor that was trained whole, without the layers that peft puts around it: its files leave out the adapter's own name."""
+def name_without_wrapper(name: str) -> str:
+    """The base's name of a tensor that was trained whole; the files of an adapter leave out the adapter's own name."""
     return base_name(name).replace(".modules_to_save.", ".")
 
 
 def find_parameter(model: torch.nn.Module, name: str) -> str:
-    """The name in memory. An adapter that was trained with an older transformers has the names of the files."""
-    if has_module(model, name):
+    """The name in memory. Adapters trained with an older transformers have the names of the files."""
+    if has_tensor(model, name):
         return name
     return name_in_memory(model, [name]).get(name, name)
 
 
-def has_module(model: torch.nn.Module, name: str) -> bool:
+def has_tensor(model: torch.nn.Module, name: str) -> bool:
     try:
         owner = model.get_submodule(name.rpartition(".")[0])
         return name.rpartition(".")[2] in {**owner._parameters, **owner._buffers}
     except AttributeError:
         return False
-
-
-# ---------------------------------------------------------------------------------------------------------------- refusals
 
 
 def refuse_variant(folder: Path, config: Mapping[str, Any]) -> None:
@@ -150,27 +150,27 @@ def refuse_variant(folder: Path, config: Mapping[str, Any]) -> None:
         wrong.insert(0, f"peft_type is {config.get('peft_type')!r}")
     if wrong:
         raise InputRefused(
-            f"{folder / CONFIG}: {'; '.join(wrong)}: merging file by file knows plain LoRA alone (with rank-stabilised scales, ranks and "
-            "alphas by layer, biases and whole modules). Merge this one with peft's merge_and_unload, where the whole model fits."
+            f"{folder / CONFIG}: {'; '.join(wrong)}: merging file by file supports only plain LoRA (with rank-stabilised scales, ranks and "
+            "alphas by layer, biases and whole modules). Merge this one with peft's merge_and_unload, on a machine that can hold the model."
         )
 
 
 def refuse_misfits(folder: Path, adapter: Adapter, model: torch.nn.Module) -> None:
-    """Raises InputRefused that names each tensor which the base has not, or has in another shape, or ties to another one."""
+    """Raises InputRefused that names each tensor that the base does not have, has in another shape, or ties to another one."""
     has = model.state_dict(keep_vars=True)
     shapes = {name: addition.shape for name, addition in adapter.additions.items()}
     shapes |= {name: source.shape for name, (source, _) in adapter.biases.items()} | {n: s.shape for n, s in adapter.whole.items()}
     ranks = [name for name, one in adapter.additions.items() if one.a.shape[0] != one.b.shape[1] or len(one.a.shape) != 2]
-    wrong = [f"{name} is not there" for name in shapes if name not in has]
+    wrong = [f"{name} is not in the base" for name in shapes if name not in has]
     wrong += [
         f"{name} is {list(has[name].shape)}, not {list(s)}" for name, s in shapes.items() if name in has and tuple(has[name].shape) != s
     ]
-    wrong += [f"the factors of {name} are of two ranks" for name in ranks]
+    wrong += [f"the factors of {name} have different ranks" for name in ranks]
     if wrong:
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise InputRefused(
-            f"stage.checkpoint: {folder} is an adapter for another model than its base: {'; '.join(wrong[:SHOWN])}{more}. Name the model "
-            f"that it was trained on in base_model_name_or_path of its {CONFIG}, or another checkpoint."
+            f"stage.checkpoint: the adapter {folder} does not fit its base: {'; '.join(wrong[:SHOWN])}{more}. Set base_model_name_or_path in its "
+            f"{CONFIG} to the model that it was trained on, or name another checkpoint."
         )
     tied = find_tied(model)
     if both := sorted(adapter.changed & {*tied, *tied.values()}):
@@ -180,29 +180,25 @@ def refuse_misfits(folder: Path, adapter: Adapter, model: torch.nn.Module) -> No
         )
 
 
-# ------------------------------------------------------------------------------------------------------------------ merging
-
-
-def merge_tensor(name: str, memory: str, base: TensorSource, adapter: Adapter) -> Outgoing:
-    """The tensor `name` of the base, `memory` in memory, as the merged model has it: in the base's dtype, summed in float32."""
-
+def merge_tensor(name: str, memory: str, base: TensorSource, adapter: Adapter) -> TensorToWrite:
+    """The merged tensor `name` of the files (`memory` in memory): in the base's dtype, summed in float32."""
     source = adapter.whole.get(memory, base)
 
     def pieces() -> Iterator[Tensor]:
         if memory in adapter.additions:
-            yield from add(source, adapter.additions[memory], base.dtype)
+            yield from add_low_rank(source, adapter.additions[memory], base.dtype)
         elif memory in adapter.biases:
             bias, scale = adapter.biases[memory]
             yield (source.read_whole().float() + bias.read_whole().float() * scale).to(base.dtype)
         else:
             yield from (piece.to(base.dtype) for piece in read_pieces(source))
 
-    return Outgoing(name=name, dtype=base.dtype, shape=base.shape, pieces=pieces)
+    return TensorToWrite(name=name, dtype=base.dtype, shape=base.shape, pieces=pieces)
 
 
-def add(base: TensorSource, addition: Addition, dtype: torch.dtype) -> Iterator[Tensor]:
+def add_low_rank(base: TensorSource, addition: LowRankUpdate, dtype: torch.dtype) -> Iterator[Tensor]:
     """Rows of base + scale * B A, a piece at a time, in `dtype`."""
-    a, b = read_single(addition.a), read_single(addition.b)
+    a, b = read_float32(addition.a), read_float32(addition.b)
     rows, width = base.shape
     step = max(1, PIECE_ELEMENTS // width)
     for start in range(0, rows, step):

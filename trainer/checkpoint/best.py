@@ -1,4 +1,4 @@
-"""Which checkpoint evaluates best: told from the rows of evaluations.jsonl and from what is on the disk, so that a killed run forgets nothing."""
+"""The checkpoint with the best evaluation, computed from evaluations.jsonl and the files on disk, so that a killed run loses nothing."""
 
 import json
 import math
@@ -8,11 +8,11 @@ from pathlib import Path
 from trainer.contract import BEST_FILE, EVALUATIONS_FILE, Best, EvaluationRow, SpecError, TrainSpec, decode, encode, write_text
 from trainer.contract.checkpoint_files import whole_checkpoints
 
-HIGHER = {"exact_match": True, "loss": False}  # metric -> whether more of it is better
+HIGHER = {"exact_match": True, "loss": False}  # metric -> whether higher is better
 
 
 def is_better(metric: str, value: float | None, than: float | None) -> bool:
-    if value is None or math.isnan(value):  # a loss may be no number; kept as the best, nothing would ever be better
+    if value is None or math.isnan(value):  # a NaN loss kept as the best would never be beaten
         return False
     if than is None:
         return True
@@ -20,7 +20,7 @@ def is_better(metric: str, value: float | None, than: float | None) -> bool:
 
 
 def read_evaluations(run: Path) -> dict[int, EvaluationRow]:
-    """The whole rows, by step."""
+    """The complete rows, by step."""
     path = run / EVALUATIONS_FILE
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     rows = filter(None, map(parse_evaluation, lines))
@@ -28,7 +28,7 @@ def read_evaluations(run: Path) -> dict[int, EvaluationRow]:
 
 
 def parse_evaluation(line: str) -> EvaluationRow | None:
-    """None for one that was being written when its run ended."""
+    """None for a line that was being written when the run ended."""
     try:
         row: EvaluationRow | None = decode(EvaluationRow, json.loads(line)) if line.endswith("\n") else None
     except (ValueError, SpecError):
@@ -37,7 +37,7 @@ def parse_evaluation(line: str) -> EvaluationRow | None:
 
 
 def cut_evaluations(run: Path, step: int) -> None:
-    """Keep the rows of steps up to `step`: the later ones will be made again."""
+    """Keep the rows of steps up to `step`: later evaluations will be repeated."""
     rows = read_evaluations(run)
     if rows:
         kept = (json.dumps(asdict(row)) + "\n" for row in rows.values() if row.step <= step)
@@ -45,7 +45,7 @@ def cut_evaluations(run: Path, step: int) -> None:
 
 
 def find_best(spec: TrainSpec) -> Best | None:
-    """The best of the whole checkpoints that have been evaluated, the first where several are; None without spec.keep_best."""
+    """The best complete checkpoint that was evaluated, the first of equals; None without spec.keep_best."""
     if not spec.keep_best:
         return None
     rows, found = read_evaluations(Path(spec.output)), None
@@ -57,7 +57,7 @@ def find_best(spec: TrainSpec) -> Best | None:
 
 
 def record_best(spec: TrainSpec) -> Best | None:
-    """Write best.json, or remove one that no longer holds. Rank 0 alone calls it."""
+    """Write best.json, or remove an outdated one. Called on rank 0 only."""
     best, path = find_best(spec), Path(spec.output) / BEST_FILE
     if best is not None:
         write_text(encode(best), path)

@@ -1,10 +1,10 @@
-"""Checkpoints that are whole or not there: written aside, synced, renamed; opened only when every byte of them is there.
+"""Checkpoints that are complete or absent: written to a hidden folder, synced, renamed; opened only if every byte is there.
 
-A folder `checkpoints/step-000300` holds the weights in safetensors under the names that transformers publishes (so that the
-family's `from_pretrained` opens it; with LoRA peft's adapter instead), the processor's files, and `trainer_state.json`. The weights
-have the dtype of the model's parameters: in bf16 or fp16 training the compute weights, not the float32 masters of the optimizer.
-Before the last step there is a folder `resume` besides, with all that going on takes. A checkpoint lies on the disk of the first
-node; the launcher brings it to the others where they share none.
+A folder `checkpoints/step-000300` holds the weights in safetensors under the names that transformers publishes (so that the family's
+`from_pretrained` opens it; with LoRA peft's adapter instead), the processor's files, and `trainer_state.json`. The weights have the dtype
+of the model's parameters: in bf16 or fp16 training the compute weights, not the optimizer's float32 master weights. Before the last step
+there is also a folder `resume` with the state that is needed to continue. A checkpoint is on the disk of the first node; the launcher copies
+it to the others if they share no disk.
 """
 
 import json
@@ -18,84 +18,81 @@ from trainer.checkpoint.best import find_best
 from trainer.checkpoint.state import full_state_bytes, weights_bytes
 from trainer.contract import CHECKPOINTS, SCHEMA, InputRefused, OtherSchema, SpecError, TrainSpec, read
 from trainer.contract.checkpoint_files import STATE_FILE, CheckpointState, missing_files, whole_checkpoints
-from trainer.contract.weight_files import is_plain, read_header, weight_files
+from trainer.contract.weight_files import is_safetensors, read_header, weight_files
 from trainer.distributed.engine import Engine
 from trainer.tensor.shard import sync
 
-RESUME = "resume"
+RESUME_FOLDER = "resume"
 PARTIAL = ".{name}.partial"
 REMOVED = ".{name}.removed"
-ROOM_BYTES = 64 * 2**20  # for everything beside the tensors
-
-
-# ------------------------------------------------------------------------------------------------------------- making room
+MARGIN_BYTES = 64 * 2**20  # for everything except the tensors
 
 
 def prune(spec: TrainSpec) -> None:
-    """Remove all but the newest `keep_checkpoints` and the best one, and what ranks that were killed have left half-written or half-removed.
-    What does not go away is said: it takes room, and is no reason to end a run."""
+    """Remove all but the newest `keep_checkpoints` and the best one, and what killed ranks left half-written or half-removed. Folders that
+    cannot be removed are reported; the run continues."""
     best = find_best(spec)
     for old in list_checkpoints(spec)[: -max(1, spec.keep_checkpoints)]:
         if best is None or old.name != Path(best.path).name:
             remove(old)
     for pattern in (PARTIAL, REMOVED):
-        for left in checkpoints_of(spec).glob(pattern.format(name="step-*")):
+        for left in checkpoints_folder(spec).glob(pattern.format(name="step-*")):
             discard(left)
 
 
 def remove(folder: Path) -> None:
-    """Under another name first, so that a half-removed checkpoint is never taken for one from elsewhere."""
+    """Rename it first, so that a half-removed checkpoint is never mistaken for a checkpoint."""
     gone = folder.with_name(REMOVED.format(name=folder.name))
     discard(gone)
     try:
         folder.rename(gone)
     except OSError as error:
-        print(f"{folder} stays: {error}. Nothing needs it any more: remove it by hand", flush=True)
+        print(f"{folder} could not be removed: {error}. It is not needed any more: remove it by hand", flush=True)
         return
     discard(gone)
 
 
 def discard(folder: Path) -> None:
-    """All of it that goes away. A link goes, not what it leads to; on NFS a file that some process has open stays under another name."""
+    """Remove as much as possible. Of a link, only the link; on NFS a file that a process has open stays under another name."""
     if folder.is_symlink():
         with suppress(OSError):
             folder.unlink()
     else:
         shutil.rmtree(folder, ignore_errors=True)
     if os.path.lexists(folder):
-        print(f"{folder} could not be removed whole. Nothing needs it any more: remove it by hand", flush=True)
+        print(f"{folder} could not be removed completely. It is not needed any more: remove it by hand", flush=True)
 
 
-def warn_of_room(engine: Engine, spec: TrainSpec) -> None:
-    """Before the first step rank 0 says when the disk will be full before the run has ended. Not refused: others may make room."""
+def warn_if_disk_is_small(engine: Engine, spec: TrainSpec) -> None:
+    """Before the first step: rank 0 warns if the disk will be full before the run ends. Not refused: the user may free space meanwhile."""
     if engine.rank or not (spec.save_every or spec.save_every_s or spec.keep_best):
         return
     kept = max(1, spec.keep_checkpoints) + bool(spec.keep_best)
-    more = kept + 1 - len(list_checkpoints(spec))  # the oldest goes when the newest is whole
-    needed, free = more * (weights_bytes(engine) + full_state_bytes(engine) + ROOM_BYTES), shutil.disk_usage(spec.output).free
+    more = kept + 1 - len(list_checkpoints(spec))  # the oldest is removed after the newest is complete
+    needed, free = more * (weights_bytes(engine) + full_state_bytes(engine) + MARGIN_BYTES), shutil.disk_usage(spec.output).free
     if free < needed:
         print(
-            f"{checkpoints_of(spec)} has {free / 2**30:.2f} GiB of room, and {more} more checkpoints need {needed / 2**30:.2f} GiB. Free "
-            "that much while the run goes on, or set run.keep_checkpoints lower",
+            f"{checkpoints_folder(spec)} has {free / 2**30:.2f} GiB free, and {more} more checkpoints need {needed / 2**30:.2f} GiB. Free "
+            "that much while the run continues, or set run.keep_checkpoints lower",
             flush=True,
         )
 
 
 def describe_failure(spec: TrainSpec, step: int, needed: int, problem: str) -> str:
     earlier = list_checkpoints(spec)
-    kept = f"The checkpoint {earlier[-1]} is whole." if earlier else "There is no earlier checkpoint."
+    kept = f"The checkpoint {earlier[-1]} is complete." if earlier else "There is no earlier checkpoint."
     return (
-        f"checkpoint of step {step} could not be written to {checkpoints_of(spec)}: {problem}. Nothing of it is left. {kept} It "
-        f"needs {needed / 2**30:.2f} GiB of room: free that much, or set run.keep_checkpoints lower, and start again."
+        f"the checkpoint of step {step} could not be written to {checkpoints_folder(spec)}: {problem}. The incomplete folder was removed. {kept} "
+        f"It needs {needed / 2**30:.2f} GiB: free that much, or set run.keep_checkpoints lower, and start again."
     )
 
 
 def list_checkpoints(spec: TrainSpec) -> list[Path]:
-    """Whole ones, oldest first."""
+    """Complete ones, oldest first."""
     return [Path(spec.output) / state.path for state in sorted(whole_checkpoints(Path(spec.output)), key=lambda state: state.step)]
 
 
-def checkpoints_of(spec: TrainSpec) -> Path:
+def checkpoints_folder(spec: TrainSpec) -> Path:
     return Path(spec.output) / CHECKPOINTS
 
 
@@ -105,28 +102,25 @@ def sync_tree(folder: Path) -> None:
     sync(folder)
 
 
-# ----------------------------------------------------------------------------------------------------------------- opening
-
-
 def require_whole(folder: Path, key: str) -> None:
-    """Raises InputRefused, naming the config key, unless `folder` is a whole checkpoint: ours, or one from elsewhere in the same files."""
+    """Raises InputRefused, naming the config key, unless `folder` is a complete checkpoint: ours, or another one with the same files."""
     try:
-        reason = find_gap(folder)
+        reason = find_defect(folder)
     except OtherSchema as error:
         said = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["schema"]
         raise InputRefused(
             f"{key}: {folder} was written by another version of the trainer: the schema of its {STATE_FILE} is {said}, this version reads "
-            f"{SCHEMA}. Use the version that wrote it, or name a checkpoint that this one wrote."
+            f"{SCHEMA}. Use the version that wrote it, or name a checkpoint of this version."
         ) from error
     if reason:
         raise InputRefused(
-            f"{key}: {folder} is not a whole checkpoint: {reason}. "
-            "Name a folder as runs/<run>/checkpoints/step-<n>, or one that save_pretrained wrote."
+            f"{key}: {folder} is not a complete checkpoint: {reason}. "
+            "Name a folder like runs/<run>/checkpoints/step-<n>, or one that save_pretrained wrote."
         )
 
 
-def find_gap(folder: Path) -> str:
-    """What it lacks, or ''. Raises OtherSchema for one that may be whole, which this version cannot tell."""
+def find_defect(folder: Path) -> str:
+    """What is missing or broken, or ''. Raises OtherSchema for a checkpoint that this version cannot read."""
     if not folder.is_dir():
         return "there is no such folder"
     if folder.name.endswith(".partial"):
@@ -146,16 +140,16 @@ def find_gap(folder: Path) -> str:
         return f"{', '.join(missing) or 'config.json'} missing"
     try:
         for file in weight_files(folder):
-            if is_plain(file):
+            if is_safetensors(file):
                 list(read_header(file))
             elif not zipfile.is_zipfile(file):
-                return f"{file} is no file of torch's, or cut short"
+                return f"{file} is not a file of torch, or is truncated"
     except InputRefused as error:
         return str(error)
     return ""
 
 
 def adapter_base(folder: Path) -> Path | None:
-    """The folder of the model that an adapter was trained on, or None when `folder` holds a whole model."""
+    """The folder of the model that an adapter was trained on, or None if `folder` holds a full model."""
     config = folder / "adapter_config.json"
     return Path(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]) if config.is_file() else None

@@ -1,7 +1,7 @@
-"""What a rank has done of a stage, batch by batch on its disk, so that a run that was killed goes on where it was.
+"""A record of finished batches, per rank and on disk, so that a killed stage continues where it was.
 
-Batches are numbered alike whatever ranks there are and however often the run was started, and each is done as a whole: what comes
-out at the end is the same file, to the byte, as that of a run that nobody disturbed.
+Batches have the same numbers on any number of ranks and in every attempt, and each is done as a whole: the final file is bitwise
+identical to that of a run without interruption.
 """
 
 import hashlib
@@ -14,17 +14,17 @@ from typing import Any
 
 import torch.distributed
 
-from trainer.checkpoint.lineage import mark_weights
-from trainer.checkpoint.resume import tell_all
-from trainer.contract import Origin, TrainSpec, write_text
-from trainer.contract.checkpoint_files import fixed_parts
+from trainer.checkpoint.lineage import fingerprint_weights
+from trainer.contract import TrainSpec, WeightsLineage, write_text
+from trainer.contract.checkpoint_files import fixed_settings
+from trainer.distributed.collective import broadcast_object, gather_objects
 
 Row = dict[str, Any]
-FILES = ".{name}.rank{rank}"  # in the run's folder, beside `name`, which they become
+JOURNAL_FILE = ".{name}.rank{rank}"  # in the run's folder, beside the file `name` that is made of it
 
 
 class Journal:
-    """`done`: rows of a batch by its number. A journal of another `fingerprint` is of another task: it is begun anew."""
+    """`done`: rows of a batch by its number. A journal with another `fingerprint` belongs to another task and is started again."""
 
     def __init__(self, file: Path, fingerprint: str) -> None:
         self.path = file
@@ -38,7 +38,7 @@ class Journal:
             self.path.write_bytes(head)
 
     def add(self, number: int, rows: Sequence[Row]) -> None:
-        """In the file, as far as this process goes, before it returns."""
+        """When it returns, the batch is written."""
         self.done[number] = list(rows)
         with self.path.open("ab") as file:
             file.write(json.dumps([number, rows]).encode() + b"\n")
@@ -47,7 +47,7 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
     def _read(self, head: bytes) -> int:
-        """The bytes of the whole lines, without one that was being written when the run ended; 0 where they are of another task."""
+        """The number of bytes in complete lines; 0 for a journal of another task. The last line may be incomplete if the run was killed."""
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         if not lines or lines[0] != head:
             return 0
@@ -62,7 +62,7 @@ class Journal:
 
 
 def parse_batch(line: bytes) -> tuple[int, list[Row]] | None:
-    """None for a line that is not whole."""
+    """None for an incomplete line."""
     try:
         number, rows = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, TypeError):
@@ -70,32 +70,27 @@ def parse_batch(line: bytes) -> tuple[int, list[Row]] | None:
     return number, rows
 
 
-def find_mark(origin: Origin) -> tuple[str, ...]:
-    """What tells the weights of a model apart, those of an adapter and of its base."""
-    return tuple(mark_weights(Path(folder)) for folder in (origin.path, origin.base) if folder)
+def weights_fingerprints(lineage: WeightsLineage) -> tuple[str, ...]:
+    """Hashes that identify the weights of a model, or of an adapter and of its base."""
+    return tuple(fingerprint_weights(Path(folder)) for folder in (lineage.path, lineage.base) if folder)
 
 
 def open_journal(spec: TrainSpec, name: str, rank: int, *inputs: str) -> Journal:
-    """`name`: the file that comes of it. `inputs`: what the answers depend on besides the spec: hashes of weights and of rows."""
-    told = {**fixed_parts(spec), "evaluation": asdict(spec.evaluation), "inputs": inputs}
-    fingerprint = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-    return Journal(Path(spec.output) / FILES.format(name=name, rank=rank), fingerprint)
+    """`name`: the file to be written. `inputs`: what the answers depend on in addition to the spec: hashes of weights and of rows."""
+    task = {**fixed_settings(spec), "evaluation": asdict(spec.evaluation), "inputs": inputs}
+    fingerprint = hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
+    return Journal(Path(spec.output) / JOURNAL_FILE.format(name=name, rank=rank), fingerprint)
 
 
-def gather(journal: Journal, world_size: int) -> list[Row]:
+def gather_rows(journal: Journal) -> list[Row]:
     """The rows of all ranks, on every rank: a collective."""
-    own = [row for rows in journal.done.values() for row in rows]
-    parts = [own]
-    if world_size > 1:
-        parts = [[] for _ in range(world_size)]
-        torch.distributed.all_gather_object(parts, own)
-    return [row for part in parts for row in part]
+    return [row for part in gather_objects([row for rows in journal.done.values() for row in rows]) for row in part]
 
 
 def write_rows(rows: Sequence[Row], file: Path, rank: int) -> None:
-    """By rank 0, whole or not at all; when it returns, the file is there for all: a collective."""
+    """Rank 0 writes the file atomically; it exists when this returns on any rank: a collective."""
     if rank == 0:
         file.parent.mkdir(exist_ok=True)
         write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), file)
     if torch.distributed.is_initialized():
-        tell_all(None)
+        broadcast_object(None)

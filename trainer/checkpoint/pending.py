@@ -1,4 +1,4 @@
-"""A checkpoint in the making: gathered by every rank, written aside by those of the first node, completed and named by rank 0."""
+"""A checkpoint that is being written: gathered by all ranks, written by those of the first node, completed and renamed by rank 0."""
 
 import json
 import shutil
@@ -12,30 +12,30 @@ from torch import Tensor
 
 from trainer.checkpoint.best import record_best
 from trainer.checkpoint.checkpoint import (
+    MARGIN_BYTES,
     PARTIAL,
-    RESUME,
-    ROOM_BYTES,
-    checkpoints_of,
+    RESUME_FOLDER,
+    checkpoints_folder,
     describe_failure,
     prune,
     remove,
     sync_tree,
 )
 from trainer.checkpoint.state import state_bytes, write_state
-from trainer.contract import EVALUATIONS_FILE, METRICS_FILE, SCHEMA, Best, Origin, TrainSpec, write_text
-from trainer.contract.checkpoint_files import NAME, STATE_FILE, CheckpointState, fixed_parts, whole_state
+from trainer.contract import EVALUATIONS_FILE, METRICS_FILE, SCHEMA, Best, TrainSpec, WeightsLineage, write_text
+from trainer.contract.checkpoint_files import CHECKPOINT_NAME, STATE_FILE, CheckpointState, fixed_settings, whole_state
 from trainer.contract.weight_files import hash_weights
 from trainer.distributed.engine import Engine
 from trainer.models.family import Processor
 from trainer.stages.chain import groups_trained
-from trainer.tensor.shard import size_of, sync
+from trainer.tensor.shard import sync, tensor_bytes
 
-UNKNOWN = Origin()
+UNKNOWN_LINEAGE = WeightsLineage()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved:
-    """`path` is relative to the run's folder. Both are empty on all ranks but the first."""
+class SavedCheckpoint:
+    """`path` is relative to the run's folder. Both are empty on all ranks except the first."""
 
     path: str = ""
     weights_sha256: str = ""
@@ -43,10 +43,10 @@ class Saved:
 
 @dataclass(frozen=True, kw_only=True)
 class PendingCheckpoint:
-    """A checkpoint that is not there yet. `writers`: ranks 0 to writers - 1 write its state, 0 where it has none. `needed`: bytes of room."""
+    """`writers`: ranks 0 to writers - 1 write the training state; 0 = there is none. `needed`: bytes of disk space."""
 
     final: Path
-    aside: Path
+    partial_folder: Path
     state: CheckpointState
     writers: int
     needed: int
@@ -56,66 +56,68 @@ class PendingCheckpoint:
         return self.state.step
 
 
-def open_draft(engine: Engine, spec: TrainSpec, step: int, weights: dict[str, Tensor], *, data_sha256: str, origin: Origin) -> PendingCheckpoint:
+def plan_checkpoint(
+    engine: Engine, spec: TrainSpec, step: int, weights: dict[str, Tensor], *, data_sha256: str, lineage: WeightsLineage
+) -> PendingCheckpoint:
     resumable = step < spec.steps
-    final = checkpoints_of(spec) / NAME.format(step=step)
+    final = checkpoints_folder(spec) / CHECKPOINT_NAME.format(step=step)
     state = CheckpointState(
         schema=SCHEMA,
         step=step,
         weights_sha256="",
         data_sha256=data_sha256,
         world_size=engine.world_size if resumable else 0,
-        spec=fixed_parts(spec),
+        spec=fixed_settings(spec),
         files={},
         run_id=spec.run_id,
-        trained=groups_trained(origin, spec.stage),
-        base=origin.mark if spec.stage.lora is not None else "",
+        trained=groups_trained(lineage, spec.stage),
+        base=lineage.mark if spec.stage.lora is not None else "",
     )
     return PendingCheckpoint(
         final=final,
-        aside=final.with_name(PARTIAL.format(name=final.name)),
+        partial_folder=final.with_name(PARTIAL.format(name=final.name)),
         state=state,
         writers=min(spec.device.devices_per_node, engine.world_size) if resumable else 0,
-        needed=size_of(weights) + ROOM_BYTES + (state_bytes(engine) if resumable else 0),
+        needed=tensor_bytes(weights) + MARGIN_BYTES + (state_bytes(engine) if resumable else 0),
     )
 
 
 def save_checkpoint(
-    engine: Engine, processor: Processor, spec: TrainSpec, step: int, *, data_sha256: str = "", origin: Origin = UNKNOWN
-) -> Saved:
+    engine: Engine, processor: Processor, spec: TrainSpec, step: int, *, data_sha256: str = "", lineage: WeightsLineage = UNKNOWN_LINEAGE
+) -> SavedCheckpoint:
     """Save `step`, then remove all but the newest `keep_checkpoints` and the best. Every rank must call it.
 
-    Raises RunFailed on every rank when the disk is full; nothing of this step is left then, and earlier checkpoints are as they were.
+    Raises RunFailed on every rank if the disk is full; then nothing of this step is left, and earlier checkpoints are not changed.
     """
     weights = engine.gather_weights()
-    draft = open_draft(engine, spec, step, weights, data_sha256=data_sha256, origin=origin)
+    pending = plan_checkpoint(engine, spec, step, weights, data_sha256=data_sha256, lineage=lineage)
 
     def agree(problem: str) -> None:
-        engine.agree(problem and describe_failure(spec, step, draft.needed, problem))
+        engine.fail_together(problem and describe_failure(spec, step, pending.needed, problem))
 
     try:
-        agree(on_first_rank(engine, lambda: begin_folder(draft)))
-        agree(on_first_rank(engine, lambda: write_weights(engine, processor, draft.aside, weights)))
+        agree(disk_error_on_first_rank(engine, lambda: begin_folder(pending)))
+        agree(disk_error_on_first_rank(engine, lambda: write_weights(engine, processor, pending.partial_folder, weights)))
         weights.clear()
-        if draft.writers:
-            agree(write_state(engine, draft.aside / RESUME, writers=draft.writers))
-        agree(on_first_rank(engine, lambda: complete(draft, spec)))
+        if pending.writers:
+            agree(write_state(engine, pending.partial_folder / RESUME_FOLDER, writers=pending.writers))
+        agree(disk_error_on_first_rank(engine, lambda: complete(pending, spec)))
     except BaseException:
         if engine.rank == 0:
-            shutil.rmtree(draft.aside, ignore_errors=True)
+            shutil.rmtree(pending.partial_folder, ignore_errors=True)
         raise
-    whole = whole_state(draft.final) if engine.rank == 0 else None
+    whole = whole_state(pending.final) if engine.rank == 0 else None
     if engine.rank == 0:
-        make_room(spec)
-    return Saved(path=whole.path, weights_sha256=whole.weights_sha256) if whole else Saved()
+        update_best_and_prune(spec)
+    return SavedCheckpoint(path=whole.path, weights_sha256=whole.weights_sha256) if whole else SavedCheckpoint()
 
 
-def on_first_rank(engine: Engine, action: Callable[[], None]) -> str:
-    """What went wrong with the disk, or ''. The other ranks do nothing."""
-    return try_disk(action) if engine.rank == 0 else ""
+def disk_error_on_first_rank(engine: Engine, action: Callable[[], None]) -> str:
+    """The error of the disk, or ''. Other ranks do nothing."""
+    return disk_error(action) if engine.rank == 0 else ""
 
 
-def try_disk(action: Callable[[], None]) -> str:
+def disk_error(action: Callable[[], None]) -> str:
     try:
         action()
     except (OSError, SafetensorError) as error:
@@ -123,43 +125,45 @@ def try_disk(action: Callable[[], None]) -> str:
     return ""
 
 
-def begin_folder(draft: PendingCheckpoint) -> None:
-    shutil.rmtree(draft.aside, ignore_errors=True)  # left by a rank that was killed while it saved
-    (draft.aside / RESUME).mkdir(parents=True)
-    if shutil.disk_usage(draft.aside).free < draft.needed:
+def begin_folder(pending: PendingCheckpoint) -> None:
+    shutil.rmtree(pending.partial_folder, ignore_errors=True)  # left by a rank that was killed while it saved
+    (pending.partial_folder / RESUME_FOLDER).mkdir(parents=True)
+    if shutil.disk_usage(pending.partial_folder).free < pending.needed:
         raise OSError("not enough room on the disk")
 
 
-def write_weights(engine: Engine, processor: Processor, aside: Path, weights: dict[str, Any]) -> None:
-    """What transformers opens."""
-    # peft would ask the hub whether the vocabulary has grown; our adapters never touch the embeddings.
+def write_weights(engine: Engine, processor: Processor, partial_folder: Path, weights: dict[str, Any]) -> None:
+    """The files that transformers opens."""
+    # Otherwise peft asks the hub whether the vocabulary has grown; our adapters never change the embeddings.
     adapter = {"save_embedding_layers": False} if hasattr(engine.model, "peft_config") else {}
-    engine.model.save_pretrained(aside, state_dict=weights, **adapter)
-    processor.save(aside)
+    engine.model.save_pretrained(partial_folder, state_dict=weights, **adapter)
+    processor.save(partial_folder)
 
 
-def complete(draft: PendingCheckpoint, spec: TrainSpec) -> None:
-    """List the files, have them on the disk, give the folder its name."""
-    aside, final = draft.aside, draft.final
-    if not draft.writers:
-        (aside / RESUME).rmdir()
-    files = {path.relative_to(aside).as_posix(): path.stat().st_size for path in sorted(aside.rglob("*")) if path.is_file()}
-    state = replace(draft.state, weights_sha256=hash_weights(aside), files=files)
-    write_text(json.dumps(asdict(state), indent=2) + "\n", aside / STATE_FILE)
-    sync_tree(aside)
+def complete(pending: PendingCheckpoint, spec: TrainSpec) -> None:
+    """List the files, sync them, and rename the folder."""
+    partial_folder, final = pending.partial_folder, pending.final
+    if not pending.writers:
+        (partial_folder / RESUME_FOLDER).rmdir()
+    files = {
+        path.relative_to(partial_folder).as_posix(): path.stat().st_size for path in sorted(partial_folder.rglob("*")) if path.is_file()
+    }
+    state = replace(pending.state, weights_sha256=hash_weights(partial_folder), files=files)
+    write_text(json.dumps(asdict(state), indent=2) + "\n", partial_folder / STATE_FILE)
+    sync_tree(partial_folder)
     for name in (METRICS_FILE, EVALUATIONS_FILE):
         if (Path(spec.output) / name).exists():
-            sync(Path(spec.output) / name)  # a checkpoint without the rows of its steps would be a run with a gap
+            sync(Path(spec.output) / name)  # otherwise a checkpoint could exist without the rows of its steps
     if whole_state(final) is not None:
         raise FileExistsError(f"{final} is already there")
     if final.is_symlink() or final.exists():
-        remove(final)  # a copy that was cut short: nobody goes on from it
-    aside.rename(final)
+        remove(final)  # an incomplete copy, from which no run can resume
+    partial_folder.rename(final)
     sync(final.parent)
 
 
-def make_room(spec: TrainSpec) -> Best | None:
-    """Say which checkpoint is best, then remove those that nobody needs any more. Rank 0 alone."""
+def update_best_and_prune(spec: TrainSpec) -> Best | None:
+    """Write which checkpoint is best, then remove those that are not needed any more. On rank 0 only."""
     best = record_best(spec)
     prune(spec)
     return best

@@ -1,25 +1,22 @@
-"""Where the ranks of a run begin: at the first step, or where an earlier attempt of the same run left off.
+"""Where a run continues: at the first step, or at the checkpoint of an earlier attempt of the same run.
 
-Rank 0 decides from its own disk, since that is where checkpoints are written; every other rank must find the same checkpoint.
+Rank 0 decides from its own disk, where checkpoints are written; every other rank must find the same checkpoint.
 """
 
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed
 
 from trainer.checkpoint.best import cut_evaluations, read_evaluations, record_best
-from trainer.checkpoint.checkpoint import RESUME, prune
-from trainer.checkpoint.state import ANEW, restore_state
+from trainer.checkpoint.checkpoint import RESUME_FOLDER, prune
+from trainer.checkpoint.state import NEW_RNG_NOTE, restore_state
 from trainer.contract import FAILURE_FILES, METRICS_FILE, RESULT_FILE, InputRefused, RunFailed, SpecError, TrainResult, TrainSpec, read
 from trainer.contract.checkpoint_files import (
     CheckpointState,
-    Rows,
+    MetricsSummary,
     broken_checkpoints,
     cut_rows,
     is_newer,
@@ -27,29 +24,30 @@ from trainer.contract.checkpoint_files import (
     refuse_other_run,
     whole_state,
 )
+from trainer.distributed.collective import broadcast_object
 from trainer.distributed.engine import Engine
-from trainer.stages.lora import describe_misfit
+from trainer.stages.lora import describe_mismatch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
-    """`checkpoint` None: from the beginning. `rows`: those that stand, on rank 0 alone. `data_sha256`: of the training rows' file.
-    `evaluated`: whether the weights there have been; `best`: the value that keep_best goes by, of the best checkpoint there is."""
+class ResumePoint:
+    """`checkpoint` None: the first step. `rows`: the metrics rows that are kept, on rank 0 only. `data_sha256`: of the file of training rows.
+    `evaluated`: whether these weights were evaluated; `best`: the value of keep_best of the best checkpoint."""
 
     checkpoint: CheckpointState | None
-    rows: Rows
+    rows: MetricsSummary
     data_sha256: str
     evaluated: bool = False
     best: float | None = None
 
     @property
     def step(self) -> int:
-        """The last one that is done."""
+        """The last finished step."""
         return self.checkpoint.step if self.checkpoint else 0
 
 
-def finished_before(spec: TrainSpec) -> TrainResult | None:
-    """The result of a run that needs nothing more, on every rank. Each rank's report of an earlier failure goes away with this start."""
+def read_finished_result(spec: TrainSpec) -> TrainResult | None:
+    """The result of a run that is already finished, on every rank. Also removes each rank's report of an earlier failure."""
     rank = torch.distributed.get_rank()
     (Path(spec.output) / FAILURE_FILES.format(rank=rank)).unlink(missing_ok=True)
     found: TrainResult | None = None
@@ -57,66 +55,66 @@ def finished_before(spec: TrainSpec) -> TrainResult | None:
         try:
             found = read(TrainResult, Path(spec.output) / RESULT_FILE)
         except SpecError:
-            found = None  # not there, or from a trainer that wrote another shape
+            found = None  # missing, or written by another version
         if found is not None and found.status != "finished":
             found = None
         if found is not None:
             print(f"{spec.output} is finished, as {RESULT_FILE} says: nothing is left to do", flush=True)
-    result: TrainResult | None = tell_all(found)
+    result: TrainResult | None = broadcast_object(found)
     return result
 
 
-def choose_start(spec: TrainSpec, data_sha256: str) -> Start:
-    """Every rank must call it. Raises InputRefused on all of them for a checkpoint of another run and on a rank with other training rows
-    than rank 0, RunFailed on one that lacks the checkpoint."""
+def choose_resume_point(spec: TrainSpec, data_sha256: str) -> ResumePoint:
+    """Every rank must call it. Raises InputRefused on all ranks for a checkpoint of another run, and on a rank whose training rows differ
+    from those of rank 0; RunFailed on a rank that lacks the checkpoint."""
     rank, run = torch.distributed.get_rank(), Path(spec.output)
-    said: tuple[CheckpointState | None, str, str] = (None, "", data_sha256)
+    decision: tuple[CheckpointState | None, str, str] = (None, "", data_sha256)
     if rank == 0:
         try:
-            said = (choose_checkpoint(spec, data_sha256), "", data_sha256)
+            decision = (choose_checkpoint(spec, data_sha256), "", data_sha256)
         except InputRefused as error:
-            said = (None, str(error), data_sha256)
-    checkpoint, refusal, rows_sha256 = tell_all(said)
+            decision = (None, str(error), data_sha256)
+    checkpoint, refusal, rows_sha256 = broadcast_object(decision)
     if refusal:
         raise InputRefused(refusal)
-    if data_sha256 != rows_sha256:  # the ranks deal the rows out by number, each of them from its own file
+    if data_sha256 != rows_sha256:  # rows are assigned to ranks by number, and each rank reads its own file
         raise InputRefused(
             f"rank {rank} on {socket.gethostname()} has other training rows than rank 0 in {spec.data.train or spec.data.name}. Let the nodes "
             "share the file, or copy that of the first node to this one, and start again."
         )
     if checkpoint is not None and whole_state(run / checkpoint.path) != checkpoint:
         raise RunFailed(
-            f"rank {rank} on {socket.gethostname()} has no whole {run / checkpoint.path}, from which rank 0 goes on. Let the nodes share "
+            f"rank {rank} on {socket.gethostname()} has no complete {run / checkpoint.path}, from which rank 0 resumes. Let the nodes share "
             "the run's folder, or copy that folder from the first node to this one, and start again."
         )
-    start = Start(checkpoint=checkpoint, rows=Rows(), data_sha256=data_sha256)
-    start = replace(start, rows=clear_way(spec, start)) if rank == 0 else start
-    evaluated, best = tell_all(find_standing(spec, start) if rank == 0 else None)
+    start = ResumePoint(checkpoint=checkpoint, rows=MetricsSummary(), data_sha256=data_sha256)
+    start = replace(start, rows=discard_unfinished(spec, start)) if rank == 0 else start
+    evaluated, best = broadcast_object(read_evaluation_state(spec, start) if rank == 0 else None)
     return replace(start, evaluated=evaluated, best=best)
 
 
-def find_standing(spec: TrainSpec, start: Start) -> tuple[bool, float | None]:
-    """Start.evaluated and Start.best."""
+def read_evaluation_state(spec: TrainSpec, start: ResumePoint) -> tuple[bool, float | None]:
+    """ResumePoint.evaluated and ResumePoint.best."""
     best = record_best(spec)
     return start.step in read_evaluations(Path(spec.output)), best.value if best else None
 
 
 def choose_checkpoint(spec: TrainSpec, data_sha256: str) -> CheckpointState | None:
-    """The newest whole one; None where the run has none at all. Raises InputRefused for one of another run or of a newer version, and where
-    all are broken: to begin again at step 1 would throw away what may be mended."""
+    """The newest complete one; None if the run has none. Raises InputRefused for one of another run or of a newer version, and if all are
+    broken: starting again at step 1 would discard what can be repaired."""
     run = Path(spec.output)
     found, broken = newest_checkpoint(run), broken_checkpoints(run)
     for folder, reason in broken.items():
-        print(f"passing over {folder}: {reason}", flush=True)
+        print(f"skipping {folder}: {reason}", flush=True)
     if newer := [folder for folder in broken if is_newer(folder)]:
         raise InputRefused(
-            f"{broken[newer[0]]}. To go on from an earlier checkpoint would write over that one: go on with the version that wrote it, or "
-            f"move {newer[0]} elsewhere."
+            f"{broken[newer[0]]}. To resume from an earlier checkpoint would overwrite that one: resume with the version that wrote it, or "
+            f"move {newer[0]} to another folder."
         )
     if found is None and broken:
         said = "; ".join(f"{folder}: {reason}" for folder, reason in broken.items())
         raise InputRefused(
-            f"no checkpoint of this run is whole. {said}. Copy the missing files again, or remove the folder to begin at step 1, "
+            f"no checkpoint of this run is complete. {said}. Copy the missing files again, or remove the folder to start at step 1, "
             "or start a new run."
         )
     if found is not None:
@@ -124,8 +122,8 @@ def choose_checkpoint(spec: TrainSpec, data_sha256: str) -> CheckpointState | No
     return found
 
 
-def clear_way(spec: TrainSpec, start: Start) -> Rows:
-    """Remove what an earlier attempt left half-done, and its rows of steps that will be done again. Returns the rows that stand."""
+def discard_unfinished(spec: TrainSpec, start: ResumePoint) -> MetricsSummary:
+    """Remove what an earlier attempt left half-done, and its rows of steps that will be repeated. Returns the rows that are kept."""
     run = Path(spec.output)
     prune(spec)
     if start.step < spec.steps:
@@ -133,72 +131,45 @@ def clear_way(spec: TrainSpec, start: Start) -> Rows:
     rows = cut_rows(run, start.step)
     cut_evaluations(run, start.step)
     if start.checkpoint is not None:
-        print(f"going on from {start.checkpoint.path}", flush=True)
+        print(f"resuming from {start.checkpoint.path}", flush=True)
         if rows.count < start.step:
             print(f"{run / METRICS_FILE} has rows of {rows.count} of these steps only", flush=True)
         if start.checkpoint.world_size not in (0, spec.device.world_size):
-            print(
-                f"it was saved by {start.checkpoint.world_size} ranks, now there are {spec.device.world_size}: {ANEW}",
-                flush=True,
-            )
+            ranks = f"by {start.checkpoint.world_size} ranks, now there are {spec.device.world_size}"
+            print(f"the checkpoint was saved {ranks}: {NEW_RNG_NOTE}", flush=True)
     return rows
 
 
-def tell_all(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    said = [value]
-    if torch.distributed.get_world_size() > 1:
-        torch.distributed.broadcast_object_list(said, src=0)
-    return said[0]
-
-
-@contextmanager
-def refusing_together() -> Iterator[None]:
-    """What one rank refuses within, all of them do: else they would wait for it, in the next collective, until that gives up. Every rank
-    must come by. Raises InputRefused."""
-    problem = ""
-    try:
-        yield
-    except InputRefused as error:
-        problem = str(error)
-    said = [problem] * torch.distributed.get_world_size()
-    if len(said) > 1:
-        torch.distributed.all_gather_object(said, problem)
-    if any(said):
-        raise InputRefused(next(filter(None, said)))
-
-
-# ---------------------------------------------------------------------------------------------------------------- going on
-
-
-def whole_weights(spec: TrainSpec, start: Start) -> Path | None:
-    """The folder to load the model from in place of where the stage began; None at the first step, and with LoRA, whose checkpoints hold
-    an adapter alone. These are the weights that steps compute with; `resume_engine` brings the exact masters."""
+def resume_weights_folder(spec: TrainSpec, start: ResumePoint) -> Path | None:
+    """The folder to load the model from instead of the stage's start; None at the first step, and with LoRA, whose checkpoints hold only an
+    adapter. These are the compute weights; `resume_engine` restores the exact master weights."""
     return Path(spec.output) / start.checkpoint.path if start.checkpoint is not None and spec.stage.lora is None else None
 
 
-def resume_adapter(model: torch.nn.Module, spec: TrainSpec, start: Start) -> None:
-    """Put the checkpoint's adapter into a model that no engine has taken yet. Not merged: the same sums as in training."""
+def resume_adapter(model: torch.nn.Module, spec: TrainSpec, start: ResumePoint) -> None:
+    """Load the checkpoint's adapter into a model without an engine. It is not merged, so that the sums are those of training."""
     if start.checkpoint is not None and spec.stage.lora is not None:
         load_adapter(model, Path(spec.output) / start.checkpoint.path)
 
 
 def load_adapter(model: torch.nn.Module, folder: Path) -> None:
-    """Put the adapter of `folder` into a model that peft has wrapped. Raises InputRefused when it is one for other modules."""
+    """Load the adapter of `folder` into a model that peft has wrapped. Raises InputRefused if it is for other modules."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
         loaded = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
-    except RuntimeError as error:  # tensors of other shapes
-        raise InputRefused(describe_misfit(folder, error)) from error
+    except RuntimeError as error:  # other shapes
+        raise InputRefused(describe_mismatch(folder, error)) from error
     wrong = sorted((trained & set(loaded.missing_keys)) | set(loaded.unexpected_keys))
     if wrong:
-        raise InputRefused(f"{folder} holds other trained parameters than this stage has, as {', '.join(wrong[:5])}. Start a new run.")
+        raise InputRefused(
+            f"{folder} was saved with other trained parameters than this stage has, as {', '.join(wrong[:5])}. Start a new run."
+        )
 
 
-def resume_engine(engine: Engine, spec: TrainSpec, start: Start) -> None:
-    """The last thing before the steps, since it sets the random numbers too."""
+def resume_engine(engine: Engine, spec: TrainSpec, start: ResumePoint) -> None:
+    """Called last before the steps, since it also restores the random numbers."""
     if start.checkpoint is not None:
-        folder = Path(spec.output) / start.checkpoint.path / RESUME
+        folder = Path(spec.output) / start.checkpoint.path / RESUME_FOLDER
         restore_state(engine, folder, seed=spec.seed, step=start.step, world_size=start.checkpoint.world_size)

@@ -1,7 +1,7 @@
-"""Saves checkpoints in the steps' way, or behind the steps from a copy in the host's memory.
+"""Saves checkpoints while training waits, or in the background from a copy in host memory.
 
-Behind the steps there is at most one under way, and no collective: the ranks that write tell rank 0 by a file beside theirs. What goes wrong
-there is told by the row that the ranks exchange at each step, and raised on all of them.
+At most one background save runs at a time, and it uses no collective: the other writing ranks report to rank 0 with a file. Its errors reach
+all ranks with the values that they exchange at each step, and are raised on all of them.
 """
 
 import shutil
@@ -13,41 +13,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.checkpoint import RESUME, describe_failure
+from trainer.checkpoint.checkpoint import RESUME_FOLDER, describe_failure
 from trainer.checkpoint.pending import (
     PendingCheckpoint,
-    Saved,
+    SavedCheckpoint,
     begin_folder,
     complete,
-    make_room,
-    on_first_rank,
-    open_draft,
+    disk_error,
+    disk_error_on_first_rank,
+    plan_checkpoint,
     save_checkpoint,
-    try_disk,
+    update_best_and_prune,
     write_weights,
 )
 from trainer.checkpoint.state import finish_state, full_state_bytes, gather_state, open_shards, weights_bytes
-from trainer.contract import Origin, RunFailed, TrainSpec, write_text
+from trainer.contract import RunFailed, TrainSpec, WeightsLineage, write_text
 from trainer.device.device import host_memory_bytes
 from trainer.distributed.engine import Engine
 from trainer.models.family import Processor
-from trainer.tensor.shard import Shards
+from trainer.tensor.shard import ShardWriter
 
-WRITTEN = ".written-{rank:03d}"  # in the folder, by a rank other than 0 that is through: what went wrong, or nothing
-LOOK_S = 0.05
-LEFT_S = 60.0  # for the last files of a run that ends in failure
-MEMORY_SHARE = 0.8  # of the host's free memory that copies may take
+RANK_DONE_FILE = ".written-{rank:03d}"  # in the folder, written by each rank but 0 when it is done: its error, or nothing
+POLL_S = 0.05
+LAST_WRITE_S = 60.0  # for the last files of a run that failed
+MEMORY_SHARE = 0.8  # of the host's free memory that copies may use
 
 
-class Writer:
-    """Saves for one engine. Every rank has one and calls the same methods at the same steps. With `background` the steps go on as soon as
-    the weights and the optimizer's state are copied to the host's memory, whole, by the ranks of the first node."""
+class CheckpointWriter:
+    """Saves for one engine. Every rank has one and calls the same methods at the same steps. With `background` training continues as soon as
+    weights and optimizer state are copied, whole, to the host memory of the ranks of the first node."""
 
     def __init__(
-        self, engine: Engine, processor: Processor, spec: TrainSpec, *, data_sha256: str, origin: Origin, background: bool = False
+        self, engine: Engine, processor: Processor, spec: TrainSpec, *, data_sha256: str, lineage: WeightsLineage, background: bool = False
     ) -> None:
         self.engine, self.processor, self.spec, self.background = engine, processor, spec, background
-        self.said = {"data_sha256": data_sha256, "origin": origin}
+        self.context = {"data_sha256": data_sha256, "lineage": lineage}
         self.thread: threading.Thread | None = None
         self.problem = ""  # of this rank's thread
         self.abandoned = threading.Event()
@@ -56,53 +56,53 @@ class Writer:
     def failed(self) -> bool:
         return bool(self.problem)
 
-    def save(self, step: int) -> Saved:
-        """With all on the disk when it returns. Raises RunFailed as `save_checkpoint`."""
+    def save(self, step: int) -> SavedCheckpoint:
+        """The checkpoint is on disk when it returns. Raises RunFailed like `save_checkpoint`."""
         self.settle()
-        return save_checkpoint(self.engine, self.processor, self.spec, step, **self.said)  # type: ignore[arg-type]
+        return save_checkpoint(self.engine, self.processor, self.spec, step, **self.context)  # type: ignore[arg-type]
 
     def begin(self, step: int) -> None:
-        """The same, behind the steps where that is wanted. Raises RunFailed for the checkpoint before, or where there is no room."""
+        """The same, in the background if that is set. Raises RunFailed for the previous checkpoint, or if the disk is too full."""
         if not self.background or step >= self.spec.steps:
             self.save(step)
             return
         self.settle()
         engine = self.engine
         weights = engine.gather_weights()
-        draft = open_draft(engine, self.spec, step, weights, **self.said)  # type: ignore[arg-type]
-        no_room = on_first_rank(engine, lambda: begin_folder(draft))
+        pending = plan_checkpoint(engine, self.spec, step, weights, **self.context)  # type: ignore[arg-type]
+        no_room = disk_error_on_first_rank(engine, lambda: begin_folder(pending))
         if no_room:
-            shutil.rmtree(draft.aside, ignore_errors=True)
-        engine.agree(no_room and describe_failure(self.spec, step, draft.needed, no_room))
-        partitioned = engine.handle.zero_optimization_stage() == 3  # what was gathered is a copy already
+            shutil.rmtree(pending.partial_folder, ignore_errors=True)
+        engine.fail_together(no_room and describe_failure(self.spec, step, pending.needed, no_room))
+        partitioned = engine.handle.zero_optimization_stage() == 3  # the gathered weights are copies already
         copies = {name: weights.pop(name).to("cpu", copy=not partitioned) for name in tuple(weights)}
-        shards = open_shards(engine, draft.aside / RESUME, held=True)
-        rest = gather_state(engine, shards, writers=draft.writers)
-        if engine.rank < draft.writers:
-            work = (lambda: self._finish(draft, copies, shards, rest)) if engine.rank == 0 else (lambda: self._hand_in(draft, shards))
-            self.thread = threading.Thread(target=self._guard, args=(draft, work), name="checkpoint", daemon=True)
+        shards = open_shards(engine, pending.partial_folder / RESUME_FOLDER, hold=True)
+        rest = gather_state(engine, shards, writers=pending.writers)
+        if engine.rank < pending.writers:
+            work = (lambda: self._finish(pending, copies, shards, rest)) if engine.rank == 0 else (lambda: self._hand_in(pending, shards))
+            self.thread = threading.Thread(target=self._guard, args=(pending, work), name="checkpoint", daemon=True)
             self.thread.start()
 
     def settle(self) -> None:
-        """Wait until what is under way is whole. Raises RunFailed on every rank where it could not be written on one."""
+        """Wait until the background save is complete. Raises RunFailed on every rank if it failed on one."""
         if not self.background:
             return
         if self.engine.rank:
             self._join()
         try:
-            # The first rank, which still writes, hears here of one that could not even leave it a word, on a disk that is full to the brim.
-            self.engine.agree(self.problem if self.engine.rank else "")
+            # Rank 0 is still writing, and learns here of a rank that could not even write its file, on a disk that is full.
+            self.engine.fail_together(self.problem if self.engine.rank else "")
         except RunFailed:
             self.abandoned.set()
             raise
         finally:
             self._join()
-        self.engine.agree(self.problem)
+        self.engine.fail_together(self.problem)
 
     def close(self) -> None:
-        """After a failure, without the other ranks: some of them may be gone, and what they have not written will not come."""
+        """After a failure, without the other ranks: some may be gone and will never report."""
         if self.thread is not None:
-            self.thread.join(LEFT_S)
+            self.thread.join(LAST_WRITE_S)
             self.abandoned.set()
         self._join()
 
@@ -111,54 +111,52 @@ class Writer:
             self.thread.join()
             self.thread = None
 
-    def _guard(self, draft: PendingCheckpoint, work: Callable[[], str]) -> None:
-        """A thread's exception would be told to nobody."""
+    def _guard(self, pending: PendingCheckpoint, work: Callable[[], str]) -> None:
+        """Keeps a thread's exception, which would be lost otherwise."""
         try:
             problem = work()
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
-        self.problem = problem and describe_failure(self.spec, draft.step, draft.needed, problem)
+        self.problem = problem and describe_failure(self.spec, pending.step, pending.needed, problem)
 
-    def _hand_in(self, draft: PendingCheckpoint, shards: Shards) -> str:
-        """A rank other than the first: its part of the state, then word of it."""
+    def _hand_in(self, pending: PendingCheckpoint, shards: ShardWriter) -> str:
+        """A rank other than 0: write its part of the state, then report."""
         problem = finish_state(self.engine.rank, shards, {})
-        return try_disk(lambda: write_text(problem, draft.aside / WRITTEN.format(rank=self.engine.rank))) or problem
+        return disk_error(lambda: write_text(problem, pending.partial_folder / RANK_DONE_FILE.format(rank=self.engine.rank))) or problem
 
-    def _finish(self, draft: PendingCheckpoint, copies: dict[str, Tensor], shards: Shards, rest: dict[str, Any]) -> str:
-        """Rank 0: the weights, its part of the state, and when all are through, the name."""
-        problem = try_disk(lambda: write_weights(self.engine, self.processor, draft.aside, copies))
+    def _finish(self, pending: PendingCheckpoint, copies: dict[str, Tensor], shards: ShardWriter, rest: dict[str, Any]) -> str:
+        """Rank 0: write the weights and its part of the state, wait for the other ranks, rename the folder."""
+        problem = disk_error(lambda: write_weights(self.engine, self.processor, pending.partial_folder, copies))
         copies.clear()
-        problems = [problem or finish_state(0, shards, rest), *self._collect(draft)]
-        problem = next(filter(None, problems), "") or try_disk(lambda: complete(draft, self.spec))
+        problems = [problem or finish_state(0, shards, rest), *self._collect(pending)]
+        problem = next(filter(None, problems), "") or disk_error(lambda: complete(pending, self.spec))
         if problem:
-            shutil.rmtree(draft.aside, ignore_errors=True)
+            shutil.rmtree(pending.partial_folder, ignore_errors=True)
         else:
-            make_room(self.spec)
+            update_best_and_prune(self.spec)
         return problem
 
-    def _collect(self, draft: PendingCheckpoint) -> list[str]:
-        """What the other writers say, when all have."""
-        said = []
-        for rank in range(1, draft.writers):
-            word = draft.aside / WRITTEN.format(rank=rank)
-            while not word.exists():
+    def _collect(self, pending: PendingCheckpoint) -> list[str]:
+        """The reports of the other writers, once all are there."""
+        reports = []
+        for rank in range(1, pending.writers):
+            file = pending.partial_folder / RANK_DONE_FILE.format(rank=rank)
+            while not file.exists():
                 if self.abandoned.is_set():
                     return [f"rank {rank} has not written its part"]
-                time.sleep(LOOK_S)
-            said.append(word.read_text(encoding="utf-8"))
-            word.unlink()
-        return said
+                time.sleep(POLL_S)
+            reports.append(file.read_text(encoding="utf-8"))
+            file.unlink()
+        return reports
 
 
 def choose_background(engine: Engine, spec: TrainSpec) -> bool:
-    """Whether checkpoints are written behind the steps, the same on every rank: not where the first node's memory has no room for a copy."""
+    """Whether checkpoints are written in the background, the same on every rank: not if the first node's memory is too small for a copy."""
     if not (spec.checkpoint_background and (spec.save_every or spec.save_every_s or spec.keep_best)):
         return False
     needed, free = weights_bytes(engine) + full_state_bytes(engine), host_memory_bytes()
     fits = needed <= free * MEMORY_SHARE
     if engine.rank == 0:
-        cost = (
-            f"checkpoints behind the steps hold up to {needed / 2**30:.2f} GiB of the first node's memory, of {free / 2**30:.2f} GiB free"
-        )
-        print(cost if fits else f"{cost}: too much, and so the steps wait for each checkpoint", flush=True)
-    return bool(engine.gather(torch.tensor([float(fits)], device=engine.device))[0, 0])
+        cost = f"background checkpoints hold up to {needed / 2**30:.2f} GiB of the first node's memory, of {free / 2**30:.2f} GiB free"
+        print(cost if fits else f"{cost}: too much, so training waits for each checkpoint", flush=True)
+    return bool(engine.gather_vectors(torch.tensor([float(fits)], device=engine.device))[0, 0])

@@ -1,91 +1,13 @@
-"""What the launcher and the trainer share: the spec that a run is given, the reports that it writes, and the names of its files.
+"""What the launcher and the trainer share: the spec of a run, the reports that it writes, and the names of its files.
 
 Standard library only. Read `spec` first; `options` has the sections of evaluation and of the stages after training, `rows` the reports,
-`environment_facts` the comparison of two environments. `checkpoint_files` and `weight_files` tell from the files alone what a folder holds.
-The launcher imports this package and no other of the trainer; the trainer never imports the launcher.
+`run_files` the file names, `codec` reading and writing, `environment_facts` the comparison of two environments. `checkpoint_files` and
+`weight_files` inspect a folder without torch. The launcher imports only this package of the trainer; the trainer never imports the launcher.
 """
 
-from trainer.contract.environment_facts import (
-    Expectation as Expectation,
-    facts_of as facts_of,
-    kind_of as kind_of,
-)
-from trainer.contract.options import (
-    Conversion as Conversion,
-    Evaluation as Evaluation,
-    Inference as Inference,
-    Merging as Merging,
-    Metric as Metric,
-    Profile as Profile,
-    Quantization as Quantization,
-    Sampling as Sampling,
-    Serving as Serving,
-)
-from trainer.contract.rows import (
-    Best as Best,
-    DataProblem as DataProblem,
-    DataReport as DataReport,
-    DataSummary as DataSummary,
-    EnvReport as EnvReport,
-    EvaluationRow as EvaluationRow,
-    FailureReport as FailureReport,
-    Inputs as Inputs,
-    Origin as Origin,
-    PhasePeak as PhasePeak,
-    RankFacts as RankFacts,
-    ServingReport as ServingReport,
-    StepRow as StepRow,
-    TracePhase as TracePhase,
-    TraceReport as TraceReport,
-    TrainResult as TrainResult,
-)
-from trainer.contract.spec import (
-    ANSWERS_FILE as ANSWERS_FILE,
-    BEST_FILE as BEST_FILE,
-    CHECKPOINTS as CHECKPOINTS,
-    DATA_FILE as DATA_FILE,
-    DATA_PROBLEMS_FILE as DATA_PROBLEMS_FILE,
-    ENVIRONMENT_FILE as ENVIRONMENT_FILE,
-    EVALUATIONS_FILE as EVALUATIONS_FILE,
-    FAILURE_FILES as FAILURE_FILES,
-    INPUTS_FILE as INPUTS_FILE,
-    METRICS_FILE as METRICS_FILE,
-    PHASE_LINE as PHASE_LINE,
-    PROFILE_FOLDER as PROFILE_FOLDER,
-    RANK_PREFIX as RANK_PREFIX,
-    RESULT_FILE as RESULT_FILE,
-    SAMPLES_FILE as SAMPLES_FILE,
-    SAMPLES_FOLDER as SAMPLES_FOLDER,
-    SCHEMA as SCHEMA,
-    SERVING_FILE as SERVING_FILE,
-    SINGLE_PROCESS_KINDS as SINGLE_PROCESS_KINDS,
-    SPEC_FILE as SPEC_FILE,
-    START_PHASES as START_PHASES,
-    STREAM_FILE as STREAM_FILE,
-    TRACKER_FOLDER as TRACKER_FOLDER,
-    Batch as Batch,
-    DataSpec as DataSpec,
-    DeviceSpec as DeviceSpec,
-    Dtype as Dtype,
-    Exit as Exit,
-    InputRefused as InputRefused,
-    Kind as Kind,
-    Lora as Lora,
-    ModelSpec as ModelSpec,
-    Optimizer as Optimizer,
-    OtherSchema as OtherSchema,
-    Precision as Precision,
-    RunFailed as RunFailed,
-    Source as Source,
-    SpecError as SpecError,
-    StageSpec as StageSpec,
-    Template as Template,
-    TrainSpec as TrainSpec,
-    decode as decode,
-    encode as encode,
-    read as read,
-    required_of as required_of,
-    types_of as types_of,
-    write as write,
-    write_text as write_text,
-)
+from trainer.contract.codec import *  # noqa: F403
+from trainer.contract.environment_facts import *  # noqa: F403
+from trainer.contract.options import *  # noqa: F403
+from trainer.contract.rows import *  # noqa: F403
+from trainer.contract.run_files import *  # noqa: F403
+from trainer.contract.spec import *  # noqa: F403

@@ -1,6 +1,6 @@
-"""Which checkpoint a run goes on from, told from the files alone: the newest whole one in the run's folder.
+"""Which checkpoint a run resumes from: the newest complete one in the run's folder, found from the files only.
 
-Standard library only, so that the launcher can ask the same question before it starts the ranks again.
+Standard library only, so that the launcher can ask the same question before it restarts the ranks.
 """
 
 import json
@@ -13,14 +13,14 @@ from typing import Any
 from trainer.contract import CHECKPOINTS, METRICS_FILE, SCHEMA, InputRefused, SpecError, TrainSpec, read, write_text
 
 STATE_FILE = "trainer_state.json"
-NAME = "step-{step:06d}"
-NAMES = re.compile(r"step-(\d{6,})")
+CHECKPOINT_NAME = "step-{step:06d}"
+CHECKPOINT_PATTERN = re.compile(r"step-(\d{6,})")
 
-NAMED = 5  # files that are missing, in a message
+SHOWN = 5  # missing files that a message names
 
-# Where the attempts of one run may differ: it changes where and how fast the steps are done, not what they are.
-FREE_SECTIONS = ("device.", "evaluation.", "deepspeed.", "profile.", "expects.")
-FREE_KEYS = {
+# Settings that may differ between attempts of one run: they change where and how fast steps are computed, not their result.
+CHANGEABLE_SECTIONS = ("device.", "evaluation.", "deepspeed.", "profile.", "expects.")
+CHANGEABLE_KEYS = {
     *("save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background", "trackers", "trackers_named"),
     *("schema", "run_id", "output", "gradient_checkpointing", "hang_timeout_s"),
     *("checkpoint_every", "checkpoint_groups", "loss_chunk", "kernels", "expects"),
@@ -30,9 +30,9 @@ FREE_KEYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointState:
-    """trainer_state.json. `files`: name -> bytes of every other file of the checkpoint. `spec`: dotted key -> value of all that must be
-    the same to go on. `data_sha256`: of the training rows' file. `world_size`: ranks that saved; 0 = weights alone, of the last step.
-    `trained`: groups that this run and those before it have trained. `base`: Origin.mark of the weights that an adapter stands on."""
+    """trainer_state.json. `files`: name -> bytes of every other file of the checkpoint. `spec`: dotted key -> value of all settings that
+    must be equal to resume. `data_sha256`: of the file of training rows. `world_size`: number of ranks that saved; 0 = weights only, of the
+    last step. `trained`: groups trained by this run and by those it started from. `base`: WeightsLineage.mark of an adapter's base."""
 
     schema: int
     step: int
@@ -48,12 +48,12 @@ class CheckpointState:
     @property
     def path(self) -> str:
         """Relative to the run's folder."""
-        return f"{CHECKPOINTS}/{NAME.format(step=self.step)}"
+        return f"{CHECKPOINTS}/{CHECKPOINT_NAME.format(step=self.step)}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
-    """What the rows that stand tell: how many they are, the seconds of their steps, the loss of the last."""
+class MetricsSummary:
+    """Number of metrics rows that are kept, the seconds of their steps, and the loss of the last one."""
 
     count: int = 0
     seconds: float = 0.0
@@ -61,25 +61,25 @@ class Rows:
 
 
 def newest_checkpoint(run: Path) -> CheckpointState | None:
-    """The newest whole checkpoint in the folder of a run. Half-written ones have hidden names; one that a copy left unfinished, or that
-    lost a file, is passed over."""
+    """The newest complete checkpoint of a run. Checkpoints that are being written have hidden names; incomplete copies and checkpoints with
+    missing files are skipped."""
     return max(whole_checkpoints(run), key=lambda state: state.step, default=None)
 
 
 def whole_checkpoints(run: Path) -> Iterator[CheckpointState]:
     for folder in (run / CHECKPOINTS).glob("step-*"):
-        if NAMES.fullmatch(folder.name) and (state := whole_state(folder)) is not None:
+        if CHECKPOINT_PATTERN.fullmatch(folder.name) and (state := whole_state(folder)) is not None:
             yield state
 
 
 def broken_checkpoints(run: Path) -> dict[Path, str]:
-    """Those with the name of a checkpoint that are not whole, by name, and what each of them lacks."""
-    folders = sorted(path for path in (run / CHECKPOINTS).glob("step-*") if NAMES.fullmatch(path.name))
+    """Folders named like a checkpoint that are incomplete, sorted by name, and what each of them lacks."""
+    folders = sorted(path for path in (run / CHECKPOINTS).glob("step-*") if CHECKPOINT_PATTERN.fullmatch(path.name))
     return {folder: reason for folder in folders if (reason := inspect_checkpoint(folder)[1])}
 
 
 def is_newer(folder: Path) -> bool:
-    """Whether a later version of the trainer has written a checkpoint, whose state this one cannot read."""
+    """Whether a newer version of the trainer wrote this checkpoint, so that its state cannot be read here."""
     try:
         schema = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["schema"]
         return bool(schema > SCHEMA)
@@ -88,33 +88,33 @@ def is_newer(folder: Path) -> bool:
 
 
 def whole_state(folder: Path) -> CheckpointState | None:
-    """What a checkpoint says of itself; None unless it has its own name and every file the size that it should have."""
+    """The state of a checkpoint; None unless it has the right name and every file the recorded size."""
     state, reason = inspect_checkpoint(folder)
     return None if reason else state
 
 
 def inspect_checkpoint(folder: Path) -> tuple[CheckpointState | None, str]:
-    """What it says of itself, and why it is not whole, or ''."""
+    """The state, and why the checkpoint is not complete ('' if it is)."""
     try:
         state: CheckpointState = read(CheckpointState, folder / STATE_FILE)
     except SpecError as error:
         return None, str(error)
-    if folder.name != NAME.format(step=state.step):
+    if folder.name != CHECKPOINT_NAME.format(step=state.step):
         return state, f"its {STATE_FILE} is of step {state.step}"
     wrong = missing_files(folder, state)
-    more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
-    return state, f"{', '.join(wrong[:NAMED])}{more} missing or not of the size that {STATE_FILE} says" if wrong else ""
+    more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+    return state, f"{', '.join(wrong[:SHOWN])}{more} missing or not of the size that {STATE_FILE} says" if wrong else ""
 
 
 def missing_files(folder: Path, state: CheckpointState) -> tuple[str, ...]:
-    """Names of files that are not there or have another size."""
+    """Names of files that are missing or have another size."""
     return tuple(name for name, size in state.files.items() if not (folder / name).is_file() or (folder / name).stat().st_size != size)
 
 
-def fixed_parts(spec: TrainSpec) -> dict[str, Any]:
-    """The spec as dotted keys, without those that attempts of one run may differ in. Values are plain JSON."""
+def fixed_settings(spec: TrainSpec) -> dict[str, Any]:
+    """The spec as dotted keys, without the settings that may differ between attempts of one run. Values are plain JSON."""
     plain = json.loads(json.dumps(asdict(spec)))
-    return {key: value for key, value in flatten(plain) if key not in FREE_KEYS and not f"{key}.".startswith(FREE_SECTIONS)}
+    return {key: value for key, value in flatten(plain) if key not in CHANGEABLE_KEYS and not f"{key}.".startswith(CHANGEABLE_SECTIONS)}
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -126,28 +126,28 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def refuse_other_run(state: CheckpointState, spec: TrainSpec, data_sha256: str) -> None:
-    """Raises InputRefused, naming every difference, when the checkpoint in the run's folder is not of this very run."""
-    there, here = state.spec, fixed_parts(spec)
+    """Raises InputRefused, naming every difference, when the checkpoint in the run's folder belongs to another run."""
+    there, here = state.spec, fixed_settings(spec)
     wrong = [f"{key} was {there.get(key)!r} and is {here.get(key)!r}" for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
     if state.data_sha256 != data_sha256:
         wrong.append("the training rows have changed since")
     if wrong:
         raise InputRefused(
-            f"{spec.output}/{state.path} belongs to another run: {'; '.join(wrong)}. A run goes on only as it began. Start a new run; "
-            f"with stage.checkpoint={spec.output}/{state.path} it begins with these weights."
+            f"{spec.output}/{state.path} belongs to another run: {'; '.join(wrong)}. A run can only be resumed with the same settings. Start a "
+            f"new run; with stage.checkpoint={spec.output}/{state.path} it starts from these weights."
         )
 
 
-def cut_rows(run: Path, step: int) -> Rows:
-    """Keep the rows of steps 1 to `step` in metrics.jsonl, gaps and all, and drop torn ones and those of later steps, which will be done
-    again."""
+def cut_rows(run: Path, step: int) -> MetricsSummary:
+    """Keep the rows of steps 1 to `step` in metrics.jsonl, even with gaps; drop incomplete lines and rows of later steps, which will be
+    repeated."""
     path = run / METRICS_FILE
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    kept, stand, last = Rows(), [], 0
+    kept, stand, last = MetricsSummary(), [], 0
     for line in lines:
-        row = parse_row(line)
+        row = parse_metrics_row(line)
         if row is not None and last < row["step"] <= step:
-            kept = Rows(count=kept.count + 1, seconds=kept.seconds + row["seconds"], loss=row["loss"])
+            kept = MetricsSummary(count=kept.count + 1, seconds=kept.seconds + row["seconds"], loss=row["loss"])
             stand.append(line)
             last = row["step"]
     if len(stand) < len(lines):
@@ -155,8 +155,8 @@ def cut_rows(run: Path, step: int) -> Rows:
     return kept
 
 
-def parse_row(line: str) -> dict[str, Any] | None:
-    """None for a row that was being written when its run ended."""
+def parse_metrics_row(line: str) -> dict[str, Any] | None:
+    """None for a line that was being written when the run ended."""
     try:
         row = json.loads(line) if line.endswith("\n") else None
     except ValueError:

@@ -1,6 +1,6 @@
-"""The environment of a run as flat facts, key -> text, so that two can be held against each other. Part of the contract; standard library.
+"""The environment of a run as flat facts, key -> text, so that two environments can be compared. Standard library only.
 
-A key is its kind, and where there are several of the kind a name: `python`, `driver`, `package torch`, `variable OMP_NUM_THREADS`.
+A key is a kind, followed by a name where there are several of the kind: `python`, `driver`, `package torch`, `variable OMP_NUM_THREADS`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from trainer.contract.rows import EnvReport
 
-# Variables that are others in every run, or name one of several like devices.
+# Variables that differ in every run, or that select one of several equal devices.
 VARYING = ("MASTER_", "TORCHELASTIC_", "OMNILAUNCH_", "ASCEND_PROCESS_LOG_PATH", "CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES")
 VARYING_RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK")
 VARIABLE = "variable"
@@ -16,8 +16,8 @@ VARIABLE = "variable"
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """What a rerun must find again, from the record of run `run_id`; whatever is empty is not asked. `weights`: as in Inputs; `facts`: as
-    `facts_of` makes them, of which those in `free` may be others, since somebody asked for it."""
+    """What a rerun must find again, from the record of run `run_id`; empty fields are not checked. `weights`: as in Inputs. `facts`: as made
+    by `facts_of`; those whose key is in `free` may differ, because the user allowed it."""
 
     run_id: str
     data_sha256: str = ""
@@ -27,7 +27,7 @@ class Expectation:
 
 
 def facts_of(report: EnvReport) -> dict[str, str]:
-    """Of what may change a run's numbers or its speed. What could not be asked is left out."""
+    """The facts that may change a run's numbers or its speed. Values that could not be read are left out."""
     facts = {
         "python": report.python,
         "accelerator": report.accelerator,
@@ -43,11 +43,11 @@ def facts_of(report: EnvReport) -> dict[str, str]:
     named = {"package": report.packages, "toolkit": report.toolkit, "setting": report.settings, "determinism": report.determinism}
     for kind, values in named.items():
         facts |= {f"{kind} {name}": value for name, value in values.items()}
-    facts |= {f"{VARIABLE} {name}": value for name, value in report.environment.items() if not varies(name)}
+    facts |= {f"{VARIABLE} {name}": value for name, value in report.environment.items() if not differs_by_run(name)}
     return {key: value for key, value in facts.items() if value}
 
 
-def varies(variable: str) -> bool:
+def differs_by_run(variable: str) -> bool:
     return variable in VARYING_RANKS or variable.startswith(VARYING)
 
 
@@ -56,15 +56,15 @@ def kind_of(key: str) -> str:
 
 
 def changed_facts(expected: Mapping[str, str], found: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Key -> (expected, found) where they differ; '' for what is not there. Facts that only `found` has count where they are variables, and
-    where variables are expected at all: a newer version asks for more than an older one did."""
-    added = [key for key in found if kind_of(key) == VARIABLE and key not in expected] if VARIABLE in kinds(expected) else []
+    """Key -> (expected, found) where they differ; '' for a missing one. Facts that are only in `found` count if they are variables, and only
+    if variables are expected at all: a newer version records more facts than an older one."""
+    added = (
+        [key for key in found if kind_of(key) == VARIABLE and key not in expected]
+        if any(kind_of(key) == VARIABLE for key in expected)
+        else []
+    )
     keys: Iterable[str] = (*expected, *added)
     return {key: (expected.get(key, ""), found.get(key, "")) for key in keys if expected.get(key, "") != found.get(key, "")}
-
-
-def kinds(facts: Mapping[str, str]) -> set[str]:
-    return {kind_of(key) for key in facts}
 
 
 def describe_change(key: str, change: tuple[str, str]) -> str:

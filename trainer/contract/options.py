@@ -1,18 +1,17 @@
-"""What a run is told besides training: how it evaluates and profiles, and what the stages that come after training do. Standard library
-only: the contract, and by it the launcher, names these."""
+"""Options of evaluation and profiling, and of the stages that come after training. Standard library only."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-SHARD_BYTES = 5 * 10**9  # of a file of weights, as transformers cuts them
+SHARD_BYTES = 5 * 10**9  # of a file of weights, the default of transformers
 Metric = Literal["exact_match", "contains", "anls", "rouge_l", "token_accuracy", "perplexity"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Greedy generation on the held-out rows. `limit` 0 = all of them; `enabled` after training; `every`: also after each so many steps,
-    0 = never. `loss`: the mean loss over the answers' tokens besides, one more forward pass. `metrics`: of each answer and of all;
-    `base`: a checkpoint that the stage evaluate answers with too, to compare."""
+    """Greedy generation on the held-out rows. `limit` 0 = all rows. `enabled`: after training; `every`: also every so many steps, 0 = never.
+    `loss`: also the mean loss over the answers' tokens, at the cost of one more forward pass. `metrics`: of each answer and of all.
+    `base`: a checkpoint whose answers the stage evaluate compares with."""
 
     enabled: bool = True
     batch: int = 64
@@ -26,7 +25,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """The profiler's window: steps `start` to `start` + `steps` - 1, of rank 0 or of all; `steps` 0 = never."""
+    """The profiler runs for steps `start` to `start` + `steps` - 1, on rank 0 or on all ranks; `steps` 0 = never."""
 
     start: int = 10
     steps: int = 0
@@ -35,8 +34,8 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class Merging:
-    """An adapter into its base, file by file. `probes`: inputs whose logits are compared, in float32, 0 = none; they may differ by
-    `tolerance`, relative to the largest of them."""
+    """Merges an adapter into its base, file by file. `probes`: number of inputs whose logits are compared, in float32; 0 = none. The logits
+    may differ by `tolerance`, relative to the largest of them."""
 
     probes: int = 4
     tolerance: float = 1e-5
@@ -45,8 +44,8 @@ class Merging:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """Every tensor in `dtype`, file by file. `unfit`: what becomes of one that overflows or whose values vanish there: it keeps float32, or
-    all is refused. `probes`: as in Merging, told and not judged."""
+    """Converts every tensor to `dtype`, file by file. `unfit`: what to do with a tensor that overflows or underflows there: keep it in
+    float32, or refuse the conversion. `probes`: as in Merging, but only reported."""
 
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     unfit: Literal["keep", "refuse"] = "keep"
@@ -56,8 +55,8 @@ class Conversion:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """Weights of linear layers in fewer bits; groups of `keep` stay as they are. `calibration`: samples of the training data by which the
-    scales are chosen, 0 = by the weights alone. `compare`: evaluate before and after."""
+    """Quantizes the weights of linear layers; groups in `keep` are not changed. `calibration`: number of training samples from which the
+    scales are chosen; 0 = from the weights only. `compare`: evaluate before and after."""
 
     scheme: Literal["int8", "nf4"] = "int8"
     keep: tuple[Literal["vision", "projector", "lm", "head"], ...] = ("vision", "projector", "head")
@@ -69,7 +68,7 @@ class Quantization:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How an answer is chosen. `temperature` 0 = the likeliest token each time; `top_k` 0 and `top_p` 1 = of all tokens. `beams` > 1 need
+    """How tokens are chosen. `temperature` 0 = always the most likely token; `top_k` 0 and `top_p` 1 = from all tokens. `beams` > 1 needs
     temperature 0."""
 
     max_new_tokens: int = 512
@@ -81,32 +80,32 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Inference:
-    """One question, `prompt` and perhaps `image`, or those of `input`, a JSON-lines file of rows {"prompt", "image" or "images"} or
-    {"messages", "images"}. `spread`: over how the cards of this node share one model: auto = by their free memory, one = each rank has all."""
+    """One question (`prompt` and optionally `image`), or those of `input`: a JSON-lines file of rows {"prompt", "image" or "images"} or
+    {"messages", "images"}. `spread`: auto = one model over the node's cards by their free memory, one = each rank has the whole model."""
 
     prompt: str = ""
     image: str = ""
     input: str = ""
     batch: int = 8
     sampling: Sampling = Sampling()
-    stream: bool = True  # of one question: words as they come
+    stream: bool = True  # one question: print the text as it is generated
     spread: Literal["one", "auto"] = "one"
-    prefetch: int = 2  # batches that are made ready while one is answered
-    cache_images: int = 64  # whose pixels are kept, for rows that show them again
+    prefetch: int = 2  # batches that are prepared while one is answered
+    cache_images: int = 64  # images whose pixels are kept for rows that show them again
 
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """`address`: beside 127.0.0.1 any needs `token`, the name of a secret of cluster.secrets. `hosts`: of which images may be fetched by
-    URL; () = none. Bytes and pixels are of one image, `max_body_bytes` of a whole request."""
+    """`address`: any other than 127.0.0.1 needs `token`, the name of a secret of cluster.secrets. `hosts`: from which images may be fetched
+    by URL; () = none. Bytes and pixels are per image, `max_body_bytes` per request."""
 
     address: str = "127.0.0.1"
     port: int = 8000
     token: str = ""
     model_name: str = ""  # as clients call it; '' = the model's own name
     max_batch: int = 16
-    wait_ms: int = 5  # for others to join a batch, once one waits
-    max_waiting: int = 256  # requests; more are turned away with 429
+    wait_ms: int = 5  # for more requests to join a batch, once one waits
+    max_waiting: int = 256  # requests; more are refused with 429
     max_images: int = 8
     max_body_bytes: int = 32 * 2**20
     max_image_bytes: int = 16 * 2**20
@@ -115,5 +114,5 @@ class Serving:
     fetch_timeout_s: float = 10.0
     request_timeout_s: float = 300.0
     drain_timeout_s: float = 60.0
-    sampling: Sampling = Sampling()  # what a request leaves out; max_new_tokens is also the most that one may ask for
+    sampling: Sampling = Sampling()  # defaults of a request; max_new_tokens is also the upper limit
     spread: Literal["one", "auto"] = "one"

@@ -1,4 +1,4 @@
-"""What a run answers: rows, reports, results. Part of the contract, which has them all by name; standard library only."""
+"""What a run writes: metrics rows, reports and results. Standard library only."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, kw_only=True)
 class StepRow:
-    """One optimizer step over the global batch. `loss` is the mean over trained tokens; `peak_bytes` the highest of any rank
-    (device memory on an accelerator, resident memory on the CPU). `skipped`: the loss scaler dropped the step."""
+    """metrics.jsonl: one optimizer step over the global batch. `loss`: the mean over trained tokens. `peak_bytes`: the highest of any rank
+    (device memory on an accelerator, resident memory on the CPU). `skipped`: the loss scaler skipped the step."""
 
     step: int
     steps: int
@@ -24,7 +24,7 @@ class StepRow:
 
 @dataclass(frozen=True, kw_only=True)
 class DataProblem:
-    """`row` counts from 1 as a reader of the file does; 0 = the file as a whole."""
+    """`row` counts from 1; 0 = the whole file."""
 
     file: str
     row: int
@@ -39,9 +39,9 @@ class DataProblem:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSummary:
-    """Rows, training and held-out ones together, and what they hold. `smallest`, `largest`: an image's (width, height) in pixels, by area.
-    `conversions`: how many images are turned upright or brought to RGB, by what they are. Lengths are in tokens of a whole sample, those of
-    its images included; all 0 where `unmeasured` says why nobody counted them."""
+    """Training and held-out rows together. `smallest`, `largest`: (width, height) of an image in pixels, by area. `conversions`: kind ->
+    number of images that are rotated upright or converted to RGB. Lengths are tokens of a whole sample, image tokens included; all 0 where
+    `unmeasured` says why they were not counted."""
 
     rows: int = 0
     rows_with_images: int = 0
@@ -58,7 +58,7 @@ class DataSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """`sha256`: over the annotation files and every image they name, in order. `problem_count`: of all, where `problems` has the first."""
+    """`sha256`: over the annotation files and every image they name, in order. `problem_count`: all problems; `problems`: the first ones."""
 
     schema: int
     sha256: str
@@ -72,9 +72,9 @@ class DataReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """inputs.json: the SHA-256 of every file that a run reads. `data`: by path below the folder of images or of built-in data, else by the
-    whole one. `weights`: by what they are (model, checkpoint, base), a slash and the name in that folder; none of a model of a hub, whose
-    revision says it."""
+    """inputs.json: the SHA-256 of every file that a run reads. `data`: by path below the folder of images or of built-in data, else by full
+    path. `weights`: keyed by role (model, checkpoint, base), a slash and the name in that folder; none for a model of a hub, which its
+    revision identifies."""
 
     schema: int
     data: dict[str, str]
@@ -82,10 +82,10 @@ class Inputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
-    """What a stage began with. `path`: the folder, '' for a random start; `run_id`, `step`, `stage` and `weights_sha256` are those of the
-    checkpoint in it, empty where none of our runs has saved it. `trained`: the groups that runs have trained up to there, all of a published
-    model. `base`: the folder of the model that an adapter stands on; `mark`: of the weights there, or of those a new adapter stands on."""
+class WeightsLineage:
+    """What a stage starts from. `path`: the folder, '' for a random start. `run_id`, `step`, `stage`, `weights_sha256`: of the checkpoint in
+    it, empty if none of our runs saved it. `trained`: groups trained so far; all groups of a published model. `base`: the folder of an
+    adapter's base model. `mark`: fingerprint of the base's weights, or of those that a new adapter starts from."""
 
     path: str = ""
     run_id: str = ""
@@ -100,7 +100,7 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class RankFacts:
-    """What one rank's process says. `processors`: CPUs that it may run on."""
+    """What one rank's process reports. `processors`: CPUs that it may run on."""
 
     hostname: str
     device: str
@@ -113,10 +113,10 @@ class RankFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class EnvReport:
-    """Facts asked of the running process, never copied from a config. `deepspeed`: the config that the engine really took. `kernels`: fused
-    kernel -> in how many layers and whose, or "plain" -> why there are none; empty where none was looked for. `toolkit`: versions of what
-    computes and communicates; `settings`: clocks and power caps by device; `determinism`: switch -> what it says when asked. What cannot be
-    asked there is left out."""
+    """Facts read from the running process, never copied from a config. `deepspeed`: the config given and the config in effect. `kernels`:
+    fused kernel -> number of layers and package, or "plain" -> why there are none; empty if none was looked for. `toolkit`: versions of the
+    compute and communication libraries. `settings`: clocks and power caps per device. `determinism`: switch -> current value. Values that
+    cannot be read are left out."""
 
     schema: int
     hostname: str
@@ -132,7 +132,7 @@ class EnvReport:
     parameters: dict[str, int]
     trainable: dict[str, int]
     deepspeed: dict[str, Any]
-    origin: Origin = Origin()
+    origin: WeightsLineage = WeightsLineage()
     kernels: dict[str, str] = field(default_factory=dict)
     toolkit: dict[str, str] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)
@@ -142,8 +142,8 @@ class EnvReport:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRow:
-    """One line of evaluations.jsonl: how well the weights after `step` steps answer. `loss`: mean over the answers' tokens, None where it
-    was not asked for."""
+    """One line of evaluations.jsonl: the evaluation of the weights after `step` steps. `loss`: mean over the answers' tokens, None if it was
+    not requested."""
 
     step: int
     exact_match: float
@@ -154,7 +154,7 @@ class EvaluationRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Best:
-    """best.json: the whole checkpoint that evaluated best so far. `path` is relative to the run's folder."""
+    """best.json: the complete checkpoint with the best evaluation so far. `path` is relative to the run's folder."""
 
     step: int
     path: str
@@ -164,8 +164,8 @@ class Best:
 
 @dataclass(frozen=True, kw_only=True)
 class PhasePeak:
-    """The most memory that any rank held in a phase of the run: on an accelerator what tensors took and what the allocator had reserved
-    for them, on the CPU resident memory and 0. Of the attempt that ended the run."""
+    """The most memory that any rank held in a phase of the run: on an accelerator, bytes of tensors and bytes reserved by the allocator; on
+    the CPU, resident memory and 0. Only of the attempt that ended the run."""
 
     phase: Literal["load", "first step", "steps", "evaluation", "saving"]
     allocated_bytes: int
@@ -205,7 +205,7 @@ class FailureReport:
 
 @dataclass(frozen=True, kw_only=True)
 class TracePhase:
-    """The highest moment of a part of a traced step: bytes on one rank's device, and what they are (`items_bytes`; their sum)."""
+    """The peak of one part of a traced step: bytes on one rank's device, and their sum by kind (`items_bytes`)."""
 
     phase: Literal["forward", "backward", "update"]
     peak_bytes: int
@@ -214,9 +214,9 @@ class TracePhase:
 
 @dataclass(frozen=True, kw_only=True)
 class TraceReport:
-    """One step of the real model on tensors without memory. `host_bytes`: what offloading puts into the memory of a node. `samples` rows of
-    `length` tokens, `image_tokens` of which stand for `images` images of `image_size`, (width, height) in pixels, and `trained_tokens` of
-    which have a loss. `cpu_seconds` and `resident_bytes` are what the trace itself took. `notes`: what was assumed."""
+    """One step of the real model on tensors without memory. `host_bytes`: what offloading keeps in a node's memory. The traced micro-batch:
+    `samples` rows of `length` tokens; `image_tokens` of them stand for `images` images of `image_size`, (width, height) in pixels;
+    `trained_tokens` have a loss. `cpu_seconds` and `resident_bytes`: cost of the trace itself. `notes`: assumptions."""
 
     schema: int
     torch: str
@@ -239,7 +239,7 @@ class TraceReport:
 
 @dataclass(frozen=True, kw_only=True)
 class ServingReport:
-    """Where a server listens. `token`: the variable that has the token, '' for none; `example`: a command that asks it something."""
+    """Where a server listens. `token`: the variable that holds the token, '' for none. `example`: a command that sends a request."""
 
     schema: int
     url: str

@@ -1,17 +1,10 @@
-"""The vocabulary that the launcher and the trainer share: what a run is told, what it answers, and where both lie.
+"""`TrainSpec`: everything that the launcher passes to a run of the trainer, and the exceptions and exit codes of both.
 
-Standard library only. The launcher imports this module and nothing else of the trainer; the trainer never imports the
-launcher. A change of meaning or shape of anything here raises `SCHEMA`; an image that carries another number is refused.
+A change of the meaning or shape of anything in this package raises `SCHEMA`; a file or an image with another number is refused.
 """
 
-import json
-import os
-import types
-import typing
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 from trainer.contract.environment_facts import Expectation
@@ -21,32 +14,7 @@ SCHEMA = 1
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Kind = Literal["train", "evaluate", "merge", "convert", "quantize", "infer", "serve"]
-SINGLE_PROCESS_KINDS = ("merge", "convert", "quantize", "serve")  # kinds that one process carries out, started without torchrun
-
-# Inside `runs/<run_id>/`. The launcher writes the first, the trainer the others.
-SPEC_FILE = "spec.json"
-DATA_FILE = "data.json"
-DATA_PROBLEMS_FILE = "data_problems.jsonl"  # all of them, where data.json has the first ones
-INPUTS_FILE = "inputs.json"
-ENVIRONMENT_FILE = "environment.json"
-METRICS_FILE = "metrics.jsonl"
-SAMPLES_FILE = "samples.jsonl"
-ANSWERS_FILE = "answers.jsonl"  # of stage infer
-STREAM_FILE = "answer.txt"  # of one question: the words as they come
-SERVING_FILE = "serving.json"  # of stage serve, once the model answers
-RESULT_FILE = "train_result.json"
-FAILURE_FILES = "failure-rank{rank}.json"
-CHECKPOINTS = "checkpoints"
-EVALUATIONS_FILE = "evaluations.jsonl"  # a row for each evaluation, the last of them that of the last step
-SAMPLES_FOLDER = "samples"  # and its answers: step-<n>.jsonl
-BEST_FILE = "best.json"
-TRACKER_FOLDER = "tracker"  # below it one folder for each of spec.trackers
-PROFILE_FOLDER = "profile"
-
-# In front of every line of a rank where there are several, and what a rank says of its start: what it does next, in this order.
-RANK_PREFIX = "[rank {rank}] "
-PHASE_LINE = "omnilaunch: starting: {phase}"
-START_PHASES = ("loading its libraries", "meeting the other ranks", "reading the data", "loading the model", "preparing the engine")
+SINGLE_PROCESS_KINDS = ("merge", "convert", "quantize", "serve")  # run in one process, without torchrun
 
 
 class Exit(IntEnum):
@@ -58,7 +26,7 @@ class Exit(IntEnum):
     IMAGE = 3
     NODE = 4
     RUN = 5
-    HUNG = 6  # a step without an end; every rank has written its stacks into its log
+    HUNG = 6  # a step did not end; every rank has written its stacks to its log
     DIFFERENT = 7  # `omnilaunch compare`: the runs are not the same
 
 
@@ -67,7 +35,7 @@ class InputRefused(Exception):
 
 
 class RunFailed(Exception):
-    """The run started and cannot go on. The text says what is lost, what is kept, and what to do (exit code 5)."""
+    """The run started and cannot continue. The text says what is lost, what is kept, and what to do (exit code 5)."""
 
 
 class SpecError(Exception):
@@ -78,14 +46,11 @@ class OtherSchema(SpecError):
     """A file was written with another schema number than SCHEMA."""
 
 
-# ----------------------------------------------------------------------------------------------------- what a run is told
-
-
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """A chat template as segments, so that labels come from the segments and never from a search in the token stream.
+    """A chat template as segments: labels come from the segments, not from a search in the tokens.
 
-    `user` holds `{content}`. Trained on: the answer and `end_mark`. Everything else is masked.
+    `user` holds `{content}`. The loss covers the answer and `end_mark`; everything else is masked.
     """
 
     system: str = ""
@@ -97,7 +62,7 @@ class Template:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where weights come from: `random` (architecture numbers only), `hub` (id and revision) or `path` (a local folder)."""
+    """Where weights come from: `random` (architecture only), `hub` (id and revision) or `path` (a local folder)."""
 
     kind: Literal["random", "hub", "path"]
     id: str = ""
@@ -110,15 +75,15 @@ class Lora:
     r: int
     alpha: int
     dropout: float
-    targets: tuple[str, ...]  # linear layers inside the language model: their own names, or 're:REGEX' over whole module names
+    targets: tuple[str, ...]  # linear layers of the language model: their own names, or 're:REGEX' over full module names
     rank_stabilised: bool = False
-    base: Literal["", "nf4"] = ""  # nf4: the adapted layers are frozen in 4 bits (Dettmers et al., QLoRA, arXiv 2305.14314); CUDA only
+    base: Literal["", "nf4"] = ""  # nf4: the frozen layers are in 4 bits (Dettmers et al., QLoRA, arXiv 2305.14314); CUDA only
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Element types. `optimizer` is the type of master weights and states; `compute` that of activations. `rounding`: how the optimizer's
-    results come into `optimizer`, stochastic for bfloat16 alone."""
+    """Dtypes. `optimizer`: of master weights and optimizer states; `compute`: of activations. `rounding`: how the optimizer's results are
+    rounded to `optimizer`; stochastic for bfloat16 only."""
 
     name: str
     weights: Dtype
@@ -131,10 +96,10 @@ class Precision:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW. `warmup` counts steps when >= 1 and is a share of all steps when < 1. Betas, eps and decay as in
-    Loshchilov and Hutter, Decoupled Weight Decay Regularization (arXiv 1711.05101), algorithm 2. `group_lr`: peak rates of groups of
-    the model that learn at another one than `lr`, on the same schedule. `state_bits`: of an element of either moment, 0 = as
-    `Precision.optimizer` says, 8 = quantized block by block (Dettmers et al., arXiv 2110.02861)."""
+    """AdamW. `warmup` counts steps when >= 1 and is a share of all steps when < 1. Betas, eps and decay as in Loshchilov and Hutter,
+    Decoupled Weight Decay Regularization (arXiv 1711.05101), algorithm 2. `group_lr`: peak learning rates of parameter groups that
+    differ from `lr`, on the same schedule. `state_bits`: bits per element of either moment; 0 = dtype of `Precision.optimizer`,
+    8 = quantized block by block (Dettmers et al., arXiv 2110.02861)."""
 
     lr: float
     beta1: float = 0.9
@@ -150,7 +115,7 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """`groups`: name (vision, projector, lm, head) -> regex over in-memory parameter names. `architecture`: random start only."""
+    """`groups`: name (vision, projector, lm, head) -> regex over parameter names in memory. `architecture`: for a random start only."""
 
     name: str
     family: str
@@ -164,9 +129,9 @@ class ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
-    """`trainable`: groups whose parameters get gradients. `checkpoint`: weights to start from, or ''. `reset`: groups that begin anew from
-    the run's seed. `needs`: what the weights must have behind them, `projector` that some run has trained it. Of the options of kinds that
-    do not train, that of `kind` is there."""
+    """`trainable`: groups whose parameters get gradients. `checkpoint`: weights to start from, or ''. `reset`: groups that are drawn again
+    from the run's seed. `needs`: groups that must be trained already (`projector`: by some earlier run). Of the options of the kinds
+    that do not train, only those of `kind` are set."""
 
     name: str
     kind: Kind
@@ -184,12 +149,12 @@ class StageSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """Conversations with images. `builtin` names a set that the trainer writes itself into `root` before the first step.
+    """Conversations with images. `builtin`: a data set that the trainer writes itself into `root` before the first step.
 
-    `max_length` is in tokens, image tokens included: of a sample, and of a row where `packing` puts several samples into one, which do
-    not see each other. `length_aware`: samples of like length share a micro-batch, out of a step or out of a window of steps.
-    `padding_free`: the samples of a micro-batch one after the other, as in a packed row, in place of padding.
-    `max_pixels` (families that scale an image) and `max_tiles` (those that cut it) bound an image's tokens; 0 = as the processor says.
+    `max_length`: tokens of a sample, image tokens included; with `packing`, tokens of a row that holds several samples, which do not
+    attend to each other. `length_aware`: samples of similar length share a micro-batch, chosen from one step or a window of steps.
+    `padding_free`: the samples of a micro-batch are concatenated, as in a packed row, instead of padded.
+    `max_pixels` (families that scale an image) and `max_tiles` (families that cut it) limit an image's tokens; 0 = the processor's limit.
     """
 
     name: str
@@ -227,13 +192,13 @@ class DeviceSpec:
     devices_per_node: int
     threads: int
     timeout_s: int
-    cards: int = 1  # that each rank takes; more than one where a model is spread over them
+    cards: int = 1  # per rank; more than one where a model is spread over them
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSpec:
-    """Everything one run of the trainer is told. `output` is the run's folder as the trainer sees it. `hang_timeout_s`: a step that
-    takes longer is told with the stacks of every rank, and ends the run soon after; 0 = never."""
+    """Everything that one run of the trainer is given. `output`: the run's folder as the trainer sees it. `hang_timeout_s`: a step that
+    takes longer prints the stacks of every rank, and the run ends soon after; 0 = never."""
 
     schema: int
     run_id: str
@@ -254,117 +219,25 @@ class TrainSpec:
     evaluation: Evaluation
     deepspeed: dict[str, Any]
     hang_timeout_s: float = 0.0
-    save_every_s: float = 0.0  # save at the first step that ends so long after the last checkpoint; 0 = by steps alone
-    keep_best: Literal["", "exact_match", "loss"] = ""  # the checkpoint that evaluates best is kept besides the newest ones
-    checkpoint_background: bool = False  # the steps go on while a copy in the host's memory is written
+    save_every_s: float = 0.0  # save at the first step that ends this long after the last checkpoint; 0 = by steps only
+    keep_best: Literal["", "exact_match", "loss"] = ""  # keep the checkpoint with the best evaluation beside the newest ones
+    checkpoint_background: bool = False  # training continues while a copy in host memory is written
     trackers: tuple[str, ...] = ()
     profile: Profile = field(default_factory=Profile)
     loss_chunk: int = 0  # the most trained tokens of a micro-batch whose logits exist at a time; 0 = all of them
-    checkpoint_every: int = 1  # with gradient_checkpointing: every which layer is computed twice
-    checkpoint_groups: tuple[str, ...] = ()  # and of which groups of the model; () = of all that have layers
-    trackers_named: bool = True  # by somebody: one whose package is missing is refused; False = the default, which is left out there
-    kernels: Literal["auto", "plain", "fused"] = "plain"  # of layers: auto = fused ones where the accelerator and the packages have them
+    checkpoint_every: int = 1  # with gradient_checkpointing: every how many layers
+    checkpoint_groups: tuple[str, ...] = ()  # and in which groups of the model; () = all that have layers
+    trackers_named: bool = True  # by the user: refused if its package is missing; False = the default, skipped if missing
+    kernels: Literal["auto", "plain", "fused"] = "plain"  # of layers; auto = fused where accelerator and packages have them
     expects: Expectation | None = None  # of a rerun
 
     @property
     def zero(self) -> dict[str, Any]:
-        """DeepSpeed's section about ZeRO, {} without."""
+        """DeepSpeed's section for ZeRO; {} without ZeRO."""
         section: dict[str, Any] = self.deepspeed.get("zero_optimization", {})
         return section
 
     @property
     def partitioned(self) -> bool:
-        """Whether each rank holds a part of the weights alone (ZeRO 3)."""
+        """Whether each rank holds only a part of the weights (ZeRO 3)."""
         return bool(self.zero.get("stage", 0) == 3)
-
-
-# ------------------------------------------------------------------------------------------------------ to and from the disk
-
-
-def encode(value: Any) -> str:
-    """A dataclass as JSON text, keys in the order of the class, one trailing newline."""
-    return json.dumps(asdict(value), indent=2, ensure_ascii=False, allow_nan=True) + "\n"
-
-
-def decode(cls: Any, data: Any, where: str = "") -> Any:
-    """Build `cls` from plain JSON data. Raises SpecError that names the key for a missing, unknown or wrongly typed value."""
-    if type(data) is cls:  # most of all there is: a text, a number
-        return data
-    if is_dataclass(cls) and isinstance(cls, type):
-        if not isinstance(data, dict):
-            raise SpecError(f"{where or cls.__name__}: expected an object, got {type(data).__name__}")
-        hints = types_of(cls)
-        unknown = sorted(set(data) - set(hints))
-        if unknown:
-            raise SpecError(f"{where or cls.__name__}: unknown keys {unknown}; valid are {sorted(hints)}")
-        values = {key: decode(hints[key], item, f"{where}.{key}".lstrip(".")) for key, item in data.items()}
-        missing = sorted(required_of(cls) - set(values))
-        if missing:
-            raise SpecError(f"{where or cls.__name__}: missing keys {missing}")
-        return cls(**values)
-    origin, args = typing.get_origin(cls), typing.get_args(cls)
-    if cls is Any:
-        return data
-    if origin in (types.UnionType, typing.Union):
-        if data is None and type(None) in args:
-            return None
-        return decode(next(a for a in args if a is not type(None)), data, where)
-    if origin is Literal:
-        if data in args:
-            return data
-        raise SpecError(f"{where}: {data!r} is not one of {', '.join(map(repr, args))}")
-    if origin is tuple and isinstance(data, (list, tuple)):
-        return tuple(decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
-    if origin is dict and isinstance(data, dict):
-        return {key: decode(args[1], item, f"{where}.{key}") for key, item in data.items()}
-    if cls is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
-    if isinstance(cls, type) and isinstance(data, cls) and not (cls is int and isinstance(data, bool)):
-        return data
-    raise SpecError(f"{where}: expected {getattr(cls, '__name__', cls)}, got {data!r}")
-
-
-@cache
-def required_of(cls: type) -> frozenset[str]:
-    return frozenset(f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING)
-
-
-@cache
-def types_of(cls: type) -> dict[str, Any]:
-    """Field -> its type. Asked for once: of a thousand records it would be most of the time of reading them."""
-    return typing.get_type_hints(cls)
-
-
-def read(cls: Any, path: Path) -> Any:
-    """Read a dataclass from a JSON file. Raises SpecError naming the file for a bad shape or another schema number."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or a number of more than 4,300 digits
-        raise SpecError(f"{path}: cannot be read: {error}") from error
-    if isinstance(data, dict) and data.get("schema", SCHEMA) != SCHEMA:
-        raise OtherSchema(
-            f"{path}: written with schema {data['schema']}, this version reads {SCHEMA}; rebuild the image with: omnilaunch image build"
-        )
-    try:
-        return decode(cls, data)
-    except (SpecError, OverflowError) as error:
-        raise SpecError(f"{path}: {error}") from error
-
-
-def write(value: Any, path: Path) -> None:
-    """Write a dataclass to `path` whole or not at all: aside, synced, renamed."""
-    write_text(encode(value), path)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write text whole or not at all: aside, synced, renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise

@@ -1,7 +1,7 @@
-"""The weights in the safetensors files of a folder, told from the files alone: where each tensor lies, and the hash of all.
+"""The weight files of a folder, read without torch: where each tensor is, and the hash of all of them.
 
-Standard library only, so that the launcher can ask whether a checkpoint still holds what its record says. The layout (8 bytes of header
-length, JSON header, data) is read by ourselves: the library gives no bytes for bfloat16. https://huggingface.co/docs/safetensors#format
+Standard library only, so that the launcher can check whether a checkpoint still matches its record. We parse the layout (8 bytes of
+header length, JSON header, data) ourselves: the library gives no bytes for bfloat16. https://huggingface.co/docs/safetensors#format
 """
 
 import hashlib
@@ -16,29 +16,29 @@ from trainer.contract import InputRefused
 WEIGHTS = "model.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 INDEX = "model.safetensors.index.json"
-PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"  # of published models alone; torch reads no code from them
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"  # published models only; torch loads no code from them
 PIECE_BYTES = 2**24  # read at a time
-HEADER_LIMIT_BYTES = 100 * 2**20  # as the safetensors library has it
+HEADER_LIMIT_BYTES = 100 * 2**20  # the limit of the safetensors library
 
 
 def hash_weights(folder: Path, *, most_bytes: int | None = None) -> str:
-    """SHA-256 over name, dtype, shape and bytes of each tensor, by name: equal for equal weights, however they are cut into files. With
-    `most_bytes` only so many of each tensor are read. A .bin counts as one tensor. Raises InputRefused for a file that is not whole."""
+    """SHA-256 over name, dtype, shape and bytes of each tensor, sorted by name: equal for equal weights, however they are split into files.
+    `most_bytes`: read only this much of each tensor. A .bin file counts as one tensor. Raises InputRefused for a truncated file."""
     digest = hashlib.sha256()
     files = weight_files(folder)
-    for file in (file for file in files if not is_plain(file)):
+    for file in (file for file in files if not is_safetensors(file)):
         digest.update(f"{file.name}\0".encode())
-        add_bytes(digest, file, 0, file.stat().st_size, most_bytes)
-    tensors = {name: (file, entry, start) for file in files if is_plain(file) for name, entry, start in read_header(file)}
+        hash_range(digest, file, 0, file.stat().st_size, most_bytes)
+    tensors = {name: (file, entry, start) for file in files if is_safetensors(file) for name, entry, start in read_header(file)}
     for name in sorted(tensors):
         file, entry, start = tensors[name]
         digest.update(f"{name}\0{entry['dtype']}\0{entry['shape']}\0".encode())
         first, last = (start + offset for offset in entry["data_offsets"])
-        add_bytes(digest, file, first, last, most_bytes)
+        hash_range(digest, file, first, last, most_bytes)
     return digest.hexdigest()
 
 
-def add_bytes(digest: "hashlib._Hash", file: Path, first: int, last: int, most: int | None) -> None:
+def hash_range(digest: "hashlib._Hash", file: Path, first: int, last: int, most: int | None) -> None:
     last = last if most is None else min(last, first + most)
     with file.open("rb") as stream:
         stream.seek(first)
@@ -47,7 +47,7 @@ def add_bytes(digest: "hashlib._Hash", file: Path, first: int, last: int, most: 
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The files that hold the weights: one, or those that the index names. Safetensors where there are any, as transformers chooses."""
+    """The files that hold the weights: one, or those that the index names. Safetensors is preferred, as in transformers."""
     if (folder / ADAPTER_WEIGHTS).is_file() and not (folder / INDEX).is_file():
         return (folder / ADAPTER_WEIGHTS,)
     for whole, index in ((WEIGHTS, INDEX), (PICKLED, PICKLED_INDEX)):
@@ -59,13 +59,13 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     return (folder / WEIGHTS,)
 
 
-def is_plain(file: Path) -> bool:
-    """Whether it is safetensors, of which each tensor can be told apart."""
+def is_safetensors(file: Path) -> bool:
+    """Whether the tensors of the file can be read one by one."""
     return file.suffix == ".safetensors"
 
 
 def read_header(file: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """(name, entry, where the data begins) of each tensor. Raises InputRefused when the file is not as long as its header says."""
+    """(name, entry, offset of the data) of each tensor. Raises InputRefused when the size of the file does not match its header."""
     with file.open("rb") as stream:
         length = struct.unpack("<Q", stream.read(8).ljust(8, b"\xff"))[0]
         header = stream.read(length) if length <= HEADER_LIMIT_BYTES else b""
@@ -75,6 +75,6 @@ def read_header(file: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise InputRefused(f"{file} is not a safetensors file. Copy the checkpoint again.") from error
     if file.stat().st_size != 8 + length + end:
-        raise InputRefused(f"{file} has {file.stat().st_size} bytes where its header says {8 + length + end}. Copy the checkpoint again.")
+        raise InputRefused(f"{file} has {file.stat().st_size} bytes, but its header says {8 + length + end}. Copy the checkpoint again.")
     for name, entry in entries.items():
         yield name, entry, 8 + length

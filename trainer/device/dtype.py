@@ -1,4 +1,4 @@
-"""Element types: the contract's names as torch dtypes, and what DeepSpeed made of them."""
+"""The contract's dtype names as torch dtypes, and torch dtypes as names."""
 
 import torch
 
@@ -8,10 +8,10 @@ DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "float16": torch.f
 
 
 def loading_dtype(precision: Precision) -> torch.dtype:
-    """The dtype that weights are read in: that of the module's parameters.
+    """The dtype in which weights are loaded: that of the module's parameters.
 
-    Masters, where they are wider, are made from these by the optimizer. A random start is drawn in float32 and rounded, so
-    that one seed gives the same start in every precision (trainer.checkpoint.build says for which models it does not).
+    The optimizer makes wider master weights from these. A random start is drawn in float32 and rounded, so that one seed gives the same
+    start in every precision; trainer.train.model documents the exceptions.
     """
     return DTYPES[precision.weights]
 

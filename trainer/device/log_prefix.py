@@ -1,9 +1,8 @@
-"""Puts the rank in front of every line that a rank prints, so that the log of a node says whose a line is.
+"""Puts the rank in front of every line that a rank prints, so that a node's log shows which rank wrote a line.
 
-Below Python, at the file descriptors: NCCL, HCCL, CANN and a fault handler's last words are lines as well. A process of its own does it,
-which outlives a rank that is killed and so loses none of its last lines; and it keeps a line whole that two ranks write at once.
-(torchrun's own `--tee` goes through a file for each stream: the order of the two is lost, a line can be cut where it was read too early,
-and a full disk takes the run down.)
+This works on file descriptors, below Python: NCCL, HCCL, CANN and the fault handler write lines too. A separate process does it: it
+outlives a rank that is killed, so no last lines are lost, and it keeps the lines of two ranks apart. (torchrun's own `--tee` writes a file
+per stream: the order of the two streams is lost, a line can be split if it is read too early, and a full disk stops the run.)
 """
 
 import os
@@ -16,27 +15,27 @@ from contextlib import contextmanager, suppress
 
 from trainer.contract import PHASE_LINE, RANK_PREFIX, START_PHASES
 
-PIECE_BYTES = 1 << 16  # a line that is longer is cut
-DRAIN_S = 2.0  # for the last lines, when all is over
-LOOK_S = 0.005
-ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # which a terminal or an engine sends to all
+PIECE_BYTES = 1 << 16  # longer lines are split
+DRAIN_S = 2.0  # for the last lines, at the end
+POLL_S = 0.005
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # which a terminal or a container engine sends to all processes
 
 
-def say_phase(number: int) -> None:
-    """Which of contract.START_PHASES this rank begins: where a run does not start, the slowest rank is told by it."""
+def report_phase(number: int) -> None:
+    """Print which of contract.START_PHASES this rank begins: if a run does not start, this shows which rank is slowest."""
     print(PHASE_LINE.format(phase=START_PHASES[number]), flush=True)
 
 
 @contextmanager
-def named_lines(environ: Mapping[str, str]) -> Iterator[None]:
-    """Until the block ends, what goes to stdout and stderr comes out of stdout with `[rank N] ` in front of each line, in the order in
-    which it was written. With one rank nothing changes. `environ`: RANK and WORLD_SIZE as torchrun sets them."""
+def prefix_lines(environ: Mapping[str, str]) -> Iterator[None]:
+    """Until the block ends, stdout and stderr both go to stdout, with `[rank N] ` in front of each line, in the order of writing. With one
+    rank nothing changes. `environ`: RANK and WORLD_SIZE as set by torchrun."""
     if int(environ.get("WORLD_SIZE") or 1) < 2:
         yield
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    child, target = start_child(RANK_PREFIX.format(rank=environ.get("RANK", "?")).encode())
+    child, target = start_prefix_process(RANK_PREFIX.format(rank=environ.get("RANK", "?")).encode())
     before = tuple((number, os.dup(number)) for number in (1, 2))
     for number, _ in before:
         os.dup2(target, number)
@@ -50,46 +49,46 @@ def named_lines(environ: Mapping[str, str]) -> Iterator[None]:
         for number, old in before:
             os.dup2(old, number)
             os.close(old)
-        await_end(child)
+        wait_for_child(child)
 
 
-def start_child(prefix: bytes) -> tuple[int, int]:
-    """Its process id, and the descriptor whose lines it takes. It stands by itself when this returns."""
+def start_prefix_process(prefix: bytes) -> tuple[int, int]:
+    """Returns its process id, and the descriptor that it reads lines from. The process is ready when this returns."""
     source, target = os.pipe()
-    stands, says = os.pipe()
+    ready, report_ready = os.pipe()
     child = os.fork()
     if child == 0:
-        serve(source, 1, prefix, says, close=(target, stands))
+        run_child(source, 1, prefix, report_ready, close=(target, ready))
     os.close(source)
-    os.close(says)
-    os.read(stands, 1)
-    os.close(stands)
+    os.close(report_ready)
+    os.read(ready, 1)
+    os.close(ready)
     return child, target
 
 
-def await_end(child: int) -> None:
-    """Until it has written what it was given. One whose pipe somebody else still holds, as a worker of a data loader, is left alone."""
+def wait_for_child(child: int) -> None:
+    """Until it has written everything. If another process, such as a data loader's worker, still holds the pipe, do not wait for it."""
     deadline = time.monotonic() + DRAIN_S
     with suppress(ChildProcessError):
         while not os.waitpid(child, os.WNOHANG)[0] and time.monotonic() < deadline:
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
 
 
-def serve(source: int, target: int, prefix: bytes, says: int, *, close: Sequence[int]) -> None:
-    """The child. It never returns: what it was forked from goes on elsewhere."""
+def run_child(source: int, target: int, prefix: bytes, report_ready: int, *, close: Sequence[int]) -> None:
+    """The child process. Never returns, since the code that forked it continues in the parent."""
     try:
         os.setsid()  # torchrun ends a rank's whole process group
-        for number in ENDS:
+        for number in IGNORED_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        for number in (*close, says):
+        for number in (*close, report_ready):
             os.close(number)
-        name_lines(source, target, prefix)
+        copy_with_prefix(source, target, prefix)
     finally:
         os._exit(0)
 
 
-def name_lines(source: int, target: int, prefix: bytes) -> None:
-    """Every line of `source` to `target` with `prefix` in front, until no one can write to `source` any more."""
+def copy_with_prefix(source: int, target: int, prefix: bytes) -> None:
+    """Copy every line of `source` to `target` with `prefix` in front, until `source` has no writer."""
     held = b""
     while piece := os.read(source, PIECE_BYTES):
         *lines, held = (held + piece).split(b"\n")
@@ -102,7 +101,7 @@ def name_lines(source: int, target: int, prefix: bytes) -> None:
 
 
 def write_lines(lines: Sequence[bytes], target: int) -> None:
-    """Whole lines at a time, no more than a pipe takes at once, so that those of two ranks do not mix."""
+    """Write whole lines, at most PIPE_BUF bytes at once, so that the lines of two ranks do not mix."""
     batch = b""
     for line in lines:
         if batch and len(batch) + len(line) > select.PIPE_BUF:
@@ -113,7 +112,7 @@ def write_lines(lines: Sequence[bytes], target: int) -> None:
 
 
 def write_all(text: bytes, target: int) -> None:
-    """What cannot be written, on a disk that is full, is lost; the rank goes on."""
+    """On a full disk the text is lost; the rank continues."""
     with suppress(OSError):
         while text:
             text = text[os.write(target, text) :]

@@ -1,4 +1,4 @@
-"""Where a process stands among the ranks of its run, and its device."""
+"""The rank of this process in its run, and its device."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,32 +8,32 @@ import torch
 from trainer.contract import SINGLE_PROCESS_KINDS, InputRefused, TrainSpec
 from trainer.device.device import Device, open_device
 
-ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+SINGLE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rank:
-    """Where this process stands, and its device. `local` counts on its node."""
+    """`number`: global rank; `local`: rank on this node."""
 
     number: int
     local: int
     world_size: int
     device: Device
-    place: torch.device
+    torch_device: torch.device
 
 
-def take_place(spec: TrainSpec, environ: Mapping[str, str]) -> Rank:
-    """From the variables that torchrun sets; where it sets none, a stage of one process is alone. Raises InputRefused when they are missing
-    or another world than the plan's."""
-    set_ = environ if spec.stage.kind not in SINGLE_PROCESS_KINDS or "RANK" in environ else {**environ, **ALONE}
+def open_rank(spec: TrainSpec, environ: Mapping[str, str]) -> Rank:
+    """Read the variables of torchrun; without them, a single-process stage is rank 0 of 1. Raises InputRefused if variables are missing or
+    do not match the plan."""
+    variables = environ if spec.stage.kind not in SINGLE_PROCESS_KINDS or "RANK" in environ else {**environ, **SINGLE_RANK}
     try:
-        number, local, world_size = (int(set_[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        number, local, world_size = (int(variables[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     except (KeyError, ValueError) as error:
         raise InputRefused(f"{error} is not set by torchrun. Start a run with: torchrun --nproc-per-node N -m trainer run SPEC") from error
     if world_size != spec.device.world_size:
         raise InputRefused(
-            f"WORLD_SIZE is {world_size}, the plan (spec.device.world_size) is for {spec.device.world_size} ranks: the batch would be "
-            "another one. Start as many ranks as planned, or plan again."
+            f"WORLD_SIZE is {world_size}, but the plan (spec.device.world_size) is for {spec.device.world_size} ranks, so the batch would "
+            "change. Start as many ranks as planned, or plan again."
         )
-    device, place = open_device(spec.device, local)
-    return Rank(number=number, local=local, world_size=world_size, device=device, place=place)
+    device, torch_device = open_device(spec.device, local)
+    return Rank(number=number, local=local, world_size=world_size, device=device, torch_device=torch_device)

@@ -1,4 +1,4 @@
-"""Whether the engine runs as planned: the config that DeepSpeed really took, asked of its objects, beside the one that it was given."""
+"""Compares the config that DeepSpeed uses, read from its objects, with the planned one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +11,8 @@ from trainer.optim.adamw import StochasticAdamW
 from trainer.optim.adamw_8bit import AdamW8bit
 
 
-def taken_config(engine: Any) -> dict[str, Any]:
-    """What the engine runs with, asked of its objects where they tell and of its accessors elsewhere, never of our config."""
+def read_effective_config(engine: Any) -> dict[str, Any]:
+    """What the engine runs with, read from its objects where possible and from its accessors elsewhere, never from our config."""
     handle = engine.handle
     masters = master_weights(handle)
     return {
@@ -34,12 +34,12 @@ def taken_config(engine: Any) -> dict[str, Any]:
 
 
 def is_offloaded(config: Any) -> bool:
-    """DeepSpeed's configs hold the text of an enum."""
+    """DeepSpeed's configs hold the value of an enum."""
     return config is not None and config.device != "none"
 
 
 def master_weights(handle: Any) -> Tensor:
-    """One of the tensors that the optimizer updates: a slice of float32 masters, or the weights themselves."""
+    """One of the tensors that the optimizer updates: a slice of float32 master weights, or the weights themselves."""
     by_stage: dict[str, Callable[[], Tensor]] = {
         "single_partition_of_fp32_groups": lambda: handle.optimizer.single_partition_of_fp32_groups[0],  # ZeRO 1, 2
         "fp32_partitioned_groups_flat": lambda: handle.optimizer.fp32_partitioned_groups_flat[0],  # ZeRO 3
@@ -52,7 +52,7 @@ def master_weights(handle: Any) -> Tensor:
 
 
 def planned_config(spec: TrainSpec) -> dict[str, Any]:
-    """The same keys as `taken_config`, from the plan."""
+    """The same keys as `read_effective_config`, from the plan."""
     zero = spec.zero
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     return {
@@ -75,8 +75,9 @@ def planned_config(spec: TrainSpec) -> dict[str, Any]:
 
 def refuse_mismatch(engine: Any, spec: TrainSpec) -> None:
     """Raises RunFailed naming every key in which the engine differs from the plan."""
-    planned, taken = planned_config(spec), taken_config(engine)
+    planned, taken = planned_config(spec), read_effective_config(engine)
     wrong = [f"{key}: planned {planned[key]!r}, the engine has {taken[key]!r}" for key in planned if planned[key] != taken[key]]
     if wrong:
-        said = "; ".join(wrong)
-        raise RunFailed(f"DeepSpeed did not take the planned config. {said}. The plan's dict is in spec.json, key deepspeed.")
+        raise RunFailed(
+            f"DeepSpeed does not use the planned config: {'; '.join(wrong)}. The planned config is in spec.json, key deepspeed."
+        )

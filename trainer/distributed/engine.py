@@ -1,6 +1,6 @@
-"""DeepSpeed behind the few words that the loop needs: forward, backward, step, gather.
+"""DeepSpeed behind the few operations that the training loop needs: forward, backward, step, and collectives.
 
-DeepSpeed is imported inside the functions: its import picks an accelerator by DS_ACCELERATOR, which `start_distributed` sets.
+DeepSpeed is imported inside the functions: its import selects an accelerator by DS_ACCELERATOR, which `start_distributed` sets.
 """
 
 import os
@@ -15,16 +15,17 @@ import torch.distributed
 from torch import Tensor
 
 from trainer.contract import DeviceSpec, Dtype, Optimizer, RunFailed, TrainSpec
+from trainer.distributed.collective import gather_objects
 from trainer.distributed.effective_config import refuse_mismatch
 from trainer.kernels.cross_entropy import sum_loss
-from trainer.optim.adamw import StochasticAdamW, stretches_of
+from trainer.optim.adamw import StochasticAdamW, parameter_slices
 from trainer.optim.adamw_8bit import AdamW8bit
-from trainer.optim.optimizer_shard import find_parts
+from trainer.optim.optimizer_shard import find_shards
 
-RATE = "rate"  # key of a parameter group: its learning rate over that of the schedule
-IGNORED = -100  # label of a token that is not trained on
-SETTLE_S = 0.3  # a hundred times what a thread of gloo takes, whose turn comes later on a busy machine
-FUSED = ("cpu", "cuda")  # where torch has AdamW as one kernel: on the digits job a tenth of a step faster than one op at a time
+RATE_FACTOR = "rate"  # key of a parameter group: its learning rate over that of the schedule
+IGNORED = -100  # label of a token that is not in the loss
+GLOO_WAIT_S = 0.3  # a hundred times what one of gloo's threads needs; it may run later on a busy machine
+FUSED = ("cpu", "cuda")  # where torch has AdamW as one kernel: saves a tenth of a step of the digits job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """A model that trains. `handle` is the DeepSpeedEngine, `model` the module in it. `loss_chunk`: TrainSpec.loss_chunk."""
+    """A model in training. `handle`: the DeepSpeedEngine; `model`: the module in it. `loss_chunk`: TrainSpec.loss_chunk."""
 
     handle: Any
     model: torch.nn.Module
@@ -50,9 +51,9 @@ class Engine:
     def loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
         """Cross entropy summed over the trained tokens of a micro-batch, float32, scalar.
 
-        `batch`: input_ids, attention_mask, labels (samples, length) int64, and the images of the family. Logits are made at
-        trained positions alone: at 150,000 tokens of vocabulary the others would be the largest tensor of the step. Packed rows
-        (trainer.data.batch.pack) come with position_ids, and the ends of their samples, or nothing, take the place of the mask.
+        `batch`: input_ids, attention_mask, labels (samples, length) int64, and the images of the family. Logits are computed at trained
+        positions only: with a vocabulary of 150,000 all logits would be the largest tensor of the step. Packed rows
+        (trainer.data.batch.pack) have position_ids, and the mask is replaced by the ends of their samples, or dropped.
         """
         kept = {"labels", "sample_ends", *(("attention_mask",) if "position_ids" in batch else ())}
         inputs = {key: value.to(self.device, non_blocking=True) for key, value in batch.items() if key not in kept}
@@ -68,34 +69,34 @@ class Engine:
         return sum_loss(self.model, run, targets[trained].to(self.device, non_blocking=True), chunk=self.loss_chunk)
 
     def begin_micro(self, *, last: bool) -> None:
-        """Before each micro-batch: whether the weights are updated after it. Said every time, since packed steps have different numbers of
-        micro-batches, which DeepSpeed's own count does not know."""
+        """Before each micro-batch: whether the weights are updated after it. DeepSpeed's own count does not know that packed steps have
+        different numbers of micro-batches."""
         self.handle.set_gradient_accumulation_boundary(last)
 
     def backward(self, loss: Tensor) -> None:
-        """Add this loss's gradient to the step's. DeepSpeed means over ranks, and is kept from dividing by the accumulation.
+        """Add this loss's gradient to that of the step. DeepSpeed averages over ranks, but does not divide by the accumulation.
 
-        A loss that is no number makes every gradient so, which keeps `step` from updating anything on any rank: an infinite one may well
-        have finite gradients."""
-        spoil = 1 + (loss.detach() - loss.detach())  # 1, or NaN
-        self.handle.backward(loss * spoil, scale_wrt_gas=False)
+        A non-finite loss makes every gradient NaN, so that `step` updates nothing on any rank: the gradients of an infinite loss may be
+        finite."""
+        nan_or_one = 1 + (loss.detach() - loss.detach())
+        self.handle.backward(loss * nan_or_one, scale_wrt_gas=False)
 
     def micro_step(self) -> None:
-        """Tell DeepSpeed that a micro-batch is done; it updates the weights after the last one of the step."""
+        """Tell DeepSpeed that a micro-batch ends; it updates the weights after the last one of the step."""
         self.handle.step()
 
     def step(self, lr: float) -> Update:
-        """Update the weights after the last micro-batch of the step, unless a gradient is no number: then the update is skipped, by DeepSpeed
-        in all its optimizers and here where torch's own is at work."""
+        """Update the weights after the last micro-batch of the step. With a non-finite gradient the update is skipped: by DeepSpeed in its own
+        optimizers, and here if torch's optimizer is used."""
         for group in self.handle.optimizer.param_groups:
-            group["lr"] = lr * group.get(RATE, 1.0)
+            group["lr"] = lr * group.get(RATE_FACTOR, 1.0)
         norm = self._fp32_norm()
         if norm is not None and not bool(norm.isfinite()):
             return Update(grad_norm=float(norm), loss_scale=1.0, skipped=True)
         scale = float(getattr(self.handle.optimizer, "loss_scale", 1.0))
         try:
             self.handle.step()
-        except Exception as error:  # DeepSpeed raises a bare Exception here
+        except Exception as error:  # DeepSpeed raises a plain Exception
             if "loss scale already at minimum" not in str(error):
                 raise
             raise RunFailed(
@@ -108,39 +109,36 @@ class Engine:
         )
 
     def _fp32_norm(self) -> Tensor | None:
-        """DeepSpeed keeps no norm where the optimizer is torch's own (no ZeRO, float32); everywhere else it does."""
+        """The gradient norm if the optimizer is torch's own (no ZeRO, float32), where DeepSpeed computes none; otherwise None."""
         if self.handle.optimizer is not self.handle.basic_optimizer:
             return None
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
-    def add(self, value: float) -> Tensor:
-        """The sum over all ranks, float32, scalar, on the device (so that nothing waits for it here)."""
+    def sum_over_ranks(self, value: float) -> Tensor:
+        """float32, scalar, on the device (so that nothing waits for it here)."""
         total = torch.tensor(value, dtype=torch.float32, device=self.device)
         if self.world_size > 1:
             torch.distributed.all_reduce(total)
         return total
 
-    def gather(self, values: Tensor) -> Tensor:
-        """Each rank's vector, float32: (n) -> (world_size, n), on the CPU. The one place of a step that waits for the device."""
+    def gather_vectors(self, values: Tensor) -> Tensor:
+        """Each rank's vector, float32: (n) -> (world_size, n), on the CPU. Only this call waits for the device within a step."""
         if self.world_size == 1:
             return values.unsqueeze(0).cpu()
         table = [torch.empty_like(values) for _ in range(self.world_size)]
         torch.distributed.all_gather(table, values)
         return torch.stack(table).cpu()
 
-    def agree(self, problem: str) -> None:
-        """Raises RunFailed on every rank when any of them says a problem, so that none of them waits for the others for ever."""
-        said = [problem] * self.world_size
-        if self.world_size > 1:
-            torch.distributed.all_gather_object(said, problem)
-        if any(said):
-            raise RunFailed(next(filter(None, said)))
+    def fail_together(self, problem: str) -> None:
+        """Raises RunFailed on every rank if any of them passes a problem, so that no rank waits for the others forever."""
+        if first := next(filter(None, gather_objects(problem)), ""):
+            raise RunFailed(first)
 
     def gather_weights(self) -> dict[str, Tensor]:
-        """Names in memory -> whole tensors, on rank 0; {} on the others. A collective under ZeRO 3, one parameter at a time.
+        """Names in memory -> whole tensors, on rank 0; {} on the others. Under ZeRO 3 a collective, one parameter at a time.
 
-        With peft only what trains is gathered: an adapter holds nothing else.
+        With peft only trained parameters are gathered: an adapter holds nothing else.
         """
         adapter = hasattr(self.model, "peft_config")
         parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad or not adapter}
@@ -161,41 +159,41 @@ class Engine:
 
 def start_distributed(spec: DeviceSpec) -> None:
     """Join the process group that torchrun describes in the environment."""
-    os.environ.setdefault("DS_ACCELERATOR", spec.accelerator)  # else DeepSpeed guesses from what is installed
-    # DeepSpeed looks at its Muon optimizer, which is under torch.compile, whatever optimizer is at work: 1.2 s of imports on every rank, and
-    # with Triton installed a pool of compiling processes. Nothing here is compiled by torch.
+    os.environ.setdefault("DS_ACCELERATOR", spec.accelerator)  # otherwise DeepSpeed guesses from the installed packages
+    # DeepSpeed imports its Muon optimizer, which uses torch.compile, for every optimizer: 1.2 s of imports on every rank, and with Triton
+    # a pool of compile processes. Nothing here is compiled by torch.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if spec.accelerator == "cpu" and "LOCAL_WORLD_SIZE" in os.environ:
-        # DeepSpeed's shared-memory op reads what its own launcher would have set, and takes the absence for no rank at all.
+        # DeepSpeed's shared-memory operator reads this variable of DeepSpeed's launcher, and takes its absence for zero ranks.
         os.environ.setdefault("LOCAL_SIZE", os.environ["LOCAL_WORLD_SIZE"])
     import deepspeed
     from deepspeed.git_version_info import installed_ops
 
     if not installed_ops.get("deepspeed_shm_comm"):
-        # On the CPU DeepSpeed compiles its shared-memory op here, for a minute and with a compiler that may not be there. An
-        # empty table says "no op is compatible"; deepspeed.comm.torch.build_shm_op is its only reader.
+        # On the CPU DeepSpeed would compile its shared-memory operator here, which takes a minute and needs a compiler. An empty table
+        # means "no operator is compatible"; only deepspeed.comm.torch.build_shm_op reads it.
         deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend=spec.backend, timeout=timedelta(seconds=spec.timeout_s), verbose=False)
 
 
-def start_alone() -> None:
-    """A process group of this process, for a stage that torchrun does not start: no port, no DeepSpeed."""
+def start_single_process() -> None:
+    """A process group of one, for a stage that runs without torchrun: no port, no DeepSpeed."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 
 
-def leave_distributed() -> None:
-    """Leave the process group, once all ranks have done their last collective.
+def stop_distributed() -> None:
+    """Leave the process group, after the last collective of all ranks.
 
-    torch 2.7.1 joins gloo's threads with Python's lock held, and one that still has to let go of a collective's tensors waits for that lock:
-    a rank that never ends. The threads get the lock here first. 2.13.0 does not need it (tests/trainer/distributed/test_leave.py)."""
+    torch 2.7.1 joins gloo's threads while it holds Python's lock; a thread that still has to free the tensors of a collective waits for that
+    lock, and the rank never ends. The wait lets the threads take the lock first. 2.13.0 does not need it (tests/trainer/distributed/test_leave.py)."""
     if torch.distributed.get_backend() == "gloo" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
-        time.sleep(SETTLE_S)
+        time.sleep(GLOO_WAIT_S)
     torch.distributed.destroy_process_group()
 
 
 def start_engine(model: torch.nn.Module, spec: TrainSpec, device: torch.device, *, rates: Mapping[str, float] | None = None) -> Engine:
-    """Wrap a model whose trainable parameters are marked. `rates`: see build_optimizer. Raises RunFailed when DeepSpeed took another
-    config than planned."""
+    """Wrap a model whose trainable parameters are marked. `rates`: see build_optimizer. Raises RunFailed if DeepSpeed uses another config
+    than planned."""
     import deepspeed
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
@@ -208,7 +206,7 @@ def start_engine(model: torch.nn.Module, spec: TrainSpec, device: torch.device, 
         optimizer = build_optimizer(model, spec.optimizer, rates or {}, states=states, offload=offload, fused=fused, seed=spec.seed)
     handle, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(spec.deepspeed))
     if spec.device.world_size == 1 and (handle.zero_optimization_stage() == 0 or isinstance(handle.optimizer, BF16_Optimizer)):
-        # Else gradients are packed, summed over the one rank and unpacked: by BF16_Optimizer in two copies more, rounded to bfloat16.
+        # Otherwise gradients are packed, summed over the one rank and unpacked: by BF16_Optimizer with two more copies, rounded to bfloat16.
         handle.enable_backward_allreduce = False
     engine = Engine(
         handle=handle,
@@ -220,16 +218,16 @@ def start_engine(model: torch.nn.Module, spec: TrainSpec, device: torch.device, 
     )
     refuse_mismatch(engine, spec)
     if isinstance(optimizer, StochasticAdamW):
-        optimizer.place(stretches_of(find_parts(engine)))
+        optimizer.set_layout(parameter_slices(find_shards(engine)))
     if isinstance(optimizer, AdamW8bit):
-        optimizer.place(find_parts(engine))
+        optimizer.set_layout(find_shards(engine))
     return engine
 
 
 def build_optimizer(
     model: torch.nn.Module, optimizer: Optimizer, rates: Mapping[str, float], *, states: Dtype, offload: bool, fused: bool, seed: int
 ) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters. `rates`: name -> learning rate over that of the schedule, 1 where it is not named."""
+    """AdamW over the trainable parameters. `rates`: name -> learning rate over that of the schedule; 1 for other names."""
     groups = group_parameters(model, optimizer, rates)
     values: dict[str, Any] = {"lr": optimizer.lr, "betas": (optimizer.beta1, optimizer.beta2), "eps": optimizer.eps}
     if offload:
@@ -248,11 +246,15 @@ def build_stochastic(model: torch.nn.Module, spec: TrainSpec, rates: Mapping[str
 
 
 def group_parameters(model: torch.nn.Module, optimizer: Optimizer, rates: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The trainable parameters by rate, and by decay: matrices alone, since decaying norms and biases pulls them to zero for nothing."""
+    """The trainable parameters by rate and by weight decay: only matrices decay, since decaying norms and biases has no benefit."""
     trainable = [(rates.get(name, 1.0), p) for name, p in model.named_parameters() if p.requires_grad]
-    dimensions = {p: len(getattr(p, "ds_shape", p.shape)) for _, p in trainable}  # what ZeRO 3 has cut is a vector
+    dimensions = {p: len(getattr(p, "ds_shape", p.shape)) for _, p in trainable}  # ZeRO 3 stores its part as a vector
     groups = [
-        {"params": [p for own, p in trainable if own == rate and (dimensions[p] >= 2) == matrices], "weight_decay": decay, RATE: rate}
+        {
+            "params": [p for own, p in trainable if own == rate and (dimensions[p] >= 2) == matrices],
+            "weight_decay": decay,
+            RATE_FACTOR: rate,
+        }
         for rate in dict.fromkeys(rate for rate, _ in trainable)
         for matrices, decay in ((True, optimizer.weight_decay), (False, 0.0))
     ]

@@ -1,4 +1,4 @@
-"""Greedy generation over held-out samples, and how right the answers are; where it is asked for, their loss."""
+"""Greedy generation over held-out samples, and scores of the answers; optionally also their loss."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -15,19 +14,20 @@ from trainer.contract import SAMPLES_FILE, TrainSpec
 from trainer.data.batch.collate import collate, collate_prompts
 from trainer.data.encode import IGNORED
 from trainer.data.rows.sample import Sample
-from trainer.evaluation.teacher_forcing import FORCED_METRICS, TokenScores, add, figures, judge
+from trainer.distributed.collective import gather_objects
+from trainer.evaluation.teacher_forcing import TEACHER_FORCED_METRICS, TokenScores, add_scores, figures, score_tokens
 from trainer.evaluation.text_metric import TEXT_METRICS, rate
 from trainer.generation.text_reader import end_ids, read_answer
 from trainer.models.family import Processor
 
-INTERNAL = ("place", "judged")
-Part = list[tuple[int, Sample]]
+INTERNAL = ("place", "judged")  # keys of a row that are used for the totals only, and are in the journal but in no result file
+NumberedBatch = list[tuple[int, Sample]]
 LossSum = Callable[[dict[str, Tensor]], Tensor]
-Halted = Callable[[], bool]  # whether any rank has been asked to stop: a collective
+StopCheck = Callable[[], bool]  # whether any rank was asked to stop: a collective
 
 
-class Interrupted(Exception):
-    """A stop was asked for between two batches."""
+class EvaluationStopped(Exception):
+    """A stop was requested between two batches."""
 
 
 def evaluate(
@@ -42,67 +42,71 @@ def evaluate(
     partitioned: bool,
     file: str = SAMPLES_FILE,
     loss_sum: LossSum | None = None,
-    halted: Halted | None = None,
+    stop_requested: StopCheck | None = None,
     journal: Journal | None = None,
 ) -> dict[str, float]:
-    """Answer the last question of each sample and write `file`, in the run's folder. Returns exact_match (0 to 1), the other metrics of
-    spec.evaluation and count, on every rank, and with `loss_sum`, which adds up the cross entropy of a micro-batch, loss: the mean over the
-    answers' tokens. {}, and no file, when it was `halted` before it was through.
+    """Answer the last question of each sample and write `file` in the run's folder. Returns, on every rank, exact_match (0 to 1), the other
+    metrics of spec.evaluation, count, and with `loss_sum` (which sums the cross entropy of a micro-batch) loss: the mean over the answers'
+    tokens. Returns {} and writes no file if `stop_requested` returned True before the end.
 
-    `partitioned`: ranks hold parts of the weights (ZeRO 3) and must run the model equally often, so every rank gets as many
-    batches as any other and goes on generating until all are done. `journal`: what is done is written down there and not done again; then
-    a batch holds the same samples whatever ranks there are, so that its figures are the same to the bit.
+    `partitioned`: ranks hold parts of the weights (ZeRO 3) and must run the model equally often, so every rank gets the same number of
+    batches and generates until all are done. `journal`: finished batches are recorded there and not repeated; then a batch holds the same
+    samples on any number of ranks, so that the scores are bitwise identical.
     """
     chosen = list(enumerate(samples[: spec.evaluation.limit or None]))
     size = spec.evaluation.batch if journal is not None else min(spec.evaluation.batch, max(1, -(-len(chosen) // world_size)))
-    shares = share(chosen, rank, world_size, size) if journal is None else cut(chosen, size)[rank::world_size]
+    shares = batches_of_rank(chosen, rank, world_size, size) if journal is None else split_batches(chosen, size)[rank::world_size]
     answer = make_answerer(model, processor, spec, device, together=partitioned and world_size > 1)
     try:
-        with answering(model):
-            rows = answer_parts(unless(halted, shares), answer, journal)
-            own = {place for part in cut(chosen, size)[rank::world_size] for place, _ in part}
-            losses = [part_loss(part, processor, spec, loss_sum, own) for part in unless(halted, shares)] if loss_sum else []
-    except Interrupted:
+        with evaluation_mode(model):
+            rows = answer_batches(until_stopped(stop_requested, shares), answer, journal)
+            own = {place for batch_samples in split_batches(chosen, size)[rank::world_size] for place, _ in batch_samples}
+            losses = (
+                [batch_loss(batch_samples, processor, spec, loss_sum, own) for batch_samples in until_stopped(stop_requested, shares)]
+                if loss_sum
+                else []
+            )
+    except EvaluationStopped:
         return {}
-    rows = gather_rows(rows, world_size)
+    rows = merge_rows(rows)
     write_rows([{key: value for key, value in row.items() if key not in INTERNAL} for row in rows], Path(spec.output) / file, rank)
-    scores = sum_up(rows, spec.evaluation.metrics)
-    return scores | ({"loss": mean_loss(losses, world_size)} if loss_sum else {})
+    scores = total_scores(rows, spec.evaluation.metrics)
+    return scores | ({"loss": mean_loss(losses)} if loss_sum else {})
 
 
-def answer_parts(parts: Iterable[Part], answer: Callable[[Part], list[Row]], journal: Journal | None) -> list[Row]:
+def answer_batches(batches: Iterable[NumberedBatch], answer: Callable[[NumberedBatch], list[Row]], journal: Journal | None) -> list[Row]:
     if journal is None:
-        return [row for part in parts for row in answer(part)]
-    for part in parts:
-        number = part[0][0]  # the place of its first sample
+        return [row for batch_samples in batches for row in answer(batch_samples)]
+    for batch_samples in batches:
+        number = batch_samples[0][0]  # the index of its first sample
         if number not in journal.done:
-            journal.add(number, answer(part))
+            journal.add(number, answer(batch_samples))
     return [row for rows in journal.done.values() for row in rows]
 
 
-def sum_up(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, float]:
-    """The figures of all rows, each summed in the order of the samples. token_accuracy and perplexity are over all tokens, not means over
+def total_scores(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, float]:
+    """The scores of all rows, each summed in the order of the samples. token_accuracy and perplexity are over all tokens, not means over
     samples."""
     scores = {"exact_match": sum(row["match"] for row in rows) / max(1, len(rows)), "count": float(len(rows))}
     for name in metrics:
         if name in TEXT_METRICS and name != "exact_match":
             scores[name] = sum((row["scores"][name] for row in rows), 0.0) / max(1, len(rows))
-    if any(name in FORCED_METRICS for name in metrics) and rows:
-        scores |= figures(add([TokenScores(**row["judged"]) for row in rows]), metrics)
+    if any(name in TEACHER_FORCED_METRICS for name in metrics) and rows:
+        scores |= figures(add_scores([TokenScores(**row["judged"]) for row in rows]), metrics)
     return scores
 
 
-def unless(halted: Halted | None, shares: list[list]) -> Iterator[list]:
-    """The batches, equally many on every rank. Raises Interrupted, on all of them before the same one."""
-    for part in shares:
-        if halted is not None and halted():
-            raise Interrupted
-        yield part
+def until_stopped(stop_requested: StopCheck | None, shares: list[list]) -> Iterator[list]:
+    """The batches, equally many on every rank. Raises EvaluationStopped on all ranks, before the same batch."""
+    for batch_samples in shares:
+        if stop_requested is not None and stop_requested():
+            raise EvaluationStopped
+        yield batch_samples
 
 
 @contextmanager
-def answering(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode within it; then every module is in the mode that it was in."""
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Sets evaluation mode; afterwards every module is in its previous mode."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -113,44 +117,40 @@ def answering(model: torch.nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def part_loss(part: Part, processor: Processor, spec: TrainSpec, loss_sum: LossSum, own: set[int]) -> tuple[float, int]:
-    """Of the samples at the places in `own`, which is emptied, so that each counts once: the sum of the loss, and the tokens it is over."""
-    batch = collate([sample for _, sample in part], processor, spec)
-    for row, (place, _) in enumerate(part):
+def batch_loss(batch_samples: NumberedBatch, processor: Processor, spec: TrainSpec, loss_sum: LossSum, own: set[int]) -> tuple[float, int]:
+    """Sum of the loss and number of tokens, of the samples whose index is in `own`; the indices are removed, so that each counts once."""
+    batch = collate([sample for _, sample in batch_samples], processor, spec)
+    for row, (place, _) in enumerate(batch_samples):
         if place not in own:
             batch["labels"][row] = IGNORED
         own.discard(place)
     return float(loss_sum(batch)), int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
-def mean_loss(losses: list[tuple[float, int]], world_size: int) -> float:
+def mean_loss(losses: list[tuple[float, int]]) -> float:
     """Over all ranks, in the order of the ranks."""
-    own = (sum(loss for loss, _ in losses), sum(tokens for _, tokens in losses))
-    sums = [own]
-    if world_size > 1:
-        sums = [own] * world_size
-        torch.distributed.all_gather_object(sums, own)
+    sums = gather_objects((sum(loss for loss, _ in losses), sum(tokens for _, tokens in losses)))
     return sum(loss for loss, _ in sums) / max(1, sum(tokens for _, tokens in sums))
 
 
-def share(items: list, rank: int, world_size: int, size: int) -> list[list]:
-    """This rank's batches: equally many on every rank; where they run out, one is done twice and counted once."""
-    batches = cut(items, size)
+def batches_of_rank(items: list, rank: int, world_size: int, size: int) -> list[list]:
+    """This rank's batches: equally many on every rank; if they run out, one is repeated and counted once."""
+    batches = split_batches(items, size)
     own = batches[rank::world_size] or batches[:1]
     longest = -(-len(batches) // world_size)
     return own + own[-1:] * (longest - len(own))
 
 
-def cut(items: list, size: int) -> list[list]:
+def split_batches(items: list, size: int) -> list[list]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def make_answerer(
     model: torch.nn.Module, processor: Processor, spec: TrainSpec, device: torch.device, *, together: bool
-) -> Callable[[Part], list[Row]]:
+) -> Callable[[NumberedBatch], list[Row]]:
     tokenizer, end_mark = processor.tokenizer, spec.model.template.end_mark
-    forced = any(name in FORCED_METRICS for name in spec.evaluation.metrics)
-    # Each value is said: what is left out here comes from the generation config of the checkpoint.
+    forced = any(name in TEACHER_FORCED_METRICS for name in spec.evaluation.metrics)
+    # Every value is set: a missing one would be taken from the generation config of the checkpoint.
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -160,22 +160,24 @@ def make_answerer(
         pad_token_id=tokenizer.pad_token_id,
     )
 
-    @torch.no_grad()  # not inference_mode: ZeRO 3 gathers weights in place, which that forbids
-    def answer(part: Part) -> list[Row]:
-        batch, references = collate_prompts([sample for _, sample in part], processor, spec)
+    @torch.no_grad()  # not inference_mode: it forbids the in-place gathers of ZeRO 3
+    def answer(batch_samples: NumberedBatch) -> list[Row]:
+        batch, references = collate_prompts([sample for _, sample in batch_samples], processor, spec)
         ids = generate(model, {key: value.to(device) for key, value in batch.items()}, config, together=together)
         texts = [read_answer(tokenizer, row, end_mark) for row in ids[:, batch["input_ids"].shape[1] :]]
-        judged = judge(model, [sample for _, sample in part], processor, spec, device) if forced else [None] * len(part)
+        token_scores = (
+            score_tokens(model, [sample for _, sample in batch_samples], processor, spec, device) if forced else [None] * len(batch_samples)
+        )
         return [
-            make_row(place, sample, reference, text.strip(), spec, told)
-            for (place, sample), reference, text, told in zip(part, references, texts, judged, strict=True)
+            make_row(place, sample, reference, text.strip(), spec, scores_of_sample)
+            for (place, sample), reference, text, scores_of_sample in zip(batch_samples, references, texts, token_scores, strict=True)
         ]
 
     return answer
 
 
-def make_row(place: int, sample: Sample, reference: str, got: str, spec: TrainSpec, judged: TokenScores | None) -> Row:
-    """`scores`: metrics besides exact_match, where any is asked for. `place` and `judged` are for the sums, and in no file of a reader."""
+def make_row(place: int, sample: Sample, reference: str, got: str, spec: TrainSpec, token_scores: TokenScores | None) -> Row:
+    """`scores`: the metrics other than exact_match, if there are any."""
     metrics = spec.evaluation.metrics
     accepted = tuple(dict.fromkeys((reference, *sample.accepted)))
     row: Row = {
@@ -190,14 +192,14 @@ def make_row(place: int, sample: Sample, reference: str, got: str, spec: TrainSp
     if sample.accepted:
         row["accepted"] = list(sample.accepted)
     scores = {name: rate(name, got, accepted) for name in metrics if name in TEXT_METRICS and name != "exact_match"}
-    if judged is not None:
-        row["judged"] = asdict(judged)
-        scores |= figures(judged, metrics)
+    if token_scores is not None:
+        row["judged"] = asdict(token_scores)
+        scores |= figures(token_scores, metrics)
     return row | ({"scores": scores} if scores else {})
 
 
 def name_images(sample: Sample, root: Path) -> list[str]:
-    """Below the folder of the data where they are there, so that the answers of a run elsewhere are the same text."""
+    """Relative to the data folder if possible, so that a run on another machine writes the same text."""
     return [str(path.relative_to(root) if path.is_relative_to(root) else path) for path in sample.images]
 
 
@@ -206,11 +208,7 @@ def generate(model: torch.nn.Module, batch: dict[str, Tensor], config: Generatio
     return model.generate(**batch, generation_config=config, synced_gpus=together)
 
 
-def gather_rows(rows: list[Row], world_size: int) -> list[Row]:
+def merge_rows(rows: list[Row]) -> list[Row]:
     """All ranks' rows in the order of the samples, each once."""
-    parts: list[list[Row]] = [rows]
-    if world_size > 1:
-        parts = [[] for _ in range(world_size)]
-        torch.distributed.all_gather_object(parts, rows)
-    by_place = {row["place"]: row for part in parts for row in part}
+    by_place = {row["place"]: row for batch_samples in gather_objects(rows) for row in batch_samples}
     return [by_place[place] for place in sorted(by_place)]

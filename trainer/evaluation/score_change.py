@@ -1,4 +1,4 @@
-"""The answers of a checkpoint beside those of its base: which samples got better, and by how much in all."""
+"""Compares the answers of a checkpoint with those of its base: which samples are better, and the change of each score."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -10,12 +10,12 @@ LOWER = ("perplexity",)
 
 
 def compare_rows(rows: Sequence[Row], base: Sequence[Row], metrics: Sequence[str]) -> list[Row]:
-    """Each row with `base`: what the base answered, its figures, and the change by the first of `metrics`. Both in the order of the samples."""
+    """Adds to each row the key `base`: the base's answer, its scores, and the change by the first of `metrics`. Both in sample order."""
     metric = metrics[0] if metrics else "exact_match"
     compared = []
     for row, before in zip(rows, base, strict=True):
-        told = {key: before[key] for key in ("got", "match", "scores") if key in before}
-        compared.append(row | {"base": told | {"change": find_change(figure(row, metric), figure(before, metric), metric)}})
+        base_answer = {key: before[key] for key in ("got", "match", "scores") if key in before}
+        compared.append(row | {"base": base_answer | {"change": find_change(figure(row, metric), figure(before, metric), metric)}})
     return compared
 
 

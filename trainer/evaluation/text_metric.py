@@ -1,41 +1,41 @@
-"""How well an answer fits those that are accepted: text against text, 0 to 1, higher is better."""
+"""Scores of an answer against the accepted answers: text against text, 0 to 1, higher is better."""
 
 import re
 from collections.abc import Callable, Sequence
 
-THRESHOLD = 0.5  # of ANLS: an answer that is further away is another answer
-# Words of letters and digits; of scripts that write without blanks between words (Han, kana), every character is one.
+THRESHOLD = 0.5  # of ANLS: an answer at a larger distance scores 0
+# Words of letters and digits; in scripts without spaces between words (Han, kana) every character is a word.
 HAN_KANA = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 WORDS = re.compile(rf"[{HAN_KANA}]|[^\W_{HAN_KANA}]+")
 
 
 def exact_match(got: str, accepted: str) -> float:
-    """1 for the same text, blanks at its ends left out."""
+    """1 for the same text, ignoring leading and trailing whitespace."""
     return float(got.strip() == accepted.strip())
 
 
 def contains(got: str, accepted: str) -> float:
-    """1 where the accepted answer stands in what was got, whatever the case of its letters."""
+    """1 if the answer contains the accepted one, ignoring case."""
     wanted = accepted.strip().casefold()
     return float(bool(wanted) and wanted in got.casefold())
 
 
 def anls(got: str, accepted: str) -> float:
-    """1 - NL, the Levenshtein distance over the longer length, where NL is below THRESHOLD, else 0 (Biten et al., arXiv 1905.13648,
-    equation 1), of texts in small letters with single blanks, as the authors' evaluation of ST-VQA and DocVQA has them."""
+    """1 - NL, the Levenshtein distance over the longer length, if NL is below THRESHOLD, else 0 (Biten et al., arXiv 1905.13648,
+    equation 1), in lower case with single spaces, as in the authors' evaluation of ST-VQA and DocVQA."""
     first, second = (" ".join(text.lower().split()) for text in (got, accepted))
     longest = max(len(first), len(second))
     if not longest:
         return 1.0
-    if abs(len(first) - len(second)) >= THRESHOLD * longest:  # the distance is no less
+    if abs(len(first) - len(second)) >= THRESHOLD * longest:  # the distance is at least this
         return 0.0
     far = levenshtein(first, second) / longest
     return 1 - far if far < THRESHOLD else 0.0
 
 
 def rouge_l(got: str, accepted: str) -> float:
-    """The F1 of precision and recall of the longest common subsequence (Lin, ROUGE, 2004, section 3, with beta 1), over words in small
-    letters; over characters where they are Chinese or Japanese, so that a text of both is of both."""
+    """F1 of the longest common subsequence (Lin, ROUGE, 2004, section 3, with beta 1) of lower-case words; Chinese and Japanese characters
+    count as words, so that mixed text works too."""
     first, second = (WORDS.findall(text.lower()) for text in (got, accepted))
     if not first or not second:
         return float(first == second)
@@ -52,7 +52,7 @@ def levenshtein(first: str, second: str) -> int:
 
 
 def common(first: Sequence[str], second: Sequence[str]) -> int:
-    """The length of the longest common subsequence, a row of bits at a time (Hyyrö, Bit-parallel LCS-length computation revisited, 2004)."""
+    """The length of the longest common subsequence, with bit vectors (Hyyrö, Bit-parallel LCS-length computation revisited, 2004)."""
     places: dict[str, int] = {}
     for place, word in enumerate(first):
         places[word] = places.get(word, 0) | 1 << place
@@ -73,5 +73,5 @@ TEXT_METRICS: dict[str, Callable[[str, str], float]] = {
 
 
 def rate(metric: str, got: str, accepted: Sequence[str]) -> float:
-    """By the accepted answer that fits best."""
+    """The score against the accepted answer that fits best."""
     return max(TEXT_METRICS[metric](got, answer) for answer in accepted)

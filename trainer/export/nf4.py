@@ -1,7 +1,7 @@
-"""The stage quantize in normal floats of 4 bits with doubly quantised scales (Dettmers et al., QLoRA, arXiv 2305.14314, section 3), by
-bitsandbytes, on CUDA: transformers quantizes as it loads, and writes what it holds. The whole model passes through the device.
+"""The stage quantize with 4-bit normal floats and double-quantized scales (Dettmers et al., QLoRA, arXiv 2305.14314, section 3), by
+bitsandbytes, on CUDA: transformers quantizes while it loads, and saves the result. The whole model passes through the device.
 
-Not run where this was written, for want of the device.
+Not tested: no such device was available.
 """
 
 import importlib.util
@@ -10,19 +10,21 @@ from pathlib import Path
 
 import torch
 
-from trainer.contract import InputRefused, Origin, Quantization, TrainResult, TrainSpec
+from trainer.contract import InputRefused, Quantization, TrainResult, TrainSpec, WeightsLineage
 from trainer.device.dtype import loading_dtype
 from trainer.device.rank import Rank
-from trainer.export.derived_checkpoint import Product, make_product
+from trainer.export.derived_checkpoint import DerivedCheckpoint, write_derived_checkpoint
 
 
-def make_nf4(spec: TrainSpec, rank: Rank, origin: Origin, folder: Path, hollow: torch.nn.Module, weights: frozenset[str]) -> TrainResult:
-    """`weights`: those that become 4 bits, by name in memory. Raises InputRefused where the device or the package is not there."""
-    refuse_elsewhere(rank)
+def write_nf4_checkpoint(
+    spec: TrainSpec, rank: Rank, lineage: WeightsLineage, folder: Path, meta_model: torch.nn.Module, weights: frozenset[str]
+) -> TrainResult:
+    """`weights`: those to quantize, by name in memory. Raises InputRefused if the device or the package is missing."""
+    require_nf4(rank)
     from transformers import BitsAndBytesConfig
 
     wanted, dtype = spec.stage.quantization or Quantization(), loading_dtype(spec.precision)
-    kept = [name for name, module in hollow.named_modules() if isinstance(module, torch.nn.Linear) and f"{name}.weight" not in weights]
+    kept = [name for name, module in meta_model.named_modules() if isinstance(module, torch.nn.Linear) and f"{name}.weight" not in weights]
     how = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -31,21 +33,23 @@ def make_nf4(spec: TrainSpec, rank: Rank, origin: Origin, folder: Path, hollow: 
         llm_int8_skip_modules=kept,
     )
     began = time.perf_counter()
-    options = {"dtype": dtype, "device_map": {"": rank.place}, "local_files_only": True, "quantization_config": how}
-    model = type(hollow).from_pretrained(folder, config=hollow.config, **options)  # type: ignore[attr-defined]
+    options = {"dtype": dtype, "device_map": {"": rank.torch_device}, "local_files_only": True, "quantization_config": how}
+    model = type(meta_model).from_pretrained(folder, config=meta_model.config, **options)  # type: ignore[attr-defined]
 
-    def finish(aside: Path) -> dict[str, float]:
-        model.save_pretrained(aside, max_shard_size=wanted.shard_bytes)
-        size = sum(file.stat().st_size for file in aside.glob("*.safetensors"))
+    def finish(partial_folder: Path) -> dict[str, float]:
+        model.save_pretrained(partial_folder, max_shard_size=wanted.shard_bytes)
+        size = sum(file.stat().st_size for file in partial_folder.glob("*.safetensors"))
         return {"bytes": float(size), "seconds": time.perf_counter() - began}
 
-    return make_product(Product(tensors=(), folders=(folder,), shard_bytes=wanted.shard_bytes, finish=finish), spec, origin)
+    return write_derived_checkpoint(
+        DerivedCheckpoint(tensors=(), folders=(folder,), shard_bytes=wanted.shard_bytes, finish=finish), spec, lineage
+    )
 
 
-def refuse_elsewhere(rank: Rank) -> None:
+def require_nf4(rank: Rank) -> None:
     if rank.device.name != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
-        lacks = "the package bitsandbytes" if rank.device.name == "cuda" else f"a kernel for it on {rank.device.name}"
+        missing = "the package bitsandbytes" if rank.device.name == "cuda" else f"a kernel for {rank.device.name}"
         raise InputRefused(
-            f"stage.quantization.scheme=nf4: there is not {lacks}; bitsandbytes has NF4 for CUDA alone. Set stage.quantization.scheme=int8, "
-            "which every device opens, or run this stage on a CUDA card with bitsandbytes installed."
+            f"stage.quantization.scheme=nf4: {missing} is missing; bitsandbytes has NF4 for CUDA only. Set stage.quantization.scheme=int8, "
+            "which works on every device, or run this stage on a CUDA card with bitsandbytes installed."
         )

@@ -1,7 +1,7 @@
-"""The loss of a micro-batch, float32: plain, or in chunks of tokens so that the logits of all of them never exist together.
+"""The loss of a micro-batch, float32: plain, or in chunks of tokens, so that the logits of all tokens never exist together.
 
-At 150,000 tokens of vocabulary the logits of 4,096 trained tokens are 2.5 GB in float32, and their gradient as much again. In chunks the
-head's logits are made, used and dropped, and made again in the backward pass: one more product with the head's weight, of three.
+With a vocabulary of 150,000 the logits of 4,096 trained tokens are 2.5 GB in float32, and their gradient as much again. In chunks the
+logits are computed, used and freed, and recomputed in the backward pass: a fourth product with the head's weight.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy, linear
 def sum_loss(model: torch.nn.Module, run: Callable[[], Tensor], targets: Tensor, *, chunk: int) -> Tensor:
     """Cross entropy summed over the trained tokens, float32, scalar.
 
-    `run()`: the forward pass, which returns logits at trained positions alone, (tokens, vocabulary). `targets`: (tokens,) int64.
-    `chunk`: the most tokens that have logits at a time; 0 = all. The same loss and gradients either way, up to the order of sums.
+    `run()`: the forward pass, which returns logits at trained positions only, (tokens, vocabulary). `targets`: (tokens,) int64.
+    `chunk`: the most tokens that have logits at a time; 0 = all. Loss and gradients are the same up to the order of sums.
     """
     if not chunk or len(targets) <= chunk:
         return cross_entropy(run().float(), targets, reduction="sum")
@@ -26,7 +26,7 @@ def sum_loss(model: torch.nn.Module, run: Callable[[], Tensor], targets: Tensor,
 
 
 def find_head(model: torch.nn.Module) -> torch.nn.Module:
-    """The linear layer that makes the logits; under peft the copy of it that learns, where it trains whole."""
+    """The linear layer that computes the logits; under peft its trained copy, if it is trained whole."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     copies = getattr(head, "modules_to_save", None)
     return copies[head.active_adapters[0]] if copies is not None else head  # type: ignore[no-any-return, index]
@@ -34,10 +34,10 @@ def find_head(model: torch.nn.Module) -> torch.nn.Module:
 
 @contextmanager
 def head_as_loss(head: torch.nn.Module, targets: Tensor, chunk: int) -> Iterator[None]:
-    """Within it the head answers with the summed loss in place of logits, (tokens, width) -> ().
+    """Within it the head returns the summed loss instead of logits, (tokens, width) -> ().
 
-    So the loss is made where the hooks of ZeRO 3 have the head's weight whole, in the forward pass and again in the backward pass, and
-    every family's forward hands it on as its logits.
+    So the loss is computed where the hooks of ZeRO 3 have gathered the head's weight, in the forward pass and again in the backward pass,
+    and every family's forward returns it as its logits.
     """
 
     def answer(hidden: Tensor) -> Tensor:
@@ -49,14 +49,15 @@ def head_as_loss(head: torch.nn.Module, targets: Tensor, chunk: int) -> Iterator
     try:
         yield
     finally:
-        del head.forward  # that of its class is found again
+        del head.forward  # the method of its class is used again
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of cross entropies of `hidden @ weight.T + bias` against `targets`, float32, scalar.
 
     hidden (tokens, width) and weight (vocabulary, width) of one dtype, bias (vocabulary,) or None, targets (tokens,) int64. The gradient
-    of a chunk's logits, softmax - one-hot, is made in float32 and takes the upstream factor (loss scale over tokens) before it is rounded.
+    of a chunk's logits, softmax - one-hot, is computed in float32 and multiplied by the upstream factor (loss scale over tokens) before
+    it is rounded.
     """
 
     @staticmethod

@@ -1,10 +1,10 @@
-"""Fused kernels: a layer's passes over its tensors as one, by liger-kernel (Triton) on CUDA and by torch_npu's operators on an NPU.
+"""Fused kernels: one kernel for a layer's operations, from liger-kernel (Triton) on CUDA and from torch_npu's operators on an NPU.
 
-They are put into a model that is built. Its layers keep their parameters, and so the names and the checkpoints; they compute by another
-function. Liger's own patches of whole families are not used: they replace the model's forward pass and with it the logits at trained
-positions alone (trainer.distributed.engine), and those of 0.8.5 look in Qwen2.5-VL for a rotary function that transformers 5.23 has under another name.
-Its cross-entropy is not either, since that of trainer.kernels.cross_entropy needs no package. LayerNorm is one kernel in torch already. On the CPU there is
-nothing: torch.nn.functional.rms_norm is there a chain of the same operators (torch 2.13; 512 rows of 1024: 7.2 ms, transformers' 7.4 ms).
+They are patched into a built model. Parameters, their names and checkpoints stay the same. Liger's own patches of whole families are not
+used: they replace the model's forward pass and with it the logits at trained positions only (trainer.distributed.engine), and those of
+0.8.5 look in Qwen2.5-VL for a rotary function that transformers 5.23 has renamed. Liger's cross-entropy is not used either, since
+trainer.kernels.cross_entropy needs no package. LayerNorm is one kernel in torch already. The CPU has none: torch.nn.functional.rms_norm is
+a chain of the same operators there (torch 2.13; 512 rows of 1024: 7.2 ms, transformers' 7.4 ms).
 """
 
 import functools
@@ -22,14 +22,14 @@ from torch import Tensor
 
 from trainer.contract import InputRefused, TrainSpec
 
-Normalise = Callable[[Tensor, Tensor, float], Tensor]  # x (..., width), weight (width,), epsilon -> like x
+Normalize = Callable[[Tensor, Tensor, float], Tensor]  # x (..., width), weight (width,), epsilon -> like x
 Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-ROTARY = "apply_rotary_pos_emb"  # of every modeling module of transformers that has a decoder
+ROTARY = "apply_rotary_pos_emb"  # in every modeling module of transformers with a decoder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """What a package has, by what it computes; None = nothing of the kind. Element types are one among the inputs, and that of the output.
+    """The kernels of a package; None = it has none for this. All inputs and the output have one dtype.
 
     `rms_norm`: weight * x / sqrt(mean(x^2) + epsilon) over the last dimension, in float32 up to the product with the weight (Zhang and
     Sennrich, arXiv 1910.07467). `centred_rms_norm`: the same with 1 + weight, in float32 to its end. `swiglu(gate, up)`: silu(gate) * up
@@ -38,18 +38,15 @@ class Kernels:
     """
 
     source: str
-    rms_norm: Normalise
-    centred_rms_norm: Normalise | None
+    rms_norm: Normalize
+    centred_rms_norm: Normalize | None
     swiglu: Callable[[Tensor, Tensor], Tensor]
     rotate: Rotate | None
 
 
-# ----------------------------------------------------------------------------------------------------------------- packages
-
-
 def open_liger(deterministic: bool) -> Kernels:
-    """Raises ImportError without liger-kernel or Triton. `in_place` False: else the norm's backward pass writes into a gradient that the
-    residual stream may still need. The rotation and SwiGLU write into what a linear layer has made, which nothing else reads."""
+    """Raises ImportError without liger-kernel or Triton. `in_place` is False: otherwise the norm's backward pass overwrites a gradient that
+    the residual stream may still need. Rotation and SwiGLU overwrite the output of a linear layer, which nothing else reads."""
     from liger_kernel.ops import LigerRMSNormFunction, LigerRopeFunction, LigerSiLUMulFunction
 
     return Kernels(
@@ -62,9 +59,9 @@ def open_liger(deterministic: bool) -> Kernels:
 
 
 def open_torch_npu(deterministic: bool) -> Kernels:
-    """The operators that torch_npu registers on its import (trainer.device.device). Raises AttributeError where one is missing. The rotation's
-    backward pass is not reproducible (Ascend/MindSpeed, docs/ops/npu_rotary_position_embedding.md), so that a deterministic run is without."""
-    normalise, swiglu, rotate = torch.ops.npu.npu_rms_norm, torch.ops.npu.npu_swiglu, torch.ops.npu.npu_rotary_mul
+    """The operators that torch_npu registers when it is imported (trainer.device.device). Raises AttributeError if one is missing. A
+    deterministic run gets no rotation: its backward pass is not reproducible (Ascend/MindSpeed, docs/ops/npu_rotary_position_embedding.md)."""
+    normalize, swiglu, rotate = torch.ops.npu.npu_rms_norm, torch.ops.npu.npu_swiglu, torch.ops.npu.npu_rotary_mul
 
     def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
@@ -72,7 +69,7 @@ def open_torch_npu(deterministic: bool) -> Kernels:
 
     return Kernels(
         source=f"torch_npu {importlib.metadata.version('torch-npu')}",
-        rms_norm=lambda x, weight, epsilon: normalise(x, weight, epsilon)[0],
+        rms_norm=lambda x, weight, epsilon: normalize(x, weight, epsilon)[0],
         centred_rms_norm=None,
         swiglu=lambda gate, up: swiglu(torch.cat((gate, up), dim=-1), -1),
         rotate=None if deterministic else rotate_both,
@@ -82,14 +79,11 @@ def open_torch_npu(deterministic: bool) -> Kernels:
 PACKAGES: dict[str, Callable[[bool], Kernels]] = {"cuda": open_liger, "npu": open_torch_npu}
 
 
-# ------------------------------------------------------------------------------------------------------------------- layers
-
-
-def patch_rms_norm(module: Any, normalise: Normalise, *, epsilon: str) -> bool:
+def patch_rms_norm(module: Any, normalize: Normalize, *, epsilon: str) -> bool:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         if hidden_states.dtype != self.weight.dtype:
             return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
-        return normalise(hidden_states, self.weight, getattr(self, epsilon))
+        return normalize(hidden_states, self.weight, getattr(self, epsilon))
 
     module.forward = MethodType(forward, module)
     return True
@@ -107,10 +101,10 @@ def patch_swiglu(module: Any, swiglu: Callable[[Tensor, Tensor], Tensor]) -> boo
 
 
 def patch_rotary(module: Any, rotate: Rotate) -> bool:
-    """Into the module of transformers that has the layer's class, whose attention calls it by name: for all models of this process."""
+    """Replaces the function that attention calls in the layer's module of transformers: for all models of this process."""
     modeling = sys.modules[type(module).__module__]
     plain = getattr(modeling, ROTARY)
-    plain = getattr(plain, "replaced", plain)  # each layer of a class comes by here
+    plain = getattr(plain, "replaced", plain)  # this runs once per layer of the class
 
     @functools.wraps(plain)
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -125,7 +119,7 @@ def patch_rotary(module: Any, rotate: Rotate) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """`kernel`: the field of Kernels. `put(module, kernel)`: False where this one computes something else after all."""
+    """`kernel`: a field of Kernels. `put(module, kernel)` returns False if this layer computes something else after all."""
 
     kernel: str
     put: Callable[..., bool]
@@ -136,7 +130,7 @@ CENTRED_NORM = Layer(kernel="centred_rms_norm", put=functools.partial(patch_rms_
 SWIGLU = Layer(kernel="swiglu", put=patch_swiglu)
 ROTATION = Layer(kernel="rotate", put=patch_rotary)
 
-# transformers' classes by name. Not here, since they compute something else: Qwen3_5Attention, which rotates a part of each head,
+# Classes of transformers by name. Left out, since they compute something else: Qwen3_5Attention, which rotates a part of each head,
 # Qwen3_5RMSNormGated, and the MLPs of CLIP, InternViT and SigLIP, which have no gate.
 LAYERS: dict[str, Layer] = {
     **dict.fromkeys(("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Qwen2_5_VLRMSNorm", "Qwen2_5OmniRMSNorm"), NORM),
@@ -149,30 +143,28 @@ LAYERS: dict[str, Layer] = {
 }
 
 
-# -------------------------------------------------------------------------------------------------------------------- a run
-
-
 def use_kernels(model: torch.nn.Module, spec: TrainSpec) -> dict[str, str]:
-    """Put fused kernels into a model as spec.kernels says. Returns kernel -> in how many layers and whose, or {"plain": why} where `auto`
-    found none; {} where none was looked for. Raises InputRefused for `fused` that cannot be had, and where the ranks differ."""
+    """Patch fused kernels into a model as spec.kernels says. Returns kernel -> number of layers and package, {"plain": reason} if `auto`
+    found none, {} if none was looked for. Raises InputRefused if `fused` is not available, and if the ranks differ."""
     found = find_kernels(spec)
     used = fuse(model, found) if isinstance(found, Kernels) else {"plain": found} if found else {}
     if spec.kernels == "fused" and not (isinstance(found, Kernels) and used):
         why = found if isinstance(found, str) else f"no layer of {spec.model.name} has one"
         raise InputRefused(
-            f"strategy.kernels=fused: {why}. Install what is missing (docs/training.md), or set strategy.kernels=auto, which goes on without."
+            f"strategy.kernels=fused: {why}. Install what is missing (docs/training.md), or set strategy.kernels=auto, which continues "
+            "without fused kernels."
         )
     refuse_difference(used)
     return used
 
 
 def find_kernels(spec: TrainSpec) -> Kernels | str:
-    """Those of the accelerator; else why there are none, '' where nobody misses them."""
+    """The accelerator's kernels, or the reason why there are none ('' where none are expected)."""
     accelerator = spec.device.accelerator
     if spec.kernels == "plain" or (spec.kernels == "auto" and accelerator not in PACKAGES):
         return ""
     if accelerator not in PACKAGES:
-        return f"there are none for {accelerator} devices, but for {' and '.join(PACKAGES)}"
+        return f"there are none for {accelerator} devices, only for {' and '.join(PACKAGES)}"
     try:
         return PACKAGES[accelerator](spec.deterministic)
     except (ImportError, AttributeError, RuntimeError) as error:  # RuntimeError: Triton without a driver
@@ -180,7 +172,7 @@ def find_kernels(spec: TrainSpec) -> Kernels | str:
 
 
 def fuse(model: torch.nn.Module, kernels: Kernels) -> dict[str, str]:
-    """Put them into every layer that has one: kernel -> in how many layers, and whose it is."""
+    """Patch every layer that has a kernel: kernel -> number of layers and package."""
     counts: Counter[str] = Counter()
     for module in model.modules():
         layer = LAYERS.get(type(module).__name__)
@@ -191,13 +183,13 @@ def fuse(model: torch.nn.Module, kernels: Kernels) -> dict[str, str]:
 
 
 def refuse_difference(used: dict[str, str]) -> None:
-    """Raises InputRefused on every rank where the ranks, on nodes with other packages, would not compute alike."""
+    """Raises InputRefused on every rank if ranks would compute differently because their nodes have other packages."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return
-    said: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(said, used)
-    if other := next((rank for rank, own in enumerate(said) if own != said[0]), 0):
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, used)
+    if other := next((rank for rank, own in enumerate(gathered) if own != gathered[0]), 0):
         raise InputRefused(
-            f"rank {other} has other kernels than rank 0: {said[other]}, not {said[0]}. Install the same packages on every node, or set "
+            f"rank {other} has other kernels than rank 0: {gathered[other]}, not {gathered[0]}. Install the same packages on every node, or set "
             "strategy.kernels=plain."
         )

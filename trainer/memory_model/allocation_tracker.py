@@ -1,7 +1,7 @@
-"""What tensors are alive at each moment, by what they are for, seen operator by operator; memory inside a kernel is not seen.
+"""Which tensors are alive at each moment, by kind, observed operator by operator; memory inside a kernel is not seen.
 
-torch.distributed._tools.mem_tracker does the same by module, in some ten times the time, and its parts moved between torch 2.7 and 2.13.
-This one asks torch for nothing but dispatch modes and weak references to storages.
+torch.distributed._tools.mem_tracker does the same by module, but takes some ten times as long, and its parts moved between torch 2.7 and
+2.13. This one uses only dispatch modes and weak references to storages.
 """
 
 import weakref
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_iter
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """A storage that is alive, weakly referred to."""
+    """A live storage, weakly referenced."""
 
     kind: str
     size_bytes: int
@@ -27,16 +27,15 @@ class Allocation:
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """Bytes alive, by kind, when their sum was highest."""
+    """Bytes alive, by kind, at the highest sum."""
 
     total_bytes: int = 0
     kinds_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 class AllocationTracker(TorchDispatchMode):  # type: ignore[misc]
-    """While it is active, every storage that an operator makes is entered under the kind of the present phase, and struck out when nothing
-    refers to it any more. `shares`: kind -> the part of it that one rank holds, 1 where it is not named. `grain_bytes`: what the device's
-    allocator rounds a storage up to."""
+    """While it is active, every storage that an operator creates is recorded under the current kind, and removed when it is freed. `shares`:
+    kind -> the part of it that one rank holds, default 1. `grain_bytes`: the device's allocator rounds storages up to multiples of it."""
 
     def __init__(self, shares: Mapping[str, float] | None = None, *, grain_bytes: int = 1) -> None:
         super().__init__()
@@ -56,17 +55,17 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[misc]
 
     @contextmanager
     def during(self, phase: str, kind: str) -> Iterator[None]:
-        """A phase of the step; what it makes is entered under `kind`."""
+        """A phase of the step; its storages are recorded under `kind`."""
         before = self.phase, self.kind
         self.phase, self.kind = phase, kind
-        self.look()
+        self.update_peak()
         try:
             yield
         finally:
             self.phase, self.kind = before
 
     def enter(self, tensor: Tensor) -> None:
-        """The tensor's storage under the present kind, unless it is known, or a tensor on the meta device, which has none."""
+        """Record the tensor's storage under the current kind, unless it is known already, or on the meta device, which has no storage."""
         if tensor.device.type == "meta":
             return
         storage = tensor.untyped_storage()
@@ -75,18 +74,18 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[misc]
         if known is not None and known.reference() is storage:
             return
         size = -(-storage.nbytes() // self.grain_bytes) * self.grain_bytes
-        reference = weakref.ref(storage, partial(self.strike, key))
+        reference = weakref.ref(storage, partial(self.remove, key))
         self.entries[key] = Allocation(kind=self.kind, size_bytes=size, reference=reference)
         self.add(self.kind, size)
 
-    def strike(self, key: int, reference: Any) -> None:
+    def remove(self, key: int, reference: Any) -> None:
         entry = self.entries.get(key)
-        if entry is not None and entry.reference is reference:  # else another storage lies there by now
+        if entry is not None and entry.reference is reference:  # otherwise the key already belongs to another storage
             del self.entries[key]
             self.add(entry.kind, -entry.size_bytes)
 
     def assign(self, tensor: Tensor, kind: str) -> None:
-        """Enter the tensor's storage under `kind`, whatever it was under."""
+        """Record the tensor's storage under `kind`, also if it was recorded under another one."""
         self.enter(tensor)
         key = tensor.untyped_storage()._cdata
         entry = self.entries[key]
@@ -96,14 +95,14 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[misc]
             self.add(kind, entry.size_bytes)
 
     def add(self, kind: str, size: int) -> None:
-        """Bytes that come, or go where they are negative; also those of which there is no tensor."""
+        """Bytes that are allocated, or freed if negative; also those without a tensor."""
         self.alive_bytes[kind] = self.alive_bytes.get(kind, 0) + size
         self.total += size * self.shares.get(kind, 1.0)
         if size > 0:
-            self.look()
+            self.update_peak()
 
-    def look(self) -> None:
-        """Keep this moment, where it is the highest of its phase."""
+    def update_peak(self) -> None:
+        """Keep this moment if it is the highest of its phase."""
         if self.total > self.peaks.get(self.phase, Moment()).total_bytes:
             held = {kind: round(size * self.shares.get(kind, 1.0)) for kind, size in self.alive_bytes.items() if size}
             self.peaks[self.phase] = Moment(total_bytes=round(self.total), kinds_bytes=held)

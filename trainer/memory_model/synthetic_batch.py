@@ -1,4 +1,4 @@
-"""A micro-batch that nobody has to have: as long as the plan allows, with the largest image that leaves half of it to the text."""
+"""A micro-batch without real data: as long as the plan allows, with the largest image that takes at most half of it."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ from trainer.data.encode import IGNORED, token_ids
 from trainer.models.family import Processor
 
 SIDES = (4096, 3584, 3072, 2688, 2240, 1792, 1568, 1344, 1120, 896, 784, 672, 560, 448, 336, 280, 224, 168, 112, 84, 56, 28)  # pixels
-LEAST_TEXT = 2  # tokens: one to train on, and one before it
+MIN_TEXT_TOKENS = 2  # one to train on, and one before it
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticBatch:
-    """`batch`: what `collate` gives, (samples, length). `image_size`: of the one image of each sample, () where none fits."""
+    """`batch`: like that of `collate`, (samples, length). `image_size`: of the one image of each sample, () if none fits."""
 
     batch: dict[str, Tensor]
     image_size: tuple[int, ...]
@@ -25,8 +25,8 @@ class SyntheticBatch:
     trained_tokens: int
 
 
-def synthesise(processor: Processor, spec: TrainSpec) -> SyntheticBatch:
-    """Every sample is one square image and a text that is trained on from end to end."""
+def make_synthetic_batch(processor: Processor, spec: TrainSpec) -> SyntheticBatch:
+    """Every sample is one square image and a text that is in the loss from end to end."""
     samples, length = spec.batch.micro_batch, spec.data.max_length
     side = choose_side(processor, length)
     span = processor.span((side, side), 0) if side else ()
@@ -49,7 +49,7 @@ def synthesise(processor: Processor, spec: TrainSpec) -> SyntheticBatch:
 def choose_side(processor: Processor, length: int) -> int:
     """In pixels: the largest whose tokens are at most half of `length`, else the largest that fits at all, else 0."""
     tokens = {side: len(processor.span((side, side), 0)) for side in SIDES}
-    for most in (length // 2, length - LEAST_TEXT):
+    for most in (length // 2, length - MIN_TEXT_TOKENS):
         fitting = [count for count in tokens.values() if count <= most]
         if fitting:
             return min(side for side, count in tokens.items() if count == max(fitting))

@@ -1,7 +1,7 @@
-"""The memory of one step, traced: forward pass, loss, backward pass and update of the real model, on tensors that take none.
+"""Traces the memory of one step: forward pass, loss, backward pass and update of the real model, on tensors without memory.
 
-What a single process can see is one rank that holds everything. What ZeRO leaves of it on each of N ranks is arithmetic over the tensors
-that were alive (Rajbhandari et al., arXiv 1910.02054, section 3.1), moment by moment, and so are the buffers of DeepSpeed.
+A single process sees one rank that holds everything. The share of each of N ranks under ZeRO (Rajbhandari et al., arXiv 1910.02054, section
+3.1) is computed from the tensors that are alive, moment by moment, and so are the buffers of DeepSpeed.
 """
 
 import resource
@@ -19,57 +19,57 @@ from trainer.device.dtype import DTYPES, loading_dtype
 from trainer.distributed.engine import Engine
 from trainer.memory_model.allocation_tracker import AllocationTracker, Moment
 from trainer.memory_model.fake_tensors import FakeTensors, conversion_by_replacement, empty_weights, kernels_of_an_accelerator
-from trainer.memory_model.sharding import Sharding, Way, shard_step
-from trainer.memory_model.synthetic_batch import SyntheticBatch, synthesise
+from trainer.memory_model.sharding import GradientHandling, Sharding, shard_step
+from trainer.memory_model.synthetic_batch import SyntheticBatch, make_synthetic_batch
 from trainer.models import find_family
 from trainer.models.family import Limit
 from trainer.models.weight import round_weights
 from trainer.stages.gradient_checkpointing import checkpoint_layers
 from trainer.stages.group import apply_stage
 
-GRAIN_BYTES = {"cpu": 1, "cuda": 512, "npu": 512}  # what the caching allocators of torch and torch_npu round up to
+GRAIN_BYTES = {"cpu": 1, "cuda": 512, "npu": 512}  # the caching allocators of torch and torch_npu round up to multiples of this
 
 
 def trace(spec: TrainSpec) -> TraceReport:
-    """Raises InputRefused where the stage trains nothing or has weights in 4 bits, and where the trainer does not have the family."""
+    """Raises InputRefused if the stage does not train or has 4-bit weights, and if the trainer does not have the family."""
     if spec.stage.kind != "train":
-        raise InputRefused(f"a trace is of a step of training, and stage {spec.stage.name} has none: name another with stage=NAME")
+        raise InputRefused(f"a trace needs a training step, and stage {spec.stage.name} has none: name another with stage=NAME")
     if spec.stage.lora is not None and spec.stage.lora.base:
         raise InputRefused(
-            f"stage.lora.base={spec.stage.lora.base}: weights in 4 bits are made on the device and cannot be traced; the plan counts them\n"
+            f"stage.lora.base={spec.stage.lora.base}: 4-bit weights are created on the device and cannot be traced; the plan estimates them\n"
             "    plan without --trace, or trace with stage.lora.base=''"
         )
     began = time.process_time()
     family = find_family(spec.model.family)
     spec = replace(spec, model=replace(spec.model, attention="eager" if spec.model.attention == "eager" else "sdpa"))
     processor = family.create_processor(spec.model, Limit(max_pixels=spec.data.max_pixels, max_tiles=spec.data.max_tiles))
-    drawn = synthesise(processor, spec)
-    phantom = FakeTensors()
-    with phantom, conversion_by_replacement():
-        model = build_empty(spec, phantom)
+    synthetic = make_synthetic_batch(processor, spec)
+    fakes = FakeTensors()
+    with fakes, conversion_by_replacement():
+        model = build_empty(spec, fakes)
     sharding = shard_step(model, spec)
-    ledger = AllocationTracker(sharding.shares, grain_bytes=GRAIN_BYTES[spec.device.accelerator])
-    batch = {name: phantom.fake(value) if value.is_floating_point() else value for name, value in drawn.batch.items()}
-    with phantom, kernels_as_in(spec), ledger:
-        take_step(model, batch, spec, ledger, sharding)
-    return report(spec, model, drawn, ledger, sharding, cpu_seconds=time.process_time() - began)
+    tracker = AllocationTracker(sharding.shares, grain_bytes=GRAIN_BYTES[spec.device.accelerator])
+    batch = {name: fakes.fake(value) if value.is_floating_point() else value for name, value in synthetic.batch.items()}
+    with fakes, kernels_as_in(spec), tracker:
+        take_step(model, batch, spec, tracker, sharding)
+    return report(spec, model, synthetic, tracker, sharding, cpu_seconds=time.process_time() - began)
 
 
-def build_empty(spec: TrainSpec, phantom: FakeTensors) -> torch.nn.Module:
-    """The model as trainer.train.run makes it for its first step, every parameter fake."""
+def build_empty(spec: TrainSpec, fakes: FakeTensors) -> torch.nn.Module:
+    """The model as trainer.train.model builds it for the first step, with fake parameters."""
     family, dtype = find_family(spec.model.family), loading_dtype(spec.precision)
     model = round_weights(family.create(spec.model), dtype)
     if spec.gradient_checkpointing:
         checkpoint_layers(model, spec)
     staged = apply_stage(model, spec, family.unused(model))
-    empty_weights(staged.model, phantom, dtype)
+    empty_weights(staged.model, fakes, dtype)
     return staged.model
 
 
 @contextmanager
 def kernels_as_in(spec: TrainSpec) -> Iterator[None]:
-    """Those of the CPU are traced as they are, for a run on the CPU: dropout keeps more there. Its attention is flash attention too. Under
-    ZeRO 3 DeepSpeed has a linear of its own, which keeps the inputs of frozen weights too."""
+    """Accelerators' kernels, unless the run is on the CPU: dropout keeps more there. Attention is flash attention in either case. Under ZeRO 3
+    DeepSpeed replaces torch's linear by one that also keeps the inputs of frozen weights."""
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
     before = torch.nn.functional.linear
@@ -81,44 +81,44 @@ def kernels_as_in(spec: TrainSpec) -> Iterator[None]:
         torch.nn.functional.linear = before
 
 
-def take_step(model: torch.nn.Module, batch: Mapping[str, Tensor], spec: TrainSpec, ledger: AllocationTracker, sharding: Sharding) -> None:
-    """Under an active ledger: a step after the first, which finds the optimizer's states there. Fake or real tensors."""
+def take_step(model: torch.nn.Module, batch: Mapping[str, Tensor], spec: TrainSpec, tracker: AllocationTracker, sharding: Sharding) -> None:
+    """With an active tracker: a step after the first one, so that the optimizer's states exist. Works on fake and real tensors."""
     for tensor in (*model.parameters(), *model.buffers()):
-        ledger.assign(tensor, "weights")
+        tracker.assign(tensor, "weights")
     for tensor in batch.values():
-        ledger.assign(tensor, "inputs")
-    ledger.add("optimizer", sharding.optimizer_bytes)
-    ledger.add("gradients", sharding.standing_bytes)
-    bucket = Bucket(ledger, sharding)
-    handles = keep_gradients(model, spec, ledger, way=sharding.way, bucket=bucket)
-    with holding(ledger, "gathered weights", sharding.gathered_bytes):
-        with ledger.during("forward", "activations"):
+        tracker.assign(tensor, "inputs")
+    tracker.add("optimizer", sharding.optimizer_bytes)
+    tracker.add("gradients", sharding.buffer_bytes)
+    bucket = Bucket(tracker, sharding)
+    handles = handle_gradients(model, spec, tracker, gradient_handling=sharding.gradient_handling, bucket=bucket)
+    with holding(tracker, "gathered weights", sharding.gathered_bytes):
+        with tracker.during("forward", "activations"):
             loss = forward_of(model, spec)(dict(batch)) / max(1, int((batch["labels"] != -100).sum()))
-        with ledger.during("backward", "backward pass"):
+        with tracker.during("backward", "backward pass"):
             loss.backward()  # type: ignore[no-untyped-call]
-            ledger.add("gradients", sharding.arriving_bytes)
-            with holding(ledger, "communication", sharding.reduction_bytes):
-                ledger.look()
+            tracker.add("gradients", sharding.late_buffer_bytes)
+            with holding(tracker, "communication", sharding.reduction_bytes):
+                tracker.update_peak()
             bucket.close()
     del loss
-    with ledger.during("update", "update"), holding(ledger, "update", sharding.update_bytes):
-        ledger.look()
+    with tracker.during("update", "update"), holding(tracker, "update", sharding.update_bytes):
+        tracker.update_peak()
     for handle in handles:
         handle.remove()
 
 
 @contextmanager
-def holding(ledger: AllocationTracker, kind: str, size: int) -> Iterator[None]:
-    """Bytes of which there is no tensor."""
-    ledger.add(kind, size)
+def holding(tracker: AllocationTracker, kind: str, size: int) -> Iterator[None]:
+    """Bytes without a tensor."""
+    tracker.add(kind, size)
     try:
         yield
     finally:
-        ledger.add(kind, -size)
+        tracker.add(kind, -size)
 
 
 def forward_of(model: torch.nn.Module, spec: TrainSpec) -> Callable[[dict[str, Tensor]], Tensor]:
-    """The engine's own loss, over the model in place of DeepSpeed's wrapper, which gives it its floats in the model's dtype."""
+    """The engine's own loss, with the model instead of DeepSpeed's wrapper, which casts floating-point inputs to the model's dtype."""
     dtype = loading_dtype(spec.precision)
 
     def handle(**inputs: Any) -> Any:
@@ -133,27 +133,29 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 class Bucket:
-    """What gradients go through on their way to other ranks: opened by the first of them, unless it stands."""
+    """The communication buffer for gradients: allocated with the first gradient, unless it is permanent."""
 
-    def __init__(self, ledger: AllocationTracker, sharding: Sharding) -> None:
-        self.ledger, self.size, self.stands = ledger, sharding.bucket_bytes, sharding.bucket_stands
+    def __init__(self, tracker: AllocationTracker, sharding: Sharding) -> None:
+        self.tracker, self.size, self.is_permanent = tracker, sharding.bucket_bytes, sharding.bucket_is_permanent
         self.is_open = False
-        if self.stands:
+        if self.is_permanent:
             self.open()
 
     def open(self) -> None:
         if not self.is_open:
             self.is_open = True
-            self.ledger.add("communication", self.size)
+            self.tracker.add("communication", self.size)
 
     def close(self) -> None:
-        if self.is_open and not self.stands:
+        if self.is_open and not self.is_permanent:
             self.is_open = False
-            self.ledger.add("communication", -self.size)
+            self.tracker.add("communication", -self.size)
 
 
-def keep_gradients(model: torch.nn.Module, spec: TrainSpec, ledger: AllocationTracker, *, way: Way, bucket: Bucket) -> list[Any]:
-    """Each gradient, as soon as it is whole, goes its `way` (Sharding.way). Returns the hooks, which hold those that stay."""
+def handle_gradients(
+    model: torch.nn.Module, spec: TrainSpec, tracker: AllocationTracker, *, gradient_handling: GradientHandling, bucket: Bucket
+) -> list[Any]:
+    """Handles each gradient, as soon as it is complete, as `gradient_handling` says. Returns the hooks, which also hold the kept gradients."""
     dtype, kept = DTYPES[spec.precision.gradients], list[Tensor]()
 
     def keep(parameter: Tensor) -> None:
@@ -161,23 +163,26 @@ def keep_gradients(model: torch.nn.Module, spec: TrainSpec, ledger: AllocationTr
         if gradient is None:
             return
         bucket.open()
-        if way != "kept":
+        if gradient_handling != "kept":
             parameter.grad = None
-        if way != "moved":
-            gradient = gradient if way == "kept" else gradient.to(dtype)
-            ledger.assign(gradient, "gradients")
+        if gradient_handling != "moved":
+            gradient = gradient if gradient_handling == "kept" else gradient.to(dtype)
+            tracker.assign(gradient, "gradients")
             kept.append(gradient)
 
     return [p.register_post_accumulate_grad_hook(keep) for p in model.parameters() if p.requires_grad]
 
 
-# ------------------------------------------------------------------------------------------------------------------- report
-
-
 def report(
-    spec: TrainSpec, model: torch.nn.Module, drawn: SyntheticBatch, ledger: AllocationTracker, sharding: Sharding, *, cpu_seconds: float
+    spec: TrainSpec,
+    model: torch.nn.Module,
+    synthetic: SyntheticBatch,
+    tracker: AllocationTracker,
+    sharding: Sharding,
+    *,
+    cpu_seconds: float,
 ) -> TraceReport:
-    phases = tuple(describe(name, ledger.peaks[name]) for name in ("forward", "backward", "update"))
+    phases = tuple(describe(name, tracker.peaks[name]) for name in ("forward", "backward", "update"))
     highest = max(phases, key=lambda phase: phase.peak_bytes)
     return TraceReport(
         schema=SCHEMA,
@@ -190,13 +195,13 @@ def report(
         trainable=sharding.trainable,
         samples=spec.batch.micro_batch,
         length=spec.data.max_length,
-        images=spec.batch.micro_batch if drawn.image_size else 0,
-        image_size=drawn.image_size,
-        image_tokens=drawn.image_tokens,
-        trained_tokens=drawn.trained_tokens,
+        images=spec.batch.micro_batch if synthetic.image_size else 0,
+        image_size=synthetic.image_size,
+        image_tokens=synthetic.image_tokens,
+        trained_tokens=synthetic.trained_tokens,
         cpu_seconds=round(cpu_seconds, 1),
         resident_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        notes=(*notes_of(spec, drawn), *sharding.notes),
+        notes=(*list_notes(spec, synthetic), *sharding.notes),
     )
 
 
@@ -204,9 +209,9 @@ def describe(name: Any, moment: Moment) -> TracePhase:
     return TracePhase(phase=name, peak_bytes=moment.total_bytes, items_bytes=dict(moment.kinds_bytes))
 
 
-def notes_of(spec: TrainSpec, drawn: SyntheticBatch) -> Iterator[str]:
-    yield "tensors alone: the context of the device, what its allocator wastes and the work space of its kernels come on top"
-    if not drawn.image_size:
-        yield f"no image: not even a small one fits into data.max_length={spec.data.max_length}"
+def list_notes(spec: TrainSpec, synthetic: SyntheticBatch) -> Iterator[str]:
+    yield "tensors only: the device's context, the allocator's overhead and the kernels' work space are not included"
+    if not synthetic.image_size:
+        yield f"no image: none fits into data.max_length={spec.data.max_length}"
     if spec.data.packing or spec.data.padding_free:
         yield "packed rows are traced as single samples of their length"

@@ -51,15 +51,15 @@ def split_options(model: ModelSpec, image: tuple[str, ...], part: str = "") -> t
     return {key: options[key] for key in image if key in options}, {key: value for key, value in options.items() if key not in image}
 
 
-def loading_options(folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool) -> dict[str, Any]:
-    """The keyword arguments of from_pretrained for a local folder. `hollow`: see Family; transformers 5 makes every model on the meta
+def loading_options(folder: Path, model: ModelSpec, dtype: torch.dtype, *, on_meta: bool) -> dict[str, Any]:
+    """The keyword arguments of from_pretrained for a local folder. `on_meta`: see Family; transformers 5 makes every model on the meta
     device first, and with this map leaves it there. Weights in 8 bits (stage quantize) become numbers of `dtype` as they are read: there
     is no kernel that computes with them in transformers."""
     options = {"dtype": dtype, "attn_implementation": ATTENTION[model.attention], "local_files_only": True}
     how = PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("quantization_config") or {}
     if how.get("quant_method") == "compressed-tensors":
         options["quantization_config"] = open_compressed(folder)
-    return options | ({"device_map": {"": "meta"}} if hollow else {})
+    return options | ({"device_map": {"": "meta"}} if on_meta else {})
 
 
 def open_compressed(folder: Path) -> CompressedTensorsConfig:

@@ -63,7 +63,7 @@ class Processor:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """`create`: random weights, float32, drawn from torch's current seed. `load`: weights from a local folder in a dtype; `hollow` without
+    """`create`: random weights, float32, drawn from torch's current seed. `load`: weights from a local folder in a dtype; `on_meta` without
     their values, on the meta device, at the cost of the folder's config alone.
     `create_processor`, `load_processor`: with the limit of an image, `UNBOUND` for none of ours.
     `unused`: names of parameters that the forward pass computes but never uses, so that no gradient reaches them."""

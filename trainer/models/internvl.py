@@ -42,10 +42,10 @@ def create(model: ModelSpec) -> InternVLForConditionalGeneration:
     return InternVLForConditionalGeneration(config)
 
 
-def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool = False) -> InternVLForConditionalGeneration:
+def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, on_meta: bool = False) -> InternVLForConditionalGeneration:
     """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model."""
     refuse_another(folder, model, InternVLConfig)
-    return InternVLForConditionalGeneration.from_pretrained(folder, **loading_options(folder, model, dtype, hollow=hollow))
+    return InternVLForConditionalGeneration.from_pretrained(folder, **loading_options(folder, model, dtype, on_meta=on_meta))
 
 
 def create_processor(model: ModelSpec, limit: Limit = UNBOUND) -> Processor:

@@ -39,10 +39,10 @@ def create(model: ModelSpec) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config)
 
 
-def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool = False) -> LlavaForConditionalGeneration:
+def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, on_meta: bool = False) -> LlavaForConditionalGeneration:
     """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model."""
     refuse_another(folder, model, LlavaConfig)
-    return LlavaForConditionalGeneration.from_pretrained(folder, **loading_options(folder, model, dtype, hollow=hollow))
+    return LlavaForConditionalGeneration.from_pretrained(folder, **loading_options(folder, model, dtype, on_meta=on_meta))
 
 
 def create_processor(model: ModelSpec, limit: Limit = UNBOUND) -> Processor:

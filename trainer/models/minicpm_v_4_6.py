@@ -49,11 +49,11 @@ def create(model: ModelSpec) -> torch.nn.Module:
     return choose_logits(MiniCPMV4_6ForConditionalGeneration(config))
 
 
-def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool = False) -> torch.nn.Module:
+def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, on_meta: bool = False) -> torch.nn.Module:
     """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model."""
     refuse_another(folder, model, MiniCPMV4_6Config)
     return choose_logits(
-        MiniCPMV4_6ForConditionalGeneration.from_pretrained(folder, **loading_options(folder, model, dtype, hollow=hollow))
+        MiniCPMV4_6ForConditionalGeneration.from_pretrained(folder, **loading_options(folder, model, dtype, on_meta=on_meta))
     )
 
 

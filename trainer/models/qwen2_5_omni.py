@@ -61,10 +61,10 @@ def create(model: ModelSpec) -> torch.nn.Module:
     return choose_logits(Qwen2_5OmniThinkerForConditionalGeneration(config))
 
 
-def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool = False) -> torch.nn.Module:
+def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, on_meta: bool = False) -> torch.nn.Module:
     """The thinker of a whole checkpoint, or one on its own. Raises InputRefused, naming each difference, where it is of another model."""
     config = refuse_another(folder, model, Qwen2_5OmniThinkerConfig, inside=WHOLE)
-    options = loading_options(folder, model, dtype, hollow=hollow)
+    options = loading_options(folder, model, dtype, on_meta=on_meta)
     return choose_logits(Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder, config=config, **options))
 
 

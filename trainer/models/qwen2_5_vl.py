@@ -41,10 +41,10 @@ def create(model: ModelSpec) -> Qwen2_5_VLForConditionalGeneration:
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool = False) -> Qwen2_5_VLForConditionalGeneration:
+def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, on_meta: bool = False) -> Qwen2_5_VLForConditionalGeneration:
     """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model."""
     refuse_another(folder, model, Qwen2_5_VLConfig)
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, **loading_options(folder, model, dtype, hollow=hollow))
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, **loading_options(folder, model, dtype, on_meta=on_meta))
 
 
 def create_processor(model: ModelSpec, limit: Limit = UNBOUND) -> Processor:

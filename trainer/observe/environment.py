@@ -1,4 +1,4 @@
-"""environment.json: what the running process says of itself."""
+"""environment.json: facts that the running process reports about itself."""
 
 import importlib.metadata
 import os
@@ -12,27 +12,17 @@ import torch.distributed
 
 from trainer.contract import SCHEMA, EnvReport, RankFacts
 from trainer.device.device import Device, find_determinism, torch_build
+from trainer.distributed.collective import gather_objects
 from trainer.stages.group import Group
 
-# Variables that the launcher or the user sets to steer a run. A token can hide in any other one, and so none is written.
+# Variables that the launcher or the user sets to configure a run. Any other variable could hold a token, so no other is written.
 PREFIXES = (
     *("OMP_", "MKL_", "NCCL_", "HCCL_", "GLOO_", "MASTER_", "CUDA_", "CUBLAS_", "ASCEND_", "LCCL_"),
     *("PYTORCH_", "TORCH_", "TORCHELASTIC_", "TOKENIZERS_", "OMNILAUNCH_", "DS_", "ATB_", "KMP_", "OPENBLAS_", "ONEDNN_", "DNNL_", "NVTE_"),
 )
 NAMES = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "TASK_QUEUE_ENABLE",
-    "CPU_AFFINITY_CONF",
-    "PYTHONHASHSEED",
-    "HF_HUB_OFFLINE",
-    "CLOSE_MATMUL_K_SHIFT",
-    "NVIDIA_TF32_OVERRIDE",
-    "ATEN_CPU_CAPABILITY",
-    "LD_PRELOAD",
-    "LD_LIBRARY_PATH",
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TASK_QUEUE_ENABLE", "CPU_AFFINITY_CONF", "PYTHONHASHSEED"),
+    *("HF_HUB_OFFLINE", "CLOSE_MATMUL_K_SHIFT", "NVIDIA_TF32_OVERRIDE", "ATEN_CPU_CAPABILITY", "LD_PRELOAD", "LD_LIBRARY_PATH"),
 )
 SECRET = ("TOKEN", "SECRET", "PASSWORD", "KEY", "CREDENTIAL")
 
@@ -40,12 +30,9 @@ SECRET = ("TOKEN", "SECRET", "PASSWORD", "KEY", "CREDENTIAL")
 def report_environment(
     device: Device, local_rank: int, groups: tuple[Group, ...], deepspeed: dict[str, Any], environ: Mapping[str, str]
 ) -> EnvReport | None:
-    """Every rank must call it, since each speaks of its own device. Returns the report on rank 0, None on the others."""
+    """Every rank must call it, since each reports its own device. Returns the report on rank 0, None on the others."""
     own = describe_rank(device, local_rank)
-    ranks = [own]
-    if torch.distributed.get_world_size() > 1:
-        ranks = [own] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(ranks, own)
+    ranks = gather_objects(own)
     if torch.distributed.get_rank():
         return None
     return EnvReport(
@@ -83,6 +70,6 @@ def describe_rank(device: Device, local_rank: int) -> RankFacts:
 
 
 def select(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that steer a run, by name; never one whose name speaks of a secret."""
+    """The variables that configure a run, by name; never one whose name suggests a secret."""
     steering = {name: value for name, value in environ.items() if name in NAMES or name.startswith(PREFIXES)}
     return {name: value for name, value in sorted(steering.items()) if not any(word in name.upper() for word in SECRET)}

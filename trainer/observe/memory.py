@@ -1,15 +1,14 @@
-"""How much memory each phase of a run took at its peak."""
-
-import torch.distributed
+"""Peak memory of each phase of a run."""
 
 from trainer.contract import PhasePeak
 from trainer.device.device import Device
+from trainer.distributed.collective import gather_objects
 
 PHASES = ("load", "first step", "steps", "evaluation", "saving")
 
 
-class Gauge:
-    """Reads this rank's peaks phase by phase. It begins in "load"; `enter` ends a phase and begins another, which may come again."""
+class MemoryPeaks:
+    """Reads this rank's peaks per phase. It begins in "load"; `enter` ends a phase and begins another, which may come again."""
 
     def __init__(self, device: Device) -> None:
         self.device, self.phase = device, PHASES[0]
@@ -21,7 +20,7 @@ class Gauge:
         self.phase = phase
 
     def highest(self) -> int:
-        """The most that was allocated so far, in bytes."""
+        """The highest allocated bytes so far."""
         self._read()
         return max(allocated for allocated, _ in self.peaks.values())
 
@@ -32,11 +31,7 @@ class Gauge:
     def report(self) -> tuple[PhasePeak, ...]:
         """The highest of any rank, by phase. Every rank must call it."""
         self._read()
-        tables = [self.peaks]
-        if torch.distributed.get_world_size() > 1:
-            tables = [{} for _ in range(torch.distributed.get_world_size())]
-            torch.distributed.all_gather_object(tables, self.peaks)
-        found = {phase: [table[phase] for table in tables if phase in table] for phase in PHASES}
+        found = {phase: [table[phase] for table in gather_objects(self.peaks) if phase in table] for phase in PHASES}
         return tuple(
             PhasePeak(phase=phase, allocated_bytes=max(a for a, _ in peaks), reserved_bytes=max(r for _, r in peaks))  # type: ignore[arg-type]
             for phase, peaks in found.items()

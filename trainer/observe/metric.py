@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a step, written by rank 0."""
+"""metrics.jsonl: one line per step, written by rank 0."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -11,9 +11,9 @@ from trainer.contract import METRICS_FILE, RunFailed, StepRow
 
 @contextmanager
 def open_metrics(output: Path, *, writes: bool) -> Iterator[Callable[[StepRow], None]]:
-    """Yields the function that appends a row; on ranks that do not write it does nothing. It raises RunFailed where the disk is full.
+    """Yields the function that appends a metrics row; on other ranks it does nothing. It raises RunFailed if the disk is full.
 
-    A row reaches the file in one write, whole, before the next step begins: a reader never sees half a line but the last.
+    A row is written in one call, completely, before the next step begins: only the last line can be incomplete for a reader.
     """
     if not writes:
         yield lambda _: None
@@ -28,7 +28,7 @@ def open_metrics(output: Path, *, writes: bool) -> Iterator[Callable[[StepRow], 
             except OSError as error:
                 wrong = str(error)
             if wrong:
-                fix = "Whole checkpoints stay as they are: make room there, and start again."
+                fix = "Complete checkpoints are kept: free disk space there, and start again."
                 raise RunFailed(f"{path}: {wrong}, for the row of step {row.step}. {fix}")
 
         yield write

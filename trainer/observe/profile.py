@@ -1,6 +1,6 @@
-"""The profiler's window: some steps of the run, traced into its folder.
+"""Runs the profiler for some steps of the run, and writes its traces.
 
-A trace is opened in a browser at ui.perfetto.dev or with TensorBoard's profiler plugin; on an NPU it is what MindStudio Insight reads.
+Open a trace in a browser at ui.perfetto.dev or with TensorBoard's profiler plugin; on an NPU with MindStudio Insight.
 """
 
 from pathlib import Path
@@ -10,8 +10,8 @@ from trainer.contract import PROFILE_FOLDER, TrainSpec
 from trainer.device.device import Device
 
 
-class Window:
-    """Told which step comes next, it starts and stops the profiler of this rank. The steps within are slower than the others."""
+class ProfilerWindow:
+    """Starts and stops this rank's profiler. Profiled steps are slower than others."""
 
     def __init__(self, spec: TrainSpec, device: Device, rank: int) -> None:
         profile = spec.profile
@@ -20,8 +20,8 @@ class Window:
         self.folder, self.device, self.rank = Path(spec.output) / PROFILE_FOLDER, device, rank
         self.running: Any = None
 
-    def reach(self, step: int) -> None:
-        """`step` is the next to begin; one past the last at the end."""
+    def before_step(self, step: int) -> None:
+        """`step`: the next one to begin; after the last step, one more than that."""
         if self.running is None and self.first <= step < self.end:
             self.running = self._open()
             self.running.start()
@@ -29,13 +29,13 @@ class Window:
             self.close()
 
     def close(self) -> None:
-        """Write the trace of a window that is open."""
+        """Write the trace, if the profiler is running."""
         running, self.running = self.running, None
         if running is not None:
             self.device.synchronize()
             running.stop()
             if self.rank == 0:
-                print(f"the trace lies in {self.folder}", flush=True)
+                print(f"the profiler's trace is in {self.folder}", flush=True)
 
     def _open(self) -> Any:
         api = self.device.profiler()

@@ -1,7 +1,7 @@
-"""Where a reader may watch a run besides its own files: TensorBoard, W&B, SwanLab, MLflow, by one small interface.
+"""Trackers that show a run while it trains: TensorBoard, W&B, SwanLab, MLflow, behind one small interface.
 
-Offline unless the run's environment says otherwise (WANDB_MODE, SWANLAB_MODE, MLFLOW_TRACKING_URI; keys as cluster.secrets). Rank 0
-tells the trackers; metrics.jsonl and evaluations.jsonl stay the record, and nothing is ever read back from here.
+Offline unless the run's environment says otherwise (WANDB_MODE, SWANLAB_MODE, MLFLOW_TRACKING_URI; keys as cluster.secrets). Rank 0 writes to
+the trackers; metrics.jsonl and evaluations.jsonl stay the record, and nothing is ever read back from a tracker.
 """
 
 import importlib.util
@@ -17,13 +17,13 @@ from typing import Any, Protocol
 from trainer.contract import METRICS_FILE, TRACKER_FOLDER, InputRefused, TrainSpec
 
 PROJECT = "omnilaunch"
-CLOSE_S = 60.0  # for what a tracker has not written yet when the run ends
-FLUSH_S = 10  # TensorBoard's own 120 would show a run that is looked at two minutes late, and lose as much of one that is killed
+CLOSE_S = 60.0  # for what a tracker still has to write when the run ends
+FLUSH_S = 10  # TensorBoard's default of 120 shows a run two minutes late, and loses as much of a killed run
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What a tracker is told of a run as it starts. `folder`: its own. `step`: the last one that is done, 0 at the beginning."""
+class TrackerContext:
+    """What a tracker gets when a run starts. `folder`: its own. `step`: the last finished step, 0 at the beginning."""
 
     run_id: str
     folder: Path
@@ -34,48 +34,45 @@ class Facts:
 
 class Tracker(Protocol):
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers after so many steps."""
+        """Values after this many steps."""
 
     def samples(self, step: int, text: str) -> None:
-        """Answers of an evaluation, a line each."""
+        """Answers of an evaluation, one per line."""
 
     def close(self) -> None: ...
 
 
-# ------------------------------------------------------------------------------------------------------------ one each
-
-
 class TensorBoard:
-    """Event files. What an earlier attempt wrote of steps that are done again is hidden from the reader."""
+    """Event files. Values that an earlier attempt wrote for repeated steps are hidden from the reader."""
 
-    def __init__(self, facts: Facts) -> None:
+    def __init__(self, context: TrackerContext) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(facts.folder), purge_step=facts.step + 1 if facts.step else None, flush_secs=FLUSH_S)
-        self.writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in facts.config.items()), facts.step)
+        self.writer = SummaryWriter(str(context.folder), purge_step=context.step + 1 if context.step else None, flush_secs=FLUSH_S)
+        self.writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in context.config.items()), context.step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
     def samples(self, step: int, text: str) -> None:
-        self.writer.add_text("samples", "\n".join(f"    {line}" for line in text.splitlines()), step)  # four blanks: no Markdown
+        self.writer.add_text("samples", "\n".join(f"    {line}" for line in text.splitlines()), step)  # indented: not Markdown
 
     def close(self) -> None:
         self.writer.close()
 
 
 class WeightsAndBiases:
-    def __init__(self, facts: Facts) -> None:
+    def __init__(self, context: TrackerContext) -> None:
         import wandb
 
         self.run = wandb.init(
-            project=facts.environ.get("WANDB_PROJECT", PROJECT),
-            name=facts.run_id,
-            group=facts.run_id,  # the attempts of a run: an offline one cannot be taken up again
-            dir=str(facts.folder),
-            mode=facts.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
-            config=facts.config,
+            project=context.environ.get("WANDB_PROJECT", PROJECT),
+            name=context.run_id,
+            group=context.run_id,  # the attempts of a run: an offline one cannot be resumed
+            dir=str(context.folder),
+            mode=context.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
+            config=context.config,
             settings=wandb.Settings(console="off"),
         )
         self.table = wandb.Table
@@ -91,16 +88,16 @@ class WeightsAndBiases:
 
 
 class SwanLab:
-    def __init__(self, facts: Facts) -> None:
+    def __init__(self, context: TrackerContext) -> None:
         import swanlab
 
         self.api = swanlab
         swanlab.init(
             project=PROJECT,
-            experiment_name=facts.run_id,
-            logdir=str(facts.folder),
-            mode=facts.environ.get("SWANLAB_MODE", "offline"),
-            config=facts.config,
+            experiment_name=context.run_id,
+            logdir=str(context.folder),
+            mode=context.environ.get("SWANLAB_MODE", "offline"),
+            config=context.config,
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -114,21 +111,21 @@ class SwanLab:
 
 
 class MlFlow:
-    """Through its client, so that no global run is active. A database in a file, since the plain folder is on its way out of MLflow."""
+    """Uses the client, so that no global run is active. The database is a file, since MLflow is about to drop plain folders."""
 
-    def __init__(self, facts: Facts) -> None:
+    def __init__(self, context: TrackerContext) -> None:
         from mlflow.entities import Metric
         from mlflow.tracking import MlflowClient
 
-        uri = facts.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{facts.folder}/mlflow.db")
+        uri = context.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{context.folder}/mlflow.db")
         local = uri.startswith("sqlite:")
         self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         found = self.client.get_experiment_by_name(PROJECT)
-        place = (facts.folder / "artifacts").as_uri() if local else None
-        experiment = found.experiment_id if found else self.client.create_experiment(PROJECT, artifact_location=place)
-        self.id = self.client.create_run(experiment, run_name=facts.run_id).info.run_id
+        artifacts = (context.folder / "artifacts").as_uri() if local else None
+        experiment = found.experiment_id if found else self.client.create_experiment(PROJECT, artifact_location=artifacts)
+        self.id = self.client.create_run(experiment, run_name=context.run_id).info.run_id
         self.metric = Metric
-        self.client.log_dict(self.id, facts.config, "config.json")
+        self.client.log_dict(self.id, context.config, "config.json")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         now_ms = time.time_ns() // 10**6
@@ -143,11 +140,11 @@ class MlFlow:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackerKind:
-    """`package`: as pip knows it, `module`: as Python does."""
+    """`package`: name for pip; `module`: name for import."""
 
     package: str
     module: str
-    open: Callable[[Facts], Tracker]
+    open: Callable[[TrackerContext], Tracker]
 
 
 TRACKERS = {
@@ -157,15 +154,13 @@ TRACKERS = {
     "mlflow": TrackerKind(package="mlflow", module="mlflow", open=MlFlow),
 }
 
-# ------------------------------------------------------------------------------------------------------------------- all
-
 
 def is_installed(name: str) -> bool:
     return importlib.util.find_spec(TRACKERS[name].module) is not None
 
 
 def refuse_missing(spec: TrainSpec) -> None:
-    """Raises InputRefused for a tracker that is unknown, or that somebody asked for and whose package is not installed here."""
+    """Raises InputRefused for an unknown tracker, and for one that the user named whose package is not installed here."""
     for name in spec.trackers:
         if name not in TRACKERS:
             raise InputRefused(f"run.trackers: there is no tracker {name!r}; valid are {', '.join(TRACKERS)}")
@@ -178,25 +173,25 @@ def refuse_missing(spec: TrainSpec) -> None:
 
 
 def choose_trackers(spec: TrainSpec) -> tuple[str, ...]:
-    """Those of the run that are installed here; the others, which nobody asked for, are said and left out."""
+    """The run's trackers that are installed here; default trackers that are not are reported and left out."""
     chosen = tuple(name for name in spec.trackers if is_installed(name))
     for name in spec.trackers:
         if name not in chosen:
             package = TRACKERS[name].package
             print(
                 f"run.trackers: {name}, the default, is left out, since the package {package} is not installed where the ranks run. "
-                f"{METRICS_FILE} has every row all the same. To have it: pip install {package} there; to ask for none: run.trackers=[]",
+                f"{METRICS_FILE} has every row in any case. To use it: pip install {package} there; to have no tracker: run.trackers=[]",
                 flush=True,
             )
     return chosen
 
 
 class TrackerThread:
-    """A tracker in a thread of its own: neither a slow one nor a signal handler that it would set reaches the steps. One that raises is
-    told once and hears no more: a run does not end because somebody cannot watch it."""
+    """Runs a tracker in its own thread, so that a slow one, or a signal handler that it sets, does not affect the steps. A tracker that raises
+    is reported once and then ignored: a run does not end because it cannot be shown."""
 
-    def __init__(self, name: str, facts: Facts) -> None:
-        self.name, self.facts = name, facts
+    def __init__(self, name: str, context: TrackerContext) -> None:
+        self.name, self.context = name, context
         self.waiting: SimpleQueue[Callable[[Tracker], None] | None] = SimpleQueue()
         self.lost = False
         self.thread = threading.Thread(target=self._listen, name=f"tracker {name}", daemon=True)
@@ -204,17 +199,17 @@ class TrackerThread:
 
     def _listen(self) -> None:
         try:
-            self.facts.folder.mkdir(parents=True, exist_ok=True)
-            tracker = TRACKERS[self.name].open(self.facts)
+            self.context.folder.mkdir(parents=True, exist_ok=True)
+            tracker = TRACKERS[self.name].open(self.context)
             while (action := self.waiting.get()) is not None:
                 action(tracker)
             tracker.close()
         except Exception as error:
             self.lost = True
-            said = f"{type(error).__name__}: {error}"
-            print(f"the tracker {self.name} has failed and hears no more of this run, which goes on: {said}", flush=True)
+            reason = f"{type(error).__name__}: {error}"
+            print(f"the tracker {self.name} has failed and gets no more data of this run, which continues: {reason}", flush=True)
 
-    def tell(self, action: Callable[[Tracker], None]) -> None:
+    def post(self, action: Callable[[Tracker], None]) -> None:
         if not self.lost:
             self.waiting.put(action)
 
@@ -222,36 +217,35 @@ class TrackerThread:
         self.waiting.put(None)
         self.thread.join(CLOSE_S)
         if self.thread.is_alive():
-            print(f"the tracker {self.name} has not taken everything within {CLOSE_S:g} s and is left", flush=True)
+            print(f"the tracker {self.name} has not written everything within {CLOSE_S:g} s and is abandoned", flush=True)
 
 
 class Trackers:
-    """Every tracker of a run; on ranks that do not tell, none."""
+    """Every tracker of a run; none on ranks other than 0."""
 
-    def __init__(self, listeners: tuple[TrackerThread, ...]) -> None:
-        self.listeners = listeners
+    def __init__(self, threads: tuple[TrackerThread, ...]) -> None:
+        self.threads = threads
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        for listener in self.listeners:
-            listener.tell(lambda tracker: tracker.log(step, values))
+        for thread in self.threads:
+            thread.post(lambda tracker: tracker.log(step, values))
 
     def samples(self, step: int, text: str) -> None:
-        for listener in self.listeners:
-            listener.tell(lambda tracker: tracker.samples(step, text))
+        for thread in self.threads:
+            thread.post(lambda tracker: tracker.samples(step, text))
 
 
 @contextmanager
-def open_trackers(spec: TrainSpec, config: dict[str, Any], environ: Mapping[str, str], *, step: int, tells: bool) -> Iterator[Trackers]:
-    """Yields those trackers of spec.trackers that are installed, and closes them at the end, however it comes. `config`: what they show of
-    the run."""
+def open_trackers(spec: TrainSpec, config: dict[str, Any], environ: Mapping[str, str], *, step: int, writes: bool) -> Iterator[Trackers]:
+    """Yields those of spec.trackers that are installed, and closes them at the end, also after an error. `config`: shown with the run."""
     folder = Path(spec.output) / TRACKER_FOLDER
-    facts = {
-        name: Facts(run_id=spec.run_id, folder=folder / name, config=config, step=step, environ=environ)
-        for name in (choose_trackers(spec) if tells else ())
+    contexts = {
+        name: TrackerContext(run_id=spec.run_id, folder=folder / name, config=config, step=step, environ=environ)
+        for name in (choose_trackers(spec) if writes else ())
     }
-    audience = Trackers(tuple(TrackerThread(name, told) for name, told in facts.items()))
+    trackers = Trackers(tuple(TrackerThread(name, context) for name, context in contexts.items()))
     try:
-        yield audience
+        yield trackers
     finally:
-        for listener in audience.listeners:
-            listener.close()
+        for thread in trackers.threads:
+            thread.close()

@@ -1,17 +1,17 @@
-"""Eight bits in place of 32: block-wise dynamic quantization (Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861,
+"""Block-wise dynamic quantization of float32 to 8 bits (Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861,
 section 2), in operations that torch has on every device.
 
-An element is a code, which is the place in a map of 256 numbers, times the scale of its block. The maps are the paper's: seven decades that
-end at 1, each cut into twice as many equal parts as the one below it; without negative numbers into twice as many again. Two things are
-our own:
+An element is stored as a code, an index into a map of 256 numbers, and is that number times the scale of its block. The maps are the
+paper's: seven decades up to 1, each divided into twice as many equal parts as the one below; the unsigned map into twice as many again.
+Two things are our own:
 
-- A scale is the element with the largest magnitude, sign and all. The paper's map has 1 and no -1; so each block has one element that is
-  exact, whatever its sign, and what has been quantized once comes out of a second quantization bit by bit.
-- In the map without a sign nothing but zero becomes zero. A second moment that vanished where the first one has not would leave epsilon
-  alone to divide by, and the update would be thousands of times too large.
+- The scale is the element with the largest magnitude, with its sign. The paper's map has 1 but not -1, so each block has one element that
+  is exact whatever its sign, and quantizing a second time gives bitwise identical results.
+- In the unsigned map only zero becomes zero. If a second moment became zero where the first one is not, the update would be divided by
+  epsilon alone and be thousands of times too large.
 
-Codes are the nearest ones, or with random bits the one below or above, so that the mean is exact. A second moment needs that: with a beta of
-0.999 it moves by a thousandth of its value a step, where codes lie up to a tenth apart, and to nearest it would not move.
+Codes are rounded to nearest or, with random bits, stochastically so that the mean is exact. Second moments need that: with a beta of 0.999
+they move by a thousandth of their value per step, codes are up to a tenth apart, and rounding to nearest would keep them in place.
 """
 
 from functools import cache
@@ -19,14 +19,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-BLOCK = 256  # elements to a scale: bitsandbytes has as many since 0.44 (optim/optimizer.py), the paper 2048
+BLOCK = 256  # elements per scale: as bitsandbytes since 0.44 (optim/optimizer.py); the paper has 2048
 DECADES = 7
-LEADING = 16  # bits of a float32: sign, exponent, 7 of the fraction. No two bounds agree in them
+LEADING = 16  # bits of a float32: sign, exponent, 7 of the fraction. No two bounds have these in common
 
 
 @cache
 def make_map(device: torch.device, *, signed: bool) -> tuple[Tensor, Tensor]:
-    """The numbers by code, (256,) float32, rising; and the bounds above them, (256,) float32, the last infinite: a share between bounds
+    """The numbers by code, (256,) float32, ascending; and the upper bounds, (256,) float32, the last one infinite: a value between bounds
     i - 1 and i has the code i."""
     numbers = [0.0, 1.0]
     for decade in range(DECADES):
@@ -42,8 +42,8 @@ def make_map(device: torch.device, *, signed: bool) -> tuple[Tensor, Tensor]:
 
 @cache
 def make_index(device: torch.device, *, signed: bool) -> Tensor:
-    """(2**16,) int32: the code of the least number that has these leading bits, by the bits as a signed number plus 2**15. It takes the
-    place of a binary search, which costs six times as much on a CPU, and is not each device's own."""
+    """(2**16,) int32: the code of the smallest number with these leading bits, indexed by the bits as a signed number plus 2**15. It replaces
+    a binary search, which is six times slower on a CPU and may differ between devices."""
     bits = torch.arange(-(2 ** (LEADING - 1)), 2 ** (LEADING - 1), dtype=torch.int32)
     least = torch.where(bits < 0, (bits << LEADING) | 0xFFFF, bits << LEADING).view(torch.float32)
     _, bounds = make_map(torch.device("cpu"), signed=signed)
@@ -52,7 +52,7 @@ def make_index(device: torch.device, *, signed: bool) -> Tensor:
 
 def quantize(values: Tensor, *, signed: bool, bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(blocks, BLOCK) float32 -> codes of that shape, uint8, and scales (blocks,), float32. A block with a NaN becomes NaN. `bits`: int32
-    from 0 to 65535 for each value, flat, round stochastically; without them to nearest."""
+    from 0 to 65535 for each value, flat, for stochastic rounding; without them to nearest."""
     high, low = values.amax(dim=1), values.amin(dim=1)
     scales = torch.where(high >= -low, high, low)
     shares = (values / torch.where(scales == 0, 1.0, scales).unsqueeze(1)).view(-1)
@@ -65,7 +65,7 @@ def quantize(values: Tensor, *, signed: bool, bits: Tensor | None = None) -> tup
 
 
 def round_codes(nearest: Tensor, shares: Tensor, numbers: Tensor, bits: Tensor) -> Tensor:
-    """Each code, or the one beside it on the other side of the share, with the probability that makes the mean exact: (n,) int32."""
+    """The code below or above each value, with the probability that makes the mean exact: (n,) int32."""
     low = nearest - (numbers.index_select(0, nearest) > shares).int()
     below, above = numbers.index_select(0, low), numbers.index_select(0, (low + 1).clamp_(max=255))
     low += bits * ((above - below) / 2**16) < shares - below

@@ -1,4 +1,4 @@
-"""Where each trained parameter lies in what this rank's optimizer updates."""
+"""Where each trained parameter is stored in the tensors that this rank's optimizer updates."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerShard:
-    """What this rank's optimizer holds of one parameter: `count` elements, from `start` on in the flattened parameter and from `offset`
-    on in `owner`, the flat tensor that the optimizer updates and keeps its states by. `count` 0: nothing."""
+    """What this rank's optimizer holds of one parameter: `count` elements, from index `start` of the flattened parameter and from `offset`
+    of `owner`, the flat tensor that the optimizer updates and by which it keeps its states. `count` 0: nothing."""
 
     parameter: torch.nn.Parameter
     numel: int
@@ -21,26 +21,26 @@ class OptimizerShard:
     count: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """This part in the owner, or in one of its states."""
+        """This shard in the owner, or in one of its states."""
         return flat.detach().view(-1).narrow(0, self.offset, self.count)
 
 
-def find_parts(engine: Any) -> dict[str, OptimizerShard]:
-    """For each trained parameter, in the order of the model. `engine`: trainer.distributed.engine.Engine, which asks for them itself."""
+def find_shards(engine: Any) -> dict[str, OptimizerShard]:
+    """For each trained parameter, in the order of the model. `engine`: a trainer.distributed.engine.Engine, which calls this itself."""
     handle = engine.handle
     if handle.optimizer is handle.basic_optimizer:
         trained = (p for p in engine.model.parameters() if p.requires_grad)
-        parts = [OptimizerShard(parameter=p, numel=p.numel(), owner=p, offset=0, start=0, count=p.numel()) for p in trained]
+        shards = [OptimizerShard(parameter=p, numel=p.numel(), owner=p, offset=0, start=0, count=p.numel()) for p in trained]
     elif handle.zero_optimization_stage() == 3:
-        parts = list(partitioned_parts(handle.optimizer, engine.rank))
+        shards = list(zero3_shards(handle.optimizer, engine.rank))
     else:
-        parts = list(flat_parts(handle.optimizer))
-    by_parameter = {id(part.parameter): part for part in parts}
+        shards = list(flat_shards(handle.optimizer))
+    by_parameter = {id(shard.parameter): shard for shard in shards}
     return {name: by_parameter[id(p)] for name, p in engine.model.named_parameters() if p.requires_grad}
 
 
-def flat_parts(optimizer: Any) -> Iterator[OptimizerShard]:
-    """ZeRO 1 and 2, and DeepSpeed's BF16_Optimizer: a flat group is cut into equal partitions, a parameter may lie in several."""
+def flat_shards(optimizer: Any) -> Iterator[OptimizerShard]:
+    """ZeRO 1 and 2, and DeepSpeed's BF16_Optimizer: a flat group is split into equal partitions; a parameter may be in several."""
     bf16 = hasattr(optimizer, "bf16_groups")
     groups = optimizer.bf16_groups if bf16 else optimizer.bit16_groups
     owners = optimizer.fp32_groups_flat_partition if bf16 else optimizer.single_partition_of_fp32_groups
@@ -52,8 +52,8 @@ def flat_parts(optimizer: Any) -> Iterator[OptimizerShard]:
             yield OptimizerShard(parameter=p, numel=p.numel(), owner=owner, offset=offset, start=start, count=count)
 
 
-def partitioned_parts(optimizer: Any, rank: int) -> Iterator[OptimizerShard]:
-    """ZeRO 3: every parameter is cut into equal parts, the last one padded."""
+def zero3_shards(optimizer: Any, rank: int) -> Iterator[OptimizerShard]:
+    """ZeRO 3: every parameter is split into equal parts, the last one padded."""
     for group in optimizer.fp16_groups:
         for p in group:
             index, offset, size = optimizer.grad_position[optimizer.get_param_id(p)]

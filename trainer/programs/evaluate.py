@@ -1,6 +1,6 @@
-"""The stage evaluate: a checkpoint's answers to the held-out samples and how right they are, beside those of its base where one is named.
+"""The stage evaluate: a checkpoint's answers to the held-out samples and their scores, optionally compared with those of a base.
 
-Over all ranks, and resumable: what is done is written down batch by batch.
+On all ranks, and resumable: finished batches are recorded.
 """
 
 import gc
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trainer.checkpoint.journal import Journal, Row, find_mark, open_journal, write_rows
-from trainer.contract import SAMPLES_FILE, SCHEMA, InputRefused, TrainResult, TrainSpec
+from trainer.checkpoint.journal import Journal, Row, open_journal, weights_fingerprints, write_rows
+from trainer.contract import SAMPLES_FILE, InputRefused, TrainResult, TrainSpec
 from trainer.contract.weight_files import hash_weights
 from trainer.data.check import DataPaths
 from trainer.data.rows.sample import Sample
@@ -19,8 +19,10 @@ from trainer.data.rows.source import hash_sources
 from trainer.device.rank import Rank
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.score_change import compare_rows, compare_scores
-from trainer.observe.memory import Gauge
-from trainer.train.run import BuiltModel, find_places, load_samples, open_model
+from trainer.export.derived_checkpoint import finished_result
+from trainer.observe.memory import MemoryPeaks
+from trainer.programs.inputs import load_samples, open_model, prepare_data
+from trainer.train.model import BuiltModel
 
 BASE_FILE = "samples_base.jsonl"
 
@@ -33,74 +35,65 @@ class HeldOut:
     sha256: str
 
 
-def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
+def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
     """Write samples.jsonl, a row for each held-out sample, in their order. Raises InputRefused."""
     began = time.perf_counter()
-    gauge = Gauge(rank.device)
-    places = find_places(spec)
-    asked = find_asked(spec, places)
+    memory = MemoryPeaks(rank.device)
+    paths = prepare_data(spec)
+    held_out = read_held_out(spec, paths)
     journals: list[Journal] = []
     base = {}
-    if spec.evaluation.base and asked.samples:
-        base, journal = assess(at_base(spec), rank, environ, asked, BASE_FILE)
+    if spec.evaluation.base and held_out.samples:
+        base, journal = answer_with_base(spec_of_base(spec), rank, environ, held_out, BASE_FILE)
         journals.append(journal)
-        gc.collect()  # of two models only one stands at a time
-    made = open_model(spec, rank, environ)
-    gauge.enter("evaluation")
+        gc.collect()  # only one model is in memory at a time
+    built = open_model(spec, rank, environ)
+    memory.enter("evaluation")
     scores: dict[str, float] = {}
-    if asked.samples:
-        scores, journal = answer(spec, rank, made, asked, SAMPLES_FILE)
+    if held_out.samples:
+        scores, journal = answer(spec, rank, built, held_out, SAMPLES_FILE)
         journals.append(journal)
     if base:
-        scores = tell_difference(spec, rank, scores, base)
+        scores = compare_with_base(spec, rank, scores, base)
     for journal in journals:
         journal.remove()
     seconds = time.perf_counter() - began
-    origin = made.origin
-    return TrainResult(
-        schema=SCHEMA,
-        status="finished",
-        steps=0,
-        seconds=seconds,
-        samples_per_s=scores.get("count", 0.0) / seconds,
-        final_loss=None,
-        checkpoint="",
-        weights_sha256=hash_weights(Path(origin.path)) if rank.number == 0 and origin.path else "",
-        evaluation=scores,
-        peaks=gauge.report(),
-    )
+    sha256 = hash_weights(Path(built.lineage.path)) if rank.number == 0 and built.lineage.path else ""
+    return finished_result(seconds, scores, samples_per_s=scores.get("count", 0.0) / seconds, weights_sha256=sha256, peaks=memory.report())
 
 
-def find_asked(spec: TrainSpec, places: DataPaths) -> HeldOut:
-    """Nothing where the run asks for no evaluation or names no held-out file."""
-    if not spec.evaluation.enabled or places.evaluation is None:
+def read_held_out(spec: TrainSpec, paths: DataPaths) -> HeldOut:
+    """Empty if the run has no evaluation or no held-out file."""
+    if not spec.evaluation.enabled or paths.evaluation is None:
         return HeldOut(samples=(), sha256="")
-    return HeldOut(samples=load_samples(places.evaluation, places), sha256=hash_sources(places.evaluation, places.images))
+    return HeldOut(samples=load_samples(paths.evaluation, paths), sha256=hash_sources(paths.evaluation, paths.images))
 
 
-def at_base(spec: TrainSpec) -> TrainSpec:
+def spec_of_base(spec: TrainSpec) -> TrainSpec:
     return replace(spec, stage=replace(spec.stage, checkpoint=spec.evaluation.base, needs=()))
 
 
-def assess(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], asked: HeldOut, file: str) -> tuple[dict[str, float], Journal]:
-    """Of the base, whose model is gone when this returns. Raises InputRefused."""
+def answer_with_base(
+    spec: TrainSpec, rank: Rank, environ: Mapping[str, str], held_out: HeldOut, file: str
+) -> tuple[dict[str, float], Journal]:
+    """The base's scores; its model is freed when this returns. Raises InputRefused."""
     try:
-        made = open_model(spec, rank, environ)
+        built = open_model(spec, rank, environ)
     except InputRefused as error:
         raise InputRefused(f"run.evaluation.base: {str(error).replace('stage.checkpoint', spec.stage.checkpoint)}") from error
-    return answer(spec, rank, made, asked, file)
+    return answer(spec, rank, built, held_out, file)
 
 
-def answer(spec: TrainSpec, rank: Rank, made: BuiltModel, asked: HeldOut, file: str) -> tuple[dict[str, float], Journal]:
-    """The figures, and the journal, which goes when the whole stage is through."""
-    journal = open_journal(spec, file, rank.number, *find_mark(made.origin), asked.sha256)
-    place = {"rank": rank.number, "world_size": rank.world_size, "partitioned": False}
-    scores = evaluate(made.staged.model, asked.samples, made.processor, spec, rank.place, file=file, journal=journal, **place)
+def answer(spec: TrainSpec, rank: Rank, built: BuiltModel, held_out: HeldOut, file: str) -> tuple[dict[str, float], Journal]:
+    """The scores, and the journal, which is removed when the whole stage is done."""
+    journal = open_journal(spec, file, rank.number, *weights_fingerprints(built.lineage), held_out.sha256)
+    ranks = {"rank": rank.number, "world_size": rank.world_size, "partitioned": False}
+    scores = evaluate(built.staged.model, held_out.samples, built.processor, spec, rank.torch_device, file=file, journal=journal, **ranks)
     return scores, journal
 
 
-def tell_difference(spec: TrainSpec, rank: Rank, scores: dict[str, float], base: dict[str, float]) -> dict[str, float]:
-    """Puts the base's answers into samples.jsonl. On rank 0, which has both files; on the others the scores stay as they are."""
+def compare_with_base(spec: TrainSpec, rank: Rank, scores: dict[str, float], base: dict[str, float]) -> dict[str, float]:
+    """Adds the base's answers to samples.jsonl on rank 0, which has both files; on other ranks the scores do not change."""
     run, rows = Path(spec.output), []
     if rank.number == 0:
         rows = compare_rows(read_rows(run / SAMPLES_FILE), read_rows(run / BASE_FILE), spec.evaluation.metrics)

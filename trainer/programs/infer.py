@@ -1,4 +1,4 @@
-"""Answers to one question, or to those of a file: prepared ahead, in batches of like length, over all ranks, and resumable."""
+"""The stage infer: answers one question, or those of a file; in batches of similar length, prepared ahead, on all ranks, resumable."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -6,8 +6,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.checkpoint.journal import Journal, Row, find_mark, gather, open_journal, write_rows
-from trainer.contract import ANSWERS_FILE, SCHEMA, STREAM_FILE, Inference, InputRefused, RunFailed, TrainResult, TrainSpec
+from trainer.checkpoint.journal import Journal, Row, gather_rows, open_journal, weights_fingerprints, write_rows
+from trainer.contract import ANSWERS_FILE, STREAM_FILE, Inference, InputRefused, RunFailed, TrainResult, TrainSpec
 from trainer.contract.weight_files import hash_weights
 from trainer.data.batch.cache import Cache
 from trainer.data.batch.collate import Features
@@ -17,74 +17,65 @@ from trainer.data.rows.parsed_row import Turn
 from trainer.data.rows.request import Request, place_images, read_requests
 from trainer.data.rows.sample import Message
 from trainer.device.rank import Rank
+from trainer.export.derived_checkpoint import finished_result
 from trainer.generation.answerer import Answerer, Prepared, Question
 from trainer.generation.sampling import check_sampling
 from trainer.models.family import Processor
-from trainer.observe.memory import Gauge
-from trainer.train.run import BuiltModel, open_model
+from trainer.observe.memory import MemoryPeaks
+from trainer.programs.inputs import open_model
+from trainer.train.model import BuiltModel
 
 WINDOW = 16  # batches whose rows are sorted by length together
-SHOWN = 3  # rows that could not be answered, in a message
-TOLD_S = 10.0  # between two lines that say how far it is
+SHOWN = 3  # failed rows in a message
+REPORT_S = 10.0  # between two lines that report the progress
 
 Batch = tuple[int, tuple[Request, ...]]
-Ready = list[tuple[Request, Prepared | str]]  # the text says why a row cannot be answered
+PreparedBatch = list[tuple[Request, Prepared | str]]  # the text says why a row cannot be answered
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tally:
+class InferenceTotals:
     rows: int
     failed: tuple[Row, ...]
     tokens: int
 
 
-def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
-    """Write answers.jsonl, a row for each of the input in its order. Raises InputRefused before anything is answered, and RunFailed at the
-    end where rows could not be answered, which the file says of each."""
+def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
+    """Write answers.jsonl, a row for each row of the input, in its order. Raises InputRefused before anything is answered, and RunFailed at the
+    end if rows could not be answered; their errors are in the file."""
     began = time.perf_counter()
     options = require_options(spec)
-    requests = find_requests(spec, options)
-    gauge = Gauge(rank.device)
-    made = open_model(spec, rank, environ, spread=options.spread == "auto")
-    gauge.enter("evaluation")
-    tally = answer_all(spec, options, rank, made, requests)
-    if tally.failed:
-        raise RunFailed(describe_failed(tally, options, Path(spec.output) / ANSWERS_FILE))
+    requests = read_input(spec, options)
+    memory = MemoryPeaks(rank.device)
+    built = open_model(spec, rank, environ, spread=options.spread == "auto")
+    memory.enter("evaluation")
+    totals = answer_all(spec, options, rank, built, requests)
+    if totals.failed:
+        raise RunFailed(describe_failures(totals, options, Path(spec.output) / ANSWERS_FILE))
     seconds = time.perf_counter() - began
-    return TrainResult(
-        schema=SCHEMA,
-        status="finished",
-        steps=0,
-        seconds=seconds,
-        samples_per_s=tally.rows / seconds,
-        final_loss=None,
-        checkpoint="",
-        weights_sha256=hash_weights(Path(made.origin.path)) if rank.number == 0 and made.origin.path else "",
-        evaluation={"count": float(tally.rows), "new_tokens": float(tally.tokens)},
-        peaks=gauge.report(),
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------ what is asked
+    sha256 = hash_weights(Path(built.lineage.path)) if rank.number == 0 and built.lineage.path else ""
+    figures = {"count": float(totals.rows), "new_tokens": float(totals.tokens)}
+    return finished_result(seconds, figures, samples_per_s=totals.rows / seconds, weights_sha256=sha256, peaks=memory.report())
 
 
 def require_options(spec: TrainSpec) -> Inference:
     options = spec.stage.inference
     if options is None:
-        raise InputRefused("stage.inference is not set\n    choose stage=infer, and stage.inference.prompt or stage.inference.input")
+        raise InputRefused("stage.inference is not set\n    choose stage=infer, and set stage.inference.prompt or stage.inference.input")
     if bool(options.input) == bool(options.prompt):
-        said = "both are set" if options.input else "neither is set"
+        problem = "both are set" if options.input else "neither is set"
         raise InputRefused(
-            f"stage.inference.prompt and stage.inference.input: {said}\n    set prompt, and perhaps image, for one question, or input=FILE.jsonl"
+            f"stage.inference.prompt and stage.inference.input: {problem}\n    set prompt (and optionally image) for one question, or "
+            "input=FILE.jsonl"
         )
     check_sampling(options.sampling, "stage.inference.sampling")
     if options.batch < 1:
-        raise InputRefused(f"stage.inference.batch is {options.batch}: it can be 1 or more")
+        raise InputRefused(f"stage.inference.batch is {options.batch}: it must be at least 1")
     return options
 
 
-def find_requests(spec: TrainSpec, options: Inference) -> tuple[Request, ...]:
-    """Those of the file, or the one. Raises InputRefused."""
+def read_input(spec: TrainSpec, options: Inference) -> tuple[Request, ...]:
+    """The questions of the file, or the one question. Raises InputRefused."""
     if options.input:
         file = Path(options.input)
         return read_requests(file, Path(spec.data.images) if spec.data.images else file.parent)
@@ -98,45 +89,42 @@ def refuse_prompt(field: str, problem: str, fix: str) -> None:
     raise InputRefused(f"{field}: {problem}\n    {fix}")
 
 
-# --------------------------------------------------------------------------------------------------------------- the answers
-
-
-def answer_all(spec: TrainSpec, options: Inference, rank: Rank, made: BuiltModel, requests: Sequence[Request]) -> Tally:
-    """Every rank answers its batches; the rows of all are put together by the first."""
+def answer_all(spec: TrainSpec, options: Inference, rank: Rank, built: BuiltModel, requests: Sequence[Request]) -> InferenceTotals:
+    """Every rank answers its batches; the first one puts all rows together."""
     asked = hash_file(Path(options.input)) if options.input else ""
-    answerer = Answerer(made.staged.model, made.processor, spec, rank.place)
-    journal = open_journal(spec, ANSWERS_FILE, rank.number, *find_mark(made.origin), asked)
-    own = (batch for batch in cut_batches(requests, made.processor, options.batch) if batch[0] % rank.world_size == rank.number)
+    answerer = Answerer(built.staged.model, built.processor, spec, rank.torch_device)
+    journal = open_journal(spec, ANSWERS_FILE, rank.number, *weights_fingerprints(built.lineage), asked)
+    own = (batch for batch in cut_batches(requests, built.processor, options.batch) if batch[0] % rank.world_size == rank.number)
     answered = {row["row"] for rows in journal.done.values() for row in rows}
     todo = (batch for batch in own if not all(request.row in answered for request in batch[1]))
-    say = Teller(Path(spec.output) / STREAM_FILE) if options.prompt and options.stream and rank.number == 0 else None
-    progress = tell_progress(len(requests)) if rank.number == 0 and options.input else None
+    stream = AnswerStream(Path(spec.output) / STREAM_FILE) if options.prompt and options.stream and rank.number == 0 else None
+    progress = report_progress(len(requests)) if rank.number == 0 and options.input else None
     prepare = make_preparer(answerer, options, spec.seed)
     with closing(prefetch(prepare, todo, min(options.prefetch, 1), options.prefetch)) as prepared:
         for ready in prepared:
-            rows = answer_batch(answerer, ready, say)
+            rows = answer_batch(answerer, ready, stream)
             if options.prompt and "error" in rows[0]:
                 raise InputRefused(str(rows[0]["error"]))
-            keep(journal, rows)
+            record_batch(journal, rows)
             if progress is not None:
                 progress(sum(map(len, journal.done.values())))
     if options.prompt and rank.number == 0:
-        print("" if say is not None else rows_of(journal)[0]["answer"], flush=True)
+        print("" if stream is not None else rows_of(journal)[0]["answer"], flush=True)
     return finish(spec, rank, journal)
 
 
 def cut_batches(requests: Sequence[Request], processor: Processor, size: int) -> Iterator[Batch]:
-    """Numbered batches of rows of like length, the longest of a window first: the same for any number of ranks and at any start."""
+    """Numbered batches of rows of similar length, the longest of a window first: the same on any number of ranks and in every attempt."""
     number = 0
     for start in range(0, len(requests), size * WINDOW):
-        window = sorted(requests[start : start + size * WINDOW], key=lambda request: -weigh(request, processor))
+        window = sorted(requests[start : start + size * WINDOW], key=lambda request: -estimate_tokens(request, processor))
         for place in range(0, len(window), size):
             yield number, tuple(window[place : place + size])
             number += 1
 
 
-def weigh(request: Request, processor: Processor) -> int:
-    """About the tokens of a row, from the headers of its images; 0 where one cannot be read, which is told when its turn comes."""
+def estimate_tokens(request: Request, processor: Processor) -> int:
+    """Approximate tokens of a row, from the headers of its images; 0 if one cannot be read, which is reported with its answer."""
     try:
         images = sum(len(processor.span(read_size(path), place)) for place, path in enumerate(request.images))
     except InputRefused:
@@ -144,11 +132,11 @@ def weigh(request: Request, processor: Processor) -> int:
     return images + sum(len(message.content.encode()) // 4 for message in request.messages)
 
 
-def make_preparer(answerer: Answerer, options: Inference, seed: int) -> Callable[[Batch], Ready]:
-    """Makes a batch ready on the CPU. Of images that are shown again, told by their bytes, the latest are kept."""
+def make_preparer(answerer: Answerer, options: Inference, seed: int) -> Callable[[Batch], PreparedBatch]:
+    """Prepares a batch on the CPU. The pixels of the latest images are cached, keyed by a hash of the file."""
     cache = Cache(options.cache_images)
 
-    def look(path: Path) -> Features:
+    def features_of(path: Path) -> Features:
         try:
             key = hash_file(path)
         except OSError as error:
@@ -160,17 +148,17 @@ def make_preparer(answerer: Answerer, options: Inference, seed: int) -> Callable
             messages=request.messages, sampling=options.sampling, seed=seed * 2**32 + request.row, name=f"row {request.row}"
         )
         try:
-            return answerer.prepare(question, [look(path) for path in request.images])
+            return answerer.prepare(question, [features_of(path) for path in request.images])
         except InputRefused as error:
             return str(error)
 
     return lambda batch: [(request, prepare(request)) for request in batch[1]]
 
 
-def answer_batch(answerer: Answerer, ready: Ready, say: Callable[[int, str], None] | None) -> list[Row]:
+def answer_batch(answerer: Answerer, ready: PreparedBatch, stream: Callable[[int, str], None] | None) -> list[Row]:
     """A row for each, in the order of `ready`."""
     good = [one for _, one in ready if isinstance(one, Prepared)]
-    answers = iter(answerer.answer(good, on_text=say) if good else ())
+    answers = iter(answerer.answer(good, on_text=stream) if good else ())
     rows: list[Row] = []
     for request, one in ready:
         row: Row = {"row": request.row} | ({"id": request.id} if request.id is not None else {})
@@ -183,12 +171,12 @@ def answer_batch(answerer: Answerer, ready: Ready, say: Callable[[int, str], Non
     return rows
 
 
-class Teller:
-    """Says the words of an answer as they come: to who reads this rank's output, and in the run's folder, from where the launcher has them."""
+class AnswerStream:
+    """Prints an answer while it is generated, and writes it to a file of the run's folder, which the launcher reads."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        file.write_text("", encoding="utf-8")  # of an attempt that broke off
+        file.write_text("", encoding="utf-8")  # remove the text of an earlier attempt
 
     def __call__(self, _row: int, text: str) -> None:
         print(text, end="", flush=True)
@@ -196,25 +184,22 @@ class Teller:
             stream.write(text)
 
 
-def tell_progress(total: int) -> Callable[[int], None]:
-    """Says how many rows this rank has answered, now and then."""
+def report_progress(total: int) -> Callable[[int], None]:
+    """Returns a function that prints from time to time how many rows this rank has answered."""
     last = time.monotonic()
 
-    def tell(done: int) -> None:
+    def report(done: int) -> None:
         nonlocal last
-        if time.monotonic() - last >= TOLD_S:
+        if time.monotonic() - last >= REPORT_S:
             last = time.monotonic()
             print(f"answered {done} of {total} rows on this rank", flush=True)
 
-    return tell
+    return report
 
 
-# --------------------------------------------------------------------------------------------------------------- the results
-
-
-def keep(journal: Journal, rows: list[Row]) -> None:
-    """A batch with a row that failed is not written down: where the run is started again, the image may be there. It is then of another
-    length, and its batches hold other rows."""
+def record_batch(journal: Journal, rows: list[Row]) -> None:
+    """A batch with a failed row is not recorded, because its image may be there in the next attempt. The row then has another length, and the
+    batches hold other rows."""
     place = max(journal.done, default=-1) + 1
     if any("error" in row for row in rows):
         journal.done[place] = rows
@@ -226,22 +211,22 @@ def rows_of(journal: Journal) -> list[Row]:
     return [row for rows in journal.done.values() for row in rows]
 
 
-def finish(spec: TrainSpec, rank: Rank, journal: Journal) -> Tally:
-    """answers.jsonl in the order of the input: a collective."""
-    by_row = {row["row"]: row for row in gather(journal, rank.world_size)}
+def finish(spec: TrainSpec, rank: Rank, journal: Journal) -> InferenceTotals:
+    """Write answers.jsonl in the order of the input: a collective."""
+    by_row = {row["row"]: row for row in gather_rows(journal)}
     rows = [by_row[number] for number in sorted(by_row)]
     write_rows(rows, Path(spec.output) / ANSWERS_FILE, rank.number)
     wrong = tuple(row for row in rows if "error" in row)
     if not wrong:
         journal.remove()
-    return Tally(rows=len(rows), failed=wrong, tokens=sum(int(row.get("tokens", 0)) for row in rows))
+    return InferenceTotals(rows=len(rows), failed=wrong, tokens=sum(int(row.get("tokens", 0)) for row in rows))
 
 
-def describe_failed(tally: Tally, options: Inference, file: Path) -> str:
-    named = [(f"row {row['row']}: ", str(row["error"])) for row in tally.failed[:SHOWN]]
+def describe_failures(totals: InferenceTotals, options: Inference, file: Path) -> str:
+    named = [(f"row {row['row']}: ", str(row["error"])) for row in totals.failed[:SHOWN]]
     first = "\n".join(f"  {name}{error.removeprefix(name)}" for name, error in named)
-    more = f"\n  ... and {len(tally.failed) - SHOWN} more" if len(tally.failed) > SHOWN else ""
+    more = f"\n  ... and {len(totals.failed) - SHOWN} more" if len(totals.failed) > SHOWN else ""
     return (
-        f"{len(tally.failed)} of {tally.rows} rows of {options.input} could not be answered; the others are in {file}, and these have an "
-        f"error there\n{first}{more}\nMend these rows and ask them again."
+        f"{len(totals.failed)} of {totals.rows} rows of {options.input} could not be answered; the others are in {file}, and these have an "
+        f"error there\n{first}{more}\nFix these rows and run them again."
     )

@@ -1,5 +1,5 @@
-"""The stage merge: the adapter of stage.checkpoint into its base, tensor by tensor from file to file, and the proof that the result answers
-as base and adapter do. It needs the memory of the largest layer, and no accelerator."""
+"""The stage merge: merges the adapter of stage.checkpoint into its base, tensor by tensor from file to file, and checks that the result gives
+the logits of base and adapter. It needs the memory of the largest layer, and no accelerator."""
 
 import math
 import time
@@ -10,52 +10,49 @@ from pathlib import Path
 import torch
 
 from trainer.checkpoint.adapter import Adapter, merge_tensor, read_adapter
-from trainer.checkpoint.build import weights_folder
-from trainer.checkpoint.lineage import find_origin
-from trainer.contract import InputRefused, Merging, Origin, RunFailed, TrainResult, TrainSpec
+from trainer.contract import InputRefused, Merging, RunFailed, TrainResult, TrainSpec, WeightsLineage
 from trainer.device.rank import Rank
-from trainer.export.derived_checkpoint import Product, make_product, require_plain
-from trainer.export.probe import compare, compute_logits, make_probes, open_hollow
+from trainer.export.derived_checkpoint import DerivedCheckpoint, write_derived_checkpoint
+from trainer.export.probe import compare, compute_logits, make_probes, open_on_meta
 from trainer.models import find_family
-from trainer.observe.memory import Gauge
+from trainer.observe.memory import MemoryPeaks
+from trainer.programs.inputs import open_weights
 from trainer.tensor.naming import name_in_memory
-from trainer.tensor.stream import Outgoing, TensorSource, copy_tensor, open_tensors
-from trainer.train.run import describe_place
+from trainer.tensor.stream import TensorSource, TensorToWrite, copy_tensor, open_tensors
 
 
-def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
-    """Raises InputRefused for an adapter that does not fit its base or is of a kind that cannot be merged, RunFailed where the result
-    answers otherwise than base and adapter by more than the bound."""
-    began, gauge = time.perf_counter(), Gauge(rank.device)
-    origin = find_origin(spec, weights_folder(spec))
-    base, folder = require_plain(spec, origin, adapter=True), Path(origin.path)
-    describe_place(spec, rank, origin, environ)
-    gauge.enter("saving")
-    sources, hollow = open_tensors(base), open_hollow(base, spec)
-    adapter = read_adapter(folder, hollow)
-    tensors = merge_tensors(sources, adapter, name_in_memory(hollow, sources), base)
+def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
+    """Raises InputRefused for an adapter that does not fit its base or cannot be merged, RunFailed if the logits of the result differ by more
+    than the bound."""
+    began, memory = time.perf_counter(), MemoryPeaks(rank.device)
+    lineage, base = open_weights(spec, rank, environ, adapter=True)
+    folder = Path(lineage.path)
+    memory.enter("saving")
+    sources, meta_model = open_tensors(base), open_on_meta(base, spec)
+    adapter = read_adapter(folder, meta_model)
+    tensors = merge_tensors(sources, adapter, name_in_memory(meta_model, sources), base)
     print(f"{len(adapter.changed)} of {len(tensors)} tensors change: {len(adapter.additions)} by the adapter, {len(adapter.whole)} whole")
 
-    def finish(aside: Path) -> dict[str, float]:
-        gauge.enter("evaluation")
-        return judge(spec, rank, origin, aside, bound_of(merging_of(spec), sources, adapter))
+    def finish(partial_folder: Path) -> dict[str, float]:
+        memory.enter("evaluation")
+        return check_logits(spec, rank, lineage, partial_folder, logit_bound(merging_of(spec), sources, adapter))
 
-    product = Product(tensors=tensors, folders=(base, folder), shard_bytes=merging_of(spec).shard_bytes, finish=finish)
-    result = make_product(product, spec, origin)
-    return replace(result, seconds=time.perf_counter() - began, peaks=gauge.report())
+    derived = DerivedCheckpoint(tensors=tensors, folders=(base, folder), shard_bytes=merging_of(spec).shard_bytes, finish=finish)
+    result = write_derived_checkpoint(derived, spec, lineage)
+    return replace(result, seconds=time.perf_counter() - began, peaks=memory.report())
 
 
 def merging_of(spec: TrainSpec) -> Merging:
     return spec.stage.merging or Merging()
 
 
-def merge_tensors(sources: Mapping[str, TensorSource], adapter: Adapter, memory: Mapping[str, str], base: Path) -> list[Outgoing]:
-    """Raises InputRefused where the adapter changes what the files of the base hold in no tensor of its own."""
+def merge_tensors(sources: Mapping[str, TensorSource], adapter: Adapter, memory: Mapping[str, str], base: Path) -> list[TensorToWrite]:
+    """Raises InputRefused if the base's files hold a changed tensor in another form."""
     lost = sorted(adapter.changed - set(memory.values()))
     if lost:
         raise InputRefused(
-            f"the adapter changes {', '.join(lost[:5])}, which the files of {base} have in another form: it cannot be merged file by file. "
-            "Save the base once more with this version of transformers (stage=convert does), and merge into that."
+            f"the adapter changes {', '.join(lost[:5])}, which the files of {base} hold in another form, so it cannot be merged file by file. "
+            "Save the base with this version of transformers (stage=convert does), and merge into that."
         )
     changed = adapter.changed
     return [
@@ -64,35 +61,32 @@ def merge_tensors(sources: Mapping[str, TensorSource], adapter: Adapter, memory:
     ]
 
 
-# ----------------------------------------------------------------------------------------------------------------- checking
-
-
-def bound_of(merging: Merging, sources: Mapping[str, TensorSource], adapter: Adapter) -> float:
-    """The most by which logits may differ, relative to the largest. The sums of float32 weights differ in their last bits alone, which is
-    merging.tolerance. In 16 bits each merged weight is rounded, by at most u relative to itself (Higham, Accuracy and Stability of
-    Numerical Algorithms, 2.2): bfloat16 2^-8, float16 2^-11. One layer's output is then off by u at most, relative to its own size, and
-    the n layers' roundings know nothing of each other, so that their sum grows as the square root of n: u * sqrt(n) comes on top."""
+def logit_bound(merging: Merging, sources: Mapping[str, TensorSource], adapter: Adapter) -> float:
+    """The allowed difference of logits, relative to the largest. Sums of float32 weights differ in their last bits only: merging.tolerance. In 16
+    bits each merged weight is rounded, by at most u relative to itself (Higham, Accuracy and Stability of Numerical Algorithms, 2.2): bfloat16
+    2^-8, float16 2^-11. One layer's output is then off by at most u, relative to its size; the rounding errors of the n layers are independent,
+    so their sum grows as the square root of n: u * sqrt(n) is added."""
     dtypes = {source.dtype for source in sources.values() if source.dtype.is_floating_point}
     unit = max((torch.finfo(dtype).eps / 2 for dtype in dtypes if dtype.itemsize < torch.float32.itemsize), default=0.0)
     return merging.tolerance + unit * math.sqrt(len(adapter.changed))
 
 
-def judge(spec: TrainSpec, rank: Rank, origin: Origin, aside: Path, bound: float) -> dict[str, float]:
+def check_logits(spec: TrainSpec, rank: Rank, lineage: WeightsLineage, partial_folder: Path, bound: float) -> dict[str, float]:
     """The figures of the result. Raises RunFailed above the bound."""
     count = merging_of(spec).probes
     if not count:
         return {}
-    batch = make_probes(spec, find_family(spec.model.family).load_processor(aside, spec.model), count)
-    apart = compute_logits(Path(origin.base), spec, batch, rank.place, adapter=Path(origin.path))
-    found = compare(apart, compute_logits(aside, spec, batch, rank.place), count)
+    batch = make_probes(spec, find_family(spec.model.family).load_processor(partial_folder, spec.model), count)
+    apart = compute_logits(Path(lineage.base), spec, batch, rank.torch_device, adapter=Path(lineage.path))
+    found = compare(apart, compute_logits(partial_folder, spec, batch, rank.torch_device), count)
     print(
         f"logits of base and adapter against merged, {found.probes} probes, {found.values:,} values: largest difference "
-        f"{found.relative:.2e} of the largest logit, bound {bound:.2e}; the same first choice at {found.agreement:.1%} of the places"
+        f"{found.relative:.2e} of the largest logit, bound {bound:.2e}; the same top token at {found.agreement:.1%} of the positions"
     )
     if not found.relative <= bound:
         raise RunFailed(
-            f"stage merge: the merged weights answer otherwise than base and adapter: logits differ by {found.relative:.2e} of the largest, "
-            f"{bound:.2e} is the bound. Nothing of it is left. A weight that overflows in the base's type does that: convert the base to "
+            f"stage merge: the logits of the merged weights differ from those of base and adapter by {found.relative:.2e} of the largest, more than "
+            f"the bound {bound:.2e}. The result was removed. A weight that overflows in the base's dtype causes this: convert the base to "
             "float32 with stage=convert stage.conversion.dtype=float32, or set stage.merging.tolerance to what you accept."
         )
     return {"logit_error": found.relative, "logit_bound": bound, "logit_agreement": found.agreement, "probes": float(count)}

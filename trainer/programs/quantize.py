@@ -1,5 +1,5 @@
-"""The stage quantize: the decoder's linear layers in fewer bits, vision tower, projector and head as they are; with a report of what it
-costs, by the weights, by the logits and by the answers."""
+"""The stage quantize: the decoder's linear layers in fewer bits; vision tower, projector and head are not changed. Reports the error of the
+weights, of the logits and of the answers."""
 
 import json
 import re
@@ -12,60 +12,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.build import weights_folder
-from trainer.checkpoint.lineage import find_origin
 from trainer.contract import SAMPLES_FILE, InputRefused, Quantization, TrainResult, TrainSpec, write_text
 from trainer.device.dtype import loading_dtype
 from trainer.device.rank import Rank
 from trainer.evaluation.evaluate import evaluate
 from trainer.export.calibration import measure_inputs
-from trainer.export.derived_checkpoint import Product, make_product, require_plain
-from trainer.export.nf4 import make_nf4
-from trainer.export.probe import open_hollow
+from trainer.export.derived_checkpoint import DerivedCheckpoint, write_derived_checkpoint
+from trainer.export.nf4 import write_nf4_checkpoint
+from trainer.export.probe import open_on_meta
 from trainer.models import find_family
-from trainer.observe.memory import Gauge
-from trainer.programs.convert import probe
-from trainer.tensor.int8 import Coarse, describe_format, quantize_tensor, scale_rows
+from trainer.observe.memory import MemoryPeaks
+from trainer.programs.convert import compare_logits
+from trainer.programs.inputs import load_samples, open_weights, prepare_data
+from trainer.tensor.int8 import QuantizationLoss, describe_format, quantize_tensor, scale_rows
 from trainer.tensor.naming import Names, find_tied, name_in_memory
-from trainer.tensor.stream import Outgoing, TensorSource, copy_tensor, open_tensors
-from trainer.train.run import describe_place, find_places, load_samples
+from trainer.tensor.stream import TensorSource, TensorToWrite, copy_tensor, open_tensors
 
 REPORT_FILE = "quantization.json"
-SAMPLES_BEFORE_FILE = "samples_before.jsonl"  # answers of the weights that it was made of; samples.jsonl has those of the result
+SAMPLES_BEFORE_FILE = "samples_before.jsonl"  # answers of the source weights; those of the result are in samples.jsonl
 
 
-def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
-    """Raises InputRefused for a checkpoint without a layer to quantize, and for nf4 on a device that has it not."""
-    began, gauge = time.perf_counter(), Gauge(rank.device)
+def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
+    """Raises InputRefused for a checkpoint without a layer to quantize, and for nf4 on a device that does not support it."""
+    began, memory = time.perf_counter(), MemoryPeaks(rank.device)
     wanted = spec.stage.quantization or Quantization()
-    origin = find_origin(spec, weights_folder(spec))
-    folder = require_plain(spec, origin, adapter=False)
-    describe_place(spec, rank, origin, environ)
-    sources, hollow = open_tensors(folder), open_hollow(folder, spec)
-    names = name_in_memory(hollow, sources)
-    chosen = choose_weights(hollow, spec, names, sources)
+    lineage, folder = open_weights(spec, rank, environ)
+    sources, meta_model = open_tensors(folder), open_on_meta(folder, spec)
+    names = name_in_memory(meta_model, sources)
+    chosen = choose_weights(meta_model, spec, names, sources)
     if wanted.scheme == "nf4":
-        return make_nf4(spec, rank, origin, folder, hollow, frozenset(names[name] for name in chosen))
+        return write_nf4_checkpoint(spec, rank, lineage, folder, meta_model, frozenset(names[name] for name in chosen))
     power = measure_inputs(spec, rank, folder, calibration_samples(spec, wanted), frozenset(names[name] for name in chosen))
     scales = {name: scale_rows(sources[name], power.get(names[name])) for name in chosen}
     tensors = quantize_tensors(sources, {name: made for name, (made, _) in scales.items()})
-    gauge.enter("saving")
+    memory.enter("saving")
 
-    def finish(aside: Path) -> dict[str, float]:
-        write_config(aside / "config.json", describe_format(name_ignored(hollow, names, chosen)))
-        figures = weigh(sources, tensors)
-        gauge.enter("evaluation")
-        figures |= probe(spec, rank, folder, aside, wanted.probes)
-        figures |= compare_answers(spec, rank, folder, aside) if wanted.compare else {}
+    def finish(partial_folder: Path) -> dict[str, float]:
+        write_config(partial_folder / "config.json", describe_format(name_ignored(meta_model, names, chosen)))
+        figures = report_size(sources, tensors)
+        memory.enter("evaluation")
+        figures |= compare_logits(spec, rank, folder, partial_folder, wanted.probes)
+        figures |= compare_answers(spec, rank, folder, partial_folder) if wanted.compare else {}
         write_report(spec, wanted, {name: coarse for name, (_, coarse) in scales.items()}, sources, figures)
         return figures
 
-    product = Product(tensors=tensors, folders=(folder,), shard_bytes=wanted.shard_bytes, finish=finish)
-    result = make_product(product, spec, origin)
-    return replace(result, seconds=time.perf_counter() - began, peaks=gauge.report())
-
-
-# ---------------------------------------------------------------------------------------------------------------- choosing
+    derived = DerivedCheckpoint(tensors=tensors, folders=(folder,), shard_bytes=wanted.shard_bytes, finish=finish)
+    result = write_derived_checkpoint(derived, spec, lineage)
+    return replace(result, seconds=time.perf_counter() - began, peaks=memory.report())
 
 
 def choose_weights(model: torch.nn.Module, spec: TrainSpec, names: Names, sources: Mapping[str, TensorSource]) -> tuple[str, ...]:
@@ -89,7 +82,7 @@ def choose_weights(model: torch.nn.Module, spec: TrainSpec, names: Names, source
 
 
 def name_ignored(model: torch.nn.Module, names: Names, chosen: Sequence[str]) -> list[str]:
-    """Linear layers that stay, as regexes over module names: in memory, by which transformers goes, and in the files, by which vLLM goes."""
+    """Linear layers that are not quantized, as regexes over module names: in memory for transformers, and in the files for vLLM."""
     memory = {names[name].removesuffix(".weight") for name in chosen}
     others = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)} - memory
     files = {name.removesuffix(".weight") for name in chosen}
@@ -100,7 +93,7 @@ def name_ignored(model: torch.nn.Module, names: Names, chosen: Sequence[str]) ->
 
 
 def outermost(kept: set[str], chosen: set[str]) -> set[str]:
-    """The shortest beginnings, whole parts between dots, under which all of `kept` and none of `chosen` lie."""
+    """The shortest prefixes, whole parts between dots, that cover all of `kept` and none of `chosen`."""
     taken = {".".join(parts[:depth]) for parts in (name.split(".") for name in chosen) for depth in range(1, len(parts) + 1)}
 
     def cut(name: str) -> str:
@@ -111,8 +104,8 @@ def outermost(kept: set[str], chosen: set[str]) -> set[str]:
     return {cut(name) for name in kept}
 
 
-def quantize_tensors(sources: Mapping[str, TensorSource], scales: Mapping[str, Tensor]) -> list[Outgoing]:
-    tensors: list[Outgoing] = []
+def quantize_tensors(sources: Mapping[str, TensorSource], scales: Mapping[str, Tensor]) -> list[TensorToWrite]:
+    tensors: list[TensorToWrite] = []
     for name, source in sources.items():
         tensors += quantize_tensor(name, source, scales[name]) if name in scales else [copy_tensor(name, source)]
     return tensors
@@ -122,37 +115,34 @@ def calibration_samples(spec: TrainSpec, wanted: Quantization) -> tuple:
     """Evenly spread over the training rows."""
     if not wanted.calibration:
         return ()
-    places = find_places(spec)
-    samples = load_samples(places.train, places)
+    paths = prepare_data(spec)
+    samples = load_samples(paths.train, paths)
     step = max(1, len(samples) // wanted.calibration)
     return samples[::step][: wanted.calibration]
 
 
-# ----------------------------------------------------------------------------------------------------------------- telling
-
-
-def weigh(sources: Mapping[str, TensorSource], tensors: Sequence[Outgoing]) -> dict[str, float]:
-    """Bytes of all weights, and how they are to those of the source and to 16 bits a value."""
+def report_size(sources: Mapping[str, TensorSource], tensors: Sequence[TensorToWrite]) -> dict[str, float]:
+    """Bytes of all weights, their ratio to those of the source, and to 16 bits per value."""
     before = sum(torch.Size(source.shape).numel() * source.dtype.itemsize for source in sources.values())
     after, halves = sum(tensor.nbytes for tensor in tensors), sum(2 * torch.Size(source.shape).numel() for source in sources.values())
     print(
-        f"weights: {after / 2**30:.3f} GiB in place of {before / 2**30:.3f}: {after / before:.3f}, and {after / halves:.3f} of 16 bits each"
+        f"weights: {after / 2**30:.3f} GiB, before {before / 2**30:.3f}: {after / before:.3f} of it, and {after / halves:.3f} of 16 bits each"
     )
     return {"bytes": float(after), "bytes_before": float(before), "size_ratio": after / before, "size_of_16_bits": after / halves}
 
 
 def compare_answers(spec: TrainSpec, rank: Rank, before: Path, after: Path) -> dict[str, float]:
-    """The evaluation of the run, of both; {} without held-out rows."""
-    places = find_places(spec)
-    held_out = load_samples(places.evaluation, places) if spec.evaluation.enabled else ()
+    """The run's evaluation of both; {} without held-out rows."""
+    paths = prepare_data(spec)
+    held_out = load_samples(paths.evaluation, paths) if spec.evaluation.enabled else ()
     if not held_out:
         return {}
     found = {}
     for folder, file in ((before, SAMPLES_BEFORE_FILE), (after, SAMPLES_FILE)):
         family = find_family(spec.model.family)
-        model = family.load(folder, spec.model, loading_dtype(spec.precision)).to(rank.place)
-        place = {"rank": rank.number, "world_size": rank.world_size, "partitioned": False}
-        found[folder] = evaluate(model, held_out, family.load_processor(folder, spec.model), spec, rank.place, file=file, **place)
+        model = family.load(folder, spec.model, loading_dtype(spec.precision)).to(rank.torch_device)
+        ranks = {"rank": rank.number, "world_size": rank.world_size, "partitioned": False}
+        found[folder] = evaluate(model, held_out, family.load_processor(folder, spec.model), spec, rank.torch_device, file=file, **ranks)
     scores = {**found[after], **{f"{name}_before": value for name, value in found[before].items() if name != "count"}}
     print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     return scores
@@ -163,12 +153,14 @@ def write_config(file: Path, how: Mapping[str, Any]) -> None:
     write_text(json.dumps({**config, "quantization_config": how}, indent=2, ensure_ascii=False) + "\n", file)
 
 
-def write_report(spec: TrainSpec, wanted: Quantization, found: Mapping[str, Coarse], sources: Mapping[str, TensorSource], figures: dict) -> None:
+def write_report(
+    spec: TrainSpec, wanted: Quantization, found: Mapping[str, QuantizationLoss], sources: Mapping[str, TensorSource], figures: dict
+) -> None:
     kept = sorted(name for name in sources if name not in found)
     tensors = [{"name": name, **asdict(coarse)} for name, coarse in found.items()]
     content = {"scheme": wanted.scheme, "calibration": wanted.calibration, "figures": figures, "tensors": tensors, "kept": kept}
     write_text(json.dumps(content, indent=2) + "\n", Path(spec.output) / REPORT_FILE)
     worst = sorted(found.items(), key=lambda item: -item[1].error)[:3]
-    print(f"{len(found)} weights in 8 bits, {len(kept)} tensors as they were; the coarsest:")
+    print(f"{len(found)} int8 weights, {len(kept)} tensors not changed; the largest errors:")
     for name, coarse in worst:
         print(f"  {name}: off by {coarse.error:.2e} of its norm")

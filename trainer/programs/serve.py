@@ -1,4 +1,4 @@
-"""The stage serve: one model behind HTTP until somebody asks it to stop."""
+"""The stage serve: one model behind HTTP until it is asked to stop."""
 
 import time
 from collections.abc import Mapping
@@ -9,9 +9,11 @@ import torch
 
 from trainer.contract import SCHEMA, SERVING_FILE, InputRefused, RunFailed, Serving, ServingReport, TrainResult, TrainSpec, write
 from trainer.device.rank import Rank
+from trainer.export.derived_checkpoint import finished_result
 from trainer.generation.answerer import Answerer
 from trainer.generation.sampling import check_sampling
-from trainer.observe.memory import Gauge
+from trainer.observe.memory import MemoryPeaks
+from trainer.programs.inputs import open_model
 from trainer.serving.app import COMPLETIONS, make_app
 from trainer.serving.body import BODY_TIMEOUT_S
 from trainer.serving.chat import LATE_S, Chat
@@ -23,11 +25,10 @@ from trainer.serving.metric import OUTCOMES, Meters, make_meters
 from trainer.serving.queue import Queue
 from trainer.serving.worker import work
 from trainer.train.loop import stop_on_signals
-from trainer.train.run import open_model
 
-LAST_BYTES_S = 2.0  # for what was answered to get out
+LAST_BYTES_S = 2.0  # for the last responses to be sent
 SETTLE_S = 0.02
-# torchrun passes SIGTERM on and kills its ranks 30 s later (torch 2.7 to 2.13), ten of which this one may need to end.
+# torchrun passes SIGTERM on and kills its ranks 30 s later (torch 2.7 to 2.13); this process may need ten seconds to end.
 TORCHRUN_DRAIN_S = 20.0
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
 LEAST = {
@@ -37,14 +38,14 @@ LEAST = {
 }
 
 
-def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
-    """Until SIGTERM or SIGINT, and then until all that was taken is answered. Raises InputRefused before the model is loaded, RunFailed
-    when the device or the listener is lost."""
+def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
+    """Serves until SIGTERM or SIGINT, and then until all accepted requests are answered. Raises InputRefused before the model is loaded,
+    RunFailed if the device or the listener fails."""
     serving = serving_of(spec, environ)
     hosts = read_hosts(serving.hosts)
     door = open_door(serving, environ)
     (Path(spec.output) / SERVING_FILE).unlink(missing_ok=True)  # of an earlier attempt
-    began, gauge = time.perf_counter(), Gauge(rank.device)
+    began, memory = time.perf_counter(), MemoryPeaks(rank.device)
     with stop_on_signals() as stop:
         queue = Queue(most_batch=serving.max_batch, wait_s=serving.wait_ms / 1000)
         gate = Gate(lambda: stop.up, serving.drain_timeout_s)
@@ -53,8 +54,8 @@ def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainR
         chat = Chat(serving, serving.model_name or spec.model.name, queue, meters, fetcher)
         app = make_app(chat, gate, meters, door, began=int(time.time()))
         with listening(app, door.listener, serving.request_timeout_s + LATE_S + BODY_TIMEOUT_S) as listener:
-            made = open_model(spec, rank, environ, spread=serving.spread == "auto")
-            chat.answerer = Answerer(made.staged.model, made.processor, spec, rank.place)
+            built = open_model(spec, rank, environ, spread=serving.spread == "auto")
+            chat.answerer = Answerer(built.staged.model, built.processor, spec, rank.torch_device)
             gate.ready = True
             announce(spec, serving, door, chat.name)
             try:
@@ -64,31 +65,31 @@ def carry_out(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainR
             await_last(gate)
     chat.pool.shutdown(wait=False, cancel_futures=True)
     seconds = time.perf_counter() - began
-    return summarise(meters, seconds, gauge)
+    return summarise(meters, seconds, memory)
 
 
 def serving_of(spec: TrainSpec, environ: Mapping[str, str]) -> Serving:
-    """Raises InputRefused for numbers with which no request could be answered."""
+    """Raises InputRefused for values with which no request could be answered."""
     serving = spec.stage.serving
     if serving is None:
-        raise InputRefused("stage.serving is not set\n    choose stage=serve, which has it")
+        raise InputRefused("stage.serving is not set\n    choose stage=serve, which sets it")
     for name, least in LEAST.items():
         if getattr(serving, name) < least:
-            raise InputRefused(f"stage.serving.{name} is {getattr(serving, name):g}: it can be {least:g} or more")
+            raise InputRefused(f"stage.serving.{name} is {getattr(serving, name):g}: it must be at least {least:g}")
     try:
         check_sampling(serving.sampling)
     except InputRefused as error:
         raise InputRefused(f"stage.serving.{error}") from None
     if UNDER_TORCHRUN in environ and serving.drain_timeout_s > TORCHRUN_DRAIN_S:
         print(
-            f"stage.serving.drain_timeout_s={serving.drain_timeout_s:g} is cut to {TORCHRUN_DRAIN_S:g}: torchrun kills 30 s after SIGTERM"
+            f"stage.serving.drain_timeout_s={serving.drain_timeout_s:g} is reduced to {TORCHRUN_DRAIN_S:g}: torchrun kills 30 s after SIGTERM"
         )
         return replace(serving, drain_timeout_s=TORCHRUN_DRAIN_S)
     return serving
 
 
 def announce(spec: TrainSpec, serving: Serving, door: Door, name: str) -> None:
-    """To whoever reads this rank's output, and in the run's folder."""
+    """Print the address, and write it to the run's folder."""
     token = f' -H "Authorization: Bearer ${serving.token}"' if door.token else ""
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     example = f"curl {door.url}{COMPLETIONS} -H 'Content-Type: application/json'{token} -d '{body}'"
@@ -100,9 +101,9 @@ def announce(spec: TrainSpec, serving: Serving, door: Door, name: str) -> None:
 def check(listener: Listener, rank: Rank) -> None:
     listener.check()
     try:
-        torch.ones(1, device=rank.place).add_(1).item()
+        torch.ones(1, device=rank.torch_device).add_(1).item()
     except RuntimeError as error:
-        raise RunFailed(f"the device {rank.place} does not compute any more ({error}). Look at it, then start the run again.") from error
+        raise RunFailed(f"the device {rank.torch_device} stopped working ({error}). Check it, then start the run again.") from error
 
 
 def await_last(gate: Gate) -> None:
@@ -111,19 +112,8 @@ def await_last(gate: Gate) -> None:
         time.sleep(SETTLE_S)
 
 
-def summarise(meters: Meters, seconds: float, gauge: Gauge) -> TrainResult:
+def summarise(meters: Meters, seconds: float, memory: MemoryPeaks) -> TrainResult:
     counts = {outcome: meters.count(outcome) for outcome in OUTCOMES}
-    said = ", ".join(f"{int(count)} {outcome.replace('_', ' ')}" for outcome, count in counts.items())
-    print(f"stopped after {seconds:.0f} s: {said}", flush=True)
-    return TrainResult(
-        schema=SCHEMA,
-        status="finished",
-        steps=0,
-        seconds=seconds,
-        samples_per_s=counts["answered"] / seconds,
-        final_loss=None,
-        checkpoint="",
-        weights_sha256="",
-        evaluation=counts,
-        peaks=gauge.report(),
-    )
+    summary = ", ".join(f"{int(count)} {outcome.replace('_', ' ')}" for outcome, count in counts.items())
+    print(f"stopped after {seconds:.0f} s: {summary}", flush=True)
+    return finished_result(seconds, counts, samples_per_s=counts["answered"] / seconds, peaks=memory.report())

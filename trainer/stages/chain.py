@@ -1,14 +1,14 @@
-"""What a chain of stages has trained, group by group."""
+"""Which parameter groups a chain of stages has trained."""
 
-from trainer.contract import Origin, StageSpec
-
-
-def groups_before(origin: Origin, stage: StageSpec) -> tuple[str, ...]:
-    """Groups that are trained when the stage begins: what came before, without what begins anew."""
-    return tuple(group for group in origin.trained if group not in stage.reset)
+from trainer.contract import StageSpec, WeightsLineage
 
 
-def groups_trained(origin: Origin, stage: StageSpec) -> tuple[str, ...]:
-    """The same when it is through."""
+def groups_before(lineage: WeightsLineage, stage: StageSpec) -> tuple[str, ...]:
+    """Groups that are trained when the stage begins: those of earlier stages, without those that are reset."""
+    return tuple(group for group in lineage.trained if group not in stage.reset)
+
+
+def groups_trained(lineage: WeightsLineage, stage: StageSpec) -> tuple[str, ...]:
+    """Groups that are trained when the stage ends."""
     lm = ("lm",) if stage.lora is not None else ()
-    return tuple(dict.fromkeys((*groups_before(origin, stage), *stage.trainable, *lm)))
+    return tuple(dict.fromkeys((*groups_before(lineage, stage), *stage.trainable, *lm)))

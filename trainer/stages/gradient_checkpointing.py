@@ -1,4 +1,4 @@
-"""Gradient checkpointing, of some layers or all: what they compute is dropped after the forward pass and made again in the backward pass
+"""Gradient checkpointing of some or all layers: their activations are freed after the forward pass and recomputed in the backward pass
 (Chen et al., arXiv 1604.06174)."""
 
 import re
@@ -11,16 +11,16 @@ from trainer.stages.module import drop_input_gradients
 
 
 def checkpoint_layers(model: torch.nn.Module, spec: TrainSpec) -> tuple[str, ...]:
-    """Have every `checkpoint_every`th layer of each of `checkpoint_groups` computed twice; no groups = all that have layers. Returns the
-    names of those layers. Raises InputRefused for a group without layers."""
+    """Enable gradient checkpointing in every `checkpoint_every`th layer of each of `checkpoint_groups`; no groups = all that have layers.
+    Returns the names of those layers. Raises InputRefused for a group without layers."""
     groups = {name: group for name, module in model.named_modules() if (group := find_group(name, module, spec)) is not None}
     wanted = spec.checkpoint_groups or tuple(dict.fromkeys(groups.values()))
     if missing := [group for group in wanted if group not in groups.values()]:
         raise InputRefused(
-            f"strategy.checkpoint_groups: {', '.join(missing)} has no layers that can be computed twice; "
+            f"strategy.checkpoint_groups: {', '.join(missing)} has no layers for gradient checkpointing; "
             f"{' and '.join(dict.fromkeys(groups.values()))} have."
         )
-    # The other kind drops gradients behind frozen inputs.
+    # Reentrant checkpointing drops the gradients of layers whose inputs are frozen.
     model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     drop_input_gradients(model)
     chosen = {
@@ -35,7 +35,7 @@ def checkpoint_layers(model: torch.nn.Module, spec: TrainSpec) -> tuple[str, ...
 
 
 def find_group(name: str, module: torch.nn.Module, spec: TrainSpec) -> str | None:
-    """The group of model.groups that a layer's parameters are in; None for what is no layer."""
+    """The group of model.groups that a layer's parameters are in; None if the module is not a layer."""
     if not isinstance(module, GradientCheckpointingLayer):
         return None
     parameter = next((f"{name}.{own}" for own, _ in module.named_parameters()), name)

@@ -1,4 +1,4 @@
-"""A stage as a table of parameter groups: which of them get gradients, and how many parameters that is."""
+"""A stage as a table of parameter groups: which of them are trained, and how many parameters they have."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +15,7 @@ Names = Mapping[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Counts of parameters. `unused`: in a trainable group, but no gradient ever reaches them; they stay frozen."""
+    """Numbers of parameters. `unused`: in a trainable group, but without an effect on the output; they stay frozen."""
 
     name: str
     parameters: int
@@ -25,8 +25,8 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Staged:
-    """`model` is wrapped by peft when the stage has LoRA; the groups are those of model.groups, and `lora`. `rates`: trained parameter of
-    `model` -> its learning rate over that of the schedule, for those of optimizer.group_lr; 1 for all others."""
+    """`model`: wrapped by peft if the stage has LoRA. `groups`: those of model.groups, and `lora`. `rates`: trained parameter of `model` ->
+    its learning rate over that of the schedule, for groups in optimizer.group_lr; 1 for all others."""
 
     model: torch.nn.Module
     groups: tuple[Group, ...]
@@ -34,10 +34,10 @@ class Staged:
 
 
 def apply_stage(model: torch.nn.Module, spec: TrainSpec, unused: frozenset[str]) -> Staged:
-    """Mark what this stage trains, through the parameters themselves: `requires_grad` on a module is an attribute nobody reads.
+    """Mark what this stage trains, with `requires_grad` of the parameters: that of a module has no effect.
 
-    `unused`: Family.unused. Raises InputRefused for groups that do not cut the parameters into disjoint parts, and for a
-    stage that trains nothing.
+    `unused`: Family.unused. Raises InputRefused if the groups do not divide the parameters into disjoint parts, and for a stage that trains
+    nothing.
     """
     names = assign_groups(spec.model.groups, [name for name, _ in model.named_parameters()])
     missing = sorted(set(spec.stage.trainable) - set(spec.model.groups))
@@ -62,12 +62,12 @@ def apply_stage(model: torch.nn.Module, spec: TrainSpec, unused: frozenset[str])
         adapters = sum(parameter.numel() for name, parameter in model.named_parameters() if ADAPTER in name)
         groups = (*groups, Group(name="lora", parameters=adapters, trainable=adapters))
     if spec.stage.kind == "train" and not any(group.trainable for group in groups):
-        raise InputRefused(f"stage {spec.stage.name} trains no parameter. stage.trainable takes {', '.join(spec.model.groups)}.")
+        raise InputRefused(f"stage {spec.stage.name} trains no parameter. Set stage.trainable to some of {', '.join(spec.model.groups)}.")
     return Staged(model=model, groups=groups, rates=find_rates(model, spec, names))
 
 
 def is_trained(name: str, wanted: set[str], *, lora: bool) -> bool:
-    """Under peft a module that is trained whole is a copy beside the frozen original: only the copy learns."""
+    """Under peft a module that is trained whole is a copy beside the frozen original: only the copy is trained."""
     if not lora:
         return name in wanted
     return ADAPTER in name or (base_name(name) in wanted and ".original_module." not in name)
@@ -80,8 +80,8 @@ def count(sizes: Mapping[str, int], names: Iterable[str]) -> int:
 def assign_groups(groups: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
     """Parameter name -> group. A regex matches from the beginning of a name.
 
-    Raises InputRefused, naming all of them, for parameters in no group or in two and for a regex that matches nothing. A head
-    that is tied to the embeddings has no parameter of its own, so that `head` alone may be empty.
+    Raises InputRefused, naming all of them, for parameters in no group or in two, and for a regex that matches nothing. A head that is tied
+    to the embeddings has no parameter of its own, so only `head` may be empty.
     """
     names = list(names)
     patterns = {group: re.compile(regex) for group, regex in groups.items()}
@@ -99,5 +99,5 @@ def assign_groups(groups: Mapping[str, str], names: Iterable[str]) -> dict[str, 
 def trainable_table(groups: Iterable[Group], write: Callable[[str], None]) -> None:
     write(f"{'group':<12}{'parameters':>16}{'trainable':>16}")
     for group in groups:
-        note = f"  {group.unused:,} lie behind the features that are used and stay frozen" if group.unused else ""
+        note = f"  {group.unused:,} do not affect the output and stay frozen" if group.unused else ""
         write(f"{group.name:<12}{group.parameters:>16,}{group.trainable:>16,}{note}")

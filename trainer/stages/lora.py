@@ -1,7 +1,7 @@
 """LoRA inside the language model (Hu et al., arXiv 2106.09685), by peft.
 
-The targets are given to peft as one regex over module names: a bare list of layer names would also hit the vision tower. With
-`base: nf4` the language model's linear layers are quantised first, and the adapters learn on top of them.
+The targets are given to peft as one regex over module names: a list of layer names would also match the vision tower. With `base: nf4` the
+language model's linear layers are quantized first, and the adapters are trained on top of them.
 """
 
 import re
@@ -10,25 +10,25 @@ from pathlib import Path
 import torch
 
 from trainer.contract import InputRefused, Lora, ModelSpec
-from trainer.stages.module import cut_modules, drop_input_gradients
-from trainer.stages.nf4_linears import quantise_linears
+from trainer.stages.module import drop_input_gradients, find_whole_modules
+from trainer.stages.nf4_linears import quantize_linears
 
-REGEX = "re:"  # begins a target that is a regex
+REGEX = "re:"  # prefix of a target that is a regex
 SHOWN_LINES = 2
-ADAPTER = ".lora_"  # in the names of the parameters that peft adds
+ADAPTER = ".lora_"  # part of the names of parameters that peft adds
 WRAPPER = re.compile(r"^base_model\.model\.|\.base_layer(?=\.)|\.(?:modules_to_save\.default|original_module)(?=\.)")
 
 
 def add_lora(model: torch.nn.Module, lora: Lora, spec: ModelSpec, whole: set[str]) -> torch.nn.Module:
-    """Wrap the model. `whole`: names of parameters that train besides; their modules are saved with the adapter.
+    """Wrap the model. `whole`: names of parameters that are also trained, whole; their modules are saved with the adapter.
 
-    Raises InputRefused when a target names no linear layer of the language model, or when a bare parameter should train whole.
+    Raises InputRefused if a target matches no linear layer of the language model, or if a bare parameter should be trained whole.
     """
     from peft import LoraConfig, get_peft_model
 
     targets = find_targets(model, lora.targets, spec.groups["lm"])
     if lora.base:
-        quantise_linears(model, spec.groups["lm"])
+        quantize_linears(model, spec.groups["lm"])
     modules = find_modules(model, whole)
     config = LoraConfig(
         r=lora.r,
@@ -39,52 +39,52 @@ def add_lora(model: torch.nn.Module, lora: Lora, spec: ModelSpec, whole: set[str
         modules_to_save=list(modules) or None,
         task_type="CAUSAL_LM",
     )
-    wrapped = get_peft_model(model, config)  # which names the folder or hub id that the model came from in the adapter's config
+    wrapped = get_peft_model(model, config)  # stores the folder or hub id of the model in the adapter's config
     drop_input_gradients(model)
     return wrapped
 
 
 def merge_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
-    """The model with the adapter of `folder` added into its weights, without a trace of peft; one on the meta device, which has no values,
-    as it is after that. Raises InputRefused for an adapter of another model."""
+    """The model with the adapter of `folder` merged into its weights, without peft's wrappers; a model on the meta device gets the structure
+    that it has after that. Raises InputRefused for an adapter of another model."""
     from peft import PeftConfig, PeftModel, get_peft_model
 
     try:
         if next(model.parameters()).is_meta:
             return get_peft_model(model, PeftConfig.from_pretrained(str(folder))).merge_and_unload()
         return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-    except (RuntimeError, ValueError) as error:  # other shapes; no module that it is for
-        raise InputRefused(describe_misfit(folder, error)) from error
+    except (RuntimeError, ValueError) as error:  # other shapes; no matching module
+        raise InputRefused(describe_mismatch(folder, error)) from error
 
 
-def describe_misfit(folder: Path, error: Exception) -> str:
-    """An adapter that does not go into the model; torch has a line for each of its tensors."""
+def describe_mismatch(folder: Path, error: Exception) -> str:
+    """The message for an adapter that does not fit; torch's error has one line per tensor."""
     head, *lines = (line.strip() for line in str(error).splitlines() or [type(error).__name__])
     more = f" ... and {len(lines) - SHOWN_LINES} more." if len(lines) > SHOWN_LINES else ""
     return (
-        f"stage.checkpoint: {folder} is an adapter for another model than its base: {' '.join((head, *lines[:SHOWN_LINES]))}{more} "
-        "Name the model that it was trained on in base_model_name_or_path of its adapter_config.json, or another checkpoint."
+        f"stage.checkpoint: the adapter {folder} does not fit its base: {' '.join((head, *lines[:SHOWN_LINES]))}{more} "
+        "Set base_model_name_or_path in its adapter_config.json to the model that it was trained on, or name another checkpoint."
     )
 
 
 def find_targets(model: torch.nn.Module, targets: tuple[str, ...], lm: str) -> str:
-    """A regex that peft matches against whole module names. A target that hits nothing is refused: it would be a word without effect."""
+    """A regex that peft matches against full module names. A target that matches nothing is refused: it would have no effect."""
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and re.match(lm, f"{name}.weight")]
     patterns = {target: compile_target(target) for target in targets}
     missing = [target for target, pattern in patterns.items() if not any(pattern.fullmatch(name) for name in linear)]
     if missing or not targets:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
         what = f"the language model has no linear layer {', '.join(missing)}" if missing else "names no layer of the language model"
-        example = f"a regex is held against whole names, as {linear[0]}" if linear else "there is none at all"
+        example = f"a regex is matched against full names, as {linear[0]}" if linear else "it has no linear layer at all"
         raise InputRefused(f"stage.lora.targets: {what}; it has {known} ({example}).")
     if not any(target.startswith(REGEX) for target in targets):
         return rf"(?={lm}).*\.(?:{'|'.join(map(re.escape, targets))})"
     chosen = (name for name in linear if any(pattern.fullmatch(name) for pattern in patterns.values()))
-    return "|".join(map(re.escape, chosen))  # one by one: a user's regex may reach beyond the layers that an adapter can wrap
+    return "|".join(map(re.escape, chosen))  # listed one by one: a user's regex may match layers that an adapter cannot wrap
 
 
 def compile_target(target: str) -> re.Pattern[str]:
-    """A layer's own name, or with `re:` a regex over a whole module name. Raises InputRefused for what is no regex."""
+    """A layer's own name, or with `re:` a regex over full module names. Raises InputRefused for an invalid regex."""
     try:
         return re.compile(target.removeprefix(REGEX) if target.startswith(REGEX) else rf".*\.{re.escape(target)}")
     except re.error as error:
@@ -92,12 +92,12 @@ def compile_target(target: str) -> re.Pattern[str]:
 
 
 def find_modules(model: torch.nn.Module, whole: set[str]) -> tuple[str, ...]:
-    """The outermost modules all of whose parameters are in `whole`; together they hold every name in it."""
-    found, bare = cut_modules(model, whole)
+    """The outermost modules whose parameters are all in `whole`; together they hold every name in it."""
+    found, bare = find_whole_modules(model, whole)
     if bare:
         raise InputRefused(
             f"stage.trainable with LoRA: {', '.join(bare)} are not whole modules and cannot be saved with an adapter. "
-            "Leave their group out."
+            "Remove their group from stage.trainable."
         )
     return found
 

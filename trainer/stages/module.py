@@ -1,12 +1,12 @@
-"""Parameters by name as whole modules, which is what peft saves and transformers draws."""
+"""Sets of parameters as whole modules: peft saves modules, and transformers initializes modules."""
 
 from collections.abc import Set
 
 import torch
 
 
-def cut_modules(model: torch.nn.Module, names: Set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The outermost modules all of whose parameters are in `names`, and those of `names` that lie in none of them."""
+def find_whole_modules(model: torch.nn.Module, names: Set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The outermost modules whose parameters are all in `names`, and those of `names` that are in none of them."""
     found: list[str] = []
     for name, module in model.named_modules():
         own = {f"{name}.{parameter}" for parameter, _ in module.named_parameters()} if name else set()
@@ -16,7 +16,7 @@ def cut_modules(model: torch.nn.Module, names: Set[str]) -> tuple[tuple[str, ...
 
 
 def drop_input_gradients(model: torch.nn.Module) -> None:
-    """transformers and peft have the embeddings' outputs need a gradient wherever layers are computed twice. Reentrant checkpointing asks for
-    that; trainer.stages.gradient_checkpointing's is not reentrant, and a frozen vision tower would be kept, and computed backward, for a gradient that nobody
-    reads."""
+    """transformers and peft make the embeddings' outputs require gradients when gradient checkpointing is on. Only reentrant checkpointing
+    needs that; ours (trainer.stages.gradient_checkpointing) is not reentrant. Otherwise a frozen vision tower would keep its activations,
+    and run backward, for a gradient that is not used."""
     model.disable_input_require_grads()  # type: ignore[operator]

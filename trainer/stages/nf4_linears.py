@@ -1,7 +1,7 @@
-"""The frozen language model of a LoRA run in 4 bits: normal floats with doubly quantised scales (Dettmers et al., QLoRA, arXiv 2305.14314,
+"""The frozen language model of a LoRA run in 4 bits: normal floats with double-quantized scales (Dettmers et al., QLoRA, arXiv 2305.14314,
 section 3), by bitsandbytes, whose kernels are for CUDA.
 
-A layer is marked here and quantised when the engine brings the model to its device. Embeddings, norms and the head keep their dtype.
+A layer is marked here and quantized when the engine moves the model to its device. Embeddings, norms and the head keep their dtype.
 """
 
 import importlib.util
@@ -12,9 +12,9 @@ import torch
 from trainer.contract import InputRefused
 
 
-def quantise_linears(model: torch.nn.Module, lm: str) -> None:
-    """Replace the linear layers of the language model, in place. `lm`: the group's regex over names. Raises InputRefused without the
-    package."""
+def quantize_linears(model: torch.nn.Module, lm: str) -> None:
+    """Replace the linear layers of the language model, in place. `lm`: the group's regex over names. Raises InputRefused if the package is
+    missing."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputRefused(
             "stage.lora.base=nf4: the package bitsandbytes is not installed here. Add it to the environment, or set stage.lora.base=''."
@@ -38,4 +38,4 @@ def quantise_linears(model: torch.nn.Module, lm: str) -> None:
         packed.bias = module.bias
         outer, _, own = name.rpartition(".")
         setattr(model.get_submodule(outer), own, packed)
-    model.is_loaded_in_4bit = True  # peft 0.21 takes its 4-bit adapter layer by this name, transformers refuses to cast such a model
+    model.is_loaded_in_4bit = True  # peft 0.21 selects its 4-bit adapter layer by this; transformers refuses to cast such a model

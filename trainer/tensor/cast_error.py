@@ -1,4 +1,4 @@
-"""What becomes of a tensor's values in another type of element, counted value by value: what overflows, what vanishes, what loses bits."""
+"""The error of casting a tensor to another dtype, counted per value: overflow, underflow, lost bits."""
 
 from dataclasses import dataclass
 
@@ -8,16 +8,16 @@ from torch import Tensor
 from trainer.device.dtype import dtype_name
 from trainer.tensor.stream import TensorSource, read_pieces
 
-# Of a tensor's norm. No rounding to the nearest takes so much from values within the range of a type that we write: bfloat16's is 2^-8 of
-# each at most. More is gone where values vanish or lose bits because they are too small for it.
+# Share of a tensor's norm. Rounding to nearest never loses so much of values within the range of the dtype (bfloat16: at most 2^-8 of each).
+# More is lost only where values underflow or become denormal.
 LOSS_LIMIT = 2.0**-7
 
 
 @dataclass(frozen=True, kw_only=True)
 class CastError:
-    """Of one tensor; counts are of values. `overflow`: finite before, infinite after. `underflow`: zero after, and not before. `denormal`:
-    after, at fewer bits than the type has. `nan`, `infinite`: in the source. `largest_error`: relative, of those that neither overflow nor
-    vanish. `loss`: the norm of what is lost over the tensor's own, of finite values."""
+    """Of one tensor; counts are of values. `overflow`: finite before, infinite after. `underflow`: nonzero before, zero after. `denormal`:
+    denormal after. `nan`, `infinite`: in the source. `largest_error`: relative, of values that neither overflow nor underflow. `loss`: norm
+    of the error over the tensor's norm, of finite values."""
 
     name: str
     before: str
@@ -33,28 +33,28 @@ class CastError:
 
     @property
     def unfit(self) -> bool:
-        """Whether the new type cannot hold it. A few values of millions vanish in any float16, and nothing is lost with them."""
+        """Whether the new dtype cannot hold the tensor. A few of millions of values underflow in any float16, and nothing is lost by that."""
         return self.overflow > 0 or self.loss > LOSS_LIMIT
 
     @property
     def remarks(self) -> str:
-        """'' for a tensor of which there is nothing to say."""
+        """'' if no value changes its kind."""
         parts = {"overflow": self.overflow, "vanish": self.underflow, "become denormal": self.denormal}
         source = {"NaN in the source": self.nan, "infinite in the source": self.infinite}
-        return ", ".join(f"{count:,} {what}" for what, count in (*parts.items(), *source.items()) if count)
+        return ", ".join(f"{number:,} {what}" for what, number in (*parts.items(), *source.items()) if number)
 
 
-def survey(name: str, source: TensorSource, dtype: torch.dtype) -> CastError:
-    """A pass over the tensor, a piece at a time."""
+def measure_cast_error(name: str, source: TensorSource, dtype: torch.dtype) -> CastError:
+    """Reads the tensor once, in pieces."""
     counts = torch.zeros(5, dtype=torch.int64)
     norm, lost, worst = 0.0, 0.0, 0.0
     for piece in read_pieces(source):
         before = piece if piece.dtype == torch.float64 else piece.float()
         after = piece.to(dtype).to(before.dtype)
-        counts += count(before, after, torch.finfo(dtype).tiny)
-        there = before.isfinite() & after.isfinite()
-        if not bool(there.all()):
-            before, after = before[there], after[there]
+        counts += count_errors(before, after, torch.finfo(dtype).tiny)
+        finite = before.isfinite() & after.isfinite()
+        if not bool(finite.all()):
+            before, after = before[finite], after[finite]
         error, size = (after - before).abs_(), before.abs()
         norm += float(size.square().sum(dtype=torch.float64))
         lost += float(error.square().sum(dtype=torch.float64))
@@ -75,8 +75,8 @@ def survey(name: str, source: TensorSource, dtype: torch.dtype) -> CastError:
     )
 
 
-def count(before: Tensor, after: Tensor, smallest: float) -> Tensor:
-    """(5,) int64: as the fields of Survival, in their order. `smallest`: of the new type's numbers that have all its bits."""
+def count_errors(before: Tensor, after: Tensor, smallest: float) -> Tensor:
+    """(5,) int64: the counts of CastError, in the order of its fields. `smallest`: the smallest normal number of the new dtype."""
     denormal = (after != 0) & (after.abs() < smallest)
     found = (before.isfinite() & after.isinf(), (before != 0) & (after == 0), denormal, before.isnan(), before.isinf())
     return torch.stack([one.sum() for one in found])

@@ -1,9 +1,9 @@
-"""Weights of linear layers in 8 bits, one scale to each output channel, as compressed-tensors stores them: what transformers and vLLM open.
+"""int8 weights of linear layers, one scale per output channel, in the format of compressed-tensors, which transformers and vLLM read.
 
-A weight w of (out, in) becomes q = round(w / s) in [-128, 127], with one s to each row (symmetric, Jacob et al., arXiv 1712.05877, section
-2.1, without a zero point). In the files X.weight is then X.weight_packed (int32, four q + 128 to a word, the first in the lowest byte),
-X.weight_scale (out, 1) in the model's own type and X.weight_shape (2,) int64: format pack-quantized, which vLLM wants where activations stay
-in 16 bits (compressed_tensors/compressors/pack_quantized; vllm, compressed_tensors.py, _get_scheme_from_parts).
+A weight w of (out, in) becomes q = round(w / s) in [-128, 127], with one s per row (symmetric, Jacob et al., arXiv 1712.05877, section
+2.1, without a zero point). In the files X.weight becomes X.weight_packed (int32, four q + 128 per word, the first in the lowest byte),
+X.weight_scale (out, 1) in the model's dtype and X.weight_shape (2,) int64: format pack-quantized, which vLLM requires for 16-bit activations
+(compressed_tensors/compressors/pack_quantized; vllm, compressed_tensors.py, _get_scheme_from_parts).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,28 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.tensor.stream import Outgoing, TensorSource, read_pieces
+from trainer.tensor.stream import TensorSource, TensorToWrite, read_pieces
 
 LOW, HIGH = -128, 127
 FORMAT = "pack-quantized"
-PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"  # behind the name of the weight
-# Shares of a row's largest weight that its scale may reach to; the best by the error of the layer's output (OmniQuant's clipping, Shao et
-# al., arXiv 2308.13137, section 3.2, by search in place of learning).
+PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"  # suffixes of the weight's name
+# Shares of a row's largest weight that its scale may cover; the one with the least output error is chosen (OmniQuant's clipping, Shao et
+# al., arXiv 2308.13137, section 3.2, by search instead of learning).
 CLIPS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Coarse:
-    """What a weight has become. `error`: norm of the difference over the weight's own norm. `clipped`: rows whose scale is not that of
-    their largest weight."""
+class QuantizationLoss:
+    """`error`: norm of the difference over the norm of the weight. `clipped`: number of rows whose scale is smaller than their largest weight
+    needs."""
 
     error: float
     clipped: int
 
 
 def choose_scales(weight: Tensor, dtype: torch.dtype, power: Tensor | None = None) -> Tensor:
-    """(rows, in) float32 -> (rows, 1) in `dtype`. `power`: mean square of each input, (in,) float32; with it each row takes the clip by
-    which its output's error, the sum over inputs of power * (w - s q)^2, is least."""
+    """(rows, in) float32 -> (rows, 1) in `dtype`. `power`: mean square of each input, (in,) float32; with it each row takes the clip with
+    the least output error, the sum over inputs of power * (w - s q)^2."""
     largest = weight.abs().amax(dim=1, keepdim=True)
     best = to_scale(largest, dtype)
     if power is None:
@@ -49,7 +49,7 @@ def choose_scales(weight: Tensor, dtype: torch.dtype, power: Tensor | None = Non
 
 
 def to_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """A row of zeros, or one so small that its scale would vanish in `dtype`, has the smallest scale of all."""
+    """A row of zeros, or one whose scale would underflow in `dtype`, gets the smallest scale."""
     limits = torch.finfo(dtype)
     return (largest / HIGH).to(dtype).clamp(min=limits.tiny * limits.eps)
 
@@ -61,7 +61,7 @@ def output_error(weight: Tensor, scales: Tensor, power: Tensor) -> Tensor:
 
 
 def round_weight(weight: Tensor, scales: Tensor) -> Tensor:
-    """The q, as float32."""
+    """The codes q, as float32."""
     return (weight / scales.float()).round_().clamp_(LOW, HIGH)
 
 
@@ -74,15 +74,12 @@ def pack(codes: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, width: int) -> Tensor:
-    """The other way: (rows, width) float32."""
+    """The reverse: (rows, width) float32."""
     return packed.contiguous().view(torch.uint8)[:, :width].float() - 128
 
 
-# ------------------------------------------------------------------------------------------------------------------ streaming
-
-
-def scale_rows(source: TensorSource, power: Tensor | None) -> tuple[Tensor, Coarse]:
-    """The scales of a whole weight, (out, 1) in its dtype, and what it loses by them; a pass over it."""
+def scale_rows(source: TensorSource, power: Tensor | None) -> tuple[Tensor, QuantizationLoss]:
+    """The scales of a whole weight, (out, 1) in its dtype, and the loss by them; reads the weight once."""
     scales, lost, norm, clipped = [], 0.0, 0.0, 0
     for rows in read_pieces(source):
         weight = rows.float()
@@ -90,11 +87,11 @@ def scale_rows(source: TensorSource, power: Tensor | None) -> tuple[Tensor, Coar
         lost += float((round_weight(weight, scales[-1]) * scales[-1].float()).sub_(weight).double().square().sum())
         norm += float(weight.double().square().sum())
         clipped += int((scales[-1] != choose_scales(weight, source.dtype)).sum())
-    return torch.cat(scales), Coarse(error=(lost / norm) ** 0.5 if norm else 0.0, clipped=clipped)
+    return torch.cat(scales), QuantizationLoss(error=(lost / norm) ** 0.5 if norm else 0.0, clipped=clipped)
 
 
-def quantize_tensor(name: str, source: TensorSource, scales: Tensor) -> tuple[Outgoing, ...]:
-    """The three tensors in the place of the weight `name`."""
+def quantize_tensor(name: str, source: TensorSource, scales: Tensor) -> tuple[TensorToWrite, ...]:
+    """The three tensors that replace the weight `name`."""
     out, width = source.shape
 
     def pieces() -> Iterator[Tensor]:
@@ -104,15 +101,15 @@ def quantize_tensor(name: str, source: TensorSource, scales: Tensor) -> tuple[Ou
             start += len(rows)
 
     return (
-        Outgoing(name=name + PACKED, dtype=torch.int32, shape=(out, -(-width // 4)), pieces=pieces),
-        Outgoing(name=name + SCALE, dtype=scales.dtype, shape=tuple(scales.shape), pieces=lambda: iter((scales,))),
-        Outgoing(name=name + SHAPE, dtype=torch.int64, shape=(2,), pieces=lambda: iter((torch.tensor(source.shape),))),
+        TensorToWrite(name=name + PACKED, dtype=torch.int32, shape=(out, -(-width // 4)), pieces=pieces),
+        TensorToWrite(name=name + SCALE, dtype=scales.dtype, shape=tuple(scales.shape), pieces=lambda: iter((scales,))),
+        TensorToWrite(name=name + SHAPE, dtype=torch.int64, shape=(2,), pieces=lambda: iter((torch.tensor(source.shape),))),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dequantized:
-    """A quantized weight, read as the numbers that it stands for, in float32."""
+    """A quantized weight, read as float32 values."""
 
     packed: TensorSource
     scales: TensorSource
@@ -136,9 +133,9 @@ class Dequantized:
         return self.read(0, self.shape[0] * self.width).view(self.shape)
 
 
-def see_through(sources: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of a quantized checkpoint as those of the model that it stands for. Of any other: as they are."""
-    found = {name: source for name, source in sources.items() if not is_part(name, sources)}
+def dequantize_sources(sources: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a quantized checkpoint with its weights dequantized; other checkpoints are not changed."""
+    found = {name: source for name, source in sources.items() if not is_quantized_part(name, sources)}
     for name in (name for name in sources if name.endswith(f".weight{PACKED}")):
         weight = name.removesuffix(PACKED)
         width = int(sources[weight + SHAPE].read_whole()[1])
@@ -146,15 +143,12 @@ def see_through(sources: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def is_part(name: str, sources: Mapping[str, Any]) -> bool:
+def is_quantized_part(name: str, sources: Mapping[str, Any]) -> bool:
     return any(name.endswith(f".weight{end}") and f"{name.removesuffix(end)}{PACKED}" in sources for end in (PACKED, SCALE, SHAPE))
 
 
-# ------------------------------------------------------------------------------------------------------------------- config
-
-
 def describe_format(ignore: Sequence[str]) -> dict[str, Any]:
-    """quantization_config of config.json. `ignore`: linear layers that stay as they are, by regex."""
+    """quantization_config of config.json. `ignore`: linear layers that are not quantized, by regex."""
     weights = {
         "num_bits": 8,
         "type": "int",

@@ -1,7 +1,7 @@
-"""Tensors in safetensors files: written in files of bounded size, read in spans, so that no rank ever holds all of them.
+"""Tensors in safetensors files: written in files of bounded size and read in spans, so that no rank ever holds all of them.
 
-The layout (8 bytes of header length, JSON header, data) is read by ourselves: the library gives neither spans of a flattened tensor nor
-the bytes of a bfloat16 one. https://huggingface.co/docs/safetensors#format
+We parse the layout (8 bytes of header length, JSON header, data) ourselves: the library gives neither spans of a flattened tensor nor the
+bytes of a bfloat16 one. https://huggingface.co/docs/safetensors#format
 """
 
 import os
@@ -14,32 +14,30 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.contract import InputRefused
-from trainer.contract.weight_files import read_header
 
-SHARD_BYTES = 2**30  # in a writer's memory before it writes; a larger tensor has a file of its own
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SHARD_BYTES = 2**30  # collected in memory before a file is written; a larger tensor has its own file
 
 
-class Shards:
-    """Writes `<prefix>-00000.safetensors` and so on into a folder, with `held` not before `flush`. After a full disk it takes tensors and
-    drops them, because the ranks that gather them go on together; `problem` then says what happened."""
+class ShardWriter:
+    """Writes `<prefix>-00000.safetensors` and so on into a folder; with `hold` only at `flush`. After an error of the disk it accepts tensors
+    and drops them, because the ranks that gather them continue together; `problem` then holds the error."""
 
-    def __init__(self, folder: Path, prefix: str, *, held: bool = False) -> None:
-        self.folder, self.prefix, self.held = folder, prefix, held
+    def __init__(self, folder: Path, prefix: str, *, hold: bool = False) -> None:
+        self.folder, self.prefix, self.hold = folder, prefix, hold
         self.waiting: dict[str, Tensor] = {}
         self.waiting_bytes = 0
         self.files, self.problem = 0, ""
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """`tensor`: on the CPU, and not changed any more."""
+        """`tensor`: on the CPU; the caller must not change it afterwards."""
         size = tensor.numel() * tensor.element_size()
-        if not self.held and self.waiting and self.waiting_bytes + size > SHARD_BYTES:
+        if not self.hold and self.waiting and self.waiting_bytes + size > SHARD_BYTES:
             self.flush()
         self.waiting[name] = tensor
         self.waiting_bytes += size
 
     def flush(self) -> None:
-        """Have all on the disk, and nothing in memory."""
+        """Write everything that waits."""
         while self.waiting:
             piece = self._take_piece()
             if not self.problem:
@@ -47,7 +45,7 @@ class Shards:
         self.waiting_bytes = 0
 
     def _take_piece(self) -> dict[str, Tensor]:
-        """The first of those that wait, as many as one file takes."""
+        """The first of the waiting tensors, as many as fit in one file."""
         piece: dict[str, Tensor] = {}
         taken = 0
         while self.waiting:
@@ -69,8 +67,8 @@ class Shards:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
-    """A tensor in a file; its data begin at byte `begin`."""
+class StoredTensor:
+    """A tensor in a file; its data start at byte `begin`."""
 
     file: Path
     dtype: torch.dtype
@@ -81,33 +79,24 @@ class Stored:
         """Elements [start, start + count) of the flattened tensor: (count,)."""
         if not count:
             return torch.empty(0, dtype=self.dtype)
-        held = bytearray(count * self.dtype.itemsize)
+        buffer = bytearray(count * self.dtype.itemsize)
         with self.file.open("rb") as stream:
             stream.seek(self.begin + start * self.dtype.itemsize)
-            if stream.readinto(held) != len(held):
-                raise InputRefused(f"{self.file} has become shorter while it was read. Copy the checkpoint again.")
-        return torch.frombuffer(held, dtype=self.dtype, count=count)
+            if stream.readinto(buffer) != len(buffer):
+                raise InputRefused(f"{self.file} became shorter while it was being read. Copy the checkpoint again.")
+        return torch.frombuffer(buffer, dtype=self.dtype, count=count)
 
     def read_whole(self) -> Tensor:
         return self.read(0, torch.Size(self.shape).numel()).view(self.shape)
 
 
-def find_stored(folder: Path) -> dict[str, Stored]:
-    """Every tensor in the safetensors files of a folder, by name. Raises InputRefused for a file that is not whole."""
-    return {
-        name: Stored(file=file, dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]), begin=start + entry["data_offsets"][0])
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, entry, start in read_header(file)
-    }
-
-
-def size_of(tensors: dict[str, Tensor]) -> int:
+def tensor_bytes(tensors: dict[str, Tensor]) -> int:
     """In bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on the disk."""
+    """Flush a file's data, or a folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

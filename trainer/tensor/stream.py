@@ -1,7 +1,7 @@
-"""Weights read and written in pieces, so that no process ever holds a whole model: every tensor in a folder as something to read from, and
-new tensors, which are made while they are written, in safetensors files of bounded size with transformers' index.
+"""Weights read and written in pieces, so that no process ever holds a whole model: every tensor of a folder as a source to read from, and
+new tensors, computed while they are written, in safetensors files of bounded size with transformers' index.
 
-Reading is by `read`, never by a map of the file: mapped pages would count as this process's memory.
+Files are read with `read`, never mapped: mapped pages would count as this process's memory.
 """
 
 import json
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from trainer.contract import InputRefused, write_text
-from trainer.contract.weight_files import INDEX, PICKLED_INDEX, WEIGHTS, is_plain, read_header, weight_files
-from trainer.tensor.shard import Stored, sync
+from trainer.contract.weight_files import INDEX, PICKLED_INDEX, WEIGHTS, is_safetensors, read_header, weight_files
+from trainer.tensor.shard import StoredTensor, sync
 
 # https://huggingface.co/docs/safetensors#format
-TYPES = {
+DTYPE_OF_CODE = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -32,13 +32,13 @@ TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
-PIECE_ELEMENTS = 2**24  # worked on at a time: 64 MiB in float32
+CODE_OF_DTYPE = {dtype: name for name, dtype in DTYPE_OF_CODE.items()}
+PIECE_ELEMENTS = 2**24  # processed at a time: 64 MiB in float32
 SHARD = "model-{number:05d}-of-{count:05d}.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class PickledTensor:
     """A tensor of a .bin file, which torch maps into memory."""
 
     tensor: Tensor
@@ -59,7 +59,7 @@ class Held:
 
 
 class TensorSource(Protocol):
-    """A tensor on the disk. `read`: elements [start, start + count) of it, flattened: (count,)."""
+    """A tensor on the disk. `read`: elements [start, start + count) of the flattened tensor: (count,)."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -73,8 +73,8 @@ class TensorSource(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outgoing:
-    """A tensor to be written. `pieces`: makes its elements in order, in tensors of `dtype`, when its turn has come."""
+class TensorToWrite:
+    """`pieces`: yields the elements in order, in tensors of `dtype`, when the tensor is written."""
 
     name: str
     dtype: torch.dtype
@@ -86,41 +86,45 @@ class Outgoing:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-# ----------------------------------------------------------------------------------------------------------------- reading
-
-
 def open_tensors(folder: Path) -> dict[str, TensorSource]:
     """Every tensor of the checkpoint or adapter in `folder` by name, in the order of the files. Raises InputRefused for a shard that is
-    missing, cut short or of another revision than the index, and for a type of element that torch has none for."""
+    missing, truncated or of another revision than the index, and for a dtype that torch does not have."""
     found: dict[str, TensorSource] = {}
     files = weight_files(folder)
     for file in files:
         if not file.is_file():
-            raise InputRefused(f"{folder}: {file.name} is missing, which holds weights. Copy the checkpoint again.")
-        found |= open_plain(file) if is_plain(file) else open_pickled(file)
-    index = folder / (INDEX if is_plain(files[0]) else PICKLED_INDEX)
+            raise InputRefused(f"{folder}: the weight file {file.name} is missing. Copy the checkpoint again.")
+        found |= open_safetensors(file) if is_safetensors(file) else open_pickled(file)
+    index = folder / (INDEX if is_safetensors(files[0]) else PICKLED_INDEX)
     named = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
     if lost := sorted(set(named) - set(found)):
         raise InputRefused(
-            f"{folder}: {index.name} names {len(lost)} tensors that none of its files has, as {', '.join(lost[:3])}: the files are of "
+            f"{folder}: {index.name} names {len(lost)} tensors that are in none of its files, as {', '.join(lost[:3])}: the files are of "
             "another revision than the index. Copy the checkpoint again."
         )
     return found
 
 
-def open_plain(file: Path) -> dict[str, TensorSource]:
+def find_stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor in the safetensors files of a folder, by name. Raises InputRefused for a truncated file."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in open_safetensors(file).items()}
+
+
+def open_safetensors(file: Path) -> dict[str, StoredTensor]:
     entries = sorted(read_header(file), key=lambda one: one[1]["data_offsets"][0])
-    unknown = [f"{name} ({entry['dtype']})" for name, entry, _ in entries if entry["dtype"] not in TYPES]
+    unknown = [f"{name} ({entry['dtype']})" for name, entry, _ in entries if entry["dtype"] not in DTYPE_OF_CODE]
     if unknown:
-        raise InputRefused(f"{file}: {', '.join(unknown[:3])}: torch has no such type of element; known are {', '.join(TYPES)}.")
+        raise InputRefused(f"{file}: {', '.join(unknown[:3])}: torch has no such dtype; known are {', '.join(DTYPE_OF_CODE)}.")
     return {
-        name: Stored(file=file, dtype=TYPES[entry["dtype"]], shape=tuple(entry["shape"]), begin=start + entry["data_offsets"][0])
+        name: StoredTensor(
+            file=file, dtype=DTYPE_OF_CODE[entry["dtype"]], shape=tuple(entry["shape"]), begin=start + entry["data_offsets"][0]
+        )
         for name, entry, start in entries
     }
 
 
 def open_pickled(file: Path) -> dict[str, TensorSource]:
-    """By torch's loader of tensors alone: code in the file is never run. Raises InputRefused where there is some."""
+    """With torch's loader for tensors only: code in the file is never run. Raises InputRefused if the file contains any."""
     from pickle import UnpicklingError
 
     from transformers.modeling_utils import load_state_dict
@@ -128,8 +132,10 @@ def open_pickled(file: Path) -> dict[str, TensorSource]:
     try:
         tensors = load_state_dict(str(file), map_location="cpu", weights_only=True)
     except (UnpicklingError, OSError, RuntimeError, ValueError) as error:
-        raise InputRefused(f"{file} is no file of tensors, or cut short: {error}. Take the published file, or copy it again.") from error
-    return {name: Held(tensor=tensor) for name, tensor in tensors.items()}
+        raise InputRefused(
+            f"{file} is not a file of tensors, or is truncated: {error}. Use the published file, or copy it again."
+        ) from error
+    return {name: PickledTensor(tensor=tensor) for name, tensor in tensors.items()}
 
 
 def read_pieces(source: TensorSource) -> Iterator[Tensor]:
@@ -141,43 +147,40 @@ def read_pieces(source: TensorSource) -> Iterator[Tensor]:
         yield source.read(start, min(step, total - start)).view(-1, width)
 
 
-def read_single(source: TensorSource) -> Tensor:
-    """The tensor in float32, made piece by piece: what is on the disk in 16 bits is never whole beside it."""
-    made = torch.empty(source.shape, dtype=torch.float32)
-    flat, start = made.view(-1), 0
+def read_float32(source: TensorSource) -> Tensor:
+    """The tensor in float32, converted in pieces: a 16-bit tensor is never whole in memory beside it."""
+    whole = torch.empty(source.shape, dtype=torch.float32)
+    flat, start = whole.view(-1), 0
     for piece in read_pieces(source):
         flat[start : start + piece.numel()] = piece.reshape(-1)
         start += piece.numel()
-    return made
+    return whole
 
 
-def copy_tensor(name: str, source: TensorSource) -> Outgoing:
-    """As it is, to the bit."""
-    return Outgoing(name=name, dtype=source.dtype, shape=source.shape, pieces=lambda: read_pieces(source))
+def copy_tensor(name: str, source: TensorSource) -> TensorToWrite:
+    """Unchanged, bitwise identical."""
+    return TensorToWrite(name=name, dtype=source.dtype, shape=source.shape, pieces=lambda: read_pieces(source))
 
 
-# ----------------------------------------------------------------------------------------------------------------- writing
-
-
-def write_shards(tensors: Sequence[Outgoing], folder: Path, shard_bytes: int, say: Callable[[str], None] = print) -> None:
-    """`tensors` in files of at most `shard_bytes`, but for a larger tensor, which has a file of its own; and the index where there are
-    several. Synced. Raises OSError for a disk that is full."""
-    shards = list(cut(tensors, shard_bytes)) if tensors else []
-    placed: dict[str, str] = {}
+def write_shards(tensors: Sequence[TensorToWrite], folder: Path, shard_bytes: int, report: Callable[[str], None] = print) -> None:
+    """Write `tensors` in files of at most `shard_bytes` (a larger tensor has its own file), with an index if there are several files, and
+    sync them. Raises OSError if the disk is full."""
+    shards = list(split_into_shards(tensors, shard_bytes)) if tensors else []
+    file_of_tensor: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else SHARD.format(number=number, count=len(shards))
         write_file(shard, folder / file)
-        placed |= {tensor.name: file for tensor in shard}
-        say(f"wrote {file}: {len(shard)} tensors, {sum(tensor.nbytes for tensor in shard) / 2**30:.2f} GiB")
+        file_of_tensor |= {tensor.name: file for tensor in shard}
+        report(f"wrote {file}: {len(shard)} tensors, {sum(tensor.nbytes for tensor in shard) / 2**30:.2f} GiB")
     if len(shards) > 1:
         size = {"total_size": sum(tensor.nbytes for tensor in tensors)}
-        index = {"metadata": size, "weight_map": dict(sorted(placed.items()))}
+        index = {"metadata": size, "weight_map": dict(sorted(file_of_tensor.items()))}
         write_text(json.dumps(index, indent=2) + "\n", folder / INDEX)
 
 
-def cut(tensors: Sequence[Outgoing], shard_bytes: int) -> Iterator[list[Outgoing]]:
-    """In their order, as many as go into a file."""
-    shard: list[Outgoing] = []
+def split_into_shards(tensors: Sequence[TensorToWrite], shard_bytes: int) -> Iterator[list[TensorToWrite]]:
+    """In their order, as many as fit in a file."""
+    shard: list[TensorToWrite] = []
     taken = 0
     for tensor in tensors:
         if shard and taken + tensor.nbytes > shard_bytes:
@@ -188,14 +191,14 @@ def cut(tensors: Sequence[Outgoing], shard_bytes: int) -> Iterator[list[Outgoing
     yield shard
 
 
-def write_file(tensors: Sequence[Outgoing], path: Path) -> None:
-    """Wide elements first, so that each lies at a multiple of its size, as the safetensors library writes them."""
+def write_file(tensors: Sequence[TensorToWrite], path: Path) -> None:
+    """Wide elements first, so that each tensor is aligned to its element size, as the safetensors library does."""
     ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in ordered:
         entries[tensor.name] = {
-            "dtype": TYPE_NAMES[tensor.dtype],
+            "dtype": CODE_OF_DTYPE[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [end, end + tensor.nbytes],
         }
@@ -209,11 +212,11 @@ def write_file(tensors: Sequence[Outgoing], path: Path) -> None:
     sync(path)
 
 
-def write_tensor(tensor: Outgoing, stream: Any) -> None:
+def write_tensor(tensor: TensorToWrite, stream: Any) -> None:
     written = 0
     for piece in tensor.pieces():
         if piece.dtype != tensor.dtype:
             raise TypeError(f"{tensor.name}: a piece is {piece.dtype}, the tensor {tensor.dtype}")
         written += stream.write(piece.contiguous().view(-1).view(torch.uint8).numpy())
     if written != tensor.nbytes:
-        raise ValueError(f"{tensor.name}: {written} bytes were made of {tensor.nbytes}")
+        raise ValueError(f"{tensor.name}: {written} bytes were written, not {tensor.nbytes}")

@@ -1,4 +1,4 @@
-"""The training loop: from micro-batches to steps, a row each."""
+"""The training loop: from micro-batches to optimizer steps, with one metrics row per step."""
 
 import math
 import signal
@@ -15,16 +15,16 @@ from torch import Tensor
 from trainer.contract import RunFailed, StepRow, TrainSpec
 from trainer.distributed.engine import IGNORED, Engine, Update
 from trainer.optim.schedule import lr_at
-from trainer.train.nonfinite import Noted, gather_first, note, restore_rng, watch_modules
+from trainer.train.nonfinite import StepSnapshot, gather_first_finding, restore_rng, take_snapshot, watch_modules
 from trainer.train.watchdog import Watchdog
 
 Batches = Iterable[tuple[dict[str, Tensor], ...]]
-SKIPS_ALLOWED = 30  # a scale that starts at 2**16 is at 1 after 17
+SKIPS_ALLOWED = 30  # a loss scale that starts at 2**16 is at 1 after 17
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """`step`: the last one done. `seconds`: of the steps alone, those before a resume too, saving left out. `loss`: of the last step."""
+    """`step`: the last finished one. `seconds`: of all steps, also those before a resume, without saving. `loss`: of the last step."""
 
     step: int = 0
     stopped: bool = False
@@ -34,7 +34,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class StepRequests:
-    """What a rank, or any of them, asks for at the end of a step: to stop, to save, to hear that a checkpoint could not be written."""
+    """What a rank, or any rank, requests at the end of a step: to stop, to save, to report that a checkpoint could not be written."""
 
     stop: bool = False
     save: bool = False
@@ -42,7 +42,7 @@ class StepRequests:
 
 
 class StopFlag:
-    """Set by SIGTERM or SIGINT; the loop looks at it at the end of a step."""
+    """Set by SIGTERM or SIGINT; the loop checks it at the end of a step."""
 
     def __init__(self) -> None:
         self.up = False
@@ -53,7 +53,7 @@ class StopFlag:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """Within it SIGTERM and SIGINT ask for a stop instead of ending the process. Yields the flag."""
+    """Within it SIGTERM and SIGINT request a stop instead of ending the process. Yields the flag."""
     flag = StopFlag()
     before = {number: signal.signal(number, flag.raise_it) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -71,83 +71,83 @@ def train(
     done: Progress,
     watchdog: Watchdog,
     write: Callable[[StepRow], None],
-    asks: Callable[[], StepRequests],
-    between: Callable[[int, StepRequests], bool],
+    own_requests: Callable[[], StepRequests],
+    after_step: Callable[[int, StepRequests], bool],
     peak_bytes: Callable[[], int],
     name_samples: Callable[[int], str],
-    rescue: Callable[[int], str],
+    save_last_good: Callable[[int], str],
 ) -> Progress:
-    """Run the steps after `done`, where `batches` begin, up to spec.steps, or fewer when any rank is asked to stop. `asks`: what this
-    rank wishes; `between(step, wish)` follows each step with what any of them did, and says whether one was asked to stop meanwhile.
-    `name_samples(step)`: where the samples of a step lie. `rescue(step)`: have a checkpoint of the last good step, and say where. Raises
-    RunFailed, naming the samples and the layer, for a loss or gradient that is no number."""
+    """Run the steps after `done`, for which `batches` are, up to spec.steps, or until a rank is asked to stop. `own_requests`: of this rank.
+    `after_step(step, requests)` gets those of all ranks after each step, and returns whether to stop. `name_samples(step)`: where the samples
+    of a step are. `save_last_good(step)`: save a checkpoint of this step, if there is none, and say where. Raises RunFailed for a non-finite
+    loss or gradient, naming the samples and the layer."""
     source = iter(batches)
     step, seconds, loss, skips, stopped = done.step, done.seconds, done.loss, 0, done.stopped
     engine.model.train()
     while step < spec.steps and not stopped:
-        began = time.perf_counter()  # a step is as long as its data makes it wait, too
+        began = time.perf_counter()  # includes waiting for data
         step += 1
         watchdog.begin(step, "data")
-        parts, noted = next(source), note(engine)
-        row, wish = train_step(engine, parts, spec, step, asks=asks, watchdog=watchdog, peak_bytes=peak_bytes())
+        micro_batches, snapshot = next(source), take_snapshot(engine)
+        row, requests = train_step(engine, micro_batches, spec, step, own_requests=own_requests, watchdog=watchdog, peak_bytes=peak_bytes())
         row = replace(row, seconds=time.perf_counter() - began)
         skips = skips + 1 if row.skipped else 0
         if is_nonfinite(row, spec, skips):
             watchdog.begin(step, "search for the layer that failed", ends=False)
-            first, kept = look_back(engine, parts, noted, partial(rescue, step - 1))
+            first, kept = find_nonfinite_layer(engine, micro_batches, snapshot, partial(save_last_good, step - 1))
             raise RunFailed(nonfinite_message(row, skips, first, name_samples(step), kept))
         loss, seconds = row.loss, seconds + row.seconds
         write(row)
-        watchdog.rest()
-        stopped = between(step, wish) or wish.stop
+        watchdog.pause()
+        stopped = after_step(step, requests) or requests.stop
     return Progress(step=step, stopped=stopped, seconds=seconds, loss=loss)
 
 
 def train_step(
     engine: Engine,
-    parts: tuple[dict[str, Tensor], ...],
+    micro_batches: tuple[dict[str, Tensor], ...],
     spec: TrainSpec,
     step: int,
     *,
-    asks: Callable[[], StepRequests],
+    own_requests: Callable[[], StepRequests],
     watchdog: Watchdog,
     peak_bytes: int,
 ) -> tuple[StepRow, StepRequests]:
-    """One update from this rank's micro-batches, `parts`. Returns the row of the step over all ranks, and what any of them asked for.
+    """One update from this rank's `micro_batches`. Returns the metrics row of the step over all ranks, and the requests of all ranks.
 
-    The loss is the mean over the trained tokens of the whole global batch, so that the gradient is the same however the batch is
-    cut into ranks and micro-batches; DeepSpeed's mean over ranks is undone by the factor world_size."""
+    The loss is the mean over the trained tokens of the global batch, so that the gradient does not depend on how the batch is split into
+    ranks and micro-batches; the factor world_size cancels DeepSpeed's mean over ranks."""
     lr = lr_at(step, spec.steps, spec.optimizer)
     watchdog.phase("forward and backward")
-    total, trained = accumulate(engine, parts)
+    total, trained = accumulate(engine, micro_batches)
     watchdog.phase("update")
     update = engine.step(lr)
     watchdog.phase("exchange of the row")
-    read = sum(int(batch["attention_mask"].sum()) for batch in parts)
-    wish = asks()  # here, so that a signal is answered at the end of the step that it met
-    # Bytes in KiB, because float32 counts in ones up to 2**24 only, and float64 does not exist on an NPU.
-    values = (read, peak_bytes / 1024, wish.stop, wish.save, wish.failed)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
+    requests = own_requests()  # here, so that a signal is answered at the end of the step in which it came
+    # Bytes in KiB: float32 is exact up to 2**24 only, and an NPU has no float64.
+    values = (tokens, peak_bytes / 1024, requests.stop, requests.save, requests.failed)
     own = torch.tensor(values, dtype=torch.float32, device=engine.device)
-    table = engine.gather(torch.cat([total.view(1), trained.view(1), own]))
-    return read_table(table, update, spec, step=step, lr=lr)
+    table = engine.gather_vectors(torch.cat([total.view(1), trained.view(1), own]))
+    return read_step_row(table, update, spec, step=step, lr=lr)
 
 
-def accumulate(engine: Engine, parts: tuple[dict[str, Tensor], ...]) -> tuple[Tensor, Tensor]:
-    """Forward and backward of a step. Returns this rank's summed loss and the trained tokens of all ranks, float32, scalars."""
-    trained = engine.add(sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in parts))
+def accumulate(engine: Engine, micro_batches: tuple[dict[str, Tensor], ...]) -> tuple[Tensor, Tensor]:
+    """Forward and backward passes of a step. Returns this rank's summed loss and the trained tokens of all ranks, float32, scalars."""
+    trained = engine.sum_over_ranks(sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in micro_batches))
     total = torch.zeros((), dtype=torch.float32, device=engine.device)
-    for place, batch in enumerate(parts, start=1):
-        engine.begin_micro(last=place == len(parts))
+    for number, batch in enumerate(micro_batches, start=1):
+        engine.begin_micro(last=number == len(micro_batches))
         loss = engine.loss_sum(batch)
         engine.backward(loss * (engine.world_size / trained))
         total += loss.detach()
-        if place < len(parts):
+        if number < len(micro_batches):
             engine.micro_step()
     return total, trained
 
 
-def read_table(table: Tensor, update: Update, spec: TrainSpec, *, step: int, lr: float) -> tuple[StepRow, StepRequests]:
-    """`table`: (ranks, 7) float32, what each rank says of the step."""
+def read_step_row(table: Tensor, update: Update, spec: TrainSpec, *, step: int, lr: float) -> tuple[StepRow, StepRequests]:
+    """`table`: (ranks, 7) float32, the values of each rank."""
     losses, denominators, tokens, peaks, stops, saves, failures = table.unbind(dim=1)
     row = StepRow(
         step=step,
@@ -166,8 +166,8 @@ def read_table(table: Tensor, update: Update, spec: TrainSpec, *, step: int, lr:
 
 
 def is_nonfinite(row: StepRow, spec: TrainSpec, skips: int) -> bool:
-    """Whether no further step makes sense. Skipping is part of dynamic loss scaling, where a gradient alone overflows: a lower scale helps
-    it, and does nothing for a loss that is no number."""
+    """Whether the run has to end. With dynamic loss scaling an overflow of the gradient alone skips the step and lowers the scale; that does
+    not help if the loss is not finite."""
     if not math.isfinite(row.loss):
         return True
     if row.skipped:
@@ -175,24 +175,26 @@ def is_nonfinite(row: StepRow, spec: TrainSpec, skips: int) -> bool:
     return not math.isfinite(row.grad_norm)
 
 
-def look_back(engine: Engine, parts: tuple[dict[str, Tensor], ...], noted: Noted, rescue: Callable[[], str]) -> tuple[str, str]:
-    """After a step that has changed no weight: have a checkpoint of the one before it, then do its forward and backward passes again, with the
-    same random numbers and every layer under watch. Every rank must call it. Returns what was seen first, and where the checkpoint is."""
-    restore_rng(engine, noted)
+def find_nonfinite_layer(
+    engine: Engine, micro_batches: tuple[dict[str, Tensor], ...], snapshot: StepSnapshot, save_last_good: Callable[[], str]
+) -> tuple[str, str]:
+    """After a step that changed no weight: save a checkpoint of the step before it, then repeat its forward and backward passes with the same
+    random numbers and every layer checked. Every rank must call it. Returns the first finding, and where the checkpoint is."""
+    restore_rng(engine, snapshot)
     try:
-        kept = rescue()
-    except RunFailed as error:  # on every rank, as a full disk is: the cause of it all is to be told too
+        kept = save_last_good()
+    except RunFailed as error:  # on every rank, as for a full disk; the cause of the failure is still reported
         kept = str(error)
-    restore_rng(engine, noted)
+    restore_rng(engine, snapshot)
     with watch_modules(engine.model) as watch:
-        accumulate(engine, parts)
-    return gather_first(engine, watch), kept
+        accumulate(engine, micro_batches)
+    return gather_first_finding(engine, watch), kept
 
 
 def nonfinite_message(row: StepRow, skips: int, first: str, samples: str, kept: str) -> str:
     again = f" for the {skips}th time in a row, at a loss scale of {row.loss_scale:g}" if skips > 1 else ""
     return (
-        f"step {row.step}: the loss is {row.loss:g} and the gradient norm {row.grad_norm:g}{again}, so that this step is of no use and has "
-        f"changed no weight. {first} Its samples: {samples}. {kept} Look at the samples first; then begin a new run from there with a lower "
-        "stage.optimizer.lr or a longer warmup, or in bf16 or fp32."
+        f"step {row.step}: the loss is {row.loss:g} and the gradient norm {row.grad_norm:g}{again}. This step has changed no weight. {first} "
+        f"Its samples: {samples}. {kept} Check the samples first; then start a new run from that checkpoint with a lower stage.optimizer.lr or a "
+        "longer warmup, or in bf16 or fp32."
     )

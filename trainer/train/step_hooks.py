@@ -1,141 +1,153 @@
-"""What happens between two steps: the profiler's window, an evaluation, a checkpoint."""
+"""What runs between two steps: the profiler, an evaluation, a checkpoint."""
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trainer.checkpoint.best import is_better, read_evaluations
-from trainer.checkpoint.state import keep_random
-from trainer.checkpoint.writer import Writer
-from trainer.contract import CHECKPOINTS, EVALUATIONS_FILE, SAMPLES_FOLDER, EvaluationRow, TrainSpec
-from trainer.contract.checkpoint_files import NAME
+from trainer.checkpoint.resume import ResumePoint
+from trainer.checkpoint.writer import CheckpointWriter
+from trainer.contract import CHECKPOINTS, EVALUATIONS_FILE, SAMPLES_FOLDER, EvaluationRow, TrainSpec, WeightsLineage
+from trainer.contract.checkpoint_files import CHECKPOINT_NAME
+from trainer.data.rows.sample import Sample
 from trainer.device.device import Device
-from trainer.evaluation.evaluate import Halted
-from trainer.observe.memory import Gauge
-from trainer.observe.profile import Window
+from trainer.device.rng import keep_rng_state
+from trainer.distributed.engine import Engine
+from trainer.evaluation.evaluate import StopCheck
+from trainer.models.family import Processor
+from trainer.observe.memory import MemoryPeaks
+from trainer.observe.profile import ProfilerWindow
 from trainer.observe.tracker import Trackers
 from trainer.train.loop import StepRequests, StopFlag
 from trainer.train.watchdog import Watchdog
 
-# Evaluates into a file of the run's folder; metric -> value. {} without held-out rows, and when it was halted, which it asks between batches.
-Score = Callable[[str, Halted | None], dict[str, float]]
+# Evaluates into a file of the run's folder: metric -> value. {} without held-out rows, and if a stop was requested between two batches.
+Score = Callable[[str, StopCheck | None], dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the steps need. `start`: where the run continues; `lineage`: the weights that the stage began with."""
+
+    spec: TrainSpec
+    engine: Engine
+    processor: Processor
+    samples: Sequence[Sample]
+    device: Device
+    memory: MemoryPeaks
+    start: ResumePoint
+    lineage: WeightsLineage
+    trackers: Trackers
+    score: Score
 
 
 class StepHooks:
-    """`reach` the first step, then `cross` from each step to the next; every rank alike. `best`: the value to beat, of what stands. What a
-    rank `asks` for reaches all of them with the row of the step; by rank 0's clock, since no two agree. Only a stop does not wait for the
-    next row: an evaluation may be longer than the time that a launcher gives, so it asks whether it is `halted`."""
+    """Call `before_first_step`, then `after_step` after each step, on every rank. A rank's `requests` reach all ranks with the step's metrics;
+    saving by time follows rank 0's clock, since no two clocks agree. An evaluation may be longer than the launcher waits after a stop, so it
+    checks `stop_requested` between batches."""
 
-    def __init__(
-        self,
-        spec: TrainSpec,
-        *,
-        writer: Writer,
-        score: Score,
-        device: Device,
-        gauge: Gauge,
-        watchdog: Watchdog,
-        audience: Trackers,
-        rank: int,
-        best: float | None,
-        halted: Halted,
-    ) -> None:
-        self.spec, self.writer, self.score, self.gauge, self.rank, self.best = spec, writer, score, gauge, rank, best
-        self.device, self.watchdog, self.audience, self.halted = device, watchdog, audience, halted
-        self.window = Window(spec, device, rank)
+    def __init__(self, job: Job, writer: CheckpointWriter, watchdog: Watchdog, stop: StopFlag) -> None:
+        self.spec, self.engine, self.score, self.memory, self.trackers = job.spec, job.engine, job.score, job.memory, job.trackers
+        self.rank, self.device, self.best = job.engine.rank, job.device, job.start.best
+        self.writer, self.watchdog, self.stop = writer, watchdog, stop
+        self.profiler = ProfilerWindow(job.spec, job.device, self.rank)
         self.saved_at = time.monotonic()
-        self.kept = 0  # the step of the newest checkpoint, 0 for none
+        self.saved_step = 0  # of the newest checkpoint, 0 for none
 
-    def reach(self, step: int, *, evaluated: bool) -> bool:
-        """`step` is done, by an earlier attempt or none. `evaluated`: that one also did what comes after it. Returns whether to stop here."""
+    def before_first_step(self, step: int, *, evaluated: bool) -> bool:
+        """`step`: the last finished step of an earlier attempt, or 0. `evaluated`: whether its evaluation is done. Returns whether to stop."""
         late = step > 0 and not evaluated and self._evaluates(step)
         if late:
             self._evaluate(step)
-        self.kept = step
-        self.gauge.enter("first step")
-        self.window.reach(step + 1)
-        return late and self.halted()
+        self.saved_step = step
+        self.memory.enter("first step")
+        self.profiler.before_step(step + 1)
+        return late and self.stop_requested()
 
-    def asks(self, stop: StopFlag) -> StepRequests:
-        """What this rank wishes at the end of a step."""
+    def stop_requested(self) -> bool:
+        """Whether any rank was asked to stop: a collective."""
+        return float(self.engine.sum_over_ranks(float(self.stop.up))) > 0
+
+    def requests(self) -> StepRequests:
+        """What this rank requests at the end of a step."""
         due = self.spec.save_every_s and time.monotonic() - self.saved_at >= self.spec.save_every_s
-        return StepRequests(stop=stop.up, save=bool(due and self.rank == 0), failed=self.writer.failed)
+        return StepRequests(stop=self.stop.up, save=bool(due and self.rank == 0), failed=self.writer.failed)
 
-    def cross(self, step: int, wish: StepRequests) -> bool:
-        """Returns whether to stop here, which `wish` did not say. Raises RunFailed on every rank where a checkpoint could not be written."""
-        if self.gauge.phase == "first step":
-            self.gauge.enter("steps")
-        self.window.reach(step + 1)
-        if wish.failed:
+    def after_step(self, step: int, requests: StepRequests) -> bool:
+        """Returns whether to stop, apart from `requests`. Raises RunFailed on every rank if a checkpoint could not be written."""
+        if self.memory.phase == "first step":
+            self.memory.enter("steps")
+        self.profiler.before_step(step + 1)
+        if requests.failed:
             self.writer.settle()
-        if wish.stop or step == self.spec.steps:  # the run saves then, and evaluates
+        if requests.stop or step == self.spec.steps:  # the run then saves, and evaluates at the last step
             return False
         due = self._evaluates(step)
         record = due and self._evaluate(step)
-        if due and self.halted():  # the run saves then, too
+        if due and self.stop_requested():  # the run then saves, too
             return True
-        if record or wish.save or (self.spec.save_every and step % self.spec.save_every == 0):
+        if record or requests.save or (self.spec.save_every and step % self.spec.save_every == 0):
             self._save(step)
         return False
 
     def close(self) -> None:
-        self.window.close()
+        self.profiler.close()
 
     def _evaluates(self, step: int) -> bool:
         every = self.spec.evaluation.every
         return bool(every) and step % every == 0 and step < self.spec.steps
 
     def _evaluate(self, step: int) -> bool:
-        """Leaves the random numbers as they were. Returns whether the weights of this step are the best so far, and to be kept."""
-        self.watchdog.begin(step, "evaluation", ends=False)  # as long as it takes
-        self.gauge.enter("evaluation")
+        """Keeps the state of the random numbers. Returns whether the weights of this step are the best so far, and must be saved."""
+        self.watchdog.begin(step, "evaluation", ends=False)  # no time limit
+        self.memory.enter("evaluation")
         began = time.perf_counter()
         file = f"{SAMPLES_FOLDER}/step-{step:06d}.jsonl"
-        with keep_random(self.device.name):
-            scores = self.score(file, self.halted)
-        self.gauge.enter("steps")
-        self.watchdog.rest()
+        with keep_rng_state(self.device.name):
+            scores = self.score(file, self.stop_requested)
+        self.memory.enter("steps")
+        self.watchdog.pause()
         if not scores:
             return False
-        row = make_row(step, scores, seconds=time.perf_counter() - began)
+        row = make_evaluation_row(step, scores, seconds=time.perf_counter() - began)
         if self.rank == 0:
-            tell_evaluation(self.spec, row, self.audience, file)
+            record_evaluation(self.spec, row, self.trackers, file)
         better = bool(self.spec.keep_best) and is_better(self.spec.keep_best, getattr(row, self.spec.keep_best), self.best)
         if better:
             self.best = getattr(row, self.spec.keep_best)
         return better
 
     def _save(self, step: int) -> None:
-        self.watchdog.begin(step, "saving", ends=False)  # a slow disk is no hang: told, and left alone
-        self.gauge.enter("saving")
+        self.watchdog.begin(step, "saving", ends=False)  # a slow disk is not a hang: it is reported, and nothing ends
+        self.memory.enter("saving")
         self.writer.begin(step)
-        self.gauge.enter("steps")
-        self.watchdog.rest()
-        self.saved_at, self.kept = time.monotonic(), step
+        self.memory.enter("steps")
+        self.watchdog.pause()
+        self.saved_at, self.saved_step = time.monotonic(), step
 
-    def rescue(self, step: int) -> str:
-        """Have a checkpoint of `step`, the last one that is of use, before the run ends in failure. Returns a sentence that says where.
-        Raises RunFailed on every rank where it could not be written."""
+    def save_last_good(self, step: int) -> str:
+        """Save a checkpoint of `step`, if there is none, before the run ends in failure. Returns a sentence that says where it is. Raises
+        RunFailed on every rank if it could not be written."""
         if step == 0:
-            return "No step before it was done, and so there is no checkpoint."
-        if step != self.kept:
+            return "It is the first step, so there is no checkpoint."
+        if step != self.saved_step:
             self._save(step)
         self.writer.settle()
-        return f"The weights are those of step {step}, in {CHECKPOINTS}/{NAME.format(step=step)}."
+        return f"The weights of step {step} are in {CHECKPOINTS}/{CHECKPOINT_NAME.format(step=step)}."
 
 
-def make_row(step: int, scores: dict[str, float], *, seconds: float) -> EvaluationRow:
+def make_evaluation_row(step: int, scores: dict[str, float], *, seconds: float) -> EvaluationRow:
     return EvaluationRow(step=step, exact_match=scores["exact_match"], count=int(scores["count"]), seconds=seconds, loss=scores.get("loss"))
 
 
-def tell_evaluation(spec: TrainSpec, row: EvaluationRow, audience: Trackers, file: str) -> None:
-    """Append the row, unless an earlier attempt has. Rank 0 alone."""
+def record_evaluation(spec: TrainSpec, row: EvaluationRow, trackers: Trackers, file: str) -> None:
+    """Append the row, unless an earlier attempt did. On rank 0 only."""
     run = Path(spec.output)
     if row.step not in read_evaluations(run):
         with (run / EVALUATIONS_FILE).open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(asdict(row)) + "\n")
     values = {"exact_match": row.exact_match} | ({} if row.loss is None else {"loss": row.loss})
-    audience.log(row.step, {f"evaluation/{name}": value for name, value in values.items()})
-    audience.samples(row.step, (run / file).read_text(encoding="utf-8"))
+    trackers.log(row.step, {f"evaluation/{name}": value for name, value in values.items()})
+    trackers.samples(row.step, (run / file).read_text(encoding="utf-8"))

@@ -1,112 +1,66 @@
-"""The steps of a stage, with all that watches over them."""
+"""The steps of a stage, with checkpoints, metrics, trackers and the watchdog."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from trainer.checkpoint.pending import Saved
-from trainer.checkpoint.resume import Start
-from trainer.checkpoint.writer import Writer, choose_background
-from trainer.contract import Origin, StepRow, TrainSpec
+from trainer.checkpoint.pending import SavedCheckpoint
+from trainer.checkpoint.resume import ResumePoint
+from trainer.checkpoint.writer import CheckpointWriter, choose_background
+from trainer.contract import StepRow
 from trainer.contract.checkpoint_files import CheckpointState
 from trainer.data.batch.assign_to_ranks import samples_of_step
 from trainer.data.batch.cache import Cache
 from trainer.data.batch.load import batches, keep_lengths
-from trainer.data.rows.sample import Sample
-from trainer.device.device import Device
-from trainer.distributed.engine import Engine
-from trainer.models.family import Processor
-from trainer.observe.memory import Gauge
 from trainer.observe.metric import open_metrics
-from trainer.observe.tracker import Trackers
 from trainer.train.loop import Progress, StopFlag, train
-from trainer.train.step_hooks import Score, StepHooks
-from trainer.train.watchdog import Watchdog, end_hung, watch_steps
+from trainer.train.step_hooks import Job, StepHooks
+from trainer.train.watchdog import end_hung, watch_steps
 
-TOLD = ("loss", "lr", "grad_norm", "tokens", "seconds", "peak_bytes", "loss_scale")  # of a step's row, to the trackers
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What the steps need. `start`: what is done already; `origin`: what the stage began with."""
-
-    spec: TrainSpec
-    engine: Engine
-    processor: Processor
-    samples: Sequence[Sample]
-    device: Device
-    gauge: Gauge
-    start: Start
-    origin: Origin
-    audience: Trackers
-    score: Score
+TRACKED_FIELDS = ("loss", "lr", "grad_norm", "tokens", "seconds", "peak_bytes", "loss_scale")  # of a step's row, for the trackers
 
 
-def run_steps(job: Job, stop: StopFlag) -> tuple[Progress, Saved]:
-    """All steps that are not done yet, or those until `stop` is up; then a checkpoint of the last one."""
+def run_steps(job: Job, stop: StopFlag) -> tuple[Progress, SavedCheckpoint]:
+    """All remaining steps, or those until `stop` is set; then a checkpoint of the last one."""
     spec, engine, start = job.spec, job.engine, job.start
-    writer = Writer(
-        engine,
-        job.processor,
-        spec,
-        data_sha256=start.data_sha256,
-        origin=job.origin,
-        background=choose_background(engine, spec),
-    )
+    background = choose_background(engine, spec)
+    writer = CheckpointWriter(engine, job.processor, spec, data_sha256=start.data_sha256, lineage=job.lineage, background=background)
     with (
         watch_steps(spec.hang_timeout_s, rank=engine.rank, stream=sys.stderr, end=lambda why: end_hung(spec, engine.rank, why)) as watchdog,
         open_metrics(Path(spec.output), writes=engine.rank == 0) as write_row,
         closing(batches(job.samples, job.processor, spec, rank=engine.rank, first_step=start.step)) as source,
-        handing_over(writer),
-        closing(make_boundary(job, writer, watchdog, stop)) as boundary,
+        finish_writing(writer),
+        closing(StepHooks(job, writer, watchdog, stop)) as hooks,
     ):
 
-        def tell(row: StepRow) -> None:
+        def write(row: StepRow) -> None:
             write_row(row)
-            job.audience.log(row.step, {name: float(getattr(row, name)) for name in TOLD})
+            job.trackers.log(row.step, {name: float(getattr(row, name)) for name in TRACKED_FIELDS})
 
-        if boundary.reach(start.step, evaluated=start.evaluated) and start.checkpoint is not None:
-            return replace(progress_of(start), stopped=True), saved_of(start.checkpoint)
+        if hooks.before_first_step(start.step, evaluated=start.evaluated) and start.checkpoint is not None:
+            return replace(progress_of(start), stopped=True), saved_checkpoint(start.checkpoint)
         progress = train(
             engine,
             source,
             spec,
             done=progress_of(start),
             watchdog=watchdog,
-            write=tell,
-            asks=lambda: boundary.asks(stop),
-            between=boundary.cross,
-            peak_bytes=job.gauge.highest,
+            write=write,
+            own_requests=hooks.requests,
+            after_step=hooks.after_step,
+            peak_bytes=job.memory.highest,
             name_samples=lambda step: name_samples(job, step),
-            rescue=boundary.rescue,
+            save_last_good=hooks.save_last_good,
         )
-        job.gauge.enter("saving")
+        job.memory.enter("saving")
         return progress, writer.save(progress.step)
 
 
-def make_boundary(job: Job, writer: Writer, watchdog: Watchdog, stop: StopFlag) -> StepHooks:
-    def halted() -> bool:
-        return float(job.engine.add(float(stop.up))) > 0
-
-    return StepHooks(
-        job.spec,
-        writer=writer,
-        score=job.score,
-        device=job.device,
-        gauge=job.gauge,
-        watchdog=watchdog,
-        audience=job.audience,
-        rank=job.engine.rank,
-        best=job.start.best,
-        halted=halted,
-    )
-
-
 @contextmanager
-def handing_over(writer: Writer) -> Iterator[None]:
-    """What is still being written when the steps end in failure is written to its end, if that can be."""
+def finish_writing(writer: CheckpointWriter) -> Iterator[None]:
+    """If the steps fail, a background checkpoint is still written to its end, if possible."""
     try:
         yield
     except BaseException:
@@ -123,9 +77,9 @@ def name_samples(job: Job, step: int) -> str:
     return "; ".join(f"{file} rows {', '.join(map(str, sorted(own)))}" for file, own in rows.items())
 
 
-def saved_of(checkpoint: CheckpointState) -> Saved:
-    return Saved(path=checkpoint.path, weights_sha256=checkpoint.weights_sha256)
+def saved_checkpoint(checkpoint: CheckpointState) -> SavedCheckpoint:
+    return SavedCheckpoint(path=checkpoint.path, weights_sha256=checkpoint.weights_sha256)
 
 
-def progress_of(start: Start) -> Progress:
+def progress_of(start: ResumePoint) -> Progress:
     return Progress(step=start.step, seconds=start.rows.seconds, loss=start.rows.loss)

@@ -15,7 +15,7 @@ from launcher.plan.plan import Plan
 from launcher.record.checkpoint_reference import resolve_checkpoint
 from launcher.record.record import SourceState, open_run
 from trainer.contract import CHECKPOINTS, SCHEMA
-from trainer.contract.checkpoint_files import NAME, STATE_FILE
+from trainer.contract.checkpoint_files import CHECKPOINT_NAME, STATE_FILE
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 SOURCE = SourceState(commit="", dirty=False)
@@ -36,7 +36,7 @@ def run(plan_for: Callable[..., Plan], tmp_path: Path) -> Path:
 
 
 def save(run: Path, step: int, *, whole: bool = True, base: str = "") -> Path:
-    folder = run / CHECKPOINTS / NAME.format(step=step)
+    folder = run / CHECKPOINTS / CHECKPOINT_NAME.format(step=step)
     folder.mkdir(parents=True)
     (folder / "weights").write_text("1234")
     if base:

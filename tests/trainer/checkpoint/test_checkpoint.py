@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 
-from trainer.checkpoint import checkpoint, pending as draft
-from trainer.checkpoint.checkpoint import find_gap, require_whole
+from trainer.checkpoint import checkpoint, pending
+from trainer.checkpoint.checkpoint import find_defect, require_whole
 from trainer.checkpoint.pending import save_checkpoint
 from trainer.contract import InputRefused, RunFailed, TrainSpec
 from trainer.contract.weight_files import hash_weights
@@ -30,7 +30,7 @@ class LoneEngine:
     def gather_weights(self) -> dict[str, torch.Tensor]:
         return {name: p.detach() for name, p in self.model.named_parameters()}
 
-    def agree(self, problem: str) -> None:
+    def fail_together(self, problem: str) -> None:
         if problem:
             raise RunFailed(problem)
 
@@ -86,10 +86,10 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_said_and_fails_nothing(
     assert (elsewhere / "model.safetensors").is_file() and capsys.readouterr().out == ""
     monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
     assert save_checkpoint(engine, processor, spec, 4).path == "checkpoints/step-000004"
-    assert ".step-000002.removed could not be removed whole. Nothing needs it any more" in capsys.readouterr().out
+    assert ".step-000002.removed could not be removed completely. It is not needed any more" in capsys.readouterr().out
     (folder / "step-000002").mkdir()
     checkpoint.remove(folder / "step-000002")  # its other name is taken by what stays
-    assert "step-000002 stays: " in capsys.readouterr().out
+    assert "step-000002 could not be removed: " in capsys.readouterr().out
 
 
 def test_what_a_killed_rank_left_is_no_obstacle(parts: Any) -> None:
@@ -97,7 +97,7 @@ def test_what_a_killed_rank_left_is_no_obstacle(parts: Any) -> None:
     left = Path(spec.output) / "checkpoints" / ".step-000001.partial"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
-    assert find_gap(left) == "it was being written when its run ended"
+    assert find_defect(left) == "it was being written when its run ended"
     save_checkpoint(engine, processor, spec, 1)
     assert [path.name for path in left.parent.iterdir()] == ["step-000001"]
 
@@ -115,8 +115,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_else(place: str, 
     elif place == "processor":
         processor = replace(processor, save=fail)
     else:
-        monkeypatch.setattr(draft, "sync_tree", fail)
-    with pytest.raises(RunFailed, match=r"step 2 could not be written.*No space left on device.*step-000001 is whole.*needs 0.06 GiB"):
+        monkeypatch.setattr(pending, "sync_tree", fail)
+    with pytest.raises(RunFailed, match=r"step 2 could not be written.*No space left on device.*step-000001 is complete.*needs 0.06 GiB"):
         save_checkpoint(engine, processor, spec, 2)
     folder = Path(spec.output) / "checkpoints"
     assert [path.name for path in folder.iterdir()] == ["step-000001"]
@@ -138,10 +138,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_is_really_full(small_disk: Path, parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, processor, spec = parts
     spec = replace(spec, output=str(small_disk))
-    assert draft.size_of(engine.gather_weights()) < 400 * 1024  # it fits once
-    monkeypatch.setattr(draft, "ROOM_BYTES", -(2**40))  # past the look at the free space, into the write itself
+    assert pending.tensor_bytes(engine.gather_weights()) < 400 * 1024  # it fits once
+    monkeypatch.setattr(pending, "MARGIN_BYTES", -(2**40))  # past the look at the free space, into the write itself
     save_checkpoint(engine, processor, spec, 1)
-    with pytest.raises(RunFailed, match=r"step 2 could not be written.*No space left on device.*step-000001 is whole"):
+    with pytest.raises(RunFailed, match=r"step 2 could not be written.*No space left on device.*step-000001 is complete"):
         save_checkpoint(engine, processor, spec, 2)
     assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step-000001"]
     require_whole(small_disk / "checkpoints" / "step-000001", "stage.checkpoint")
@@ -149,7 +149,7 @@ def test_a_disk_that_is_really_full(small_disk: Path, parts: Any, monkeypatch: p
 
 def test_room_is_looked_at_first(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, processor, spec = parts
-    monkeypatch.setattr(draft, "ROOM_BYTES", 2**60)
+    monkeypatch.setattr(pending, "MARGIN_BYTES", 2**60)
     monkeypatch.setattr(type(engine.model), "save_pretrained", lambda *_, **__: pytest.fail("wrote all the same"))
     with pytest.raises(RunFailed, match=r"not enough room on the disk.*There is no earlier checkpoint"):
         save_checkpoint(engine, processor, spec, 1)
@@ -159,16 +159,16 @@ def test_room_is_looked_at_first(parts: Any, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_checkpoint_with_a_file_missing_is_refused(name: str, saved: Any) -> None:
     folder, _ = saved
     (folder / name).unlink()
-    with pytest.raises(InputRefused, match=rf"stage.checkpoint: .*step-000003 is not a whole checkpoint: .*{name}"):
+    with pytest.raises(InputRefused, match=rf"stage.checkpoint: .*step-000003 is not a complete checkpoint: .*{name}"):
         require_whole(folder, "stage.checkpoint")
 
 
 def test_a_truncated_file_is_refused_with_and_without_our_own_list(saved: Any) -> None:
     folder, _ = saved
     os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 100)
-    assert "model.safetensors missing or not of the size" in find_gap(folder)
+    assert "model.safetensors missing or not of the size" in find_defect(folder)
     (folder / "trainer_state.json").unlink()
-    assert "bytes where its header says" in find_gap(folder)
+    assert "bytes, but its header says" in find_defect(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"1234", b"\xff" * 16, b"\x02" + b"\x00" * 7 + b"[]", b"\x0b" + b"\x00" * 7 + b'{"a":"b"  }'])
@@ -176,11 +176,11 @@ def test_a_file_that_is_not_safetensors_is_refused(content: bytes, saved: Any) -
     folder, _ = saved
     (folder / "trainer_state.json").unlink()
     (folder / "model.safetensors").write_bytes(content)
-    assert "is not a safetensors file" in find_gap(folder) or "bytes where" in find_gap(folder)
+    assert "is not a safetensors file" in find_defect(folder) or "bytes where" in find_defect(folder)
 
 
 def test_no_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputRefused, match=r"model.source.path: .*nowhere is not a whole checkpoint: there is no such folder"):
+    with pytest.raises(InputRefused, match=r"model.source.path: .*nowhere is not a complete checkpoint: there is no such folder"):
         require_whole(tmp_path / "nowhere", "model.source.path")
 
 

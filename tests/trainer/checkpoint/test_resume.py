@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import trainer.contract
-import trainer.train.run
+import trainer.programs.train
 from tests.trainer.contract.test_checkpoint_files import expect
 from tests.trainer.mortal import Death, run_ranks
 from trainer.contract import CHECKPOINTS, METRICS_FILE, RESULT_FILE, Exit, FailureReport, TrainResult, TrainSpec, read
@@ -69,4 +69,4 @@ def test_a_rank_with_other_rows_says_so_before_the_first_step(tiny_spec: Any) ->
 def change_rows_of_rank_1() -> None:
     """As on a node with an older copy of the file."""
     if os.environ["RANK"] == "1":
-        trainer.train.run.hash_sources = lambda *_: "0" * 64
+        trainer.programs.train.hash_sources = lambda *_: "0" * 64

@@ -15,10 +15,8 @@ from trainer.checkpoint import checkpoint
 from trainer.checkpoint.state import (
     MASTER,
     full_state_bytes,
-    gather_random,
     read_scaler,
     restore_state,
-    set_random,
     state_bytes,
     weights_bytes,
     write_state,
@@ -28,11 +26,12 @@ from trainer.data.batch.load import batches
 from trainer.data.check import resolve
 from trainer.data.rows.sample import read_samples
 from trainer.device.dtype import DTYPES, loading_dtype
+from trainer.device.rng import read_rng_state, set_rng_state
 from trainer.distributed.engine import Engine, start_engine
 from trainer.models import find_family
 from trainer.stages.group import apply_stage
 from trainer.tensor import shard
-from trainer.tensor.shard import find_stored
+from trainer.tensor.stream import find_stored_tensors
 from trainer.train.loop import StepRequests, train_step
 from trainer.train.watchdog import Watchdog
 
@@ -66,7 +65,7 @@ def train(engine: Engine, spec: TrainSpec, steps: range) -> list[float]:
     samples, _ = read_samples(places.train, places.images)  # type: ignore[arg-type]
     source = batches(samples, find_family("llava").create_processor(spec.model), spec, rank=0, first_step=steps.start - 1)
     watchdog = Watchdog(timeout_s=0, rank=0, stream=sys.stderr, end=pytest.fail)
-    done = (train_step(engine, next(source), spec, step, asks=StepRequests, watchdog=watchdog, peak_bytes=0) for step in steps)
+    done = (train_step(engine, next(source), spec, step, own_requests=StepRequests, watchdog=watchdog, peak_bytes=0) for step in steps)
     return [row.loss for row, _ in done]
 
 
@@ -100,7 +99,7 @@ def test_tensors_are_whole_and_named_by_parameter(precision: str, zero: int, tin
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.model.named_parameters() if p.requires_grad}
     train(engine, spec, range(1, 2))
     write_state(engine, tmp_path, writers=1)
-    stored = find_stored(tmp_path)
+    stored = find_stored_tensors(tmp_path)
     assert {entry: tensor.shape for entry, tensor in stored.items()} == {
         f"{key}/{name}": shape for name, shape in shapes.items() for key in (MASTER, "exp_avg", "exp_avg_sq")
     }
@@ -147,7 +146,7 @@ def test_other_parameters_are_refused(tiny_spec: Any, start: Any, tmp_path: Path
     spec = tiny_spec()
     write_state(start(spec), tmp_path, writers=1)
     other = start(tiny_spec("other", changes={"stage": replace(spec.stage, trainable=("projector",))}))
-    with pytest.raises(InputRefused, match="holds other trained parameters than this stage has, as "):
+    with pytest.raises(InputRefused, match="was saved with other trained parameters than this stage has, as "):
         restore_state(other, tmp_path, seed=0, step=0, world_size=1)
 
 
@@ -163,7 +162,7 @@ def test_random_numbers_of_another_kind_of_device_begin_anew(
     rest["random"][0]["accelerator"] = "npu"
     (tmp_path / "rest.json").write_text(json.dumps(rest))
     restore_state(engine, tmp_path, seed=0, step=2, world_size=1)
-    assert "it was saved on npu, this is cpu: equal up to rounding" in capsys.readouterr().out and said == ""
+    assert "the checkpoint was saved on npu, this is cpu: equal up to rounding" in capsys.readouterr().out and said == ""
     assert not torch.equal(torch.rand(3), same)
 
 
@@ -177,13 +176,13 @@ def test_a_disk_that_is_too_small_for_the_run_is_said_before_the_first_step(
     assert state_bytes(engine) == expected == full_state_bytes(engine)
     assert weights_bytes(engine) == sum(tensor.numel() * tensor.element_size() for _, tensor in engine.model.named_parameters())
     capsys.readouterr()  # DeepSpeed has spoken
-    checkpoint.warn_of_room(engine, spec)
+    checkpoint.warn_if_disk_is_small(engine, spec)
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(checkpoint, "ROOM_BYTES", 2**60)
-    checkpoint.warn_of_room(engine, replace(spec, save_every=0))
+    monkeypatch.setattr(checkpoint, "MARGIN_BYTES", 2**60)
+    checkpoint.warn_if_disk_is_small(engine, replace(spec, save_every=0))
     assert capsys.readouterr().out == ""
-    checkpoint.warn_of_room(engine, spec)
-    assert "GiB of room, and 3 more checkpoints need" in capsys.readouterr().out
+    checkpoint.warn_if_disk_is_small(engine, spec)
+    assert "GiB free, and 3 more checkpoints need" in capsys.readouterr().out
 
 
 def test_random_numbers_go_on(tiny_spec: Any, start: Any) -> None:
@@ -193,9 +192,9 @@ def test_random_numbers_go_on(tiny_spec: Any, start: Any) -> None:
 
     engine = start(tiny_spec())
     random.gauss(0, 1), numpy.random.standard_normal()  # both keep a second number for the next call
-    states = json.loads(json.dumps(gather_random(engine)))[0]
+    states = json.loads(json.dumps([read_rng_state(engine.device)]))[0]
     drawn = [(random.gauss(0, 1), numpy.random.standard_normal(), torch.rand(3).tolist()) for _ in range(3)]
-    set_random(states, engine.device)
+    set_rng_state(states, engine.device)
     assert [(random.gauss(0, 1), numpy.random.standard_normal(), torch.rand(3).tolist()) for _ in range(3)] == drawn
 
 
@@ -205,19 +204,19 @@ def test_random_numbers_go_on(tiny_spec: Any, start: Any) -> None:
 def test_shards_are_bounded_and_a_tensor_is_read_in_spans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard, "SHARD_BYTES", 100)
     tensors = {f"t{n}": torch.arange(n * 10, dtype=torch.float32).view(n, 10).to(torch.bfloat16) for n in range(1, 8)}
-    shards = shard.Shards(tmp_path, "state-000")
+    shards = shard.ShardWriter(tmp_path, "state-000")
     for name, tensor in tensors.items():
         shards.add(name, tensor)
     shards.flush()
     assert shards.problem == "" and len(list(tmp_path.glob("state-000-*.safetensors"))) == 6  # 20 + 40, 60, 80, 100, 120, 140 bytes
-    stored = find_stored(tmp_path)
+    stored = find_stored_tensors(tmp_path)
     assert all(torch.equal(stored[name].read_whole(), tensor) for name, tensor in tensors.items())
     assert torch.equal(stored["t4"].read(13, 5), tensors["t4"].view(-1)[13:18])
     assert stored["t4"].read(40, 0).shape == (0,)
 
 
 def test_a_full_disk_is_said_and_the_writer_goes_on_taking_tensors(tmp_path: Path) -> None:
-    shards = shard.Shards(tmp_path / "nowhere", "state-000")
+    shards = shard.ShardWriter(tmp_path / "nowhere", "state-000")
     for name in ("a", "b"):
         shards.add(name, torch.zeros(4))
         shards.flush()

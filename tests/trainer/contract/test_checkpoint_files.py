@@ -1,4 +1,4 @@
-"""Runs that are killed and started again, against runs that nobody disturbs."""
+"""Runs that are killed and started again, compared with uninterrupted runs."""
 
 import errno
 import itertools
@@ -37,7 +37,7 @@ from trainer.contract import (
     TrainSpec,
     read,
 )
-from trainer.contract.checkpoint_files import cut_rows, fixed_parts, newest_checkpoint, refuse_other_run, whole_checkpoints
+from trainer.contract.checkpoint_files import cut_rows, fixed_settings, newest_checkpoint, refuse_other_run, whole_checkpoints
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LORA = StageSpec(name="lora", kind="train", trainable=("projector",), lora=Lora(r=4, alpha=8, dropout=0.05, targets=("q_proj", "v_proj")))
@@ -199,7 +199,7 @@ def test_another_number_of_ranks_and_another_stage_go_on_within_rounding(
     expect(run_ranks(quiet), 0, 0)
     run_ranks(killed, Death(place="backward", call=4))
     gone = expect(run_ranks(other), *[0] * goes_on[0])
-    assert f"it was saved by {saved[0]} ranks, now there are {goes_on[0]}: equal up to rounding" in gone.text
+    assert f"the checkpoint was saved by {saved[0]} ranks, now there are {goes_on[0]}: equal up to rounding" in gone.text
     assert rows_of(other)[:3] == rows_of(quiet)[:3]
     for one, two in zip(rows_of(quiet), rows_of(other), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-6)
@@ -214,7 +214,7 @@ def test_a_run_that_was_stopped_by_a_signal_goes_on(tiny_spec: Any) -> None:
     expect(run_ranks(stopped, meddle=stop_in_the_third_update), 0, 0)
     assert (result_of(stopped).status, result_of(stopped).steps) == ("stopped", 3)  # the step that the signal met, and no other
     gone = expect(run_ranks(stopped), 0, 0)
-    assert f"going on from {CHECKPOINTS}/step-000003" in gone.text
+    assert f"resuming from {CHECKPOINTS}/step-000003" in gone.text
     assert_same_run(quiet, stopped)
     seconds = [json.loads(line)["seconds"] for line in (Path(stopped.output) / METRICS_FILE).read_text().splitlines()]
     assert result_of(stopped).seconds == pytest.approx(sum(seconds))
@@ -255,7 +255,7 @@ def test_only_a_whole_checkpoint_of_this_very_run_counts(half_done: TrainSpec) -
     (run / CHECKPOINTS / ".step-000009.partial").mkdir()
     assert (newest_checkpoint(run) or newest).step == 1
     assert newest_checkpoint(run / "nowhere") is None
-    # the broken one of step 3 is in the way of nobody
+    # the broken one of step 3 is ignored
     gone = expect(run_ranks(half_done), 0)
     assert "step-000003: resume/rest.json missing or not of the size that trainer_state.json says" in gone.text
     assert "step-000200: its trainer_state.json is of step 2" in gone.text
@@ -269,9 +269,9 @@ def test_where_no_checkpoint_is_whole_the_run_does_not_begin_again(half_done: Tr
         (folder / name / "config.json").unlink()
     gone = expect(run_ranks(half_done), Exit.USAGE)
     report = read(FailureReport, Path(half_done.output) / "failure-rank0.json")
-    assert report.message.startswith("no checkpoint of this run is whole. ") and report.kind == "InputRefused"
+    assert report.message.startswith("no checkpoint of this run is complete. ") and report.kind == "InputRefused"
     assert all(name in report.message for name in ("step-000001: ", "step-000002: config.json missing", "step-000003: config.json missing"))
-    assert "remove the folder to begin at step 1" in gone.text
+    assert "remove the folder to start at step 1" in gone.text
     assert len(rows_of(half_done)) == 3  # nothing was cut
 
 
@@ -320,7 +320,7 @@ def test_every_rank_of_a_node_writes_and_one_that_cannot_ends_all(tiny_spec: Any
     spec = tiny_spec(ranks=2, micro=4, changes={"save_every": 1})
     gone = expect(run_ranks(spec, meddle=fill_the_disk_of_rank_1), Exit.RUN, Exit.RUN)
     assert gone.text.count("checkpoint of step 2 could not be written") == 2
-    assert "No space left on device. Nothing of it is left. The checkpoint " in gone.text
+    assert "No space left on device. The incomplete folder was removed. The checkpoint " in gone.text
     assert [path.name for path in (Path(spec.output) / CHECKPOINTS).iterdir()] == ["step-000001"]
     state = newest_checkpoint(Path(spec.output))
     assert state is not None
@@ -331,7 +331,7 @@ def test_a_rank_without_the_checkpoint_says_so(tiny_spec: Any) -> None:
     spec = tiny_spec(ranks=2, micro=4, changes={"steps": 4, "save_every": 2})
     run_ranks(spec, Death(place="backward", call=3))
     gone = run_ranks(spec, meddle=move_output_of_rank_1)
-    assert "rank 1 on" in gone.text and "has no whole" in gone.text and "from which rank 0 goes on" in gone.text
+    assert "rank 1 on" in gone.text and "has no complete" in gone.text and "from which rank 0 resumes" in gone.text
     assert gone.codes[1] == Exit.RUN
 
 
@@ -372,8 +372,8 @@ def test_rows_after_a_gap_stand(tmp_path: Path) -> None:
 
 def test_what_may_differ_between_attempts_is_where_and_how_fast(tiny_spec: Any) -> None:
     spec = tiny_spec()
-    parts = fixed_parts(spec)
+    parts = fixed_settings(spec)
     assert {"seed", "steps", "batch.global_batch", "precision.name", "model.architecture.text.hidden_size", "stage.lora"} <= set(parts)
     assert not {key for key in parts if key.startswith(("device.", "deepspeed.", "evaluation."))}
-    assert fixed_parts(replace(spec, output="/elsewhere", deepspeed={})) == parts
+    assert fixed_settings(replace(spec, output="/elsewhere", deepspeed={})) == parts
     assert json.loads(json.dumps(parts)) == parts

@@ -14,7 +14,7 @@ from trainer.device.device import (
     DEVICES,
     find_determinism,
     name_settings,
-    read_nvidia,
+    parse_nvidia_smi,
     read_version,
     require_determinism,
     seed_all,
@@ -62,7 +62,7 @@ def test_a_switch_that_is_off_is_named(switched: None) -> None:
 
 
 def test_clocks_and_power_caps_as_nvidia_smi_prints_them() -> None:
-    assert name_settings(FIELDS, read_nvidia(PRINTED, len(FIELDS))) == {
+    assert name_settings(FIELDS, parse_nvidia_smi(PRINTED, len(FIELDS))) == {
         "0 name": "NVIDIA H200", "0 clocks.max.sm": "1980 MHz", "0 power.limit": "700.00 W", "0 mig.mode.current": "Disabled",
         "1 name": "Tesla P4", "1 clocks.max.sm": "1531 MHz", "1 power.limit": "75.00 W",
     }  # fmt: skip
@@ -70,7 +70,9 @@ def test_clocks_and_power_caps_as_nvidia_smi_prints_them() -> None:
 
 def test_a_driver_that_knows_fewer_clocks_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, ...]] = []
-    monkeypatch.setattr(device, "ask_nvidia", lambda *fields: asked.append(fields) or ([] if len(asked) == 1 else [["x"] * len(fields)]))
+    monkeypatch.setattr(
+        device, "query_nvidia_smi", lambda *fields: asked.append(fields) or ([] if len(asked) == 1 else [["x"] * len(fields)])
+    )
     assert len(device.nvidia_settings()) == len(device.NVIDIA_SETTINGS) and len(asked[0]) == len(asked[1]) + 2
 
 

@@ -37,7 +37,7 @@ def test_threads_are_set_only_where_the_plan_says_so() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device that the test wants missing")
-def test_a_missing_device_is_said_with_what_to_look_at() -> None:
+def test_a_missing_device_is_reported_with_what_to_check() -> None:
     with pytest.raises(RunFailed, match=r"no cuda device: 0 are visible.*CUDA_VISIBLE_DEVICES"):
         open_device(spec("cuda"), local_rank=0)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.device.log_prefix import PIECE_BYTES, name_lines, write_all
+from trainer.device.log_prefix import PIECE_BYTES, copy_with_prefix, write_all
 
-BEGIN = "import os, sys\nfrom trainer.device.log_prefix import named_lines\nwith named_lines(os.environ):\n"
+BEGIN = "import os, sys\nfrom trainer.device.log_prefix import prefix_lines\nwith prefix_lines(os.environ):\n"
 
 
 def printed(code: str, *, ranks: int = 2, **named: object) -> tuple[str, int]:
@@ -83,7 +83,7 @@ def test_a_line_without_an_end_is_cut_and_not_held(tmp_path: Path) -> None:
     os.close(target)
     out = tmp_path / "out"
     with out.open("wb") as file:
-        name_lines(source, file.fileno(), b"> ")
+        copy_with_prefix(source, file.fileno(), b"> ")
     os.close(source)
     assert out.read_bytes() == b"> " + b"y" * sent + b"\n"
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.checkpoint.scatter import scatter
 from trainer.contract import RunFailed, StepRow, TrainSpec, write
 from trainer.data.batch.load import batches
 from trainer.data.check import resolve
 from trainer.data.rows.sample import read_samples
 from trainer.device.dtype import loading_dtype
-from trainer.distributed.effective_config import taken_config
+from trainer.distributed.effective_config import read_effective_config
 from trainer.distributed.engine import IGNORED, Engine, start_engine
+from trainer.distributed.zero3 import partition_model
 from trainer.models import find_family
 from trainer.stages.group import apply_stage
 from trainer.train.loop import StepRequests, train_step
@@ -35,7 +35,7 @@ def start() -> Iterator[Callable[[TrainSpec], Engine]]:
         model = family.create(spec.model).to(loading_dtype(spec.precision))
         model = apply_stage(model, spec, family.unused(model)).model
         if spec.partitioned:
-            scatter(model, spec, torch.device("cpu"))
+            partition_model(model, spec, torch.device("cpu"))
         engines.append(start_engine(model, spec, torch.device("cpu")))
         return engines[-1]
 
@@ -53,7 +53,7 @@ def steps_of(spec: TrainSpec) -> Iterator[tuple[dict[str, torch.Tensor], ...]]:
 
 def one_step(engine: Engine, batch: tuple[dict[str, torch.Tensor], ...], spec: TrainSpec, step: int = 1) -> StepRow:
     watchdog = Watchdog(timeout_s=0, rank=0, stream=sys.stderr, end=pytest.fail)
-    row, _ = train_step(engine, batch, spec, step, asks=StepRequests, watchdog=watchdog, peak_bytes=0)
+    row, _ = train_step(engine, batch, spec, step, own_requests=StepRequests, watchdog=watchdog, peak_bytes=0)
     return row
 
 
@@ -83,7 +83,7 @@ def test_every_precision_and_stage_is_taken_as_planned_and_learns(precision: str
     engine = start(spec)
     seen = losses(engine, spec)
     assert seen[-1] < seen[0] - 0.2
-    taken = taken_config(engine)
+    taken = read_effective_config(engine)
     assert (taken["zero_stage"], taken["weights"], taken["optimizer"]) == (zero, spec.precision.weights, spec.precision.optimizer)
 
 
@@ -143,9 +143,9 @@ def test_another_config_than_planned_is_refused(changes: dict[str, Any], said: s
     spec = tiny_spec()
     spec = replace(spec, deepspeed={**spec.deepspeed, **changes})
     if said is None:
-        assert taken_config(start(spec))["zero_stage"] == 2
+        assert read_effective_config(start(spec))["zero_stage"] == 2
         return
-    with pytest.raises(RunFailed, match="DeepSpeed did not take the planned config") as refused:
+    with pytest.raises(RunFailed, match="DeepSpeed does not use the planned config") as refused:
         start(spec)
     assert said in str(refused.value)
 

@@ -14,7 +14,7 @@ def come_and_go(rank: int, ports: list[int], done: Any) -> None:
     import torch
     import torch.distributed
 
-    from trainer.distributed.engine import leave_distributed
+    from trainer.distributed.engine import stop_distributed
 
     torch.set_num_threads(1)
     for port in ports:
@@ -23,7 +23,7 @@ def come_and_go(rank: int, ports: list[int], done: Any) -> None:
         table = [torch.empty(1000) for _ in range(2)]
         torch.distributed.all_gather(table, torch.ones(1000))
         del table  # so that gloo's own thread is the last to hold the tensors
-        leave_distributed()
+        stop_distributed()
         done.put(port)
 
 

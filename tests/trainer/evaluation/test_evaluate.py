@@ -10,7 +10,7 @@ from trainer.contract import Evaluation, Template
 from trainer.data.batch.collate import collate, collate_prompts
 from trainer.data.check import resolve
 from trainer.data.rows.sample import read_samples
-from trainer.evaluation.evaluate import end_ids, evaluate, read_answer, share
+from trainer.evaluation.evaluate import batches_of_rank, end_ids, evaluate, read_answer
 from trainer.models import find_family
 from trainer.models.tiny import tiny_tokenizer
 
@@ -19,7 +19,7 @@ TEMPLATE = Template(user="USER: {content} ", assistant_open="ASSISTANT: ", end_m
 
 def test_every_rank_gets_as_many_batches_as_any_other() -> None:
     for count in (0, 1, 5, 7, 8, 33):
-        parts = [share(list(range(count)), rank, 3, 4) for rank in range(3)]
+        parts = [batches_of_rank(list(range(count)), rank, 3, 4) for rank in range(3)]
         assert len({len(part) for part in parts}) == 1
         assert {item for part in parts for batch in part for item in batch} == set(range(count))
 
@@ -104,8 +104,8 @@ def test_the_loss_is_the_mean_over_every_answer_once(ranks: int, ready: Any, mon
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
 
     said: list[tuple[float, int]] = []
-    monkeypatch.setattr("trainer.evaluation.evaluate.mean_loss", lambda losses, _: said.extend(losses) or 0.0)
-    monkeypatch.setattr("trainer.evaluation.evaluate.gather_rows", lambda rows, _: rows)
+    monkeypatch.setattr("trainer.evaluation.evaluate.mean_loss", lambda losses: said.extend(losses) or 0.0)
+    monkeypatch.setattr("trainer.evaluation.evaluate.merge_rows", lambda rows: rows)
     for rank in range(ranks):
         place = {"rank": rank, "world_size": ranks, "partitioned": False, "file": f"samples/rank-{rank}.jsonl"}
         evaluate(model, samples, processor, spec, torch.device("cpu"), **place, loss_sum=loss_sum)

@@ -15,7 +15,7 @@ from trainer.contract import SCHEMA, SPEC_FILE, InputRefused, Lora, TraceReport,
 from trainer.device.dtype import loading_dtype
 from trainer.memory_model.allocation_tracker import AllocationTracker
 from trainer.memory_model.sharding import shard_step
-from trainer.memory_model.synthetic_batch import synthesise
+from trainer.memory_model.synthetic_batch import make_synthetic_batch
 from trainer.memory_model.trace import take_step, trace
 from trainer.models import find_family
 from trainer.models.weight import round_weights
@@ -81,10 +81,10 @@ def measure(spec: TrainSpec) -> dict[str, int]:
     if spec.gradient_checkpointing:
         checkpoint_layers(model, spec)
     model = apply_stage(model, spec, family.unused(model)).model.to(dtype)
-    batch = synthesise(family.create_processor(spec.model), spec).batch
-    ledger = AllocationTracker()
-    with ledger:
-        with ledger.during("states", "optimizer"):
+    batch = make_synthetic_batch(family.create_processor(spec.model), spec).batch
+    tracker = AllocationTracker()
+    with tracker:
+        with tracker.during("states", "optimizer"):
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             masters = trained if dtype == torch.float32 else [parameter.detach().float() for parameter in trained]
             optimizer = torch.optim.AdamW(masters, fused=True)
@@ -92,10 +92,10 @@ def measure(spec: TrainSpec) -> dict[str, int]:
                 master.grad = torch.zeros_like(master)
             optimizer.step()
             optimizer.zero_grad()
-        take_step(model, batch, spec, ledger, replace(shard_step(model, spec), optimizer_bytes=0, update_bytes=0))
-        with ledger.during("update", "update"):
+        take_step(model, batch, spec, tracker, replace(shard_step(model, spec), optimizer_bytes=0, update_bytes=0))
+        with tracker.during("update", "update"):
             optimizer.step()
-    return {phase: ledger.peaks[phase].total_bytes for phase in ("forward", "backward", "update")}
+    return {phase: tracker.peaks[phase].total_bytes for phase in ("forward", "backward", "update")}
 
 
 @pytest.mark.parametrize("wanted", CASES, ids=lambda wanted: wanted.name)
@@ -154,7 +154,7 @@ def test_adapters_as_large_as_those_of_a_real_model_are_fake_too(tmp_path: Path)
 
 def test_an_evaluation_has_no_step(tmp_path: Path) -> None:
     spec = spec_of(CASES[0], tmp_path)
-    with pytest.raises(InputRefused, match="a step of training"):
+    with pytest.raises(InputRefused, match="a training step"):
         trace(replace(spec, stage=replace(spec.stage, kind="evaluate")))
 
 
@@ -189,7 +189,14 @@ def test_a_plan_goes_by_the_trace_of_its_step(capsys: pytest.CaptureFixture[str]
 def test_minicpm_o_on_two_cards_of_24_gib_is_as_its_plan_says(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     """OpenBMB/MiniCPM-V#828: the settings that the refusal offers, one step of the real network of 8 billion parameters."""
     asked = ("hardware=rtx3090", "cluster.devices_per_node=2", "model=minicpm_o_2_6", "stage=full", "precision=bf16", *words)
-    lengths = ("data=files", "data.train=a.json", "data.images=photos", "data.max_length=1024", "data.max_tiles=1", "strategy.micro_batch=1")
+    lengths = (
+        "data=files",
+        "data.train=a.json",
+        "data.images=photos",
+        "data.max_length=1024",
+        "data.max_tiles=1",
+        "strategy.micro_batch=1",
+    )
     more = ("strategy.offload_optimizer=true", "strategy.gradient_checkpointing=true", "cluster.delivery.accept_licence=true")
     peaks = []
     for option in ((), ("--trace",)):

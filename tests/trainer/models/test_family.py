@@ -153,7 +153,7 @@ def test_a_repository_of_code_that_we_do_not_know_is_refused_by_name(tiny: Made,
     said = rf"is a ovis9, with code of its own, which is never run; the families that there are: {', '.join(sorted(FAMILIES))}, {tiny.name} is a "
     for load in (
         lambda: tiny.family.load(tmp_path, tiny.spec.model, torch.float32),
-        lambda: tiny.family.load(tmp_path, tiny.spec.model, torch.float32, hollow=True),
+        lambda: tiny.family.load(tmp_path, tiny.spec.model, torch.float32, on_meta=True),
         lambda: tiny.family.load_processor(tmp_path, tiny.spec.model),
     ):
         with pytest.raises(InputRefused, match=said):

@@ -8,16 +8,16 @@ import torch
 from tests.trainer.models.conftest import Made
 from trainer.data.batch.collate import collate
 from trainer.data.rows.sample import Sample
-from trainer.evaluation.teacher_forcing import add, figures, judge, only_last
+from trainer.evaluation.teacher_forcing import add_scores, figures, label_last_answer, score_tokens
 
 
 def test_they_are_those_of_the_whole_logits(tiny: Made, samples: tuple[Sample, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the last answer alone, whose tokens are judged two at a time."""
     monkeypatch.setattr("trainer.evaluation.teacher_forcing.CHUNK", 2)
     torch.set_num_threads(1)
-    found = judge(tiny.model, samples, tiny.processor, tiny.spec, torch.device("cpu"))
+    found = score_tokens(tiny.model, samples, tiny.processor, tiny.spec, torch.device("cpu"))
     for sample, judged in zip(samples, found, strict=True):
-        batch = collate([only_last(sample)], tiny.processor, tiny.spec)
+        batch = collate([label_last_answer(sample)], tiny.processor, tiny.spec)
         labels = batch.pop("labels")[0, 1:]
         with torch.no_grad():
             scores = tiny.model(**batch).logits[0, :-1].float().log_softmax(dim=-1)
@@ -28,11 +28,11 @@ def test_they_are_those_of_the_whole_logits(tiny: Made, samples: tuple[Sample, .
         assert judged.tokens == len(places) and abs(judged.tokens - len(ids["input_ids"])) <= 2
         assert (judged.right, judged.nats) == (right, pytest.approx(nats, rel=1e-4))
         assert judged.perplexity == pytest.approx(math.exp(nats / len(places)), rel=1e-4)
-    everything = add(found)
+    everything = add_scores(found)
     assert everything.tokens == sum(one.tokens for one in found)
     assert figures(everything, ("perplexity", "anls")) == {"perplexity": everything.perplexity}
 
 
 def test_the_head_is_itself_again(tiny: Made, samples: tuple[Sample, ...]) -> None:
-    judge(tiny.model, samples[2:], tiny.processor, tiny.spec, torch.device("cpu"))
+    score_tokens(tiny.model, samples[2:], tiny.processor, tiny.spec, torch.device("cpu"))
     assert "forward" not in vars(tiny.model.get_output_embeddings())  # type: ignore[operator]

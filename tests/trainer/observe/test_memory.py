@@ -11,8 +11,8 @@ import torch
 
 from trainer.contract import Profile
 from trainer.device.device import DEVICES, host_memory_bytes, system_memory
-from trainer.observe.memory import Gauge
-from trainer.observe.profile import Window
+from trainer.observe.memory import MemoryPeaks
+from trainer.observe.profile import ProfilerWindow
 
 MIB = 2**20
 
@@ -21,19 +21,19 @@ def test_a_peak_belongs_to_the_phase_that_it_was_in(process_group: None) -> None
     gc.collect()  # what earlier tests left goes now, not in the phase that is measured
     before = DEVICES["cpu"].peak_bytes()
     DEVICES["cpu"].reset_peaks()
-    gauge = Gauge(DEVICES["cpu"])
-    gauge.enter("first step")
+    memory = MemoryPeaks(DEVICES["cpu"])
+    memory.enter("first step")
     held = torch.ones(64 * MIB // 4)
-    gauge.enter("steps")
+    memory.enter("steps")
     del held
-    gauge.enter("evaluation")
-    peaks = {peak.phase: peak.allocated_bytes for peak in gauge.report()}
+    memory.enter("evaluation")
+    peaks = {peak.phase: peak.allocated_bytes for peak in memory.report()}
     assert list(peaks) == ["load", "first step", "steps", "evaluation"]
     if DEVICES["cpu"].peak_bytes() >= before + 64 * MIB:
         pytest.skip("this kernel does not reset a process's peak")
     assert peaks["first step"] >= peaks["load"] + 60 * MIB
     assert peaks["evaluation"] <= peaks["steps"] - 60 * MIB
-    assert gauge.highest() == max(peaks.values())
+    assert memory.highest() == max(peaks.values())
 
 
 class Scripted:
@@ -53,12 +53,12 @@ class Scripted:
 
 
 def test_a_phase_that_comes_again_keeps_the_highest(process_group: None) -> None:
-    gauge = Gauge(Scripted([1, 5, 3, 4, 2]))  # type: ignore[arg-type]
+    memory = MemoryPeaks(Scripted([1, 5, 3, 4, 2]))  # type: ignore[arg-type]
     for phase in ("steps", "saving", "steps", "saving"):
-        gauge.enter(phase)
-    peaks = {peak.phase: (peak.allocated_bytes, peak.reserved_bytes) for peak in gauge.report()}
+        memory.enter(phase)
+    peaks = {peak.phase: (peak.allocated_bytes, peak.reserved_bytes) for peak in memory.report()}
     assert peaks == {"load": (1, 10), "steps": (5, 50), "saving": (3, 30)}
-    assert gauge.highest() == 5
+    assert memory.highest() == 5
 
 
 def test_the_host_has_no_more_memory_than_it_has() -> None:
@@ -68,26 +68,26 @@ def test_the_host_has_no_more_memory_than_it_has() -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of Kineto, by version
 def test_the_window_traces_its_steps_and_no_other(tiny_spec: Any, capfd: pytest.CaptureFixture[str]) -> None:
     spec = replace(tiny_spec(), profile=Profile(start=3, steps=2))
-    window = Window(spec, DEVICES["cpu"], rank=0)
+    profiler = ProfilerWindow(spec, DEVICES["cpu"], rank=0)
     for step in range(1, 8):
-        window.reach(step)
+        profiler.before_step(step)
         with torch.profiler.record_function(f"step {step}"):
             torch.ones(4).sum()
-    window.close()
+    profiler.close()
     (trace,) = (Path(spec.output) / "profile").glob("rank-000.*.pt.trace.json")
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {f"step {step}" for step in range(1, 8)} & names == {"step 3", "step 4"}
-    assert "the trace lies in" in capfd.readouterr().out
+    assert "trace is in" in capfd.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_only_the_ranks_that_are_asked_for_trace_and_an_open_window_is_written(tiny_spec: Any) -> None:
     spec = replace(tiny_spec(), profile=Profile(start=2, steps=9))
     for rank, ranks in ((1, "first"), (1, "all")):
-        window = Window(replace(spec, profile=replace(spec.profile, ranks=ranks)), DEVICES["cpu"], rank=rank)  # type: ignore[arg-type]
-        window.reach(5)
-        window.close()
+        profiler = ProfilerWindow(replace(spec, profile=replace(spec.profile, ranks=ranks)), DEVICES["cpu"], rank=rank)  # type: ignore[arg-type]
+        profiler.before_step(5)
+        profiler.close()
         assert len(list((Path(spec.output) / "profile").glob("rank-001.*"))) == (ranks == "all")
-    never = Window(replace(spec, profile=Profile()), DEVICES["cpu"], rank=0)
-    never.reach(10)
+    never = ProfilerWindow(replace(spec, profile=Profile()), DEVICES["cpu"], rank=0)
+    never.before_step(10)
     assert never.running is None

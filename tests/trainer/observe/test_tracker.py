@@ -1,4 +1,4 @@
-"""Every tracker with its real library, offline, where it is installed: what it was told is read back from what it wrote."""
+"""Every tracker with its real library, offline, where it is installed: the logged values are read back from its files."""
 
 import importlib.util
 import time
@@ -25,16 +25,16 @@ def needs(module: str) -> pytest.MarkDecorator:
 def tell(spec: TrainSpec, name: str, *, first: int = 1, last: int = 3) -> Path:
     """Rows of some steps, and the answers of an evaluation. Returns the tracker's folder."""
     spec = replace(spec, trackers=(name,))
-    with open_trackers(spec, {"seed": spec.seed, "stage.name": "full"}, {}, step=first - 1, tells=True) as audience:
+    with open_trackers(spec, {"seed": spec.seed, "stage.name": "full"}, {}, step=first - 1, writes=True) as trackers:
         for step in range(first, last + 1):
-            audience.log(step, {"loss": 1.0 / step, "evaluation/exact_match": 0.5})
-        audience.samples(last, ANSWERS)
+            trackers.log(step, {"loss": 1.0 / step, "evaluation/exact_match": 0.5})
+        trackers.samples(last, ANSWERS)
     return Path(spec.output) / "tracker" / name
 
 
 @needs("tensorboard")
 @THIRD_PARTY  # of protobuf and of NumPy, by version
-def test_tensorboard_reads_what_was_told_and_a_resume_takes_the_place_of_what_it_repeats(
+def test_tensorboard_reads_what_was_logged_and_a_resume_replaces_what_it_repeats(
     tiny_spec: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -76,7 +76,7 @@ def test_swanlab_writes_an_offline_run_and_leaves_the_signals_alone(tiny_spec: A
 
 @needs("mlflow")
 @THIRD_PARTY
-def test_mlflow_reads_what_was_told(tiny_spec: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mlflow_reads_what_was_logged(tiny_spec: Any, capsys: pytest.CaptureFixture[str]) -> None:
     from mlflow.tracking import MlflowClient
 
     folder = tell(tiny_spec(), "mlflow")
@@ -104,10 +104,10 @@ class Broken:
             raise OSError("No space left on device")
 
     def samples(self, *_: Any) -> None:
-        pytest.fail("told again")
+        pytest.fail("called again")
 
     def close(self) -> None:
-        pytest.fail("told again")
+        pytest.fail("called again")
 
 
 class Slow:
@@ -127,11 +127,14 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Any:
     return know
 
 
-def test_one_that_raises_is_told_once_and_hears_no_more(tiny_spec: Any, known: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tracker_that_raises_is_reported_once_and_ignored(tiny_spec: Any, known: Any, capsys: pytest.CaptureFixture[str]) -> None:
     known("broken", Broken)
     tell(tiny_spec(), "broken", last=5)
-    said = capsys.readouterr().out
-    assert said.count("the tracker broken has failed and hears no more of this run, which goes on: OSError: No space left on device") == 1
+    printed = capsys.readouterr().out
+    assert (
+        printed.count("the tracker broken has failed and gets no more data of this run, which continues: OSError: No space left on device")
+        == 1
+    )
 
 
 def test_one_that_cannot_be_opened_ends_no_run(tiny_spec: Any, known: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,25 +146,25 @@ def test_one_that_cannot_be_opened_ends_no_run(tiny_spec: Any, known: Any, capsy
     assert "the tracker closed has failed" in capsys.readouterr().out
 
 
-def test_a_slow_one_holds_up_no_step_and_is_left_at_the_end(
+def test_a_slow_tracker_delays_no_step_and_is_abandoned_at_the_end(
     tiny_spec: Any, known: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known("slow", Slow)
     monkeypatch.setattr(tracker, "CLOSE_S", 0.1)
     spec = replace(tiny_spec(), trackers=("slow",))
     began = time.monotonic()
-    with open_trackers(spec, {}, {}, step=0, tells=True) as audience:
+    with open_trackers(spec, {}, {}, step=0, writes=True) as trackers:
         for step in range(5):
-            audience.log(step, {"loss": 1.0})
+            trackers.log(step, {"loss": 1.0})
         assert time.monotonic() - began < 0.3
-    assert "the tracker slow has not taken everything within 0.1 s and is left" in capsys.readouterr().out
+    assert "the tracker slow has not written everything within 0.1 s and is abandoned" in capsys.readouterr().out
 
 
 def test_ranks_that_do_not_tell_open_none(tiny_spec: Any, known: Any) -> None:
     known("never", lambda _: pytest.fail("opened"))
     spec = replace(tiny_spec(), trackers=("never",))
-    with open_trackers(spec, {}, {}, step=0, tells=False) as audience:
-        audience.log(1, {"loss": 1.0})
+    with open_trackers(spec, {}, {}, step=0, writes=False) as trackers:
+        trackers.log(1, {"loss": 1.0})
     assert not (Path(spec.output) / "tracker").exists()
 
 
@@ -178,16 +181,16 @@ def test_one_that_is_only_the_default_and_missing_is_said_once_and_left_out(
     tiny_spec: Any, known: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(TRACKERS, "tensorboard", replace(TRACKERS["tensorboard"], module="nowhere_to_be_found"))
-    told: list[int] = []
-    known("there", lambda _: SimpleNamespace(log=lambda step, _: told.append(step), close=lambda: None))
+    logged: list[int] = []
+    known("there", lambda _: SimpleNamespace(log=lambda step, _: logged.append(step), close=lambda: None))
     spec = replace(tiny_spec(), trackers=("tensorboard", "there"), trackers_named=False)
     refuse_missing(spec)
     for rank in range(2):
-        with open_trackers(spec, {}, {}, step=0, tells=rank == 0) as audience:
-            audience.log(1, {"loss": 1.0})
-    said = capsys.readouterr().out
-    assert said.count("tensorboard, the default, is left out, since the package tensorboard is not installed") == 1
-    assert "metrics.jsonl has every row" in said and "run.trackers=[]" in said
-    assert told == [1], "the others are told"
+        with open_trackers(spec, {}, {}, step=0, writes=rank == 0) as trackers:
+            trackers.log(1, {"loss": 1.0})
+    printed = capsys.readouterr().out
+    assert printed.count("tensorboard, the default, is left out, since the package tensorboard is not installed") == 1
+    assert "metrics.jsonl has every row" in printed and "run.trackers=[]" in printed
+    assert logged == [1], "the other trackers still get values"
     with pytest.raises(InputRefused, match=r"there is no tracker 'visdom'"):
         refuse_missing(replace(spec, trackers=("visdom",)))

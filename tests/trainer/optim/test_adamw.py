@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trainer.optim import adamw as optimizer
-from trainer.optim.adamw import StochasticAdamW, Stretch
+from trainer.optim.adamw import ParameterSlice, StochasticAdamW
 
 STEPS = 3000
 
@@ -64,24 +64,26 @@ def test_parts_round_as_the_whole_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """A parameter in two ranks' flat tensors, with padding, in chunks of another size: bit for bit the same weights and moments."""
     torch.manual_seed(0)
     start, gradient = torch.randn(100).bfloat16(), torch.randn(100).bfloat16()
-    whole = run([(start, gradient)], [(Stretch(name="w", offset=0, start=0, count=100),)])[0]
+    whole = run([(start, gradient)], [(ParameterSlice(name="w", offset=0, start=0, count=100),)])[0]
     monkeypatch.setattr(optimizer, "CHUNK", {"cpu": 7})
     pad = torch.zeros(3, dtype=torch.bfloat16)
     ranks = [
         (torch.cat([pad, start[:41]]), torch.cat([pad, gradient[:41]])),
         (torch.cat([start[41:], pad]), torch.cat([gradient[41:], pad])),
     ]
-    first, second = run(ranks, [(Stretch(name="w", offset=3, start=0, count=41),), (Stretch(name="w", offset=0, start=41, count=59),)])
+    first, second = run(
+        ranks, [(ParameterSlice(name="w", offset=3, start=0, count=41),), (ParameterSlice(name="w", offset=0, start=41, count=59),)]
+    )
     for key, tensor in whole.items():
         assert torch.equal(torch.cat([first[key][3:], second[key][:59]]), tensor), key
     assert not first["weight"][:3].any()
 
 
-def run(tensors: list[tuple[Tensor, Tensor]], stretches: list[tuple[Stretch, ...]]) -> list[dict[str, Tensor]]:
+def run(tensors: list[tuple[Tensor, Tensor]], stretches: list[tuple[ParameterSlice, ...]]) -> list[dict[str, Tensor]]:
     """Two updates of each."""
     held = [torch.nn.Parameter(weight.clone()) for weight, _ in tensors]
     steps = StochasticAdamW(held, seed=1, lr=0.05)
-    steps.place(dict(zip(held, stretches, strict=True)))
+    steps.set_layout(dict(zip(held, stretches, strict=True)))
     for _ in range(2):
         for parameter, (_, gradient) in zip(held, tensors, strict=True):
             parameter.grad = gradient.clone()

@@ -79,7 +79,7 @@ def updated(weights: Tensor, part: dict[str, int], gradients: list[Tensor]) -> t
     """A flat tensor that holds a part of `w`, after an update with each of the gradients, and its optimizer."""
     owner = torch.nn.Parameter(weights.clone())
     optimizer = AdamW8bit([owner], seed=1, lr=0.05)
-    optimizer.place({"w": part_of(owner, **part)})
+    optimizer.set_layout({"w": part_of(owner, **part)})
     return owner, step_all(optimizer, [owner], [[gradient] for gradient in gradients])
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.product import carry_out, stage_spec, write_adapter, write_model
+from tests.trainer.product import run_program, stage_spec, write_adapter, write_model
 from trainer.contract import ENVIRONMENT_FILE, EnvReport, Kind, read
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -27,6 +27,6 @@ def test_the_environment_is_told_before_a_weight_is_read(kind: Kind, tmp_path: P
 
     monkeypatch.setattr(import_module(f"trainer.{kind}"), "open_tensors", stop)
     with pytest.raises(Begun):
-        carry_out(spec)
+        run_program(spec)
     report = read(EnvReport, tmp_path / "run" / ENVIRONMENT_FILE)
     assert report.origin.path == str(begun) and report.packages["torch"] and report.world_size == 1

@@ -2,7 +2,7 @@
 and what is sharded is equal to what is not.
 
 fp16 has no cells: conf/hardware/cpu.yaml says that a CPU does not train in it. DeepSpeed 0.19.8 keeps masters of 16-bit weights in its
-ZeRO optimizers alone, so that ZeRO 1 is what the 16-bit cells are held against.
+ZeRO optimizers alone, so that the 16-bit cells are compared with ZeRO 1.
 """
 
 import multiprocessing

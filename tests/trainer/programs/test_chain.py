@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.trainer.conftest import GROUPS
 from tests.trainer.mortal import run_ranks
-from trainer.checkpoint.lineage import find_origin, mark_weights
+from trainer.checkpoint.lineage import find_lineage, fingerprint_weights
 from trainer.contract import ENVIRONMENT_FILE, EnvReport, Evaluation, Exit, FailureReport, InputRefused, Lora, StageSpec, TrainSpec, read
 from trainer.contract.checkpoint_files import STATE_FILE, CheckpointState, newest_checkpoint
 
@@ -95,13 +95,13 @@ def test_four_stages_each_from_the_one_before(run: Run) -> None:
     origin = read(EnvReport, Path(tuned.output) / ENVIRONMENT_FILE).origin
     state: CheckpointState = read(CheckpointState, lm / STATE_FILE)
     assert (origin.run_id, origin.step, origin.stage, origin.weights_sha256) == ("lm", 2, "lm", state.weights_sha256)
-    assert set(origin.trained) == set(GROUPS) and origin.mark == mark_weights(lm)
+    assert set(origin.trained) == set(GROUPS) and origin.mark == fingerprint_weights(lm)
     assert {path.name: path.read_bytes() for path in lm.iterdir() if path.is_file()} == base, "an adapter leaves its base alone"
     again = run("again", STAGES["lora"], saved(tuned))
     before, after = (load_file(saved(spec) / "adapter_model.safetensors") for spec in (tuned, again))
     assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
     origin = read(EnvReport, Path(again.output) / ENVIRONMENT_FILE).origin
-    assert (origin.run_id, origin.base, origin.mark) == ("lora", str(lm), mark_weights(lm))
+    assert (origin.run_id, origin.base, origin.mark) == ("lora", str(lm), fingerprint_weights(lm))
     assert json.loads((saved(again) / "adapter_config.json").read_text())["base_model_name_or_path"] == str(lm)
     whole = saved(run("merged", STAGES["lm"], saved(again)))
     assert (whole / "model.safetensors").is_file() and not (whole / "adapter_config.json").exists()
@@ -124,9 +124,9 @@ def test_what_does_not_fit_is_refused_before_the_first_step(run: Run, tiny_spec:
     assert "a random start" in refusal(run("b", STAGES["lm"], code=Exit.USAGE))
     adapter = saved(run("adapter", STAGES["lora"], saved(run("full", STAGES["full"]))))
     said = refusal(run("c", replace(STAGES["lora"], lora=replace(LORA, r=4)), adapter, code=Exit.USAGE))
-    assert "stage.lora.r is 4, the adapter has 2" in said and "Set stage.lora.r=2, or begin a new adapter" in said
+    assert "stage.lora.r is 4, the adapter has 2" in said and "Set stage.lora.r=2, or start a new adapter" in said
     said = refusal(run("d", replace(STAGES["lora"], trainable=("projector",), reset=("projector",), needs=()), adapter, code=Exit.USAGE))
-    assert "stage.reset: projector cannot begin anew in a stage that goes on with an adapter" in said
+    assert "stage.reset: projector cannot be reset in a stage that continues with an adapter" in said
 
 
 @pytest.fixture
@@ -136,24 +136,24 @@ def adapter(run: Run) -> Path:
 
 def test_an_adapter_is_for_the_base_that_it_was_trained_on(adapter: Path, run: Run, tiny_spec: Any, tmp_path: Path) -> None:
     spec = tiny_spec("asked", changes={"stage": replace(STAGES["evaluate"], checkpoint=str(adapter))})
-    assert find_origin(spec, adapter).base
+    assert find_lineage(spec, adapter).base
     other = saved(run("other", STAGES["full"], seed=5))
     base = Path(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
     shutil.copy(other / "model.safetensors", base / "model.safetensors")
-    with pytest.raises(InputRefused, match=r"is an adapter for other weights than those in .*they were replaced since"):
-        find_origin(spec, adapter)
+    with pytest.raises(InputRefused, match=r"was trained on other weights than those now in "):
+        find_lineage(spec, adapter)
     shutil.rmtree(base)
     with pytest.raises(InputRefused, match=r"adapter_config\.json of .*, base_model_name_or_path: .* there is no such folder"):
-        find_origin(spec, adapter)
+        find_lineage(spec, adapter)
 
 
 def test_a_checkpoint_of_another_family_or_a_newer_schema_is_refused(adapter: Path, tiny_spec: Any) -> None:
     spec = tiny_spec("asked", changes={"stage": replace(STAGES["evaluate"], checkpoint=str(adapter))})
     other = replace(spec, model=replace(spec.model, name="tiny_other", family="other"))
     with pytest.raises(
-        InputRefused, match=r"is of model tiny_llava, family llava; tiny_other is of family other\. Choose .* model=tiny_llava"
+        InputRefused, match=r"is of model tiny_llava, family llava, but tiny_other is of family other\. Set model=tiny_llava"
     ):
-        find_origin(other, adapter)
+        find_lineage(other, adapter)
     state = json.loads((adapter / STATE_FILE).read_text())
     (adapter / STATE_FILE).write_text(json.dumps({**state, "schema": 999}))
     spec = replace(spec, stage=replace(spec.stage, checkpoint=str(adapter)))
@@ -161,10 +161,10 @@ def test_a_checkpoint_of_another_family_or_a_newer_schema_is_refused(adapter: Pa
     assert gone.codes == (Exit.USAGE,)
     said = refusal(spec)
     assert "stage.checkpoint: " in said and "the schema of its trainer_state.json is 999, this version reads 1" in said
-    assert "not a whole checkpoint" not in said and "image build" not in said
+    assert "not a complete checkpoint" not in said and "image build" not in said
 
 
 def test_marks_tell_trained_weights_apart(run: Run) -> None:
     full = saved(run("full", STAGES["full"]))
     projector = saved(run("projector", STAGES["projector"], full))
-    assert mark_weights(full) == mark_weights(full) != mark_weights(projector)
+    assert fingerprint_weights(full) == fingerprint_weights(full) != fingerprint_weights(projector)

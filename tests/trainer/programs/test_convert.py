@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.trainer.models.conftest import TINY
-from tests.trainer.product import carry_out, stage_spec, write_adapter, write_model
-from trainer.checkpoint.build import build
-from trainer.contract import Conversion, InputRefused, ModelSpec, Origin, Precision, TrainResult
+from tests.trainer.product import run_program, stage_spec, write_adapter, write_model
+from trainer.contract import Conversion, InputRefused, ModelSpec, Precision, TrainResult, WeightsLineage
 from trainer.contract.weight_files import PICKLED, WEIGHTS
 from trainer.models import find_family
 from trainer.programs.convert import REPORT_FILE
-from trainer.tensor.cast_error import survey
-from trainer.tensor.fp32_exceptions import KEPT
+from trainer.tensor.cast_error import measure_cast_error
+from trainer.tensor.fp32_exceptions import FLOAT32_TENSORS
 from trainer.tensor.stream import open_tensors
+from trainer.train.model import load_or_create
 
 pytestmark = pytest.mark.usefixtures("process_group")
 HALF = Precision(name="fp16", weights="float16", compute="float16", optimizer="float16", gradients="float16")
@@ -31,7 +31,7 @@ PLANTED = {  # name in the files -> (place, value)
 
 
 def convert(model: ModelSpec, checkpoint: Path, output: Path, **options: Any) -> TrainResult:
-    return carry_out(stage_spec("convert", model, checkpoint, output, conversion=Conversion(**options)))
+    return run_program(stage_spec("convert", model, checkpoint, output, conversion=Conversion(**options)))
 
 
 def values_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -78,7 +78,7 @@ def test_every_tensor_is_rounded_once_and_the_family_opens_the_result(name: str,
     assert all(torch.equal(after[key], before[key].to(kind)) for key in before)
     assert 1e-7 < result.evaluation["logit_error"] < 0.05 and result.evaluation["kept"] == 0
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    assert config["dtype"] == dtype and dtype in json.dumps(config) and "float32" not in json.dumps(config).replace(KEPT, "")
+    assert config["dtype"] == dtype and dtype in json.dumps(config) and "float32" not in json.dumps(config).replace(FLOAT32_TENSORS, "")
     loaded = find_family(model.family).load(folder, model, kind)
     assert {parameter.dtype for parameter in loaded.parameters()} == {kind}
 
@@ -110,7 +110,7 @@ def test_code_in_a_bin_file_is_never_run(plain: tuple[ModelSpec, Path], tmp_path
     find_family("llava").load_processor(base, model).save(folder)
     (folder / "config.json").write_bytes((base / "config.json").read_bytes())
     torch.save({"weight": Planted(proof)}, folder / PICKLED)
-    with pytest.raises(InputRefused, match=r"no file of tensors"):
+    with pytest.raises(InputRefused, match=r"not a file of tensors"):
         convert(model, folder, tmp_path / "run")
     assert not proof.exists()
 
@@ -151,7 +151,7 @@ def test_unfit_tensors_stop_it_before_anything_is_written(planted: tuple[ModelSp
 def test_a_tensor_whose_values_all_vanish_is_unfit_and_a_few_of_them_are_not(tmp_path: Path) -> None:
     values = torch.full((4096,), 1e-9)
     save_file({"all": values, "few": torch.cat((torch.ones(4096), values[:4]))}, tmp_path / WEIGHTS)
-    found = {name: survey(name, source, torch.float16) for name, source in open_tensors(tmp_path).items()}
+    found = {name: measure_cast_error(name, source, torch.float16) for name, source in open_tensors(tmp_path).items()}
     assert found["all"].unfit and found["all"].underflow == 4096 and found["all"].loss == 1
     assert not found["few"].unfit and found["few"].underflow == 4 and found["few"].loss < 1e-8
 
@@ -167,11 +167,11 @@ def test_what_is_kept_computes_in_float32_among_16_bits(plain: tuple[ModelSpec, 
     tensors["language_model.model.embed_tokens.weight"][:, 7] *= 1e-3  # so that what comes out of it is within float16
     save_file(tensors, large / WEIGHTS, metadata={"format": "pt"})
     spec = stage_spec("convert", model, large, tmp_path / "run", conversion=Conversion(dtype="float16", probes=0))
-    folder = tmp_path / "run" / carry_out(spec).checkpoint
-    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))[KEPT] == [name]
+    folder = tmp_path / "run" / run_program(spec).checkpoint
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))[FLOAT32_TENSORS] == [name]
     alone = find_family("llava").load(folder, model, torch.float16).model.language_model.layers[0].input_layernorm.weight
     assert alone.dtype == torch.float16 and alone.isinf().any()
-    ours, _ = build(replace(spec, precision=HALF), find_family("llava"), Origin(path=str(folder)))
+    ours, _ = load_or_create(replace(spec, precision=HALF), find_family("llava"), WeightsLineage(path=str(folder)))
     weight = ours.model.language_model.layers[0].input_layernorm.weight
     assert weight.dtype == torch.float32 and float(weight.detach()[7]) == 1e5
     wide = find_family("llava").load(large, model, torch.float32)
@@ -182,11 +182,11 @@ def test_what_is_kept_computes_in_float32_among_16_bits(plain: tuple[ModelSpec, 
     assert (found.float() - wanted).abs().max() < 0.03 * wanted.abs().max()
     trained = replace(spec, precision=HALF, stage=replace(spec.stage, kind="train", trainable=("lm",)))
     with pytest.raises(InputRefused, match=r"1 of its tensors do not fit into float16 and are float32"):
-        build(trained, find_family("llava"), Origin(path=str(folder)))
+        load_or_create(trained, find_family("llava"), WeightsLineage(path=str(folder)))
 
 
 def test_an_adapter_is_merged_before_it_is_converted(plain: tuple[ModelSpec, Path], tmp_path: Path) -> None:
     model, base = plain
     write_adapter(model, base, tmp_path / "adapter")
-    with pytest.raises(InputRefused, match=r"is an adapter, and convert works on whole weights. Merge it first: .*stage=merge"):
+    with pytest.raises(InputRefused, match=r"is an adapter, and convert needs full weights. Merge it first: .*stage=merge"):
         convert(model, tmp_path / "adapter", tmp_path / "run")

@@ -16,9 +16,9 @@ from trainer.device.device import DEVICES
 from trainer.device.rank import Rank
 from trainer.evaluation.score_change import compare_rows
 from trainer.models import find_family
-from trainer.programs.evaluate import carry_out
+from trainer.programs.evaluate import run_program
 
-PLACE = Rank(number=0, local=0, world_size=1, device=DEVICES["cpu"], place=torch.device("cpu"))
+PLACE = Rank(number=0, local=0, world_size=1, device=DEVICES["cpu"], torch_device=torch.device("cpu"))
 EVERY: tuple[Metric, ...] = get_args(Metric)
 SAMPLES = 22
 
@@ -49,7 +49,7 @@ def rows_of(spec: TrainSpec, file: str = "samples.jsonl") -> list[dict[str, Any]
 @pytest.mark.usefixtures("process_group")
 def test_totals_are_those_of_the_rows(assessing: Callable[..., TrainSpec]) -> None:
     spec = assessing("run")
-    scores = carry_out(spec, PLACE, {}).evaluation
+    scores = run_program(spec, PLACE, {}).evaluation
     rows = rows_of(spec)
     assert [row["row"] for row in rows] == list(range(1, SAMPLES + 1)) and scores["count"] == SAMPLES
     assert set(scores) == {*EVERY, "count"} and set(rows[0]["scores"]) == {*EVERY} - {"exact_match"}
@@ -65,12 +65,12 @@ def test_totals_are_those_of_the_rows(assessing: Callable[..., TrainSpec]) -> No
 @pytest.mark.usefixtures("process_group")
 def test_exact_match_alone_writes_the_rows_that_it_always_did(assessing: Callable[..., TrainSpec]) -> None:
     spec = assessing("run", metrics=("exact_match",))
-    assert set(carry_out(spec, PLACE, {}).evaluation) == {"exact_match", "count"}
+    assert set(run_program(spec, PLACE, {}).evaluation) == {"exact_match", "count"}
     assert set(rows_of(spec)[0]) == {"row", "prompt", "images", "expected", "got", "match"}
 
 
 def test_two_ranks_write_the_file_and_the_figures_of_one(assessing: Callable[..., TrainSpec], torchrun: Callable[..., Any]) -> None:
-    """To the bit, perplexity too, beside a base; 22 samples are five batches and a half."""
+    """Bitwise identical, perplexity too, with a base; 22 samples are five batches and a half."""
     base = assessing("base", seed=1).stage.checkpoint
     one, two = assessing("one", base=base), assessing("two", base=base, ranks=2)
     results = []
@@ -91,7 +91,7 @@ def test_a_run_that_broke_off_goes_on_to_the_same_files(
     """In the base's answers, at their end, and in its own; what was done is not done again."""
     base = assessing("base", seed=1).stage.checkpoint
     whole, broken = assessing("whole", base=base), assessing("broken", base=base)
-    expected = carry_out(whole, PLACE, {})
+    expected = run_program(whole, PLACE, {})
     real, calls = trainer.evaluation.evaluate.generate, [0]
 
     def generate(*given: Any, **named: Any) -> Any:
@@ -102,10 +102,10 @@ def test_a_run_that_broke_off_goes_on_to_the_same_files(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("trainer.evaluation.evaluate.generate", generate)
-        carry_out(broken, PLACE, {})
+        run_program(broken, PLACE, {})
     calls[0] = -100
     monkeypatch.setattr("trainer.evaluation.evaluate.generate", generate)
-    found = carry_out(broken, PLACE, {})
+    found = run_program(broken, PLACE, {})
     assert calls[0] + 100 == 2 * 6 - stop
     assert found.evaluation == expected.evaluation
     for file in ("samples.jsonl", "samples_base.jsonl"):
@@ -115,9 +115,9 @@ def test_a_run_that_broke_off_goes_on_to_the_same_files(
 @pytest.mark.usefixtures("process_group")
 def test_a_base_is_answered_too_and_the_differences_told(assessing: Callable[..., TrainSpec]) -> None:
     other = assessing("other", seed=1)
-    alone = carry_out(other, PLACE, {}).evaluation
+    alone = run_program(other, PLACE, {}).evaluation
     spec = assessing("run", base=other.stage.checkpoint, metrics=("perplexity", "anls"))
-    scores = carry_out(spec, PLACE, {}).evaluation
+    scores = run_program(spec, PLACE, {}).evaluation
     rows, before = rows_of(spec), rows_of(other)
     assert scores["base_perplexity"] == alone["perplexity"] and scores["base_exact_match"] == alone["exact_match"]
     assert [row["base"]["got"] for row in rows] == [row["got"] for row in before]
@@ -127,13 +127,13 @@ def test_a_base_is_answered_too_and_the_differences_told(assessing: Callable[...
     assert scores["better"] + scores["worse"] + scores["same"] == SAMPLES
     assert scores["better"] == sum(row["base"]["change"] == "better" for row in rows)
     itself = assessing("itself", base=spec.stage.checkpoint)
-    assert carry_out(itself, PLACE, {}).evaluation["same"] == SAMPLES
+    assert run_program(itself, PLACE, {}).evaluation["same"] == SAMPLES
 
 
 @pytest.mark.usefixtures("process_group")
 def test_a_base_that_is_none_is_refused_by_its_name(assessing: Callable[..., TrainSpec], tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match=r"run\.evaluation\.base"):
-        carry_out(assessing("run", base=str(tmp_path / "nowhere")), PLACE, {})
+        run_program(assessing("run", base=str(tmp_path / "nowhere")), PLACE, {})
 
 
 def test_the_first_metric_says_what_is_better() -> None:
@@ -153,10 +153,10 @@ def test_any_of_the_accepted_answers_is_right(assessing: Callable[..., TrainSpec
     file = tmp_path / "rows.json"
     data = replace(spec.data, name="files", builtin="", root="", evaluation=str(file), images=str(tmp_path), train=str(file))
     file.write_text(json.dumps(first))
-    carry_out(replace(spec, data=data), PLACE, {})
+    run_program(replace(spec, data=data), PLACE, {})
     (row,) = rows_of(spec)
     assert row["match"] is False and "accepted" not in row
     file.write_text(json.dumps([{**first[0], "answers": ["7", row["got"]]}]))
     other = replace(assessing("other", metrics=("exact_match", "anls"), limit=0), data=data)
-    assert carry_out(other, PLACE, {}).evaluation == {"exact_match": 1.0, "anls": 1.0, "count": 1.0}
+    assert run_program(other, PLACE, {}).evaluation == {"exact_match": 1.0, "anls": 1.0, "count": 1.0}
     assert rows_of(other)[0]["accepted"] == ["7", row["got"]]

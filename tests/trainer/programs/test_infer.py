@@ -18,9 +18,9 @@ from trainer.device.device import DEVICES
 from trainer.device.rank import Rank
 from trainer.generation.answerer import Answerer, Question
 from trainer.models import find_family
-from trainer.programs.infer import Teller, carry_out
+from trainer.programs.infer import AnswerStream, run_program
 
-PLACE = Rank(number=0, local=0, world_size=1, device=DEVICES["cpu"], place=torch.device("cpu"))
+PLACE = Rank(number=0, local=0, world_size=1, device=DEVICES["cpu"], torch_device=torch.device("cpu"))
 ROWS = 37
 
 
@@ -63,7 +63,7 @@ def answers_of(spec: TrainSpec) -> list[dict[str, Any]]:
 @pytest.mark.usefixtures("process_group")
 def test_answers_are_in_the_order_of_the_rows_and_those_of_each_row_alone(asking: Callable[..., TrainSpec], rows: Path) -> None:
     spec = asking("run", input=str(rows))
-    result = carry_out(spec, PLACE, {})
+    result = run_program(spec, PLACE, {})
     found = answers_of(spec)
     assert [row["row"] for row in found] == list(range(1, ROWS + 1)) and [row["id"] for row in found] == [f"q{n}" for n in range(ROWS)]
     assert result.evaluation == {"count": ROWS, "new_tokens": sum(row["tokens"] for row in found)} and result.status == "finished"
@@ -93,7 +93,7 @@ def test_a_run_that_broke_off_goes_on_to_the_same_file(
 ) -> None:
     """Killed between two batches, with the next line half written; no batch is answered twice."""
     whole, broken = asking("whole", input=str(rows)), asking("broken", input=str(rows))
-    carry_out(whole, PLACE, {})
+    run_program(whole, PLACE, {})
     answered: list[int] = []
     real = trainer.programs.infer.answer_batch
 
@@ -105,13 +105,13 @@ def test_a_run_that_broke_off_goes_on_to_the_same_file(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("trainer.programs.infer.answer_batch", answer)
-        carry_out(broken, PLACE, {})
+        run_program(broken, PLACE, {})
     assert not (Path(broken.output) / "answers.jsonl").exists()
     with (Path(broken.output) / ".answers.jsonl.rank0").open("ab") as journal:
         journal.write(b'[9, [{"row": 3, "ans')
     more: list[int] = []
     monkeypatch.setattr("trainer.programs.infer.answer_batch", lambda *given: more.append(given[1][0][0].row) or real(*given))
-    carry_out(broken, PLACE, {})
+    run_program(broken, PLACE, {})
     assert (Path(broken.output) / "answers.jsonl").read_bytes() == (Path(whole.output) / "answers.jsonl").read_bytes()
     assert len(more) == -(-ROWS // 4) - stop and not set(more) & set(answered)
 
@@ -126,14 +126,14 @@ def test_two_ranks_write_the_file_of_one(asking: Callable[..., TrainSpec], rows:
 
 @pytest.mark.usefixtures("process_group")
 def test_rows_that_cannot_be_answered_are_told_and_the_others_done(asking: Callable[..., TrainSpec], tmp_path: Path, rows: Path) -> None:
-    """Unreadable, missing and too long; after they are mended the same run answers their batches alone."""
+    """Unreadable, missing and too long; after they are fixed the same run answers only their batches."""
     (tmp_path / "cut.png").write_bytes((tmp_path / "rows.jsonl").read_bytes()[:50])
     with rows.open("a", encoding="utf-8") as lines:
         for row in ({"image": "cut.png"}, {"image": "none.png"}, {"prompt": "long " * 200}):
             lines.write(json.dumps({"prompt": "Which?", **row}) + "\n")
     spec = asking("run", input=str(rows))
     with pytest.raises(RunFailed) as failed:
-        carry_out(spec, PLACE, {})
+        run_program(spec, PLACE, {})
     said = str(failed.value)
     assert said.startswith(f"3 of 40 rows of {rows} could not be answered")
     assert "row 38: " in said and "is not an image that can be read" in said
@@ -143,7 +143,7 @@ def test_rows_that_cannot_be_answered_are_told_and_the_others_done(asking: Calla
     assert [row["row"] for row in found if "error" in row] == [38, 39, 40] and sum("answer" in row for row in found) == 37
     Image.new("RGB", (32, 32)).save(tmp_path / "cut.png")
     with pytest.raises(RunFailed, match="2 of 40 rows"):
-        carry_out(spec, PLACE, {})
+        run_program(spec, PLACE, {})
     again = answers_of(spec)
     assert again[:37] == found[:37] and "answer" in again[37]
 
@@ -155,18 +155,18 @@ def test_one_question_is_answered_word_by_word(
     image = next((digits / "digits" / "images").glob("*.png"))
     spec = asking("run", prompt="Which digit is this?", image=str(image))
     parts: list[str] = []
-    said = Teller.__call__
-    monkeypatch.setattr(Teller, "__call__", lambda teller, row, text: (parts.append(text), said(teller, row, text)))
-    carry_out(spec, PLACE, {})
+    said = AnswerStream.__call__
+    monkeypatch.setattr(AnswerStream, "__call__", lambda teller, row, text: (parts.append(text), said(teller, row, text)))
+    run_program(spec, PLACE, {})
     (row,) = answers_of(spec)
     assert "".join(parts) == row["answer"] and len(parts) > 1
     assert (Path(spec.output) / STREAM_FILE).read_text(encoding="utf-8") == row["answer"], "where the launcher has it from"
     silent = asking("silent", prompt="Which digit is this?", image=str(image), stream=False)
     capsys.readouterr()
-    carry_out(silent, PLACE, {})
+    run_program(silent, PLACE, {})
     assert row["answer"] in capsys.readouterr().out and answers_of(silent) == [row]
     with pytest.raises(InputRefused, match=r"none\.png: cannot be read"):
-        carry_out(asking("none", prompt="Which?", image=str(image.with_name("none.png"))), PLACE, {})
+        run_program(asking("none", prompt="Which?", image=str(image.with_name("none.png"))), PLACE, {})
 
 
 @pytest.mark.parametrize(
@@ -182,19 +182,19 @@ def test_one_question_is_answered_word_by_word(
 )
 def test_what_cannot_be_asked_is_refused_before_the_model_is_loaded(options: Any, said: str, asking: Callable[..., TrainSpec]) -> None:
     with pytest.raises(InputRefused, match=said):
-        carry_out(asking("run", **options), PLACE, {})
+        run_program(asking("run", **options), PLACE, {})
 
 
 @pytest.mark.usefixtures("process_group")
 def test_an_image_that_is_shown_again_is_made_ready_once(
     asking: Callable[..., TrainSpec], rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Told by its bytes, whatever its name; without a cache each time."""
+    """Identified by its bytes, whatever its name; without a cache it is read each time."""
     looks: list[int] = []
     real = Answerer.look
     monkeypatch.setattr(Answerer, "look", lambda self, image: looks.append(1) or real(self, image))
-    carry_out(asking("kept", input=str(rows)), PLACE, {})
+    run_program(asking("kept", input=str(rows)), PLACE, {})
     kept = len(looks)
-    carry_out(asking("anew", input=str(rows), cache_images=0, prefetch=0), PLACE, {})
+    run_program(asking("uncached", input=str(rows), cache_images=0, prefetch=0), PLACE, {})
     shown = sum(len(json.loads(line)["images"]) for line in rows.read_text().splitlines())
     assert kept <= 6 and len(looks) - kept == shown > 20

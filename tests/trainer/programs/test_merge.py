@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from tests.trainer.models.conftest import TINY
-from tests.trainer.product import carry_out, stage_spec, write_adapter, write_model
+from tests.trainer.product import run_program, stage_spec, write_adapter, write_model
 from trainer.checkpoint.checkpoint import require_whole
 from trainer.contract import InputRefused, Merging, ModelSpec, RunFailed, TrainResult
 from trainer.contract.checkpoint_files import newest_checkpoint
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def merge(model: ModelSpec, adapter: Path, output: Path, **options: Any) -> TrainResult:
-    return carry_out(stage_spec("merge", model, adapter, output, merging=Merging(**options)))
+    return run_program(stage_spec("merge", model, adapter, output, merging=Merging(**options)))
 
 
 def values_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -188,7 +188,7 @@ def test_a_variant_of_other_sums_is_refused_by_name(
 def test_an_adapter_of_another_base_is_refused_with_what_does_not_fit(llava: tuple[ModelSpec, Path, Path], tmp_path: Path) -> None:
     model, _, adapter = llava
     other = write_model("tiny_qwen2_5_vl", tmp_path / "base")
-    with pytest.raises(InputRefused, match=r"is an adapter for another model than its base.*base_model_name_or_path"):
+    with pytest.raises(InputRefused, match=r"does not fit its base.*base_model_name_or_path"):
         merge(other, change_config(adapter, tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base")), tmp_path / "run")
     tensors = load_file(adapter / "adapter_model.safetensors")
     key = next(key for key in tensors if key.endswith("q_proj.lora_B.weight"))
@@ -200,13 +200,13 @@ def test_an_adapter_of_another_base_is_refused_with_what_does_not_fit(llava: tup
 
 def test_the_base_of_an_adapter_that_is_gone_is_named(llava: tuple[ModelSpec, Path, Path], tmp_path: Path) -> None:
     model, _, adapter = llava
-    with pytest.raises(InputRefused, match=r"base_model_name_or_path: .*nowhere is not a whole checkpoint: there is no such folder"):
+    with pytest.raises(InputRefused, match=r"base_model_name_or_path: .*nowhere is not a complete checkpoint: there is no such folder"):
         merge(model, change_config(adapter, tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "nowhere")), tmp_path / "run")
 
 
 def test_whole_weights_have_nothing_to_merge(llava: tuple[ModelSpec, Path, Path], tmp_path: Path) -> None:
     model, base, _ = llava
-    with pytest.raises(InputRefused, match=r"holds whole weights and no adapter: there is nothing to merge"):
+    with pytest.raises(InputRefused, match=r"holds full weights and no adapter: there is nothing to merge"):
         merge(model, base, tmp_path / "run")
 
 
@@ -239,7 +239,7 @@ def test_a_shard_that_is_not_whole_is_named(harm: str, llava: tuple[ModelSpec, P
 def test_a_disk_that_is_full_leaves_nothing_half_done_and_says_what_it_needs(llava: tuple[ModelSpec, Path, Path], tmp_path: Path) -> None:
     model, base, adapter = llava
     before = {file.name: file.stat().st_size for file in base.iterdir()}
-    with largest_file(400_000), pytest.raises(RunFailed, match=r"File too large.*Nothing of it is left.*GiB of room.*cluster.root"):
+    with largest_file(400_000), pytest.raises(RunFailed, match=r"File too large.*The incomplete folder was removed.*GiB.*cluster.root"):
         merge(model, adapter, tmp_path / "run")
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
     assert {file.name: file.stat().st_size for file in base.iterdir()} == before
@@ -251,6 +251,6 @@ def test_merged_weights_that_answer_otherwise_are_not_kept(
 ) -> None:
     model, _, adapter = llava
     monkeypatch.setattr("trainer.checkpoint.adapter.scale_of", lambda *_: 3.9)  # of an alpha that is 4 times the rank
-    with pytest.raises(RunFailed, match=r"answer otherwise than base and adapter: logits differ by .* 1.00e-05 is the bound"):
+    with pytest.raises(RunFailed, match=r"differ from those of base and adapter by .* the bound 1.00e-05"):
         merge(model, adapter, tmp_path / "run")
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []

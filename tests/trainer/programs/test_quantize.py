@@ -14,11 +14,11 @@ from compressed_tensors.utils.match import match_name
 from transformers import LlavaForConditionalGeneration
 
 from tests.trainer.models.conftest import TINY, model_spec
-from tests.trainer.product import carry_out, stage_spec, write_adapter, write_model
+from tests.trainer.product import run_program, stage_spec, write_adapter, write_model
 from trainer.contract import SAMPLES_FILE, DataSpec, InputRefused, ModelSpec, Quantization, TrainResult
 from trainer.models import find_family
 from trainer.programs.quantize import REPORT_FILE, SAMPLES_BEFORE_FILE, outermost
-from trainer.tensor.int8 import choose_scales, describe_format, output_error, pack, round_weight, see_through, unpack
+from trainer.tensor.int8 import choose_scales, dequantize_sources, describe_format, output_error, pack, round_weight, unpack
 from trainer.tensor.naming import name_in_memory
 from trainer.tensor.stream import open_tensors
 
@@ -27,7 +27,7 @@ Q_PROJ = "language_model.model.layers.0.self_attn.q_proj.weight"
 
 
 def quantize(model: ModelSpec, checkpoint: Path, output: Path, **options: Any) -> TrainResult:
-    return carry_out(stage_spec("quantize", model, checkpoint, output, quantization=Quantization(**{"compare": False, **options})))
+    return run_program(stage_spec("quantize", model, checkpoint, output, quantization=Quantization(**{"compare": False, **options})))
 
 
 def values_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -104,9 +104,9 @@ def test_every_family_opens_it_with_numbers_in_the_place_of_codes(name: str, tmp
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert len(changed) >= 14 and all(key.endswith("proj.weight") or "_proj_" in key for key in changed), changed
-    lm = family.load(folder, model, torch.float32, hollow=True)
-    names = name_in_memory(lm, see_through(open_tensors(folder)))
-    assert len(names) == len(see_through(open_tensors(folder)))  # each is found again
+    lm = family.load(folder, model, torch.float32, on_meta=True)
+    names = name_in_memory(lm, dequantize_sources(open_tensors(folder)))
+    assert len(names) == len(dequantize_sources(open_tensors(folder)))  # each is found again
     for key in changed:
         step = before[key].abs().amax(dim=1, keepdim=True) / 127
         assert bool(((before[key] - after[key]).abs() <= 0.51 * step).all()), key
@@ -127,9 +127,9 @@ def test_transformers_opens_it_without_us(made: tuple[ModelSpec, Path, Path]) ->
 def test_what_stays_is_named_for_both_names_of_a_module(made: tuple[ModelSpec, Path, Path]) -> None:
     model, base, folder = made
     ignore = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]["ignore"]
-    hollow = find_family("llava").load(base, model, torch.float32, hollow=True)
-    names = name_in_memory(hollow, open_tensors(base))
-    linear = {name for name, module in hollow.named_modules() if isinstance(module, torch.nn.Linear)}
+    on_meta = find_family("llava").load(base, model, torch.float32, on_meta=True)
+    names = name_in_memory(on_meta, open_tensors(base))
+    linear = {name for name, module in on_meta.named_modules() if isinstance(module, torch.nn.Linear)}
     for saved, memory in names.items():
         if memory.removesuffix(".weight") in linear:
             stays = "_packed" not in str([key for key in open_tensors(folder) if key.startswith(saved)])
@@ -155,7 +155,7 @@ def test_it_is_calibrated_and_compared_on_the_data_of_the_run(tmp_path: Path, di
     options = Quantization(calibration=6, probes=2)
     spec = stage_spec("quantize", model, tmp_path / "base", tmp_path / "run", quantization=options)
     data = DataSpec(name="digits", builtin="digits", root=str(digits), train="", evaluation="", images="", max_length=128, workers=0)
-    result = carry_out(replace(spec, data=data))
+    result = run_program(replace(spec, data=data))
     assert {"exact_match", "exact_match_before"} <= result.evaluation.keys() and result.evaluation["count"] == 24
     for file in (SAMPLES_FILE, SAMPLES_BEFORE_FILE):
         assert len((tmp_path / "run" / file).read_text(encoding="utf-8").splitlines()) == 24
@@ -175,10 +175,10 @@ def test_what_cannot_be_quantized_is_refused(made: tuple[ModelSpec, Path, Path],
     model, base, folder = made
     with pytest.raises(InputRefused, match=r"no linear layer is left to quantize"):
         quantize(model, base, tmp_path / "none", keep=("vision", "projector", "lm", "head"))
-    with pytest.raises(InputRefused, match=r"is quantized already \(compressed-tensors\). Take the weights that it was made of"):
+    with pytest.raises(InputRefused, match=r"is quantized already \(compressed-tensors\). Use the weights that it was made from"):
         quantize(model, folder, tmp_path / "twice")
-    with pytest.raises(InputRefused, match=r"scheme=nf4: there is not a kernel for it on cpu.*scheme=int8"):
+    with pytest.raises(InputRefused, match=r"scheme=nf4: a kernel for cpu is missing.*scheme=int8"):
         quantize(model, base, tmp_path / "nf4", scheme="nf4")
     write_adapter(model, base, tmp_path / "adapter")
-    with pytest.raises(InputRefused, match=r"is an adapter, and quantize works on whole weights. Merge it first"):
+    with pytest.raises(InputRefused, match=r"is an adapter, and quantize needs full weights. Merge it first"):
         quantize(model, tmp_path / "adapter", tmp_path / "adapted")

@@ -195,7 +195,7 @@ def test_what_cannot_be_is_said_before_the_model_is_loaded(trained: TrainSpec, t
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"max_batch": 0}, "stage.serving.max_batch is 0: it can be 1 or more"),
+        ({"max_batch": 0}, "stage.serving.max_batch is 0: it must be at least 1"),
         ({"wait_ms": -1}, "stage.serving.wait_ms is -1"),
         ({"request_timeout_s": 0.0}, "stage.serving.request_timeout_s is 0"),
         ({"sampling": Sampling(top_p=0.0)}, "stage.serving.sampling.top_p is 0.0: it can be above 0"),

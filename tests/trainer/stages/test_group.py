@@ -114,5 +114,5 @@ def test_the_table_says_what_stays_frozen_and_why() -> None:
         [Group(name="vision", parameters=1000, trainable=600, unused=400), Group(name="lm", parameters=5, trainable=5)], lines.append
     )
     assert lines[1].split()[:3] == ["vision", "1,000", "600"]
-    assert "400 lie behind the features that are used" in lines[1]
+    assert "400 do not affect the output" in lines[1]
     assert lines[2].split() == ["lm", "5", "5"]

@@ -65,7 +65,7 @@ def test_names_and_regexes_go_together(tiny_spec: Any) -> None:
     ("targets", "said"),
     [
         ((), r"names no layer of the language model; it has down_proj, gate_proj"),
-        (("q_proj", "qkv"), r"no linear layer qkv; it has .* \(a regex is held against whole names, as model\.language_model\.layers\.0"),
+        (("q_proj", "qkv"), r"no linear layer qkv; it has .* \(a regex is matched against full names, as model\.language_model\.layers\.0"),
         (("re:q_proj",), r"no linear layer re:q_proj; it has"),
         ((r"re:.*vision_tower.*q_proj",), r"no linear layer re:\.\*vision_tower"),
         (("re:(",), r"'re:\(' is not a regular expression"),
@@ -110,5 +110,5 @@ def test_an_adapter_of_another_model_is_refused_in_a_few_lines(tiny_spec: Any, t
         with pytest.raises(InputRefused) as caught:
             take()
         said = str(caught.value)
-        assert f"stage.checkpoint: {tmp_path} is an adapter for another model than its base" in said
-        assert said.count("size mismatch") == 2 and " more. Name the model" in said and "base_model_name_or_path" in said
+        assert f"stage.checkpoint: the adapter {tmp_path} does not fit its base" in said
+        assert said.count("size mismatch") == 2 and " more. Set base_model_name_or_path" in said and "base_model_name_or_path" in said

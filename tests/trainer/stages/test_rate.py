@@ -8,7 +8,7 @@ import torch
 
 from tests.trainer.cell import read_rows, run_cell
 from trainer.contract import InputRefused, Lora, StageSpec, TrainSpec
-from trainer.distributed.engine import RATE, group_parameters
+from trainer.distributed.engine import RATE_FACTOR, group_parameters
 from trainer.models import find_family
 from trainer.stages.group import Staged, apply_stage
 
@@ -43,14 +43,14 @@ def test_every_trained_parameter_is_in_one_group_with_its_rate_and_decay(tiny_sp
     for decay in (0.1, 0.0):
         for group in group_parameters(made.model, replace(spec.optimizer, weight_decay=decay), made.rates):
             for parameter in group["params"]:
-                assert group[RATE] == pytest.approx(2.0 if names[id(parameter)].startswith(PROJECTOR) else 1.0)
+                assert group[RATE_FACTOR] == pytest.approx(2.0 if names[id(parameter)].startswith(PROJECTOR) else 1.0)
                 assert group["weight_decay"] == (decay if parameter.ndim >= 2 else 0.0)
                 seen.append(names[id(parameter)])
     assert sorted(seen) == sorted([*names.values()] * 2)
 
 
 def test_adapters_take_the_schedules_rate(tiny_spec: Any) -> None:
-    """ms-swift's lora_llm_full_vit: adapters at 1e-4, what trains whole besides at 1e-5."""
+    """ms-swift's lora_llm_full_vit: adapters at 1e-4, what is trained whole at 1e-5."""
     lora = Lora(r=2, alpha=4, dropout=0.0, targets=("q_proj",))
     made = staged(with_rates(tiny_spec(), StageSpec(name="lora", kind="train", trainable=("projector",), lora=lora), projector=1e-4))
     assert made.rates and all(".modules_to_save." in name and rate == pytest.approx(0.1) for name, rate in made.rates.items())

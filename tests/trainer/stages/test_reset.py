@@ -1,4 +1,4 @@
-"""A group that begins anew, of every family."""
+"""A group that is reset, in every family."""
 
 import re
 from dataclasses import replace
@@ -82,10 +82,10 @@ def test_one_seed_gives_one_start_in_every_precision(tiny_spec: Any) -> None:
     ("reset", "trainable", "said"),
     [
         (("audio",), ("projector",), r"stage\.reset: the model has no group audio; it has vision, projector, lm, head"),
-        (("vision",), ("projector",), r"stage\.reset: vision would begin anew and stay so: name it in stage\.trainable too"),
+        (("vision",), ("projector",), r"stage\.reset: vision would be drawn again and never trained: add it to stage\.trainable"),
     ],
 )
-def test_what_cannot_begin_anew(reset: tuple[str, ...], trainable: tuple[str, ...], said: str, tiny_spec: Any) -> None:
+def test_what_cannot_be_reset(reset: tuple[str, ...], trainable: tuple[str, ...], said: str, tiny_spec: Any) -> None:
     spec = spec_for(tiny_spec, "tiny_llava", *reset, trainable=trainable)
     with pytest.raises(InputRefused, match=said):
         reset_groups(made(spec), spec)
@@ -95,5 +95,5 @@ def test_a_parameter_without_a_rule_is_refused(tiny_spec: Any) -> None:
     spec = spec_for(tiny_spec, "tiny_llava", "projector")
     model = made(spec)
     model.model.multi_modal_projector.linear_1.register_parameter("gate", torch.nn.Parameter(torch.ones(3)))
-    with pytest.raises(InputRefused, match=r"no rule for a random model\.multi_modal_projector\.linear_1\.gate"):
+    with pytest.raises(InputRefused, match=r"no rule to initialize model\.multi_modal_projector\.linear_1\.gate"):
         reset_groups(model, spec)

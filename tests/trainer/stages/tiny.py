@@ -13,4 +13,6 @@ MODELS = tuple(sorted(path.stem for path in (CONF / "model").glob("tiny_*.yaml")
 
 @cache
 def tiny_model_spec(name: str) -> ModelSpec:
-    return model_spec(compose([f"model={name}", "tune=null"], CONF), LocalContext(project=CONF.parent, here=CONF.parent, interpreter="", user=""))
+    return model_spec(
+        compose([f"model={name}", "tune=null"], CONF), LocalContext(project=CONF.parent, here=CONF.parent, interpreter="", user="")
+    )

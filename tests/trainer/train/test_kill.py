@@ -1,4 +1,4 @@
-"""Runs that are killed by SIGKILL at moments that chance names, and end with the very weights of a run that nobody disturbs.
+"""Runs that are killed by SIGKILL at moments that chance names, and end with the same weights as an uninterrupted run.
 
     pytest tests/trainer/train/test_kill.py --kills 50
 
@@ -86,7 +86,7 @@ def test_kills_are_shared_out_to_the_last() -> None:
 
 
 def make_runs(tiny_spec: Any, digits: Path, ranks: int, kills: int) -> tuple[TrainSpec, TrainSpec]:
-    """One that nobody disturbs, without checkpoints on the way; and one that saves at every other step, behind the steps."""
+    """An uninterrupted run without intermediate checkpoints; and one that saves at every other step, in the background."""
     arguments = {"precision": "bf16", "zero": 2, "micro": GLOBAL_BATCH // ranks, "ranks": ranks}
     changes = {"steps": 30 + 12 * kills, "evaluation": Evaluation(batch=16, max_new_tokens=4, limit=24)}
     quiet, killed = (

@@ -26,10 +26,10 @@ class ScriptedEngine:
         self.handle = SimpleNamespace(optimizer=SimpleNamespace())
         self.calls: list[str] = []
 
-    def add(self, value: float) -> torch.Tensor:
+    def sum_over_ranks(self, value: float) -> torch.Tensor:
         return torch.tensor(value, dtype=torch.float32)
 
-    def gather(self, values: torch.Tensor) -> torch.Tensor:
+    def gather_vectors(self, values: torch.Tensor) -> torch.Tensor:
         return values.unsqueeze(0)
 
     def begin_micro(self, *, last: bool) -> None:
@@ -63,11 +63,11 @@ def run(
         "done": Progress(),
         "watchdog": Watchdog(timeout_s=0, rank=0, stream=sys.stderr, end=pytest.fail),
         "write": rows.append,
-        "asks": StepRequests,
-        "between": lambda *_: None,
+        "own_requests": StepRequests,
+        "after_step": lambda *_: None,
         "peak_bytes": lambda: 2048,
         "name_samples": lambda step: f"rows of {step}",
-        "rescue": lambda step: f"Kept: {step}.",
+        "save_last_good": lambda step: f"Kept: {step}.",
     }
     return train(engine, steps, spec, **{**arguments, **changes}), rows  # type: ignore[arg-type]
 
@@ -91,7 +91,7 @@ def test_a_step_divides_by_the_trained_tokens_of_all_its_parts(spec: TrainSpec) 
 def test_what_a_rank_asks_for_comes_back_with_the_step(spec: TrainSpec) -> None:
     wishes = [StepRequests(save=True), StepRequests(failed=True), StepRequests()]
     asked, seen = list(wishes), []
-    run(spec, ScriptedEngine([1.0] * 3), [(batch(1),)] * 3, asks=lambda: asked.pop(0), between=lambda *pair: seen.append(pair))
+    run(spec, ScriptedEngine([1.0] * 3), [(batch(1),)] * 3, own_requests=lambda: asked.pop(0), after_step=lambda *pair: seen.append(pair))
     assert seen == list(enumerate(wishes, start=1))
 
 
@@ -104,37 +104,39 @@ def test_the_row_is_written_under_watch_and_nothing_is_between_two_steps(spec: T
         step, phase, _, ends = watchdog.current
         seen.append((step, phase, ends))
 
-    between: list[Any] = []
+    after_step: list[Any] = []
     run(
         spec,
         ScriptedEngine([1.0] * 3),
         [(batch(1),)] * 3,
         watchdog=watchdog,
         write=note,
-        between=lambda *_: between.append(watchdog.current),
+        after_step=lambda *_: after_step.append(watchdog.current),
     )
     row = "exchange of the row"
     assert seen == [(1, row, True), (2, row, True), (3, row, True)]
-    assert between == [None] * 3
+    assert after_step == [None] * 3
     assert watchdog.current is None
 
 
 def test_a_signal_ends_the_loop_after_the_step_that_it_met(spec: TrainSpec) -> None:
     with stop_on_signals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        progress, rows = run(replace(spec, save_every=1), ScriptedEngine([1.0] * 3), [(batch(1),)] * 3, asks=lambda: StepRequests(stop=stop.up))
+        progress, rows = run(
+            replace(spec, save_every=1), ScriptedEngine([1.0] * 3), [(batch(1),)] * 3, own_requests=lambda: StepRequests(stop=stop.up)
+        )
     assert (progress.step, progress.stopped, len(rows)) == (1, True, 1)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_signal_in_the_middle_of_a_step_ends_the_loop_with_that_step(spec: TrainSpec) -> None:
-    class Interrupted(ScriptedEngine):
+    class InterruptedEngine(ScriptedEngine):
         def step(self, lr: float) -> Update:
             os.kill(os.getpid(), signal.SIGTERM)
             return super().step(lr)
 
     with stop_on_signals() as stop:
-        progress, rows = run(spec, Interrupted([1.0] * 3), [(batch(1),)] * 3, asks=lambda: StepRequests(stop=stop.up))
+        progress, rows = run(spec, InterruptedEngine([1.0] * 3), [(batch(1),)] * 3, own_requests=lambda: StepRequests(stop=stop.up))
     assert (progress.step, progress.stopped, len(rows)) == (1, True, 1)
 
 
@@ -150,22 +152,22 @@ def test_steps_that_are_done_are_counted_and_not_done_again(spec: TrainSpec) -> 
 def test_a_loss_that_is_no_number_names_step_and_samples_after_a_rescue(loss: float, spec: TrainSpec) -> None:
     rescued: list[int] = []
 
-    def rescue(step: int) -> str:
+    def save_last_good(step: int) -> str:
         rescued.append(step)
         return f"Kept: {step}."
 
-    said = r"step 2: the loss is (nan|inf).*every layer's output and gradient is finite.*Its samples: rows of 2\. Kept: 1\."
+    said = r"step 2: the loss is (nan|inf).*every layer's output and gradient was finite.*Its samples: rows of 2\. Kept: 1\."
     with pytest.raises(RunFailed, match=said):
-        run(spec, ScriptedEngine([1.0, loss]), [(batch(1),)] * 3, rescue=rescue)
+        run(spec, ScriptedEngine([1.0, loss]), [(batch(1),)] * 3, save_last_good=save_last_good)
     assert rescued == [1]
 
 
 def test_a_rescue_that_fails_is_told_with_its_cause(spec: TrainSpec) -> None:
-    def rescue(_: int) -> str:
+    def save_last_good(_: int) -> str:
         raise RunFailed("the disk is full.")
 
     with pytest.raises(RunFailed, match=r"step 1: the loss is nan.*rows of 1\. the disk is full\."):
-        run(spec, ScriptedEngine([math.nan]), [(batch(1),)] * 3, rescue=rescue)
+        run(spec, ScriptedEngine([math.nan]), [(batch(1),)] * 3, save_last_good=save_last_good)
 
 
 def test_a_gradient_that_is_no_number_fails_too(spec: TrainSpec) -> None:

@@ -1,4 +1,4 @@
-"""What saves memory leaves the step as it was: offloading, chunks of the loss, layers computed twice. And float16, where a CPU is made to."""
+"""What saves memory leaves the step as it was: offloading, chunks of the loss, gradient checkpointing. And float16, where a CPU is made to."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -9,11 +9,11 @@ import torch
 
 from tests.trainer.conftest import cpu_adam_is_built
 from tests.trainer.distributed.test_engine import one_step, steps_of
-from trainer.checkpoint.scatter import scatter
 from trainer.contract import Lora, Precision, StageSpec, TrainSpec
 from trainer.device.dtype import loading_dtype
-from trainer.distributed.effective_config import taken_config
+from trainer.distributed.effective_config import read_effective_config
 from trainer.distributed.engine import Engine, start_engine
+from trainer.distributed.zero3 import partition_model
 from trainer.models import find_family
 from trainer.stages.gradient_checkpointing import checkpoint_layers
 from trainer.stages.group import apply_stage
@@ -36,7 +36,7 @@ def after_steps() -> Iterator[Callable[..., tuple[Engine, list[float], dict[str,
             checkpoint_layers(model, spec)
         model = apply_stage(model, spec, family.unused(model)).model
         if spec.partitioned:
-            scatter(model, spec, torch.device("cpu"))
+            partition_model(model, spec, torch.device("cpu"))
         engine = start_engine(model, spec, torch.device("cpu"))
         engines.append(engine)
         engine.model.train()
@@ -77,7 +77,7 @@ def test_offloaded_states_and_parameters_are_the_same_steps(
     keys = ("offload_optimizer", "offload_param") if parameters else ("offload_optimizer",)
     held.deepspeed["zero_optimization"].update({key: {"device": "cpu", "pin_memory": False} for key in keys})
     engine, *found = after_steps(held)
-    taken = taken_config(engine)
+    taken = read_effective_config(engine)
     assert (taken["offload_optimizer"], taken["offload_parameters"]) == (True, parameters)
     bound = 2e-5 if precision == "fp32" else 2**-8  # one place of a bfloat16 between 1 and 2
     assert_near((engine, *found), after_steps(plain), bound)
@@ -93,7 +93,7 @@ def test_float16_trains_with_scaling_and_float32_masters(tiny_spec: Any, after_s
     half.deepspeed.update(fp16=scaling, data_types={"grad_accum_dtype": "fp32"})
     exact = tiny_spec("exact", zero=2)
     engine, losses, _ = after_steps(half)
-    taken = taken_config(engine)
+    taken = read_effective_config(engine)
     assert (taken["weights"], taken["optimizer"], taken["loss_scaling"]) == ("float16", "float32", "dynamic")
     assert losses == pytest.approx(after_steps(exact)[1], abs=0.02)
     chunked = replace(tiny_spec("chunked", zero=2, changes={"precision": HALF}), loss_chunk=5, deepspeed=half.deepspeed)

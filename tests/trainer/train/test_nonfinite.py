@@ -1,4 +1,4 @@
-"""Steps that make a value that is no number, in a layer and on a rank that the test chose."""
+"""Steps that compute a non-finite value, in a layer and on a rank that the test chooses."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from tests.trainer.mortal import Gone, run_ranks
 from trainer.checkpoint.checkpoint import whole_checkpoints
 from trainer.contract import CHECKPOINTS, Exit, FailureReport, Lora, StageSpec, TrainSpec, read
 from trainer.data.rows.sample import Message, Sample
-from trainer.tensor.shard import find_stored
+from trainer.tensor.stream import find_stored_tensors
 from trainer.train.nonfinite import find_tensors, watch_modules
 from trainer.train.steps import name_samples
 
@@ -37,7 +37,7 @@ def one_thread() -> Any:
         yield
 
 
-class SpoilGradient(torch.autograd.Function):
+class BreakGradient(torch.autograd.Function):
     """The same values, and gradients that are infinite."""
 
     @staticmethod
@@ -53,7 +53,7 @@ def overflow(values: Tensor) -> Tensor:
     return values + math.inf
 
 
-def spoil_last_rank(change: Callable[[Tensor], Tensor]) -> None:
+def break_last_rank(change: Callable[[Tensor], Tensor]) -> None:
     """From step BAD_STEP on the second block's MLP answers with changed values on the last rank."""
     before, forward, updates = trainer.distributed.engine.Engine.step, LlamaMLP.forward, [0]
 
@@ -61,14 +61,14 @@ def spoil_last_rank(change: Callable[[Tensor], Tensor]) -> None:
         updates[0] += 1
         return before(engine, lr)
 
-    def spoilt(module: Any, hidden: Tensor) -> Tensor:
+    def broken(module: Any, hidden: Tensor) -> Tensor:
         values = forward(module, hidden)
         # While step n is under way, n - 1 updates have been called for; when it is done once more, n.
         last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
         return change(values) if module.place == 1 and last and updates[0] >= BAD_STEP - 1 else values
 
     trainer.distributed.engine.Engine.step = step  # type: ignore[method-assign]
-    LlamaMLP.forward = spoilt  # type: ignore[method-assign]
+    LlamaMLP.forward = broken  # type: ignore[method-assign]
     number, made = LlamaMLP.__init__, [0]
 
     def create(module: Any, *arguments: Any, **named: Any) -> None:
@@ -78,15 +78,15 @@ def spoil_last_rank(change: Callable[[Tensor], Tensor]) -> None:
     LlamaMLP.__init__ = create  # type: ignore[method-assign]
 
 
-def spoil_forward() -> None:
-    spoil_last_rank(overflow)
+def break_forward() -> None:
+    break_last_rank(overflow)
 
 
-def spoil_backward() -> None:
-    spoil_last_rank(SpoilGradient.apply)  # type: ignore[arg-type]
+def break_backward() -> None:
+    break_last_rank(BreakGradient.apply)  # type: ignore[arg-type]
 
 
-def told(spec: TrainSpec, gone: Gone) -> str:
+def reported_message(spec: TrainSpec, gone: Gone) -> str:
     """The message of the rank that reported."""
     found = sorted(Path(spec.output).glob("failure-rank*.json"))
     assert found and Exit.RUN in gone.codes, gone.text
@@ -112,14 +112,14 @@ def test_the_layer_is_named_and_the_checkpoint_is_that_of_the_step_before(cell: 
         for name, every in (("quiet", BAD_STEP - 1), ("bad", 0))
     )
     assert not any(run_ranks(quiet).codes)
-    gone = run_ranks(bad, meddle=spoil_forward)
-    message, last = told(bad, gone), bad.device.world_size - 1
+    gone = run_ranks(bad, meddle=break_forward)
+    message, last = reported_message(bad, gone), bad.device.world_size - 1
     assert f"step {BAD_STEP}: the loss is " in message and "has changed no weight" in message, gone.text
     assert f"on rank {last}, micro-batch 1: the output of " in message
     assert "language_model.layers.1.mlp (LlamaMLP)" in message
     assert f"Its samples: {bad.data.root}" in message
     name = f"step-{BAD_STEP - 1:06d}"
-    assert f"The weights are those of step {BAD_STEP - 1}, in {CHECKPOINTS}/{name}." in message
+    assert f"The weights of step {BAD_STEP - 1} are in {CHECKPOINTS}/{name}." in message
     assert_same_checkpoint(*(Path(spec.output) / CHECKPOINTS / name for spec in (quiet, bad)))
 
 
@@ -127,7 +127,7 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
     """Weights, masters, moments, random numbers: all that a step could have touched."""
     assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
     for folders in ((one, other), (one / "resume", other / "resume")):
-        first, second = (find_stored(folder) for folder in folders)
+        first, second = (find_stored_tensors(folder) for folder in folders)
         assert first.keys() == second.keys() and first
         assert all(torch.equal(first[key].read_whole(), second[key].read_whole()) for key in first)
     rests = [json.loads((folder / "resume" / "rest.json").read_text()) for folder in (one, other)]
@@ -144,7 +144,7 @@ def test_the_samples_of_a_step_are_named_by_their_own_files(tiny_spec: Any) -> N
 
 def test_a_gradient_is_found_where_every_value_is_finite(tiny_spec: Any) -> None:
     bad = tiny_spec(changes={"steps": 4}, micro=4, ranks=2, precision="bf16", zero=1)
-    message = told(bad, run_ranks(bad, meddle=spoil_backward))
+    message = reported_message(bad, run_ranks(bad, meddle=break_backward))
     assert f"step {BAD_STEP}: the loss is " in message and "the loss is nan" not in message
     assert "on rank 1, micro-batch 1: the gradient of the output of model.language_model.layers.1.mlp." in message
     assert [state.step for state in whole_checkpoints(Path(bad.output))] == [BAD_STEP - 1]
@@ -152,8 +152,8 @@ def test_a_gradient_is_found_where_every_value_is_finite(tiny_spec: Any) -> None
 
 def test_weights_that_one_step_has_blown_up_fail_in_the_next(tiny_spec: Any) -> None:
     bad = tiny_spec(changes={"steps": 2})
-    bad = replace(bad, optimizer=replace(bad.optimizer, lr=1e30))  # step 1 spoils what step 2 computes with
-    message = told(bad, run_ranks(bad))
+    bad = replace(bad, optimizer=replace(bad.optimizer, lr=1e30))  # step 1 breaks the weights of step 2
+    message = reported_message(bad, run_ranks(bad))
     assert "step 2: the loss is nan" in message and "in checkpoints/step-000001" in message
 
 
@@ -178,6 +178,6 @@ def test_what_is_watched_is_told_once_and_masks_may_be_infinite() -> None:
         block.one.weight.fill_(math.nan)
     with watch_modules(block) as watch:
         block(torch.ones(1, 2), attention_mask=torch.zeros(1))
-    assert watch.first == "micro-batch 1: the output of one (Linear), whose own weight is no number"
+    assert watch.first == "micro-batch 1: the output of one (Linear), whose own weight is not finite"
     assert not block._forward_hooks and not block.one._forward_hooks
     assert [len(t) for t in find_tensors({"a": (torch.ones(3), torch.ones(2, dtype=torch.int64)), "b": [None, "text"]})] == [3]

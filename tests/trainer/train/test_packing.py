@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.trainer.train.test_run import rows_of
+from tests.trainer.programs.test_train import rows_of
 from trainer.contract import TrainSpec
 
 

@@ -115,14 +115,14 @@ def test_a_loss_that_is_no_number_is_never_the_best() -> None:
 
 def stop_in_the_second_step() -> None:
     """SIGTERM, so that the run ends at a step whose evaluation is due."""
-    before = trainer.train.step_hooks.StepHooks.asks
+    before = trainer.train.step_hooks.StepHooks.requests
 
-    def asks(self: Any, stop: Any) -> Any:
-        if self.window.first and self.spec.steps == 5 and (Path(self.spec.output) / METRICS_FILE).read_text().count("\n") == 1:
+    def requests(self: Any) -> Any:
+        if self.profiler.first and self.spec.steps == 5 and (Path(self.spec.output) / METRICS_FILE).read_text().count("\n") == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return before(self, stop)
+        return before(self)
 
-    trainer.train.step_hooks.StepHooks.asks = asks  # type: ignore[method-assign]
+    trainer.train.step_hooks.StepHooks.requests = requests  # type: ignore[method-assign]
 
 
 def test_an_evaluation_that_a_stop_left_out_is_made_up_for(tiny_spec: Any) -> None:
@@ -191,5 +191,5 @@ def test_by_the_clock_of_rank_0_all_ranks_save(tiny_spec: Any) -> None:
 def test_keeping_the_best_without_a_measure_is_refused(tiny_spec: Any) -> None:
     spec = tiny_spec(changes={"keep_best": "loss", "evaluation": replace(EVALUATION, every=2)})
     gone = expect(run_ranks(spec), Exit.USAGE)
-    assert "run.keep_best=loss: no evaluation tells it. Set run.evaluation.loss=true, or leave run.keep_best empty." in gone.text
+    assert "run.keep_best=loss: no evaluation measures it. Set run.evaluation.loss=true, or leave run.keep_best empty." in gone.text
     assert not (Path(spec.output) / "checkpoints").exists()

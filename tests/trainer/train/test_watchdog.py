@@ -1,4 +1,4 @@
-"""A step that does not end: told by every rank, with stacks, and ended."""
+"""A step that does not end: reported by every rank, with stacks, and ended."""
 
 import io
 import os
@@ -30,24 +30,24 @@ def said(log: io.TextIOWrapper) -> str:
     return Path(log.name).read_text(encoding="utf-8")
 
 
-def test_a_step_that_is_too_long_is_told_once_with_stacks_and_then_ended(log: io.TextIOWrapper) -> None:
+def test_a_step_that_takes_too_long_is_reported_once_with_stacks_and_then_ended(log: io.TextIOWrapper) -> None:
     ends: list[str] = []
     watchdog = Watchdog(timeout_s=100, rank=3, stream=log, end=ends.append)
     watchdog.begin(7, "data")
     watchdog.phase("update")
     began = time.monotonic()
-    watchdog.look(began + 99)
+    watchdog.check(began + 99)
     assert said(log) == ""
     for after_s in (101, 102):
-        watchdog.look(began + after_s)
+        watchdog.check(began + after_s)
     assert said(log).count("omnilaunch: rank 3 has waited 101 s in step 7 (update)") == 1
     assert "has waited 102 s" not in said(log)
-    assert "test_a_step_that_is_too_long_is_told_once" in said(log)  # this very stack
-    watchdog.look(began + 129)
+    assert "test_a_step_that_takes_too_long_is_reported_once" in said(log)  # this very stack
+    watchdog.check(began + 129)
     assert ends == []
-    watchdog.look(began + 131)
+    watchdog.check(began + 131)
     assert ends == ["step 7 (update) has not ended in 131 s; run.hang_timeout_s is 100"]
-    watchdog.rest()
+    watchdog.pause()
 
 
 def test_between_steps_and_when_switched_off_it_sleeps(log: io.TextIOWrapper) -> None:
@@ -56,23 +56,23 @@ def test_between_steps_and_when_switched_off_it_sleeps(log: io.TextIOWrapper) ->
         Watchdog(timeout_s=0, rank=0, stream=log, end=pytest.fail),
     ):
         watchdog.begin(1, "data")
-        watchdog.rest()
+        watchdog.pause()
         watchdog.phase("saving")
-        watchdog.look(time.monotonic() + 1000)
+        watchdog.check(time.monotonic() + 1000)
     never = Watchdog(timeout_s=0, rank=0, stream=log, end=pytest.fail)
     never.begin(1, "data")
-    never.look(time.monotonic() + 1000)
+    never.check(time.monotonic() + 1000)
     assert said(log) == ""
 
 
-def test_a_save_that_is_too_long_is_told_and_goes_on(log: io.TextIOWrapper) -> None:
+def test_a_save_that_takes_too_long_is_reported_and_continues(log: io.TextIOWrapper) -> None:
     watchdog = Watchdog(timeout_s=100, rank=0, stream=log, end=pytest.fail)
     watchdog.begin(2, "update")
-    watchdog.look(time.monotonic() + 101)
-    watchdog.rest()
+    watchdog.check(time.monotonic() + 101)
+    watchdog.pause()
     watchdog.begin(2, "saving", ends=False)
-    watchdog.look(time.monotonic() + 1000)
-    watchdog.rest()
+    watchdog.check(time.monotonic() + 1000)
+    watchdog.pause()
     assert "in step 2 (update)" in said(log) and "rank 0 has waited 1000 s in step 2 (saving)" in said(log)
 
 
@@ -99,7 +99,7 @@ def test_every_step_has_the_whole_time(log: io.TextIOWrapper) -> None:
         for step in range(1, 6):
             watchdog.begin(step, "data")
             time.sleep(0.2)  # together longer than the limit
-        watchdog.rest()
+        watchdog.pause()
         time.sleep(0.7)
     assert said(log) == ""
 

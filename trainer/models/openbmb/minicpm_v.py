@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.modeling_utils import load_state_dict
 
 from trainer.contract import InputRefused, ModelSpec
-from trainer.contract.weight_files import is_plain, weight_files
+from trainer.contract.weight_files import is_safetensors, weight_files
 from trainer.data.encode import image_id, token_ids
 from trainer.models.architecture import ATTENTION, find_sizes, find_text, loading_options, refuse_differences, refuse_kind
 from trainer.models.family import UNBOUND, Family, Limit, Processor
@@ -83,17 +83,17 @@ def create(edition: Edition, model: ModelSpec) -> torch.nn.Module:
     return edition.network(config)
 
 
-def load(edition: Edition, folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool = False) -> torch.nn.Module:
+def load(edition: Edition, folder: Path, model: ModelSpec, dtype: torch.dtype, *, on_meta: bool = False) -> torch.nn.Module:
     """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model or revision."""
     config = read_config(edition, folder, model)
     if getattr(config, "image_token_id", None) is None:
         config.image_token_id = image_id(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True), model.image_token)
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all that differs is refused below
-    network, said = edition.network.from_pretrained(folder, config=config, **told, **loading_options(folder, model, dtype, hollow=hollow))
+    network, said = edition.network.from_pretrained(folder, config=config, **told, **loading_options(folder, model, dtype, on_meta=on_meta))
     extra = [name for name in said["unexpected_keys"] if not name.startswith(edition.carried or ("\0",))]
     if said["missing_keys"] or extra or said["mismatched_keys"]:
         raise InputRefused(describe_revision(folder, model, said, extra))
-    if edition.carried and not hollow:
+    if edition.carried and not on_meta:
         network.carried = read_tensors(folder, edition.carried)
     return network  # type: ignore[no-any-return]
 
@@ -128,7 +128,7 @@ def read_tensors(folder: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Ten
     """By name, as they are on the disk, in memory of their own: the folder may be gone when they are saved."""
     found = {}
     for file in weight_files(folder):
-        found |= read_plain(file, prefixes) if is_plain(file) else read_pickled(file, prefixes)
+        found |= read_plain(file, prefixes) if is_safetensors(file) else read_pickled(file, prefixes)
     return found
 
 

@@ -171,12 +171,12 @@ def create(model: ModelSpec) -> OmniLMMForCausalLM:
     return OmniLMMForCausalLM(config)
 
 
-def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool = False) -> torch.nn.Module:
+def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, on_meta: bool = False) -> torch.nn.Module:
     """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model or revision."""
     config = read_config(folder, model, OmniLMMConfig, split_config)
     if None in find_marks(config) or has_tokenizer(folder):  # weights of ours are whole without one
         keep_marks(config, find_frame(folder, model, config, TOKENS, TOKENS["image_patch_token"]))
-    return load_published(OmniLMMForCausalLM, config, folder, model, dtype, hollow=hollow)
+    return load_published(OmniLMMForCausalLM, config, folder, model, dtype, on_meta=on_meta)
 
 
 def create_processor(model: ModelSpec, limit: Limit = UNBOUND) -> Processor:

@@ -169,12 +169,12 @@ def start_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool = False) -> torch.nn.Module:
+def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, on_meta: bool = False) -> torch.nn.Module:
     """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model or revision."""
     config = read_first(folder, model)
     if None in find_marks(config) or has_tokenizer(folder):  # weights of ours are whole without one
         keep_marks(config, find_frame(folder, model, config, TOKENS, UNKNOWN))
-    return load_published(MiniCPMV, config, folder, model, dtype, hollow=hollow)
+    return load_published(MiniCPMV, config, folder, model, dtype, on_meta=on_meta)
 
 
 def read_first(folder: Path, model: ModelSpec) -> MiniCPMVConfig:

@@ -34,10 +34,10 @@ Ids = tuple[int, int, int]
 
 
 def load_published(
-    kind: type[PreTrainedModel], config: PreTrainedConfig, folder: Path, model: ModelSpec, dtype: torch.dtype, *, hollow: bool
+    kind: type[PreTrainedModel], config: PreTrainedConfig, folder: Path, model: ModelSpec, dtype: torch.dtype, *, on_meta: bool
 ) -> torch.nn.Module:
     """Raises InputRefused, listing them, where the checkpoint's tensors are not those of the model, by name or shape."""
-    options = loading_options(folder, model, dtype, hollow=hollow)
+    options = loading_options(folder, model, dtype, on_meta=on_meta)
     try:
         told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all that differs is refused below
         loaded, found = kind.from_pretrained(folder, config=config, **told, **options)

@@ -331,7 +331,7 @@ def test_audio_and_speech_are_carried_along(make_tiny: Callable[[str], Made], tm
     config = json.loads((tmp_path / "to" / "config.json").read_text(encoding="utf-8"))
     assert config["tts_config"] == {"num_vq": 4, "model_type": "conditional_chattts"} and config["audio_pool_step"] == 2
     assert config["model_type"] == "minicpmo"
-    assert not made.family.load(tmp_path / "to", made.spec.model, torch.bfloat16, hollow=True).carried
+    assert not made.family.load(tmp_path / "to", made.spec.model, torch.bfloat16, on_meta=True).carried
 
 
 def test_a_minicpm_v_has_no_use_for_audio(make_tiny: Callable[[str], Made], tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_half_a_pickled_file_is_not_whole(made: Made, tmp_path: Path) -> None:
     as_published(made, tmp_path, pickled=True)
     file = tmp_path / "pytorch_model-00002-of-00002.bin"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(InputRefused, match="is no file of torch's, or cut short"):
+    with pytest.raises(InputRefused, match="is not a file of torch, or is truncated"):
         require_whole(tmp_path, "model.source.path")
 
 

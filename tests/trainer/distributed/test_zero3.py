@@ -28,7 +28,7 @@ STARTS: dict[str, tuple[str, StageSpec, bool, str]] = {
     "folder, fp32": ("fp32", FULL, True, ""),
     "folder, bf16": ("bf16", FULL, True, ""),
     "folder, bf16, LoRA": ("bf16", LORA, True, ""),
-    "folder, fp32, a group anew": ("fp32", RESET, True, ""),
+    "folder, fp32, a group reset": ("fp32", RESET, True, ""),
     "folder, pure_bf16, going on": ("pure_bf16", FULL, True, CHECKPOINT),
 }
 ADAPTERS = {"adapter, merged": FULL, "adapter, gone on with": LORA}
@@ -105,7 +105,7 @@ def test_every_rank_starts_bit_by_bit_as_without_zero(case: str, outcomes: dict[
     for number, outcome in enumerate(outcomes[case]):
         assert outcome["differing"] == []
         assert outcome["random"], "the ranks would draw other numbers than without ZeRO"
-        assert outcome["hollow"] == (outcome["parameters"] if number else 0), "parameters without values"
+        assert outcome["on_meta"] == (outcome["parameters"] if number else 0), "parameters on the meta device"
         assert outcome["held"] == 0, "elements that are not cut"
         assert outcome["parameters"] > 50 and outcome["rotary"] >= 2
 
@@ -182,7 +182,9 @@ def test_what_the_first_rank_alone_sees_ends_all_of_them_with_its_words(make_tin
     assert gone.codes == (Exit.USAGE, Exit.USAGE), gone.text
     for rank in range(RANKS):
         failure: FailureReport = read(FailureReport, Path(spec.output) / f"failure-rank{rank}.json")
-        assert failure.kind == "InputRefused" and failure.message.startswith("stage.reset: projector would begin anew and stay so")
+        assert failure.kind == "InputRefused" and failure.message.startswith(
+            "stage.reset: projector would be drawn again and never trained"
+        )
 
 
 def with_digits(spec: TrainSpec, root: Path) -> TrainSpec:

@@ -1,4 +1,4 @@
-"""Whole runs under torchrun, as the launcher starts them."""
+"""Complete runs under torchrun, as the launcher starts them."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def test_a_run_leaves_everything_that_a_record_needs_and_repeats_bit_for_bit(tin
     folder = Path(first.output)
     assert len((folder / "samples.jsonl").read_text().splitlines()) == 24
     last = read_evaluations(folder)[4]
-    assert (last.exact_match, last.count) == (result.evaluation["exact_match"], 24), "trackers are told of it, too"
+    assert (last.exact_match, last.count) == (result.evaluation["exact_match"], 24), "also logged to trackers"
     LlavaForConditionalGeneration.from_pretrained(folder / result.checkpoint)
     LlavaProcessor.from_pretrained(folder / result.checkpoint)
     report = read(EnvReport, folder / "environment.json")
@@ -110,7 +110,7 @@ def test_lora_on_a_checkpoint_is_a_peft_adapter_that_evaluates(tiny_spec: Any, t
 def test_what_cannot_start_says_why_and_ends_with_two(tiny_spec: Any, torchrun: Any) -> None:
     spec = tiny_spec(changes={"stage": replace(EVALUATE, checkpoint="/nowhere/step-000001")})
     ended = torchrun(spec)
-    assert "stage.checkpoint: /nowhere/step-000001 is not a whole checkpoint: there is no such folder" in ended.text
+    assert "stage.checkpoint: /nowhere/step-000001 is not a complete checkpoint: there is no such folder" in ended.text
     assert read(FailureReport, Path(spec.output) / "failure-rank0.json").code == Exit.USAGE
     assert not (Path(spec.output) / "train_result.json").exists()
 

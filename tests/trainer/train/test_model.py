@@ -3,23 +3,23 @@
 import pytest
 import torch
 
-import trainer.checkpoint.build
+import trainer.train.model
 from tests.trainer.models.conftest import TINY, model_spec
-from trainer.checkpoint.build import count_parameters, default_dtype, start_at_random, start_hollow
 from trainer.models import find_family
 from trainer.models.weight import round_weights
+from trainer.train.model import count_parameters, create_on_meta, create_random, default_dtype
 
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_on_the_cpu_any_size_is_drawn_in_float32_and_rounded(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer.checkpoint.build, "LARGE", 0)
+    monkeypatch.setattr(trainer.train.model, "LARGE_PARAMETERS", 0)
     spec = model_spec(name)
     family = find_family(spec.family)
     torch.manual_seed(3)
     wanted = round_weights(family.create(spec), dtype).state_dict()
     torch.manual_seed(3)
-    found = start_at_random(spec, family, dtype, torch.device("cpu")).state_dict()
+    found = create_random(spec, family, dtype, torch.device("cpu")).state_dict()
     assert all(torch.equal(tensor, wanted[key]) and tensor.dtype == dtype for key, tensor in found.items())
     assert found.keys() == wanted.keys()
 
@@ -29,10 +29,10 @@ def test_a_large_one_is_made_on_the_device_and_in_its_dtype(name: str, monkeypat
     """The meta device stands for an accelerator: the same tensors in the same dtypes, none of them on the host."""
     spec, place = model_spec(name), torch.device("meta")
     family = find_family(spec.family)
-    small = start_at_random(spec, family, torch.bfloat16, place)
+    small = create_random(spec, family, torch.bfloat16, place)
     assert {parameter.device.type for parameter in small.parameters()} == {"cpu"}
-    monkeypatch.setattr(trainer.checkpoint.build, "LARGE", count_parameters(spec, family) - 1)
-    large = start_at_random(spec, family, torch.bfloat16, place)
+    monkeypatch.setattr(trainer.train.model, "LARGE_PARAMETERS", count_parameters(spec, family) - 1)
+    large = create_random(spec, family, torch.bfloat16, place)
     assert {parameter.device.type for parameter in large.parameters()} == {"meta"}
     pairs = zip(tensors(small), tensors(large), strict=True)
     assert all(name == other and one.dtype == two.dtype and one.shape == two.shape for (name, one), (other, two) in pairs)
@@ -43,14 +43,14 @@ def test_a_large_one_is_made_on_the_device_and_in_its_dtype(name: str, monkeypat
 def test_a_large_one_that_no_device_has_room_for_is_drawn_on_the_host_and_in_its_dtype(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer.checkpoint.build, "LARGE", 0)
+    monkeypatch.setattr(trainer.train.model, "LARGE_PARAMETERS", 0)
     spec = model_spec("tiny_llava")
     family = find_family(spec.family)
     torch.manual_seed(3)
     with default_dtype(dtype):
         wanted = family.create(spec)
     torch.manual_seed(3)
-    found = start_at_random(spec, family, dtype, torch.device("meta"), partitioned=True)
+    found = create_random(spec, family, dtype, torch.device("meta"), partitioned=True)
     for (name, one), (_, two) in zip(tensors(wanted), tensors(found), strict=True):
         assert two.device.type == "cpu" and one.dtype == two.dtype and torch.equal(one, two), name
 
@@ -60,7 +60,7 @@ def test_a_hollow_start_has_the_same_tensors_and_no_memory(name: str) -> None:
     spec = model_spec(name)
     family = find_family(spec.family)
     before = torch.get_rng_state()
-    found = start_hollow(spec, family, torch.bfloat16)
+    found = create_on_meta(spec, family, torch.bfloat16)
     assert torch.equal(torch.get_rng_state(), before)
     wanted = round_weights(family.create(spec), torch.bfloat16)
     pairs = zip(tensors(wanted), tensors(found), strict=True)

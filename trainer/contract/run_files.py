@@ -1,0 +1,25 @@
+"""The names of the files in a run's folder, `runs/<run_id>/`, and the lines of a rank's log that the launcher reads."""
+
+SPEC_FILE = "spec.json"
+DATA_FILE = "data.json"
+DATA_PROBLEMS_FILE = "data_problems.jsonl"  # all problems; data.json has the first ones
+INPUTS_FILE = "inputs.json"
+ENVIRONMENT_FILE = "environment.json"
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+ANSWERS_FILE = "answers.jsonl"  # of stage infer
+STREAM_FILE = "answer.txt"  # stage infer with one question: the text as it is generated
+SERVING_FILE = "serving.json"  # of stage serve, once the model is ready
+RESULT_FILE = "train_result.json"
+FAILURE_FILES = "failure-rank{rank}.json"
+CHECKPOINTS = "checkpoints"
+EVALUATIONS_FILE = "evaluations.jsonl"  # one row per evaluation; the last one is of the last step
+SAMPLES_FOLDER = "samples"  # and the answers of each evaluation: step-<n>.jsonl
+BEST_FILE = "best.json"
+TRACKER_FOLDER = "tracker"  # with one folder for each of spec.trackers
+PROFILE_FOLDER = "profile"
+
+# The prefix of every line of a rank, where there are several ranks; and the line that a rank prints when it begins a phase of its start.
+RANK_PREFIX = "[rank {rank}] "
+PHASE_LINE = "omnilaunch: starting: {phase}"
+START_PHASES = ("loading its libraries", "meeting the other ranks", "reading the data", "loading the model", "preparing the engine")

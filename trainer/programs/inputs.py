@@ -1,0 +1,64 @@
+"""What a stage starts with: its data and, if it does not train, its weights or model; and the result of such a stage."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from trainer.checkpoint.lineage import find_lineage
+from trainer.contract import InputRefused, TrainSpec, WeightsLineage
+from trainer.data.check import DataPaths, prepare, resolve
+from trainer.data.rows.sample import Sample, read_samples
+from trainer.device.log_prefix import report_phase
+from trainer.device.rank import Rank
+from trainer.export.derived_checkpoint import require_full_weights
+from trainer.kernels.fused import use_kernels
+from trainer.models import find_family
+from trainer.programs.device_map import dispatch_over_cards, measure_free_memory
+from trainer.programs.environment import write_environment
+from trainer.stages.group import apply_stage
+from trainer.train.model import CPU, BuiltModel, load_or_create, weights_folder
+
+
+def prepare_data(spec: TrainSpec) -> DataPaths:
+    """Also writes a builtin data set that this node does not have yet."""
+    report_phase(2)
+    prepare(spec.data)
+    return resolve(spec.data)
+
+
+def load_samples(file: Path | None, paths: DataPaths) -> tuple[Sample, ...]:
+    """Raises InputRefused with every problem: skipping bad rows would silently change the data set."""
+    if file is None:
+        return ()
+    samples, problems = read_samples(file, paths.images)
+    if problems:
+        raise InputRefused("\n".join(map(str, problems)))
+    return samples
+
+
+def open_weights(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], *, adapter: bool = False) -> tuple[WeightsLineage, Path]:
+    """The lineage and folder of full weights for a stage that works on files; with `adapter` the folder of the adapter's base. Writes
+    environment.json. Raises InputRefused."""
+    lineage = find_lineage(spec, weights_folder(spec))
+    folder = require_full_weights(spec, lineage, adapter=adapter)
+    write_environment(spec, rank, environ, lineage=lineage)
+    return lineage, folder
+
+
+def open_model(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], *, spread: bool = False) -> BuiltModel:
+    """The model of a stage that does not train, on this rank's device or `spread` over the rank's cards. Writes environment.json. Raises
+    InputRefused."""
+    family = find_family(spec.model.family)
+    lineage = find_lineage(spec, weights_folder(spec))
+    model, processor = load_or_create(spec, family, lineage, device=CPU if spread else rank.torch_device)
+    kernels = use_kernels(model, spec)
+    staged = apply_stage(model, spec, family.unused(model))
+    staged.model.eval()
+    if spread and spec.device.cards > 1:
+        budgets = measure_free_memory(rank.device, spec.device.cards, rank.local * spec.device.cards)
+        device_map = dispatch_over_cards(staged.model, spec.model.groups, budgets)
+        print(f"the model is on {len(set(device_map.values()))} of {spec.device.cards} cards", flush=True)
+    else:
+        staged.model.to(rank.torch_device)
+    built = BuiltModel(staged=staged, processor=processor, lineage=lineage, kernels=kernels)
+    write_environment(spec, rank, environ, lineage=lineage, built=built)
+    return built
