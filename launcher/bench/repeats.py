@@ -3,12 +3,11 @@
 Each is an ordinary run with its own record. What has ended stays whatever comes after it, and the next call goes on from there.
 """
 
-import fcntl
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
@@ -20,7 +19,7 @@ from launcher.errors import ConfigRefused, LaunchError, RecordRefused
 from launcher.plan.plan import Plan, to_plain
 from launcher.record.comparable import FactKind, find_differences, flatten, kind_of
 from launcher.record.index import list_entries, read_entry, tag_run
-from launcher.record.lock import is_claimed
+from launcher.record.lock import hold_lock, is_locked
 from launcher.record.reader import Archive, load_archive
 from launcher.record.record import Record
 from launcher.record.source import SourceState
@@ -74,22 +73,13 @@ def find_series(prefix: str, runs: Path, *, published: Sequence[str]) -> Series 
 @contextmanager
 def hold(runs: Path) -> Iterator[None]:
     """Raises ConfigRefused where another bench is at work in this folder, or where nothing can be written there."""
-    try:
-        runs.mkdir(parents=True, exist_ok=True)
-        held = (runs / LOCK_FILE).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise ConfigRefused(f"runs cannot be written to {runs}: {error.strerror}. Name another folder: cluster.root=FOLDER") from error
-    with held as file:
+    refusal = f"another bench is running in {runs} ({{holder}}), and two benches would disturb each other's figures: wait for it to end"
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ConfigRefused(
-                f"another bench is at work in {runs} ({file.read().strip() or 'unknown'}), and two would measure each other: wait for it"
-            ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()}\n")
-        file.flush()
+            runs.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(hold_lock(runs / LOCK_FILE, refusal))
+        except OSError as error:
+            raise ConfigRefused(f"runs cannot be written to {runs}: {error.strerror}. Name another folder: cluster.root=FOLDER") from error
         yield
 
 
@@ -159,7 +149,7 @@ def carry_on(
 def refuse_busy(series: Series) -> None:
     """Raises ConfigRefused where a launcher is still at the last run of a series."""
     last = series.runs / f"{series.name}-{series.begun}"
-    if last.is_dir() and read_entry(last).record is None and is_claimed(last):
+    if last.is_dir() and read_entry(last).record is None and is_locked(last):
         raise ConfigRefused(f"run {last.name} is under way: wait for it, or end it where it was started; omnilaunch runs shows it")
 
 

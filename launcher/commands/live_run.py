@@ -54,7 +54,7 @@ def attach_run(arguments: argparse.Namespace) -> int:
 def stop_run(arguments: argparse.Namespace) -> int:
     """Let the run save and end under its launcher, or under this one where that is gone; then look on every node of every attempt whether
     nothing is left. Raises NodeFailed that names every node where something is or where that could not be found out."""
-    from launcher.record.lock import ask_to_stop, is_claimed
+    from launcher.record.lock import ask_to_stop, is_locked
     from launcher.record.record import utc_now
     from launcher.run.stop import end_run
 
@@ -63,7 +63,7 @@ def stop_run(arguments: argparse.Namespace) -> int:
     plan = plans[-1]
     require_containers(plan, "stop")
     ask_to_stop(folder, utc_now())
-    if not has_ended(folder) and not is_claimed(folder):
+    if not has_ended(folder) and not is_locked(folder):
         with suppress(RunEnded, NodeFailed):  # how it ended is in the record; what is left is looked at below
             supervise(folder, plan, arguments.say)
     deadline = time.monotonic() + plan.stop_limit_s
@@ -86,9 +86,9 @@ def stop_run(arguments: argparse.Namespace) -> int:
 
 def is_busy(folder: Path, *, until: float) -> bool:
     """Whether its launcher is still at it at that time (time.monotonic); no longer asked than it takes to end."""
-    from launcher.record.lock import is_claimed
+    from launcher.record.lock import is_locked
 
-    while busy := not has_ended(folder) and is_claimed(folder):
+    while busy := not has_ended(folder) and is_locked(folder):
         if time.monotonic() >= until:
             break
         time.sleep(POLL_S)
@@ -151,12 +151,12 @@ def place_of_logs(folder: Path, *, follows: bool) -> Iterator[tuple[Path, Callab
     that was left to itself the containers are asked, where there are any."""
     from tempfile import TemporaryDirectory
 
-    from launcher.record.lock import is_claimed
+    from launcher.record.lock import is_locked
     from launcher.run.stop import NO_CONTAINER, state_of
     from launcher.ssh.parallel import attempt_each
 
     plan = load_plan(folder)
-    if has_ended(folder) or plan.config.cluster.runtime != "docker" or is_claimed(folder):
+    if has_ended(folder) or plan.config.cluster.runtime != "docker" or is_locked(folder):
         yield folder, lambda: not follows or has_ended(folder)
         return
     with TemporaryDirectory(prefix="omnilaunch-") as aside, reach_sites([plan]) as sites:

@@ -11,7 +11,7 @@ from typing import Any
 
 from launcher.errors import ConfigRefused, RunEnded
 from launcher.record.index import RunEntry
-from launcher.record.lock import is_claimed
+from launcher.record.lock import is_locked
 from launcher.record.record import PLAN_FILE, RECORD_FILE, SOURCE_FILE
 
 AGE = re.compile(r"(\d{1,6})([hdw])")
@@ -77,7 +77,7 @@ def reason_to_keep(entry: RunEntry, held: Mapping[str, Sequence[str]]) -> str:
         return f"{RECORD_FILE} cannot be read"
     if entry.record is None:
         return "it has no record: it may be under way on its nodes (omnilaunch stop, or attach)"
-    if is_claimed(entry.folder):
+    if is_locked(entry.folder):
         return "a launcher is at work on it"
     return ""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launcher.errors import ConfigRefused, LaunchError, NodeFailed, RunEnded
 from launcher.plan.plan import Plan, refuse, to_plain
-from launcher.record.lock import claim, is_asked_to_stop
+from launcher.record.lock import lock_run, is_asked_to_stop
 from launcher.record.record import (
     ATTEMPTS,
     PLAN_FILE,
@@ -83,7 +83,7 @@ def conclude(
     plan: Plan, source: SourceState, started: datetime, folder: Path, work: Callable[[StopRequest], AttemptOutcome | None]
 ) -> Record | None:
     """Do the work and write the record, whatever comes of it. Raises ConfigRefused, writing nothing, where another launcher is at it."""
-    with claim(folder), catch_stops() as stop:
+    with lock_run(folder), catch_stops() as stop:
         return concluded(plan, source, started, folder, lambda: work(stop))
 
 

@@ -138,7 +138,7 @@ def test_a_repeat_whose_record_was_edited_can_be_left(series: Series) -> None:
 
 
 def test_two_at_a_time_are_refused(series: Series) -> None:
-    with hold(series.runs), pytest.raises(ConfigRefused, match=r"another bench is at work in .*process \d+"), hold(series.runs):
+    with hold(series.runs), pytest.raises(ConfigRefused, match=r"another bench is running in .*process \d+"), hold(series.runs):
         pytest.fail("two benches hold one folder")
     with hold(series.runs):
         pass
@@ -154,12 +154,12 @@ def test_runs_that_cannot_be_written_are_told(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_under_way_is_waited_for(series: Series) -> None:
-    from launcher.record.lock import claim
+    from launcher.record.lock import lock_run
 
     leave_run(series.runs, f"{NAME}-1")
     (series.runs / f"{NAME}-1/result.json").unlink()
     found = find_series("x", series.runs, published=())
     assert found is not None and found.done == () and found.begun == 1
     refuse_busy(found)
-    with claim(series.runs / f"{NAME}-1"), pytest.raises(ConfigRefused, match=r"-1 is under way"):
+    with lock_run(series.runs / f"{NAME}-1"), pytest.raises(ConfigRefused, match=r"-1 is under way"):
         refuse_busy(found)

@@ -12,7 +12,7 @@ from launcher.cli import main
 from launcher.errors import ConfigRefused, RunEnded
 from launcher.plan.plan import Plan
 from launcher.record.index import describe_entries, describe_entry, list_entries, parse_filter, read_entry, size_bytes, tag_run
-from launcher.record.lock import claim
+from launcher.record.lock import lock_run
 from launcher.record.prune import Rule, choose, parse_age, remove_runs
 from launcher.record.record import Record, SourceState, open_run
 from tests.launcher.planted import Change, copy_run, set_value
@@ -187,7 +187,7 @@ def test_what_else_stays(runs: Path) -> None:
     (runs / "c" / "result.json").write_text("{")
     (runs / "link").symlink_to(runs / "d")
     every = list_entries(runs)
-    with claim(runs / "e"):
+    with lock_run(runs / "e"):
         chosen = choose(every, every, Rule(keep=0), NOW)
     assert names(chosen.removed) == ["d"]
     assert {name: why.split(":")[0].split(" (")[0] for name, why in chosen.kept.items()} == {
