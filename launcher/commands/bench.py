@@ -169,10 +169,10 @@ def refuse_dirty(source: "SourceTree", reason: str) -> str:
 
 def list_changes() -> list[str]:
     """Of what runs are made of. What is written below docs changes nothing of a run."""
-    from launcher.record.source import MADE_OF, git
+    from launcher.record.source import CODE, git
 
     try:
-        lines = git(PROJECT, "status", "--porcelain", "--", *MADE_OF, "conf").decode(errors="replace").splitlines()
+        lines = git(PROJECT, "status", "--porcelain", "--", *CODE, "conf").decode(errors="replace").splitlines()
     except (OSError, subprocess.CalledProcessError):
         return []
     return [line[3:] for line in lines]

@@ -40,6 +40,7 @@ RULES: tuple[tuple[FactKind, tuple[str, ...]], ...] = (
             *("environment.environment.*_SOCKET_IFNAME", "environment.environment.*_IF_IP"),
             *("environment.ranks.*.hostname", "*.ASCEND_PROCESS_LOG_PATH", "*_VISIBLE_DEVICES"),
             *("origin.path", "origin.base", "origin.run_id", "result.attempts", "source.record_schema", "source.diff_bytes"),
+            *("source.untracked",),
         ),
     ),
     (
@@ -122,7 +123,7 @@ def collect_facts(evidence: Evidence) -> dict[str, Any]:
         "config": plan.get("config") or {},
         "data": {key: evidence.data.get(key, "") for key in ("sha256", "train_rows", "evaluation_rows", "images")} if evidence.data else {},
         "origin": record.get("origin") or {},
-        "source": ({} if evidence.source.get("dirty") else CLEAN) | evidence.source,
+        "source": source_facts(evidence.source),
         "image": image,
         "layout": {"nodes": len(commands), "world_size": nested(plan, "spec", "device", "world_size")},
         "batch": nested(plan, "spec", "batch") or {},
@@ -131,6 +132,14 @@ def collect_facts(evidence: Evidence) -> dict[str, Any]:
         "result": {key: record.get(key) for key in ("status", "steps")} | {"attempts": len(evidence.attempts) + 1},
     }
     return dict(flatten(sections, ""))
+
+
+def source_facts(source: Mapping[str, Any]) -> dict[str, Any]:
+    """From schema 2 on, the diff says whether the code was changed. Changes elsewhere, which git calls dirty too, do not change the code."""
+    facts = ({} if source.get("dirty") else CLEAN) | source
+    if facts.get("record_schema", 1) != 1:
+        facts["dirty"] = bool(facts.get("diff_sha256") or facts.get("diff_lacks"))
+    return facts
 
 
 def without_host(title: Any) -> str:

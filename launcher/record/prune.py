@@ -6,29 +6,22 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigRefused, RunEnded
 from launcher.record.index import RunEntry
 from launcher.record.lock import is_locked
-from launcher.record.record import PLAN_FILE, RECORD_FILE, SOURCE_FILE
+from launcher.record.record import PLAN_FILE, RECORD_FILE, SOURCE_FILE, attempt_files
 
 AGE = re.compile(r"(\d{1,6})([hdw])")
 HOURS = {"h": 1, "d": 24, "w": 24 * 7}
 REMOVING = ".removing-"  # in front of the name of a folder that is being removed
-# Where a record says which run it stands on: a name, or a path with the name in it.
-REFERENCES = (
-    (PLAN_FILE, ("config", "stage", "checkpoint")),
-    (PLAN_FILE, ("spec", "stage", "checkpoint")),
-    (PLAN_FILE, ("spec", "model", "source", "path")),
-    (PLAN_FILE, ("rerun_of",)),
-    (SOURCE_FILE, ("rerun_of",)),
-    (RECORD_FILE, ("rerun_of",)),
-    (RECORD_FILE, ("origin", "run_id")),
-    (RECORD_FILE, ("origin", "path")),
-    (RECORD_FILE, ("origin", "base")),
-)
+REFERRING = (PLAN_FILE, SOURCE_FILE, RECORD_FILE)  # files of a run that may name another run
+# Keys whose value is the id of a run, or a path with an id anywhere in it. Every other text counts only as a path in the folder of the runs,
+# so that a run with the name of a model is not taken for a reference.
+NAMING = ("stage.checkpoint", "evaluation.base", "origin.base", "origin.path", "origin.run_id", "rerun_of")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,42 +76,41 @@ def reason_to_keep(entry: RunEntry, held: Mapping[str, Sequence[str]]) -> str:
 
 
 def find_references(every: Sequence[RunEntry]) -> dict[str, list[str]]:
-    """Run -> the other runs that stand on it. What a run refers to whose plan cannot be read is told by the names in its files."""
+    """Run -> the other runs that need it. A file that cannot be parsed needs every run whose name stands in it."""
     names = {entry.run_id for entry in every}
-    held: dict[str, list[str]] = {}
+    users: dict[str, list[str]] = {}
     for entry in every:
-        for name in sorted(names_of(entry, names) - {entry.run_id}):
-            held.setdefault(name, []).append(entry.run_id)
-    return held
+        for name in sorted(names_in(entry.folder, names) - {entry.run_id}):
+            users.setdefault(name, []).append(entry.run_id)
+    return users
 
 
-def names_of(entry: RunEntry, names: set[str]) -> set[str]:
+def names_in(folder: Path, names: set[str]) -> set[str]:
     found: set[str] = set()
-    texts: dict[str, Any] = {}
-    for name, keys in REFERENCES:
-        if name not in texts:
-            texts[name] = read_any(entry.folder / name)
-        data = texts[name]
-        if isinstance(data, str):  # no JSON: whatever name stands in it is taken for a reference
-            found |= {other for other in names if other in data}
+    for path in (*(folder / name for name in REFERRING), *attempt_files(folder, PLAN_FILE)):
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "{}"
+        try:
+            texts = [*find_texts(json.loads(text), "")]
+        except (ValueError, RecursionError):
+            found |= {name for name in names if name in text}
             continue
-        for key in keys:
-            data = data.get(key) if isinstance(data, dict) else None
-        if isinstance(data, str) and data:
-            found |= names & {data, *re.split(r"[/:\\]", data)}
+        for key, value in texts:
+            parts = re.split(r"[/:\\,=\s]+", value)
+            in_runs = (after for before, after in pairwise(parts) if before == folder.parent.name)
+            found |= names & {*(parts if key.endswith(NAMING) else in_runs)}
     return found
 
 
-def read_any(path: Path) -> Any:
-    """JSON data, the text where it is none, {} where there is no file."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return {}
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+def find_texts(data: Any, key: str) -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text in JSON data."""
+    if isinstance(data, str):
+        yield key, data
+    elif isinstance(data, dict):
+        for name, value in data.items():
+            yield from find_texts(value, f"{key}.{name}")
+    elif isinstance(data, list):
+        for value in data:
+            yield from find_texts(value, key)
 
 
 def remove_runs(entries: Sequence[RunEntry]) -> Iterator[str]:

@@ -160,6 +160,18 @@ def test_rules(runs: Path, rule: Rule, removed: str) -> None:
     assert sorted(names(choose(every, every, rule, NOW).removed)) == list(removed)
 
 
+def later_plan(folder: Path, checkpoint: str) -> None:
+    (folder / "attempts/2").mkdir(parents=True)
+    (folder / "attempts/2/plan.json").write_text(json.dumps({"config": {"stage": {"checkpoint": checkpoint}}}))
+
+
+def test_a_run_with_the_name_of_something_else_is_not_taken_for_a_reference(runs: Path) -> None:
+    for name in ("cpu", "tiny_llava", "full", "process", "docker", "finished"):
+        copy_run(runs, name)
+    every = list_entries(runs)
+    assert len(choose(every, every, Rule(keep=0), NOW).removed) == 11
+
+
 # What one run says of another one, which then stays.
 REFERENCES: dict[str, Change] = {
     "a stage's checkpoint": set_value("plan.json", "config.stage.checkpoint", "a"),
@@ -169,6 +181,15 @@ REFERENCES: dict[str, Change] = {
     "what it began with": set_value("result.json", "origin.run_id", "a"),
     "what its adapter stands on": set_value("result.json", "origin.base", "/srv/runs/a/checkpoints/step-000003"),
     "what it repeats": set_value("plan.json", "rerun_of", "a"),
+    "the base of an evaluation": set_value("plan.json", "config.run.evaluation.base", "a"),
+    "the folder of an evaluation's base": set_value("plan.json", "spec.evaluation.base", "/srv/runs/a/checkpoints/step-000003"),
+    "a folder that is synced": set_value("plan.json", "config.cluster.sync", ["/data", "/srv/runs/a/checkpoints/step-000003"]),
+    "a mount of a container": set_value("plan.json", "commands.0.start", ["docker", "run", "-v", "/srv/runs/a/checkpoints:/base:ro"]),
+    "data that it wrote": set_value("plan.json", "config.data.train", "runs/a/samples.jsonl"),
+    "an override": set_value("plan.json", "overrides", ["stage=lora", "stage.checkpoint=../runs/a"]),
+    "a model's path in the result": set_value("result.json", "origin.path", "/srv/runs/a/checkpoints/step-000003"),
+    "what it was started from": set_value("source.json", "rerun_of", "a"),
+    "the plan of a later attempt": lambda folder: later_plan(folder, "/srv/runs/a/checkpoints/step-000003"),
     "a plan that cannot be read": lambda folder: (folder / "plan.json").write_text('{"config": {"stage": {"checkpoint": "a"'),
 }
 

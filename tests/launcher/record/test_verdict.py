@@ -228,6 +228,26 @@ def test_two_dirty_trees_are_not_known_to_be_one(tmp_path: Path) -> None:
     assert comparison.outcome is Outcome.EQUIVALENT and "source.diff was not recorded" in describe_comparison(comparison)
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"untracked": ["notes.txt"]},
+        {"untracked": []},
+        {"dirty": True},  # a tracked file outside the code, or, in records that do not list them, an untracked one
+    ],
+)
+def test_changes_outside_the_code_make_no_two_runs_different(tmp_path: Path, source: dict[str, Any]) -> None:
+    def change(folder: Path) -> None:
+        for key, value in source.items():
+            set_value("source.json", key, value)(folder)
+            set_value("result.json", f"source.{key}", value)(folder)
+
+    runs = [copy_run(tmp_path, name, set_value("source.json", "record_schema", 2), *changes) for name, changes in (("a", ()), ("b", (change,)))]
+    facts = [collect_facts(read_evidence(run)) for run in runs]
+    assert not [found for found in find_differences(facts[0], facts[1]) if found.weighs]
+    assert not [found for found in find_differences(facts[1], facts[0]) if found.weighs]
+
+
 def test_a_key_in_an_object_that_was_empty_is_one_difference() -> None:
     (found,) = find_differences({"config.stage.optimizer.group_lr": {}}, {"config.stage.optimizer.group_lr.vision": 1e-6})
     assert found.key == "config.stage.optimizer.group_lr.vision" and found.weighs
