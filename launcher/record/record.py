@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -16,13 +16,9 @@ from launcher.plan.plan import Plan, encode_spec, to_plain
 from launcher.record.checksums import SEAL_FILE, make_seal
 from launcher.record.source import SourceState as SourceState
 from launcher.redact import mask_credentials
-from launcher.run.diagnosis import Diagnosis, explain_log, root_rank
-from launcher.run.failures.symptom import Kind
-from launcher.run.node_log import lines_of, read_end, unnamed
-from launcher.run.node_process import NodeResult
 from launcher.run.progress import read_lines
 from trainer import contract
-from trainer.contract import SCHEMA, DataReport, EnvReport, Exit, FailureReport, Origin, SpecError, StepRow, TrainResult
+from trainer.contract import SCHEMA, DataReport, EnvReport, Origin, SpecError, StepRow, TrainResult
 
 PLAN_FILE = "plan.json"
 CONFIG_FILE = "config.json"
@@ -35,7 +31,6 @@ RECORD_FILE = "result.json"
 ATTEMPTS = "attempts"  # attempts/<number>/: what an attempt that was followed by another has left, and the plan of one that follows
 ATTEMPT_FILE = "attempt.json"
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a folder, a label and a part of a container's name
-CAUSES = ("cause", "layer")  # kinds of a known failure that tell of the process which printed it
 Status = Literal["finished", "stopped", "failed", "refused"]
 
 
@@ -45,6 +40,20 @@ class Precedent:
 
     folder: Path
     older: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeResult:
+    """How the processes of a run on one node ended. `killed`: they did not end within the grace time. `lost`: the node stopped responding.
+    `left`: why processes of the run may still be on the node, '' if none are."""
+
+    host: str
+    node_rank: int
+    code: int
+    seconds: float
+    killed: bool
+    lost: bool = False
+    left: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,73 +319,6 @@ def step_of(name: str) -> int:
     """0 for what is no checkpoint's name."""
     digits = name.removeprefix("step-")
     return int(digits) if digits.isdecimal() else 0
-
-
-def find_failure(plan: Plan, nodes: tuple[NodeResult, ...]) -> Failure | None:
-    """What failed first: the first rank that reports something else than what another one's end did to it, else the first node that was lost
-    or whose log holds a cause, else the first of all. Where a node was lost, an error that is not a known one is held for its doing."""
-    reports = sorted(reports_in(Path(plan.folder)), key=lambda report: report.unix_s)
-    failed = sorted((node for node in nodes if node.code), key=lambda node: node.seconds)
-    told = [reported_failure(plan, report) for report in reports]
-    lost = any(node.lost for node in failed)
-    for failure, kind in told:
-        if kind in CAUSES or (kind != "consequence" and (failure.code == Exit.USAGE or not lost)):
-            return failure
-    ended = [ended_failure(plan, node) for node in failed]
-    caused = (failure for failure, kind in ended if kind in CAUSES)
-    return next(caused, None) or next((failure for failure, _ in (*told, *ended)), None)
-
-
-def reports_in(folder: Path) -> list[FailureReport]:
-    """What ranks said of their own end. Those that were killed said nothing."""
-    found = (read_if_there(FailureReport, path) for path in sorted(folder.glob(contract.FAILURE_FILES.format(rank="*"))))
-    return [report for report in found if report is not None]
-
-
-def reported_failure(plan: Plan, report: FailureReport) -> tuple[Failure, Kind | None]:
-    """A rank's report as a failure, and how much it says. What only names a layer is looked up in the node's log."""
-    rank = report.rank // plan.spec.device.devices_per_node
-    log = Path(plan.folder) / "logs" / f"node{rank}.log"
-    meaning = explain_log(f"{report.message}\n{report.traceback}")
-    if meaning and meaning.kind in ("layer", "wrapper"):
-        text = read_end(log)
-        deeper = cause_in("\n".join(lines_of(text, report.rank))) or cause_in(unnamed(text))
-        meaning = deeper or meaning
-    tail = tuple(report.traceback.splitlines()[-10:]) if report.code == Exit.BUG else ()  # what is said on purpose says it all
-    host = plan.commands[rank].host
-    failure = Failure(host=host, rank=report.rank, code=report.code, message=report.message, log=str(log), tail=tail)
-    return explained(failure, meaning), meaning.kind if meaning else None
-
-
-def cause_in(text: str) -> Diagnosis | None:
-    found = explain_log(text)
-    return found if found and found.kind == "cause" else None
-
-
-def ended_failure(plan: Plan, node: NodeResult) -> tuple[Failure, Kind | None]:
-    """A node without a report as a failure, by its exit code and its log, and how much they say."""
-    log = Path(plan.folder) / "logs" / f"node{node.node_rank}.log"
-    text = read_end(log)
-    message, own = f"the ranks ended with exit code {node.code} and left no report", tuple[str, ...]()
-    if node.lost:
-        text = message = f"the node did not answer any more (cluster.node_timeout_s={plan.config.cluster.node_timeout_s})"
-    elif root := root_rank(unnamed(text)):
-        message = f"rank {root[0]} ended with exit code {root[1]} and left no report"
-        own = lines_of(text, root[0])
-    # Where members had to be killed, their codes tell of the launcher.
-    meaning = cause_in("\n".join(own)) or explain_log(unnamed(text), 0 if node.killed else node.code)
-    tail = own[-15:] or tuple(read_end(log).splitlines()[-15:])
-    failure = Failure(host=node.host, rank=-1, code=node.code, message=message, log=str(log), tail=tail)
-    return explained(failure, meaning), meaning.kind if meaning else None
-
-
-def explained(failure: Failure, meaning: Diagnosis | None) -> Failure:
-    """With what it means, and with the line that says so where the last lines do not show it."""
-    if meaning is None:
-        return failure
-    seen = any(meaning.line in line for line in (*failure.tail, failure.message))
-    tail = failure.tail if seen else (meaning.line, "...", *failure.tail)
-    return replace(failure, tail=tail, meaning=meaning.means, fix=meaning.fix)
 
 
 def utc_now() -> datetime:

@@ -100,7 +100,7 @@ def is_code(name: str) -> bool:
 def read_diff(project: Path, new: Sequence[str], submodules: Sequence[str]) -> tuple[bytes, str]:
     """(the diff of CODE against HEAD with the new files; what it lacks). The tree's own index is not changed."""
     lacks = {name: why for name in new if (why := reason_to_leave_out(project / name))}
-    lacks |= {name: "a submodule with another commit or with changes" for name in submodules}
+    lacks |= dict.fromkeys(submodules, "a submodule with another commit or with changes")
     with tempfile.TemporaryDirectory(prefix="omnilaunch-") as scratch:
         index = Path(scratch) / "index"
         shutil.copyfile(git(project, "rev-parse", "--path-format=absolute", "--git-path", "index").decode().strip(), index)

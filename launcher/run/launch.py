@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launcher.errors import ConfigRefused, LaunchError, NodeFailed, RunEnded
 from launcher.plan.plan import Plan, refuse, to_plain
-from launcher.record.lock import lock_run, is_asked_to_stop
+from launcher.record.lock import is_asked_to_stop, lock_run
 from launcher.record.record import (
     ATTEMPTS,
     PLAN_FILE,

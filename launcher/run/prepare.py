@@ -255,7 +255,7 @@ def broken_check(folder: Path, check: NodeProcess) -> Failure:
     log = check_log(folder, check)
     message = f"the data check ended with exit code {check.poll()} and without a report"
     if check.lost:
-        message = "the node did not answer any more while its data was checked"
+        message = "the node stopped responding while its data was checked"
     tail = tuple(tail_of(log).splitlines())
     return Failure(host=check.command.host, rank=-1, code=check.poll() or 0, message=message, log=str(log), tail=tail)
 

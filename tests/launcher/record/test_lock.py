@@ -11,9 +11,15 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import ConfigRefused
-from launcher.record.lock import ask_to_stop, lock_run, is_asked_to_stop, is_locked
+from launcher.record.lock import ask_to_stop, is_asked_to_stop, is_locked, lock_run
 
-HOLD = "import sys, time; from pathlib import Path; from launcher.record.lock import lock_run\nwith lock_run(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+HOLD = """import sys, time
+from pathlib import Path
+from launcher.record.lock import lock_run
+with lock_run(Path(sys.argv[1])):
+    print('held', flush=True)
+    time.sleep(60)
+"""
 
 
 def test_a_second_launcher_is_told_who_has_it(tmp_path: Path) -> None:
@@ -30,7 +36,13 @@ def test_a_second_launcher_is_told_who_has_it(tmp_path: Path) -> None:
         assert f"process {os.getpid()} on" in (tmp_path / "launcher.lock").read_text(encoding="utf-8")
 
 
-LOOK = "import sys; from pathlib import Path; from launcher.record.lock import is_locked\nprint('looking', flush=True)\nwhile True: is_locked(Path(sys.argv[1]))"
+LOOK = """import sys
+from pathlib import Path
+from launcher.record.lock import is_locked
+print('looking', flush=True)
+while True:
+    is_locked(Path(sys.argv[1]))
+"""
 
 
 def test_looking_at_a_lock_never_takes_it(tmp_path: Path) -> None:

@@ -17,17 +17,15 @@ from launcher.record.record import (
     Record,
     SourceState,
     close_run,
-    find_failure,
     last_checkpoint,
     name_run,
     open_run,
     read_rows,
     valid_run_id,
 )
-from launcher.run.node_process import NodeResult
 from launcher.run.progress import Tail
 from trainer import contract
-from trainer.contract import SCHEMA, FailureReport, StepRow
+from trainer.contract import StepRow
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 SOURCE = SourceState(commit="c0ffee", dirty=True)
@@ -40,16 +38,8 @@ def plan(plan_for: Callable[..., Plan], tmp_path: Path) -> Plan:
     return plan_for(f"cluster.root={tmp_path}", "cluster.devices_per_node=2")
 
 
-def close(plan: Plan, nodes: tuple[NodeResult, ...] = ()) -> object:
-    return close_run(
-        plan, SOURCE, "failed", 5, started=NOW, ended=NOW + timedelta(seconds=2), nodes=nodes, failure=find_failure(plan, nodes)
-    )
-
-
-def report(rank: int, unix_s: float, code: int = 1) -> FailureReport:
-    return FailureReport(
-        schema=SCHEMA, rank=rank, hostname="h", unix_s=unix_s, code=code, kind="Broken", message=f"rank {rank} broke", traceback="a\nb\n"
-    )
+def close(plan: Plan) -> object:
+    return close_run(plan, SOURCE, "failed", 5, started=NOW, ended=NOW + timedelta(seconds=2), nodes=(), failure=None)
 
 
 def test_everything_is_there_before_anything_happens(plan: Plan) -> None:
@@ -104,29 +94,6 @@ def test_a_torn_row_takes_no_record_away(plan: Plan) -> None:
     (folder / contract.METRICS_FILE).write_bytes(whole[:20] + b"\n" + whole + b"\n\0\0\xff\n[1]\n{}\n")
     assert read_rows(folder / contract.METRICS_FILE) == Tail(folder / contract.METRICS_FILE).rows() == (ROW,)
     assert close(plan).final_loss == 1.5  # type: ignore[attr-defined]
-
-
-def test_the_rank_that_failed_first_is_named(plan: Plan) -> None:
-    folder = open_run(plan, SOURCE)
-    for rank, unix_s in ((0, 20.0), (1, 10.0)):
-        contract.write(report(rank, unix_s), folder / contract.FAILURE_FILES.format(rank=rank))
-    failure = find_failure(plan, ())
-    assert failure is not None and (failure.rank, failure.message, failure.tail) == (1, "rank 1 broke", ("a", "b"))
-
-
-@pytest.mark.parametrize("code", [2, 5])
-def test_what_was_said_on_purpose_has_no_traceback(plan: Plan, code: int) -> None:
-    folder = open_run(plan, SOURCE)
-    contract.write(report(0, 1.0, code), folder / contract.FAILURE_FILES.format(rank=0))
-    failure = find_failure(plan, ())
-    assert failure is not None and (failure.code, failure.message, failure.tail) == (code, "rank 0 broke", ())
-
-
-def test_without_a_report_the_nodes_last_lines_tell(plan: Plan) -> None:
-    folder = open_run(plan, SOURCE)
-    (folder / "logs/node0.log").write_text("\n".join(f"line {i}" for i in range(40)))
-    failure = find_failure(plan, (NodeResult(host="localhost", node_rank=0, code=-9, seconds=1.0, killed=False),))
-    assert failure is not None and failure.rank == -1 and failure.tail[-1] == "line 39" and len(failure.tail) == 15
 
 
 def test_the_newest_checkpoint_is_that_of_the_last_step(plan: Plan) -> None:

@@ -144,7 +144,7 @@ def test_a_new_file_with_an_odd_name_is_made_again(tree: Path, tmp_path: Path, n
     assert found.state.dirty and not found.state.diff_lacks
     git(tree, "worktree", "add", "-q", "--detach", str(tmp_path / "again"))
     subprocess.run(("git", "apply", "-"), cwd=tmp_path / "again", input=found.diff, check=True)
-    assert sorted(os.listdir(tmp_path / "again/trainer")) == sorted(os.listdir(tree / "trainer"))
+    assert {path.name for path in (tmp_path / "again/trainer").iterdir()} == {path.name for path in (tree / "trainer").iterdir()}
 
 
 def test_untracked_files_elsewhere_are_listed_and_change_nothing(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
