@@ -18,7 +18,9 @@ from launcher.plan.commands import FOLDER_VARIABLE, RUN_VARIABLE
 from launcher.plan.plan import Plan
 from launcher.record.checksums import SEAL_FILE, Seal
 from launcher.record.metrics import Curve, read_curve, window_means
-from launcher.record.reader import Archive, decode, load_archive, read_json
+from launcher.record.reader import read_as
+from launcher.record.recorded_run import RecordedRun, load_recorded_run
+from launcher.record.source import RECORD_SCHEMA
 from launcher.record.verdict import BITWISE, WINDOWS
 from launcher.redact import mask_credentials
 from trainer import contract
@@ -32,9 +34,9 @@ PLACE = re.compile(r"(^|[:=,\s])[/~]")  # a folder, alone or in a list
 
 def measure_run(folder: Path, *, load: float | None = None) -> Repeat:
     """Raises RecordRefused for a record that is not whole, ConfigRefused for a run without a step after its warm-up."""
-    archive, curve = load_archive(folder, rows=False), read_curve(folder / contract.METRICS_FILE)
-    seal: Seal = decode(Seal, read_json(folder / SEAL_FILE), folder / SEAL_FILE)
-    record, speed = archive.record, curve.speed
+    recorded, curve = load_recorded_run(folder, rows=False), read_curve(folder / contract.METRICS_FILE)
+    seal: Seal = read_as(Seal, folder / SEAL_FILE, schema=RECORD_SCHEMA)
+    record, speed = recorded.record, curve.speed
     if record.status != "finished" or speed is None or record.final_loss is None:
         raise ConfigRefused(
             f"run {record.run_id} is {record.status} after {len(curve.step)} steps, and has no speed that could be published"
@@ -71,12 +73,12 @@ def summarise(repeats: Sequence[Repeat]) -> dict[str, Span]:
 
 
 def publish(
-    series_id: str, experiment: str, repeats: Sequence[Repeat], archives: Sequence[Archive], *, dirty: str, made_at: datetime
+    series_id: str, experiment: str, repeats: Sequence[Repeat], recorded_runs: Sequence[RecordedRun], *, dirty: str, made_at: datetime
 ) -> PublishedResult:
     """The result of runs of one plan. `dirty`: why a tree with changes was taken. Raises ConfigRefused where they were not run with the same
     things after all."""
-    require_alike(archives)
-    first = archives[0]
+    require_alike(recorded_runs)
+    first = recorded_runs[0]
     plan = first.plan
     config = published_config(plan.config)
     return PublishedResult(
@@ -102,28 +104,28 @@ def publish(
     )
 
 
-def require_alike(archives: Sequence[Archive]) -> None:
+def require_alike(recorded_runs: Sequence[RecordedRun]) -> None:
     """Somebody may have changed packages, a driver or the data between two of them."""
-    told = [identity_of(archive) for archive in archives]
-    for archive, found in zip(archives[1:], told[1:], strict=True):
+    told = [identity_of(recorded) for recorded in recorded_runs]
+    for recorded, found in zip(recorded_runs[1:], told[1:], strict=True):
         apart = sorted(key for key in told[0].keys() | found.keys() if told[0].get(key) != found.get(key))
         if apart:
             lines = "\n".join(f"  {key}: {told[0].get(key, 'not there')} and {found.get(key, 'not there')}" for key in apart[:12])
             raise ConfigRefused(
-                f"runs {archives[0].folder.name} and {archive.folder.name} are no repeats of one another, and nothing is published:\n{lines}\n"
+                f"runs {recorded_runs[0].folder.name} and {recorded.folder.name} are no repeats of one another, and nothing is published:\n{lines}\n"
                 "They stay where they are. To begin a bench anew: omnilaunch bench NAME --anew"
             )
 
 
-def identity_of(archive: Archive) -> dict[str, str]:
-    record = archive.record
-    facts = {key: value for key, value in facts_in(archive).items() if kind_of(key) not in MOMENTARY}
-    return facts | {"data": record.data_sha256, "lock": record.lock_sha256, "image": record.image_id, "commit": archive.source.commit}
+def identity_of(recorded: RecordedRun) -> dict[str, str]:
+    record = recorded.record
+    facts = {key: value for key, value in facts_in(recorded).items() if kind_of(key) not in MOMENTARY}
+    return facts | {"data": record.data_sha256, "lock": record.lock_sha256, "image": record.image_id, "commit": recorded.source.commit}
 
 
-def facts_in(archive: Archive) -> dict[str, str]:
+def facts_in(recorded: RecordedRun) -> dict[str, str]:
     """Without what names places of the machine: a folder there says nothing to others."""
-    facts = facts_of(archive.environment) if archive.environment else {}
+    facts = facts_of(recorded.environment) if recorded.environment else {}
     return {key: str(mask_credentials(value)) for key, value in facts.items() if not PLACE.search(value)}
 
 
@@ -158,18 +160,18 @@ def site_of(plan: Plan) -> ClusterShape:
     )
 
 
-def code_of(archive: Archive, dirty: str) -> Code:
-    image, source = archive.plan.image, archive.source
+def code_of(recorded: RecordedRun, dirty: str) -> Code:
+    image, source = recorded.plan.image, recorded.source
     return Code(
         commit=source.commit,
         diff_sha256=source.diff_sha256,
         dirty=dirty,
         stack=image.stack,
         architecture=image.architecture,
-        base=archive.plan.config.cluster.delivery.base,
+        base=recorded.plan.config.cluster.delivery.base,
         fingerprint=image.fingerprint,
-        image_id=archive.record.image_id,
-        lock_sha256=archive.record.lock_sha256,
+        image_id=recorded.record.image_id,
+        lock_sha256=recorded.record.lock_sha256,
     )
 
 

@@ -20,8 +20,9 @@ from launcher.plan.plan import Plan, to_plain
 from launcher.record.comparable import FactKind, find_differences, flatten, kind_of
 from launcher.record.index import list_entries, read_entry, tag_run
 from launcher.record.lock import hold_lock, is_locked
-from launcher.record.reader import Archive, load_archive
+from launcher.record.reader import read_object
 from launcher.record.record import Record
+from launcher.record.recorded_run import RecordedRun, load_recorded_run
 from launcher.record.source import SourceState
 from launcher.run.signals import STOPPED_CODE
 from trainer import contract
@@ -88,24 +89,24 @@ def require_same(series: Series, plan: Plan, source: SourceState, *, anew: str) 
     another series."""
     for run_id in series.done:
         try:
-            archive = load_archive(series.runs / run_id, rows=False)
+            recorded = load_recorded_run(series.runs / run_id, rows=False)
         except RecordRefused as error:
             raise RecordRefused(f"{error}\nTo leave the runs of {series.name} and begin anew: {anew}") from error
-        apart = differing(archive, plan, source)
+        apart = differing(recorded, plan, source)
         if apart:
             lines = "\n".join(f"  {line}" for line in apart[:12])
             raise ConfigRefused(
                 f"{series.name} was begun, {len(series.done)} of its runs are done, and what is here now would be no repeat of them:\n{lines}\n"
-                f"Bring that back (git checkout {archive.source.commit[:12] or 'COMMIT'}) to go on with it; or leave those runs and begin anew: {anew}"
+                f"Bring that back (git checkout {recorded.source.commit[:12] or 'COMMIT'}) to go on with it; or leave those runs and begin anew: {anew}"
             )
 
 
-def differing(archive: Archive, plan: Plan, source: SourceState) -> tuple[str, ...]:
-    before, now = archive.source, source
+def differing(recorded: RecordedRun, plan: Plan, source: SourceState) -> tuple[str, ...]:
+    before, now = recorded.source, source
     apart = [f"commit: {before.commit[:12]} then, {now.commit[:12]} now"] if before.commit != now.commit else []
     apart += ["changes of the tree that the commit does not hold"] if before.diff_sha256 != now.diff_sha256 else []
-    apart += ["files of the image"] if archive.plan.image.fingerprint != plan.image.fingerprint else []
-    then, here = (dict(flatten(canonical_data(to_plain(each)["config"]), "config")) for each in (archive.plan, plan))
+    apart += ["files of the image"] if recorded.plan.image.fingerprint != plan.image.fingerprint else []
+    then, here = (dict(flatten(canonical_data(to_plain(each)["config"]), "config")) for each in (recorded.plan, plan))
     return (*apart, *(f"{found.key}: {found.left} then, {found.right} now" for found in find_differences(then, here) if weighs(found.key)))
 
 
@@ -155,11 +156,8 @@ def refuse_busy(series: Series) -> None:
 
 def read_load(folder: Path) -> float | None:
     """None where the launcher was ended before it wrote it."""
-    try:
-        load = json.loads((folder / LOAD_FILE).read_text(encoding="utf-8"))["load"]
-        return None if load is None else float(load)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    load = read_object(folder / LOAD_FILE, []).get("load")
+    return float(load) if isinstance(load, (int, float)) else None
 
 
 def describe_repeat(repeat: Repeat) -> str:
@@ -170,5 +168,5 @@ def describe_repeat(repeat: Repeat) -> str:
     )
 
 
-def read_archives(series_runs: Path, repeats: Sequence[Repeat]) -> tuple[Archive, ...]:
-    return tuple(load_archive(series_runs / repeat.run_id, rows=False) for repeat in repeats)
+def load_repeats(series_runs: Path, repeats: Sequence[Repeat]) -> tuple[RecordedRun, ...]:
+    return tuple(load_recorded_run(series_runs / repeat.run_id, rows=False) for repeat in repeats)

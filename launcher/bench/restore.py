@@ -11,13 +11,13 @@ from typing import Any
 
 from launcher.bench.measure import PLACE
 from launcher.bench.result import PublishedResult
-from launcher.bench.worktree import DOCKERFILE, Tree, describe_files, open_worktree
+from launcher.bench.worktree import Tree, changed_files, list_files, open_worktree
 from launcher.config.schema import Cluster, Config
 from launcher.errors import ConfigRefused, ImageFailed, RecordRefused
 from launcher.image.stack import Image, Stack, find_stack, load_stacks, render
 from launcher.plan.plan import DATA_FOLDER, LocalContext, Plan, absolute, make_plan
-from launcher.record.reader import Archive
 from launcher.record.record import Record
+from launcher.record.recorded_run import RecordedRun
 from launcher.record.source import RECORD_SCHEMA, SourceState
 from trainer import contract
 from trainer.contract import SCHEMA, Inputs, SpecError, TrainSpec
@@ -25,18 +25,18 @@ from trainer.contract import SCHEMA, Inputs, SpecError, TrainSpec
 LACKS = "them all: a published result has only their hash"
 
 
-def restore(result: PublishedResult, cluster: Cluster, place: LocalContext, scratch: Path) -> tuple[Archive, Tree]:
+def restore(result: PublishedResult, cluster: Cluster, place: LocalContext, scratch: Path) -> tuple[RecordedRun, Tree]:
     """`cluster`: where it is to run now; `scratch`: where worktrees, and the spec as an older trainer reads it, lie. Raises ConfigRefused for
     other nodes than it had, and for a line that this version cannot plan from."""
     config = restore_config(result, cluster)
     stacks = load_stacks(place.project / "images")
     plan = make_plan(config, stacks, place, run_id=result.repeats[0].run_id, overrides=(f"experiment={result.experiment}",))
     folder = scratch / "results" / result.result_id
-    archive = make_archive(result, restore_plan(result, plan, place), folder)
+    recorded = make_recorded_run(result, restore_plan(result, plan, place), folder)
     folder.mkdir(parents=True, exist_ok=True)
-    contract.write(archive.plan.spec, folder / contract.SPEC_FILE)
-    tree, image = find_code(archive, result, place.project, scratch)
-    return replace(archive, plan=replace(archive.plan, image=image)), tree
+    contract.write(recorded.plan.spec, folder / contract.SPEC_FILE)
+    tree, image = find_code(recorded, result, place.project, scratch)
+    return replace(recorded, plan=replace(recorded.plan, image=image)), tree
 
 
 def restore_config(result: PublishedResult, cluster: Cluster) -> Config:
@@ -75,7 +75,7 @@ def given(planned: Mapping[str, str], published: Mapping[str, str]) -> dict[str,
     return dict(sorted({**planned, **published}.items()))
 
 
-def make_archive(result: PublishedResult, plan: Plan, folder: Path) -> Archive:
+def make_recorded_run(result: PublishedResult, plan: Plan, folder: Path) -> RecordedRun:
     code = result.code
     source = SourceState(
         commit=code.commit,
@@ -84,22 +84,13 @@ def make_archive(result: PublishedResult, plan: Plan, folder: Path) -> Archive:
         diff_lacks=LACKS if code.diff_sha256 else "",
         record_schema=RECORD_SCHEMA,
     )
-    return Archive(
+    return RecordedRun(
         folder=folder,
         schema=RECORD_SCHEMA,
         record=make_record(result, source),
         plan=plan,
         source=source,
-        diff=b"",
-        dockerfile="",
-        lock="",
-        data=None,
         inputs=Inputs(schema=SCHEMA, data={}, weights=result.weights),
-        environment=None,
-        result=None,
-        rows=(),
-        evaluations=(),
-        failures=(),
     )
 
 
@@ -133,30 +124,24 @@ def make_record(result: PublishedResult, source: SourceState) -> Record:
 # ------------------------------------------------------------------------------------------------------------------- code
 
 
-def find_code(archive: Archive, result: PublishedResult, project: Path, scratch: Path) -> tuple[Tree, Image]:
+def find_code(recorded: RecordedRun, result: PublishedResult, project: Path, scratch: Path) -> tuple[Tree, Image]:
     """This tree where it makes the published image, else the published commit; else this tree with what it differs in."""
-    base = archive.plan.config.cluster.delivery.base or result.code.base
+    base = recorded.plan.config.cluster.delivery.base or result.code.base
     here = draw(result, project, base)
     if here.fingerprint == result.code.fingerprint:
         return Tree(project=project), here
     try:
-        folder = open_worktree(archive, project, scratch)
+        folder = open_worktree(recorded, project, scratch)
         there = draw(result, folder, base)
     except (ConfigRefused, ImageFailed) as error:
         return Tree(project=project, differs=("what the image is made of",), why=str(error)), here
-    differs = compare_files(there, here)
+    differs = changed_files(there, here)
     if there.fingerprint == result.code.fingerprint:
-        return Tree(project=folder, why=f"this tree differs in {describe_files(differs)}", is_recorded=True), there
-    why = f"neither does commit {archive.source.commit[:12]} make the image of the result, omnilaunch:{result.code.stack}-{result.code.fingerprint[:12]}"
+        return Tree(project=folder, why=f"this tree differs in {list_files(differs)}", is_recorded=True), there
+    why = f"neither does commit {recorded.source.commit[:12]} make the image of the result, omnilaunch:{result.code.stack}-{result.code.fingerprint[:12]}"
     return Tree(project=project, differs=differs or ("what the image is made of",), why=why), here
 
 
 def draw(result: PublishedResult, project: Path, base: str) -> Image:
     stack: Stack = find_stack(load_stacks(project / "images"), result.code.stack)
     return render(stack, architecture=result.code.architecture, root=project, base=base)
-
-
-def compare_files(there: Image, here: Image) -> tuple[str, ...]:
-    names = sorted({*there.files, *here.files})
-    changed = tuple(name for name in names if there.files.get(name) != here.files.get(name))
-    return changed if there.dockerfile == here.dockerfile else (DOCKERFILE, *changed)

@@ -87,7 +87,7 @@ def measure_cell(arguments: argparse.Namespace, name: str, words: list[str], fol
     """Everything that could stop it is looked at before the first run."""
     from launcher.bench.cell import load_cell
     from launcher.bench.measure import publish
-    from launcher.bench.repeats import carry_on, hold, read_archives
+    from launcher.bench.repeats import carry_on, hold, load_repeats
     from launcher.bench.result import append_result, read_results, require_writable, results_file
     from launcher.record.record import utc_now
     from launcher.record.source import read_source
@@ -112,7 +112,7 @@ def measure_cell(arguments: argparse.Namespace, name: str, words: list[str], fol
         repeats = carry_on(
             series, cell.config.run.repeats, carry_out, tags=(name,), again=again, say=arguments.say, here=is_here(cell.config.cluster)
         )
-        result = publish(series.name, name, repeats, read_archives(runs, repeats), dirty=dirty, made_at=utc_now())
+        result = publish(series.name, name, repeats, load_repeats(runs, repeats), dirty=dirty, made_at=utc_now())
         result = append_result(path, result)
     arguments.say(f"\n{describe_result(result)}\npublished in {path}; the table of README.md: omnilaunch bench --matrix")
     return Exit.OK
@@ -268,9 +268,9 @@ def restored(arguments: argparse.Namespace, result: "PublishedResult") -> "Calla
     refuse_choices(arguments.words, (*COMPUTING, "cluster.runtime"))
     cluster, place = compose(arguments.words, CONF).cluster, local_context(PROJECT)
     accepted = accepted_kinds(arguments.accept)
-    archive, tree = restore(result, cluster, place, Path(absolute(cluster.root, Path.cwd())) / SCRATCH)
-    tree = try_image(archive, tree) if result.site.runtime == "docker" else tree
-    return lambda run_id: plan_rerun(archive, (), accepted, tree, place, os.environ, conf=CONF, run_id=run_id)
+    recorded, tree = restore(result, cluster, place, Path(absolute(cluster.root, Path.cwd())) / SCRATCH)
+    tree = try_image(recorded, tree) if result.site.runtime == "docker" else tree
+    return lambda run_id: plan_rerun(recorded, (), accepted, tree, place, os.environ, conf=CONF, run_id=run_id)
 
 
 def carry_rerun(rerun: "Rerun", say: Callable[[str], None]) -> Any:
@@ -283,18 +283,18 @@ def carry_rerun(rerun: "Rerun", say: Callable[[str], None]) -> Any:
 def facts_now(runs: Path, repeats: "tuple[Repeat, ...]") -> dict[str, str]:
     """Of the first repeat; the others have to agree with it."""
     from launcher.bench.measure import facts_in, require_alike
-    from launcher.bench.repeats import read_archives
+    from launcher.bench.repeats import load_repeats
     from launcher.bench.verdict import with_code
 
-    archives = read_archives(runs, repeats)
-    require_alike(archives)
-    record = archives[0].record
+    recorded_runs = load_repeats(runs, repeats)
+    require_alike(recorded_runs)
+    record = recorded_runs[0].record
     return with_code(
-        facts_in(archives[0]),
+        facts_in(recorded_runs[0]),
         data=record.data_sha256,
         lock=record.lock_sha256,
         image=record.image_id,
-        fingerprint=archives[0].plan.image.fingerprint,
+        fingerprint=recorded_runs[0].plan.image.fingerprint,
     )
 
 

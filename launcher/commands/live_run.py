@@ -5,7 +5,6 @@ Like image_action, imported by every command, so it imports late itself.
 
 import argparse
 import gc
-import json
 import os
 import sys
 import time
@@ -97,7 +96,8 @@ def is_busy(folder: Path, *, until: float) -> bool:
 
 def supervise(folder: Path, plan: "Plan", say: Callable[[str], None]) -> Any:
     """Its record, when it has ended."""
-    from launcher.record.record import SOURCE_FILE, SourceState, read_if_there
+    from launcher.record.reader import read_if_there
+    from launcher.record.record import SOURCE_FILE, SourceState
     from launcher.run.launch import attach
 
     gc.enable()  # which the door of the command line has turned off: this may take days
@@ -249,26 +249,24 @@ def load_plans(folder: Path) -> "tuple[Plan, ...]":
 
 def read_plan(path: Path) -> "Plan":
     from launcher.plan.plan import Plan
-    from trainer.contract import SpecError, decode
+    from launcher.record.reader import read_as
 
-    try:
-        plan: Plan = decode(Plan, json.loads(path.read_text(encoding="utf-8")), "plan")
-    except (OSError, ValueError, RecursionError, SpecError) as error:
-        raise ConfigRefused(f"{path} cannot be read by this version: {error}") from error
+    plan: Plan = read_as(Plan, path)
     return plan
 
 
 def recorded(folder: Path) -> Any:
     """The record of a run that has ended, else None. Raises ConfigRefused for one that cannot be read: its run has ended all the same, and
     who took it up again would start it anew and write over what is there."""
+    from launcher.errors import RecordRefused
+    from launcher.record.reader import read_as
     from launcher.record.record import RECORD_FILE, Record
-    from trainer.contract import SpecError, read
 
     if not has_ended(folder):
         return None
     try:
-        return read(Record, folder / RECORD_FILE)
-    except SpecError as error:
+        return read_as(Record, folder / RECORD_FILE)
+    except RecordRefused as error:
         raise ConfigRefused(
             f"run {folder.name} has ended, and this version cannot read how: {error}. To look whether anything of it is left: "
             f"omnilaunch stop {folder.name}"

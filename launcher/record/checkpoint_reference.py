@@ -5,7 +5,6 @@ A checkpoint lies where the run's first node wrote it. One on this machine is br
 adapter stands on is brought and mounted with it.
 """
 
-import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any, NoReturn
 
 from launcher.config.schema import Config, Node
 from launcher.errors import ConfigRefused, suggest
+from launcher.record.reader import read_object
 from launcher.record.record import PLAN_FILE, RECORD_FILE, attempt_files, bracketed
 from trainer.contract.checkpoint_files import broken_checkpoints, newest_checkpoint
 
@@ -96,7 +96,7 @@ def lies_elsewhere(folder: Path, plan: dict[str, Any]) -> bool:
 
 
 def on_first_node(folder: Path, plan: dict[str, Any], text: str) -> FoundCheckpoint:
-    record = read_plain(folder / RECORD_FILE)
+    record = read_object(folder / RECORD_FILE, [])
     host, output = str(plan["commands"][0]["host"]), str(plan["spec"]["output"])
     if not record:
         raise ConfigRefused(f"stage.checkpoint={text}: that run has not ended, or its launcher was killed. Next: omnilaunch attach {text}")
@@ -116,7 +116,7 @@ def refuse_run(folder: Path, text: str) -> NoReturn:
 
 def bases_of(folder: Path) -> Iterator[str]:
     """The folder of the weights that an adapter stands on; nothing of whole weights."""
-    base = str(read_plain(folder / ADAPTER_CONFIG).get("base_model_name_or_path", ""))
+    base = str(read_object(folder / ADAPTER_CONFIG, []).get("base_model_name_or_path", ""))
     if base.startswith("/"):
         yield base
 
@@ -169,15 +169,6 @@ def is_there(path: Path) -> bool:
         return False
 
 
-def read_plain(path: Path) -> dict[str, Any]:
-    """A JSON object, {} where there is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
 def read_newest(folder: Path) -> dict[str, Any]:
     """The plan of the run's newest attempt."""
-    return read_plain((folder / PLAN_FILE, *attempt_files(folder, PLAN_FILE))[-1])
+    return read_object((folder / PLAN_FILE, *attempt_files(folder, PLAN_FILE))[-1], [])

@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
-from launcher.record.evidence import Evidence, nested
+from launcher.record.reader import nested
+from launcher.record.run_files import RunFiles
 
 
 class FactKind(Enum):
@@ -105,9 +106,9 @@ class FactDifference:
         return self.kind is not FactKind.FREE and self.known and not self.allowed
 
 
-def collect_facts(evidence: Evidence) -> dict[str, Any]:
+def collect_facts(run: RunFiles) -> dict[str, Any]:
     """Key -> value, the inputs first. Hosts, folders and times are no facts."""
-    plan, record, environment = evidence.plan, evidence.record, evidence.environment
+    plan, record, environment = run.plan, run.record, run.environment
     commands = [command for command in plan.get("commands") or () if isinstance(command, dict)]
     image = {
         key: value
@@ -121,22 +122,22 @@ def collect_facts(evidence: Evidence) -> dict[str, Any]:
         trainer["ranks"] = [rank | {"device": without_host(rank.get("device", ""))} for rank in trainer["ranks"] if isinstance(rank, dict)]
     sections = {
         "config": plan.get("config") or {},
-        "data": {key: evidence.data.get(key, "") for key in ("sha256", "train_rows", "evaluation_rows", "images")} if evidence.data else {},
+        "data": {key: run.data.get(key, "") for key in ("sha256", "train_rows", "evaluation_rows", "images")} if run.data else {},
         "origin": record.get("origin") or {},
-        "source": source_facts(evidence.source),
+        "source": source_facts(run.source),
         "image": image,
         "layout": {"nodes": len(commands), "world_size": nested(plan, "spec", "device", "world_size")},
         "batch": nested(plan, "spec", "batch") or {},
         "variables": {str(command.get("node_rank")): command.get("environment") or {} for command in commands},
         "environment": trainer,
-        "result": {key: record.get(key) for key in ("status", "steps")} | {"attempts": len(evidence.attempts) + 1},
+        "result": {key: record.get(key) for key in ("status", "steps")} | {"attempts": len(run.attempts) + 1},
     }
     return dict(flatten(sections, ""))
 
 
 def source_facts(source: Mapping[str, Any]) -> dict[str, Any]:
     """From schema 2 on, the diff says whether the code was changed. Changes elsewhere, which git calls dirty too, do not change the code."""
-    facts = ({} if source.get("dirty") else CLEAN) | source
+    facts: dict[str, Any] = {**({} if source.get("dirty") else CLEAN), **source}
     if facts.get("record_schema", 1) != 1:
         facts["dirty"] = bool(facts.get("diff_sha256") or facts.get("diff_lacks"))
     return facts
@@ -147,11 +148,11 @@ def without_host(title: Any) -> str:
     return str(title).partition(" ")[2]
 
 
-def find_changed_inputs(left: Evidence, right: Evidence, allow: tuple[str, ...] = ()) -> tuple[FactDifference, ...]:
+def find_changed_inputs(left: RunFiles, right: RunFiles, allow: tuple[str, ...] = ()) -> tuple[FactDifference, ...]:
     """The files that are others, where both records have the hash of each; the hash of all is a fact of its own."""
     found = []
     for part in ("data", "weights"):
-        one, other = (part_of if isinstance(part_of := evidence.inputs.get(part), dict) else {} for evidence in (left, right))
+        one, other = (part_of if isinstance(part_of := run.inputs.get(part), dict) else {} for run in (left, right))
         names = (name for name in dict.fromkeys((*one, *other)) if one.get(name) != other.get(name)) if one and other else ()
         for name in names:
             sides = (text_of(one.get(name, ABSENT)), text_of(other.get(name, ABSENT)))

@@ -13,9 +13,10 @@ from typing import Any
 
 from launcher.config.schema import AXES
 from launcher.errors import ConfigRefused, suggest
+from launcher.record.reader import read_as, read_object
 from launcher.record.record import CONFIG_FILE, RECORD_FILE, Record
 from trainer import contract
-from trainer.contract import SCHEMA, SpecError
+from trainer.contract import SCHEMA
 
 TAGS_FILE = "tags.json"  # beside the record, and no part of it
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,49}")
@@ -53,19 +54,12 @@ class RunEntry:
     @cached_property
     def config(self) -> dict[str, Any]:
         """As it was composed; {} where it cannot be read."""
-        try:
-            data = json.loads((self.folder / CONFIG_FILE).read_bytes())
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return data if isinstance(data, dict) else {}
+        return read_object(self.folder / CONFIG_FILE, [])
 
     @cached_property
     def tags(self) -> tuple[str, ...]:
-        try:
-            listed = json.loads((self.folder / TAGS_FILE).read_bytes())["tags"]
-            return tuple(str(tag) for tag in listed)
-        except (OSError, ValueError, RecursionError, KeyError, TypeError):
-            return ()
+        tags = read_object(self.folder / TAGS_FILE, []).get("tags")
+        return tuple(map(str, tags)) if isinstance(tags, list) else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +91,9 @@ def list_entries(runs: Path) -> tuple[RunEntry, ...]:
 
 
 def read_entry(folder: Path) -> RunEntry:
-    path = folder / RECORD_FILE
-    if not path.exists():
-        return RunEntry(folder=folder, record=None)
-    try:
-        return RunEntry(folder=folder, record=contract.read(Record, path))
-    except SpecError as error:
-        return RunEntry(folder=folder, record=None, problem=str(error).removeprefix(f"{path}: ").removeprefix("cannot be read: "))
+    problems: list[str] = []
+    record = read_as(Record, folder / RECORD_FILE, problems)
+    return RunEntry(folder=folder, record=record, problem="; ".join(problems).removeprefix(f"{RECORD_FILE} "))
 
 
 def parse_filter(words: Sequence[str], *, status: str, model: str, tag: str) -> Filter:

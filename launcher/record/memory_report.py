@@ -6,7 +6,8 @@ from pathlib import Path
 
 from launcher.errors import ConfigRefused
 from launcher.plan.plan import Plan
-from launcher.record.record import PLAN_FILE, RECORD_FILE, read_if_there
+from launcher.record.reader import read_if_there
+from launcher.record.record import PLAN_FILE, RECORD_FILE
 from trainer.contract import RESULT_FILE, TrainResult
 
 TRAINING = ("load", "first step", "steps")  # phases that a plan speaks of; evaluation and saving have peaks of their own

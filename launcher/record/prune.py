@@ -1,6 +1,5 @@
 """Which runs a rule takes away, and which stay whatever the rule says. Nothing is removed that another run refers to."""
 
-import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from launcher.errors import ConfigRefused, RunEnded
 from launcher.record.index import RunEntry
 from launcher.record.lock import is_locked
+from launcher.record.reader import read_bytes, read_json
 from launcher.record.record import PLAN_FILE, RECORD_FILE, SOURCE_FILE, attempt_files
 
 AGE = re.compile(r"(\d{1,6})([hdw])")
@@ -88,13 +88,12 @@ def find_references(every: Sequence[RunEntry]) -> dict[str, list[str]]:
 def names_in(folder: Path, names: set[str]) -> set[str]:
     found: set[str] = set()
     for path in (*(folder / name for name in REFERRING), *attempt_files(folder, PLAN_FILE)):
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "{}"
-        try:
-            texts = [*find_texts(json.loads(text), "")]
-        except (ValueError, RecursionError):
+        problems: list[str] = []
+        data = read_json(path, problems)
+        if problems:
+            text = read_bytes(path).decode(errors="replace")
             found |= {name for name in names if name in text}
-            continue
-        for key, value in texts:
+        for key, value in find_texts(data, ""):
             parts = re.split(r"[/:\\,=\s]+", value)
             in_runs = (after for before, after in pairwise(parts) if before == folder.parent.name)
             found |= names & {*(parts if key.endswith(NAMING) else in_runs)}

@@ -14,11 +14,12 @@ from launcher.config.schema import Config, Node
 from launcher.errors import ConfigRefused
 from launcher.plan.plan import Plan, encode_spec, to_plain
 from launcher.record.checksums import SEAL_FILE, make_seal
+from launcher.record.metrics import read_rows
+from launcher.record.reader import read_if_there, read_object
 from launcher.record.source import SourceState as SourceState
 from launcher.redact import mask_credentials
-from launcher.run.progress import read_lines
 from trainer import contract
-from trainer.contract import SCHEMA, DataReport, EnvReport, Origin, SpecError, StepRow, TrainResult
+from trainer.contract import SCHEMA, DataReport, EnvReport, Origin, TrainResult
 
 PLAN_FILE = "plan.json"
 CONFIG_FILE = "config.json"
@@ -206,7 +207,7 @@ def identity(plan: Plan, folder: Path) -> dict[str, Any]:
         "data_sha256": find_data(folder),
         "rerun_of": plan.rerun_of,
         "accepted": plan.accepted,
-        "image_id": ", ".join(dict.fromkeys(read_images(folder).values())),
+        "image_id": ", ".join(dict.fromkeys(map(str, read_object(folder / IMAGES_FILE, []).values()))),
         "config_sha256": hash_if_there(folder / CONFIG_FILE),
         "lock_sha256": plan.image.files.get(LOCK_FILE, ""),
         "inputs_sha256": hash_if_there(folder / contract.INPUTS_FILE),
@@ -234,14 +235,6 @@ def keep_images(images: dict[str, str], folder: Path) -> None:
     contract.write_text(json.dumps(images, indent=2) + "\n", folder / IMAGES_FILE)
 
 
-def read_images(folder: Path) -> dict[str, str]:
-    try:
-        found = json.loads((folder / IMAGES_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {str(host): str(image) for host, image in found.items()} if isinstance(found, dict) else {}
-
-
 def write_record(record: Record, folder: Path) -> Record:
     """Write seal.json and then result.json, and give back what that holds: the credentials of URLs are left out, as pip may say them when it
     fails. In this order, a run that has a result has a seal; where the second is not written, the run has not ended."""
@@ -250,14 +243,6 @@ def write_record(record: Record, folder: Path) -> Record:
     contract.write(make_seal(folder, record.run_id, unwritten={RECORD_FILE: text.encode()}), folder / SEAL_FILE)
     contract.write_text(text, folder / RECORD_FILE)
     return masked
-
-
-def read_if_there(cls: Any, path: Path) -> Any:
-    """The dataclass in `path`, or None when the trainer did not get that far."""
-    try:
-        return contract.read(cls, path) if path.exists() else None
-    except SpecError:
-        return None  # cut short by what ended the run; the raw file stays where it is
 
 
 def attempt_files(folder: Path, name: str) -> tuple[Path, ...]:
@@ -276,13 +261,6 @@ def recorded_images(runs: Path) -> set[str]:
     """Tags of the images that records name: a rerun asks for them."""
     records = (read_if_there(Record, path) for path in runs.glob(f"*/{RECORD_FILE}"))
     return {record.image for record in records if record is not None and record.image}
-
-
-def read_rows(path: Path) -> tuple[StepRow, ...]:
-    """Whole rows of metrics.jsonl, torn ones left out; a last line without its newline is still being written."""
-    if not path.exists():
-        return ()
-    return read_lines(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1])
 
 
 def last_checkpoint(folder: Path) -> str:

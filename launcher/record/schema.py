@@ -87,7 +87,7 @@ def describe(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def refer(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
-    name = f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"  # Optimizer and Run are no rare names
+    name = kind.__name__  # a class name is unique in launcher/ and trainer/: tests/test_house.py
     if name not in definitions:
         definitions[name] = {}  # a type may hold itself
         hints = typing.get_type_hints(kind)

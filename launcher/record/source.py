@@ -108,8 +108,8 @@ def read_diff(project: Path, new: Sequence[str], submodules: Sequence[str]) -> t
         if taken:
             words = ("--literal-pathspecs", "add", "--intent-to-add", "--pathspec-from-file=-", "--pathspec-file-nul")
             git(project, *words, index=index, content=taken)
-        words = ("diff", "--binary", "--no-ext-diff", "--no-textconv", "--ignore-submodules=all", "HEAD", "--", *CODE)
-        diff = git(project, *words, index=index)
+        diff_words = ("diff", "--binary", "--no-ext-diff", "--no-textconv", "--ignore-submodules=all", "HEAD", "--", *CODE)
+        diff = git(project, *diff_words, index=index)
     listed = [f"{printable(name)}, {why}" for name, why in lacks.items()]
     if holds_credentials(diff.decode(errors="replace")):
         return b"", "all of it: it holds a URL with credentials"

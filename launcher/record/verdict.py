@@ -26,9 +26,9 @@ from launcher.record.comparable import (
     kind_of,
 )
 from launcher.record.comparison import Comparison, Figure, Judgement, Level, Losses, Outcome, shorten
-from launcher.record.evidence import Evidence, require_whole
 from launcher.record.metrics import Curve, first_difference, window_means
 from launcher.record.noise import LEAST_REPEATS, interval
+from launcher.record.run_files import RunFiles, require_whole
 
 WINDOWS = 10  # of which each loss's mean is held against the band
 BITWISE = ("loss", "grad_norm", "lr", "samples", "tokens")
@@ -39,25 +39,25 @@ SHOWN_REASONS = 6
 
 
 def compare(
-    reference: Evidence, others: Sequence[Evidence], *, bands: Bands, allow: tuple[str, ...] = (), unlike: bool = False
+    reference: RunFiles, others: Sequence[RunFiles], *, bands: Bands, allow: tuple[str, ...] = (), unlike: bool = False
 ) -> Comparison:
     """Judge each of `others`. Raises ConfigRefused for a record that is not whole, and for runs of two things unless `unlike` says so."""
     runs = (reference, *others)
-    for evidence in runs:
-        require_whole(evidence)
-    facts = [collect_facts(evidence) for evidence in runs]
+    for run in runs:
+        require_whole(run)
+    facts = [collect_facts(run) for run in runs]
     found = [
-        (*find_changed_inputs(reference, evidence, allow), *find_differences(facts[0], theirs, allow))
-        for evidence, theirs in zip(runs, facts, strict=True)
+        (*find_changed_inputs(reference, run, allow), *find_differences(facts[0], theirs, allow))
+        for run, theirs in zip(runs, facts, strict=True)
     ]
     if not unlike:
-        for evidence, differences in zip(others, found[1:], strict=True):
-            refuse_unlike(reference, evidence, differences)
+        for run, differences in zip(others, found[1:], strict=True):
+            refuse_unlike(reference, run, differences)
     judgements = []
-    for place, evidence in enumerate(others, start=1):
+    for place, run in enumerate(others, start=1):
         # The others that nothing sets apart from the reference say how far apart chance alone puts two runs.
         repeats = [runs[n] for n in range(len(runs)) if n != place and not any(map(weighs_or_unknown, found[n]))]
-        judgements.append(judge(reference, evidence, found[place], facts[0] | facts[place], repeats, bands))
+        judgements.append(judge(reference, run, found[place], facts[0] | facts[place], repeats, bands))
     return Comparison(reference=reference.run_id, judgements=tuple(judgements))
 
 
@@ -65,7 +65,7 @@ def weighs_or_unknown(difference: FactDifference) -> bool:
     return difference.kind is not FactKind.FREE
 
 
-def refuse_unlike(reference: Evidence, other: Evidence, differences: Sequence[FactDifference]) -> None:
+def refuse_unlike(reference: RunFiles, other: RunFiles, differences: Sequence[FactDifference]) -> None:
     unlike = [difference for difference in differences if difference.kind is FactKind.EXPERIMENT and difference.known]
     if unlike:
         told = "\n".join(f"  {found.key}: {shorten(found.left)} and {shorten(found.right)}" for found in unlike[:SHOWN_REASONS])
@@ -76,11 +76,11 @@ def refuse_unlike(reference: Evidence, other: Evidence, differences: Sequence[Fa
 
 
 def judge(
-    reference: Evidence,
-    other: Evidence,
+    reference: RunFiles,
+    other: RunFiles,
     differences: tuple[FactDifference, ...],
     facts: Mapping[str, Any],
-    repeats: Sequence[Evidence],
+    repeats: Sequence[RunFiles],
     bands: Bands,
 ) -> Judgement:
     """`facts`: of both, by key."""
@@ -88,7 +88,7 @@ def judge(
     weights = compare_weights(reference, other)
     figures = (*compare_speed(reference, other, repeats, bands), *compare_scores(reference, other, repeats, bands.evaluation))
     answers = compare_answers(reference, other)
-    finished = all(evidence.record.get("status") == "finished" for evidence in (reference, other))
+    finished = all(run.record.get("status") == "finished" for run in (reference, other))
     outcome, reasons = conclude(differences, losses, weights, figures, finished=finished)
     apart = Counter(difference.kind.value for difference in differences if difference.key in facts)
     kinds = Counter(kind_of(key).value for key in facts)
@@ -186,8 +186,8 @@ def judge_losses(
     return change, Level.WITHIN if inside else Level.OUTSIDE, f"the noise of {len(windows)} repeats"
 
 
-def compare_weights(left: Evidence, right: Evidence) -> Level:
-    one, other = (evidence.record.get("weights_sha256") for evidence in (left, right))
+def compare_weights(left: RunFiles, right: RunFiles) -> Level:
+    one, other = (run.record.get("weights_sha256") for run in (left, right))
     if not one or not other:
         return Level.EQUAL if one == other and not left.curve.step else Level.TOLD
     return Level.EQUAL if one == other else Level.OUTSIDE
@@ -196,10 +196,10 @@ def compare_weights(left: Evidence, right: Evidence) -> Level:
 # ---------------------------------------------------------------------------------------------------------------- figures
 
 
-def compare_speed(left: Evidence, right: Evidence, repeats: Sequence[Evidence], bands: Bands) -> tuple[Figure, ...]:
+def compare_speed(left: RunFiles, right: RunFiles, repeats: Sequence[RunFiles], bands: Bands) -> tuple[Figure, ...]:
     """Throughput by the median second a step after the warm-up, and the highest memory of any rank. () where no step was made."""
     stated = asdict(bands)
-    sides = [speeds_of(evidence) for evidence in (left, right)]
+    sides = [speeds_of(run) for run in (left, right)]
     if not sides[0] or not sides[1]:
         return ()
     others = [found for repeat in repeats if (found := speeds_of(repeat))]
@@ -209,22 +209,22 @@ def compare_speed(left: Evidence, right: Evidence, repeats: Sequence[Evidence], 
     )
 
 
-def speeds_of(evidence: Evidence) -> dict[str, float]:
-    speed = evidence.curve.speed
+def speeds_of(run: RunFiles) -> dict[str, float]:
+    speed = run.curve.speed
     return {"throughput": speed.samples_per_s, "memory": speed.peak_bytes / 2**30} if speed else {}
 
 
-def compare_scores(left: Evidence, right: Evidence, repeats: Sequence[Evidence], band: float | None) -> tuple[Figure, ...]:
+def compare_scores(left: RunFiles, right: RunFiles, repeats: Sequence[RunFiles], band: float | None) -> tuple[Figure, ...]:
     """Every figure of the last evaluation, that of both or of one."""
-    one, other = (scores_of(evidence) for evidence in (left, right))
+    one, other = (scores_of(run) for run in (left, right))
     return tuple(
         judge_figure(name, "", one.get(name), other.get(name), [scores_of(r)[name] for r in repeats if name in scores_of(r)], band, 0)
         for name in dict.fromkeys((*one, *other))
     )
 
 
-def scores_of(evidence: Evidence) -> dict[str, float]:
-    scores: dict[str, float] = evidence.record.get("evaluation") or {}
+def scores_of(run: RunFiles) -> dict[str, float]:
+    scores: dict[str, float] = run.record.get("evaluation") or {}
     return {name: value for name, value in scores.items() if isinstance(value, (int, float))}
 
 
@@ -251,7 +251,7 @@ def judge_figure(
     return Figure(name=name, unit=unit, left=left, right=right, change=change, level=level, limit=limit)
 
 
-def compare_answers(left: Evidence, right: Evidence) -> str:
+def compare_answers(left: RunFiles, right: RunFiles) -> str:
     """How many answers of the last evaluation differ, and the first row of them; '' where there are none."""
     pairs = list(zip(left.answers, right.answers, strict=False))
     if not pairs:

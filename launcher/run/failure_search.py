@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.plan.plan import Plan
-from launcher.record.record import Failure, NodeResult, read_if_there
+from launcher.record.reader import read_if_there
+from launcher.record.record import Failure, NodeResult
 from launcher.run.diagnosis import Diagnosis, explain_log, root_rank
 from launcher.run.failures.symptom import Kind
 from launcher.run.node_log import lines_of, read_end, unnamed

@@ -9,6 +9,7 @@ from pathlib import Path
 from launcher.errors import ConfigRefused, LaunchError, NodeFailed, RunEnded
 from launcher.plan.plan import Plan, refuse, to_plain
 from launcher.record.lock import is_asked_to_stop, lock_run
+from launcher.record.metrics import read_rows
 from launcher.record.record import (
     ATTEMPTS,
     PLAN_FILE,
@@ -21,7 +22,6 @@ from launcher.record.record import (
     close_run,
     load_attempts,
     open_run,
-    read_rows,
     utc_now,
 )
 from launcher.record.source import SourceState, SourceTree

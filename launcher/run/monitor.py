@@ -8,7 +8,8 @@ from pathlib import Path
 
 from launcher.plan.plan import Plan
 from launcher.record.lock import is_asked_to_stop
-from launcher.record.record import Failure, NodeResult, Status, read_if_there
+from launcher.record.reader import read_if_there
+from launcher.record.record import Failure, NodeResult, Status
 from launcher.run.failure_search import find_failure
 from launcher.run.gang import TICK_S, clear_all, node_log, watch
 from launcher.run.node_log import StartPhase, silence_s, standings

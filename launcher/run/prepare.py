@@ -12,7 +12,8 @@ from launcher.image.docker import find
 from launcher.plan.commands import CANN_LOGS
 from launcher.plan.plan import Plan, encode_spec
 from launcher.record.lock import is_asked_to_stop
-from launcher.record.record import RECORDED_INPUTS_FILE, Failure, keep_images, read_if_there
+from launcher.record.reader import read_if_there
+from launcher.record.record import RECORDED_INPUTS_FILE, Failure, keep_images
 from launcher.run.delivery.peer_transfer import Peer
 from launcher.run.delivery.remote_build import build_on
 from launcher.run.delivery.ship import image_on, is_everywhere, pull, ship

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.record.evidence import Evidence, nested
+from launcher.record.reader import nested
+from launcher.record.run_files import RunFiles
 
 MOST_SAMPLES = 24  # of a run
 MOST_IMAGES = 4  # of a sample
@@ -61,10 +62,10 @@ class Album:
         return self.known[path]
 
 
-def choose_samples(evidence: Evidence, album: Album) -> tuple[Shown, ...]:
+def choose_samples(run: RunFiles, album: Album) -> tuple[Shown, ...]:
     """Of answers beside those of a base first what got worse; then wrong answers, in their order, then right ones."""
-    ordered = sorted(evidence.answers, key=lambda answer: (change_of(answer) != "worse", answer.get("match") is True))[:MOST_SAMPLES]
-    root = Path(str(nested(evidence.plan, "spec", "data", "root") or "/"))
+    ordered = sorted(run.answers, key=lambda answer: (change_of(answer) != "worse", answer.get("match") is True))[:MOST_SAMPLES]
+    root = Path(str(nested(run.plan, "spec", "data", "root") or "/"))
     return tuple(show_answer(answer, root, album) for answer in ordered)
 
 

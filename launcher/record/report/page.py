@@ -15,7 +15,6 @@ from typing import Any
 from launcher.config.schema import Bands
 from launcher.errors import ConfigRefused, RunEnded
 from launcher.record.comparison import Comparison, Outcome, describe_figures, describe_judgement, shorten
-from launcher.record.evidence import Evidence
 from launcher.record.metrics import COLUMNS, SERIES
 from launcher.record.report.answers import Album, Shown, choose_samples, count_matches
 from launcher.record.report.figures import BUCKETS, Line, draw_chart
@@ -32,6 +31,7 @@ from launcher.record.report.summary import (
     status_of,
 )
 from launcher.record.report.timeline import Timeline, lay_out
+from launcher.record.run_files import RunFiles
 from launcher.record.verdict import compare
 from trainer import contract
 
@@ -42,7 +42,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would carry out
 
 
 def compare_for_report(
-    runs: Sequence[Evidence], bands: Bands, *, allow: tuple[str, ...] = (), unlike: bool
+    runs: Sequence[RunFiles], bands: Bands, *, allow: tuple[str, ...] = (), unlike: bool
 ) -> tuple[Comparison | None, str]:
     """(the comparison, or why there is none). A report of runs that cannot be compared shows them side by side all the same."""
     if len(runs) < 2:
@@ -53,13 +53,13 @@ def compare_for_report(
         return None, str(error)
 
 
-def render_html(runs: Sequence[Evidence], comparison: Comparison | None, refused: str) -> str:
+def render_html(runs: Sequence[RunFiles], comparison: Comparison | None, refused: str) -> str:
     """One page of one or several runs. The same records give the same page."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     album = Album()
-    shown = [describe_run(evidence, album) for evidence in runs]
+    shown = [describe_run(run, album) for run in runs]
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title_of(runs),
         subtitle=describe_axes(runs[0]) if len(runs) == 1 else f"{len(runs)} runs",
@@ -69,34 +69,34 @@ def render_html(runs: Sequence[Evidence], comparison: Comparison | None, refused
         verdicts=list(describe_verdicts(comparison)) if comparison else [],
         verdict_refused=refused,
         charts=list(draw_charts(runs)),
-        banded=any(len(evidence.curve.step) > BUCKETS for evidence in runs),
+        banded=any(len(run.curve.step) > BUCKETS for run in runs),
     )
     return printable(page)
 
 
-def title_of(runs: Sequence[Evidence]) -> str:
-    names = [evidence.run_id for evidence in runs]
+def title_of(runs: Sequence[RunFiles]) -> str:
+    names = [run.run_id for run in runs]
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more" if len(names) > 3 else ", ".join(names)
 
 
-def describe_run(evidence: Evidence, album: Album) -> dict[str, Any]:
-    matches, answers = count_matches(evidence.answers)
-    status = status_of(evidence)
+def describe_run(run: RunFiles, album: Album) -> dict[str, Any]:
+    matches, answers = count_matches(run.answers)
+    status = status_of(run)
     return {
-        "name": evidence.run_id,
+        "name": run.run_id,
         "status": status,
         "tone": TONES.get(status, "warn"),
-        "problems": evidence.problems,
-        "figures": list_figures(evidence),
-        "timeline": describe_timeline(lay_out(evidence)),
-        "evaluations": list_evaluations(evidence),
-        "samples": [describe_sample(sample) for sample in choose_samples(evidence, album)],
+        "problems": run.problems,
+        "figures": list_figures(run),
+        "timeline": describe_timeline(lay_out(run)),
+        "evaluations": list_evaluations(run),
+        "samples": [describe_sample(sample) for sample in choose_samples(run, album)],
         "matches": matches,
         "answers": answers,
-        "launch": launch_line(evidence),
-        "commands": [{"rank": rank, "host": host, "text": text} for rank, host, text in list_commands(evidence)],
-        "environment": list_environment(evidence),
-        "details": list_details(evidence),
+        "launch": launch_line(run),
+        "commands": [{"rank": rank, "host": host, "text": text} for rank, host, text in list_commands(run)],
+        "environment": list_environment(run),
+        "details": list_details(run),
     }
 
 
@@ -133,11 +133,11 @@ def describe_verdicts(comparison: Comparison) -> Iterator[dict[str, Any]]:
         }
 
 
-def draw_charts(runs: Sequence[Evidence]) -> Iterator[tuple[str, str]]:
+def draw_charts(runs: Sequence[RunFiles]) -> Iterator[tuple[str, str]]:
     for name, values_of in SERIES.items():
         lines = [
-            Line(label=evidence.run_id, steps=evidence.curve.step, values=values_of(evidence.curve), colour=place)
-            for place, evidence in enumerate(runs)
+            Line(label=run.run_id, steps=run.curve.step, values=values_of(run.curve), colour=place)
+            for place, run in enumerate(runs)
         ]
         if chart := draw_chart(name, lines, from_zero=name in FROM_ZERO):
             yield name, chart
@@ -146,21 +146,21 @@ def draw_charts(runs: Sequence[Evidence]) -> Iterator[tuple[str, str]]:
 # ------------------------------------------------------------------------------------------------------ Markdown and rows
 
 
-def render_markdown(runs: Sequence[Evidence], comparison: Comparison | None, refused: str) -> str:
+def render_markdown(runs: Sequence[RunFiles], comparison: Comparison | None, refused: str) -> str:
     """Figures and environment side by side, then the verdicts; every value of a record in a code span or block."""
     parts = [f"# {code(title_of(runs))}\n"]
     for title, list_rows in (("Figures", list_figures), ("Environment", list_environment)):
-        rows = side_by_side([dict(list_rows(evidence)) for evidence in runs])
-        head = f"| | {' | '.join(code(evidence.run_id) for evidence in runs)} |\n|---|{'---|' * len(runs)}"
+        rows = side_by_side([dict(list_rows(run)) for run in runs])
+        head = f"| | {' | '.join(code(run.run_id) for run in runs)} |\n|---|{'---|' * len(runs)}"
         parts.append(
             "\n".join((f"## {title}\n", head, *(f"| {label(name)} | {' | '.join(map(code, values))} |" for name, values in rows), ""))
         )
     texts = ["\n".join(describe_judgement(judgement, comparison.reference)) for judgement in comparison.judgements] if comparison else []
     texts += [refused] if refused else []
     parts += [f"## Comparison\n\n{fence(text)}\n" for text in texts]
-    for evidence in runs:
-        told = "\n".join((launch_line(evidence), *evidence.problems, *lay_out(evidence).failures))
-        parts.append(f"## {code(evidence.run_id)}\n\n{fence(told)}\n")
+    for run in runs:
+        told = "\n".join((launch_line(run), *run.problems, *lay_out(run).failures))
+        parts.append(f"## {code(run.run_id)}\n\n{fence(told)}\n")
     return printable("\n".join(parts))
 
 
@@ -192,14 +192,14 @@ def longest_run(text: str) -> int:
     return longest
 
 
-def render_csv(runs: Sequence[Evidence]) -> str:
+def render_csv(runs: Sequence[RunFiles]) -> str:
     """A row a step of each run, as the record has it."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(("run", *COLUMNS))
-    for evidence in runs:
-        name = cell(evidence.run_id)
-        writer.writerows(zip([name] * len(evidence.curve.step), *(evidence.curve.column(column) for column in COLUMNS), strict=True))
+    for run in runs:
+        name = cell(run.run_id)
+        writer.writerows(zip([name] * len(run.curve.step), *(run.curve.column(column) for column in COLUMNS), strict=True))
     return printable(stream.getvalue())
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from launcher.record.comparable import collect_facts, text_of
-from launcher.record.evidence import Evidence, nested
+from launcher.record.reader import nested
+from launcher.record.run_files import RunFiles
 
 MOST_EVALUATIONS = 100
 AXES = ("hardware", "model", "stage", "precision", "strategy", "data", "cluster")
@@ -15,48 +16,48 @@ TONES = {"finished": "good", "failed": "bad", "refused": "bad", "stopped": "warn
 UNDER_WAY = "no record yet"
 
 
-def status_of(evidence: Evidence) -> str:
-    return str(evidence.record.get("status") or UNDER_WAY)
+def status_of(run: RunFiles) -> str:
+    return str(run.record.get("status") or UNDER_WAY)
 
 
-def describe_axes(evidence: Evidence) -> str:
-    config = evidence.plan.get("config")
+def describe_axes(run: RunFiles) -> str:
+    config = run.plan.get("config")
     return " ".join(f"{axis}={nested(config, axis, 'name')}" for axis in AXES)
 
 
-def list_figures(evidence: Evidence) -> tuple[tuple[str, str], ...]:
+def list_figures(run: RunFiles) -> tuple[tuple[str, str], ...]:
     """(name, value with its unit) of what a run is told by first; only what there is."""
-    record, speed = evidence.record, evidence.curve.speed
+    record, speed = run.record, run.curve.speed
     found: dict[str, str] = {
-        "status": status_of(evidence),
-        "steps": f"{len(evidence.curve.step)} of {nested(evidence.plan, 'spec', 'steps')}",
+        "status": status_of(run),
+        "steps": f"{len(run.curve.step)} of {nested(run.plan, 'spec', 'steps')}",
     }
     if record:
         found["started"] = str(record.get("started_at", ""))[:19].replace("T", " ")
         found["in all"] = f"{in_words(record.get('seconds'))} s"
-    if evidence.curve.loss:
-        found["last loss"] = in_words(evidence.curve.loss[-1])
+    if run.curve.loss:
+        found["last loss"] = in_words(run.curve.loss[-1])
     if speed:
         found |= {"throughput": f"{in_words(speed.samples_per_s)} samples/s", "tokens": f"{in_words(speed.tokens_per_s)} tokens/s"}
         found["highest memory"] = f"{in_words(speed.peak_bytes / 2**30)} GiB"
     scores = record.get("evaluation")
     for name, value in scores.items() if isinstance(scores, dict) else ():
         found["held-out loss" if name == "loss" else name.replace("_", " ")] = in_words(value)
-    if len(evidence.attempts):
-        found["attempts"] = str(len(evidence.attempts) + 1)
+    if len(run.attempts):
+        found["attempts"] = str(len(run.attempts) + 1)
     return tuple(found.items())
 
 
-def list_environment(evidence: Evidence) -> tuple[tuple[str, str], ...]:
+def list_environment(run: RunFiles) -> tuple[tuple[str, str], ...]:
     """What it ran on and from, in a dozen lines."""
-    environment, source, record = evidence.environment, evidence.source, evidence.record
+    environment, source, record = run.environment, run.source, run.record
     packages = environment.get("packages") if isinstance(environment.get("packages"), dict) else {}
     rows = {
-        "choice": describe_axes(evidence),
+        "choice": describe_axes(run),
         "commit": f"{source.get('commit') or 'none'}{', with changes' if source.get('dirty') else ''}",
-        "image": record.get("image") or f"none: {nested(evidence.plan, 'config', 'cluster', 'runtime')}",
-        "image fingerprint": nested(evidence.plan, "image", "fingerprint"),
-        "data": evidence.data.get("sha256"),
+        "image": record.get("image") or f"none: {nested(run.plan, 'config', 'cluster', 'runtime')}",
+        "image fingerprint": nested(run.plan, "image", "fingerprint"),
+        "data": run.data.get("sha256"),
         "began with": nested(record, "origin", "path") or "a random start",
         "final weights": record.get("weights_sha256"),
         "platform": environment.get("platform"),
@@ -66,15 +67,15 @@ def list_environment(evidence: Evidence) -> tuple[tuple[str, str], ...]:
         "driver": environment.get("driver"),
         "ranks": environment.get("world_size"),
         "threads": environment.get("threads"),
-        "seed": nested(evidence.plan, "spec", "seed"),
+        "seed": nested(run.plan, "spec", "seed"),
         "forced": record.get("forced"),
     }
     return tuple((name, text_of(value)) for name, value in rows.items() if value not in (None, "", []))
 
 
-def list_details(evidence: Evidence) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
+def list_details(run: RunFiles) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
     """All facts, in parts that a reader opens one by one."""
-    facts = collect_facts(evidence)
+    facts = collect_facts(run)
     parts: dict[str, list[tuple[str, str]]] = {}
     for key, value in facts.items():
         title = next((title for prefix, title in DETAILS.items() if key.startswith(prefix)), "other facts")
@@ -91,9 +92,9 @@ DETAILS = {
 }
 
 
-def list_commands(evidence: Evidence) -> Iterator[tuple[str, str, str]]:
+def list_commands(run: RunFiles) -> Iterator[tuple[str, str, str]]:
     """(node rank, host, variables and command line) of each node of the first attempt."""
-    for command in evidence.plan.get("commands") or ():
+    for command in run.plan.get("commands") or ():
         if not isinstance(command, dict):
             continue
         variables = command.get("environment") if isinstance(command.get("environment"), dict) else {}
@@ -105,15 +106,15 @@ def list_commands(evidence: Evidence) -> Iterator[tuple[str, str, str]]:
         yield str(command.get("node_rank")), str(command.get("host")), "\n".join(lines)
 
 
-def launch_line(evidence: Evidence) -> str:
-    overrides = evidence.plan.get("overrides")
+def launch_line(run: RunFiles) -> str:
+    overrides = run.plan.get("overrides")
     words = map(str, overrides) if isinstance(overrides, (list, tuple)) else ()
     return shlex.join(("omnilaunch", "launch", *words))
 
 
-def list_evaluations(evidence: Evidence) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]] | None:
+def list_evaluations(run: RunFiles) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]] | None:
     """(names, rows) of evaluations.jsonl, the newest; None where there are none."""
-    rows = evidence.evaluations[-MOST_EVALUATIONS:]
+    rows = run.evaluations[-MOST_EVALUATIONS:]
     names = tuple(dict.fromkeys(name for row in rows for name, value in row.items() if value is not None))
     return (names, tuple(tuple(in_words(row.get(name)) for name in names) for row in rows)) if rows else None
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from launcher.record.evidence import Evidence
+from launcher.record.run_files import RunFiles
 
 MOST_ROWS = 200
 
@@ -30,11 +30,11 @@ class Timeline:
     failures: tuple[str, ...]
 
 
-def lay_out(evidence: Evidence) -> Timeline:
+def lay_out(run: RunFiles) -> Timeline:
     """Nothing of a run that has left no record yet. What a record has in the wrong type counts as nothing."""
-    record = evidence.record
+    record = run.record
     begun, total_s = instant(record.get("started_at")), seconds_of(record)
-    attempts = sorted(evidence.attempts, key=lambda attempt: instant(attempt.get("started_at")) or 0.0)
+    attempts = sorted(run.attempts, key=lambda attempt: instant(attempt.get("started_at")) or 0.0)
     rows: dict[str, list[Bar]] = {}
     for number, attempt in enumerate(attempts, start=1):
         begin_s = max(0.0, (instant(attempt.get("started_at")) or 0.0) - (begun or 0.0))

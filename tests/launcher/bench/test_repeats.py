@@ -26,7 +26,7 @@ from launcher.bench.repeats import (
 from launcher.errors import ConfigRefused, NodeFailed, RecordRefused, RunEnded
 from launcher.record.checksums import SEAL_FILE, make_seal
 from launcher.record.index import read_entry
-from launcher.record.reader import load_archive
+from launcher.record.recorded_run import load_recorded_run
 from trainer import contract
 
 REAL = Path(__file__).resolve().parents[2] / "golden/record/2"
@@ -58,7 +58,7 @@ def test_all_repeats_tagged_and_told(series: Series) -> None:
     assert [repeat.run_id for repeat in repeats] == [f"{NAME}-{number}" for number in (1, 2, 3)]
     assert all(read_entry(series.runs / repeat.run_id).tags == ("x",) for repeat in repeats)
     assert repeats[0].load == read_load(series.runs / f"{NAME}-1") and "samples/s" in said[1]
-    load_archive(series.runs / f"{NAME}-1")  # what lies beside the record has not broken its seal
+    load_recorded_run(series.runs / f"{NAME}-1")  # what lies beside the record has not broken its seal
 
 
 @pytest.mark.parametrize(
@@ -105,19 +105,19 @@ def test_the_newest_one_that_was_not_published_is_gone_on_with(series: Series) -
 
 def test_other_code_and_another_config_are_no_repeats(series: Series) -> None:
     leave_run(series.runs, f"{NAME}-1")
-    archive = load_archive(series.runs / f"{NAME}-1")
-    plan, source = archive.plan, archive.source
-    assert differing(archive, plan, source) == ()
+    recorded = load_recorded_run(series.runs / f"{NAME}-1")
+    plan, source = recorded.plan, recorded.source
+    assert differing(recorded, plan, source) == ()
     moved = replace(plan, config=replace(plan.config, cluster=replace(plan.config.cluster, root="/elsewhere")))
-    assert differing(archive, moved, source) == (), "where it runs is no part of it"
+    assert differing(recorded, moved, source) == (), "where it runs is no part of it"
     other = replace(plan, config=replace(plan.config, run=replace(plan.config.run, seed=99)), image=replace(plan.image, fingerprint="0"))
-    apart = differing(archive, other, replace(source, commit="abc", diff_sha256="1"))
+    apart = differing(recorded, other, replace(source, commit="abc", diff_sha256="1"))
     assert [line.partition(":")[0] for line in apart] == [
         *("commit", "changes of the tree that the commit does not hold", "files of the image", "config.run.seed"),
     ]
     bands = replace(plan.config.run, bands=replace(plan.config.run.bands, loss=0.5))
     wider = replace(plan, config=replace(plan.config, run=bands))
-    assert [line.partition(":")[0] for line in differing(archive, wider, source)] == ["config.run.bands.loss"], "they are stated before"
+    assert [line.partition(":")[0] for line in differing(recorded, wider, source)] == ["config.run.bands.loss"], "they are stated before"
     found = find_series("x", series.runs, published=())
     assert found is not None
     with pytest.raises(
@@ -128,7 +128,7 @@ def test_other_code_and_another_config_are_no_repeats(series: Series) -> None:
 
 def test_a_repeat_whose_record_was_edited_can_be_left(series: Series) -> None:
     leave_run(series.runs, f"{NAME}-1")
-    plan, source = load_archive(REAL).plan, load_archive(REAL).source
+    plan, source = load_recorded_run(REAL).plan, load_recorded_run(REAL).source
     with (series.runs / f"{NAME}-1/metrics.jsonl").open("a") as file:
         file.write("{}\n")
     found = find_series("x", series.runs, published=())

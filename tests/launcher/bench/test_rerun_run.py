@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from launcher.record.reader import load_archive
+from launcher.record.recorded_run import load_recorded_run
 from tests.launcher.planted import clone_tree, omnilaunch, reseal
 
 SHORT = (
@@ -52,12 +52,12 @@ def result_of(run: Path) -> dict[str, object]:
 
 
 def test_the_record_holds_what_a_rerun_needs(first: Path) -> None:
-    archive = load_archive(first)
-    assert archive.inputs is not None and len(archive.inputs.data) == 1799 and "checkpoint/model.safetensors" in archive.inputs.weights
-    environment = archive.environment
+    recorded = load_recorded_run(first)
+    assert recorded.inputs is not None and len(recorded.inputs.data) == 1799 and "checkpoint/model.safetensors" in recorded.inputs.weights
+    environment = recorded.environment
     assert environment is not None and environment.determinism["deterministic_algorithms"] == "True"
     assert environment.toolkit["torch"] == environment.packages["torch"] and environment.ranks[0].threads == environment.threads == 2
-    assert archive.record.config_sha256 and archive.record.lock_sha256 and archive.record.inputs_sha256 and "torch==" in archive.lock
+    assert recorded.record.config_sha256 and recorded.record.lock_sha256 and recorded.record.inputs_sha256 and "torch==" in recorded.lock
 
 
 def test_a_rerun_from_the_record_alone_is_the_same_to_the_bit(clone: Path, first: Path, tmp_path: Path) -> None:

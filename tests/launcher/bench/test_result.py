@@ -33,7 +33,7 @@ from launcher.cli import main
 from launcher.commands import bench as bench_action
 from launcher.errors import ConfigRefused, RecordRefused
 from launcher.record.comparison import Level
-from launcher.record.reader import load_archive
+from launcher.record.recorded_run import load_recorded_run
 from tests.launcher.bench.test_cell import CELL, CONF
 from trainer.contract import decode
 
@@ -50,7 +50,7 @@ def result(tmp_path: Path) -> PublishedResult:
         shutil.copytree(REAL, tmp_path / f"runs/x-{number}")
     folders = sorted((tmp_path / "runs").iterdir())
     repeats = [replace(measure_run(folder, load=0.5), samples_per_s=99.0 + number) for number, folder in enumerate(folders, start=1)]
-    made = publish("x-20261121-000000-0000", "x", repeats, [load_archive(folder) for folder in folders], dirty="", made_at=MADE)
+    made = publish("x-20261121-000000-0000", "x", repeats, [load_recorded_run(folder) for folder in folders], dirty="", made_at=MADE)
     return replace(made, config=made.config | {"run": made.config["run"] | {"bands": BANDS}})
 
 
@@ -71,7 +71,7 @@ def test_median_lowest_and_highest(result: PublishedResult) -> None:
 def test_one_bit_is_told(result: PublishedResult, tmp_path: Path) -> None:
     folders = sorted((tmp_path / "runs").iterdir())
     repeats = [*result.repeats[:4], replace(result.repeats[4], rows_sha256="0")]
-    other = publish("y", "x", repeats, [load_archive(folder) for folder in folders], dirty="", made_at=MADE)
+    other = publish("y", "x", repeats, [load_recorded_run(folder) for folder in folders], dirty="", made_at=MADE)
     assert (other.rows_equal, other.weights_equal) == (False, True)
 
 
@@ -84,12 +84,12 @@ def test_a_line_says_nothing_of_the_machines_places(path: Path, result: Publishe
 
 
 def test_runs_with_other_packages_are_no_repeats(tmp_path: Path, result: PublishedResult) -> None:
-    archives = [load_archive(folder) for folder in sorted((tmp_path / "runs").iterdir())]
-    environment = archives[3].environment
+    recorded_runs = [load_recorded_run(folder) for folder in sorted((tmp_path / "runs").iterdir())]
+    environment = recorded_runs[3].environment
     assert environment is not None
-    other = replace(archives[3], environment=replace(environment, packages={**environment.packages, "peft": "0.0.1"}))
+    other = replace(recorded_runs[3], environment=replace(environment, packages={**environment.packages, "peft": "0.0.1"}))
     with pytest.raises(ConfigRefused, match=r"runs x-1 and x-4 are no repeats of one another(.|\n)*package peft: .* and 0\.0\.1"):
-        publish("y", "x", result.repeats, [*archives[:3], other, archives[4]], dirty="", made_at=MADE)
+        publish("y", "x", result.repeats, [*recorded_runs[:3], other, recorded_runs[4]], dirty="", made_at=MADE)
 
 
 # ------------------------------------------------------------------------------------------------------------------ lines
@@ -191,7 +191,7 @@ def test_a_bench_looks_at_its_results_before_it_runs(tmp_path: Path, capsys: pyt
 
 
 def test_variables_of_the_cluster_that_name_places_stay_there(result: PublishedResult) -> None:
-    plan = load_archive(REAL).plan
+    plan = load_recorded_run(REAL).plan
     variables = {"LD_LIBRARY_PATH": "/home/somebody/lib", "NCCL_DEBUG": "WARN"}
     cluster = replace(plan.config.cluster, environment=variables)
     site = site_of(replace(plan, config=replace(plan.config, cluster=cluster)))
@@ -301,7 +301,7 @@ def test_the_exit_code_is_the_verdict(
     append_result(
         tmp_path / "results/x.jsonl", replace(result, summary=result.summary | {"samples_per_s": Span(median=speed, lowest=1, highest=2)})
     )
-    config = load_archive(REAL).plan.config
+    config = load_recorded_run(REAL).plan.config
 
     def plan_run(run_id: str) -> Any:
         return SimpleNamespace(notes=(), plan=SimpleNamespace(run_id=run_id, folder=str(tmp_path / "again" / run_id), config=config))

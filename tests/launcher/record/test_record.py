@@ -12,17 +12,8 @@ import pytest
 from launcher.config.compose import compose
 from launcher.errors import ConfigRefused
 from launcher.plan.plan import Plan
-from launcher.record.record import (
-    Failure,
-    Record,
-    SourceState,
-    close_run,
-    last_checkpoint,
-    name_run,
-    open_run,
-    read_rows,
-    valid_run_id,
-)
+from launcher.record.metrics import read_rows
+from launcher.record.record import Failure, Record, SourceState, close_run, last_checkpoint, name_run, open_run, valid_run_id
 from launcher.run.progress import Tail
 from trainer import contract
 from trainer.contract import StepRow

@@ -17,8 +17,8 @@ from launcher.image.stack import load_stacks
 from launcher.plan.plan import make_plan
 from launcher.record.comparable import FactKind, collect_facts, find_differences, kind_of
 from launcher.record.comparison import Comparison, Level, Outcome, comparison_json, describe_comparison
-from launcher.record.evidence import bands_of, read_evidence
 from launcher.record.noise import interval
+from launcher.record.run_files import bands_of, read_run_files
 from launcher.record.verdict import compare
 from tests.launcher.conftest import PLACE, PROJECT
 from tests.launcher.planted import REAL, Change, copy_run, set_rows, set_value, stretch
@@ -29,7 +29,7 @@ NO_BANDS = Bands()
 def held(tmp_path: Path, *changes: Change, bands: Bands = NO_BANDS, allow: Sequence[str] = (), unlike: bool = False) -> Comparison:
     """The real run against itself with `changes`."""
     reference, other = copy_run(tmp_path, "before"), copy_run(tmp_path, "after", *changes)
-    return compare(read_evidence(reference), [read_evidence(other)], bands=bands, allow=tuple(allow), unlike=unlike)
+    return compare(read_run_files(reference), [read_run_files(other)], bands=bands, allow=tuple(allow), unlike=unlike)
 
 
 def other_losses(folder: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_host_in_the_name_of_a_device_is_no_difference(tmp_path: Path) -> None
 
 
 def test_a_host_in_what_a_rank_says_is_no_difference() -> None:
-    evidence = read_evidence(REAL.with_name("2"))
+    evidence = read_run_files(REAL.with_name("2"))
     ranks = [rank | {"hostname": "other", "device": f"other {rank['device'].partition(' ')[2]}"} for rank in evidence.environment["ranks"]]
     moved = replace(evidence, files={**evidence.files, "environment.json": {**evidence.environment, "ranks": ranks}})
     differences = find_differences(collect_facts(evidence), collect_facts(moved))
@@ -152,7 +152,7 @@ def test_the_file_that_changed_is_named_where_the_record_has_them(tmp_path: Path
         return lambda folder: (folder / "inputs.json").write_text(json.dumps({"schema": 1, "data": data, "weights": {}}))
 
     reference, other = copy_run(tmp_path, "before", inputs("b")), copy_run(tmp_path, "after", inputs("c"), other_data)
-    comparison = compare(read_evidence(reference), [read_evidence(other)], bands=Bands())
+    comparison = compare(read_run_files(reference), [read_run_files(other)], bands=Bands())
     (judgement,) = comparison.judgements
     assert [found.key for found in judgement.differences if found.weighs] == ["inputs.data.digits/images/0001.png", "data.sha256"]
 
@@ -224,7 +224,7 @@ def test_what_one_side_did_not_record_is_not_known(tmp_path: Path) -> None:
 
 def test_two_dirty_trees_are_not_known_to_be_one(tmp_path: Path) -> None:
     reference, other = copy_run(tmp_path, "before", dirty), copy_run(tmp_path, "after", dirty)
-    comparison = compare(read_evidence(reference), [read_evidence(other)], bands=Bands())
+    comparison = compare(read_run_files(reference), [read_run_files(other)], bands=Bands())
     assert comparison.outcome is Outcome.EQUIVALENT and "source.diff was not recorded" in describe_comparison(comparison)
 
 
@@ -243,7 +243,7 @@ def test_changes_outside_the_code_make_no_two_runs_different(tmp_path: Path, sou
             set_value("result.json", f"source.{key}", value)(folder)
 
     runs = [copy_run(tmp_path, name, set_value("source.json", "record_schema", 2), *changes) for name, changes in (("a", ()), ("b", (change,)))]
-    facts = [collect_facts(read_evidence(run)) for run in runs]
+    facts = [collect_facts(read_run_files(run)) for run in runs]
     assert not [found for found in find_differences(facts[0], facts[1]) if found.weighs]
     assert not [found for found in find_differences(facts[1], facts[0]) if found.weighs]
 
@@ -278,26 +278,26 @@ def repeat(runs: Path, name: str, seed: int, *, slower: float = 1.0, loss: float
     ],
 )
 def test_repeats_say_what_noise_is(tmp_path: Path, changes: dict[str, Any], outcome: Outcome, named: str) -> None:
-    runs = [read_evidence(repeat(tmp_path, f"repeat-{seed}", seed)) for seed in range(5)]
-    comparison = compare(runs[0], [*runs[1:], read_evidence(repeat(tmp_path, "judged", 99, **changes))], bands=Bands())
+    runs = [read_run_files(repeat(tmp_path, f"repeat-{seed}", seed)) for seed in range(5)]
+    comparison = compare(runs[0], [*runs[1:], read_run_files(repeat(tmp_path, "judged", 99, **changes))], bands=Bands())
     last = comparison.judgements[-1]
     assert last.outcome is outcome and any(named in reason for reason in last.reasons), last.reasons
 
 
 def test_a_slowdown_of_5_percent_is_found_ten_times_out_of_ten_and_no_other_is(tmp_path: Path) -> None:
     """Against the noise of five repeats, none of which was as fast as another."""
-    repeats = [read_evidence(repeat(tmp_path, f"repeat-{seed}", seed)) for seed in range(5)]
+    repeats = [read_run_files(repeat(tmp_path, f"repeat-{seed}", seed)) for seed in range(5)]
     found = {1.0: 0, 1 / 0.95: 0}
     for slower in found:
         for seed in range(100, 110):
-            judged = read_evidence(repeat(tmp_path, f"judged-{slower:.2f}-{seed}", seed, slower=slower))
+            judged = read_run_files(repeat(tmp_path, f"judged-{slower:.2f}-{seed}", seed, slower=slower))
             last = compare(repeats[0], [*repeats[1:], judged], bands=Bands()).judgements[-1]
             found[slower] += any(reason.startswith("throughput -") for reason in last.reasons)
     assert found == {1.0: 0, 1 / 0.95: 10}
 
 
 def test_two_runs_more_are_too_few_to_measure_noise(tmp_path: Path) -> None:
-    runs = [read_evidence(repeat(tmp_path, f"repeat-{seed}", seed)) for seed in range(3)]
+    runs = [read_run_files(repeat(tmp_path, f"repeat-{seed}", seed)) for seed in range(3)]
     assert {judgement.losses.level for judgement in compare(runs[0], runs[1:], bands=Bands()).judgements} == {Level.TOLD}
 
 
@@ -312,9 +312,9 @@ def test_the_interval_holds_999_of_1000() -> None:
 
 def test_bands_are_those_that_the_run_stated(tmp_path: Path) -> None:
     stated = copy_run(tmp_path, "r", set_value("plan.json", "config.run.bands", {"loss": 0.02, "throughput": 0.05}))
-    assert bands_of(read_evidence(stated)) == Bands(loss=0.02, throughput=0.05)
+    assert bands_of(read_run_files(stated)) == Bands(loss=0.02, throughput=0.05)
     with pytest.raises(ConfigRefused, match=r"bands"):
-        bands_of(read_evidence(copy_run(tmp_path, "bad", set_value("plan.json", "config.run.bands", {"los": 1}))))
+        bands_of(read_run_files(copy_run(tmp_path, "bad", set_value("plan.json", "config.run.bands", {"los": 1}))))
 
 
 def test_bands_are_stated_in_an_experiment_and_are_in_the_plan(tmp_path: Path) -> None:
@@ -345,10 +345,10 @@ def test_two_runs_that_failed_before_the_first_step_are_not_the_same(tmp_path: P
             set_value("result.json", key, value)(folder)
 
     reference, other = copy_run(tmp_path, "before", fail), copy_run(tmp_path, "after", fail)
-    comparison = compare(read_evidence(reference), [read_evidence(other)], bands=Bands())
+    comparison = compare(read_run_files(reference), [read_run_files(other)], bands=Bands())
     assert comparison.outcome is Outcome.EQUIVALENT and comparison.judgements[0].reasons == ("not both runs finished",)
 
 
 def test_facts_are_many_and_hold_no_folder(tmp_path: Path) -> None:
-    facts = collect_facts(read_evidence(copy_run(tmp_path, "r")))
+    facts = collect_facts(read_run_files(copy_run(tmp_path, "r")))
     assert len(facts) > 300 and not any(str(tmp_path) in str(value) for value in facts.values())

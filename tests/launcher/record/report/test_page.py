@@ -18,12 +18,12 @@ from PIL import Image
 from launcher.cli import main
 from launcher.config.schema import Bands
 from launcher.errors import ConfigRefused, RunEnded
-from launcher.record.evidence import read_evidence
 from launcher.record.report import page as report
 from launcher.record.report.answers import MOST_SAMPLES, Album, choose_samples, read_picture
 from launcher.record.report.figures import Line, draw_chart, label_tick, round_ticks
 from launcher.record.report.page import compare_for_report, render_csv, render_html, render_markdown, write_report
 from launcher.record.report.timeline import lay_out
+from launcher.record.run_files import read_run_files
 from tests.launcher.planted import Change, copy_run, set_value, stretch
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(1)>\u202e{{ 7*7 }}\ud800\x00\x1b[31m|`code`'
@@ -82,7 +82,7 @@ def collecting() -> Iterator[None]:
 
 
 def page_of(*folders: Path, unlike: bool = False) -> str:
-    runs = [read_evidence(folder) for folder in folders]
+    runs = [read_run_files(folder) for folder in folders]
     comparison, refused = compare_for_report(runs, Bands(), unlike=unlike)
     return render_html(runs, comparison, refused)
 
@@ -126,7 +126,7 @@ def test_what_a_record_says_is_text(tmp_path: Path) -> None:
 
 
 def test_markdown_and_rows_of_a_hostile_record(tmp_path: Path) -> None:
-    runs = [read_evidence(copy_run(tmp_path, "=cmd|' `x`", poisoned))]
+    runs = [read_run_files(copy_run(tmp_path, "=cmd|' `x`", poisoned))]
     text = render_markdown(runs, None, "")
     outside = re.sub(r"(`{3,})\n.*?\n\1|(`+) .*? \2(?!`)|`[^`\n]+`", "", text, flags=re.DOTALL)
     assert "<script" not in outside and "<script" in text and "\x00" not in text
@@ -258,7 +258,7 @@ def test_metrics_and_the_answers_of_a_base_are_shown(tmp_path: Path) -> None:
         {"row": 4, "prompt": "p", "expected": "7", "got": "7", "match": True, "base": EVIL, "scores": {"a" * 999: 1, EVIL: True}},
     ]
     folder = copy_run(tmp_path, "r", answers(rows))
-    shown = choose_samples(read_evidence(folder), Album())
+    shown = choose_samples(read_run_files(folder), Album())
     assert [(one.row, one.base, one.change) for one in shown] == [
         ("2", "eight", "worse"),
         ("1", "eight", "same"),
@@ -266,7 +266,7 @@ def test_metrics_and_the_answers_of_a_base_are_shown(tmp_path: Path) -> None:
         ("4", "", ""),
     ]
     assert [one.scores for one in shown] == ["rouge l 0.75", "", "", "a" * 40 + " 1"]
-    page = render_html([read_evidence(folder)], None, "")
+    page = render_html([read_run_files(folder)], None, "")
     for wanted in ("this is worse", "base: eight", "rouge l 0.75"):
         assert wanted in page
 
@@ -275,12 +275,12 @@ def test_answers_are_bounded_and_wrong_ones_come_first(tmp_path: Path) -> None:
     rows = [
         {"row": n, "prompt": "p" * 9000, "expected": "1", "got": "1", "match": n % 100 != 0, "images": ["a.png"] * 9} for n in range(1, 301)
     ]
-    evidence = read_evidence(copy_run(tmp_path, "r", answers(rows), set_value("plan.json", "spec.data.root", str(tmp_path))))
+    evidence = read_run_files(copy_run(tmp_path, "r", answers(rows), set_value("plan.json", "spec.data.root", str(tmp_path))))
     picture(tmp_path / "a.png", (8, 8))
     shown = choose_samples(evidence, Album())
     assert [sample.row for sample in shown[:3]] == ["100", "200", "300"] and len(shown) == MOST_SAMPLES
     assert len(shown[0].pictures) == 4 and len(shown[0].prompt) < 2100 and shown[0].pictures[0].data
-    odd = read_evidence(copy_run(tmp_path, "odd", answers([{"row": None, "images": "x", "got": [1], "match": "yes"}, {}])))
+    odd = read_run_files(copy_run(tmp_path, "odd", answers([{"row": None, "images": "x", "got": [1], "match": "yes"}, {}])))
     assert [(sample.got, sample.match) for sample in choose_samples(odd, Album())] == [("[1]", False), ("", False)]
 
 
@@ -326,7 +326,7 @@ def test_attempts_and_failures_lie_where_they_were(tmp_path: Path) -> None:
         set_value("result.json", "nodes", [node("a", 0, 40.0), node("spare", 1, 40.0)])(folder)
         set_value("result.json", "seconds", 100.0)(folder)
 
-    evidence = read_evidence(copy_run(tmp_path, "r", two_attempts))
+    evidence = read_run_files(copy_run(tmp_path, "r", two_attempts))
     found = lay_out(evidence)
     bars = {host: [(bar.attempt, round(bar.begin_s), bar.seconds, bar.end) for bar in row] for host, row in found.rows}
     assert bars == {

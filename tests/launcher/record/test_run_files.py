@@ -10,9 +10,9 @@ import pytest
 
 from launcher.config.schema import Bands
 from launcher.errors import ConfigRefused
-from launcher.record import evidence as evidence_module
+from launcher.record import run_files
 from launcher.record.comparison import Outcome
-from launcher.record.evidence import read_evidence
+from launcher.record.run_files import read_run_files
 from launcher.record.verdict import compare
 from tests.launcher.planted import REAL, Change, copy_run, set_value
 from trainer.contract.weight_files import hash_weights
@@ -23,7 +23,7 @@ NO_BANDS = Bands()
 def held(tmp_path: Path, change: Change) -> None:
     """The real run against itself with one change."""
     reference, other = copy_run(tmp_path, "before"), copy_run(tmp_path, "after", change)
-    compare(read_evidence(reference), [read_evidence(other)], bands=NO_BANDS)
+    compare(read_run_files(reference), [read_run_files(other)], bands=NO_BANDS)
 
 
 def cut(name: str) -> Change:
@@ -69,19 +69,19 @@ BROKEN: dict[str, tuple[Change, str]] = {
 def test_weights_that_were_exchanged_in_place_are_found(tmp_path: Path) -> None:
     """The checkpoint's own trainer_state.json still says what the record says."""
     run = copy_run(tmp_path, "run", save_weights(b"trained!"))
-    assert read_evidence(run).problems == ()
+    assert read_run_files(run).problems == ()
     save = write_weights(b"swapped!")
     save(run / "checkpoints/step-000003")
-    assert read_evidence(run).problems[0].startswith("checkpoints/step-000003 holds the weights ")
+    assert read_run_files(run).problems[0].startswith("checkpoints/step-000003 holds the weights ")
     (run / "checkpoints/step-000003/model.safetensors").write_bytes(b"half")
-    assert "checkpoints/step-000003 is not whole: " in read_evidence(run).problems[0]
+    assert "checkpoints/step-000003 is not whole: " in read_run_files(run).problems[0]
 
 
 def test_large_weights_are_read_again_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evidence_module, "MOST_WEIGHT_BYTES", 7)
+    monkeypatch.setattr(run_files, "MAX_WEIGHT_BYTES", 7)
     run = copy_run(tmp_path, "run", save_weights(b"trained!"))
     write_weights(b"swapped!")(run / "checkpoints/step-000003")
-    assert read_evidence(run).problems == () and len(read_evidence(run, every_weight=True).problems) == 1
+    assert read_run_files(run).problems == () and len(read_run_files(run, every_weight=True).problems) == 1
 
 
 def save_weights(values: bytes) -> Change:
@@ -137,16 +137,16 @@ def test_a_sealed_record_that_was_edited_is_refused(tmp_path: Path, name: str) -
     sealed = REAL.with_name("2")
     for run in ("before", "after"):
         shutil.copytree(sealed, tmp_path / run)
-    assert compare(read_evidence(tmp_path / "before"), [read_evidence(tmp_path / "after")], bands=NO_BANDS).outcome is Outcome.SAME
+    assert compare(read_run_files(tmp_path / "before"), [read_run_files(tmp_path / "after")], bands=NO_BANDS).outcome is Outcome.SAME
     content = (tmp_path / "after" / name).read_text()
     head, _, tail = content.rpartition("1")
     (tmp_path / "after" / name).write_text(f"{head}2{tail}")
     with pytest.raises(ConfigRefused, match=rf"{name} was edited"):
-        compare(read_evidence(tmp_path / "before"), [read_evidence(tmp_path / "after")], bands=NO_BANDS)
+        compare(read_run_files(tmp_path / "before"), [read_run_files(tmp_path / "after")], bands=NO_BANDS)
 
 
 def test_each_thing_that_is_wrong_is_told_once(tmp_path: Path) -> None:
     """Where the seal says that a file is missing, nobody else does."""
     run = Path(shutil.copytree(REAL.with_name("2"), tmp_path / "run"))
     (run / "environment.json").unlink()
-    assert "\n".join(read_evidence(run).problems).count("environment.json is missing") == 1
+    assert "\n".join(read_run_files(run).problems).count("environment.json is missing") == 1
