@@ -16,7 +16,7 @@ from launcher.errors import ConfigRefused, suggest
 from launcher.image.stack import Image, load_stacks
 from launcher.plan.commands import FOLDER_VARIABLE, RUN_VARIABLE, node_commands
 from launcher.plan.plan import LocalContext, Plan, carry_over, make_plan
-from launcher.record.record import Precedent
+from launcher.record.record import OriginalRun
 from launcher.record.recorded_run import RecordedRun
 from launcher.redact import give_credentials, without_masked
 from trainer.contract import SPEC_FILE, Expectation, TrainSpec, decode, facts_of, kind_of
@@ -35,7 +35,7 @@ class Rerun:
 
     plan: Plan
     project: Path
-    precedent: Precedent
+    original: OriginalRun
     notes: tuple[str, ...]
 
 
@@ -75,7 +75,7 @@ def plan_rerun(
     return Rerun(
         plan=replace(plan, spec=replace(plan.spec, expects=expects)),
         project=tree.project,
-        precedent=Precedent(folder=recorded.folder, older=tree.is_recorded),
+        original=OriginalRun(folder=recorded.folder, older=tree.is_recorded),
         notes=(*describe_tree(recorded, tree), *describe_unknown(recorded, expects)),
     )
 

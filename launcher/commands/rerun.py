@@ -89,7 +89,7 @@ def carry_out(rerun: "Rerun", arguments: argparse.Namespace) -> Any:
 
     opened = open_examined(rerun.plan, local_context(rerun.project), os.environ, say=arguments.say, terminal=sys.stdout.isatty())
     with opened as (plan, desk):
-        record = launch(plan, read_source(rerun.project), desk, detach=arguments.detach, precedent=rerun.precedent)
+        record = launch(plan, read_source(rerun.project), desk, detach=arguments.detach, original=rerun.original)
         return record, plan
 
 

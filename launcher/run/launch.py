@@ -15,7 +15,7 @@ from launcher.record.record import (
     PLAN_FILE,
     Attempt,
     Failure,
-    Precedent,
+    OriginalRun,
     Record,
     Status,
     checkpoint_place,
@@ -48,13 +48,13 @@ VERBS = {
 }
 
 
-def launch(plan: Plan, source: SourceTree, desk: Session, *, detach: bool = False, precedent: Precedent | None = None) -> Record | None:
+def launch(plan: Plan, source: SourceTree, desk: Session, *, detach: bool = False, original: OriginalRun | None = None) -> Record | None:
     """Run to the end and return the record; None when the run goes on by itself (`detach`). Raises ConfigRefused before anything is made
     when the plan may not be launched; any other LaunchError comes after its record was written."""
     refuse(plan.verdict, launching=True, overrides=plan.overrides)
     lock = desk.project / "images" / plan.image.lock if plan.image.lock else None
     try:
-        folder, started = open_run(plan, source.state, diff=source.diff, lock=lock, precedent=precedent), utc_now()
+        folder, started = open_run(plan, source.state, diff=source.diff, lock=lock, original=original), utc_now()
     except OSError as error:
         raise RunEnded(
             f"{plan.folder} could not be written: {error.strerror}. Free room there, and launch again; nothing was started"

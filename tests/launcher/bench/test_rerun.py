@@ -248,7 +248,7 @@ def test_an_older_trainer_gets_a_spec_that_it_can_read(recorded: RecordedRun, tm
     raw = json.loads((GOLDEN / "1/spec.json").read_text())
     assert "expects" not in raw
     made = rerun(recorded, tree=Tree(project=PROJECT, why="moved on", is_recorded=True))
-    assert made.plan.spec.expects is None and "does not check what it finds" in made.notes[-1] and made.precedent.older
+    assert made.plan.spec.expects is None and "does not check what it finds" in made.notes[-1] and made.original.older
     written = json.loads(encode_spec(made.plan.spec, like=GOLDEN / "1/spec.json"))
     assert written.keys() == raw.keys() and decode(TrainSpec, written) == made.plan.spec
 

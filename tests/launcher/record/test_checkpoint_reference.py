@@ -77,14 +77,14 @@ def test_a_run_without_a_whole_checkpoint_is_refused(run: Path, tmp_path: Path) 
     with pytest.raises(ConfigRefused, match=r"stage\.checkpoint=R: that run saved no checkpoint\. See .*result\.json"):
         resolved(config_for("R"), tmp_path)
     save(run, 10, whole=False)
-    with pytest.raises(ConfigRefused, match=r"no checkpoint of that run is whole: step-000010: weights missing or not of the size"):
+    with pytest.raises(ConfigRefused, match=r"no checkpoint of that run is complete: step-000010: weights missing or not of the size"):
         resolved(config_for("R"), tmp_path)
 
 
 def test_a_checkpoint_that_is_nowhere_is_refused_where_that_can_be_seen(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some/folder").mkdir(parents=True)
-    with pytest.raises(ConfigRefused, match=r"stage\.checkpoint=Q: neither a run of .*valid are: R"):
+    with pytest.raises(ConfigRefused, match=r"stage\.checkpoint=Q: neither a run in .*valid are: R"):
         resolved(config_for("Q"), tmp_path)
     for text in ("some/foldr", "n" * 300, "/nowhere/at/all"):
         with pytest.raises(ConfigRefused, match=r"neither a run .* nor a folder"):
@@ -106,11 +106,11 @@ def test_a_checkpoint_of_this_machine_is_brought_to_nodes_elsewhere(run: Path, t
 def test_a_remote_run_is_gone_on_with_on_the_node_that_has_it(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
     remote_run(tmp_path, plan_for())
     assert resolved(config_for("R", hosts=("gpu1",)), tmp_path) == f"{REMOTE}/checkpoints/step-000007"
-    with pytest.raises(ConfigRefused, match=r"it lies on gpu1 alone, and the other nodes have it not: gpu2.*scp -r gpu1:/srv/"):
+    with pytest.raises(ConfigRefused, match=r"the checkpoint is on gpu1 only, and these nodes of the run do not have it: gpu2.*scp -r gpu1:/srv/"):
         resolved(config_for("R", hosts=("gpu1", "gpu2")), tmp_path)
-    with pytest.raises(ConfigRefused, match=r"it lies on gpu1, and no node of this run is that one"):
+    with pytest.raises(ConfigRefused, match=r"the checkpoint is on gpu1, which is not a node of this run"):
         resolved(config_for("R", hosts=("gpu2",)), tmp_path)
-    with pytest.raises(ConfigRefused, match=r"it lies on gpu1, and no node"):
+    with pytest.raises(ConfigRefused, match=r"the checkpoint is on gpu1, which is not"):
         resolved(config_for("R"), tmp_path)
 
 
@@ -135,5 +135,5 @@ def test_a_node_without_a_name_is_written_as_scp_does(tmp_path: Path) -> None:
 def test_a_folder_on_a_node_is_named_as_scp_does(text: str, tmp_path: Path) -> None:
     assert resolved(config_for(text, hosts=("gpu1",)), tmp_path) == "/srv/c/step-000001"
     assert resolved(config_for(text, "cluster.shared=true", hosts=("gpu1", "gpu2")), tmp_path) == "/srv/c/step-000001"
-    with pytest.raises(ConfigRefused, match="it lies on gpu1, and no node of this run is that one"):
+    with pytest.raises(ConfigRefused, match="the checkpoint is on gpu1, which is not a node of this run"):
         resolved(config_for(text, hosts=("gpu2",)), tmp_path)

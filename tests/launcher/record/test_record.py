@@ -42,7 +42,7 @@ def test_everything_is_there_before_anything_happens(plan: Plan) -> None:
 
 def test_a_run_is_never_overwritten(plan: Plan) -> None:
     folder = open_run(plan, SOURCE)
-    with pytest.raises(ConfigRefused, match="is there already"):
+    with pytest.raises(ConfigRefused, match="exists already"):
         open_run(plan, SOURCE)
     assert (folder / "plan.json").exists()
 
