@@ -9,7 +9,7 @@ from launcher.bench.result import PublishedResult, is_unsteady, read_results, re
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused
 from launcher.image.docs import markdown
-from launcher.record.comparable import FactKind, find_differences, flatten, kind_of
+from launcher.record.comparable import ComparableKind, find_differences, flatten, kind_of
 
 BEGIN, END = "<!-- omnilaunch bench --matrix: begin -->", "<!-- omnilaunch bench --matrix: end -->"
 HEAD = ("cell", "hardware", "what", "ran", "samples/s", "memory", "final loss", "exact match", "repeats equal to the bit")
@@ -72,7 +72,7 @@ def describe_devices(result: PublishedResult) -> str:
 def has_changed(result: PublishedResult, config: Config) -> bool:
     """Whether the cell of now would compute something else. A key that only one of the two has is of a version that did not know it."""
     facts = [dict(flatten(plain, "config")) for plain in (result.config, published_config(config))]
-    return any(found.known and kind_of(found.key) is not FactKind.FREE for found in find_differences(facts[0], facts[1]))
+    return any(found.known and kind_of(found.key) is not ComparableKind.FREE for found in find_differences(facts[0], facts[1]))
 
 
 def put_matrix(text: str, table: str) -> str:

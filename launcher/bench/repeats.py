@@ -17,7 +17,7 @@ from launcher.bench.measure import canonical_data, measure_run
 from launcher.bench.result import Repeat
 from launcher.errors import ConfigRefused, LaunchError, RecordRefused
 from launcher.plan.plan import Plan, to_plain
-from launcher.record.comparable import FactKind, find_differences, flatten, kind_of
+from launcher.record.comparable import ComparableKind, find_differences, flatten, kind_of
 from launcher.record.index import list_entries, read_entry, tag_run
 from launcher.record.lock import hold_lock, is_locked
 from launcher.record.reader import read_object
@@ -111,7 +111,7 @@ def differing(recorded: RecordedRun, plan: Plan, source: SourceState) -> tuple[s
 
 
 def weighs(key: str) -> bool:
-    return kind_of(key) is not FactKind.FREE or key.startswith("config.run.bands")
+    return kind_of(key) is not ComparableKind.FREE or key.startswith("config.run.bands")
 
 
 def carry_on(

@@ -243,11 +243,11 @@ def read_share(text: str, where: str) -> float:
 
 def refuse_unknown(allow: Sequence[str], runs: "Sequence[RunFiles]") -> None:
     """Raises ConfigRefused for what is allowed to differ and is no fact of any run: a slip would hide nothing, and be believed to."""
-    from launcher.record.comparable import ALLOWANCES, collect_facts, fits
+    from launcher.record.comparable import ALLOWANCES, collect_comparables, matches
 
-    keys = {key for run in runs for key in collect_facts(run)} if allow else set()
+    keys = {key for run in runs for key in collect_comparables(run)} if allow else set()
     for word in allow:
-        if word not in ALLOWANCES and not any(fits(key, (word,)) for key in keys):
+        if word not in ALLOWANCES and not any(matches(key, (word,)) for key in keys):
             raise ConfigRefused(
                 f"--allow {word}: no fact of these runs is called so; {suggest(word, ALLOWANCES)}, or patterns of keys as --json has them"
             )

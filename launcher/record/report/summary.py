@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from launcher.record.comparable import collect_facts, text_of
+from launcher.record.comparable import collect_comparables, text_of
 from launcher.record.reader import nested
 from launcher.record.run_files import RunFiles
 
@@ -75,7 +75,7 @@ def list_environment(run: RunFiles) -> tuple[tuple[str, str], ...]:
 
 def list_details(run: RunFiles) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
     """All facts, in parts that a reader opens one by one."""
-    facts = collect_facts(run)
+    facts = collect_comparables(run)
     parts: dict[str, list[tuple[str, str]]] = {}
     for key, value in facts.items():
         title = next((title for prefix, title in DETAILS.items() if key.startswith(prefix)), "other facts")

@@ -15,7 +15,7 @@ from launcher.config.schema import Bands
 from launcher.errors import ConfigRefused
 from launcher.image.stack import load_stacks
 from launcher.plan.plan import make_plan
-from launcher.record.comparable import FactKind, collect_facts, find_differences, kind_of
+from launcher.record.comparable import ComparableKind, collect_comparables, find_differences, kind_of
 from launcher.record.comparison import Comparison, Level, Outcome, comparison_json, describe_comparison
 from launcher.record.noise import interval
 from launcher.record.run_files import bands_of, read_run_files
@@ -87,14 +87,14 @@ PLANTED: dict[str, tuple[Change, str]] = {
         "throughput -5.00%, outside the stated band of 3.00%",
     ),
     "more memory": (set_rows(lambda row: row | {"peak_bytes": row["peak_bytes"] * 2}), "memory +100.00%, outside the stated band of 5.00%"),
-    "exchanged weights": (other_weights, "the rows are equal and the final weights are not"),
-    "one row": (set_rows(lambda row: row | {"loss": row["loss"] + (row["step"] == 2) * 1e-15}), "the rows part at step 2 (loss)"),
-    "a gradient": (set_rows(lambda row: row | {"grad_norm": row["grad_norm"] + (row["step"] == 3)}), "the rows part at step 3 (grad_norm)"),
+    "exchanged weights": (other_weights, "the metrics rows are equal but the final weights are not"),
+    "one row": (set_rows(lambda row: row | {"loss": row["loss"] + (row["step"] == 2) * 1e-15}), "the metrics rows differ from step 2 on (loss)"),
+    "a gradient": (set_rows(lambda row: row | {"grad_norm": row["grad_norm"] + (row["step"] == 3)}), "the metrics rows differ from step 3 on (grad_norm)"),
     "a driver": (set_value("environment.json", "driver", "570.1"), "environment.driver:  -> 570.1"),
     "a chip": (set_value("environment.json", "devices", ["vm cuda 0: NVIDIA H200"]), "environment.devices: "),
     "an evaluation": (
         both(set_value("result.json", "evaluation.exact_match", 0.5), set_value("train_result.json", "evaluation.exact_match", 0.5)),
-        "exact_match differs though the weights are equal",
+        "exact_match differs although the weights are equal",
     ),
 }
 
@@ -142,8 +142,8 @@ def test_a_host_in_what_a_rank_says_is_no_difference() -> None:
     evidence = read_run_files(REAL.with_name("2"))
     ranks = [rank | {"hostname": "other", "device": f"other {rank['device'].partition(' ')[2]}"} for rank in evidence.environment["ranks"]]
     moved = replace(evidence, files={**evidence.files, "environment.json": {**evidence.environment, "ranks": ranks}})
-    differences = find_differences(collect_facts(evidence), collect_facts(moved))
-    assert ranks and [found.key for found in differences] == ["environment.ranks.0.hostname"] and not differences[0].weighs
+    differences = find_differences(collect_comparables(evidence), collect_comparables(moved))
+    assert ranks and [found.key for found in differences] == ["environment.ranks.0.hostname"] and not differences[0].matters
 
 
 def test_the_file_that_changed_is_named_where_the_record_has_them(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_the_file_that_changed_is_named_where_the_record_has_them(tmp_path: Path
     reference, other = copy_run(tmp_path, "before", inputs("b")), copy_run(tmp_path, "after", inputs("c"), other_data)
     comparison = compare(read_run_files(reference), [read_run_files(other)], bands=Bands())
     (judgement,) = comparison.judgements
-    assert [found.key for found in judgement.differences if found.weighs] == ["inputs.data.digits/images/0001.png", "data.sha256"]
+    assert [found.key for found in judgement.differences if found.matters] == ["inputs.data.digits/images/0001.png", "data.sha256"]
 
 
 def test_the_first_environment_fact_and_the_first_step_are_named(tmp_path: Path) -> None:
@@ -181,24 +181,24 @@ def test_a_commit_whose_image_has_the_same_files_is_the_same_code(tmp_path: Path
     """As a rerun sees it, which takes such a tree for the recorded one."""
     comparison = held(tmp_path, set_value("source.json", "commit", "c0ffee"))
     assert comparison.outcome is Outcome.EQUIVALENT
-    assert comparison.judgements[0].reasons == ("source.commit is allowed to differ: the files of the image are the same",)
+    assert comparison.judgements[0].reasons == ("source.commit may differ: the files of the image are the same",)
 
 
 def test_what_is_allowed_makes_equivalent_at_best(tmp_path: Path) -> None:
     comparison = held(tmp_path, set_value("environment.json", "packages.torch", "2.12.0"), allow=["image"])
-    assert comparison.outcome is Outcome.EQUIVALENT and "is allowed to differ" in describe_comparison(comparison)
+    assert comparison.outcome is Outcome.EQUIVALENT and "environment.packages.torch may differ (--allow)" in describe_comparison(comparison)
 
 
 def test_other_hardware_is_equivalent_within_a_stated_band(tmp_path: Path) -> None:
     changes = (set_value("plan.json", "config.hardware.name", "h200"), set_value("environment.json", "driver", "570.1"), other_losses)
     assert held(tmp_path / "a", *changes, allow=["hardware"], bands=Bands(loss=0.02)).outcome is Outcome.EQUIVALENT
     outside = held(tmp_path / "b", *changes, allow=["hardware"], bands=Bands(loss=0.005))
-    assert outside.outcome is Outcome.DIFFERENT and "1.000% apart" in describe_comparison(outside)
+    assert outside.outcome is Outcome.DIFFERENT and "at most 1.000% difference" in describe_comparison(outside)
 
 
 def test_without_band_or_repeats_nothing_is_called_noise(tmp_path: Path) -> None:
     comparison = held(tmp_path, other_losses)
-    assert comparison.outcome is Outcome.DIFFERENT and comparison.judgements[0].losses.level is Level.TOLD
+    assert comparison.outcome is Outcome.DIFFERENT and comparison.judgements[0].losses.level is Level.NOT_JUDGED
     assert "state a band" in describe_comparison(comparison)
 
 
@@ -219,13 +219,13 @@ def test_what_one_side_did_not_record_is_not_known(tmp_path: Path) -> None:
 
     comparison = held(tmp_path, forget)
     assert comparison.outcome is Outcome.EQUIVALENT
-    assert "config.strategy.kernels was not recorded on both sides" in describe_comparison(comparison)
+    assert "config.strategy.kernels is not in both records" in describe_comparison(comparison)
 
 
 def test_two_dirty_trees_are_not_known_to_be_one(tmp_path: Path) -> None:
     reference, other = copy_run(tmp_path, "before", dirty), copy_run(tmp_path, "after", dirty)
     comparison = compare(read_run_files(reference), [read_run_files(other)], bands=Bands())
-    assert comparison.outcome is Outcome.EQUIVALENT and "source.diff was not recorded" in describe_comparison(comparison)
+    assert comparison.outcome is Outcome.EQUIVALENT and "source.diff is not in both records" in describe_comparison(comparison)
 
 
 @pytest.mark.parametrize(
@@ -243,19 +243,19 @@ def test_changes_outside_the_code_make_no_two_runs_different(tmp_path: Path, sou
             set_value("result.json", f"source.{key}", value)(folder)
 
     runs = [copy_run(tmp_path, name, set_value("source.json", "record_schema", 2), *changes) for name, changes in (("a", ()), ("b", (change,)))]
-    facts = [collect_facts(read_run_files(run)) for run in runs]
-    assert not [found for found in find_differences(facts[0], facts[1]) if found.weighs]
-    assert not [found for found in find_differences(facts[1], facts[0]) if found.weighs]
+    facts = [collect_comparables(read_run_files(run)) for run in runs]
+    assert not [found for found in find_differences(facts[0], facts[1]) if found.matters]
+    assert not [found for found in find_differences(facts[1], facts[0]) if found.matters]
 
 
 def test_a_key_in_an_object_that_was_empty_is_one_difference() -> None:
     (found,) = find_differences({"config.stage.optimizer.group_lr": {}}, {"config.stage.optimizer.group_lr.vision": 1e-6})
-    assert found.key == "config.stage.optimizer.group_lr.vision" and found.weighs
+    assert found.key == "config.stage.optimizer.group_lr.vision" and found.matters
 
 
 def test_a_fact_that_nobody_knows_must_match() -> None:
-    assert kind_of("environment.something.new") is FactKind.ENVIRONMENT and kind_of("data.something") is FactKind.INPUT
-    assert [found.weighs for found in find_differences({"environment.x": 1}, {"environment.x": 1.0})] == [True]
+    assert kind_of("environment.something.new") is ComparableKind.ENVIRONMENT and kind_of("data.something") is ComparableKind.INPUT
+    assert [found.matters for found in find_differences({"environment.x": 1}, {"environment.x": 1.0})] == [True]
 
 
 # ------------------------------------------------------------------------------------------------------- repeats and bands
@@ -298,7 +298,7 @@ def test_a_slowdown_of_5_percent_is_found_ten_times_out_of_ten_and_no_other_is(t
 
 def test_two_runs_more_are_too_few_to_measure_noise(tmp_path: Path) -> None:
     runs = [read_run_files(repeat(tmp_path, f"repeat-{seed}", seed)) for seed in range(3)]
-    assert {judgement.losses.level for judgement in compare(runs[0], runs[1:], bands=Bands()).judgements} == {Level.TOLD}
+    assert {judgement.losses.level for judgement in compare(runs[0], runs[1:], bands=Bands()).judgements} == {Level.NOT_JUDGED}
 
 
 def test_the_interval_holds_999_of_1000() -> None:
@@ -350,5 +350,5 @@ def test_two_runs_that_failed_before_the_first_step_are_not_the_same(tmp_path: P
 
 
 def test_facts_are_many_and_hold_no_folder(tmp_path: Path) -> None:
-    facts = collect_facts(read_run_files(copy_run(tmp_path, "r")))
+    facts = collect_comparables(read_run_files(copy_run(tmp_path, "r")))
     assert len(facts) > 300 and not any(str(tmp_path) in str(value) for value in facts.values())
