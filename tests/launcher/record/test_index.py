@@ -71,7 +71,7 @@ def test_figures_keep_what_they_say(runs: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"schema": 99}', f'{{"schema": {SCHEMA}}}', '{"seconds": ' + "9" * 5000 + "}"])
 def test_a_broken_record_is_called_broken(plan_for: Callable[..., Plan], tmp_path: Path, text: str) -> None:
     folder = open_run(plan_for(f"cluster.root={tmp_path}"), SourceState(commit="", dirty=False))
-    assert "no record: under way" in describe_entries(list_entries(folder.parent))
+    assert "no record: still running" in describe_entries(list_entries(folder.parent))
     (folder / "result.json").write_text(text, encoding="utf-8")
     (line,) = describe_entries(list_entries(folder.parent)).splitlines()
     assert line.startswith("R ") and "result.json cannot be read: " in line
@@ -115,8 +115,8 @@ def test_the_verb_and_its_refusals(runs: Path, monkeypatch: pytest.MonkeyPatch, 
     assert main(["runs", "model=x"]) == 0 and "none of 5 runs" in capsys.readouterr().out
     for words, said in (
         (["runs", "--status", "done"], "valid are"),
-        (["runs", "lst"], "is no KEY=VALUE"),
-        (["runs", "run.sed=1"], "the config of no run has 'run.sed'"),
+        (["runs", "lst"], "is not KEY=VALUE"),
+        (["runs", "run.sed=1"], "the config of no run has the key 'run.sed'"),
         (["runs", "--yes"], "--yes is an option of: omnilaunch runs prune"),
         (["runs", "--keep", "3"], "--keep is an option of: omnilaunch runs prune"),
         (["runs", "tag", "a"], "name a run and its tags"),
@@ -199,7 +199,7 @@ def test_what_another_run_stands_on_stays(runs: Path, change: Change) -> None:
     change(runs / "e")
     every = list_entries(runs)
     chosen = choose(every, [entry for entry in every if entry.run_id == "a"], Rule(keep=0), NOW)
-    assert chosen.removed == () and chosen.kept == {"a": "e stand(s) on it"}
+    assert chosen.removed == () and chosen.kept == {"a": "needed by e"}
 
 
 def test_what_else_stays(runs: Path) -> None:
@@ -215,8 +215,8 @@ def test_what_else_stays(runs: Path) -> None:
         "a": "tagged best",
         "b": "it has no record",
         "c": "result.json cannot be read",
-        "link": "its folder is a link",
-        "e": "a launcher is at work on it",
+        "link": "its folder is a symbolic link",
+        "e": "a launcher supervises it",
     }
 
 
@@ -225,7 +225,7 @@ def test_prune_says_first_and_removes_when_told(runs: Path, monkeypatch: pytest.
     set_value("plan.json", "config.stage.checkpoint", "b")(runs / "e")
     assert main(["runs", "prune", "--keep", "2"]) == 0
     told = capsys.readouterr().out
-    assert "stays: b: e stand(s) on it" in told and "nothing was removed" in told and names_in(runs) == list("abcde")
+    assert "stays: b: needed by e" in told and "nothing was removed" in told and names_in(runs) == list("abcde")
     assert main(["runs", "prune", "--keep", "2", "--yes"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == ["removed c", "removed a"] and names_in(runs) == list("bde")
     assert main(["runs", "prune", "--keep", "2", "--yes"]) == 0 and "nothing is to be removed" in capsys.readouterr().out
@@ -242,7 +242,7 @@ def test_what_cannot_be_removed_is_named_and_the_others_go(runs: Path, monkeypat
 
     monkeypatch.setattr(Path, "rename", rename)
     gone = []
-    with pytest.raises(RunEnded, match=r"1 run\(s\) could not be removed whole.*\n.*/a: Permission denied"):
+    with pytest.raises(RunEnded, match=r"1 run\(s\) could not be removed.*\n.*/a: Permission denied"):
         for name in remove_runs(every[:2]):
             gone.append(name)
     assert gone == ["b"] and (runs / "a" / "plan.json").is_file() and not (runs / "b").exists()
