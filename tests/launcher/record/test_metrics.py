@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.record.metrics import Curve, first_difference, parse_lines, read_curve, reduce_points, speed_of, window_means
+from launcher.record.metrics import Curve, first_difference, parse_lines, read_curve, reduce_points, window_means
 from trainer.contract import StepRow
 
 ROWS = [
@@ -38,8 +38,8 @@ def test_a_line_that_is_no_row_is_left_out_and_told(tmp_path: Path, line: str) -
     whole = [json.dumps(row.__dict__) for row in ROWS]
     curve = read_curve(write(tmp_path / "metrics.jsonl", whole[0], line, *whole[2:]))
     assert curve.step == (1, 3, 4) and curve.problems == (
-        "metrics.jsonl: 1 line(s) are no row",
-        "metrics.jsonl: the row before that of step 3 is missing or is another one",
+        "metrics.jsonl: 1 line(s) are not whole rows",
+        "metrics.jsonl: the row before step 3 is missing or has another step",
     )
 
 
@@ -54,9 +54,9 @@ def test_the_speed_is_that_after_the_warm_up() -> None:
     curve = Curve(
         step=steps, samples=(8,) * 100, tokens=(64,) * 100, seconds=(9.0,) * 10 + (0.5,) * 89 + (30.0,), peak_bytes=steps, loss=(1.0,) * 100
     )
-    speed = speed_of(curve)
+    speed = curve.speed
     assert speed is not None and (speed.steps, speed.samples_per_s, speed.tokens_per_s, speed.peak_bytes) == (90, 16.0, 128.0, 100)
-    assert speed_of(Curve()) is None
+    assert Curve().speed is None
 
 
 def test_means_differences_and_points() -> None:

@@ -19,7 +19,7 @@ from launcher.cli import main
 from launcher.config.schema import Bands
 from launcher.errors import ConfigRefused, RunEnded
 from launcher.record.report import page as report
-from launcher.record.report.answers import MOST_SAMPLES, Album, choose_samples, read_picture
+from launcher.record.report.answers import MAX_SAMPLES, ImageBudget, choose_samples, read_picture
 from launcher.record.report.figures import Line, draw_chart, label_tick, round_ticks
 from launcher.record.report.page import compare_for_report, render_csv, render_html, render_markdown, write_report
 from launcher.record.report.timeline import lay_out
@@ -145,7 +145,7 @@ def test_it_stands_by_itself(tmp_path: Path) -> None:
 def test_it_shows_what_a_reader_asks_for(tmp_path: Path) -> None:
     page = page_of(copy_run(tmp_path, "r"))
     words = "".join(Page(page).words)
-    for wanted in ("finished", "3 of 3", "loss", "learning rate", "samples a second", "memory, GiB", "localhost", "Which digit is this?"):
+    for wanted in ("finished", "3 of 3", "loss", "learning rate", "samples per second", "memory, GiB", "localhost", "Which digit is this?"):
         assert wanted in words, wanted
     assert "torch.distributed.run" in words and "OMP_NUM_THREADS" in words and "2.13.0+cpu" in words
     assert page.count('class="chart"') == 4
@@ -166,7 +166,7 @@ def test_a_record_that_is_not_whole_is_shown_and_called_so(tmp_path: Path, name:
     (gone / name).unlink()
     half = copy_run(tmp_path / "b", "r")
     (half / name).write_bytes((half / name).read_bytes()[:-20])
-    assert "the record is not whole" in page_of(half)
+    assert "the record is damaged" in page_of(half)
     assert "r" in page_of(gone)
 
 
@@ -258,7 +258,7 @@ def test_metrics_and_the_answers_of_a_base_are_shown(tmp_path: Path) -> None:
         {"row": 4, "prompt": "p", "expected": "7", "got": "7", "match": True, "base": EVIL, "scores": {"a" * 999: 1, EVIL: True}},
     ]
     folder = copy_run(tmp_path, "r", answers(rows))
-    shown = choose_samples(read_run_files(folder), Album())
+    shown = choose_samples(read_run_files(folder), ImageBudget())
     assert [(one.row, one.base, one.change) for one in shown] == [
         ("2", "eight", "worse"),
         ("1", "eight", "same"),
@@ -277,16 +277,16 @@ def test_answers_are_bounded_and_wrong_ones_come_first(tmp_path: Path) -> None:
     ]
     evidence = read_run_files(copy_run(tmp_path, "r", answers(rows), set_value("plan.json", "spec.data.root", str(tmp_path))))
     picture(tmp_path / "a.png", (8, 8))
-    shown = choose_samples(evidence, Album())
-    assert [sample.row for sample in shown[:3]] == ["100", "200", "300"] and len(shown) == MOST_SAMPLES
+    shown = choose_samples(evidence, ImageBudget())
+    assert [sample.row for sample in shown[:3]] == ["100", "200", "300"] and len(shown) == MAX_SAMPLES
     assert len(shown[0].pictures) == 4 and len(shown[0].prompt) < 2100 and shown[0].pictures[0].data
     odd = read_run_files(copy_run(tmp_path, "odd", answers([{"row": None, "images": "x", "got": [1], "match": "yes"}, {}])))
-    assert [(sample.got, sample.match) for sample in choose_samples(odd, Album())] == [("[1]", False), ("", False)]
+    assert [(sample.got, sample.match) for sample in choose_samples(odd, ImageBudget())] == [("[1]", False), ("", False)]
 
 
 def test_the_pictures_of_a_page_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.record.report.answers.MOST_PAGE_BYTES", 100)
-    album = Album()
+    monkeypatch.setattr("launcher.record.report.answers.MAX_PAGE_BYTES", 100)
+    album = ImageBudget()
     found = [album.take(picture(tmp_path / f"{n}.png", (8, 8)), str(n)) for n in range(3)]
     assert [bool(one.data) for one in found] == [True, False, False] or sum(len(one.data) for one in found) < 500
 
@@ -334,7 +334,7 @@ def test_attempts_and_failures_lie_where_they_were(tmp_path: Path) -> None:
         "b": [(1, 10, 25.0, "failed")],
         "spare": [(2, 60, 40.0, "ended")],
     }
-    assert found.failures == ("attempt 1: rank 2 on b failed first: out of memory\ndo: free memory\nthe last line",)
+    assert found.failures == ("attempt 1: rank 2 on b failed first: out of memory\nwhat to do: free memory\nthe last line",)
     page = page_of(tmp_path / "r")
     assert 'class="killed"' in page and "out of memory" in page and "left:60.0%;width:40.0%" in page
 
@@ -345,7 +345,7 @@ def test_attempts_and_failures_lie_where_they_were(tmp_path: Path) -> None:
 def test_nothing_is_overwritten_by_itself(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     write_report("one", path, replace=False)
-    with pytest.raises(ConfigRefused, match=r"is there already.*--replace"):
+    with pytest.raises(ConfigRefused, match=r"exists already.*--replace"):
         write_report("two", path, replace=False)
     assert path.read_text() == "one"
     write_report("two", path, replace=True)
@@ -374,7 +374,7 @@ def test_the_verbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "outside the stated band" in capsys.readouterr().out
     assert main(["compare", "a", "b", "--json"]) == 0 and json.loads(capsys.readouterr().out)["outcome"] == "same"
     assert main(["report", "a", "b"]) == 0 and (tmp_path / "report-a-and-1-more.html").stat().st_size > 20_000
-    assert main(["report", "a", "b"]) == 2 and "is there already" in capsys.readouterr().err
+    assert main(["report", "a", "b"]) == 2 and "exists already" in capsys.readouterr().err
     plain = copy_run(tmp_path / "runs", "q")
     planted = copy_run(tmp_path / "runs", "p", set_value("environment.json", "packages.numpy", "0.1"))
     for words, verdict in (((), "verdict: different"), (("--allow", "environment.packages.numpy"), "verdict: equivalent")):
