@@ -87,7 +87,7 @@ def measure_cell(arguments: argparse.Namespace, name: str, words: list[str], fol
     """Everything that could stop it is looked at before the first run."""
     from launcher.bench.cell import load_cell
     from launcher.bench.measure import publish
-    from launcher.bench.repeats import carry_on, hold, load_repeats
+    from launcher.bench.repeats import load_repeats, lock_runs, run_repeats
     from launcher.bench.result import append_result, read_results, require_writable, results_file
     from launcher.record.record import utc_now
     from launcher.record.source import read_source
@@ -100,7 +100,7 @@ def measure_cell(arguments: argparse.Namespace, name: str, words: list[str], fol
     runs = Path(plan_cell(cell, name).folder).parent
     gc.enable()  # from here on it may be hours
     again = join_command("bench", name, words, arguments, "dirty", "results")
-    with hold(runs):
+    with lock_runs(runs):
         series = open_series(cell, source, runs, published, again, anew=arguments.anew)
         if len(series.done) < cell.config.run.repeats:
             require_devices(plan_cell(cell, name), arguments.say)
@@ -109,7 +109,7 @@ def measure_cell(arguments: argparse.Namespace, name: str, words: list[str], fol
             require_unchanged(source)
             return launch_run(plan_cell(cell, run_id), source, arguments.say)
 
-        repeats = carry_on(
+        repeats = run_repeats(
             series, cell.config.run.repeats, carry_out, tags=(name,), again=again, say=arguments.say, here=is_here(cell.config.cluster)
         )
         result = publish(series.name, name, repeats, load_repeats(runs, repeats), dirty=dirty, made_at=utc_now())
@@ -213,9 +213,9 @@ def launch_run(plan: "Plan", source: "SourceTree", say: Callable[[str], None]) -
 
 
 def rerun_bench(arguments: argparse.Namespace) -> int:
-    from launcher.bench.repeats import Series, carry_on, hold, name_series
+    from launcher.bench.repeats import Series, lock_runs, name_series, run_repeats
     from launcher.bench.result import find_result
-    from launcher.bench.verdict import bands_of, describe_reproduction, judge, told_facts
+    from launcher.bench.verdict import bands_of, describe_reproduction, judge, with_all_facts
     from launcher.record.record import utc_now
 
     result = find_result(arguments.result, Path(arguments.results) if arguments.results else RESULTS)
@@ -227,7 +227,7 @@ def rerun_bench(arguments: argparse.Namespace) -> int:
         arguments.say(note)
     runs = Path(first.plan.folder).parent
     gc.enable()
-    with hold(runs):
+    with lock_runs(runs):
         require_devices(first.plan, arguments.say)
         series = Series(name=name_series(f"rerun-{result.experiment}", utc_now(), pid=os.getpid()), runs=runs)
 
@@ -237,9 +237,9 @@ def rerun_bench(arguments: argparse.Namespace) -> int:
         options = ("repeats", "reason", "accept", "results")
         again = f"{join_command('bench-rerun', result.result_id, arguments.words, arguments, *options)} (from its first repeat)"
         tags, here = (result.experiment, "bench-rerun"), is_here(first.plan.config.cluster)
-        repeats = carry_on(series, wanted, carry_out, tags=tags, again=again, say=arguments.say, here=here)
-    found = judge(told_facts(result), repeats, facts_now(runs, repeats), fewer=fewer)
-    arguments.say(f"\n{describe_reproduction(found, told_facts(result))}")
+        repeats = run_repeats(series, wanted, carry_out, tags=tags, again=again, say=arguments.say, here=here)
+    found = judge(with_all_facts(result), repeats, facts_now(runs, repeats), fewer=fewer)
+    arguments.say(f"\n{describe_reproduction(found, with_all_facts(result))}")
     return Exit.OK if found.reproduced else Exit.DIFFERENT
 
 
@@ -284,12 +284,12 @@ def facts_now(runs: Path, repeats: "tuple[Repeat, ...]") -> dict[str, str]:
     """Of the first repeat; the others have to agree with it."""
     from launcher.bench.measure import facts_in, require_alike
     from launcher.bench.repeats import load_repeats
-    from launcher.bench.verdict import with_code
+    from launcher.bench.verdict import add_code_facts
 
     recorded_runs = load_repeats(runs, repeats)
     require_alike(recorded_runs)
     record = recorded_runs[0].record
-    return with_code(
+    return add_code_facts(
         facts_in(recorded_runs[0]),
         data=record.data_sha256,
         lock=record.lock_sha256,

@@ -83,7 +83,7 @@ def test_a_published_result_is_run_again_from_its_line_with_the_code_of_then(clo
     assert refused.returncode == 2 and "say why: --reason" in refused.stderr
     done = omnilaunch(moved, tmp_path / "b", "bench-rerun", "tiny", "--repeats", "1", "--reason", "a test")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "code: this tree differs in trainer/kernels/cross_entropy.py; used is commit" in done.stdout
+    assert "code: this tree differs in trainer/kernels/cross_entropy.py; commit " in done.stdout
     assert "rows as published in 1 of 1 repeats, final weights in 1 of 1" in done.stdout
     assert "verdict: reproduced, from 1 repeats in place of 2: a test" in done.stdout
     (run,) = [path for path in (tmp_path / "b/runs").iterdir() if path.is_dir()]

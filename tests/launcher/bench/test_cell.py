@@ -69,7 +69,7 @@ def test_what_is_not_pinned_is_named(conf: Path, old: str, new: str, told: str) 
     plant(conf, old, new)
     with pytest.raises(ConfigRefused) as refused:
         load_cell(CELL, (), conf)
-    assert told in str(refused.value) and "no benchmark yet, and nothing was started" in str(refused.value)
+    assert told in str(refused.value) and "not a benchmark yet, and nothing was started" in str(refused.value)
 
 
 def test_all_that_is_missing_is_told_at_once(conf: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_cell_that_is_not_there() -> None:
     "word", ["run.seed=2", "hardware=h200", "cluster.devices_per_node=2", "cluster.environment.MKL_CBWR=COMPATIBLE", "steps"]
 )
 def test_only_where_it_runs_can_be_chosen(word: str) -> None:
-    with pytest.raises(ConfigRefused, match=r"measured as it stands.*omnilaunch launch experiment=NAME"):
+    with pytest.raises(ConfigRefused, match=r"a pinned cell cannot be changed.*omnilaunch launch experiment=NAME"):
         load_cell(CELL, (word,), CONF)
 
 

@@ -14,14 +14,14 @@ import pytest
 from launcher.bench.repeats import (
     Series,
     SeriesStopped,
-    carry_on,
     differing,
     find_series,
-    hold,
+    lock_runs,
     name_series,
     read_load,
     refuse_busy,
     require_same,
+    run_repeats,
 )
 from launcher.errors import ConfigRefused, NodeFailed, RecordRefused, RunEnded
 from launcher.record.checksums import SEAL_FILE, make_seal
@@ -49,7 +49,7 @@ def leave_run(runs: Path, run_id: str, status: str = "finished") -> Any:
 
 
 def going_on(series: Series, carry_out: Callable[[str], Any], said: list[str]) -> Any:
-    return carry_on(series, 3, carry_out, tags=("x",), again="omnilaunch bench x", say=said.append)
+    return run_repeats(series, 3, carry_out, tags=("x",), again="omnilaunch bench x", say=said.append)
 
 
 def test_all_repeats_tagged_and_told(series: Series) -> None:
@@ -81,7 +81,7 @@ def test_what_fails_or_is_stopped_ends_the_bench_and_the_next_call_goes_on(
         return record
 
     wanted = SeriesStopped if status == "stopped" else type(error)
-    with pytest.raises(wanted, match=r"(?s)1 of 3 repeats are done and stay.*to go on: omnilaunch bench x") as ended:  # type: ignore[arg-type]
+    with pytest.raises(wanted, match=r"(?s)1 of 3 repeats have finished and are kept.*to continue: omnilaunch bench x") as ended:  # type: ignore[arg-type]
         going_on(series, carry_out, [])
     assert ended.value.exit_code == (130 if status == "stopped" else error.exit_code)  # type: ignore[union-attr]
     found = find_series("x", series.runs, published=())
@@ -89,7 +89,7 @@ def test_what_fails_or_is_stopped_ends_the_bench_and_the_next_call_goes_on(
     said: list[str] = []
     repeats = going_on(found, lambda run_id: leave_run(series.runs, run_id), said)
     assert [repeat.run_id for repeat in repeats] == [f"{NAME}-{number}" for number in (1, 3, 4)], "nothing is written over"
-    assert "1 of 3 repeats are there already" in said[0] and repeats[0].load is not None
+    assert "1 of 3 repeats have finished already" in said[0] and repeats[0].load is not None
 
 
 def test_the_newest_one_that_was_not_published_is_gone_on_with(series: Series) -> None:
@@ -113,7 +113,7 @@ def test_other_code_and_another_config_are_no_repeats(series: Series) -> None:
     other = replace(plan, config=replace(plan.config, run=replace(plan.config.run, seed=99)), image=replace(plan.image, fingerprint="0"))
     apart = differing(recorded, other, replace(source, commit="abc", diff_sha256="1"))
     assert [line.partition(":")[0] for line in apart] == [
-        *("commit", "changes of the tree that the commit does not hold", "files of the image", "config.run.seed"),
+        *("commit", "uncommitted changes of the tree", "files of the image", "config.run.seed"),
     ]
     bands = replace(plan.config.run, bands=replace(plan.config.run.bands, loss=0.5))
     wider = replace(plan, config=replace(plan.config, run=bands))
@@ -121,7 +121,7 @@ def test_other_code_and_another_config_are_no_repeats(series: Series) -> None:
     found = find_series("x", series.runs, published=())
     assert found is not None
     with pytest.raises(
-        ConfigRefused, match=r"(?s)was begun, 1 of its runs are done.*config\.run\.seed.*begin anew: omnilaunch bench x --anew"
+        ConfigRefused, match=r"(?s)1 runs of the bench .* have finished.*config\.run\.seed.*start a new bench: omnilaunch bench x --anew"
     ):
         require_same(found, other, source, anew="omnilaunch bench x --anew")
 
@@ -133,14 +133,14 @@ def test_a_repeat_whose_record_was_edited_can_be_left(series: Series) -> None:
         file.write("{}\n")
     found = find_series("x", series.runs, published=())
     assert found is not None
-    with pytest.raises(RecordRefused, match=r"(?s)metrics\.jsonl.*begin anew: omnilaunch bench x --anew"):
+    with pytest.raises(RecordRefused, match=r"(?s)metrics\.jsonl.*start a new bench: omnilaunch bench x --anew"):
         require_same(found, plan, source, anew="omnilaunch bench x --anew")
 
 
 def test_two_at_a_time_are_refused(series: Series) -> None:
-    with hold(series.runs), pytest.raises(ConfigRefused, match=r"another bench is running in .*process \d+"), hold(series.runs):
+    with lock_runs(series.runs), pytest.raises(ConfigRefused, match=r"another bench is running in .*process \d+"), lock_runs(series.runs):
         pytest.fail("two benches hold one folder")
-    with hold(series.runs):
+    with lock_runs(series.runs):
         pass
 
 
@@ -148,7 +148,7 @@ def test_runs_that_cannot_be_written_are_told(tmp_path: Path) -> None:
     (tmp_path / "afile").touch()
     with (
         pytest.raises(ConfigRefused, match=r"runs cannot be written to .*/afile/runs: .*cluster\.root=FOLDER"),
-        hold(tmp_path / "afile/runs"),
+        lock_runs(tmp_path / "afile/runs"),
     ):
         pytest.fail("there is no such folder")
 
@@ -161,5 +161,5 @@ def test_a_run_that_is_under_way_is_waited_for(series: Series) -> None:
     found = find_series("x", series.runs, published=())
     assert found is not None and found.done == () and found.begun == 1
     refuse_busy(found)
-    with lock_run(series.runs / f"{NAME}-1"), pytest.raises(ConfigRefused, match=r"-1 is under way"):
+    with lock_run(series.runs / f"{NAME}-1"), pytest.raises(ConfigRefused, match=r"-1 is still running"):
         refuse_busy(found)

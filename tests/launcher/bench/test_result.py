@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from launcher.bench.matrix import BEGIN, END, describe_matrix, describe_row, put_matrix
-from launcher.bench.measure import measure_run, publish, site_of
+from launcher.bench.measure import measure_run, publish, shape_of
 from launcher.bench.restore import restore_config
 from launcher.bench.result import (
     PublishedResult,
@@ -28,7 +28,7 @@ from launcher.bench.result import (
     require_writable,
     results_file,
 )
-from launcher.bench.verdict import describe_reproduction, judge, told_facts
+from launcher.bench.verdict import describe_reproduction, judge, with_all_facts
 from launcher.cli import main
 from launcher.commands import bench as bench_action
 from launcher.errors import ConfigRefused, RecordRefused
@@ -88,7 +88,7 @@ def test_runs_with_other_packages_are_no_repeats(tmp_path: Path, result: Publish
     environment = recorded_runs[3].environment
     assert environment is not None
     other = replace(recorded_runs[3], environment=replace(environment, packages={**environment.packages, "peft": "0.0.1"}))
-    with pytest.raises(ConfigRefused, match=r"runs x-1 and x-4 are no repeats of one another(.|\n)*package peft: .* and 0\.0\.1"):
+    with pytest.raises(ConfigRefused, match=r"runs x-1 and x-4 are not repeats of each other(.|\n)*package peft: .* and 0\.0\.1"):
         publish("y", "x", result.repeats, [*recorded_runs[:3], other, recorded_runs[4]], dirty="", made_at=MADE)
 
 
@@ -144,16 +144,16 @@ def planted(key: str, value: Any) -> Callable[[str], str]:
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (planted("result_id", "../../../tmp/x"), r"x\.jsonl, line 3 has no repeats, or an id that is none"),
-        (planted("repeats", []), r"x\.jsonl, line 3 has no repeats, or an id that is none"),
+        (planted("result_id", "../../../tmp/x"), r"x\.jsonl, line 3 has no repeats, or an invalid id"),
+        (planted("repeats", []), r"x\.jsonl, line 3 has no repeats, or an invalid id"),
         (cut, r"x\.jsonl, line 2 was cut short or edited: .*git checkout -- docs/results"),
         (without_end, r"x\.jsonl, line 2 has no end: the file was cut short"),
         (edited, r"x\.jsonl, line 1 was edited: its hash"),
         (newer, r"x\.jsonl, line 3: written with result schema 2, this version reads 1 to 1"),
-        (extended, r"x\.jsonl, line 3 is not what this version reads: .*more"),
-        (lambda text: text + "{}\n", r"x\.jsonl, line 3 is no result: it has no schema number"),
+        (extended, r"x\.jsonl, line 3 cannot be read by this version: .*more"),
+        (lambda text: text + "{}\n", r"x\.jsonl, line 3 is not a result: it has no schema number"),
         (lambda text: text + '{"schema": 1, "more": "\\ud800"}\n', r"x\.jsonl, line 3 was cut short or edited: .*surrogates"),
-        (planted("experiment", "y"), r"x\.jsonl, line 3 is of y, and belongs to y\.jsonl"),
+        (planted("experiment", "y"), r"x\.jsonl, line 3 is a result of y, and belongs to y\.jsonl"),
         (lambda text: text + "[" * 100_000 + "\n", r"x\.jsonl, line 3 was cut short or edited"),
     ],
 )
@@ -194,7 +194,7 @@ def test_variables_of_the_cluster_that_name_places_stay_there(result: PublishedR
     plan = load_recorded_run(REAL).plan
     variables = {"LD_LIBRARY_PATH": "/home/somebody/lib", "NCCL_DEBUG": "WARN"}
     cluster = replace(plan.config.cluster, environment=variables)
-    site = site_of(replace(plan, config=replace(plan.config, cluster=cluster)))
+    site = shape_of(replace(plan, config=replace(plan.config, cluster=cluster)))
     assert site.environment == {"NCCL_DEBUG": "WARN"}
     again = restore_config(replace(result, site=site), replace(cluster, environment={**variables, "NCCL_DEBUG": "INFO", "TZ": "UTC"}))
     assert again.cluster.environment == variables, "places are those of now, all else is as published"
@@ -224,11 +224,11 @@ def scaled(repeats: tuple[Repeat, ...], **shares: float) -> list[Repeat]:
 
 
 def test_the_same_again(result: PublishedResult) -> None:
-    told = told_facts(result)
+    told = with_all_facts(result)
     found = judge(told, result.repeats, told.facts, fewer="")
     assert found.reproduced and found.losses is Level.EQUAL and (found.rows_equal, found.weights_equal) == (5, 5) and not found.facts
     text = describe_reproduction(found, told)
-    assert text.endswith("verdict: reproduced") and "equal to the bit in every repeat" in text and "facts of the ranks" in text
+    assert text.endswith("verdict: reproduced") and "bitwise identical in every repeat" in text and "values of the environment, the code and the data are the same" in text
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_facts_that_differ_are_told_and_judge_nothing(result: PublishedResult) -
 def test_speeds_further_apart_than_their_band_are_told(result: PublishedResult) -> None:
     assert not is_unsteady(result)
     wide = replace(result, summary=result.summary | {"samples_per_s": Span(median=102.0, lowest=94.0, highest=104.0)})
-    assert is_unsteady(wide) and "further apart than the band" in describe_reproduction(judge(wide, result.repeats, {}, fewer=""), wide)
+    assert is_unsteady(wide) and "vary more than the band" in describe_reproduction(judge(wide, result.repeats, {}, fewer=""), wide)
 
 
 def test_a_line_without_bands_is_judged_by_nobody(result: PublishedResult) -> None:
@@ -341,11 +341,11 @@ def test_a_cell_without_a_result_was_not_run(result: PublishedResult) -> None:
     cell = load_cell(CELL, (), CONF)
     assert describe_row(cell, ())[3:] == ("not run", "", "", "", "", "")
     row = describe_row(cell, (result,))
-    assert "as the cell was then" in row[3] and "load of the machine 0.5 to 0.5" in row[3] and row[4] == "102.0 (100.0 to 104.0)"
+    assert "the cell has changed since" in row[3] and "load of the machine 0.5 to 0.5" in row[3] and row[4] == "102.0 (100.0 to 104.0)"
     from launcher.bench.measure import published_config
 
     same = replace(result, config=published_config(cell.config), code=replace(result.code, dirty="a try"))
-    assert "as the cell was then" not in describe_row(cell, (same,))[3] and "on a tree with changes" in describe_row(cell, (same,))[3]
+    assert "the cell has changed since" not in describe_row(cell, (same,))[3] and "on a tree with changes" in describe_row(cell, (same,))[3]
 
 
 @pytest.mark.parametrize("words", [[CELL], ["--results", "typo"]])
