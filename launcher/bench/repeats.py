@@ -84,19 +84,19 @@ def lock_runs(runs: Path) -> Iterator[None]:
         yield
 
 
-def require_same(series: Series, plan: Plan, source: SourceState, *, anew: str) -> None:
-    """Raises ConfigRefused if a finished run differs from what the next one would be, or its record is damaged. `anew`: the command that
+def require_same(series: Series, plan: Plan, source: SourceState, *, start_new: str) -> None:
+    """Raises ConfigRefused if a finished run differs from what the next one would be, or its record is damaged. `start_new`: the command that
     starts a new series."""
     for run_id in series.done:
         try:
             recorded = load_recorded_run(series.runs / run_id, rows=False)
         except RecordRefused as error:
-            raise RecordRefused(f"{error}\nTo leave the runs of {series.name} as they are and start a new bench: {anew}") from error
+            raise RecordRefused(f"{error}\nTo leave the runs of {series.name} as they are and start a new bench: {start_new}") from error
         if different := differing(recorded, plan, source):
             lines = "\n".join(f"  {line}" for line in different[:12])
             raise ConfigRefused(
                 f"{len(series.done)} runs of the bench {series.name} have finished, and a run now would not be a repeat of them:\n{lines}\n"
-                f"To continue it, restore what differs (git checkout {recorded.source.commit[:12] or 'COMMIT'}); to start a new bench: {anew}"
+                f"To continue it, restore what differs (git checkout {recorded.source.commit[:12] or 'COMMIT'}); to start a new bench: {start_new}"
             )
 
 

@@ -152,7 +152,7 @@ def open_series(cell: "Cell", source: "SourceTree", runs: Path, published: list[
     if found is None:
         return Series(name=name_series(cell.name, utc_now(), pid=os.getpid()), runs=runs)
     refuse_busy(found)
-    require_same(found, plan_cell(cell, found.name), source.state, anew=f"{again} --anew")
+    require_same(found, plan_cell(cell, found.name), source.state, start_new=f"{again} --anew")
     return found
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from launcher.config.schema import Config, Node
 from launcher.errors import ConfigRefused
@@ -176,8 +176,6 @@ def close_run(
     """Gather what the trainer left, write result.json, and return it. A run that failed may have left nothing."""
     folder = Path(plan.folder)
     result: TrainResult | None = read_if_there(TrainResult, folder / contract.RESULT_FILE)
-    data: DataReport | None = read_if_there(DataReport, folder / contract.DATA_FILE)
-    environment: EnvReport | None = read_if_there(EnvReport, folder / contract.ENVIRONMENT_FILE)
     rows = read_rows(folder / contract.METRICS_FILE)
     record = Record(
         schema=SCHEMA,
@@ -194,26 +192,32 @@ def close_run(
         evaluation=result.evaluation if result else {},
         checkpoint=result.checkpoint if result else last_checkpoint(folder),
         weights_sha256=result.weights_sha256 if result else "",
-        data_sha256=data.sha256 if data else "",
         source=source,
         image=plan.image.tag if plan.config.cluster.runtime == "docker" else "",
         forced=plan.config.run.force,
         nodes=nodes,
         failure=failure,
         attempts=load_attempts(folder),
-        origin=environment.origin if environment else Origin(),
-        rerun_of=plan.rerun_of,
-        accepted=plan.accepted,
-        **hashes_of(plan, folder),
+        **identity_of(plan, folder),
     )
     return write_record(record, folder)
 
 
-def hashes_of(plan: Plan, folder: Path) -> dict[str, str]:
+def identity_of(plan: Plan, folder: Path) -> dict[str, Any]:
+    """What the run used: data, initial weights, image, config, lock and inputs; and the run that it repeats."""
+    data: DataReport | None = read_if_there(DataReport, folder / contract.DATA_FILE)
+    environment: EnvReport | None = read_if_there(EnvReport, folder / contract.ENVIRONMENT_FILE)
     files = {"config_sha256": folder / CONFIG_FILE, "inputs_sha256": folder / contract.INPUTS_FILE}
     hashes = {name: sha256(path.read_bytes()).hexdigest() if path.is_file() else "" for name, path in files.items()}
-    images = dict.fromkeys(map(str, read_object(folder / IMAGES_FILE, []).values()))
-    return {**hashes, "image_id": ", ".join(images), "lock_sha256": plan.image.files.get(LOCK_FILE, "")}
+    return {
+        **hashes,
+        "data_sha256": data.sha256 if data else "",
+        "origin": environment.origin if environment else Origin(),
+        "rerun_of": plan.rerun_of,
+        "accepted": plan.accepted,
+        "image_id": ", ".join(dict.fromkeys(map(str, read_object(folder / IMAGES_FILE, []).values()))),
+        "lock_sha256": plan.image.files.get(LOCK_FILE, ""),
+    }
 
 
 def keep_images(images: dict[str, str], folder: Path) -> None:

@@ -49,7 +49,7 @@ def test_the_cells_of_two_makers_are_one_job() -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "named"),
     [
         ("repeats: 5", "repeats: 4", "run.repeats: 4, at least 5"),
         ("loss: 0.01, throughput: 0.2, ", "", "run.bands.loss, run.bands.throughput"),
@@ -65,11 +65,11 @@ def test_the_cells_of_two_makers_are_one_job() -> None:
         ("seed: 1", "seed: 1\n  force: because", "run.force: ''"),
     ],
 )
-def test_what_is_not_pinned_is_named(conf: Path, old: str, new: str, told: str) -> None:
+def test_what_is_not_pinned_is_named(conf: Path, old: str, new: str, named: str) -> None:
     plant(conf, old, new)
     with pytest.raises(ConfigRefused) as refused:
         load_cell(CELL, (), conf)
-    assert told in str(refused.value) and "not a benchmark yet, and nothing was started" in str(refused.value)
+    assert named in str(refused.value) and "not a benchmark yet, and nothing was started" in str(refused.value)
 
 
 def test_all_that_is_missing_is_told_at_once(conf: Path) -> None:

@@ -40,7 +40,7 @@ def tuned(model: str, stage: str) -> Config:
 
 
 def assemble(cell: Cell) -> Config:
-    """The cell without composing it anew, which would take minutes for all of them."""
+    """The cell without composing it again, which would take minutes for all of them."""
     hardware, model, stage, precision = cell
     return replace(tuned(model, stage), hardware=taken("hardware", hardware).hardware, precision=taken("precision", precision).precision)
 

@@ -123,7 +123,7 @@ def test_other_code_and_another_config_are_no_repeats(series: Series) -> None:
     with pytest.raises(
         ConfigRefused, match=r"(?s)1 runs of the bench .* have finished.*config\.run\.seed.*start a new bench: omnilaunch bench x --anew"
     ):
-        require_same(found, other, source, anew="omnilaunch bench x --anew")
+        require_same(found, other, source, start_new="omnilaunch bench x --anew")
 
 
 def test_a_repeat_whose_record_was_edited_can_be_left(series: Series) -> None:
@@ -134,7 +134,7 @@ def test_a_repeat_whose_record_was_edited_can_be_left(series: Series) -> None:
     found = find_series("x", series.runs, published=())
     assert found is not None
     with pytest.raises(RecordRefused, match=r"(?s)metrics\.jsonl.*start a new bench: omnilaunch bench x --anew"):
-        require_same(found, plan, source, anew="omnilaunch bench x --anew")
+        require_same(found, plan, source, start_new="omnilaunch bench x --anew")
 
 
 def test_two_at_a_time_are_refused(series: Series) -> None:

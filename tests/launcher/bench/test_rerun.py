@@ -283,7 +283,7 @@ def test_facts_do_not_name_hosts_and_ports(recorded: RecordedRun) -> None:
 
 
 def test_a_rerun_that_goes_on_elsewhere_keeps_what_it_has_from_its_record(plan_for: Callable[..., Plan]) -> None:
-    """Another network of the same nodes changes nothing; of fewer nodes nobody expects what all of them had."""
+    """Another network of the same nodes changes nothing; with fewer nodes, the values of all nodes are not expected."""
     plan = plan_for(*CPU)
     expects = Expectation(run_id="first", data_sha256="d", facts={"world_size": "2"})
     rerun_plan = replace(plan, spec=replace(plan.spec, loss_chunk=77, expects=expects))
@@ -300,6 +300,6 @@ def test_a_folder_that_has_no_room_is_a_clear_end(plan_for: Callable[..., Plan],
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(launch, "open_run", full)
-    desk = SimpleNamespace(project=tmp_path, say=print)
-    with pytest.raises(RunEnded, match=r"runs/R could not be written: No space left on device\. Free room there"):
-        launch.launch(plan_for(), SourceTree(state=SourceState(commit="", dirty=False)), desk)  # type: ignore[arg-type]
+    session = SimpleNamespace(project=tmp_path, say=print)
+    with pytest.raises(RunEnded, match=r"runs/R could not be written: No space left on device"):
+        launch.launch(plan_for(), SourceTree(state=SourceState(commit="", dirty=False)), session)  # type: ignore[arg-type]

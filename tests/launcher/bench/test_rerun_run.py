@@ -1,4 +1,4 @@
-"""Whole reruns through the real command: to the bit in another folder from another clone, and refused by name where anything differs."""
+"""Whole reruns through the real command: bitwise identical in another folder from another clone, and refused by name where anything differs."""
 
 import json
 import shutil

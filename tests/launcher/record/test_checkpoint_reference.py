@@ -1,4 +1,4 @@
-"""What stage.checkpoint may hold, and the folder that the nodes are told."""
+"""What stage.checkpoint may hold, and the folder that the nodes get."""
 
 import json
 from collections.abc import Callable

@@ -84,8 +84,8 @@ def test_runs_that_are_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert main(["runs"]) == 0 and "start one with: omnilaunch launch" in capsys.readouterr().out
     (tmp_path / "runs").write_text("")
     assert main(["runs"]) == 2
-    told = capsys.readouterr().err
-    assert "runs is a file" in told and "cluster.root" in told
+    printed = capsys.readouterr().err
+    assert "runs is a file" in printed and "cluster.root" in printed
 
 
 def test_filters(runs: Path) -> None:
@@ -224,8 +224,8 @@ def test_prune_says_first_and_removes_when_told(runs: Path, monkeypatch: pytest.
     monkeypatch.chdir(runs.parent)
     set_value("plan.json", "config.stage.checkpoint", "b")(runs / "e")
     assert main(["runs", "prune", "--keep", "2"]) == 0
-    told = capsys.readouterr().out
-    assert "stays: b: needed by e" in told and "nothing was removed" in told and names_in(runs) == list("abcde")
+    printed = capsys.readouterr().out
+    assert "stays: b: needed by e" in printed and "nothing was removed" in printed and names_in(runs) == list("abcde")
     assert main(["runs", "prune", "--keep", "2", "--yes"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == ["removed c", "removed a"] and names_in(runs) == list("bde")
     assert main(["runs", "prune", "--keep", "2", "--yes"]) == 0 and "nothing is to be removed" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Rows as columns: read fast, and what is no row is told."""
+"""Rows as columns: read fast, and lines that are not rows are reported."""
 
 import json
 import math

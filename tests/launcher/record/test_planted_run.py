@@ -53,7 +53,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """With the run that all others are held against, on the digits as files of one's own."""
+    """With the run that all others are compared with, on the digits as files of one's own."""
     place = Place(project=clone_tree(tmp_path_factory.mktemp("clone") / "project"), here=tmp_path_factory.mktemp("here"))
     checked = omnilaunch(place.project, place.here, "data", "check")
     assert checked.returncode == 0, checked.stdout + checked.stderr
@@ -91,7 +91,7 @@ def other_lock(place: Place) -> None:
 
 
 def dirty_tree(place: Place) -> None:
-    place.launch("planted", project=clone_of(place, "trainer/kernels/cross_entropy.py", "# a change that nobody committed\n"))
+    place.launch("planted", project=clone_of(place, "trainer/kernels/cross_entropy.py", "# an uncommitted change\n"))
 
 
 def other_threads(place: Place) -> None:

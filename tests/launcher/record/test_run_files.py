@@ -146,7 +146,7 @@ def test_a_sealed_record_that_was_edited_is_refused(tmp_path: Path, name: str) -
 
 
 def test_each_thing_that_is_wrong_is_told_once(tmp_path: Path) -> None:
-    """Where the seal says that a file is missing, nobody else does."""
+    """If the seal says that a file is missing, it is not reported a second time."""
     run = Path(shutil.copytree(REAL.with_name("2"), tmp_path / "run"))
     (run / "environment.json").unlink()
     assert "\n".join(read_run_files(run).problems).count("environment.json is missing") == 1

@@ -1,4 +1,4 @@
-"""Two records against each other: every planted difference is found and named, and nothing is called noise that nobody measured."""
+"""Two records against each other: every planted difference is found and named, and nothing is called noise without a measurement."""
 
 import json
 import random
@@ -105,7 +105,7 @@ def test_a_planted_difference_is_found_and_named(tmp_path: Path, change: Change,
     assert comparison.outcome is Outcome.DIFFERENT
     text = describe_comparison(comparison)
     reasons = text[text.index("verdict: different") :]
-    assert named in reasons and reasons.count("\n") <= 2, "that one thing and what comes of it, nothing else"
+    assert named in reasons and reasons.count("\n") <= 2, "that one thing and its result, nothing else"
 
 
 def nothing(folder: Path) -> None:
@@ -120,7 +120,7 @@ FREE: dict[str, Change] = {
     "a host": set_value("environment.json", "hostname", "other"),
     "a time": set_value("result.json", "started_at", "2027-01-01T00:00:00.000+00:00"),
     "a limit": set_value("plan.json", "config.run.stop_timeout_s", 99),
-    "a speed that nobody stated a band for": set_rows(lambda row: row | {"seconds": row["seconds"] * 3}),
+    "a speed without a stated band": set_rows(lambda row: row | {"seconds": row["seconds"] * 3}),
 }
 
 
@@ -210,7 +210,7 @@ def test_two_experiments_are_refused_unless_told(tmp_path: Path) -> None:
 
 
 def test_what_one_side_did_not_record_is_not_known(tmp_path: Path) -> None:
-    """As a record of before there was such a field."""
+    """As in a record of a version that had no such key."""
 
     def forget(folder: Path) -> None:
         plan = json.loads((folder / "plan.json").read_text())

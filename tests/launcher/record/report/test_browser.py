@@ -15,7 +15,7 @@ BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH; on Debian: apt-get install chromium")]
 POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
 TELL_WIDTH = "<script>parent.postMessage('wide ' + document.documentElement.scrollWidth, '*')</script></body>"
-FRAME = "<!doctype html><title>none</title><script>onmessage = told => {{ document.title = told.data }}</script>{}"
+FRAME = "<!doctype html><title>none</title><script>onmessage = event => {{ document.title = event.data }}</script>{}"
 
 
 def browse(folder: Path, page: str, *options: str) -> str:
@@ -56,8 +56,8 @@ def test_nothing_sticks_out(page: str, tmp_path: Path, width: int) -> None:
     """In a frame, since a window has a least width. The policy that forbids scripts is taken out for the one that measures."""
     (tmp_path / "inner.html").write_text(POLICY.sub("", page).replace("</body>", TELL_WIDTH), encoding="utf-8")
     frame = FRAME.format(f'<iframe src="inner.html" width="{width}" height="900" style="border:0"></iframe>')
-    told = browse(tmp_path, frame, "--window-size=1400,1000", "--virtual-time-budget=5000", "--dump-dom")
-    assert int(re.search(r"<title>wide (\d+)", told)[1]) <= width  # type: ignore[index]
+    seen = browse(tmp_path, frame, "--window-size=1400,1000", "--virtual-time-budget=5000", "--dump-dom")
+    assert int(re.search(r"<title>wide (\d+)", seen)[1]) <= width  # type: ignore[index]
 
 
 def test_nothing_of_a_record_is_carried_out(tmp_path: Path) -> None:

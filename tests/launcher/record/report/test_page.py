@@ -242,9 +242,9 @@ def test_a_name_that_is_no_file(tmp_path: Path, name: str) -> None:
 
 def test_metrics_and_the_answers_of_a_base_are_shown(tmp_path: Path) -> None:
     """What got worse comes first. What is no figure, and what a base never says, is left out."""
-    told = {"got": "eight", "match": False, "scores": {"anls": 0.2}}
+    answered = {"got": "eight", "match": False, "scores": {"anls": 0.2}}
     rows = [
-        {"row": 1, "prompt": "p", "expected": "7", "got": "1", "match": False, "base": {**told, "change": "same"}},
+        {"row": 1, "prompt": "p", "expected": "7", "got": "1", "match": False, "base": {**answered, "change": "same"}},
         {
             "row": 2,
             "prompt": "p",
@@ -252,7 +252,7 @@ def test_metrics_and_the_answers_of_a_base_are_shown(tmp_path: Path) -> None:
             "got": "7",
             "match": True,
             "scores": {"rouge_l": 0.75, "x": "y"},
-            "base": {**told, "change": "worse"},
+            "base": {**answered, "change": "worse"},
         },
         {"row": 3, "prompt": "p", "expected": "7", "got": "7", "match": True, "base": {"change": EVIL}, "scores": EVIL},
         {"row": 4, "prompt": "p", "expected": "7", "got": "7", "match": True, "base": EVIL, "scores": {"a" * 999: 1, EVIL: True}},
