@@ -136,18 +136,18 @@ def carry_spec(recorded: RecordedRun, then: TrainSpec, now: TrainSpec) -> TrainS
 
 def keep_environment(recorded: RecordedRun, plan: Plan, then: Plan) -> Plan:
     """Environment variables to which this version would give another value keep the recorded one, unless an override changes them."""
-    variables_then, derived, now = (each.commands[0].environment for each in (recorded.plan, then, plan))
-    own = {RUN_VARIABLE, FOLDER_VARIABLE} | {name for name, value in variables_then.items() if recorded.plan.spec.output in value}
-    moved = {
+    before, derived, now = (each.commands[0].environment for each in (recorded.plan, then, plan))
+    own = {RUN_VARIABLE, FOLDER_VARIABLE} | {name for name, value in before.items() if recorded.plan.spec.output in value}
+    kept = {
         name: value
-        for name, value in variables_then.items()
+        for name, value in before.items()
         if name not in own and derived.get(name) != value and now.get(name) == derived.get(name)
     }
-    if not moved:
+    if not kept:
         return plan
-    commands = tuple(replace(command, environment=dict(sorted({**command.environment, **moved}.items()))) for command in plan.commands)
+    commands = tuple(replace(command, environment=dict(sorted({**command.environment, **kept}.items()))) for command in plan.commands)
     cluster = plan.config.cluster
-    config = replace(plan.config, cluster=replace(cluster, environment={**cluster.environment, **moved}))
+    config = replace(plan.config, cluster=replace(cluster, environment={**cluster.environment, **kept}))
     return replace(plan, commands=commands, config=config)
 
 

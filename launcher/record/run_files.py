@@ -36,11 +36,16 @@ TWICE = (
 
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
-    """`files`: name -> content, {} if there is none. `curve`: metrics.jsonl. `answers`: of the last evaluation, at most MAX_ANSWERS.
+    """The JSON files of a run, {} for one that is missing. `curve`: metrics.jsonl. `answers`: of the last evaluation, at most MAX_ANSWERS.
     `attempts`: all but the last. `problems`: what is wrong with the record, one line each."""
 
     folder: Path
-    files: dict[str, dict[str, Any]]
+    plan: dict[str, Any]
+    record: dict[str, Any]
+    source: dict[str, Any]
+    environment: dict[str, Any]
+    data: dict[str, Any]
+    inputs: dict[str, Any]
     curve: Curve
     evaluations: tuple[dict[str, Any], ...]
     answers: tuple[dict[str, Any], ...]
@@ -51,30 +56,6 @@ class RunFiles:
     def run_id(self) -> str:
         """The folder's name, since the files may say anything."""
         return self.folder.name
-
-    @property
-    def plan(self) -> dict[str, Any]:
-        return self.files[PLAN_FILE]
-
-    @property
-    def record(self) -> dict[str, Any]:
-        return self.files[RECORD_FILE]
-
-    @property
-    def source(self) -> dict[str, Any]:
-        return self.files[SOURCE_FILE]
-
-    @property
-    def environment(self) -> dict[str, Any]:
-        return self.files[contract.ENVIRONMENT_FILE]
-
-    @property
-    def data(self) -> dict[str, Any]:
-        return self.files[contract.DATA_FILE]
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        return self.files[contract.INPUTS_FILE]
 
 
 def read_run_files(folder: Path, *, every_weight: bool = False) -> RunFiles:
@@ -92,14 +73,18 @@ def read_run_files(folder: Path, *, every_weight: bool = False) -> RunFiles:
     problems += [*(line for line in missing if not any(line in text for text in refusal)), *refusal]
     curve = read_curve(folder / contract.METRICS_FILE) if (folder / contract.METRICS_FILE).exists() else Curve()
     problems += [*curve.problems, *find_contradictions(files, curve), *find_other_weights(record, folder, every_weight=every_weight)]
-    attempts = (read_object(path, problems) for path in attempt_files(folder, ATTEMPT_FILE))
     return RunFiles(
         folder=folder,
-        files={PLAN_FILE: plan, **files},
+        plan=plan,
+        record=record,
+        source=files[SOURCE_FILE],
+        environment=files[contract.ENVIRONMENT_FILE],
+        data=files[contract.DATA_FILE],
+        inputs=files[contract.INPUTS_FILE],
         curve=curve,
         evaluations=tuple(read_lines(folder / contract.EVALUATIONS_FILE, problems)),
         answers=tuple(islice(read_lines(folder / contract.SAMPLES_FILE, problems), MAX_ANSWERS)),
-        attempts=tuple(attempt for attempt in attempts if attempt),
+        attempts=tuple(found for path in attempt_files(folder, ATTEMPT_FILE) if (found := read_object(path, problems))),
         problems=tuple(problems),
     )
 

@@ -139,10 +139,10 @@ def test_a_host_in_the_name_of_a_device_is_no_difference(tmp_path: Path) -> None
 
 
 def test_a_host_in_what_a_rank_says_is_no_difference() -> None:
-    evidence = read_run_files(REAL.with_name("2"))
-    ranks = [rank | {"hostname": "other", "device": f"other {rank['device'].partition(' ')[2]}"} for rank in evidence.environment["ranks"]]
-    moved = replace(evidence, files={**evidence.files, "environment.json": {**evidence.environment, "ranks": ranks}})
-    differences = find_differences(collect_comparables(evidence), collect_comparables(moved))
+    run = read_run_files(REAL.with_name("2"))
+    ranks = [rank | {"hostname": "other", "device": f"other {rank['device'].partition(' ')[2]}"} for rank in run.environment["ranks"]]
+    moved = replace(run, environment={**run.environment, "ranks": ranks})
+    differences = find_differences(collect_comparables(run), collect_comparables(moved))
     assert ranks and [found.key for found in differences] == ["environment.ranks.0.hostname"] and not differences[0].matters
 
 

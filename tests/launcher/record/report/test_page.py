@@ -275,9 +275,9 @@ def test_answers_are_bounded_and_wrong_ones_come_first(tmp_path: Path) -> None:
     rows = [
         {"row": n, "prompt": "p" * 9000, "expected": "1", "got": "1", "match": n % 100 != 0, "images": ["a.png"] * 9} for n in range(1, 301)
     ]
-    evidence = read_run_files(copy_run(tmp_path, "r", answers(rows), set_value("plan.json", "spec.data.root", str(tmp_path))))
+    run = read_run_files(copy_run(tmp_path, "r", answers(rows), set_value("plan.json", "spec.data.root", str(tmp_path))))
     picture(tmp_path / "a.png", (8, 8))
-    shown = choose_samples(evidence, ImageBudget())
+    shown = choose_samples(run, ImageBudget())
     assert [sample.row for sample in shown[:3]] == ["100", "200", "300"] and len(shown) == MAX_SAMPLES
     assert len(shown[0].pictures) == 4 and len(shown[0].prompt) < 2100 and shown[0].pictures[0].data
     odd = read_run_files(copy_run(tmp_path, "odd", answers([{"row": None, "images": "x", "got": [1], "match": "yes"}, {}])))
@@ -326,8 +326,8 @@ def test_attempts_and_failures_lie_where_they_were(tmp_path: Path) -> None:
         set_value("result.json", "nodes", [node("a", 0, 40.0), node("spare", 1, 40.0)])(folder)
         set_value("result.json", "seconds", 100.0)(folder)
 
-    evidence = read_run_files(copy_run(tmp_path, "r", two_attempts))
-    found = lay_out(evidence)
+    run = read_run_files(copy_run(tmp_path, "r", two_attempts))
+    found = lay_out(run)
     bars = {host: [(bar.attempt, round(bar.begin_s), bar.seconds, bar.end) for bar in row] for host, row in found.rows}
     assert bars == {
         "a": [(1, 10, 30.0, "killed"), (2, 60, 40.0, "ended")],
