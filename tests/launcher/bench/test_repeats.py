@@ -1,4 +1,4 @@
-"""Repeats one after the other: what fails or is stopped ends the bench and loses nothing; the next call goes on, or says why it cannot."""
+"""Repeats run one after the other. A failure or a stop ends the bench and loses nothing; the next call continues, or says why it cannot."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def going_on(series: Series, carry_out: Callable[[str], Any], said: list[str]) -
     return run_repeats(series, 3, carry_out, tags=("x",), again="omnilaunch bench x", say=said.append)
 
 
-def test_all_repeats_tagged_and_told(series: Series) -> None:
+def test_all_repeats_are_tagged_and_reported(series: Series) -> None:
     said: list[str] = []
     repeats = going_on(series, lambda run_id: leave_run(series.runs, run_id), said)
     assert [repeat.run_id for repeat in repeats] == [f"{NAME}-{number}" for number in (1, 2, 3)]
@@ -71,7 +71,7 @@ def test_all_repeats_tagged_and_told(series: Series) -> None:
     ],
     ids=["run", "node", "stop", "between"],
 )
-def test_what_fails_or_is_stopped_ends_the_bench_and_the_next_call_goes_on(
+def test_a_failure_or_a_stop_ends_the_bench_and_the_next_call_continues(
     series: Series, status: str, error: BaseException | None
 ) -> None:
     def carry_out(run_id: str) -> Any:
@@ -92,7 +92,7 @@ def test_what_fails_or_is_stopped_ends_the_bench_and_the_next_call_goes_on(
     assert "1 of 3 repeats have finished already" in said[0] and repeats[0].load is not None
 
 
-def test_the_newest_one_that_was_not_published_is_gone_on_with(series: Series) -> None:
+def test_the_newest_unpublished_series_is_continued(series: Series) -> None:
     assert find_series("x", series.runs, published=()) is None
     for run_id in (f"{NAME}-1", "x-20261122-000000-0000-2", "xy-20261123-000000-0000-1", "x-20261124-000000-0000", "x-monday-1"):
         leave_run(series.runs, run_id)
@@ -103,7 +103,7 @@ def test_the_newest_one_that_was_not_published_is_gone_on_with(series: Series) -
     assert name_series("x", datetime(2026, 11, 21, tzinfo=UTC), pid=1)[:-4] == "x-20261121-000000-"
 
 
-def test_other_code_and_another_config_are_no_repeats(series: Series) -> None:
+def test_runs_with_other_code_or_config_are_not_repeats(series: Series) -> None:
     leave_run(series.runs, f"{NAME}-1")
     recorded = load_recorded_run(series.runs / f"{NAME}-1")
     plan, source = recorded.plan, recorded.source
@@ -126,7 +126,7 @@ def test_other_code_and_another_config_are_no_repeats(series: Series) -> None:
         require_same(found, other, source, start_new="omnilaunch bench x --anew")
 
 
-def test_a_repeat_whose_record_was_edited_can_be_left(series: Series) -> None:
+def test_a_repeat_with_an_edited_record_is_refused(series: Series) -> None:
     leave_run(series.runs, f"{NAME}-1")
     plan, source = load_recorded_run(REAL).plan, load_recorded_run(REAL).source
     with (series.runs / f"{NAME}-1/metrics.jsonl").open("a") as file:
@@ -137,14 +137,14 @@ def test_a_repeat_whose_record_was_edited_can_be_left(series: Series) -> None:
         require_same(found, plan, source, start_new="omnilaunch bench x --anew")
 
 
-def test_two_at_a_time_are_refused(series: Series) -> None:
+def test_two_benches_at_the_same_time_are_refused(series: Series) -> None:
     with lock_runs(series.runs), pytest.raises(ConfigRefused, match=r"another bench is running in .*process \d+"), lock_runs(series.runs):
         pytest.fail("two benches hold one folder")
     with lock_runs(series.runs):
         pass
 
 
-def test_runs_that_cannot_be_written_are_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "afile").touch()
     with (
         pytest.raises(ConfigRefused, match=r"runs cannot be written to .*/afile/runs: .*cluster\.root=FOLDER"),
@@ -153,7 +153,7 @@ def test_runs_that_cannot_be_written_are_told(tmp_path: Path) -> None:
         pytest.fail("there is no such folder")
 
 
-def test_a_run_that_is_under_way_is_waited_for(series: Series) -> None:
+def test_a_series_with_a_running_run_is_refused(series: Series) -> None:
     from launcher.record.lock import lock_run
 
     leave_run(series.runs, f"{NAME}-1")

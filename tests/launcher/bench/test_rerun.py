@@ -1,4 +1,4 @@
-"""A plan from a record alone: what stays as it was, what is refused by name, where the code comes from. No run is started here."""
+"""A plan is made from a record: recorded values are kept, differences are refused, and the code is found. No run is started here."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ HERE = LocalContext(project=PROJECT, here=Path("/home/bob/elsewhere"), interpret
 
 @pytest.fixture(scope="module")
 def recorded() -> RecordedRun:
-    """As if it had been made by this tree."""
+    """The golden record, as if this tree had made it."""
     found = load_recorded_run(GOLDEN / "1")
     image = render(load_stacks(PROJECT / "images")["cpu"], architecture="x86_64", root=PROJECT)
     return replace(
@@ -46,7 +46,7 @@ def rerun(recorded: RecordedRun, *overrides: str, accepted: tuple[str, ...] = ()
     return plan_rerun(recorded, overrides, accepted, tree or Tree(project=PROJECT), HERE, {}, conf=PROJECT / "conf", run_id="again")
 
 
-def test_all_is_as_it_was_but_the_place(recorded: RecordedRun) -> None:
+def test_only_the_folder_of_the_run_changes(recorded: RecordedRun) -> None:
     made = rerun(recorded, "cluster.root=.")
     before, now = recorded.plan, made.plan
     assert now.spec.output == "/home/bob/elsewhere/runs/again" and now.spec.data.root == "/home/bob/elsewhere/.cache/data"
@@ -56,11 +56,11 @@ def test_all_is_as_it_was_but_the_place(recorded: RecordedRun) -> None:
     assert made.notes == () and made.project == PROJECT
 
 
-def test_the_recorded_root_is_used_where_none_is_given(recorded: RecordedRun) -> None:
+def test_the_recorded_root_is_used_if_none_is_given(recorded: RecordedRun) -> None:
     assert rerun(recorded).plan.spec.output == "/home/ann/work/runs/again"
 
 
-def test_what_the_ranks_must_find_again(recorded: RecordedRun) -> None:
+def test_the_expectations_of_the_ranks(recorded: RecordedRun) -> None:
     expects = rerun(recorded, "cluster.root=.").plan.spec.expects
     assert expects is not None and expects.run_id == "golden"
     assert expects.data_sha256 == recorded.record.data_sha256 and expects.weights == {"checkpoint/model.safetensors": "2"}
@@ -70,8 +70,8 @@ def test_what_the_ranks_must_find_again(recorded: RecordedRun) -> None:
     assert not {"variable OMNILAUNCH_RUN_ID", "variable MASTER_PORT"} & expects.facts.keys()
 
 
-def test_a_later_launcher_derives_nothing_anew(recorded: RecordedRun) -> None:
-    """As if a default had changed since: what the record says stays, in the spec and in the environment."""
+def test_a_later_launcher_keeps_the_recorded_values(recorded: RecordedRun) -> None:
+    """As if a default had changed since: the recorded value is kept, in the spec and in the environment."""
     spec = replace(recorded.plan.spec, loss_chunk=77, gradient_checkpointing=True)
     command = recorded.plan.commands[0]
     command = replace(command, environment={**command.environment, "TOKENIZERS_PARALLELISM": "true"})
@@ -82,7 +82,7 @@ def test_a_later_launcher_derives_nothing_anew(recorded: RecordedRun) -> None:
     assert rerun(older, "strategy.loss_chunk=5").plan.spec.loss_chunk == 5, "but what is asked for is done"
 
 
-def test_an_override_changes_what_it_names(recorded: RecordedRun) -> None:
+def test_an_override_changes_its_key_only(recorded: RecordedRun) -> None:
     plan = rerun(recorded, "run.seed=7", "cluster.environment.MKL_CBWR=COMPATIBLE").plan
     assert plan.spec.seed == 7 and replace(plan.spec, seed=1, expects=None, run_id="golden").steps == recorded.plan.spec.steps
     assert plan.spec.expects is not None and "variable MKL_CBWR" in plan.spec.expects.free
@@ -100,13 +100,13 @@ def test_other_hardware_expects_the_same_data_and_weights_alone(recorded: Record
 
 
 @pytest.mark.parametrize(("kind", "key"), [("package", "package torch"), ("variable", "variable DS_ACCELERATOR"), ("threads", "threads")])
-def test_what_is_accepted_is_not_asked(recorded: RecordedRun, kind: str, key: str) -> None:
+def test_an_accepted_kind_is_not_checked(recorded: RecordedRun, kind: str, key: str) -> None:
     whole, less = (rerun(recorded, accepted=accepted).plan.spec.expects for accepted in ((), (kind,)))
     assert whole is not None and less is not None and key in whole.facts and key not in less.facts
     assert rerun(recorded, accepted=("data", "weights")).plan.spec.expects == replace(whole, data_sha256="", weights={})
 
 
-def test_a_kind_that_there_is_not() -> None:
+def test_an_unknown_kind_is_refused() -> None:
     assert accepted_kinds(("code,data", "code")) == ("code", "data")
     with pytest.raises(ConfigRefused, match=r"--accept pakage: did you mean 'package'\?"):
         accepted_kinds(("pakage",))
@@ -134,13 +134,13 @@ def test_code_that_differs_is_refused_until_it_is_accepted(recorded: RecordedRun
     assert "accepted" in rerun(recorded, tree=other, accepted=("code",)).notes[0]
 
 
-def test_this_very_tree_does_not_differ(recorded: RecordedRun) -> None:
+def test_the_same_tree_does_not_differ(recorded: RecordedRun) -> None:
     assert differing_files(recorded, PROJECT) == ()
 
 
 @pytest.fixture
 def clone(tmp_path: Path, recorded: RecordedRun) -> tuple[Path, RecordedRun]:
-    """A tree of its own with one commit, and a record made from it."""
+    """A separate tree with one commit, and a record made from it."""
     project = tmp_path / "clone"
     for name in ("images", "trainer", "launcher", "conf"):
         shutil.copytree(PROJECT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -160,7 +160,7 @@ def clone(tmp_path: Path, recorded: RecordedRun) -> tuple[Path, RecordedRun]:
         ("images/entrypoint.sh", "entrypoint.sh"),
     ],
 )
-def test_a_tree_that_moved_on_is_left_for_the_recorded_commit(clone: tuple[Path, RecordedRun], tmp_path: Path, file: str, name: str) -> None:
+def test_the_recorded_commit_is_used_if_the_tree_has_changed(clone: tuple[Path, RecordedRun], tmp_path: Path, file: str, name: str) -> None:
     project, recorded = clone
     with (project / file).open("a") as opened:
         opened.write("# moved on\n")
@@ -170,7 +170,7 @@ def test_a_tree_that_moved_on_is_left_for_the_recorded_commit(clone: tuple[Path,
     assert find_tree(recorded, project, tmp_path / "scratch").project == tree.project, "and found again"
 
 
-def test_a_recorded_tree_with_changes_is_made_again(clone: tuple[Path, RecordedRun], tmp_path: Path) -> None:
+def test_a_recorded_tree_with_changes_is_restored(clone: tuple[Path, RecordedRun], tmp_path: Path) -> None:
     project, recorded = clone
     (project / "trainer/train/loop.py").write_text((project / "trainer/train/loop.py").read_text() + "# not committed\n")
     image = render(load_stacks(project / "images")["cpu"], architecture="x86_64", root=project)
@@ -191,7 +191,7 @@ def test_a_recorded_tree_with_changes_is_made_again(clone: tuple[Path, RecordedR
         ({"dirty": True, "record_schema": 1}, "records of schema 1 do not hold them"),
     ],
 )
-def test_a_commit_that_cannot_be_had_is_told(clone: tuple[Path, RecordedRun], tmp_path: Path, change: dict[str, object], why: str) -> None:
+def test_a_commit_that_is_not_available_is_reported(clone: tuple[Path, RecordedRun], tmp_path: Path, change: dict[str, object], why: str) -> None:
     project, recorded = clone
     (project / "trainer/train/loop.py").write_text("")
     source = replace(recorded.source, **change)  # type: ignore[arg-type]
@@ -199,7 +199,7 @@ def test_a_commit_that_cannot_be_had_is_told(clone: tuple[Path, RecordedRun], tm
     assert tree.differs == ("trainer/train/loop.py",) and why in tree.why
 
 
-def test_a_worktree_that_was_changed_or_left_half_is_told(clone: tuple[Path, RecordedRun], tmp_path: Path) -> None:
+def test_a_changed_or_incomplete_worktree_is_reported(clone: tuple[Path, RecordedRun], tmp_path: Path) -> None:
     project, recorded = clone
     (project / "trainer/train/loop.py").write_text("")
     made = find_tree(recorded, project, tmp_path).project
@@ -208,10 +208,10 @@ def test_a_worktree_that_was_changed_or_left_half_is_told(clone: tuple[Path, Rec
     assert tree.differs == ("trainer/train/loop.py",) and f"differs too, in trainer/kernels/cross_entropy.py: git worktree remove --force {made}" in tree.why
 
 
-def test_a_place_without_room_for_a_worktree_is_told_in_few_lines(
+def test_a_full_disk_is_reported_in_few_lines(
     clone: tuple[Path, RecordedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """git has a line for every file that it could not write."""
+    """git prints a line for every file that it could not write."""
     project, recorded = clone
     (project / "trainer/train/loop.py").write_text("")
     (tmp_path / "file").touch()
@@ -270,7 +270,7 @@ def test_overrides_over_a_config_that_is_there(recorded: RecordedRun) -> None:
             compose_over(config, (wrong,), PROJECT / "conf")
 
 
-def test_what_is_carried_over() -> None:
+def test_carry_over() -> None:
     kept, before = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 9, "b": {"c": 8, "d": 7}, "e": 0}
     assert carry_over(kept, before, {"a": 9, "b": {"c": 5, "d": 7}, "e": 0}) == {"a": 1, "b": {"c": 5, "d": 3}, "e": 0}
 
@@ -282,7 +282,7 @@ def test_facts_do_not_name_hosts_and_ports(recorded: RecordedRun) -> None:
     assert not any("MASTER_" in key or "TORCHELASTIC" in key for key in facts)
 
 
-def test_a_rerun_that_goes_on_elsewhere_keeps_what_it_has_from_its_record(plan_for: Callable[..., Plan]) -> None:
+def test_a_rerun_that_restarts_on_other_nodes_keeps_the_recorded_values(plan_for: Callable[..., Plan]) -> None:
     """Another network of the same nodes changes nothing; with fewer nodes, the values of all nodes are not expected."""
     plan = plan_for(*CPU)
     expects = Expectation(run_id="first", data_sha256="d", facts={"world_size": "2"})
@@ -295,7 +295,7 @@ def test_a_rerun_that_goes_on_elsewhere_keeps_what_it_has_from_its_record(plan_f
     assert fewer.spec.loss_chunk == 77 and fewer.spec.expects == replace(expects, facts={})
 
 
-def test_a_folder_that_has_no_room_is_a_clear_end(plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_launch_with_a_clear_error(plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def full(*given: object, **named: object) -> Path:
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""The runs of a folder: what is listed, tagged, counted, and what a prune leaves alone."""
+"""The runs of a folder are listed, tagged, measured and pruned."""
 
 import gc
 import json
@@ -24,7 +24,7 @@ NOW = datetime(2026, 11, 30, tzinfo=UTC)
 
 @pytest.fixture(autouse=True)
 def collecting() -> Iterator[None]:
-    """`main` turns the collection of garbage off for the whole process."""
+    """`main` switches the garbage collector off for the whole process."""
     yield
     gc.enable()
 
@@ -52,7 +52,7 @@ def names_in(folder: Path) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------- listing
 
 
-def test_figures_keep_what_they_say(runs: Path) -> None:
+def test_small_figures_are_not_rounded_to_zero(runs: Path) -> None:
     """A stage that does not train has no steps, and 4e-7 is not 0.0000."""
     figures = {"logit_error": 4.02e-7, "bytes": 1638864.0, "exact_match": 0.963}
     for key, value in {"steps": 0, "final_loss": None, "evaluation": figures}.items():
@@ -79,7 +79,7 @@ def test_a_broken_record_is_called_broken(plan_for: Callable[..., Plan], tmp_pat
         contract.read(Record, folder / "result.json")
 
 
-def test_runs_that_are_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_named_runs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["runs"]) == 0 and "start one with: omnilaunch launch" in capsys.readouterr().out
     (tmp_path / "runs").write_text("")
@@ -130,12 +130,12 @@ def test_the_verb_and_its_refusals(runs: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"tags": 3}', '{"tags": null}'])
-def test_tags_that_cannot_be_read_are_none(runs: Path, text: str) -> None:
+def test_an_unreadable_tags_file_means_no_tags(runs: Path, text: str) -> None:
     (runs / "a" / "tags.json").write_text(text)
     assert read_entry(runs / "a").tags == ()
 
 
-def test_room_is_that_on_the_disk(tmp_path: Path) -> None:
+def test_the_size_is_that_on_the_disk(tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "file").write_bytes(b"x" * 100_000)
     (tmp_path / "link").symlink_to("/usr")
@@ -195,14 +195,14 @@ REFERENCES: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("change", REFERENCES.values(), ids=REFERENCES)
-def test_what_another_run_stands_on_stays(runs: Path, change: Change) -> None:
+def test_a_run_that_another_run_needs_is_kept(runs: Path, change: Change) -> None:
     change(runs / "e")
     every = list_entries(runs)
     chosen = choose(every, [entry for entry in every if entry.run_id == "a"], Rule(keep=0), NOW)
     assert chosen.removed == () and chosen.kept == {"a": "needed by e"}
 
 
-def test_what_else_stays(runs: Path) -> None:
+def test_other_reasons_to_keep_a_run(runs: Path) -> None:
     tag_run(read_entry(runs / "a"), ["best"], remove=False)
     (runs / "b" / "result.json").unlink()
     (runs / "c" / "result.json").write_text("{")
@@ -220,7 +220,7 @@ def test_what_else_stays(runs: Path) -> None:
     }
 
 
-def test_prune_says_first_and_removes_when_told(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_lists_first_and_removes_with_yes(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(runs.parent)
     set_value("plan.json", "config.stage.checkpoint", "b")(runs / "e")
     assert main(["runs", "prune", "--keep", "2"]) == 0
@@ -231,7 +231,7 @@ def test_prune_says_first_and_removes_when_told(runs: Path, monkeypatch: pytest.
     assert main(["runs", "prune", "--keep", "2", "--yes"]) == 0 and "nothing is to be removed" in capsys.readouterr().out
 
 
-def test_what_cannot_be_removed_is_named_and_the_others_go(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_cannot_be_removed_is_named_and_the_others_are_removed(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = list_entries(runs)
     real = Path.rename
 
@@ -254,6 +254,6 @@ def test_ages(text: str, hours: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "d", "-1d", "1.5d", "30", "9999999d", "1 d"])
-def test_what_is_no_age(text: str) -> None:
+def test_an_invalid_age_is_refused(text: str) -> None:
     with pytest.raises(ConfigRefused, match=r"36h, 30d or 8w"):
         parse_age(text)

@@ -22,7 +22,7 @@ with lock_run(Path(sys.argv[1])):
 """
 
 
-def test_a_second_launcher_is_told_who_has_it(tmp_path: Path) -> None:
+def test_a_second_launcher_is_refused_with_the_process_that_holds_the_lock(tmp_path: Path) -> None:
     with subprocess.Popen((sys.executable, "-c", HOLD, str(tmp_path)), stdout=subprocess.PIPE, text=True, cwd=Path.cwd()) as holder:
         try:
             assert holder.stdout is not None and holder.stdout.readline() == "held\n"

@@ -39,7 +39,7 @@ def peak(phase: str, allocated: int, reserved: int = 0) -> PhasePeak:
     return PhasePeak(phase=phase, allocated_bytes=allocated, reserved_bytes=reserved)  # type: ignore[arg-type]
 
 
-def test_the_highest_phase_of_training_is_held_against_the_plan(record: Callable[..., Plan], tmp_path: Path) -> None:
+def test_the_peak_of_training_is_compared_with_the_plan(record: Callable[..., Plan], tmp_path: Path) -> None:
     plan = record("a", peak("load", 5 * GIB), peak("steps", 8 * GIB, 9 * GIB), peak("evaluation", 20 * GIB))
     (comparison,), left_out = compare_runs(choose_folders(tmp_path, ()))
     assert plan.memory is not None and left_out == ()

@@ -20,7 +20,7 @@ def write(path: Path, *lines: str) -> Path:
     return path
 
 
-def test_the_fast_way_reads_what_the_slow_one_does(tmp_path: Path) -> None:
+def test_the_fast_parser_agrees_with_the_slow_one(tmp_path: Path) -> None:
     lines = [json.dumps(row.__dict__) for row in ROWS]
     lines[1] = json.dumps(ROWS[1].__dict__ | {"loss": math.nan, "grad_norm": math.inf})
     curve = read_curve(write(tmp_path / "metrics.jsonl", *lines))
@@ -34,7 +34,7 @@ def test_the_fast_way_reads_what_the_slow_one_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line", ["", "{", "[]", "{}", "null", '{"step": 2}', json.dumps(ROWS[1].__dict__ | {"loss": "low"}), "[" * 100_000, "\0\0"]
 )
-def test_a_line_that_is_no_row_is_left_out_and_told(tmp_path: Path, line: str) -> None:
+def test_a_line_that_is_not_a_row_is_left_out_and_reported(tmp_path: Path, line: str) -> None:
     whole = [json.dumps(row.__dict__) for row in ROWS]
     curve = read_curve(write(tmp_path / "metrics.jsonl", whole[0], line, *whole[2:]))
     assert curve.step == (1, 3, 4) and curve.problems == (
@@ -43,7 +43,7 @@ def test_a_line_that_is_no_row_is_left_out_and_told(tmp_path: Path, line: str) -
     )
 
 
-def test_a_file_that_is_not_there_or_no_file(tmp_path: Path) -> None:
+def test_a_missing_or_unreadable_file(tmp_path: Path) -> None:
     assert read_curve(tmp_path / "metrics.jsonl") == Curve(problems=("metrics.jsonl is missing",))
     assert "cannot be read" in read_curve(tmp_path).problems[0]
     assert read_curve(write(tmp_path / "metrics.jsonl")) == Curve()

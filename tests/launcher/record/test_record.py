@@ -1,4 +1,4 @@
-"""A run's folder: written before, closed after, never overwritten."""
+"""A run's folder is written before the run, closed after it, and never overwritten."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def close(plan: Plan) -> object:
     return close_run(plan, SOURCE, "failed", 5, started=NOW, ended=NOW + timedelta(seconds=2), nodes=(), failure=None)
 
 
-def test_everything_is_there_before_anything_happens(plan: Plan) -> None:
+def test_the_plan_is_written_before_the_run_starts(plan: Plan) -> None:
     folder = open_run(plan, SOURCE)
     assert {path.name for path in folder.iterdir()} == {"plan.json", "config.json", "Dockerfile", "source.json", "spec.json", "logs"}
     assert contract.read(contract.TrainSpec, folder / "spec.json") == plan.spec
@@ -78,8 +78,8 @@ def test_rows_that_were_written_count_and_half_a_row_does_not(plan: Plan) -> Non
     assert close(plan).final_loss == 1.5  # type: ignore[attr-defined]
 
 
-def test_a_torn_row_takes_no_record_away(plan: Plan) -> None:
-    """As a disk leaves it that was full, or without power, and was written on later."""
+def test_a_torn_row_does_not_prevent_the_record(plan: Plan) -> None:
+    """As after a full disk or a loss of power, when the file was continued later."""
     folder = open_run(plan, SOURCE)
     whole = json.dumps(ROW.__dict__).encode()
     (folder / contract.METRICS_FILE).write_bytes(whole[:20] + b"\n" + whole + b"\n\0\0\xff\n[1]\n{}\n")
@@ -94,7 +94,7 @@ def test_the_newest_checkpoint_is_that_of_the_last_step(plan: Plan) -> None:
     assert last_checkpoint(folder) == "checkpoints/step-1000000"
 
 
-def test_a_name_sorts_by_time_says_what_it_is_and_is_no_other_ones() -> None:
+def test_a_run_name_sorts_by_time_and_is_unique() -> None:
     config = compose(["stage=lora", "stage.checkpoint=x"], CONF)
     name = name_run(config, NOW, pid=7)
     assert re.fullmatch(r"20261121-010203-tiny_llava-lora-cpu-[0-9a-f]{4}", name) and valid_run_id(name) == name
@@ -103,11 +103,11 @@ def test_a_name_sorts_by_time_says_what_it_is_and_is_no_other_ones() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a/b", "..", ".hidden", "-x", "a b", "a\n", "ü", "n" * 101, "a:b"])
-def test_a_run_id_that_no_folder_and_no_container_can_have(text: str) -> None:
+def test_an_invalid_run_id_is_refused(text: str) -> None:
     with pytest.raises(ConfigRefused, match=r"--run-id"):
         valid_run_id(text)
 
 
 @pytest.mark.parametrize("text", ["a", "monday", "20261121-1.2_x", "N" * 100])
-def test_a_run_id(text: str) -> None:
+def test_a_valid_run_id(text: str) -> None:
     assert valid_run_id(text) == text

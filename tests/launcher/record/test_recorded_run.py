@@ -1,4 +1,4 @@
-"""A run's folder read back: whole or not at all, of every schema that there ever was."""
+"""A record is read completely or refused, in every schema up to now."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def edit(path: Path, old: str, new: str) -> None:
 
 
 @pytest.mark.parametrize("folder", sorted(path for path in GOLDEN.iterdir() if path.is_dir()), ids=lambda path: f"schema-{path.name}")
-def test_every_schema_is_read_for_ever(folder: Path) -> None:
+def test_every_earlier_schema_is_readable(folder: Path) -> None:
     recorded = load_recorded_run(folder)
     assert recorded.schema == int(folder.name)
     assert [row.step for row in recorded.rows] == [1, 2, 3] and recorded.record.steps == 3
@@ -69,7 +69,7 @@ def test_a_record_holds_diff_and_lock(sealed: Path) -> None:
     assert load_recorded_run(sealed, rows=False).rows == ()
 
 
-def test_a_whole_copy_elsewhere_is_as_good(sealed: Path, tmp_path: Path) -> None:
+def test_a_complete_copy_in_another_folder_is_valid(sealed: Path, tmp_path: Path) -> None:
     shutil.copytree(sealed, tmp_path / "copy")
     (tmp_path / "copy/logs/more.log").write_text("logs are no part of it")
     assert load_recorded_run(tmp_path / "copy").record.run_id == "R"
@@ -99,7 +99,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_a_record_that_is_not_as_it_was_written_is_refused(sealed: Path, name: str) -> None:
+def test_a_record_that_was_changed_is_refused(sealed: Path, name: str) -> None:
     damage, said = BREAKS[name]
     damage(sealed)
     with pytest.raises(RecordRefused, match=f"(?s){said}"):
@@ -116,14 +116,14 @@ def test_a_record_that_is_not_as_it_was_written_is_refused(sealed: Path, name: s
         ("metrics.jsonl", '{"step": 3, "steps"', '{"step": 3, "st', "ends with step 2.*cut short"),
     ],
 )
-def test_without_a_seal_what_can_be_told_is_told(tmp_path: Path, name: str, old: str, new: str, said: str) -> None:
+def test_a_record_without_a_seal_is_checked_as_far_as_possible(tmp_path: Path, name: str, old: str, new: str, said: str) -> None:
     shutil.copytree(GOLDEN / "1", tmp_path / "run")
     edit(tmp_path / "run" / name, old, new)
     with pytest.raises(RecordRefused, match=f"(?s){name}.*{said}"):
         load_recorded_run(tmp_path / "run")
 
 
-def test_a_folder_that_is_none_of_ours(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(RecordRefused, match="is not the folder of a run"):
             load_recorded_run(folder)

@@ -1,4 +1,4 @@
-"""A record that is not whole is refused with every reason, and a checkpoint that was exchanged is found."""
+"""A damaged record is refused with every reason, and a replaced checkpoint is found."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ NO_BANDS = Bands()
 
 
 def held(tmp_path: Path, change: Change) -> None:
-    """The real run against itself with one change."""
+    """Compare the real run with a copy of it that has one change."""
     reference, other = copy_run(tmp_path, "before"), copy_run(tmp_path, "after", change)
     compare(read_run_files(reference), [read_run_files(other)], bands=NO_BANDS)
 
@@ -66,7 +66,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
 }
 
 
-def test_weights_that_were_exchanged_in_place_are_found(tmp_path: Path) -> None:
+def test_weights_that_were_replaced_in_place_are_found(tmp_path: Path) -> None:
     """The checkpoint's own trainer_state.json still says what the record says."""
     run = copy_run(tmp_path, "run", save_weights(b"trained!"))
     assert read_run_files(run).problems == ()
@@ -77,7 +77,7 @@ def test_weights_that_were_exchanged_in_place_are_found(tmp_path: Path) -> None:
     assert "checkpoints/step-000003 is not whole: " in read_run_files(run).problems[0]
 
 
-def test_large_weights_are_read_again_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_weights_are_hashed_again_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_files, "MAX_WEIGHT_BYTES", 7)
     run = copy_run(tmp_path, "run", save_weights(b"trained!"))
     write_weights(b"swapped!")(run / "checkpoints/step-000003")
@@ -113,7 +113,7 @@ def cut_rows(folder: Path, part: slice) -> None:
 
 
 @pytest.mark.parametrize(("change", "named"), BROKEN.values(), ids=BROKEN)
-def test_nothing_is_compared_with_a_broken_record(tmp_path: Path, change: Change, named: str) -> None:
+def test_a_damaged_record_is_not_compared(tmp_path: Path, change: Change, named: str) -> None:
     with pytest.raises(ConfigRefused, match=named):
         held(tmp_path, change)
 
@@ -126,14 +126,14 @@ def test_nothing_is_compared_with_a_broken_record(tmp_path: Path, change: Change
         (drop("result.json"), r"has no result\.json"),
     ],
 )
-def test_what_is_no_record_is_refused(tmp_path: Path, change: Callable[[Path], None], named: str) -> None:
+def test_a_folder_without_a_record_is_refused(tmp_path: Path, change: Callable[[Path], None], named: str) -> None:
     with pytest.raises(ConfigRefused, match=named):
         held(tmp_path, change)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "environment.json", "plan.json", "data.json", "samples.jsonl"])
 def test_a_sealed_record_that_was_edited_is_refused(tmp_path: Path, name: str) -> None:
-    """By one character, where no two files contradict each other."""
+    """By one character, so that no two files contradict each other."""
     sealed = REAL.with_name("2")
     for run in ("before", "after"):
         shutil.copytree(sealed, tmp_path / run)
@@ -145,7 +145,7 @@ def test_a_sealed_record_that_was_edited_is_refused(tmp_path: Path, name: str) -
         compare(read_run_files(tmp_path / "before"), [read_run_files(tmp_path / "after")], bands=NO_BANDS)
 
 
-def test_each_thing_that_is_wrong_is_told_once(tmp_path: Path) -> None:
+def test_each_problem_is_reported_once(tmp_path: Path) -> None:
     """If the seal says that a file is missing, it is not reported a second time."""
     run = Path(shutil.copytree(REAL.with_name("2"), tmp_path / "run"))
     (run / "environment.json").unlink()

@@ -1,4 +1,4 @@
-"""The published schema is that of the dataclasses, and the golden records are what it says."""
+"""The published schema matches the dataclasses, and the golden records match the schema."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def test_every_json_file_of_a_record_has_a_schema() -> None:
 
 
 def faults(value: Any, schema: dict[str, Any], whole: dict[str, Any], where: str) -> list[str]:
-    """What of JSON Schema our own uses, and no more."""
+    """Validates with the part of JSON Schema that the published schema uses."""
     if "$ref" in schema:
         return faults(value, whole["$defs"][schema["$ref"].removeprefix("#/$defs/")], whole, where)
     if "anyOf" in schema:
@@ -61,7 +61,7 @@ def faults(value: Any, schema: dict[str, Any], whole: dict[str, Any], where: str
 
 
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda path: path.name)
-def test_golden_records_are_what_it_says(folder: Path) -> None:
+def test_golden_records_match_the_schema(folder: Path) -> None:
     whole = json.loads(to_text())
     looked = 0
     for name, schema in whole["properties"].items():

@@ -1,4 +1,4 @@
-"""What a record keeps of the tree: the commit, and a diff that makes the same tree of it again."""
+"""The record keeps the commit of the tree, and a diff that restores its changes."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_the_diff_makes_the_same_tree_again(tree: Path, tmp_path: Path) -> None:
         assert (tmp_path / "again/trainer" / name).read_bytes() == (tree / "trainer" / name).read_bytes()
 
 
-def test_what_no_run_is_made_of_is_in_no_diff(tree: Path) -> None:
+def test_the_diff_covers_the_code_only(tree: Path) -> None:
     """Cluster files may hold addresses with credentials, and the config is in the record as it was resolved."""
     (tree / "conf/lab.yaml").write_text("index: https://ann:pa55@mirror\n")
     (tree / "docs/notes.md").write_text("notes\n")

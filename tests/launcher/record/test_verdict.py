@@ -1,4 +1,4 @@
-"""Two records against each other: every planted difference is found and named, and nothing is called noise without a measurement."""
+"""Two records are compared: every planted difference is found and named, and nothing is called noise without a measurement."""
 
 import json
 import random
@@ -27,7 +27,7 @@ NO_BANDS = Bands()
 
 
 def held(tmp_path: Path, *changes: Change, bands: Bands = NO_BANDS, allow: Sequence[str] = (), unlike: bool = False) -> Comparison:
-    """The real run against itself with `changes`."""
+    """Compare the real run with a copy of it that has `changes`."""
     reference, other = copy_run(tmp_path, "before"), copy_run(tmp_path, "after", *changes)
     return compare(read_run_files(reference), [read_run_files(other)], bands=bands, allow=tuple(allow), unlike=unlike)
 
@@ -125,7 +125,7 @@ FREE: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("change", FREE.values(), ids=FREE)
-def test_the_same_run_somewhere_else_is_the_same(tmp_path: Path, change: Change) -> None:
+def test_the_same_run_on_another_machine_is_the_same(tmp_path: Path, change: Change) -> None:
     comparison = held(tmp_path, change)
     assert comparison.outcome is Outcome.SAME, describe_comparison(comparison)
 
@@ -138,7 +138,7 @@ def test_a_host_in_the_name_of_a_device_is_no_difference(tmp_path: Path) -> None
     assert held(tmp_path, rename).outcome is Outcome.SAME
 
 
-def test_a_host_in_what_a_rank_says_is_no_difference() -> None:
+def test_a_host_in_the_report_of_a_rank_is_no_difference() -> None:
     run = read_run_files(REAL.with_name("2"))
     ranks = [rank | {"hostname": "other", "device": f"other {rank['device'].partition(' ')[2]}"} for rank in run.environment["ranks"]]
     moved = replace(run, environment={**run.environment, "ranks": ranks})
@@ -146,7 +146,7 @@ def test_a_host_in_what_a_rank_says_is_no_difference() -> None:
     assert ranks and [found.key for found in differences] == ["environment.ranks.0.hostname"] and not differences[0].matters
 
 
-def test_the_file_that_changed_is_named_where_the_record_has_them(tmp_path: Path) -> None:
+def test_the_changed_input_file_is_named_if_the_records_have_hashes(tmp_path: Path) -> None:
     def inputs(digest: str) -> Change:
         data = {"digits/train.json": "a" * 64, "digits/images/0001.png": digest * 64}
         return lambda folder: (folder / "inputs.json").write_text(json.dumps({"schema": 1, "data": data, "weights": {}}))
@@ -157,7 +157,7 @@ def test_the_file_that_changed_is_named_where_the_record_has_them(tmp_path: Path
     assert [found.key for found in judgement.differences if found.matters] == ["inputs.data.digits/images/0001.png", "data.sha256"]
 
 
-def test_the_first_environment_fact_and_the_first_step_are_named(tmp_path: Path) -> None:
+def test_the_first_difference_of_the_environment_and_the_first_step_are_named(tmp_path: Path) -> None:
     comparison = held(
         tmp_path, set_value("environment.json", "python", "3.12.1"), set_value("environment.json", "threads", 7), other_losses
     )
@@ -168,7 +168,7 @@ def test_the_first_environment_fact_and_the_first_step_are_named(tmp_path: Path)
     assert plain["outcome"] == "different" and plain["judgements"][0]["first_environment"] == "environment.python"
 
 
-def test_a_number_that_is_none_is_text_in_json(tmp_path: Path) -> None:
+def test_a_non_finite_value_is_text_in_json(tmp_path: Path) -> None:
     comparison = held(tmp_path, set_rows(lambda row: row | {"loss": float("nan") if row["step"] == 2 else row["loss"]}))
     (judged,) = json.loads(comparison_json(comparison), parse_constant=lambda text: pytest.fail(text))["judgements"]
     assert judged["losses"]["right"] == "nan" and judged["losses"]["level"] == "outside"
@@ -178,13 +178,13 @@ def test_a_number_that_is_none_is_text_in_json(tmp_path: Path) -> None:
 
 
 def test_a_commit_whose_image_has_the_same_files_is_the_same_code(tmp_path: Path) -> None:
-    """As a rerun sees it, which takes such a tree for the recorded one."""
+    """As for a rerun, which uses such a tree in place of the recorded one."""
     comparison = held(tmp_path, set_value("source.json", "commit", "c0ffee"))
     assert comparison.outcome is Outcome.EQUIVALENT
     assert comparison.judgements[0].reasons == ("source.commit may differ: the files of the image are the same",)
 
 
-def test_what_is_allowed_makes_equivalent_at_best(tmp_path: Path) -> None:
+def test_an_allowed_difference_makes_runs_equivalent_at_best(tmp_path: Path) -> None:
     comparison = held(tmp_path, set_value("environment.json", "packages.torch", "2.12.0"), allow=["image"])
     assert comparison.outcome is Outcome.EQUIVALENT and "environment.packages.torch may differ (--allow)" in describe_comparison(comparison)
 
@@ -202,14 +202,14 @@ def test_without_band_or_repeats_nothing_is_called_noise(tmp_path: Path) -> None
     assert "state a band" in describe_comparison(comparison)
 
 
-def test_two_experiments_are_refused_unless_told(tmp_path: Path) -> None:
+def test_two_experiments_are_refused_without_unlike(tmp_path: Path) -> None:
     change = set_value("plan.json", "config.model.name", "tiny_internvl")
     with pytest.raises(ConfigRefused, match=r"two experiments.*\n  config\.model\.name: tiny_llava and tiny_internvl\n.*--unlike"):
         held(tmp_path / "a", change)
     assert held(tmp_path / "b", change, unlike=True).outcome is Outcome.DIFFERENT
 
 
-def test_what_one_side_did_not_record_is_not_known(tmp_path: Path) -> None:
+def test_a_key_that_only_one_run_recorded_is_unknown(tmp_path: Path) -> None:
     """As in a record of a version that had no such key."""
 
     def forget(folder: Path) -> None:
@@ -222,7 +222,7 @@ def test_what_one_side_did_not_record_is_not_known(tmp_path: Path) -> None:
     assert "config.strategy.kernels is not in both records" in describe_comparison(comparison)
 
 
-def test_two_dirty_trees_are_not_known_to_be_one(tmp_path: Path) -> None:
+def test_two_trees_with_unrecorded_changes_may_differ(tmp_path: Path) -> None:
     reference, other = copy_run(tmp_path, "before", dirty), copy_run(tmp_path, "after", dirty)
     comparison = compare(read_run_files(reference), [read_run_files(other)], bands=Bands())
     assert comparison.outcome is Outcome.EQUIVALENT and "source.diff is not in both records" in describe_comparison(comparison)
@@ -253,7 +253,7 @@ def test_a_key_in_an_object_that_was_empty_is_one_difference() -> None:
     assert found.key == "config.stage.optimizer.group_lr.vision" and found.matters
 
 
-def test_a_fact_that_nobody_knows_must_match() -> None:
+def test_an_unknown_key_must_match() -> None:
     assert kind_of("environment.something.new") is ComparableKind.ENVIRONMENT and kind_of("data.something") is ComparableKind.INPUT
     assert [found.matters for found in find_differences({"environment.x": 1}, {"environment.x": 1.0})] == [True]
 
@@ -262,7 +262,7 @@ def test_a_fact_that_nobody_knows_must_match() -> None:
 
 
 def repeat(runs: Path, name: str, seed: int, *, slower: float = 1.0, loss: float = 1.0, noise: float = 0.01) -> Path:
-    """200 steps that fall, with noise of their own."""
+    """200 steps with a falling loss and random noise."""
     rng = random.Random(seed)
     losses = [loss * (1 + 5 / n) * (1 + rng.gauss(0, noise)) for n in range(1, 201)]
     seconds = [slower * (0.1 + abs(rng.gauss(0, 0.002))) for _ in range(200)]
@@ -277,7 +277,7 @@ def repeat(runs: Path, name: str, seed: int, *, slower: float = 1.0, loss: float
         ({"loss": 1.02}, Outcome.DIFFERENT, "outside the noise of 5 repeats"),
     ],
 )
-def test_repeats_say_what_noise_is(tmp_path: Path, changes: dict[str, Any], outcome: Outcome, named: str) -> None:
+def test_repeats_define_the_noise(tmp_path: Path, changes: dict[str, Any], outcome: Outcome, named: str) -> None:
     runs = [read_run_files(repeat(tmp_path, f"repeat-{seed}", seed)) for seed in range(5)]
     comparison = compare(runs[0], [*runs[1:], read_run_files(repeat(tmp_path, "judged", 99, **changes))], bands=Bands())
     last = comparison.judgements[-1]
@@ -285,7 +285,7 @@ def test_repeats_say_what_noise_is(tmp_path: Path, changes: dict[str, Any], outc
 
 
 def test_a_slowdown_of_5_percent_is_found_ten_times_out_of_ten_and_no_other_is(tmp_path: Path) -> None:
-    """Against the noise of five repeats, none of which was as fast as another."""
+    """Compared with the noise of five repeats of different speed."""
     repeats = [read_run_files(repeat(tmp_path, f"repeat-{seed}", seed)) for seed in range(5)]
     found = {1.0: 0, 1 / 0.95: 0}
     for slower in found:
@@ -296,7 +296,7 @@ def test_a_slowdown_of_5_percent_is_found_ten_times_out_of_ten_and_no_other_is(t
     assert found == {1.0: 0, 1 / 0.95: 10}
 
 
-def test_two_runs_more_are_too_few_to_measure_noise(tmp_path: Path) -> None:
+def test_two_repeats_are_too_few_to_measure_noise(tmp_path: Path) -> None:
     runs = [read_run_files(repeat(tmp_path, f"repeat-{seed}", seed)) for seed in range(3)]
     assert {judgement.losses.level for judgement in compare(runs[0], runs[1:], bands=Bands()).judgements} == {Level.NOT_JUDGED}
 
@@ -349,6 +349,6 @@ def test_two_runs_that_failed_before_the_first_step_are_not_the_same(tmp_path: P
     assert comparison.outcome is Outcome.EQUIVALENT and comparison.judgements[0].reasons == ("not both runs finished",)
 
 
-def test_facts_are_many_and_hold_no_folder(tmp_path: Path) -> None:
+def test_the_compared_values_are_many_and_hold_no_folder(tmp_path: Path) -> None:
     facts = collect_comparables(read_run_files(copy_run(tmp_path, "r")))
     assert len(facts) > 300 and not any(str(tmp_path) in str(value) for value in facts.values())

@@ -1,4 +1,4 @@
-"""A page of a record: everything that is in it is text, it stands by itself, and it is small however long the run was."""
+"""The page of a report: all values are text, it needs no other file, and it is small for long runs too."""
 
 import base64
 import errno
@@ -76,7 +76,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(autouse=True)
 def collecting() -> Iterator[None]:
-    """`main` turns the collection of garbage off for the whole process."""
+    """`main` switches the garbage collector off for the whole process."""
     yield
     gc.enable()
 
@@ -92,7 +92,7 @@ def answers(rows: list[dict[str, Any]]) -> Change:
 
 
 def poison(data: Any) -> Any:
-    """Every text and every name of a record, where it is not what the reader goes by."""
+    """Replaces every text and every name of a record, except those that the reader depends on."""
     if isinstance(data, dict):
         return {key: value if key in ("schema", "status", "kind") else poison(value) for key, value in data.items()}
     if isinstance(data, list):
@@ -113,7 +113,7 @@ def poisoned(folder: Path) -> None:
     set_value("environment.json", "environment", {EVIL: EVIL})(folder)
 
 
-def test_what_a_record_says_is_text(tmp_path: Path) -> None:
+def test_every_value_of_a_record_is_text(tmp_path: Path) -> None:
     evil = copy_run(tmp_path, '"><img src=x onerror=alert(1)>', poisoned)
     page = page_of(evil, copy_run(tmp_path, "good"), unlike=True)
     seen = Page(page)
@@ -134,7 +134,7 @@ def test_markdown_and_rows_of_a_hostile_record(tmp_path: Path) -> None:
     assert rows[1].startswith("'=cmd") and len(rows) == 4
 
 
-def test_it_stands_by_itself(tmp_path: Path) -> None:
+def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
     page = page_of(copy_run(tmp_path, "r"))
     assert "default-src 'none'" in page and "prefers-color-scheme: dark" in page and "width=device-width" in page
     assert not re.search(r"https?://|@import|url\(|<script|<link", page)
@@ -142,7 +142,7 @@ def test_it_stands_by_itself(tmp_path: Path) -> None:
     assert page == page_of(tmp_path / "r"), "the same record, the same page"
 
 
-def test_it_shows_what_a_reader_asks_for(tmp_path: Path) -> None:
+def test_the_page_shows_the_important_values(tmp_path: Path) -> None:
     page = page_of(copy_run(tmp_path, "r"))
     words = "".join(Page(page).words)
     for wanted in ("finished", "3 of 3", "loss", "learning rate", "samples per second", "memory, GiB", "localhost", "Which digit is this?"):
@@ -161,7 +161,7 @@ def test_several_runs_have_one_chart_each_line_and_a_verdict(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["result.json", "metrics.jsonl", "environment.json", "data.json", "source.json", "samples.jsonl"])
-def test_a_record_that_is_not_whole_is_shown_and_called_so(tmp_path: Path, name: str) -> None:
+def test_a_damaged_record_is_shown_as_damaged(tmp_path: Path, name: str) -> None:
     gone = copy_run(tmp_path / "a", "r")
     (gone / name).unlink()
     half = copy_run(tmp_path / "b", "r")
@@ -229,19 +229,19 @@ def test_without_pillow_small_ones_are_taken_as_they_are(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("content", [b"", b"<svg onload=alert(1)>", b"\x89PNG\r\n\x1a\nbroken", b"root:x:0:0"])
-def test_what_is_no_image_is_not_shown(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_an_image_is_not_shown(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.png").write_bytes(content)
     found = read_picture(tmp_path / "x.png", "x.png")
     assert found.data == "" and found.missing
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "none.png", "a\0b", "n" * 5000, "."])
-def test_a_name_that_is_no_file(tmp_path: Path, name: str) -> None:
+def test_an_image_that_does_not_exist(tmp_path: Path, name: str) -> None:
     assert read_picture(tmp_path / name, name).missing
 
 
 def test_metrics_and_the_answers_of_a_base_are_shown(tmp_path: Path) -> None:
-    """What got worse comes first. What is no figure, and what a base never says, is left out."""
+    """Answers that are worse than the base come first. Invalid scores and changes are left out."""
     answered = {"got": "eight", "match": False, "scores": {"anls": 0.2}}
     rows = [
         {"row": 1, "prompt": "p", "expected": "7", "got": "1", "match": False, "base": {**answered, "change": "same"}},
@@ -311,7 +311,7 @@ def failed(host: str, message: str) -> dict[str, Any]:
     }
 
 
-def test_attempts_and_failures_lie_where_they_were(tmp_path: Path) -> None:
+def test_attempts_and_failures_are_at_their_times(tmp_path: Path) -> None:
     def two_attempts(folder: Path) -> None:
         (folder / "attempts/1").mkdir(parents=True)
         first = {
@@ -342,7 +342,7 @@ def test_attempts_and_failures_lie_where_they_were(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------------- writing
 
 
-def test_nothing_is_overwritten_by_itself(tmp_path: Path) -> None:
+def test_an_existing_report_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     write_report("one", path, replace=False)
     with pytest.raises(ConfigRefused, match=r"exists already.*--replace"):
@@ -352,7 +352,7 @@ def test_nothing_is_overwritten_by_itself(tmp_path: Path) -> None:
     assert path.read_text() == "two"
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "page.html"
     path.write_text("old")
 
