@@ -84,7 +84,7 @@ def test_a_published_result_is_run_again_with_the_published_code(clone: Path, he
     done = omnilaunch(moved, tmp_path / "b", "bench-rerun", "tiny", "--repeats", "1", "--reason", "a test")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "code: this tree differs in trainer/kernels/cross_entropy.py; commit " in done.stdout
-    assert "rows as published in 1 of 1 repeats, final weights in 1 of 1" in done.stdout
+    assert "rows identical in 1 of 1 repeats, final weights in 1 of 1" in done.stdout
     assert "verdict: reproduced, from 1 repeats in place of 2: a test" in done.stdout
     (run,) = [path for path in (tmp_path / "b/runs").iterdir() if path.is_dir()]
     assert result_of(run)["rerun_of"] == "tiny-20261121-000000-0000-2"
