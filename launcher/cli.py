@@ -229,7 +229,8 @@ def launch_one(overrides: Sequence[str], run_id: str, *, detach: bool = False) -
 
 
 def render_run(arguments: argparse.Namespace) -> int:
-    from launcher.record.record import PLAN_FILE, SOURCE_FILE, SourceState, read_if_there
+    from launcher.record.reader import read_if_there
+    from launcher.record.record import PLAN_FILE, SOURCE_FILE, SourceState
     from launcher.record.source import read_source
     from launcher.run.offline.render import write_bundle
 

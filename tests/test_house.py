@@ -39,7 +39,7 @@ WORDS = {
     r"\btold\b|\btells of\b": "reported, printed, says",
     r"\bheld against\b": "compared with, checked against",
     r"\bnobody\b": "the passive voice",
-    r"\banew\b": "again",
+    r"(?<!--)\banew\b": "again",
     r"\bbesides\b": "also",
     r"\bmend(s|ed|ing)?\b": "fix",
     r"\bsick\b": "unhealthy",

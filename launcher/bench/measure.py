@@ -1,7 +1,6 @@
-"""The runs of a bench as one published result: each run's figures, then their medians and ranges. Reads records, runs nothing."""
+"""Makes one published result of the runs of a bench: the figures of each run, their medians and ranges. Reads records and starts nothing."""
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,27 +17,26 @@ from launcher.plan.commands import FOLDER_VARIABLE, RUN_VARIABLE
 from launcher.plan.plan import Plan
 from launcher.record.checksums import SEAL_FILE, Seal
 from launcher.record.metrics import Curve, read_curve, window_means
-from launcher.record.reader import Archive, decode, load_archive, read_json
+from launcher.record.reader import read_as
+from launcher.record.recorded_run import RecordedRun, load_recorded_run
+from launcher.record.source import RECORD_SCHEMA
 from launcher.record.verdict import BITWISE, WINDOWS
 from launcher.redact import mask_credentials
 from trainer import contract
 from trainer.contract import facts_of, kind_of
 
 MEASURED = ("samples_per_s", "tokens_per_s", "step_s", "peak_bytes", "final_loss")
-# Of ranks that one bench is made of, all but what a clock says of the moment.
-MOMENTARY = ("setting",)
-PLACE = re.compile(r"(^|[:=,\s])[/~]")  # a folder, alone or in a list
+MOMENTARY = ("setting",)  # kinds of environment facts that may change between repeats, such as a clock rate
+PATH_IN_TEXT = re.compile(r"(^|[:=,\s])[/~]")  # a folder, alone or in a list
 
 
 def measure_run(folder: Path, *, load: float | None = None) -> Repeat:
-    """Raises RecordRefused for a record that is not whole, ConfigRefused for a run without a step after its warm-up."""
-    archive, curve = load_archive(folder, rows=False), read_curve(folder / contract.METRICS_FILE)
-    seal: Seal = decode(Seal, read_json(folder / SEAL_FILE), folder / SEAL_FILE)
-    record, speed = archive.record, curve.speed
+    """Raises RecordRefused for a damaged record, ConfigRefused for a run without a step after its warm-up."""
+    recorded, curve = load_recorded_run(folder, rows=False), read_curve(folder / contract.METRICS_FILE)
+    seal: Seal = read_as(Seal, folder / SEAL_FILE, schema=RECORD_SCHEMA)
+    record, speed = recorded.record, curve.speed
     if record.status != "finished" or speed is None or record.final_loss is None:
-        raise ConfigRefused(
-            f"run {record.run_id} is {record.status} after {len(curve.step)} steps, and has no speed that could be published"
-        )
+        raise ConfigRefused(f"run {record.run_id} is {record.status} after {len(curve.step)} steps, and has no speed that could be published")
     return Repeat(
         run_id=folder.name,
         record_sha256=seal.sha256,
@@ -46,7 +44,7 @@ def measure_run(folder: Path, *, load: float | None = None) -> Repeat:
         seconds=record.seconds,
         samples_per_s=speed.samples_per_s,
         tokens_per_s=speed.tokens_per_s,
-        step_s=typical_step_s(curve),
+        step_s=speed.step_s,
         peak_bytes=speed.peak_bytes,
         final_loss=record.final_loss,
         windows=window_means(curve.loss, WINDOWS),
@@ -57,13 +55,8 @@ def measure_run(folder: Path, *, load: float | None = None) -> Repeat:
     )
 
 
-def typical_step_s(curve: Curve) -> float:
-    """As launcher.record.metrics.speed_of takes it."""
-    return median(value for value in curve.seconds[curve.warm_up :] if math.isfinite(value) and value > 0)
-
-
 def summarise(repeats: Sequence[Repeat]) -> dict[str, Span]:
-    """Median, lowest and highest of each figure, scores of the evaluation by `evaluation.<name>`."""
+    """Median, lowest and highest of each figure; scores of the evaluation as `evaluation.<name>`."""
     columns: dict[str, list[float]] = {name: [float(getattr(repeat, name)) for repeat in repeats] for name in MEASURED}
     for name in repeats[0].evaluation:
         columns[f"evaluation.{name}"] = [repeat.evaluation[name] for repeat in repeats]
@@ -71,12 +64,12 @@ def summarise(repeats: Sequence[Repeat]) -> dict[str, Span]:
 
 
 def publish(
-    series_id: str, experiment: str, repeats: Sequence[Repeat], archives: Sequence[Archive], *, dirty: str, made_at: datetime
+    series_id: str, experiment: str, repeats: Sequence[Repeat], recorded_runs: Sequence[RecordedRun], *, dirty: str, made_at: datetime
 ) -> PublishedResult:
-    """The result of runs of one plan. `dirty`: why a tree with changes was taken. Raises ConfigRefused where they were not run with the same
-    things after all."""
-    require_alike(archives)
-    first = archives[0]
+    """The result of runs of one plan. `dirty`: why a tree with changes was measured. Raises ConfigRefused if the runs did not use the same
+    code, data and environment."""
+    require_alike(recorded_runs)
+    first = recorded_runs[0]
     plan = first.plan
     config = published_config(plan.config)
     return PublishedResult(
@@ -92,7 +85,7 @@ def publish(
         repeats=tuple(repeats),
         config=config,
         config_sha256=sha256(canonical(config)).hexdigest(),
-        site=site_of(plan),
+        site=shape_of(plan),
         spec=published_spec(plan),
         variables=published_variables(plan),
         code=code_of(first, dirty),
@@ -102,77 +95,79 @@ def publish(
     )
 
 
-def require_alike(archives: Sequence[Archive]) -> None:
-    """Somebody may have changed packages, a driver or the data between two of them."""
-    told = [identity_of(archive) for archive in archives]
-    for archive, found in zip(archives[1:], told[1:], strict=True):
-        apart = sorted(key for key in told[0].keys() | found.keys() if told[0].get(key) != found.get(key))
-        if apart:
-            lines = "\n".join(f"  {key}: {told[0].get(key, 'not there')} and {found.get(key, 'not there')}" for key in apart[:12])
+def require_alike(recorded_runs: Sequence[RecordedRun]) -> None:
+    """Raises ConfigRefused if packages, a driver or the data were changed between two of the runs."""
+    first, *others = map(identity_of, recorded_runs)
+    for recorded, found in zip(recorded_runs[1:], others, strict=True):
+        different = sorted(key for key in first.keys() | found.keys() if first.get(key) != found.get(key))
+        if different:
+            lines = "\n".join(f"  {key}: {first.get(key, 'missing')} and {found.get(key, 'missing')}" for key in different[:12])
             raise ConfigRefused(
-                f"runs {archives[0].folder.name} and {archive.folder.name} are no repeats of one another, and nothing is published:\n{lines}\n"
-                "They stay where they are. To begin a bench anew: omnilaunch bench NAME --anew"
+                f"runs {recorded_runs[0].folder.name} and {recorded.folder.name} are not repeats of each other, and nothing is published:\n"
+                f"{lines}\nThe runs are kept. To start a new bench: omnilaunch bench NAME --anew"
             )
 
 
-def identity_of(archive: Archive) -> dict[str, str]:
-    record = archive.record
-    facts = {key: value for key, value in facts_in(archive).items() if kind_of(key) not in MOMENTARY}
-    return facts | {"data": record.data_sha256, "lock": record.lock_sha256, "image": record.image_id, "commit": archive.source.commit}
+def identity_of(recorded: RecordedRun) -> dict[str, str]:
+    record = recorded.record
+    facts = {key: value for key, value in facts_in(recorded).items() if kind_of(key) not in MOMENTARY}
+    return facts | {"data": record.data_sha256, "lock": record.lock_sha256, "image": record.image_id, "commit": recorded.source.commit}
 
 
-def facts_in(archive: Archive) -> dict[str, str]:
-    """Without what names places of the machine: a folder there says nothing to others."""
-    facts = facts_of(archive.environment) if archive.environment else {}
-    return {key: str(mask_credentials(value)) for key, value in facts.items() if not PLACE.search(value)}
+def facts_in(recorded: RecordedRun) -> dict[str, str]:
+    """The environment facts that the ranks reported, without those that name a folder of the machine."""
+    return without_paths(facts_of(recorded.environment)) if recorded.environment else {}
 
 
-# ---------------------------------------------------------------------------------------------------------- without places
+# ----------------------------------------------------------------------------------------------- without paths and secrets
+
+
+def without_paths(values: dict[str, str]) -> dict[str, str]:
+    """Without credentials either."""
+    return {key: str(mask_credentials(value)) for key, value in values.items() if not PATH_IN_TEXT.search(value)}
 
 
 def published_config(config: Config) -> dict[str, Any]:
-    plain: dict[str, Any] = canonical_data(mask_credentials(asdict(config)))
+    plain: dict[str, Any] = as_json_data(mask_credentials(asdict(config)))
     return {key: value for key, value in plain.items() if key != "cluster"}
 
 
 def published_spec(plan: Plan) -> dict[str, Any]:
-    """What names this run and its folders is left empty, and filled where it is run again."""
-    spec: dict[str, Any] = canonical_data(asdict(plan.spec))
+    """The run id and the folders are left empty, and are filled when the result is run again."""
+    spec: dict[str, Any] = as_json_data(asdict(plan.spec))
     return spec | {"run_id": "", "output": "", "expects": None, "data": spec["data"] | {"root": ""}}
 
 
 def published_variables(plan: Plan) -> dict[str, str]:
-    of_the_place = (RUN_VARIABLE, FOLDER_VARIABLE)
-    found = plan.commands[0].environment
-    kept = {name: value for name, value in found.items() if name not in of_the_place and not PLACE.search(value)}
-    return dict(mask_credentials(kept))
+    own = (RUN_VARIABLE, FOLDER_VARIABLE)
+    return without_paths({name: value for name, value in plan.commands[0].environment.items() if name not in own})
 
 
-def site_of(plan: Plan) -> ClusterShape:
+def shape_of(plan: Plan) -> ClusterShape:
     cluster = plan.config.cluster
     return ClusterShape(
         runtime=cluster.runtime,
         nodes=len(cluster.working),
         devices_per_node=cluster.devices_per_node,
-        environment=dict(mask_credentials({name: value for name, value in cluster.environment.items() if not PLACE.search(value)})),
+        environment=without_paths(cluster.environment),
     )
 
 
-def code_of(archive: Archive, dirty: str) -> Code:
-    image, source = archive.plan.image, archive.source
+def code_of(recorded: RecordedRun, dirty: str) -> Code:
+    image, source = recorded.plan.image, recorded.source
     return Code(
         commit=source.commit,
         diff_sha256=source.diff_sha256,
         dirty=dirty,
         stack=image.stack,
         architecture=image.architecture,
-        base=archive.plan.config.cluster.delivery.base,
+        base=recorded.plan.config.cluster.delivery.base,
         fingerprint=image.fingerprint,
-        image_id=archive.record.image_id,
-        lock_sha256=archive.record.lock_sha256,
+        image_id=recorded.record.image_id,
+        lock_sha256=recorded.record.lock_sha256,
     )
 
 
-def canonical_data(value: Any) -> Any:
-    """As JSON brings it back."""
+def as_json_data(value: Any) -> Any:
+    """With the types that JSON has: tuples become lists."""
     return json.loads(json.dumps(value))

@@ -1,34 +1,34 @@
-"""Runs of one plan, one after the other: those that are there already, and those that are still missing.
+"""The repeats of a bench: runs of one plan, one after the other. Those that have finished are kept, and the next call runs the missing ones.
 
-Each is an ordinary run with its own record. What has ended stays whatever comes after it, and the next call goes on from there.
+Each repeat is an ordinary run with its own record.
 """
 
-import fcntl
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
 
-from launcher.bench.measure import canonical_data, measure_run
+from launcher.bench.measure import as_json_data, measure_run
 from launcher.bench.result import Repeat
 from launcher.errors import ConfigRefused, LaunchError, RecordRefused
 from launcher.plan.plan import Plan, to_plain
-from launcher.record.comparable import FactKind, find_differences, flatten, kind_of
+from launcher.record.comparable import ComparableKind, find_differences, flatten, kind_of
 from launcher.record.index import list_entries, read_entry, tag_run
-from launcher.record.lock import is_claimed
-from launcher.record.reader import Archive, load_archive
+from launcher.record.lock import hold_lock, is_locked
+from launcher.record.reader import read_object
 from launcher.record.record import Record
+from launcher.record.recorded_run import RecordedRun, load_recorded_run
 from launcher.record.source import SourceState
 from launcher.run.signals import STOPPED_CODE
 from trainer import contract
 
-LOCK_FILE = ".bench.lock"  # in the folder of the runs: two at a time would measure each other
-LOAD_FILE = "bench.json"  # beside the record, and no part of it: what the machine was busy with before the run
+LOCK_FILE = ".bench.lock"  # in the folder of the runs: two benches at the same time would disturb each other
+LOAD_FILE = "bench.json"  # not a part of the record: the load of the machine before the run
 STAMP = r"-\d{8}-\d{6}-[0-9a-f]{4}"
 
 Say = Callable[[str], None]
@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """`name`: of all its runs, which are called <name>-1, <name>-2 ...; `begun`: numbers that are taken; `done`: ids of those that finished."""
+    """The runs <name>-1, <name>-2 ... `begun`: the highest number that was started. `done`: ids of the runs that finished."""
 
     name: str
     runs: Path
@@ -45,9 +45,9 @@ class Series:
 
 
 class SeriesStopped(LaunchError):
-    """Ctrl-C, or a stop of the run that was under way."""
+    """Ctrl-C, or a stop of the run that was running."""
 
-    exit_code = STOPPED_CODE  # type: ignore[assignment]  # as a shell has it, and no Exit
+    exit_code = STOPPED_CODE  # type: ignore[assignment]  # the code of a shell, which is not in Exit
 
 
 def name_series(prefix: str, now: datetime, *, pid: int) -> str:
@@ -56,7 +56,7 @@ def name_series(prefix: str, now: datetime, *, pid: int) -> str:
 
 
 def find_series(prefix: str, runs: Path, *, published: Sequence[str]) -> Series | None:
-    """The newest one of `prefix` that was begun and not published; None where there is none."""
+    """The newest series of `prefix` that was started and not published; None if there is none."""
     pattern = re.compile(rf"({re.escape(prefix)}{STAMP})-(\d+)")
     found: dict[str, list[tuple[int, str]]] = {}
     for entry in list_entries(runs):
@@ -72,79 +72,69 @@ def find_series(prefix: str, runs: Path, *, published: Sequence[str]) -> Series 
 
 
 @contextmanager
-def hold(runs: Path) -> Iterator[None]:
-    """Raises ConfigRefused where another bench is at work in this folder, or where nothing can be written there."""
-    try:
-        runs.mkdir(parents=True, exist_ok=True)
-        held = (runs / LOCK_FILE).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise ConfigRefused(f"runs cannot be written to {runs}: {error.strerror}. Name another folder: cluster.root=FOLDER") from error
-    with held as file:
+def lock_runs(runs: Path) -> Iterator[None]:
+    """Raises ConfigRefused if another bench is running in this folder, or if it cannot be written."""
+    refusal = f"another bench is running in {runs} ({{holder}}), and two benches would disturb each other's figures: wait for it to end"
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ConfigRefused(
-                f"another bench is at work in {runs} ({file.read().strip() or 'unknown'}), and two would measure each other: wait for it"
-            ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()}\n")
-        file.flush()
+            runs.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(hold_lock(runs / LOCK_FILE, refusal))
+        except OSError as error:
+            raise ConfigRefused(f"runs cannot be written to {runs}: {error.strerror}. Name another folder: cluster.root=FOLDER") from error
         yield
 
 
-def require_same(series: Series, plan: Plan, source: SourceState, *, anew: str) -> None:
-    """Raises ConfigRefused where a run that is there was made of something else than the next one would be, or is not whole. `anew`: the command that begins
-    another series."""
+def require_same(series: Series, plan: Plan, source: SourceState, *, start_new: str) -> None:
+    """Raises ConfigRefused if a finished run differs from what the next one would be, or its record is damaged. `start_new`: the command that
+    starts a new series."""
     for run_id in series.done:
         try:
-            archive = load_archive(series.runs / run_id, rows=False)
+            recorded = load_recorded_run(series.runs / run_id, rows=False)
         except RecordRefused as error:
-            raise RecordRefused(f"{error}\nTo leave the runs of {series.name} and begin anew: {anew}") from error
-        apart = differing(archive, plan, source)
-        if apart:
-            lines = "\n".join(f"  {line}" for line in apart[:12])
+            raise RecordRefused(f"{error}\nTo leave the runs of {series.name} as they are and start a new bench: {start_new}") from error
+        if different := differing(recorded, plan, source):
+            lines = "\n".join(f"  {line}" for line in different[:12])
             raise ConfigRefused(
-                f"{series.name} was begun, {len(series.done)} of its runs are done, and what is here now would be no repeat of them:\n{lines}\n"
-                f"Bring that back (git checkout {archive.source.commit[:12] or 'COMMIT'}) to go on with it; or leave those runs and begin anew: {anew}"
+                f"{len(series.done)} runs of the bench {series.name} have finished, and a run now would not be a repeat of them:\n{lines}\n"
+                f"To continue it, restore what differs (git checkout {recorded.source.commit[:12] or 'COMMIT'}); to start a new bench: {start_new}"
             )
 
 
-def differing(archive: Archive, plan: Plan, source: SourceState) -> tuple[str, ...]:
-    before, now = archive.source, source
-    apart = [f"commit: {before.commit[:12]} then, {now.commit[:12]} now"] if before.commit != now.commit else []
-    apart += ["changes of the tree that the commit does not hold"] if before.diff_sha256 != now.diff_sha256 else []
-    apart += ["files of the image"] if archive.plan.image.fingerprint != plan.image.fingerprint else []
-    then, here = (dict(flatten(canonical_data(to_plain(each)["config"]), "config")) for each in (archive.plan, plan))
-    return (*apart, *(f"{found.key}: {found.left} then, {found.right} now" for found in find_differences(then, here) if weighs(found.key)))
+def differing(recorded: RecordedRun, plan: Plan, source: SourceState) -> tuple[str, ...]:
+    before, now = recorded.source, source
+    found = [f"commit: {before.commit[:12]} then, {now.commit[:12]} now"] if before.commit != now.commit else []
+    found += ["uncommitted changes of the tree"] if before.diff_sha256 != now.diff_sha256 else []
+    found += ["files of the image"] if recorded.plan.image.fingerprint != plan.image.fingerprint else []
+    then, here = (dict(flatten(as_json_data(to_plain(each)["config"]), "config")) for each in (recorded.plan, plan))
+    return (*found, *(f"{one.key}: {one.left} then, {one.right} now" for one in find_differences(then, here) if matters(one.key)))
 
 
-def weighs(key: str) -> bool:
-    return kind_of(key) is not FactKind.FREE or key.startswith("config.run.bands")
+def matters(key: str) -> bool:
+    return kind_of(key) is not ComparableKind.FREE or key.startswith("config.run.bands")
 
 
-def carry_on(
+def run_repeats(
     series: Series, wanted: int, carry_out: Callable[[str], Record | None], *, tags: Sequence[str], again: str, say: Say, here: bool = True
 ) -> tuple[Repeat, ...]:
-    """The repeats, those that are missing carried out now by `carry_out`, which gets a run id. `here`: on this machine, whose load then
-    counts. Raises SeriesStopped after Ctrl-C, and the LaunchError of a run that failed, both saying how many are done and the command that
-    goes on (`again`)."""
+    """All repeats; the missing ones are run now by `carry_out`, which gets a run id. `here`: the runs use this machine, whose load is recorded.
+    Raises SeriesStopped after Ctrl-C, and the LaunchError of a run that failed; both say how many runs have finished, and the command that
+    continues (`again`)."""
     repeats = [measure_run(series.runs / run_id, load=read_load(series.runs / run_id)) for run_id in series.done[:wanted]]
     number = series.begun
     if repeats:
-        say(f"{series.name}: {len(repeats)} of {wanted} repeats are there already")
+        say(f"{series.name}: {len(repeats)} of {wanted} repeats have finished already")
     while len(repeats) < wanted:
         number += 1
         run_id = f"{series.name}-{number}"
         load = os.getloadavg()[0] if here else None
         say(f"repeat {len(repeats) + 1} of {wanted}" + ("" if load is None else f", the machine has a load of {load:.1f}"))
-        kept = f"{len(repeats)} of {wanted} repeats are done and stay in {series.runs}; to go on: {again}"
+        kept = f"{len(repeats)} of {wanted} repeats have finished and are kept in {series.runs}; to continue: {again}"
         try:
             record = carry_out(run_id)
         except KeyboardInterrupt as error:
             raise SeriesStopped(f"stopped: {kept}") from error
         except LaunchError as error:
-            error.args = (f"{error}\nthe bench ends here, {kept}",)
+            error.args = (f"{error}\nthe bench ends here: {kept}",)
             raise
         if record is None or record.status != "finished":
             raise SeriesStopped(f"{run_id} was stopped: {kept}")
@@ -157,28 +147,25 @@ def carry_on(
 
 
 def refuse_busy(series: Series) -> None:
-    """Raises ConfigRefused where a launcher is still at the last run of a series."""
+    """Raises ConfigRefused if a launcher still supervises the last run of the series."""
     last = series.runs / f"{series.name}-{series.begun}"
-    if last.is_dir() and read_entry(last).record is None and is_claimed(last):
-        raise ConfigRefused(f"run {last.name} is under way: wait for it, or end it where it was started; omnilaunch runs shows it")
+    if last.is_dir() and read_entry(last).record is None and is_locked(last):
+        raise ConfigRefused(f"run {last.name} is still running: wait for it, or stop it where it was started. See: omnilaunch runs")
 
 
 def read_load(folder: Path) -> float | None:
-    """None where the launcher was ended before it wrote it."""
-    try:
-        load = json.loads((folder / LOAD_FILE).read_text(encoding="utf-8"))["load"]
-        return None if load is None else float(load)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    """None if the launcher was killed before it wrote the file."""
+    load = read_object(folder / LOAD_FILE, []).get("load")
+    return float(load) if isinstance(load, (int, float)) else None
 
 
 def describe_repeat(repeat: Repeat) -> str:
     scores = "".join(f"  {name.replace('_', ' ')} {value:.4f}" for name, value in repeat.evaluation.items() if name != "count")
     return (
-        f"{repeat.run_id}  {repeat.samples_per_s:,.1f} samples/s  {repeat.step_s * 1000:,.1f} ms a step  "
+        f"{repeat.run_id}  {repeat.samples_per_s:,.1f} samples/s  {repeat.step_s * 1000:,.1f} ms per step  "
         f"{repeat.peak_bytes / 2**30:.2f} GiB  loss {repeat.final_loss:.6g}{scores}"
     )
 
 
-def read_archives(series_runs: Path, repeats: Sequence[Repeat]) -> tuple[Archive, ...]:
-    return tuple(load_archive(series_runs / repeat.run_id, rows=False) for repeat in repeats)
+def load_repeats(series_runs: Path, repeats: Sequence[Repeat]) -> tuple[RecordedRun, ...]:
+    return tuple(load_recorded_run(series_runs / repeat.run_id, rows=False) for repeat in repeats)

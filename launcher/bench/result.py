@@ -1,12 +1,12 @@
-"""docs/results/NAME.jsonl: what a bench has published, a line for each. Appended to, never written over; small, so that git keeps it.
+"""docs/results/NAME.jsonl: the published results of a bench, one per line. Lines are appended and never changed; they are small enough for git.
 
-A line holds the figures, what they were measured with (config, code, facts of the running ranks), and its own hash. From it alone the bench
-can be run again (launcher.bench.restore). It has no path, host or user of the machine that it ran on.
+A line holds the figures, what they were measured with (config, code, environment facts of the ranks), and its own hash. It is enough to run
+the bench again (`restore`). It has no path, host or user of the machine.
 """
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -19,12 +19,12 @@ from trainer.contract import SpecError
 
 FOLDER = "docs/results"
 RESULT_SCHEMA = 1
-NAME_ANOTHER = "Have its rights changed, or name another folder: --results FOLDER. No run is lost"
+NAME_ANOTHER = "Change its permissions, or choose another folder: --results FOLDER. No run is lost"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Of one figure over all repeats."""
+    """One figure over all repeats."""
 
     median: float
     lowest: float
@@ -33,10 +33,10 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Repeat:
-    """One run. Rates, seconds a step and memory as `compare` takes them: medians over the steps after the warm-up, the highest memory of any
-    rank. `windows`: means of the losses of each tenth of the steps; `rows_sha256`: over every row's loss, gradient norm, learning rate,
-    samples and tokens; `record_sha256`: the seal over the run's whole record. `load`: of the launcher's machine over the minute before it
-    started, as uptime says it; None where the nodes are others."""
+    """One run. Rates, step time and memory are those of `compare`: medians over the steps after the warm-up, the highest peak of any rank.
+    `windows`: the mean loss of each tenth of the steps. `rows_sha256`: over loss, gradient norm, learning rate, samples and tokens of every
+    row. `record_sha256`: of the run's whole record. `load`: the load average of the launcher's machine over the minute before the run; None
+    if the run used other nodes."""
 
     run_id: str
     record_sha256: str
@@ -56,8 +56,8 @@ class Repeat:
 
 @dataclass(frozen=True, kw_only=True)
 class Code:
-    """`dirty`: why a tree with changes was taken, '' for a clean one; their hash is `diff_sha256`. `image_id`: as the engines of the nodes
-    say; '' for the process runtime. `base`: in place of the stack's own, ''."""
+    """`dirty`: why a tree with changes was measured, '' for a clean one; `diff_sha256` is the hash of the changes. `image_id`: reported by the
+    engines of the nodes, '' without containers. `base`: a base image in place of the stack's own, else ''."""
 
     commit: str
     diff_sha256: str
@@ -72,7 +72,7 @@ class Code:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterShape:
-    """Of the cluster what a run computes with. Hosts stay where they are."""
+    """What the cluster contributes to the computation. Hosts are not published."""
 
     runtime: str
     nodes: int
@@ -82,9 +82,9 @@ class ClusterShape:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedResult:
-    """`config`: as it was composed, without its cluster; `spec`: what the trainer was told, without run id and folders; `variables`: that were
-    set for the ranks; `facts`: asked of the running ranks (trainer.contract.environment_facts). `warm_up_steps`: of `steps` (record.metrics). `sha256`:
-    of the line without it."""
+    """`config`: without its cluster. `spec`: without run id and folders. `variables`: environment variables that were set for the ranks. `facts`:
+    reported by the ranks (trainer.contract.environment_facts). `warm_up_steps`: do not count for the speed (record.metrics). `sha256`: of the
+    line without this key."""
 
     schema: int
     result_id: str
@@ -109,7 +109,7 @@ class PublishedResult:
 
 
 def is_unsteady(result: PublishedResult) -> bool:
-    """Whether its own repeats lie further apart in speed than the band that a rerun is held against: the machine was not steady."""
+    """Whether the speed of its own repeats varies more than the band of a rerun allows: other work on the machine disturbed them."""
     span, bands = result.summary["samples_per_s"], result.config.get("run", {}).get("bands") or {}
     band = bands.get("throughput")
     return band is not None and span.lowest < span.highest * (1 - band)
@@ -120,8 +120,8 @@ def results_file(folder: Path, experiment: str) -> Path:
 
 
 def read_results(path: Path) -> tuple[PublishedResult, ...]:
-    """Oldest first; () where nothing was published yet. Raises RecordRefused for a line that was cut short or edited, that a newer version
-    wrote, or that is of another experiment."""
+    """Oldest first; () if there is no such file. Raises RecordRefused for a line that was cut short or edited, that a newer version wrote, or
+    that belongs to another experiment."""
     try:
         text = path.read_bytes() if path.exists() else b""
     except OSError as error:
@@ -129,7 +129,7 @@ def read_results(path: Path) -> tuple[PublishedResult, ...]:
     results = tuple(read_line(line, f"{path}, line {number}") for number, line in enumerate(text.splitlines(), start=1))
     for number, result in enumerate(results, start=1):
         if result.experiment != path.stem:
-            refuse(f"{path}, line {number}", f"is of {result.experiment}, and belongs to {result.experiment}.jsonl")
+            refuse(f"{path}, line {number}", f"is a result of {result.experiment}, and belongs to {result.experiment}.jsonl")
     if text and not text.endswith(b"\n"):
         refuse(f"{path}, line {len(results)}", "has no end: the file was cut short")
     return results
@@ -139,34 +139,34 @@ def read_line(line: bytes, where: str) -> PublishedResult:
     try:
         data = json.loads(line)
         found = digest(data) if isinstance(data, dict) else ""
-    except (ValueError, RecursionError) as error:  # half of a surrogate pair among them, which JSON has and UTF-8 has not
+    except (ValueError, RecursionError) as error:  # ValueError: also for a lone surrogate, which JSON allows and UTF-8 does not
         refuse(where, f"was cut short or edited: {error}")
     if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
-        refuse(where, "is no result: it has no schema number")
+        refuse(where, "is not a result: it has no schema number")
     if data["schema"] > RESULT_SCHEMA:
         raise RecordRefused(
             f"{where}: written with result schema {data['schema']}, this version reads 1 to {RESULT_SCHEMA}. Use the version that wrote it: "
             f"git log -1 {FOLDER}"
         )
     if data.get("sha256") != found:
-        refuse(where, "was edited: its hash is not that of what it holds")
+        refuse(where, "was edited: its hash does not match its content")
     try:
         result: PublishedResult = contract.decode(PublishedResult, data)
     except (SpecError, OverflowError) as error:
-        refuse(where, f"is not what this version reads: {error}")
+        refuse(where, f"cannot be read by this version: {error}")
     if not result.repeats or not all(RUN_ID.fullmatch(name) for name in (result.result_id, *(repeat.run_id for repeat in result.repeats))):
-        refuse(where, "has no repeats, or an id that is none")  # folders are called so
+        refuse(where, "has no repeats, or an invalid id")  # ids become names of folders
     return result
 
 
 def refuse(where: str, what: str) -> NoReturn:
     raise RecordRefused(
-        f"{where} {what}. A result that was changed proves nothing; bring the file back as it was committed: git checkout -- {FOLDER}"
+        f"{where} {what}. A result that was changed proves nothing; restore the committed file: git checkout -- {FOLDER}"
     )
 
 
 def digest(data: Mapping[str, Any]) -> str:
-    """Over the canonical text of all keys but `sha256` itself."""
+    """Over the canonical JSON of all keys except `sha256`."""
     return sha256(canonical({key: value for key, value in data.items() if key != "sha256"})).hexdigest()
 
 
@@ -175,7 +175,7 @@ def canonical(value: Any) -> bytes:
 
 
 def require_writable(path: Path) -> None:
-    """Raises ConfigRefused where a line could not be added. Asked before the first run as well, which may be hours earlier."""
+    """Raises ConfigRefused if no line can be added. Also called before the first run, which may be hours earlier."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         target = path if path.exists() else path.parent
@@ -186,8 +186,7 @@ def require_writable(path: Path) -> None:
 
 
 def append_result(path: Path, result: PublishedResult) -> PublishedResult:
-    """With its hash, as it was written. Raises RunEnded where there is no room; the lines that are there stay, and the new one is whole or
-    not there."""
+    """Append the result, and return it with its hash. Raises RunEnded on a full disk; then the file is unchanged."""
     require_writable(path)
     plain = json.loads(json.dumps(asdict(result)))
     sealed = replace(result, sha256=digest(plain))
@@ -201,20 +200,17 @@ def append_result(path: Path, result: PublishedResult) -> PublishedResult:
         except OSError as error:
             os.truncate(path, before)
             raise RunEnded(
-                f"{path} could not be written: {error.strerror}. Free room there and type the same command again: its runs are all there"
+                f"{path} could not be written: {error.strerror}. Free disk space there and run the same command again: all runs are kept"
             ) from error
     return sealed
 
 
 def find_result(text: str, folder: Path) -> PublishedResult:
-    """By its id, or the newest one of an experiment. Raises ConfigRefused with those that there are."""
-    found = {result.result_id: result for path in published_files(folder) for result in read_results(path)}
+    """By its id, or the newest one of an experiment. Raises ConfigRefused with the ids that exist."""
+    paths = sorted(folder.glob("*.jsonl")) if folder.is_dir() else ()
+    found = {result.result_id: result for path in paths for result in read_results(path)}
     newest = {result.experiment: result for result in found.values()}
     if text not in found and text not in newest:
-        there = suggest(text, (*newest, *found)) if found else "nothing was published yet: omnilaunch bench NAME"
-        raise ConfigRefused(f"there is no result {text!r} in {folder}: {there}")
+        known = suggest(text, (*newest, *found)) if found else "nothing was published yet: omnilaunch bench NAME"
+        raise ConfigRefused(f"there is no result {text!r} in {folder}: {known}")
     return found.get(text) or newest[text]
-
-
-def published_files(folder: Path) -> Iterator[Path]:
-    yield from sorted(folder.glob("*.jsonl")) if folder.is_dir() else ()

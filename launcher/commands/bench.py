@@ -87,7 +87,7 @@ def measure_cell(arguments: argparse.Namespace, name: str, words: list[str], fol
     """Everything that could stop it is looked at before the first run."""
     from launcher.bench.cell import load_cell
     from launcher.bench.measure import publish
-    from launcher.bench.repeats import carry_on, hold, read_archives
+    from launcher.bench.repeats import load_repeats, lock_runs, run_repeats
     from launcher.bench.result import append_result, read_results, require_writable, results_file
     from launcher.record.record import utc_now
     from launcher.record.source import read_source
@@ -100,7 +100,7 @@ def measure_cell(arguments: argparse.Namespace, name: str, words: list[str], fol
     runs = Path(plan_cell(cell, name).folder).parent
     gc.enable()  # from here on it may be hours
     again = join_command("bench", name, words, arguments, "dirty", "results")
-    with hold(runs):
+    with lock_runs(runs):
         series = open_series(cell, source, runs, published, again, anew=arguments.anew)
         if len(series.done) < cell.config.run.repeats:
             require_devices(plan_cell(cell, name), arguments.say)
@@ -109,10 +109,10 @@ def measure_cell(arguments: argparse.Namespace, name: str, words: list[str], fol
             require_unchanged(source)
             return launch_run(plan_cell(cell, run_id), source, arguments.say)
 
-        repeats = carry_on(
+        repeats = run_repeats(
             series, cell.config.run.repeats, carry_out, tags=(name,), again=again, say=arguments.say, here=is_here(cell.config.cluster)
         )
-        result = publish(series.name, name, repeats, read_archives(runs, repeats), dirty=dirty, made_at=utc_now())
+        result = publish(series.name, name, repeats, load_repeats(runs, repeats), dirty=dirty, made_at=utc_now())
         result = append_result(path, result)
     arguments.say(f"\n{describe_result(result)}\npublished in {path}; the table of README.md: omnilaunch bench --matrix")
     return Exit.OK
@@ -152,7 +152,7 @@ def open_series(cell: "Cell", source: "SourceTree", runs: Path, published: list[
     if found is None:
         return Series(name=name_series(cell.name, utc_now(), pid=os.getpid()), runs=runs)
     refuse_busy(found)
-    require_same(found, plan_cell(cell, found.name), source.state, anew=f"{again} --anew")
+    require_same(found, plan_cell(cell, found.name), source.state, start_new=f"{again} --anew")
     return found
 
 
@@ -169,10 +169,10 @@ def refuse_dirty(source: "SourceTree", reason: str) -> str:
 
 def list_changes() -> list[str]:
     """Of what runs are made of. What is written below docs changes nothing of a run."""
-    from launcher.record.source import MADE_OF, git
+    from launcher.record.source import CODE, git
 
     try:
-        lines = git(PROJECT, "status", "--porcelain", "--", *MADE_OF, "conf").decode(errors="replace").splitlines()
+        lines = git(PROJECT, "status", "--porcelain", "--", *CODE, "conf").decode(errors="replace").splitlines()
     except (OSError, subprocess.CalledProcessError):
         return []
     return [line[3:] for line in lines]
@@ -213,9 +213,9 @@ def launch_run(plan: "Plan", source: "SourceTree", say: Callable[[str], None]) -
 
 
 def rerun_bench(arguments: argparse.Namespace) -> int:
-    from launcher.bench.repeats import Series, carry_on, hold, name_series
+    from launcher.bench.repeats import Series, lock_runs, name_series, run_repeats
     from launcher.bench.result import find_result
-    from launcher.bench.verdict import bands_of, describe_reproduction, judge, told_facts
+    from launcher.bench.verdict import bands_of, describe_reproduction, judge, with_all_facts
     from launcher.record.record import utc_now
 
     result = find_result(arguments.result, Path(arguments.results) if arguments.results else RESULTS)
@@ -227,7 +227,7 @@ def rerun_bench(arguments: argparse.Namespace) -> int:
         arguments.say(note)
     runs = Path(first.plan.folder).parent
     gc.enable()
-    with hold(runs):
+    with lock_runs(runs):
         require_devices(first.plan, arguments.say)
         series = Series(name=name_series(f"rerun-{result.experiment}", utc_now(), pid=os.getpid()), runs=runs)
 
@@ -237,9 +237,9 @@ def rerun_bench(arguments: argparse.Namespace) -> int:
         options = ("repeats", "reason", "accept", "results")
         again = f"{join_command('bench-rerun', result.result_id, arguments.words, arguments, *options)} (from its first repeat)"
         tags, here = (result.experiment, "bench-rerun"), is_here(first.plan.config.cluster)
-        repeats = carry_on(series, wanted, carry_out, tags=tags, again=again, say=arguments.say, here=here)
-    found = judge(told_facts(result), repeats, facts_now(runs, repeats), fewer=fewer)
-    arguments.say(f"\n{describe_reproduction(found, told_facts(result))}")
+        repeats = run_repeats(series, wanted, carry_out, tags=tags, again=again, say=arguments.say, here=here)
+    found = judge(with_all_facts(result), repeats, facts_now(runs, repeats), fewer=fewer)
+    arguments.say(f"\n{describe_reproduction(found, with_all_facts(result))}")
     return Exit.OK if found.reproduced else Exit.DIFFERENT
 
 
@@ -268,9 +268,9 @@ def restored(arguments: argparse.Namespace, result: "PublishedResult") -> "Calla
     refuse_choices(arguments.words, (*COMPUTING, "cluster.runtime"))
     cluster, place = compose(arguments.words, CONF).cluster, local_context(PROJECT)
     accepted = accepted_kinds(arguments.accept)
-    archive, tree = restore(result, cluster, place, Path(absolute(cluster.root, Path.cwd())) / SCRATCH)
-    tree = try_image(archive, tree) if result.site.runtime == "docker" else tree
-    return lambda run_id: plan_rerun(archive, (), accepted, tree, place, os.environ, conf=CONF, run_id=run_id)
+    recorded, tree = restore(result, cluster, place, Path(absolute(cluster.root, Path.cwd())) / SCRATCH)
+    tree = try_image(recorded, tree) if result.site.runtime == "docker" else tree
+    return lambda run_id: plan_rerun(recorded, (), accepted, tree, place, os.environ, conf=CONF, run_id=run_id)
 
 
 def carry_rerun(rerun: "Rerun", say: Callable[[str], None]) -> Any:
@@ -283,18 +283,18 @@ def carry_rerun(rerun: "Rerun", say: Callable[[str], None]) -> Any:
 def facts_now(runs: Path, repeats: "tuple[Repeat, ...]") -> dict[str, str]:
     """Of the first repeat; the others have to agree with it."""
     from launcher.bench.measure import facts_in, require_alike
-    from launcher.bench.repeats import read_archives
-    from launcher.bench.verdict import with_code
+    from launcher.bench.repeats import load_repeats
+    from launcher.bench.verdict import add_code_facts
 
-    archives = read_archives(runs, repeats)
-    require_alike(archives)
-    record = archives[0].record
-    return with_code(
-        facts_in(archives[0]),
+    recorded_runs = load_repeats(runs, repeats)
+    require_alike(recorded_runs)
+    record = recorded_runs[0].record
+    return add_code_facts(
+        facts_in(recorded_runs[0]),
         data=record.data_sha256,
         lock=record.lock_sha256,
         image=record.image_id,
-        fingerprint=archives[0].plan.image.fingerprint,
+        fingerprint=recorded_runs[0].plan.image.fingerprint,
     )
 
 

@@ -13,9 +13,9 @@ from launcher.image.stack import load_stacks
 from launcher.plan.description import command_line, describe_work, gib, table
 from launcher.plan.local_context import local_context
 from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan
-from launcher.record.checkpoint_reference import read_plain
 from launcher.record.index import figure
-from launcher.record.record import PLAN_FILE, RECORD_FILE, Record, read_if_there, valid_run_id
+from launcher.record.reader import read_if_there, read_object
+from launcher.record.record import PLAN_FILE, RECORD_FILE, Record, valid_run_id
 from trainer.contract import Exit
 
 Launch = Callable[[Sequence[str], str], int]  # words and run id -> exit code
@@ -159,7 +159,7 @@ def refuse_unlaunchable(outlook: PlannedStep) -> None:
 def describe_results(outlook: PlannedStep) -> str:
     rows = {}
     for step, run_id in zip(outlook.chain.steps, outlook.run_ids, strict=True):
-        record = next((read_plain(folder / run_id / RECORD_FILE) for folder in outlook.folders if (folder / run_id / PLAN_FILE).is_file()), {})
+        record = next((read_object(folder / run_id / RECORD_FILE, []) for folder in outlook.folders if (folder / run_id / PLAN_FILE).is_file()), {})
         scores = ", ".join(f"{name.replace('_', ' ')} {figure(value)}" for name, value in record.get("evaluation", {}).items())
         rows[step.name] = f"run {run_id}  {scores}".rstrip()
     return table(rows)
@@ -195,7 +195,7 @@ def name_next(chain_id: str, step: Step, before: StepRun) -> str:
 def refuse_other_words(attempt: StepRun, words: Sequence[str], folders: Sequence[Path]) -> None:
     """Raises ConfigRefused where the step was done with other words than it would be now: the chain would be a mixture."""
     folder = next(folder / attempt.run_id for folder in folders if (folder / attempt.run_id / PLAN_FILE).is_file())
-    before = read_plain(folder / PLAN_FILE).get("overrides", [])
+    before = read_object(folder / PLAN_FILE, []).get("overrides", [])
     if sorted(before) != sorted(words):
         raise ConfigRefused(
             f"run {attempt.run_id} was done with other words:\n  then: {' '.join(before)}\n  now:  {' '.join(words)}\n"

@@ -5,7 +5,6 @@ Like image_action, imported by every command, so it imports late itself.
 
 import argparse
 import gc
-import json
 import os
 import sys
 import time
@@ -54,7 +53,7 @@ def attach_run(arguments: argparse.Namespace) -> int:
 def stop_run(arguments: argparse.Namespace) -> int:
     """Let the run save and end under its launcher, or under this one where that is gone; then look on every node of every attempt whether
     nothing is left. Raises NodeFailed that names every node where something is or where that could not be found out."""
-    from launcher.record.lock import ask_to_stop, is_claimed
+    from launcher.record.lock import ask_to_stop, is_locked
     from launcher.record.record import utc_now
     from launcher.run.stop import end_run
 
@@ -63,7 +62,7 @@ def stop_run(arguments: argparse.Namespace) -> int:
     plan = plans[-1]
     require_containers(plan, "stop")
     ask_to_stop(folder, utc_now())
-    if not has_ended(folder) and not is_claimed(folder):
+    if not has_ended(folder) and not is_locked(folder):
         with suppress(RunEnded, NodeFailed):  # how it ended is in the record; what is left is looked at below
             supervise(folder, plan, arguments.say)
     deadline = time.monotonic() + plan.stop_limit_s
@@ -86,9 +85,9 @@ def stop_run(arguments: argparse.Namespace) -> int:
 
 def is_busy(folder: Path, *, until: float) -> bool:
     """Whether its launcher is still at it at that time (time.monotonic); no longer asked than it takes to end."""
-    from launcher.record.lock import is_claimed
+    from launcher.record.lock import is_locked
 
-    while busy := not has_ended(folder) and is_claimed(folder):
+    while busy := not has_ended(folder) and is_locked(folder):
         if time.monotonic() >= until:
             break
         time.sleep(POLL_S)
@@ -97,7 +96,8 @@ def is_busy(folder: Path, *, until: float) -> bool:
 
 def supervise(folder: Path, plan: "Plan", say: Callable[[str], None]) -> Any:
     """Its record, when it has ended."""
-    from launcher.record.record import SOURCE_FILE, SourceState, read_if_there
+    from launcher.record.reader import read_if_there
+    from launcher.record.record import SOURCE_FILE, SourceState
     from launcher.run.launch import attach
 
     gc.enable()  # which the door of the command line has turned off: this may take days
@@ -151,12 +151,12 @@ def place_of_logs(folder: Path, *, follows: bool) -> Iterator[tuple[Path, Callab
     that was left to itself the containers are asked, where there are any."""
     from tempfile import TemporaryDirectory
 
-    from launcher.record.lock import is_claimed
+    from launcher.record.lock import is_locked
     from launcher.run.stop import NO_CONTAINER, state_of
     from launcher.ssh.parallel import attempt_each
 
     plan = load_plan(folder)
-    if has_ended(folder) or plan.config.cluster.runtime != "docker" or is_claimed(folder):
+    if has_ended(folder) or plan.config.cluster.runtime != "docker" or is_locked(folder):
         yield folder, lambda: not follows or has_ended(folder)
         return
     with TemporaryDirectory(prefix="omnilaunch-") as aside, reach_sites([plan]) as sites:
@@ -249,26 +249,24 @@ def load_plans(folder: Path) -> "tuple[Plan, ...]":
 
 def read_plan(path: Path) -> "Plan":
     from launcher.plan.plan import Plan
-    from trainer.contract import SpecError, decode
+    from launcher.record.reader import read_as
 
-    try:
-        plan: Plan = decode(Plan, json.loads(path.read_text(encoding="utf-8")), "plan")
-    except (OSError, ValueError, RecursionError, SpecError) as error:
-        raise ConfigRefused(f"{path} cannot be read by this version: {error}") from error
+    plan: Plan = read_as(Plan, path)
     return plan
 
 
 def recorded(folder: Path) -> Any:
     """The record of a run that has ended, else None. Raises ConfigRefused for one that cannot be read: its run has ended all the same, and
     who took it up again would start it anew and write over what is there."""
+    from launcher.errors import RecordRefused
+    from launcher.record.reader import read_as
     from launcher.record.record import RECORD_FILE, Record
-    from trainer.contract import SpecError, read
 
     if not has_ended(folder):
         return None
     try:
-        return read(Record, folder / RECORD_FILE)
-    except SpecError as error:
+        return read_as(Record, folder / RECORD_FILE)
+    except RecordRefused as error:
         raise ConfigRefused(
             f"run {folder.name} has ended, and this version cannot read how: {error}. To look whether anything of it is left: "
             f"omnilaunch stop {folder.name}"

@@ -13,8 +13,8 @@ from trainer.contract import Exit
 
 if TYPE_CHECKING:
     from launcher.config.schema import Bands
-    from launcher.record.evidence import Evidence
     from launcher.record.index import RunEntry
+    from launcher.record.run_files import RunFiles
 
 RUN_HELP = "its id, as `omnilaunch runs` shows it, or its folder"
 
@@ -193,9 +193,9 @@ def find_entries(arguments: argparse.Namespace) -> "tuple[tuple[RunEntry, ...], 
 # ------------------------------------------------------------------------------------------------------------------ parts
 
 
-def read_runs(names: Sequence[str], *, at_least: int = 1, every_weight: bool = False) -> "list[Evidence]":
+def read_runs(names: Sequence[str], *, at_least: int = 1, every_weight: bool = False) -> "list[RunFiles]":
     """Raises ConfigRefused for a run that is not there, or that is named twice."""
-    from launcher.record.evidence import read_evidence
+    from launcher.record.run_files import read_run_files
 
     folders = [find_folder(name) for name in names]
     twice = next((name for name, folder in zip(names, folders, strict=True) if folders.count(folder) > 1), None)
@@ -203,7 +203,7 @@ def read_runs(names: Sequence[str], *, at_least: int = 1, every_weight: bool = F
         raise ConfigRefused(f"run {twice} is named twice: name different ones")
     if len(folders) < at_least:
         raise ConfigRefused(f"one run cannot be compared: name another one besides {names[0]}. See: omnilaunch runs")
-    return [read_evidence(folder, every_weight=every_weight) for folder in folders]
+    return [read_run_files(folder, every_weight=every_weight) for folder in folders]
 
 
 def find_folder(name: str) -> Path:
@@ -215,12 +215,12 @@ def find_folder(name: str) -> Path:
     return folder.resolve() if "/" in name or (folder / PLAN_FILE).is_file() else find_run(name)
 
 
-def read_bands(words: Sequence[str], reference: "Evidence") -> "Bands":
+def read_bands(words: Sequence[str], reference: "RunFiles") -> "Bands":
     """The bands that the reference stated, with those of the command line in their place."""
     from dataclasses import asdict
 
     from launcher.config.schema import Bands
-    from launcher.record.evidence import bands_of
+    from launcher.record.run_files import bands_of
 
     values = asdict(bands_of(reference))
     for word in words:
@@ -241,13 +241,13 @@ def read_share(text: str, where: str) -> float:
     return share
 
 
-def refuse_unknown(allow: Sequence[str], runs: "Sequence[Evidence]") -> None:
+def refuse_unknown(allow: Sequence[str], runs: "Sequence[RunFiles]") -> None:
     """Raises ConfigRefused for what is allowed to differ and is no fact of any run: a slip would hide nothing, and be believed to."""
-    from launcher.record.comparable import ALLOWANCES, collect_facts, fits
+    from launcher.record.comparable import ALLOWANCES, collect_comparables, matches
 
-    keys = {key for evidence in runs for key in collect_facts(evidence)} if allow else set()
+    keys = {key for run in runs for key in collect_comparables(run)} if allow else set()
     for word in allow:
-        if word not in ALLOWANCES and not any(fits(key, (word,)) for key in keys):
+        if word not in ALLOWANCES and not any(matches(key, (word,)) for key in keys):
             raise ConfigRefused(
                 f"--allow {word}: no fact of these runs is called so; {suggest(word, ALLOWANCES)}, or patterns of keys as --json has them"
             )

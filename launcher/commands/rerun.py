@@ -16,7 +16,7 @@ from trainer.contract import Exit
 
 if TYPE_CHECKING:
     from launcher.bench.rerun import Rerun
-    from launcher.record.reader import Archive
+    from launcher.record.recorded_run import RecordedRun
 
 PROJECT = Path(__file__).resolve().parents[2]
 TEXT = "the run of a record once more: the same code, data, weights and environment, or a refusal that names what differs"
@@ -38,11 +38,11 @@ def add_to(verbs: Any, say: Callable[[str], None]) -> None:
 def rerun_run(arguments: argparse.Namespace) -> int:
     from launcher.bench.rerun import accepted_kinds
     from launcher.plan.description import describe_record
-    from launcher.record.reader import load_archive
+    from launcher.record.recorded_run import load_recorded_run
 
-    archive = load_archive(find_record(arguments.run), rows=False)
+    recorded = load_recorded_run(find_record(arguments.run), rows=False)
     accepted = accepted_kinds(arguments.accept)
-    rerun = make_rerun(archive, tuple(arguments.overrides), accepted, arguments.run_id)
+    rerun = make_rerun(recorded, tuple(arguments.overrides), accepted, arguments.run_id)
     if arguments.detach and rerun.plan.config.cluster.runtime != "docker":
         raise ConfigRefused("--detach leaves containers behind that go on by themselves, and cluster.runtime=process has none")
     gc.enable()  # from here on it may be days
@@ -53,7 +53,7 @@ def rerun_run(arguments: argparse.Namespace) -> int:
         arguments.say(f"it goes on by itself; to take it up again: omnilaunch attach {plan.run_id}")
         return Exit.OK
     arguments.say(describe_record(record, plan))
-    arguments.say(f"\nrerun of {archive.record.run_id}: weights {describe_weights(archive, record)}")
+    arguments.say(f"\nrerun of {recorded.record.run_id}: weights {describe_weights(recorded, record)}")
     return int(record.exit_code)
 
 
@@ -66,18 +66,18 @@ def find_record(text: str) -> Path:
     return folder if (folder / PLAN_FILE).is_file() or "/" in text else find_run(text)
 
 
-def make_rerun(archive: "Archive", overrides: tuple[str, ...], accepted: tuple[str, ...], run_id: str) -> "Rerun":
+def make_rerun(recorded: "RecordedRun", overrides: tuple[str, ...], accepted: tuple[str, ...], run_id: str) -> "Rerun":
     from launcher.bench.rerun import plan_rerun
     from launcher.bench.worktree import find_tree, try_image
     from launcher.plan.local_context import local_context
     from launcher.plan.plan import absolute
     from launcher.record.record import name_run, utc_now, valid_run_id
 
-    root = next((word.partition("=")[2] for word in overrides if word.startswith("cluster.root=")), archive.plan.config.cluster.root)
-    tree = find_tree(archive, PROJECT, Path(absolute(root, Path.cwd())) / SCRATCH)
-    tree = try_image(archive, tree) if archive.plan.config.cluster.runtime == "docker" else tree
-    name = valid_run_id(run_id or name_run(archive.plan.config, utc_now(), pid=os.getpid()))
-    return plan_rerun(archive, overrides, accepted, tree, local_context(PROJECT), os.environ, conf=PROJECT / "conf", run_id=name)
+    root = next((word.partition("=")[2] for word in overrides if word.startswith("cluster.root=")), recorded.plan.config.cluster.root)
+    tree = find_tree(recorded, PROJECT, Path(absolute(root, Path.cwd())) / SCRATCH)
+    tree = try_image(recorded, tree) if recorded.plan.config.cluster.runtime == "docker" else tree
+    name = valid_run_id(run_id or name_run(recorded.plan.config, utc_now(), pid=os.getpid()))
+    return plan_rerun(recorded, overrides, accepted, tree, local_context(PROJECT), os.environ, conf=PROJECT / "conf", run_id=name)
 
 
 def carry_out(rerun: "Rerun", arguments: argparse.Namespace) -> Any:
@@ -89,16 +89,16 @@ def carry_out(rerun: "Rerun", arguments: argparse.Namespace) -> Any:
 
     opened = open_examined(rerun.plan, local_context(rerun.project), os.environ, say=arguments.say, terminal=sys.stdout.isatty())
     with opened as (plan, desk):
-        record = launch(plan, read_source(rerun.project), desk, detach=arguments.detach, precedent=rerun.precedent)
+        record = launch(plan, read_source(rerun.project), desk, detach=arguments.detach, original=rerun.original)
         return record, plan
 
 
-def describe_weights(archive: "Archive", record: Any) -> str:
-    if not (record.weights_sha256 and archive.record.weights_sha256):
+def describe_weights(recorded: "RecordedRun", record: Any) -> str:
+    if not (record.weights_sha256 and recorded.record.weights_sha256):
         return "not saved by both"
-    same = record.weights_sha256 == archive.record.weights_sha256
+    same = record.weights_sha256 == recorded.record.weights_sha256
     return (
         f"the same, {record.weights_sha256[:12]}"
         if same
-        else f"others: {record.weights_sha256[:12]}, {archive.record.weights_sha256[:12]} there"
+        else f"others: {record.weights_sha256[:12]}, {recorded.record.weights_sha256[:12]} there"
     )

@@ -1,6 +1,6 @@
-"""seal.json: the hash of every part of a record, written when the run has ended. It tells a record that was cut short or edited since.
+"""seal.json: the hash of every file of a record, written when the run has ended. It shows whether a record was cut short or edited later.
 
-It guards against accidents and forgetting, not against somebody who makes a new seal.
+It protects against accidents, not against a person who writes a new seal.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from pathlib import Path
 from launcher.record.source import RECORD_SCHEMA
 
 SEAL_FILE = "seal.json"
-# What a record is made of, as patterns below the run's folder. Logs, checkpoints and trackers lie beside it: large, or not facts.
+# The files of a record, as patterns below the run's folder. Logs, checkpoints and the files of trackers are not parts of it.
 PARTS = (
     *("plan.json", "config.json", "spec.json", "Dockerfile", "lock.txt", "source.json", "source.diff"),
     *("data.json", "inputs.json", "environment.json", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "best.json"),
@@ -28,7 +28,7 @@ class RecordPart:
 
 @dataclass(frozen=True, kw_only=True)
 class Seal:
-    """`schema`: RECORD_SCHEMA of who wrote it. `parts`: path below the run's folder -> its hash. `sha256`: over all of them."""
+    """`schema`: RECORD_SCHEMA of the version that wrote it. `parts`: path below the run's folder -> hash. `sha256`: over all parts."""
 
     schema: int
     run_id: str
@@ -37,11 +37,11 @@ class Seal:
 
 
 def make_seal(folder: Path, run_id: str, *, unwritten: Mapping[str, bytes]) -> Seal:
-    """Of all parts that are there. `unwritten`: those whose content is known and which are still to be written. Raises OSError."""
+    """Of all parts that exist, and of `unwritten`: name -> content of parts that will be written afterwards. Raises OSError."""
     parts = {name: hash_part(folder / name) for name in find_parts(folder)}
     parts |= {name: RecordPart(sha256=sha256(content).hexdigest(), bytes=len(content)) for name, content in unwritten.items()}
     ordered = dict(sorted(parts.items()))
-    return Seal(schema=RECORD_SCHEMA, run_id=run_id, parts=ordered, sha256=fold(ordered))
+    return Seal(schema=RECORD_SCHEMA, run_id=run_id, parts=ordered, sha256=hash_all(ordered))
 
 
 def find_parts(folder: Path) -> tuple[str, ...]:
@@ -54,18 +54,18 @@ def hash_part(path: Path) -> RecordPart:
         return RecordPart(sha256=file_digest(file, "sha256").hexdigest(), bytes=path.stat().st_size)
 
 
-def fold(parts: Mapping[str, RecordPart]) -> str:
+def hash_all(parts: Mapping[str, RecordPart]) -> str:
     return sha256("".join(f"{part.sha256} {part.bytes} {name}\n" for name, part in sorted(parts.items())).encode()).hexdigest()
 
 
 def find_breaks(seal: Seal, folder: Path) -> tuple[str, ...]:
-    """What is no longer as the seal says, a line each; () for a whole record. Raises OSError."""
-    there = set(find_parts(folder))
-    broken = [f"{SEAL_FILE} itself was edited"] if fold(seal.parts) != seal.sha256 else []
-    broken += [f"{name} is missing" for name in seal.parts if name not in there]
-    broken += [f"{name} was added" for name in sorted(there - seal.parts.keys())]
+    """Each difference between the folder and its seal as one line; () if the record is as it was. Raises OSError."""
+    found_parts = set(find_parts(folder))
+    broken = [f"{SEAL_FILE} itself was edited"] if hash_all(seal.parts) != seal.sha256 else []
+    broken += [f"{name} is missing" for name in seal.parts if name not in found_parts]
+    broken += [f"{name} was added" for name in sorted(found_parts - seal.parts.keys())]
     for name, part in seal.parts.items():
-        if name not in there:
+        if name not in found_parts:
             continue
         found = hash_part(folder / name)
         if found.bytes < part.bytes:

@@ -1,4 +1,7 @@
-"""The facts of a run by key, and which of them must be the same in a run that repeats it. The table is the promise."""
+"""The values of a run that decide whether two runs are the same: how they are collected, by key, and which of them must match.
+
+RULES is the contract: `rerun` and `compare` promise what it says.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -8,11 +11,12 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
-from launcher.record.evidence import Evidence, nested
+from launcher.record.reader import nested
+from launcher.record.run_files import RunFiles
 
 
-class FactKind(Enum):
-    """experiment: runs that differ in it are of two things, and are not compared unless asked to. input, environment: must match. free: may
+class ComparableKind(Enum):
+    """experiment: if it differs, the runs do different things, and are compared only with --unlike. input, environment: must match. free: may
     differ."""
 
     EXPERIMENT = "experiment"
@@ -21,10 +25,10 @@ class FactKind(Enum):
     FREE = "free"
 
 
-# The first pattern that fits a key counts. What no pattern knows is of the environment: it must match, so that a new fact is never passed over.
-RULES: tuple[tuple[FactKind, tuple[str, ...]], ...] = (
+# The first pattern that matches a key decides. A key without a pattern is a part of the environment and must match: a new key is never ignored.
+RULES: tuple[tuple[ComparableKind, tuple[str, ...]], ...] = (
     (
-        FactKind.FREE,
+        ComparableKind.FREE,
         (
             *("config.*.title", "config.*.notes", "config.*.notes.*", "config.*.pending", "config.model.licence.*", "config.model.ready"),
             *("config.hardware.peaks", "config.hardware.peaks.*", "config.hardware.driver.*", "config.*.parameters.source"),
@@ -40,25 +44,26 @@ RULES: tuple[tuple[FactKind, tuple[str, ...]], ...] = (
             *("environment.environment.*_SOCKET_IFNAME", "environment.environment.*_IF_IP"),
             *("environment.ranks.*.hostname", "*.ASCEND_PROCESS_LOG_PATH", "*_VISIBLE_DEVICES"),
             *("origin.path", "origin.base", "origin.run_id", "result.attempts", "source.record_schema", "source.diff_bytes"),
+            *("source.untracked",),
         ),
     ),
     (
-        FactKind.EXPERIMENT,
+        ComparableKind.EXPERIMENT,
         (
             *("config.model.name", "config.model.family", "config.model.architecture.*"),
             *("config.stage.name", "config.stage.kind", "config.data.name", "config.data.builtin"),
         ),
     ),
     (
-        FactKind.INPUT,
+        ComparableKind.INPUT,
         (
             *("data.*", "source.*", "origin.*", "result.*", "image.files.*", "image.lock*"),
             *("config.model.*", "config.stage.*", "config.precision.*", "config.strategy.*", "config.data.*", "config.run.*"),
         ),
     ),
-    (FactKind.ENVIRONMENT, ("*",)),
+    (ComparableKind.ENVIRONMENT, ("*",)),
 )
-# Sets of keys by name, for --allow: what differs by design when a run is made again there.
+# Sets of keys by name, for --allow: what differs on purpose when a run is repeated on other hardware, with another image ...
 ALLOWANCES: dict[str, tuple[str, ...]] = {
     "hardware": (
         *("config.hardware.*", "config.cluster.*", "environment.*", "variables.*", "image.*", "batch.*", "layout.*"),
@@ -68,7 +73,7 @@ ALLOWANCES: dict[str, tuple[str, ...]] = {
     "data": ("data.*", "inputs.data.*"),
     "code": ("source.*", "image.files.trainer/*", "image.fingerprint"),
 }
-# Of these a key that only one side has is a difference; of all others it was not recorded there, and nothing is known.
+# If only one run has one of these keys, that is a difference. Any other key that only one run has was not recorded by the other.
 OPEN = (
     "variables.*",
     "environment.environment.*",
@@ -77,95 +82,110 @@ OPEN = (
     "image.files.*",
     "config.*.environment.*",
 )
-TRAINER_FACTS = (
+REPORTED = (  # keys of environment.json
     *("python", "platform", "packages", "accelerator", "devices", "driver", "world_size", "threads", "environment"),
     *("deepspeed", "kernels", "parameters", "trainable", "toolkit", "settings", "determinism", "ranks"),
 )
-CLEAN = {"diff_sha256": "", "diff_lacks": ""}  # of a tree without changes, where a record of the first schema does not say so
+IMAGE_KEYS = ("stack", "architecture", "base", "files", "lock", "fingerprint")
+DATA_KEYS = ("sha256", "train_rows", "evaluation_rows", "images")
+CLEAN = {"diff_sha256": "", "diff_lacks": ""}  # of a tree without changes; records of schema 1 do not have these keys
 COMMIT, FILES = "source.commit", "image.files."
 ABSENT = "(none)"
-MOST_FILES = 20  # that are named of the inputs that differ
+MAX_FILES = 20  # names of inputs that differ
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactDifference:
-    """One fact that two runs do not have in common, each side as text. `known` false: one of the two did not record it."""
+class Difference:
+    """One value that differs between two runs, each side as text. `known`: both runs recorded it."""
 
     key: str
-    kind: FactKind
+    kind: ComparableKind
     left: str
     right: str
     known: bool = True
     allowed: bool = False
 
     @property
-    def weighs(self) -> bool:
-        """Whether the runs are different for it."""
-        return self.kind is not FactKind.FREE and self.known and not self.allowed
+    def matters(self) -> bool:
+        """Whether it makes the runs different."""
+        return self.kind is not ComparableKind.FREE and self.known and not self.allowed
 
 
-def collect_facts(evidence: Evidence) -> dict[str, Any]:
-    """Key -> value, the inputs first. Hosts, folders and times are no facts."""
-    plan, record, environment = evidence.plan, evidence.record, evidence.environment
+# ------------------------------------------------------------------------------------------------------------- collecting
+
+
+def collect_comparables(run: RunFiles) -> dict[str, Any]:
+    """Key -> value, the inputs first. Hosts, folders and times are not compared."""
+    plan, record, environment = run.plan, run.record, run.environment
     commands = [command for command in plan.get("commands") or () if isinstance(command, dict)]
-    image = {
-        key: value
-        for key, value in (plan.get("image") or {}).items()
-        if key in ("stack", "architecture", "base", "files", "lock", "fingerprint")
-    }
-    trainer = {key: environment[key] for key in TRAINER_FACTS if key in environment}
-    if isinstance(trainer.get("devices"), (list, tuple)):
-        trainer["devices"] = [without_host(title) for title in trainer["devices"]]
-    if isinstance(trainer.get("ranks"), (list, tuple)):
-        trainer["ranks"] = [rank | {"device": without_host(rank.get("device", ""))} for rank in trainer["ranks"] if isinstance(rank, dict)]
+    reported = pick(environment, REPORTED)
+    if isinstance(reported.get("devices"), list):
+        reported["devices"] = [without_host(title) for title in reported["devices"]]
+    if isinstance(reported.get("ranks"), list):
+        reported["ranks"] = [rank | {"device": without_host(rank.get("device", ""))} for rank in reported["ranks"] if isinstance(rank, dict)]
     sections = {
         "config": plan.get("config") or {},
-        "data": {key: evidence.data.get(key, "") for key in ("sha256", "train_rows", "evaluation_rows", "images")} if evidence.data else {},
+        "data": {key: run.data.get(key, "") for key in DATA_KEYS} if run.data else {},
         "origin": record.get("origin") or {},
-        "source": ({} if evidence.source.get("dirty") else CLEAN) | evidence.source,
-        "image": image,
+        "source": comparable_source(run.source),
+        "image": pick(plan.get("image") or {}, IMAGE_KEYS),
         "layout": {"nodes": len(commands), "world_size": nested(plan, "spec", "device", "world_size")},
         "batch": nested(plan, "spec", "batch") or {},
         "variables": {str(command.get("node_rank")): command.get("environment") or {} for command in commands},
-        "environment": trainer,
-        "result": {key: record.get(key) for key in ("status", "steps")} | {"attempts": len(evidence.attempts) + 1},
+        "environment": reported,
+        "result": {key: record.get(key) for key in ("status", "steps")} | {"attempts": len(run.attempts) + 1},
     }
     return dict(flatten(sections, ""))
 
 
+def pick(data: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: data[key] for key in keys if key in data}
+
+
+def comparable_source(source: Mapping[str, Any]) -> dict[str, Any]:
+    """From schema 2 on, the diff says whether the code was changed. Git calls a tree dirty for changes elsewhere too, which do not matter."""
+    found: dict[str, Any] = {**({} if source.get("dirty") else CLEAN), **source}
+    if found.get("record_schema", 1) != 1:
+        found["dirty"] = bool(found.get("diff_sha256") or found.get("diff_lacks"))
+    return found
+
+
 def without_host(title: Any) -> str:
-    """Of a device, as the trainer names it: the host, a space, the rest."""
+    """The trainer reports a device as `HOST DEVICE`."""
     return str(title).partition(" ")[2]
 
 
-def find_changed_inputs(left: Evidence, right: Evidence, allow: tuple[str, ...] = ()) -> tuple[FactDifference, ...]:
-    """The files that are others, where both records have the hash of each; the hash of all is a fact of its own."""
-    found = []
-    for part in ("data", "weights"):
-        one, other = (part_of if isinstance(part_of := evidence.inputs.get(part), dict) else {} for evidence in (left, right))
-        names = (name for name in dict.fromkeys((*one, *other)) if one.get(name) != other.get(name)) if one and other else ()
-        for name in names:
-            sides = (text_of(one.get(name, ABSENT)), text_of(other.get(name, ABSENT)))
-            key = f"inputs.{part}.{name}"
-            found.append(FactDifference(key=key, kind=FactKind.INPUT, left=sides[0], right=sides[1], allowed=fits(key, patterns_of(allow))))
-    return tuple(found[:MOST_FILES])
-
-
 def flatten(data: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Leaves by dotted key. A list of objects is gone into, any other one is a leaf."""
+    """(dotted key, value). Objects and lists of objects are flattened, any other list is one value."""
     inside: Mapping[str, Any] = {}
     if isinstance(data, dict):
         inside = data
     elif isinstance(data, (list, tuple)) and data and all(isinstance(item, dict) for item in data):
         inside = {str(place): item for place, item in enumerate(data)}
-    if not inside and "." in prefix:  # a section without anything in it is no fact
+    if not inside and "." in prefix:  # an empty section is not a value
         yield prefix, data
     for key, value in inside.items():
         yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
 
 
-def find_differences(left: Mapping[str, Any], right: Mapping[str, Any], allow: tuple[str, ...] = ()) -> tuple[FactDifference, ...]:
-    """Of two runs' facts, in the order of the left ones. `allow`: names of ALLOWANCES, or patterns of keys."""
+# -------------------------------------------------------------------------------------------------------------- comparing
+
+
+def find_changed_inputs(left: RunFiles, right: RunFiles, allow: tuple[str, ...] = ()) -> tuple[Difference, ...]:
+    """The input files that differ, if both records have a hash of each file. The hash of all data is a value of its own."""
+    found = []
+    for part in ("data", "weights"):
+        one, other = (files if isinstance(files := run.inputs.get(part), dict) else {} for run in (left, right))
+        for name in dict.fromkeys((*one, *other)) if one and other else ():
+            if one.get(name) != other.get(name):
+                key = f"inputs.{part}.{name}"
+                sides, may_differ = [text_of(files.get(name, ABSENT)) for files in (one, other)], matches(key, patterns_of(allow))
+                found.append(Difference(key=key, kind=ComparableKind.INPUT, left=sides[0], right=sides[1], allowed=may_differ))
+    return tuple(found[:MAX_FILES])
+
+
+def find_differences(left: Mapping[str, Any], right: Mapping[str, Any], allow: tuple[str, ...] = ()) -> tuple[Difference, ...]:
+    """Between the values of two runs, in the order of the left ones. `allow`: names of ALLOWANCES, or patterns of keys."""
     allowed = patterns_of(allow)
     sections = {section_of(key) for key in left} & {section_of(key) for key in right}
     found = []
@@ -174,10 +194,10 @@ def find_differences(left: Mapping[str, Any], right: Mapping[str, Any], allow: t
         if (one == other and type(one) is type(other)) or has_keys_instead(key, left, right):
             continue
         kind = kind_of(key)
-        known = (key in left and key in right) or (fits(key, OPEN) and section_of(key) in sections) or kind is FactKind.FREE
+        known = (key in left and key in right) or (matches(key, OPEN) and section_of(key) in sections) or kind is ComparableKind.FREE
         known = known or is_emptied(key, left) or is_emptied(key, right)
-        free = fits(key, allowed) or (key == COMMIT and have_same_files(left, right))
-        found.append(FactDifference(key=key, kind=kind, left=text_of(one), right=text_of(other), known=known, allowed=free))
+        may_differ = matches(key, allowed) or (key == COMMIT and have_same_files(left, right))
+        found.append(Difference(key=key, kind=kind, left=text_of(one), right=text_of(other), known=known, allowed=may_differ))
     return (*found, *unknown_diffs(left, right))
 
 
@@ -186,44 +206,44 @@ def patterns_of(allow: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def have_same_files(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
-    """Whether the images, trainer and all, are of the same files: then two commits are one code, as a rerun sees it too."""
-    files = [{key: value for key, value in facts.items() if key.startswith(FILES)} for facts in (left, right)]
+    """Whether both images, with the trainer, are made of the same files: then two commits are the same code, as for a rerun."""
+    files = [{key: value for key, value in values.items() if key.startswith(FILES)} for values in (left, right)]
     return bool(files[0]) and files[0] == files[1]
 
 
 def has_keys_instead(key: str, left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
-    """Whether one side has an empty object there and the other one that is not, whose keys are told one by one."""
+    """Whether one run has an empty object here and the other one an object with keys, each of which is compared."""
     pairs = ((left, right), (right, left))
     return any(one.get(key) == {} and any(name.startswith(f"{key}.") for name in other) for one, other in pairs)
 
 
-def is_emptied(key: str, facts: Mapping[str, Any]) -> bool:
-    """Whether these facts say that there is nothing where the key is."""
+def is_emptied(key: str, values: Mapping[str, Any]) -> bool:
+    """Whether the run has an empty object where the key would be."""
     parts = key.split(".")
-    return any(facts.get(".".join(parts[:depth])) == {} for depth in range(2, len(parts)))
+    return any(values.get(".".join(parts[:depth])) == {} for depth in range(2, len(parts)))
 
 
 def section_of(key: str) -> str:
-    """A run that ended early has no facts of some sections at all."""
+    """A run that ended early lacks whole sections."""
     return key.partition(".")[0]
 
 
-def unknown_diffs(left: Mapping[str, Any], right: Mapping[str, Any]) -> tuple[FactDifference, ...]:
-    """Two dirty trees whose changes were not recorded, or not whole, may be two programs."""
+def unknown_diffs(left: Mapping[str, Any], right: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """If both trees had changes that the records do not hold completely, the code of the two runs may differ."""
     if not all(
-        facts.get("source.dirty") and ("source.diff_sha256" not in facts or facts.get("source.diff_lacks")) for facts in (left, right)
+        values.get("source.dirty") and ("source.diff_sha256" not in values or values.get("source.diff_lacks")) for values in (left, right)
     ):
         return ()
     changes = "changes that the record does not hold"
-    return (FactDifference(key="source.diff", kind=FactKind.INPUT, left=changes, right=changes, known=False),)
+    return (Difference(key="source.diff", kind=ComparableKind.INPUT, left=changes, right=changes, known=False),)
 
 
 @cache
-def kind_of(key: str) -> FactKind:
-    return next(kind for kind, patterns in RULES if fits(key, patterns))
+def kind_of(key: str) -> ComparableKind:
+    return next(kind for kind, patterns in RULES if matches(key, patterns))
 
 
-def fits(key: str, patterns: tuple[str, ...]) -> bool:
+def matches(key: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 

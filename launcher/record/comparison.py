@@ -1,4 +1,4 @@
-"""What comes of holding runs against each other: nouns, and their text. `compare` makes them."""
+"""The result of comparing runs, as data and as text. `verdict.compare` makes it."""
 
 import json
 import math
@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-from launcher.record.comparable import FactDifference, FactKind
+from launcher.record.comparable import ComparableKind, Difference
 from trainer.contract import SCHEMA
 
-SHOWN = 12  # differences of one kind that are listed as text
+MAX_LISTED = 12  # differences of one kind in the text
 
 
 class Outcome(Enum):
-    """same: all facts and all bits. equivalent: another computation within what was stated or measured. The order is that of their weight."""
+    """same: every value that must match does, and the results are bitwise identical. equivalent: the results differ within a stated band or
+    the noise of repeats. In the order of their weight."""
 
     SAME = "same"
     EQUIVALENT = "equivalent"
@@ -23,17 +24,18 @@ class Outcome(Enum):
 
 
 class Level(Enum):
-    """Of one figure beside the reference's. told: no band was stated and no repeats were given, so that nobody can judge it."""
+    """One figure beside the reference's. not judged: no band was stated and there are too few repeats."""
 
     EQUAL = "equal"
     WITHIN = "within"
     OUTSIDE = "outside"
-    TOLD = "not judged"
+    NOT_JUDGED = "not judged"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One figure of two runs. `change` is a share of the left one, of an evaluation the difference. `limit` says what it was judged by."""
+    """One figure of two runs. `change`: relative to the left one if the figure has a unit, else the difference. `limit`: what it was compared
+    with."""
 
     name: str
     unit: str
@@ -46,9 +48,8 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """`steps`: that both have. `first_step`: the first whose row has other bits in `column`, which is '' where one run
-    only has more steps; 0 where there is none. `change`: the largest of the
-    means of a tenth of the steps, as a share."""
+    """`steps`: those that both runs have. `first_step`: the first whose rows differ, and `column` the first value that does; 0 if none differ,
+    and column '' if one run only has more steps. `change`: the largest relative difference between the means of one tenth of the steps."""
 
     steps: int
     first_step: int
@@ -62,22 +63,22 @@ class Losses:
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """One run against the reference. `reasons`: what made the outcome, the weightiest first. `matching`: how many facts of each kind agree."""
+    """One run against the reference. `reasons`: for the outcome, the most important first. `matching`: how many values of each kind match."""
 
     run_id: str
     outcome: Outcome
     reasons: tuple[str, ...]
     matching: dict[str, int]
-    differences: tuple[FactDifference, ...]
+    differences: tuple[Difference, ...]
     losses: Losses
     figures: tuple[Figure, ...]
     weights: Level
     answers: str
 
     @property
-    def first_environment(self) -> FactDifference | None:
-        """The first fact of the environment that must match and does not."""
-        return next((found for found in self.differences if found.kind is FactKind.ENVIRONMENT and found.known), None)
+    def first_environment(self) -> Difference | None:
+        """The first value of the environment that must match and does not."""
+        return next((found for found in self.differences if found.kind is ComparableKind.ENVIRONMENT and found.known), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +89,7 @@ class Comparison:
 
     @property
     def outcome(self) -> Outcome:
-        weight = list(Outcome).index
-        return max((judgement.outcome for judgement in self.judgements), key=weight)
+        return max((judgement.outcome for judgement in self.judgements), key=list(Outcome).index)
 
 
 def comparison_json(comparison: Comparison) -> str:
@@ -113,13 +113,13 @@ def finite(data: Any) -> Any:
 
 
 def describe_comparison(comparison: Comparison) -> str:
-    """A block a run; the verdict is its last lines."""
+    """One block for each run, which ends with the verdict."""
     return "\n\n".join("\n".join(describe_judgement(judgement, comparison.reference)) for judgement in comparison.judgements)
 
 
 def describe_judgement(judgement: Judgement, reference: str) -> Iterator[str]:
-    yield f"{judgement.run_id} against {reference}"
-    yield from describe_facts(judgement)
+    yield f"{judgement.run_id} compared with {reference}"
+    yield from describe_values(judgement)
     yield ""
     yield from describe_figures(judgement)
     yield ""
@@ -135,43 +135,43 @@ def describe_figures(judgement: Judgement) -> Iterator[str]:
         yield f"  {'answers':20} {judgement.answers}"
 
 
-def describe_facts(judgement: Judgement) -> Iterator[str]:
-    apart = Counter(difference.kind for difference in judgement.differences)
+def describe_values(judgement: Judgement) -> Iterator[str]:
+    different = Counter(difference.kind for difference in judgement.differences)
     for kind, title in TITLES.items():
-        equal, different = judgement.matching.get(kind.value, 0), apart[kind]
-        yield f"  {title:20} {equal:4} agree" + (f", {different} do not" if different else "")
-        if kind is FactKind.FREE:
+        yield f"  {title:20} {judgement.matching.get(kind.value, 0):4} match" + (f", {different[kind]} differ" if different[kind] else "")
+        if kind is ComparableKind.FREE:
             continue
         found = [difference for difference in judgement.differences if difference.kind is kind]
-        yield from (f"    {line}" for line in map(describe_difference, found[:SHOWN]))
-        if len(found) > SHOWN:
-            yield f"    ... and {len(found) - SHOWN} more: --json has all of them"
+        yield from (f"    {line}" for line in map(describe_difference, found[:MAX_LISTED]))
+        if len(found) > MAX_LISTED:
+            yield f"    ... and {len(found) - MAX_LISTED} more: see --json"
 
 
-def describe_difference(difference: FactDifference) -> str:
-    mark = "  (not recorded on one side)" if not difference.known else "  (allowed)" if difference.allowed else ""
+def describe_difference(difference: Difference) -> str:
+    mark = "  (not in both records)" if not difference.known else "  (allowed)" if difference.allowed else ""
     return f"{difference.key}: {shorten(difference.left)} -> {shorten(difference.right)}{mark}"
 
 
 def describe_losses(losses: Losses) -> str:
     if losses.level is Level.EQUAL:
-        return f"equal to the bit over {losses.steps} steps" if losses.steps else "none on either side"
+        return f"bitwise identical over {losses.steps} steps" if losses.steps else "neither run has any"
+    level = describe_level(losses.level, losses.limit)
     if not losses.column:
-        return f"{losses.left:g} steps and {losses.right:g}; {judged(losses.level, losses.limit)}"
-    apart = f", {losses.change:.3%} apart at most" if losses.change is not None else ""
-    return f"{losses.column} differs from step {losses.first_step}: {losses.left!r} -> {losses.right!r}{apart}; {judged(losses.level, losses.limit)}"
+        return f"{losses.left:g} steps and {losses.right:g}; {level}"
+    change = f", at most {losses.change:.3%} difference" if losses.change is not None else ""
+    return f"{losses.column} differs from step {losses.first_step} on: {losses.left!r} -> {losses.right!r}{change}; {level}"
 
 
 def describe_figure(figure: Figure) -> str:
-    sides = f"{number(figure.left)} -> {number(figure.right)} {figure.unit}".rstrip()
     if figure.level is Level.EQUAL:
         return f"{number(figure.left)} {figure.unit}".rstrip() + ", equal"
+    sides = f"{number(figure.left)} -> {number(figure.right)} {figure.unit}".rstrip()
     change = "" if figure.change is None else f"  ({figure.change:+.2%})" if figure.unit else f"  ({figure.change:+.4f})"
-    return f"{sides}{change}; {judged(figure.level, figure.limit)}"
+    return f"{sides}{change}; {describe_level(figure.level, figure.limit)}"
 
 
-def judged(level: Level, limit: str) -> str:
-    return f"{level.value} {limit}".rstrip() if level is not Level.TOLD else f"{level.value}: {limit}"
+def describe_level(level: Level, limit: str) -> str:
+    return f"{level.value}: {limit}" if level is Level.NOT_JUDGED else f"{level.value} {limit}".rstrip()
 
 
 def number(value: float | None) -> str:
@@ -179,15 +179,15 @@ def number(value: float | None) -> str:
 
 
 def shorten(text: str, most: int = 44) -> str:
-    """One line; both ends of a long one, since hashes and paths differ in one of them."""
+    """One line. A long one keeps both ends, since hashes and paths often differ at one end only."""
     line = " ".join(text.split())
     return line if len(line) <= most else f"{line[: most // 2]}…{line[-most // 2 :]}"
 
 
-WEIGHTS = {Level.EQUAL: "equal", Level.OUTSIDE: "not the same", Level.TOLD: "not recorded on both sides"}
+WEIGHTS = {Level.EQUAL: "equal", Level.OUTSIDE: "not the same", Level.NOT_JUDGED: "their hash is not in both records"}
 TITLES = {
-    FactKind.EXPERIMENT: "the experiment",
-    FactKind.INPUT: "inputs",
-    FactKind.ENVIRONMENT: "environment",
-    FactKind.FREE: "may differ",
+    ComparableKind.EXPERIMENT: "experiment",
+    ComparableKind.INPUT: "inputs",
+    ComparableKind.ENVIRONMENT: "environment",
+    ComparableKind.FREE: "may differ",
 }

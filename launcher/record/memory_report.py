@@ -1,23 +1,25 @@
-"""What plans said of memory against what their runs took, over all runs of a folder."""
+"""Compares the memory that plans predicted with the peaks that their runs measured, for all runs of a folder."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import ConfigRefused
+from launcher.image.docs import markdown as markdown_lines
 from launcher.plan.plan import Plan
-from launcher.record.record import PLAN_FILE, RECORD_FILE, read_if_there
+from launcher.record.reader import read_if_there
+from launcher.record.record import PLAN_FILE, RECORD_FILE
 from trainer.contract import RESULT_FILE, TrainResult
 
-TRAINING = ("load", "first step", "steps")  # phases that a plan speaks of; evaluation and saving have peaks of their own
+TRAINING = ("load", "first step", "steps")  # the phases that a plan predicts; evaluation and saving have peaks of their own
 HEADINGS = ("run", "model", "stage", "precision", "strategy", "length", "planned GiB", "allocated GiB", "reserved GiB", "error")
 GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeakComparison:
-    """`measured_bytes`: the highest of any rank while it loaded and trained; on a CPU resident memory, with the libraries in it.
-    `reserved_bytes`: what the allocator held for it, 0 on a CPU."""
+    """`measured_bytes`: the highest peak of any rank while it loaded and trained; on a CPU resident memory, with the libraries.
+    `reserved_bytes`: what the allocator reserved, 0 on a CPU."""
 
     run_id: str
     config: tuple[str, ...]  # model, stage, precision, strategy, length
@@ -28,19 +30,19 @@ class PeakComparison:
 
     @property
     def error(self) -> float:
-        """Of the plan, over what was measured: below 0 it said too little."""
+        """Relative to the measured peak; negative if the plan predicted too little."""
         return self.planned_bytes / self.measured_bytes - 1
 
 
 def compare_runs(folders: Iterable[Path]) -> tuple[tuple[PeakComparison, ...], tuple[str, ...]]:
-    """The comparisons, and a line for each run that cannot be compared, which says why."""
+    """(the comparisons; for each run that cannot be compared, a line that says why)."""
     found = [(folder.name, compare_run(folder)) for folder in folders]
     lines = tuple(f"{name}: {what}" for name, what in found if isinstance(what, str))
     return tuple(what for _, what in found if isinstance(what, PeakComparison)), lines
 
 
 def compare_run(folder: Path) -> PeakComparison | str:
-    """Or why there is nothing to compare."""
+    """The comparison, or the reason why there is none."""
     if not (folder / RECORD_FILE).is_file():
         return "it has no record yet"
     plan: Plan | None = read_if_there(Plan, folder / PLAN_FILE)
@@ -48,10 +50,10 @@ def compare_run(folder: Path) -> PeakComparison | str:
     if plan is None:
         return f"{PLAN_FILE} cannot be read by this version"
     if plan.memory is None:
-        return "its plan is of a version that did not foretell memory"
+        return "its plan was made by a version that did not predict memory"
     peaks = [peak for peak in result.peaks if peak.phase in TRAINING] if result else []
     if plan.spec.stage.kind != "train" or not any(peak.allocated_bytes for peak in peaks):
-        return "it has measured no step of training"
+        return "it measured no training step"
     spec = plan.spec
     return PeakComparison(
         run_id=plan.run_id,
@@ -64,18 +66,18 @@ def compare_run(folder: Path) -> PeakComparison | str:
 
 
 def choose_folders(runs: Path, names: Sequence[str]) -> tuple[Path, ...]:
-    """Those of the named runs, all where none is named. Raises ConfigRefused for a name that is no run."""
-    there = tuple(sorted(path for path in runs.glob("*") if path.is_dir()))
-    missing = [name for name in names if runs / name not in there]
+    """The folders of the named runs, of all runs if no name is given. Raises ConfigRefused for a name without a run."""
+    folders = tuple(sorted(path for path in runs.glob("*") if path.is_dir()))
+    missing = [name for name in names if runs / name not in folders]
     if missing:
-        raise ConfigRefused(f"there is no run {', '.join(missing)} in {runs}; omnilaunch runs lists those that there are")
-    return tuple(path for path in there if not names or path.name in names)
+        raise ConfigRefused(f"there is no run {', '.join(missing)} in {runs}. See: omnilaunch runs")
+    return tuple(path for path in folders if not names or path.name in names)
 
 
 def describe_comparisons(comparisons: Sequence[PeakComparison], left_out: Sequence[str], *, markdown: bool) -> str:
-    """The table, the errors by accelerator, and what was left out."""
-    rows = [cells(comparison) for comparison in comparisons]
-    text = (markdown_table if markdown else text_table)(rows) if rows else "no run that can be compared"
+    """The table, the errors for each kind of accelerator, and the runs that were left out."""
+    rows = (HEADINGS, *map(cells, comparisons))
+    text = "\n".join(markdown_lines(rows) if markdown else text_lines(rows)) if comparisons else "no run that can be compared"
     kinds = dict.fromkeys(comparison.accelerator for comparison in comparisons)
     sums = [summarise(kind, [c.error for c in comparisons if c.accelerator == kind]) for kind in kinds]
     lines = [f"{'- ' if markdown else ''}{line}" for line in (*sums, *(f"left out: {line}" for line in left_out))]
@@ -84,7 +86,7 @@ def describe_comparisons(comparisons: Sequence[PeakComparison], left_out: Sequen
 
 def summarise(kind: str, errors: Sequence[float]) -> str:
     mean = sum(map(abs, errors)) / len(errors)
-    note = "; measured is resident memory there, with the interpreter and its libraries" if kind == "cpu" else ""
+    note = "; the measured value is resident memory, with the interpreter and its libraries" if kind == "cpu" else ""
     return f"{kind}: {len(errors)} run(s), mean error {mean:.1%}, most above {max(0.0, *errors):.1%}, most below {-min(0.0, *errors):.1%}{note}"
 
 
@@ -93,10 +95,6 @@ def cells(comparison: PeakComparison) -> tuple[str, ...]:
     return (comparison.run_id, *comparison.config, *(f"{size / GIB:.3f}" for size in sizes), f"{comparison.error:+.1%}")
 
 
-def text_table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(HEADINGS, *rows, strict=True)]
-    return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in (HEADINGS, *rows))
-
-
-def markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (HEADINGS, ("---",) * len(HEADINGS), *rows))
+def text_lines(rows: tuple[tuple[str, ...], ...]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,39 +1,32 @@
-"""Which runs a rule takes away, and which stay whatever the rule says. Nothing is removed that another run refers to."""
+"""Removes old runs by a rule. A run that another run refers to is never removed."""
 
-import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigRefused, RunEnded
 from launcher.record.index import RunEntry
-from launcher.record.lock import is_claimed
-from launcher.record.record import PLAN_FILE, RECORD_FILE, SOURCE_FILE
+from launcher.record.lock import is_locked
+from launcher.record.reader import read_bytes, read_json
+from launcher.record.record import PLAN_FILE, RECORD_FILE, SOURCE_FILE, attempt_files
 
 AGE = re.compile(r"(\d{1,6})([hdw])")
 HOURS = {"h": 1, "d": 24, "w": 24 * 7}
-REMOVING = ".removing-"  # in front of the name of a folder that is being removed
-# Where a record says which run it stands on: a name, or a path with the name in it.
-REFERENCES = (
-    (PLAN_FILE, ("config", "stage", "checkpoint")),
-    (PLAN_FILE, ("spec", "stage", "checkpoint")),
-    (PLAN_FILE, ("spec", "model", "source", "path")),
-    (PLAN_FILE, ("rerun_of",)),
-    (SOURCE_FILE, ("rerun_of",)),
-    (RECORD_FILE, ("rerun_of",)),
-    (RECORD_FILE, ("origin", "run_id")),
-    (RECORD_FILE, ("origin", "path")),
-    (RECORD_FILE, ("origin", "base")),
-)
+REMOVING = ".removing-"  # prefix of a folder that is being removed
+REFERRING = (PLAN_FILE, SOURCE_FILE, RECORD_FILE)  # files of a run that may name another run
+# Keys whose value is the id of a run, or a path with an id anywhere in it. Every other text counts only as a path in the folder of the runs,
+# so that a run with the name of a model is not taken for a reference.
+NAMING = ("stage.checkpoint", "evaluation.base", "origin.base", "origin.path", "origin.run_id", "rerun_of")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """`keep`: so many of the newest stay; `older_than`: only what ended before. None: not asked for."""
+    """`keep`: that many of the newest runs are kept. `older_than`: only runs that ended longer ago are removed. None: no such rule."""
 
     keep: int | None = None
     older_than: timedelta | None = None
@@ -41,89 +34,87 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What a rule comes to. `kept`: run -> why it stays though the rule would take it."""
+    """`removed`: what the rule removes. `kept`: run -> why it is kept although the rule would remove it."""
 
     removed: tuple[RunEntry, ...]
     kept: dict[str, str]
 
 
 def parse_age(text: str) -> timedelta:
-    """Of 36h, 30d or 8w. Raises ConfigRefused."""
+    """36h, 30d or 8w. Raises ConfigRefused."""
     match = AGE.fullmatch(text)
     if not match:
-        raise ConfigRefused(f"--older-than {text}: write hours, days or weeks, such as 36h, 30d or 8w")
+        raise ConfigRefused(f"--older-than {text}: give hours, days or weeks, such as 36h, 30d or 8w")
     return timedelta(hours=int(match[1]) * HOURS[match[2]])
 
 
 def choose(every: Sequence[RunEntry], matching: Sequence[RunEntry], rule: Rule, now: datetime) -> Selection:
-    """Of the `matching` ones, those that the rule takes and that nothing holds. `every`: all runs of the folder, which may refer to them."""
-    newest = sorted(matching, key=lambda entry: entry.age_of, reverse=True)
+    """Apply the rule to the `matching` runs. `every`: all runs of the folder, since any of them may need one of these."""
+    newest = sorted(matching, key=lambda entry: entry.ended_at, reverse=True)
     taken = newest[rule.keep or 0 :]
-    taken = [entry for entry in taken if rule.older_than is None or now - entry.age_of > rule.older_than]
-    held = find_references(every)
-    kept = {entry.run_id: why for entry in taken if (why := reason_to_keep(entry, held))}
+    taken = [entry for entry in taken if rule.older_than is None or now - entry.ended_at > rule.older_than]
+    users = find_references(every)
+    kept = {entry.run_id: why for entry in taken if (why := reason_to_keep(entry, users.get(entry.run_id, [])))}
     return Selection(removed=tuple(entry for entry in taken if entry.run_id not in kept), kept=kept)
 
 
-def reason_to_keep(entry: RunEntry, held: Mapping[str, Sequence[str]]) -> str:
-    """'' where nothing holds it."""
-    if users := held.get(entry.run_id):
-        return f"{', '.join(users[:3])}{' and others' if len(users) > 3 else ''} stand(s) on it"
+def reason_to_keep(entry: RunEntry, users: Sequence[str]) -> str:
+    """'' if it can be removed. `users`: the runs that need it."""
+    if users:
+        return f"needed by {', '.join(users[:3])}{' and others' if len(users) > 3 else ''}"
     if entry.tags:
         return f"tagged {', '.join(entry.tags)}"
     if entry.folder.is_symlink():
-        return "its folder is a link"
+        return "its folder is a symbolic link"
     if entry.problem:
         return f"{RECORD_FILE} cannot be read"
     if entry.record is None:
-        return "it has no record: it may be under way on its nodes (omnilaunch stop, or attach)"
-    if is_claimed(entry.folder):
-        return "a launcher is at work on it"
+        return "it has no record: it may still be running on its nodes (omnilaunch stop, or attach)"
+    if is_locked(entry.folder):
+        return "a launcher supervises it"
     return ""
 
 
 def find_references(every: Sequence[RunEntry]) -> dict[str, list[str]]:
-    """Run -> the other runs that stand on it. What a run refers to whose plan cannot be read is told by the names in its files."""
+    """Run -> the other runs that need it. A file that cannot be parsed needs every run whose name stands in it."""
     names = {entry.run_id for entry in every}
-    held: dict[str, list[str]] = {}
+    users: dict[str, list[str]] = {}
     for entry in every:
-        for name in sorted(names_of(entry, names) - {entry.run_id}):
-            held.setdefault(name, []).append(entry.run_id)
-    return held
+        for name in sorted(names_in(entry.folder, names) - {entry.run_id}):
+            users.setdefault(name, []).append(entry.run_id)
+    return users
 
 
-def names_of(entry: RunEntry, names: set[str]) -> set[str]:
+def names_in(folder: Path, names: set[str]) -> set[str]:
     found: set[str] = set()
-    texts: dict[str, Any] = {}
-    for name, keys in REFERENCES:
-        if name not in texts:
-            texts[name] = read_any(entry.folder / name)
-        data = texts[name]
-        if isinstance(data, str):  # no JSON: whatever name stands in it is taken for a reference
-            found |= {other for other in names if other in data}
-            continue
-        for key in keys:
-            data = data.get(key) if isinstance(data, dict) else None
-        if isinstance(data, str) and data:
-            found |= names & {data, *re.split(r"[/:\\]", data)}
+    for path in (*(folder / name for name in REFERRING), *attempt_files(folder, PLAN_FILE)):
+        problems: list[str] = []
+        data = read_json(path, problems)
+        if problems:
+            text = read_bytes(path).decode(errors="replace")
+            found |= {name for name in names if name in text}
+        for key, value in find_texts(data, ""):
+            parts = re.split(r"[/:\\,=\s]+", value)
+            in_runs = (after for before, after in pairwise(parts) if before == folder.parent.name)
+            found |= names & {*(parts if key.endswith(NAMING) else in_runs)}
     return found
 
 
-def read_any(path: Path) -> Any:
-    """JSON data, the text where it is none, {} where there is no file."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return {}
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+def find_texts(data: Any, key: str) -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text in JSON data."""
+    if isinstance(data, str):
+        yield key, data
+    elif isinstance(data, dict):
+        for name, value in data.items():
+            yield from find_texts(value, f"{key}.{name}")
+    elif isinstance(data, list):
+        for value in data:
+            yield from find_texts(value, key)
 
 
 def remove_runs(entries: Sequence[RunEntry]) -> Iterator[str]:
-    """Yields the name of each run that is gone. A folder gets another name first, so that none is ever there by halves under its own.
-    Raises RunEnded that names what could not be removed, when all were tried."""
+    """Yields the name of each run that was removed. A folder is renamed first, so that no run ever exists with half of its files. Raises
+    RunEnded after all were tried, with those that could not be removed."""
     failures = []
     for entry in entries:
         aside = entry.folder.with_name(f"{REMOVING}{entry.run_id}")
@@ -137,7 +128,5 @@ def remove_runs(entries: Sequence[RunEntry]) -> Iterator[str]:
             continue
         yield entry.run_id
     if failures:
-        told = "\n".join(failures)
-        raise RunEnded(
-            f"{len(failures)} run(s) could not be removed whole; their folders begin with {REMOVING!r} or stand as they were:\n{told}"
-        )
+        lines = "\n".join(failures)
+        raise RunEnded(f"{len(failures)} run(s) could not be removed; their folders are unchanged, or begin with {REMOVING!r}:\n{lines}")

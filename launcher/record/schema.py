@@ -2,8 +2,8 @@
 
     python -m launcher.record.schema > docs/record.schema.json
 
-A JSON Schema (draft 2020-12) of one object whose keys are the files of the folder. Keys that have a default may be missing, as they are
-in records of before there was such a key.
+A JSON Schema (draft 2020-12) of one object whose keys are the files of the folder. Keys with a default may be missing: earlier versions did
+not have all of them.
 """
 
 import json
@@ -31,7 +31,7 @@ from launcher.record.source import RECORD_SCHEMA, SourceState
 from trainer import contract
 from trainer.contract import Best, DataReport, EnvReport, EvaluationRow, FailureReport, Inputs, StepRow, TrainResult, TrainSpec
 
-# File -> what it holds; of *.jsonl, what each line holds.
+# File -> its class; of *.jsonl, that of each line.
 FILES: dict[str, Any] = {
     PLAN_FILE: Plan,
     CONFIG_FILE: Config,
@@ -67,7 +67,7 @@ def record_schema() -> dict[str, Any]:
 
 
 def describe(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a type; dataclasses are added to `definitions`, by name."""
+    """The schema of a type. Dataclasses are added to `definitions` by their names."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any or kind is object:
         return {}
@@ -87,7 +87,7 @@ def describe(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def refer(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
-    name = f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"  # Optimizer and Run are no rare names
+    name = kind.__name__  # a class name is unique in launcher/ and trainer/: tests/test_house.py
     if name not in definitions:
         definitions[name] = {}  # a type may hold itself
         hints = typing.get_type_hints(kind)

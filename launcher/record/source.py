@@ -1,29 +1,33 @@
-"""The code that a run was planned and carried out with, as a record keeps it: the commit, and what the tree had besides.
+"""The state of the source tree that a run was planned and started with: the commit, and what the tree had that the commit does not have.
 
-The diff holds what a run is made of (MADE_OF) and nothing else: the config is in the record whole, as it was resolved, and files of conf/
-may hold addresses with credentials.
+The diff covers CODE and nothing else. What conf/ says is in the record already, composed, and is compared key by key; files of conf/ may
+also hold URLs with credentials. For the same reason an untracked file counts as a change only below CODE: elsewhere it is listed by name, as
+information, and makes no two runs different.
 """
 
+import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from launcher.redact import holds_credentials
 
-MADE_OF = ("images", "launcher", "trainer", "pyproject.toml")
-MOST_DIFF_BYTES = 4 * 2**20
-MOST_NEW_FILE_BYTES = 2**20  # an untracked file that is larger is data, and is named instead
-RECORD_SCHEMA = 2  # of a run's folder; 1: of before there were seals, diffs and manifests
+CODE = ("images", "launcher", "trainer", "pyproject.toml")  # what is copied into an image or imported by a run
+MAX_DIFF_BYTES = 4 * 2**20
+MAX_NEW_FILE_BYTES = 2**20  # a larger untracked file is data, and is named instead of recorded
+MAX_UNTRACKED = 20  # names of untracked files outside CODE that are listed
+RECORD_SCHEMA = 2  # of a run's folder; schema 1 has no checksums, no diff and no list of inputs
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceState:
-    """The code that ran. `dirty`: the tree had changes that the commit does not hold; '' commit: not a git tree. `diff_sha256`: of
-    source.diff, '' where MADE_OF had no changes; `diff_lacks`: why that file is not the whole of them, '' where it is."""
+    """`commit`: '' if the folder is not a git tree or has no commit. `dirty`: a tracked file was changed, or there was an untracked file
+    below CODE. `diff_sha256`: of source.diff, '' if CODE had no changes. `diff_lacks`: what is missing in source.diff, '' if nothing is.
+    `untracked`: untracked files and folders outside CODE, for information."""
 
     commit: str
     dirty: bool
@@ -31,59 +35,111 @@ class SourceState:
     diff_bytes: int = 0
     diff_lacks: str = ""
     record_schema: int = 1
+    untracked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceTree:
-    """`diff`: as git apply takes it, bounded; b'' where there is none."""
+    """`diff`: in the form that `git apply` takes, at most MAX_DIFF_BYTES; b'' if there are no changes."""
 
     state: SourceState
     diff: bytes = b""
 
 
 def read_source(project: Path) -> SourceTree:
-    """Commit, dirty flag and diff of the project's tree, asked of git."""
+    """Commit, changes and diff of the project's tree. Nothing in the tree, and no failure of git after the first answer, loses the commit."""
     try:
         commit = git(project, "rev-parse", "HEAD").decode().strip()
-        changed = git(project, "status", "--porcelain").strip()
-        diff, lacks = read_diff(project) if changed else (b"", "")
     except (OSError, subprocess.CalledProcessError):
         return SourceTree(state=SourceState(commit="", dirty=False, record_schema=RECORD_SCHEMA))
-    digest = sha256(diff).hexdigest() if diff else ""
+    try:
+        changed, submodules, untracked = read_status(project)
+        new = list_new_files(project)
+        diff, lacks = read_diff(project, new, submodules) if changed or new else (b"", "")
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", b"").decode(errors="replace").strip().splitlines()
+        changed, new, untracked, diff, lacks = True, (), (), b"", f"all of it: {printable(said[0] if said else str(error))}"
     state = SourceState(
-        commit=commit, dirty=bool(changed), diff_sha256=digest, diff_bytes=len(diff), diff_lacks=lacks, record_schema=RECORD_SCHEMA
+        commit=commit,
+        dirty=changed or bool(new),
+        diff_sha256=sha256(diff).hexdigest() if diff else "",
+        diff_bytes=len(diff),
+        diff_lacks=lacks,
+        record_schema=RECORD_SCHEMA,
+        untracked=untracked,
     )
     return SourceTree(state=state, diff=diff)
 
 
-def read_diff(project: Path) -> tuple[bytes, str]:
-    """(diff of MADE_OF against HEAD, new files included; what it lacks). The tree's own index stays as it is."""
-    listed = git(project, "ls-files", "--others", "--exclude-standard", "-z", "--", *MADE_OF).decode(errors="surrogateescape")
-    new = [name for name in listed.split("\0") if name]
-    large = [name for name in new if (project / name).stat().st_size > MOST_NEW_FILE_BYTES]
-    with tempfile.TemporaryDirectory(prefix="omnilaunch-") as aside:
-        index = Path(aside) / "index"
+def read_status(project: Path) -> tuple[bool, tuple[str, ...], tuple[str, ...]]:
+    """(whether a tracked file was changed; submodules below CODE that were changed; untracked files and folders outside CODE)."""
+    changed, submodules, untracked = False, [], []
+    # Each entry ends with a null byte, so that a name may hold anything: https://git-scm.com/docs/git-status, "Porcelain Format Version 2".
+    for entry in split_names(git(project, "status", "--porcelain=v2", "-z", "--no-renames")):
+        if entry[0] == "?":
+            untracked += [entry[2:]] if not is_code(entry[2:]) else []
+            continue
+        changed = True
+        fields = entry.split(" ", 8 if entry[0] == "1" else 10)
+        if fields[2][0] == "S" and is_code(fields[-1]):
+            submodules.append(fields[-1])
+    listed = [printable(name) for name in untracked[:MAX_UNTRACKED]]
+    more = [f"and {len(untracked) - MAX_UNTRACKED:,} more"] if len(untracked) > MAX_UNTRACKED else []
+    return changed, tuple(submodules), (*listed, *more)
+
+
+def list_new_files(project: Path) -> tuple[str, ...]:
+    """Untracked files below CODE that .gitignore does not exclude; a git repository of its own is one name, which ends with '/'."""
+    return split_names(git(project, "ls-files", "--others", "--exclude-standard", "-z", "--", *CODE))
+
+
+def is_code(name: str) -> bool:
+    return name.split("/")[0] in CODE
+
+
+def read_diff(project: Path, new: Sequence[str], submodules: Sequence[str]) -> tuple[bytes, str]:
+    """(the diff of CODE against HEAD with the new files; what it lacks). The tree's own index is not changed."""
+    lacks = {name: why for name in new if (why := reason_to_leave_out(project / name))}
+    lacks |= dict.fromkeys(submodules, "a submodule with another commit or with changes")
+    with tempfile.TemporaryDirectory(prefix="omnilaunch-") as scratch:
+        index = Path(scratch) / "index"
         shutil.copyfile(git(project, "rev-parse", "--path-format=absolute", "--git-path", "index").decode().strip(), index)
-        environment = {"GIT_INDEX_FILE": str(index)}
-        taken = [name for name in new if name not in large]
+        taken = os.fsencode("\0".join(name for name in new if name not in lacks))
         if taken:
-            git(project, "add", "--intent-to-add", "--", *taken, environment=environment)
-        diff = git(project, "diff", "--binary", "--no-ext-diff", "--no-textconv", "HEAD", "--", *MADE_OF, environment=environment)
-    return bound(diff, large)
-
-
-def bound(diff: bytes, large: Sequence[str]) -> tuple[bytes, str]:
-    """The diff without credentials and within its limit, and what that leaves out."""
-    lacks = [f"{name}, new and larger than {MOST_NEW_FILE_BYTES:,} bytes" for name in large]
+            words = ("--literal-pathspecs", "add", "--intent-to-add", "--pathspec-from-file=-", "--pathspec-file-nul")
+            git(project, *words, index=index, content=taken)
+        diff_words = ("diff", "--binary", "--no-ext-diff", "--no-textconv", "--ignore-submodules=all", "HEAD", "--", *CODE)
+        diff = git(project, *diff_words, index=index)
+    listed = [f"{printable(name)}, {why}" for name, why in lacks.items()]
     if holds_credentials(diff.decode(errors="replace")):
         return b"", "all of it: it holds a URL with credentials"
-    if len(diff) > MOST_DIFF_BYTES:
-        lacks.append(f"what follows its first {MOST_DIFF_BYTES:,} of {len(diff):,} bytes")
-        diff = diff[:MOST_DIFF_BYTES]
-    return diff, "; ".join(lacks)
+    if len(diff) > MAX_DIFF_BYTES:
+        listed.append(f"everything after its first {MAX_DIFF_BYTES:,} of {len(diff):,} bytes")
+    return diff[:MAX_DIFF_BYTES], "; ".join(listed)
 
 
-def git(project: Path, *words: str, environment: Mapping[str, str] | None = None) -> bytes:
-    """What git prints. Raises OSError, and CalledProcessError where it refuses."""
-    with_variables = ("env", *(f"{name}={value}" for name, value in (environment or {}).items())) if environment else ()
-    return subprocess.run((*with_variables, "git", *words), cwd=project, capture_output=True, check=True).stdout
+def reason_to_leave_out(path: Path) -> str:
+    """'' if git can read the new file and it is small. A symbolic link is recorded as a link, whether or not its target exists."""
+    if path.is_symlink():
+        return ""
+    if path.is_dir():
+        return "a git repository of its own"
+    size = path.stat().st_size
+    if size > MAX_NEW_FILE_BYTES:
+        return f"new and larger than {MAX_NEW_FILE_BYTES:,} bytes"
+    return "" if os.access(path, os.R_OK) else "new and not readable"
+
+
+def split_names(output: bytes) -> tuple[str, ...]:
+    return tuple(os.fsdecode(name) for name in output.split(b"\0") if name)
+
+
+def printable(name: str) -> str:
+    """A file name may hold line breaks, control characters and bytes that are not UTF-8: these are written as escapes."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in name)
+
+
+def git(project: Path, *words: str, index: Path | None = None, content: bytes = b"") -> bytes:
+    """What git prints. `index`: a file to use in place of the tree's own index. Raises OSError, and CalledProcessError if git fails."""
+    argv = ("env", f"GIT_INDEX_FILE={index}", "git", *words) if index else ("git", *words)
+    return subprocess.run(argv, cwd=project, input=content, capture_output=True, check=True).stdout

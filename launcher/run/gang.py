@@ -8,7 +8,8 @@ from pathlib import Path
 
 from launcher.errors import NodeFailed
 from launcher.plan.commands import NodeCommand, data_env_file, data_name, env_file
-from launcher.run.node_process import CheckNodeProcess, ChildNodeProcess, ContainerNodeProcess, NodeProcess, NodeResult, remove_env_file
+from launcher.record.record import NodeResult
+from launcher.run.node_process import CheckNodeProcess, ChildNodeProcess, ContainerNodeProcess, NodeProcess, remove_env_file
 from launcher.run.signals import StopRequest
 from launcher.ssh.parallel import after, attempt_each, together
 from launcher.ssh.transport import Transport

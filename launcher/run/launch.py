@@ -8,20 +8,20 @@ from pathlib import Path
 
 from launcher.errors import ConfigRefused, LaunchError, NodeFailed, RunEnded
 from launcher.plan.plan import Plan, refuse, to_plain
-from launcher.record.lock import claim, is_asked_to_stop
+from launcher.record.lock import is_asked_to_stop, lock_run
+from launcher.record.metrics import read_rows
 from launcher.record.record import (
     ATTEMPTS,
     PLAN_FILE,
     Attempt,
     Failure,
-    Precedent,
+    OriginalRun,
     Record,
     Status,
     checkpoint_place,
     close_run,
     load_attempts,
     open_run,
-    read_rows,
     utc_now,
 )
 from launcher.record.source import SourceState, SourceTree
@@ -48,13 +48,13 @@ VERBS = {
 }
 
 
-def launch(plan: Plan, source: SourceTree, desk: Session, *, detach: bool = False, precedent: Precedent | None = None) -> Record | None:
+def launch(plan: Plan, source: SourceTree, desk: Session, *, detach: bool = False, original: OriginalRun | None = None) -> Record | None:
     """Run to the end and return the record; None when the run goes on by itself (`detach`). Raises ConfigRefused before anything is made
     when the plan may not be launched; any other LaunchError comes after its record was written."""
     refuse(plan.verdict, launching=True, overrides=plan.overrides)
     lock = desk.project / "images" / plan.image.lock if plan.image.lock else None
     try:
-        folder, started = open_run(plan, source.state, diff=source.diff, lock=lock, precedent=precedent), utc_now()
+        folder, started = open_run(plan, source.state, diff=source.diff, lock=lock, original=original), utc_now()
     except OSError as error:
         raise RunEnded(
             f"{plan.folder} could not be written: {error.strerror}. Free room there, and launch again; nothing was started"
@@ -83,7 +83,7 @@ def conclude(
     plan: Plan, source: SourceState, started: datetime, folder: Path, work: Callable[[StopRequest], AttemptOutcome | None]
 ) -> Record | None:
     """Do the work and write the record, whatever comes of it. Raises ConfigRefused, writing nothing, where another launcher is at it."""
-    with claim(folder), catch_stops() as stop:
+    with lock_run(folder), catch_stops() as stop:
         return concluded(plan, source, started, folder, lambda: work(stop))
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from launcher.plan.plan import Plan
 from launcher.record.lock import is_asked_to_stop
-from launcher.record.record import Failure, Status, find_failure, read_if_there
+from launcher.record.reader import read_if_there
+from launcher.record.record import Failure, NodeResult, Status
+from launcher.run.failure_search import find_failure
 from launcher.run.gang import TICK_S, clear_all, node_log, watch
 from launcher.run.node_log import StartPhase, silence_s, standings
-from launcher.run.node_process import NodeProcess, NodeResult
+from launcher.run.node_process import NodeProcess
 from launcher.run.prepare import NodeProcesses, Session, broken_check, fetch, fetch_problems, refuse_data, sites_of
 from launcher.run.progress import ProgressView
 from launcher.run.run_folder import Mirror

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -26,20 +25,6 @@ LOG_TIMEOUT_S = 60  # for the rest of the log of a container that ended while no
 LOST = 255  # exit code of a node that does not answer any more
 SECRETS_VARIABLE = "OMNILAUNCH_SECRETS"  # both read by images/entrypoint.sh
 SECRETS_PIPE = "/dev/shm/omnilaunch-secrets"
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodeResult:
-    """How one node's part ended. `killed`: it did not end by itself within the grace time. `lost`: the node did not answer any more.
-    `left`: why it could not be made sure that nothing of the run is left there, '' where it was."""
-
-    host: str
-    node_rank: int
-    code: int
-    seconds: float
-    killed: bool
-    lost: bool = False
-    left: str = ""
 
 
 class NodeProcess(Protocol):

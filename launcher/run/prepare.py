@@ -12,7 +12,8 @@ from launcher.image.docker import find
 from launcher.plan.commands import CANN_LOGS
 from launcher.plan.plan import Plan, encode_spec
 from launcher.record.lock import is_asked_to_stop
-from launcher.record.record import RECORDED_INPUTS_FILE, Failure, keep_images, read_if_there
+from launcher.record.reader import read_if_there
+from launcher.record.record import RECORDED_INPUTS_FILE, Failure, keep_images
 from launcher.run.delivery.peer_transfer import Peer
 from launcher.run.delivery.remote_build import build_on
 from launcher.run.delivery.ship import image_on, is_everywhere, pull, ship
@@ -255,7 +256,7 @@ def broken_check(folder: Path, check: NodeProcess) -> Failure:
     log = check_log(folder, check)
     message = f"the data check ended with exit code {check.poll()} and without a report"
     if check.lost:
-        message = "the node did not answer any more while its data was checked"
+        message = "the node stopped responding while its data was checked"
     tail = tuple(tail_of(log).splitlines())
     return Failure(host=check.command.host, rank=-1, code=check.poll() or 0, message=message, log=str(log), tail=tail)
 

@@ -2,28 +2,19 @@
 writes for it, never its log."""
 
 import codecs
-import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from trainer.contract import METRICS_FILE, SERVING_FILE, STREAM_FILE, ServingReport, SpecError, StepRow, decode, read
+from launcher.record.metrics import parse_rows
+from trainer.contract import METRICS_FILE, SERVING_FILE, STREAM_FILE, ServingReport, SpecError, StepRow, read
 
 PLAIN_INTERVAL_S = 5.0
 RATE_WINDOW = 50  # steps
-
-
-def read_lines(lines: Iterable[str]) -> tuple[StepRow, ...]:
-    """The rows that can be read; the trainer drops the others too when it goes on. A torn one ends no run and takes no record away."""
-    rows = []
-    for line in lines:
-        with suppress(ValueError, RecursionError, SpecError):
-            rows.append(decode(StepRow, json.loads(line)))
-    return tuple(rows)
 
 
 class Tail:
@@ -39,7 +30,7 @@ class Tail:
             file.seek(self.offset)
             whole, _, _ = file.read().rpartition(b"\n")
         self.offset += len(whole) + 1 if whole else 0
-        return read_lines(whole.decode("utf-8", errors="replace").split("\n"))
+        return parse_rows(whole.decode("utf-8", errors="replace").split("\n"))
 
 
 class Stream:

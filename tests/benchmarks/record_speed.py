@@ -1,8 +1,8 @@
-"""How long it takes to look at records, and how large a page gets:  python -m tests.benchmarks.record_speed [--rounds N]
+"""How long the commands that read records take, and how large a page gets:  python -m tests.benchmarks.record_speed [--rounds N]
 
 Two runs of 100,000 steps and a folder of 1,000 runs are made from the real record of tests/golden/record/1, and the commands are run as a
-user runs them: the start of Python counts. The page is opened in Chromium where there is one. Seconds are wall clock, the median of the
-rounds; beside them the processor time, which says more on a machine that does other things.
+user runs them, with the start of Python. The page is opened in Chromium if it is installed. Seconds are wall clock, the median of the rounds;
+the processor time beside them is more reliable on a busy machine.
 """
 
 import argparse
@@ -38,13 +38,13 @@ def main() -> int:
         for number in range(RUNS):
             shutil.copytree(REAL, work / "many" / "runs" / f"run-{number:04}")
         page = work / "long" / "page.html"
-        tell("compare", rounds, work / "long", launcher("compare", "a", "b"), codes=(7,))
-        tell("report", rounds, work / "long", launcher("report", "a", "b", "--out", page.name, "--replace"))
-        tell("runs", rounds, work / "many", launcher("runs"))
-        tell("runs run.seed=1", rounds, work / "many", launcher("runs", "run.seed=1"))
+        measure_and_report("compare", rounds, work / "long", launcher("compare", "a", "b"), codes=(7,))
+        measure_and_report("report", rounds, work / "long", launcher("report", "a", "b", "--out", page.name, "--replace"))
+        measure_and_report("runs", rounds, work / "many", launcher("runs"))
+        measure_and_report("runs run.seed=1", rounds, work / "many", launcher("runs", "run.seed=1"))
         size = page.stat().st_size
         print(f"{'the page of both':20} {size:,} bytes (goal {GOAL_BYTES:,}: {'reached' if size <= GOAL_BYTES else 'not reached'})")
-        tell("python alone", rounds, work, (sys.executable, "-c", "pass"))
+        measure_and_report("python alone", rounds, work, (sys.executable, "-c", "pass"))
         open_page(page, rounds)
     return 0
 
@@ -54,7 +54,7 @@ def launcher(*words: str) -> tuple[str, ...]:
 
 
 def open_page(page: Path, rounds: int) -> None:
-    """Until a browser has laid the page out and painted it once, the start of the browser taken off."""
+    """The time until a browser has painted the page once, without the start of the browser."""
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser is None:
         print("open the page: not measured, no Chromium on PATH")
@@ -70,13 +70,13 @@ def open_page(page: Path, rounds: int) -> None:
         "--window-size=1280,4000",
     )
     shots = {one: (*options, f"--screenshot={page.parent / 'shot.png'}", one.as_uri()) for one in (blank, page)}
-    measure(1, page.parent, shots[blank], (0,))  # its profile is made
+    measure(1, page.parent, shots[blank], (0,))  # creates its profile
     alone_s, _ = measure(rounds, page.parent, shots[blank], (0,))
     whole_s, _ = measure(rounds, page.parent, shots[page], (0,))
     report("open the page", whole_s - alone_s, None, f"; an empty page takes {alone_s:.2f} s")
 
 
-def tell(name: str, rounds: int, folder: Path, argv: Sequence[str], codes: Sequence[int] = (0,)) -> None:
+def measure_and_report(name: str, rounds: int, folder: Path, argv: Sequence[str], codes: Sequence[int] = (0,)) -> None:
     wall_s, cpu_s = measure(rounds, folder, argv, codes)
     report(name, wall_s, cpu_s, "")
 
@@ -104,7 +104,7 @@ def measure(rounds: int, folder: Path, argv: Sequence[str], codes: Sequence[int]
 
 
 def write_long(folder: Path, seed: int) -> None:
-    """The real record with 100,000 rows: a loss that falls, with noise, and steps that take unequally long."""
+    """The real record with 100,000 rows: a falling loss with noise, and steps of different duration."""
     shutil.copytree(REAL, folder)
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
     rng, last = random.Random(seed), 0.0

@@ -1,4 +1,4 @@
-"""Curves as SVG that stands in a page: no script, no font, colours from the page's own style."""
+"""Curves as SVG: no script, no font, colours from the style of the page."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,14 +10,14 @@ from launcher.record.metrics import reduce_points
 
 WIDTH, HEIGHT = 420, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 28
-BUCKETS = 320  # points of a line at most; what lies between them is in the band of lowest and highest
+BUCKETS = 320  # points of a line; between them, a band shows the lowest and the highest value
 Point = tuple[float, float, float, float]  # step, lowest, mean, highest
-COLOURS = 8  # that the page's style knows
+COLOURS = 8  # in the style of the page
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """`colour`: place in the page's palette."""
+    """`colour`: index in the palette of the page."""
 
     label: str
     steps: Sequence[int]
@@ -27,7 +27,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """From values to pixels."""
+    """Converts values to pixels."""
 
     low: float
     high: float
@@ -40,7 +40,7 @@ class Scale:
 
 
 def draw_chart(title: str, lines: Sequence[Line], *, from_zero: bool) -> Markup:
-    """One chart over the steps; '' where no line has a number in it."""
+    """One chart over the steps; '' if no line has a finite value."""
     reduced = [(line, points) for line in lines if (points := reduce_points(line.steps, line.values, BUCKETS))]
     if not reduced:
         return Markup("")
@@ -61,8 +61,8 @@ def draw_chart(title: str, lines: Sequence[Line], *, from_zero: bool) -> Markup:
 
 
 def draw_line(line: Line, points: Sequence[Point], x: Scale, y: Scale, above: int) -> Iterator[str]:
-    """The band of lowest and highest, where a point stands for several steps; the means over it; a dot where there is one point alone.
-    `above`: how many lines come on top: one is the wider, the more may hide it."""
+    """The band from lowest to highest, if a point stands for several steps; the means; a dot if there is one point only. `above`: the number
+    of lines drawn later, which may hide this one: it is wider then."""
     colour = line.colour % COLOURS
     if any(low != high for _, low, _, high in points):
         there = [f"{x.at(step)},{y.at(high)}" for step, _, _, high in points]
@@ -88,7 +88,7 @@ def draw_steps(x: Scale) -> Iterator[str]:
 
 
 def round_ticks(low: float, high: float) -> list[float]:
-    """About four round numbers that span the values."""
+    """About four round numbers that cover the values."""
     span = high - low or abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(span / 3))
     size = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= 4)

@@ -1,7 +1,7 @@
-"""Runs as one page, as Markdown or as rows: computed from their records alone, so that it can be made anew at any time.
+"""Reports on runs as an HTML page, as Markdown or as CSV, made from their records alone.
 
-The page stands by itself: no script, no font, no address; a content security policy holds the browser to that. What a record says is text
-to it, whatever it says: Jinja escapes every value, and nothing of a record becomes markup.
+The page needs no other file: no script, no font, no URL, which its content security policy enforces. Every value of a record is text: Jinja
+escapes it, and nothing in a record becomes markup.
 """
 
 import csv
@@ -15,9 +15,8 @@ from typing import Any
 from launcher.config.schema import Bands
 from launcher.errors import ConfigRefused, RunEnded
 from launcher.record.comparison import Comparison, Outcome, describe_figures, describe_judgement, shorten
-from launcher.record.evidence import Evidence
 from launcher.record.metrics import COLUMNS, SERIES
-from launcher.record.report.answers import Album, Shown, choose_samples, count_matches
+from launcher.record.report.answers import ImageBudget, choose_samples
 from launcher.record.report.figures import BUCKETS, Line, draw_chart
 from launcher.record.report.summary import (
     TONES,
@@ -32,19 +31,20 @@ from launcher.record.report.summary import (
     status_of,
 )
 from launcher.record.report.timeline import Timeline, lay_out
+from launcher.record.run_files import RunFiles
 from launcher.record.verdict import compare
 from trainer import contract
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
-FROM_ZERO = ("learning rate", "samples a second", "memory, GiB")
+FROM_ZERO = ("learning rate", "samples per second", "memory, GiB")
 OUTCOME_TONES = {Outcome.SAME: "good", Outcome.EQUIVALENT: "warn", Outcome.DIFFERENT: "bad"}
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would carry out
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run a cell that begins with one of these
 
 
 def compare_for_report(
-    runs: Sequence[Evidence], bands: Bands, *, allow: tuple[str, ...] = (), unlike: bool
+    runs: Sequence[RunFiles], bands: Bands, *, allow: tuple[str, ...] = (), unlike: bool
 ) -> tuple[Comparison | None, str]:
-    """(the comparison, or why there is none). A report of runs that cannot be compared shows them side by side all the same."""
+    """(the comparison, or the reason why there is none): runs that cannot be compared are still shown side by side."""
     if len(runs) < 2:
         return None, ""
     try:
@@ -53,13 +53,13 @@ def compare_for_report(
         return None, str(error)
 
 
-def render_html(runs: Sequence[Evidence], comparison: Comparison | None, refused: str) -> str:
-    """One page of one or several runs. The same records give the same page."""
+def render_html(runs: Sequence[RunFiles], comparison: Comparison | None, refused: str) -> str:
+    """One page for all runs. The same records always give the same page."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    album = Album()
-    shown = [describe_run(evidence, album) for evidence in runs]
+    images = ImageBudget()
+    shown = [describe_run(run, images) for run in runs]
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title_of(runs),
         subtitle=describe_axes(runs[0]) if len(runs) == 1 else f"{len(runs)} runs",
@@ -69,44 +69,38 @@ def render_html(runs: Sequence[Evidence], comparison: Comparison | None, refused
         verdicts=list(describe_verdicts(comparison)) if comparison else [],
         verdict_refused=refused,
         charts=list(draw_charts(runs)),
-        banded=any(len(evidence.curve.step) > BUCKETS for evidence in runs),
+        banded=any(len(run.curve.step) > BUCKETS for run in runs),
     )
     return printable(page)
 
 
-def title_of(runs: Sequence[Evidence]) -> str:
-    names = [evidence.run_id for evidence in runs]
+def title_of(runs: Sequence[RunFiles]) -> str:
+    names = [run.run_id for run in runs]
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more" if len(names) > 3 else ", ".join(names)
 
 
-def describe_run(evidence: Evidence, album: Album) -> dict[str, Any]:
-    matches, answers = count_matches(evidence.answers)
-    status = status_of(evidence)
+def describe_run(run: RunFiles, images: ImageBudget) -> dict[str, Any]:
+    status = status_of(run)
     return {
-        "name": evidence.run_id,
+        "name": run.run_id,
         "status": status,
         "tone": TONES.get(status, "warn"),
-        "problems": evidence.problems,
-        "figures": list_figures(evidence),
-        "timeline": describe_timeline(lay_out(evidence)),
-        "evaluations": list_evaluations(evidence),
-        "samples": [describe_sample(sample) for sample in choose_samples(evidence, album)],
-        "matches": matches,
-        "answers": answers,
-        "launch": launch_line(evidence),
-        "commands": [{"rank": rank, "host": host, "text": text} for rank, host, text in list_commands(evidence)],
-        "environment": list_environment(evidence),
-        "details": list_details(evidence),
+        "problems": run.problems,
+        "figures": list_figures(run),
+        "timeline": describe_timeline(lay_out(run)),
+        "evaluations": list_evaluations(run),
+        "samples": [asdict(sample) for sample in choose_samples(run, images)],
+        "matches": sum(answer.get("match") is True for answer in run.answers),
+        "answers": len(run.answers),
+        "launch": launch_line(run),
+        "commands": [{"rank": rank, "host": host, "text": text} for rank, host, text in list_commands(run)],
+        "environment": list_environment(run),
+        "details": list_details(run),
     }
 
 
-def describe_sample(sample: Shown) -> dict[str, Any]:
-    pictures = [asdict(picture) | {"photo": picture.data.startswith("data:image/jpeg")} for picture in sample.pictures]
-    return asdict(sample) | {"pictures": pictures}
-
-
 def describe_timeline(timeline: Timeline) -> dict[str, Any]:
-    """Places in per cent of the whole."""
+    """Positions in per cent of the total time."""
     whole = timeline.total_s or 1.0
     rows = [
         (host, [asdict(bar) | {"left": round(100 * bar.begin_s / whole, 2), "width": round(100 * bar.seconds / whole, 2)} for bar in bars])
@@ -133,11 +127,11 @@ def describe_verdicts(comparison: Comparison) -> Iterator[dict[str, Any]]:
         }
 
 
-def draw_charts(runs: Sequence[Evidence]) -> Iterator[tuple[str, str]]:
+def draw_charts(runs: Sequence[RunFiles]) -> Iterator[tuple[str, str]]:
     for name, values_of in SERIES.items():
         lines = [
-            Line(label=evidence.run_id, steps=evidence.curve.step, values=values_of(evidence.curve), colour=place)
-            for place, evidence in enumerate(runs)
+            Line(label=run.run_id, steps=run.curve.step, values=values_of(run.curve), colour=place)
+            for place, run in enumerate(runs)
         ]
         if chart := draw_chart(name, lines, from_zero=name in FROM_ZERO):
             yield name, chart
@@ -146,26 +140,26 @@ def draw_charts(runs: Sequence[Evidence]) -> Iterator[tuple[str, str]]:
 # ------------------------------------------------------------------------------------------------------ Markdown and rows
 
 
-def render_markdown(runs: Sequence[Evidence], comparison: Comparison | None, refused: str) -> str:
-    """Figures and environment side by side, then the verdicts; every value of a record in a code span or block."""
+def render_markdown(runs: Sequence[RunFiles], comparison: Comparison | None, refused: str) -> str:
+    """Figures and environment side by side, then the verdicts. Every value of a record is in a code span or a code block."""
     parts = [f"# {code(title_of(runs))}\n"]
     for title, list_rows in (("Figures", list_figures), ("Environment", list_environment)):
-        rows = side_by_side([dict(list_rows(evidence)) for evidence in runs])
-        head = f"| | {' | '.join(code(evidence.run_id) for evidence in runs)} |\n|---|{'---|' * len(runs)}"
+        rows = side_by_side([dict(list_rows(run)) for run in runs])
+        head = f"| | {' | '.join(code(run.run_id) for run in runs)} |\n|---|{'---|' * len(runs)}"
         parts.append(
             "\n".join((f"## {title}\n", head, *(f"| {label(name)} | {' | '.join(map(code, values))} |" for name, values in rows), ""))
         )
     texts = ["\n".join(describe_judgement(judgement, comparison.reference)) for judgement in comparison.judgements] if comparison else []
     texts += [refused] if refused else []
     parts += [f"## Comparison\n\n{fence(text)}\n" for text in texts]
-    for evidence in runs:
-        told = "\n".join((launch_line(evidence), *evidence.problems, *lay_out(evidence).failures))
-        parts.append(f"## {code(evidence.run_id)}\n\n{fence(told)}\n")
+    for run in runs:
+        lines = "\n".join((launch_line(run), *run.problems, *lay_out(run).failures))
+        parts.append(f"## {code(run.run_id)}\n\n{fence(lines)}\n")
     return printable("\n".join(parts))
 
 
 def code(text: str) -> str:
-    """One line as a code span, which holds whatever is in it; a bar would end the cell of a table."""
+    """One line as a code span. A `|` is replaced, since it would end the cell of a table."""
     line = " ".join(text.split()).replace("|", "¦")
     if not line:
         return ""
@@ -174,7 +168,7 @@ def code(text: str) -> str:
 
 
 def label(name: str) -> str:
-    """A name of ours as it is; that of a metric may be anything."""
+    """The name of a metric may hold any characters: then it becomes a code span."""
     return name if re.fullmatch(r"[\w ]+", name) else code(name)
 
 
@@ -185,21 +179,17 @@ def fence(text: str) -> str:
 
 def longest_run(text: str) -> int:
     """Of backticks."""
-    longest = here = 0
-    for character in text:
-        here = here + 1 if character == "`" else 0
-        longest = max(longest, here)
-    return longest
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
-def render_csv(runs: Sequence[Evidence]) -> str:
-    """A row a step of each run, as the record has it."""
+def render_csv(runs: Sequence[RunFiles]) -> str:
+    """One row for each step of each run."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(("run", *COLUMNS))
-    for evidence in runs:
-        name = cell(evidence.run_id)
-        writer.writerows(zip([name] * len(evidence.curve.step), *(evidence.curve.column(column) for column in COLUMNS), strict=True))
+    for run in runs:
+        name = cell(run.run_id)
+        writer.writerows(zip([name] * len(run.curve.step), *(run.curve.column(column) for column in COLUMNS), strict=True))
     return printable(stream.getvalue())
 
 
@@ -211,7 +201,7 @@ def cell(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Without half characters, which no file takes, and without control characters, which a terminal or a browser may obey."""
+    """Without surrogates, which cannot be written to a file, and without control characters, which a terminal may interpret."""
     cleaned = text.translate(CONTROLS)
     return cleaned.encode("utf-8", "replace").decode("utf-8")
 
@@ -220,13 +210,13 @@ CONTROLS = {number: "\ufffd" for number in (*range(32), *range(127, 160)) if chr
 
 
 def write_report(text: str, path: Path, *, replace: bool) -> None:
-    """Whole or not at all. Raises ConfigRefused where there is something already, RunEnded where it cannot be written."""
+    """Completely or not at all. Raises ConfigRefused if the file exists, RunEnded if it cannot be written."""
     if path.exists() and not replace:
-        raise ConfigRefused(f"{path} is there already, and is not overwritten: name another file with --out, or add --replace")
+        raise ConfigRefused(f"{path} exists already and is not overwritten: choose another file with --out, or add --replace")
     try:
         contract.write_text(text, path)
     except OSError as error:
         raise RunEnded(
-            f"the report could not be written to {path}: {error.strerror or error}. What was there is as it was; make room, or name another "
-            "place with --out FILE"
+            f"the report could not be written to {path}: {error.strerror or error}. No file was changed. Free disk space, or choose another "
+            "file with --out FILE"
         ) from error

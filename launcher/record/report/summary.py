@@ -1,4 +1,4 @@
-"""A run's figures and facts as a reader wants them, in words; the same for the page, the Markdown and the list."""
+"""The figures, the environment and the settings of a run as text, for the page and the Markdown."""
 
 import json
 import math
@@ -6,58 +6,58 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from launcher.record.comparable import collect_facts, text_of
-from launcher.record.evidence import Evidence, nested
+from launcher.record.comparable import collect_comparables, text_of
+from launcher.record.reader import nested
+from launcher.record.run_files import RunFiles
 
-MOST_EVALUATIONS = 100
+MAX_EVALUATIONS = 100
 AXES = ("hardware", "model", "stage", "precision", "strategy", "data", "cluster")
 TONES = {"finished": "good", "failed": "bad", "refused": "bad", "stopped": "warn"}
-UNDER_WAY = "no record yet"
 
 
-def status_of(evidence: Evidence) -> str:
-    return str(evidence.record.get("status") or UNDER_WAY)
+def status_of(run: RunFiles) -> str:
+    return str(run.record.get("status") or "no record yet")
 
 
-def describe_axes(evidence: Evidence) -> str:
-    config = evidence.plan.get("config")
+def describe_axes(run: RunFiles) -> str:
+    config = run.plan.get("config")
     return " ".join(f"{axis}={nested(config, axis, 'name')}" for axis in AXES)
 
 
-def list_figures(evidence: Evidence) -> tuple[tuple[str, str], ...]:
-    """(name, value with its unit) of what a run is told by first; only what there is."""
-    record, speed = evidence.record, evidence.curve.speed
+def list_figures(run: RunFiles) -> tuple[tuple[str, str], ...]:
+    """(name, value with its unit) of the most important figures that the run has."""
+    record, speed = run.record, run.curve.speed
     found: dict[str, str] = {
-        "status": status_of(evidence),
-        "steps": f"{len(evidence.curve.step)} of {nested(evidence.plan, 'spec', 'steps')}",
+        "status": status_of(run),
+        "steps": f"{len(run.curve.step)} of {nested(run.plan, 'spec', 'steps')}",
     }
     if record:
         found["started"] = str(record.get("started_at", ""))[:19].replace("T", " ")
-        found["in all"] = f"{in_words(record.get('seconds'))} s"
-    if evidence.curve.loss:
-        found["last loss"] = in_words(evidence.curve.loss[-1])
+        found["duration"] = f"{as_text(record.get('seconds'))} s"
+    if run.curve.loss:
+        found["last loss"] = as_text(run.curve.loss[-1])
     if speed:
-        found |= {"throughput": f"{in_words(speed.samples_per_s)} samples/s", "tokens": f"{in_words(speed.tokens_per_s)} tokens/s"}
-        found["highest memory"] = f"{in_words(speed.peak_bytes / 2**30)} GiB"
+        found |= {"throughput": f"{as_text(speed.samples_per_s)} samples/s", "tokens": f"{as_text(speed.tokens_per_s)} tokens/s"}
+        found["peak memory"] = f"{as_text(speed.peak_bytes / 2**30)} GiB"
     scores = record.get("evaluation")
     for name, value in scores.items() if isinstance(scores, dict) else ():
-        found["held-out loss" if name == "loss" else name.replace("_", " ")] = in_words(value)
-    if len(evidence.attempts):
-        found["attempts"] = str(len(evidence.attempts) + 1)
+        found["held-out loss" if name == "loss" else name.replace("_", " ")] = as_text(value)
+    if len(run.attempts):
+        found["attempts"] = str(len(run.attempts) + 1)
     return tuple(found.items())
 
 
-def list_environment(evidence: Evidence) -> tuple[tuple[str, str], ...]:
-    """What it ran on and from, in a dozen lines."""
-    environment, source, record = evidence.environment, evidence.source, evidence.record
+def list_environment(run: RunFiles) -> tuple[tuple[str, str], ...]:
+    """(name, value) of the hardware, software, code and data that the run used."""
+    environment, source, record = run.environment, run.source, run.record
     packages = environment.get("packages") if isinstance(environment.get("packages"), dict) else {}
     rows = {
-        "choice": describe_axes(evidence),
+        "config": describe_axes(run),
         "commit": f"{source.get('commit') or 'none'}{', with changes' if source.get('dirty') else ''}",
-        "image": record.get("image") or f"none: {nested(evidence.plan, 'config', 'cluster', 'runtime')}",
-        "image fingerprint": nested(evidence.plan, "image", "fingerprint"),
-        "data": evidence.data.get("sha256"),
-        "began with": nested(record, "origin", "path") or "a random start",
+        "image": record.get("image") or f"none: {nested(run.plan, 'config', 'cluster', 'runtime')}",
+        "image fingerprint": nested(run.plan, "image", "fingerprint"),
+        "data": run.data.get("sha256"),
+        "initial weights": nested(record, "origin", "path") or "random",
         "final weights": record.get("weights_sha256"),
         "platform": environment.get("platform"),
         "python": environment.get("python"),
@@ -66,34 +66,33 @@ def list_environment(evidence: Evidence) -> tuple[tuple[str, str], ...]:
         "driver": environment.get("driver"),
         "ranks": environment.get("world_size"),
         "threads": environment.get("threads"),
-        "seed": nested(evidence.plan, "spec", "seed"),
+        "seed": nested(run.plan, "spec", "seed"),
         "forced": record.get("forced"),
     }
     return tuple((name, text_of(value)) for name, value in rows.items() if value not in (None, "", []))
 
 
-def list_details(evidence: Evidence) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
-    """All facts, in parts that a reader opens one by one."""
-    facts = collect_facts(evidence)
+def list_details(run: RunFiles) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
+    """(title, rows) of all values that a comparison looks at."""
     parts: dict[str, list[tuple[str, str]]] = {}
-    for key, value in facts.items():
-        title = next((title for prefix, title in DETAILS.items() if key.startswith(prefix)), "other facts")
+    for key, value in collect_comparables(run).items():
+        title = next((title for prefix, title in DETAILS.items() if key.startswith(prefix)), "other values")
         parts.setdefault(title, []).append((key, text_of(value)))
     return tuple((title, tuple(rows)) for title, rows in parts.items())
 
 
 DETAILS = {
     "environment.packages.": "packages",
-    "environment.environment.": "variables that the ranks saw",
-    "variables.": "variables that were set",
+    "environment.environment.": "environment variables of the ranks",
+    "variables.": "environment variables that were set",
     "config.": "config",
     "image.files.": "files of the image",
 }
 
 
-def list_commands(evidence: Evidence) -> Iterator[tuple[str, str, str]]:
-    """(node rank, host, variables and command line) of each node of the first attempt."""
-    for command in evidence.plan.get("commands") or ():
+def list_commands(run: RunFiles) -> Iterator[tuple[str, str, str]]:
+    """(node rank, host, environment variables and command lines) of each node of the first attempt."""
+    for command in run.plan.get("commands") or ():
         if not isinstance(command, dict):
             continue
         variables = command.get("environment") if isinstance(command.get("environment"), dict) else {}
@@ -105,21 +104,21 @@ def list_commands(evidence: Evidence) -> Iterator[tuple[str, str, str]]:
         yield str(command.get("node_rank")), str(command.get("host")), "\n".join(lines)
 
 
-def launch_line(evidence: Evidence) -> str:
-    overrides = evidence.plan.get("overrides")
+def launch_line(run: RunFiles) -> str:
+    overrides = run.plan.get("overrides")
     words = map(str, overrides) if isinstance(overrides, (list, tuple)) else ()
     return shlex.join(("omnilaunch", "launch", *words))
 
 
-def list_evaluations(evidence: Evidence) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]] | None:
-    """(names, rows) of evaluations.jsonl, the newest; None where there are none."""
-    rows = evidence.evaluations[-MOST_EVALUATIONS:]
+def list_evaluations(run: RunFiles) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]] | None:
+    """(names, rows) of the newest rows of evaluations.jsonl; None if there are none."""
+    rows = run.evaluations[-MAX_EVALUATIONS:]
     names = tuple(dict.fromkeys(name for row in rows for name, value in row.items() if value is not None))
-    return (names, tuple(tuple(in_words(row.get(name)) for name in names) for row in rows)) if rows else None
+    return (names, tuple(tuple(as_text(row.get(name)) for name in names) for row in rows)) if rows else None
 
 
-def in_words(value: Any) -> str:
-    """A number as a reader wants it, anything else as it is."""
+def as_text(value: Any) -> str:
+    """A number rounded for reading, anything else as it is."""
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -130,6 +129,6 @@ def in_words(value: Any) -> str:
 
 
 def side_by_side(figures: list[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
-    """(name, the value of each run) of every figure that any of them has."""
+    """(name, the value of each run) of every figure that any run has."""
     names = dict.fromkeys(name for one in figures for name in one)
     return [(name, [one.get(name, "") for one in figures]) for name in names]

@@ -21,7 +21,7 @@ HOST = (
     Symptom(
         name="node-lost",
         kind="cause",
-        pattern=r"the node did not answer any more",
+        pattern=r"the node stopped responding",
         means="The node went off, lost its network, or is so busy that its sshd does not answer. Its ranks may still be running there.",
         fix="omnilaunch doctor says whether it can be reached; run.restarts=N with a spare node goes on without it next time",
         source="launcher/run/node_process.py",

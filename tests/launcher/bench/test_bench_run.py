@@ -1,4 +1,4 @@
-"""A tiny cell through the real command: measured, published, and run again from its line on a tree that has moved on."""
+"""A tiny cell is measured and published by the real command, and run again from its line on a tree that has changed."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def git(project: Path, *words: str) -> None:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """This tree as the first commit of another one, in which two repeats are enough."""
+    """A copy of this tree with one commit, in which two repeats are enough."""
     project = tmp_path_factory.mktemp("clone") / "project"
     for name in ("images", "trainer", "launcher", "conf"):
         shutil.copytree(PROJECT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -51,7 +51,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def here(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the bench has run. What was begun there and did not finish a repeat is passed over."""
+    """The folder of the bench. A series in it without a finished repeat is ignored."""
     here = tmp_path_factory.mktemp("here")
     (here / "runs/tiny-20261121-000000-0000-1").mkdir(parents=True)
     done = omnilaunch(clone, here, "bench", "tiny")
@@ -60,7 +60,7 @@ def here(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return here
 
 
-def test_a_line_of_two_runs_that_are_ordinary_ones(clone: Path, here: Path) -> None:
+def test_a_published_line_of_two_ordinary_runs(clone: Path, here: Path) -> None:
     (result,) = read_results(clone / "docs/results/tiny.jsonl")
     assert len(result.repeats) == 2 and result.rows_equal and result.weights_equal and (result.steps, result.warm_up_steps) == (20, 2)
     runs = [here / "runs" / repeat.run_id for repeat in result.repeats]
@@ -72,7 +72,7 @@ def test_a_line_of_two_runs_that_are_ordinary_ones(clone: Path, here: Path) -> N
     assert result.facts["threads"] == "1" and str(here) not in (clone / "docs/results/tiny.jsonl").read_text()
 
 
-def test_a_published_result_is_run_again_from_its_line_with_the_code_of_then(clone: Path, here: Path, tmp_path: Path) -> None:
+def test_a_published_result_is_run_again_with_the_published_code(clone: Path, here: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     subprocess.run(("git", "clone", "-q", str(clone), str(moved)), check=True)
     (moved / "trainer/kernels/cross_entropy.py").write_text("raise SystemExit('a tree that moved on')\n")
@@ -83,8 +83,8 @@ def test_a_published_result_is_run_again_from_its_line_with_the_code_of_then(clo
     assert refused.returncode == 2 and "say why: --reason" in refused.stderr
     done = omnilaunch(moved, tmp_path / "b", "bench-rerun", "tiny", "--repeats", "1", "--reason", "a test")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "code: this tree differs in trainer/kernels/cross_entropy.py; used is commit" in done.stdout
-    assert "rows as published in 1 of 1 repeats, final weights in 1 of 1" in done.stdout
+    assert "code: this tree differs in trainer/kernels/cross_entropy.py; commit " in done.stdout
+    assert "rows identical in 1 of 1 repeats, final weights in 1 of 1" in done.stdout
     assert "verdict: reproduced, from 1 repeats in place of 2: a test" in done.stdout
     (run,) = [path for path in (tmp_path / "b/runs").iterdir() if path.is_dir()]
     assert result_of(run)["rerun_of"] == "tiny-20261121-000000-0000-2"

@@ -1,4 +1,4 @@
-"""Pinned cells: what they have to state before anything runs, and that those of conf/ do."""
+"""Pinned cells state everything before they run, and those of conf/ do so."""
 
 import shutil
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_the_hardware_that_must_have_a_cell_has_one() -> None:
     assert {name.partition("_")[0] for name in list_cells(CONF)} >= {"cpu", "p4", "rtx3090", "h200", "ascend910b"}
 
 
-def test_the_cells_of_two_makers_are_one_job() -> None:
+def test_the_cells_of_two_vendors_do_the_same() -> None:
     """So that their results can be read side by side."""
     one, other = (load_cell(f"{hardware}_qwen2_5_vl_7b_lora", (), CONF).config for hardware in ("h200", "ascend910b"))
     assert (one.model, one.stage, one.data, one.run, one.precision, one.strategy) == (
@@ -49,7 +49,7 @@ def test_the_cells_of_two_makers_are_one_job() -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "named"),
     [
         ("repeats: 5", "repeats: 4", "run.repeats: 4, at least 5"),
         ("loss: 0.01, throughput: 0.2, ", "", "run.bands.loss, run.bands.throughput"),
@@ -65,21 +65,21 @@ def test_the_cells_of_two_makers_are_one_job() -> None:
         ("seed: 1", "seed: 1\n  force: because", "run.force: ''"),
     ],
 )
-def test_what_is_not_pinned_is_named(conf: Path, old: str, new: str, told: str) -> None:
+def test_a_value_that_is_not_pinned_is_named(conf: Path, old: str, new: str, named: str) -> None:
     plant(conf, old, new)
     with pytest.raises(ConfigRefused) as refused:
         load_cell(CELL, (), conf)
-    assert told in str(refused.value) and "no benchmark yet, and nothing was started" in str(refused.value)
+    assert named in str(refused.value) and "not a benchmark yet, and nothing was started" in str(refused.value)
 
 
-def test_all_that_is_missing_is_told_at_once(conf: Path) -> None:
+def test_everything_that_is_missing_is_reported_at_once(conf: Path) -> None:
     plant(conf, "repeats: 5", "repeats: 1")
     plant(conf, "threads: 1", "threads: 0")
     with pytest.raises(ConfigRefused, match=r"run\.repeats: 1(.|\n)*hardware\.threads"):
         load_cell(CELL, (), conf)
 
 
-def test_a_cell_that_is_not_there() -> None:
+def test_an_unknown_cell_is_refused() -> None:
     with pytest.raises(ConfigRefused, match=rf"no experiment 'cpu_tiny_llava_ful'.*did you mean '{CELL}'"):
         load_cell("cpu_tiny_llava_ful", (), CONF)
 
@@ -88,10 +88,10 @@ def test_a_cell_that_is_not_there() -> None:
     "word", ["run.seed=2", "hardware=h200", "cluster.devices_per_node=2", "cluster.environment.MKL_CBWR=COMPATIBLE", "steps"]
 )
 def test_only_where_it_runs_can_be_chosen(word: str) -> None:
-    with pytest.raises(ConfigRefused, match=r"measured as it stands.*omnilaunch launch experiment=NAME"):
+    with pytest.raises(ConfigRefused, match=r"a pinned cell cannot be changed.*omnilaunch launch experiment=NAME"):
         load_cell(CELL, (word,), CONF)
 
 
-def test_where_it_runs_is_no_part_of_it() -> None:
+def test_the_cluster_is_not_a_part_of_the_cell() -> None:
     here, there = load_cell(CELL, (), CONF), load_cell(CELL, ("cluster=example", "cluster.root=/data"), CONF)
     assert here.config.run == there.config.run and there.config.cluster.root == "/data"

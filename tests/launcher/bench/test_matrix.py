@@ -33,14 +33,14 @@ def taken(axis: str, name: str) -> Config:
 
 @cache
 def tuned(model: str, stage: str) -> Config:
-    """What does not depend on hardware and precision. A measured cell changes more than its axes, so it is composed as a whole."""
+    """The part that does not depend on hardware and precision. A measured cell changes more than its axes, so it is composed as a whole."""
     if f"{model}_{stage}" in options(CONF)["tune"]:
         return compose([f"model={model}", f"stage={stage}"], CONF)
     return replace(taken("cluster", "local"), model=taken("model", model).model, stage=taken("stage", stage).stage)
 
 
 def assemble(cell: Cell) -> Config:
-    """The cell without composing it anew, which would take minutes for all of them."""
+    """The cell without composing it again, which would take minutes for all of them."""
     hardware, model, stage, precision = cell
     return replace(tuned(model, stage), hardware=taken("hardware", hardware).hardware, precision=taken("precision", precision).precision)
 
@@ -133,7 +133,7 @@ def test_only_ready_models_can_be_launched() -> None:
 
 
 def test_changes_pass_where_they_are_offered() -> None:
-    """One cell for each kind of refusal: the first change, composed for real, takes the refusal away."""
+    """One cell for each kind of refusal: the first suggested change is composed and passes."""
     kinds = {(problem.key, problem.changes[0]): (cell, problem) for cell, verdict in judged().items() for problem in verdict.problems}
     assert len(kinds) >= 5
     for cell, problem in kinds.values():

@@ -1,4 +1,4 @@
-"""Repeats one after the other: what fails or is stopped ends the bench and loses nothing; the next call goes on, or says why it cannot."""
+"""Repeats run one after the other. A failure or a stop ends the bench and loses nothing; the next call continues, or says why it cannot."""
 
 import json
 import shutil
@@ -14,19 +14,19 @@ import pytest
 from launcher.bench.repeats import (
     Series,
     SeriesStopped,
-    carry_on,
     differing,
     find_series,
-    hold,
+    lock_runs,
     name_series,
     read_load,
     refuse_busy,
     require_same,
+    run_repeats,
 )
 from launcher.errors import ConfigRefused, NodeFailed, RecordRefused, RunEnded
 from launcher.record.checksums import SEAL_FILE, make_seal
 from launcher.record.index import read_entry
-from launcher.record.reader import load_archive
+from launcher.record.recorded_run import load_recorded_run
 from trainer import contract
 
 REAL = Path(__file__).resolve().parents[2] / "golden/record/2"
@@ -49,16 +49,16 @@ def leave_run(runs: Path, run_id: str, status: str = "finished") -> Any:
 
 
 def going_on(series: Series, carry_out: Callable[[str], Any], said: list[str]) -> Any:
-    return carry_on(series, 3, carry_out, tags=("x",), again="omnilaunch bench x", say=said.append)
+    return run_repeats(series, 3, carry_out, tags=("x",), again="omnilaunch bench x", say=said.append)
 
 
-def test_all_repeats_tagged_and_told(series: Series) -> None:
+def test_all_repeats_are_tagged_and_reported(series: Series) -> None:
     said: list[str] = []
     repeats = going_on(series, lambda run_id: leave_run(series.runs, run_id), said)
     assert [repeat.run_id for repeat in repeats] == [f"{NAME}-{number}" for number in (1, 2, 3)]
     assert all(read_entry(series.runs / repeat.run_id).tags == ("x",) for repeat in repeats)
     assert repeats[0].load == read_load(series.runs / f"{NAME}-1") and "samples/s" in said[1]
-    load_archive(series.runs / f"{NAME}-1")  # what lies beside the record has not broken its seal
+    load_recorded_run(series.runs / f"{NAME}-1")  # what lies beside the record has not broken its seal
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_all_repeats_tagged_and_told(series: Series) -> None:
     ],
     ids=["run", "node", "stop", "between"],
 )
-def test_what_fails_or_is_stopped_ends_the_bench_and_the_next_call_goes_on(
+def test_a_failure_or_a_stop_ends_the_bench_and_the_next_call_continues(
     series: Series, status: str, error: BaseException | None
 ) -> None:
     def carry_out(run_id: str) -> Any:
@@ -81,7 +81,7 @@ def test_what_fails_or_is_stopped_ends_the_bench_and_the_next_call_goes_on(
         return record
 
     wanted = SeriesStopped if status == "stopped" else type(error)
-    with pytest.raises(wanted, match=r"(?s)1 of 3 repeats are done and stay.*to go on: omnilaunch bench x") as ended:  # type: ignore[arg-type]
+    with pytest.raises(wanted, match=r"(?s)1 of 3 repeats have finished and are kept.*to continue: omnilaunch bench x") as ended:  # type: ignore[arg-type]
         going_on(series, carry_out, [])
     assert ended.value.exit_code == (130 if status == "stopped" else error.exit_code)  # type: ignore[union-attr]
     found = find_series("x", series.runs, published=())
@@ -89,10 +89,10 @@ def test_what_fails_or_is_stopped_ends_the_bench_and_the_next_call_goes_on(
     said: list[str] = []
     repeats = going_on(found, lambda run_id: leave_run(series.runs, run_id), said)
     assert [repeat.run_id for repeat in repeats] == [f"{NAME}-{number}" for number in (1, 3, 4)], "nothing is written over"
-    assert "1 of 3 repeats are there already" in said[0] and repeats[0].load is not None
+    assert "1 of 3 repeats have finished already" in said[0] and repeats[0].load is not None
 
 
-def test_the_newest_one_that_was_not_published_is_gone_on_with(series: Series) -> None:
+def test_the_newest_unpublished_series_is_continued(series: Series) -> None:
     assert find_series("x", series.runs, published=()) is None
     for run_id in (f"{NAME}-1", "x-20261122-000000-0000-2", "xy-20261123-000000-0000-1", "x-20261124-000000-0000", "x-monday-1"):
         leave_run(series.runs, run_id)
@@ -103,63 +103,63 @@ def test_the_newest_one_that_was_not_published_is_gone_on_with(series: Series) -
     assert name_series("x", datetime(2026, 11, 21, tzinfo=UTC), pid=1)[:-4] == "x-20261121-000000-"
 
 
-def test_other_code_and_another_config_are_no_repeats(series: Series) -> None:
+def test_runs_with_other_code_or_config_are_not_repeats(series: Series) -> None:
     leave_run(series.runs, f"{NAME}-1")
-    archive = load_archive(series.runs / f"{NAME}-1")
-    plan, source = archive.plan, archive.source
-    assert differing(archive, plan, source) == ()
+    recorded = load_recorded_run(series.runs / f"{NAME}-1")
+    plan, source = recorded.plan, recorded.source
+    assert differing(recorded, plan, source) == ()
     moved = replace(plan, config=replace(plan.config, cluster=replace(plan.config.cluster, root="/elsewhere")))
-    assert differing(archive, moved, source) == (), "where it runs is no part of it"
+    assert differing(recorded, moved, source) == (), "where it runs is no part of it"
     other = replace(plan, config=replace(plan.config, run=replace(plan.config.run, seed=99)), image=replace(plan.image, fingerprint="0"))
-    apart = differing(archive, other, replace(source, commit="abc", diff_sha256="1"))
+    apart = differing(recorded, other, replace(source, commit="abc", diff_sha256="1"))
     assert [line.partition(":")[0] for line in apart] == [
-        *("commit", "changes of the tree that the commit does not hold", "files of the image", "config.run.seed"),
+        *("commit", "uncommitted changes of the tree", "files of the image", "config.run.seed"),
     ]
     bands = replace(plan.config.run, bands=replace(plan.config.run.bands, loss=0.5))
     wider = replace(plan, config=replace(plan.config, run=bands))
-    assert [line.partition(":")[0] for line in differing(archive, wider, source)] == ["config.run.bands.loss"], "they are stated before"
+    assert [line.partition(":")[0] for line in differing(recorded, wider, source)] == ["config.run.bands.loss"], "they are stated before"
     found = find_series("x", series.runs, published=())
     assert found is not None
     with pytest.raises(
-        ConfigRefused, match=r"(?s)was begun, 1 of its runs are done.*config\.run\.seed.*begin anew: omnilaunch bench x --anew"
+        ConfigRefused, match=r"(?s)1 runs of the bench .* have finished.*config\.run\.seed.*start a new bench: omnilaunch bench x --anew"
     ):
-        require_same(found, other, source, anew="omnilaunch bench x --anew")
+        require_same(found, other, source, start_new="omnilaunch bench x --anew")
 
 
-def test_a_repeat_whose_record_was_edited_can_be_left(series: Series) -> None:
+def test_a_repeat_with_an_edited_record_is_refused(series: Series) -> None:
     leave_run(series.runs, f"{NAME}-1")
-    plan, source = load_archive(REAL).plan, load_archive(REAL).source
+    plan, source = load_recorded_run(REAL).plan, load_recorded_run(REAL).source
     with (series.runs / f"{NAME}-1/metrics.jsonl").open("a") as file:
         file.write("{}\n")
     found = find_series("x", series.runs, published=())
     assert found is not None
-    with pytest.raises(RecordRefused, match=r"(?s)metrics\.jsonl.*begin anew: omnilaunch bench x --anew"):
-        require_same(found, plan, source, anew="omnilaunch bench x --anew")
+    with pytest.raises(RecordRefused, match=r"(?s)metrics\.jsonl.*start a new bench: omnilaunch bench x --anew"):
+        require_same(found, plan, source, start_new="omnilaunch bench x --anew")
 
 
-def test_two_at_a_time_are_refused(series: Series) -> None:
-    with hold(series.runs), pytest.raises(ConfigRefused, match=r"another bench is at work in .*process \d+"), hold(series.runs):
+def test_two_benches_at_the_same_time_are_refused(series: Series) -> None:
+    with lock_runs(series.runs), pytest.raises(ConfigRefused, match=r"another bench is running in .*process \d+"), lock_runs(series.runs):
         pytest.fail("two benches hold one folder")
-    with hold(series.runs):
+    with lock_runs(series.runs):
         pass
 
 
-def test_runs_that_cannot_be_written_are_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "afile").touch()
     with (
         pytest.raises(ConfigRefused, match=r"runs cannot be written to .*/afile/runs: .*cluster\.root=FOLDER"),
-        hold(tmp_path / "afile/runs"),
+        lock_runs(tmp_path / "afile/runs"),
     ):
         pytest.fail("there is no such folder")
 
 
-def test_a_run_that_is_under_way_is_waited_for(series: Series) -> None:
-    from launcher.record.lock import claim
+def test_a_series_with_a_running_run_is_refused(series: Series) -> None:
+    from launcher.record.lock import lock_run
 
     leave_run(series.runs, f"{NAME}-1")
     (series.runs / f"{NAME}-1/result.json").unlink()
     found = find_series("x", series.runs, published=())
     assert found is not None and found.done == () and found.begun == 1
     refuse_busy(found)
-    with claim(series.runs / f"{NAME}-1"), pytest.raises(ConfigRefused, match=r"-1 is under way"):
+    with lock_run(series.runs / f"{NAME}-1"), pytest.raises(ConfigRefused, match=r"-1 is still running"):
         refuse_busy(found)

@@ -1,4 +1,4 @@
-"""A plan from a record alone: what stays as it was, what is refused by name, where the code comes from. No run is started here."""
+"""A plan is made from a record: recorded values are kept, differences are refused, and the code is found. No run is started here."""
 
 import json
 import shutil
@@ -12,13 +12,13 @@ import pytest
 
 from launcher.bench import worktree as tree_module
 from launcher.bench.rerun import KINDS, Rerun, accepted_kinds, plan_rerun
-from launcher.bench.worktree import Tree, differing, find_tree
+from launcher.bench.worktree import Tree, differing_files, find_tree
 from launcher.cli import parse
 from launcher.config.compose import compose_over
 from launcher.errors import ConfigRefused, RunEnded
 from launcher.image.stack import load_stacks, render
 from launcher.plan.plan import LocalContext, Plan, carry_over, encode_spec, move_plan
-from launcher.record.reader import Archive, load_archive
+from launcher.record.recorded_run import RecordedRun, load_recorded_run
 from launcher.record.source import SourceState, SourceTree, read_source
 from launcher.run import launch
 from tests.launcher.hospital import CPU
@@ -30,9 +30,9 @@ HERE = LocalContext(project=PROJECT, here=Path("/home/bob/elsewhere"), interpret
 
 
 @pytest.fixture(scope="module")
-def archive() -> Archive:
-    """As if it had been made by this tree."""
-    found = load_archive(GOLDEN / "1")
+def recorded() -> RecordedRun:
+    """The golden record, as if this tree had made it."""
+    found = load_recorded_run(GOLDEN / "1")
     image = render(load_stacks(PROJECT / "images")["cpu"], architecture="x86_64", root=PROJECT)
     return replace(
         found,
@@ -42,13 +42,13 @@ def archive() -> Archive:
     )
 
 
-def rerun(archive: Archive, *overrides: str, accepted: tuple[str, ...] = (), tree: Tree | None = None) -> Rerun:
-    return plan_rerun(archive, overrides, accepted, tree or Tree(project=PROJECT), HERE, {}, conf=PROJECT / "conf", run_id="again")
+def rerun(recorded: RecordedRun, *overrides: str, accepted: tuple[str, ...] = (), tree: Tree | None = None) -> Rerun:
+    return plan_rerun(recorded, overrides, accepted, tree or Tree(project=PROJECT), HERE, {}, conf=PROJECT / "conf", run_id="again")
 
 
-def test_all_is_as_it_was_but_the_place(archive: Archive) -> None:
-    made = rerun(archive, "cluster.root=.")
-    before, now = archive.plan, made.plan
+def test_only_the_folder_of_the_run_changes(recorded: RecordedRun) -> None:
+    made = rerun(recorded, "cluster.root=.")
+    before, now = recorded.plan, made.plan
     assert now.spec.output == "/home/bob/elsewhere/runs/again" and now.spec.data.root == "/home/bob/elsewhere/.cache/data"
     place = {"run_id": "again", "output": now.spec.output, "data": now.spec.data, "expects": now.spec.expects}
     assert replace(before.spec, **place) == now.spec  # type: ignore[arg-type]
@@ -56,91 +56,91 @@ def test_all_is_as_it_was_but_the_place(archive: Archive) -> None:
     assert made.notes == () and made.project == PROJECT
 
 
-def test_the_recorded_root_is_used_where_none_is_given(archive: Archive) -> None:
-    assert rerun(archive).plan.spec.output == "/home/ann/work/runs/again"
+def test_the_recorded_root_is_used_if_none_is_given(recorded: RecordedRun) -> None:
+    assert rerun(recorded).plan.spec.output == "/home/ann/work/runs/again"
 
 
-def test_what_the_ranks_must_find_again(archive: Archive) -> None:
-    expects = rerun(archive, "cluster.root=.").plan.spec.expects
+def test_the_expectations_of_the_ranks(recorded: RecordedRun) -> None:
+    expects = rerun(recorded, "cluster.root=.").plan.spec.expects
     assert expects is not None and expects.run_id == "golden"
-    assert expects.data_sha256 == archive.record.data_sha256 and expects.weights == {"checkpoint/model.safetensors": "2"}
+    assert expects.data_sha256 == recorded.record.data_sha256 and expects.weights == {"checkpoint/model.safetensors": "2"}
     assert expects.facts["threads"] == "2" and expects.facts["variable OMP_NUM_THREADS"] == "2" and expects.facts["python"] == "3.11.7"
     packages = {key for key in expects.facts if key.startswith("package ")}
     assert packages == {"package torch", "package numpy"}, "those of the lock: what else is installed there changes nothing"
     assert not {"variable OMNILAUNCH_RUN_ID", "variable MASTER_PORT"} & expects.facts.keys()
 
 
-def test_a_later_launcher_derives_nothing_anew(archive: Archive) -> None:
-    """As if a default had changed since: what the record says stays, in the spec and in the environment."""
-    spec = replace(archive.plan.spec, loss_chunk=77, gradient_checkpointing=True)
-    command = archive.plan.commands[0]
+def test_a_later_launcher_keeps_the_recorded_values(recorded: RecordedRun) -> None:
+    """As if a default had changed since: the recorded value is kept, in the spec and in the environment."""
+    spec = replace(recorded.plan.spec, loss_chunk=77, gradient_checkpointing=True)
+    command = recorded.plan.commands[0]
     command = replace(command, environment={**command.environment, "TOKENIZERS_PARALLELISM": "true"})
-    older = replace(archive, plan=replace(archive.plan, spec=spec, commands=(command,)))
+    older = replace(recorded, plan=replace(recorded.plan, spec=spec, commands=(command,)))
     plan = rerun(older).plan
     assert (plan.spec.loss_chunk, plan.spec.gradient_checkpointing) == (77, True)
     assert plan.commands[0].environment["TOKENIZERS_PARALLELISM"] == "true"
     assert rerun(older, "strategy.loss_chunk=5").plan.spec.loss_chunk == 5, "but what is asked for is done"
 
 
-def test_an_override_changes_what_it_names(archive: Archive) -> None:
-    plan = rerun(archive, "run.seed=7", "cluster.environment.MKL_CBWR=COMPATIBLE").plan
-    assert plan.spec.seed == 7 and replace(plan.spec, seed=1, expects=None, run_id="golden").steps == archive.plan.spec.steps
+def test_an_override_changes_its_key_only(recorded: RecordedRun) -> None:
+    plan = rerun(recorded, "run.seed=7", "cluster.environment.MKL_CBWR=COMPATIBLE").plan
+    assert plan.spec.seed == 7 and replace(plan.spec, seed=1, expects=None, run_id="golden").steps == recorded.plan.spec.steps
     assert plan.spec.expects is not None and "variable MKL_CBWR" in plan.spec.expects.free
-    assert plan.overrides == (*archive.plan.overrides, "run.seed=7", "cluster.environment.MKL_CBWR=COMPATIBLE")
-    words = rerun(archive, "run.steps=9").plan.overrides
+    assert plan.overrides == (*recorded.plan.overrides, "run.seed=7", "cluster.environment.MKL_CBWR=COMPATIBLE")
+    words = rerun(recorded, "run.steps=9").plan.overrides
     assert "run.steps=3" not in words and words[-1] == "run.steps=9", "as they would be typed to launch it"
 
 
-def test_other_hardware_expects_the_same_data_and_weights_alone(archive: Archive) -> None:
-    plan = rerun(archive, "hardware=rtx3090", "cluster.delivery.accept_licence=true", "cluster.runtime=docker").plan
-    assert plan.config.hardware.name == "rtx3090" and plan.config.precision == archive.plan.config.precision
+def test_other_hardware_expects_the_same_data_and_weights_alone(recorded: RecordedRun) -> None:
+    plan = rerun(recorded, "hardware=rtx3090", "cluster.delivery.accept_licence=true", "cluster.runtime=docker").plan
+    assert plan.config.hardware.name == "rtx3090" and plan.config.precision == recorded.plan.config.precision
     assert plan.spec.device.backend == "nccl" and plan.image.stack == "cuda126"
     assert plan.spec.expects is not None and plan.spec.expects.facts == {}
     assert plan.spec.expects.data_sha256 and plan.spec.expects.weights
 
 
 @pytest.mark.parametrize(("kind", "key"), [("package", "package torch"), ("variable", "variable DS_ACCELERATOR"), ("threads", "threads")])
-def test_what_is_accepted_is_not_asked(archive: Archive, kind: str, key: str) -> None:
-    whole, less = (rerun(archive, accepted=accepted).plan.spec.expects for accepted in ((), (kind,)))
+def test_an_accepted_kind_is_not_checked(recorded: RecordedRun, kind: str, key: str) -> None:
+    whole, less = (rerun(recorded, accepted=accepted).plan.spec.expects for accepted in ((), (kind,)))
     assert whole is not None and less is not None and key in whole.facts and key not in less.facts
-    assert rerun(archive, accepted=("data", "weights")).plan.spec.expects == replace(whole, data_sha256="", weights={})
+    assert rerun(recorded, accepted=("data", "weights")).plan.spec.expects == replace(whole, data_sha256="", weights={})
 
 
-def test_a_kind_that_there_is_not() -> None:
+def test_an_unknown_kind_is_refused() -> None:
     assert accepted_kinds(("code,data", "code")) == ("code", "data")
     with pytest.raises(ConfigRefused, match=r"--accept pakage: did you mean 'package'\?"):
         accepted_kinds(("pakage",))
     assert {"code", "data", "weights", "image", "driver", "threads", "variable"} <= set(KINDS)
 
 
-def test_other_threads_are_another_expectation(archive: Archive) -> None:
-    expects = rerun(archive, "hardware.threads=1").plan.spec.expects
+def test_other_threads_are_another_expectation(recorded: RecordedRun) -> None:
+    expects = rerun(recorded, "hardware.threads=1").plan.spec.expects
     assert expects is not None and "threads" not in expects.facts and "variable OMP_NUM_THREADS" in expects.free
 
 
-def test_a_record_without_hashes_of_weights_says_so(archive: Archive) -> None:
-    spec = archive.plan.spec
-    bare = replace(archive, inputs=None, plan=replace(archive.plan, spec=replace(spec, stage=replace(spec.stage, checkpoint="/c/x"))))
+def test_a_record_without_hashes_of_weights_says_so(recorded: RecordedRun) -> None:
+    spec = recorded.plan.spec
+    bare = replace(recorded, inputs=None, plan=replace(recorded.plan, spec=replace(spec, stage=replace(spec.stage, checkpoint="/c/x"))))
     assert rerun(bare).notes == ("the record has no hashes of the weights in /c/x",)
 
 
 # ------------------------------------------------------------------------------------------------------------------- code
 
 
-def test_code_that_differs_is_refused_until_it_is_accepted(archive: Archive) -> None:
+def test_code_that_differs_is_refused_until_it_is_accepted(recorded: RecordedRun) -> None:
     other = Tree(project=PROJECT, differs=("lock.txt", "trainer/train/loop.py"), why="commit c0ffee is not here")
-    with pytest.raises(ConfigRefused, match=r"(?s)code: this tree differs in lock\.txt, trainer/loop\.py\n  commit c0ffee.*--accept code"):
-        rerun(archive, tree=other)
-    assert "accepted" in rerun(archive, tree=other, accepted=("code",)).notes[0]
+    with pytest.raises(ConfigRefused, match=r"(?s)code: this tree differs in lock\.txt, trainer/train/loop\.py\n  commit c0ffee.*--accept code"):
+        rerun(recorded, tree=other)
+    assert "accepted" in rerun(recorded, tree=other, accepted=("code",)).notes[0]
 
 
-def test_this_very_tree_does_not_differ(archive: Archive) -> None:
-    assert differing(archive, PROJECT) == ()
+def test_the_same_tree_does_not_differ(recorded: RecordedRun) -> None:
+    assert differing_files(recorded, PROJECT) == ()
 
 
 @pytest.fixture
-def clone(tmp_path: Path, archive: Archive) -> tuple[Path, Archive]:
-    """A tree of its own with one commit, and a record made from it."""
+def clone(tmp_path: Path, recorded: RecordedRun) -> tuple[Path, RecordedRun]:
+    """A separate tree with one commit, and a record made from it."""
     project = tmp_path / "clone"
     for name in ("images", "trainer", "launcher", "conf"):
         shutil.copytree(PROJECT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -148,7 +148,7 @@ def clone(tmp_path: Path, archive: Archive) -> tuple[Path, Archive]:
     for words in commands:
         subprocess.run(("git", *words), cwd=project, check=True)
     commit = subprocess.run(("git", "rev-parse", "HEAD"), cwd=project, capture_output=True, text=True, check=True).stdout.strip()
-    return project, replace(archive, source=replace(archive.source, commit=commit, record_schema=2))
+    return project, replace(recorded, source=replace(recorded.source, commit=commit, record_schema=2))
 
 
 @pytest.mark.parametrize(
@@ -160,22 +160,22 @@ def clone(tmp_path: Path, archive: Archive) -> tuple[Path, Archive]:
         ("images/entrypoint.sh", "entrypoint.sh"),
     ],
 )
-def test_a_tree_that_moved_on_is_left_for_the_recorded_commit(clone: tuple[Path, Archive], tmp_path: Path, file: str, name: str) -> None:
-    project, archive = clone
+def test_the_recorded_commit_is_used_if_the_tree_has_changed(clone: tuple[Path, RecordedRun], tmp_path: Path, file: str, name: str) -> None:
+    project, recorded = clone
     with (project / file).open("a") as opened:
         opened.write("# moved on\n")
-    tree = find_tree(archive, project, tmp_path / "scratch")
+    tree = find_tree(recorded, project, tmp_path / "scratch")
     assert tree.is_recorded and not tree.differs and name in tree.why
-    assert "moved on" not in (tree.project / file).read_text() and differing(archive, tree.project) == ()
-    assert find_tree(archive, project, tmp_path / "scratch").project == tree.project, "and found again"
+    assert "moved on" not in (tree.project / file).read_text() and differing_files(recorded, tree.project) == ()
+    assert find_tree(recorded, project, tmp_path / "scratch").project == tree.project, "and found again"
 
 
-def test_a_recorded_tree_with_changes_is_made_again(clone: tuple[Path, Archive], tmp_path: Path) -> None:
-    project, archive = clone
+def test_a_recorded_tree_with_changes_is_restored(clone: tuple[Path, RecordedRun], tmp_path: Path) -> None:
+    project, recorded = clone
     (project / "trainer/train/loop.py").write_text((project / "trainer/train/loop.py").read_text() + "# not committed\n")
     image = render(load_stacks(project / "images")["cpu"], architecture="x86_64", root=project)
     source = read_source(project)
-    dirty = replace(archive, source=source.state, diff=source.diff, plan=replace(archive.plan, image=image))
+    dirty = replace(recorded, source=source.state, diff=source.diff, plan=replace(recorded.plan, image=image))
     subprocess.run(("git", "checkout", "-q", "."), cwd=project, check=True)
     tree = find_tree(dirty, project, tmp_path / "scratch")
     assert tree.is_recorded and (tree.project / "trainer/train/loop.py").read_text().endswith("# not committed\n")
@@ -188,34 +188,34 @@ def test_a_recorded_tree_with_changes_is_made_again(clone: tuple[Path, Archive],
     [
         ({"commit": "0" * 40}, "git fetch origin 000"),
         ({"commit": ""}, "names no commit"),
-        ({"dirty": True, "record_schema": 1}, "records of that time do not hold them"),
+        ({"dirty": True, "record_schema": 1}, "records of schema 1 do not hold them"),
     ],
 )
-def test_a_commit_that_cannot_be_had_is_told(clone: tuple[Path, Archive], tmp_path: Path, change: dict[str, object], why: str) -> None:
-    project, archive = clone
+def test_a_commit_that_is_not_available_is_reported(clone: tuple[Path, RecordedRun], tmp_path: Path, change: dict[str, object], why: str) -> None:
+    project, recorded = clone
     (project / "trainer/train/loop.py").write_text("")
-    source = replace(archive.source, **change)  # type: ignore[arg-type]
-    tree = find_tree(replace(archive, source=source), project, tmp_path)
+    source = replace(recorded.source, **change)  # type: ignore[arg-type]
+    tree = find_tree(replace(recorded, source=source), project, tmp_path)
     assert tree.differs == ("trainer/train/loop.py",) and why in tree.why
 
 
-def test_a_worktree_that_was_changed_or_left_half_is_told(clone: tuple[Path, Archive], tmp_path: Path) -> None:
-    project, archive = clone
+def test_a_changed_or_incomplete_worktree_is_reported(clone: tuple[Path, RecordedRun], tmp_path: Path) -> None:
+    project, recorded = clone
     (project / "trainer/train/loop.py").write_text("")
-    made = find_tree(archive, project, tmp_path).project
+    made = find_tree(recorded, project, tmp_path).project
     (made / "trainer/kernels/cross_entropy.py").unlink()
-    tree = find_tree(archive, project, tmp_path)
+    tree = find_tree(recorded, project, tmp_path)
     assert tree.differs == ("trainer/train/loop.py",) and f"differs too, in trainer/kernels/cross_entropy.py: git worktree remove --force {made}" in tree.why
 
 
-def test_a_place_without_room_for_a_worktree_is_told_in_few_lines(
-    clone: tuple[Path, Archive], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_is_reported_in_few_lines(
+    clone: tuple[Path, RecordedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """git has a line for every file that it could not write."""
-    project, archive = clone
+    """git prints a line for every file that it could not write."""
+    project, recorded = clone
     (project / "trainer/train/loop.py").write_text("")
     (tmp_path / "file").touch()
-    assert "could not be checked out" in find_tree(archive, project, tmp_path / "file").why
+    assert "could not be checked out" in find_tree(recorded, project, tmp_path / "file").why
     ask = tree_module.git
 
     def full(project: Path, *words: str) -> bytes:
@@ -225,8 +225,8 @@ def test_a_place_without_room_for_a_worktree_is_told_in_few_lines(
         raise subprocess.CalledProcessError(128, words, stderr=f"{said}fatal: Could not reset index file\n".encode())
 
     monkeypatch.setattr(tree_module, "git", full)
-    why = find_tree(archive, project, tmp_path).why
-    assert why.endswith("unable to write file 0\n... 599 lines more\nfatal: Could not reset index file")
+    why = find_tree(recorded, project, tmp_path).why
+    assert why.endswith("unable to write file 0\n... 599 more lines\nfatal: Could not reset index file")
 
 
 def test_words_and_options_come_in_any_order(capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,11 +244,11 @@ def test_words_and_options_come_in_any_order(capsys: pytest.CaptureFixture[str])
         assert f"unrecognized arguments: {words[-1]}" in capsys.readouterr().err
 
 
-def test_an_older_trainer_gets_a_spec_that_it_can_read(archive: Archive, tmp_path: Path) -> None:
+def test_an_older_trainer_gets_a_spec_that_it_can_read(recorded: RecordedRun, tmp_path: Path) -> None:
     raw = json.loads((GOLDEN / "1/spec.json").read_text())
     assert "expects" not in raw
-    made = rerun(archive, tree=Tree(project=PROJECT, why="moved on", is_recorded=True))
-    assert made.plan.spec.expects is None and "does not check what it finds" in made.notes[-1] and made.precedent.older
+    made = rerun(recorded, tree=Tree(project=PROJECT, why="moved on", is_recorded=True))
+    assert made.plan.spec.expects is None and "does not check what it finds" in made.notes[-1] and made.original.older
     written = json.loads(encode_spec(made.plan.spec, like=GOLDEN / "1/spec.json"))
     assert written.keys() == raw.keys() and decode(TrainSpec, written) == made.plan.spec
 
@@ -256,8 +256,8 @@ def test_an_older_trainer_gets_a_spec_that_it_can_read(archive: Archive, tmp_pat
 # ------------------------------------------------------------------------------------------------------------------ parts
 
 
-def test_overrides_over_a_config_that_is_there(archive: Archive) -> None:
-    config = archive.plan.config
+def test_overrides_over_a_config_that_is_there(recorded: RecordedRun) -> None:
+    config = recorded.plan.config
     changed = compose_over(config, ("stage=lora", "run.steps=9", "data.train='a, b.json'"), PROJECT / "conf")
     assert changed.stage.lora is not None and changed.run.steps == 9 and changed.data.train == "a, b.json"
     assert (changed.model, changed.run.seed, changed.cluster) == (config.model, config.run.seed, config.cluster)
@@ -270,20 +270,20 @@ def test_overrides_over_a_config_that_is_there(archive: Archive) -> None:
             compose_over(config, (wrong,), PROJECT / "conf")
 
 
-def test_what_is_carried_over() -> None:
+def test_carry_over() -> None:
     kept, before = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 9, "b": {"c": 8, "d": 7}, "e": 0}
     assert carry_over(kept, before, {"a": 9, "b": {"c": 5, "d": 7}, "e": 0}) == {"a": 1, "b": {"c": 5, "d": 3}, "e": 0}
 
 
-def test_facts_do_not_name_hosts_and_ports(archive: Archive) -> None:
-    assert archive.environment is not None
-    facts = facts_of(archive.environment)
+def test_facts_do_not_name_hosts_and_ports(recorded: RecordedRun) -> None:
+    assert recorded.environment is not None
+    facts = facts_of(recorded.environment)
     assert facts["device 0"] == "Intel(R) Xeon(R) Processor @ 2.50GHz" and facts["package deepspeed"] == "0.19.8"
     assert not any("MASTER_" in key or "TORCHELASTIC" in key for key in facts)
 
 
-def test_a_rerun_that_goes_on_elsewhere_keeps_what_it_has_from_its_record(plan_for: Callable[..., Plan]) -> None:
-    """Another network of the same nodes changes nothing; of fewer nodes nobody expects what all of them had."""
+def test_a_rerun_that_restarts_on_other_nodes_keeps_the_recorded_values(plan_for: Callable[..., Plan]) -> None:
+    """Another network of the same nodes changes nothing; with fewer nodes, the values of all nodes are not expected."""
     plan = plan_for(*CPU)
     expects = Expectation(run_id="first", data_sha256="d", facts={"world_size": "2"})
     rerun_plan = replace(plan, spec=replace(plan.spec, loss_chunk=77, expects=expects))
@@ -295,11 +295,11 @@ def test_a_rerun_that_goes_on_elsewhere_keeps_what_it_has_from_its_record(plan_f
     assert fewer.spec.loss_chunk == 77 and fewer.spec.expects == replace(expects, facts={})
 
 
-def test_a_folder_that_has_no_room_is_a_clear_end(plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_launch_with_a_clear_error(plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def full(*given: object, **named: object) -> Path:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(launch, "open_run", full)
-    desk = SimpleNamespace(project=tmp_path, say=print)
-    with pytest.raises(RunEnded, match=r"runs/R could not be written: No space left on device\. Free room there"):
-        launch.launch(plan_for(), SourceTree(state=SourceState(commit="", dirty=False)), desk)  # type: ignore[arg-type]
+    session = SimpleNamespace(project=tmp_path, say=print)
+    with pytest.raises(RunEnded, match=r"runs/R could not be written: No space left on device"):
+        launch.launch(plan_for(), SourceTree(state=SourceState(commit="", dirty=False)), session)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Whole reruns through the real command: to the bit in another folder from another clone, and refused by name where anything differs."""
+"""Whole reruns through the real command: bitwise identical in another folder from another clone, and refused by name where anything differs."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from launcher.record.reader import load_archive
+from launcher.record.recorded_run import load_recorded_run
 from tests.launcher.planted import clone_tree, omnilaunch, reseal
 
 SHORT = (
@@ -24,13 +24,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """This tree, changes and all, as the first commit of another one."""
+    """A copy of this tree, with its changes, in one commit."""
     return clone_tree(tmp_path_factory.mktemp("clone") / "project")
 
 
 @pytest.fixture(scope="module")
 def first(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The record of a short run on files of one's own, that starts from the weights of another."""
+    """The record of a short run on local files, which starts from the weights of another run."""
     here = tmp_path_factory.mktemp("first")
     made = omnilaunch(clone, here, "launch", *SHORT, "run.evaluation.enabled=false", "--run-id", "base")
     assert made.returncode == 0, made.stdout + made.stderr
@@ -52,23 +52,23 @@ def result_of(run: Path) -> dict[str, object]:
 
 
 def test_the_record_holds_what_a_rerun_needs(first: Path) -> None:
-    archive = load_archive(first)
-    assert archive.inputs is not None and len(archive.inputs.data) == 1799 and "checkpoint/model.safetensors" in archive.inputs.weights
-    environment = archive.environment
+    recorded = load_recorded_run(first)
+    assert recorded.inputs is not None and len(recorded.inputs.data) == 1799 and "checkpoint/model.safetensors" in recorded.inputs.weights
+    environment = recorded.environment
     assert environment is not None and environment.determinism["deterministic_algorithms"] == "True"
     assert environment.toolkit["torch"] == environment.packages["torch"] and environment.ranks[0].threads == environment.threads == 2
-    assert archive.record.config_sha256 and archive.record.lock_sha256 and archive.record.inputs_sha256 and "torch==" in archive.lock
+    assert recorded.record.config_sha256 and recorded.record.lock_sha256 and recorded.record.inputs_sha256 and "torch==" in recorded.lock
 
 
-def test_a_rerun_from_the_record_alone_is_the_same_to_the_bit(clone: Path, first: Path, tmp_path: Path) -> None:
-    """In another folder, from a copy of the record, on a tree that moved on; and that one once more."""
+def test_a_rerun_from_the_record_is_bitwise_identical(clone: Path, first: Path, tmp_path: Path) -> None:
+    """In another folder, from a copy of the record, on a tree that has changed; and a rerun of that rerun."""
     moved = tmp_path / "moved"
     subprocess.run(("git", "clone", "-q", str(clone), str(moved)), check=True)
     (moved / "trainer/kernels/cross_entropy.py").write_text("raise SystemExit('a tree that moved on')\n")
     shutil.copytree(first, tmp_path / "record", ignore=shutil.ignore_patterns("checkpoints", "logs"))
     done = omnilaunch(moved, tmp_path / "b", "rerun", str(tmp_path / "record"), "cluster.root=.", "--run-id", "second")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "code: this tree differs in trainer/kernels/cross_entropy.py; used is commit" in done.stdout and "weights the same" in done.stdout
+    assert "code: this tree differs in trainer/kernels/cross_entropy.py; commit " in done.stdout and "weights the same" in done.stdout
     second = tmp_path / "b/runs/second"
     assert rows_of(second) == rows_of(first) and len(rows_of(first)) == 3
     assert result_of(second)["weights_sha256"] == result_of(first)["weights_sha256"] and result_of(second)["rerun_of"] == "first"
@@ -102,7 +102,7 @@ def test_a_swapped_checkpoint_is_refused_by_its_file(clone: Path, first: Path, t
     assert done.returncode == 2 and "weights checkpoint/model.safetensors: another file" in done.stderr
 
 
-def test_another_environment_is_refused_by_its_facts(clone: Path, first: Path, tmp_path: Path) -> None:
+def test_another_environment_is_refused_with_its_differences(clone: Path, first: Path, tmp_path: Path) -> None:
     """A variable of the shell, of which few reach a process, and packages as if the record had been made with others: each is named, all at
     once."""
     record = tmp_path / "record"
@@ -131,7 +131,7 @@ def test_another_environment_is_refused_by_its_facts(clone: Path, first: Path, t
     assert result_of(tmp_path / "b/runs/third")["accepted"] == ["driver", "threads", "package", "variable"]
 
 
-def test_a_record_that_was_edited_starts_nothing(clone: Path, first: Path, tmp_path: Path) -> None:
+def test_an_edited_record_is_refused_before_anything_starts(clone: Path, first: Path, tmp_path: Path) -> None:
     shutil.copytree(first, tmp_path / "record", ignore=shutil.ignore_patterns("checkpoints", "logs"))
     plan = tmp_path / "record/plan.json"
     plan.write_text(plan.read_text().replace('"seed": 1', '"seed": 2'))
@@ -139,8 +139,8 @@ def test_a_record_that_was_edited_starts_nothing(clone: Path, first: Path, tmp_p
     assert done.returncode == 2 and "plan.json was edited" in done.stderr and not (tmp_path / "b/runs").exists()
 
 
-def test_a_tree_whose_commit_is_not_here_is_refused(clone: Path, first: Path, tmp_path: Path) -> None:
-    """Another lock on a tree that has no history: stated, and taken only when it is accepted."""
+def test_a_tree_whose_commit_is_not_available_is_refused(clone: Path, first: Path, tmp_path: Path) -> None:
+    """Another lock in a tree without history is reported, and used only if it is accepted."""
     moved = tmp_path / "moved"
     shutil.copytree(clone, moved, ignore=shutil.ignore_patterns(".git"))
     with (moved / "images/locks/cpu-x86_64.txt").open("a") as lock:

@@ -1,4 +1,4 @@
-"""Published lines: what of a run is in them, how they are read, and how a rerun is held against one."""
+"""Published lines: their content, how they are read, and how a rerun is judged by them."""
 
 import gc
 import json
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from launcher.bench.matrix import BEGIN, END, describe_matrix, describe_row, put_matrix
-from launcher.bench.measure import measure_run, publish, site_of
+from launcher.bench.measure import measure_run, publish, shape_of
 from launcher.bench.restore import restore_config
 from launcher.bench.result import (
     PublishedResult,
@@ -28,12 +28,12 @@ from launcher.bench.result import (
     require_writable,
     results_file,
 )
-from launcher.bench.verdict import describe_reproduction, judge, told_facts
+from launcher.bench.verdict import describe_reproduction, judge, with_all_facts
 from launcher.cli import main
 from launcher.commands import bench as bench_action
 from launcher.errors import ConfigRefused, RecordRefused
 from launcher.record.comparison import Level
-from launcher.record.reader import load_archive
+from launcher.record.recorded_run import load_recorded_run
 from tests.launcher.bench.test_cell import CELL, CONF
 from trainer.contract import decode
 
@@ -45,12 +45,12 @@ BANDS = {"loss": 0.01, "throughput": 0.05, "memory": 0.05, "evaluation": 0.01}
 
 @pytest.fixture
 def result(tmp_path: Path) -> PublishedResult:
-    """Of five runs whose speeds are 100 to 104 samples a second."""
+    """The result of five runs with 100 to 104 samples per second."""
     for number in range(1, 6):
         shutil.copytree(REAL, tmp_path / f"runs/x-{number}")
     folders = sorted((tmp_path / "runs").iterdir())
     repeats = [replace(measure_run(folder, load=0.5), samples_per_s=99.0 + number) for number, folder in enumerate(folders, start=1)]
-    made = publish("x-20261121-000000-0000", "x", repeats, [load_archive(folder) for folder in folders], dirty="", made_at=MADE)
+    made = publish("x-20261121-000000-0000", "x", repeats, [load_recorded_run(folder) for folder in folders], dirty="", made_at=MADE)
     return replace(made, config=made.config | {"run": made.config["run"] | {"bands": BANDS}})
 
 
@@ -68,14 +68,14 @@ def test_median_lowest_and_highest(result: PublishedResult) -> None:
     assert result.rows_equal and result.weights_equal
 
 
-def test_one_bit_is_told(result: PublishedResult, tmp_path: Path) -> None:
+def test_one_different_bit_is_reported(result: PublishedResult, tmp_path: Path) -> None:
     folders = sorted((tmp_path / "runs").iterdir())
     repeats = [*result.repeats[:4], replace(result.repeats[4], rows_sha256="0")]
-    other = publish("y", "x", repeats, [load_archive(folder) for folder in folders], dirty="", made_at=MADE)
+    other = publish("y", "x", repeats, [load_recorded_run(folder) for folder in folders], dirty="", made_at=MADE)
     assert (other.rows_equal, other.weights_equal) == (False, True)
 
 
-def test_a_line_says_nothing_of_the_machines_places(path: Path, result: PublishedResult) -> None:
+def test_a_line_has_no_folder_of_the_machine(path: Path, result: PublishedResult) -> None:
     plan = json.loads((REAL / "plan.json").read_text())
     text = path.read_text()
     names = (plan["spec"]["output"], plan["spec"]["data"]["root"], plan["commands"][0]["start"][0], str(path.parents[1]), '"localhost"')
@@ -83,13 +83,13 @@ def test_a_line_says_nothing_of_the_machines_places(path: Path, result: Publishe
     assert len(text.splitlines()[0]) < 40_000, "small enough for git"
 
 
-def test_runs_with_other_packages_are_no_repeats(tmp_path: Path, result: PublishedResult) -> None:
-    archives = [load_archive(folder) for folder in sorted((tmp_path / "runs").iterdir())]
-    environment = archives[3].environment
+def test_runs_with_other_packages_are_not_repeats(tmp_path: Path, result: PublishedResult) -> None:
+    recorded_runs = [load_recorded_run(folder) for folder in sorted((tmp_path / "runs").iterdir())]
+    environment = recorded_runs[3].environment
     assert environment is not None
-    other = replace(archives[3], environment=replace(environment, packages={**environment.packages, "peft": "0.0.1"}))
-    with pytest.raises(ConfigRefused, match=r"runs x-1 and x-4 are no repeats of one another(.|\n)*package peft: .* and 0\.0\.1"):
-        publish("y", "x", result.repeats, [*archives[:3], other, archives[4]], dirty="", made_at=MADE)
+    other = replace(recorded_runs[3], environment=replace(environment, packages={**environment.packages, "peft": "0.0.1"}))
+    with pytest.raises(ConfigRefused, match=r"runs x-1 and x-4 are not repeats of each other(.|\n)*package peft: .* and 0\.0\.1"):
+        publish("y", "x", result.repeats, [*recorded_runs[:3], other, recorded_runs[4]], dirty="", made_at=MADE)
 
 
 # ------------------------------------------------------------------------------------------------------------------ lines
@@ -142,29 +142,29 @@ def planted(key: str, value: Any) -> Callable[[str], str]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "said"),
     [
-        (planted("result_id", "../../../tmp/x"), r"x\.jsonl, line 3 has no repeats, or an id that is none"),
-        (planted("repeats", []), r"x\.jsonl, line 3 has no repeats, or an id that is none"),
+        (planted("result_id", "../../../tmp/x"), r"x\.jsonl, line 3 has no repeats, or an invalid id"),
+        (planted("repeats", []), r"x\.jsonl, line 3 has no repeats, or an invalid id"),
         (cut, r"x\.jsonl, line 2 was cut short or edited: .*git checkout -- docs/results"),
         (without_end, r"x\.jsonl, line 2 has no end: the file was cut short"),
         (edited, r"x\.jsonl, line 1 was edited: its hash"),
         (newer, r"x\.jsonl, line 3: written with result schema 2, this version reads 1 to 1"),
-        (extended, r"x\.jsonl, line 3 is not what this version reads: .*more"),
-        (lambda text: text + "{}\n", r"x\.jsonl, line 3 is no result: it has no schema number"),
+        (extended, r"x\.jsonl, line 3 cannot be read by this version: .*more"),
+        (lambda text: text + "{}\n", r"x\.jsonl, line 3 is not a result: it has no schema number"),
         (lambda text: text + '{"schema": 1, "more": "\\ud800"}\n', r"x\.jsonl, line 3 was cut short or edited: .*surrogates"),
-        (planted("experiment", "y"), r"x\.jsonl, line 3 is of y, and belongs to y\.jsonl"),
+        (planted("experiment", "y"), r"x\.jsonl, line 3 is a result of y, and belongs to y\.jsonl"),
         (lambda text: text + "[" * 100_000 + "\n", r"x\.jsonl, line 3 was cut short or edited"),
     ],
 )
-def test_a_line_that_is_not_as_it_was_written_is_refused(path: Path, spoil: Callable[[str], str], told: str) -> None:
+def test_a_changed_line_is_refused(path: Path, spoil: Callable[[str], str], said: str) -> None:
     path.write_text(spoil(path.read_text()))
-    with pytest.raises(RecordRefused, match=told):
+    with pytest.raises(RecordRefused, match=said):
         read_results(path)
 
 
 @pytest.mark.parametrize("place", ["afile/x.jsonl", "afolder"])
-def test_where_no_line_can_be_added_is_known_before_the_first_run(tmp_path: Path, place: str) -> None:
+def test_an_unwritable_results_file_is_refused_before_the_first_run(tmp_path: Path, place: str) -> None:
     (tmp_path / "afile").touch()
     (tmp_path / "afolder").mkdir()
     with pytest.raises(ConfigRefused, match=rf"{place} cannot be written.*--results FOLDER\. No run is lost"):
@@ -173,14 +173,14 @@ def test_where_no_line_can_be_added_is_known_before_the_first_run(tmp_path: Path
     assert not (tmp_path / "new/x.jsonl").exists()
 
 
-def test_a_read_only_folder_of_results_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root may write anywhere, so that the answer of a read-only disk is stood in for."""
+def test_a_read_only_results_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may write anywhere, so the answer of a read-only disk is replaced."""
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(ConfigRefused, match=r"x\.jsonl cannot be written"):
         require_writable(tmp_path / "x.jsonl")
 
 
-def test_a_bench_looks_at_its_results_before_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bench_checks_its_results_file_before_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "afile").touch()
     try:
         words = ["bench", CELL, f"cluster.root={tmp_path}", "--dirty", "a test", "--results", str(tmp_path / "afile")]
@@ -190,11 +190,11 @@ def test_a_bench_looks_at_its_results_before_it_runs(tmp_path: Path, capsys: pyt
     assert f"{CELL}.jsonl cannot be written" in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
-def test_variables_of_the_cluster_that_name_places_stay_there(result: PublishedResult) -> None:
-    plan = load_archive(REAL).plan
+def test_variables_with_folders_are_not_published(result: PublishedResult) -> None:
+    plan = load_recorded_run(REAL).plan
     variables = {"LD_LIBRARY_PATH": "/home/somebody/lib", "NCCL_DEBUG": "WARN"}
     cluster = replace(plan.config.cluster, environment=variables)
-    site = site_of(replace(plan, config=replace(plan.config, cluster=cluster)))
+    site = shape_of(replace(plan, config=replace(plan.config, cluster=cluster)))
     assert site.environment == {"NCCL_DEBUG": "WARN"}
     again = restore_config(replace(result, site=site), replace(cluster, environment={**variables, "NCCL_DEBUG": "INFO", "TZ": "UTC"}))
     assert again.cluster.environment == variables, "places are those of now, all else is as published"
@@ -208,7 +208,7 @@ def test_a_clean_tree_is_not_called_dirty(monkeypatch: pytest.MonkeyPatch) -> No
     assert bench_action.refuse_dirty(clean, "a try") == "a try"
 
 
-def test_the_command_that_goes_on_has_the_options_that_were_given() -> None:
+def test_the_command_to_continue_has_the_given_options() -> None:
     given = Namespace(repeats=2, reason="a short look", accept=["code", "data"], results="elsewhere", dirty="")
     options = ("dirty", "repeats", "reason", "accept", "results")
     assert bench_action.join_command("bench-rerun", "x", ["cluster=lab"], given, *options) == (
@@ -223,12 +223,13 @@ def scaled(repeats: tuple[Repeat, ...], **shares: float) -> list[Repeat]:
     return [replace(repeat, **{name: getattr(repeat, name) * share for name, share in shares.items()}) for repeat in repeats]  # type: ignore[arg-type]
 
 
-def test_the_same_again(result: PublishedResult) -> None:
-    told = told_facts(result)
-    found = judge(told, result.repeats, told.facts, fewer="")
+def test_an_identical_rerun_is_reproduced(result: PublishedResult) -> None:
+    said = with_all_facts(result)
+    found = judge(said, result.repeats, said.facts, fewer="")
     assert found.reproduced and found.losses is Level.EQUAL and (found.rows_equal, found.weights_equal) == (5, 5) and not found.facts
-    text = describe_reproduction(found, told)
-    assert text.endswith("verdict: reproduced") and "equal to the bit in every repeat" in text and "facts of the ranks" in text
+    text = describe_reproduction(found, said)
+    assert text.endswith("verdict: reproduced") and "bitwise identical in every repeat" in text
+    assert "values of the environment, the code and the data are the same" in text
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,7 @@ def test_another_score(result: PublishedResult) -> None:
     assert [figure.name for figure in found.figures if figure.level is Level.OUTSIDE] == ["exact_match"]
 
 
-def test_facts_that_differ_are_told_and_judge_nothing(result: PublishedResult) -> None:
+def test_differences_of_the_environment_are_listed_and_do_not_decide(result: PublishedResult) -> None:
     now = {**result.facts, "package torch": "2.7.1"}
     found = judge(result, result.repeats[:2], now, fewer="a look before lunch")
     text = describe_reproduction(found, result)
@@ -268,13 +269,13 @@ def test_facts_that_differ_are_told_and_judge_nothing(result: PublishedResult) -
     assert text.endswith("verdict: reproduced, from 2 repeats in place of 5: a look before lunch")
 
 
-def test_speeds_further_apart_than_their_band_are_told(result: PublishedResult) -> None:
+def test_speeds_that_vary_more_than_their_band_are_reported(result: PublishedResult) -> None:
     assert not is_unsteady(result)
     wide = replace(result, summary=result.summary | {"samples_per_s": Span(median=102.0, lowest=94.0, highest=104.0)})
-    assert is_unsteady(wide) and "further apart than the band" in describe_reproduction(judge(wide, result.repeats, {}, fewer=""), wide)
+    assert is_unsteady(wide) and "vary more than the band" in describe_reproduction(judge(wide, result.repeats, {}, fewer=""), wide)
 
 
-def test_a_line_without_bands_is_judged_by_nobody(result: PublishedResult) -> None:
+def test_a_line_without_bands_is_not_judged(result: PublishedResult) -> None:
     without = replace(result, config=result.config | {"run": result.config["run"] | {"bands": {"loss": 0.1}}})
     with pytest.raises(RecordRefused, match=r"no band of throughput, memory before it ran"):
         judge(without, result.repeats, result.facts, fewer="")
@@ -296,12 +297,12 @@ def test_a_line_without_bands_is_refused_before_it_is_run_again(
 def test_the_exit_code_is_the_verdict(
     result: PublishedResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], share: float, code: int
 ) -> None:
-    """Where a run goes is stood in for: its record is that of the result."""
+    """No run is started: the record of the result is copied in its place."""
     speed = measure_run(REAL).samples_per_s * share
     append_result(
         tmp_path / "results/x.jsonl", replace(result, summary=result.summary | {"samples_per_s": Span(median=speed, lowest=1, highest=2)})
     )
-    config = load_archive(REAL).plan.config
+    config = load_recorded_run(REAL).plan.config
 
     def plan_run(run_id: str) -> Any:
         return SimpleNamespace(notes=(), plan=SimpleNamespace(run_id=run_id, folder=str(tmp_path / "again" / run_id), config=config))
@@ -324,7 +325,7 @@ def test_fewer_repeats_need_a_reason(path: Path, capsys: pytest.CaptureFixture[s
         assert main(["bench-rerun", "x", "--repeats", "4", "--results", str(path.parent)]) == 2
     finally:
         gc.enable()
-    assert "of fewer than 5 nobody knows the spread; say why: --reason" in capsys.readouterr().err
+    assert "--reason" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------------ README
@@ -332,7 +333,7 @@ def test_fewer_repeats_need_a_reason(path: Path, capsys: pytest.CaptureFixture[s
 
 def test_the_readme_says_what_the_results_say() -> None:
     text = (PROJECT / "README.md").read_text(encoding="utf-8")
-    assert put_matrix(text, describe_matrix(CONF, PROJECT / "docs/results")) == text, "write it anew: make matrix"
+    assert put_matrix(text, describe_matrix(CONF, PROJECT / "docs/results")) == text, "run: make matrix"
 
 
 def test_a_cell_without_a_result_was_not_run(result: PublishedResult) -> None:
@@ -341,18 +342,18 @@ def test_a_cell_without_a_result_was_not_run(result: PublishedResult) -> None:
     cell = load_cell(CELL, (), CONF)
     assert describe_row(cell, ())[3:] == ("not run", "", "", "", "", "")
     row = describe_row(cell, (result,))
-    assert "as the cell was then" in row[3] and "load of the machine 0.5 to 0.5" in row[3] and row[4] == "102.0 (100.0 to 104.0)"
+    assert "the cell has changed since" in row[3] and "load of the machine 0.5 to 0.5" in row[3] and row[4] == "102.0 (100.0 to 104.0)"
     from launcher.bench.measure import published_config
 
     same = replace(result, config=published_config(cell.config), code=replace(result.code, dirty="a try"))
-    assert "as the cell was then" not in describe_row(cell, (same,))[3] and "on a tree with changes" in describe_row(cell, (same,))[3]
+    assert "the cell has changed since" not in describe_row(cell, (same,))[3] and "on a tree with changes" in describe_row(cell, (same,))[3]
 
 
 @pytest.mark.parametrize("words", [[CELL], ["--results", "typo"]])
-def test_the_table_is_of_all_cells_and_of_no_other_folder(
+def test_the_table_takes_no_cell_and_no_other_folder(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a folder that is not there it would say that nothing was ever run."""
+    """With a folder that does not exist, the table would say that nothing was run."""
     (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}\n")
     monkeypatch.setattr(bench_action, "README", tmp_path / "README.md")
     try:

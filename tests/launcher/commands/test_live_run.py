@@ -15,7 +15,7 @@ from launcher.commands import live_run as run_action
 from launcher.commands.live_run import PIECE_BYTES, attach_run, find_run, follow, load_plan, require_containers, show_logs, show_status
 from launcher.errors import ConfigRefused
 from launcher.plan.plan import Plan, to_plain
-from launcher.record.lock import claim
+from launcher.record.lock import lock_run
 
 
 def write_run(folder: Path, plan: Plan) -> Path:
@@ -45,7 +45,7 @@ def test_a_run_that_is_not_there(tmp_path: Path, plan_for: Callable[..., Plan], 
 @pytest.mark.parametrize("text", ["", "{", "{}", '{"schema": 1, "more": 2}'])
 def test_a_plan_that_cannot_be_read(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigRefused, match=r"plan\.json cannot be read by this version"):
+    with pytest.raises(ConfigRefused, match=r"plan\.json (cannot be read by this version|was cut short or edited)"):
         load_plan(tmp_path)
 
 
@@ -150,7 +150,7 @@ def test_logs_of_a_run_that_was_left_to_itself_come_from_its_engine(
         name = load_plan(folder).commands[0].name
         assert said == ["[node0] step 1", f"[node0] {words} {name}", *more]
     said.clear()
-    with claim(folder):
+    with lock_run(folder):
         show_logs(Namespace(run="monday", say=said.append, follow=False))
     assert said == ["[node0] step 1"], "with a launcher that looks after it they come here"
     (tmp_path / "docker").write_text("#!/bin/sh\necho error: no such object >&2; exit 1\n")

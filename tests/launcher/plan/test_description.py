@@ -12,8 +12,7 @@ import pytest
 from launcher.plan.description import describe_plan, describe_record, next_commands, plan_json
 from launcher.plan.plan import Plan
 from launcher.record.checkpoint_reference import ON_NODE
-from launcher.record.record import Record, SourceState, Status, close_run, open_run
-from launcher.run.node_process import NodeResult
+from launcher.record.record import NodeResult, Record, SourceState, Status, close_run, open_run
 
 SOURCE = SourceState(commit="", dirty=False)
 NOW = datetime(2026, 11, 21, 1, 2, 3, tzinfo=UTC)

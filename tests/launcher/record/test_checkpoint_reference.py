@@ -1,4 +1,4 @@
-"""What stage.checkpoint may hold, and the folder that the nodes are told."""
+"""stage.checkpoint: which texts are allowed, and the folder that they are resolved to."""
 
 import json
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def save(run: Path, step: int, *, whole: bool = True, base: str = "") -> Path:
 def remote_run(
     tmp_path: Path, plan: Plan, *, host: str = "gpu1", shared: bool = False, checkpoint: str = "checkpoints/step-000007"
 ) -> Path:
-    """What this machine keeps of a run on other nodes: its plan and its record."""
+    """What this machine has of a run on other nodes: its plan and its record."""
     folder = open_run(replace(plan, folder=str(tmp_path / "runs/R")), SOURCE)
     plain: dict[str, Any] = json.loads((folder / "plan.json").read_text())
     plain["spec"]["output"], plain["commands"][0]["host"], plain["config"]["cluster"]["shared"] = REMOTE, host, shared
@@ -63,7 +63,7 @@ def resolved(config: Config, tmp_path: Path) -> str:
     return resolve_checkpoint(config, tmp_path / "runs").stage.checkpoint
 
 
-def test_a_run_id_and_a_runs_folder_stand_for_the_newest_whole_checkpoint(run: Path, tmp_path: Path) -> None:
+def test_a_run_id_or_a_runs_folder_means_its_newest_complete_checkpoint(run: Path, tmp_path: Path) -> None:
     save(run, 10)
     newest = save(run, 1000000)
     save(run, 2000000, whole=False)
@@ -73,18 +73,18 @@ def test_a_run_id_and_a_runs_folder_stand_for_the_newest_whole_checkpoint(run: P
     assert resolve_checkpoint(config_for("R"), tmp_path / "elsewhere", tmp_path / "runs").stage.checkpoint == str(newest)
 
 
-def test_a_run_without_a_whole_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_complete_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigRefused, match=r"stage\.checkpoint=R: that run saved no checkpoint\. See .*result\.json"):
         resolved(config_for("R"), tmp_path)
     save(run, 10, whole=False)
-    with pytest.raises(ConfigRefused, match=r"no checkpoint of that run is whole: step-000010: weights missing or not of the size"):
+    with pytest.raises(ConfigRefused, match=r"no checkpoint of that run is complete: step-000010: weights missing or not of the size"):
         resolved(config_for("R"), tmp_path)
 
 
-def test_a_checkpoint_that_is_nowhere_is_refused_where_that_can_be_seen(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_checkpoint_is_refused_if_all_nodes_are_local(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some/folder").mkdir(parents=True)
-    with pytest.raises(ConfigRefused, match=r"stage\.checkpoint=Q: neither a run of .*valid are: R"):
+    with pytest.raises(ConfigRefused, match=r"stage\.checkpoint=Q: neither a run in .*valid are: R"):
         resolved(config_for("Q"), tmp_path)
     for text in ("some/foldr", "n" * 300, "/nowhere/at/all"):
         with pytest.raises(ConfigRefused, match=r"neither a run .* nor a folder"):
@@ -94,7 +94,7 @@ def test_a_checkpoint_that_is_nowhere_is_refused_where_that_can_be_seen(run: Pat
     assert resolved(config_for("/nodes/only", hosts=("gpu1",)), tmp_path) == "/nodes/only"
 
 
-def test_a_checkpoint_of_this_machine_is_brought_to_nodes_elsewhere(run: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_this_machine_is_synced_to_remote_nodes(run: Path, tmp_path: Path) -> None:
     newest = save(run, 10, base="/srv/base")
     config = resolve_checkpoint(config_for("R", "cluster.runtime=docker", hosts=("gpu1", "gpu2")), tmp_path / "runs")
     assert config.stage.checkpoint == str(newest)
@@ -103,14 +103,14 @@ def test_a_checkpoint_of_this_machine_is_brought_to_nodes_elsewhere(run: Path, t
     assert resolve_checkpoint(config_for("R"), tmp_path / "runs").cluster.sync == (), "nothing to bring to where it is"
 
 
-def test_a_remote_run_is_gone_on_with_on_the_node_that_has_it(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+def test_the_checkpoint_of_a_remote_run_is_used_on_the_node_that_has_it(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
     remote_run(tmp_path, plan_for())
     assert resolved(config_for("R", hosts=("gpu1",)), tmp_path) == f"{REMOTE}/checkpoints/step-000007"
-    with pytest.raises(ConfigRefused, match=r"it lies on gpu1 alone, and the other nodes have it not: gpu2.*scp -r gpu1:/srv/"):
+    with pytest.raises(ConfigRefused, match=r"the checkpoint is on gpu1 only, and these nodes of the run do not have it: gpu2.*scp -r gpu1:/srv/"):
         resolved(config_for("R", hosts=("gpu1", "gpu2")), tmp_path)
-    with pytest.raises(ConfigRefused, match=r"it lies on gpu1, and no node of this run is that one"):
+    with pytest.raises(ConfigRefused, match=r"the checkpoint is on gpu1, which is not a node of this run"):
         resolved(config_for("R", hosts=("gpu2",)), tmp_path)
-    with pytest.raises(ConfigRefused, match=r"it lies on gpu1, and no node"):
+    with pytest.raises(ConfigRefused, match=r"the checkpoint is on gpu1, which is not"):
         resolved(config_for("R"), tmp_path)
 
 
@@ -120,7 +120,7 @@ def test_a_remote_run_whose_nodes_share_its_folder(plan_for: Callable[..., Plan]
 
 
 @pytest.mark.parametrize(("checkpoint", "said"), [(None, "has not ended.*omnilaunch attach R"), ("", "saved no checkpoint")])
-def test_a_remote_run_that_has_none(checkpoint: str, said: str, plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+def test_a_remote_run_without_a_checkpoint_is_refused(checkpoint: str, said: str, plan_for: Callable[..., Plan], tmp_path: Path) -> None:
     remote_run(tmp_path, plan_for(), checkpoint=checkpoint)
     with pytest.raises(ConfigRefused, match=said):
         resolved(config_for("R", hosts=("gpu1",)), tmp_path)
@@ -135,5 +135,5 @@ def test_a_node_without_a_name_is_written_as_scp_does(tmp_path: Path) -> None:
 def test_a_folder_on_a_node_is_named_as_scp_does(text: str, tmp_path: Path) -> None:
     assert resolved(config_for(text, hosts=("gpu1",)), tmp_path) == "/srv/c/step-000001"
     assert resolved(config_for(text, "cluster.shared=true", hosts=("gpu1", "gpu2")), tmp_path) == "/srv/c/step-000001"
-    with pytest.raises(ConfigRefused, match="it lies on gpu1, and no node of this run is that one"):
+    with pytest.raises(ConfigRefused, match="the checkpoint is on gpu1, which is not a node of this run"):
         resolved(config_for(text, hosts=("gpu2",)), tmp_path)

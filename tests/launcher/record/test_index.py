@@ -1,4 +1,4 @@
-"""The runs of a folder: what is listed, tagged, counted, and what a prune leaves alone."""
+"""The runs of a folder are listed, tagged, measured and pruned."""
 
 import gc
 import json
@@ -12,7 +12,7 @@ from launcher.cli import main
 from launcher.errors import ConfigRefused, RunEnded
 from launcher.plan.plan import Plan
 from launcher.record.index import describe_entries, describe_entry, list_entries, parse_filter, read_entry, size_bytes, tag_run
-from launcher.record.lock import claim
+from launcher.record.lock import lock_run
 from launcher.record.prune import Rule, choose, parse_age, remove_runs
 from launcher.record.record import Record, SourceState, open_run
 from tests.launcher.planted import Change, copy_run, set_value
@@ -24,7 +24,7 @@ NOW = datetime(2026, 11, 30, tzinfo=UTC)
 
 @pytest.fixture(autouse=True)
 def collecting() -> Iterator[None]:
-    """`main` turns the collection of garbage off for the whole process."""
+    """`main` switches the garbage collector off for the whole process."""
     yield
     gc.enable()
 
@@ -52,7 +52,7 @@ def names_in(folder: Path) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------- listing
 
 
-def test_figures_keep_what_they_say(runs: Path) -> None:
+def test_small_figures_are_not_rounded_to_zero(runs: Path) -> None:
     """A stage that does not train has no steps, and 4e-7 is not 0.0000."""
     figures = {"logit_error": 4.02e-7, "bytes": 1638864.0, "exact_match": 0.963}
     for key, value in {"steps": 0, "final_loss": None, "evaluation": figures}.items():
@@ -71,7 +71,7 @@ def test_figures_keep_what_they_say(runs: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"schema": 99}', f'{{"schema": {SCHEMA}}}', '{"seconds": ' + "9" * 5000 + "}"])
 def test_a_broken_record_is_called_broken(plan_for: Callable[..., Plan], tmp_path: Path, text: str) -> None:
     folder = open_run(plan_for(f"cluster.root={tmp_path}"), SourceState(commit="", dirty=False))
-    assert "no record: under way" in describe_entries(list_entries(folder.parent))
+    assert "no record: still running" in describe_entries(list_entries(folder.parent))
     (folder / "result.json").write_text(text, encoding="utf-8")
     (line,) = describe_entries(list_entries(folder.parent)).splitlines()
     assert line.startswith("R ") and "result.json cannot be read: " in line
@@ -79,13 +79,13 @@ def test_a_broken_record_is_called_broken(plan_for: Callable[..., Plan], tmp_pat
         contract.read(Record, folder / "result.json")
 
 
-def test_runs_that_are_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_named_runs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["runs"]) == 0 and "start one with: omnilaunch launch" in capsys.readouterr().out
     (tmp_path / "runs").write_text("")
     assert main(["runs"]) == 2
-    told = capsys.readouterr().err
-    assert "runs is a file" in told and "cluster.root" in told
+    printed = capsys.readouterr().err
+    assert "runs is a file" in printed and "cluster.root" in printed
 
 
 def test_filters(runs: Path) -> None:
@@ -115,8 +115,8 @@ def test_the_verb_and_its_refusals(runs: Path, monkeypatch: pytest.MonkeyPatch, 
     assert main(["runs", "model=x"]) == 0 and "none of 5 runs" in capsys.readouterr().out
     for words, said in (
         (["runs", "--status", "done"], "valid are"),
-        (["runs", "lst"], "is no KEY=VALUE"),
-        (["runs", "run.sed=1"], "the config of no run has 'run.sed'"),
+        (["runs", "lst"], "is not KEY=VALUE"),
+        (["runs", "run.sed=1"], "the config of no run has the key 'run.sed'"),
         (["runs", "--yes"], "--yes is an option of: omnilaunch runs prune"),
         (["runs", "--keep", "3"], "--keep is an option of: omnilaunch runs prune"),
         (["runs", "tag", "a"], "name a run and its tags"),
@@ -130,12 +130,12 @@ def test_the_verb_and_its_refusals(runs: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"tags": 3}', '{"tags": null}'])
-def test_tags_that_cannot_be_read_are_none(runs: Path, text: str) -> None:
+def test_an_unreadable_tags_file_means_no_tags(runs: Path, text: str) -> None:
     (runs / "a" / "tags.json").write_text(text)
     assert read_entry(runs / "a").tags == ()
 
 
-def test_room_is_that_on_the_disk(tmp_path: Path) -> None:
+def test_the_size_is_that_on_the_disk(tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "file").write_bytes(b"x" * 100_000)
     (tmp_path / "link").symlink_to("/usr")
@@ -160,6 +160,18 @@ def test_rules(runs: Path, rule: Rule, removed: str) -> None:
     assert sorted(names(choose(every, every, rule, NOW).removed)) == list(removed)
 
 
+def later_plan(folder: Path, checkpoint: str) -> None:
+    (folder / "attempts/2").mkdir(parents=True)
+    (folder / "attempts/2/plan.json").write_text(json.dumps({"config": {"stage": {"checkpoint": checkpoint}}}))
+
+
+def test_a_run_with_the_name_of_something_else_is_not_taken_for_a_reference(runs: Path) -> None:
+    for name in ("cpu", "tiny_llava", "full", "process", "docker", "finished"):
+        copy_run(runs, name)
+    every = list_entries(runs)
+    assert len(choose(every, every, Rule(keep=0), NOW).removed) == 11
+
+
 # What one run says of another one, which then stays.
 REFERENCES: dict[str, Change] = {
     "a stage's checkpoint": set_value("plan.json", "config.stage.checkpoint", "a"),
@@ -169,48 +181,57 @@ REFERENCES: dict[str, Change] = {
     "what it began with": set_value("result.json", "origin.run_id", "a"),
     "what its adapter stands on": set_value("result.json", "origin.base", "/srv/runs/a/checkpoints/step-000003"),
     "what it repeats": set_value("plan.json", "rerun_of", "a"),
+    "the base of an evaluation": set_value("plan.json", "config.run.evaluation.base", "a"),
+    "the folder of an evaluation's base": set_value("plan.json", "spec.evaluation.base", "/srv/runs/a/checkpoints/step-000003"),
+    "a folder that is synced": set_value("plan.json", "config.cluster.sync", ["/data", "/srv/runs/a/checkpoints/step-000003"]),
+    "a mount of a container": set_value("plan.json", "commands.0.start", ["docker", "run", "-v", "/srv/runs/a/checkpoints:/base:ro"]),
+    "data that it wrote": set_value("plan.json", "config.data.train", "runs/a/samples.jsonl"),
+    "an override": set_value("plan.json", "overrides", ["stage=lora", "stage.checkpoint=../runs/a"]),
+    "a model's path in the result": set_value("result.json", "origin.path", "/srv/runs/a/checkpoints/step-000003"),
+    "what it was started from": set_value("source.json", "rerun_of", "a"),
+    "the plan of a later attempt": lambda folder: later_plan(folder, "/srv/runs/a/checkpoints/step-000003"),
     "a plan that cannot be read": lambda folder: (folder / "plan.json").write_text('{"config": {"stage": {"checkpoint": "a"'),
 }
 
 
 @pytest.mark.parametrize("change", REFERENCES.values(), ids=REFERENCES)
-def test_what_another_run_stands_on_stays(runs: Path, change: Change) -> None:
+def test_a_run_that_another_run_needs_is_kept(runs: Path, change: Change) -> None:
     change(runs / "e")
     every = list_entries(runs)
     chosen = choose(every, [entry for entry in every if entry.run_id == "a"], Rule(keep=0), NOW)
-    assert chosen.removed == () and chosen.kept == {"a": "e stand(s) on it"}
+    assert chosen.removed == () and chosen.kept == {"a": "needed by e"}
 
 
-def test_what_else_stays(runs: Path) -> None:
+def test_other_reasons_to_keep_a_run(runs: Path) -> None:
     tag_run(read_entry(runs / "a"), ["best"], remove=False)
     (runs / "b" / "result.json").unlink()
     (runs / "c" / "result.json").write_text("{")
     (runs / "link").symlink_to(runs / "d")
     every = list_entries(runs)
-    with claim(runs / "e"):
+    with lock_run(runs / "e"):
         chosen = choose(every, every, Rule(keep=0), NOW)
     assert names(chosen.removed) == ["d"]
     assert {name: why.split(":")[0].split(" (")[0] for name, why in chosen.kept.items()} == {
         "a": "tagged best",
         "b": "it has no record",
         "c": "result.json cannot be read",
-        "link": "its folder is a link",
-        "e": "a launcher is at work on it",
+        "link": "its folder is a symbolic link",
+        "e": "a launcher supervises it",
     }
 
 
-def test_prune_says_first_and_removes_when_told(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_lists_first_and_removes_with_yes(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(runs.parent)
     set_value("plan.json", "config.stage.checkpoint", "b")(runs / "e")
     assert main(["runs", "prune", "--keep", "2"]) == 0
-    told = capsys.readouterr().out
-    assert "stays: b: e stand(s) on it" in told and "nothing was removed" in told and names_in(runs) == list("abcde")
+    printed = capsys.readouterr().out
+    assert "stays: b: needed by e" in printed and "nothing was removed" in printed and names_in(runs) == list("abcde")
     assert main(["runs", "prune", "--keep", "2", "--yes"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == ["removed c", "removed a"] and names_in(runs) == list("bde")
     assert main(["runs", "prune", "--keep", "2", "--yes"]) == 0 and "nothing is to be removed" in capsys.readouterr().out
 
 
-def test_what_cannot_be_removed_is_named_and_the_others_go(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_cannot_be_removed_is_named_and_the_others_are_removed(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = list_entries(runs)
     real = Path.rename
 
@@ -221,7 +242,7 @@ def test_what_cannot_be_removed_is_named_and_the_others_go(runs: Path, monkeypat
 
     monkeypatch.setattr(Path, "rename", rename)
     gone = []
-    with pytest.raises(RunEnded, match=r"1 run\(s\) could not be removed whole.*\n.*/a: Permission denied"):
+    with pytest.raises(RunEnded, match=r"1 run\(s\) could not be removed.*\n.*/a: Permission denied"):
         for name in remove_runs(every[:2]):
             gone.append(name)
     assert gone == ["b"] and (runs / "a" / "plan.json").is_file() and not (runs / "b").exists()
@@ -233,6 +254,6 @@ def test_ages(text: str, hours: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "d", "-1d", "1.5d", "30", "9999999d", "1 d"])
-def test_what_is_no_age(text: str) -> None:
+def test_an_invalid_age_is_refused(text: str) -> None:
     with pytest.raises(ConfigRefused, match=r"36h, 30d or 8w"):
         parse_age(text)

@@ -1,4 +1,4 @@
-"""`omnilaunch fit-report`: foretold memory against measured peaks."""
+"""`omnilaunch fit-report`: predicted memory compared with measured peaks."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,9 +22,9 @@ SOURCE = SourceState(commit="", dirty=False)
 def record(plan_for: Callable[..., Plan], tmp_path: Path) -> Callable[..., Plan]:
     """A run that has ended, with the peaks that the trainer left."""
 
-    def make(run_id: str, *peaks: PhasePeak, ended: bool = True, foretold: bool = True) -> Plan:
+    def make(run_id: str, *peaks: PhasePeak, ended: bool = True, predicted: bool = True) -> Plan:
         plan = plan_for()
-        plan = replace(plan, run_id=run_id, folder=str(tmp_path / run_id), memory=plan.memory if foretold else None)
+        plan = replace(plan, run_id=run_id, folder=str(tmp_path / run_id), memory=plan.memory if predicted else None)
         folder = open_run(plan, SOURCE)
         fields = {"seconds": 1.0, "samples_per_s": 1.0, "final_loss": 1.0, "checkpoint": "", "weights_sha256": "", "evaluation": {}}
         write(TrainResult(schema=SCHEMA, status="finished", steps=3, peaks=peaks, **fields), folder / RESULT_FILE)  # type: ignore[arg-type]
@@ -39,7 +39,7 @@ def peak(phase: str, allocated: int, reserved: int = 0) -> PhasePeak:
     return PhasePeak(phase=phase, allocated_bytes=allocated, reserved_bytes=reserved)  # type: ignore[arg-type]
 
 
-def test_the_highest_phase_of_training_is_held_against_the_plan(record: Callable[..., Plan], tmp_path: Path) -> None:
+def test_the_peak_of_training_is_compared_with_the_plan(record: Callable[..., Plan], tmp_path: Path) -> None:
     plan = record("a", peak("load", 5 * GIB), peak("steps", 8 * GIB, 9 * GIB), peak("evaluation", 20 * GIB))
     (comparison,), left_out = compare_runs(choose_folders(tmp_path, ()))
     assert plan.memory is not None and left_out == ()
@@ -50,7 +50,7 @@ def test_the_highest_phase_of_training_is_held_against_the_plan(record: Callable
 
 def test_what_cannot_be_compared_is_named_with_its_reason(record: Callable[..., Plan], tmp_path: Path) -> None:
     record("running", peak("steps", GIB), ended=False)
-    record("old", peak("steps", GIB), foretold=False)
+    record("old", peak("steps", GIB), predicted=False)
     record("unmeasured")
     record("good", peak("steps", GIB))
     found, left_out = compare_runs(choose_folders(tmp_path, ()))

@@ -1,4 +1,4 @@
-"""Rows as columns: read fast, and what is no row is told."""
+"""Rows as columns: read fast, and lines that are not rows are reported."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.record.metrics import Curve, first_difference, parse_lines, read_curve, reduce_points, speed_of, window_means
+from launcher.record.metrics import Curve, first_difference, parse_lines, read_curve, reduce_points, window_means
 from trainer.contract import StepRow
 
 ROWS = [
@@ -20,7 +20,7 @@ def write(path: Path, *lines: str) -> Path:
     return path
 
 
-def test_the_fast_way_reads_what_the_slow_one_does(tmp_path: Path) -> None:
+def test_the_fast_parser_agrees_with_the_slow_one(tmp_path: Path) -> None:
     lines = [json.dumps(row.__dict__) for row in ROWS]
     lines[1] = json.dumps(ROWS[1].__dict__ | {"loss": math.nan, "grad_norm": math.inf})
     curve = read_curve(write(tmp_path / "metrics.jsonl", *lines))
@@ -34,16 +34,16 @@ def test_the_fast_way_reads_what_the_slow_one_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line", ["", "{", "[]", "{}", "null", '{"step": 2}', json.dumps(ROWS[1].__dict__ | {"loss": "low"}), "[" * 100_000, "\0\0"]
 )
-def test_a_line_that_is_no_row_is_left_out_and_told(tmp_path: Path, line: str) -> None:
+def test_a_line_that_is_not_a_row_is_left_out_and_reported(tmp_path: Path, line: str) -> None:
     whole = [json.dumps(row.__dict__) for row in ROWS]
     curve = read_curve(write(tmp_path / "metrics.jsonl", whole[0], line, *whole[2:]))
     assert curve.step == (1, 3, 4) and curve.problems == (
-        "metrics.jsonl: 1 line(s) are no row",
-        "metrics.jsonl: the row before that of step 3 is missing or is another one",
+        "metrics.jsonl: 1 line(s) are not whole rows",
+        "metrics.jsonl: the row before step 3 is missing or has another step",
     )
 
 
-def test_a_file_that_is_not_there_or_no_file(tmp_path: Path) -> None:
+def test_a_missing_or_unreadable_file(tmp_path: Path) -> None:
     assert read_curve(tmp_path / "metrics.jsonl") == Curve(problems=("metrics.jsonl is missing",))
     assert "cannot be read" in read_curve(tmp_path).problems[0]
     assert read_curve(write(tmp_path / "metrics.jsonl")) == Curve()
@@ -54,9 +54,9 @@ def test_the_speed_is_that_after_the_warm_up() -> None:
     curve = Curve(
         step=steps, samples=(8,) * 100, tokens=(64,) * 100, seconds=(9.0,) * 10 + (0.5,) * 89 + (30.0,), peak_bytes=steps, loss=(1.0,) * 100
     )
-    speed = speed_of(curve)
+    speed = curve.speed
     assert speed is not None and (speed.steps, speed.samples_per_s, speed.tokens_per_s, speed.peak_bytes) == (90, 16.0, 128.0, 100)
-    assert speed_of(Curve()) is None
+    assert Curve().speed is None
 
 
 def test_means_differences_and_points() -> None:

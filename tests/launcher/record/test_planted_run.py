@@ -53,7 +53,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """With the run that all others are held against, on the digits as files of one's own."""
+    """With the reference run, on the digits as local files."""
     place = Place(project=clone_tree(tmp_path_factory.mktemp("clone") / "project"), here=tmp_path_factory.mktemp("here"))
     checked = omnilaunch(place.project, place.here, "data", "check")
     assert checked.returncode == 0, checked.stdout + checked.stderr
@@ -91,7 +91,7 @@ def other_lock(place: Place) -> None:
 
 
 def dirty_tree(place: Place) -> None:
-    place.launch("planted", project=clone_of(place, "trainer/kernels/cross_entropy.py", "# a change that nobody committed\n"))
+    place.launch("planted", project=clone_of(place, "trainer/kernels/cross_entropy.py", "# an uncommitted change\n"))
 
 
 def other_threads(place: Place) -> None:
@@ -155,7 +155,7 @@ PLANTED: dict[str, tuple[Callable[[Place], None], int, str]] = {
 
 @pytest.fixture
 def restored(place: Place) -> Iterator[Place]:
-    """What a difference was planted in is as it was for the next one."""
+    """The files in which a difference was planted are restored for the next one."""
     image = place.here / "mine/images/0007.png"
     kept = image.read_bytes()
     yield place
@@ -165,7 +165,7 @@ def restored(place: Place) -> Iterator[Place]:
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_it_is_found_and_named(restored: Place, name: str) -> None:
+def test_the_planted_difference_is_found_and_named(restored: Place, name: str) -> None:
     plant, code, named = PLANTED[name]
     plant(restored)
     found, said = restored.compare("planted", "--band", "throughput=0.03" if plant is slowdown else "throughput=9")
@@ -173,7 +173,7 @@ def test_it_is_found_and_named(restored: Place, name: str) -> None:
     assert named in (said.partition("verdict: different")[2] if code == 7 else said), said
 
 
-def test_ten_are_planted_and_nothing_is_the_same(place: Place) -> None:
+def test_ten_differences_are_planted_and_two_unchanged_runs_are_the_same(place: Place) -> None:
     """Without one of them, two real runs are the same: what is found above is what was planted."""
     place.launch("again")
     found, said = place.compare("again", "--band", "throughput=9")

@@ -1,4 +1,4 @@
-"""A run's folder: written before, closed after, never overwritten."""
+"""A run's folder is written before the run, closed after it, and never overwritten."""
 
 import json
 import re
@@ -12,22 +12,11 @@ import pytest
 from launcher.config.compose import compose
 from launcher.errors import ConfigRefused
 from launcher.plan.plan import Plan
-from launcher.record.record import (
-    Failure,
-    Record,
-    SourceState,
-    close_run,
-    find_failure,
-    last_checkpoint,
-    name_run,
-    open_run,
-    read_rows,
-    valid_run_id,
-)
-from launcher.run.node_process import NodeResult
+from launcher.record.metrics import read_rows
+from launcher.record.record import Failure, Record, SourceState, close_run, last_checkpoint, name_run, open_run, valid_run_id
 from launcher.run.progress import Tail
 from trainer import contract
-from trainer.contract import SCHEMA, FailureReport, StepRow
+from trainer.contract import StepRow
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 SOURCE = SourceState(commit="c0ffee", dirty=True)
@@ -40,19 +29,11 @@ def plan(plan_for: Callable[..., Plan], tmp_path: Path) -> Plan:
     return plan_for(f"cluster.root={tmp_path}", "cluster.devices_per_node=2")
 
 
-def close(plan: Plan, nodes: tuple[NodeResult, ...] = ()) -> object:
-    return close_run(
-        plan, SOURCE, "failed", 5, started=NOW, ended=NOW + timedelta(seconds=2), nodes=nodes, failure=find_failure(plan, nodes)
-    )
+def close(plan: Plan) -> object:
+    return close_run(plan, SOURCE, "failed", 5, started=NOW, ended=NOW + timedelta(seconds=2), nodes=(), failure=None)
 
 
-def report(rank: int, unix_s: float, code: int = 1) -> FailureReport:
-    return FailureReport(
-        schema=SCHEMA, rank=rank, hostname="h", unix_s=unix_s, code=code, kind="Broken", message=f"rank {rank} broke", traceback="a\nb\n"
-    )
-
-
-def test_everything_is_there_before_anything_happens(plan: Plan) -> None:
+def test_the_plan_is_written_before_the_run_starts(plan: Plan) -> None:
     folder = open_run(plan, SOURCE)
     assert {path.name for path in folder.iterdir()} == {"plan.json", "config.json", "Dockerfile", "source.json", "spec.json", "logs"}
     assert contract.read(contract.TrainSpec, folder / "spec.json") == plan.spec
@@ -61,7 +42,7 @@ def test_everything_is_there_before_anything_happens(plan: Plan) -> None:
 
 def test_a_run_is_never_overwritten(plan: Plan) -> None:
     folder = open_run(plan, SOURCE)
-    with pytest.raises(ConfigRefused, match="is there already"):
+    with pytest.raises(ConfigRefused, match="exists already"):
         open_run(plan, SOURCE)
     assert (folder / "plan.json").exists()
 
@@ -97,36 +78,13 @@ def test_rows_that_were_written_count_and_half_a_row_does_not(plan: Plan) -> Non
     assert close(plan).final_loss == 1.5  # type: ignore[attr-defined]
 
 
-def test_a_torn_row_takes_no_record_away(plan: Plan) -> None:
-    """As a disk leaves it that was full, or without power, and was written on later."""
+def test_a_torn_row_does_not_prevent_the_record(plan: Plan) -> None:
+    """As after a full disk or a loss of power, when the file was continued later."""
     folder = open_run(plan, SOURCE)
     whole = json.dumps(ROW.__dict__).encode()
     (folder / contract.METRICS_FILE).write_bytes(whole[:20] + b"\n" + whole + b"\n\0\0\xff\n[1]\n{}\n")
     assert read_rows(folder / contract.METRICS_FILE) == Tail(folder / contract.METRICS_FILE).rows() == (ROW,)
     assert close(plan).final_loss == 1.5  # type: ignore[attr-defined]
-
-
-def test_the_rank_that_failed_first_is_named(plan: Plan) -> None:
-    folder = open_run(plan, SOURCE)
-    for rank, unix_s in ((0, 20.0), (1, 10.0)):
-        contract.write(report(rank, unix_s), folder / contract.FAILURE_FILES.format(rank=rank))
-    failure = find_failure(plan, ())
-    assert failure is not None and (failure.rank, failure.message, failure.tail) == (1, "rank 1 broke", ("a", "b"))
-
-
-@pytest.mark.parametrize("code", [2, 5])
-def test_what_was_said_on_purpose_has_no_traceback(plan: Plan, code: int) -> None:
-    folder = open_run(plan, SOURCE)
-    contract.write(report(0, 1.0, code), folder / contract.FAILURE_FILES.format(rank=0))
-    failure = find_failure(plan, ())
-    assert failure is not None and (failure.code, failure.message, failure.tail) == (code, "rank 0 broke", ())
-
-
-def test_without_a_report_the_nodes_last_lines_tell(plan: Plan) -> None:
-    folder = open_run(plan, SOURCE)
-    (folder / "logs/node0.log").write_text("\n".join(f"line {i}" for i in range(40)))
-    failure = find_failure(plan, (NodeResult(host="localhost", node_rank=0, code=-9, seconds=1.0, killed=False),))
-    assert failure is not None and failure.rank == -1 and failure.tail[-1] == "line 39" and len(failure.tail) == 15
 
 
 def test_the_newest_checkpoint_is_that_of_the_last_step(plan: Plan) -> None:
@@ -136,7 +94,7 @@ def test_the_newest_checkpoint_is_that_of_the_last_step(plan: Plan) -> None:
     assert last_checkpoint(folder) == "checkpoints/step-1000000"
 
 
-def test_a_name_sorts_by_time_says_what_it_is_and_is_no_other_ones() -> None:
+def test_a_run_name_sorts_by_time_and_is_unique() -> None:
     config = compose(["stage=lora", "stage.checkpoint=x"], CONF)
     name = name_run(config, NOW, pid=7)
     assert re.fullmatch(r"20261121-010203-tiny_llava-lora-cpu-[0-9a-f]{4}", name) and valid_run_id(name) == name
@@ -145,11 +103,11 @@ def test_a_name_sorts_by_time_says_what_it_is_and_is_no_other_ones() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a/b", "..", ".hidden", "-x", "a b", "a\n", "ü", "n" * 101, "a:b"])
-def test_a_run_id_that_no_folder_and_no_container_can_have(text: str) -> None:
+def test_an_invalid_run_id_is_refused(text: str) -> None:
     with pytest.raises(ConfigRefused, match=r"--run-id"):
         valid_run_id(text)
 
 
 @pytest.mark.parametrize("text", ["a", "monday", "20261121-1.2_x", "N" * 100])
-def test_a_run_id(text: str) -> None:
+def test_a_valid_run_id(text: str) -> None:
     assert valid_run_id(text) == text

@@ -1,4 +1,4 @@
-"""The published schema is that of the dataclasses, and the golden records are what it says."""
+"""The published schema matches the dataclasses, and the golden records match the schema."""
 
 import json
 import re
@@ -25,7 +25,7 @@ KINDS: dict[str, Any] = {
 
 def test_the_published_schema_is_that_of_the_dataclasses() -> None:
     published = (ROOT / "docs/record.schema.json").read_text(encoding="utf-8")
-    assert published == to_text(), "write it anew: python -m launcher.record.schema > docs/record.schema.json"
+    assert published == to_text(), "run: python -m launcher.record.schema > docs/record.schema.json"
 
 
 def test_every_json_file_of_a_record_has_a_schema() -> None:
@@ -35,7 +35,7 @@ def test_every_json_file_of_a_record_has_a_schema() -> None:
 
 
 def faults(value: Any, schema: dict[str, Any], whole: dict[str, Any], where: str) -> list[str]:
-    """What of JSON Schema our own uses, and no more."""
+    """Validates with the part of JSON Schema that the published schema uses."""
     if "$ref" in schema:
         return faults(value, whole["$defs"][schema["$ref"].removeprefix("#/$defs/")], whole, where)
     if "anyOf" in schema:
@@ -47,7 +47,7 @@ def faults(value: Any, schema: dict[str, Any], whole: dict[str, Any], where: str
         return []
     kind = KINDS[schema["type"]]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        return [f"{where}: {value!r} is no {schema['type']}"]
+        return [f"{where}: {value!r} is not a {schema['type']}"]
     if isinstance(value, list):
         return [fault for place, item in enumerate(value) for fault in faults(item, schema["items"], whole, f"{where}[{place}]")]
     if not isinstance(value, dict):
@@ -61,7 +61,7 @@ def faults(value: Any, schema: dict[str, Any], whole: dict[str, Any], where: str
 
 
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda path: path.name)
-def test_golden_records_are_what_it_says(folder: Path) -> None:
+def test_golden_records_match_the_schema(folder: Path) -> None:
     whole = json.loads(to_text())
     looked = 0
     for name, schema in whole["properties"].items():
@@ -78,4 +78,4 @@ def test_the_schema_refuses_what_is_wrong() -> None:
     whole = json.loads(to_text())
     row = {"step": 1, "steps": 1, "loss": "x", "lr": 1, "grad_norm": 1.0, "samples": 1, "tokens": 1, "seconds": 1.0, "more": 1}
     found = faults(row, whole["properties"]["metrics.jsonl"], whole, "row")
-    assert found == ["row: no peak_bytes", "row: more?", "row.loss: 'x' is no number"]
+    assert found == ["row: no peak_bytes", "row: more?", "row.loss: 'x' is not a number"]

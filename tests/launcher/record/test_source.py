@@ -1,12 +1,17 @@
-"""What a record keeps of the tree: the commit, and a diff that makes the same tree of it again."""
+"""The record keeps the commit of the tree, and a diff that restores its changes."""
 
+import json
+import os
 import subprocess
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launcher.record import source
 from launcher.record.source import RECORD_SCHEMA, read_source
+from trainer.contract import encode
 
 
 def git(folder: Path, *words: str, content: bytes = b"") -> str:
@@ -18,7 +23,7 @@ def git(folder: Path, *words: str, content: bytes = b"") -> str:
 def tree(tmp_path: Path) -> Path:
     """A project with one commit."""
     project = tmp_path / "project"
-    for name in ("trainer", "conf", "docs"):
+    for name in ("trainer/train", "conf", "docs"):
         (project / name).mkdir(parents=True)
     (project / "trainer/train/loop.py").write_text("steps = 1\n")
     (project / "conf/lab.yaml").write_text("host: a\n")
@@ -44,11 +49,11 @@ def test_the_diff_makes_the_same_tree_again(tree: Path, tmp_path: Path) -> None:
     assert found.state.dirty and found.state.diff_bytes == len(found.diff) and not found.state.diff_lacks
     git(tree, "worktree", "add", "-q", "--detach", str(tmp_path / "again"))
     git(tmp_path / "again", "apply", "-", content=found.diff)
-    for name in ("loop.py", "new.py", "bytes.bin"):
+    for name in ("train/loop.py", "new.py", "bytes.bin"):
         assert (tmp_path / "again/trainer" / name).read_bytes() == (tree / "trainer" / name).read_bytes()
 
 
-def test_what_no_run_is_made_of_is_in_no_diff(tree: Path) -> None:
+def test_the_diff_covers_the_code_only(tree: Path) -> None:
     """Cluster files may hold addresses with credentials, and the config is in the record as it was resolved."""
     (tree / "conf/lab.yaml").write_text("index: https://ann:pa55@mirror\n")
     (tree / "docs/notes.md").write_text("notes\n")
@@ -63,8 +68,8 @@ def test_a_credential_is_never_kept(tree: Path) -> None:
 
 
 def test_a_diff_is_bounded_and_says_so(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "MOST_DIFF_BYTES", 100)
-    monkeypatch.setattr(source, "MOST_NEW_FILE_BYTES", 1000)
+    monkeypatch.setattr(source, "MAX_DIFF_BYTES", 100)
+    monkeypatch.setattr(source, "MAX_NEW_FILE_BYTES", 1000)
     (tree / "trainer/train/loop.py").write_text("step = 3\n" * 90)
     (tree / "trainer/large.bin").write_bytes(b"x" * 1001)
     found = read_source(tree)
@@ -74,3 +79,106 @@ def test_a_diff_is_bounded_and_says_so(tree: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_folder_without_git(tmp_path: Path) -> None:
     assert read_source(tmp_path).state.commit == "" and read_source(tmp_path / "missing").diff == b""
+
+
+# ------------------------------------------------------------------------------------- nothing in the tree loses the commit
+
+
+def socket_or_fifo(folder: Path) -> None:
+    os.mkfifo(folder / "fifo")
+
+
+def unreadable(folder: Path) -> None:
+    (folder / "secret.py").write_text("x = 1\n")
+    (folder / "secret.py").chmod(0)
+
+
+def repository(folder: Path, *, with_commit: bool) -> None:
+    (folder / "own").mkdir()
+    (folder / "own/file").write_text("x")
+    git(folder / "own", "init", "-q")
+    if with_commit:
+        git(folder / "own", "add", ".")
+        git(folder / "own", "commit", "-q", "-m", "own")
+
+
+ODD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a symbolic link without a target": (lambda folder: (folder / "link").symlink_to("nowhere/at/all"), ""),
+    "a symbolic link to a large file": (lambda folder: (folder / "link").symlink_to("/proc/kcore"), ""),
+    "a symbolic link to a folder": (lambda folder: (folder / "link").symlink_to("/usr"), ""),
+    "a pipe": (socket_or_fifo, ""),
+    "a file that cannot be read": (unreadable, "secret.py, new and not readable"),
+    "a large file": (lambda folder: (folder / "large").write_bytes(bytes(2**20 + 1)), "large, new and larger than 1,048,576 bytes"),
+    "a repository without a commit": (lambda folder: repository(folder, with_commit=False), "own/, a git repository of its own"),
+    "a repository with a commit": (lambda folder: repository(folder, with_commit=True), "own/, a git repository of its own"),
+    "a name with a line break": (lambda folder: (folder / "a\nb.py").write_text("x = 1\n"), ""),
+    "a name with quotes and blanks": (lambda folder: (folder / "a \"b' c\\d.py").write_text("x = 1\n"), ""),
+    "a name that looks like a pattern": (lambda folder: (folder / ":(top)*[.py").write_text("x = 1\n"), ""),
+    "a name that is not UTF-8": (lambda folder: Path(os.fsdecode(os.fsencode(folder) + b"/a\xff.py")).write_text("x = 1\n"), ""),
+    "a large file whose name is not UTF-8": (
+        lambda folder: Path(os.fsdecode(os.fsencode(folder) + b"/a\xff")).write_bytes(bytes(2**20 + 1)),
+        "a\\udcff, new and larger",
+    ),
+}
+
+
+@pytest.mark.parametrize("place", ["trainer", "."])
+@pytest.mark.parametrize("name", ODD)
+def test_no_untracked_file_loses_the_commit(tree: Path, name: str, place: str) -> None:
+    make, lacks = ODD[name]
+    (tree / "trainer/train/loop.py").write_text("steps = 2\n")
+    if name == "a file that cannot be read" and os.geteuid() == 0:
+        pytest.skip("root reads every file")
+    make(tree / place)
+    found = read_source(tree)
+    assert found.state.commit == git(tree, "rev-parse", "HEAD") and found.state.dirty
+    assert b"+steps = 2" in found.diff
+    assert lacks in found.state.diff_lacks if place == "trainer" and lacks else not found.state.diff_lacks
+    assert json.loads(encode(found.state).encode())["commit"] == found.state.commit, "it can be written to a record"
+
+
+@pytest.mark.parametrize("name", [name for name, (_, lacks) in ODD.items() if not lacks and name != "a pipe"])
+def test_a_new_file_with_an_odd_name_is_made_again(tree: Path, tmp_path: Path, name: str) -> None:
+    ODD[name][0](tree / "trainer")
+    found = read_source(tree)
+    assert found.state.dirty and not found.state.diff_lacks
+    git(tree, "worktree", "add", "-q", "--detach", str(tmp_path / "again"))
+    subprocess.run(("git", "apply", "-"), cwd=tmp_path / "again", input=found.diff, check=True)
+    assert {path.name for path in (tmp_path / "again/trainer").iterdir()} == {path.name for path in (tree / "trainer").iterdir()}
+
+
+def test_untracked_files_elsewhere_are_listed_and_change_nothing(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = read_source(tree)
+    (tree / "notes.txt").write_text("buy milk\n")
+    (tree / "conf/mine.yaml").write_text("host: b\n")
+    (tree / "link").symlink_to("nowhere")
+    Path(os.fsdecode(os.fsencode(tree) + b"/a\xff")).write_text("x")
+    found = read_source(tree)
+    assert not found.state.dirty and found.diff == b"" and set(found.state.untracked) == {"notes.txt", "conf/mine.yaml", "link", "a\\udcff"}
+    assert replace(found.state, untracked=()) == clean.state
+    monkeypatch.setattr(source, "MAX_UNTRACKED", 1)
+    assert read_source(tree).state.untracked[1:] == ("and 3 more",)
+
+
+def test_a_changed_submodule_is_named(tree: Path) -> None:
+    repository(tree / "docs", with_commit=True)
+    git(tree, "-c", "protocol.file.allow=always", "submodule", "add", "-q", str(tree / "docs/own"), "trainer/own")
+    git(tree, "commit", "-q", "-m", "submodule")
+    assert not read_source(tree).state.dirty
+    (tree / "trainer/own/file").write_text("changed")
+    found = read_source(tree)
+    assert found.state.dirty and found.state.diff_lacks == "trainer/own, a submodule with another commit or with changes"
+
+
+def test_a_tree_without_a_commit_and_an_index_that_is_gone(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    git(tmp_path / "empty", "init", "-q")
+    assert read_source(tmp_path / "empty").state.commit == ""
+    (tree / ".git/index").write_bytes(b"broken")
+    found = read_source(tree)
+    assert found.state.commit and found.state.dirty and found.state.diff_lacks.startswith("all of it: ")
+
+
+def test_without_git(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert read_source(tree).state.commit == ""

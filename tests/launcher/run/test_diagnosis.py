@@ -12,11 +12,11 @@ import pytest
 from launcher.cli import parse
 from launcher.config.schema import Config
 from launcher.plan.plan import Plan
-from launcher.record.record import find_failure
+from launcher.record.record import NodeResult
 from launcher.run.diagnosis import SYMPTOMS, TABLE_FILE, compiled, describe_symptoms, explain_log, root_rank
+from launcher.run.failure_search import find_failure
 from launcher.run.failures.symptom import KINDS
 from launcher.run.launch import advice
-from launcher.run.node_process import NodeResult
 from trainer import contract
 from trainer.contract import SCHEMA, FailureReport
 

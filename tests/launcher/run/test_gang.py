@@ -10,7 +10,8 @@ import pytest
 
 from launcher.errors import NodeFailed
 from launcher.plan.commands import FOLDER_VARIABLE, NodeCommand
-from launcher.run.gang import NodeResult, StartContext, StopRequest, start_members, watch
+from launcher.record.record import NodeResult
+from launcher.run.gang import StartContext, StopRequest, start_members, watch
 from launcher.run.node_process import write_env_file
 from launcher.ssh.transport import Local, Result, processes_with
 

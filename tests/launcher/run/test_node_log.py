@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from launcher.plan.plan import Plan
-from launcher.record.record import find_failure
+from launcher.record.record import NodeResult
+from launcher.run.failure_search import find_failure
 from launcher.run.node_log import UNSEEN, lines_of, silence_s, standings, unnamed
-from launcher.run.node_process import NodeResult
 from trainer.contract import PHASE_LINE, START_PHASES
 
 KILLED = """\

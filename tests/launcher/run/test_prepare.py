@@ -12,7 +12,6 @@ import pytest
 from launcher.errors import ConfigRefused, ImageFailed, NodeFailed
 from launcher.plan.commands import NodeCommand
 from launcher.plan.plan import Plan
-from launcher.record.record import read_images
 from launcher.run import prepare as preparation
 from launcher.run.prepare import (
     Session,
@@ -166,7 +165,7 @@ def test_the_image_that_each_node_has_is_kept_and_another_than_the_recorded_one_
     ids = {command.host: f"sha256:{place}" for place, command in enumerate(plan.commands)}
     monkeypatch.setattr(preparation, "image_on", lambda site, tag: SimpleNamespace(id=ids[site.command.host]))
     settle_image(plan, desk_for(plan))
-    assert read_images(tmp_path) == ids and len(ids) == 2
+    assert json.loads((tmp_path / "images.json").read_text()) == ids and len(ids) == 2
     settle_image(replace(plan, image_id=", ".join(ids.values())), desk_for(plan))
     second = list(ids)[1]
     with pytest.raises(

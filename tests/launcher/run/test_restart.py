@@ -11,8 +11,7 @@ import pytest
 from launcher.config.schema import Cluster, Node
 from launcher.errors import NodeFailed
 from launcher.plan.commands import NodeCommand
-from launcher.record.record import Attempt, Failure, load_attempts
-from launcher.run.node_process import NodeResult
+from launcher.record.record import Attempt, Failure, NodeResult, load_attempts
 from launcher.run.restart import newest_on, reason_not_to, replace_lost, restore_rows, set_aside, spread_checkpoint
 from launcher.run.run_folder import WorkingNode
 from launcher.ssh.transport import Local, Result

@@ -1,4 +1,4 @@
-"""The page of a report in a real browser: light and dark, on a phone, and with nothing of a record carried out."""
+"""The page of a report in a real browser: light and dark, on a phone, and without running anything in a record."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH; on Debian: apt-get install chromium")]
 POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
 TELL_WIDTH = "<script>parent.postMessage('wide ' + document.documentElement.scrollWidth, '*')</script></body>"
-FRAME = "<!doctype html><title>none</title><script>onmessage = told => {{ document.title = told.data }}</script>{}"
+FRAME = "<!doctype html><title>none</title><script>onmessage = event => {{ document.title = event.data }}</script>{}"
 
 
 def browse(folder: Path, page: str, *options: str) -> str:
@@ -52,15 +52,15 @@ def test_it_is_light_or_dark_as_the_reader_wants(page: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("width", [320, 390, 768, 1280])
-def test_nothing_sticks_out(page: str, tmp_path: Path, width: int) -> None:
-    """In a frame, since a window has a least width. The policy that forbids scripts is taken out for the one that measures."""
+def test_nothing_is_wider_than_the_window(page: str, tmp_path: Path, width: int) -> None:
+    """In a frame, since a window has a minimum width. The policy against scripts is removed for the script that measures."""
     (tmp_path / "inner.html").write_text(POLICY.sub("", page).replace("</body>", TELL_WIDTH), encoding="utf-8")
     frame = FRAME.format(f'<iframe src="inner.html" width="{width}" height="900" style="border:0"></iframe>')
-    told = browse(tmp_path, frame, "--window-size=1400,1000", "--virtual-time-budget=5000", "--dump-dom")
-    assert int(re.search(r"<title>wide (\d+)", told)[1]) <= width  # type: ignore[index]
+    seen = browse(tmp_path, frame, "--window-size=1400,1000", "--virtual-time-budget=5000", "--dump-dom")
+    assert int(re.search(r"<title>wide (\d+)", seen)[1]) <= width  # type: ignore[index]
 
 
-def test_nothing_of_a_record_is_carried_out(tmp_path: Path) -> None:
+def test_nothing_in_a_record_is_executed(tmp_path: Path) -> None:
     """Neither with the policy nor without it."""
     evil = page_of(copy_run(tmp_path, '"><img src=x onerror=document.title=1>', poisoned))
     evil = evil.replace("alert(1)", "document.title=1")

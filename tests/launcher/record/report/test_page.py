@@ -1,4 +1,4 @@
-"""A page of a record: everything that is in it is text, it stands by itself, and it is small however long the run was."""
+"""The page of a report: all values are text, it needs no other file, and it is small for long runs too."""
 
 import base64
 import errno
@@ -18,12 +18,12 @@ from PIL import Image
 from launcher.cli import main
 from launcher.config.schema import Bands
 from launcher.errors import ConfigRefused, RunEnded
-from launcher.record.evidence import read_evidence
 from launcher.record.report import page as report
-from launcher.record.report.answers import MOST_SAMPLES, Album, choose_samples, read_picture
+from launcher.record.report.answers import MAX_SAMPLES, ImageBudget, choose_samples, read_picture
 from launcher.record.report.figures import Line, draw_chart, label_tick, round_ticks
 from launcher.record.report.page import compare_for_report, render_csv, render_html, render_markdown, write_report
 from launcher.record.report.timeline import lay_out
+from launcher.record.run_files import read_run_files
 from tests.launcher.planted import Change, copy_run, set_value, stretch
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(1)>\u202e{{ 7*7 }}\ud800\x00\x1b[31m|`code`'
@@ -76,13 +76,13 @@ class Page(HTMLParser):
 
 @pytest.fixture(autouse=True)
 def collecting() -> Iterator[None]:
-    """`main` turns the collection of garbage off for the whole process."""
+    """`main` switches the garbage collector off for the whole process."""
     yield
     gc.enable()
 
 
 def page_of(*folders: Path, unlike: bool = False) -> str:
-    runs = [read_evidence(folder) for folder in folders]
+    runs = [read_run_files(folder) for folder in folders]
     comparison, refused = compare_for_report(runs, Bands(), unlike=unlike)
     return render_html(runs, comparison, refused)
 
@@ -92,7 +92,7 @@ def answers(rows: list[dict[str, Any]]) -> Change:
 
 
 def poison(data: Any) -> Any:
-    """Every text and every name of a record, where it is not what the reader goes by."""
+    """Replaces every text and every name of a record, except those that the reader depends on."""
     if isinstance(data, dict):
         return {key: value if key in ("schema", "status", "kind") else poison(value) for key, value in data.items()}
     if isinstance(data, list):
@@ -113,7 +113,7 @@ def poisoned(folder: Path) -> None:
     set_value("environment.json", "environment", {EVIL: EVIL})(folder)
 
 
-def test_what_a_record_says_is_text(tmp_path: Path) -> None:
+def test_every_value_of_a_record_is_text(tmp_path: Path) -> None:
     evil = copy_run(tmp_path, '"><img src=x onerror=alert(1)>', poisoned)
     page = page_of(evil, copy_run(tmp_path, "good"), unlike=True)
     seen = Page(page)
@@ -126,7 +126,7 @@ def test_what_a_record_says_is_text(tmp_path: Path) -> None:
 
 
 def test_markdown_and_rows_of_a_hostile_record(tmp_path: Path) -> None:
-    runs = [read_evidence(copy_run(tmp_path, "=cmd|' `x`", poisoned))]
+    runs = [read_run_files(copy_run(tmp_path, "=cmd|' `x`", poisoned))]
     text = render_markdown(runs, None, "")
     outside = re.sub(r"(`{3,})\n.*?\n\1|(`+) .*? \2(?!`)|`[^`\n]+`", "", text, flags=re.DOTALL)
     assert "<script" not in outside and "<script" in text and "\x00" not in text
@@ -134,7 +134,7 @@ def test_markdown_and_rows_of_a_hostile_record(tmp_path: Path) -> None:
     assert rows[1].startswith("'=cmd") and len(rows) == 4
 
 
-def test_it_stands_by_itself(tmp_path: Path) -> None:
+def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
     page = page_of(copy_run(tmp_path, "r"))
     assert "default-src 'none'" in page and "prefers-color-scheme: dark" in page and "width=device-width" in page
     assert not re.search(r"https?://|@import|url\(|<script|<link", page)
@@ -142,10 +142,10 @@ def test_it_stands_by_itself(tmp_path: Path) -> None:
     assert page == page_of(tmp_path / "r"), "the same record, the same page"
 
 
-def test_it_shows_what_a_reader_asks_for(tmp_path: Path) -> None:
+def test_the_page_shows_the_important_values(tmp_path: Path) -> None:
     page = page_of(copy_run(tmp_path, "r"))
     words = "".join(Page(page).words)
-    for wanted in ("finished", "3 of 3", "loss", "learning rate", "samples a second", "memory, GiB", "localhost", "Which digit is this?"):
+    for wanted in ("finished", "3 of 3", "loss", "learning rate", "samples per second", "memory, GiB", "localhost", "Which digit is this?"):
         assert wanted in words, wanted
     assert "torch.distributed.run" in words and "OMP_NUM_THREADS" in words and "2.13.0+cpu" in words
     assert page.count('class="chart"') == 4
@@ -161,12 +161,12 @@ def test_several_runs_have_one_chart_each_line_and_a_verdict(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["result.json", "metrics.jsonl", "environment.json", "data.json", "source.json", "samples.jsonl"])
-def test_a_record_that_is_not_whole_is_shown_and_called_so(tmp_path: Path, name: str) -> None:
+def test_a_damaged_record_is_shown_as_damaged(tmp_path: Path, name: str) -> None:
     gone = copy_run(tmp_path / "a", "r")
     (gone / name).unlink()
     half = copy_run(tmp_path / "b", "r")
     (half / name).write_bytes((half / name).read_bytes()[:-20])
-    assert "the record is not whole" in page_of(half)
+    assert "the record is damaged" in page_of(half)
     assert "r" in page_of(gone)
 
 
@@ -229,22 +229,22 @@ def test_without_pillow_small_ones_are_taken_as_they_are(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("content", [b"", b"<svg onload=alert(1)>", b"\x89PNG\r\n\x1a\nbroken", b"root:x:0:0"])
-def test_what_is_no_image_is_not_shown(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_an_image_is_not_shown(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.png").write_bytes(content)
     found = read_picture(tmp_path / "x.png", "x.png")
     assert found.data == "" and found.missing
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "none.png", "a\0b", "n" * 5000, "."])
-def test_a_name_that_is_no_file(tmp_path: Path, name: str) -> None:
+def test_an_image_that_does_not_exist(tmp_path: Path, name: str) -> None:
     assert read_picture(tmp_path / name, name).missing
 
 
 def test_metrics_and_the_answers_of_a_base_are_shown(tmp_path: Path) -> None:
-    """What got worse comes first. What is no figure, and what a base never says, is left out."""
-    told = {"got": "eight", "match": False, "scores": {"anls": 0.2}}
+    """Answers that are worse than the base come first. Invalid scores and changes are left out."""
+    answered = {"got": "eight", "match": False, "scores": {"anls": 0.2}}
     rows = [
-        {"row": 1, "prompt": "p", "expected": "7", "got": "1", "match": False, "base": {**told, "change": "same"}},
+        {"row": 1, "prompt": "p", "expected": "7", "got": "1", "match": False, "base": {**answered, "change": "same"}},
         {
             "row": 2,
             "prompt": "p",
@@ -252,13 +252,13 @@ def test_metrics_and_the_answers_of_a_base_are_shown(tmp_path: Path) -> None:
             "got": "7",
             "match": True,
             "scores": {"rouge_l": 0.75, "x": "y"},
-            "base": {**told, "change": "worse"},
+            "base": {**answered, "change": "worse"},
         },
         {"row": 3, "prompt": "p", "expected": "7", "got": "7", "match": True, "base": {"change": EVIL}, "scores": EVIL},
         {"row": 4, "prompt": "p", "expected": "7", "got": "7", "match": True, "base": EVIL, "scores": {"a" * 999: 1, EVIL: True}},
     ]
     folder = copy_run(tmp_path, "r", answers(rows))
-    shown = choose_samples(read_evidence(folder), Album())
+    shown = choose_samples(read_run_files(folder), ImageBudget())
     assert [(one.row, one.base, one.change) for one in shown] == [
         ("2", "eight", "worse"),
         ("1", "eight", "same"),
@@ -266,7 +266,7 @@ def test_metrics_and_the_answers_of_a_base_are_shown(tmp_path: Path) -> None:
         ("4", "", ""),
     ]
     assert [one.scores for one in shown] == ["rouge l 0.75", "", "", "a" * 40 + " 1"]
-    page = render_html([read_evidence(folder)], None, "")
+    page = render_html([read_run_files(folder)], None, "")
     for wanted in ("this is worse", "base: eight", "rouge l 0.75"):
         assert wanted in page
 
@@ -275,18 +275,18 @@ def test_answers_are_bounded_and_wrong_ones_come_first(tmp_path: Path) -> None:
     rows = [
         {"row": n, "prompt": "p" * 9000, "expected": "1", "got": "1", "match": n % 100 != 0, "images": ["a.png"] * 9} for n in range(1, 301)
     ]
-    evidence = read_evidence(copy_run(tmp_path, "r", answers(rows), set_value("plan.json", "spec.data.root", str(tmp_path))))
+    run = read_run_files(copy_run(tmp_path, "r", answers(rows), set_value("plan.json", "spec.data.root", str(tmp_path))))
     picture(tmp_path / "a.png", (8, 8))
-    shown = choose_samples(evidence, Album())
-    assert [sample.row for sample in shown[:3]] == ["100", "200", "300"] and len(shown) == MOST_SAMPLES
+    shown = choose_samples(run, ImageBudget())
+    assert [sample.row for sample in shown[:3]] == ["100", "200", "300"] and len(shown) == MAX_SAMPLES
     assert len(shown[0].pictures) == 4 and len(shown[0].prompt) < 2100 and shown[0].pictures[0].data
-    odd = read_evidence(copy_run(tmp_path, "odd", answers([{"row": None, "images": "x", "got": [1], "match": "yes"}, {}])))
-    assert [(sample.got, sample.match) for sample in choose_samples(odd, Album())] == [("[1]", False), ("", False)]
+    odd = read_run_files(copy_run(tmp_path, "odd", answers([{"row": None, "images": "x", "got": [1], "match": "yes"}, {}])))
+    assert [(sample.got, sample.match) for sample in choose_samples(odd, ImageBudget())] == [("[1]", False), ("", False)]
 
 
 def test_the_pictures_of_a_page_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.record.report.answers.MOST_PAGE_BYTES", 100)
-    album = Album()
+    monkeypatch.setattr("launcher.record.report.answers.MAX_PAGE_BYTES", 100)
+    album = ImageBudget()
     found = [album.take(picture(tmp_path / f"{n}.png", (8, 8)), str(n)) for n in range(3)]
     assert [bool(one.data) for one in found] == [True, False, False] or sum(len(one.data) for one in found) < 500
 
@@ -311,7 +311,7 @@ def failed(host: str, message: str) -> dict[str, Any]:
     }
 
 
-def test_attempts_and_failures_lie_where_they_were(tmp_path: Path) -> None:
+def test_attempts_and_failures_are_at_their_times(tmp_path: Path) -> None:
     def two_attempts(folder: Path) -> None:
         (folder / "attempts/1").mkdir(parents=True)
         first = {
@@ -326,15 +326,15 @@ def test_attempts_and_failures_lie_where_they_were(tmp_path: Path) -> None:
         set_value("result.json", "nodes", [node("a", 0, 40.0), node("spare", 1, 40.0)])(folder)
         set_value("result.json", "seconds", 100.0)(folder)
 
-    evidence = read_evidence(copy_run(tmp_path, "r", two_attempts))
-    found = lay_out(evidence)
+    run = read_run_files(copy_run(tmp_path, "r", two_attempts))
+    found = lay_out(run)
     bars = {host: [(bar.attempt, round(bar.begin_s), bar.seconds, bar.end) for bar in row] for host, row in found.rows}
     assert bars == {
         "a": [(1, 10, 30.0, "killed"), (2, 60, 40.0, "ended")],
         "b": [(1, 10, 25.0, "failed")],
         "spare": [(2, 60, 40.0, "ended")],
     }
-    assert found.failures == ("attempt 1: rank 2 on b failed first: out of memory\ndo: free memory\nthe last line",)
+    assert found.failures == ("attempt 1: rank 2 on b failed first: out of memory\nwhat to do: free memory\nthe last line",)
     page = page_of(tmp_path / "r")
     assert 'class="killed"' in page and "out of memory" in page and "left:60.0%;width:40.0%" in page
 
@@ -342,17 +342,17 @@ def test_attempts_and_failures_lie_where_they_were(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------------- writing
 
 
-def test_nothing_is_overwritten_by_itself(tmp_path: Path) -> None:
+def test_an_existing_report_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     write_report("one", path, replace=False)
-    with pytest.raises(ConfigRefused, match=r"is there already.*--replace"):
+    with pytest.raises(ConfigRefused, match=r"exists already.*--replace"):
         write_report("two", path, replace=False)
     assert path.read_text() == "one"
     write_report("two", path, replace=True)
     assert path.read_text() == "two"
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "page.html"
     path.write_text("old")
 
@@ -374,7 +374,7 @@ def test_the_verbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "outside the stated band" in capsys.readouterr().out
     assert main(["compare", "a", "b", "--json"]) == 0 and json.loads(capsys.readouterr().out)["outcome"] == "same"
     assert main(["report", "a", "b"]) == 0 and (tmp_path / "report-a-and-1-more.html").stat().st_size > 20_000
-    assert main(["report", "a", "b"]) == 2 and "is there already" in capsys.readouterr().err
+    assert main(["report", "a", "b"]) == 2 and "exists already" in capsys.readouterr().err
     plain = copy_run(tmp_path / "runs", "q")
     planted = copy_run(tmp_path / "runs", "p", set_value("environment.json", "packages.numpy", "0.1"))
     for words, verdict in (((), "verdict: different"), (("--allow", "environment.packages.numpy"), "verdict: equivalent")):

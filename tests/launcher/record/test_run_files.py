@@ -1,4 +1,4 @@
-"""A record that is not whole is refused with every reason, and a checkpoint that was exchanged is found."""
+"""A damaged record is refused with every reason, and a replaced checkpoint is found."""
 
 import json
 import shutil
@@ -10,9 +10,9 @@ import pytest
 
 from launcher.config.schema import Bands
 from launcher.errors import ConfigRefused
-from launcher.record import evidence as evidence_module
+from launcher.record import run_files
 from launcher.record.comparison import Outcome
-from launcher.record.evidence import read_evidence
+from launcher.record.run_files import read_run_files
 from launcher.record.verdict import compare
 from tests.launcher.planted import REAL, Change, copy_run, set_value
 from trainer.contract.weight_files import hash_weights
@@ -21,9 +21,9 @@ NO_BANDS = Bands()
 
 
 def held(tmp_path: Path, change: Change) -> None:
-    """The real run against itself with one change."""
+    """Compare the real run with a copy of it that has one change."""
     reference, other = copy_run(tmp_path, "before"), copy_run(tmp_path, "after", change)
-    compare(read_evidence(reference), [read_evidence(other)], bands=NO_BANDS)
+    compare(read_run_files(reference), [read_run_files(other)], bands=NO_BANDS)
 
 
 def cut(name: str) -> Change:
@@ -46,9 +46,9 @@ def swap(folder: Path) -> None:
 
 BROKEN: dict[str, tuple[Change, str]] = {
     "metrics cut short": (cut("metrics.jsonl"), r"its last row is cut short"),
-    "a row that is none": (lambda folder: (folder / "metrics.jsonl").write_text("{}\n"), r"1 line\(s\) are no row"),
+    "a row that is none": (lambda folder: (folder / "metrics.jsonl").write_text("{}\n"), r"1 line\(s\) are not whole rows"),
     "rows lost at the end": (lambda folder: cut_rows(folder, slice(0, 2)), r"ends with step 2, result\.json says that 3 were done"),
-    "a row lost in between": (lambda folder: cut_rows(folder, slice(0, 3, 2)), r"the row before that of step 3 is missing"),
+    "a row lost in between": (lambda folder: cut_rows(folder, slice(0, 3, 2)), r"the row before step 3 is missing"),
     "result cut short": (cut("result.json"), r"result\.json was cut short or edited"),
     "environment cut short": (cut("environment.json"), r"environment\.json was cut short or edited"),
     "environment missing": (drop("environment.json"), r"environment\.json is missing"),
@@ -66,22 +66,22 @@ BROKEN: dict[str, tuple[Change, str]] = {
 }
 
 
-def test_weights_that_were_exchanged_in_place_are_found(tmp_path: Path) -> None:
+def test_weights_that_were_replaced_in_place_are_found(tmp_path: Path) -> None:
     """The checkpoint's own trainer_state.json still says what the record says."""
     run = copy_run(tmp_path, "run", save_weights(b"trained!"))
-    assert read_evidence(run).problems == ()
+    assert read_run_files(run).problems == ()
     save = write_weights(b"swapped!")
     save(run / "checkpoints/step-000003")
-    assert read_evidence(run).problems[0].startswith("checkpoints/step-000003 holds the weights ")
+    assert read_run_files(run).problems[0].startswith("checkpoints/step-000003 holds the weights ")
     (run / "checkpoints/step-000003/model.safetensors").write_bytes(b"half")
-    assert "checkpoints/step-000003 is not whole: " in read_evidence(run).problems[0]
+    assert "checkpoints/step-000003 is not whole: " in read_run_files(run).problems[0]
 
 
-def test_large_weights_are_read_again_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evidence_module, "MOST_WEIGHT_BYTES", 7)
+def test_large_weights_are_hashed_again_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_files, "MAX_WEIGHT_BYTES", 7)
     run = copy_run(tmp_path, "run", save_weights(b"trained!"))
     write_weights(b"swapped!")(run / "checkpoints/step-000003")
-    assert read_evidence(run).problems == () and len(read_evidence(run, every_weight=True).problems) == 1
+    assert read_run_files(run).problems == () and len(read_run_files(run, every_weight=True).problems) == 1
 
 
 def save_weights(values: bytes) -> Change:
@@ -113,7 +113,7 @@ def cut_rows(folder: Path, part: slice) -> None:
 
 
 @pytest.mark.parametrize(("change", "named"), BROKEN.values(), ids=BROKEN)
-def test_nothing_is_compared_with_a_broken_record(tmp_path: Path, change: Change, named: str) -> None:
+def test_a_damaged_record_is_not_compared(tmp_path: Path, change: Change, named: str) -> None:
     with pytest.raises(ConfigRefused, match=named):
         held(tmp_path, change)
 
@@ -126,27 +126,27 @@ def test_nothing_is_compared_with_a_broken_record(tmp_path: Path, change: Change
         (drop("result.json"), r"has no result\.json"),
     ],
 )
-def test_what_is_no_record_is_refused(tmp_path: Path, change: Callable[[Path], None], named: str) -> None:
+def test_a_folder_without_a_record_is_refused(tmp_path: Path, change: Callable[[Path], None], named: str) -> None:
     with pytest.raises(ConfigRefused, match=named):
         held(tmp_path, change)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "environment.json", "plan.json", "data.json", "samples.jsonl"])
 def test_a_sealed_record_that_was_edited_is_refused(tmp_path: Path, name: str) -> None:
-    """By one character, where no two files contradict each other."""
+    """By one character, so that no two files contradict each other."""
     sealed = REAL.with_name("2")
     for run in ("before", "after"):
         shutil.copytree(sealed, tmp_path / run)
-    assert compare(read_evidence(tmp_path / "before"), [read_evidence(tmp_path / "after")], bands=NO_BANDS).outcome is Outcome.SAME
+    assert compare(read_run_files(tmp_path / "before"), [read_run_files(tmp_path / "after")], bands=NO_BANDS).outcome is Outcome.SAME
     content = (tmp_path / "after" / name).read_text()
     head, _, tail = content.rpartition("1")
     (tmp_path / "after" / name).write_text(f"{head}2{tail}")
     with pytest.raises(ConfigRefused, match=rf"{name} was edited"):
-        compare(read_evidence(tmp_path / "before"), [read_evidence(tmp_path / "after")], bands=NO_BANDS)
+        compare(read_run_files(tmp_path / "before"), [read_run_files(tmp_path / "after")], bands=NO_BANDS)
 
 
-def test_each_thing_that_is_wrong_is_told_once(tmp_path: Path) -> None:
-    """Where the seal says that a file is missing, nobody else does."""
+def test_each_problem_is_reported_once(tmp_path: Path) -> None:
+    """If the seal says that a file is missing, it is not reported a second time."""
     run = Path(shutil.copytree(REAL.with_name("2"), tmp_path / "run"))
     (run / "environment.json").unlink()
-    assert "\n".join(read_evidence(run).problems).count("environment.json is missing") == 1
+    assert "\n".join(read_run_files(run).problems).count("environment.json is missing") == 1

@@ -1,4 +1,4 @@
-"""A run's folder read back: whole or not at all, of every schema that there ever was."""
+"""A record is read completely or refused, in every schema up to now."""
 
 import json
 import shutil
@@ -11,8 +11,8 @@ import pytest
 
 from launcher.errors import RecordRefused
 from launcher.plan.plan import Plan
-from launcher.record.reader import load_archive
 from launcher.record.record import close_run, open_run
+from launcher.record.recorded_run import load_recorded_run
 from launcher.record.source import RECORD_SCHEMA, SourceState
 from trainer import contract
 from trainer.contract import StepRow
@@ -47,15 +47,15 @@ def edit(path: Path, old: str, new: str) -> None:
 
 
 @pytest.mark.parametrize("folder", sorted(path for path in GOLDEN.iterdir() if path.is_dir()), ids=lambda path: f"schema-{path.name}")
-def test_every_schema_is_read_for_ever(folder: Path) -> None:
-    archive = load_archive(folder)
-    assert archive.schema == int(folder.name)
-    assert [row.step for row in archive.rows] == [1, 2, 3] and archive.record.steps == 3
-    assert archive.record.final_loss == archive.rows[-1].loss == archive.result.final_loss  # type: ignore[union-attr]
-    assert archive.data is not None and archive.data.sha256 == archive.record.data_sha256
-    assert archive.environment is not None and archive.environment.packages["torch"]
-    assert archive.plan.spec.seed == 1 and archive.plan.image.dockerfile == archive.dockerfile
-    assert len(archive.evaluations) == 1 and archive.failures == ()
+def test_every_earlier_schema_is_readable(folder: Path) -> None:
+    recorded = load_recorded_run(folder)
+    assert recorded.schema == int(folder.name)
+    assert [row.step for row in recorded.rows] == [1, 2, 3] and recorded.record.steps == 3
+    assert recorded.record.final_loss == recorded.rows[-1].loss == recorded.result.final_loss  # type: ignore[union-attr]
+    assert recorded.data is not None and recorded.data.sha256 == recorded.record.data_sha256
+    assert recorded.environment is not None and recorded.environment.packages["torch"]
+    assert recorded.plan.spec.seed == 1 and recorded.plan.image.dockerfile == recorded.dockerfile
+    assert len(recorded.evaluations) == 1 and recorded.failures == ()
 
 
 def test_there_is_a_golden_record_of_every_schema() -> None:
@@ -63,16 +63,16 @@ def test_there_is_a_golden_record_of_every_schema() -> None:
 
 
 def test_a_record_holds_diff_and_lock(sealed: Path) -> None:
-    archive = load_archive(sealed)
-    assert archive.schema == RECORD_SCHEMA and archive.source == SOURCE
-    assert (archive.diff, archive.lock, archive.rows) == (b"diff", "torch==2.13.0\n", ROWS)
-    assert load_archive(sealed, rows=False).rows == ()
+    recorded = load_recorded_run(sealed)
+    assert recorded.schema == RECORD_SCHEMA and recorded.source == SOURCE
+    assert (recorded.diff, recorded.lock, recorded.rows) == (b"diff", "torch==2.13.0\n", ROWS)
+    assert load_recorded_run(sealed, rows=False).rows == ()
 
 
-def test_a_whole_copy_elsewhere_is_as_good(sealed: Path, tmp_path: Path) -> None:
+def test_a_complete_copy_in_another_folder_is_valid(sealed: Path, tmp_path: Path) -> None:
     shutil.copytree(sealed, tmp_path / "copy")
     (tmp_path / "copy/logs/more.log").write_text("logs are no part of it")
-    assert load_archive(tmp_path / "copy").record.run_id == "R"
+    assert load_recorded_run(tmp_path / "copy").record.run_id == "R"
 
 
 BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -86,7 +86,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a seal edited by hand": (lambda run: edit(run / "seal.json", '"bytes": 4', '"bytes": 5'), r"seal\.json itself was edited"),
     "a seal that is missing": (lambda run: (run / "seal.json").unlink(), r"seal\.json is missing"),
     "half a seal": (lambda run: (run / "seal.json").write_bytes((run / "seal.json").read_bytes()[:99]), r"seal\.json was cut short"),
-    "a result that is missing": (lambda run: (run / "result.json").unlink(), r"no result\.json: it is under way"),
+    "a result that is missing": (lambda run: (run / "result.json").unlink(), r"no result\.json: it is still running"),
     "a plan that is missing": (lambda run: (run / "plan.json").unlink(), r"is not the folder of a run: it has no plan\.json"),
     "a source that is missing": (lambda run: (run / "source.json").unlink(), r"source\.json is missing"),
     "a newer seal": (lambda run: edit(run / "seal.json", '"schema": 2', '"schema": 3'), r"schema 3, this version reads 1 to 2.*c0ffee"),
@@ -99,11 +99,11 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_a_record_that_is_not_as_it_was_written_is_refused(sealed: Path, name: str) -> None:
+def test_a_record_that_was_changed_is_refused(sealed: Path, name: str) -> None:
     damage, said = BREAKS[name]
     damage(sealed)
     with pytest.raises(RecordRefused, match=f"(?s){said}"):
-        load_archive(sealed)
+        load_recorded_run(sealed)
 
 
 @pytest.mark.parametrize(
@@ -116,17 +116,17 @@ def test_a_record_that_is_not_as_it_was_written_is_refused(sealed: Path, name: s
         ("metrics.jsonl", '{"step": 3, "steps"', '{"step": 3, "st', "ends with step 2.*cut short"),
     ],
 )
-def test_without_a_seal_what_can_be_told_is_told(tmp_path: Path, name: str, old: str, new: str, said: str) -> None:
+def test_a_record_without_a_seal_is_checked_as_far_as_possible(tmp_path: Path, name: str, old: str, new: str, said: str) -> None:
     shutil.copytree(GOLDEN / "1", tmp_path / "run")
     edit(tmp_path / "run" / name, old, new)
     with pytest.raises(RecordRefused, match=f"(?s){name}.*{said}"):
-        load_archive(tmp_path / "run")
+        load_recorded_run(tmp_path / "run")
 
 
-def test_a_folder_that_is_none_of_ours(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(RecordRefused, match="is not the folder of a run"):
-            load_archive(folder)
+            load_recorded_run(folder)
 
 
 def test_a_disk_that_is_full_loses_nothing(plan_for: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,23 +141,23 @@ def test_a_disk_that_is_full_loses_nothing(plan_for: Callable[..., Plan], tmp_pa
             raise OSError(28, "No space left on device")
         write(text, path)
 
-    monkeypatch.setattr(contract, "write_text", full)
+    monkeypatch.setattr(contract.spec, "write_text", full)
     with pytest.raises(OSError, match="No space left"):
         close_run(plan, SOURCE, "finished", 0, started=NOW, ended=NOW, nodes=(), failure=None)
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     with pytest.raises(RecordRefused, match=r"no result\.json"):
-        load_archive(folder)
+        load_recorded_run(folder)
     monkeypatch.undo()
     close_run(plan, SOURCE, "stopped", 130, started=NOW, ended=NOW, nodes=(), failure=None)
-    assert load_archive(folder).record.status == "stopped"
+    assert load_recorded_run(folder).record.status == "stopped"
 
 
 def test_a_hundred_thousand_rows_are_read_in_seconds(tmp_path: Path) -> None:
-    from launcher.record.reader import load_rows
+    from launcher.record.metrics import read_rows
 
     line = json.dumps(ROWS[0].__dict__)
     path = tmp_path / "metrics.jsonl"
     path.write_text(f"{line}\n" * 100_000 + line[:40])
     began = time.process_time()
-    assert len(load_rows(path)) == 100_000
+    assert len(read_rows(path)) == 100_000
     assert time.process_time() - began < 10, "it takes about one"
