@@ -297,9 +297,9 @@ def reach(plan: "Plan", say: Callable[[str], None]) -> Any:
 
 
 def reach_sites(plans: "Sequence[Plan]") -> "AbstractContextManager[tuple[WorkingNode, ...]]":
-    from launcher.run.session import reach_sites
+    from launcher.run.session import reach_containers
 
-    return reach_sites(plans, os.environ)
+    return reach_containers(plans, os.environ)
 
 
 ACTIONS = {

@@ -32,14 +32,14 @@ class StartContext:
     node_timeout_s: float
 
 
-def start_members(commands: tuple[NodeCommand, ...], crewed: StartContext, stop: StopRequest) -> tuple[NodeProcess, ...]:
+def start_trainers(commands: tuple[NodeCommand, ...], context: StartContext, stop: StopRequest) -> tuple[NodeProcess, ...]:
     """Start every node or none: when one does not start, those that did are ended, and all that went wrong is told. After a request to stop
-    no start is waited for, and what did start is the caller's to `abandon`. Raises NodeFailed."""
+    no start is waited for, and what did start is the caller's to `remove_by_name`. Raises NodeFailed."""
     if commands[0].runtime == "process":
-        return start_processes(commands, crewed)
-    members = make_containers(commands, crewed)
+        return start_children(commands, context)
+    members = container_processes(commands, context)
     answers = attempt_each(
-        lambda member: member.start(crewed.secrets, lambda: bool(stop.count)), members, until=lambda: stop.is_over(START_PATIENCE_S)
+        lambda member: member.start(context.secrets, lambda: bool(stop.count)), members, until=lambda: stop.is_over(START_PATIENCE_S)
     )
     failures = [answer for answer in answers if isinstance(answer, NodeFailed)]
     if failures:
@@ -54,7 +54,7 @@ def start_members(commands: tuple[NodeCommand, ...], crewed: StartContext, stop:
     return members
 
 
-def abandon(commands: tuple[NodeCommand, ...], crewed: StartContext, stop: StopRequest) -> dict[str, str]:
+def remove_by_name(commands: tuple[NodeCommand, ...], context: StartContext, stop: StopRequest) -> dict[str, str]:
     """Remove, by their names, the containers of a start that was given up; host -> why that is not sure. A node that has not answered in
     time may still do it: the command is there."""
 
@@ -67,17 +67,17 @@ def abandon(commands: tuple[NodeCommand, ...], crewed: StartContext, stop: StopR
         if transport.run(named).expect(f"{command.host}: asking what is left").output.strip():
             raise NodeFailed(f"its engine has not ended container {command.name} yet")
 
-    pairs = list(zip(commands, crewed.transports, strict=True))
+    pairs = list(zip(commands, context.transports, strict=True))
     answers = attempt_each(remove, pairs, until=lambda: stop.is_over(END_PATIENCE_S, haste_s=HASTE_S))
     return {command.host: str(answer) for command, answer in zip(commands, answers, strict=True) if isinstance(answer, NodeFailed)}
 
 
-def start_processes(commands: tuple[NodeCommand, ...], crewed: StartContext) -> tuple[NodeProcess, ...]:
+def start_children(commands: tuple[NodeCommand, ...], context: StartContext) -> tuple[NodeProcess, ...]:
     started: list[NodeProcess] = []
     try:
-        for command, transport in zip(commands, crewed.transports, strict=True):
-            log = node_log(crewed.logs, command)
-            started.append(ChildNodeProcess(command, command.start, transport, log, crewed.project, secrets=crewed.secrets))
+        for command, transport in zip(commands, context.transports, strict=True):
+            log = node_log_path(context.logs, command)
+            started.append(ChildNodeProcess(command, command.start, transport, log, context.project, secrets=context.secrets))
     except NodeFailed:
         for member in started:
             member.kill()
@@ -85,16 +85,16 @@ def start_processes(commands: tuple[NodeCommand, ...], crewed: StartContext) -> 
     return tuple(started)
 
 
-def find_members(commands: tuple[NodeCommand, ...], crewed: StartContext) -> tuple[NodeProcess, ...]:
+def find_trainers(commands: tuple[NodeCommand, ...], context: StartContext) -> tuple[NodeProcess, ...]:
     """Members whose containers were started by a launcher that is gone. Their logs go on where it left them."""
-    return make_containers(commands, crewed)
+    return container_processes(commands, context)
 
 
-def make_containers(commands: tuple[NodeCommand, ...], crewed: StartContext) -> tuple[ContainerNodeProcess, ...]:
+def container_processes(commands: tuple[NodeCommand, ...], context: StartContext) -> tuple[ContainerNodeProcess, ...]:
     asker = new_asker(commands)
     return tuple(
-        ContainerNodeProcess(command, transport, node_log(crewed.logs, command), asker, node_timeout_s=crewed.node_timeout_s)
-        for command, transport in zip(commands, crewed.transports, strict=True)
+        ContainerNodeProcess(command, transport, node_log_path(context.logs, command), asker, node_timeout_s=context.node_timeout_s)
+        for command, transport in zip(commands, context.transports, strict=True)
     )
 
 
@@ -102,18 +102,18 @@ def new_asker(commands: tuple[NodeCommand, ...]) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=min(ASKERS, len(commands)), thread_name_prefix="omnilaunch-asker")
 
 
-def start_checks(commands: tuple[NodeCommand, ...], crewed: StartContext, stop: StopRequest) -> tuple[NodeProcess, ...]:
+def start_checks(commands: tuple[NodeCommand, ...], context: StartContext, stop: StopRequest) -> tuple[NodeProcess, ...]:
     """The data check on every node, in the runtime of the run. Raises NodeFailed."""
     asker = new_asker(commands)
 
     def start(pair: tuple[NodeCommand, Transport]) -> NodeProcess:
         command, transport = pair
-        log = crewed.logs / f"data{command.node_rank}.log"
+        log = context.logs / f"data{command.node_rank}.log"
         if command.runtime == "process":
-            return ChildNodeProcess(command, command.prepare, transport, log, crewed.project, secrets={})
-        return CheckNodeProcess(command, transport, log, asker, node_timeout_s=crewed.node_timeout_s)
+            return ChildNodeProcess(command, command.prepare, transport, log, context.project, secrets={})
+        return CheckNodeProcess(command, transport, log, asker, node_timeout_s=context.node_timeout_s)
 
-    answers = attempt_each(start, list(zip(commands, crewed.transports, strict=True)), until=lambda: stop.is_over(START_PATIENCE_S))
+    answers = attempt_each(start, list(zip(commands, context.transports, strict=True)), until=lambda: stop.is_over(START_PATIENCE_S))
     failures = [answer for answer in answers if isinstance(answer, NodeFailed)]
     started = tuple(answer for answer in answers if not isinstance(answer, NodeFailed))
     if failures:
@@ -170,6 +170,6 @@ def clear_all(members: Sequence[NodeProcess]) -> dict[int, str]:
     return {place: str(answer) for place, answer in enumerate(answers) if isinstance(answer, NodeFailed)}
 
 
-def node_log(folder: Path, command: NodeCommand) -> Path:
+def node_log_path(folder: Path, command: NodeCommand) -> Path:
     """Everything that the node's ranks print, whole."""
     return folder / f"node{command.node_rank}.log"

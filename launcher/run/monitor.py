@@ -9,10 +9,10 @@ from pathlib import Path
 from launcher.plan.plan import Plan
 from launcher.record.lock import is_asked_to_stop
 from launcher.record.record import Failure, Status, find_failure, read_if_there
-from launcher.run.gang import TICK_S, clear_all, node_log, watch
-from launcher.run.node_log import StartPhase, silence_s, standings
+from launcher.run.gang import TICK_S, clear_all, node_log_path, watch
+from launcher.run.node_log import StartPhase, silence_s, start_phases
 from launcher.run.node_process import NodeProcess, NodeResult
-from launcher.run.prepare import NodeProcesses, Session, broken_check, fetch, fetch_problems, refuse_data, sites_of
+from launcher.run.prepare import NodeProcesses, Session, check_failure, fetch, fetch_problems, refuse_data, working_nodes
 from launcher.run.progress import ProgressView
 from launcher.run.run_folder import Mirror
 from launcher.run.signals import STOPPED_CODE, StopRequest, released
@@ -32,23 +32,23 @@ class AttemptOutcome:
     failure: Failure | None = None
 
 
-def watch_attempt(plan: Plan, folder: Path, desk: Session, crew: NodeProcesses, stop: StopRequest) -> AttemptOutcome:
+def watch_attempt(plan: Plan, folder: Path, session: Session, processes: NodeProcesses, stop: StopRequest) -> AttemptOutcome:
     """Watch until all members have ended, and judge. Raises ConfigRefused when the data turns out to be bad. The trainer writes its
     environment when its model is ready and the rows of an earlier attempt are cut: until then there is nothing to show."""
     limit_s, began = plan.config.run.start_timeout_s, time.monotonic()
-    mirrors = mirrors_of(plan, folder, desk)
+    mirrors = open_mirrors(plan, folder, session)
     looked_at = 0.0
 
-    with released(signals_of_others(plan)), ProgressView(folder, desk.say, terminal=desk.terminal) as progress:
+    with released(default_signals(plan)), ProgressView(folder, session.say, terminal=session.terminal) as progress:
 
         def tick() -> None:
             nonlocal looked_at
             ready = (folder / ENVIRONMENT_FILE).exists()
-            look_at_checks(crew.checks)
+            raise_bad_data(processes.checks)
             if not stop.count and is_asked_to_stop(folder):
                 stop.ask("omnilaunch stop")
             if mirrors and time.monotonic() - looked_at >= MIRROR_INTERVAL_S:
-                mirrors[shown_file(plan) if ready else ENVIRONMENT_FILE].update()
+                mirrors[progress_file(plan) if ready else ENVIRONMENT_FILE].update()
                 looked_at = time.monotonic()
             if ready:
                 progress.tick()
@@ -56,20 +56,20 @@ def watch_attempt(plan: Plan, folder: Path, desk: Session, crew: NodeProcesses, 
                 raise NotReady(slow_start(plan, folder, limit_s))
 
         try:
-            nodes = watch(crew.members, stop, tick, grace_s=lambda: grace_s(plan, folder, began_here=bool(crew.checks)))
+            nodes = watch(processes.members, stop, tick, grace_s=lambda: grace_s(plan, folder, began_here=bool(processes.checks)))
             if not any(node.code for node in nodes):
-                finish_checks(crew.checks, lambda: bool(stop.count) or is_asked_to_stop(folder))
+                wait_for_checks(processes.checks, lambda: bool(stop.count) or is_asked_to_stop(folder))
         except BadData as error:
-            return judge_data(plan, folder, desk, crew, error.check)
+            return judge_bad_data(plan, folder, session, processes, error.check)
         except NotReady as error:
-            return judge_start(plan, folder, desk, crew, error.failure)
+            return judge_slow_start(plan, folder, session, processes, error.failure)
         finally:
-            clear_all(crew.checks)
+            clear_all(processes.checks)
             for mirror in mirrors.values():
                 mirror.settle()
-        fetch(plan, folder, desk)
+        fetch(plan, folder, session)
         progress.tick()
-    return judge(plan, folder, nodes, stop)
+    return judge_attempt(plan, folder, nodes, stop)
 
 
 def grace_s(plan: Plan, folder: Path, *, began_here: bool = True) -> float:
@@ -80,7 +80,7 @@ def grace_s(plan: Plan, folder: Path, *, began_here: bool = True) -> float:
     return min(plan.config.run.stop_timeout_s, START_GRACE_S) if nothing_done else plan.stop_limit_s
 
 
-def signals_of_others(plan: Plan) -> tuple[signal.Signals, ...]:
+def default_signals(plan: Plan) -> tuple[signal.Signals, ...]:
     """Those that end a launcher that watches. A closed terminal ends that of containers as a kill does, which harms nothing; one of processes
     ends them."""
     return (signal.SIGHUP,) if plan.config.cluster.runtime == "docker" else ()
@@ -98,12 +98,12 @@ def slow_start(plan: Plan, folder: Path, limit_s: int) -> Failure:
     per_node, found = plan.spec.device.devices_per_node, list[StartPhase]()
     for command in plan.commands:
         ranks = range(command.node_rank * per_node, (command.node_rank + 1) * per_node)
-        found += standings(node_log(folder / "logs", command), command.host, ranks)
+        found += start_phases(node_log_path(folder / "logs", command), command.host, ranks)
     least = min(standing.phase for standing in found)
     slow = [standing for standing in found if standing.phase == least]
     first = slow[0]
     command = plan.commands[first.rank // per_node]
-    log = node_log(folder / "logs", command)
+    log = node_log_path(folder / "logs", command)
     quiet_s = silence_s(log)
     return Failure(
         host=first.host,
@@ -128,42 +128,42 @@ class BadData(Exception):
         self.check = check
 
 
-def look_at_checks(checks: tuple[NodeProcess, ...]) -> None:
+def raise_bad_data(checks: tuple[NodeProcess, ...]) -> None:
     """Raises BadData with the first check that has ended by itself with an error."""
     for check in checks:
         if check.poll():
             raise BadData(check)
 
 
-def finish_checks(checks: tuple[NodeProcess, ...], asked_to_stop: Callable[[], bool]) -> None:
+def wait_for_checks(checks: tuple[NodeProcess, ...], asked_to_stop: Callable[[], bool]) -> None:
     """A run that was faster than the check of its data waits for it. Raises BadData."""
     while not asked_to_stop() and any(check.poll() is None for check in checks):
         time.sleep(TICK_S)
-        look_at_checks(checks)
-    look_at_checks(checks)
+        raise_bad_data(checks)
+    raise_bad_data(checks)
 
 
-def judge_data(plan: Plan, folder: Path, desk: Session, crew: NodeProcesses, check: NodeProcess) -> AttemptOutcome:
+def judge_bad_data(plan: Plan, folder: Path, session: Session, processes: NodeProcesses, check: NodeProcess) -> AttemptOutcome:
     """A check that refused refuses the run (ConfigRefused); one that broke fails the attempt. The ranks have been ended by now."""
     code = check.poll()
-    clear_all(crew.members)
-    fetch(plan, folder, desk)
+    clear_all(processes.members)
+    fetch(plan, folder, session)
     if code == Exit.USAGE:
-        fetch_problems(folder, desk, check)
+        fetch_problems(folder, session, check)
         refuse_data(folder, check)
-    lost = check.lost or any(member.lost for member in crew.members)
-    return AttemptOutcome(status="failed", code=Exit.NODE if lost else Exit.RUN, nodes=ended_nodes(crew, {}), failure=broken_check(folder, check))
+    lost = check.lost or any(member.lost for member in processes.members)
+    return AttemptOutcome(status="failed", code=Exit.NODE if lost else Exit.RUN, nodes=node_results(processes, {}), failure=check_failure(folder, check))
 
 
-def judge_start(plan: Plan, folder: Path, desk: Session, crew: NodeProcesses, failure: Failure) -> AttemptOutcome:
+def judge_slow_start(plan: Plan, folder: Path, session: Session, processes: NodeProcesses, failure: Failure) -> AttemptOutcome:
     """A start that took too long fails the attempt. The ranks have been ended by now; what is left of them is asked once more."""
-    left = clear_all(crew.members)
-    fetch(plan, folder, desk)
-    lost = any(member.lost for member in crew.members)
-    return AttemptOutcome(status="failed", code=Exit.NODE if lost else Exit.RUN, nodes=ended_nodes(crew, left), failure=failure)
+    left = clear_all(processes.members)
+    fetch(plan, folder, session)
+    lost = any(member.lost for member in processes.members)
+    return AttemptOutcome(status="failed", code=Exit.NODE if lost else Exit.RUN, nodes=node_results(processes, left), failure=failure)
 
 
-def ended_nodes(crew: NodeProcesses, left: Mapping[int, str]) -> tuple[NodeResult, ...]:
+def node_results(processes: NodeProcesses, left: Mapping[int, str]) -> tuple[NodeResult, ...]:
     return tuple(
         NodeResult(
             host=member.command.host,
@@ -174,11 +174,11 @@ def ended_nodes(crew: NodeProcesses, left: Mapping[int, str]) -> tuple[NodeResul
             lost=member.lost,
             left=left.get(place, ""),
         )
-        for place, member in enumerate(crew.members)
+        for place, member in enumerate(processes.members)
     )
 
 
-def judge(plan: Plan, folder: Path, nodes: tuple[NodeResult, ...], stop: StopRequest) -> AttemptOutcome:
+def judge_attempt(plan: Plan, folder: Path, nodes: tuple[NodeResult, ...], stop: StopRequest) -> AttemptOutcome:
     """Finished is what the trainer says it is, and every node must agree."""
     result: TrainResult | None = read_if_there(TrainResult, folder / RESULT_FILE)
     if result and result.status == "finished" and not any(node.code for node in nodes):
@@ -192,13 +192,13 @@ def judge(plan: Plan, folder: Path, nodes: tuple[NodeResult, ...], stop: StopReq
     return AttemptOutcome(status="refused" if refused else "failed", code=code, nodes=nodes, failure=failure)
 
 
-def mirrors_of(plan: Plan, folder: Path, desk: Session) -> dict[str, Mirror]:
+def open_mirrors(plan: Plan, folder: Path, session: Session) -> dict[str, Mirror]:
     """What of node 0 is kept up to date here while it grows; nothing where this machine is the node."""
     if plan.folder == plan.spec.output:
         return {}
-    return {name: Mirror(sites_of(plan, desk)[0], name, folder) for name in (shown_file(plan), ENVIRONMENT_FILE)}
+    return {name: Mirror(working_nodes(plan, session)[0], name, folder) for name in (progress_file(plan), ENVIRONMENT_FILE)}
 
 
-def shown_file(plan: Plan) -> str:
+def progress_file(plan: Plan) -> str:
     """What a user is shown of it while a run goes on."""
     return {"serve": SERVING_FILE, "infer": STREAM_FILE}.get(plan.spec.stage.kind, METRICS_FILE)

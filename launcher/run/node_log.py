@@ -45,15 +45,15 @@ def unnamed(text: str) -> str:
 
 def lines_of(text: str, rank: int) -> tuple[str, ...]:
     """The lines of one rank, without its name in front."""
-    return tuple(PREFIXED.sub("", line) for line in text.splitlines() if speaker(line) == rank)
+    return tuple(PREFIXED.sub("", line) for line in text.splitlines() if rank_of(line) == rank)
 
 
-def speaker(line: str) -> int:
+def rank_of(line: str) -> int:
     found = PREFIXED.match(line)
     return int(found[1]) if found else NO_RANK
 
 
-def standings(log: Path, host: str, ranks: Iterable[int]) -> tuple[StartPhase, ...]:
+def start_phases(log: Path, host: str, ranks: Iterable[int]) -> tuple[StartPhase, ...]:
     """Of each of a node's ranks, the slowest first. Where a line names no rank it is that of the only one."""
     ranks, text = tuple(ranks), read_end(log)
     alone = len(ranks) == 1 and not PREFIXED.search(text)

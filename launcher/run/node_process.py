@@ -157,7 +157,7 @@ class ContainerNodeProcess:
         finally:
             remove_env_file(self.transport, path)
         if secrets:
-            hand_secrets(self.command, self.transport, secrets)
+            send_secrets(self.command, self.transport, secrets)
         self.follow()
 
     def run_container(self, given_up: Callable[[], bool]) -> None:
@@ -274,7 +274,7 @@ def write_env_file(command: NodeCommand, transport: Transport, path: str, *, wai
     transport.put(lines.encode(), path, mode=0o600)
 
 
-def hand_secrets(command: NodeCommand, transport: Transport, secrets: Mapping[str, str]) -> None:
+def send_secrets(command: NodeCommand, transport: Transport, secrets: Mapping[str, str]) -> None:
     """Through a pipe in the container's memory, where entrypoint.sh waits for them in this order: in no file, argv or `docker inspect`."""
     inside, what = ("docker", "exec", "--interactive", command.name), f"handing the secrets to {command.name} on {command.host}"
     transport.run((*inside, "mkfifo", "-m", "600", SECRETS_PIPE))  # there already where the container was faster

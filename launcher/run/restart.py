@@ -36,25 +36,25 @@ def replace_lost(cluster: Cluster, lost: Iterable[str], *, minimum: int) -> Clus
     return replace(cluster, nodes=(*working, *spares))
 
 
-def reason_not_to(attempts: Sequence[Attempt], last: Attempt, *, restarts: int) -> str:
+def reason_against_restart(attempts: Sequence[Attempt], last: Attempt, *, restarts: int) -> str:
     """Why a failed run is not started again; '' when it is. What fails in the same way at the same step twice would do so for ever."""
     if not restarts:
         return "run.restarts=0"
     if len(attempts) >= restarts:
         return f"all {restarts} restart(s) of run.restarts are used"
-    if attempts and repeats(attempts[-1], last):
+    if attempts and failed_the_same_way(attempts[-1], last):
         return f"two attempts running failed in the same way after step {last.steps}"
     return ""
 
 
-def repeats(earlier: Attempt, later: Attempt) -> bool:
+def failed_the_same_way(earlier: Attempt, later: Attempt) -> bool:
     first, second = earlier.failure, later.failure
     if first is None or second is None or first.rank < 0 or second.rank < 0:
         return False
     return (earlier.steps, first.rank, first.message) == (later.steps, second.rank, second.message)
 
 
-def set_aside(folder: Path, attempt: Attempt, *, mirrored: bool) -> Attempt:
+def archive_attempt(folder: Path, attempt: Attempt, *, mirrored: bool) -> Attempt:
     """Move what an attempt left in the launcher's folder to attempts/<number>/, where its logs and reports stay. The rows of its steps are
     there as well; in the run's folder the trainer cuts off those after the checkpoint that it goes on from, and where that folder is only
     a mirror of node 0's, they come from there again. Where a launcher was killed while it did this, what has been written since takes the
@@ -68,7 +68,7 @@ def set_aside(folder: Path, attempt: Attempt, *, mirrored: bool) -> Attempt:
     (folder / "logs").mkdir()
     if (folder / METRICS_FILE).exists():
         (shutil.move if mirrored else shutil.copy2)(folder / METRICS_FILE, aside / METRICS_FILE)
-    moved = replace(attempt, failure=moved_failure(attempt.failure, folder, aside))
+    moved = replace(attempt, failure=with_archived_log(attempt.failure, folder, aside))
     contract.write(contract.decode(Attempt, mask_credentials(asdict(moved))), aside / ATTEMPT_FILE)
     return moved
 
@@ -80,7 +80,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def moved_failure(failure: Failure | None, folder: Path, aside: Path) -> Failure | None:
+def with_archived_log(failure: Failure | None, folder: Path, aside: Path) -> Failure | None:
     if failure is None or not failure.log or not Path(failure.log).is_relative_to(folder):
         return failure
     return replace(failure, log=str(aside / Path(failure.log).relative_to(folder)))
@@ -89,22 +89,22 @@ def moved_failure(failure: Failure | None, folder: Path, aside: Path) -> Failure
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def spread_checkpoint(sites: Sequence[WorkingNode], say: Callable[[str], None]) -> str:
+def copy_newest_checkpoint(nodes: Sequence[WorkingNode], say: Callable[[str], None]) -> str:
     """Let every node have the newest checkpoint that any of them has, where they share no folder; its name, '' when there is none.
 
     Copied from its node to the others through this machine, all at once, and given its name when it is whole. Raises NodeFailed.
     """
-    have = each(newest_on, sites)
+    have = each(newest_checkpoint, nodes)
     newest = max(have, key=step_of)
-    lacking = [site for site, name in zip(sites, have, strict=True) if step_of(name) < step_of(newest)]
+    lacking = [node for node, name in zip(nodes, have, strict=True) if step_of(name) < step_of(newest)]
     if not lacking:
         return newest
-    source = sites[have.index(newest)]
-    say(f"copying checkpoint {newest} from {source.command.host} to {', '.join(site.command.host for site in lacking)}")
-    folder = PurePosixPath(checkpoints_of(source))
+    source = nodes[have.index(newest)]
+    say(f"copying checkpoint {newest} from {source.command.host} to {', '.join(node.command.host for node in lacking)}")
+    folder = PurePosixPath(checkpoint_folder(source))
     incoming = str(folder / INCOMING)
-    each(lambda site: must(site, "mkdir", "-p", "--", incoming), lacking)
-    each(lambda site: must(site, "find", incoming, "-mindepth", "1", "-delete"), lacking)  # of a copy that was interrupted
+    each(lambda node: run_or_fail(node, "mkdir", "-p", "--", incoming), lacking)
+    each(lambda node: run_or_fail(node, "find", incoming, "-mindepth", "1", "-delete"), lacking)  # of a copy that was interrupted
     load = ("tar", "-C", incoming, "-xf", "-")
     failures = [
         answer
@@ -113,32 +113,32 @@ def spread_checkpoint(sites: Sequence[WorkingNode], say: Callable[[str], None]) 
     ]
     if failures:
         raise together(failures, len(lacking))
-    each(lambda site: must(site, "mv", "-T", "--", f"{incoming}/{newest}", str(folder / newest)), lacking)
-    each(lambda site: must(site, "rmdir", "--", incoming), lacking)
+    each(lambda node: run_or_fail(node, "mv", "-T", "--", f"{incoming}/{newest}", str(folder / newest)), lacking)
+    each(lambda node: run_or_fail(node, "rmdir", "--", incoming), lacking)
     return newest
 
 
-def restore_rows(site: WorkingNode, folder: Path) -> None:
+def restore_metrics(node: WorkingNode, folder: Path) -> None:
     """Give a node that is the first one now the rows that its forerunner wrote, from the launcher's folder; and the first one of before those
     that a loss of power took from its disk."""
-    path = str(PurePosixPath(site.command.folder) / METRICS_FILE)
+    path = str(PurePosixPath(node.command.folder) / METRICS_FILE)
     kept = attempt_files(folder, METRICS_FILE)
     if not kept:
         return
-    there, here = site.transport.get(path), kept[-1].read_bytes()
+    there, here = node.transport.get(path), kept[-1].read_bytes()
     if there is None or (len(there) < len(here) and here.startswith(there.rstrip(b"\0"))):
-        site.transport.put(here, path, mode=0o644)
+        node.transport.put(here, path, mode=0o644)
 
 
-def newest_on(site: WorkingNode) -> str:
+def newest_checkpoint(node: WorkingNode) -> str:
     """The name of the node's newest checkpoint, '' where it has none. Raises NodeFailed where that cannot be told: a run would begin anew."""
-    listed = site.transport.run(("sh", "-c", LIST, "sh", checkpoints_of(site)))
-    return newest_name(listed.expect(f"{site.command.host}: looking for its newest checkpoint").output.splitlines())
+    listed = node.transport.run(("sh", "-c", LIST, "sh", checkpoint_folder(node)))
+    return newest_name(listed.expect(f"{node.command.host}: looking for its newest checkpoint").output.splitlines())
 
 
-def must(site: WorkingNode, *argv: str) -> None:
-    site.transport.run(argv).expect(f"{site.command.host}: taking in the checkpoint")
+def run_or_fail(node: WorkingNode, *argv: str) -> None:
+    node.transport.run(argv).expect(f"{node.command.host}: taking in the checkpoint")
 
 
-def checkpoints_of(site: WorkingNode) -> str:
-    return str(PurePosixPath(site.command.folder) / CHECKPOINTS)
+def checkpoint_folder(node: WorkingNode) -> str:
+    return str(PurePosixPath(node.command.folder) / CHECKPOINTS)

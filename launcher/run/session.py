@@ -35,19 +35,19 @@ FILES, FILES_A_NODE = 256, 12
 @contextmanager
 def reach_nodes(cluster: Cluster, nodes: Sequence[Node], environ: Mapping[str, str]) -> Iterator[tuple[Transport | NodeFailed, ...]]:
     """The way to each node, or why there is none."""
-    with reach_with(cluster, nodes, environ) as (_, ways):
+    with connect_with(cluster, nodes, environ) as (_, ways):
         yield ways
 
 
 @contextmanager
-def reach_with(
+def connect_with(
     cluster: Cluster, nodes: Sequence[Node], environ: Mapping[str, str]
 ) -> Iterator[tuple[PoolContext | None, tuple[Transport | NodeFailed, ...]]]:
     """The same, and the client that the ways go through; None where this machine is the node."""
     if all(node.is_local for node in nodes):
         yield None, tuple(Local(environ) for _ in nodes)
         return
-    allow_files(len(nodes))
+    raise_open_files_limit(len(nodes))
     client = PoolContext(access_of(Path(environ.get("HOME", "/")), getpass.getuser(), cluster))
     try:
         yield client, reach_all(nodes, client)
@@ -55,7 +55,7 @@ def reach_with(
         client.close()
 
 
-def allow_files(nodes: int) -> None:
+def raise_open_files_limit(nodes: int) -> None:
     """Raise this process's own limit of open files, which is 1024 as a rule, as far as it may and these nodes need."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = FILES + FILES_A_NODE * nodes
@@ -68,8 +68,8 @@ def open_session(plan: Plan, place: LocalContext, environ: Mapping[str, str], *,
     """Connected to every working node, in their order. Raises NodeFailed that names all nodes which cannot be reached, before anything of
     the run is made, unless a run that is there is only to be looked after (`require`): then each use of such a node raises it. Raises
     ConfigRefused for a secret that is not there and that a start will need."""
-    with open_examined(plan, place, environ, say=say, terminal=terminal, require=require, examines=False) as (_, desk):
-        yield desk
+    with open_examined(plan, place, environ, say=say, terminal=terminal, require=require, examines=False) as (_, session):
+        yield session
 
 
 @contextmanager
@@ -82,12 +82,12 @@ def open_examined(
     with ExitStack() as stack:
 
         def open_for(plan: Plan, require: bool, examines: bool) -> tuple[Plan, Session]:
-            secrets = named_secrets(names, environ) if require else {}
+            secrets = read_secrets(names, environ) if require else {}
             nodes = plan.config.cluster.working
-            client, ways = stack.enter_context(reach_with(plan.config.cluster, nodes, environ))
+            client, ways = stack.enter_context(connect_with(plan.config.cluster, nodes, environ))
             if examines and (client is not None or plan.config.hardware.accelerator != "cpu"):
-                plan = examined(plan, place, ways, say)
-            transports = require_all(ways) if require else tuple(lazily(node, way, client) for node, way in zip(nodes, ways, strict=True))
+                plan = examine_plan(plan, place, ways, say)
+            transports = all_reached(ways) if require else tuple(reconnecting(node, way, client) for node, way in zip(nodes, ways, strict=True))
             return plan, Session(
                 project=place.project,
                 transports=transports,
@@ -121,7 +121,7 @@ def move_to_reached(plan: Plan, lost: frozenset[str], place: LocalContext, envir
             problem = together([way for way in ways if isinstance(way, NodeFailed)], len(ways)) if unfit else None
             if problem is None:
                 try:
-                    return examined(move_plan(plan, moved, stacks, place), place, ways, say)
+                    return examine_plan(move_plan(plan, moved, stacks, place), place, ways, say)
                 except HealthRefused as error:
                     unfit, problem = error.hosts, error
         if unfit <= lost and time.monotonic() > deadline:
@@ -130,7 +130,7 @@ def move_to_reached(plan: Plan, lost: frozenset[str], place: LocalContext, envir
         time.sleep(RETRY_S)
 
 
-def examined(plan: Plan, place: LocalContext, ways: Sequence[Transport | NodeFailed], say: Say) -> Plan:
+def examine_plan(plan: Plan, place: LocalContext, ways: Sequence[Transport | NodeFailed], say: Say) -> Plan:
     """The plan with the network that its nodes were found in, and what their fullest device has free. `ways`: to its working nodes. Raises
     NodeFailed with all that stands in the way of a launch."""
     stacks, cluster = load_stacks(place.project / "images"), plan.config.cluster
@@ -145,7 +145,7 @@ def examined(plan: Plan, place: LocalContext, ways: Sequence[Transport | NodeFai
 
 
 @contextmanager
-def reach_sites(plans: Sequence[Plan], environ: Mapping[str, str]) -> Iterator[tuple[WorkingNode, ...]]:
+def reach_containers(plans: Sequence[Plan], environ: Mapping[str, str]) -> Iterator[tuple[WorkingNode, ...]]:
     """Every container that an attempt of a run may have left: by host and name, as the newest of the plans has it."""
     found = {
         (command.host, command.name): (node, command)
@@ -153,12 +153,12 @@ def reach_sites(plans: Sequence[Plan], environ: Mapping[str, str]) -> Iterator[t
         for node, command in zip(plan.config.cluster.working, plan.commands, strict=True)
     }
     nodes = tuple(node for node, _ in found.values())
-    with reach_with(plans[-1].config.cluster, nodes, environ) as (client, ways):
-        transports = (lazily(node, way, client) for node, way in zip(nodes, ways, strict=True))
+    with connect_with(plans[-1].config.cluster, nodes, environ) as (client, ways):
+        transports = (reconnecting(node, way, client) for node, way in zip(nodes, ways, strict=True))
         yield tuple(WorkingNode(command=command, transport=transport) for (_, command), transport in zip(found.values(), transports, strict=True))
 
 
-def lazily(node: Node, way: Transport | NodeFailed, client: PoolContext | None) -> Transport:
+def reconnecting(node: Node, way: Transport | NodeFailed, client: PoolContext | None) -> Transport:
     """A node that does not answer is asked again by each use."""
     if not isinstance(way, NodeFailed):
         return way
@@ -166,7 +166,7 @@ def lazily(node: Node, way: Transport | NodeFailed, client: PoolContext | None) 
     return Ssh(node, client)
 
 
-def require_all(ways: Sequence[Transport | NodeFailed]) -> tuple[Transport, ...]:
+def all_reached(ways: Sequence[Transport | NodeFailed]) -> tuple[Transport, ...]:
     failures = [way for way in ways if isinstance(way, NodeFailed)]
     if failures:
         raise together(failures, len(ways))
@@ -202,7 +202,7 @@ def require_health(examination: Examination, say: Say) -> None:
             say(f"warning: {finding.host}: {finding.name}: {finding.evidence}")
 
 
-def named_secrets(names: tuple[str, ...], environ: Mapping[str, str]) -> dict[str, str]:
+def read_secrets(names: tuple[str, ...], environ: Mapping[str, str]) -> dict[str, str]:
     missing = [name for name in names if name not in environ]
     if missing:
         raise ConfigRefused(f"cluster.secrets names {', '.join(missing)}, which this environment does not have: export it, or leave it out")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher.plan.commands import CANN_LOGS, NodeCommand
-from launcher.run import run_folder as node
+from launcher.run import run_folder
 from launcher.run.run_folder import WorkingNode, fetch_folder
 from launcher.ssh.transport import Local
 from tests.launcher.conftest import PROJECT
@@ -17,7 +17,7 @@ PATH = os.environ["PATH"]
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> WorkingNode:
+def node(tmp_path: Path) -> WorkingNode:
     (tmp_path / "run/cann/node0/debug/plog").mkdir(parents=True)
     (tmp_path / "run/cann/node0/debug/plog/plog-1.log").write_text("[ERROR] HCCL\n" + "x" * 5000)
     command = NodeCommand(
@@ -26,18 +26,18 @@ def site(tmp_path: Path) -> WorkingNode:
     return WorkingNode(command=command, transport=Local({"PATH": PATH}))
 
 
-def test_a_folder_arrives_whole(site: WorkingNode, tmp_path: Path) -> None:
-    fetch_folder(site, CANN_LOGS, tmp_path / "node0-cann.tgz")
+def test_a_folder_arrives_whole(node: WorkingNode, tmp_path: Path) -> None:
+    fetch_folder(node, CANN_LOGS, tmp_path / "node0-cann.tgz")
     with tarfile.open(tmp_path / "node0-cann.tgz") as archive:
         assert "cann/node0/debug/plog/plog-1.log" in archive.getnames()
 
 
 @pytest.mark.parametrize(("name", "limit"), [("nothing", 2**20), (CANN_LOGS, 10)])
 def test_what_is_not_there_or_too_large_leaves_nothing_here(
-    site: WorkingNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, limit: int
+    node: WorkingNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, limit: int
 ) -> None:
-    monkeypatch.setattr(node, "FOLDER_BYTES", limit)
-    fetch_folder(site, name, tmp_path / "kept.tgz")
+    monkeypatch.setattr(run_folder, "FOLDER_BYTES", limit)
+    fetch_folder(node, name, tmp_path / "kept.tgz")
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 

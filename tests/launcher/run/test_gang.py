@@ -10,7 +10,7 @@ import pytest
 
 from launcher.errors import NodeFailed
 from launcher.plan.commands import FOLDER_VARIABLE, NodeCommand
-from launcher.run.gang import NodeResult, StartContext, StopRequest, start_members, watch
+from launcher.run.gang import NodeResult, StartContext, StopRequest, start_trainers, watch
 from launcher.run.node_process import write_env_file
 from launcher.ssh.transport import Local, Result, processes_with
 
@@ -34,14 +34,14 @@ def command(folder: Path, rank: int, code: str, program: str = sys.executable) -
     )
 
 
-def crewed(folder: Path, nodes: int) -> StartContext:
+def context(folder: Path, nodes: int) -> StartContext:
     return StartContext(transports=(Local(ENVIRON),) * nodes, logs=folder / "logs", project=folder, secrets={}, node_timeout_s=5)
 
 
 def run(
     folder: Path, *codes: str, stop: StopRequest | None = None, grace_s: float = 0.5, tick: object = lambda: None
 ) -> tuple[NodeResult, ...]:
-    members = start_members(tuple(command(folder, rank, code) for rank, code in enumerate(codes)), crewed(folder, len(codes)), StopRequest())
+    members = start_trainers(tuple(command(folder, rank, code) for rank, code in enumerate(codes)), context(folder, len(codes)), StopRequest())
     return watch(members, stop or StopRequest(), tick, grace_s=lambda: grace_s)  # type: ignore[arg-type]
 
 
@@ -91,7 +91,7 @@ def test_a_child_left_by_a_rank_that_ended_well_is_ended_too(tmp_path: Path) -> 
 def test_all_start_or_none(tmp_path: Path) -> None:
     commands = (command(tmp_path, 0, "import time; time.sleep(60)"), command(tmp_path, 1, "", program="/no/such/program"))
     with pytest.raises(NodeFailed, match="/no/such/program"):
-        start_members(commands, crewed(tmp_path, len(commands)), StopRequest())
+        start_trainers(commands, context(tmp_path, len(commands)), StopRequest())
     assert processes_with(FOLDER_VARIABLE, str(tmp_path)) == ()
 
 
@@ -128,4 +128,4 @@ def test_a_node_that_a_failed_start_could_not_clear_is_named(tmp_path: Path) -> 
     """What its engine was told may still come up."""
     containers = tuple(replace(command(tmp_path, rank, ""), runtime="docker") for rank in range(1))
     with pytest.raises(NodeFailed, match=r"no room\n  not cleared: host0: dark: no answer; when it answers: docker rm --force run-n0 there$"):
-        start_members(containers, replace(crewed(tmp_path, 1), transports=(Dark(ENVIRON),)), StopRequest())
+        start_trainers(containers, replace(context(tmp_path, 1), transports=(Dark(ENVIRON),)), StopRequest())

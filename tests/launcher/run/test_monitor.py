@@ -13,8 +13,8 @@ from launcher.errors import ConfigRefused
 from launcher.plan.commands import NodeCommand
 from launcher.plan.plan import Plan
 from launcher.record.lock import ask_to_stop
-from launcher.run.launch import leave
-from launcher.run.monitor import START_GRACE_S, AttemptOutcome, grace_s, signals_of_others, watch_attempt
+from launcher.run.launch import detach_run
+from launcher.run.monitor import START_GRACE_S, AttemptOutcome, default_signals, grace_s, watch_attempt
 from launcher.run.prepare import NodeProcesses, Session
 from launcher.run.run_folder import Mirror, WorkingNode
 from launcher.run.signals import StopRequest
@@ -55,20 +55,20 @@ def plan(plan_for: Callable[..., Plan], tmp_path: Path) -> Plan:
     return plan
 
 
-def desk() -> Session:
+def session() -> Session:
     here = Local({"PATH": "/usr/bin:/bin"})
     return Session(
-        project=Path("/"), transports=(here,), here=here, secrets={}, say=print, terminal=False, move=lambda plan, lost: (plan, desk())
+        project=Path("/"), transports=(here,), here=here, secrets={}, say=print, terminal=False, move=lambda plan, lost: (plan, session())
     )
 
 
-def crew(plan: Plan, ranks: tuple[Code, float], check: tuple[Code, float]) -> NodeProcesses:
+def processes(plan: Plan, ranks: tuple[Code, float], check: tuple[Code, float]) -> NodeProcesses:
     (command,) = plan.commands
     return NodeProcesses(members=(Scripted(command, *ranks),), checks=(Scripted(command, *check),))
 
 
 def watched(plan: Plan, ranks: tuple[Code, float], check: tuple[Code, float]) -> AttemptOutcome:
-    return watch_attempt(plan, Path(plan.folder), desk(), crew(plan, ranks, check), StopRequest())
+    return watch_attempt(plan, Path(plan.folder), session(), processes(plan, ranks, check), StopRequest())
 
 
 def trained(plan: Plan, status: str, steps: int) -> None:
@@ -95,9 +95,9 @@ def test_bad_data_ends_the_ranks(plan: Plan) -> None:
     problem = DataProblem(file="/d/train.json", row=2, field="image", problem="no image file", fix="put it there")
     report = DataReport(schema=SCHEMA, sha256="", train_rows=2, evaluation_rows=0, images=0, problems=(problem,))
     contract.write(report, Path(plan.folder) / contract.DATA_FILE)
-    mine = crew(plan, (None, 0.0), (2, 0.1))
+    mine = processes(plan, (None, 0.0), (2, 0.1))
     with pytest.raises(ConfigRefused, match=r"train\.json row 2"):
-        watch_attempt(plan, Path(plan.folder), desk(), mine, StopRequest())
+        watch_attempt(plan, Path(plan.folder), session(), mine, StopRequest())
     assert mine.members[0].poll() == 137
 
 
@@ -121,11 +121,11 @@ def test_a_run_that_breaks_after_its_last_step_was_not_stopped(plan: Plan, steps
 
 
 def test_a_run_is_left_when_its_data_is_checked(plan: Plan) -> None:
-    assert leave(plan, Path(plan.folder), desk(), crew(plan, (None, 0.0), (0, 0.2)), StopRequest()) is None
+    assert detach_run(plan, Path(plan.folder), session(), processes(plan, (None, 0.0), (0, 0.2)), StopRequest()) is None
 
 
 def test_a_run_that_breaks_before_it_is_left_is_told(plan: Plan) -> None:
-    outcome = leave(plan, Path(plan.folder), desk(), crew(plan, (1, 0.2), (None, 0.0)), StopRequest())
+    outcome = detach_run(plan, Path(plan.folder), session(), processes(plan, (1, 0.2), (None, 0.0)), StopRequest())
     assert outcome is not None and outcome.status == "failed"
 
 
@@ -142,8 +142,8 @@ def test_before_the_first_row_there_is_nothing_to_wait_for(plan_for: Callable[..
 
 
 def test_a_closed_terminal_concerns_no_container(plan_for: Callable[..., Plan]) -> None:
-    assert signals_of_others(plan_for()) == ()
-    assert signals_of_others(plan_for("cluster.runtime=docker")) == (signal.SIGHUP,)
+    assert default_signals(plan_for()) == ()
+    assert default_signals(plan_for("cluster.runtime=docker")) == (signal.SIGHUP,)
 
 
 def test_a_start_that_takes_too_long_is_a_failed_attempt_that_names_the_slowest(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
@@ -154,8 +154,8 @@ def test_a_start_that_takes_too_long_is_a_failed_attempt_that_names_the_slowest(
         "[rank 0] omnilaunch: starting: loading its libraries\n[rank 1] omnilaunch: starting: loading its libraries\n"
         "[rank 0] omnilaunch: starting: meeting the other ranks\n[rank 1] Downloading shards\n"
     )
-    mine = crew(plan, (None, 0.0), (0, 0.0))
-    outcome = watch_attempt(plan, Path(plan.folder), desk(), mine, StopRequest())
+    mine = processes(plan, (None, 0.0), (0, 0.0))
+    outcome = watch_attempt(plan, Path(plan.folder), session(), mine, StopRequest())
     assert (outcome.status, outcome.code) == ("failed", 5) and outcome.failure is not None
     assert "run.start_timeout_s=1" in outcome.failure.message and "1 of 2 rank(s) had come least far" in outcome.failure.message
     assert "rank 1 on localhost: loading its libraries" in outcome.failure.message and outcome.failure.tail[0] == "Downloading shards"

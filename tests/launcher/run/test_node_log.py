@@ -7,7 +7,7 @@ import pytest
 
 from launcher.plan.plan import Plan
 from launcher.record.record import find_failure
-from launcher.run.node_log import UNSEEN, lines_of, silence_s, standings, unnamed
+from launcher.run.node_log import UNSEEN, lines_of, silence_s, start_phases, unnamed
 from launcher.run.node_process import NodeResult
 from trainer.contract import PHASE_LINE, START_PHASES
 
@@ -39,7 +39,7 @@ def test_the_lines_of_one_rank() -> None:
 def test_the_slowest_rank_stands_first(tmp_path: Path) -> None:
     log = tmp_path / "node1.log"
     log.write_text("hello\n" + said(0, 1, 3, prefix="[rank 2] ") + "[rank 2] a warning\n" + said(0, prefix="[rank 3] "))
-    slowest, other = standings(log, "b", (2, 3))
+    slowest, other = start_phases(log, "b", (2, 3))
     assert (slowest.rank, slowest.phase, other.rank, other.phase, other.last_line) == (3, 0, 2, 3, "a warning")
     assert slowest.describe() == "rank 3 on b: loading its libraries"
 
@@ -49,7 +49,7 @@ def test_of_a_rank_that_is_alone_every_line_is_its_own(tmp_path: Path, text: str
     log = tmp_path / "node0.log"
     if text is not None:
         log.write_text(text)
-    (standing,) = standings(log, "a", (0,))
+    (standing,) = start_phases(log, "a", (0,))
     assert standing.describe() == f"rank 0 on a: {told}" and standing.last_line == (text or "").splitlines()[-1:][0] if text else True
     assert (silence_s(log) is None) == (text is None)
 

@@ -16,13 +16,13 @@ from launcher.record.record import read_images
 from launcher.run import prepare as preparation
 from launcher.run.prepare import (
     Session,
-    bring_image,
-    bring_paths,
-    changed_data,
+    changed_files,
+    deliver_image,
     fetch_problems,
+    record_image_ids,
     refuse_data,
-    settle_image,
     start_ranks,
+    sync_paths,
 )
 from launcher.run.signals import StopRequest
 from launcher.ssh.transport import Local
@@ -55,9 +55,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
 def test_an_image_that_all_nodes_have_takes_no_way(
     plan_for: PlanFor, taken: dict[str, tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(preparation, "is_everywhere", lambda tag, fingerprint, sites: len(sites) == 2 and tag.endswith(fingerprint[:12]))
+    monkeypatch.setattr(preparation, "is_everywhere", lambda tag, fingerprint, nodes: len(nodes) == 2 and tag.endswith(fingerprint[:12]))
     plan = plan_for(*words)
-    bring_image(plan, desk_for(plan))
+    deliver_image(plan, desk_for(plan))
     assert not taken
 
 
@@ -76,7 +76,7 @@ def test_the_image_takes_the_way_that_is_named(
     plan_for: PlanFor, taken: dict[str, tuple[Any, ...]], words: tuple[str, ...], ways: set[str]
 ) -> None:
     plan = plan_for(*words)
-    bring_image(plan, desk_for(plan))
+    deliver_image(plan, desk_for(plan))
     assert set(taken) == ways
     if "ship" in ways:
         assert [peer.address for peer in taken["ship"][2]] == [node.address for node in plan.config.cluster.working]
@@ -84,10 +84,10 @@ def test_the_image_takes_the_way_that_is_named(
 
 def test_paths_are_copied_to_other_machines_alone(plan_for: PlanFor, taken: dict[str, tuple[Any, ...]]) -> None:
     plan = plan_for(*LOCAL, "cluster.sync=[/data]")
-    bring_paths(plan, desk_for(plan))
+    sync_paths(plan, desk_for(plan))
     assert not taken
     plan = plan_for(*CPU, "cluster.sync=[/data]")
-    bring_paths(plan, desk_for(plan))
+    sync_paths(plan, desk_for(plan))
     assert taken["sync"][0] == ("/data",) and len(taken["sync"][1]) == 2
 
 
@@ -98,7 +98,7 @@ def test_a_path_that_a_node_lacks_is_named_with_what_brings_it(plan_for: PlanFor
     def refuse(*given: Any) -> None:
         raise NodeFailed(said)
 
-    monkeypatch.setattr(preparation, "start_members", refuse)
+    monkeypatch.setattr(preparation, "start_trainers", refuse)
     with pytest.raises(NodeFailed, match=r"Next: cluster\.sync=\[/base,/d/my set\] copies it there"):
         start_ranks(plan, desk_for(plan), StopRequest())
     said = "docker: no space left on device"
@@ -164,20 +164,20 @@ def test_the_image_that_each_node_has_is_kept_and_another_than_the_recorded_one_
 ) -> None:
     plan = replace(plan_for(*CPU), folder=str(tmp_path))
     ids = {command.host: f"sha256:{place}" for place, command in enumerate(plan.commands)}
-    monkeypatch.setattr(preparation, "image_on", lambda site, tag: SimpleNamespace(id=ids[site.command.host]))
-    settle_image(plan, desk_for(plan))
+    monkeypatch.setattr(preparation, "image_on", lambda node, tag: SimpleNamespace(id=ids[node.command.host]))
+    record_image_ids(plan, desk_for(plan))
     assert read_images(tmp_path) == ids and len(ids) == 2
-    settle_image(replace(plan, image_id=", ".join(ids.values())), desk_for(plan))
+    record_image_ids(replace(plan, image_id=", ".join(ids.values())), desk_for(plan))
     second = list(ids)[1]
     with pytest.raises(
         ImageFailed, match=rf"(?s)not the image that run first had, sha256:0:\n  image on {second}: sha256:1\n.*--accept image"
     ):
-        settle_image(replace(plan, image_id="sha256:0", rerun_of="first"), desk_for(plan))
+        record_image_ids(replace(plan, image_id="sha256:0", rerun_of="first"), desk_for(plan))
 
 
 def test_in_a_rerun_the_files_that_changed_are_named(tmp_path: Path) -> None:
     for name, data in (("recorded_inputs.json", {"a": "1", "b": "2", "c": "3"}), ("inputs.json", {"a": "1", "b": "4", "d": "3"})):
         contract.write(contract.Inputs(schema=SCHEMA, data=data), tmp_path / name)
-    assert changed_data(tmp_path) == ["b: another file", "c: missing", "d: new"]
+    assert changed_files(tmp_path) == ["b: another file", "c: missing", "d: new"]
     (tmp_path / "inputs.json").unlink()
-    assert changed_data(tmp_path) == []
+    assert changed_files(tmp_path) == []

@@ -10,7 +10,7 @@ import pytest
 from launcher.errors import NodeFailed
 from launcher.plan.commands import NodeCommand
 from launcher.plan.plan import Plan
-from launcher.run.run_folder import WorkingNode, place_run
+from launcher.run.run_folder import WorkingNode, create_folders
 from launcher.ssh.transport import Local
 from trainer.contract import SPEC_FILE, TrainSpec, encode, read
 
@@ -37,7 +37,7 @@ def spec_in(plan_for: PlanFor, folder: Path) -> TrainSpec:
     return replace(spec, output=str(folder / HOSTILE / "runs" / "R"), data=replace(spec.data, root=str(folder / HOSTILE / "data")))
 
 
-def site(transport: Local, spec: TrainSpec) -> WorkingNode:
+def node(transport: Local, spec: TrainSpec) -> WorkingNode:
     command = NodeCommand(host="a", node_rank=0, runtime="docker", name="c", folder=spec.output, environment={}, prepare=(), start=())
     return WorkingNode(command=command, transport=transport)
 
@@ -50,7 +50,7 @@ def owner(path: Path | str) -> str:
 @pytest.mark.parametrize("user", ["0:0", "1000:1000"])
 def test_the_folder_is_made_by_one_command(plan_for: PlanFor, tmp_path: Path, user: str) -> None:
     transport, spec = Counting(), spec_in(plan_for, tmp_path)
-    place_run((site(transport, spec),), spec, encode(spec).encode(), image="image", user=user, shared=False, local=False)
+    create_folders((node(transport, spec),), spec, encode(spec).encode(), image="image", user=user, shared=False, local=False)
     assert (transport.fed, transport.ran) == (1, [])
     assert read(TrainSpec, Path(spec.output) / SPEC_FILE) == spec
     assert {owner(spec.output), owner(Path(spec.output) / SPEC_FILE), owner(spec.data.root)} == {user}
@@ -61,7 +61,7 @@ def test_a_folder_that_is_there_is_another_runs(plan_for: PlanFor, tmp_path: Pat
     spec = spec_in(plan_for, tmp_path)
     Path(spec.output).mkdir(parents=True)
     with pytest.raises(NodeFailed, match="choose one: --run-id"):
-        place_run((site(Counting(), spec),), spec, encode(spec).encode(), image="image", user="0:0", shared=False, local=False)
+        create_folders((node(Counting(), spec),), spec, encode(spec).encode(), image="image", user="0:0", shared=False, local=False)
     assert not list(Path(spec.output).iterdir())
 
 
@@ -69,12 +69,12 @@ def test_a_root_that_cannot_be_made_says_what_to_do(plan_for: PlanFor, tmp_path:
     (tmp_path / HOSTILE).write_text("")
     spec = spec_in(plan_for, tmp_path)
     with pytest.raises(NodeFailed, match=r"^a: mkdir: .*sudo install -d -o USER FOLDER"):
-        place_run((site(Counting(), spec),), spec, encode(spec).encode(), image="image", user="0:0", shared=False, local=False)
+        create_folders((node(Counting(), spec),), spec, encode(spec).encode(), image="image", user="0:0", shared=False, local=False)
 
 
 def test_of_nodes_that_share_it_one_makes_it(plan_for: PlanFor, tmp_path: Path) -> None:
     transports, spec = (Counting(), Counting()), spec_in(plan_for, tmp_path)
-    place_run(
-        tuple(site(each, spec) for each in transports), spec, encode(spec).encode(), image="image", user="0:0", shared=True, local=False
+    create_folders(
+        tuple(node(each, spec) for each in transports), spec, encode(spec).encode(), image="image", user="0:0", shared=True, local=False
     )
     assert [each.fed for each in transports] == [1, 0] and (Path(spec.output) / SPEC_FILE).exists()

@@ -14,7 +14,7 @@ import pytest
 
 from launcher.errors import NodeFailed
 from launcher.plan.plan import LocalContext, Plan
-from launcher.run import session as desk
+from launcher.run import session
 from launcher.run.session import FILES_A_NODE, open_examined, open_session
 from launcher.ssh.node import Ssh
 from launcher.ssh.pool import PoolContext
@@ -28,10 +28,10 @@ DATA = ("data=files", "data.train=a.json", "data.images=photos")
 PLACE = LocalContext(project=Path("/"), here=Path("/"), interpreter="python", user="0:0")
 LIMIT = """
 import resource
-from launcher.run.session import allow_files
+from launcher.run.session import raise_open_files_limit
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
-allow_files({nodes})
+raise_open_files_limit({nodes})
 print(*resource.getrlimit(resource.RLIMIT_NOFILE), hard)
 """
 
@@ -45,8 +45,8 @@ def test_the_connections_of_an_attempt_end_with_it(plan_for: Callable[..., Plan]
         yield None, (Local({}),)
         seen.append("close")
 
-    monkeypatch.setattr(desk, "reach_with", reach)
-    monkeypatch.setattr(desk, "move_to_reached", lambda plan, *_: plan)
+    monkeypatch.setattr(session, "connect_with", reach)
+    monkeypatch.setattr(session, "move_to_reached", lambda plan, *_: plan)
     with open_session(plan_for(), PLACE, {}, say=print, terminal=False) as opened:
         plan, opened = opened.move(plan_for(), frozenset())
         assert seen == ["open", "close", "open"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import NodeFailed
-from launcher.run.prepare import Session, start_crew
+from launcher.run.prepare import Session, start_all
 from launcher.run.signals import Stopped, StopRequest, catch_stops, released
 from launcher.ssh.parallel import UNANSWERED, after, attempt_each
 from launcher.ssh.transport import Local
@@ -61,12 +61,12 @@ def start(plan_for: PlanFor, tmp_path: Path, machines: tuple[Machine, ...], stop
     )
     (tmp_path / "mine/logs").mkdir(parents=True)
     (tmp_path / "remote").mkdir()
-    desk = Session(
+    session = Session(
         project=tmp_path, transports=machines, here=machines[0], secrets={}, say=said.append, terminal=False,
         move=lambda plan, lost: pytest.fail("nothing moves"),
     )  # fmt: skip
     with pytest.raises(Stopped):
-        start_crew(plan, desk, stop)
+        start_all(plan, session, stop)
     return said
 
 

@@ -12,7 +12,7 @@ from launcher.doctor.smi import NVIDIA_APPS_QUERY
 from launcher.errors import NodeFailed
 from launcher.plan.commands import NodeCommand
 from launcher.run.run_folder import WorkingNode
-from launcher.run.stop import Ending, end_run, state_of
+from launcher.run.stop import StopResult, end_run, state_of
 from launcher.ssh.transport import Local, Result
 
 NAME = "omnilaunch-r-n0"
@@ -60,7 +60,7 @@ class Engine(Local):
         return 0, NAME, ""
 
 
-def site(engine: Engine) -> WorkingNode:
+def node(engine: Engine) -> WorkingNode:
     command = NodeCommand(
         host=engine.host, node_rank=0, runtime="docker", name=NAME, folder="/r", environment={}, prepare=(), start=(),
         probe=VERBS["inspect"], stop=VERBS["kill"], remove=VERBS["rm"],
@@ -68,8 +68,8 @@ def site(engine: Engine) -> WorkingNode:
     return WorkingNode(command=command, transport=engine)
 
 
-def end(*engines: Engine, accelerator: str = "cpu") -> tuple[Ending, ...]:
-    return end_run([site(engine) for engine in engines], accelerator=accelerator, grace_s=0)
+def end(*engines: Engine, accelerator: str = "cpu") -> tuple[StopResult, ...]:
+    return end_run([node(engine) for engine in engines], accelerator=accelerator, grace_s=0)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def dead_pid() -> str:
 
 def test_all_gone(dead_pid: str) -> None:
     engine = Engine("a", pids=dead_pid)
-    assert end(engine) == (Ending(host="a", left=""),)
+    assert end(engine) == (StopResult(host="a", left=""),)
     assert engine.asked.index(VERBS["kill"]) < engine.asked.index(VERBS["rm"]), "asked to save before it is removed"
 
 
@@ -106,16 +106,16 @@ def test_what_no_container_is_called(said: str, state: str | None, dead_pid: str
     engine.removed = True
     if state is None:
         with pytest.raises(NodeFailed, match="engine does not answer"):
-            state_of(site(engine))
+            state_of(node(engine))
     else:
-        assert state_of(site(engine)) == state
-        assert end(engine) == (Ending(host="a", left=""),), "a run that is gone is not reported as left"
+        assert state_of(node(engine)) == state
+        assert end(engine) == (StopResult(host="a", left=""),), "a run that is gone is not reported as left"
 
 
 def test_a_container_whose_removal_is_under_way(dead_pid: str) -> None:
     """By another client, whom the engine serves first; ours is told that it is being done."""
     engine = Engine("a", pids=dead_pid, gone_after=2)
-    assert end(engine) == (Ending(host="a", left=""),) and engine.looks == 3
+    assert end(engine) == (StopResult(host="a", left=""),) and engine.looks == 3
 
 
 def test_a_container_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
