@@ -7,7 +7,7 @@ import pytest
 
 from launcher.plan.plan import Plan
 from launcher.record.record import find_failure
-from launcher.run.node_log import UNSEEN, lines_of, silence_s, start_phases, unnamed
+from launcher.run.node_log import NO_OUTPUT, lines_of, read_end, silence_s, start_phases, unnamed
 from launcher.run.node_process import NodeResult
 from trainer.contract import PHASE_LINE, START_PHASES
 
@@ -44,7 +44,7 @@ def test_the_slowest_rank_stands_first(tmp_path: Path) -> None:
     assert slowest.describe() == "rank 3 on b: loading its libraries"
 
 
-@pytest.mark.parametrize("text, told", [(None, UNSEEN), ("pulling\n", UNSEEN), (said(0, 2), START_PHASES[2])])
+@pytest.mark.parametrize("text, told", [(None, NO_OUTPUT), ("pulling\n", NO_OUTPUT), (said(0, 2), START_PHASES[2])])
 def test_of_a_rank_that_is_alone_every_line_is_its_own(tmp_path: Path, text: str | None, told: str) -> None:
     log = tmp_path / "node0.log"
     if text is not None:
@@ -63,3 +63,13 @@ def test_a_rank_without_a_report_is_quoted_by_its_own_lines(plan_for: Callable[.
     assert failure is not None and failure.message == "rank 2 ended with exit code 1 and left no report"
     assert failure.tail == ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "the last line of two")
     assert "memory" in failure.meaning
+
+
+@pytest.mark.parametrize("size", range(20, 40))
+def test_the_end_of_a_log_begins_with_a_whole_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Else its first line has lost its rank, or begins in the middle of a character."""
+    monkeypatch.setattr("launcher.run.node_log.END_BYTES", size)
+    log = tmp_path / "node0.log"
+    log.write_text("[rank 1] 漢漢漢漢\n[rank 2] 字\n", encoding="utf-8")
+    end = "[rank 1] 漢漢漢漢\n[rank 2] 字\n" if size >= log.stat().st_size else "[rank 2] 字\n"
+    assert read_end(log) == end
