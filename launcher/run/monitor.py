@@ -1,26 +1,31 @@
-"""Watching an attempt: its ranks and its data check beside each other, until all have ended, and what that means."""
+"""Watching an attempt: its ranks and its data check until all have ended, and the outcome."""
 
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.plan.commands import CANN_LOGS
 from launcher.plan.plan import Plan
 from launcher.record.lock import is_asked_to_stop
 from launcher.record.record import Failure, Status, find_failure, read_if_there
-from launcher.run.gang import TICK_S, clear_all, node_log_path, watch
+from launcher.run.data_check import check_failure, fetch_problems, refuse_data
+from launcher.run.gang import TICK_S, clear_all, node_log_path, node_results, watch
 from launcher.run.node_log import StartPhase, silence_s, start_phases
 from launcher.run.node_process import NodeProcess, NodeResult
-from launcher.run.prepare import NodeProcesses, Session, check_failure, fetch, fetch_problems, refuse_data, working_nodes
+from launcher.run.prepare import NodeProcesses, is_local, working_nodes
 from launcher.run.progress import ProgressView
-from launcher.run.run_folder import Mirror
-from launcher.run.signals import STOPPED_CODE, StopRequest, released
+from launcher.run.run_folder import FETCH_S, Mirror, WorkingNode, fetch_folder, fetch_results
+from launcher.run.session import Session
+from launcher.run.signals import STOPPED_CODE, StopRequest, handler_for
+from launcher.ssh.parallel import after, attempt_each
 from trainer.contract import ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE, SERVING_FILE, STREAM_FILE, Exit, TrainResult
 
 MIRROR_INTERVAL_S = 1.0
 SHOWN_RANKS = 8
-# Before the first row there is nothing to save, and an interpreter that still imports as the first process of a container hears no SIGTERM.
+STOPPED_FETCH_S, STOPPED_AGAIN_FETCH_S = 20.0, 2.0  # in place of FETCH_S after a stop request, and after a second one
+# Before the first row there is nothing to save, and an interpreter that is still importing as the first process of a container ignores SIGTERM.
 START_GRACE_S = 3.0
 
 
@@ -33,92 +38,92 @@ class AttemptOutcome:
 
 
 def watch_attempt(plan: Plan, folder: Path, session: Session, processes: NodeProcesses, stop: StopRequest) -> AttemptOutcome:
-    """Watch until all members have ended, and judge. Raises ConfigRefused when the data turns out to be bad. The trainer writes its
-    environment when its model is ready and the rows of an earlier attempt are cut: until then there is nothing to show."""
+    """Watch until all processes have ended. Raises ConfigRefused when the data has problems. The trainer writes ENVIRONMENT_FILE when its model is
+    ready and the rows of an earlier attempt after its checkpoint are removed; until then there is no progress to show."""
     limit_s, began = plan.config.run.start_timeout_s, time.monotonic()
     mirrors = open_mirrors(plan, folder, session)
-    looked_at = 0.0
+    mirrored_at = 0.0
 
-    with released(default_signals(plan)), ProgressView(folder, session.say, terminal=session.terminal) as progress:
+    with handler_for(hangup_signals(plan), signal.SIG_DFL), ProgressView(folder, session.say, terminal=session.terminal) as progress:
 
         def tick() -> None:
-            nonlocal looked_at
+            nonlocal mirrored_at
             ready = (folder / ENVIRONMENT_FILE).exists()
             raise_bad_data(processes.checks)
             if not stop.count and is_asked_to_stop(folder):
                 stop.ask("omnilaunch stop")
-            if mirrors and time.monotonic() - looked_at >= MIRROR_INTERVAL_S:
+            if mirrors and time.monotonic() - mirrored_at >= MIRROR_INTERVAL_S:
                 mirrors[progress_file(plan) if ready else ENVIRONMENT_FILE].update()
-                looked_at = time.monotonic()
+                mirrored_at = time.monotonic()
             if ready:
                 progress.tick()
             elif not stop.count and time.monotonic() - began > limit_s:
                 raise NotReady(slow_start(plan, folder, limit_s))
 
         try:
-            nodes = watch(processes.members, stop, tick, grace_s=lambda: grace_s(plan, folder, began_here=bool(processes.checks)))
+            nodes = watch(processes.trainers, stop, tick, grace_s=lambda: grace_s(plan, folder, started_here=bool(processes.checks)))
             if not any(node.code for node in nodes):
                 wait_for_checks(processes.checks, lambda: bool(stop.count) or is_asked_to_stop(folder))
         except BadData as error:
-            return judge_bad_data(plan, folder, session, processes, error.check)
+            return judge_bad_data(plan, folder, session, processes, error.check, stop)
         except NotReady as error:
-            return judge_slow_start(plan, folder, session, processes, error.failure)
+            return ended_early(plan, folder, session, processes, error.failure, stop)
         finally:
-            clear_all(processes.checks)
+            clear_all(processes.checks, stop)
             for mirror in mirrors.values():
                 mirror.settle()
-        fetch(plan, folder, session)
+        fetch(plan, folder, session, stop)
         progress.tick()
-    return judge_attempt(plan, folder, nodes, stop)
+    return judge_attempt(plan, folder, nodes, stop, stopped_by_launcher=any(process.stopping for process in processes.trainers))
 
 
-def grace_s(plan: Plan, folder: Path, *, began_here: bool = True) -> float:
-    """How long the ranks may take to save and end. Asked again and again, since a first row may have been on its way here. Of a run that
-    another launcher began (`began_here` false) there may be hours of rows that have not come here yet."""
+def grace_s(plan: Plan, folder: Path, *, started_here: bool = True) -> float:
+    """How long the ranks may take to save and end. Called repeatedly, since a first row may have been on its way here. A run that another launcher
+    started (`started_here` false) may have hours of rows that were not copied here yet."""
     rows = folder / METRICS_FILE
-    nothing_done = began_here and plan.spec.stage.kind == "train" and not (rows.exists() and rows.stat().st_size)
+    nothing_done = started_here and plan.spec.stage.kind == "train" and not (rows.exists() and rows.stat().st_size)
     return min(plan.config.run.stop_timeout_s, START_GRACE_S) if nothing_done else plan.stop_limit_s
 
 
-def default_signals(plan: Plan) -> tuple[signal.Signals, ...]:
-    """Those that end a launcher that watches. A closed terminal ends that of containers as a kill does, which harms nothing; one of processes
-    ends them."""
+def hangup_signals(plan: Plan) -> tuple[signal.Signals, ...]:
+    """The signals that end a launcher while it watches. Containers run on without it, so a closed terminal may end it; child processes do not."""
     return (signal.SIGHUP,) if plan.config.cluster.runtime == "docker" else ()
 
 
+# ---------------------------------------------------------------------------------------------------------- slow start
+
+
 class NotReady(Exception):
-    """The ranks are not ready when they should be."""
+    """The ranks are not ready within run.start_timeout_s."""
 
     def __init__(self, failure: Failure) -> None:
         self.failure = failure
 
 
 def slow_start(plan: Plan, folder: Path, limit_s: int) -> Failure:
-    """Which ranks hold up the start, as the failure of an attempt: those that have come least far, and what they were last seen doing."""
+    """Which ranks delay the start, as the failure of an attempt: those in the earliest phase, and what they printed last."""
     per_node, found = plan.spec.device.devices_per_node, list[StartPhase]()
     for command in plan.commands:
         ranks = range(command.node_rank * per_node, (command.node_rank + 1) * per_node)
         found += start_phases(node_log_path(folder / "logs", command), command.host, ranks)
-    least = min(standing.phase for standing in found)
-    slow = [standing for standing in found if standing.phase == least]
+    earliest = min(start.phase for start in found)
+    slow = [start for start in found if start.phase == earliest]
     first = slow[0]
-    command = plan.commands[first.rank // per_node]
-    log = node_log_path(folder / "logs", command)
+    log = node_log_path(folder / "logs", plan.commands[first.rank // per_node])
     quiet_s = silence_s(log)
+    more = f" and {len(slow) - SHOWN_RANKS} more" if len(slow) > SHOWN_RANKS else ""
     return Failure(
         host=first.host,
         rank=first.rank,
         code=Exit.RUN,
-        message=f"no rank had its model ready within run.start_timeout_s={limit_s}; all were ended. "
-        f"{len(slow)} of {len(found)} rank(s) had come least far: {describe_some(slow)}",
+        message=f"no rank was ready within run.start_timeout_s={limit_s}, and all were stopped. {len(slow)} of {len(found)} rank(s) were in the "
+        f"earliest phase: {'; '.join(start.describe() for start in slow[:SHOWN_RANKS])}{more}",
         log=str(log),
-        tail=(first.last_line or "(nothing)", *((f"(and no line since, for {quiet_s:.0f} s)",) if quiet_s is not None else ())),
+        tail=(first.last_line or "(no output)", *((f"(no further line for {quiet_s:.0f} s)",) if quiet_s is not None else ())),
     )
 
 
-def describe_some(slow: Sequence[StartPhase]) -> str:
-    more = f" and {len(slow) - SHOWN_RANKS} more" if len(slow) > SHOWN_RANKS else ""
-    return "; ".join(standing.describe() for standing in slow[:SHOWN_RANKS]) + more
+# ---------------------------------------------------------------------------------------------------------- data check
 
 
 class BadData(Exception):
@@ -136,54 +141,49 @@ def raise_bad_data(checks: tuple[NodeProcess, ...]) -> None:
 
 
 def wait_for_checks(checks: tuple[NodeProcess, ...], asked_to_stop: Callable[[], bool]) -> None:
-    """A run that was faster than the check of its data waits for it. Raises BadData."""
+    """A run that was faster than its data check waits for it. Raises BadData."""
     while not asked_to_stop() and any(check.poll() is None for check in checks):
         time.sleep(TICK_S)
         raise_bad_data(checks)
     raise_bad_data(checks)
 
 
-def judge_bad_data(plan: Plan, folder: Path, session: Session, processes: NodeProcesses, check: NodeProcess) -> AttemptOutcome:
-    """A check that refused refuses the run (ConfigRefused); one that broke fails the attempt. The ranks have been ended by now."""
+# ------------------------------------------------------------------------------------------------------------- outcome
+
+
+def judge_bad_data(
+    plan: Plan, folder: Path, session: Session, processes: NodeProcesses, check: NodeProcess, stop: StopRequest
+) -> AttemptOutcome:
+    """A check that found problems refuses the run (ConfigRefused); one that failed itself fails the attempt."""
     code = check.poll()
-    clear_all(processes.members)
-    fetch(plan, folder, session)
+    outcome = ended_early(plan, folder, session, processes, check_failure(folder, check), stop, lost=check.lost)
     if code == Exit.USAGE:
         fetch_problems(folder, session, check)
         refuse_data(folder, check)
-    lost = check.lost or any(member.lost for member in processes.members)
-    return AttemptOutcome(status="failed", code=Exit.NODE if lost else Exit.RUN, nodes=node_results(processes, {}), failure=check_failure(folder, check))
+    return outcome
 
 
-def judge_slow_start(plan: Plan, folder: Path, session: Session, processes: NodeProcesses, failure: Failure) -> AttemptOutcome:
-    """A start that took too long fails the attempt. The ranks have been ended by now; what is left of them is asked once more."""
-    left = clear_all(processes.members)
-    fetch(plan, folder, session)
-    lost = any(member.lost for member in processes.members)
-    return AttemptOutcome(status="failed", code=Exit.NODE if lost else Exit.RUN, nodes=node_results(processes, left), failure=failure)
+def ended_early(
+    plan: Plan, folder: Path, session: Session, processes: NodeProcesses, failure: Failure, stop: StopRequest, *, lost: bool = False
+) -> AttemptOutcome:
+    """The attempt failed because of its check or its slow start; its ranks were killed for that."""
+    left = clear_all(processes.trainers, stop)
+    fetch(plan, folder, session, stop)
+    lost = lost or any(process.lost for process in processes.trainers)
+    nodes = node_results(processes.trainers, left, seconds={})
+    return AttemptOutcome(status="failed", code=Exit.NODE if lost else Exit.RUN, nodes=nodes, failure=failure)
 
 
-def node_results(processes: NodeProcesses, left: Mapping[int, str]) -> tuple[NodeResult, ...]:
-    return tuple(
-        NodeResult(
-            host=member.command.host,
-            node_rank=member.command.node_rank,
-            code=member.poll() or 0,
-            seconds=0.0,
-            killed=True,
-            lost=member.lost,
-            left=left.get(place, ""),
-        )
-        for place, member in enumerate(processes.members)
-    )
-
-
-def judge_attempt(plan: Plan, folder: Path, nodes: tuple[NodeResult, ...], stop: StopRequest) -> AttemptOutcome:
-    """Finished is what the trainer says it is, and every node must agree."""
+def judge_attempt(
+    plan: Plan, folder: Path, nodes: tuple[NodeResult, ...], stop: StopRequest, *, stopped_by_launcher: bool = False
+) -> AttemptOutcome:
+    """Finished is what the trainer reports as finished, if no node has an error. Where the launcher stopped the other nodes because one had failed
+    (`stopped_by_launcher`), that the trainer reports `stopped` is no reason to forget the failure."""
     result: TrainResult | None = read_if_there(TrainResult, folder / RESULT_FILE)
     if result and result.status == "finished" and not any(node.code for node in nodes):
         return AttemptOutcome(status="finished", code=Exit.OK, nodes=nodes)
-    if stop.count or (result and result.status == "stopped" and result.steps < plan.spec.steps):
+    stopped_itself = result and result.status == "stopped" and result.steps < plan.spec.steps and not stopped_by_launcher
+    if stop.count or stopped_itself:
         return AttemptOutcome(status="stopped", code=STOPPED_CODE, nodes=nodes)
     failure = find_failure(plan, nodes)
     refused = failure is not None and failure.code == Exit.USAGE
@@ -192,13 +192,32 @@ def judge_attempt(plan: Plan, folder: Path, nodes: tuple[NodeResult, ...], stop:
     return AttemptOutcome(status="refused" if refused else "failed", code=code, nodes=nodes, failure=failure)
 
 
+# ------------------------------------------------------------------------------------------------- files of the nodes
+
+
 def open_mirrors(plan: Plan, folder: Path, session: Session) -> dict[str, Mirror]:
-    """What of node 0 is kept up to date here while it grows; nothing where this machine is the node."""
-    if plan.folder == plan.spec.output:
+    """The files of node 0 that are copied here while they grow; none where this machine is the node."""
+    if is_local(plan):
         return {}
     return {name: Mirror(working_nodes(plan, session)[0], name, folder) for name in (progress_file(plan), ENVIRONMENT_FILE)}
 
 
 def progress_file(plan: Plan) -> str:
-    """What a user is shown of it while a run goes on."""
+    """The file that a user is shown during the run."""
     return {"serve": SERVING_FILE, "infer": STREAM_FILE}.get(plan.spec.stage.kind, METRICS_FILE)
+
+
+def fetch(plan: Plan, folder: Path, session: Session, stop: StopRequest) -> None:
+    """Copy what the ranks left on other machines. What cannot be copied in time stays on the nodes."""
+    if is_local(plan):
+        return
+    nodes, stopped, over = working_nodes(plan, session), stop.limit(STOPPED_FETCH_S, STOPPED_AGAIN_FETCH_S), after(FETCH_S)
+    fetch_results(nodes, folder, ranks_per_node=plan.spec.device.devices_per_node, until=lambda: over() or stopped())
+    if plan.config.hardware.accelerator != "npu":
+        return
+
+    def fetch_cann_log(node: WorkingNode) -> None:
+        fetch_folder(node, CANN_LOGS, folder / "logs" / f"node{node.command.node_rank}-{CANN_LOGS}.tgz")
+
+    cann_over = after(FETCH_S)
+    attempt_each(fetch_cann_log, nodes, until=lambda: cann_over() or stopped())

@@ -1,4 +1,4 @@
-"""Starting a run again after a failure: which nodes take part, what is set aside, where the newest checkpoint is."""
+"""Another attempt of a failed run: which nodes take part, what is kept of the last attempt, and the newest checkpoint on every node."""
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -14,15 +14,13 @@ from launcher.ssh.parallel import each, together
 from trainer import contract
 from trainer.contract import CHECKPOINTS, ENVIRONMENT_FILE, FAILURE_FILES, METRICS_FILE, RESULT_FILE
 
-# For any POSIX shell. A folder that is there and may not be looked into is an error.
-LIST = '[ -d "$1" ] || exit 0; cd -- "$1" && for name in step-*; do if [ -d "$name" ]; then printf "%s\\n" "$name"; fi; done'
-INCOMING = ".incoming"  # a checkpoint that is being copied to a node; the trainer looks at no hidden names
+INCOMING = ".incoming"  # a checkpoint that is being copied to a node; the trainer ignores hidden names
 
 
 def replace_lost(cluster: Cluster, lost: Iterable[str], *, minimum: int) -> Cluster:
-    """The cluster without its lost nodes: each one's place is taken by the next spare, in the order of the file, so that the ranks of all
-    others stay what they were. Where no spare is left, the run becomes smaller, as long as `minimum` (run.minimum_nodes) nodes work; else
-    the lost node keeps its place, since it may come back."""
+    """The cluster without its lost nodes. Each is replaced by the next spare, in the order of the file, so that the ranks of all other nodes stay the
+    same. Without a spare the run becomes smaller, as long as `minimum` (run.minimum_nodes) nodes are left; otherwise the lost node keeps its place,
+    since it may come back."""
     gone = set(lost)
     spares = [node for node in cluster.nodes if node.spare and node.host not in gone]
     working = []
@@ -37,13 +35,13 @@ def replace_lost(cluster: Cluster, lost: Iterable[str], *, minimum: int) -> Clus
 
 
 def reason_against_restart(attempts: Sequence[Attempt], last: Attempt, *, restarts: int) -> str:
-    """Why a failed run is not started again; '' when it is. What fails in the same way at the same step twice would do so for ever."""
+    """Why a failed run is not started again; '' when it is. What fails twice in the same way at the same step would do so forever."""
     if not restarts:
         return "run.restarts=0"
     if len(attempts) >= restarts:
         return f"all {restarts} restart(s) of run.restarts are used"
     if attempts and failed_the_same_way(attempts[-1], last):
-        return f"two attempts running failed in the same way after step {last.steps}"
+        return f"two attempts in a row failed in the same way after step {last.steps}"
     return ""
 
 
@@ -55,21 +53,22 @@ def failed_the_same_way(earlier: Attempt, later: Attempt) -> bool:
 
 
 def archive_attempt(folder: Path, attempt: Attempt, *, mirrored: bool) -> Attempt:
-    """Move what an attempt left in the launcher's folder to attempts/<number>/, where its logs and reports stay. The rows of its steps are
-    there as well; in the run's folder the trainer cuts off those after the checkpoint that it goes on from, and where that folder is only
-    a mirror of node 0's, they come from there again. Where a launcher was killed while it did this, what has been written since takes the
-    place of what it had moved: who attaches gets the same logs and reports once more."""
-    aside = folder / ATTEMPTS / str(attempt.number)
-    aside.mkdir(parents=True, exist_ok=True)
+    """Move the logs and reports of an attempt from the launcher's folder to attempts/<number>/. metrics.jsonl is copied there; the trainer removes its
+    rows after the checkpoint that it resumes from. Where that file is only a copy of node 0's (`mirrored`) it is moved, since it is copied again.
+
+    When the launcher was killed during this, files that were written since replace those that it had moved: the launcher that attaches receives the
+    same logs and reports once more."""
+    archive = folder / ATTEMPTS / str(attempt.number)
+    archive.mkdir(parents=True, exist_ok=True)
     for path in (folder / "logs", folder / ENVIRONMENT_FILE, folder / RESULT_FILE, *sorted(folder.glob(FAILURE_FILES.format(rank="*")))):
         if path.exists():
-            remove(aside / path.name)
-            shutil.move(path, aside / path.name)
+            remove(archive / path.name)
+            shutil.move(path, archive / path.name)
     (folder / "logs").mkdir()
     if (folder / METRICS_FILE).exists():
-        (shutil.move if mirrored else shutil.copy2)(folder / METRICS_FILE, aside / METRICS_FILE)
-    moved = replace(attempt, failure=with_archived_log(attempt.failure, folder, aside))
-    contract.write(contract.decode(Attempt, mask_credentials(asdict(moved))), aside / ATTEMPT_FILE)
+        (shutil.move if mirrored else shutil.copy2)(folder / METRICS_FILE, archive / METRICS_FILE)
+    moved = replace(attempt, failure=with_archived_log(attempt.failure, folder, archive))
+    contract.write(contract.decode(Attempt, mask_credentials(asdict(moved))), archive / ATTEMPT_FILE)
     return moved
 
 
@@ -80,19 +79,19 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def with_archived_log(failure: Failure | None, folder: Path, aside: Path) -> Failure | None:
+def with_archived_log(failure: Failure | None, folder: Path, archive: Path) -> Failure | None:
     if failure is None or not failure.log or not Path(failure.log).is_relative_to(folder):
         return failure
-    return replace(failure, log=str(aside / Path(failure.log).relative_to(folder)))
+    return replace(failure, log=str(archive / Path(failure.log).relative_to(folder)))
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def copy_newest_checkpoint(nodes: Sequence[WorkingNode], say: Callable[[str], None]) -> str:
-    """Let every node have the newest checkpoint that any of them has, where they share no folder; its name, '' when there is none.
+    """Copy the newest checkpoint that any node has to all others, for nodes that share no folder. Returns its name, '' when there is none.
 
-    Copied from its node to the others through this machine, all at once, and given its name when it is whole. Raises NodeFailed.
+    It goes from its node through this machine to all others at once, and gets its name when it is complete. Raises NodeFailed.
     """
     have = each(newest_checkpoint, nodes)
     newest = max(have, key=step_of)
@@ -104,13 +103,9 @@ def copy_newest_checkpoint(nodes: Sequence[WorkingNode], say: Callable[[str], No
     folder = PurePosixPath(checkpoint_folder(source))
     incoming = str(folder / INCOMING)
     each(lambda node: run_or_fail(node, "mkdir", "-p", "--", incoming), lacking)
-    each(lambda node: run_or_fail(node, "find", incoming, "-mindepth", "1", "-delete"), lacking)  # of a copy that was interrupted
-    load = ("tar", "-C", incoming, "-xf", "-")
-    failures = [
-        answer
-        for answer in send(("tar", "-C", str(folder), "-cf", "-", newest), load, lacking, source.transport, say, what="the checkpoint")
-        if answer
-    ]
+    each(lambda node: run_or_fail(node, "find", incoming, "-mindepth", "1", "-delete"), lacking)  # left by a copy that was interrupted
+    pack, unpack = ("tar", "-C", str(folder), "-cf", "-", newest), ("tar", "-C", incoming, "-xf", "-")
+    failures = [answer for answer in send(pack, unpack, lacking, source.transport, say, what="the checkpoint") if answer]
     if failures:
         raise together(failures, len(lacking))
     each(lambda node: run_or_fail(node, "mv", "-T", "--", f"{incoming}/{newest}", str(folder / newest)), lacking)
@@ -119,8 +114,8 @@ def copy_newest_checkpoint(nodes: Sequence[WorkingNode], say: Callable[[str], No
 
 
 def restore_metrics(node: WorkingNode, folder: Path) -> None:
-    """Give a node that is the first one now the rows that its forerunner wrote, from the launcher's folder; and the first one of before those
-    that a loss of power took from its disk."""
+    """Give a node that is now the first one the metrics rows of the previous first node, from the launcher's folder. A first node that stayed gets
+    those that a power failure took from its disk."""
     path = str(PurePosixPath(node.command.folder) / METRICS_FILE)
     kept = attempt_files(folder, METRICS_FILE)
     if not kept:
@@ -131,13 +126,18 @@ def restore_metrics(node: WorkingNode, folder: Path) -> None:
 
 
 def newest_checkpoint(node: WorkingNode) -> str:
-    """The name of the node's newest checkpoint, '' where it has none. Raises NodeFailed where that cannot be told: a run would begin anew."""
-    listed = node.transport.run(("sh", "-c", LIST, "sh", checkpoint_folder(node)))
+    """The name of the node's newest checkpoint, '' when it has none. Raises NodeFailed when its folder cannot be read: the run would otherwise start
+    from the first step."""
+    folder = checkpoint_folder(node)
+    find = ("find", "-H", folder, "-mindepth", "1", "-maxdepth", "1", "-xtype", "d", "-name", "step-*", "-printf", "%f\\n")
+    listed = node.transport.run(("env", "LC_ALL=C", *find))
+    if listed.code and listed.errors.strip().endswith((": No such file or directory", ": Not a directory")):
+        return ""
     return newest_name(listed.expect(f"{node.command.host}: looking for its newest checkpoint").output.splitlines())
 
 
 def run_or_fail(node: WorkingNode, *argv: str) -> None:
-    node.transport.run(argv).expect(f"{node.command.host}: taking in the checkpoint")
+    node.transport.run(argv).expect(f"{node.command.host}: receiving the checkpoint")
 
 
 def checkpoint_folder(node: WorkingNode) -> str:

@@ -1,5 +1,8 @@
 """The gang with real processes: what ends, what is ended, and that nothing is left."""
 
+import os
+import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -10,8 +13,8 @@ import pytest
 
 from launcher.errors import NodeFailed
 from launcher.plan.commands import FOLDER_VARIABLE, NodeCommand
+from launcher.run.container import write_env_file
 from launcher.run.gang import NodeResult, StartContext, StopRequest, start_trainers, watch
-from launcher.run.node_process import write_env_file
 from launcher.ssh.transport import Local, Result, processes_with
 
 ENVIRON = {"PATH": "/usr/bin:/bin"}
@@ -127,5 +130,115 @@ class Dark(Local):
 def test_a_node_that_a_failed_start_could_not_clear_is_named(tmp_path: Path) -> None:
     """What its engine was told may still come up."""
     containers = tuple(replace(command(tmp_path, rank, ""), runtime="docker") for rank in range(1))
-    with pytest.raises(NodeFailed, match=r"no room\n  not cleared: host0: dark: no answer; when it answers: docker rm --force run-n0 there$"):
+    with pytest.raises(NodeFailed, match=r"no room\n  not cleared: host0: dark: no answer; when it responds: ssh host0 docker rm --force run-n0$"):
         start_trainers(containers, replace(context(tmp_path, 1), transports=(Dark(ENVIRON),)), StopRequest())
+
+
+class Scripted:
+    """A node process that ends by itself with `code` after `seconds` (None: never), with `after_stop` when it is asked to stop (None: it
+    ignores that), and with 137 when it is killed."""
+
+    lost = False
+
+    def __init__(self, folder: Path, rank: int, code: int | None, *, seconds: float = 0.0, after_stop: int | None = None) -> None:
+        self.command, self.code, self.after_stop = command(folder, rank, ""), code, after_stop
+        self.ends_at, self.killed, self.stopping = time.monotonic() + seconds, False, False
+
+    def poll(self) -> int | None:
+        if self.killed:
+            return 137
+        if self.stopping and self.after_stop is not None:
+            return self.after_stop
+        return self.code if self.code is not None and time.monotonic() >= self.ends_at else None
+
+    def stop(self) -> None:
+        self.stopping = True
+
+    def kill(self) -> None:
+        self.killed = self.killed or self.poll() is None
+
+    clear = kill
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "codes", "killed"),
+    [
+        ((137, 0.0, None), (None, 0.0, None), (137, 137), (False, True)),
+        ((143, 0.0, None), (None, 0.0, None), (143, 137), (False, True)),
+        ((5, 0.0, None), (None, 0.0, 0), (5, 0), (False, False)),
+        ((5, 0.0, None), (None, 0.0, 137), (5, 137), (False, False)),
+    ],
+    ids=["ended with 137", "ended with 143", "exit 0 after the stop", "killed by the kernel during the stop"],
+)
+def test_only_a_node_that_had_to_be_killed_is_recorded_as_killed(
+    tmp_path: Path,
+    first: tuple[int | None, float, int | None],
+    second: tuple[int | None, float, int | None],
+    codes: tuple[int, int],
+    killed: tuple[bool, bool],
+) -> None:
+    """The exit code of the others says why the run failed. A third node ignores the stop, so that something is killed each time."""
+    given = (*(first, second), (None, 0.0, None))
+    processes = [Scripted(tmp_path, rank, code, seconds=s, after_stop=after) for rank, (code, s, after) in enumerate(given)]
+    results = watch(tuple(processes), StopRequest(), lambda: None, grace_s=lambda: 0.3)
+    assert [(result.code, result.killed) for result in results] == [*zip(codes, killed, strict=True), (137, True)]
+
+
+# A container whose log has ended on a node that stopped responding: its engine is asked, and never answers.
+SILENT = """
+import sys, threading, time
+from pathlib import Path
+from launcher.errors import NodeFailed
+from launcher.plan.commands import NodeCommand
+from launcher.run.gang import clear_all, watch
+from launcher.run.node_process import CheckNodeProcess, ContainerNodeProcess
+from launcher.run.signals import catch_stops
+from launcher.ssh.transport import Local
+
+class Silent(Local):
+    def run(self, *given, **named):
+        print("asked", flush=True)
+        threading.Event().wait(60)
+
+class Lost:
+    pid = 1
+    def poll(self):
+        raise NodeFailed("lost the connection")
+    signal = wait = lambda self, *given: self.poll()
+
+class Follows(Silent):
+    def put(self, *given, **named):
+        pass
+    def start(self, *given, **named):
+        return Lost()
+
+folder = Path(sys.argv[1])
+command = NodeCommand(host="a", node_rank=0, runtime="docker", name="c", folder=str(folder), environment={}, prepare=(), start=())
+if sys.argv[2] == "ranks":
+    process = ContainerNodeProcess(command, Silent({}), folder / "node0.log", node_timeout_s=600)
+else:
+    process = CheckNodeProcess(command, Follows({}), folder / "data0.log", node_timeout_s=600)
+with catch_stops() as stop:
+    if sys.argv[2] == "ranks":
+        watch((process,), stop, lambda: None, grace_s=lambda: 600)
+    else:
+        while stop.count < 2:
+            process.poll()
+            time.sleep(0.1)
+        clear_all((process,), stop)
+print("ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize("kind", ["ranks", "check"])
+def test_a_silent_node_does_not_hold_up_the_end_after_two_interrupts(tmp_path: Path, kind: str) -> None:
+    argv = (sys.executable, "-c", SILENT, str(tmp_path), kind)
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])})
+    assert process.stdout is not None and process.stdout.readline() == "asked\n"
+    began = time.monotonic()
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    output, _ = process.communicate(timeout=120)
+    assert output.endswith("ended\n") and process.returncode == 0
+    assert time.monotonic() - began < 25, "a command may take 60 s"

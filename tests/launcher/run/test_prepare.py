@@ -14,16 +14,14 @@ from launcher.plan.commands import NodeCommand
 from launcher.plan.plan import Plan
 from launcher.record.record import read_images
 from launcher.run import prepare as preparation
+from launcher.run.data_check import changed_files, fetch_problems, refuse_data
 from launcher.run.prepare import (
-    Session,
-    changed_files,
     deliver_image,
-    fetch_problems,
     record_image_ids,
-    refuse_data,
     start_ranks,
     sync_paths,
 )
+from launcher.run.session import Session
 from launcher.run.signals import StopRequest
 from launcher.ssh.transport import Local
 from tests.launcher.hospital import CPU, LOCAL, PlanFor
@@ -142,9 +140,9 @@ def test_all_problems_come_here_and_the_refusal_says_where(plan_for: PlanFor, tm
     with pytest.raises(ConfigRefused) as caught:
         refuse_data(here, check)
     said = str(caught.value)
-    assert "the data on 192.0.2.11 cannot be trained on (60 problem(s))" in said
+    assert "the data on 192.0.2.11 has 60 problem(s)" in said
     assert said.count("/d/rows.json row ") == 20 and "... and 40 more" in said
-    assert said.endswith(f"all of them, a JSON object a line: {here / DATA_PROBLEMS_FILE}")
+    assert said.endswith(f"all problems, one JSON object per line: {here / DATA_PROBLEMS_FILE}")
 
 
 def test_a_list_that_does_not_come_is_named_where_it_lies(
@@ -178,6 +176,6 @@ def test_the_image_that_each_node_has_is_kept_and_another_than_the_recorded_one_
 def test_in_a_rerun_the_files_that_changed_are_named(tmp_path: Path) -> None:
     for name, data in (("recorded_inputs.json", {"a": "1", "b": "2", "c": "3"}), ("inputs.json", {"a": "1", "b": "4", "d": "3"})):
         contract.write(contract.Inputs(schema=SCHEMA, data=data), tmp_path / name)
-    assert changed_files(tmp_path) == ["b: another file", "c: missing", "d: new"]
+    assert changed_files(tmp_path) == ["b: content differs", "c: missing", "d: new"]
     (tmp_path / "inputs.json").unlink()
     assert changed_files(tmp_path) == []

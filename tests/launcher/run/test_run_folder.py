@@ -1,7 +1,9 @@
 """The run's folder on a node, made by one command."""
 
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from launcher.errors import NodeFailed
 from launcher.plan.commands import NodeCommand
 from launcher.plan.plan import Plan
-from launcher.run.run_folder import WorkingNode, create_folders
+from launcher.run.run_folder import FolderRequest, Mirror, WorkingNode, create_folders
 from launcher.ssh.transport import Local
 from trainer.contract import SPEC_FILE, TrainSpec, encode, read
 
@@ -42,6 +44,10 @@ def node(transport: Local, spec: TrainSpec) -> WorkingNode:
     return WorkingNode(command=command, transport=transport)
 
 
+def request(spec: TrainSpec, *, user: str, shared: bool) -> FolderRequest:
+    return FolderRequest(spec=spec, text=encode(spec).encode(), image="image", user=user, shared=shared, local=False)
+
+
 def owner(path: Path | str) -> str:
     return f"{Path(path).stat().st_uid}:{Path(path).stat().st_gid}"
 
@@ -50,7 +56,7 @@ def owner(path: Path | str) -> str:
 @pytest.mark.parametrize("user", ["0:0", "1000:1000"])
 def test_the_folder_is_made_by_one_command(plan_for: PlanFor, tmp_path: Path, user: str) -> None:
     transport, spec = Counting(), spec_in(plan_for, tmp_path)
-    create_folders((node(transport, spec),), spec, encode(spec).encode(), image="image", user=user, shared=False, local=False)
+    create_folders((node(transport, spec),), request(spec, user=user, shared=False))
     assert (transport.fed, transport.ran) == (1, [])
     assert read(TrainSpec, Path(spec.output) / SPEC_FILE) == spec
     assert {owner(spec.output), owner(Path(spec.output) / SPEC_FILE), owner(spec.data.root)} == {user}
@@ -60,8 +66,8 @@ def test_the_folder_is_made_by_one_command(plan_for: PlanFor, tmp_path: Path, us
 def test_a_folder_that_is_there_is_another_runs(plan_for: PlanFor, tmp_path: Path) -> None:
     spec = spec_in(plan_for, tmp_path)
     Path(spec.output).mkdir(parents=True)
-    with pytest.raises(NodeFailed, match="choose one: --run-id"):
-        create_folders((node(Counting(), spec),), spec, encode(spec).encode(), image="image", user="0:0", shared=False, local=False)
+    with pytest.raises(NodeFailed, match="choose a different one: --run-id"):
+        create_folders((node(Counting(), spec),), request(spec, user="0:0", shared=False))
     assert not list(Path(spec.output).iterdir())
 
 
@@ -69,12 +75,59 @@ def test_a_root_that_cannot_be_made_says_what_to_do(plan_for: PlanFor, tmp_path:
     (tmp_path / HOSTILE).write_text("")
     spec = spec_in(plan_for, tmp_path)
     with pytest.raises(NodeFailed, match=r"^a: mkdir: .*sudo install -d -o USER FOLDER"):
-        create_folders((node(Counting(), spec),), spec, encode(spec).encode(), image="image", user="0:0", shared=False, local=False)
+        create_folders((node(Counting(), spec),), request(spec, user="0:0", shared=False))
 
 
 def test_of_nodes_that_share_it_one_makes_it(plan_for: PlanFor, tmp_path: Path) -> None:
     transports, spec = (Counting(), Counting()), spec_in(plan_for, tmp_path)
-    create_folders(
-        tuple(node(each, spec) for each in transports), spec, encode(spec).encode(), image="image", user="0:0", shared=True, local=False
-    )
+    create_folders(tuple(node(each, spec) for each in transports), request(spec, user="0:0", shared=True))
     assert [each.fed for each in transports] == [1, 0] and (Path(spec.output) / SPEC_FILE).exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- mirrors
+
+CUT = "é漢🙂\n".encode()  # characters of 2, 3 and 4 bytes
+
+
+def mirror_of(tmp_path: Path, transport: Local | None = None) -> Mirror:
+    for name in ("node", "here"):
+        (tmp_path / name).mkdir()
+    command = NodeCommand(
+        host="a", node_rank=0, runtime="docker", name="c", folder=str(tmp_path / "node"), environment={}, prepare=(), start=()
+    )
+    transport = transport or Local({"PATH": os.environ["PATH"]})
+    return Mirror(WorkingNode(command=command, transport=transport), "metrics.jsonl", tmp_path / "here")
+
+
+@pytest.mark.parametrize("size", range(1, len(CUT) + 1))
+def test_a_mirror_equals_its_file_wherever_a_character_is_cut(tmp_path: Path, size: int) -> None:
+    """The file grows by `size` bytes between two looks."""
+    mirror, content = mirror_of(tmp_path), CUT * 3
+    for end in range(size, len(content) + size, size):
+        (tmp_path / "node/metrics.jsonl").write_bytes(content[:end])
+        mirror.ask()
+        assert (tmp_path / "here/metrics.jsonl").read_bytes() == content[:end]
+
+
+def test_a_file_that_does_not_exist_yet_leaves_nothing(tmp_path: Path) -> None:
+    mirror_of(tmp_path).ask()
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_an_answer_that_comes_after_the_last_look_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole file is copied after that, and rows would be in it twice."""
+    monkeypatch.setattr("launcher.run.run_folder.SETTLE_S", 0.1)
+    answer = threading.Event()
+
+    class Late(Local):
+        @contextmanager
+        def stream(self, argv: tuple[str, ...], **_: object) -> Iterator[Iterator[bytes]]:
+            answer.wait(20)
+            yield iter([b"a row\n"])
+
+    mirror = mirror_of(tmp_path, Late({}))
+    mirror.update()
+    mirror.settle()
+    answer.set()
+    assert mirror.asking is not None and mirror.asking.result(20) is None
+    assert not list((tmp_path / "here").iterdir())

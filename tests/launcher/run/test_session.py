@@ -15,7 +15,7 @@ import pytest
 from launcher.errors import NodeFailed
 from launcher.plan.plan import LocalContext, Plan
 from launcher.run import session
-from launcher.run.session import FILES_A_NODE, open_examined, open_session
+from launcher.run.session import FILES_PER_NODE, open_examined, open_session
 from launcher.ssh.node import Ssh
 from launcher.ssh.pool import PoolContext
 from launcher.ssh.transport import Local
@@ -91,7 +91,7 @@ def look_at(plan: Plan, environ: dict[str, str]) -> Plan:
 def test_many_nodes_may_have_their_files_open() -> None:
     done = subprocess.run((sys.executable, "-c", LIMIT.format(nodes=128)), capture_output=True, text=True, check=True)
     soft, hard, before = map(int, done.stdout.split())
-    assert hard == before and soft >= min(hard, 128 * FILES_A_NODE)
+    assert hard == before and soft >= min(hard, 128 * FILES_PER_NODE)
 
 
 def test_what_a_node_costs(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_what_a_node_costs(tmp_path: Path) -> None:
         followed = [ssh.start(("sleep", "4811"), log=tmp_path / name) for name in ("ranks", "data")]
         with ssh.stream(("sh", "-c", "echo here; exec sleep 4811")) as chunks:
             next(chunks)
-            assert len(list(Path("/proc/self/fd").iterdir())) - before <= FILES_A_NODE
+            assert len(list(Path("/proc/self/fd").iterdir())) - before <= FILES_PER_NODE
         for command in followed:
             command.signal(signal.SIGKILL)
             command.wait(5)

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import NodeFailed
-from launcher.run.prepare import Session, start_all
-from launcher.run.signals import Stopped, StopRequest, catch_stops, released
+from launcher.run.prepare import start_all
+from launcher.run.session import Session
+from launcher.run.signals import Stopped, StopRequest, catch_stops, handler_for
 from launcher.ssh.parallel import UNANSWERED, after, attempt_each
 from launcher.ssh.transport import Local
 from tests.launcher.hospital import CPU, HOSTS, PlanFor
@@ -25,6 +26,7 @@ case "$1" in
   rm) [ ! -f "$HOME/stuck" ] || exec sleep 6; : >"$HOME/up" ;;
   ps) cat "$HOME/up" ;;
   logs) exec sleep 60 ;;
+  inspect) echo running 0 ;;
 esac
 """
 
@@ -132,7 +134,7 @@ def test_a_closed_terminal_may_end_it_meanwhile() -> None:
     before = signal.getsignal(signal.SIGHUP)
     with catch_stops():
         mine = signal.getsignal(signal.SIGHUP)
-        with released((signal.SIGHUP,)):
+        with handler_for((signal.SIGHUP,), signal.SIG_DFL):
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
         assert signal.getsignal(signal.SIGHUP) == mine
     assert signal.getsignal(signal.SIGHUP) == before

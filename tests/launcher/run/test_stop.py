@@ -17,19 +17,20 @@ from launcher.ssh.transport import Local, Result
 
 NAME = "omnilaunch-r-n0"
 ABSENT = "Error: No such object"
-VERBS = {verb: ("docker", verb, NAME) for verb in ("inspect", "kill", "rm")}
+VERBS = {"inspect": ("docker", "inspect", NAME), "kill": ("docker", "kill", NAME), "rm": ("docker", "rm", "--force", NAME, f"{NAME}-data")}
 
 
 class Engine(Local):
     """This machine with an engine that answers from a table; /proc is the real one. `gone_after`: looks until the container is gone."""
 
     def __init__(
-        self, host: str, *, pids: str = "", apps: str = "", stays: bool = False, silent: bool = False, absent: str = ABSENT, gone_after: int = 0
-    ) -> None:
+        self, host: str, *, pids: str = "", apps: str = "", stays: bool = False, silent: bool = False, absent: str = ABSENT, gone_after: int = 0,
+        refuses: str = "",
+    ) -> None:  # fmt: skip
         super().__init__({"PATH": os.environ["PATH"]}, host)
         self.pids, self.apps, self.stays, self.silent, self.absent = pids, apps, stays, silent, absent
         self.asked: list[tuple[str, ...]] = []
-        self.removed, self.looks, self.gone_after = False, 0, gone_after
+        self.removed, self.looks, self.gone_after, self.refuses = False, 0, gone_after, refuses
 
     def run(self, argv: tuple[str, ...], **options: Any) -> Result:
         self.asked.append(argv)
@@ -37,7 +38,7 @@ class Engine(Local):
             raise NodeFailed(f"{self.host}: no route to host")
         answers: dict[tuple[str, ...], Callable[[], tuple[int, str, str]]] = {
             VERBS["inspect"]: self.inspect,
-            ("docker", "ps", "--all", "--format", "{{.Names}}", "--filter", f"name=^{NAME}(-data)?$"): self.list,
+            ("docker", "ps", "--all", "--format", "{{.Names}}", "--filter", f"name=^({NAME}|{NAME}-data)$"): self.list,
             VERBS["kill"]: lambda: (0, NAME, ""),
             VERBS["rm"]: self.remove,
             ("docker", "top", NAME, "-eo", "pid"): lambda: (0, f"PID\n{self.pids}\n", ""),
@@ -57,13 +58,13 @@ class Engine(Local):
 
     def remove(self) -> tuple[int, str, str]:
         self.removed = not self.stays
-        return 0, NAME, ""
+        return int(bool(self.refuses)), NAME, self.refuses
 
 
 def node(engine: Engine) -> WorkingNode:
     command = NodeCommand(
         host=engine.host, node_rank=0, runtime="docker", name=NAME, folder="/r", environment={}, prepare=(), start=(),
-        probe=VERBS["inspect"], stop=VERBS["kill"], remove=VERBS["rm"],
+        probe=VERBS["inspect"], stop=VERBS["kill"], remove=("docker", "rm", "--force", NAME),
     )  # fmt: skip
     return WorkingNode(command=command, transport=engine)
 
@@ -105,7 +106,7 @@ def test_what_no_container_is_called(said: str, state: str | None, dead_pid: str
     engine = Engine("a", pids=dead_pid, absent=said)
     engine.removed = True
     if state is None:
-        with pytest.raises(NodeFailed, match="engine does not answer"):
+        with pytest.raises(NodeFailed, match="engine does not respond"):
             state_of(node(engine))
     else:
         assert state_of(node(engine)) == state
@@ -119,9 +120,11 @@ def test_a_container_whose_removal_is_under_way(dead_pid: str) -> None:
 
 
 def test_a_container_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.run.stop.REMOVAL_S", 1.0)
+    monkeypatch.setattr("launcher.run.container.REMOVAL_S", 1.0)
     (ending,) = end(Engine("a", stays=True))
     assert "still there" in ending.left and f"docker rm --force {NAME}" in ending.left
+    (ending,) = end(Engine("a", stays=True, refuses="Error response from daemon: permission denied"))
+    assert ending.left.startswith(f"container {NAME} could not be removed: Error response from daemon: permission denied\n")
 
 
 def test_a_process_that_stays() -> None:
