@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -13,8 +15,8 @@ from launcher.cli import parse
 from launcher.config.schema import Config
 from launcher.plan.plan import Plan
 from launcher.record.record import find_failure
-from launcher.run.diagnosis import SYMPTOMS, TABLE_FILE, compiled, describe_symptoms, explain_log, root_rank
-from launcher.run.failures.symptom import KINDS
+from launcher.run.diagnosis import describe_symptoms, explain_log, root_rank
+from launcher.run.failures.symptom import KINDS, TABLES, load_symptoms
 from launcher.run.launch import advice
 from launcher.run.node_process import NodeResult
 from trainer import contract
@@ -23,6 +25,8 @@ from trainer.contract import SCHEMA, FailureReport
 ROOT = Path(__file__).resolve().parents[3]
 GOLDEN = ROOT / "tests" / "golden" / "log"
 ROWS = re.findall(r"^\| ([\w-]+) \| ([\w-]+) \| (\d+) \| (.+) \|$", (GOLDEN / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+TABLE_FILE = "docs/errors.md"
+SYMPTOMS = load_symptoms()
 BY_NAME = {symptom.name: symptom for symptom in SYMPTOMS}
 
 
@@ -93,7 +97,22 @@ def test_the_table_is_whole() -> None:
     for symptom in SYMPTOMS:
         assert symptom.means.endswith(".") and len(symptom.means) < 300, symptom.name
         assert symptom.fix and symptom.source and symptom.kind in KINDS, symptom.name
-        compiled(symptom.pattern)
+        assert re.search(symptom.pattern, symptom.example, re.MULTILINE), symptom.name
+
+
+def test_every_file_of_the_folder_is_a_table() -> None:
+    assert {path.stem for path in (ROOT / "launcher/run/failures").glob("*.yaml")} == set(TABLES)
+
+
+def test_the_tables_are_read_only_when_a_log_is_explained() -> None:
+    code = "import sys, launcher.run.diagnosis as d; print('yaml' in sys.modules); d.explain_log('x'); print('yaml' in sys.modules)"
+    done = subprocess.run((sys.executable, "-c", code), cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
+def test_a_row_for_a_signal_matches_torchruns_line_and_the_exit_codes() -> None:
+    killed = BY_NAME["host-memory-killed"]
+    assert killed.codes == (137, -9) and re.search(killed.pattern, "failed (exitcode: -9) local_rank: 0")
 
 
 def test_every_code_of_hccl_and_hccp_has_a_meaning_of_its_own() -> None:
