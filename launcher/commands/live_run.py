@@ -104,8 +104,8 @@ def supervise(folder: Path, plan: "Plan", say: Callable[[str], None]) -> Any:
     plan = with_credentials(plan)
     source = read_if_there(SourceState, folder / SOURCE_FILE) or SourceState(commit="", dirty=False)
     started = datetime.fromtimestamp((folder / "plan.json").stat().st_mtime, UTC)
-    with reach(plan, say) as desk:
-        return attach(plan, source, started, desk)
+    with reach(plan, say) as (_, session):
+        return attach(plan, source, started, session)
 
 
 def with_credentials(plan: "Plan") -> "Plan":
@@ -303,7 +303,7 @@ def reach(plan: "Plan", say: Callable[[str], None]) -> Any:
     from launcher.plan.local_context import local_context
     from launcher.run.session import open_session
 
-    return open_session(plan, local_context(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty(), require=False)
+    return open_session(plan, local_context(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty(), launching=False)
 
 
 def reach_sites(plans: "Sequence[Plan]") -> "AbstractContextManager[tuple[WorkingNode, ...]]":

@@ -46,17 +46,10 @@ class Session:
 
 
 @contextmanager
-def reach_nodes(cluster: Cluster, nodes: Sequence[Node], environ: Mapping[str, str]) -> Iterator[tuple[Transport | NodeFailed, ...]]:
-    """A transport to each node, or why it cannot be reached."""
-    with connect_with(cluster, nodes, environ) as (_, reached):
-        yield reached
-
-
-@contextmanager
 def connect_with(
     cluster: Cluster, nodes: Sequence[Node], environ: Mapping[str, str]
 ) -> Iterator[tuple[PoolContext | None, tuple[Transport | NodeFailed, ...]]]:
-    """The same, and the pool that holds the connections; None where this machine is the node."""
+    """A transport to each node, or why it cannot be reached; and the pool of the connections, None where this machine is the node."""
     if all(node.is_local for node in nodes):
         yield None, tuple(Local(environ) for _ in nodes)
         return
@@ -78,52 +71,31 @@ def raise_open_files_limit(nodes: int) -> None:
 
 @contextmanager
 def open_session(
-    plan: Plan, context: LocalContext, environ: Mapping[str, str], *, say: Say, terminal: bool, require: bool = True
-) -> Iterator[Session]:
-    """Connect to every working node. Raises NodeFailed that names all nodes which cannot be reached, before anything of the run exists. Without
-    `require`, to supervise a run that exists, only each use of such a node raises it. Raises ConfigRefused for a secret that is not set and that a
-    start needs."""
-    with open_examined(plan, context, environ, say=say, terminal=terminal, require=require, examines=False) as (_, session):
-        yield session
-
-
-@contextmanager
-def open_examined(
-    plan: Plan,
-    context: LocalContext,
-    environ: Mapping[str, str],
-    *,
-    say: Say,
-    terminal: bool,
-    require: bool = True,
-    examines: bool = True,
+    plan: Plan, context: LocalContext, environ: Mapping[str, str], *, say: Say, terminal: bool, launching: bool = True
 ) -> Iterator[tuple[Plan, Session]]:
-    """The same, and the plan with the network that its nodes were found in. Raises NodeFailed with every finding that prevents a launch."""
+    """Connect to every working node, and examine them. Yields the plan with the network that its nodes were found in, and the session. Raises
+    NodeFailed that names all nodes which cannot be reached, or every finding that prevents a launch, before anything of the run exists; and
+    ConfigRefused for a secret that is not set. Not `launching`, to supervise a run that exists: nothing is examined, no secret is read, and a node
+    that cannot be reached raises NodeFailed only when it is used."""
     with ExitStack() as stack:
 
-        def open_for(plan: Plan, require: bool, examines: bool) -> tuple[Plan, Session]:
-            secrets = read_secrets(plan.config.cluster.secrets, environ) if require else {}
+        def open_for(plan: Plan, *, launching: bool, examines: bool) -> tuple[Plan, Session]:
+            secrets = read_secrets(plan.config.cluster.secrets, environ) if launching else {}
             nodes = plan.config.cluster.working
             pool, reached = stack.enter_context(connect_with(plan.config.cluster, nodes, environ))
             if examines and (pool is not None or plan.config.hardware.accelerator != "cpu"):
                 plan = examine_plan(plan, context, reached, say)
-            session = Session(
-                project=context.project,
-                transports=all_reached(reached) if require else reconnecting(nodes, reached, pool),
-                here=Local(environ),
-                secrets=secrets,
-                say=say,
-                terminal=terminal,
-                move=move,
+            transports = all_reached(reached) if launching else reconnecting(nodes, reached, pool)
+            return plan, Session(
+                project=context.project, transports=transports, here=Local(environ), secrets=secrets, say=say, terminal=terminal, move=move
             )
-            return plan, session
 
         def move(plan: Plan, lost: frozenset[str]) -> tuple[Plan, Session]:
             moved = move_to_reached(plan, lost, context, environ, say)
             stack.close()  # the connections of the previous attempt
-            return open_for(moved, require=True, examines=False)
+            return open_for(moved, launching=True, examines=False)
 
-        yield open_for(plan, require, examines)
+        yield open_for(plan, launching=launching, examines=launching)
 
 
 def move_to_reached(plan: Plan, lost: frozenset[str], context: LocalContext, environ: Mapping[str, str], say: Say) -> Plan:
@@ -134,7 +106,7 @@ def move_to_reached(plan: Plan, lost: frozenset[str], context: LocalContext, env
     deadline = time.monotonic() + cluster.node_timeout_s
     while True:
         moved = replace_lost(cluster, lost, minimum=plan.config.run.minimum_nodes)
-        with reach_nodes(moved, moved.working, environ) as reached:
+        with connect_with(moved, moved.working, environ) as (_, reached):
             unreached = {node.host: way for node, way in zip(moved.working, reached, strict=True) if isinstance(way, NodeFailed)}
             if unreached:
                 unfit, problem = frozenset(unreached), together(list(unreached.values()), len(reached))
@@ -198,7 +170,7 @@ def all_reached(reached: Sequence[Transport | NodeFailed]) -> tuple[Transport, .
 def examine_nodes(plan: Plan, stack: Stack, environ: Mapping[str, str], *, launching: bool) -> Examination:
     """The doctor's checks on every node of the cluster, spares too; before a launch only on the working nodes."""
     nodes = plan.config.cluster.working if launching else plan.config.cluster.nodes
-    with reach_nodes(plan.config.cluster, nodes, environ) as reached:
+    with connect_with(plan.config.cluster, nodes, environ) as (_, reached):
         return examine_on(plan, stack, nodes, reached, launching=launching)
 
 

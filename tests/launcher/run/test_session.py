@@ -15,7 +15,7 @@ import pytest
 from launcher.errors import NodeFailed
 from launcher.plan.plan import LocalContext, Plan
 from launcher.run import session
-from launcher.run.session import FILES_PER_NODE, open_examined, open_session
+from launcher.run.session import FILES_PER_NODE, open_session
 from launcher.ssh.node import Ssh
 from launcher.ssh.pool import PoolContext
 from launcher.ssh.transport import Local
@@ -47,7 +47,7 @@ def test_the_connections_of_an_attempt_end_with_it(plan_for: Callable[..., Plan]
 
     monkeypatch.setattr(session, "connect_with", reach)
     monkeypatch.setattr(session, "move_to_reached", lambda plan, *_: plan)
-    with open_session(plan_for(), PLACE, {}, say=print, terminal=False) as opened:
+    with open_session(plan_for(), PLACE, {}, say=print, terminal=False) as (_, opened):
         plan, opened = opened.move(plan_for(), frozenset())
         assert seen == ["open", "close", "open"]
         opened.move(plan, frozenset())
@@ -84,7 +84,7 @@ def test_a_machine_without_the_accelerator_is_named(plan_for: Callable[..., Plan
 
 
 def look_at(plan: Plan, environ: dict[str, str]) -> Plan:
-    with open_examined(plan, replace(PLACE, project=ROOT), environ, say=print, terminal=False) as (examined, _):
+    with open_session(plan, replace(PLACE, project=ROOT), environ, say=print, terminal=False) as (examined, _):
         return examined
 
 
