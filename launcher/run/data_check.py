@@ -7,7 +7,7 @@ from launcher.errors import ConfigRefused, NodeFailed
 from launcher.record.record import RECORDED_INPUTS_FILE, Failure, read_if_there
 from launcher.run.node_log import last_lines
 from launcher.run.node_process import NodeProcess
-from launcher.run.run_folder import WorkingNode, fetch_file
+from launcher.run.run_folder import WorkingNode, fetch_large
 from launcher.run.session import Session
 from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, INPUTS_FILE, DataReport, Inputs
 
@@ -49,7 +49,7 @@ def fetch_problems(folder: Path, session: Session, check: NodeProcess) -> None:
         return
     for name in (DATA_FILE, INPUTS_FILE, DATA_PROBLEMS_FILE):
         with suppress(NodeFailed):
-            fetch_file(node, name, folder / name)
+            fetch_large(node, name, folder / name)
 
 
 def problems_location(folder: Path, check: NodeProcess) -> str:

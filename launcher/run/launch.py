@@ -27,7 +27,7 @@ from launcher.record.record import (
 from launcher.record.source import SourceState, SourceTree
 from launcher.run.diagnosis import explain_log
 from launcher.run.gang import clear_all, container_processes
-from launcher.run.monitor import AttemptOutcome, BadData, hangup_signals, judge_bad_data, wait_for_checks, watch_attempt
+from launcher.run.monitor import AttemptFailed, AttemptOutcome, end_attempt, hangup_signals, wait_for_checks, watch_attempt
 from launcher.run.prepare import NodeProcesses, is_local, prepare_and_start, start_context
 from launcher.run.restart import archive_attempt, reason_against_restart
 from launcher.run.session import Session
@@ -113,9 +113,9 @@ def detach_run(plan: Plan, folder: Path, session: Session, processes: NodeProces
 
     with handler_for(hangup_signals(plan), signal.SIG_DFL):
         try:
-            wait_for_checks(processes.checks, is_over)
-        except BadData as error:
-            return judge_bad_data(plan, folder, session, processes, error.check, stop)
+            wait_for_checks(folder, processes.checks, is_over)
+        except AttemptFailed as error:
+            return end_attempt(plan, folder, session, processes, error, stop)
         finally:
             clear_all(processes.checks, stop)
     return supervise(plan, folder, session, NodeProcesses(trainers=processes.trainers), stop) if is_over() else None
@@ -160,15 +160,9 @@ def start_again(plan: Plan, folder: Path, session: Session, attempt: Attempt, st
 
 
 def finished_attempt(number: int, began: datetime, folder: Path, outcome: AttemptOutcome) -> Attempt:
-    rows = read_rows(folder / METRICS_FILE)
-    return Attempt(
-        number=number,
-        started_at=began.isoformat(timespec="milliseconds"),
-        seconds=round((utc_now() - began).total_seconds(), 3),
-        steps=rows[-1].step if rows else 0,
-        nodes=outcome.nodes,
-        failure=outcome.failure,
-    )
+    rows, seconds = read_rows(folder / METRICS_FILE), round((utc_now() - began).total_seconds(), 3)
+    steps, started_at = rows[-1].step if rows else 0, began.isoformat(timespec="milliseconds")
+    return Attempt(number=number, started_at=started_at, seconds=seconds, steps=steps, nodes=outcome.nodes, failure=outcome.failure)
 
 
 def restart_failed(outcome: AttemptOutcome, folder: Path, attempt: Attempt, error: LaunchError) -> AttemptOutcome:
@@ -217,14 +211,7 @@ def write_result(plan: Plan, source: SourceState, started: datetime, outcome: At
 
 def launcher_failure(error: BaseException) -> Failure:
     """An error of the launcher itself as the failure of a record. What a node or its docker printed may be a known failure."""
-    meaning = explain_log(str(error)) if isinstance(error, (NodeFailed, RunEnded)) else None
-    return Failure(
-        host="launcher",
-        rank=-1,
-        code=int(getattr(error, "exit_code", Exit.BUG)),
-        message=f"{type(error).__name__}: {error}",
-        log="",
-        tail=(),
-        meaning=meaning.means if meaning else "",
-        fix=meaning.fix if meaning else "",
-    )
+    code, message = int(getattr(error, "exit_code", Exit.BUG)), f"{type(error).__name__}: {error}"
+    known = explain_log(str(error)) if isinstance(error, (NodeFailed, RunEnded)) else None
+    meaning, fix = (known.means, known.fix) if known else ("", "")
+    return Failure(host="launcher", rank=-1, code=code, message=message, log="", tail=(), meaning=meaning, fix=fix)

@@ -16,7 +16,7 @@ from launcher.run.node_log import StartPhase, silence_s, start_phases
 from launcher.run.node_process import NodeProcess, NodeResult
 from launcher.run.prepare import NodeProcesses, is_local, working_nodes
 from launcher.run.progress import ProgressView
-from launcher.run.run_folder import FETCH_S, Mirror, WorkingNode, fetch_folder, fetch_results
+from launcher.run.run_folder import FETCH_S, Mirror, WorkingNode, fetch_large, fetch_results
 from launcher.run.session import Session
 from launcher.run.signals import STOPPED_CODE, StopRequest, handler_for
 from launcher.ssh.parallel import after, attempt_each
@@ -49,7 +49,7 @@ def watch_attempt(plan: Plan, folder: Path, session: Session, processes: NodePro
         def tick() -> None:
             nonlocal mirrored_at
             ready = (folder / ENVIRONMENT_FILE).exists()
-            raise_bad_data(processes.checks)
+            raise_bad_data(folder, processes.checks)
             if not stop.count and is_asked_to_stop(folder):
                 stop.ask("omnilaunch stop")
             if mirrors and time.monotonic() - mirrored_at >= MIRROR_INTERVAL_S:
@@ -58,16 +58,14 @@ def watch_attempt(plan: Plan, folder: Path, session: Session, processes: NodePro
             if ready:
                 progress.tick()
             elif not stop.count and time.monotonic() - began > limit_s:
-                raise NotReady(slow_start(plan, folder, limit_s))
+                raise AttemptFailed(slow_start(plan, folder, limit_s))
 
         try:
             nodes = watch(processes.trainers, stop, tick, grace_s=lambda: grace_s(plan, folder, started_here=bool(processes.checks)))
             if not any(node.code for node in nodes):
-                wait_for_checks(processes.checks, lambda: bool(stop.count) or is_asked_to_stop(folder))
-        except BadData as error:
-            return judge_bad_data(plan, folder, session, processes, error.check, stop)
-        except NotReady as error:
-            return ended_early(plan, folder, session, processes, error.failure, stop)
+                wait_for_checks(folder, processes.checks, lambda: bool(stop.count) or is_asked_to_stop(folder))
+        except AttemptFailed as error:
+            return end_attempt(plan, folder, session, processes, error, stop)
         finally:
             clear_all(processes.checks, stop)
             for mirror in mirrors.values():
@@ -90,14 +88,14 @@ def hangup_signals(plan: Plan) -> tuple[signal.Signals, ...]:
     return (signal.SIGHUP,) if plan.config.cluster.runtime == "docker" else ()
 
 
-# ---------------------------------------------------------------------------------------------------------- slow start
+# --------------------------------------------------------------------------------------------------- ended by the launcher
 
 
-class NotReady(Exception):
-    """The ranks are not ready within run.start_timeout_s."""
+class AttemptFailed(Exception):
+    """The launcher ends the attempt: the ranks were not ready in time, or a data check (`check`) ended with an error."""
 
-    def __init__(self, failure: Failure) -> None:
-        self.failure = failure
+    def __init__(self, failure: Failure, check: NodeProcess | None = None) -> None:
+        self.failure, self.check = failure, check
 
 
 def slow_start(plan: Plan, folder: Path, limit_s: int) -> Failure:
@@ -123,55 +121,38 @@ def slow_start(plan: Plan, folder: Path, limit_s: int) -> Failure:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- data check
-
-
-class BadData(Exception):
-    """A data check has ended with an error."""
-
-    def __init__(self, check: NodeProcess) -> None:
-        self.check = check
-
-
-def raise_bad_data(checks: tuple[NodeProcess, ...]) -> None:
-    """Raises BadData with the first check that has ended by itself with an error."""
+def raise_bad_data(folder: Path, checks: tuple[NodeProcess, ...]) -> None:
+    """Raises AttemptFailed with the first check that has ended by itself with an error."""
     for check in checks:
         if check.poll():
-            raise BadData(check)
+            raise AttemptFailed(check_failure(folder, check), check)
 
 
-def wait_for_checks(checks: tuple[NodeProcess, ...], asked_to_stop: Callable[[], bool]) -> None:
-    """A run that was faster than its data check waits for it. Raises BadData."""
-    while not asked_to_stop() and any(check.poll() is None for check in checks):
+def wait_for_checks(folder: Path, checks: tuple[NodeProcess, ...], is_over: Callable[[], bool]) -> None:
+    """A run that was faster than its data check waits for it. Raises AttemptFailed."""
+    while not is_over() and any(check.poll() is None for check in checks):
         time.sleep(TICK_S)
-        raise_bad_data(checks)
-    raise_bad_data(checks)
+        raise_bad_data(folder, checks)
+    raise_bad_data(folder, checks)
+
+
+def end_attempt(
+    plan: Plan, folder: Path, session: Session, processes: NodeProcesses, error: AttemptFailed, stop: StopRequest
+) -> AttemptOutcome:
+    """Kill the ranks. A check that found problems refuses the run (ConfigRefused); otherwise the attempt has failed."""
+    left = clear_all(processes.trainers, stop)
+    fetch(plan, folder, session, stop)
+    checks = (error.check,) if error.check else ()
+    for check in checks:
+        if check.poll() == Exit.USAGE:
+            fetch_problems(folder, session, check)
+            refuse_data(folder, check)
+    code = Exit.NODE if any(process.lost for process in (*processes.trainers, *checks)) else Exit.RUN
+    nodes = node_results(processes.trainers, left, seconds={})
+    return AttemptOutcome(status="failed", code=code, nodes=nodes, failure=error.failure)
 
 
 # ------------------------------------------------------------------------------------------------------------- outcome
-
-
-def judge_bad_data(
-    plan: Plan, folder: Path, session: Session, processes: NodeProcesses, check: NodeProcess, stop: StopRequest
-) -> AttemptOutcome:
-    """A check that found problems refuses the run (ConfigRefused); one that failed itself fails the attempt."""
-    code = check.poll()
-    outcome = ended_early(plan, folder, session, processes, check_failure(folder, check), stop, lost=check.lost)
-    if code == Exit.USAGE:
-        fetch_problems(folder, session, check)
-        refuse_data(folder, check)
-    return outcome
-
-
-def ended_early(
-    plan: Plan, folder: Path, session: Session, processes: NodeProcesses, failure: Failure, stop: StopRequest, *, lost: bool = False
-) -> AttemptOutcome:
-    """The attempt failed because of its check or its slow start; its ranks were killed for that."""
-    left = clear_all(processes.trainers, stop)
-    fetch(plan, folder, session, stop)
-    lost = lost or any(process.lost for process in processes.trainers)
-    nodes = node_results(processes.trainers, left, seconds={})
-    return AttemptOutcome(status="failed", code=Exit.NODE if lost else Exit.RUN, nodes=nodes, failure=failure)
 
 
 def judge_attempt(
@@ -217,7 +198,7 @@ def fetch(plan: Plan, folder: Path, session: Session, stop: StopRequest) -> None
         return
 
     def fetch_cann_log(node: WorkingNode) -> None:
-        fetch_folder(node, CANN_LOGS, folder / "logs" / f"node{node.command.node_rank}-{CANN_LOGS}.tgz")
+        fetch_large(node, CANN_LOGS, folder / "logs" / f"node{node.command.node_rank}-{CANN_LOGS}.tgz", packed=True)
 
     cann_over = after(FETCH_S)
     attempt_each(fetch_cann_log, nodes, until=lambda: cann_over() or stopped())

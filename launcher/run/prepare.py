@@ -135,15 +135,9 @@ def record_image_ids(plan: Plan, session: Session) -> None:
 
 def prepare_folders(plan: Plan, session: Session, *, again: bool) -> None:
     """The run's folder on every node, owned by the container's user."""
-    argv, nodes = plan.commands[0].start, working_nodes(plan, session)
-    request = FolderRequest(
-        spec=plan.spec,
-        text=encoded_spec(plan),
-        image=plan.image.tag,
-        user=argv[argv.index("--user") + 1],
-        shared=plan.config.cluster.shared,
-        local=is_local(plan),
-    )
+    argv, nodes, shared = plan.commands[0].start, working_nodes(plan, session), plan.config.cluster.shared
+    user = argv[argv.index("--user") + 1]
+    request = FolderRequest(spec=plan.spec, text=encoded_spec(plan), image=plan.image.tag, user=user, shared=shared, local=is_local(plan))
     if not again:
         create_folders(nodes, request)
         return
@@ -164,12 +158,9 @@ def encoded_spec(plan: Plan) -> bytes:
 
 
 def start_context(plan: Plan, session: Session) -> StartContext:
+    logs, timeout_s = Path(plan.folder) / "logs", plan.config.cluster.node_timeout_s
     return StartContext(
-        transports=session.transports,
-        logs=Path(plan.folder) / "logs",
-        project=session.project,
-        secrets=session.secrets,
-        node_timeout_s=plan.config.cluster.node_timeout_s,
+        transports=session.transports, logs=logs, project=session.project, secrets=session.secrets, node_timeout_s=timeout_s
     )
 
 

@@ -91,7 +91,8 @@ def with_archived_log(failure: Failure | None, folder: Path, archive: Path) -> F
 def copy_newest_checkpoint(nodes: Sequence[WorkingNode], say: Callable[[str], None]) -> str:
     """Copy the newest checkpoint that any node has to all others, for nodes that share no folder. Returns its name, '' when there is none.
 
-    It goes from its node through this machine to all others at once, and gets its name when it is complete. Raises NodeFailed.
+    It goes from its node through this machine to all others at once, and gets its name when it is complete. What an interrupted copy left is
+    removed first. Raises NodeFailed.
     """
     have = each(newest_checkpoint, nodes)
     newest = max(have, key=step_of)
@@ -102,14 +103,13 @@ def copy_newest_checkpoint(nodes: Sequence[WorkingNode], say: Callable[[str], No
     say(f"copying checkpoint {newest} from {source.command.host} to {', '.join(node.command.host for node in lacking)}")
     folder = PurePosixPath(checkpoint_folder(source))
     incoming = str(folder / INCOMING)
-    each(lambda node: run_or_fail(node, "mkdir", "-p", "--", incoming), lacking)
-    each(lambda node: run_or_fail(node, "find", incoming, "-mindepth", "1", "-delete"), lacking)  # left by a copy that was interrupted
+    each(lambda node: run_all(node, ("mkdir", "-p", "--", incoming), ("find", incoming, "-mindepth", "1", "-delete")), lacking)
     pack, unpack = ("tar", "-C", str(folder), "-cf", "-", newest), ("tar", "-C", incoming, "-xf", "-")
     failures = [answer for answer in send(pack, unpack, lacking, source.transport, say, what="the checkpoint") if answer]
     if failures:
         raise together(failures, len(lacking))
-    each(lambda node: run_or_fail(node, "mv", "-T", "--", f"{incoming}/{newest}", str(folder / newest)), lacking)
-    each(lambda node: run_or_fail(node, "rmdir", "--", incoming), lacking)
+    move = ("mv", "-T", "--", f"{incoming}/{newest}", str(folder / newest))
+    each(lambda node: run_all(node, move, ("rmdir", "--", incoming)), lacking)
     return newest
 
 
@@ -136,8 +136,9 @@ def newest_checkpoint(node: WorkingNode) -> str:
     return newest_name(listed.expect(f"{node.command.host}: looking for its newest checkpoint").output.splitlines())
 
 
-def run_or_fail(node: WorkingNode, *argv: str) -> None:
-    node.transport.run(argv).expect(f"{node.command.host}: receiving the checkpoint")
+def run_all(node: WorkingNode, *commands: tuple[str, ...]) -> None:
+    for argv in commands:
+        node.transport.run(argv).expect(f"{node.command.host}: receiving the checkpoint")
 
 
 def checkpoint_folder(node: WorkingNode) -> str:

@@ -169,22 +169,13 @@ def fetch_results(nodes: Sequence[WorkingNode], folder: Path, *, ranks_per_node:
     attempt_each(fetch, nodes, until=until)
 
 
-def fetch_folder(node: WorkingNode, name: str, target: Path) -> None:
-    """Copy a folder of the run's folder as a .tgz; nothing when it does not exist or is larger than FOLDER_BYTES. Raises NodeFailed."""
-    parent = node.command.folder
-    if node.transport.run(("test", "-d", f"{parent}/{name}")).code == 0:
-        write_output(node, ("tar", "-C", parent, "-czf", "-", name), target)
-
-
-def fetch_file(node: WorkingNode, name: str, target: Path) -> None:
-    """The same for a file, which may be long, as it is."""
-    path = f"{node.command.folder}/{name}"
-    if node.transport.run(("test", "-f", path)).code == 0:
-        write_output(node, ("cat", "--", path), target)
-
-
-def write_output(node: WorkingNode, argv: tuple[str, ...], target: Path) -> None:
-    """Write the output of a command to a file of this machine, whole or not at all."""
+def fetch_large(node: WorkingNode, name: str, target: Path, *, packed: bool = False) -> None:
+    """Copy a file of the run's folder, or a folder `packed` as a .tgz, whole or not at all. Nothing is copied when it does not exist or is larger
+    than FOLDER_BYTES. Raises NodeFailed."""
+    parent, path = node.command.folder, f"{node.command.folder}/{name}"
+    if node.transport.run(("test", "-d" if packed else "-f", path)).code:
+        return
+    argv = ("tar", "-C", parent, "-czf", "-", name) if packed else ("cat", "--", path)
     part, written = target.with_name(f".{target.name}.part"), 0
     try:
         with node.transport.stream(argv, silence_s=FETCH_S) as chunks, part.open("wb") as file:

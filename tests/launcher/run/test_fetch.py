@@ -9,7 +9,7 @@ import pytest
 
 from launcher.plan.commands import CANN_LOGS, NodeCommand
 from launcher.run import run_folder
-from launcher.run.run_folder import WorkingNode, fetch_folder
+from launcher.run.run_folder import WorkingNode, fetch_large
 from launcher.ssh.transport import Local
 from tests.launcher.conftest import PROJECT
 
@@ -27,7 +27,7 @@ def node(tmp_path: Path) -> WorkingNode:
 
 
 def test_a_folder_arrives_whole(node: WorkingNode, tmp_path: Path) -> None:
-    fetch_folder(node, CANN_LOGS, tmp_path / "node0-cann.tgz")
+    fetch_large(node, CANN_LOGS, tmp_path / "node0-cann.tgz", packed=True)
     with tarfile.open(tmp_path / "node0-cann.tgz") as archive:
         assert "cann/node0/debug/plog/plog-1.log" in archive.getnames()
 
@@ -37,7 +37,7 @@ def test_what_is_not_there_or_too_large_leaves_nothing_here(
     node: WorkingNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, limit: int
 ) -> None:
     monkeypatch.setattr(run_folder, "FOLDER_BYTES", limit)
-    fetch_folder(node, name, tmp_path / "kept.tgz")
+    fetch_large(node, name, tmp_path / "kept.tgz", packed=True)
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
