@@ -301,5 +301,5 @@ def test_a_folder_that_has_no_room_is_a_clear_end(plan_for: Callable[..., Plan],
 
     monkeypatch.setattr(launch, "open_run", full)
     desk = SimpleNamespace(project=tmp_path, say=print)
-    with pytest.raises(RunEnded, match=r"runs/R could not be written: No space left on device\. Free room there"):
+    with pytest.raises(RunEnded, match=r"runs/R could not be written: No space left on device\. Free some disk space there"):
         launch.launch(plan_for(), SourceTree(state=SourceState(commit="", dirty=False)), desk)  # type: ignore[arg-type]

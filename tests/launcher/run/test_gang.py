@@ -1,4 +1,4 @@
-"""The gang with real processes: what ends, what is ended, and that nothing is left."""
+"""All nodes of a run together, with real processes: which end by themselves, which are ended, and that nothing is left."""
 
 import os
 import signal
@@ -13,7 +13,6 @@ import pytest
 
 from launcher.errors import NodeFailed
 from launcher.plan.commands import FOLDER_VARIABLE, NodeCommand
-from launcher.run.container import write_env_file
 from launcher.run.gang import NodeResult, StartContext, StopRequest, start_trainers, watch
 from launcher.ssh.transport import Local, Result, processes_with
 
@@ -61,7 +60,7 @@ def test_first_failure_stops_the_others(tmp_path: Path) -> None:
     assert time.monotonic() - started < 10
 
 
-def test_one_that_does_not_listen_is_killed_with_its_children(tmp_path: Path) -> None:
+def test_a_process_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Path) -> None:
     stop = StopRequest()
 
     def tick() -> None:
@@ -85,7 +84,7 @@ def test_a_second_request_kills_at_once(tmp_path: Path) -> None:
     assert results[0].killed and time.monotonic() - started < 20
 
 
-def test_a_child_left_by_a_rank_that_ended_well_is_ended_too(tmp_path: Path) -> None:
+def test_a_child_of_a_rank_that_ended_is_ended_too(tmp_path: Path) -> None:
     left = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {DEAF!r}], start_new_session=True)"
     assert run(tmp_path, left)[0].code == 0
     assert processes_with(FOLDER_VARIABLE, str(tmp_path)) == ()
@@ -98,7 +97,7 @@ def test_all_start_or_none(tmp_path: Path) -> None:
     assert processes_with(FOLDER_VARIABLE, str(tmp_path)) == ()
 
 
-def test_nothing_is_left_when_the_watcher_breaks(tmp_path: Path) -> None:
+def test_nothing_is_left_after_an_error_of_the_launcher(tmp_path: Path) -> None:
     def tick() -> None:
         raise ValueError("planted")
 
@@ -107,31 +106,21 @@ def test_nothing_is_left_when_the_watcher_breaks(tmp_path: Path) -> None:
     assert processes_with(FOLDER_VARIABLE, str(tmp_path)) == ()
 
 
-def test_env_file_is_private_and_literal(tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    path = tmp_path / "node0.env"
-    hostile = "a'b\"c $(id) `id` \\ #x = y"
-    write_env_file(replace(command(tmp_path, 0, ""), environment={"KEY": hostile}), Local(ENVIRON), str(path), waits_for=("HF_TOKEN", "B"))
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert path.read_text() == f"KEY={hostile}\nOMNILAUNCH_SECRETS=HF_TOKEN B\n"
-
-
-class Dark(Local):
-    """Starts nothing, and then answers no more."""
+class Silent(Local):
+    """Starts nothing, and then stops responding."""
 
     def put(self, content: bytes, path: str, *, mode: int = 0o600) -> None:
-        raise NodeFailed("dark: no room")
+        raise NodeFailed("silent: no room")
 
     def run(self, argv: tuple[str, ...], **_: Any) -> Result:
-        raise NodeFailed("dark: no answer\n  Next: ssh dark true")
+        raise NodeFailed("silent: no answer\n  Next: ssh silent true")
 
 
 def test_a_node_that_a_failed_start_could_not_clear_is_named(tmp_path: Path) -> None:
-    """What its engine was told may still come up."""
+    """Its engine has the command to start the container, and may still do it."""
     containers = tuple(replace(command(tmp_path, rank, ""), runtime="docker") for rank in range(1))
-    with pytest.raises(NodeFailed, match=r"no room\n  not cleared: host0: dark: no answer; when it responds: ssh host0 docker rm --force run-n0$"):
-        start_trainers(containers, replace(context(tmp_path, 1), transports=(Dark(ENVIRON),)), StopRequest())
+    with pytest.raises(NodeFailed, match=r"no room\n  not cleared: host0: silent: no answer; when it responds: ssh host0 docker rm --force run-n0$"):
+        start_trainers(containers, replace(context(tmp_path, 1), transports=(Silent(ENVIRON),)), StopRequest())
 
 
 class Scripted:

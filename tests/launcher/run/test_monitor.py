@@ -1,4 +1,4 @@
-"""The ranks and the data check beside each other: whichever ends first, in whatever way, the outcome is the one that a reader expects."""
+"""The ranks and the data check run in parallel: whichever ends first, the outcome is right."""
 
 import signal
 import time
@@ -28,7 +28,7 @@ Code = int | None
 
 
 class Scripted:
-    """A member that ends with `code` after `seconds`; None: never by itself. Killed as a container is: 137."""
+    """A node process that ends with `code` after `seconds` (None: never), and with 137 when it is killed."""
 
     def __init__(self, command: NodeCommand, code: Code, seconds: float = 0.0) -> None:
         self.command, self.code, self.lost, self.stopping = command, code, False, False
@@ -89,12 +89,12 @@ def test_a_run_that_is_faster_than_its_check_waits_for_it(plan: Plan) -> None:
     assert time.monotonic() - began >= 0.6
 
 
-def test_a_rank_that_fails_while_the_data_is_checked_is_the_failure(plan: Plan) -> None:
+def test_a_rank_that_fails_during_the_data_check_is_the_failure(plan: Plan) -> None:
     outcome = watched(plan, (1, 0.1), (None, 0.0))
     assert outcome.status == "failed" and outcome.failure is not None and "data" not in outcome.failure.message
 
 
-def test_bad_data_ends_the_ranks(plan: Plan) -> None:
+def test_bad_data_stops_the_ranks(plan: Plan) -> None:
     problem = DataProblem(file="/d/train.json", row=2, field="image", problem="no image file", fix="put it there")
     report = DataReport(schema=SCHEMA, sha256="", train_rows=2, evaluation_rows=0, images=0, problems=(problem,))
     contract.write(report, Path(plan.folder) / contract.DATA_FILE)
@@ -104,7 +104,7 @@ def test_bad_data_ends_the_ranks(plan: Plan) -> None:
     assert mine.trainers[0].poll() == 137
 
 
-def test_a_check_that_breaks_is_a_failed_attempt_and_no_refusal(plan: Plan) -> None:
+def test_a_check_that_fails_itself_is_a_failed_attempt_and_not_a_refusal(plan: Plan) -> None:
     outcome = watched(plan, (None, 0.0), (137, 0.1))
     assert outcome.status == "failed" and outcome.failure is not None
     assert "data check ended with exit code 137" in outcome.failure.message
@@ -117,7 +117,7 @@ def test_a_stop_ends_the_wait_for_a_check(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize("steps, status", [(10, "failed"), (4, "stopped")])
-def test_a_run_that_breaks_after_its_last_step_was_not_stopped(plan: Plan, steps: int, status: str) -> None:
+def test_a_run_that_fails_after_its_last_step_was_not_stopped(plan: Plan, steps: int, status: str) -> None:
     """The trainer's result says `stopped` until the evaluation is over."""
     trained(plan, "stopped", steps)
     assert watched(plan, (1, 0.0), (0, 0.0)).status == status
@@ -144,16 +144,16 @@ def test_a_node_that_failed_is_the_failure_though_the_others_saved_and_stopped(p
     assert ("killed from outside" in outcome.failure.meaning) == (code == 137)
 
 
-def test_a_run_is_left_when_its_data_is_checked(plan: Plan) -> None:
+def test_a_run_is_detached_when_its_data_is_checked(plan: Plan) -> None:
     assert detach_run(plan, Path(plan.folder), session(), processes(plan, (None, 0.0), (0, 0.2)), StopRequest()) is None
 
 
-def test_a_run_that_breaks_before_it_is_left_is_told(plan: Plan) -> None:
+def test_a_run_that_fails_before_it_is_detached_is_reported(plan: Plan) -> None:
     outcome = detach_run(plan, Path(plan.folder), session(), processes(plan, (1, 0.2), (None, 0.0)), StopRequest())
     assert outcome is not None and outcome.status == "failed"
 
 
-def test_before_the_first_row_there_is_nothing_to_wait_for(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+def test_before_the_first_row_the_grace_time_is_short(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
     plan = plan_for(f"cluster.root={tmp_path}", "run.stop_timeout_s=60")
     rows = tmp_path / contract.METRICS_FILE
     assert grace_s(plan, tmp_path) == START_GRACE_S < 60
@@ -165,7 +165,7 @@ def test_before_the_first_row_there_is_nothing_to_wait_for(plan_for: Callable[..
     assert grace_s(replace(plan, spec=replace(plan.spec, stage=replace(plan.spec.stage, kind="evaluate"))), Path("/nowhere")) == 60
 
 
-def test_a_closed_terminal_concerns_no_container(plan_for: Callable[..., Plan]) -> None:
+def test_a_closed_terminal_ends_only_the_launcher_of_containers(plan_for: Callable[..., Plan]) -> None:
     assert hangup_signals(plan_for()) == ()
     assert hangup_signals(plan_for("cluster.runtime=docker")) == (signal.SIGHUP,)
 
@@ -186,7 +186,7 @@ def test_a_start_that_takes_too_long_is_a_failed_attempt_that_names_the_slowest(
     assert outcome.nodes[0].killed and mine.trainers[0].poll() == 137
 
 
-def test_a_node_that_answers_slowly_holds_up_no_look_at_the_others(tmp_path: Path) -> None:
+def test_a_slow_node_does_not_delay_the_watching_of_the_others(tmp_path: Path) -> None:
     class Slow(Local):
         @contextmanager
         def stream(self, argv: tuple[str, ...], **named: object) -> Iterator[Iterator[bytes]]:

@@ -1,4 +1,4 @@
-"""Whose a line of a node's log is, and how far each rank's start has come."""
+"""Which rank a line of a node's log is from, and how far the start of each rank is."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_the_lines_of_one_rank() -> None:
     assert lines_of(KILLED, -1)[0] == "torchrun starts" and "[rank" not in unnamed(KILLED)
 
 
-def test_the_slowest_rank_stands_first(tmp_path: Path) -> None:
+def test_the_slowest_rank_is_first(tmp_path: Path) -> None:
     log = tmp_path / "node1.log"
     log.write_text("hello\n" + said(0, 1, 3, prefix="[rank 2] ") + "[rank 2] a warning\n" + said(0, prefix="[rank 3] "))
     slowest, other = start_phases(log, "b", (2, 3))
@@ -44,13 +44,13 @@ def test_the_slowest_rank_stands_first(tmp_path: Path) -> None:
     assert slowest.describe() == "rank 3 on b: loading its libraries"
 
 
-@pytest.mark.parametrize("text, told", [(None, NO_OUTPUT), ("pulling\n", NO_OUTPUT), (said(0, 2), START_PHASES[2])])
-def test_of_a_rank_that_is_alone_every_line_is_its_own(tmp_path: Path, text: str | None, told: str) -> None:
+@pytest.mark.parametrize("text, described", [(None, NO_OUTPUT), ("pulling\n", NO_OUTPUT), (said(0, 2), START_PHASES[2])])
+def test_every_line_belongs_to_the_only_rank(tmp_path: Path, text: str | None, described: str) -> None:
     log = tmp_path / "node0.log"
     if text is not None:
         log.write_text(text)
     (standing,) = start_phases(log, "a", (0,))
-    assert standing.describe() == f"rank 0 on a: {told}" and standing.last_line == (text or "").splitlines()[-1:][0] if text else True
+    assert standing.describe() == f"rank 0 on a: {described}" and standing.last_line == (text or "").splitlines()[-1:][0] if text else True
     assert (silence_s(log) is None) == (text is None)
 
 

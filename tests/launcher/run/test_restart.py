@@ -1,4 +1,4 @@
-"""Another attempt: whose place a spare takes, what is kept of the last one, and the checkpoint on nodes that share no folder."""
+"""Another attempt: which node a spare replaces, what is kept of the last attempt, and the checkpoint on nodes that share no folder."""
 
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,11 +51,11 @@ def working(given: Cluster) -> list[str]:
         (("a", "b"), set(), 0, ["a", "b"]),
     ],
 )
-def test_a_spare_takes_the_place_of_a_lost_node(hosts: tuple[str, ...], lost: set[str], minimum: int, left: list[str]) -> None:
+def test_a_spare_replaces_a_lost_node(hosts: tuple[str, ...], lost: set[str], minimum: int, left: list[str]) -> None:
     assert working(replace_lost(cluster(*hosts), lost, minimum=minimum)) == left
 
 
-def test_a_spare_works_once() -> None:
+def test_a_spare_is_used_once() -> None:
     first = replace_lost(cluster("a", "b", "s1", "s2"), {"b"}, minimum=0)
     assert [node.host for node in first.nodes if node.spare] == ["s2"]
     assert working(replace_lost(first, {"s1"}, minimum=0)) == ["a", "s2"]
@@ -85,7 +85,7 @@ def test_when_a_run_is_not_started_again(earlier: tuple[Attempt, ...], last: Att
 
 
 
-def test_a_launcher_that_was_killed_while_it_set_aside_leaves_work_to_the_next(tmp_path: Path) -> None:
+def test_a_launcher_that_was_killed_during_the_archiving_can_be_followed_by_another(tmp_path: Path) -> None:
     for said in ("first", "second", "third"):
         (tmp_path / "logs").mkdir(exist_ok=True)
         (tmp_path / "logs/node0.log").write_text(said, encoding="utf-8")
@@ -95,7 +95,7 @@ def test_a_launcher_that_was_killed_while_it_set_aside_leaves_work_to_the_next(t
     assert (tmp_path / "attempts/1/logs/node0.log").read_text(encoding="utf-8") == "third"
 
 
-def test_what_an_attempt_left_is_kept(tmp_path: Path) -> None:
+def test_the_files_of_an_attempt_are_archived(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     for name in ("logs/node1.log", "failure-rank1.json", "environment.json", "metrics.jsonl", "plan.json"):
         (tmp_path / name).write_text(name, encoding="utf-8")
@@ -114,7 +114,7 @@ def test_what_an_attempt_left_is_kept(tmp_path: Path) -> None:
     for number in range(2, 12):
         archive_attempt(tmp_path, failed(number), mirrored=True)
     assert [attempt.number for attempt in load_attempts(tmp_path)] == list(range(1, 12))
-    assert not (tmp_path / "metrics.jsonl").exists(), "a mirror begins anew"
+    assert not (tmp_path / "metrics.jsonl").exists(), "a mirror starts again"
 
 
 class Rooted(Local):
@@ -165,7 +165,7 @@ def checkpoint(tmp_path: Path, rank: int, name: str, size: int = 100_000) -> Pat
     return folder
 
 
-def test_the_newest_on_comes_to_the_nodes_that_lack_it(tmp_path: Path, nodes: tuple[WorkingNode, ...]) -> None:
+def test_the_newest_checkpoint_is_copied_to_the_nodes_without_it(tmp_path: Path, nodes: tuple[WorkingNode, ...]) -> None:
     checkpoint(tmp_path, 0, "step-000100")
     newest = checkpoint(tmp_path, 1, "step-1000000", size=3_000_000)
     checkpoint(tmp_path, 2, ".step-2000000.partial")
@@ -181,7 +181,7 @@ def test_the_newest_on_comes_to_the_nodes_that_lack_it(tmp_path: Path, nodes: tu
     assert copy_newest_checkpoint(nodes, said.append) == "step-1000000" and not said, "nothing is sent to a node that has it"
 
 
-def test_a_node_that_is_the_first_one_now_gets_the_rows(tmp_path: Path, nodes: tuple[WorkingNode, ...]) -> None:
+def test_a_new_first_node_gets_the_metrics_rows(tmp_path: Path, nodes: tuple[WorkingNode, ...]) -> None:
     home = tmp_path / "home"
     for number, text in ((1, "old\n"), (2, "new\n")):
         (home / "attempts" / str(number)).mkdir(parents=True)
@@ -194,8 +194,8 @@ def test_a_node_that_is_the_first_one_now_gets_the_rows(tmp_path: Path, nodes: t
 
 
 @pytest.mark.parametrize("there", [b"one\n", b"one\ntw", b"one\n\0\0\0", b""])
-def test_rows_that_a_loss_of_power_took_from_the_first_node_are_given_back(tmp_path: Path, nodes: tuple[WorkingNode, ...], there: bytes) -> None:
-    """Checkpoints are synced to its disk, rows are not; what the launcher has read of them is here."""
+def test_rows_that_the_first_node_lost_in_a_power_failure_are_restored(tmp_path: Path, nodes: tuple[WorkingNode, ...], there: bytes) -> None:
+    """Checkpoints are synced to its disk, rows are not; the launcher has a copy of those that it has read."""
     home = tmp_path / "home"
     (home / "attempts" / "1").mkdir(parents=True)
     (home / "attempts" / "1" / "metrics.jsonl").write_bytes(b"one\ntwo\nthree\n")
@@ -209,7 +209,7 @@ def test_no_checkpoint_anywhere(nodes: tuple[WorkingNode, ...]) -> None:
     assert copy_newest_checkpoint(nodes, print) == ""
 
 
-def test_a_node_that_cannot_tell_its_checkpoints_does_not_let_the_run_begin_anew(nodes: tuple[WorkingNode, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_whose_checkpoints_cannot_be_listed_is_an_error(nodes: tuple[WorkingNode, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     def unreadable(argv: tuple[str, ...], **_: Any) -> Result:
         return Result(argv=argv, code=1, output="", errors="Input/output error")
 
@@ -218,7 +218,7 @@ def test_a_node_that_cannot_tell_its_checkpoints_does_not_let_the_run_begin_anew
         copy_newest_checkpoint(nodes, print)
 
 
-def test_a_node_that_cannot_take_it_in_is_named_and_has_no_half(tmp_path: Path, nodes: tuple[WorkingNode, ...]) -> None:
+def test_a_node_that_cannot_receive_the_checkpoint_is_named_and_keeps_no_part_of_it(tmp_path: Path, nodes: tuple[WorkingNode, ...]) -> None:
     checkpoint(tmp_path, 0, "step-000100")
     (tmp_path / "n1" / "checkpoints").write_text("a file in the way", encoding="utf-8")
     with pytest.raises(NodeFailed, match="host1"):

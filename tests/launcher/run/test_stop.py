@@ -1,4 +1,4 @@
-"""A run is gone when its containers, its processes and its device memory are."""
+"""A run has ended when its containers and processes are gone and its device memory is free."""
 
 import os
 import subprocess
@@ -86,7 +86,7 @@ def test_all_gone(dead_pid: str) -> None:
     assert engine.asked.index(VERBS["kill"]) < engine.asked.index(VERBS["rm"]), "asked to save before it is removed"
 
 
-def test_a_node_that_does_not_answer_is_reported_and_the_others_are_ended(dead_pid: str) -> None:
+def test_a_silent_node_is_reported_and_the_others_are_ended(dead_pid: str) -> None:
     there = Engine("a", pids=dead_pid)
     endings = end(Engine("dark", silent=True), there)
     assert "no route" in endings[0].left and endings[1].left == "" and there.removed
@@ -102,7 +102,7 @@ def test_a_node_that_does_not_answer_is_reported_and_the_others_are_ended(dead_p
         ("dial unix /var/run/docker.sock: connect: no such file or directory", None),
     ],
 )
-def test_what_no_container_is_called(said: str, state: str | None, dead_pid: str) -> None:
+def test_how_engines_report_a_missing_container(said: str, state: str | None, dead_pid: str) -> None:
     engine = Engine("a", pids=dead_pid, absent=said)
     engine.removed = True
     if state is None:
@@ -114,12 +114,12 @@ def test_what_no_container_is_called(said: str, state: str | None, dead_pid: str
 
 
 def test_a_container_whose_removal_is_under_way(dead_pid: str) -> None:
-    """By another client, whom the engine serves first; ours is told that it is being done."""
+    """By another client; docker rm returns before the container is gone."""
     engine = Engine("a", pids=dead_pid, gone_after=2)
     assert end(engine) == (StopResult(host="a", left=""),) and engine.looks == 3
 
 
-def test_a_container_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_container_that_cannot_be_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.run.container.REMOVAL_S", 1.0)
     (ending,) = end(Engine("a", stays=True))
     assert "still there" in ending.left and f"docker rm --force {NAME}" in ending.left
@@ -127,12 +127,12 @@ def test_a_container_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ending.left.startswith(f"container {NAME} could not be removed: Error response from daemon: permission denied\n")
 
 
-def test_a_process_that_stays() -> None:
+def test_a_process_that_still_runs() -> None:
     (ending,) = end(Engine("a", pids=str(os.getpid())))
     assert str(os.getpid()) in ending.left and "still run" in ending.left
 
 
-def test_device_memory_that_stays(dead_pid: str) -> None:
+def test_device_memory_that_is_still_held(dead_pid: str) -> None:
     apps = f"GPU-1, {dead_pid}, python, 20480\nGPU-1, 1, another, 10\n"
     (ending,) = end(Engine("a", pids=dead_pid, apps=apps), accelerator="cuda")
     assert "device memory" in ending.left and ending.left.endswith(dead_pid)
@@ -140,6 +140,6 @@ def test_device_memory_that_stays(dead_pid: str) -> None:
     assert ending.left == "", "the memory of another run is none of ours"
 
 
-def test_a_device_tool_that_is_not_there_leaves_it_open(dead_pid: str) -> None:
+def test_without_the_device_tool_it_is_not_known_whether_memory_is_free(dead_pid: str) -> None:
     (ending,) = end(Engine("a", pids=dead_pid), accelerator="npu")
     assert "npu-smi" in ending.left
