@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 
 from launcher.errors import NodeFailed
-from launcher.plan.commands import NodeCommand, data_name, is_absent
+from launcher.plan.commands import NodeCommand, data_env_file, data_name, env_file, is_absent
 from launcher.ssh.transport import Transport
 
 NO_CONTAINER = "no container"
@@ -35,9 +35,11 @@ def send_secrets(command: NodeCommand, transport: Transport, secrets: Mapping[st
     transport.feed((*inside, "dd", f"of={SECRETS_PIPE}", "conv=nocreat,notrunc", "status=none"), (values,), timeout_s=60).expect(what)
 
 
-def names_of(command: NodeCommand) -> tuple[str, str]:
-    """The container of the ranks and that of the data check."""
-    return command.name, data_name(command.name)
+def clear_node(command: NodeCommand, transport: Transport) -> None:
+    """Remove the containers of the ranks and of the data check, and their environment files. Raises NodeFailed when a container stays."""
+    for path in (env_file, data_env_file):
+        remove_env_file(transport, path(command.folder, command.node_rank))
+    remove_containers(command, transport, command.name, data_name(command.name), verify=True)
 
 
 def remove_containers(command: NodeCommand, transport: Transport, *names: str, verify: bool = False) -> None:

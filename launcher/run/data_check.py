@@ -5,6 +5,7 @@ from pathlib import Path, PurePosixPath
 
 from launcher.errors import ConfigRefused, NodeFailed
 from launcher.record.record import RECORDED_INPUTS_FILE, Failure, read_if_there
+from launcher.run.gang import node_log_path
 from launcher.run.node_log import last_lines
 from launcher.run.node_process import NodeProcess
 from launcher.run.run_folder import WorkingNode, fetch_large
@@ -18,7 +19,7 @@ def refuse_data(folder: Path, check: NodeProcess) -> None:
     """Raise the problems that a check found as ConfigRefused: the first ones, and where all of them are."""
     report: DataReport | None = read_if_there(DataReport, folder / DATA_FILE)
     if report is None or not report.problems:
-        log = check_log_path(folder, check)
+        log = node_log_path(folder / "logs", check.command, "data")
         output, changed = "\n".join(last_lines(log)), "".join(f"\n  data {line}" for line in changed_files(folder))
         raise ConfigRefused(
             f"the data check on {check.command.host} refused the data, and the ranks were stopped:\n{output}{changed}\n  log: {log}\n"
@@ -59,12 +60,8 @@ def problems_location(folder: Path, check: NodeProcess) -> str:
 
 def check_failure(folder: Path, check: NodeProcess) -> Failure:
     """A check that ended without a report, as the failure of an attempt."""
-    log, code = check_log_path(folder, check), check.poll() or 0
+    log, code = node_log_path(folder / "logs", check.command, "data"), check.poll() or 0
     message = f"the data check ended with exit code {code} and without a report"
     if check.lost:
         message = "the node stopped responding while its data was checked"
     return Failure(host=check.command.host, rank=-1, code=code, message=message, log=str(log), tail=last_lines(log))
-
-
-def check_log_path(folder: Path, check: NodeProcess) -> Path:
-    return folder / "logs" / f"data{check.command.node_rank}.log"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import NodeFailed
-from launcher.plan.commands import NodeCommand, data_env_file, env_file
-from launcher.run.container import names_of, remove_containers, remove_env_file
+from launcher.plan.commands import NodeCommand
+from launcher.run.container import clear_node
 from launcher.run.node_process import CheckNodeProcess, ChildNodeProcess, ContainerNodeProcess, NodeProcess, NodeResult
 from launcher.run.signals import StopRequest
 from launcher.ssh.parallel import after, attempt_each, together
@@ -58,15 +58,8 @@ def start_trainers(commands: tuple[NodeCommand, ...], context: StartContext, sto
 def remove_by_name(commands: tuple[NodeCommand, ...], context: StartContext, stop: StopRequest) -> dict[str, str]:
     """Remove the containers of a start that was cancelled; host -> why that is not certain. A node that did not respond in time may still do it,
     since it has the command."""
-
-    def remove(pair: tuple[NodeCommand, Transport]) -> None:
-        command, transport = pair
-        for path in (env_file, data_env_file):
-            remove_env_file(transport, path(command.folder, command.node_rank))
-        remove_containers(command, transport, *names_of(command), verify=True)
-
     pairs = list(zip(commands, context.transports, strict=True))
-    answers = attempt_each(remove, pairs, until=stop.limit(REMOVE_LIMIT_S, REMOVE_AGAIN_S))
+    answers = attempt_each(lambda pair: clear_node(*pair), pairs, until=stop.limit(REMOVE_LIMIT_S, REMOVE_AGAIN_S))
     return {command.host: str(answer) for command, answer in zip(commands, answers, strict=True) if isinstance(answer, NodeFailed)}
 
 
@@ -96,7 +89,7 @@ def start_checks(commands: tuple[NodeCommand, ...], context: StartContext, stop:
 
     def start(pair: tuple[NodeCommand, Transport]) -> NodeProcess:
         command, transport = pair
-        log = context.logs / f"data{command.node_rank}.log"
+        log = node_log_path(context.logs, command, "data")
         if command.runtime == "process":
             return ChildNodeProcess(command, command.prepare, transport, log, context.project, secrets={})
         return CheckNodeProcess(command, transport, log, node_timeout_s=context.node_timeout_s)
@@ -163,6 +156,6 @@ def clear_all(processes: Sequence[NodeProcess], stop: StopRequest) -> dict[int, 
     return {position: str(answer) for position, answer in enumerate(answers) if isinstance(answer, NodeFailed)}
 
 
-def node_log_path(folder: Path, command: NodeCommand) -> Path:
-    """The file for all output of the node's ranks."""
-    return folder / f"node{command.node_rank}.log"
+def node_log_path(folder: Path, command: NodeCommand, kind: str = "node") -> Path:
+    """The file for all output of the node's ranks, or of its data check (`data`)."""
+    return folder / f"{kind}{command.node_rank}.log"

@@ -62,7 +62,8 @@ def archive_attempt(folder: Path, attempt: Attempt, *, mirrored: bool) -> Attemp
     archive.mkdir(parents=True, exist_ok=True)
     for path in (folder / "logs", folder / ENVIRONMENT_FILE, folder / RESULT_FILE, *sorted(folder.glob(FAILURE_FILES.format(rank="*")))):
         if path.exists():
-            remove(archive / path.name)
+            if (archive / path.name).is_dir():
+                shutil.rmtree(archive / path.name)
             shutil.move(path, archive / path.name)
     (folder / "logs").mkdir()
     if (folder / METRICS_FILE).exists():
@@ -70,13 +71,6 @@ def archive_attempt(folder: Path, attempt: Attempt, *, mirrored: bool) -> Attemp
     moved = replace(attempt, failure=with_archived_log(attempt.failure, folder, archive))
     contract.write(contract.decode(Attempt, mask_credentials(asdict(moved))), archive / ATTEMPT_FILE)
     return moved
-
-
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def with_archived_log(failure: Failure | None, folder: Path, archive: Path) -> Failure | None:

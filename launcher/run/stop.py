@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launcher.doctor.smi import NPU_QUERY, NVIDIA_APPS_QUERY, UnreadableTable, nvidia_processes, read_npu
-from launcher.plan.commands import data_env_file, env_file
-from launcher.run.container import NO_CONTAINER as NO_CONTAINER, POLL_S, container_state, names_of, remove_containers, remove_env_file
+from launcher.run.container import NO_CONTAINER as NO_CONTAINER, POLL_S, clear_node, container_state
 from launcher.run.run_folder import WorkingNode
 from launcher.ssh.parallel import attempt_each
 
@@ -30,9 +29,7 @@ def end_run(nodes: Sequence[WorkingNode], *, accelerator: str, grace_s: float) -
         deadline = time.monotonic() + grace_s
         while state_of(node).startswith(RUNNING) and time.monotonic() < deadline:
             time.sleep(POLL_S)
-        for path in (env_file, data_env_file):
-            remove_env_file(node.transport, path(node.command.folder, node.command.node_rank))
-        remove_containers(node.command, node.transport, *names_of(node.command), verify=True)
+        clear_node(node.command, node.transport)
         return find_leftovers(node, pids, accelerator)
 
     answers = attempt_each(end, nodes)
