@@ -201,14 +201,12 @@ def run_launch(arguments: argparse.Namespace) -> int:
 
 
 def launch_one(overrides: Sequence[str], run_id: str, *, detach: bool = False) -> int:
-    from concurrent.futures import ThreadPoolExecutor
-    from contextlib import ExitStack
-
     from launcher.plan.description import describe_record
     from launcher.plan.local_context import local_context
     from launcher.record.source import read_source
     from launcher.run.launch import launch
-    from launcher.run.session import open_examined
+    from launcher.run.session import open_session
+    from launcher.ssh.background import in_background
 
     plan = plan_of(overrides, run_id)
     if detach and plan.config.cluster.runtime != "docker":
@@ -219,11 +217,9 @@ def launch_one(overrides: Sequence[str], run_id: str, *, detach: bool = False) -
     say = Terminal().say
     if not all(node.is_local for node in plan.config.cluster.working):
         say(f"looking at {', '.join(node.host for node in plan.config.cluster.working)}")
-    with ExitStack() as stack:
-        source = stack.enter_context(ThreadPoolExecutor(1)).submit(read_source, PROJECT)  # git is through when the nodes are looked at
-        opened = open_examined(plan, local_context(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty())
-        plan, desk = stack.enter_context(opened)
-        record = launch(plan, source.result(), desk, detach=detach)
+    source = in_background(lambda: read_source(PROJECT))  # git has answered by the time the nodes have been examined
+    with open_session(plan, local_context(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty()) as (plan, session):
+        record = launch(plan, source.result(), session, detach=detach)
         say(describe_record(record, plan) if record else f"it goes on by itself; to take it up again: omnilaunch attach {plan.run_id}")
     return record.exit_code if record else Exit.OK
 

@@ -202,9 +202,9 @@ def require_devices(plan: "Plan", say: Callable[[str], None]) -> None:
 def launch_run(plan: "Plan", source: "SourceTree", say: Callable[[str], None]) -> Any:
     from launcher.plan.local_context import local_context
     from launcher.run.launch import launch
-    from launcher.run.session import open_examined
+    from launcher.run.session import open_session
 
-    opened = open_examined(plan, local_context(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty())
+    opened = open_session(plan, local_context(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty())
     with opened as (examined, desk):
         return launch(examined, source, desk)
 

@@ -104,8 +104,8 @@ def supervise(folder: Path, plan: "Plan", say: Callable[[str], None]) -> Any:
     plan = with_credentials(plan)
     source = read_if_there(SourceState, folder / SOURCE_FILE) or SourceState(commit="", dirty=False)
     started = datetime.fromtimestamp((folder / "plan.json").stat().st_mtime, UTC)
-    with reach(plan, say) as desk:
-        return attach(plan, source, started, desk)
+    with reach(plan, say) as (_, session):
+        return attach(plan, source, started, session)
 
 
 def with_credentials(plan: "Plan") -> "Plan":
@@ -214,11 +214,21 @@ def new_lines(path: Path, read_bytes: dict[int, int], *, last: bool) -> Iterator
         number = os.fstat(file.fileno()).st_ino
         file.seek(read_bytes.get(number, 0))
         while piece := file.read(PIECE_BYTES):
-            taken = piece.rfind(b"\n") + 1 or (len(piece) if last or len(piece) == PIECE_BYTES else 0)
+            taken = piece.rfind(b"\n") + 1 or (len(piece) if last else whole_characters(piece) if len(piece) == PIECE_BYTES else 0)
             if not taken:
                 return
             read_bytes[number] = file.seek(taken - len(piece), os.SEEK_CUR)
             yield from piece[:taken].decode("utf-8", errors="replace").splitlines()
+
+
+def whole_characters(piece: bytes) -> int:
+    """The length of `piece` without a UTF-8 character that is cut at its end."""
+    start = len(piece) - next((back for back in range(1, min(4, len(piece)) + 1) if piece[-back] & 0xC0 != 0x80), 0)
+    try:
+        piece[start:].decode()
+    except UnicodeDecodeError as error:
+        return start if start and error.reason == "unexpected end of data" else len(piece)
+    return len(piece)
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
@@ -291,13 +301,13 @@ def reach(plan: "Plan", say: Callable[[str], None]) -> Any:
     from launcher.plan.local_context import local_context
     from launcher.run.session import open_session
 
-    return open_session(plan, local_context(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty(), require=False)
+    return open_session(plan, local_context(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty(), launching=False)
 
 
 def reach_sites(plans: "Sequence[Plan]") -> "AbstractContextManager[tuple[WorkingNode, ...]]":
-    from launcher.run.session import reach_sites
+    from launcher.run.session import reach_containers
 
-    return reach_sites(plans, os.environ)
+    return reach_containers(plans, os.environ)
 
 
 ACTIONS = {

@@ -85,9 +85,9 @@ def carry_out(rerun: "Rerun", arguments: argparse.Namespace) -> Any:
     from launcher.plan.local_context import local_context
     from launcher.record.source import read_source
     from launcher.run.launch import launch
-    from launcher.run.session import open_examined
+    from launcher.run.session import open_session
 
-    opened = open_examined(rerun.plan, local_context(rerun.project), os.environ, say=arguments.say, terminal=sys.stdout.isatty())
+    opened = open_session(rerun.plan, local_context(rerun.project), os.environ, say=arguments.say, terminal=sys.stdout.isatty())
     with opened as (plan, desk):
         record = launch(plan, read_source(rerun.project), desk, detach=arguments.detach, original=rerun.original)
         return record, plan

@@ -48,7 +48,8 @@ class OriginalRun:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeResult:
-    """How the processes of a run on one node ended. `killed`: they did not end within the grace time. `lost`: the node stopped responding.
+    """How the processes of a run on one node ended. `killed`: the launcher had to kill them; processes that ended by
+    themselves keep their own exit code. `lost`: the node stopped responding.
     `left`: why processes of the run may still be on the node, '' if none are."""
 
     host: str

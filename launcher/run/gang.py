@@ -1,30 +1,30 @@
-"""All nodes of a run as one: started together or not at all, watched together, stopped together. The first failure ends every member."""
+"""All nodes of a run as one: started together or not at all, watched together, stopped together. The first failure stops every node."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import NodeFailed
-from launcher.plan.commands import NodeCommand, data_env_file, data_name, env_file
+from launcher.plan.commands import NodeCommand
 from launcher.record.record import NodeResult
-from launcher.run.node_process import CheckNodeProcess, ChildNodeProcess, ContainerNodeProcess, NodeProcess, remove_env_file
+from launcher.run.container import clear_node
+from launcher.run.node_process import CheckNodeProcess, ChildNodeProcess, ContainerNodeProcess, NodeProcess
 from launcher.run.signals import StopRequest
 from launcher.ssh.parallel import after, attempt_each, together
 from launcher.ssh.transport import Transport
 
 TICK_S = 0.1
-ASKERS = 16
-START_PATIENCE_S = 3.0  # after a Ctrl-C, for the starts that are under way
-END_PATIENCE_S, HASTE_S = 9.0, 2.0  # after it, and after another, for the end of all that did start
-LEAVE_S = 1.0  # for logs that nobody follows any more
-ASK_S = 5.0  # that asking the nodes to stop holds up the watch; a node that does not answer gets to know in its own time
+START_LIMIT_S = 3.0  # after a stop request, for the starts that are under way
+REMOVE_LIMIT_S, REMOVE_AGAIN_S = 6.0, 2.0  # after a stop request, and after a second one, for the removal of what did start
+CLEAR_LIMIT_S = 15.0  # after a stop request, for clearing the nodes; one that does not respond is then reported
+UNFOLLOW_LIMIT_S = 1.0  # for closing logs that are no longer needed
+ASK_LIMIT_S = 5.0  # for the nodes to be asked to stop; the request to a node that responds later continues in the background
 
 
 @dataclass(frozen=True, kw_only=True)
 class StartContext:
-    """What starting members takes: a transport for every command, the folders for logs and for child processes, secret variables."""
+    """What starting the nodes' processes takes: a transport for each command, the folder for logs, that for child processes, secret variables."""
 
     transports: tuple[Transport, ...]
     logs: Path
@@ -33,107 +33,88 @@ class StartContext:
     node_timeout_s: float
 
 
-def start_members(commands: tuple[NodeCommand, ...], crewed: StartContext, stop: StopRequest) -> tuple[NodeProcess, ...]:
-    """Start every node or none: when one does not start, those that did are ended, and all that went wrong is told. After a request to stop
-    no start is waited for, and what did start is the caller's to `abandon`. Raises NodeFailed."""
+def start_trainers(commands: tuple[NodeCommand, ...], context: StartContext, stop: StopRequest) -> tuple[NodeProcess, ...]:
+    """Start every node or none. When one does not start, those that did are ended, and NodeFailed lists all failures. After a stop request no start
+    is waited for; the caller then calls `remove_by_name`."""
     if commands[0].runtime == "process":
-        return start_processes(commands, crewed)
-    members = make_containers(commands, crewed)
+        return start_children(commands, context)
+    processes = container_processes(commands, context)
     answers = attempt_each(
-        lambda member: member.start(crewed.secrets, lambda: bool(stop.count)), members, until=lambda: stop.is_over(START_PATIENCE_S)
+        lambda process: process.start(context.secrets, lambda: bool(stop.count)), processes, until=stop.limit(START_LIMIT_S)
     )
     failures = [answer for answer in answers if isinstance(answer, NodeFailed)]
     if failures:
-        ends = attempt_each(ContainerNodeProcess.kill, members, until=lambda: bool(stop.count))
-        attempt_each(ContainerNodeProcess.unfollow, members, until=after(LEAVE_S))
+        ends = attempt_each(ContainerNodeProcess.kill, processes, until=stop.limit(0))
+        attempt_each(ContainerNodeProcess.unfollow, processes, until=after(UNFOLLOW_LIMIT_S))
         left = "".join(
-            f"\n  not cleared: {member.command.host}: {str(end).splitlines()[0]}; when it answers: docker rm --force {member.command.name} there"
-            for member, end in zip(members, ends, strict=True)
+            f"\n  not cleared: {process.command.host}: {str(end).splitlines()[0]}; when it responds: "
+            f"ssh {process.command.host} docker rm --force {process.command.name}"
+            for process, end in zip(processes, ends, strict=True)
             if isinstance(end, NodeFailed)
         )
-        raise NodeFailed(f"{together(failures, len(members))}{left}")
-    return members
+        raise NodeFailed(f"{together(failures, len(processes))}{left}")
+    return processes
 
 
-def abandon(commands: tuple[NodeCommand, ...], crewed: StartContext, stop: StopRequest) -> dict[str, str]:
-    """Remove, by their names, the containers of a start that was given up; host -> why that is not sure. A node that has not answered in
-    time may still do it: the command is there."""
-
-    def remove(pair: tuple[NodeCommand, Transport]) -> None:
-        command, transport = pair
-        transport.run((*command.remove, data_name(command.name)))
-        for path in (env_file, data_env_file):
-            remove_env_file(transport, path(command.folder, command.node_rank))
-        named = ("docker", "ps", "--all", "--quiet", "--filter", f"name=^{command.name}(-data)?$")
-        if transport.run(named).expect(f"{command.host}: asking what is left").output.strip():
-            raise NodeFailed(f"its engine has not ended container {command.name} yet")
-
-    pairs = list(zip(commands, crewed.transports, strict=True))
-    answers = attempt_each(remove, pairs, until=lambda: stop.is_over(END_PATIENCE_S, haste_s=HASTE_S))
+def remove_by_name(commands: tuple[NodeCommand, ...], context: StartContext, stop: StopRequest) -> dict[str, str]:
+    """Remove the containers of a start that was cancelled; host -> why that is not certain. A node that did not respond in time may still do it,
+    since it has the command."""
+    pairs = list(zip(commands, context.transports, strict=True))
+    answers = attempt_each(lambda pair: clear_node(*pair), pairs, until=stop.limit(REMOVE_LIMIT_S, REMOVE_AGAIN_S))
     return {command.host: str(answer) for command, answer in zip(commands, answers, strict=True) if isinstance(answer, NodeFailed)}
 
 
-def start_processes(commands: tuple[NodeCommand, ...], crewed: StartContext) -> tuple[NodeProcess, ...]:
+def start_children(commands: tuple[NodeCommand, ...], context: StartContext) -> tuple[NodeProcess, ...]:
     started: list[NodeProcess] = []
     try:
-        for command, transport in zip(commands, crewed.transports, strict=True):
-            log = node_log(crewed.logs, command)
-            started.append(ChildNodeProcess(command, command.start, transport, log, crewed.project, secrets=crewed.secrets))
+        for command, transport in zip(commands, context.transports, strict=True):
+            log = node_log_path(context.logs, command)
+            started.append(ChildNodeProcess(command, command.start, transport, log, context.project, secrets=context.secrets))
     except NodeFailed:
-        for member in started:
-            member.kill()
+        for process in started:
+            process.kill()
         raise
     return tuple(started)
 
 
-def find_members(commands: tuple[NodeCommand, ...], crewed: StartContext) -> tuple[NodeProcess, ...]:
-    """Members whose containers were started by a launcher that is gone. Their logs go on where it left them."""
-    return make_containers(commands, crewed)
-
-
-def make_containers(commands: tuple[NodeCommand, ...], crewed: StartContext) -> tuple[ContainerNodeProcess, ...]:
-    asker = new_asker(commands)
+def container_processes(commands: tuple[NodeCommand, ...], context: StartContext) -> tuple[ContainerNodeProcess, ...]:
+    """One for each node, of containers that are to be started or that an earlier launcher started; the logs of those continue where it ended."""
     return tuple(
-        ContainerNodeProcess(command, transport, node_log(crewed.logs, command), asker, node_timeout_s=crewed.node_timeout_s)
-        for command, transport in zip(commands, crewed.transports, strict=True)
+        ContainerNodeProcess(command, transport, node_log_path(context.logs, command), node_timeout_s=context.node_timeout_s)
+        for command, transport in zip(commands, context.transports, strict=True)
     )
 
 
-def new_asker(commands: tuple[NodeCommand, ...]) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=min(ASKERS, len(commands)), thread_name_prefix="omnilaunch-asker")
-
-
-def start_checks(commands: tuple[NodeCommand, ...], crewed: StartContext, stop: StopRequest) -> tuple[NodeProcess, ...]:
-    """The data check on every node, in the runtime of the run. Raises NodeFailed."""
-    asker = new_asker(commands)
+def start_checks(commands: tuple[NodeCommand, ...], context: StartContext, stop: StopRequest) -> tuple[NodeProcess, ...]:
+    """Start the data check on every node, in the same runtime as the run. Raises NodeFailed."""
 
     def start(pair: tuple[NodeCommand, Transport]) -> NodeProcess:
         command, transport = pair
-        log = crewed.logs / f"data{command.node_rank}.log"
+        log = node_log_path(context.logs, command, "data")
         if command.runtime == "process":
-            return ChildNodeProcess(command, command.prepare, transport, log, crewed.project, secrets={})
-        return CheckNodeProcess(command, transport, log, asker, node_timeout_s=crewed.node_timeout_s)
+            return ChildNodeProcess(command, command.prepare, transport, log, context.project, secrets={})
+        return CheckNodeProcess(command, transport, log, node_timeout_s=context.node_timeout_s)
 
-    answers = attempt_each(start, list(zip(commands, crewed.transports, strict=True)), until=lambda: stop.is_over(START_PATIENCE_S))
+    answers = attempt_each(start, list(zip(commands, context.transports, strict=True)), until=stop.limit(START_LIMIT_S))
     failures = [answer for answer in answers if isinstance(answer, NodeFailed)]
     started = tuple(answer for answer in answers if not isinstance(answer, NodeFailed))
     if failures:
-        attempt_each(lambda member: member.kill(), started, until=lambda: bool(stop.count))
+        attempt_each(lambda process: process.kill(), started, until=stop.limit(0))
         raise together(failures, len(answers))
     return started
 
 
 def watch(
-    members: tuple[NodeProcess, ...], stop: StopRequest, tick: Callable[[], None], *, grace_s: Callable[[], float]
+    processes: tuple[NodeProcess, ...], stop: StopRequest, tick: Callable[[], None], *, grace_s: Callable[[], float]
 ) -> tuple[NodeResult, ...]:
-    """Until every member has ended. One that fails, or a request to stop, stops all; `grace_s()` later, or at a second request,
-    they are killed. Whatever happens here, nothing of the run is left behind on a node that answers."""
+    """Wait until every process has ended. When one fails, or at a stop request, all that still run are asked to stop; `grace_s()` later, or at a
+    second request, those that still run are killed. However this ends, nothing of the run is left on a node that responds."""
     started, asked_at, killed = time.monotonic(), 0.0, False
     ended: dict[int, float] = {}
     left: dict[int, str] = {}
     try:
         while True:
-            codes = [member.poll() for member in members]
+            codes = [process.poll() for process in processes]
             tick()
             for rank, code in enumerate(codes):
                 if code is not None:
@@ -141,36 +122,41 @@ def watch(
             if None not in codes:
                 break
             now = time.monotonic()
-            running = [member for member, code in zip(members, codes, strict=True) if code is None]
+            running = [process for process, code in zip(processes, codes, strict=True) if code is None]
             if not asked_at and (stop.count or any(codes)):
                 asked_at = now
-                attempt_each(lambda member: member.stop(), running, until=after(ASK_S))
+                attempt_each(lambda process: process.stop(), running, until=after(ASK_LIMIT_S))
             if asked_at and not killed and (stop.count > 1 or now - asked_at > grace_s()):
                 killed = True
-                attempt_each(lambda member: member.kill(), running, until=after(ASK_S))
+                attempt_each(lambda process: process.kill(), running, until=after(ASK_LIMIT_S))
             time.sleep(TICK_S)
     finally:
-        left = clear_all(members)
+        left = clear_all(processes, stop)
+    return node_results(processes, left, seconds=ended)
+
+
+def node_results(processes: Sequence[NodeProcess], left: Mapping[int, str], *, seconds: Mapping[int, float]) -> tuple[NodeResult, ...]:
+    """How each process ended. `left` and `seconds` are by node rank: what clearing it reported, and when it was seen to have ended."""
     return tuple(
         NodeResult(
-            host=member.command.host,
-            node_rank=member.command.node_rank,
-            code=member.poll() or 0,
-            seconds=round(ended[rank], 3),
-            killed=killed,
-            lost=member.lost,
+            host=process.command.host,
+            node_rank=process.command.node_rank,
+            code=process.poll() or 0,
+            seconds=round(seconds.get(rank, 0.0), 3),
+            killed=process.killed,
+            lost=process.lost,
             left=left.get(rank, ""),
         )
-        for rank, member in enumerate(members)
+        for rank, process in enumerate(processes)
     )
 
 
-def clear_all(members: Sequence[NodeProcess]) -> dict[int, str]:
-    """Clear every member side by side; place -> why it could not be."""
-    answers = attempt_each(lambda member: member.clear(), members)
-    return {place: str(answer) for place, answer in enumerate(answers) if isinstance(answer, NodeFailed)}
+def clear_all(processes: Sequence[NodeProcess], stop: StopRequest) -> dict[int, str]:
+    """Clear all nodes in parallel; position -> why one could not be cleared. A stop request limits how long a silent node is waited for."""
+    answers = attempt_each(lambda process: process.clear(), processes, until=stop.limit(CLEAR_LIMIT_S, REMOVE_AGAIN_S))
+    return {position: str(answer) for position, answer in enumerate(answers) if isinstance(answer, NodeFailed)}
 
 
-def node_log(folder: Path, command: NodeCommand) -> Path:
-    """Everything that the node's ranks print, whole."""
-    return folder / f"node{command.node_rank}.log"
+def node_log_path(folder: Path, command: NodeCommand, kind: str = "node") -> Path:
+    """The file for all output of the node's ranks, or of its data check (`data`)."""
+    return folder / f"{kind}{command.node_rank}.log"

@@ -1,28 +1,33 @@
-"""Watching an attempt: its ranks and its data check beside each other, until all have ended, and what that means."""
+"""Watching an attempt: its ranks and its data check until all have ended, and the outcome."""
 
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.plan.commands import CANN_LOGS
 from launcher.plan.plan import Plan
 from launcher.record.lock import is_asked_to_stop
 from launcher.record.reader import read_if_there
 from launcher.record.record import Failure, NodeResult, Status
+from launcher.run.data_check import check_failure, fetch_problems, refuse_data
 from launcher.run.failure_search import find_failure
-from launcher.run.gang import TICK_S, clear_all, node_log, watch
-from launcher.run.node_log import StartPhase, silence_s, standings
+from launcher.run.gang import TICK_S, clear_all, node_log_path, node_results, watch
+from launcher.run.node_log import StartPhase, silence_s, start_phases
 from launcher.run.node_process import NodeProcess
-from launcher.run.prepare import NodeProcesses, Session, broken_check, fetch, fetch_problems, refuse_data, sites_of
+from launcher.run.prepare import NodeProcesses, is_local, working_nodes
 from launcher.run.progress import ProgressView
-from launcher.run.run_folder import Mirror
-from launcher.run.signals import STOPPED_CODE, StopRequest, released
+from launcher.run.run_folder import FETCH_S, Mirror, WorkingNode, fetch_large, fetch_results
+from launcher.run.session import Session
+from launcher.run.signals import STOPPED_CODE, StopRequest, handler_for
+from launcher.ssh.parallel import after, attempt_each
 from trainer.contract import ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE, SERVING_FILE, STREAM_FILE, Exit, TrainResult
 
 MIRROR_INTERVAL_S = 1.0
 SHOWN_RANKS = 8
-# Before the first row there is nothing to save, and an interpreter that still imports as the first process of a container hears no SIGTERM.
+STOPPED_FETCH_S, STOPPED_AGAIN_FETCH_S = 20.0, 2.0  # in place of FETCH_S after a stop request, and after a second one
+# Before the first row there is nothing to save, and an interpreter that is still importing as the first process of a container ignores SIGTERM.
 START_GRACE_S = 3.0
 
 
@@ -34,158 +39,134 @@ class AttemptOutcome:
     failure: Failure | None = None
 
 
-def watch_attempt(plan: Plan, folder: Path, desk: Session, crew: NodeProcesses, stop: StopRequest) -> AttemptOutcome:
-    """Watch until all members have ended, and judge. Raises ConfigRefused when the data turns out to be bad. The trainer writes its
-    environment when its model is ready and the rows of an earlier attempt are cut: until then there is nothing to show."""
+def watch_attempt(plan: Plan, folder: Path, session: Session, processes: NodeProcesses, stop: StopRequest) -> AttemptOutcome:
+    """Watch until all processes have ended. Raises ConfigRefused when the data has problems. The trainer writes ENVIRONMENT_FILE when its model is
+    ready and the rows of an earlier attempt after its checkpoint are removed; until then there is no progress to show."""
     limit_s, began = plan.config.run.start_timeout_s, time.monotonic()
-    mirrors = mirrors_of(plan, folder, desk)
-    looked_at = 0.0
+    mirrors = open_mirrors(plan, folder, session)
+    mirrored_at = 0.0
 
-    with released(signals_of_others(plan)), ProgressView(folder, desk.say, terminal=desk.terminal) as progress:
+    with handler_for(hangup_signals(plan), signal.SIG_DFL), ProgressView(folder, session.say, terminal=session.terminal) as progress:
 
         def tick() -> None:
-            nonlocal looked_at
+            nonlocal mirrored_at
             ready = (folder / ENVIRONMENT_FILE).exists()
-            look_at_checks(crew.checks)
+            raise_bad_data(folder, processes.checks)
             if not stop.count and is_asked_to_stop(folder):
                 stop.ask("omnilaunch stop")
-            if mirrors and time.monotonic() - looked_at >= MIRROR_INTERVAL_S:
-                mirrors[shown_file(plan) if ready else ENVIRONMENT_FILE].update()
-                looked_at = time.monotonic()
+            if mirrors and time.monotonic() - mirrored_at >= MIRROR_INTERVAL_S:
+                mirrors[progress_file(plan) if ready else ENVIRONMENT_FILE].update()
+                mirrored_at = time.monotonic()
             if ready:
                 progress.tick()
             elif not stop.count and time.monotonic() - began > limit_s:
-                raise NotReady(slow_start(plan, folder, limit_s))
+                raise AttemptFailed(slow_start(plan, folder, limit_s))
 
         try:
-            nodes = watch(crew.members, stop, tick, grace_s=lambda: grace_s(plan, folder, began_here=bool(crew.checks)))
+            nodes = watch(processes.trainers, stop, tick, grace_s=lambda: grace_s(plan, folder, started_here=bool(processes.checks)))
             if not any(node.code for node in nodes):
-                finish_checks(crew.checks, lambda: bool(stop.count) or is_asked_to_stop(folder))
-        except BadData as error:
-            return judge_data(plan, folder, desk, crew, error.check)
-        except NotReady as error:
-            return judge_start(plan, folder, desk, crew, error.failure)
+                wait_for_checks(folder, processes.checks, lambda: bool(stop.count) or is_asked_to_stop(folder))
+        except AttemptFailed as error:
+            return end_attempt(plan, folder, session, processes, error, stop)
         finally:
-            clear_all(crew.checks)
+            clear_all(processes.checks, stop)
             for mirror in mirrors.values():
                 mirror.settle()
-        fetch(plan, folder, desk)
+        fetch(plan, folder, session, stop)
         progress.tick()
-    return judge(plan, folder, nodes, stop)
+    return judge_attempt(plan, folder, nodes, stop, stopped_by_launcher=any(process.stopping for process in processes.trainers))
 
 
-def grace_s(plan: Plan, folder: Path, *, began_here: bool = True) -> float:
-    """How long the ranks may take to save and end. Asked again and again, since a first row may have been on its way here. Of a run that
-    another launcher began (`began_here` false) there may be hours of rows that have not come here yet."""
+def grace_s(plan: Plan, folder: Path, *, started_here: bool = True) -> float:
+    """How long the ranks may take to save and end. Called repeatedly, since a first row may have been on its way here. A run that another launcher
+    started (`started_here` false) may have hours of rows that were not copied here yet."""
     rows = folder / METRICS_FILE
-    nothing_done = began_here and plan.spec.stage.kind == "train" and not (rows.exists() and rows.stat().st_size)
+    nothing_done = started_here and plan.spec.stage.kind == "train" and not (rows.exists() and rows.stat().st_size)
     return min(plan.config.run.stop_timeout_s, START_GRACE_S) if nothing_done else plan.stop_limit_s
 
 
-def signals_of_others(plan: Plan) -> tuple[signal.Signals, ...]:
-    """Those that end a launcher that watches. A closed terminal ends that of containers as a kill does, which harms nothing; one of processes
-    ends them."""
+def hangup_signals(plan: Plan) -> tuple[signal.Signals, ...]:
+    """The signals that end a launcher while it watches. Containers run on without it, so a closed terminal may end it; child processes do not."""
     return (signal.SIGHUP,) if plan.config.cluster.runtime == "docker" else ()
 
 
-class NotReady(Exception):
-    """The ranks are not ready when they should be."""
+# --------------------------------------------------------------------------------------------------- ended by the launcher
 
-    def __init__(self, failure: Failure) -> None:
-        self.failure = failure
+
+class AttemptFailed(Exception):
+    """The launcher ends the attempt: the ranks were not ready in time, or a data check (`check`) ended with an error."""
+
+    def __init__(self, failure: Failure, check: NodeProcess | None = None) -> None:
+        self.failure, self.check = failure, check
 
 
 def slow_start(plan: Plan, folder: Path, limit_s: int) -> Failure:
-    """Which ranks hold up the start, as the failure of an attempt: those that have come least far, and what they were last seen doing."""
+    """Which ranks delay the start, as the failure of an attempt: those in the earliest phase, and what they printed last."""
     per_node, found = plan.spec.device.devices_per_node, list[StartPhase]()
     for command in plan.commands:
         ranks = range(command.node_rank * per_node, (command.node_rank + 1) * per_node)
-        found += standings(node_log(folder / "logs", command), command.host, ranks)
-    least = min(standing.phase for standing in found)
-    slow = [standing for standing in found if standing.phase == least]
+        found += start_phases(node_log_path(folder / "logs", command), command.host, ranks)
+    earliest = min(start.phase for start in found)
+    slow = [start for start in found if start.phase == earliest]
     first = slow[0]
-    command = plan.commands[first.rank // per_node]
-    log = node_log(folder / "logs", command)
+    log = node_log_path(folder / "logs", plan.commands[first.rank // per_node])
     quiet_s = silence_s(log)
+    more = f" and {len(slow) - SHOWN_RANKS} more" if len(slow) > SHOWN_RANKS else ""
     return Failure(
         host=first.host,
         rank=first.rank,
         code=Exit.RUN,
-        message=f"no rank had its model ready within run.start_timeout_s={limit_s}; all were ended. "
-        f"{len(slow)} of {len(found)} rank(s) had come least far: {describe_some(slow)}",
+        message=f"no rank was ready within run.start_timeout_s={limit_s}, and all were stopped. {len(slow)} of {len(found)} rank(s) were in the "
+        f"earliest phase: {'; '.join(start.describe() for start in slow[:SHOWN_RANKS])}{more}",
         log=str(log),
-        tail=(first.last_line or "(nothing)", *((f"(and no line since, for {quiet_s:.0f} s)",) if quiet_s is not None else ())),
+        tail=(first.last_line or "(no output)", *((f"(no further line for {quiet_s:.0f} s)",) if quiet_s is not None else ())),
     )
 
 
-def describe_some(slow: Sequence[StartPhase]) -> str:
-    more = f" and {len(slow) - SHOWN_RANKS} more" if len(slow) > SHOWN_RANKS else ""
-    return "; ".join(standing.describe() for standing in slow[:SHOWN_RANKS]) + more
-
-
-class BadData(Exception):
-    """A data check has ended with an error."""
-
-    def __init__(self, check: NodeProcess) -> None:
-        self.check = check
-
-
-def look_at_checks(checks: tuple[NodeProcess, ...]) -> None:
-    """Raises BadData with the first check that has ended by itself with an error."""
+def raise_bad_data(folder: Path, checks: tuple[NodeProcess, ...]) -> None:
+    """Raises AttemptFailed with the first check that has ended by itself with an error."""
     for check in checks:
         if check.poll():
-            raise BadData(check)
+            raise AttemptFailed(check_failure(folder, check), check)
 
 
-def finish_checks(checks: tuple[NodeProcess, ...], asked_to_stop: Callable[[], bool]) -> None:
-    """A run that was faster than the check of its data waits for it. Raises BadData."""
-    while not asked_to_stop() and any(check.poll() is None for check in checks):
+def wait_for_checks(folder: Path, checks: tuple[NodeProcess, ...], is_over: Callable[[], bool]) -> None:
+    """A run that was faster than its data check waits for it. Raises AttemptFailed."""
+    while not is_over() and any(check.poll() is None for check in checks):
         time.sleep(TICK_S)
-        look_at_checks(checks)
-    look_at_checks(checks)
+        raise_bad_data(folder, checks)
+    raise_bad_data(folder, checks)
 
 
-def judge_data(plan: Plan, folder: Path, desk: Session, crew: NodeProcesses, check: NodeProcess) -> AttemptOutcome:
-    """A check that refused refuses the run (ConfigRefused); one that broke fails the attempt. The ranks have been ended by now."""
-    code = check.poll()
-    clear_all(crew.members)
-    fetch(plan, folder, desk)
-    if code == Exit.USAGE:
-        fetch_problems(folder, desk, check)
-        refuse_data(folder, check)
-    lost = check.lost or any(member.lost for member in crew.members)
-    return AttemptOutcome(status="failed", code=Exit.NODE if lost else Exit.RUN, nodes=ended_nodes(crew, {}), failure=broken_check(folder, check))
+def end_attempt(
+    plan: Plan, folder: Path, session: Session, processes: NodeProcesses, error: AttemptFailed, stop: StopRequest
+) -> AttemptOutcome:
+    """Kill the ranks. A check that found problems refuses the run (ConfigRefused); otherwise the attempt has failed."""
+    left = clear_all(processes.trainers, stop)
+    fetch(plan, folder, session, stop)
+    checks = (error.check,) if error.check else ()
+    for check in checks:
+        if check.poll() == Exit.USAGE:
+            fetch_problems(folder, session, check)
+            refuse_data(folder, check)
+    code = Exit.NODE if any(process.lost for process in (*processes.trainers, *checks)) else Exit.RUN
+    nodes = node_results(processes.trainers, left, seconds={})
+    return AttemptOutcome(status="failed", code=code, nodes=nodes, failure=error.failure)
 
 
-def judge_start(plan: Plan, folder: Path, desk: Session, crew: NodeProcesses, failure: Failure) -> AttemptOutcome:
-    """A start that took too long fails the attempt. The ranks have been ended by now; what is left of them is asked once more."""
-    left = clear_all(crew.members)
-    fetch(plan, folder, desk)
-    lost = any(member.lost for member in crew.members)
-    return AttemptOutcome(status="failed", code=Exit.NODE if lost else Exit.RUN, nodes=ended_nodes(crew, left), failure=failure)
+# ------------------------------------------------------------------------------------------------------------- outcome
 
 
-def ended_nodes(crew: NodeProcesses, left: Mapping[int, str]) -> tuple[NodeResult, ...]:
-    return tuple(
-        NodeResult(
-            host=member.command.host,
-            node_rank=member.command.node_rank,
-            code=member.poll() or 0,
-            seconds=0.0,
-            killed=True,
-            lost=member.lost,
-            left=left.get(place, ""),
-        )
-        for place, member in enumerate(crew.members)
-    )
-
-
-def judge(plan: Plan, folder: Path, nodes: tuple[NodeResult, ...], stop: StopRequest) -> AttemptOutcome:
-    """Finished is what the trainer says it is, and every node must agree."""
+def judge_attempt(
+    plan: Plan, folder: Path, nodes: tuple[NodeResult, ...], stop: StopRequest, *, stopped_by_launcher: bool = False
+) -> AttemptOutcome:
+    """Finished is what the trainer reports as finished, if no node has an error. Where the launcher stopped the other nodes because one had failed
+    (`stopped_by_launcher`), that the trainer reports `stopped` is no reason to forget the failure."""
     result: TrainResult | None = read_if_there(TrainResult, folder / RESULT_FILE)
     if result and result.status == "finished" and not any(node.code for node in nodes):
         return AttemptOutcome(status="finished", code=Exit.OK, nodes=nodes)
-    if stop.count or (result and result.status == "stopped" and result.steps < plan.spec.steps):
+    stopped_itself = result and result.status == "stopped" and result.steps < plan.spec.steps and not stopped_by_launcher
+    if stop.count or stopped_itself:
         return AttemptOutcome(status="stopped", code=STOPPED_CODE, nodes=nodes)
     failure = find_failure(plan, nodes)
     refused = failure is not None and failure.code == Exit.USAGE
@@ -194,13 +175,32 @@ def judge(plan: Plan, folder: Path, nodes: tuple[NodeResult, ...], stop: StopReq
     return AttemptOutcome(status="refused" if refused else "failed", code=code, nodes=nodes, failure=failure)
 
 
-def mirrors_of(plan: Plan, folder: Path, desk: Session) -> dict[str, Mirror]:
-    """What of node 0 is kept up to date here while it grows; nothing where this machine is the node."""
-    if plan.folder == plan.spec.output:
+# ------------------------------------------------------------------------------------------------- files of the nodes
+
+
+def open_mirrors(plan: Plan, folder: Path, session: Session) -> dict[str, Mirror]:
+    """The files of node 0 that are copied here while they grow; none where this machine is the node."""
+    if is_local(plan):
         return {}
-    return {name: Mirror(sites_of(plan, desk)[0], name, folder) for name in (shown_file(plan), ENVIRONMENT_FILE)}
+    return {name: Mirror(working_nodes(plan, session)[0], name, folder) for name in (progress_file(plan), ENVIRONMENT_FILE)}
 
 
-def shown_file(plan: Plan) -> str:
-    """What a user is shown of it while a run goes on."""
+def progress_file(plan: Plan) -> str:
+    """The file that a user is shown during the run."""
     return {"serve": SERVING_FILE, "infer": STREAM_FILE}.get(plan.spec.stage.kind, METRICS_FILE)
+
+
+def fetch(plan: Plan, folder: Path, session: Session, stop: StopRequest) -> None:
+    """Copy what the ranks left on other machines. What cannot be copied in time stays on the nodes."""
+    if is_local(plan):
+        return
+    nodes, stopped, over = working_nodes(plan, session), stop.limit(STOPPED_FETCH_S, STOPPED_AGAIN_FETCH_S), after(FETCH_S)
+    fetch_results(nodes, folder, ranks_per_node=plan.spec.device.devices_per_node, until=lambda: over() or stopped())
+    if plan.config.hardware.accelerator != "npu":
+        return
+
+    def fetch_cann_log(node: WorkingNode) -> None:
+        fetch_large(node, CANN_LOGS, folder / "logs" / f"node{node.command.node_rank}-{CANN_LOGS}.tgz", packed=True)
+
+    cann_over = after(FETCH_S)
+    attempt_each(fetch_cann_log, nodes, until=lambda: cann_over() or stopped())

@@ -1,5 +1,5 @@
-"""What a user sees while steps go by: a bar on a terminal, plain lines elsewhere; of a server, where it listens. Reads what the trainer
-writes for it, never its log."""
+"""What a user sees during a run: a bar on a terminal, plain lines elsewhere; for a server its address, for inference its answers. It is read from the
+files that the trainer writes for this, never from its log."""
 
 import codecs
 import time
@@ -17,37 +17,43 @@ PLAIN_INTERVAL_S = 5.0
 RATE_WINDOW = 50  # steps
 
 
-class Tail:
-    """New whole rows of a growing metrics.jsonl since the last call."""
+class Growing:
+    """The bytes that were added to a file since the last call. `keep` leaves the rest for the next call."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.offset = path, 0
 
-    def rows(self) -> tuple[StepRow, ...]:
+    def read(self, keep: Callable[[bytes], int] = len) -> bytes:
+        """Up to the position that `keep` returns for the new bytes."""
         if not self.path.exists():
-            return ()
+            return b""
         with self.path.open("rb") as file:
             file.seek(self.offset)
-            whole, _, _ = file.read().rpartition(b"\n")
-        self.offset += len(whole) + 1 if whole else 0
+            new = file.read()
+        new = new[: keep(new)]
+        self.offset += len(new)
+        return new
+
+
+class Tail:
+    """New complete rows of a growing metrics.jsonl since the last call."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = Growing(path)
+
+    def rows(self) -> tuple[StepRow, ...]:
+        whole = self.file.read(keep=lambda new: new.rfind(b"\n") + 1)
         return parse_rows(whole.decode("utf-8", errors="replace").split("\n"))
 
 
 class Stream:
-    """New text of a growing file since the last call; a character that is cut waits for its end."""
+    """New text of a growing file since the last call. A character that is cut at the end is returned when the rest of it is there."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.offset = path, 0
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.file, self.decoder = Growing(path), codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def text(self) -> str:
-        if not self.path.exists():
-            return ""
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            new = file.read()
-        self.offset += len(new)
-        return self.decoder.decode(new)
+        return self.decoder.decode(self.file.read())
 
 
 class Rate:
@@ -70,14 +76,13 @@ class Rate:
 
 
 class ProgressView:
-    """`with Progress(folder, print) as progress:` and then `progress.tick()` as often as one likes."""
+    """`with ProgressView(folder, print, terminal=True) as progress:` and then `progress.tick()` at any interval."""
 
     def __init__(self, folder: Path, say: Callable[[str], None], *, terminal: bool) -> None:
-        self.tail, self.rate, self.say, self.terminal = Tail(folder / METRICS_FILE), Rate(), say, terminal
-        self.said_at = time.monotonic()
-        self.serving = folder / SERVING_FILE
-        self.listens = False
-        self.answer, self.answering = Stream(folder / STREAM_FILE), False
+        self.rows, self.rate, self.say, self.terminal = Tail(folder / METRICS_FILE), Rate(), say, terminal
+        self.printed_at = time.monotonic()
+        self.server: Path | None = folder / SERVING_FILE  # until its address was printed
+        self.answers, self.answering = Stream(folder / STREAM_FILE), False
         self.bar: Any = None
         self.task: Any = None
 
@@ -88,42 +93,40 @@ class ProgressView:
         if self.bar is not None:
             self.bar.stop()
         if self.answering:
-            self.tell("\n")
+            self.print_answer("\n")
 
     def tick(self) -> None:
-        if not self.listens and self.serving.exists():
-            self.tell_server()
-        if text := self.answer.text():
+        if self.server is not None and self.server.exists():
+            self.show_server(self.server)
+        if text := self.answers.text():
             self.answering = True
-            self.tell(text)
-        rows = self.tail.rows()
+            self.print_answer(text)
+        rows = self.rows.rows()
         for row in rows:
-            facts = self.rate.describe(row)
+            values = self.rate.describe(row)
         if rows:
-            self.draw(rows[-1], facts) if self.terminal else self.write(rows[-1], facts)
+            self.draw(rows[-1], values) if self.terminal else self.print_step(rows[-1], values)
 
-    def tell(self, text: str) -> None:
-        with suppress(OSError):  # nobody listens any more
+    def print_answer(self, text: str) -> None:
+        with suppress(OSError):  # the reader of a pipe is gone
             print(text, end="", flush=True)
 
-    def tell_server(self) -> None:
-        with suppress(SpecError):  # on its way here from another node: the next tick sees the whole
-            report: ServingReport = read(ServingReport, self.serving)
-            self.listens = True
-            self.say(f"serving {report.model} at {report.url} (Ctrl-C ends it)")
+    def show_server(self, file: Path) -> None:
+        with suppress(SpecError):  # still being copied from another node: complete at the next tick
+            report: ServingReport = read(ServingReport, file)
+            self.server = None
+            self.say(f"serving {report.model} at {report.url} (Ctrl-C stops it)")
             self.say(f"  {report.example}")
 
-    def write(self, row: StepRow, facts: dict[str, str]) -> None:
-        if row.step in (1, row.steps) or time.monotonic() - self.said_at >= PLAIN_INTERVAL_S:
-            self.said_at = time.monotonic()
-            self.say(
-                f"step {row.step}/{row.steps}  loss {facts['loss']}  {facts['samples_per_s']}  {facts['tokens_per_s']}  {facts['memory']}  {facts['left']}"
-            )
+    def print_step(self, row: StepRow, values: dict[str, str]) -> None:
+        if row.step in (1, row.steps) or time.monotonic() - self.printed_at >= PLAIN_INTERVAL_S:
+            self.printed_at = time.monotonic()
+            self.say(f"step {row.step}/{row.steps}  loss {'  '.join(values.values())}")
 
-    def draw(self, row: StepRow, facts: dict[str, str]) -> None:
+    def draw(self, row: StepRow, values: dict[str, str]) -> None:
         if self.bar is None:
             self.bar, self.task = open_bar(row.steps)
-        self.bar.update(self.task, completed=row.step, **facts)
+        self.bar.update(self.task, completed=row.step, **values)
 
 
 def open_bar(steps: int) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""Starting a run again after a failure: which nodes take part, what is set aside, where the newest checkpoint is."""
+"""Another attempt of a failed run: which nodes take part, what is kept of the last attempt, and the newest checkpoint on every node."""
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -14,15 +14,13 @@ from launcher.ssh.parallel import each, together
 from trainer import contract
 from trainer.contract import CHECKPOINTS, ENVIRONMENT_FILE, FAILURE_FILES, METRICS_FILE, RESULT_FILE
 
-# For any POSIX shell. A folder that is there and may not be looked into is an error.
-LIST = '[ -d "$1" ] || exit 0; cd -- "$1" && for name in step-*; do if [ -d "$name" ]; then printf "%s\\n" "$name"; fi; done'
-INCOMING = ".incoming"  # a checkpoint that is being copied to a node; the trainer looks at no hidden names
+INCOMING = ".incoming"  # a checkpoint that is being copied to a node; the trainer ignores hidden names
 
 
 def replace_lost(cluster: Cluster, lost: Iterable[str], *, minimum: int) -> Cluster:
-    """The cluster without its lost nodes: each one's place is taken by the next spare, in the order of the file, so that the ranks of all
-    others stay what they were. Where no spare is left, the run becomes smaller, as long as `minimum` (run.minimum_nodes) nodes work; else
-    the lost node keeps its place, since it may come back."""
+    """The cluster without its lost nodes. Each is replaced by the next spare, in the order of the file, so that the ranks of all other nodes stay the
+    same. Without a spare the run becomes smaller, as long as `minimum` (run.minimum_nodes) nodes are left; otherwise the lost node keeps its place,
+    since it may come back."""
     gone = set(lost)
     spares = [node for node in cluster.nodes if node.spare and node.host not in gone]
     working = []
@@ -36,109 +34,106 @@ def replace_lost(cluster: Cluster, lost: Iterable[str], *, minimum: int) -> Clus
     return replace(cluster, nodes=(*working, *spares))
 
 
-def reason_not_to(attempts: Sequence[Attempt], last: Attempt, *, restarts: int) -> str:
-    """Why a failed run is not started again; '' when it is. What fails in the same way at the same step twice would do so for ever."""
+def reason_against_restart(attempts: Sequence[Attempt], last: Attempt, *, restarts: int) -> str:
+    """Why a failed run is not started again; '' when it is. What fails twice in the same way at the same step would do so forever."""
     if not restarts:
         return "run.restarts=0"
     if len(attempts) >= restarts:
         return f"all {restarts} restart(s) of run.restarts are used"
-    if attempts and repeats(attempts[-1], last):
-        return f"two attempts running failed in the same way after step {last.steps}"
+    if attempts and failed_the_same_way(attempts[-1], last):
+        return f"two attempts in a row failed in the same way after step {last.steps}"
     return ""
 
 
-def repeats(earlier: Attempt, later: Attempt) -> bool:
+def failed_the_same_way(earlier: Attempt, later: Attempt) -> bool:
     first, second = earlier.failure, later.failure
     if first is None or second is None or first.rank < 0 or second.rank < 0:
         return False
     return (earlier.steps, first.rank, first.message) == (later.steps, second.rank, second.message)
 
 
-def set_aside(folder: Path, attempt: Attempt, *, mirrored: bool) -> Attempt:
-    """Move what an attempt left in the launcher's folder to attempts/<number>/, where its logs and reports stay. The rows of its steps are
-    there as well; in the run's folder the trainer cuts off those after the checkpoint that it goes on from, and where that folder is only
-    a mirror of node 0's, they come from there again. Where a launcher was killed while it did this, what has been written since takes the
-    place of what it had moved: who attaches gets the same logs and reports once more."""
-    aside = folder / ATTEMPTS / str(attempt.number)
-    aside.mkdir(parents=True, exist_ok=True)
+def archive_attempt(folder: Path, attempt: Attempt, *, mirrored: bool) -> Attempt:
+    """Move the logs and reports of an attempt from the launcher's folder to attempts/<number>/. metrics.jsonl is copied there; the trainer removes its
+    rows after the checkpoint that it resumes from. Where that file is only a copy of node 0's (`mirrored`) it is moved, since it is copied again.
+
+    When the launcher was killed during this, files that were written since replace those that it had moved: the launcher that attaches receives the
+    same logs and reports once more."""
+    archive = folder / ATTEMPTS / str(attempt.number)
+    archive.mkdir(parents=True, exist_ok=True)
     for path in (folder / "logs", folder / ENVIRONMENT_FILE, folder / RESULT_FILE, *sorted(folder.glob(FAILURE_FILES.format(rank="*")))):
         if path.exists():
-            remove(aside / path.name)
-            shutil.move(path, aside / path.name)
+            if (archive / path.name).is_dir():
+                shutil.rmtree(archive / path.name)
+            shutil.move(path, archive / path.name)
     (folder / "logs").mkdir()
     if (folder / METRICS_FILE).exists():
-        (shutil.move if mirrored else shutil.copy2)(folder / METRICS_FILE, aside / METRICS_FILE)
-    moved = replace(attempt, failure=moved_failure(attempt.failure, folder, aside))
-    contract.write(contract.decode(Attempt, mask_credentials(asdict(moved))), aside / ATTEMPT_FILE)
+        (shutil.move if mirrored else shutil.copy2)(folder / METRICS_FILE, archive / METRICS_FILE)
+    moved = replace(attempt, failure=with_archived_log(attempt.failure, folder, archive))
+    contract.write(contract.decode(Attempt, mask_credentials(asdict(moved))), archive / ATTEMPT_FILE)
     return moved
 
 
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def moved_failure(failure: Failure | None, folder: Path, aside: Path) -> Failure | None:
+def with_archived_log(failure: Failure | None, folder: Path, archive: Path) -> Failure | None:
     if failure is None or not failure.log or not Path(failure.log).is_relative_to(folder):
         return failure
-    return replace(failure, log=str(aside / Path(failure.log).relative_to(folder)))
+    return replace(failure, log=str(archive / Path(failure.log).relative_to(folder)))
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def spread_checkpoint(sites: Sequence[WorkingNode], say: Callable[[str], None]) -> str:
-    """Let every node have the newest checkpoint that any of them has, where they share no folder; its name, '' when there is none.
+def copy_newest_checkpoint(nodes: Sequence[WorkingNode], say: Callable[[str], None]) -> str:
+    """Copy the newest checkpoint that any node has to all others, for nodes that share no folder. Returns its name, '' when there is none.
 
-    Copied from its node to the others through this machine, all at once, and given its name when it is whole. Raises NodeFailed.
+    It goes from its node through this machine to all others at once, and gets its name when it is complete. What an interrupted copy left is
+    removed first. Raises NodeFailed.
     """
-    have = each(newest_on, sites)
+    have = each(newest_checkpoint, nodes)
     newest = max(have, key=step_of)
-    lacking = [site for site, name in zip(sites, have, strict=True) if step_of(name) < step_of(newest)]
+    lacking = [node for node, name in zip(nodes, have, strict=True) if step_of(name) < step_of(newest)]
     if not lacking:
         return newest
-    source = sites[have.index(newest)]
-    say(f"copying checkpoint {newest} from {source.command.host} to {', '.join(site.command.host for site in lacking)}")
-    folder = PurePosixPath(checkpoints_of(source))
+    source = nodes[have.index(newest)]
+    say(f"copying checkpoint {newest} from {source.command.host} to {', '.join(node.command.host for node in lacking)}")
+    folder = PurePosixPath(checkpoint_folder(source))
     incoming = str(folder / INCOMING)
-    each(lambda site: must(site, "mkdir", "-p", "--", incoming), lacking)
-    each(lambda site: must(site, "find", incoming, "-mindepth", "1", "-delete"), lacking)  # of a copy that was interrupted
-    load = ("tar", "-C", incoming, "-xf", "-")
-    failures = [
-        answer
-        for answer in send(("tar", "-C", str(folder), "-cf", "-", newest), load, lacking, source.transport, say, what="the checkpoint")
-        if answer
-    ]
+    each(lambda node: run_all(node, ("mkdir", "-p", "--", incoming), ("find", incoming, "-mindepth", "1", "-delete")), lacking)
+    pack, unpack = ("tar", "-C", str(folder), "-cf", "-", newest), ("tar", "-C", incoming, "-xf", "-")
+    failures = [answer for answer in send(pack, unpack, lacking, source.transport, say, what="the checkpoint") if answer]
     if failures:
         raise together(failures, len(lacking))
-    each(lambda site: must(site, "mv", "-T", "--", f"{incoming}/{newest}", str(folder / newest)), lacking)
-    each(lambda site: must(site, "rmdir", "--", incoming), lacking)
+    move = ("mv", "-T", "--", f"{incoming}/{newest}", str(folder / newest))
+    each(lambda node: run_all(node, move, ("rmdir", "--", incoming)), lacking)
     return newest
 
 
-def restore_rows(site: WorkingNode, folder: Path) -> None:
-    """Give a node that is the first one now the rows that its forerunner wrote, from the launcher's folder; and the first one of before those
-    that a loss of power took from its disk."""
-    path = str(PurePosixPath(site.command.folder) / METRICS_FILE)
+def restore_metrics(node: WorkingNode, folder: Path) -> None:
+    """Give a node that is now the first one the metrics rows of the previous first node, from the launcher's folder. A first node that stayed gets
+    those that a power failure took from its disk."""
+    path = str(PurePosixPath(node.command.folder) / METRICS_FILE)
     kept = attempt_files(folder, METRICS_FILE)
     if not kept:
         return
-    there, here = site.transport.get(path), kept[-1].read_bytes()
+    there, here = node.transport.get(path), kept[-1].read_bytes()
     if there is None or (len(there) < len(here) and here.startswith(there.rstrip(b"\0"))):
-        site.transport.put(here, path, mode=0o644)
+        node.transport.put(here, path, mode=0o644)
 
 
-def newest_on(site: WorkingNode) -> str:
-    """The name of the node's newest checkpoint, '' where it has none. Raises NodeFailed where that cannot be told: a run would begin anew."""
-    listed = site.transport.run(("sh", "-c", LIST, "sh", checkpoints_of(site)))
-    return newest_name(listed.expect(f"{site.command.host}: looking for its newest checkpoint").output.splitlines())
+def newest_checkpoint(node: WorkingNode) -> str:
+    """The name of the node's newest checkpoint, '' when it has none. Raises NodeFailed when its folder cannot be read: the run would otherwise start
+    from the first step."""
+    folder = checkpoint_folder(node)
+    find = ("find", "-H", folder, "-mindepth", "1", "-maxdepth", "1", "-xtype", "d", "-name", "step-*", "-printf", "%f\\n")
+    listed = node.transport.run(("env", "LC_ALL=C", *find))
+    if listed.code and listed.errors.strip().endswith((": No such file or directory", ": Not a directory")):
+        return ""
+    return newest_name(listed.expect(f"{node.command.host}: looking for its newest checkpoint").output.splitlines())
 
 
-def must(site: WorkingNode, *argv: str) -> None:
-    site.transport.run(argv).expect(f"{site.command.host}: taking in the checkpoint")
+def run_all(node: WorkingNode, *commands: tuple[str, ...]) -> None:
+    for argv in commands:
+        node.transport.run(argv).expect(f"{node.command.host}: receiving the checkpoint")
 
 
-def checkpoints_of(site: WorkingNode) -> str:
-    return str(PurePosixPath(site.command.folder) / CHECKPOINTS)
+def checkpoint_folder(node: WorkingNode) -> str:
+    return str(PurePosixPath(node.command.folder) / CHECKPOINTS)

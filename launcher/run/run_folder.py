@@ -1,196 +1,184 @@
-"""What is done on a node around its container: the run's folder made and handed to the container's user, files put and fetched."""
+"""The folder of a run on its nodes: created for the container's user, prepared for another attempt, and its files copied to this machine."""
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from launcher.errors import NodeFailed
 from launcher.plan.commands import NodeCommand
-from launcher.ssh.parallel import after, attempt_each, each
+from launcher.run.container import remove_containers
+from launcher.ssh.background import in_background
+from launcher.ssh.parallel import attempt_each, each
 from launcher.ssh.transport import Transport
 from trainer.contract import DATA_FILE, ENVIRONMENT_FILE, FAILURE_FILES, METRICS_FILE, RESULT_FILE, SPEC_FILE, TrainSpec
 
 ROOT = "0:0"
 FOLDER_BYTES = 2**28
-FETCH_S = 120.0  # for what the nodes' trainers left, reports and rows
+FETCH_S = 120.0  # for copying what the trainers left on the nodes
+MIRROR_TIMEOUT_S = 20.0
+SETTLE_S = 2.0  # for the last answer of a mirror
 STALE = (FAILURE_FILES.format(rank="*"), ENVIRONMENT_FILE, RESULT_FILE)
-
-
-# Arguments: the spec's name and size, the container's user, the folder above, the run's folder, others that it writes to. The spec comes over
-# stdin. Prints who logs in; where that is root, the folders are the container's user's afterwards.
-NO_PARENT, NO_FOLDER = 10, 11
-PLACE = f"""umask 022
-name=$1 bytes=$2 user=$3 above=$4 run=$5; shift 5
-mkdir -p -- "$above" "$@" || exit {NO_PARENT}
-mkdir -- "$run" || exit {NO_FOLDER}
-cat >"$run/.$name" && [ "$(wc -c <"$run/.$name")" -eq "$bytes" ] && mv -- "$run/.$name" "$run/$name" || exit
-own=$(id -u):$(id -g)
-if [ "$own" = {ROOT} ] && [ "$user" != {ROOT} ]; then chown -R -- "$user" "$run" "$@" || exit; fi
-echo "$own"
-"""
+CREATE_SCRIPT = Path(__file__).parent / "node_scripts" / "create_folder.sh"
+NO_PARENT, NO_FOLDER = 10, 11  # exit codes of that script
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkingNode:
-    """A working node: what it is told, and how it is reached."""
+    """A working node: its commands, and the transport that reaches it."""
 
     command: NodeCommand
     transport: Transport
 
 
-def place_run(sites: Sequence[WorkingNode], spec: TrainSpec, text: bytes, *, image: str, user: str, shared: bool, local: bool) -> None:
-    """Make the run's folder on every node, with the spec's `text` in it, writable by the container's `user` (uid:gid). `local`: the folder is the
-    launcher's own and there already. Raises NodeFailed, naming the nodes; a folder that is there belongs to another run."""
-    if local:
-        (site,) = sites
-        give(site, prepared(site, spec), image=image, user=user)
-        return
-    if shared:  # all see what the first one makes
-        place_on(sites[0], spec, text, image=image, user=user)
-        each(lambda site: prepared(site, spec), sites[1:])
-        return
-    each(lambda site: place_on(site, spec, text, image=image, user=user), sites)
+@dataclass(frozen=True, kw_only=True)
+class FolderRequest:
+    """What the run's folder on a node is to be: `text` is its spec file, `user` (uid:gid) the container's user that must be able to write there,
+    `image` what changes the owner where the login may not. `shared`: all nodes see one folder. `local`: it is the launcher's own folder."""
+
+    spec: TrainSpec
+    text: bytes
+    image: str
+    user: str
+    shared: bool
+    local: bool
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders that the container writes to, the run's own first."""
+        return (self.spec.output, *((self.spec.data.root,) if self.spec.data.builtin else ()))
 
 
-def place_on(site: WorkingNode, spec: TrainSpec, text: bytes, *, image: str, user: str) -> None:
-    """In one command: each costs a node's login shell, which stands between the user and the first step."""
-    host, folders = site.command.host, folders_of(spec)
-    argv = ("sh", "-c", PLACE, "sh", SPEC_FILE, str(len(text)), user, str(PurePosixPath(spec.output).parent), *folders)
-    made = site.transport.feed(argv, (text,), timeout_s=60)
+def create_folders(nodes: Sequence[WorkingNode], request: FolderRequest) -> None:
+    """Create the run's folder on every node. Raises NodeFailed, naming the nodes; a folder that exists belongs to another run."""
+    if request.local:
+        (node,) = nodes
+        make_parents(node, request)
+        ensure_owner(node, request)
+        return
+    creators = nodes[:1] if request.shared else nodes
+    each(lambda node: create_on(node, request), creators)
+    each(lambda node: make_parents(node, request), nodes[len(creators) :])
+
+
+def create_on(node: WorkingNode, request: FolderRequest) -> None:
+    """By one command: each command costs a login shell of the node, and the user waits for it."""
+    host, output = node.command.host, request.spec.output
+    script, parent = CREATE_SCRIPT.read_text(encoding="utf-8"), str(PurePosixPath(output).parent)
+    argv = ("sh", "-c", script, "sh", SPEC_FILE, str(len(request.text)), request.user, parent, *request.folders)
+    made = node.transport.feed(argv, (request.text,), timeout_s=60)
     if made.code == NO_PARENT:
-        raise no_parent(host, made.errors)
+        raise parent_missing(host, made.errors)
     if made.code == NO_FOLDER:
         raise NodeFailed(
-            f"{host}: {spec.output} could not be made: {made.errors.strip()}. Another run may have this id there; choose one: --run-id"
+            f"{host}: {output} could not be created: {made.errors.strip()}. If another run has this id there, choose a different one: --run-id ID"
         )
-    own = made.expect(f"{host}: making {spec.output}").output.split()[-1]
-    if own not in (ROOT, user):
-        hand_over(site, folders, user, own=own, image=image)
+    login = made.expect(f"{host}: creating {output}").output.split()[-1]
+    if login not in (ROOT, request.user):
+        change_owner(node, request.folders, request.user, login=login, image=request.image)
 
 
-def reopen_run(
-    sites: Sequence[WorkingNode],
-    spec: TrainSpec,
-    text: bytes,
-    *,
-    image: str,
-    user: str,
-    shared: bool,
-    local: bool,
-    spread: Callable[[Sequence[WorkingNode]], None],
-) -> None:
-    """The same for another attempt, on nodes that may have the run's folder or not. What the last attempt said of its end is removed,
-    `spread` brings the checkpoint to nodes that share no folder. A container of an earlier attempt goes first: a node that was away kept
-    it. Raises NodeFailed."""
-    each(lambda site: site.transport.run(site.command.remove), sites)
-    if local:
+def reopen_folders(nodes: Sequence[WorkingNode], request: FolderRequest, *, copy_checkpoint: Callable[[Sequence[WorkingNode]], None]) -> None:
+    """Prepare the run's folder for another attempt, on nodes that may or may not have it. Files in which the last attempt reported its end are
+    removed; `copy_checkpoint` is called when the nodes share no folder. First the container of an earlier attempt is removed, which a node that was
+    unreachable may still have. Raises NodeFailed."""
+    each(lambda node: remove_containers(node.command, node.transport, node.command.name), nodes)
+    if request.local:
         return
-    owners = sites[:1] if shared else sites
-    each(lambda site: reopen_on(site, spec, text, image=image, user=user), owners)
-    if not shared:
-        spread(sites)
-    each(lambda site: give(site, prepared(site, spec), image=image, user=user), owners)
+    owners = nodes[:1] if request.shared else nodes
+    each(lambda node: reopen_on(node, request), owners)
+    if not request.shared:
+        copy_checkpoint(nodes)
+
+    def finish(node: WorkingNode) -> None:
+        make_parents(node, request)
+        ensure_owner(node, request)
+
+    each(finish, owners)
 
 
-def reopen_on(site: WorkingNode, spec: TrainSpec, text: bytes, *, image: str, user: str) -> None:
-    """The folder belongs to who logs in while it is changed."""
-    transport, host, own = site.transport, site.command.host, login_of(site)
-    prepared(site, spec)
-    transport.run(("mkdir", "-p", "--", spec.output)).expect(f"{host}: making {spec.output}")
-    if own not in (ROOT, user):
-        hand_over(site, (spec.output,), own, own=own, image=image)
+def reopen_on(node: WorkingNode, request: FolderRequest) -> None:
+    """The folder belongs to the login user while it is changed."""
+    transport, host, login, output = node.transport, node.command.host, login_user(node), request.spec.output
+    make_parents(node, request)
+    transport.run(("mkdir", "-p", "--", output)).expect(f"{host}: creating {output}")
+    if login not in (ROOT, request.user):
+        change_owner(node, (output,), login, login=login, image=request.image)
     stale = (part for name in STALE for part in ("-o", "-name", name))
-    argv = ("find", spec.output, "-maxdepth", "1", "-type", "f", "(", *list(stale)[1:], ")", "-delete")
-    transport.run(argv).expect(f"{host}: removing what the last attempt said of its end")
-    transport.put(text, str(PurePosixPath(spec.output) / SPEC_FILE), mode=0o644)
+    argv = ("find", output, "-maxdepth", "1", "-type", "f", "(", *list(stale)[1:], ")", "-delete")
+    transport.run(argv).expect(f"{host}: removing the result files of the last attempt")
+    transport.put(request.text, str(PurePosixPath(output) / SPEC_FILE), mode=0o644)
 
 
-def prepared(site: WorkingNode, spec: TrainSpec) -> tuple[str, ...]:
-    """The folders that the container writes to, with those above them made."""
-    folders = folders_of(spec)
-    made = site.transport.run(("mkdir", "-p", "--", str(PurePosixPath(spec.output).parent), *folders[1:]))
+def make_parents(node: WorkingNode, request: FolderRequest) -> None:
+    """Create the parent of the run's folder, and the other folders that the container writes to."""
+    made = node.transport.run(("mkdir", "-p", "--", str(PurePosixPath(request.spec.output).parent), *request.folders[1:]))
     if made.code:
-        raise no_parent(site.command.host, made.errors)
-    return folders
+        raise parent_missing(node.command.host, made.errors)
 
 
-def folders_of(spec: TrainSpec) -> tuple[str, ...]:
-    """Those that the container writes to, the run's own first."""
-    return (spec.output, *((spec.data.root,) if spec.data.builtin else ()))
-
-
-def no_parent(host: str, errors: str) -> NodeFailed:
+def parent_missing(host: str, errors: str) -> NodeFailed:
     said = next(iter(errors.strip().splitlines()), "mkdir failed")
     return NodeFailed(
-        f"{host}: {said}. Make the folder there once for the user who logs in "
-        "(sudo install -d -o USER FOLDER), or choose another: cluster.root=FOLDER"
+        f"{host}: {said}. Create the folder there once for the login user (sudo install -d -o USER FOLDER), or choose another: cluster.root=FOLDER"
     )
 
 
-def give(site: WorkingNode, folders: tuple[str, ...], *, image: str, user: str) -> None:
-    """Let the container's user write there. Nothing needs to be done where that is who logs in; else root does it, of the node or, where
-    the login is none, of a container."""
-    own = login_of(site)
-    if own == user:
-        return
-    hand_over(site, folders, user, own=own, image=image)
+def ensure_owner(node: WorkingNode, request: FolderRequest) -> None:
+    """Give the folders to the container's user. Nothing is done when that is the login user."""
+    login = login_user(node)
+    if login != request.user:
+        change_owner(node, request.folders, request.user, login=login, image=request.image)
 
 
-def login_of(site: WorkingNode) -> str:
-    """uid:gid of who logs in there."""
-    asked = (site.transport.run(("id", option)).expect(f"{site.command.host}: asking who logs in") for option in ("-u", "-g"))
+def login_user(node: WorkingNode) -> str:
+    """uid:gid of the login user."""
+    asked = (node.transport.run(("id", option)).expect(f"{node.command.host}: asking for the login user") for option in ("-u", "-g"))
     return ":".join(answer.output.strip() for answer in asked)
 
 
-def hand_over(site: WorkingNode, folders: tuple[str, ...], user: str, *, own: str, image: str) -> None:
+def change_owner(node: WorkingNode, folders: tuple[str, ...], user: str, *, login: str, image: str) -> None:
+    """By root: the node's, or where the login user is not root, a container's."""
     change = ("chown", "-R", "--", user, *folders)
-    if own != ROOT:
+    if login != ROOT:
         mounts = (part for folder in folders for part in ("--mount", f"type=bind,source={folder},target={folder}"))
         change = ("docker", "run", "--rm", "--network", "none", "--user", ROOT, "--entrypoint", change[0], *mounts, image, *change[1:])
-    site.transport.run(change, timeout_s=120).expect(
-        f"{site.command.host}: giving {folders[0]} to the container's user {user} (to run as the one who logs in: cluster.user={own})"
+    node.transport.run(change, timeout_s=120).expect(
+        f"{node.command.host}: giving {folders[0]} to the container's user {user} (to run as the login user instead: cluster.user={login})"
     )
 
 
-def fetch_results(sites: Sequence[WorkingNode], folder: Path, *, ranks_per_node: int) -> dict[str, str]:
-    """Copy what the trainer left to the launcher's own folder of the run; host -> why it could not be asked. Missing files are no error:
-    a run that failed has only some."""
+# -------------------------------------------------------------------------------------------------------------- copies
 
-    def fetch(site: WorkingNode) -> None:
-        ranks = range(site.command.node_rank * ranks_per_node, (site.command.node_rank + 1) * ranks_per_node)
+
+def fetch_results(nodes: Sequence[WorkingNode], folder: Path, *, ranks_per_node: int, until: Callable[[], bool]) -> None:
+    """Copy what the trainers left to the launcher's folder of the run, as far as the nodes respond before `until` is true. A missing file is no
+    error: a failed run has only some of them."""
+
+    def fetch(node: WorkingNode) -> None:
+        ranks = range(node.command.node_rank * ranks_per_node, (node.command.node_rank + 1) * ranks_per_node)
         names = [FAILURE_FILES.format(rank=rank) for rank in ranks]
-        if site.command.node_rank == 0:
+        if node.command.node_rank == 0:
             names += [RESULT_FILE, ENVIRONMENT_FILE, DATA_FILE, METRICS_FILE]
         for name in names:
-            content = site.transport.get(str(PurePosixPath(site.command.folder) / name))
+            content = node.transport.get(str(PurePosixPath(node.command.folder) / name))
             if content is not None:
                 (folder / name).write_bytes(content)
 
-    answers = attempt_each(fetch, sites, until=after(FETCH_S))
-    return {site.command.host: str(answer) for site, answer in zip(sites, answers, strict=True) if isinstance(answer, NodeFailed)}
+    attempt_each(fetch, nodes, until=until)
 
 
-def fetch_folder(site: WorkingNode, name: str, target: Path) -> None:
-    """A folder in the run's folder of a node as a .tgz here; nothing where there is none, or where it is larger than FOLDER_BYTES. Raises
-    NodeFailed."""
-    parent = site.command.folder
-    if site.transport.run(("test", "-d", f"{parent}/{name}")).code == 0:
-        receive(site, ("tar", "-C", parent, "-czf", "-", name), target)
-
-
-def fetch_file(site: WorkingNode, name: str, target: Path) -> None:
-    """A file that may be a long one in the same way, as it is."""
-    path = f"{site.command.folder}/{name}"
-    if site.transport.run(("test", "-f", path)).code == 0:
-        receive(site, ("cat", "--", path), target)
-
-
-def receive(site: WorkingNode, argv: tuple[str, ...], target: Path) -> None:
-    """What a command there writes, as a file here, whole or not at all."""
+def fetch_large(node: WorkingNode, name: str, target: Path, *, packed: bool = False) -> None:
+    """Copy a file of the run's folder, or a folder `packed` as a .tgz, whole or not at all. Nothing is copied when it does not exist or is larger
+    than FOLDER_BYTES. Raises NodeFailed."""
+    parent, path = node.command.folder, f"{node.command.folder}/{name}"
+    if node.transport.run(("test", "-d" if packed else "-f", path)).code:
+        return
+    argv = ("tar", "-C", parent, "-czf", "-", name) if packed else ("cat", "--", path)
     part, written = target.with_name(f".{target.name}.part"), 0
     try:
-        with site.transport.stream(argv, silence_s=FETCH_S) as chunks, part.open("wb") as file:
+        with node.transport.stream(argv, silence_s=FETCH_S) as chunks, part.open("wb") as file:
             for chunk in chunks:
                 written += file.write(chunk)
                 if written > FOLDER_BYTES:
@@ -201,30 +189,36 @@ def receive(site: WorkingNode, argv: tuple[str, ...], target: Path) -> None:
 
 
 class Mirror:
-    """A growing file of a node, kept up to date here by asking for what is new."""
+    """A copy of a growing file of a node, extended by asking for the bytes that are new. They are written as they are: decoding them would replace
+    a character that is cut at the end of a piece, and shift the position from which the next piece is read."""
 
-    def __init__(self, site: WorkingNode, name: str, folder: Path) -> None:
-        self.site, self.path, self.source = site, folder / name, str(PurePosixPath(site.command.folder) / name)
-        self.asking: threading.Thread | None = None
+    def __init__(self, node: WorkingNode, name: str, folder: Path) -> None:
+        self.node, self.path, self.source = node, folder / name, str(PurePosixPath(node.command.folder) / name)
+        self.asking: Future[None] | None = None
+        self.lock, self.closed = threading.Lock(), False
 
     def update(self) -> None:
-        """Ask, unless an earlier question has no answer yet; beside the caller, who has other nodes to watch."""
-        if self.asking is None or not self.asking.is_alive():
-            self.asking = threading.Thread(target=self.ask, name="omnilaunch-mirror", daemon=True)
-            self.asking.start()
+        """Ask in the background, unless the last question has no answer yet."""
+        if self.asking is None or self.asking.done():
+            self.asking = in_background(self.ask, name="omnilaunch-mirror")
 
     def settle(self) -> None:
-        """Wait for an answer that is under way: nothing is added afterwards."""
+        """Wait up to SETTLE_S for the answer that is under way. After this call nothing is added: an answer that comes later is dropped."""
         if self.asking is not None:
-            self.asking.join()
+            wait([self.asking], timeout=SETTLE_S)
+        with self.lock:
+            self.closed = True
 
     def ask(self) -> None:
-        """NodeFailed is the watcher's to find; here a node that does not answer has nothing new."""
+        """A node that does not respond has nothing new here; whether it is lost is decided elsewhere."""
         have = self.path.stat().st_size if self.path.exists() else 0
         try:
-            new = self.site.transport.run(("tail", "-c", f"+{have + 1}", "--", self.source), timeout_s=20)
+            with self.node.transport.stream(("tail", "-c", f"+{have + 1}", "--", self.source), silence_s=MIRROR_TIMEOUT_S) as chunks:
+                for chunk in chunks:
+                    with self.lock:
+                        if self.closed:
+                            return
+                        with self.path.open("ab") as file:
+                            file.write(chunk)
         except NodeFailed:
             return
-        if new.code == 0 and new.output:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(new.output)

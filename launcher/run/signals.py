@@ -1,4 +1,4 @@
-"""Signals that ask the launcher to end: SIGINT, SIGTERM, and SIGHUP of a terminal that was closed."""
+"""Signals that ask the launcher to end: SIGINT, SIGTERM, and SIGHUP when its terminal is closed."""
 
 import signal
 import time
@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-STOPPED_CODE = 128 + signal.SIGINT  # as a shell reports a command that Ctrl-C ended
+STOPPED_CODE = 128 + signal.SIGINT  # the exit code that a shell reports for a command ended by Ctrl-C
+Handler = Callable[[int, FrameType | None], None]
 
 
 class Stopped(Exception):
@@ -15,8 +16,8 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """How often the user, or something that went wrong, has asked the run to stop. The second time kills. One for the whole of a launch,
-    so that no moment of it is left in which a signal would end the launcher and leave its containers."""
+    """How often the run was asked to stop. The second request kills. There is one for the whole launch, so that at no moment a signal can end the
+    launcher and leave its containers running."""
 
     def __init__(self) -> None:
         self.count, self.reason, self.asked_at, self.interrupts = 0, "", 0.0, False
@@ -26,14 +27,20 @@ class StopRequest:
         self.reason = self.reason or reason
         self.asked_at = time.monotonic()
 
-    def is_over(self, patience_s: float, *, haste_s: float = 0.0) -> bool:
-        """Whether what was under way is waited for no more: `patience_s` after the request, or `haste_s` after it came again."""
-        return bool(self.count) and time.monotonic() - self.asked_at >= (patience_s if self.count == 1 else haste_s)
+    def limit(self, first_s: float, again_s: float = 0.0) -> Callable[[], bool]:
+        """A condition for `attempt_each`. It becomes true `first_s` after a stop request, or `again_s` after a second one. A request from before
+        this call counts from now; without a request it stays false."""
+        began = time.monotonic()
+
+        def is_over() -> bool:
+            waited_s = time.monotonic() - max(began, self.asked_at)
+            return bool(self.count) and waited_s >= (first_s if self.count == 1 else again_s)
+
+        return is_over
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Here a request ends what is going on at once, as Stopped: before the ranks run there is nothing to save. One that came before
-        counts as well."""
+        """Inside, a request raises Stopped at once: before the ranks run there is nothing to save. So does a request from before."""
         try:
             self.interrupts = True
             if self.count:
@@ -45,39 +52,24 @@ class StopRequest:
 
 @contextmanager
 def catch_stops() -> Iterator[StopRequest]:
-    """The signals become requests; the handlers of before come back at the end."""
+    """Turn the signals into requests. The previous handlers are restored at the end."""
     stop = StopRequest()
 
-    def act(number: int) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         stop.ask(signal.Signals(number).name)
         if stop.interrupts:
             raise Stopped
 
-    with handling(act, STOP_SIGNALS):
+    with handler_for(STOP_SIGNALS, handle):
         yield stop
 
 
 @contextmanager
-def released(signals: tuple[signal.Signals, ...]) -> Iterator[None]:
-    """These end the launcher again, as they do any program. One that was ignored, as under nohup, stays so."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in signals if signal.getsignal(number) != signal.SIG_IGN}
+def handler_for(signals: tuple[signal.Signals, ...], handler: Handler | signal.Handlers) -> Iterator[None]:
+    """Handle these signals so inside; SIG_DFL lets them end the launcher. A signal that is ignored, as under nohup, stays ignored."""
+    previous = {number: signal.signal(number, handler) for number in signals if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-@contextmanager
-def handling(act: Callable[[int], None], signals: tuple[signal.Signals, ...]) -> Iterator[None]:
-    """One that was ignored, as under nohup, stays so."""
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        act(number)
-
-    before = {number: signal.signal(number, handler) for number in signals if signal.getsignal(number) != signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
+        for number, old in previous.items():
             signal.signal(number, old)

@@ -1,100 +1,78 @@
-"""Ending a run on its nodes by name, whoever started it, and making sure that it is gone: containers, processes, device memory."""
+"""Ending a run on its nodes by the names of its containers, whoever started it, and checking that containers, processes and device memory are gone."""
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launcher.doctor.smi import NPU_QUERY, NVIDIA_APPS_QUERY, UnreadableTable, nvidia_processes, read_npu
-from launcher.errors import NodeFailed
-from launcher.plan.commands import data_env_file, data_name, env_file, is_absent
-from launcher.run.node_process import remove_env_file
+from launcher.run.container import NO_CONTAINER as NO_CONTAINER, POLL_S, clear_node, container_state
 from launcher.run.run_folder import WorkingNode
 from launcher.ssh.parallel import attempt_each
 
-POLL_S = 0.5
-REMOVAL_S = 5.0  # that an engine may take to remove a container after it has said so, or which another client has asked it to
-NO_CONTAINER = "no container"
 RUNNING = ("running", "created", "restarting", "paused")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ending:
-    """What became of a container. `left`: '' when nothing of it is there any more, else what is, or why that is not known."""
+class StopResult:
+    """`left`: '' when nothing of the run exists on the host any more, else what does, or why that is not known."""
 
     host: str
     left: str
 
 
-def end_run(sites: Sequence[WorkingNode], *, accelerator: str, grace_s: float) -> tuple[Ending, ...]:
-    """Ask all to save and end, remove them `grace_s` later, and look. No node waits for another, or for one that does not answer."""
+def end_run(nodes: Sequence[WorkingNode], *, accelerator: str, grace_s: float) -> tuple[StopResult, ...]:
+    """Ask all containers to save and stop, remove them `grace_s` later, and check. No node waits for another one."""
 
-    def end(site: WorkingNode) -> str:
-        pids = processes_of(site)
-        site.transport.run(site.command.stop)  # one that has ended is no error
+    def end(node: WorkingNode) -> str:
+        pids = processes_of(node)
+        node.transport.run(node.command.stop)  # fails for a container that has ended, which is fine
         deadline = time.monotonic() + grace_s
-        while state_of(site).startswith(RUNNING) and time.monotonic() < deadline:
+        while state_of(node).startswith(RUNNING) and time.monotonic() < deadline:
             time.sleep(POLL_S)
-        site.transport.run(site.command.remove)
-        site.transport.run((*site.command.remove[:-1], data_name(site.command.name)))
-        for path in (env_file, data_env_file):
-            remove_env_file(site.transport, path(site.command.folder, site.command.node_rank))
-        return what_is_left(site, pids, accelerator)
+        clear_node(node.command, node.transport)
+        return find_leftovers(node, pids, accelerator)
 
-    answers = attempt_each(end, sites)
-    return tuple(Ending(host=site.command.host, left=str(answer)) for site, answer in zip(sites, answers, strict=True))
+    answers = attempt_each(end, nodes)
+    hosts = [node.command.host for node in nodes]
+    return tuple(StopResult(host=host, left=str(answer).removeprefix(f"{host}: ")) for host, answer in zip(hosts, answers, strict=True))
 
 
-def state_of(site: WorkingNode) -> str:
-    """`<status> <exit code>` as the engine says it, or that there is no container. Raises NodeFailed when the engine does not answer."""
-    found = site.transport.run(site.command.probe)
-    if found.code == 0:
-        return found.output.strip()
-    if is_absent(found.errors):
-        return NO_CONTAINER
-    raise NodeFailed(f"{site.command.host}: its Docker engine does not answer: {found.errors.strip()}")
+def state_of(node: WorkingNode) -> str:
+    """`<status> <exit code>` of the container, or NO_CONTAINER. Raises NodeFailed when the engine does not respond."""
+    return container_state(node.command, node.transport)
 
 
-def processes_of(site: WorkingNode) -> frozenset[int]:
+def processes_of(node: WorkingNode) -> frozenset[int]:
     """The node's ids of all processes in the container."""
-    listed = site.transport.run(("docker", "top", site.command.name, "-eo", "pid"))
-    if listed.code:  # no `ps` on the node
-        listed = site.transport.run(("docker", "inspect", "--format", "{{.State.Pid}}", site.command.name))
+    listed = node.transport.run(("docker", "top", node.command.name, "-eo", "pid"))
+    if listed.code:  # the node has no `ps`
+        listed = node.transport.run(("docker", "inspect", "--format", "{{.State.Pid}}", node.command.name))
     return frozenset(int(word) for word in listed.output.split() if word.isdecimal() and int(word))
 
 
-def what_is_left(site: WorkingNode, pids: frozenset[int], accelerator: str) -> str:
-    deadline = time.monotonic() + REMOVAL_S
-    while found := containers_of(site):
-        if time.monotonic() > deadline:
-            return f"container {', '.join(found)} is still there; docker rm --force {found[0]} there says why"
-        time.sleep(POLL_S)
-    alive = site.transport.run(("ls", "-d", *(f"/proc/{pid}" for pid in sorted(pids)))).output.split() if pids else []
+def find_leftovers(node: WorkingNode, pids: frozenset[int], accelerator: str) -> str:
+    """Which of the container's processes still run, or what device memory they hold; '' when none is left."""
+    alive = node.transport.run(("ls", "-d", *(f"/proc/{pid}" for pid in sorted(pids)))).output.split() if pids else []
     if alive:
         names = " ".join(path.removeprefix("/proc/") for path in alive)
-        return f"processes of it still run: {names}. A driver call that hangs keeps them; restart the node if they stay"
-    return held_memory(site, pids, accelerator)
+        return f"processes of the run still run: {names}. A driver call that hangs can hold them; restart the node if they stay"
+    return held_memory(node, pids, accelerator)
 
 
-def containers_of(site: WorkingNode) -> list[str]:
-    named = ("docker", "ps", "--all", "--format", "{{.Names}}", "--filter", f"name=^{site.command.name}(-data)?$")
-    return site.transport.run(named).expect(f"{site.command.host}: asking what is left").output.split()
-
-
-def held_memory(site: WorkingNode, pids: frozenset[int], accelerator: str) -> str:
-    """Device memory that the driver still counts for one of the processes."""
+def held_memory(node: WorkingNode, pids: frozenset[int], accelerator: str) -> str:
+    """Device memory that the driver still reports for one of the processes."""
     if not pids or accelerator == "cpu":
         return ""
-    asked = site.transport.run(NVIDIA_APPS_QUERY if accelerator == "cuda" else NPU_QUERY)
+    asked = node.transport.run(NVIDIA_APPS_QUERY if accelerator == "cuda" else NPU_QUERY)
     if asked.code:
-        return (
-            f"{'nvidia-smi' if accelerator == 'cuda' else 'npu-smi'} does not say whether its device memory is free: {asked.errors.strip()}"
-        )
+        tool = "nvidia-smi" if accelerator == "cuda" else "npu-smi"
+        return f"it is not known whether its device memory is free, since {tool} failed: {asked.errors.strip()}"
     try:
         if accelerator == "cuda":
             holders = {process.pid for _, process in nvidia_processes(asked.output)}
         else:
             holders = {process.pid for device in read_npu(asked.output) for process in device.processes}
     except UnreadableTable as error:
-        return f"whether its device memory is free is not known: {error}"
+        return f"it is not known whether its device memory is free: {error}"
     held = sorted(holders & pids)
     return f"device memory is still held by its process(es) {' '.join(map(str, held))}" if held else ""

@@ -7,13 +7,13 @@ The far side's environment is that of a login, plus `environment`, which goes ov
 import contextlib
 import signal
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from paramiko import Channel  # type: ignore[import-untyped]
 
 from launcher.config.schema import Node
 from launcher.errors import NodeFailed
+from launcher.ssh.background import in_background
 from launcher.ssh.channel import (
     ConnectionLost,
     Exchange,
@@ -107,8 +107,8 @@ class Ssh:
         """Give a command the chunks as its stdin. When `chunks` raises, the command is killed before it sees its stdin end."""
         marker = Marker()
         channel = self._execute(argv, closes_input=False)
-        with ThreadPoolExecutor(1) as pool, self._guard(argv, channel, marker, timeout_s):
-            reader = pool.submit(collect, self.title, channel, timeout_s=timeout_s, marker=marker)
+        with self._guard(argv, channel, marker, timeout_s):
+            reader = in_background(lambda: collect(self.title, channel, timeout_s=timeout_s, marker=marker))
             send(channel, chunks, timeout_s)
             exchange = reader.result()
         channel.close()

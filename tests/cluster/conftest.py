@@ -1,4 +1,4 @@
-"""Three hosts for the session, a home folder whose ssh files know them, and the launcher run from there."""
+"""Three hosts for the test session, a home folder whose SSH files know them, and the launcher started from there."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from tests.images.conftest import ROOT, Built, base, built, delivery, make, proj
 NETWORK = "omnilaunch-test"
 NODES = 3
 FOLDER = f"/home/{USER}/omnilaunch"
-# One thread a rank, since the hosts share this machine's cores; a small evaluation, since what is tested is not how well it learns; a
-# learning rate that does not depend on how many steps there are, so that runs of other lengths begin alike.
+# One thread per rank, since the hosts share this machine's cores; a small evaluation, since the result of the training is not tested; a learning
+# rate that does not depend on the number of steps, so that runs of different lengths start with the same losses.
 SMALL = (
     "hardware.threads=1", "stage.global_batch=16", "stage.optimizer.warmup=5", "stage.optimizer.schedule=constant", "run.evaluation.limit=16",
 )  # fmt: skip
@@ -30,7 +30,7 @@ ENDLESS = ("run.steps=100000", *SMALL)
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """The launcher under way. What it says goes into a file, so that nothing waits for a reader."""
+    """A launcher that runs. Its output goes to a file, so that it never waits for a reader."""
 
     process: "subprocess.Popen[bytes]"
     log: Path
@@ -44,13 +44,13 @@ class Launch:
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            pytest.fail(f"not at its end after {timeout_s:g} s:\n{self.said}")
+            pytest.fail(f"it did not end within {timeout_s:g} s:\n{self.said}")
 
     def until(self, condition: Callable[[], Any], timeout_s: float = 300) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert self.process.poll() is None, self.said
-            assert time.monotonic() < deadline, f"not after {timeout_s:g} s:\n{self.said}"
+            assert time.monotonic() < deadline, f"the condition was not met within {timeout_s:g} s:\n{self.said}"
             time.sleep(0.2)
 
 
@@ -63,7 +63,7 @@ class Lab:
     image: tuple[str, ...]
 
     def overrides(self, *hosts: Host, root: str = FOLDER, spares: tuple[Host, ...] = ()) -> tuple[str, ...]:
-        """`cluster.nodes` and what else a cluster file of these hosts would say."""
+        """`cluster.nodes` and the other overrides that a cluster file of these hosts would have."""
         nodes = [f"{{host: '{host.address}', user: {USER}, address: '{host.address}', interface: {INTERFACE}}}" for host in hosts]
         nodes += [
             f"{{host: '{host.address}', user: {USER}, address: '{host.address}', interface: {INTERFACE}, spare: true}}" for host in spares
@@ -78,7 +78,7 @@ class Lab:
         return {**os.environ, "HOME": str(self.home), "PYTHONPATH": str(ROOT), "SSH_AUTH_SOCK": ""}
 
     def run(self, *words: str, timeout_s: float = 300, **environment: str) -> "subprocess.CompletedProcess[str]":
-        """The launcher, from the home folder, to its end; all that it says is in `stdout`."""
+        """Run the launcher from the home folder to its end; `stdout` has all of its output."""
         return subprocess.run(
             self.command(*words), cwd=self.home, env={**self.environment, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, timeout=timeout_s,
@@ -89,7 +89,7 @@ class Lab:
 
     @contextmanager
     def start(self, *words: str, **environment: str) -> Iterator[Launch]:
-        """The launcher in a session of its own, as in a terminal of its own; killed when the test is left."""
+        """Start the launcher in its own session, as in its own terminal. It is killed at the end of the test."""
         log = self.home / f"{uuid.uuid4().hex}.said"
         with log.open("wb") as file:
             process = subprocess.Popen(
@@ -107,7 +107,7 @@ class Lab:
         return content
 
     def rows(self, run_id: str) -> list[dict[str, Any]]:
-        """Of metrics.jsonl as far as it is here; none before the first step."""
+        """The complete rows of metrics.jsonl on this machine; none before the first step."""
         path = self.home / "runs" / run_id / "metrics.jsonl"
         whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
         return [json.loads(line) for line in whole.splitlines()]
@@ -134,7 +134,7 @@ def lab(base: str, built: Built, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="session")
 def alone(lab: Lab) -> dict[str, Any]:
-    """The record of a run that nobody disturbs: one rank on the first host, 60 steps."""
+    """The record of an undisturbed run: one rank on the first host, 60 steps."""
     done = lab.run("launch", "--run-id", "alone", "run.steps=60", *SMALL, *lab.overrides(lab.hosts[0]))
     assert done.returncode == 0, done.stdout
     return lab.record("alone")
@@ -142,7 +142,7 @@ def alone(lab: Lab) -> dict[str, Any]:
 
 @pytest.fixture
 def clean(lab: Lab) -> Iterator[Callable[[], None]]:
-    """When the test is over, nothing of a run is left on a host, but what was there before."""
+    """After the test no host has a container that it did not have before."""
     before = {host.name: set(host.containers()) for host in lab.hosts}
 
     def check() -> None:

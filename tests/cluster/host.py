@@ -1,5 +1,5 @@
-"""Hosts for tests: containers with an sshd, a Docker engine and a file system of their own, on one bridge network, with one folder
-that all of them share as an NFS mount would be. Everything carries LABEL, and is ended by its own name."""
+"""Hosts for tests: containers with their own sshd, Docker engine and file system, on one bridge network, with one folder that all of them share,
+like an NFS mount. Everything has LABEL and is removed by its own name."""
 
 import hashlib
 import subprocess
@@ -28,7 +28,7 @@ RUN apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y 
     docker.io openssh-server iptables iproute2 && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* && mkdir -p /run/sshd
 RUN useradd --create-home --shell /bin/bash --groups docker {USER}
 """
-# The engine's files of an earlier life are in the way after a power cut.
+# After a power failure, files that the engine left before prevent its start.
 BOOT = "mount --make-rshared / && rm -f /var/run/docker.pid /var/run/docker/containerd/*.pid && /usr/sbin/sshd && exec dockerd >/var/log/dockerd.log 2>&1"
 
 
@@ -49,7 +49,7 @@ class Host:
     network: str
 
     def run(self, *argv: str, user: str = "root", check: bool = True) -> str:
-        """The test's own look at the host, past its sshd."""
+        """Run a command on the host for the test, without its sshd."""
         return docker("exec", "--user", user, self.name, *argv, check=check)
 
     def power_off(self) -> None:
@@ -61,7 +61,7 @@ class Host:
 
     @contextmanager
     def unplugged(self) -> Iterator[None]:
-        """Its cable pulled: it keeps its interface, address and routes, and has no carrier."""
+        """With its network cable unplugged: it keeps its interface, address and routes, but has no carrier."""
         self.turn_cable("down")
         try:
             yield
@@ -69,20 +69,20 @@ class Host:
             self.turn_cable("up")
 
     def turn_cable(self, way: str) -> None:
-        """This machine's end of the pair. `docker network connect` would bring another interface, with a new name."""
+        """Set the end of the veth pair on this machine up or down. `docker network connect` would create another interface, with a new name."""
         number = self.run("cat", f"/sys/class/net/{INTERFACE}/iflink")
         ends = [path.parent.name for path in Path("/sys/class/net").glob("*/ifindex") if path.read_text(encoding="utf-8").strip() == number]
         subprocess.run(("ip", "link", "set", "dev", *ends, way), check=True)
 
     def cut_ssh(self) -> None:
-        """End every SSH session of the user, as a firewall or a restarted sshd does; new ones are let in."""
+        """End every SSH session of the user, as a firewall or a restarted sshd does; new sessions are accepted."""
         self.run(
             "sh", "-c", f'for at in /proc/[0-9]*; do ! grep -q "^sshd: {USER}" $at/cmdline 2>/dev/null || kill -9 ${{at#/proc/}}; done'
         )
 
     @contextmanager
     def slow_start(self) -> Iterator[None]:
-        """To start a container in the background takes minutes here, as on a node whose disk or driver is slow."""
+        """`docker run --detach` takes minutes, as on a node with a slow disk or driver."""
         script = '#!/bin/sh\n[ "$1 $2" != "run --detach" ] || sleep 120\nexec /usr/bin/docker "$@"\n'
         self.run("sh", "-c", 'printf %s "$1" >/usr/local/bin/docker && chmod 755 /usr/local/bin/docker', "sh", script)
         try:
@@ -95,7 +95,7 @@ class Host:
         return tuple(self.run("docker", "ps", "--all", "--format", "{{.Names}}").split())
 
     def wait(self) -> None:
-        """Until sshd and the engine answer."""
+        """Wait until sshd and the engine respond."""
         deadline = time.monotonic() + READY_S
         while subprocess.run(("docker", "exec", self.name, "docker", "info"), capture_output=True).returncode:
             assert time.monotonic() < deadline, (
@@ -104,7 +104,7 @@ class Host:
             time.sleep(0.3)
 
     def load(self, tag: str) -> None:
-        """An image of this machine's engine, past the launcher."""
+        """Copy an image from this machine's engine, without the launcher."""
         here = docker("image", "inspect", "--format", "{{.Id}}", tag)
         if self.run("docker", "image", "inspect", "--format", "{{.Id}}", tag, check=False) == here:
             return
@@ -112,12 +112,12 @@ class Host:
             subprocess.run(("docker", "exec", "-i", self.name, "docker", "load", "-q"), stdin=save.stdout, check=True, capture_output=True)
 
     def limit_disk(self, folder: str, size: str) -> None:
-        """A small disk of its own in the place of a folder."""
+        """Mount a small disk on a folder."""
         self.run("mkdir", "-p", folder)
         self.run("mount", "-t", "tmpfs", "-o", f"size={size},mode=0777", "tmpfs", folder)
 
     def add_npus(self, count: int, sample: Path) -> None:
-        """Stand-ins: real device files that lead nowhere, and an npu-smi that prints a recorded sample."""
+        """Stand-ins for NPUs: real device files without a device, and an npu-smi that prints a recorded sample."""
         names = [f"davinci{number}" for number in range(count)] + ["davinci_manager", "devmm_svm", "hisi_hdc"]
         for name in names:
             self.run("mknod", "-m", "666", f"/dev/{name}", "c", "1", "3", check=False)
@@ -135,7 +135,7 @@ class Host:
 
 
 def build_image(base: str) -> str:
-    """The hosts' image, kept by the engine under a tag that changes with its Dockerfile."""
+    """The image of the hosts; its tag changes with its Dockerfile."""
     text = DOCKERFILE.format(base=base)
     tag = f"{REPOSITORY}:{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     if subprocess.run(("docker", "image", "inspect", tag), capture_output=True).returncode:
@@ -151,7 +151,7 @@ def make_key(folder: Path) -> Path:
 
 
 def start_hosts(count: int, *, image: str, key: Path, network: str, subnet: int) -> tuple[Host, ...]:
-    """Side by side, ready when all answer."""
+    """In parallel; they are ready when all respond."""
     docker("network", "create", "--label", LABEL, "--subnet", SUBNET.format(subnet), network)
     docker("volume", "create", "--label", LABEL, f"{network}-shared")
 

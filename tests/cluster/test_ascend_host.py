@@ -1,7 +1,7 @@
-"""An Ascend plan on hosts that look like Ascend hosts: real device files that lead nowhere, and an npu-smi that prints a recorded table.
+"""An Ascend plan on hosts that look like Ascend hosts: real device files without a device, and an npu-smi that prints a recorded table.
 
-What is shown goes up to and including the start of the containers. No further: CANN's base image is not to be had here, so the image
-under the plan's tag is a small one whose `python` only waits.
+It covers everything up to and including the start of the containers, but no further: CANN's base image is not available here, so the image with
+the plan's tag is a small one whose `python` only waits.
 """
 
 import json
@@ -24,24 +24,24 @@ SAMPLE = ROOT / "tests/golden/smi/npu-25.2.0-910b3.txt"  # a process is on devic
 PROCESS = "| 2       0                 | 1333928       |                          | 37709                   |"
 NO_PROCESS = "| No running processes found in NPU 2                                                            |"
 PLAN = (
-    "hardware=ascend910b", "cluster.delivery.kind=ship", "cluster.delivery.accept_licence=true",  # of what this image has nothing of
+    "hardware=ascend910b", "cluster.delivery.kind=ship", "cluster.delivery.accept_licence=true",  # for software that this image does not contain
     "cluster.environment.HCCL_IF_BASE_PORT='61000'",
 )  # fmt: skip
-EVENT_TIMEOUT_S = 1868  # HCCL_EVENT_TIMEOUT where nothing sets it
+EVENT_TIMEOUT_S = 1868  # the default of HCCL_EVENT_TIMEOUT
 DEVICES = [*(f"/dev/davinci{number}" for number in range(8)), "/dev/davinci_manager", "/dev/devmm_svm", "/dev/hisi_hdc"]
 DRIVER = {
     "/usr/local/dcmi", "/usr/local/bin/npu-smi", "/usr/local/Ascend/driver/lib64", "/usr/local/Ascend/driver/version.info",
     "/etc/ascend_install.info", "/usr/local/Ascend/driver/tools/hccn_tool", "/etc/hccn.conf",
 }  # fmt: skip
 WAITING_PYTHON = """#!/bin/sh
-# Stands in for the trainer, which needs CANN: its ranks wait until they are told to end, all else is well.
+# Stands in for the trainer, which needs CANN: its ranks wait until they are asked to stop, every other command succeeds.
 case "$*" in *torch.distributed.run*) trap 'exit 0' TERM; sleep 600 & wait ;; esac
 """
 
 
 @pytest.fixture
 def nodes(lab: Lab) -> tuple[Host, ...]:
-    """Two hosts with eight stand-in NPUs each, all idle but for one."""
+    """Two hosts with eight stand-in NPUs each, all idle except one."""
     for host in lab.hosts[1:]:
         host.add_npus(8, SAMPLE)
     return lab.hosts[1:]
@@ -49,7 +49,7 @@ def nodes(lab: Lab) -> tuple[Host, ...]:
 
 @pytest.fixture
 def words(lab: Lab, nodes: tuple[Host, ...], base: str, tmp_path: Path) -> Iterator[tuple[str, ...]]:
-    """The plan, with an image under its tag on this machine."""
+    """The overrides of the plan; an image with its tag exists on this machine."""
     words = (*PLAN, *lab.overrides(*nodes)[:3])
     image = json.loads(lab.run("plan", "--json", *words).stdout)["image"]
     shutil.copy(ROOT / "images/entrypoint.sh", tmp_path)
@@ -68,7 +68,7 @@ def words(lab: Lab, nodes: tuple[Host, ...], base: str, tmp_path: Path) -> Itera
 
 
 def errors(lab: Lab, *words: str) -> dict[str, set[str]]:
-    """What the doctor finds wrong: check -> hosts."""
+    """The errors that the doctor finds: check -> hosts."""
     found: dict[str, set[str]] = {}
     for finding in json.loads(lab.run("doctor", "--json", *words).stdout)["findings"]:
         if finding["level"] == "error":
@@ -77,14 +77,14 @@ def errors(lab: Lab, *words: str) -> dict[str, set[str]]:
 
 
 def state(host: Host, run_id: str) -> dict[str, Any]:
-    """What the host's engine says of the run's container."""
+    """The run's container as `docker inspect` prints it."""
     (name,) = (name for name in host.containers() if f"-{run_id}-" in name and not name.endswith("-data"))
-    told: dict[str, Any] = json.loads(host.run("docker", "inspect", name))[0]
-    return told
+    container: dict[str, Any] = json.loads(host.run("docker", "inspect", name))[0]
+    return container
 
 
-def test_the_doctor_sees_the_npus_and_what_is_in_the_way(lab: Lab, nodes: tuple[Host, ...], tmp_path: Path) -> None:
-    """On both hosts somebody is on device 2; on the second, the last device is gone."""
+def test_the_doctor_finds_the_npus_and_what_prevents_a_launch(lab: Lab, nodes: tuple[Host, ...], tmp_path: Path) -> None:
+    """On both hosts a process uses device 2; on the second one the last device is missing."""
     first, second = nodes
     lines = SAMPLE.read_text(encoding="utf-8").splitlines(keepends=True)
     last = next(place for place, line in enumerate(lines) if line.startswith("| 7     910B3"))
@@ -101,7 +101,7 @@ def test_the_doctor_sees_the_npus_and_what_is_in_the_way(lab: Lab, nodes: tuple[
     for text in ("process 1333928", "/dev/davinci7", f"{second.address}: device_count", "7 device(s), 8 wanted"):
         assert text in refused.stdout, refused.stdout
     assert not any("-refused-" in name for host in nodes for name in host.containers())
-    assert errors(lab, *words, "cluster.devices_per_node=2") == {}, "the first two are idle and there"
+    assert errors(lab, *words, "cluster.devices_per_node=2") == {}, "the first two exist and are idle"
     first.run("chmod", "660", "/dev/davinci1")
     assert errors(lab, *words, "cluster.devices_per_node=2") == {"device_access": {first.address}}
     first.run("chmod", "666", "/dev/davinci1")
@@ -128,21 +128,21 @@ def test_everything_up_to_the_start_of_the_containers(
     done = lab.run("launch", "--detach", "--run-id", "npus", *words)
     assert done.returncode == 0, done.stdout
     for host in nodes:
-        told = state(host, "npus")
-        assert told["State"]["Status"] == "running"
-        assert [device["PathOnHost"] for device in told["HostConfig"]["Devices"]] == DEVICES
-        assert [device["PathInContainer"] for device in told["HostConfig"]["Devices"]] == DEVICES
-        assert {mount["Source"] for mount in told["Mounts"] if not mount["RW"]} == DRIVER
-        assert all(mount["Source"] == mount["Destination"] for mount in told["Mounts"])
-        assert not told["HostConfig"]["Privileged"]
-        started = " ".join(told["Args"])
+        container = state(host, "npus")
+        assert container["State"]["Status"] == "running"
+        assert [device["PathOnHost"] for device in container["HostConfig"]["Devices"]] == DEVICES
+        assert [device["PathInContainer"] for device in container["HostConfig"]["Devices"]] == DEVICES
+        assert {mount["Source"] for mount in container["Mounts"] if not mount["RW"]} == DRIVER
+        assert all(mount["Source"] == mount["Destination"] for mount in container["Mounts"])
+        assert not container["HostConfig"]["Privileged"]
+        started = " ".join(container["Args"])
         assert f"--nnodes 2 --node-rank {nodes.index(host)} --master-addr {nodes[0].address}" in started and "--nproc-per-node 8" in started
-        check_environment(told["Config"]["Env"], host)
-        seen = host.run("docker", "exec", told["Id"], "sh", "-c", "ls /dev/davinci? /dev/hisi_hdc").split()
+        check_environment(container["Config"]["Env"], host)
+        seen = host.run("docker", "exec", container["Id"], "sh", "-c", "ls /dev/davinci? /dev/hisi_hdc").split()
         assert seen == [*DEVICES[:8], "/dev/hisi_hdc"]
-        assert host.run("docker", "exec", "--user", "root", told["Id"], "touch", "/usr/local/dcmi/mine", check=False) == ""
+        assert host.run("docker", "exec", "--user", "root", container["Id"], "touch", "/usr/local/dcmi/mine", check=False) == ""
         assert not host.run("ls", "/usr/local/dcmi"), "a container cannot write into the driver"
-        written = ("docker", "exec", told["Id"], "sh", "-c", 'echo "[ERROR] HCCL" >"$ASCEND_PROCESS_LOG_PATH/plog-1.log" && id -u')
+        written = ("docker", "exec", container["Id"], "sh", "-c", 'echo "[ERROR] HCCL" >"$ASCEND_PROCESS_LOG_PATH/plog-1.log" && id -u')
         assert host.run(*written) != "0", "CANN's log can be written by the container's user"
     stopped = lab.run("stop", "npus")
     assert stopped.returncode == 0, stopped.stdout

@@ -1,4 +1,4 @@
-"""Secrets on real hosts: they reach the ranks byte for byte and are found nowhere else while a run lives, nor after it."""
+"""Secrets on real hosts: the ranks get them byte for byte, and they are found nowhere else, during the run or after it."""
 
 import secrets
 import threading
@@ -15,13 +15,13 @@ from tests.cluster.host import Host, docker
 pytestmark = pytest.mark.cluster
 
 CANARY = f"hf_{secrets.token_hex(16)}"
-# The second value tries what a shell, an environment file and a line-by-line protocol would trip over.
+# The second value has characters that a shell, an environment file or a line-based protocol could misread.
 VALUES = {"HF_TOKEN": CANARY, "TEST_PASSWORD": f"{CANARY}'\"$(touch {FOLDER}/executed) `id` \\ #x=y\nsecond line"}
 PLACES = ("/home", "/tmp", "/run", "/etc", "/var/log", "/var/lib/docker/containers", "/dev/shm")
 
 
 class Watch:
-    """Every argv on this machine's kernel, which hosts and their containers share: those that held the canary."""
+    """Looks at every argv on this machine's kernel, which the hosts and their containers share, and keeps those that contain the canary."""
 
     def __init__(self) -> None:
         self.looks, self.found, self.over = 0, set[str](), threading.Event()
@@ -52,7 +52,7 @@ def watched() -> Iterator[Watch]:
 
 
 def environments(run_id: str) -> list[dict[bytes, bytes]]:
-    """Of the run's trainers, and of the processes that name their lines, wherever they run on this machine's kernel."""
+    """The environments of the run's ranks, wherever they run on this machine's kernel."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
@@ -66,7 +66,7 @@ def environments(run_id: str) -> list[dict[bytes, bytes]]:
 
 
 def files_with_canary(host: Host) -> str:
-    """Names only. The pattern goes over stdin, so that the search is not what it finds."""
+    """Their names. The pattern goes over stdin, so that the search does not find itself."""
     layers = host.run("sh", "-c", "docker ps -aq | xargs -r docker inspect --format '{{.GraphDriver.Data.UpperDir}}'").split()
     command = ("grep", "--recursive", "--devices=skip", "--files-with-matches", "--fixed-strings", "--file=-", *PLACES, *layers)
     return docker("exec", "--interactive", host.name, *command, input=CANARY, check=False)
@@ -78,8 +78,8 @@ def test_the_search_finds_what_is_there(lab: Lab) -> None:
     lab.hosts[0].run("rm", "/tmp/planted")
 
 
-def test_secrets_reach_the_ranks_and_nobody_else(lab: Lab, clean: Callable[[], None]) -> None:
-    """A detached run, stopped by name from a terminal that has no secrets."""
+def test_secrets_reach_only_the_ranks(lab: Lab, clean: Callable[[], None]) -> None:
+    """A detached run, stopped by its name from a terminal without the secrets."""
     hosts = lab.hosts[:2]
     with watched() as watch:
         done = lab.run(

@@ -1,4 +1,4 @@
-"""Runs on several hosts, each with its own sshd, engine and disk, from a launcher that knows them by SSH alone."""
+"""Runs on several hosts, each with its own sshd, engine and disk, from a launcher that reaches them only by SSH."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ TWO_RANKS = ("cluster.devices_per_node=2",)
 
 @pytest.fixture
 def user(lab: Lab, tmp_path: Path) -> Path:
-    """A project's folder as a user has it, with a cluster file of two hosts and tools that are set up."""
+    """A project folder like a user's, with a cluster file of two hosts and with its tools set up."""
     for name in ("conf", "images", "launcher", "trainer"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "pyproject.toml"):
@@ -45,8 +45,8 @@ def user(lab: Lab, tmp_path: Path) -> Path:
 
 
 def test_two_nodes_train_as_one(lab: Lab, user: Path, clean: Callable[[], None]) -> None:
-    """Four ranks on two hosts without a shared folder, as a user starts them, end with the very losses, weights and answers of four ranks
-    on one host."""
+    """Four ranks on two hosts without a shared folder, started as a user does, end with the same losses, weights and answers as four ranks on one
+    host."""
     words = ("run.steps=40", "hardware.threads=1")
     made = subprocess.run(
         ("make", "train", "HW=cpu", "CLUSTER=lab", f"ARGS={' '.join(words)} --run-id two"), cwd=user, timeout=580,
@@ -71,7 +71,7 @@ def test_two_nodes_train_as_one(lab: Lab, user: Path, clean: Callable[[], None])
 
 
 def test_ctrl_c_while_one_node_is_slow_to_start(lab: Lab, clean: Callable[[], None]) -> None:
-    """The launcher is back within 10 s, and what the other one started is gone."""
+    """The launcher ends within 10 s, and the container of the other node is removed."""
     first, second = lab.hosts[:2]
     with second.slow_start(), lab.launch("hasty", *ENDLESS, *lab.overrides(first, second)) as launch:
         launch.until(lambda: any("-hasty-" in name for name in first.containers()))
@@ -95,7 +95,7 @@ def test_ctrl_c_saves_and_leaves_nothing(lab: Lab, clean: Callable[[], None]) ->
 
 
 def test_a_launcher_that_was_killed_is_attached_again(lab: Lab, alone: dict[str, Any], clean: Callable[[], None]) -> None:
-    """The ranks do not notice: the end is that of a run whose launcher lived."""
+    """The ranks are not affected: the result is that of a run whose launcher was not killed."""
     with lab.launch("killed", "run.steps=60", *SMALL, *lab.overrides(lab.hosts[0])) as launch:
         launch.until(lambda: lab.steps("killed"))
         os.kill(launch.process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Image and data come to hosts that share nothing: from host to host, and from here to the same place there."""
+"""Image and data are copied to hosts that share nothing: from host to host, and from this machine to the same path."""
 
 import json
 import os
@@ -34,7 +34,7 @@ NAMES = ("plain.json", "with space", "new\nline", "-rf", "$(touch C)", "deep/er/
 
 
 def test_a_node_that_has_another_image_under_the_tag_is_named(lab: Lab, clean: Callable[[], None]) -> None:
-    """As when a tag was pushed anew between two pulls. No registry is asked: both have the tag."""
+    """As when a tag was pushed again between two pulls. No registry is asked: both have the tag."""
     first, second = lab.hosts[:2]
     words = (*SMALL, "run.steps=10", *lab.overrides(first, second), "cluster.delivery.kind=pull", "cluster.delivery.registry=registry.example/x")
     said = lab.run("plan", "--json", *words).stdout

@@ -1,4 +1,4 @@
-"""The hosts are real ones: own sshd, own engine, own file system, and a power switch."""
+"""The test hosts behave like real ones: each has its own sshd, engine and file system, and can be switched off."""
 
 import subprocess
 
@@ -17,7 +17,7 @@ def ssh(lab: Lab, number: int, *command: str) -> "subprocess.CompletedProcess[st
     return subprocess.run(("ssh", "-F", "none", *options, target, *command), capture_output=True, text=True, timeout=30)
 
 
-def test_openssh_logs_in_and_docker_answers_without_root(lab: Lab) -> None:
+def test_openssh_logs_in_and_docker_responds_without_root(lab: Lab) -> None:
     done = ssh(lab, 0, "id", "-un", "&&", "docker", "info", "--format", "{{.Driver}}")
     assert done.stdout.split() == [USER, "overlay2"], done.stderr
 
@@ -37,7 +37,7 @@ def test_a_host_goes_off_and_comes_back_with_the_same_key(lab: Lab) -> None:
 
 
 def test_a_cable_is_pulled_and_put_back(lab: Lab) -> None:
-    """The interface, its address and the routes stay, as on a machine with a cable in its hand."""
+    """The interface, its address and the routes stay, as on a real machine."""
     pulled = lab.hosts[2]
     before = pulled.run("ip", "-o", "address", "show", "dev", INTERFACE)
     with pulled.unplugged():

@@ -1,4 +1,4 @@
-"""What happens to nodes in mid-run, beside another run on one of the same hosts that none of it may touch."""
+"""Failures of nodes during a run. Another run on one of the hosts must not be affected."""
 
 import signal
 import time
@@ -17,7 +17,7 @@ QUICK = ("cluster.silence_s=6", "cluster.connect_timeout_s=3")  # to notice a co
 
 @pytest.fixture(scope="module")
 def neighbour(lab: Lab, alone: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Its container's name, id and start. Slowed down, so that it leaves the others some of this machine."""
+    """Its container's name, id and start time. It is limited to a tenth of a CPU, so that the other runs get the rest."""
     host = lab.hosts[0]
     done = lab.run("launch", "--detach", "--run-id", "neighbour", *ENDLESS, *lab.overrides(host))
     assert done.returncode == 0, done.stdout
@@ -29,7 +29,7 @@ def neighbour(lab: Lab, alone: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 @pytest.fixture
 def untouched(lab: Lab, neighbour: tuple[str, ...], clean: Callable[[], None]) -> Iterator[None]:
-    """Afterwards the neighbour is the very same container, still running, and nothing else is left on any host."""
+    """Afterwards the neighbour is the same container and still runs, and nothing else is left on any host."""
     yield
     form = "{{.Name}} {{.Id}} {{.State.StartedAt}} {{.State.Status}}"
     assert lab.hosts[0].run("docker", "inspect", "--format", form, neighbour[0]).split() == [*neighbour, "running"]
@@ -37,7 +37,7 @@ def untouched(lab: Lab, neighbour: tuple[str, ...], clean: Callable[[], None]) -
 
 @pytest.fixture
 def small_disk(lab: Lab) -> Iterator[str]:
-    """A folder on the second and third host, on a disk of its own on the second. The doctor asks for 0.1 GiB at least."""
+    """A folder on the second and third host, on its own small disk on the second. The doctor requires at least 0.1 GiB."""
     for host in lab.hosts[1:]:
         host.run("install", "-d", "-o", "trainer", SMALL_DISK)
     lab.hosts[1].limit_disk(SMALL_DISK, "140m")
@@ -47,8 +47,8 @@ def small_disk(lab: Lab) -> Iterator[str]:
         host.run("rm", "-rf", SMALL_DISK)
 
 
-def test_a_cable_that_is_back_in_time_is_sat_out_and_a_node_without_power_is_named(lab: Lab, untouched: None) -> None:
-    """Pulled for longer than a silent connection lives: the launcher connects anew, the ranks go on. Then the same host goes dark."""
+def test_a_run_survives_a_short_loss_of_the_network_and_names_a_node_that_lost_power(lab: Lab, untouched: None) -> None:
+    """The cable is unplugged for longer than a silent connection is kept: the launcher connects again, the ranks continue. Then the host is switched off."""
     near, far = lab.hosts[0], lab.hosts[2]
     with lab.launch("dark", "cluster.node_timeout_s=20", *ENDLESS, *QUICK, *lab.overrides(near, far)) as launch:
         launch.until(lambda: lab.steps("dark"))
@@ -64,22 +64,22 @@ def test_a_cable_that_is_back_in_time_is_sat_out_and_a_node_without_power_is_nam
             far.power_on()
     assert f"failed first at {far.address}" in launch.said
     assert [node["host"] for node in lab.record("dark")["nodes"] if node["lost"]] == [far.address]
-    assert lab.run("stop", "dark").returncode == 0, "its container is there again, stopped"
+    assert lab.run("stop", "dark").returncode == 0, "its container exists again, stopped"
 
 
-def test_a_cable_that_stays_away_ends_the_run_and_what_is_left_there_is_stopped_later(lab: Lab, untouched: None) -> None:
+def test_a_long_loss_of_the_network_ends_the_run_and_a_later_stop_clears_the_node(lab: Lab, untouched: None) -> None:
     near, far = lab.hosts[:2]
     with lab.launch("long", "cluster.node_timeout_s=5", *ENDLESS, *QUICK, *lab.overrides(near, far)) as launch:
         launch.until(lambda: lab.steps("long"))
         with far.unplugged():
             assert launch.wait(90) == 4, launch.said
-            assert not [name for name in near.containers() if "-long-" in name], "the node that answers is cleared"
+            assert not [name for name in near.containers() if "-long-" in name], "the node that responds is cleared"
             stopped = lab.run("stop", "long")
             assert stopped.returncode == 4 and far.address in stopped.stdout and "omnilaunch stop long" in stopped.stdout, stopped.stdout
-    assert f"failed first at {far.address}" in launch.said and "did not answer" in launch.said
+    assert f"failed first at {far.address}" in launch.said and "stopped responding" in launch.said
     fate = {node["host"]: (node["lost"], bool(node["left"])) for node in lab.record("long")["nodes"]}
     assert fate == {near.address: (False, False), far.address: (True, True)}
-    assert [name for name in far.containers() if "-long-" in name], "nobody could end it"
+    assert [name for name in far.containers() if "-long-" in name], "the launcher could not end it"
     stopped = lab.run("stop", "long")
     assert stopped.returncode == 0 and f"nothing of run long is left on {near.address}, {far.address}" in stopped.stdout, stopped.stdout
 
@@ -95,7 +95,7 @@ def test_a_full_disk_is_named_with_its_host(lab: Lab, small_disk: str, untouched
     assert not any(node["left"] for node in lab.record("full")["nodes"])
 
 
-def test_the_neighbour_did_what_it_does_alone(lab: Lab, neighbour: tuple[str, ...], alone: dict[str, Any]) -> None:
+def test_the_neighbour_trained_as_it_does_alone(lab: Lab, neighbour: tuple[str, ...], alone: dict[str, Any]) -> None:
     lab.hosts[0].run("docker", "update", "--cpus", "2", neighbour[0])
     with lab.start("attach", "neighbour") as launch:
         launch.until(lambda: len(lab.steps("neighbour")) > alone["steps"])
@@ -108,7 +108,7 @@ def test_the_neighbour_did_what_it_does_alone(lab: Lab, neighbour: tuple[str, ..
 
 
 def wait_still(lab: Lab, run_id: str, for_s: float = 10) -> int:
-    """Steps done when none has come for so long."""
+    """The number of steps when no new one was written for `for_s` seconds."""
     done, since = len(lab.steps(run_id)), time.monotonic()
     while time.monotonic() - since < for_s:
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""Runs that lose a node or a rank and go on from their newest checkpoint: to the very bits of an undisturbed run."""
+"""Runs that lose a node or a rank and resume from their newest checkpoint: bitwise identical to an undisturbed run."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def rows(lab: Lab, run_id: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(lab: Lab) -> str:
-    """The same job on the first two hosts, with nothing in its way."""
+    """The same job on the first two hosts, undisturbed."""
     done = lab.run("launch", "--run-id", "calm", *JOB, *lab.overrides(*lab.hosts[:2], root=SHARED), "cluster.shared=true")
     assert done.returncode == 0, done.stdout
     return "calm"
@@ -53,7 +53,7 @@ def test_a_node_without_power_is_replaced_by_the_spare(lab: Lab, undisturbed: st
     assert attempt["number"] == 1 and attempt["steps"] >= 9 and lost.address in [node["host"] for node in attempt["nodes"]]
     assert (lab.home / "runs/recovered/attempts/1/logs/node1.log").stat().st_size
     clear("recovered", (first, spare))
-    assert lab.run("stop", "recovered").returncode == 0, "the host that came back is cleared by name"
+    assert lab.run("stop", "recovered").returncode == 0, "the host that came back is cleared by the names of its containers"
     clear("recovered", (lost,))
 
 
@@ -71,7 +71,7 @@ def test_a_rank_that_dies_is_started_again_where_no_folder_is_shared(lab: Lab, u
 
 
 def kill_rank(host: Host, container: str) -> None:
-    """SIGKILL for the python that trains, as the kernel does when memory runs out."""
+    """SIGKILL for the training process, as the kernel does when memory runs out."""
     script = 'for at in /proc/[0-9]*; do ! tr "\\0" " " <$at/cmdline 2>/dev/null | grep -q "^[^ ]*python[^ ]* -u -m trainer run" || echo ${at#/proc/}; done'
     pids = host.run("docker", "exec", "--user", "root", container, "sh", "-c", script).split()
     assert pids, host.run("docker", "top", container)

@@ -1,4 +1,4 @@
-"""Cluster files that do not fit the hosts: refused with the node's name before anything is made on any of them."""
+"""Cluster files that do not match the hosts: refused with the node's name before anything is created on any of them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,14 +10,14 @@ from tests.cluster.host import INTERFACE, USER, docker
 
 pytestmark = pytest.mark.cluster
 
-NOBODY_IS = "10.213.7.250"
+UNUSED_ADDRESS = "10.213.7.250"
 TAKEN_PORT = "29777"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bad:
-    """What is wrong, and what is said. `second`: fields of the second node, FIRST and SECOND stand for the addresses; `home`: what its
-    ~/.ssh lacks."""
+    """A mistake, and the text of the error (`said`). `second`: fields of the second node, where FIRST and SECOND stand for the addresses; `home`: files
+    that ~/.ssh lacks."""
 
     said: tuple[str, ...]
     second: dict[str, str] = field(default_factory=dict)
@@ -30,10 +30,10 @@ CASES = {
     "one host twice": Bad(second={"host": "FIRST"}, said=("FIRST",)),
     "one machine by two names": Bad(second={"host": "twin"}, said=("twin: distinct", "the same machine as FIRST")),
     "a typo": Bad(second={"hots": "SECOND"}, said=("hots", "did you mean 'host'")),
-    "a wrong user": Bad(second={"user": "nobody"}, said=("nobody@SECOND",)),
+    "a wrong user": Bad(second={"user": "daemon"}, said=("daemon@SECOND",)),
     "no key": Bad(home=("id_ed25519", "id_ed25519.pub"), said=("FIRST", "SECOND")),
     "an unknown host": Bad(home=("known_hosts",), said=("FIRST", "SECOND", "ssh-keyscan")),
-    "a host that is off": Bad(second={"host": NOBODY_IS, "address": NOBODY_IS}, said=(NOBODY_IS,)),
+    "a host that is off": Bad(second={"host": UNUSED_ADDRESS, "address": UNUSED_ADDRESS}, said=(UNUSED_ADDRESS,)),
     "an interface that one lacks": Bad(second={"interface": "ib0"}, said=("SECOND: network", "ib0", INTERFACE)),
     "a port in use": Bad(
         words=(f"cluster.rendezvous_port={TAKEN_PORT}",), said=("FIRST: rendezvous_port", f"port {TAKEN_PORT} is in use there")
@@ -45,7 +45,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def taken(lab: Lab) -> Iterator[None]:
-    """Something listens on the first host."""
+    """A port of the first host is in use."""
     docker("exec", "--detach", lab.hosts[0].name, "/usr/sbin/sshd", "-D", "-p", TAKEN_PORT, "-o", "PidFile=/run/second.pid")
     yield
     lab.hosts[0].run("sh", "-c", "kill $(cat /run/second.pid)")

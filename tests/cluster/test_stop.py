@@ -1,5 +1,5 @@
-"""Ways in which a launcher, its connection or a node ends in the middle of a run, at a moment that differs each time. After `omnilaunch stop`
-nothing of the run is left within 10 s, and a sibling run on the same hosts lives through all of it.
+"""A launcher, its connection or a node ends during a run, at a random moment. After `omnilaunch stop` nothing of the run is left within 10 s, and
+another run on the same hosts is not affected.
 
     make test-cluster ARGS="-k every_way_out --rounds 10"
 """
@@ -24,7 +24,7 @@ SPREAD_S = 12.0  # from the first container to some steps
 
 @pytest.fixture(scope="module")
 def sibling(lab: Lab) -> Iterator[Callable[[], str]]:
-    """A run of its own on the first host; gives its container's id and start, which change when anything touches it."""
+    """Another run on the first host; returns its container's id and start time, which would change if it were restarted."""
     done = lab.run("launch", "--detach", "--run-id", "sibling", *LONG, "cluster.shm_size=128m", *lab.overrides(lab.hosts[0]))
     assert done.returncode == 0, done.stdout
 
@@ -46,7 +46,7 @@ def everywhere(hosts: tuple[Host, ...], run_id: str) -> bool:
 
 
 def end(way: str, launch: Launch, first: Host, second: Host) -> None:
-    """The first host has the sibling, so it is the second one that goes dark."""
+    """The sibling runs on the first host, so the second one is switched off."""
     if way == "ssh-cut":
         first.cut_ssh()
     elif way == "node-restart":

@@ -16,7 +16,7 @@ from launcher.image.docker import ARCHITECTURES
 from launcher.image.stack import LABEL
 from launcher.plan.commands import NodeCommand, data_env_file, env_file
 from launcher.plan.plan import Plan
-from launcher.run.node_process import SECRETS_PIPE, SECRETS_VARIABLE
+from launcher.run.container import SECRETS_PIPE, SECRETS_VARIABLE
 from trainer.contract import RESULT_FILE, SPEC_FILE
 
 NODE_BODY, BUILD_BODY = "node.sh", "build.sh"

@@ -297,9 +297,9 @@ def test_a_rerun_that_restarts_on_other_nodes_keeps_the_recorded_values(plan_for
 
 def test_a_full_disk_ends_the_launch_with_a_clear_error(plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def full(*given: object, **named: object) -> Path:
-        raise OSError(28, "No space left on device")
+        raise OSError(28, r"No space left on device\. Free some disk space there")
 
     monkeypatch.setattr(launch, "open_run", full)
     session = SimpleNamespace(project=tmp_path, say=print)
-    with pytest.raises(RunEnded, match=r"runs/R could not be written: No space left on device"):
+    with pytest.raises(RunEnded, match=r"runs/R could not be written: No space left on device\. Free some disk space there"):
         launch.launch(plan_for(), SourceTree(state=SourceState(commit="", dirty=False)), session)  # type: ignore[arg-type]

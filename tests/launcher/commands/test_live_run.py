@@ -82,6 +82,16 @@ def test_a_log_larger_than_a_piece_is_read_in_pieces(tmp_path: Path, plan_for: C
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize("size", range(4, 12))
+def test_a_line_longer_than_a_piece_is_not_cut_within_a_character(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr("launcher.commands.live_run.PIECE_BYTES", size)
+    text = "é漢🙂" * 5
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/node0.log").write_text(f"{text}\n", encoding="utf-8")
+    lines = list(follow(tmp_path, ended=lambda: True))
+    assert "".join(line.removeprefix("[node0] ") for line in lines) == text
+
+
 def test_another_attempts_log_is_read_from_its_beginning_though_it_is_longer(tmp_path: Path, plan_for: Callable[..., Plan]) -> None:
     folder = write_run(tmp_path / "r", plan_for())
     log = folder / "logs" / "node0.log"

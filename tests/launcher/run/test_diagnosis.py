@@ -1,7 +1,9 @@
-"""Known failures: what real logs are taken for, which line of many is the cause, and that the table keeps its word."""
+"""Known failures: which one a real log shows, which of many lines is the cause, and what each row of the tables must have."""
 
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -13,9 +15,9 @@ from launcher.cli import parse
 from launcher.config.schema import Config
 from launcher.plan.plan import Plan
 from launcher.record.record import NodeResult
-from launcher.run.diagnosis import SYMPTOMS, TABLE_FILE, compiled, describe_symptoms, explain_log, root_rank
+from launcher.run.diagnosis import describe_symptoms, explain_log, root_rank
 from launcher.run.failure_search import find_failure
-from launcher.run.failures.symptom import KINDS
+from launcher.run.failures.symptom import KINDS, TABLES, load_symptoms
 from launcher.run.launch import advice
 from trainer import contract
 from trainer.contract import SCHEMA, FailureReport
@@ -23,6 +25,8 @@ from trainer.contract import SCHEMA, FailureReport
 ROOT = Path(__file__).resolve().parents[3]
 GOLDEN = ROOT / "tests" / "golden" / "log"
 ROWS = re.findall(r"^\| ([\w-]+) \| ([\w-]+) \| (\d+) \| (.+) \|$", (GOLDEN / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+TABLE_FILE = "docs/errors.md"
+SYMPTOMS = load_symptoms()
 BY_NAME = {symptom.name: symptom for symptom in SYMPTOMS}
 
 
@@ -39,7 +43,7 @@ def test_every_recorded_log_has_a_row_with_its_source() -> None:
 
 
 @pytest.mark.parametrize(("name", "known", "code"), [row[:3] for row in ROWS], ids=[row[0] for row in ROWS])
-def test_what_a_recorded_log_is_taken_for(name: str, known: str, code: str) -> None:
+def test_which_failure_a_recorded_log_shows(name: str, known: str, code: str) -> None:
     meaning = explain_log(recorded(name), int(code))
     assert meaning is not None and meaning.name == known
     assert meaning.line == "" if name == "killed-silently" else meaning.line in recorded(name)
@@ -53,29 +57,29 @@ def test_what_a_recorded_log_is_taken_for(name: str, known: str, code: str) -> N
     "W1121 07:57:36 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 25353 closing signal SIGTERM\n",
     "the answer was 'Permission denied' and the bus was late\n",
 ])  # fmt: skip
-def test_what_is_no_known_failure(text: str) -> None:
+def test_text_that_is_not_a_known_failure(text: str) -> None:
     assert explain_log(text, 1) is None
 
 
-def test_a_cause_goes_before_what_follows_from_it_wherever_it_stands() -> None:
+def test_a_cause_is_preferred_to_its_consequences_in_any_order() -> None:
     after = recorded("nccl-watchdog") + recorded("store-closed") + recorded("cuda-memory")
     assert explain_log(after, 1).name == "cuda-out-of-memory"  # type: ignore[union-attr]
     two = recorded("disk-safetensors") + recorded("cuda-memory")
     assert explain_log(two, 1).name == "disk-full"  # type: ignore[union-attr]
 
 
-def test_fifteen_timeouts_are_told_once() -> None:
+def test_fifteen_timeouts_are_reported_once() -> None:
     meaning = explain_log(recorded("nccl-watchdog") * 15, 1)
     assert meaning is not None and meaning.kind == "consequence" and meaning.line.count("Watchdog caught") == 1
 
 
-def test_an_exit_code_tells_where_the_log_names_no_cause() -> None:
+def test_an_exit_code_is_used_when_the_log_names_no_cause() -> None:
     assert explain_log("step 3\n", 137).name == explain_log("step 3\n", -9).name == "host-memory-killed"  # type: ignore[union-attr]
     assert explain_log(recorded("gloo-closed"), 137).name == "host-memory-killed"  # type: ignore[union-attr]
     assert explain_log(recorded("cuda-memory"), 137).name == "cuda-out-of-memory"  # type: ignore[union-attr]
 
 
-def test_a_rank_that_torchrun_itself_ended_is_no_cause() -> None:
+def test_a_rank_that_torchrun_ended_is_not_the_cause() -> None:
     """The others are sent SIGTERM and, 30 s later, SIGKILL."""
     text = recorded("rank-killed").replace("exitcode  : -15 (pid: 25353)  (SIGTERM)", "exitcode  : -9 (pid: 25353)  (SIGKILL)")
     text = text.replace("failed (exitcode: -9)", "failed (exitcode: 1)").replace("-9 (pid: 25354)  (SIGKILL)", "1 (pid: 25354)")
@@ -88,12 +92,27 @@ def test_a_rank_that_torchrun_itself_ended_is_no_cause() -> None:
 # --------------------------------------------------------------------------------------------------------------- table
 
 
-def test_the_table_is_whole() -> None:
+def test_every_row_is_complete() -> None:
     assert len(BY_NAME) == len(SYMPTOMS) >= 85
     for symptom in SYMPTOMS:
         assert symptom.means.endswith(".") and len(symptom.means) < 300, symptom.name
         assert symptom.fix and symptom.source and symptom.kind in KINDS, symptom.name
-        compiled(symptom.pattern)
+        assert re.search(symptom.pattern, symptom.example, re.MULTILINE), symptom.name
+
+
+def test_every_file_of_the_folder_is_a_table() -> None:
+    assert {path.stem for path in (ROOT / "launcher/run/failures").glob("*.yaml")} == set(TABLES)
+
+
+def test_the_tables_are_read_only_when_a_log_is_explained() -> None:
+    code = "import sys, launcher.run.diagnosis as d; print('yaml' in sys.modules); d.explain_log('x'); print('yaml' in sys.modules)"
+    done = subprocess.run((sys.executable, "-c", code), cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
+def test_a_row_for_a_signal_matches_torchruns_line_and_the_exit_codes() -> None:
+    killed = BY_NAME["host-memory-killed"]
+    assert killed.codes == (137, -9) and re.search(killed.pattern, "failed (exitcode: -9) local_rank: 0")
 
 
 def test_every_code_of_hccl_and_hccp_has_a_meaning_of_its_own() -> None:
@@ -130,7 +149,7 @@ def test_every_command_that_a_fix_names_is_there(capsys: pytest.CaptureFixture[s
     capsys.readouterr()
 
 
-def test_the_page_is_drawn_from_the_table() -> None:
+def test_the_page_is_written_from_the_tables() -> None:
     drawn = describe_symptoms()
     assert (ROOT / TABLE_FILE).read_text(encoding="utf-8") == drawn, f"python -m launcher.run.diagnosis > {TABLE_FILE}"
     assert drawn.count("\n### ") == len(SYMPTOMS)
@@ -165,7 +184,7 @@ def ended(rank: int, code: int, seconds: float, *, killed: bool = False, lost: b
     return NodeResult(host=HOSTS[rank], node_rank=rank, code=code, seconds=seconds, killed=killed, lost=lost)
 
 
-def test_the_node_with_the_cause_is_named_and_not_the_one_that_heard_of_it_first(plan: Plan) -> None:
+def test_the_node_with_the_cause_is_named_and_not_the_one_that_failed_because_of_it(plan: Plan) -> None:
     log(plan, 0, recorded("peer-killed"))
     log(plan, 1, recorded("rank-killed"))
     report(plan, 0, 1.0, recorded("gloo-closed"))
@@ -176,21 +195,21 @@ def test_the_node_with_the_cause_is_named_and_not_the_one_that_heard_of_it_first
     assert advice(failure).split("\n") == ["", f"  meaning: {failure.meaning}", f"  do: {failure.fix}"]
 
 
-def test_the_first_report_that_is_no_echo_is_the_cause(plan: Plan) -> None:
+def test_the_first_report_that_is_not_a_consequence_is_the_cause(plan: Plan) -> None:
     report(plan, 0, 1.0, recorded("gloo-closed"))
     report(plan, 1, 2.0, recorded("cuda-memory"))
     failure = find_failure(plan, ())
     assert failure is not None and failure.rank == 1 and failure.meaning == BY_NAME["cuda-out-of-memory"].means
 
 
-def test_an_error_that_is_not_known_stays_as_it_is(plan: Plan) -> None:
+def test_an_unknown_error_is_not_explained(plan: Plan) -> None:
     report(plan, 0, 1.0, "ValueError: the sampler returned a batch of 0")
     report(plan, 1, 2.0, recorded("cuda-memory"))
     failure = find_failure(plan, (ended(0, 1, 5.0), ended(1, 1, 5.0)))
     assert failure is not None and failure.rank == 0 and failure.meaning == failure.fix == "" and advice(failure) == ""
 
 
-def test_what_names_only_a_layer_is_looked_up_in_the_log(plan: Plan) -> None:
+def test_an_error_that_names_only_a_layer_is_looked_up_in_the_log(plan: Plan) -> None:
     log(plan, 0, recorded("nccl-shm-old") + "\n".join(f"line {number}" for number in range(40)))
     report(plan, 0, 1.0, "ncclSystemError: System call (e.g. socket, malloc) or external library call failed")
     failure = find_failure(plan, ())
@@ -198,7 +217,7 @@ def test_what_names_only_a_layer_is_looked_up_in_the_log(plan: Plan) -> None:
     assert "posix_fallocate failed" in failure.tail[0], "the line that tells is shown, though it is not among the last"
 
 
-def test_a_node_that_was_lost_is_the_cause_of_what_the_others_say(plan: Plan) -> None:
+def test_a_lost_node_is_the_cause_of_the_errors_of_the_others(plan: Plan) -> None:
     report(plan, 0, 1.0, "RuntimeError: some error that no table has")
     failure = find_failure(plan, (ended(0, 1, 5.0), ended(1, 255, 50.0, lost=True)))
     assert failure is not None and failure.host == HOSTS[1] and failure.meaning == BY_NAME["node-lost"].means
@@ -208,7 +227,7 @@ def test_a_node_that_was_lost_is_the_cause_of_what_the_others_say(plan: Plan) ->
     assert failure is not None and failure.message == refused
 
 
-def test_a_code_that_the_launcher_itself_caused_means_nothing(plan: Plan) -> None:
+def test_an_exit_code_that_the_launcher_caused_is_not_explained(plan: Plan) -> None:
     log(plan, 0, recorded("peer-killed"))
     log(plan, 1, "step 4\n")
     failure = find_failure(plan, (ended(0, 1, 5.0, killed=True), ended(1, 137, 14.0, killed=True)))

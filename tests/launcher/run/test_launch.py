@@ -1,4 +1,4 @@
-"""Whole runs through the real command: torchrun, DeepSpeed, real digits. Short ones; what a long one learns is a benchmark."""
+"""Complete runs through the real command: torchrun, DeepSpeed, real digits. They are short; what a long run learns is a benchmark."""
 
 import json
 import os
@@ -46,14 +46,14 @@ def rows_of(folder: Path, name: str) -> list[dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One short run that the tests below look at."""
+    """One short run for the tests below."""
     folder = tmp_path_factory.mktemp("finished")
     done = launch(folder, *SHORT)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
-def test_a_run_leaves_all_that_it_should(finished: Path) -> None:
+def test_the_files_of_a_finished_run(finished: Path) -> None:
     run = finished / "runs/r"
     record = result_of(finished)
     assert (record["status"], record["steps"], record["exit_code"]) == ("finished", 3, 0)
@@ -72,7 +72,7 @@ def test_the_checkpoint_opens_in_transformers(finished: Path) -> None:
     assert done.stdout.split() == ["614400", "True"], done.stderr
 
 
-def test_the_same_seed_gives_the_same_bits(finished: Path) -> None:
+def test_the_same_seed_gives_bitwise_identical_runs(finished: Path) -> None:
     assert launch(finished, *SHORT, name="again").returncode == 0
     assert launch(finished, *SHORT, "run.seed=2", name="other").returncode == 0
     assert rows_of(finished, "again") == rows_of(finished, "r") != rows_of(finished, "other")
@@ -168,7 +168,7 @@ def test_bad_data_is_refused_with_file_and_row(tmp_path: Path, images: Path, bad
     assert processes_with(FOLDER_VARIABLE, str(tmp_path / "runs/r")) == ()
 
 
-def test_a_sample_longer_than_the_length_is_refused_by_the_rank_that_meets_it(tmp_path: Path, images: Path) -> None:
+def test_a_sample_longer_than_max_length_is_refused_by_its_rank(tmp_path: Path, images: Path) -> None:
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([row(), row(answer="seven " * 300)]))
     done = launch(tmp_path, "data=files", f"data.train={file}", f"data.images={images}", "data.max_length=128", *SHORT)
@@ -190,7 +190,7 @@ def test_a_sample_longer_than_the_length_is_refused_by_the_rank_that_meets_it(tm
         (("stage=lora",), ("stage.checkpoint",)),
     ],
 )
-def test_a_bad_config_is_refused_before_anything_is_made(tmp_path: Path, overrides: tuple[str, ...], said: tuple[str, ...]) -> None:
+def test_a_bad_config_is_refused_before_anything_is_created(tmp_path: Path, overrides: tuple[str, ...], said: tuple[str, ...]) -> None:
     done = launch(tmp_path, *overrides)
     assert done.returncode == 2, done.stdout + done.stderr
     for part in said:
@@ -199,8 +199,8 @@ def test_a_bad_config_is_refused_before_anything_is_made(tmp_path: Path, overrid
     assert not (tmp_path / "runs").exists()
 
 
-def test_nodes_that_cannot_be_reached_are_all_named_and_nothing_is_made(tmp_path: Path) -> None:
-    """Two ports of this machine where nobody listens."""
+def test_all_nodes_that_cannot_be_reached_are_named_and_nothing_is_created(tmp_path: Path) -> None:
+    """Two ports of this machine on which no sshd listens."""
     nodes = "cluster.nodes=[{host: 127.0.0.2, user: ann, port: 9}, {host: 127.0.0.3, user: ann, port: 9}]"
     argv = (
         sys.executable,
@@ -220,7 +220,7 @@ def test_nodes_that_cannot_be_reached_are_all_named_and_nothing_is_made(tmp_path
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_rank_that_is_killed_is_started_again_to_the_same_bits(tmp_path: Path) -> None:
+def test_a_killed_rank_is_started_again_and_the_result_is_bitwise_identical(tmp_path: Path) -> None:
     """The kernel's out-of-memory killer, twice; `run.restarts` allows it."""
     job = (
         "run.steps=12",

@@ -1,8 +1,9 @@
-"""The ranks and the data check beside each other: whichever ends first, in whatever way, the outcome is the one that a reader expects."""
+"""The ranks and the data check run in parallel: whichever ends first, the outcome is right."""
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,12 +14,13 @@ from launcher.errors import ConfigRefused
 from launcher.plan.commands import NodeCommand
 from launcher.plan.plan import Plan
 from launcher.record.lock import ask_to_stop
-from launcher.run.launch import leave
-from launcher.run.monitor import START_GRACE_S, AttemptOutcome, grace_s, signals_of_others, watch_attempt
-from launcher.run.prepare import NodeProcesses, Session
+from launcher.run.launch import detach_run
+from launcher.run.monitor import START_GRACE_S, AttemptOutcome, grace_s, hangup_signals, watch_attempt
+from launcher.run.prepare import NodeProcesses
 from launcher.run.run_folder import Mirror, WorkingNode
+from launcher.run.session import Session
 from launcher.run.signals import StopRequest
-from launcher.ssh.transport import Local, Result
+from launcher.ssh.transport import Local
 from trainer import contract
 from trainer.contract import SCHEMA, DataProblem, DataReport, TrainResult
 
@@ -26,10 +28,10 @@ Code = int | None
 
 
 class Scripted:
-    """A member that ends with `code` after `seconds`; None: never by itself. Killed as a container is: 137."""
+    """A node process that ends with `code` after `seconds` (None: never), and with 137 when it is killed."""
 
     def __init__(self, command: NodeCommand, code: Code, seconds: float = 0.0) -> None:
-        self.command, self.code, self.lost = command, code, False
+        self.command, self.code, self.lost, self.stopping = command, code, False, False
         self.ends_at = time.monotonic() + seconds
         self.killed = False
 
@@ -39,6 +41,7 @@ class Scripted:
         return self.code if self.code is not None and time.monotonic() >= self.ends_at else None
 
     def stop(self) -> None:
+        self.stopping = True
         self.kill()
 
     def kill(self) -> None:
@@ -55,20 +58,20 @@ def plan(plan_for: Callable[..., Plan], tmp_path: Path) -> Plan:
     return plan
 
 
-def desk() -> Session:
+def session() -> Session:
     here = Local({"PATH": "/usr/bin:/bin"})
     return Session(
-        project=Path("/"), transports=(here,), here=here, secrets={}, say=print, terminal=False, move=lambda plan, lost: (plan, desk())
+        project=Path("/"), transports=(here,), here=here, secrets={}, say=print, terminal=False, move=lambda plan, lost: (plan, session())
     )
 
 
-def crew(plan: Plan, ranks: tuple[Code, float], check: tuple[Code, float]) -> NodeProcesses:
+def processes(plan: Plan, ranks: tuple[Code, float], check: tuple[Code, float]) -> NodeProcesses:
     (command,) = plan.commands
-    return NodeProcesses(members=(Scripted(command, *ranks),), checks=(Scripted(command, *check),))
+    return NodeProcesses(trainers=(Scripted(command, *ranks),), checks=(Scripted(command, *check),))
 
 
 def watched(plan: Plan, ranks: tuple[Code, float], check: tuple[Code, float]) -> AttemptOutcome:
-    return watch_attempt(plan, Path(plan.folder), desk(), crew(plan, ranks, check), StopRequest())
+    return watch_attempt(plan, Path(plan.folder), session(), processes(plan, ranks, check), StopRequest())
 
 
 def trained(plan: Plan, status: str, steps: int) -> None:
@@ -86,22 +89,22 @@ def test_a_run_that_is_faster_than_its_check_waits_for_it(plan: Plan) -> None:
     assert time.monotonic() - began >= 0.6
 
 
-def test_a_rank_that_fails_while_the_data_is_checked_is_the_failure(plan: Plan) -> None:
+def test_a_rank_that_fails_during_the_data_check_is_the_failure(plan: Plan) -> None:
     outcome = watched(plan, (1, 0.1), (None, 0.0))
     assert outcome.status == "failed" and outcome.failure is not None and "data" not in outcome.failure.message
 
 
-def test_bad_data_ends_the_ranks(plan: Plan) -> None:
+def test_bad_data_stops_the_ranks(plan: Plan) -> None:
     problem = DataProblem(file="/d/train.json", row=2, field="image", problem="no image file", fix="put it there")
     report = DataReport(schema=SCHEMA, sha256="", train_rows=2, evaluation_rows=0, images=0, problems=(problem,))
     contract.write(report, Path(plan.folder) / contract.DATA_FILE)
-    mine = crew(plan, (None, 0.0), (2, 0.1))
+    mine = processes(plan, (None, 0.0), (2, 0.1))
     with pytest.raises(ConfigRefused, match=r"train\.json row 2"):
-        watch_attempt(plan, Path(plan.folder), desk(), mine, StopRequest())
-    assert mine.members[0].poll() == 137
+        watch_attempt(plan, Path(plan.folder), session(), mine, StopRequest())
+    assert mine.trainers[0].poll() == 137
 
 
-def test_a_check_that_breaks_is_a_failed_attempt_and_no_refusal(plan: Plan) -> None:
+def test_a_check_that_fails_itself_is_a_failed_attempt_and_not_a_refusal(plan: Plan) -> None:
     outcome = watched(plan, (None, 0.0), (137, 0.1))
     assert outcome.status == "failed" and outcome.failure is not None
     assert "data check ended with exit code 137" in outcome.failure.message
@@ -114,26 +117,47 @@ def test_a_stop_ends_the_wait_for_a_check(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize("steps, status", [(10, "failed"), (4, "stopped")])
-def test_a_run_that_breaks_after_its_last_step_was_not_stopped(plan: Plan, steps: int, status: str) -> None:
+def test_a_run_that_fails_after_its_last_step_was_not_stopped(plan: Plan, steps: int, status: str) -> None:
     """The trainer's result says `stopped` until the evaluation is over."""
     trained(plan, "stopped", steps)
     assert watched(plan, (1, 0.0), (0, 0.0)).status == status
 
 
-def test_a_run_is_left_when_its_data_is_checked(plan: Plan) -> None:
-    assert leave(plan, Path(plan.folder), desk(), crew(plan, (None, 0.0), (0, 0.2)), StopRequest()) is None
+class Saving(Scripted):
+    """It saves and ends with 0 when it is asked to stop."""
+
+    def stop(self) -> None:
+        self.stopping, self.code, self.ends_at = True, 0, 0.0
 
 
-def test_a_run_that_breaks_before_it_is_left_is_told(plan: Plan) -> None:
-    outcome = leave(plan, Path(plan.folder), desk(), crew(plan, (1, 0.2), (None, 0.0)), StopRequest())
+@pytest.mark.parametrize("code", [137, 143, 5])
+def test_a_node_that_failed_is_the_failure_though_the_others_saved_and_stopped(plan: Plan, code: int) -> None:
+    """The launcher asked them to stop; the trainer's result says `stopped` because of that alone."""
+    trained(plan, "stopped", 4)
+    (first,) = plan.commands
+    second = replace(first, host="b", node_rank=1)
+    processes = NodeProcesses(trainers=(Saving(first, None), Scripted(second, code)))
+    outcome = watch_attempt(plan, Path(plan.folder), session(), processes, StopRequest())
+    assert outcome.status == "failed" and outcome.failure is not None
+    assert (outcome.failure.host, outcome.failure.code) == ("b", code)
+    assert [(node.code, node.killed) for node in outcome.nodes] == [(0, False), (code, False)]
+    assert ("killed from outside" in outcome.failure.meaning) == (code == 137)
+
+
+def test_a_run_is_detached_when_its_data_is_checked(plan: Plan) -> None:
+    assert detach_run(plan, Path(plan.folder), session(), processes(plan, (None, 0.0), (0, 0.2)), StopRequest()) is None
+
+
+def test_a_run_that_fails_before_it_is_detached_is_reported(plan: Plan) -> None:
+    outcome = detach_run(plan, Path(plan.folder), session(), processes(plan, (1, 0.2), (None, 0.0)), StopRequest())
     assert outcome is not None and outcome.status == "failed"
 
 
-def test_before_the_first_row_there_is_nothing_to_wait_for(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+def test_before_the_first_row_the_grace_time_is_short(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
     plan = plan_for(f"cluster.root={tmp_path}", "run.stop_timeout_s=60")
     rows = tmp_path / contract.METRICS_FILE
     assert grace_s(plan, tmp_path) == START_GRACE_S < 60
-    assert grace_s(plan, tmp_path, began_here=False) == 60, "a run that was left to itself may have trained for hours"
+    assert grace_s(plan, tmp_path, started_here=False) == 60, "a run that was left to itself may have trained for hours"
     rows.touch()
     assert grace_s(plan, tmp_path) == START_GRACE_S
     rows.write_text("{}\n", encoding="utf-8")
@@ -141,9 +165,9 @@ def test_before_the_first_row_there_is_nothing_to_wait_for(plan_for: Callable[..
     assert grace_s(replace(plan, spec=replace(plan.spec, stage=replace(plan.spec.stage, kind="evaluate"))), Path("/nowhere")) == 60
 
 
-def test_a_closed_terminal_concerns_no_container(plan_for: Callable[..., Plan]) -> None:
-    assert signals_of_others(plan_for()) == ()
-    assert signals_of_others(plan_for("cluster.runtime=docker")) == (signal.SIGHUP,)
+def test_a_closed_terminal_ends_only_the_launcher_of_containers(plan_for: Callable[..., Plan]) -> None:
+    assert hangup_signals(plan_for()) == ()
+    assert hangup_signals(plan_for("cluster.runtime=docker")) == (signal.SIGHUP,)
 
 
 def test_a_start_that_takes_too_long_is_a_failed_attempt_that_names_the_slowest(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
@@ -154,19 +178,20 @@ def test_a_start_that_takes_too_long_is_a_failed_attempt_that_names_the_slowest(
         "[rank 0] omnilaunch: starting: loading its libraries\n[rank 1] omnilaunch: starting: loading its libraries\n"
         "[rank 0] omnilaunch: starting: meeting the other ranks\n[rank 1] Downloading shards\n"
     )
-    mine = crew(plan, (None, 0.0), (0, 0.0))
-    outcome = watch_attempt(plan, Path(plan.folder), desk(), mine, StopRequest())
+    mine = processes(plan, (None, 0.0), (0, 0.0))
+    outcome = watch_attempt(plan, Path(plan.folder), session(), mine, StopRequest())
     assert (outcome.status, outcome.code) == ("failed", 5) and outcome.failure is not None
-    assert "run.start_timeout_s=1" in outcome.failure.message and "1 of 2 rank(s) had come least far" in outcome.failure.message
+    assert "run.start_timeout_s=1" in outcome.failure.message and "1 of 2 rank(s) were in the earliest phase" in outcome.failure.message
     assert "rank 1 on localhost: loading its libraries" in outcome.failure.message and outcome.failure.tail[0] == "Downloading shards"
-    assert outcome.nodes[0].killed and mine.members[0].poll() == 137
+    assert outcome.nodes[0].killed and mine.trainers[0].poll() == 137
 
 
-def test_a_node_that_answers_slowly_holds_up_no_look_at_the_others(tmp_path: Path) -> None:
+def test_a_slow_node_does_not_delay_the_watching_of_the_others(tmp_path: Path) -> None:
     class Slow(Local):
-        def run(self, argv: tuple[str, ...], **named: object) -> Result:
+        @contextmanager
+        def stream(self, argv: tuple[str, ...], **named: object) -> Iterator[Iterator[bytes]]:
             time.sleep(1.0)
-            return Result(argv=argv, code=0, output="a row\n", errors="")
+            yield iter([b"a row\n"])
 
     command = NodeCommand(host="a", node_rank=0, runtime="docker", name="c", folder="/run", environment={}, prepare=(), start=())
     mirror = Mirror(WorkingNode(command=command, transport=Slow({})), "metrics.jsonl", tmp_path)

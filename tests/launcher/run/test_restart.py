@@ -1,4 +1,4 @@
-"""Another attempt: whose place a spare takes, what is kept of the last one, and the checkpoint on nodes that share no folder."""
+"""Another attempt: which node a spare replaces, what is kept of the last attempt, and the checkpoint on nodes that share no folder."""
 
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +12,14 @@ from launcher.config.schema import Cluster, Node
 from launcher.errors import NodeFailed
 from launcher.plan.commands import NodeCommand
 from launcher.record.record import Attempt, Failure, NodeResult, load_attempts
-from launcher.run.restart import newest_on, reason_not_to, replace_lost, restore_rows, set_aside, spread_checkpoint
+from launcher.run.restart import (
+    archive_attempt,
+    copy_newest_checkpoint,
+    newest_checkpoint,
+    reason_against_restart,
+    replace_lost,
+    restore_metrics,
+)
 from launcher.run.run_folder import WorkingNode
 from launcher.ssh.transport import Local, Result
 
@@ -43,11 +50,11 @@ def working(given: Cluster) -> list[str]:
         (("a", "b"), set(), 0, ["a", "b"]),
     ],
 )
-def test_a_spare_takes_the_place_of_a_lost_node(hosts: tuple[str, ...], lost: set[str], minimum: int, left: list[str]) -> None:
+def test_a_spare_replaces_a_lost_node(hosts: tuple[str, ...], lost: set[str], minimum: int, left: list[str]) -> None:
     assert working(replace_lost(cluster(*hosts), lost, minimum=minimum)) == left
 
 
-def test_a_spare_works_once() -> None:
+def test_a_spare_is_used_once() -> None:
     first = replace_lost(cluster("a", "b", "s1", "s2"), {"b"}, minimum=0)
     assert [node.host for node in first.nodes if node.spare] == ["s2"]
     assert working(replace_lost(first, {"s1"}, minimum=0)) == ["a", "s2"]
@@ -72,26 +79,26 @@ def failed(number: int, *, steps: int = 7, rank: int = 1, message: str = "it bro
     ],
 )
 def test_when_a_run_is_not_started_again(earlier: tuple[Attempt, ...], last: Attempt, restarts: int, why: str) -> None:
-    said = reason_not_to(earlier, last, restarts=restarts)
+    said = reason_against_restart(earlier, last, restarts=restarts)
     assert why in said and bool(why) == bool(said)
 
 
 
-def test_a_launcher_that_was_killed_while_it_set_aside_leaves_work_to_the_next(tmp_path: Path) -> None:
+def test_a_launcher_that_was_killed_during_the_archiving_can_be_followed_by_another(tmp_path: Path) -> None:
     for said in ("first", "second", "third"):
         (tmp_path / "logs").mkdir(exist_ok=True)
         (tmp_path / "logs/node0.log").write_text(said, encoding="utf-8")
-        set_aside(tmp_path, failed(1), mirrored=True)
+        archive_attempt(tmp_path, failed(1), mirrored=True)
         (tmp_path / "attempts/1/attempt.json").unlink()
     assert [path.name for path in sorted((tmp_path / "attempts/1").rglob("*"))] == ["logs", "node0.log"]
     assert (tmp_path / "attempts/1/logs/node0.log").read_text(encoding="utf-8") == "third"
 
 
-def test_what_an_attempt_left_is_kept(tmp_path: Path) -> None:
+def test_the_files_of_an_attempt_are_archived(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     for name in ("logs/node1.log", "failure-rank1.json", "environment.json", "metrics.jsonl", "plan.json"):
         (tmp_path / name).write_text(name, encoding="utf-8")
-    set_aside(tmp_path, failed(1, log=str(tmp_path / "logs" / "node1.log")), mirrored=False)
+    archive_attempt(tmp_path, failed(1, log=str(tmp_path / "logs" / "node1.log")), mirrored=False)
     aside = tmp_path / "attempts" / "1"
     assert sorted(path.name for path in aside.iterdir()) == [
         "attempt.json",
@@ -104,9 +111,9 @@ def test_what_an_attempt_left_is_kept(tmp_path: Path) -> None:
     (kept,) = load_attempts(tmp_path)
     assert kept.failure is not None and Path(kept.failure.log).read_text(encoding="utf-8") == "logs/node1.log"
     for number in range(2, 12):
-        set_aside(tmp_path, failed(number), mirrored=True)
+        archive_attempt(tmp_path, failed(number), mirrored=True)
     assert [attempt.number for attempt in load_attempts(tmp_path)] == list(range(1, 12))
-    assert not (tmp_path / "metrics.jsonl").exists(), "a mirror begins anew"
+    assert not (tmp_path / "metrics.jsonl").exists(), "a mirror starts again"
 
 
 class Rooted(Local):
@@ -138,8 +145,8 @@ class Rooted(Local):
 
 
 @pytest.fixture
-def sites(tmp_path: Path) -> tuple[WorkingNode, ...]:
-    def site(rank: int) -> WorkingNode:
+def nodes(tmp_path: Path) -> tuple[WorkingNode, ...]:
+    def node(rank: int) -> WorkingNode:
         root = tmp_path / f"n{rank}"
         root.mkdir()
         command = NodeCommand(
@@ -147,7 +154,7 @@ def sites(tmp_path: Path) -> tuple[WorkingNode, ...]:
         )
         return WorkingNode(command=command, transport=Rooted(command.host, root))
 
-    return tuple(site(rank) for rank in range(3))
+    return tuple(node(rank) for rank in range(3))
 
 
 def checkpoint(tmp_path: Path, rank: int, name: str, size: int = 100_000) -> Path:
@@ -157,63 +164,63 @@ def checkpoint(tmp_path: Path, rank: int, name: str, size: int = 100_000) -> Pat
     return folder
 
 
-def test_the_newest_on_comes_to_the_nodes_that_lack_it(tmp_path: Path, sites: tuple[WorkingNode, ...]) -> None:
+def test_the_newest_checkpoint_is_copied_to_the_nodes_without_it(tmp_path: Path, nodes: tuple[WorkingNode, ...]) -> None:
     checkpoint(tmp_path, 0, "step-000100")
     newest = checkpoint(tmp_path, 1, "step-1000000", size=3_000_000)
     checkpoint(tmp_path, 2, ".step-2000000.partial")
     (tmp_path / "n2" / "checkpoints" / ".incoming" / "step-000100").mkdir(parents=True)  # a copy that was interrupted
     said: list[str] = []
-    assert spread_checkpoint(sites, said.append) == "step-1000000"
+    assert copy_newest_checkpoint(nodes, said.append) == "step-1000000"
     assert "from host1 to host0, host2" in said[0]
     for rank in (0, 2):
         copied = tmp_path / f"n{rank}" / "checkpoints" / "step-1000000" / "model.safetensors"
         assert copied.read_bytes() == (newest / "model.safetensors").read_bytes()
         assert not (tmp_path / f"n{rank}" / "checkpoints" / ".incoming").exists()
     said.clear()
-    assert spread_checkpoint(sites, said.append) == "step-1000000" and not said, "nothing is sent to a node that has it"
+    assert copy_newest_checkpoint(nodes, said.append) == "step-1000000" and not said, "nothing is sent to a node that has it"
 
 
-def test_a_node_that_is_the_first_one_now_gets_the_rows(tmp_path: Path, sites: tuple[WorkingNode, ...]) -> None:
+def test_a_new_first_node_gets_the_metrics_rows(tmp_path: Path, nodes: tuple[WorkingNode, ...]) -> None:
     home = tmp_path / "home"
     for number, text in ((1, "old\n"), (2, "new\n")):
         (home / "attempts" / str(number)).mkdir(parents=True)
         (home / "attempts" / str(number) / "metrics.jsonl").write_text(text, encoding="utf-8")
-    restore_rows(sites[0], home)
+    restore_metrics(nodes[0], home)
     assert (tmp_path / "n0" / "metrics.jsonl").read_text(encoding="utf-8") == "new\n"
     (tmp_path / "n1" / "metrics.jsonl").write_text("its own\n", encoding="utf-8")
-    restore_rows(sites[1], home)
+    restore_metrics(nodes[1], home)
     assert (tmp_path / "n1" / "metrics.jsonl").read_text(encoding="utf-8") == "its own\n"
 
 
 @pytest.mark.parametrize("there", [b"one\n", b"one\ntw", b"one\n\0\0\0", b""])
-def test_rows_that_a_loss_of_power_took_from_the_first_node_are_given_back(tmp_path: Path, sites: tuple[WorkingNode, ...], there: bytes) -> None:
-    """Checkpoints are synced to its disk, rows are not; what the launcher has read of them is here."""
+def test_rows_that_the_first_node_lost_in_a_power_failure_are_restored(tmp_path: Path, nodes: tuple[WorkingNode, ...], there: bytes) -> None:
+    """Checkpoints are synced to its disk, rows are not; the launcher has a copy of those that it has read."""
     home = tmp_path / "home"
     (home / "attempts" / "1").mkdir(parents=True)
     (home / "attempts" / "1" / "metrics.jsonl").write_bytes(b"one\ntwo\nthree\n")
     (tmp_path / "n0" / "metrics.jsonl").write_bytes(there)
-    restore_rows(sites[0], home)
+    restore_metrics(nodes[0], home)
     assert (tmp_path / "n0" / "metrics.jsonl").read_bytes() == b"one\ntwo\nthree\n"
 
 
-def test_no_checkpoint_anywhere(sites: tuple[WorkingNode, ...]) -> None:
-    assert [newest_on(site) for site in sites] == ["", "", ""]
-    assert spread_checkpoint(sites, print) == ""
+def test_no_checkpoint_anywhere(nodes: tuple[WorkingNode, ...]) -> None:
+    assert [newest_checkpoint(node) for node in nodes] == ["", "", ""]
+    assert copy_newest_checkpoint(nodes, print) == ""
 
 
-def test_a_node_that_cannot_tell_its_checkpoints_does_not_let_the_run_begin_anew(sites: tuple[WorkingNode, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_whose_checkpoints_cannot_be_listed_is_an_error(nodes: tuple[WorkingNode, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     def unreadable(argv: tuple[str, ...], **_: Any) -> Result:
         return Result(argv=argv, code=1, output="", errors="Input/output error")
 
-    monkeypatch.setattr(sites[1].transport, "run", unreadable)
+    monkeypatch.setattr(nodes[1].transport, "run", unreadable)
     with pytest.raises(NodeFailed, match=r"host1: looking for its newest checkpoint(.|\n)*Input/output error"):
-        spread_checkpoint(sites, print)
+        copy_newest_checkpoint(nodes, print)
 
 
-def test_a_node_that_cannot_take_it_in_is_named_and_has_no_half(tmp_path: Path, sites: tuple[WorkingNode, ...]) -> None:
+def test_a_node_that_cannot_receive_the_checkpoint_is_named_and_keeps_no_part_of_it(tmp_path: Path, nodes: tuple[WorkingNode, ...]) -> None:
     checkpoint(tmp_path, 0, "step-000100")
     (tmp_path / "n1" / "checkpoints").write_text("a file in the way", encoding="utf-8")
     with pytest.raises(NodeFailed, match="host1"):
-        spread_checkpoint(sites, print)
-    assert newest_on(sites[1]) == ""
+        copy_newest_checkpoint(nodes, print)
+    assert newest_checkpoint(nodes[1]) == ""
     shutil.rmtree(tmp_path / "n0" / "checkpoints")

@@ -1,17 +1,22 @@
-"""The run's folder on a node, made by one command."""
+"""The run's folder on a node: created by one command, mirrored while it grows, copied at the end."""
 
 import os
-from collections.abc import Callable
+import subprocess
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launcher.errors import NodeFailed
-from launcher.plan.commands import NodeCommand
+from launcher.plan.commands import CANN_LOGS, NodeCommand
 from launcher.plan.plan import Plan
-from launcher.run.run_folder import WorkingNode, place_run
+from launcher.run.run_folder import FolderRequest, Mirror, WorkingNode, create_folders, fetch_large
 from launcher.ssh.transport import Local
+from tests.launcher.conftest import PROJECT
 from trainer.contract import SPEC_FILE, TrainSpec, encode, read
 
 PlanFor = Callable[..., Plan]
@@ -37,9 +42,13 @@ def spec_in(plan_for: PlanFor, folder: Path) -> TrainSpec:
     return replace(spec, output=str(folder / HOSTILE / "runs" / "R"), data=replace(spec.data, root=str(folder / HOSTILE / "data")))
 
 
-def site(transport: Local, spec: TrainSpec) -> WorkingNode:
+def node(transport: Local, spec: TrainSpec) -> WorkingNode:
     command = NodeCommand(host="a", node_rank=0, runtime="docker", name="c", folder=spec.output, environment={}, prepare=(), start=())
     return WorkingNode(command=command, transport=transport)
+
+
+def request(spec: TrainSpec, *, user: str, shared: bool) -> FolderRequest:
+    return FolderRequest(spec=spec, text=encode(spec).encode(), image="image", user=user, shared=shared, local=False)
 
 
 def owner(path: Path | str) -> str:
@@ -48,33 +57,127 @@ def owner(path: Path | str) -> str:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="giving a folder to another user takes root")
 @pytest.mark.parametrize("user", ["0:0", "1000:1000"])
-def test_the_folder_is_made_by_one_command(plan_for: PlanFor, tmp_path: Path, user: str) -> None:
+def test_the_folder_is_created_by_one_command(plan_for: PlanFor, tmp_path: Path, user: str) -> None:
     transport, spec = Counting(), spec_in(plan_for, tmp_path)
-    place_run((site(transport, spec),), spec, encode(spec).encode(), image="image", user=user, shared=False, local=False)
+    create_folders((node(transport, spec),), request(spec, user=user, shared=False))
     assert (transport.fed, transport.ran) == (1, [])
     assert read(TrainSpec, Path(spec.output) / SPEC_FILE) == spec
     assert {owner(spec.output), owner(Path(spec.output) / SPEC_FILE), owner(spec.data.root)} == {user}
     assert [path.name for path in Path(spec.output).iterdir()] == [SPEC_FILE] and {path.name for path in tmp_path.iterdir()} == {HOSTILE}
 
 
-def test_a_folder_that_is_there_is_another_runs(plan_for: PlanFor, tmp_path: Path) -> None:
+def test_a_folder_that_exists_belongs_to_another_run(plan_for: PlanFor, tmp_path: Path) -> None:
     spec = spec_in(plan_for, tmp_path)
     Path(spec.output).mkdir(parents=True)
-    with pytest.raises(NodeFailed, match="choose one: --run-id"):
-        place_run((site(Counting(), spec),), spec, encode(spec).encode(), image="image", user="0:0", shared=False, local=False)
+    with pytest.raises(NodeFailed, match="choose a different one: --run-id"):
+        create_folders((node(Counting(), spec),), request(spec, user="0:0", shared=False))
     assert not list(Path(spec.output).iterdir())
 
 
-def test_a_root_that_cannot_be_made_says_what_to_do(plan_for: PlanFor, tmp_path: Path) -> None:
+def test_a_root_that_cannot_be_created_says_what_to_do(plan_for: PlanFor, tmp_path: Path) -> None:
     (tmp_path / HOSTILE).write_text("")
     spec = spec_in(plan_for, tmp_path)
     with pytest.raises(NodeFailed, match=r"^a: mkdir: .*sudo install -d -o USER FOLDER"):
-        place_run((site(Counting(), spec),), spec, encode(spec).encode(), image="image", user="0:0", shared=False, local=False)
+        create_folders((node(Counting(), spec),), request(spec, user="0:0", shared=False))
 
 
-def test_of_nodes_that_share_it_one_makes_it(plan_for: PlanFor, tmp_path: Path) -> None:
+def test_one_of_the_nodes_that_share_a_folder_creates_it(plan_for: PlanFor, tmp_path: Path) -> None:
     transports, spec = (Counting(), Counting()), spec_in(plan_for, tmp_path)
-    place_run(
-        tuple(site(each, spec) for each in transports), spec, encode(spec).encode(), image="image", user="0:0", shared=True, local=False
-    )
+    create_folders(tuple(node(each, spec) for each in transports), request(spec, user="0:0", shared=True))
     assert [each.fed for each in transports] == [1, 0] and (Path(spec.output) / SPEC_FILE).exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- mirrors
+
+CUT = "é漢🙂\n".encode()  # characters of 2, 3 and 4 bytes
+
+
+def mirror_of(tmp_path: Path, transport: Local | None = None) -> Mirror:
+    for name in ("node", "here"):
+        (tmp_path / name).mkdir()
+    command = NodeCommand(
+        host="a", node_rank=0, runtime="docker", name="c", folder=str(tmp_path / "node"), environment={}, prepare=(), start=()
+    )
+    transport = transport or Local({"PATH": os.environ["PATH"]})
+    return Mirror(WorkingNode(command=command, transport=transport), "metrics.jsonl", tmp_path / "here")
+
+
+@pytest.mark.parametrize("size", range(1, len(CUT) + 1))
+def test_a_mirror_equals_its_file_wherever_a_character_is_cut(tmp_path: Path, size: int) -> None:
+    """The file grows by `size` bytes between two looks."""
+    mirror, content = mirror_of(tmp_path), CUT * 3
+    for end in range(size, len(content) + size, size):
+        (tmp_path / "node/metrics.jsonl").write_bytes(content[:end])
+        mirror.ask()
+        assert (tmp_path / "here/metrics.jsonl").read_bytes() == content[:end]
+
+
+def test_a_file_that_does_not_exist_yet_leaves_nothing(tmp_path: Path) -> None:
+    mirror_of(tmp_path).ask()
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_an_answer_that_comes_after_the_last_look_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole file is copied after that, and rows would be in it twice."""
+    monkeypatch.setattr("launcher.run.run_folder.SETTLE_S", 0.1)
+    answer = threading.Event()
+
+    class Late(Local):
+        @contextmanager
+        def stream(self, argv: tuple[str, ...], **_: object) -> Iterator[Iterator[bytes]]:
+            answer.wait(20)
+            yield iter([b"a row\n"])
+
+    mirror = mirror_of(tmp_path, Late({}))
+    mirror.update()
+    mirror.settle()
+    answer.set()
+    assert mirror.asking is not None and mirror.asking.result(20) is None
+    assert not list((tmp_path / "here").iterdir())
+
+
+# --------------------------------------------------------------------------------------------------------------- copies
+
+
+@pytest.fixture
+def filled_node(tmp_path: Path) -> WorkingNode:
+    (tmp_path / "run/cann/node0/debug/plog").mkdir(parents=True)
+    (tmp_path / "run/cann/node0/debug/plog/plog-1.log").write_text("[ERROR] HCCL\n" + "x" * 5000)
+    command = NodeCommand(
+        host="a", node_rank=0, runtime="docker", name="c", folder=str(tmp_path / "run"), environment={}, prepare=(), start=()
+    )
+    return WorkingNode(command=command, transport=Local({"PATH": os.environ["PATH"]}))
+
+
+def test_a_folder_is_copied_complete(filled_node: WorkingNode, tmp_path: Path) -> None:
+    fetch_large(filled_node, CANN_LOGS, tmp_path / "node0-cann.tgz", packed=True)
+    with tarfile.open(tmp_path / "node0-cann.tgz") as archive:
+        assert "cann/node0/debug/plog/plog-1.log" in archive.getnames()
+
+
+@pytest.mark.parametrize(("name", "limit"), [("nothing", 2**20), (CANN_LOGS, 10)])
+def test_a_folder_that_is_missing_or_too_large_is_not_copied(
+    filled_node: WorkingNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, limit: int
+) -> None:
+    monkeypatch.setattr("launcher.run.run_folder.FOLDER_BYTES", limit)
+    fetch_large(filled_node, name, tmp_path / "kept.tgz", packed=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def entered(folder: Path) -> tuple[str, str]:
+    """The folder of CANN's log that a command in the container sees, and what the entrypoint prints."""
+    argv = ("bash", str(PROJECT / "images/entrypoint.sh"), "sh", "-c", 'echo "${ASCEND_PROCESS_LOG_PATH-unset}"')
+    environment = {"PATH": os.environ["PATH"], "HOME": "/tmp", "ASCEND_PROCESS_LOG_PATH": str(folder)}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip(), done.stderr
+
+
+def test_the_entrypoint_creates_the_folder_of_canns_log(tmp_path: Path) -> None:
+    assert entered(tmp_path / "cann/node1") == (str(tmp_path / "cann/node1"), "")
+    assert (tmp_path / "cann/node1").is_dir()
+
+
+def test_canns_log_stays_in_its_default_place_when_the_folder_cannot_be_created(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    seen, said = entered(tmp_path / "file/node1")
+    assert seen == "unset" and "CANN's log goes to /tmp/ascend/log" in said and str(tmp_path / "file/node1") in said

@@ -1,4 +1,4 @@
-"""What a desk keeps open, and what it lets this process open."""
+"""The connections and files that a session opens, and the examination of the nodes."""
 
 import os
 import signal
@@ -14,8 +14,8 @@ import pytest
 
 from launcher.errors import NodeFailed
 from launcher.plan.plan import LocalContext, Plan
-from launcher.run import session as desk
-from launcher.run.session import FILES_A_NODE, open_examined, open_session
+from launcher.run import session
+from launcher.run.session import FILES_PER_NODE, open_session
 from launcher.ssh.node import Ssh
 from launcher.ssh.pool import PoolContext
 from launcher.ssh.transport import Local
@@ -28,10 +28,10 @@ DATA = ("data=files", "data.train=a.json", "data.images=photos")
 PLACE = LocalContext(project=Path("/"), here=Path("/"), interpreter="python", user="0:0")
 LIMIT = """
 import resource
-from launcher.run.session import allow_files
+from launcher.run.session import raise_open_files_limit
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
-allow_files({nodes})
+raise_open_files_limit({nodes})
 print(*resource.getrlimit(resource.RLIMIT_NOFILE), hard)
 """
 
@@ -45,9 +45,9 @@ def test_the_connections_of_an_attempt_end_with_it(plan_for: Callable[..., Plan]
         yield None, (Local({}),)
         seen.append("close")
 
-    monkeypatch.setattr(desk, "reach_with", reach)
-    monkeypatch.setattr(desk, "move_to_reached", lambda plan, *_: plan)
-    with open_session(plan_for(), PLACE, {}, say=print, terminal=False) as opened:
+    monkeypatch.setattr(session, "connect_with", reach)
+    monkeypatch.setattr(session, "move_to_reached", lambda plan, *_: plan)
+    with open_session(plan_for(), PLACE, {}, say=print, terminal=False) as (_, opened):
         plan, opened = opened.move(plan_for(), frozenset())
         assert seen == ["open", "close", "open"]
         opened.move(plan, frozenset())
@@ -64,7 +64,7 @@ def p4_here(tmp_path: Path) -> dict[str, str]:
     return {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
 
-def test_what_this_machines_accelerator_has_free_wins_over_the_data_sheet(plan_for: Callable[..., Plan], p4_here: dict[str, str]) -> None:
+def test_free_memory_of_this_machine_replaces_the_data_sheet(plan_for: Callable[..., Plan], p4_here: dict[str, str]) -> None:
     plan = plan_for("hardware=p4", "hardware.memory_gib=80")
     examined = look_at(plan, p4_here)
     assert plan.memory is not None and examined.memory is not None
@@ -72,7 +72,7 @@ def test_what_this_machines_accelerator_has_free_wins_over_the_data_sheet(plan_f
 
 
 def test_what_does_not_fit_this_machines_accelerator_is_refused(plan_for: Callable[..., Plan], p4_here: dict[str, str]) -> None:
-    """Which its data sheet alone would let through: the test says 80 GiB."""
+    """The data sheet alone would allow it: the test says 80 GiB."""
     plan = plan_for("hardware=p4", "hardware.memory_gib=80", "model=llava_1_5_7b", "precision=fp16", "stage=lora", *DATA)
     with pytest.raises(NodeFailed, match=r"error +localhost: fit\n.* 7\.5 of 7\.5 are free"):
         look_at(plan, p4_here)
@@ -84,17 +84,17 @@ def test_a_machine_without_the_accelerator_is_named(plan_for: Callable[..., Plan
 
 
 def look_at(plan: Plan, environ: dict[str, str]) -> Plan:
-    with open_examined(plan, replace(PLACE, project=ROOT), environ, say=print, terminal=False) as (examined, _):
+    with open_session(plan, replace(PLACE, project=ROOT), environ, say=print, terminal=False) as (examined, _):
         return examined
 
 
-def test_many_nodes_may_have_their_files_open() -> None:
+def test_the_limit_of_open_files_is_raised_for_many_nodes() -> None:
     done = subprocess.run((sys.executable, "-c", LIMIT.format(nodes=128)), capture_output=True, text=True, check=True)
     soft, hard, before = map(int, done.stdout.split())
-    assert hard == before and soft >= min(hard, 128 * FILES_A_NODE)
+    assert hard == before and soft >= min(hard, 128 * FILES_PER_NODE)
 
 
-def test_what_a_node_costs(tmp_path: Path) -> None:
+def test_how_many_files_a_node_takes(tmp_path: Path) -> None:
     """Its connection, and the logs of its ranks and of its data check, with a command under way."""
     key = make_key(tmp_path / "key")
     sshd = Sshd(tmp_path / "sshd", key)
@@ -105,7 +105,7 @@ def test_what_a_node_costs(tmp_path: Path) -> None:
         followed = [ssh.start(("sleep", "4811"), log=tmp_path / name) for name in ("ranks", "data")]
         with ssh.stream(("sh", "-c", "echo here; exec sleep 4811")) as chunks:
             next(chunks)
-            assert len(list(Path("/proc/self/fd").iterdir())) - before <= FILES_A_NODE
+            assert len(list(Path("/proc/self/fd").iterdir())) - before <= FILES_PER_NODE
         for command in followed:
             command.signal(signal.SIGKILL)
             command.wait(5)
@@ -114,8 +114,8 @@ def test_what_a_node_costs(tmp_path: Path) -> None:
         sshd.end()
 
 
-def test_logs_that_are_left_are_closed_with_the_client(tmp_path: Path) -> None:
-    """As those of containers that run on when a launcher leaves, or of an attempt that is over."""
+def test_followed_logs_are_closed_with_the_pool(tmp_path: Path) -> None:
+    """Such as the logs of containers that outlive the launcher, or of an earlier attempt."""
     key = make_key(tmp_path / "key")
     sshd = Sshd(tmp_path / "sshd", key)
     client = PoolContext(access_in(tmp_path / "home", key, sshd.known_line()))

@@ -1,4 +1,4 @@
-"""Ctrl-C at every moment of a launch: nothing that was started is left, and nothing is waited for longer than a user does."""
+"""Ctrl-C at every moment of a launch: nothing that was started is left, and no wait is long."""
 
 import os
 import signal
@@ -11,20 +11,22 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import NodeFailed
-from launcher.run.prepare import Session, start_crew
-from launcher.run.signals import Stopped, StopRequest, catch_stops, released
+from launcher.run.prepare import start_all
+from launcher.run.session import Session
+from launcher.run.signals import Stopped, StopRequest, catch_stops, handler_for
 from launcher.ssh.parallel import UNANSWERED, after, attempt_each
 from launcher.ssh.transport import Local
 from tests.launcher.hospital import CPU, HOSTS, PlanFor
 
 # An engine that takes its time where there is a file `slow`: a start, and then a removal too where there is `stuck`.
 DOCKER = """#!/bin/sh
-echo "$*" >>"$HOME/told"
+echo "$*" >>"$HOME/commands"
 case "$1" in
   run) [ ! -f "$HOME/slow" ] || exec sleep 60; [ "$2" = --detach ] && echo "$4" >>"$HOME/up" ;;
   rm) [ ! -f "$HOME/stuck" ] || exec sleep 6; : >"$HOME/up" ;;
   ps) cat "$HOME/up" ;;
   logs) exec sleep 60 ;;
+  inspect) echo running 0 ;;
 esac
 """
 
@@ -32,13 +34,13 @@ esac
 class Machine(Local):
     def __init__(self, folder: Path, programs: Path, *files: str) -> None:
         folder.mkdir()
-        for name in ("up", "told", *files):
+        for name in ("up", "commands", *files):
             (folder / name).touch()
         super().__init__({"HOME": str(folder), "PATH": f"{programs}:{os.environ['PATH']}"}, folder.name)
         self.folder = folder
 
-    def told(self, *words: str) -> list[str]:
-        return [line for line in (self.folder / "told").read_text().splitlines() if line.startswith(words)]
+    def commands(self, *words: str) -> list[str]:
+        return [line for line in (self.folder / "commands").read_text().splitlines() if line.startswith(words)]
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def machine(tmp_path: Path) -> Callable[..., Machine]:
 
 
 def start(plan_for: PlanFor, tmp_path: Path, machines: tuple[Machine, ...], stop: StopRequest) -> list[str]:
-    """What is said when two nodes start and a stop comes in between."""
+    """What is printed when two nodes start and a stop is requested meanwhile."""
     made, said = plan_for(*CPU), list[str]()
     output = str(tmp_path / "remote" / "r")
     plan = replace(
@@ -61,12 +63,12 @@ def start(plan_for: PlanFor, tmp_path: Path, machines: tuple[Machine, ...], stop
     )
     (tmp_path / "mine/logs").mkdir(parents=True)
     (tmp_path / "remote").mkdir()
-    desk = Session(
+    session = Session(
         project=tmp_path, transports=machines, here=machines[0], secrets={}, say=said.append, terminal=False,
         move=lambda plan, lost: pytest.fail("nothing moves"),
     )  # fmt: skip
     with pytest.raises(Stopped):
-        start_crew(plan, desk, stop)
+        start_all(plan, session, stop)
     return said
 
 
@@ -85,17 +87,17 @@ def test_a_stop_while_one_node_is_slow_to_start_ends_what_did_start(
     plan_for: PlanFor, tmp_path: Path, machine: Callable[..., Machine]
 ) -> None:
     fast, slow, stop = machine("fast"), machine("slow", "slow"), StopRequest()
-    ask_when(lambda: bool((fast.folder / "up").read_text()) and bool(slow.told("run")), stop)
+    ask_when(lambda: bool((fast.folder / "up").read_text()) and bool(slow.commands("run")), stop)
     began = time.monotonic()
     assert start(plan_for, tmp_path, (fast, slow), stop) == []
     assert time.monotonic() - began < 8
-    assert (fast.folder / "up").read_text() == "" and fast.told("rm") and slow.told("rm")
+    assert (fast.folder / "up").read_text() == "" and fast.commands("rm") and slow.commands("rm")
     assert not list((tmp_path / "remote").glob("*.env")), "no file with the environment is left"
 
 
-def test_a_node_whose_engine_does_not_end_it_is_named(plan_for: PlanFor, tmp_path: Path, machine: Callable[..., Machine]) -> None:
+def test_a_node_whose_engine_does_not_remove_the_container_is_named(plan_for: PlanFor, tmp_path: Path, machine: Callable[..., Machine]) -> None:
     fast, stuck, stop = machine("fast"), machine("other", "slow", "stuck"), StopRequest()
-    ask_when(lambda: bool(stuck.told("run")), stop, times=2)
+    ask_when(lambda: bool(stuck.commands("run")), stop, times=2)
     began = time.monotonic()
     (line,) = start(plan_for, tmp_path, (fast, stuck), stop)
     assert time.monotonic() - began < 6, "asked twice, it does not wait for the rest"
@@ -107,10 +109,10 @@ def test_a_stop_before_the_start_starts_nothing(plan_for: PlanFor, tmp_path: Pat
     machines, stop = (machine("one"), machine("two")), StopRequest()
     stop.ask("SIGINT")
     start(plan_for, tmp_path, machines, stop)
-    assert not any(one.told("run") for one in machines)
+    assert not any(one.commands("run") for one in machines)
 
 
-def test_a_signal_between_two_parts_of_a_launch_is_not_lost() -> None:
+def test_a_signal_between_two_phases_of_a_launch_is_not_lost() -> None:
     with catch_stops() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert (stop.count, stop.reason) == (1, "SIGTERM")
@@ -120,7 +122,7 @@ def test_a_signal_between_two_parts_of_a_launch_is_not_lost() -> None:
         assert (stop.count, stop.interrupts) == (2, False)
 
 
-def test_a_signal_ends_at_once_what_has_nothing_to_save() -> None:
+def test_a_signal_interrupts_at_once_when_there_is_nothing_to_save() -> None:
     began = time.monotonic()
     with catch_stops() as stop, pytest.raises(Stopped), stop.interrupting():
         os.kill(os.getpid(), signal.SIGINT)
@@ -128,17 +130,17 @@ def test_a_signal_ends_at_once_what_has_nothing_to_save() -> None:
     assert time.monotonic() - began < 5
 
 
-def test_a_closed_terminal_may_end_it_meanwhile() -> None:
+def test_the_default_action_of_a_signal_can_be_restored_meanwhile() -> None:
     before = signal.getsignal(signal.SIGHUP)
     with catch_stops():
         mine = signal.getsignal(signal.SIGHUP)
-        with released((signal.SIGHUP,)):
+        with handler_for((signal.SIGHUP,), signal.SIG_DFL):
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
         assert signal.getsignal(signal.SIGHUP) == mine
     assert signal.getsignal(signal.SIGHUP) == before
 
 
-def test_what_hangs_is_waited_for_no_longer_than_said() -> None:
+def test_a_call_that_hangs_is_not_waited_for() -> None:
     over = threading.Event()
     began = time.monotonic()
     answers = attempt_each(lambda item: over.wait(30) if item else "well", [0, 1], until=after(0.3))

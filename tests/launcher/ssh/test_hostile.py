@@ -25,7 +25,7 @@ from launcher.image.stack import load_stacks
 from launcher.plan.commands import NodeCommand, env_file, node_commands
 from launcher.plan.plan import Plan, absolute, make_plan, train_spec
 from launcher.record.record import valid_run_id
-from launcher.run.node_process import write_env_file
+from launcher.run.container import write_env_file
 from launcher.ssh.node import Ssh
 from launcher.ssh.pool import PoolContext
 from tests.launcher.conftest import PLACE, PROJECT

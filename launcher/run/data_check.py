@@ -1,0 +1,68 @@
+"""What the data check of a node reports: problems in the data, which refuse the run, or a failure of the check itself."""
+
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+from launcher.errors import ConfigRefused, NodeFailed
+from launcher.record.reader import read_if_there
+from launcher.record.record import RECORDED_INPUTS_FILE, Failure
+from launcher.run.gang import node_log_path
+from launcher.run.node_log import last_lines
+from launcher.run.node_process import NodeProcess
+from launcher.run.run_folder import WorkingNode, fetch_large
+from launcher.run.session import Session
+from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, INPUTS_FILE, DataReport, Inputs
+
+SHOWN_PROBLEMS = 20
+
+
+def refuse_data(folder: Path, check: NodeProcess) -> None:
+    """Raise the problems that a check found as ConfigRefused: the first ones, and where all of them are."""
+    report: DataReport | None = read_if_there(DataReport, folder / DATA_FILE)
+    if report is None or not report.problems:
+        log = node_log_path(folder / "logs", check.command, "data")
+        output, changed = "\n".join(last_lines(log)), "".join(f"\n  data {line}" for line in changed_files(folder))
+        raise ConfigRefused(
+            f"the data check on {check.command.host} refused the data, and the ranks were stopped:\n{output}{changed}\n  log: {log}\n"
+            f"  record: {folder}"
+        )
+    shown, count = report.problems[:SHOWN_PROBLEMS], max(report.problem_count, len(report.problems))
+    lines = [f"  {problem}" for problem in shown]
+    lines += [f"  ... and {count - len(shown):,} more"] if count > len(shown) else []
+    lines += [f"  all problems, one JSON object per line: {problems_location(folder, check)}"]
+    where = f" on {check.command.host}" if check.command.runtime == "docker" else ""
+    raise ConfigRefused("\n".join((f"the data{where} has {count:,} problem(s), and the ranks were stopped:", *lines)))
+
+
+def changed_files(folder: Path) -> list[str]:
+    """In a rerun, the data files that differ from those of the recorded run; [] when either list cannot be read."""
+    recorded, now = (read_if_there(Inputs, folder / name) for name in (RECORDED_INPUTS_FILE, INPUTS_FILE))
+    if recorded is None or now is None:
+        return []
+    names = sorted(name for name in {*recorded.data, *now.data} if recorded.data.get(name) != now.data.get(name))
+    lines = [f"{name}: {'missing' if name not in now.data else 'new' if name not in recorded.data else 'content differs'}" for name in names]
+    return lines[:SHOWN_PROBLEMS] + ([f"and {len(lines) - SHOWN_PROBLEMS:,} more"] if len(lines) > SHOWN_PROBLEMS else [])
+
+
+def fetch_problems(folder: Path, session: Session, check: NodeProcess) -> None:
+    """Copy the report and the list of all problems from the node of the check. What cannot be copied stays there, and the refusal says where."""
+    node = WorkingNode(command=check.command, transport=session.transports[check.command.node_rank])
+    if folder == Path(check.command.folder):
+        return
+    for name in (DATA_FILE, INPUTS_FILE, DATA_PROBLEMS_FILE):
+        with suppress(NodeFailed):
+            fetch_large(node, name, folder / name)
+
+
+def problems_location(folder: Path, check: NodeProcess) -> str:
+    here = folder / DATA_PROBLEMS_FILE
+    return str(here) if here.is_file() else f"{check.command.host}:{PurePosixPath(check.command.folder) / DATA_PROBLEMS_FILE}"
+
+
+def check_failure(folder: Path, check: NodeProcess) -> Failure:
+    """A check that ended without a report, as the failure of an attempt."""
+    log, code = node_log_path(folder / "logs", check.command, "data"), check.poll() or 0
+    message = f"the data check ended with exit code {code} and without a report"
+    if check.lost:
+        message = "the node stopped responding while its data was checked"
+    return Failure(host=check.command.host, rank=-1, code=code, message=message, log=str(log), tail=last_lines(log))
