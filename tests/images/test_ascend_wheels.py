@@ -76,7 +76,7 @@ def plugin(folder: Path) -> Wheel:
 
 def calls_of_the_trainer() -> dict[str, int]:
     """Name under torch.npu -> the number of arguments that trainer/device/device.py calls it with."""
-    tree = ast.parse((ROOT / "trainer" / "device.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "trainer" / "device" / "device.py").read_text(encoding="utf-8"))
     (adapter,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "on_accelerator")
     return {
         node.func.attr: len(node.args)
@@ -124,7 +124,7 @@ def test_every_name_of_the_profiler_is_in_the_plugin(stack: str, architecture: s
 @pytest.mark.parametrize(("stack", "architecture"), CASES)
 def test_every_fused_operator_is_in_the_plugin(stack: str, architecture: str, wheelhouse: Callable[[str, str], Path]) -> None:
     """That they are there; what they compute was not run."""
-    tree = ast.parse((ROOT / "trainer" / "kernel.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "trainer" / "kernels" / "fused.py").read_text(encoding="utf-8"))
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch.ops.npu"}
     sources = plugin(wheelhouse(stack, architecture)).sources.values()
     assert len(used) == 3

@@ -111,7 +111,7 @@ def test_one_line_of_the_trainer_rebuilds_in_seconds_and_adds_little(built: Buil
     made: list[Built] = []
 
     def change_and_make() -> Built:
-        with (copied / "trainer" / "loop.py").open("a", encoding="utf-8") as file:
+        with (copied / "trainer" / "train" / "loop.py").open("a", encoding="utf-8") as file:
             file.write(f"# one more line, {time.time_ns()}\n")
         made.append(make(copied))
         return made[-1]

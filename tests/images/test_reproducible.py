@@ -49,7 +49,7 @@ def test_a_build_without_a_network_equals_the_first(
     all its packages come from the wheelhouse."""
     (tmp_path / ".cache").symlink_to(project / ".cache")
     root = copy_project(tmp_path)
-    with (root / "trainer" / "loop.py").open("a", encoding="utf-8") as file:
+    with (root / "trainer" / "train" / "loop.py").open("a", encoding="utf-8") as file:
         file.write(f"# one more line, {time.time_ns()}\n")
     first = make(root)
     second = make(root, fresh=True, wheelhouse=str(wheelhouse), find_links="", index="")

@@ -73,15 +73,15 @@ def test_the_context_holds_the_images_files_and_nothing_else(image: Image, proje
     assert names(folder) == {*image.files, "Dockerfile"}
     assert (folder / "wheelhouse").is_dir() and (folder / "system").is_dir()
     assert stat.S_IMODE((folder / "entrypoint.sh").stat().st_mode) == 0o755
-    assert stat.S_IMODE((folder / "trainer" / "loop.py").stat().st_mode) == 0o644
+    assert stat.S_IMODE((folder / "trainer" / "train" / "loop.py").stat().st_mode) == 0o644
     (folder / "trainer" / "stray.py").write_text("", encoding="utf-8")
-    before = (folder / "trainer" / "loop.py").stat().st_ino
+    before = (folder / "trainer" / "train" / "loop.py").stat().st_ino
     assert names(fill_context(image, project, Delivery())) == {*image.files, "Dockerfile"}
-    assert (folder / "trainer" / "loop.py").stat().st_ino == before, "what has not changed is left"
+    assert (folder / "trainer" / "train" / "loop.py").stat().st_ino == before, "what has not changed is left"
 
 
 def test_a_file_that_changed_after_planning_is_noticed(image: Image, project: Path) -> None:
-    (project / "trainer" / "loop.py").write_text("another\n", encoding="utf-8")
+    (project / "trainer" / "train" / "loop.py").write_text("another\n", encoding="utf-8")
     with pytest.raises(ImageFailed, match=r"loop\.py has changed since omnilaunch:cpu-\w+ was planned; start again"):
         fill_context(image, project, Delivery())
 
