@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.errors import ImageFailed
-from launcher.image.resolver import NEVER, IndexUnreachable, cut, find_uv, join, name_of, read_lock, resolve, version_of
+from launcher.image.resolver import NEVER, IndexUnreachable, find_uv, join, name_of, read_lock, resolve, split_rows, version_of
 from launcher.image.stack import BUILD_LOCK, UNPINNED, VERSIONS_FILE, Stack, find_stack, torch_lock
 from trainer.contract import SpecError, decode
 
@@ -197,7 +197,7 @@ def beside_no_accelerator(uv: str, torch: str, target: LockTarget) -> tuple[str,
 def own_locks(uv: str, root: Path, stack: Stack, found: dict[Path, str], say: Say, upgrade: bool) -> dict[Path, str]:
     """What builds, the launcher, and what the tests need besides, in agreement with `stack`'s lock as it was just `found`."""
     locks, platform = root / "images" / "locks", PLATFORM.format(SETUP_ARCHITECTURE)
-    agreeing = cut(found.get(root / "images" / stack.locks[SETUP_ARCHITECTURE], ""))
+    agreeing = split_rows(found.get(root / "images" / stack.locks[SETUP_ARCHITECTURE], ""))
     texts = {}
     for name, wanted in ((BUILD_LOCK, [BUILD_TOOLS]), ("launcher.txt", needs(root, "")), ("dev.txt", needs(root, "dev"))):
         say(f"resolving locks/{name}")

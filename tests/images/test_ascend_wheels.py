@@ -12,7 +12,7 @@ import pytest
 
 from launcher.image.refresh import TORCH_INDEX, torch_of
 from launcher.image.stack import load_stacks
-from launcher.image.wheelhouse import fetch_wheels, locked_rows
+from launcher.image.wheelhouse import fetch_wheels, locked_packages
 from tests.images.conftest import ROOT, pip_delivery
 from tests.images.source import Wheel, accepts, read_wheel
 
@@ -53,7 +53,7 @@ def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
 @pytest.mark.parametrize(("stack", "architecture"), CASES)
 def test_the_lock_is_fetched_completely(stack: str, architecture: str, wheelhouse: Callable[[str, str], Path]) -> None:
     folder = wheelhouse(stack, architecture)
-    rows = locked_rows(ROOT / "images" / STACKS[stack].locks[architecture])
+    rows = locked_packages(ROOT / "images" / STACKS[stack].locks[architecture])
     assert len(list(folder.iterdir())) >= len(rows) > 40
     for file in folder.glob("*.whl"):
         platform = file.stem.split("-")[-1]

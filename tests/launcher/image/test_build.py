@@ -99,7 +99,7 @@ def test_only_locked_wheels_are_taken_along(image: Image, project: Path, tmp_pat
 
 
 def test_a_missing_wheel_folder_is_named(image: Image, project: Path) -> None:
-    with pytest.raises(ImageFailed, match=r"/nowhere of cluster\.delivery\.find_links does not exist"):
+    with pytest.raises(ImageFailed, match=r"cluster\.delivery\.find_links: the folder /nowhere does not exist"):
         fill_context(image, project, Delivery(find_links="/nowhere"))
 
 

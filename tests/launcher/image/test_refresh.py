@@ -32,7 +32,7 @@ from launcher.image.refresh import (
     torch_of,
     write_all,
 )
-from launcher.image.resolver import IndexUnreachable, cut, find_uv, join, name_of, read_lock, resolve
+from launcher.image.resolver import IndexUnreachable, find_uv, join, name_of, read_lock, resolve, split_rows
 from launcher.image.stack import UNPINNED, load_stacks
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -148,7 +148,7 @@ def script(path: Path, text: str) -> str:
 def test_every_lock_is_of_our_making_and_names_no_index_but_torchs(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert text.startswith(module.HEADER)
-    blocks = cut(text)
+    blocks = split_rows(text)
     assert list(blocks) == sorted(blocks)
     assert join(blocks) == "".join(line for line in text.splitlines(True) if not line.startswith(("#", "--extra-index-url")))
     assert {line for line in text.splitlines() if "://" in line} <= {f"--extra-index-url {TORCH_INDEX}"}
@@ -235,10 +235,10 @@ def test_a_whole_refresh_with_the_real_uv(project: Path, index: Path, monkeypatc
     assert after == cpu, "what is locked stays, though the index has a newer one"
 
 
-@pytest.mark.parametrize("answer", ["<html>blocked</html>", "alpha==1.0", "alpha==1.0 \\\\\n    --hash=md5:1", ""])
-def test_an_answer_that_is_no_lock_is_refused(tmp_path: Path, answer: str) -> None:
-    uv = script(tmp_path / "uv", f'while [ "$1" != --output-file ]; do shift; done; printf \'{answer}\\n\' > "$2"')
-    with pytest.raises(ImageFailed, match=r"uv's answer for x86_64.*(is no lock with hashes|lacks alpha).*make setup"):
+@pytest.mark.parametrize("output", ["<html>blocked</html>", "alpha==1.0", "alpha==1.0 \\\\\n    --hash=md5:1", ""])
+def test_output_that_is_not_a_lock_is_refused(tmp_path: Path, output: str) -> None:
+    uv = script(tmp_path / "uv", f'while [ "$1" != --output-file ]; do shift; done; printf \'{output}\\n\' > "$2"')
+    with pytest.raises(ImageFailed, match=r"uv's output for x86_64.*(is not a lock with hashes|lacks alpha).*make setup"):
         resolve(uv, ["alpha"], python="3.11", platform="x86_64-manylinux_2_28")
 
 
@@ -299,7 +299,7 @@ def test_an_unknown_stack_is_refused(project: Path) -> None:
 
 def test_a_missing_uv_says_what_brings_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    with pytest.raises(ImageFailed, match=r"uv is not there.*make setup"):
+    with pytest.raises(ImageFailed, match=r"uv does not exist.*make setup"):
         find_uv()
 
 

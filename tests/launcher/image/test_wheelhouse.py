@@ -8,6 +8,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from packaging.version import Version
 
 from launcher.config.schema import Delivery
 from launcher.errors import ImageFailed
@@ -19,8 +20,8 @@ from launcher.image.wheelhouse import (
     download_command,
     fetch_wheels,
     local_files,
-    locked_rows,
-    rows_of,
+    locked_packages,
+    packages_of,
     run_pip,
     system_files,
     write_manifest,
@@ -118,14 +119,14 @@ def test_a_folder_of_find_links_may_have_some_only(project: Path, tmp_path: Path
 @pytest.mark.parametrize("lock", sorted((ROOT / "images" / "locks").glob("*.txt")), ids=lambda path: path.name)
 def test_every_row_of_every_lock_has_hashes(lock: Path) -> None:
     text = lock.read_text(encoding="utf-8")
-    rows = locked_rows(lock)
+    rows = locked_packages(lock)
     assert len(rows) == text.count("==") and len({row.name for row in rows}) == len(rows)
 
 
 def test_a_row_without_a_hash_is_refused(tmp_path: Path) -> None:
     (tmp_path / "lock.txt").write_text("alpha==1.0\n", encoding="utf-8")
     with pytest.raises(ImageFailed, match=r"alpha has no hash; .*omnilaunch image refresh"):
-        tuple(rows_of(tmp_path / "lock.txt"))
+        tuple(packages_of(tmp_path / "lock.txt"))
 
 
 @pytest.mark.parametrize(("file", "key"), [
@@ -133,17 +134,64 @@ def test_a_row_without_a_hash_is_refused(tmp_path: Path) -> None:
     ("huggingface_hub-2.4.0-py3-none-any.whl", ("huggingface-hub", "2.4.0")),
     ("deepspeed-0.19.8.tar.gz", ("deepspeed", "0.19.8")),
     ("ruamel.yaml-0.19.1-py3-none-any.whl", ("ruamel-yaml", "0.19.1")),
+    ("antlr4-python3-runtime-4.9.3.tar.gz", ("antlr4-python3-runtime", "4.9.3")),
+    ("flash-attn-2.8.3.post1.tar.gz", ("flash-attn", "2.8.3.post1")),
+    ("zope.interface-7.0.zip", ("zope-interface", "7.0")),
+    ("backports.zoneinfo-0.2.1.tar.bz2", ("backports-zoneinfo", "0.2.1")),
+    ("jaraco.text-4.0.tgz", ("jaraco-text", "4.0")),
+    ("mpi4py-4.1.0-1-cp311-cp311-linux_x86_64.whl", ("mpi4py", "4.1.0")),
+    ("PyYAML-6.0.tar.gz", ("pyyaml", "6.0")),
 ])  # fmt: skip
 def test_names_and_versions_of_files(tmp_path: Path, file: str, key: tuple[str, str]) -> None:
     (tmp_path / file).touch()
     (tmp_path / "notes.txt").touch()
-    assert distributions((tmp_path,)) == {key: (tmp_path / file,)}
+    name, version = key
+    assert distributions(tmp_path)[0] == {(name, Version(version)): (tmp_path / file,)}
+
+
+def test_a_version_of_a_file_is_compared_as_a_version(tmp_path: Path) -> None:
+    """pytz-2024.01 is version 2024.1, and 1.0 equals 1.0.0 (PEP 440)."""
+    (tmp_path / "pytz-2024.01.tar.gz").touch()
+    assert ("pytz", Version("2024.1.0")) in distributions(tmp_path)[0]
+
+
+def test_a_source_distribution_with_a_hyphen_in_its_name_is_found_and_listed(tmp_path: Path) -> None:
+    source = tmp_path / "antlr4-python3-runtime-4.9.3.tar.gz"
+    old = tmp_path / "flash-attn-2.8.3.tar.bz2"
+    source.write_bytes(b"source"), old.write_bytes(b"old")
+    lock = tmp_path / "lock.txt"
+    lock.write_text(
+        "".join(
+            f"{name} \\\n    --hash=sha256:{sha256(path.read_bytes()).hexdigest()}\n"
+            for name, path in (("antlr4-python3-runtime==4.9.3", source), ("flash-attn==2.8.3", old))
+        ),
+        encoding="utf-8",
+    )
+    assert complete(locked_packages(lock), tmp_path) == (source, old)
+    assert set(json.loads(write_manifest(tmp_path, CPU, "x86_64").read_text(encoding="utf-8"))["files"]) == {source.name, old.name}
+
+
+@pytest.mark.parametrize("broken", ["alpha.whl", "alpha-1.0.whl", "alpha-one-py3-none-any.whl", "alpha.tar.gz", "-.zip", "a__b-1-py3-none-any.whl"])
+def test_a_broken_file_name_is_reported_where_a_package_is_missing(tmp_path: Path, broken: str) -> None:
+    (tmp_path / broken).touch()
+    lock = tmp_path / "lock.txt"
+    lock.write_text(f"alpha==1.0 \\\n    --hash=sha256:{'0' * 64}\n", encoding="utf-8")
+    with pytest.raises(ImageFailed) as caught:
+        complete(locked_packages(lock), tmp_path)
+    assert "missing: alpha==1.0" in str(caught.value)
+    assert f"not a valid file name of a package: {broken}" in str(caught.value)
+
+
+def test_a_lock_with_a_broken_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "lock.txt").write_text(f"alpha==one \\\n    --hash=sha256:{'0' * 64}\n", encoding="utf-8")
+    with pytest.raises(ImageFailed, match=r"lock\.txt: alpha==one is not a valid version; .*omnilaunch image refresh"):
+        locked_packages(tmp_path / "lock.txt")
 
 
 def test_complete_takes_the_right_one_of_two_files(tmp_path: Path) -> None:
     good, other = wheel(tmp_path, "beta", "2.0"), wheel(tmp_path, "beta", "2.0", "manylinux_2_28_x86_64")
     (tmp_path / "lock.txt").write_text(row(good), encoding="utf-8")
-    assert other.read_bytes() and complete(locked_rows(tmp_path / "lock.txt"), (tmp_path,)) == (good,)
+    assert other.read_bytes() and complete(locked_packages(tmp_path / "lock.txt"), tmp_path) == (good,)
 
 
 def test_pip_is_told_platform_mirror_and_hashes() -> None:
@@ -170,7 +218,7 @@ def test_system_packages_are_held_against_the_list(tmp_path: Path) -> None:
     delivery = Delivery(wheelhouse=str(tmp_path))
     assert system_files(delivery) == {"run/libgomp1_12_amd64.deb": package}
     package.write_bytes(b"altered")
-    with pytest.raises(ImageFailed, match=r"does not agree with its own wheelhouse\.json: system/run/libgomp1_12_amd64\.deb"):
+    with pytest.raises(ImageFailed, match=r"does not match its own wheelhouse\.json: system/run/libgomp1_12_amd64\.deb"):
         system_files(delivery)
     package.unlink()
     with pytest.raises(ImageFailed, match=r"libgomp1_12_amd64\.deb; fill it again"):
