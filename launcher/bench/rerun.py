@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from packaging.utils import canonicalize_name
+
 from launcher.bench.worktree import Tree, describe_files
 from launcher.config.compose import compose_over
 from launcher.config.schema import Config
@@ -188,13 +190,13 @@ def expected_facts(archive: Archive, plan: Plan, accepted: tuple[str, ...]) -> d
         return {}
     left_out = {*accepted, *(OF_THE_MACHINE if archive.plan.spec.device != plan.spec.device or moved(archive, plan) else ())}
     left_out |= {"determinism"} if archive.plan.spec.deterministic != plan.spec.deterministic else set()
-    locked = {normal(name) for name in LOCKED.findall(archive.lock)} | {"torch"} if archive.lock else None
+    locked = {canonicalize_name(name) for name in LOCKED.findall(archive.lock)} | {"torch"} if archive.lock else None
     return {
         key: value
         for key, value in facts_of(archive.environment).items()
         if kind_of(key) in FACTS
         and kind_of(key) not in left_out
-        and (kind_of(key) != "package" or locked is None or normal(key.partition(" ")[2]) in locked)
+        and (kind_of(key) != "package" or locked is None or canonicalize_name(key.partition(" ")[2]) in locked)
     }
 
 
@@ -202,11 +204,6 @@ def moved(archive: Archive, plan: Plan) -> bool:
     """Whether other nodes were asked for."""
     nodes = [[node.host for node in config.cluster.working] for config in (archive.plan.config, plan.config)]
     return nodes[0] != nodes[1]
-
-
-def normal(name: str) -> str:
-    """As PEP 503 has it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def asked_variables(archive: Archive, plan: Plan) -> tuple[str, ...]:
