@@ -1,6 +1,8 @@
 """An image to many nodes: how often the launcher's machine sends it, and what comes of nodes that fail."""
 
 import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,10 @@ import pytest
 
 from launcher.errors import ImageFailed, NodeFailed
 from launcher.run.delivery import peer_transfer as relay, ship
-from launcher.run.delivery.ship import LAYERS, Sent, has, id_on, require
+from launcher.run.delivery.ship import LAYERS, Sent, has, id_on, require, send
 from launcher.run.run_folder import WorkingNode
 from launcher.ssh.transport import Local, Result
-from tests.launcher.engine import Hall
+from tests.launcher.engine import Hall, command
 
 
 def ship_all(hall: Hall) -> list[str]:
@@ -117,3 +119,29 @@ def test_an_image_in_another_kind_of_store_is_known_by_its_layers(tmp_path: Path
 
     site = WorkingNode(command=Hall(tmp_path, 1).peers[0].site.command, transport=Engine({}))
     assert has(site, "tag", Sent(id="sha256:config", layers='["sha256:a","sha256:b"]')) is same
+
+
+class Unlimited(Local):
+    """A node that takes whatever it is sent, and this machine, which sends 40 chunks; no process is started."""
+
+    received = b""
+
+    def feed(self, argv: tuple[str, ...], chunks: Iterable[bytes], *, timeout_s: float) -> Result:
+        self.received = b"".join(chunks)
+        return Result(argv=argv, code=0, output="", errors="")
+
+    @contextmanager
+    def stream(self, argv: tuple[str, ...], *, silence_s: float = 1800) -> Iterator[Iterator[bytes]]:
+        yield iter([b"%02d" % number for number in range(40)])
+
+
+def test_many_nodes_receive_at_the_same_time(tmp_path: Path) -> None:
+    """More nodes than worker threads: a pipe whose node has no thread yet would stop the reader, and with it every other node."""
+    nodes = [Unlimited({}, f"host{rank}") for rank in range(200)]
+    sites = [WorkingNode(command=command(node.host, rank), transport=node) for rank, node in enumerate(nodes)]
+    answers: list[object] = []
+    sending = threading.Thread(target=lambda: answers.extend(send(("save",), ("load",), sites, Unlimited({}), print)), daemon=True)
+    sending.start()
+    sending.join(30)
+    assert answers == [None] * 200
+    assert {node.received for node in nodes} == {b"".join(b"%02d" % number for number in range(40))}
