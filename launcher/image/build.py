@@ -17,7 +17,7 @@ from pathlib import Path
 
 from launcher.config.schema import Delivery
 from launcher.errors import ImageFailed
-from launcher.image.docker import DockerCommand, answer, find, find_client
+from launcher.image.docker import DockerCommand, find, find_client, output_of
 from launcher.image.stack import REPOSITORY, Image, Stack, context_files, digest, draw_system
 from launcher.image.wheelhouse import SYSTEM, local_files, system_files
 from launcher.redact import masked_addresses
@@ -248,7 +248,7 @@ def shorten(line: str) -> str:
 
 def source_commit(root: Path) -> str:
     """The commit of the project's folder, `unknown` outside git."""
-    return answer(("git", "-C", str(root), "rev-parse", "HEAD")) or "unknown"
+    return output_of(("git", "-C", str(root), "rev-parse", "HEAD")) or "unknown"
 
 
 # ------------------------------------------------------------------------------------------------------ system packages

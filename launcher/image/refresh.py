@@ -11,11 +11,12 @@ that one needs of an accelerator.
 import re
 import tomllib
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.errors import ImageFailed
+from launcher.image.registry import tag_digest
 from launcher.image.resolver import NEVER, IndexUnreachable, find_uv, join, name_of, read_lock, resolve, split_rows, version_of
 from launcher.image.stack import BUILD_LOCK, UNPINNED, VERSIONS_FILE, Stack, find_stack, torch_lock
 from trainer.contract import SpecError, decode
@@ -221,16 +222,11 @@ def say_changes(before: dict[str, str], after: dict[str, str], say: Say) -> None
 
 
 def look_up(base: str, known: str, say: Say) -> str:
-    """The digest of a base image, from its registry through the engine; `known` where that cannot be asked."""
-    import docker
-    import requests
-
+    """The digest that a base image has in its registry now; `known` when the registry does not answer."""
     try:
-        with closing(docker.from_env()) as engine:
-            return str(engine.images.get_registry_data(base).id)
-    except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
-        reason = getattr(error, "explanation", None) or str(error)
-        say(f"  {base}: its registry gave no digest, {known!r} is kept: {reason}")
+        return tag_digest(base)
+    except OSError as error:
+        say(f"  {base}: its registry gave no digest, {known!r} is kept: {error}")
         return known
 
 

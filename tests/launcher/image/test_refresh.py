@@ -1,6 +1,5 @@
 """Refreshing the locks: what is asked for, that nothing is half written, and the real uv on a folder of wheels."""
 
-import json
 import os
 import re
 import shutil
@@ -22,7 +21,6 @@ from launcher.image.refresh import (
     TORCH_INDEX,
     LockTarget,
     local_torch,
-    look_up,
     needs,
     new_lock,
     pins,
@@ -33,7 +31,7 @@ from launcher.image.refresh import (
     write_all,
 )
 from launcher.image.resolver import IndexUnreachable, find_uv, join, name_of, read_lock, resolve, split_rows
-from launcher.image.stack import UNPINNED, load_stacks
+from launcher.image.stack import load_stacks
 
 ROOT = Path(__file__).resolve().parents[3]
 STACKS = load_stacks(ROOT / "images")
@@ -166,7 +164,7 @@ def test_the_locks_to_write() -> None:
 
 
 def test_requirements_come_from_pyproject() -> None:
-    assert {"hydra-core", "fabric", "docker"} <= set(map(name_of, needs(ROOT, "")))
+    assert {"hydra-core", "fabric", "packaging"} <= set(map(name_of, needs(ROOT, "")))
     assert {"deepspeed", "scikit-learn"} <= set(map(name_of, needs(ROOT, "trainer")))
     assert "uv" in map(name_of, needs(ROOT, "dev"))
     assert name_of("types-PyYAML") == "types-pyyaml" and name_of("jinja2>=3.1,<4") == "jinja2"
@@ -330,44 +328,3 @@ def test_a_table_laid_out_in_another_way_is_refused(old: str, new: str) -> None:
     row = replace(STACKS["cuda126"], digest="sha256:1", locks={"x86_64": "locks/new.txt"})
     with pytest.raises(ImageFailed, match=r"versions\.yaml, stacks\.cuda126: digest and locks must stand each on a line of its own"):
         rewrite_table(other, STACKS | {"cuda126": row}, path)
-
-
-@pytest.fixture
-def registry() -> Iterator[tuple[str, str]]:
-    """As little of a registry as answers for one manifest, on this machine, where engines need no TLS."""
-    manifest = json.dumps({
-        "schemaVersion": 2, "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
-        "config": {"mediaType": "application/vnd.docker.container.image.v1+json", "size": 2, "digest": f"sha256:{'1' * 64}"}, "layers": [],
-    }).encode()  # fmt: skip
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = manifest if "/manifests/" in self.path else b"{}"
-            self.send_response(200)
-            self.send_header("Content-Type", "application/vnd.docker.distribution.manifest.v2+json")
-            self.send_header("Docker-Content-Digest", f"sha256:{sha256(body).hexdigest()}")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        do_HEAD = do_GET
-
-        def log_message(self, format: str, *arguments: object) -> None:
-            return
-
-    with serving(Handler) as address:
-        yield address, f"sha256:{sha256(manifest).hexdigest()}"
-
-
-@pytest.mark.docker
-def test_a_digest_is_asked_of_the_registry(registry: tuple[str, str]) -> None:
-    address, digest = registry
-    assert look_up(f"{address}/library/python:3.11", UNPINNED, print) == digest
-
-
-@pytest.mark.docker
-def test_a_registry_that_does_not_answer_leaves_what_is_known() -> None:
-    said: list[str] = []
-    assert look_up("registry.invalid/python:3.11", UNPINNED, said.append) == UNPINNED
-    assert "registry.invalid/python:3.11: its registry gave no digest, 'unpinned' is kept" in said[0]
