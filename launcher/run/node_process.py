@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Protocol
 
 from launcher.errors import NodeFailed
-from launcher.plan.commands import FOLDER_VARIABLE, NodeCommand, data_env_file, data_name, env_file, is_absent
+from launcher.image.docker import is_absent
+from launcher.plan.commands import FOLDER_VARIABLE, NodeCommand, data_env_file, data_name, env_file
 from launcher.ssh.transport import Result, Running, Transport, kill_processes, processes_with
 
 PROBE_INTERVAL_S = 0.5  # an inspect costs the engine about 20 ms

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from launcher.doctor.smi import NPU_QUERY, NVIDIA_APPS_QUERY, UnreadableTable, nvidia_processes, read_npu
 from launcher.errors import NodeFailed
-from launcher.plan.commands import data_env_file, data_name, env_file, is_absent
+from launcher.image.docker import is_absent
+from launcher.plan.commands import data_env_file, data_name, env_file
 from launcher.run.node_process import remove_env_file
 from launcher.run.run_folder import WorkingNode
 from launcher.ssh.parallel import attempt_each
