@@ -63,9 +63,10 @@ def attempt_each(
     fan_out: int | None = None,
     until: Callable[[], bool] | None = None,
 ) -> tuple[Answer | NodeFailed, ...]:
-    """`function` of every item: its answer, or its NodeFailed. Each item has a thread of its own, since calls may wait for each other
-    (pipes that are filled together, nodes that connect to each other). With `fan_out` at most that many run at the same time, which
-    is for independent calls only. Any other exception is a bug and is raised as it is. When `until` comes true, an item without an answer is waited for no more; its call goes on by itself."""
+    """`function` of every item: its answer, or its NodeFailed. Any other exception is a bug and is raised as it is. Each item has a
+    thread of its own, since calls may wait for each other (pipes that are filled together, nodes that connect to each other); with
+    `fan_out` at most that many run at the same time, which is for independent calls only. When `until` becomes true, items without an
+    answer are not waited for any longer; their calls continue in the background."""
     crew = Workers(function, items)
     for _ in range(min(fan_out or len(items), len(items))):
         # a daemon: what hangs must not hold up the end of a program that was told to stop
