@@ -13,16 +13,18 @@ from launcher.plan.commands import CANN_LOGS
 from launcher.plan.plan import Plan, encode_spec
 from launcher.record.lock import is_asked_to_stop
 from launcher.record.record import RECORDED_INPUTS_FILE, Failure, keep_images, read_if_there
+from launcher.run.delivery.node_image import images_on, is_everywhere
 from launcher.run.delivery.peer_transfer import Peer
+from launcher.run.delivery.pull import pull
 from launcher.run.delivery.remote_build import build_on
-from launcher.run.delivery.ship import image_on, is_everywhere, pull, ship
+from launcher.run.delivery.ship import ship
 from launcher.run.delivery.sync import sync
 from launcher.run.gang import StartContext, abandon, clear_all, start_checks, start_members
 from launcher.run.node_process import NodeProcess
 from launcher.run.restart import restore_rows, spread_checkpoint
 from launcher.run.run_folder import FETCH_S, WorkingNode, fetch_file, fetch_folder, fetch_results, place_run, reopen_run
 from launcher.run.signals import Stopped, StopRequest
-from launcher.ssh.parallel import after, attempt_each, each
+from launcher.ssh.parallel import after, attempt_each
 from launcher.ssh.transport import Transport
 from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, INPUTS_FILE, SPEC_FILE, DataReport, Inputs
 
@@ -130,7 +132,7 @@ def bring_image(plan: Plan, desk: Session) -> None:
         )
     if plan.folder != plan.spec.output:
         nodes = plan.config.cluster.working
-        peers = [Peer(site=site, address=node.address or node.host) for site, node in zip(sites, nodes, strict=True)]
+        peers = [Peer(node=site, address=node.address or node.host) for site, node in zip(sites, nodes, strict=True)]
         ship(plan.image.tag, image_id, peers, desk.here, desk.say)
 
 
@@ -138,8 +140,7 @@ def settle_image(plan: Plan, desk: Session) -> None:
     """Keep which image each node really has, by the id of its engine. Raises ImageFailed where a rerun would take another than its record:
     the same files built anew make another one, as system packages come in the versions of the day."""
     sites = sites_of(plan, desk)
-    asked = each(lambda site: image_on(site, plan.image.tag), sites)
-    found = {site.command.host: image.id for site, image in zip(sites, asked, strict=True) if image}
+    found = {site.command.host: image.id for site, image in zip(sites, images_on(sites, plan.image.tag), strict=True) if image}
     keep_images(found, Path(plan.folder))
     other = {host: image_id for host, image_id in found.items() if plan.image_id and image_id not in plan.image_id}
     if other:

@@ -164,7 +164,7 @@ def test_the_image_that_each_node_has_is_kept_and_another_than_the_recorded_one_
 ) -> None:
     plan = replace(plan_for(*CPU), folder=str(tmp_path))
     ids = {command.host: f"sha256:{place}" for place, command in enumerate(plan.commands)}
-    monkeypatch.setattr(preparation, "image_on", lambda site, tag: SimpleNamespace(id=ids[site.command.host]))
+    monkeypatch.setattr(preparation, "images_on", lambda nodes, tag: [SimpleNamespace(id=ids[node.command.host]) for node in nodes])
     settle_image(plan, desk_for(plan))
     assert read_images(tmp_path) == ids and len(ids) == 2
     settle_image(replace(plan, image_id=", ".join(ids.values())), desk_for(plan))
