@@ -136,11 +136,14 @@ def image_query(*names: str) -> tuple[str, ...]:
 
 
 def read_image(line: str) -> BuiltImage:
-    """One line of `docker image inspect`. Docker leaves out or sets to null what is empty."""
-    facts = json.loads(line)
-    config, architecture = facts.get("Config") or {}, facts.get("Architecture") or ""
+    """One line of `docker image inspect`. Docker leaves out or sets to null what is empty. Raises ImageFailed for any other text."""
+    try:
+        facts = json.loads(line)
+        image_id, config, architecture = str(facts["Id"]), facts.get("Config") or {}, facts.get("Architecture") or ""
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ImageFailed(f"docker image inspect printed {line[:80]!r}, which is not the description of an image") from error
     return BuiltImage(
-        id=facts["Id"],
+        id=image_id,
         tags=tuple(facts.get("RepoTags") or ()),
         created=(facts.get("Created") or "")[:19],
         architecture=ARCHITECTURES.get(architecture, architecture),

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from launcher.errors import ImageFailed, NodeFailed
 from launcher.image.docker import BuiltImage, image_query, is_absent, read_image
 from launcher.run.run_folder import WorkingNode
 from launcher.ssh.parallel import each
@@ -13,7 +14,11 @@ def image_on(transport: Transport, tag: str) -> BuiltImage | None:
     answer = transport.run(image_query(tag))
     if answer.code and is_absent(answer.errors):
         return None
-    return read_image(answer.expect(f"{transport.host}: asking its Docker engine for {tag}").output)
+    answer.expect(f"{transport.host}: asking its Docker engine for {tag}")
+    try:
+        return read_image(answer.output)
+    except ImageFailed as error:
+        raise NodeFailed(f"{transport.host}: {error}") from error
 
 
 def images_on(nodes: Sequence[WorkingNode], tag: str) -> tuple[BuiltImage | None, ...]:

@@ -52,10 +52,19 @@ def test_an_image_in_another_kind_of_store_is_recognised_by_its_layers(there: st
     assert not is_same(None, sent)
 
 
-def test_an_engine_that_does_not_answer_is_no_absent_image(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "output", "errors", "words"),
+    [
+        (1, "", "Cannot connect to the Docker daemon: no such file or directory", "host0: asking its Docker engine for .* failed with exit code 1"),
+        (0, "Welcome!", "", "host0: docker image inspect printed 'Welcome!', which is not the description of an image"),
+        (0, "[1]", "", "host0: docker image inspect printed"),
+        (0, '{"id": 1}', "", "host0: docker image inspect printed"),
+    ],
+)
+def test_an_engine_that_does_not_answer_is_no_absent_image(code: int, output: str, errors: str, words: str) -> None:
     class Node(Local):
         def run(self, argv: tuple[str, ...], **_: object) -> Result:
-            return Result(argv=argv, code=1, output="", errors="Cannot connect to the Docker daemon: no such file or directory")
+            return Result(argv=argv, code=code, output=output, errors=errors)
 
-    with pytest.raises(NodeFailed, match=r"host0: asking its Docker engine for .* failed with exit code 1"):
+    with pytest.raises(NodeFailed, match=words):
         image_on(Node({}, "host0"), TAG)
