@@ -26,16 +26,6 @@ LOCK = "lock.txt"
 TORCH_LOCK = "torch.txt"
 
 
-# Debian packages by family and stage: `run` stays in the image, `build` only in the stage that compiles.
-# libgomp1: the OpenMP runtime of the compiled operators. cuda, gcc and libc6-dev: triton compiles its launchers when a run begins.
-# ascend: the toolkit and its compiler are in the base.
-SYSTEM_PACKAGES: dict[str, dict[str, tuple[str, ...]]] = {
-    "cpu": {"run": ("libgomp1",), "build": ("g++", "libpython{python}-dev")},
-    "cuda": {"run": ("libgomp1", "gcc", "libc6-dev"), "build": ("g++", "libpython{python}-dev")},
-    "ascend": {"run": ("numactl", "libgomp1"), "build": ()},
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Stack:
     """One row: versions that belong together. `locks`: host architecture -> file below images/, '' = not resolved yet."""
@@ -53,6 +43,8 @@ class Stack:
     driver_minimum: str
     driver_maximum: str
     chip_architectures: tuple[str, ...]
+    system_packages: dict[str, tuple[str, ...]]
+    image_gib: int
     packages: dict[str, str]
     locks: dict[str, str]
     licence: str
@@ -184,13 +176,8 @@ def fill(template: str, stack: Stack, root: Path, base: str) -> str:
         base=base or pinned(stack),
         base_given=bool(base),
         labels=described(stack),
-        system=system_packages(stack),
+        system=stack.system_packages,
     )
-
-
-def system_packages(stack: Stack) -> dict[str, tuple[str, ...]]:
-    """Stage -> Debian packages."""
-    return {stage: tuple(name.format(python=stack.python) for name in names) for stage, names in SYSTEM_PACKAGES[stack.family].items()}
 
 
 def pinned(stack: Stack) -> str:

@@ -204,6 +204,15 @@ def test_one_changed_line_changes_the_fingerprint(project: Path, name: str) -> N
     assert cpu(project) != before
 
 
+@pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)
+def test_a_stack_says_its_system_packages_and_its_size(stack: Stack) -> None:
+    assert set(stack.system_packages) == {"run", "build"} and "libgomp1" in stack.system_packages["run"]
+    assert all(name == f"libpython{stack.python}-dev" for name in stack.system_packages["build"] if name.startswith("libpython"))
+    assert stack.image_gib > 0 and "image_gib" in stack.sources
+    dockerfile = draw(stack, ROOT)
+    assert all(" ".join(names) in dockerfile for names in stack.system_packages.values())
+
+
 def test_another_architecture_is_refused_with_those_there_are() -> None:
     with pytest.raises(ImageFailed, match=r"stack cpu has no riscv64 image .*stacks\.cpu\.locks.* it has: x86_64"):
         render(STACKS["cpu"], architecture="riscv64", root=ROOT)
