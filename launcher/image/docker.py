@@ -26,11 +26,9 @@ ABSENT = re.compile(r"no such (object|container|image)\b", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class DockerCommand:
-    """A docker client that can do BuildKit builds, and the engine behind it. `architecture` as `uname -m` prints it."""
+    """A docker client that can do BuildKit builds, and the architecture of its engine, as `uname -m` prints it."""
 
     path: str
-    version: str
-    engine_version: str
     architecture: str
 
 
@@ -108,7 +106,7 @@ def choose_client(paths: tuple[str, ...], engine: str, architecture: str) -> Doc
     for path in paths:
         version = output_of((path, "version", "--format", "{{.Client.Version}}"))
         if (0,) < version_of(version) < (SEPARATE_BUILDKIT,) or output_of((path, "buildx", "version")):
-            return DockerCommand(path=path, version=version, engine_version=engine, architecture=ARCHITECTURES.get(architecture, architecture))
+            return DockerCommand(path=path, architecture=ARCHITECTURES.get(architecture, architecture))
         refused.append(f"{path} ({version or 'no answer'})")
     raise ImageFailed(
         f"no docker client here can do BuildKit builds: {', '.join(refused)} without the buildx plugin. "

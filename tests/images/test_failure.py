@@ -25,7 +25,7 @@ def test_a_base_without_the_expected_python(built: Built, make: Callable[..., Bu
     dockerfile = f'FROM {built.delivery.base}\nRUN echo "{pretend}" > /usr/lib/python3/dist-packages/pretend.pth\n'
     subprocess.run(("docker", "build", "-q", "-t", name, "-"), input=dockerfile, text=True, capture_output=True, check=True)
     try:
-        with pytest.raises(ImageFailed, match=r"the base has Python 3\.9\.2[\s\S]*take a base with the Python of the lock"):
+        with pytest.raises(ImageFailed, match=r"the base has Python 3\.9\.2[\s\S]*use a base with the Python of the lock"):
             make(project, base=name)
         image = render(load_stacks(project / "images")["cpu"], architecture="x86_64", root=project, base=name)
         assert find(image) is None and image.tag not in tags()

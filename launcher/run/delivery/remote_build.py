@@ -92,4 +92,4 @@ def gather_secrets(delivery: Delivery, folder: Path) -> dict[str, Path]:
 
 def with_advice(failure: NodeFailed) -> NodeFailed:
     advice = advice_on(str(failure))
-    return NodeFailed(f"{failure}\n  what to do: {advice[0]}") if advice else failure
+    return NodeFailed(f"{failure}\n  what to do: {advice}") if advice else failure

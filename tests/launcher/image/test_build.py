@@ -10,12 +10,12 @@ import pytest
 
 from launcher.config.schema import Delivery
 from launcher.errors import ImageFailed
-from launcher.image.build import build_command, fill_context, refuse_unbuildable, run_build, shorten, source_commit, write_secrets
+from launcher.image.build import build_command, fill_context, progress_line, refuse_unbuildable, run_build, source_commit, write_secrets
 from launcher.image.docker import DockerCommand
 from launcher.image.stack import Image, context_files, load_stacks, render
 
 ROOT = Path(__file__).resolve().parents[3]
-CLIENT = DockerCommand(path="/usr/bin/docker", version="20.10.24", engine_version="20.10.24", architecture="x86_64")
+CLIENT = DockerCommand(path="/usr/bin/docker", architecture="x86_64")
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_the_context_holds_the_images_files_and_nothing_else(image: Image, proje
 
 def test_a_file_that_changed_after_planning_is_noticed(image: Image, project: Path) -> None:
     (project / "trainer" / "train" / "loop.py").write_text("another\n", encoding="utf-8")
-    with pytest.raises(ImageFailed, match=r"loop\.py has changed since omnilaunch:cpu-\w+ was planned; start again"):
+    with pytest.raises(ImageFailed, match=r"loop\.py has changed since omnilaunch:cpu-\w+ was planned; run the command again"):
         fill_context(image, project, Delivery())
 
 
@@ -128,7 +128,7 @@ def test_a_wheelhouse_turns_the_index_and_the_network_off_and_a_missing_bundle_i
     assert "no-index = true" in secrets["pip"].read_text(encoding="utf-8")
     command = build_command(CLIENT.path, image, tmp_path, secrets, "0123", delivery=delivery, fresh=True)
     assert command[command.index("--network") + 1] == "none" and "--no-cache" in command
-    with pytest.raises(ImageFailed, match=r"ca_bundle: there is no file /nowhere\.pem"):
+    with pytest.raises(ImageFailed, match=r"ca_bundle: the file /nowhere\.pem does not exist"):
         write_secrets(Delivery(ca_bundle="/nowhere.pem"), tmp_path)
 
 
@@ -139,7 +139,8 @@ def test_a_wheelhouse_turns_the_index_and_the_network_off_and_a_missing_bundle_i
     ("#9 1.2 ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.", "never loosen the hash"),
     ("#9 1.2 ERROR: In --require-hashes mode, all requirements must have their versions pinned", "the lock misses a package"),
     ("#9 write /opt/x: no space left on device", "docker system df"),
-    ("#5 0.3 AssertionError: the base has Python 3.9.2, the locks are for 3.11", "take a base with the Python of the lock"),
+    ("#5 0.3 AssertionError: the base has Python 3.9.2, the locks are for 3.11", "use a base with the Python of the lock"),
+    ("unknown flag: --secret", "install docker-buildx-plugin"),
     ("#5 exec /bin/sh: exec format error", "another architecture"),
     ("#9 [SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed", "cluster.delivery.ca_bundle"),
     ("#9 1.2 ERROR: No matching distribution found for torch==2.13.0+cpu", "cluster.delivery.find_links"),
@@ -179,7 +180,7 @@ def test_an_interrupted_build_ends_its_client(tmp_path: Path) -> None:
     ("#11 DONE 36.1s", "    36 s"), ("#11 DONE 0.4s", ""), ("#11 CACHED", ""), ("#11 7.116 WARNING: Retrying", ""), ("", ""),
 ])  # fmt: skip
 def test_what_is_shown_of_the_progress(line: str, said: str) -> None:
-    assert shorten(line) == said
+    assert progress_line(line) == said
 
 
 def test_the_commit_is_asked_of_git(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_a_client_with_buildkit_is_preferred_to_an_earlier_one_without(tmp_path:
 
 def test_a_newer_client_with_the_plugin_is_taken(tmp_path: Path) -> None:
     path = client(tmp_path / "docker", "28.2.2", True)
-    assert choose_client((path,), "27.1", "arm64") == DockerCommand(path=path, version="28.2.2", engine_version="27.1", architecture="aarch64")
+    assert choose_client((path,), "27.1", "arm64") == DockerCommand(path=path, architecture="aarch64")
 
 
 def test_no_client_with_buildkit_says_which_and_the_fix(tmp_path: Path) -> None:
