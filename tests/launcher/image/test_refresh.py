@@ -276,7 +276,7 @@ def test_nothing_is_written_when_one_file_cannot_be(project: Path) -> None:
     first, second = project / "pyproject.toml", project / "images" / "versions.yaml"
     second.with_name(".versions.yaml.new").mkdir()
     before = contents(project)
-    with pytest.raises(ImageFailed, match=r"versions\.yaml: cannot be written: Is a directory; every file is as it was"):
+    with pytest.raises(ImageFailed, match=r"versions\.yaml: cannot be written: Is a directory; no file was changed"):
         write_all({first: "one", second: "two"})
     assert contents(project) == before
 
@@ -326,5 +326,5 @@ def test_a_table_laid_out_in_another_way_is_refused(old: str, new: str) -> None:
     start = text.index("  cuda126:")
     other = text[:start] + text[start:].replace(old, new, 1)
     row = replace(STACKS["cuda126"], digest="sha256:1", locks={"x86_64": "locks/new.txt"})
-    with pytest.raises(ImageFailed, match=r"versions\.yaml, stacks\.cuda126: digest and locks must stand each on a line of its own"):
+    with pytest.raises(ImageFailed, match=r"versions\.yaml, stacks\.cuda126: to be rewritten, digest and locks must each be on a line of their own"):
         rewrite_table(other, STACKS | {"cuda126": row}, path)
