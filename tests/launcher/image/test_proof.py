@@ -46,7 +46,7 @@ def test_stacks_that_share_a_lock_share_what_was_fetched(project: Path) -> None:
     lock = lock_digest(STACKS["ascend910c"], "aarch64", ROOT)
     write_proof(project, replace(PROOF, stack="ascend910c", architecture="aarch64", lock=lock, base="", shown=("56 files fetched",)))
     text = describe_stacks(STACKS, project)
-    assert text.count("| not built, fetched | 56 files fetched |") == 2
+    assert text.count("| not built, only fetched | 56 files fetched |") == 2
 
 
 @pytest.mark.parametrize("text", ["{", "[3]", '[{"stack": "cpu"}]', "3"])
