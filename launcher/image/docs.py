@@ -55,7 +55,7 @@ def version_row(stack: Stack) -> tuple[str, ...]:
 
 def proof_table(stacks: dict[str, Stack], root: Path) -> list[str]:
     proofs = read_proofs(root)
-    rows = [("stack", "architecture", "size", "built from", "shown", "not tested", "when")]
+    rows: list[tuple[str, ...]] = [("stack", "architecture", "size", "built from", "shown", "not tested", "when")]
     for stack in stacks.values():
         for architecture in stack.host_architectures:
             lock = lock_digest(stack, architecture, root)
