@@ -1,4 +1,4 @@
-"""A node that builds the image itself, with this machine's engine as the node's: BuildKit, secrets and all."""
+"""A node that builds the image itself, with BuildKit and secrets. This machine's engine is that of the node."""
 
 import os
 from dataclasses import replace
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.docker
 
 
 def test_a_node_builds_what_this_machine_would_have_built(built: Built, copied: Path, tmp_path: Path) -> None:
-    """One line of the trainer is new, so that only the last layer is."""
+    """One file of the trainer has changed, so only the last layer is new."""
     (copied / "trainer" / "__init__.py").write_text('"""Built by a node."""\n', encoding="utf-8")
     delivery = replace(built.delivery, kind="build_on_nodes")
     image = render(load_stacks(copied / "images")["cpu"], architecture="x86_64", root=copied, base=delivery.base)

@@ -1,4 +1,4 @@
-"""What the docker client is asked and how its answers are read. tests/images does the same with a real engine."""
+"""The arguments of the docker client, and how its output is read. tests/images does the same with a real engine."""
 
 import json
 import re
@@ -27,7 +27,7 @@ from launcher.image.stack import load_stacks, render
 
 
 def script(path: Path, text: str) -> Path:
-    """A program that answers as a docker client would."""
+    """A program in place of the docker client."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
     path.chmod(0o755)
@@ -35,7 +35,7 @@ def script(path: Path, text: str) -> Path:
 
 
 def engine(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    """A docker client that is the only one on PATH, but for the shell's own programs."""
+    """The first docker client on PATH, which runs these commands of the shell."""
     script(folder / "docker", text)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
@@ -53,7 +53,7 @@ def test_a_client_with_buildkit_is_preferred_to_an_earlier_one_without(tmp_path:
     assert choose_client(paths, "20.10.24", "amd64").path == paths[1]
 
 
-def test_a_newer_client_with_the_plugin_is_taken(tmp_path: Path) -> None:
+def test_a_newer_client_with_the_plugin_is_used(tmp_path: Path) -> None:
     path = client(tmp_path / "docker", "28.2.2", True)
     assert choose_client((path,), "27.1", "arm64") == DockerCommand(path=path, architecture="aarch64")
 
@@ -81,7 +81,7 @@ def test_an_engine_that_is_down_says_how_to_start_it(tmp_path: Path, monkeypatch
             question()
 
 
-def test_an_engine_that_refuses_this_user_says_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_refuses_this_user_is_reported_with_the_group_to_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine(tmp_path, monkeypatch, "echo 'permission denied while trying to connect to the Docker daemon socket' >&2; exit 1")
     with pytest.raises(ImageFailed, match=r"does not answer.*group docker"):
         built_images()
@@ -138,7 +138,7 @@ def test_an_image_is_found_by_its_tag_and_its_whole_fingerprint(tmp_path: Path, 
     assert find(image) is None
 
 
-def test_an_image_that_is_absent_or_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_is_absent_or_was_built_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = render(load_stacks(ROOT / "images")["cpu"], architecture="x86_64", root=ROOT)
     engine(tmp_path, monkeypatch, "echo; echo 'Error response from daemon: No such image: omnilaunch:x' >&2; exit 1")
     assert find(image) is None

@@ -1,4 +1,4 @@
-"""Refreshing the locks: what is asked for, that nothing is half written, and the real uv on a folder of wheels."""
+"""Refreshing the locks: the requirements, that files are written all or none, and the real uv with an index of empty wheels."""
 
 import os
 import re
@@ -51,7 +51,7 @@ def contents(project: Path) -> dict[Path, bytes]:
 
 
 def package(index: Path, name: str, version: str, *wants: str) -> str:
-    """The sha256 of a real wheel of an empty package, which asks for others."""
+    """Add a wheel of an empty package with dependencies; its sha256."""
     index.mkdir(parents=True, exist_ok=True)
     stem = f"{name.replace('-', '_')}-{version}"
     path, info = index / f"{stem}-py3-none-any.whl", f"{stem}.dist-info"
@@ -65,7 +65,7 @@ def package(index: Path, name: str, version: str, *wants: str) -> str:
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of wheels, served as the two indexes that uv asks: torch with a local version on one, all else on the other."""
+    """A folder of wheels, served as two indexes: PyTorch's with local versions only, and the common one with all others."""
     folder = tmp_path / "index"
 
     class Handler(BaseHTTPRequestHandler):
@@ -143,7 +143,7 @@ def script(path: Path, text: str) -> str:
 
 
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
-def test_every_lock_is_of_our_making_and_names_no_index_but_torchs(path: Path) -> None:
+def test_every_lock_was_written_by_refresh_and_names_no_index_but_pytorchs(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert text.startswith(module.HEADER)
     blocks = split_rows(text)
@@ -192,7 +192,7 @@ def test_the_real_uv_resolves_with_hashes(index: Path) -> None:
 def test_a_whole_refresh_with_the_real_uv(project: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(index)
     monkeypatch.setattr(module, "look_up", lambda base, known, say: f"sha256:{'5' * 64}")
-    (project / "images" / "locks" / "dev.txt").unlink()  # a file that the table or the Makefile names, and that is yet to be written
+    (project / "images" / "locks" / "dev.txt").unlink()  # a lock that does not exist yet
     before, said = contents(project), list[str]()
     found = refresh(project, stacks=("cpu", "ascend910b"), say=said.append, upgrade=True)
 
@@ -295,7 +295,7 @@ def test_an_unknown_stack_is_refused(project: Path) -> None:
         refresh(project, stacks=("cuda12",), say=lambda line: None)
 
 
-def test_a_missing_uv_says_what_brings_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_uv_is_reported_with_what_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     with pytest.raises(ImageFailed, match=r"uv does not exist.*make setup"):
         find_uv()

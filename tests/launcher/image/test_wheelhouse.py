@@ -1,4 +1,4 @@
-"""A wheelhouse against its lock: whole, or named file by file. pip itself fetches, from a folder."""
+"""A wheelhouse is compared with its lock: complete, or every wrong file is named. pip itself fetches, from a folder."""
 
 import json
 import os
@@ -32,7 +32,7 @@ CPU = load_stacks(ROOT / "images")["cpu"]
 
 
 def wheel(folder: Path, name: str, version: str, platform: str = "any") -> Path:
-    """A real wheel of an empty package."""
+    """Add a wheel of an empty package."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{version}-{'py3-none' if platform == 'any' else 'cp311-cp311'}-{platform}.whl"
     info = f"{name}-{version}.dist-info"
@@ -51,7 +51,7 @@ def row(path: Path) -> str:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A project whose lock asks for two packages, one of them for aarch64; `index` has both, as well as their x86_64 twin."""
+    """A project whose lock has two packages, one of them for aarch64; `index` has both, and the second one for x86_64 too."""
     index, locks = tmp_path / "index", tmp_path / "project" / "images" / "locks"
     locks.mkdir(parents=True)
     tools = wheel(index, "tools", "1.0")
@@ -73,7 +73,7 @@ def fetch(project: Path, folder: Path) -> tuple[Path, ...]:
     )
 
 
-def test_fetch_takes_the_files_of_the_asked_architecture(project: Path, tmp_path: Path) -> None:
+def test_fetch_downloads_the_files_of_the_given_architecture(project: Path, tmp_path: Path) -> None:
     folder = tmp_path / "house"
     names = {path.name for path in fetch(project, folder)}
     assert names == {"tools-1.0-py3-none-any.whl", "alpha-1.0-py3-none-any.whl", "beta-2.0-cp311-cp311-manylinux_2_28_aarch64.whl"}
@@ -83,13 +83,13 @@ def test_fetch_takes_the_files_of_the_asked_architecture(project: Path, tmp_path
     assert set(found) == names
 
 
-def test_a_file_that_the_lock_does_not_know_is_not_fetched(project: Path, tmp_path: Path) -> None:
+def test_a_file_whose_hash_is_not_in_the_lock_is_not_fetched(project: Path, tmp_path: Path) -> None:
     wheel(project.parent / "index", "alpha", "1.0").write_bytes(b"another")
     with pytest.raises(ImageFailed, match=r"not fetched \(pip ended with 1\)[\s\S]*DO NOT MATCH THE HASHES"):
         fetch(project, tmp_path / "house")
 
 
-def test_a_missing_lock_says_which_there_are(tmp_path: Path) -> None:
+def test_a_missing_lock_is_reported_with_the_existing_ones(tmp_path: Path) -> None:
     with pytest.raises(ImageFailed, match=r"stack cpu has no lock for riscv64 .*stacks\.cpu\.locks.*it has: .*x86_64"):
         fetch_wheels(
             CPU, architecture="riscv64", root=ROOT, folder=tmp_path, environ={}, delivery=Delivery(), say=lambda line: None
@@ -108,7 +108,7 @@ def test_missing_and_altered_files_are_all_named(project: Path, tmp_path: Path) 
     assert "omnilaunch image fetch" in said
 
 
-def test_a_folder_of_find_links_may_have_some_only(project: Path, tmp_path: Path) -> None:
+def test_a_folder_of_find_links_need_not_have_all(project: Path, tmp_path: Path) -> None:
     some = tmp_path / "some"
     wheel(some, "alpha", "1.0"), wheel(some, "stray", "3.0")
     found = local_files(project, "locks/cpu-aarch64.txt", Delivery(find_links=str(some)))
@@ -194,7 +194,7 @@ def test_complete_takes_the_right_one_of_two_files(tmp_path: Path) -> None:
     assert other.read_bytes() and complete(locked_packages(tmp_path / "lock.txt"), tmp_path) == (good,)
 
 
-def test_pip_is_told_platform_mirror_and_hashes() -> None:
+def test_pip_gets_platform_mirror_and_hashes() -> None:
     delivery = Delivery(index="https://mirror.example/simple", proxy="http://proxy.example:3128", ca_bundle="/ca.pem")
     command = download_command(ROOT / "images" / "locks" / "build.txt", "aarch64", "3.11", Path("/house"), delivery)
     text = " ".join(command)
@@ -205,12 +205,12 @@ def test_pip_is_told_platform_mirror_and_hashes() -> None:
     assert "x86_64" not in text
 
 
-def test_a_pip_that_fails_is_quoted(tmp_path: Path) -> None:
+def test_the_last_lines_of_a_failed_pip_are_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(ImageFailed, match=r"pip ended with 7.*\n  no space left"):
         run_pip((sys.executable, "-c", "print('no space left'); raise SystemExit(7)"), {}, lambda line: None)
 
 
-def test_system_packages_are_held_against_the_list(tmp_path: Path) -> None:
+def test_system_packages_are_checked_against_the_list(tmp_path: Path) -> None:
     package = tmp_path / "system" / "run" / "libgomp1_12_amd64.deb"
     package.parent.mkdir(parents=True)
     package.write_bytes(b"package")

@@ -56,7 +56,7 @@ def pull_all(nodes: list[WorkingNode]) -> list[str]:
     return said
 
 
-def test_those_that_lack_it_take_it_and_all_are_compared(tmp_path: Path) -> None:
+def test_nodes_that_lack_it_pull_it_and_all_are_compared(tmp_path: Path) -> None:
     nodes = nodes_with(tmp_path, ("sha256:1", PRINT, digest("a")), ("sha256:1", PRINT, digest("a")))
     assert pull_all(nodes) == [f"pulling {REFERENCE} on host0, host1"]
     assert pull_all(nodes) == []
@@ -64,7 +64,7 @@ def test_those_that_lack_it_take_it_and_all_are_compared(tmp_path: Path) -> None
 
 
 def test_two_kinds_of_store_have_one_digest(tmp_path: Path) -> None:
-    """containerd's store calls an image by its manifest, the older one by its config."""
+    """The containerd store identifies an image by its manifest, the older one by its config."""
     pull_all(nodes_with(tmp_path, ("sha256:1", PRINT, "other.example/y@sha256:00", digest("a")), ("sha256:2", PRINT, digest("a"))))
 
 

@@ -1,4 +1,4 @@
-"""What is sent to nodes that build their own image, with a docker client that keeps what it was given. tests/images does it for real."""
+"""What is sent to nodes that build their own image, with a docker client that records it. tests/images builds with a real engine."""
 
 import os
 import stat
@@ -15,7 +15,7 @@ from launcher.ssh.transport import Local
 from tests.launcher.engine import Engine, command
 
 ROOT = Path(__file__).resolve().parents[4]
-# Keeps its arguments, its folder and its proxy, then says what the file `fails` in its home says, or has the image.
+# Records its arguments, its folder and its proxy. Then it fails with the text of the file `fails` in its home, or has the image.
 DOCKER = """#!/bin/sh
 if [ "$2" = --help ]; then echo "      --secret stringArray"; exit; fi
 if [ "$1" = image ]; then
@@ -30,7 +30,7 @@ SECRET = "hunter2"
 
 
 class BuildCluster:
-    """Two nodes, a project of its own, and what was said."""
+    """Two nodes, a copy of the project, and the lines that were reported."""
 
     def __init__(self, folder: Path) -> None:
         (folder / "programs").mkdir()
@@ -95,7 +95,7 @@ def test_every_node_builds_the_same_context_and_nothing_stays_there(cluster: Bui
     assert cluster.said == []
 
 
-def test_a_client_that_cannot_do_buildkit_is_passed_over(cluster: BuildCluster, tmp_path: Path) -> None:
+def test_a_client_without_buildkit_is_skipped(cluster: BuildCluster, tmp_path: Path) -> None:
     other = tmp_path / "newer" / "docker"
     other.parent.mkdir()
     other.write_text("#!/bin/sh\ncase $1 in image) echo 'Error: No such image' >&2 ;; esac; exit 1\n", encoding="utf-8")
@@ -108,7 +108,7 @@ def test_a_client_that_cannot_do_buildkit_is_passed_over(cluster: BuildCluster, 
     assert all((home / "label").exists() for home in cluster.homes)
 
 
-def test_a_failed_build_is_named_with_what_it_said_and_what_to_do(cluster: BuildCluster) -> None:
+def test_a_failed_build_is_reported_with_its_last_lines_and_what_to_do(cluster: BuildCluster) -> None:
     (cluster.homes[1] / "fails").write_text(
         "ERROR: No matching distribution found for torch==2.13.0+cpu\n" + "#9 more\n" * 15, encoding="utf-8"
     )
@@ -129,7 +129,7 @@ def test_an_address_of_this_machine_is_refused(address: str) -> None:
             refuse_unsendable(Delivery(kind="build_on_nodes", **{key: address}))  # type: ignore[arg-type]
 
 
-def test_addresses_of_others_and_folders_pass() -> None:
+def test_addresses_of_other_machines_and_folders_are_accepted() -> None:
     refuse_unsendable(Delivery(index="https://localhost.example/simple", find_links="/srv/wheels", proxy="http://10.0.0.1:3128"))
 
 

@@ -21,7 +21,7 @@ def ship_all(cluster: EngineCluster) -> list[str]:
     return said
 
 
-def test_few_nodes_get_it_from_here_and_those_that_have_it_get_nothing(tmp_path: Path) -> None:
+def test_few_nodes_get_it_from_here_and_nodes_that_have_it_get_nothing(tmp_path: Path) -> None:
     cluster = EngineCluster(tmp_path, 5)
     (cluster.engines[3].home / "image").write_bytes(cluster.image)
     said = ship_all(cluster)
@@ -54,7 +54,7 @@ def test_rounds_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_those_that_no_node_could_serve_get_it_from_here(tmp_path: Path) -> None:
+def test_nodes_that_no_other_could_serve_get_it_from_here(tmp_path: Path) -> None:
     cluster = EngineCluster(tmp_path, 16)
     cluster.break_(1, "half")
     said = ship_all(cluster)
@@ -75,7 +75,7 @@ def test_where_nodes_cannot_reach_each_other_one_round_is_tried(tmp_path: Path, 
     assert sum("node(s) serve" in line for line in said) == 1
 
 
-def test_a_node_that_cannot_take_it_is_named_and_the_others_have_it(tmp_path: Path) -> None:
+def test_a_node_that_cannot_load_it_is_named_and_the_others_have_it(tmp_path: Path) -> None:
     cluster = EngineCluster(tmp_path, 3)
     cluster.break_(1, "full")
     with pytest.raises(NodeFailed, match="host1: receiving the image failed with exit code 1:\nno space left on device"):
@@ -83,7 +83,7 @@ def test_a_node_that_cannot_take_it_is_named_and_the_others_have_it(tmp_path: Pa
     assert cluster.ranks_with_image() == [0, 2]
 
 
-def test_an_image_that_cannot_be_read_here_reaches_nobody(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_here_reaches_no_node(tmp_path: Path) -> None:
     cluster = EngineCluster(tmp_path, 3)
     (cluster.source.home / "half").touch()
     with pytest.raises(ImageFailed, match="the image could not be read on this machine"):
