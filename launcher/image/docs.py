@@ -32,25 +32,11 @@ def describe_stacks(stacks: dict[str, Stack], root: Path) -> str:
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("images.md.j2").render(
         stacks=stacks.values(),
-        versions="\n".join(version_table(stacks)),
+        unpinned=UNPINNED,
         common=sorted(common),
         added={name: sorted(own - common) for name, own in packages.items() if own - common},
         proven="\n".join(proof_table(stacks, root)),
     )
-
-
-def version_table(stacks: dict[str, Stack]) -> list[str]:
-    head = ("stack", "chips", "torch", "plugin", "toolkit", "host driver", "Python", "base image", "locked for", "licence to accept")
-    return markdown((head, *map(version_row, stacks.values())))
-
-
-def version_row(stack: Stack) -> tuple[str, ...]:
-    low, high = stack.driver_minimum, stack.driver_maximum
-    driver = f"{stack.driver_kind} {low or 'any'}" + (f" to {high}" if high else " or newer") if stack.driver_kind != "none" else ""
-    base = f"{stack.base} (not pinned yet)" if stack.digest == UNPINNED else f"{stack.base}@{stack.digest[:19]}"
-    locked = ", ".join(name if lock else f"{name} (not resolved yet)" for name, lock in stack.locks.items())
-    chips = ", ".join(stack.chip_architectures)
-    return (stack.name, chips, stack.torch, stack.plugin, stack.toolkit, driver, stack.python, base, locked, stack.licence)
 
 
 def proof_table(stacks: dict[str, Stack], root: Path) -> list[str]:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.errors import ImageFailed
+from launcher.image.lock import join, name_of, read_lock, split_rows, version_of
 from launcher.image.registry import tag_digest
-from launcher.image.resolver import NEVER, IndexUnreachable, find_uv, join, name_of, read_lock, resolve, split_rows, version_of
+from launcher.image.resolver import NEVER, IndexUnreachable, find_uv, resolve
 from launcher.image.stack import BUILD_LOCK, UNPINNED, VERSIONS_FILE, Stack, find_stack, read_table, torch_lock
 
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"

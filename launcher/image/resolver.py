@@ -7,14 +7,10 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-
 from launcher.errors import ImageFailed
+from launcher.image.lock import join, name_of, rest_of, split_rows
 
 NEVER = "python_version < '0'"
-ROW = re.compile(r"^(?P<name>[\w.-]+)==(?P<version>\S+) \\\n(?: {4}--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+", re.MULTILINE)
-REST = re.compile(r"^(?!#|--extra-index-url )\S.*", re.MULTILINE)
 # uv exits with 1 when the index answered and no version fits, with 2 when it could not reach the index. A proxy that answers with 403
 # or 404 in place of the index looks to uv like an index without the package, and so does UV_OFFLINE.
 UNREACHABLE = 2
@@ -73,33 +69,9 @@ def resolve(
 
 def read_output(text: str, wanted: tuple[str, ...], platform: str) -> dict[str, str]:
     """The rows of uv's output, which must be a lock with at least the wanted packages."""
-    rows, rest = split_rows(text), REST.search(ROW.sub("", text))
+    rows, rest = split_rows(text), rest_of(text)
     missing = [name for name in map(name_of, wanted) if name not in rows]
     if rest or missing:
-        fault = f"is not a lock with hashes, at: {rest.group()[:100]}" if rest else f"lacks {', '.join(missing)}"
+        fault = f"is not a lock with hashes, at: {rest}" if rest else f"lacks {', '.join(missing)}"
         raise ImageFailed(f"uv's output for {platform} {fault}; use the uv that make setup installs, and unset UV_FIND_LINKS")
     return rows
-
-
-def read_lock(path: Path) -> dict[str, str]:
-    """The rows of a lock by name; {} if the file does not exist."""
-    return split_rows(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def split_rows(text: str) -> dict[str, str]:
-    """Normalized name -> row of a lock's text."""
-    return {canonicalize_name(match["name"]): match.group() for match in ROW.finditer(text)}
-
-
-def join(rows: Mapping[str, str]) -> str:
-    """The text of a lock, sorted by name."""
-    return "".join(rows[name] for name in sorted(rows))
-
-
-def version_of(row: str) -> str:
-    return row.split("==", 1)[1].split()[0]
-
-
-def name_of(requirement: str) -> str:
-    """`types-pyyaml` of `types_PyYAML>=6 ; python_version < '4'` (PEP 503)."""
-    return canonicalize_name(Requirement(requirement).name)

@@ -13,17 +13,17 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from packaging.utils import InvalidSdistFilename, InvalidWheelFilename, canonicalize_name, parse_sdist_filename, parse_wheel_filename
-from packaging.version import InvalidVersion, Version
+from packaging.utils import InvalidSdistFilename, InvalidWheelFilename, parse_sdist_filename, parse_wheel_filename
+from packaging.version import Version
 
 from launcher.config.schema import Delivery
 from launcher.errors import ImageFailed
-from launcher.image.stack import BUILD_LOCK, Stack, digest, torch_lock
+from launcher.image.lock import LockedPackage, lock_files, locked_packages
+from launcher.image.stack import Stack, digest
 
 MANIFEST = "wheelhouse.json"
 SYSTEM = "system"
@@ -32,53 +32,10 @@ LEGACY_TAGS = ("manylinux1", "manylinux2010", "manylinux2014", "linux")
 WHEEL = ".whl"
 SDIST = ".tar.gz"
 SDISTS = (SDIST, ".zip", ".tar.bz2", ".tgz", ".tar.xz")  # those that pip installs; the last three are legacy
-ROW = re.compile(r"^(?P<name>[\w.-]+)==(?P<version>\S+)(?P<hashes>(?:[ \\\n]+--hash=sha256:[0-9a-f]{64})*)", re.MULTILINE)
 SHOWN = 5  # file names in an error
 NEXT = "fill it again with: omnilaunch image fetch"
 
 Files = dict[tuple[str, Version], tuple[Path, ...]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LockedPackage:
-    """One requirement of a lock. `name` is normalized (PEP 503); `hashes` are the sha256 of every file that satisfies it."""
-
-    name: str
-    version: Version
-    hashes: frozenset[str]
-
-    def __str__(self) -> str:
-        return f"{self.name}=={self.version}"
-
-
-def locked_packages(*locks: Path) -> tuple[LockedPackage, ...]:
-    """The requirements of the locks. Raises ImageFailed for a lock that cannot be read, and for a requirement without a hash."""
-    return tuple(package for lock in locks for package in packages_of(lock))
-
-
-def packages_of(lock: Path) -> Iterator[LockedPackage]:
-    try:
-        text = lock.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ImageFailed(f"{lock}: cannot be read: {error}") from error
-    for match in ROW.finditer(text):
-        hashes = frozenset(re.findall(r"sha256:([0-9a-f]{64})", match["hashes"]))
-        if not hashes:
-            raise ImageFailed(f"{lock}: {match['name']} has no hash; write the lock again with: omnilaunch image refresh")
-        try:
-            version = Version(match["version"])
-        except InvalidVersion as error:
-            raise ImageFailed(
-                f"{lock}: {match['name']}=={match['version']} is not a valid version; write the lock again with: omnilaunch image refresh"
-            ) from error
-        yield LockedPackage(name=canonicalize_name(match["name"]), version=version, hashes=hashes)
-
-
-def lock_files(root: Path, lock: str) -> tuple[Path, ...]:
-    """The locks of one image in the order of their layers: the build tools, torch where it has a lock of its own, all packages."""
-    complete = root / "images" / lock
-    torch = torch_lock(complete)
-    return (root / "images" / "locks" / BUILD_LOCK, *((torch,) if torch.is_file() else ()), complete)
 
 
 # --------------------------------------------------------------------------------------------------------------- fetch

@@ -10,9 +10,10 @@ from urllib.request import urlopen
 
 import pytest
 
+from launcher.image.lock import locked_packages
 from launcher.image.refresh import TORCH_INDEX, torch_of
 from launcher.image.stack import load_stacks
-from launcher.image.wheelhouse import fetch_wheels, locked_packages
+from launcher.image.wheelhouse import fetch_wheels
 from tests.images.conftest import ROOT, pip_delivery
 from tests.images.source import Wheel, accepts, read_wheel
 

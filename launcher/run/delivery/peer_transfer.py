@@ -5,9 +5,9 @@ the image. It listens on the node's own address and prints its port and a token 
 receivers over SSH. The received image is checked by its id afterwards, like one that was sent from here.
 """
 
-import queue
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from launcher.errors import NodeFailed
@@ -57,33 +57,48 @@ def send_from(tag: str, sender: Peer, receivers: Sequence[Peer]) -> tuple[NodeFa
     limits = map(str, (len(receivers), ADMISSION_S, PROGRESS_S, STALL_S, LIMIT_S))
     names = ("bash", tag, read_script("serve_image.py"), f"{SERVER_LABEL}={tag}", sender.address)
     argv = ("bash", "-c", read_script("serve_image.sh"), *names, *limits)
-    server = ServerOutput()
+    endpoint: Future[tuple[str, str]] = Future()
+    ended: Future[None] = Future()
 
     def follow() -> None:
+        """Port and token are the first line; the other lines only show that the sender is alive."""
+        head = b""
         failure: NodeFailed | None = NodeFailed(f"{sender.host}: the output of its sending container was not read to its end")
         try:
             with sender.node.transport.stream(argv, silence_s=SILENCE_S) as chunks:
                 for chunk in chunks:
-                    server.add(chunk)
+                    head += b"" if b"\n" in head else chunk
+                    if b"\n" in head and not endpoint.done():
+                        endpoint.set_result(read_endpoint(head.partition(b"\n")[0].decode(errors="replace")))
             failure = None
         except NodeFailed as error:
             failure = NodeFailed(f"{sender.host} could not serve {tag}: {without_scripts(argv, error, 'docker save | docker run')}")
         finally:
-            server.end(failure)
+            if not endpoint.done():
+                endpoint.set_exception(failure or NodeFailed(f"{sender.host}: its sending container ended before it printed its port"))
+            ended.set_exception(failure) if failure else ended.set_result(None)
 
     threading.Thread(target=follow, name="omnilaunch-peer-transfer", daemon=True).start()
-    port, token = server.endpoint()
-    return attempt_each(lambda receiver: receive(receiver, sender, port, token, server), receivers)
+    port, token = endpoint.result()
+    return attempt_each(lambda receiver: receive(receiver, sender, port, token, ended), receivers)
 
 
-def receive(receiver: Peer, sender: Peer, port: str, token: str, server: "ServerOutput") -> None:
+def read_endpoint(line: str) -> tuple[str, str]:
+    port, _, token = line.partition(" ")
+    if not (port.isdigit() and token.isalnum()):
+        raise NodeFailed(f"its container printed {line[:80]!r} in place of its port")
+    return port, token
+
+
+def receive(receiver: Peer, sender: Peer, port: str, token: str, ended: Future[None]) -> None:
+    """`ended`: is done when the sender has sent everything, or has failed."""
     argv = ("bash", "-c", read_script("receive_image.sh"), "bash", sender.address, port, str(CONNECT_S))
     what = f"{receiver.host} could not receive the image from {sender.host} at {sender.address}"
 
     def stdin() -> Iterator[bytes]:
         """The token. The end follows when the sender has ended; if that failed, this raises, and the receiver is killed."""
         yield token.encode() + b"\n"
-        server.wait()
+        ended.result()
 
     try:
         done = receiver.node.transport.feed(argv, stdin(), timeout_s=LIMIT_S)
@@ -97,41 +112,3 @@ def receive(receiver: Peer, sender: Peer, port: str, token: str, server: "Server
 def without_scripts(argv: tuple[str, ...], error: NodeFailed, short: str) -> str:
     """The text of an error with a short name in place of its command, which holds a script of many lines."""
     return str(error).replace(" ".join(argv), short).strip()
-
-
-class ServerOutput:
-    """What the launcher reads from one sender, for those that wait for it."""
-
-    def __init__(self) -> None:
-        self.first: queue.Queue[str | NodeFailed] = queue.Queue()
-        self.ended = threading.Event()
-        self.failure: NodeFailed | None = None
-        self.head = b""
-
-    def add(self, chunk: bytes) -> None:
-        """The first line is for `endpoint`; the others only show that the sender is alive."""
-        if b"\n" not in self.head:
-            self.head += chunk
-            if b"\n" in self.head:
-                self.first.put(self.head.partition(b"\n")[0].decode(errors="replace"))
-
-    def end(self, failure: NodeFailed | None) -> None:
-        self.failure = failure
-        self.first.put(failure or NodeFailed("the sending container ended before it printed its port"))
-        self.ended.set()
-
-    def endpoint(self) -> tuple[str, str]:
-        """Port and token. Raises NodeFailed when the sender ends or stops responding without having printed them."""
-        line = self.first.get()
-        if isinstance(line, NodeFailed):
-            raise line
-        port, _, token = line.partition(" ")
-        if not (port.isdigit() and token.isalnum()):
-            raise NodeFailed(f"the sending container printed {line[:80]!r} in place of its port")
-        return port, token
-
-    def wait(self) -> None:
-        """Until the sender has ended. Raises NodeFailed when it failed."""
-        self.ended.wait()
-        if self.failure:
-            raise self.failure

@@ -17,6 +17,7 @@ import pytest
 
 import launcher.image.refresh as module
 from launcher.errors import ImageFailed
+from launcher.image.lock import join, name_of, read_lock, split_rows
 from launcher.image.refresh import (
     TORCH_INDEX,
     LockTarget,
@@ -30,7 +31,7 @@ from launcher.image.refresh import (
     torch_of,
     write_all,
 )
-from launcher.image.resolver import IndexUnreachable, find_uv, join, name_of, read_lock, resolve, split_rows
+from launcher.image.resolver import IndexUnreachable, find_uv, resolve
 from launcher.image.stack import load_stacks
 
 ROOT = Path(__file__).resolve().parents[3]

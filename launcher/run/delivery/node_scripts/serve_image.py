@@ -13,35 +13,33 @@ import sys
 import threading
 import time
 
+LOCK, CLOSED = threading.Lock(), threading.Event()
+RECEIVERS: list[socket.socket] = []
+SENT = [0]
 
-def admit(peer: socket.socket, token: bytes, deadline: float, stall_s: float, receivers: "list[socket.socket]", count: int) -> None:
-    """Add the connection to the receivers if it sends the token in time; close it otherwise."""
-    line, limit = b"", 100
+
+def admit(peer: socket.socket, token: bytes, count: int, stall_s: float) -> None:
+    """Add the connection to the receivers if it sends the token within 5 s; close it otherwise."""
+    peer.settimeout(5)
     try:
-        while not line.endswith(b"\n") and len(line) < limit:
-            peer.settimeout(max(0.01, min(5, deadline - time.monotonic())))
-            piece = peer.recv(limit - len(line))
-            if not piece:
-                break
-            line += piece
-        accepted = hmac.compare_digest(line, token + b"\n")
+        with peer.makefile("rb") as file:
+            accepted = hmac.compare_digest(file.readline(100), token + b"\n")
     except OSError:
         accepted = False
     with LOCK:
-        if accepted and len(receivers) < count and not CLOSED.is_set():
+        if accepted and len(RECEIVERS) < count and not CLOSED.is_set():
             peer.settimeout(stall_s)
-            receivers.append(peer)
+            RECEIVERS.append(peer)
             return
     peer.close()
 
 
-def accept_receivers(server: socket.socket, token: bytes, count: int, wait_s: float, stall_s: float) -> "list[socket.socket]":
-    """Wait until all receivers have come or the time is over. Strangers are answered at the same time, and only so many of them."""
-    receivers: list[socket.socket] = []
+def accept_receivers(server: socket.socket, token: bytes, count: int, wait_s: float, stall_s: float) -> None:
+    """Wait until all receivers have come or the time is over. Other connections are answered at the same time, up to a limit."""
     pending: list[threading.Thread] = []
     deadline = time.monotonic() + wait_s
     server.settimeout(0.1)
-    while len(receivers) < count and time.monotonic() < deadline:
+    while len(RECEIVERS) < count and time.monotonic() < deadline:
         try:
             peer = server.accept()[0]
         except TimeoutError:
@@ -50,27 +48,26 @@ def accept_receivers(server: socket.socket, token: bytes, count: int, wait_s: fl
         if len(pending) > 4 * count + 16:
             peer.close()
             continue
-        pending.append(threading.Thread(target=admit, args=(peer, token, deadline, stall_s, receivers, count), daemon=True))
+        pending.append(threading.Thread(target=admit, args=(peer, token, count, stall_s), daemon=True))
         pending[-1].start()
     server.close()
     with LOCK:
         CLOSED.set()
-        return list(receivers)
 
 
-def send_all(receivers: "list[socket.socket]") -> bool:
+def send_all() -> bool:
     """Copy stdin to every receiver. One that fails or stalls is left out. Whether at least one received everything."""
-    while receivers and (piece := os.read(0, 1 << 20)):
-        for peer in list(receivers):
+    while RECEIVERS and (piece := os.read(0, 1 << 20)):
+        for peer in list(RECEIVERS):
             try:
                 peer.sendall(piece)
             except OSError:
-                receivers.remove(peer)
+                RECEIVERS.remove(peer)
                 peer.close()
         SENT[0] += len(piece)
-    for peer in receivers:
+    for peer in RECEIVERS:
         peer.close()
-    return bool(receivers)
+    return bool(RECEIVERS)
 
 
 def report(interval_s: float) -> None:
@@ -79,23 +76,19 @@ def report(interval_s: float) -> None:
         print(SENT[0], flush=True)
 
 
-def main(address: str, count: int, wait_s: float, interval_s: float, stall_s: float, limit_s: float) -> int:
+def main(address: str, count: int, wait_s: float, interval_s: float, stall_s: float, limit_s: float) -> None:
     limit = threading.Timer(limit_s, os._exit, (3,))
     limit.daemon = True
     limit.start()
     token = secrets.token_hex(32)
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    server = socket.create_server((address, 0), family=family, backlog=count)
+    server = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET, backlog=count)
     print(server.getsockname()[1], token, flush=True)
     threading.Thread(target=report, args=(interval_s,), daemon=True).start()
-    complete = send_all(accept_receivers(server, token.encode(), count, wait_s, stall_s))
+    accept_receivers(server, token.encode(), count, wait_s, stall_s)
+    if not send_all():
+        sys.exit("no other node came, or all of them left")
     print(SENT[0], flush=True)
-    if not complete:
-        print("no other node came, or all of them left", file=sys.stderr)
-    return 0 if complete else 1
 
-
-LOCK, CLOSED, SENT = threading.Lock(), threading.Event(), [0]
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), *map(float, sys.argv[3:7])))
+    main(sys.argv[1], int(sys.argv[2]), *map(float, sys.argv[3:7]))
