@@ -26,7 +26,7 @@ if [ -f "$toolkit" ]; then source "$toolkit"; fi
 if [ -f "$transformer_boost" ]; then source "$transformer_boost" --cxx_abi=1; fi
 # CANN writes its log to this folder; if the folder cannot be created, CANN would write none.
 if [ -n "$ASCEND_PROCESS_LOG_PATH" ] && ! mkdir -p "$ASCEND_PROCESS_LOG_PATH"; then
-  echo "entrypoint.sh: CANN writes its log to $HOME/ascend/log, since uid $(id -u) cannot create $ASCEND_PROCESS_LOG_PATH" >&2
+  echo "entrypoint.sh: CANN's log goes to $HOME/ascend/log, since uid $(id -u) cannot create $ASCEND_PROCESS_LOG_PATH" >&2
   unset ASCEND_PROCESS_LOG_PATH
 fi
 exec "$@"
