@@ -1,12 +1,12 @@
-"""Builds DeepSpeed again with the operators that a run needs compiled in, so that no node needs a compiler or waits for one.
+"""Builds DeepSpeed with the operators that a run needs compiled in, so that no node needs a compiler or waits for one.
 
     python operators.py LOCK OUT ACCELERATOR OPERATOR...
 
-Takes DeepSpeed's row of LOCK, fetches that source with its hash checked, compiles OPERATOR... (cpu_adam, deepspeed_shm_comm) and
-leaves a wheel in OUT whose `installed_ops` says so for ACCELERATOR. Runs while an image is built, where torch is installed.
+Downloads the source of DeepSpeed that LOCK names, with its hash checked, compiles OPERATOR... (cpu_adam, deepspeed_shm_comm) and writes
+a wheel to OUT whose `installed_ops` lists them for ACCELERATOR. Runs while an image is built, after torch is installed.
 
-DeepSpeed compiles for the very CPU that it is built on (-march=native); an image also runs on older ones, so the flags are those
-of a level of the architecture instead.
+DeepSpeed compiles for the CPU that it is built on (-march=native). An image also runs on older CPUs, so the flags of a level of the
+architecture are used instead.
 """
 
 import os
@@ -25,15 +25,15 @@ VECTOR_FLAGS = {
 
 
 def locked_row(lock: str, package: str) -> str:
-    """The requirement of one package with its hashes, as it stands in the lock."""
+    """The row of one package in the lock, with its hashes."""
     row = re.search(rf"^{package}==.*?[0-9a-f]$(?!\n {{4}})", lock, flags=re.MULTILINE | re.DOTALL)
     if row is None:
-        raise SystemExit(f"the lock has no row for {package}: write it again with: omnilaunch image refresh")
+        raise SystemExit(f"the lock has no row for {package}; write it again with: omnilaunch image refresh")
     return row.group() + "\n"
 
 
 def fetch_source(lock: Path, folder: Path) -> Path:
-    """Download DeepSpeed's source distribution, hash checked by pip, and unpack it; its folder."""
+    """Download DeepSpeed's source distribution, whose hash pip checks, and unpack it; return its folder."""
     row = folder / "row.txt"
     row.write_text(locked_row(lock.read_text(encoding="utf-8"), "deepspeed"), encoding="utf-8")
     pip = (
@@ -51,13 +51,13 @@ def fetch_source(lock: Path, folder: Path) -> Path:
     subprocess.run((*pip, "-d", str(folder), "-r", str(row)), check=True)
     (archive,) = folder.glob("deepspeed-*.tar.gz")
     with tarfile.open(archive) as tar:
-        tar.extractall(folder)  # no filter: Debian 12's Python 3.11.2 has none, and the hash says whose archive it is
+        tar.extractall(folder)  # no filter: Python 3.11.2 of Debian 12 has none, and the hash identifies the archive
     return folder / archive.name.removesuffix(".tar.gz")
 
 
 def build_wheel(source: Path, out: Path, accelerator: str, operators: list[str]) -> None:
-    """Run DeepSpeed's own setup.py with portable flags. The host's optimizer is the same code beside every accelerator, so it is
-    compiled as for the CPU and recorded for the accelerator that will load it."""
+    """Run DeepSpeed's setup.py with portable flags. The optimizer of the host is the same code for every accelerator, so it is compiled
+    as for the CPU and recorded for the accelerator that will load it."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "DS_ENABLE_NINJA": "1", "LDFLAGS": "-Wl,-s"}
     os.chdir(source)
     sys.path.insert(0, str(source))
@@ -74,7 +74,7 @@ def build_wheel(source: Path, out: Path, accelerator: str, operators: list[str])
 
 
 def main(lock: str, out: str, accelerator: str, *operators: str) -> None:
-    # A fixed place: its name ends up in the compiled code, and two builds are to be equal.
+    # A fixed path: it is part of the compiled code, and two builds must be equal.
     folder = Path("source").resolve()
     folder.mkdir()
     build_wheel(fetch_source(Path(lock).resolve(), folder), Path(out).resolve(), accelerator, list(operators))

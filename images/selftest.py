@@ -1,8 +1,8 @@
-"""Proves inside an image, while it is built, that what was installed is what the table says and that it can be used.
+"""Checks inside an image, while it is built, that the installed versions are those of images/versions.yaml and can be used.
 
     python selftest.py ACCELERATOR [--versions NAME=VERSION...] [--architectures NAME...] [--operators NAME...]
 
-Ends with exit code 1 and one line for every finding.
+Ends with exit code 1 and one line for each problem.
 """
 
 import argparse
@@ -14,7 +14,7 @@ BUILDERS = {"cpu_adam": "CPUAdamBuilder", "deepspeed_shm_comm": "ShareMemCommBui
 
 
 def check_versions(expected: list[str]) -> list[str]:
-    """2.7.1 may be 2.7.1+cpu: beside an NPU, the table names the release and the lock the build."""
+    """2.7.1 may be installed as 2.7.1+cpu: with an NPU, the table names the release and the lock the build."""
     pairs = (pair.split("=", 1) for pair in expected)
     installed = [(name, version, metadata.version(name)) for name, version in pairs]
     return [
@@ -23,11 +23,11 @@ def check_versions(expected: list[str]) -> list[str]:
 
 
 def check_architectures(expected: list[str]) -> list[str]:
-    """What torch was compiled for, asked of its library: torch.cuda.get_arch_list() is empty where there is no GPU."""
+    """What torch was compiled for, from its library: torch.cuda.get_arch_list() is empty on a machine without a GPU."""
     if not expected:
         return []
     compiled = import_module("torch")._C._cuda_getArchFlags().split()
-    return [f"torch holds no code for {name}; it has {' '.join(compiled)}" for name in expected if name not in compiled]
+    return [f"torch has no code for {name}; it has {' '.join(compiled)}" for name in expected if name not in compiled]
 
 
 def check_operators(accelerator: str, expected: list[str]) -> list[str]:
@@ -50,13 +50,13 @@ def main() -> int:
     parser.add_argument("accelerator")
     for option in ("--versions", "--architectures", "--operators"):
         parser.add_argument(option, nargs="*", default=[])
-    asked = parser.parse_args()
+    given = parser.parse_args()
     for name in IMPORTS:
         import_module(name)
     findings = [
-        *check_versions(asked.versions),
-        *check_architectures(asked.architectures),
-        *check_operators(asked.accelerator, asked.operators),
+        *check_versions(given.versions),
+        *check_architectures(given.architectures),
+        *check_operators(given.accelerator, given.operators),
     ]
     print("\n".join(findings) or "self test passed")
     return 1 if findings else 0

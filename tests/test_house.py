@@ -253,16 +253,28 @@ def test_words(path: Path) -> None:
 @pytest.mark.parametrize("path", PRODUCT, ids=relative)
 def test_no_program_is_written_in_a_string(path: Path) -> None:
     """A program in a string is seen by no linter: it belongs into a file of its own."""
-    tree = tree_of(path)
+    assert not programs_in(tree_of(path))
+
+
+def programs_in(tree: ast.Module) -> list[str]:
     docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
-            assert not is_program(node.value), f"line {node.lineno}: {node.value[:60]!r}"
+    strings = [node for node in ast.walk(tree) if isinstance(node, ast.Constant | ast.JoinedStr) and node not in docstrings]
+    return [f"line {node.lineno}: {text_in(node)[:60]!r}" for node in strings if is_program(text_in(node))]
+
+
+def text_in(node: ast.Constant | ast.JoinedStr) -> str:
+    """The text of a string. A value of an f-string counts as 0."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "0" for part in node.values)
+    return node.value if isinstance(node.value, str) else ""
 
 
 def is_program(text: str) -> bool:
-    """Two statements or more of Python, one of which imports, assigns or defines; or a block of shell."""
+    """Two statements or more of Python, one of which imports, assigns or defines; or a block of shell: a condition, a loop, or several lines
+    that use arguments."""
     if re.search(r"\b(then|do)\b[\s\S]*\b(fi|done)\b", text) and ";" in text:
+        return True
+    if "\n" in text.strip() and re.search(r"""^set -[eo]|["=]\$\{?[1-9@]""", text, re.MULTILINE):
         return True
     if "\n" not in text.strip() and ";" not in text:
         return False
@@ -271,6 +283,20 @@ def is_program(text: str) -> bool:
     except (SyntaxError, ValueError):
         return False
     return len(body) > 1 and any(isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.FunctionDef | ast.For) for node in body)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'X = f"""\nimport time\nlimit = {LIMIT_S}\ntime.sleep(limit)\n"""',
+        'X = """set -o pipefail\ndocker save "$1" | docker load\n"""',
+        'X = """read -r token\ncat <&3 | docker load -- "$1"\n"""',
+        "X = 'if [ -d \"$1\" ]; then ls; fi'",
+    ],
+)
+def test_a_program_in_a_string_is_found(source: str) -> None:
+    assert programs_in(ast.parse(source))
+    assert not programs_in(ast.parse('X = "two lines\\nof text; it costs $5"\nY = f"{a}\\n{b}"'))
 
 
 def test_loop_knows_no_stage_and_a_stage_knows_no_loop() -> None:

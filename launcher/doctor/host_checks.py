@@ -13,8 +13,6 @@ POSIX_SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "mksh", "ash", "busybox")
 OLDEST_KERNEL = (5, 5)  # accelerate, utils/other.py check_os_kernel: below it, ranks were seen to hang
 OLDEST_ENGINE = (20, 10)  # the first that was tried, and whose BuildKit the images are written for
 LAYERED_STORAGE = ("overlay2", "overlayfs", "fuse-overlayfs", "btrfs", "zfs")  # vfs copies the whole image for every container
-# Unpacked, with the layers that `docker load` keeps meanwhile. The CPU image was measured (1.7 GB); the others are estimates.
-IMAGE_GIB = {"cpu": 4, "cuda": 25, "ascend": 30}
 FULL_GIB = 2.0
 FEW_INODES = 20_000
 SHM_GIB = 1.0
@@ -188,7 +186,7 @@ def check_docker_room(case: Case) -> CheckResult:
     room: Room | None = case.facts.docker.room if case.facts.docker else None
     if room is None:
         return unchecked("the engine does not say where it keeps images")
-    wanted_gib = 0 if case.facts.image_id else IMAGE_GIB[case.stack.family]
+    wanted_gib = 0 if case.facts.image_id else case.stack.image_gib
     text = f"{room.free_gib:.1f} GiB free at {room.path}" + (
         f", about {wanted_gib} for the image" if wanted_gib else ", the image is there"
     )

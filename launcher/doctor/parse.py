@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from math import inf
@@ -12,6 +13,8 @@ from launcher.config.schema import Accelerator
 from launcher.doctor.network import Interface, IpRoute, View
 from launcher.doctor.node_facts import GIB, Clock, Container, Content, Docker, Mode, NodeFacts, Room
 from launcher.doctor.smi import SmiDevice, UnreadableTable, read_npu, read_npu_driver, read_nvidia
+from launcher.errors import ImageFailed
+from launcher.image.docker import read_image
 from launcher.ssh.transport import Result
 
 MARK = "=omnilaunch="
@@ -97,7 +100,7 @@ def read_facts(host: str, accelerator: Accelerator, contents: tuple[str, ...], a
         clock=clock,
         docker=read_docker(answers) if "docker" in answers else None,
         containers=tuple(read_containers(said("containers").good)),
-        image_id=said("image").good.strip(),
+        image_id=read_image_id(said("image").good),
         ports=read_ports(said("tcp").output),
         ephemeral_ports=(low, high),
         reserved_ports=reserved,
@@ -129,6 +132,13 @@ def read_root(text: str) -> Room | None:
     total, _, free = (*sizes[1].split(), "", "", "")[1:4]  # btrfs and some network file systems count none: 0 or -
     inodes = int(free) if free.isdigit() and total not in ("0", "-") else None
     return read_room(path, sizes[0], writable=writable == "yes", inodes=inodes)
+
+
+def read_image_id(answer: str) -> str:
+    """'' where the node does not have the image, or its docker printed something else."""
+    with suppress(ImageFailed):
+        return read_image(answer).id
+    return ""
 
 
 def read_docker(answers: Mapping[str, CommandOutput]) -> Docker:

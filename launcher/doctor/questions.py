@@ -13,6 +13,7 @@ from launcher.doctor.node_facts import NodeFacts
 from launcher.doctor.parse import CONTENT, MARK, UNASKED, read_answers, read_clock, read_facts
 from launcher.doctor.smi import NPU_QUERY, NVIDIA_APPS_QUERY, NVIDIA_QUERY, TOOL_FOLDERS
 from launcher.errors import NodeFailed
+from launcher.image.docker import image_query
 from launcher.plan.commands import RUN_LABEL
 from launcher.plan.devices import ASCEND_MANAGERS, ASCEND_MOUNTS, ASCEND_NETWORK_MOUNTS, OTHER_NPU_SMI
 from launcher.ssh.transport import Transport
@@ -120,7 +121,7 @@ def probe(transport: Transport, inquiry: Inquiry, *, now: Callable[[], float]) -
 
 
 def questions(inquiry: Inquiry) -> dict[str, tuple[str, ...]]:
-    docker = DOCKER_QUESTIONS | {"image": ("docker", "image", "inspect", "--format", "{{.Id}}", inquiry.image)} if inquiry.image else {}
+    docker = DOCKER_QUESTIONS | {"image": image_query(inquiry.image)} if inquiry.image else {}
     contents = {f"{CONTENT}{place}": ("sh", "-c", DIGEST, "sh", path) for place, path in enumerate(inquiry.contents)}
     return {**QUESTIONS, "root": ("sh", "-c", ROOM, "sh", inquiry.root), **docker, **DEVICE_QUESTIONS[inquiry.accelerator], **contents}
 

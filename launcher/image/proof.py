@@ -1,6 +1,6 @@
-"""What was really built and tested, and where: images/proven.json, written by `make image-check ARGS=--prove`.
+"""What was built and tested, and where: images/proven.json, written by `make image-check ARGS=--prove`.
 
-A proof belongs to a lock, by its sha256. When the lock changes, the proof is one of an earlier lock until the checks run again.
+A proof belongs to a lock by its sha256. After the lock has changed, it is shown as a proof of an earlier lock until the checks run again.
 """
 
 import json
@@ -17,8 +17,8 @@ PROVEN_FILE = "images/proven.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """One stack on one architecture. `lock`: sha256; `base`: what it was built from, '' when it was only fetched; `size_bytes` of
-    the image, or of the fetched files; `shown`: what went well; `missing`: what was not there to try it on."""
+    """One stack on one architecture. `lock`: sha256; `base`: the base image, '' if the packages were only fetched; `size_bytes`: of the
+    image or of the fetched files; `shown`: what was tested; `missing`: what was not available for further tests."""
 
     stack: str
     architecture: str
@@ -35,7 +35,7 @@ class Proof:
 
 
 def read_proofs(root: Path) -> dict[str, Proof]:
-    """<stack>-<architecture> -> proof. Raises ImageFailed for a file that is not what we write."""
+    """<stack>-<architecture> -> proof. Raises ImageFailed for a file that `write_proof` would not write."""
     path = root / PROVEN_FILE
     try:
         rows: list[Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
@@ -46,7 +46,7 @@ def read_proofs(root: Path) -> dict[str, Proof]:
 
 
 def write_proof(root: Path, proof: Proof) -> None:
-    """Put a proof in the place of an earlier one."""
+    """Add a proof, or replace the earlier one."""
     proofs = {**read_proofs(root), proof.key: proof}
     rows = [asdict(proofs[key]) for key in sorted(proofs)]
     (root / PROVEN_FILE).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

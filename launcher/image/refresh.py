@@ -1,24 +1,25 @@
-"""`image refresh`: the only code that looks anything up. Resolves every lock with uv, asks the registries for the bases' digests.
+"""`omnilaunch image refresh`: the only command that looks versions up. Resolves every lock with uv, and asks the registries for the digests
+of the base images.
 
-What is asked for comes from two places: the versions of a row of images/versions.yaml, and pyproject.toml for all else. A lock that
-is there already is what uv prefers, so that a refresh changes only what has to change. All is resolved first and written then.
+The requirements are the versions of a row of images/versions.yaml, and pyproject.toml for everything else. uv prefers the versions of an
+existing lock, so that a refresh changes only what has to change. All locks are resolved before the first is written.
 
-A torch with a local version (2.13.0+cpu) is only on PyTorch's own index. Its row is asked there alone, and kept as it is where that
-index does not answer; the other packages are resolved beside the torch of the same version that the common index has, less what
-that one needs of an accelerator.
+A torch with a local version (2.13.0+cpu) exists only on PyTorch's own index. Its row is resolved there alone, and kept if that index does
+not answer. The other packages are resolved with the torch of the same version on the common index, without its accelerator libraries.
 """
 
 import re
 import tomllib
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.errors import ImageFailed
-from launcher.image.resolver import NEVER, IndexUnreachable, cut, find_uv, join, name_of, read_lock, resolve, version_of
-from launcher.image.stack import BUILD_LOCK, UNPINNED, VERSIONS_FILE, Stack, find_stack, torch_lock
-from trainer.contract import SpecError, decode
+from launcher.image.lock import join, name_of, read_lock, split_rows, version_of
+from launcher.image.registry import tag_digest
+from launcher.image.resolver import NEVER, IndexUnreachable, find_uv, resolve
+from launcher.image.stack import BUILD_LOCK, UNPINNED, VERSIONS_FILE, Stack, find_stack, read_table, torch_lock
 
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 HEADER = "# Written by: omnilaunch image refresh. Do not edit.\n"
@@ -29,20 +30,20 @@ ALONE = f"""# A local wheel with the same hash serves as well as the index.
 OWN_HEADS = {
     BUILD_LOCK: "# What builds the source distributions among the locked packages; installed before them.\n",
     "launcher.txt": "# The launcher's packages, CPython {python}, in agreement with the trainer's CPU lock.\n",
-    "dev.txt": "# What the tests need besides, CPython {python}, in agreement with both other locks.\n",
+    "dev.txt": "# What the tests need in addition, CPython {python}, in agreement with both other locks.\n",
 }
 BUILD_TOOLS = "setuptools>=77"
-# The stack and architecture of the environment that `make setup` fills: the launcher, the trainer and the tests together.
+# The stack and architecture of the environment that `make setup` installs: launcher, trainer and tests together.
 SETUP_STACK, SETUP_ARCHITECTURE = "cpu", "x86_64"
 ACCELERATOR_LIBRARIES = ("nvidia-", "cuda-", "triton")
-PLATFORM = "{}-manylinux_2_28"  # what most wheels ask of glibc; the oldest base, Ubuntu 22.04, has 2.35
+PLATFORM = "{}-manylinux_2_28"  # the glibc that most wheels need; the oldest base, Ubuntu 22.04, has 2.35
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LockTarget:
-    """One lock to write: `lock` below images/, for which stacks and architecture, and the torch that is asked for there."""
+    """One lock to write: its path below images/, its stacks and architecture, and the version of torch in it."""
 
     lock: str
     stacks: tuple[Stack, ...]
@@ -59,7 +60,7 @@ class LockTarget:
 
     @property
     def alone(self) -> bool:
-        """Whether torch has a lock of its own, installed before the rest."""
+        """Whether torch has a lock of its own, which is installed first."""
         return self.stacks[0].family != "cuda"
 
     @property
@@ -69,9 +70,9 @@ class LockTarget:
 
 
 def refresh(root: Path, *, stacks: tuple[str, ...], say: Say, upgrade: bool = False) -> tuple[Path, ...]:
-    """Resolve again and write; the files that changed. `stacks`: the rows to do, all of them when empty; the locks of the launcher
-    and of the tests go with the CPU's. `upgrade`: everything that no row pins takes its newest version. Raises ImageFailed with
-    every file as it was."""
+    """Resolve and write the locks; return the files that changed. `stacks`: the rows to resolve, all if empty; the locks of the launcher
+    and of the tests belong to the CPU's row. `upgrade`: take the newest version of everything that no row pins. When it raises
+    ImageFailed, no file has been changed."""
     uv, images = find_uv(), root / "images"
     versions = images / VERSIONS_FILE
     before = versions.read_text(encoding="utf-8")
@@ -95,8 +96,8 @@ def refresh(root: Path, *, stacks: tuple[str, ...], say: Say, upgrade: bool = Fa
 
 
 def targets(table: dict[str, Stack]) -> tuple[LockTarget, ...]:
-    """The locks of the table. A lock that is not there yet is named after its sibling. Raises ImageFailed for stacks that share a
-    lock and differ in what is in it."""
+    """The locks of the table. A new lock is named after the lock of another architecture. Raises ImageFailed for stacks that share a
+    lock and differ in its versions."""
     groups: dict[tuple[str, str], list[Stack]] = {}
     for stack in table.values():
         for architecture, lock in stack.locks.items():
@@ -119,18 +120,18 @@ def new_lock(stack: Stack, architecture: str) -> str:
 
 
 def torch_of(stack: Stack, architecture: str) -> str:
-    """The common index has torch for CUDA on x86_64; beside an NPU it is the one for the CPU."""
+    """The torch of the common index is for CUDA on x86_64; with an NPU the one for the CPU is used."""
     return f"{stack.torch}+cpu" if stack.family == "ascend" and architecture == "x86_64" else stack.torch
 
 
 def pins(stack: Stack, architecture: str) -> tuple[str, ...]:
-    """What the row asks for, as requirements; torch comes last."""
+    """The versions of the row as requirements, torch last."""
     plugin = (stack.plugin.replace(" ", "=="),) if stack.plugin else ()
     return (*(f"{name}=={version}" for name, version in stack.packages.items()), *plugin, f"torch=={torch_of(stack, architecture)}")
 
 
 def needs(root: Path, extra: str) -> list[str]:
-    """Requirements of pyproject.toml: of the launcher, or of one of its extras."""
+    """Requirements of pyproject.toml: of the launcher if `extra` is empty, else of that extra."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return list(project["optional-dependencies"][extra] if extra else project["dependencies"])
 
@@ -139,7 +140,7 @@ def needs(root: Path, extra: str) -> list[str]:
 
 
 def resolve_target(uv: str, target: LockTarget, root: Path, say: Say, upgrade: bool) -> dict[Path, str]:
-    """Path -> text of one lock, and of torch's own; nothing where torch's row is neither known nor to be had."""
+    """Path -> text of one lock and of its lock of torch; {} if torch's row is neither known nor available."""
     say(f"resolving {target.lock}")
     path, first = root / "images" / target.lock, target.stacks[0]
     known = read_lock(path) | read_lock(torch_lock(path))
@@ -155,7 +156,7 @@ def resolve_target(uv: str, target: LockTarget, root: Path, say: Say, upgrade: b
         python=target.python,
         platform=target.platform,
         kept={} if upgrade else {name: row for name, row in known.items() if name != "torch"},
-        overrides=beside_no_accelerator(uv, public, target) if local else (),
+        overrides=without_accelerator(uv, public, target) if local else (),
     )
     rows |= {"torch": torch_row} if local else {}
     say_changes(known, rows, say)
@@ -169,8 +170,8 @@ def resolve_target(uv: str, target: LockTarget, root: Path, say: Say, upgrade: b
 
 
 def local_torch(uv: str, target: LockTarget, known: str, say: Say) -> str:
-    """torch's row with its hashes, from PyTorch's index, or `known` where that does not answer; '' where there is neither.
-    Raises ImageFailed where the index has no such torch, and where a lock that is there would be lost."""
+    """torch's row with its hashes from PyTorch's index; `known` if that does not answer, '' if nothing is known. Raises ImageFailed if the
+    index has no such torch, or if the existing lock is for another version and would be lost."""
     wanted = f"torch=={target.torch}"
     try:
         return resolve(uv, [wanted], python=target.python, platform=target.platform, index=TORCH_INDEX, alone=True)["torch"]
@@ -187,17 +188,17 @@ def local_torch(uv: str, target: LockTarget, known: str, say: Say) -> str:
         return ""
 
 
-def beside_no_accelerator(uv: str, torch: str, target: LockTarget) -> tuple[str, ...]:
-    """Overrides with which `torch`, the common index's own build, stands for the CPU's: all packages take it, and its libraries
-    for an accelerator are left out."""
-    whole = resolve(uv, [torch], python=target.python, platform=target.platform)
-    return (torch, *(f"{name} ; {NEVER}" for name in whole if name.startswith(ACCELERATOR_LIBRARIES)))
+def without_accelerator(uv: str, torch: str, target: LockTarget) -> tuple[str, ...]:
+    """uv overrides with which `torch` of the common index replaces the CPU build: every package accepts it, and its accelerator
+    libraries are left out."""
+    packages = resolve(uv, [torch], python=target.python, platform=target.platform)
+    return (torch, *(f"{name} ; {NEVER}" for name in packages if name.startswith(ACCELERATOR_LIBRARIES)))
 
 
 def own_locks(uv: str, root: Path, stack: Stack, found: dict[Path, str], say: Say, upgrade: bool) -> dict[Path, str]:
-    """What builds, the launcher, and what the tests need besides, in agreement with `stack`'s lock as it was just `found`."""
+    """The locks of the build tools, the launcher and the tests, in agreement with `stack`'s lock in `found`."""
     locks, platform = root / "images" / "locks", PLATFORM.format(SETUP_ARCHITECTURE)
-    agreeing = cut(found.get(root / "images" / stack.locks[SETUP_ARCHITECTURE], ""))
+    agreeing = split_rows(found.get(root / "images" / stack.locks[SETUP_ARCHITECTURE], ""))
     texts = {}
     for name, wanted in ((BUILD_LOCK, [BUILD_TOOLS]), ("launcher.txt", needs(root, "")), ("dev.txt", needs(root, "dev"))):
         say(f"resolving locks/{name}")
@@ -210,7 +211,7 @@ def own_locks(uv: str, root: Path, stack: Stack, found: dict[Path, str], say: Sa
 
 
 def say_changes(before: dict[str, str], after: dict[str, str], say: Say) -> None:
-    """One line for a package that came, went or moved."""
+    """One line for each package that was added, removed or changed its version."""
     for name in sorted(before.keys() | after.keys()):
         old, new = (version_of(rows[name]) if name in rows else "none" for rows in (before, after))
         if old != new:
@@ -221,32 +222,17 @@ def say_changes(before: dict[str, str], after: dict[str, str], say: Say) -> None
 
 
 def look_up(base: str, known: str, say: Say) -> str:
-    """The digest of a base image, from its registry through the engine; `known` where that cannot be asked."""
-    import docker
-    import requests
-
+    """The digest that a base image has in its registry now; `known` when the registry does not answer."""
     try:
-        with closing(docker.from_env()) as engine:
-            return str(engine.images.get_registry_data(base).id)
-    except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
-        reason = getattr(error, "explanation", None) or str(error)
-        say(f"  {base}: its registry gave no digest, {known!r} is kept: {reason}")
+        return tag_digest(base)
+    except OSError as error:
+        say(f"  {base}: its registry gave no digest, {known!r} is kept: {error}")
         return known
 
 
-def read_table(text: str, path: Path) -> dict[str, Stack]:
-    """The rows, which may name locks that are yet to be written, unlike those that `load_stacks` takes."""
-    import yaml
-
-    try:
-        return {name: decode(Stack, {"name": name, **row}, f"stacks.{name}") for name, row in yaml.safe_load(text)["stacks"].items()}
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, SpecError) as error:
-        raise ImageFailed(f"{path}: cannot be read as a table of stacks: {error}") from error
-
-
 def rewrite_table(text: str, table: dict[str, Stack], path: Path) -> str:
-    """versions.yaml with its comments: only digests and the paths of locks become those of `table`. Raises ImageFailed where it
-    is laid out so that they would not."""
+    """versions.yaml with its comments and with the digests and lock paths of `table`. Raises ImageFailed for a layout in which they
+    cannot be replaced."""
     lines, stack = [], ""
     for line in text.splitlines():
         if head := re.match(r"  ([\w.-]+):$", line):
@@ -260,22 +246,22 @@ def rewrite_table(text: str, table: dict[str, Stack], path: Path) -> str:
     written = "\n".join(lines) + "\n"
     if wrong := [name for name, stack in read_table(written, path).items() if stack != table.get(name)]:
         keys = ", ".join(f"stacks.{name}" for name in wrong)
-        raise ImageFailed(f"{path}, {keys}: digest and locks must stand each on a line of its own, as in the other rows, to be rewritten")
+        raise ImageFailed(f"{path}, {keys}: to be rewritten, digest and locks must each be on a line of their own, as in the other rows")
     return written
 
 
 def write_all(texts: dict[Path, str]) -> tuple[Path, ...]:
-    """Write what differs, each file first beside its place and then all into place; the paths. Raises ImageFailed."""
+    """Write the files that differ, all to temporary names first and then renamed; return their paths. Raises ImageFailed."""
     changed = tuple(path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text)
-    beside = {path: path.with_name(f".{path.name}.new") for path in changed}
+    temporary = {path: path.with_name(f".{path.name}.new") for path in changed}
     try:
-        for path, new in beside.items():
+        for path, new in temporary.items():
             new.write_text(texts[path], encoding="utf-8")
     except OSError as error:
-        for new in beside.values():
+        for new in temporary.values():
             with suppress(OSError):
                 new.unlink(missing_ok=True)
-        raise ImageFailed(f"{path}: cannot be written: {error.strerror}; every file is as it was") from error
-    for path, new in beside.items():
+        raise ImageFailed(f"{path}: cannot be written: {error.strerror}; no file was changed") from error
+    for path, new in temporary.items():
         new.replace(path)
     return changed

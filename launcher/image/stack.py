@@ -1,13 +1,13 @@
-"""The stacks of images/versions.yaml, and the one image that matches a stack, an architecture and the trainer's source. Pure.
+"""The stacks of images/versions.yaml, and the one image that belongs to a stack, an architecture and the trainer's source. Writes nothing.
 
-The fingerprint covers all that the build reads: Dockerfile, entrypoint, lock, trainer. The git commit is a label given when
-building and no part of it, so that a commit which changes none of these rebuilds nothing.
+The fingerprint covers everything that the build reads: Dockerfile, entrypoint, locks, trainer. The git commit is not part of it, but a label
+that is set when the image is built, so that a commit which changes none of these files rebuilds nothing.
 """
 
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from launcher.errors import ImageFailed, suggest
 from trainer.contract import SCHEMA, SpecError, decode
@@ -20,25 +20,16 @@ LABEL = "io.omnilaunch."
 ENTRYPOINT = "entrypoint.sh"
 OPERATORS = "operators.py"
 SELFTEST = "selftest.py"
-TRAINER_FILES = ("*.py", "*.html")  # the page of a server lies beside its modules
+TRAINER_FILES = ("*.py", "*.html")  # page.html is served by stage serve
 BUILD_LOCK = "build.txt"
 LOCK = "lock.txt"
 TORCH_LOCK = "torch.txt"
 
 
-# Debian packages by family and stage: `run` stays in the image, `build` only in the stage that compiles.
-# libgomp1: the OpenMP runtime of the compiled operators. cuda, gcc and libc6-dev: triton compiles its launchers when a run begins.
-# ascend: the toolkit and its compiler are in the base.
-SYSTEM_PACKAGES: dict[str, dict[str, tuple[str, ...]]] = {
-    "cpu": {"run": ("libgomp1",), "build": ("g++", "libpython{python}-dev")},
-    "cuda": {"run": ("libgomp1", "gcc", "libc6-dev"), "build": ("g++", "libpython{python}-dev")},
-    "ascend": {"run": ("numactl", "libgomp1"), "build": ()},
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """One row: versions that belong together. `locks`: host architecture -> file below images/, '' = not resolved yet."""
+    """One row of the table: versions that belong together. `system_packages`: stage of the Dockerfile -> Debian packages; `image_gib`:
+    disk space for the unpacked image; `locks`: host architecture -> file below images/, '' = not resolved yet."""
 
     name: str
     title: str
@@ -53,6 +44,8 @@ class Stack:
     driver_minimum: str
     driver_maximum: str
     chip_architectures: tuple[str, ...]
+    system_packages: dict[str, tuple[str, ...]]
+    image_gib: int
     packages: dict[str, str]
     locks: dict[str, str]
     licence: str
@@ -64,9 +57,9 @@ class Stack:
         return tuple(self.locks)
 
     def covers(self, chip: str) -> bool:
-        """Whether code for `chip` is in the stack. Code for sm_XY runs on every sm_XZ with Z >= Y of the same major (NVIDIA,
-        CUDA binary compatibility); all other names must match."""
-        return chip in self.chip_architectures or any(binary_compatible(mine, chip) for mine in self.chip_architectures)
+        """Whether the stack holds code that runs on `chip`: code for sm_XY runs on every sm_XZ with Z >= Y of the same major version
+        (NVIDIA, CUDA binary compatibility); other names must be equal."""
+        return chip in self.chip_architectures or any(binary_compatible(compiled, chip) for compiled in self.chip_architectures)
 
 
 def binary_compatible(compiled: str, chip: str) -> bool:
@@ -80,8 +73,8 @@ def binary_compatible(compiled: str, chip: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Image:
-    """What `docker build` is given. `files`: path in the build context -> sha256. `lock` is below images/, '' = not resolved
-    yet. `tag` is the whole reference, `omnilaunch:<stack>-<fingerprint[:12]>`."""
+    """What `docker build` needs. `files`: path in the build context -> sha256; `lock`: below images/, '' = not resolved yet; `tag`: with
+    the repository, `omnilaunch:<stack>-<fingerprint[:12]>`."""
 
     stack: str
     architecture: str
@@ -96,29 +89,30 @@ class Image:
 
 
 def load_stacks(images: Path) -> dict[str, Stack]:
-    """Read images/versions.yaml. Raises ImageFailed naming file and key."""
-    import yaml
-
+    """Read images/versions.yaml. Raises ImageFailed naming file and key, also for a lock that does not exist."""
     path = images / VERSIONS_FILE
     try:
-        rows = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["stacks"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise ImageFailed(f"{path}: cannot be read as a table of stacks: {error}") from error
-    return {name: read_stack(name, row, path) for name, row in rows.items()}
+        stacks = read_table(path.read_bytes(), path)
+    except OSError as error:
+        raise ImageFailed(f"{path}: cannot be read: {error}") from error
+    for stack in stacks.values():
+        for architecture, lock in stack.locks.items():
+            if lock and not (images / lock).is_file():
+                raise ImageFailed(
+                    f"{path}, key stacks.{stack.name}.locks.{architecture}: the file {lock} does not exist; write it with: omnilaunch image refresh"
+                )
+    return stacks
 
 
-def read_stack(name: str, row: Any, path: Path) -> Stack:
-    """One row, held against the dataclass and against what the files beside it say."""
+def read_table(text: str | bytes, path: Path) -> dict[str, Stack]:
+    """The rows of versions.yaml, whose locks need not exist yet. `path` is for the error. Raises ImageFailed."""
+    import yaml
+
     try:
-        stack: Stack = decode(Stack, {"name": name, **row}, f"stacks.{name}")
-    except (SpecError, TypeError) as error:
-        raise ImageFailed(f"{path}: {error}") from error
-    for architecture, lock in stack.locks.items():
-        if lock and not (path.parent / lock).is_file():
-            raise ImageFailed(
-                f"{path}, key stacks.{name}.locks.{architecture}: there is no file {lock}; write it with: omnilaunch image refresh"
-            )
-    return stack
+        rows = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["stacks"]
+        return {name: decode(Stack, {"name": name, **row}, f"stacks.{name}") for name, row in rows.items()}
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, SpecError) as error:
+        raise ImageFailed(f"{path}: cannot be read as a table of stacks: {error}") from error
 
 
 def find_stack(stacks: dict[str, Stack], name: str) -> Stack:
@@ -128,8 +122,8 @@ def find_stack(stacks: dict[str, Stack], name: str) -> Stack:
 
 
 def render(stack: Stack, *, architecture: str, root: Path, base: str = "") -> Image:
-    """The image of a stack for one host architecture. `base` stands in for the stack's own base image. Reads files below
-    `root`, writes none. Raises ImageFailed for an architecture that the stack has no row for, or a file that is missing."""
+    """The image of a stack for one host architecture. `base` replaces the stack's base image. Reads files below `root`, writes none.
+    Raises ImageFailed if the stack has no such architecture, or a file is missing."""
     if architecture not in stack.locks:
         raise ImageFailed(
             f"stack {stack.name} has no {architecture} image (images/{VERSIONS_FILE}, key stacks.{stack.name}.locks); "
@@ -159,7 +153,7 @@ def render(stack: Stack, *, architecture: str, root: Path, base: str = "") -> Im
 
 
 def draw(stack: Stack, root: Path, *, base: str = "") -> str:
-    """The Dockerfile's text: the template of the family, filled from the row."""
+    """The Dockerfile: the template of the family, filled from the row."""
     return fill(f"{stack.family}.Dockerfile.j2", stack, root, base)
 
 
@@ -171,39 +165,22 @@ def draw_system(stack: Stack, root: Path, *, base: str = "") -> str:
 def fill(template: str, stack: Stack, root: Path, base: str) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
-        loader=FileSystemLoader(root / "images"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
+    loader = FileSystemLoader(root / "images")
+    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     return environment.get_template(template).render(
-        stack=stack,
-        base=base or pinned(stack),
-        base_given=bool(base),
-        labels=described(stack),
-        system=system_packages(stack),
+        stack=stack, base=base or pinned(stack), base_given=bool(base), labels=common_labels(stack), system=stack.system_packages
     )
-
-
-def system_packages(stack: Stack) -> dict[str, tuple[str, ...]]:
-    """Stage -> Debian packages."""
-    return {stage: tuple(name.format(python=stack.python) for name in names) for stage, names in SYSTEM_PACKAGES[stack.family].items()}
 
 
 def pinned(stack: Stack) -> str:
-    """The base as FROM takes it: by digest where one is known."""
+    """The base image for FROM: with its digest if that is known."""
     return stack.base if stack.digest == UNPINNED else f"{stack.base}@{stack.digest}"
 
 
-def described(stack: Stack) -> dict[str, str]:
-    """Labels that are the same for every architecture and commit, so that `docker inspect` tells what is inside."""
-    versions = {"python": stack.python, "torch": stack.torch, **stack.packages}
-    if stack.plugin:
-        name, version = stack.plugin.split()
-        versions[name] = version
+def common_labels(stack: Stack) -> dict[str, str]:
+    """The labels that do not depend on architecture and commit. `docker inspect` shows them."""
+    plugin = dict([stack.plugin.split()]) if stack.plugin else {}
+    versions = {"python": stack.python, "torch": stack.torch, **stack.packages, **plugin}
     return {
         "org.opencontainers.image.title": f"{REPOSITORY} {stack.name}",
         "org.opencontainers.image.description": stack.title,
@@ -215,20 +192,19 @@ def described(stack: Stack) -> dict[str, str]:
 
 
 def context_files(root: Path, lock: str) -> dict[str, Path]:
-    """Path in the build context -> file. Only what the image holds: a README or a test changes no fingerprint."""
-    images = root / "images"
+    """Path in the build context -> file. Only files that the image holds, so that a README or a test changes no fingerprint."""
+    images, trainer = root / "images", root / "trainer"
     files = {name: images / name for name in (ENTRYPOINT, OPERATORS, SELFTEST)} | {BUILD_LOCK: images / "locks" / BUILD_LOCK}
     if lock:
-        alone = torch_lock(images / lock)
-        files |= {LOCK: images / lock, **({TORCH_LOCK: alone} if alone.is_file() else {})}
-    trainer = root / "trainer"
+        torch = torch_lock(images / lock)
+        files |= {LOCK: images / lock, **({TORCH_LOCK: torch} if torch.is_file() else {})}
     found = sorted(path for pattern in TRAINER_FILES for path in trainer.rglob(pattern))
     return files | {f"trainer/{path.relative_to(trainer).as_posix()}": path for path in found}
 
 
 def torch_lock(lock: Path) -> Path:
-    """The lock of torch alone, beside the whole one, where torch has an index of its own: asked for one package, an index that
-    cannot be reached costs one look-up instead of one for every package."""
+    """The lock of torch alone, next to the lock of all packages, for a torch that has an index of its own. If that index cannot be
+    reached, pip then tries it for one package and not for every package."""
     return lock.with_name(f"{lock.stem}.torch.txt")
 
 
@@ -236,7 +212,7 @@ def digest(path: Path) -> str:
     try:
         return sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise ImageFailed(f"{path}: needed for the image and cannot be read: {error}") from error
+        raise ImageFailed(f"{path}: needed for the image, but cannot be read: {error}") from error
 
 
 def text_digest(text: str) -> str:
@@ -244,5 +220,5 @@ def text_digest(text: str) -> str:
 
 
 def fold(digests: dict[str, str]) -> str:
-    """One digest of many, by name, in the order of the names."""
+    """One digest of many named ones, sorted by name."""
     return text_digest("".join(f"{name}\0{value}\n" for name, value in sorted(digests.items())))

@@ -1,6 +1,5 @@
 """One start command per node, as argv tuples from birth. Pure: nothing here looks at this machine."""
 
-import re
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import PurePosixPath
@@ -36,9 +35,6 @@ DETERMINISTIC_VARIABLES = {
     },
     "cpu": {},
 }
-# Of docker's clients before 29, of those since (docker/cli 9ba1314d3a writes it small), and of podman's. "no such file or directory" and "no
-# such host" are an engine that does not answer.
-ABSENT = re.compile(r"no such (object|container|image)\b", re.IGNORECASE)
 # Library and the mark before a name that must match whole; torch's own store and checks go over gloo everywhere.
 SOCKET_INTERFACE = {"hccl": (("HCCL", "="), ("GLOO", "")), "nccl": (("NCCL", "="), ("GLOO", "")), "gloo": (("GLOO", ""),)}
 
@@ -111,11 +107,6 @@ def docker_command(config: Config, image: Image, spec: TrainSpec, rank: int, int
         stop=("docker", "kill", "--signal", "TERM", name),
         remove=("docker", "rm", "--force", name),
     )
-
-
-def is_absent(errors: str) -> bool:
-    """Whether what docker said on stderr is that there is no container or image of that name."""
-    return ABSENT.search(errors) is not None
 
 
 def attachment_of(config: Config, spec: TrainSpec, rank: int) -> Attachment:

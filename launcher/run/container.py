@@ -4,7 +4,8 @@ import time
 from collections.abc import Mapping
 
 from launcher.errors import NodeFailed
-from launcher.plan.commands import NodeCommand, data_env_file, data_name, env_file, is_absent
+from launcher.image.docker import is_absent
+from launcher.plan.commands import NodeCommand, data_env_file, data_name, env_file
 from launcher.ssh.transport import Transport
 
 NO_CONTAINER = "no container"

@@ -11,9 +11,11 @@ from launcher.image.docker import find
 from launcher.plan.plan import Plan, encode_spec
 from launcher.record.lock import is_asked_to_stop
 from launcher.record.record import keep_images
+from launcher.run.delivery.node_image import images_on, is_everywhere
 from launcher.run.delivery.peer_transfer import Peer
+from launcher.run.delivery.pull import pull
 from launcher.run.delivery.remote_build import build_on
-from launcher.run.delivery.ship import image_on, is_everywhere, pull, ship
+from launcher.run.delivery.ship import ship
 from launcher.run.delivery.sync import sync
 from launcher.run.gang import StartContext, clear_all, remove_by_name, start_checks, start_trainers
 from launcher.run.node_process import NodeProcess
@@ -21,7 +23,6 @@ from launcher.run.restart import copy_newest_checkpoint, restore_metrics
 from launcher.run.run_folder import FolderRequest, WorkingNode, create_folders, reopen_folders
 from launcher.run.session import Session
 from launcher.run.signals import Stopped, StopRequest
-from launcher.ssh.parallel import each
 from trainer.contract import SPEC_FILE
 
 MISSING_MOUNT = re.compile(r"bind source path does not exist: (?P<path>/.*?)\.?$", re.MULTILINE)  # moby, volume/mounts/validate.go
@@ -113,7 +114,7 @@ def deliver_image(plan: Plan, session: Session) -> None:
         )
     if not is_local(plan):
         configured = plan.config.cluster.working
-        peers = [Peer(site=node, address=entry.address or entry.host) for node, entry in zip(nodes, configured, strict=True)]
+        peers = [Peer(node=node, address=entry.address or entry.host) for node, entry in zip(nodes, configured, strict=True)]
         ship(image.tag, image_id, peers, session.here, session.say)
 
 
@@ -121,8 +122,7 @@ def record_image_ids(plan: Plan, session: Session) -> None:
     """Record which image each node has, by the id of its engine. Raises ImageFailed when a rerun would use another image than its record names: the
     same files built again give another one, since system packages are installed in their current versions."""
     nodes = working_nodes(plan, session)
-    asked = each(lambda node: image_on(node, plan.image.tag), nodes)
-    found = {node.command.host: image.id for node, image in zip(nodes, asked, strict=True) if image}
+    found = {node.command.host: image.id for node, image in zip(nodes, images_on(nodes, plan.image.tag), strict=True) if image}
     keep_images(found, Path(plan.folder))
     other = {host: image_id for host, image_id in found.items() if plan.image_id and image_id not in plan.image_id}
     if other:

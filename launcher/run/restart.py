@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from launcher.config.schema import Cluster
 from launcher.record.record import ATTEMPT_FILE, ATTEMPTS, Attempt, Failure, attempt_files, newest_name, step_of
 from launcher.redact import mask_credentials
-from launcher.run.delivery.ship import send
+from launcher.run.delivery.broadcast import send
 from launcher.run.run_folder import WorkingNode
 from launcher.ssh.parallel import each, together
 from trainer import contract

@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 LOOK_S = 0.05
 UNANSWERED = "it has not answered yet, and was waited for no more"
-FAN_OUT = 140  # threads at once, so that of 128 nodes and some spares none waits for another; they live as long as the call
+FAN_OUT = 140  # connections that are opened at once: enough for 128 nodes and some spares
 
 
 def connect_all(nodes: Sequence[Node], client: PoolContext, *, fan_out: int = FAN_OUT) -> tuple[Ssh, ...]:
@@ -41,7 +41,7 @@ def reach_all(nodes: Sequence[Node], client: PoolContext, *, fan_out: int = FAN_
     return attempt_each(connect, nodes, fan_out=fan_out)
 
 
-def each(function: Callable[[Item], Answer], items: Sequence[Item], *, fan_out: int = FAN_OUT) -> tuple[Answer, ...]:
+def each(function: Callable[[Item], Answer], items: Sequence[Item], *, fan_out: int | None = None) -> tuple[Answer, ...]:
     """`function` of every item side by side, answers in their order. One NodeFailed tells every failure."""
     answers = attempt_each(function, items, fan_out=fan_out)
     failures = [answer for answer in answers if isinstance(answer, NodeFailed)]
@@ -60,13 +60,15 @@ def attempt_each(
     function: Callable[[Item], Answer],
     items: Sequence[Item],
     *,
-    fan_out: int = FAN_OUT,
+    fan_out: int | None = None,
     until: Callable[[], bool] | None = None,
 ) -> tuple[Answer | NodeFailed, ...]:
-    """`function` of every item on at most `fan_out` threads: its answer, or its NodeFailed. Any other exception is a bug and goes on
-    as it is. When `until` comes true, an item without an answer is waited for no more; its call goes on by itself."""
+    """`function` of every item: its answer, or its NodeFailed. Any other exception is a bug and is raised as it is. Each item has a
+    thread of its own, since calls may wait for each other (pipes that are filled together, nodes that connect to each other); with
+    `fan_out` at most that many run at the same time, which is for independent calls only. When `until` becomes true, items without an
+    answer are not waited for any longer; their calls continue in the background."""
     crew = Workers(function, items)
-    for _ in range(min(fan_out, len(items))):
+    for _ in range(min(fan_out or len(items), len(items))):
         # a daemon: what hangs must not hold up the end of a program that was told to stop
         threading.Thread(target=crew.work, name="omnilaunch-crew", daemon=True).start()
     with crew.changed:

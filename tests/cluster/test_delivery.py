@@ -13,7 +13,7 @@ import pytest
 
 from launcher.config.schema import Cluster, Node
 from launcher.errors import NodeFailed
-from launcher.run.delivery import peer_transfer as relay, ship
+from launcher.run.delivery import peer_transfer, ship
 from launcher.run.delivery.peer_transfer import Peer
 from launcher.run.delivery.sync import sync
 from launcher.run.run_folder import WorkingNode
@@ -61,7 +61,7 @@ def peers(lab: Lab) -> Iterator[list[Peer]]:
     try:
         transports = connect_all(nodes, client)
         yield [
-            Peer(site=WorkingNode(command=command(ssh.host, rank), transport=counting(ssh)), address=ssh.host)
+            Peer(node=WorkingNode(command=command(ssh.host, rank), transport=counting(ssh)), address=ssh.host)
             for rank, ssh in enumerate(transports)
         ]
     finally:
@@ -112,7 +112,7 @@ def in_images(peers: list[Peer]) -> float:
     with subprocess.Popen(("docker", "save", TAG), stdout=subprocess.PIPE) as save:
         assert save.stdout is not None
         size = sum(map(len, iter(lambda: save.stdout.read(1 << 20), b"")))  # type: ignore[union-attr]
-    return sum(peer.site.transport.fed for peer in peers) / size  # type: ignore[attr-defined]
+    return sum(peer.node.transport.fed for peer in peers) / size  # type: ignore[attr-defined]
 
 
 def test_an_image_goes_from_host_to_host(
@@ -121,7 +121,7 @@ def test_an_image_goes_from_host_to_host(
     said = spread(image, peers, monkeypatch)
     for host in lab.hosts:
         assert host.run("docker", "image", "inspect", "--format", "{{.Id}}", TAG) == image
-        assert host.containers() == (), "no relay stays"
+        assert host.containers() == (), "no sending container stays"
     assert said[1:] == ["  1 node(s) serve 1 other(s), 1 wait", "  1 node(s) serve 1 other(s), 0 wait"]
     assert in_images(peers) == pytest.approx(1, rel=0.01)
     with capsys.disabled():
@@ -134,8 +134,8 @@ def test_where_a_firewall_stands_between_the_hosts_it_comes_from_here(
 ) -> None:
     """Packets between hosts are dropped without a word, those from here are not."""
     rules = [("INPUT", "-s", other.address, "-j", "DROP") for other in lab.hosts[1:]]
-    monkeypatch.setattr(relay, "CONNECT_S", 3)
-    monkeypatch.setattr(relay, "RELAY", relay.RELAY.replace("time.monotonic() + 30", "time.monotonic() + 6"))
+    monkeypatch.setattr(peer_transfer, "CONNECT_S", 3)
+    monkeypatch.setattr(peer_transfer, "ADMISSION_S", 6)
     for rule in rules:
         lab.hosts[0].run("iptables", "-I", *rule)
     try:
@@ -155,9 +155,9 @@ def test_files_come_to_the_same_place(lab: Lab, peers: list[Peer], tmp_path: Pat
         path = tmp_path / "set" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"content of {name}", encoding="utf-8")
-    sites, said = [peer.site for peer in peers], list[str]()
+    sites, said = [peer.node for peer in peers], list[str]()
     lab.hosts[2].run("sh", "-c", 'mkdir -p "$1" && echo mine >"$1/plain.json"', "sh", str(tmp_path / "set"), user=USER)
-    with pytest.raises(NodeFailed, match=rf"{lab.hosts[2].address} has other files under these names; nothing was copied"):
+    with pytest.raises(NodeFailed, match=rf"{lab.hosts[2].address} has other files with these names; nothing was copied"):
         sync([str(tmp_path / "set")], sites, HERE, said.append, token="t1")
     assert lab.hosts[0].run("ls", "-d", str(tmp_path), check=False) == "", "on no host"
     lab.hosts[2].run("rm", str(tmp_path / "set" / "plain.json"))

@@ -1,4 +1,4 @@
-"""A base image made on the spot, and images built from it: no registry is asked."""
+"""A base image made with debootstrap, and images built from it, without a registry."""
 
 import json
 import os
@@ -36,7 +36,7 @@ class Built:
 
 
 def run(*command: str) -> str:
-    """Standard output; an error shows what the command said."""
+    """Standard output; an error shows the output of the command."""
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout.strip()
@@ -44,7 +44,7 @@ def run(*command: str) -> str:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Debian 12 with its Python 3.11, as python:3.11-slim-bookworm would be; kept by the engine for the next time."""
+    """Debian 12 with its Python 3.11, in place of python:3.11-slim-bookworm; the engine keeps it for the next time."""
     if subprocess.run(("docker", "image", "inspect", BASE), capture_output=True).returncode == 0:
         return BASE
     folder = tmp_path_factory.mktemp("debian") / "root"
@@ -57,14 +57,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def pip_delivery() -> Delivery:
-    """What pip on this machine is told (`pip config`), a build is told as well: mirror, local wheels, CA bundle."""
+    """The settings of pip on this machine (`pip config`) for a build: mirror, local wheels, CA bundle."""
     lines = run(sys.executable, "-m", "pip", "config", "list").splitlines()
-    told = {key.split(".")[-1]: shlex.split(value)[0] for key, _, value in (line.partition("=") for line in lines)}
-    folder = told.get("find-links", "")
+    settings = {key.split(".")[-1]: shlex.split(value)[0] for key, _, value in (line.partition("=") for line in lines)}
+    folder = settings.get("find-links", "")
     return Delivery(
         find_links=folder if Path(folder).is_dir() else "",
-        ca_bundle=told.get("cert", ""),
-        index=told.get("index-url", ""),
+        ca_bundle=settings.get("cert", ""),
+        index=settings.get("index-url", ""),
         accept_licence=True,
     )
 
@@ -89,7 +89,7 @@ def make(delivery: Delivery) -> Callable[..., Built]:
 
 
 def copy_project(target: Path) -> Path:
-    """What an image is made from, as it is now: nobody's edit can come between two builds."""
+    """A copy of the sources of an image, so that no edit comes between two builds."""
     for folder in ("images", "trainer"):
         shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
     return target
@@ -107,19 +107,19 @@ def built(make: Callable[..., Built], project: Path) -> Built:
 
 @pytest.fixture
 def copied(built: Built, project: Path, tmp_path: Path) -> Path:
-    """The project again, to be changed. Its build context lies where it did before, as in the one folder that a user edits."""
+    """A copy of the project that a test may change. Its build context is that of the project, as in the one folder that a user edits."""
     (tmp_path / ".cache").symlink_to(project / ".cache")
     return copy_project(tmp_path)
 
 
 def tags() -> set[str]:
-    """Of all images of ours that the engine has."""
+    """The tags of all our images that the engine has."""
     return {tag for image in built_images() for tag in image.tags}
 
 
 @pytest.fixture(scope="session")
 def wheelhouse(delivery: Delivery, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that the CPU image is made of, fetched as for a site without a network."""
+    """All packages of the CPU image, fetched as for a site without a network."""
     folder, stack = tmp_path_factory.mktemp("wheelhouse"), load_stacks(ROOT / "images")["cpu"]
     fetch_wheels(stack, architecture="x86_64", root=ROOT, folder=folder, environ=os.environ, delivery=delivery, say=print)
     fetch_system(stack, architecture="x86_64", root=ROOT, folder=folder, delivery=delivery, on_line=print)
@@ -128,21 +128,21 @@ def wheelhouse(delivery: Delivery, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def inspect(name: str) -> dict[str, Any]:
-    """What the engine says about an image."""
+    """docker image inspect."""
     answer: dict[str, Any] = json.loads(run("docker", "image", "inspect", name))[0]
     return answer
 
 
 def in_container(image: str, *command: str, user: str = "1000:1000", network: str = "none", mounts: tuple[str, ...] = ()) -> str:
-    """Run in a container that can write nothing but /tmp and reach no network. Ranks need one: without it the host has no name."""
-    shut = ("--read-only", "--tmpfs", "/tmp:exec", "--network", network, "--cap-drop", "ALL", "--shm-size", "256m")
+    """Run in a container that can write only to /tmp and reach no network. Ranks need a network: without one the host has no name."""
+    restrictions = ("--read-only", "--tmpfs", "/tmp:exec", "--network", network, "--cap-drop", "ALL", "--shm-size", "256m")
     bound = tuple(part for mount in mounts for part in ("--mount", mount))
-    return run("docker", "run", "--rm", "--user", user, *shut, *bound, image, *command)
+    return run("docker", "run", "--rm", "--user", user, *restrictions, *bound, image, *command)
 
 
 @pytest.fixture
 def prove(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Keep what a test has shown, where the checks run with --prove; a test calls it last."""
+    """Write a proof to images/proven.json if the tests run with --prove; a test calls it last."""
 
     def prove(stack: str, architecture: str, **facts: Any) -> None:
         if request.config.getoption("--prove"):

@@ -16,8 +16,8 @@ class Wheel:
     modules: dict[str, dict[str, ast.AST | None]] = field(default_factory=dict)
 
     def names(self, module: str) -> dict[str, ast.AST | None]:
-        """Name -> its function's syntax tree, None for what is no plain function; stars and re-exports are followed. As with Python's own
-        import, a module is read once, and one that is imported in a circle sees what the other has so far."""
+        """Name -> the syntax tree of its function, None for anything else; `*` and re-exports are followed. As with Python's own import,
+        a module is read once, and in a circle of imports a module sees the names that the other has so far."""
         if module in self.modules:
             return self.modules[module]
         found = self.modules[module] = {}
@@ -56,7 +56,7 @@ class Wheel:
 
 
 def statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """Those that run on import: of the module, and under its conditions."""
+    """The statements that run on import, also those in `if`, `try` and `with`."""
     for node in ast.iter_child_nodes(tree):
         yield node
         if isinstance(node, ast.If | ast.Try | ast.ExceptHandler | ast.With):
@@ -64,7 +64,7 @@ def statements(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def parse(source: str) -> ast.Module:
-    """Others' sources warn of escape sequences of theirs."""
+    """Without the warnings about escape sequences in the sources of others."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -77,7 +77,7 @@ def read_wheel(path: Path) -> Wheel:
 
 
 def accepts(function: ast.AST | None, arguments: int) -> bool:
-    """Whether a call with so many positional arguments fits; what is no plain function is taken at its word."""
+    """Whether a function can be called with so many positional arguments; True for anything that is not a plain function."""
     if not isinstance(function, ast.FunctionDef):
         return True
     given = function.args

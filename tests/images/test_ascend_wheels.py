@@ -1,4 +1,4 @@
-"""Ascend without an NPU: its packages really fetched, and every name of torch_npu that we use looked up in its own sources."""
+"""Ascend without an NPU: its packages are fetched, and every name of torch_npu that we use is looked up in its sources."""
 
 import ast
 import os
@@ -10,9 +10,10 @@ from urllib.request import urlopen
 
 import pytest
 
+from launcher.image.lock import locked_packages
 from launcher.image.refresh import TORCH_INDEX, torch_of
 from launcher.image.stack import load_stacks
-from launcher.image.wheelhouse import fetch_wheels, locked_rows
+from launcher.image.wheelhouse import fetch_wheels
 from tests.images.conftest import ROOT, pip_delivery
 from tests.images.source import Wheel, accepts, read_wheel
 
@@ -28,7 +29,7 @@ LOCKS = {
     if lock
 }
 CASES = [(name, architecture) for (_, architecture), name in LOCKS.items()]
-# Of DeepSpeed's accelerator: tensor types that torch_npu's compiled part registers, and what only old plugins had.
+# Used by DeepSpeed's accelerator: tensor types that the compiled part of torch_npu registers, and names that only old plugins had.
 NOT_IN_SOURCES = {"npurt", "BFloat16Tensor", "ByteTensor", "DoubleTensor", "FloatTensor", "HalfTensor", "IntTensor", "LongTensor"}
 
 
@@ -53,7 +54,7 @@ def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
 @pytest.mark.parametrize(("stack", "architecture"), CASES)
 def test_the_lock_is_fetched_completely(stack: str, architecture: str, wheelhouse: Callable[[str, str], Path]) -> None:
     folder = wheelhouse(stack, architecture)
-    rows = locked_rows(ROOT / "images" / STACKS[stack].locks[architecture])
+    rows = locked_packages(ROOT / "images" / STACKS[stack].locks[architecture])
     assert len(list(folder.iterdir())) >= len(rows) > 40
     for file in folder.glob("*.whl"):
         platform = file.stem.split("-")[-1]
@@ -76,7 +77,7 @@ def plugin(folder: Path) -> Wheel:
 
 def calls_of_the_trainer() -> dict[str, int]:
     """Name under torch.npu -> the number of arguments that trainer/device/device.py calls it with."""
-    tree = ast.parse((ROOT / "trainer" / "device.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "trainer" / "device" / "device.py").read_text(encoding="utf-8"))
     (adapter,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "accelerator_device")
     return {
         node.func.attr: len(node.args)
@@ -108,7 +109,7 @@ def test_every_name_that_the_trainer_calls_is_in_the_plugin(
 
 @pytest.mark.parametrize("path", sorted((ROOT / "trainer").rglob("*.py")), ids=lambda path: path.name)
 def test_the_adapter_is_the_only_user_of_the_plugin(path: Path) -> None:
-    """So that the names above are all names."""
+    """Otherwise the tests above would not see all names."""
     used = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)}
     assert {name for name in used if name.startswith(("torch.npu.", "torch_npu."))} <= {"torch_npu.profiler"}
 
@@ -123,8 +124,8 @@ def test_every_name_of_the_profiler_is_in_the_plugin(stack: str, architecture: s
 
 @pytest.mark.parametrize(("stack", "architecture"), CASES)
 def test_every_fused_operator_is_in_the_plugin(stack: str, architecture: str, wheelhouse: Callable[[str, str], Path]) -> None:
-    """That they are there; what they compute was not run."""
-    tree = ast.parse((ROOT / "trainer" / "kernel.py").read_text(encoding="utf-8"))
+    """Only that they exist; they were not run."""
+    tree = ast.parse((ROOT / "trainer" / "kernels" / "fused.py").read_text(encoding="utf-8"))
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch.ops.npu"}
     sources = plugin(wheelhouse(stack, architecture)).sources.values()
     assert len(used) == 3

@@ -1,4 +1,4 @@
-"""A rendered run, carried out by its own scripts alone: the image built, the ranks started, a secret handed over, the run saved and ended."""
+"""A rendered run that its own scripts carry out: they build the image, start the ranks with a secret, save the run and end it."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def render(built: Built, project: Path, tmp_path: Path) -> Iterator[Callable[...
 
 
 def script(bundle: Path, *words: str, code: int = 0, node: int = 0, before: tuple[str, ...] = (), **environment: str) -> str:
-    """What the node's script says to both streams, its exit code as expected."""
+    """Both output streams of the node's script; its exit code must be `code`."""
     (path,) = bundle.glob(f"node{node}-*.sh")
     argv = (*before, str(path), *words)
     done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment, timeout=300)
@@ -59,7 +59,7 @@ def script(bundle: Path, *words: str, code: int = 0, node: int = 0, before: tupl
 
 @pytest.fixture
 def wheels(built: Built, project: Path, tmp_path: Path) -> tuple[str, ...]:
-    """The folder that build.sh is given here, with the local packages that the launcher's own build took."""
+    """The argument of build.sh: a folder with the local packages that the launcher's own build used."""
     files = local_files(project, built.image.lock, built.delivery)
     folder = tmp_path / "wheels"
     folder.mkdir()
@@ -106,7 +106,7 @@ def test_a_secret_arrives_whole_and_a_stopped_run_goes_on(render: Callable[..., 
 
 
 def own_networks() -> dict[str, str]:
-    """Interface -> address of this machine: the engine's bridge, and the way out."""
+    """Interface -> address of this machine, for the engine's bridge and the default route."""
     rows = [line.split() for line in run("ip", "-o", "-4", "address").splitlines()]
     own = {row[1]: row[3].split("/")[0] for row in rows}
     way = run("ip", "-o", "route", "get", "8.8.8.8").split()
@@ -114,7 +114,7 @@ def own_networks() -> dict[str, str]:
 
 
 def test_two_nodes_meet(render: Callable[..., tuple[Plan, Path]]) -> None:
-    """Both are this machine, by two of its addresses."""
+    """Both nodes are this machine, with two of its addresses."""
     nodes = ", ".join(f"{{host: {address}, address: {address}, interface: {name}}}" for name, address in own_networks().items())
     _, bundle = render(
         f"cluster.nodes=[{nodes}]", "cluster.shared=true", "cluster.devices_per_node=1", f"cluster.rendezvous_port={free_port()}"
@@ -127,8 +127,8 @@ def test_two_nodes_meet(render: Callable[..., tuple[Plan, Path]]) -> None:
 
 
 @pytest.fixture
-def lodging() -> Iterator[Path]:
-    """A folder of another user, who can walk to it, as to a folder of pytest's he cannot."""
+def foreign_folder() -> Iterator[Path]:
+    """A folder of another user, who can reach it; a folder of pytest is closed to others."""
     folder = Path(tempfile.mkdtemp(prefix="omnilaunch-"))
     os.chown(folder, 4321, 4321)
     yield folder
@@ -136,19 +136,19 @@ def lodging() -> Iterator[Path]:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
-def test_a_login_that_is_neither_root_nor_the_containers_user(render: Callable[..., tuple[Plan, Path]], lodging: Path) -> None:
-    plan, rendered = render(f"cluster.root={lodging}/site")
-    bundle = Path(shutil.copytree(rendered, lodging / "bundle"))
+def test_a_login_that_is_neither_root_nor_the_containers_user(render: Callable[..., tuple[Plan, Path]], foreign_folder: Path) -> None:
+    plan, rendered = render(f"cluster.root={foreign_folder}/site")
+    bundle = Path(shutil.copytree(rendered, foreign_folder / "bundle"))
     group = Path("/var/run/docker.sock").stat().st_gid
     before = ("setpriv", "--reuid", "4321", "--regid", "4321", "--groups", str(group))
-    script(bundle, before=before, HOME=str(lodging))
-    script(bundle, "follow", before=before, HOME=str(lodging))
+    script(bundle, before=before, HOME=str(foreign_folder))
+    script(bundle, "follow", before=before, HOME=str(foreign_folder))
     folder = Path(plan.spec.output)
     assert [path.name for path in folder.parent.iterdir()] == [plan.run_id]
     owners = {path.name: path.stat().st_uid for path in (folder.parent, folder, folder / "spec.json", folder / "metrics.jsonl")}
     assert owners == {"runs": 4321, plan.run_id: 1000, "spec.json": 1000, "metrics.jsonl": 1000}
-    script(bundle, "save", str(lodging / "kept"), before=before, HOME=str(lodging))
-    assert (lodging / "kept" / "node0" / "train_result.json").exists()
+    script(bundle, "save", str(foreign_folder / "kept"), before=before, HOME=str(foreign_folder))
+    assert (foreign_folder / "kept" / "node0" / "train_result.json").exists()
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""The CPU image, really built and really used: `make image-check`."""
+"""The CPU image is built and used: `make image-check`."""
 
 import time
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def test_the_trainer_starts_as_any_user_from_a_layer_it_cannot_write(built: Buil
 
 def test_compiled_operators_are_used_without_a_compiler(built: Built) -> None:
     launch = ("torchrun", "--standalone", "--nproc-per-node", "2", "--no-python", "python", "-c", OPERATORS)
-    # Without LOCAL_SIZE, which torchrun does not set, DeepSpeed's op takes the ranks for remote ones and crashes when it is called.
+    # Without LOCAL_SIZE, which torchrun does not set, DeepSpeed's operator assumes that the ranks are remote, and crashes.
     said = in_container(built.image.tag, "env", "LOCAL_SIZE=2", *launch, user="54321:100", network="bridge")
     assert said.count("uid 54321 operators used") == 2
     absent = in_container(built.image.tag, "python", "-c", "import shutil; print([shutil.which(n) for n in ('cc', 'gcc', 'g++', 'c++')])")
@@ -96,8 +96,8 @@ def test_an_unchanged_tree_builds_nothing(built: Built, make: Callable[..., Buil
 
 
 def fastest(act: Callable[[], Built], limit_s: float) -> tuple[Built, float]:
-    """The result and the seconds of the first of three attempts within the limit, or of the last: other work on this machine is not
-    what is measured."""
+    """The result and the seconds of the first of three attempts within the limit, or of the last one, since other work on this machine may
+    slow one down."""
     for _ in range(3):
         started = time.monotonic()
         made = act()
@@ -111,7 +111,7 @@ def test_one_line_of_the_trainer_rebuilds_in_seconds_and_adds_little(built: Buil
     made: list[Built] = []
 
     def change_and_make() -> Built:
-        with (copied / "trainer" / "loop.py").open("a", encoding="utf-8") as file:
+        with (copied / "trainer" / "train" / "loop.py").open("a", encoding="utf-8") as file:
             file.write(f"# one more line, {time.time_ns()}\n")
         made.append(make(copied))
         return made[-1]

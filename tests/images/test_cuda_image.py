@@ -1,5 +1,5 @@
-"""The lock of cuda126, really installed on a stand-in base without a GPU: versions, architectures, and the trainer's own tests on
-its torch 2.7.1. What needs a GPU is not run here."""
+"""The lock of cuda126, installed on a stand-in base without a GPU: versions, architectures, and the trainer's own tests with its torch
+2.7.1. Nothing that needs a GPU is run."""
 
 import shutil
 import sysconfig
@@ -17,13 +17,13 @@ pytestmark = pytest.mark.docker
 
 TEST_TOOLS = ("pytest", "iniconfig", "packaging", "pluggy", "pygments", "hypothesis", "sortedcontainers")
 TEST_TOOLS += ("hydra-core", "omegaconf", "antlr4-python3-runtime")  # the cells of tests/trainer/programs/test_cells.py are planned as a launch is
-# A driver's library is all that is missing: the same tests as on a laptop, on this image's torch.
+# Only the driver's library is missing: the tests of a machine without a GPU, with the torch of this image.
 ON_THE_CPU = ("env", "DS_ACCELERATOR=cpu", "PYTHONPATH=/tools:/project", "OMP_NUM_THREADS=1", "HYPOTHESIS_STORAGE_DIRECTORY=/tmp/examples")
 
 
 @pytest.fixture(scope="session")
 def cuda(make: Callable[..., Built], project: Path, request: pytest.FixtureRequest) -> Built:
-    """6 GB take a quarter of an hour: without --prove only for a lock that has not been proven yet."""
+    """6 GB take 15 minutes: without --prove it is built only if its lock has no proof yet."""
     proof = read_proofs(ROOT).get("cuda126-x86_64")
     proven = proof is not None and proof.lock == lock_digest(load_stacks(ROOT / "images")["cuda126"], "x86_64", ROOT)
     if proof is not None and proven and not request.config.getoption("--prove"):
@@ -33,7 +33,7 @@ def cuda(make: Callable[..., Built], project: Path, request: pytest.FixtureReque
 
 @pytest.fixture(scope="session")
 def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As they are installed here: pure Python, so any image of the same Python can take it."""
+    """Copies of the packages that are installed here. They are pure Python, so they run in any image with the same Python."""
     folder, site = tmp_path_factory.mktemp("tools"), Path(sysconfig.get_paths()["purelib"])
     folder.chmod(0o755)  # another user reads it
     for name in TEST_TOOLS:
@@ -57,7 +57,7 @@ def test_packages_agree(cuda: Built) -> None:
 
 
 def test_torch_holds_code_for_every_card(cuda: Built) -> None:
-    """torch.cuda.get_arch_list() is empty without a GPU, so its library is asked."""
+    """torch.cuda.get_arch_list() is empty without a GPU, so the flags of its library are read."""
     code = "import torch; print(torch.__version__, torch.version.cuda, torch._C._cuda_getArchFlags())"
     version, toolkit, *architectures = in_container(cuda.image.tag, "python", "-c", code).split()
     assert version.startswith("2.7.1") and toolkit == "12.6"

@@ -1,4 +1,4 @@
-"""Builds that cannot go well: each says why and what to do, and leaves no tag."""
+"""Builds that must fail: each reports why and what to do, and leaves no tag."""
 
 import os
 import re
@@ -25,7 +25,7 @@ def test_a_base_without_the_expected_python(built: Built, make: Callable[..., Bu
     dockerfile = f'FROM {built.delivery.base}\nRUN echo "{pretend}" > /usr/lib/python3/dist-packages/pretend.pth\n'
     subprocess.run(("docker", "build", "-q", "-t", name, "-"), input=dockerfile, text=True, capture_output=True, check=True)
     try:
-        with pytest.raises(ImageFailed, match=r"the base has Python 3\.9\.2[\s\S]*take a base with the Python of the lock"):
+        with pytest.raises(ImageFailed, match=r"the base has Python 3\.9\.2[\s\S]*use a base with the Python of the lock"):
             make(project, base=name)
         image = render(load_stacks(project / "images")["cpu"], architecture="x86_64", root=project, base=name)
         assert find(image) is None and image.tag not in tags()
@@ -33,7 +33,7 @@ def test_a_base_without_the_expected_python(built: Built, make: Callable[..., Bu
         run("docker", "image", "rm", name)
 
 
-def test_a_base_that_cannot_be_had(make: Callable[..., Built], project: Path) -> None:
+def test_a_base_that_is_not_available(make: Callable[..., Built], project: Path) -> None:
     with pytest.raises(ImageFailed, match=r"cluster\.delivery\.base=IMAGE"):
         make(project, base="registry.invalid/nothing:1")
 
@@ -97,8 +97,8 @@ def test_an_interrupted_build_leaves_no_tag(base: str) -> None:
 
 @pytest.fixture
 def small_engine(base: str, tmp_path: Path) -> Iterator[str]:
-    """A second engine whose disk holds 600 MB, with the base in it; its address. In a network of its own, since an engine without
-    a bridge takes the other's away."""
+    """The address of a second engine whose disk holds 600 MB and the base. It has a network namespace of its own, since an engine without
+    a bridge removes that of the other engine."""
     disk, socket = tmp_path / "disk", tmp_path / "docker.sock"
     disk.mkdir()
     run("mount", "-t", "tmpfs", "-o", "size=600m", "tmpfs", str(disk))

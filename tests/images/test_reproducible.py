@@ -1,4 +1,4 @@
-"""Two clean builds of one tree hold the same files, one of them built without a network."""
+"""Two clean builds of one tree have the same files, one of them built without a network."""
 
 import json
 import stat
@@ -45,11 +45,11 @@ def described(layer: tarfile.TarFile, entry: tarfile.TarInfo) -> tuple[str, int,
 def test_a_build_without_a_network_equals_the_first(
     built: Built, make: Callable[..., Built], project: Path, wheelhouse: Path, tmp_path: Path
 ) -> None:
-    """The first took its lower layers from the session's build, over the network. The second takes nothing over and has no network:
-    all its packages come from the wheelhouse."""
+    """The first build uses the cached layers of the session's build, which had a network. The second uses no cache and has no network: all
+    its packages come from the wheelhouse."""
     (tmp_path / ".cache").symlink_to(project / ".cache")
     root = copy_project(tmp_path)
-    with (root / "trainer" / "loop.py").open("a", encoding="utf-8") as file:
+    with (root / "trainer" / "train" / "loop.py").open("a", encoding="utf-8") as file:
         file.write(f"# one more line, {time.time_ns()}\n")
     first = make(root)
     second = make(root, fresh=True, wheelhouse=str(wheelhouse), find_links="", index="")

@@ -1,4 +1,4 @@
-"""A rerun in containers: the same bits from the record alone, and another image than the recorded one is refused by its id."""
+"""A rerun in containers is bitwise identical from the record alone; an image with another id than the recorded one is refused."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""`make train RUNTIME=docker` and the process runtime: one job, the same bits; and a container that is stopped is gone."""
+"""`make train RUNTIME=docker` and the process runtime give bitwise identical results; a stopped container is removed."""
 
 import json
 import os

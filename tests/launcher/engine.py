@@ -1,5 +1,5 @@
-"""Stand-ins for nodes with an engine: machines that are folders of this one, and a `docker` that keeps one image as a file. Streams, sockets
-and Python are real, so that what is tested is who sends what to whom, and what comes of a failure."""
+"""Nodes with a Docker engine that are folders of this machine: their `docker` keeps one image as a file. Streams, sockets and Python are
+real, so that the tests see what is sent to whom, and what follows from a failure."""
 
 import os
 import signal
@@ -13,14 +13,15 @@ from launcher.run.delivery.peer_transfer import Peer
 from launcher.run.run_folder import WorkingNode
 from launcher.ssh.transport import Local, Result
 
-# `$HOME` is the engine. Files in it make it fail: `half` (its save breaks off), `mute` (its containers say nothing), `full` (no load).
-# Like the engine's own, a load takes nothing in when the end is missing.
+# `$HOME` is the engine. Files in it make it fail: `half` (its save breaks off), `mute` (its containers print nothing), `full` (no load).
+# Like a real engine, a load changes nothing when the end of the stream is missing.
 DOCKER = f"""#!/bin/sh
 case "$1" in
   save) if [ -f "$HOME/half" ]; then head -c 300000 "$HOME/image"; exit 1; fi; cat "$HOME/image" ;;
   load) cat >"$HOME/part"; [ ! -f "$HOME/full" ] || {{ echo "no space left on device" >&2; exit 1; }}
     [ "$(tail -c 3 "$HOME/part")" = END ] || {{ echo "unexpected EOF" >&2; exit 1; }}; mv "$HOME/part" "$HOME/image" ;;
-  image) [ -f "$HOME/image" ] || {{ echo "Error: No such image" >&2; exit 1; }}; sha256sum <"$HOME/image" | cut -d" " -f1 ;;
+  image) [ -f "$HOME/image" ] || {{ echo "Error: No such image" >&2; exit 1; }}
+    printf '{{"Id":"sha256:%s"}}\\n' "$(sha256sum <"$HOME/image" | cut -d" " -f1)" ;;
   run) echo "$@" >>"$HOME/runs"; echo $$ >>"$HOME/pids"
     [ ! -f "$HOME/mute" ] || exec sleep 60
     while [ "$1" != -c ]; do shift; done; exec {sys.executable} "$@" ;;
@@ -44,8 +45,8 @@ class Engine(Local):
         return super().feed(argv, counted(), timeout_s=timeout_s)
 
 
-class Hall:
-    """The launcher's machine with an image, and nodes without, each on an address of its own."""
+class EngineCluster:
+    """The launcher's machine with an image, and nodes without it, each on an address of its own."""
 
     def __init__(self, folder: Path, count: int, size: int = 1_000_000) -> None:
         programs = folder / "programs"
@@ -57,7 +58,7 @@ class Hall:
         (self.source.home / "image").write_bytes(self.image)
         self.engines = [self.machine(f"host{rank}", folder, programs) for rank in range(count)]
         self.peers = tuple(
-            Peer(site=WorkingNode(command=command(engine.host, rank), transport=engine), address=f"127.0.1.{rank + 1}")
+            Peer(node=WorkingNode(command=command(engine.host, rank), transport=engine), address=f"127.0.1.{rank + 1}")
             for rank, engine in enumerate(self.engines)
         )
 
@@ -65,15 +66,15 @@ class Hall:
         (folder / host).mkdir()
         return Engine(host, folder / host, programs)
 
-    def having(self) -> list[int]:
-        """Ranks that have the image, whole."""
-        return [rank for rank, engine in enumerate(self.engines) if self.has(engine)]
+    def ranks_with_image(self) -> list[int]:
+        """Ranks that have the complete image."""
+        return [rank for rank, engine in enumerate(self.engines) if self.has_image(engine)]
 
-    def has(self, engine: Engine) -> bool:
+    def has_image(self, engine: Engine) -> bool:
         return (engine.home / "image").exists() and (engine.home / "image").read_bytes() == self.image
 
     def end(self) -> None:
-        """Containers that were stopped in their tracks."""
+        """End the containers that a test left stopped."""
         for path in (engine.home / "pids" for engine in self.engines):
             for pid in path.read_text(encoding="utf-8").split() if path.exists() else ():
                 with suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""A docker client that starts nothing: it keeps every word that it was given, and answers as an engine would that has no image."""
+"""A docker client that starts nothing: it records its arguments, and answers like an engine that has no image."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ esac
 
 
 class FakeDocker:
-    """`folder`: to stand in a PATH."""
+    """`folder`: for PATH."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -29,8 +29,8 @@ class FakeDocker:
         program.write_text(SCRIPT.format(calls=self.calls, folder=folder, info=INFO))
         program.chmod(0o755)
 
-    def told(self) -> list[tuple[str, ...]]:
-        """The words of each call, in their order."""
+    def commands(self) -> list[tuple[str, ...]]:
+        """The arguments of each call, in their order."""
         words = self.calls.read_bytes().decode().split("\0")[:-1] if self.calls.exists() else []
         calls = []
         while words:
@@ -41,5 +41,5 @@ class FakeDocker:
 
     @property
     def environment(self) -> str:
-        """The environment file that the last call named."""
+        """The text of the environment file of the last call."""
         return (self.folder / "env").read_bytes().decode()

@@ -1,5 +1,6 @@
 """Nodes for the doctor's tests: what a healthy one answers to each question, a transport that tells it, and plans to examine them for."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def healthy(address: str = HOSTS[0]) -> dict[str, str]:
         "docker_room": df(900_000_000, "/var/lib/docker"),
         "containers": "",
         "toolkit": "/usr/bin/nvidia-ctk\n",
-        "image": IMAGE_ID + "\n",
+        "image": json.dumps({"Id": IMAGE_ID}) + "\n",
     }
 
 

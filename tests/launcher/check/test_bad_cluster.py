@@ -221,6 +221,6 @@ def test_a_node_that_lets_nobody_in(
     for word in words:
         assert word in out + err
     assert "Accepted" in (lab.good.folder / "log").read_text(), "the good node was looked at"
-    assert {call[0] for call in lab.docker.told()} <= {"info", "--version", "ps", "image"}, "and nothing was started there"
+    assert {call[0] for call in lab.docker.commands()} <= {"info", "--version", "ps", "image"}, "and nothing was started there"
     assert not lab.root.exists() and not (Path.cwd() / "runs").exists()
     assert os.environ["HOME"] == str(lab.home), "the real ~/.ssh is neither read nor written"

@@ -256,8 +256,8 @@ COMPARED_ILLS: dict[str, tuple[Ill, ...]] = {
     ),
     "same_contents": (Ill(words=DATA, answers={"content2": "folder\ndd  -\n"}, says="/d/images is dd, on the others cc", fix="rsync"),),
     "same_image": (
-        Ill(answers={"image": "sha256:cdcd\n"}, says="has the id sha256:cdcd", fix="docker image rm", level="warning"),
-        Ill(words=PULL, answers={"image": "sha256:cdcd\n"}, says="has the id sha256:cdcd", fix="docker image rm"),
+        Ill(answers={"image": '{"Id": "sha256:cdcd"}\n'}, says="has the id sha256:cdcd", fix="docker image rm", level="warning"),
+        Ill(words=PULL, answers={"image": '{"Id": "sha256:cdcd"}\n'}, says="has the id sha256:cdcd", fix="docker image rm"),
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Proofs: written, read again, shown beside the lock that they belong to."""
+"""Proofs are written, read again, and shown with the lock that they belong to."""
 
 import shutil
 from dataclasses import replace
@@ -26,7 +26,7 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_later_proof_takes_the_place_of_an_earlier_one(project: Path) -> None:
+def test_a_later_proof_replaces_an_earlier_one(project: Path) -> None:
     assert read_proofs(project) == {}
     write_proof(project, PROOF)
     write_proof(project, replace(PROOF, stack="cpu"))
@@ -46,11 +46,11 @@ def test_stacks_that_share_a_lock_share_what_was_fetched(project: Path) -> None:
     lock = lock_digest(STACKS["ascend910c"], "aarch64", ROOT)
     write_proof(project, replace(PROOF, stack="ascend910c", architecture="aarch64", lock=lock, base="", shown=("56 files fetched",)))
     text = describe_stacks(STACKS, project)
-    assert text.count("| not built, fetched | 56 files fetched |") == 2
+    assert text.count("| not built, only fetched | 56 files fetched |") == 2
 
 
 @pytest.mark.parametrize("text", ["{", "[3]", '[{"stack": "cpu"}]', "3"])
-def test_a_file_that_is_not_ours_is_refused(project: Path, text: str) -> None:
+def test_a_file_that_was_not_written_by_us_is_refused(project: Path, text: str) -> None:
     (project / PROVEN_FILE).write_text(text, encoding="utf-8")
     with pytest.raises(ImageFailed, match=r"proven\.json: .*make image-check ARGS=--prove"):
         read_proofs(project)

@@ -1,6 +1,5 @@
-"""Refreshing the locks: what is asked for, that nothing is half written, and the real uv on a folder of wheels."""
+"""Refreshing the locks: the requirements, that files are written all or none, and the real uv with an index of empty wheels."""
 
-import json
 import os
 import re
 import shutil
@@ -18,11 +17,11 @@ import pytest
 
 import launcher.image.refresh as module
 from launcher.errors import ImageFailed
+from launcher.image.lock import join, name_of, read_lock, split_rows
 from launcher.image.refresh import (
     TORCH_INDEX,
     LockTarget,
     local_torch,
-    look_up,
     needs,
     new_lock,
     pins,
@@ -32,8 +31,8 @@ from launcher.image.refresh import (
     torch_of,
     write_all,
 )
-from launcher.image.resolver import IndexUnreachable, cut, find_uv, join, name_of, read_lock, resolve
-from launcher.image.stack import UNPINNED, load_stacks
+from launcher.image.resolver import IndexUnreachable, find_uv, resolve
+from launcher.image.stack import load_stacks
 
 ROOT = Path(__file__).resolve().parents[3]
 STACKS = load_stacks(ROOT / "images")
@@ -53,7 +52,7 @@ def contents(project: Path) -> dict[Path, bytes]:
 
 
 def package(index: Path, name: str, version: str, *wants: str) -> str:
-    """The sha256 of a real wheel of an empty package, which asks for others."""
+    """Add a wheel of an empty package with dependencies; its sha256."""
     index.mkdir(parents=True, exist_ok=True)
     stem = f"{name.replace('-', '_')}-{version}"
     path, info = index / f"{stem}-py3-none-any.whl", f"{stem}.dist-info"
@@ -67,7 +66,7 @@ def package(index: Path, name: str, version: str, *wants: str) -> str:
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of wheels, served as the two indexes that uv asks: torch with a local version on one, all else on the other."""
+    """A folder of wheels, served as two indexes: PyTorch's with local versions only, and the common one with all others."""
     folder = tmp_path / "index"
 
     class Handler(BaseHTTPRequestHandler):
@@ -145,10 +144,10 @@ def script(path: Path, text: str) -> str:
 
 
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
-def test_every_lock_is_of_our_making_and_names_no_index_but_torchs(path: Path) -> None:
+def test_every_lock_was_written_by_refresh_and_names_no_index_but_pytorchs(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert text.startswith(module.HEADER)
-    blocks = cut(text)
+    blocks = split_rows(text)
     assert list(blocks) == sorted(blocks)
     assert join(blocks) == "".join(line for line in text.splitlines(True) if not line.startswith(("#", "--extra-index-url")))
     assert {line for line in text.splitlines() if "://" in line} <= {f"--extra-index-url {TORCH_INDEX}"}
@@ -166,7 +165,7 @@ def test_the_locks_to_write() -> None:
 
 
 def test_requirements_come_from_pyproject() -> None:
-    assert {"hydra-core", "fabric", "docker"} <= set(map(name_of, needs(ROOT, "")))
+    assert {"hydra-core", "fabric", "packaging"} <= set(map(name_of, needs(ROOT, "")))
     assert {"deepspeed", "scikit-learn"} <= set(map(name_of, needs(ROOT, "trainer")))
     assert "uv" in map(name_of, needs(ROOT, "dev"))
     assert name_of("types-PyYAML") == "types-pyyaml" and name_of("jinja2>=3.1,<4") == "jinja2"
@@ -194,7 +193,7 @@ def test_the_real_uv_resolves_with_hashes(index: Path) -> None:
 def test_a_whole_refresh_with_the_real_uv(project: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(index)
     monkeypatch.setattr(module, "look_up", lambda base, known, say: f"sha256:{'5' * 64}")
-    (project / "images" / "locks" / "dev.txt").unlink()  # a file that the table or the Makefile names, and that is yet to be written
+    (project / "images" / "locks" / "dev.txt").unlink()  # a lock that does not exist yet
     before, said = contents(project), list[str]()
     found = refresh(project, stacks=("cpu", "ascend910b"), say=said.append, upgrade=True)
 
@@ -235,10 +234,10 @@ def test_a_whole_refresh_with_the_real_uv(project: Path, index: Path, monkeypatc
     assert after == cpu, "what is locked stays, though the index has a newer one"
 
 
-@pytest.mark.parametrize("answer", ["<html>blocked</html>", "alpha==1.0", "alpha==1.0 \\\\\n    --hash=md5:1", ""])
-def test_an_answer_that_is_no_lock_is_refused(tmp_path: Path, answer: str) -> None:
-    uv = script(tmp_path / "uv", f'while [ "$1" != --output-file ]; do shift; done; printf \'{answer}\\n\' > "$2"')
-    with pytest.raises(ImageFailed, match=r"uv's answer for x86_64.*(is no lock with hashes|lacks alpha).*make setup"):
+@pytest.mark.parametrize("output", ["<html>blocked</html>", "alpha==1.0", "alpha==1.0 \\\\\n    --hash=md5:1", ""])
+def test_output_that_is_not_a_lock_is_refused(tmp_path: Path, output: str) -> None:
+    uv = script(tmp_path / "uv", f'while [ "$1" != --output-file ]; do shift; done; printf \'{output}\\n\' > "$2"')
+    with pytest.raises(ImageFailed, match=r"uv's output for x86_64.*(is not a lock with hashes|lacks alpha).*make setup"):
         resolve(uv, ["alpha"], python="3.11", platform="x86_64-manylinux_2_28")
 
 
@@ -278,7 +277,7 @@ def test_nothing_is_written_when_one_file_cannot_be(project: Path) -> None:
     first, second = project / "pyproject.toml", project / "images" / "versions.yaml"
     second.with_name(".versions.yaml.new").mkdir()
     before = contents(project)
-    with pytest.raises(ImageFailed, match=r"versions\.yaml: cannot be written: Is a directory; every file is as it was"):
+    with pytest.raises(ImageFailed, match=r"versions\.yaml: cannot be written: Is a directory; no file was changed"):
         write_all({first: "one", second: "two"})
     assert contents(project) == before
 
@@ -297,9 +296,9 @@ def test_an_unknown_stack_is_refused(project: Path) -> None:
         refresh(project, stacks=("cuda12",), say=lambda line: None)
 
 
-def test_a_missing_uv_says_what_brings_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_uv_is_reported_with_what_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    with pytest.raises(ImageFailed, match=r"uv is not there.*make setup"):
+    with pytest.raises(ImageFailed, match=r"uv does not exist.*make setup"):
         find_uv()
 
 
@@ -328,46 +327,5 @@ def test_a_table_laid_out_in_another_way_is_refused(old: str, new: str) -> None:
     start = text.index("  cuda126:")
     other = text[:start] + text[start:].replace(old, new, 1)
     row = replace(STACKS["cuda126"], digest="sha256:1", locks={"x86_64": "locks/new.txt"})
-    with pytest.raises(ImageFailed, match=r"versions\.yaml, stacks\.cuda126: digest and locks must stand each on a line of its own"):
+    with pytest.raises(ImageFailed, match=r"versions\.yaml, stacks\.cuda126: to be rewritten, digest and locks must each be on a line of their own"):
         rewrite_table(other, STACKS | {"cuda126": row}, path)
-
-
-@pytest.fixture
-def registry() -> Iterator[tuple[str, str]]:
-    """As little of a registry as answers for one manifest, on this machine, where engines need no TLS."""
-    manifest = json.dumps({
-        "schemaVersion": 2, "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
-        "config": {"mediaType": "application/vnd.docker.container.image.v1+json", "size": 2, "digest": f"sha256:{'1' * 64}"}, "layers": [],
-    }).encode()  # fmt: skip
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = manifest if "/manifests/" in self.path else b"{}"
-            self.send_response(200)
-            self.send_header("Content-Type", "application/vnd.docker.distribution.manifest.v2+json")
-            self.send_header("Docker-Content-Digest", f"sha256:{sha256(body).hexdigest()}")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        do_HEAD = do_GET
-
-        def log_message(self, format: str, *arguments: object) -> None:
-            return
-
-    with serving(Handler) as address:
-        yield address, f"sha256:{sha256(manifest).hexdigest()}"
-
-
-@pytest.mark.docker
-def test_a_digest_is_asked_of_the_registry(registry: tuple[str, str]) -> None:
-    address, digest = registry
-    assert look_up(f"{address}/library/python:3.11", UNPINNED, print) == digest
-
-
-@pytest.mark.docker
-def test_a_registry_that_does_not_answer_leaves_what_is_known() -> None:
-    said: list[str] = []
-    assert look_up("registry.invalid/python:3.11", UNPINNED, said.append) == UNPINNED
-    assert "registry.invalid/python:3.11: its registry gave no digest, 'unpinned' is kept" in said[0]

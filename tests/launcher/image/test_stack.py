@@ -30,7 +30,7 @@ def pins(path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A copy of what an image is made from, free to be changed."""
+    """A copy of the sources of an image, which a test may change."""
     for folder in ("images", "trainer"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
@@ -86,7 +86,7 @@ def test_an_unknown_stack_is_answered_with_the_valid_ones() -> None:
 
 
 @pytest.mark.parametrize(("stack", "architecture"), LOCKED, ids=lambda value: getattr(value, "name", value))
-def test_a_lock_holds_what_its_row_says(stack: Stack, architecture: str) -> None:
+def test_a_lock_has_the_versions_of_its_row(stack: Stack, architecture: str) -> None:
     locked = pins(ROOT / "images" / stack.locks[architecture])
     assert locked["torch"] == torch_of(stack, architecture)
     assert {name: locked[name] for name in stack.packages} == stack.packages
@@ -121,7 +121,7 @@ def test_the_tools_agree_with_the_cpu_lock(name: str) -> None:
     assert {key: value for key, value in mine.items() if reference.get(key, value) != value} == {}
 
 
-def test_torch_alone_is_the_torch_of_the_whole_lock() -> None:
+def test_the_lock_of_torch_has_the_torch_of_the_complete_lock() -> None:
     pairs = [(lock, torch_lock(lock)) for lock in LOCKS if torch_lock(lock).is_file()]
     assert len(pairs) == 4
     for whole, alone in pairs:
@@ -148,7 +148,7 @@ def test_rendering_writes_the_same_bytes_again(project: Path) -> None:
 
 
 @pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)
-def test_every_dockerfile_keeps_the_rules(stack: Stack) -> None:
+def test_every_dockerfile_follows_the_rules(stack: Stack) -> None:
     lines = [line for line in draw(stack, ROOT).splitlines() if line and not line.startswith("#")]
     text = "\n".join(lines)
     assert lines[-1] == "COPY trainer trainer", "the code changes most, so it comes last"
@@ -184,7 +184,7 @@ def test_a_digest_pins_the_base_and_a_given_base_replaces_it(project: Path) -> N
     assert "FROM mirror.example/python:3.11 AS base" in draw(stack, project, base="mirror.example/python:3.11")
 
 
-def test_the_fingerprint_follows_what_the_image_holds(project: Path) -> None:
+def test_the_fingerprint_depends_on_what_is_in_the_image(project: Path) -> None:
     before = cpu(project)
     assert cpu(project) == before == cpu(ROOT)
     (project / "trainer" / "README.md").write_text("a note\n", encoding="utf-8")
@@ -204,7 +204,16 @@ def test_one_changed_line_changes_the_fingerprint(project: Path, name: str) -> N
     assert cpu(project) != before
 
 
-def test_another_architecture_is_refused_with_those_there_are() -> None:
+@pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)
+def test_a_stack_says_its_system_packages_and_its_size(stack: Stack) -> None:
+    assert set(stack.system_packages) == {"run", "build"} and "libgomp1" in stack.system_packages["run"]
+    assert all(name == f"libpython{stack.python}-dev" for name in stack.system_packages["build"] if name.startswith("libpython"))
+    assert stack.image_gib > 0 and "image_gib" in stack.sources
+    dockerfile = draw(stack, ROOT)
+    assert all(" ".join(names) in dockerfile for names in stack.system_packages.values())
+
+
+def test_another_architecture_is_refused_with_the_valid_ones() -> None:
     with pytest.raises(ImageFailed, match=r"stack cpu has no riscv64 image .*stacks\.cpu\.locks.* it has: x86_64"):
         render(STACKS["cpu"], architecture="riscv64", root=ROOT)
 

@@ -1,4 +1,4 @@
-"""A wheelhouse against its lock: whole, or named file by file. pip itself fetches, from a folder."""
+"""A wheelhouse is compared with its lock: complete, or every wrong file is named. pip itself fetches, from a folder."""
 
 import json
 import os
@@ -8,9 +8,11 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from packaging.version import Version
 
 from launcher.config.schema import Delivery
 from launcher.errors import ImageFailed
+from launcher.image.lock import locked_packages, packages_of
 from launcher.image.stack import load_stacks
 from launcher.image.wheelhouse import (
     MANIFEST,
@@ -19,8 +21,6 @@ from launcher.image.wheelhouse import (
     download_command,
     fetch_wheels,
     local_files,
-    locked_rows,
-    rows_of,
     run_pip,
     system_files,
     write_manifest,
@@ -31,7 +31,7 @@ CPU = load_stacks(ROOT / "images")["cpu"]
 
 
 def wheel(folder: Path, name: str, version: str, platform: str = "any") -> Path:
-    """A real wheel of an empty package."""
+    """Add a wheel of an empty package."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{version}-{'py3-none' if platform == 'any' else 'cp311-cp311'}-{platform}.whl"
     info = f"{name}-{version}.dist-info"
@@ -50,7 +50,7 @@ def row(path: Path) -> str:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A project whose lock asks for two packages, one of them for aarch64; `index` has both, as well as their x86_64 twin."""
+    """A project whose lock has two packages, one of them for aarch64; `index` has both, and the second one for x86_64 too."""
     index, locks = tmp_path / "index", tmp_path / "project" / "images" / "locks"
     locks.mkdir(parents=True)
     tools = wheel(index, "tools", "1.0")
@@ -72,7 +72,7 @@ def fetch(project: Path, folder: Path) -> tuple[Path, ...]:
     )
 
 
-def test_fetch_takes_the_files_of_the_asked_architecture(project: Path, tmp_path: Path) -> None:
+def test_fetch_downloads_the_files_of_the_given_architecture(project: Path, tmp_path: Path) -> None:
     folder = tmp_path / "house"
     names = {path.name for path in fetch(project, folder)}
     assert names == {"tools-1.0-py3-none-any.whl", "alpha-1.0-py3-none-any.whl", "beta-2.0-cp311-cp311-manylinux_2_28_aarch64.whl"}
@@ -82,13 +82,13 @@ def test_fetch_takes_the_files_of_the_asked_architecture(project: Path, tmp_path
     assert set(found) == names
 
 
-def test_a_file_that_the_lock_does_not_know_is_not_fetched(project: Path, tmp_path: Path) -> None:
+def test_a_file_whose_hash_is_not_in_the_lock_is_not_fetched(project: Path, tmp_path: Path) -> None:
     wheel(project.parent / "index", "alpha", "1.0").write_bytes(b"another")
     with pytest.raises(ImageFailed, match=r"not fetched \(pip ended with 1\)[\s\S]*DO NOT MATCH THE HASHES"):
         fetch(project, tmp_path / "house")
 
 
-def test_a_missing_lock_says_which_there_are(tmp_path: Path) -> None:
+def test_a_missing_lock_is_reported_with_the_existing_ones(tmp_path: Path) -> None:
     with pytest.raises(ImageFailed, match=r"stack cpu has no lock for riscv64 .*stacks\.cpu\.locks.*it has: .*x86_64"):
         fetch_wheels(
             CPU, architecture="riscv64", root=ROOT, folder=tmp_path, environ={}, delivery=Delivery(), say=lambda line: None
@@ -107,7 +107,7 @@ def test_missing_and_altered_files_are_all_named(project: Path, tmp_path: Path) 
     assert "omnilaunch image fetch" in said
 
 
-def test_a_folder_of_find_links_may_have_some_only(project: Path, tmp_path: Path) -> None:
+def test_a_folder_of_find_links_need_not_have_all(project: Path, tmp_path: Path) -> None:
     some = tmp_path / "some"
     wheel(some, "alpha", "1.0"), wheel(some, "stray", "3.0")
     found = local_files(project, "locks/cpu-aarch64.txt", Delivery(find_links=str(some)))
@@ -118,14 +118,14 @@ def test_a_folder_of_find_links_may_have_some_only(project: Path, tmp_path: Path
 @pytest.mark.parametrize("lock", sorted((ROOT / "images" / "locks").glob("*.txt")), ids=lambda path: path.name)
 def test_every_row_of_every_lock_has_hashes(lock: Path) -> None:
     text = lock.read_text(encoding="utf-8")
-    rows = locked_rows(lock)
+    rows = locked_packages(lock)
     assert len(rows) == text.count("==") and len({row.name for row in rows}) == len(rows)
 
 
 def test_a_row_without_a_hash_is_refused(tmp_path: Path) -> None:
     (tmp_path / "lock.txt").write_text("alpha==1.0\n", encoding="utf-8")
-    with pytest.raises(ImageFailed, match=r"alpha has no hash; .*omnilaunch image refresh"):
-        tuple(rows_of(tmp_path / "lock.txt"))
+    with pytest.raises(ImageFailed, match=r"alpha==1\.0 has no hash; .*omnilaunch image refresh"):
+        tuple(packages_of(tmp_path / "lock.txt"))
 
 
 @pytest.mark.parametrize(("file", "key"), [
@@ -133,20 +133,67 @@ def test_a_row_without_a_hash_is_refused(tmp_path: Path) -> None:
     ("huggingface_hub-2.4.0-py3-none-any.whl", ("huggingface-hub", "2.4.0")),
     ("deepspeed-0.19.8.tar.gz", ("deepspeed", "0.19.8")),
     ("ruamel.yaml-0.19.1-py3-none-any.whl", ("ruamel-yaml", "0.19.1")),
+    ("antlr4-python3-runtime-4.9.3.tar.gz", ("antlr4-python3-runtime", "4.9.3")),
+    ("flash-attn-2.8.3.post1.tar.gz", ("flash-attn", "2.8.3.post1")),
+    ("zope.interface-7.0.zip", ("zope-interface", "7.0")),
+    ("backports.zoneinfo-0.2.1.tar.bz2", ("backports-zoneinfo", "0.2.1")),
+    ("jaraco.text-4.0.tgz", ("jaraco-text", "4.0")),
+    ("mpi4py-4.1.0-1-cp311-cp311-linux_x86_64.whl", ("mpi4py", "4.1.0")),
+    ("PyYAML-6.0.tar.gz", ("pyyaml", "6.0")),
 ])  # fmt: skip
 def test_names_and_versions_of_files(tmp_path: Path, file: str, key: tuple[str, str]) -> None:
     (tmp_path / file).touch()
     (tmp_path / "notes.txt").touch()
-    assert distributions((tmp_path,)) == {key: (tmp_path / file,)}
+    name, version = key
+    assert distributions(tmp_path)[0] == {(name, Version(version)): (tmp_path / file,)}
+
+
+def test_a_version_of_a_file_is_compared_as_a_version(tmp_path: Path) -> None:
+    """pytz-2024.01 is version 2024.1, and 1.0 equals 1.0.0 (PEP 440)."""
+    (tmp_path / "pytz-2024.01.tar.gz").touch()
+    assert ("pytz", Version("2024.1.0")) in distributions(tmp_path)[0]
+
+
+def test_a_source_distribution_with_a_hyphen_in_its_name_is_found_and_listed(tmp_path: Path) -> None:
+    source = tmp_path / "antlr4-python3-runtime-4.9.3.tar.gz"
+    old = tmp_path / "flash-attn-2.8.3.tar.bz2"
+    source.write_bytes(b"source"), old.write_bytes(b"old")
+    lock = tmp_path / "lock.txt"
+    lock.write_text(
+        "".join(
+            f"{name} \\\n    --hash=sha256:{sha256(path.read_bytes()).hexdigest()}\n"
+            for name, path in (("antlr4-python3-runtime==4.9.3", source), ("flash-attn==2.8.3", old))
+        ),
+        encoding="utf-8",
+    )
+    assert complete(locked_packages(lock), tmp_path) == (source, old)
+    assert set(json.loads(write_manifest(tmp_path, CPU, "x86_64").read_text(encoding="utf-8"))["files"]) == {source.name, old.name}
+
+
+@pytest.mark.parametrize("broken", ["alpha.whl", "alpha-1.0.whl", "alpha-one-py3-none-any.whl", "alpha.tar.gz", "-.zip", "a__b-1-py3-none-any.whl"])
+def test_a_broken_file_name_is_reported_where_a_package_is_missing(tmp_path: Path, broken: str) -> None:
+    (tmp_path / broken).touch()
+    lock = tmp_path / "lock.txt"
+    lock.write_text(f"alpha==1.0 \\\n    --hash=sha256:{'0' * 64}\n", encoding="utf-8")
+    with pytest.raises(ImageFailed) as caught:
+        complete(locked_packages(lock), tmp_path)
+    assert "missing: alpha==1.0" in str(caught.value)
+    assert f"not a valid file name of a package: {broken}" in str(caught.value)
+
+
+def test_a_lock_with_a_broken_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "lock.txt").write_text(f"alpha==one \\\n    --hash=sha256:{'0' * 64}\n", encoding="utf-8")
+    with pytest.raises(ImageFailed, match=r"lock\.txt: alpha==one is not a valid version; .*omnilaunch image refresh"):
+        locked_packages(tmp_path / "lock.txt")
 
 
 def test_complete_takes_the_right_one_of_two_files(tmp_path: Path) -> None:
     good, other = wheel(tmp_path, "beta", "2.0"), wheel(tmp_path, "beta", "2.0", "manylinux_2_28_x86_64")
     (tmp_path / "lock.txt").write_text(row(good), encoding="utf-8")
-    assert other.read_bytes() and complete(locked_rows(tmp_path / "lock.txt"), (tmp_path,)) == (good,)
+    assert other.read_bytes() and complete(locked_packages(tmp_path / "lock.txt"), tmp_path) == (good,)
 
 
-def test_pip_is_told_platform_mirror_and_hashes() -> None:
+def test_pip_gets_platform_mirror_and_hashes() -> None:
     delivery = Delivery(index="https://mirror.example/simple", proxy="http://proxy.example:3128", ca_bundle="/ca.pem")
     command = download_command(ROOT / "images" / "locks" / "build.txt", "aarch64", "3.11", Path("/house"), delivery)
     text = " ".join(command)
@@ -157,12 +204,12 @@ def test_pip_is_told_platform_mirror_and_hashes() -> None:
     assert "x86_64" not in text
 
 
-def test_a_pip_that_fails_is_quoted(tmp_path: Path) -> None:
+def test_the_last_lines_of_a_failed_pip_are_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(ImageFailed, match=r"pip ended with 7.*\n  no space left"):
         run_pip((sys.executable, "-c", "print('no space left'); raise SystemExit(7)"), {}, lambda line: None)
 
 
-def test_system_packages_are_held_against_the_list(tmp_path: Path) -> None:
+def test_system_packages_are_checked_against_the_list(tmp_path: Path) -> None:
     package = tmp_path / "system" / "run" / "libgomp1_12_amd64.deb"
     package.parent.mkdir(parents=True)
     package.write_bytes(b"package")
@@ -170,7 +217,7 @@ def test_system_packages_are_held_against_the_list(tmp_path: Path) -> None:
     delivery = Delivery(wheelhouse=str(tmp_path))
     assert system_files(delivery) == {"run/libgomp1_12_amd64.deb": package}
     package.write_bytes(b"altered")
-    with pytest.raises(ImageFailed, match=r"does not agree with its own wheelhouse\.json: system/run/libgomp1_12_amd64\.deb"):
+    with pytest.raises(ImageFailed, match=r"does not match its own wheelhouse\.json: system/run/libgomp1_12_amd64\.deb"):
         system_files(delivery)
     package.unlink()
     with pytest.raises(ImageFailed, match=r"libgomp1_12_amd64\.deb; fill it again"):

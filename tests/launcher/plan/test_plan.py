@@ -12,7 +12,7 @@ from launcher.cli import plan_of
 from launcher.config.compose import compose
 from launcher.config.schema import Run
 from launcher.errors import ConfigRefused
-from launcher.image.resolver import read_lock
+from launcher.image.lock import read_lock
 from launcher.image.stack import load_stacks
 from launcher.plan.plan import LocalContext, Plan, absolute, move_plan, to_plain
 from trainer.contract import TrainSpec, decode

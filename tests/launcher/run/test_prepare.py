@@ -104,7 +104,7 @@ def test_image_ids_are_recorded_and_an_image_that_differs_from_the_record_is_ref
 ) -> None:
     plan = replace(plan_for(*CPU), folder=str(tmp_path))
     ids = {command.host: f"sha256:{place}" for place, command in enumerate(plan.commands)}
-    monkeypatch.setattr(preparation, "image_on", lambda node, tag: SimpleNamespace(id=ids[node.command.host]))
+    monkeypatch.setattr(preparation, "images_on", lambda nodes, tag: [SimpleNamespace(id=ids[node.command.host]) for node in nodes])
     record_image_ids(plan, session_for(plan))
     assert json.loads((tmp_path / "images.json").read_text()) == ids and len(ids) == 2
     record_image_ids(replace(plan, image_id=", ".join(ids.values())), session_for(plan))

@@ -243,7 +243,7 @@ def test_a_thousand_strings_over_a_real_sshd(
         assert read_env_file(docker.environment) == command.environment
         expected.append(command.start[1:])
         carried += len(filled.cluster.environment)
-    assert docker.told() == expected and carried > 700 and len(docker.told()) == 20
+    assert docker.commands() == expected and carried > 700 and len(docker.commands()) == 20
 
 
 def test_prompts_over_a_real_sshd(words: list[str], plan: Plan, node: tuple[Ssh, FakeDocker], tmp_path: Path) -> None:

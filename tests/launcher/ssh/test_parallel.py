@@ -91,3 +91,8 @@ def test_each_is_bounded_keeps_order_and_tells_every_failure() -> None:
     assert each(work, ()) == ()
     with pytest.raises(ZeroDivisionError):
         each(lambda number: 1 // number, (1, 0, 2))
+
+
+def test_calls_that_wait_for_each_other_all_run_at_the_same_time() -> None:
+    barrier = threading.Barrier(300)
+    assert len(each(lambda number: barrier.wait(20), range(300))) == 300

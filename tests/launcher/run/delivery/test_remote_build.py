@@ -1,4 +1,4 @@
-"""What is sent to nodes that build their own image, with a docker client that keeps what it was given. tests/images does it for real."""
+"""What is sent to nodes that build their own image, with a docker client that records it. tests/images builds with a real engine."""
 
 import os
 import stat
@@ -15,12 +15,12 @@ from launcher.ssh.transport import Local
 from tests.launcher.engine import Engine, command
 
 ROOT = Path(__file__).resolve().parents[4]
-# Keeps its arguments, its folder and its proxy, then says what the file `fails` in its home says, or has the image.
+# Records its arguments, its folder and its proxy. Then it fails with the text of the file `fails` in its home, or has the image.
 DOCKER = """#!/bin/sh
 if [ "$2" = --help ]; then echo "      --secret stringArray"; exit; fi
 if [ "$1" = image ]; then
   [ -f "$HOME/label" ] || { echo "Error: No such image" >&2; exit 1; }
-  cat "$HOME/label"; exit
+  printf '{"Id":"sha256:1","Config":{"Labels":{"io.omnilaunch.fingerprint":"%s"}}}\\n' "$(cat "$HOME/label")"; exit
 fi
 printf '%s\\n' "$@" >"$HOME/argv"; echo "$DOCKER_BUILDKIT $https_proxy" >"$HOME/said"; cp -a . "$HOME/work"
 if [ -f "$HOME/fails" ]; then cat "$HOME/fails" >&2; exit 1; fi
@@ -29,8 +29,8 @@ for word; do case "$word" in io.omnilaunch.fingerprint=*) echo "${word#*=}" >"$H
 SECRET = "hunter2"
 
 
-class Yard:
-    """Two nodes, a project of its own, and what was said."""
+class BuildCluster:
+    """Two nodes, a copy of the project, and the lines that were reported."""
 
     def __init__(self, folder: Path) -> None:
         (folder / "programs").mkdir()
@@ -46,21 +46,21 @@ class Yard:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
         engines = [Engine(f"host{rank}", home, folder / "programs") for rank, home in enumerate(self.homes)]
-        self.sites = tuple(WorkingNode(command=command(engine.host, rank), transport=engine) for rank, engine in enumerate(engines))
+        self.nodes = tuple(WorkingNode(command=command(engine.host, rank), transport=engine) for rank, engine in enumerate(engines))
 
     def build(self, delivery: Delivery, image: Image | None = None) -> None:
         source = Local({"PATH": os.environ["PATH"]})
         build_on(
-            image or self.image, self.sites, project=self.project, root=str(self.root), delivery=delivery, source=source, say=self.said.append
+            image or self.image, self.nodes, project=self.project, root=str(self.root), delivery=delivery, source=source, say=self.said.append
         )  # fmt: skip
 
 
 @pytest.fixture
-def lab(tmp_path: Path) -> Yard:
-    return Yard(tmp_path)
+def cluster(tmp_path: Path) -> BuildCluster:
+    return BuildCluster(tmp_path)
 
 
-def test_every_node_builds_the_same_context_and_nothing_stays_there(lab: Yard, tmp_path: Path) -> None:
+def test_every_node_builds_the_same_context_and_nothing_stays_there(cluster: BuildCluster, tmp_path: Path) -> None:
     bundle, wheels = tmp_path / "company.pem", tmp_path / "wheels"
     bundle.write_text("certificates", encoding="utf-8")
     wheels.mkdir()
@@ -69,13 +69,13 @@ def test_every_node_builds_the_same_context_and_nothing_stays_there(lab: Yard, t
         kind="build_on_nodes", index=f"https://ann:{SECRET}@mirror.example/simple", ca_bundle=str(bundle), find_links=str(wheels),
         proxy=f"http://ann:{SECRET}@proxy.example:3128",
     )  # fmt: skip
-    lab.build(delivery)
-    for home in lab.homes:
+    cluster.build(delivery)
+    for home in cluster.homes:
         (context,) = (path for path in (home / "work").iterdir() if path.name != "secrets")
-        assert (context / "Dockerfile").read_text(encoding="utf-8") == lab.image.dockerfile
-        assert {name for name in lab.image.files if not (context / name).is_file()} == set()
+        assert (context / "Dockerfile").read_text(encoding="utf-8") == cluster.image.dockerfile
+        assert {name for name in cluster.image.files if not (context / name).is_file()} == set()
         assert (context / "wheelhouse" / "deepspeed-0.19.8.tar.gz").read_bytes() == b"x"
-        assert stat.S_IMODE((context / "trainer" / "run.py").stat().st_mode) == 0o644, "the image's user must read it"
+        assert stat.S_IMODE((context / "trainer" / "train" / "run.py").stat().st_mode) == 0o644, "the image's user must read it"
         secrets = home / "work" / "secrets"
         assert (secrets / "ca").read_text(encoding="utf-8") == "certificates" and SECRET in (secrets / "pip.conf").read_text(
             encoding="utf-8"
@@ -84,40 +84,40 @@ def test_every_node_builds_the_same_context_and_nothing_stays_there(lab: Yard, t
         argv = (home / "argv").read_text(encoding="utf-8").splitlines()
         assert SECRET not in " ".join(argv) and "id=pip,src=secrets/pip.conf" in argv and argv[-1] == context.name
         assert (home / "said").read_text(encoding="utf-8") == f"1 {delivery.proxy}\n"
-    assert list(lab.root.iterdir()) == []
-    assert lab.said[-1] == f"built on host0, host1: one fingerprint, {lab.image.fingerprint[:12]}; the ids may differ between nodes"
-    lab.said.clear()
-    (lab.homes[1] / "label").write_text("another", encoding="utf-8")
-    lab.build(Delivery(kind="build_on_nodes"))
-    assert "on host1, from" in lab.said[0], "only the one without this fingerprint"
-    lab.said.clear()
-    lab.build(Delivery(kind="build_on_nodes"))
-    assert lab.said == []
+    assert list(cluster.root.iterdir()) == []
+    assert cluster.said[-1] == f"built on host0, host1: one fingerprint, {cluster.image.fingerprint[:12]}; the ids may differ between nodes"
+    cluster.said.clear()
+    (cluster.homes[1] / "label").write_text("another", encoding="utf-8")
+    cluster.build(Delivery(kind="build_on_nodes"))
+    assert "on host1, from" in cluster.said[0], "only the one without this fingerprint"
+    cluster.said.clear()
+    cluster.build(Delivery(kind="build_on_nodes"))
+    assert cluster.said == []
 
 
-def test_a_client_that_cannot_do_buildkit_is_passed_over(lab: Yard, tmp_path: Path) -> None:
+def test_a_client_without_buildkit_is_skipped(cluster: BuildCluster, tmp_path: Path) -> None:
     other = tmp_path / "newer" / "docker"
     other.parent.mkdir()
     other.write_text("#!/bin/sh\ncase $1 in image) echo 'Error: No such image' >&2 ;; esac; exit 1\n", encoding="utf-8")
     other.chmod(0o755)
-    for site in lab.sites:
-        assert isinstance(site.transport, Local)
-        site.transport.kept["PATH"] = f"{other.parent}:{site.transport.kept['PATH']}"
+    for node in cluster.nodes:
+        assert isinstance(node.transport, Local)
+        node.transport.kept["PATH"] = f"{other.parent}:{node.transport.kept['PATH']}"
     with pytest.raises(NodeFailed, match="after building, host0, host1 does not have"):  # the first answers, and has no image
-        lab.build(Delivery(kind="build_on_nodes"))
-    assert all((home / "label").exists() for home in lab.homes)
+        cluster.build(Delivery(kind="build_on_nodes"))
+    assert all((home / "label").exists() for home in cluster.homes)
 
 
-def test_a_failed_build_is_named_with_what_it_said_and_what_to_do(lab: Yard) -> None:
-    (lab.homes[1] / "fails").write_text(
+def test_a_failed_build_is_reported_with_its_last_lines_and_what_to_do(cluster: BuildCluster) -> None:
+    (cluster.homes[1] / "fails").write_text(
         "ERROR: No matching distribution found for torch==2.13.0+cpu\n" + "#9 more\n" * 15, encoding="utf-8"
     )
     with pytest.raises(
         NodeFailed,
-        match=r"host1: taking in the context of omnilaunch:cpu\S+, and building it, failed(.|\n)*No matching(.|\n)*cluster\.delivery\.index=URL",
+        match=r"host1: receiving the context of omnilaunch:cpu\S+, and building it, failed(.|\n)*No matching(.|\n)*cluster\.delivery\.index=URL",
     ):
-        lab.build(Delivery(kind="build_on_nodes"))
-    assert list(lab.root.iterdir()) == [] and (lab.homes[0] / "label").exists()
+        cluster.build(Delivery(kind="build_on_nodes"))
+    assert list(cluster.root.iterdir()) == [] and (cluster.homes[0] / "label").exists()
 
 
 @pytest.mark.parametrize(
@@ -129,12 +129,12 @@ def test_an_address_of_this_machine_is_refused(address: str) -> None:
             refuse_unsendable(Delivery(kind="build_on_nodes", **{key: address}))  # type: ignore[arg-type]
 
 
-def test_addresses_of_others_and_folders_pass() -> None:
+def test_addresses_of_other_machines_and_folders_are_accepted() -> None:
     refuse_unsendable(Delivery(index="https://localhost.example/simple", find_links="/srv/wheels", proxy="http://10.0.0.1:3128"))
 
 
-def test_what_may_not_be_built_anywhere_is_refused_before_anything_is_sent(lab: Yard) -> None:
+def test_what_may_not_be_built_anywhere_is_refused_before_anything_is_sent(cluster: BuildCluster) -> None:
     cuda = render(load_stacks(ROOT / "images")["cuda126"], architecture="x86_64", root=ROOT)
     with pytest.raises(ImageFailed, match=r"cluster\.delivery\.accept_licence=true"):
-        lab.build(Delivery(kind="build_on_nodes"), cuda)
-    assert not lab.root.exists()
+        cluster.build(Delivery(kind="build_on_nodes"), cuda)
+    assert not cluster.root.exists()
