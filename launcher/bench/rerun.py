@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launcher.bench.worktree import Tree, describe_files
 from launcher.config.compose import compose_over
+from launcher.config.credentials import give_credentials, without_masked
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, suggest
 from launcher.image.stack import Image, load_stacks
@@ -18,7 +19,6 @@ from launcher.plan.commands import FOLDER_VARIABLE, RUN_VARIABLE, node_commands
 from launcher.plan.plan import LocalContext, Plan, carry_over, make_plan
 from launcher.record.reader import Archive
 from launcher.record.record import Precedent
-from launcher.redact import give_credentials, without_masked
 from trainer.contract import SPEC_FILE, Expectation, TrainSpec, decode, facts_of, kind_of
 
 # What a rerun may be said to differ in: --accept KIND.

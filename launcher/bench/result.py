@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launcher.errors import ConfigRefused, RecordRefused, RunEnded, suggest
-from launcher.record.record import RUN_ID
+from launcher.record.run_name import LAST, RUN_ID
 from trainer import contract
 from trainer.contract import SpecError
 
@@ -207,13 +207,21 @@ def append_result(path: Path, result: PublishedResult) -> PublishedResult:
 
 
 def find_result(text: str, folder: Path) -> PublishedResult:
-    """By its id, or the newest one of an experiment. Raises ConfigRefused with those that there are."""
+    """By its id, a unique prefix of one, `last`, or the name of an experiment for its newest one. Raises ConfigRefused with the valid ones."""
     found = {result.result_id: result for path in published_files(folder) for result in read_results(path)}
     newest = {result.experiment: result for result in found.values()}
-    if text not in found and text not in newest:
-        there = suggest(text, (*newest, *found)) if found else "nothing was published yet: omnilaunch bench NAME"
-        raise ConfigRefused(f"there is no result {text!r} in {folder}: {there}")
-    return found.get(text) or newest[text]
+    if not found:
+        raise ConfigRefused(f"there is no result {text!r} in {folder}: nothing is published yet: omnilaunch bench NAME")
+    if text == LAST:
+        return max(found.values(), key=lambda result: result.made_at)
+    matching = [result for result_id, result in found.items() if text and result_id.startswith(text)]
+    if text in found or text in newest:
+        return found.get(text) or newest[text]
+    if len(matching) > 1:
+        raise ConfigRefused(f"{text!r} is the beginning of {len(matching)} results: {', '.join(result.result_id for result in matching)}")
+    if not matching:
+        raise ConfigRefused(f"there is no result {text!r} in {folder}: {suggest(text, (*newest, *found))}")
+    return matching[0]
 
 
 def published_files(folder: Path) -> Iterator[Path]:

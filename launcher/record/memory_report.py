@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.errors import ConfigRefused
 from launcher.plan.plan import Plan
 from launcher.record.record import PLAN_FILE, RECORD_FILE, read_if_there
+from launcher.record.run_name import find_run
 from trainer.contract import RESULT_FILE, TrainResult
 
 TRAINING = ("load", "first step", "steps")  # phases that a plan speaks of; evaluation and saving have peaks of their own
@@ -64,12 +64,9 @@ def compare_run(folder: Path) -> PeakComparison | str:
 
 
 def choose_folders(runs: Path, names: Sequence[str]) -> tuple[Path, ...]:
-    """Those of the named runs, all where none is named. Raises ConfigRefused for a name that is no run."""
-    there = tuple(sorted(path for path in runs.glob("*") if path.is_dir()))
-    missing = [name for name in names if runs / name not in there]
-    if missing:
-        raise ConfigRefused(f"there is no run {', '.join(missing)} in {runs}; omnilaunch runs lists those that there are")
-    return tuple(path for path in there if not names or path.name in names)
+    """The folders of the named runs; of all runs where none is named. Raises ConfigRefused for a name that is not a run."""
+    named = {find_run(name, runs) for name in names}
+    return tuple(sorted(named or (path for path in runs.glob("*") if path.is_dir())))
 
 
 def describe_comparisons(comparisons: Sequence[PeakComparison], left_out: Sequence[str], *, markdown: bool) -> str:

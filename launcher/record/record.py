@@ -1,7 +1,6 @@
 """`runs/<run_id>/`: the plan before the first effect, the result after the last. Never overwritten, never written by halves."""
 
 import json
-import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -14,6 +13,7 @@ from launcher.config.schema import Config, Node
 from launcher.errors import ConfigRefused
 from launcher.plan.plan import Plan, encode_spec, to_plain
 from launcher.record.checksums import SEAL_FILE, make_seal
+from launcher.record.run_name import LAST, PLAN_FILE as PLAN_FILE, RECORD_FILE as RECORD_FILE, RUN_ID
 from launcher.record.source import SourceState as SourceState
 from launcher.redact import mask_credentials
 from launcher.run.diagnosis import Diagnosis, explain_log, root_rank
@@ -24,17 +24,14 @@ from launcher.run.progress import read_lines
 from trainer import contract
 from trainer.contract import SCHEMA, DataReport, EnvReport, Exit, FailureReport, Origin, SpecError, StepRow, TrainResult
 
-PLAN_FILE = "plan.json"
 CONFIG_FILE = "config.json"
 SOURCE_FILE = "source.json"
 DIFF_FILE = "source.diff"
 LOCK_FILE = "lock.txt"
 IMAGES_FILE = "images.json"
 RECORDED_INPUTS_FILE = "recorded_inputs.json"  # of the run that this one repeats
-RECORD_FILE = "result.json"
 ATTEMPTS = "attempts"  # attempts/<number>/: what an attempt that was followed by another has left, and the plan of one that follows
 ATTEMPT_FILE = "attempt.json"
-RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a folder, a label and a part of a container's name
 CAUSES = ("cause", "layer")  # kinds of a known failure that tell of the process which printed it
 Status = Literal["finished", "stopped", "failed", "refused"]
 
@@ -119,6 +116,8 @@ def valid_run_id(text: str) -> str:
     """The text itself. Raises ConfigRefused where no run can be called so."""
     if not RUN_ID.fullmatch(text):
         raise ConfigRefused(f"--run-id {text!r}: a run id is 1 to 100 letters, digits, '_', '.' and '-', and begins with a letter or digit")
+    if text == LAST:
+        raise ConfigRefused(f"--run-id {text}: this word means the newest run, wherever a run is named. Choose another id")
     return text
 
 

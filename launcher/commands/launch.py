@@ -1,0 +1,63 @@
+"""`omnilaunch launch`: plan a run, check its nodes, and start it."""
+
+import argparse
+import gc
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from launcher.commands.plan import PROJECT, RUN_ID_HELP, add_overrides, find_chain_of, plan_of
+from launcher.errors import ConfigRefused
+from trainer.contract import Exit
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_overrides(parser)
+    parser.add_argument("--run-id", default="", help=RUN_ID_HELP)
+    parser.add_argument(
+        "--detach", action="store_true", help="return when all ranks are started and the data is checked; the run continues"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if chained := find_chain_of(arguments):
+        from launcher.commands.chain import launch_chain
+
+        return launch_chain(*chained, PROJECT, partial(launch_one, say=arguments.say), arguments.say)
+    return launch_one(arguments.overrides, arguments.run_id, say=arguments.say, detach=arguments.detach)
+
+
+def launch_one(overrides: Sequence[str], run_id: str, *, say: Callable[[str], None], detach: bool = False) -> int:
+    from concurrent.futures import ThreadPoolExecutor
+    from contextlib import ExitStack
+
+    from launcher.plan.description import describe_record
+    from launcher.plan.local_context import local_context
+    from launcher.record.source import read_source
+    from launcher.run.launch import launch
+    from launcher.run.session import open_examined
+
+    plan = plan_of(overrides, run_id)
+    refuse_detach(detach, plan.config.cluster.runtime)
+    gc.enable()  # `main` turned it off; from here on the process may live for days
+    if not all(node.is_local for node in plan.config.cluster.working):
+        say(f"checking {', '.join(node.host for node in plan.config.cluster.working)}")
+    with ExitStack() as stack:
+        source = stack.enter_context(ThreadPoolExecutor(1)).submit(read_source, PROJECT)  # git runs while the nodes are checked
+        opened = open_examined(plan, local_context(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty())
+        plan, session = stack.enter_context(opened)
+        record = launch(plan, source.result(), session, detach=detach)
+        say(describe_record(record, plan) if record else describe_detached(plan.run_id))
+    return record.exit_code if record else Exit.OK
+
+
+def refuse_detach(detach: bool, runtime: str) -> None:
+    if detach and runtime != "docker":
+        raise ConfigRefused(
+            "--detach needs containers, which continue in the background, and cluster.runtime=process has none. Use cluster.runtime=docker"
+        )
+
+
+def describe_detached(run_id: str) -> str:
+    return f"the run continues in the background. To supervise it again: omnilaunch attach {run_id}"
