@@ -19,7 +19,7 @@ SECRET_WORDS = frozenset(
         "PASS",
         "PGPASS",
         "SSHPASS",
-        "CREDS",
+        "CRED",
         "JWT",
         "BEARER",
         "SESSION",

@@ -30,7 +30,7 @@ from launcher.bench.result import (
 )
 from launcher.bench.verdict import describe_reproduction, judge, told_facts
 from launcher.cli import main
-from launcher.commands import bench as bench_action
+from launcher.commands import bench as bench_action, bench_rerun
 from launcher.errors import ConfigRefused, RecordRefused
 from launcher.record.comparison import Level
 from launcher.record.reader import load_archive
@@ -284,7 +284,7 @@ def test_a_line_without_bands_is_refused_before_it_is_run_again(
     result: PublishedResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     append_result(tmp_path / "results/x.jsonl", replace(result, config=result.config | {"run": result.config["run"] | {"bands": {}}}))
-    monkeypatch.setattr(bench_action, "restored", lambda *_: pytest.fail("it was planned"))
+    monkeypatch.setattr(bench_rerun, "restore_plan", lambda *_: pytest.fail("it was planned"))
     try:
         assert main(["bench-rerun", "x", "--results", str(tmp_path / "results")]) == 2
     finally:
@@ -306,11 +306,13 @@ def test_the_exit_code_is_the_verdict(
     def plan_run(run_id: str) -> Any:
         return SimpleNamespace(notes=(), plan=SimpleNamespace(run_id=run_id, folder=str(tmp_path / "again" / run_id), config=config))
 
-    monkeypatch.setattr(bench_action, "restored", lambda *_: plan_run)
-    monkeypatch.setattr(bench_action, "require_devices", lambda *_: None)
-    monkeypatch.setattr(
-        bench_action, "carry_rerun", lambda rerun, _: shutil.copytree(REAL, rerun.plan.folder) and SimpleNamespace(status="finished")
-    )
+    monkeypatch.setattr(bench_rerun, "restore_plan", lambda *_: plan_run)
+    monkeypatch.setattr(bench_rerun, "require_devices", lambda *_: None)
+
+    def carry_out(rerun: Any, _: object) -> tuple[Any, Any]:
+        return shutil.copytree(REAL, rerun.plan.folder) and SimpleNamespace(status="finished"), rerun.plan
+
+    monkeypatch.setattr(bench_rerun, "carry_out", carry_out)
     try:
         assert main(["bench-rerun", "x", "--repeats", "1", "--reason", "a test", "--results", str(tmp_path / "results")]) == code
     finally:
@@ -324,7 +326,7 @@ def test_fewer_repeats_need_a_reason(path: Path, capsys: pytest.CaptureFixture[s
         assert main(["bench-rerun", "x", "--repeats", "4", "--results", str(path.parent)]) == 2
     finally:
         gc.enable()
-    assert "of fewer than 5 nobody knows the spread; say why: --reason" in capsys.readouterr().err
+    assert "fewer than 5 repeats do not show the spread. Say why: --reason" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------------ README

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.commands import live_run as run_action
+from launcher.commands.live.live_run import with_credentials
+from launcher.config.credentials import give_credentials, masked_addresses
 from launcher.config.schema import Delivery
 from launcher.errors import ConfigRefused, ImageFailed
 from launcher.image.build import refuse_unready
 from launcher.image.stack import load_stacks
 from launcher.plan.plan import Plan, move_plan
-from launcher.redact import give_credentials, mask_credentials, masked_addresses
+from launcher.redact import mask_credentials
 from tests.launcher.conftest import PLACE, PROJECT
 
 WHOLE = "https://ann:p@ss@mirror.example/simple"
@@ -41,9 +42,9 @@ def test_a_build_says_what_to_set(plan: Plan) -> None:
 
 def test_the_environment_gives_it(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMNILAUNCH_DELIVERY_INDEX", WHOLE)
-    assert run_action.with_credentials(plan).config.cluster.delivery.index == WHOLE
+    assert with_credentials(plan).config.cluster.delivery.index == WHOLE
     monkeypatch.delenv("OMNILAUNCH_DELIVERY_INDEX")
-    assert run_action.with_credentials(plan) == plan
+    assert with_credentials(plan) == plan
 
 
 def test_another_address_is_refused_and_its_password_not_said() -> None:

@@ -112,7 +112,7 @@ def test_the_verb_and_its_refusals(runs: Path, monkeypatch: pytest.MonkeyPatch, 
     assert main(["runs", "--json"]) == 0 and [run["run_id"] for run in json.loads(capsys.readouterr().out)] == list("abcde")
     assert main(["runs", "tag", "a", "good", "paper-2"]) == 0 and "#good #paper-2" in capsys.readouterr().out
     assert main(["runs", "tag", "a", "good", "--remove"]) == 0 and "a  #paper-2" in capsys.readouterr().out
-    assert main(["runs", "model=x"]) == 0 and "none of 5 runs" in capsys.readouterr().out
+    assert main(["runs", "model=x"]) == 0 and "none of the 5 runs" in capsys.readouterr().out
     for words, said in (
         (["runs", "--status", "done"], "valid are"),
         (["runs", "lst"], "is no KEY=VALUE"),
@@ -122,7 +122,7 @@ def test_the_verb_and_its_refusals(runs: Path, monkeypatch: pytest.MonkeyPatch, 
         (["runs", "tag", "a"], "name a run and its tags"),
         (["runs", "tag", "z", "t"], "there is no run 'z'"),
         (["runs", "tag", "a", "../x"], "a tag is 1 to 50"),
-        (["runs", "prune"], "a rule is wanted"),
+        (["runs", "prune"], "needs a rule or a RUN"),
         (["runs", "prune", "--older-than", "soon"], "such as 36h, 30d or 8w"),
         (["runs", "prune", "--keep", "-1"], "at least 0"),
     ):
@@ -204,10 +204,10 @@ def test_prune_says_first_and_removes_when_told(runs: Path, monkeypatch: pytest.
     set_value("plan.json", "config.stage.checkpoint", "b")(runs / "e")
     assert main(["runs", "prune", "--keep", "2"]) == 0
     told = capsys.readouterr().out
-    assert "stays: b: e stand(s) on it" in told and "nothing was removed" in told and names_in(runs) == list("abcde")
+    assert "kept: b: e stand(s) on it" in told and "nothing was removed" in told and names_in(runs) == list("abcde")
     assert main(["runs", "prune", "--keep", "2", "--yes"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == ["removed c", "removed a"] and names_in(runs) == list("bde")
-    assert main(["runs", "prune", "--keep", "2", "--yes"]) == 0 and "nothing is to be removed" in capsys.readouterr().out
+    assert main(["runs", "prune", "--keep", "2", "--yes"]) == 0 and "there is nothing to remove" in capsys.readouterr().out
 
 
 def test_what_cannot_be_removed_is_named_and_the_others_go(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
