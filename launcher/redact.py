@@ -9,25 +9,8 @@ USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
 # A word of a variable's name, the parts between underscores, that ends with one of these: HF_TOKEN, GITHUBTOKEN, MYSQLPASSWORD.
 SECRET_ENDINGS = ("TOKEN", "PASSWORD", "PASSWD", "PASSPHRASE", "SECRET", "CREDENTIAL", "APIKEY", "COOKIE")
 # A whole word: PAT is a personal access token of GitHub or Azure; PGPASS and SSHPASS hold passwords; a DSN or a webhook has one in its URL.
-SECRET_WORDS = frozenset(
-    (
-        "KEY",
-        "AUTH",
-        "AUTHORIZATION",
-        "PAT",
-        "PWD",
-        "PASS",
-        "PGPASS",
-        "SSHPASS",
-        "CRED",
-        "JWT",
-        "BEARER",
-        "SESSION",
-        "SESSIONID",
-        "DSN",
-        "WEBHOOK",
-    )
-)
+SECRET_WORDS = ("KEY", "AUTH", "AUTHORIZATION", "PAT", "PWD", "PASS", "PGPASS", "SSHPASS", "CRED",
+    "JWT", "BEARER", "SESSION", "SESSIONID", "DSN", "WEBHOOK")  # fmt: skip
 SHELL_FOLDERS = ("PWD", "OLDPWD")  # whole names; the PWD of MYSQL_PWD is a password
 # The last word of a name that says where or how: SSL_KEY_FILE, SSH_AUTH_SOCK, AUTH_METHOD.
 HARMLESS_ENDINGS = ("FILE", "PATH", "DIR", "FOLDER", "HOME", "SOCK", "TYPE", "METHOD", "TIMEOUT")
