@@ -6,8 +6,9 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from launcher.errors import ConfigRefused, LaunchError, suggest
@@ -164,7 +165,7 @@ def take_overrides(arguments: argparse.Namespace, rest: Sequence[str], parser: a
 
 def print_completions(words: Sequence[str]) -> int:
     """One candidate a line for the last of `words`. The shell is in the middle of a line: nothing else is ever printed."""
-    with suppress(Exception, SystemExit):
+    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere), suppress(Exception, SystemExit):
         from launcher.commands.completion import complete
 
         print("\n".join(complete(words, VERBS, make_parser)))
