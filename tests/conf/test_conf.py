@@ -1,4 +1,4 @@
-"""The files of conf/ held against each other, against the classes that they feed, and against their own arithmetic."""
+"""The files of conf/ checked against each other, against the classes that they configure, and by their own arithmetic."""
 
 import re
 from functools import cache

@@ -1,5 +1,5 @@
 """MiniCPM-V 2.6 and o 2.6 in their tiny sizes on real digits, by the recipes of conf/tune: all of it, the same on two ranks under ZeRO 3,
-its projector anew, and LoRA on top."""
+its projector again, and LoRA."""
 
 import os
 import re

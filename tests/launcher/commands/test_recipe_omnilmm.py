@@ -1,4 +1,4 @@
-"""OmniLMM 3B and 12B in their tiny sizes on real digits: all of it, the same on two ranks under ZeRO 3, the projector anew, LoRA on top."""
+"""OmniLMM 3B and 12B in their tiny sizes on real digits: all of it, the same on two ranks under ZeRO 3, the projector again, and LoRA."""
 
 import os
 import re

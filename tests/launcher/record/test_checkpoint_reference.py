@@ -1,4 +1,4 @@
-"""What stage.checkpoint may hold, and the folder that the nodes are told."""
+"""The values of stage.checkpoint, and the folder that the nodes get for each."""
 
 import json
 from collections.abc import Callable
