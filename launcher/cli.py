@@ -32,20 +32,12 @@ GROUPS = {
     "shell": "Shell",
 }
 LORA = "hardware=h200 model=qwen2_5_vl_7b stage=lora"
+IMAGES = ("build hardware=h200 cluster.delivery.accept_licence=true", "fetch hardware=cpu --to wheelhouse/")
+DATA = ("check data=files data.train=train.json data.images=images/", "check data=digits --out problems.jsonl")
 VERBS = {
     "options": Verb("prepare", "list the values of each axis", "options", ("", "hardware")),
-    "data": Verb(
-        "prepare",
-        "check every row and every image of the data",
-        "data",
-        ("check data=files data.train=train.json data.images=images/", "check --out problems.jsonl data=digits"),
-    ),
-    "image": Verb(
-        "prepare",
-        "build, inspect and list the container images",
-        "image",
-        ("build hardware=h200 cluster.delivery.accept_licence=true", "fetch hardware=cpu --to wheelhouse/"),
-    ),
+    "data": Verb("prepare", "check every row and every image of the data", "data", DATA),
+    "image": Verb("prepare", "build, inspect and list the container images", "image", IMAGES),
     "doctor": Verb(
         "prepare", "check the nodes of a cluster, or this machine", "doctor", ("cluster=lab", "cluster=lab hardware=h200 --json")
     ),
@@ -60,18 +52,10 @@ VERBS = {
     "compare": Verb("look", "compare runs, and show where they diverge", "compare", ("monday last", "monday last --band loss=0.01")),
     "report": Verb("look", "write a report of one or several runs", "report", ("last", "monday tuesday --markdown --out -")),
     "fit-report": Verb("look", "compare planned memory with measured memory", "fit_report", ("", "last --markdown")),
-    "rerun": Verb("reproduce", "run a recorded run again", "rerun", ("last", "monday hardware=h200 --accept hardware")),
-    "bench": Verb(
-        "reproduce",
-        "run a benchmark of conf/experiment and publish the result",
-        "bench",
-        ("cpu_tiny_llava_full", "h200_qwen2_5_vl_7b_lora cluster=lab"),
-    ),
+    "rerun": Verb("reproduce", "run a recorded run again", "rerun", ("last", "monday hardware=h200 cluster=lab")),
+    "bench": Verb("reproduce", "run a benchmark and publish its result", "bench", ("", "cpu_tiny_llava_full cluster=local")),
     "bench-rerun": Verb(
-        "reproduce",
-        "run a published benchmark again, and say whether it reproduces",
-        "bench_rerun",
-        ("cpu_tiny_llava_full", "last --repeats 5"),
+        "reproduce", "check that a published result reproduces", "bench_rerun", ("cpu_tiny_llava_full", "last --repeats 5")
     ),
     "completion": Verb("shell", "print the completion script of bash or zsh", "completion", ("bash", "zsh")),
 }

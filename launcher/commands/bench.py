@@ -5,11 +5,11 @@ import gc
 import os
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.commands import launch
 from launcher.commands.plan import PROJECT
 from launcher.errors import ConfigRefused
 from trainer.contract import Exit
@@ -79,7 +79,7 @@ def measure(arguments: argparse.Namespace, name: str, words: list[str], folder: 
 
         def carry_out(run_id: str) -> Any:
             require_unchanged(source)
-            return launch_run(plan_cell(cell, run_id), source, arguments.say)
+            return launch.carry_out(plan_cell(cell, run_id), arguments.say)[0]
 
         here = is_here(cell.config.cluster)
         repeats = carry_on(series, cell.config.run.repeats, carry_out, tags=(name,), again=again, say=arguments.say, here=here)
@@ -168,16 +168,6 @@ def require_devices(plan: "Plan", say: Callable[[str], None]) -> None:
     refuse(plan.verdict, launching=True)
     stack = load_stacks(PROJECT / "images")[plan.config.hardware.stack]
     require_health(examine_nodes(plan, stack, os.environ, launching=True), say)
-
-
-def launch_run(plan: "Plan", source: "SourceTree", say: Callable[[str], None]) -> Any:
-    from launcher.plan.local_context import local_context
-    from launcher.run.launch import launch
-    from launcher.run.session import open_examined
-
-    opened = open_examined(plan, local_context(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty())
-    with opened as (examined, session):
-        return launch(examined, source, session)
 
 
 # ------------------------------------------------------------------------------------------------------------------- text

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.commands.bench import CONF, RESULTS, is_here, join_command, require_devices
+from launcher.commands.launch import carry_out
 from launcher.commands.plan import PROJECT
-from launcher.commands.rerun import ACCEPT_HELP, SCRATCH, carry_out
+from launcher.commands.rerun import ACCEPT_HELP, SCRATCH
 from launcher.errors import ConfigRefused
 from trainer.contract import Exit
 
@@ -51,7 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
         tags, here = (result.experiment, "bench-rerun"), is_here(first.plan.config.cluster)
 
         def carry(run_id: str) -> Any:
-            return carry_out(plan_run(run_id), arguments.say)[0]
+            rerun = plan_run(run_id)
+            return carry_out(rerun.plan, arguments.say, project=rerun.project, precedent=rerun.precedent)[0]
 
         repeats = carry_on(series, wanted, carry, tags=tags, again=again, say=arguments.say, here=here)
     found = judge(told_facts(result), repeats, collect_facts(runs, repeats), fewer=fewer)

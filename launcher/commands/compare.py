@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigRefused, suggest
+from launcher.record.run_name import find_run
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ def run(arguments: argparse.Namespace) -> int:
 def read_runs(names: Sequence[str], *, at_least: int = 1, every_weight: bool = False) -> "list[Evidence]":
     """Raises ConfigRefused for an unknown run, and for one that is named twice."""
     from launcher.record.evidence import read_evidence
-    from launcher.record.run_name import find_run
 
     folders = [find_run(name, Path.cwd() / "runs") for name in names]
     twice = next((name for name, folder in zip(names, folders, strict=True) if folders.count(folder) > 1), None)

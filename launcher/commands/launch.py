@@ -6,10 +6,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher.commands.plan import PROJECT, RUN_ID_HELP, add_overrides, find_chain_of, plan_of
 from launcher.errors import ConfigRefused
 from trainer.contract import Exit
+
+if TYPE_CHECKING:
+    from launcher.plan.plan import Plan
+    from launcher.record.record import Precedent, Record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,27 +35,35 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def launch_one(overrides: Sequence[str], run_id: str, *, say: Callable[[str], None], detach: bool = False) -> int:
-    from concurrent.futures import ThreadPoolExecutor
-    from contextlib import ExitStack
-
     from launcher.plan.description import describe_record
-    from launcher.plan.local_context import local_context
-    from launcher.record.source import read_source
-    from launcher.run.launch import launch
-    from launcher.run.session import open_examined
 
     plan = plan_of(overrides, run_id)
     refuse_detach(detach, plan.config.cluster.runtime)
     gc.enable()  # `main` turned it off; from here on the process may live for days
     if not all(node.is_local for node in plan.config.cluster.working):
         say(f"checking {', '.join(node.host for node in plan.config.cluster.working)}")
-    with ExitStack() as stack:
-        source = stack.enter_context(ThreadPoolExecutor(1)).submit(read_source, PROJECT)  # git runs while the nodes are checked
-        opened = open_examined(plan, local_context(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty())
-        plan, session = stack.enter_context(opened)
-        record = launch(plan, source.result(), session, detach=detach)
-        say(describe_record(record, plan) if record else describe_detached(plan.run_id))
+    record, plan = carry_out(plan, say, detach=detach)
+    say(describe_record(record, plan) if record else describe_detached(plan.run_id))
     return record.exit_code if record else Exit.OK
+
+
+def carry_out(
+    plan: "Plan", say: Callable[[str], None], *, project: Path = PROJECT, detach: bool = False, precedent: "Precedent | None" = None
+) -> "tuple[Record | None, Plan]":
+    """Check the nodes and run the plan. (record, None where it is detached; the plan with what was found on the nodes)."""
+    from concurrent.futures import ThreadPoolExecutor
+    from contextlib import ExitStack
+
+    from launcher.plan.local_context import local_context
+    from launcher.record.source import read_source
+    from launcher.run.launch import launch
+    from launcher.run.session import open_examined
+
+    with ExitStack() as stack:
+        source = stack.enter_context(ThreadPoolExecutor(1)).submit(read_source, project)  # git runs while the nodes are checked
+        opened = open_examined(plan, local_context(project), os.environ, say=say, terminal=sys.stdout.isatty())
+        plan, session = stack.enter_context(opened)
+        return launch(plan, source.result(), session, detach=detach, precedent=precedent), plan
 
 
 def refuse_detach(detach: bool, runtime: str) -> None:

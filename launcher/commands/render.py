@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from launcher.commands.plan import PROJECT, RUN_ID_HELP, add_overrides, plan_of
+from launcher.record.run_name import find_run
 from trainer.contract import Exit
 
 
@@ -16,7 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from launcher.commands.live.live_run import load_plan
     from launcher.record.record import SOURCE_FILE, SourceState, read_if_there
-    from launcher.record.run_name import find_run
     from launcher.record.source import read_source
     from launcher.run.offline.render import write_bundle
 

@@ -3,14 +3,13 @@
 import argparse
 import gc
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.commands.launch import describe_detached, refuse_detach
+from launcher.commands.launch import carry_out, describe_detached, refuse_detach
 from launcher.commands.live.live_run import RUN_HELP
 from launcher.commands.plan import PROJECT, RUN_ID_HELP, add_overrides
+from launcher.record.run_name import find_run
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ def run(arguments: argparse.Namespace) -> int:
     from launcher.bench.rerun import accepted_kinds
     from launcher.plan.description import describe_record
     from launcher.record.reader import load_archive
-    from launcher.record.run_name import find_run
 
     archive = load_archive(find_run(arguments.run, Path.cwd() / "runs"), rows=False)
     accepted = accepted_kinds(arguments.accept)
@@ -42,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     gc.enable()  # `main` turned it off; from here on the process may live for days
     for note in rerun.notes:
         arguments.say(note)
-    record, plan = carry_out(rerun, arguments.say, detach=arguments.detach)
+    record, plan = carry_out(rerun.plan, arguments.say, project=rerun.project, detach=arguments.detach, precedent=rerun.precedent)
     if record is None:
         arguments.say(describe_detached(plan.run_id))
         return Exit.OK
@@ -63,19 +61,6 @@ def plan_again(archive: "Archive", overrides: tuple[str, ...], accepted: tuple[s
     tree = try_image(archive, tree) if archive.plan.config.cluster.runtime == "docker" else tree
     name = valid_run_id(run_id or name_run(archive.plan.config, utc_now(), pid=os.getpid()))
     return plan_rerun(archive, overrides, accepted, tree, local_context(PROJECT), os.environ, conf=PROJECT / "conf", run_id=name)
-
-
-def carry_out(rerun: "Rerun", say: Callable[[str], None], *, detach: bool = False) -> Any:
-    """(record or None, the plan as it was carried out)."""
-    from launcher.plan.local_context import local_context
-    from launcher.record.source import read_source
-    from launcher.run.launch import launch
-    from launcher.run.session import open_examined
-
-    opened = open_examined(rerun.plan, local_context(rerun.project), os.environ, say=say, terminal=sys.stdout.isatty())
-    with opened as (plan, session):
-        record = launch(plan, read_source(rerun.project), session, detach=detach, precedent=rerun.precedent)
-        return record, plan
 
 
 def describe_weights(archive: "Archive", record: Any) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigRefused, RunEnded
+from launcher.record.run_name import find_run
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
@@ -59,7 +60,6 @@ def list_runs(arguments: argparse.Namespace) -> int:
 
 def tag_runs(arguments: argparse.Namespace) -> int:
     from launcher.record.index import read_entry, tag_run
-    from launcher.record.run_name import find_run
 
     if len(arguments.words) < 2:
         raise ConfigRefused("name a run and its tags: omnilaunch runs tag RUN TAG ...")
@@ -77,7 +77,6 @@ def prune_runs(arguments: argparse.Namespace) -> int:
     from launcher.record.index import describe_entries
     from launcher.record.prune import Rule, choose, parse_age, remove_runs
     from launcher.record.record import utc_now
-    from launcher.record.run_name import find_run
 
     named = {find_run(word, Path.cwd() / "runs") for word in arguments.words if "=" not in word}
     arguments.words = [word for word in arguments.words if "=" in word]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.commands.plan import PROJECT
 from launcher.errors import ConfigRefused
+from launcher.record.run_name import PLAN_FILE, RECORD_FILE, find_run
 
 if TYPE_CHECKING:
     from launcher.plan.plan import Plan
@@ -27,15 +28,13 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def find_named(arguments: argparse.Namespace) -> Path:
-    from launcher.record.run_name import find_run
-
     return find_run(arguments.run, Path.cwd() / "runs")
 
 
 def supervise(folder: Path, plan: "Plan", say: Callable[[str], None]) -> Any:
     """Supervise the run until it has ended, and return its record."""
     from launcher.plan.local_context import local_context
-    from launcher.record.record import PLAN_FILE, SOURCE_FILE, SourceState, read_if_there
+    from launcher.record.record import SOURCE_FILE, SourceState, read_if_there
     from launcher.run.launch import attach
     from launcher.run.session import open_session
 
@@ -64,7 +63,7 @@ def load_plan(folder: Path) -> "Plan":
 
 def load_plans(folder: Path) -> "tuple[Plan, ...]":
     """The plan of each attempt that has one, in their order; the first is the run's."""
-    from launcher.record.record import PLAN_FILE, attempt_files
+    from launcher.record.record import attempt_files
 
     return tuple(read_plan(path) for path in (folder / PLAN_FILE, *attempt_files(folder, PLAN_FILE)))
 
@@ -83,7 +82,7 @@ def read_plan(path: Path) -> "Plan":
 def read_record(folder: Path) -> Any:
     """The record of a run that has ended, else None. Raises ConfigRefused for one that cannot be read: the run has ended all the same, and
     supervising it would start it again and overwrite its files."""
-    from launcher.record.record import RECORD_FILE, Record
+    from launcher.record.record import Record
     from trainer.contract import SpecError, read
 
     if not has_ended(folder):
@@ -98,8 +97,6 @@ def read_record(folder: Path) -> Any:
 
 
 def has_ended(folder: Path) -> bool:
-    from launcher.record.record import RECORD_FILE
-
     return (folder / RECORD_FILE).exists()
 
 

@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from launcher.commands.live.live_run import add_run, connect_nodes, find_named, has_ended, load_plan
 from launcher.errors import NodeFailed
+from launcher.record.lock import is_claimed
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
@@ -36,9 +38,6 @@ def run(arguments: argparse.Namespace) -> int:
 def open_logs(folder: Path, *, follows: bool) -> Iterator[tuple[Path, Callable[[], bool]]]:
     """(the folder that has logs/, whether the logs are complete). While a launcher supervises the run it writes them to the run's own
     folder. Otherwise they are read from the containers on the nodes, as long as there are any."""
-    from tempfile import TemporaryDirectory
-
-    from launcher.record.lock import is_claimed
     from launcher.run.stop import NO_CONTAINER, state_of
     from launcher.ssh.parallel import attempt_each
 

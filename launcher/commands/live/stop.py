@@ -7,6 +7,7 @@ from pathlib import Path
 
 from launcher.commands.live.live_run import add_run, connect_nodes, find_named, has_ended, load_plans, require_containers, supervise
 from launcher.errors import NodeFailed, RunEnded
+from launcher.record.lock import ask_to_stop, is_claimed
 from trainer.contract import Exit
 
 POLL_S = 0.5
@@ -20,7 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """The run ends under its own launcher, or under this one where that has ended. Then every node of every attempt is checked. Raises
     NodeFailed naming each node where something is left, or where that could not be checked."""
-    from launcher.record.lock import ask_to_stop, is_claimed
     from launcher.record.record import utc_now
     from launcher.run.stop import end_run
 
@@ -53,8 +53,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def is_busy(folder: Path, *, until: float) -> bool:
     """Whether the run's launcher is still working at the time `until` (of time.monotonic). Returns earlier when it has ended."""
-    from launcher.record.lock import is_claimed
-
     while busy := not has_ended(folder) and is_claimed(folder):
         if time.monotonic() >= until:
             break
