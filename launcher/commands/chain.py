@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.config.chain import GROUP, Chain, Step, overrides_of
+from launcher.config.chain import GROUP, Chain, overrides_of
 from launcher.config.compose import compose
-from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import load_stacks
 from launcher.plan.description import command_line, describe_work, gib, table
@@ -15,7 +14,8 @@ from launcher.plan.local_context import local_context
 from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan
 from launcher.record.checkpoint_reference import read_plain, with_full_ids
 from launcher.record.index import figure
-from launcher.record.record import PLAN_FILE, RECORD_FILE, Record, read_if_there, valid_run_id
+from launcher.record.record import Record, read_if_there, valid_run_id
+from launcher.record.run_name import PLAN_FILE, RECORD_FILE, list_folders
 from trainer.contract import Exit
 
 Launch = Callable[[Sequence[str], str], int]  # overrides, run id -> exit code
@@ -36,52 +36,51 @@ class StepRun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlannedChain:
-    """The state of a chain. For each step: its newest run, the id of the run that it is or will be, and its plan as it would be made now."""
+class PlannedStep:
+    """`newest`: its newest run; `run_id`: of the run that it is or will be; `plan`: as it would be made now; `overrides`: to launch it."""
 
+    name: str
+    newest: StepRun
+    run_id: str
+    plan: Plan
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedChain:
     chain: Chain
     chain_id: str
     typed: tuple[str, ...]
-    kinds: tuple[str, ...]
-    attempts: tuple[StepRun, ...]
-    run_ids: tuple[str, ...]
-    plans: tuple[Plan, ...]
     folders: tuple[Path, ...]
+    steps: tuple[PlannedStep, ...]
+
+    @property
+    def resume(self) -> str:
+        return command_line("launch", *self.typed, "--run-id", self.chain_id)
 
 
-def look_ahead(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, here: Path) -> PlannedChain:
+def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, here: Path) -> PlannedChain:
     """Plan every step. Raises ConfigRefused naming the step that cannot work, or that has finished with other overrides."""
     conf, context, stacks = project / "conf", local_context(project), load_stacks(project / "images")
     first = compose(overrides_of(chain, 0, typed, {}, ()), conf)
     root = Path(absolute(first.cluster.root, here)) / RUNS_FOLDER
     folders = tuple(dict.fromkeys((root, here / RUNS_FOLDER)))
     typed = with_full_ids(typed, *folders)
-    attempts = tuple(find_attempt(chain_id, step, folders) for step in chain.steps)
-    run_ids = tuple(
-        attempt.run_id if attempt.done else valid_run_id(name_next(chain_id, step, attempt))
-        for step, attempt in zip(chain.steps, attempts, strict=True)
-    )
-    results = {step.name: str(root / run_id) for step, run_id in zip(chain.steps, run_ids, strict=True)}
+    newest = {step.name: find_newest(chain_id, step.name, folders) for step in chain.steps}
+    run_ids = {name: run.run_id if run.done else valid_run_id(name_next(chain_id, name, run)) for name, run in newest.items()}
+    results = {name: str(root / run_id) for name, run_id in run_ids.items()}
     kinds: list[str] = []
-    plans: list[Plan] = []
-    for place, (step, run_id) in enumerate(zip(chain.steps, run_ids, strict=True)):
+    steps: list[PlannedStep] = []
+    for place, name in enumerate(run_ids):
         words = overrides_of(chain, place, typed, results, kinds)
         try:
-            config: Config = compose(words, conf)
-            plans.append(make_plan(config, stacks, context, run_id=run_id, overrides=words))
+            plan = make_plan(compose(words, conf), stacks, context, run_id=run_ids[name], overrides=words)
         except ConfigRefused as error:
-            raise ConfigRefused(f"step {step.name} of {GROUP}={chain.name}: {error}") from error
-        kinds.append(config.stage.kind)
-    planned = PlannedChain(
-        chain=chain,
-        chain_id=chain_id,
-        typed=typed,
-        kinds=tuple(kinds),
-        attempts=attempts,
-        run_ids=run_ids,
-        plans=tuple(plans),
-        folders=folders,
-    )
+            raise ConfigRefused(f"step {name} of {GROUP}={chain.name}: {error}") from error
+        given = overrides_of(chain, place, typed, run_ids, kinds)  # runs by their ids, which `launch` turns into folders
+        steps.append(PlannedStep(name=name, newest=newest[name], run_id=run_ids[name], plan=plan, overrides=given))
+        kinds.append(plan.spec.stage.kind)
+    planned = PlannedChain(chain=chain, chain_id=chain_id, typed=typed, folders=folders, steps=tuple(steps))
     refuse_other_runs(planned)
     return planned
 
@@ -89,57 +88,51 @@ def look_ahead(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
 def refuse_other_runs(planned: PlannedChain) -> None:
     """Raises ConfigRefused for a step that has finished with other overrides or before an earlier step, or whose containers may still run."""
     waiting = ""
-    for place, (step, attempt) in enumerate(zip(planned.chain.steps, planned.attempts, strict=True)):
-        if attempt.done and waiting:
+    for step in planned.steps:
+        run_id = step.newest.run_id
+        if step.newest.done and waiting:
             raise ConfigRefused(
-                f"step {step.name} has finished (run {attempt.run_id}), but the earlier step {waiting} has not, so that it did not start from "
-                "its result. Start the chain again with another --run-id."
+                f"step {step.name} has finished (run {run_id}), but the earlier step {waiting} has not, so that it did not start from its "
+                "result. Start the chain again with another --run-id."
             )
-        if attempt.done:
-            refuse_other_overrides(attempt, step_overrides(planned, place), planned.folders)
-        waiting = waiting or ("" if attempt.done else step.name)
-        if attempt.status == "unfinished" and planned.plans[place].config.cluster.runtime == "docker":
-            raise ConfigRefused(
-                f"step {step.name} was started as run {attempt.run_id} and has not ended. First: {command_line('attach', attempt.run_id)}, then this "
-                "command again"
-            )
-
-
-def step_overrides(planned: PlannedChain, place: int) -> tuple[str, ...]:
-    """What is launched as the step at `place`. Earlier runs are named by their ids, which `launch` turns into folders."""
-    runs = {step.name: run_id for step, run_id in zip(planned.chain.steps, planned.run_ids, strict=True)}
-    return overrides_of(planned.chain, place, planned.typed, runs, planned.kinds)
+        if step.newest.done:
+            refuse_other_overrides(step, planned.folders)
+        waiting = waiting or ("" if step.newest.done else step.name)
+        if step.newest.status == "unfinished" and step.plan.config.cluster.runtime == "docker":
+            first = command_line("attach", run_id)
+            raise ConfigRefused(f"step {step.name} was started as run {run_id} and has not ended. First: {first}, then this command again")
 
 
 def describe_chain(planned: PlannedChain) -> str:
     """For each step: its state, what it does, and the memory that it needs."""
     rows: dict[str, str] = {}
-    for place, (step, attempt, plan) in enumerate(zip(planned.chain.steps, planned.attempts, planned.plans, strict=True)):
-        state = f"finished: run {attempt.run_id}" if attempt.done else f"run {planned.run_ids[place]}"
-        before = f" (earlier run {attempt.run_id}: {attempt.status})" if attempt.run_id and not attempt.done else ""
-        need = f"; {gib(plan.memory.total_bytes).strip()} a device" if plan.memory and plan.memory.total_bytes else ""
-        rows[f"{place + 1}  {step.name}"] = f"{state}{before}\n      {describe_work(plan.spec)}{need}"
+    for number, step in enumerate(planned.steps, start=1):
+        newest, memory = step.newest, step.plan.memory
+        earlier = f" (earlier run {newest.run_id}: {newest.status})" if newest.run_id and not newest.done else ""
+        need = f"; {gib(memory.total_bytes).strip()} per device" if memory and memory.total_bytes else ""
+        state = f"{'finished: ' if newest.done else ''}run {step.run_id}{earlier}"
+        rows[f"{number}  {step.name}"] = f"{state}\n      {describe_work(step.plan.spec)}{need}"
     return table(rows)
 
 
 def show_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, say: Say) -> int:
-    planned = look_ahead(chain, typed, chain_id, project, Path.cwd())
-    say(f"{describe_chain(planned)}\nok\nnext: {resume_command(planned)}")
+    planned = plan_chain(chain, typed, chain_id, project, Path.cwd())
+    say(f"{describe_chain(planned)}\nok\nnext: {planned.resume}")
     return Exit.OK
 
 
 def launch_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, launch: Launch, say: Say) -> int:
     """Launch the steps that have not finished, one after the other. The first failure ends the chain, with its exit code."""
-    planned = look_ahead(chain, typed, chain_id, project, Path.cwd())
+    planned = plan_chain(chain, typed, chain_id, project, Path.cwd())
     refuse_unlaunchable(planned)
     say(describe_chain(planned))
-    for place, (step, attempt) in enumerate(zip(chain.steps, planned.attempts, strict=True)):
-        if attempt.done:
+    for number, step in enumerate(planned.steps, start=1):
+        if step.newest.done:
             continue
-        say(f"\n== step {place + 1} of {len(chain.steps)}: {step.name}")
-        stopped = f"\nthe chain stopped at step {step.name}. When the cause is fixed: {resume_command(planned)}"
+        say(f"\n== step {number} of {len(planned.steps)}: {step.name}")
+        stopped = f"\nthe chain stopped at step {step.name}. When the cause is fixed: {planned.resume}"
         try:
-            code = launch(step_overrides(planned, place), planned.run_ids[place])
+            code = launch(step.overrides, step.run_id)
         except (LaunchError, KeyboardInterrupt):
             say(stopped)
             raise
@@ -152,39 +145,26 @@ def launch_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Pat
 
 def refuse_unlaunchable(planned: PlannedChain) -> None:
     """Raises ConfigRefused for what stops only a launch, such as a licence to accept: before the first step, not after hours."""
-    for step, plan in zip(planned.chain.steps, planned.plans, strict=True):
-        if not plan.verdict.launchable:
-            problems = "\n".join(map(str, plan.verdict.problems))
+    for step in planned.steps:
+        if not step.plan.verdict.launchable:
+            problems = "\n".join(map(str, step.plan.verdict.problems))
             raise ConfigRefused(f"step {step.name} of {GROUP}={planned.chain.name} cannot be launched:\n{problems}")
 
 
 def describe_results(planned: PlannedChain) -> str:
-    rows = {}
-    for step, run_id in zip(planned.chain.steps, planned.run_ids, strict=True):
-        record = next(
-            (read_plain(folder / run_id / RECORD_FILE) for folder in planned.folders if (folder / run_id / PLAN_FILE).is_file()), {}
-        )
+    rows, folders = {}, list_folders(*planned.folders)
+    for step in planned.steps:
+        record = read_plain(folders[step.run_id] / RECORD_FILE) if step.run_id in folders else {}
         scores = ", ".join(f"{name.replace('_', ' ')} {figure(value)}" for name, value in record.get("evaluation", {}).items())
-        rows[step.name] = f"run {run_id}  {scores}".rstrip()
+        rows[step.name] = f"run {step.run_id}  {scores}".rstrip()
     return table(rows)
 
 
-def resume_command(planned: PlannedChain) -> str:
-    return command_line("launch", *planned.typed, "--run-id", planned.chain_id)
-
-
-# ------------------------------------------------------------------------------------------------------------- runs of a step
-
-
-def find_attempt(chain_id: str, step: Step, folders: Sequence[Path]) -> StepRun:
-    """The newest run of the step in all folders of runs."""
-    pattern = re.compile(rf"{re.escape(chain_id)}-{step.name}(?:-(\d+))?")
-    found = {
-        int(match[1] or 1): path
-        for folder in folders
-        for path in folder.glob(f"{chain_id}-{step.name}*")
-        if (match := pattern.fullmatch(path.name)) and (path / PLAN_FILE).is_file()
-    }
+def find_newest(chain_id: str, step: str, folders: Sequence[Path]) -> StepRun:
+    """The newest run of a step in all folders of runs."""
+    pattern = re.compile(rf"{re.escape(chain_id)}-{step}(?:-(\d+))?")
+    matches = ((pattern.fullmatch(run_id), folder) for run_id, folder in list_folders(*folders).items())
+    found = {int(match[1] or 1): folder for match, folder in matches if match}
     if not found:
         return StepRun()
     number = max(found)
@@ -192,16 +172,15 @@ def find_attempt(chain_id: str, step: Step, folders: Sequence[Path]) -> StepRun:
     return StepRun(run_id=found[number].name, status=record.status if record else "unfinished", number=number)
 
 
-def name_next(chain_id: str, step: Step, before: StepRun) -> str:
-    return f"{chain_id}-{step.name}" + (f"-{before.number + 1}" if before.number else "")
+def name_next(chain_id: str, step: str, newest: StepRun) -> str:
+    return f"{chain_id}-{step}" + (f"-{newest.number + 1}" if newest.number else "")
 
 
-def refuse_other_overrides(attempt: StepRun, words: Sequence[str], folders: Sequence[Path]) -> None:
+def refuse_other_overrides(step: PlannedStep, folders: Sequence[Path]) -> None:
     """Raises ConfigRefused where the step has finished with other overrides than it would get now."""
-    folder = next(folder / attempt.run_id for folder in folders if (folder / attempt.run_id / PLAN_FILE).is_file())
-    before = read_plain(folder / PLAN_FILE).get("overrides", [])
-    if sorted(before) != sorted(words):
+    then = read_plain(list_folders(*folders)[step.run_id] / PLAN_FILE).get("overrides", [])
+    if sorted(then) != sorted(step.overrides):
         raise ConfigRefused(
-            f"run {attempt.run_id} has finished with other overrides:\n  then: {' '.join(before)}\n  now:  {' '.join(words)}\n"
+            f"run {step.run_id} has finished with other overrides:\n  then: {' '.join(then)}\n  now:  {' '.join(step.overrides)}\n"
             "Use the same overrides again, or start the chain again with another --run-id."
         )

@@ -10,7 +10,7 @@ import pytest
 
 from launcher import cli
 from launcher.bench.cell import list_cells
-from launcher.commands.chain import find_attempt, launch_chain, look_ahead
+from launcher.commands.chain import find_newest, launch_chain, plan_chain
 from launcher.config.chain import Chain, Step, find_chain, list_chains, load_chain, overrides_of
 from launcher.errors import ConfigRefused
 from launcher.record.record import PLAN_FILE, RECORD_FILE
@@ -114,16 +114,16 @@ def test_a_chain_with_other_overrides_is_refused(tmp_path: Path) -> None:
     chain, typed = load_chain(NAME, CONF), (f"experiment={NAME}", f"cluster.root={tmp_path}")
     launch_chain(chain, typed, "x", PROJECT, Launches(tmp_path, failing="x-aligned"), lambda text: None)
     with pytest.raises(ConfigRefused, match="run x-tower has finished with other overrides"):
-        look_ahead(chain, (*typed, "run.steps=70"), "x", PROJECT, tmp_path)
+        plan_chain(chain, (*typed, "run.steps=70"), "x", PROJECT, tmp_path)
 
 
 def test_a_step_that_finished_before_an_earlier_one_is_refused(tmp_path: Path) -> None:
     chain, typed = load_chain(NAME, CONF), (f"experiment={NAME}", f"cluster.root={tmp_path}")
     launch_chain(chain, typed, "x", PROJECT, Launches(tmp_path), lambda text: None)
     (tmp_path / "runs/x-aligned" / RECORD_FILE).unlink()
-    assert find_attempt("x", chain.steps[1], (tmp_path / "runs",)).status == "unfinished"
+    assert find_newest("x", chain.steps[1].name, (tmp_path / "runs",)).status == "unfinished"
     with pytest.raises(ConfigRefused, match=r"step tuned has finished .* but the earlier step aligned has not"):
-        look_ahead(chain, typed, "x", PROJECT, tmp_path)
+        plan_chain(chain, typed, "x", PROJECT, tmp_path)
 
 
 def test_every_step_is_planned_before_the_first_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
