@@ -213,7 +213,7 @@ def find_result(text: str, folder: Path) -> PublishedResult:
     if not found:
         raise ConfigRefused(f"there is no result {text!r} in {folder}: nothing is published yet: omnilaunch bench NAME")
     if text == LAST:
-        return max(found.values(), key=lambda result: result.made_at)
+        return sorted(found.values(), key=lambda result: result.made_at)[-1]  # of one time, the line that was appended last
     matching = [result for result_id, result in found.items() if text and result_id.startswith(text)]
     if text in found or text in newest:
         return found.get(text) or newest[text]

@@ -101,8 +101,13 @@ def test_lines_are_added_and_found(path: Path, result: PublishedResult) -> None:
     assert replace(found[0], sha256="") == decode(PublishedResult, json.loads(json.dumps(to_plain(result))))
     assert find_result("x", path.parent).result_id == "x-20261122-000000-0000"
     assert find_result("x-20261121-000000-0000", path.parent) == found[0]
+    assert find_result("x-20261121", path.parent) == found[0] and find_result("last", path.parent) == found[1]
+    with pytest.raises(ConfigRefused, match=r"'x-2026' is the beginning of 2 results: x-20261121-000000-0000, x-20261122-000000-0000"):
+        find_result("x-2026", path.parent)
     with pytest.raises(ConfigRefused, match=r"no result 'y'.*valid are: x, x-20261121"):
         find_result("y", path.parent)
+    with pytest.raises(ConfigRefused, match=r"no result 'last'.*nothing is published yet"):
+        find_result("last", path.parent / "empty")
 
 
 def to_plain(result: PublishedResult) -> Any:
@@ -304,13 +309,15 @@ def test_the_exit_code_is_the_verdict(
     config = load_archive(REAL).plan.config
 
     def plan_run(run_id: str) -> Any:
-        return SimpleNamespace(notes=(), plan=SimpleNamespace(run_id=run_id, folder=str(tmp_path / "again" / run_id), config=config))
+        plan = SimpleNamespace(run_id=run_id, folder=str(tmp_path / "again" / run_id), config=config)
+        return SimpleNamespace(notes=(), plan=plan, project=PROJECT, precedent=None)
 
     monkeypatch.setattr(bench_rerun, "restore_plan", lambda *_: plan_run)
     monkeypatch.setattr(bench_rerun, "require_devices", lambda *_: None)
 
-    def carry_out(rerun: Any, _: object) -> tuple[Any, Any]:
-        return shutil.copytree(REAL, rerun.plan.folder) and SimpleNamespace(status="finished"), rerun.plan
+    def carry_out(plan: Any, _: object, **options: object) -> tuple[Any, Any]:
+        assert options == {"project": PROJECT, "precedent": None}
+        return shutil.copytree(REAL, plan.folder) and SimpleNamespace(status="finished"), plan
 
     monkeypatch.setattr(bench_rerun, "carry_out", carry_out)
     try:
