@@ -215,7 +215,7 @@ def _compose(overrides: list[str], conf: Path) -> Composed:
     """Raises ConfigRefused for a file that cannot be read or composed."""
     from hydra import compose as compose_files, initialize_config_dir
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
+    from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
@@ -223,8 +223,9 @@ def _compose(overrides: list[str], conf: Path) -> Composed:
         with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
             config = compose_files(PRIMARY, overrides, return_hydra_config=True)
         choices = dict(config.hydra.runtime.choices)
-        ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-        data = typing.cast(dict[str, Any], OmegaConf.to_container(ours, throw_on_missing=True))
+        with open_dict(config):
+            del config["hydra"]
+        data = typing.cast(dict[str, Any], OmegaConf.to_container(config, throw_on_missing=True))
     except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
         raise ConfigRefused(f"{conf}: cannot be composed: {str(error).replace('++', '')}") from error
     return Composed(data=data, choices=choices)

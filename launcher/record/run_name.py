@@ -15,7 +15,6 @@ PLAN_FILE = "plan.json"  # a folder without one is not a run
 RECORD_FILE = "result.json"
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a folder, a label and a part of a container's name
 LAST = "last"
-TIMED_ID = re.compile(r"\d{8}-\d{6}")  # what an id begins with that was made from the time
 MOST_NAMES = 5
 
 
