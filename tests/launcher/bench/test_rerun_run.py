@@ -68,7 +68,7 @@ def test_a_rerun_from_the_record_alone_is_the_same_to_the_bit(clone: Path, first
     shutil.copytree(first, tmp_path / "record", ignore=shutil.ignore_patterns("checkpoints", "logs"))
     done = omnilaunch(moved, tmp_path / "b", "rerun", str(tmp_path / "record"), "cluster.root=.", "--run-id", "second")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "code: this tree differs in trainer/kernels/cross_entropy.py; used is commit" in done.stdout and "weights the same" in done.stdout
+    assert "code: this tree differs in trainer/kernels/cross_entropy.py; used is commit" in done.stdout and "weights bitwise identical" in done.stdout
     second = tmp_path / "b/runs/second"
     assert rows_of(second) == rows_of(first) and len(rows_of(first)) == 3
     assert result_of(second)["weights_sha256"] == result_of(first)["weights_sha256"] and result_of(second)["rerun_of"] == "first"
