@@ -1,4 +1,4 @@
-# Sets the tools up and hands over to the launcher; no logic lives here. `make` alone lists the targets and variables.
+# Sets up the tools and calls the launcher. `make` without a target lists the targets and variables.
 
 HW ?=         ## hardware: a name of conf/hardware, such as cpu or ascend910b
 MODEL ?=      ## model: a name of conf/model, such as tiny_llava
@@ -7,10 +7,10 @@ PRECISION ?=  ## precision: fp32, fp16, bf16 or pure_bf16
 STRATEGY ?=   ## strategy: auto, single, ddp, zero1, zero2 or zero3
 DATA ?=       ## data: digits, digits_even, digits_large or files
 CLUSTER ?=    ## cluster: a name of conf/cluster, such as local
-RUNTIME ?=    ## process or docker, in place of the cluster's own
-EXP ?=        ## experiment: a cell of conf/experiment, for bench
-RUN ?=        ## a published result, or its cell, for bench-rerun
-ARGS ?=       ## anything more: overrides for plan and train, arguments of pytest for test
+RUNTIME ?=    ## process or docker, instead of the runtime in the cluster file
+EXP ?=        ## experiment: a benchmark of conf/experiment, for bench
+RUN ?=        ## a published result, or the name of its benchmark, for bench-rerun
+ARGS ?=       ## extra arguments: overrides for plan and train, arguments of pytest for test
 
 PYTHON ?= python3.11
 PIP_FLAGS ?= -qq
@@ -20,9 +20,9 @@ OVERRIDES = $(if $(HW),hardware=$(HW)) $(if $(MODEL),model=$(MODEL)) $(if $(STAG
 
 LOCKS := images/locks
 CPU := $(LOCKS)/cpu-$(shell uname -m)
-# Hashes are asked of every package. Isolation is off so that source distributions are built by the locked setuptools, too.
+# Every package is checked by its hash. Without isolation source distributions are built by the locked setuptools too.
 INSTALL = .venv/bin/python -m pip install $(PIP_FLAGS) --disable-pip-version-check --no-build-isolation --use-pep517
-# Only a process on this machine needs the trainer's packages here; a container or another machine brings its own.
+# Only RUNTIME=process on this machine needs the trainer's packages here; containers and other machines have their own.
 TRAINER = $(if $(filter-out process,$(RUNTIME))$(filter-out local,$(CLUSTER)),.venv/.launcher,.venv/.launcher .venv/.trainer)
 
 .DEFAULT_GOAL := help
@@ -34,19 +34,19 @@ help: ## This list
 
 setup: .venv/.launcher .venv/.trainer .venv/.dev ## Set up everything in .venv
 
-plan: .venv/.launcher ## Print what `make train` with the same variables would do, touching nothing
+plan: .venv/.launcher ## Print what `make train` with the same variables would do, without starting anything
 	@.venv/bin/omnilaunch plan $(OVERRIDES)
 
-train: $(TRAINER) ## Carry the plan out: the tiny model on real digits unless the variables say otherwise
+train: $(TRAINER) ## Start the run; without variables, the tiny model on real digits
 	@.venv/bin/omnilaunch launch $(OVERRIDES)
 
-bench: $(TRAINER) ## Run the pinned cell EXP, its repeats one after the other, and publish median and range in docs/results; without EXP list the cells
+bench: $(TRAINER) ## Run the repeats of benchmark EXP, and publish median and range in docs/results; without EXP list the benchmarks
 	@.venv/bin/omnilaunch bench $(EXP) $(if $(CLUSTER),cluster=$(CLUSTER)) $(if $(RUNTIME),cluster.runtime=$(RUNTIME)) $(ARGS)
 
-bench-rerun: $(TRAINER) ## Run the published result RUN again, from its line alone: reproduced or not
-	@.venv/bin/omnilaunch bench-rerun $(if $(RUN),$(RUN),$(error say which: make bench-rerun RUN=RESULT)) $(if $(CLUSTER),cluster=$(CLUSTER)) $(ARGS)
+bench-rerun: $(TRAINER) ## Run the published result RUN again, and say whether it reproduces
+	@.venv/bin/omnilaunch bench-rerun $(if $(RUN),$(RUN),$(error name a result: make bench-rerun RUN=RESULT)) $(if $(CLUSTER),cluster=$(CLUSTER)) $(ARGS)
 
-matrix: .venv/.launcher ## Write the table "what ran where" of README.md again from docs/results
+matrix: .venv/.launcher ## Update the table "What ran where" of README.md from docs/results
 	@.venv/bin/omnilaunch bench --matrix
 
 test: setup ## Run the tests that need neither an engine nor a network
@@ -55,7 +55,7 @@ test: setup ## Run the tests that need neither an engine nor a network
 lint: .venv/.launcher .venv/.dev ## ruff and mypy
 	@.venv/bin/ruff check . && .venv/bin/mypy
 
-render: .venv/.launcher ## Write images/rendered/ and docs/images.md again from images/versions.yaml
+render: .venv/.launcher ## Update images/rendered/ and docs/images.md from images/versions.yaml
 	@.venv/bin/omnilaunch image render
 
 image: .venv/.launcher ## Build the image that `make train RUNTIME=docker` with the same variables would use
@@ -91,9 +91,9 @@ test-cluster: setup ## Run on hosts with an sshd, an engine and a disk of their 
 	@touch $@
 
 .venv/.dev: .venv/.python $(LOCKS)/dev.txt
-	@echo "setting up the tests' tools from $(LOCKS)/dev.txt: about 20 s"
+	@echo "setting up the tools of the tests from $(LOCKS)/dev.txt: about 20 s"
 	@$(INSTALL) --require-hashes -r $(LOCKS)/dev.txt
 	@touch $@
 
 $(LOCKS)/%.txt:
-	@echo "$@ does not exist: no lock for this machine yet. The architectures that have one: $(wildcard $(LOCKS)/cpu-*.txt)"; exit 2
+	@echo "$@ does not exist: there is no lock for this architecture. Existing locks: $(wildcard $(LOCKS)/cpu-*.txt)"; exit 2

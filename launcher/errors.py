@@ -1,18 +1,17 @@
-"""What can go wrong, one class per exit code. Raised where it is known, printed by `cli.main` alone.
+"""The errors of the launcher, one class per exit code. They are raised where the cause is known, and printed by `cli.main` alone.
 
     LaunchError
     +-- ConfigRefused   2   a config, an override or an input that cannot work
-    |   +-- RecordRefused   a run's record that cannot be read, or is not as it was written
+    |   +-- RecordRefused   a record that cannot be read, or that changed since it was written
+    |   +-- NodesRefused 4  a config in which only the list of nodes is wrong
     +-- ImageFailed     3   rendering, building or fetching an image
-    |   +-- NodesRefused 4  the same, where nothing but the list of nodes is wrong
     +-- NodeFailed      4   a node that cannot be reached or used
     +-- RunEnded        5   a run that started and failed
 
-The text of each says what, where (file and key), what is allowed, and the next command.
+The text of each says what is wrong, where (file and key), what is allowed, and the next command.
 """
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import NoReturn
 
 from trainer.contract import Exit
@@ -29,7 +28,7 @@ class ConfigRefused(LaunchError):
 
 
 class RecordRefused(ConfigRefused):
-    """Exit code 2, as every input that cannot be used."""
+    """Exit code 2, like every input that cannot be used."""
 
 
 class NodesRefused(ConfigRefused):
@@ -49,13 +48,15 @@ class RunEnded(LaunchError):
 
 
 def refuse_config(text: str, keys: Iterable[str]) -> NoReturn:
-    """Raises ConfigRefused, as NodesRefused where all the `keys` that are wrong are of cluster.nodes: to whoever starts runs by a script
-    that is a bad node, whether the file or the host itself tells it."""
+    """Raises ConfigRefused; NodesRefused where all wrong `keys` belong to cluster.nodes, so that a script gets the exit code of a bad node
+    whether the file or the node itself is wrong."""
     raise (NodesRefused if all(key.startswith(NODES) for key in keys) else ConfigRefused)(text)
 
 
 def suggest(word: str, valid: Iterable[str]) -> str:
     """`did you mean 'x'? valid are: x, y` for a word that is not in `valid`."""
+    from difflib import get_close_matches  # only errors need it
+
     names = sorted(valid)
     close = get_close_matches(word, names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""

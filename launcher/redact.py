@@ -1,23 +1,23 @@
-"""Which text holds a credential, and that text without it: what is printed or written to a run's folder shows none."""
+"""Which text and which variable holds a credential. What is printed, or written to a run's folder, shows none."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import fields, replace
 from typing import Any
 
-from launcher.config.schema import Delivery
-from launcher.errors import ConfigRefused
-
 MASK = "***"
-# Greedy up to the last @ before the path: a password may hold an @ of its own.
+# Greedy up to the last @ before the path: a password may contain an @ itself.
 USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
-SECRET_WORDS = ("TOKEN", "PASSWORD", "PASSWD", "PASSPHRASE", "SECRET")
-VARIABLE = "OMNILAUNCH_DELIVERY_{name}"  # gives a run that is taken up again an address of cluster.delivery whole
-PLACE_WORDS = ("FILE", "PATH", "DIR")  # SSL_KEY_FILE says where a key lies
+# A word of a variable's name, the parts between underscores, that ends with one of these: HF_TOKEN, GITHUBTOKEN, MYSQLPASSWORD.
+SECRET_ENDINGS = ("TOKEN", "PASSWORD", "PASSWD", "PASSPHRASE", "SECRET", "CREDENTIAL", "APIKEY", "COOKIE")
+# A whole word: PAT is a personal access token of GitHub or Azure; PGPASS and SSHPASS hold passwords; a DSN or a webhook has one in its URL.
+SECRET_WORDS = ("KEY", "AUTH", "AUTHORIZATION", "PAT", "PWD", "PASS", "PGPASS", "SSHPASS", "CRED",
+    "JWT", "BEARER", "SESSION", "SESSIONID", "DSN", "WEBHOOK")  # fmt: skip
+SHELL_FOLDERS = ("PWD", "OLDPWD")  # whole names; the PWD of MYSQL_PWD is a password
+# The last word of a name that says where or how: SSL_KEY_FILE, SSH_AUTH_SOCK, AUTH_METHOD.
+HARMLESS_ENDINGS = ("FILE", "PATH", "DIR", "FOLDER", "HOME", "SOCK", "TYPE", "METHOD", "TIMEOUT")
 
 
 def mask_credentials(value: Any) -> Any:
-    """JSON data with `https://user:password@host` written as `https://***@host` wherever it stands; tuples become lists."""
+    """JSON data with `https://user:password@host` replaced by `https://***@host` everywhere; tuples become lists."""
     if isinstance(value, str):
         return USER_INFO.sub(f"{MASK}@", value) if "://" in value else value
     if isinstance(value, dict):
@@ -28,7 +28,7 @@ def mask_credentials(value: Any) -> Any:
 
 
 def holds_credentials(text: str) -> bool:
-    """Whether a URL in the text names a user, or once did: a masked one counts."""
+    """Whether a URL in the text names a user, or did before it was masked."""
     return mask_credentials(text) != text or is_masked(text)
 
 
@@ -37,40 +37,15 @@ def is_masked(text: str) -> bool:
 
 
 def names_a_secret(variable: str) -> bool:
-    """Whether an environment variable's name says that its value is a secret. By its words: NCCL_IB_PKEY is a partition, TOKENIZERS_PARALLELISM
-    no token."""
-    words = variable.upper().split("_")
-    if words[-1] in PLACE_WORDS:
+    """Whether the value of an environment variable is a secret, judged by the words of its name: NCCL_IB_PKEY is a partition of InfiniBand,
+    and TOKENIZERS_PARALLELISM a switch."""
+    name = variable.upper()
+    words = [word for word in name.split("_") if word]
+    if not words or name in SHELL_FOLDERS or words[-1].endswith(HARMLESS_ENDINGS):
         return False
-    return any(word.removesuffix("S").endswith(SECRET_WORDS) or word in ("KEY", "KEYS", "APIKEY") for word in words)
+    return any(word.endswith(SECRET_ENDINGS) or word in SECRET_WORDS for word in map(to_singular, words))
 
 
-# ------------------------------------------------------------------------------------------------------ addresses of a run that is there
-
-
-def masked_fields(delivery: Delivery) -> dict[str, str]:
-    """Field of cluster.delivery -> its address, of those that lack their credentials."""
-    values = {field.name: getattr(delivery, field.name) for field in fields(delivery)}
-    return {name: value for name, value in values.items() if isinstance(value, str) and is_masked(value)}
-
-
-def without_masked(delivery: Delivery) -> Delivery:
-    return replace(delivery, **dict.fromkeys(masked_fields(delivery), ""))  # type: ignore[arg-type]  # all of them are texts
-
-
-def masked_addresses(delivery: Delivery) -> str:
-    """What to set, a line each; '' when nothing is missing."""
-    missing = masked_fields(delivery).items()
-    return "\n".join(f"  export {VARIABLE.format(name=name.upper())}={value.replace(MASK, 'USER:PASSWORD')}" for name, value in missing)
-
-
-def give_credentials(delivery: Delivery, environ: Mapping[str, str]) -> Delivery:
-    """The addresses whole that the environment gives. Raises ConfigRefused for one that is not the recorded one."""
-    given = {name: environ[variable] for name in masked_fields(delivery) if (variable := VARIABLE.format(name=name.upper())) in environ}
-    for name, value in given.items():
-        if mask_credentials(value) != getattr(delivery, name):
-            raise ConfigRefused(
-                f"{VARIABLE.format(name=name.upper())} is another address than the run's, {getattr(delivery, name)}: "
-                "give that one, with its user and password in the place of ***, or unset the variable"
-            )
-    return replace(delivery, **given)  # type: ignore[arg-type]  # all of them are texts
+def to_singular(word: str) -> str:
+    """PASS is not a plural."""
+    return word if word.endswith("SS") else word.removesuffix("S")

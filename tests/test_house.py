@@ -39,7 +39,7 @@ WORDS = {
     r"\btold\b|\btells of\b": "reported, printed, says",
     r"\bheld against\b": "compared with, checked against",
     r"\bnobody\b": "the passive voice",
-    r"(?<!--)\banew\b": "again",
+    r"(?<!--)\banew\b(?!=)": "again",  # `bench --anew` is an option that users type
     r"\bbesides\b": "also",
     r"\bmend(s|ed|ing)?\b": "fix",
     r"\bsick\b": "unhealthy",
@@ -69,15 +69,11 @@ WORDS = {
     r"\bquantis": "quantiz…, one spelling",
 }
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "base", "misc"}
-# The only readers of the environment: the launcher's door, and what torchrun sets for a rank.
+# The only readers of the environment: the verbs of the launcher, and what torchrun sets for a rank.
 ENVIRON_READERS = {
-    "launcher/cli.py",
     "launcher/plan/local_context.py",
     "launcher/image/build.py",
-    "launcher/commands/image.py",
-    "launcher/commands/live_run.py",
-    "launcher/commands/rerun.py",
-    "launcher/commands/bench.py",
+    *(f"launcher/commands/{verb}.py" for verb in ("plan", "launch", "doctor", "image", "rerun", "bench", "bench_rerun", "live/live_run")),
     "trainer/device/device.py",
     "trainer/programs/dispatch.py",
     "trainer/__main__.py",

@@ -13,6 +13,7 @@ from packaging.utils import canonicalize_name
 
 from launcher.bench.worktree import Tree, list_files
 from launcher.config.compose import compose_over
+from launcher.config.credentials import give_credentials, without_masked
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, suggest
 from launcher.image.stack import Image, load_stacks
@@ -20,7 +21,6 @@ from launcher.plan.commands import FOLDER_VARIABLE, RUN_VARIABLE, node_commands
 from launcher.plan.plan import LocalContext, Plan, carry_over, make_plan
 from launcher.record.record import OriginalRun
 from launcher.record.recorded_run import RecordedRun
-from launcher.redact import give_credentials, without_masked
 from trainer.contract import SPEC_FILE, Expectation, TrainSpec, decode, facts_of, kind_of
 
 # Kinds of differences that --accept allows.

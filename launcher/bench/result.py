@@ -6,14 +6,14 @@ the bench again (`restore`). It has no path, host or user of the machine.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn
 
 from launcher.errors import ConfigRefused, RecordRefused, RunEnded, suggest
-from launcher.record.record import RUN_ID
+from launcher.record.run_name import LAST, RUN_ID
 from trainer import contract
 from trainer.contract import SpecError
 
@@ -206,11 +206,22 @@ def append_result(path: Path, result: PublishedResult) -> PublishedResult:
 
 
 def find_result(text: str, folder: Path) -> PublishedResult:
-    """By its id, or the newest one of an experiment. Raises ConfigRefused with the ids that exist."""
-    paths = sorted(folder.glob("*.jsonl")) if folder.is_dir() else ()
-    found = {result.result_id: result for path in paths for result in read_results(path)}
+    """By its id, a unique prefix of one, `last`, or the name of an experiment for its newest one. Raises ConfigRefused with the valid ones."""
+    found = {result.result_id: result for path in published_files(folder) for result in read_results(path)}
     newest = {result.experiment: result for result in found.values()}
-    if text not in found and text not in newest:
-        known = suggest(text, (*newest, *found)) if found else "nothing was published yet: omnilaunch bench NAME"
-        raise ConfigRefused(f"there is no result {text!r} in {folder}: {known}")
-    return found.get(text) or newest[text]
+    if not found:
+        raise ConfigRefused(f"there is no result {text!r} in {folder}: nothing is published yet: omnilaunch bench NAME")
+    if text == LAST:
+        return sorted(found.values(), key=lambda result: result.made_at)[-1]  # of one time, the line that was appended last
+    matching = [result for result_id, result in found.items() if text and result_id.startswith(text)]
+    if text in found or text in newest:
+        return found.get(text) or newest[text]
+    if len(matching) > 1:
+        raise ConfigRefused(f"{text!r} is the beginning of {len(matching)} results: {', '.join(result.result_id for result in matching)}")
+    if not matching:
+        raise ConfigRefused(f"there is no result {text!r} in {folder}: {suggest(text, (*newest, *found))}")
+    return matching[0]
+
+
+def published_files(folder: Path) -> Iterator[Path]:
+    yield from sorted(folder.glob("*.jsonl")) if folder.is_dir() else ()

@@ -1,90 +1,62 @@
-"""`omnilaunch bench` and `omnilaunch bench-rerun`: a pinned cell measured and published, and a published result measured again.
-
-Like run_action, imported by every command, so it imports late itself.
-"""
+"""`omnilaunch bench`: run the repeats of a benchmark of conf/experiment, and publish median and range in docs/results."""
 
 import argparse
 import gc
 import os
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.commands import launch
+from launcher.commands.plan import PROJECT
 from launcher.errors import ConfigRefused
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
     from launcher.bench.cell import Cell
     from launcher.bench.repeats import Series
-    from launcher.bench.rerun import Rerun
-    from launcher.bench.result import PublishedResult, Repeat
+    from launcher.bench.result import PublishedResult
     from launcher.config.schema import Cluster
     from launcher.plan.plan import Plan
     from launcher.record.source import SourceTree
 
-PROJECT = Path(__file__).resolve().parents[2]
 CONF = PROJECT / "conf"
 RESULTS = PROJECT / "docs/results"
 README = PROJECT / "README.md"
-SCRATCH = ".cache"
-TEXT = """
-  omnilaunch bench                                the cells of conf/experiment, and what was published of each
-  omnilaunch bench NAME [cluster=...]             run its repeats one after the other, and publish median and range
-  omnilaunch bench --matrix                       write the table of README.md from what was published
-"""
-RERUN_TEXT = "a published result once more, from its line alone: reproduced or not, by the bands that its cell had stated"
 
 
-def add_to(verbs: Any, say: Callable[[str], None]) -> None:
-    sub = verbs.add_parser(
-        "bench",
-        help="run a pinned cell of conf/experiment and publish its figures",
-        description=TEXT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    sub.add_argument("words", nargs="*", metavar="NAME", help="a cell of conf/experiment, and where it runs: cluster=lab")
-    sub.add_argument("--anew", action="store_true", help="leave the runs of a bench that was not finished, and begin another one")
-    sub.add_argument("--dirty", default="", metavar="REASON", help="measure a tree with changes that no commit holds; the result says so")
-    sub.add_argument("--matrix", action="store_true", help="write the table of README.md")
-    sub.add_argument("--results", default="", metavar="FOLDER", help="where the lines go: docs/results of the project when left out")
-    sub.set_defaults(verb=run_bench, say=say)
-    sub = verbs.add_parser(
-        "bench-rerun", help="run a published result again: reproduced or not", description=RERUN_TEXT, allow_abbrev=False
-    )
-    sub.add_argument("result", metavar="RESULT", help="its id, or a cell's name for the newest one")
-    sub.add_argument("words", nargs="*", metavar="cluster=...", help="where it runs")
-    sub.add_argument("--repeats", type=int, default=0, metavar="N", help="as many as were published when left out")
-    sub.add_argument("--reason", default="", help="why they are fewer than 5")
-    sub.add_argument("--accept", action="append", default=[], metavar="KIND", help="code, data or weights that are others: see rerun")
-    sub.add_argument("--results", default="", metavar="FOLDER", help="as for bench")
-    sub.set_defaults(verb=rerun_bench, say=say)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = """
+  omnilaunch bench                          list the benchmarks of conf/experiment, and what is published of each
+  omnilaunch bench NAME [cluster=...]       run its repeats one after the other, and publish median and range
+  omnilaunch bench --matrix                 write the table of README.md from the published results"""
+    parser.add_argument("words", nargs="*", metavar="NAME", help="a benchmark of conf/experiment, and where it runs: cluster=lab")
+    parser.add_argument("--anew", dest="new_series", action="store_true", help="start another series, and leave an unfinished one as it is")
+    dirty = "measure a tree with uncommitted changes; the reason is published"
+    parser.add_argument("--dirty", default="", metavar="REASON", help=dirty)
+    parser.add_argument("--matrix", action="store_true", help="write the table of README.md")
+    parser.add_argument("--results", default="", metavar="FOLDER", help="where results are published; docs/results when omitted")
 
 
-def run_bench(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.results) if arguments.results else RESULTS
     if arguments.matrix:
         if arguments.words or arguments.results:
-            raise ConfigRefused(
-                f"--matrix writes the table of all cells, from {RESULTS.relative_to(PROJECT)} alone: omnilaunch bench --matrix"
-            )
+            source = RESULTS.relative_to(PROJECT)
+            raise ConfigRefused(f"--matrix writes the table of all benchmarks, from {source} alone: omnilaunch bench --matrix")
         return write_matrix(arguments, folder)
     if not arguments.words:
-        return list_bench(arguments, folder)
+        return list_benchmarks(arguments, folder)
     name, *words = arguments.words
     if "=" in name:
-        raise ConfigRefused(f"{name}: the name of a cell comes first: omnilaunch bench NAME {name}")
-    return measure_cell(arguments, name, words, folder)
+        raise ConfigRefused(f"{name}: the name of a benchmark comes first: omnilaunch bench NAME {name}")
+    return measure(arguments, name, words, folder)
 
 
-# ------------------------------------------------------------------------------------------------------------------ bench
-
-
-def measure_cell(arguments: argparse.Namespace, name: str, words: list[str], folder: Path) -> int:
-    """Everything that could stop it is looked at before the first run."""
+def measure(arguments: argparse.Namespace, name: str, words: list[str], folder: Path) -> int:
+    """Whatever could stop the series is checked before its first run."""
     from launcher.bench.cell import load_cell
     from launcher.bench.measure import publish
     from launcher.bench.repeats import load_repeats, lock_runs, run_repeats
@@ -98,30 +70,29 @@ def measure_cell(arguments: argparse.Namespace, name: str, words: list[str], fol
     source = read_source(PROJECT)
     dirty = refuse_dirty(source, arguments.dirty)
     runs = Path(plan_cell(cell, name).folder).parent
-    gc.enable()  # from here on it may be hours
+    gc.enable()  # `main` turned it off; from here on it may be hours
     again = join_command("bench", name, words, arguments, "dirty", "results")
     with lock_runs(runs):
-        series = open_series(cell, source, runs, published, again, anew=arguments.anew)
+        series = open_series(cell, source, runs, published, again, start_new=arguments.new_series)
         if len(series.done) < cell.config.run.repeats:
             require_devices(plan_cell(cell, name), arguments.say)
 
         def carry_out(run_id: str) -> Any:
             require_unchanged(source)
-            return launch_run(plan_cell(cell, run_id), source, arguments.say)
+            return launch.carry_out(plan_cell(cell, run_id), arguments.say)[0]
 
-        repeats = run_repeats(
-            series, cell.config.run.repeats, carry_out, tags=(name,), again=again, say=arguments.say, here=is_here(cell.config.cluster)
-        )
+        here = is_here(cell.config.cluster)
+        repeats = run_repeats(series, cell.config.run.repeats, carry_out, tags=(name,), again=again, say=arguments.say, here=here)
         result = publish(series.name, name, repeats, load_repeats(runs, repeats), dirty=dirty, made_at=utc_now())
         result = append_result(path, result)
-    arguments.say(f"\n{describe_result(result)}\npublished in {path}; the table of README.md: omnilaunch bench --matrix")
+    arguments.say(f"\n{describe_result(result)}\npublished in {path}; to write the table of README.md: omnilaunch bench --matrix")
     return Exit.OK
 
 
 def join_command(verb: str, name: str, words: list[str], arguments: argparse.Namespace, *options: str) -> str:
-    """What is to be typed to do this once more, with the `options` that were given."""
-    said = [(f"--{option}", value) for option in options for value in as_list(getattr(arguments, option))]
-    return shlex.join(("omnilaunch", verb, name, *words, *(text for pair in said for text in pair)))
+    """The command line that does this again, with the `options` that were given."""
+    given = [(f"--{option}", value) for option in options for value in as_list(getattr(arguments, option))]
+    return shlex.join(("omnilaunch", verb, name, *words, *(text for pair in given for text in pair)))
 
 
 def as_list(value: Any) -> list[str]:
@@ -133,7 +104,7 @@ def is_here(cluster: "Cluster") -> bool:
 
 
 def plan_cell(cell: "Cell", run_id: str) -> "Plan":
-    """The one plan of the cell, by the name of each of its runs."""
+    """The plan of one run of the benchmark; all its runs have the same plan."""
     from launcher.image.stack import load_stacks
     from launcher.plan.local_context import local_context
     from launcher.plan.plan import make_plan
@@ -143,12 +114,12 @@ def plan_cell(cell: "Cell", run_id: str) -> "Plan":
     return make_plan(cell.config, stacks, local_context(PROJECT), run_id=valid_run_id(run_id), overrides=cell.overrides)
 
 
-def open_series(cell: "Cell", source: "SourceTree", runs: Path, published: list[str], again: str, *, anew: bool) -> "Series":
-    """The one that was begun and not published, where the next run would be a repeat of its runs; else a new one."""
+def open_series(cell: "Cell", source: "SourceTree", runs: Path, published: list[str], again: str, *, start_new: bool) -> "Series":
+    """The unfinished series, where the next run would be a repeat of its runs; else a new one."""
     from launcher.bench.repeats import Series, find_series, name_series, refuse_busy, require_same
     from launcher.record.record import utc_now
 
-    found = None if anew else find_series(cell.name, runs, published=published)
+    found = None if start_new else find_series(cell.name, runs, published=published)
     if found is None:
         return Series(name=name_series(cell.name, utc_now(), pid=os.getpid()), runs=runs)
     refuse_busy(found)
@@ -157,18 +128,18 @@ def open_series(cell: "Cell", source: "SourceTree", runs: Path, published: list[
 
 
 def refuse_dirty(source: "SourceTree", reason: str) -> str:
-    """The reason, '' where the tree needs none. Raises ConfigRefused where nobody could get the code of the result from git."""
+    """The reason, '' where the tree is clean. Raises ConfigRefused where the code of the result could not be taken from git again."""
     changed = list_changes()
     if source.state.commit and not changed:
         return ""
     if not reason:
-        why = f"the tree has changes that no commit holds: {', '.join(changed[:8])}" if source.state.commit else f"{PROJECT} is no git tree"
-        raise ConfigRefused(f"{why}. Nobody could measure the same code again. Commit them; or measure it all the same: --dirty REASON")
+        why = f"the tree has uncommitted changes: {', '.join(changed[:8])}" if source.state.commit else f"{PROJECT} is not a git repository"
+        raise ConfigRefused(f"{why}. The same code could not be measured again. Commit the changes; or measure anyway: --dirty REASON")
     return reason
 
 
 def list_changes() -> list[str]:
-    """Of what runs are made of. What is written below docs changes nothing of a run."""
+    """Uncommitted changes of what runs are made of; docs/ is not part of a run."""
     from launcher.record.source import CODE, git
 
     try:
@@ -184,12 +155,12 @@ def require_unchanged(source: "SourceTree") -> None:
     now = read_source(PROJECT).state
     if (now.commit, now.diff_sha256) != (source.state.commit, source.state.diff_sha256):
         raise ConfigRefused(
-            f"the tree changed under the bench, from commit {source.state.commit[:12]} to {now.commit[:12]} or in its files"
+            f"the tree changed during the benchmark, from commit {source.state.commit[:12]} to {now.commit[:12]} or in its files"
         )
 
 
 def require_devices(plan: "Plan", say: Callable[[str], None]) -> None:
-    """Raises NodeFailed where the hardware of the cell is not there."""
+    """Raises NodeFailed where the nodes do not have the hardware of the benchmark."""
     from launcher.image.stack import load_stacks
     from launcher.plan.plan import refuse
     from launcher.run.session import examine_nodes, require_health
@@ -199,109 +170,10 @@ def require_devices(plan: "Plan", say: Callable[[str], None]) -> None:
     require_health(examine_nodes(plan, stack, os.environ, launching=True), say)
 
 
-def launch_run(plan: "Plan", source: "SourceTree", say: Callable[[str], None]) -> Any:
-    from launcher.plan.local_context import local_context
-    from launcher.run.launch import launch
-    from launcher.run.session import open_session
-
-    opened = open_session(plan, local_context(PROJECT), os.environ, say=say, terminal=sys.stdout.isatty())
-    with opened as (examined, desk):
-        return launch(examined, source, desk)
-
-
-# ------------------------------------------------------------------------------------------------------------------ rerun
-
-
-def rerun_bench(arguments: argparse.Namespace) -> int:
-    from launcher.bench.repeats import Series, lock_runs, name_series, run_repeats
-    from launcher.bench.result import find_result
-    from launcher.bench.verdict import bands_of, describe_reproduction, judge, with_all_facts
-    from launcher.record.record import utc_now
-
-    result = find_result(arguments.result, Path(arguments.results) if arguments.results else RESULTS)
-    bands_of(result)  # without them nobody could judge what takes hours to run
-    wanted, fewer = count_repeats(arguments, result)
-    plan_run = restored(arguments, result)
-    first = plan_run("planned")
-    for note in first.notes:
-        arguments.say(note)
-    runs = Path(first.plan.folder).parent
-    gc.enable()
-    with lock_runs(runs):
-        require_devices(first.plan, arguments.say)
-        series = Series(name=name_series(f"rerun-{result.experiment}", utc_now(), pid=os.getpid()), runs=runs)
-
-        def carry_out(run_id: str) -> Any:
-            return carry_rerun(plan_run(run_id), arguments.say)
-
-        options = ("repeats", "reason", "accept", "results")
-        again = f"{join_command('bench-rerun', result.result_id, arguments.words, arguments, *options)} (from its first repeat)"
-        tags, here = (result.experiment, "bench-rerun"), is_here(first.plan.config.cluster)
-        repeats = run_repeats(series, wanted, carry_out, tags=tags, again=again, say=arguments.say, here=here)
-    found = judge(with_all_facts(result), repeats, facts_now(runs, repeats), fewer=fewer)
-    arguments.say(f"\n{describe_reproduction(found, with_all_facts(result))}")
-    return Exit.OK if found.reproduced else Exit.DIFFERENT
-
-
-def count_repeats(arguments: argparse.Namespace, result: "PublishedResult") -> tuple[int, str]:
-    """(how many, why fewer). Raises ConfigRefused for fewer without a reason."""
-    from launcher.bench.cell import LEAST_REPEATS
-
-    wanted = arguments.repeats or max(LEAST_REPEATS, len(result.repeats))
-    if wanted < 1:
-        raise ConfigRefused(f"--repeats {wanted}: at least 1")
-    if wanted < LEAST_REPEATS and not arguments.reason:
-        raise ConfigRefused(f"--repeats {wanted}: of fewer than {LEAST_REPEATS} nobody knows the spread; say why: --reason TEXT")
-    return wanted, arguments.reason if wanted < LEAST_REPEATS else ""
-
-
-def restored(arguments: argparse.Namespace, result: "PublishedResult") -> "Callable[[str], Rerun]":
-    """What makes the plan of a rerun by the run id. The code is looked for once."""
-    from launcher.bench.cell import COMPUTING, refuse_choices
-    from launcher.bench.rerun import accepted_kinds, plan_rerun
-    from launcher.bench.restore import restore
-    from launcher.bench.worktree import try_image
-    from launcher.config.compose import compose
-    from launcher.plan.local_context import local_context
-    from launcher.plan.plan import absolute
-
-    refuse_choices(arguments.words, (*COMPUTING, "cluster.runtime"))
-    cluster, place = compose(arguments.words, CONF).cluster, local_context(PROJECT)
-    accepted = accepted_kinds(arguments.accept)
-    recorded, tree = restore(result, cluster, place, Path(absolute(cluster.root, Path.cwd())) / SCRATCH)
-    tree = try_image(recorded, tree) if result.site.runtime == "docker" else tree
-    return lambda run_id: plan_rerun(recorded, (), accepted, tree, place, os.environ, conf=CONF, run_id=run_id)
-
-
-def carry_rerun(rerun: "Rerun", say: Callable[[str], None]) -> Any:
-    from launcher.commands.rerun import carry_out
-
-    record, _ = carry_out(rerun, argparse.Namespace(say=say, detach=False))
-    return record
-
-
-def facts_now(runs: Path, repeats: "tuple[Repeat, ...]") -> dict[str, str]:
-    """Of the first repeat; the others have to agree with it."""
-    from launcher.bench.measure import facts_in, require_alike
-    from launcher.bench.repeats import load_repeats
-    from launcher.bench.verdict import add_code_facts
-
-    recorded_runs = load_repeats(runs, repeats)
-    require_alike(recorded_runs)
-    record = recorded_runs[0].record
-    return add_code_facts(
-        facts_in(recorded_runs[0]),
-        data=record.data_sha256,
-        lock=record.lock_sha256,
-        image=record.image_id,
-        fingerprint=recorded_runs[0].plan.image.fingerprint,
-    )
-
-
 # ------------------------------------------------------------------------------------------------------------------- text
 
 
-def list_bench(arguments: argparse.Namespace, folder: Path) -> int:
+def list_benchmarks(arguments: argparse.Namespace, folder: Path) -> int:
     from launcher.bench.cell import list_cells
     from launcher.bench.result import read_results, results_file
 
@@ -321,7 +193,7 @@ def write_matrix(arguments: argparse.Namespace, folder: Path) -> int:
 
 
 def describe_result(result: "PublishedResult") -> str:
-    """Median, lowest and highest of each figure, one a line."""
+    """Median, lowest and highest value of each figure, one per line."""
     from launcher.bench.matrix import describe_bits
     from launcher.bench.result import is_unsteady
 
@@ -330,10 +202,7 @@ def describe_result(result: "PublishedResult") -> str:
         scale, unit = (2**30, " GiB") if name == "peak_bytes" else (1, "")
         median, low, high = (f"{value / scale:,.6g}" for value in (span.median, span.lowest, span.highest))
         lines.append(f"  {name:24} {median:>12}{unit}  ({low} to {high})")
-    lines.append(f"  {'equal to the bit':24} {describe_bits(result)}")
-    unsteady = (
-        ["  the speeds lie further apart than the band that a rerun is held against: the machine was not steady"]
-        if is_unsteady(result)
-        else []
-    )
-    return "\n".join((*lines, *unsteady))
+    lines.append(f"  {'bitwise identical':24} {describe_bits(result)}")
+    if is_unsteady(result):
+        lines.append("  the speeds vary more than the band that a rerun is compared with: the machine was not steady")
+    return "\n".join(lines)

@@ -1,24 +1,25 @@
-"""`omnilaunch plan|launch experiment=CHAIN`: all steps are judged before the first begins; a chain that broke off goes on where it did."""
+"""`omnilaunch plan|launch experiment=CHAIN`: all steps are planned before the first starts; a chain that was interrupted is resumed."""
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.config.chain import GROUP, Chain, Step, words_of
+from launcher.config.chain import GROUP, Chain, overrides_of
 from launcher.config.compose import compose
-from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import load_stacks
 from launcher.plan.description import command_line, describe_work, gib, table
 from launcher.plan.local_context import local_context
 from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan
+from launcher.record.checkpoint_reference import with_full_ids
 from launcher.record.index import figure
 from launcher.record.reader import read_if_there, read_object
-from launcher.record.record import PLAN_FILE, RECORD_FILE, Record, valid_run_id
+from launcher.record.record import Record, valid_run_id
+from launcher.record.run_name import PLAN_FILE, RECORD_FILE, list_folders
 from trainer.contract import Exit
 
-Launch = Callable[[Sequence[str], str], int]  # words and run id -> exit code
+Launch = Callable[[Sequence[str], str], int]  # overrides, run id -> exit code
 Say = Callable[[str], None]
 
 
@@ -37,150 +38,134 @@ class StepRun:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedStep:
-    """Where a chain stands. Of each step: the newest run of it, the run that it is or would be, and its plan as it would be made now."""
+    """`newest`: its newest run; `run_id`: of the run that it is or will be; `plan`: as it would be made now; `overrides`: to launch it."""
 
+    name: str
+    newest: StepRun
+    run_id: str
+    plan: Plan
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedChain:
     chain: Chain
     chain_id: str
     typed: tuple[str, ...]
-    kinds: tuple[str, ...]
-    attempts: tuple[StepRun, ...]
-    run_ids: tuple[str, ...]
-    plans: tuple[Plan, ...]
     folders: tuple[Path, ...]
+    steps: tuple[PlannedStep, ...]
+
+    @property
+    def resume(self) -> str:
+        return command_line("launch", *self.typed, "--run-id", self.chain_id)
 
 
-def look_ahead(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, here: Path) -> PlannedStep:
-    """Plans every step. Raises ConfigRefused that names the step where one cannot work, or where a finished one was made with other words."""
-    conf, placed, stacks = project / "conf", local_context(project), load_stacks(project / "images")
-    first = compose(words_of(chain, 0, typed, {}, ()), conf)
+def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, here: Path) -> PlannedChain:
+    """Plan every step. Raises ConfigRefused naming the step that cannot work, or that has finished with other overrides."""
+    conf, context, stacks = project / "conf", local_context(project), load_stacks(project / "images")
+    first = compose(overrides_of(chain, 0, typed, {}, ()), conf)
     root = Path(absolute(first.cluster.root, here)) / RUNS_FOLDER
     folders = tuple(dict.fromkeys((root, here / RUNS_FOLDER)))
-    attempts = tuple(find_attempt(chain_id, step, folders) for step in chain.steps)
-    run_ids = tuple(
-        attempt.run_id if attempt.done else valid_run_id(name_next(chain_id, step, attempt))
-        for step, attempt in zip(chain.steps, attempts, strict=True)
-    )
-    results = {step.name: str(root / run_id) for step, run_id in zip(chain.steps, run_ids, strict=True)}
+    typed = with_full_ids(typed, *folders)
+    newest = {step.name: find_newest(chain_id, step.name, folders) for step in chain.steps}
+    run_ids = {name: run.run_id if run.done else valid_run_id(name_next(chain_id, name, run)) for name, run in newest.items()}
+    results = {name: str(root / run_id) for name, run_id in run_ids.items()}
     kinds: list[str] = []
-    plans: list[Plan] = []
-    for place, (step, run_id) in enumerate(zip(chain.steps, run_ids, strict=True)):
-        words = words_of(chain, place, typed, results, kinds)
+    steps: list[PlannedStep] = []
+    for place, name in enumerate(run_ids):
+        words = overrides_of(chain, place, typed, results, kinds)
         try:
-            config: Config = compose(words, conf)
-            plans.append(make_plan(config, stacks, placed, run_id=run_id, overrides=words))
+            plan = make_plan(compose(words, conf), stacks, context, run_id=run_ids[name], overrides=words)
         except ConfigRefused as error:
-            raise ConfigRefused(f"step {step.name} of {GROUP}={chain.name}: {error}") from error
-        kinds.append(config.stage.kind)
-    outlook = PlannedStep(
-        chain=chain,
-        chain_id=chain_id,
-        typed=tuple(typed),
-        kinds=tuple(kinds),
-        attempts=attempts,
-        run_ids=run_ids,
-        plans=tuple(plans),
-        folders=folders,
-    )
-    refuse_mixture(outlook)
-    return outlook
+            raise ConfigRefused(f"step {name} of {GROUP}={chain.name}: {error}") from error
+        given = overrides_of(chain, place, typed, run_ids, kinds)  # runs by their ids, which `launch` turns into folders
+        steps.append(PlannedStep(name=name, newest=newest[name], run_id=run_ids[name], plan=plan, overrides=given))
+        kinds.append(plan.spec.stage.kind)
+    planned = PlannedChain(chain=chain, chain_id=chain_id, typed=typed, folders=folders, steps=tuple(steps))
+    refuse_other_runs(planned)
+    return planned
 
 
-def refuse_mixture(outlook: PlannedStep) -> None:
-    """Raises ConfigRefused for a step that was done with other words, or out of turn, or whose containers may still run."""
+def refuse_other_runs(planned: PlannedChain) -> None:
+    """Raises ConfigRefused for a step that has finished with other overrides or before an earlier step, or whose containers may still run."""
     waiting = ""
-    for place, (step, attempt) in enumerate(zip(outlook.chain.steps, outlook.attempts, strict=True)):
-        if attempt.done and waiting:
+    for step in planned.steps:
+        run_id = step.newest.run_id
+        if step.newest.done and waiting:
             raise ConfigRefused(
-                f"step {step.name} is done (run {attempt.run_id}), and {waiting} before it is not: it did not begin with this chain's result. "
-                "Begin the chain anew with another --run-id."
+                f"step {step.name} has finished (run {run_id}), but the earlier step {waiting} has not, so that it did not start from its "
+                "result. Start the chain again with another --run-id."
             )
-        if attempt.done:
-            refuse_other_words(attempt, launch_words(outlook, place), outlook.folders)
-        waiting = waiting or ("" if attempt.done else step.name)
-        if attempt.status == "unfinished" and outlook.plans[place].config.cluster.runtime == "docker":
-            raise ConfigRefused(
-                f"step {step.name} has begun as run {attempt.run_id} and not ended: {command_line('attach', attempt.run_id)}, then this command again"
-            )
+        if step.newest.done:
+            refuse_other_overrides(step, planned.folders)
+        waiting = waiting or ("" if step.newest.done else step.name)
+        if step.newest.status == "unfinished" and step.plan.config.cluster.runtime == "docker":
+            first = command_line("attach", run_id)
+            raise ConfigRefused(f"step {step.name} was started as run {run_id} and has not ended. First: {first}, then this command again")
 
 
-def launch_words(outlook: PlannedStep, place: int) -> tuple[str, ...]:
-    """With run ids, which `launch` turns into folders, or into those of another node."""
-    runs = {step.name: run_id for step, run_id in zip(outlook.chain.steps, outlook.run_ids, strict=True)}
-    return words_of(outlook.chain, place, outlook.typed, runs, outlook.kinds)
-
-
-def describe_chain(outlook: PlannedStep) -> str:
-    """A line for each step: where it stands, what it does, what it takes."""
+def describe_chain(planned: PlannedChain) -> str:
+    """For each step: its state, what it does, and the memory that it needs."""
     rows: dict[str, str] = {}
-    for place, (step, attempt, plan) in enumerate(zip(outlook.chain.steps, outlook.attempts, outlook.plans, strict=True)):
-        state = f"done: run {attempt.run_id}" if attempt.done else f"run {outlook.run_ids[place]}"
-        before = f" (before it {attempt.run_id}: {attempt.status})" if attempt.run_id and not attempt.done else ""
-        need = f"; {gib(plan.memory.total_bytes).strip()} a device" if plan.memory and plan.memory.total_bytes else ""
-        rows[f"{place + 1}  {step.name}"] = f"{state}{before}\n      {describe_work(plan.spec)}{need}"
+    for number, step in enumerate(planned.steps, start=1):
+        newest, memory = step.newest, step.plan.memory
+        earlier = f" (earlier run {newest.run_id}: {newest.status})" if newest.run_id and not newest.done else ""
+        need = f"; {gib(memory.total_bytes).strip()} per device" if memory and memory.total_bytes else ""
+        state = f"{'finished: ' if newest.done else ''}run {step.run_id}{earlier}"
+        rows[f"{number}  {step.name}"] = f"{state}\n      {describe_work(step.plan.spec)}{need}"
     return table(rows)
 
 
 def show_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, say: Say) -> int:
-    outlook = look_ahead(chain, typed, chain_id, project, Path.cwd())
-    say(f"{describe_chain(outlook)}\nok\nnext: {resume_command(outlook)}")
+    planned = plan_chain(chain, typed, chain_id, project, Path.cwd())
+    say(f"{describe_chain(planned)}\nok\nnext: {planned.resume}")
     return Exit.OK
 
 
 def launch_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, launch: Launch, say: Say) -> int:
-    """Step after step, those that are done left out. The first that fails ends it, with its exit code."""
-    outlook = look_ahead(chain, typed, chain_id, project, Path.cwd())
-    refuse_unlaunchable(outlook)
-    say(describe_chain(outlook))
-    for place, (step, attempt) in enumerate(zip(chain.steps, outlook.attempts, strict=True)):
-        if attempt.done:
+    """Launch the steps that have not finished, one after the other. The first failure ends the chain, with its exit code."""
+    planned = plan_chain(chain, typed, chain_id, project, Path.cwd())
+    refuse_unlaunchable(planned)
+    say(describe_chain(planned))
+    for number, step in enumerate(planned.steps, start=1):
+        if step.newest.done:
             continue
-        say(f"\n== step {place + 1} of {len(chain.steps)}: {step.name}")
-        stands = f"\nthe chain stands at step {step.name}; when it is mended: {resume_command(outlook)}"
+        say(f"\n== step {number} of {len(planned.steps)}: {step.name}")
+        stopped = f"\nthe chain stopped at step {step.name}. When the cause is fixed: {planned.resume}"
         try:
-            code = launch(launch_words(outlook, place), outlook.run_ids[place])
+            code = launch(step.overrides, step.run_id)
         except (LaunchError, KeyboardInterrupt):
-            say(stands)
+            say(stopped)
             raise
         if code != Exit.OK:
-            say(stands)
+            say(stopped)
             return code
-    say(f"\nthe chain is through:\n{describe_results(outlook)}")
+    say(f"\nthe chain has finished:\n{describe_results(planned)}")
     return Exit.OK
 
 
-def refuse_unlaunchable(outlook: PlannedStep) -> None:
-    """What stops a launch alone, a licence to accept, is told before the first step, and not after hours."""
-    for step, plan in zip(outlook.chain.steps, outlook.plans, strict=True):
-        if not plan.verdict.launchable:
-            problems = "\n".join(map(str, plan.verdict.problems))
-            raise ConfigRefused(f"step {step.name} of {GROUP}={outlook.chain.name} cannot be launched:\n{problems}")
+def refuse_unlaunchable(planned: PlannedChain) -> None:
+    """Raises ConfigRefused for what stops only a launch, such as a licence to accept: before the first step, not after hours."""
+    for step in planned.steps:
+        if not step.plan.verdict.launchable:
+            problems = "\n".join(map(str, step.plan.verdict.problems))
+            raise ConfigRefused(f"step {step.name} of {GROUP}={planned.chain.name} cannot be launched:\n{problems}")
 
 
-def describe_results(outlook: PlannedStep) -> str:
-    rows = {}
-    for step, run_id in zip(outlook.chain.steps, outlook.run_ids, strict=True):
-        record = next((read_object(folder / run_id / RECORD_FILE, []) for folder in outlook.folders if (folder / run_id / PLAN_FILE).is_file()), {})
+def describe_results(planned: PlannedChain) -> str:
+    rows, folders = {}, list_folders(*planned.folders)
+    for step in planned.steps:
+        record = read_object(folders[step.run_id] / RECORD_FILE, []) if step.run_id in folders else {}
         scores = ", ".join(f"{name.replace('_', ' ')} {figure(value)}" for name, value in record.get("evaluation", {}).items())
-        rows[step.name] = f"run {run_id}  {scores}".rstrip()
+        rows[step.name] = f"run {step.run_id}  {scores}".rstrip()
     return table(rows)
 
 
-def resume_command(outlook: PlannedStep) -> str:
-    return command_line("launch", *outlook.typed, "--run-id", outlook.chain_id)
-
-
-# ------------------------------------------------------------------------------------------------------------- runs of a step
-
-
-def find_attempt(chain_id: str, step: Step, folders: Sequence[Path]) -> StepRun:
-    """The newest run of the step, in whichever of the folders of runs it lies."""
-    pattern = re.compile(rf"{re.escape(chain_id)}-{step.name}(?:-(\d+))?")
-    found = {
-        int(match[1] or 1): path
-        for folder in folders
-        for path in folder.glob(f"{chain_id}-{step.name}*")
-        if (match := pattern.fullmatch(path.name)) and (path / PLAN_FILE).is_file()
-    }
+def find_newest(chain_id: str, step: str, folders: Sequence[Path]) -> StepRun:
+    """The newest run of a step in all folders of runs."""
+    pattern = re.compile(rf"{re.escape(chain_id)}-{step}(?:-(\d+))?")
+    matches = ((pattern.fullmatch(run_id), folder) for run_id, folder in list_folders(*folders).items())
+    found = {int(match[1] or 1): folder for match, folder in matches if match}
     if not found:
         return StepRun()
     number = max(found)
@@ -188,16 +173,15 @@ def find_attempt(chain_id: str, step: Step, folders: Sequence[Path]) -> StepRun:
     return StepRun(run_id=found[number].name, status=record.status if record else "unfinished", number=number)
 
 
-def name_next(chain_id: str, step: Step, before: StepRun) -> str:
-    return f"{chain_id}-{step.name}" + (f"-{before.number + 1}" if before.number else "")
+def name_next(chain_id: str, step: str, newest: StepRun) -> str:
+    return f"{chain_id}-{step}" + (f"-{newest.number + 1}" if newest.number else "")
 
 
-def refuse_other_words(attempt: StepRun, words: Sequence[str], folders: Sequence[Path]) -> None:
-    """Raises ConfigRefused where the step was done with other words than it would be now: the chain would be a mixture."""
-    folder = next(folder / attempt.run_id for folder in folders if (folder / attempt.run_id / PLAN_FILE).is_file())
-    before = read_object(folder / PLAN_FILE, []).get("overrides", [])
-    if sorted(before) != sorted(words):
+def refuse_other_overrides(step: PlannedStep, folders: Sequence[Path]) -> None:
+    """Raises ConfigRefused where the step has finished with other overrides than it would get now."""
+    then = read_object(list_folders(*folders)[step.run_id] / PLAN_FILE, []).get("overrides", [])
+    if sorted(then) != sorted(step.overrides):
         raise ConfigRefused(
-            f"run {attempt.run_id} was done with other words:\n  then: {' '.join(before)}\n  now:  {' '.join(words)}\n"
-            "Take those words again, or begin the chain anew with another --run-id."
+            f"run {step.run_id} has finished with other overrides:\n  then: {' '.join(then)}\n  now:  {' '.join(step.overrides)}\n"
+            "Use the same overrides again, or start the chain again with another --run-id."
         )

@@ -1,40 +1,35 @@
-"""`omnilaunch data check`: the data that a config names, looked at whole on this machine, before anything is started.
-
-Imported by every command, so it imports late itself.
-"""
+"""`omnilaunch data check`: check all data that a config names, on this machine, before anything is started."""
 
 import argparse
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from launcher.commands.plan import PROJECT, add_overrides, plan_of
 from launcher.errors import ConfigRefused, LaunchError
 from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, SPEC_FILE, DataReport, DataSummary, Exit, TrainSpec, read, write, write_text
 
-if TYPE_CHECKING:
-    from launcher.plan.plan import Plan
-
-PROJECT = Path(__file__).resolve().parents[2]
 SHOWN_PROBLEMS = 50
-MakePlan = Callable[[Sequence[str], str], "Plan"]
+ACTIONS = {"check": "read every row and every image, and print everything that is wrong with them"}
 
 
-def add_to(parser: argparse.ArgumentParser, make_plan: MakePlan) -> None:
-    text = "read every row and every image, and tell everything that is wrong with them"
-    sub = parser.add_subparsers(required=True, metavar="ACTION").add_parser("check", help=text, description=text, allow_abbrev=False)
-    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for plan: data=files data.train=rows.json model=NAME")
-    sub.add_argument("--json", action="store_true", help="the report with all problems as JSON")
-    sub.add_argument("--out", default="", metavar="FILE", help="all problems, one JSON object a line")
-    sub.set_defaults(verb=check_data, make_plan=make_plan)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    for name, text in ACTIONS.items():
+        sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+        add_overrides(sub, "as for plan: data=files data.train=rows.json model=NAME")
+        sub.add_argument("--json", action="store_true", help="print the report with all problems as JSON")
+        sub.add_argument("--out", default="", metavar="FILE", help="write all problems, one JSON object per line")
+        sub.set_defaults(parser=sub)
 
 
-def check_data(arguments: argparse.Namespace) -> int:
-    plan = arguments.make_plan(arguments.overrides, "")
+def run(arguments: argparse.Namespace) -> int:
+    plan = plan_of(arguments.overrides, "")
     report, problems = examine(plan.spec)
     if arguments.out:
         write_text("".join(f"{json.dumps(problem, ensure_ascii=False)}\n" for problem in problems), Path(arguments.out))
@@ -45,12 +40,12 @@ def check_data(arguments: argparse.Namespace) -> int:
         print(describe_problems(problems, arguments.out))
         away = [node.host for node in plan.config.cluster.working if not node.is_local]
         if away:
-            print(f"read on this machine; a launch reads what lies on {', '.join(away)}")
+            print(f"checked on this machine; a launch reads the files on {', '.join(away)}")
     return Exit.USAGE if problems else Exit.OK
 
 
 def examine(spec: TrainSpec) -> tuple[DataReport, list[dict[str, Any]]]:
-    """The trainer's own check, in a process of its own: it needs packages that the launcher does without. Raises LaunchError."""
+    """The trainer's own check, in a separate process: it needs packages that the launcher does not import. Raises LaunchError."""
     with tempfile.TemporaryDirectory(prefix="omnilaunch-data-") as name:
         folder = Path(name)
         write(replace(spec, output=name), folder / SPEC_FILE)
@@ -64,18 +59,18 @@ def examine(spec: TrainSpec) -> tuple[DataReport, list[dict[str, Any]]]:
     return report, [json.loads(line) for line in lines if line]
 
 
-def refusal(code: int, said: str) -> LaunchError:
-    if "ModuleNotFoundError" in said:
+def refusal(code: int, output: str) -> LaunchError:
+    if "ModuleNotFoundError" in output:
         return ConfigRefused(
-            f"{sys.executable} lacks what reads the data: {said.splitlines()[-1]}\n  Next: pip install 'omnilaunch[trainer]' there, or let "
-            "a launch check it: cluster.runtime=docker does so in the image"
+            f"{sys.executable} lacks what reads the data: {output.splitlines()[-1]}\n  Next: pip install "
+            "'omnilaunch[trainer]' there, or let a launch with cluster.runtime=docker check the data in the image"
         )
     if code == Exit.USAGE:
-        return ConfigRefused(said)
-    return LaunchError(f"the check of the data ended with exit code {code}:\n{said}")
+        return ConfigRefused(output)
+    return LaunchError(f"the check of the data ended with exit code {code}:\n{output}")
 
 
-# ------------------------------------------------------------------------------------------------------------- what is said
+# -------------------------------------------------------------------------------------------------------------------- text
 
 
 def describe_data(report: DataReport, max_length: int) -> str:

@@ -1,10 +1,11 @@
-"""`omnilaunch image ACTION`: what each action does, told as its story. Imported by every command, so it imports late itself."""
+"""`omnilaunch image ACTION`: build, inspect, list and remove the images, and resolve what they are built from."""
 
 import argparse
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.commands.plan import PROJECT, add_overrides
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
@@ -12,30 +13,32 @@ if TYPE_CHECKING:
     from launcher.image.docker import BuiltImage
     from launcher.image.stack import Image, Stack
 
-PROJECT = Path(__file__).resolve().parents[2]
 
-
-def add_to(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    for name, (verb, text) in ACTIONS.items():
+    for name, (action, text) in ACTIONS.items():
         sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
         if name in ("build", "inspect", "fetch"):
-            sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for plan: hardware=h200 cluster=lab")
-            sub.add_argument("--architecture", default="", help="of the nodes: x86_64 or aarch64; the cluster's own when left out")
+            add_overrides(sub, "as for plan: hardware=h200 cluster=lab")
+            sub.add_argument("--architecture", default="", help="of the nodes: x86_64 or aarch64; as in the cluster file when omitted")
         if name == "build":
-            sub.add_argument("--fresh", action="store_true", help="take nothing over from earlier builds")
+            sub.add_argument("--fresh", action="store_true", help="build without the cache of earlier builds")
         if name == "fetch":
-            sub.add_argument("--to", default="", metavar="FOLDER", help="the wheelhouse; wheelhouse/<stack>-<architecture> when left out")
+            sub.add_argument("--to", default="", metavar="FOLDER", help="the wheelhouse; wheelhouse/<stack>-<architecture> when omitted")
         if name == "prune":
-            sub.add_argument("--yes", action="store_true", help="remove them; without it they are only listed")
+            sub.add_argument("--yes", action="store_true", help="remove them; otherwise they are only listed")
         if name == "refresh":
-            sub.add_argument("stacks", nargs="*", metavar="STACK", help="rows of images/versions.yaml; all when left out")
-            sub.add_argument("--upgrade", action="store_true", help="newest versions instead of the locked ones where both agree")
-        sub.set_defaults(verb=verb)
+            sub.add_argument("stacks", nargs="*", metavar="STACK", help="rows of images/versions.yaml; all when omitted")
+            sub.add_argument("--upgrade", action="store_true", help="take the newest allowed versions instead of the locked ones")
+        sub.set_defaults(action=action, parser=sub)
 
 
-def chosen(arguments: argparse.Namespace) -> "tuple[Config, Stack, str]":
-    """What the overrides choose, and the architecture of the nodes."""
+def run(arguments: argparse.Namespace) -> int:
+    return int(arguments.action(arguments))
+
+
+def select(arguments: argparse.Namespace) -> "tuple[Config, Stack, str]":
+    """The config that the overrides name, its stack, and the architecture of the nodes."""
     from launcher.config.compose import compose
     from launcher.image.stack import find_stack, load_stacks
 
@@ -44,15 +47,11 @@ def chosen(arguments: argparse.Namespace) -> "tuple[Config, Stack, str]":
     return config, find_stack(load_stacks(PROJECT / "images"), config.hardware.stack), architecture
 
 
-def matching(arguments: argparse.Namespace) -> "tuple[Config, Image]":
+def render_selected(arguments: argparse.Namespace) -> "tuple[Config, Image]":
     from launcher.image.stack import render
 
-    config, stack, architecture = chosen(arguments)
+    config, stack, architecture = select(arguments)
     return config, render(stack, architecture=architecture, root=PROJECT, base=config.cluster.delivery.base)
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 def render_images(arguments: argparse.Namespace) -> int:
@@ -67,7 +66,7 @@ def refresh_locks(arguments: argparse.Namespace) -> int:
     from launcher.image.docs import write_rendered
     from launcher.image.refresh import refresh
 
-    for path in (*refresh(PROJECT, stacks=tuple(arguments.stacks), say=say, upgrade=arguments.upgrade), *write_rendered(PROJECT)):
+    for path in (*refresh(PROJECT, stacks=tuple(arguments.stacks), say=arguments.say, upgrade=arguments.upgrade), *write_rendered(PROJECT)):
         print(path.relative_to(PROJECT))
     return Exit.OK
 
@@ -75,8 +74,8 @@ def refresh_locks(arguments: argparse.Namespace) -> int:
 def build_image(arguments: argparse.Namespace) -> int:
     from launcher.image.build import build
 
-    config, image = matching(arguments)
-    print(build(image, root=PROJECT, delivery=config.cluster.delivery, on_line=say, fresh=arguments.fresh))
+    config, image = render_selected(arguments)
+    print(build(image, root=PROJECT, delivery=config.cluster.delivery, on_line=arguments.say, fresh=arguments.fresh))
     return Exit.OK
 
 
@@ -92,13 +91,13 @@ def inspect_image(arguments: argparse.Namespace) -> int:
     from launcher.image.docker import find, inspect
     from launcher.plan.description import describe_image, describe_unbuilt
 
-    _, image = matching(arguments)
+    _, image = render_selected(arguments)
     print(describe_image(inspect(image.tag)) if find(image) else describe_unbuilt(image))
     return Exit.OK
 
 
 def prune_images(arguments: argparse.Namespace) -> int:
-    """Images that no container uses, that no record names and that the present tree would not build."""
+    """Remove images that are used by no container, named by no record, and not built by the present tree."""
     from launcher.image.docker import built_images, remove, surplus, used_images
     from launcher.plan.description import describe_images
     from launcher.record.record import recorded_images
@@ -107,9 +106,9 @@ def prune_images(arguments: argparse.Namespace) -> int:
     present = {image.name for image in images if is_present(image)}
     found = surplus(images, wanted=frozenset(recorded_images(Path.cwd() / "runs") | present), used=used_images())
     if not found:
-        print("nothing to remove: every image is wanted by the present tree, a record of this folder or a container")
+        print("nothing to remove: every image is needed by the present tree, by a record of this folder or by a container")
     elif not arguments.yes:
-        print(f"{describe_images(found)}\nNothing was removed. To remove these {len(found)}: omnilaunch image prune --yes")
+        print(f"{describe_images(found)}\nNothing was removed. To remove these {len(found)} images: omnilaunch image prune --yes")
     else:
         for image in found:
             remove(image)
@@ -118,7 +117,7 @@ def prune_images(arguments: argparse.Namespace) -> int:
 
 
 def is_present(image: "BuiltImage") -> bool:
-    """Whether the tree as it is now would build this very image, from the base that it was built from."""
+    """Whether the present tree would build exactly this image, from the base that it was built from."""
     from launcher.image.stack import LABEL, load_stacks, render
 
     stack = load_stacks(PROJECT / "images").get(image.labels.get(f"{LABEL}stack", ""))
@@ -129,32 +128,31 @@ def is_present(image: "BuiltImage") -> bool:
 
 
 def fetch_image(arguments: argparse.Namespace) -> int:
-    """Fill a wheelhouse: wheels first, then system packages where this machine's engine can have them, the list last."""
+    """Fill a wheelhouse: wheels, then system packages where this machine has a Docker engine, then the manifest."""
     from launcher.errors import ImageFailed
     from launcher.image.build import fetch_system
     from launcher.image.stack import pinned
     from launcher.image.wheelhouse import fetch_wheels, write_manifest
 
-    config, stack, architecture = chosen(arguments)
+    config, stack, architecture = select(arguments)
     delivery, folder = config.cluster.delivery, Path(arguments.to or f"wheelhouse/{stack.name}-{architecture}").resolve()
-    fetch_wheels(stack, architecture=architecture, root=PROJECT, folder=folder, environ=os.environ, delivery=delivery, say=say)
+    fetch_wheels(stack, architecture=architecture, root=PROJECT, folder=folder, environ=os.environ, delivery=delivery, say=arguments.say)
     try:
-        fetch_system(stack, architecture=architecture, root=PROJECT, folder=folder, delivery=delivery, on_line=say)
+        fetch_system(stack, architecture=architecture, root=PROJECT, folder=folder, delivery=delivery, on_line=arguments.say)
     except ImageFailed as error:
-        say(f"without system packages: {error}")
-    print(
-        f"{write_manifest(folder, stack, architecture)}\nBesides the folder the site needs the base image: {delivery.base or pinned(stack)}"
-    )
-    print(f"Build there, with the network off: omnilaunch image build hardware={config.hardware.name} cluster.delivery.wheelhouse=FOLDER")
+        arguments.say(f"without system packages: {error}")
+    print(write_manifest(folder, stack, architecture))
+    print(f"The site also needs the base image: {delivery.base or pinned(stack)}")
+    print(f"To build there, without a network: omnilaunch image build hardware={config.hardware.name} cluster.delivery.wheelhouse=FOLDER")
     return Exit.OK
 
 
 ACTIONS = {
     "render": (render_images, "write images/rendered/ and docs/images.md from images/versions.yaml"),
-    "refresh": (refresh_locks, "resolve the locks again and look up the bases' digests (needs the network)"),
-    "build": (build_image, "build the image of a hardware, unless the engine has it"),
-    "ls": (list_images, "the images of this engine"),
-    "inspect": (inspect_image, "what is in the image of a hardware"),
-    "prune": (prune_images, "remove images that nothing asks for any more"),
+    "refresh": (refresh_locks, "resolve the locks and the digests of the base images again (needs a network)"),
+    "build": (build_image, "build the image of a hardware, unless the engine has it already"),
+    "ls": (list_images, "list the images of this engine"),
+    "inspect": (inspect_image, "show what the image of a hardware contains"),
+    "prune": (prune_images, "remove images that are no longer needed"),
     "fetch": (fetch_image, "fill a wheelhouse for a site without a network"),
 }

@@ -1,104 +1,70 @@
-"""`omnilaunch rerun RUN [overrides]`: the run of a record once more, from nothing but that record.
-
-Like run_action, imported by every command, so it imports late itself.
-"""
+"""`omnilaunch rerun`: run a recorded run again, from its record alone, or refuse and name what differs."""
 
 import argparse
 import gc
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import ConfigRefused
+from launcher.commands.launch import carry_out, describe_detached, refuse_detach
+from launcher.commands.live.live_run import RUN_HELP
+from launcher.commands.plan import PROJECT, RUN_ID_HELP, add_overrides
+from launcher.record.run_name import find_run
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
     from launcher.bench.rerun import Rerun
     from launcher.record.recorded_run import RecordedRun
 
-PROJECT = Path(__file__).resolve().parents[2]
-TEXT = "the run of a record once more: the same code, data, weights and environment, or a refusal that names what differs"
 SCRATCH = ".cache"
+ACCEPT_HELP = "a kind of difference that is accepted, such as code or package; may be given several times"
 
 
-def add_to(verbs: Any, say: Callable[[str], None]) -> None:
-    sub = verbs.add_parser("rerun", help="the run of a record once more", description=TEXT, allow_abbrev=False)
-    sub.add_argument("run", metavar="RUN", help="its id, as `omnilaunch runs` shows it, or the folder of its record")
-    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what is to be otherwise: hardware=h200, run.seed=2")
-    sub.add_argument(
-        "--accept", action="append", default=[], metavar="KIND", help="a kind of difference that does not stop it: code,package"
-    )
-    sub.add_argument("--run-id", default="", help="name of the run; made from the time when left out")
-    sub.add_argument("--detach", action="store_true", help="as for launch")
-    sub.set_defaults(verb=rerun_run, say=say)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help=f"{RUN_HELP} or record")
+    add_overrides(parser, "what to change: hardware=h200, run.seed=2")
+    parser.add_argument("--accept", action="append", default=[], metavar="KIND", help=ACCEPT_HELP)
+    parser.add_argument("--run-id", default="", help=RUN_ID_HELP)
+    parser.add_argument("--detach", action="store_true", help="as for launch")
 
 
-def rerun_run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     from launcher.bench.rerun import accepted_kinds
     from launcher.plan.description import describe_record
     from launcher.record.recorded_run import load_recorded_run
 
-    recorded = load_recorded_run(find_record(arguments.run), rows=False)
+    archive = load_recorded_run(find_run(arguments.run, Path.cwd() / "runs"), rows=False)
     accepted = accepted_kinds(arguments.accept)
-    rerun = make_rerun(recorded, tuple(arguments.overrides), accepted, arguments.run_id)
-    if arguments.detach and rerun.plan.config.cluster.runtime != "docker":
-        raise ConfigRefused("--detach leaves containers behind that go on by themselves, and cluster.runtime=process has none")
-    gc.enable()  # from here on it may be days
+    rerun = plan_again(archive, tuple(arguments.overrides), accepted, arguments.run_id)
+    refuse_detach(arguments.detach, rerun.plan.config.cluster.runtime)
+    gc.enable()  # `main` turned it off; from here on the process may live for days
     for note in rerun.notes:
         arguments.say(note)
-    record, plan = carry_out(rerun, arguments)
+    record, plan = carry_out(rerun.plan, arguments.say, project=rerun.project, detach=arguments.detach, original=rerun.original)
     if record is None:
-        arguments.say(f"it goes on by itself; to take it up again: omnilaunch attach {plan.run_id}")
+        arguments.say(describe_detached(plan.run_id))
         return Exit.OK
     arguments.say(describe_record(record, plan))
-    arguments.say(f"\nrerun of {recorded.record.run_id}: weights {describe_weights(recorded, record)}")
+    arguments.say(f"\nrerun of {archive.record.run_id}: weights {describe_weights(archive, record)}")
     return int(record.exit_code)
 
 
-def find_record(text: str) -> Path:
-    """The folder of a run's record: a path, or an id below this folder's runs."""
-    from launcher.commands.live_run import find_run
-    from launcher.record.record import PLAN_FILE
-
-    folder = Path(text)
-    return folder if (folder / PLAN_FILE).is_file() or "/" in text else find_run(text)
-
-
-def make_rerun(recorded: "RecordedRun", overrides: tuple[str, ...], accepted: tuple[str, ...], run_id: str) -> "Rerun":
+def plan_again(archive: "RecordedRun", overrides: tuple[str, ...], accepted: tuple[str, ...], run_id: str) -> "Rerun":
     from launcher.bench.rerun import plan_rerun
     from launcher.bench.worktree import find_tree, try_image
     from launcher.plan.local_context import local_context
     from launcher.plan.plan import absolute
     from launcher.record.record import name_run, utc_now, valid_run_id
 
-    root = next((word.partition("=")[2] for word in overrides if word.startswith("cluster.root=")), recorded.plan.config.cluster.root)
-    tree = find_tree(recorded, PROJECT, Path(absolute(root, Path.cwd())) / SCRATCH)
-    tree = try_image(recorded, tree) if recorded.plan.config.cluster.runtime == "docker" else tree
-    name = valid_run_id(run_id or name_run(recorded.plan.config, utc_now(), pid=os.getpid()))
-    return plan_rerun(recorded, overrides, accepted, tree, local_context(PROJECT), os.environ, conf=PROJECT / "conf", run_id=name)
+    root = next((word.partition("=")[2] for word in overrides if word.startswith("cluster.root=")), archive.plan.config.cluster.root)
+    tree = find_tree(archive, PROJECT, Path(absolute(root, Path.cwd())) / SCRATCH)
+    tree = try_image(archive, tree) if archive.plan.config.cluster.runtime == "docker" else tree
+    name = valid_run_id(run_id or name_run(archive.plan.config, utc_now(), pid=os.getpid()))
+    return plan_rerun(archive, overrides, accepted, tree, local_context(PROJECT), os.environ, conf=PROJECT / "conf", run_id=name)
 
 
-def carry_out(rerun: "Rerun", arguments: argparse.Namespace) -> Any:
-    """(record or None, plan as it was carried out)."""
-    from launcher.plan.local_context import local_context
-    from launcher.record.source import read_source
-    from launcher.run.launch import launch
-    from launcher.run.session import open_session
-
-    opened = open_session(rerun.plan, local_context(rerun.project), os.environ, say=arguments.say, terminal=sys.stdout.isatty())
-    with opened as (plan, desk):
-        record = launch(plan, read_source(rerun.project), desk, detach=arguments.detach, original=rerun.original)
-        return record, plan
-
-
-def describe_weights(recorded: "RecordedRun", record: Any) -> str:
-    if not (record.weights_sha256 and recorded.record.weights_sha256):
-        return "not saved by both"
-    same = record.weights_sha256 == recorded.record.weights_sha256
-    return (
-        f"the same, {record.weights_sha256[:12]}"
-        if same
-        else f"others: {record.weights_sha256[:12]}, {recorded.record.weights_sha256[:12]} there"
-    )
+def describe_weights(archive: "RecordedRun", record: Any) -> str:
+    now, then = record.weights_sha256, archive.record.weights_sha256
+    if not (now and then):
+        return "cannot be compared: not saved by both"
+    return f"bitwise identical, {now[:12]}" if now == then else f"different: {now[:12]}, recorded {then[:12]}"

@@ -1,13 +1,13 @@
-"""A chain of stages, conf/experiment/NAME.yaml with the key `chain`: each step goes on with what an earlier one left.
+"""A chain of stages: conf/experiment/NAME.yaml with the key `chain`. Each step starts from the result of an earlier one.
 
     chain:
       - {name: aligned, words: [stage=projector]}
       - {name: adapted, words: [stage=lora]}
       - {name: merged, words: [stage=merge]}
 
-A step's words are those of `launch`; typed ones hold for all steps. What a step begins with is the last checkpoint before it, or the result
-of another step where it says so: `stage.checkpoint=@aligned`, `run.evaluation.base=@merged`. Step `lora` of chain `x` is run `x-lora`, or
-`x-lora-2` where the first was tried before: where a chain stands is told by these runs' records alone.
+`words` are overrides, as of `launch`; those on the command line hold for all steps. A step starts from the last checkpoint of the steps
+above it, or from the step that it names: `stage.checkpoint=@aligned`, `run.evaluation.base=@merged`. Step `lora` of chain `x` is run
+`x-lora`, or `x-lora-2` where `x-lora` did not finish. Which steps have finished is read from the records of these runs.
 """
 
 import re
@@ -23,12 +23,12 @@ GROUP = "experiment"
 KEY = "chain"
 STEP_NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,29}")
 REFERENCE = re.compile(r"@([a-z0-9_]+)$")
-LEAVING = ("train", "merge", "convert", "quantize")  # kinds of stages that leave a checkpoint
+SAVING = ("train", "merge", "convert", "quantize")  # kinds of stages that save a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """`words`: as of `launch`, with @NAME where a run id comes."""
+    """`words`: overrides, with @NAME for the run of another step."""
 
     name: str
     words: tuple[str, ...]
@@ -40,9 +40,6 @@ class Chain:
     steps: tuple[Step, ...]
 
 
-# -------------------------------------------------------------------------------------------------------------------- reading
-
-
 def list_chains(conf: Path) -> tuple[str, ...]:
     return tuple(name for name in options(conf)[GROUP] if KEY in read_yaml(file_of(name, conf)))
 
@@ -52,7 +49,7 @@ def file_of(name: str, conf: Path) -> Path:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """{} for what is no mapping. Raises ConfigRefused for what is no YAML."""
+    """{} where the file is not a mapping. Raises ConfigRefused where it is not YAML."""
     from yaml import YAMLError, safe_load
 
     try:
@@ -63,26 +60,26 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def find_chain(words: Sequence[str], conf: Path) -> Chain | None:
-    """The chain that `experiment=NAME` among the words names; None where they name none, or a cell. Raises ConfigRefused for one that cannot
-    be read."""
+    """The chain that `experiment=NAME` among the overrides names; None where there is none, or where it is a single run. Raises ConfigRefused
+    for one that cannot be read."""
     named = [word.partition("=")[2] for word in words if word.partition("=")[0] == GROUP]
     return load_chain(named[0], conf) if len(named) == 1 and named[0] in list_chains(conf) else None
 
 
 def load_chain(name: str, conf: Path) -> Chain:
-    """Raises ConfigRefused that names the file and the step."""
+    """Raises ConfigRefused naming the file and the step."""
     file = f"{conf.name}/{GROUP}/{name}.yaml"
     given = read_yaml(file_of(name, conf))
     if extra := sorted(set(given) - {KEY}):
-        raise ConfigRefused(f"{file}: {', '.join(extra)} beside {KEY}: what holds for every step is written in each step's words, or typed")
+        raise ConfigRefused(f"{file}: {', '.join(extra)} beside {KEY}: write it in the words of each step, or on the command line")
     steps = given[KEY]
     shaped = isinstance(steps, list) and steps and all(isinstance(step, dict) and set(step) == {"name", "words"} for step in steps)
     if not shaped or not all(isinstance(word, str) for step in steps for word in step["words"]):
         raise ConfigRefused(f"{file}: {KEY} is a list of {{name: NAME, words: [stage=..., KEY=VALUE]}}")
     chain = Chain(name=name, steps=tuple(Step(name=str(step["name"]), words=tuple(step["words"])) for step in steps))
     if wrong := list(find_faults(chain)):
-        told = "\n".join(f"  {what}" for what in wrong)
-        raise ConfigRefused(f"{file} is no chain yet, and nothing was started:\n{told}")
+        lines = "\n".join(f"  {what}" for what in wrong)
+        raise ConfigRefused(f"{file} is not a valid chain; nothing was started:\n{lines}")
     return chain
 
 
@@ -90,25 +87,22 @@ def find_faults(chain: Chain) -> Iterator[str]:
     names = [step.name for step in chain.steps]
     for place, step in enumerate(chain.steps):
         if not STEP_NAME.fullmatch(step.name):
-            yield f"step {step.name!r}: a name is 1 to 30 of a-z, 0-9 and '_'"
+            yield f"step {step.name!r}: a name has 1 to 30 characters of a-z, 0-9 and '_'"
         if names.index(step.name) != place:
-            yield f"step {step.name}: there are two of that name"
+            yield f"step {step.name}: this name is used twice"
         if not any(word.startswith("stage=") for word in step.words):
-            yield f"step {step.name}: names no stage=..."
+            yield f"step {step.name}: has no stage=... among its words"
         for word in step.words:
             match = REFERENCE.search(word.partition("=")[2])
             if match and match[1] not in names[:place]:
-                yield f"step {step.name}: {word} is no step before it; {suggest(match[1], names[:place])}"
+                yield f"step {step.name}: {word} does not name a step above it; {suggest(match[1], names[:place])}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------- words
-
-
-def words_of(chain: Chain, place: int, typed: Sequence[str], runs: Mapping[str, str], kinds: Sequence[str]) -> tuple[str, ...]:
-    """What is launched as the step at `place`. `runs`: step -> what stands for its result; `kinds`: of the stages of all steps."""
+def overrides_of(chain: Chain, place: int, typed: Sequence[str], runs: Mapping[str, str], kinds: Sequence[str]) -> tuple[str, ...]:
+    """The overrides of the step at `place`. `runs`: step -> the id or folder of its run; `kinds`: of the stages of the steps."""
     step = chain.steps[place]
     own = tuple(REFERENCE.sub(lambda match: runs[match[1]], word) for word in step.words)
-    before = [other.name for other, kind in zip(chain.steps[:place], kinds, strict=False) if kind in LEAVING]
-    begins = any(word.startswith("stage.checkpoint=") for word in own) or not before
+    earlier = [other.name for other, kind in zip(chain.steps[:place], kinds, strict=False) if kind in SAVING]
+    begins = any(word.startswith("stage.checkpoint=") for word in own) or not earlier
     kept = [word for word in typed if word.partition("=")[0] != GROUP]
-    return (*kept, *own, *(() if begins else (f"stage.checkpoint={runs[before[-1]]}",)))
+    return (*kept, *own, *(() if begins else (f"stage.checkpoint={runs[earlier[-1]]}",)))

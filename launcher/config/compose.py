@@ -1,8 +1,8 @@
-"""conf/ and overrides in, a typed Config out.
+"""From conf/ and overrides to a typed Config.
 
-Hydra's Compose API does the composing. Before it, every override is held against the schema by itself, so that all problems are
-reported together and in our words; after it, the whole result is held against the schema's dataclasses. Hydra is imported where it
-is used, and no validation library is: importing one would take a quarter of the time that a plan may take.
+Hydra's Compose API composes. Before that, each override is checked against the schema on its own, so that all problems are reported
+together; afterwards the whole result is checked against the dataclasses of the schema. Hydra is imported only where it is used, and no
+validation library is imported at all: it would take a quarter of the time of a plan.
 """
 
 import json
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 PRIMARY = "config"
-OPTIONAL_GROUPS = {"tune": "~tune", "experiment": ""}  # what null is for Hydra: the one has a default to delete, the other none
-UNREADABLE = "cannot be read; write KEY=VALUE, and quote a value with commas, brackets or quotes: \"KEY='a, b'\""
-LARGEST = 2**63 - 1  # of a number: what lies beyond is a slip of the hand, and no float
-INTERPOLATION = "interpolations are refused, a plan must show the value itself; write it out"
+OPTIONAL_GROUPS = {"tune": "~tune", "experiment": ""}  # =null for Hydra: `tune` has a default to delete, `experiment` has none
+UNREADABLE = "cannot be parsed; write KEY=VALUE, and quote a value with commas, brackets or quotes: \"KEY='a, b'\""
+LARGEST = 2**63 - 1  # a larger number is a typing error, and may not fit into a float
+INTERPOLATION = "interpolations (${...}) are refused, since a plan must show the value itself; write the value"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Composed:
-    """What Hydra made: plain data, and which file was taken for each group."""
+    """What Hydra composed: plain data, and the file that was chosen for each group."""
 
     data: dict[str, Any]
     choices: dict[str, str | None]
@@ -39,7 +39,7 @@ class Composed:
 def compose(overrides: Sequence[str], conf: Path) -> Config:
     """The config of `conf`/config.yaml with overrides such as `hardware=p4` and `run.steps=10`.
 
-    Raises ConfigRefused that lists every wrong override, or else every wrong value with its key, its file and what is allowed.
+    Raises ConfigRefused listing every wrong override, or else every wrong value with its key, its file and the allowed values.
     """
     groups = options(conf)
     composed = _compose(_translate(overrides, groups), conf)
@@ -47,14 +47,16 @@ def compose(overrides: Sequence[str], conf: Path) -> Config:
 
 
 def compose_over(config: Config, overrides: Sequence[str], conf: Path) -> Config:
-    """A config that is there already with overrides: what none of them names stays as it is, whatever `conf` says now. `axis=NAME` takes
-    that one section from `conf`. Raises ConfigRefused as `compose` does."""
+    """An existing config with overrides. Keys that no override names stay as they are, whatever `conf` says now; `axis=NAME` takes that
+    one section from `conf`. Raises ConfigRefused as `compose` does."""
     from omegaconf import OmegaConf
 
     groups = options(conf)
     named = [override.partition("=")[0] for override in overrides]
     if of_several := [name for name in named if name in OPTIONAL_GROUPS]:
-        raise ConfigRefused(f"{of_several[0]}=... sets keys of several sections: launch it anew, or name the keys themselves")
+        raise ConfigRefused(
+            f"{of_several[0]}=... sets keys of several sections. Start a new run with launch, or override the keys one by one"
+        )
     translated = _translate(overrides, groups)
     chosen = [text for text in translated if not text.startswith("++")]
     composed = _compose(chosen, conf)
@@ -69,7 +71,7 @@ def compose_over(config: Config, overrides: Sequence[str], conf: Path) -> Config
 
 
 def options(conf: Path) -> dict[str, tuple[str, ...]]:
-    """Group -> its options, as the files in `conf` have them."""
+    """Group -> its values, which are the files of its folder in `conf`."""
     folders = sorted(folder for folder in conf.iterdir() if folder.is_dir())
     groups = {folder.name: tuple(sorted(file.stem for file in folder.glob("*.yaml"))) for folder in folders}
     return {**groups, **{name: groups.get(name, ()) for name in OPTIONAL_GROUPS}}
@@ -79,7 +81,7 @@ def options(conf: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _translate(overrides: Sequence[str], groups: dict[str, tuple[str, ...]]) -> list[str]:
-    """Overrides as Hydra takes them. Raises ConfigRefused for all that are wrong, together."""
+    """Overrides in Hydra's syntax. Raises ConfigRefused for all that are wrong, together."""
     translated: dict[str, str] = {}
     problems: list[str] = []
     for override in overrides:
@@ -95,9 +97,9 @@ def _translate(overrides: Sequence[str], groups: dict[str, tuple[str, ...]]) -> 
 
 
 def _translate_one(override: str, groups: dict[str, tuple[str, ...]]) -> tuple[str, str]:
-    """(key, override for Hydra, '' where it needs none). Raises ConfigRefused with the bare reason."""
+    """(key, override for Hydra or '' where it needs none). Raises ConfigRefused with the reason alone."""
     if override.startswith(("+", "~")):
-        raise ConfigRefused(f"'+' and '~' are refused, every key is known already; write {override.lstrip('+~')}")
+        raise ConfigRefused(f"'+' and '~' are refused, since the schema has every key; write {override.lstrip('+~')}")
     key, equals, text = override.partition("=")
     if not key or not equals:
         raise ConfigRefused(UNREADABLE)
@@ -107,14 +109,14 @@ def _translate_one(override: str, groups: dict[str, tuple[str, ...]]) -> tuple[s
         return key, _choose(key, text.strip().strip("'\""), groups[key])
     axis, _, rest = key.partition(".")
     if axis in AXES and rest == "name":
-        raise ConfigRefused(f"{key} is the name of the file that was taken; choose another with {axis}=NAME")
+        raise ConfigRefused(f"{key} is the name of the chosen file; choose another one with {axis}=NAME")
     is_text = _without_null(_find_type(key, groups)) is str
-    return key, f"++{key}={_read_text(text) if is_text else _read_value(key, text)}"  # forced: a file may leave out what has a default
+    return key, f"++{key}={_read_text(text) if is_text else _read_value(key, text)}"  # ++: a file may omit a key that has a default
 
 
 def _read_text(text: str) -> str:
-    """A text as Hydra takes it, quoted where the user did not: it may hold what is syntax to Hydra, or read as a number, as the revision
-    12345e6 does. Null, lists and sections stay what they are, and are refused by their type."""
+    """A text in Hydra's syntax, quoted where the user did not quote it: it may contain what is syntax for Hydra, or look like a number, as
+    the revision 12345e6 does. Null, lists and sections stay what they are, and are refused by their type."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
     text = text.strip()
@@ -123,12 +125,12 @@ def _read_text(text: str) -> str:
 
 
 def _read_value(key: str, text: str) -> str:
-    """Raises ConfigRefused for what is no value of Hydra's grammar, and for several of them."""
+    """Raises ConfigRefused for text that is not one value of Hydra's grammar."""
     parsed = _parse(f"{key}={text}")
     if parsed is None:
         raise ConfigRefused(UNREADABLE)
     if parsed.is_sweep_override():
-        raise ConfigRefused(f"one value is wanted; a list is written {key}=[{text}]")
+        raise ConfigRefused(f"give one value; a list is written {key}=[{text}]")
     return text
 
 
@@ -143,18 +145,18 @@ def _parse(override: str) -> "Override | None":
 
 
 def _choose(group: str, name: str, names: tuple[str, ...]) -> str:
-    """The raw text is what is held against the names: it need not be readable to Hydra."""
+    """The raw text is compared with the names: it may be text that Hydra cannot parse."""
     if name == "null" and group in OPTIONAL_GROUPS:
         return OPTIONAL_GROUPS[group]
     if name not in names and "," in name:
-        raise ConfigRefused(f"one value is wanted; {suggest(name.split(',')[0], names)}")
+        raise ConfigRefused(f"give one value; {suggest(name.split(',')[0], names)}")
     if name not in names:
         raise ConfigRefused(f"unknown {group} {name!r}; {suggest(name, names)}")
     return f"{group}={name}"
 
 
 def _find_type(key: str, groups: dict[str, tuple[str, ...]]) -> Any:
-    """The schema's type of a dotted key. Raises ConfigRefused with a suggestion for a key that is not there."""
+    """The type of a dotted key in the schema. Raises ConfigRefused with a suggestion for an unknown key."""
     kind: Any = Config
     parts = key.split(".")
     for depth, part in enumerate(parts):
@@ -168,17 +170,22 @@ def _find_type(key: str, groups: dict[str, tuple[str, ...]]) -> Any:
         elif origin in (dict, tuple) and (origin is dict or part.isdigit()):
             kind = typing.get_args(kind)[1 if origin is dict else 0]
         elif kind is not Any:
-            raise ConfigRefused(f"unknown key {key!r}: {section} is a single value")
+            raise ConfigRefused(f"unknown key {key!r}: {section} is a single value and has no keys")
     return kind
 
 
 def _unknown_key(key: str, section: str, part: str, names: set[str]) -> str:
-    """Also finds a key of which only the last part was given: micro_batch -> strategy.micro_batch."""
+    """Also finds a key by its last part: micro_batch -> strategy.micro_batch."""
     if section:
         return f"unknown key {key!r} in {section}; {suggest(part, names)}"
     leaf = key.rsplit(".", 1)[-1]
-    found = [dotted for dotted in _leaves(Config, "") if dotted.rsplit(".", 1)[-1] == leaf]
+    found = [dotted for dotted in list_keys() if dotted.rsplit(".", 1)[-1] == leaf]
     return f"unknown key {key!r}; did you mean {found[0]!r}?" if found else f"unknown key {key!r}; {suggest(part, names)}"
+
+
+def list_keys() -> list[str]:
+    """Every dotted key of the schema."""
+    return _leaves(Config, "")
 
 
 def _leaves(kind: Any, prefix: str) -> list[str]:
@@ -208,7 +215,7 @@ def _compose(overrides: list[str], conf: Path) -> Composed:
     """Raises ConfigRefused for a file that cannot be read or composed."""
     from hydra import compose as compose_files, initialize_config_dir
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
+    from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
@@ -216,8 +223,9 @@ def _compose(overrides: list[str], conf: Path) -> Composed:
         with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
             config = compose_files(PRIMARY, overrides, return_hydra_config=True)
         choices = dict(config.hydra.runtime.choices)
-        ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-        data = typing.cast(dict[str, Any], OmegaConf.to_container(ours, throw_on_missing=True))
+        with open_dict(config):
+            del config["hydra"]
+        data = typing.cast(dict[str, Any], OmegaConf.to_container(config, throw_on_missing=True))
     except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
         raise ConfigRefused(f"{conf}: cannot be composed: {str(error).replace('++', '')}") from error
     return Composed(data=data, choices=choices)
@@ -227,7 +235,7 @@ def _compose(overrides: list[str], conf: Path) -> Composed:
 
 
 def _validate(composed: Composed, overrides: Sequence[str], conf: Path) -> Config:
-    """Raises ConfigRefused listing every value that the schema does not take, with its key and where it was written."""
+    """Raises ConfigRefused listing every value that the schema does not allow, with its key and where it was set."""
     problems: list[tuple[str, str]] = []
     config = _build(Config, composed.data, "", problems)
     if problems:
@@ -239,7 +247,7 @@ def _validate(composed: Composed, overrides: Sequence[str], conf: Path) -> Confi
 
 
 def _whose(key: str, composed: Composed) -> str:
-    """The name of the node that a key is about: people do not count the lines of a cluster file."""
+    """The host of the node that a key belongs to: cluster.nodes.3 alone would have to be counted in the file."""
     if not key.startswith(f"{NODES}."):
         return ""
     nodes, place = composed.data["cluster"]["nodes"], int(key.split(".")[2])
@@ -248,8 +256,8 @@ def _whose(key: str, composed: Composed) -> str:
 
 
 def _build(kind: Any, data: Any, key: str, problems: list[tuple[str, str]]) -> Any:
-    """A schema type from plain data. Goes down dataclasses and tuples, so that nothing stops at the first problem; the contract's own
-    decoder takes the leaves. What is built beside a problem is None and must not be used."""
+    """A value of a schema type from plain data. All problems are collected, not only the first; the contract's decoder reads the leaves.
+    Where there is a problem the value is None and must not be used."""
     inner = _without_null(kind)
     if is_dataclass(inner) and isinstance(data, dict):
         return _build_section(typing.cast(type, inner), data, key, problems)
@@ -260,7 +268,7 @@ def _build(kind: Any, data: Any, key: str, problems: list[tuple[str, str]]) -> A
         problems.append((key, INTERPOLATION))
         return None
     if isinstance(data, int) and abs(data) > LARGEST:
-        problems.append((key, f"a number of {len(str(abs(data)))} digits is not allowed; at most {LARGEST}"))
+        problems.append((key, f"a number of {len(str(abs(data)))} digits is too large; at most {LARGEST}"))
         return None
     try:
         return decode(kind, data)
@@ -278,8 +286,8 @@ def _build_section(section: type, data: dict[str, Any], key: str, problems: list
     return section(**values) if len(problems) == before else None
 
 
-SOUND = "audio and speech parts are carried along as they are: data here holds no sound, so that nothing would reach them"
-REASONS = dict.fromkeys(("audio", "speech", "apm", "tts"), SOUND)  # of words that somebody may well try
+SOUND = "audio and speech parts are never trained: the data has no sound, so that no gradient would reach them"
+REASONS = dict.fromkeys(("audio", "speech", "apm", "tts"), SOUND)  # of values that users may try
 
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text; put it in quotes", tuple: "a list"}
 
@@ -296,7 +304,7 @@ def _expected(kind: Any, data: Any) -> str:
 
 
 def _where(path: list[str], composed: Composed, overrides: Sequence[str], conf: Path) -> str:
-    """The override or the file that a key comes from. The later file wins, as in the defaults list."""
+    """The override or the file that sets a key. The later file wins, as in the defaults list."""
     key = ".".join(path)
     for override in overrides:
         name = override.split("=", 1)[0]

@@ -1,7 +1,7 @@
-"""The nouns of a config: one frozen dataclass per axis, held against conf/*.yaml by `compose`.
+"""The schema of a config: one frozen dataclass per axis. `compose` checks conf/*.yaml against it.
 
-Sections that the trainer reads unchanged (template, precision, LoRA, optimizer, evaluation) are the contract's own classes.
-Units are in the names: _gib, _s, tflops. Lengths and batches are in tokens and samples.
+Sections that the trainer reads unchanged (template, precision, LoRA, optimizer, evaluation) are classes of trainer.contract.
+Names have units: _gib, _s, tflops. Lengths are in tokens, batches in samples.
 """
 
 from dataclasses import dataclass, field
@@ -34,13 +34,13 @@ GROUPS = ("vision", "projector", "lm", "head")
 
 @dataclass(frozen=True, kw_only=True)
 class Capability:
-    """What the chip does itself. Emulated or storage-only support is not `native`; the reason is said in `notes`."""
+    """What the chip supports in hardware. Emulated or storage-only support is not `native`; Hardware.notes says why."""
 
     bf16: Literal["native", "none"]
-    fp16: Literal["native", "storage", "none"]  # storage: arithmetic in fp32 is as fast or faster
+    fp16: Literal["native", "storage", "none"]  # storage: fp32 arithmetic is as fast or faster
     tf32: bool
-    int8: Literal["tensor", "dp4a", "none"]  # tensor: matrix units; dp4a: dot product only, no training route in torch
-    attention: tuple[Literal["sdpa", "flash2", "flash3", "npu_fusion", "eager"], ...]  # the first is taken
+    int8: Literal["tensor", "dp4a", "none"]  # tensor: matrix units; dp4a: dot products only, which torch cannot train with
+    attention: tuple[Literal["sdpa", "flash2", "flash3", "npu_fusion", "eager"], ...]  # the first one is used
     compile: bool
 
 
@@ -56,7 +56,7 @@ class Peak:
 
 @dataclass(frozen=True, kw_only=True)
 class Driver:
-    """Inclusive range of the host driver; '' = no bound. `kind`: NVIDIA driver branch, or Ascend HDK."""
+    """Allowed versions of the host driver, inclusive; '' = no limit. `kind`: NVIDIA driver branch, or Ascend HDK."""
 
     kind: Literal["nvidia", "hdk", "none"]
     minimum: str = ""
@@ -66,7 +66,7 @@ class Driver:
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """One kind of device. `chips`: the names that nvidia-smi or npu-smi print. `device_multiple`: device counts a job may have."""
+    """One kind of device. `chips`: its names in nvidia-smi or npu-smi. `device_multiple`: a job uses a multiple of this many devices."""
 
     name: str
     title: str
@@ -77,18 +77,18 @@ class Hardware:
     memory_gib: float | None
     host_memory_gib: float | None = None
     bandwidth_gb_s: float | None = None
-    architecture: str  # what a wheel or an operator package must be compiled for: sm_61, ascend910b, x86_64
+    architecture: str  # that a wheel or an operator package is compiled for: sm_61, ascend910b, x86_64
     host_architectures: tuple[Literal["x86_64", "aarch64"], ...]
     capability: Capability
     peaks: tuple[Peak, ...]
     stack: str
     driver: Driver
     collectives: Literal["nccl", "hccl", "gloo"]
-    threads: int = 0  # CPU threads of each rank; 0 = torch decides
+    threads: int = 0  # CPU threads per rank; 0 = the default of torch
     environment: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    context_gib: float = 0.0  # of the device's memory, taken by driver and libraries before the first tensor
-    fragmentation: float = 0.0  # of what comes and goes within a step: the allocator's blocks that are reserved beside it
+    context_gib: float = 0.0  # device memory that driver and libraries take before the first tensor
+    fragmentation: float = 0.0  # share of a step's temporary memory that the allocator reserves in addition
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -96,7 +96,7 @@ class Hardware:
 
 @dataclass(frozen=True, kw_only=True)
 class Vision:
-    """A vision (or audio) tower. `options`: whatever else the family's transformers config takes."""
+    """A vision tower. `options`: further keys of the family's transformers config."""
 
     hidden_size: int
     intermediate_size: int
@@ -133,22 +133,22 @@ class Architecture:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Parameter counts by group. `lm` includes embeddings; `head` is 0 where it is tied to them or counted in `lm`."""
+    """Number of parameters by group. `lm` includes the embeddings; `head` is 0 where it is tied to them or counted in `lm`."""
 
     total: int
     vision: int
     projector: int
     lm: int
     head: int
-    other: int = 0  # carried, never trained: audio and speech parts
+    other: int = 0  # never trained: audio and speech parts
     source: str
     exact: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTokens:
-    """How many tokens an image becomes. fixed: `tokens`. grid: sides to multiples of `unit` px, area within [min, max] px, one
-    token per unit². tiles and slices: `unit` px squares, at most `maximum`, `tokens` each, plus an overview."""
+    """How many tokens an image has. fixed: `tokens`. grid: sides are rounded to multiples of `unit` px, the area is kept within [min, max]
+    px, one token per unit². tiles and slices: at most `maximum` squares of `unit` px with `tokens` each, plus an overview."""
 
     rule: Literal["fixed", "grid", "tiles", "slices"]
     tokens: int = 0
@@ -168,7 +168,7 @@ class Licence:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """`ready` false: the trainer has no module for it yet; `pending` says which work brings it. Lengths in tokens."""
+    """`ready` false: the trainer does not support it yet; `pending` says what is missing. `context` in tokens."""
 
     name: str
     title: str
@@ -185,7 +185,7 @@ class Model:
     template: Template
     context: int
     notes: tuple[str, ...] = ()
-    packable: bool = True  # false: samples in one row would see each other, whatever their positions are
+    packable: bool = True  # false: samples packed into one row would attend to each other
 
 
 # ------------------------------------------------------------------------------------------------ stage, strategy, data
@@ -193,8 +193,8 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """`needs`: checkpoint = start weights other than random; adapter = a LoRA result; projector = one that some run has trained, which the
-    trainer sees in the checkpoint. `reset`: groups that begin anew from run.seed. `global_batch` in samples."""
+    """`needs`: checkpoint = weights to start from; adapter = the result of a LoRA stage; projector = a trained projector, which the trainer
+    checks in the checkpoint. `reset`: groups that are initialized again from run.seed. `global_batch` in samples."""
 
     name: str
     title: str
@@ -215,10 +215,10 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """`auto` takes the least sharded one that fits. `micro_batch` and `gradient_checkpointing` null = chosen with it. `loss_chunk`: the most
-    trained tokens of a micro-batch whose logits exist at a time, 0 = all. With gradient_checkpointing every `checkpoint_every`th layer of
-    `checkpoint_groups` is computed twice, () = of all groups that have layers. `kernels`: of norms, SwiGLU and rotary positions; auto =
-    fused ones where the chip and the installed packages have them."""
+    """`auto` uses the least sharded strategy that fits. `micro_batch` and `gradient_checkpointing` null = chosen by `auto`. `loss_chunk`: for
+    how many trained tokens logits exist at a time, 0 = all of the micro-batch. With gradient_checkpointing every `checkpoint_every`th layer
+    of `checkpoint_groups` is recomputed in the backward pass, () = of all groups with layers. `kernels`: of norms, SwiGLU and rotary
+    positions; auto = fused where the chip and the installed packages support them."""
 
     name: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"]
     offload_optimizer: bool = False
@@ -233,7 +233,7 @@ class Strategy:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """`builtin` names a set that the trainer writes itself; else `train` and `evaluation` are JSON files, `images` their root."""
+    """`builtin`: a data set that the trainer creates; otherwise `train` and `evaluation` are JSON files, and `images` the folder of images."""
 
     name: str
     builtin: Literal["", "digits", "digits_even", "digits_large"]
@@ -242,11 +242,11 @@ class Data:
     images: str
     max_length: int
     workers: int = 0
-    packing: bool = False  # several samples in one row of at most max_length tokens, which do not see each other
-    length_aware: Literal["off", "step", "window"] = "off"  # samples of like length together: of a step, or of a window of steps
-    max_pixels: int = 0  # of an image, for families that scale it (Qwen); 0 = as the model's processor says
-    max_tiles: int = 0  # of an image, for families that cut it (InternVL tiles, MiniCPM slices); 0 = as the model's processor says
-    padding_free: bool | None = None  # the samples of a micro-batch one after the other in place of padding; null = on a CPU
+    packing: bool = False  # several samples in one row of at most max_length tokens; they do not attend to each other
+    length_aware: Literal["off", "step", "window"] = "off"  # group samples of similar length within a step, or within a window of steps
+    max_pixels: int = 0  # per image, for families that scale it (Qwen); 0 = the default of the model's processor
+    max_tiles: int = 0  # per image, for families that cut it (InternVL tiles, MiniCPM slices); 0 = as max_pixels
+    padding_free: bool | None = None  # concatenate the samples of a micro-batch instead of padding them; null = only on a CPU
 
 
 # -------------------------------------------------------------------------------------------------------------- cluster
@@ -254,9 +254,8 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """`address`: what the other nodes reach; `host`: what SSH reaches. `port` and `user` left out are what ~/.ssh/config says for the host,
-    else 22 and who runs the launcher. `devices`: numbers of those to use, as nvidia-smi's index or /dev/davinciN count, in any order;
-    empty = the first ones."""
+    """`host`: for SSH; `address`: for the other nodes. `port` and `user` default to ~/.ssh/config for the host, and then to 22 and the user of
+    the launcher. `devices`: indices of the devices to use, as in nvidia-smi or /dev/davinciN, in any order; empty = the first ones."""
 
     host: str
     user: str = ""
@@ -270,15 +269,15 @@ class Node:
 
     @property
     def is_local(self) -> bool:
-        """Whether the node is the machine of the launcher, which needs no SSH. With a port or a jump host it is another one behind it."""
+        """Whether the node is the launcher's own machine. With a port or a jump host, localhost is another machine behind it."""
         return self.host in ("localhost", "127.0.0.1", "::1") and self.port is None and not self.jump
 
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
-    """How the image comes to the nodes. build: made on this machine and sent to the nodes that lack it; ship: the same, but never
-    built; pull: by each node from `registry`/<tag>; build_on_nodes: made by each node that lacks it, from files sent there. `base`
-    overrides the stack's base image. Paths are this machine's."""
+    """How the nodes get the image. build: built on this machine and sent to the nodes that lack it; ship: the same, but never built; pull:
+    each node pulls it from `registry`/<tag>; build_on_nodes: each node that lacks it builds it, from files that are sent to it. `base`
+    replaces the base image of the stack. Paths are on this machine."""
 
     kind: Literal["build", "pull", "ship", "build_on_nodes"] = "build"
     registry: str = ""
@@ -294,7 +293,7 @@ class Delivery:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """`root`: on the nodes, absolute or below the launcher's folder: runs and data live under it. `shm_size` as docker takes it."""
+    """`root`: folder of runs and data on the nodes, absolute or relative to the launcher's folder. `shm_size`, `ulimits`: as for docker run."""
 
     name: str
     runtime: Literal["process", "docker"]
@@ -305,27 +304,27 @@ class Cluster:
     rendezvous_port: int = 29500
     shm_size: str = "1g"
     ulimits: dict[str, str] = field(default_factory=dict)
-    user: str = ""  # uid:gid in the container; '' = the launcher's own, or 1000:1000 when that is root
-    shared: bool = False  # whether `root` is one folder that all nodes see
-    connect_timeout_s: int = 8  # for one SSH connection, each jump host for itself
-    silence_s: int = 30  # without a sign of life, a connection counts as dead and is made anew
-    node_timeout_s: int = 45  # without an answer, a node counts as lost
-    ascend_runtime: bool = False  # NPUs through Ascend Docker Runtime, which the nodes' engines must have; false: by their device files
+    user: str = ""  # uid:gid in the container; '' = those of the launcher, or 1000:1000 for root
+    shared: bool = False  # `root` is one folder that all nodes see, such as NFS
+    connect_timeout_s: int = 8  # for one SSH connection; each jump host has its own
+    silence_s: int = 30  # a connection without any data for so long is closed and opened again
+    node_timeout_s: int = 45  # a node that does not respond for so long counts as lost
+    ascend_runtime: bool = False  # pass NPUs through Ascend Docker Runtime, which the nodes must have; false: as device files
     environment: dict[str, str] = field(default_factory=dict)
-    secrets: tuple[str, ...] = ()  # names of variables of the launcher's environment that the ranks get; values are written nowhere
-    mounts: tuple[str, ...] = ()  # host paths mounted read-only at the same place
-    sync: tuple[str, ...] = ()  # files and folders of the launcher's machine, copied to the same place on the nodes that lack them
+    secrets: tuple[str, ...] = ()  # names of variables that the ranks get from the launcher's environment; values are never written
+    mounts: tuple[str, ...] = ()  # host paths, mounted read-only at the same path
+    sync: tuple[str, ...] = ()  # files and folders of this machine, copied to the same path on the nodes that lack them
 
     @property
     def working(self) -> tuple[Node, ...]:
-        """Nodes that take part from the start; spares wait."""
+        """The nodes that a run starts on, without the spares."""
         return tuple(node for node in self.nodes if not node.spare)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bands:
-    """How far a run that repeats this one may lie from it, stated before either starts; null = not stated. `loss`: of the mean of each tenth
-    of the steps, a share of it; `throughput`: how much slower, `memory`: how much more, shares; `evaluation`: of each score, absolute."""
+    """How far a run that repeats this one may differ, stated before either starts; null = not stated. `loss`: relative, of the mean of each
+    tenth of the steps; `throughput`: relative, how much slower; `memory`: relative, how much more; `evaluation`: absolute, of each score."""
 
     loss: float | None = None
     throughput: float | None = None
@@ -335,9 +334,9 @@ class Bands:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """`force`: a reason that overrides a refusal and is recorded. Zero steps are refused; `save_every` 0 = only at the end. `restarts`:
-    how often a failed run is started again from its newest checkpoint, spare nodes taking the places of lost ones; `minimum_nodes`: with
-    how many it may go on when no spare is left, 0 = never with fewer."""
+    """`force`: a reason, which overrides a refusal and is recorded. `save_every`: in steps, 0 = only at the end. `restarts`: how often a failed
+    run is started again from its newest checkpoint, with spare nodes in place of lost ones; `minimum_nodes`: with how many nodes it may
+    continue when no spare is left, 0 = only with all."""
 
     steps: int
     seed: int
@@ -347,18 +346,18 @@ class Run:
     stop_timeout_s: int
     start_timeout_s: int
     collective_timeout_s: int
-    hang_timeout_s: int  # a step without an end for so long is taken for hung; 0 = never
+    hang_timeout_s: int  # a step that takes longer counts as hung; 0 = never
     restarts: int
     minimum_nodes: int
     force: str
     evaluation: Evaluation
-    save_every_s: float = 0.0  # save at the first step that ends so long after the last checkpoint; 0 = by steps alone
-    keep_best: Literal["", "exact_match", "loss"] = ""  # by the evaluation; kept besides the newest keep_checkpoints
-    checkpoint_background: bool = False  # the steps go on while a copy in the first node's memory is written
-    trackers: tuple[str, ...] = ("tensorboard",)  # also wandb, swanlab, mlflow: where they are installed
+    save_every_s: float = 0.0  # save at the first step that ends so long after the last checkpoint; 0 = only by steps
+    keep_best: Literal["", "exact_match", "loss"] = ""  # by the evaluation; kept in addition to the newest keep_checkpoints
+    checkpoint_background: bool = False  # training continues while a copy in the memory of the first node is written
+    trackers: tuple[str, ...] = ("tensorboard",)  # also wandb, swanlab, mlflow, where they are installed
     profile: Profile = field(default_factory=Profile)
     bands: Bands = field(default_factory=Bands)
-    repeats: int = 0  # of a benchmark cell (conf/experiment): how many runs it is made of; 0 = this is none
+    repeats: int = 0  # runs of a benchmark (conf/experiment); 0 = not a benchmark
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from launcher.config.credentials import masked_addresses
 from launcher.config.schema import Delivery
 from launcher.errors import ImageFailed
 from launcher.image.docker import DockerCommand, find, find_client, output_of
 from launcher.image.stack import REPOSITORY, Image, Stack, context_files, digest, draw_system
 from launcher.image.wheelhouse import SYSTEM, local_files, system_files
-from launcher.redact import masked_addresses
 
 CONTEXT_FOLDER = ".cache/image"
 WHEELHOUSE = "wheelhouse"

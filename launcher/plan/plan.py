@@ -14,6 +14,7 @@ from launcher.check.recipe import leaves_padding_out
 from launcher.check.rules import RULES, Verdict, check
 from launcher.check.strategy import choose_strategy, explain_strategy
 from launcher.check.suggestions import with_typed_hardware
+from launcher.config.credentials import without_masked
 from launcher.config.schema import Cluster, Config, Run
 from launcher.errors import ConfigRefused, refuse_config
 from launcher.image.stack import Image, Stack, render
@@ -21,7 +22,7 @@ from launcher.memory.deepspeed import render_deepspeed
 from launcher.memory.estimate import Memory, estimate_memory
 from launcher.memory.states import States, device_count, model_states, ranks_per_node, spreads, trainable_parameters, world_size
 from launcher.plan.commands import NodeCommand, node_commands
-from launcher.redact import mask_credentials, without_masked
+from launcher.redact import mask_credentials
 from trainer.contract import (
     SCHEMA,
     SINGLE_PROCESS_KINDS,

@@ -1,5 +1,5 @@
-"""Resolves `stage.checkpoint` and `run.evaluation.base` to the folder that the nodes of a run will read: a run id, a run's folder, a
-checkpoint's folder, or HOST:FOLDER for one on a node.
+"""Resolves `stage.checkpoint` and `run.evaluation.base` to the folder that the nodes of a run will read. The value is a run (its id, a unique prefix
+of it, or `last`), one step of a run (RUN/300), the folder of a run or of a checkpoint, or HOST:FOLDER for one on a node.
 
 A checkpoint is on the first node of the run that wrote it. One that is on this machine is copied to other nodes by cluster.sync; the base
 weights of an adapter are copied, and mounted, with it.
@@ -7,18 +7,22 @@ weights of an adapter are copied, and mounted, with it.
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from launcher.config.schema import Config, Node
-from launcher.errors import ConfigRefused, suggest
+from launcher.errors import ConfigRefused
 from launcher.record.reader import read_object
 from launcher.record.record import PLAN_FILE, RECORD_FILE, attempt_files, bracketed
-from trainer.contract.checkpoint_files import broken_checkpoints, newest_checkpoint
+from launcher.record.run_name import LAST, describe_runs, find_run, join_paths, list_folders
+from trainer.contract import CHECKPOINTS
+from trainer.contract.checkpoint_files import CHECKPOINT_NAME, broken_checkpoints, newest_checkpoint
 
 ON_NODE = re.compile(r"(?:[^/:@]+@)?(?P<host>[^/:@]+|\[[0-9A-Fa-f:]+\]):(?P<path>/.*)")
+STEP = re.compile(r"(?:step-)?(\d{1,12})")
+KEYS = ("stage.checkpoint", "run.evaluation.base")
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -42,8 +46,32 @@ def resolve_checkpoint(config: Config, *runs: Path) -> Config:
     text = config.stage.checkpoint
     if not text or text.startswith("~"):
         return config
+    try:
+        text = full_name(text, runs)
+    except ConfigRefused as error:
+        raise ConfigRefused(f"stage.checkpoint={text}: {error}") from error
     found = find_checkpoint(text, runs, local=all(node.is_local for node in config.cluster.working))
     return use_checkpoint(config, found, text) if found else config
+
+
+def with_full_ids(overrides: Sequence[str], *runs: Path) -> tuple[str, ...]:
+    """The overrides as they are recorded: with the full id of a run that is named by a prefix or by `last`."""
+    pairs = [(word, *word.partition("=")[::2]) for word in overrides]
+    return tuple(
+        word if key not in KEYS or (full := full_name(text.strip("'\""), runs)) == text.strip("'\"") else f"{key}={full}"
+        for word, key, text in pairs
+    )
+
+
+def full_name(text: str, runs: Sequence[Path]) -> str:
+    """RUN or RUN/STEP with the full id of the run; any other text as it is. A folder that exists is taken before a prefix of an id."""
+    name, slash, step = text.partition("/")
+    if not name or (slash and not STEP.fullmatch(step)) or exists(Path(text)):
+        return text
+    folders = list_folders(*runs)
+    if name == LAST or (name not in folders and any(run_id.startswith(name) for run_id in folders)):
+        return f"{find_run(name, *runs).name}{slash}{step}"
+    return text
 
 
 def resolve_base(config: Config, *runs: Path) -> Config:
@@ -63,18 +91,19 @@ def find_checkpoint(text: str, runs: tuple[Path, ...], *, local: bool) -> FoundC
     """None for a path that exists on the nodes only."""
     if match := ON_NODE.fullmatch(text):
         return FoundCheckpoint(path=match["path"], host=match["host"].strip("[]"))
-    known = next((folder / text for folder in runs if "/" not in text and exists(folder / text / PLAN_FILE)), None)
-    if known is not None:
-        return checkpoint_of_run(known, text)
+    name, _, step = text.partition("/")
+    known = list_folders(*runs).get(name)
+    if known is not None and (not step or STEP.fullmatch(step)):
+        return checkpoint_of_step(known, text, int(step.removeprefix("step-"))) if step else checkpoint_of_run(known, text)
     folder = Path(text)
     if local and exists(folder / PLAN_FILE):
         return checkpoint_of_run(folder.resolve(), text)
     if exists(folder):
         return FoundCheckpoint(path=text, bases=tuple(bases_of(folder))) if local else None
     if local:
-        names = sorted({path.parent.name for folder in runs for path in folder.glob(f"*/{PLAN_FILE}")})
-        hint = suggest(text, names) if names else "there are no runs yet"
-        raise ConfigRefused(f"stage.checkpoint={text}: neither a run in {' or '.join(map(str, runs))} ({hint}) nor a folder. See: omnilaunch runs")
+        raise ConfigRefused(
+            f"stage.checkpoint={text}: neither a run in {join_paths(runs)} nor a folder; {describe_runs(name, list_folders(*runs))}"
+        )
     return None
 
 
@@ -82,10 +111,34 @@ def checkpoint_of_run(folder: Path, text: str) -> FoundCheckpoint:
     """The newest complete checkpoint of the run whose folder on this machine is `folder`."""
     if state := newest_checkpoint(folder):
         return FoundCheckpoint(path=str(folder / state.path), bases=tuple(bases_of(folder / state.path)))
-    plan = read_object((folder / PLAN_FILE, *attempt_files(folder, PLAN_FILE))[-1], [])  # of the newest attempt
+    plan = read_newest_plan(folder)
+    return checkpoint_on_node(folder, plan, text) if is_elsewhere(folder, plan) else refuse_run(folder, text)
+
+
+def checkpoint_of_step(folder: Path, text: str, step: int) -> FoundCheckpoint:
+    """The checkpoint of one step of the run whose folder on this machine is `folder`."""
+    relative = f"{CHECKPOINTS}/{CHECKPOINT_NAME.format(step=step)}"
+    checkpoint = folder / relative
+    if not exists(checkpoint):
+        plan = read_newest_plan(folder)
+        if is_elsewhere(folder, plan):
+            return replace(checkpoint_on_node(folder, plan, text), path=f"{plan['spec']['output']}/{relative}")
+        saved = ", ".join(sorted(path.name for path in (folder / CHECKPOINTS).glob("step-*"))) or "none"
+        raise ConfigRefused(f"stage.checkpoint={text}: that run has no checkpoint of step {step}; it has: {saved}")
+    if reason := broken_checkpoints(folder).get(checkpoint):
+        raise ConfigRefused(f"stage.checkpoint={text}: the checkpoint is incomplete: {reason}")
+    return FoundCheckpoint(path=str(checkpoint), bases=tuple(bases_of(checkpoint)))
+
+
+def read_newest_plan(folder: Path) -> dict[str, Any]:
+    """The plan of the newest attempt; {} if it cannot be read."""
+    return read_object((folder / PLAN_FILE, *attempt_files(folder, PLAN_FILE))[-1], [])
+
+
+def is_elsewhere(folder: Path, plan: dict[str, Any]) -> bool:
+    """Whether the run wrote its checkpoints on another machine."""
     nodes = plan.get("commands", ())
-    remote = nodes and plan["spec"]["output"] != str(folder.resolve()) and not is_this_machine(str(nodes[0]["host"]))
-    return checkpoint_on_node(folder, plan, text) if remote else refuse_run(folder, text)
+    return bool(nodes) and plan["spec"]["output"] != str(folder.resolve()) and not is_this_machine(str(nodes[0]["host"]))
 
 
 def checkpoint_on_node(folder: Path, plan: dict[str, Any], text: str) -> FoundCheckpoint:

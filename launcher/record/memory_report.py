@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.errors import ConfigRefused
 from launcher.image.docs import markdown as markdown_lines
 from launcher.plan.plan import Plan
 from launcher.record.reader import read_if_there
 from launcher.record.record import PLAN_FILE, RECORD_FILE
+from launcher.record.run_name import find_run
 from trainer.contract import RESULT_FILE, TrainResult
 
 TRAINING = ("load", "first step", "steps")  # the phases that a plan predicts; evaluation and saving have peaks of their own
@@ -66,12 +66,9 @@ def compare_run(folder: Path) -> PeakComparison | str:
 
 
 def choose_folders(runs: Path, names: Sequence[str]) -> tuple[Path, ...]:
-    """The folders of the named runs, of all runs if no name is given. Raises ConfigRefused for a name without a run."""
-    folders = tuple(sorted(path for path in runs.glob("*") if path.is_dir()))
-    missing = [name for name in names if runs / name not in folders]
-    if missing:
-        raise ConfigRefused(f"there is no run {', '.join(missing)} in {runs}. See: omnilaunch runs")
-    return tuple(path for path in folders if not names or path.name in names)
+    """The folders of the named runs; of all runs if none is named. Raises ConfigRefused for a name that is not a run."""
+    named = {find_run(name, runs) for name in names}
+    return tuple(sorted(named or (path for path in runs.glob("*") if path.is_dir())))
 
 
 def describe_comparisons(comparisons: Sequence[PeakComparison], left_out: Sequence[str], *, markdown: bool) -> str:

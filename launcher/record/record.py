@@ -4,7 +4,6 @@ A record is never overwritten, and each file of it is written completely or not 
 """
 
 import json
-import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -19,22 +18,20 @@ from launcher.plan.plan import Plan, encode_spec, to_plain
 from launcher.record.checksums import SEAL_FILE, make_seal
 from launcher.record.metrics import read_rows
 from launcher.record.reader import read_if_there, read_object
+from launcher.record.run_name import LAST, PLAN_FILE as PLAN_FILE, RECORD_FILE as RECORD_FILE, RUN_ID
 from launcher.record.source import SourceState as SourceState
 from launcher.redact import mask_credentials
 from trainer import contract
 from trainer.contract import SCHEMA, DataReport, EnvReport, TrainResult, WeightsLineage
 
-PLAN_FILE = "plan.json"
 CONFIG_FILE = "config.json"
 SOURCE_FILE = "source.json"
 DIFF_FILE = "source.diff"
 LOCK_FILE = "lock.txt"
 IMAGES_FILE = "images.json"
 RECORDED_INPUTS_FILE = "recorded_inputs.json"  # in a rerun: the inputs.json of the original run
-RECORD_FILE = "result.json"
 ATTEMPTS = "attempts"  # attempts/<number>/: what an attempt left that was followed by another one, and the plan of the one that follows
 ATTEMPT_FILE = "attempt.json"
-RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # it names a folder, a label and a container
 Status = Literal["finished", "stopped", "failed", "refused"]
 
 
@@ -133,6 +130,8 @@ def valid_run_id(text: str) -> str:
     """The text itself. Raises ConfigRefused if it cannot be a run id."""
     if not RUN_ID.fullmatch(text):
         raise ConfigRefused(f"--run-id {text!r}: a run id is 1 to 100 letters, digits, '_', '.' and '-', and begins with a letter or digit")
+    if text == LAST:
+        raise ConfigRefused(f"--run-id {text}: this word means the newest run, wherever a run is named. Choose another id")
     return text
 
 

@@ -1,4 +1,4 @@
-"""The files of conf/ held against each other, against the classes that they feed, and against their own arithmetic."""
+"""The files of conf/ checked against each other, against the classes that they configure, and by their own arithmetic."""
 
 import re
 from functools import cache
@@ -29,7 +29,7 @@ def model(name: str) -> Model:
 
 
 @pytest.mark.parametrize(("axis", "name"), [(axis, name) for axis in AXES for name in options(CONF)[axis]])
-def test_every_file_says_its_own_name(axis: str, name: str) -> None:
+def test_every_file_has_its_own_name(axis: str, name: str) -> None:
     assert getattr(compose([f"{axis}={name}"], CONF), axis).name == name
 
 
@@ -67,7 +67,7 @@ def test_ascend_peaks_are_the_product_that_their_source_names() -> None:
         assert peaks["int8"] == 2 * peaks["bfloat16"]
 
 
-def test_a_p4_has_no_bfloat16_and_a_driver_that_still_knows_pascal() -> None:
+def test_a_p4_has_no_bfloat16_and_a_driver_that_still_supports_pascal() -> None:
     p4 = hardware("p4")
     assert (p4.capability.bf16, p4.capability.compile, p4.driver.maximum, p4.architecture) == ("none", False, "580", "sm_61")
     assert "bfloat16" not in {peak.dtype for peak in p4.peaks}
@@ -75,7 +75,7 @@ def test_a_p4_has_no_bfloat16_and_a_driver_that_still_knows_pascal() -> None:
 
 
 @pytest.mark.parametrize("name", ["ascend910b", "ascend910c"])
-def test_hccl_gives_up_before_its_event_timeout_and_before_torch(name: str) -> None:
+def test_hccl_times_out_before_its_event_timeout_and_before_torch(name: str) -> None:
     environment = hardware(name).environment
     event_timeout_s = 1868  # HCCL_EVENT_TIMEOUT, its default
     connect_s, execute_s = int(environment["HCCL_CONNECT_TIMEOUT"]), int(environment["HCCL_EXEC_TIMEOUT"])
@@ -105,13 +105,13 @@ def test_groups_are_regexes_of_the_groups(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", options(CONF)["model"])
-def test_a_model_is_ready_or_says_what_is_to_come(name: str) -> None:
+def test_a_model_is_ready_or_names_what_is_pending(name: str) -> None:
     assert model(name).ready == (name not in LATER)
     assert bool(model(name).pending) != model(name).ready
 
 
 @pytest.mark.parametrize("name", options(CONF)["model"])
-def test_templates_have_one_place_for_the_content(name: str) -> None:
+def test_templates_contain_the_content_once(name: str) -> None:
     template = model(name).template
     assert template.user.count("{content}") == 1
     assert template.end_mark and template.assistant_open
@@ -188,13 +188,13 @@ def test_only_float16_is_scaled(name: str) -> None:
     assert (precision.loss_scaling == "dynamic") == (precision.compute == "float16")
 
 
-def test_example_cluster_has_documentation_addresses_alone() -> None:
+def test_example_cluster_has_only_documentation_addresses() -> None:
     cluster = compose(["cluster=example"], CONF).cluster
     assert len(cluster.nodes) == 2 and cluster.runtime == "docker"
     assert all(node.host.startswith("192.0.2.") and node.address == node.host for node in cluster.nodes)
 
 
-def test_files_hold_data_alone() -> None:
+def test_files_contain_only_data() -> None:
     for file in CONF.rglob("*.yaml"):
         text = file.read_text(encoding="utf-8")
         assert "_target_" not in text and not re.search(r"/(root|work|tmp|home)/", text), file

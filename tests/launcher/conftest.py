@@ -1,4 +1,4 @@
-"""A project's plan for any overrides, with a place that is the same on every machine."""
+"""The plan of any overrides, with a local context that is the same on every machine."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""A real run's record (tests/golden/record/1: three steps on a CPU) to be copied and to be changed in one thing; and whole runs, to plant
-the same things where they come from."""
+"""The record of a real run (tests/golden/record/1: three steps on a CPU), copied and changed in one place; and real runs of a cloned tree."""
 
 import json
 import os
@@ -10,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from launcher.plan.plan import Plan, to_plain
 from launcher.record.checksums import SEAL_FILE, make_seal
 from trainer import contract
 
@@ -27,8 +27,15 @@ def copy_run(runs: Path, name: str, *changes: Change) -> Path:
     return folder
 
 
+def write_run(folder: Path, plan: Plan) -> Path:
+    """The folder of a run that has not ended: its plan, and an empty logs/."""
+    (folder / "logs").mkdir(parents=True)
+    (folder / "plan.json").write_text(json.dumps(to_plain(plan)), encoding="utf-8")
+    return folder
+
+
 def set_value(file: str, key: str, value: Any) -> Change:
-    """`key` is dotted; a number in it is a place in a list."""
+    """`key` is dotted; a number in it is an index of a list."""
 
     def change(folder: Path) -> None:
         data = json.loads((folder / file).read_text())
@@ -43,7 +50,7 @@ def set_value(file: str, key: str, value: Any) -> Change:
 
 
 def set_rows(edit: Callable[[dict[str, Any]], dict[str, Any]]) -> Change:
-    """Every row of the metrics, and the final loss that the record says of them."""
+    """Change every row of the metrics, and the final loss in the record."""
 
     def change(folder: Path) -> None:
         rows = [edit(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -60,7 +67,7 @@ def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def stretch(steps: int, *, loss: Callable[[int], float], seconds: Callable[[int], float]) -> Change:
-    """The same run with more steps, of rows that a function tells."""
+    """The same run with more steps; loss and seconds are functions of the step."""
 
     def change(folder: Path) -> None:
         row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
@@ -73,10 +80,12 @@ def stretch(steps: int, *, loss: Callable[[int], float], seconds: Callable[[int]
 
 
 def clone_tree(project: Path) -> Path:
-    """This tree, changes and all, as the first commit of another one."""
+    """Copy this tree, with its uncommitted changes, as the first commit of a new repository."""
     for name in ("images", "trainer", "launcher", "conf"):
         shutil.copytree(PROJECT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copyfile(PROJECT / ".gitignore", project / ".gitignore")  # or the bytecode of the first run would be a change of the tree
+    shutil.copyfile(
+        PROJECT / ".gitignore", project / ".gitignore"
+    )  # otherwise the bytecode of the first run would be an uncommitted change
     for words in (("init", "-q"), ("add", "."), ("-c", "user.name=A", "-c", "user.email=a@b", "commit", "-q", "-m", "first")):
         subprocess.run(("git", *words), cwd=project, check=True)
     return project

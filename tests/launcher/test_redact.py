@@ -24,15 +24,26 @@ def test_urls_lose_their_user_and_nothing_else(text: str, masked: str) -> None:
     assert holds_credentials(text) == ("***" in masked)
 
 
-@pytest.mark.parametrize(
-    "name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "GITHUBTOKEN", "hf_token", "MY_SECRETS", "TOKEN_1"]
-)
+SECRETS = (
+    "HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "DB_PASSWORD", "GITHUBTOKEN", "hf_token", "MY_SECRETS",
+    "TOKEN_1", "TOKENS", "MYSQL_PWD", "PGPASS", "PGPASSWORD", "MYSQLPASSWORD", "SSHPASS", "DB_PASS", "REDIS_PASSWD", "GITHUB_PAT",
+    "AZURE_PAT", "HF_AUTH", "PROXY_AUTHORIZATION", "GOOGLE_APPLICATION_CREDENTIALS", "AZURE_CREDENTIALS", "DB_CREDENTIAL",
+    "REGISTRY_CREDS", "COOKIE", "SESSION_COOKIE", "COOKIES", "SESSION", "SESSION_ID", "DJANGO_SESSIONID", "APIKEY", "OPENAI_APIKEY",
+    "KEY", "KEYS", "SIGNING_JWT", "SENTRY_DSN", "SLACK_WEBHOOK_URL", "GPG_PASSPHRASE", "BEARER",
+)  # fmt: skip
+HARMLESS = (
+    "TOKENIZERS_PARALLELISM", "NCCL_IB_PKEY", "HF_TOKEN_PATH", "SSL_KEY_FILE", "KEYRING", "MONKEY", "OMP_NUM_THREADS", "PWD", "OLDPWD",
+    "PATH", "PGPASSFILE", "SSH_AUTH_SOCK", "HF_HUB_ENABLE_HF_TRANSFER", "GIT_AUTHOR_NAME", "AUTH_METHOD", "PATTERN", "NCCL_PATH_DISABLE",
+    "COMPASS", "BYPASS_MODE", "PASSES", "SSL_CERT_FILE", "HCCL_WHITELIST_FILE", "HCCL_WHITELIST_DISABLE", "PYTORCH_CUDA_ALLOC_CONF",
+    "MAX_SESSIONS_PER_NODE_TIMEOUT", "__", "LD_LIBRARY_PATH", "DSNAME", "ASCEND_LAUNCH_BLOCKING",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SECRETS)
 def test_names_of_secrets(name: str) -> None:
     assert names_a_secret(name)
 
 
-@pytest.mark.parametrize(
-    "name", ["TOKENIZERS_PARALLELISM", "NCCL_IB_PKEY", "HF_TOKEN_PATH", "SSL_KEY_FILE", "KEYRING", "MONKEY", "OMP_NUM_THREADS", ""]
-)
+@pytest.mark.parametrize("name", [*HARMLESS, ""])
 def test_names_of_other_things(name: str) -> None:
     assert not names_a_secret(name)

@@ -30,7 +30,7 @@ from launcher.bench.result import (
 )
 from launcher.bench.verdict import describe_reproduction, judge, with_all_facts
 from launcher.cli import main
-from launcher.commands import bench as bench_action
+from launcher.commands import bench as bench_action, bench_rerun
 from launcher.errors import ConfigRefused, RecordRefused
 from launcher.record.comparison import Level
 from launcher.record.recorded_run import load_recorded_run
@@ -101,8 +101,13 @@ def test_lines_are_added_and_found(path: Path, result: PublishedResult) -> None:
     assert replace(found[0], sha256="") == decode(PublishedResult, json.loads(json.dumps(to_plain(result))))
     assert find_result("x", path.parent).result_id == "x-20261122-000000-0000"
     assert find_result("x-20261121-000000-0000", path.parent) == found[0]
+    assert find_result("x-20261121", path.parent) == found[0] and find_result("last", path.parent) == found[1]
+    with pytest.raises(ConfigRefused, match=r"'x-2026' is the beginning of 2 results: x-20261121-000000-0000, x-20261122-000000-0000"):
+        find_result("x-2026", path.parent)
     with pytest.raises(ConfigRefused, match=r"no result 'y'.*valid are: x, x-20261121"):
         find_result("y", path.parent)
+    with pytest.raises(ConfigRefused, match=r"no result 'last'.*nothing is published yet"):
+        find_result("last", path.parent / "empty")
 
 
 def to_plain(result: PublishedResult) -> Any:
@@ -285,7 +290,7 @@ def test_a_line_without_bands_is_refused_before_it_is_run_again(
     result: PublishedResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     append_result(tmp_path / "results/x.jsonl", replace(result, config=result.config | {"run": result.config["run"] | {"bands": {}}}))
-    monkeypatch.setattr(bench_action, "restored", lambda *_: pytest.fail("it was planned"))
+    monkeypatch.setattr(bench_rerun, "restore_plan", lambda *_: pytest.fail("it was planned"))
     try:
         assert main(["bench-rerun", "x", "--results", str(tmp_path / "results")]) == 2
     finally:
@@ -305,13 +310,17 @@ def test_the_exit_code_is_the_verdict(
     config = load_recorded_run(REAL).plan.config
 
     def plan_run(run_id: str) -> Any:
-        return SimpleNamespace(notes=(), plan=SimpleNamespace(run_id=run_id, folder=str(tmp_path / "again" / run_id), config=config))
+        plan = SimpleNamespace(run_id=run_id, folder=str(tmp_path / "again" / run_id), config=config)
+        return SimpleNamespace(notes=(), plan=plan, project=PROJECT, original=None)
 
-    monkeypatch.setattr(bench_action, "restored", lambda *_: plan_run)
-    monkeypatch.setattr(bench_action, "require_devices", lambda *_: None)
-    monkeypatch.setattr(
-        bench_action, "carry_rerun", lambda rerun, _: shutil.copytree(REAL, rerun.plan.folder) and SimpleNamespace(status="finished")
-    )
+    monkeypatch.setattr(bench_rerun, "restore_plan", lambda *_: plan_run)
+    monkeypatch.setattr(bench_rerun, "require_devices", lambda *_: None)
+
+    def carry_out(plan: Any, _: object, **options: object) -> tuple[Any, Any]:
+        assert options == {"project": PROJECT, "original": None}
+        return shutil.copytree(REAL, plan.folder) and SimpleNamespace(status="finished"), plan
+
+    monkeypatch.setattr(bench_rerun, "carry_out", carry_out)
     try:
         assert main(["bench-rerun", "x", "--repeats", "1", "--reason", "a test", "--results", str(tmp_path / "results")]) == code
     finally:
@@ -325,7 +334,7 @@ def test_fewer_repeats_need_a_reason(path: Path, capsys: pytest.CaptureFixture[s
         assert main(["bench-rerun", "x", "--repeats", "4", "--results", str(path.parent)]) == 2
     finally:
         gc.enable()
-    assert "--reason" in capsys.readouterr().err
+    assert "fewer than 5 repeats do not show the spread. Say why: --reason" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------------ README

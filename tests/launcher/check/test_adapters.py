@@ -102,4 +102,4 @@ def test_why_audio_and_speech_are_not_trained(part: str) -> None:
         compose(["model=minicpm_o_2_6", f"stage.trainable=[lm,{part}]"], ROOT / "conf")
     said = str(caught.value)
     assert f'stage.trainable.1 (override stage.trainable=[lm,{part}]): "{part}" is not allowed' in said
-    assert "carried along as they are: data here holds no sound" in said and "valid are: head, lm, projector, vision" in said
+    assert "are never trained: the data has no sound" in said and "valid are: head, lm, projector, vision" in said

@@ -1,4 +1,4 @@
-"""Chains of stages: what is read of them, the words of each step, and where one goes on that broke off."""
+"""Chains of stages: how they are read, the overrides of each step, and where an interrupted chain is resumed."""
 
 import json
 import re
@@ -10,8 +10,8 @@ import pytest
 
 from launcher import cli
 from launcher.bench.cell import list_cells
-from launcher.commands.chain import find_attempt, launch_chain, look_ahead
-from launcher.config.chain import Chain, Step, find_chain, list_chains, load_chain, words_of
+from launcher.commands.chain import find_newest, launch_chain, plan_chain
+from launcher.config.chain import Chain, Step, find_chain, list_chains, load_chain, overrides_of
 from launcher.errors import ConfigRefused
 from launcher.record.record import PLAN_FILE, RECORD_FILE
 
@@ -27,7 +27,7 @@ def copied(tmp_path: Path) -> Path:
     return Path(shutil.copytree(CONF, tmp_path / "conf"))
 
 
-def test_a_chain_is_no_cell() -> None:
+def test_a_chain_is_not_a_benchmark() -> None:
     assert list_chains(CONF) == (NAME,) and NAME not in list_cells(CONF)
     assert find_chain(("experiment=cpu_tiny_llava_full",), CONF) is None and find_chain((), CONF) is None
     chain = find_chain((f"experiment={NAME}", "run.steps=3"), CONF)
@@ -40,21 +40,21 @@ def test_a_chain_is_no_cell() -> None:
         ("chain: []", "chain is a list of"),
         ("chain: {a: 1}", "chain is a list of"),
         ("chain: [{name: a, words: [stage=full]}]\nrun: {steps: 3}", "run beside chain"),
-        ("chain: [{name: A b, words: [stage=full]}]", "step 'A b': a name is"),
-        ("chain: [{name: a, words: [stage=full]}, {name: a, words: [stage=lm]}]", "step a: there are two"),
-        ("chain: [{name: a, words: [run.steps=3]}]", "step a: names no stage"),
-        ("chain: [{name: a, words: [stage=evaluate, 'stage.checkpoint=@b']}]", "stage.checkpoint=@b is no step before it"),
+        ("chain: [{name: A b, words: [stage=full]}]", "step 'A b': a name has"),
+        ("chain: [{name: a, words: [stage=full]}, {name: a, words: [stage=lm]}]", "step a: this name is used twice"),
+        ("chain: [{name: a, words: [run.steps=3]}]", "step a: has no stage=..."),
+        ("chain: [{name: a, words: [stage=evaluate, 'stage.checkpoint=@b']}]", "stage.checkpoint=@b does not name a step above it"),
         ("chain: [{name: a, words: [3]}]", "chain is a list of"),
     ],
 )
-def test_what_is_no_chain_is_refused_with_its_file(text: str, said: str, copied: Path) -> None:
+def test_an_invalid_chain_is_refused_with_its_file(text: str, said: str, copied: Path) -> None:
     (copied / "experiment" / "odd.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigRefused, match=re.escape(said)) as refused:
         load_chain("odd", copied)
     assert "conf/experiment/odd.yaml" in str(refused.value)
 
 
-def test_a_step_goes_on_with_the_last_checkpoint_or_the_one_it_names() -> None:
+def test_a_step_starts_from_the_last_checkpoint_or_from_the_step_that_it_names() -> None:
     chain = Chain(
         name="c",
         steps=(
@@ -65,17 +65,17 @@ def test_a_step_goes_on_with_the_last_checkpoint_or_the_one_it_names() -> None:
         ),
     )
     runs, kinds = {name: f"x-{name}" for name in "abcd"}, ("train", "evaluate", "train", "evaluate")
-    words = [words_of(chain, place, ("experiment=c", "run.seed=2"), runs, kinds) for place in range(4)]
+    words = [overrides_of(chain, place, ("experiment=c", "run.seed=2"), runs, kinds) for place in range(4)]
     assert words == [
         ("run.seed=2", "stage=full"),
         ("run.seed=2", "stage=evaluate", "stage.checkpoint=x-a"),
-        ("run.seed=2", "stage=lora", "stage.checkpoint=x-a"),  # an evaluation leaves none
+        ("run.seed=2", "stage=lora", "stage.checkpoint=x-a"),  # an evaluation saves none
         ("run.seed=2", "stage=evaluate", "stage.checkpoint=x-a", "run.evaluation.base=x-c"),
     ]
 
 
 class Launches:
-    """In place of `launch`: leaves what a run leaves of itself, with the status that is wanted of it."""
+    """In place of `launch`: writes a plan and a record with a given status."""
 
     def __init__(self, root: Path, failing: str = "") -> None:
         self.root, self.failing, self.made = root, failing, list[tuple[str, tuple[str, ...]]]()
@@ -91,12 +91,12 @@ class Launches:
         return 5 if failed else 0
 
 
-def test_a_chain_goes_on_at_the_step_that_failed(tmp_path: Path) -> None:
+def test_a_chain_is_resumed_at_the_step_that_failed(tmp_path: Path) -> None:
     chain, typed, said = load_chain(NAME, CONF), (f"experiment={NAME}", f"cluster.root={tmp_path}"), list[str]()
     first = Launches(tmp_path, failing="x-tuned")
     assert launch_chain(chain, typed, "x", PROJECT, first, said.append) == 5
     assert [run_id for run_id, _ in first.made] == ["x-tower", "x-aligned", "x-tuned"]
-    assert "stands at step tuned" in said[-1] and f"launch experiment={NAME}" in said[-1] and "--run-id x" in said[-1]
+    assert "stopped at step tuned" in said[-1] and f"launch experiment={NAME}" in said[-1] and "--run-id x" in said[-1]
 
     second = Launches(tmp_path)
     assert launch_chain(chain, typed, "x", PROJECT, second, said.append) == 0
@@ -110,23 +110,23 @@ def test_a_chain_goes_on_at_the_step_that_failed(tmp_path: Path) -> None:
     assert "run x-tuned-2" in said[-1]
 
 
-def test_a_chain_of_other_words_is_refused(tmp_path: Path) -> None:
+def test_a_chain_with_other_overrides_is_refused(tmp_path: Path) -> None:
     chain, typed = load_chain(NAME, CONF), (f"experiment={NAME}", f"cluster.root={tmp_path}")
     launch_chain(chain, typed, "x", PROJECT, Launches(tmp_path, failing="x-aligned"), lambda text: None)
-    with pytest.raises(ConfigRefused, match="run x-tower was done with other words"):
-        look_ahead(chain, (*typed, "run.steps=70"), "x", PROJECT, tmp_path)
+    with pytest.raises(ConfigRefused, match="run x-tower has finished with other overrides"):
+        plan_chain(chain, (*typed, "run.steps=70"), "x", PROJECT, tmp_path)
 
 
-def test_a_step_that_was_done_before_its_turn_is_refused(tmp_path: Path) -> None:
+def test_a_step_that_finished_before_an_earlier_one_is_refused(tmp_path: Path) -> None:
     chain, typed = load_chain(NAME, CONF), (f"experiment={NAME}", f"cluster.root={tmp_path}")
     launch_chain(chain, typed, "x", PROJECT, Launches(tmp_path), lambda text: None)
     (tmp_path / "runs/x-aligned" / RECORD_FILE).unlink()
-    assert find_attempt("x", chain.steps[1], (tmp_path / "runs",)).status == "unfinished"
-    with pytest.raises(ConfigRefused, match=r"step tuned is done .* and aligned before it is not"):
-        look_ahead(chain, typed, "x", PROJECT, tmp_path)
+    assert find_newest("x", chain.steps[1].name, (tmp_path / "runs",)).status == "unfinished"
+    with pytest.raises(ConfigRefused, match=r"step tuned has finished .* but the earlier step aligned has not"):
+        plan_chain(chain, typed, "x", PROJECT, tmp_path)
 
 
-def test_every_step_is_judged_before_the_first_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_step_is_planned_before_the_first_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = (f"experiment={NAME}", f"cluster.root={tmp_path}", "stage.quantization.scheme=nf4")
     assert cli.main(["launch", *words]) == 2
     assert not (tmp_path / "runs").exists() and "step tower" in capsys.readouterr().err
@@ -136,4 +136,4 @@ def test_a_chain_is_shown_before_it_is_launched(tmp_path: Path, capsys: pytest.C
     assert cli.main(["plan", f"experiment={NAME}", f"cluster.root={tmp_path}", "--run-id", "x"]) == 0
     shown = capsys.readouterr().out
     assert all(f"{place + 1}  {name} " in shown for place, name in enumerate(STEPS)) and "run x-judged" in shown
-    assert cli.main(["plan", "--json", f"experiment={NAME}"]) == 2 and "--json is for one run" in capsys.readouterr().err
+    assert cli.main(["plan", "--json", f"experiment={NAME}"]) == 2 and "--json works for one run" in capsys.readouterr().err

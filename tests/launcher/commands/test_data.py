@@ -1,4 +1,4 @@
-"""`omnilaunch data check`: what it reads, what it says, and how it ends."""
+"""`omnilaunch data check`: what it reads, what it prints, and its exit code."""
 
 import json
 from pathlib import Path
@@ -17,14 +17,14 @@ ROWS = 60  # of a file in which every row is bad: no tokenizer is needed then, n
 
 @pytest.fixture
 def chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
-    """The arguments for a file of bad rows in the folder that the command is given in."""
+    """The arguments for a file of bad rows in the current folder."""
     monkeypatch.chdir(tmp_path)
     rows = [{"image": f"{row}.png", "question": "What?"} for row in range(ROWS)]
     (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     return ("data", "check", "data=files", "data.train=rows.json", "data.images=.", "run.evaluation.enabled=false")
 
 
-def test_every_problem_is_said_and_written(chosen: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_problem_is_printed_and_written(chosen: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main((*chosen, "--out", "problems.jsonl")) == Exit.USAGE
     said = capsys.readouterr().out
     assert "rows       0 to train on, 0 held out; 0 with images" in said
@@ -42,7 +42,7 @@ def test_json_has_all_problems(chosen: tuple[str, ...], tmp_path: Path, capsys: 
     report = json.loads(capsys.readouterr().out)
     assert len(report["problems"]) == report["problem_count"] == ROWS
     assert report["summary"]["unmeasured"] == "no row can be read"
-    assert not (tmp_path / "runs").exists(), "no run was begun"
+    assert not (tmp_path / "runs").exists(), "no run was started"
 
 
 def test_a_refused_config_is_refused_before_anything_is_read(chosen: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,13 +58,13 @@ def test_data_without_problems_end_well(
     assert capsys.readouterr().out.rstrip().endswith("problems   none")
 
 
-def test_nodes_elsewhere_are_named(plan_for, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_nodes_are_named(plan_for, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     plan: Plan = plan_for("hardware=h200", "model=qwen2_5_vl_7b", "cluster=example")
     monkeypatch.setattr(data_action, "examine", lambda spec: (REPORT, []))
-    monkeypatch.setattr("launcher.cli.plan_of", lambda overrides, run_id: plan)
+    monkeypatch.setattr("launcher.commands.data.plan_of", lambda overrides, run_id: plan)
     assert main(("data", "check")) == Exit.OK
     hosts = ", ".join(node.host for node in plan.config.cluster.working)
-    assert f"a launch reads what lies on {hosts}" in capsys.readouterr().out
+    assert f"a launch reads the files on {hosts}" in capsys.readouterr().out
 
 
 REPORT = DataReport(
@@ -88,7 +88,7 @@ REPORT = DataReport(
 )
 
 
-def test_the_summary_reads_like_this() -> None:
+def test_the_summary() -> None:
     assert describe_data(REPORT, 2048).splitlines() == [
         "rows       1,200 to train on, 30 held out; 900 with images",
         "images     800, from 8x9 to 4000x3000 pixels",
@@ -104,7 +104,7 @@ def test_problems_without_a_file_to_write_them_to() -> None:
     assert describe_problems([problem] * 52, "").endswith("... and 2 more: --out FILE writes all")
 
 
-# (exit code, what the check said) -> (class, part of its text)
+# (exit code, output of the check) -> (class, part of its text)
 REFUSALS = {
     (Exit.USAGE, "data.root=/x: the set digits cannot be written"): (ConfigRefused, "cannot be written"),
     (Exit.BUG, "Traceback\nModuleNotFoundError: No module named 'PIL'"): (ConfigRefused, "lacks what reads the data: ModuleNotFoundError"),
@@ -113,7 +113,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("given", REFUSALS)
-def test_a_check_that_could_not_be_done(given: tuple[int, str]) -> None:
+def test_a_check_that_failed(given: tuple[int, str]) -> None:
     kind, text = REFUSALS[given]
     error = refusal(*given)
     assert type(error) is kind

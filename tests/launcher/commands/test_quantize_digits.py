@@ -1,4 +1,4 @@
-"""A model that has learned the digits keeps them in 8 bits, by the real command."""
+"""A model that was trained on the digits still answers after int8 quantization, with the real command."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ STEPS = {
 }
 
 
-def test_eight_bits_lose_at_most_a_hundredth_of_the_digits(tmp_path: Path) -> None:
+def test_int8_loses_at_most_one_percent_of_the_digits(tmp_path: Path) -> None:
     found: dict[str, dict[str, float]] = {}
     for run_id, words in STEPS.items():
         command = (sys.executable, "-m", "launcher.cli", "launch", f"cluster.root={tmp_path}", *words, "--run-id", run_id)

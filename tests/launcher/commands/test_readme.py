@@ -1,4 +1,4 @@
-"""What the README shows of a refusal is what the program says."""
+"""The refusals that the README shows are what the program prints."""
 
 import gc
 import re
@@ -15,7 +15,7 @@ PROMPT = re.compile(r"^\$ (.*)\n", re.MULTILINE)
 
 
 def shown_refusals() -> list[tuple[str, str]]:
-    """(command, its output) of every `omnilaunch` command in a console block that is answered with a refusal."""
+    """(command, its output) of every `omnilaunch` command in a console block whose output is a refusal."""
     found = []
     for block in CONSOLE.findall(README.read_text(encoding="utf-8")):
         _, *pairs = PROMPT.split(block)

@@ -1,4 +1,4 @@
-"""The two-stage recipe on real digits, and LoRA on top: four runs that find each other's results by run id."""
+"""The two-stage recipe on real digits, and then LoRA: four runs that find each other's results by run id."""
 
 import os
 import re
@@ -27,7 +27,7 @@ LIMIT_S = 1200  # of one run, on a machine that has other things to do
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the four runs lie."""
+    """The folder of the four runs."""
     root = tmp_path_factory.mktemp("recipe")
     for run_id, words in RECIPE.items():
         command = (sys.executable, "-m", "launcher.cli", "launch", f"cluster.root={root}", *words, "--run-id", run_id)
@@ -42,7 +42,7 @@ def record_of(root: Path, run_id: str) -> Record:
 
 
 def changed(root: Path, first: str, second: str) -> set[str]:
-    """Groups with a tensor that is another one."""
+    """Groups with at least one tensor that differs."""
     before, after = (load_file(root / "runs" / run / record_of(root, run).checkpoint / "model.safetensors") for run in (first, second))
     assert before.keys() == after.keys()
     names = [name for name in before if before[name].tobytes() != after[name].tobytes()]
@@ -50,12 +50,12 @@ def changed(root: Path, first: str, second: str) -> set[str]:
 
 
 @pytest.mark.parametrize(("run_id", "least"), [("tower", 0.93), ("aligned", 0.85), ("tuned", 0.9), ("adapted", 0.85)])
-def test_every_stage_learns_what_it_is_asked(run_id: str, least: float, root: Path) -> None:
+def test_every_stage_learns_its_question(run_id: str, least: float, root: Path) -> None:
     evaluation = record_of(root, run_id).evaluation
     assert evaluation["count"] == 297 and evaluation["exact_match"] >= least
 
 
-def test_what_a_stage_leaves_frozen_is_bitwise_what_it_was(root: Path) -> None:
+def test_frozen_groups_are_bitwise_unchanged(root: Path) -> None:
     assert changed(root, "tower", "aligned") == {"projector"}
     assert changed(root, "aligned", "tuned") == {"projector", "lm"}
     adapter = root / "runs/adapted" / record_of(root, "adapted").checkpoint
@@ -63,7 +63,7 @@ def test_what_a_stage_leaves_frozen_is_bitwise_what_it_was(root: Path) -> None:
     assert all(".language_model." in name for name in load_file(adapter / "adapter_model.safetensors"))
 
 
-def test_the_chain_can_be_followed_from_the_records(root: Path) -> None:
+def test_the_records_name_the_runs_that_they_started_from(root: Path) -> None:
     for before, after in zip(RECIPE, list(RECIPE)[1:], strict=False):
         origin, parent = record_of(root, after).origin, record_of(root, before)
         assert (origin.run_id, origin.step, origin.weights_sha256) == (before, parent.steps, parent.weights_sha256)

@@ -1,5 +1,5 @@
-"""MiniCPM-V 2.6 and o 2.6 in their tiny sizes on real digits, by the recipes of conf/tune: all of it, the same on two ranks under ZeRO 3,
-its projector anew, and LoRA on top."""
+"""The tiny MiniCPM-V 2.6 and o 2.6 on real digits, with the recipes of conf/tune: full training, the same on two ranks with ZeRO 3, the
+projector again, and LoRA."""
 
 import os
 import re
@@ -29,7 +29,7 @@ LIMIT_S = 2400  # of one run, on a machine that has other things to do
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the runs lie."""
+    """The folder of the runs."""
     root = tmp_path_factory.mktemp("recipe")
     for run_id, words in RECIPE.items():
         command = (sys.executable, "-m", "launcher.cli", "launch", f"cluster.root={root}", *words, "--run-id", run_id)
@@ -49,14 +49,14 @@ def test_every_stage_learns_the_digits(run_id: str, root: Path) -> None:
     assert evaluation["count"] == 297 and evaluation["exact_match"] >= 0.85
 
 
-def test_what_a_stage_leaves_frozen_is_bitwise_what_it_was(root: Path) -> None:
+def test_frozen_groups_are_bitwise_unchanged(root: Path) -> None:
     before, after = (load_file(root / "runs" / run / record_of(root, run).checkpoint / "model.safetensors") for run in ("whole", "aligned"))
     assert before.keys() == after.keys()
     changed = {name for name in before if before[name].tobytes() != after[name].tobytes()}
     assert changed == {name for name in before if name.startswith("resampler.")}
 
 
-def test_adapters_are_in_the_decoder_alone(root: Path) -> None:
+def test_adapters_are_only_in_the_decoder(root: Path) -> None:
     checkpoint = root / "runs/adapted" / record_of(root, "adapted").checkpoint
     adapters = load_file(checkpoint / "adapter_model.safetensors")
     assert not (checkpoint / "model.safetensors").exists()

@@ -1,4 +1,4 @@
-"""OmniLMM 3B and 12B in their tiny sizes on real digits: all of it, the same on two ranks under ZeRO 3, the projector anew, LoRA on top."""
+"""The tiny OmniLMM 3B and 12B on real digits: full training, the same on two ranks with ZeRO 3, the projector again, and LoRA."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def model(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def root(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the four runs lie."""
+    """The folder of the four runs."""
     root = tmp_path_factory.mktemp(model)
     for run_id, words in RECIPE.items():
         command = (sys.executable, "-m", "launcher.cli", "launch", f"cluster.root={root}", f"model={model}", *words, "--run-id", run_id)
@@ -49,12 +49,12 @@ def record_of(root: Path, run_id: str) -> Record:
 
 
 @pytest.mark.parametrize("run_id", RECIPE)
-def test_every_stage_learns_what_it_is_asked(run_id: str, root: Path) -> None:
+def test_every_stage_learns_its_question(run_id: str, root: Path) -> None:
     evaluation = record_of(root, run_id).evaluation
     assert evaluation["count"] == 297 and evaluation["exact_match"] >= 0.85
 
 
-def test_what_a_stage_leaves_frozen_is_bitwise_what_it_was(model: str, root: Path) -> None:
+def test_frozen_groups_are_bitwise_unchanged(model: str, root: Path) -> None:
     before, after = (load_file(root / "runs" / run / record_of(root, run).checkpoint / "model.safetensors") for run in ("whole", "aligned"))
     assert before.keys() == after.keys()
     changed = {name for name in before if before[name].tobytes() != after[name].tobytes()}
@@ -65,7 +65,7 @@ def test_what_a_stage_leaves_frozen_is_bitwise_what_it_was(model: str, root: Pat
     assert not [name for name in load_file(adapter / "adapter_model.safetensors") if "resampler" in name or TOWER[model] in name]
 
 
-def test_the_chain_can_be_followed_from_the_records(root: Path) -> None:
+def test_the_records_name_the_runs_that_they_started_from(root: Path) -> None:
     parent = record_of(root, "whole")
     for run_id in ("aligned", "adapted"):
         origin = record_of(root, run_id).origin

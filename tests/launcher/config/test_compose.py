@@ -1,4 +1,4 @@
-"""Composing: what is taken, what is refused, and in which words."""
+"""Composing: which overrides and files are accepted, which are refused, and with which texts."""
 
 from dataclasses import is_dataclass, replace
 from pathlib import Path
@@ -22,8 +22,8 @@ def refusal(*overrides: str, conf: Path = CONF) -> str:
 
 @settings(max_examples=25, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=("Cs", "Cc"))))
-def test_any_text_is_taken_as_it_is_typed(text: str) -> None:
-    """But for what cannot be meant as text: quoted already, a list, a section, null, an interpolation."""
+def test_any_text_is_accepted_as_it_is_typed(text: str) -> None:
+    """Except what cannot be meant as text: already quoted, a list, a section, null, an interpolation."""
     assume(not text.strip().startswith(("'", '"', "[", "{")) and text.strip() not in ("null", "???") and "${" not in text)
     assert compose([f"data.train={text}"], CONF).data.train == text.strip()
 
@@ -42,7 +42,7 @@ def test_defaults() -> None:
     }
 
 
-def test_measured_cell_is_taken_and_can_be_overridden_or_left_out() -> None:
+def test_a_measured_cell_is_used_and_can_be_overridden_or_omitted() -> None:
     tuned = compose([], CONF)
     assert (tuned.run.steps, tuned.stage.global_batch, tuned.stage.optimizer.warmup) == (300, 64, 20)
     assert tuned.stage.trainable == ("vision", "projector", "lm", "head")
@@ -65,7 +65,7 @@ def test_measured_cell_is_taken_and_can_be_overridden_or_left_out() -> None:
         (["precision=bf16", "hardware=p4"], "bf16"),
     ],
 )
-def test_hardware_brings_a_precision_and_the_user_wins(overrides: list[str], precision: str) -> None:
+def test_hardware_sets_a_precision_that_the_user_can_override(overrides: list[str], precision: str) -> None:
     assert compose(overrides, CONF).precision.name == precision
 
 
@@ -87,14 +87,14 @@ def get(config: Config, key: str) -> Any:
         ("cluster.environment.NCCL_P2P_DISABLE=1", "1"),
         ("hardware.memory_gib=null", None),
         ("model.source.revision=1234567", "1234567"),
-        ("model.source.revision=12e4567", "12e4567"),  # a commit that reads as the number inf
+        ("model.source.revision=12e4567", "12e4567"),  # a commit that looks like the number inf
         ("cluster.user=1000:1000", "1000:1000"),
         ("data.train=''", ""),
         ("stage.trainable=[lm,head]", ("lm", "head")),
         ("run.force='a reason, with a comma'", "a reason, with a comma"),
         ("cluster.nodes.0.user='ann'", "ann"),
         ("run.force='it\\'s fine'", "it's fine"),
-        # Text is taken as it stands, whatever it would be to Hydra.
+        # Text is accepted as it is, whatever it means to Hydra.
         ('run.force=it\'s fine, "really"', 'it\'s fine, "really"'),
         ("run.force='tis", "'tis"),
         ("run.force= spaced ", "spaced"),
@@ -142,16 +142,16 @@ def test_wrong_values_are_reported_together() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("+run.steps=3", "'+' and '~' are refused, every key is known already; write run.steps=3"),
+        ("+run.steps=3", "'+' and '~' are refused, since the schema has every key; write run.steps=3"),
         ("++run.steps=3", "'+' and '~' are refused"),
         ("~tune", "'+' and '~' are refused"),
-        ("run.steps", "cannot be read; write KEY=VALUE"),
-        ("run.steps=[", "cannot be read; write KEY=VALUE"),
-        ("", "cannot be read; write KEY=VALUE"),
-        ("=3", "cannot be read; write KEY=VALUE"),
+        ("run.steps", "cannot be parsed; write KEY=VALUE"),
+        ("run.steps=[", "cannot be parsed; write KEY=VALUE"),
+        ("", "cannot be parsed; write KEY=VALUE"),
+        ("=3", "cannot be parsed; write KEY=VALUE"),
         ("stage.trainable=lm,head", "a list is written stage.trainable=[lm,head]"),
-        ("hardware=cpu,p4", "one value is wanted"),
-        ("run.seed=${oc.env:HOME}", "interpolations are refused"),
+        ("hardware=cpu,p4", "give one value"),
+        ("run.seed=${oc.env:HOME}", "interpolations (${...}) are refused"),
         ("hardware=null", "unknown hardware 'null'"),
         ("hardware=[cpu]", "unknown hardware '[cpu]'"),
         ("hardware@model=cpu", "unknown key 'hardware@model'"),
@@ -167,14 +167,14 @@ def test_wrong_values_are_reported_together() -> None:
         ("run.seed=true", "must be a whole number"),
         ("run.deterministic=1", "must be true or false"),
         ("data.train=null", "must be text"),
-        ("cluster.delivery={kind: it's}", "cannot be read; write KEY=VALUE"),
+        ("cluster.delivery={kind: it's}", "cannot be parsed; write KEY=VALUE"),
         ("experiment=none", "unknown experiment 'none'"),
         ("hardware=процессор", "unknown hardware 'процессор'; valid are: ascend910b"),
-        ("model.name=another", "model.name is the name of the file that was taken; choose another with model=NAME"),
-        ("strategy.name=zero2", "choose another with strategy=NAME"),
-        ("run.steps=" + "9" * 400, "is not allowed; at most 9223372036854775807"),
-        ("run.steps=" + "9" * 5000, "cannot be read; write KEY=VALUE"),
-        ("hardware.memory_gib=" + "9" * 400, "is not allowed; at most 9223372036854775807"),
+        ("model.name=another", "model.name is the name of the chosen file; choose another one with model=NAME"),
+        ("strategy.name=zero2", "choose another one with strategy=NAME"),
+        ("run.steps=" + "9" * 400, "is too large; at most 9223372036854775807"),
+        ("run.steps=" + "9" * 5000, "cannot be parsed; write KEY=VALUE"),
+        ("hardware.memory_gib=" + "9" * 400, "is too large; at most 9223372036854775807"),
     ],
 )
 def test_refused(override: str, words: str) -> None:
@@ -218,7 +218,7 @@ def copied(tmp_path: Path) -> Path:
             "stage/full.yaml",
             "title: fine-tune all",
             "title: ${run.seed} all",
-            "stage.title (conf/stage/full.yaml): interpolations are refused",
+            "stage.title (conf/stage/full.yaml): interpolations (${...}) are refused",
         ),
         ("stage/full.yaml", "title: fine-tune all but the vision tower", "title: ???", "cannot be composed"),
         ("data/digits.yaml", "name: digits", "name: [digits", "cannot be composed"),
@@ -232,7 +232,7 @@ def test_a_wrong_file_is_named(copied: Path, file: str, old: str, new: str, word
     assert words in refusal(conf=copied)
 
 
-def test_an_experiment_is_laid_over_everything_and_the_command_line_over_it(copied: Path) -> None:
+def test_an_experiment_overrides_every_axis_and_the_command_line_the_experiment(copied: Path) -> None:
     text = "# @package _global_\ndefaults:\n  - override /hardware: p4\nrun: {steps: 11, seed: 5}\n"
     (copied / "experiment" / "pinned.yaml").write_text(text, encoding="utf-8")
     config = compose(["experiment=pinned", "run.seed=6"], copied)

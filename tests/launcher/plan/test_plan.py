@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli import plan_of
+from launcher.commands.plan import plan_of
 from launcher.config.compose import compose
 from launcher.config.schema import Run
 from launcher.errors import ConfigRefused

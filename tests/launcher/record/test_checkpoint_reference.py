@@ -1,4 +1,4 @@
-"""stage.checkpoint: which texts are allowed, and the folder that they are resolved to."""
+"""The values of stage.checkpoint, and the folder that the nodes get for each."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from launcher.config.compose import compose
 from launcher.config.schema import Config, Node
 from launcher.errors import ConfigRefused
 from launcher.plan.plan import Plan
-from launcher.record.checkpoint_reference import resolve_checkpoint
+from launcher.record.checkpoint_reference import resolve_checkpoint, with_full_ids
 from launcher.record.record import SourceState, open_run
 from trainer.contract import CHECKPOINTS, SCHEMA
 from trainer.contract.checkpoint_files import CHECKPOINT_NAME, STATE_FILE
@@ -73,7 +73,43 @@ def test_a_run_id_or_a_runs_folder_means_its_newest_complete_checkpoint(run: Pat
     assert resolve_checkpoint(config_for("R"), tmp_path / "elsewhere", tmp_path / "runs").stage.checkpoint == str(newest)
 
 
-def test_a_run_without_a_complete_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
+def test_a_run_is_named_by_a_prefix_or_last_and_one_of_its_steps(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole, newest = save(run, 10), save(run, 20)
+    save(run, 30, whole=False)
+    (tmp_path / "runs/R").rename(tmp_path / "runs/Run-7")
+    newest, whole = (tmp_path / "runs/Run-7" / path.relative_to(run) for path in (newest, whole))
+    for text, wanted in (("last", newest), ("Ru", newest), ("last/10", whole), ("Run-7/step-000010", whole), ("R/step-10", whole)):
+        assert resolved(config_for(text), tmp_path) == str(wanted), text
+        (full,) = with_full_ids((f"stage.checkpoint={text}",), tmp_path / "runs")
+        assert full.startswith("stage.checkpoint=Run-7"), "the full id is recorded"
+    for text, said in (("R/40", "no checkpoint of step 40; it has: step-000010, step-000020"), ("R/30", "incomplete: weights missing")):
+        with pytest.raises(ConfigRefused, match=said):
+            resolved(config_for(text), tmp_path)
+    unchanged = (
+        "run.seed=1",
+        "stage.checkpoint=Run-7",
+        "stage.checkpoint=/R/10",
+        "stage.checkpoint=gpu1:/R",
+        "run.force=last",
+        "stage.checkpoint=",
+    )
+    assert with_full_ids(unchanged, tmp_path / "runs") == unchanged
+    assert with_full_ids(("run.evaluation.base='last'",), tmp_path / "runs") == ("run.evaluation.base=Run-7",)
+
+
+def test_an_ambiguous_prefix_is_refused_and_a_folder_is_taken_before_it(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("abc", "abd"):
+        (tmp_path / "runs" / name).mkdir()
+        (tmp_path / "runs" / name / "plan.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigRefused, match=r"stage\.checkpoint=ab: 'ab' is the beginning of 2 run ids"):
+        resolved(config_for("ab"), tmp_path)
+    (tmp_path / "ab").mkdir()
+    assert resolved(config_for("ab"), tmp_path) == "ab"
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigRefused, match=r"stage\.checkpoint=R: that run saved no checkpoint\. See .*result\.json"):
         resolved(config_for("R"), tmp_path)
     save(run, 10, whole=False)
@@ -84,7 +120,7 @@ def test_a_run_without_a_complete_checkpoint_is_refused(run: Path, tmp_path: Pat
 def test_a_missing_checkpoint_is_refused_if_all_nodes_are_local(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some/folder").mkdir(parents=True)
-    with pytest.raises(ConfigRefused, match=r"stage\.checkpoint=Q: neither a run in .*valid are: R"):
+    with pytest.raises(ConfigRefused, match=r"stage\.checkpoint=Q: neither a run in .*the newest are: R"):
         resolved(config_for("Q"), tmp_path)
     for text in ("some/foldr", "n" * 300, "/nowhere/at/all"):
         with pytest.raises(ConfigRefused, match=r"neither a run .* nor a folder"):

@@ -112,7 +112,7 @@ def test_the_verb_and_its_refusals(runs: Path, monkeypatch: pytest.MonkeyPatch, 
     assert main(["runs", "--json"]) == 0 and [run["run_id"] for run in json.loads(capsys.readouterr().out)] == list("abcde")
     assert main(["runs", "tag", "a", "good", "paper-2"]) == 0 and "#good #paper-2" in capsys.readouterr().out
     assert main(["runs", "tag", "a", "good", "--remove"]) == 0 and "a  #paper-2" in capsys.readouterr().out
-    assert main(["runs", "model=x"]) == 0 and "none of 5 runs" in capsys.readouterr().out
+    assert main(["runs", "model=x"]) == 0 and "none of the 5 runs" in capsys.readouterr().out
     for words, said in (
         (["runs", "--status", "done"], "valid are"),
         (["runs", "lst"], "is not KEY=VALUE"),
@@ -122,7 +122,7 @@ def test_the_verb_and_its_refusals(runs: Path, monkeypatch: pytest.MonkeyPatch, 
         (["runs", "tag", "a"], "name a run and its tags"),
         (["runs", "tag", "z", "t"], "there is no run 'z'"),
         (["runs", "tag", "a", "../x"], "a tag is 1 to 50"),
-        (["runs", "prune"], "a rule is wanted"),
+        (["runs", "prune"], "needs a rule or a RUN"),
         (["runs", "prune", "--older-than", "soon"], "such as 36h, 30d or 8w"),
         (["runs", "prune", "--keep", "-1"], "at least 0"),
     ):
@@ -228,7 +228,7 @@ def test_prune_lists_first_and_removes_with_yes(runs: Path, monkeypatch: pytest.
     assert "stays: b: needed by e" in printed and "nothing was removed" in printed and names_in(runs) == list("abcde")
     assert main(["runs", "prune", "--keep", "2", "--yes"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == ["removed c", "removed a"] and names_in(runs) == list("bde")
-    assert main(["runs", "prune", "--keep", "2", "--yes"]) == 0 and "nothing is to be removed" in capsys.readouterr().out
+    assert main(["runs", "prune", "--keep", "2", "--yes"]) == 0 and "there is nothing to remove" in capsys.readouterr().out
 
 
 def test_a_run_that_cannot_be_removed_is_named_and_the_others_are_removed(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def test_runs_are_chosen_by_name(record: Callable[..., Plan], tmp_path: Path) ->
     record("a", peak("steps", GIB))
     record("b", peak("steps", GIB))
     assert [folder.name for folder in choose_folders(tmp_path, ("b",))] == ["b"]
-    with pytest.raises(ConfigRefused, match="no run c"):
+    with pytest.raises(ConfigRefused, match="no run 'c'"):
         choose_folders(tmp_path, ("b", "c"))
 
 

@@ -382,11 +382,11 @@ def test_the_verbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert main(["report", "a", "--csv", "--out", "-"]) == 0 and capsys.readouterr().out.count("\na,") == 40
     assert main(["report", "a", "--markdown"]) == 0 and (tmp_path / "report-a.md").read_text().startswith("# `a`")
     for words, said in (
-        (["compare", "a"], "one run cannot be compared"),
+        (["compare", "a"], "name at least 2 runs"),
         (["compare", "a", "a"], "named twice"),
         (["compare", "a", "c"], "there is no run 'c'"),
         (["compare", "a", "b", "--band", "los=1"], "did you mean 'loss'"),
-        (["compare", "a", "b", "--band", "loss=-1"], "is no share"),
+        (["compare", "a", "b", "--band", "loss=-1"], "is not a share"),
         (["compare", "a", "b", "--allow", "hardwear"], "did you mean 'hardware'"),
         (["report", "./nowhere/"], "is not the folder of a run"),
     ):

@@ -389,7 +389,7 @@ def test_from_a_run_that_was_planned(
     open_run(replace(plan_for(*DOCKER), folder=str(tmp_path / "runs" / "R")), SOURCE)
     for word in ("R", "runs/R", str(tmp_path / "runs" / "R")):
         assert main(["render", word, "--to", "b"]) == 0
-        assert "run R is in" in capsys.readouterr().out
+        assert "run R is written to" in capsys.readouterr().out
         assert (tmp_path / "b" / "source.json").read_text() == (tmp_path / "runs" / "R" / "source.json").read_text()
         shutil.rmtree(tmp_path / "b")
     assert main(["render", "S", "--to", "b"]) == 2

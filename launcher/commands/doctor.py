@@ -1,0 +1,23 @@
+"""`omnilaunch doctor`: check the nodes of a cluster, or this machine, and print every finding with its fix."""
+
+import argparse
+import os
+
+from launcher.commands.plan import PROJECT, add_overrides, plan_of
+from trainer.contract import Exit
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_overrides(parser, "as for plan: cluster=lab hardware=h200")
+    parser.add_argument("--json", action="store_true", help="print all findings as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from launcher.doctor.findings import describe_findings, findings_json, has_errors
+    from launcher.image.stack import load_stacks
+    from launcher.run.session import examine_nodes
+
+    plan = plan_of(arguments.overrides, "")
+    examination = examine_nodes(plan, load_stacks(PROJECT / "images")[plan.config.hardware.stack], os.environ, launching=False)
+    print(findings_json(examination.findings) if arguments.json else describe_findings(examination.findings))
+    return Exit.NODE if has_errors(examination.findings) else Exit.OK

@@ -1,0 +1,73 @@
+"""`omnilaunch launch`: plan a run, check its nodes, and start it."""
+
+import argparse
+import gc
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.commands.plan import PROJECT, RUN_ID_HELP, add_overrides, find_chain_of, plan_of
+from launcher.errors import ConfigRefused
+from trainer.contract import Exit
+
+if TYPE_CHECKING:
+    from launcher.plan.plan import Plan
+    from launcher.record.record import OriginalRun, Record
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_overrides(parser)
+    parser.add_argument("--run-id", default="", help=RUN_ID_HELP)
+    parser.add_argument(
+        "--detach", action="store_true", help="return when all ranks are started and the data is checked; the run continues"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if chained := find_chain_of(arguments):
+        from launcher.commands.chain import launch_chain
+
+        return launch_chain(*chained, PROJECT, partial(launch_one, say=arguments.say), arguments.say)
+    return launch_one(arguments.overrides, arguments.run_id, say=arguments.say, detach=arguments.detach)
+
+
+def launch_one(overrides: Sequence[str], run_id: str, *, say: Callable[[str], None], detach: bool = False) -> int:
+    from launcher.plan.description import describe_record
+
+    plan = plan_of(overrides, run_id)
+    refuse_detach(detach, plan.config.cluster.runtime)
+    gc.enable()  # `main` turned it off; from here on the process may live for days
+    if not all(node.is_local for node in plan.config.cluster.working):
+        say(f"checking {', '.join(node.host for node in plan.config.cluster.working)}")
+    record, plan = carry_out(plan, say, detach=detach)
+    say(describe_record(record, plan) if record else describe_detached(plan.run_id))
+    return record.exit_code if record else Exit.OK
+
+
+def carry_out(
+    plan: "Plan", say: Callable[[str], None], *, project: Path = PROJECT, detach: bool = False, original: "OriginalRun | None" = None
+) -> "tuple[Record | None, Plan]":
+    """Check the nodes and run the plan. (record, None where it is detached; the plan with what was found on the nodes)."""
+    from launcher.plan.local_context import local_context
+    from launcher.record.source import read_source
+    from launcher.run.launch import launch
+    from launcher.run.session import open_session
+    from launcher.ssh.background import in_background
+
+    source = in_background(lambda: read_source(project))  # git runs while the nodes are checked
+    with open_session(plan, local_context(project), os.environ, say=say, terminal=sys.stdout.isatty()) as (plan, session):
+        return launch(plan, source.result(), session, detach=detach, original=original), plan
+
+
+def refuse_detach(detach: bool, runtime: str) -> None:
+    if detach and runtime != "docker":
+        raise ConfigRefused(
+            "--detach needs containers, which continue in the background, and cluster.runtime=process has none. Use cluster.runtime=docker"
+        )
+
+
+def describe_detached(run_id: str) -> str:
+    return f"the run continues in the background. To supervise it again: omnilaunch attach {run_id}"

@@ -1,0 +1,4 @@
+"""The verbs for a run that was launched earlier: attach, stop, status and logs.
+
+Read `live_run` first: it reads the plan and the record in the run's folder, and connects to the nodes of the run.
+"""

@@ -1,0 +1,23 @@
+"""`omnilaunch options`: the values of each axis, which are the files of conf/AXIS."""
+
+import argparse
+
+from launcher.commands.plan import PROJECT
+from launcher.errors import ConfigRefused, suggest
+from trainer.contract import Exit
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("axis", nargs="?", default="", metavar="AXIS", help="show only this one")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from launcher.config.compose import options
+
+    axes = options(PROJECT / "conf")
+    if arguments.axis and arguments.axis not in axes:
+        raise ConfigRefused(f"unknown axis {arguments.axis!r}; {suggest(arguments.axis, axes)}")
+    for axis, names in axes.items():
+        if not arguments.axis or axis == arguments.axis:
+            print(f"{axis:10} {'  '.join(names)}")
+    return Exit.OK

@@ -1,0 +1,94 @@
+"""`omnilaunch plan`: compose the config and show what `launch` would do, without starting anything."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.errors import ConfigRefused
+from trainer.contract import Exit
+
+if TYPE_CHECKING:
+    from launcher.config.chain import Chain
+    from launcher.plan.plan import Plan
+
+PROJECT = Path(__file__).resolve().parents[2]
+RUN_ID_HELP = "id of the run; made from the time when omitted"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_overrides(parser)
+    parser.add_argument("--run-id", default="", help=RUN_ID_HELP)
+    parser.add_argument("--json", action="store_true", help="print the whole plan as JSON")
+    parser.add_argument("--trace", action="store_true", help="estimate memory by tracing one step; needs the trainer's packages")
+
+
+def add_overrides(parser: argparse.ArgumentParser, text: str = "an axis (hardware=h200) or a setting (run.steps=100)") -> None:
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from launcher.plan.description import describe_plan, plan_json
+
+    if chained := find_chain_of(arguments):
+        from launcher.commands.chain import show_chain
+
+        return show_chain(*chained, PROJECT, arguments.say)
+    plan = plan_of(arguments.overrides, arguments.run_id, traced=arguments.trace)
+    if arguments.trace:
+        print(describe_traced(plan, as_json=arguments.json))
+    else:
+        print(plan_json(plan) if arguments.json else describe_plan(plan))
+    return Exit.OK
+
+
+def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False) -> "Plan":
+    """The plan of these overrides on this machine. `traced`: the memory is judged later, by a traced step."""
+    from launcher.check.rules import RULES, RULES_BUT_MEMORY
+    from launcher.config.compose import compose
+    from launcher.image.stack import load_stacks
+    from launcher.plan.local_context import local_context
+    from launcher.plan.plan import RUNS_FOLDER, absolute, make_plan
+    from launcher.record.checkpoint_reference import resolve_base, resolve_checkpoint, with_full_ids
+    from launcher.record.record import name_run, utc_now, valid_run_id
+
+    here = Path.cwd()
+    config = compose(overrides, PROJECT / "conf")
+    runs = (Path(absolute(config.cluster.root, here)) / RUNS_FOLDER, here / RUNS_FOLDER)
+    config = resolve_base(resolve_checkpoint(config, *runs), *runs)
+    run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))
+    given = with_full_ids(overrides, *runs)
+    rules = RULES_BUT_MEMORY if traced else RULES
+    return make_plan(config, load_stacks(PROJECT / "images"), local_context(PROJECT), run_id=run_id, overrides=given, rules=rules)
+
+
+def describe_traced(plan: "Plan", *, as_json: bool) -> str:
+    """The plan with the memory and the verdict of a traced step, and the step itself; in JSON under the key `trace`."""
+    import json
+    from dataclasses import asdict
+
+    from launcher.image.stack import load_stacks
+    from launcher.plan.description import describe_plan
+    from launcher.plan.local_context import local_context
+    from launcher.plan.plan import to_plain
+    from launcher.plan.trace import describe_trace, go_by_trace, trace_plan
+
+    report = trace_plan(plan, local_context(PROJECT), os.environ)
+    plan = go_by_trace(plan, report, load_stacks(PROJECT / "images"))
+    if as_json:
+        return json.dumps(to_plain(plan) | {"trace": asdict(report)}, indent=2, ensure_ascii=False)
+    return f"{describe_plan(plan)}\n\n== a traced step\n{describe_trace(report, plan)}"
+
+
+def find_chain_of(arguments: argparse.Namespace) -> "tuple[Chain, list[str], str] | None":
+    """(the chain that the overrides name, the overrides, the id that the ids of its runs begin with); None where they name no chain."""
+    from launcher.config.chain import find_chain
+    from launcher.record.record import utc_now, valid_run_id
+
+    chain = find_chain(arguments.overrides, PROJECT / "conf")
+    if chain is None:
+        return None
+    if refused := [option for option in ("json", "trace", "detach") if getattr(arguments, option, False)]:
+        raise ConfigRefused(f"--{refused[0]} works for one run, and experiment={chain.name} is a chain of {len(chain.steps)} runs")
+    return chain, arguments.overrides, valid_run_id(arguments.run_id or f"{utc_now():%Y%m%d-%H%M%S}-{chain.name}")

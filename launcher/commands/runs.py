@@ -1,0 +1,111 @@
+"""`omnilaunch runs`: list the runs of this folder, tag them, and remove those that a rule names."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.errors import ConfigRefused, RunEnded
+from launcher.record.run_name import find_run
+from trainer.contract import Exit
+
+if TYPE_CHECKING:
+    from launcher.record.index import RunEntry
+
+# Action -> the options that belong to it alone. Without an action the runs are listed.
+OPTIONS = {"tag": ("remove",), "prune": ("keep", "older-than", "yes")}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = """
+  omnilaunch runs [KEY=VALUE ...]           list the runs; only those with these values, such as stage=lora run.seed=1
+  omnilaunch runs tag RUN TAG ...           give a run tags; with --remove take them away
+  omnilaunch runs prune [KEY=VALUE ...]     show what a rule would remove; with --yes remove it
+  omnilaunch runs prune RUN ...             the same for these runs"""
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="an axis or a key of the config; or an action: tag, prune")
+    parser.add_argument("--status", default="", help="finished, stopped, failed, refused, or open (no record yet)")
+    parser.add_argument("--model", default="", help="the same as model=NAME")
+    parser.add_argument("--tag", default="", help="only runs with this tag")
+    parser.add_argument("--disk", action="store_true", help="show how much disk space they take on this machine")
+    parser.add_argument("--json", action="store_true", help="print all records as JSON")
+    parser.add_argument("--remove", action="store_true", help="tag: take the tags away")
+    parser.add_argument("--keep", type=int, metavar="N", help="prune: keep the N newest")
+    parser.add_argument("--older-than", default="", metavar="AGE", help="prune: only runs that ended longer ago: 36h, 30d, 8w")
+    parser.add_argument("--yes", action="store_true", help="prune: remove them, with their checkpoints")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Raises ConfigRefused for an option that belongs to another action."""
+    action = arguments.words[0] if arguments.words and arguments.words[0] in OPTIONS else ""
+    for owner, names in OPTIONS.items():
+        given = [name for name in names if getattr(arguments, name.replace("-", "_")) not in (None, False, "")]
+        if given and action != owner:
+            raise ConfigRefused(f"--{given[0]} is an option of: omnilaunch runs {owner}")
+    if action:
+        arguments.words = arguments.words[1:]
+    return {"": list_runs, "tag": tag_runs, "prune": prune_runs}[action](arguments)
+
+
+def list_runs(arguments: argparse.Namespace) -> int:
+    from launcher.record.index import describe_entries, entries_json
+
+    every, matching = find_entries(arguments)
+    if arguments.json:
+        arguments.say(entries_json(matching, disk=arguments.disk))
+    elif not every:
+        arguments.say(f"no runs in {Path.cwd() / 'runs'}; start one with: omnilaunch launch")
+    else:
+        arguments.say(describe_entries(matching, disk=arguments.disk) or f"none of the {len(every)} runs matches")
+    return Exit.OK
+
+
+def tag_runs(arguments: argparse.Namespace) -> int:
+    from launcher.record.index import read_entry, tag_run
+
+    if len(arguments.words) < 2:
+        raise ConfigRefused("name a run and its tags: omnilaunch runs tag RUN TAG ...")
+    name, *tags = arguments.words
+    entry = read_entry(find_run(name, Path.cwd() / "runs"))
+    try:
+        after = tag_run(entry, tags, remove=arguments.remove)
+    except OSError as error:
+        raise RunEnded(f"the tags of run {entry.run_id} could not be written: {error.strerror}; they are unchanged") from error
+    arguments.say(f"{entry.run_id}  {' '.join(f'#{tag}' for tag in after) or 'has no tags'}")
+    return Exit.OK
+
+
+def prune_runs(arguments: argparse.Namespace) -> int:
+    from launcher.record.index import describe_entries
+    from launcher.record.prune import Rule, choose, parse_age, remove_runs
+    from launcher.record.record import utc_now
+
+    named = {find_run(word, Path.cwd() / "runs") for word in arguments.words if "=" not in word}
+    arguments.words = [word for word in arguments.words if "=" in word]
+    if arguments.keep is None and not arguments.older_than and not named:
+        raise ConfigRefused(
+            "prune needs a rule or a RUN: --keep N keeps the N newest, --older-than AGE removes what ended longer ago; --keep 0 removes all"
+        )
+    if arguments.keep is not None and arguments.keep < 0:
+        raise ConfigRefused(f"--keep {arguments.keep}: at least 0")
+    every, matching = find_entries(arguments)
+    rule = Rule(keep=arguments.keep, older_than=parse_age(arguments.older_than) if arguments.older_than else None)
+    chosen = choose(every, [entry for entry in matching if not named or entry.folder in named], rule, utc_now())
+    for name, why in chosen.kept.items():
+        arguments.say(f"kept: {name}: {why}")
+    if not chosen.removed:
+        arguments.say("there is nothing to remove")
+    elif not arguments.yes:
+        arguments.say(f"{describe_entries(chosen.removed, disk=True)}\nnothing was removed. To remove these, with their checkpoints: --yes")
+    else:
+        for name in remove_runs(chosen.removed):
+            arguments.say(f"removed {name}")
+    return Exit.OK
+
+
+def find_entries(arguments: argparse.Namespace) -> "tuple[tuple[RunEntry, ...], list[RunEntry]]":
+    """(all runs of this folder, those that match the filter)."""
+    from launcher.record.index import list_entries, parse_filter, require_key
+
+    every = list_entries(Path.cwd() / "runs")
+    chosen = parse_filter(arguments.words, status=arguments.status, model=arguments.model, tag=arguments.tag)
+    require_key(every, chosen)
+    return every, [entry for entry in every if chosen.takes(entry)]

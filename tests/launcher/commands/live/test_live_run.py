@@ -1,0 +1,83 @@
+"""What the verbs for a running run share, and what attach and status do with a run that has ended."""
+
+import gc
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.cli import main
+from launcher.commands.live import attach, logs, status
+from launcher.commands.live.live_run import load_plan, require_containers
+from launcher.errors import ConfigRefused
+from launcher.plan.plan import Plan
+from tests.launcher.planted import write_run
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), ("hardware=ascend910b", "model=qwen2_5_vl_32b", "stage=lora", "precision=bf16", "cluster=example")]
+)
+def test_a_plan_is_read_as_it_was_written(tmp_path: Path, plan_for: Callable[..., Plan], overrides: tuple[str, ...]) -> None:
+    plan = plan_for(*overrides)
+    assert load_plan(write_run(tmp_path / "r", plan)) == plan
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", '{"schema": 1, "more": 2}'])
+def test_a_plan_that_cannot_be_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigRefused, match=r"plan\.json (cannot be read by this version|was cut short or edited)"):
+        load_plan(tmp_path)
+
+
+def test_a_run_of_processes_belongs_to_its_launcher(plan_for: Callable[..., Plan]) -> None:
+    with pytest.raises(ConfigRefused, match=r"cluster\.runtime=docker"):
+        require_containers(plan_for(), "attach")
+
+
+@pytest.mark.parametrize(("words", "said"), [((), ", step 5 of 300"), (("stage=merge", "stage.checkpoint=/a"), "")], ids=("full", "merge"))
+def test_the_status_of_a_run_that_did_not_train_counts_no_steps(
+    tmp_path: Path, plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: str
+) -> None:
+    plan = plan_for(*words)
+    write_run(tmp_path / "runs" / "monday", plan)
+    ended = type("Ended", (), {"status": "finished", "ended_at": "noon", "steps": 5})
+    monkeypatch.setattr(status, "read_record", lambda _: ended)
+    monkeypatch.chdir(tmp_path)
+    heard: list[str] = []
+    status.run(Namespace(run="monday", say=heard.append))
+    assert heard == [f"finished at noon{said}"]
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"schema": 1, "of_a_later_version": 2}'])
+def test_a_run_with_an_unreadable_record_is_not_supervised_again(
+    tmp_path: Path, plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    folder = write_run(tmp_path / "runs" / "monday", plan_for("cluster.runtime=docker"))
+    (folder / "result.json").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(attach, "supervise", lambda *_: pytest.fail("it was supervised again"))
+    for verb in (attach.run, status.run):
+        with pytest.raises(ConfigRefused, match=r"monday has ended, and this version cannot read its record: .*result\.json"):
+            verb(Namespace(run="monday", say=print))
+    assert (folder / "result.json").read_text(encoding="utf-8") == text
+    said: list[str] = []
+    (folder / "logs" / "node0.log").write_text("done\n", encoding="utf-8")
+    assert logs.run(Namespace(run="monday", say=said.append, follow=True)) == 0 and said == ["[node0] done"]
+
+
+def test_attach_turns_the_garbage_collector_on(tmp_path: Path, plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`main` turns it off. Commands to nodes leave objects in cycles, one command per second, for days."""
+    write_run(tmp_path / "runs" / "monday", plan_for("cluster.runtime=docker"))
+    monkeypatch.chdir(tmp_path)
+    seen: list[bool] = []
+
+    def attached(*_: object) -> None:
+        seen.append(gc.isenabled())
+        raise ConfigRefused("enough")
+
+    monkeypatch.setattr("launcher.run.launch.attach", attached)
+    try:
+        assert main(["attach", "monday"]) == 2 and seen == [True]
+    finally:
+        gc.enable()
