@@ -74,7 +74,9 @@ def find_checkpoint(text: str, runs: tuple[Path, ...], *, local: bool) -> FoundC
     if local:
         names = sorted({path.parent.name for folder in runs for path in folder.glob(f"*/{PLAN_FILE}")})
         hint = suggest(text, names) if names else "there are no runs yet"
-        raise ConfigRefused(f"stage.checkpoint={text}: neither a run in {' or '.join(map(str, runs))} ({hint}) nor a folder. See: omnilaunch runs")
+        raise ConfigRefused(
+            f"stage.checkpoint={text}: neither a run in {' or '.join(map(str, runs))} ({hint}) nor a folder. See: omnilaunch runs"
+        )
     return None
 
 
