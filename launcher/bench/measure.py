@@ -36,7 +36,9 @@ def measure_run(folder: Path, *, load: float | None = None) -> Repeat:
     seal: Seal = read_as(Seal, folder / SEAL_FILE, schema=RECORD_SCHEMA)
     record, speed = recorded.record, curve.speed
     if record.status != "finished" or speed is None or record.final_loss is None:
-        raise ConfigRefused(f"run {record.run_id} is {record.status} after {len(curve.step)} steps, and has no speed that could be published")
+        raise ConfigRefused(
+            f"run {record.run_id} is {record.status} after {len(curve.step)} steps, and has no speed that could be published"
+        )
     return Repeat(
         run_id=folder.name,
         record_sha256=seal.sha256,

@@ -48,7 +48,11 @@ def restore_config(result: PublishedResult, cluster: Cluster) -> Config:
             "choose a cluster with the same number of nodes with cluster=NAME"
         )
     paths = {name: value for name, value in cluster.environment.items() if PATH_IN_TEXT.search(value)}
-    changes: dict[str, Any] = {"runtime": site.runtime, "devices_per_node": site.devices_per_node, "environment": merge(paths, site.environment)}
+    changes: dict[str, Any] = {
+        "runtime": site.runtime,
+        "devices_per_node": site.devices_per_node,
+        "environment": merge(paths, site.environment),
+    }
     restored: Config = decode_part(Config, {**result.config, "cluster": replace(cluster, **changes)}, "config", result)
     return restored
 

@@ -160,9 +160,7 @@ def read_line(line: bytes, where: str) -> PublishedResult:
 
 
 def refuse(where: str, what: str) -> NoReturn:
-    raise RecordRefused(
-        f"{where} {what}. A result that was changed proves nothing; restore the committed file: git checkout -- {FOLDER}"
-    )
+    raise RecordRefused(f"{where} {what}. A result that was changed proves nothing; restore the committed file: git checkout -- {FOLDER}")
 
 
 def digest(data: Mapping[str, Any]) -> str:

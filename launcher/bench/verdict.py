@@ -46,7 +46,9 @@ class Reproduction:
 def judge(result: PublishedResult, repeats: Sequence[Repeat], facts: Mapping[str, str], *, fewer: str) -> Reproduction:
     """`facts`: of the rerun, as `add_code_facts` makes them. Raises RecordRefused for a line that states no bands."""
     bands = bands_of(result)
-    change, level, limit = max((judge_repeat(result, repeat, bands) for repeat in repeats), key=lambda found: (found[1] is Level.OUTSIDE, found[0]))
+    change, level, limit = max(
+        (judge_repeat(result, repeat, bands) for repeat in repeats), key=lambda found: (found[1] is Level.OUTSIDE, found[0])
+    )
     return Reproduction(
         result_id=result.result_id,
         repeats=tuple(repeats),
@@ -117,7 +119,9 @@ def describe_reproduction(found: Reproduction, result: PublishedResult) -> str:
     lines.append(f"  {'':14} {'published':>12} {'now':>12} {'change':>9}")
     lines += [describe_figure(figure) for figure in found.figures]
     lines.append(f"  {'losses':14} {describe_losses(found)}")
-    lines.append(f"  {'bitwise':14} rows identical in {found.rows_equal} of {count} repeats, final weights in {found.weights_equal} of {count}")
+    lines.append(
+        f"  {'bitwise':14} rows identical in {found.rows_equal} of {count} repeats, final weights in {found.weights_equal} of {count}"
+    )
     lines.append("")
     if found.facts:
         lines.append(f"  {len(found.facts)} value(s) of the environment, the code or the data differ:")

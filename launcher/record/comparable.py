@@ -122,7 +122,9 @@ def collect_comparables(run: RunFiles) -> dict[str, Any]:
     if isinstance(reported.get("devices"), list):
         reported["devices"] = [without_host(title) for title in reported["devices"]]
     if isinstance(reported.get("ranks"), list):
-        reported["ranks"] = [rank | {"device": without_host(rank.get("device", ""))} for rank in reported["ranks"] if isinstance(rank, dict)]
+        reported["ranks"] = [
+            rank | {"device": without_host(rank.get("device", ""))} for rank in reported["ranks"] if isinstance(rank, dict)
+        ]
     sections = {
         "config": plan.get("config") or {},
         "data": {key: run.data.get(key, "") for key in DATA_KEYS} if run.data else {},

@@ -77,7 +77,9 @@ class Filter:
 def list_entries(runs: Path) -> tuple[RunEntry, ...]:
     """Sorted by name, which begins with the time unless --run-id was given. Raises ConfigRefused if `runs` is a file."""
     if runs.is_file():
-        raise ConfigRefused(f"{runs} is a file, but must be the folder of the runs: rename it, or choose another folder with cluster.root=FOLDER")
+        raise ConfigRefused(
+            f"{runs} is a file, but must be the folder of the runs: rename it, or choose another folder with cluster.root=FOLDER"
+        )
     folders = sorted(Path(entry.path) for entry in os.scandir(runs) if entry.is_dir()) if runs.is_dir() else []
     return tuple(read_entry(folder) for folder in folders if not folder.name.startswith("."))
 
@@ -96,7 +98,9 @@ def parse_filter(words: Sequence[str], *, status: str, model: str, tag: str) -> 
     for word in words:
         key, equals, value = word.partition("=")
         if not key or not equals:
-            raise ConfigRefused(f"{word!r} is not KEY=VALUE: give an axis (stage=lora), a key of the config (run.seed=1), or one of tag, prune")
+            raise ConfigRefused(
+                f"{word!r} is not KEY=VALUE: give an axis (stage=lora), a key of the config (run.seed=1), or one of tag, prune"
+            )
         keys.append((key, value))
     return Filter(status=status, tag=tag, keys=tuple(keys))
 
@@ -111,7 +115,9 @@ def require_key(entries: Sequence[RunEntry], chosen: Filter) -> None:
     """Raises ConfigRefused for a key that no run has: an empty list would not show why."""
     for key, _ in chosen.keys:
         if entries and all(value_of(entry.config, key) is None for entry in entries):
-            raise ConfigRefused(f"the config of no run has the key {key!r}, or it is null in all of them. See config.json in a run's folder")
+            raise ConfigRefused(
+                f"the config of no run has the key {key!r}, or it is null in all of them. See config.json in a run's folder"
+            )
 
 
 def tag_run(entry: RunEntry, tags: Sequence[str], *, remove: bool) -> tuple[str, ...]:

@@ -247,4 +247,6 @@ def compare_answers(left: RunFiles, right: RunFiles) -> str:
         return ""
     different = [one.get("row") for one, other in pairs if one.get("got") != other.get("got")]
     count = f"{len(different)} of {len(pairs)} differ, the first in row {different[0]}" if different else f"all {len(pairs)} equal"
-    return count if len(left.answers) == len(right.answers) else f"{count}; the runs have {len(left.answers)} and {len(right.answers)} answers"
+    return (
+        count if len(left.answers) == len(right.answers) else f"{count}; the runs have {len(left.answers)} and {len(right.answers)} answers"
+    )

@@ -129,10 +129,7 @@ def describe_verdicts(comparison: Comparison) -> Iterator[dict[str, Any]]:
 
 def draw_charts(runs: Sequence[RunFiles]) -> Iterator[tuple[str, str]]:
     for name, values_of in SERIES.items():
-        lines = [
-            Line(label=run.run_id, steps=run.curve.step, values=values_of(run.curve), colour=place)
-            for place, run in enumerate(runs)
-        ]
+        lines = [Line(label=run.run_id, steps=run.curve.step, values=values_of(run.curve), colour=place) for place, run in enumerate(runs)]
         if chart := draw_chart(name, lines, from_zero=name in FROM_ZERO):
             yield name, chart
 

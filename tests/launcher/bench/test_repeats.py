@@ -71,9 +71,7 @@ def test_all_repeats_are_tagged_and_reported(series: Series) -> None:
     ],
     ids=["run", "node", "stop", "between"],
 )
-def test_a_failure_or_a_stop_ends_the_bench_and_the_next_call_continues(
-    series: Series, status: str, error: BaseException | None
-) -> None:
+def test_a_failure_or_a_stop_ends_the_bench_and_the_next_call_continues(series: Series, status: str, error: BaseException | None) -> None:
     def carry_out(run_id: str) -> Any:
         record = leave_run(series.runs, run_id, status if run_id.endswith("-2") else "finished")
         if error is not None and run_id.endswith("-2"):

@@ -129,7 +129,9 @@ def test_a_record_without_hashes_of_weights_says_so(recorded: RecordedRun) -> No
 
 def test_code_that_differs_is_refused_until_it_is_accepted(recorded: RecordedRun) -> None:
     other = Tree(project=PROJECT, differs=("lock.txt", "trainer/train/loop.py"), why="commit c0ffee is not here")
-    with pytest.raises(ConfigRefused, match=r"(?s)code: this tree differs in lock\.txt, trainer/train/loop\.py\n  commit c0ffee.*--accept code"):
+    with pytest.raises(
+        ConfigRefused, match=r"(?s)code: this tree differs in lock\.txt, trainer/train/loop\.py\n  commit c0ffee.*--accept code"
+    ):
         rerun(recorded, tree=other)
     assert "accepted" in rerun(recorded, tree=other, accepted=("code",)).notes[0]
 
@@ -191,7 +193,9 @@ def test_a_recorded_tree_with_changes_is_restored(clone: tuple[Path, RecordedRun
         ({"dirty": True, "record_schema": 1}, "records of schema 1 do not hold them"),
     ],
 )
-def test_a_commit_that_is_not_available_is_reported(clone: tuple[Path, RecordedRun], tmp_path: Path, change: dict[str, object], why: str) -> None:
+def test_a_commit_that_is_not_available_is_reported(
+    clone: tuple[Path, RecordedRun], tmp_path: Path, change: dict[str, object], why: str
+) -> None:
     project, recorded = clone
     (project / "trainer/train/loop.py").write_text("")
     source = replace(recorded.source, **change)  # type: ignore[arg-type]
@@ -205,12 +209,13 @@ def test_a_changed_or_incomplete_worktree_is_reported(clone: tuple[Path, Recorde
     made = find_tree(recorded, project, tmp_path).project
     (made / "trainer/kernels/cross_entropy.py").unlink()
     tree = find_tree(recorded, project, tmp_path)
-    assert tree.differs == ("trainer/train/loop.py",) and f"differs too, in trainer/kernels/cross_entropy.py: git worktree remove --force {made}" in tree.why
+    assert (
+        tree.differs == ("trainer/train/loop.py",)
+        and f"differs too, in trainer/kernels/cross_entropy.py: git worktree remove --force {made}" in tree.why
+    )
 
 
-def test_a_full_disk_is_reported_in_few_lines(
-    clone: tuple[Path, RecordedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_reported_in_few_lines(clone: tuple[Path, RecordedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """git prints a line for every file that it could not write."""
     project, recorded = clone
     (project / "trainer/train/loop.py").write_text("")
@@ -295,7 +300,9 @@ def test_a_rerun_that_restarts_on_other_nodes_keeps_the_recorded_values(plan_for
     assert fewer.spec.loss_chunk == 77 and fewer.spec.expects == replace(expects, facts={})
 
 
-def test_a_full_disk_ends_the_launch_with_a_clear_error(plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_launch_with_a_clear_error(
+    plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def full(*given: object, **named: object) -> Path:
         raise OSError(28, r"No space left on device\. Free some disk space there")
 

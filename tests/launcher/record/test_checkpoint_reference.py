@@ -142,7 +142,9 @@ def test_a_checkpoint_of_this_machine_is_synced_to_remote_nodes(run: Path, tmp_p
 def test_the_checkpoint_of_a_remote_run_is_used_on_the_node_that_has_it(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
     remote_run(tmp_path, plan_for())
     assert resolved(config_for("R", hosts=("gpu1",)), tmp_path) == f"{REMOTE}/checkpoints/step-000007"
-    with pytest.raises(ConfigRefused, match=r"the checkpoint is on gpu1 only, and these nodes of the run do not have it: gpu2.*scp -r gpu1:/srv/"):
+    with pytest.raises(
+        ConfigRefused, match=r"the checkpoint is on gpu1 only, and these nodes of the run do not have it: gpu2.*scp -r gpu1:/srv/"
+    ):
         resolved(config_for("R", hosts=("gpu1", "gpu2")), tmp_path)
     with pytest.raises(ConfigRefused, match=r"the checkpoint is on gpu1, which is not a node of this run"):
         resolved(config_for("R", hosts=("gpu2",)), tmp_path)

@@ -88,8 +88,14 @@ PLANTED: dict[str, tuple[Change, str]] = {
     ),
     "more memory": (set_rows(lambda row: row | {"peak_bytes": row["peak_bytes"] * 2}), "memory +100.00%, outside the stated band of 5.00%"),
     "exchanged weights": (other_weights, "the metrics rows are equal but the final weights are not"),
-    "one row": (set_rows(lambda row: row | {"loss": row["loss"] + (row["step"] == 2) * 1e-15}), "the metrics rows differ from step 2 on (loss)"),
-    "a gradient": (set_rows(lambda row: row | {"grad_norm": row["grad_norm"] + (row["step"] == 3)}), "the metrics rows differ from step 3 on (grad_norm)"),
+    "one row": (
+        set_rows(lambda row: row | {"loss": row["loss"] + (row["step"] == 2) * 1e-15}),
+        "the metrics rows differ from step 2 on (loss)",
+    ),
+    "a gradient": (
+        set_rows(lambda row: row | {"grad_norm": row["grad_norm"] + (row["step"] == 3)}),
+        "the metrics rows differ from step 3 on (grad_norm)",
+    ),
     "a driver": (set_value("environment.json", "driver", "570.1"), "environment.driver:  -> 570.1"),
     "a chip": (set_value("environment.json", "devices", ["vm cuda 0: NVIDIA H200"]), "environment.devices: "),
     "an evaluation": (
@@ -242,7 +248,9 @@ def test_changes_outside_the_code_make_no_two_runs_different(tmp_path: Path, sou
             set_value("source.json", key, value)(folder)
             set_value("result.json", f"source.{key}", value)(folder)
 
-    runs = [copy_run(tmp_path, name, set_value("source.json", "record_schema", 2), *changes) for name, changes in (("a", ()), ("b", (change,)))]
+    runs = [
+        copy_run(tmp_path, name, set_value("source.json", "record_schema", 2), *changes) for name, changes in (("a", ()), ("b", (change,)))
+    ]
     facts = [collect_comparables(read_run_files(run)) for run in runs]
     assert not [found for found in find_differences(facts[0], facts[1]) if found.matters]
     assert not [found for found in find_differences(facts[1], facts[0]) if found.matters]
