@@ -238,8 +238,9 @@ class ContainerNodeProcess:
             except NodeFailed:
                 self.code, self.lost = LOST, True
                 raise
-            if self.code is None:
-                self.code, self.killed = (KILLED, True) if code is None else (code, False)
+            if self.code is None or self.lost:  # `lost`: it responded after KILL_LIMIT_S
+                self.lost, self.killed = False, code is None
+                self.code = KILLED if code is None else code
         remove_containers(self.command, self.transport, self.command.name)
 
     def clear(self) -> None:

@@ -6,7 +6,8 @@ The far side's environment is that of a login, plus `environment`, which goes ov
 
 import contextlib
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from paramiko import Channel  # type: ignore[import-untyped]
@@ -109,7 +110,11 @@ class Ssh:
         channel = self._execute(argv, closes_input=False)
         with self._guard(argv, channel, marker, timeout_s):
             reader = in_background(lambda: collect(self.title, channel, timeout_s=timeout_s, marker=marker))
-            send(channel, chunks, timeout_s)
+            try:
+                send(channel, chunks, timeout_s)
+            except BaseException:  # without its process id the command could not be killed, and would take the end of its input for a complete one
+                wait_until(lambda: marker.pid is not None or reader.done(), START_TIMEOUT_S)
+                raise
             exchange = reader.result()
         channel.close()
         return result_of(argv, self._found(argv, exchange))
@@ -248,6 +253,12 @@ class SshProcess:
     def wait(self, timeout_s: float) -> int | None:
         self.followed.done.wait(timeout_s)
         return self.poll()
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def result_of(argv: tuple[str, ...], exchange: Exchange) -> Result:

@@ -1,6 +1,7 @@
 """How a container ended, as its node reports it or does not."""
 
 import signal
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -66,6 +67,27 @@ def test_a_container_that_had_ended_before_its_node_became_silent_keeps_its_code
     with pytest.raises(NodeFailed):
         killed.kill()
     assert (killed.code, killed.lost) == (5, False)
+
+
+def test_a_node_that_responds_late_to_the_kill_counts_as_lost_only_until_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.run.node_process.KILL_LIMIT_S", 0.1)
+    killed, responds = container(tmp_path, silent=False), threading.Event()
+
+    class Late(Node):
+        def run(self, argv: tuple[str, ...], **options: Any) -> Result:
+            responds.wait(20)
+            return super().run(argv, **options)
+
+    killed.transport = Late(silent=False, state="exited 5")
+    thread = threading.Thread(target=killed.kill)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert (killed.code, killed.lost) == (LOST, True)
+    responds.set()
+    thread.join(20)
+    assert (killed.code, killed.lost, killed.killed) == (5, False, False)
 
 
 class Cut:
