@@ -60,12 +60,8 @@ def evaluate(
     try:
         with evaluation_mode(model):
             rows = answer_batches(until_stopped(stop_requested, shares), answer, journal)
-            own = {place for batch_samples in split_batches(chosen, size)[rank::world_size] for place, _ in batch_samples}
-            losses = (
-                [batch_loss(batch_samples, processor, spec, loss_sum, own) for batch_samples in until_stopped(stop_requested, shares)]
-                if loss_sum
-                else []
-            )
+            own = {place for batch in split_batches(chosen, size)[rank::world_size] for place, _ in batch}
+            losses = [batch_loss(batch, processor, spec, loss_sum, own) for batch in until_stopped(stop_requested, shares)] if loss_sum else []
     except EvaluationStopped:
         return {}
     rows = merge_rows(rows)

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from trainer.memory_model.allocation_tracker import AllocationTracker
 from trainer.memory_model.fake_tensors import FakeTensors, empty_weights, fake_attention, kernels_of_an_accelerator
 
-LARGE = (1024, 64)  # more than phantom.REAL_BYTES in float32
+LARGE = (1024, 64)  # larger than fake_tensors.REAL_BYTES in float32
 
 
 def test_large_floats_are_fake_and_integers_stay_real() -> None:

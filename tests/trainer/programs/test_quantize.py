@@ -1,4 +1,4 @@
-"""Weights in 8 bits as compressed-tensors has them: the codes that its own library makes, opened by transformers and by every family, at the
+"""int8 weights in the format of compressed-tensors: the codes that its own library makes, opened by transformers and by every family, at the
 size and with the answers that were promised."""
 
 import json
