@@ -82,6 +82,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                 "--detach", action="store_true", help="leave when all ranks were started and the data was checked; the run goes on"
             )
         if name == "plan":
+            sub.add_argument(
+                "--full", action="store_true", help="everything: config, DeepSpeed config, commands of each node, memory by item"
+            )
             sub.add_argument("--json", action="store_true", help="the whole plan as JSON")
             sub.add_argument("--trace", action="store_true", help="judge by the memory of one step, traced; needs the trainer's packages")
         sub.set_defaults(verb=verb)
@@ -143,11 +146,12 @@ def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False) -> "
     config = resolve_base(resolve_checkpoint(config, *runs), *runs)
     run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))
     rules = RULES_BUT_MEMORY if traced else RULES
-    return make_plan(config, load_stacks(PROJECT / "images"), local_context(PROJECT), run_id=run_id, overrides=tuple(overrides), rules=rules)
+    stacks, conf, place = load_stacks(PROJECT / "images"), PROJECT / "conf", local_context(PROJECT)
+    return make_plan(config, stacks, place, run_id=run_id, overrides=tuple(overrides), rules=rules, conf=conf)
 
 
 def show_plan(arguments: argparse.Namespace) -> int:
-    from launcher.plan.description import describe_plan, plan_json
+    from launcher.plan.description import plan_json
 
     if chained := chain_of(arguments):
         from launcher.commands.chain import show_chain
@@ -155,19 +159,32 @@ def show_plan(arguments: argparse.Namespace) -> int:
         return show_chain(*chained, PROJECT, Terminal().say)
     plan = plan_of(arguments.overrides, arguments.run_id, traced=arguments.trace)
     if arguments.trace:
-        print(show_traced(plan, as_json=arguments.json))
+        print(show_traced(plan, as_json=arguments.json, full=arguments.full))
     else:
-        print(plan_json(plan) if arguments.json else describe_plan(plan))
+        print(plan_json(plan) if arguments.json else describe_here(plan, full=arguments.full))
     return Exit.OK
 
 
-def show_traced(plan: "Plan", *, as_json: bool) -> str:
+def describe_here(plan: "Plan", *, full: bool = False, launching: bool = False) -> str:
+    """The plan as this terminal shows it."""
+    from shutil import get_terminal_size
+
+    from launcher.plan.description import describe_plan
+    from launcher.plan.local_context import find_built
+    from launcher.plan.text import wants_colours
+
+    if full:
+        return describe_plan(plan, full=True)
+    colours, columns = wants_colours(os.environ, terminal=sys.stdout.isatty()), get_terminal_size((100, 24)).columns
+    return describe_plan(plan, colours=colours, width=columns, built=find_built(plan), launching=launching)
+
+
+def show_traced(plan: "Plan", *, as_json: bool, full: bool) -> str:
     """The plan whose memory and verdict go by a traced step, and the step; as JSON its key is `trace`."""
     import json
     from dataclasses import asdict
 
     from launcher.image.stack import load_stacks
-    from launcher.plan.description import describe_plan
     from launcher.plan.local_context import local_context
     from launcher.plan.plan import to_plain
     from launcher.plan.trace import describe_trace, go_by_trace, trace_plan
@@ -176,7 +193,7 @@ def show_traced(plan: "Plan", *, as_json: bool) -> str:
     plan = go_by_trace(plan, report, load_stacks(PROJECT / "images"))
     if as_json:
         return json.dumps(to_plain(plan) | {"trace": asdict(report)}, indent=2, ensure_ascii=False)
-    return f"{describe_plan(plan)}\n\n== a step, traced\n{describe_trace(report, plan)}"
+    return f"{describe_here(plan, full=full)}\n\n== a step, traced\n{describe_trace(report, plan)}"
 
 
 def chain_of(arguments: argparse.Namespace) -> "tuple[Chain, list[str], str] | None":
@@ -204,8 +221,8 @@ def launch_one(overrides: Sequence[str], run_id: str, *, detach: bool = False) -
     from concurrent.futures import ThreadPoolExecutor
     from contextlib import ExitStack
 
-    from launcher.plan.description import describe_record
     from launcher.plan.local_context import local_context
+    from launcher.record.description import describe_record
     from launcher.record.source import read_source
     from launcher.run.launch import launch
     from launcher.run.session import open_examined
@@ -217,6 +234,7 @@ def launch_one(overrides: Sequence[str], run_id: str, *, detach: bool = False) -
         )
     gc.enable()  # from here on it may be days
     say = Terminal().say
+    say(describe_here(plan, launching=True))
     if not all(node.is_local for node in plan.config.cluster.working):
         say(f"looking at {', '.join(node.host for node in plan.config.cluster.working)}")
     with ExitStack() as stack:

@@ -43,7 +43,7 @@ def judge_regex(config: Config, target: str) -> Iterator[Problem]:
         yield Problem(key="stage.lora.targets", what=what, changes=changes)
 
 
-def quantised_base_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+def quantized_base_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     """bitsandbytes has its kernels for CUDA (compute capability 6.0 and newer, docs/source/installation.mdx), and keeps what a 4-bit weight
     needs besides in an attribute, which ZeRO 3 does not cut with it."""
     lora, strategy = config.stage.lora, config.strategy
@@ -51,7 +51,7 @@ def quantised_base_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterat
         return
     if config.hardware.accelerator != "cuda":
         what = (
-            f"{lora.base} is quantised by bitsandbytes, which serves CUDA devices; {config.hardware.title} is {config.hardware.accelerator}"
+            f"{lora.base} is quantized by bitsandbytes, which serves CUDA devices; {config.hardware.title} is {config.hardware.accelerator}"
         )
         yield Problem(key="stage.lora.base", what=what, changes=("stage.lora.base=''",))
     if strategy.name == "zero3" or strategy.offload_parameters:
@@ -82,9 +82,9 @@ def reset_groups_are_trained(config: Config, _: Mapping[str, Stack]) -> Iterator
         yield Problem(key="stage.reset", what=what, changes=(f"stage.reset=[{kept}]", f"stage.trainable=[{trained}]"))
 
 
-STAGE_RULES: tuple[Rule, ...] = (
+ADAPTER_RULES: tuple[Rule, ...] = (
     lora_targets_exist,
-    quantised_base_is_possible,
+    quantized_base_is_possible,
     group_rates_are_of_trained_groups,
     reset_groups_are_trained,
 )

@@ -30,9 +30,9 @@ def environment_holds_no_secret(config: Config, _: Mapping[str, Stack]) -> Itera
     for section, environment in (("cluster", config.cluster.environment), ("hardware", config.hardware.environment)):
         for name, value in environment.items():
             if names_a_secret(name) or holds_credentials(value):
-                what = f"a secret in a config would be printed and recorded: leave it out, export {name}, and name it"
-                change = f"cluster.secrets=[{','.join(dict.fromkeys((*config.cluster.secrets, name)))}]"
-                yield Problem(key=f"{section}.environment.{name}", what=what, changes=(change,))
+                secrets = ",".join(dict.fromkeys((*config.cluster.secrets, name)))
+                what = f"a secret in a config would be printed and recorded: remove it here, export {name}, and set cluster.secrets=[{secrets}]"
+                yield Problem(key=f"{section}.environment.{name}", what=what)
 
 
 def secrets_are_names(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -82,8 +82,7 @@ def limits_are_limits(config: Config, _: Mapping[str, Stack]) -> Iterator[Proble
     for name, value in config.cluster.ulimits.items() if config.cluster.runtime == "docker" else ():
         key, numbers = f"cluster.ulimits.{name}", LIMIT.fullmatch(value)
         if name not in LIMITS:
-            changes = tuple(f"cluster.ulimits.{known}={value}" for known in LIMITS if known in name or name in known)
-            yield Problem(key=key, what=f"docker knows no such limit; {suggest(name, LIMITS)}", changes=changes)
+            yield Problem(key=key, what=f"Docker has no such limit; {suggest(name, LIMITS)}")
         elif numbers is None:
             what = f"{value!r} is neither a number nor SOFT:HARD; {UNLIMITED} is without limit"
             yield Problem(key=key, what=what, changes=(f"{key}={UNLIMITED}",))
@@ -102,7 +101,7 @@ def registry_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Proble
         yield Problem(key=key, what=what, changes=("cluster.delivery.kind=build",))
     elif not REGISTRY.fullmatch(delivery.registry):
         bare = re.sub(r"^\w+://|[^/]*@", "", delivery.registry).rstrip("/")
-        changes = (f"{key}={bare}",) if REGISTRY.fullmatch(bare) else (f"{key}=HOST/PATH",)
+        changes = (f"{key}={bare}",) if REGISTRY.fullmatch(bare) else (f"{key}=HOST/path",)
         what = "is not HOST[:PORT][/path] as docker takes it: no scheme, no user (log in on the nodes), a path in small letters"
         yield Problem(key=key, what=what, changes=changes)
 

@@ -1,4 +1,4 @@
-"""Rules about what the target has: element types, devices, collectives, and a stack that is built for the chip and the nodes."""
+"""Rules about what the target has: kernels, devices, collectives, and a stack that is built for the chip and the nodes."""
 
 from collections.abc import Iterator, Mapping
 from typing import Literal
@@ -15,62 +15,7 @@ HANG_MARGIN_S = 60  # for ranks whose collective began before the step of the on
 LIGER = "liger-kernel"
 FAMILY = {"cpu": "cpu", "cuda": "cuda", "npu": "ascend"}
 
-# -------------------------------------------------------------------------------------------------------------- precision
-
-
-def bf16_is_native(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    precision, hardware = config.precision, config.hardware
-    wanted = "bfloat16" in (precision.weights, precision.compute, precision.optimizer, precision.gradients)
-    if wanted and hardware.capability.bf16 == "none":
-        what = f"{hardware.title} has no bfloat16: torch would emulate it, slowly, and say that it is supported"
-        fp16 = ("precision=fp16",) if hardware.capability.fp16 != "none" else ()
-        yield Problem(key="precision", what=what, changes=(*fp16, "precision=fp32"), forcible=True)
-
-
-def fp16_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    precision, hardware = config.precision, config.hardware
-    if "float16" in (precision.weights, precision.compute) and hardware.capability.fp16 == "none":
-        bf16 = ("precision=bf16",) if hardware.capability.bf16 == "native" else ()
-        what = f"{hardware.title} does not train in float16"
-        yield Problem(key="precision", what=what, changes=(*bf16, "precision=fp32"), forcible=True)
-
-
-def loss_scaling_suits(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    precision = config.precision
-    half = "float16" in (precision.weights, precision.compute)
-    if half and precision.loss_scaling == "none" and config.stage.kind == "train":
-        what = "gradients in float16 underflow without loss scaling"
-        yield Problem(key="precision.loss_scaling", what=what, changes=("precision.loss_scaling=dynamic",), forcible=True)
-    if not half and precision.loss_scaling == "dynamic":
-        what = f"loss scaling is for float16, not for {precision.compute}"
-        yield Problem(key="precision.loss_scaling", what=what, changes=("precision.loss_scaling=none",))
-
-
-def rounding_suits(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    precision, offload = config.precision, config.strategy.offload_optimizer
-    if precision.rounding == "nearest" or config.stage.kind != "train":
-        return
-    if precision.optimizer != "bfloat16":
-        what = f"stochastic rounding is for masters and states in bfloat16, not in {precision.optimizer}"
-        yield Problem(key="precision.rounding", what=what, changes=("precision.rounding=nearest",))
-    elif offload:
-        what = (
-            "the one optimizer that DeepSpeed takes for bfloat16 states in the host's memory rounds to nearest, and small updates are lost"
-        )
-        changes = ("strategy.offload_optimizer=false", "precision=bf16", "precision.rounding=nearest")
-        yield Problem(key="strategy.offload_optimizer", what=what, changes=changes)
-
-
-def state_bits_suit(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    key, precision = "stage.optimizer.state_bits", config.precision
-    if not config.stage.optimizer.state_bits or config.stage.kind != "train":
-        return
-    if precision.optimizer != "float32":
-        what = f"states in 8 bits stand beside masters in float32, and precision={precision.name} has masters in {precision.optimizer}"
-        yield Problem(key=key, what=what, changes=(f"{key}=0", "precision=bf16", "precision=fp32"))
-    if config.strategy.offload_optimizer:
-        what = "the one optimizer that DeepSpeed takes for states in the host's memory, DeepSpeedCPUAdam, has none in 8 bits"
-        yield Problem(key=key, what=what, changes=("strategy.offload_optimizer=false", f"{key}=0"))
+# ---------------------------------------------------------------------------------------------------------------- kernels
 
 
 def lacks_kernels(config: Config) -> str:
@@ -160,7 +105,8 @@ def timeouts_are_ordered(config: Config, _: Mapping[str, Stack]) -> Iterator[Pro
     longest_s = max(connect_s, execute_s)
     if execute_s and connect_s >= execute_s:
         key = keys["HCCL_CONNECT_TIMEOUT"]
-        yield Problem(key=key, what=f"{connect_s} s must be below HCCL_EXEC_TIMEOUT, {execute_s} s", changes=(f"{key}={execute_s - 30}",))
+        either = (f"{key}={execute_s - 30}", f"{keys['HCCL_EXEC_TIMEOUT']}={connect_s + 30}")
+        yield Problem(key=key, what=f"{connect_s} s must be below HCCL_EXEC_TIMEOUT, {execute_s} s", changes=either)
     if longest_s >= config.run.collective_timeout_s:
         what = f"{config.run.collective_timeout_s} s must be above HCCL's own {longest_s} s, else torch gives up before HCCL names the rank"
         changes = (f"run.collective_timeout_s={longest_s + 60}",)
@@ -216,12 +162,7 @@ def licence_is_accepted(config: Config, stacks: Mapping[str, Stack]) -> Iterator
         yield Problem(key="cluster.delivery.accept_licence", what=what, changes=("cluster.delivery.accept_licence=true",), launch_only=True)
 
 
-CAPABILITY_RULES: tuple[Rule, ...] = (
-    bf16_is_native,
-    fp16_is_possible,
-    loss_scaling_suits,
-    rounding_suits,
-    state_bits_suit,
+HARDWARE_RULES: tuple[Rule, ...] = (
     kernels_exist,
     attention_is_named,
     devices_exist,

@@ -18,7 +18,11 @@ def options_are_there(config: Config, _: Mapping[str, Stack]) -> Iterator[Proble
     for kind, name in OPTIONS.items():
         given = getattr(config.stage, name) is not None
         if given != (name == wanted):
-            what = f"is null, and stage {config.stage.name} is of kind {kind}" if not given else f"are options of stage={kind}, and nothing here"
+            what = (
+                f"is null, and stage {config.stage.name} is of kind {kind}"
+                if not given
+                else f"are options of stage={kind}, and nothing here"
+            )
             yield Problem(key=f"stage.{name}", what=what, changes=(f"stage={kind}",) if not given else (f"stage.{name}=null",))
 
 
@@ -83,7 +87,7 @@ def four_bits_are_possible(config: Config, _: Mapping[str, Stack]) -> Iterator[P
         yield Problem(key="stage.quantization.scheme", what=what, changes=("stage.quantization.scheme=int8",))
 
 
-def write_deployment_notes(config: Config) -> Iterator[str]:
+def write_inference_notes(config: Config) -> Iterator[str]:
     """What a reader of the plan should know of weights that were made for another type than the chip has."""
     half = config.precision.weights == "float16" and config.hardware.capability.bf16 == "none"
     if half and config.model.source.kind == "hub" and not config.stage.checkpoint and config.stage.kind != "convert":
@@ -94,7 +98,7 @@ def write_deployment_notes(config: Config) -> Iterator[str]:
         )
 
 
-DEPLOYMENT_RULES: tuple[Rule, ...] = (
+INFERENCE_RULES: tuple[Rule, ...] = (
     options_are_there,
     question_is_named,
     sampling_is_possible,

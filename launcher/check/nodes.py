@@ -11,6 +11,7 @@ from launcher.image.stack import Stack
 from launcher.memory.states import device_count
 
 SSH_PORT = 22
+ROOT = "/srv/omnilaunch"  # a folder for cluster.root that is offered
 # What may be a name or an address, and is neither an option nor syntax to any program that is told it.
 HOST = re.compile(r"[\w:][\w.:%-]{0,252}")
 USER = re.compile(r"\w[\w.@\\+-]{0,63}\$?")
@@ -95,13 +96,14 @@ def cluster_suits_runtime(config: Config, _: Mapping[str, Stack]) -> Iterator[Pr
     remote = [node.host for node in cluster.nodes if not node.is_local]
     if cluster.runtime == "process" and (len(cluster.nodes) > 1 or remote):
         what = "processes without containers are for this machine alone: nothing would make the nodes alike"
-        yield Problem(key="cluster.runtime", what=what, changes=("cluster.runtime=docker", "cluster=local"))
+        root = "" if cluster.root.startswith("/") else f" cluster.root={ROOT}"
+        yield Problem(key="cluster.runtime", what=what, changes=(f"cluster.runtime=docker{root}", "cluster=local"))
     if remote and len(remote) < len(cluster.nodes):
         what = f"this machine (localhost) beside {', '.join(remote)}: name it as the others reach it, over SSH like them"
         yield Problem(key="cluster.nodes", what=what)
     if remote and not cluster.root.startswith("/"):
         what = f"{cluster.root!r} is relative, and means nothing on {', '.join(remote)}"
-        yield Problem(key="cluster.root", what=what, changes=("cluster.root=/srv/omnilaunch",))
+        yield Problem(key="cluster.root", what=what, changes=(f"cluster.root={ROOT}",))
 
 
 def interfaces_are_named_for_all(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:

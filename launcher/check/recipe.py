@@ -9,7 +9,8 @@ from typing import Any
 from launcher.check.problem import Problem, Rule
 from launcher.config.schema import GROUPS, Config
 from launcher.image.stack import Stack
-from launcher.memory.states import ZERO_STAGE, world_size
+from launcher.memory.deepspeed import ZERO_STAGE
+from launcher.memory.states import world_size
 from launcher.memory.tokens import smallest_image_tokens
 
 TEXT_TOKENS = 32  # the shortest question and answer that can stand beside an image
@@ -304,12 +305,6 @@ def offload_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterator[Prob
         yield Problem(key="strategy.offload_optimizer", what=what, changes=("strategy=zero2", "strategy.offload_optimizer=false"))
 
 
-def masters_suit_strategy(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    if config.precision.optimizer == "bfloat16" and config.strategy.name in ("single", "ddp"):
-        what = f"DeepSpeed keeps masters and states in bfloat16 with zero1, zero2 or zero3, not with {config.strategy.name}"
-        yield Problem(key="strategy", what=what, changes=("strategy=auto", "strategy=zero1", "precision=bf16"))
-
-
 RECIPE_RULES: tuple[Rule, ...] = (
     numbers_in_range,
     counted_options_are_numbers,
@@ -329,5 +324,4 @@ RECIPE_RULES: tuple[Rule, ...] = (
     data_is_named,
     strategy_suits_devices,
     offload_is_possible,
-    masters_suit_strategy,
 )

@@ -10,9 +10,10 @@ from launcher.config.compose import compose
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import load_stacks
-from launcher.plan.description import command_line, describe_work, gib, table
 from launcher.plan.local_context import local_context
 from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan
+from launcher.plan.short import describe_work
+from launcher.plan.text import command_line, gib, table
 from launcher.record.checkpoint_reference import read_plain
 from launcher.record.index import figure
 from launcher.record.record import PLAN_FILE, RECORD_FILE, Record, read_if_there, valid_run_id
@@ -67,7 +68,7 @@ def look_ahead(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
         words = words_of(chain, place, typed, results, kinds)
         try:
             config: Config = compose(words, conf)
-            plans.append(make_plan(config, stacks, placed, run_id=run_id, overrides=words))
+            plans.append(make_plan(config, stacks, placed, run_id=run_id, overrides=words, conf=conf))
         except ConfigRefused as error:
             raise ConfigRefused(f"step {step.name} of {GROUP}={chain.name}: {error}") from error
         kinds.append(config.stage.kind)

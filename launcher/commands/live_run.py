@@ -41,7 +41,7 @@ def add_to(verbs: Any, say: Callable[[str], None]) -> None:
 
 def attach_run(arguments: argparse.Namespace) -> int:
     """Supervision as if it had never been left; of a run that has ended, its record."""
-    from launcher.plan.description import describe_record
+    from launcher.record.description import describe_record
 
     folder = find_run(arguments.run)
     plan = load_plan(folder)

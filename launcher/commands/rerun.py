@@ -37,7 +37,7 @@ def add_to(verbs: Any, say: Callable[[str], None]) -> None:
 
 def rerun_run(arguments: argparse.Namespace) -> int:
     from launcher.bench.rerun import accepted_kinds
-    from launcher.plan.description import describe_record
+    from launcher.record.description import describe_record
     from launcher.record.reader import load_archive
 
     archive = load_archive(find_record(arguments.run), rows=False)

@@ -40,7 +40,9 @@ class TowerActivations:
 TOWERS = {
     "llava": TowerActivations(float32=0, wide=4 + 4, inner=3),  # quick_gelu keeps its input and its sigmoid, then the product
     "internvl": TowerActivations(float32=0, wide=4 + 4 + 2, inner=2),  # the two outputs that are scaled layer by layer (lambda_1, lambda_2)
-    "qwen2_5_vl": TowerActivations(float32=2, wide=4 + 2 + 3 + 2, inner=4),  # v is a view of the fused qkv; windows are put together in a copy
+    "qwen2_5_vl": TowerActivations(
+        float32=2, wide=4 + 2 + 3 + 2, inner=4
+    ),  # v is a view of the fused qkv; windows are put together in a copy
     "qwen2_5_omni": TowerActivations(float32=2, wide=4 + 2 + 1 + 2, inner=4),
 }
 USUAL_TOWER = TowerActivations(float32=0, wide=4 + 4, inner=2)  # LayerNorm, attention, GELU: SigLIP and EVA

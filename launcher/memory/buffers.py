@@ -6,16 +6,16 @@ The sizes of DeepSpeed's buffers are the defaults of deepspeed/runtime/zero/conf
 from typing import Literal
 
 from launcher.config.schema import Config
-from launcher.memory.deepspeed import REDUCE_BUCKET
+from launcher.memory.deepspeed import LIVE_PARAMETERS, PREFETCH, REDUCE_BUCKET, SUB_GROUP
 from launcher.memory.states import (
     DTYPE_BYTES,
     States,
     device_count,
+    engine_stage,
     layer_counts,
     linear_shapes,
     lora_parameters,
     ranks_per_node,
-    rendered_stage,
     streams,
     takes_bf16_optimizer,
     world_size,
@@ -27,9 +27,6 @@ Moment = Literal["loss", "last layer", "first layer", "reduction", "update"]
 MOMENTS: tuple[Moment, ...] = ("loss", "last layer", "first layer", "reduction", "update")
 
 FLOAT32, FLOAT64 = DTYPE_BYTES["float32"], 8
-SUB_GROUP = 10**9  # elements that ZeRO 3 updates at a time: sub_group_size
-LIVE_PARAMETERS = 10**9  # elements that ZeRO 3 holds whole at a time, at most: max_live_parameters
-PREFETCH = 5 * 10**7  # elements: prefetch_bucket_size
 
 # Float32 copies of the logits that exist together at the worst moment, counted in trainer/kernels/cross_entropy.py. In chunks: a chunk's logits and their
 # softmax. All at once: log-softmax, which is kept, its gradient and that of the logits.
@@ -58,7 +55,7 @@ def gradient_moments(config: Config, states: States) -> dict[Moment, dict[str, i
 
     Gradients stand from the start on where an earlier micro-batch has left them, in BF16_Optimizer (those in float32), and in ZeRO 3
     (zero/stage3.py, grad_partitions_flat_buffer). ZeRO 2 makes its slice when it reduces; others come layer by layer while activations go."""
-    trained, zero = states.trainable, rendered_stage(config)
+    trained, zero = states.trainable, engine_stage(config)
     if not trained:
         return {moment: {} for moment in MOMENTS}
     whole, bucket = states.items_bytes["gradients"], bucket_bytes(config, trained)
@@ -82,7 +79,7 @@ def lasting_gradient_bytes(config: Config, states: States) -> int:
     """Of gradients, between two steps: BF16_Optimizer's and ZeRO 3's places stay, all others go."""
     if takes_bf16_optimizer(config):
         return states.trainable * FLOAT32
-    return states.items_bytes["gradients"] if rendered_stage(config) == 3 else 0
+    return states.items_bytes["gradients"] if engine_stage(config) == 3 else 0
 
 
 def accumulation(config: Config) -> int:
@@ -114,7 +111,7 @@ def embedding_elements(config: Config) -> int:
 def bucket_bytes(config: Config, trained: int) -> int:
     """Gradients that are put together to be summed over ranks: as many elements as launcher.memory.deepspeed says, on one rank too. Stage 1 has
     them in the type that they are added up in (zero/stage_1_and_2.py, _gradient_reduction_buffer_dtype), 2 and 3 in that of the weights."""
-    zero = rendered_stage(config)
+    zero = engine_stage(config)
     if takes_bf16_optimizer(config) or zero == 0:
         return 0
     dtype = config.precision.gradients if zero == 1 else config.precision.weights
@@ -125,7 +122,7 @@ def reduction_bytes(config: Config, trained: int) -> int:
     """Copies at the end of the backward pass. Without ZeRO gradients are flattened to be sent (runtime/engine.py, allreduce_bucket), as many as
     a bucket takes; BF16_Optimizer's, which lie in one piece, all at once, and once more in bfloat16. ZeRO 2 and 3 flatten the bucket, and 2
     makes one gradient after the other float32 where it adds them up so (_add_to_grad_partition_buffer)."""
-    zero, precision = rendered_stage(config), config.precision
+    zero, precision = engine_stage(config), config.precision
     ranks = max(1, world_size(config))
     if takes_bf16_optimizer(config):
         return trained * (FLOAT32 + DTYPE_BYTES["bfloat16"]) if ranks > 1 else 0
@@ -170,7 +167,7 @@ def update_bytes(config: Config, trained: int) -> int:
     """Copies that exist during an update alone: the norm's float64 copy of a gradient (zero/utils.py, get_norm_dtype); then ZeRO's slice of the
     gradients once more, flat and in the masters' type (3: a sub-group of it), but where they are added up so already; and where torch's
     AdamW works tensor list by tensor list, on an NPU, one tensor more of the slice's size."""
-    zero, precision = rendered_stage(config), config.precision
+    zero, precision = engine_stage(config), config.precision
     if config.strategy.offload_optimizer:
         return 0
     slice_elements = -(-trained // (max(1, world_size(config)) if zero else 1))

@@ -8,13 +8,11 @@ import re
 from dataclasses import dataclass
 
 from launcher.config.schema import Config, Model, Text
+from launcher.memory.deepspeed import ZERO_STAGE, rendered_stage
 from trainer.contract import SINGLE_PROCESS_KINDS
 
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-# What ZeRO shards: stage 1 the optimizer's states, 2 gradients too, 3 weights too (Rajbhandari et al., arXiv 1910.02054, section 3.1).
-ZERO_STAGE = {"auto": 0, "single": 0, "ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 
 STATE_BLOCK = 256  # trainer.optim.blockwise.BLOCK: elements of a moment in 8 bits that share a float32 scale
 MOST_LAYERS = 1000  # whose names are written out: a slip of the hand may say a million
@@ -72,9 +70,9 @@ def model_states(config: Config) -> States:
     gradients where takes_bf16_optimizer.
 
     ZeRO-Offload (arXiv 2101.06840, section 3) moves gradients and optimizer to the host; parameter offload moves weights too.
-    `auto` counts as unsharded: resolve it with `launcher.check.strategy.choose_strategy` first.
+    `auto` counts as unsharded: resolve it with `launcher.check.strategy.resolve` first.
     """
-    strategy, precision, zero = config.strategy, config.precision, rendered_stage(config)
+    strategy, precision, zero = config.strategy, config.precision, engine_stage(config)
     ranks = max(1, world_size(config))
     adapter, trainable = lora_parameters(config), trainable_parameters(config)
     parameters = config.model.parameters.total + adapter
@@ -104,11 +102,9 @@ def zero_stage(config: Config) -> int:
     return ZERO_STAGE[config.strategy.name] if config.stage.kind == "train" else 0
 
 
-def rendered_stage(config: Config) -> int:
-    """What launcher.memory.deepspeed renders: 16-bit weights have their masters in a ZeRO optimizer, with ddp and on one device too."""
-    if config.stage.kind != "train":
-        return 0
-    return max(zero_stage(config), 0 if config.precision.weights == "float32" else 1)
+def engine_stage(config: Config) -> int:
+    """The ZeRO stage that DeepSpeed is started with (launcher.memory.deepspeed.rendered_stage); 0 without training."""
+    return rendered_stage(config.strategy, config.precision) if config.stage.kind == "train" else 0
 
 
 def takes_bf16_optimizer(config: Config) -> bool:
@@ -116,7 +112,7 @@ def takes_bf16_optimizer(config: Config) -> bool:
     0.19.8): every rank holds all gradients in float32 from the start on, and beside them those in bfloat16 that it adds them up from, which
     it sets to zero and keeps (bf16_optimizer.py, clear_lp_grads)."""
     types = (config.precision.weights, config.precision.gradients) == ("bfloat16", "float32")
-    return types and rendered_stage(config) == 1 and not config.strategy.offload_optimizer
+    return types and engine_stage(config) == 1 and not config.strategy.offload_optimizer
 
 
 def gradient_width(config: Config) -> int:

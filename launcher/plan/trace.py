@@ -10,14 +10,15 @@ from pathlib import Path
 
 from launcher.check.problem import Problem
 from launcher.check.rules import Verdict
+from launcher.check.strategy import Resolved
 from launcher.check.suggestions import refuse_memory
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import Stack
 from launcher.memory.estimate import Item, Memory, estimate_memory, total
 from launcher.memory.states import GIB
-from launcher.plan.description import gib, table
 from launcher.plan.plan import LocalContext, Plan, refuse
+from launcher.plan.text import gib, table
 from trainer.contract import SPEC_FILE, Exit, SpecError, TracePhase, TraceReport, decode, write
 
 TIMEOUT_S = 1800
@@ -77,7 +78,9 @@ def traced_memory(config: Config, planned: Memory, report: TraceReport) -> Memor
 
 def refuse_traced(config: Config, planned: Memory, memory: Memory, stacks: Mapping[str, Stack]) -> Problem:
     """What would pass is counted, not traced: with as much more as the trace is above the count."""
-    problem = refuse_memory(config, config, memory, stacks, short_bytes=max(0, memory.total_bytes - planned.total_bytes))
+    problem = refuse_memory(
+        Resolved(asked=config, config=config, memory=planned), memory, stacks, short_bytes=max(0, memory.total_bytes - planned.total_bytes)
+    )
     return replace(problem, what=f"by a traced step, {problem.what}; by arithmetic {planned.total_bytes / GIB:.1f} GiB")
 
 

@@ -52,7 +52,11 @@ def test_every_stage_can_be_planned_on_every_hardware(kind: str, name: str, plan
     [
         (("stage=infer", RUN), "stage.inference.prompt", "nothing is asked"),
         ((*ASKED, "stage.inference.input=rows.jsonl"), "stage.inference.prompt", "whose rows have their own"),
-        ((*ASKED, "stage.inference.sampling.beams=4", "stage.inference.sampling.temperature=1"), "stage.inference.sampling.beams", "are drawn"),
+        (
+            (*ASKED, "stage.inference.sampling.beams=4", "stage.inference.sampling.temperature=1"),
+            "stage.inference.sampling.beams",
+            "are drawn",
+        ),
         (("stage=serve", RUN, "stage.serving.address=0.0.0.0"), "stage.serving.address", "reached from other machines"),
         (("stage=serve", RUN, "stage.serving.address=127.0.0.2"), "stage.serving.address", "reached from other machines"),
         (("stage=serve", RUN, "stage.serving.address=gpu7"), "stage.serving.address", "is no IP address"),
@@ -101,7 +105,9 @@ def test_a_spread_model_is_one_rank_that_sees_every_card(plan_for: Callable[...,
     plan = plan_for("hardware=ascend910b", "cluster.runtime=docker", accepted, *ASKED, "stage.inference.spread=auto", "tune=null")
     (command,), device = plan.commands, plan.spec.device
     assert (device.world_size, device.devices_per_node, device.cards) == (1, 1, 8)
-    assert [part for part in command.start if part.startswith("/dev/davinci") and part[-1].isdigit()] == [f"/dev/davinci{n}" for n in range(8)]
+    assert [part for part in command.start if part.startswith("/dev/davinci") and part[-1].isdigit()] == [
+        f"/dev/davinci{n}" for n in range(8)
+    ]
 
 
 def test_a_server_has_the_time_to_answer_what_it_has_accepted(plan_for: Callable[..., Plan]) -> None:

@@ -1,6 +1,6 @@
 """The memory verdict in cases that users have met and published, with the numbers: what is refused, what is offered, what fits."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import pytest
 
 from launcher.check.problem import Problem
 from launcher.check.rules import check
-from launcher.check.strategy import choose_strategy
+from launcher.check.strategy import resolve
 from launcher.check.suggestions import memory_fits
 from launcher.config.compose import compose
 from launcher.image.stack import Stack, load_stacks
@@ -29,7 +29,7 @@ def stacks() -> dict[str, Stack]:
 @cache
 def memory_of(*words: str) -> Memory:
     config = compose((*words, *OWN), ROOT / "conf")
-    return estimate_memory(replace(config, strategy=choose_strategy(config)))
+    return estimate_memory(resolve(config).config)
 
 
 def gib_of(*words: str) -> float:
@@ -58,7 +58,7 @@ def test_full_with_both_offloads_fits_the_cards_and_says_what_the_host_needs() -
 
 def test_a_host_of_64_gib_is_refused_and_lora_offered() -> None:
     (problem,) = problems(*SEED_C, "hardware.host_memory_gib=64")
-    assert "129.6 GiB of a node's memory, which has 64" in problem.what and "stage=lora" in " ".join(problem.changes)
+    assert "129.6 GiB of a node's host memory, which has 64" in problem.what and "stage=lora" in " ".join(problem.changes)
 
 
 def test_pure_bf16_fits_with_offloading_alone() -> None:
@@ -71,7 +71,7 @@ def test_pure_bf16_fits_with_offloading_alone() -> None:
 
 def test_what_fits_on_the_machine_without_offloading() -> None:
     (problem,) = problems(*MINICPM_O, "stage=full", "strategy=zero3", CHECKPOINTED)
-    assert "up to 129.6 GiB of a node's own memory" in problem.what and "stage=lora" in problem.changes
+    assert "up to 129.6 GiB of a node's host memory" in problem.what and "stage=lora" in problem.changes
     assert memory_of(*MINICPM_O, "stage=lora", "strategy=zero3", CHECKPOINTED).fits
     assert memory_of(*MINICPM_O, "stage=projector", "strategy=zero2", CHECKPOINTED).fits
 
@@ -137,13 +137,13 @@ def test_qwen_32b_with_zero_3(words: tuple[str, ...], fits: bool, states_gib: in
 @pytest.mark.parametrize(("more", "cards", "each"), [((), 2, "31.2"), ((SMALL,), 3, "20.8")])
 def test_qwen_32b_is_not_asked_on_one_card(more: tuple[str, ...], cards: int, each: str) -> None:
     (problem,) = problems(*QWEN, *ASKED, "cluster.devices_per_node=1", *more)
-    assert f"whole layers over {cards} cards (device_map) would put {each} GiB of weights on each" in problem.what
+    assert f"whole layers over {cards} devices (device_map) would put {each} GiB of weights on each" in problem.what
 
 
 def test_a_large_batch_of_questions_does_not_multiply_the_cards_of_a_split() -> None:
     """Of a batch of 64 there was room for 2 GiB of weights on each card: it said 31 cards."""
     (problem,) = problems(*QWEN, "stage=evaluate", "run.evaluation.batch=64", "cluster.devices_per_node=1")
-    assert "whole layers over 2 cards (device_map) would put 31.2 GiB of weights on each" in problem.what
+    assert "whole layers over 2 devices (device_map) would put 31.2 GiB of weights on each" in problem.what
 
 
 # ---------------------------------------------------------------------------------------------------- what was published

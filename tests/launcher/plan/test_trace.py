@@ -172,7 +172,7 @@ def test_a_traced_peak_that_fits_passes_the_plan_but_no_launch(plan_for: Callabl
 
 
 def run_plan(place: LocalContext, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr("launcher.plan.local_context.place_here", lambda project: place)
+    monkeypatch.setattr("launcher.plan.local_context.local_context", lambda project: place)
     return cli.main(["plan", *words])
 
 
@@ -185,7 +185,7 @@ def test_the_flag_has_the_plan_go_by_the_trace(
     sizes = {item["name"]: item["size_bytes"] for item in told["memory"]["items"] if item["basis"] == "traced"}
     assert sizes == {"weights": 2 * GIB, "activations": GIB}
     assert told["memory"]["total_bytes"] == sum(item["size_bytes"] for item in told["memory"]["items"]) > 3 * GIB
-    assert run_plan(trainer(), monkeypatch, "--trace", "hardware=rtx3090") == 0
+    assert run_plan(trainer(), monkeypatch, "--trace", "--full", "hardware=rtx3090") == 0
     text = capsys.readouterr().out
     assert "== a step, traced" in text and re.search(r"^activations +1\.000 GiB  traced$", text, re.MULTILINE)
 
