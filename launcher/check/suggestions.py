@@ -122,13 +122,13 @@ def list_changes(config: Config, resolved: Config) -> Iterator[Change]:
 
 
 def fewest_questions(config: Config) -> dict[str, Any]:
-    """One at a time, the model where it is."""
+    """One question at a time, without spreading the model."""
     last = ANSWERING.get(config.stage.kind, ANSWERING["evaluate"])[-1]
     return {key: value for key, value in last.items() if value == 1}
 
 
 def may_shard(config: Config, values: Mapping[str, Any]) -> bool:
-    """ZeRO divides nothing on one device; there it is of use for offloading alone."""
+    """On one device ZeRO shards nothing; it is only useful for offloading."""
     return world_size(config) > 1 or "strategy.name" not in values or "strategy.offload_optimizer" in values
 
 
@@ -136,12 +136,12 @@ def faster_first(resolved: Config) -> Iterator[dict[str, Any]]:
     one = {"strategy.micro_batch": 1} if resolved.strategy.micro_batch != 1 else {}
     again = {"strategy.gradient_checkpointing": True} if not resolved.strategy.gradient_checkpointing else {}
     yield from (values for values in (one, again, {**one, **again}) if values)
-    for values in SHARDING:  # each file of conf/strategy but auto's turns checkpointing off
+    for values in SHARDING:  # every file of conf/strategy except auto.yaml turns checkpointing off
         yield {**values, "strategy.gradient_checkpointing": False}
         yield {**values, "strategy.gradient_checkpointing": True}
 
 
-# In the order of what they cost in speed.
+# From the fastest to the slowest.
 SHARDING: tuple[dict[str, Any], ...] = (
     {"strategy.name": "zero1"},
     {"strategy.name": "zero2"},
@@ -149,7 +149,7 @@ SHARDING: tuple[dict[str, Any], ...] = (
     {"strategy.name": "zero2", "strategy.offload_optimizer": True},
     {"strategy.name": "zero3", "strategy.offload_optimizer": True, "strategy.offload_parameters": True},
 )
-# Fewer questions at a time; then the model over all cards of the node.
+# Fewer questions at a time; then the model spread over all devices of the node.
 ANSWERING: dict[str, tuple[dict[str, Any], ...]] = {
     "evaluate": ({"run.evaluation.batch": 16}, {"run.evaluation.batch": 4}, {"run.evaluation.batch": 1}),
     "infer": (
@@ -161,7 +161,7 @@ ANSWERING: dict[str, tuple[dict[str, Any], ...]] = {
         *({"stage.serving.spread": "auto"}, {"stage.serving.spread": "auto", "stage.serving.max_batch": 1}),
     ),
 }
-# Where nothing else fits: hardware=NAME, and of its file in conf/hardware what decides whether it would.
+# Offered where nothing else fits: hardware=NAME, with the values of conf/hardware/NAME.yaml that the estimate uses.
 LARGER: tuple[tuple[str, dict[str, Any]], ...] = tuple(
     (
         name,
@@ -187,7 +187,7 @@ PURE_BF16 = {
     "precision.loss_scaling": "none",
     "precision.rounding": "stochastic",
 }
-# conf/stage/lora.yaml, which the word stage=lora composes.
+# conf/stage/lora.yaml, which stage=lora selects.
 ADAPTER = Lora(
     r=16,
     alpha=32,
@@ -230,7 +230,7 @@ def hardware_changes(config: Config) -> Iterator[Change]:
 
 
 def context_changes(config: Config) -> Iterator[Change]:
-    """Smaller images where the family cuts them, then shorter rows, never shorter than an image and its question."""
+    """Smaller images for families that cut them into tiles, then shorter rows, never shorter than an image and its question."""
     data, rule = config.data, config.model.image_tokens
     smaller: dict[str, Any] = {}
     if rule.rule in ("tiles", "slices") and (data.max_tiles or rule.maximum) > 1:
@@ -245,13 +245,13 @@ def context_changes(config: Config) -> Iterator[Change]:
 
 
 def with_typed_hardware(problem: Problem, overrides: Sequence[str]) -> Problem:
-    """hardware=NAME chooses a whole file, but what was typed of the old one, as hardware.memory_gib=14, would go on to hold: the change
-    names the new one's value of it."""
+    """hardware=NAME selects a whole file, but a typed key of the old hardware, as hardware.memory_gib=14, would still override it. The change
+    then includes the new value of that key."""
     typed = {override.partition("=")[0] for override in overrides}
-    return replace(problem, changes=tuple(change + "".join(_typed_anew(change, typed)) for change in problem.changes))
+    return replace(problem, changes=tuple(change + "".join(_typed_values(change, typed)) for change in problem.changes))
 
 
-def _typed_anew(change: str, typed: Set[str]) -> Iterator[str]:
+def _typed_values(change: str, typed: Set[str]) -> Iterator[str]:
     numbers = dict(LARGER).get(change.partition(" ")[0].removeprefix("hardware="), {}) if change.startswith("hardware=") else {}
     return (f" {key}={value}" for key, value in numbers.items() if key in typed)
 

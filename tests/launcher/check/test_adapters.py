@@ -32,12 +32,12 @@ def test_targets_are_names_or_regexes(targets: str) -> None:
 @pytest.mark.parametrize(
     ("targets", "said"),
     [
-        ("[]", "names no layer"),
+        ("[]", "is empty: LoRA needs at least one target"),
         ("[qproj]", r"the decoder has no qproj; did you mean 'q_proj'"),
         ("['re:(']", r"'re:\(' is not a regular expression"),
         (
             r"['re:q_proj']",
-            r"matches no linear layer of the decoder; it is held against whole names, as model.language_model.layers.0.self_attn",
+            r"matches no linear layer of the decoder; it must match whole names, as model.language_model.layers.0.self_attn",
         ),
     ],
 )
@@ -61,7 +61,7 @@ def test_a_regex_counts_as_the_names_that_it_matches() -> None:
 def test_four_bits_are_for_cuda_and_for_whole_weights() -> None:
     assert "stage.lora.base" not in told(*LORA, "stage.lora.base=nf4") and "strategy" not in told(*LORA, "stage.lora.base=nf4")
     for hardware in ("cpu", "ascend910b"):
-        assert "bitsandbytes, which serves CUDA devices" in told("stage=lora", f"hardware={hardware}", "stage.lora.base=nf4")
+        assert "bitsandbytes, which works on CUDA devices" in told("stage=lora", f"hardware={hardware}", "stage.lora.base=nf4")
         assert "would pass: stage.lora.base=''" in told("stage=lora", f"hardware={hardware}", "stage.lora.base=nf4")
     assert "zero3 cuts weights into parts" in told(*LORA, "stage.lora.base=nf4", "strategy=zero3")
 
@@ -84,7 +84,7 @@ def test_a_rate_of_a_group_that_does_not_train_is_refused() -> None:
 
 
 def test_a_group_begins_anew_only_where_it_learns(plan_for: Callable[..., Plan]) -> None:
-    assert "vision would begin anew and stay so" in told("stage=projector", "stage.reset=[vision]")
+    assert "vision would be reset and stay random" in told("stage=projector", "stage.reset=[vision]")
     plan = plan_for("stage=projector", "stage.reset=[projector]")
     assert (plan.spec.stage.reset, plan.spec.stage.needs) == (("projector",), ())
     plan = plan_for("stage=lm", "stage.checkpoint=/c")
