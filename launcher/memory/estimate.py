@@ -77,7 +77,7 @@ def estimate_memory(config: Config, *, states: States | None = None) -> Memory:
     moving = tuple(item for item in moving_items(config, states, rows) if item.size_bytes)
     spare = Item(name="fragmentation", size_bytes=int(hardware.fragmentation * total(moving)), basis="calibrated")
     runtime = Item(name="runtime", size_bytes=runtime_bytes(config, GIB), basis="calibrated")
-    # On a CPU, a rank has no runtime besides its process.
+    # On a CPU, a rank has no runtime apart from its process.
     items = (*fixed, *moving, spare, *((runtime,) if runtime.size_bytes else ()))
     host_items = tuple(count_host(config, states))
     start, _ = loading_bytes(config)

@@ -6,6 +6,7 @@ The trainer's spec, the DeepSpeed config and the per-node commands are all made 
 import json
 import shlex
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -94,15 +95,10 @@ def make_plan(
     conf: Path | None = None,
 ) -> Plan:
     """Resolve the strategy, check, render the image, write the spec and the commands. `conf`: the folder that `config` was composed from
-    with `overrides`, if it was; offered overrides that choose an axis are judged with it.
-
-    Raises ConfigRefused with every problem at once; a problem that only stops a launch (a module still to come, a licence to
-    accept) is left in `verdict` for `launch` to refuse.
-    """
-    resolved = resolve(on_one_rank(config))
-    recompose = (lambda change: on_one_rank(compose_change(overrides, change, conf))) if conf else None
-    verdict = check(resolved.asked, stacks, rules=rules, resolved=resolved, compose=recompose)
-    config = resolved.config
+    with `overrides`, if it was; offered overrides that choose an axis are judged with it. Raises ConfigRefused with every problem at once;
+    one that only prevents a launch (a module still to come, a licence to accept) is left in `verdict` for `launch` to refuse."""
+    resolved, recompose = resolve(on_one_rank(config)), partial(compose_change, overrides, conf=conf) if conf else None
+    verdict, config = check(resolved.asked, stacks, rules=rules, resolved=resolved, compose=recompose), resolved.config
     refuse(verdict, launching=False, overrides=overrides)
     image = render(
         stacks[config.hardware.stack],
@@ -133,7 +129,8 @@ def compose_change(overrides: tuple[str, ...], change: str, conf: Path) -> Confi
 
     parts = shlex.split(change)
     keys = {part.partition("=")[0] for part in parts}
-    return compose((*(override for override in overrides if override.partition("=")[0] not in keys), *parts), conf)
+    kept = (override for override in overrides if override.partition("=")[0] not in keys)
+    return on_one_rank(compose((*kept, *parts), conf))
 
 
 def on_one_rank(config: Config) -> Config:

@@ -52,7 +52,7 @@ FILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("cluster=example", "hardware=ascend910b", "cluster.devices_per_node=2", "cluster.nodes.1.devices=[1,2,3]"),
         ("node 192.0.2.12 lists 3 device(s), but 2 are used",),
     ),
-    "nobody works": (nodes("{host: a, spare: true}"), ("every node is a spare",)),
+    "only spares": (nodes("{host: a, spare: true}"), ("every node is a spare",)),
     "processes on other machines": ((*nodes(A), "cluster.runtime=process"), ("cluster.runtime=docker",)),
     "this machine among others": (nodes(A, "{host: localhost}"), ("this machine is listed as localhost next to 192.0.2.1",)),
     "a folder that means nothing there": ((*nodes(A), "cluster.root=runs"), ("'runs' is a relative path, which is not defined on 192.0.2.1",)),
@@ -172,10 +172,10 @@ def no_key(lab: Lab) -> str:
 
 def wrong_user(lab: Lab) -> str:
     lab.name("bad", lab.good.port)
-    return "{host: bad, user: nobody}"
+    return "{host: bad, user: stranger}"
 
 
-def nobody_listens(lab: Lab) -> str:
+def closed_port(lab: Lab) -> str:
     lab.name("bad", free_port())
     return "{host: bad}"
 
@@ -205,15 +205,15 @@ def unknown_jump_host(lab: Lab) -> str:
     ("line", "words"),
     [
         (no_key, ("bad (root@127.0.0.1", "the login of user 'root' was refused", "id_ed25519: refused", "ssh-copy-id")),
-        (wrong_user, ("bad (nobody@127.0.0.1", "the login of user 'nobody' was refused", "nodes[].user")),
-        (nobody_listens, ("bad (root@127.0.0.1", "nothing listens on port")),
+        (wrong_user, ("bad (stranger@127.0.0.1", "the login of user 'stranger' was refused", "nodes[].user")),
+        (closed_port, ("bad (root@127.0.0.1", "nothing listens on port")),
         (says_nothing, ("bad (root@127.0.0.1", "does not talk SSH", "within 2.0 s")),
         (typo_in_the_host, ("root@bad.invalid:22", "no address is known for the name 'bad.invalid'")),
         (unknown_host_key, ("bad (root@127.0.0.1", "its host key is not known here", "ssh-keyscan")),
         (unknown_jump_host, ("door.invalid", "no address is known")),
     ],
 )
-def test_a_node_that_lets_nobody_in(
+def test_a_node_that_refuses_the_login(
     lab: Lab, verb: str, line: Callable[[Lab], str], words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([verb, *lab.words(line(lab))]) == Exit.NODE

@@ -106,7 +106,7 @@ def test_a_plan_offers_changes_to_what_was_asked_and_not_to_what_was_chosen_for_
         assert make_plan(compose(apply(words, change), ROOT / "conf"), stacks(), place, run_id="r").memory.fits
 
 
-def test_what_was_typed_of_the_old_hardware_is_named_anew() -> None:
+def test_typed_keys_of_the_old_hardware_are_in_the_change() -> None:
     words = ("hardware=p4", "hardware.memory_gib=4", "model=qwen2_5_vl_7b", "stage=evaluate", "data.evaluation=b.json", *OWN)
     place = LocalContext(project=ROOT, interpreter="python", here=ROOT, user="1000:1000")
     with pytest.raises(ConfigRefused) as refused:

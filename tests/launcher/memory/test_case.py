@@ -48,7 +48,7 @@ ALL, TRAINED = 8_099_418_864, 7_681_626_624  # parameters; those of resampler an
 
 
 def test_full_with_both_offloads_fits_the_cards_and_says_what_the_host_needs() -> None:
-    """Nobody told the user that the states alone need 130 GiB of the host's memory, and pinned buffers half as much again."""
+    """The states alone need 130 GiB of host memory, and pinned buffers half of that in addition, which the user did not know."""
     memory = memory_of(*SEED_C)
     assert memory.fits and 3 < memory.total_bytes / GIB < 24
     # Weights in 16 bits; of what trains: gradient, master and two moments in float32.
@@ -156,7 +156,7 @@ CACHED = (
     "nvidia-smi counts the blocks that the allocator caches too, and the tool loaded, gathered and offloaded with DeepSpeed 0.14 on torch 2.2; "
     "the table was measured on MiniCPM-Llama3-V 2.5 and never again"
 )
-MORE_TRAINED = "their LoRA trains the embeddings whole, besides, which no stage of ours does; " + CACHED
+MORE_TRAINED = "their LoRA also trains the whole embeddings, which no stage of ours does; " + CACHED
 OLDER_ZERO = (
     "the two rows differ by 24 bytes for each parameter and rank: ZeRO 2 of 0.14 had gradients and AdamW's denominators once more each"
 )
@@ -207,7 +207,7 @@ PUBLISHED: tuple[Published, ...] = (
         source="OpenBMB model zoo, MiniCPM-V 4.6, inference",
         words=("model=minicpm_v_4_6", *ONE_3090),
         gb=4,
-        reason="published in whole GB, which is a quarter of it, for a length and an image that are not told",
+        reason="published in whole GB, which is a quarter of it, for a length and an image that are not given",
     ),
     Published(
         source="ms-swift Multimodal-Model.md, Qwen2.5-VL-7B full but tower and projector, 2,048 tokens, 2 x A100-80",
@@ -266,7 +266,7 @@ def test_data_without_sizes_is_taken_at_its_longest() -> None:
     assert "no sizes of the data are read: every row as long as data.max_length=2048, 1,280 of its tokens one image" in assumption
 
 
-def test_an_image_that_fits_into_no_row_is_told() -> None:
+def test_an_image_that_fits_into_no_row_is_reported() -> None:
     words = ("hardware=h200", "model=internvl3_8b", "stage=lora", "data.max_length=1024")
     assert (
         "the largest that the model takes has 3,328 tokens, and a row with it is refused by the data check" in memory_of(*words).assumption
