@@ -67,7 +67,7 @@ def test_four_bits_are_for_cuda_and_for_whole_weights() -> None:
 
 
 def test_four_bits_take_a_quarter_of_sixteen() -> None:
-    """7.07 G of the 8.29 G parameters are the language model; all but its embeddings and norms are quantised."""
+    """7.07 G of the 8.29 G parameters are the language model; all but its embeddings and norms are quantized."""
     whole, packed = (
         model_states(compose([*LORA, "precision=bf16", "strategy=ddp", f"stage.lora.base={base}"], ROOT / "conf")) for base in ("''", "nf4")
     )

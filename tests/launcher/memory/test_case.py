@@ -195,7 +195,7 @@ PUBLISHED: tuple[Published, ...] = (
         source="OpenBMB model zoo, MiniCPM-V 1.0, inference",
         words=("model=omnilmm_3b", *ONE_3090),
         gb=7,
-        reason="published in whole GB: the files alone are 6.87, and ours counts the context of the device, activations and a margin besides",
+        reason="published in whole GB: the files alone are 6.87, and ours counts the context of the device, activations and a margin also",
     ),
     Published(
         source="OpenBMB/MiniCPM-V#851, MiniCPM-o 2.6, inference",
