@@ -1,5 +1,4 @@
-"""Rules about what a stage trains, beyond the names of its groups: adapters and what they stand on, rates of groups, groups that begin
-anew."""
+"""Rules about what a stage trains: LoRA targets, the base model of an adapter, learning rates of groups, and groups that are reset."""
 
 import math
 import re
@@ -13,7 +12,7 @@ from launcher.memory.states import REGEX, linear_names, linear_shapes
 
 
 def lora_targets_exist(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    """A target is the name of a layer of the decoder, or with `re:` a regex over whole module names."""
+    """A target is the name of a linear layer of the decoder, or `re:` and a regular expression that matches whole module names."""
     lora, shapes = config.stage.lora, linear_shapes(config.model.architecture.text)
     if lora is None:
         return
@@ -21,11 +20,11 @@ def lora_targets_exist(config: Config, _: Mapping[str, Stack]) -> Iterator[Probl
         yield from judge_regex(config, target)
     unknown = [target for target in lora.targets if not target.startswith(REGEX) and target not in shapes]
     if unknown or not lora.targets:
-        what = f"the decoder has no {', '.join(unknown)}; {suggest(unknown[0], shapes)}" if unknown else "names no layer"
+        what = f"the decoder has no {', '.join(unknown)}; {suggest(unknown[0], shapes)}" if unknown else "is empty: LoRA needs at least one target"
         yield Problem(key="stage.lora.targets", what=what, changes=(f"stage.lora.targets=[{','.join(shapes)}]",))
     if "lm" in config.stage.trainable:
         rest = ",".join(group for group in config.stage.trainable if group != "lm")
-        what = "lm would be trained whole and by LoRA at once"
+        what = "lm would be trained both in full and by LoRA"
         yield Problem(key="stage.trainable", what=what, changes=(f"stage.trainable=[{rest}]", "stage.lora=null"))
 
 
@@ -39,23 +38,23 @@ def judge_regex(config: Config, target: str) -> Iterator[Problem]:
         yield Problem(key="stage.lora.targets", what=f"{target!r} is not a regular expression: {error}", changes=changes)
         return
     if not any(pattern.fullmatch(name) for name in names):
-        what = f"{target!r} matches no linear layer of the decoder; it is held against whole names, as {example}"
+        what = f"{target!r} matches no linear layer of the decoder; it must match whole names, as {example}"
         yield Problem(key="stage.lora.targets", what=what, changes=changes)
 
 
-def quantised_base_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    """bitsandbytes has its kernels for CUDA (compute capability 6.0 and newer, docs/source/installation.mdx), and keeps what a 4-bit weight
-    needs besides in an attribute, which ZeRO 3 does not cut with it."""
+def quantized_base_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    """bitsandbytes has kernels for CUDA (compute capability 6.0 and newer, docs/source/installation.mdx). It keeps the quantization state of a
+    4-bit weight in an attribute, which ZeRO 3 does not shard with the weight."""
     lora, strategy = config.stage.lora, config.strategy
     if lora is None or not lora.base:
         return
     if config.hardware.accelerator != "cuda":
         what = (
-            f"{lora.base} is quantised by bitsandbytes, which serves CUDA devices; {config.hardware.title} is {config.hardware.accelerator}"
+            f"{lora.base} needs bitsandbytes, which works on CUDA devices; {config.hardware.title} is {config.hardware.accelerator}"
         )
         yield Problem(key="stage.lora.base", what=what, changes=("stage.lora.base=''",))
     if strategy.name == "zero3" or strategy.offload_parameters:
-        what = f"{strategy.name} cuts weights into parts, which those in {lora.base} cannot be"
+        what = f"{strategy.name} shards weights, which is not possible with weights in {lora.base}"
         yield Problem(key="strategy", what=what, changes=("strategy=zero2 strategy.offload_parameters=false", "stage.lora.base=''"))
 
 
@@ -63,7 +62,7 @@ def group_rates_are_of_trained_groups(config: Config, _: Mapping[str, Stack]) ->
     stage = config.stage
     idle = sorted(set(stage.optimizer.group_lr) - set(stage.trainable))
     if stage.kind == "train" and idle:
-        trained = ", ".join(stage.trainable) or "adapters alone, which take stage.optimizer.lr"
+        trained = ", ".join(stage.trainable) or "adapters only, whose rate is stage.optimizer.lr"
         what = f"this stage does not train {', '.join(idle)}; it trains {trained}"
         yield Problem(key="stage.optimizer.group_lr", what=what, changes=(f"stage.trainable=[{','.join((*stage.trainable, *idle))}]",))
     for group, rate in stage.optimizer.group_lr.items():
@@ -76,15 +75,15 @@ def reset_groups_are_trained(config: Config, _: Mapping[str, Stack]) -> Iterator
     stage = config.stage
     frozen = [group for group in stage.reset if group not in stage.trainable]
     if frozen:
-        what = f"{', '.join(frozen)} would begin anew and stay so, since this stage does not train it"
+        what = f"{', '.join(frozen)} would be reset and stay random, because this stage does not train it"
         kept = ",".join(group for group in stage.reset if group not in frozen)
         trained = ",".join((*stage.trainable, *frozen))
         yield Problem(key="stage.reset", what=what, changes=(f"stage.reset=[{kept}]", f"stage.trainable=[{trained}]"))
 
 
-STAGE_RULES: tuple[Rule, ...] = (
+ADAPTER_RULES: tuple[Rule, ...] = (
     lora_targets_exist,
-    quantised_base_is_possible,
+    quantized_base_is_possible,
     group_rates_are_of_trained_groups,
     reset_groups_are_trained,
 )

@@ -1,4 +1,4 @@
-"""Rules about what the target has: element types, devices, collectives, and a stack that is built for the chip and the nodes."""
+"""Rules about what the target has: kernels, devices, collectives, and a stack that is built for the chip and the nodes."""
 
 from collections.abc import Iterator, Mapping
 from typing import Literal
@@ -11,80 +11,25 @@ from launcher.memory.states import device_count
 
 BACKEND = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 HANG_GRACE_S = 30  # trainer.train.watchdog.GRACE_S
-HANG_MARGIN_S = 60  # for ranks whose collective began before the step of the one that hangs
+HANG_MARGIN_S = 60  # for ranks whose collective began before the step in which another rank hangs
 LIGER = "liger-kernel"
 FAMILY = {"cpu": "cpu", "cuda": "cuda", "npu": "ascend"}
 
-# -------------------------------------------------------------------------------------------------------------- precision
-
-
-def bf16_is_native(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    precision, hardware = config.precision, config.hardware
-    wanted = "bfloat16" in (precision.weights, precision.compute, precision.optimizer, precision.gradients)
-    if wanted and hardware.capability.bf16 == "none":
-        what = f"{hardware.title} has no bfloat16: torch would emulate it, slowly, and say that it is supported"
-        fp16 = ("precision=fp16",) if hardware.capability.fp16 != "none" else ()
-        yield Problem(key="precision", what=what, changes=(*fp16, "precision=fp32"), forcible=True)
-
-
-def fp16_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    precision, hardware = config.precision, config.hardware
-    if "float16" in (precision.weights, precision.compute) and hardware.capability.fp16 == "none":
-        bf16 = ("precision=bf16",) if hardware.capability.bf16 == "native" else ()
-        what = f"{hardware.title} does not train in float16"
-        yield Problem(key="precision", what=what, changes=(*bf16, "precision=fp32"), forcible=True)
-
-
-def loss_scaling_suits(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    precision = config.precision
-    half = "float16" in (precision.weights, precision.compute)
-    if half and precision.loss_scaling == "none" and config.stage.kind == "train":
-        what = "gradients in float16 underflow without loss scaling"
-        yield Problem(key="precision.loss_scaling", what=what, changes=("precision.loss_scaling=dynamic",), forcible=True)
-    if not half and precision.loss_scaling == "dynamic":
-        what = f"loss scaling is for float16, not for {precision.compute}"
-        yield Problem(key="precision.loss_scaling", what=what, changes=("precision.loss_scaling=none",))
-
-
-def rounding_suits(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    precision, offload = config.precision, config.strategy.offload_optimizer
-    if precision.rounding == "nearest" or config.stage.kind != "train":
-        return
-    if precision.optimizer != "bfloat16":
-        what = f"stochastic rounding is for masters and states in bfloat16, not in {precision.optimizer}"
-        yield Problem(key="precision.rounding", what=what, changes=("precision.rounding=nearest",))
-    elif offload:
-        what = (
-            "the one optimizer that DeepSpeed takes for bfloat16 states in the host's memory rounds to nearest, and small updates are lost"
-        )
-        changes = ("strategy.offload_optimizer=false", "precision=bf16", "precision.rounding=nearest")
-        yield Problem(key="strategy.offload_optimizer", what=what, changes=changes)
-
-
-def state_bits_suit(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    key, precision = "stage.optimizer.state_bits", config.precision
-    if not config.stage.optimizer.state_bits or config.stage.kind != "train":
-        return
-    if precision.optimizer != "float32":
-        what = f"states in 8 bits stand beside masters in float32, and precision={precision.name} has masters in {precision.optimizer}"
-        yield Problem(key=key, what=what, changes=(f"{key}=0", "precision=bf16", "precision=fp32"))
-    if config.strategy.offload_optimizer:
-        what = "the one optimizer that DeepSpeed takes for states in the host's memory, DeepSpeedCPUAdam, has none in 8 bits"
-        yield Problem(key=key, what=what, changes=("strategy.offload_optimizer=false", f"{key}=0"))
+# ---------------------------------------------------------------------------------------------------------------- kernels
 
 
 def lacks_kernels(config: Config) -> str:
     """Why the chip has no fused kernels (trainer/kernels/fused.py), '' where it has some."""
     hardware = config.hardware
     if hardware.accelerator == "cpu":
-        return "there are fused kernels for CUDA and NPU devices, none for a CPU, where torch's own are no faster"
+        return "there are fused kernels for CUDA and NPU devices only; on a CPU they are no faster than torch's own"
     if hardware.accelerator == "cuda" and not hardware.capability.compile:
         return f"liger-kernel is written in Triton, which does not compile for {hardware.title} ({hardware.architecture})"
     return ""
 
 
 def choose_kernels(config: Config) -> Literal["auto", "plain", "fused"]:
-    """For the trainer: `auto` is left to what is installed there, unless the chip decides it."""
+    """The value for the trainer: `auto` is decided there by the installed packages, unless the chip has no fused kernels."""
     return "plain" if config.strategy.kernels == "auto" and lacks_kernels(config) else config.strategy.kernels
 
 
@@ -97,14 +42,14 @@ def kernels_exist(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Probl
         yield Problem(key=key, what=why, changes=changes)
     elif config.hardware.accelerator == "cuda" and config.cluster.runtime == "docker" and stack and LIGER not in stack.packages:
         what = (
-            f"stack {stack.name} has no {LIGER}: name it in the packages of its row of images/versions.yaml, then omnilaunch image refresh"
+            f"stack {stack.name} has no {LIGER}: add it to packages in its row of images/versions.yaml, then run omnilaunch image refresh"
         )
         yield Problem(key=key, what=what, changes=changes)
 
 
 def attention_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     if not config.hardware.capability.attention:
-        what = "names no kernel, and the first one named is taken"
+        what = "is empty, but the trainer needs a kernel: the first in the list is used"
         yield Problem(key="hardware.capability.attention", what=what, changes=("hardware.capability.attention=[sdpa]",))
 
 
@@ -113,9 +58,9 @@ def attention_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Probl
 
 def devices_exist(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     hardware, wanted = config.hardware, device_count(config)
-    # On the CPU a device is a rank, and a node runs as many as it is told to.
+    # On the CPU a device is a rank, and a node runs any number of them.
     if hardware.accelerator != "cpu" and wanted > hardware.devices_per_node:
-        what = f"{wanted} devices a node, but a node of {hardware.title} has {hardware.devices_per_node}"
+        what = f"{wanted} devices per node, but a node with {hardware.title} has {hardware.devices_per_node}"
         changes = (f"cluster.devices_per_node={hardware.devices_per_node}", f"hardware.devices_per_node={wanted}")
         yield Problem(key="cluster.devices_per_node", what=what, changes=changes)
 
@@ -123,20 +68,20 @@ def devices_exist(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
 def devices_are_whole(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     multiple, wanted = config.hardware.device_multiple, device_count(config)
     if multiple > 1 and wanted % multiple:
-        what = f"{wanted} devices a node, but {config.hardware.title} is given to a job in whole modules of {multiple}"
+        what = f"{wanted} devices per node, but a job gets {config.hardware.title} in whole modules of {multiple}"
         fewer, more = wanted - wanted % multiple, wanted - wanted % multiple + multiple
         counts = [count for count in (fewer, more) if 0 < count <= config.hardware.devices_per_node]
         changes = tuple(f"cluster.devices_per_node={count}" for count in counts)
         yield Problem(key="cluster.devices_per_node", what=what, changes=changes, forcible=True)
 
 
-def host_is_served(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
+def host_architecture_is_supported(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
     hardware, stack, nodes = config.hardware, stacks.get(config.hardware.stack), config.cluster.nodes
     served = [name for name in hardware.host_architectures if stack is None or name in stack.host_architectures]
     wrong = [index for index, node in enumerate(nodes) if node.architecture not in served]
     if wrong:
         names = ", ".join(sorted({nodes[index].architecture for index in wrong}))
-        what = f"{hardware.title} with stack {hardware.stack} has nothing for hosts of {names}; it serves {', '.join(served)}"
+        what = f"{hardware.title} with stack {hardware.stack} does not support hosts with {names}; it supports {', '.join(served)}"
         changes = tuple(" ".join(f"cluster.nodes.{index}.architecture={name}" for index in wrong) for name in served)
         yield Problem(key="cluster.nodes.architecture", what=what, changes=changes)
 
@@ -144,12 +89,12 @@ def host_is_served(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Prob
 def collectives_suit(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     hardware, backend = config.hardware, BACKEND[config.hardware.accelerator]
     if hardware.collectives != backend:
-        what = f"{hardware.collectives} does not serve {hardware.accelerator} devices, {backend} does"
+        what = f"{hardware.collectives} does not work with {hardware.accelerator} devices; {backend} does"
         yield Problem(key="hardware.collectives", what=what, changes=(f"hardware.collectives={backend}",))
 
 
 def timeouts_are_ordered(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    """HCCL_CONNECT_TIMEOUT < HCCL_EXEC_TIMEOUT < torch's own: the narrower one names the rank that is missing."""
+    """HCCL_CONNECT_TIMEOUT < HCCL_EXEC_TIMEOUT < torch's own timeout: the shorter one reports which rank is missing."""
     names = ("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT")
     environment = {**config.hardware.environment, **config.cluster.environment}
     keys = {name: f"{'cluster' if name in config.cluster.environment else 'hardware'}.environment.{name}" for name in names}
@@ -160,22 +105,23 @@ def timeouts_are_ordered(config: Config, _: Mapping[str, Stack]) -> Iterator[Pro
     longest_s = max(connect_s, execute_s)
     if execute_s and connect_s >= execute_s:
         key = keys["HCCL_CONNECT_TIMEOUT"]
-        yield Problem(key=key, what=f"{connect_s} s must be below HCCL_EXEC_TIMEOUT, {execute_s} s", changes=(f"{key}={execute_s - 30}",))
+        either = (f"{key}={execute_s - 30}", f"{keys['HCCL_EXEC_TIMEOUT']}={connect_s + 30}")
+        yield Problem(key=key, what=f"{connect_s} s must be below HCCL_EXEC_TIMEOUT, {execute_s} s", changes=either)
     if longest_s >= config.run.collective_timeout_s:
-        what = f"{config.run.collective_timeout_s} s must be above HCCL's own {longest_s} s, else torch gives up before HCCL names the rank"
+        what = f"{config.run.collective_timeout_s} s must be above HCCL's own {longest_s} s, else torch ends the run before HCCL reports the missing rank"
         changes = (f"run.collective_timeout_s={longest_s + 60}",)
         yield Problem(key="run.collective_timeout_s", what=what, changes=changes, forcible=True)
 
 
-def hang_is_told_first(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    """The trainer tells and ends a hung step before a collective gives up, whose error on every rank would hide which one hangs."""
+def hang_is_reported_first(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    """The trainer reports and ends a hung step before a collective times out, because that error on every rank would hide which one hangs."""
     hang_s, environment = config.run.hang_timeout_s, {**config.hardware.environment, **config.cluster.environment}
     limits = {"run.collective_timeout_s": config.run.collective_timeout_s}
     if config.hardware.collectives == "hccl" and (text := environment.get("HCCL_EXEC_TIMEOUT", "")).isdecimal() and int(text):
         limits["HCCL_EXEC_TIMEOUT"] = int(text)
     name, limit_s = min(limits.items(), key=lambda item: item[1])
     if hang_s and hang_s + HANG_GRACE_S >= limit_s:
-        what = f"{hang_s} s, and {HANG_GRACE_S} s until the ranks end, must be below {name}, {limit_s} s, else the collective ends first"
+        what = f"{hang_s} s and {HANG_GRACE_S} s until the ranks end must be below {name}, {limit_s} s, else the collective times out first"
         changes = (f"run.hang_timeout_s={max(0, limit_s - HANG_GRACE_S - HANG_MARGIN_S)}",)
         yield Problem(key="run.hang_timeout_s", what=what, changes=changes, forcible=True)
 
@@ -185,7 +131,7 @@ def hang_is_told_first(config: Config, _: Mapping[str, Stack]) -> Iterator[Probl
 
 def stack_exists(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
     if config.hardware.stack not in stacks:
-        what = f"unknown stack {config.hardware.stack!r} (rows of images/versions.yaml); {suggest(config.hardware.stack, stacks)}"
+        what = f"unknown stack {config.hardware.stack!r} (see images/versions.yaml); {suggest(config.hardware.stack, stacks)}"
         fitting = sorted(name for name, stack in stacks.items() if _serves(stack, config))
         yield Problem(key="hardware.stack", what=what, changes=tuple(f"hardware.stack={name}" for name in fitting))
 
@@ -197,7 +143,7 @@ def stack_serves_chip(config: Config, stacks: Mapping[str, Stack]) -> Iterator[P
     fitting = tuple(f"hardware.stack={name}" for name, other in sorted(stacks.items()) if _serves(other, config))
     if stack.family != FAMILY[hardware.accelerator]:
         served = next(name for name, family in FAMILY.items() if family == stack.family)
-        what = f"stack {stack.name} is for {served} devices, and hardware.accelerator is {hardware.accelerator}"
+        what = f"stack {stack.name} is for {served} devices, but hardware.accelerator is {hardware.accelerator}"
         yield Problem(key="hardware.stack", what=what, changes=fitting or (f"hardware.accelerator={served}",))
     else:
         built = ", ".join(stack.chip_architectures)
@@ -212,24 +158,19 @@ def _serves(stack: Stack, config: Config) -> bool:
 def licence_is_accepted(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
     stack, delivery = stacks.get(config.hardware.stack), config.cluster.delivery
     if config.cluster.runtime == "docker" and stack and stack.licence and not delivery.accept_licence:
-        what = f"the image holds software under {stack.licence}: read it, and say once that you accept it"
+        what = f"the image contains software under {stack.licence}: read the licence, and accept it once"
         yield Problem(key="cluster.delivery.accept_licence", what=what, changes=("cluster.delivery.accept_licence=true",), launch_only=True)
 
 
-CAPABILITY_RULES: tuple[Rule, ...] = (
-    bf16_is_native,
-    fp16_is_possible,
-    loss_scaling_suits,
-    rounding_suits,
-    state_bits_suit,
+HARDWARE_RULES: tuple[Rule, ...] = (
     kernels_exist,
     attention_is_named,
     devices_exist,
     devices_are_whole,
-    host_is_served,
+    host_architecture_is_supported,
     collectives_suit,
     timeouts_are_ordered,
-    hang_is_told_first,
+    hang_is_reported_first,
     stack_exists,
     stack_serves_chip,
     licence_is_accepted,

@@ -1,5 +1,4 @@
-"""Rules about the nodes of a cluster file: what they are called, who they are, which of their devices are used. What only the nodes know
-is the doctor's to find out."""
+"""Rules about the nodes of a cluster file: names, addresses, and which devices are used. What only the nodes know is checked by the doctor."""
 
 import re
 from collections import Counter
@@ -11,10 +10,11 @@ from launcher.image.stack import Stack
 from launcher.memory.states import device_count
 
 SSH_PORT = 22
-# What may be a name or an address, and is neither an option nor syntax to any program that is told it.
+ROOT = "/srv/omnilaunch"  # a folder for cluster.root that is offered
+# A name or an address that no program reads as an option or as syntax.
 HOST = re.compile(r"[\w:][\w.:%-]{0,252}")
 USER = re.compile(r"\w[\w.@\\+-]{0,63}\$?")
-INTERFACE = re.compile(r"\w[\w.@-]{0,14}")  # IFNAMSIZ of Linux, with its end: 16
+INTERFACE = re.compile(r"\w[\w.@-]{0,14}")  # IFNAMSIZ of Linux is 16, with the final NUL
 HOST_AND_PORT = re.compile(r"([\w.-]+):(\d{1,5})")  # an IPv6 address has more colons
 NAMES = {"host": HOST, "address": HOST, "user": USER, "interface": INTERFACE}
 # user@, then a name, [v6] or a bare v6 address; the first two with :port
@@ -23,47 +23,47 @@ LOOPBACK = re.compile(r"localhost|127\..*|::1")
 
 
 def nodes_are_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    """Names go to SSH, into variables and into the advice that a person copies."""
+    """Names are passed to SSH, to variables, and printed in commands that a person copies."""
     for place, node in enumerate(config.cluster.nodes):
         for field, pattern in NAMES.items():
             value = getattr(node, field)
             if (value or field == "host") and not pattern.fullmatch(value):
                 changes = split_host(place, value) if field == "host" else ()
-                yield Problem(key=f"cluster.nodes.{place}.{field}", what=f"{value!r} of node {node.host!r} is no {field}", changes=changes)
+                yield Problem(key=f"cluster.nodes.{place}.{field}", what=f"{value!r} of node {node.host!r} is not a valid {field}", changes=changes)
         if node.jump.lower() not in ("", "none") and not all(JUMP.fullmatch(hop.strip()) for hop in node.jump.split(",")):
-            what = f"{node.jump!r} of node {node.host!r} is no jump host: write user@host:port, several with commas between them"
+            what = f"{node.jump!r} of node {node.host!r} is not a valid jump host: write user@host:port, and commas between several"
             yield Problem(key=f"cluster.nodes.{place}.jump", what=what)
 
 
 def split_host(place: int, value: str) -> tuple[str, ...]:
-    """ann@host is written as two keys."""
+    """ann@host becomes two keys."""
     user, at, host = value.rpartition("@")
-    well = at and USER.fullmatch(user) and HOST.fullmatch(host)
-    return (f"cluster.nodes.{place}.host={host} cluster.nodes.{place}.user={user}",) if well else ()
+    valid = at and USER.fullmatch(user) and HOST.fullmatch(host)
+    return (f"cluster.nodes.{place}.host={host} cluster.nodes.{place}.user={user}",) if valid else ()
 
 
 def ports_are_keys(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     for place, node in enumerate(config.cluster.nodes):
         if found := HOST_AND_PORT.fullmatch(node.host):
-            key, what = f"cluster.nodes.{place}.host", f"{node.host!r} holds a port, which has a key of its own"
+            key, what = f"cluster.nodes.{place}.host", f"{node.host!r} contains a port; write the port in its own key"
             yield Problem(key=key, what=what, changes=(f"{key}={found[1]} cluster.nodes.{place}.port={found[2]}",))
 
 
-def nodes_are_sound(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+def nodes_are_distinct(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     nodes = config.cluster.nodes
     if not config.cluster.working:
-        what = "every node is a spare: none is left to start on" if nodes else "no node is named"
+        what = "every node is a spare, so no node can start the run" if nodes else "no node is listed"
         yield Problem(key="cluster.nodes", what=what, changes=("cluster.nodes.0.spare=false" if nodes else "cluster=local",))
     for name, called in (("host", host_of), ("address", address_of)):
         counts = Counter(map(called, nodes))
         twice = sorted(value for value, count in counts.items() if count > 1)
         if twice:
-            what = f"named twice: {', '.join(twice)}; a node runs one container"
+            what = f"listed twice: {', '.join(twice)}; a node runs one container"
             yield Problem(key=f"cluster.nodes.{name}", what=what, changes=("cluster=local",))
 
 
 def host_of(node: Node) -> str:
-    """The same for every way of writing it that needs no look at the network."""
+    """The same text for every spelling of a host that can be recognised without the network."""
     return "localhost" if node.is_local else f"{node.host.lower().rstrip('.')}:{node.port or SSH_PORT}"
 
 
@@ -71,22 +71,22 @@ def address_of(node: Node) -> str:
     return node.address.lower() or (host_of(node) if LOOPBACK.fullmatch(node.host) else node.host.lower())
 
 
-def addresses_lead_out(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+def addresses_are_not_loopback(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     nodes = config.cluster.nodes
     for place, node in enumerate(nodes):
         if len(nodes) > 1 and LOOPBACK.fullmatch(node.address):
-            what = f"{node.address} of node {node.host} is every machine's own: the other nodes would reach themselves"
+            what = f"{node.address} of node {node.host} is the loopback address: with it, the other nodes would reach themselves"
             yield Problem(key=f"cluster.nodes.{place}.address", what=what, changes=(f"cluster.nodes.{place}.address=''",))
 
 
-def architectures_are_one(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+def architectures_are_equal(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     nodes = config.cluster.nodes
-    usual = nodes[0].architecture if nodes else ""
-    odd = {place: node for place, node in enumerate(nodes) if node.architecture != usual}
-    if odd:
-        names = ", ".join(f"{node.host} is {node.architecture}" for node in odd.values())
-        what = f"{names}, but {nodes[0].host} is {usual}: one image is built for all nodes"
-        change = " ".join(f"cluster.nodes.{place}.architecture={usual}" for place in odd)
+    first = nodes[0].architecture if nodes else ""
+    others = {place: node for place, node in enumerate(nodes) if node.architecture != first}
+    if others:
+        names = ", ".join(f"{node.host} is {node.architecture}" for node in others.values())
+        what = f"{names}, but {nodes[0].host} is {first}: one image is built for all nodes"
+        change = " ".join(f"cluster.nodes.{place}.architecture={first}" for place in others)
         yield Problem(key="cluster.nodes.architecture", what=what, changes=(change,))
 
 
@@ -94,22 +94,23 @@ def cluster_suits_runtime(config: Config, _: Mapping[str, Stack]) -> Iterator[Pr
     cluster = config.cluster
     remote = [node.host for node in cluster.nodes if not node.is_local]
     if cluster.runtime == "process" and (len(cluster.nodes) > 1 or remote):
-        what = "processes without containers are for this machine alone: nothing would make the nodes alike"
-        yield Problem(key="cluster.runtime", what=what, changes=("cluster.runtime=docker", "cluster=local"))
+        what = "process works on this machine only: without a container, the nodes would have different environments"
+        root = "" if cluster.root.startswith("/") else f" cluster.root={ROOT}"
+        yield Problem(key="cluster.runtime", what=what, changes=(f"cluster.runtime=docker{root}", "cluster=local"))
     if remote and len(remote) < len(cluster.nodes):
-        what = f"this machine (localhost) beside {', '.join(remote)}: name it as the others reach it, over SSH like them"
+        what = f"this machine is listed as localhost next to {', '.join(remote)}: list it by the host name under which the other nodes reach it over SSH"
         yield Problem(key="cluster.nodes", what=what)
     if remote and not cluster.root.startswith("/"):
-        what = f"{cluster.root!r} is relative, and means nothing on {', '.join(remote)}"
-        yield Problem(key="cluster.root", what=what, changes=("cluster.root=/srv/omnilaunch",))
+        what = f"{cluster.root!r} is a relative path, which is not defined on {', '.join(remote)}"
+        yield Problem(key="cluster.root", what=what, changes=(f"cluster.root={ROOT}",))
 
 
 def interfaces_are_named_for_all(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    """Collectives of which some look at one interface and some at any do not meet."""
+    """Ranks that listen on one interface and ranks that listen on any do not find each other."""
     nodes = config.cluster.working
     unnamed = [node.host for node in nodes if not node.interface]
     if len(nodes) > 1 and 0 < len(unnamed) < len(nodes):
-        what = f"no interface is named for {', '.join(unnamed)}, but one is for others: name it for all nodes, or for none"
+        what = f"no interface is set for {', '.join(unnamed)}, but other nodes have one: set it for all nodes or for none"
         yield Problem(key="cluster.nodes.interface", what=what)
 
 
@@ -117,38 +118,38 @@ def interfaces_are_named_for_all(config: Config, _: Mapping[str, Stack]) -> Iter
 
 
 def devices_are_counted(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    """Every node has as many ranks, each its own device. On the CPU a rank is no device."""
+    """Every node runs the same number of ranks, each on its own device. On the CPU, a rank has no device."""
     wanted = device_count(config)
     for place, node in enumerate(config.cluster.nodes if config.hardware.accelerator != "cpu" else ()):
         key, count = f"cluster.nodes.{place}.devices", len(node.devices)
         twice = sorted(number for number, times in Counter(node.devices).items() if times > 1)
         if twice:
             once = ",".join(map(str, dict.fromkeys(node.devices)))
-            what = f"{', '.join(map(str, twice))} of node {node.host} is named twice"
+            what = f"{', '.join(map(str, twice))} of node {node.host} is listed twice"
             yield Problem(key=key, what=what, changes=(f"{key}=[{once}]",))
         elif node.devices and count != wanted:
-            what = f"node {node.host} names {count} device(s), and {wanted} are used on every node"
+            what = f"node {node.host} lists {count} device(s), but {wanted} are used on every node"
             yield Problem(key=key, what=what, changes=(f"cluster.devices_per_node={count}", f"{key}=[]"))
 
 
 def modules_are_whole(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    """The dies of a module are given to a job together."""
+    """A job gets all dies of a module or none."""
     multiple = config.hardware.device_multiple
     for place, node in enumerate(config.cluster.nodes if multiple > 1 else ()):
         modules = Counter(number // multiple for number in node.devices)
         partly = sorted(module * multiple for module, dies in modules.items() if dies < multiple)
         if partly:
             spans = ", ".join(f"{first}-{first + multiple - 1}" for first in partly)
-            what = f"node {node.host} names a part of {spans}, but {config.hardware.title} is given to a job in whole modules of {multiple}"
+            what = f"node {node.host} lists only a part of {spans}, but a job gets {config.hardware.title} in whole modules of {multiple}"
             yield Problem(key=f"cluster.nodes.{place}.devices", what=what, forcible=True)
 
 
 CLUSTER_RULES: tuple[Rule, ...] = (
     nodes_are_named,
     ports_are_keys,
-    nodes_are_sound,
-    addresses_lead_out,
-    architectures_are_one,
+    nodes_are_distinct,
+    addresses_are_not_loopback,
+    architectures_are_equal,
     cluster_suits_runtime,
     interfaces_are_named_for_all,
     devices_are_counted,

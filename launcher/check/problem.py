@@ -1,4 +1,4 @@
-"""What a rule of `check` says when a config cannot work."""
+"""What a rule of `check` reports when a config cannot work."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from launcher.image.stack import Stack
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """`changes`: overrides that would pass, each by itself. `launch_only`: a plan can be made, but not carried out. `forcible`:
-    `run.force` may override it, since the run could at least be tried."""
+    """`changes`: overrides that would pass, each by itself. `launch_only`: a plan can be made, but not launched. `forcible`: `run.force`
+    may override the refusal, because the run could at least be tried."""
 
     key: str
     what: str
@@ -22,5 +22,5 @@ class Problem:
         return f"  {self.key}: {self.what}" + (f"\n    would pass: {'  or  '.join(self.changes)}" if self.changes else "")
 
 
-# Holds a config, and the rows of images/versions.yaml by name, against one fact.
+# Checks a config with a resolved strategy, given the rows of images/versions.yaml by name.
 Rule = Callable[[Config, Mapping[str, Stack]], Iterator[Problem]]

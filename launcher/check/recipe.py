@@ -1,4 +1,4 @@
-"""Rules about what is asked for: numbers in range, a model and a stage that fit, batch, length and strategy."""
+"""Rules about the recipe: numbers in range, a model that suits the stage, batch, length, data and strategy."""
 
 import math
 import re
@@ -9,16 +9,17 @@ from typing import Any
 from launcher.check.problem import Problem, Rule
 from launcher.config.schema import GROUPS, Config
 from launcher.image.stack import Stack
-from launcher.memory.states import ZERO_STAGE, world_size
+from launcher.memory.deepspeed import ZERO_STAGE
+from launcher.memory.states import world_size
 from launcher.memory.tokens import smallest_image_tokens
 
-TEXT_TOKENS = 32  # the shortest question and answer that can stand beside an image
+TEXT_TOKENS = 32  # the shortest question and answer to an image
 
 # ---------------------------------------------------------------------------------------------------------------- numbers
 
-# Lowest and highest value, inclusive. A number that is not named here must be finite and not negative.
+# Lowest and highest value, inclusive. A number that is not listed here must be finite and not negative.
 COUNT, PORT, SHARE, PER_NODE = (1, math.inf), (1, 65535), (0, 1), (1, 1024)
-MOST_GIB = 10**6  # of one device or node, in sizes that are counted on in bytes
+MOST_GIB = 10**6  # of one device or node: the estimate computes in bytes
 RANGES: dict[str, tuple[float, float]] = {
     "hardware.devices_per_node": PER_NODE,
     "hardware.device_multiple": PER_NODE,
@@ -29,7 +30,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **{f"model.architecture.vision.{name}": COUNT for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")},
     **{f"model.architecture.text.{name}": COUNT for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")},
     "model.architecture.text.num_key_value_heads": COUNT,
-    # What of the free-form sections launcher.memory.states and launcher.memory.activations count with.
+    # The options that launcher.memory.states and launcher.memory.activations compute with.
     "model.architecture.text.options.full_attention_interval": COUNT,
     "model.parameters.total": COUNT,
     "model.context": COUNT,
@@ -49,7 +50,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "cluster.rendezvous_port": (1024, 65535),
     "cluster.nodes.port": PORT,
     "cluster.connect_timeout_s": (1, 600),
-    "cluster.silence_s": (3, 3600),  # the kernel counts thirds of it in whole seconds
+    "cluster.silence_s": (3, 3600),  # the kernel counts a third of it, in whole seconds
     "cluster.node_timeout_s": COUNT,
     "run.steps": (1, 10**9),
     "run.seed": (0, 2**63 - 1),  # torch.manual_seed
@@ -76,7 +77,7 @@ COUNTED_OPTIONS = (
     *("linear_num_key_heads", "linear_key_head_dim", "linear_num_value_heads", "linear_value_head_dim"),
 )
 
-# Where the bound itself would be refused, or trains nothing.
+# Offered where the bound itself would be refused, or trains nothing.
 BETTER = {"stage.optimizer.lr": "1e-4"}
 
 
@@ -93,13 +94,13 @@ def numbers_in_range(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem
 
 
 def write_number(value: float) -> str:
-    """Whole numbers in full, as a key of that type takes them."""
+    """Integers in full, as a key of that type needs them."""
     return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def read_numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """(dotted key, number) of every number below a dataclass, places in lists included. Free-form sections (options, audio) belong to the
-    model's family; of them those alone that are counted with here."""
+    """(dotted key, number) of every number in a dataclass, those in lists too. Of the free-form sections of a model's family, only the options
+    that the memory estimate computes with."""
     if is_dataclass(value):
         for field in fields(value):
             yield from read_numbers(getattr(value, field.name), f"{key}.{field.name}" if key else field.name)
@@ -114,24 +115,24 @@ def read_numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
 
 
 def counted_options_are_numbers(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    """Free-form sections take anything."""
+    """The schema accepts anything in a free-form section."""
     options = config.model.architecture.text.options
     for name in COUNTED_OPTIONS:
         value = options.get(name, 1)
-        endless = isinstance(value, float) and not math.isfinite(value)  # which is out of range besides
+        endless = isinstance(value, float) and not math.isfinite(value)  # reported as out of range
         if isinstance(value, bool) or not (isinstance(value, int) or endless):
             key = f"model.architecture.text.options.{name}"
-            yield Problem(key=key, what=f"{value!r} is no whole number", changes=(f"{key}=4",))
+            yield Problem(key=key, what=f"{value!r} is not an integer", changes=(f"{key}=4",))
     types = options.get("layer_types", ())
     if not isinstance(types, (list, tuple)):
         key = "model.architecture.text.options.layer_types"
-        yield Problem(key=key, what=f"{types!r} is no list of a kind for each layer", changes=(f"{key}=[full_attention]",))
+        yield Problem(key=key, what=f"{types!r} is not a list with the kind of each layer", changes=(f"{key}=[full_attention]",))
 
 
 def steps_hold_warmup(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     warmup, steps = config.stage.optimizer.warmup, config.run.steps
     if config.stage.kind == "train" and 1 <= steps <= warmup < math.inf:
-        what = f"{warmup:g} warm-up steps, but the run has {steps}: the learning rate would never be reached"
+        what = f"{warmup:g} warm-up steps, but the run has {steps}: it would never reach the learning rate"
         yield Problem(key="stage.optimizer.warmup", what=what, changes=("stage.optimizer.warmup=0.03", f"run.steps={int(warmup) * 10}"))
 
 
@@ -152,21 +153,21 @@ def model_is_ready(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
 def start_is_given(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     stage = config.stage
     if "adapter" in stage.needs and not stage.checkpoint:
-        what = f"stage {stage.name} needs the result of a LoRA run"
+        what = f"stage {stage.name} needs the adapter of a LoRA run"
         yield Problem(key="stage.checkpoint", what=what, changes=("stage.checkpoint=RUN_ID", "stage.checkpoint=FOLDER"))
     elif "checkpoint" in stage.needs and not stage.checkpoint and config.model.source.kind == "random":
-        what = f"stage {stage.name} starts from trained weights, and {config.model.title} has a random start: name a run that trained it"
+        what = f"stage {stage.name} starts from trained weights, but {config.model.title} starts from random ones: give a run that trained it"
         yield Problem(key="stage.checkpoint", what=what, changes=("stage.checkpoint=RUN_ID", "stage.checkpoint=FOLDER", "stage=full"))
 
 
 def evaluation_is_on(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     if config.stage.kind == "evaluate" and not config.run.evaluation.enabled:
-        what = f"false leaves stage {config.stage.name} nothing to do"
+        what = f"is false, so stage {config.stage.name} has nothing to do"
         yield Problem(key="run.evaluation.enabled", what=what, changes=("run.evaluation.enabled=true",))
 
 
 def best_is_measured(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    """Which checkpoint is the best one is told by the evaluations between the steps, on the held-out rows."""
+    """The best checkpoint is selected by the evaluations during training, on the held-out rows."""
     run, data = config.run, config.data
     if not run.keep_best or config.stage.kind != "train":
         return
@@ -175,16 +176,16 @@ def best_is_measured(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem
     lacks += ["run.evaluation.loss=true"] if run.keep_best == "loss" and not run.evaluation.loss else []
     lacks += [] if data.builtin or data.evaluation else ["data.evaluation=FILE.json"]
     if lacks:
-        what = f"{run.keep_best} is told by no evaluation between the steps, so that no checkpoint would be the best"
+        what = f"{run.keep_best} is not measured by any evaluation during training, so no checkpoint can be selected as the best"
         yield Problem(key="run.keep_best", what=what, changes=(" ".join(lacks), "run.keep_best=''"))
 
 
 def source_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     source = config.model.source
     if source.kind == "hub" and not source.id:
-        yield Problem(key="model.source.id", what="is empty, but the source is a hub", changes=("model.source.id=ORGANISATION/NAME",))
+        yield Problem(key="model.source.id", what="is empty, but model.source.kind is hub", changes=("model.source.id=ORGANISATION/NAME",))
     if source.kind == "path" and not source.path:
-        yield Problem(key="model.source.path", what="is empty, but the source is a folder", changes=("model.source.path=FOLDER",))
+        yield Problem(key="model.source.path", what="is empty, but model.source.kind is path", changes=("model.source.path=FOLDER",))
 
 
 def something_is_trained(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -216,7 +217,7 @@ def batch_divides(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     micro = 1 if config.strategy.micro_batch is None else config.strategy.micro_batch
     unit = micro * ranks
     if config.stage.kind in ("train", "evaluate") and total > 0 and unit > 0 and total % unit:
-        what = f"{total} samples cannot be shared by {ranks} device(s) in micro-batches of {micro}: it must be a multiple of {unit}"
+        what = f"{total} samples cannot be divided among {ranks} rank(s) in micro-batches of {micro}: it must be a multiple of {unit}"
         sizes = [size for size in (total - total % unit, total - total % unit + unit) if size]
         yield Problem(key="stage.global_batch", what=what, changes=tuple(f"stage.global_batch={size}" for size in sizes))
 
@@ -224,11 +225,11 @@ def batch_divides(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
 def length_fits(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     length, context, least = config.data.max_length, config.model.context, least_length(config)
     if length > context:
-        what = f"{length} tokens, but {config.model.title} has a context of {context}"
+        what = f"{length} tokens exceed the context of {config.model.title}, which is {context}"
         yield Problem(key="data.max_length", what=what, changes=(f"data.max_length={context}",))
     if 0 < length < least:
         image = least - TEXT_TOKENS
-        what = f"{length} tokens hold no sample: one image of {config.model.title} takes {image}, a short question and answer {TEXT_TOKENS}"
+        what = f"{length} tokens are too few for a sample: one image of {config.model.title} takes {image}, a short question and answer {TEXT_TOKENS}"
         yield Problem(key="data.max_length", what=what, changes=(f"data.max_length={least}",))
 
 
@@ -243,16 +244,16 @@ def packing_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterator[Prob
     for key in ("packing", "padding_free"):
         if getattr(data, key) and not config.model.packable:
             what = (
-                f"the samples of one row of {config.model.title} would see each other: its linear attention carries a state along the row"
+                f"the samples of one row of {config.model.title} would affect each other: its linear attention carries a state along the row"
             )
             yield Problem(key=f"data.{key}", what=what, changes=(f"data.{key}=false", f"data.{key}=false data.length_aware=step"))
     if data.packing and data.length_aware == "window":
-        what = "window gathers samples of like length in a step, and packing fills its rows best with long and short ones"
+        what = "window puts samples of similar length in one step, but packing fills rows best with long and short ones"
         yield Problem(key="data.length_aware", what=what, changes=("data.length_aware=off", "data.packing=false"))
 
 
 def leaves_padding_out(config: Config) -> bool:
-    """data.padding_free, which is left to us where it is null: tests/benchmarks/train_speed.py measured it on a CPU, and on nothing else."""
+    """data.padding_free; where it is null, true on a CPU only, which is where tests/benchmarks/train_speed.py measured it."""
     if config.data.padding_free is not None:
         return config.data.padding_free
     return config.hardware.accelerator == "cpu" and config.model.packable and not config.data.packing
@@ -262,7 +263,7 @@ def data_is_one_set(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]
     data = config.data
     named = [name for name in ("train", "evaluation", "images") if getattr(data, name)]
     if data.builtin and named:
-        what = f"is named beside the built-in set {data.builtin}: a run would train on the one and be asked about the other"
+        what = f"is set together with the built-in set {data.builtin}: the run would train on one and be evaluated on the other"
         changes = ("data.builtin=''",) if data.name == "files" else ("data=files", "data.builtin=''")
         yield Problem(key=f"data.{named[0]}", what=what, changes=changes)
 
@@ -276,7 +277,7 @@ def data_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
         wanted = ["train"] * bool(stage.quantization.calibration) + ["evaluation"] * stage.quantization.compare
     for name, placeholder in (*((name, "FILE.json") for name in wanted), *(("images", "FOLDER"),) * bool(wanted)):
         if not getattr(data, name):
-            yield Problem(key=f"data.{name}", what="is empty: say where it lies", changes=(f"data.{name}={placeholder}",))
+            yield Problem(key=f"data.{name}", what="is empty: set its path", changes=(f"data.{name}={placeholder}",))
 
 
 # --------------------------------------------------------------------------------------------------------------- strategy
@@ -288,26 +289,20 @@ def strategy_suits_devices(config: Config, _: Mapping[str, Stack]) -> Iterator[P
         changes = ["strategy=auto", "strategy=ddp"]
         if sum(not node.spare for node in config.cluster.nodes) == 1 and config.hardware.device_multiple == 1:
             changes.append("cluster.devices_per_node=1")
-        yield Problem(key="strategy", what=f"single is for one device, this run has {ranks}", changes=tuple(changes))
+        yield Problem(key="strategy", what=f"single is for one rank, but this run has {ranks}", changes=tuple(changes))
 
 
 def offload_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     strategy, stage = config.strategy, ZERO_STAGE[config.strategy.name]
     if config.hardware.accelerator == "cpu" and (strategy.offload_optimizer or strategy.offload_parameters):
-        what = "on the CPU everything lies in the host's memory already"
+        what = "on the CPU everything is in host memory already"
         yield Problem(key="strategy", what=what, changes=("strategy.offload_optimizer=false strategy.offload_parameters=false",))
     elif strategy.name != "auto" and strategy.offload_parameters and stage < 3:
-        what = f"DeepSpeed offloads parameters with zero3 alone, not with {strategy.name}"
+        what = f"DeepSpeed offloads parameters with zero3 only, not with {strategy.name}"
         yield Problem(key="strategy.offload_parameters", what=what, changes=("strategy=zero3", "strategy.offload_parameters=false"))
     elif strategy.name != "auto" and strategy.offload_optimizer and stage < 1:
         what = f"DeepSpeed offloads the optimizer with zero1, zero2 or zero3, not with {strategy.name}"
         yield Problem(key="strategy.offload_optimizer", what=what, changes=("strategy=zero2", "strategy.offload_optimizer=false"))
-
-
-def masters_suit_strategy(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    if config.precision.optimizer == "bfloat16" and config.strategy.name in ("single", "ddp"):
-        what = f"DeepSpeed keeps masters and states in bfloat16 with zero1, zero2 or zero3, not with {config.strategy.name}"
-        yield Problem(key="strategy", what=what, changes=("strategy=auto", "strategy=zero1", "precision=bf16"))
 
 
 RECIPE_RULES: tuple[Rule, ...] = (
@@ -329,5 +324,4 @@ RECIPE_RULES: tuple[Rule, ...] = (
     data_is_named,
     strategy_suits_devices,
     offload_is_possible,
-    masters_suit_strategy,
 )

@@ -1,35 +1,39 @@
-"""Every reason why a config cannot work that its own numbers decide: the capability of the chip, counts, ranges, memory.
+"""Every reason why a config cannot work that its own numbers decide: what the chip can do, counts, ranges, memory.
 
-Judges the target from the hardware table, never from what this machine has. All problems are reported together, each with changes
-that would pass it. Whether paths exist and nodes answer is asked elsewhere.
+The target is judged by the hardware table, never by what this machine has. All problems are reported together, each with overrides that
+would pass. Every such override is applied and judged again by its rule before it is offered. Whether paths exist and nodes answer is
+checked elsewhere.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from launcher.check.adapters import STAGE_RULES
+from launcher.check.adapters import ADAPTER_RULES
 from launcher.check.docker import CONTAINER_RULES
-from launcher.check.hardware import CAPABILITY_RULES
-from launcher.check.inference import DEPLOYMENT_RULES, write_deployment_notes
+from launcher.check.hardware import HARDWARE_RULES
+from launcher.check.inference import INFERENCE_RULES, write_inference_notes
 from launcher.check.nodes import CLUSTER_RULES
+from launcher.check.override import Compose, apply_override
+from launcher.check.precision import PRECISION_RULES
 from launcher.check.problem import Problem, Rule
 from launcher.check.recipe import RECIPE_RULES
+from launcher.check.strategy import Resolved, resolve
 from launcher.check.strings import TEXT_RULES
-from launcher.check.suggestions import MEMORY_RULES, write_memory_notes
+from launcher.check.suggestions import MEMORY_RULES, check_memory, write_memory_notes
 from launcher.config.schema import Config
 from launcher.image.stack import Stack
 
 RULES = (
-    *(*CAPABILITY_RULES, *CLUSTER_RULES, *CONTAINER_RULES, *TEXT_RULES, *RECIPE_RULES, *MEMORY_RULES, *STAGE_RULES),
-    *DEPLOYMENT_RULES,
+    *(*PRECISION_RULES, *HARDWARE_RULES, *CLUSTER_RULES, *CONTAINER_RULES, *TEXT_RULES, *RECIPE_RULES, *MEMORY_RULES, *ADAPTER_RULES),
+    *INFERENCE_RULES,
 )
 RULES_BUT_MEMORY = tuple(rule for rule in RULES if rule not in MEMORY_RULES)  # for a plan whose memory a traced step decides
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """`ok`: a plan can be made. `launchable`: it can be carried out too. `problems` stand in the way; those in `forced` would, were it
-    not for `run.force`; `notes` are for the reader."""
+    """`ok`: a plan can be made. `launchable`: it can be launched too. `problems` prevent that; those in `forced` would, if `run.force` did
+    not override them; `notes` refuse nothing."""
 
     ok: bool
     launchable: bool
@@ -38,32 +42,69 @@ class Verdict:
     notes: tuple[str, ...] = ()
 
 
-def check(config: Config, stacks: Mapping[str, Stack], *, rules: tuple[Rule, ...] = RULES, asked: Config | None = None) -> Verdict:
-    """Hold a config against every rule. `stacks`: rows of images/versions.yaml by name. `asked`: the config before its strategy was chosen,
-    to which changes of what does not fit are made, so that what was left open is chosen again. Raises nothing."""
-    open_ = asked or config
-    found = [problem for rule in rules for problem in rule(open_ if rule in MEMORY_RULES else config, stacks)]
+def check(
+    config: Config,
+    stacks: Mapping[str, Stack],
+    *,
+    rules: tuple[Rule, ...] = RULES,
+    resolved: Resolved | None = None,
+    compose: Compose | None = None,
+) -> Verdict:
+    """Check a config against every rule. `stacks`: rows of images/versions.yaml by name. `resolved`: resolve(config), where it is known
+    already. `compose`: needed to judge offered overrides that choose a whole axis; without it they are offered unjudged. Raises nothing."""
+    resolved = resolved or resolve(config)
+    found: list[Problem] = []
+    for rule in rules:
+        problems = tuple(run_rule(rule, resolved, stacks))
+        found += (
+            problem if rule in MEMORY_RULES else keep_working(problem, problems, rule, resolved, stacks, compose) for problem in problems
+        )
     forced = tuple(problem for problem in found if config.run.force and problem.forcible)
-    problems = tuple(problem for problem in found if problem not in forced)
+    standing = tuple(problem for problem in found if problem not in forced)
     return Verdict(
-        ok=all(problem.launch_only for problem in problems),
-        launchable=not problems,
-        problems=problems,
+        ok=all(problem.launch_only for problem in standing),
+        launchable=not standing,
+        problems=standing,
         forced=forced,
-        notes=tuple(write_notes(config)),
+        notes=tuple(write_notes(resolved)),
     )
 
 
-def write_notes(config: Config) -> Iterator[str]:
-    """What a reader of the plan should know, though it stops nothing."""
+def run_rule(rule: Rule, resolved: Resolved, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
+    return check_memory(resolved, stacks) if rule in MEMORY_RULES else rule(resolved.config, stacks)
+
+
+def keep_working(
+    problem: Problem, problems: tuple[Problem, ...], rule: Rule, resolved: Resolved, stacks: Mapping[str, Stack], compose: Compose | None
+) -> Problem:
+    """The problem with only those changes that remove it and bring no new problem of the same rule. `problems`: all of that rule. Those of
+    memory are not judged here: launcher.check.suggestions has estimated each of them."""
+    known = {other.key for other in problems}
+
+    def works(change: str) -> bool:
+        try:
+            changed = apply_override(resolved.asked, change, compose)
+        except ValueError:
+            return True
+        if changed is None:
+            return False
+        left = {other.key for other in run_rule(rule, resolve(changed), stacks)}
+        return problem.key not in left and left <= known
+
+    return replace(problem, changes=tuple(filter(works, problem.changes)))
+
+
+def write_notes(resolved: Resolved) -> Iterator[str]:
+    """What a reader of the plan should know, though it refuses nothing."""
+    config = resolved.config
     licence, source = config.model.licence, config.model.source
     if licence.commercial != "yes":
         yield f"licence of {config.model.title}: {licence.name} (commercial use: {licence.commercial}; {licence.source})"
     if source.kind == "hub" and not source.revision:
         yield f"model.source.revision is empty: the main branch of {source.id} may change between two runs"
     if config.stage.kind == "train" and config.run.save_every == 0 and source.kind != "random":
-        yield "run.save_every=0: nothing is kept before the end, and a run that is killed is lost; run.save_every=N keeps every Nth step"
-    yield from write_memory_notes(config)
-    yield from write_deployment_notes(config)
+        yield "run.save_every=0: nothing is saved before the end, and a run that is killed is lost; run.save_every=N saves every Nth step"
+    yield from write_memory_notes(resolved)
+    yield from write_inference_notes(config)
     yield from config.hardware.notes
     yield from config.model.notes

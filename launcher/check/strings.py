@@ -1,5 +1,5 @@
-"""Rules about text that a user writes freely: what the ways that it takes can carry unchanged. What they cannot is refused by its key,
-before anything is reached; all else arrives as it was written, and no shell reads it on the way."""
+"""Rules about free text: what env-files, mounts and configuration files cannot carry unchanged is refused, with its key. All other text
+reaches the ranks as it was written; no shell reads it on the way."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -12,9 +12,9 @@ from launcher.config.schema import Config
 from launcher.image.stack import Stack
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-OWN_VARIABLES = "OMNILAUNCH_"  # by which a run's processes are found again
+OWN_VARIABLES = "OMNILAUNCH_"  # identify the processes of a run
 VALUE_LIMIT_BYTES = 60_000  # docker reads lines of an environment file up to 64 KiB
-PATH_LIMIT_BYTES = 4000  # PATH_MAX of Linux is 4096, and files of ours lie below
+PATH_LIMIT_BYTES = 4000  # PATH_MAX of Linux is 4096, and our own files are below these folders
 MOUNT_SYNTAX = re.compile(r'[,"\n\r]')  # docker reads --mount as a line of CSV, and drops a carriage return at its end
 IMAGE_NAME = re.compile(r"\w[\w./:@-]*")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -22,15 +22,15 @@ PATHS = ("cluster.root", "data.train", "data.evaluation", "data.images", "stage.
 PATH_LISTS = ("cluster.mounts", "cluster.sync")
 
 
-def texts_are_whole(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    """Half a character comes from a file or a terminal that is not UTF-8."""
+def texts_are_utf8(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    """A lone surrogate comes from a file or a terminal that is not UTF-8."""
     for key, text in read_texts(config):
         if any("\ud800" <= letter <= "\udfff" for letter in text):
-            yield Problem(key=key, what=f"{text!a} is not UTF-8: it holds half a character, which no file of the run can carry")
+            yield Problem(key=key, what=f"{text!a} is not UTF-8: it contains a lone surrogate, which cannot be written to a file")
 
 
 def read_texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, text) of every text below a dataclass, names in tables too."""
+    """(dotted key, text) of every text in a dataclass, including the keys of tables."""
     if isinstance(value, str):
         yield key, value
     elif is_dataclass(value):
@@ -46,26 +46,26 @@ def read_texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def variables_can_be_carried(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    """By an environment file: lines of NAME=value, without any quoting."""
+    """In an env-file, which has lines of NAME=value without any quoting."""
     for section, environment in (("cluster", config.cluster.environment), ("hardware", config.hardware.environment)):
         for name, value in environment.items():
             key = f"{section}.environment.{name}"
             if not VARIABLE.fullmatch(name):
-                yield Problem(key=f"{section}.environment", what=f"{name!r} cannot be the name of a variable")
+                yield Problem(key=f"{section}.environment", what=f"{name!r} is not a valid name of a variable")
             elif name.startswith(OWN_VARIABLES):
-                yield Problem(key=key, what=f"variables that begin with {OWN_VARIABLES} are set by the run itself")
+                yield Problem(key=key, what=f"variables that begin with {OWN_VARIABLES} are set by omnilaunch")
             elif re.search(r"[\n\r\0]", value):
-                # docker reads it line by line, and drops a carriage return before the end of one
-                yield Problem(key=key, what="an environment file cannot carry a newline or a NUL. Put the text in a file and name the file")
+                # Docker reads it line by line, and drops a carriage return at the end of a line.
+                yield Problem(key=key, what="an env-file cannot hold a newline or a NUL: put the text in a file, and set the variable to its path")
             elif len(value.encode(errors="replace")) > VALUE_LIMIT_BYTES:
-                what = f"an environment file carries {VALUE_LIMIT_BYTES:,} bytes in a line. Put the text in a file and name the file"
+                what = f"a line of an env-file holds at most {VALUE_LIMIT_BYTES:,} bytes: put the text in a file, and set the variable to its path"
                 yield Problem(key=key, what=what)
 
 
 def paths_can_be_carried(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     for key, path in read_paths(config):
         if "\0" in path or len(path.encode(errors="replace")) > PATH_LIMIT_BYTES:
-            what = f"{path[:100]!r} can be no path: it holds a NUL, or more than {PATH_LIMIT_BYTES} bytes"
+            what = f"{path[:100]!r} is not a valid path: it contains a NUL, or has more than {PATH_LIMIT_BYTES} bytes"
             yield Problem(key=key, what=what)
         elif config.cluster.runtime == "docker" and not key.startswith("cluster.sync.") and (why := why_no_mount(path)):
             yield Problem(key=key, what=why)
@@ -78,23 +78,23 @@ def read_paths(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def why_no_mount(path: str) -> str:
-    """'' for a path that `docker run --mount` takes as it is."""
+    """Why `docker run --mount` cannot take the path; '' if it can."""
     if not MOUNT_SYNTAX.search(path):
         return ""
-    return f"a mount cannot carry the path {path!r}: docker reads commas, quotes and newlines in it as syntax. Rename it or link to it"
+    return f"Docker cannot mount the path {path!r}: it reads commas, quotes and newlines as syntax. Rename it, or make a symbolic link to it"
 
 
 def delivery_can_be_written(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    """The base goes into a Dockerfile, mirrors into pip's configuration, and the bundle into an option that is CSV."""
+    """The base image is written to a Dockerfile, mirrors to pip's configuration, and the CA bundle to an option in CSV."""
     delivery = config.cluster.delivery
     for key, text in read_texts(delivery, "cluster.delivery"):
         if CONTROL.search(text):
-            yield Problem(key=key, what=f"{text!r} holds a newline or another control character, which would begin another setting")
+            yield Problem(key=key, what=f"{text!r} contains a newline or another control character, which would start another setting")
     if delivery.base and not CONTROL.search(delivery.base) and not IMAGE_NAME.fullmatch(delivery.base):
-        yield Problem(key="cluster.delivery.base", what=f"{delivery.base!r} is no name of an image: HOST[:PORT]/PATH[:TAG][@DIGEST]")
+        yield Problem(key="cluster.delivery.base", what=f"{delivery.base!r} is not the name of an image: HOST[:PORT]/PATH[:TAG][@DIGEST]")
     if re.search(r'[,"]', delivery.ca_bundle):
-        what = f"docker reads commas and quotes in {delivery.ca_bundle!r} as syntax. Rename it or link to it"
+        what = f"Docker reads commas and quotes in {delivery.ca_bundle!r} as syntax. Rename it, or make a symbolic link to it"
         yield Problem(key="cluster.delivery.ca_bundle", what=what)
 
 
-TEXT_RULES: tuple[Rule, ...] = (texts_are_whole, variables_can_be_carried, paths_can_be_carried, delivery_can_be_written)
+TEXT_RULES: tuple[Rule, ...] = (texts_are_utf8, variables_can_be_carried, paths_can_be_carried, delivery_can_be_written)

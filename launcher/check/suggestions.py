@@ -1,17 +1,17 @@
-"""The memory verdict, and what would fit instead: changes in the order of what they cost, each held against the same numbers and rules."""
+"""The memory verdict, and what would fit instead: changes in the order of their cost, each checked with the same numbers and rules."""
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from launcher.check.adapters import quantised_base_is_possible
-from launcher.check.hardware import rounding_suits, state_bits_suit
+from launcher.check.adapters import quantized_base_is_possible
+from launcher.check.precision import masters_suit_strategy, rounding_suits, state_bits_suit
 from launcher.check.problem import Problem, Rule
-from launcher.check.recipe import TEXT_TOKENS, batch_divides, masters_suit_strategy, offload_is_possible, strategy_suits_devices
-from launcher.check.strategy import choose_strategy, is_countable
+from launcher.check.recipe import TEXT_TOKENS, batch_divides, offload_is_possible, strategy_suits_devices
+from launcher.check.strategy import Estimates, Resolved, resolve
 from launcher.config.schema import Config
 from launcher.image.stack import Stack
-from launcher.memory.estimate import Memory, answering_memory, estimate_memory, split_weights, total
+from launcher.memory.estimate import Memory, answering_memory, split_weights, total
 from launcher.memory.states import GIB, world_size
 from launcher.memory.tokens import largest_image, smallest_image_tokens
 from trainer.contract import Lora
@@ -19,13 +19,13 @@ from trainer.contract import Lora
 Cost = Literal["speed", "quality", "context", "hardware"]
 MOST_CHANGES = 4
 MOST_OF_A_COST = 2  # so that a change of each kind is offered where one fits
-ALSO_ASKED: tuple[Rule, ...] = (
+ALSO_CHECKED: tuple[Rule, ...] = (
     offload_is_possible,
     masters_suit_strategy,
     strategy_suits_devices,
     rounding_suits,
     state_bits_suit,
-    quantised_base_is_possible,
+    quantized_base_is_possible,
     batch_divides,
 )
 NF4_SHARE, INT8_SHARE = 4.5 / 16, 8.25 / 16  # of 16-bit weights, scales included: blocks of 64 in NF4, rows in int8
@@ -33,82 +33,81 @@ NF4_SHARE, INT8_SHARE = 4.5 / 16, 8.25 / 16  # of 16-bit weights, scales include
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """`values`: dotted key of a config -> its value. Where a whole axis is chosen anew, `words` is the override in its place."""
+    """`values`: dotted key of a config -> its value. `override` is what the user types instead, where a whole axis is chosen."""
 
     cost: Cost
     values: Mapping[str, Any]
-    words: str = ""
+    override: str = ""
 
     def __str__(self) -> str:
-        return self.words or " ".join(map(write_override, self.shown.items()))
+        return self.override or " ".join(map(write_override, self.shown.items()))
 
     @property
     def shown(self) -> dict[str, Any]:
-        """Without what every file of conf/strategy says by itself."""
+        """Without what every file of conf/strategy sets anyway."""
         return {key: value for key, value in self.values.items() if (key, value) != ("strategy.gradient_checkpointing", False)}
 
 
 def memory_fits(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
-    """The peak of the fullest device against what it has, and the offloaded states against the host's memory where that is known."""
-    if config.hardware.memory_gib is None or not is_countable(config):
-        return
-    resolved = replace(config, strategy=choose_strategy(config))
-    memory = estimate_memory(resolved)
-    if not memory.fits:
-        yield refuse_memory(config, resolved, memory, stacks)
+    """The peak of the device with the highest peak against the device's memory, and the offloaded states against the host's memory where
+    that is known."""
+    yield from check_memory(resolve(config), stacks)
 
 
-def refuse_memory(config: Config, resolved: Config, memory: Memory, stacks: Mapping[str, Stack], *, short_bytes: int = 0) -> Problem:
-    """`memory`: what does not fit, of `resolved`, which is `config` with its strategy resolved. `short_bytes`: by how much the arithmetic
-    that changes are held against is known to be too low."""
-    found = find_changes(config, resolved, stacks, short_bytes=short_bytes)
-    changes = tuple(str(change) for change, _ in found)
+def check_memory(resolved: Resolved, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
+    memory = resolved.memory
+    if memory is not None and memory.limit_bytes is not None and not memory.fits:
+        yield refuse_memory(resolved, memory, stacks)
+
+
+def refuse_memory(resolved: Resolved, memory: Memory, stacks: Mapping[str, Stack], *, short_bytes: int = 0) -> Problem:
+    """`memory`: what does not fit. `short_bytes`: by how much the arithmetic is known to be too low, which the changes must leave free."""
+    found = find_changes(resolved, stacks, short_bytes=short_bytes)
     offloaded = max((other.host_bytes for _, other in found), default=0)
-    host = f"; offloaded, states take up to {offloaded / GIB:.1f} GiB of a node's own memory" if offloaded else ""
-    what = f"{describe_need(resolved, memory)}{host}{describe_split(resolved) if resolved.stage.kind != 'train' else ''}"
-    return Problem(key="strategy", what=what, changes=changes, forcible=True)
+    host = f"; offloaded, states take up to {offloaded / GIB:.1f} GiB of a node's host memory" if offloaded else ""
+    split = "" if resolved.config.stage.kind == "train" else describe_split(resolved.config, memory)
+    what = f"{describe_need(resolved.config, memory)}{host}{split}"
+    return Problem(key="strategy", what=what, changes=tuple(str(change) for change, _ in found), forcible=True)
 
 
 def describe_need(config: Config, memory: Memory) -> str:
     limit = memory.limit_bytes or 0
     if memory.total_bytes <= limit:
-        return f"offloaded states take {memory.host_bytes / GIB:.1f} GiB of a node's memory, which has {config.hardware.host_memory_gib:g}"
+        return f"offloaded states take {memory.host_bytes / GIB:.1f} GiB of a node's host memory, which has {config.hardware.host_memory_gib:g}"
     states = total(item for item in memory.items if item.name in ("weights", "gradients", "optimizer"))
-    strategy = f" ({config.strategy.name})" if config.stage.kind == "train" else ""  # every rank asks a whole model
+    strategy = f" ({config.strategy.name})" if config.stage.kind == "train" else ""  # without training, every rank has the whole model
     return (
         f"the peak takes {memory.total_bytes / GIB:.1f} GiB on each device{strategy}, which has {limit / GIB:g}: "
         f"{states / GIB:.1f} model states, {(memory.total_bytes - states) / GIB:.1f} activations, buffers and runtime"
     )
 
 
-def describe_split(config: Config) -> str:
-    """What else would hold the weights of a model that is asked, and has no switch of its own here."""
-    cards, each = split_weights(set_values(config, fewest_questions(config)))  # else the batch, not the model, says how many
-    weights = next(item.size_bytes for item in estimate_memory(config).items if item.name == "weights")
-    split = f"; whole layers over {cards} cards (device_map) would put {each / GIB:.1f} GiB of weights on each" if cards > 1 else ""
+def describe_split(config: Config, memory: Memory) -> str:
+    """What else would hold the weights of a model that only answers, and has no option here."""
+    cards, each = split_weights(set_values(config, fewest_questions(config)))  # with more, the batch and not the model decides
+    weights = next((item.size_bytes for item in memory.items if item.name == "weights"), 0)
+    split = f"; whole layers over {cards} devices (device_map) would put {each / GIB:.1f} GiB of weights on each" if cards > 1 else ""
     return f"; weights in int8 would take {weights * INT8_SHARE / GIB:.1f} GiB, in NF4 {weights * NF4_SHARE / GIB:.1f}{split}"
 
 
-def find_changes(
-    config: Config, resolved: Config, stacks: Mapping[str, Stack], *, short_bytes: int = 0
-) -> tuple[tuple[Change, Memory], ...]:
-    """At most MOST_CHANGES that fit with `short_bytes` more and that the other rules take, cheapest first. `resolved`: config with its
-    strategy resolved."""
-    found: list[tuple[Change, Memory]] = []
-    for change in (*list_changes(config, resolved), *hardware_changes(config)):
+def find_changes(resolved: Resolved, stacks: Mapping[str, Stack], *, short_bytes: int = 0) -> tuple[tuple[Change, Memory], ...]:
+    """At most MOST_CHANGES that fit with `short_bytes` more and that the other rules accept, cheapest first. Values are set in the config
+    as it was asked, so that what the user left open is resolved again, as it will be with the override."""
+    config, found = resolved.asked, list[tuple[Change, Memory]]()
+    estimates: dict[str, Estimates] = {repr({}): dict(resolved.estimates)}  # by the values that are not of the strategy
+    for change in (*list_changes(config, resolved.config), *hardware_changes(config)):
         if change.cost == "hardware" and any(other.cost != "hardware" for other, _ in found):
             break
         if sum(other.cost == change.cost for other, _ in found) == MOST_OF_A_COST:
             continue
-        if any(other.shown.items() <= change.shown.items() for other, _ in found):  # less does it
+        if any(other.shown.items() <= change.shown.items() for other, _ in found):  # a part of this change is enough
             continue
-        # Values are set in what was asked, so that what is left open is chosen again, as it will be with the override.
-        asked = set_values(config, change.values)
-        other = replace(asked, strategy=choose_strategy(asked))
-        memory = estimate_memory(other)
-        if replace(memory, total_bytes=memory.total_bytes + short_bytes).fits and not any(
-            problem for rule in ALSO_ASKED for problem in rule(other, stacks)
-        ):
+        rest = {key: value for key, value in change.values.items() if not key.startswith("strategy.")}
+        other = resolve(set_values(config, change.values), estimates.setdefault(repr(rest), {}))
+        memory = other.memory
+        if memory is None or not replace(memory, total_bytes=memory.total_bytes + short_bytes).fits:
+            continue
+        if not any(problem for rule in ALSO_CHECKED for problem in rule(other.config, stacks)):
             found.append((change, memory))
     return tuple(found[:MOST_CHANGES])
 
@@ -123,13 +122,13 @@ def list_changes(config: Config, resolved: Config) -> Iterator[Change]:
 
 
 def fewest_questions(config: Config) -> dict[str, Any]:
-    """One at a time, the model where it is."""
+    """One question at a time, without spreading the model."""
     last = ANSWERING.get(config.stage.kind, ANSWERING["evaluate"])[-1]
     return {key: value for key, value in last.items() if value == 1}
 
 
 def may_shard(config: Config, values: Mapping[str, Any]) -> bool:
-    """ZeRO divides nothing on one device; there it is of use for offloading alone."""
+    """On one device ZeRO shards nothing; it is only useful for offloading."""
     return world_size(config) > 1 or "strategy.name" not in values or "strategy.offload_optimizer" in values
 
 
@@ -137,12 +136,12 @@ def faster_first(resolved: Config) -> Iterator[dict[str, Any]]:
     one = {"strategy.micro_batch": 1} if resolved.strategy.micro_batch != 1 else {}
     again = {"strategy.gradient_checkpointing": True} if not resolved.strategy.gradient_checkpointing else {}
     yield from (values for values in (one, again, {**one, **again}) if values)
-    for values in SHARDING:  # each file of conf/strategy but auto's turns checkpointing off
+    for values in SHARDING:  # every file of conf/strategy except auto.yaml turns checkpointing off
         yield {**values, "strategy.gradient_checkpointing": False}
         yield {**values, "strategy.gradient_checkpointing": True}
 
 
-# In the order of what they cost in speed.
+# From the fastest to the slowest.
 SHARDING: tuple[dict[str, Any], ...] = (
     {"strategy.name": "zero1"},
     {"strategy.name": "zero2"},
@@ -150,7 +149,7 @@ SHARDING: tuple[dict[str, Any], ...] = (
     {"strategy.name": "zero2", "strategy.offload_optimizer": True},
     {"strategy.name": "zero3", "strategy.offload_optimizer": True, "strategy.offload_parameters": True},
 )
-# Fewer questions at a time; then the model over all cards of the node.
+# Fewer questions at a time; then the model spread over all devices of the node.
 ANSWERING: dict[str, tuple[dict[str, Any], ...]] = {
     "evaluate": ({"run.evaluation.batch": 16}, {"run.evaluation.batch": 4}, {"run.evaluation.batch": 1}),
     "infer": (
@@ -162,7 +161,7 @@ ANSWERING: dict[str, tuple[dict[str, Any], ...]] = {
         *({"stage.serving.spread": "auto"}, {"stage.serving.spread": "auto", "stage.serving.max_batch": 1}),
     ),
 }
-# Where nothing else fits: hardware=NAME, and of its file in conf/hardware what decides whether it would.
+# Offered where nothing else fits: hardware=NAME, with the values of conf/hardware/NAME.yaml that the estimate uses.
 LARGER: tuple[tuple[str, dict[str, Any]], ...] = tuple(
     (
         name,
@@ -188,7 +187,7 @@ PURE_BF16 = {
     "precision.loss_scaling": "none",
     "precision.rounding": "stochastic",
 }
-# conf/stage/lora.yaml, which the word stage=lora composes.
+# conf/stage/lora.yaml, which stage=lora selects.
 ADAPTER = Lora(
     r=16,
     alpha=32,
@@ -201,10 +200,11 @@ ADAPTER = Lora(
 def quality_changes(config: Config) -> Iterator[Change]:
     precision, stage = config.precision, config.stage
     checkpointed = {"strategy.gradient_checkpointing": True}
-    if precision.name == "bf16":
-        words = "precision=pure_bf16"
-        yield Change(cost="quality", values=PURE_BF16, words=words)
-        yield Change(cost="quality", values={**PURE_BF16, **checkpointed}, words=f"{words} strategy.gradient_checkpointing=true")
+    if (precision.weights, precision.optimizer) == ("bfloat16", "float32"):
+        yield Change(cost="quality", values=PURE_BF16, override="precision=pure_bf16")
+        yield Change(
+            cost="quality", values={**PURE_BF16, **checkpointed}, override="precision=pure_bf16 strategy.gradient_checkpointing=true"
+        )
     if precision.optimizer == "float32" and not stage.optimizer.state_bits:
         yield Change(cost="quality", values={"stage.optimizer.state_bits": 8})
         yield Change(cost="quality", values={"stage.optimizer.state_bits": 8, **checkpointed})
@@ -213,8 +213,8 @@ def quality_changes(config: Config) -> Iterator[Change]:
         yield Change(cost="quality", values={"stage.lora.base": "nf4", **checkpointed})
     if stage.lora is None and config.model.source.kind != "random":
         values = {"stage.lora": ADAPTER, "stage.trainable": (), "stage.global_batch": 16, "stage.needs": ("checkpoint", "projector")}
-        yield Change(cost="quality", values=values, words="stage=lora")
-        yield Change(cost="quality", values={**values, **checkpointed}, words="stage=lora strategy.gradient_checkpointing=true")
+        yield Change(cost="quality", values=values, override="stage=lora")
+        yield Change(cost="quality", values={**values, **checkpointed}, override="stage=lora strategy.gradient_checkpointing=true")
 
 
 def hardware_changes(config: Config) -> Iterator[Change]:
@@ -226,11 +226,11 @@ def hardware_changes(config: Config) -> Iterator[Change]:
         more = " ".join(map(write_override, values.items()))
         for name, numbers in LARGER:
             if name != config.hardware.name:
-                yield Change(cost="hardware", values={**numbers, **values}, words=f"hardware={name} {more}".rstrip())
+                yield Change(cost="hardware", values={**numbers, **values}, override=f"hardware={name} {more}".rstrip())
 
 
 def context_changes(config: Config) -> Iterator[Change]:
-    """Smaller images where the family cuts them, then shorter rows, never shorter than an image and its question."""
+    """Smaller images for families that cut them into tiles, then shorter rows, never shorter than an image and its question."""
     data, rule = config.data, config.model.image_tokens
     smaller: dict[str, Any] = {}
     if rule.rule in ("tiles", "slices") and (data.max_tiles or rule.maximum) > 1:
@@ -245,13 +245,13 @@ def context_changes(config: Config) -> Iterator[Change]:
 
 
 def with_typed_hardware(problem: Problem, overrides: Sequence[str]) -> Problem:
-    """hardware=NAME chooses a whole file, but what was typed of the old one, as hardware.memory_gib=14, would go on to hold: the change
-    names the new one's value of it."""
+    """hardware=NAME selects a whole file, but a typed key of the old hardware, as hardware.memory_gib=14, would still override it. The change
+    then includes the new value of that key."""
     typed = {override.partition("=")[0] for override in overrides}
-    return replace(problem, changes=tuple(change + "".join(_typed_anew(change, typed)) for change in problem.changes))
+    return replace(problem, changes=tuple(change + "".join(_typed_values(change, typed)) for change in problem.changes))
 
 
-def _typed_anew(change: str, typed: Set[str]) -> Iterator[str]:
+def _typed_values(change: str, typed: Set[str]) -> Iterator[str]:
     numbers = dict(LARGER).get(change.partition(" ")[0].removeprefix("hardware="), {}) if change.startswith("hardware=") else {}
     return (f" {key}={value}" for key, value in numbers.items() if key in typed)
 
@@ -274,30 +274,29 @@ def write_override(pair: tuple[str, Any]) -> str:
     return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
 
 
-def write_memory_notes(config: Config) -> Iterator[str]:
-    """What fits at a step and may not at another moment. Stops nothing."""
-    if config.hardware.memory_gib is None or not is_countable(config):
+def write_memory_notes(resolved: Resolved) -> Iterator[str]:
+    """What fits during a step but may not at another moment. It refuses nothing."""
+    config, memory = resolved.config, resolved.memory
+    if memory is None or memory.limit_bytes is None or not memory.fits:
         return
-    config = replace(config, strategy=choose_strategy(config))
-    memory = estimate_memory(config)
-    limit = memory.limit_bytes or 0
-    if memory.fits and memory.start_bytes > limit:
+    limit = memory.limit_bytes
+    if memory.start_bytes > limit:
         yield (
             f"at the start each device takes {memory.start_bytes / GIB:.1f} GiB of its {limit / GIB:g}: its share of the model, and the "
             "largest tensor whole"
         )
     host, host_limit = total(memory.host_items), memory.host_limit_bytes
-    if memory.fits and host_limit is not None and host > host_limit:
+    if host_limit is not None and host > host_limit:
         what = ", ".join(f"{item.name} {item.size_bytes / GIB:.1f}" for item in memory.host_items)
         yield (
-            f"a node's own memory may not do: up to {host / GIB:.1f} GiB of its {host_limit / GIB:g} are taken ({what}), by DeepSpeed's rule "
-            "for pinned buffers; the kernel then ends a rank, with exit code 137"
+            f"a node's host memory may be too small: up to {host / GIB:.1f} GiB of its {host_limit / GIB:g} are taken ({what}), by DeepSpeed's "
+            "rule for pinned buffers; the kernel then kills a rank, with exit code 137"
         )
     run = config.run.evaluation
-    if config.stage.kind == "train" and run.enabled and memory.fits and not (asked := answering_memory(config)).fits:
+    if config.stage.kind == "train" and run.enabled and not (evaluating := answering_memory(config)).fits:
         yield (
-            f"the evaluation after the steps takes {asked.total_bytes / GIB:.1f} GiB of the device's {limit / GIB:g} with "
-            f"run.evaluation.batch={run.batch}: take fewer"
+            f"the evaluation after the steps takes {evaluating.total_bytes / GIB:.1f} GiB of the device's {limit / GIB:g} with "
+            f"run.evaluation.batch={run.batch}: set a smaller one"
         )
 
 

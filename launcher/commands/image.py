@@ -80,16 +80,16 @@ def build_image(arguments: argparse.Namespace) -> int:
 
 
 def list_images(arguments: argparse.Namespace) -> int:
+    from launcher.commands.image_description import describe_images
     from launcher.image.docker import built_images
-    from launcher.plan.description import describe_images
 
     print(describe_images(built_images()))
     return Exit.OK
 
 
 def inspect_image(arguments: argparse.Namespace) -> int:
+    from launcher.commands.image_description import describe_image, describe_unbuilt
     from launcher.image.docker import find, inspect
-    from launcher.plan.description import describe_image, describe_unbuilt
 
     _, image = render_selected(arguments)
     print(describe_image(inspect(image.tag)) if find(image) else describe_unbuilt(image))
@@ -98,8 +98,8 @@ def inspect_image(arguments: argparse.Namespace) -> int:
 
 def prune_images(arguments: argparse.Namespace) -> int:
     """Remove images that are used by no container, named by no record, and not built by the present tree."""
+    from launcher.commands.image_description import describe_images
     from launcher.image.docker import built_images, remove, surplus, used_images
-    from launcher.plan.description import describe_images
     from launcher.record.record import recorded_images
 
     images = built_images()

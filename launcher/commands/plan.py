@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ RUN_ID_HELP = "id of the run; made from the time when omitted"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser)
     parser.add_argument("--run-id", default="", help=RUN_ID_HELP)
+    parser.add_argument("--full", action="store_true", help="print everything: config, DeepSpeed config, commands of each node, memory by item")
     parser.add_argument("--json", action="store_true", help="print the whole plan as JSON")
     parser.add_argument("--trace", action="store_true", help="estimate memory by tracing one step; needs the trainer's packages")
 
@@ -29,7 +31,7 @@ def add_overrides(parser: argparse.ArgumentParser, text: str = "an axis (hardwar
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from launcher.plan.description import describe_plan, plan_json
+    from launcher.plan.description import plan_json
 
     if chained := find_chain_of(arguments):
         from launcher.commands.chain import show_chain
@@ -37,10 +39,24 @@ def run(arguments: argparse.Namespace) -> int:
         return show_chain(*chained, PROJECT, arguments.say)
     plan = plan_of(arguments.overrides, arguments.run_id, traced=arguments.trace)
     if arguments.trace:
-        print(describe_traced(plan, as_json=arguments.json))
+        print(describe_traced(plan, as_json=arguments.json, full=arguments.full))
     else:
-        print(plan_json(plan) if arguments.json else describe_plan(plan))
+        print(plan_json(plan) if arguments.json else describe_here(plan, full=arguments.full))
     return Exit.OK
+
+
+def describe_here(plan: "Plan", *, full: bool = False, launching: bool = False) -> str:
+    """The plan for this terminal: its width, and colours if it takes them."""
+    from shutil import get_terminal_size
+
+    from launcher.plan.description import describe_plan
+    from launcher.plan.local_context import find_built
+    from launcher.plan.text import wants_colours
+
+    if full:
+        return describe_plan(plan, full=True)
+    colours, columns = wants_colours(os.environ, terminal=sys.stdout.isatty()), get_terminal_size((100, 24)).columns
+    return describe_plan(plan, colours=colours, width=columns, built=find_built(plan), launching=launching)
 
 
 def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False) -> "Plan":
@@ -60,16 +76,16 @@ def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False) -> "
     run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))
     given = with_full_ids(overrides, *runs)
     rules = RULES_BUT_MEMORY if traced else RULES
-    return make_plan(config, load_stacks(PROJECT / "images"), local_context(PROJECT), run_id=run_id, overrides=given, rules=rules)
+    stacks, conf, context = load_stacks(PROJECT / "images"), PROJECT / "conf", local_context(PROJECT)
+    return make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf)
 
 
-def describe_traced(plan: "Plan", *, as_json: bool) -> str:
+def describe_traced(plan: "Plan", *, as_json: bool, full: bool) -> str:
     """The plan with the memory and the verdict of a traced step, and the step itself; in JSON under the key `trace`."""
     import json
     from dataclasses import asdict
 
     from launcher.image.stack import load_stacks
-    from launcher.plan.description import describe_plan
     from launcher.plan.local_context import local_context
     from launcher.plan.plan import to_plain
     from launcher.plan.trace import describe_trace, go_by_trace, trace_plan
@@ -78,7 +94,7 @@ def describe_traced(plan: "Plan", *, as_json: bool) -> str:
     plan = go_by_trace(plan, report, load_stacks(PROJECT / "images"))
     if as_json:
         return json.dumps(to_plain(plan) | {"trace": asdict(report)}, indent=2, ensure_ascii=False)
-    return f"{describe_plan(plan)}\n\n== a traced step\n{describe_trace(report, plan)}"
+    return f"{describe_here(plan, full=full)}\n\n== a traced step\n{describe_trace(report, plan)}"
 
 
 def find_chain_of(arguments: argparse.Namespace) -> "tuple[Chain, list[str], str] | None":
@@ -89,6 +105,6 @@ def find_chain_of(arguments: argparse.Namespace) -> "tuple[Chain, list[str], str
     chain = find_chain(arguments.overrides, PROJECT / "conf")
     if chain is None:
         return None
-    if refused := [option for option in ("json", "trace", "detach") if getattr(arguments, option, False)]:
+    if refused := [option for option in ("full", "json", "trace", "detach") if getattr(arguments, option, False)]:
         raise ConfigRefused(f"--{refused[0]} works for one run, and experiment={chain.name} is a chain of {len(chain.steps)} runs")
     return chain, arguments.overrides, valid_run_id(arguments.run_id or f"{utc_now():%Y%m%d-%H%M%S}-{chain.name}")

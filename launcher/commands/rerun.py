@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from launcher.bench.rerun import accepted_kinds
-    from launcher.plan.description import describe_record
+    from launcher.record.description import describe_record
     from launcher.record.recorded_run import load_recorded_run
 
     archive = load_recorded_run(find_run(arguments.run, Path.cwd() / "runs"), rows=False)

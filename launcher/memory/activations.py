@@ -1,8 +1,8 @@
-"""What a forward pass keeps for its backward pass, by counting the tensors that autograd saves in each layer of transformers 5.23.
+"""Activations that the forward pass keeps for the backward pass: the tensors that autograd saves in each layer of transformers 5.23.
 
-All figures are bytes. w is the width of an element of the compute type, h a layer's width, i that of its MLP, Q and K those of all query
-and key heads, T a row's length. Saved tensors that are one storage count once. Held against autograd itself in tests/trainer/memory_model/test_saved.py.
-Korthikanti et al. (arXiv 2205.05198, section 4) count a GPT-2 layer in the same way.
+All sizes are in bytes. `width`: bytes per element of the compute dtype; h: hidden size; i: intermediate size of the MLP. Saved tensors
+that share storage count once. tests/trainer/memory_model/test_saved.py compares the formulas with autograd itself. Korthikanti et al.
+(arXiv 2205.05198, section 4) count a GPT-2 layer in the same way.
 """
 
 from dataclasses import dataclass
@@ -28,31 +28,33 @@ INPUT_OF = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention",
 
 @dataclass(frozen=True, kw_only=True)
 class TowerActivations:
-    """What a trained layer of a vision tower keeps for each patch, beside attention's own: `float32` and `wide` in units of h, `inner` in
-    units of i. LayerNorm keeps its input and output; RMSNorm a float32 copy, the normalised and the scaled one."""
+    """Elements that a trained layer of a vision tower keeps per patch, in addition to attention's own: `float32` and `wide` in units of h,
+    `inner` in units of i. LayerNorm keeps its input and output; RMSNorm a float32 copy, the normalised and the scaled tensor."""
 
     float32: int
     wide: int
     inner: int
 
 
-# wide: norms, then q, k, v and the output of attention.
+# In `wide`: norms, then q, k, v and the output of attention.
 TOWERS = {
     "llava": TowerActivations(float32=0, wide=4 + 4, inner=3),  # quick_gelu keeps its input and its sigmoid, then the product
     "internvl": TowerActivations(float32=0, wide=4 + 4 + 2, inner=2),  # the two outputs that are scaled layer by layer (lambda_1, lambda_2)
-    "qwen2_5_vl": TowerActivations(float32=2, wide=4 + 2 + 3 + 2, inner=4),  # v is a view of the fused qkv; windows are put together in a copy
+    "qwen2_5_vl": TowerActivations(
+        float32=2, wide=4 + 2 + 3 + 2, inner=4
+    ),  # v is a view of the fused qkv; windows are gathered in a copy
     "qwen2_5_omni": TowerActivations(float32=2, wide=4 + 2 + 1 + 2, inner=4),
 }
 USUAL_TOWER = TowerActivations(float32=0, wide=4 + 4, inner=2)  # LayerNorm, attention, GELU: SigLIP and EVA
 
 CHUNK = 64  # tokens of torch's own kernel of gated linear attention (transformers, torch_chunk_gated_delta_rule)
-CHUNK_SQUARES = 5  # that it keeps for each chunk and head, of CHUNK x CHUNK: decays, two products, two systems
+CHUNK_SQUARES = 5  # of CHUNK x CHUNK, saved for each chunk and head: decays, two products, two systems
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """`lm` and `vision`: bytes kept from the forward pass to the backward pass. `layer`: what the layer that is being computed backward
-    takes besides, checkpointed or not. `exact`: of kernels that keep the same everywhere."""
+    """`lm` and `vision`: bytes kept from the forward pass to the backward pass. `layer`: what the layer in its backward pass needs in
+    addition, with or without gradient checkpointing. `exact`: all kernels save the same tensors on every device."""
 
     lm: int
     vision: int
@@ -61,7 +63,7 @@ class Kept:
 
 
 def count_kept(config: Config, load: Load) -> Kept:
-    """Of one micro-batch on one device. Nothing of a part in front of which nothing trains: its inputs need no gradient."""
+    """For one micro-batch on one device. A part of the model with no trained parameter in or before it keeps nothing."""
     architecture, width = config.model.architecture, DTYPE_BYTES[config.precision.compute]
     trained = set(config.stage.trainable)
     vision_layer = tower_layer_bytes(config, architecture.vision, width) * load.patches if "vision" in trained else 0
@@ -78,7 +80,7 @@ def count_kept(config: Config, load: Load) -> Kept:
     tower = architecture.vision.num_hidden_layers
     vision, vision_again = stack_bytes(config, "vision", tower, vision_layer, width * architecture.vision.hidden_size * load.patches)
     projector = projector_bytes(config, width) * load.image_tokens if trained & {"vision", "projector"} else 0
-    ends = (FLOAT32 + 2 * width) * architecture.text.hidden_size * load.tokens  # the embeddings and the last norm
+    ends = (FLOAT32 + 2 * width) * architecture.text.hidden_size * load.tokens  # embeddings and the last norm
     working = (3 * architecture.text.intermediate_size + 2 * architecture.text.hidden_size) * width * load.tokens  # gradients of one MLP
     return Kept(
         lm=lm + ends + projector,
@@ -89,18 +91,18 @@ def count_kept(config: Config, load: Load) -> Kept:
 
 
 def stack_bytes(config: Config, group: str, layers: int, layer: int, residual: int) -> tuple[int, int]:
-    """(kept, computed again at a time). A checkpointed layer keeps its input alone, and all of it while it is computed twice."""
+    """(kept by all layers, recomputed for one layer). A checkpointed layer keeps only its input, until it is recomputed in the backward pass."""
     strategy = config.strategy
     if not layer:
         return 0, 0
     if not strategy.gradient_checkpointing or (strategy.checkpoint_groups and group not in strategy.checkpoint_groups):
         return layers * layer, 0
-    twice = -(-layers // max(1, strategy.checkpoint_every))
-    return (layers - twice) * layer + twice * residual, layer
+    checkpointed = -(-layers // max(1, strategy.checkpoint_every))
+    return (layers - checkpointed) * layer + checkpointed * residual, layer
 
 
 def decoder_layer_bytes(config: Config, load: Load) -> int:
-    """For each token, of an average layer of the decoder, adapters aside."""
+    """Per token, of an average decoder layer, without adapters."""
     text = config.model.architecture.text
     full = Fraction(layer_counts(text)["q_proj"], max(1, text.num_hidden_layers)) if is_hybrid(text) else Fraction(1)
     sizes = kinds_of_layer(config, load)
@@ -108,7 +110,7 @@ def decoder_layer_bytes(config: Config, load: Load) -> int:
 
 
 def kinds_of_layer(config: Config, load: Load) -> dict[bool, int]:
-    """The same of a layer with usual attention (True) and of one with linear attention, where there are such."""
+    """Per token, of a layer with softmax attention (True) and of one with linear attention (False)."""
     text, width = config.model.architecture.text, DTYPE_BYTES[config.precision.compute]
     mlp = (4 if keeps_inputs(config) else 3) * width * text.intermediate_size  # gate, its SiLU, up, and their product
     same = 2 * norm_bytes(config) + mlp
@@ -121,27 +123,27 @@ def trains_whole(config: Config) -> bool:
 
 
 def keeps_inputs(config: Config) -> bool:
-    """Whether linears keep what they take: those that train; under ZeRO 3 DeepSpeed's own linear in the place of torch's, which does so for
-    frozen weights too (deepspeed 0.19.8, zero/linear.py)."""
+    """Whether linear layers save their inputs: where they train, and under ZeRO 3 also where they are frozen, because DeepSpeed replaces
+    torch's linear by its own (deepspeed 0.19.8, zero/linear.py)."""
     return trains_whole(config) or zero_stage(config) == 3
 
 
 def norm_bytes(config: Config) -> int:
-    """Of one RMSNorm: a float32 copy; what is normalised, where its weight trains; and what is scaled, which the linears take."""
+    """Per token, of one RMSNorm: a float32 copy; the normalised tensor where its weight trains; the scaled tensor where linears save inputs."""
     width = DTYPE_BYTES[config.precision.compute]
     return (FLOAT32 + width * (trains_whole(config) + keeps_inputs(config))) * config.model.architecture.text.hidden_size
 
 
 def unkept_bytes(config: Config, load: Load) -> int:
-    """For each token, of the first layer, where nothing trains before its first adapter: its inputs need no gradient until then."""
+    """Per token, what the first layer does not keep where nothing is trained before its first adapter: its inputs need no gradient."""
     text = config.model.architecture.text
     linear = is_hybrid(text) and 0 not in attention_layers(text)
     return norm_bytes(config) + (linear_attention_bytes(config) if linear else 0)
 
 
 def attention_bytes(config: Config, load: Load) -> int:
-    """q, k, v and the output, and float32 sums for each head. Without a fused kernel the square of probabilities too, in float32 and in the
-    compute type. A mask (padded rows) and the eager kernel have the key heads repeated (transformers, use_gqa_in_sdpa)."""
+    """Per token: q, k, v and the output, and a float32 log-sum-exp for each head. Without a fused kernel, also the square of probabilities, in
+    float32 and in the compute dtype. With a mask (padded rows) and in the eager kernel, key heads are repeated (use_gqa_in_sdpa)."""
     text, width = config.model.architecture.text, DTYPE_BYTES[config.precision.compute]
     shapes, heads = linear_shapes(text), text.num_attention_heads
     queries, keys = shapes["q_proj"][1], shapes["k_proj"][1]
@@ -149,7 +151,7 @@ def attention_bytes(config: Config, load: Load) -> int:
     keys = queries if eager or load.masked else keys
     kept = width * (2 * queries + 2 * keys)
     if eager:
-        kept -= 0 if keeps_inputs(config) else width * queries  # a fused kernel needs its own output, else o_proj alone does
+        kept -= 0 if keeps_inputs(config) else width * queries  # only a fused kernel needs its own output
         kept += heads * load.length * (FLOAT32 + (width if width != FLOAT32 else 0))
     else:
         kept += FLOAT32 * heads
@@ -159,22 +161,22 @@ def attention_bytes(config: Config, load: Load) -> int:
 
 
 def linear_attention_bytes(config: Config) -> int:
-    """For each token, of a layer of gated linear attention (Qwen3.5), as torch's own kernel keeps it where flash-linear-attention is not
-    installed: in float32, over chunks of 64 tokens, query and key heads repeated to be as many as the value heads. The factors are the
-    numbers of tensors of each shape that autograd saves of transformers 5.23's Qwen3_5GatedDeltaNet."""
+    """Per token, of a layer of gated linear attention (Qwen3.5) with torch's own kernel, used where flash-linear-attention is not installed: in
+    float32, over chunks of 64 tokens, with query and key heads repeated to the number of value heads. The factors are the numbers of
+    tensors of each shape that autograd saves in transformers 5.23's Qwen3_5GatedDeltaNet."""
     options, width = config.model.architecture.text.options, DTYPE_BYTES[config.precision.compute]
     heads, query_heads = options.get("linear_num_value_heads", 0), options.get("linear_num_key_heads", 0)
     key_dim, value_dim = options.get("linear_key_head_dim", 0), options.get("linear_value_head_dim", 0)
     per_head = CHUNK_SQUARES * CHUNK + 10 + Fraction(key_dim * value_dim, CHUNK)  # squares, decays and norms, the state after each chunk
-    keys = (12 if width == FLOAT32 else 8) * heads * key_dim  # as counted; four fewer where inputs have to be widened
+    keys = (12 if width == FLOAT32 else 8) * heads * key_dim  # as counted; four fewer where inputs are cast to float32
     convolved = 2 * (2 * query_heads * key_dim + heads * value_dim)  # before and after its activation
-    gated = (2 + keeps_inputs(config)) * heads * value_dim  # normalised, the gate, and what the last linear takes
+    gated = (2 + keeps_inputs(config)) * heads * value_dim  # the normalised tensor, the gate, and the input of the last linear
     return int(FLOAT32 * (heads * per_head + keys + 6 * heads * value_dim) + width * (convolved + gated))
 
 
 def lora_bytes(config: Config, width: int) -> int:
-    """For each token, of all adapters of the decoder: the input after dropout, dropout's mask (a byte, on the CPU as wide as an element),
-    and r elements between the two factors. Without dropout linears of one input share it."""
+    """Per token, of all adapters of the decoder: the input after dropout, the dropout mask (one byte per element; on the CPU, one element), and
+    the r elements between the two factors. Without dropout, linears with the same input share it."""
     lora, text = config.stage.lora, config.model.architecture.text
     if lora is None or config.stage.kind != "train":
         return 0
@@ -185,13 +187,13 @@ def lora_bytes(config: Config, width: int) -> int:
         kept += count * (lora.r * width + mask * shapes[name][0])
         if lora.dropout:
             kept += count * width * shapes[name][0]
-        elif name != "o_proj" and not keeps_inputs(config):  # whose input attention has kept
+        elif name != "o_proj" and not keeps_inputs(config):  # whose input attention keeps anyway
             shared[INPUT_OF.get(name, name)] = count * width * shapes[name][0]
     return kept + sum(shared.values())
 
 
 def target_layers(config: Config) -> dict[str, int]:
-    """Name of an adapted linear -> in how many layers it is."""
+    """Name of a linear with an adapter -> number of layers that have it."""
     lora, text = config.stage.lora, config.model.architecture.text
     if lora is None:
         return {}
@@ -206,15 +208,15 @@ def target_layers(config: Config) -> dict[str, int]:
 
 
 def tower_layer_bytes(config: Config, vision: Vision, width: int) -> int:
-    """For each patch, of a layer of the tower where it trains. Heads have 4 bytes each, for attention's sums."""
+    """Per patch, of a trained layer of the tower. Each head has 4 bytes, for the log-sum-exp of attention."""
     tower = TOWERS.get(config.model.family, USUAL_TOWER)
     wide = (FLOAT32 * tower.float32 + width * tower.wide) * vision.hidden_size
     return wide + width * tower.inner * vision.intermediate_size + FLOAT32 * vision.num_attention_heads
 
 
 def projector_bytes(config: Config, width: int) -> int:
-    """For each image token: what comes in, the hidden layer before and after its activation, and what goes out. The input is as wide as the
-    patches that become a token."""
+    """Per image token: the input, the hidden layer before and after its activation, and the output. The input is as wide as all patches that
+    are merged into a token."""
     vision, text = config.model.architecture.vision, config.model.architecture.text
     rule = config.model.image_tokens
     merged = max(Fraction(1), Fraction(rule.unit, max(1, vision.patch_size)) ** 2) if rule.rule == "grid" else Fraction(1)

@@ -1,8 +1,8 @@
-"""Will it fit: the memory of the fullest device and of a node at their peaks, item by item. Arithmetic only, without torch.
+"""The estimate: peak memory of the device that needs most, and of a node's host memory, item by item. Arithmetic only, in bytes.
 
-Each item is `arithmetic` (counted from architecture numbers), `calibrated` (a share or constant that was measured or assumed; its source
-stands where it is defined) or, where launcher.plan.trace puts them in the place of others, `traced`. Peak = weights and optimizer + runtime + the
-highest of three moments: the loss, before the backward pass, the end of that pass, and the update.
+Each item is `arithmetic` (computed from the numbers of the architecture), `calibrated` (a share or a constant that was measured or
+assumed; its source is where it is defined) or `traced` (from launcher.plan.trace, which replaces computed items).
+Peak = weights and optimizer + runtime + fragmentation + the largest sum of temporary items at five moments of a step (MOMENTS).
 """
 
 from collections.abc import Iterator, Mapping
@@ -39,8 +39,8 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """`items` add up to `total_bytes` on the fullest device; `limit_bytes` is what it has, None = not known. `host_items` are a node's.
-    `start_bytes`: what the device takes under ZeRO 3 while the model is loaded. `assumption`: what the sizes take for granted."""
+    """`items` add up to `total_bytes` on the device that needs most; `limit_bytes`: its memory, None = not known. `host_items` are those of one
+    node. `start_bytes`: what the device needs under ZeRO 3 while the model is loaded. `assumption`: about the sizes of the data."""
 
     items: tuple[Item, ...]
     total_bytes: int
@@ -60,24 +60,24 @@ class Memory:
         return self.fits_within(1.0)
 
     def fits_within(self, share: float) -> bool:
-        """Whether the device's peak takes at most `share` of it, and the offloaded states the host. Yes where neither has a known size."""
+        """Whether the peak takes at most `share` of the device's memory, and the offloaded states fit in host memory. An unknown size fits."""
         device = self.limit_bytes is None or self.total_bytes <= share * self.limit_bytes
         return device and (self.host_limit_bytes is None or self.host_bytes <= self.host_limit_bytes)
 
 
 def estimate_memory(config: Config, *, states: States | None = None) -> Memory:
-    """At the peak of a step, or in an evaluation of a batch. The strategy must be resolved: `auto` counts as unsharded and micro-batch null
-    as 1. `states`: model_states(config), where it is known."""
+    """At the peak of a training step, or of an evaluated batch. The strategy must be resolved: `auto` counts as unsharded, and a micro-batch
+    of null as 1. `states`: model_states(config), if it is known already."""
     states = states or model_states(config)
     hardware = config.hardware
     rows = config.strategy.micro_batch or 1 if config.stage.kind == "train" else answer_load(config)[0]
     load = read_load(config, rows=rows)
-    trains = config.stage.kind == "train"  # else, with the states of a training run, its gradients stand
+    trains = config.stage.kind == "train"  # an evaluation during training keeps its gradients
     fixed = tuple(item for item in count_items(states.items_bytes, "arithmetic") if not (trains and item.name == "gradients"))
     moving = tuple(item for item in moving_items(config, states, rows) if item.size_bytes)
     spare = Item(name="fragmentation", size_bytes=int(hardware.fragmentation * total(moving)), basis="calibrated")
     runtime = Item(name="runtime", size_bytes=runtime_bytes(config, GIB), basis="calibrated")
-    # The CPU's ranks have no runtime of their own beside the process.
+    # On a CPU, a rank has no runtime apart from its process.
     items = (*fixed, *moving, spare, *((runtime,) if runtime.size_bytes else ()))
     host_items = tuple(count_host(config, states))
     start, _ = loading_bytes(config)
@@ -94,7 +94,7 @@ def estimate_memory(config: Config, *, states: States | None = None) -> Memory:
 
 
 def moving_items(config: Config, states: States, rows: int) -> tuple[Item, ...]:
-    """What comes and goes within a step, at its highest moment. In an evaluation: of a batch."""
+    """Temporary items, at the moment of a step where their sum is largest; without training, those of a batch."""
     load = read_load(config, rows=rows)
     if streams(config):
         return ()
@@ -126,7 +126,7 @@ def count_items(sizes: Mapping[str, int], basis: Basis) -> Iterator[Item]:
 
 
 def count_host(config: Config, states: States) -> Iterator[Item]:
-    """Of one node. What is offloaded, the pinned buffers beside it, and the whole models that its ranks load."""
+    """Host memory of one node: offloaded states, their pinned buffers, and the models that its ranks load."""
     if states.host_bytes:
         yield Item(name="offloaded states", size_bytes=states.host_bytes, basis="arithmetic")
         yield Item(name="pinned buffers", size_bytes=int((HOST_FACTOR - 1) * states.host_bytes), basis="calibrated")
@@ -135,23 +135,23 @@ def count_host(config: Config, states: States) -> Iterator[Item]:
 
 
 def answering_memory(config: Config) -> Memory:
-    """What the evaluation of a training run takes, with all that training holds between two steps still there."""
+    """An evaluation during training, with everything that training keeps between two steps."""
     training = model_states(config)
     items = {**training.items_bytes, "gradients": lasting_gradient_bytes(config, training)}
-    asked = replace(config, stage=replace(config.stage, kind="evaluate"))
-    return estimate_memory(asked, states=replace(training, items_bytes=items, total_bytes=sum(items.values())))
+    evaluating = replace(config, stage=replace(config.stage, kind="evaluate"))
+    return estimate_memory(evaluating, states=replace(training, items_bytes=items, total_bytes=sum(items.values())))
 
 
 def split_weights(config: Config) -> tuple[int, int]:
-    """(cards, bytes of weights on each) over which whole layers of the model would have to be divided to answer with it, one card's own
-    working set left free. Raises nothing; (0, 0) where the device's size is not known."""
+    """(devices, bytes of weights on each) that would hold the model's layers for inference, with the temporary items of one device left free.
+    (0, 0) if the device's memory is not known."""
     memory = estimate_memory(config)
     if memory.limit_bytes is None:
         return 0, 0
     weights = config.model.parameters.total * DTYPE_BYTES[config.precision.weights]
-    room = memory.limit_bytes - (memory.total_bytes - total(item for item in memory.items if item.name == "weights"))
-    cards = -(-weights // room) if room > 0 else 0
-    return cards, -(-weights // cards) if cards else 0
+    free = memory.limit_bytes - (memory.total_bytes - total(item for item in memory.items if item.name == "weights"))
+    devices = -(-weights // free) if free > 0 else 0
+    return devices, -(-weights // devices) if devices else 0
 
 
 def total(items: Iterator[Item] | tuple[Item, ...]) -> int:

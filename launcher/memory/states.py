@@ -1,6 +1,6 @@
-"""What the model states of a run take on each device: weights, gradients, masters and Adam's moments. Arithmetic only.
+"""Model states on each device: weights, gradients, master weights and Adam's moments. Arithmetic only, in bytes.
 
-launcher.memory.activations and launcher.memory.buffers count what comes and goes beside them, launcher.memory.estimate adds all of it up.
+launcher.memory.activations and launcher.memory.buffers compute what is temporary within a step; launcher.memory.estimate adds it all up.
 """
 
 import math
@@ -8,27 +8,25 @@ import re
 from dataclasses import dataclass
 
 from launcher.config.schema import Config, Model, Text
+from launcher.memory.deepspeed import ZERO_STAGE, rendered_stage
 from trainer.contract import SINGLE_PROCESS_KINDS
 
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
-# What ZeRO shards: stage 1 the optimizer's states, 2 gradients too, 3 weights too (Rajbhandari et al., arXiv 1910.02054, section 3.1).
-ZERO_STAGE = {"auto": 0, "single": 0, "ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}
-
-STATE_BLOCK = 256  # trainer.optim.blockwise.BLOCK: elements of a moment in 8 bits that share a float32 scale
-MOST_LAYERS = 1000  # whose names are written out: a slip of the hand may say a million
+STATE_BLOCK = 256  # trainer.optim.blockwise.BLOCK: elements of an 8-bit moment that share a float32 scale
+MOST_LAYERS = 1000  # whose names are listed: a typing error may ask for a million
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
-REGEX = "re:"  # begins a LoRA target that is a regex over whole module names
-# A 4-bit weight with its share of the scales, in blocks of 64 and those in blocks of 256 (Dettmers et al., arXiv 2305.14314, section 3).
+REGEX = "re:"  # prefix of a LoRA target that is a regular expression over whole module names
+# Bits of an NF4 weight: 4, an 8-bit scale for 64 weights, and a float32 scale for 256 of those scales (Dettmers et al., arXiv 2305.14314, section 3).
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
 
 @dataclass(frozen=True, kw_only=True)
 class States:
-    """`parameters` and `trainable` count elements of the whole model, LoRA included. `items_bytes` (weights, gradients, optimizer) is
-    what stays on one device, `total_bytes` its sum; `host_bytes` is what offloading puts into the memory of one node."""
+    """`parameters` and `trainable`: elements of the whole model, including LoRA. `items_bytes`: weights, gradients and optimizer on one
+    device; `total_bytes`: their sum; `host_bytes`: what offloading puts into the host memory of one node."""
 
     parameters: int
     trainable: int
@@ -43,46 +41,49 @@ def device_count(config: Config) -> int:
 
 
 def ranks_per_node(config: Config) -> int:
-    """One a device, but for a stage of one process and for a model that is spread over them."""
+    """One rank per device; a single one for a stage of one process, and for a model that is spread over the devices."""
     return 1 if config.stage.kind in SINGLE_PROCESS_KINDS or spreads(config) else device_count(config)
 
 
 def spreads(config: Config) -> bool:
-    """Whether one rank holds a model over all devices of its node."""
-    asked = config.stage.inference or config.stage.serving
-    return asked is not None and asked.spread == "auto"
+    """Whether one rank spreads the model over all devices of its node."""
+    options = config.stage.inference or config.stage.serving
+    return options is not None and options.spread == "auto"
 
 
 def streams(config: Config) -> bool:
-    """Whether the stage rewrites weights file by file, and never holds the model."""
+    """Whether the stage rewrites weights file by file, without loading the model."""
     quantization = config.stage.quantization
     return config.stage.kind in ("merge", "convert") or (quantization is not None and not quantization.compare)
 
 
 def world_size(config: Config) -> int:
-    """Ranks of the run: those of every node that is not a spare."""
+    """Ranks of the run, on all nodes that are not spares."""
     return ranks_per_node(config) * sum(not node.spare for node in config.cluster.nodes)
 
 
 def model_states(config: Config) -> States:
-    """Bytes on the fullest device. With P parameters, T of them trained, N ranks and element sizes w, g, o of weights, gradients and
-    optimizer: w P + g T + (2 m + master) T, each term over N where ZeRO shards it; a moment's m is o, or in 8 bits 1 and its share of
-    a scale (the small parameters that stay in float32 are not counted); the master is o where o is not w, or where ZeRO keeps
-    its own copy of the slice, else 0 (arXiv 1910.02054, section 3.1: 2 P + 2 P + 12 P for mixed precision Adam); g is of both kinds of
-    gradients where takes_bf16_optimizer.
+    """Bytes on the device that holds most, as a rank with P parameters, T of them trained, among N ranks:
 
-    ZeRO-Offload (arXiv 2101.06840, section 3) moves gradients and optimizer to the host; parameter offload moves weights too.
-    `auto` counts as unsharded: resolve it with `launcher.check.strategy.choose_strategy` first.
+        w P + g T + (2 m + master) T        (Rajbhandari et al., arXiv 1910.02054, section 3.1: 2 P + 2 P + 12 P for mixed precision Adam)
+
+    w, g, o: bytes per element of weights, gradients and optimizer. ZeRO 1 divides the optimizer's term by N, ZeRO 2 also the gradients,
+    ZeRO 3 also the weights. m is o, or for 8-bit moments 1 byte and a share of the scale (the small parameters that stay in float32 are
+    ignored). master is o where o differs from w or where ZeRO keeps its own copy of the slice, else 0. Where takes_bf16_optimizer, g
+    counts the gradients of both dtypes.
+
+    ZeRO-Offload (arXiv 2101.06840, section 3) moves gradients and optimizer to the host; parameter offload also moves the weights.
+    `auto` counts as unsharded: resolve it with `launcher.check.strategy.resolve` first.
     """
-    strategy, precision, zero = config.strategy, config.precision, rendered_stage(config)
+    strategy, precision, zero = config.strategy, config.precision, engine_stage(config)
     ranks = max(1, world_size(config))
     adapter, trainable = lora_parameters(config), trainable_parameters(config)
     parameters = config.model.parameters.total + adapter
     state_bytes = DTYPE_BYTES[precision.optimizer]
     master_bytes = state_bytes if zero or precision.optimizer != precision.weights else 0
-    cards = device_count(config) if spreads(config) else 1
+    devices = device_count(config) if spreads(config) else 1
     items = {
-        "weights": 0 if streams(config) else _share(weight_bytes(config, parameters), ranks if zero >= 3 else cards),
+        "weights": 0 if streams(config) else _share(weight_bytes(config, parameters), ranks if zero >= 3 else devices),
         "gradients": _share(trainable * gradient_width(config), ranks if zero >= 2 else 1),
         "optimizer": _share(2 * moment_bytes(config, trainable) + trainable * master_bytes, ranks if zero >= 1 else 1),
     }
@@ -100,40 +101,38 @@ def model_states(config: Config) -> States:
 
 
 def zero_stage(config: Config) -> int:
-    """0 in an evaluation, where every rank holds the whole model (trainer.programs.evaluate)."""
+    """0 without training: in an evaluation every rank holds the whole model (trainer.programs.evaluate)."""
     return ZERO_STAGE[config.strategy.name] if config.stage.kind == "train" else 0
 
 
-def rendered_stage(config: Config) -> int:
-    """What launcher.memory.deepspeed renders: 16-bit weights have their masters in a ZeRO optimizer, with ddp and on one device too."""
-    if config.stage.kind != "train":
-        return 0
-    return max(zero_stage(config), 0 if config.precision.weights == "float32" else 1)
+def engine_stage(config: Config) -> int:
+    """The ZeRO stage that DeepSpeed is started with (launcher.memory.deepspeed.rendered_stage); 0 without training."""
+    return rendered_stage(config.strategy, config.precision) if config.stage.kind == "train" else 0
 
 
 def takes_bf16_optimizer(config: Config) -> bool:
-    """Stage 1 with bfloat16 weights and float32 gradients is DeepSpeed's BF16_Optimizer (runtime/engine.py, _do_optimizer_sanity_check in
-    0.19.8): every rank holds all gradients in float32 from the start on, and beside them those in bfloat16 that it adds them up from, which
-    it sets to zero and keeps (bf16_optimizer.py, clear_lp_grads)."""
-    types = (config.precision.weights, config.precision.gradients) == ("bfloat16", "float32")
-    return types and rendered_stage(config) == 1 and not config.strategy.offload_optimizer
+    """Stage 1 with bfloat16 weights and float32 gradients uses DeepSpeed's BF16_Optimizer (runtime/engine.py, _do_optimizer_sanity_check in
+    0.19.8). Every rank holds all gradients in float32 from the start, and also the bfloat16 gradients that it accumulates into them, which
+    it zeroes and keeps (bf16_optimizer.py, clear_lp_grads)."""
+    dtypes = (config.precision.weights, config.precision.gradients) == ("bfloat16", "float32")
+    return dtypes and engine_stage(config) == 1 and not config.strategy.offload_optimizer
 
 
 def gradient_width(config: Config) -> int:
-    """Bytes of a trained element's gradient, or gradients."""
+    """Bytes per trained element, for all of its gradients."""
     both = DTYPE_BYTES[config.precision.weights] if takes_bf16_optimizer(config) else 0
     return DTYPE_BYTES[config.precision.gradients] + both
 
 
 def moment_bytes(config: Config, elements: int) -> int:
-    """Of one of Adam's two moments."""
+    """Bytes of one of Adam's two moments."""
     if config.stage.optimizer.state_bits == 8:
         return elements + 4 * math.ceil(elements / STATE_BLOCK)
     return elements * DTYPE_BYTES[config.precision.optimizer]
 
 
 def weight_bytes(config: Config, parameters: int) -> int:
-    """Of all weights, those that a LoRA run keeps in 4 bits counted so: the decoder's linear layers."""
+    """Bytes of all weights. In a LoRA run with an NF4 base, the decoder's linear layers have NF4_BITS per weight."""
     width = DTYPE_BYTES[config.precision.weights]
     if config.stage.lora is None or not config.stage.lora.base:
         return parameters * width
@@ -145,7 +144,7 @@ def weight_bytes(config: Config, parameters: int) -> int:
 
 
 def trainable_parameters(config: Config) -> int:
-    """Elements that get gradients: the stage's groups, and LoRA. None where nothing is trained."""
+    """Elements that get gradients: those of the stage's groups and of LoRA; 0 without training."""
     if config.stage.kind != "train":
         return 0
     whole: int = sum(getattr(config.model.parameters, group) for group in config.stage.trainable)
@@ -153,7 +152,7 @@ def trainable_parameters(config: Config) -> int:
 
 
 def lora_parameters(config: Config) -> int:
-    """r (in + out) for every target in every layer of the decoder (Hu et al., arXiv 2106.09685, section 4.1)."""
+    """Elements of LoRA: r (in + out) for every target in every layer of the decoder (Hu et al., arXiv 2106.09685, section 4.1)."""
     lora, text = config.stage.lora, config.model.architecture.text
     if lora is None or config.stage.kind != "train":
         return 0
@@ -168,13 +167,13 @@ def lora_parameters(config: Config) -> int:
 def matches(name: str, regexes: tuple[str, ...]) -> bool:
     try:
         return any(re.fullmatch(regex, name) for regex in regexes)
-    except (re.error, RecursionError, OverflowError):  # which `check` refuses
+    except (re.error, RecursionError, OverflowError):  # `check` refuses it
         return False
 
 
 def attention_layers(text: Text) -> frozenset[int]:
-    """Numbers of the decoder's layers that have attention under the names q_proj to o_proj: all, but in a hybrid one those alone that
-    `layer_types` calls so, or the last of each `full_attention_interval`. Of MOST_LAYERS at most."""
+    """Indices of the decoder's layers with softmax attention (q_proj to o_proj), below MOST_LAYERS. In a hybrid decoder these are the layers
+    that `layer_types` marks as full_attention, or the last of each `full_attention_interval`; otherwise all."""
     depth = int(min(text.num_hidden_layers, MOST_LAYERS))
     types = text.options.get("layer_types")
     if types:
@@ -184,7 +183,7 @@ def attention_layers(text: Text) -> frozenset[int]:
 
 
 def layer_counts(text: Text) -> dict[str, int]:
-    """Name of a linear layer -> how many layers of the decoder have one."""
+    """Name of a linear layer -> number of decoder layers that have it."""
     attention = len(attention_layers(text)) if is_hybrid(text) else text.num_hidden_layers
     return {name: attention if name in ATTENTION_LINEARS else text.num_hidden_layers for name in linear_shapes(text)}
 
@@ -195,7 +194,7 @@ def is_hybrid(text: Text) -> bool:
 
 
 def linear_names(model: Model) -> tuple[str, ...]:
-    """The decoder's linear layers, by their names in memory, of MOST_LAYERS at most."""
+    """Module names of the decoder's linear layers, below MOST_LAYERS."""
     text = model.architecture.text
     decoder = "llm.model" if model.groups.get("lm", "").startswith(r"^llm\.") else "model.language_model"
     attention = attention_layers(text)
@@ -208,7 +207,7 @@ def linear_names(model: Model) -> tuple[str, ...]:
 
 
 def linear_shapes(text: Text) -> dict[str, tuple[int, int]]:
-    """(in, out) of every linear layer of a Llama-shaped decoder block, by the name that LoRA targets."""
+    """Name that LoRA targets -> (in, out) features, for every linear layer of a Llama-style decoder layer."""
     head_dim = text.head_dim or text.hidden_size // max(1, text.num_attention_heads)
     queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
     return {

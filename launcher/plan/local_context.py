@@ -1,14 +1,34 @@
-"""The place that a plan is made at: this machine, this folder, this interpreter. The one module that looks."""
+"""What a plan takes from this machine: folder, interpreter, user; and whether its Docker engine has the plan's image.
+
+The only module of the package that reads the machine.
+"""
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-from launcher.plan.plan import LocalContext
+from launcher.plan.plan import LocalContext, Plan
 
-CONTAINER_USER = "1000:1000"  # in place of root, whom no container needs to be
+CONTAINER_USER = "1000:1000"  # instead of root, which no container needs
+ENGINE_TIMEOUT_S = 5
 
 
 def local_context(project: Path) -> LocalContext:
     user = f"{os.getuid()}:{os.getgid()}" if os.getuid() else CONTAINER_USER
     return LocalContext(project=project, here=Path.cwd(), interpreter=sys.executable, user=user)
+
+
+def find_built(plan: Plan) -> bool | None:
+    """Whether this machine's engine has the plan's image, whose tag holds the hash of its content. None = not asked, since the plan
+    needs none, or not known, since no engine answers."""
+    docker = shutil.which("docker")
+    if plan.config.cluster.runtime != "docker" or docker is None:
+        return None
+    argv = (docker, "image", "inspect", "--format", "{{.Id}}", plan.image.tag)
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=ENGINE_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return True if done.returncode == 0 else False if "no such image" in done.stderr.lower() else None

@@ -4,7 +4,9 @@ The trainer's spec, the DeepSpeed config and the per-node commands are all made 
 """
 
 import json
+import shlex
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,7 +14,7 @@ from launcher.check.hardware import choose_kernels
 from launcher.check.problem import Rule
 from launcher.check.recipe import leaves_padding_out
 from launcher.check.rules import RULES, Verdict, check
-from launcher.check.strategy import choose_strategy, explain_strategy
+from launcher.check.strategy import explain_strategy, resolve
 from launcher.check.suggestions import with_typed_hardware
 from launcher.config.credentials import without_masked
 from launcher.config.schema import Cluster, Config, Run
@@ -91,15 +93,13 @@ def make_plan(
     run_id: str,
     overrides: tuple[str, ...] = (),
     rules: tuple[Rule, ...] = RULES,
+    conf: Path | None = None,
 ) -> Plan:
-    """Resolve the strategy, check, render the image, write the spec and the commands.
-
-    Raises ConfigRefused with every problem at once; a problem that only stops a launch (a module still to come, a licence to
-    accept) is left in `verdict` for `launch` to refuse.
-    """
-    config = on_one_rank(config)
-    asked, config = config, replace(config, strategy=choose_strategy(config))
-    verdict = check(config, stacks, rules=rules, asked=asked)
+    """Resolve the strategy, check, render the image, write the spec and the commands. `conf`: the folder that `config` was composed from
+    with `overrides`, if it was; offered overrides that choose an axis are judged with it. Raises ConfigRefused with every problem at once;
+    one that only prevents a launch (a module still to come, a licence to accept) is left in `verdict` for `launch` to refuse."""
+    resolved, recompose = resolve(on_one_rank(config)), partial(compose_change, overrides, conf=conf) if conf else None
+    verdict, config = check(resolved.asked, stacks, rules=rules, resolved=resolved, compose=recompose), resolved.config
     refuse(verdict, launching=False, overrides=overrides)
     image = render(
         stacks[config.hardware.stack],
@@ -119,9 +119,19 @@ def make_plan(
         commands=node_commands(config, image, spec, interpreter=place.interpreter, user=config.cluster.user or place.user),
         folder=spec.output if all(node.is_local for node in config.cluster.working) else absolute(f"{RUNS_FOLDER}/{run_id}", place.here),
         overrides=overrides,
-        memory=estimate_memory(config),
-        choice=explain_strategy(asked, config),
+        memory=resolved.memory,
+        choice=explain_strategy(resolved),
     )
+
+
+def compose_change(overrides: tuple[str, ...], change: str, conf: Path) -> Config:
+    """The config with an offered change in place of what was typed for the same keys. Raises ConfigRefused."""
+    from launcher.config.compose import compose
+
+    parts = shlex.split(change)
+    keys = {part.partition("=")[0] for part in parts}
+    kept = (override for override in overrides if override.partition("=")[0] not in keys)
+    return on_one_rank(compose((*kept, *parts), conf))
 
 
 def on_one_rank(config: Config) -> Config:

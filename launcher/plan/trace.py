@@ -1,4 +1,4 @@
-"""The step of a plan, traced by the trainer in a process of its own: it needs packages that the launcher does without."""
+"""`plan --trace`: the trainer traces one step in a separate process, because that needs packages that the launcher does not import."""
 
 import json
 import os
@@ -10,48 +10,47 @@ from pathlib import Path
 
 from launcher.check.problem import Problem
 from launcher.check.rules import Verdict
+from launcher.check.strategy import Resolved
 from launcher.check.suggestions import refuse_memory
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import Stack
 from launcher.memory.estimate import Item, Memory, estimate_memory, total
 from launcher.memory.states import GIB
-from launcher.plan.description import gib, table
 from launcher.plan.plan import LocalContext, Plan, refuse
+from launcher.plan.text import gib, table
 from trainer.contract import SPEC_FILE, Exit, SpecError, TracePhase, TraceReport, decode, write
 
 TIMEOUT_S = 1800
-HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "ASCEND_RT_VISIBLE_DEVICES": ""}  # a trace takes no accelerator, and must not wait for one
+HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "ASCEND_RT_VISIBLE_DEVICES": ""}  # a trace needs no accelerator, and must not wait for one
 
 
 def trace_plan(plan: Plan, place: LocalContext, environ: Mapping[str, str]) -> TraceReport:
-    """With the interpreter that cluster.runtime=process trains with. Raises ConfigRefused where the trainer refuses, LaunchError where it
-    fails."""
+    """Runs the interpreter that cluster.runtime=process trains with. Raises ConfigRefused if the trainer refuses, LaunchError if it fails."""
     with tempfile.TemporaryDirectory(prefix="omnilaunch-trace-") as name:
         write(replace(plan.spec, output=name), Path(name) / SPEC_FILE)
         argv = (place.interpreter, "-m", "trainer", "trace", str(Path(name) / SPEC_FILE))
-        told = {**environ, **HIDDEN}
         try:
-            done = subprocess.run(argv, cwd=place.project, env=told, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+            done = subprocess.run(argv, cwd=place.project, env={**environ, **HIDDEN}, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
         except subprocess.TimeoutExpired as error:
-            raise LaunchError(f"the trace has not ended within {TIMEOUT_S} s. Plan without --trace.") from error
-    said = done.stderr.strip()
+            raise LaunchError(f"the trace did not end within {TIMEOUT_S} s. Plan without --trace.") from error
+    stderr = done.stderr.strip()
     if done.returncode == Exit.USAGE:
-        raise ConfigRefused(f"this step cannot be traced:\n{said}")
+        raise ConfigRefused(f"this step cannot be traced:\n{stderr}")
     if done.returncode:
-        raise LaunchError(f"the trace failed with exit code {done.returncode}; plan without --trace. Its last lines:\n{said[-2000:]}")
+        raise LaunchError(f"the trace failed with exit code {done.returncode}; plan without --trace. Its last lines:\n{stderr[-2000:]}")
     try:
         report: TraceReport = decode(TraceReport, json.loads(done.stdout), "trace")
     except (ValueError, SpecError) as error:
         raise LaunchError(
-            f"{place.interpreter} -m trainer trace answered what this version cannot read: {error}{os.linesep}{said}"
+            f"{place.interpreter} -m trainer trace printed a report that this version cannot read: {error}{os.linesep}{stderr}"
         ) from error
     return report
 
 
 def go_by_trace(plan: Plan, report: TraceReport, stacks: Mapping[str, Stack]) -> Plan:
-    """The plan with the traced step in its memory and its verdict. `plan`: of RULES_BUT_MEMORY. Raises ConfigRefused where the traced peak
-    does not fit and run.force does not say why it shall be tried."""
+    """The plan with its memory and its verdict taken from the traced step. `plan` was made with RULES_BUT_MEMORY. Raises ConfigRefused if the
+    traced peak does not fit and run.force is not set."""
     config, planned = plan.config, estimate_memory(plan.config)
     memory = traced_memory(config, planned, report)
     verdict = plan.verdict
@@ -64,30 +63,32 @@ def go_by_trace(plan: Plan, report: TraceReport, stacks: Mapping[str, Stack]) ->
 
 
 def traced_memory(config: Config, planned: Memory, report: TraceReport) -> Memory:
-    """`planned` with what the trace saw at its highest moment in the place of what was counted. The runtime is not in a trace, and stays;
-    fragmentation stays the hardware's share of what comes and goes, which is now what was traced. The host's items stay."""
+    """`planned` with the items of the trace's highest phase instead of the computed ones. The runtime is not in a trace, so its computed item
+    stays; fragmentation is the hardware's share of the traced temporary items. The host's items stay."""
     seen = highest_phase(report).items_bytes
     items = tuple(Item(name=name, size_bytes=size, basis="traced") for name, size in seen.items() if size)
     moving = total(item for item in items if item.name not in ("weights", "optimizer"))
     spare = Item(name="fragmentation", size_bytes=int(config.hardware.fragmentation * moving), basis="calibrated")
     items = (*items, spare, *(item for item in planned.items if item.name == "runtime"))
-    assumption = f"{planned.assumption}; of such a batch one step was traced, which is highest in its {report.peak_phase} phase"
+    assumption = f"{planned.assumption}; one step of such a batch was traced; its peak is in the {report.peak_phase} phase"
     return replace(planned, items=items, total_bytes=total(items), assumption=assumption)
 
 
 def refuse_traced(config: Config, planned: Memory, memory: Memory, stacks: Mapping[str, Stack]) -> Problem:
-    """What would pass is counted, not traced: with as much more as the trace is above the count."""
-    problem = refuse_memory(config, config, memory, stacks, short_bytes=max(0, memory.total_bytes - planned.total_bytes))
+    """The offered changes are computed, not traced: each must leave free as many bytes as the trace is above the arithmetic."""
+    problem = refuse_memory(
+        Resolved(asked=config, config=config, memory=planned), memory, stacks, short_bytes=max(0, memory.total_bytes - planned.total_bytes)
+    )
     return replace(problem, what=f"by a traced step, {problem.what}; by arithmetic {planned.total_bytes / GIB:.1f} GiB")
 
 
 def contradict(planned: Memory, memory: Memory) -> Problem:
-    """The plan stands by the trace, but a launch makes none: it is refused by the arithmetic, and says so here."""
+    """The plan passes by the trace. A launch traces nothing, so the arithmetic refuses it; the problem says so."""
     limit = memory.limit_bytes or 0
     return Problem(
         key="strategy",
         what=f"fits by a traced step, with a peak of {memory.total_bytes / GIB:.1f} GiB of {limit / GIB:g}; by arithmetic it takes "
-        f"{planned.total_bytes / GIB:.1f} and does not. A launch, and a plan without --trace, go by the arithmetic",
+        f"{planned.total_bytes / GIB:.1f} and does not. A launch, and a plan without --trace, use the arithmetic",
         changes=("run.force='fits by a traced step'",),
         launch_only=True,
         forcible=True,
@@ -105,7 +106,7 @@ def highest_phase(report: TraceReport) -> TracePhase:
 
 
 def describe_trace(report: TraceReport, plan: Plan) -> str:
-    """The highest moment of each part of the step, item by item, beside what arithmetic says without a trace."""
+    """The peak of each phase of the step, item by item, and the peak by arithmetic."""
     highest = highest_phase(report)
     rows = {name: gib(size) for name, size in sorted(highest.items_bytes.items(), key=lambda item: -item[1])}
     rows |= {f"peak, {phase.phase}": gib(phase.peak_bytes) + ("  the highest" if phase is highest else "") for phase in report.phases}
@@ -115,7 +116,7 @@ def describe_trace(report: TraceReport, plan: Plan) -> str:
     image = f"{report.images} image(s) of {report.image_size[0]} x {report.image_size[1]}" if report.image_size else "no image"
     lines = (
         f"one step of {report.samples} x {report.length} tokens: {image}, {report.image_tokens} image tokens, {report.trained_tokens} trained",
-        f"torch {report.torch}, {report.cpu_seconds:g} s of the processor, {report.resident_bytes / 2**20:.0f} MiB; {report.parameters:,} parameters",
+        f"torch {report.torch}, {report.cpu_seconds:g} s of processor time, {report.resident_bytes / 2**20:.0f} MiB; {report.parameters:,} parameters",
         *(f"note: {note}" for note in report.notes),
     )
     return "\n".join((table(rows), *lines))

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from launcher.check.strategy import choose_strategy
+from launcher.check.strategy import resolve
 from launcher.config.compose import compose
 from launcher.config.schema import Config
 from launcher.memory.estimate import estimate_memory
@@ -237,7 +237,7 @@ def sized(each: Case) -> Config:
         found[group] += sizes[name]
     parameters = replace(config.model.parameters, total=sum(sizes.values()), **found)
     config = replace(config, model=replace(config.model, parameters=parameters))
-    return replace(config, strategy=choose_strategy(config))
+    return resolve(config).config
 
 
 def measure(spec: TrainSpec) -> dict[str, int]:

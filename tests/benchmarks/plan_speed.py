@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,19 +56,18 @@ def median_s(argv: tuple[str, ...], environment: dict[str, str]) -> float:
 
 
 def time_verdict(words: tuple[str, ...]) -> float:
-    """Processor seconds of choosing a strategy, the verdict with its suggestions, the notes, and the table of the plan."""
-    from launcher.check.strategy import choose_strategy
-    from launcher.check.suggestions import memory_fits, write_memory_notes
+    """Seconds of the processor: the choice of a strategy, the verdict with its changes, the notes, and the table of the plan."""
+    from launcher.check.strategy import resolve
+    from launcher.check.suggestions import check_memory, write_memory_notes
     from launcher.config.compose import compose
     from launcher.image.stack import load_stacks
-    from launcher.memory.estimate import estimate_memory
 
     config, stacks = compose(words, ROOT / "conf"), dict(load_stacks(ROOT / "images"))
     spent = []
     for _ in range(REPEATS):
         started = time.process_time()
-        chosen = replace(config, strategy=choose_strategy(config))
-        list(memory_fits(chosen, stacks)), list(write_memory_notes(chosen)), estimate_memory(chosen)
+        resolved = resolve(config)
+        list(check_memory(resolved, stacks)), list(write_memory_notes(resolved))
         spent.append(time.process_time() - started)
     return statistics.median(spent)
 

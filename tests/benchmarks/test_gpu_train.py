@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.check.strategy import choose_strategy
+from launcher.check.strategy import resolve
 from launcher.config.compose import compose
 from launcher.config.schema import Config
 from launcher.plan.plan import LocalContext, train_spec
@@ -36,7 +36,7 @@ PLACE = LocalContext(project=ROOT, here=Path("/"), interpreter="", user="")
 
 def configure(*overrides: str) -> Config:
     config = compose(overrides, ROOT / "conf")
-    return replace(config, strategy=choose_strategy(config))
+    return resolve(config).config
 
 
 def count_by_torch(config: Config, folder: Path) -> int:

@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """As if the launcher had never ended. Of a run that has ended, print the record."""
-    from launcher.plan.description import describe_record
+    from launcher.record.description import describe_record
 
     folder = find_named(arguments)
     plan = load_plan(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.check.rules import Verdict, check
-from launcher.check.strategy import choose_strategy
+from launcher.check.strategy import resolve
 from launcher.config.compose import compose, options
 from launcher.config.schema import Config
 from launcher.image.stack import Stack, load_stacks
@@ -147,6 +147,6 @@ def test_auto_is_resolved_in_every_planned_cell() -> None:
     for cell, verdict in judged().items():
         if verdict.ok:
             config = assemble(cell)
-            strategy = choose_strategy(config)
+            strategy = resolve(config).config.strategy
             assert strategy.name != "auto" and strategy.micro_batch
             assert check(replace(config, strategy=strategy), stacks()).ok, cell

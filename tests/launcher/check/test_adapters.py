@@ -1,4 +1,4 @@
-"""Rules about adapters, rates of groups and groups that begin anew."""
+"""Rules about adapters, rates of groups and groups that are reset."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,31 +20,31 @@ def judge(*words: str) -> Verdict:
     return check(compose(words, ROOT / "conf"), load_stacks(ROOT / "images"))
 
 
-def told(*words: str) -> str:
+def refusal(*words: str) -> str:
     return "\n".join(map(str, judge(*words).problems))
 
 
 @pytest.mark.parametrize("targets", ["[q_proj,v_proj]", r"['re:.*\.q_proj']", r"[v_proj,'re:.*\.layers\.[0-3]\.mlp\.up_proj']"])
 def test_targets_are_names_or_regexes(targets: str) -> None:
-    assert "stage.lora.targets" not in told(*LORA, f"stage.lora.targets={targets}")
+    assert "stage.lora.targets" not in refusal(*LORA, f"stage.lora.targets={targets}")
 
 
 @pytest.mark.parametrize(
     ("targets", "said"),
     [
-        ("[]", "names no layer"),
+        ("[]", "is empty: LoRA needs at least one target"),
         ("[qproj]", r"the decoder has no qproj; did you mean 'q_proj'"),
         ("['re:(']", r"'re:\(' is not a regular expression"),
         (
             r"['re:q_proj']",
-            r"matches no linear layer of the decoder; it is held against whole names, as model.language_model.layers.0.self_attn",
+            r"matches no linear layer of the decoder; it must match whole names, as model.language_model.layers.0.self_attn",
         ),
     ],
 )
 def test_targets_that_hit_nothing_are_refused(targets: str, said: str) -> None:
     import re
 
-    assert re.search(said, told(*LORA, f"stage.lora.targets={targets}"))
+    assert re.search(said, refusal(*LORA, f"stage.lora.targets={targets}"))
 
 
 def test_a_regex_counts_as_the_names_that_it_matches() -> None:
@@ -59,15 +59,15 @@ def test_a_regex_counts_as_the_names_that_it_matches() -> None:
 
 
 def test_four_bits_are_for_cuda_and_for_whole_weights() -> None:
-    assert "stage.lora.base" not in told(*LORA, "stage.lora.base=nf4") and "strategy" not in told(*LORA, "stage.lora.base=nf4")
+    assert "stage.lora.base" not in refusal(*LORA, "stage.lora.base=nf4") and "strategy" not in refusal(*LORA, "stage.lora.base=nf4")
     for hardware in ("cpu", "ascend910b"):
-        assert "bitsandbytes, which serves CUDA devices" in told("stage=lora", f"hardware={hardware}", "stage.lora.base=nf4")
-        assert "would pass: stage.lora.base=''" in told("stage=lora", f"hardware={hardware}", "stage.lora.base=nf4")
-    assert "zero3 cuts weights into parts" in told(*LORA, "stage.lora.base=nf4", "strategy=zero3")
+        assert "bitsandbytes, which works on CUDA devices" in refusal("stage=lora", f"hardware={hardware}", "stage.lora.base=nf4")
+        assert "would pass: stage.lora.base=''" in refusal("stage=lora", f"hardware={hardware}", "stage.lora.base=nf4")
+    assert "zero3 shards weights" in refusal(*LORA, "stage.lora.base=nf4", "strategy=zero3")
 
 
 def test_four_bits_take_a_quarter_of_sixteen() -> None:
-    """7.07 G of the 8.29 G parameters are the language model; all but its embeddings and norms are quantised."""
+    """7.07 G of the 8.29 G parameters are the language model; all but its embeddings and norms are quantized."""
     whole, packed = (
         model_states(compose([*LORA, "precision=bf16", "strategy=ddp", f"stage.lora.base={base}"], ROOT / "conf")) for base in ("''", "nf4")
     )
@@ -78,20 +78,20 @@ def test_four_bits_take_a_quarter_of_sixteen() -> None:
 
 
 def test_a_rate_of_a_group_that_does_not_train_is_refused() -> None:
-    assert not told("stage.optimizer.group_lr.projector=2e-5")
-    assert "this stage does not train vision; it trains projector" in told("stage=projector", "stage.optimizer.group_lr.vision=1e-6")
-    assert "stage.optimizer.group_lr.projector: 2 is out of range" in told("stage.optimizer.group_lr.projector=2")
+    assert not refusal("stage.optimizer.group_lr.projector=2e-5")
+    assert "this stage does not train vision; it trains projector" in refusal("stage=projector", "stage.optimizer.group_lr.vision=1e-6")
+    assert "stage.optimizer.group_lr.projector: 2 is out of range" in refusal("stage.optimizer.group_lr.projector=2")
 
 
-def test_a_group_begins_anew_only_where_it_learns(plan_for: Callable[..., Plan]) -> None:
-    assert "vision would begin anew and stay so" in told("stage=projector", "stage.reset=[vision]")
+def test_a_group_is_reset_only_where_it_trains(plan_for: Callable[..., Plan]) -> None:
+    assert "vision would be reset and stay random" in refusal("stage=projector", "stage.reset=[vision]")
     plan = plan_for("stage=projector", "stage.reset=[projector]")
     assert (plan.spec.stage.reset, plan.spec.stage.needs) == (("projector",), ())
     plan = plan_for("stage=lm", "stage.checkpoint=/c")
     assert plan.spec.stage.needs == ("projector",), "that a checkpoint is needed is the launcher's to see"
 
 
-def test_a_group_that_no_model_has_cannot_begin_anew() -> None:
+def test_a_group_that_no_model_has_cannot_be_reset() -> None:
     with pytest.raises(ConfigRefused, match=r"stage\.reset"):
         compose(["stage.reset=[audio]"], ROOT / "conf")
 

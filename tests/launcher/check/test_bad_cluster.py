@@ -27,35 +27,35 @@ def nodes(*texts: str) -> tuple[str, ...]:
 # ----------------------------------------------------------------------------------------------- what the file alone shows
 
 FILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "host twice": (nodes(A, A), ("cluster.nodes.host", "named twice: 192.0.2.1")),
-    "host twice, once with the usual port": (nodes(A, "{host: 192.0.2.1, port: 22}"), ("named twice: 192.0.2.1:22",)),
-    "host twice, once in capitals": (nodes("{host: gpu1}", "{host: GPU1.}"), ("named twice: gpu1:22",)),
-    "this machine twice": (nodes("{host: localhost}", "{host: 127.0.0.1}"), ("named twice: localhost",)),
-    "address twice": (nodes("{host: a, address: 192.0.2.1}", "{host: b, address: 192.0.2.1}"), ("named twice: 192.0.2.1",)),
+    "host twice": (nodes(A, A), ("cluster.nodes.host", "listed twice: 192.0.2.1")),
+    "host twice, once with the usual port": (nodes(A, "{host: 192.0.2.1, port: 22}"), ("listed twice: 192.0.2.1:22",)),
+    "host twice, once in capitals": (nodes("{host: gpu1}", "{host: GPU1.}"), ("listed twice: gpu1:22",)),
+    "this machine twice": (nodes("{host: localhost}", "{host: 127.0.0.1}"), ("listed twice: localhost",)),
+    "address twice": (nodes("{host: a, address: 192.0.2.1}", "{host: b, address: 192.0.2.1}"), ("listed twice: 192.0.2.1",)),
     "typo in a key": (nodes("{host: gpu1, interfce: eth0}"), ("cluster.nodes.0.interfce of node gpu1", "did you mean 'interface'?")),
     "typo in the key of the host": (nodes("{hots: gpu1}"), ("cluster.nodes.0.hots", "did you mean 'host'?", "cluster.nodes.0.host", "is missing")),
     "typo in a value": (nodes("{host: gpu1, architecture: x86}"), ("cluster.nodes.0.architecture of node gpu1", "did you mean 'x86_64'?")),
     "no list": (("cluster=example", "cluster.nodes=gpu1"), ("cluster.nodes", "must be a list")),
-    "a name with a space": (nodes("{host: 'gpu 1'}"), ("cluster.nodes.0.host: 'gpu 1' of node 'gpu 1' is no host",)),
-    "a name that is an option": (nodes("{host: '-oProxyCommand=x'}"), ("is no host",)),
+    "a name with a space": (nodes("{host: 'gpu 1'}"), ("cluster.nodes.0.host: 'gpu 1' of node 'gpu 1' is not a valid host",)),
+    "a name that is an option": (nodes("{host: '-oProxyCommand=x'}"), ("is not a valid host",)),
     "user before the host": (nodes("{host: ann@gpu1}"), ("cluster.nodes.0.host=gpu1 cluster.nodes.0.user=ann",)),
     "port behind the host": (nodes("{host: 'gpu1:2222'}"), ("cluster.nodes.0.host=gpu1 cluster.nodes.0.port=2222",)),
-    "a user that is none": (nodes("{host: gpu1, user: 'a b'}"), ("cluster.nodes.0.user: 'a b' of node 'gpu1' is no user",)),
+    "a user that is none": (nodes("{host: gpu1, user: 'a b'}"), ("cluster.nodes.0.user: 'a b' of node 'gpu1' is not a valid user",)),
     "a jump host that is none": (nodes("{host: gpu1, jump: 'door:x'}"), ("cluster.nodes.0.jump: 'door:x' of node 'gpu1'", "user@host:port")),
-    "an interface that is none": (nodes("{host: gpu1, interface: 'eth0,eth1'}"), ("'eth0,eth1' of node 'gpu1' is no interface",)),
+    "an interface that is none": (nodes("{host: gpu1, interface: 'eth0,eth1'}"), ("'eth0,eth1' of node 'gpu1' is not a valid interface",)),
     "port out of range": (nodes(A, "{host: gpu2, port: 70000}"), ("cluster.nodes.1.port: 70000 of node gpu2 is out of range",)),
     "rendezvous port of the system": (("cluster=example", "cluster.rendezvous_port=80"), ("cluster.rendezvous_port: 80 is out of range",)),
-    "loopback as an address": (nodes(A, "{host: gpu2, address: 127.0.0.1}"), ("127.0.0.1 of node gpu2 is every machine's own",)),
+    "loopback as an address": (nodes(A, "{host: gpu2, address: 127.0.0.1}"), ("127.0.0.1 of node gpu2 is the loopback address",)),
     "mixed architectures": (nodes(A, "{host: gpu2, architecture: aarch64}"), ("gpu2 is aarch64, but 192.0.2.1 is x86_64",)),
-    "an interface for one alone": (nodes("{host: a, interface: eth0}", "{host: b}"), ("no interface is named for b",)),
+    "an interface for one alone": (nodes("{host: a, interface: eth0}", "{host: b}"), ("no interface is set for b",)),
     "unequal counts": (
         ("cluster=example", "hardware=ascend910b", "cluster.devices_per_node=2", "cluster.nodes.1.devices=[1,2,3]"),
-        ("node 192.0.2.12 names 3 device(s), and 2 are used",),
+        ("node 192.0.2.12 lists 3 device(s), but 2 are used",),
     ),
-    "nobody works": (nodes("{host: a, spare: true}"), ("every node is a spare",)),
+    "only spares": (nodes("{host: a, spare: true}"), ("every node is a spare",)),
     "processes on other machines": ((*nodes(A), "cluster.runtime=process"), ("cluster.runtime=docker",)),
-    "this machine among others": (nodes(A, "{host: localhost}"), ("this machine (localhost) beside 192.0.2.1",)),
-    "a folder that means nothing there": ((*nodes(A), "cluster.root=runs"), ("'runs' is relative, and means nothing on 192.0.2.1",)),
+    "this machine among others": (nodes(A, "{host: localhost}"), ("this machine is listed as localhost next to 192.0.2.1",)),
+    "a folder that means nothing there": ((*nodes(A), "cluster.root=runs"), ("'runs' is a relative path, which is not defined on 192.0.2.1",)),
     "time for nothing": (("cluster=example", "cluster.connect_timeout_s=0"), ("cluster.connect_timeout_s: 0 is out of range",)),
 }  # fmt: skip
 NOT_OF_A_NODE = ("rendezvous port of the system", "processes on other machines", "a folder that means nothing there", "time for nothing")
@@ -172,10 +172,10 @@ def no_key(lab: Lab) -> str:
 
 def wrong_user(lab: Lab) -> str:
     lab.name("bad", lab.good.port)
-    return "{host: bad, user: nobody}"
+    return "{host: bad, user: stranger}"
 
 
-def nobody_listens(lab: Lab) -> str:
+def closed_port(lab: Lab) -> str:
     lab.name("bad", free_port())
     return "{host: bad}"
 
@@ -205,15 +205,15 @@ def unknown_jump_host(lab: Lab) -> str:
     ("line", "words"),
     [
         (no_key, ("bad (root@127.0.0.1", "the login of user 'root' was refused", "id_ed25519: refused", "ssh-copy-id")),
-        (wrong_user, ("bad (nobody@127.0.0.1", "the login of user 'nobody' was refused", "nodes[].user")),
-        (nobody_listens, ("bad (root@127.0.0.1", "nothing listens on port")),
+        (wrong_user, ("bad (stranger@127.0.0.1", "the login of user 'stranger' was refused", "nodes[].user")),
+        (closed_port, ("bad (root@127.0.0.1", "nothing listens on port")),
         (says_nothing, ("bad (root@127.0.0.1", "does not talk SSH", "within 2.0 s")),
         (typo_in_the_host, ("root@bad.invalid:22", "no address is known for the name 'bad.invalid'")),
         (unknown_host_key, ("bad (root@127.0.0.1", "its host key is not known here", "ssh-keyscan")),
         (unknown_jump_host, ("door.invalid", "no address is known")),
     ],
 )
-def test_a_node_that_lets_nobody_in(
+def test_a_node_that_refuses_the_login(
     lab: Lab, verb: str, line: Callable[[Lab], str], words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([verb, *lab.words(line(lab))]) == Exit.NODE

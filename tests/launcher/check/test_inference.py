@@ -50,18 +50,22 @@ def test_every_stage_can_be_planned_on_every_hardware(kind: str, name: str, plan
 @pytest.mark.parametrize(
     ("words", "key", "said"),
     [
-        (("stage=infer", RUN), "stage.inference.prompt", "nothing is asked"),
+        (("stage=infer", RUN), "stage.inference.prompt", "there is no question"),
         ((*ASKED, "stage.inference.input=rows.jsonl"), "stage.inference.prompt", "whose rows have their own"),
-        ((*ASKED, "stage.inference.sampling.beams=4", "stage.inference.sampling.temperature=1"), "stage.inference.sampling.beams", "are drawn"),
+        (
+            (*ASKED, "stage.inference.sampling.beams=4", "stage.inference.sampling.temperature=1"),
+            "stage.inference.sampling.beams",
+            "samples tokens at random",
+        ),
         (("stage=serve", RUN, "stage.serving.address=0.0.0.0"), "stage.serving.address", "reached from other machines"),
         (("stage=serve", RUN, "stage.serving.address=127.0.0.2"), "stage.serving.address", "reached from other machines"),
-        (("stage=serve", RUN, "stage.serving.address=gpu7"), "stage.serving.address", "is no IP address"),
-        (("stage=serve", RUN, "stage.serving.token=T"), "stage.serving.token", "no secret that the node is given"),
+        (("stage=serve", RUN, "stage.serving.address=gpu7"), "stage.serving.address", "is not an IP address"),
+        (("stage=serve", RUN, "stage.serving.token=T"), "stage.serving.token", "is not in cluster.secrets"),
         (("stage=serve", RUN, "stage.serving.port=0"), "stage.serving.port", "at least 1"),
         (("stage=serve", RUN, "stage.serving=null"), "stage.serving", "is of kind serve"),
-        (("stage=quantize", RUN, "stage.quantization.scheme=nf4"), "stage.quantization.scheme", "serves CUDA devices"),
-        (("stage=merge", "model=llava_1_5_7b"), "stage.checkpoint", "needs the result of a LoRA run"),
-        (("stage=evaluate", RUN, "data.builtin=''"), "data.evaluation", "say where it lies"),
+        (("stage=quantize", RUN, "stage.quantization.scheme=nf4"), "stage.quantization.scheme", "works on CUDA devices"),
+        (("stage=merge", "model=llava_1_5_7b"), "stage.checkpoint", "needs the adapter of a LoRA run"),
+        (("stage=evaluate", RUN, "data.builtin=''"), "data.evaluation", "set its path"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
@@ -101,7 +105,9 @@ def test_a_spread_model_is_one_rank_that_sees_every_card(plan_for: Callable[...,
     plan = plan_for("hardware=ascend910b", "cluster.runtime=docker", accepted, *ASKED, "stage.inference.spread=auto", "tune=null")
     (command,), device = plan.commands, plan.spec.device
     assert (device.world_size, device.devices_per_node, device.cards) == (1, 1, 8)
-    assert [part for part in command.start if part.startswith("/dev/davinci") and part[-1].isdigit()] == [f"/dev/davinci{n}" for n in range(8)]
+    assert [part for part in command.start if part.startswith("/dev/davinci") and part[-1].isdigit()] == [
+        f"/dev/davinci{n}" for n in range(8)
+    ]
 
 
 def test_a_server_has_the_time_to_answer_what_it_has_accepted(plan_for: Callable[..., Plan]) -> None:

@@ -1,4 +1,4 @@
-"""What is refused about rows and lengths: packing where samples would see each other."""
+"""What is refused about rows and lengths: packing where samples would affect each other."""
 
 from pathlib import Path
 

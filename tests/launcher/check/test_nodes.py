@@ -16,9 +16,9 @@ def nodes(*texts: str) -> str:
 
 
 @pytest.mark.parametrize(("overrides", "words"), [
-    ((DOCKER, nodes(A, "{host: localhost}")), ("this machine (localhost) beside 192.0.2.1",)),
-    ((DOCKER, nodes(A, "{host: 192.0.2.2}")), ("no interface is named for 192.0.2.2",)),
-    ((DOCKER, nodes(A), "cluster.delivery.kind=pull"), ("none is named", "cluster.delivery.kind=build")),
+    ((DOCKER, nodes(A, "{host: localhost}")), ("this machine is listed as localhost next to 192.0.2.1",)),
+    ((DOCKER, nodes(A, "{host: 192.0.2.2}")), ("no interface is set for 192.0.2.2",)),
+    ((DOCKER, nodes(A), "cluster.delivery.kind=pull"), ("is empty, but cluster.delivery.kind=pull", "cluster.delivery.kind=build")),
 ])  # fmt: skip
 def test_what_cannot_work(plan_for: Callable[..., Plan], overrides: tuple[str, ...], words: tuple[str, ...]) -> None:
     with pytest.raises(ConfigRefused) as caught:

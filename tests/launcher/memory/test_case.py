@@ -1,6 +1,6 @@
 """The memory verdict in cases that users have met and published, with the numbers: what is refused, what is offered, what fits."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import pytest
 
 from launcher.check.problem import Problem
 from launcher.check.rules import check
-from launcher.check.strategy import choose_strategy
+from launcher.check.strategy import resolve
 from launcher.check.suggestions import memory_fits
 from launcher.config.compose import compose
 from launcher.image.stack import Stack, load_stacks
@@ -29,7 +29,7 @@ def stacks() -> dict[str, Stack]:
 @cache
 def memory_of(*words: str) -> Memory:
     config = compose((*words, *OWN), ROOT / "conf")
-    return estimate_memory(replace(config, strategy=choose_strategy(config)))
+    return estimate_memory(resolve(config).config)
 
 
 def gib_of(*words: str) -> float:
@@ -48,7 +48,7 @@ ALL, TRAINED = 8_099_418_864, 7_681_626_624  # parameters; those of resampler an
 
 
 def test_full_with_both_offloads_fits_the_cards_and_says_what_the_host_needs() -> None:
-    """Nobody told the user that the states alone need 130 GiB of the host's memory, and pinned buffers half as much again."""
+    """The states alone need 130 GiB of host memory, and pinned buffers half of that in addition, which the user did not know."""
     memory = memory_of(*SEED_C)
     assert memory.fits and 3 < memory.total_bytes / GIB < 24
     # Weights in 16 bits; of what trains: gradient, master and two moments in float32.
@@ -58,7 +58,7 @@ def test_full_with_both_offloads_fits_the_cards_and_says_what_the_host_needs() -
 
 def test_a_host_of_64_gib_is_refused_and_lora_offered() -> None:
     (problem,) = problems(*SEED_C, "hardware.host_memory_gib=64")
-    assert "129.6 GiB of a node's memory, which has 64" in problem.what and "stage=lora" in " ".join(problem.changes)
+    assert "129.6 GiB of a node's host memory, which has 64" in problem.what and "stage=lora" in " ".join(problem.changes)
 
 
 def test_pure_bf16_fits_with_offloading_alone() -> None:
@@ -71,7 +71,7 @@ def test_pure_bf16_fits_with_offloading_alone() -> None:
 
 def test_what_fits_on_the_machine_without_offloading() -> None:
     (problem,) = problems(*MINICPM_O, "stage=full", "strategy=zero3", CHECKPOINTED)
-    assert "up to 129.6 GiB of a node's own memory" in problem.what and "stage=lora" in problem.changes
+    assert "up to 129.6 GiB of a node's host memory" in problem.what and "stage=lora" in problem.changes
     assert memory_of(*MINICPM_O, "stage=lora", "strategy=zero3", CHECKPOINTED).fits
     assert memory_of(*MINICPM_O, "stage=projector", "strategy=zero2", CHECKPOINTED).fits
 
@@ -137,13 +137,13 @@ def test_qwen_32b_with_zero_3(words: tuple[str, ...], fits: bool, states_gib: in
 @pytest.mark.parametrize(("more", "cards", "each"), [((), 2, "31.2"), ((SMALL,), 3, "20.8")])
 def test_qwen_32b_is_not_asked_on_one_card(more: tuple[str, ...], cards: int, each: str) -> None:
     (problem,) = problems(*QWEN, *ASKED, "cluster.devices_per_node=1", *more)
-    assert f"whole layers over {cards} cards (device_map) would put {each} GiB of weights on each" in problem.what
+    assert f"whole layers over {cards} devices (device_map) would put {each} GiB of weights on each" in problem.what
 
 
 def test_a_large_batch_of_questions_does_not_multiply_the_cards_of_a_split() -> None:
     """Of a batch of 64 there was room for 2 GiB of weights on each card: it said 31 cards."""
     (problem,) = problems(*QWEN, "stage=evaluate", "run.evaluation.batch=64", "cluster.devices_per_node=1")
-    assert "whole layers over 2 cards (device_map) would put 31.2 GiB of weights on each" in problem.what
+    assert "whole layers over 2 devices (device_map) would put 31.2 GiB of weights on each" in problem.what
 
 
 # ---------------------------------------------------------------------------------------------------- what was published
@@ -156,7 +156,7 @@ CACHED = (
     "nvidia-smi counts the blocks that the allocator caches too, and the tool loaded, gathered and offloaded with DeepSpeed 0.14 on torch 2.2; "
     "the table was measured on MiniCPM-Llama3-V 2.5 and never again"
 )
-MORE_TRAINED = "their LoRA trains the embeddings whole, besides, which no stage of ours does; " + CACHED
+MORE_TRAINED = "their LoRA also trains the whole embeddings, which no stage of ours does; " + CACHED
 OLDER_ZERO = (
     "the two rows differ by 24 bytes for each parameter and rank: ZeRO 2 of 0.14 had gradients and AdamW's denominators once more each"
 )
@@ -195,7 +195,7 @@ PUBLISHED: tuple[Published, ...] = (
         source="OpenBMB model zoo, MiniCPM-V 1.0, inference",
         words=("model=omnilmm_3b", *ONE_3090),
         gb=7,
-        reason="published in whole GB: the files alone are 6.87, and ours counts the context of the device, activations and a margin besides",
+        reason="published in whole GB: the files alone are 6.87, and ours counts the context of the device, activations and a margin also",
     ),
     Published(
         source="OpenBMB/MiniCPM-V#851, MiniCPM-o 2.6, inference",
@@ -207,7 +207,7 @@ PUBLISHED: tuple[Published, ...] = (
         source="OpenBMB model zoo, MiniCPM-V 4.6, inference",
         words=("model=minicpm_v_4_6", *ONE_3090),
         gb=4,
-        reason="published in whole GB, which is a quarter of it, for a length and an image that are not told",
+        reason="published in whole GB, which is a quarter of it, for a length and an image that are not given",
     ),
     Published(
         source="ms-swift Multimodal-Model.md, Qwen2.5-VL-7B full but tower and projector, 2,048 tokens, 2 x A100-80",
@@ -266,7 +266,7 @@ def test_data_without_sizes_is_taken_at_its_longest() -> None:
     assert "no sizes of the data are read: every row as long as data.max_length=2048, 1,280 of its tokens one image" in assumption
 
 
-def test_an_image_that_fits_into_no_row_is_told() -> None:
+def test_an_image_that_fits_into_no_row_is_reported() -> None:
     words = ("hardware=h200", "model=internvl3_8b", "stage=lora", "data.max_length=1024")
     assert (
         "the largest that the model takes has 3,328 tokens, and a row with it is refused by the data check" in memory_of(*words).assumption

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.check.strategy import STATES_SHARE, choose_strategy
+from launcher.check.strategy import STATES_SHARE, resolve
 from launcher.config.compose import compose
 from launcher.config.schema import Config
 from launcher.memory.states import GIB, lora_parameters, model_states, trainable_parameters, world_size
@@ -116,7 +116,7 @@ def test_hybrid_decoders_have_attention_in_some_layers_alone() -> None:
     ],
 )
 def test_auto_takes_the_least_sharded_that_leaves_room(overrides: tuple[str, ...], name: str) -> None:
-    assert choose_strategy(compose(overrides, CONF)).name == name
+    assert resolve(compose(overrides, CONF)).config.strategy.name == name
 
 
 def test_the_less_sharded_ones_would_not_have_left_room() -> None:
@@ -140,12 +140,12 @@ def test_the_less_sharded_ones_would_not_have_left_room() -> None:
 )
 def test_micro_batch_divides_what_a_rank_takes(overrides: tuple[str, ...], micro_batch: int) -> None:
     config = compose(overrides, CONF)
-    assert choose_strategy(config).micro_batch == micro_batch
+    assert resolve(config).config.strategy.micro_batch == micro_batch
     assert config.stage.global_batch % (micro_batch * world_size(config)) == 0
 
 
 def test_a_micro_batch_of_zero_is_left_for_check() -> None:
-    assert choose_strategy(compose(["strategy.micro_batch=0"], CONF)).micro_batch == 0
+    assert resolve(compose(["strategy.micro_batch=0"], CONF)).config.strategy.micro_batch == 0
 
 
 def test_spares_are_no_ranks() -> None:
@@ -154,4 +154,4 @@ def test_spares_are_no_ranks() -> None:
 
 
 def test_a_batch_that_cannot_be_shared_is_left_for_check() -> None:
-    assert choose_strategy(compose(["cluster.devices_per_node=3"], CONF)).micro_batch == 1
+    assert resolve(compose(["cluster.devices_per_node=3"], CONF)).config.strategy.micro_batch == 1

@@ -47,6 +47,7 @@ def test_plan_runs_where_torch_cannot_be_imported() -> None:
         "-c",
         WITHOUT_TORCH,
         "plan",
+        "--full",
         "hardware=ascend910b",
         "model=qwen2_5_vl_32b",
         "stage=lora",
@@ -61,7 +62,7 @@ def test_plan_runs_where_torch_cannot_be_imported() -> None:
         "== node 1: 192.0.2.12",
         "images/rendered/ascend910b/Dockerfile",
         "== verdict",
-        "16 device(s)",
+        "16 rank(s)",
     ):
         assert part in done.stdout
 

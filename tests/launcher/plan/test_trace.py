@@ -53,11 +53,11 @@ def trainer(tmp_path: Path) -> Callable[..., LocalContext]:
 
     def make(*, code: int = 0, out: str = json.dumps(asdict(REPORT)), err: str = "") -> LocalContext:
         program = tmp_path / "python"
-        told = tmp_path / "told.json"
+        seen = tmp_path / "seen.json"
         program.write_text(
             f"#!{sys.executable}\nimport json, os, sys\nfrom pathlib import Path\n"
-            f"told = {{'argv': sys.argv[1:], 'spec': json.loads(Path(sys.argv[-1]).read_text()), 'cuda': os.environ['CUDA_VISIBLE_DEVICES']}}\n"
-            f"Path({str(told)!r}).write_text(json.dumps(told))\nprint({out!r})\nprint({err!r}, file=sys.stderr)\nsys.exit({code})\n"
+            f"seen = {{'argv': sys.argv[1:], 'spec': json.loads(Path(sys.argv[-1]).read_text()), 'cuda': os.environ['CUDA_VISIBLE_DEVICES']}}\n"
+            f"Path({str(seen)!r}).write_text(json.dumps(seen))\nprint({out!r})\nprint({err!r}, file=sys.stderr)\nsys.exit({code})\n"
         )
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
         return replace(PLACE, interpreter=str(program))
@@ -72,11 +72,11 @@ def plan(plan_for: Callable[..., Plan]) -> Plan:
 
 def test_the_trainer_is_asked_with_the_spec_of_the_plan(plan: Plan, trainer: Callable[..., LocalContext], tmp_path: Path) -> None:
     assert trace_plan(plan, trainer(), {"PATH": "/usr/bin"}) == REPORT
-    told = json.loads((tmp_path / "told.json").read_text())
-    assert told["argv"][:3] == ["-m", "trainer", "trace"]
-    assert told["spec"]["steps"] == 200 and told["spec"]["model"]["name"] == plan.spec.model.name
-    assert told["spec"]["output"] != plan.spec.output  # a plan leaves nothing in the run's folder
-    assert told["cuda"] == ""
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["argv"][:3] == ["-m", "trainer", "trace"]
+    assert seen["spec"]["steps"] == 200 and seen["spec"]["model"]["name"] == plan.spec.model.name
+    assert seen["spec"]["output"] != plan.spec.output  # a plan leaves nothing in the run's folder
+    assert seen["cuda"] == ""
 
 
 def test_a_refusal_of_the_trainer_is_one_of_the_plan(plan: Plan, trainer: Callable[..., LocalContext]) -> None:
@@ -85,7 +85,7 @@ def test_a_refusal_of_the_trainer_is_one_of_the_plan(plan: Plan, trainer: Callab
 
 
 @pytest.mark.parametrize(("code", "out", "said"), ((1, "", "exit code 1"), (0, "{}", "cannot read"), (0, "hello", "cannot read")))
-def test_a_failure_is_told_with_what_the_trainer_said(plan: Plan, trainer: Callable[..., LocalContext], code: int, out: str, said: str) -> None:
+def test_a_failure_is_reported_with_what_the_trainer_said(plan: Plan, trainer: Callable[..., LocalContext], code: int, out: str, said: str) -> None:
     with pytest.raises(LaunchError, match=said) as caught:
         trace_plan(plan, trainer(code=code, out=out, err="the last line"), {})
     assert "the last line" in str(caught.value)
@@ -132,7 +132,7 @@ def test_what_is_traced_stands_in_the_place_of_what_is_counted() -> None:
     assert memory.total_bytes == 10 * GIB + found["fragmentation"].size_bytes + found["runtime"].size_bytes
     assert memory.margin_bytes == 24 * GIB - memory.total_bytes
     assert (memory.host_items, memory.start_bytes) == (planned.host_items, planned.start_bytes)
-    assert "one step was traced, which is highest in its backward phase" in memory.assumption
+    assert "one step was traced, its peak is in the backward phase" in memory.assumption
 
 
 def test_a_traced_peak_that_does_not_fit_is_refused_though_the_counted_one_does(plan_for: Callable[..., Plan]) -> None:
@@ -172,7 +172,7 @@ def test_a_traced_peak_that_fits_passes_the_plan_but_no_launch(plan_for: Callabl
 
 
 def run_plan(place: LocalContext, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr("launcher.plan.local_context.place_here", lambda project: place)
+    monkeypatch.setattr("launcher.plan.local_context.local_context", lambda project: place)
     return cli.main(["plan", *words])
 
 
@@ -180,12 +180,12 @@ def test_the_flag_has_the_plan_go_by_the_trace(
     trainer: Callable[..., LocalContext], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_plan(trainer(), monkeypatch, "--trace", "--json", "hardware=rtx3090") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["trace"]["peak_bytes"] == 3 * GIB
-    sizes = {item["name"]: item["size_bytes"] for item in told["memory"]["items"] if item["basis"] == "traced"}
+    seen = json.loads(capsys.readouterr().out)
+    assert seen["trace"]["peak_bytes"] == 3 * GIB
+    sizes = {item["name"]: item["size_bytes"] for item in seen["memory"]["items"] if item["basis"] == "traced"}
     assert sizes == {"weights": 2 * GIB, "activations": GIB}
-    assert told["memory"]["total_bytes"] == sum(item["size_bytes"] for item in told["memory"]["items"]) > 3 * GIB
-    assert run_plan(trainer(), monkeypatch, "--trace", "hardware=rtx3090") == 0
+    assert seen["memory"]["total_bytes"] == sum(item["size_bytes"] for item in seen["memory"]["items"]) > 3 * GIB
+    assert run_plan(trainer(), monkeypatch, "--trace", "--full", "hardware=rtx3090") == 0
     text = capsys.readouterr().out
     assert "== a step, traced" in text and re.search(r"^activations +1\.000 GiB  traced$", text, re.MULTILINE)
 
@@ -204,5 +204,5 @@ def test_without_the_trainers_packages_no_plan_is_shown(
 ) -> None:
     place = trainer(code=2, out="", err="this interpreter has no torch")
     assert run_plan(place, monkeypatch, "--trace", "hardware=rtx3090") == 2
-    told = capsys.readouterr()
-    assert told.out == "" and "this step cannot be traced:\nthis interpreter has no torch" in told.err
+    seen = capsys.readouterr()
+    assert seen.out == "" and "this step cannot be traced:\nthis interpreter has no torch" in seen.err

@@ -17,7 +17,7 @@ import pytest
 from launcher.check.docker import CONTAINER_RULES
 from launcher.check.nodes import CLUSTER_RULES, LOOPBACK
 from launcher.check.rules import RULES
-from launcher.check.strings import TEXT_RULES, texts_are_whole
+from launcher.check.strings import TEXT_RULES, texts_are_utf8
 from launcher.config.compose import compose
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused
@@ -108,7 +108,7 @@ def plan(config: Config) -> Plan:
 
 def refusals(config: Config, word: str = "") -> list[str]:
     """The keys of all that is refused about text. Half characters are looked for in the whole config, which takes its time."""
-    text = TEXT_RULES if "\ud800" in word else [rule for rule in TEXT_RULES if rule is not texts_are_whole]
+    text = TEXT_RULES if "\ud800" in word else [rule for rule in TEXT_RULES if rule is not texts_are_utf8]
     return [problem.key for rule in (*text, *CLUSTER_RULES, *CONTAINER_RULES) for problem in rule(config, STACKS)]
 
 
@@ -176,7 +176,7 @@ def test_several_problems_are_told_together(plan_for: Callable[..., Plan]) -> No
         plan_for(
             *DOCKER[:3], "data.train=/a,b", "data.images=/c", "data.evaluation=/d", "cluster.mounts=['/e,f']", "cluster.delivery.base='a b'"
         )
-    for word in ("data.train: a mount cannot carry the path '/a,b'", "cluster.mounts.0: a mount cannot", "cluster.delivery.base: 'a b'"):
+    for word in ("data.train: Docker cannot mount the path '/a,b'", "cluster.mounts.0: a mount cannot", "cluster.delivery.base: 'a b'"):
         assert word in str(caught.value)
 
 

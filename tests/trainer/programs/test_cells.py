@@ -17,7 +17,7 @@ from typing import Any
 import numpy
 import pytest
 
-from launcher.check.strategy import choose_strategy
+from launcher.check.strategy import resolve
 from launcher.config.compose import compose
 from launcher.config.schema import Config
 from launcher.plan.plan import LocalContext, train_spec
@@ -104,7 +104,7 @@ def make_specs() -> Iterator[tuple[Cell, TrainSpec]]:
     strategies = {zero: compose([f"strategy={name}"], CONF).strategy for zero, name in STRATEGIES.items()}
     for cell in CELLS:
         config = replace(configs[cell.model, cell.stage], precision=precisions[cell.precision], strategy=strategies[cell.zero])
-        yield cell, train_spec(replace(config, strategy=choose_strategy(config)), place, run_id=cell.name)
+        yield cell, train_spec(resolve(config).config, place, run_id=cell.name)
 
 
 def compose_cell(model: str, stage: str) -> Config:

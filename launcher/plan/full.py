@@ -1,0 +1,77 @@
+"""Everything that a launch would do: config, DeepSpeed config, commands of each node, image, memory item by item, verdict."""
+
+import json
+import shlex
+from dataclasses import asdict
+
+from launcher.config.schema import AXES
+from launcher.memory.estimate import estimate_memory
+from launcher.memory.states import GIB
+from launcher.plan.commands import NodeCommand
+from launcher.plan.plan import Plan
+from launcher.plan.short import describe_work
+from launcher.plan.text import command_line, gib, table
+from launcher.redact import mask_credentials
+
+
+def describe_full(plan: Plan) -> str:
+    import yaml
+
+    parts = (
+        ("config", yaml.safe_dump(mask_credentials(asdict(plan.config)), sort_keys=False, allow_unicode=True, width=140)),
+        *((("DeepSpeed config", json.dumps(plan.spec.deepspeed, indent=2)),) if plan.spec.stage.kind == "train" else ()),
+        *((f"node {command.node_rank}: {command.host}", describe_command(command)) for command in plan.commands),
+        ("image", describe_planned_image(plan)),
+        ("memory of the device with the highest peak", describe_memory(plan)),
+        ("verdict", describe_verdict(plan)),
+    )
+    return "\n".join(f"== {title}\n{text.rstrip()}\n" for title, text in parts).rstrip()
+
+
+def describe_command(command: NodeCommand) -> str:
+    lines = [f"{key}={shlex.quote(value)}" for key, value in mask_credentials(command.environment).items()]
+    argvs = {"data": command.prepare, "start": command.start, "probe": command.probe, "logs": command.logs, "stop": command.stop}
+    return "\n".join((*lines, *(f"{name}: {shlex.join(argv)}" for name, argv in argvs.items() if argv)))
+
+
+def describe_planned_image(plan: Plan) -> str:
+    image = plan.image
+    rows = {
+        "tag": image.tag,
+        "Dockerfile": f"images/rendered/{image.stack}/Dockerfile",
+        "lock": image.lock or "none yet for this architecture: the image can be planned, not built",
+    }
+    if plan.config.cluster.runtime == "process":
+        rows["used"] = "no: cluster.runtime=process runs in the Python environment of this command"
+    return table(rows)
+
+
+def describe_memory(plan: Plan) -> str:
+    """The estimate as a table: item, size, and whether it is arithmetic, calibrated or traced."""
+    states, memory = plan.states, plan.memory or estimate_memory(plan.config)
+    details = {"weights": f"{states.parameters:,} parameters", "gradients": f"{states.trainable:,} trained"}
+    trains = plan.spec.stage.kind == "train"
+    items = (item for item in memory.items if trains or item.size_bytes)
+    rows = {item.name: f"{gib(item.size_bytes)}  {item.basis:10}  {details.get(item.name, '')}".rstrip() for item in items}
+    if memory.limit_bytes is None:
+        rows["peak"] = f"{gib(memory.total_bytes)}  the device's memory is not known, so nothing was compared with it"
+    else:
+        left = memory.limit_bytes - memory.total_bytes
+        of = f"of {memory.limit_bytes / GIB:g} GiB: {left / GIB:.3f} GiB free ({left / memory.limit_bytes:.0%})"
+        rows["peak"] = f"{gib(memory.total_bytes)}  {of}"
+    rows |= {f"host, a node: {item.name}": f"{gib(item.size_bytes)}  {item.basis}" for item in memory.host_items}
+    lines = [table(rows), f"assumption: {memory.assumption}"]
+    return "\n".join((*lines, f"strategy: {plan.choice}") if plan.choice and trains else lines)
+
+
+def describe_verdict(plan: Plan) -> str:
+    config, verdict = plan.config, plan.verdict
+    lines = [
+        " ".join(f"{axis}={getattr(config, axis).name}" for axis in AXES),
+        describe_work(plan.spec),
+        *(f"note: {note}" for note in verdict.notes),
+        *(f"forced ({config.run.force}):\n{problem}" for problem in verdict.forced),
+    ]
+    if verdict.launchable:
+        return "\n".join((*lines, "ok", f"next: {command_line('launch', *plan.overrides)}"))
+    return "\n".join((*lines, "planned; a launch is refused:", *map(str, verdict.problems)))

@@ -1,0 +1,147 @@
+"""A plan on one screen: the verdict, the choice, memory, image, ranks, batch and cost, notes, and the next command."""
+
+from collections.abc import Iterator
+
+from launcher.config.schema import AXES
+from launcher.memory.estimate import Memory, estimate_memory
+from launcher.memory.states import GIB, device_count
+from launcher.memory.tokens import read_load
+from launcher.plan.plan import Plan
+from launcher.plan.text import command_line, measure, paint, wrap
+from trainer.contract import TrainSpec
+
+LABEL = 10  # columns of the names at the left
+LINES = 30  # of a whole description, notes cut to fit
+BAR = 24  # characters of a full bar
+LARGEST = 3  # items of the estimate that are named
+BUILTIN_ROWS = 1500  # that train, of each of the built-in sets (trainer.data.digits.TRAIN_ROWS)
+# What brings an image to the nodes, where this machine's engine does not have it.
+DELIVERY = {
+    "build": "launch builds it, and sends it to the nodes that lack it",
+    "ship": "build it first: cluster.delivery.kind=ship only sends it",
+    "pull": "each node pulls it from cluster.delivery.registry",
+    "build_on_nodes": "each node that lacks it builds it",
+}
+
+
+def describe_short(plan: Plan, *, colours: bool, width: int, built: bool | None, launching: bool) -> str:
+    """`built`: whether this machine's engine has the image; None = not known. `launching`: without the next command."""
+    choice = " ".join(f"{axis}={getattr(plan.config, axis).name}" for axis in AXES)
+    lines = [
+        *describe_short_verdict(plan, colours=colours),
+        *wrap(choice, width, indent="  "),
+        *describe_bar(plan, colours=colours, width=width),
+    ]
+    for name, text in describe_rows(plan, built=built).items():
+        lines += wrap(text, width, first=f"{name:{LABEL}}", indent=" " * LABEL)
+    last = [f"next: {command_line('launch', *plan.overrides)}"] if plan.verdict.launchable and not launching else []
+    last += [] if launching else [f"more: {command_line('plan', '--full', *plan.overrides)}"]
+    free = LINES - sum(-(-max(1, measure(line)) // width) for part in (*lines, *last) for line in part.splitlines())
+    return "\n".join((*lines, *describe_notes(plan.verdict.notes, width, free), *last))
+
+
+def describe_short_verdict(plan: Plan, *, colours: bool) -> Iterator[str]:
+    verdict = plan.verdict
+    if not verdict.launchable:
+        yield paint("planned; a launch is refused:", "red", colours=colours)
+        yield from map(str, verdict.problems)
+    elif verdict.forced:
+        yield paint(f"forced ({plan.config.run.force}):", "yellow", colours=colours)
+        yield from map(str, verdict.forced)
+    else:
+        yield paint("ok: this run can be launched", "green", colours=colours)
+
+
+def describe_bar(plan: Plan, *, colours: bool, width: int) -> Iterator[str]:
+    """The peak of each device as one bar, and its largest items."""
+    memory = plan.memory or estimate_memory(plan.config)
+    if not memory.total_bytes:
+        return  # a stage that rewrites weights file by file
+    used, limit = memory.total_bytes / GIB, memory.limit_bytes
+    if limit:
+        share = memory.total_bytes / limit
+        bar = ("#" * min(BAR, round(share * BAR))).ljust(BAR, "-")
+        colour = "green" if memory.fits_within(0.95) else "yellow" if memory.fits else "red"
+        margin = (limit - memory.total_bytes) / GIB
+        text = f"[{paint(bar, colour, colours=colours)}] {used:.1f} of {limit / GIB:g} GiB on each device ({share:.0%}), {margin:.1f} free"
+    else:
+        text = f"{used:.1f} GiB on each device; its memory is not known, so nothing was compared with it"
+    yield f"{'memory':{LABEL}}{text}"
+    yield from wrap("; ".join(largest_items(memory)), width, first=f"{'':{LABEL}}largest, in GiB: ", indent=" " * LABEL)
+    if memory.host_bytes:
+        of = f" of {memory.host_limit_bytes / GIB:g}" if memory.host_limit_bytes else ""
+        yield f"{'':{LABEL}}offloaded: {memory.host_bytes / GIB:.1f}{of} GiB of each node's host memory"
+
+
+def largest_items(memory: Memory) -> Iterator[str]:
+    for item in sorted(memory.items, key=lambda item: -item.size_bytes)[:LARGEST]:
+        if item.size_bytes:
+            yield f"{item.name} {item.size_bytes / GIB:.2f}"
+
+
+def describe_rows(plan: Plan, *, built: bool | None) -> dict[str, str]:
+    config, spec = plan.config, plan.spec
+    trains, nodes = spec.stage.kind == "train", len(config.cluster.working)
+    rows = {
+        "strategy": plan.choice if trains else "",
+        "image": describe_image_state(plan, built),
+        "ranks": f"{nodes} node(s) x {device_count(config)} device(s), {spec.device.world_size} rank(s)",
+        "batch" if trains else "work": describe_work(spec),
+        "cost": describe_cost(plan) if trains else "",
+    }
+    return {name: text for name, text in rows.items() if text}
+
+
+def describe_image_state(plan: Plan, built: bool | None) -> str:
+    image, kind = plan.image, plan.config.cluster.delivery.kind
+    if plan.config.cluster.runtime == "process":
+        return "not used: cluster.runtime=process runs in the Python environment of this command"
+    if not image.lock:
+        return f"{image.tag}, cannot be built: there is no lock for this architecture"
+    if built:
+        return f"{image.tag}, built"
+    state = f"{image.tag}, {'no Docker engine answers here, so it may be built or not' if built is None else 'not built'}; {DELIVERY[kind]}"
+    chosen = (override for override in plan.overrides if override.startswith(("hardware", "cluster")))
+    return f"{state}. By itself: {command_line('image', 'build', *chosen)}" if kind in ("build", "ship") else state
+
+
+def describe_work(spec: TrainSpec) -> str:
+    """What the ranks will do, in one line."""
+    stage, batch, ranks = spec.stage, spec.batch, spec.device.world_size
+    where = f"on {ranks} device(s)" if spec.device.cards == 1 else f"over the {spec.device.cards} devices of one node"
+    weights = stage.checkpoint or spec.model.source.id or spec.model.source.path
+    if stage.kind == "merge":
+        return f"the adapter {weights} is merged into its base model, file by file"
+    if stage.conversion is not None:
+        return f"{weights} in {stage.conversion.dtype}, file by file; values that do not fit: {stage.conversion.unfit}"
+    if stage.quantization is not None:
+        return f"{weights} in {stage.quantization.scheme}, except {', '.join(stage.quantization.keep) or 'nothing'}"
+    if stage.inference is not None:
+        what = f"the rows of {stage.inference.input}" if stage.inference.input else "one question"
+        return f"{what}, {stage.inference.batch} at a time, {where}"
+    if stage.serving is not None:
+        return f"http://{stage.serving.address}:{stage.serving.port} on the node, {stage.serving.max_batch} answers at a time, {where}"
+    if stage.kind == "evaluate":
+        return f"{', '.join(spec.evaluation.metrics)} of {weights}, {spec.evaluation.batch} questions at a time, {where}"
+    shares = f"micro-batch {batch.micro_batch} x {batch.accumulation} accumulated x {ranks} rank(s)"
+    return f"{batch.global_batch} samples a step = {shares}, {spec.steps} steps"
+
+
+def describe_cost(plan: Plan) -> str:
+    """Samples of the whole run, and tokens: rows of the user's own data are never longer than data.max_length."""
+    config, samples = plan.config, plan.spec.steps * plan.spec.batch.global_batch
+    builtin = bool(config.data.builtin and not config.data.packing)
+    epochs = f" = {samples / BUILTIN_ROWS:,.1f} epochs of {BUILTIN_ROWS:,} rows" if builtin else ""
+    tokens = samples * read_load(config, rows=1).length
+    return f"{plan.spec.steps:,} steps = {samples:,} {'rows' if config.data.packing else 'samples'}{epochs}, at most {tokens:,} tokens"
+
+
+def describe_notes(notes: tuple[str, ...], width: int, free: int) -> list[str]:
+    """In `free` lines at most: what is left out is counted."""
+    lines: list[str] = []
+    for place, note in enumerate(notes):
+        wrapped = list(wrap(f"note: {note}", width, indent="  "))
+        if len(lines) + len(wrapped) > free - (place + 1 < len(notes)):
+            return [*lines, f"and {len(notes) - place} more note(s), with --full"]
+        lines += wrapped
+    return lines

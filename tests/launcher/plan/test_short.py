@@ -1,0 +1,88 @@
+"""The plan on one screen."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from launcher.plan.description import describe_plan
+from launcher.plan.plan import Plan
+from launcher.plan.short import BUILTIN_ROWS
+from launcher.plan.text import measure
+
+PLANS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("hardware=p4", "run.steps=100"),
+    ("hardware=h200", "model=qwen2_5_vl_7b", "stage=full", "cluster=example", "cluster.delivery.accept_licence=true"),
+    ("hardware=ascend910b", "model=qwen2_5_vl_32b", "stage=lora", "precision=bf16", "cluster=example"),
+    ("hardware=rtx3090", "model=minicpm_v_2_6", "stage=lora", "cluster.runtime=docker", "run.force=to see it fail"),
+    ("hardware=h200", "model=llava_1_5_7b", "stage=evaluate"),
+    ("stage=serve", "stage.checkpoint=x"),
+    ("stage=merge", "stage.checkpoint=x"),
+)
+
+
+@pytest.mark.parametrize("overrides", PLANS, ids=" ".join)
+@pytest.mark.parametrize("width", [80, 100])
+def test_it_fits_on_a_screen(plan_for: Callable[..., Plan], overrides: tuple[str, ...], width: int) -> None:
+    plan = plan_for(*overrides)
+    noisy = replace(plan, verdict=replace(plan.verdict, notes=plan.verdict.notes * 9 + ("long " * 200,)))
+    for each in (plan, noisy):
+        lines = describe_plan(each, width=width).splitlines()
+        assert sum(-(-measure(line) // width) for line in lines) <= 30
+        assert not [line for line in lines if line != line.rstrip() or "\033" in line]
+
+
+def test_what_a_person_reads(plan_for: Callable[..., Plan]) -> None:
+    overrides = ("hardware=ascend910b", "model=qwen2_5_vl_32b", "stage=lora", "cluster=example", "cluster.delivery.accept_licence=true")
+    plan = replace(plan_for(*overrides), overrides=overrides)
+    text = describe_plan(plan, built=False).splitlines()
+    tag = plan.image.tag
+    assert text[:7] == [
+        "ok: this run can be launched",
+        "hardware=ascend910b model=qwen2_5_vl_32b stage=lora precision=bf16 strategy=zero3 data=digits",
+        "  cluster=example",
+        "memory    [####--------------------] 10.8 of 64 GiB on each device (17%), 53.2 free",
+        "          largest, in GiB: weights 3.91; runtime 2.30; activations, language 1.96",
+        "strategy  zero3, micro-batch 1: the fastest with at most 70% for states and 95% at the peak; the",
+        "          peak takes 17%",
+    ]
+    assert f"image     {tag}, not built; launch builds it, and sends it to the nodes" in text
+    assert "ranks     2 node(s) x 8 device(s), 16 rank(s)" in text
+    assert "batch     16 samples a step = micro-batch 1 x 1 accumulated x 16 rank(s), 1000 steps" in text
+    assert "cost      1,000 steps = 16,000 samples = 10.7 epochs of 1,500 rows, at most 1,088,000 tokens" in text
+    assert text[-2].startswith("next: omnilaunch launch hardware=ascend910b") and text[-1].startswith("more: omnilaunch plan --full ")
+
+
+@pytest.mark.parametrize(
+    ("built", "text"), [(True, ", built"), (False, ", not built; launch builds it"), (None, "no Docker engine answers here")]
+)
+def test_the_image_is_built_or_not_or_not_known(plan_for: Callable[..., Plan], built: bool | None, text: str) -> None:
+    plan = plan_for("cluster.runtime=docker")
+    shown = " ".join(describe_plan(plan, built=built).split())
+    assert f"{plan.image.tag}{', ' if built is None else ''}{text}" in shown
+    assert "image not used" in " ".join(describe_plan(plan_for(), built=built).split())
+
+
+def test_a_launch_prints_no_next_command(plan_for: Callable[..., Plan]) -> None:
+    text = describe_plan(plan_for(), launching=True)
+    assert "next:" not in text and "--full" not in text and text.startswith("ok: this run can be launched\n")
+
+
+def test_a_refused_launch_comes_first_with_what_would_pass(plan_for: Callable[..., Plan]) -> None:
+    lines = describe_plan(plan_for("hardware=h200", "cluster.runtime=docker"), colours=True).splitlines()
+    assert lines[0] == "\033[31mplanned; a launch is refused:\033[0m" and "would pass: cluster.delivery.accept_licence=true" in lines[2]
+    assert not [line for line in lines if line.startswith("next:")]
+
+
+def test_notes_that_are_left_out_are_counted(plan_for: Callable[..., Plan]) -> None:
+    plan = plan_for()
+    many = replace(plan, verdict=replace(plan.verdict, notes=tuple(f"note {number}" for number in range(40))))
+    lines = describe_plan(many).splitlines()
+    shown = sum(line.startswith("note: note ") for line in lines)
+    assert f"and {40 - shown} more note(s), with --full" in lines and len(lines) == 30
+
+
+def test_the_rows_of_the_built_in_sets_are_those_that_the_trainer_writes() -> None:
+    digits = pytest.importorskip("trainer.data.digits", reason="the trainer's packages are not installed in this environment")
+    assert BUILTIN_ROWS == digits.TRAIN_ROWS

@@ -1,0 +1,123 @@
+"""What a person reads of a finished run: where its files are, and no next command that cannot work."""
+
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from launcher.plan.plan import Plan
+from launcher.record.checkpoint_reference import ON_NODE
+from launcher.record.description import describe_record, next_commands
+from launcher.record.record import NodeResult, Record, SourceState, Status, close_run, open_run
+
+SOURCE = SourceState(commit="", dirty=False)
+NOW = datetime(2026, 11, 21, 1, 2, 3, tzinfo=UTC)
+ENDED = NodeResult(host="localhost", node_rank=0, code=0, seconds=1.0, killed=False)
+
+
+def end(plan: Plan, status: Status = "finished", *, checkpoint: bool = True, nodes: tuple[NodeResult, ...] = (ENDED,)) -> Record:
+    folder = open_run(plan, SOURCE)
+    if checkpoint:
+        (folder / "checkpoints/step-000300").mkdir(parents=True)
+    return close_run(plan, SOURCE, status, 0, started=NOW, ended=NOW + timedelta(seconds=2), nodes=nodes, failure=None)
+
+
+# ------------------------------------------------------------------------------------------------------------- next commands
+
+
+def commands(plan: Plan, tmp_path: Path) -> list[list[str]]:
+    return [shlex.split(line)[1:] for line in next_commands(end(plan), plan).splitlines()]
+
+
+def test_a_run_is_followed_by_what_was_typed_with_another_stage(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    kept = (f"cluster.root={tmp_path}", "run.seed=3", "precision=bf16")
+    plan = plan_for("stage=full", "stage.optimizer.lr=1e-3", *kept)
+    assert commands(plan, tmp_path) == [
+        ["launch", *kept, "stage=evaluate", "stage.checkpoint=R"],
+        ["launch", *kept, "stage=lora", "stage.checkpoint=R"],
+        ["launch", *kept, "stage=serve", "stage.checkpoint=R"],
+        ["runs"],
+    ]
+
+
+def test_what_cannot_follow_is_not_offered(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    """LoRA's 16 samples cannot be cut into micro-batches of 64, and an evaluation that is switched off does nothing."""
+    root = f"cluster.root={tmp_path}"
+    assert [words[2:] for words in commands(plan_for(root, "tune=null", "strategy.micro_batch=64"), tmp_path)[:-1]] == [
+        ["tune=null", "strategy.micro_batch=64", f"stage={stage}", "stage.checkpoint=R"] for stage in ("evaluate", "serve")
+    ]
+    assert [
+        words[2:] for words in commands(replace_folder(plan_for(root, "run.evaluation.enabled=false"), tmp_path / "b"), tmp_path)[:-1]
+    ] == [["run.evaluation.enabled=false", f"stage={stage}", "stage.checkpoint=R"] for stage in ("lora", "serve")]
+
+
+def replace_folder(plan: Plan, folder: Path) -> Plan:
+    return replace(plan, folder=str(folder))
+
+
+# ------------------------------------------------------------------------------------------------------------------ records
+
+
+def test_a_killed_run_that_saved_nothing_says_what_to_change(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    plan = plan_for(f"cluster.root={tmp_path}")
+    record = end(plan, "stopped", checkpoint=False, nodes=(replace(ENDED, code=-9, killed=True),))
+    assert "checkpoint  none: it ended before its first step" in describe_record(record, plan)
+    text = describe_record(replace(record, steps=4), plan)
+    assert "killed after run.stop_timeout_s=8 without saving; raise it, or set run.save_every" in text
+
+
+@pytest.mark.parametrize(("checkpoint", "killed"), [(True, True), (False, False)])
+def test_a_run_that_saved_or_was_not_killed_says_no_such_thing(
+    plan_for: Callable[..., Plan], tmp_path: Path, checkpoint: bool, killed: bool
+) -> None:
+    plan = plan_for(f"cluster.root={tmp_path}")
+    assert "without saving" not in describe_record(
+        end(plan, "stopped", checkpoint=checkpoint, nodes=(replace(ENDED, killed=killed),)), plan
+    )
+
+
+def elsewhere(plan: Plan, tmp_path: Path) -> Plan:
+    return replace(plan, folder=str(tmp_path / "runs/R"))
+
+
+def saved(plan: Plan, host: str) -> Record:
+    return replace(end(plan, nodes=(replace(ENDED, host=host),)), checkpoint="checkpoints/step-000300")
+
+
+TWO = "cluster.nodes=[{host: a, user: ann, port: 2222, jump: gate}, {host: b, user: ann}, {host: c, user: ann, spare: true}]"
+REMOTE = ("cluster.runtime=docker", "cluster.root=/srv/omnilaunch")
+
+
+def test_a_node_without_a_name_is_written_as_scp_and_the_next_stage_take_it(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    plan = elsewhere(plan_for(*REMOTE, "cluster.nodes=[{host: 'fd00::5'}, {host: 'fd00::6'}]"), tmp_path)
+    record = saved(plan, "fd00::5")
+    place = "[fd00::5]:/srv/omnilaunch/runs/R/checkpoints/step-000300"
+    assert f"checkpoint  {place}" in describe_record(record, plan) and ON_NODE.fullmatch(place)
+    assert shlex.split(next_commands(record, plan).splitlines()[0])[2] == "[fd00::5]:/srv/omnilaunch/runs/R/checkpoints"
+
+
+def test_a_node_that_a_stop_could_not_clear_is_named(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    plan = plan_for(f"cluster.root={tmp_path}")
+    record = end(plan, "stopped", nodes=(replace(ENDED, host="dark", left="dark: no answer\n  Next: look"),))
+    assert "not cleared  dark: dark: no answer; when it answers: omnilaunch stop R" in describe_record(record, plan)
+
+
+@pytest.mark.parametrize("host", ["a", "c"])
+def test_a_checkpoint_on_a_node_is_named_by_its_node(plan_for: Callable[..., Plan], tmp_path: Path, host: str) -> None:
+    """The first one of the last attempt: a spare may have taken the place."""
+    plan = elsewhere(plan_for(*REMOTE, TWO), tmp_path)
+    record = saved(plan, host)
+    assert f"checkpoint  {host}:/srv/omnilaunch/runs/R/checkpoints/step-000300" in describe_record(record, plan)
+    way = ["-J", "gate", "-P", "2222"] if host == "a" else []
+    first = shlex.split(next_commands(record, plan).splitlines()[0])
+    assert first == ["scp", "-r", *way, f"ann@{host}:/srv/omnilaunch/runs/R/checkpoints", str(tmp_path / "runs/R")]
+
+
+@pytest.mark.parametrize("words", [("cluster.nodes=[{host: a}]",), (TWO, "cluster.shared=true")])
+def test_where_every_node_sees_it_nothing_is_copied(plan_for: Callable[..., Plan], tmp_path: Path, words: tuple[str, ...]) -> None:
+    plan = elsewhere(plan_for(*REMOTE, *words), tmp_path)
+    first, *_ = next_commands(saved(plan, "a"), plan).splitlines()
+    assert "stage=evaluate stage.checkpoint=R" in first
