@@ -1,4 +1,4 @@
-"""The place that a plan is made at: this machine, this folder, this interpreter. The one module that looks."""
+"""What a plan takes from the machine it is made on: the current folder, the interpreter, the user. Only this module reads them."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from launcher.plan.plan import LocalContext
 
-CONTAINER_USER = "1000:1000"  # in place of root, whom no container needs to be
+CONTAINER_USER = "1000:1000"  # where the launcher runs as root: a container does not need root
 
 
 def local_context(project: Path) -> LocalContext:

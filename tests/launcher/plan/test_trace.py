@@ -172,7 +172,7 @@ def test_a_traced_peak_that_fits_passes_the_plan_but_no_launch(plan_for: Callabl
 
 
 def run_plan(place: LocalContext, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr("launcher.plan.local_context.place_here", lambda project: place)
+    monkeypatch.setattr("launcher.plan.local_context.local_context", lambda project: place)
     return cli.main(["plan", *words])
 
 

@@ -26,7 +26,7 @@ from launcher.run.prepare import (
 )
 from launcher.run.signals import StopRequest
 from launcher.ssh.transport import Local
-from tests.launcher.hospital import CPU, LOCAL, PlanFor
+from tests.launcher.fake_nodes import CPU, LOCAL, PlanFor
 from trainer import contract
 from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, SCHEMA, DataProblem, DataReport
 
