@@ -217,7 +217,7 @@ def launch_one(overrides: Sequence[str], run_id: str, *, detach: bool = False) -
         )
     gc.enable()  # from here on it may be days
     say = Terminal().say
-    if not all(node.is_local for node in plan.config.cluster.working):
+    if not plan.is_local:
         say(f"looking at {', '.join(node.host for node in plan.config.cluster.working)}")
     with ExitStack() as stack:
         source = stack.enter_context(ThreadPoolExecutor(1)).submit(read_source, PROJECT)  # git is through when the nodes are looked at

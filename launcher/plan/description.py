@@ -212,7 +212,7 @@ def next_commands(record: Record, plan: Plan) -> str:
 
 def is_here(plan: Plan) -> bool:
     """Whether what the trainer wrote lies on this machine."""
-    return plan.folder == plan.spec.output
+    return plan.is_local
 
 
 def bring_command(node: Node, plan: Plan) -> str:

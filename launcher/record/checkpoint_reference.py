@@ -42,7 +42,7 @@ def resolve_checkpoint(config: Config, *runs: Path) -> Config:
     text = config.stage.checkpoint
     if not text or text.startswith("~"):
         return config
-    found = find_checkpoint(text, runs, local=all(node.is_local for node in config.cluster.working))
+    found = find_checkpoint(text, runs, local=config.cluster.is_local)
     return place_checkpoint(config, found, text) if found else config
 
 
@@ -125,12 +125,11 @@ def bases_of(folder: Path) -> Iterator[str]:
 
 
 def place_checkpoint(config: Config, found: FoundCheckpoint, text: str) -> Config:
-    nodes = config.cluster.working
     if found.host and not is_here(found.host):
         refuse_unseen(config, found, text)
     paths = (found.path, *found.needs)
     cluster = config.cluster
-    if not found.host and not all(node.is_local for node in nodes):
+    if not found.host and not cluster.is_local:
         cluster = replace(cluster, sync=tuple(dict.fromkeys((*cluster.sync, *map(absolute_here, paths)))))
     if cluster.runtime == "docker":
         cluster = replace(cluster, mounts=tuple(dict.fromkeys((*cluster.mounts, *found.needs))))

@@ -284,7 +284,7 @@ def last_checkpoint(folder: Path) -> str:
 
 def checkpoint_place(record: Record, plan: Plan) -> str:
     """Where the record's checkpoint lies, as stage.checkpoint takes it: a folder here, or HOST:FOLDER of the node that wrote it."""
-    if plan.folder == plan.spec.output:
+    if plan.is_local:
         return str(Path(plan.folder) / record.checkpoint)
     return f"{bracketed(first_node(record, plan).host)}:{plan.spec.output}/{record.checkpoint}"
 

@@ -150,7 +150,7 @@ def start_again(plan: Plan, folder: Path, desk: Session, attempt: Attempt, stop:
     desk.say(f"attempt {attempt.number} failed after step {attempt.steps}: {why}")
     with stop.interrupting():
         plan, desk = desk.move(plan, frozenset(node.host for node in attempt.nodes if node.lost or node.left))
-    set_aside(folder, attempt, mirrored=plan.folder != plan.spec.output)
+    set_aside(folder, attempt, mirrored=not plan.is_local)
     number = attempt.number + 1
     target = folder / ATTEMPTS / str(number) / PLAN_FILE
     target.parent.mkdir(exist_ok=True)

@@ -194,7 +194,7 @@ def judge(plan: Plan, folder: Path, nodes: tuple[NodeResult, ...], stop: StopReq
 
 def mirrors_of(plan: Plan, folder: Path, desk: Session) -> dict[str, Mirror]:
     """What of node 0 is kept up to date here while it grows; nothing where this machine is the node."""
-    if plan.folder == plan.spec.output:
+    if plan.is_local:
         return {}
     return {name: Mirror(sites_of(plan, desk)[0], name, folder) for name in (shown_file(plan), ENVIRONMENT_FILE)}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from launcher.errors import NodeFailed
-from launcher.plan.commands import FOLDER_VARIABLE, NodeCommand, data_env_file, data_name, env_file, is_absent
+from launcher.plan.commands import FOLDER_VARIABLE, NodeCommand, data_env_file, data_name, env_file, env_lines, is_absent
 from launcher.ssh.transport import Result, Running, Transport, kill_processes, processes_with
 
 PROBE_INTERVAL_S = 0.5  # an inspect costs the engine about 20 ms
@@ -270,8 +270,7 @@ def write_env_file(command: NodeCommand, transport: Transport, path: str, *, wai
     """`KEY=value` lines as `docker run --env-file` reads them: no quotes, the rest of the line is the value. Mode 0600, on the node
     only while a docker client reads it. Of secrets it has the names, for which the container then waits."""
     waiting = {SECRETS_VARIABLE: " ".join(waits_for)} if waits_for else {}
-    lines = "".join(f"{key}={value}\n" for key, value in sorted({**command.environment, **waiting}.items()))
-    transport.put(lines.encode(), path, mode=0o600)
+    transport.put(env_lines({**command.environment, **waiting}).encode(), path, mode=0o600)
 
 
 def hand_secrets(command: NodeCommand, transport: Transport, secrets: Mapping[str, str]) -> None:

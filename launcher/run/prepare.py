@@ -106,19 +106,19 @@ def start_ranks(plan: Plan, desk: Session, stop: StopRequest) -> tuple[NodeProce
 
 def bring_paths(plan: Plan, desk: Session) -> None:
     """What cluster.sync names on every node that is not this machine; first of all, since it may be refused."""
-    if plan.folder != plan.spec.output:
+    if not plan.is_local:
         sync(plan.config.cluster.sync, sites_of(plan, desk), desk.here, desk.say, token=plan.run_id)
 
 
 def bring_image(plan: Plan, desk: Session) -> None:
     """The plan's image on every node, by the way that the cluster's config says."""
     delivery, sites = plan.config.cluster.delivery, sites_of(plan, desk)
-    if plan.folder != plan.spec.output and is_everywhere(plan.image.tag, plan.image.fingerprint, sites):
+    if not plan.is_local and is_everywhere(plan.image.tag, plan.image.fingerprint, sites):
         return
     if delivery.kind == "pull":
         pull(plan.image.tag, delivery.registry, sites, desk.say, fingerprint=plan.image.fingerprint)
         return
-    if delivery.kind == "build_on_nodes" and plan.folder != plan.spec.output:
+    if delivery.kind == "build_on_nodes" and not plan.is_local:
         root = str(PurePosixPath(plan.spec.output).parents[1])
         build_on(plan.image, sites, project=desk.project, root=root, delivery=delivery, source=desk.here, say=desk.say)
         return
@@ -128,9 +128,9 @@ def bring_image(plan: Plan, desk: Session) -> None:
             f"{plan.image.tag} is not on this machine, and cluster.delivery.kind=ship builds none: build it with "
             "omnilaunch image build, or use cluster.delivery.kind=build"
         )
-    if plan.folder != plan.spec.output:
+    if not plan.is_local:
         nodes = plan.config.cluster.working
-        peers = [Peer(site=site, address=node.address or node.host) for site, node in zip(sites, nodes, strict=True)]
+        peers = [Peer(site=site, address=node.reachable_at) for site, node in zip(sites, nodes, strict=True)]
         ship(plan.image.tag, image_id, peers, desk.here, desk.say)
 
 
@@ -169,8 +169,8 @@ def sites_of(plan: Plan, desk: Session) -> tuple[WorkingNode, ...]:
 
 def place(plan: Plan, desk: Session, *, again: bool) -> None:
     """The run's folder on every node, for the container's user."""
-    argv, cluster, sites = plan.commands[0].start, plan.config.cluster, sites_of(plan, desk)
-    user, local = argv[argv.index("--user") + 1], plan.folder == plan.spec.output
+    cluster, sites = plan.config.cluster, sites_of(plan, desk)
+    user, local = plan.container_user, plan.is_local
     if not again:
         place_run(sites, plan.spec, spec_text(plan), image=plan.image.tag, user=user, shared=cluster.shared, local=local)
         return
@@ -191,7 +191,7 @@ def spec_text(plan: Plan) -> bytes:
 
 
 def fetch(plan: Plan, folder: Path, desk: Session) -> None:
-    if plan.folder != plan.spec.output:
+    if not plan.is_local:
         fetch_results(sites_of(plan, desk), folder, ranks_per_node=plan.spec.device.devices_per_node)
         if plan.config.hardware.accelerator == "npu":
             keep_cann_logs(sites_of(plan, desk), folder)

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from launcher.errors import NodeFailed
 from launcher.plan.commands import NodeCommand
+from launcher.plan.container import ContainerOptions, Mount, docker_run
 from launcher.ssh.parallel import after, attempt_each, each
 from launcher.ssh.transport import Transport
 from trainer.contract import DATA_FILE, ENVIRONMENT_FILE, FAILURE_FILES, METRICS_FILE, RESULT_FILE, SPEC_FILE, TrainSpec
@@ -146,8 +147,9 @@ def login_of(site: WorkingNode) -> str:
 def hand_over(site: WorkingNode, folders: tuple[str, ...], user: str, *, own: str, image: str) -> None:
     change = ("chown", "-R", "--", user, *folders)
     if own != ROOT:
-        mounts = (part for folder in folders for part in ("--mount", f"type=bind,source={folder},target={folder}"))
-        change = ("docker", "run", "--rm", "--network", "none", "--user", ROOT, "--entrypoint", change[0], *mounts, image, *change[1:])
+        mounts = tuple(Mount(path=folder, read_only=False) for folder in folders)
+        options = ContainerOptions(image=image, network="none", user=ROOT, mounts=mounts, entrypoint=change[0])
+        change = docker_run(options, change[1:])
     site.transport.run(change, timeout_s=120).expect(
         f"{site.command.host}: giving {folders[0]} to the container's user {user} (to run as the one who logs in: cluster.user={own})"
     )

@@ -44,7 +44,7 @@ def reach_with(
     cluster: Cluster, nodes: Sequence[Node], environ: Mapping[str, str]
 ) -> Iterator[tuple[PoolContext | None, tuple[Transport | NodeFailed, ...]]]:
     """The same, and the client that the ways go through; None where this machine is the node."""
-    if all(node.is_local for node in nodes):
+    if cluster.is_local:
         yield None, tuple(Local(environ) for _ in nodes)
         return
     allow_files(len(nodes))
@@ -110,7 +110,7 @@ def move_to_reached(plan: Plan, lost: frozenset[str], place: LocalContext, envir
     """The plan on nodes that answer and are well. One that is lost and has no substitute is waited for as long as a node may be silent.
     Raises NodeFailed."""
     cluster, stacks = plan.config.cluster, load_stacks(place.project / "images")
-    if all(node.is_local for node in cluster.working):
+    if cluster.is_local:
         return plan
     deadline = time.monotonic() + cluster.node_timeout_s
     while True:
@@ -141,7 +141,7 @@ def examined(plan: Plan, place: LocalContext, ways: Sequence[Transport | NodeFai
         nodes = (*take_network(cluster.working, examination.choices), *spares)
         plan = move_plan(plan, replace(cluster, nodes=nodes), stacks, place)
     # What is free there wins over the data sheet; that it suffices has just been looked at, node by node.
-    return replace(plan, memory=memory_within(plan.config, examination.headroom)) if examination.headroom else plan
+    return replace(plan, memory=memory_within(plan.config, examination.free_memory)) if examination.free_memory else plan
 
 
 @contextmanager

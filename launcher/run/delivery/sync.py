@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.doctor.node_facts import GIB
-from launcher.doctor.parse import read_room
+from launcher.doctor.parse import read_disk_space
 from launcher.errors import ConfigRefused, ImageFailed, NodeFailed
 from launcher.run.delivery.ship import send, tail_of
 from launcher.run.run_folder import WorkingNode
@@ -228,7 +228,7 @@ def open_folders(parcel: SyncPath, sites: Sequence[WorkingNode], token: str, tot
                 f"{site.command.host}: cluster.sync cannot write to {parcel.folder}: {tail_of(made)}\n"
                 f"  Next: make the folder there once for the user who logs in: sudo install -d -o USER {parcel.folder}"
             )
-        room = read_room(parcel.folder, made.output)
+        room = read_disk_space(parcel.folder, made.output)
         if room and room.free_gib * GIB < total_bytes:
             raise NodeFailed(f"{site.command.host}: {parcel.path} takes {total_bytes / 1e9:.1f} GB, {room.free_gib:.1f} GiB are free there")
 
