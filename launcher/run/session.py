@@ -22,8 +22,8 @@ from launcher.run.restart import replace_lost
 from launcher.run.run_folder import WorkingNode
 from launcher.ssh.node import Ssh
 from launcher.ssh.parallel import reach_all, together
-from launcher.ssh.pool import PoolContext
-from launcher.ssh.ssh_config import access_of
+from launcher.ssh.pool import ConnectionPool
+from launcher.ssh.ssh_config import default_settings
 from launcher.ssh.transport import Local, Transport
 
 Say = Callable[[str], None]
@@ -42,13 +42,13 @@ def reach_nodes(cluster: Cluster, nodes: Sequence[Node], environ: Mapping[str, s
 @contextmanager
 def reach_with(
     cluster: Cluster, nodes: Sequence[Node], environ: Mapping[str, str]
-) -> Iterator[tuple[PoolContext | None, tuple[Transport | NodeFailed, ...]]]:
+) -> Iterator[tuple[ConnectionPool | None, tuple[Transport | NodeFailed, ...]]]:
     """The same, and the client that the ways go through; None where this machine is the node."""
     if cluster.is_local:
         yield None, tuple(Local(environ) for _ in nodes)
         return
     allow_files(len(nodes))
-    client = PoolContext(access_of(Path(environ.get("HOME", "/")), getpass.getuser(), cluster))
+    client = ConnectionPool(default_settings(Path(environ.get("HOME", "/")), getpass.getuser(), cluster))
     try:
         yield client, reach_all(nodes, client)
     finally:
@@ -158,7 +158,7 @@ def reach_sites(plans: Sequence[Plan], environ: Mapping[str, str]) -> Iterator[t
         yield tuple(WorkingNode(command=command, transport=transport) for (_, command), transport in zip(found.values(), transports, strict=True))
 
 
-def lazily(node: Node, way: Transport | NodeFailed, client: PoolContext | None) -> Transport:
+def lazily(node: Node, way: Transport | NodeFailed, client: ConnectionPool | None) -> Transport:
     """A node that does not answer is asked again by each use."""
     if not isinstance(way, NodeFailed):
         return way

@@ -13,7 +13,7 @@ from launcher.doctor.parse import NOT_ASKED, PODMAN, CommandOutput, read_clock, 
 from launcher.doctor.questions import DEVICE_QUESTIONS, DOCKER_QUESTIONS, QUESTIONS, NodeQuery, ask_node, questions
 from launcher.errors import NodeFailed
 from launcher.ssh.node import Ssh
-from launcher.ssh.pool import PoolContext
+from launcher.ssh.pool import ConnectionPool
 from launcher.ssh.transport import Local
 from tests.launcher.fake_nodes import IMAGE_ID, NOW_S, FakeNode, Said, ascend, healthy, network, p4, tcp
 from tests.launcher.sshd import Sshd, access_in, make_key, node_at
@@ -81,7 +81,7 @@ def test_over_ssh(tmp_path: Path) -> None:
     key = make_key(tmp_path / "id_ed25519")
     server = Sshd(tmp_path / "node", key)
     try:
-        client = PoolContext(access_in(tmp_path / "access", key, server.known_line()))
+        client = ConnectionPool(access_in(tmp_path / "access", key, server.known_line()))
         facts = ask_node(
             Ssh(node_at(server), client), NodeQuery(accelerator="cpu", root="/", contents=(f"{tmp_path}/it's",)), now=time.time
         )

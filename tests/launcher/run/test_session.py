@@ -17,7 +17,7 @@ from launcher.plan.plan import LocalContext, Plan
 from launcher.run import session as desk
 from launcher.run.session import FILES_A_NODE, open_examined, open_session
 from launcher.ssh.node import Ssh
-from launcher.ssh.pool import PoolContext
+from launcher.ssh.pool import ConnectionPool
 from launcher.ssh.transport import Local
 from tests.launcher.hostile import running
 from tests.launcher.sshd import Sshd, access_in, make_key, node_at
@@ -98,7 +98,7 @@ def test_what_a_node_costs(tmp_path: Path) -> None:
     """Its connection, and the logs of its ranks and of its data check, with a command under way."""
     key = make_key(tmp_path / "key")
     sshd = Sshd(tmp_path / "sshd", key)
-    client = PoolContext(access_in(tmp_path / "home", key, sshd.known_line()))
+    client = ConnectionPool(access_in(tmp_path / "home", key, sshd.known_line()))
     try:
         before = len(list(Path("/proc/self/fd").iterdir()))
         ssh = Ssh(node_at(sshd), client)
@@ -118,7 +118,7 @@ def test_logs_that_are_left_are_closed_with_the_client(tmp_path: Path) -> None:
     """As those of containers that run on when a launcher leaves, or of an attempt that is over."""
     key = make_key(tmp_path / "key")
     sshd = Sshd(tmp_path / "sshd", key)
-    client = PoolContext(access_in(tmp_path / "home", key, sshd.known_line()))
+    client = ConnectionPool(access_in(tmp_path / "home", key, sshd.known_line()))
     followed = Ssh(node_at(sshd), client).start(("sleep", "4812"), log=tmp_path / "log")
     client.close()
     sshd.end()

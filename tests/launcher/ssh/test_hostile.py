@@ -27,7 +27,7 @@ from launcher.plan.plan import Plan, absolute, make_plan, train_spec
 from launcher.record.record import valid_run_id
 from launcher.run.node_process import write_env_file
 from launcher.ssh.node import Ssh
-from launcher.ssh.pool import PoolContext
+from launcher.ssh.pool import ConnectionPool
 from tests.launcher.conftest import PLACE, PROJECT
 from tests.launcher.fake_docker import FakeDocker
 from tests.launcher.hostile import hostile
@@ -188,7 +188,7 @@ def node(tmp_path: Path) -> Iterator[tuple[Ssh, FakeDocker]]:
     """A real sshd, and on its PATH a docker that keeps what it is told."""
     key, docker = make_key(tmp_path / "id_ed25519"), FakeDocker(tmp_path / "bin")
     server = Sshd(tmp_path / "node", key, f"SetEnv PATH={docker.folder}:/usr/bin:/bin")
-    client = PoolContext(access_in(tmp_path / "access", key, server.known_line()))
+    client = ConnectionPool(access_in(tmp_path / "access", key, server.known_line()))
     yield Ssh(node_at(server), client), docker
     client.close()
     server.end()

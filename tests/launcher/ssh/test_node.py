@@ -14,7 +14,7 @@ import pytest
 from launcher.errors import NodeFailed
 from launcher.ssh.channel import command_line
 from launcher.ssh.node import Ssh
-from launcher.ssh.pool import PoolContext
+from launcher.ssh.pool import ConnectionPool
 from tests.launcher.hostile import every_argv, hostile, running
 from tests.launcher.sshd import Sshd, access_in, make_key, node_at
 
@@ -33,7 +33,7 @@ def sshd(tmp_path_factory: pytest.TempPathFactory, key: Path) -> Iterator[Sshd]:
 
 @pytest.fixture(scope="module")
 def ssh(tmp_path_factory: pytest.TempPathFactory, sshd: Sshd, key: Path) -> Iterator[Ssh]:
-    client = PoolContext(access_in(tmp_path_factory.mktemp("access"), key, sshd.known_line()))
+    client = ConnectionPool(access_in(tmp_path_factory.mktemp("access"), key, sshd.known_line()))
     yield Ssh(node_at(sshd), client)
     client.close()
 
@@ -75,7 +75,7 @@ def test_hostile_environment_values_arrive_and_are_in_no_argv(ssh: Ssh, tmp_path
 
 def test_what_no_command_line_carries_is_refused_by_name(ssh: Ssh) -> None:
     for argv, words in (
-        (("echo", "a\0b"), r"an argument holds a NUL character.*'a\\x00b'"),
+        (("echo", "a\0b"), r"an argument contains a NUL character.*'a\\x00b'"),
         (("echo", "\ud800"), "half a character"),
         (("echo", "x" * 200_000), r"200\d\d\d bytes is longer than SSH can start"),
     ):
@@ -99,7 +99,7 @@ def test_a_lost_connection_is_said_at_once_and_made_anew_by_the_next_call(ssh: S
     followed = ssh.start(("sleep", "4804"), log=tmp_path / "log")
     threading.Timer(0.5, lambda: [os.kill(pid, signal.SIGKILL) for pid in sshd.children()]).start()
     started = time.monotonic()
-    with pytest.raises(NodeFailed, match=r"lost the connection while this ran there, and it may still run: sleep 4805(.|\n)*Next: ssh -p"):
+    with pytest.raises(NodeFailed, match=r"lost the connection during this command, which may still be running there: sleep 4805(.|\n)*Next: ssh -p"):
         ssh.run(("sleep", "4805"), timeout_s=30)
     with pytest.raises(NodeFailed, match="lost the connection"):
         followed.wait(5)
