@@ -206,7 +206,7 @@ def unknown_jump_host(lab: Lab) -> str:
     [
         (no_key, ("bad (root@127.0.0.1", "the login of user 'root' was refused", "id_ed25519: refused", "ssh-copy-id")),
         (wrong_user, ("bad (nobody@127.0.0.1", "the login of user 'nobody' was refused", "nodes[].user")),
-        (nobody_listens, ("bad (root@127.0.0.1", "nothing listens on port")),
+        (nobody_listens, ("bad (root@127.0.0.1", "refused the connection")),
         (says_nothing, ("bad (root@127.0.0.1", "did not answer with SSH", "within 2.0 s")),
         (typo_in_the_host, ("root@bad.invalid:22", "no address is known for the name 'bad.invalid'")),
         (unknown_host_key, ("bad (root@127.0.0.1", "its host key is its host key is unknown", "ssh-keyscan")),

@@ -159,8 +159,8 @@ def test_a_tool_outside_the_path_of_the_login_is_found(tmp_path: Path, name: str
     tool.write_text('#!/bin/sh\nprintf "%s\\n" found "$@"\n')
     tool.chmod(0o755)
     moved = tuple(word.replace(TOOL_FOLDERS, str(tmp_path)) for word in query)
-    told = Local({"PATH": "/usr/bin:/bin"}).run(moved).output.splitlines()
-    assert told == ["found", *query[query.index(name) + 1 :]]
+    printed = Local({"PATH": "/usr/bin:/bin"}).run(moved).output.splitlines()
+    assert printed == ["found", *query[query.index(name) + 1 :]]
     bare = tuple(word.replace(TOOL_FOLDERS, "/usr/bin") for word in query)
     assert Local({"PATH": "/usr/bin:/bin"}).run(bare).code == 127
 

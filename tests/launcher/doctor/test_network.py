@@ -76,7 +76,7 @@ def test_of_two_shared_networks_that_of_the_host_addresses() -> None:
     assert chosen(nodes("10.1.0.1", "10.1.0.2", "10.1.0.3"), *two_networks(False))[2] == ("ib0", "10.1.0.3")
 
 
-def test_the_reader_is_told_of_a_faster_network() -> None:
+def test_a_faster_network_is_named() -> None:
     choices = choose_network(nodes("a", "b", "c"), two_networks(True, ib0=100_000))
     assert isinstance(choices, tuple) and "10.1.0.0/24 on ib0 is faster" in choices[0].why
     assert "faster" not in str(choose_network(nodes("a", "b", "c"), two_networks(True)))

@@ -66,9 +66,9 @@ NO_NPU_TABLE = {
 
 @pytest.mark.parametrize("text", NO_NPU_TABLE)
 def test_an_unreadable_npu_table_is_refused_with_the_line(text: str) -> None:
-    with pytest.raises(UnreadableTable) as told:
+    with pytest.raises(UnreadableTable) as caught:
         read_npu(text)
-    assert NO_NPU_TABLE[text] in str(told.value)
+    assert NO_NPU_TABLE[text] in str(caught.value)
 
 
 def test_npu_driver_from_the_banner() -> None:
@@ -112,7 +112,7 @@ NO_NVIDIA_LINE = (
 
 
 @pytest.mark.parametrize("text", NO_NVIDIA_LINE)
-def test_what_is_no_nvidia_line_is_told(text: str) -> None:
-    with pytest.raises(UnreadableTable) as told:
+def test_an_unreadable_nvidia_line_is_refused(text: str) -> None:
+    with pytest.raises(UnreadableTable) as caught:
         read_nvidia(text)
-    assert repr(text.strip().splitlines()[-1] if text else text) in str(told.value)
+    assert repr(text.strip().splitlines()[-1] if text else text) in str(caught.value)

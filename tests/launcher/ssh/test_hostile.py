@@ -171,7 +171,7 @@ def test_run_ids_and_names_of_variables(words: list[str], config: Config) -> Non
         assert "cluster.environment" in refusals(named) or word.isidentifier()
 
 
-def test_several_problems_are_told_together(plan_for: Callable[..., Plan]) -> None:
+def test_several_problems_are_reported_together(plan_for: Callable[..., Plan]) -> None:
     with pytest.raises(ConfigRefused) as caught:
         plan_for(
             *DOCKER[:3], "data.train=/a,b", "data.images=/c", "data.evaluation=/d", "cluster.mounts=['/e,f']", "cluster.delivery.base='a b'"
@@ -185,7 +185,7 @@ def test_several_problems_are_told_together(plan_for: Callable[..., Plan]) -> No
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[tuple[Ssh, FakeDocker]]:
-    """A real sshd, and on its PATH a docker that keeps what it is told."""
+    """A real sshd, and on its PATH a docker that records its arguments."""
     key, docker = make_key(tmp_path / "id_ed25519"), FakeDocker(tmp_path / "bin")
     server = Sshd(tmp_path / "node", key, f"SetEnv PATH={docker.folder}:/usr/bin:/bin")
     client = ConnectionPool(access_in(tmp_path / "access", key, server.known_line()))
@@ -243,7 +243,7 @@ def test_a_thousand_strings_over_a_real_sshd(
         assert read_env_file(docker.environment) == command.environment
         expected.append(command.start[1:])
         carried += len(filled.cluster.environment)
-    assert docker.told() == expected and carried > 700 and len(docker.told()) == 20
+    assert docker.recorded() == expected and carried > 700 and len(docker.recorded()) == 20
 
 
 def test_prompts_over_a_real_sshd(words: list[str], plan: Plan, node: tuple[Ssh, FakeDocker], tmp_path: Path) -> None:
@@ -274,7 +274,9 @@ def test_the_trainer_reads_hostile_rows_below_a_hostile_folder(
         for word in spoken
     ]
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    data = replace(plan.spec.data, builtin="", train=f"{folder}/rows.json", evaluation=f"{folder}/rows.json", images=str(folder), max_length=1000)
+    data = replace(
+        plan.spec.data, builtin="", train=f"{folder}/rows.json", evaluation=f"{folder}/rows.json", images=str(folder), max_length=1000
+    )
     spec = replace(plan.spec, data=data, output=str(folder / "runs"))
     ssh.put(contract.encode(spec).encode(), f"{folder}/runs/spec.json")
     done = ssh.run((sys.executable, "-m", "trainer", "data", f"{folder}/runs/spec.json"), folder=PROJECT, timeout_s=120)
@@ -321,9 +323,9 @@ def created(command: NodeCommand, image: str, folders: tuple[str, ...], tmp_path
     assert made.returncode == 0, made.stderr
     container = made.stdout.strip()
     try:
-        told = json.loads(subprocess.run(("docker", "inspect", container), check=True, capture_output=True).stdout)[0]
+        found = json.loads(subprocess.run(("docker", "inspect", container), check=True, capture_output=True).stdout)[0]
     finally:
         subprocess.run(("docker", "rm", container), check=True, capture_output=True)
-    variables = dict(line.split("=", 1) for line in told["Config"]["Env"])
+    variables = dict(line.split("=", 1) for line in found["Config"]["Env"])
     variables.pop("PATH", None)  # docker's own
-    return variables, {(mount["Source"], mount["Target"]) for mount in told["HostConfig"]["Mounts"]}
+    return variables, {(mount["Source"], mount["Target"]) for mount in found["HostConfig"]["Mounts"]}

@@ -1,4 +1,4 @@
-"""Many nodes side by side: order, failures told together, no node delayed by another."""
+"""Many nodes in parallel: order, failures reported together, no node delayed by another."""
 
 import threading
 import time
@@ -30,7 +30,9 @@ def sshd(tmp_path_factory: pytest.TempPathFactory, key: Path) -> Iterator[Sshd]:
 
 @pytest.fixture
 def client(tmp_path: Path, sshd: Sshd, key: Path) -> Iterator[ConnectionPool]:
-    client = ConnectionPool(access_in(tmp_path / "a", key, sshd.known_line(), sshd.known_line(f"[127.0.0.2]:{sshd.port}"), connect_timeout_s=3))
+    client = ConnectionPool(
+        access_in(tmp_path / "a", key, sshd.known_line(), sshd.known_line(f"[127.0.0.2]:{sshd.port}"), connect_timeout_s=3)
+    )
     yield client
     client.close()
 
@@ -48,10 +50,10 @@ def test_connect_all_in_node_order_and_warm_calls_reuse(client: ConnectionPool, 
 
 def test_all_bad_nodes_are_named_together_and_nothing_stays_open(client: ConnectionPool, sshd: Sshd) -> None:
     ports = (free_port(), free_port())
-    nodes = [node_at(sshd), Node(host="127.0.0.1", port=ports[0]), node_at(sshd, user="nobody"), Node(host="127.0.0.1", port=ports[1])]
+    nodes = [node_at(sshd), Node(host="127.0.0.1", port=ports[0]), node_at(sshd, user="games"), Node(host="127.0.0.1", port=ports[1])]
     with pytest.raises(NodeFailed, match="3 of 4 nodes failed:") as caught:
         connect_all(nodes, client)
-    for words in (f"port {ports[0]}", f"port {ports[1]}", "user 'nobody' was refused"):
+    for words in (f"port {ports[0]}", f"port {ports[1]}", "user 'games' was refused"):
         assert words in str(caught.value)
     assert sshd.has_children(0)
     reached = reach_all(nodes, client)

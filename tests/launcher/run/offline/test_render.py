@@ -14,13 +14,12 @@ import pytest
 
 from launcher.cli import main
 from launcher.errors import ConfigRefused, ImageFailed
-from launcher.plan.plan import Plan, to_plain
+from launcher.plan.plan import Plan
 from launcher.record.record import SourceState, open_run
 from launcher.run.offline import render as bundle_module
 from launcher.run.offline.node_script import assign
 from launcher.run.offline.render import write_bundle
 from tests.launcher.hostile import ATTACKS, hostile
-from trainer.contract import decode
 
 PROJECT = Path(__file__).resolve().parents[4]
 SOURCE = SourceState(commit="c0ffee", dirty=False)
@@ -274,17 +273,6 @@ def array(script: Path, name: str) -> tuple[str, ...]:
     head = script.read_text().partition("\n# The body of ")[0]
     done = subprocess.run(("bash", "-c", f'{head}\nprintf "%s\\0" "${{{name}[@]}}"'), capture_output=True, text=True, check=True)
     return tuple(done.stdout.split("\0")[:-1])
-
-
-def test_a_plan_without_container_options_is_rendered_the_same(plan_for: PlanFor, tmp_path: Path) -> None:
-    """As plans of versions before they were recorded: their options are made again."""
-    plan = plan_for(*ASCEND, "cluster.user=1000:1000")
-    older = to_plain(plan)
-    for command in older["commands"]:
-        del command["container"]
-    first, second = render(plan, tmp_path / "a"), render(decode(Plan, older), tmp_path / "b")
-    for script in first.glob("*.sh"):
-        assert script.read_text() == (second / script.name).read_text()
 
 
 def test_ascend_nodes_differ(plan_for: PlanFor, tmp_path: Path) -> None:
