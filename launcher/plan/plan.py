@@ -40,7 +40,10 @@ DATA_FOLDER = ".cache/data"
 RUNS_FOLDER = "runs"
 FIXED_THREADS = 4
 LEAVING_S = 10  # for a server to exit after its last answer
-# Keys of config.run that the trainer's spec takes over unchanged, under the same name.
+# Keys of the config that the trainer's spec takes over unchanged, under the same name.
+MODEL_KEYS = ("name", "family", "groups", "image_token", "template")
+STAGE_KEYS = ("name", "kind", "trainable", "lora", "reset", "merging", "conversion", "quantization", "serving")
+DATA_KEYS = ("name", "builtin", "max_length", "workers", "packing", "length_aware", "max_pixels", "max_tiles")
 RUN_KEYS = (
     *("seed", "deterministic", "steps", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background"),
     *("hang_timeout_s", "trackers", "profile"),
@@ -248,14 +251,10 @@ def model_spec(config: Config, local: LocalContext) -> ModelSpec:
     model = config.model
     source = replace(model.source, path=absolute(model.source.path, local.here)) if model.source.path else model.source
     return ModelSpec(
-        name=model.name,
-        family=model.family,
         source=source,
         architecture=asdict(model.architecture),
-        groups=model.groups,
-        image_token=model.image_token,
-        template=model.template,
         attention=config.hardware.capability.attention[0],
+        **{name: getattr(model, name) for name in MODEL_KEYS},
     )
 
 
@@ -265,18 +264,10 @@ def stage_spec(config: Config, local: LocalContext) -> StageSpec:
         image, rows = (absolute(path, local.here) if path else "" for path in (inference.image, inference.input))
         inference = replace(inference, image=image, input=rows)
     return StageSpec(
-        name=stage.name,
-        kind=stage.kind,
-        trainable=stage.trainable,
-        lora=stage.lora,
         checkpoint=absolute(stage.checkpoint, local.here) if stage.checkpoint else "",
-        reset=stage.reset,
         needs=tuple(group for group in stage.needs if group in config.model.groups),
-        merging=stage.merging,
-        conversion=stage.conversion,
-        quantization=stage.quantization,
         inference=inference,
-        serving=stage.serving,
+        **{name: getattr(stage, name) for name in STAGE_KEYS},
     )
 
 
@@ -287,19 +278,14 @@ def evaluation_of(config: Config, local: LocalContext) -> Evaluation:
 
 def data_spec(config: Config, local: LocalContext, root: str) -> DataSpec:
     data = config.data
-    named = {key: absolute(getattr(data, key), local.here) if getattr(data, key) else "" for key in ("train", "evaluation", "images")}
+    named: dict[str, Any] = {
+        key: absolute(getattr(data, key), local.here) if getattr(data, key) else "" for key in ("train", "evaluation", "images")
+    }
     return DataSpec(
-        name=data.name,
-        builtin=data.builtin,
         root=str(PurePosixPath(root) / DATA_FOLDER),
-        max_length=data.max_length,
-        workers=data.workers,
-        packing=data.packing,
-        length_aware=data.length_aware,
-        max_pixels=data.max_pixels,
-        max_tiles=data.max_tiles,
         padding_free=leaves_padding_out(config),
         **named,
+        **{name: getattr(data, name) for name in DATA_KEYS},
     )
 
 

@@ -89,7 +89,7 @@ class Local:
                 stdin=subprocess.DEVNULL,
             )
         except FileNotFoundError as error:
-            raise NodeFailed(f"{error.filename!r} was not found on this machine, needed for: {' '.join(argv)}") from error
+            raise missing_program(argv, error) from error
         except subprocess.TimeoutExpired as error:
             raise NodeFailed(f"no answer within {timeout_s:g} s: {' '.join(argv)}") from error
         return Result(argv=argv, code=done.returncode, output=done.stdout, errors=done.stderr)
@@ -99,19 +99,8 @@ class Local:
     ) -> "LocalProcess":
         """Start a command in a session of its own, so that Ctrl-C on the terminal reaches only the launcher; output goes to `log`."""
         with log.open("ab") as file:
-            try:
-                process = subprocess.Popen(
-                    argv,
-                    env={**self.kept, **(environment or {})},
-                    cwd=folder,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
-            except FileNotFoundError as error:
-                raise NodeFailed(f"{error.filename!r} was not found on this machine, needed for: {' '.join(argv)}") from error
-        return LocalProcess(process)
+            streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+            return LocalProcess(self._open(argv, environment, cwd=folder, start_new_session=True, **streams))
 
     def put(self, content: bytes, path: str, *, mode: int = 0o600) -> None:
         """Write the whole file or nothing; missing folders are created with mode 0755."""
@@ -171,11 +160,11 @@ class Local:
     def close(self) -> None:
         """There is nothing to close."""
 
-    def _open(self, argv: tuple[str, ...], **streams: Any) -> "subprocess.Popen[bytes]":
+    def _open(self, argv: tuple[str, ...], environment: Mapping[str, str] | None = None, **options: Any) -> "subprocess.Popen[bytes]":
         try:
-            return subprocess.Popen(argv, env=self.kept, bufsize=0, **streams)
+            return subprocess.Popen(argv, env={**self.kept, **(environment or {})}, bufsize=0, **options)
         except FileNotFoundError as error:
-            raise NodeFailed(f"{error.filename!r} was not found on this machine, needed for: {' '.join(argv)}") from error
+            raise missing_program(argv, error) from error
 
     def _send(self, process: "subprocess.Popen[bytes]", chunks: Iterable[bytes]) -> None:
         """Send all chunks, then end the stdin. A command that stops reading is not an error here: its exit code decides."""
@@ -199,6 +188,10 @@ class Local:
             yield chunk
         code = process.wait()
         Result(argv=argv, code=code, output="", errors=text_of(errors)).expect(f"reading the output of {argv[0]}")
+
+
+def missing_program(argv: tuple[str, ...], error: FileNotFoundError) -> NodeFailed:
+    return NodeFailed(f"{error.filename!r} was not found on this machine, needed for: {' '.join(argv)}")
 
 
 def text_of(file: IO[bytes]) -> str:
