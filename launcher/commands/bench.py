@@ -100,7 +100,7 @@ def as_list(value: Any) -> list[str]:
 
 
 def is_here(cluster: "Cluster") -> bool:
-    return all(node.is_local for node in cluster.working)
+    return cluster.is_local
 
 
 def plan_cell(cell: "Cell", run_id: str) -> "Plan":

@@ -41,7 +41,7 @@ def launch_one(overrides: Sequence[str], run_id: str, *, say: Callable[[str], No
     refuse_detach(detach, plan.config.cluster.runtime)
     say(describe_here(plan, launching=True))
     gc.enable()  # `main` turned it off; from here on the process may live for days
-    if not all(node.is_local for node in plan.config.cluster.working):
+    if not plan.is_local:
         say(f"checking {', '.join(node.host for node in plan.config.cluster.working)}")
     record, plan = carry_out(plan, say, detach=detach)
     say(describe_record(record, plan) if record else describe_detached(plan.run_id))

@@ -268,6 +268,11 @@ class Node:
     devices: tuple[int, ...] = ()
 
     @property
+    def reachable_at(self) -> str:
+        """Where the other nodes reach it."""
+        return self.address or self.host
+
+    @property
     def is_local(self) -> bool:
         """Whether the node is the launcher's own machine. With a port or a jump host, localhost is another machine behind it."""
         return self.host in ("localhost", "127.0.0.1", "::1") and self.port is None and not self.jump
@@ -319,6 +324,11 @@ class Cluster:
     def working(self) -> tuple[Node, ...]:
         """The nodes that a run starts on, without the spares."""
         return tuple(node for node in self.nodes if not node.spare)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the run is on the launcher's own machine."""
+        return all(node.is_local for node in self.working)
 
 
 @dataclass(frozen=True, kw_only=True)

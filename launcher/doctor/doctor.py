@@ -1,6 +1,6 @@
-"""What is wrong with this machine or cluster, before a launch: every node asked once, all checks held against the answers.
+"""What is wrong with this machine or cluster, before a launch: every node is asked once, and all checks look at the answers.
 
-Each finding has a name, the evidence, and the command that mends it.
+Each finding has a name, the evidence, and the command or override that fixes the problem.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,19 +9,13 @@ from typing import Literal
 
 from launcher.check.problem import Problem
 from launcher.config.schema import Node
-from launcher.doctor import (
-    cross_node_checks as agreement,
-    device_checks as device,
-    free_memory as headroom,
-    host_checks as machine,
-    live_checks as experiment,
-)
-from launcher.doctor.findings import EVERY_NODE, Agreement, Case, CheckResult, Finding, NodeCheck, named, unchecked, wrong
+from launcher.doctor import cross_node_checks, device_checks, free_memory, host_checks, live_checks
+from launcher.doctor.findings import EVERY_NODE, CheckedNode, CheckResult, CrossCheck, Finding, NodeCheck, failed, named, passed, unchecked
 from launcher.doctor.free_memory import FreeMemory
 from launcher.doctor.live_checks import AnsweredNode
 from launcher.doctor.network import NetworkChoice
 from launcher.doctor.node_facts import NodeFacts
-from launcher.doctor.questions import Inquiry, probe
+from launcher.doctor.questions import NodeQuery, ask_node
 from launcher.errors import NodeFailed
 from launcher.image.stack import Stack
 from launcher.plan.plan import Plan
@@ -37,88 +31,88 @@ NEEDS: dict[Need, Callable[[Plan], bool]] = {
     "device": lambda plan: plan.config.hardware.accelerator != "cpu",
     "driver": lambda plan: plan.config.hardware.driver.kind != "none",
     "several": lambda plan: len(plan.config.cluster.working) > 1,
-    "named_data": lambda plan: bool(named_contents(plan)),
+    "named_data": lambda plan: bool(paths_compared(plan)),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """`needs`: what a plan must have for the check to mean anything. `launch`: whether a launch waits for it too."""
+    """`needs`: what a plan must have for the check to apply. `launch`: whether a launch waits for it as well."""
 
-    ask: NodeCheck
+    run: NodeCheck
     needs: tuple[Need, ...] = ()
     launch: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrossNodeCheck:
-    """The same, of nodes held against each other; it needs several of them besides."""
+    """The same for a check that compares nodes; it needs several nodes as well."""
 
-    ask: Agreement
+    run: CrossCheck
     needs: tuple[Need, ...] = ()
     launch: bool = True
 
 
-REACH = "reach"  # by SSH, and its shell runs a script: what every other check stands on
+REACH = "reach"  # the node is reached and its shell runs a script: all other checks need it
 NODE_CHECKS: dict[str, Check] = {
-    "shell": Check(ask=machine.check_shell),
-    "architecture": Check(ask=machine.check_architecture),
-    "kernel": Check(ask=machine.check_kernel, launch=False),
-    "memory": Check(ask=machine.check_memory),
-    "shm": Check(ask=machine.check_shm),
-    "memlock": Check(ask=machine.check_memlock, needs=("several", "device"), launch=False),
-    "room": Check(ask=machine.check_room),
-    "writable": Check(ask=machine.check_writable),
-    "inodes": Check(ask=machine.check_inodes, launch=False),
-    "contents": Check(ask=machine.check_contents, needs=("named_data",), launch=False),
-    "leftovers": Check(ask=machine.check_leftovers, needs=("docker",)),
-    "docker_client": Check(ask=machine.check_docker_client, needs=("docker",)),
-    "docker_engine": Check(ask=machine.check_docker_engine, needs=("docker",)),
-    "docker_version": Check(ask=machine.check_docker_version, needs=("docker",)),
-    "docker_storage": Check(ask=machine.check_docker_storage, needs=("docker",), launch=False),
-    "docker_room": Check(ask=machine.check_docker_room, needs=("docker",)),
-    "toolkit": Check(ask=machine.check_toolkit, needs=("docker", "cuda")),
-    "image": Check(ask=machine.check_image, needs=("docker",)),
-    "rendezvous_port": Check(ask=machine.check_rendezvous_port, needs=("several",)),
-    "hccl_ports": Check(ask=machine.check_hccl_ports, needs=("several", "npu")),
-    "hccl_reserved": Check(ask=machine.check_hccl_reserved, needs=("several", "npu"), launch=False),
-    "device_tool": Check(ask=device.check_device_tool, needs=("device",)),
-    "device_count": Check(ask=device.check_device_count, needs=("device",)),
-    "chip": Check(ask=device.check_chip, needs=("device",)),
-    "device_memory": Check(ask=device.check_device_memory, needs=("device",)),
-    "fit": Check(ask=headroom.check_fit, needs=("device",)),
-    "device_health": Check(ask=device.check_device_health, needs=("device",)),
-    "device_idle": Check(ask=device.check_device_idle, needs=("device",)),
-    "driver": Check(ask=device.check_driver, needs=("driver",)),
-    "device_files": Check(ask=device.check_device_files, needs=("device",)),
-    "device_access": Check(ask=device.check_device_access, needs=("npu", "docker")),
-    "driver_mounts": Check(ask=device.check_driver_mounts, needs=("npu", "docker")),
-    "ascend_runtime": Check(ask=device.check_ascend_runtime, needs=("npu", "docker", "ascend_runtime")),
+    "shell": Check(run=host_checks.check_shell),
+    "architecture": Check(run=host_checks.check_architecture),
+    "kernel": Check(run=host_checks.check_kernel, launch=False),
+    "memory": Check(run=host_checks.check_memory),
+    "shm": Check(run=host_checks.check_shm),
+    "memlock": Check(run=host_checks.check_memlock, needs=("several", "device"), launch=False),
+    "room": Check(run=host_checks.check_room),
+    "writable": Check(run=host_checks.check_writable),
+    "inodes": Check(run=host_checks.check_inodes, launch=False),
+    "contents": Check(run=host_checks.check_contents, needs=("named_data",), launch=False),
+    "leftovers": Check(run=host_checks.check_leftovers, needs=("docker",)),
+    "docker_client": Check(run=host_checks.check_docker_client, needs=("docker",)),
+    "docker_engine": Check(run=host_checks.check_docker_engine, needs=("docker",)),
+    "docker_version": Check(run=host_checks.check_docker_version, needs=("docker",)),
+    "docker_storage": Check(run=host_checks.check_docker_storage, needs=("docker",), launch=False),
+    "docker_room": Check(run=host_checks.check_docker_room, needs=("docker",)),
+    "toolkit": Check(run=host_checks.check_toolkit, needs=("docker", "cuda")),
+    "image": Check(run=host_checks.check_image, needs=("docker",)),
+    "rendezvous_port": Check(run=host_checks.check_rendezvous_port, needs=("several",)),
+    "hccl_ports": Check(run=host_checks.check_hccl_ports, needs=("several", "npu")),
+    "hccl_reserved": Check(run=host_checks.check_hccl_reserved, needs=("several", "npu"), launch=False),
+    "device_tool": Check(run=device_checks.check_device_tool, needs=("device",)),
+    "device_count": Check(run=device_checks.check_device_count, needs=("device",)),
+    "chip": Check(run=device_checks.check_chip, needs=("device",)),
+    "device_memory": Check(run=device_checks.check_device_memory, needs=("device",)),
+    "fit": Check(run=free_memory.check_fit, needs=("device",)),
+    "device_health": Check(run=device_checks.check_device_health, needs=("device",)),
+    "device_idle": Check(run=device_checks.check_device_idle, needs=("device",)),
+    "driver": Check(run=device_checks.check_driver, needs=("driver",)),
+    "device_files": Check(run=device_checks.check_device_files, needs=("device",)),
+    "device_access": Check(run=device_checks.check_device_access, needs=("npu", "docker")),
+    "driver_mounts": Check(run=device_checks.check_driver_mounts, needs=("npu", "docker")),
+    "ascend_runtime": Check(run=device_checks.check_ascend_runtime, needs=("npu", "docker", "ascend_runtime")),
 }
-COMPARISONS: dict[str, CrossNodeCheck] = {
-    "distinct": CrossNodeCheck(ask=agreement.check_distinct),
-    "same_architecture": CrossNodeCheck(ask=agreement.check_same_architecture),
-    "same_chips": CrossNodeCheck(ask=agreement.check_same_chips, needs=("device",)),
-    "same_count": CrossNodeCheck(ask=agreement.check_same_count, needs=("device",)),
-    "same_driver": CrossNodeCheck(ask=agreement.check_same_driver, needs=("driver",), launch=False),
-    "clocks": CrossNodeCheck(ask=agreement.check_clocks),
-    "network": CrossNodeCheck(ask=agreement.check_network),
-    "same_mtu": CrossNodeCheck(ask=agreement.check_same_mtu, launch=False),
-    "same_contents": CrossNodeCheck(ask=agreement.check_same_contents, needs=("named_data",), launch=False),
-    "same_image": CrossNodeCheck(ask=agreement.check_same_image, needs=("docker",)),
+CROSS_NODE_CHECKS: dict[str, CrossNodeCheck] = {
+    "distinct": CrossNodeCheck(run=cross_node_checks.check_distinct),
+    "same_architecture": CrossNodeCheck(run=cross_node_checks.check_same_architecture),
+    "same_chips": CrossNodeCheck(run=cross_node_checks.check_same_chips, needs=("device",)),
+    "same_count": CrossNodeCheck(run=cross_node_checks.check_same_count, needs=("device",)),
+    "same_driver": CrossNodeCheck(run=cross_node_checks.check_same_driver, needs=("driver",), launch=False),
+    "clocks": CrossNodeCheck(run=cross_node_checks.check_clocks),
+    "network": CrossNodeCheck(run=cross_node_checks.check_network),
+    "same_mtu": CrossNodeCheck(run=cross_node_checks.check_same_mtu, launch=False),
+    "same_contents": CrossNodeCheck(run=cross_node_checks.check_same_contents, needs=("named_data",), launch=False),
+    "same_image": CrossNodeCheck(run=cross_node_checks.check_same_image, needs=("docker",)),
 }
-EXPERIMENTS: dict[str, tuple[Need, ...]] = {"container": ("docker",), "connections": ("docker", "several"), "shared": ("several",)}
+LIVE_CHECKS: dict[str, tuple[Need, ...]] = {"container": ("docker",), "connections": ("docker", "several"), "shared": ("several",)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Examination:
-    """`facts` by host, of the nodes that answered; `choices`: interface and address of the working nodes, in their order, () where some
-    did not answer or no network was found; `headroom`: of the fullest device of them all, None where a node says no size."""
+    """`facts` by host, of the nodes that answered; `choices`: interface and address of the working nodes, in their order, () where some did
+    not answer or share no network; `free_memory`: the least of all of them, None where a node does not print sizes."""
 
     findings: tuple[Finding, ...]
     facts: dict[str, NodeFacts]
     choices: tuple[NetworkChoice, ...]
-    headroom: FreeMemory | None = None
+    free_memory: FreeMemory | None = None
 
 
 def examine(
@@ -131,44 +125,51 @@ def examine(
     token: str,
     launching: bool = False,
 ) -> Examination:
-    """Hold `nodes` against all checks, or those that a launch waits for. `transports`: the way to each, or why there is none. `now`: the
-    launcher's clock, seconds since 1970. `token`: a word of its own for marks and containers that are made and removed. Raises nothing
-    but bugs: a node that fails is a finding."""
-    asked = inquiry_of(plan, launching)
-    answers = attempt_each(lambda way: facts_of(way, asked, now), transports)
-    sites = tuple(
-        AnsweredNode(case=Case(plan=plan, stack=stack, node=node, rank=rank_of(plan, node), facts=facts), transport=way)
-        for node, way, facts in zip(nodes, transports, answers, strict=True)
-        if isinstance(facts, NodeFacts) and not isinstance(way, NodeFailed)
+    """Run all checks on `nodes`, or those that a launch waits for. `transports`: the connection to each, or why there is none. `now`: the
+    launcher's clock, seconds since 1970. `token`: a unique word for files and containers that are made and removed. A node that fails is a
+    finding, never an exception."""
+    query = query_of(plan, launching)
+    answers = attempt_each(lambda transport: facts_of(transport, query, now), transports)
+    used_ports = frozenset(port for facts in answers if isinstance(facts, NodeFacts) for port in facts.ports)
+    answered = tuple(
+        AnsweredNode(
+            checked=CheckedNode(plan=plan, stack=stack, node=node, rank=rank_of(plan, node), facts=facts, used_ports=used_ports),
+            transport=transport,
+        )
+        for node, transport, facts in zip(nodes, transports, answers, strict=True)
+        if isinstance(facts, NodeFacts) and not isinstance(transport, NodeFailed)
     )
-    findings = [each for node, facts in zip(nodes, answers, strict=True) for each in examine_node(plan, stack, node, facts, launching)]
-    findings += compare(plan, [site.case for site in sites], launching)
-    choices = choices_of(plan, sites)
+    checked = {node.host: node.checked for node in answered}
+    findings = [
+        finding for node, facts in zip(nodes, answers, strict=True) for finding in check_node(plan, node, facts, checked, launching)
+    ]
+    findings += compare_nodes(plan, tuple(checked.values()), launching)
+    choices = network_choices(plan, tuple(checked.values()))
     if not launching:
-        findings += experiment_on(plan, sites, choices, token)
+        findings += run_live_checks(plan, answered, choices, token)
     return Examination(
         findings=tuple(findings),
-        facts={site.case.node.host: site.case.facts for site in sites},
+        facts={host: node.facts for host, node in checked.items()},
         choices=choices,
-        headroom=headroom.tightest(site.case for site in sites),
+        free_memory=free_memory.least_free(checked.values()),
     )
 
 
-def inquiry_of(plan: Plan, launching: bool) -> Inquiry:
-    """A launch hashes no data: the trainer's own check reads it on every node anyway."""
-    cluster = plan.config.cluster
-    return Inquiry(
+def query_of(plan: Plan, launching: bool) -> NodeQuery:
+    """A launch does not hash the data: the trainer's own check reads it on every node anyway."""
+    return NodeQuery(
         accelerator=plan.config.hardware.accelerator,
-        root=machine.root_of(plan),
-        image=plan.image.tag if cluster.runtime == "docker" else "",
-        contents=() if launching else named_contents(plan),
+        root=host_checks.root_of(plan),
+        image=plan.image.tag if plan.config.cluster.runtime == "docker" else "",
+        contents=() if launching else paths_compared(plan),
     )
 
 
-def named_contents(plan: Plan) -> tuple[str, ...]:
+def paths_compared(plan: Plan) -> tuple[str, ...]:
+    """Paths of data and model, which must be the same on all nodes."""
     spec = plan.spec
-    named = () if spec.data.builtin else (spec.data.train, spec.data.evaluation, spec.data.images)
-    return tuple(dict.fromkeys(path for path in (*named, spec.model.source.path, spec.stage.checkpoint) if path))
+    data = () if spec.data.builtin else (spec.data.train, spec.data.evaluation, spec.data.images)
+    return tuple(dict.fromkeys(path for path in (*data, spec.model.source.path, spec.stage.checkpoint) if path))
 
 
 def rank_of(plan: Plan, node: Node) -> int | None:
@@ -176,61 +177,61 @@ def rank_of(plan: Plan, node: Node) -> int | None:
     return working.index(node) if node in working else None
 
 
-def facts_of(way: Transport | NodeFailed, asked: Inquiry, now: Callable[[], float]) -> NodeFacts:
-    if isinstance(way, NodeFailed):
-        raise way
-    return probe(way, asked, now=now)
+def facts_of(transport: Transport | NodeFailed, query: NodeQuery, now: Callable[[], float]) -> NodeFacts:
+    if isinstance(transport, NodeFailed):
+        raise transport
+    return ask_node(transport, query, now=now)
 
 
 def applies(plan: Plan, needs: Sequence[Need]) -> bool:
     return all(NEEDS[need](plan) for need in needs)
 
 
-def examine_node(plan: Plan, stack: Stack, node: Node, facts: NodeFacts | NodeFailed, launching: bool) -> Iterator[Finding]:
+def check_node(
+    plan: Plan, node: Node, facts: NodeFacts | NodeFailed, checked: dict[str, CheckedNode], launching: bool
+) -> Iterator[Finding]:
     checks = {name: check for name, check in NODE_CHECKS.items() if applies(plan, check.needs) and (check.launch or not launching)}
     if isinstance(facts, NodeFailed):
         evidence, _, fix = str(facts).partition("\n")
-        yield named(REACH, node.host, wrong(evidence, fix.strip() or f"ssh {node.host} true"))
+        yield named(REACH, node.host, failed(evidence, fix.strip() or f"ssh {node.host} true"))
         yield from (named(name, node.host, unchecked("the node could not be reached")) for name in checks)
         return
-    yield named(REACH, node.host, CheckResult(level="ok", evidence=f"it answers as {facts.user}@{facts.hostname}"))
-    case = Case(plan=plan, stack=stack, node=node, rank=rank_of(plan, node), facts=facts)
+    yield named(REACH, node.host, passed(f"reached as {facts.user}@{facts.hostname}"))
     for name, check in checks.items():
-        yield named(name, node.host, check.ask(case))
+        yield named(name, node.host, check.run(checked[node.host]))
 
 
-def compare(plan: Plan, cases: Sequence[Case], launching: bool) -> Iterator[Finding]:
-    """Nodes that answered, against each other."""
-    for name, check in COMPARISONS.items():
+def compare_nodes(plan: Plan, nodes: Sequence[CheckedNode], launching: bool) -> Iterator[Finding]:
+    for name, check in CROSS_NODE_CHECKS.items():
         if not applies(plan, ("several", *check.needs)) or (launching and not check.launch):
             continue
-        told = check.ask(cases) if len(cases) > 1 else {EVERY_NODE: unchecked("fewer than two nodes answered")}
-        yield from (named(name, host, diagnosis) for host, diagnosis in told.items())
+        results = check.run(nodes) if len(nodes) > 1 else {EVERY_NODE: unchecked("fewer than two nodes answered")}
+        yield from (named(name, host, result) for host, result in results.items())
 
 
-def choices_of(plan: Plan, sites: Sequence[AnsweredNode]) -> tuple[NetworkChoice, ...]:
-    working = [site.case for site in sites if site.case.rank is not None]
+def network_choices(plan: Plan, nodes: Sequence[CheckedNode]) -> tuple[NetworkChoice, ...]:
+    working = [node for node in nodes if node.rank is not None]
     if len(working) < len(plan.config.cluster.working):
         return ()
-    choices = agreement.networks_of(working)
+    choices = cross_node_checks.networks_of(working)
     return () if isinstance(choices, Problem) else choices
 
 
-def experiment_on(plan: Plan, sites: Sequence[AnsweredNode], choices: Sequence[NetworkChoice], token: str) -> Iterator[Finding]:
-    working = tuple(site for site in sites if site.case.rank is not None)
+def run_live_checks(plan: Plan, nodes: Sequence[AnsweredNode], choices: Sequence[NetworkChoice], token: str) -> Iterator[Finding]:
+    working = tuple(node for node in nodes if node.checked.rank is not None)
 
     def connections() -> dict[str, CheckResult]:
         if not choices:
-            return {EVERY_NODE: unchecked("no network was found that all nodes are in")}
-        return experiment.try_reach(working, choices, token)
+            return {EVERY_NODE: unchecked("there is no network that all nodes are in")}
+        return live_checks.try_reach(working, choices, token)
 
     tries: dict[str, Callable[[], dict[str, CheckResult]]] = {
-        "container": lambda: experiment.try_start(sites, token),
+        "container": lambda: live_checks.try_start(nodes, token),
         "connections": connections,
-        "shared": lambda: experiment.try_shared(sites, token),
+        "shared": lambda: live_checks.try_shared(nodes, token),
     }
-    for name, needs in EXPERIMENTS.items():
+    for name, needs in LIVE_CHECKS.items():
         if applies(plan, needs):
-            enough = len(sites) > (1 if "several" in needs else 0)
-            told = tries[name]() if enough else {EVERY_NODE: unchecked("too few nodes answered")}
-            yield from (named(name, host, diagnosis) for host, diagnosis in told.items())
+            enough = len(nodes) > (1 if "several" in needs else 0)
+            results = tries[name]() if enough else {EVERY_NODE: unchecked("too few nodes answered")}
+            yield from (named(name, host, result) for host, result in results.items())

@@ -1,4 +1,4 @@
-"""What a check says of a node or a cluster, and how a person and a program read it."""
+"""What a check reports about a node or a cluster, and how it is printed, as text and as JSON."""
 
 import json
 from collections import Counter
@@ -9,6 +9,7 @@ from typing import Literal
 from launcher.config.schema import Node
 from launcher.doctor.node_facts import NodeFacts
 from launcher.image.stack import Stack
+from launcher.plan.commands import NodeCommand, docker_command
 from launcher.plan.plan import Plan
 
 Level = Literal["ok", "warning", "error", "unchecked"]
@@ -19,8 +20,17 @@ INDENT = 10
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckResult:
+    """`evidence`: what was seen; `fix`: the command or override that removes the problem, '' when there is none."""
+
+    level: Level
+    evidence: str
+    fix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finding:
-    """`evidence`: what was seen; `fix`: the command or the key that mends it, '' where nothing is to be mended."""
+    """A result with the name of its check and the host."""
 
     name: str
     host: str
@@ -30,39 +40,44 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckResult:
-    """A finding before it has a name and a host."""
-
-    level: Level
-    evidence: str
-    fix: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A node that answered, and what the run wants of it. `rank`: its node rank, None for a spare."""
+class CheckedNode:
+    """A node that answered, and the plan that it is checked for. `rank`: its node rank, None for a spare. `used_ports`: TCP ports that are
+    in use on any node of the plan."""
 
     plan: Plan
     stack: Stack
     node: Node
     rank: int | None
     facts: NodeFacts
+    used_ports: frozenset[int] = frozenset()
+
+    @property
+    def host(self) -> str:
+        return self.node.host
+
+    @property
+    def command(self) -> NodeCommand:
+        """The node's command; for a spare, the one it gets when it takes the place of rank 0."""
+        plan = self.plan
+        if self.rank is not None or plan.config.cluster.runtime != "docker":
+            return plan.commands[self.rank or 0]
+        return docker_command(plan.config, plan.image, plan.spec, self.node, 0, plan.container_user)
 
 
-# A check of one node, and one that compares nodes: host -> what is said of it, EVERY_NODE where all agree.
-NodeCheck = Callable[[Case], CheckResult]
-Agreement = Callable[[Sequence[Case]], dict[str, CheckResult]]
+# A check of one node, and one that compares nodes: host -> its result, or EVERY_NODE -> one result for all.
+NodeCheck = Callable[[CheckedNode], CheckResult]
+CrossCheck = Callable[[Sequence[CheckedNode]], dict[str, CheckResult]]
 
 
-def fine(evidence: str) -> CheckResult:
+def passed(evidence: str) -> CheckResult:
     return CheckResult(level="ok", evidence=evidence)
 
 
-def warn(evidence: str, fix: str) -> CheckResult:
+def warned(evidence: str, fix: str) -> CheckResult:
     return CheckResult(level="warning", evidence=evidence, fix=fix)
 
 
-def wrong(evidence: str, fix: str) -> CheckResult:
+def failed(evidence: str, fix: str) -> CheckResult:
     return CheckResult(level="error", evidence=evidence, fix=fix)
 
 
@@ -70,8 +85,8 @@ def unchecked(evidence: str, fix: str = "") -> CheckResult:
     return CheckResult(level="unchecked", evidence=evidence, fix=fix)
 
 
-def named(name: str, host: str, diagnosis: CheckResult) -> Finding:
-    return Finding(name=name, host=host, level=diagnosis.level, evidence=diagnosis.evidence, fix=diagnosis.fix)
+def named(name: str, host: str, result: CheckResult) -> Finding:
+    return Finding(name=name, host=host, level=result.level, evidence=result.evidence, fix=result.fix)
 
 
 def has_errors(findings: Sequence[Finding]) -> bool:
@@ -85,7 +100,7 @@ def findings_json(findings: Sequence[Finding]) -> str:
 
 
 def describe_findings(findings: Sequence[Finding]) -> str:
-    """Problems first, each with its evidence and what mends it, the same one of many nodes once; then a line for each node."""
+    """Problems first, each with its evidence and fix; a problem that several nodes share is printed once. Then one line per node."""
     lines = [line for level in ("error", "warning") for line in describe_level(findings, level)]
     lines += describe_unchecked(findings)
     ok = Counter(finding.host for finding in findings if finding.level == "ok")
@@ -103,11 +118,11 @@ def describe_level(findings: Sequence[Finding], level: str) -> Iterator[str]:
     for (name, evidence, fix), hosts in same.items():
         yield f"{level:{INDENT}}{describe_hosts(hosts)}: {name}"
         yield from (" " * INDENT + line for line in evidence.splitlines())
-        yield from (" " * INDENT + f"{'fix: ' if place == 0 else '     '}{line}" for place, line in enumerate(fix.splitlines()))
+        yield from (" " * INDENT + f"{'fix: ' if index == 0 else '     '}{line}" for index, line in enumerate(fix.splitlines()))
 
 
 def describe_unchecked(findings: Sequence[Finding]) -> Iterator[str]:
-    """By reason: a node that is down leaves thirty checks undone for one."""
+    """Grouped by reason: a node that is down leaves thirty checks undone for one reason."""
     undone: dict[tuple[str, str, str], list[str]] = {}
     for finding in findings:
         if finding.level == "unchecked":

@@ -1,239 +1,212 @@
-"""What no fact tells and only trying does: whether a container starts with the run's options, whether every node reaches every other,
-whether a folder is one. Each cleans up after itself, and each container ends by itself.
+"""Checks that need a trial on the nodes: whether a container starts with the run's options, whether every node reaches every other, whether
+a folder is shared. Each trial removes what it made, and each container ends by itself.
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
-from launcher.doctor.findings import EVERY_NODE, Case, CheckResult, fine, unchecked, wrong
+from launcher.doctor.findings import EVERY_NODE, CheckedNode, CheckResult, failed, passed, unchecked
 from launcher.doctor.host_checks import root_of
 from launcher.doctor.network import NetworkChoice
+from launcher.doctor.offers import free_port, offer
+from launcher.doctor.questions import read_script
 from launcher.errors import NodeFailed
-from launcher.memory.states import device_count
-from launcher.plan.devices import attach, share_of
+from launcher.plan.commands import env_lines
+from launcher.plan.container import ContainerOptions, docker_run
 from launcher.ssh.parallel import attempt_each
 from launcher.ssh.transport import Result, Transport
 
 START_TIMEOUT_S = 90.0
-REACH_LIMIT_S = 20  # for the slowest node to start its container, and all to connect
+REACH_LIMIT_S = 20  # for the slowest node to start its container, and for all connections
 FOLDER_TIMEOUT_S = 20.0
-DOCKER_FAILED = (125, 126, 127)  # docker run itself, or a command that is not in the image
+DOCKER_FAILED = (125, 126, 127)  # docker run itself failed, or the command is not in the image
 NO_IMAGE = "the image is not on the node yet"
 DOCTOR_LABEL = "omnilaunch.doctor"
+TRIAL_FILE = ".omnilaunch-trial"
 
-NO_ASCEND_RUNTIME = "install Ascend Docker Runtime and sudo systemctl restart docker, or cluster.ascend_runtime=false"
-# What docker says when it cannot start a container -> what mends it. The first that fits.
+NO_ASCEND_RUNTIME = "install Ascend Docker Runtime and sudo systemctl restart docker, or leave cluster.ascend_runtime out"
+# Part of docker's message when a container cannot start -> fix. The first that matches.
 START_FIXES = (
     ("could not select device driver", "install nvidia-container-toolkit, then: sudo systemctl restart docker"),
     ("unknown runtime specified", NO_ASCEND_RUNTIME),
     ("invalid runtime name", NO_ASCEND_RUNTIME),
-    ("error gathering device information", "cluster.devices_per_node=N or cluster.nodes.N.devices for what is there, or reload the driver"),
+    (
+        "error gathering device information",
+        "cluster.devices_per_node=N or cluster.nodes.N.devices for the existing ones, or reload the driver",
+    ),
     (
         "bind source path does not exist",
-        "cluster.sync=[PATH] copies it there when a run is launched; of a driver, install it; else take the path out of cluster.mounts",
+        "cluster.sync=[PATH] copies it there at launch; a file of the driver: install the driver; else remove the path from cluster.mounts",
     ),
-    ("rlimit", "cluster.ulimits: raise the engine's own limit (default-ulimits in /etc/docker/daemon.json), or leave it out"),
-    ("operation not permitted", "leave out what the engine may not grant: cluster.ulimits"),
-    ("no space left on device", "free room where docker keeps its data: docker system df"),
-    ("invalid argument", "cluster.shm_size as docker takes it, such as 16g"),
+    ("rlimit", "raise the engine's own limit (default-ulimits in /etc/docker/daemon.json), or remove it from cluster.ulimits"),
+    ("operation not permitted", "remove from cluster.ulimits what the engine may not grant"),
+    ("permission denied", "SELinux or a network file system refuses the user of the container: cluster.user=UID:GID of one who may write"),
+    ("no space left on device", "free disk space where docker keeps its data: docker system df"),
+    ("invalid argument", "write cluster.shm_size as docker takes it, for example 16g"),
 )
-
-# Listens on the rendezvous port and on any other, connects to all others on both, and prints what failed. Ends when it has reached all
-# and all have reached it, or at the limit.
-REACH = """
-import json, socket, sys, threading, time
-own, port, limit_s, *others = sys.argv[1:]
-end = time.monotonic() + float(limit_s)
-heard, lock = set(), threading.Lock()
-def listen(at):
-    server = socket.create_server((own, at), backlog=512)
-    server.settimeout(0.2)
-    return server
-main, any_port = listen(int(port)), listen(0)
-def serve(server, answer, counts):
-    while time.monotonic() < end and not done.is_set():
-        try:
-            peer, (address, _) = server.accept()
-        except TimeoutError:
-            continue
-        with peer:
-            peer.sendall(answer)
-        if counts:
-            with lock:
-                heard.add(address)
-def ask(address, at):
-    with socket.create_connection((address, at), timeout=2, source_address=(own, 0)) as peer:
-        peer.settimeout(2)
-        return peer.makefile('rb').readline()
-def reach(address):
-    at, what = int(port), 'port %s' % port
-    while True:
-        try:
-            told = ask(address, at)
-            if at != int(port):
-                return failures.pop(address, None)
-            at, what = int(told), 'a port other than %s' % port
-        except (OSError, ValueError) as error:
-            failures[address] = '%s: %s' % (what, getattr(error, 'strerror', None) or error)
-            if time.monotonic() > end:
-                return
-            time.sleep(0.2)
-done, failures = threading.Event(), {}
-number = ('%d\\n' % any_port.getsockname()[1]).encode()
-threads = [threading.Thread(target=serve, args=a, daemon=True) for a in ((main, number, False), (any_port, b'\\n', True))]
-reaching = [threading.Thread(target=reach, args=(address,), daemon=True) for address in others]
-for thread in threads + reaching:
-    thread.start()
-for thread in reaching:
-    thread.join(max(0.1, end - time.monotonic() + 3))
-while time.monotonic() < end and not heard >= set(others):
-    time.sleep(0.05)
-done.set()
-print(json.dumps(failures))
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnsweredNode:
-    """A node that answered, and the way to it."""
+    """A node that answered, and its connection."""
 
-    case: Case
+    checked: CheckedNode
     transport: Transport
 
+    @property
+    def host(self) -> str:
+        return self.checked.host
 
-def on_each(sites: Sequence[AnsweredNode], work: Callable[[AnsweredNode], CheckResult]) -> dict[str, CheckResult]:
-    """`work` on all nodes side by side; a node that is lost meanwhile is not checked."""
-    answers = attempt_each(work, sites)
+
+def on_each(nodes: Sequence[AnsweredNode], work: Callable[[AnsweredNode], CheckResult]) -> dict[str, CheckResult]:
+    """`work` on all nodes in parallel; a node that is lost meanwhile is unchecked."""
+    answers = attempt_each(work, nodes)
     return {
-        site.case.node.host: unchecked(str(answer)) if isinstance(answer, NodeFailed) else answer
-        for site, answer in zip(sites, answers, strict=True)
+        node.host: unchecked(str(answer)) if isinstance(answer, NodeFailed) else answer for node, answer in zip(nodes, answers, strict=True)
     }
 
 
-def run_briefly(site: AnsweredNode, argv: tuple[str, ...], name: str) -> Result:
-    """A container that is removed when its time is over, too: ending docker's client would leave it."""
+def run_container(node: AnsweredNode, options: ContainerOptions, command: tuple[str, ...]) -> Result:
+    """Removes the container at a timeout: ending docker's client would leave it running."""
     try:
-        return site.transport.run((*argv[:2], "--name", name, *argv[2:]), timeout_s=START_TIMEOUT_S)
+        return node.transport.run(docker_run(options, command), timeout_s=START_TIMEOUT_S)
     except NodeFailed:
         with suppress(NodeFailed):
-            site.transport.run(("docker", "rm", "--force", name), timeout_s=START_TIMEOUT_S)
+            node.transport.run(("docker", "rm", "--force", options.name), timeout_s=START_TIMEOUT_S)
         raise
 
 
 # ------------------------------------------------------------------------------------------------- a container's options
 
 
-def try_start(sites: Sequence[AnsweredNode], token: str) -> dict[str, CheckResult]:
-    """`true` in the run's own image with its devices, limits and user."""
+def try_start(nodes: Sequence[AnsweredNode], token: str) -> dict[str, CheckResult]:
+    """A container with the options of the run's own writes a file where the run writes. In place of the run's folders, which a launch makes,
+    it has a folder of its own below cluster.root."""
 
-    def start(site: AnsweredNode) -> CheckResult:
-        if not site.case.facts.image_id:
+    def start(node: AnsweredNode) -> CheckResult:
+        space = node.checked.facts.root
+        if not node.checked.facts.image_id:
             return unchecked(NO_IMAGE)
-        done = run_briefly(site, start_command(site.case, token), f"omnilaunch-doctor-{token}-start")
-        if done.code == 0:
-            return fine("a container with the run's options starts")
-        said = last_line(done)
-        return wrong(said, next((fix for sign, fix in START_FIXES if sign in said.lower()), "docker run says why, with the same options"))
+        if space is None or not space.writable:
+            return unchecked("no container was started: the login may not write to cluster.root")
+        folder = str(PurePosixPath(space.path) / f".omnilaunch-{token}-{re.sub('[^A-Za-z0-9.-]', '_', node.host)}")
+        try:
+            node.transport.run(("mkdir", "-m", "0777", "--", folder), timeout_s=FOLDER_TIMEOUT_S).expect(f"{node.host}: making {folder}")
+            return start_in(node, folder, token)
+        finally:
+            with suppress(NodeFailed):
+                node.transport.run(("rm", "-f", "--", f"{folder}/{TRIAL_FILE}", f"{folder}/env"), timeout_s=FOLDER_TIMEOUT_S)
+                node.transport.run(("rmdir", "--", folder), timeout_s=FOLDER_TIMEOUT_S)
 
-    return on_each(sites, start)
-
-
-def start_command(case: Case, token: str) -> tuple[str, ...]:
-    cluster, config = case.plan.config.cluster, case.plan.config
-    limits = (part for key, value in sorted(cluster.ulimits.items()) for part in ("--ulimit", f"{key}={value}"))
-    mounts = (part for path in cluster.mounts for part in ("--mount", f"type=bind,source={path},target={path},readonly"))
-    attachment = attach(config.hardware.accelerator, share_of(cluster, case.node, device_count(config)))
-    variables = (part for key, value in sorted(attachment.environment.items()) for part in ("--env", f"{key}={value}"))
-    return (
-        "docker", "run", "--rm", "--network", "host", "--label", f"{DOCTOR_LABEL}={token}", "--shm-size", cluster.shm_size,
-        *limits, *mounts, *attachment.options, *variables, "--entrypoint", "true", case.plan.image.tag,
-    )  # fmt: skip
+    return on_each(nodes, start)
 
 
-# ------------------------------------------------------------------------------------------------ every node every other
+def start_in(node: AnsweredNode, folder: str, token: str) -> CheckResult:
+    options, left_out = trial_options(node.checked, folder, token)
+    node.transport.put(env_lines(node.checked.command.environment).encode(), options.env_file)
+    writes = tuple(f"{mount.path}/{TRIAL_FILE}" for mount in options.mounts if not mount.read_only)
+    done = run_container(node, options, writes)
+    if done.code:
+        message = last_line(done)
+        hint = "docker run with the options that `omnilaunch plan` prints; journalctl -u docker has the engine's log"
+        return failed(message, next((fix for sign, fix in START_FIXES if sign in message.lower()), hint))
+    text = "a container starts with the run's image, user, devices, mounts, limits and variables, and may write where the run writes"
+    return passed(f"{text}; not tried, since launch copies it first (cluster.sync): {', '.join(left_out)}" if left_out else text)
 
 
-def try_reach(sites: Sequence[AnsweredNode], choices: Sequence[NetworkChoice], token: str) -> dict[str, CheckResult]:
-    """Every node connects to every other on the chosen addresses, from a container in the node's own network: on the port of the
-    rendezvous, and on one that the kernel gives, as NCCL, HCCL and Gloo use."""
-    if any(not site.case.facts.image_id for site in sites):
+def trial_options(checked: CheckedNode, folder: str, token: str) -> tuple[ContainerOptions, tuple[str, ...]]:
+    """The options of the run's container for a trial in `folder`; and the mounts without a source yet, which a launch copies there."""
+    options, cluster = checked.command.container, checked.plan.config.cluster
+    assert options is not None, "the doctor tries containers for the docker runtime only"
+    present = {path for path, content in checked.facts.contents.items() if content.digest}
+    left_out = tuple(
+        mount.path
+        for mount in options.mounts
+        if mount.path not in present and any(PurePosixPath(mount.path).is_relative_to(synced) for synced in cluster.sync)
+    )
+    mounts = tuple(mount if mount.read_only else replace(mount, source=folder) for mount in options.mounts if mount.path not in left_out)
+    name, labels = f"omnilaunch-doctor-{token}-start", {DOCTOR_LABEL: token}
+    return replace(options, name=name, labels=labels, mounts=mounts, env_file=f"{folder}/env", entrypoint="touch"), left_out
+
+
+# ------------------------------------------------------------------------------------------------------------ connections
+
+
+def try_reach(nodes: Sequence[AnsweredNode], choices: Sequence[NetworkChoice], token: str) -> dict[str, CheckResult]:
+    """Every node connects to every other on the chosen addresses, from a container in the network of the host: on the rendezvous port, and
+    on one that the kernel chooses, as NCCL, HCCL and Gloo use."""
+    if any(not node.checked.facts.image_id for node in nodes):
         return {EVERY_NODE: unchecked(f"whether the nodes reach each other: {NO_IMAGE}")}
-    addresses = {choice.address: site.case.node.host for site, choice in zip(sites, choices, strict=True)}
-    own = {host: address for address, host in addresses.items()}
-    port = free_port(sites)
+    addresses = {node.host: choice.address for node, choice in zip(nodes, choices, strict=True)}
+    plan, script = nodes[0].checked.plan, read_script("reach.py")
+    # Only node rank 0 needs the rendezvous port itself, and another check looks at it.
+    used = {port for node in nodes for port in node.checked.facts.ports}
+    port = free_port(used, plan.config.cluster.rendezvous_port)
+    labels, name = {DOCTOR_LABEL: token}, f"omnilaunch-doctor-{token}-reach"
+    options = ContainerOptions(image=plan.image.tag, name=name, labels=labels, entrypoint="python")
 
-    def reach(site: AnsweredNode) -> CheckResult:
-        mine = own[site.case.node.host]
-        others = [address for address in addresses if address != mine]
-        done = run_briefly(site, reach_command(site.case, port, mine, others, token), f"omnilaunch-doctor-{token}-reach")
+    def reach(node: AnsweredNode) -> CheckResult:
+        own = addresses[node.host]
+        others = {address: host for host, address in addresses.items() if host != node.host}
+        done = run_container(node, options, ("-c", script, own, str(port), str(REACH_LIMIT_S), *others))
         if done.code in DOCKER_FAILED:
             return unchecked(f"whether it reaches the others: {last_line(done)}")
         failures: dict[str, str] = {} if done.code else json.loads(done.output.strip().rpartition("\n")[2] or "{}")
         if done.code == 0 and not failures:
-            return fine(f"{mine} reaches {len(others)} other(s)")
-        texts = [f"{mine} cannot reach {address} ({addresses[address]}), {why}" for address, why in sorted(failures.items())]
-        fix = f"a firewall: sudo ufw allow from {mine} on the other node; a wrong network: name the interface in the cluster file"
-        return wrong("\n".join(texts) or f"{mine}: {last_line(done)}", fix)
+            return passed(f"{own} reaches {len(others)} other(s)")
+        texts = [f"{own} cannot reach {address} ({others[address]}), {why}" for address, why in sorted(failures.items())]
+        fix = f"a firewall: sudo ufw allow from {own} on the other node; a wrong network: name the interface in the cluster file"
+        return failed("\n".join(texts) or f"{own}: {last_line(done)}", fix)
 
-    return on_each(sites, reach)
-
-
-def free_port(sites: Sequence[AnsweredNode]) -> int:
-    """The rendezvous port, or the next that no node uses: only node rank 0 needs that very one, and another check looks at it."""
-    taken = {port for site in sites for port in site.case.facts.ports}
-    first = sites[0].case.plan.config.cluster.rendezvous_port
-    return next(port for port in range(first, first + 1000) if port not in taken)
+    return on_each(nodes, reach)
 
 
-def reach_command(case: Case, port: int, own: str, others: Sequence[str], token: str) -> tuple[str, ...]:
-    return (
-        "docker", "run", "--rm", "--network", "host", "--label", f"{DOCTOR_LABEL}={token}", "--entrypoint", "python",
-        case.plan.image.tag, "-c", REACH, own, str(port), str(REACH_LIMIT_S), *others,
-    )  # fmt: skip
+# ---------------------------------------------------------------------------------------------------------- shared folder
 
 
-# ------------------------------------------------------------------------------------------------------------ one folder
-
-
-def try_shared(sites: Sequence[AnsweredNode], token: str) -> dict[str, CheckResult]:
-    """A mark written by the first node is seen by the others exactly when `cluster.shared` says so. Nothing is tried where the folder
-    is still to be made."""
-    first, *others = sites
-    cluster, room = first.case.plan.config.cluster, first.case.facts.root
-    root = root_of(first.case.plan)
-    if room is None or room.path != root:
-        text = f"{root} is not on {first.case.node.host} yet"
-        return {EVERY_NODE: wrong(text, f"mount it on every node at {root}, or cluster.shared=false") if cluster.shared else fine(text)}
+def try_shared(nodes: Sequence[AnsweredNode], token: str) -> dict[str, CheckResult]:
+    """The other nodes must see a file of the first node exactly when cluster.shared=true. Nothing is tried before the folder exists."""
+    first, *others = nodes
+    space, root = first.checked.facts.root, root_of(first.checked.plan)
+    shared = first.checked.plan.config.cluster.shared
+    if space is None or space.path != root:
+        text = f"{root} does not exist on {first.host} yet"
+        return {EVERY_NODE: failed(text, not_shared_fix(first, f"mount it on every node at {root}")) if shared else passed(text)}
     mark = str(PurePosixPath(root) / f".omnilaunch-{token}")
+
+    def look(node: AnsweredNode) -> CheckResult:
+        seen = node.transport.get(mark) == token.encode()
+        if shared and not seen:
+            text = f"cluster.shared=true, but a file that {first.host} writes to {root} is not visible here"
+            return failed(text, not_shared_fix(node, "mount the shared folder"))
+        if seen and not shared:
+            text = f"cluster.shared=false, but {root} is the same folder as on {first.host}: the nodes would overwrite each other's files"
+            return failed(text, offer(node.checked, {"cluster.shared": True}) or "choose a folder that is not shared: cluster.root=FOLDER")
+        return passed("as the cluster file says")
+
     try:
         first.transport.put(token.encode(), mark)
-        seen = on_each(others, lambda site: judge_shared(cluster.shared, root, site.transport.get(mark) == token.encode(), first))
+        found = on_each(others, look)
     except NodeFailed as error:
-        return {first.case.node.host: unchecked(f"whether {root} is shared: {error}")}
+        return {first.host: unchecked(f"whether {root} is shared: {error}")}
     finally:
-        with suppress(NodeFailed):  # a node that is lost now is told by what comes next
+        with suppress(NodeFailed):  # a node that is lost now is reported by the next use
             first.transport.run(("rm", "-f", "--", mark), timeout_s=FOLDER_TIMEOUT_S)
-    return {host: found for host, found in seen.items() if found.level != "ok"} or {
-        EVERY_NODE: fine(f"{root} is {'one folder' if cluster.shared else 'each node’s own'}")
-    }
+    agreed = {EVERY_NODE: passed(f"{root} is {'one folder' if shared else 'a separate folder on each node'}")}
+    return {host: result for host, result in found.items() if result.level != "ok"} or agreed
 
 
-def judge_shared(said: bool, root: str, seen: bool, first: AnsweredNode) -> CheckResult:
-    if said and not seen:
-        return wrong(
-            f"cluster.shared=true, but what {first.case.node.host} writes to {root} is not seen here", "cluster.shared=false, or mount it"
-        )
-    if seen and not said:
-        return wrong(
-            f"cluster.shared=false, but {root} is the folder of {first.case.node.host}: each would undo the other", "cluster.shared=true"
-        )
-    return fine("as the cluster file says")
+def not_shared_fix(node: AnsweredNode, mount: str) -> str:
+    separate = offer(node.checked, {"cluster.shared": False})
+    return f"{mount}, or {separate}" if separate else mount
 
 
 def last_line(done: Result) -> str:
+    """The last line of docker's output that is a message."""
     lines = (done.errors.strip() or done.output.strip()).splitlines()
-    spoken = [line for line in lines if line and not line.startswith("Run 'docker run --help'") and "See 'docker run" not in line]
-    return spoken[-1] if spoken else f"exit code {done.code}"
+    messages = [line for line in lines if line and not line.startswith("Run 'docker run --help'") and "See 'docker run" not in line]
+    return messages[-1] if messages else f"exit code {done.code}"

@@ -1,16 +1,16 @@
-"""What is known of a node when it has been asked: one frozen answer to everything that a launch depends on."""
+"""What is known of a node after it was asked: everything that a launch depends on."""
 
 from dataclasses import dataclass, field
 
-from launcher.doctor.network import View
+from launcher.doctor.network import NetworkView
 from launcher.doctor.smi import SmiDevice
 
 GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Room:
-    """Of the file system that `path` is on. `inodes` None where it counts none."""
+class DiskSpace:
+    """Of the file system that `path` is on. `inodes`: free ones, None where the file system does not count them."""
 
     path: str
     free_gib: float
@@ -20,7 +20,7 @@ class Room:
 
 @dataclass(frozen=True, kw_only=True)
 class Clock:
-    """The node's clock minus the launcher's lies between the two, in seconds."""
+    """Bounds, in seconds, of the node's clock minus the launcher's."""
 
     behind_s: float
     ahead_s: float
@@ -28,20 +28,21 @@ class Clock:
 
 @dataclass(frozen=True, kw_only=True)
 class Docker:
-    """`engine` is '' where it does not answer, and `error` says why. `room`: where it keeps images."""
+    """Versions of `client` and `engine`. `engine` is '' when it does not respond; `error` then has the reason. `space`: where it keeps
+    images. `toolkit`: NVIDIA's container toolkit is installed."""
 
     client: str
     engine: str
     error: str = ""
     runtimes: tuple[str, ...] = ()
     storage_driver: str = ""
-    room: Room | None = None
-    toolkit: bool = False  # NVIDIA's container toolkit is installed
+    space: DiskSpace | None = None
+    toolkit: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Container:
-    """A container that carries a run's label."""
+    """A container with the label of a run."""
 
     name: str
     state: str
@@ -49,8 +50,8 @@ class Container:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Content:
-    """A path of the data or the model. `digest` is '' where it is missing or took too long; `error` says which."""
+class PathDigest:
+    """A path of the data or the model. `digest` is '' when the path is missing or took too long to hash; `error` says which."""
 
     kind: str
     digest: str
@@ -58,8 +59,8 @@ class Content:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mode:
-    """Of a device file: the permission bits, and whose it is."""
+class FileMode:
+    """Permission bits and owner of a device file."""
 
     bits: int
     uid: int
@@ -68,9 +69,8 @@ class Mode:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeFacts:
-    """What a node answered. Memory and room in GiB; `memlock_kib` None = unlimited; `ports`: TCP ports in use for listening;
-    `image_id` '' = not there. `devices_error` says why there are no devices. `modes`: of the device
-    files that a container is given as they are."""
+    """The answers of a node. `memlock_kib` None = unlimited; `ports`: TCP ports in use for listening; `image_id` '' = the image is not on
+    the node; `devices_error`: why no devices could be read; `modes`: of the device files that are passed to the container."""
 
     host: str
     machine: str
@@ -81,9 +81,9 @@ class NodeFacts:
     shell: str
     memory_total_gib: float
     memory_available_gib: float
-    shm: Room | None
+    shm: DiskSpace | None
     memlock_kib: int | None
-    root: Room | None
+    root: DiskSpace | None
     clock: Clock
     docker: Docker | None
     containers: tuple[Container, ...]
@@ -91,10 +91,10 @@ class NodeFacts:
     ports: tuple[int, ...]
     ephemeral_ports: tuple[int, int]
     reserved_ports: tuple[tuple[int, int], ...]
-    view: View
+    network: NetworkView
     devices: tuple[SmiDevice, ...]
     devices_error: str
     driver: str
     files: tuple[str, ...]
-    contents: dict[str, Content]
-    modes: dict[str, Mode] = field(default_factory=dict)
+    contents: dict[str, PathDigest]
+    modes: dict[str, FileMode] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Text that a node's commands printed, read into facts. Pure; the commands are in `probe`."""
+"""Reads the text that a node's commands printed into facts. Pure; the commands are in `questions`."""
 
 import json
 import re
@@ -10,20 +10,20 @@ from math import inf
 from typing import Any
 
 from launcher.config.schema import Accelerator
-from launcher.doctor.network import Interface, IpRoute, View
-from launcher.doctor.node_facts import GIB, Clock, Container, Content, Docker, Mode, NodeFacts, Room
+from launcher.doctor.network import Interface, IpRoute, NetworkView
+from launcher.doctor.node_facts import GIB, Clock, Container, DiskSpace, Docker, FileMode, NodeFacts, PathDigest
 from launcher.doctor.smi import SmiDevice, UnreadableTable, read_npu, read_npu_driver, read_nvidia
 from launcher.errors import ImageFailed
 from launcher.image.docker import read_image
 from launcher.ssh.transport import Result
 
 MARK = "=omnilaunch="
-CONTENT = "content"
-PODMAN = "the command docker there is podman's, and no Docker engine"
-TIMED_OUT = (124, 137)  # of coreutils' timeout: ended by TERM, by KILL
+PATH_QUESTION = "content"  # and a number: the question for one path of the data or model
+PODMAN = "the docker command on the node is podman's, not a Docker engine's"
+TIMED_OUT = (124, 137)  # exit codes of coreutils' timeout: ended by TERM, by KILL
 KIB_PER_GIB = 2**20
-EVERYWHERE = "0.0.0.0/0"
-LISTENING = "0A"  # state of a socket in /proc/net/tcp
+DEFAULT_ROUTE = "0.0.0.0/0"
+LISTENING = "0A"  # the state of a listening socket in /proc/net/tcp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,51 +34,54 @@ class CommandOutput:
 
     @property
     def good(self) -> str:
-        """The output, or '' when the question failed."""
+        """The output, or '' when the command failed."""
         return self.output if self.code == 0 else ""
 
     @property
-    def complaint(self) -> str:
+    def failure(self) -> str:
         """Why it failed, in one line."""
         if self.code in TIMED_OUT:
-            return "no answer in time: it hangs"
+            return "no answer in time: the command hangs"
         said = " ".join((self.errors or self.output).split())
         return said or f"exit code {self.code}"
 
 
-UNASKED = CommandOutput(code=127, output="", errors="was not asked")
+NOT_ASKED = CommandOutput(code=127, output="", errors="was not asked")
 
 
 def read_answers(done: Result) -> dict[str, CommandOutput]:
-    """The script's two streams, cut at the marks."""
-    errors = dict(cut(done.errors))
+    """Name of the question -> its output: the two streams of the script, cut at the marks."""
+    errors = dict(split_at_marks(done.errors))
     answers = {}
-    for name, text in cut(done.output):
+    for name, text in split_at_marks(done.output):
         output, _, code = text.rpartition(f"\n{MARK}code ")
         answers[name] = CommandOutput(code=int(code) if code.strip().isdigit() else 255, output=output, errors=errors.get(name, "").strip())
     return answers
 
 
-def read_clock(told: str, *, sent_s: float, received_s: float) -> Clock:
-    """From `date +%s.%N`, asked between the two; whole seconds where the node's date knows no %N, and no bounds where it says none."""
-    seconds, _, fraction = told.strip().partition(".")
+def read_clock(text: str, *, sent_s: float, received_s: float) -> Clock:
+    """From `date +%s.%N`, asked between the two times. Whole seconds where the node's date does not support %N; no bounds without an
+    answer."""
+    seconds, _, fraction = text.strip().partition(".")
     if not seconds.isdigit():
         return Clock(behind_s=-inf, ahead_s=inf)
     early_s, late_s = (float(f"{seconds}.{fraction}"),) * 2 if fraction.isdigit() else (float(seconds), float(seconds) + 1)
     return Clock(behind_s=early_s - received_s, ahead_s=late_s - sent_s)
 
 
-def cut(text: str) -> Iterator[tuple[str, str]]:
+def split_at_marks(text: str) -> Iterator[tuple[str, str]]:
     for part in text.split(f"\n{MARK} ")[1:]:
         name, _, rest = part.partition("\n")
         yield name, rest
 
 
-def read_facts(host: str, accelerator: Accelerator, contents: tuple[str, ...], answers: Mapping[str, CommandOutput], clock: Clock) -> NodeFacts:
-    """Every answer read. `contents`: the paths asked about, in order. One that is missing or odd leaves its fact empty."""
+def read_facts(
+    host: str, accelerator: Accelerator, contents: tuple[str, ...], answers: Mapping[str, CommandOutput], clock: Clock
+) -> NodeFacts:
+    """All answers as facts. `contents`: the paths asked about, in order. An answer that is missing or unreadable leaves its fact empty."""
 
     def said(name: str) -> CommandOutput:
-        return answers.get(name, UNASKED)
+        return answers.get(name, NOT_ASKED)
 
     memory = dict(re.findall(r"^(\w+):\s+(\d+) kB$", said("memory").good, re.MULTILINE))
     devices, devices_error = read_devices(accelerator, said("devices"), said("apps"))
@@ -94,7 +97,7 @@ def read_facts(host: str, accelerator: Accelerator, contents: tuple[str, ...], a
         shell=shell.strip(),
         memory_total_gib=int(memory.get("MemTotal", 0)) * 1024 / GIB,
         memory_available_gib=int(memory.get("MemAvailable", 0)) * 1024 / GIB,
-        shm=read_room("/dev/shm", said("shm").good),
+        shm=read_disk_space("/dev/shm", said("shm").good),
         memlock_kib=int(said("memlock").good) if said("memlock").good.strip().isdigit() else None,
         root=read_root(said("root").good),
         clock=clock,
@@ -104,34 +107,34 @@ def read_facts(host: str, accelerator: Accelerator, contents: tuple[str, ...], a
         ports=read_ports(said("tcp").output),
         ephemeral_ports=(low, high),
         reserved_ports=reserved,
-        view=read_view(connection, said("addresses").good, said("routes").good, said("links").output),
+        network=read_network(connection, said("addresses").good, said("routes").good, said("links").output),
         devices=devices,
         devices_error=devices_error,
         driver=read_driver(accelerator, devices, said("driver").good, said("devices").output),
         files=tuple(line for line in said("files").output.splitlines() if line.startswith("/")),
         modes=dict(read_modes(said("modes").output)),
-        contents={path: read_content(said(f"{CONTENT}{place}")) for place, path in enumerate(contents)},
+        contents={path: read_digest(said(f"{PATH_QUESTION}{index}")) for index, path in enumerate(contents)},
     )
 
 
 # ---------------------------------------------------------------------------------------------------- disks, docker, data
 
 
-def read_room(path: str, text: str, *, writable: bool = True, inodes: int | None = None) -> Room | None:
-    """From `df -Pk`; None when there is none."""
+def read_disk_space(path: str, text: str, *, writable: bool = True, inodes: int | None = None) -> DiskSpace | None:
+    """From `df -Pk`; None when it has no line with numbers."""
     lines = [line.split() for line in text.splitlines() if len(line.split()) >= 6 and line.split()[3].isdigit()]
-    return Room(path=path, free_gib=int(lines[-1][3]) / KIB_PER_GIB, writable=writable, inodes=inodes) if lines else None
+    return DiskSpace(path=path, free_gib=int(lines[-1][3]) / KIB_PER_GIB, writable=writable, inodes=inodes) if lines else None
 
 
-def read_root(text: str) -> Room | None:
-    """From the folder's name, whether it is writable, `df -Pk` and `df -Pi`."""
+def read_root(text: str) -> DiskSpace | None:
+    """From the output of free_space.sh: the folder, whether it is writable, `df -Pk` and `df -Pi`."""
     path, writable, *rest = (*text.splitlines(), "", "")
     sizes = [line for line in rest if line and not line.startswith("Filesystem")]
     if len(sizes) != 2:
         return None
-    total, _, free = (*sizes[1].split(), "", "", "")[1:4]  # btrfs and some network file systems count none: 0 or -
+    total, _, free = (*sizes[1].split(), "", "", "")[1:4]  # btrfs and some network file systems print 0 or -
     inodes = int(free) if free.isdigit() and total not in ("0", "-") else None
-    return read_room(path, sizes[0], writable=writable == "yes", inodes=inodes)
+    return read_disk_space(path, sizes[0], writable=writable == "yes", inodes=inodes)
 
 
 def read_image_id(answer: str) -> str:
@@ -148,16 +151,16 @@ def read_docker(answers: Mapping[str, CommandOutput]) -> Docker:
     except json.JSONDecodeError:
         facts = {}
     engine = str(facts.get("ServerVersion") or "")
-    wrong = " ".join(facts.get("ServerErrors") or ()) or said.complaint
-    if "host" in facts and not engine:  # podman's own `info`, behind its command `docker`
-        wrong = PODMAN
+    error = " ".join(facts.get("ServerErrors") or ()) or said.failure
+    if "host" in facts and not engine:  # the output of podman's `info`
+        error = PODMAN
     return Docker(
         client=found.group(1) if (found := re.match(r"\S+ version ([^\s,]+)", client.good)) else "",
         engine=engine,
-        error="" if engine else wrong,
+        error="" if engine else error,
         runtimes=tuple(sorted(facts.get("Runtimes") or ())),
         storage_driver=str(facts.get("Driver") or ""),
-        room=read_room(str(facts.get("DockerRootDir") or ""), answers["docker_room"].good),
+        space=read_disk_space(str(facts.get("DockerRootDir") or ""), answers["docker_room"].good),
         toolkit=bool(answers["toolkit"].output.strip()),
     )
 
@@ -168,11 +171,11 @@ def read_containers(text: str) -> Iterator[Container]:
         yield Container(name=name, state=state, run_id=run_id)
 
 
-def read_content(said: CommandOutput) -> Content:
+def read_digest(said: CommandOutput) -> PathDigest:
     kind, _, digest = said.output.strip().partition("\n")
     if said.code == 0 and digest:
-        return Content(kind=kind, digest=digest.split()[0])
-    return Content(kind="", digest="", error="took too long to hash" if said.code in TIMED_OUT else said.complaint)
+        return PathDigest(kind=kind, digest=digest.split()[0])
+    return PathDigest(kind="", digest="", error="took too long to hash" if said.code in TIMED_OUT else said.failure)
 
 
 # --------------------------------------------------------------------------------------------------------------- devices
@@ -183,21 +186,21 @@ def read_devices(accelerator: Accelerator, said: CommandOutput, apps: CommandOut
     if accelerator == "cpu":
         return (), ""
     if said.code:
-        return (), said.complaint
+        return (), said.failure
     try:
         return (read_nvidia(said.output, apps.good) if accelerator == "cuda" else read_npu(said.output)), ""
     except UnreadableTable as error:
         return (), str(error)
 
 
-def read_modes(text: str) -> Iterator[tuple[str, Mode]]:
+def read_modes(text: str) -> Iterator[tuple[str, FileMode]]:
     """From `stat -c '%n %a %u %g'`."""
     for name, bits, uid, gid in (row for row in map(str.split, text.splitlines()) if len(row) == 4):
-        yield name, Mode(bits=int(bits, 8), uid=int(uid), gid=int(gid))
+        yield name, FileMode(bits=int(bits, 8), uid=int(uid), gid=int(gid))
 
 
 def read_driver(accelerator: Accelerator, devices: tuple[SmiDevice, ...], version_info: str, banner: str) -> str:
-    """NVIDIA's as nvidia-smi says it; Ascend's from version.info (`Version=`), or the banner of npu-smi."""
+    """NVIDIA: from nvidia-smi. Ascend: from version.info (`Version=`), else from the banner of npu-smi."""
     if accelerator == "npu":
         found = re.search(r"^Version=(\S+)", version_info, re.MULTILINE)
         return found.group(1) if found else read_npu_driver(banner)
@@ -208,13 +211,13 @@ def read_driver(accelerator: Accelerator, devices: tuple[SmiDevice, ...], versio
 
 
 def read_ports(text: str) -> tuple[int, ...]:
-    """TCP ports that something listens on, from /proc/net/tcp and tcp6."""
+    """TCP ports in use for listening, from /proc/net/tcp and tcp6."""
     rows = (line.split() for line in text.splitlines())
     return tuple(sorted({int(row[1].rpartition(":")[2], 16) for row in rows if len(row) > 3 and row[3] == LISTENING}))
 
 
 def read_ephemeral(text: str) -> tuple[int, int, tuple[tuple[int, int], ...]]:
-    """The range that the kernel takes ports from for whoever names none, and the ranges it leaves out. (0, 0) when it does not say."""
+    """The range of ephemeral ports, and the reserved ranges that the kernel leaves out of it. (0, 0) when it could not be read."""
     first, _, second = text.partition("\n")
     bounds = [int(word) for word in first.split() if word.isdigit()]
     spans = [span.split("-") for span in second.strip().split(",") if span]
@@ -222,9 +225,9 @@ def read_ephemeral(text: str) -> tuple[int, int, tuple[tuple[int, int], ...]]:
     return (*((bounds[0], bounds[1]) if len(bounds) == 2 else (0, 0)), reserved)
 
 
-def read_view(connection: str, addresses: str, routes: str, links: str) -> View:
-    """`connection`: what sshd tells a login, the client's address and port, then the node's own."""
-    return View(
+def read_network(connection: str, addresses: str, routes: str, links: str) -> NetworkView:
+    """`connection`: SSH_CONNECTION, which is the client's address and port, then the node's own."""
+    return NetworkView(
         interfaces=tuple(read_interfaces(addresses, routes, links)),
         routes=tuple(read_routes(routes)),
         reached_at=(*connection.split(), "", "", "")[2],
@@ -232,7 +235,7 @@ def read_view(connection: str, addresses: str, routes: str, links: str) -> View:
 
 
 def read_routes(text: str) -> Iterator[IpRoute]:
-    """From /proc/net/route, whose addresses are little-endian hex."""
+    """From /proc/net/route, which has addresses in little-endian hex."""
     for row in (line.split() for line in text.splitlines()[1:]):
         if len(row) >= 8:
             network = IPv4Network(f"{from_hex(row[1])}/{from_hex(row[7])}", strict=False)
@@ -244,9 +247,9 @@ def from_hex(word: str) -> IPv4Address:
 
 
 def read_interfaces(addresses: str, routes: str, links: str) -> Iterator[Interface]:
-    """The node's own addresses (/proc/net/fib_trie), each on the interface whose connected route holds it."""
+    """The node's own addresses (/proc/net/fib_trie), each with the interface whose connected route contains it."""
     state = {row[0]: row[1:] for row in (line.split() for line in links.splitlines()) if len(row) >= 3}
-    connected = [(IPv4Network(route.network), route) for route in read_routes(routes) if route.network != EVERYWHERE]
+    connected = [(IPv4Network(route.network), route) for route in read_routes(routes) if route.network != DEFAULT_ROUTE]
     found = re.findall(r"\|-- (\S+)\n\s*/32 host LOCAL", addresses)
     for address in sorted(set(found), key=IPv4Address):
         holding = [(network.prefixlen, route.interface) for network, route in connected if IPv4Address(address) in network]
@@ -258,7 +261,7 @@ def read_interfaces(addresses: str, routes: str, links: str) -> Iterator[Interfa
             name=name,
             address=address,
             prefix=prefix,
-            up=operstate != "down",  # a tunnel and some virtual drivers say unknown
+            up=operstate != "down",  # tunnels and some virtual drivers report unknown
             mtu=int(mtu) if mtu.isdigit() else 0,
             speed_mb_s=int(speed[0]) if speed and speed[0].isdigit() else None,
         )

@@ -1,21 +1,23 @@
-"""One start command per node, as argv tuples from birth. Pure: nothing here looks at this machine."""
+"""The start command of each node, and the variables of its container or process. Pure: nothing here looks at this machine."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import PurePosixPath
 
 from launcher.check.strings import why_no_mount
-from launcher.config.schema import Cluster, Config
+from launcher.config.schema import Cluster, Config, Node
 from launcher.errors import ConfigRefused
 from launcher.image.stack import Image
-from launcher.plan.devices import Attachment, attach, share_of
+from launcher.plan.container import ContainerOptions, Mount, docker_run
+from launcher.plan.devices import DEVICE_OPTIONS, DeviceOptions, share_of
 from trainer.contract import SINGLE_PROCESS_KINDS, SPEC_FILE, TrainSpec
 
-RUN_LABEL = "omnilaunch.run"  # containers of a run are found again by this
+RUN_LABEL = "omnilaunch.run"  # the containers of a run are found by this label
 RUN_VARIABLE = "OMNILAUNCH_RUN_ID"
-FOLDER_VARIABLE = "OMNILAUNCH_RUN_FOLDER"  # processes of a run are found again by this: two folders may hold runs of one id
-WRITABLE_HOME = "/tmp"  # of the image's user: caches of torch and transformers end with the container
-CANN_LOGS = "cann"  # in the run's folder: what CANN writes of its own, for each node
+FOLDER_VARIABLE = "OMNILAUNCH_RUN_FOLDER"  # the processes of a run are found by this variable: two folders may hold runs of one id
+WRITABLE_HOME = "/tmp"  # HOME in the container: caches of torch and transformers are removed with it
+CANN_LOGS = "cann"  # folder of CANN's own logs in the run's folder, with one folder per node
 PINNED_VARIABLES = {
     "PYTHONUNBUFFERED": "1",
     "PYTHONHASHSEED": "0",
@@ -35,17 +37,19 @@ DETERMINISTIC_VARIABLES = {
     },
     "cpu": {},
 }
-# Library and the mark before a name that must match whole; torch's own store and checks go over gloo everywhere.
+HCCL_PORT_VARIABLE, HCCL_FIRST_PORT, HCCL_PORT_COUNT = "HCCL_IF_BASE_PORT", 60000, 32  # hccl_env documentation
+# Library, and the prefix that makes it match the whole name of an interface. torch's own store and checks use gloo everywhere.
 SOCKET_INTERFACE = {"hccl": (("HCCL", "="), ("GLOO", "")), "nccl": (("NCCL", "="), ("GLOO", "")), "gloo": (("GLOO", ""),)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeCommand:
-    """All that is ever said to one node. `environment` travels in a 0600 file, never in an argv.
+    """All commands for one node. `environment` travels in a file of mode 0600, never in an argv.
 
     `prepare` checks the data, `start` starts the ranks, `probe` prints `<status> <exit code>`, `logs` follows the output,
     `stop` asks the ranks to save and end, `remove` ends them. For the process runtime the last four are empty: the launcher
-    holds the process itself.
+    holds the process itself. `container`: the options of the ranks' container; None for the process runtime, and in plans that were
+    written by versions before this field.
     """
 
     host: str
@@ -60,73 +64,85 @@ class NodeCommand:
     logs: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
     remove: tuple[str, ...] = ()
+    container: ContainerOptions | None = None
 
 
 def node_commands(config: Config, image: Image, spec: TrainSpec, *, interpreter: str, user: str) -> tuple[NodeCommand, ...]:
     """One command per working node, node rank 0 first; `user` is the uid:gid that the container runs as."""
-    build = {"process": process_command, "docker": docker_command}[config.cluster.runtime]
-    return tuple(build(config, image, spec, rank, interpreter, user) for rank in range(len(config.cluster.working)))
+    if config.cluster.runtime == "docker":
+        return tuple(docker_command(config, image, spec, node, rank, user) for rank, node in enumerate(config.cluster.working))
+    return tuple(process_command(config, spec, node, rank, interpreter) for rank, node in enumerate(config.cluster.working))
 
 
-def process_command(config: Config, image: Image, spec: TrainSpec, rank: int, interpreter: str, user: str) -> NodeCommand:
+def process_command(config: Config, spec: TrainSpec, node: Node, rank: int, interpreter: str) -> NodeCommand:
     return NodeCommand(
-        host=config.cluster.working[rank].host,
+        host=node.host,
         node_rank=rank,
         runtime="process",
         name=container_name(spec, rank),
         folder=spec.output,
-        environment=run_environment(config, spec, rank),
+        environment=run_environment(config, spec, node, rank),
         prepare=(interpreter, *data_command(spec)),
         start=(interpreter, *torchrun(config, spec, rank)),
     )
 
 
-def docker_command(config: Config, image: Image, spec: TrainSpec, rank: int, interpreter: str, user: str) -> NodeCommand:
-    cluster, name = config.cluster, container_name(spec, rank)
-    devices = attachment_of(config, spec, rank).options
-    shared = (
-        "--network", "host", "--user", user,
-        "--label", f"{RUN_LABEL}={spec.run_id}", "--label", f"omnilaunch.node={rank}",
-        "--shm-size", cluster.shm_size,
-        *(part for key, value in sorted(cluster.ulimits.items()) for part in ("--ulimit", f"{key}={value}")),
-        *(part for mount in mounts(cluster, spec) for part in ("--mount", mount)),
-    )  # fmt: skip
-    check = ("docker", "run", "--rm", "--name", data_name(name), "--env-file", data_env_file(spec.output, rank), *shared)
-    ranks = ("docker", "run", "--detach", "--name", name, "--env-file", env_file(spec.output, rank), *shared, *devices)
+def docker_command(config: Config, image: Image, spec: TrainSpec, node: Node, rank: int, user: str) -> NodeCommand:
+    container = container_options(config, image, spec, node, rank, user)
+    without_devices = replace(container, devices=(), gpus=(), runtime="", mounts=mounts(config.cluster, spec))
+    check = replace(without_devices, name=data_name(container.name), env_file=data_env_file(spec.output, rank))
     return NodeCommand(
-        host=cluster.working[rank].host,
+        host=node.host,
         node_rank=rank,
         runtime="docker",
-        name=name,
+        name=container.name,
         folder=spec.output,
-        environment={"HOME": WRITABLE_HOME, **run_environment(config, spec, rank)},
-        prepare=(*check, image.tag, "python", *data_command(spec)),
-        start=(*ranks, image.tag, "python", *torchrun(config, spec, rank)),
-        probe=("docker", "inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", name),
-        logs=("docker", "logs", "--follow", name),
-        stop=("docker", "kill", "--signal", "TERM", name),
-        remove=("docker", "rm", "--force", name),
+        environment={"HOME": WRITABLE_HOME, **run_environment(config, spec, node, rank)},
+        prepare=docker_run(check, ("python", *data_command(spec))),
+        start=docker_run(container, ("python", *torchrun(config, spec, rank)), detach=True),
+        probe=("docker", "inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", container.name),
+        logs=("docker", "logs", "--follow", container.name),
+        stop=("docker", "kill", "--signal", "TERM", container.name),
+        remove=("docker", "rm", "--force", container.name),
+        container=container,
     )
 
 
-def attachment_of(config: Config, spec: TrainSpec, rank: int) -> Attachment:
-    """The devices of a working node."""
-    share = share_of(config.cluster, config.cluster.working[rank], spec.device.devices_per_node * spec.device.cards)
-    return attach(config.hardware.accelerator, share)
+def container_options(config: Config, image: Image, spec: TrainSpec, node: Node, rank: int, user: str) -> ContainerOptions:
+    """The options of the container that runs the ranks of a node."""
+    cluster, devices = config.cluster, device_options(config, spec, node)
+    return ContainerOptions(
+        image=image.tag,
+        name=container_name(spec, rank),
+        env_file=env_file(spec.output, rank),
+        user=user,
+        labels={RUN_LABEL: spec.run_id, "omnilaunch.node": str(rank)},
+        shm_size=cluster.shm_size,
+        ulimits=dict(sorted(cluster.ulimits.items())),
+        mounts=(*mounts(cluster, spec), *devices.mounts),
+        devices=devices.devices,
+        gpus=devices.gpus,
+        runtime=devices.runtime,
+    )
+
+
+def device_options(config: Config, spec: TrainSpec, node: Node) -> DeviceOptions:
+    share = share_of(config.cluster, node, spec.device.devices_per_node * spec.device.cards)
+    return DEVICE_OPTIONS[config.hardware.accelerator](share)
 
 
 def container_name(spec: TrainSpec, rank: int) -> str:
-    """One run's alone, even where another folder has a run of the same id."""
+    """Unique even where another folder has a run of the same id."""
     return f"omnilaunch-{spec.run_id}-{sha256(spec.output.encode()).hexdigest()[:6]}-n{rank}"
 
 
 def env_file(folder: str, rank: int) -> str:
-    """Beside the run's folder, which may be the container's user's, where who logs in cannot write."""
+    """Next to the run's folder: the folder itself may belong to the container's user, and the login may not be allowed to write there."""
     return f"{folder}-node{rank}.env"
 
 
 def data_name(name: str) -> str:
-    """Of the container that checks the data."""
+    """The name of the container that checks the data."""
     return f"{name}-data"
 
 
@@ -139,79 +155,77 @@ def data_command(spec: TrainSpec) -> tuple[str, ...]:
 
 
 def torchrun(config: Config, spec: TrainSpec, rank: int) -> tuple[str, ...]:
-    """Static rendezvous on node 0; one node alone takes any free port, so that two runs on a laptop do not meet. A stage of one process
-    does without torchrun, which ends what it started 30 s after a signal: a server may have answers to finish."""
+    """Static rendezvous on node 0. A single node takes any free port, so that two runs on one machine do not collide. A stage of one
+    process is started without torchrun, which kills its children 30 s after a signal: a server may need longer to answer its requests."""
+    run = ("-m", "trainer", "run", str(PurePosixPath(spec.output) / SPEC_FILE))
     if spec.stage.kind in SINGLE_PROCESS_KINDS:
-        return ("-m", "trainer", "run", str(PurePosixPath(spec.output) / SPEC_FILE))
-    nodes = config.cluster.working
-    first = nodes[0].address or nodes[0].host
-    where = (
-        ("--standalone",)
-        if len(nodes) == 1
-        else (
-            "--nnodes",
-            str(len(nodes)),
-            "--node-rank",
-            str(rank),
-            "--master-addr",
-            first,
-            "--master-port",
-            str(config.cluster.rendezvous_port),
-        )
-    )
-    ranks = ("--nproc-per-node", str(spec.device.devices_per_node))
-    return ("-m", "torch.distributed.run", *where, *ranks, "-m", "trainer", "run", str(PurePosixPath(spec.output) / SPEC_FILE))
+        return run
+    nodes, port = config.cluster.working, str(config.cluster.rendezvous_port)
+    rendezvous: tuple[str, ...] = ("--standalone",)
+    if len(nodes) > 1:
+        counts = ("--nnodes", str(len(nodes)), "--node-rank", str(rank))
+        rendezvous = (*counts, "--master-addr", nodes[0].reachable_at, "--master-port", port)
+    return ("-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(spec.device.devices_per_node), *run)
 
 
-def mounts(cluster: Cluster, spec: TrainSpec) -> tuple[str, ...]:
-    """Bind mounts at the same place inside, so that an error names a path that the reader knows. Only the run's folder and
-    the folder of built-in data are writable."""
-    writable = (spec.output, *((spec.data.root,) if spec.data.builtin else ()))
-    named = (spec.data.train, spec.data.evaluation, spec.data.images) if not spec.data.builtin else ()
-    asked = spec.stage.inference
-    shown = (asked.image, asked.input) if asked else ()
-    readable = (*named, spec.stage.checkpoint, spec.evaluation.base, spec.model.source.path, *shown, *cluster.mounts)
-    wanted = [*((path, "") for path in writable), *((path, ",readonly") for path in dict.fromkeys(readable) if path)]
-    for path, _ in wanted:  # the user's own have passed the check by their keys; these have the launcher's folder in front
-        if why := why_no_mount(path):
+def mounts(cluster: Cluster, spec: TrainSpec) -> tuple[Mount, ...]:
+    """Bind mounts at the same path inside, so that an error names a path that the user knows. Only the run's folder and the folder of
+    built-in data are writable."""
+    data, inference = spec.data, spec.stage.inference
+    writable = (spec.output, *((data.root,) if data.builtin else ()))
+    files = () if data.builtin else (data.train, data.evaluation, data.images)
+    inputs = (inference.image, inference.input) if inference else ()
+    readable = (*files, spec.stage.checkpoint, spec.evaluation.base, spec.model.source.path, *inputs, *cluster.mounts)
+    wanted = (*(Mount(path=path, read_only=False) for path in writable), *(Mount(path=path) for path in dict.fromkeys(readable) if path))
+    for mount in wanted:  # the paths of the config were checked by key; these have the current folder in front
+        if why := why_no_mount(mount.path):
             raise ConfigRefused(why)
-    return tuple(f"type=bind,source={path},target={path}{mode}" for path, mode in wanted)
+    return wanted
 
 
-def network_environment(config: Config, rank: int) -> dict[str, str]:
-    """Which interface and address the collectives use, where several nodes meet and the cluster names them."""
-    nodes = config.cluster.working
-    node = nodes[rank]
-    if len(nodes) == 1:
+def network_environment(config: Config, node: Node) -> dict[str, str]:
+    """The interface and address that the collectives use: set for several nodes, where the cluster file names them."""
+    if len(config.cluster.working) == 1:
         return {}
-    interface = {
-        f"{name}_SOCKET_IFNAME": exact + node.interface for name, exact in SOCKET_INTERFACE[config.hardware.collectives] if node.interface
-    }
-    return interface | ({"HCCL_IF_IP": node.address} if config.hardware.collectives == "hccl" and node.address else {})
+    libraries = SOCKET_INTERFACE[config.hardware.collectives] if node.interface else ()
+    address = {"HCCL_IF_IP": node.address} if config.hardware.collectives == "hccl" and node.address else {}
+    return {f"{name}_SOCKET_IFNAME": exact + node.interface for name, exact in libraries} | address
 
 
 def toolkit_environment(config: Config, spec: TrainSpec, rank: int) -> dict[str, str]:
-    """CANN's own log lies below the container's home unless it is told otherwise, and would end with the container. images/entrypoint.sh
-    makes the folder, as the container's user."""
+    """CANN writes its own log below the container's home by default, and it would be removed with the container. images/entrypoint.sh
+    creates the folder as the container's user."""
     if config.hardware.accelerator != "npu" or config.cluster.runtime != "docker":
         return {}
     return {"ASCEND_PROCESS_LOG_PATH": str(PurePosixPath(spec.output) / CANN_LOGS / f"node{rank}")}
 
 
-def run_environment(config: Config, spec: TrainSpec, rank: int) -> dict[str, str]:
-    """Every variable that we set, later ones win: pinned, device, hardware table, network, this run, and last what the cluster says."""
+def run_environment(config: Config, spec: TrainSpec, node: Node, rank: int) -> dict[str, str]:
+    """Every variable that we set. Later ones override earlier ones: pinned, device, hardware table, network, this run, cluster file."""
     hardware, cluster = config.hardware, config.cluster
     environment = {
         **PINNED_VARIABLES,
         **(OFFLINE_VARIABLES if spec.model.source.kind != "hub" else {}),
         **(DETERMINISTIC_VARIABLES[hardware.accelerator] if spec.deterministic else {}),
-        **attachment_of(config, spec, rank).environment,
+        **device_options(config, spec, node).environment,
         **hardware.environment,
         **toolkit_environment(config, spec, rank),
-        **network_environment(config, rank),
+        **network_environment(config, node),
         **({"OMP_NUM_THREADS": str(spec.device.threads)} if spec.device.threads else {}),
         RUN_VARIABLE: spec.run_id,
         FOLDER_VARIABLE: spec.output,
         **cluster.environment,
     }
     return dict(sorted(environment.items()))
+
+
+def env_lines(environment: Mapping[str, str]) -> str:
+    """Lines as `docker run --env-file` reads them: no quotes, the rest of the line is the value."""
+    return "".join(f"{key}={value}\n" for key, value in sorted(environment.items()))
+
+
+def hccl_ports(environment: Mapping[str, str]) -> range:
+    """The TCP ports that HCCL listens on, by the variables of a node."""
+    text = environment.get(HCCL_PORT_VARIABLE, "")
+    first = int(text) if text.isdecimal() else HCCL_FIRST_PORT
+    return range(first, first + HCCL_PORT_COUNT)

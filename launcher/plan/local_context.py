@@ -11,8 +11,8 @@ from pathlib import Path
 
 from launcher.plan.plan import LocalContext, Plan
 
-CONTAINER_USER = "1000:1000"  # instead of root, which no container needs
 ENGINE_TIMEOUT_S = 5
+CONTAINER_USER = "1000:1000"  # where the launcher runs as root: a container does not need root
 
 
 def local_context(project: Path) -> LocalContext:

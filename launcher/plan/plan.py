@@ -1,6 +1,6 @@
-"""Config in, Plan out: everything a run will do, decided and written down before anything happens. Pure.
+"""From a config to a Plan: everything a run will do, decided and written down before anything happens. Pure.
 
-The trainer's spec, the DeepSpeed config and the per-node commands are all made here; `launch` carries out this very object.
+The trainer's spec, the DeepSpeed config and the commands of the nodes are made here; `launch` carries out exactly this object.
 """
 
 import json
@@ -42,9 +42,12 @@ from trainer.contract import (
 DATA_FOLDER = ".cache/data"
 RUNS_FOLDER = "runs"
 FIXED_THREADS = 4
-LEAVING_S = 10  # of a server that has answered
-# What the trainer is told unchanged, and by the same name, of config.run.
-OF_THE_RUN = (
+LEAVING_S = 10  # for a server to exit after its last answer
+# Keys of the config that the trainer's spec takes over unchanged, under the same name.
+MODEL_KEYS = ("name", "family", "groups", "image_token", "template")
+STAGE_KEYS = ("name", "kind", "trainable", "lora", "reset", "merging", "conversion", "quantization", "serving")
+DATA_KEYS = ("name", "builtin", "max_length", "workers", "packing", "length_aware", "max_pixels", "max_tiles")
+RUN_KEYS = (
     *("seed", "deterministic", "steps", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background"),
     *("hang_timeout_s", "trackers", "profile"),
 )
@@ -52,7 +55,7 @@ OF_THE_RUN = (
 
 @dataclass(frozen=True, kw_only=True)
 class LocalContext:
-    """What a plan takes from the machine it is made on. `here`: where relative paths start; `user`: uid:gid for containers."""
+    """What a plan takes from the machine it is made on. `here`: the folder that relative paths start in; `user`: uid:gid for containers."""
 
     project: Path
     here: Path
@@ -70,17 +73,28 @@ class Plan:
     image: Image
     spec: TrainSpec
     commands: tuple[NodeCommand, ...]
-    folder: str  # the launcher's own folder of the run: the nodes' where this machine is the node
+    folder: str  # the run's folder on the launcher's machine; a local run has no other
     overrides: tuple[str, ...] = ()  # as the user typed them
     rerun_of: str = ""  # the run whose record this plan was made from
-    accepted: tuple[str, ...] = ()  # kinds of differences from that one that the user took
-    image_id: str = ""  # what the nodes' engines must have for the image; '' = any that was built from its files
-    memory: Memory | None = None  # None in plans of before
-    choice: str = ""  # why strategy and micro-batch are what they are
+    accepted: tuple[str, ...] = ()  # kinds of differences from that run that the user accepted
+    image_id: str = ""  # the id that the image must have on the nodes; '' = any image that was built from its files
+    memory: Memory | None = None  # None in plans of earlier versions
+    choice: str = ""  # the reason for strategy and micro-batch
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the run is on the launcher's own machine: nothing is copied to or from a node."""
+        return self.config.cluster.is_local
+
+    @property
+    def container_user(self) -> str:
+        """uid:gid of the containers; '' for the process runtime, and in plans of versions that did not record it."""
+        container = self.commands[0].container
+        return container.user if container else self.config.cluster.user
 
     @property
     def stop_limit_s(self) -> float:
-        """How long the ranks may take to end when they are asked to; a server answers first what it has accepted."""
+        """How long the ranks may take to end when they are asked to; a server first answers the requests that it has accepted."""
         serving = self.spec.stage.serving if self.spec.stage.kind == "serve" else None
         return max(self.config.run.stop_timeout_s, serving.drain_timeout_s + LEAVING_S if serving else 0)
 
@@ -88,7 +102,7 @@ class Plan:
 def make_plan(
     config: Config,
     stacks: dict[str, Stack],
-    place: LocalContext,
+    local: LocalContext,
     *,
     run_id: str,
     overrides: tuple[str, ...] = (),
@@ -104,10 +118,10 @@ def make_plan(
     image = render(
         stacks[config.hardware.stack],
         architecture=config.cluster.nodes[0].architecture,
-        root=place.project,
+        root=local.project,
         base=config.cluster.delivery.base,
     )
-    spec = train_spec(config, place, run_id=run_id, overrides=overrides)
+    spec = train_spec(config, local, run_id=run_id, overrides=overrides)
     return Plan(
         schema=SCHEMA,
         run_id=run_id,
@@ -116,8 +130,8 @@ def make_plan(
         states=model_states(config),
         image=image,
         spec=spec,
-        commands=node_commands(config, image, spec, interpreter=place.interpreter, user=config.cluster.user or place.user),
-        folder=spec.output if all(node.is_local for node in config.cluster.working) else absolute(f"{RUNS_FOLDER}/{run_id}", place.here),
+        commands=node_commands(config, image, spec, interpreter=local.interpreter, user=config.cluster.user or local.user),
+        folder=spec.output if config.cluster.is_local else absolute(f"{RUNS_FOLDER}/{run_id}", local.here),
         overrides=overrides,
         memory=resolved.memory,
         choice=explain_strategy(resolved),
@@ -135,33 +149,41 @@ def compose_change(overrides: tuple[str, ...], change: str, conf: Path) -> Confi
 
 
 def on_one_rank(config: Config) -> Config:
-    """A stage that one process carries out takes the first node alone, and of that one device (two dies, where a job takes no fewer), or all
-    that a model is spread over."""
+    """The config with one node and as few devices as possible, for a stage that one process carries out: one device (both dies of a module,
+    where a job cannot take fewer), or all that a model is spread over. Other stages: the config unchanged."""
     if not config.cluster.working or not (config.stage.kind in SINGLE_PROCESS_KINDS or spreads(config)):
         return config
     devices = device_count(config) if spreads(config) else config.hardware.device_multiple
     return replace(config, cluster=replace(config.cluster, nodes=config.cluster.working[:1], devices_per_node=devices))
 
 
-def move_plan(plan: Plan, cluster: Cluster, stacks: dict[str, Stack], place: LocalContext) -> Plan:
+def move_plan(plan: Plan, cluster: Cluster, stacks: dict[str, Stack], local: LocalContext) -> Plan:
     """The same run with the same image on other nodes, or with other networks. Raises ConfigRefused where it cannot work there."""
     config = replace(plan.config, cluster=cluster)
-    # Addresses that were recorded without their credentials are missed only where the image has to be built, and there it is said.
+    # Addresses that were recorded without their credentials matter only when the image is built, and are refused there.
     verdict = check(replace(config, cluster=replace(cluster, delivery=without_masked(cluster.delivery))), stacks)
     refuse(verdict, launching=True)
-    before, after = (train_spec(each, place, run_id=plan.run_id, overrides=plan.overrides) for each in (plan.config, config))
+    before, after = (train_spec(each, local, run_id=plan.run_id, overrides=plan.overrides) for each in (plan.config, config))
     spec: TrainSpec = decode(TrainSpec, carry_over(asdict(plan.spec), asdict(before), asdict(after)))
-    if plan.spec.expects is not None:  # of the ranks that are left nobody expects what all of them had
+    if plan.spec.expects is not None:  # facts that were recorded for all ranks do not hold for the remaining ones
         spec = replace(spec, expects=replace(plan.spec.expects, facts={}) if before.device != after.device else plan.spec.expects)
-    user = config.cluster.user or place.user
-    commands = node_commands(config, plan.image, spec, interpreter=place.interpreter, user=user)
+    user = config.cluster.user or local.user
+    commands = node_commands(config, plan.image, spec, interpreter=local.interpreter, user=user)
     return replace(
         plan, config=config, verdict=verdict, states=model_states(config), memory=estimate_memory(config), spec=spec, commands=commands
     )
 
 
+def with_container_options(plan: Plan, local: LocalContext) -> Plan:
+    """The plan with the options of its containers, which plans of earlier versions do not hold: their commands are made again."""
+    if plan.config.cluster.runtime != "docker" or all(command.container for command in plan.commands):
+        return plan
+    user = plan.config.cluster.user or local.user
+    return replace(plan, commands=node_commands(plan.config, plan.image, plan.spec, interpreter=local.interpreter, user=user))
+
+
 def carry_over(kept: Any, before: Any, after: Any) -> Any:
-    """`kept` with the changes from `before` to `after`: what a rerun has from its record stays, whatever would be derived today."""
+    """`kept` with the changes from `before` to `after`: a rerun keeps the values of its record, even where other ones would be derived today."""
     if before == after:
         return kept
     if isinstance(kept, dict) and isinstance(before, dict) and isinstance(after, dict):
@@ -170,17 +192,17 @@ def carry_over(kept: Any, before: Any, after: Any) -> Any:
 
 
 def refuse(verdict: Verdict, *, launching: bool, overrides: tuple[str, ...] = ()) -> None:
-    """Raise ConfigRefused with all problems that stand in the way of the plan, or of its launch. `overrides`: as typed, which the changes
-    that are named go along with."""
+    """Raise ConfigRefused with all problems that prevent the plan, or its launch. `overrides`: as typed; the changes that are offered
+    take them into account."""
     standing = [with_typed_hardware(problem, overrides) for problem in verdict.problems if launching or not problem.launch_only]
     if standing:
         heading = "this cannot work:" if len(standing) == 1 else f"this cannot work, for {len(standing)} reasons:"
         refuse_config("\n".join((heading, *map(str, standing))), (problem.key for problem in standing))
 
 
-def train_spec(config: Config, place: LocalContext, *, run_id: str, overrides: tuple[str, ...] = ()) -> TrainSpec:
-    """What the trainer is told. Paths become absolute: below `cluster.root` for the run, below `here` for what the user names."""
-    root = absolute(config.cluster.root, place.here)
+def train_spec(config: Config, local: LocalContext, *, run_id: str, overrides: tuple[str, ...] = ()) -> TrainSpec:
+    """The trainer's spec. Paths become absolute: below `cluster.root` for the run, below `here` for paths that the user gives."""
+    root = absolute(config.cluster.root, local.here)
     ranks = world_size(config)
     batch = divide(config, ranks)
     return TrainSpec(
@@ -188,13 +210,13 @@ def train_spec(config: Config, place: LocalContext, *, run_id: str, overrides: t
         run_id=run_id,
         output=str(PurePosixPath(root) / RUNS_FOLDER / run_id),
         gradient_checkpointing=bool(config.strategy.gradient_checkpointing),
-        model=model_spec(config, place),
-        stage=stage_spec(config, place),
+        model=model_spec(config, local),
+        stage=stage_spec(config, local),
         precision=config.precision,
-        evaluation=evaluation_of(config, place),
+        evaluation=evaluation_of(config, local),
         optimizer=config.stage.optimizer,
         batch=batch,
-        data=data_spec(config, place, root),
+        data=data_spec(config, local, root),
         device=DeviceSpec(
             accelerator=config.hardware.accelerator,
             backend=config.hardware.collectives,
@@ -212,22 +234,22 @@ def train_spec(config: Config, place: LocalContext, *, run_id: str, overrides: t
         checkpoint_groups=config.strategy.checkpoint_groups,
         trackers_named=names_trackers(config, overrides),
         kernels=choose_kernels(config),
-        **{name: getattr(config.run, name) for name in OF_THE_RUN},
+        **{name: getattr(config.run, name) for name in RUN_KEYS},
     )
 
 
 def count_threads(config: Config) -> int:
-    """Of each rank; 0 = torch decides, by the processors of the machine that it finds itself on, which a deterministic run must not."""
+    """CPU threads of each rank; 0 = torch's default, which depends on the machine and is therefore not used by a deterministic run."""
     return config.hardware.threads or (FIXED_THREADS if config.run.deterministic else 0)
 
 
 def names_trackers(config: Config, overrides: tuple[str, ...]) -> bool:
-    """Whether somebody asked for the run's trackers: what is only the default stops no run where it is not installed."""
+    """Whether the user named the trackers: a missing package is an error only for these, not for the default."""
     return config.run.trackers != Run.trackers or any(override.startswith("run.trackers") for override in overrides)
 
 
 def divide(config: Config, ranks: int) -> Batch:
-    """The one place where the global batch is divided; `check` has made sure that it can be."""
+    """The one place where the global batch is divided; `check` has already verified that it divides."""
     micro = 1 if config.strategy.micro_batch is None else config.strategy.micro_batch
     return Batch(
         global_batch=config.stage.global_batch,
@@ -236,69 +258,52 @@ def divide(config: Config, ranks: int) -> Batch:
     )
 
 
-def model_spec(config: Config, place: LocalContext) -> ModelSpec:
+def model_spec(config: Config, local: LocalContext) -> ModelSpec:
     model = config.model
-    source = replace(model.source, path=absolute(model.source.path, place.here)) if model.source.path else model.source
+    source = replace(model.source, path=absolute(model.source.path, local.here)) if model.source.path else model.source
     return ModelSpec(
-        name=model.name,
-        family=model.family,
         source=source,
         architecture=asdict(model.architecture),
-        groups=model.groups,
-        image_token=model.image_token,
-        template=model.template,
         attention=config.hardware.capability.attention[0],
+        **{name: getattr(model, name) for name in MODEL_KEYS},
     )
 
 
-def stage_spec(config: Config, place: LocalContext) -> StageSpec:
+def stage_spec(config: Config, local: LocalContext) -> StageSpec:
     stage, inference = config.stage, config.stage.inference
     if inference is not None:
-        image, rows = (absolute(path, place.here) if path else "" for path in (inference.image, inference.input))
+        image, rows = (absolute(path, local.here) if path else "" for path in (inference.image, inference.input))
         inference = replace(inference, image=image, input=rows)
     return StageSpec(
-        name=stage.name,
-        kind=stage.kind,
-        trainable=stage.trainable,
-        lora=stage.lora,
-        checkpoint=absolute(stage.checkpoint, place.here) if stage.checkpoint else "",
-        reset=stage.reset,
+        checkpoint=absolute(stage.checkpoint, local.here) if stage.checkpoint else "",
         needs=tuple(group for group in stage.needs if group in config.model.groups),
-        merging=stage.merging,
-        conversion=stage.conversion,
-        quantization=stage.quantization,
         inference=inference,
-        serving=stage.serving,
+        **{name: getattr(stage, name) for name in STAGE_KEYS},
     )
 
 
-def evaluation_of(config: Config, place: LocalContext) -> Evaluation:
+def evaluation_of(config: Config, local: LocalContext) -> Evaluation:
     evaluation = config.run.evaluation
-    return replace(evaluation, base=absolute(evaluation.base, place.here)) if evaluation.base else evaluation
+    return replace(evaluation, base=absolute(evaluation.base, local.here)) if evaluation.base else evaluation
 
 
-def data_spec(config: Config, place: LocalContext, root: str) -> DataSpec:
+def data_spec(config: Config, local: LocalContext, root: str) -> DataSpec:
     data = config.data
-    named = {key: absolute(getattr(data, key), place.here) if getattr(data, key) else "" for key in ("train", "evaluation", "images")}
+    named: dict[str, Any] = {
+        key: absolute(getattr(data, key), local.here) if getattr(data, key) else "" for key in ("train", "evaluation", "images")
+    }
     return DataSpec(
-        name=data.name,
-        builtin=data.builtin,
         root=str(PurePosixPath(root) / DATA_FOLDER),
-        max_length=data.max_length,
-        workers=data.workers,
-        packing=data.packing,
-        length_aware=data.length_aware,
-        max_pixels=data.max_pixels,
-        max_tiles=data.max_tiles,
         padding_free=leaves_padding_out(config),
         **named,
+        **{name: getattr(data, name) for name in DATA_KEYS},
     )
 
 
 def absolute(path: str, here: Path) -> str:
-    """An absolute POSIX path without `.` and `..`; `~` is refused, since it means another folder on every node."""
+    """An absolute POSIX path without `.` and `..`; `~` is refused, since it may be a different folder on each node."""
     if path.startswith("~"):
-        raise ConfigRefused(f"the path {path!r} starts with '~', which is another folder on every node: write it out")
+        raise ConfigRefused(f"the path {path!r} starts with '~', which may be a different folder on each node: write the whole path")
     parts: list[str] = []
     for part in (PurePosixPath(here.as_posix()) / path).parts:
         if part == "..":
@@ -309,14 +314,14 @@ def absolute(path: str, here: Path) -> str:
 
 
 def to_plain(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON data, without credentials in URLs: they are in memory alone."""
+    """The plan as JSON data, with credentials in URLs masked: they are only kept in memory."""
     plain: dict[str, Any] = mask_credentials(asdict(plan))
     return plain
 
 
 def encode_spec(spec: TrainSpec, *, like: Path | None) -> str:
-    """Whole; or without the keys that `like` does not have and that are as if they were not there, since each trainer refuses keys that it
-    does not know."""
+    """The spec as JSON. With `like`, a spec that an older trainer wrote: without the keys that `like` lacks and that have their default value
+    here, since a trainer refuses unknown keys."""
     if like is None:
         return encode(spec)
     return json.dumps(leave_out(spec, json.loads(like.read_text(encoding="utf-8"))), indent=2, ensure_ascii=False) + "\n"

@@ -50,7 +50,7 @@ def resolve_checkpoint(config: Config, *runs: Path) -> Config:
         text = full_name(text, runs)
     except ConfigRefused as error:
         raise ConfigRefused(f"stage.checkpoint={text}: {error}") from error
-    found = find_checkpoint(text, runs, local=all(node.is_local for node in config.cluster.working))
+    found = find_checkpoint(text, runs, local=config.cluster.is_local)
     return use_checkpoint(config, found, text) if found else config
 
 
@@ -177,7 +177,7 @@ def use_checkpoint(config: Config, found: FoundCheckpoint, text: str) -> Config:
     if found.host and not is_this_machine(found.host):
         refuse_unreadable(config, found, text)
     cluster = config.cluster
-    if not found.host and not all(node.is_local for node in cluster.working):
+    if not found.host and not cluster.is_local:
         folders = (str(Path(path).absolute()) for path in (found.path, *found.bases))
         cluster = replace(cluster, sync=tuple(dict.fromkeys((*cluster.sync, *folders))))
     if cluster.runtime == "docker":

@@ -264,7 +264,7 @@ def last_checkpoint(folder: Path) -> str:
 
 def checkpoint_place(record: Record, plan: Plan) -> str:
     """The record's checkpoint in the form that stage.checkpoint takes: a folder here, or HOST:FOLDER of the node that wrote it."""
-    if plan.folder == plan.spec.output:
+    if plan.is_local:
         return str(Path(plan.folder) / record.checkpoint)
     return f"{bracketed(first_node(record, plan).host)}:{plan.spec.output}/{record.checkpoint}"
 

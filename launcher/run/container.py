@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from launcher.errors import NodeFailed
 from launcher.image.docker import is_absent
-from launcher.plan.commands import NodeCommand, data_env_file, data_name, env_file
+from launcher.plan.commands import NodeCommand, data_env_file, data_name, env_file, env_lines
 from launcher.ssh.transport import Transport
 
 NO_CONTAINER = "no container"
@@ -19,8 +19,7 @@ def write_env_file(command: NodeCommand, transport: Transport, path: str, *, wai
     """Write `KEY=value` lines as `docker run --env-file` reads them: no quotes, the rest of the line is the value. Mode 0600; the file exists only
     while a docker client reads it. It has the names of the secrets (`waits_for`) but not their values: the container waits for those."""
     waiting = {SECRETS_VARIABLE: " ".join(waits_for)} if waits_for else {}
-    lines = "".join(f"{key}={value}\n" for key, value in sorted({**command.environment, **waiting}.items()))
-    transport.put(lines.encode(), path, mode=0o600)
+    transport.put(env_lines({**command.environment, **waiting}).encode(), path, mode=0o600)
 
 
 def remove_env_file(transport: Transport, path: str) -> None:

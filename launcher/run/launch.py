@@ -28,7 +28,7 @@ from launcher.record.source import SourceState, SourceTree
 from launcher.run.diagnosis import explain_log
 from launcher.run.gang import clear_all, container_processes
 from launcher.run.monitor import AttemptFailed, AttemptOutcome, end_attempt, hangup_signals, wait_for_checks, watch_attempt
-from launcher.run.prepare import NodeProcesses, is_local, prepare_and_start, start_context
+from launcher.run.prepare import NodeProcesses, prepare_and_start, start_context
 from launcher.run.restart import archive_attempt, reason_against_restart
 from launcher.run.session import Session
 from launcher.run.signals import STOPPED_CODE, Stopped, StopRequest, catch_stops, handler_for
@@ -150,7 +150,7 @@ def start_again(plan: Plan, folder: Path, session: Session, attempt: Attempt, st
     session.say(f"attempt {attempt.number} failed after step {attempt.steps}: {why}")
     with stop.interrupting():
         plan, session = session.move(plan, frozenset(node.host for node in attempt.nodes if node.lost or node.left))
-    archive_attempt(folder, attempt, mirrored=not is_local(plan))
+    archive_attempt(folder, attempt, mirrored=not plan.is_local)
     number = attempt.number + 1
     target = folder / ATTEMPTS / str(number) / PLAN_FILE
     target.parent.mkdir(exist_ok=True)

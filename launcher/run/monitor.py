@@ -16,7 +16,7 @@ from launcher.run.failure_search import find_failure
 from launcher.run.gang import TICK_S, clear_all, node_log_path, node_results, watch
 from launcher.run.node_log import StartPhase, silence_s, start_phases
 from launcher.run.node_process import NodeProcess
-from launcher.run.prepare import NodeProcesses, is_local, working_nodes
+from launcher.run.prepare import NodeProcesses, working_nodes
 from launcher.run.progress import ProgressView
 from launcher.run.run_folder import FETCH_S, Mirror, WorkingNode, fetch_large, fetch_results
 from launcher.run.session import Session
@@ -180,7 +180,7 @@ def judge_attempt(
 
 def open_mirrors(plan: Plan, folder: Path, session: Session) -> dict[str, Mirror]:
     """The files of node 0 that are copied here while they grow; none where this machine is the node."""
-    if is_local(plan):
+    if plan.is_local:
         return {}
     return {name: Mirror(working_nodes(plan, session)[0], name, folder) for name in (progress_file(plan), ENVIRONMENT_FILE)}
 
@@ -192,7 +192,7 @@ def progress_file(plan: Plan) -> str:
 
 def fetch(plan: Plan, folder: Path, session: Session, stop: StopRequest) -> None:
     """Copy what the ranks left on other machines. What cannot be copied in time stays on the nodes."""
-    if is_local(plan):
+    if plan.is_local:
         return
     nodes, stopped, over = working_nodes(plan, session), stop.limit(STOPPED_FETCH_S, STOPPED_AGAIN_FETCH_S), after(FETCH_S)
     fetch_results(nodes, folder, ranks_per_node=plan.spec.device.devices_per_node, until=lambda: over() or stopped())

@@ -90,19 +90,19 @@ def start_ranks(plan: Plan, session: Session, stop: StopRequest) -> tuple[NodePr
 
 def sync_paths(plan: Plan, session: Session) -> None:
     """Copy the paths of cluster.sync to every other machine. This comes first, since it may be refused."""
-    if not is_local(plan):
+    if not plan.is_local:
         sync(plan.config.cluster.sync, working_nodes(plan, session), session.here, session.say, token=plan.run_id)
 
 
 def deliver_image(plan: Plan, session: Session) -> None:
     """Bring the plan's image to every node, in the way that cluster.delivery.kind names."""
     delivery, image, nodes = plan.config.cluster.delivery, plan.image, working_nodes(plan, session)
-    if not is_local(plan) and is_everywhere(image.tag, image.fingerprint, nodes):
+    if not plan.is_local and is_everywhere(image.tag, image.fingerprint, nodes):
         return
     if delivery.kind == "pull":
         pull(image.tag, delivery.registry, nodes, session.say, fingerprint=image.fingerprint)
         return
-    if delivery.kind == "build_on_nodes" and not is_local(plan):
+    if delivery.kind == "build_on_nodes" and not plan.is_local:
         root = str(PurePosixPath(plan.spec.output).parents[1])
         build_on(image, nodes, project=session.project, root=root, delivery=delivery, source=session.here, say=session.say)
         return
@@ -112,9 +112,9 @@ def deliver_image(plan: Plan, session: Session) -> None:
             f"{image.tag} does not exist on this machine, and cluster.delivery.kind=ship does not build it. "
             "Build it: omnilaunch image build; or use cluster.delivery.kind=build"
         )
-    if not is_local(plan):
+    if not plan.is_local:
         configured = plan.config.cluster.working
-        peers = [Peer(node=node, address=entry.address or entry.host) for node, entry in zip(nodes, configured, strict=True)]
+        peers = [Peer(node=node, address=entry.reachable_at) for node, entry in zip(nodes, configured, strict=True)]
         ship(image.tag, image_id, peers, session.here, session.say)
 
 
@@ -135,9 +135,8 @@ def record_image_ids(plan: Plan, session: Session) -> None:
 
 def prepare_folders(plan: Plan, session: Session, *, again: bool) -> None:
     """The run's folder on every node, owned by the container's user."""
-    argv, nodes, shared = plan.commands[0].start, working_nodes(plan, session), plan.config.cluster.shared
-    user = argv[argv.index("--user") + 1]
-    request = FolderRequest(spec=plan.spec, text=encoded_spec(plan), image=plan.image.tag, user=user, shared=shared, local=is_local(plan))
+    nodes, shared = working_nodes(plan, session), plan.config.cluster.shared
+    request = FolderRequest(spec=plan.spec, text=encoded_spec(plan), image=plan.image.tag, user=plan.container_user, shared=shared, local=plan.is_local)
     if not again:
         create_folders(nodes, request)
         return
@@ -166,8 +165,3 @@ def start_context(plan: Plan, session: Session) -> StartContext:
 
 def working_nodes(plan: Plan, session: Session) -> tuple[WorkingNode, ...]:
     return tuple(WorkingNode(command=command, transport=transport) for command, transport in zip(plan.commands, session.transports, strict=True))
-
-
-def is_local(plan: Plan) -> bool:
-    """Whether this machine is the node, so that the run's folder here is that of the ranks."""
-    return plan.folder == plan.spec.output

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from launcher.errors import NodeFailed
 from launcher.plan.commands import NodeCommand
+from launcher.plan.container import ContainerOptions, Mount, docker_run
 from launcher.run.container import remove_containers
 from launcher.ssh.background import in_background
 from launcher.ssh.parallel import attempt_each, each
@@ -142,8 +143,8 @@ def change_owner(node: WorkingNode, folders: tuple[str, ...], user: str, *, logi
     """By root: the node's, or where the login user is not root, a container's."""
     change = ("chown", "-R", "--", user, *folders)
     if login != ROOT:
-        mounts = (part for folder in folders for part in ("--mount", f"type=bind,source={folder},target={folder}"))
-        change = ("docker", "run", "--rm", "--network", "none", "--user", ROOT, "--entrypoint", change[0], *mounts, image, *change[1:])
+        mounts = tuple(Mount(path=folder, read_only=False) for folder in folders)
+        change = docker_run(ContainerOptions(image=image, network="none", user=ROOT, mounts=mounts, entrypoint=change[0]), change[1:])
     node.transport.run(change, timeout_s=120).expect(
         f"{node.command.host}: giving {folders[0]} to the container's user {user} (to run as the login user instead: cluster.user={login})"
     )

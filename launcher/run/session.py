@@ -21,8 +21,8 @@ from launcher.run.restart import replace_lost
 from launcher.run.run_folder import WorkingNode
 from launcher.ssh.node import Ssh
 from launcher.ssh.parallel import reach_all, together
-from launcher.ssh.pool import PoolContext
-from launcher.ssh.ssh_config import access_of
+from launcher.ssh.pool import ConnectionPool
+from launcher.ssh.ssh_config import default_settings
 from launcher.ssh.transport import Local, Transport
 
 Say = Callable[[str], None]
@@ -48,13 +48,13 @@ class Session:
 @contextmanager
 def connect_with(
     cluster: Cluster, nodes: Sequence[Node], environ: Mapping[str, str]
-) -> Iterator[tuple[PoolContext | None, tuple[Transport | NodeFailed, ...]]]:
+) -> Iterator[tuple[ConnectionPool | None, tuple[Transport | NodeFailed, ...]]]:
     """A transport to each node, or why it cannot be reached; and the pool of the connections, None where this machine is the node."""
-    if all(node.is_local for node in nodes):
+    if cluster.is_local:
         yield None, tuple(Local(environ) for _ in nodes)
         return
     raise_open_files_limit(len(nodes))
-    pool = PoolContext(access_of(Path(environ.get("HOME", "/")), getpass.getuser(), cluster))
+    pool = ConnectionPool(default_settings(Path(environ.get("HOME", "/")), getpass.getuser(), cluster))
     try:
         yield pool, reach_all(nodes, pool)
     finally:
@@ -101,7 +101,7 @@ def open_session(
 def move_to_reached(plan: Plan, lost: frozenset[str], context: LocalContext, environ: Mapping[str, str], say: Say) -> Plan:
     """The plan on nodes that respond and are healthy. A lost node without a spare is waited for, for cluster.node_timeout_s. Raises NodeFailed."""
     cluster, stacks = plan.config.cluster, load_stacks(context.project / "images")
-    if all(node.is_local for node in cluster.working):
+    if cluster.is_local:
         return plan
     deadline = time.monotonic() + cluster.node_timeout_s
     while True:
@@ -133,7 +133,7 @@ def examine_plan(plan: Plan, context: LocalContext, reached: Sequence[Transport 
         nodes = (*take_network(cluster.working, examination.choices), *spares)
         plan = move_plan(plan, replace(cluster, nodes=nodes), stacks, context)
     # The free memory that was found replaces the data sheet's; whether it is enough was just checked on each node.
-    return replace(plan, memory=memory_within(plan.config, examination.headroom)) if examination.headroom else plan
+    return replace(plan, memory=memory_within(plan.config, examination.free_memory)) if examination.free_memory else plan
 
 
 @contextmanager
@@ -150,7 +150,7 @@ def reach_containers(plans: Sequence[Plan], environ: Mapping[str, str]) -> Itera
         yield tuple(WorkingNode(command=command, transport=transport) for command, transport in zip(commands, transports, strict=True))
 
 
-def reconnecting(nodes: Sequence[Node], reached: Sequence[Transport | NodeFailed], pool: PoolContext | None) -> tuple[Transport, ...]:
+def reconnecting(nodes: Sequence[Node], reached: Sequence[Transport | NodeFailed], pool: ConnectionPool | None) -> tuple[Transport, ...]:
     """Transports to all nodes; each use of one that could not be reached tries again."""
     transports: list[Transport] = []
     for node, way in zip(nodes, reached, strict=True):

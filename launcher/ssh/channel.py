@@ -1,11 +1,11 @@
-"""One command on an open SSH connection: how it is written down for the far side, and how its output comes back.
+"""One command on an open SSH connection: the line that is sent, and its output.
 
-This is the one place that quotes. sshd hands a command to the user's login shell, which must be a POSIX shell; the line that it gets is
+This is the only module that quotes. sshd passes a command to the user's login shell, which must be a POSIX shell. The line is
 
     [eval "$(cat)"; ] [cd -- 'FOLDER' && ] { command -v 'PROGRAM' >/dev/null && echo "omnilaunch $$" || echo "omnilaunch 0"; } && exec 'PROGRAM' 'ARGUMENT' ...
 
-with every word in single quotes, so that no shell finds a keyword, an assignment or a pattern in it. What the login files print comes
-before the `omnilaunch` line and is dropped. `$$` stays the id of the program, and of its process group, through `exec`.
+with every word in single quotes, so that the shell reads no keyword, assignment or pattern in it. Output of the login files comes before
+the `omnilaunch` line and is dropped. `$$` remains the id of the program, and of its process group, after `exec`.
 """
 
 import re
@@ -21,14 +21,14 @@ from launcher.errors import NodeFailed
 from launcher.ssh.transport import PIECE_BYTES
 
 LINE_LIMIT_BYTES = 128 * 1024 - 1  # MAX_ARG_STRLEN of Linux: sshd passes the line to the shell as one argument
-SETTLE_S = 0.05  # between looks at followed programs that have closed their output and still run
+SETTLE_S = 0.05  # between checks of programs that have closed their output and still run
 MARK = re.compile(rb"omnilaunch (\d+)\n")
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """How a command ended: `code` is -1 when a signal ended it. `pid` 0: its program was not found."""
+    """The end of a command. `code`: -1 when a signal ended it. `pid` 0: its program was not found."""
 
     pid: int
     code: int
@@ -37,7 +37,7 @@ class Exchange:
 
 
 class ConnectionLost(Exception):
-    """The connection went away before the command ended."""
+    """The connection was lost before the command ended."""
 
 
 def quote(word: str) -> str:
@@ -45,7 +45,7 @@ def quote(word: str) -> str:
 
 
 def command_line(argv: tuple[str, ...], *, folder: Path | None = None, reads_environment: bool = False) -> bytes:
-    """The line for the login shell. NodeFailed for what no command line can carry: a NUL, a lone surrogate, 128 KiB."""
+    """The line for the login shell. Raises NodeFailed for a NUL, a lone surrogate, or more than 128 KiB."""
     for word in argv:
         refuse_nul(word, "an argument")
     words = [quote(word) for word in argv]
@@ -57,13 +57,13 @@ def command_line(argv: tuple[str, ...], *, folder: Path | None = None, reads_env
     line = encoded("".join(parts))
     if len(line) > LINE_LIMIT_BYTES:
         raise NodeFailed(
-            f"a command of {len(line)} bytes is longer than SSH can start ({LINE_LIMIT_BYTES}): {argv[0]!r} … Next: put the data in a file"
+            f"a command of {len(line)} bytes is too long for SSH (at most {LINE_LIMIT_BYTES}): {argv[0]!r} … Next: put the data in a file"
         )
     return line
 
 
 def environment_lines(environment: Mapping[str, str]) -> bytes:
-    """What `eval` reads from stdin, so that no value is ever in an argv or in `ps`. NodeFailed for a name that is no shell variable."""
+    """Lines that `eval` reads from stdin, so that a value is never in an argv or in `ps`. Raises NodeFailed for an invalid name."""
     for key, value in environment.items():
         if not NAME.fullmatch(key):
             raise NodeFailed(f"{key!r} cannot be the name of an environment variable: letters, digits and _ only")
@@ -73,24 +73,26 @@ def environment_lines(environment: Mapping[str, str]) -> bytes:
 
 def refuse_nul(text: str, what: str) -> None:
     if "\0" in text:
-        raise NodeFailed(f"{what} holds a NUL character, which no command line can carry: {text!r}")
+        raise NodeFailed(f"{what} contains a NUL character, which cannot be sent in a command: {text!r}")
 
 
 def encoded(text: str) -> bytes:
     try:
         return text.encode("utf-8", errors="surrogateescape")
     except UnicodeEncodeError as error:
-        raise NodeFailed(f"{text[error.start : error.end]!r} is half a character, which no command line can carry") from error
+        raise NodeFailed(
+            f"{text[error.start : error.end]!r} is half a character (a lone surrogate), which cannot be sent in a command"
+        ) from error
 
 
 def pieces(channel: Channel, *, timeout_s: float | None, silence_s: float | None = None) -> Iterator[tuple[bytes, bytes]]:
-    """(stdout, stderr) as they arrive, both always drained, until the command has ended. TimeoutError after `timeout_s` in all or
-    `silence_s` without a byte; ConnectionLost when the connection goes."""
+    """(stdout, stderr) as they arrive, both always read, until the command has ended. Raises TimeoutError after `timeout_s` in all, or after
+    `silence_s` without a byte; ConnectionLost when the connection is lost."""
     started = heard = time.monotonic()
     poll = select.poll()
     poll.register(channel.fileno(), select.POLLIN)
     while True:
-        over = has_ended(channel)  # looked at before the output is read, so that nothing that came last is missed
+        over = has_ended(channel)  # checked before the output is read, so that the last output is not missed
         piece = drain(channel)
         now = time.monotonic()
         if any(piece):
@@ -104,7 +106,7 @@ def pieces(channel: Channel, *, timeout_s: float | None, silence_s: float | None
             if wait_s <= 0:
                 raise TimeoutError
             if channel.eof_received:
-                channel.status_event.wait(wait_s)  # its pipe stays readable for good
+                channel.status_event.wait(wait_s)  # its pipe stays readable forever
             else:
                 poll.poll(wait_s * 1000)
     if is_lost(channel):
@@ -116,19 +118,19 @@ def has_ended(channel: Channel) -> bool:
 
 
 def is_lost(channel: Channel) -> bool:
-    """Of a channel that has ended: by the connection and not by its command. sshd says EOF before it closes; a dead line says nothing."""
+    """Whether a channel ended by its connection, not by its command: sshd sends EOF before it closes, a lost connection sends nothing."""
     return channel.exit_status == -1 and not (channel.eof_received and channel.get_transport().is_active())
 
 
 def drain(channel: Channel) -> tuple[bytes, bytes]:
-    """What has arrived on stdout and stderr, without waiting."""
+    """The bytes that have arrived on stdout and stderr; does not wait."""
     output = channel.recv(PIECE_BYTES) if channel.recv_ready() else b""
     errors = channel.recv_stderr(PIECE_BYTES) if channel.recv_stderr_ready() else b""
     return output, errors
 
 
 class Marker:
-    """Finds the `omnilaunch PID` line in what arrives, and lets through only what follows it."""
+    """Finds the `omnilaunch PID` line in the output, and passes on only what follows it."""
 
     def __init__(self) -> None:
         self.pid: int | None = None
@@ -147,7 +149,7 @@ class Marker:
 
 
 def collect(node: str, channel: Channel, *, timeout_s: float, marker: Marker) -> Exchange:
-    """The whole of a command. `marker` is the caller's, so that the pid is known when this raises TimeoutError or ConnectionLost."""
+    """The whole output of a command. `marker` belongs to the caller, who needs the pid when this raises TimeoutError or ConnectionLost."""
     output, errors = bytearray(), bytearray()
     for out, err in pieces(channel, timeout_s=timeout_s):
         output += marker.strip(out)
@@ -156,11 +158,11 @@ def collect(node: str, channel: Channel, *, timeout_s: float, marker: Marker) ->
 
 
 def ended(node: str, channel: Channel, marker: Marker, output: bytes, errors: bytes) -> Exchange:
-    """NodeFailed when the login shell never got to the command: no POSIX shell, no login, or no such folder."""
+    """Raises NodeFailed when the login shell did not start the command: no POSIX shell, no login, or a missing folder."""
     if marker.pid is None:
         said = (marker.before + errors).decode(errors="replace").strip()[-500:]
         raise NodeFailed(
             f"{node}: the command did not start (exit code {channel.exit_status}); the login shell must be a POSIX shell (sh, bash, dash, zsh) "
-            f"and the folder must exist. It said: {said or 'nothing'}"
+            f"and the folder must exist. Its output: {said or 'none'}"
         )
     return Exchange(pid=marker.pid, code=channel.exit_status, output=output, errors=errors)

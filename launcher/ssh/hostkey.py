@@ -1,4 +1,4 @@
-"""Which host key a node must show. Keys come from known_hosts files alone: nothing is learned by connecting."""
+"""The host keys that a node may have. They come from known_hosts files only: a connection never adds one."""
 
 import base64
 import contextlib
@@ -17,7 +17,7 @@ from launcher.errors import NodeFailed
 DEFAULT_PORT = 22
 HASHED = "|1|"  # |1|salt|HMAC-SHA1(salt, name), as ssh-keygen -H writes
 REVOKED, AUTHORITY = "@revoked", "@cert-authority"
-# The order in which a node is asked for a key when several of its keys are known: fastest to verify first.
+# The order of preference when several keys of a node are known: fastest to verify first.
 KINDS = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521", "ssh-rsa")
 
 
@@ -35,7 +35,7 @@ class KnownKey:
 
 
 def load_known_keys(paths: Iterable[Path]) -> tuple[KnownKey, ...]:
-    """All lines of the files that exist, in order. Lines that sshd(8) does not describe and certificate authorities are left out."""
+    """All lines of the files that exist, in order. Certificate authorities, and lines that sshd(8) does not describe, are skipped."""
     keys: list[KnownKey] = []
     for path in paths:
         if not path.is_file():
@@ -50,19 +50,19 @@ def load_known_keys(paths: Iterable[Path]) -> tuple[KnownKey, ...]:
 
 def known_key(names: str, kind: str, body: str, marker: str, place: str) -> KnownKey:
     salt = digest = b""
-    if names.startswith(HASHED):  # taken apart once: each of 128 nodes looks at each of 128 lines
-        with contextlib.suppress(ValueError):  # a broken line has no digest that a name could equal
+    if names.startswith(HASHED):  # parsed once: each of 128 nodes compares each of 128 lines
+        with contextlib.suppress(ValueError):  # an invalid line has no digest, and matches no name
             salt, digest = (base64.b64decode(part, validate=True) for part in names[len(HASHED) :].split("|"))
     return KnownKey(names=names, salt=salt, digest=digest, kind=kind, body=body, revoked=marker == REVOKED, place=place)
 
 
 def known_name(host: str, port: int) -> str:
-    """How known_hosts writes a host: the bare name at port 22, else [name]:port."""
+    """A host in known_hosts: the name for port 22, else [name]:port."""
     return host if port == DEFAULT_PORT else f"[{host}]:{port}"
 
 
 def names_match(key: KnownKey, name: str) -> bool:
-    """Whether a line's names hold `name`: hashed, plain, with * and ?, or refused by a leading !."""
+    """Whether a line's names match `name`: hashed, plain, with * and ?, or excluded by a leading !."""
     if key.names.startswith(HASHED):
         return hmac.compare_digest(hmac.digest(key.salt, name.encode(), "sha1"), key.digest)
     patterns = key.names.split(",")
@@ -77,7 +77,7 @@ def pattern_match(pattern: str, name: str) -> bool:
 
 
 def keys_of(name: str, known: tuple[KnownKey, ...]) -> tuple[KnownKey, ...]:
-    """The keys that `name` may show, the fastest kind first. A key that any matching line revokes is none of them."""
+    """The keys that `name` may have, the fastest kind first, without keys that a matching line revokes."""
     mine = [key for key in known if names_match(key, name)]
     revoked = {key.body for key in mine if key.revoked}
     kept = [key for key in mine if key.body not in revoked and key.kind in KINDS]
@@ -85,7 +85,7 @@ def keys_of(name: str, known: tuple[KnownKey, ...]) -> tuple[KnownKey, ...]:
 
 
 def decoded(key: KnownKey) -> bytes:
-    """The key as it goes over the wire; b"" for a line whose base64 is broken, which equals no key."""
+    """The key in binary; b"" for invalid base64, which equals no key."""
     try:
         return base64.b64decode(key.body, validate=True)
     except ValueError:
@@ -99,8 +99,8 @@ def fingerprint(key: bytes) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class HostKeyCheck:
-    """What paramiko calls a missing-host-key policy, asked about every key since paramiko itself is told none: it would hold only one
-    key of each kind for a host. `node` is for messages; `scan_prefix` the words before ssh-keyscan where only a jump host reaches it."""
+    """A missing-host-key policy of paramiko. It decides about every key: paramiko's own list, which holds only one key of each kind for a
+    host, stays empty. `node`: for messages; `scan_prefix`: what precedes ssh-keyscan where only a jump host reaches the node."""
 
     node: str
     host: str
@@ -110,7 +110,7 @@ class HostKeyCheck:
     scan_prefix: str = ""
 
     def missing_host_key(self, client: object, name: str, key: PKey) -> None:
-        """NodeFailed unless the key is one of those known."""
+        """Raises NodeFailed unless the key is a known one."""
         kind, body = key.get_name(), key.asbytes()
         same_kind = [known for known in self.known if known.kind == kind]
         if body in [decoded(known) for known in same_kind]:
@@ -122,9 +122,9 @@ class HostKeyCheck:
     def unknown_text(self, kind: str, body: bytes) -> str:
         scan = f"{self.scan_prefix}ssh-keyscan -p {self.port} -H {shlex.quote(self.host)}"
         return (
-            f"{self.node}: its host key is not known here, so it may be another machine; no login was tried.\n"
-            f"  it shows {kind} {fingerprint(body)}\n"
-            f"  compare that with `ssh-keygen -lf` on the .pub files of /etc/ssh on the node itself. If they are equal:\n"
+            f"{self.node}: its host key is unknown, so it may be another machine. No login was tried.\n"
+            f"  its key: {kind} {fingerprint(body)}\n"
+            f"  On the node, run `ssh-keygen -lf` on the .pub files in /etc/ssh and compare. If the fingerprint is the same:\n"
             f"  Next: {scan} >> {shlex.quote(str(self.file))}"
         )
 
@@ -132,9 +132,9 @@ class HostKeyCheck:
         file = shlex.quote(known.place.rpartition(":")[0])
         name = shlex.quote(known_name(self.host, self.port))
         return (
-            f"{self.node}: its host key has CHANGED: it was set up anew, or another machine answers in its place. No login was tried.\n"
-            f"  it shows {kind} {fingerprint(body)}\n"
+            f"{self.node}: its host key has CHANGED: it was reinstalled, or another machine answers at its address. No login was tried.\n"
+            f"  its key: {kind} {fingerprint(body)}\n"
             f"  {known.place} has {kind} {fingerprint(decoded(known))}\n"
-            f"  Find out which. If the change is right:\n"
-            f"  Next: ssh-keygen -f {file} -R {name}   and then look at the new key as for a new host"
+            f"  Find out which. If the node was reinstalled:\n"
+            f"  Next: ssh-keygen -f {file} -R {name}   and then check the new key as for a new host"
         )

@@ -1,5 +1,4 @@
-"""One thread for all commands that are followed at the same time: it writes what they say into their logs. A thread for each would be
-128 more on 128 nodes."""
+"""One thread that writes the output of all running commands into their logs. A thread for each would be 128 more on 128 nodes."""
 
 import queue
 import selectors
@@ -12,10 +11,10 @@ from paramiko import Channel  # type: ignore[import-untyped]
 from launcher.ssh.channel import SETTLE_S, Marker, drain, has_ended, is_lost
 
 
-class Followed:
-    """A command under way whose output goes to a log file. `done` is set when it has ended or its connection was lost; then `code`
-    is its exit code (-1: ended by a signal) and `lost` says which of the two it was. `failure`: why the log could not be written; the
-    command is then still drained, so that a full disk here does not stall it there."""
+class FollowedCommand:
+    """A running command whose output goes to a log file. `done` is set when it has ended or its connection was lost (`lost`); `code` is then
+    its exit code (-1: ended by a signal). `failure`: why the log could not be written; the output is still read, so that a full disk on this
+    machine does not block the command."""
 
     def __init__(self, channel: Channel, marker: Marker, log: Path, first: bytes) -> None:
         self.channel, self.marker = channel, marker
@@ -24,7 +23,7 @@ class Followed:
         self.write(first)
 
     def read(self) -> bool:
-        """Write one piece of each output; whether there was any."""
+        """Write what has arrived; False when there was nothing."""
         piece = drain(self.channel)
         for part in piece:
             self.write(part)
@@ -44,19 +43,19 @@ class Followed:
         self.done.set()
 
 
-class Pump:
-    """Starts its thread with the first command. `close` ends it; commands still followed are then left as they are."""
+class LogWriter:
+    """Starts its thread with the first command. `close` ends it; commands that still run are not affected."""
 
     def __init__(self) -> None:
-        self._new: queue.SimpleQueue[Followed | None] = queue.SimpleQueue()
+        self._new: queue.SimpleQueue[FollowedCommand | None] = queue.SimpleQueue()
         self._near, self._far = socket.socketpair()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
-    def follow(self, command: Followed) -> None:
+    def follow(self, command: FollowedCommand) -> None:
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name="omnilaunch-pump", daemon=True)
+                self._thread = threading.Thread(target=self._serve, name="omnilaunch-log-writer", daemon=True)
                 self._thread.start()
         self._new.put(command)
         self._near.send(b"\0")
@@ -72,7 +71,7 @@ class Pump:
         self._far.close()
 
     def _serve(self) -> None:
-        settling: set[Followed] = set()  # output closed, exit code still to come
+        settling: set[FollowedCommand] = set()  # their output is closed, and their exit code has not arrived yet
         with selectors.DefaultSelector() as selector:
             selector.register(self._far, selectors.EVENT_READ, None)
             while True:
@@ -84,7 +83,7 @@ class Pump:
                                 left.file.close()
                             return
                         continue
-                    command: Followed = key.data
+                    command: FollowedCommand = key.data
                     over = has_ended(command.channel)
                     if not command.read() and (over or command.channel.eof_received):
                         selector.unregister(command.channel)
@@ -94,7 +93,7 @@ class Pump:
                     command.finish()
 
     def _take_new(self, selector: selectors.BaseSelector) -> bool:
-        """False when asked to end."""
+        """False when the thread has to end."""
         while not self._new.empty():
             command = self._new.get()
             if command is None:

@@ -1,7 +1,7 @@
-"""A node over SSH: Fabric opens the connection, one paramiko channel carries each command. (Fabric's own `run` keeps four threads a
-node and polls: 85 % of a core for 128 nodes that only wait, where channels take 7 %; it also puts variables unquoted into the command.)
+"""A node over SSH: Fabric opens the connection, and each command has a paramiko channel of its own. (Fabric's own `run` keeps four threads
+per node and polls: 85 % of a core for 128 nodes that only wait, where channels take 7 %; it also puts variables unquoted into the command.)
 
-The far side's environment is that of a login, plus `environment`, which goes over stdin and is in no argv. Stdin of a command is empty.
+A command has the environment of a login, plus `environment`, which is sent over stdin and is never in an argv. Its stdin is then empty.
 """
 
 import contextlib
@@ -26,18 +26,18 @@ from launcher.ssh.channel import (
     has_ended,
     pieces,
 )
-from launcher.ssh.log_writer import Followed
-from launcher.ssh.pool import DEAD, PoolContext
+from launcher.ssh.log_writer import FollowedCommand
+from launcher.ssh.pool import DEAD, ConnectionPool
 from launcher.ssh.transport import PIECE_BYTES, Result
 
-SESSION_TIMEOUT_S = 10.0  # for an open connection to give a command its channel
-START_TIMEOUT_S = 20.0  # for a login shell to come to the command
+SESSION_TIMEOUT_S = 10.0  # for an open connection to open a channel
+START_TIMEOUT_S = 20.0  # for a login shell to start the command
 KILL_TIMEOUT_S = 3.0
 GET_TIMEOUT_S = 600.0
 ERRORS_KEPT_BYTES = 1 << 16
 SIGNAL_SCRIPT = 'kill -s "$1" -- "-$2"'
-SLOWEST_BYTES_S = 1e6  # a file is given this much time, and a minute
-# Written aside and renamed, and only when all bytes came: a connection that breaks looks like the end of the input.
+SLOWEST_BYTES_S = 1e6  # the time limit of a file assumes this speed, plus a minute
+# Written to a temporary name and renamed when all bytes have arrived: a lost connection looks like the end of the input.
 PUT_SCRIPT = """set -e
 umask 022
 case "$1" in */*) mkdir -p -- "${1%/*}/" ;; esac
@@ -50,30 +50,30 @@ cat >"$part"
 chmod -- "$2" "$part"
 mv -f -- "$part" "$1"
 """
-GONE = (": No such file or directory", ": Not a directory")  # how cat ends its complaint with LC_ALL=C
+MISSING = (": No such file or directory", ": Not a directory")  # the end of cat's message with LC_ALL=C
 
 
 class Ssh:
-    """One node as a Transport. Connected by the first call and kept so; a connection found dead is made anew, once a call. Safe for
-    many threads. Raises NodeFailed, naming the node: unreachable, not let in, a missing program, a timeout, a lost connection."""
+    """One node as a Transport. The first call connects; a connection that was lost is opened again, once per call. Thread-safe. Raises
+    NodeFailed, which names the node: unreachable, login refused, missing program, timeout, connection lost."""
 
-    def __init__(self, node: Node, client: PoolContext) -> None:
-        self.host, self.client, self.link = node.host, client, client.link(node)
-        self.title = self.link.route.title
+    def __init__(self, node: Node, pool: ConnectionPool) -> None:
+        self.host, self.pool, self.connection = node.host, pool, pool.connection_to(node)
+        self.title = self.connection.target.title
 
     def connect(self) -> None:
-        self.link.open()
+        self.connection.open()
 
     def run(
         self, argv: tuple[str, ...], *, environment: Mapping[str, str] | None = None, timeout_s: float = 60, folder: Path | None = None
     ) -> Result:
-        """Wait for a command; any exit code is a Result (-1: ended by a signal). At a timeout its process group is killed."""
+        """Run a command and wait for it; any exit code is a Result (-1: ended by a signal). At a timeout its process group is killed."""
         return result_of(argv, self._exchange(argv, environment=environment, timeout_s=timeout_s, folder=folder))
 
     def start(
         self, argv: tuple[str, ...], *, log: Path, environment: Mapping[str, str] | None = None, folder: Path | None = None
     ) -> "SshProcess":
-        """Start a command whose stdout and stderr are appended to `log`, a file of this machine. Losing the connection does not end it."""
+        """Start a command and append its stdout and stderr to `log`, a file on this machine. A lost connection does not end it."""
         marker, first = Marker(), b""
         channel = self._execute(argv, environment=environment, folder=folder, one_output=True)
         with self._guard(argv, channel, marker, START_TIMEOUT_S):
@@ -82,30 +82,30 @@ class Ssh:
                 if marker.pid is not None:
                     break
             self._found(argv, ended(self.title, channel, marker, first, b""))
-            followed = Followed(channel, marker, log, first)
-        self.client.pump.follow(followed)
+            followed = FollowedCommand(channel, marker, log, first)
+        self.pool.log_writer.follow(followed)
         return SshProcess(self, argv, followed)
 
     def put(self, content: bytes, path: str, *, mode: int = 0o600) -> None:
-        """Write a file whole or not at all; missing folders are made with mode 0755."""
+        """Write the whole file or nothing; missing folders are created with mode 0755."""
         argv = ("sh", "-c", PUT_SCRIPT, "sh", path, f"{mode:04o}", str(len(content)))
         done = self.feed(argv, (content,), timeout_s=60 + len(content) / SLOWEST_BYTES_S)
         if done.code != 0:
-            why = done.errors.strip() or f"not all of its {len(content)} bytes arrived"
+            why = done.errors.strip() or f"not all of the {len(content)} bytes arrived"
             raise NodeFailed(f"{self.title}: {path} could not be written: {why}")
 
     def get(self, path: str) -> bytes | None:
-        """The content of a file; None when there is none."""
+        """The content of a file; None when it does not exist."""
         exchange = self._exchange(("env", "LC_ALL=C", "cat", "--", path), timeout_s=GET_TIMEOUT_S)
         if exchange.code == 0:
             return exchange.output
         errors = exchange.errors.decode(errors="replace").strip()
-        if errors.endswith(GONE):
+        if errors.endswith(MISSING):
             return None
         raise NodeFailed(f"{self.title}: {path} could not be read: {errors}")
 
     def feed(self, argv: tuple[str, ...], chunks: Iterable[bytes], *, timeout_s: float) -> Result:
-        """Give a command the chunks as its stdin. When `chunks` raises, the command is killed before it sees its stdin end."""
+        """Send the chunks to the stdin of a command. When `chunks` raises, the command is killed before its stdin ends."""
         marker = Marker()
         channel = self._execute(argv, closes_input=False)
         with self._guard(argv, channel, marker, timeout_s):
@@ -121,8 +121,8 @@ class Ssh:
 
     @contextlib.contextmanager
     def stream(self, argv: tuple[str, ...], *, silence_s: float = 1800) -> Iterator[Iterator[bytes]]:
-        """The stdout of a command piece by piece, at most two MiB ahead of the reader. In place of its end the iterator raises NodeFailed
-        when the command fails, and so it does after `silence_s` without output. Leaving early kills the command."""
+        """The stdout of a command in pieces, at most two MiB ahead of the reader. The iterator raises NodeFailed at the end when the command
+        failed, and after `silence_s` without output. Leaving early kills the command."""
         marker = Marker()
         channel = self._execute(argv)
         try:
@@ -133,16 +133,16 @@ class Ssh:
             channel.close()
 
     def close(self) -> None:
-        self.link.drop()
+        self.connection.drop()
 
     def signal_group(self, pid: int, number: signal.Signals, *, reopens: bool = True) -> None:
-        """To a command and all of its process group; one that is gone already is no error."""
+        """Signal a command and its whole process group. It is not an error when they have ended."""
         argv = ("sh", "-c", SIGNAL_SCRIPT, "sh", number.name.removeprefix("SIG"), str(pid))
         channel = self._execute(argv, timeout_s=KILL_TIMEOUT_S, reopens=reopens)
         try:
             collect(self.title, channel, timeout_s=KILL_TIMEOUT_S, marker=Marker())
         except (TimeoutError, ConnectionLost) as error:
-            raise NodeFailed(f"{self.title}: no answer to signal {number.name} for process {pid}") from error
+            raise NodeFailed(f"{self.title}: process {pid} could not be sent signal {number.name}: the node did not respond") from error
         finally:
             channel.close()
 
@@ -177,10 +177,10 @@ class Ssh:
         closes_input: bool = True,
         reopens: bool = True,
     ) -> Channel:
-        """A channel on which the command has been asked for."""
+        """A channel on which the command is started."""
         line = command_line(argv, folder=folder, reads_environment=bool(environment))
         variables = environment_lines(environment or {})
-        channel = self.link.session(timeout_s, reopens=reopens)
+        channel = self.connection.session(timeout_s, reopens=reopens)
         try:
             channel.set_combine_stderr(one_output)
             channel.exec_command(line)
@@ -189,17 +189,17 @@ class Ssh:
                 channel.sendall(variables)
                 channel.shutdown_write()
         except DEAD as error:
-            self.link.drop(channel.get_transport())
+            self.connection.drop(channel.get_transport())
             raise self._lost(argv) from error
         return channel
 
     @contextlib.contextmanager
     def _guard(self, argv: tuple[str, ...], channel: Channel, marker: Marker, timeout_s: float) -> Iterator[None]:
-        """Whatever goes wrong inside ends the command, as far as it can be reached, and its channel."""
+        """On any error inside, end the command, if the node can be reached, and close its channel."""
         try:
             yield
         except ConnectionLost as error:
-            self.link.drop(channel.get_transport())
+            self.connection.drop(channel.get_transport())
             raise self._lost(argv) from error
         except BaseException as error:
             if not has_ended(channel):
@@ -210,18 +210,18 @@ class Ssh:
             raise
 
     def _kill(self, marker: Marker, channel: Channel) -> None:
-        """A node that cannot even be asked to kill is one whose connection is of no use."""
+        """A connection over which the kill cannot be sent is dropped."""
         if not marker.pid:
             return
         try:
             self.signal_group(marker.pid, signal.SIGKILL, reopens=False)
         except NodeFailed:
-            self.link.drop(channel.get_transport())
+            self.connection.drop(channel.get_transport())
 
     def _lost(self, argv: tuple[str, ...]) -> NodeFailed:
         return NodeFailed(
-            f"{self.title}: lost the connection while this ran there, and it may still run: {' '.join(argv)}\n"
-            f"  Next: ssh {self.link.route.target} true"
+            f"{self.title}: lost the connection during this command, which may still be running there: {' '.join(argv)}\n"
+            f"  Next: ssh {self.connection.target.ssh_arguments} true"
         )
 
     def _found(self, argv: tuple[str, ...], exchange: Exchange) -> Exchange:
@@ -231,13 +231,13 @@ class Ssh:
 
 
 class SshProcess:
-    """A command that was started on a node, as a Running. `pid` is its id there, and its process group's."""
+    """A command that was started on a node, as a Running. `pid`: its id there, also of its process group."""
 
-    def __init__(self, ssh: Ssh, argv: tuple[str, ...], followed: Followed) -> None:
+    def __init__(self, ssh: Ssh, argv: tuple[str, ...], followed: FollowedCommand) -> None:
         self.ssh, self.argv, self.followed, self.pid = ssh, argv, followed, followed.marker.pid or 0
 
     def poll(self) -> int | None:
-        """NodeFailed when the connection was lost, or the log cannot be written."""
+        """Raises NodeFailed when the connection was lost, or the log cannot be written."""
         if not self.followed.done.is_set():
             return None
         if self.followed.lost:
@@ -267,7 +267,7 @@ def result_of(argv: tuple[str, ...], exchange: Exchange) -> Result:
 
 
 def send(channel: Channel, chunks: Iterable[bytes], timeout_s: float) -> None:
-    """All chunks, then the end. A command that stops reading is no error here: how it ended says more."""
+    """Send all chunks, then end the stdin. A command that stops reading is not an error here: its exit code decides."""
     channel.settimeout(timeout_s)
     for chunk in chunks:
         for start in range(0, len(chunk), PIECE_BYTES):

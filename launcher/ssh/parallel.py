@@ -1,4 +1,4 @@
-"""Many nodes side by side: no node waits for another, all that goes wrong is told together."""
+"""Many nodes in parallel: no node waits for another, and all failures are reported together."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from launcher.config.schema import Node
 from launcher.errors import NodeFailed
 from launcher.ssh.node import Ssh
-from launcher.ssh.pool import PoolContext
+from launcher.ssh.pool import ConnectionPool
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -17,10 +17,10 @@ UNANSWERED = "it has not answered yet, and was waited for no more"
 FAN_OUT = 140  # connections that are opened at once: enough for 128 nodes and some spares
 
 
-def connect_all(nodes: Sequence[Node], client: PoolContext, *, fan_out: int = FAN_OUT) -> tuple[Ssh, ...]:
+def connect_all(nodes: Sequence[Node], pool: ConnectionPool, *, fan_out: int = FAN_OUT) -> tuple[Ssh, ...]:
     """An open connection to every node, in their order. One NodeFailed names all nodes that cannot be reached; no connection of this
     call is then left open."""
-    reached = reach_all(nodes, client, fan_out=fan_out)
+    reached = reach_all(nodes, pool, fan_out=fan_out)
     failures = [answer for answer in reached if isinstance(answer, NodeFailed)]
     connected = tuple(answer for answer in reached if not isinstance(answer, NodeFailed))
     if failures:
@@ -30,11 +30,11 @@ def connect_all(nodes: Sequence[Node], client: PoolContext, *, fan_out: int = FA
     return connected
 
 
-def reach_all(nodes: Sequence[Node], client: PoolContext, *, fan_out: int = FAN_OUT) -> tuple[Ssh | NodeFailed, ...]:
+def reach_all(nodes: Sequence[Node], pool: ConnectionPool, *, fan_out: int = FAN_OUT) -> tuple[Ssh | NodeFailed, ...]:
     """The same, with the failure in the place of a node that cannot be reached."""
 
     def connect(node: Node) -> Ssh:
-        ssh = Ssh(node, client)
+        ssh = Ssh(node, pool)
         ssh.connect()
         return ssh
 
@@ -42,7 +42,7 @@ def reach_all(nodes: Sequence[Node], client: PoolContext, *, fan_out: int = FAN_
 
 
 def each(function: Callable[[Item], Answer], items: Sequence[Item], *, fan_out: int | None = None) -> tuple[Answer, ...]:
-    """`function` of every item side by side, answers in their order. One NodeFailed tells every failure."""
+    """`function` of every item in parallel, answers in their order. One NodeFailed reports every failure."""
     answers = attempt_each(function, items, fan_out=fan_out)
     failures = [answer for answer in answers if isinstance(answer, NodeFailed)]
     if failures:
@@ -67,16 +67,16 @@ def attempt_each(
     thread of its own, since calls may wait for each other (pipes that are filled together, nodes that connect to each other); with
     `fan_out` at most that many run at the same time, which is for independent calls only. When `until` becomes true, items without an
     answer are not waited for any longer; their calls continue in the background."""
-    crew = Workers(function, items)
+    workers = Workers(function, items)
     for _ in range(min(fan_out or len(items), len(items))):
-        # a daemon: what hangs must not hold up the end of a program that was told to stop
-        threading.Thread(target=crew.work, name="omnilaunch-crew", daemon=True).start()
-    with crew.changed:
-        while not crew.changed.wait_for(lambda: len(crew.outcomes) == len(items), None if until is None else LOOK_S):
+        # a daemon: a call that hangs must not keep the program from ending
+        threading.Thread(target=workers.work, name="omnilaunch-worker", daemon=True).start()
+    with workers.changed:
+        while not workers.changed.wait_for(lambda: len(workers.outcomes) == len(items), None if until is None else LOOK_S):
             if until is not None and until():
-                crew.places = iter(())
+                workers.places = iter(())
                 break
-        outcomes = dict(crew.outcomes)
+        outcomes = dict(workers.outcomes)
     answers: list[Answer | NodeFailed] = []
     for place in range(len(items)):
         outcome = outcomes.get(place, NodeFailed(UNANSWERED))

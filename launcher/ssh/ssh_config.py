@@ -1,4 +1,4 @@
-"""What this machine has to get into a node: ssh config, known hosts, keys and agent. Read once, shared by all connections."""
+"""What this machine uses to log in to a node: ssh config, known hosts, keys and agent. Read once, shared by all connections."""
 
 import functools
 import glob
@@ -28,8 +28,8 @@ INCLUDE_DEPTH = 16  # as OpenSSH
 
 
 @dataclass(frozen=True, kw_only=True)
-class Access:
-    """Where things are. `known_hosts`: the first is the one that advice writes to. `connect_timeout_s` and `silence_s`: of the cluster."""
+class SshSettings:
+    """Paths and limits. `known_hosts`: error messages advise to write to the first. `connect_timeout_s` and `silence_s`: of the cluster."""
 
     config: Path
     known_hosts: tuple[Path, ...]
@@ -40,10 +40,10 @@ class Access:
     agent: bool = True
 
 
-def access_of(home: Path, user: str, cluster: Cluster) -> Access:
-    """The usual places below a home folder; `user` logs in where neither the cluster nor the ssh config names one."""
+def default_settings(home: Path, user: str, cluster: Cluster) -> SshSettings:
+    """The default paths below a home folder; `user` logs in where neither the cluster file nor the ssh config names one."""
     folder = home / ".ssh"
-    return Access(
+    return SshSettings(
         config=folder / "config",
         known_hosts=(folder / "known_hosts", folder / "known_hosts2", Path("/etc/ssh/ssh_known_hosts")),
         keys=tuple(folder / name for name in KEY_NAMES),
@@ -53,12 +53,12 @@ def access_of(home: Path, user: str, cluster: Cluster) -> Access:
     )
 
 
-class Login:
-    """An Access with its files read. Safe for many threads: each file is read once, under one lock."""
+class SshFiles:
+    """The files of SshSettings. Thread-safe: each file is read once, under one lock."""
 
-    def __init__(self, access: Access) -> None:
-        self.access = access
-        text = "\n".join(config_lines(access.config, access.config.parent))
+    def __init__(self, settings: SshSettings) -> None:
+        self.settings = settings
+        text = "\n".join(config_lines(settings.config, settings.config.parent))
         self.config = SSHConfig.from_text(text)
         self._lock = threading.RLock()
         self._read_key = functools.cache(read_private_key)
@@ -75,7 +75,7 @@ class Login:
 
 
 def config_lines(path: Path, folder: Path, depth: int = 0) -> Iterator[str]:
-    """The lines of an ssh config with Include lines replaced by what they name (paramiko knows no Include)."""
+    """The lines of an ssh config, with Include lines replaced by the files they name (paramiko does not support Include)."""
     if not path.is_file() or depth > INCLUDE_DEPTH:
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -93,22 +93,22 @@ def read_private_key(path: Path) -> PKey | str:
         return PKey.from_path(path)
     except FileNotFoundError:
         return "no such file"
-    except (TypeError, SSHException) as error:  # cryptography says TypeError when a passphrase is missing
+    except (TypeError, SSHException) as error:  # cryptography raises TypeError when a passphrase is missing
         return f"needs its passphrase (ssh-add {path})" if isinstance(error, TypeError) else f"cannot be read: {error}"
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
         return f"cannot be read: {error}"
 
 
 class Authentication:
-    """Tries the key files, then the agent's keys, on one connection: what paramiko calls an AuthStrategy."""
+    """Tries the key files, then the agent's keys, on one connection: an AuthStrategy of paramiko."""
 
-    def __init__(self, login: Login, *, node: str, user: str, keys: tuple[Path, ...], next_command: str) -> None:
-        self.login, self.node, self.user, self.keys, self.next_command = login, node, user, keys, next_command
+    def __init__(self, files: SshFiles, *, node: str, user: str, keys: tuple[Path, ...], next_command: str) -> None:
+        self.files, self.node, self.user, self.keys, self.next_command = files, node, user, keys, next_command
 
     def authenticate(self, transport: Transport) -> list[str]:
-        """The server's remaining demands, always none. NodeFailed says what was tried."""
+        """The methods that the server still requires, always none. Raises NodeFailed with the keys that were tried."""
         tried: list[str] = []
-        agent = Agent() if self.login.access.agent else None
+        agent = Agent() if self.files.settings.agent else None
         try:
             for name, key in self.candidates(agent):
                 if isinstance(key, str):
@@ -122,7 +122,7 @@ class Authentication:
 
     def candidates(self, agent: Agent | None) -> Iterator[tuple[str, PKey | str]]:
         for path in self.keys:
-            yield str(path), self.login.key(path)
+            yield str(path), self.files.key(path)
         for key in agent.get_keys() if agent is not None else ():
             yield f"agent key {key.get_name()}", key
 
@@ -130,7 +130,7 @@ class Authentication:
         try:
             wanted = transport.auth_publickey(self.user, key)
         except BadAuthenticationType as error:
-            tried.append(f"{name}: the server takes only {', '.join(error.allowed_types)}, no keys")
+            tried.append(f"{name}: the server does not accept keys, only {', '.join(error.allowed_types)}")
             return False
         except AuthenticationException:
             tried.append(f"{name}: refused")
@@ -138,16 +138,16 @@ class Authentication:
         except (SSHException, EOFError) as error:
             if not tried:
                 raise
-            tried.append(f"{name}: then the server closed the connection (its MaxAuthTries); name the right key as IdentityFile")
+            tried.append(f"{name}: the server closed the connection here (its MaxAuthTries); name the right key as IdentityFile")
             raise self.refusal(tried) from error
         if wanted:
-            tried.append(f"{name}: accepted, but the server wants {', '.join(wanted)} as well")
+            tried.append(f"{name}: accepted, but the server also requires {', '.join(wanted)}")
         return not wanted
 
     def refusal(self, tried: list[str]) -> NodeFailed:
-        listed = "".join(f"\n  {line}" for line in tried) or "\n  no key file, and no key in an agent"
+        listed = "".join(f"\n  {line}" for line in tried) or "\n  nothing: there is no key file, and no key in an agent"
         return NodeFailed(
             f"{self.node}: the login of user {self.user!r} was refused. Tried:{listed}\n"
-            f"  is the user right (cluster file nodes[].user, or User in {self.login.access.config}) and the public key in its authorized_keys?\n"
-            f"  Next: ssh-copy-id {self.next_command}   or look closer: ssh -v {self.next_command} true"
+            f"  Check the user (cluster file nodes[].user, or User in {self.files.settings.config}), and that its authorized_keys has the public key.\n"
+            f"  Next: ssh-copy-id {self.next_command}   or, for details: ssh -v {self.next_command} true"
         )

@@ -1,4 +1,4 @@
-"""The way to a node: what the cluster file and the ssh config say together, and the socket at its end."""
+"""How a node is reached, by the cluster file and the ssh config together; and the socket to it."""
 
 import contextlib
 import queue
@@ -14,12 +14,12 @@ from typing import Any
 from launcher.config.schema import Node
 from launcher.errors import NodeFailed
 from launcher.ssh.hostkey import DEFAULT_PORT, KnownKey, keys_of, known_name
-from launcher.ssh.ssh_config import Login
+from launcher.ssh.ssh_config import SshFiles
 
 
 @dataclass(frozen=True, kw_only=True)
-class Route:
-    """`host` is what is dialled, `node` the name in the cluster file. `jumps`: user@host:port, the first is dialled first."""
+class SshTarget:
+    """`host`: the address to connect to; `node`: the name in the cluster file. `jumps`: user@host:port, in the order of connecting."""
 
     node: str
     host: str
@@ -29,12 +29,12 @@ class Route:
     proxy_command: str
     keys: tuple[Path, ...]
     known: tuple[KnownKey, ...]
-    known_hosts: Path  # where advice tells the user to write
+    known_hosts: Path  # the file that error messages advise to write to
     config: Path
 
     @property
     def is_tunnelled(self) -> bool:
-        """Whether this machine's kernel does not see the node's own connection."""
+        """Whether the TCP connection of this machine ends at another machine or program than the node."""
         return bool(self.jumps or self.proxy_command)
 
     @property
@@ -42,48 +42,49 @@ class Route:
         return f"{self.node} ({self.user}@{self.host}:{self.port})" if self.node != self.host else f"{self.user}@{self.host}:{self.port}"
 
     @property
-    def target(self) -> str:
-        """The words after `ssh` that reach the node by hand."""
+    def ssh_arguments(self) -> str:
+        """The arguments of `ssh` with which a person reaches the node."""
         jumps = ("-J", ",".join(self.jumps)) if self.jumps else ()
         return shlex.join((*jumps, "-p", str(self.port), f"{self.user}@{self.node}"))
 
     @property
     def scan_prefix(self) -> str:
-        """`ssh JUMP ` where only the last jump host can look at the node's key, '' otherwise."""
+        """`ssh JUMP ` where only the last jump host reaches the node, '' otherwise."""
         if not self.jumps:
             return ""
         before = ("-J", ",".join(self.jumps[:-1])) if self.jumps[1:] else ()
         return shlex.join(("ssh", *before, f"ssh://{self.jumps[-1].removeprefix('ssh://')}")) + " "
 
 
-def find_route(node: Node, login: Login) -> Route:
-    """What the cluster file says wins over the ssh config."""
-    access = login.access
-    config = login.config.lookup(node.host)
+def find_target(node: Node, files: SshFiles) -> SshTarget:
+    """The cluster file overrides the ssh config."""
+    settings = files.settings
+    config = files.config.lookup(node.host)
     host = config.get("hostname", node.host)
     port = node.port if node.port is not None else int(config.get("port", DEFAULT_PORT))
-    own_files = tuple(Path(word).expanduser() for word in shlex.split(config.get("userknownhostsfile", "")) if word != "none")
-    files = own_files + access.known_hosts[1:] if own_files else access.known_hosts
+    own_known = tuple(Path(word).expanduser() for word in shlex.split(config.get("userknownhostsfile", "")) if word != "none")
+    known_hosts = own_known + settings.known_hosts[1:] if own_known else settings.known_hosts
     name = config.get("hostkeyalias", known_name(host, port))
     identities = tuple(Path(path).expanduser() for path in config.get("identityfile", ()))
     configured = configured_jumps(config.get("proxyjump", ""), (node.host, node.port), (host, port))
-    jumps = split_jumps(node.jump) if node.jump else configured  # `none` in the cluster file: straight there
-    return Route(
+    jumps = split_jumps(node.jump) if node.jump else configured  # `none` in the cluster file: a direct connection
+    return SshTarget(
         node=node.host,
         host=host,
         port=port,
-        user=node.user or config.get("user", access.user),
+        user=node.user or config.get("user", settings.user),
         jumps=jumps,
         proxy_command="" if jumps or node.jump else config.get("proxycommand", ""),
-        keys=identities if config.get("identitiesonly") == "yes" and identities else (*identities, *access.keys),
-        known=keys_of(name, login.known(files)),
-        known_hosts=files[0],
-        config=access.config,
+        keys=identities if config.get("identitiesonly") == "yes" and identities else (*identities, *settings.keys),
+        known=keys_of(name, files.known(known_hosts)),
+        known_hosts=known_hosts[0],
+        config=settings.config,
     )
 
 
 def configured_jumps(text: str, *own: tuple[str, int | None]) -> tuple[str, ...]:
-    """None for the jump host itself, which `Host *` with a ProxyJump names as well. `own`: what the node is called, and what is dialled."""
+    """The ProxyJump of the ssh config; () for the jump host itself, which a ProxyJump under `Host *` applies to as well. `own`: name and
+    address of the node."""
     jumps = split_jumps(text)
     first = node_of(jumps[0]) if jumps else None
     return () if first is not None and {(first.host, first.port), (first.host, first.port or DEFAULT_PORT)} & {*own} else jumps
@@ -94,7 +95,7 @@ def split_jumps(text: str) -> tuple[str, ...]:
 
 
 def node_of(jump: str) -> Node:
-    """user@host:port, user@[v6]:port or a name of the ssh config, as a Node."""
+    """user@host:port, user@[v6]:port or a name in the ssh config, as a Node."""
     user, _, rest = jump.removeprefix("ssh://").rpartition("@")
     if rest.startswith("["):
         host, _, port = rest[1:].partition("]")
@@ -102,22 +103,22 @@ def node_of(jump: str) -> Node:
     else:
         host, _, port = rest.partition(":") if rest.count(":") == 1 else (rest, "", "")
     if not host or (port and not port.isdecimal()):
-        raise NodeFailed(f"{jump!r} is no jump host: write user@host:port (cluster file nodes[].jump, or ProxyJump in the ssh config)")
+        raise NodeFailed(f"{jump!r} is not a jump host: write user@host:port (cluster file nodes[].jump, or ProxyJump in the ssh config)")
     return Node(host=host, user=user, port=int(port) if port else None)
 
 
 def dial(host: str, port: int, *, timeout_s: float) -> socket.socket:
-    """A TCP connection to the first address that answers; OSError of the last one otherwise. The addresses share the time."""
+    """A TCP connection to the first address that answers; raises OSError of the last one. The addresses share the time limit."""
     deadline = time.monotonic() + timeout_s
     addresses = find_addresses(host, port, timeout_s=timeout_s)
-    for place, (family, kind, protocol, _, address) in enumerate(addresses):
+    for index, (family, kind, protocol, _, address) in enumerate(addresses):
         connection = socket.socket(family, kind, protocol)
         try:
-            connection.settimeout(max(0.1, (deadline - time.monotonic()) / (len(addresses) - place)))
+            connection.settimeout(max(0.1, (deadline - time.monotonic()) / (len(addresses) - index)))
             connection.connect(address)
         except OSError:
             connection.close()
-            if place == len(addresses) - 1:
+            if index == len(addresses) - 1:
                 raise
         else:
             return connection
@@ -125,7 +126,7 @@ def dial(host: str, port: int, *, timeout_s: float) -> socket.socket:
 
 
 def find_addresses(host: str, port: int, *, timeout_s: float) -> list[Any]:
-    """As socket.getaddrinfo, which has no timeout: name servers that do not answer cost it half a minute. socket.gaierror."""
+    """socket.getaddrinfo with a timeout: without one, name servers that do not answer take half a minute. Raises socket.gaierror."""
     with contextlib.suppress(socket.gaierror, UnicodeError):
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     found: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -142,14 +143,14 @@ def find_addresses(host: str, port: int, *, timeout_s: float) -> list[Any]:
     except queue.Empty:
         raise socket.gaierror(socket.EAI_AGAIN, f"no answer from the name servers within {timeout_s:g} s") from None
     if isinstance(answer, UnicodeError):
-        raise socket.gaierror(socket.EAI_NONAME, "no possible name of a host") from answer
+        raise socket.gaierror(socket.EAI_NONAME, "not a valid host name") from answer
     if isinstance(answer, OSError):
         raise answer
     return list(answer)
 
 
 def start_proxy(command: str) -> "tuple[socket.socket, subprocess.Popen[bytes]]":
-    """A ProxyCommand, and the socket whose other end is its stdin and stdout; OSError when it cannot be started. No shell reads it."""
+    """A ProxyCommand, and the socket to its stdin and stdout. It is started without a shell. Raises OSError."""
     near, far = socket.socketpair()
     with far:
         try:
@@ -160,8 +161,8 @@ def start_proxy(command: str) -> "tuple[socket.socket, subprocess.Popen[bytes]]"
 
 
 def watch_socket(connection: socket.socket, *, silence_s: float) -> None:
-    """Have the kernel notice a pulled cable within `silence_s`: it asks after a third of it and gives up after two thirds. An SSH
-    keep-alive would be of no use: paramiko sends one but never looks for the answer."""
+    """Let the kernel notice a lost node within `silence_s`: it asks after a third of it and gives up after two thirds. SSH keep-alive does not
+    help: paramiko sends it, but ignores a missing answer."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (

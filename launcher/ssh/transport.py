@@ -1,4 +1,4 @@
-"""The seam between the launcher and a machine: a command in, a Result out. Commands are argv tuples and never meet a shell here."""
+"""Runs commands on a machine: an argv tuple in, a Result out. No shell reads a command here."""
 
 import contextlib
 import os
@@ -15,15 +15,15 @@ from typing import IO, Any, Protocol
 
 from launcher.errors import NodeFailed
 
-# What a process on this machine keeps of the launcher's own environment. All else is set by the plan, so that a variable in
-# somebody's .bashrc cannot change a result.
+# Variables that a process on this machine inherits from the launcher. The plan sets all others, so that a variable in a .bashrc cannot change
+# a result.
 KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "USER", "LOGNAME", "HF_HOME", "HF_TOKEN", "XDG_CACHE_HOME")
 PIECE_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """How a command ended. `output` is stdout, `errors` stderr, both as text."""
+    """The end of a command. `output`: stdout, `errors`: stderr, as text."""
 
     argv: tuple[str, ...]
     code: int
@@ -31,7 +31,7 @@ class Result:
     errors: str
 
     def expect(self, what: str) -> "Result":
-        """Self when the code is 0; otherwise NodeFailed with the last ten lines."""
+        """Self when the exit code is 0; otherwise raises NodeFailed with the last ten lines of output."""
         if self.code == 0:
             return self
         tail = "\n".join((self.errors or self.output).strip().splitlines()[-10:])
@@ -39,7 +39,7 @@ class Result:
 
 
 class Running(Protocol):
-    """A command under way. `signal` reaches it and all that it started."""
+    """A running command. `signal` reaches it and its child processes."""
 
     pid: int
 
@@ -49,7 +49,7 @@ class Running(Protocol):
 
 
 class Transport(Protocol):
-    """One machine. Everything raises NodeFailed when the machine, not the command, is at fault."""
+    """One machine. All methods raise NodeFailed when the machine fails; an exit code of the command is a Result."""
 
     host: str
 
@@ -76,7 +76,7 @@ class Local:
     def run(
         self, argv: tuple[str, ...], *, environment: Mapping[str, str] | None = None, timeout_s: float = 60, folder: Path | None = None
     ) -> Result:
-        """Wait for a command. A missing program or a timeout is NodeFailed; any exit code is a Result."""
+        """Run a command and wait for it; any exit code is a Result. Raises NodeFailed for a missing program and a timeout."""
         try:
             done = subprocess.run(
                 argv,
@@ -89,7 +89,7 @@ class Local:
                 stdin=subprocess.DEVNULL,
             )
         except FileNotFoundError as error:
-            raise NodeFailed(f"{error.filename!r} was not found on this machine, needed for: {' '.join(argv)}") from error
+            raise missing_program(argv, error) from error
         except subprocess.TimeoutExpired as error:
             raise NodeFailed(f"no answer within {timeout_s:g} s: {' '.join(argv)}") from error
         return Result(argv=argv, code=done.returncode, output=done.stdout, errors=done.stderr)
@@ -97,24 +97,13 @@ class Local:
     def start(
         self, argv: tuple[str, ...], *, log: Path, environment: Mapping[str, str] | None = None, folder: Path | None = None
     ) -> "LocalProcess":
-        """Start a command in a session of its own, so that a terminal's Ctrl-C reaches the launcher alone; output goes to `log`."""
+        """Start a command in a session of its own, so that Ctrl-C on the terminal reaches only the launcher; output goes to `log`."""
         with log.open("ab") as file:
-            try:
-                process = subprocess.Popen(
-                    argv,
-                    env={**self.kept, **(environment or {})},
-                    cwd=folder,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
-            except FileNotFoundError as error:
-                raise NodeFailed(f"{error.filename!r} was not found on this machine, needed for: {' '.join(argv)}") from error
-        return LocalProcess(process)
+            streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+            return LocalProcess(self._open(argv, environment, cwd=folder, start_new_session=True, **streams))
 
     def put(self, content: bytes, path: str, *, mode: int = 0o600) -> None:
-        """Write a file whole or not at all; missing folders are made with mode 0755."""
+        """Write the whole file or nothing; missing folders are created with mode 0755."""
         target = Path(path)
         aside = target.with_name(f"{target.name}.part.{os.getpid()}.{threading.get_ident()}")
         try:
@@ -132,7 +121,7 @@ class Local:
             raise NodeFailed(f"{self.host}: {path} could not be written: {error.strerror}") from error
 
     def get(self, path: str) -> bytes | None:
-        """The content of a file; None when there is none."""
+        """The content of a file; None when it does not exist."""
         try:
             return Path(path).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
@@ -141,7 +130,7 @@ class Local:
             raise NodeFailed(f"{self.host}: {path} could not be read: {error.strerror}") from error
 
     def feed(self, argv: tuple[str, ...], chunks: Iterable[bytes], *, timeout_s: float) -> Result:
-        """Give a command the chunks as its stdin. When `chunks` raises, the command is killed before it sees its stdin end."""
+        """Send the chunks to the stdin of a command. When `chunks` raises, the command is killed before its stdin ends."""
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
             process = self._open(argv, stdin=subprocess.PIPE, stdout=output, stderr=errors)
             timer = threading.Timer(timeout_s, process.kill)
@@ -159,8 +148,8 @@ class Local:
 
     @contextlib.contextmanager
     def stream(self, argv: tuple[str, ...], *, silence_s: float = 1800) -> Iterator[Iterator[bytes]]:
-        """The stdout of a command piece by piece. In place of its end the iterator raises NodeFailed when the command fails, and so it
-        does after `silence_s` without output. Leaving early kills the command."""
+        """The stdout of a command in pieces. The iterator raises NodeFailed at the end when the command failed, and after `silence_s` without
+        output. Leaving early kills the command."""
         with tempfile.TemporaryFile() as errors:
             process = self._open(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
             try:
@@ -169,16 +158,16 @@ class Local:
                 end(process)
 
     def close(self) -> None:
-        """Nothing is kept open."""
+        """There is nothing to close."""
 
-    def _open(self, argv: tuple[str, ...], **streams: Any) -> "subprocess.Popen[bytes]":
+    def _open(self, argv: tuple[str, ...], environment: Mapping[str, str] | None = None, **options: Any) -> "subprocess.Popen[bytes]":
         try:
-            return subprocess.Popen(argv, env=self.kept, bufsize=0, **streams)
+            return subprocess.Popen(argv, env={**self.kept, **(environment or {})}, bufsize=0, **options)
         except FileNotFoundError as error:
-            raise NodeFailed(f"{error.filename!r} was not found on this machine, needed for: {' '.join(argv)}") from error
+            raise missing_program(argv, error) from error
 
     def _send(self, process: "subprocess.Popen[bytes]", chunks: Iterable[bytes]) -> None:
-        """All chunks, then the end. A command that stops reading is no error here: how it ended says more."""
+        """Send all chunks, then end the stdin. A command that stops reading is not an error here: its exit code decides."""
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             for chunk in chunks:
@@ -201,13 +190,17 @@ class Local:
         Result(argv=argv, code=code, output="", errors=text_of(errors)).expect(f"reading the output of {argv[0]}")
 
 
+def missing_program(argv: tuple[str, ...], error: FileNotFoundError) -> NodeFailed:
+    return NodeFailed(f"{error.filename!r} was not found on this machine, needed for: {' '.join(argv)}")
+
+
 def text_of(file: IO[bytes]) -> str:
     file.seek(0)
     return file.read().decode("utf-8", errors="replace")
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:
-    """Kill a command, if it still runs, before its pipes are closed: it must not take a broken input for a whole one."""
+    """Kill a command, if it still runs, before its pipes are closed, so that it does not accept a partial input as complete."""
     process.kill()
     process.wait()
     for pipe in (process.stdin, process.stdout):
@@ -224,7 +217,7 @@ class LocalProcess:
         return self.process.poll()
 
     def signal(self, number: signal.Signals) -> None:
-        """To the process group; one that is gone already is no error."""
+        """Signal the process group. It is not an error when it has ended."""
         try:
             os.killpg(self.pid, number)
         except ProcessLookupError:
@@ -238,24 +231,24 @@ class LocalProcess:
 
 
 def processes_with(variable: str, value: str, *, proc: Path = Path("/proc")) -> tuple[int, ...]:
-    """Ids of this machine's processes that were started with `variable=value`, this one excepted.
+    """Ids of the processes of this machine that were started with `variable=value`, except this one.
 
-    torchrun gives every rank a session of its own, so a process group does not hold them all; what they inherit does.
+    torchrun starts every rank in a session of its own, so the process group does not contain them; they do inherit the variable.
     """
     wanted = f"{variable}={value}".encode()
     return tuple(
         sorted(
             int(entry.name)
             for entry in proc.iterdir()
-            if entry.name.isdigit() and carries(entry, wanted) and int(entry.name) != os.getpid()
+            if entry.name.isdigit() and has_variable(entry, wanted) and int(entry.name) != os.getpid()
         )
     )
 
 
-def carries(entry: Path, wanted: bytes) -> bool:
+def has_variable(entry: Path, wanted: bytes) -> bool:
     try:
         return wanted in (entry / "environ").read_bytes().split(b"\0")
-    except OSError:  # ended meanwhile, or another user's
+    except OSError:  # it has ended, or belongs to another user
         return False
 
 

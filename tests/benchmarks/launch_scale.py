@@ -28,8 +28,8 @@ from launcher.config.schema import Node
 from launcher.errors import NodeFailed
 from launcher.ssh.node import Ssh
 from launcher.ssh.parallel import connect_all, each, reach_all
-from launcher.ssh.pool import PoolContext
-from launcher.ssh.ssh_config import Access
+from launcher.ssh.pool import ConnectionPool
+from launcher.ssh.ssh_config import SshSettings
 
 ATTACHED_S = 10
 X25519 = ("-o", "KexAlgorithms=curve25519-sha256")  # what paramiko takes; ssh's own first choice costs ten times as much
@@ -37,8 +37,8 @@ CHATTER = ("sh", "-c", "while sleep 1; do echo a line of a log; done")
 GOALS = {"cold": "3 s", "warm": "0.5 s", "attached": "10 % of a core", "threads": "300", "dead": "10 s"}  # at 128 nodes
 
 
-def access_to(hosts: Hosts) -> Access:
-    return Access(
+def access_to(hosts: Hosts) -> SshSettings:
+    return SshSettings(
         config=hosts.key.parent / "none",
         known_hosts=(hosts.known_hosts,),
         keys=(hosts.key,),
@@ -88,7 +88,7 @@ def run_true(ssh: Ssh) -> None:
 def ours(hosts: Hosts, times: dict[str, list[float]], *, attached: bool) -> None:
     nodes = [Node(host=host.address) for host in hosts.all]
     with Threads() as threads, clock(times, "ours cold"):
-        client = PoolContext(access_to(hosts))
+        client = ConnectionPool(access_to(hosts))
         with clock(times, "ours connect"):
             fleet = connect_all(nodes, client)
         each(run_true, fleet)
@@ -119,7 +119,7 @@ def stay_attached(hosts: Hosts, fleet: tuple[Ssh, ...], times: dict[str, list[fl
 
 def name_the_dead(hosts: Hosts, times: dict[str, list[float]]) -> None:
     nodes = [*(Node(host=host.address) for host in hosts.all), Node(host=DEAD_ADDRESS)]
-    client = PoolContext(access_to(hosts))
+    client = ConnectionPool(access_to(hosts))
     arrived: list[float] = []
     started = time.perf_counter()
     watcher = threading.Thread(target=lambda: arrived.append(wait_for(client, len(hosts.all)) - started))
@@ -134,14 +134,14 @@ def name_the_dead(hosts: Hosts, times: dict[str, list[float]]) -> None:
     time.sleep(0.5)
 
 
-def wait_for(client: PoolContext, count: int) -> float:
+def wait_for(client: ConnectionPool, count: int) -> float:
     while sum(link.is_open for link in client._links) < count:
         time.sleep(0.01)
     return time.perf_counter()
 
 
 def pull_cable(hosts: Hosts, times: dict[str, list[float]]) -> None:
-    client = PoolContext(access_to(hosts))
+    client = ConnectionPool(access_to(hosts))
     process = Ssh(Node(host=hosts.all[0].address), client).start(("sleep", "300"), log=hosts.key.parent / "cable.log")
     hosts.all[0].unplug()
     started = time.perf_counter()

@@ -18,8 +18,8 @@ from launcher.run.delivery.peer_transfer import Peer
 from launcher.run.delivery.sync import sync
 from launcher.run.run_folder import WorkingNode
 from launcher.ssh.parallel import connect_all
-from launcher.ssh.pool import PoolContext
-from launcher.ssh.ssh_config import access_of
+from launcher.ssh.pool import ConnectionPool
+from launcher.ssh.ssh_config import default_settings
 from launcher.ssh.transport import Local, Result
 from tests.cluster.conftest import SMALL, Lab
 from tests.cluster.host import USER, docker
@@ -57,7 +57,7 @@ def peers(lab: Lab) -> Iterator[list[Peer]]:
     """Logged in to all hosts, as a launch is. `fed` of each transport: bytes that went to it from here."""
     nodes = tuple(Node(host=host.address, user=USER) for host in lab.hosts)
     cluster = Cluster(name="lab", runtime="docker", nodes=nodes, root="/")
-    client = PoolContext(replace(access_of(lab.home, USER, cluster), agent=False))
+    client = ConnectionPool(replace(default_settings(lab.home, USER, cluster), agent=False))
     try:
         transports = connect_all(nodes, client)
         yield [

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from launcher.config.schema import Node
-from launcher.ssh.ssh_config import Access
+from launcher.ssh.ssh_config import SshSettings
 
 USER = "root"  # sshd lets in whom it runs as
 
@@ -82,7 +82,7 @@ class Sshd:
         self.process.wait()
 
 
-def access_in(folder: Path, client_key: Path, *known: str, **changes: object) -> Access:
+def access_in(folder: Path, client_key: Path, *known: str, **changes: object) -> SshSettings:
     """Paths below `folder` alone: the real ~/.ssh is neither read nor written."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "known_hosts").write_text("".join(known))
@@ -96,7 +96,7 @@ def access_in(folder: Path, client_key: Path, *known: str, **changes: object) ->
         "silence_s": 30,
         **changes,
     }
-    return Access(**values)  # type: ignore[arg-type]
+    return SshSettings(**values)  # type: ignore[arg-type]
 
 
 def node_at(sshd: Sshd, **changes: object) -> Node:

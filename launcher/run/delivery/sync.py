@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.doctor.node_facts import GIB
-from launcher.doctor.parse import read_room
+from launcher.doctor.parse import read_disk_space
 from launcher.errors import ConfigRefused, ImageFailed, NodeFailed
 from launcher.run.delivery.broadcast import last_lines, send
 from launcher.run.delivery.script import read_script
@@ -207,9 +207,9 @@ def open_folders(path: SyncPath, nodes: Sequence[WorkingNode], token: str, total
                 f"{node.command.host}: cluster.sync cannot write to {path.folder}: {last_lines(made)}\n"
                 f"  Next: create the folder there once for the user who logs in: sudo install -d -o USER {path.folder}"
             )
-        room = read_room(path.folder, made.output)
-        if room and room.free_gib * GIB < total_bytes:
-            raise NodeFailed(f"{node.command.host}: {path.path} takes {total_bytes / 1e9:.1f} GB, {room.free_gib:.1f} GiB are free there")
+        space = read_disk_space(path.folder, made.output)
+        if space and space.free_gib * GIB < total_bytes:
+            raise NodeFailed(f"{node.command.host}: {path.path} takes {total_bytes / 1e9:.1f} GB, {space.free_gib:.1f} GiB are free there")
 
     def look(node: WorkingNode) -> frozenset[str]:
         argv = ("find", path.folder, "-maxdepth", "1", "-name", f".omnilaunch-{token}-*", "-printf", r"%f\n")

@@ -1,4 +1,4 @@
-# What build.sh of `omnilaunch render` does. script.py writes the variables above it that are not assigned here.
+# The body of build.sh of `omnilaunch render`. node_script.py assigns the other variables above it.
 # shellcheck shell=bash disable=SC2154
 
 from=${1:+$(realpath -- "$1")}
@@ -28,22 +28,22 @@ take_wheels() {
   if [ -z "$from" ]; then return 0; fi
   if [ -f "$from/wheelhouse.json" ]; then
     sed -n 's|^  "\(.*\)": "\([0-9a-f]\{64\}\)",\{0,1\}$|\2  \1|p' "$from/wheelhouse.json" | (cd -- "$from" && sha256sum --check --quiet --strict -) ||
-      die "$from does not agree with its own wheelhouse.json: fill it again"
+      die "$from differs from its wheelhouse.json: fill it again with omnilaunch image fetch"
   elif [ "$wheels" = all ]; then
-    die "$from is no whole wheelhouse: it has no wheelhouse.json"
+    die "$from is not a complete wheelhouse: it has no wheelhouse.json"
   fi
   find "$from" -maxdepth 1 -type f '(' -name '*.whl' -o -name '*.tar.gz' -o -name '*.zip' ')' -exec cp -t image/wheelhouse -- '{}' +
   if [ -d "$from/system" ]; then cp -R -- "$from/system/." image/system/; fi
 }
 
-if [ "$wheels" = all ] && [ -z "$from" ]; then die "name the folder with the packages, which is built from without a network: ${0##*/} WHEELHOUSE"; fi
-if ! sha256sum --check --quiet --strict image.sha256; then die "the files of image/ are not those that belong to $tag: copy them again"; fi
-if grep -qF '://***@' pip.conf; then die "pip.conf: the credentials were left out: put them in the place of ***, and chmod 600 pip.conf"; fi
+if [ "$wheels" = all ] && [ -z "$from" ]; then die "name the folder with the packages, since the build has no network: ${0##*/} WHEELHOUSE"; fi
+if ! sha256sum --check --quiet --strict image.sha256; then die "the files of image/ are not those of $tag: copy them again"; fi
+if grep -qF '://***@' pip.conf; then die "pip.conf: the credentials were left out: write them in place of ***, and chmod 600 pip.conf"; fi
 client=$(find_client)
-if [ -z "$client" ]; then die "no docker client here can do BuildKit builds, or its engine does not answer: start it, or install docker-buildx"; fi
+if [ -z "$client" ]; then die "no docker client here has BuildKit, or its engine does not respond: start it, or install docker-buildx"; fi
 case $("$client" version --format '{{.Server.Arch}}') in
   "$architecture" | "$engine_architecture") ;;
-  *) die "the image is for $architecture: build it on a machine of that architecture, and carry it over" ;;
+  *) die "the image is for $architecture: build it on a machine of that architecture, and copy it here" ;;
 esac
 take_wheels
 if [[ $proxy == *'://***@'* ]]; then
@@ -51,7 +51,7 @@ if [[ $proxy == *'://***@'* ]]; then
 elif [ -n "$proxy" ]; then
   export http_proxy="$proxy" https_proxy="$proxy"
 fi
-DOCKER_BUILDKIT=1 "$client" "${build[@]:1}" 2>&1 | tee build.log || die "the image was not built; all that was said is in build.log"
+DOCKER_BUILDKIT=1 "$client" "${build[@]:1}" 2>&1 | tee build.log || die "the image was not built; build.log has the output"
 id=$("$client" image inspect --format '{{.Id}}' "$tag")
 if [ -n "$keep_id" ]; then printf '%s\n' "$id" >image.id; fi
 printf '%s\n%s\n' "$tag" "$id"

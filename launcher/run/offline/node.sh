@@ -1,4 +1,4 @@
-# What every node's script of `omnilaunch render` does. script.py writes the variables above it that are not assigned here.
+# The body of every node's script of `omnilaunch render`. node_script.py assigns the other variables above it.
 # shellcheck shell=bash disable=SC2154
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -8,15 +8,15 @@ umask 022
 usage() {
   cat <<'END'
 (nothing)      check, data, start
-check          look whether this node is ready; nothing is changed
+check          check whether this node is ready; nothing is changed
 data           check the data in a container
-start          start the ranks in a container that goes on by itself
-follow         show the log until the container ends; Ctrl-C only stops showing
-status         what the engine says of the container
+start          start the ranks in a container that continues in the background
+follow         show the log until the container ends; Ctrl-C only stops showing it
+status         the state of the container
 stop           let the ranks save and end
-save [FOLDER]  copy log and reports to FOLDER (left out: to saved/TIME beside this script)
+save [FOLDER]  copy log and reports to FOLDER (default: saved/TIME next to this script)
 remove         save, then end the container if it runs, and remove it
---anyway       with the first four: go on although something is not as it should be
+--anyway       with the first four: continue in spite of the problems that were found
 END
 }
 
@@ -30,15 +30,15 @@ die() {
 problems=()
 problem() { problems+=("$1"); }
 
-look() {
+check_node() {
   if [ "$(uname -m)" != "$architecture" ]; then problem "this machine is $(uname -m), the image is for $architecture"; fi
-  look_at_network
-  look_at_engine
-  look_at_files
-  look_at_folder
+  check_network
+  check_engine
+  check_files
+  check_folder
   local secret
   for secret in ${secrets[@]+"${secrets[@]}"}; do
-    if [ -z "${!secret+there}" ]; then problem "the secret $secret is not here: export $secret=..."; fi
+    if [ -z "${!secret+there}" ]; then problem "the secret $secret is not set: export $secret=..."; fi
   done
   if [ "${#problems[@]}" -eq 0 ]; then return 0; fi
   printf 'node %s (%s) is not ready:\n' "$node" "$host" >&2
@@ -46,8 +46,8 @@ look() {
   if [ -z "$anyway" ]; then exit 4; fi
 }
 
-look_at_network() {
-  if [ -n "$interface" ] && [ ! -e "/sys/class/net/$interface" ]; then problem "there is no network interface $interface"; fi
+check_network() {
+  if [ -n "$interface" ] && [ ! -e "/sys/class/net/$interface" ]; then problem "the network interface $interface does not exist"; fi
   if [[ $address =~ ^[0-9.]+$ && -r /proc/net/fib_trie ]]; then
     if [[ $(grep -A1 -e "|-- $address\$" /proc/net/fib_trie) != *"host LOCAL"* ]]; then
       problem "this machine does not have the address $address: is it the right one?"
@@ -57,73 +57,73 @@ look_at_network() {
   for range in ${ports[@]+"${ports[@]}"}; do
     for ((port = ${range%-*}; port <= ${range#*-}; port++)); do
       if grep -qsE "^ *[0-9]+: [0-9A-F]+:$(printf %04X "$port") [0-9A-F]+:[0-9A-F]{4} 0A " /proc/net/tcp /proc/net/tcp6; then
-        problem "port $port is in use (sudo ss -ltnp 'sport = :$port' says by whom)"
+        problem "port $port is in use (sudo ss -ltnp 'sport = :$port' shows the program)"
       fi
     done
   done
 }
 
-look_at_engine() {
+check_engine() {
   local said other
   if ! command -v docker >/dev/null; then
-    problem "there is no docker on PATH"
+    problem "there is no docker command on PATH"
     return
   fi
   if ! said=$(docker version --format '{{.Server.Version}}' 2>&1); then
-    problem "the Docker engine does not answer (start it, join the group docker, or use sudo): ${said##*$'\n'}"
+    problem "the Docker engine does not respond (start it, join the group docker, or use sudo): ${said##*$'\n'}"
     return
   fi
   if ! said=$(docker image inspect --format "{{.Id}} {{index .Config.Labels \"$label\"}}" "$image" 2>/dev/null); then
     problem "there is no image $image: README.txt says how to bring it"
   elif [ "${said#* }" != "$fingerprint" ]; then
-    problem "image $image is another one than that of this run: its fingerprint is ${said#* }"
+    problem "image $image is not the image of this run: its fingerprint is ${said#* }"
   elif [ -f "$here/image.id" ] && [ "${said%% *}" != "$(cat -- "$here/image.id")" ]; then
-    problem "image $image has id ${said%% *}, image.id names another: bring the one that was built, so that all nodes run the same"
+    problem "image $image has id ${said%% *}, image.id names another: bring the image that was built, so that all nodes run the same"
   fi
   for other in "$name" "$name-data"; do
-    if docker container inspect "$other" >/dev/null 2>&1; then problem "container $other is there already (${0##*/} status, ${0##*/} remove)"; fi
+    if docker container inspect "$other" >/dev/null 2>&1; then problem "container $other exists already (${0##*/} status, ${0##*/} remove)"; fi
   done
   if [ -n "$runtime" ] && [[ $(docker info --format '{{json .Runtimes}}' 2>&1) != *"\"$runtime\""* ]]; then
     problem "the Docker engine has no runtime $runtime"
   fi
 }
 
-look_at_files() {
+check_files() {
   local path number
   for path in ${sources[@]+"${sources[@]}"} ${devices[@]+"${devices[@]}"}; do
-    if [ ! -e "$path" ]; then problem "there is no $path, or you may not see it"; fi
+    if [ ! -e "$path" ]; then problem "$path does not exist, or you may not see it"; fi
   done
   for number in ${gpus[@]+"${gpus[@]}"}; do
     if ! nvidia-smi --id="$number" --list-gpus >/dev/null 2>&1; then problem "nvidia-smi does not show GPU $number"; fi
   done
 }
 
-look_at_folder() {
+check_folder() {
   if [ ! -e "$folder" ]; then return 0; fi
-  if ! is_ours; then problem "$folder is there, and not of this run, or you may not read it"; fi
+  if ! belongs_to_run; then problem "$folder exists and belongs to another run, or you may not read it"; fi
   if grep -qs '"status": "finished"' "$result"; then problem "this run is finished: $result"; fi
 }
 
-# Of this very run: made by `data`, by a node that shares the folder, or by an attempt that ended. It goes on from its newest checkpoint.
-is_ours() { cmp -s -- "$here/spec.json" "$spec" || { [ -d "$folder" ] && [ -z "$(ls -A -- "$folder")" ]; }; }
+# Whether the folder belongs to this run: made by `data`, by a node that shares it, or by an earlier attempt, which is continued.
+belongs_to_run() { cmp -s -- "$here/spec.json" "$spec" || { [ -d "$folder" ] && [ -z "$(ls -A -- "$folder")" ]; }; }
 
 # ---------------------------------------------------------------------------------------------------------------- start
 
-place() {
+make_folder() {
   mkdir -p -- "$parent" ${data_root:+"$data_root"}
-  if [ -e "$folder" ] && ! is_ours; then die "$folder is there, and not of this run; nothing was changed"; fi
+  if [ -e "$folder" ] && ! belongs_to_run; then die "$folder exists and belongs to another run; nothing was changed"; fi
   if ! cmp -s -- "$here/spec.json" "$spec"; then
     mkdir -p -- "$folder"
     cp -- "$here/spec.json" "$spec.$$"
     chmod 644 -- "$spec.$$"
     mv -f -- "$spec.$$" "$spec"
   fi
-  give "$folder"
-  if [ -n "$data_root" ]; then give "$data_root"; fi
+  change_owner "$folder"
+  if [ -n "$data_root" ]; then change_owner "$data_root"; fi
 }
 
-# To the container's user, by root of this node or, where the login is none, of a container.
-give() {
+# Change the owner to the container's user: as root, or in a container where the login is not root.
+change_owner() {
   if [ "$(stat -c %u:%g -- "$1")" = "$user" ]; then return 0; fi
   if [ "$login" = 0:0 ]; then
     chown -R -- "$user" "$1"
@@ -156,17 +156,17 @@ start_ranks() {
   if [ "${#secrets[@]}" -gt 0 ]; then printf '%s=%s\n' "$secrets_variable" "${secrets[*]}" >>"$env_path"; fi
   if ! "${start[@]}" >/dev/null; then die "the container did not start"; fi
   rm -f -- "$env_path"
-  if ! hand_secrets; then
+  if ! pass_secrets; then
     docker rm --force "$name" >/dev/null
-    die "the secrets could not be handed to the container; it was removed"
+    die "the secrets could not be passed to the container; it was removed"
   fi
   printf 'node %s is started, in container %s; %s follow shows its log\n' "$node" "$name" "${0##*/}"
 }
 
-# Through a pipe in the container's memory, where its entrypoint waits for them in this order: in no file, argv or `docker inspect`.
-hand_secrets() {
+# Through a pipe in the container's memory, where its entrypoint reads them in this order: never in a file, an argv or `docker inspect`.
+pass_secrets() {
   if [ "${#secrets[@]}" -eq 0 ]; then return 0; fi
-  docker exec --interactive "$name" mkfifo -m 600 "$secrets_pipe" </dev/null >/dev/null 2>&1 || true # where the container was faster
+  docker exec --interactive "$name" mkfifo -m 600 "$secrets_pipe" </dev/null >/dev/null 2>&1 || true # it exists where the container was faster
   local secret
   for secret in "${secrets[@]}"; do printf '%s\0' "${!secret}"; done |
     docker exec --interactive "$name" dd of="$secrets_pipe" conv=nocreat,notrunc status=none
@@ -179,7 +179,7 @@ state() {
   if said=$("${probe[@]}" 2>/dev/null); then printf '%s' "$said"; else printf 'gone 137'; fi
 }
 
-end_of() {
+print_end() {
   local said
   said=$(state)
   printf 'node %s: %s, exit code %s\n' "$node" "${said% *}" "${said##* }"
@@ -188,9 +188,9 @@ end_of() {
 
 stop_ranks() {
   "${stop[@]}" >/dev/null || true
-  printf 'asked to save and end; waiting for it (Ctrl-C only stops waiting, %s remove ends it at once)\n' "${0##*/}"
+  printf 'the ranks save and end; waiting for them (Ctrl-C only stops waiting; to end them now: %s remove)\n' "${0##*/}"
   docker wait "$name" >/dev/null || true
-  end_of || true
+  print_end || true
 }
 
 save() {
@@ -209,30 +209,30 @@ for word in "$@"; do
 done
 case ${words[0]:-all} in
   all)
-    look
-    place
+    check_node
+    make_folder
     check_data
     start_ranks
     ;;
   check)
-    look
+    check_node
     printf 'node %s (%s) is ready\n' "$node" "$host"
     ;;
   data)
-    look
-    place
+    check_node
+    make_folder
     check_data
     ;;
   start)
-    look
-    place
+    check_node
+    make_folder
     start_ranks
     ;;
   follow)
     "${logs[@]}"
-    end_of
+    print_end
     ;;
-  status) end_of || true ;;
+  status) print_end || true ;;
   stop) stop_ranks ;;
   save) save "${words[1]:-}" ;;
   remove)

@@ -21,7 +21,7 @@ from launcher.plan.plan import LocalContext, Plan, carry_over, encode_spec, move
 from launcher.record.recorded_run import RecordedRun, load_recorded_run
 from launcher.record.source import SourceState, SourceTree, read_source
 from launcher.run import launch
-from tests.launcher.hospital import CPU
+from tests.launcher.fake_nodes import CPU
 from trainer.contract import Expectation, Inputs, TrainSpec, decode, facts_of
 
 PROJECT = Path(__file__).resolve().parents[3]

@@ -11,7 +11,7 @@ import pytest
 from launcher.cli import main
 from launcher.plan.plan import Plan
 from tests.launcher.fake_docker import FakeDocker
-from tests.launcher.hospital import HOSTS, NPU, P4, Said, ascend, beds, examined, found, network, p4, tcp
+from tests.launcher.fake_nodes import HOSTS, NPU, P4, Said, ascend, examined, found, healthy_nodes, network, p4, tcp
 from tests.launcher.sshd import Sshd, free_port, make_key
 from trainer.contract import Exit
 
@@ -89,7 +89,7 @@ SEEN: dict[str, tuple[tuple[str, ...], Mapping[str, str | Said], str, str]] = {
     "mixed chips": (NPU, {"devices": ascend()["devices"].replace("910B3", "910B1")}, "same_chips", "it has 910B1, the others have 910B3"),
     "another chip": (P4, {"devices": p4()["devices"].replace("Tesla P4", "Tesla T4")}, "chip", "it has Tesla T4"),
     "fewer devices": (NPU, {"devices": FIVE}, "same_count", "it has 5 device(s), the others have 8"),
-    "too few devices": (NPU, {"devices": FIVE}, "device_count", "5 device(s), 8 wanted"),
+    "too few devices": (NPU, {"devices": FIVE}, "device_count", "5 device(s), the plan takes 8"),
     "HCCL's ports in use": (NPU, {"tcp": tcp(60003)}, "hccl_ports", "60003 are in use"),
     "interface lacking": (P4, network("198.51.100.7"), "network", "192.0.2.12 has no interface 'eth0' with address '192.0.2.12'"),
     "another architecture": (P4, {"machine": "aarch64\n"}, "architecture", "it is aarch64, the cluster file says x86_64"),
@@ -101,7 +101,7 @@ SEEN: dict[str, tuple[tuple[str, ...], Mapping[str, str | Said], str, str]] = {
 def test_what_only_the_nodes_show(plan_for: PlanFor, name: str, launching: bool) -> None:
     words, answers, check, says = SEEN[name]
     plan = plan_for(*words)
-    ways = beds(plan, second=answers)
+    ways = healthy_nodes(plan, second=answers)
     finding = found(examined(plan, ways, launching=launching), check, HOSTS[1])
     assert finding.level == "error" and says in finding.evidence and finding.fix
     if launching:
@@ -111,7 +111,7 @@ def test_what_only_the_nodes_show(plan_for: PlanFor, name: str, launching: bool)
 @pytest.mark.parametrize("launching", [False, True])
 def test_the_rendezvous_port_is_in_use_on_the_first_node(plan_for: PlanFor, launching: bool) -> None:
     plan = plan_for(*NPU)
-    finding = found(examined(plan, beds(plan, first={"tcp": tcp(29500)}), launching=launching), "rendezvous_port", HOSTS[0])
+    finding = found(examined(plan, healthy_nodes(plan, first={"tcp": tcp(29500)}), launching=launching), "rendezvous_port", HOSTS[0])
     assert finding.level == "error" and "29500 is in use" in finding.evidence and finding.fix == "cluster.rendezvous_port=29501"
 
 

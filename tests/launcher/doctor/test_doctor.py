@@ -1,4 +1,4 @@
-"""Every check of the doctor, once on nodes that are well and once on a node that has what it looks for: recorded texts in, findings out."""
+"""Every check of the doctor, on healthy nodes and on a node with the fault that it looks for: recorded texts in, findings out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -6,10 +6,10 @@ from functools import cache
 
 import pytest
 
-from launcher.doctor.doctor import COMPARISONS, EXPERIMENTS, NODE_CHECKS
+from launcher.doctor.doctor import CROSS_NODE_CHECKS, LIVE_CHECKS, NODE_CHECKS
 from launcher.doctor.findings import EVERY_NODE, has_errors
 from launcher.errors import NodeFailed
-from tests.launcher.hospital import (
+from tests.launcher.fake_nodes import (
     CPU,
     DATA,
     DENIED,
@@ -22,16 +22,16 @@ from tests.launcher.hospital import (
     P4,
     PULL,
     STOPPED,
-    Bed,
+    FakeNode,
     PlanFor,
     Said,
     ascend,
-    beds,
     df,
     docker_info,
     examined,
     found,
     healthy,
+    healthy_nodes,
     network,
     p4,
     room,
@@ -41,13 +41,13 @@ from tests.launcher.hospital import (
 
 @pytest.fixture(scope="module")
 def plan_for(plan_for: PlanFor) -> PlanFor:
-    """Composing one takes longer than examining it."""
+    """Composing a plan takes longer than examining it."""
     return cache(plan_for)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ill:
-    """What is wrong with the second node (the first where only that one is looked at), and what is to be said of it."""
+class Fault:
+    """A fault of one node of a plan, the second unless `place` is 0, and parts of the finding: evidence, fix, level."""
 
     words: tuple[str, ...] = CPU
     answers: Mapping[str, str | Said]
@@ -64,50 +64,54 @@ def npu_table(old: str, new: str) -> dict[str, str | Said]:
 FIVE = "\n".join(ascend()["devices"].splitlines()[: 6 + 5 * 3]) + "\n"
 BUSY = ascend()["devices"].replace("| No running processes found in NPU 2 |", "| 2       0  | 1333928  |  python3  | 37709  |")
 
-NODE_ILLS: dict[str, tuple[Ill, ...]] = {
-    "shell": (Ill(answers={"shell": "/usr/bin/fish\n"}, says="/usr/bin/fish does not read", fix="sudo chsh -s /bin/bash trainer"),),
-    "architecture": (
-        Ill(answers={"machine": "aarch64\n"}, says="it is aarch64, the cluster file says x86_64", fix="architecture: aarch64"),
+NODE_FAULTS: dict[str, tuple[Fault, ...]] = {
+    "shell": (
+        Fault(answers={"shell": "/usr/bin/fish\n"}, says="/usr/bin/fish is not a POSIX shell", fix="sudo chsh -s /bin/bash trainer"),
     ),
-    "kernel": (Ill(answers={"kernel": "4.18.0-553.el8\n"}, says="older than 5.5", level="warning"),),
+    "architecture": (
+        Fault(answers={"machine": "aarch64\n"}, says="it is aarch64, the cluster file says x86_64", fix="architecture: aarch64"),
+    ),
+    "kernel": (Fault(answers={"kernel": "4.18.0-553.el8\n"}, says="older than 5.5", level="warning"),),
     "memory": (
-        Ill(
+        Fault(
             words=OFFLOAD,
             answers={"memory": "MemTotal: 4000 kB\nMemAvailable: 2000 kB\n"},
             says="needed for offloading",
             fix="strategy.offload",
         ),
-        Ill(
+        Fault(
             words=OFFLOAD, answers={"memory": "MemTotal: 4000000 kB\nMemAvailable: 2000 kB\n"}, says="needed", fix="ps -eo", level="warning"
         ),
     ),
     "shm": (
-        Ill(
+        Fault(
             answers={"memory": "MemTotal: 8000000 kB\nMemAvailable: 8000000 kB\n"},
             says="cluster.shm_size=16g of 7.6 GiB",
             fix="cluster.shm_size=3g",
         ),
-        Ill(words=LOCAL, answers={"shm": df(64_000)}, says="0.1 GiB free", fix="mount -o remount", level="warning", place=0),
+        Fault(words=LOCAL, answers={"shm": df(64_000)}, says="0.1 GiB free", fix="mount -o remount", level="warning", place=0),
     ),
     "memlock": (
-        Ill(
+        Fault(
             words=(*NPU, "cluster.ulimits={memlock: '65536'}"),
             answers={},
             says="limited (65536)",
-            fix="ulimits.memlock='-1'",
+            fix="cluster.ulimits.memlock=-1",
             level="warning",
         ),
     ),
     "room": (
-        Ill(answers={"root": room(free_kib=4_000)}, says="0.0 GiB free at /srv/omnilaunch", fix="cluster.root=FOLDER"),
-        Ill(words=LOCAL, answers={"root": room(free_kib=5_000)}, says="free at /srv/omnilaunch", fix="cluster.root=FOLDER", place=0),
+        Fault(answers={"root": room(free_kib=4_000)}, says="0.0 GiB free at /srv/omnilaunch", fix="cluster.root=FOLDER"),
+        Fault(words=LOCAL, answers={"root": room(free_kib=5_000)}, says="free at /srv/omnilaunch", fix="cluster.root=FOLDER", place=0),
     ),
     "writable": (
-        Ill(answers={"root": room("/srv", "no")}, says="trainer may not write to /srv,", fix="sudo install -d -o trainer /srv/omnilaunch"),
+        Fault(
+            answers={"root": room("/srv", "no")}, says="trainer may not write to /srv,", fix="sudo install -d -o trainer /srv/omnilaunch"
+        ),
     ),
-    "inodes": (Ill(answers={"root": room(inodes="200")}, says="200 free inodes", fix="du --inodes", level="warning"),),
+    "inodes": (Fault(answers={"root": room(inodes="200")}, says="200 free inodes", fix="du --inodes", level="warning"),),
     "contents": (
-        Ill(
+        Fault(
             words=DATA,
             answers={"content1": (1, "file\n", "sh: cannot open /d/eval.json: No such file")},
             says="/d/eval.json: sh: cannot",
@@ -115,40 +119,45 @@ NODE_ILLS: dict[str, tuple[Ill, ...]] = {
         ),
     ),
     "leftovers": (
-        Ill(answers={"containers": "old-n0\texited\told\n"}, says="old-n0 (exited)", fix="docker rm old-n0", level="warning"),
-        Ill(answers={"containers": "sib-n0\trunning\tsib\n"}, says="sib-n0 (running)", fix="omnilaunch stop sib", level="warning"),
+        Fault(answers={"containers": "old-n0\texited\tother\n"}, says="old-n0 (exited)", fix="docker rm old-n0", level="warning"),
+        Fault(answers={"containers": "sib-n0\trunning\tsib\n"}, says="sib-n0 (running)", fix="omnilaunch stop sib", level="warning"),
     ),
-    "docker_client": (Ill(answers={"docker": NO_DOCKER, "docker_client": NO_DOCKER}, says="no docker command", fix="install it"),),
+    "docker_client": (Fault(answers={"docker": NO_DOCKER, "docker_client": NO_DOCKER}, says="no docker command", fix="install it"),),
     "docker_engine": (
-        Ill(answers={"docker": DENIED}, says="trainer may not use Docker", fix="sudo usermod -aG docker trainer"),
-        Ill(answers={"docker": STOPPED}, says="Cannot connect", fix="sudo systemctl enable --now docker"),
-        Ill(answers={"docker": (124, "", "")}, says="no answer in time", fix="systemctl"),
+        Fault(answers={"docker": DENIED}, says="trainer may not use Docker", fix="sudo usermod -aG docker trainer"),
+        Fault(answers={"docker": STOPPED}, says="Cannot connect", fix="sudo systemctl enable --now docker"),
+        Fault(answers={"docker": (124, "", "")}, says="no answer in time", fix="systemctl"),
     ),
-    "docker_version": (Ill(answers={"docker": docker_info("19.03.15")}, says="19.03.15 is older than 20.10"),),
-    "docker_storage": (Ill(answers={"docker": docker_info(storage="vfs")}, says="vfs", fix="overlay2", level="warning"),),
+    "docker_version": (Fault(answers={"docker": docker_info("19.03.15")}, says="19.03.15 is older than 20.10"),),
+    "docker_storage": (Fault(answers={"docker": docker_info(storage="vfs")}, says="vfs", fix="overlay2", level="warning"),),
     "docker_room": (
-        Ill(answers={"docker_room": df(1_000_000)}, says="1.0 GiB free", fix="docker system df"),
-        Ill(words=P4, answers={"docker_room": df(9_000_000), "image": (1, "", "No such image")}, says="about 25", level="warning"),
+        Fault(answers={"docker_room": df(1_000_000)}, says="1.0 GiB free", fix="docker system df"),
+        Fault(
+            words=P4,
+            answers={"docker_room": df(9_000_000), "image": (1, "", "No such image")},
+            says="the image takes about 25",
+            level="warning",
+        ),
     ),
     "toolkit": (
-        Ill(words=P4, answers={"toolkit": (127, "", ""), "docker": docker_info(runtimes='"runc":{}')}, says="--gpus", fix="nvidia-ctk"),
+        Fault(words=P4, answers={"toolkit": (127, "", ""), "docker": docker_info(runtimes='"runc":{}')}, says="--gpus", fix="nvidia-ctk"),
     ),
-    "image": (),  # never ill: what is not there is brought
+    "image": (),  # never a fault: launch brings a missing image
     "rendezvous_port": (
-        Ill(answers={"tcp": tcp(29500, 29501)}, says="port 29500 is in use", fix="cluster.rendezvous_port=29502", place=0),
+        Fault(answers={"tcp": tcp(29500, 29501)}, says="port 29500 is in use", fix="cluster.rendezvous_port=29502", place=0),
     ),
-    "hccl_ports": (Ill(words=NPU, answers={"tcp": tcp(60003, 60031)}, says="60003, 60031 are in use", fix="HCCL_IF_BASE_PORT"),),
+    "hccl_ports": (Fault(words=NPU, answers={"tcp": tcp(60003, 60031)}, says="60003, 60031 are in use", fix="HCCL_IF_BASE_PORT"),),
     "hccl_reserved": (
-        Ill(words=NPU, answers={"ephemeral": "32768\t60999\n\n"}, says="32768-60999", fix="sudo sysctl -w", level="warning"),
+        Fault(words=NPU, answers={"ephemeral": "32768\t60999\n\n"}, says="32768-60999", fix="sudo sysctl -w", level="warning"),
     ),
     "device_tool": (
-        Ill(
+        Fault(
             words=NPU,
             answers={"devices": (1, "", "dcmi model initialized failed, ret is -8005")},
             says="ret is -8005",
             fix="npu-smi info must work",
         ),
-        Ill(
+        Fault(
             words=P4,
             answers={"devices": (9, "NVIDIA-SMI has failed\n", "")},
             says="nvidia-smi: NVIDIA-SMI has failed",
@@ -156,24 +165,24 @@ NODE_ILLS: dict[str, tuple[Ill, ...]] = {
         ),
     ),
     "device_count": (
-        Ill(words=NPU, answers={"devices": FIVE}, says="5 device(s), 8 wanted", fix="cluster.devices_per_node=5"),
-        Ill(words=P4, answers={"devices": "No devices were found\n"}, says="0 device(s)", fix="dmesg"),
+        Fault(words=NPU, answers={"devices": FIVE}, says="5 device(s), the plan takes 8", fix="cluster.devices_per_node=4"),
+        Fault(words=P4, answers={"devices": "No devices were found\n"}, says="0 device(s)", fix="dmesg"),
     ),
     "chip": (
-        Ill(words=NPU, answers=npu_table("910B3", "910A "), says="it has 910A; hardware=ascend910b is 910B1", fix="options hardware"),
-        Ill(words=P4, answers={"devices": p4()["devices"].replace("Tesla P4", "Tesla T4")}, says="it has Tesla T4"),
+        Fault(words=NPU, answers=npu_table("910B3", "910A "), says="it has 910A; hardware=ascend910b is 910B1", fix="options hardware"),
+        Fault(words=P4, answers={"devices": p4()["devices"].replace("Tesla P4", "Tesla T4")}, says="it has Tesla T4"),
     ),
     "device_memory": (
-        Ill(
+        Fault(
             words=NPU,
             answers=npu_table("65536", "32768"),
-            says="32.0 GiB, the plan counts on 64",
+            says="32.0 GiB, the plan assumes 64",
             fix="hardware.memory_gib=32",
             level="warning",
         ),
     ),
     "fit": (
-        Ill(
+        Fault(
             words=(*NPU, "model=llava_1_5_7b", "tune=null", "strategy=zero2"),
             answers=npu_table("65536", "32768"),
             says="GiB, 28.7 of 32.0 are free",
@@ -181,13 +190,13 @@ NODE_ILLS: dict[str, tuple[Ill, ...]] = {
         ),
     ),
     "device_health": (
-        Ill(
+        Fault(
             words=NPU,
             answers=npu_table("| 3     910B3               | OK ", "| 3     910B3               | Alarm "),
             says="device 3: Alarm",
             fix="npu-smi",
         ),
-        Ill(
+        Fault(
             words=P4,
             answers={"devices": p4()["devices"].replace("7680, 0", "[Unknown Error], 0")},
             says="device 0: Unknown Error",
@@ -195,109 +204,113 @@ NODE_ILLS: dict[str, tuple[Ill, ...]] = {
         ),
     ),
     "device_idle": (
-        Ill(words=NPU, answers={"devices": BUSY}, says="device 2: process 1333928 python3", fix="kill 1333928"),
-        Ill(words=P4, answers={"apps": "GPU-7af15080-238c-fd1d-66da-4f8984053664, 77, python, 900\n"}, says="process 77", fix="kill 77"),
-        Ill(words=NPU, answers=npu_table("3400 / 65536", "41052/ 65536"), says="device 2: 40.1 GiB", fix="docker ps", level="warning"),
+        Fault(words=NPU, answers={"devices": BUSY}, says="device 2: process 1333928 python3", fix="kill 1333928"),
+        Fault(words=P4, answers={"apps": "GPU-7af15080-238c-fd1d-66da-4f8984053664, 77, python, 900\n"}, says="process 77", fix="kill 77"),
+        Fault(words=NPU, answers=npu_table("3400 / 65536", "41052/ 65536"), says="device 2: 40.1 GiB", fix="docker ps", level="warning"),
     ),
     "driver": (
-        Ill(
+        Fault(
             words=NPU,
             answers={"driver": "Version=25.0.rc1.1\n"},
             says="older than 25.2, the oldest for Huawei Ascend 910B",
             fix="docs/images.md",
         ),
-        Ill(
+        Fault(
             words=P4,
             answers={"devices": p4()["devices"].replace("580.173.02", "590.44.01")},
             says="newer than 580, the newest for NVIDIA Tesla P4",
         ),
-        Ill(words=P4, answers={"devices": p4()["devices"].replace("580.173.02", "470.256.02")}, says="older than 525"),
+        Fault(words=P4, answers={"devices": p4()["devices"].replace("580.173.02", "470.256.02")}, says="older than 525"),
     ),
     "device_files": (
-        Ill(words=NPU, answers={"files": ascend()["files"].replace("/dev/davinci6\n", "")}, says="missing: /dev/davinci6"),
-        Ill(words=P4, answers={"files": "/dev/nvidia0\n/dev/nvidiactl\n"}, says="/dev/nvidia-uvm", fix="nvidia-modprobe", level="warning"),
+        Fault(words=NPU, answers={"files": ascend()["files"].replace("/dev/davinci6\n", "")}, says="missing: /dev/davinci6"),
+        Fault(
+            words=P4, answers={"files": "/dev/nvidia0\n/dev/nvidiactl\n"}, says="/dev/nvidia-uvm", fix="nvidia-modprobe", level="warning"
+        ),
     ),
     "device_access": (
-        Ill(
+        Fault(
             words=NPU,
             answers={"modes": ascend()["modes"].replace("/dev/davinci6 666 0 1000", "/dev/davinci6 660 0 1900")},
             says="user 1000:1000 of the container may not use /dev/davinci6 (660, owner 0:1900)",
             fix="cluster.user=1000:1900",
         ),
-        Ill(words=NPU, answers={"modes": ascend()["modes"].replace("666 0 1000", "600 0 0")}, says="and 8 more", fix="--install-for-all"),
+        Fault(words=NPU, answers={"modes": ascend()["modes"].replace("666 0 1000", "600 0 0")}, says="and 8 more", fix="--install-for-all"),
     ),
     "driver_mounts": (
-        Ill(words=NPU, answers={"files": ascend()["files"].replace("/etc/hccn.conf\n", "")}, says="missing: /etc/hccn.conf"),
+        Fault(words=NPU, answers={"files": ascend()["files"].replace("/etc/hccn.conf\n", "")}, says="missing: /etc/hccn.conf"),
     ),
     "ascend_runtime": (
-        Ill(
+        Fault(
             words=NPU_RUNTIME,
             answers={"docker": docker_info(runtimes='"runc":{}')},
-            says="the engine knows no runtime 'ascend', only runc",
+            says="the engine has no runtime 'ascend', only runc",
             fix="cluster.ascend_runtime=false",
         ),
     ),
 }
-# A second node that is well by itself and does not fit the first. `says` is said of the host that is the odd one.
-COMPARED_ILLS: dict[str, tuple[Ill, ...]] = {
-    "distinct": (Ill(answers=healthy(HOSTS[0]), says="the same machine as 192.0.2.11", fix="name each machine once"),),
-    "same_architecture": (Ill(answers={"machine": "aarch64\n"}, says="it is aarch64, the others are x86_64"),),
-    "same_chips": (Ill(words=NPU, answers=npu_table("910B3", "910B1"), says="it has 910B1, the others have 910B3"),),
+# A second node that is healthy by itself and differs from the first.
+CROSS_NODE_FAULTS: dict[str, tuple[Fault, ...]] = {
+    "distinct": (Fault(answers=healthy(HOSTS[0]), says="the same machine as 192.0.2.11", fix="name each machine once"),),
+    "same_architecture": (Fault(answers={"machine": "aarch64\n"}, says="it is aarch64, the others are x86_64"),),
+    "same_chips": (Fault(words=NPU, answers=npu_table("910B3", "910B1"), says="it has 910B1, the others have 910B3"),),
     "same_count": (
-        Ill(words=NPU, answers={"devices": FIVE}, says="it has 5 device(s), the others have 8", fix="cluster.devices_per_node=5"),
-        Ill(words=(*NPU, "cluster.devices_per_node=4"), answers={"devices": FIVE}, says="4 are used on each", level="warning"),
+        Fault(words=NPU, answers={"devices": FIVE}, says="it has 5 device(s), the others have 8", fix="cluster.devices_per_node=4"),
+        Fault(words=(*NPU, "cluster.devices_per_node=4"), answers={"devices": FIVE}, says="the run takes 4 of each", level="warning"),
     ),
-    "same_driver": (Ill(words=NPU, answers={"driver": "Version=25.5.1\n"}, says="driver 25.5.1, the others have 25.2.0", level="warning"),),
+    "same_driver": (
+        Fault(words=NPU, answers={"driver": "Version=25.5.1\n"}, says="driver 25.5.1, the others have 25.2.0", level="warning"),
+    ),
     "network": (
-        Ill(answers=network("198.51.100.7"), says="192.0.2.12 has no interface 'eth0' with address '192.0.2.12'", fix="interface: eth0"),
+        Fault(answers=network("198.51.100.7"), says="192.0.2.12 has no interface 'eth0' with address '192.0.2.12'", fix="interface: eth0"),
     ),
     "same_mtu": (
-        Ill(answers={"links": "eth0 up 1500 100000\n"}, says="MTU 1500 on eth0, the others have 9000", fix="mtu 9000", level="warning"),
+        Fault(answers={"links": "eth0 up 1500 100000\n"}, says="MTU 1500 on eth0, the others have 9000", fix="mtu 9000", level="warning"),
     ),
-    "same_contents": (Ill(words=DATA, answers={"content2": "folder\ndd  -\n"}, says="/d/images is dd, on the others cc", fix="rsync"),),
+    "same_contents": (Fault(words=DATA, answers={"content2": "folder\ndd  -\n"}, says="/d/images is dd, on the others cc", fix="rsync"),),
     "same_image": (
-        Ill(answers={"image": '{"Id": "sha256:cdcd"}\n'}, says="has the id sha256:cdcd", fix="docker image rm", level="warning"),
-        Ill(words=PULL, answers={"image": '{"Id": "sha256:cdcd"}\n'}, says="has the id sha256:cdcd", fix="docker image rm"),
+        Fault(answers={"image": "sha256:cdcd\n"}, says="has the id sha256:cdcd", fix="docker image rm", level="warning"),
+        Fault(words=PULL, answers={"image": "sha256:cdcd\n"}, says="has the id sha256:cdcd", fix="docker image rm"),
     ),
 }
 
 
 def test_the_number_of_checks() -> None:
-    assert (len(NODE_CHECKS), len(COMPARISONS), len(EXPERIMENTS)) == (33, 10, 3)
-    assert set(NODE_ILLS) == set(NODE_CHECKS) and set(COMPARED_ILLS) | {"clocks"} == set(COMPARISONS)
-    assert sum(check.launch for check in (*NODE_CHECKS.values(), *COMPARISONS.values())) == 34
+    assert (len(NODE_CHECKS), len(CROSS_NODE_CHECKS), len(LIVE_CHECKS)) == (33, 10, 3)
+    assert set(NODE_FAULTS) == set(NODE_CHECKS) and set(CROSS_NODE_FAULTS) | {"clocks"} == set(CROSS_NODE_CHECKS)
+    assert sum(check.launch for check in (*NODE_CHECKS.values(), *CROSS_NODE_CHECKS.values())) == 34
 
 
 @pytest.mark.parametrize("words", [CPU, NPU, NPU_RUNTIME, P4, LOCAL, OFFLOAD, DATA, PULL], ids=lambda words: " ".join(words[:2]))
-def test_nodes_that_are_well(plan_for: PlanFor, words: tuple[str, ...]) -> None:
+def test_healthy_nodes(plan_for: PlanFor, words: tuple[str, ...]) -> None:
     plan = plan_for(*words)
-    findings = examined(plan, beds(plan)).findings
+    findings = examined(plan, healthy_nodes(plan)).findings
     assert [finding for finding in findings if finding.level != "ok"] == []
 
 
-def test_every_check_is_made_of_nodes_that_are_well(plan_for: PlanFor) -> None:
+def test_every_check_passes_on_healthy_nodes(plan_for: PlanFor) -> None:
     plans = [plan_for(*words) for words in (CPU, NPU_RUNTIME, P4, DATA)]
-    names = {finding.name for plan in plans for finding in examined(plan, beds(plan)).findings if finding.level == "ok"}
-    assert names == {*NODE_CHECKS, *COMPARISONS, *EXPERIMENTS, "reach"}
+    names = {finding.name for plan in plans for finding in examined(plan, healthy_nodes(plan)).findings if finding.level == "ok"}
+    assert names == {*NODE_CHECKS, *CROSS_NODE_CHECKS, *LIVE_CHECKS, "reach"}
 
 
-ILLS = [(name, ill) for table in (NODE_ILLS, COMPARED_ILLS) for name, ills in table.items() for ill in ills]
+FAULTS = [(name, fault) for table in (NODE_FAULTS, CROSS_NODE_FAULTS) for name, faults in table.items() for fault in faults]
 
 
-@pytest.mark.parametrize(("name", "ill"), ILLS, ids=[f"{name}-{ill.says[:30]}" for name, ill in ILLS])
-def test_what_each_check_looks_for(plan_for: PlanFor, name: str, ill: Ill) -> None:
-    plan = plan_for(*ill.words)
-    ways = beds(plan, **{("first", "second")[ill.place]: ill.answers})
-    host = plan.config.cluster.nodes[ill.place].host
+@pytest.mark.parametrize(("name", "fault"), FAULTS, ids=[f"{name}-{fault.says[:30]}" for name, fault in FAULTS])
+def test_each_check_finds_its_fault(plan_for: PlanFor, name: str, fault: Fault) -> None:
+    plan = plan_for(*fault.words)
+    ways = healthy_nodes(plan, **{("first", "second")[fault.place]: fault.answers})
+    host = plan.config.cluster.nodes[fault.place].host
     finding = found(examined(plan, ways), name, host)
-    assert finding.level == ill.level and ill.says in finding.evidence and ill.fix in finding.fix and finding.fix
+    assert finding.level == fault.level and fault.says in finding.evidence and fault.fix in finding.fix and finding.fix
     others = {each.level for each in examined(plan, ways).findings if each.name == name and each.host not in (host, EVERY_NODE)}
-    assert others <= {"ok"} or not ill.answers, "a plan that is ill is so on every node"
+    assert others <= {"ok"} or not fault.answers, "a fault of the plan itself is found on every node"
 
 
 def test_a_missing_image_is_brought_and_what_needs_it_is_not_checked(plan_for: PlanFor) -> None:
     plan = plan_for(*CPU)
-    examination = examined(plan, beds(plan, second={"image": (1, "", "Error: No such image")}))
+    examination = examined(plan, healthy_nodes(plan, second={"image": (1, "", "Error: No such image")}))
     assert "launch builds and sends it" in found(examination, "image", HOSTS[1]).evidence
     assert found(examination, "image", HOSTS[1]).level == "ok" and not has_errors(examination.findings)
     assert found(examination, "connections", EVERY_NODE).level == "unchecked"
@@ -307,7 +320,7 @@ def test_a_missing_image_is_brought_and_what_needs_it_is_not_checked(plan_for: P
 @pytest.mark.parametrize(("apart_s", "level"), [(0.5, ""), (5.0, "warning"), (3600.0, "error")])
 def test_clocks(plan_for: PlanFor, apart_s: float, level: str) -> None:
     plan = plan_for(*CPU)
-    ways = beds(plan)
+    ways = healthy_nodes(plan)
     ways[1].clock_s += apart_s
     levels = {finding.host: finding.level for finding in examined(plan, ways).findings if finding.name == "clocks"}
     assert levels == (dict.fromkeys(HOSTS, level) if level else {EVERY_NODE: "ok"})
@@ -317,9 +330,9 @@ def test_clocks(plan_for: PlanFor, apart_s: float, level: str) -> None:
 
 
 def test_a_node_that_cannot_be_reached(plan_for: PlanFor) -> None:
-    """One error; its own checks and those that need two nodes are not made, the other node's are."""
+    """One error; its own checks and those that need two nodes are unchecked, the other node is checked."""
     plan = plan_for(*CPU)
-    ways = [beds(plan)[0], NodeFailed("trainer@192.0.2.12:22: no answer within 10 s\n  Next: ssh trainer@192.0.2.12 true")]
+    ways = [healthy_nodes(plan)[0], NodeFailed("trainer@192.0.2.12:22: no answer within 10 s\n  Next: ssh trainer@192.0.2.12 true")]
     examination = examined(plan, ways)
     theirs = [finding for finding in examination.findings if finding.host == HOSTS[1]]
     assert [(finding.name, finding.fix) for finding in theirs if finding.level == "error"] == [
@@ -333,9 +346,9 @@ def test_a_node_that_cannot_be_reached(plan_for: PlanFor) -> None:
 
 def test_a_launch_waits_for_less_and_tries_nothing(plan_for: PlanFor) -> None:
     plan = plan_for(*DATA)
-    ways = beds(plan)
+    ways = healthy_nodes(plan)
     names = {finding.name for finding in examined(plan, ways, launching=True).findings}
-    assert not names & {*EXPERIMENTS, "contents", "same_contents", "kernel"} and {"room", "docker_engine", "clocks"} <= names
+    assert not names & {*LIVE_CHECKS, "contents", "same_contents", "kernel"} and {"room", "docker_engine", "clocks"} <= names
     assert all(argv[0] in ("sh", "date") for argv in ways[0].asked) and "/d/train.json" not in str(ways[0].asked)
 
 
@@ -344,6 +357,6 @@ def test_a_spare_is_examined_and_takes_no_part_in_the_network(plan_for: PlanFor)
     cluster = plan.config.cluster
     spare = replace(cluster.nodes[1], host="spare", address="", interface="", spare=True)
     plan = replace(plan, config=replace(plan.config, cluster=replace(cluster, nodes=(*cluster.nodes, spare))))
-    ways = [*beds(plan_for(*CPU)), Bed("spare", healthy("192.0.2.13"))]
+    ways = [*healthy_nodes(plan_for(*CPU)), FakeNode("spare", healthy("192.0.2.13"))]
     examination = examined(plan, ways)
     assert [choice.address for choice in examination.choices] == list(HOSTS) and found(examination, "room", "spare").level == "ok"

@@ -1,4 +1,4 @@
-"""A plan against what its nodes have free, with recorded tables of npu-smi: the same hardware file stands for cards of 32 and of 64 GB."""
+"""A plan and the memory that is free on its nodes, with recorded tables of npu-smi: one hardware file covers cards of 32 and of 64 GB."""
 
 from collections.abc import Callable
 from functools import cache
@@ -9,7 +9,7 @@ from launcher.doctor.free_memory import memory_within
 from launcher.errors import NodeFailed
 from launcher.plan.plan import Plan
 from launcher.run.session import require_health
-from tests.launcher.hospital import GOLDEN, HOSTS, NPU, beds, examined, found
+from tests.launcher.fake_nodes import GOLDEN, HOSTS, NPU, examined, found, healthy_nodes
 
 PlanFor = Callable[..., Plan]
 ONE_CARD = (*NPU, "cluster.devices_per_node=1", "cluster.nodes.0.devices=[0]", "cluster.nodes.1.devices=[0]")
@@ -27,40 +27,40 @@ def answers(name: str) -> dict[str, str]:
     return {"devices": (GOLDEN / name).read_text()}
 
 
-def test_a_card_of_32_gb_is_told_from_one_of_64_by_its_table(plan_for: PlanFor) -> None:
-    """910B4 and 910B4-1 answer to one hardware file, whose 64 GiB the plan goes by."""
+def test_a_card_of_32_gb_and_one_of_64_are_distinguished_by_their_tables(plan_for: PlanFor) -> None:
+    """910B4 and 910B4-1 share one hardware file, and the plan assumes its 64 GiB."""
     plan = plan_for(*LORA, *PLAIN)
     assert plan.memory is not None and 30 < plan.memory.total_bytes / 2**30 < 60
-    examination = examined(plan, beds(plan, first=answers(LARGE), second=answers(SMALL)), launching=True)
+    examination = examined(plan, healthy_nodes(plan, first=answers(LARGE), second=answers(SMALL)), launching=True)
     first, second = (found(examination, "fit", host) for host in HOSTS)
     assert first.level == "ok" and "60.6 of 64.0 are free" in first.evidence
     assert second.level == "error" and "29.2 of 32.0 are free" in second.evidence
-    assert "hardware.memory_gib=29.1" in second.fix
+    assert second.fix.startswith("take nodes with larger devices  or  strategy.gradient_checkpointing=true")
     with pytest.raises(NodeFailed, match=rf"(?s){HOSTS[1]}: fit.*29\.2 of 32\.0 are free") as refused:
         require_health(examination, print)
     assert f"{HOSTS[0]}: fit" not in str(refused.value)
 
 
-def test_the_tightest_node_is_what_the_plan_is_held_against(plan_for: PlanFor) -> None:
+def test_the_node_with_the_least_free_memory_decides(plan_for: PlanFor) -> None:
     plan = plan_for(*LORA, "strategy=zero2", "strategy.micro_batch=1", "strategy.gradient_checkpointing=true", "data.max_length=2048")
-    examination = examined(plan, beds(plan, first=answers(LARGE), second=answers(SMALL)), launching=True)
+    examination = examined(plan, healthy_nodes(plan, first=answers(LARGE), second=answers(SMALL)), launching=True)
     assert {found(examination, "fit", host).level for host in HOSTS} == {"ok"}
     assert found(examination, "device_memory", HOSTS[1]).level == "warning"
-    assert examination.headroom is not None and examination.headroom.total_gib == 32
-    memory = memory_within(plan.config, examination.headroom)
+    assert examination.free_memory is not None and examination.free_memory.total_gib == 32
+    memory = memory_within(plan.config, examination.free_memory)
     assert memory.limit_bytes == pytest.approx((32768 - 2871) * 2**20) and memory.fits
 
 
-def test_a_device_that_says_no_size_leaves_the_data_sheet(plan_for: PlanFor) -> None:
+def test_a_device_without_a_printed_size_leaves_the_data_sheet(plan_for: PlanFor) -> None:
     plan = plan_for(*LORA, *PLAIN)
     silent = {"devices": (GOLDEN / SMALL).read_text().replace("2871 / 32768", "0    / 0    ")}
-    examination = examined(plan, beds(plan, first=answers(LARGE), second=silent), launching=True)
+    examination = examined(plan, healthy_nodes(plan, first=answers(LARGE), second=silent), launching=True)
     finding = found(examination, "fit", HOSTS[1])
-    assert finding.level == "unchecked" and "taken for granted: hardware.memory_gib=64" in finding.evidence
-    assert examination.headroom is None
+    assert finding.level == "unchecked" and "the plan assumes hardware.memory_gib=64" in finding.evidence
+    assert examination.free_memory is None
 
 
 def test_a_forced_run_is_warned(plan_for: PlanFor) -> None:
     plan = plan_for(*LORA, *PLAIN, "run.force=measured")
-    examination = examined(plan, beds(plan, first=answers(LARGE), second=answers(SMALL)), launching=True)
+    examination = examined(plan, healthy_nodes(plan, first=answers(LARGE), second=answers(SMALL)), launching=True)
     assert found(examination, "fit", HOSTS[1]).level == "warning"

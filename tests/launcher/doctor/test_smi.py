@@ -57,18 +57,18 @@ def test_a_warning_before_the_table_is_no_harm() -> None:
 
 NO_NPU_TABLE = {
     "dcmi model initialized failed, because the device is used. ret is -8020\n": "ret is -8020",
-    "": "no table",
+    "": "unexpected output of npu-smi",
     recorded("npu-25.5.2-910b4.txt").replace("| 5     910B4", "| five  910B4"): "five  910B4",
-    "\n".join(recorded("npu-25.5.2-910b4.txt").splitlines()[:7]): "ends within a device: '5     910B4",
+    "\n".join(recorded("npu-25.5.2-910b4.txt").splitlines()[:7]): "is cut within a device: '5     910B4",
     recorded("npu-26.0.rc1-a3.txt").replace("1774110  ", "not a pid"): "not a pid",
 }
 
 
 @pytest.mark.parametrize("text", NO_NPU_TABLE)
-def test_what_is_no_npu_table_is_told_with_its_first_odd_line(text: str) -> None:
-    with pytest.raises(UnreadableTable) as told:
+def test_an_unreadable_npu_table_is_refused_with_the_line(text: str) -> None:
+    with pytest.raises(UnreadableTable) as caught:
         read_npu(text)
-    assert NO_NPU_TABLE[text] in str(told.value)
+    assert NO_NPU_TABLE[text] in str(caught.value)
 
 
 def test_npu_driver_from_the_banner() -> None:
@@ -112,7 +112,7 @@ NO_NVIDIA_LINE = (
 
 
 @pytest.mark.parametrize("text", NO_NVIDIA_LINE)
-def test_what_is_no_nvidia_line_is_told(text: str) -> None:
-    with pytest.raises(UnreadableTable) as told:
+def test_an_unreadable_nvidia_line_is_refused(text: str) -> None:
+    with pytest.raises(UnreadableTable) as caught:
         read_nvidia(text)
-    assert repr(text.strip().splitlines()[-1] if text else text) in str(told.value)
+    assert repr(text.strip().splitlines()[-1] if text else text) in str(caught.value)

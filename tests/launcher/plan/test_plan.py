@@ -14,7 +14,7 @@ from launcher.config.schema import Run
 from launcher.errors import ConfigRefused
 from launcher.image.lock import read_lock
 from launcher.image.stack import load_stacks
-from launcher.plan.plan import LocalContext, Plan, absolute, move_plan, to_plain
+from launcher.plan.plan import LocalContext, Plan, absolute, move_plan, to_plain, with_container_options
 from trainer.contract import TrainSpec, decode
 
 PROJECT = Path(__file__).resolve().parents[3]
@@ -164,3 +164,21 @@ def test_two_problems_are_reported_together(plan_for: Callable[..., Plan]) -> No
 )
 def test_absolute(path: str, wanted: str) -> None:
     assert absolute(path, Path("/home/ann")) == wanted
+
+
+def test_a_plan_of_an_earlier_version_gets_the_same_container_options(plan_for: Callable[..., Plan]) -> None:
+    """Its commands do not hold them. They are made again, never parsed out of the argv."""
+    plan = plan_for("hardware=ascend910b", "cluster=example", "cluster.user=1000:1000")
+    earlier = to_plain(plan)
+    for command in earlier["commands"]:
+        del command["container"]
+    read: Plan = decode(Plan, earlier)
+    assert [command.container for command in read.commands] == [None, None] and read.container_user == "1000:1000"
+    assert with_container_options(read, PLACE).commands == plan.commands
+
+
+def test_a_run_elsewhere_is_not_local_even_with_the_same_path(plan_for: Callable[..., Plan]) -> None:
+    """Where the nodes have the launcher's own folder under the same path, the two folders have equal names."""
+    plan = plan_for("hardware=cpu", "cluster=example", "cluster.root=/home/ann/work")
+    assert plan.folder == plan.spec.output and not plan.is_local
+    assert plan_for().is_local and plan_for("cluster.runtime=docker").is_local

@@ -20,7 +20,7 @@ from launcher.run.prepare import (
 from launcher.run.session import Session
 from launcher.run.signals import StopRequest
 from launcher.ssh.transport import Local
-from tests.launcher.hospital import CPU, LOCAL, PlanFor
+from tests.launcher.fake_nodes import CPU, LOCAL, PlanFor
 
 WAYS = ("pull", "ship", "build", "find", "build_on", "sync")
 

@@ -17,7 +17,7 @@ from launcher.plan.plan import LocalContext, Plan
 from launcher.run import session
 from launcher.run.session import FILES_PER_NODE, open_session
 from launcher.ssh.node import Ssh
-from launcher.ssh.pool import PoolContext
+from launcher.ssh.pool import ConnectionPool
 from launcher.ssh.transport import Local
 from tests.launcher.hostile import running
 from tests.launcher.sshd import Sshd, access_in, make_key, node_at
@@ -98,7 +98,7 @@ def test_how_many_files_a_node_takes(tmp_path: Path) -> None:
     """Its connection, and the logs of its ranks and of its data check, with a command under way."""
     key = make_key(tmp_path / "key")
     sshd = Sshd(tmp_path / "sshd", key)
-    client = PoolContext(access_in(tmp_path / "home", key, sshd.known_line()))
+    client = ConnectionPool(access_in(tmp_path / "home", key, sshd.known_line()))
     try:
         before = len(list(Path("/proc/self/fd").iterdir()))
         ssh = Ssh(node_at(sshd), client)
@@ -118,7 +118,7 @@ def test_followed_logs_are_closed_with_the_pool(tmp_path: Path) -> None:
     """Such as the logs of containers that outlive the launcher, or of an earlier attempt."""
     key = make_key(tmp_path / "key")
     sshd = Sshd(tmp_path / "sshd", key)
-    client = PoolContext(access_in(tmp_path / "home", key, sshd.known_line()))
+    client = ConnectionPool(access_in(tmp_path / "home", key, sshd.known_line()))
     followed = Ssh(node_at(sshd), client).start(("sleep", "4812"), log=tmp_path / "log")
     client.close()
     sshd.end()

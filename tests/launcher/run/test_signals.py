@@ -16,7 +16,7 @@ from launcher.run.session import Session
 from launcher.run.signals import Stopped, StopRequest, catch_stops, handler_for
 from launcher.ssh.parallel import UNANSWERED, after, attempt_each
 from launcher.ssh.transport import Local
-from tests.launcher.hospital import CPU, HOSTS, PlanFor
+from tests.launcher.fake_nodes import CPU, HOSTS, PlanFor
 
 # An engine that takes its time where there is a file `slow`: a start, and then a removal too where there is `stuck`.
 DOCKER = """#!/bin/sh

@@ -27,7 +27,7 @@ from launcher.plan.plan import Plan, absolute, make_plan, train_spec
 from launcher.record.record import valid_run_id
 from launcher.run.container import write_env_file
 from launcher.ssh.node import Ssh
-from launcher.ssh.pool import PoolContext
+from launcher.ssh.pool import ConnectionPool
 from tests.launcher.conftest import PLACE, PROJECT
 from tests.launcher.fake_docker import FakeDocker
 from tests.launcher.hostile import hostile
@@ -171,7 +171,7 @@ def test_run_ids_and_names_of_variables(words: list[str], config: Config) -> Non
         assert "cluster.environment" in refusals(named) or word.isidentifier()
 
 
-def test_several_problems_are_told_together(plan_for: Callable[..., Plan]) -> None:
+def test_several_problems_are_reported_together(plan_for: Callable[..., Plan]) -> None:
     with pytest.raises(ConfigRefused) as caught:
         plan_for(
             *DOCKER[:3], "data.train=/a,b", "data.images=/c", "data.evaluation=/d", "cluster.mounts=['/e,f']", "cluster.delivery.base='a b'"
@@ -185,10 +185,10 @@ def test_several_problems_are_told_together(plan_for: Callable[..., Plan]) -> No
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[tuple[Ssh, FakeDocker]]:
-    """A real sshd, and on its PATH a docker that keeps what it is told."""
+    """A real sshd, and on its PATH a docker that records its arguments."""
     key, docker = make_key(tmp_path / "id_ed25519"), FakeDocker(tmp_path / "bin")
     server = Sshd(tmp_path / "node", key, f"SetEnv PATH={docker.folder}:/usr/bin:/bin")
-    client = PoolContext(access_in(tmp_path / "access", key, server.known_line()))
+    client = ConnectionPool(access_in(tmp_path / "access", key, server.known_line()))
     yield Ssh(node_at(server), client), docker
     client.close()
     server.end()
@@ -274,7 +274,9 @@ def test_the_trainer_reads_hostile_rows_below_a_hostile_folder(
         for word in spoken
     ]
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    data = replace(plan.spec.data, builtin="", train=f"{folder}/rows.json", evaluation=f"{folder}/rows.json", images=str(folder), max_length=1000)
+    data = replace(
+        plan.spec.data, builtin="", train=f"{folder}/rows.json", evaluation=f"{folder}/rows.json", images=str(folder), max_length=1000
+    )
     spec = replace(plan.spec, data=data, output=str(folder / "runs"))
     ssh.put(contract.encode(spec).encode(), f"{folder}/runs/spec.json")
     done = ssh.run((sys.executable, "-m", "trainer", "data", f"{folder}/runs/spec.json"), folder=PROJECT, timeout_s=120)
@@ -321,9 +323,9 @@ def created(command: NodeCommand, image: str, folders: tuple[str, ...], tmp_path
     assert made.returncode == 0, made.stderr
     container = made.stdout.strip()
     try:
-        told = json.loads(subprocess.run(("docker", "inspect", container), check=True, capture_output=True).stdout)[0]
+        found = json.loads(subprocess.run(("docker", "inspect", container), check=True, capture_output=True).stdout)[0]
     finally:
         subprocess.run(("docker", "rm", container), check=True, capture_output=True)
-    variables = dict(line.split("=", 1) for line in told["Config"]["Env"])
+    variables = dict(line.split("=", 1) for line in found["Config"]["Env"])
     variables.pop("PATH", None)  # docker's own
-    return variables, {(mount["Source"], mount["Target"]) for mount in told["HostConfig"]["Mounts"]}
+    return variables, {(mount["Source"], mount["Target"]) for mount in found["HostConfig"]["Mounts"]}

@@ -14,7 +14,7 @@ import pytest
 from launcher.errors import NodeFailed
 from launcher.ssh.channel import command_line
 from launcher.ssh.node import Ssh
-from launcher.ssh.pool import PoolContext
+from launcher.ssh.pool import ConnectionPool
 from tests.launcher.hostile import every_argv, hostile, running
 from tests.launcher.sshd import Sshd, access_in, make_key, node_at
 
@@ -33,7 +33,7 @@ def sshd(tmp_path_factory: pytest.TempPathFactory, key: Path) -> Iterator[Sshd]:
 
 @pytest.fixture(scope="module")
 def ssh(tmp_path_factory: pytest.TempPathFactory, sshd: Sshd, key: Path) -> Iterator[Ssh]:
-    client = PoolContext(access_in(tmp_path_factory.mktemp("access"), key, sshd.known_line()))
+    client = ConnectionPool(access_in(tmp_path_factory.mktemp("access"), key, sshd.known_line()))
     yield Ssh(node_at(sshd), client)
     client.close()
 
@@ -64,7 +64,7 @@ def test_hostile_environment_values_arrive_and_are_in_no_argv(ssh: Ssh, tmp_path
     assert {name: received[name] for name in values} == values
     assert list(tmp_path.iterdir()) == []
     process = ssh.start(("sleep", "30"), log=tmp_path / "log", environment={"HF_TOKEN": "canary-4711"})
-    deadline = time.monotonic() + 5  # its id is told just before the shell becomes the program
+    deadline = time.monotonic() + 5  # its id is printed just before the shell becomes the program
     while not running("sleep", "30") and time.monotonic() < deadline:
         pass
     argvs = every_argv()
@@ -75,13 +75,13 @@ def test_hostile_environment_values_arrive_and_are_in_no_argv(ssh: Ssh, tmp_path
 
 def test_what_no_command_line_carries_is_refused_by_name(ssh: Ssh) -> None:
     for argv, words in (
-        (("echo", "a\0b"), r"an argument holds a NUL character.*'a\\x00b'"),
+        (("echo", "a\0b"), r"an argument contains a NUL character.*'a\\x00b'"),
         (("echo", "\ud800"), "half a character"),
-        (("echo", "x" * 200_000), r"200\d\d\d bytes is longer than SSH can start"),
+        (("echo", "x" * 200_000), r"200\d\d\d bytes is too long for SSH"),
     ):
         with pytest.raises(NodeFailed, match=words):
             ssh.run(argv)
-    with pytest.raises(NodeFailed, match="the value of TOKEN holds a NUL"):
+    with pytest.raises(NodeFailed, match="the value of TOKEN contains a NUL"):
         ssh.run(("true",), environment={"TOKEN": "\0"})
     with pytest.raises(NodeFailed, match="'A B' cannot be the name"):
         ssh.run(("true",), environment={"A B": "1"})
@@ -95,11 +95,13 @@ def test_a_timeout_ends_the_command_there(ssh: Ssh) -> None:
     assert not running("sleep", "4801")
 
 
-def test_a_lost_connection_is_said_at_once_and_made_anew_by_the_next_call(ssh: Ssh, sshd: Sshd, tmp_path: Path) -> None:
+def test_a_lost_connection_is_reported_at_once_and_opened_again_by_the_next_call(ssh: Ssh, sshd: Sshd, tmp_path: Path) -> None:
     followed = ssh.start(("sleep", "4804"), log=tmp_path / "log")
     threading.Timer(0.5, lambda: [os.kill(pid, signal.SIGKILL) for pid in sshd.children()]).start()
     started = time.monotonic()
-    with pytest.raises(NodeFailed, match=r"lost the connection while this ran there, and it may still run: sleep 4805(.|\n)*Next: ssh -p"):
+    with pytest.raises(
+        NodeFailed, match=r"lost the connection during this command, which may still be running there: sleep 4805(.|\n)*Next: ssh -p"
+    ):
         ssh.run(("sleep", "4805"), timeout_s=30)
     with pytest.raises(NodeFailed, match="lost the connection"):
         followed.wait(5)

@@ -1,4 +1,4 @@
-"""Many nodes side by side: order, failures told together, no node delayed by another."""
+"""Many nodes in parallel: order, failures reported together, no node delayed by another."""
 
 import threading
 import time
@@ -10,7 +10,7 @@ import pytest
 from launcher.config.schema import Node
 from launcher.errors import NodeFailed
 from launcher.ssh.parallel import connect_all, each, reach_all
-from launcher.ssh.pool import PoolContext
+from launcher.ssh.pool import ConnectionPool
 from tests.launcher.sshd import Sshd, access_in, free_port, make_key, node_at
 
 COUNT = 12
@@ -29,13 +29,15 @@ def sshd(tmp_path_factory: pytest.TempPathFactory, key: Path) -> Iterator[Sshd]:
 
 
 @pytest.fixture
-def client(tmp_path: Path, sshd: Sshd, key: Path) -> Iterator[PoolContext]:
-    client = PoolContext(access_in(tmp_path / "a", key, sshd.known_line(), sshd.known_line(f"[127.0.0.2]:{sshd.port}"), connect_timeout_s=3))
+def client(tmp_path: Path, sshd: Sshd, key: Path) -> Iterator[ConnectionPool]:
+    client = ConnectionPool(
+        access_in(tmp_path / "a", key, sshd.known_line(), sshd.known_line(f"[127.0.0.2]:{sshd.port}"), connect_timeout_s=3)
+    )
     yield client
     client.close()
 
 
-def test_connect_all_in_node_order_and_warm_calls_reuse(client: PoolContext, sshd: Sshd) -> None:
+def test_connect_all_in_node_order_and_warm_calls_reuse(client: ConnectionPool, sshd: Sshd) -> None:
     nodes = [node_at(sshd, host=f"127.0.0.{1 + number % 2}") for number in range(COUNT)]
     fleet = connect_all(nodes, client)
     assert [ssh.host for ssh in fleet] == [node.host for node in nodes]
@@ -46,19 +48,19 @@ def test_connect_all_in_node_order_and_warm_calls_reuse(client: PoolContext, ssh
     assert threading.active_count() < COUNT + 8  # one for each connection, none for each command
 
 
-def test_all_bad_nodes_are_named_together_and_nothing_stays_open(client: PoolContext, sshd: Sshd) -> None:
+def test_all_bad_nodes_are_named_together_and_nothing_stays_open(client: ConnectionPool, sshd: Sshd) -> None:
     ports = (free_port(), free_port())
-    nodes = [node_at(sshd), Node(host="127.0.0.1", port=ports[0]), node_at(sshd, user="nobody"), Node(host="127.0.0.1", port=ports[1])]
+    nodes = [node_at(sshd), Node(host="127.0.0.1", port=ports[0]), node_at(sshd, user="games"), Node(host="127.0.0.1", port=ports[1])]
     with pytest.raises(NodeFailed, match="3 of 4 nodes failed:") as caught:
         connect_all(nodes, client)
-    for words in (f"port {ports[0]}", f"port {ports[1]}", "user 'nobody' was refused"):
+    for words in (f"port {ports[0]}", f"port {ports[1]}", "user 'games' was refused"):
         assert words in str(caught.value)
     assert sshd.has_children(0)
     reached = reach_all(nodes, client)
     assert [isinstance(answer, NodeFailed) for answer in reached] == [False, True, True, True]
 
 
-def test_nodes_behind_one_jump_host_share_its_connection(client: PoolContext, sshd: Sshd) -> None:
+def test_nodes_behind_one_jump_host_share_its_connection(client: ConnectionPool, sshd: Sshd) -> None:
     nodes = [node_at(sshd, jump=f"127.0.0.2:{sshd.port}") for _ in range(COUNT)]
     fleet = connect_all(nodes, client)
     assert sshd.has_children(COUNT + 1)

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from launcher.errors import NodeFailed
 from launcher.ssh.node import Ssh
-from launcher.ssh.pool import PoolContext
+from launcher.ssh.pool import ConnectionPool
 from launcher.ssh.transport import Local, Transport
 from tests.launcher.hostile import CONTENT, hostile, running
 from tests.launcher.sshd import Sshd, access_in, make_key, node_at
@@ -60,7 +60,7 @@ def transport(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("ssh")
     key = make_key(folder / "id_ed25519")
     sshd = Sshd(folder / "node", key)
-    client = PoolContext(access_in(folder / "access", key, sshd.known_line()))
+    client = ConnectionPool(access_in(folder / "access", key, sshd.known_line()))
     yield Ssh(node_at(sshd), client)
     client.close()
     sshd.end()

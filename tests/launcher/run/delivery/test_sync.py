@@ -16,7 +16,7 @@ from launcher.run.delivery import sync as module
 from launcher.run.delivery.sync import INCOMING, batches, sync
 from launcher.run.run_folder import WorkingNode
 from launcher.ssh.transport import Local, Result
-from tests.launcher.hospital import DATA, HOSTS, PlanFor, Said, beds, examined, found
+from tests.launcher.fake_nodes import DATA, HOSTS, PlanFor, Said, examined, found, healthy_nodes
 from tests.launcher.hostile import hostile
 
 ENVIRON = {"PATH": os.environ["PATH"]}
@@ -261,7 +261,7 @@ def test_the_doctor_accepts_missing_files_that_cluster_sync_names(plan_for: Plan
     missing: dict[str, str | Said] = {"content2": (1, "", "ls: cannot access /d/images")}
     for words, level in (((), "error"), (("cluster.sync=[/d]",), "ok"), (("cluster.sync=[/d/image]",), "error")):
         plan = plan_for(*DATA, *words)
-        finding = found(examined(plan, beds(plan, second=missing)), "contents", HOSTS[1])
+        finding = found(examined(plan, healthy_nodes(plan, second=missing)), "contents", HOSTS[1])
         assert finding.level == level
         assert "/d/images" in finding.evidence and ("cluster.sync" in finding.fix or "cluster.sync" in finding.evidence)
 

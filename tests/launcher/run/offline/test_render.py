@@ -1,4 +1,4 @@
-"""A run as a folder of scripts: what lies in it, what is refused, and that each script says to docker what the plan says, byte for byte."""
+"""A run as a folder of scripts: its files, what is refused, and that each script runs docker with the argv of the plan, byte for byte."""
 
 import json
 import os
@@ -26,7 +26,7 @@ SOURCE = SourceState(commit="c0ffee", dirty=False)
 PlanFor = Callable[..., Plan]
 ASCEND = ("hardware=ascend910b", "model=tiny_llava", "cluster=example", "cluster.delivery.accept_licence=true")
 DOCKER = ("cluster.runtime=docker",)
-# Answers as an engine that has the image, and keeps what it is told: the words, each ended by a NUL, and the files that they name.
+# Answers like an engine that has the image, and records its arguments, each ended by a NUL, and the files that they name.
 FAKE = r"""#!/bin/bash
 { printf '%s\0' "$#" docker "$@"; } >>"$FAKE/calls"
 case "$1 $2" in
@@ -47,7 +47,7 @@ done
 
 
 class Site:
-    """A node, which is this machine with another docker, and the bundle that was carried to it."""
+    """A node, which is this machine with a fake docker, and the bundle that was copied to it."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.plan, self.fake, self.bundle = plan, folder / "fake", folder / "bundle"
@@ -59,16 +59,16 @@ class Site:
         (self.script,) = self.bundle.glob("node0-*.sh")
 
     def run(self, script: Path, *words: str, **environment: str) -> tuple[int, str]:
-        """The exit code, and all that it says."""
-        told = {**os.environ, **environment, "FAKE": str(self.fake), "PATH": f"{self.fake}:{os.environ['PATH']}"}
-        done = subprocess.run((str(script), *words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=told)
+        """The exit code, and the output."""
+        variables = {**os.environ, **environment, "FAKE": str(self.fake), "PATH": f"{self.fake}:{os.environ['PATH']}"}
+        done = subprocess.run((str(script), *words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables)
         return done.returncode, done.stdout
 
     def node(self, *words: str, **environment: str) -> tuple[int, str]:
         return self.run(self.script, *words, **environment)
 
     def calls(self, *begin: str) -> list[tuple[str, ...]]:
-        """What docker was told, of the calls that begin so, in their order."""
+        """The arguments of the docker calls that begin so, in their order."""
         words = (self.fake / "calls").read_bytes().decode().split("\0")[:-1]
         found = []
         while words:
@@ -98,7 +98,7 @@ def narrow_umask() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("narrow_umask")
-def test_all_is_there_with_modes_that_anyone_can_use(plan_for: PlanFor, tmp_path: Path) -> None:
+def test_the_files_and_their_modes(plan_for: PlanFor, tmp_path: Path) -> None:
     plan = plan_for(*ASCEND, "cluster.secrets=[HF_TOKEN]")
     folder = render(plan, tmp_path / "deep" / "b")
     names = {path.name for path in folder.iterdir()}
@@ -165,8 +165,8 @@ def test_the_readme_names_what_there_is(plan_for: PlanFor, tmp_path: Path) -> No
     [
         ((), r"cluster\.runtime=docker"),
         (("hardware=rtx3090", *DOCKER), r"accept_licence=true"),
-        ((*DOCKER, "cluster.secrets=[folder]"), "which the scripts use themselves"),
-        (("cluster=example", "cluster.nodes.1.address=''"), r"cluster\.nodes\.1\.address: a launch asks the nodes"),
+        ((*DOCKER, "cluster.secrets=[folder]"), "which the scripts use as a variable"),
+        (("cluster=example", "cluster.nodes.1.address=''"), r"cluster\.nodes\.1\.address must be set: a launch finds the network"),
     ],
 )
 def test_what_cannot_be_rendered(plan_for: PlanFor, tmp_path: Path, overrides: tuple[str, ...], what: str) -> None:
@@ -190,7 +190,7 @@ def test_nothing_is_overwritten_and_nothing_is_half_there(plan_for: PlanFor, tmp
     def broken(plan: Plan) -> str:
         raise OSError("no space left")
 
-    monkeypatch.setattr(bundle_module, "guide", broken)
+    monkeypatch.setattr(bundle_module, "write_readme", broken)
     with pytest.raises(ConfigRefused, match="no space left"):
         render(plan, target)
     assert list(tmp_path.rglob("*")) == [target]
@@ -201,7 +201,7 @@ def test_nothing_is_overwritten_and_nothing_is_half_there(plan_for: PlanFor, tmp
 def test_a_tree_that_has_changed_since_the_plan(plan_for: PlanFor, tmp_path: Path) -> None:
     plan = plan_for(*DOCKER)
     plan = replace(plan, image=replace(plan.image, files={**plan.image.files, "entrypoint.sh": "0" * 64}))
-    with pytest.raises(ImageFailed, match=r"entrypoint\.sh of .* differ.*commit c0ffee"):
+    with pytest.raises(ImageFailed, match=r"entrypoint\.sh in .* changed since .*commit c0ffee"):
         render(plan, tmp_path / "b")
 
 
@@ -213,7 +213,7 @@ def test_no_credential_is_in_any_file(site: Callable[..., Site], monkeypatch: py
         assert path.is_dir() or "hunter" not in path.read_text(), path
     assert "# HF_TOKEN is a secret" in (node.bundle / "node0.env").read_text()
     code, said = node.run(node.bundle / "build.sh")
-    assert code == 3 and "put them in the place of ***" in said
+    assert code == 3 and "write them in place of ***" in said
     config = node.bundle / "pip.conf"
     config.write_text(config.read_text().replace("***", "ann:hunter2"))
     code, said = node.run(node.bundle / "build.sh", http_proxy="")
@@ -269,8 +269,8 @@ def test_any_words_arrive(tmp_path: Path) -> None:
 
 
 def array(script: Path, name: str) -> tuple[str, ...]:
-    """As bash reads it, from the part of a script that only assigns."""
-    head = script.read_text().partition("\n# What ")[0]
+    """As bash reads it, from the assignments at the top of a script."""
+    head = script.read_text().partition("\n# The body of ")[0]
     done = subprocess.run(("bash", "-c", f'{head}\nprintf "%s\\0" "${{{name}[@]}}"'), capture_output=True, text=True, check=True)
     return tuple(done.stdout.split("\0")[:-1])
 
@@ -285,7 +285,9 @@ def test_ascend_nodes_differ(plan_for: PlanFor, tmp_path: Path) -> None:
         assert array(script, "devices")[::10] == ("/dev/davinci0", "/dev/hisi_hdc") and "/etc/hccn.conf" in array(script, "sources")
     assert (array(first, "ports"), array(second, "ports")) == (("29500-29500", "60000-60031"), ("60000-60031",))
     lines = [(folder / f"node{rank}.env").read_text().splitlines() for rank in (0, 1)]
-    own = {"HCCL_IF_IP=192.0.2.11", "HCCL_IF_IP=192.0.2.12"} | {f"ASCEND_PROCESS_LOG_PATH=/srv/omnilaunch/runs/R/cann/node{rank}" for rank in (0, 1)}
+    own = {"HCCL_IF_IP=192.0.2.11", "HCCL_IF_IP=192.0.2.12"} | {
+        f"ASCEND_PROCESS_LOG_PATH=/srv/omnilaunch/runs/R/cann/node{rank}" for rank in (0, 1)
+    }
     assert {*lines[0]} ^ {*lines[1]} == own
 
 
@@ -296,9 +298,10 @@ def test_a_check_names_all_that_is_missing(plan_for: PlanFor, tmp_path: Path) ->
         (node.fake / "image").write_text("sha256:1 another\n")
         code, said = node.node("check", HF_TOKEN="")
     assert code == 4
-    for what in (f"port {port} is in use", "have the address 192.0.2.11", "no /dev/davinci7", "no /etc/hccn.conf", "another one"):
+    missing = (f"{path} does not exist" for path in ("/dev/davinci7", "/etc/hccn.conf"))
+    for what in (f"port {port} is in use", "have the address 192.0.2.11", *missing, "not the image of this run"):
         assert what in said
-    assert "HF_TOKEN" not in said, "an empty one is one"
+    assert "HF_TOKEN" not in said, "an empty variable is set"
     assert not node.calls("docker", "run") and not Path("/srv/omnilaunch/runs/R").exists()
 
 
@@ -323,7 +326,7 @@ def test_the_folder_of_another_run_is_left_alone(site: Callable[..., Site]) -> N
     spec.write_text("another's")
     for words in (("start",), ("start", "--anyway")):
         code, said = node.node(*words)
-        assert code == 4 and "not of this run" in said and spec.read_text() == "another's"
+        assert code == 4 and "belongs to another run" in said and spec.read_text() == "another's"
 
 
 def test_data_that_is_refused_starts_nothing(site: Callable[..., Site]) -> None:
@@ -334,7 +337,7 @@ def test_data_that_is_refused_starts_nothing(site: Callable[..., Site]) -> None:
     assert not node.calls("docker", "run", "--detach") and not list(Path(node.plan.spec.output).parent.glob("*.env"))
 
 
-def test_looking_after_a_node(site: Callable[..., Site], tmp_path: Path) -> None:
+def test_following_stopping_and_removing(site: Callable[..., Site], tmp_path: Path) -> None:
     node = site()
     command = node.plan.commands[0]
     assert node.node()[0] == 0
@@ -374,7 +377,7 @@ def test_the_image_is_built_by_the_launchers_own_words(site: Callable[..., Site]
     assert (node.bundle / "image" / "wheelhouse" / "a-1.whl").exists() and (node.bundle / "image" / "system" / "run" / "b.deb").exists()
     assert (node.bundle / "image.id").read_text() == f"sha256:1 {node.plan.image.fingerprint}\n", "what the engine answers"
     (wheels / "a-1.whl").write_text("altered")
-    assert "does not agree" in node.run(build, str(wheels))[1]
+    assert "differs from its wheelhouse.json" in node.run(build, str(wheels))[1]
     (node.bundle / "image" / "entrypoint.sh").write_text("altered")
     assert "copy them again" in node.run(build, str(wheels))[1]
 

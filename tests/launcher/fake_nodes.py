@@ -1,4 +1,4 @@
-"""Nodes for the doctor's tests: what a healthy one answers to each question, a transport that tells it, and plans to examine them for."""
+"""Fake nodes for the doctor's tests: the answers of a healthy node to each question, a Transport that gives them, and overrides for plans."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -58,13 +58,13 @@ def network(address: str) -> dict[str, str]:
 
 
 def tcp(*ports: int) -> str:
-    """Listening, and one connection that only leads out from a port."""
+    """Listening sockets, and one outgoing connection."""
     rows = "".join(f"   0: 00000000:{port:04X} 00000000:0000 0A 00000000:00000000\n" for port in (22, *ports))
     return f"  sl  local_address rem_address   st\n{rows}   9: 0B0200C0:733C 0C0200C0:0016 01 00000000:00000000\n"
 
 
 def healthy(address: str = HOSTS[0]) -> dict[str, str]:
-    """Every question of a node without accelerators."""
+    """The answers of a node without accelerators."""
     return {
         "machine": "x86_64\n",
         "kernel": "6.1.0-28-amd64\n",
@@ -93,7 +93,7 @@ def p4() -> dict[str, str]:
 
 
 def ascend() -> dict[str, str]:
-    """The eight recorded 910B3, the busy one at rest."""
+    """The eight recorded 910B3, with the busy one idle."""
     table = (GOLDEN / "npu-25.2.0-910b3.txt").read_text()
     lines = [
         "| No running processes found in NPU 2 |" if "1333928" in line else line.replace("41052/", "3400 /") for line in table.splitlines()
@@ -107,8 +107,8 @@ def ascend() -> dict[str, str]:
     return {"devices": "\n".join(lines) + "\n", "driver": "Version=25.2.0\n", "files": files, "modes": modes}
 
 
-class Bed:
-    """A node as a Transport: the probe's script is answered from `answers`, any other command from `replies` by a word of it."""
+class FakeNode:
+    """A node as a Transport: the doctor's script is answered from `answers`, any other command from `replies`, by a word of it."""
 
     def __init__(
         self, host: str, answers: Mapping[str, str | Said], replies: Mapping[str, Said] | None = None, clock_s: float = NOW_S
@@ -123,14 +123,15 @@ class Bed:
         if argv[0] == "date":
             return Result(argv=argv, code=0, output=f"{self.clock_s:.9f}\n", errors="")
         if argv[:2] == ("sh", "-c") and MARK in argv[2]:
-            return self.told(argv)
+            return self.answer(argv)
         if argv[0] == "rm":
-            self.files.pop(argv[-1], None)
+            for path in argv[argv.index("--") + 1 :]:
+                self.files.pop(path, None)
             return Result(argv=argv, code=0, output="", errors="")
         code, output, errors = next((reply for word, reply in self.replies.items() if word in argv), (0, "{}\n", ""))
         return Result(argv=argv, code=code, output=output, errors=errors)
 
-    def told(self, argv: tuple[str, ...]) -> Result:
+    def answer(self, argv: tuple[str, ...]) -> Result:
         output = errors = ""
         for name, said in self.answers.items():
             code, text, error = said if isinstance(said, tuple) else (0, said, "")
@@ -147,7 +148,7 @@ class Bed:
         return self.files.get(path)
 
 
-# Words of a plan, and what a node answers besides.
+# Overrides of a plan, and the answers of a node about its devices.
 CPU = ("cluster=example", "hardware=cpu")
 NPU = ("cluster=example", "hardware=ascend910b")
 NPU_RUNTIME = (*NPU, "cluster.ascend_runtime=true")
@@ -158,21 +159,23 @@ DATA = (*CPU, "data=files", "data.train=/d/train.json", "data.evaluation=/d/eval
 SHARED = (*CPU, "cluster.shared=true")
 PULL = (*CPU, "cluster.delivery.kind=pull", "cluster.delivery.registry=registry.example/x")
 CONTENTS: dict[str, str | Said] = {"content0": "file\naa  -\n", "content1": "file\nbb  -\n", "content2": "folder\ncc  -\n"}
-BESIDES: dict[str, dict[str, str]] = {"ascend910b": ascend(), "p4": p4(), "cpu": {}}
+DEVICE_ANSWERS: dict[str, dict[str, str]] = {"ascend910b": ascend(), "p4": p4(), "cpu": {}}
 
 
-def beds(plan: Plan, *, second: Mapping[str, str | Said] | None = None, first: Mapping[str, str | Said] | None = None) -> list[Bed]:
-    """The plan's nodes, well but for what is given."""
+def healthy_nodes(
+    plan: Plan, *, second: Mapping[str, str | Said] | None = None, first: Mapping[str, str | Said] | None = None
+) -> list[FakeNode]:
+    """The plan's nodes, healthy except for the answers that are given."""
     hosts = [node.host for node in plan.config.cluster.nodes]
     contents = CONTENTS if plan.config.data.name == "files" else {}
     more = (first or {}, second or {})
     return [
-        Bed(host, {**healthy(HOSTS[place]), **BESIDES[plan.config.hardware.name], **contents, **more[place]})
+        FakeNode(host, {**healthy(HOSTS[place]), **DEVICE_ANSWERS[plan.config.hardware.name], **contents, **more[place]})
         for place, host in enumerate(hosts)
     ]
 
 
-def examined(plan: Plan, ways: list[Bed] | list[Bed | NodeFailed], *, launching: bool = False) -> Examination:
+def examined(plan: Plan, ways: list[FakeNode] | list[FakeNode | NodeFailed], *, launching: bool = False) -> Examination:
     cluster = plan.config.cluster
     stack = STACKS[plan.config.hardware.stack]
     return examine(plan, stack, cluster.nodes, ways, now=lambda: NOW_S, token="t1", launching=launching)  # type: ignore[arg-type]
