@@ -263,14 +263,12 @@ def test_published_failures_are_refused() -> None:
 
 def test_data_without_sizes_is_taken_at_its_longest() -> None:
     assumption = memory_of("hardware=h200", "model=qwen2_5_vl_7b", "stage=lora", "data.max_length=2048").assumption
-    assert "no sizes of the data are read: every row as long as data.max_length=2048, 1,280 of its tokens one image" in assumption
+    assert "the data is not read; every row has data.max_length=2048 tokens, 1,280 of them for one image" in assumption
 
 
 def test_an_image_that_fits_into_no_row_is_reported() -> None:
     words = ("hardware=h200", "model=internvl3_8b", "stage=lora", "data.max_length=1024")
-    assert (
-        "the largest that the model takes has 3,328 tokens, and a row with it is refused by the data check" in memory_of(*words).assumption
-    )
+    assert "the largest image of the model has 3,328, and the data check refuses a row with it" in memory_of(*words).assumption
 
 
 def test_an_image_above_the_processors_own_bound_counts_in_full() -> None:

@@ -84,7 +84,7 @@ def test_named_data_is_mounted_read_only(plan_for: PlanFor) -> None:
 def test_paths_and_values_that_a_channel_cannot_carry_are_refused_by_name(plan_for: PlanFor) -> None:
     with pytest.raises(ConfigRefused, match=r"Docker cannot mount the path '/data/a,b\.json'"):
         plan_for("data=files", "data.train='/data/a,b.json'", "data.images=/data", "cluster.runtime=docker")
-    with pytest.raises(ConfigRefused, match=r"cluster\.environment\.KEY: an environment file cannot hold a newline"):
+    with pytest.raises(ConfigRefused, match=r"cluster\.environment\.KEY: an env-file cannot hold a newline"):
         plan_for('cluster.environment.KEY="a\nb"')
     with pytest.raises(ConfigRefused, match="starts with '~'"):
         plan_for("data=files", "data.train='~/rows.json'", "data.images=/data")

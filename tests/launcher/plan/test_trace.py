@@ -132,7 +132,7 @@ def test_what_is_traced_stands_in_the_place_of_what_is_counted() -> None:
     assert memory.total_bytes == 10 * GIB + found["fragmentation"].size_bytes + found["runtime"].size_bytes
     assert memory.margin_bytes == 24 * GIB - memory.total_bytes
     assert (memory.host_items, memory.start_bytes) == (planned.host_items, planned.start_bytes)
-    assert "one step was traced, its peak is in the backward phase" in memory.assumption
+    assert "one step of such a batch was traced; its peak is in the backward phase" in memory.assumption
 
 
 def test_a_traced_peak_that_does_not_fit_is_refused_though_the_counted_one_does(plan_for: Callable[..., Plan]) -> None:
