@@ -22,7 +22,7 @@ from launcher.run.node_log import lines_of, read_end, unnamed
 from launcher.run.node_process import NodeResult
 from launcher.run.progress import read_lines
 from trainer import contract
-from trainer.contract import SCHEMA, DataReport, EnvReport, Exit, FailureReport, WeightsLineage, SpecError, StepRow, TrainResult
+from trainer.contract import SCHEMA, DataReport, EnvReport, Exit, FailureReport, SpecError, StepRow, TrainResult, WeightsLineage
 
 PLAN_FILE = "plan.json"
 CONFIG_FILE = "config.json"
