@@ -66,7 +66,7 @@ def judge(model: torch.nn.Module, samples: Sequence[Sample], processor: Processo
 def only_last(sample: Sample) -> Sample:
     """The same conversation, whose last answer alone has labels."""
     *before, last = sample.messages
-    return replace(sample, messages=(*(replace(message, trained=False) for message in before), replace(last, trained=True)))
+    return replace(sample, messages=(*(replace(message, in_loss=False) for message in before), replace(last, in_loss=True)))
 
 
 @contextmanager
