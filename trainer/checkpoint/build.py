@@ -38,11 +38,11 @@ def build(
     limit = Limit(max_pixels=spec.data.max_pixels, max_tiles=spec.data.max_tiles)
     processor = family.load_processor(folder, spec.model, limit) if folder else family.create_processor(spec.model, limit)
     if instead is not None:
-        return family.load(instead, spec.model, dtype, hollow=hollow), processor
+        return family.load(instead, spec.model, dtype, on_meta=hollow), processor
     if folder is None:
         started = start_hollow if hollow else partial(start_at_random, place=place, partitioned=spec.partitioned)
         return started(spec.model, family, dtype), processor
-    model = family.load(folder, spec.model, dtype, hollow=hollow)
+    model = family.load(folder, spec.model, dtype, on_meta=hollow)
     if not hollow:
         keep_single(model, folder, spec, dtype)
     if origin.base and not continues_adapter(origin, spec.stage.lora):

@@ -77,7 +77,7 @@ def draw() -> Image.Image:
 
 def open_hollow(folder: Path, spec: TrainSpec) -> torch.nn.Module:
     """The model of the checkpoint in `folder` without its values."""
-    return find_family(spec.model.family).load(folder, spec.model, torch.float32, hollow=True)
+    return find_family(spec.model.family).load(folder, spec.model, torch.float32, on_meta=True)
 
 
 def compute_logits(folder: Path, spec: TrainSpec, batch: Mapping[str, Tensor], place: torch.device, adapter: Path | None = None) -> Tensor:

@@ -59,14 +59,10 @@ class ChatHandler:
                 parts = stream(self._events(pending, first, arrived), header, usage=chat.usage)
                 return StreamingResponse(parts, media_type="text/event-stream", headers=HEADERS)
             answer = await unless_disconnected(request, self._last(pending, first))
-        except RequestRefused as refusal:
-            self._count(outcome_of_accepted(refusal), arrived)
-            raise
-        except (ClientDisconnect, asyncio.CancelledError):
-            self._count("gone", arrived)
-            raise
-        except Exception:
-            self._count("failed", arrived)
+        except (Exception, asyncio.CancelledError) as error:
+            gone = isinstance(error, ClientDisconnect | asyncio.CancelledError)
+            outcome = outcome_of_accepted(error) if isinstance(error, RequestRefused) else "gone" if gone else "failed"
+            self._count(outcome, arrived)
             raise
         self._count("answered", arrived, answer)
         return JSONResponse(header.whole(answer))
@@ -124,7 +120,7 @@ class ChatHandler:
 
     def _features(self, content: bytes, param: str) -> Features:
         try:
-            return self._model.look(decode(content, self.serving.max_image_pixels, param))
+            return self._model.image_features(decode(content, self.serving.max_image_pixels, param))
         except InputRefused as error:
             raise invalid(param, one_line(error), "invalid_image") from error
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.contract import Sampling
-from trainer.data.rows.parsed_row import MARK, Role, kind, printable
+from trainer.data.rows.parsed_row import MARK, Role, ends_with_question, kind, printable
 from trainer.data.rows.sample import Message
 from trainer.serving.refusal import RequestRefused, invalid
 
@@ -131,15 +131,9 @@ def read_messages(value: Any, most_images: int, most_characters: int) -> tuple[t
         raise invalid("messages", f"{len(images)} images; at most {most_images} are allowed in a request")
     if sum(len(message.content) for message in messages) > most_characters:
         raise invalid("messages", f"more than {most_characters} characters do not fit into the model's context", "context_length_exceeded")
-    refuse_order([message.role for message in messages])
-    return messages, tuple(images)
-
-
-def refuse_order(roles: list[Role]) -> None:
-    turns = roles[1:] if roles[0] == "system" else roles
-    expected = ["user", "assistant"] * len(turns)
-    if not turns or turns != expected[: len(turns)] or turns[-1] != "user":
+    if not ends_with_question([message.role for message in messages]):
         raise invalid("messages", "wrong order of roles: an optional system message, then user and assistant alternately, ending with user")
+    return messages, tuple(images)
 
 
 def read_message(item: Any, field: str, images: list[str]) -> Message:

@@ -3,7 +3,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from trainer.contract import Sampling
-from trainer.generation.sampling import Chooser, choose
+from trainer.generation.sampling import RowSampler, choose
 
 RULES = (
     Sampling(temperature=1.0),
@@ -40,7 +40,7 @@ def test_a_draw_of_one_selects_an_allowed_token() -> None:
 def test_greedy_rows_are_not_changed() -> None:
     scores = torch.randn(3, 9)
     before = scores.clone()
-    after = Chooser([Sampling(), Sampling(temperature=1.0), Sampling()], [0, 5, 0])(torch.zeros(3, 1), scores)
+    after = RowSampler([Sampling(), Sampling(temperature=1.0), Sampling()], [0, 5, 0])(torch.zeros(3, 1), scores)
     assert torch.equal(after[0], before[0]) and torch.equal(after[2], before[2])
     assert int(torch.isfinite(after[1]).sum()) == 1
 
@@ -49,7 +49,7 @@ def test_a_row_draws_the_same_numbers_in_any_batch() -> None:
     torch.manual_seed(0)
     scores = torch.randn(6, 50)
     one, other = Sampling(temperature=1.0), Sampling(temperature=0.8, top_p=0.9)
-    alone, among = Chooser([one], [77]), Chooser([other, other, one], [1, 2, 77])
+    alone, among = RowSampler([one], [77]), RowSampler([other, other, one], [1, 2, 77])
     for row in range(3):
         first = alone(torch.zeros(1, 1), scores[row : row + 1].clone()).argmax()
         later = among(torch.zeros(3, 1), torch.stack([scores[5], scores[4], scores[row]])).argmax(dim=-1)[2]

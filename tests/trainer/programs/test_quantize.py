@@ -104,7 +104,7 @@ def test_every_family_opens_it_with_numbers_in_the_place_of_codes(name: str, tmp
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert len(changed) >= 14 and all(key.endswith("proj.weight") or "_proj_" in key for key in changed), changed
-    lm = family.load(folder, model, torch.float32, hollow=True)
+    lm = family.load(folder, model, torch.float32, on_meta=True)
     names = name_in_memory(lm, see_through(open_tensors(folder)))
     assert len(names) == len(see_through(open_tensors(folder)))  # each is found again
     for key in changed:
@@ -127,7 +127,7 @@ def test_transformers_opens_it_without_us(made: tuple[ModelSpec, Path, Path]) ->
 def test_what_stays_is_named_for_both_names_of_a_module(made: tuple[ModelSpec, Path, Path]) -> None:
     model, base, folder = made
     ignore = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]["ignore"]
-    hollow = find_family("llava").load(base, model, torch.float32, hollow=True)
+    hollow = find_family("llava").load(base, model, torch.float32, on_meta=True)
     names = name_in_memory(hollow, open_tensors(base))
     linear = {name for name, module in hollow.named_modules() if isinstance(module, torch.nn.Linear)}
     for saved, memory in names.items():

@@ -44,7 +44,7 @@ class EchoAnswerer:
     def __init__(self, pause_s: float = 0.0) -> None:
         self.pause_s, self.sizes, self.looked = pause_s, list[int](), list[tuple[int, int]]()
 
-    def look(self, image: Image.Image) -> Features:
+    def image_features(self, image: Image.Image) -> Features:
         self.looked.append(image.size)
         return Features(tensors={}, size=image.size)
 

@@ -198,7 +198,7 @@ def test_invalid_settings_are_reported_before_the_model_is_loaded(trained: Train
         ({"max_batch": 0}, "stage.serving.max_batch is 0: it can be 1 or more"),
         ({"wait_ms": -1}, "stage.serving.wait_ms is -1"),
         ({"request_timeout_s": 0.0}, "stage.serving.request_timeout_s is 0"),
-        ({"sampling": Sampling(top_p=0.0)}, "stage.serving.sampling.top_p is 0.0: it can be above 0"),
+        ({"sampling": Sampling(top_p=0.0)}, "stage.serving.sampling.top_p is 0.0: it must be above 0"),
     ],
 )
 def test_numbers_out_of_range_are_refused(options: dict[str, Any], said: str, tmp_path: Path) -> None:
