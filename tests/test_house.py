@@ -288,7 +288,8 @@ def is_program(text: str) -> bool:
     """Two statements or more of Python, one of which imports, assigns or defines; or a block of shell."""
     if re.search(r"\b(then|do)\b[\s\S]*\b(fi|done)\b", text) and ";" in text:
         return True
-    if "\n" not in text.strip() and ";" not in text:
+    media_type = re.fullmatch(r"[a-z]+/[a-z0-9.+-]+(; [a-z]+=[\w.-]+)+", text)  # `text/html; charset=utf-8` parses as two statements
+    if media_type or ("\n" not in text.strip() and ";" not in text):
         return False
     try:
         body = ast.parse(text).body
