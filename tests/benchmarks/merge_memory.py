@@ -1,10 +1,10 @@
-"""The memory and time of merging an adapter into a model of 8 billion parameters: writes a random base in bfloat16 and an adapter for all
-linear layers of its decoder into FOLDER, merges them in a process of its own, and prints the peak of its resident memory.
+"""Memory and time of merging an adapter into a model with 8 billion parameters: writes a random bfloat16 base and an adapter for all linear
+layers of its decoder to FOLDER, merges them in a separate process, and prints the peak of its resident memory.
 
     python tests/benchmarks/merge_memory.py FOLDER [MODEL] [SHARE] [PROBES]
 
-MODEL: of conf/model, qwen2_5_vl_7b where none is named. SHARE: of each large tensor that is written, 1 where it is not named; the rest is a
-hole in the file, which reads as zeros and takes no room on the disk. Base and merged model take 33 GB at 1. Both are removed.
+MODEL: of conf/model, default qwen2_5_vl_7b. SHARE: the part of each large tensor that is written, default 1; the rest is a hole in the file,
+which reads as zeros and needs no disk space. Base and merged model need 33 GB with SHARE 1. Both are deleted at the end.
 """
 
 import os
@@ -25,12 +25,12 @@ sys.path.insert(0, str(ROOT))
 from tests.trainer.conftest import make_spec  # noqa: E402
 from trainer.checkpoint.build import start_hollow  # noqa: E402
 from trainer.contract import RESULT_FILE, SPEC_FILE, Merging, ModelSpec, StageSpec, TrainResult, read, write  # noqa: E402
-from trainer.models import find_family  # noqa: E402
+from trainer.models.registry import find_family  # noqa: E402
 from trainer.models.tiny import read_model  # noqa: E402
 from trainer.tensor.stream import Outgoing, write_shards  # noqa: E402
 
 RANK = 16
-BLOCK = 2**24  # random numbers, over and over
+BLOCK = 2**24  # random numbers, repeated
 LIMIT_BYTES = 4 * 10**9
 
 
@@ -69,14 +69,14 @@ def measure(run: Path) -> int:
 
 def write_base(model: ModelSpec, folder: Path, share: float) -> None:
     family = find_family(model.family)
-    hollow = start_hollow(model, family, torch.bfloat16)
+    meta_model = start_hollow(model, family, torch.bfloat16)
     block = (torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-    tensors = [make_tensor(name, tuple(parameter.shape), block) for name, parameter in hollow.named_parameters()]
+    tensors = [make_tensor(name, tuple(parameter.shape), block) for name, parameter in meta_model.named_parameters()]
     write_shards(tensors, folder, 5 * 10**9)
     if share < 1:
         for file in folder.glob("*.safetensors"):
             punch(file, share)
-    hollow.config.save_pretrained(folder)
+    meta_model.config.save_pretrained(folder)
     family.create_processor(model).save(folder)
 
 
@@ -91,7 +91,7 @@ def make_tensor(name: str, shape: tuple[int, ...], block: Tensor) -> Outgoing:
 
 
 def punch(file: Path, share: float) -> None:
-    """Holes in the place of all but `share` of each piece of 64 MiB, behind the header (fallocate(1))."""
+    """Replaces all but `share` of each 64 MiB after the header by a hole (fallocate(1))."""
     piece = 2**26
     for start in range(piece, file.stat().st_size - piece, piece):
         length = int(piece * (1 - share)) // 4096 * 4096
@@ -103,8 +103,8 @@ def write_adapter(model: ModelSpec, base: Path, folder: Path) -> None:
 
     from peft import LoraConfig
 
-    hollow = start_hollow(model, find_family(model.family), torch.bfloat16)
-    linear = {name: module for name, module in hollow.named_modules() if type(module) is torch.nn.Linear}
+    meta_model = start_hollow(model, find_family(model.family), torch.bfloat16)
+    linear = {name: module for name, module in meta_model.named_modules() if type(module) is torch.nn.Linear}
     chosen = {name: module for name, module in linear.items() if re.match(model.groups["lm"], f"{name}.weight")}
     generator = torch.Generator().manual_seed(1)
     tensors: list[Outgoing] = []

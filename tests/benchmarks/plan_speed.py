@@ -1,4 +1,4 @@
-"""How long `omnilaunch plan` takes as a whole process, beside the bare interpreter in the same run, and what of it the memory verdict takes.
+"""The time of `omnilaunch plan` as a process, compared with an empty Python process, and the part of the memory verdict.
 
 python tests/benchmarks/plan_speed.py
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 REPEATS = 7
-# One that fits, and a refusal, which tries every change.
+# One that fits, and one that is refused, for which every suggestion is tried.
 VERDICTS = (
     ("hardware=ascend910b", "model=qwen2_5_vl_32b", "stage=lora", "cluster=example"),
     ("hardware=rtx3090", "model=minicpm_o_2_6", "stage=full", "tune=null"),
@@ -38,12 +38,12 @@ def main() -> None:
     )
     for words in VERDICTS:
         print(
-            f"memory verdict {time_verdict(words) * 1000:.1f} ms of the processor (median of {REPEATS}), {' '.join(words)}; goal <= 50 ms"
+            f"memory verdict {time_verdict(words) * 1000:.1f} ms of processor time (median of {REPEATS}), {' '.join(words)}; goal <= 50 ms"
         )
 
 
 def time_verdict(words: tuple[str, ...]) -> float:
-    """Seconds of the processor: the choice of a strategy, the verdict with its changes, the notes, and the table of the plan."""
+    """Processor seconds for choosing a strategy, the verdict with its suggestions, the notes, and the table of the plan."""
     from launcher.check.strategy import choose_strategy
     from launcher.check.suggestions import memory_fits, write_memory_notes
     from launcher.config.compose import compose

@@ -1,8 +1,8 @@
 """How long it takes to look at records, and how large a page gets:  python -m tests.benchmarks.record_speed [--rounds N]
 
-Two runs of 100,000 steps and a folder of 1,000 runs are made from the real record of tests/golden/record/1, and the commands are run as a
-user runs them: the start of Python counts. The page is opened in Chromium where there is one. Seconds are wall clock, the median of the
-rounds; beside them the processor time, which says more on a machine that does other things.
+Two runs of 100,000 steps and a folder of 1,000 runs are made from the real record in tests/golden/record/1. The commands run as for a user,
+including the start of Python. The page is opened in Chromium if it is installed. Seconds are wall time, the median of the rounds, and
+processor time, which is more reliable on a machine with other load.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def launcher(*words: str) -> tuple[str, ...]:
 
 
 def open_page(page: Path, rounds: int) -> None:
-    """Until a browser has laid the page out and painted it once, the start of the browser taken off."""
+    """Until a browser has painted the page once, minus the start of the browser."""
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser is None:
         print("open the page: not measured, no Chromium on PATH")
@@ -70,7 +70,7 @@ def open_page(page: Path, rounds: int) -> None:
         "--window-size=1280,4000",
     )
     shots = {one: (*options, f"--screenshot={page.parent / 'shot.png'}", one.as_uri()) for one in (blank, page)}
-    measure(1, page.parent, shots[blank], (0,))  # its profile is made
+    measure(1, page.parent, shots[blank], (0,))  # creates its profile
     alone_s, _ = measure(rounds, page.parent, shots[blank], (0,))
     whole_s, _ = measure(rounds, page.parent, shots[page], (0,))
     report("open the page", whole_s - alone_s, None, f"; an empty page takes {alone_s:.2f} s")
@@ -104,7 +104,7 @@ def measure(rounds: int, folder: Path, argv: Sequence[str], codes: Sequence[int]
 
 
 def write_long(folder: Path, seed: int) -> None:
-    """The real record with 100,000 rows: a loss that falls, with noise, and steps that take unequally long."""
+    """The real record with 100,000 metrics rows: a decreasing loss with noise, and steps of different duration."""
     shutil.copytree(REAL, folder)
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
     rng, last = random.Random(seed), 0.0
