@@ -272,7 +272,8 @@ def is_program(text: str) -> bool:
         return True
     if "\n" in text.strip() and re.search(r"""^set -[eo]|["=]\$\{?[1-9@]""", text, re.MULTILINE):
         return True
-    if "\n" not in text.strip() and ";" not in text:
+    media_type = re.fullmatch(r"[a-z]+/[a-z0-9.+-]+(; [a-z]+=[\w.-]+)+", text)  # `text/html; charset=utf-8` parses as two statements
+    if media_type or ("\n" not in text.strip() and ";" not in text):
         return False
     try:
         body = ast.parse(text).body

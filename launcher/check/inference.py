@@ -10,7 +10,7 @@ from launcher.memory.states import device_count, spreads
 
 # Kind of stage -> its section of options in conf/stage.
 OPTIONS = {"merge": "merging", "convert": "conversion", "quantize": "quantization", "infer": "inference", "serve": "serving"}
-LOOPBACK = ("127.0.0.1", "::1")  # where trainer.serving.door requires no token
+LOOPBACK = ("127.0.0.1", "::1")  # where trainer.serving.endpoint asks for no token
 
 
 def options_match_stage(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:

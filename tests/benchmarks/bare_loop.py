@@ -1,8 +1,8 @@
-"""The least that a PyTorch user could write for the same job: whole set in memory, AdamW, clip, step. Prints samples/s.
+"""The simplest PyTorch loop for the same job: the data set in memory, AdamW, clipping, step. Prints samples/s.
 
     python tests/benchmarks/bare_loop.py runs/RUN/spec.json
 
-Same model class and start, batch, threads and precision (float32) as the run of that spec; no engine, no rows, no checks.
+Same model class, initial weights, batch, threads and precision (float32) as the run of that spec; without engine, metrics and checks.
 """
 
 import sys
@@ -15,7 +15,7 @@ from trainer.contract import TrainSpec, read
 from trainer.data.batch.collate import collate
 from trainer.data.check import resolve
 from trainer.data.rows.sample import read_samples
-from trainer.models import FAMILIES
+from trainer.models.registry import FAMILIES
 
 WARM_UP = 20
 
@@ -41,7 +41,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), spec.optimizer.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
-        loss.item()  # a loop that shows its loss waits for it
+        loss.item()  # printing the loss waits for the device
     print(f"samples/s {(spec.steps - WARM_UP) * spec.batch.global_batch / (time.perf_counter() - started):.1f}")
 
 

@@ -1,9 +1,9 @@
-"""How fast data are checked, beside the least that any reader does: json.load, and PIL's own decoding of every image, one after the other.
+"""Speed of the data check, compared with the minimum: json.load, and decoding every image with PIL, one after the other.
 
     python -m tests.benchmarks.data_check [--rows 100000] [--images 2000]
 
-Both read the same files in the same run, texts (rows without images) and photos (a small JPEG each) apart. The parts of our check are told
-apart, too: reading rows (every shape rule), images (hash, decode, verify), lengths (the tokenizer of tiny_llava).
+Both read the same files in the same run, separately for texts (rows without images) and photos (a small JPEG each). The parts of our check
+are also measured separately: reading rows (all row formats), images (hash, decode, verify), lengths (the tokenizer of tiny_llava).
 """
 
 import argparse
@@ -20,10 +20,10 @@ import numpy as np
 from PIL import Image
 
 from tests.trainer.data.conftest import VICUNA, FakeProcessor, image_features
-from trainer.data.finding import examine_images, find_problems
 from trainer.data.length import measure_with
 from trainer.data.rows.sample import read_samples
-from trainer.models.tiny import tiny_tokenizer
+from trainer.data.sample_check import examine_images, find_problems
+from trainer.models.tiny_tokenizer import tiny_tokenizer
 
 WORDS = "which of these is shown in the picture and what would one say of it if it were asked by a child".split()  # noqa: SIM905
 SIZE = (320, 240)
@@ -54,13 +54,13 @@ def compare(name: str, file: Path, rows: int) -> None:
     processor, sizes = make_processor(), {path: image.size for path, image in images.items()}
     with timed(parts, "lengths"):
         lengths = measure_with(processor, samples, sizes, VICUNA, "<image>", max_length=2048)
-    assert not problems and not wrong and not lengths.problems and len(samples) == rows, "the set is meant to be good"
+    assert not problems and not wrong and not lengths.problems and len(samples) == rows, "the generated data set must be valid"
     bare = parts.pop("bare")
     ours = Took(wall_s=sum(part.wall_s for part in parts.values()), cpu_s=sum(part.cpu_s for part in parts.values()))
     print(f"{name:7} {rows:,} rows: bare {rows / bare.wall_s:,.0f} rows/s, checked {rows / ours.wall_s:,.0f} rows/s")
-    print(f"        {ours.wall_s / bare.wall_s:.2f} times as long, {ours.cpu_s / bare.cpu_s:.2f} times the processor's time")
+    print(f"        {ours.wall_s / bare.wall_s:.2f} times the wall time, {ours.cpu_s / bare.cpu_s:.2f} times the processor time")
     for part, took in {"bare": bare, **parts}.items():
-        print(f"        {part:9} {took.wall_s:8.2f} s, {1e6 * took.cpu_s / rows:8.1f} us of the processor a row")
+        print(f"        {part:9} {took.wall_s:8.2f} s, {1e6 * took.cpu_s / rows:8.1f} us of processor time per row")
     print(json.dumps({"set": name, "rows": rows} | {part: asdict(took) for part, took in {"bare": bare, **parts}.items()}))
 
 
@@ -73,7 +73,7 @@ def read_bare(file: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Took:
-    """`cpu_s`: of all threads, which other work on the machine does not lengthen as it does `wall_s`."""
+    """`cpu_s`: of all threads; unlike `wall_s` it hardly depends on other load of the machine."""
 
     wall_s: float
     cpu_s: float
@@ -104,7 +104,7 @@ def write_texts(folder: Path, count: int) -> Path:
 
 
 def write_photos(folder: Path, count: int) -> Path:
-    """Each a field of soft colours of its own, about 15 kB."""
+    """Different smooth colour fields, about 15 kB each."""
     rng, noise, file = random.Random(2), np.random.default_rng(2), folder / "photos.json"
     for row in range(count):
         small = Image.fromarray(noise.integers(0, 255, (24, 32, 3), dtype=np.uint8))

@@ -1,4 +1,4 @@
-"""What run.deterministic=true costs in speed: the same run with and without it, in turn. Prints samples/s and the ratio of the medians.
+"""The cost of run.deterministic=true: the same run with and without it, alternately. Prints samples/s and the ratio of the medians.
 
 python tests/benchmarks/deterministic_cost.py [--rounds 5] [--steps 60] [key=value ...]
 """
@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
-SKIPPED = 10  # first steps, in which caches fill and kernels are chosen
+SKIPPED = 10  # first steps, in which caches are filled and kernels are selected
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def measure(folder: Path, name: str, steps: int, value: str, overrides: list[str]) -> float:
-    """Samples a second over the steps after the first SKIPPED."""
+    """Samples/s over the steps after the first SKIPPED."""
     words = (
         f"cluster.root={folder}",
         f"run.steps={steps}",

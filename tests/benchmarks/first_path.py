@@ -1,9 +1,9 @@
-"""The digits job through the whole path: what it learns, how fast, and whether it repeats.
+"""The digits job from start to end: accuracy, speed and reproducibility.
 
     python tests/benchmarks/first_path.py [--seeds 0 1 2] [--steps 300]
 
-Prints exact match per seed, wall time, the loop's samples/s beside a bare PyTorch loop of the same model, batch and threads
-(alternating, in the same run), and whether the same seed gives equal rows and weights. All figures are of this machine.
+Prints exact match per seed, wall time, the samples/s of the loop compared with a plain PyTorch loop with the same model, batch and threads
+(alternately, in the same run), and whether the same seed gives equal metrics and weights. All figures are for this machine.
 """
 
 import argparse
@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-WARM_UP = 20  # steps left out of a rate
-TIMING = ("seconds", "peak_bytes")  # what may differ between equal runs
+WARM_UP = 20  # steps that are not part of a rate
+TIMING = ("seconds", "peak_bytes")  # may differ between equal runs
 
 
 def launch(folder: Path, name: str, *overrides: str) -> tuple[dict[str, object], list[dict[str, object]], float]:
-    """One real `omnilaunch launch`: its result, its rows, its wall seconds as a whole process."""
+    """One real `omnilaunch launch`: its result, its metrics rows, and the wall seconds of the process."""
     argv = (sys.executable, "-m", "launcher.cli", "launch", "--run-id", name, f"cluster.root={folder}", *overrides)
     started = time.perf_counter()
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
@@ -61,7 +61,7 @@ def main() -> None:
         results[seed] = (result, rows)
         evaluation = result["evaluation"]
         print(
-            f"seed {seed}: exact match {evaluation['exact_match']:.4f} of {evaluation['count']:g}, {wall_s:.1f} s in all (goal <= 90), "  # type: ignore[index]
+            f"seed {seed}: exact match {evaluation['exact_match']:.4f} of {evaluation['count']:g}, {wall_s:.1f} s in total (goal <= 90), "  # type: ignore[index]
             f"loop {loop_rate(rows):.0f} samples/s, bare loop {bare:.0f} samples/s, ratio {ratios[-1]:.3f}",
             flush=True,
         )

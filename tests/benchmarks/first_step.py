@@ -1,10 +1,10 @@
-"""From the command to the first optimizer step on several hosts, beside torchrun typed by hand on the same hosts with the same image.
+"""Time from the command to the first optimizer step on several hosts, compared with torchrun started by hand with the same image.
 
     python tests/benchmarks/first_step.py [--nodes 2] [--repeats 5] [--base omnilaunch-base:bookworm] [KEY=VALUE ...]
 
-The hosts are containers of this machine's engine with an sshd, an engine and a disk of their own; both ways share its cores. `KEY=VALUE`
-say how the image is made here, as for `omnilaunch launch`. By hand: what a user would type into a terminal for each host at once, with
-the run's folder and spec made beforehand. The first step is the time at which node 0 wrote the first row. Needs root.
+The hosts are containers on this machine, each with an sshd, an engine and a disk; both ways share its cores. `KEY=VALUE`: overrides for the
+image build, as for `omnilaunch launch`. By hand: the commands that a user would type for each host at once, with the folder and spec of the
+run prepared before. The first step is the time at which node 0 wrote the first metrics row. Needs root.
 """
 
 import argparse
@@ -28,20 +28,20 @@ JOB = ("run.steps=1", "stage.optimizer.warmup=0", "run.evaluation.enabled=false"
 
 
 def first_row_s(host: Host, name: str, started: float) -> float:
-    """Seconds from `started` to the first row of a run of one step; the hosts' clock is this machine's."""
+    """Seconds from `started` to the first metrics row of a run of one step; the hosts use the clock of this machine."""
     return float(host.run("stat", "--format", "%.9Y", f"{FOLDER}/runs/{name}/metrics.jsonl")) - started
 
 
 def by_launcher(lab: Lab, overrides: tuple[str, ...], name: str) -> float:
     started = time.time()
-    done = lab.run("launch", "--run-id", name, *overrides, PYTHONDONTWRITEBYTECODE="")  # as a user's Python, which compiles a module once
+    done = lab.run("launch", "--run-id", name, *overrides, PYTHONDONTWRITEBYTECODE="")  # as for a user: Python compiles a module once
     if done.returncode:
         sys.exit(f"launch failed:\n{done.stdout[-3000:]}")
     return first_row_s(lab.hosts[0], name, started)
 
 
 def by_hand(lab: Lab, commands: list[dict[str, object]], spec: str, model: str, name: str) -> float:
-    """`ssh HOST docker run ... torchrun ...` for every host at once, as a user would; `model`: the run whose commands these are."""
+    """`ssh HOST docker run ... torchrun ...` for all hosts at once, as a user would do it; `model`: the run that the commands are taken from."""
     for host in lab.hosts:
         host.run("mkdir", "-p", f"{FOLDER}/runs/{name}", user=USER)
         write(host, f"{FOLDER}/runs/{name}/spec.json", spec.replace(f"/runs/{model}", f"/runs/{name}"))
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def measure(lab: Lab, overrides: tuple[str, ...], repeats: int) -> None:
-    by_launcher(lab, overrides, "warm")  # the image and the data are there from here on
+    by_launcher(lab, overrides, "warm")  # from now on the image and the data are on the hosts
     run = lab.home / "runs" / "warm"
     commands, spec = json.loads((run / "plan.json").read_text())["commands"], (run / "spec.json").read_text()
     hand, launcher = [], []

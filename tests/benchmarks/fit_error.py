@@ -1,10 +1,10 @@
-"""How far the memory verdict is from what a step really holds: the plan's arithmetic, and the trace, against real steps on the CPU.
+"""The error of the memory estimate: the plan's formula and the trace, compared with real steps on the CPU.
 
     python tests/benchmarks/fit_error.py [--rows FILE.json] [--only WORD]
 
-Small models of every family take two real steps in the real engine, on one rank and on two; memory_model.allocation_tracker sees every tensor that is made and
-dropped, of weights, of DeepSpeed's buffers and of the optimizer, and the second step's peak is the measure. Work space inside a kernel is not
-seen, nor what a device's context takes. Prints the table of docs/fit.md, and the errors.
+Small models of every family take two real steps in the real engine, on one rank and on two; memory_model.allocation_tracker records every tensor that is
+allocated and freed, including weights, DeepSpeed's buffers and the optimizer; the peak of the second step is compared. Workspace inside a
+kernel and the context of a device are not measured. Prints the table of docs/fit.md, and the errors.
 """
 
 import argparse
@@ -32,23 +32,23 @@ from trainer.distributed.engine import start_distributed, start_engine
 from trainer.memory_model.allocation_tracker import AllocationTracker
 from trainer.memory_model.synthetic_batch import make_synthetic_batch
 from trainer.memory_model.trace import trace
-from trainer.models import find_family
+from trainer.models.registry import find_family
 from trainer.models.weight import round_weights
 from trainer.stages.gradient_checkpointing import checkpoint_layers
 from trainer.stages.group import apply_stage, assign_groups
 from trainer.train.loop import accumulate
 
 ROOT = Path(__file__).resolve().parents[2]
-LEAST = 0.03  # that a verdict may be below the measure
+LEAST = 0.03  # by which an estimate may be below the measurement
 HEADINGS = (
     *("family", "stage", "precision", "rows x tokens", "checkpointing", "strategy x ranks"),
     *("planned MiB", "traced MiB", "measured MiB", "plan", "trace"),
 )
-LINEAR = torch.nn.functional.linear  # ZeRO 3 of one case leaves its own in this place
+LINEAR = torch.nn.functional.linear  # ZeRO 3 of one case replaces it
 HERE = LocalContext(project=ROOT, here=ROOT, interpreter=sys.executable, user="0:0")
 TEXT = "model.architecture.text"
 VISION = "model.architecture.vision"
-# Some 5 million parameters, most of them in the decoder.
+# About 5 million parameters, most of them in the decoder.
 SIZES = (
     *(f"{TEXT}.hidden_size=256", f"{TEXT}.intermediate_size=704", f"{TEXT}.num_hidden_layers=4", f"{TEXT}.num_attention_heads=4"),
     *(f"{TEXT}.vocab_size=2048", f"{VISION}.hidden_size=128", f"{VISION}.intermediate_size=512", f"{VISION}.num_hidden_layers=2"),
@@ -161,9 +161,9 @@ CASES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="", help="where the measured rows are written, as JSON")
-    parser.add_argument("--only", default="", help="cases alone whose words hold this one")
-    parser.add_argument("--ranks", type=int, default=0, help="measure the cases of so many ranks in this process")
+    parser.add_argument("--rows", default="", help="write the measured rows to this JSON file")
+    parser.add_argument("--only", default="", help="only cases whose overrides contain this word")
+    parser.add_argument("--ranks", type=int, default=0, help="measure the cases with this number of ranks in this process")
     arguments = parser.parse_args()
     if arguments.ranks:
         measure_all(arguments.ranks, arguments.only, Path(arguments.rows))
@@ -226,7 +226,7 @@ def measure_all(ranks: int, only: str, target: Path) -> None:
 
 
 def sized(each: Case) -> Config:
-    """The case's config, with the parameters that its model really has."""
+    """The config of the case, with the actual parameter counts of its model."""
     config = compose(each.words, ROOT / "conf")
     spec = train_spec(config, HERE, run_id="fit")
     with torch.device("meta"):
@@ -241,7 +241,7 @@ def sized(each: Case) -> Config:
 
 
 def measure(spec: TrainSpec) -> dict[str, int]:
-    """Kind -> bytes at the highest moment of the second step."""
+    """Kind -> bytes at the peak of the second step."""
     family, dtype = find_family(spec.model.family), loading_dtype(spec.precision)
     torch.manual_seed(0)
     model = round_weights(family.create(spec.model), dtype)
@@ -265,7 +265,7 @@ def measure(spec: TrainSpec) -> dict[str, int]:
     return dict(tracker.peaks["second step"].kinds_bytes)
 
 
-# --------------------------------------------------------------------------------------------------------------- showing
+# --------------------------------------------------------------------------------------------------------------- output
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -281,7 +281,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    """As a table of Markdown, and the errors."""
+    """A Markdown table, and the errors."""
     for line in (HEADINGS, ("---",) * len(HEADINGS), *map(cells, rows)):
         print(f"| {' | '.join(line)} |")
     for key, most in (("planned", 0.10), ("traced", 0.05)):

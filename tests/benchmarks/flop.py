@@ -1,16 +1,16 @@
-"""Model FLOPs of a training step, from the numbers of conf/model: what MFU is counted with.
+"""Model FLOPs of a training step from the numbers in conf/model, for computing MFU.
 
-MFU = model FLOPs of a step / (seconds of the step x peak FLOP/s of the device's matrix units in the element type of the activations), as
-Chowdhery et al., PaLM (arXiv 2204.02311), appendix B, have it: a multiplication and an addition are 2 FLOPs; matrix products alone count;
-attention is counted whole, without halving for the causal mask, over what a token may see, its own sample (in a windowed vision layer its
-window) and never the rest of a packed row; what is computed a second time (gradient checkpointing, chunked loss) does not count; neither do
-padding and logits at positions without a label.
+MFU = model FLOPs of a step / (seconds of the step x peak FLOP/s of the device's matrix units in the dtype of the activations), as in
+Chowdhery et al., PaLM (arXiv 2204.02311), appendix B: a multiplication and an addition are 2 FLOPs; only matrix products count; attention is
+counted completely, without halving for the causal mask, over the tokens that a token attends to: its own sample (in a windowed vision layer
+its window), not the rest of a packed row. Recomputation (gradient checkpointing, chunked loss), padding, and logits at positions without a
+label do not count.
 
-    forward   2 x (weights of the matrices) a token, and for each layer of attention 4 x heads x head_dim x (tokens that it sees)
-    backward  as much again for the gradient of the inputs, in every group of the model in which, or before which, something trains;
-              as much again for the gradient of the weights, in the groups that train; for attention twice, where gradients pass
+    forward   2 x (weights of the matrices) per token, and for each attention layer 4 x heads x head_dim x (tokens attended to)
+    backward  the same again for the gradient of the inputs, in every group that is trained or comes after a trained one;
+              the same again for the gradient of the weights, in the groups that are trained; for attention twice, if gradients pass it
 
-so that 6 N a token becomes 4 N where LoRA leaves the N frozen, and 2 N for a frozen vision tower in front of all that trains.
+so that 6 N per token become 4 N if LoRA freezes the N weights, and 2 N for a frozen vision tower before everything that is trained.
 """
 
 import math
@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from launcher.config.schema import Config, Model
 from launcher.memory.states import layer_counts, linear_shapes
 
-ORDER = ("vision", "projector", "lm", "head")  # as an image goes through them
-MLP_MATRICES = {"qwen2_5_vl": 3, "internvl": 2}  # of a layer of the vision tower, by family: with a gate, without
+ORDER = ("vision", "projector", "lm", "head")  # in the order of the forward pass
+MLP_MATRICES = {"qwen2_5_vl": 3, "internvl": 2}  # in a layer of the vision tower, by family: with or without a gate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One sample: its `tokens` in the decoder, `image_tokens` of them an image's, `trained` of them with a label."""
+    """One sample: `tokens` in the decoder, of which `image_tokens` are of images and `trained` have a label."""
 
     tokens: int
     trained: int
@@ -36,10 +36,10 @@ class Shape:
 def count_sample(config: Config, shape: Shape) -> dict[str, float]:
     """FLOPs of one sample, forward and backward, by part: the matrices of vision, projector, lm, head and lora, and `attention`.
 
-    Raises ValueError for a family whose vision tower is not in the table, or a decoder that is no plain one."""
+    Raises ValueError for a family whose vision tower is not in the table, or an unusual decoder."""
     model, text = config.model, config.model.architecture.text
     if model.family not in MLP_MATRICES or "full_attention_interval" in text.options:
-        raise ValueError(f"no FLOP formula for {model.title}; there is one for the families {', '.join(sorted(MLP_MATRICES))}")
+        raise ValueError(f"no FLOP formula for {model.title}; supported families: {', '.join(sorted(MLP_MATRICES))}")
     shapes, layers = linear_shapes(text), layer_counts(text)
     decoder = sum(math.prod(shapes[name]) * layers[name] for name in shapes)
     heads = text.num_attention_heads * (text.head_dim or text.hidden_size // text.num_attention_heads)
@@ -63,7 +63,7 @@ def count_sample(config: Config, shape: Shape) -> dict[str, float]:
 
 
 def count_passes(config: Config) -> dict[str, int]:
-    """How often each group's matrices are multiplied: 1 forward, 2 with the gradient of its inputs, 3 with that of its weights."""
+    """How often the matrices of each group are multiplied: 1 forward, 2 with the gradient of the inputs, 3 with that of the weights."""
     reached, passes = False, {}
     for part in ORDER:
         trained = part in config.stage.trainable
@@ -73,17 +73,17 @@ def count_passes(config: Config) -> dict[str, int]:
 
 
 def adapter_weights(config: Config, shapes: Mapping[str, tuple[int, int]], layers: Mapping[str, int]) -> int:
-    """r (in + out) for each target in each layer (Hu et al., arXiv 2106.09685, section 4.1). Raises ValueError for a target by regex."""
+    """r (in + out) for each target in each layer (Hu et al., arXiv 2106.09685, section 4.1). Raises ValueError for a target given as a regex."""
     lora = config.stage.lora
     if lora is None:
         return 0
     if unknown := set(lora.targets) - set(shapes):
-        raise ValueError(f"no FLOP formula for stage.lora.targets {sorted(unknown)}; name layers: {', '.join(shapes)}")
+        raise ValueError(f"no FLOP formula for stage.lora.targets {sorted(unknown)}; supported layers: {', '.join(shapes)}")
     return sum(lora.r * sum(shapes[name]) * layers[name] for name in lora.targets)
 
 
 def tower_weights(model: Model) -> int:
-    """Of the matrices that every patch goes through: four of attention, the MLP's, and the embedding of the pixels."""
+    """Of the matrices that are applied to every patch: four of attention, those of the MLP, and the patch embedding."""
     vision = model.architecture.vision
     width, pixels = vision.hidden_size, 3 * vision.patch_size**2 * vision.options.get("temporal_patch_size", 1)
     layer = 4 * width**2 + MLP_MATRICES[model.family] * width * vision.intermediate_size
@@ -91,7 +91,7 @@ def tower_weights(model: Model) -> int:
 
 
 def patches_of(model: Model, image_tokens: int) -> int:
-    """What the tower sees of one image: Qwen merges squares of patches into a token; an InternVL tile has a class token besides."""
+    """The patches of one image: Qwen merges squares of patches into a token; an InternVL tile also has a class token."""
     if model.family == "qwen2_5_vl":
         return image_tokens * int(model.architecture.vision.options["spatial_merge_size"]) ** 2
     vision = model.architecture.vision
@@ -101,7 +101,7 @@ def patches_of(model: Model, image_tokens: int) -> int:
 
 
 def seen_patches(model: Model, patches: int) -> list[int]:
-    """By layer of the tower, how many patches each one sees. Exact where an image is made of whole windows."""
+    """For each layer of the tower, the number of patches that a patch attends to. Exact if the image consists of complete windows."""
     vision = model.architecture.vision
     if "window_size" not in vision.options:
         return [patches] * vision.num_hidden_layers

@@ -1,15 +1,15 @@
-"""Training at real size on one accelerator, through the whole path: tokens/s, MFU and peak memory of `omnilaunch launch`.
+"""Training of full-size models on one accelerator with `omnilaunch launch`: tokens/s, MFU and peak memory.
 
     python tests/benchmarks/gpu_train.py [--jobs vlm,lora] [--folder /dev/shm/gpu_train] [KEY=VALUE ...]
     python tests/benchmarks/gpu_train.py --tiny
 
 Needs one device of `--hardware` and no network: the weights are random, the data synthetic. `vlm`: Qwen2.5-VL-7B, projector and decoder
-trained whole in pure_bf16, an image of 768 tokens in each sample. `lora`: adapters in the 8B decoder of InternVL3.5-8B, text alone.
-Both: samples of 1,024 tokens, four in a row of 4,096, which do not see each other. The first `--warm-up` steps do not count; the rates are
-tokens and FLOPs of all others over their seconds, as the rows of metrics.jsonl have them. MFU: tests/benchmarks/flop.py has the formula and
-its source, conf/hardware the peak. Memory: the highest of first and later steps that the allocator had given to tensors, and had reserved.
-`--tiny`: the same on the CPU with tiny models, to try it. KEY=VALUE: overrides for every launch, in place of this file's. The one
-checkpoint that a run ends with, of 17 GB for `vlm`, goes into `--folder`: a memory file system is the fastest.
+fully trained in pure_bf16, an image of 768 tokens in each sample. `lora`: adapters in the 8B decoder of InternVL3.5-8B, text only.
+Both: samples of 1,024 tokens, four in a packed row of 4,096. The first `--warm-up` steps do not count; the rates are the tokens and FLOPs of
+all other steps divided by their seconds, from metrics.jsonl. MFU: tests/benchmarks/flop.py has the formula and its source, conf/hardware the
+peak. Memory: the peak of first and later steps, allocated to tensors and reserved by the allocator. `--tiny`: the same on the CPU with tiny
+models, to try it. KEY=VALUE: overrides for every launch, which replace those of this file. The final checkpoint of a run, 17 GB for `vlm`,
+is written to `--folder`: a memory file system is the fastest.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from launcher.config.schema import Config  # noqa: E402
 from tests.benchmarks.flop import Shape, count_sample  # noqa: E402
 from trainer.contract import ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE, EnvReport, StepRow, TrainResult, decode, read  # noqa: E402
 
-QUESTION = 16  # digits, as many tokens
-TRAINING = ("first step", "steps")  # phases whose memory counts
+QUESTION = 16  # digits, one token each
+TRAINING = ("first step", "steps")  # phases whose memory is reported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Goal:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """`samples` of `tokens` tokens a step, in rows of `row` tokens; `image`: (width, height) in pixels of the one in each sample."""
+    """`samples` of `tokens` tokens per step, in rows of `row` tokens; `image`: (width, height) in pixels of the image in each sample."""
 
     model: str
     overrides: dict[str, str]
@@ -60,8 +60,8 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Of the steps that count. `mfu` None where conf/hardware has no peak for the element type. `spread`: of the steps' seconds, (longest -
-    shortest) / median. `peak_tflops`: of the device; memory in bytes, 0 reserved where there is no allocator to ask."""
+    """Of the steps that count. `mfu`: None if conf/hardware has no peak for the dtype. `spread`: (longest - shortest) / median of the seconds
+    of a step. `peak_tflops`: of the device. Memory in bytes; reserved is 0 if there is no allocator to ask."""
 
     steps: int
     tokens_per_s: float
@@ -77,11 +77,11 @@ class Figures:
 JOBS = {
     "vlm": Job(
         model="qwen2_5_vl_7b",
-        overrides={"stage": "full", "precision": "pure_bf16"},  # with masters in float32 the states alone are 130 GiB
+        overrides={"stage": "full", "precision": "pure_bf16"},  # with float32 master weights the states alone are 130 GiB
         samples=64,
         tokens=1024,
         row=4096,
-        image=(896, 672),  # 48 whole windows, 3,072 patches, 768 tokens
+        image=(896, 672),  # 48 complete windows, 3,072 patches, 768 tokens
         goals=(Goal(figure="mfu", least=0.35, text="MFU >= 35 %"),),
     ),
     "lora": Job(
@@ -106,8 +106,8 @@ def make_tiny(name: str, job: Job) -> Job:
 
 
 def write_data(folder: Path, job: Job, rows: int) -> Shape:
-    """`rows` conversations of exactly job.tokens tokens into folder/train.json, each with an image of its own where the job has one. Digits
-    are a token each, since the tokenizer of a random start has no merge with them."""
+    """Writes `rows` conversations of exactly job.tokens tokens to folder/train.json, each with its own image if the job has images. Each digit
+    is one token, because the tokenizer of a random start has no merges with digits."""
     (folder / "images").mkdir(parents=True)
     shape, answer = measure(job)
     given = []
@@ -124,7 +124,7 @@ def write_data(folder: Path, job: Job, rows: int) -> Shape:
 
 
 def write_image(file: Path, size: tuple[int, int], seed: int) -> None:
-    """Soft spots of colour, which a JPEG of usual size holds."""
+    """Smooth colours, so that the JPEG has a usual size."""
     import numpy as np
     from PIL import Image
 
@@ -133,10 +133,10 @@ def write_image(file: Path, size: tuple[int, int], seed: int) -> None:
 
 
 def measure(job: Job) -> tuple[Shape, int]:
-    """A sample's shape, and the digits of its answer that fill it, by the trainer's own processor. Exits where the rest is too long."""
+    """The shape of a sample, and the number of digits in its answer that fill it, with the trainer's processor. Exits if the rest is too long."""
     from trainer.data.encode import encode, image_id
     from trainer.data.rows.sample import Message, Sample
-    from trainer.models import find_family
+    from trainer.models.registry import find_family
     from trainer.models.tiny import read_model
 
     model = read_model(ROOT / "conf" / "model" / f"{job.model}.yaml")
@@ -186,7 +186,7 @@ def make_overrides(job: Job, data: Path, arguments: argparse.Namespace) -> tuple
 
 
 def launch(folder: Path, name: str, overrides: Sequence[str]) -> tuple[Path, float]:
-    """One real `omnilaunch launch`: the run's folder, and the seconds of the whole command. Exits with its last words where it fails."""
+    """One real `omnilaunch launch`: the folder of the run, and the seconds of the command. Exits with its last output if it fails."""
     argv = (sys.executable, "-m", "launcher.cli", "launch", "--run-id", name, *overrides)
     log, started = folder / f"{name}.log", time.perf_counter()
     with log.open("w", encoding="utf-8") as stream:
@@ -201,11 +201,11 @@ def read_rows(run: Path) -> tuple[StepRow, ...]:
 
 
 def summarise(rows: Sequence[StepRow], result: TrainResult, config: Config, shape: Shape, *, warm_up: int) -> Figures:
-    """Raises ValueError for a step that is not made of samples of this shape: its FLOPs are unknown."""
+    """Raises ValueError for a step with samples of another shape: its FLOPs are unknown."""
     counted = rows[warm_up:]
     expected = config.stage.global_batch * shape.tokens
     if not counted or any(row.tokens != expected for row in counted):
-        raise ValueError(f"steps of {sorted({row.tokens for row in counted})} tokens where {expected} were planned")
+        raise ValueError(f"steps of {sorted({row.tokens for row in counted})} tokens; expected {expected}")
     seconds = [row.seconds for row in counted]
     flops = config.stage.global_batch * sum(count_sample(config, shape).values())
     peak = next((peak.tflops for peak in config.hardware.peaks if peak.dtype == config.precision.compute), None)
@@ -226,7 +226,7 @@ def summarise(rows: Sequence[StepRow], result: TrainResult, config: Config, shap
 
 def measure_job(name: str, job: Job, arguments: argparse.Namespace) -> dict[str, object]:
     steps = arguments.warm_up + arguments.steps
-    shape = write_data(arguments.folder / "data" / name, job, steps * job.samples)  # no sample comes twice
+    shape = write_data(arguments.folder / "data" / name, job, steps * job.samples)  # no sample is used twice
     overrides = make_overrides(job, arguments.folder / "data" / name, arguments)
     run, wall_s = launch(arguments.folder, name, overrides)
     config = compose(overrides, ROOT / "conf")
@@ -234,9 +234,7 @@ def measure_job(name: str, job: Job, arguments: argparse.Namespace) -> dict[str,
     figures = summarise(read_rows(run), result, config, shape, warm_up=arguments.warm_up)
     for line in describe(name, job, figures, count_sample(config, shape), shape):
         print(line)
-    print(
-        f"  {', '.join(environment.devices)}, torch {environment.packages.get('torch', '?')}; the whole command {wall_s:.0f} s", flush=True
-    )
+    print(f"  {', '.join(environment.devices)}, torch {environment.packages.get('torch', '?')}; command {wall_s:.0f} s", flush=True)
     return {"job": name, "overrides": overrides, "shape": asdict(shape), "wall_s": wall_s, **asdict(figures)}
 
 
@@ -244,7 +242,7 @@ def describe(name: str, job: Job, figures: Figures, flops: dict[str, float], sha
     total = sum(flops.values())
     parts = ", ".join(f"{part} {share / total:.1%}" for part, share in flops.items() if share)
     mfu = "no peak known" if figures.mfu is None else f"{figures.mfu:.1%} of {figures.peak_tflops:g} TFLOP/s"
-    yield f"\n{name}: {job.model}, {job.samples} samples of {shape.tokens} tokens a step in rows of {job.row}, {figures.steps} steps"
+    yield f"\n{name}: {job.model}, {job.samples} samples of {shape.tokens} tokens per step in rows of {job.row}, {figures.steps} steps"
     yield f"  {'tokens/s':<18}{figures.tokens_per_s:>14,.0f}   a step {figures.step_s:.3f} s, spread {figures.spread:.0%}"
     yield f"  {'TFLOP/s':<18}{figures.tflops:>14.4g}   {total / shape.tokens / 1e9:.4g} GFLOP a token: {parts}"
     yield f"  {'MFU':<18}{mfu:>14}"
@@ -252,7 +250,7 @@ def describe(name: str, job: Job, figures: Figures, flops: dict[str, float], sha
     yield f"  {'peak reserved':<18}{figures.reserved_bytes / 2**30:>10.2f} GiB"
     for goal in job.goals:
         value = getattr(figures, goal.figure)
-        verdict = "cannot be told" if value is None else "reached" if value >= goal.least else "not reached"
+        verdict = "unknown" if value is None else "reached" if value >= goal.least else "not reached"
         yield f"  goal {goal.text}: {verdict}"
 
 
@@ -260,18 +258,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", default=",".join(JOBS), help=f"of {', '.join(JOBS)}")
     parser.add_argument("--tiny", action="store_true", help="tiny models on the CPU")
-    parser.add_argument("--hardware", default="", help="of conf/hardware; h200, or cpu with --tiny")
+    parser.add_argument("--hardware", default="", help="of conf/hardware; default h200, with --tiny cpu")
     parser.add_argument("--warm-up", type=int, default=3, help="steps that do not count")
-    parser.add_argument("--steps", type=int, default=10, help="steps that do")
-    parser.add_argument("--folder", type=Path, help="for data and runs; kept. Without it a temporary one")
+    parser.add_argument("--steps", type=int, default=10, help="steps that count")
+    parser.add_argument("--folder", type=Path, help="for data and runs; not deleted. Default: a temporary folder")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.jobs.split(",") if name not in JOBS]:
-        parser.error(f"--jobs: {', '.join(unknown)} is none of {', '.join(JOBS)}")
+        parser.error(f"--jobs: {', '.join(unknown)} is not one of {', '.join(JOBS)}")
     if arguments.steps < 1 or any("=" not in override for override in arguments.overrides):
         parser.error("--steps must be at least 1, and overrides KEY=VALUE")
     if arguments.folder and (arguments.folder / "data").exists():
-        parser.error(f"--folder: {arguments.folder} holds an earlier measurement; name another one")
+        parser.error(f"--folder: {arguments.folder} already contains a measurement; use another folder")
     arguments.hardware = arguments.hardware or ("cpu" if arguments.tiny else "h200")
     with tempfile.TemporaryDirectory() as temporary:
         arguments.folder = (arguments.folder or Path(temporary)).resolve()

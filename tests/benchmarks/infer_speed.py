@@ -1,10 +1,10 @@
-"""Rows a second of stage infer over a file, beside one row at a time by transformers' plain generate, of one model in one run.
+"""Rows/s of stage infer for a file, compared with transformers' plain generate for one row at a time, with the same model in the same run.
 
     python -m tests.benchmarks.infer_speed [--rows 256] [--batch 32] [--new 64] [--width 256] [--layers 6] [--images 40]
 
-A LLaVA with random weights, so that answers are as long as they may be: what is compared is how fast, not what. Both read the same rows:
-an image each, out of `--images` different photos, and questions of 1 to 40 words. Plain is what people write: open the image, call the
-processor, generate, decode; ours is the whole answering of the file, its rows written, without loading the model. The answers must be the same.
+A LLaVA with random weights, so that every answer has the maximum length: only the speed is compared. Both read the same rows: one of
+`--images` different photos each, and questions of 1 to 40 words. Plain: open the image, call the processor, generate, decode. Ours: answer the
+file and write its rows, without loading the model. The answers must be the same.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from trainer.data.rows.sample import Message, Sample
 from trainer.device.device import DEVICES
 from trainer.device.rank import Rank
 from trainer.generation.text_reader import end_ids
-from trainer.models import find_family
 from trainer.models.family import Processor
+from trainer.models.registry import find_family
 from trainer.programs.infer import answer_all
 from trainer.stages.group import Staged
 from trainer.train.model import BuiltModel
@@ -57,7 +57,7 @@ def main() -> None:
     same = sum(one == other for one, other in zip(plain, ours, strict=True))
     print(f"{given.rows} rows, {given.new} new tokens each, batches of {given.batch}, {torch.get_num_threads()} thread(s)")
     print(f"plain {given.rows / plain_s:.2f} rows/s, infer {given.rows / ours_s:.2f} rows/s: {plain_s / ours_s:.2f} times as fast")
-    print(f"{same} of {given.rows} answers are the same text")
+    print(f"{same} of {given.rows} answers are equal")
 
 
 def write_rows(folder: Path, rows: int, images: int) -> Path:
@@ -82,7 +82,7 @@ def describe(folder: Path, width: int, layers: int, inference: Inference) -> Tra
 
 
 def answer_plainly(model: torch.nn.Module, processor: Processor, spec: TrainSpec, file: Path) -> tuple[list[str], float]:
-    """The texts, and seconds."""
+    """The answers, and the seconds."""
     inference = spec.stage.inference
     assert inference is not None
     began, texts = time.perf_counter(), []

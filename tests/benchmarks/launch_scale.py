@@ -1,9 +1,9 @@
-"""How fast many nodes are reached, and what it costs to stay attached to them, beside plain ssh and Fabric's ThreadingGroup.
+"""Time to reach many nodes, and the cost of staying attached to them, compared with plain ssh and Fabric's ThreadingGroup.
 
     python tests/benchmarks/launch_scale.py [--nodes 32 64 128] [--repeats 3]
 
-Needs root: the nodes are network namespaces of this machine with an sshd each, so that both ends share its cores. Every way takes its
-turn in each repeat; figures are medians. cold = no connection yet, and `true` has run on all nodes; warm = `true` on all once more.
+Needs root: the nodes are network namespaces of this machine with an sshd each, so that both ends share its cores. All ways alternate in each
+repeat; figures are medians. cold = connect and run `true` on all nodes; warm = run `true` on all nodes again.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from launcher.ssh.pool import ConnectionPool
 from launcher.ssh.ssh_config import SshSettings
 
 ATTACHED_S = 10
-X25519 = ("-o", "KexAlgorithms=curve25519-sha256")  # what paramiko takes; ssh's own first choice costs ten times as much
+X25519 = ("-o", "KexAlgorithms=curve25519-sha256")  # the choice of paramiko; the first choice of ssh takes ten times as long
 CHATTER = ("sh", "-c", "while sleep 1; do echo a line of a log; done")
 GOALS = {"cold": "3 s", "warm": "0.5 s", "attached": "10 % of a core", "threads": "300", "dead": "10 s"}  # at 128 nodes
 
@@ -58,13 +58,13 @@ def clock(into: dict[str, list[float]], name: str) -> Iterator[None]:
 
 
 def cpu_s() -> float:
-    """Of this process and its ended children (plain ssh), user and system."""
+    """User and system time of this process and its ended children (plain ssh)."""
     kinds = (resource.getrusage(kind) for kind in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in kinds)
 
 
 class Threads:
-    """The most threads of this process seen, looked at 100 times a second."""
+    """The maximum number of threads of this process, sampled 100 times a second."""
 
     def __enter__(self) -> "Threads":
         self.most, self.over = 0, threading.Event()
@@ -102,7 +102,7 @@ def ours(hosts: Hosts, times: dict[str, list[float]], *, attached: bool) -> None
 
 
 def stay_attached(hosts: Hosts, fleet: tuple[Ssh, ...], times: dict[str, list[float]]) -> None:
-    """Follow a command that prints a line a second on every node, as `docker logs -f` would."""
+    """Follow a command that prints one line per second on every node, like `docker logs -f`."""
     logs = hosts.key.parent / "logs"
     logs.mkdir(exist_ok=True)
     running = each(lambda ssh: ssh.start(CHATTER, log=logs / ssh.host), fleet)
@@ -114,7 +114,7 @@ def stay_attached(hosts: Hosts, fleet: tuple[Ssh, ...], times: dict[str, list[fl
     each(lambda process: process.signal(signal.SIGKILL), running)
     quiet = [host.address for host in hosts.all if (logs / host.address).read_text().count("\n") < ATTACHED_S - 2]
     if quiet:
-        sys.exit(f"no full log came from {', '.join(quiet)}")
+        sys.exit(f"incomplete log from {', '.join(quiet)}")
 
 
 def name_the_dead(hosts: Hosts, times: dict[str, list[float]]) -> None:

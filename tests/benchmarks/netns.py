@@ -1,4 +1,4 @@
-"""Light hosts: network namespaces on one bridge, each with its own sshd, host key, address and empty home. Needs root, ip and sshd.
+"""Lightweight hosts: network namespaces on one bridge, each with its own sshd, host key, address and empty home. Needs root, ip and sshd.
 
 with light_hosts(32, folder) as hosts: ...
 """
@@ -13,17 +13,17 @@ from pathlib import Path
 
 NETWORK = "10.213"
 BRIDGE_ADDRESS = f"{NETWORK}.0.1/16"
-DEAD_ADDRESS = f"{NETWORK}.255.1"  # frames to it go nowhere, as to a host that is switched off behind a router
+DEAD_ADDRESS = f"{NETWORK}.255.1"  # frames to it are dropped, as for a host that is off behind a router
 DEAD_LLADDR = "02:00:00:00:00:fe"
 PORT = 22
-# ip netns exec gives a mount namespace of its own: an empty home keeps this machine's login files out of the figures.
+# ip netns exec creates a mount namespace: an empty home keeps the login files of this machine out of the measurement.
 START = 'mount -t tmpfs none /root && exec /usr/sbin/sshd -D -f "$1" -E "$2"'
 
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
     name: str
-    link: str  # its end of the cable on this machine
+    link: str  # the end of its veth pair on this machine
     address: str
     folder: Path
 
@@ -33,7 +33,7 @@ class Host:
 
 @dataclass(frozen=True, kw_only=True)
 class Hosts:
-    """`key`: the private key that logs root in everywhere. `known_hosts`: hashed, as ssh-keyscan -H writes it."""
+    """`key`: the private key of root on all hosts. `known_hosts`: hashed, as ssh-keyscan -H writes it."""
 
     all: tuple[Host, ...]
     key: Path
@@ -50,7 +50,7 @@ def address_of(number: int) -> str:
 
 @contextlib.contextmanager
 def light_hosts(count: int, folder: Path) -> Iterator[Hosts]:
-    """Start `count` hosts, and end every one of them, by its own pid and name, whatever happens inside."""
+    """Start `count` hosts, and in any case stop each of them at the end, by its pid and name."""
     tag = f"{os.getpid() % 0xFFFF:x}"
     bridge, processes = f"olb{tag}", []
     hosts = tuple(
@@ -65,7 +65,7 @@ def light_hosts(count: int, folder: Path) -> Iterator[Hosts]:
             plug_in(host, bridge)
         run(
             "ip", "neigh", "add", DEAD_ADDRESS, "lladdr", DEAD_LLADDR, "dev", bridge, "nud", "permanent"
-        )  # a bridge that gets its first port forgets it
+        )  # a bridge loses it when it gets its first port
         processes = [start_sshd(host, folder / "key.pub") for host in hosts]
         wait_ready(hosts)
         yield Hosts(all=hosts, key=folder / "key", known_hosts=write_known_hosts(hosts, folder / "known_hosts"))
@@ -77,7 +77,7 @@ def light_hosts(count: int, folder: Path) -> Iterator[Hosts]:
             for pid in subprocess.run(("ip", "netns", "pids", host.name), capture_output=True, text=True).stdout.split():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), 9)
-            # the cable first: a namespace outlives its name while a socket in it still waits for an answer
+            # the veth pair first: a namespace exists longer than its name while a socket in it waits for an answer
             subprocess.run(("ip", "link", "del", host.link), capture_output=True)
             subprocess.run(("ip", "netns", "del", host.name), capture_output=True)
         subprocess.run(("ip", "link", "del", bridge), capture_output=True)
@@ -116,7 +116,7 @@ def start_sshd(host: Host, public_key: Path) -> "subprocess.Popen[bytes]":
 
 
 def wait_ready(hosts: tuple[Host, ...]) -> None:
-    """sshd writes its pid file when it listens."""
+    """sshd writes its pid file when it is listening."""
     deadline = time.monotonic() + 60
     for host in hosts:
         while not (host.folder / "pid").exists():

@@ -1,4 +1,4 @@
-"""One update of bfloat16 weights and states: ours, rounded stochastically, beside torch's AdamW, rounded to nearest. Prints ns per element.
+"""One update of bfloat16 weights and states: ours with stochastic rounding, compared with torch's AdamW. Prints ns per element.
 
     python tests/benchmarks/optimizer_step.py [DEVICE] [ELEMENTS]
 

@@ -1,11 +1,11 @@
-"""The server under many clients beside one client at a time, in the same run: the ratio of their rates, how long a request takes, and memory.
+"""The server with many clients, compared with one client at a time in the same run: ratio of the rates, latency, and memory.
 
     python tests/benchmarks/serve_load.py [--clients 64] [--requests 256] [--alone 32] [--tokens 32] [--batch 16] [--threads 1]
 
-A tiny LLaVA with random weights on the CPU (width 96, 3 layers), which goes on to the last token that it may. Each question has an image of
-32x32 pixels. The server is a process of its own; the clients are threads of this one and share its cores with it. Prints one JSON object:
-requests a second of either, their ratio, the median and the 95th percentile of a request's seconds, and the growth of the server's resident
-memory from the end of the requests that warm it up to the end of the load. Exit code 1 where the ratio is below 2 or the growth above 512 MB.
+A tiny LLaVA with random weights on the CPU (width 96, 3 layers), which always generates the maximum number of tokens. Each question has an
+image of 32x32 pixels. The server is a separate process; the clients are threads of this process and share its cores. Prints one JSON object:
+requests/s of both, their ratio, the median and the 95th percentile of the seconds of a request, and the growth of the server's resident memory
+from the end of the warm-up to the end of the load. Exit code 1 if the ratio is below 2 or the growth above 512 MB.
 """
 
 import argparse
@@ -39,7 +39,7 @@ START_S = 300
 
 
 def start(folder: Path, *, batch: int, tokens: int, threads: int) -> tuple["subprocess.Popen[bytes]", int]:
-    """A server, and its port."""
+    """A server and its port."""
     serving = Serving(port=0, max_batch=batch, sampling=Sampling(max_new_tokens=tokens))
     spec = make_spec(folder, folder, width=96)
     spec = replace(
@@ -62,7 +62,7 @@ def start(folder: Path, *, batch: int, tokens: int, threads: int) -> tuple["subp
 
 
 def questions(count: int, tokens: int) -> list[bytes]:
-    """Each with an image of its own."""
+    """Each with a different image."""
     random = np.random.default_rng(0)
     bodies = []
     for number in range(count):
@@ -77,7 +77,7 @@ def questions(count: int, tokens: int) -> list[bytes]:
 
 
 def asker(port: int) -> Callable[[bytes], tuple[float, int]]:
-    """Seconds and new tokens of one request, on a connection of its own as most clients have it."""
+    """Seconds and new tokens of one request, on its own connection, as with most clients."""
 
     def ask(body: bytes) -> tuple[float, int]:
         began = time.perf_counter()

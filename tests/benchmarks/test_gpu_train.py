@@ -1,4 +1,4 @@
-"""The arithmetic behind MFU: FLOPs of real forward and backward passes as torch counts them, rates of made-up rows, samples of exact length."""
+"""The arithmetic of MFU: FLOPs of real forward and backward passes counted by torch, rates from given rows, samples of exact length."""
 
 import json
 import subprocess
@@ -17,8 +17,8 @@ from tests.benchmarks.flop import Shape, count_sample
 from tests.benchmarks.gpu_train import JOBS, ROOT, Job, describe, make_tiny, summarise, write_data
 from trainer.contract import SCHEMA, PhasePeak, StepRow, TrainResult
 
-TOLERANCE = 0.01  # norms, biases and position tables are no matrices; under LoRA the first layer needs no gradient of its inputs
-# peft 0.21.2 asks transformers 5.23 by the old name.
+TOLERANCE = 0.01  # norms, biases and position tables are not matrices; with LoRA the first layer needs no gradient of its inputs
+# peft 0.21.2 uses an old name of transformers 5.23.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 DEEPER = (
     "model.architecture.text.num_hidden_layers=12",
@@ -40,15 +40,15 @@ def configure(*overrides: str) -> Config:
 
 
 def count_by_torch(config: Config, folder: Path) -> int:
-    """Of one sample, forward and backward, by the trainer's own loss. Attention is eager: its products are whole squares, as the formula has
-    them, and torch counts them on every device."""
+    """For one sample, forward and backward, with the loss of the trainer. Attention is eager: it computes complete matrices, as in the formula,
+    and torch counts them on every device."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from trainer.data.batch.collate import collate
     from trainer.data.rows.sample import read_samples
     from trainer.distributed.engine import Engine
-    from trainer.models import find_family
+    from trainer.models.registry import find_family
     from trainer.stages.group import apply_stage
 
     spec = train_spec(config, PLACE, run_id="flop")
@@ -67,7 +67,7 @@ def with_image(name: str) -> Job:
     return replace(make_tiny(name, JOBS[name]), image=(32, 32))
 
 
-# A text alone would come with a blank image, which the formula leaves out, where anything of the image's way trains.
+# A text without images would get a dummy image, which the formula does not count, if vision or projector are trained.
 CELLS = [*((with_image(name), trained) for name, trained in product(JOBS, TRAINED)), (make_tiny("lora", JOBS["lora"]), "lora")]
 
 
@@ -91,9 +91,9 @@ def test_the_cells_are_all_there() -> None:
 @pytest.mark.parametrize(
     ("name", "gflop"),
     (
-        # 6 N of 7.07e9 in the decoder without its 0.545e9 of embeddings, and 2 N of 0.63e9 for 3 patches a token
+        # 6 N of 7.07e9 in the decoder without its 0.545e9 of embeddings, and 2 N of 0.63e9 for 3 patches per token
         ("vlm", 6 * 6.5256 + 2 * 0.6315 * 3 + 2.24),
-        # NeMo AutoModel has 402 TFLOP/s at 12,473 tokens/s for an 8B decoder with LoRA, docs/performance-summary.mdx: 32.2 a token
+        # NeMo AutoModel has 402 TFLOP/s at 12,473 tokens/s for an 8B decoder with LoRA, docs/performance-summary.mdx: 32.2 per token
         ("lora", 402e3 / 12473),
     ),
 )
@@ -145,14 +145,14 @@ def lora_config(*overrides: str) -> Config:
 
 
 def test_rates_leave_the_first_steps_out() -> None:
-    """Two steps of 2 and 3 s count: 2 x 32,768 tokens of 32.2 GFLOP in 5 s, on a card of 989 TFLOP/s."""
+    """Two steps of 2 and 3 s count: 2 x 32,768 tokens of 32.2 GFLOP in 5 s, on a device with 989 TFLOP/s."""
     config = lora_config("hardware=h200")
     figures = summarise(make_rows(100.0, 50.0, 2.0, 3.0), make_result(), config, SHAPE, warm_up=2)
     assert (figures.steps, figures.tokens_per_s, figures.step_s) == (2, pytest.approx(13107.2), 2.5)
     assert figures.spread == pytest.approx(0.4)
     assert figures.tflops == pytest.approx(13107.2 * 32.178e9 / 1e12, rel=1e-3)
     assert figures.mfu == pytest.approx(figures.tflops / 989)
-    assert (figures.allocated_bytes, figures.reserved_bytes) == (60, 80)  # neither loading nor saving
+    assert (figures.allocated_bytes, figures.reserved_bytes) == (60, 80)  # without loading and saving
     text = "\n".join(describe("lora", JOBS["lora"], figures, count_sample(config, SHAPE), SHAPE))
     assert "42.6% of 989 TFLOP/s" in text and ">= 12,500 tokens/s: reached" in text
 
@@ -176,7 +176,7 @@ def test_steps_of_another_size_or_none_are_no_measurement(rows: list[StepRow], w
 
 @pytest.mark.slow
 def test_a_tiny_job_goes_the_whole_way(tmp_path: Path) -> None:
-    """A real launch, as a command of its own; a folder that holds a measurement is not measured into again."""
+    """A real launch as a separate command; a folder with a measurement is refused."""
     argv = (sys.executable, "tests/benchmarks/gpu_train.py", "--tiny", "--jobs", "lora", "--warm-up", "1", "--steps", "1")
     argv = (*argv, "--folder", str(tmp_path), "hardware.threads=1", "cluster.environment.PYTHONPATH=")
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
@@ -185,4 +185,4 @@ def test_a_tiny_job_goes_the_whole_way(tmp_path: Path) -> None:
     (found,) = json.loads(done.stdout.splitlines()[-1])
     assert found["steps"] == 1 and found["tokens_per_s"] > 0 and found["mfu"] is None and found["allocated_bytes"] > 2**20
     again = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert again.returncode == 2 and "holds an earlier measurement" in again.stderr
+    assert again.returncode == 2 and "already contains a measurement" in again.stderr

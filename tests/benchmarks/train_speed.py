@@ -1,13 +1,13 @@
-"""Our trainer beside Hugging Face's Trainer: the same tiny model, samples, batch, precision (float32) and threads, on the CPU.
+"""Our trainer compared with Hugging Face's Trainer: the same tiny model, samples, batch, precision (float32) and threads, on the CPU.
 
     python tests/benchmarks/train_speed.py [--steps 75] [--repeats 3] [--threads 1] [--sets digits,mixed]
 
-Hugging Face's Trainer needs accelerate: pip install accelerate. Each way runs in a process of its own, in turns, `repeats` times; the
-figures are medians of the mean step after the first 15, an epoch of `mixed`. Both make their batches with our collate, in the process of the loop
+Hugging Face's Trainer needs accelerate: pip install accelerate. Each way runs in a separate process, alternately, `repeats` times; the
+figures are medians of the mean step after the first 15, for `mixed` one epoch. Both use our collate in the process of the loop
 (data.workers=0, dataloader_num_workers=0), and keep processed images and texts between epochs. `mixed`: conversations of 20 to 500 tokens,
 three out of four with an image. A step is 16 samples: one micro-batch padded to its longest sample, or with packing rows of at most 512
-tokens, one a micro-batch; ours, as on every CPU, leaves padding out: the 16 samples as one row. useful: the tokens of samples among all
-that the model computes.
+tokens, one per micro-batch; ours, as always on a CPU, has no padding: the 16 samples in one row. useful: the fraction of computed tokens that
+belong to samples.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Way:
 
 
 def write_mixed(root: Path) -> DataSpec:
-    """Lengths are log-normal, as those of instruction data are; the same ones every time."""
+    """Log-normal lengths, as in instruction data; always the same."""
     import numpy as np
     from PIL import Image
 
@@ -72,7 +72,7 @@ def write_mixed(root: Path) -> DataSpec:
 
 
 def plan(output: Path, data: DataSpec, steps: int, threads: int, changes: dict[str, Any]) -> TrainSpec:
-    """conf/model/tiny_llava.yaml at work, without evaluation. Its context is as long as the rows."""
+    """Training of conf/model/tiny_llava.yaml, without evaluation. Its context is as long as the rows."""
     micro = 1 if changes.get("packing") else GLOBAL_BATCH
     spec = make_spec(output, output, width=96, micro=micro, accumulation=GLOBAL_BATCH // micro)
     text = {**spec.model.architecture["text"], "max_position_embeddings": 1024}
@@ -109,7 +109,7 @@ def run_theirs(spec: TrainSpec, arguments: dict[str, Any]) -> dict[str, float]:
     torch.manual_seed(spec.seed)
     model, processor, samples = load(spec)
     cache = Cache(CACHE_BYTES)
-    # What sorts by length has it counted before, which also leaves all texts encoded; the others encode each when it comes, as we do.
+    # Sorting by length measures all samples before, so that all texts are already encoded; the others encode each text when it is used, as we do.
     sorts = "train_sampling_strategy" in arguments
     lengths = keep_lengths(samples, processor, spec, cache)(range(len(samples))) if sorts else [1] * len(samples)
 
@@ -153,12 +153,12 @@ def run_theirs(spec: TrainSpec, arguments: dict[str, Any]) -> dict[str, float]:
 
 
 def load(spec: TrainSpec) -> tuple[Any, Any, Any]:
-    """The model and processor of a random start, and the samples."""
+    """A random model with its processor, and the samples."""
     import torch
 
     from trainer.data.check import prepare, resolve
     from trainer.data.rows.sample import read_samples
-    from trainer.models import find_family
+    from trainer.models.registry import find_family
 
     torch.set_num_threads(spec.device.threads)
     prepare(spec.data)
@@ -171,7 +171,7 @@ def load(spec: TrainSpec) -> tuple[Any, Any, Any]:
 
 
 def count_useful(spec: TrainSpec) -> dict[str, float]:
-    """Of our batches, over all steps: the share of tokens that belong to a sample, and how many a step has."""
+    """For our batches, over all steps: the fraction of tokens that belong to a sample, and their number per step."""
     from trainer.data.batch.load import batches
 
     _, processor, samples = load(spec)
@@ -185,7 +185,7 @@ def count_useful(spec: TrainSpec) -> dict[str, float]:
 WAYS = {
     "hf": Way(trainer=run_theirs, data={}, arguments={}),
     "hf, by length": Way(trainer=run_theirs, data={}, arguments={"train_sampling_strategy": "group_by_length"}),
-    "ours": Way(trainer=run_ours, data={"padding_free": True}, arguments={}),  # as a plan for a CPU has it
+    "ours": Way(trainer=run_ours, data={"padding_free": True}, arguments={}),  # as in a plan for a CPU
     "ours, padded": Way(trainer=run_ours, data={}, arguments={}),
     "ours, by length": Way(trainer=run_ours, data={"length_aware": "window"}, arguments={}),
     "ours, packed": Way(trainer=run_ours, data={"packing": True}, arguments={}),
@@ -196,7 +196,7 @@ WAYS = {
 
 
 def measure(folder: Path, way: str, spec: TrainSpec, task: str) -> dict[str, float]:
-    """One way in a process of its own."""
+    """One way, in a separate process."""
     folder.mkdir(parents=True)
     spec = replace(spec, output=str(folder))
     write(spec, folder / SPEC_FILE)

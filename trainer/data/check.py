@@ -1,4 +1,4 @@
-"""Everything about the data that can be known before a rank is started. Torch is imported only where there are lengths to be counted."""
+"""The data check before a run: read all rows, decode all images, count all tokens. Imports torch only if lengths are measured."""
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -8,10 +8,10 @@ from pathlib import Path
 
 from trainer.contract import DATA_PROBLEMS_FILE, SCHEMA, DataProblem, DataReport, DataSpec, InputRefused, StageSpec, TrainSpec
 from trainer.data.digits import QUESTIONS, write_digits
-from trainer.data.finding import examine_images, find_problems
 from trainer.data.length import Lengths, measure
 from trainer.data.media.image import Examined, hash_file
 from trainer.data.rows.sample import Sample, read_samples
+from trainer.data.sample_check import examine_images, find_problems
 from trainer.data.summary import summarise
 
 KEPT_PROBLEMS = 50
@@ -21,7 +21,7 @@ Read = tuple[tuple[Sample, ...], tuple[DataProblem, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class DataPaths:
-    """Where the data lies. `train` and `evaluation` are None when the spec names none."""
+    """The paths of the data. `train` and `evaluation` are None when the spec has none."""
 
     train: Path | None
     evaluation: Path | None
@@ -30,7 +30,7 @@ class DataPaths:
 
 @dataclass(frozen=True, kw_only=True)
 class Builtin:
-    """A set that the trainer writes itself: `write(root)` makes the files, which lie at these paths below root."""
+    """A data set that the trainer writes itself: `write(root)` creates the files, at these paths below root."""
 
     write: Callable[[Path], None]
     train: str
@@ -44,32 +44,28 @@ BUILTIN = {
 }
 
 
-def check_data(spec: TrainSpec) -> DataReport:
-    """What `examine_data` finds, with the first KEPT_PROBLEMS of the problems. Raises InputRefused for a spec that names no data."""
-    return examine_data(spec)[0]
-
-
 def examine_data(spec: TrainSpec) -> tuple[DataReport, tuple[DataProblem, ...], dict[Path, str]]:
-    """Write the builtin set if the spec names one, read both annotation files, decode and hash every image, count every text's tokens.
+    """Write the built-in set if the spec names one, read both annotation files, decode and hash every image, count the tokens of every text.
 
-    The report, all problems of all rows, and the hash of every file. Raises InputRefused for a spec that names no data.
+    Returns the report (with the first KEPT_PROBLEMS problems), all problems, and the hash of every file. Raises InputRefused for a spec
+    without data.
     """
     prepare(spec.data)
-    places = resolve(spec.data)
-    files = needed(spec, places)
-    read = {file: read_samples(file, places.images) for file in files}
+    paths = resolve(spec.data)
+    files = needed(spec, paths)
+    read = {file: read_samples(file, paths.images) for file in files}
     samples = distinct(read)
     images = examine_images(image for sample in samples for image in sample.images)
-    unread = (problem for _, problems in read.values() for problem in problems)
+    row_problems = (problem for _, problems in read.values() for problem in problems)
     wrong = tuple(find_problems(samples, images, spec.model.template, spec.model.image_token))
     lengths = measure_whole(samples, wrong, images, spec)
-    problems = in_order((*unread, *wrong, *lengths.problems))
+    problems = in_order((*row_problems, *wrong, *lengths.problems))
     hashes = hash_annotations(read) | {path: image.sha256 for path, image in images.items()}
     report = DataReport(
         schema=SCHEMA,
         sha256=hash_data(read, hashes),
-        train_rows=len(read[places.train][0]) if places.train in read else 0,
-        evaluation_rows=len(read[places.evaluation][0]) if places.evaluation in read else 0,
+        train_rows=len(read[paths.train][0]) if paths.train in read else 0,
+        evaluation_rows=len(read[paths.evaluation][0]) if paths.evaluation in read else 0,
         images=len(images),
         problems=bound(problems),
         problem_count=len(problems),
@@ -79,20 +75,22 @@ def examine_data(spec: TrainSpec) -> tuple[DataReport, tuple[DataProblem, ...], 
 
 
 def prepare(data: DataSpec) -> None:
-    """Write the builtin set, if there is one. Raises InputRefused for an unknown name or a folder that cannot be written."""
+    """Write the built-in set, if the spec names one. Raises InputRefused for an unknown name or a folder that cannot be written."""
     if data.builtin and data.builtin not in BUILTIN:
-        raise InputRefused(f"data.builtin={data.builtin!r} is not known\n    valid are: {', '.join(BUILTIN)}, or '' for files of your own")
+        raise InputRefused(
+            f"data.builtin={data.builtin!r} is not known\n    valid values: {', '.join(BUILTIN)}, or '' to use your own files"
+        )
     if not data.builtin:
         return
     try:
         BUILTIN[data.builtin].write(Path(data.root))
     except OSError as error:
-        fix = "make room there or make it writable, or set cluster.root to another folder"
-        raise InputRefused(f"data.root={data.root}: the set {data.builtin} cannot be written: {error}\n    {fix}") from error
+        fix = "free disk space there, make the folder writable, or set cluster.root to another folder"
+        raise InputRefused(f"data.root={data.root}: cannot write the built-in set {data.builtin}: {error}\n    {fix}") from error
 
 
 def resolve(data: DataSpec) -> DataPaths:
-    """Absolute paths stay; others lie below `data.root`. Without `data.images`, images lie beside the first annotation file."""
+    """Relative paths start at `data.root`. Without `data.images`, image paths start at the folder of the first annotation file."""
     root = Path(data.root)
     known = BUILTIN.get(data.builtin)
     train = data.train or (known.train if known else "")
@@ -105,20 +103,20 @@ def resolve(data: DataSpec) -> DataPaths:
     )
 
 
-def needed(spec: TrainSpec, places: DataPaths) -> tuple[Path, ...]:
-    """Raises InputRefused when a file that the stage is about is not named."""
+def needed(spec: TrainSpec, paths: DataPaths) -> tuple[Path, ...]:
+    """The annotation files that the stage reads. Raises InputRefused when a required one is not configured."""
     files: list[Path] = []
-    for key, must in asked_of(spec.stage):
-        file: Path | None = getattr(places, key)
-        if file is None and must:
-            fix = f"set data.{key} to an annotation file, or take data=digits"
+    for key, required in files_of(spec.stage):
+        file: Path | None = getattr(paths, key)
+        if file is None and required:
+            fix = f"set data.{key} to an annotation file, or use data=digits"
             raise InputRefused(f"stage {spec.stage.name} needs data.{key}, which is empty\n    {fix}")
         files += [file] if file else []
     return tuple(files)
 
 
-def asked_of(stage: StageSpec) -> tuple[tuple[str, bool], ...]:
-    """Which files a stage reads, and whether it cannot do without. Those of an inference are looked at row by row as they are answered."""
+def files_of(stage: StageSpec) -> tuple[tuple[str, bool], ...]:
+    """(key, required) of the annotation files that a stage reads. The input of an inference is not among them: stage infer checks it itself."""
     if stage.kind == "train":
         return (("train", True), ("evaluation", False))
     if stage.quantization is not None:
@@ -126,16 +124,16 @@ def asked_of(stage: StageSpec) -> tuple[tuple[str, bool], ...]:
     return (("evaluation", True),) if stage.kind == "evaluate" else ()
 
 
-# -------------------------------------------------------------------------------------------------------------- what was found
+# ------------------------------------------------------------------------------------------------------------------- report
 
 
 def distinct(read: dict[Path, Read]) -> tuple[Sample, ...]:
-    """Every sample once, however often its rows count."""
+    """Every sample once, even if its rows are repeated."""
     return tuple({(sample.file, sample.row, sample.part): sample for samples, _ in read.values() for sample in samples}.values())
 
 
 def measure_whole(samples: tuple[Sample, ...], wrong: tuple[DataProblem, ...], images: dict[Path, Examined], spec: TrainSpec) -> Lengths:
-    """Lengths of the samples that nothing is wrong with."""
+    """Lengths of the samples without problems."""
     if spec.data.builtin:
         return Lengths(unmeasured="the rows of a built-in set are a few words long")
     bad = {(problem.file, problem.row) for problem in wrong}
@@ -144,29 +142,29 @@ def measure_whole(samples: tuple[Sample, ...], wrong: tuple[DataProblem, ...], i
 
 
 def in_order(problems: Iterable[DataProblem]) -> tuple[DataProblem, ...]:
-    """File after file as they were first named, by row."""
+    """Grouped by file, in the order in which the files first appear; by row within a file."""
     listed = list(problems)
-    files = {file: place for place, file in enumerate(dict.fromkeys(problem.file for problem in listed))}
+    files = {file: number for number, file in enumerate(dict.fromkeys(problem.file for problem in listed))}
     return tuple(sorted(listed, key=lambda problem: (files[problem.file], problem.row)))
 
 
 def bound(problems: tuple[DataProblem, ...]) -> tuple[DataProblem, ...]:
-    """At most KEPT_PROBLEMS, and one line more that counts the others."""
+    """At most KEPT_PROBLEMS, followed by one entry with the number of the others."""
     kept, others = problems[:KEPT_PROBLEMS], problems[KEPT_PROBLEMS:]
     if not others:
         return kept
-    fix = f"mend these and check again; all of them are in {DATA_PROBLEMS_FILE}"
+    fix = f"fix these and check again; {DATA_PROBLEMS_FILE} in the run's folder has all of them"
     return (*kept, DataProblem(file=others[0].file, row=0, field="", problem=f"{len(others)} more problems", fix=fix))
 
 
 def hash_annotations(read: dict[Path, Read]) -> dict[Path, str]:
-    """Of each annotation file and of those that it lists; '' for one that is not there."""
+    """The hash of each annotation file, and of the files that a meta file lists; '' for a missing file."""
     parts = {part for file, (samples, _) in read.items() for part in (file, *(Path(sample.file) for sample in samples))}
     return {part: hash_file(part) if part.is_file() else "" for part in parts}
 
 
 def hash_data(read: dict[Path, Read], hashes: dict[Path, str]) -> str:
-    """SHA-256 over the hash of each annotation file and then of its rows' images, in order. Where the files lie does not matter."""
+    """SHA-256 over the hashes of each annotation file and of the images of its rows, in order. Independent of the paths."""
     digest = hashlib.sha256()
     for file, (samples, _) in read.items():
         for part in dict.fromkeys((file, *(Path(sample.file) for sample in samples))):

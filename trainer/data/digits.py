@@ -1,8 +1,8 @@
 """The 1,797 handwritten digits that ship inside scikit-learn, as instruction data: "Which digit is this?" -> "7".
 
-Two more sets ask something else of the same images, so that a chain of stages has something new to learn.
-UCI ML hand-written digits (Alpaydin and Kaynak, 1998), 8x8 pixels with 17 grey levels. 1,500 rows train, 297 are held out; which
-ones is fixed by `permute(1797, "digits")` and does not depend on a run's seed.
+Two more sets ask other questions about the same images, so that a chain of stages has something new to learn.
+UCI ML hand-written digits (Alpaydin and Kaynak, 1998), 8x8 pixels with 17 grey levels. 1,500 rows are for training, 297 are held out;
+`permute(1797, "digits")` fixes the split, independent of the seed of a run.
 """
 
 import fcntl
@@ -30,30 +30,26 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True, kw_only=True)
 class DigitsQuestion:
-    """What is asked about each image, and the answer for a digit."""
+    """The question about each image, and the answer for a digit."""
 
     text: str
     answer: Callable[[int], str]
 
 
-def yes_or_no(true: bool) -> str:
-    return "yes" if true else "no"
-
-
-# By the name of the set, which is that of its folder, too.
+# Key: name of the set and of its folder.
 QUESTIONS = {
     "digits": DigitsQuestion(text="Which digit is this?", answer=str),
-    "digits_even": DigitsQuestion(text="Is the digit even?", answer=lambda digit: yes_or_no(digit % 2 == 0)),
-    "digits_large": DigitsQuestion(text="Is the digit greater than four?", answer=lambda digit: yes_or_no(digit > 4)),
+    "digits_even": DigitsQuestion(text="Is the digit even?", answer=lambda digit: "no" if digit % 2 else "yes"),
+    "digits_large": DigitsQuestion(text="Is the digit greater than four?", answer=lambda digit: "yes" if digit > 4 else "no"),
 }
 
 
 def write_digits(root: Path, name: str = "digits") -> None:
-    """Make `root/name` unless it is there whole: train.json, evaluation.json, images/*.png and, last, the manifest.
+    """Create `root/name` unless it is complete: train.json, evaluation.json, images/*.png and, last, the manifest.
 
-    Written aside and renamed, one process at a time, so that nobody ever reads half of it; the bytes are the same on every machine.
-    A damaged set is moved to `root/<name>.damaged.*`, in case it is something of the user's. Raises OSError,
-    and KeyError for a name that is not in QUESTIONS.
+    Written to a temporary folder and renamed, one process at a time, so that an incomplete set is never visible; the bytes are the same on
+    every machine. A damaged set is moved to `root/<name>.damaged.*`, because it may contain files of the user. Raises OSError, and KeyError
+    for a name that is not in QUESTIONS.
     """
     question, folder = QUESTIONS[name], root / name
     if is_whole(folder):
@@ -65,7 +61,7 @@ def write_digits(root: Path, name: str = "digits") -> None:
         aside = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
         try:
             write_set(aside, question)
-            aside.chmod(0o755)  # mkdtemp's 0700 would hide it from the user of a container
+            aside.chmod(0o755)  # mkdtemp sets 0700, which the user of a container could not read
             if folder.exists():
                 folder.rename(root / f"{name}.damaged{aside.suffix}")
             aside.rename(folder)
@@ -74,7 +70,7 @@ def write_digits(root: Path, name: str = "digits") -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the manifest is there and says the hash that the files have."""
+    """Whether the manifest exists and has the hash of the files."""
     try:
         return bool(json.loads((folder / MANIFEST).read_text(encoding="utf-8")) == {"sha256": hash_set(folder)})
     except (OSError, ValueError):
@@ -104,15 +100,14 @@ def write_set(folder: Path, question: DigitsQuestion) -> None:
 
 def load_pixels() -> tuple[NDArray[np.uint8], list[int]]:
     """([1797, 8, 8] uint8 from 0 to 255, labels)."""
-    from sklearn.datasets import load_digits  # a second of imports, and needed once a machine
+    from sklearn.datasets import load_digits  # takes a second to import, and is needed once per machine
 
     digits = load_digits()
     return np.rint(digits.images * 255 / 16).astype(np.uint8), [int(label) for label in digits.target]
 
 
 def row(index: int, label: int, question: DigitsQuestion) -> dict[str, object]:
-    asked = {"from": "human", "value": f"<image>\n{question.text}"}
-    turns = [asked, {"from": "gpt", "value": question.answer(label)}]
+    turns = [{"from": "human", "value": f"<image>\n{question.text}"}, {"from": "gpt", "value": question.answer(label)}]
     return {"id": f"digit-{index:04}", "image": image_name(index), "conversations": turns}
 
 
@@ -121,7 +116,7 @@ def image_name(index: int) -> str:
 
 
 def png(image: NDArray[np.uint8]) -> bytes:
-    """[H, W] grey levels as a PNG with one stored deflate block: what a compressor writes changes with its version, and so would the hash.
+    """[H, W] grey levels as a PNG with one stored deflate block. Compressed bytes, and with them the hash, would depend on the version of zlib.
 
     https://www.w3.org/TR/png-3/ sections 5 and 11; RFC 1950, RFC 1951 section 3.2.4. At most 65,535 bytes of pixels and filter marks.
     """
@@ -138,7 +133,7 @@ def chunk(name: bytes, content: bytes) -> bytes:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time; the kernel lets go of the lock when its holder dies."""
+    """Holds an exclusive lock. The kernel releases it when the process ends."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # torch.nn.functional.cross_entropy's ignore_index
+NO_TOKEN_IN_LOSS = ("the tokenizer makes no token of the answers, so nothing would be learned", "write a visible answer")  # problem, fix
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """Equally long. `labels` are not shifted: the model does that. Masked places hold IGNORED."""
+    """Two lists of equal length. `labels` are not shifted (the model does that); masked positions are IGNORED."""
 
     input_ids: list[int]
     labels: list[int]
@@ -26,7 +27,7 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """Everything up to the last answer, and that answer."""
+    """The ids of everything before the last answer, and that answer."""
 
     input_ids: list[int]
     reference: str
@@ -40,9 +41,9 @@ def encode(
     spans: Sequence[Sequence[int]],
     max_length: int,
 ) -> Encoded:
-    """Ids of the whole conversation; answers and their end marks are labels. `spans`: the ids that stand for each image.
+    """Ids of the whole conversation; answers and their end marks are labels. `spans`: the ids that replace each image token.
 
-    Raises InputRefused for more than `max_length` tokens (nothing is ever cut off), and for a text without a trained token.
+    Raises InputRefused for more than `max_length` tokens (nothing is truncated), and for a text without any token in the loss.
     """
     segments = cut(sample, template, image_token)
     pieces = expand(sample, tokenise(tokenizer, segments), image_id(tokenizer, image_token), spans)
@@ -53,7 +54,7 @@ def encode(
         labels += piece if segment.in_loss else repeat(IGNORED, len(piece))
     check_length(sample, len(ids), sum(map(len, spans)), max_length)
     if all(label == IGNORED for label in labels):
-        refuse(sample, "the tokenizer makes no token of its answers, so that nothing would be learned", "write a visible answer")
+        refuse(sample, NO_TOKEN_IN_LOSS)
     return Encoded(input_ids=ids, labels=labels)
 
 
@@ -65,13 +66,13 @@ def encode_prompt(
     spans: Sequence[Sequence[int]],
     max_length: int,
 ) -> Prompt:
-    """What the model is given to answer the last question: exactly the ids that came before that answer in training.
+    """The ids that the model gets to answer the last question: exactly those before that answer in training.
 
     Raises InputRefused as `encode` does.
     """
-    asked = replace(sample, messages=(*sample.messages[:-1], replace(sample.messages[-1], in_loss=True)))  # even if it is not learned
-    segments = cut(asked, template, image_token)
-    last = max(place for place, segment in enumerate(segments) if segment.in_loss)
+    messages = (*sample.messages[:-1], replace(sample.messages[-1], in_loss=True))  # so that the answer is a segment of its own
+    segments = cut(replace(sample, messages=messages), template, image_token)
+    last = max(index for index, segment in enumerate(segments) if segment.in_loss)
     pieces = expand(sample, tokenise(tokenizer, segments[:last]), image_id(tokenizer, image_token), spans)
     ids = [*opening(tokenizer), *chain.from_iterable(pieces)]
     check_length(sample, len(ids), sum(map(len, spans)), max_length)
@@ -81,9 +82,9 @@ def encode_prompt(
 def tokenise(tokenizer: "PreTrainedTokenizerBase", segments: Sequence[Segment]) -> list[list[int]]:
     """The ids of each segment.
 
-    They are those of the whole text, as a server makes them that is sent the conversation: tokenised alone, a segment would get a word
-    start of its own from a SentencePiece tokenizer. Only where a token reaches across the edge is the text cut there, because the
-    ids of a prompt must be the beginning of the ids that were trained on.
+    The whole text is tokenized at once, as a server does with a conversation: a SentencePiece tokenizer would add a word start to a segment
+    that is tokenized alone. Only where a token crosses the boundary of two segments, they are tokenized separately, because the ids of a
+    prompt must be the beginning of the ids in training.
     """
     text = ""
     ids: list[int] = []
@@ -102,43 +103,52 @@ def token_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     return ids
 
 
-@lru_cache(maxsize=8)  # asked for every sample; a tokenizer does not change once a run has begun
+@lru_cache(maxsize=8)  # called for every sample; a tokenizer does not change during a run
 def opening(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    """(BOS,) if the tokenizer starts a text with it. Having one is not enough: some models name a BOS that they never saw."""
+    """(BOS,) if the tokenizer starts a text with it. Some tokenizers define a BOS that the model was never trained with."""
     first = tuple(tokenizer("")["input_ids"][:1])
     return first if first == (tokenizer.bos_token_id,) else ()
 
 
 @lru_cache(maxsize=8)
 def image_id(tokenizer: "PreTrainedTokenizerBase", image_token: str) -> int:
-    """Raises InputRefused when the tokenizer does not know `image_token` as one token."""
+    """The id of `image_token`. Raises InputRefused when it is not exactly one token of the tokenizer."""
     ids = token_ids(tokenizer, image_token)
-    unknown = len(ids) == 1 and ids[0] == tokenizer.unk_token_id and image_token != tokenizer.unk_token  # MiniCPM-V 2.6 puts images there
+    unknown = (
+        len(ids) == 1 and ids[0] == tokenizer.unk_token_id and image_token != tokenizer.unk_token
+    )  # MiniCPM-V 2.6 uses <unk> for images
     if len(ids) != 1 or unknown:
         raise InputRefused(
-            f"the tokenizer has no token {image_token!r} (it reads {len(ids)} tokens)\n    take the tokenizer that belongs to the model, "
-            "or set model.image_token to the name that it uses"
+            f"the tokenizer has no token {image_token!r} (it makes {len(ids)} tokens of it)\n    use the tokenizer that belongs to the model, "
+            "or set model.image_token to the token that it uses for images"
         )
     return ids[0]
 
 
 def expand(sample: Sample, pieces: list[list[int]], image: int, spans: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Each image token replaced by the ids that stand for its image."""
-    places = sum(piece.count(image) for piece in pieces)
-    if places != len(spans):
-        refuse(sample, f"{places} image tokens in the text for {len(spans)} images", "write <image> once for each image, and nowhere else")
+    """Each image token replaced by the ids of its image."""
+    tokens = sum(piece.count(image) for piece in pieces)
+    if tokens != len(spans):
+        refuse(
+            sample,
+            (f"the text has {tokens} image tokens, but the row has {len(spans)} images", "write <image> exactly once for each image"),
+        )
     remaining = iter(spans)
     return [list(chain.from_iterable(next(remaining) if token == image else (token,) for token in piece)) for piece in pieces]
 
 
 def check_length(sample: Sample, length: int, image_tokens: int, max_length: int) -> None:
     if length > max_length:
-        refuse(
-            sample,
-            f"{length} tokens ({image_tokens} of them images) are longer than data.max_length={max_length}",
-            f"nothing is cut off: set data.max_length={length} if model and memory take it, or split or leave out the row",
-        )
+        refuse(sample, too_long(length, image_tokens, max_length))
 
 
-def refuse(sample: Sample, problem: str, fix: str) -> None:
-    raise InputRefused(str(DataProblem(file=sample.file, row=sample.row, field="", problem=problem, fix=fix)))
+def too_long(length: int, image_tokens: int, max_length: int) -> tuple[str, str]:
+    """(problem, fix)."""
+    return (
+        f"{length} tokens ({image_tokens} of them for images) are more than data.max_length={max_length}",
+        f"rows are not truncated: set data.max_length={length} if the model and the memory allow it, or split or remove the row",
+    )
+
+
+def refuse(sample: Sample, problem: tuple[str, str]) -> None:
+    raise InputRefused(str(DataProblem(file=sample.file, row=sample.row, field="", problem=problem[0], fix=problem[1])))

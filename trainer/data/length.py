@@ -1,37 +1,30 @@
-"""Tokens of every sample before a run, as the model's own tokenizer and its rule for images count them. No pixel is looked at.
+"""The length of every sample in tokens before a run, from the model's tokenizer and the sizes of the images, without decoding pixels.
 
-Torch is imported with the model's processor, and with nothing else here: seconds that the rest of a check does not need.
+torch is imported only together with the model's processor, because the import takes seconds that the rest of the check does not need.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from trainer.contract import DataProblem, InputRefused, Template, TrainSpec
-from trainer.data.encode import expand, image_id, opening, token_ids, tokenise
+from trainer.data.encode import NO_TOKEN_IN_LOSS, expand, image_id, opening, token_ids, tokenise, too_long
 from trainer.data.rows.sample import Sample
 from trainer.data.segment import Segment, cut
 
-CHUNK = 1024  # samples whose texts and ids are in memory together
-SLACK = 8  # tokens that a cut may add: what a few letters beside it become on their own
+if TYPE_CHECKING:
+    from trainer.data.processor import Processor
 
-
-class Ruler(Protocol):
-    """What lengths need of trainer.models.family.Processor. `span(size, place)`: the ids that stand for an image of (width, height)."""
-
-    @property
-    def tokenizer(self) -> Any: ...
-
-    @property
-    def span(self) -> Any: ...
+CHUNK = 1024  # samples whose texts and ids are in memory at a time
+SLACK = 8  # tokens that tokenizing a segment separately may add
+REPLACE = "use the tokenizer and processor that belong to the model"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """`tokens` of each sample, images and all, and how many of them are `image_tokens`, in the order of the samples; a text is counted
-    in one piece, which at a cut between question and answer may be a token or two less than the model reads. `unmeasured`: why there
-    are none."""
+    """`tokens` of each sample, including its `image_tokens`, in the order of the samples. A text is tokenized as a whole, which may give a
+    token or two less per message than the model gets. `unmeasured`: the reason when there are no lengths."""
 
     tokens: Sequence[int] = ()
     image_tokens: Sequence[int] = ()
@@ -40,23 +33,23 @@ class Lengths:
 
 
 def measure(samples: Sequence[Sample], sizes: Mapping[Path, tuple[int, int]], spec: TrainSpec) -> Lengths:
-    """Lengths and what is too long. `sizes`: (width, height) of every image of the samples, which `cut` must be able to cut."""
+    """Lengths, and samples that are too long. `sizes`: (width, height) of every image. `cut` must accept the samples."""
     try:
-        ruler = open_ruler(spec)
-        image_id(ruler.tokenizer, spec.model.image_token)
+        processor = open_processor(spec)
+        image_id(processor.tokenizer, spec.model.image_token)
     except InputRefused as error:
         problem, _, fix = str(error).partition("\n")
         return Lengths(problems=(DataProblem(file=source_of(spec), row=0, field="", problem=problem, fix=fix.strip() or REPLACE),))
     except (ImportError, OSError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
-        return Lengths(unmeasured=f"the model's processor cannot be opened here ({first})")
-    return measure_with(ruler, samples, sizes, spec.model.template, spec.model.image_token, max_length=spec.data.max_length)
+        return Lengths(unmeasured=f"the processor of the model is not available on this machine ({first})")
+    return measure_with(processor, samples, sizes, spec.model.template, spec.model.image_token, max_length=spec.data.max_length)
 
 
-def open_ruler(spec: TrainSpec) -> Ruler:
-    """The processor that the run will use, from this machine's files alone. Raises InputRefused, OSError, ValueError, ImportError."""
-    from trainer.models import find_family
+def open_processor(spec: TrainSpec) -> "Processor":
+    """The processor that the run will use, from local files only. Raises InputRefused, OSError, ValueError, ImportError."""
     from trainer.models.family import Limit
+    from trainer.models.registry import find_family
 
     family = find_family(spec.model.family)
     limit = Limit(max_pixels=spec.data.max_pixels, max_tiles=spec.data.max_tiles)
@@ -71,27 +64,33 @@ def open_ruler(spec: TrainSpec) -> Ruler:
 
 
 def source_of(spec: TrainSpec) -> str:
-    """A folder, or the id of a model on the hub; '' for a random start."""
+    """The folder of the model, or its id on the hub; '' for a random start."""
     source = spec.model.source
     return spec.stage.checkpoint or {"path": source.path, "hub": source.id}.get(source.kind, "")
 
 
 def measure_with(
-    ruler: Ruler, samples: Sequence[Sample], sizes: Mapping[Path, tuple[int, int]], template: Template, image_token: str, *, max_length: int
+    processor: "Processor",
+    samples: Sequence[Sample],
+    sizes: Mapping[Path, tuple[int, int]],
+    template: Template,
+    image_token: str,
+    *,
+    max_length: int,
 ) -> Lengths:
-    counter = Counter(ruler=ruler, template=template, image_token=image_token, max_length=max_length)
+    counter = Counter(tokenizer=processor.tokenizer, template=template, image_token=image_token, max_length=max_length)
     problems = list(find_mark_problems(counter, samples))
     tokens: list[int] = []
     image_tokens: list[int] = []
-    exact = counter.exact_always()
+    exact = counter.always_exact()
     for start in range(0, len(samples), CHUNK):
         chunk = samples[start : start + CHUNK]
         for sample, segments, count in zip(chunk, *counter.count(chunk), strict=True):
-            spans = [ruler.span(sizes[path], place) for place, path in enumerate(sample.images)]
+            spans = [processor.span(sizes[path], index) for index, path in enumerate(sample.images)]
             images = sum(map(len, spans))
             length = count + images - len(spans)
             if exact or length + SLACK * len(segments) > max_length:
-                length, found = counter.judge(sample, segments, spans)
+                length, found = counter.count_exactly(sample, segments, spans)
                 problems += found
             tokens.append(length)
             image_tokens.append(images)
@@ -102,40 +101,37 @@ def measure_with(
 class Counter:
     """Counts texts with a tokenizer and a template."""
 
-    ruler: Ruler
+    tokenizer: Any
     template: Template
     image_token: str
     max_length: int
 
     def count(self, samples: Sequence[Sample]) -> tuple[list[tuple[Segment, ...]], list[int]]:
-        """The segments of each sample, and the tokens of its whole text, an image's mark being one."""
+        """The segments of each sample, and the number of tokens of its whole text, in which an image is one token."""
         cuts = [cut(sample, self.template, self.image_token) for sample in samples]
         texts = ["".join(segment.text for segment in segments) for segments in cuts]
-        first = len(opening(self.ruler.tokenizer))
-        return cuts, [first + count for count in count_texts(self.ruler.tokenizer, texts)]
+        first = len(opening(self.tokenizer))
+        return cuts, [first + count for count in count_texts(self.tokenizer, texts)]
 
-    def judge(self, sample: Sample, segments: tuple[Segment, ...], spans: Sequence[Sequence[int]]) -> tuple[int, list[DataProblem]]:
-        """The exact length, as `trainer.data.encode.encode` makes it, and what that would refuse."""
-        tokenizer, images = self.ruler.tokenizer, sum(map(len, spans))
+    def count_exactly(self, sample: Sample, segments: tuple[Segment, ...], spans: Sequence[Sequence[int]]) -> tuple[int, list[DataProblem]]:
+        """The exact length, as of `trainer.data.encode.encode`, and the problems that it would refuse."""
+        images = sum(map(len, spans))
         try:
-            pieces = expand(sample, tokenise(tokenizer, segments), image_id(tokenizer, self.image_token), spans)
+            pieces = expand(sample, tokenise(self.tokenizer, segments), image_id(self.tokenizer, self.image_token), spans)
         except InputRefused:
-            problem = f"the tokenizer does not read one {self.image_token!r} for each of {len(spans)} images"
-            return images, [self.problem(sample, problem, "write <image> once for each image, and nothing that looks like its token")]
-        length = len(opening(tokenizer)) + sum(map(len, pieces))
+            problem = f"the tokenizer does not find exactly one {self.image_token!r} for each of the {len(spans)} images"
+            return images, [self.problem(sample, problem, "write <image> once for each image, and no text that looks like the image token")]
+        length = len(opening(self.tokenizer)) + sum(map(len, pieces))
         if length > self.max_length:
-            problem = f"{length} tokens ({images} of them images) are longer than data.max_length={self.max_length}"
-            fix = f"nothing is cut off: set data.max_length={length} if model and memory take it, or split or leave out the row"
-            return length, [self.problem(sample, problem, fix)]
+            return length, [self.problem(sample, *too_long(length, images, self.max_length))]
         if not any(piece for segment, piece in zip(segments, pieces, strict=True) if segment.in_loss):
-            problem = "the tokenizer makes no token of its answers, so that nothing would be learned"
-            return length, [self.problem(sample, problem, "write a visible answer")]
+            return length, [self.problem(sample, *NO_TOKEN_IN_LOSS)]
         return length, []
 
-    def exact_always(self) -> bool:
-        """Whether an answer could be without a token, which its end mark prevents where there is one."""
+    def always_exact(self) -> bool:
+        """Whether an answer could have no token at all. With an end mark it always has one."""
         mark = self.template.end_mark
-        return not mark or not token_ids(self.ruler.tokenizer, mark)
+        return not mark or not token_ids(self.tokenizer, mark)
 
     @staticmethod
     def problem(sample: Sample, problem: str, fix: str) -> DataProblem:
@@ -143,7 +139,7 @@ class Counter:
 
 
 def count_texts(tokenizer: Any, texts: list[str]) -> list[int]:
-    """All of them at once on every core, where the tokenizer is one of the tokenizers library."""
+    """Tokens of each text; in parallel on all cores with a fast tokenizer (tokenizers library)."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is None:
         return [len(token_ids(tokenizer, text)) for text in texts]
@@ -152,13 +148,10 @@ def count_texts(tokenizer: Any, texts: list[str]) -> list[int]:
 
 
 def find_mark_problems(counter: Counter, samples: Sequence[Sample]) -> Iterator[DataProblem]:
-    """A template whose end mark is no token of its own: the model would learn pieces of it, and a server never sees it end."""
-    mark, tokenizer = counter.template.end_mark.strip(), counter.ruler.tokenizer
+    """An end mark that is not a single token: the model would learn pieces of it, and a server would not recognize the end of an answer."""
+    mark, tokenizer = counter.template.end_mark.strip(), counter.tokenizer
     ids = token_ids(tokenizer, mark) if mark else []
     if samples and (len(ids) > 1 or (mark and tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids)):
-        problem = f"the tokenizer reads the end mark {mark!r} of the model's template as {len(ids)} tokens, not as one of its own"
-        fix = "take the tokenizer that belongs to the model, or set model.template.end_mark to the mark that it ends answers with"
+        problem = f"the end mark {mark!r} of the model's template is {len(ids)} tokens of the tokenizer, not a single special token"
+        fix = "use the tokenizer that belongs to the model, or set model.template.end_mark to the token that ends its answers"
         yield DataProblem(file=samples[0].file, row=0, field="", problem=problem, fix=fix)
-
-
-REPLACE = "take the tokenizer and processor that belong to the model"

@@ -1,7 +1,7 @@
-"""inputs.json: which files a run reads, each with its hash; and the refusal of others than the record of a rerun has.
+"""inputs.json: the files that a run reads, with their hashes. A rerun is refused when its inputs differ from those of the record.
 
-Weights are hashed once and then known by size and times (`HASHES_FILE`, beside the built-in data): 65 GB take a core minutes. Images are
-decoded and hashed in every check, so that nothing is taken on trust there.
+The hashes of weights are cached by size and times of the file (`HASHES_FILE`, beside the built-in data), because hashing 65 GB takes
+minutes on one core. Images are decoded and hashed in every check, without a cache.
 """
 
 import json
@@ -15,18 +15,18 @@ from trainer.data.media.image import hash_file
 
 HASHES_FILE = "hashes.json"
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
-OF_THE_RUN = "trainer_state.json"  # says which run saved them, not what they are
-NAMED = 10
+STATE_FILE = "trainer_state.json"  # belongs to the run that saved the weights, not to the weights
+SHOWN = 10  # changed files in a message
 
 
-def list_inputs(spec: TrainSpec, places: DataPaths, files: Mapping[Path, str]) -> Inputs:
-    """`files`: those of the data with their hashes. Raises OSError for weights that cannot be read."""
-    data = {name_below(path, places, spec): digest for path, digest in files.items()}
+def list_inputs(spec: TrainSpec, paths: DataPaths, files: Mapping[Path, str]) -> Inputs:
+    """`files`: the data files with their hashes. Raises OSError for weights that cannot be read."""
+    data = {name_below(path, paths, spec): digest for path, digest in files.items()}
     return Inputs(schema=SCHEMA, data=dict(sorted(data.items())), weights=hash_weights_of(spec))
 
 
-def name_below(path: Path, places: DataPaths, spec: TrainSpec) -> str:
-    for folder in (places.images, Path(spec.data.root)):
+def name_below(path: Path, paths: DataPaths, spec: TrainSpec) -> str:
+    for folder in (paths.images, Path(spec.data.root)):
         if path.is_relative_to(folder):
             return path.relative_to(folder).as_posix()
     return str(path)
@@ -41,15 +41,15 @@ def hash_weights_of(spec: TrainSpec) -> dict[str, str]:
         for what, folder in folders.items()
         for pattern in WEIGHT_FILES
         for path in sorted(folder.glob(pattern))
-        if path.is_file() and path.name != OF_THE_RUN
+        if path.is_file() and path.name != STATE_FILE
     }
     if known != before:
-        keep_hashes(known, Path(spec.data.root) / HASHES_FILE)
+        write_hashes(known, Path(spec.data.root) / HASHES_FILE)
     return dict(sorted(found.items()))
 
 
 def weight_folders(spec: TrainSpec) -> Iterable[tuple[str, Path]]:
-    """What the folders are that the stage's weights come from, those of an adapter's base besides; none of a hub's."""
+    """(name, folder) of the weights that the stage starts from, including the base of an adapter. Weights from the hub have no folder."""
     named = {"checkpoint": spec.stage.checkpoint, "model": "" if spec.stage.checkpoint else spec.model.source.path}
     for what, text in named.items():
         if text and Path(text).is_dir():
@@ -59,7 +59,7 @@ def weight_folders(spec: TrainSpec) -> Iterable[tuple[str, Path]]:
 
 
 def read_base(folder: Path) -> Path | None:
-    """Of an adapter. What is wrong with one is told by the ranks, which load it."""
+    """The folder of the base model of an adapter; None for other weights. An invalid adapter is reported by the ranks when they load it."""
     try:
         named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -71,8 +71,8 @@ def read_base(folder: Path) -> Path | None:
 
 
 def hash_known(path: Path, known: dict[str, list[int | str]]) -> str:
-    """The hash, from `known` where the file's size, times and number are those of before. A file put in its place has another number or
-    another time of change, whatever time of modification it was given."""
+    """The hash; from `known` if size, times and inode of the file are unchanged. A file that replaced it has another inode or ctime, even if
+    its mtime was set to the same value."""
     stat = path.stat()
     mark: list[int | str] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     entry = known.get(str(path.resolve()), [])
@@ -84,7 +84,7 @@ def hash_known(path: Path, known: dict[str, list[int | str]]) -> str:
 
 
 def read_hashes(path: Path) -> dict[str, list[int | str]]:
-    """{} for a file that is not there or was damaged: all is hashed again."""
+    """{} for a missing or damaged file: everything is hashed again."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -92,31 +92,31 @@ def read_hashes(path: Path) -> dict[str, list[int | str]]:
     return {key: entry for key, entry in found.items() if isinstance(entry, list)} if isinstance(found, dict) else {}
 
 
-def keep_hashes(known: Mapping[str, list[int | str]], path: Path) -> None:
-    """Of files that are still there. A place that cannot be written costs time alone."""
-    there = {name: entry for name, entry in known.items() if Path(name).is_file()}
+def write_hashes(known: Mapping[str, list[int | str]], path: Path) -> None:
+    """Write the entries of files that still exist. A failure is ignored: the files are hashed again next time."""
+    existing = {name: entry for name, entry in known.items() if Path(name).is_file()}
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(json.dumps(there) + "\n", path)
+        write_text(json.dumps(existing) + "\n", path)
 
 
 # ------------------------------------------------------------------------------------------------------------------ reruns
 
 
 def refuse_other_inputs(expects: Expectation | None, inputs: Inputs, data_sha256: str) -> None:
-    """Raises InputRefused where a rerun would read other weights, or other data, than the run that it repeats."""
+    """Raises InputRefused when a rerun would read other weights or other data than the run that it repeats."""
     if expects is None:
         return
     wrong = [f"weights {line}" for line in describe_changes(expects.weights, inputs.weights)] if expects.weights else []
     if expects.data_sha256 and expects.data_sha256 != data_sha256:
-        wrong.append(f"data: {data_sha256[:12]} in place of {expects.data_sha256[:12]} (SHA-256 over all rows and images)")
+        wrong.append(f"data: {data_sha256[:12]} instead of {expects.data_sha256[:12]} (SHA-256 over all rows and images)")
     if wrong:
-        said = "\n".join(f"  {line}" for line in wrong)
-        raise InputRefused(f"not what run {expects.run_id} read:\n{said}")
+        lines = "\n".join(f"  {line}" for line in wrong)
+        raise InputRefused(f"the inputs differ from those of run {expects.run_id}:\n{lines}")
 
 
 def describe_changes(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """A line for each file that is another one, missing or new; the first ones."""
+    """A line for each file that is changed, missing or new; at most SHOWN, and their number."""
     names = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
     lines = [f"{name}: {'missing' if name not in found else 'new' if name not in expected else 'another file'}" for name in names]
-    return lines[:NAMED] + ([f"and {len(lines) - NAMED:,} more"] if len(lines) > NAMED else [])
+    return lines[:SHOWN] + ([f"and {len(lines) - SHOWN:,} more"] if len(lines) > SHOWN else [])

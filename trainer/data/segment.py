@@ -1,4 +1,4 @@
-"""A conversation as the text that the model reads, cut where training starts and stops."""
+"""A conversation as the text that the model reads, divided into segments inside and outside the loss."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ CONTENT = "{content}"
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """`in_loss`: an answer that is learned, with its end mark. Everything else is masked."""
+    """`in_loss`: an answer that is trained on, with its end mark. Everything else is masked."""
 
     text: str
     in_loss: bool
 
 
 def cut(sample: Sample, template: Template, image_token: str) -> tuple[Segment, ...]:
-    """The segments of a conversation, masked and trained ones in turn; joined they are its whole text.
+    """The segments of a conversation, alternately masked and in the loss; concatenated they are its whole text.
 
-    Each image mark becomes one `image_token`. Blanks at the end of `assistant_open` go to the answer: byte-pair tokenizers make one
-    token of a blank and the word behind it, and a prompt that ends in a lone blank is something the model never saw in training.
-    Raises InputRefused for what the template cannot express.
+    Each image mark becomes one `image_token`. Spaces at the end of `assistant_open` are moved to the answer: byte-pair tokenizers merge a
+    space with the word after it, so a prompt that ends in a space would not occur in training. Raises InputRefused for a conversation
+    that the template cannot express.
     """
     for problem in find_template_problems(sample, template, image_token):
         raise InputRefused(str(problem))
@@ -37,7 +37,7 @@ def cut(sample: Sample, template: Template, image_token: str) -> tuple[Segment, 
 
 def frame(messages: tuple[Message, ...], template: Template, image_token: str) -> Iterator[Segment]:
     opening = template.assistant_open.rstrip(" ")
-    blanks = template.assistant_open[len(opening) :]
+    spaces = template.assistant_open[len(opening) :]
     if CONTENT not in template.system:
         yield Segment(text=template.system, in_loss=False)
     for message in messages:
@@ -48,19 +48,19 @@ def frame(messages: tuple[Message, ...], template: Template, image_token: str) -
             yield Segment(text=template.user.replace(CONTENT, content), in_loss=False)
         else:
             yield Segment(text=opening, in_loss=False)
-            yield Segment(text=blanks + message.content + template.end_mark, in_loss=message.in_loss)
+            yield Segment(text=spaces + message.content + template.end_mark, in_loss=message.in_loss)
             yield Segment(text=template.separator, in_loss=False)
 
 
 def find_template_problems(sample: Sample, template: Template, image_token: str) -> tuple[DataProblem, ...]:
-    """What a model's template or image token cannot express, seen without its tokenizer."""
+    """Messages that the template or the image token of the model cannot express. Needs no tokenizer."""
     problems: list[DataProblem] = []
 
-    def complain(problem: str, fix: str) -> None:
+    def add_problem(problem: str, fix: str) -> None:
         problems.append(DataProblem(file=sample.file, row=sample.row, field="", problem=problem, fix=fix))
 
     if sample.messages[0].role == "system" and CONTENT not in template.system:
-        complain("the model's chat template has no place for a system message", "write its text into the first question")
+        add_problem("the chat template of the model does not support a system message", "move its text into the first question")
     if image_token != MARK and any(image_token in message.content for message in sample.messages):
-        complain(f"a message holds {image_token!r}, which the model reads as part of an image", f"write {MARK} for an image, or reword")
+        add_problem(f"a message contains {image_token!r}, the image token of the model", f"write {MARK} for an image, or reword the text")
     return tuple(problems)

@@ -1,4 +1,4 @@
-"""A set of samples in numbers: what it holds, and how long it is."""
+"""Statistics of a data set: rows, images and lengths."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from trainer.data.rows.sample import Sample
 
 
 def summarise(samples: Sequence[Sample], images: Mapping[Path, Examined], lengths: Lengths) -> DataSummary:
-    """Of all `samples`; `lengths` of those that could be measured."""
+    """`lengths`: of the samples that could be measured."""
     sizes = sorted((image.size for image in images.values() if not image.problem), key=lambda size: size[0] * size[1])
     conversions = Counter(word for image in images.values() for word in image.conversions)
     ordered = sorted(lengths.tokens)
@@ -31,5 +31,5 @@ def summarise(samples: Sequence[Sample], images: Mapping[Path, Examined], length
 
 
 def percentile(ordered: Sequence[int], percent: int) -> int:
-    """The smallest value that `percent` of them do not exceed (nearest rank); 0 of nothing."""
+    """The smallest value that `percent` percent of the values do not exceed (nearest rank); 0 for an empty sequence."""
     return ordered[-(-len(ordered) * percent // 100) - 1] if ordered else 0

@@ -1,4 +1,4 @@
-"""What is asked and what comes of it: a conversation, the same as the model takes it, and its answer."""
+"""The data types of generation: a question, the prepared question, and its answer."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -7,15 +7,17 @@ from PIL import Image
 
 from trainer.contract import InputRefused, Sampling
 from trainer.data.batch.collate import Features
+from trainer.data.rows.parsed_row import ends_with_question
 from trainer.data.rows.sample import MARK, Message
 
-Ended = Literal["stop", "length", "halted"]
+EndReason = Literal["stop", "length", "halted"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A conversation that ends with a question. MARK stands in the user's messages for each of `images`, in their order: RGB and upright
-    (trainer.data.media.image). `stop`: texts that end the answer besides the template's end mark. `name`: what a refusal calls it."""
+    """A conversation that ends with a question. The user's messages have one MARK for each of `images` (RGB and upright, see
+    trainer.data.media.image), in order. `stop`: texts that end the answer, in addition to the end mark of the template. `name`: used in
+    error messages."""
 
     messages: tuple[Message, ...]
     images: tuple[Image.Image, ...] = ()
@@ -27,7 +29,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A question as the model takes it, on the CPU. `most`: new tokens, as asked for or as many as the context has room for."""
+    """A question as inputs of the model, on the CPU. `most`: the maximum number of new tokens that was requested and fits into the context."""
 
     input_ids: list[int]
     features: tuple[Features, ...]
@@ -38,31 +40,31 @@ class Prepared:
 
     @property
     def length(self) -> int:
-        """In tokens, those of its images included."""
+        """In tokens, including those of images."""
         return len(self.input_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """`text` has no blanks at its ends. `new_tokens` counts the one that ended it. `ended`: by itself, for want of room, or `halted`."""
+    """`text` is stripped. `new_tokens` includes the one that ended it. `ended`: by an end mark or stop text, by the limit of tokens, or
+    `halted` (cancelled)."""
 
     text: str
     prompt_tokens: int
     new_tokens: int
-    ended: Ended
+    ended: EndReason
 
 
 def check_messages(question: Question, images: int) -> None:
-    """Raises InputRefused for a conversation that cannot be asked."""
+    """Raises InputRefused for an invalid conversation."""
     roles = [message.role for message in question.messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+    if not ends_with_question(roles):
         raise InputRefused(
-            f"{question.name}: its messages are {', '.join(roles) or 'none'}\n    ask by one of the user, after as many pairs of user and "
-            "assistant as there are; a system message may stand before them"
+            f"{question.name}: its messages are {', '.join(roles) or 'none'}\n    the order must be: an optional system message, then user "
+            "and assistant alternately, ending with user"
         )
     marks = sum(message.content.count(MARK) for message in question.messages if message.role == "user")
     if marks != images:
         raise InputRefused(
-            f"{question.name}: {marks} {MARK} marks in its text for {images} images\n    write {MARK} once for each image, where it stands"
+            f"{question.name}: {marks} {MARK} marks in its text for {images} images\n    write {MARK} once for each image, at its position"
         )

@@ -1,4 +1,4 @@
-"""The next token of each row by the row's own rule, so that rows of one batch may differ in it."""
+"""Choose the next token of each row with its own sampling parameters, which may differ within a batch."""
 
 from collections.abc import Sequence
 
@@ -9,28 +9,28 @@ from trainer.contract import InputRefused, Sampling
 
 
 def check_sampling(sampling: Sampling, key: str = "sampling") -> None:
-    """`key`: where it stands in a config. Raises InputRefused that names the value and what is allowed."""
+    """`key`: its key in the config. Raises InputRefused with the value and the allowed range."""
     for name, value, holds, allowed in (
         ("max_new_tokens", sampling.max_new_tokens, sampling.max_new_tokens >= 1, "1 or more"),
-        ("temperature", sampling.temperature, 0 <= sampling.temperature < float("inf"), "0, for the likeliest token, or more"),
+        ("temperature", sampling.temperature, 0 <= sampling.temperature < float("inf"), "0 (the most likely token) or more"),
         ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "above 0 and at most 1"),
-        ("top_k", sampling.top_k, sampling.top_k >= 0, "0, for all tokens, or more"),
+        ("top_k", sampling.top_k, sampling.top_k >= 0, "0 (all tokens) or more"),
         ("beams", sampling.beams, sampling.beams >= 1, "1 or more"),
     ):
         if not holds:
-            raise InputRefused(f"{key}.{name} is {value}: it can be {allowed}")
+            raise InputRefused(f"{key}.{name} is {value}: it must be {allowed}")
     if sampling.beams > 1 and sampling.temperature > 0:
         raise InputRefused(
-            f"{key}.beams is {sampling.beams} with {key}.temperature {sampling.temperature}: beams search the likeliest answer\n"
+            f"{key}.beams={sampling.beams} cannot be combined with {key}.temperature={sampling.temperature}: beam search does not sample\n"
             f"    set {key}.temperature=0, or {key}.beams=1"
         )
 
 
-class Chooser:
-    """A logits processor of transformers: where a row is sampled, all but the token that was drawn get -inf, so that the greedy choice
-    which follows takes that one. Other rows stay as they are.
+class RowSampler:
+    """A logits processor for transformers: in a sampled row all tokens except the drawn one get -inf, so that the greedy choice after it
+    takes the drawn one. Other rows are not changed.
 
-    Each row draws one number a token from a generator of its own on the CPU, so that its answer is the same at any place of any batch."""
+    Each row has its own generator on the CPU and draws one number per token, so that its answer does not depend on the batch."""
 
     def __init__(self, samplings: Sequence[Sampling], seeds: Sequence[int]) -> None:
         self.rows = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
@@ -38,20 +38,21 @@ class Chooser:
         self.generators = [torch.Generator().manual_seed(seeds[row] % 2**63) for row in self.rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(rows, tokens) float32 to the same."""
+        """(rows, tokens) float32 -> the same."""
         if not self.rows:
             return scores
         draws = torch.stack([torch.rand((), generator=generator, dtype=torch.float64) for generator in self.generators])
-        places = torch.tensor(self.rows, device=scores.device)
-        chosen = choose(scores[places], self.samplings, draws.to(scores.device, scores.dtype))
-        scores[places] = float("-inf")
-        scores[places, chosen] = 0.0
+        rows = torch.tensor(self.rows, device=scores.device)
+        chosen = choose(scores[rows], self.samplings, draws.to(scores.device, scores.dtype))
+        scores[rows] = float("-inf")
+        scores[rows, chosen] = 0.0
         return scores
 
 
 def choose(scores: Tensor, samplings: Sequence[Sampling], draws: Tensor) -> Tensor:
-    """(rows,) int64, by inverting the cumulative distribution at `draws`, from 0 to below 1: of `scores`, (rows, tokens), over the
-    temperature, the `top_k` highest, and of these the fewest that together hold `top_p` (Holtzman et al., arXiv 1904.09751)."""
+    """(rows,) int64: inverts the cumulative distribution at `draws`, in [0, 1). The distribution is the softmax of `scores`, (rows, tokens),
+    divided by the temperature, restricted to the `top_k` highest and then to the fewest that have the probability `top_p` (Holtzman et
+    al., arXiv 1904.09751)."""
 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, device=scores.device, dtype=scores.dtype)[:, None]
@@ -65,5 +66,5 @@ def choose(scores: Tensor, samplings: Sequence[Sampling], draws: Tensor) -> Tens
     shares = shares.masked_fill(before >= column([sampling.top_p for sampling in samplings]), 0.0)
     reached = shares.cumsum(dim=-1)
     drawn = (reached <= draws[:, None] * reached[:, -1:]).sum(dim=-1)
-    last = (shares > 0).sum(dim=-1) - 1  # where rounding leaves a draw beyond the end
+    last = (shares > 0).sum(dim=-1) - 1  # rounding may put a draw after the last token
     return tokens.gather(-1, torch.minimum(drawn, last)[:, None]).squeeze(-1)

@@ -1,22 +1,8 @@
-"""The families that the trainer has."""
+"""Model families: how to create and load a model, and how its tokenizer and image processor work.
 
-from trainer.contract import InputRefused
-from trainer.models.family import Family
-from trainer.models.internvl import INTERNVL
-from trainer.models.llava import LLAVA
-from trainer.models.minicpm_v_4_6 import MINICPM_V_4_6
-from trainer.models.openbmb.minicpm_v import MINICPM_O_2_6, MINICPM_V_2_6
-from trainer.models.openbmb.omnilmm import OMNILMM
-from trainer.models.openbmb.omnilmm_3b import OMNILMM_3B
-from trainer.models.qwen2_5_omni import QWEN2_5_OMNI
-from trainer.models.qwen2_5_vl import QWEN2_5_VL
+Read `family` first: it says what a family is. `registry` lists them; each family is one module (`llava`, `qwen2_5_vl`, ...), those of OpenBMB
+that transformers lacks are in openbmb/. `architecture` makes and compares configs, `processor` opens and writes processor files, `span` counts
+the tokens of an image, and `tiny` writes random checkpoints to try a config.
+"""
 
-OPENBMB = (MINICPM_V_4_6, MINICPM_V_2_6, MINICPM_O_2_6, OMNILMM, OMNILMM_3B)
-FAMILIES = {family.name: family for family in (LLAVA, QWEN2_5_VL, INTERNVL, QWEN2_5_OMNI, *OPENBMB)}
-
-
-def find_family(name: str) -> Family:
-    """Raises InputRefused listing the families that there are."""
-    if name not in FAMILIES:
-        raise InputRefused(f"model.family: the trainer has no module for {name!r}; it has {', '.join(sorted(FAMILIES))}.")
-    return FAMILIES[name]
+from trainer.models.registry import FAMILIES as FAMILIES, find_family as find_family

@@ -1,4 +1,4 @@
-"""Logits at chosen positions alone, for model classes that cannot say which they want."""
+"""Logits at selected positions only, for model classes without `logits_to_keep`."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import torch
 
 
 def choose_logits(model: torch.nn.Module) -> torch.nn.Module:
-    """The same model, whose forward pass takes `logits_to_keep`, [B, T] bool, and then returns logits (chosen, vocabulary).
+    """The same model, whose forward pass accepts `logits_to_keep`, [B, T] bool, and then returns logits (selected, vocabulary).
 
-    Most of transformers' classes do so by themselves (modeling_utils.slice_logits_to_keep, 5.23). Without it Qwen2.5-Omni and MiniCPM-V
-    would make logits at every position, at 150,000 tokens of vocabulary the largest tensor of a step.
+    Most classes of transformers support it themselves (modeling_utils.slice_logits_to_keep, 5.23). Qwen2.5-Omni and MiniCPM-V would
+    compute logits at every position: with a vocabulary of 150,000 tokens the largest tensor of a step.
     """
     wanted: list[torch.Tensor] = []
 

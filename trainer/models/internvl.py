@@ -1,5 +1,5 @@
-"""InternVL 3 and 3.5 (Zhu et al., arXiv 2504.10479): images cut into square tiles, InternViT, pixel shuffle, two-layer projector, a Qwen
-decoder. transformers' own classes, which read the -hf repositories."""
+"""InternVL 3 and 3.5 (Zhu et al., arXiv 2504.10479): images in square tiles, InternViT, pixel shuffle, two-layer projector, a Qwen decoder.
+transformers' own classes, which read the -hf repositories."""
 
 from functools import partial
 from pathlib import Path
@@ -11,11 +11,12 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 
 from trainer.contract import ModelSpec
 from trainer.data.encode import image_id
-from trainer.models.architecture import ATTENTION, find_sizes, find_text, loading_options, refuse_another, split_options
-from trainer.models.family import UNBOUND, Family, Inputs, Limit, Processor
-from trainer.models.processor import find_ids, open_tokenizer, write_processor
+from trainer.data.processor import Inputs, Processor
+from trainer.models.architecture import create_native, find_sizes, find_text, load_native, split_options
+from trainer.models.family import UNBOUND, Family, Limit, named_parts
+from trainer.models.processor import find_ids, open_files, processor_writer
 from trainer.models.span import Tiles
-from trainer.models.tiny import tiny_tokenizer
+from trainer.models.tiny_tokenizer import tiny_tokenizer
 
 TOKENS = {
     "start_image_token": "<img>",
@@ -27,25 +28,13 @@ TOKENS = {
 IMAGE_KEYS = ("min_patches", "max_patches", "image_mean", "image_std", "resample")  # options that are the image processor's
 
 
-def create(model: ModelSpec) -> InternVLForConditionalGeneration:
-    """Raises InputRefused when the tokenizer does not fit the vocabulary."""
+def create(model: ModelSpec) -> torch.nn.Module:
+    """Raises InputRefused if the tokenizer has more tokens than the vocabulary."""
     tokenizer = tiny_tokenizer(model.image_token, model.template, TOKENS)
     text = find_text(model, tokenizer)
-    options = split_options(model, IMAGE_KEYS)[1]
-    config = InternVLConfig(
-        vision_config=find_sizes(model, "vision"),
-        text_config={"model_type": "qwen2", **text},
-        tie_word_embeddings=text["tie_word_embeddings"],
-        **{**options, "image_token_id": image_id(tokenizer, model.image_token)},
-    )
-    config._attn_implementation = ATTENTION[model.attention]
-    return InternVLForConditionalGeneration(config)
-
-
-def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, on_meta: bool = False) -> InternVLForConditionalGeneration:
-    """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model."""
-    refuse_another(folder, model, InternVLConfig)
-    return InternVLForConditionalGeneration.from_pretrained(folder, **loading_options(folder, model, dtype, on_meta=on_meta))
+    parts = {"vision_config": find_sizes(model, "vision"), "text_config": {"model_type": "qwen2", **text}}
+    image = image_id(tokenizer, model.image_token)
+    return create_native(InternVLForConditionalGeneration, InternVLConfig, model, IMAGE_KEYS, **parts, image_token_id=image)
 
 
 def create_processor(model: ModelSpec, limit: Limit = UNBOUND) -> Processor:
@@ -56,22 +45,18 @@ def create_processor(model: ModelSpec, limit: Limit = UNBOUND) -> Processor:
 
 
 def load_processor(folder: Path, model: ModelSpec, limit: Limit = UNBOUND) -> Processor:
-    """From the files that `Processor.save` writes, or those of a published checkpoint."""
-    config = refuse_another(folder, model, InternVLConfig)
-    tokenizer = open_tokenizer(folder, model, config.image_token_id, config.text_config.vocab_size)
-    images = GotOcr2ImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    config, tokenizer, images = open_files(folder, model, InternVLConfig, GotOcr2ImageProcessorPil)
     return assemble(model, tokenizer, images, config.image_seq_length, limit)
 
 
 def assemble(
     model: ModelSpec, tokenizer: PreTrainedTokenizerBase, images: GotOcr2ImageProcessorPil, tokens: int, limit: Limit
 ) -> Processor:
-    """`tokens`: of each tile."""
-    images.crop_to_patches = True  # InternVLProcessor says so at every call, whatever the file has
+    """`tokens`: per tile."""
+    images.crop_to_patches = True  # as InternVLProcessor does in every call, whatever the file has
     images.max_patches = limit.max_tiles or images.max_patches
     images.min_patches = min(images.min_patches, images.max_patches)
     before, after = find_ids(tokenizer, TOKENS, "start_image_token", "end_image_token")
-    more = {"image_seq_length": tokens}
 
     def image_features(picture: Image) -> Inputs:
         return {"pixel_values": images(images=picture, return_tensors="pt")["pixel_values"]}
@@ -88,30 +73,21 @@ def assemble(
             least=images.min_patches,
             most=images.max_patches,
         ),
-        save=partial(
-            write_processor,
-            model=model,
-            tokenizer=tokenizer,
-            image_processor=images,
-            kind="InternVLProcessor",
-            mark=model.image_token,
-            more=more,
-        ),
+        save=processor_writer(model, tokenizer, images, "InternVLProcessor", model.image_token, image_seq_length=tokens),
     )
 
 
 def unused(model: torch.nn.Module) -> frozenset[str]:
-    """The layers behind the one whose features are taken, -1 in every published checkpoint: none."""
+    """The layers after the one whose features are used. It is the last one (-1) in every published checkpoint, so there are none."""
     layer, layers = model.config.vision_feature_layer, model.config.vision_config.num_hidden_layers
     deepest = layers if layer == -1 else layer % (layers + 1)  # hidden state 0 is the embedding
-    dead = tuple(f"vision_tower.encoder.layer.{number}." for number in range(deepest, layers))
-    return frozenset(name for name, _ in model.named_parameters() if any(part in name for part in dead))
+    return named_parts(model, tuple(f"vision_tower.encoder.layer.{number}." for number in range(deepest, layers)))
 
 
 INTERNVL = Family(
     name="internvl",
     create=create,
-    load=load,
+    load=partial(load_native, InternVLForConditionalGeneration, InternVLConfig),
     create_processor=create_processor,
     load_processor=load_processor,
     unused=unused,

@@ -1,8 +1,9 @@
 """LLaVA 1.5 and its relatives: CLIP tower, two-layer projector, Llama (Liu et al., arXiv 2310.03744), transformers' own classes.
 
-The image processor is the PIL one: torchvision's needs a torchvision that matches torch to the build, and on a CPU machine there is none.
+Uses the PIL image processor: the other one needs the torchvision that matches the build of torch, and there is none for our CPU build.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,20 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from trainer.contract import ModelSpec
 from trainer.data.encode import image_id
-from trainer.models.architecture import ATTENTION, find_sizes, find_text, loading_options, refuse_another, split_options
-from trainer.models.family import UNBOUND, Family, Inputs, Limit, Processor
-from trainer.models.processor import open_tokenizer
+from trainer.data.processor import Inputs, Processor
+from trainer.models.architecture import ATTENTION, find_sizes, find_text, load_native, split_options
+from trainer.models.family import UNBOUND, Family, Limit, named_parts
+from trainer.models.processor import open_files
 from trainer.models.span import Fixed
 from trainer.models.template import chat_template
-from trainer.models.tiny import tiny_tokenizer
+from trainer.models.tiny_tokenizer import tiny_tokenizer
 
 IMAGE_KEYS = ("image_mean", "image_std", "resample", "do_center_crop")  # options that are the image processor's
-VISION_CLASS_TOKENS = 1  # CLIP puts one before the patches
+VISION_CLASS_TOKENS = 1  # CLIP has one before the patches
 
 
 def create(model: ModelSpec) -> LlavaForConditionalGeneration:
-    """Raises InputRefused when the tokenizer does not fit the vocabulary."""
+    """Raises InputRefused if the tokenizer has more tokens than the vocabulary."""
     tokenizer = tiny_tokenizer(model.image_token, model.template)
     vision = {key: value for key, value in find_sizes(model, "vision").items() if key not in IMAGE_KEYS}
     config = LlavaConfig(
@@ -37,12 +39,6 @@ def create(model: ModelSpec) -> LlavaForConditionalGeneration:
     )
     config._attn_implementation = ATTENTION[model.attention]
     return LlavaForConditionalGeneration(config)
-
-
-def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, on_meta: bool = False) -> LlavaForConditionalGeneration:
-    """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model."""
-    refuse_another(folder, model, LlavaConfig)
-    return LlavaForConditionalGeneration.from_pretrained(folder, **loading_options(folder, model, dtype, on_meta=on_meta))
 
 
 def create_processor(model: ModelSpec, limit: Limit = UNBOUND) -> Processor:
@@ -60,16 +56,13 @@ def create_processor(model: ModelSpec, limit: Limit = UNBOUND) -> Processor:
 
 
 def load_processor(folder: Path, model: ModelSpec, limit: Limit = UNBOUND) -> Processor:
-    """From the files that `Processor.save` writes, or those of a published checkpoint."""
-    config = refuse_another(folder, model, LlavaConfig)
-    tokenizer = open_tokenizer(folder, model, config.image_token_id, config.text_config.vocab_size)
-    image_processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    config, tokenizer, image_processor = open_files(folder, model, LlavaConfig, CLIPImageProcessorPil)
     strategy = config.vision_feature_select_strategy
     return assemble(model, tokenizer, image_processor, patch_size=config.vision_config.patch_size, strategy=strategy)
 
 
 def assemble(model: ModelSpec, tokenizer: Any, image_processor: CLIPImageProcessorPil, *, patch_size: int, strategy: str) -> Processor:
-    """Our collator writes out the image tokens itself; transformers' LlavaProcessor is built for its files alone."""
+    """transformers' LlavaProcessor is only used to write its files: our collator inserts the image tokens itself."""
     processor = LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
@@ -95,19 +88,19 @@ def assemble(model: ModelSpec, tokenizer: Any, image_processor: CLIPImageProcess
 
 
 def unused(model: torch.nn.Module) -> frozenset[str]:
-    """LLaVA takes the features of an inner CLIP layer (-2): later layers and the norm after the last one lead nowhere."""
+    """LLaVA uses the features of an inner CLIP layer (-2): later layers and the norm after the last one are not used."""
     config = model.config
     layers = config.vision_config.num_hidden_layers
     wanted = config.vision_feature_layer if isinstance(config.vision_feature_layer, list) else [config.vision_feature_layer]
     deepest = max(index if index >= 0 else layers + 1 + index for index in wanted)  # hidden state 0 is the embedding
-    dead = ("vision_tower.post_layernorm.", *(f"vision_tower.encoder.layers.{layer}." for layer in range(deepest, layers)))
-    return frozenset(name for name, _ in model.named_parameters() if any(part in name for part in dead))
+    after = (f"vision_tower.encoder.layers.{layer}." for layer in range(deepest, layers))
+    return named_parts(model, ("vision_tower.post_layernorm.", *after))
 
 
 LLAVA = Family(
     name="llava",
     create=create,
-    load=load,
+    load=partial(load_native, LlavaForConditionalGeneration, LlavaConfig),
     create_processor=create_processor,
     load_processor=load_processor,
     unused=unused,

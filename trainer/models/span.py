@@ -1,7 +1,7 @@
-"""The token ids that stand for an image in a text, from the image's size alone.
+"""The token ids that replace an image in a text, computed from the size of the image alone.
 
-Plain arithmetic, without pixels and without torch, so that lengths are known before anything is decoded. Each rule follows the image
-processor of the same family in transformers 5.23 and is held against it in a test: Grid is `smart_resize` of Qwen2-VL, Tiles is
+Plain arithmetic without pixels and without torch, so that lengths are known before anything is decoded. Each rule follows the image
+processor of the family in transformers 5.23 and is compared with it in a test: Grid is `smart_resize` of Qwen2-VL, Tiles is
 `get_optimal_tiled_canvas` of GOT-OCR 2 (InternVL), Slices is `get_sliced_grid` and `find_best_resize` of MiniCPM-V.
 """
 
@@ -12,25 +12,24 @@ from functools import lru_cache
 
 Ids = tuple[int, ...]
 Size = tuple[int, int]  # width, height in pixels, upright
-Span = Callable[[Size, int], Ids]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed:
-    """Every image becomes `tokens` times `image`, in a frame where the family has one."""
+    """Every image becomes `tokens` times `image`, between `before` and `after`."""
 
     image: int
     tokens: int
     before: Ids = ()
     after: Ids = ()
 
-    def __call__(self, size: Size, place: int) -> Ids:
+    def __call__(self, size: Size, index: int) -> Ids:
         return (*self.before, *(self.image,) * self.tokens, *self.after)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """One token for each unit x unit pixels of the scaled image, whose area lies between the two limits where its sides allow it."""
+    """One token for each unit x unit pixels of the scaled image. Its area is between the two limits if its aspect ratio permits."""
 
     before: Ids
     image: int
@@ -39,12 +38,12 @@ class Grid:
     min_pixels: int
     max_pixels: int
 
-    def __call__(self, size: Size, place: int) -> Ids:
+    def __call__(self, size: Size, index: int) -> Ids:
         columns, rows = self.cells(size)
         return (*self.before, *(self.image,) * (columns * rows), *self.after)
 
     def cells(self, size: Size) -> Size:
-        """Columns and rows of tokens."""
+        """(columns, rows) of tokens."""
         unit, (width, height) = self.unit, size
         scaled = [round(side / unit) * unit for side in size]
         if scaled[0] * scaled[1] > self.max_pixels:
@@ -58,8 +57,8 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """Square tiles of `tile` pixels in the arrangement of `least` to `most` that is nearest to the image's aspect, and a thumbnail where
-    there is more than one; each is `tokens` times `image`. All stand in one frame."""
+    """Square tiles of `tile` pixels, `least` to `most` of them in the arrangement nearest to the aspect ratio of the image, and a thumbnail
+    if there is more than one tile. Each becomes `tokens` times `image`, all together between `before` and `after`."""
 
     before: Ids
     image: int
@@ -69,7 +68,7 @@ class Tiles:
     least: int
     most: int
 
-    def __call__(self, size: Size, place: int) -> Ids:
+    def __call__(self, size: Size, index: int) -> Ids:
         columns, rows = nearest_arrangement(size, self.tile, self.least, self.most) if self.most > 1 else (1, 1)
         count = columns * rows + (columns * rows > 1)
         return (*self.before, *(self.image,) * (self.tokens * count), *self.after)
@@ -77,7 +76,7 @@ class Tiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """Token ids around a part of an image."""
+    """The token ids before and after a part of an image."""
 
     before: Ids
     after: Ids
@@ -85,9 +84,9 @@ class Frame:
 
 @dataclass(frozen=True, kw_only=True)
 class Slices:
-    """An overview of the image, and for a large one its slices, row by row with `line` between them; a token for each `unit` x `unit`
-    pixels, or of each part `tokens`, where that is not 0. `number` spells the image's place in its sample, `None` where the model has no
-    image numbers."""
+    """An overview of the image, and for a large image its slices, row by row with `line` between the rows. One token for each `unit` x `unit`
+    pixels, or `tokens` for each part if that is not 0. `number` spells the index of the image in its sample; None if the model does not
+    number images."""
 
     image: int
     overview: Frame
@@ -99,15 +98,15 @@ class Slices:
     most: int
     tokens: int = 0
 
-    def __call__(self, size: Size, place: int) -> Ids:
-        number = self.number(place) if self.number else ()
+    def __call__(self, size: Size, index: int) -> Ids:
+        number = self.number(index) if self.number else ()
         return (*number, *self.parts(size))
 
     def parts(self, size: Size) -> Iterator[int]:
         rows, columns = slice_grid(size, self.scale, self.most)
         yield from self._framed(self.overview, fit(size, self.scale, self.unit, upscale=rows == 0))
         if rows:
-            # A slice is the image cut into whole pixels, then scaled on its own.
+            # The image is divided at whole pixels, and each slice is scaled separately.
             cut = (divisible(size[0], columns) / columns, divisible(size[1], rows) / rows)
             part = tuple(self._framed(self.slice, fit(cut, self.scale, self.unit, upscale=True)))
             for row in range(rows):
@@ -121,7 +120,7 @@ class Slices:
 
 
 def nearest_arrangement(size: Size, tile: int, least: int, most: int) -> Size:
-    """Columns and rows. Of several that are equally near the later is taken, as long as the image fills half of it."""
+    """(columns, rows). Of several equally near ones the later is used, if the image fills more than half of it."""
     aspect, area = size[0] / size[1], size[0] * size[1]
     best, nearest = (1, 1), math.inf
     for columns, rows in arrangements(least, most):
@@ -139,7 +138,7 @@ def arrangements(least: int, most: int) -> tuple[Size, ...]:
 
 
 def slice_grid(size: Size, scale: int, most: int) -> Size:
-    """Rows and columns of slices, (0, 0) for an image that is small enough for none."""
+    """(rows, columns) of slices; (0, 0) for an image that is small enough without slices."""
     wanted = min(math.ceil(size[0] * size[1] / (scale * scale)), most)
     if wanted <= 1:
         return 0, 0
@@ -156,7 +155,7 @@ def slice_grid(size: Size, scale: int, most: int) -> Size:
 
 
 def fit(size: tuple[float, float], scale: int, unit: int, *, upscale: bool) -> Size:
-    """The size that a part is scaled to: about scale x scale pixels if it is larger, or `upscale`, and sides divisible by `unit`."""
+    """The size that a part is scaled to: about scale x scale pixels if it is larger or `upscale`, with sides divisible by `unit`."""
     width, height = size
     if width * height > scale * scale or upscale:
         aspect = width / height

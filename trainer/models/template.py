@@ -1,4 +1,4 @@
-"""The chat template as Jinja, for the files beside a checkpoint: servers then build the very text that was trained on."""
+"""The chat template as Jinja, for the files of a checkpoint, so that servers build the same text as in training."""
 
 from trainer.contract import Template
 
@@ -21,7 +21,7 @@ TURNS = """\
 
 
 def chat_template(template: Template, image_token: str) -> str:
-    """The same text as trainer.data.segment.frame. A generation prompt ends without the blanks of `assistant_open`, as there."""
+    """Produces the same text as trainer.data.segment.frame. As there, a generation prompt ends without the spaces of `assistant_open`."""
     before, _, after = template.user.partition(CONTENT)
     values = {
         "image_mark": image_token,
@@ -44,6 +44,6 @@ def system_turn(system: str) -> str:
 
 
 def quote(text: str) -> str:
-    """A Jinja string literal. Jinja's escapes are Python's, apart from quotes inside, which are kept out of the way."""
+    """A Jinja string literal, with the escapes of Python."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
     return f"'{escaped}'"

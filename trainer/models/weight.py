@@ -1,13 +1,13 @@
-"""Element types of a model's tensors."""
+"""Convert the weights of a model to another dtype."""
 
 import torch
 
 
 def round_weights(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """The model with its parameters and saved buffers in `dtype`, in place, as from_pretrained(dtype=...) makes them.
+    """Converts parameters and saved buffers to `dtype` in place, as from_pretrained(dtype=...) does, and returns the model.
 
-    Buffers that no file holds, above all the rotary frequencies, stay as they are: in bfloat16 a frequency is off by up to 0.2 %, an
-    angle at position 1,000 by up to two radians, and a model that is saved and loaded again would compute something else.
+    Buffers that are not saved, such as rotary frequencies, are not changed. In bfloat16 the relative error of a frequency is up to 0.2 %,
+    the error of an angle at position 1,000 up to two radians, and a saved and reloaded model would compute other values.
     """
     saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
     for module in model.modules():

@@ -141,7 +141,7 @@ def make_preparer(answerer: Answerer, options: Inference, seed: int) -> Callable
             key = hash_file(path)
         except OSError as error:
             raise InputRefused(f"{path}: cannot be read: {error.strerror}\n    put the image there, or correct the path") from error
-        return cache.get(key, lambda: answerer.look(open_image(path)), lambda _: 1)
+        return cache.get(key, lambda: answerer.image_features(open_image(path)), lambda _: 1)
 
     def prepare(request: Request) -> Prepared | str:
         question = Question(

@@ -14,14 +14,14 @@ from trainer.generation.answerer import Answerer
 from trainer.generation.sampling import check_sampling
 from trainer.observe.memory import MemoryPeaks
 from trainer.programs.inputs import open_model
+from trainer.serving.admission import Admission
 from trainer.serving.app import COMPLETIONS, make_app
 from trainer.serving.body import BODY_TIMEOUT_S
-from trainer.serving.chat import LATE_S, Chat
-from trainer.serving.door import Door, open_door
+from trainer.serving.chat import LATE_S, ChatHandler
+from trainer.serving.endpoint import Endpoint, open_endpoint
 from trainer.serving.fetch import Fetcher, read_hosts
-from trainer.serving.gate import Gate
 from trainer.serving.listener import Listener, listening
-from trainer.serving.metric import OUTCOMES, Meters, make_meters
+from trainer.serving.metric import OUTCOMES, Metrics, make_metrics
 from trainer.serving.queue import Queue
 from trainer.serving.worker import work
 from trainer.train.loop import stop_on_signals
@@ -43,29 +43,29 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     RunFailed if the device or the listener fails."""
     serving = serving_of(spec, environ)
     hosts = read_hosts(serving.hosts)
-    door = open_door(serving, environ)
+    endpoint = open_endpoint(serving, environ)
     (Path(spec.output) / SERVING_FILE).unlink(missing_ok=True)  # of an earlier attempt
     began, memory = time.perf_counter(), MemoryPeaks(rank.device)
     with stop_on_signals() as stop:
         queue = Queue(most_batch=serving.max_batch, wait_s=serving.wait_ms / 1000)
-        gate = Gate(lambda: stop.up, serving.drain_timeout_s)
-        meters = make_meters(lambda: chat.waiting, lambda: gate.inside)
+        admission = Admission(lambda: stop.up, serving.drain_timeout_s)
+        metrics = make_metrics(lambda: chat.waiting, lambda: admission.in_flight)
         fetcher = Fetcher(hosts=hosts, timeout_s=serving.fetch_timeout_s, most_bytes=serving.max_image_bytes)
-        chat = Chat(serving, serving.model_name or spec.model.name, queue, meters, fetcher)
-        app = make_app(chat, gate, meters, door, began=int(time.time()))
-        with listening(app, door.listener, serving.request_timeout_s + LATE_S + BODY_TIMEOUT_S) as listener:
+        chat = ChatHandler(serving, serving.model_name or spec.model.name, queue, metrics, fetcher)
+        app = make_app(chat, admission, metrics, endpoint, began=int(time.time()))
+        with listening(app, endpoint.listener, serving.request_timeout_s + LATE_S + BODY_TIMEOUT_S) as listener:
             built = open_model(spec, rank, environ, spread=serving.spread == "auto")
             chat.answerer = Answerer(built.staged.model, built.processor, spec, rank.torch_device)
-            gate.ready = True
-            announce(spec, serving, door, chat.name)
+            admission.ready = True
+            announce(spec, serving, endpoint, chat.name)
             try:
-                work(queue, chat.answerer, gate, meters, limit_s=serving.request_timeout_s, check=lambda: check(listener, rank))
+                work(queue, chat.answerer, admission, metrics, limit_s=serving.request_timeout_s, check=lambda: check(listener, rank))
             finally:
                 queue.close()
-            await_last(gate)
+            await_last(admission)
     chat.pool.shutdown(wait=False, cancel_futures=True)
     seconds = time.perf_counter() - began
-    return summarise(meters, seconds, memory)
+    return summarise(metrics, seconds, memory)
 
 
 def serving_of(spec: TrainSpec, environ: Mapping[str, str]) -> Serving:
@@ -88,14 +88,14 @@ def serving_of(spec: TrainSpec, environ: Mapping[str, str]) -> Serving:
     return serving
 
 
-def announce(spec: TrainSpec, serving: Serving, door: Door, name: str) -> None:
+def announce(spec: TrainSpec, serving: Serving, endpoint: Endpoint, name: str) -> None:
     """Print the address, and write it to the run's folder."""
-    token = f' -H "Authorization: Bearer ${serving.token}"' if door.token else ""
+    token = f' -H "Authorization: Bearer ${serving.token}"' if endpoint.token else ""
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    example = f"curl {door.url}{COMPLETIONS} -H 'Content-Type: application/json'{token} -d '{body}'"
-    report = ServingReport(schema=SCHEMA, url=door.url, model=name, token=serving.token, example=example)
+    example = f"curl {endpoint.url}{COMPLETIONS} -H 'Content-Type: application/json'{token} -d '{body}'"
+    report = ServingReport(schema=SCHEMA, url=endpoint.url, model=name, token=serving.token, example=example)
     write(report, Path(spec.output) / SERVING_FILE)
-    print(f"serving {name} at {door.url}\n  {example}", flush=True)
+    print(f"serving {name} at {endpoint.url}\n  {example}", flush=True)
 
 
 def check(listener: Listener, rank: Rank) -> None:
@@ -106,14 +106,14 @@ def check(listener: Listener, rank: Rank) -> None:
         raise RunFailed(f"the device {rank.torch_device} stopped working ({error}). Check it, then start the run again.") from error
 
 
-def await_last(gate: Gate) -> None:
+def await_last(admission: Admission) -> None:
     until = time.monotonic() + LAST_BYTES_S
-    while gate.inside and time.monotonic() < until:
+    while admission.in_flight and time.monotonic() < until:
         time.sleep(SETTLE_S)
 
 
-def summarise(meters: Meters, seconds: float, memory: MemoryPeaks) -> TrainResult:
-    counts = {outcome: meters.count(outcome) for outcome in OUTCOMES}
+def summarise(metrics: Metrics, seconds: float, memory: MemoryPeaks) -> TrainResult:
+    counts = {outcome: metrics.count(outcome) for outcome in OUTCOMES}
     summary = ", ".join(f"{int(count)} {outcome.replace('_', ' ')}" for outcome, count in counts.items())
     print(f"stopped after {seconds:.0f} s: {summary}", flush=True)
     return finished_result(seconds, counts, samples_per_s=counts["answered"] / seconds, peaks=memory.report())

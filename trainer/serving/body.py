@@ -1,4 +1,4 @@
-"""A request's body: bounded while it comes in, before it is parsed, and while it is."""
+"""Read and parse the body of a request, with limits on size, time, number of values and nesting."""
 
 import asyncio
 import json
@@ -7,50 +7,50 @@ from typing import Any
 
 from starlette.requests import Request
 
-from trainer.serving.budget import Lease
+from trainer.serving.byte_budget import Reservation
 from trainer.serving.refusal import RequestRefused
 
-BODY_TIMEOUT_S = 30.0  # for all of it to come in
-MOST_MARKS = 200_000  # of JSON's structure, those inside of strings counted in: a body of 32 MB could be 16 million lists, a GB of memory
+BODY_TIMEOUT_S = 30.0  # for the whole body to arrive
+MOST_DELIMITERS = 200_000  # brackets, commas and colons, also those in strings: 32 MB of JSON could be 16 million lists, 1 GB of memory
 MOST_DEPTH = 16
 
 
-async def read_body(request: Request, most: int, lease: Lease) -> bytes:
-    """Raises RequestRefused for what is no JSON by its headers, more than `most` bytes, or does not come in time."""
+async def read_body(request: Request, most: int, reservation: Reservation) -> bytes:
+    """Raises RequestRefused for a content type other than JSON, for more than `most` bytes, and after BODY_TIMEOUT_S."""
     headers = request.headers
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise RequestRefused(415, "the body must be JSON: send it with Content-Type: application/json", code="unsupported_media_type")
+        raise RequestRefused(415, "the body must be JSON: send the header Content-Type: application/json", code="unsupported_media_type")
     if headers.get("content-encoding", "identity").lower() != "identity":
-        raise RequestRefused(415, "a compressed body is not read: send it without Content-Encoding", code="unsupported_media_type")
+        raise RequestRefused(415, "a compressed body is not supported: send it without Content-Encoding", code="unsupported_media_type")
     length = headers.get("content-length", "0")
-    if length.isdecimal() and int(length[:20]) > most:  # h11 has refused one that is no number
+    if length.isdecimal() and int(length[:20]) > most:  # h11 already refused a value that is not a number
         raise too_large(most)
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             async for piece in request.stream():
-                lease.take(len(piece))
+                reservation.reserve(len(piece))
                 body += piece
                 if len(body) > most:
                     raise too_large(most)
     except TimeoutError:
-        raise RequestRefused(408, f"the body did not come in whole within {BODY_TIMEOUT_S:g} s", code="timeout") from None
+        raise RequestRefused(408, f"the whole body did not arrive within {BODY_TIMEOUT_S:g} s", code="timeout") from None
     return bytes(body)
 
 
 def too_large(most: int) -> RequestRefused:
-    return RequestRefused(413, f"the body is larger than {most} bytes: send fewer or smaller images", code="too_large")
+    return RequestRefused(413, f"the body has more than {most} bytes: send fewer or smaller images", code="too_large")
 
 
 def parse_body(body: bytes) -> dict[str, Any]:
     """A JSON object. Raises RequestRefused."""
-    if sum(map(body.count, (b"[", b"{", b",", b":"))) > MOST_MARKS:
-        raise RequestRefused(400, f"the body has more than {MOST_MARKS} brackets, commas and colons", code="too_many_values")
+    if sum(map(body.count, (b"[", b"{", b",", b":"))) > MOST_DELIMITERS:
+        raise RequestRefused(400, f"the body has more than {MOST_DELIMITERS} brackets, commas and colons", code="too_many_values")
     try:
-        value = json.loads(body.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse_constant)
+        value = json.loads(body.decode("utf-8"), object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant)
     except RecursionError:
         raise too_deep() from None
-    except ValueError as error:  # no UTF-8, no JSON, a number of more than 4,300 digits
+    except ValueError as error:  # not UTF-8, not JSON, or a number of more than 4,300 digits
         raise RequestRefused(400, f"the body is not JSON: {type(error).__name__} {where(error)}".strip(), code="invalid_json") from None
     if not isinstance(value, dict):
         raise RequestRefused(400, "the body is not a JSON object", code="invalid_json")
@@ -58,16 +58,16 @@ def parse_body(body: bytes) -> dict[str, Any]:
     return value
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Raises ValueError for a key that stands twice: which of them would count?"""
+def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for a key that occurs twice in one object: it is not defined which of them counts."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key stands twice in one object")
+        raise ValueError("a key occurs twice in one object")
     return found
 
 
 def refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def where(error: ValueError) -> str:
@@ -88,4 +88,4 @@ def refuse_deep(value: Any) -> None:
 
 
 def too_deep() -> RequestRefused:
-    return RequestRefused(400, f"the body has values more than {MOST_DEPTH} levels deep", code="too_deep")
+    return RequestRefused(400, f"the body is nested more than {MOST_DEPTH} levels deep", code="too_deep")

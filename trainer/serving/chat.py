@@ -1,4 +1,4 @@
-"""One request for a chat completion, from its body to its answer."""
+"""Handle one chat completion request, from its body to its answer."""
 
 import asyncio
 import secrets
@@ -16,204 +16,202 @@ from trainer.data.batch.collate import Features
 from trainer.generation.answerer import Answerer
 from trainer.generation.question import Answer, Prepared, Question
 from trainer.serving.body import parse_body, read_body
-from trainer.serving.budget import Budget, Lease
+from trainer.serving.byte_budget import ByteBudget, Reservation
 from trainer.serving.fetch import Fetcher
-from trainer.serving.metric import Meters, outcome_of
-from trainer.serving.picture import decode, is_data, read_data
+from trainer.serving.image import decode, is_data, read_data
+from trainer.serving.metric import Metrics, outcome_of
+from trainer.serving.pending_request import Event, PendingRequest
 from trainer.serving.queue import Queue
-from trainer.serving.refusal import RequestRefused, busy, timed_out, wrong
-from trainer.serving.reply import Head, stream
+from trainer.serving.refusal import RequestRefused, invalid, timed_out, too_busy
+from trainer.serving.reply import CompletionHeader, stream
 from trainer.serving.request import ChatRequest, read_request
-from trainer.serving.ticket import Event, Ticket
 
-BODIES = 4  # of the largest size, that are held at a time
-THREADS = 4  # that parse bodies and decode images
-CHARACTERS_PER_TOKEN = 16  # four times what usual text has: more is refused before the tokenizer sees it
-LATE_S = 5.0  # for the model to come to its next token, where it is told that a request's time is over
-HEADERS = {"X-Accel-Buffering": "no"}  # a proxy that gathers the parts of a stream would undo it
+BODIES = 4  # of the maximum size, in memory at a time
+THREADS = 4  # for parsing bodies and decoding images
+CHARACTERS_PER_TOKEN = 16  # four times that of usual text; longer requests are refused before they are tokenized
+LATE_S = 5.0  # after the deadline, until the model reaches its next token, where it checks the deadline
+HEADERS = {"X-Accel-Buffering": "no"}  # nginx would buffer the stream
 
 
-class Chat:
-    """What a request needs besides itself. `answerer` is there once the model is loaded. All but the answerer is of one event loop."""
+class ChatHandler:
+    """`answerer` is set when the model is loaded. Everything else is used on one event loop."""
 
-    def __init__(self, serving: Serving, name: str, queue: Queue, meters: Meters, fetcher: Fetcher) -> None:
+    def __init__(self, serving: Serving, name: str, queue: Queue, metrics: Metrics, fetcher: Fetcher) -> None:
         self.serving, self.name = serving, name
-        self.queue, self.meters, self.fetcher = queue, meters, fetcher
+        self.queue, self.metrics, self.fetcher = queue, metrics, fetcher
         self.answerer: Answerer | None = None
-        self.waiting = 0  # requests whose body is read and that are in no batch yet
+        self.waiting = 0  # requests whose body was read and that are not in a batch yet
         self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix="prepare")
-        self.budget = Budget(BODIES * serving.max_body_bytes)
-        self.places = asyncio.Semaphore(2 * serving.max_batch)  # for questions with all the tensors of their images
+        self.budget = ByteBudget(BODIES * serving.max_body_bytes)
+        self.prepared = asyncio.Semaphore(2 * serving.max_batch)  # requests that hold the tensors of all their images
 
     async def complete(self, request: Request) -> Response:
-        """Raises RequestRefused, and ClientDisconnect."""
-        came = time.monotonic()
+        """Raises RequestRefused and ClientDisconnect."""
+        arrived = time.monotonic()
         try:
-            asked, ticket = await self._take(request, came)
-            head = Head(id=f"chatcmpl-{secrets.token_hex(12)}", created=int(time.time()), model=self.name)
-            first = await until_gone(request, self._next(ticket))
-            self.meters.first_token.observe(time.monotonic() - came)
+            chat, pending = await self._enqueue(request, arrived)
+            header = CompletionHeader(id=f"chatcmpl-{secrets.token_hex(12)}", created=int(time.time()), model=self.name)
+            first = await unless_disconnected(request, self._next(pending))
+            self.metrics.first_token.observe(time.monotonic() - arrived)
             if isinstance(first, RequestRefused):
                 raise first
-            if asked.stream:
-                parts = stream(self._events(ticket, first, came), head, usage=asked.usage)
+            if chat.stream:
+                parts = stream(self._events(pending, first, arrived), header, usage=chat.usage)
                 return StreamingResponse(parts, media_type="text/event-stream", headers=HEADERS)
-            answer = await until_gone(request, self._last(ticket, first))
-        except RequestRefused as refusal:
-            self._count(outcome_inside(refusal), came)
+            answer = await unless_disconnected(request, self._last(pending, first))
+        except (Exception, asyncio.CancelledError) as error:
+            gone = isinstance(error, ClientDisconnect | asyncio.CancelledError)
+            outcome = outcome_of_accepted(error) if isinstance(error, RequestRefused) else "gone" if gone else "failed"
+            self._count(outcome, arrived)
             raise
-        except (ClientDisconnect, asyncio.CancelledError):
-            self._count("gone", came)
-            raise
-        except Exception:
-            self._count("failed", came)
-            raise
-        self._count("answered", came, answer)
-        return JSONResponse(head.whole(answer))
+        self._count("answered", arrived, answer)
+        return JSONResponse(header.whole(answer))
 
-    # ------------------------------------------------------------------------------------------------ from bytes to a batch
+    # ------------------------------------------------------------------------------------------------- from body to batch
 
-    async def _take(self, request: Request, came: float) -> tuple[ChatRequest, Ticket]:
-        """Up to the moment when the model takes it."""
-        with self.budget.lease() as lease:
-            asked = await self._aside(self._read, await read_body(request, self.serving.max_body_bytes, lease))
+    async def _enqueue(self, request: Request, arrived: float) -> tuple[ChatRequest, PendingRequest]:
+        """Returns when the request is in a batch."""
+        with self.budget.reservation() as reservation:
+            chat = await self._in_thread(self._parse, await read_body(request, self.serving.max_body_bytes, reservation))
             if self.waiting >= self.serving.max_waiting:
-                raise busy("as many requests wait as may")
+                raise too_busy("the queue is full")
             self.waiting += 1
             try:
-                return asked, await until_gone(request, self._enter(asked, lease, came + self.serving.request_timeout_s))
+                return chat, await unless_disconnected(request, self._start(chat, reservation, arrived + self.serving.request_timeout_s))
             finally:
                 self.waiting -= 1
 
-    def _read(self, body: bytes) -> ChatRequest:
+    def _parse(self, body: bytes) -> ChatRequest:
         most = CHARACTERS_PER_TOKEN * self._model.context
         return read_request(parse_body(body), self.name, self.serving.sampling, self.serving.max_images, most)
 
-    async def _enter(self, asked: ChatRequest, lease: Lease, deadline: float) -> Ticket:
+    async def _start(self, chat: ChatRequest, reservation: Reservation, deadline: float) -> PendingRequest:
         try:
-            async with asyncio.timeout(deadline - time.monotonic()), self.places:
-                ticket = Ticket(await self._prepare(asked, lease), deadline)
-                self.queue.put(ticket)
-                with marked(ticket):
-                    await ticket.taken.wait()
-                return ticket
+            async with asyncio.timeout(deadline - time.monotonic()), self.prepared:
+                pending = PendingRequest(await self._prepare(chat, reservation), deadline)
+                self.queue.put(pending)
+                with abandoned_on_error(pending):
+                    await pending.started.wait()
+                return pending
         except TimeoutError:
             raise timed_out(self.serving.request_timeout_s) from None
 
-    async def _prepare(self, asked: ChatRequest, lease: Lease) -> Prepared:
-        """One image after the other, so that the pixels of one are there at a time."""
-        features = [await self._look(url, f"messages: image {place}", lease) for place, url in enumerate(asked.pictures, start=1)]
+    async def _prepare(self, chat: ChatRequest, reservation: Reservation) -> Prepared:
+        """Decodes one image after the other, so that the pixels of only one are in memory."""
+        features = [
+            await self._load_image(url, f"messages: image {number}", reservation) for number, url in enumerate(chat.images, start=1)
+        ]
         question = Question(
-            messages=asked.messages,
-            sampling=asked.sampling,
-            seed=secrets.randbits(63) if asked.seed is None else asked.seed,
-            stop=asked.stop,
+            messages=chat.messages,
+            sampling=chat.sampling,
+            seed=secrets.randbits(63) if chat.seed is None else chat.seed,
+            stop=chat.stop,
             name="messages",
         )
-        return await self._aside(self._ask, question, features)  # type: ignore[no-any-return]
+        return await self._in_thread(self._tokenize, question, features)  # type: ignore[no-any-return]
 
-    async def _look(self, url: str, param: str, lease: Lease) -> Features:
+    async def _load_image(self, url: str, param: str, reservation: Reservation) -> Features:
         if is_data(url):
-            return await self._aside(lambda: self._features(read_data(url, self.serving.max_image_bytes, param), param))  # type: ignore[no-any-return]
-        content = await self.fetcher.fetch(url, param, lease.take)
-        found: Features = await self._aside(self._features, content, param)
-        lease.give_back(len(content))
+            return await self._in_thread(lambda: self._features(read_data(url, self.serving.max_image_bytes, param), param))  # type: ignore[no-any-return]
+        content = await self.fetcher.fetch(url, param, reservation.reserve)
+        found: Features = await self._in_thread(self._features, content, param)
+        reservation.release(len(content))
         return found
 
     def _features(self, content: bytes, param: str) -> Features:
         try:
-            return self._model.look(decode(content, self.serving.max_image_pixels, param))
+            return self._model.image_features(decode(content, self.serving.max_image_pixels, param))
         except InputRefused as error:
-            raise wrong(param, one_line(error), "invalid_image") from error
+            raise invalid(param, one_line(error), "invalid_image") from error
 
-    def _ask(self, question: Question, features: list[Features]) -> Prepared:
+    def _tokenize(self, question: Question, features: list[Features]) -> Prepared:
         try:
             return self._model.prepare(question, features)
         except InputRefused as error:
-            raise wrong("messages", one_line(error), "context_length_exceeded" if "tokens" in str(error) else "invalid_value") from error
+            raise invalid("messages", one_line(error), "context_length_exceeded" if "tokens" in str(error) else "invalid_value") from error
 
     @property
     def _model(self) -> Answerer:
-        assert self.answerer is not None, "the gate lets nobody in before"
+        assert self.answerer is not None, "requests are accepted only after the model is loaded"
         return self.answerer
 
-    async def _aside(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """On a thread, so that others' text goes on meanwhile."""
+    async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """In the thread pool, so that the event loop keeps sending the text of other requests."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
 
-    # ---------------------------------------------------------------------------------------------------- from text to an end
+    # --------------------------------------------------------------------------------------------- from first text to answer
 
-    async def _next(self, ticket: Ticket) -> Event:
-        """Marks the ticket when whoever waits for it does so no more."""
-        with marked(ticket):
+    async def _next(self, pending: PendingRequest) -> Event:
+        """Marks the request as abandoned when the wait for it is cancelled or times out."""
+        with abandoned_on_error(pending):
             try:
-                async with asyncio.timeout(ticket.deadline + LATE_S - time.monotonic()):
-                    return await ticket.events.get()
+                async with asyncio.timeout(pending.deadline + LATE_S - time.monotonic()):
+                    return await pending.events.get()
             except TimeoutError:
                 raise timed_out(self.serving.request_timeout_s) from None
 
-    async def _last(self, ticket: Ticket, event: Event) -> Answer:
+    async def _last(self, pending: PendingRequest, event: Event) -> Answer:
         while isinstance(event, str):
-            event = await self._next(ticket)
+            event = await self._next(pending)
         if isinstance(event, RequestRefused):
             raise event
         return event
 
-    async def _events(self, ticket: Ticket, event: Event, came: float) -> AsyncIterator[Event]:
+    async def _events(self, pending: PendingRequest, event: Event, arrived: float) -> AsyncIterator[Event]:
         outcome, answer = "gone", None
         try:
             while isinstance(event, str):
                 yield event
                 try:
-                    event = await self._next(ticket)
-                except RequestRefused as late:
-                    event = late
-            outcome = "answered" if isinstance(event, Answer) else outcome_inside(event)
+                    event = await self._next(pending)
+                except RequestRefused as timeout:
+                    event = timeout
+            outcome = "answered" if isinstance(event, Answer) else outcome_of_accepted(event)
             answer = event if isinstance(event, Answer) else None
             yield event
         finally:
-            ticket.gone = True
-            self._count(outcome, came, answer)
+            pending.abandoned = True
+            self._count(outcome, arrived, answer)
 
-    def _count(self, outcome: str, came: float, answer: Answer | None = None) -> None:
-        self.meters.requests.labels(outcome).inc()
-        self.meters.seconds.observe(time.monotonic() - came)
+    def _count(self, outcome: str, arrived: float, answer: Answer | None = None) -> None:
+        self.metrics.requests.labels(outcome).inc()
+        self.metrics.seconds.observe(time.monotonic() - arrived)
         if answer is not None:
-            self.meters.prompt_tokens.inc(answer.prompt_tokens)
-            self.meters.new_tokens.inc(answer.new_tokens)
+            self.metrics.prompt_tokens.inc(answer.prompt_tokens)
+            self.metrics.new_tokens.inc(answer.new_tokens)
 
 
 @contextmanager
-def marked(ticket: Ticket) -> Iterator[None]:
-    """Where the wait for it is given up, the ticket says so to the model."""
+def abandoned_on_error(pending: PendingRequest) -> Iterator[None]:
+    """Marks the request as abandoned when the wait for it ends with an exception, so that the model's thread drops it."""
     try:
         yield
     except BaseException:
-        ticket.gone = True
+        pending.abandoned = True
         raise
 
 
-async def until_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
-    """What `work` returns, unless the client goes away first: then it is cancelled, and ClientDisconnect raised."""
-    doing, gone = asyncio.ensure_future(work), asyncio.ensure_future(hear_end(request))
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
+    """The result of `work`. If the client disconnects first, `work` is cancelled and ClientDisconnect raised."""
+    working, disconnected = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect(request))
     try:
-        await asyncio.wait({doing, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if doing.done():
-            return doing.result()
+        await asyncio.wait({working, disconnected}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
         raise ClientDisconnect
     finally:
-        for task in (doing, gone):
+        for task in (working, disconnected):
             task.cancel()
-        await asyncio.gather(doing, gone, return_exceptions=True)
+        await asyncio.gather(working, disconnected, return_exceptions=True)
 
 
-async def hear_end(request: Request) -> None:
+async def wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         continue
 
 
-def outcome_inside(refusal: RequestRefused) -> str:
-    """Of a request that was taken before the server was to stop."""
+def outcome_of_accepted(refusal: RequestRefused) -> str:
+    """The outcome of a request that was accepted before the server was asked to stop."""
     return "cut_off" if refusal.code == "stopping" else outcome_of(refusal.status)
 
 

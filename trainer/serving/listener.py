@@ -1,4 +1,4 @@
-"""The thread of HTTP: uvicorn on a bound socket, with an eye on connections that only hold a place."""
+"""The HTTP thread: uvicorn on a bound socket. Idle and slow connections are closed."""
 
 import resource
 import time
@@ -12,16 +12,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trainer.contract import RunFailed
 
-IDLE_TIMEOUT_S = 15.0  # of a connection without a whole request, however slowly one drips in
-LOOK_S = 1.0
-CLOSE_S = 5.0  # for answers that are on their way, when all is over
-FILES_LEFT = 200  # of this process's descriptors, for all that is no connection
+IDLE_TIMEOUT_S = 15.0  # of a connection without a complete request, even if bytes of one keep arriving
+CHECK_S = 1.0
+SHUTDOWN_S = 5.0  # for answers that are being sent
+RESERVED_FILES = 200  # file descriptors of this process that are not for connections
 MOST_CONNECTIONS = 4096
 HEADERS = [("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store")]
 
 
-class Turned:
-    """What a connection beyond the most gets: an end."""
+class RejectedConnection:
+    """The protocol for connections beyond the limit: closes them."""
 
     def connection_made(self, transport: Any) -> None:
         transport.abort()
@@ -31,15 +31,15 @@ class Turned:
 
 
 class Listener:
-    """`answer_s`: the longest that a request may take."""
+    """`answer_s`: the longest time that a request may take."""
 
     def __init__(self, app: Any, socket: Any, answer_s: float) -> None:
         self.answer_s = answer_s
-        self.seen: dict[Any, tuple[Any, float]] = {}  # connection -> what it is at, and since when
-        most = min(MOST_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - FILES_LEFT)
+        self.seen: dict[Any, tuple[Any, float]] = {}  # connection -> its state, and since when
+        most = min(MOST_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_FILES)
 
         def accept(**arguments: Any) -> Any:
-            return H11Protocol(**arguments) if len(arguments["server_state"].connections) < most else Turned()
+            return H11Protocol(**arguments) if len(arguments["server_state"].connections) < most else RejectedConnection()
 
         config = uvicorn.Config(
             app,
@@ -53,24 +53,24 @@ class Listener:
             proxy_headers=False,
             server_header=False,
             headers=HEADERS,
-            timeout_graceful_shutdown=int(CLOSE_S),
-            timeout_notify=int(LOOK_S),
-            callback_notify=self._look,
+            timeout_graceful_shutdown=int(SHUTDOWN_S),
+            timeout_notify=int(CHECK_S),
+            callback_notify=self._close_slow,
         )
         self.server = uvicorn.Server(config)
         self.thread = Thread(target=self.server.run, args=([socket],), name="http", daemon=True)
 
     def check(self) -> None:
-        """Raises RunFailed when the thread has ended by itself."""
+        """Raises RunFailed when the thread ended unexpectedly."""
         if not self.thread.is_alive():
-            raise RunFailed("the thread that listens has ended, and nobody can ask any more: the log above says why. Start the run again.")
+            raise RunFailed("the HTTP thread ended unexpectedly; the log above shows why. Start the run again.")
 
     def stop(self) -> None:
         self.server.should_exit = True
-        self.thread.join(2 * CLOSE_S)
+        self.thread.join(2 * SHUTDOWN_S)
 
-    async def _look(self) -> None:
-        """Once a second, on the event loop: uvicorn waits for ever for a request that began and does not end, and for a client that does not
+    async def _close_slow(self) -> None:
+        """Called once a second on the event loop. uvicorn itself has no timeout for an incomplete request, nor for a client that does not
         read its answer."""
         now, connections = time.monotonic(), set(self.server.server_state.connections)
         self.seen = {connection: since for connection, since in self.seen.items() if connection in connections}
@@ -86,7 +86,7 @@ class Listener:
 
 @contextmanager
 def listening(app: Any, socket: Any, answer_s: float) -> Iterator[Listener]:
-    """Within it requests are heard. Raises RunFailed when they cannot be."""
+    """Serves HTTP within the block. Raises RunFailed when the thread cannot start."""
     listener = Listener(app, socket, answer_s)
     listener.thread.start()
     try:

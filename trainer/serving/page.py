@@ -1,4 +1,4 @@
-"""The page at /: one document that loads nothing, under a policy that lets nothing else in."""
+"""The page at /: one HTML document that loads nothing else, with a content security policy that forbids everything else."""
 
 import base64
 import hashlib
@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 STYLE = re.compile(r"<style>(.*?)</style>", re.DOTALL)
-NEEDS_TOKEN = 'data-token="no"'
+NO_TOKEN = 'data-token="no"'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class Page:
     policy: str
 
     def response(self, status: int) -> Response:
-        """401 where no token was given: the document itself is no secret, and has the field for it."""
+        """`status`: 401 when the token is missing. The document is sent anyway: it is not secret and has the field for the token."""
         headers = {"Content-Security-Policy": self.policy, "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin"}
         if status == 401:
             headers["WWW-Authenticate"] = 'Bearer realm="omnilaunch"'
@@ -26,9 +26,9 @@ class Page:
 
 
 def make_page(html: str, *, token: bool) -> Page:
-    """Its script and its style are allowed by their hashes, and so no other."""
+    """Only the script and the style of the document are allowed, by their hashes."""
     if token:
-        html = html.replace(NEEDS_TOKEN, 'data-token="yes"')
+        html = html.replace(NO_TOKEN, 'data-token="yes"')
     policy = (
         f"default-src 'none'; script-src {hash_of(SCRIPT, html)}; style-src {hash_of(STYLE, html)}; connect-src 'self'; img-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

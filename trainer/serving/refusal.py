@@ -1,4 +1,4 @@
-"""What a client is told instead of an answer, in the shape of OpenAI's errors."""
+"""Errors that are sent to a client, in the format of OpenAI's API."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 
 
 class RequestRefused(Exception):
-    """`param`: the key of the request that is wrong. `retry_s`: when to ask again. The text is for the client: nothing of this machine."""
+    """`param`: the invalid key of the request. `retry_s`: seconds until a retry makes sense. The message must reveal nothing about this
+    machine."""
 
     def __init__(self, status: int, message: str, *, param: str = "", code: str = "", retry_s: int = 0) -> None:
         super().__init__(message)
@@ -24,7 +25,7 @@ def error_body(refusal: RequestRefused) -> dict[str, Any]:
     return {"error": {"message": str(refusal), "type": kind, "param": refusal.param or None, "code": refusal.code or None}}
 
 
-def wrong(param: str, message: str, code: str = "invalid_value") -> RequestRefused:
+def invalid(param: str, message: str, code: str = "invalid_value") -> RequestRefused:
     return RequestRefused(400, f"{param}: {message}", param=param, code=code)
 
 
@@ -33,12 +34,12 @@ def stopping() -> RequestRefused:
 
 
 def timed_out(limit_s: float) -> RequestRefused:
-    return RequestRefused(504, f"no whole answer within {limit_s:g} s; ask for fewer tokens, or again later", code="timeout")
+    return RequestRefused(504, f"the answer took longer than {limit_s:g} s; ask for fewer tokens, or try again later", code="timeout")
 
 
 def failed() -> RequestRefused:
-    return RequestRefused(500, "the model could not answer this; the server's log says more", code="internal_error")
+    return RequestRefused(500, "the model failed to answer this request; the server's log has the details", code="internal_error")
 
 
-def busy(why: str) -> RequestRefused:
-    return RequestRefused(429, f"{why}; ask again later", code="busy", retry_s=1)
+def too_busy(why: str) -> RequestRefused:
+    return RequestRefused(429, f"{why}; try again later", code="busy", retry_s=1)

@@ -1,4 +1,4 @@
-"""Answers as OpenAI's chat completions have them, whole or as server-sent events."""
+"""Answers in the format of OpenAI's chat completions: as one JSON object, or streamed as server-sent events."""
 
 import json
 from collections.abc import AsyncIterator
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.generation.question import Answer
+from trainer.serving.pending_request import Event
 from trainer.serving.refusal import RequestRefused, error_body
-from trainer.serving.ticket import Event
 
 FINISH = {"stop": "stop", "length": "length", "halted": "stop"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
-    """What all parts of one answer say. `created` in seconds since 1970."""
+class CompletionHeader:
+    """The fields that all parts of one answer share. `created` in seconds since 1970."""
 
     id: str
     created: int
@@ -23,15 +23,15 @@ class Head:
     def whole(self, answer: Answer) -> dict[str, Any]:
         message = {"role": "assistant", "content": answer.text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": FINISH[answer.ended]}
-        return self._with("chat.completion", [choice]) | {"usage": usage_of(answer)}
+        return self._object("chat.completion", [choice]) | {"usage": usage_of(answer)}
 
     def chunk(self, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
-        return self._with("chat.completion.chunk", [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}])
+        return self._object("chat.completion.chunk", [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}])
 
-    def last(self, answer: Answer) -> dict[str, Any]:
-        return self._with("chat.completion.chunk", []) | {"usage": usage_of(answer)}
+    def usage_chunk(self, answer: Answer) -> dict[str, Any]:
+        return self._object("chat.completion.chunk", []) | {"usage": usage_of(answer)}
 
-    def _with(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
 
@@ -40,19 +40,19 @@ def usage_of(answer: Answer) -> dict[str, int]:
     return {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.new_tokens, "total_tokens": total}
 
 
-async def stream(events: AsyncIterator[Event], head: Head, *, usage: bool) -> AsyncIterator[bytes]:
-    """A failure in the midst of an answer ends it with an error in place of [DONE], which the client library raises."""
-    yield as_event(head.chunk({"role": "assistant", "content": ""}))
+async def stream(events: AsyncIterator[Event], header: CompletionHeader, *, usage: bool) -> AsyncIterator[bytes]:
+    """A failure during an answer ends the stream with an error in place of [DONE]; OpenAI's client library raises it."""
+    yield as_event(header.chunk({"role": "assistant", "content": ""}))
     async for event in events:
         if isinstance(event, RequestRefused):
             yield as_event(error_body(event))
             return
         if isinstance(event, str):
-            yield as_event(head.chunk({"content": event}))
+            yield as_event(header.chunk({"content": event}))
         else:
-            yield as_event(head.chunk({}, FINISH[event.ended]))
+            yield as_event(header.chunk({}, FINISH[event.ended]))
             if usage:
-                yield as_event(head.last(event))
+                yield as_event(header.usage_chunk(event))
     yield b"data: [DONE]\n\n"
 
 

@@ -1,4 +1,4 @@
-"""A request for a chat completion: every key read, or refused by its name."""
+"""Read the JSON of a chat completion request. Every key is either used or refused by its name."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.contract import Sampling
-from trainer.data.rows.parsed_row import KINDS, MARK, Role
+from trainer.data.rows.parsed_row import MARK, Role, ends_with_question, kind, printable
 from trainer.data.rows.sample import Message
-from trainer.serving.refusal import RequestRefused, wrong
+from trainer.serving.refusal import RequestRefused, invalid
 
 MOST_MESSAGES = 64
 MOST_STOPS = 4  # as OpenAI allows
@@ -17,7 +17,7 @@ MOST_TEMPERATURE = 2.0
 ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 SURROGATE = re.compile("[\ud800-\udfff]")
 
-# Keys of OpenAI's that nothing here carries out, and the values under which they ask for nothing.
+# Keys of OpenAI's API that are not implemented, and the values that request nothing and are therefore accepted.
 WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "frequency_penalty": (0, 0.0),
@@ -35,39 +35,37 @@ WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default"),
     "store": (False,),
 }
-LABELS = frozenset({"user", "safety_identifier", "prompt_cache_key"})  # texts by which a client names itself to a provider
+LABELS = frozenset({"user", "safety_identifier", "prompt_cache_key"})  # strings that identify the client to a provider; ignored
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRequest:
-    """`pictures`: where the images lie, each for one MARK of the messages."""
+    """`images`: their URLs, one for each MARK of the messages."""
 
     messages: tuple[Message, ...]
-    pictures: tuple[str, ...]
+    images: tuple[str, ...]
     sampling: Sampling
     seed: int | None
     stop: tuple[str, ...]
     stream: bool
-    usage: bool  # at the end of a stream
+    usage: bool  # send the token counts at the end of a stream
 
 
 def read_request(body: Mapping[str, Any], name: str, sampling: Sampling, most_images: int, most_characters: int) -> ChatRequest:
-    """`name`: of the model; `sampling`: what counts where nothing is said. Raises RequestRefused that names the key."""
+    """`name`: of the model; `sampling`: the defaults. Raises RequestRefused with the name of the key."""
     given = {key: value for key, value in body.items() if value is not None}
     refuse_unread(given)
     model = read_text(given.get("model"), "model")
     if model != name:
-        raise RequestRefused(
-            404, f"model: there is no {model[:100]!r} here; this server has {name!r}", param="model", code="model_not_found"
-        )
-    messages, pictures = read_messages(given.get("messages"), most_images, most_characters)
+        raise RequestRefused(404, f"model: {model[:100]!r} does not exist; this server has {name!r}", param="model", code="model_not_found")
+    messages, images = read_messages(given.get("messages"), most_images, most_characters)
     stream = read_flag(given, "stream")
     options = given.get("stream_options", {})
     if options and (not stream or not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}):
-        raise wrong("stream_options", "it goes with stream=true, and has include_usage alone")
+        raise invalid("stream_options", "is allowed only with stream=true, and has the one key include_usage")
     return ChatRequest(
         messages=messages,
-        pictures=pictures,
+        images=images,
         sampling=read_sampling(given, sampling),
         seed=read_number(given, "seed", int, -(2**63), 2**63 - 1),
         stop=read_stop(given.get("stop")),
@@ -86,23 +84,22 @@ def refuse_unread(given: Mapping[str, Any]) -> None:
         if key in LABELS:
             read_text(given[key], key)
         elif key not in WITHOUT_EFFECT:
-            raise wrong(shown, f"unknown; known are {', '.join(sorted(READ))}", "unknown_parameter")
+            raise invalid(shown, f"unknown key; known keys are {', '.join(sorted(READ))}", "unknown_parameter")
         elif not any(type(given[key]) is type(value) and given[key] == value for value in WITHOUT_EFFECT[key]):
-            values = " or ".join(map(repr, WITHOUT_EFFECT[key][:1]))
-            raise wrong(shown, f"not supported here but as {values}: leave it out", "unsupported_parameter")
+            raise invalid(shown, f"only {WITHOUT_EFFECT[key][0]!r} is supported: leave the key out", "unsupported_parameter")
 
 
 def read_sampling(given: Mapping[str, Any], default: Sampling) -> Sampling:
-    """OpenAI has two names for the most new tokens."""
+    """OpenAI's API has two names for the maximum number of new tokens."""
     both = [read_number(given, key, int, 1, default.max_new_tokens) for key in ("max_tokens", "max_completion_tokens")]
     most = {value for value in both if value is not None}
     if len(most) > 1:
-        raise wrong("max_tokens", "max_completion_tokens says another number: give one of them")
+        raise invalid("max_tokens", "differs from max_completion_tokens: give one of them")
     temperature = read_number(given, "temperature", float, 0.0, MOST_TEMPERATURE)
     top_p = read_number(given, "top_p", float, 0.0, 1.0)
     top_k = read_number(given, "top_k", int, 0, 2**31 - 1)
     if top_p == 0.0:
-        raise wrong("top_p", "0 leaves no token: give more than 0; the likeliest token each time is temperature=0")
+        raise invalid("top_p", "must be more than 0; for the most likely token each time, set temperature=0")
     return replace(
         default,
         max_new_tokens=most.pop() if most else default.max_new_tokens,
@@ -115,10 +112,10 @@ def read_sampling(given: Mapping[str, Any], default: Sampling) -> Sampling:
 def read_stop(value: Any) -> tuple[str, ...]:
     stops = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > MOST_STOPS:
-        raise wrong("stop", f"give a text, or a list of up to {MOST_STOPS}")
+        raise invalid("stop", f"must be a string or a list of at most {MOST_STOPS} strings")
     found = tuple(read_text(stop, f"stop[{place}]") for place, stop in enumerate(stops))
     if any(not stop or len(stop) > MOST_STOP_CHARACTERS for stop in found):
-        raise wrong("stop", f"each has 1 to {MOST_STOP_CHARACTERS} characters")
+        raise invalid("stop", f"each string must have 1 to {MOST_STOP_CHARACTERS} characters")
     return found
 
 
@@ -127,83 +124,75 @@ def read_stop(value: Any) -> tuple[str, ...]:
 
 def read_messages(value: Any, most_images: int, most_characters: int) -> tuple[tuple[Message, ...], tuple[str, ...]]:
     if not isinstance(value, list) or not 0 < len(value) <= MOST_MESSAGES:
-        raise wrong("messages", f"give a list of 1 to {MOST_MESSAGES} messages")
-    pictures: list[str] = []
-    messages = tuple(read_message(item, f"messages[{place}]", pictures) for place, item in enumerate(value))
-    if len(pictures) > most_images:
-        raise wrong("messages", f"{len(pictures)} images; one request may have {most_images}")
+        raise invalid("messages", f"must be a list of 1 to {MOST_MESSAGES} messages")
+    images: list[str] = []
+    messages = tuple(read_message(item, f"messages[{number}]", images) for number, item in enumerate(value))
+    if len(images) > most_images:
+        raise invalid("messages", f"{len(images)} images; at most {most_images} are allowed in a request")
     if sum(len(message.content) for message in messages) > most_characters:
-        raise wrong(
-            "messages", f"more than {most_characters} characters, which the model's context does not hold", "context_length_exceeded"
-        )
-    refuse_order([message.role for message in messages])
-    return messages, tuple(pictures)
+        raise invalid("messages", f"more than {most_characters} characters do not fit into the model's context", "context_length_exceeded")
+    if not ends_with_question([message.role for message in messages]):
+        raise invalid("messages", "wrong order of roles: an optional system message, then user and assistant alternately, ending with user")
+    return messages, tuple(images)
 
 
-def refuse_order(roles: list[Role]) -> None:
-    turns = roles[1:] if roles[0] == "system" else roles
-    expected = ["user", "assistant"] * len(turns)
-    if not turns or turns != expected[: len(turns)] or turns[-1] != "user":
-        raise wrong("messages", "the order is: a system message, if any, then user and assistant in turn, and the user last")
-
-
-def read_message(item: Any, field: str, pictures: list[str]) -> Message:
+def read_message(item: Any, field: str, images: list[str]) -> Message:
     if not isinstance(item, dict):
-        raise wrong(field, f"is {kind(item)}, not a message")
+        raise invalid(field, f"is {kind(item)}, not a message")
     role = item.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        raise wrong(f"{field}.role", f"can be {', '.join(ROLES)}")
+        raise invalid(f"{field}.role", f"must be one of {', '.join(ROLES)}")
     more = {key for key, value in item.items() if value is not None} - {"role", "content", "name"}
     if more:
-        raise wrong(
+        raise invalid(
             field,
-            f"has the keys {', '.join(sorted(map(repr, map(printable, more))))[:200]}; role and content are read",
+            f"has the keys {', '.join(sorted(map(repr, map(printable, more))))[:200]}; only role and content are supported",
             "unknown_parameter",
         )
-    content = read_content(item.get("content"), f"{field}.content", pictures if role == "user" else None)
+    content = read_content(item.get("content"), f"{field}.content", images if role == "user" else None)
     if not content or content.isspace():
-        raise wrong(f"{field}.content", "is empty")
+        raise invalid(f"{field}.content", "is empty")
     return Message(role=ROLES[role], content=content)
 
 
-def read_content(value: Any, field: str, pictures: list[str] | None) -> str:
-    """Its text with a MARK for each image; `pictures`: takes the images, None where none may stand."""
+def read_content(value: Any, field: str, images: list[str] | None) -> str:
+    """The text with a MARK for each image. URLs are appended to `images`, which is None where images are not allowed."""
     if isinstance(value, str):
         return read_words(value, field)
     if not isinstance(value, list):
-        raise wrong(field, f"is {kind(value)}, neither text nor a list of parts")
+        raise invalid(field, f"is {kind(value)}; must be a string or a list of parts")
     text = ""
-    for place, part in enumerate(value):
-        found = read_part(part, f"{field}[{place}]", pictures)
-        # As the rows of a training set have it, and so what the model has learned: the image on a line of its own above the question.
+    for number, part in enumerate(value):
+        found = read_part(part, f"{field}[{number}]", images)
+        # As in training data, which the model has learned: the image on a line of its own above the question.
         text += "\n" + found if text.endswith(MARK) and found != MARK and not found[:1].isspace() else found
     return text
 
 
-def read_part(part: Any, field: str, pictures: list[str] | None) -> str:
+def read_part(part: Any, field: str, images: list[str] | None) -> str:
     if not isinstance(part, dict):
-        raise wrong(field, f"is {kind(part)}, not a part of a message")
+        raise invalid(field, f"is {kind(part)}, not a part of a message")
     if part.get("type") == "text":
         return read_words(part.get("text"), f"{field}.text")
     if part.get("type") != "image_url":
-        raise wrong(f"{field}.type", "can be text or image_url")
-    if pictures is None:
-        raise wrong(field, "only a message of the user may hold images")
-    shown = part.get("image_url")
-    if not isinstance(shown, dict):
-        raise wrong(f"{field}.image_url", 'give {"url": "data:image/png;base64,..."}')
-    if shown.get("detail") not in (None, "auto"):
-        raise wrong(f"{field}.image_url.detail", "an image is read as the model's processor does: leave it out", "unsupported_parameter")
-    if unread := set(shown) - {"url", "detail"}:
-        raise wrong(f"{field}.image_url", f"has {len(unread)} keys besides url", "unknown_parameter")
-    pictures.append(read_text(shown.get("url"), f"{field}.image_url.url"))
+        raise invalid(f"{field}.type", "must be text or image_url")
+    if images is None:
+        raise invalid(field, "only user messages may contain images")
+    image = part.get("image_url")
+    if not isinstance(image, dict):
+        raise invalid(f"{field}.image_url", 'must be an object {"url": "data:image/png;base64,..."}')
+    if image.get("detail") not in (None, "auto"):
+        raise invalid(f"{field}.image_url.detail", "only 'auto' is supported: leave the key out", "unsupported_parameter")
+    if unread := set(image) - {"url", "detail"}:
+        raise invalid(f"{field}.image_url", f"has {len(unread)} unknown keys; only url is supported", "unknown_parameter")
+    images.append(read_text(image.get("url"), f"{field}.image_url.url"))
     return MARK
 
 
 def read_words(value: Any, field: str) -> str:
     text = read_text(value, field)
     if MARK in text:
-        raise wrong(field, f"holds {MARK}, which stands for an image here: reword it, and give images as parts of their own")
+        raise invalid(field, f"contains {MARK}, which marks an image: reword the text, and send images as parts of type image_url")
     return text
 
 
@@ -212,32 +201,24 @@ def read_words(value: Any, field: str) -> str:
 
 def read_text(value: Any, field: str) -> str:
     if not isinstance(value, str):
-        raise wrong(field, f"is {kind(value)}, not a text" if value is not None else "is missing")
+        raise invalid(field, f"is {kind(value)}, not a string" if value is not None else "is missing")
     if SURROGATE.search(value):
-        raise wrong(field, "holds half of a surrogate pair, which is no character")
+        raise invalid(field, "contains half of a surrogate pair, which is not a character")
     return value
 
 
 def read_flag(given: Mapping[str, Any], key: str, prefix: str = "") -> bool:
     value = given.get(key)
     if value is not None and not isinstance(value, bool):
-        raise wrong(prefix + key, f"is {kind(value)}, not true or false")
+        raise invalid(prefix + key, f"is {kind(value)}, not true or false")
     return bool(value)
 
 
 def read_number(given: Mapping[str, Any], key: str, number: Callable[[Any], Any], least: float, most: float) -> Any:
-    """None where it is not given."""
+    """None when the key is missing."""
     value = given.get(key)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int if number is int else (int, float)) or not least <= value <= most:
-        raise wrong(key, f"can be a{' whole' if number is int else ''} number from {least} to {most}")
+        raise invalid(key, f"must be {'an integer' if number is int else 'a number'} from {least} to {most}")
     return number(value)
-
-
-def kind(value: Any) -> str:
-    return KINDS.get(type(value), type(value).__name__)
-
-
-def printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()

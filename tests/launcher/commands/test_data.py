@@ -29,7 +29,7 @@ def test_every_problem_is_printed_and_written(chosen: tuple[str, ...], tmp_path:
     said = capsys.readouterr().out
     assert "rows       0 to train on, 0 held out; 0 with images" in said
     assert f"problems   {ROWS}" in said
-    assert "rows.json row 1: has no known shape: keys 'image', 'question'" in said
+    assert "rows.json row 1: unknown row format: keys 'image', 'question'" in said
     assert f"... and {ROWS - data_action.SHOWN_PROBLEMS} more in problems.jsonl" in said
     lines = (tmp_path / "problems.jsonl").read_text(encoding="utf-8").splitlines()
     problems = [decode(DataProblem, json.loads(line)) for line in lines]

@@ -1,4 +1,4 @@
-"""A run's spec, the tiny tokenizer and a processor small enough to check by eye: 4 tokens and 8x8 pixels an image."""
+"""A spec, the tiny tokenizer and a minimal processor: 4 tokens and 8x8 pixels per image."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +25,8 @@ from trainer.contract import (
     Template,
     TrainSpec,
 )
-from trainer.models.family import count_up, no_inputs
-from trainer.models.tiny import tiny_tokenizer
+from trainer.data.processor import count_up, no_inputs
+from trainer.models.tiny_tokenizer import tiny_tokenizer
 
 VICUNA = Template(user="USER: {content} ", assistant_open="ASSISTANT: ", end_mark="</s>")
 CHATML = Template(
@@ -57,7 +57,7 @@ def image_features(image: Image.Image) -> dict[str, torch.Tensor]:
 def processor() -> FakeProcessor:
     tokenizer = tiny_tokenizer("<image>", VICUNA)
     image = tokenizer.convert_tokens_to_ids("<image>")
-    return FakeProcessor(tokenizer=tokenizer, image_features=image_features, span=lambda size, place: (image,) * TOKENS)
+    return FakeProcessor(tokenizer=tokenizer, image_features=image_features, span=lambda size, index: (image,) * TOKENS)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def spec(tmp_path: Path) -> TrainSpec:
 
 @pytest.fixture
 def write_data(tmp_path: Path) -> Callable[..., Path]:
-    """Writes `rows` rows "<image>\\nquestion" -> number, each with an image of its own colour, to tmp_path/<name>."""
+    """Writes `rows` rows "<image>\\nquestion" -> number, each with an image of a different colour, to tmp_path/<name>."""
 
     def write(rows: int, name: str = "train.json") -> Path:
         content = [conversation(f"{index}.png", index) for index in range(rows)]

@@ -9,15 +9,19 @@ import pytest
 from PIL import Image
 
 from tests.trainer.data.conftest import TOKENS, conversation, with_data
-from trainer.contract import InputRefused
-from trainer.data.check import KEPT_PROBLEMS, check_data, resolve
+from trainer.contract import DataReport, InputRefused, TrainSpec
+from trainer.data.check import KEPT_PROBLEMS, examine_data, resolve
 from trainer.data.media.image import ORIENTATION, Examined
 
 
 @pytest.fixture(autouse=True)
-def ruler(monkeypatch, processor):
-    """The tiny tokenizer and 4 tokens an image, in place of a model's own."""
-    monkeypatch.setattr("trainer.data.length.open_ruler", lambda spec: processor)
+def tiny_processor(monkeypatch, processor):
+    """The tiny tokenizer and 4 tokens per image instead of the processor of a model."""
+    monkeypatch.setattr("trainer.data.length.open_processor", lambda spec: processor)
+
+
+def check_data(spec: TrainSpec) -> DataReport:
+    return examine_data(spec)[0]
 
 
 def test_it_imports_neither_torch_nor_transformers() -> None:
@@ -33,14 +37,14 @@ def test_good_data(spec, write_data) -> None:
     assert (report.train_rows, report.evaluation_rows, report.images, report.problems) == (5, 3, 5, ())
 
 
-def test_digits_are_written_and_found_whole(spec, tmp_path) -> None:
+def test_digits_are_written_and_checked(spec, tmp_path) -> None:
     spec = with_data(spec, builtin="digits", root=str(tmp_path / "data"), train="", evaluation="", images="")
     report = check_data(spec)
     assert (report.train_rows, report.evaluation_rows, report.images, report.problems) == (1500, 297, 1797, ())
     assert check_data(spec) == report
 
 
-def test_the_hash_is_over_files_and_images_in_order(spec, write_data, tmp_path) -> None:
+def test_the_hash_covers_files_and_images_in_order(spec, write_data, tmp_path) -> None:
     file = write_data(2)
     parts = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (file, tmp_path / "0.png", tmp_path / "1.png")]
     assert check_data(spec).sha256 == hashlib.sha256("".join(parts).encode()).hexdigest()
@@ -59,7 +63,7 @@ def test_any_change_changes_the_hash(spec, write_data, tmp_path, change) -> None
     assert check_data(spec).sha256 != before
 
 
-def test_the_place_does_not_change_the_hash(spec, write_data, tmp_path) -> None:
+def test_the_folder_does_not_change_the_hash(spec, write_data, tmp_path) -> None:
     write_data(3)
     before = check_data(spec).sha256
     (tmp_path / "elsewhere").mkdir()
@@ -68,7 +72,7 @@ def test_the_place_does_not_change_the_hash(spec, write_data, tmp_path) -> None:
     assert check_data(with_data(spec, root=str(tmp_path / "elsewhere"))).sha256 == before
 
 
-def test_problems_of_rows_images_and_template_come_together_in_the_order_of_the_rows(spec, write_data, tmp_path) -> None:
+def test_problems_of_rows_images_and_template_are_sorted_by_row(spec, write_data, tmp_path) -> None:
     file = write_data(5)
     rows = json.loads(file.read_text())
     rows[0]["conversations"].pop()
@@ -81,17 +85,19 @@ def test_problems_of_rows_images_and_template_come_together_in_the_order_of_the_
     found = [(problem.row, problem.problem) for problem in report.problems]
     assert [row for row, _ in found] == [1, 2, 3, 4, 5]
     for (_, problem), text in zip(
-        found, ["without an answer", "1.png is not an image", "no place for a system", "3.png is truncated", "absent.png"], strict=True
+        found,
+        ["without an answer", "1.png is not an image", "does not support a system message", "3.png is truncated", "absent.png"],
+        strict=True,
     ):
         assert text in problem
     assert report.train_rows == 3
 
 
-def test_an_image_of_many_rows_is_looked_at_once(spec, write_data, tmp_path, monkeypatch) -> None:
+def test_an_image_of_many_rows_is_examined_once(spec, write_data, tmp_path, monkeypatch) -> None:
     write_data(1)
     (tmp_path / "train.json").write_text(json.dumps([conversation("0.png", number) for number in range(30)]))
     opened = []
-    monkeypatch.setattr("trainer.data.finding.examine_image", lambda path: opened.append(path) or Examined(sha256=""))
+    monkeypatch.setattr("trainer.data.sample_check.examine_image", lambda path: opened.append(path) or Examined(sha256=""))
     assert check_data(spec).images == 1
     assert opened == [tmp_path / "0.png"]
 
@@ -103,7 +109,7 @@ def test_many_problems_are_counted_not_listed(spec, tmp_path) -> None:
     assert problems[-1].problem == "7 more problems"
 
 
-def test_an_image_that_vanishes_after_reading(spec, write_data, tmp_path, monkeypatch) -> None:
+def test_an_image_that_is_deleted_after_reading(spec, write_data, tmp_path, monkeypatch) -> None:
     write_data(1)
     monkeypatch.setattr("trainer.data.rows.sample.is_file", lambda _: True)
     (tmp_path / "0.png").unlink()
@@ -119,28 +125,28 @@ def test_a_missing_file_is_a_problem(spec, tmp_path) -> None:
 def test_a_spec_without_data_is_refused(spec) -> None:
     with pytest.raises(InputRefused, match=r"stage full needs data.train, which is empty"):
         check_data(with_data(spec, train=""))
-    asked = replace(spec, stage=replace(spec.stage, name="evaluate", kind="evaluate"))
+    evaluation = replace(spec, stage=replace(spec.stage, name="evaluate", kind="evaluate"))
     with pytest.raises(InputRefused, match=r"stage evaluate needs data.evaluation"):
-        check_data(asked)
-    with pytest.raises(InputRefused, match=r"data.builtin='letters' is not known\n    valid are: digits"):
+        check_data(evaluation)
+    with pytest.raises(InputRefused, match=r"data.builtin='letters' is not known\n    valid values: digits"):
         check_data(with_data(spec, builtin="letters"))
 
 
 def test_a_root_that_cannot_be_written(spec, tmp_path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputRefused, match=r"data.root=.*/file: the set digits cannot be written: .*\n    make room"):
+    (tmp_path / "file").write_text("a file instead of a folder")
+    with pytest.raises(InputRefused, match=r"data.root=.*/file: cannot write the built-in set digits: .*\n    free disk space"):
         check_data(with_data(spec, builtin="digits", root=str(tmp_path / "file"), train=""))
 
 
-def test_an_evaluation_reads_the_held_out_rows_alone(spec, write_data) -> None:
+def test_an_evaluation_reads_only_the_held_out_rows(spec, write_data) -> None:
     write_data(2, "held-out.json")
-    asked = replace(with_data(spec, train="", evaluation="held-out.json"), stage=replace(spec.stage, kind="evaluate"))
-    report = check_data(asked)
+    evaluation = replace(with_data(spec, train="", evaluation="held-out.json"), stage=replace(spec.stage, kind="evaluate"))
+    report = check_data(evaluation)
     assert (report.train_rows, report.evaluation_rows, report.problems) == (0, 2, ())
 
 
 # (builtin, train, evaluation, images) -> (train, evaluation, images)
-PLACES = {
+PATHS = {
     ("digits", "", "", ""): ("/data/digits/train.json", "/data/digits/evaluation.json", "/data/digits"),
     ("", "a.json", "", "pictures"): ("/data/a.json", None, "/data/pictures"),
     ("", "sub/a.json", "b.json", ""): ("/data/sub/a.json", "/data/b.json", "/data/sub"),
@@ -149,12 +155,12 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("given", PLACES)
-def test_places(spec, given) -> None:
+@pytest.mark.parametrize("given", PATHS)
+def test_paths(spec, given) -> None:
     builtin, train, evaluation, images = given
-    places = resolve(with_data(spec, root="/data", builtin=builtin, train=train, evaluation=evaluation, images=images).data)
-    expected = tuple(Path(place) if place else None for place in PLACES[given])
-    assert (places.train, places.evaluation, places.images) == expected
+    paths = resolve(with_data(spec, root="/data", builtin=builtin, train=train, evaluation=evaluation, images=images).data)
+    expected = tuple(Path(path) if path else None for path in PATHS[given])
+    assert (paths.train, paths.evaluation, paths.images) == expected
 
 
 def test_the_summary(spec, tmp_path) -> None:
@@ -178,7 +184,7 @@ def test_the_summary(spec, tmp_path) -> None:
     assert summary.unmeasured == ""
 
 
-def test_a_sample_that_is_too_long_or_ends_early_is_a_problem_of_its_row(spec, write_data, tmp_path) -> None:
+def test_too_long_samples_and_end_marks_in_messages_are_problems_of_their_rows(spec, write_data, tmp_path) -> None:
     file = write_data(4)
     rows = json.loads(file.read_text())
     rows[1]["conversations"][1]["value"] = "word " * 300
@@ -187,12 +193,12 @@ def test_a_sample_that_is_too_long_or_ends_early_is_a_problem_of_its_row(spec, w
     file.write_text(json.dumps(rows))
     first, second, third = check_data(spec).problems
     assert (first.row, second.row, third.row) == (2, 3, 4)
-    assert "(4 of them images) are longer than data.max_length=256" in first.problem
-    assert second.problem == "message 2 (assistant) holds the end mark '</s>': the model would learn to stop there"
-    assert third.problem == "message 1 (user) holds the end mark '</s>': the model would read it as the end of a turn"
+    assert "(4 of them for images) are more than data.max_length=256" in first.problem
+    assert second.problem == "message 2 (assistant) contains the end mark '</s>': the model would learn to stop there"
+    assert third.problem == "message 1 (user) contains the end mark '</s>': the model would read it as the end of the turn"
 
 
-def test_rows_that_count_twice_are_told_once(spec, write_data, tmp_path) -> None:
+def test_problems_of_repeated_rows_are_reported_once(spec, write_data, tmp_path) -> None:
     write_data(2, "rows.json")
     (tmp_path / "1.png").write_text("not an image")
     (tmp_path / "train.json").write_text(json.dumps({"set": {"annotation": "rows.json", "repeat_time": 3}}))
@@ -200,4 +206,4 @@ def test_rows_that_count_twice_are_told_once(spec, write_data, tmp_path) -> None
     assert (report.train_rows, report.images, report.problem_count, report.summary.rows) == (6, 2, 1, 2)
     before = report.sha256
     (tmp_path / "rows.json").write_text((tmp_path / "rows.json").read_text() + " ")
-    assert check_data(spec).sha256 != before, "the hash is over the files that the meta file lists, too"
+    assert check_data(spec).sha256 != before, "the hash covers the files that the meta file lists"

@@ -23,10 +23,10 @@ def test_all_digits_once_with_297_held_out(root: Path) -> None:
     assert (len(train), len(evaluation), problems, more) == (1500, 297, (), ())
     assert len({sample.images[0] for sample in train + evaluation}) == 1797
     counts = [sum(sample.messages[1].content == str(digit) for sample in evaluation) for digit in range(10)]
-    assert min(counts) >= 15, "every digit is held out often enough to be asked about"
+    assert min(counts) >= 15, "every digit is held out often enough"
 
 
-def test_the_files_show_the_pixels_of_scikit_learn(root: Path) -> None:
+def test_the_files_have_the_pixels_of_scikit_learn(root: Path) -> None:
     pixels, labels = load_pixels()
     assert pixels.min() == 0 and pixels.max() == 255
     train, _ = read_samples(root / "digits" / "train.json", root / "digits")
@@ -43,7 +43,7 @@ def test_the_bytes_are_the_same_on_every_machine(root: Path) -> None:
     assert hash_set(root / "digits") == "fe8a56061e842118988bd803eb2ed5f25e996a779d1e8f2fdb5fee3ab48dd8a7"
 
 
-def test_a_whole_set_is_left_alone(root: Path) -> None:
+def test_a_complete_set_is_not_changed(root: Path) -> None:
     before = (root / "digits" / MANIFEST).stat().st_ino
     write_digits(root)
     assert (root / "digits" / MANIFEST).stat().st_ino == before
@@ -51,7 +51,7 @@ def test_a_whole_set_is_left_alone(root: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["an image", "the manifest", "a row", "a file", "the manifest's text"])
-def test_a_damaged_set_is_made_again(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_set_is_written_again(tmp_path: Path, damage: str) -> None:
     write_digits(tmp_path)
     folder = tmp_path / "digits"
     whole = hash_set(folder)
@@ -65,22 +65,22 @@ def test_a_damaged_set_is_made_again(tmp_path: Path, damage: str) -> None:
     write_digits(tmp_path)
     assert hash_set(folder) == whole
     assert json.loads((folder / MANIFEST).read_text()) == {"sha256": whole}
-    assert len(list(tmp_path.glob("digits.damaged.*"))) == 1, "nothing is deleted that may be the user's"
+    assert len(list(tmp_path.glob("digits.damaged.*"))) == 1, "files that may belong to the user are not deleted"
 
 
-def test_processes_that_race_all_see_a_whole_set(tmp_path: Path) -> None:
+def test_concurrent_processes_see_a_complete_set(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    racers = [context.Process(target=write_digits, args=(tmp_path,)) for _ in range(2)]
-    for racer in racers:
-        racer.start()
-    for racer in racers:
-        racer.join()
-    assert [racer.exitcode for racer in racers] == [0, 0]
+    writers = [context.Process(target=write_digits, args=(tmp_path,)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".digits.lock", "digits"]
     assert json.loads((tmp_path / "digits" / MANIFEST).read_text()) == {"sha256": hash_set(tmp_path / "digits")}
 
 
-def test_nothing_is_left_behind_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: object) -> bytes:
         raise OSError(28, "No space left on device")
 

@@ -12,18 +12,18 @@ from trainer.contract import InputRefused, Template
 from trainer.data.encode import IGNORED, encode, encode_prompt, tokenise
 from trainer.data.rows.sample import Message, Sample
 from trainer.data.segment import cut
-from trainer.models.tiny import tiny_tokenizer
+from trainer.models.tiny_tokenizer import tiny_tokenizer
 
 
 @cache
 def byte_level(template: Template) -> PreTrainedTokenizerFast:
-    """ChatML's opening mark is left an ordinary text on purpose: frames need not be special tokens."""
+    """ChatML's opening mark is ordinary text here: it need not be a special token."""
     return tiny_tokenizer("<image>", template)
 
 
 @cache
 def sentence_piece() -> PreTrainedTokenizerFast:
-    """Like Llama's: word starts marked by U+2581, bytes for the rest, and a BOS that the tokenizer itself puts first."""
+    """Like Llama's: U+2581 at word starts, byte fallback, and a BOS that the tokenizer adds."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
@@ -56,7 +56,7 @@ def conversations(draw: st.DrawFn) -> tuple[Sample, tuple[int, ...]]:
         counts += images
         messages.append(Message(role="user", content="<image>\n" * len(images) + draw(TEXT)))
         messages.append(Message(role="assistant", content=draw(TEXT)))
-    paths = tuple(Path(f"{place}.png") for place in range(len(counts)))
+    paths = tuple(Path(f"{index}.png") for index in range(len(counts)))
     return Sample(id="1", images=paths, messages=tuple(messages), file="rows.json", row=3), tuple(counts)
 
 
@@ -65,7 +65,7 @@ def spans_of(tokenizer: PreTrainedTokenizerFast, counts: Sequence[int]) -> tuple
     return tuple((tokenizer.convert_tokens_to_ids("<image>"),) * count for count in counts)
 
 
-def test_an_image_becomes_its_span_with_the_frame() -> None:
+def test_an_image_token_is_replaced_by_the_span_of_the_image() -> None:
     sample = conversation_of("<image><image>\nWhat?", "A cat.", images=2)
     encoded = encode(sample, byte_level(VICUNA), VICUNA, "<image>", ((301, 7, 302), (303,)), 100)
     start = encoded.input_ids.index(301)
@@ -74,7 +74,7 @@ def test_an_image_becomes_its_span_with_the_frame() -> None:
 
 
 def runs(labels: list[int]) -> list[list[int]]:
-    """The stretches of trained labels."""
+    """The runs of labels in the loss."""
     found: list[list[int]] = [[]]
     for label in labels:
         if label == IGNORED:
@@ -93,14 +93,14 @@ def test_labels_are_the_answers_with_their_end_marks(template, tokenizer, conver
     assert len(encoded.input_ids) == len(encoded.labels)
     assert all(label in (IGNORED, token) for token, label in zip(encoded.input_ids, encoded.labels, strict=True))
     answers = [message.content for message in sample.messages if message.role == "assistant"]
-    trained = runs(encoded.labels)
-    assert [run[-1] for run in trained] == [tokenizer.eos_token_id] * len(answers)
+    in_loss = runs(encoded.labels)
+    assert [run[-1] for run in in_loss] == [tokenizer.eos_token_id] * len(answers)
     blank = " " if template.assistant_open.endswith(" ") else ""
-    assert [spell(tokenizer, run[:-1], blank) for run in trained] == [blank + answer for answer in answers]
+    assert [spell(tokenizer, run[:-1], blank) for run in in_loss] == [blank + answer for answer in answers]
 
 
 def spell(tokenizer: PreTrainedTokenizerFast, ids: list[int], blank: str) -> str:
-    """Decodes a run. SentencePiece's decoder drops the blank at the head of a text."""
+    """Decodes a run. SentencePiece's decoder removes the space at the beginning of a text."""
     text = tokenizer.decode(ids)
     return blank + text if tokenizer.bos_token else text
 
@@ -108,15 +108,15 @@ def spell(tokenizer: PreTrainedTokenizerFast, ids: list[int], blank: str) -> str
 @pytest.mark.parametrize(("template", "tokenizer"), CASES, ids=IDS)
 @settings(max_examples=60, deadline=None)
 @given(conversation=conversations())
-def test_every_image_has_its_tokens_side_by_side_and_masked(template, tokenizer, conversation) -> None:
+def test_the_tokens_of_an_image_are_adjacent_and_masked(template, tokenizer, conversation) -> None:
     sample, counts = conversation
     encoded = encode(sample, tokenizer, template, "<image>", spans_of(tokenizer, counts), 10_000)
     image = tokenizer.convert_tokens_to_ids("<image>")
-    places = [place for place, token in enumerate(encoded.input_ids) if token == image]
-    assert len(places) == sum(counts)
-    assert all(encoded.labels[place] == IGNORED for place in places)
-    edges = [place for place in places if encoded.input_ids[place - 1] != image]
-    assert len(edges) == len(counts), "a line feed stands between two images"
+    indices = [index for index, token in enumerate(encoded.input_ids) if token == image]
+    assert len(indices) == sum(counts)
+    assert all(encoded.labels[index] == IGNORED for index in indices)
+    edges = [index for index in indices if encoded.input_ids[index - 1] != image]
+    assert len(edges) == len(counts), "there is a line feed between two images"
     for edge, count in zip(edges, counts, strict=True):
         assert encoded.input_ids[edge : edge + count] == [image] * count
 
@@ -124,7 +124,7 @@ def test_every_image_has_its_tokens_side_by_side_and_masked(template, tokenizer,
 @pytest.mark.parametrize(("template", "tokenizer"), CASES, ids=IDS)
 @settings(max_examples=60, deadline=None)
 @given(conversation=conversations())
-def test_a_prompt_is_the_beginning_of_what_was_trained(template, tokenizer, conversation) -> None:
+def test_a_prompt_is_the_beginning_of_the_training_ids(template, tokenizer, conversation) -> None:
     sample, counts = conversation
     encoded = encode(sample, tokenizer, template, "<image>", spans_of(tokenizer, counts), 10_000)
     prompt = encode_prompt(sample, tokenizer, template, "<image>", spans_of(tokenizer, counts), 10_000)
@@ -136,8 +136,8 @@ def test_a_prompt_is_the_beginning_of_what_was_trained(template, tokenizer, conv
 @pytest.mark.parametrize(("template", "tokenizer"), CASES, ids=IDS)
 @settings(max_examples=60, deadline=None)
 @given(words=st.lists(st.text("abcdefgh ijklmn0123456789.,?é漢", min_size=1).filter(str.strip), min_size=2, max_size=6))
-def test_segments_joined_are_the_whole_text_tokenised(template, tokenizer, words) -> None:
-    """For answers that start with a letter or figure, as nearly all do; others may be cut at the edge to keep the prompt intact."""
+def test_segments_together_equal_the_tokenized_text(template, tokenizer, words) -> None:
+    """For answers that start with a letter or digit. Others may be tokenized separately to keep the prompt unchanged."""
     pairs = [(words[i].strip(), "a" + words[i + 1].strip()) for i in range(0, len(words) - 1, 2)]
     messages = [Message(role=role, content=text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
     sample = Sample(id="1", images=(), messages=tuple(messages), file="rows.json", row=3)
@@ -146,8 +146,8 @@ def test_segments_joined_are_the_whole_text_tokenised(template, tokenizer, words
     assert [token for piece in tokenise(tokenizer, segments) for token in piece] == whole
 
 
-def test_a_token_never_reaches_across_the_start_of_an_answer() -> None:
-    """A tokenizer with the token "\\n\\n": the answer starts with a line feed, and the prompt still ends with one of its own."""
+def test_no_token_crosses_the_start_of_an_answer() -> None:
+    """A tokenizer with the token "\\n\\n": the answer starts with a line feed, and the prompt still ends with its own."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -167,7 +167,7 @@ def conversation_of(question: str, answer: str, images: int = 0) -> Sample:
     return Sample(id="1", images=tuple(Path(f"{i}.png") for i in range(images)), messages=messages, file="rows.json", row=3)
 
 
-def test_bos_is_there_only_when_the_tokenizer_puts_it() -> None:
+def test_bos_is_used_only_if_the_tokenizer_adds_it() -> None:
     sample = conversation_of("What?", "A cat.")
     with_bos = encode(sample, sentence_piece(), VICUNA, "<image>", (), 100)
     assert with_bos.input_ids[:1] == [sentence_piece().bos_token_id] and with_bos.labels[0] == IGNORED
@@ -181,16 +181,16 @@ def test_too_long_is_refused_with_both_lengths() -> None:
     sample = conversation_of("<image>\nWhat?", "A cat.", images=1)
     length = len(encode(sample, byte_level(VICUNA), VICUNA, "<image>", spans_of(byte_level(VICUNA), (40,)), 10_000).input_ids)
     encode(sample, byte_level(VICUNA), VICUNA, "<image>", spans_of(byte_level(VICUNA), (40,)), length)
-    message = rf"rows.json row 3: {length} tokens \(40 of them images\) are longer than data.max_length={length - 1}"
+    message = rf"rows.json row 3: {length} tokens \(40 of them for images\) are more than data.max_length={length - 1}"
     with pytest.raises(InputRefused, match=message):
         encode(sample, byte_level(VICUNA), VICUNA, "<image>", spans_of(byte_level(VICUNA), (40,)), length - 1)
-    with pytest.raises(InputRefused, match=r"rows.json row 3: .* longer than data.max_length=20"):
+    with pytest.raises(InputRefused, match=r"rows.json row 3: .* more than data.max_length=20"):
         encode_prompt(sample, byte_level(VICUNA), VICUNA, "<image>", spans_of(byte_level(VICUNA), (40,)), 20)
 
 
-def test_marks_and_images_that_do_not_agree() -> None:
+def test_different_numbers_of_marks_and_images() -> None:
     sample = conversation_of("<image>\nWhat?", "A cat.", images=2)
-    with pytest.raises(InputRefused, match=r"rows.json row 3: 1 image tokens in the text for 2 images"):
+    with pytest.raises(InputRefused, match=r"rows.json row 3: the text has 1 image tokens, but the row has 2 images"):
         encode(sample, byte_level(VICUNA), VICUNA, "<image>", spans_of(byte_level(VICUNA), (4, 4)), 100)
 
 
@@ -199,12 +199,12 @@ def test_a_tokenizer_without_the_image_token() -> None:
         encode(conversation_of("What?", "A cat."), byte_level(VICUNA), VICUNA, "<picture>", (), 100)
 
 
-def test_an_answer_that_leaves_nothing_to_learn() -> None:
-    """A tokenizer that drops what it does not know makes no token of this answer."""
+def test_an_answer_without_tokens_is_refused() -> None:
+    """This tokenizer drops unknown characters, so that the answer has no token."""
     words = Tokenizer(models.WordLevel({"USER:": 0, "ASSISTANT:": 1, "<image>": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.model = models.BPE({"U": 0, "<image>": 1}, [])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, extra_special_tokens={"image_token": "<image>"})
     silent = Template(user="U{content}", assistant_open="U", end_mark="")
-    with pytest.raises(InputRefused, match=r"rows.json row 3: the tokenizer makes no token of its answers"):
+    with pytest.raises(InputRefused, match=r"rows.json row 3: the tokenizer makes no token of the answers"):
         encode(conversation_of("U", "漢"), tokenizer, silent, "<image>", (), 100)

@@ -1,4 +1,4 @@
-"""Which files a run reads, their hashes, and the refusal of others in a rerun."""
+"""The files that a run reads, their hashes, and the refusal of other inputs in a rerun."""
 
 import json
 import os
@@ -18,7 +18,7 @@ INPUTS = Inputs(schema=1, data={}, weights={"model/a.safetensors": "1"})
 
 @pytest.fixture
 def spec(tmp_path: Path) -> TrainSpec:
-    """One that begins from a checkpoint."""
+    """A spec that starts from a checkpoint."""
     folder = tmp_path / "step-000003"
     folder.mkdir()
     for name in ("model.safetensors", "config.json", "trainer_state.json", "notes.md"):
@@ -29,18 +29,18 @@ def spec(tmp_path: Path) -> TrainSpec:
 
 def test_weights_are_what_a_stage_reads(spec: TrainSpec) -> None:
     found = hash_weights_of(spec)
-    assert set(found) == {"checkpoint/model.safetensors", "checkpoint/config.json"}, "which run saved them makes them no other weights"
+    assert set(found) == {"checkpoint/model.safetensors", "checkpoint/config.json"}, "trainer_state.json is not part of the weights"
     assert len(set(map(len, found.values()))) == 1
 
 
 def test_weights_are_hashed_once(spec: TrainSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     first = hash_weights_of(spec)
-    monkeypatch.setattr(manifest, "hash_file", lambda path: pytest.fail(f"{path} is hashed again"))
+    monkeypatch.setattr(manifest, "hash_file", lambda path: pytest.fail(f"{path} was hashed again"))
     assert hash_weights_of(spec) == first
 
 
-def test_a_file_of_the_same_size_and_time_is_seen(spec: TrainSpec) -> None:
-    """As cp --preserve and rsync -t leave one."""
+def test_a_replaced_file_with_the_same_size_and_mtime_is_hashed_again(spec: TrainSpec) -> None:
+    """As with cp --preserve or rsync -t."""
     path = Path(spec.stage.checkpoint) / "model.safetensors"
     before, stat = hash_weights_of(spec), path.stat()
     other = path.with_name("other")
@@ -52,7 +52,7 @@ def test_a_file_of_the_same_size_and_time_is_seen(spec: TrainSpec) -> None:
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"a": 1}', '{"a": []}'])
-def test_known_hashes_that_were_damaged_are_made_anew(spec: TrainSpec, damage: str) -> None:
+def test_a_damaged_cache_of_hashes_is_ignored(spec: TrainSpec, damage: str) -> None:
     before = hash_weights_of(spec)
     path = Path(spec.data.root) / HASHES_FILE
     assert json.loads(path.read_text())
@@ -60,7 +60,7 @@ def test_known_hashes_that_were_damaged_are_made_anew(spec: TrainSpec, damage: s
     assert hash_weights_of(spec) == before
 
 
-def test_an_adapter_brings_its_base(spec: TrainSpec, tmp_path: Path) -> None:
+def test_the_base_of_an_adapter_is_included(spec: TrainSpec, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": spec.stage.checkpoint}))
@@ -68,14 +68,14 @@ def test_an_adapter_brings_its_base(spec: TrainSpec, tmp_path: Path) -> None:
     assert {"checkpoint/adapter_config.json", "base/model.safetensors"} <= set(found)
 
 
-def test_files_have_the_same_names_wherever_they_lie(tmp_path: Path) -> None:
+def test_names_of_files_do_not_depend_on_the_folder(tmp_path: Path) -> None:
     spec = make_spec(tmp_path / "run", tmp_path / "data")
-    places = DataPaths(train=tmp_path / "rows/train.json", evaluation=None, images=tmp_path / "images")
+    paths = DataPaths(train=tmp_path / "rows/train.json", evaluation=None, images=tmp_path / "images")
     files = {tmp_path / "rows/train.json": "1", tmp_path / "images/a/b.png": "2", tmp_path / "data/digits/x.png": "3"}
-    assert list_inputs(spec, places, files).data == {"a/b.png": "2", "digits/x.png": "3", str(tmp_path / "rows/train.json"): "1"}
+    assert list_inputs(spec, paths, files).data == {"a/b.png": "2", "digits/x.png": "3", str(tmp_path / "rows/train.json"): "1"}
 
 
-def test_one_changed_pixel_is_one_other_file(digits: Path, tmp_path: Path) -> None:
+def test_one_changed_pixel_is_one_changed_file(digits: Path, tmp_path: Path) -> None:
     from shutil import copytree
 
     from PIL import Image
@@ -87,7 +87,7 @@ def test_one_changed_pixel_is_one_other_file(digits: Path, tmp_path: Path) -> No
         "evaluation": str(tmp_path / "mine/evaluation.json"),
         "images": str(tmp_path / "mine"),
     }
-    spec = replace(spec, data=replace(spec.data, builtin="", **mine))  # a built-in set is written anew where it was changed
+    spec = replace(spec, data=replace(spec.data, builtin="", **mine))  # a changed built-in set would be written again
     report, problems, files = examine_data(spec)
     before = list_inputs(spec, resolve(spec.data), files)
     assert not problems and len(before.data) == report.images + 2
@@ -101,16 +101,19 @@ def test_one_changed_pixel_is_one_other_file(digits: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("expects", "said"),
+    ("expects", "message"),
     [
-        (Expectation(run_id="R", data_sha256="d" * 64), r"not what run R read:\n  data: [0-9a-f]{12} in place of dddddddddddd"),
+        (
+            Expectation(run_id="R", data_sha256="d" * 64),
+            r"the inputs differ from those of run R:\n  data: [0-9a-f]{12} instead of dddddddddddd",
+        ),
         (Expectation(run_id="R", weights={"model/a.safetensors": "2"}), r"weights model/a\.safetensors: another file"),
         (Expectation(run_id="R", weights={**INPUTS.weights, "model/b": "2"}), r"weights model/b: missing"),
         (Expectation(run_id="R", weights={"model/b": "2"}), r"(?s)model/a\.safetensors: new.*model/b: missing"),
     ],
 )
-def test_other_inputs_are_refused_by_name(expects: Expectation, said: str) -> None:
-    with pytest.raises(InputRefused, match=said):
+def test_other_inputs_are_refused_by_name(expects: Expectation, message: str) -> None:
+    with pytest.raises(InputRefused, match=message):
         refuse_other_inputs(expects, INPUTS, "0" * 64)
 
 

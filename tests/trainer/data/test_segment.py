@@ -37,29 +37,29 @@ def test_chatml_with_the_row_s_system_message() -> None:
     )
 
 
-def test_a_system_place_stays_empty_without_a_system_message() -> None:
+def test_without_a_system_message_there_is_no_system_turn() -> None:
     assert marked(CHATML, "<image>", *TURNS[2:]).startswith("<|im_start|>user\nSure?")
 
 
-def test_a_fixed_system_text_is_always_there() -> None:
+def test_a_fixed_system_text_is_always_included() -> None:
     fixed = replace(VICUNA, system="A chat. ")
     assert marked(fixed, "<image>", *TURNS[2:]) == "A chat. USER: Sure? ASSISTANT:[ Yes.</s>]"
 
 
-def test_braces_in_the_text_are_only_text() -> None:
+def test_braces_in_a_message_are_ordinary_text() -> None:
     braces = Message(role="user", content="{content} {0}")
     assert marked(VICUNA, "<image>", braces, TURNS[3]) == "USER: {content} {0} ASSISTANT:[ Yes.</s>]"
 
 
-def test_what_a_template_cannot_express_is_refused_not_dropped() -> None:
+def test_a_message_that_the_template_cannot_express_is_refused() -> None:
     (problem,) = find_template_problems(sample(SYSTEM, *TURNS), VICUNA, "<image>")
-    assert "no place for a system message" in problem.problem
-    with pytest.raises(InputRefused, match=r"rows.json row 3: the model's chat template has no place"):
+    assert "does not support a system message" in problem.problem
+    with pytest.raises(InputRefused, match=r"rows.json row 3: the chat template of the model does not support"):
         cut(sample(SYSTEM, *TURNS), VICUNA, "<image>")
 
 
 def test_the_model_s_own_image_token_in_a_text() -> None:
-    sly = sample(Message(role="user", content="<image> <|image_pad|>"), TURNS[1])
-    (problem,) = find_template_problems(sly, CHATML, "<|image_pad|>")
-    assert "'<|image_pad|>', which the model reads as part of an image" in problem.problem
-    assert find_template_problems(sly, CHATML, "<image>") == ()
+    confusing = sample(Message(role="user", content="<image> <|image_pad|>"), TURNS[1])
+    (problem,) = find_template_problems(confusing, CHATML, "<|image_pad|>")
+    assert "'<|image_pad|>', the image token of the model" in problem.problem
+    assert find_template_problems(confusing, CHATML, "<image>") == ()

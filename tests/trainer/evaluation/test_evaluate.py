@@ -12,7 +12,7 @@ from trainer.data.check import resolve
 from trainer.data.rows.sample import read_samples
 from trainer.evaluation.evaluate import batches_of_rank, end_ids, evaluate, read_answer
 from trainer.models import find_family
-from trainer.models.tiny import tiny_tokenizer
+from trainer.models.tiny_tokenizer import tiny_tokenizer
 
 TEMPLATE = Template(user="USER: {content} ", assistant_open="ASSISTANT: ", end_mark="</s>")
 

@@ -1,4 +1,4 @@
-"""The models of conf/model as the trainer is told of them, tiny ones built once, and conversations with images of several sizes."""
+"""The models of conf/model as ModelSpecs, tiny models that are built once, and conversations with images of several sizes."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -15,14 +15,15 @@ from PIL import Image
 from launcher.config.schema import Model
 from tests.trainer.conftest import make_spec
 from trainer.contract import ModelSpec, Source, TrainSpec, decode
+from trainer.data.processor import Processor
 from trainer.data.rows.sample import Message, Sample
-from trainer.models import find_family
-from trainer.models.family import Family, Processor
+from trainer.models.family import Family
+from trainer.models.registry import find_family
 
 CONF = Path(__file__).resolve().parents[3] / "conf" / "model"
 TINY = ("tiny_llava", "tiny_qwen2_5_vl", "tiny_internvl", "tiny_qwen2_5_omni", "tiny_minicpm_v_4_6")
 TINY += ("tiny_minicpm_v_2_6", "tiny_omnilmm_3b", "tiny_omnilmm_12b")
-OURS = ("minicpm_v_2_6", "minicpm_o_2_6", "omnilmm_3b", "omnilmm")  # families whose model classes are ours, and not transformers'
+OURS = ("minicpm_v_2_6", "minicpm_o_2_6", "omnilmm_3b", "omnilmm")  # families with our own model classes
 SIZES = ((40, 24), (33, 64), (100, 70), (32, 32))  # width, height
 
 
@@ -49,7 +50,7 @@ def model_spec(name: str) -> ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """A tiny model in float32 with its processor, and both saved as the trainer saves a checkpoint."""
+    """A tiny float32 model with its processor, and both saved as a checkpoint."""
 
     name: str
     family: Family
@@ -83,7 +84,7 @@ def tiny(request: pytest.FixtureRequest, make_tiny: Callable[[str], Made]) -> Ma
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
-    """A file of noise for each of SIZES."""
+    """An image file with noise for each of SIZES."""
     folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(5)
     for number, (width, height) in enumerate(SIZES):
         Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{number}.png")
@@ -91,14 +92,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
 
 
 def talk(*turns: tuple[str, str], images: tuple[Path, ...] = (), row: int = 1) -> Sample:
-    """Questions with their answers."""
+    """A conversation of questions and answers."""
     messages = [Message(role=role, content=text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]  # type: ignore[arg-type]
     return Sample(id=str(row), images=images, messages=tuple(messages), file="rows.json", row=row)
 
 
 @pytest.fixture(scope="session")
 def samples(pictures: tuple[Path, ...]) -> tuple[Sample, ...]:
-    """One image and two turns; two images in a row and one in a later turn; text alone."""
+    """One image and two turns; two adjacent images and one in a later turn; text only."""
     return (
         talk(("<image>\nWhich digit is this?", "It is 7."), ("And the colour?", "Red."), images=pictures[:1], row=1),
         talk(("<image><image>\nWhat is in these?", "Noise"), ("And <image>?", "More noise, and a square."), images=pictures[1:], row=2),

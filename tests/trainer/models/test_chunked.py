@@ -1,4 +1,4 @@
-"""What every family must bear: the loss in chunks, layers that are computed twice, norms in 16 bits."""
+"""For every family: the chunked loss, gradient checkpointing, and norms in float16 and bfloat16."""
 
 import copy
 import inspect
@@ -26,15 +26,15 @@ Forward = tuple[Callable[[], Tensor], Tensor]
 
 
 def prepare(made: Made, model: Any, samples: tuple[Sample, ...]) -> Forward:
-    """A forward pass to the logits at trained positions, as Engine.loss_sum makes it, and their targets."""
+    """A forward pass to the logits at positions in the loss, as in Engine.loss_sum, and their targets."""
     batch = collate(samples, made.processor, made.spec)
-    trained = batch["labels"][:, 1:] != IGNORED
-    positions = torch.nn.functional.pad(trained, (0, 1))
+    in_loss = batch["labels"][:, 1:] != IGNORED
+    positions = torch.nn.functional.pad(in_loss, (0, 1))
     arguments = to_arguments(batch, "labels")
-    return lambda: model(**arguments, logits_to_keep=positions, use_cache=False).logits, batch["labels"][:, 1:][trained]
+    return lambda: model(**arguments, logits_to_keep=positions, use_cache=False).logits, batch["labels"][:, 1:][in_loss]
 
 
-def test_the_loss_in_chunks_is_the_plain_one(tiny: Made, samples: tuple[Sample, ...]) -> None:
+def test_the_chunked_loss_equals_the_plain_one(tiny: Made, samples: tuple[Sample, ...]) -> None:
     run, targets = prepare(tiny, tiny.model, samples)
     assert isinstance(find_head(tiny.model), torch.nn.Linear) and len(targets) > 8
     assert_equal(tiny.model, run, targets, 4)
@@ -43,7 +43,7 @@ def test_the_loss_in_chunks_is_the_plain_one(tiny: Made, samples: tuple[Sample, 
 
 @contextmanager
 def training(model: torch.nn.Module) -> Iterator[None]:
-    """A model of the session, left as it was."""
+    """Restores the shared model at the end."""
     model.train()
     try:
         yield
@@ -54,9 +54,7 @@ def training(model: torch.nn.Module) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("every", "groups"), [(1, ()), (2, ("lm",)), (1, ("vision",))])
-def test_layers_that_are_computed_twice_have_the_same_gradients(
-    every: int, groups: tuple[str, ...], tiny: Made, samples: tuple[Sample, ...]
-) -> None:
+def test_checkpointed_layers_have_the_same_gradients(every: int, groups: tuple[str, ...], tiny: Made, samples: tuple[Sample, ...]) -> None:
     spec = replace(tiny.spec, gradient_checkpointing=True, checkpoint_every=every, checkpoint_groups=groups)
     run, targets = prepare(tiny, tiny.model, samples)
     with training(tiny.model):
@@ -68,12 +66,12 @@ def test_layers_that_are_computed_twice_have_the_same_gradients(
             for name in chosen
             for child in [next(iter(tiny.model.get_submodule(name).children()))]
         ]
-        twice = gradients(tiny.model, run, targets)
+        checkpointed = gradients(tiny.model, run, targets)
         for hook in hooks:
             hook.remove()
     reached = [name for name in chosen if any(parameter.startswith(f"{name}.") for parameter in plain)]
     assert reached and {name: passes.count(name) for name in reached} == dict.fromkeys(reached, 2)
-    assert plain.keys() == twice.keys() and all(torch.equal(plain[name], twice[name]) for name in plain)
+    assert plain.keys() == checkpointed.keys() and all(torch.equal(plain[name], checkpointed[name]) for name in plain)
     if groups:
         assert all(re.match(tiny.spec.model.groups[groups[0]], f"{name}.") for name in chosen)
         others = [name for name, module in tiny.model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -94,8 +92,8 @@ def test_a_group_without_layers_is_refused(make_tiny: Callable[[str], Made]) -> 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_norms_compute_in_float32(dtype: torch.dtype, tiny: Made) -> None:
-    """transformers' RMSNorms go up by themselves, torch's layer_norm sums in float32: held against the same norm in float32, over inputs
-    whose squares float16 does not hold, what is left is the rounding of the result, and of RMSNorm's before its weight."""
+    """transformers' RMSNorm converts to float32, torch's layer_norm accumulates in float32. Compared with the same norm in float32, for inputs
+    whose squares overflow float16, only the rounding of the result remains, and that of RMSNorm before its weight."""
     torch.manual_seed(0)
     kinds = {type(module): module for module in tiny.model.modules() if "Norm" in type(module).__name__}
     assert kinds
@@ -111,5 +109,5 @@ def test_norms_compute_in_float32(dtype: torch.dtype, tiny: Made) -> None:
         wanted = exact(inputs.float(), *(each.float() for each in gate)).detach()
         ulp = torch.finfo(dtype).eps
         error = float(((found - wanted).abs() / (wanted.abs() + wanted.abs().max() * 0.05)).max())
-        print(kind.__name__, dtype, f"{error / ulp:.2f} of the last place")
+        print(kind.__name__, dtype, f"{error / ulp:.2f} ulp")
         assert error <= 1.6 * ulp, kind

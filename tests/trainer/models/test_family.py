@@ -1,4 +1,4 @@
-"""What holds for every family: counts, groups, files that transformers opens, and what is refused."""
+"""For every family: parameter counts, groups, files that transformers opens, and refusals."""
 
 import json
 import shutil
@@ -17,21 +17,21 @@ from tests.trainer.models.conftest import CONF, OURS, Made, model_spec, read_mod
 from trainer.contract import InputRefused
 from trainer.data.encode import encode_prompt
 from trainer.data.rows.sample import Message, Sample
-from trainer.models import FAMILIES, find_family
+from trainer.models.registry import FAMILIES, find_family
 from trainer.models.weight import round_weights
 from trainer.stages.group import assign_groups
 
 READY = tuple(sorted(path.stem for path in CONF.glob("*.yaml") if read_model(path.stem).ready))
 
 
-def test_every_family_has_its_models() -> None:
+def test_every_family_has_a_model() -> None:
     assert {read_model(name).family for name in READY} == set(FAMILIES)
     assert len(READY) == 21
 
 
 @pytest.mark.parametrize("name", READY)
-def test_parameters_are_those_of_the_config_file(name: str) -> None:
-    """Exact counts of transformers' classes on the meta device, in all and by group; the groups cut them into disjoint parts."""
+def test_parameter_counts_are_those_of_the_config_file(name: str) -> None:
+    """Exact counts on the meta device, in total and by group; the groups are disjoint."""
     wanted, spec = read_model(name).parameters, model_spec(name)
     with torch.device("meta"):
         model = find_family(spec.family).create(spec)
@@ -43,9 +43,9 @@ def test_parameters_are_those_of_the_config_file(name: str) -> None:
     assert found == {group: getattr(wanted, group) for group in found}
 
 
-def test_a_random_start_leaves_no_matrix_at_zero(tiny: Made) -> None:
-    """What lies bare in a module is in no rule of transformers' own: a projector of zeros would keep every image from the decoder. Positions
-    and class tokens, (1, places, width), do begin at zero in transformers' InternVL."""
+def test_a_random_start_initializes_every_matrix(tiny: Made) -> None:
+    """transformers does not initialize bare parameters: a projector of zeros would hide every image from the decoder. Positions and class
+    tokens, (1, positions, width), are zero in transformers' InternVL."""
     matrices = {
         name: tensor for name, tensor in tiny.model.named_parameters() if tensor.ndim == 2 or (tiny.family.name in OURS and tensor.ndim > 1)
     }
@@ -53,14 +53,16 @@ def test_a_random_start_leaves_no_matrix_at_zero(tiny: Made) -> None:
 
 
 def test_a_checkpoint_opens_with_transformers_own_classes(tiny: Made) -> None:
-    """Weights, tokenizer and image processor, by the automatic classes, which read the folder alone."""
-    if tiny.family.name not in ("qwen2_5_omni", *OURS):  # the thinker alone is in no automatic class; test_reference opens it by its own
+    """Weights, tokenizer and image processor, with the Auto classes, which only read the folder."""
+    if tiny.family.name not in ("qwen2_5_omni", *OURS):  # no Auto class opens a thinker; test_reference uses its class
         again = AutoModelForImageTextToText.from_pretrained(tiny.folder, dtype=torch.float32)
         ours = dict(tiny.model.named_parameters())
         assert all(torch.equal(tensor, ours[name]) for name, tensor in again.named_parameters())
     tokenizer = AutoTokenizer.from_pretrained(tiny.folder)
     assert tokenizer("A <image> 7")["input_ids"] == tiny.processor.tokenizer("A <image> 7")["input_ids"]
-    if tiny.family.name == "minicpm_v_2_6":  # transformers has no class for its images; test_minicpm_v holds ours against the published one
+    if (
+        tiny.family.name == "minicpm_v_2_6"
+    ):  # transformers has no image processor for it; test_minicpm_v compares ours with the published one
         return
     image = Image.linear_gradient("L").convert("RGB").resize((60, 40))
     crop = {"crop_to_patches": True} if tiny.family.name == "internvl" else {}
@@ -69,9 +71,9 @@ def test_a_checkpoint_opens_with_transformers_own_classes(tiny: Made) -> None:
 
 
 @pytest.mark.skipif(
-    find_spec("torchvision") is None, reason="transformers' processors of videos, and so of these families, need torchvision"
+    find_spec("torchvision") is None, reason="transformers' processors of these families need torchvision for their video processor"
 )
-def test_transformers_own_processor_writes_the_same_ids(tiny: Made) -> None:
+def test_transformers_processor_makes_the_same_ids(tiny: Made) -> None:
     real = AutoProcessor.from_pretrained(tiny.folder)
     sizes = ((32, 32), (40, 24), (100, 70), (300, 31))
     content = [*({"type": "image"} for _ in sizes), {"type": "text", "text": "Which?"}]
@@ -79,14 +81,14 @@ def test_transformers_own_processor_writes_the_same_ids(tiny: Made) -> None:
     theirs = real(images=[Image.new("RGB", size) for size in sizes], text=[text], return_tensors="pt")["input_ids"][0].tolist()
     messages = (Message(role="user", content="<image>" * len(sizes) + "Which?"), Message(role="assistant", content="7"))
     sample = Sample(id="1", images=tuple(Path("x") for _ in sizes), messages=messages, file="rows.json", row=1)
-    spans = [tiny.processor.span(size, place) for place, size in enumerate(sizes)]
+    spans = [tiny.processor.span(size, index) for index, size in enumerate(sizes)]
     model = tiny.spec.model
     assert encode_prompt(sample, tiny.processor.tokenizer, model.template, model.image_token, spans, 10_000).input_ids == theirs
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_random_start_and_a_reload_compute_the_same(tiny: Made, dtype: torch.dtype) -> None:
-    """Types and values of every parameter and buffer: rotary frequencies stay in float32 either way."""
+def test_a_random_start_equals_a_reload(tiny: Made, dtype: torch.dtype) -> None:
+    """Dtypes and values of every parameter and buffer are equal; rotary frequencies stay in float32."""
     loaded = tiny.family.load(tiny.folder, tiny.spec.model, dtype)
     torch.manual_seed(0)
     created = round_weights(tiny.family.create(tiny.spec.model), dtype)
@@ -99,13 +101,13 @@ def test_a_random_start_and_a_reload_compute_the_same(tiny: Made, dtype: torch.d
     assert rotary and set(rotary) == {torch.float32}
 
 
-def test_the_gradient_of_a_loaded_model_reaches_what_is_not_unused(tiny: Made) -> None:
-    """`unused` reads the config of a loaded model as it does that of a created one."""
+def test_unused_parameters_of_a_loaded_model(tiny: Made) -> None:
+    """`unused` gives the same for a loaded and a created model."""
     assert tiny.family.unused(tiny.family.load(tiny.folder, tiny.spec.model, torch.float32)) == tiny.family.unused(tiny.model)
 
 
-def test_a_thinker_is_read_out_of_a_whole_omni_checkpoint(make_tiny: Callable[[str], Made], tmp_path: Path) -> None:
-    """Names as in the published one: thinker., talker. and token2wav. side by side, configs nested."""
+def test_a_thinker_is_read_from_a_complete_omni_checkpoint(make_tiny: Callable[[str], Made], tmp_path: Path) -> None:
+    """With the published names: thinker., talker. and token2wav., and nested configs."""
     from safetensors.torch import load_file, save_file
 
     made = make_tiny("tiny_qwen2_5_omni")
@@ -141,22 +143,24 @@ def test_another_family_is_refused(tiny: Made, make_tiny: Callable[[str], Made])
         lambda: tiny.family.load_processor(other.folder, tiny.spec.model),
     ):
         with pytest.raises(
-            InputRefused, match=rf"is a {other.family.name}, {tiny.name} is a .*choose the checkpoint's own with model=NAME"
+            InputRefused,
+            match=rf"has the model type {other.family.name}, but {tiny.name} has .*\n    set model=NAME to the checkpoint's model",
         ):
             load()
 
 
-def test_a_repository_of_code_that_we_do_not_know_is_refused_by_name(tiny: Made, tmp_path: Path) -> None:
+def test_an_unknown_repository_with_code_is_refused(tiny: Made, tmp_path: Path) -> None:
     config = {"model_type": "ovis9", "auto_map": {"AutoModel": "modeling_ovis.Ovis"}}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (tmp_path / "modeling_ovis.py").write_text("raise SystemExit('run')", encoding="utf-8")
-    said = rf"is a ovis9, with code of its own, which is never run; the families that there are: {', '.join(sorted(FAMILIES))}, {tiny.name} is a "
+    families = ", ".join(sorted(FAMILIES))
+    text = rf"model type ovis9 \(with its own code, which is never run; supported families: {families}\), but {tiny.name} has "
     for load in (
         lambda: tiny.family.load(tmp_path, tiny.spec.model, torch.float32),
         lambda: tiny.family.load(tmp_path, tiny.spec.model, torch.float32, on_meta=True),
         lambda: tiny.family.load_processor(tmp_path, tiny.spec.model),
     ):
-        with pytest.raises(InputRefused, match=said):
+        with pytest.raises(InputRefused, match=text):
             load()
 
 
@@ -167,15 +171,15 @@ def test_another_size_is_refused_with_every_difference(tiny: Made) -> None:
     wanted = replace(tiny.spec.model, architecture={**architecture, "vision": vision, "text": text})
     with pytest.raises(InputRefused) as caught:
         tiny.family.load(tiny.folder, wanted, torch.float32)
-    given, said = architecture, str(caught.value)
+    given, text = architecture, str(caught.value)
     for line in (
         f"model.architecture.vision.patch_size: 16, the checkpoint has {given['vision']['patch_size']}",
         f"model.architecture.vision.num_hidden_layers: 9, the checkpoint has {given['vision']['num_hidden_layers']}",
         f"model.architecture.text.num_key_value_heads: 1, the checkpoint has {given['text']['num_key_value_heads']}",
         "model.architecture.text.vocab_size: 999, the checkpoint has 384",
     ):
-        assert line in said
-    assert said.count("the checkpoint has") == 4
+        assert line in text
+    assert text.count("the checkpoint has") == 4
 
 
 def test_a_decoder_of_another_kind_is_refused(make_tiny: Callable[[str], Made]) -> None:
@@ -193,12 +197,12 @@ def test_a_tokenizer_without_the_image_token_is_refused(tiny: Made) -> None:
 
 
 def test_the_tokenizer_of_another_model_is_refused(tiny: Made, tmp_path: Path) -> None:
-    """It knows the image token, as another id: every image would be read as a word."""
+    """It has another id for the image token: every image would be read as a word."""
     shutil.copytree(tiny.folder, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     key = next(key for key in ("image_token_id", "image_token_index", "image_start_token_id") if key in config)
     (tmp_path / "config.json").write_text(json.dumps({**config, key: 7}), encoding="utf-8")
-    with pytest.raises(InputRefused, match=r"the tokenizer has '.*' as 32\d.*, the model as 7.*\n    take the tokenizer that belongs"):
+    with pytest.raises(InputRefused, match=r"the tokenizer has '.*' as 32\d.*, the model as 7.*\n    use the tokenizer that belongs"):
         tiny.family.load_processor(tmp_path, tiny.spec.model)
 
 

@@ -9,8 +9,8 @@ from trainer.data.rows.sample import Sample
 
 
 @pytest.mark.parametrize("name", ["tiny_qwen2_5_omni", "tiny_minicpm_v_4_6"])
-def test_logits_at_chosen_places_alone(name: str, make_tiny: Callable[[str], Made], samples: tuple[Sample, ...]) -> None:
-    """The head gets no other hidden state; without a choice all places have logits, also right after a call that chose."""
+def test_logits_at_selected_positions(name: str, make_tiny: Callable[[str], Made], samples: tuple[Sample, ...]) -> None:
+    """The head gets only the selected hidden states. Without a selection all positions have logits, also right after a call with one."""
     made = make_tiny(name)
     batch = to_arguments(collate(samples, made.processor, made.spec), "labels")
     chosen = batch["attention_mask"].bool() & (torch.arange(batch["input_ids"].shape[1]) % 3 == 0)

@@ -37,7 +37,7 @@ from trainer.kernels.fused import (
     use_kernels,
 )
 
-# How many layers of each tiny model get a kernel: a class that transformers renames would be missed in silence.
+# The number of layers of each tiny model that get a kernel: a class that transformers renames would be missed silently.
 LAYERS: dict[str, dict[str, int]] = {
     "tiny_llava": {"rms_norm": 7, "rotate": 3, "swiglu": 3},
     "tiny_qwen2_5_vl": {"rms_norm": 10, "rotate": 2, "swiglu": 4},
@@ -57,7 +57,7 @@ SCHEMAS = {  # torch_npu 2.7.1.post8, torch_npu/csrc/aten/npu_native_functions_b
 
 @pytest.fixture(autouse=True)
 def rotations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The functions that a kernel replaces for the whole process are themselves again after each test."""
+    """Restores the functions that a kernel replaces for the whole process."""
     for module in [module for name, module in sys.modules.items() if name.startswith("transformers.models.")]:
         if ROTARY in vars(module):
             monkeypatch.setattr(module, ROTARY, vars(module)[ROTARY])
@@ -102,12 +102,12 @@ def npu(operators: None, monkeypatch: pytest.MonkeyPatch) -> Kernels:
 
 @pytest.fixture(scope="session")
 def liger() -> Iterator[Kernels]:
-    """liger-kernel in Triton's interpreter. It hands a kernel Python's floats where a compiled one gets float32 scalars, and knows nothing of
-    the GPU's library of mathematics, from which liger-kernel takes one function that Triton has too (and that it takes from there on an NPU)."""
+    """liger-kernel in Triton's interpreter. The interpreter passes Python floats where a compiled kernel gets float32 scalars, and lacks the
+    GPU's math library, from which liger-kernel uses one function that Triton also has (and that it uses on an NPU)."""
     if not (importlib.util.find_spec("triton") and importlib.util.find_spec("liger_kernel")):
         pytest.skip("liger-kernel and triton are not installed here: pip install --no-deps liger-kernel triton")
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("triton was imported before it was told to interpret: run this file alone, with TRITON_INTERPRET=1")
+        pytest.skip("triton was imported before TRITON_INTERPRET was set: run this file alone, with TRITON_INTERPRET=1")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         import numpy
@@ -134,7 +134,7 @@ def liger() -> Iterator[Kernels]:
 def results(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> list[Tensor]:
     """Outputs, and the gradients of a weighted sum of them."""
     leaves = [value.clone().requires_grad_() for value in inputs]
-    made = function(*(leaf * 1 for leaf in leaves))  # as a linear layer's output, which a kernel may write over
+    made = function(*(leaf * 1 for leaf in leaves))  # like the output of a linear layer, which a kernel may overwrite
     outputs = list(made) if isinstance(made, tuple) else [made]
     kept = [output.detach().clone() for output in outputs]
     random = torch.Generator().manual_seed(1)
@@ -143,7 +143,7 @@ def results(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> list[Te
 
 
 def assert_near(function: Callable[..., Any], plain: Callable[..., Any], inputs: tuple[Tensor, ...], bound: float) -> None:
-    """Each output and gradient to `bound` of its largest value."""
+    """Each output and gradient, within `bound` of its largest value."""
     ours, theirs = results(function, inputs), results(plain, inputs)
     assert len(ours) == len(theirs) > len(inputs) - 1
     for one, other in zip(ours, theirs, strict=True):
@@ -151,8 +151,8 @@ def assert_near(function: Callable[..., Any], plain: Callable[..., Any], inputs:
         assert float((one.float() - other.float()).abs().max()) <= bound * float(other.float().abs().max())
 
 
-# A kernel that keeps float32 to its end is a unit of the last place from operators that round in between: 2^-10 in float16, which stands for
-# bfloat16 too, since the interpreter multiplies the bits of two bfloat16 as if they were integers.
+# A kernel that computes in float32 to its end differs by one ulp from operators that round in between: 2^-10 in float16, which is also used
+# for bfloat16, because the interpreter multiplies the bits of two bfloat16 values as integers.
 BOUNDS = [(torch.float32, 2e-6), (torch.float16, 2**-9)]
 
 
@@ -164,7 +164,7 @@ def draw(dtype: torch.dtype, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
 @pytest.mark.parametrize("width", [96, 1024])
-def test_ligers_norms_are_transformers(width: int, dtype: torch.dtype, bound: float, liger: Kernels) -> None:
+def test_ligers_norms_equal_those_of_transformers(width: int, dtype: torch.dtype, bound: float, liger: Kernels) -> None:
     x, weight = draw(dtype, (2, 3, width), (width,))
     for module, kernel in ((LlamaRMSNorm(width), liger.rms_norm), (Qwen3_5RMSNorm(width), liger.centred_rms_norm)):
         assert kernel is not None
@@ -180,9 +180,9 @@ def test_ligers_norms_are_transformers(width: int, dtype: torch.dtype, bound: fl
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
-def test_ligers_swiglu_and_rotation_are_transformers(dtype: torch.dtype, bound: float, liger: Kernels) -> None:
+def test_ligers_swiglu_and_rotation_equal_those_of_transformers(dtype: torch.dtype, bound: float, liger: Kernels) -> None:
     assert_near(liger.swiglu, lambda gate, up: silu(gate) * up, draw(dtype, (2, 3, 200), (2, 3, 200)), bound)
-    q, k = draw(dtype, (2, 3, 4, 16), (2, 3, 2, 16))  # (samples, T, heads, width), as the linear layers make them
+    q, k = draw(dtype, (2, 3, 4, 16), (2, 3, 2, 16))  # (samples, T, heads, width), as the output of the linear layers
     angles = torch.rand(2, 3, 8).repeat(1, 1, 2) * 7
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     rotate = liger.rotate
@@ -210,7 +210,7 @@ def measure(made: Made, model: Any, samples: tuple[Sample, ...]) -> tuple[float,
 
 
 def assert_same_step(made: Made, kernels: Kernels, samples: tuple[Sample, ...]) -> None:
-    """The loss to 1e-5, gradients to 1e-5 of the largest of their parameter or, where all but cancel, 1e-6 of the model's largest."""
+    """The loss within 1e-5; gradients within 1e-5 of the largest of their parameter or 1e-6 of the largest of the model."""
     loss, gradients = measure(made, copy.deepcopy(made.model), samples)
     model = copy.deepcopy(made.model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -232,14 +232,14 @@ def test_ascends_operators_are_called_as_documented(tiny: Made, samples: tuple[S
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
-def test_ligers_kernels_make_the_same_step(
+def test_a_step_with_ligers_kernels_is_the_same(
     name: str, make_tiny: Callable[[str], Made], samples: tuple[Sample, ...], liger: Kernels
 ) -> None:
     assert_same_step(make_tiny(name), liger, samples[:1])
 
 
 def test_every_kernel_is_called(make_tiny: Callable[[str], Made], samples: tuple[Sample, ...], npu: Kernels) -> None:
-    """That a table says so is not enough: transformers must call what was replaced."""
+    """transformers must call the replaced functions."""
     made, calls = make_tiny("tiny_internvl"), dict.fromkeys(("rms_norm", "swiglu", "rotate"), 0)
 
     def counting(name: str) -> Callable[..., Any]:
@@ -255,15 +255,15 @@ def test_every_kernel_is_called(make_tiny: Callable[[str], Made], samples: tuple
     assert calls == LAYERS[made.name]
 
 
-def test_inputs_of_another_type_than_the_weight_take_the_plain_path() -> None:
+def test_inputs_of_another_dtype_than_the_weight_use_the_plain_path() -> None:
     norm, x = LlamaRMSNorm(8), torch.randn(2, 8).bfloat16()
     plain = norm(x)
     patch_rms_norm(norm, lambda *_: pytest.fail("the kernel was called"), epsilon="variance_epsilon")
     assert torch.equal(norm(x), plain) and plain.dtype == torch.float32
 
 
-def test_torchs_own_norm_is_transformers_but_for_its_rounding() -> None:
-    """Why the CPU has no kernel of its own is its speed, not its numbers (trainer.kernels.fused)."""
+def test_torchs_norm_equals_that_of_transformers_up_to_rounding() -> None:
+    """The CPU has no kernel because of its speed, not because of its results (trainer.kernels.fused)."""
     (x,) = draw(torch.float32, (4, 96))
     norm = LlamaRMSNorm(96)
     assert torch.allclose(rms_norm(x, (96,), norm.weight, norm.variance_epsilon), norm(x), rtol=1e-6, atol=1e-6)
@@ -280,7 +280,7 @@ def missing(_: bool) -> Kernels:
     raise ImportError("No module named 'liger_kernel'")
 
 
-def test_a_run_takes_what_is_there(make_tiny: Callable[[str], Made], npu: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_uses_the_installed_package(make_tiny: Callable[[str], Made], npu: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_tiny("tiny_llava")
     for kernels, accelerator in (("plain", "npu"), ("plain", "cuda"), ("auto", "cpu")):
         assert use_kernels(made.model, asked(made, kernels, accelerator)) == {}
@@ -297,7 +297,7 @@ def test_a_run_takes_what_is_there(make_tiny: Callable[[str], Made], npu: Kernel
 @pytest.mark.parametrize(
     ("accelerator", "says"), [("cpu", "none for cpu devices, but for cuda and npu"), ("cuda", "No module named 'liger_kernel'")]
 )
-def test_kernels_that_cannot_be_had_are_refused(
+def test_kernels_that_are_not_available_are_refused(
     accelerator: str, says: str, make_tiny: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(PACKAGES, "cuda", missing)

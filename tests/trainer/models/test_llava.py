@@ -8,8 +8,8 @@ from PIL import Image
 from trainer.contract import InputRefused, Template
 from trainer.data.rows.sample import Message, Sample
 from trainer.data.segment import cut
-from trainer.models import FAMILIES, find_family
 from trainer.models.llava import LLAVA
+from trainer.models.registry import FAMILIES, find_family
 from trainer.models.template import chat_template
 
 TEMPLATES = [
@@ -26,7 +26,7 @@ TEMPLATES = [
 ]
 
 
-def test_a_random_start_depends_on_the_seed_alone(tiny_spec: Any) -> None:
+def test_a_random_start_depends_only_on_the_seed(tiny_spec: Any) -> None:
     spec = tiny_spec()
 
     def make(seed: int) -> torch.Tensor:
@@ -37,7 +37,7 @@ def test_a_random_start_depends_on_the_seed_alone(tiny_spec: Any) -> None:
     assert not torch.equal(make(1), make(2))
 
 
-def test_the_full_tiny_model_has_the_parameters_that_its_config_file_says(tiny_spec: Any) -> None:
+def test_the_number_of_parameters_is_that_of_the_config_file(tiny_spec: Any) -> None:
     assert sum(p.numel() for p in LLAVA.create(tiny_spec(width=96).model).parameters()) == 614_400
 
 
@@ -68,13 +68,13 @@ def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tiny_spec: Any) -> 
         LLAVA.create(replace(model, architecture=small))
 
 
-def test_an_unknown_family_is_answered_with_those_there_are() -> None:
-    with pytest.raises(InputRefused, match=f"no module for 'lava'; it has {', '.join(sorted(FAMILIES))}"):
+def test_an_unknown_family_is_refused_with_the_valid_ones() -> None:
+    with pytest.raises(InputRefused, match=f"'lava' is not a family of the trainer; valid families: {', '.join(sorted(FAMILIES))}"):
         find_family("lava")
     assert all(name == family.name for name, family in FAMILIES.items())
 
 
-def test_saved_and_loaded_again_it_is_the_same_model_in_another_dtype(tiny_spec: Any, tmp_path: Any) -> None:
+def test_a_saved_model_is_the_same_in_another_dtype(tiny_spec: Any, tmp_path: Any) -> None:
     spec = tiny_spec()
     made, processor = LLAVA.create(spec.model), LLAVA.create_processor(spec.model)
     made.save_pretrained(tmp_path)
@@ -95,7 +95,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_every_difference(tiny_spe
     with pytest.raises(InputRefused) as caught:
         LLAVA.load(tmp_path, wanted, torch.float32)
     text = str(caught.value)
-    assert f"{tmp_path} holds another model than {wanted.name}" in text and "choose its own with model=NAME" in text
+    assert f"{tmp_path} is not {wanted.name}: set model=NAME to the checkpoint's model" in text
     for line in (
         "model.architecture.vision.hidden_size: 64, the checkpoint has 32",
         "model.architecture.vision.num_hidden_layers: 9, the checkpoint has 2",
@@ -108,12 +108,12 @@ def test_a_checkpoint_of_another_model_is_refused_with_every_difference(tiny_spe
 
 def test_a_checkpoint_of_another_family_is_refused(tiny_spec: Any, tmp_path: Any) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl", "hidden_size": 32}')
-    with pytest.raises(InputRefused, match=r"is a qwen2_5_vl, .* is a llava"):
+    with pytest.raises(InputRefused, match=r"has the model type qwen2_5_vl, but .* has llava"):
         LLAVA.load(tmp_path, tiny_spec().model, torch.float32)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_the_chat_template_writes_the_text_that_is_trained_on(template: Template) -> None:
+def test_the_chat_template_writes_the_training_text(template: Template) -> None:
     turns = [("user", "<image>\nWhat {x} 'is' it? "), ("assistant", 'A "cat"\n'), ("user", "And {{ this }}?"), ("assistant", "7")]
     if "{content}" in template.system:
         turns.insert(0, ("system", "Be brief."))
@@ -132,8 +132,8 @@ def test_images_in_parts_become_image_marks() -> None:
 
 
 def render(template: Template, messages: list[dict[str, Any]], **options: Any) -> str:
-    """By transformers itself."""
-    from trainer.models.tiny import tiny_tokenizer
+    """With transformers."""
+    from trainer.models.tiny_tokenizer import tiny_tokenizer
 
     tokenizer = tiny_tokenizer("<image>", template)
     return tokenizer.apply_chat_template(messages, chat_template=chat_template(template, "<image>"), tokenize=False, **options)

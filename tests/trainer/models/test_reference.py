@@ -1,4 +1,4 @@
-"""Each family against transformers' own model, called directly with inputs that are made here by the documented rules of its processor."""
+"""Each family compared with transformers' model, which gets inputs that are made here by the documented rules of its processor."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ CLASSES = {
     "internvl": InternVLForConditionalGeneration,
     "qwen2_5_omni": Qwen2_5OmniThinkerForConditionalGeneration,
     "minicpm_v_4_6": MiniCPMV4_6ForConditionalGeneration,
-    # Ours, held against their published code in test_omnilmm: here for what goes in and comes out.
+    # Our own classes, compared with the published code in test_omnilmm; here their inputs and outputs are tested.
     "omnilmm_3b": MiniCPMV,
     "omnilmm": OmniLMMForCausalLM,
 }
@@ -44,15 +44,15 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture(params=[name for name in TINY if read_model(name).family in CLASSES])
 def native(request: pytest.FixtureRequest, make_tiny: Callable[[str], Made]) -> Made:
-    """Of those families that transformers has a class of; test_minicpm_v holds another one against its published code."""
+    """The families that transformers has a class for; test_minicpm_v compares another one with its published code."""
     return make_tiny(request.param)
 
 
-# ------------------------------------------------------------------------------------- what stands in a text for an image
+# -------------------------------------------------------------------------------------------- the text of an image
 
 
 def grid_text(before: str, image: str, after: str) -> Callable[[Any, int], str]:
-    """Qwen2_5_VLProcessor, Qwen2_5OmniProcessor: the frame comes from the chat template, t * h * w / merge_size^2 tokens."""
+    """Qwen2_5_VLProcessor, Qwen2_5OmniProcessor: start and end token come from the chat template, t * h * w / merge_size^2 tokens."""
 
     def text(made: Any, place: int) -> str:
         return before + image * (int(made["image_grid_thw"][0].prod()) // 4) + after
@@ -66,7 +66,7 @@ def tile_text(made: Any, place: int) -> str:
 
 
 def slice_text(made: Any, place: int) -> str:
-    """MiniCPMV4_6Processor.replace_image_token: patches / 16 tokens for the overview and each slice, rows on lines of their own."""
+    """MiniCPMV4_6Processor.replace_image_token: patches / 16 tokens for the overview and each slice, one line for each row."""
     counts = [int(rows) * int(columns) // 16 for rows, columns in made["target_sizes"]]
     rows, columns = made["grids"][0]
     text = f"<image_id>{place}</image_id><image>{'<|image_pad|>' * counts[0]}</image>"
@@ -94,7 +94,7 @@ RULES: dict[str, Callable[[Any, int], str]] = {
 
 
 class Reference:
-    """transformers' model and preprocessing from a folder that the trainer saved."""
+    """transformers' model and preprocessing, from a folder that the trainer saved."""
 
     def __init__(self, made: Made) -> None:
         self.family = made.family.name
@@ -105,7 +105,7 @@ class Reference:
         self.processor = LlavaProcessor.from_pretrained(made.folder) if self.family == "llava" else None
 
     def ids_of(self, sample: Sample, text: str) -> tuple[list[int], list[Any]]:
-        """The ids of a text of `sample` with its images in it, and what the image processor made of them."""
+        """The ids of a text of `sample` with its images, and the output of the image processor."""
         pictures = [Image.open(path) for path in sample.images]
         if self.processor is not None:
             batch = self.processor(images=pictures or None, text=text, return_tensors="pt", add_special_tokens=False)
@@ -117,9 +117,9 @@ class Reference:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"], made
 
     def row(self, sample: Sample, *, answered: bool = True) -> tuple[list[int], list[int], list[Any]]:
-        """Ids, labels and images. A stretch of the text is trained on if it lies between two of its beginnings."""
+        """Ids, labels and images. The labels are the tokens between a prefix of the text and the next one that ends with an answer."""
         ids, labels, made, known = [], [], [], 0
-        for text, trained in beginnings(sample, self.template, "<image>" if self.processor else "<MARK>", answered=answered):
+        for text, trained in prefixes(sample, self.template, "<image>" if self.processor else "<MARK>", answered=answered):
             ids, made = self.ids_of(cut_images(sample, text, self.processor is not None), text)
             labels += ids[known:] if trained else [IGNORED] * (len(ids) - known)
             known = len(ids)
@@ -144,14 +144,14 @@ class Reference:
         return {name: torch.cat([one[name] for one in made], dim=side.get(name, 0)) for name in names}
 
     def complete(self, batch: Tensors) -> Tensors:
-        """What Qwen2_5_VLProcessor adds by itself (return_mm_token_type_ids)."""
+        """The token types that Qwen2_5_VLProcessor adds (return_mm_token_type_ids)."""
         if self.family != "qwen2_5_vl":
             return batch
         return {**batch, "mm_token_type_ids": (batch["input_ids"] == self.model.config.image_token_id).int()}
 
 
-def beginnings(sample: Sample, template: Template, mark: str, *, answered: bool) -> list[tuple[str, bool]]:
-    """Ever longer beginnings of the conversation's text, and whether what the last stretch added is an answer."""
+def prefixes(sample: Sample, template: Template, mark: str, *, answered: bool) -> list[tuple[str, bool]]:
+    """Prefixes of the conversation of increasing length, and whether the last addition is an answer."""
     text, found = template.system, []
     opening = template.assistant_open.rstrip(" ")
     blank = template.assistant_open[len(opening) :]
@@ -167,12 +167,12 @@ def beginnings(sample: Sample, template: Template, mark: str, *, answered: bool)
 
 
 def cut_images(sample: Sample, text: str, real: bool) -> Sample:
-    """The sample with those images alone that the text has come to."""
+    """The sample with only the images that the text contains."""
     return replace(sample, images=sample.images[: text.count("<image>" if real else "<MARK>")])
 
 
 def our_loss(model: torch.nn.Module, batch: Tensors) -> torch.Tensor:
-    """The sum that trainer.distributed.engine takes: logits at trained positions alone."""
+    """The sum as in trainer.distributed.engine, with logits only at positions in the loss."""
     targets = batch["labels"][:, 1:]
     trained = targets != IGNORED
     positions = torch.nn.functional.pad(trained, (0, 1))
@@ -190,7 +190,7 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> Tensors:
 # ------------------------------------------------------------------------------------------------------------------ tests
 
 
-def test_the_batch_is_what_transformers_would_make(native: Made, samples: tuple[Sample, ...]) -> None:
+def test_the_batch_equals_that_of_transformers(native: Made, samples: tuple[Sample, ...]) -> None:
     reference = Reference(native)
     ours, theirs = collate(samples, native.processor, native.spec), reference.complete(reference.batch(samples))
     assert ours.keys() == theirs.keys()
@@ -202,20 +202,20 @@ def test_loss_and_gradients(native: Made, samples: tuple[Sample, ...]) -> None:
     reference = Reference(native)
     theirs = reference.complete(reference.batch(samples))
     count = int((theirs["labels"][:, 1:] != IGNORED).sum())
-    expected = reference.model(**theirs).loss * count  # a mean over the trained tokens
+    expected = reference.model(**theirs).loss * count  # a mean over the tokens in the loss
     wanted = gradients(reference.model, expected)
     loss = our_loss(native.model, collate(samples, native.processor, native.spec))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     found = gradients(native.model, loss)
     assert found.keys() == wanted.keys()
-    largest = max(float(gradient.abs().max()) for gradient in wanted.values())  # a bias of keys has none but rounding
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())  # that of a key bias is only rounding
     for name, gradient in wanted.items():
         assert torch.allclose(found[name], gradient, rtol=1e-5, atol=max(1e-5 * float(gradient.abs().max()), 1e-7 * largest)), name
     assert {name for name, _ in native.model.named_parameters()} - found.keys() == native.family.unused(native.model)
 
 
 def test_gradient_checkpointing_changes_nothing(tiny: Made, samples: tuple[Sample, ...]) -> None:
-    """With everything below the head frozen too, as in a stage that trains the projector alone."""
+    """Also with everything below the head frozen, as in a stage that trains only the projector."""
     batch = collate(samples, tiny.processor, tiny.spec)
     plain = gradients(tiny.model, our_loss(tiny.model, batch))
     model = tiny.family.load(tiny.folder, tiny.spec.model, torch.float32).train()
@@ -229,7 +229,7 @@ def test_gradient_checkpointing_changes_nothing(tiny: Made, samples: tuple[Sampl
 
 
 def test_generation(native: Made, samples: tuple[Sample, ...]) -> None:
-    """One prompt at a time as transformers would be asked, and all of them padded on the left as the trainer asks."""
+    """One prompt at a time as with transformers, and all of them left-padded as in the trainer."""
     reference = Reference(native)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=6, pad_token_id=reference.tokenizer.pad_token_id, eos_token_id=None)
     batch, _ = collate_prompts(samples, native.processor, native.spec)
@@ -241,9 +241,9 @@ def test_generation(native: Made, samples: tuple[Sample, ...]) -> None:
         assert expected.tolist() == together[number].tolist(), f"row {sample.row}"
 
 
-def test_a_dummy_image_changes_no_loss_and_reaches_the_tower(native: Made) -> None:
-    """A micro-batch of text alone: every parameter of the tower gets a gradient, and it is zero."""
-    texts = (talk(("Hello?", "Yes."), row=1), talk(("Who is there this time?", "Nobody."), row=2))
+def test_a_dummy_image_does_not_change_the_loss_and_reaches_the_tower(native: Made) -> None:
+    """In a micro-batch without images every parameter of the tower gets a gradient of zero."""
+    texts = (talk(("Hello?", "Yes."), row=1), talk(("Who is there this time?", "No one."), row=2))
     reference = Reference(native)
     theirs = reference.batch(texts)
     count = int((theirs["labels"][:, 1:] != IGNORED).sum())

@@ -1,4 +1,4 @@
-"""Token counts from sizes alone, against transformers' own image processors and the figures of the families' documents."""
+"""Token counts from image sizes, compared with transformers' image processors and the figures in the documents of the families."""
 
 import math
 from typing import Any
@@ -12,8 +12,8 @@ from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import Min
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.trainer.models.conftest import Made, model_spec, read_model
-from trainer.models import find_family
 from trainer.models.family import Limit
+from trainer.models.registry import find_family
 from trainer.models.span import Fixed, Frame, Grid, Slices, Tiles
 
 BIG = ("llava_1_5_7b", "qwen2_5_vl_7b", "qwen2_5_omni_7b", "internvl3_8b", "minicpm_v_4_6", "minicpm_v_2_6")
@@ -52,7 +52,7 @@ def test_tiles(width: int, height: int, most: int) -> None:
 @settings(max_examples=300, deadline=None)
 @given(width=SIDES, height=SIDES, most=st.integers(1, 36), mode=st.sampled_from(["16x", "4x"]))
 def test_slices(width: int, height: int, most: int, mode: str) -> None:
-    """By the methods that its `_preprocess` calls, without the pixels."""
+    """With the methods that its `_preprocess` calls, without pixels."""
     assume(max(width, height) <= 200 * min(width, height))
     processor, size = MiniCPMV4_6ImageProcessorPil(), (height, width)
     chosen = {"scale_resolution": 448, "patch_size": 14, "downsample_mode": mode}
@@ -84,7 +84,7 @@ def test_figures(size: tuple[int, int], grids: tuple[int, ...], tiled: tuple[int
     assert tuple(len(slices(most)(size, 0)) for most in (1, 9, 36)) == sliced
 
 
-def test_parts_in_their_frames() -> None:
+def test_spans() -> None:
     made = Slices(
         image=1,
         overview=Frame(before=(2,), after=(3,)),
@@ -105,8 +105,8 @@ def test_parts_in_their_frames() -> None:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 24), (64, 64), (20, 61), (129, 33), (300, 31), (7, 5)])
-def test_as_many_tokens_as_features(tiny: Made, size: tuple[int, int]) -> None:
-    """The tower's own count, by the model."""
+def test_the_number_of_tokens_equals_that_of_features(tiny: Made, size: tuple[int, int]) -> None:
+    """The features are counted in the output of the model."""
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     features = tiny.processor.image_features(image)
     found: Any = tiny.model.get_image_features(**features)
@@ -124,8 +124,8 @@ def test_as_many_tokens_as_features(tiny: Made, size: tuple[int, int]) -> None:
     ("tiny_minicpm_v_4_6", Limit(max_tiles=1), (75, 15)),
     ("tiny_minicpm_v_2_6", Limit(max_tiles=1), (80, 16)),
 ])  # fmt: skip
-def test_a_limit_of_the_data_holds(name: str, limit: Limit, counts: tuple[int, int], make_tiny: Any) -> None:
-    """On images of 100 x 70 pixels. A processor that is saved with the limit keeps it."""
+def test_a_limit_is_applied(name: str, limit: Limit, counts: tuple[int, int], make_tiny: Any) -> None:
+    """To images of 100 x 70 pixels. A saved processor keeps the limit."""
     made = make_tiny(name)
     image = made.processor.tokenizer.convert_tokens_to_ids(made.spec.model.image_token)
     bounded = made.family.create_processor(made.spec.model, limit)
@@ -143,8 +143,8 @@ def test_a_limit_is_saved(make_tiny: Any, tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("name", BIG)
-def test_the_rule_in_the_config_file_is_the_processor_s(name: str) -> None:
-    """conf/model's image_tokens, by which a launch is planned, never says less than what a large image costs."""
+def test_the_rule_in_the_config_file_is_that_of_the_processor(name: str) -> None:
+    """image_tokens in conf/model, which a plan uses, is never less than the tokens of a large image."""
     rule, spec = read_model(name).image_tokens, model_spec(name)
     span: Any = find_family(spec.family).create_processor(spec).span
     most = max(span(size, 0).count(span.image) for size in ((8000, 8000), (1280, 784), (9000, 1000), (640, 480)))

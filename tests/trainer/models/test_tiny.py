@@ -7,14 +7,15 @@ from transformers import AutoTokenizer
 
 from tests.trainer.models.conftest import CONF, TINY, model_spec
 from trainer.contract import InputRefused, Template
-from trainer.models import find_family
-from trainer.models.tiny import main, read_model, tiny_tokenizer, write_checkpoint
+from trainer.models.registry import find_family
+from trainer.models.tiny import main, read_model, write_checkpoint
+from trainer.models.tiny_tokenizer import tiny_tokenizer
 
 VICUNA = Template(user="USER: {content} ", assistant_open="ASSISTANT: ", end_mark="</s>")
 TEXT = "USER: <image><image>\nWhich digit is this, 是什么? ASSISTANT: 7</s>\x00 é"
 
 
-def test_it_fits_the_vocabulary_of_the_model() -> None:
+def test_the_tokenizer_fits_the_vocabulary() -> None:
     tokenizer = tiny_tokenizer("<image>", VICUNA)
     assert len(tokenizer) == 323 <= 384
     assert max(tokenizer(TEXT)["input_ids"]) < len(tokenizer)
@@ -27,7 +28,7 @@ def test_special_tokens() -> None:
     assert tokenizer("<image></s>")["input_ids"] == [tokenizer.image_token_id, tokenizer.eos_token_id]
 
 
-def test_any_text_comes_back() -> None:
+def test_any_text_is_decoded_unchanged() -> None:
     tokenizer = tiny_tokenizer("<image>", VICUNA)
     assert tokenizer.decode(tokenizer(TEXT)["input_ids"]) == TEXT
 
@@ -56,7 +57,7 @@ def test_the_ids_never_change() -> None:
 
 
 @pytest.mark.parametrize(("image_token", "end_mark"), [("<image>", "</s>"), ("<|image_pad|>", "<|im_end|>")])
-def test_it_opens_again_with_the_same_ids(tmp_path: Path, image_token: str, end_mark: str) -> None:
+def test_a_saved_tokenizer_has_the_same_ids(tmp_path: Path, image_token: str, end_mark: str) -> None:
     template = Template(user="{content}", assistant_open="", end_mark=end_mark)
     tokenizer = tiny_tokenizer(image_token, template)
     tokenizer.save_pretrained(tmp_path)
@@ -67,14 +68,14 @@ def test_it_opens_again_with_the_same_ids(tmp_path: Path, image_token: str, end_
     assert again.image_token == image_token
 
 
-def test_more_special_tokens_leave_the_others_where_they_are() -> None:
+def test_further_special_tokens_do_not_change_the_others() -> None:
     plain, more = tiny_tokenizer("<image>", VICUNA), tiny_tokenizer("<image>", VICUNA, {"turn_token": "<|im_start|>"})
     assert more(TEXT)["input_ids"] == plain(TEXT)["input_ids"]
     assert more("<|im_start|>")["input_ids"] == [more.turn_token_id] == [323]
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_checkpoint_is_written_that_the_family_loads(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_family_loads_the_written_checkpoint(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, folder = CONF / f"{name}.yaml", tmp_path / name
     assert replace(read_model(file), architecture={}) == replace(model_spec(name), architecture={})
     assert main([str(file), str(folder)]) == 0
@@ -89,9 +90,9 @@ def test_a_checkpoint_is_written_that_the_family_loads(name: str, tmp_path: Path
     assert family.load_processor(folder, model).span((32, 32), 0) == family.create_processor(model).span((32, 32), 0)
 
 
-def test_what_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "other.yaml").write_text("name: [", encoding="utf-8")
-    with pytest.raises(InputRefused, match=r"other\.yaml: is no model of conf/model"):
+    with pytest.raises(InputRefused, match=r"other\.yaml: not a model file of conf/model"):
         write_checkpoint(tmp_path / "other.yaml", tmp_path / "new")
     with pytest.raises(InputRefused, match="is not empty"):
         write_checkpoint(CONF / "tiny_llava.yaml", tmp_path)

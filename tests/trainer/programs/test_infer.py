@@ -136,9 +136,9 @@ def test_rows_that_cannot_be_answered_are_told_and_the_others_done(asking: Calla
         run_program(spec, PLACE, {})
     said = str(failed.value)
     assert said.startswith(f"3 of 40 rows of {rows} could not be answered")
-    assert "row 38: " in said and "is not an image that can be read" in said
+    assert "row 38: " in said and "is not an image in a supported format" in said
     assert f"row 39: {tmp_path / 'none.png'}: cannot be read: No such file" in said
-    assert said.count("row 40: ") == 1 and "no room for an answer in the model's context of 128" in said
+    assert said.count("row 40: ") == 1 and "no space for an answer in the model's context of 128" in said
     found = answers_of(spec)
     assert [row["row"] for row in found if "error" in row] == [38, 39, 40] and sum("answer" in row for row in found) == 37
     Image.new("RGB", (32, 32)).save(tmp_path / "cut.png")
@@ -191,8 +191,8 @@ def test_an_image_that_is_shown_again_is_made_ready_once(
 ) -> None:
     """Identified by its bytes, whatever its name; without a cache it is read each time."""
     looks: list[int] = []
-    real = Answerer.look
-    monkeypatch.setattr(Answerer, "look", lambda self, image: looks.append(1) or real(self, image))
+    real = Answerer.image_features
+    monkeypatch.setattr(Answerer, "image_features", lambda self, image: looks.append(1) or real(self, image))
     run_program(asking("kept", input=str(rows)), PLACE, {})
     kept = len(looks)
     run_program(asking("uncached", input=str(rows), cache_images=0, prefetch=0), PLACE, {})

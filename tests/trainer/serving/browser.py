@@ -1,4 +1,4 @@
-"""A headless Chromium over its debugging pipe, which needs no package: messages as JSON, each ended by a NUL."""
+"""A headless Chromium, driven through its debugging pipe without any package: JSON messages, each terminated by a NUL byte."""
 
 import json
 import os
@@ -13,34 +13,34 @@ from typing import Any
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (path := shutil.which(name))), None)
 REASON = "no Chromium on PATH; on Debian: apt-get install chromium"
-# Chromium reads its descriptor 3 and writes to 4.
-PIPES = 'exec "$@" 3<&"$SAYS" 4>&"$HEARS"'
+# Chromium reads from descriptor 3 and writes to descriptor 4.
+PIPES = 'exec "$@" 3<&"$BROWSER_INPUT" 4>&"$BROWSER_OUTPUT"'
 
 
 class Browser:
-    def __init__(self, says: int, hears: int) -> None:
-        self.says, self.hears, self.number, self.held = says, hears, 0, b""
+    def __init__(self, to_browser: int, from_browser: int) -> None:
+        self.to_browser, self.from_browser, self.number, self.buffer = to_browser, from_browser, 0, b""
         self.session, self.messages = "", list[dict[str, Any]]()
 
     def call(self, method: str, timeout_s: float = 60, **parameters: Any) -> Any:
         self.number += 1
         sent = {"id": self.number, "method": method, "params": parameters} | ({"sessionId": self.session} if self.session else {})
-        os.write(self.says, json.dumps(sent).encode() + b"\0")
+        os.write(self.to_browser, json.dumps(sent).encode() + b"\0")
         until = time.monotonic() + timeout_s
         while time.monotonic() < until:
-            message = self.hear()
+            message = self.receive()
             if message.get("id") == self.number:
                 assert "error" not in message, message
                 return message["result"]
             self.messages.append(message)
         raise AssertionError(f"{method} was not answered in {timeout_s} s")
 
-    def hear(self) -> dict[str, Any]:
-        while b"\0" not in self.held:
-            piece = os.read(self.hears, 1 << 16)
+    def receive(self) -> dict[str, Any]:
+        while b"\0" not in self.buffer:
+            piece = os.read(self.from_browser, 1 << 16)
             assert piece, "Chromium has ended"
-            self.held += piece
-        text, _, self.held = self.held.partition(b"\0")
+            self.buffer += piece
+        text, _, self.buffer = self.buffer.partition(b"\0")
         return json.loads(text)  # type: ignore[no-any-return]
 
     def open(self, url: str) -> None:
@@ -66,22 +66,21 @@ class Browser:
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
 
     def addresses(self) -> list[str]:
-        """Of all that the page has asked for."""
+        """The URLs of all requests of the page."""
         return [m["params"]["request"]["url"] for m in self.messages if m.get("method") == "Network.requestWillBeSent"]
 
-    def complaints(self) -> list[str]:
-        """Of the browser about the page."""
+    def log_messages(self) -> list[str]:
         return [m["params"]["entry"]["text"] for m in self.messages if m.get("method") == "Log.entryAdded"]
 
 
 @contextmanager
 def browsing(folder: Path) -> Iterator[Browser]:
-    its_input, says = os.pipe()
-    hears, its_output = os.pipe()
+    its_input, to_browser = os.pipe()
+    from_browser, its_output = os.pipe()
     flags = ("--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={folder / 'profile'}")
     process = subprocess.Popen(
         ("bash", "-c", PIPES, "bash", str(CHROMIUM), *flags),
-        env={**os.environ, "SAYS": str(its_input), "HEARS": str(its_output)},
+        env={**os.environ, "BROWSER_INPUT": str(its_input), "BROWSER_OUTPUT": str(its_output)},
         pass_fds=(its_input, its_output),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -91,10 +90,10 @@ def browsing(folder: Path) -> Iterator[Browser]:
     os.close(its_input)
     os.close(its_output)
     try:
-        yield Browser(says, hears)
+        yield Browser(to_browser, from_browser)
     finally:
-        os.close(says)
+        os.close(to_browser)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        os.close(hears)
+        os.close(from_browser)

@@ -1,4 +1,4 @@
-"""A server in this process, with a stub in place of the model where what it says is not the point."""
+"""A server in this process, by default with a stub in place of the model."""
 
 import base64
 import http.client
@@ -19,13 +19,13 @@ from PIL import Image
 from trainer.contract import Serving
 from trainer.data.batch.collate import Features
 from trainer.generation.question import Answer, Question
+from trainer.serving.admission import Admission
 from trainer.serving.app import make_app
-from trainer.serving.chat import Chat
-from trainer.serving.door import open_door
+from trainer.serving.chat import ChatHandler
+from trainer.serving.endpoint import open_endpoint
 from trainer.serving.fetch import Fetcher, read_hosts
-from trainer.serving.gate import Gate
 from trainer.serving.listener import listening
-from trainer.serving.metric import Meters, make_meters
+from trainer.serving.metric import Metrics, make_metrics
 from trainer.serving.queue import Queue
 from trainer.serving.worker import work
 from trainer.train.loop import StopFlag
@@ -35,16 +35,16 @@ TOKEN = "a-token-of-many-characters"
 NAME = "echo"
 
 
-class Echo:
-    """In place of an Answerer: says the last question again, a word a step. `die` in it raises, `hang` goes on until it is halted, `flood` is a
-    megabyte."""
+class EchoAnswerer:
+    """A stub for Answerer: repeats the last question, one word per step. The word `die` raises, `hang` continues until it is cancelled, and
+    `flood` becomes a megabyte."""
 
     context = 1024
 
     def __init__(self, pause_s: float = 0.0) -> None:
         self.pause_s, self.sizes, self.looked = pause_s, list[int](), list[tuple[int, int]]()
 
-    def look(self, image: Image.Image) -> Features:
+    def image_features(self, image: Image.Image) -> Features:
         self.looked.append(image.size)
         return Features(tensors={}, size=image.size)
 
@@ -84,15 +84,15 @@ class Echo:
 @dataclass
 class Served:
     port: int
-    gate: Gate
-    meters: Meters
-    chat: Chat
+    admission: Admission
+    metrics: Metrics
+    chat: ChatHandler
     flag: StopFlag
     worker: threading.Thread
     failures: list[BaseException] = field(default_factory=list)
 
     def ask(self, text: str = "one two", *, image: str = "", headers: dict[str, str] | None = None, **more: Any) -> "Reply":
-        return self.post(question(text, image=image, **more), headers=headers)
+        return self.post(chat_body(text, image=image, **more), headers=headers)
 
     def post(self, body: Any, *, headers: dict[str, str] | None = None, timeout_s: float = 60) -> "Reply":
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -134,7 +134,7 @@ class Reply:
         return [event if event == "[DONE]" else json.loads(event) for event in events]
 
 
-def question(text: str = "one two", *, image: str = "", **more: Any) -> dict[str, Any]:
+def chat_body(text: str = "one two", *, image: str = "", **more: Any) -> dict[str, Any]:
     parts = [{"type": "image_url", "image_url": {"url": image}}] if image else []
     content: Any = [*parts, {"type": "text", "text": text}] if parts else text
     return {"model": NAME, "messages": [{"role": "user", "content": content}], **more}
@@ -151,27 +151,27 @@ def serve(
     answer_s: float = 100.0,
     **options: Any,
 ) -> Iterator[Served]:
-    """`options`: of Serving. Ends by itself: a worker that is left, or a listener, fails the test."""
+    """`options`: fields of Serving. Stops the server at the end; a worker or listener that does not end fails the test."""
     serving = Serving(port=0, token="TOKEN" if token else "", **options)
-    door = open_door(serving, {"TOKEN": token})
+    endpoint = open_endpoint(serving, {"TOKEN": token})
     flag = StopFlag()
-    gate = Gate(lambda: flag.up, serving.drain_timeout_s)
+    admission = Admission(lambda: flag.up, serving.drain_timeout_s)
     queue = Queue(most_batch=serving.max_batch, wait_s=serving.wait_ms / 1000)
-    meters = make_meters(lambda: chat.waiting, lambda: gate.inside)
+    metrics = make_metrics(lambda: chat.waiting, lambda: admission.in_flight)
     fetcher = fetcher or Fetcher(hosts=read_hosts(serving.hosts), timeout_s=serving.fetch_timeout_s, most_bytes=serving.max_image_bytes)
-    chat = Chat(serving, name, queue, meters, fetcher)
-    with listening(make_app(chat, gate, meters, door, began=0), door.listener, answer_s) as listener:
-        chat.answerer = answerer or Echo()
+    chat = ChatHandler(serving, name, queue, metrics, fetcher)
+    with listening(make_app(chat, admission, metrics, endpoint, began=0), endpoint.listener, answer_s) as listener:
+        chat.answerer = answerer or EchoAnswerer()
 
         def serve_on() -> None:
             try:
-                work(queue, chat.answerer, gate, meters, limit_s=serving.request_timeout_s, check=listener.check)  # type: ignore[arg-type]
+                work(queue, chat.answerer, admission, metrics, limit_s=serving.request_timeout_s, check=listener.check)  # type: ignore[arg-type]
                 queue.close()
             except BaseException as error:
                 served.failures.append(error)
 
-        served = Served(int(door.url.rpartition(":")[2]), gate, meters, chat, flag, threading.Thread(target=serve_on))
-        gate.ready = ready
+        served = Served(int(endpoint.url.rpartition(":")[2]), admission, metrics, chat, flag, threading.Thread(target=serve_on))
+        admission.ready = ready
         served.worker.start()
         try:
             yield served
@@ -202,7 +202,7 @@ def resident_bytes(process: int | str = "self") -> int:
 
 
 def settled(value: Callable[[], int], least: int, timeout_s: float = 20) -> int:
-    """The value once it is no more than `least`, or as it is after that time: what a thread or a loop lets go of goes soon after."""
+    """Waits until the value is at most `least`, and returns it: threads and event loops release their resources a little later."""
     until = time.monotonic() + timeout_s
     while value() > least and time.monotonic() < until:
         time.sleep(0.05)

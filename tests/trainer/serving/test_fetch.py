@@ -1,5 +1,6 @@
-"""Reading what is not to be read: addresses of this machine and its network, files, and hosts that nobody allowed. The forbidden target is a
-server of the test's own, which must hear of nobody."""
+"""Server-side request forgery: addresses of this machine and its network, files, and hosts that are not allowed are never fetched.
+
+The forbidden target is a server of this test, which must not receive any connection."""
 
 import asyncio
 import http.server
@@ -13,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from tests.trainer.serving.service import Echo, open_files, png, serve, settled
+from tests.trainer.serving.service import EchoAnswerer, open_files, png, serve, settled
 from trainer.contract import InputRefused
-from trainer.serving.address import choose, is_public
 from trainer.serving.fetch import Fetcher, read_hosts
+from trainer.serving.public_address import choose, is_public
 from trainer.serving.refusal import RequestRefused
 
 PUBLIC, NAME = "93.184.216.34", "images.example.org"
@@ -24,7 +25,7 @@ PUBLIC, NAME = "93.184.216.34", "images.example.org"
 
 @pytest.fixture(scope="module")
 def forbidden() -> Iterator[Any]:
-    """Listens on all loopback addresses, and counts who connects."""
+    """Listens on the loopback addresses and collects connections."""
     heard: list[Any] = []
     sockets = []
     first = socket.create_server(("127.0.0.1", 0))
@@ -54,13 +55,13 @@ def forbidden() -> Iterator[Any]:
 
 
 ATTEMPTS = (
-    # this machine, in every spelling
+    # this machine, in all notations
     *("http://127.0.0.1:{port}/", "http://127.1:{port}/", "http://127.0.1:{port}/", "http://0:{port}/", "http://0.0.0.0:{port}/"),
     *("http://2130706433:{port}/", "http://0x7f000001:{port}/", "http://0x7f.0.0.1:{port}/", "http://0177.0.0.1:{port}/", "http://017700000001:{port}/"),
     *("http://localhost:{port}/", "http://LOCALHOST:{port}/", "http://localhost.:{port}/", "http://localhost.localdomain:{port}/", "http://[::1]:{port}/"),
     *("http://[::]:{port}/", "http://[::ffff:127.0.0.1]:{port}/", "http://[0:0:0:0:0:ffff:7f00:1]:{port}/", "http://[::1%25lo]:{port}/"),
     *("http://①②⑦.⓪.⓪.①:{port}/", "http://127。0。0。1:{port}/", "http://ⓛocalhost:{port}/", "http://127.0.0.1.nip.io:{port}/"),
-    # an allowed name in front, another one meant
+    # looks like an allowed name, but means another host
     *(f"https://{NAME}@127.0.0.1:{{port}}/", f"https://{NAME}:x@127.0.0.1:{{port}}/", f"https://{NAME}%00@127.0.0.1:{{port}}/"),
     *(f"https://127.0.0.1:{{port}}\\@{NAME}/", f"https://{NAME}\\@127.0.0.1:{{port}}/", f"https:\\\\{NAME}\\@127.0.0.1:{{port}}/"),
     *(f"https://127.0.0.1:{{port}}#@{NAME}/", f"https://127.0.0.1:{{port}}?@{NAME}/", f"https://127.0.0.1:{{port}}/{NAME}", f"https://{NAME}.127.0.0.1/"),
@@ -76,18 +77,18 @@ ATTEMPTS = (
 
 
 def refuse_to_connect(*arguments: Any, **options: Any) -> Any:
-    raise AssertionError(f"it would have connected to {arguments}")
+    raise AssertionError(f"connection attempt: {arguments}")
 
 
-def test_what_may_not_be_fetched_is_not_even_asked_for(forbidden: Any) -> None:
-    """The name on the list is of the forbidden target here, as an attacker's own name server would have it."""
+def test_forbidden_urls_are_refused_without_a_connection(forbidden: Any) -> None:
+    """The allowed name resolves to the forbidden target here, as an attacker's name server could answer."""
     port, heard = forbidden
 
     async def resolve(host: str, port: int) -> list[str]:
         return ["127.0.0.1"]
 
     fetcher = Fetcher(hosts=read_hosts((NAME,)), timeout_s=5, most_bytes=10**6, resolve=resolve)
-    with serve(Echo(), fetcher=fetcher) as served:
+    with serve(EchoAnswerer(), fetcher=fetcher) as served:
         for attempt in (*ATTEMPTS, f"https://{NAME}/a.png", f"http://{NAME}/a.png"):
             reply = served.ask(image=attempt.replace("{port}", str(port)))
             assert reply.status == 400 and reply.error["code"] in ("image_not_fetched", "host_not_allowed"), (attempt, reply.data)
@@ -96,10 +97,10 @@ def test_what_may_not_be_fetched_is_not_even_asked_for(forbidden: Any) -> None:
     assert len(ATTEMPTS) >= 40 and heard == []
 
 
-def test_without_a_list_no_host_is_asked(forbidden: Any) -> None:
+def test_with_an_empty_list_no_host_is_connected_to(forbidden: Any) -> None:
     port, heard = forbidden
     fetcher = Fetcher(hosts=frozenset(), timeout_s=5, most_bytes=10**6, resolve=refuse_to_connect, connect=refuse_to_connect)
-    with serve(Echo(), fetcher=fetcher) as served:
+    with serve(EchoAnswerer(), fetcher=fetcher) as served:
         for url in (f"http://127.0.0.1:{port}/", f"https://{NAME}/a.png"):
             assert served.ask(image=url).error["code"] == "host_not_allowed"
     assert heard == []
@@ -115,17 +116,17 @@ def test_without_a_list_no_host_is_asked(forbidden: Any) -> None:
         *("fe80::1", "fe80::1%lo", "fec0::1", "ff02::1", "100::1", "4000::1", "2001:10::1", "2606:2800::1%lo", "", "localhost", "8.8.8", "08.8.8.8"),
     ],
 )  # fmt: skip
-def test_addresses_that_are_not_of_the_public_internet(address: str) -> None:
+def test_addresses_that_are_not_public(address: str) -> None:
     assert not is_public(address)
-    assert choose([PUBLIC, address]) is None and choose([address, PUBLIC]) is None, "one such answer spoils all"
+    assert choose([PUBLIC, address]) is None and choose([address, PUBLIC]) is None, "one private address refuses the name"
 
 
 @pytest.mark.parametrize("address", [PUBLIC, "8.8.8.8", "1.1.1.1", "2606:2800:220:1:248:1893:25c8:1946", "2a00:1450:4001::200e"])
-def test_addresses_that_are(address: str) -> None:
+def test_addresses_that_are_public(address: str) -> None:
     assert is_public(address) and choose([address, PUBLIC]) == address
 
 
-def test_no_address_is_none() -> None:
+def test_a_name_without_addresses_is_refused() -> None:
     assert choose([]) is None
 
 
@@ -133,24 +134,24 @@ def test_no_address_is_none() -> None:
     "host",
     ["", "127.0.0.1", "Images.example.org", "https://x.org", "x.org/", "*.x.org", "x.org:0", "x.org:70000", "[::1]", "a b", "x.org."],
 )
-def test_a_list_holds_names_alone(host: str) -> None:
+def test_the_list_of_hosts_allows_only_names(host: str) -> None:
     with pytest.raises(InputRefused, match=r"stage\.serving\.hosts"):
         read_hosts((host,))
 
 
-# ------------------------------------------------------------------------------ a host that is allowed, and what it may not do
+# ---------------------------------------------------------------------------------------- an allowed host that misbehaves
 
 
 class Host(http.server.BaseHTTPRequestHandler):
-    """Answers as its path says."""
+    """The path selects the behaviour."""
 
     asked: list[tuple[str, dict[str, str]]]
 
     def do_GET(self) -> None:
         self.server.asked.append((self.path, dict(self.headers)))  # type: ignore[attr-defined]
-        getattr(self, f"say_{self.path.strip('/').partition('?')[0]}")()
+        getattr(self, f"send_{self.path.strip('/').partition('?')[0]}")()
 
-    def say(self, status: int, body: bytes = b"", **headers: str) -> None:
+    def send(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         for name, value in {"Content-Length": str(len(body)), **named}.items():
@@ -158,44 +159,44 @@ class Host(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def say_image(self) -> None:
-        self.say(200, png(50, 40))
+    def send_image(self) -> None:
+        self.send(200, png(50, 40))
 
-    def say_elsewhere(self) -> None:
-        self.say(302, Location="http://127.0.0.1:1/")
+    def send_elsewhere(self) -> None:
+        self.send(302, Location="http://127.0.0.1:1/")
 
-    def say_nothing(self) -> None:
-        self.say(404)
+    def send_nothing(self) -> None:
+        self.send(404)
 
-    def say_packed(self) -> None:
-        self.say(200, png(), Content_Encoding="gzip")
+    def send_packed(self) -> None:
+        self.send(200, png(), Content_Encoding="gzip")
 
-    def say_large(self) -> None:
-        self.say(200, Content_Length=str(10**12))
+    def send_large(self) -> None:
+        self.send(200, Content_Length=str(10**12))
 
-    def say_endless(self) -> None:
+    def send_endless(self) -> None:
         self.send_response(200)
         self.end_headers()
         while True:
             self.wfile.write(bytes(1 << 16))
 
-    def say_slow(self) -> None:
+    def send_slow(self) -> None:
         self.send_response(200)
         self.end_headers()
         while not self.server.over.wait(0.05):  # type: ignore[attr-defined]
             self.wfile.write(b"x")
             self.wfile.flush()
 
-    def say_headers(self) -> None:
+    def send_headers(self) -> None:
         self.send_response(200)
         while True:
             self.wfile.write(b"X-More: " + b"x" * 1000 + b"\r\n")
 
-    def say_short(self) -> None:
-        self.say(200, b"abc", Content_Length="100")
+    def send_short(self) -> None:
+        self.send(200, b"abc", Content_Length="100")
 
-    def say_text(self) -> None:
-        self.say(200, b"root:x:0:0")
+    def send_text(self) -> None:
+        self.send(200, b"root:x:0:0")
 
     def log_message(self, *_: Any) -> None:
         return None
@@ -205,12 +206,12 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *_: Any) -> None:
-        """Clients go away in the midst of an answer here."""
+        """Clients disconnect during the answer in these tests."""
 
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of NAME, signed by itself."""
+    """A self-signed certificate for NAME."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -247,7 +248,7 @@ def host(certificate: Path) -> Iterator[Any]:
 
 
 def fetcher_of(host: Any, certificate: Path, reached: list[Any], *, name: str = NAME, **options: Any) -> Fetcher:
-    """A network in which `name` has a public address, at which `host` is."""
+    """Resolves `name` to a public address, and connects to `host` instead of it."""
 
     async def resolve(asked: str, port: int) -> list[str]:
         reached.append((asked, port))
@@ -262,9 +263,9 @@ def fetcher_of(host: Any, certificate: Path, reached: list[Any], *, name: str = 
     return Fetcher(resolve=resolve, connect=connect, tls=tls, **settings)
 
 
-def test_an_image_comes_from_the_very_address_under_the_certificate_of_its_name(host: Any, certificate: Path) -> None:
+def test_an_image_is_fetched_from_the_checked_address_with_a_certificate_for_its_name(host: Any, certificate: Path) -> None:
     reached: list[Any] = []
-    with serve(Echo(), fetcher=fetcher_of(host, certificate, reached)) as served:
+    with serve(EchoAnswerer(), fetcher=fetcher_of(host, certificate, reached)) as served:
         assert served.ask("see", image=f"https://{NAME}/image?size=50").text == "<image> see"
         assert served.chat.answerer.looked == [(50, 40)]  # type: ignore[union-attr]
     assert reached == [(NAME, 443), (PUBLIC, 443, NAME)]
@@ -273,27 +274,27 @@ def test_an_image_comes_from_the_very_address_under_the_certificate_of_its_name(
 
 
 @pytest.mark.parametrize("path", ["elsewhere", "nothing", "packed", "large", "endless", "slow", "headers", "short", "text"])
-def test_what_an_allowed_host_may_not_do(path: str, host: Any, certificate: Path) -> None:
+def test_a_misbehaving_host_is_refused(path: str, host: Any, certificate: Path) -> None:
     reached: list[Any] = []
-    with serve(Echo(), fetcher=fetcher_of(host, certificate, reached)) as served:
+    with serve(EchoAnswerer(), fetcher=fetcher_of(host, certificate, reached)) as served:
         before = open_files()
         reply = served.ask(image=f"https://{NAME}/{path}")
         assert reply.status == 400 and b"root:" not in reply.data, reply.data
         assert reply.error["code"] == {"large": "image_too_large", "endless": "image_too_large", "text": "invalid_image"}.get(
             path, "image_not_fetched"
         )
-        assert len(reached) == 2, "asked once, and nobody else"
-        assert served.ask("after").text == "after" and served.chat.budget.held == 0
+        assert len(reached) == 2, "one resolution and one connection"
+        assert served.ask("after").text == "after" and served.chat.budget.reserved == 0
         assert settled(open_files, before + 1) <= before + 1
 
 
 def test_a_certificate_of_another_name_is_refused(host: Any, certificate: Path) -> None:
     other = "other.example.org"
-    with serve(Echo(), fetcher=fetcher_of(host, certificate, [], name=other)) as served:
-        assert "could not be had from other.example.org" in served.ask(image=f"https://{other}/image").error["message"]
+    with serve(EchoAnswerer(), fetcher=fetcher_of(host, certificate, [], name=other)) as served:
+        assert "could not be fetched from other.example.org" in served.ask(image=f"https://{other}/image").error["message"]
 
 
-def test_a_port_counts_where_the_list_has_it() -> None:
+def test_ports_in_the_list_of_hosts() -> None:
     fetcher = Fetcher(hosts=read_hosts(("x.org:8443", "y.org")), timeout_s=1, most_bytes=10)
     assert fetcher.read_url("https://X.org:8443/a", "p").port == 8443
     for url in ("https://x.org/a", "https://y.org:8443/a", "http://y.org:443/a"):

@@ -1,11 +1,11 @@
-"""A thousand bodies that no client would send. None ends the server, none leaves anything behind, and none is answered with a 500."""
+"""A thousand malformed bodies. None stops the server, leaks a resource, or is answered with status 500."""
 
 import json
 import random
 import threading
 from typing import Any
 
-from tests.trainer.serving.service import Echo, data_uri, open_files, png, question, resident_bytes, serve, settled
+from tests.trainer.serving.service import EchoAnswerer, chat_body, data_uri, open_files, png, resident_bytes, serve, settled
 
 BODIES = 1000
 MIB = 2**20
@@ -51,7 +51,7 @@ STRANGE: tuple[Any, ...] = (
 
 
 def mutate(value: Any, draw: random.Random, depth: int = 0) -> Any:
-    """A copy with something else somewhere inside."""
+    """A copy with some values replaced."""
     if draw.random() < 0.15 + 0.1 * depth:
         return draw.choice(STRANGE)
     if isinstance(value, dict) and value:
@@ -68,35 +68,35 @@ def mutate(value: Any, draw: random.Random, depth: int = 0) -> Any:
     return draw.choice(STRANGE)
 
 
-def spoil(body: bytes, draw: random.Random) -> bytes:
-    """Bytes cut, turned, put in."""
-    spoilt = bytearray(body)
+def corrupt(body: bytes, draw: random.Random) -> bytes:
+    """Insert, delete and truncate bytes."""
+    corrupted = bytearray(body)
     for _ in range(draw.randint(1, 8)):
-        place = draw.randrange(len(spoilt) + 1)
+        place = draw.randrange(len(corrupted) + 1)
         how = draw.randrange(4)
         if how == 0:
-            spoilt[place:place] = bytes(draw.randrange(256) for _ in range(draw.randint(1, 20)))
+            corrupted[place:place] = bytes(draw.randrange(256) for _ in range(draw.randint(1, 20)))
         elif how == 1:
-            del spoilt[place : place + draw.randint(1, 20)]
+            del corrupted[place : place + draw.randint(1, 20)]
         elif how == 2:
-            spoilt[place:place] = draw.choice(
+            corrupted[place:place] = draw.choice(
                 (b"[", b"{", b'"', b"\\u", b"\\", b",", b"\x00", b"\xff", b"[[[[", b"1e999", b"NaN")
             ) * draw.randint(1, 30)
         else:
-            spoilt = spoilt[:place]
-    return bytes(spoilt)
+            corrupted = corrupted[:place]
+    return bytes(corrupted)
 
 
 def make_body(draw: random.Random) -> bytes:
     image = data_uri(png(16, 16)) if draw.random() < 0.5 else ""
-    good = question("some words", image=image, stream=draw.random() < 0.5, max_tokens=3, temperature=0.5, stop=["x"], seed=1)
+    good = chat_body("some words", image=image, stream=draw.random() < 0.5, max_tokens=3, temperature=0.5, stop=["x"], seed=1)
     body = json.dumps(mutate(good, draw)).encode()
-    return spoil(body, draw) if draw.random() < 0.5 else body
+    return corrupt(body, draw) if draw.random() < 0.5 else body
 
 
-def test_a_thousand_strange_bodies() -> None:
+def test_malformed_bodies() -> None:
     draw = random.Random(9)
-    with serve(Echo(), max_batch=4, request_timeout_s=30) as served:
+    with serve(EchoAnswerer(), max_batch=4, request_timeout_s=30) as served:
         for _ in range(4):
             served.ask("warm")
         files, threads, memory = open_files(), threading.active_count(), resident_bytes()
@@ -111,6 +111,10 @@ def test_a_thousand_strange_bodies() -> None:
             if place % 50 == 0:
                 assert served.ask("in between").text == "in between"
         assert seen[400] > BODIES / 2 and seen.get(200, 0) > 5, seen
-        assert served.ask("after").text == "after" and served.meters.count("failed") == 0
+        assert served.ask("after").text == "after" and served.metrics.count("failed") == 0
         assert settled(open_files, files + 1) <= files + 1 and threading.active_count() <= threads + 4
-        assert resident_bytes() - memory < 512 * MIB and served.chat.budget.held == 0 and settled(lambda: served.gate.inside, 0) == 0
+        assert (
+            resident_bytes() - memory < 512 * MIB
+            and served.chat.budget.reserved == 0
+            and settled(lambda: served.admission.in_flight, 0) == 0
+        )

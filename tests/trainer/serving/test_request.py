@@ -1,4 +1,4 @@
-"""Every key of a request: read, without effect, or refused by its name."""
+"""Every key of a request is used, has no effect, or is refused by its name."""
 
 import json
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from trainer.contract import Sampling
-from trainer.serving.body import MOST_MARKS, parse_body
+from trainer.serving.body import MOST_DELIMITERS, parse_body
 from trainer.serving.refusal import RequestRefused
 from trainer.serving.request import READ, WITHOUT_EFFECT, ChatRequest, read_request
 
@@ -26,13 +26,13 @@ def refusal_of(**keys: Any) -> RequestRefused:
     return refused.value
 
 
-def test_what_is_left_out_is_the_servers() -> None:
+def test_missing_keys_get_the_defaults_of_the_server() -> None:
     asked = read()
     assert (asked.sampling, asked.seed, asked.stop, asked.stream, asked.usage) == (DEFAULT, None, (), False, False)
     assert read(**dict.fromkeys((*(READ - {"model", "messages"}), *WITHOUT_EFFECT))) == asked
 
 
-def test_what_is_given_counts() -> None:
+def test_given_values_are_used() -> None:
     asked = read(
         max_tokens=5, temperature=0, top_p=1, top_k=0, seed=-3, stop=["a", "b"], stream=True, stream_options={"include_usage": True}
     )
@@ -41,7 +41,7 @@ def test_what_is_given_counts() -> None:
     assert read(max_completion_tokens=6).sampling.max_new_tokens == 6 and read(stop="x").stop == ("x",)
 
 
-def test_what_asks_for_nothing_is_taken() -> None:
+def test_unsupported_keys_are_accepted_with_a_value_that_requests_nothing() -> None:
     asked = read()
     for key, values in WITHOUT_EFFECT.items():
         assert all(read(**{key: value}) == asked for value in values), key
@@ -94,7 +94,7 @@ def test_what_asks_for_nothing_is_taken() -> None:
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage", "invalid_value"),
     ],
 )
-def test_what_would_change_an_answer_is_never_ignored(keys: dict[str, Any], param: str, code: str) -> None:
+def test_no_value_that_would_change_an_answer_is_ignored(keys: dict[str, Any], param: str, code: str) -> None:
     refusal = refusal_of(**keys)
     assert (refusal.param, refusal.code, refusal.status) == (param, code, 404 if code == "model_not_found" else 400)
 
@@ -141,11 +141,11 @@ def user(*parts: Any) -> dict[str, Any]:
         ([*HELLO, {"role": "assistant", "content": [URL]}, *HELLO], "messages[1].content[0]"),
     ],
 )
-def test_messages_that_cannot_be_asked(messages: Any, param: str) -> None:
+def test_invalid_messages(messages: Any, param: str) -> None:
     assert refusal_of(messages=messages).param == param
 
 
-def test_messages_that_can() -> None:
+def test_valid_messages() -> None:
     asked = read(
         messages=[
             {"role": "developer", "content": "be brief", "name": "d"},
@@ -157,7 +157,7 @@ def test_messages_that_can() -> None:
     assert [(message.role, message.content) for message in asked.messages] == [
         ("system", "be brief"), ("user", "<image>\nwhat?"), ("assistant", "a"), ("user", "what?what?"),
     ]  # fmt: skip
-    assert asked.pictures == ("data:image/png;base64,AAAA",)
+    assert asked.images == ("data:image/png;base64,AAAA",)
     assert read(messages=[user(TEXT, URL, URL, TEXT)]).messages[0].content == "what?<image><image>\nwhat?"
     assert read(messages=[user(URL, {"type": "text", "text": "\nwhat?"})]).messages[0].content == "<image>\nwhat?"
 
@@ -175,14 +175,14 @@ def test_messages_that_can() -> None:
         (b'{"a": ' + b"[" * 50 + b"]" * 50 + b"}", "too_deep"),
         (b'{"a": ' + b"[" * 90_000 + b"]" * 90_000 + b"}", "too_deep"),
         (b'{"a":' * 50_000 + b"1" + b"}" * 50_000, "too_deep"),
-        (b"[" + b"[]," * MOST_MARKS + b"]", "too_many_values"),
+        (b"[" + b"[]," * MOST_DELIMITERS + b"]", "too_many_values"),
     ],
 )
-def test_bodies_that_are_no_request(body: bytes, code: str) -> None:
+def test_invalid_bodies(body: bytes, code: str) -> None:
     with pytest.raises(RequestRefused) as refused:
         parse_body(body)
     assert refused.value.code == code
 
 
-def test_a_body_as_it_is() -> None:
+def test_a_valid_body() -> None:
     assert parse_body(json.dumps({"a": [1, {"b": "é\u2028"}]}).encode()) == {"a": [1, {"b": "é\u2028"}]}

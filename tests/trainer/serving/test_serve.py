@@ -1,4 +1,4 @@
-"""The stage serve as a process of its own with a real tiny model: a client's answers are those of evaluate, and SIGTERM loses none."""
+"""The stage serve as a process with a real tiny model: the answers equal those of evaluate, and SIGTERM loses no accepted request."""
 
 import json
 import os
@@ -42,7 +42,7 @@ ROWS = 12
 
 
 def launched(spec: TrainSpec, output: Path, *, environ: dict[str, str] | None = None) -> "subprocess.Popen[str]":
-    """The only rank of a run, as torchrun starts one."""
+    """A run with one rank, started as torchrun starts it."""
     output.mkdir()
     path = output / SPEC_FILE
     write(replace(spec, output=str(output)), path)
@@ -61,7 +61,7 @@ def finish(process: "subprocess.Popen[str]", timeout_s: float = 200) -> str:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> TrainSpec:
-    """The spec of a run of a few steps: its answers are nonsense, and long. Evaluated as such, into samples.jsonl."""
+    """The spec of a run of a few steps, whose answers are long nonsense. They are evaluated into samples.jsonl."""
     spec = make_spec(tmp_path_factory.mktemp("run") / "trained", digits)
     spec = replace(spec, steps=2, evaluation=Evaluation(batch=4, max_new_tokens=NEW_TOKENS, limit=ROWS))
     process = launched(spec, Path(spec.output))
@@ -105,13 +105,13 @@ def messages_of(row: dict[str, Any], root: Path) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def server(trained: TrainSpec, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Its process, its address, and its folder. The last test of this module that takes it ends it."""
+    """Process, URL and folder. The last test of this module that uses the server stops it."""
     folder = tmp_path_factory.mktemp("served") / "run"
     with served(serving_spec(trained, token="SERVE_TOKEN"), folder, SERVE_TOKEN=TOKEN) as (process, url):
         yield process, url, folder
 
 
-def test_the_client_library_gets_the_answers_of_evaluate(trained: TrainSpec, server: Any) -> None:
+def test_openai_client_gets_the_answers_of_evaluate(trained: TrainSpec, server: Any) -> None:
     rows, root = rows_of(trained), Path(trained.data.root)
     assert len(rows) == ROWS and any(len(row["got"]) > 3 for row in rows)
     with OpenAI(base_url=f"{server[1]}/v1", api_key=TOKEN, max_retries=0) as client, ThreadPoolExecutor(8) as clients:
@@ -143,7 +143,7 @@ def test_the_client_library_gets_the_answers_of_evaluate(trained: TrainSpec, ser
 
 
 def keep_asking(client: OpenAI, number: int, ended: Event) -> list[Any]:
-    """Answers, and the status or the exception of what was none, until the port is closed."""
+    """Answers and exceptions, until the port is closed."""
     ask, found = client.chat.completions.create, list[Any]()
     asked: Any = {"model": "tiny_llava", "messages": [{"role": "user", "content": f"Hello {number}"}], "max_tokens": 20}
     while not ended.is_set():
@@ -159,7 +159,7 @@ def keep_asking(client: OpenAI, number: int, ended: Event) -> list[Any]:
     return found
 
 
-def test_sigterm_under_load_loses_no_request_that_was_taken(server: Any) -> None:
+def test_sigterm_under_load_loses_no_accepted_request(server: Any) -> None:
     process, url, folder = server
     with OpenAI(base_url=f"{url}/v1", api_key=TOKEN, max_retries=0) as client, ThreadPoolExecutor(16) as clients:
         before, ended = answered(url), Event()
@@ -168,11 +168,11 @@ def test_sigterm_under_load_loses_no_request_that_was_taken(server: Any) -> None
         process.send_signal(signal.SIGTERM)
         code = process.wait(100)
         ended.set()
-        told = [answer for asked in asking for answer in asked.result()]
+        results = [answer for asked in asking for answer in asked.result()]
     result = read(TrainResult, folder / RESULT_FILE)
-    others = [answer for answer in told if not isinstance(answer, str)]
+    others = [answer for answer in results if not isinstance(answer, str)]
     assert code == 0 and result.status == "finished"
-    assert len(told) - len(others) == result.evaluation["answered"] - before > 16
+    assert len(results) - len(others) == result.evaluation["answered"] - before > 16
     assert all(isinstance(other, APIConnectionError) or other.status_code == 503 for other in others), others
     assert [result.evaluation[name] for name in ("gone", "failed", "cut_off", "timeout")] == [0, 0, 0, 0]
     assert process.stdout is not None and TOKEN not in process.stdout.read()
@@ -185,7 +185,7 @@ def answered(url: str) -> float:
         return float(re.search(r'omnilaunch_requests_total{outcome="answered"} (\S+)', response.read().decode())[1])  # type: ignore[index]
 
 
-def test_what_cannot_be_is_said_before_the_model_is_loaded(trained: TrainSpec, tmp_path: Path) -> None:
+def test_invalid_settings_are_reported_before_the_model_is_loaded(trained: TrainSpec, tmp_path: Path) -> None:
     process = launched(serving_spec(trained, address="0.0.0.0"), tmp_path / "serve")
     text = finish(process)
     assert process.returncode == 2 and "stage.serving.address=0.0.0.0 can be reached from other machines" in text
@@ -198,17 +198,17 @@ def test_what_cannot_be_is_said_before_the_model_is_loaded(trained: TrainSpec, t
         ({"max_batch": 0}, "stage.serving.max_batch is 0: it must be at least 1"),
         ({"wait_ms": -1}, "stage.serving.wait_ms is -1"),
         ({"request_timeout_s": 0.0}, "stage.serving.request_timeout_s is 0"),
-        ({"sampling": Sampling(top_p=0.0)}, "stage.serving.sampling.top_p is 0.0: it can be above 0"),
+        ({"sampling": Sampling(top_p=0.0)}, "stage.serving.sampling.top_p is 0.0: it must be above 0"),
     ],
 )
-def test_numbers_with_which_nobody_could_be_answered(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_numbers_out_of_range_are_refused(options: dict[str, Any], said: str, tmp_path: Path) -> None:
     spec = make_spec(tmp_path, tmp_path)
     spec = replace(spec, stage=StageSpec(name="serve", kind="serve", trainable=(), serving=Serving(**options)))
     with pytest.raises(InputRefused, match=said.replace("(", r"\(")):
         serving_of(spec, {})
 
 
-def test_torchrun_gives_less_time_to_drain(tmp_path: Path) -> None:
+def test_the_drain_timeout_is_shortened_under_torchrun(tmp_path: Path) -> None:
     spec = make_spec(tmp_path, tmp_path)
     spec = replace(spec, stage=StageSpec(name="serve", kind="serve", trainable=(), serving=Serving()))
     assert serving_of(spec, {}).drain_timeout_s == 60 and serving_of(spec, {"TORCHELASTIC_RUN_ID": "x"}).drain_timeout_s == 20

@@ -1,4 +1,4 @@
-"""Keeps what was costly to make, the latest used first, up to a number of bytes."""
+"""A least-recently-used cache, bounded by bytes."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -9,7 +9,7 @@ Value = TypeVar("Value")
 
 
 class Cache:
-    """A bounded map from key to (value, bytes). Safe to use from several threads: two may make the same value, one is kept."""
+    """Thread-safe. Two threads may compute the same value at the same time; one of the two is kept."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
@@ -18,16 +18,16 @@ class Cache:
         self._lock = Lock()
 
     def get(self, key: Hashable, make: Callable[[], Value], size: Callable[[Value], int]) -> Value:
-        """The value of `key`, made now if it is not kept. `size`: bytes of a value. Whatever `make` raises goes through."""
+        """The value of `key`; computed with `make` if it is not in the cache. `size`: bytes of a value. Exceptions of `make` are passed on."""
         with self._lock:
             if key in self._entries:
                 self._entries.move_to_end(key)
                 return self._entries[key][0]  # type: ignore[return-value]  # a key always has one type of value
         value = make()
-        self._keep(key, value, size(value))
+        self._store(key, value, size(value))
         return value
 
-    def _keep(self, key: Hashable, value: object, size_bytes: int) -> None:
+    def _store(self, key: Hashable, value: object, size_bytes: int) -> None:
         with self._lock:
             if key in self._entries or size_bytes > self.limit_bytes:
                 return

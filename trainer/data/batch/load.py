@@ -1,4 +1,4 @@
-"""The micro-batches of one rank, step after step, prepared ahead of the loop."""
+"""The micro-batches of one rank for each step, prepared in threads ahead of the training loop."""
 
 from array import array
 from collections import deque
@@ -13,16 +13,16 @@ from torch import Tensor
 from trainer.contract import InputRefused, TrainSpec
 from trainer.data.batch.assign_to_ranks import Measure, Micro, share_of_rank
 from trainer.data.batch.cache import Cache
-from trainer.data.batch.collate import Features, collate, encode_cached
+from trainer.data.batch.collate import Features, collate, encode_cached, naming_row
 from trainer.data.batch.pack import collate_packed, collate_unpadded
 from trainer.data.media.image import read_size
 from trainer.data.rows.sample import Sample
 
 if TYPE_CHECKING:
-    from trainer.models.family import Processor
+    from trainer.data.processor import Processor
 
-CACHE_BYTES = 512 * 2**20  # of processed images and encoded texts, for each rank
-STEPS_AHEAD = 2  # whose samples are measured and shared out before the loop comes to them
+CACHE_BYTES = 512 * 2**20  # of processed images and encoded texts, per rank
+STEPS_AHEAD = 2  # whose samples are measured and divided in advance
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -32,20 +32,21 @@ Task = tuple[Micro | InputRefused, bool]  # a micro-batch, and whether it is the
 def batches(
     samples: Sequence[Sample], processor: "Processor", spec: TrainSpec, *, rank: int, first_step: int
 ) -> Iterator[tuple[dict[str, Tensor], ...]]:
-    """For each step from `first_step` (steps already done) to spec.steps, this rank's micro-batches: `accumulation` of them made by
-    `collate` or `collate_unpadded`, or as many as it takes, up to that, made by `collate_packed`; on every rank equally many.
+    """For each step from `first_step` (the number of finished steps) to spec.steps, this rank's micro-batches: `accumulation` of them by
+    `collate` or `collate_unpadded`; with packing as many as are needed, at most `accumulation`, by `collate_packed`. All ranks get the same
+    number.
 
-    Closing the iterator ends its threads. Raises InputRefused, with file and row, at the step that holds a bad sample.
+    Closing the iterator stops its threads. Raises InputRefused with file and row at the step that has a bad sample.
     """
     refuse_unusable(samples, processor, spec)
     cache, workers = Cache(CACHE_BYTES), spec.data.workers
-    own = spec.device.world_size == 1  # else most of the texts that are counted are other ranks', and would push images out
+    own = spec.device.world_size == 1  # else most measured texts belong to other ranks, and would displace images from the cache
     measure = keep_lengths(samples, processor, spec, cache if own else Cache(0))
 
     def share(step: int) -> tuple[Micro, ...] | InputRefused:
         try:
             return share_of_rank(step, spec, rank=rank, count=len(samples), measure=measure)
-        except InputRefused as error:  # told when its step comes: until then the run has something to do, and to save
+        except InputRefused as error:  # raised at its own step: the earlier steps can still be trained and saved
             return error
 
     def prepare(task: Task) -> tuple[dict[str, Tensor], bool]:
@@ -71,29 +72,29 @@ def batches(
 
 
 def refuse_unusable(samples: Sequence[Sample], processor: "Processor", spec: TrainSpec) -> None:
-    """Raises InputRefused for no samples at all, and for rows of several samples where a family cannot have them."""
+    """Raises InputRefused when there are no samples, and for packing with a family that does not support it."""
     if not samples:
         raise InputRefused(
-            f"{spec.data.train or spec.data.name} has no usable row\n    the data check before the run names what is wrong with each row"
+            f"{spec.data.train or spec.data.name} has no usable row\n    run omnilaunch data check with the same overrides: it lists the problem of each row"
         )
     key = "packing" if spec.data.packing else "padding_free"
     if getattr(spec.data, key) and processor.position_ids is None:
         raise InputRefused(
-            f"data.{key}: samples of {spec.model.family} in one row would see each other, whatever their positions\n    set "
-            f"data.{key}=false; data.length_aware=step saves padding without it"
+            f"data.{key}=true is not possible with {spec.model.family}: samples in the same row would attend to each other\n    set "
+            f"data.{key}=false; data.length_aware=step also reduces padding"
         )
 
 
 def one_by_one(shares: Iterable[tuple[Micro, ...] | InputRefused]) -> Iterator[Task]:
     for share in shares:
         micros = (share,) if isinstance(share, InputRefused) else share
-        yield from ((micro, place == len(micros)) for place, micro in enumerate(micros, start=1))
+        yield from ((micro, number == len(micros)) for number, micro in enumerate(micros, start=1))
 
 
 def keep_lengths(samples: Sequence[Sample], processor: "Processor", spec: TrainSpec, cache: Cache) -> Measure:
-    """Tokens of samples by their numbers, each counted once, from the text and the images' sizes. Every rank counts all samples of a step,
-    not its own alone. Raises InputRefused for a sample that cannot be encoded."""
-    known = array("q", bytes(8 * len(samples)))  # 0 = not counted yet
+    """A function from numbers of samples to their lengths in tokens, from the text and the sizes of the images. Each is computed once and kept.
+    Every rank measures all samples of a step, not only its own. Raises InputRefused for a sample that cannot be encoded."""
+    known = array("q", bytes(8 * len(samples)))  # 0 = not measured yet
 
     def count(number: int) -> int:
         if not known[number]:
@@ -105,16 +106,14 @@ def keep_lengths(samples: Sequence[Sample], processor: "Processor", spec: TrainS
 
 
 def image_sizes(sample: Sample) -> list[Features]:
-    """What a sample's images are before they are decoded."""
-    try:
+    """The sizes of a sample's images from the file headers, without tensors."""
+    with naming_row(sample):
         return [Features(tensors={}, size=read_size(path)) for path in sample.images]
-    except InputRefused as error:
-        raise InputRefused(f"{sample.file} row {sample.row}, key 'image': {error}") from error
 
 
 def prefetch(make: Callable[[Item], Made], items: Iterator[Item], workers: int, ahead: int) -> Generator[Made, None, None]:
-    """`map(make, items)` in `workers` threads, in order, at most `ahead` results early, or right here with 0 workers. An exception
-    arrives in its place."""
+    """`map(make, items)` in `workers` threads, in order, at most `ahead` results in advance; with 0 workers in this thread. An exception is
+    raised at the position of its item."""
     if not workers:
         yield from map(make, items)
         return

@@ -1,4 +1,4 @@
-"""Which rows a step trains on: a pure function of seed and step, whatever the number of ranks or workers."""
+"""Which rows a step trains on: a pure function of seed and step, independent of the number of ranks and workers."""
 
 import hashlib
 from functools import lru_cache
@@ -10,30 +10,26 @@ from numpy.typing import NDArray
 def rows_of_step(step: int, *, seed: int, rows: int, global_batch: int) -> tuple[int, ...]:
     """Indices (from 0) of the `global_batch` rows of `step` (from 0), in order.
 
-    The rows of all steps on end are one permutation of range(rows) after the other; a batch may span several of them.
+    The rows of all steps in sequence are one permutation of range(rows) after the other; a batch may span several of them.
     """
     if rows < 1 or global_batch < 1 or step < 0:
         raise ValueError(f"rows_of_step needs rows and global_batch >= 1 and step >= 0, got {rows}, {global_batch}, {step}")
     first = step * global_batch
-    return tuple(row_at(place, seed=seed, rows=rows) for place in range(first, first + global_batch))
-
-
-def row_at(place: int, *, seed: int, rows: int) -> int:
-    epoch, offset = divmod(place, rows)
-    return int(permute(rows, f"{seed}:{epoch}")[offset])
+    positions = (divmod(position, rows) for position in range(first, first + global_batch))
+    return tuple(int(permute(rows, f"{seed}:{epoch}")[offset]) for epoch, offset in positions)
 
 
 def rows_of_rank(rows: tuple[int, ...], *, rank: int, world_size: int) -> tuple[int, ...]:
-    """Every world_size-th row from `rank` on. The ranks' shares are disjoint and together the whole step."""
+    """Every world_size-th row, starting at `rank`. The rows of all ranks are disjoint and together the whole step."""
     return rows[rank::world_size]
 
 
-@lru_cache(maxsize=4)  # two epochs of one batch, for training and for a split
+@lru_cache(maxsize=4)  # two epochs in one batch, for training and for a split of the data
 def permute(rows: int, key: str) -> NDArray[np.int64]:
-    """A permutation of range(rows), fixed for ever by `key`.
+    """A permutation of range(rows) that depends only on `key`, in all versions of numpy.
 
-    Sorts by the raw words of Philox-4x64-10 (Salmon et al., SC'11), the part of numpy's random numbers whose stream is guaranteed
-    (NEP 19); Generator.permutation and random.shuffle may change with a version.
+    Sorts by the raw words of Philox-4x64-10 (Salmon et al., SC'11). numpy guarantees the stream of its bit generators (NEP 19);
+    Generator.permutation and random.shuffle may change with a version.
     """
     words = np.random.Philox(key=int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")).random_raw(rows)
     order = np.argsort(words, kind="stable")

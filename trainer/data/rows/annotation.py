@@ -1,4 +1,4 @@
-"""Annotation files: a JSON list of rows, or one JSON object a line. Nothing here knows what a row means."""
+"""Read annotation files: a JSON list of rows, or JSON Lines. The content of a row is not interpreted here."""
 
 import json
 from collections.abc import Iterator
@@ -7,20 +7,21 @@ from typing import Any
 
 from trainer.contract import DataProblem
 
-# Python's own objects and other people's examples: the two ways in which hand-written annotation files are usually not JSON.
-SYNTAX_HELP = "JSON takes double quotes only and no comma before a closing bracket; see the place with: python -m json.tool {file}"
+# The two usual syntax errors of annotation files that were written by hand or with Python's str().
+SYNTAX_HELP = "JSON requires double quotes and no comma before a closing bracket; to find the error, run: python -m json.tool {file}"
+ONE_ROW_EACH = "write one row for each conversation"
 
 
 def read_rows(file: Path) -> tuple[tuple[tuple[int, Any], ...], tuple[DataProblem, ...]]:
-    """(number, row) for each row, and what is wrong with the file. Numbers count from 1: the place in the list, or the line.
+    """(number, row) for each row, and the problems of the file. Numbers start at 1: the position in the list, or the line.
 
-    A line that is not JSON is a problem of that line; a list that is not JSON is one of the file.
+    A line that is not JSON is a problem of that line; a list that is not JSON is a problem of the file.
     """
     text, problem = read_text(file)
     if problem:
         return (), (problem,)
     if not text.strip():
-        return (), (file_problem(file, "is empty", "write one row for each conversation into it"),)
+        return (), (file_problem(file, "is empty", ONE_ROW_EACH),)
     if text.lstrip().startswith("[") and file.suffix != ".jsonl":
         return read_list(file, text)
     return read_lines(file, text)
@@ -33,7 +34,7 @@ def read_text(file: Path) -> tuple[str, DataProblem | None]:
         return "", file_problem(file, f"is not UTF-8 text: {error.reason} at byte {error.start}", "save it as UTF-8")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        return "", file_problem(file, f"cannot be read: {reason}", "give data.train and data.evaluation the path of a readable JSON file")
+        return "", file_problem(file, f"cannot be read: {reason}", "set data.train and data.evaluation to the paths of readable JSON files")
 
 
 def read_list(file: Path, text: str) -> tuple[tuple[tuple[int, Any], ...], tuple[DataProblem, ...]]:
@@ -42,33 +43,33 @@ def read_list(file: Path, text: str) -> tuple[tuple[tuple[int, Any], ...], tuple
     except (ValueError, RecursionError) as error:
         return (), (file_problem(file, describe(error), SYNTAX_HELP.format(file=file)),)
     if not rows:
-        return (), (file_problem(file, "is an empty list", "write one row for each conversation into it"),)
+        return (), (file_problem(file, "is an empty list", ONE_ROW_EACH),)
     return tuple(enumerate(rows, start=1)), ()
 
 
 def read_lines(file: Path, text: str) -> tuple[tuple[tuple[int, Any], ...], tuple[DataProblem, ...]]:
     if spans_lines(text):
-        return (), (file_problem(file, "is one JSON object, not a list of rows", "put the rows into a list: [ {...}, {...} ]"),)
+        return (), (file_problem(file, "is a single JSON object, not a list of rows", "put the rows into a list: [ {...}, {...} ]"),)
     rows: list[tuple[int, Any]] = []
     problems: list[DataProblem] = []
     for number, line in numbered_lines(text):
         try:
             rows.append((number, json.loads(line)))
         except (ValueError, RecursionError) as error:
-            fix = "write a list [ ... ], or one whole JSON object on every line; " + SYNTAX_HELP.split(";")[0]
+            fix = "write a list [ ... ], or one complete JSON object per line; " + SYNTAX_HELP.split(";")[0]
             problems.append(DataProblem(file=str(file), row=number, field="", problem=describe(error), fix=fix))
     return tuple(rows), tuple(problems)
 
 
 def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
-    """The lines with something on them. Split at line feeds only: str.splitlines also cuts at U+2028, which JSON allows in a string."""
+    """The lines that are not blank. Split only at line feeds: str.splitlines also splits at U+2028, which JSON allows in strings."""
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield number, line
 
 
 def spans_lines(text: str) -> bool:
-    """Whether the whole text is one JSON object printed over several lines, as in `{"data": [...]}`."""
+    """Whether the whole text is one JSON object over several lines, such as `{"data": [...]}`."""
     if "\n" not in text.strip():
         return False
     try:

@@ -1,12 +1,12 @@
-"""A row as it was understood, before it is judged: what every shape is read into."""
+"""A parsed row, before it is checked: the result of reading any row format."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
 Row = dict[str, Any]
-Complain = Callable[[str, str, str], None]  # field, problem, fix
+AddProblem = Callable[[str, str, str], None]  # (field, problem, fix)
 
 MARK = "<image>"
 KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
@@ -14,8 +14,8 @@ KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a n
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One message. `content` holds a MARK for each image. `in_loss`: whether an answer is learned. `field`: where it stands in the row,
-    `text_key`: the key of its text there, '' where the field is the text."""
+    """One message. `content` has a MARK for each image. `in_loss`: whether an answer is trained on. `field`: its path in the row; `text_key`:
+    the key of its text there, '' if the field is the text itself."""
 
     role: Role
     content: str
@@ -30,7 +30,7 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageReference:
-    """An image's path as written; anything else that stands in its place is told later, and counted against the marks until then."""
+    """`name`: the path of an image as written. A value of another type is kept, and reported by the checks."""
 
     name: Any
     field: str
@@ -38,19 +38,26 @@ class ImageReference:
 
 @dataclass(frozen=True, kw_only=True)
 class ParsedRow:
-    """`turns` is None where one of them could not be understood: their order and their marks say nothing then. `field`: of them all."""
+    """`turns` is None if one of them could not be parsed; their order and marks are not checked then. `field`: the key of the messages."""
 
     field: str
     turns: tuple[Turn, ...] | None
-    pictures: tuple[ImageReference, ...]
+    images: tuple[ImageReference, ...]
 
 
 def kind(value: Any) -> str:
+    """The JSON type of a value, for messages."""
     return KINDS.get(type(value), type(value).__name__)
 
 
+def ends_with_question(roles: Sequence[Role]) -> bool:
+    """Whether the roles are an optional system message, then user and assistant alternately, ending with user."""
+    turns = list(roles[1:] if roles[:1] == ["system"] else roles)
+    return turns == ["user", "assistant"] * (len(turns) // 2) + ["user"]
+
+
 def printable(text: str) -> str:
-    """Without halves of surrogate pairs, which JSON may hold and no file can."""
+    """With unpaired surrogates escaped: JSON may contain them, but they cannot be encoded as UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

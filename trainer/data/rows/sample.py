@@ -1,6 +1,6 @@
-"""Conversations with images: one record, whatever shape a row had (trainer.data.rows.shape).
+"""Read annotation files into Samples: conversations with images, independent of the row format (trainer.data.rows.row_format).
 
-A bad row is reported and left out; it never stops the reading and never turns into another row.
+An invalid row is reported and left out. It does not stop the reading and is never replaced by another row.
 """
 
 from collections.abc import Iterator
@@ -10,32 +10,32 @@ from typing import Any
 
 from trainer.contract import DataProblem
 from trainer.data.rows.annotation import read_rows
-from trainer.data.rows.parsed_row import MARK, Complain, ImageReference, ParsedRow, Role, Row, Turn, kind, printable
-from trainer.data.rows.shape import USUAL, read_row_shape
+from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, ParsedRow, Role, Row, Turn, kind, printable
+from trainer.data.rows.row_format import USUAL, parse_row
 from trainer.data.rows.source import AnnotationSource, find_sources
 
 __all__ = ["MARK", "Message", "Role", "Sample", "read_samples"]
 
-OTHER_MEDIA = ("only images are read; training would ignore it", "leave the row out, or give frames of it as images")
-PREFERENCE = ("preferences are not trained on", "give one answer for each question")
-# Keys that would change what is trained on, and that nothing here reads.
+OTHER_MEDIA = ("only images are supported", "remove the row, or give frames of it as images")
+PREFERENCE = ("preference data is not supported", "give one answer for each question")
+# Keys that would change the training, but are not supported.
 UNREAD = {
     "video": OTHER_MEDIA,
     "videos": OTHER_MEDIA,
     "audio": OTHER_MEDIA,
     "audios": OTHER_MEDIA,
-    "tools": ("tools are not read; training would ignore them", "write them into the system message, as the model's template does"),
+    "tools": ("tools are not supported", "write them into the system message, as the chat template of the model does"),
     "chosen": PREFERENCE,
     "rejected": PREFERENCE,
     "rejected_response": PREFERENCE,
-    "chat_template_kwargs": ("settings of a single row are not read", "take them out, and set the size of images for all: data.max_pixels"),
+    "chat_template_kwargs": ("settings of a single row are not supported", "remove them, and set data.max_pixels for all images"),
 }
-GROUNDING = ("<bbox>", "<ref-object>")  # ms-swift puts the row's `objects` in their place
+GROUNDING = ("<bbox>", "<ref-object>")  # ms-swift replaces them by the `objects` of the row
 
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """`in_loss`: whether an answer is learned, or only read."""
+    """`in_loss`: whether an answer is trained on, or only context."""
 
     role: Role
     content: str
@@ -44,9 +44,9 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One conversation. `<image>` stands once in the user's messages for each of `images`, in their order. `row` counts from 1; `part`,
-    from 0, tells the conversations of a row apart that holds several. `accepted`: answers to its last question, any of which is right, where
-    the row lists them; the last message is the one that is learned."""
+    """One conversation. The user's messages have one `<image>` for each of `images`, in order. `row` counts from 1. `part`, from 0: the
+    conversation in a row with several. `accepted`: further correct answers to the last question, if the row lists them; the last message is
+    the one that is trained on."""
 
     id: str
     images: tuple[Path, ...]
@@ -58,14 +58,14 @@ class Sample:
 
 
 def read_samples(file: Path, images: Path) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:
-    """The whole samples of an annotation file (or of those that a meta file lists) and all problems of the others. Relative image paths
-    are looked up below `images`."""
+    """The valid samples of an annotation file, or of the files that a meta file lists, and the problems of all other rows. Relative image
+    paths start at `images`."""
     sources, found = find_sources(file, images)
     samples: list[Sample] = []
     problems = list(found)
     for source in sources:
         read, wrong = read_source(source)
-        samples += repeat(read, source.repeat)
+        samples += read[: int(len(read) * source.repeat)] if source.repeat < 1 else read * int(source.repeat)
         problems += wrong
     return tuple(samples), tuple(problems)
 
@@ -83,13 +83,9 @@ def read_source(source: AnnotationSource) -> tuple[tuple[Sample, ...], tuple[Dat
     return tuple(samples), tuple(problems)
 
 
-def repeat(samples: tuple[Sample, ...], times: float) -> tuple[Sample, ...]:
-    return samples[: int(len(samples) * times)] if times < 1 else samples * int(times)
-
-
 def split_row(row: Any) -> Iterator[tuple[int, str, Any]]:
-    """(part, field, row): the conversations of a list are samples of their own (Qwen2.5-VL's script puts those of a list into one
-    sequence; here data.packing does that)."""
+    """(part, field, row): each conversation of a list is a sample (Qwen2.5-VL's script packs those of a list into one sequence; here
+    data.packing does that)."""
     if not isinstance(row, list) or not row:
         yield 0, "", row
         return
@@ -97,32 +93,28 @@ def split_row(row: Any) -> Iterator[tuple[int, str, Any]]:
         yield part, f"[{part}]", item
 
 
-def read_row(row: Any, number: int, source: AnnotationSource, *, part: int = 0, prefix: str = "") -> tuple[Sample | None, list[DataProblem]]:
-    """The sample, or None and every problem that can be seen without decoding an image."""
+def read_row(
+    row: Any, number: int, source: AnnotationSource, *, part: int = 0, prefix: str = ""
+) -> tuple[Sample | None, list[DataProblem]]:
+    """The sample, or None and every problem that can be found without decoding an image."""
     problems: list[DataProblem] = []
-
-    def complain(field: str, problem: str, fix: str) -> None:
-        place = f"{prefix}.{field}" if prefix and field else prefix or field
-        problems.append(
-            DataProblem(file=str(source.file), row=number, field=printable(place), problem=printable(problem), fix=printable(fix))
-        )
-
+    add_problem = collect_problems(problems, source.file, number, prefix)
     if not isinstance(row, dict):
-        complain("", f"is {kind(row)}, not an object", f"write a row as {USUAL}")
+        add_problem("", f"is {kind(row)}, not an object", f"write a row as {USUAL}")
         return None, problems
     if source.columns is not None:
-        row, complain = source.columns.rename(row), source.columns.complain_in_theirs(complain)
-    refuse_unread(row, complain)
-    draft = read_row_shape(row, complain)
-    if draft is not None:
-        check_draft(draft, row, source.images, complain)
-    if problems or draft is None or draft.turns is None:
+        row, add_problem = source.columns.rename(row), source.columns.with_names_of_the_file(add_problem)
+    refuse_unread(row, add_problem)
+    parsed = parse_row(row, add_problem)
+    if parsed is not None:
+        check_parsed(parsed, row, source.images, add_problem)
+    if problems or parsed is None or parsed.turns is None:
         return None, problems
     identity = number if row.get("id") is None else row["id"]
     return Sample(
         id=str(identity),
-        images=tuple(source.images / path_text(picture.name) for picture in draft.pictures),
-        messages=tuple(Message(role=turn.role, content=turn.content, in_loss=turn.in_loss) for turn in draft.turns),
+        images=tuple(source.images / path_text(image.name) for image in parsed.images),
+        messages=tuple(Message(role=turn.role, content=turn.content, in_loss=turn.in_loss) for turn in parsed.turns),
         file=str(source.file),
         row=number,
         part=part,
@@ -130,104 +122,121 @@ def read_row(row: Any, number: int, source: AnnotationSource, *, part: int = 0, 
     ), problems
 
 
+def collect_problems(problems: list[DataProblem], file: Path, row: int, prefix: str = "") -> AddProblem:
+    """A function that appends a problem of `row` to `problems`. `prefix`: the path of the conversation in a row with several."""
+
+    def add_problem(field: str, problem: str, fix: str) -> None:
+        path = f"{prefix}.{field}" if prefix and field else prefix or field
+        problems.append(DataProblem(file=str(file), row=row, field=printable(path), problem=printable(problem), fix=printable(fix)))
+
+    return add_problem
+
+
 def read_accepted(row: Row) -> tuple[str, ...]:
-    """`answers`, as DocVQA and TextVQA have them beside the question: a list of texts. Any other shape of that key is somebody's own."""
+    """The key `answers` of DocVQA and TextVQA: a list of texts. Values of another type are ignored."""
     answers = row.get("answers")
     texts = isinstance(answers, list) and all(isinstance(answer, str) and answer.strip() for answer in answers)
     return tuple(dict.fromkeys(answers)) if texts and answers else ()
 
 
-def refuse_unread(row: Row, complain: Complain) -> None:
+def refuse_unread(row: Row, add_problem: AddProblem) -> None:
     for key in sorted(UNREAD.keys() & row.keys()):
         if row[key]:
-            complain(key, *UNREAD[key])
+            add_problem(key, *UNREAD[key])
 
 
-def check_draft(draft: ParsedRow, row: Row, folder: Path, complain: Complain) -> None:
-    for picture in draft.pictures:
-        check_path(picture, folder, complain)
-    if draft.turns is None:
+def check_parsed(parsed: ParsedRow, row: Row, folder: Path, add_problem: AddProblem) -> None:
+    for image in parsed.images:
+        check_path(image, folder, add_problem)
+    if parsed.turns is None:
         return
-    for turn in draft.turns:
-        check_text(turn, complain)
+    for turn in parsed.turns:
+        check_text(turn, add_problem)
         if row.get("objects") and any(mark in turn.content for mark in GROUNDING):
-            complain(turn.text_field, "marks of ms-swift's objects are not filled in", "write the boxes as the model writes them")
-    check_order(draft, complain)
-    check_marks(draft, complain)
+            add_problem(turn.text_field, "ms-swift's objects are not supported", "write the boxes into the text as the model writes them")
+    check_order(parsed, add_problem)
+    check_marks(parsed, add_problem)
 
 
 # ---------------------------------------------------------------------------------------------------------------- messages
 
 
-def check_text(turn: Turn, complain: Complain) -> None:
+def check_text(turn: Turn, add_problem: AddProblem) -> None:
     if not turn.content or turn.content.isspace():
         what = "answer" if turn.role == "assistant" else f"{turn.role} message"
-        complain(turn.text_field, f"empty {what}", "write its text, or leave the row out")
+        add_problem(turn.text_field, f"empty {what}", "write its text, or remove the row")
     if MARK in turn.content and turn.role != "user":
         what = "an answer" if turn.role == "assistant" else "a system message"
-        complain(turn.text_field, f"{MARK} mark in {what}", f"only questions may hold {MARK}")
+        add_problem(turn.text_field, f"{MARK} mark in {what}", f"only questions may contain {MARK}")
     try:
         turn.content.encode()
     except UnicodeEncodeError:
-        complain(turn.text_field, "half of a surrogate pair, which is no character", "write the text again from its source")
+        add_problem(turn.text_field, "half of a surrogate pair, which is not a character", "write the text again from its source")
 
 
-def check_order(draft: ParsedRow, complain: Complain) -> None:
-    """[system] then user and assistant in turn, ending with an answer; one of the answers at least is learned."""
-    turns = [turn for place, turn in enumerate(draft.turns or ()) if turn.role != "system" or place > 0]
+def check_order(parsed: ParsedRow, add_problem: AddProblem) -> None:
+    """[system], then user and assistant alternately, ending with an answer; at least one of the answers is in the loss."""
+    turns = [turn for index, turn in enumerate(parsed.turns or ()) if turn.role != "system" or index > 0]
     previous: Role = "assistant"
-    for place, turn in enumerate(turns):
+    for index, turn in enumerate(turns):
         if turn.role == "system":
-            complain(turn.field, "system message after the first place", "a conversation has one system message, at its head")
+            add_problem(
+                turn.field, "a system message that is not the first message", "a conversation may have one system message, at its beginning"
+            )
             continue
         if turn.role == previous:
-            again = f"two {turn.role} messages in a row" if place else "starts with an answer"
-            complain(turn.field, again, "let questions and answers alternate, a question first")
+            problem = f"two {turn.role} messages in a row" if index else "starts with an answer"
+            add_problem(turn.field, problem, "questions and answers must alternate, with a question first")
         previous = turn.role
     answers = [turn for turn in turns if turn.role == "assistant"]
     if not answers:
-        complain(draft.field, "conversation without an answer", 'add the answer as the last message ("gpt" or "assistant")')
+        add_problem(parsed.field, "conversation without an answer", 'add the answer as the last message ("gpt" or "assistant")')
     elif turns[-1].role == "user":
-        complain(turns[-1].field, "conversation ends with a question", "add its answer, or drop the question")
+        add_problem(turns[-1].field, "conversation ends with a question", "add its answer, or remove the question")
     elif not any(turn.in_loss for turn in answers):
-        complain(
-            draft.field, "all answers have loss: false, so that nothing would be learned", "leave the row out, or take out one of them"
-        )
+        add_problem(parsed.field, "all answers have loss: false, so nothing would be learned", "remove the row, or one of these keys")
 
 
 # -------------------------------------------------------------------------------------------------------------------- images
 
 
-def check_path(picture: ImageReference, folder: Path, complain: Complain) -> None:
-    name = picture.name
+def check_path(image: ImageReference, folder: Path, add_problem: AddProblem) -> None:
+    if check_name(image, add_problem) and not is_file(folder / path_text(image.name)):
+        problem = f"no image file at {folder / path_text(image.name)}"
+        add_problem(image.field, problem, f"put the file there, or set data.images (now {folder}) to the folder of the images")
+
+
+def check_name(image: ImageReference, add_problem: AddProblem) -> bool:
+    """Whether it is the path of a file."""
+    name = image.name
     if not isinstance(name, str) or not name:
-        said = "is an empty path" if name == "" else f"is {kind(name)}, not a path"
-        complain(picture.field, said, "give the image's path as a string")
-    elif name.startswith(("http://", "https://", "data:")):
-        complain(picture.field, f"{name[:60]!r} is not a file; a run reads no network", "save the image as a file and give its path")
-    elif not is_file(folder / path_text(name)):
-        said = f"no image file at {folder / path_text(name)}"
-        complain(picture.field, said, f"put it there, or set data.images (now {folder}) to where it is")
+        problem = "is an empty path" if name == "" else f"is {kind(name)}, not a path"
+        add_problem(image.field, problem, "give the path of the image as a string")
+        return False
+    if name.startswith(("http://", "https://", "data:")):
+        add_problem(image.field, f"{name[:60]!r} is not a file; images are not downloaded", "save the image as a file and give its path")
+        return False
+    return True
 
 
 def path_text(name: str) -> str:
     return name.removeprefix("file://")
 
 
-def check_marks(draft: ParsedRow, complain: Complain) -> None:
-    questions = [turn for turn in draft.turns or () if turn.role == "user"]
-    marks, images = sum(turn.content.count(MARK) for turn in questions), len(draft.pictures)
+def check_marks(parsed: ParsedRow, add_problem: AddProblem) -> None:
+    questions = [turn for turn in parsed.turns or () if turn.role == "user"]
+    marks, images = sum(turn.content.count(MARK) for turn in questions), len(parsed.images)
     if marks == images:
         return
     marked = next((turn for turn in questions if MARK in turn.content), questions[0] if questions else None)
     problem = f"too {'few' if marks < images else 'many'} {MARK} marks: {marks} in the questions for {plural(images, 'image')}"
-    complain(marked.field if marked else draft.field, problem, f"write {MARK} once for each image, where it stands in the question")
+    add_problem(marked.field if marked else parsed.field, problem, f"write {MARK} once for each image, at its position in the question")
 
 
 def is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a name too long for the file system, a folder without permission: not a file that can be read
+    except OSError:  # the name is too long for the file system, or the folder is not accessible
         return False
 
 

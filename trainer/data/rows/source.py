@@ -1,9 +1,9 @@
-"""Which annotation files a path stands for: itself, or those that an InternVL meta file lists.
+"""The annotation files of a data set: the file itself, or those that an InternVL meta file lists.
 
     {"name": {"root": "images", "annotation": "rows.jsonl", "repeat_time": 2, "data_augment": false, "length": 1000}, ...}
 
-OpenGVLab/InternVL: internvl_chat/internvl/train/internvl_chat_finetune.py. Both paths are looked up below the meta file's folder, `root`
-below data.images where that is set.
+OpenGVLab/InternVL: internvl_chat/internvl/train/internvl_chat_finetune.py. `annotation` is relative to
+the folder of the meta file; `root` too, or relative to data.images if that is set.
 """
 
 import hashlib
@@ -14,21 +14,21 @@ from typing import Any
 
 from trainer.contract import DataProblem
 from trainer.data.media.image import hash_file
-from trainer.data.rows.column import Columns, find_columns
+from trainer.data.rows.column_map import Columns, find_columns
 from trainer.data.rows.parsed_row import Row, keys_of, kind
 
-META_BYTES = 8 * 2**20  # a meta file lists some hundred sets; a larger file is rows
-# Keys that change what is trained on, and what they may say here.
+META_BYTES = 8 * 2**20  # a meta file lists a few hundred data sets; a larger file contains rows
+# Keys that would change the training: the values that are allowed, why, and the fix.
 UNREAD = {
-    "data_augment": ((None, False), "images are trained on as they are", "set it to false"),
-    "max_dynamic_patch": ((None,), "it is one number for all sets here", "take it out, and set data.max_tiles"),
+    "data_augment": ((None, False), "data augmentation is not supported", "set it to false"),
+    "max_dynamic_patch": ((None,), "a value for a single data set is not supported", "remove it, and set data.max_tiles"),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotationSource:
-    """One annotation file, the folder that its image paths start from, how often its rows count (< 1: the first ones alone), and what its
-    keys are called where they have names of their own."""
+    """One annotation file. `images`: the folder that its image paths start at. `repeat`: how often its rows are used; below 1 the first part of
+    them. `columns`: other names of its keys."""
 
     file: Path
     images: Path
@@ -37,7 +37,7 @@ class AnnotationSource:
 
 
 def find_sources(file: Path, images: Path) -> tuple[tuple[AnnotationSource, ...], tuple[DataProblem, ...]]:
-    """The sources and all problems of the files that name them. A file that cannot be read is a source: its reading says why."""
+    """The sources, and the problems of the meta file or dataset_info.json. An unreadable file is a source; reading it reports the problem."""
     meta = read_meta(file)
     if meta is None:
         columns, problems = find_columns(file)
@@ -45,7 +45,10 @@ def find_sources(file: Path, images: Path) -> tuple[tuple[AnnotationSource, ...]
     sources: list[AnnotationSource] = []
     found: list[DataProblem] = []
     for name, entry in meta.items():
-        wrong = [DataProblem(file=str(file), row=0, field=f"{name}{key}", problem=said, fix=fix) for key, said, fix in find_faults(entry)]
+        wrong = [
+            DataProblem(file=str(file), row=0, field=f"{name}{key}", problem=problem, fix=fix)
+            for key, problem, fix in find_entry_faults(entry)
+        ]
         found += wrong
         if not wrong:
             annotation = file.parent / entry["annotation"]
@@ -57,7 +60,7 @@ def find_sources(file: Path, images: Path) -> tuple[tuple[AnnotationSource, ...]
 
 
 def read_meta(file: Path) -> dict[str, Any] | None:
-    """None for anything else: rows, no JSON, a file that is not there."""
+    """The content of a meta file; None for rows, invalid JSON or a missing file."""
     try:
         if file.stat().st_size > META_BYTES:
             return None
@@ -71,21 +74,21 @@ def read_meta(file: Path) -> dict[str, Any] | None:
     return content if is_meta else None
 
 
-def find_faults(entry: Any) -> list[tuple[str, str, str]]:
-    """(key with a dot in front, problem, fix) of a meta file's entry."""
+def find_entry_faults(entry: Any) -> list[tuple[str, str, str]]:
+    """(key with a leading dot, problem, fix) for an entry of a meta file."""
     if not isinstance(entry, dict):
         return [("", f"is {kind(entry)}, not an object", 'give it "root", "annotation" and "repeat_time"')]
     if not isinstance(entry.get("annotation"), str) or not entry["annotation"]:
-        return [("", f"names no annotation file; its keys are {keys_of(entry)}", 'give it "annotation": the path of its rows')]
+        return [("", f"has no annotation file; its keys are {keys_of(entry)}", 'add "annotation": the path of the file with its rows')]
     return [*find_number_faults(entry), *find_unread(entry)]
 
 
 def find_number_faults(entry: Row) -> list[tuple[str, str, str]]:
     repeat, faults = entry.get("repeat_time", 1), []
     if isinstance(repeat, bool) or not isinstance(repeat, (int, float)) or not 0 < repeat < 1e6 or (repeat > 1 and repeat != int(repeat)):
-        faults.append((".repeat_time", f"{repeat!r} is no share and no count", "write how often its rows count, or a share below 1"))
+        faults.append((".repeat_time", f"is {repeat!r}", "write a whole number from 1, or a fraction between 0 and 1"))
     if not isinstance(entry.get("root", ""), str):
-        faults.append((".root", f"is {kind(entry['root'])}, not a path", "give the folder that its image paths start from"))
+        faults.append((".root", f"is {kind(entry['root'])}, not a path", "write the folder that its image paths start at"))
     return faults
 
 
@@ -94,8 +97,8 @@ def find_unread(entry: Row) -> list[tuple[str, str, str]]:
 
 
 def hash_sources(file: Path, images: Path) -> str:
-    """SHA-256 of an annotation file; of a meta file, over it and all that it lists; and over the other names of keys, where there are any.
-    Raises OSError."""
+    """SHA-256 of an annotation file. For a meta file, over it and all files that it lists; with other names of keys, also over these. Raises
+    OSError."""
     sources, _ = find_sources(file, images)
     columns = [str(source.columns) for source in sources if source.columns is not None]
     if [source.file for source in sources] == [file] and not columns:

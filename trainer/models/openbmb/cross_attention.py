@@ -1,4 +1,4 @@
-"""Learned queries look at the patches of images: the attention of both resamplers, OmniLMM's and MiniCPM-V's."""
+"""Cross attention from learned queries to the patches of images, for the resamplers of OmniLMM and MiniCPM-V."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,8 @@ from transformers import initialization
 
 
 class CrossAttention(torch.nn.Module):
-    """torch.nn.MultiheadAttention's parameters by its names. That module hands the weight of its last layer to a function, past the
-    hooks by which ZeRO 3 brings it, and makes masks that not every device's kernels take."""
+    """Has the parameter names of torch.nn.MultiheadAttention. That module passes the weight of its output layer to a function, which bypasses
+    the hooks that gather it under ZeRO 3, and creates masks that the kernels of some devices do not support."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -18,8 +18,8 @@ class CrossAttention(torch.nn.Module):
         self.out_proj = torch.nn.Linear(width, width)
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(queries, width), the same for every part of an image, (parts, patches, width) twice -> (parts, queries, width). `mask`:
-        (parts, patches) bool, True where there is a patch; None where there is one everywhere."""
+        """`queries` (queries, width), the same for every part of an image, `keys` and `values` (parts, patches, width) -> (parts, queries,
+        width). `mask`: (parts, patches) bool, True for a patch and False for padding; None without padding."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         inputs = zip((queries.unsqueeze(0), keys, values), weights, biases, strict=True)
         q, k, v = (linear(*each).unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in inputs)
@@ -28,6 +28,6 @@ class CrossAttention(torch.nn.Module):
         return mixed
 
     def initialise(self) -> None:
-        """A random start of the bare tensors; what transformers marks as loaded stays."""
+        """Random values of the bare tensors; transformers skips those that were loaded."""
         initialization.xavier_uniform_(self.in_proj_weight)
         initialization.zeros_(self.in_proj_bias)

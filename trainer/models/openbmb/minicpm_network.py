@@ -1,9 +1,9 @@
-"""The network of MiniCPM-V 2.6 and MiniCPM-o 2.6 (Yao et al., arXiv 2408.01800): SigLIP on parts of an image at their own aspect, a
-perceiver resampler, Qwen2. Tower and decoder are transformers' own modules; names and config are those of the published checkpoints.
+"""The network of MiniCPM-V 2.6 and MiniCPM-o 2.6 (Yao et al., arXiv 2408.01800): SigLIP on parts of an image at their own aspect ratio, a
+perceiver resampler, Qwen2. Tower and decoder are modules of transformers; names and config are those of the published checkpoints.
 
-The tower is transformers' Idefics2 vision transformer, module by module. Its forward pass is not used: it lays parts of several sizes on a
-common rectangle, where those of one micro-batch here lie in rows of patches as in the published code (a wide and a tall part would take four
-times the room), and from 49 patches on a side some of its position ids are others than the published code's.
+The tower has the modules of transformers' Idefics2 vision transformer, but not its forward pass: that pads parts of different sizes to a common
+rectangle, while here, as in the published code, each part is a sequence of patches (a wide and a tall part would need four times the memory).
+From 49 patches per side on, some of its position ids also differ from those of the published code.
 """
 
 from collections.abc import Sequence
@@ -16,44 +16,46 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 
-from trainer.models.openbmb.resampler import Resampler, initialise
+from trainer.models.openbmb.published import initialise
+from trainer.models.openbmb.resampler import Resampler
 
 HEAD_WIDTH = 128  # of the resampler
-EDGE = 1e-6  # the last fraction of a side is below 1 - EDGE
+EDGE = 1e-6  # fractions of a side are below 1 - EDGE
 QUERIES = 64
 
 
 class MiniCPMVConfig(Qwen2Config):
-    """Flat, as published: the decoder's own keys, and beside them vision_config, slice_config, query_num and what else there is. Other keys
-    are kept as they are."""
+    """Flat, as published: the keys of the decoder together with vision_config, slice_config, query_num and others. Unknown keys are kept
+    unchanged."""
 
     model_type = "minicpmv"
 
     def to_dict(self) -> dict[str, Any]:
-        """With the keys that transformers 4 reads, which the published code needs; without the folder that it was read from."""
+        """With the keys of transformers 4, which the published code needs, and without the folder that it was read from."""
         content = {key: value for key, value in super().to_dict().items() if key != "_name_or_path"}
         return {**content, "rope_theta": self.rope_parameters["rope_theta"], "model_type": self.model_type}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """All of them: the defaults of transformers 4 are not this version's."""
+        """All keys, because the defaults of transformers 4 differ from those of this version."""
         return self.to_dict()
 
 
 class MiniCPMOConfig(MiniCPMVConfig):
-    """The same, with audio_config and tts_config beside."""
+    """With audio_config and tts_config in addition."""
 
     model_type = "minicpmo"
 
 
 class MiniCPMV(PreTrainedModel, GenerationMixin):
-    """`carried`: tensors of the checkpoint that no part of this network computes with, name -> tensor on the CPU. They are no parameters,
-    so that no device, no optimizer and no other rank holds them, and are saved again as they are."""
+    """`kept_tensors`: tensors of the checkpoint that this network does not use, name -> tensor on the CPU. They are not parameters, so that they are
+    on no device, in no optimizer and on no other rank; they are saved again unchanged."""
 
     config_class = MiniCPMVConfig
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    _init_weights = initialise
 
     def __init__(self, config: MiniCPMVConfig) -> None:
         super().__init__(config)
@@ -66,12 +68,8 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
             heads=max(1, config.hidden_size // HEAD_WIDTH),
             patch_width=vision.hidden_size,
         )
-        self.carried: dict[str, Tensor] = {}
+        self.kept_tensors: dict[str, Tensor] = {}
         self.post_init()
-
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        super()._init_weights(module)
-        initialise(module)
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.llm.get_input_embeddings()
@@ -80,10 +78,10 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         return self.llm.lm_head
 
     def get_image_features(self, pixel_values: Tensor, target_sizes: Tensor) -> Tensor:
-        """(parts, queries, width). `pixel_values`: (1, 3, patch, patches x patch), all patches of all parts side by side; `target_sizes`:
-        (parts, 2) int64, rows and columns of patches of each."""
+        """(parts, queries, width). `pixel_values`: (1, 3, patch, patches x patch), the patches of all parts side by side; `target_sizes`:
+        (parts, 2) int64, rows and columns of patches of each part."""
         sizes = target_sizes.tolist()
-        hidden, mask = see(self.vpm, pixel_values, sizes)
+        hidden, mask = encode_patches(self.vpm, pixel_values, sizes)
         return self.resampler(hidden, sizes, mask)  # type: ignore[no-any-return]
 
     def forward(
@@ -97,20 +95,20 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         **options: Any,
     ) -> Any:
-        """As Qwen2ForCausalLM, whose answer it is. The features of image i stand where input_ids are the config's image_token_id."""
+        """Returns the output of Qwen2ForCausalLM. Image features replace the embeddings where input_ids equal the config's image_token_id."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None and target_sizes is not None:
             assert input_ids is not None
             features = self.get_image_features(pixel_values, target_sizes)
-            places = (input_ids == self.config.image_token_id).unsqueeze(-1)
-            inputs_embeds = inputs_embeds.masked_scatter(places, features.to(inputs_embeds.dtype))
+            is_image = (input_ids == self.config.image_token_id).unsqueeze(-1)
+            inputs_embeds = inputs_embeds.masked_scatter(is_image, features.to(inputs_embeds.dtype))
         texts = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
         return self.llm(inputs_embeds=inputs_embeds, **texts, **options)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """Images go in with the prompt alone; what comes after it finds them in the cache. `kwargs`: by that very name transformers knows
-        that generate() may be given what forward takes."""
+        """Images are passed with the prompt only; later tokens find them in the cache. The name `kwargs` tells transformers that generate()
+        accepts the arguments of forward."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
@@ -119,7 +117,7 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory: Any, state_dict: dict[str, Tensor] | None = None, **options: Any) -> None:
         own = self.state_dict() if state_dict is None else state_dict
-        super().save_pretrained(save_directory, state_dict={**own, **self.carried}, **options)
+        super().save_pretrained(save_directory, state_dict={**own, **self.kept_tensors}, **options)
 
 
 class MiniCPMO(MiniCPMV):
@@ -129,7 +127,7 @@ class MiniCPMO(MiniCPMV):
 
 
 def vision_config(config: MiniCPMVConfig) -> Idefics2VisionConfig:
-    """`drop_vision_last_layer` is true where a config does not say (class MiniCPMVConfig of the published code); those of both 2.6 do."""
+    """`drop_vision_last_layer` defaults to true (class MiniCPMVConfig of the published code); the configs of both 2.6 models have the key."""
     given = {key: value for key, value in config.vision_config.items() if key != "model_type"}
     given["num_hidden_layers"] -= int(getattr(config, "drop_vision_last_layer", True))
     made = Idefics2VisionConfig(**given)
@@ -137,13 +135,13 @@ def vision_config(config: MiniCPMVConfig) -> Idefics2VisionConfig:
     return made
 
 
-def see(tower: Idefics2VisionTransformer, pixel_values: Tensor, sizes: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
-    """What the tower makes of each part, (parts, most patches, width), and where a part has a patch, (parts, most patches) bool; None where
-    all are of one size. `sizes`: rows and columns of patches."""
+def encode_patches(tower: Idefics2VisionTransformer, pixel_values: Tensor, sizes: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+    """The features of each part, (parts, most patches, width), and a mask of its patches, (parts, most patches) bool, None if all parts have
+    the same number. `sizes`: rows and columns of patches."""
     embed = tower.embeddings.patch_embedding
     patches = embed(pixel_values.to(embed.weight.dtype)).flatten(2).transpose(1, 2).squeeze(0)
-    places = patch_places(sizes, tower.embeddings.num_patches_per_side).to(patches.device)
-    patches = patches + tower.embeddings.position_embedding(places)
+    positions = patch_positions(sizes, tower.embeddings.num_patches_per_side).to(patches.device)
+    patches = patches + tower.embeddings.position_embedding(positions)
     counts = [rows * columns for rows, columns in sizes]
     padded = torch.nn.utils.rnn.pad_sequence(patches.split(counts), batch_first=True)
     mask = None
@@ -154,10 +152,10 @@ def see(tower: Idefics2VisionTransformer, pixel_values: Tensor, sizes: Sequence[
     return tower.post_layernorm(hidden), mask
 
 
-def patch_places(sizes: Sequence[Sequence[int]], side: int) -> Tensor:
-    """The position embedding of each patch of each part, one after the other, int64: that of the place which it would have in a grid of
-    `side` x `side` (NaViT's fractional positions, Dehghani et al., arXiv 2307.06304). In float32 and on the CPU, as the checkpoints were
-    trained: where a fraction falls on an edge, its rounding decides."""
+def patch_positions(sizes: Sequence[Sequence[int]], side: int) -> Tensor:
+    """The index of the position embedding of each patch of each part, int64: that of the same relative position in a grid of `side` x `side`
+    (fractional positions of NaViT, Dehghani et al., arXiv 2307.06304). In float32 on the CPU, as in the training of the checkpoints: for a
+    fraction on an edge, the result depends on rounding."""
     edges = torch.arange(1 / side, 1.0, 1 / side)
     found = {length: torch.bucketize(fractions(length), edges, right=True) for length in {length for size in sizes for length in size}}
     return torch.cat([(found[rows][:, None] * side + found[columns]).flatten() for rows, columns in sizes])

@@ -1,7 +1,7 @@
-"""MiniCPM-V 2.6 and MiniCPM-o 2.6 as families: the repositories as they are published, without the code that lies in them.
+"""The families MiniCPM-V 2.6 and MiniCPM-o 2.6: reads the published repositories without running the code in them.
 
-Of MiniCPM-o the vision-language path is trained. Its audio encoder, its speech decoder and what joins them are carried along: read, kept in
-the host's memory of the rank that saves, and saved as they were.
+Only the vision-language part of MiniCPM-o is trained. The tensors of its audio encoder, speech decoder and their projections are kept in host
+memory on the rank that saves, and saved unchanged.
 """
 
 import json
@@ -19,15 +19,15 @@ from transformers.modeling_utils import load_state_dict
 
 from trainer.contract import InputRefused, ModelSpec
 from trainer.contract.weight_files import is_safetensors, weight_files
-from trainer.data.encode import image_id, token_ids
+from trainer.data.encode import image_id
+from trainer.data.processor import Processor
 from trainer.models.architecture import ATTENTION, find_sizes, find_text, loading_options, refuse_differences, refuse_kind
-from trainer.models.family import UNBOUND, Family, Limit, Processor
+from trainer.models.family import UNBOUND, Family, Limit
 from trainer.models.openbmb.minicpm_network import MiniCPMO, MiniCPMV
 from trainer.models.openbmb.slicer import Slicer
-from trainer.models.processor import IMAGE_FILE, TEMPLATE_FILE, find_ids, open_tokenizer
-from trainer.models.span import Frame, Ids, Slices
+from trainer.models.processor import IMAGE_FILE, TEMPLATE_FILE, find_slices, open_tokenizer
 from trainer.models.template import chat_template
-from trainer.models.tiny import tiny_tokenizer
+from trainer.models.tiny_tokenizer import tiny_tokenizer
 
 TOKENS = {
     "im_start": "<image>",
@@ -38,32 +38,33 @@ TOKENS = {
     "im_id_end": "</image_id>",
     "turn_token": "<|im_start|>",
 }
-MARK = "(<image>./</image>)"  # what the published processor looks for in a text
-KEPT_FILES = (  # of the tokenizer; as they are, since transformers 4 cannot read those that transformers 5 writes
+MARK = "(<image>./</image>)"  # replaced by the published processor
+KEPT_FILES = (  # of the tokenizer, copied unchanged: transformers 4 cannot read those that transformers 5 writes
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
 )  # fmt: skip
 SHOWN = 12  # names of tensors in a message
 CONFIG_FILE = "config.json"
+FRAMES = ("im_start", "im_end", "slice_start", "slice_end", "im_id_start", "im_id_end")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edition:
-    """What the two differ in. `carried`: prefixes of the tensors that are carried along."""
+    """The differences between the two. `kept`: prefixes of the tensors that are kept and not used."""
 
     network: type[MiniCPMV]
     source: str
-    carried: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
 
 V_2_6 = Edition(network=MiniCPMV, source="openbmb/MiniCPM-V-2_6")
-O_2_6 = Edition(network=MiniCPMO, source="openbmb/MiniCPM-o-2_6", carried=("apm.", "audio_projection_layer.", "tts."))
+O_2_6 = Edition(network=MiniCPMO, source="openbmb/MiniCPM-o-2_6", kept=("apm.", "audio_projection_layer.", "tts."))
 
 
 # -------------------------------------------------------------------------------------------------------------------- model
 
 
 def create(edition: Edition, model: ModelSpec) -> torch.nn.Module:
-    """Raises InputRefused when the tokenizer does not fit the vocabulary."""
+    """Raises InputRefused if the tokenizer has more tokens than the vocabulary."""
     tokenizer, options = make_tokenizer(model), model.architecture["options"]
     vision = find_sizes(model, "vision")
     config = edition.network.config_class(
@@ -84,17 +85,18 @@ def create(edition: Edition, model: ModelSpec) -> torch.nn.Module:
 
 
 def load(edition: Edition, folder: Path, model: ModelSpec, dtype: torch.dtype, *, on_meta: bool = False) -> torch.nn.Module:
-    """Raises InputRefused, naming each difference, where the checkpoint in `folder` is of another model or revision."""
+    """Raises InputRefused with each difference if the checkpoint in `folder` is of another model or revision."""
     config = read_config(edition, folder, model)
     if getattr(config, "image_token_id", None) is None:
         config.image_token_id = image_id(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True), model.image_token)
-    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all that differs is refused below
-    network, said = edition.network.from_pretrained(folder, config=config, **told, **loading_options(folder, model, dtype, on_meta=on_meta))
-    extra = [name for name in said["unexpected_keys"] if not name.startswith(edition.carried or ("\0",))]
-    if said["missing_keys"] or extra or said["mismatched_keys"]:
-        raise InputRefused(describe_revision(folder, model, said, extra))
-    if edition.carried and not on_meta:
-        network.carried = read_tensors(folder, edition.carried)
+    options = loading_options(folder, model, dtype, on_meta=on_meta)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all differences are refused below
+    network, found = edition.network.from_pretrained(folder, config=config, **options)
+    extra = [name for name in found["unexpected_keys"] if not name.startswith(edition.kept or ("\0",))]
+    if found["missing_keys"] or extra or found["mismatched_keys"]:
+        raise InputRefused(describe_revision(folder, model, found, extra))
+    if edition.kept and not on_meta:
+        network.kept_tensors = read_tensors(folder, edition.kept)
     return network  # type: ignore[no-any-return]
 
 
@@ -107,25 +109,28 @@ def read_config(edition: Edition, folder: Path, model: ModelSpec) -> Any:
     queries, wanted = getattr(config, "query_num", 64), model.architecture["options"]["num_query"]
     if queries != wanted:
         raise InputRefused(
-            f"{folder} has {queries} tokens a slice, model.architecture.options.num_query is {wanted}: choose its own model."
+            f"{folder} has {queries} tokens per slice, but model.architecture.options.num_query is {wanted}\n    set model=NAME to the "
+            "checkpoint's model"
         )
     source = edition.source
     config.auto_map = {key: name_source(value, source) for key, value in (getattr(config, "auto_map", None) or {}).items()} or None
     return config
 
 
-def describe_revision(folder: Path, model: ModelSpec, said: Mapping[str, Any], extra: list[str]) -> str:
+def describe_revision(folder: Path, model: ModelSpec, found: Mapping[str, Any], extra: list[str]) -> str:
     lines = []
-    for what, names in (("lacks", said["missing_keys"]), ("has besides", extra), ("has in another shape", said["mismatched_keys"])):
+    for what, names in (("missing", found["missing_keys"]), ("unexpected", extra), ("with another shape", found["mismatched_keys"])):
         names = sorted(name if isinstance(name, str) else name[0] for name in names)
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        lines += [f"  it {what}: {', '.join(names[:SHOWN])}{more}"] if names else []
+        lines += [f"  {what}: {', '.join(names[:SHOWN])}{more}"] if names else []
     listed = "\n".join(lines)
-    return f"{folder} is another revision than {model.name} is made for: take the one that its config names, or all of its files.\n{listed}"
+    return (
+        f"{folder} is not the revision of {model.name} that is supported: use the one that its config names, with all its files\n{listed}"
+    )
 
 
 def read_tensors(folder: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """By name, as they are on the disk, in memory of their own: the folder may be gone when they are saved."""
+    """The tensors with these prefixes, by name, unchanged and copied into memory: the folder may not exist any more when they are saved."""
     found = {}
     for file in weight_files(folder):
         found |= read_plain(file, prefixes) if is_safetensors(file) else read_pickled(file, prefixes)
@@ -138,13 +143,8 @@ def read_plain(file: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]
 
 
 def read_pickled(file: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Of a .bin, by transformers with torch's loader of tensors alone. It is mapped: what is not asked for is not read."""
+    """From a .bin, with torch's tensors-only loader. The file is memory-mapped, so that other tensors are not read."""
     return {name: tensor.clone() for name, tensor in load_state_dict(file).items() if name.startswith(prefixes)}
-
-
-def unused(model: torch.nn.Module) -> frozenset[str]:
-    """Every layer of the tower leads to the resampler."""
-    return frozenset()
 
 
 # ---------------------------------------------------------------------------------------------------------------- processor
@@ -158,7 +158,7 @@ def create_processor(edition: Edition, model: ModelSpec, limit: Limit = UNBOUND)
     options, patch = model.architecture["options"], model.architecture["vision"]["patch_size"]
     saved = {
         "image_processor_type": "MiniCPMVImageProcessor",
-        "processor_class": "MiniCPMOProcessor" if edition.carried else "MiniCPMVProcessor",
+        "processor_class": "MiniCPMOProcessor" if edition.kept else "MiniCPMVProcessor",
         "max_slice_nums": options.get("max_slice_nums", 9),
         "scale_resolution": options.get("scale_resolution", 448),
         "patch_size": patch,
@@ -176,7 +176,7 @@ def create_processor(edition: Edition, model: ModelSpec, limit: Limit = UNBOUND)
 
 
 def load_processor(edition: Edition, folder: Path, model: ModelSpec, limit: Limit = UNBOUND) -> Processor:
-    """From the files that `Processor.save` writes, or those of a published checkpoint."""
+    """From the files of `Processor.save` or of a published checkpoint."""
     config = read_config(edition, folder, model)
     image = getattr(config, "image_token_id", None)
     tokenizer = open_tokenizer(folder, model, image, config.vocab_size, PreTrainedTokenizerFast)
@@ -190,37 +190,27 @@ def assemble(model: ModelSpec, tokenizer: PreTrainedTokenizerBase, saved: dict[s
     return Processor(
         tokenizer=tokenizer,
         image_features=slicer.features,
-        span=find_span(model, tokenizer, slicer),
+        span=find_slices(
+            tokenizer,
+            TOKENS,
+            FRAMES,
+            model.image_token,
+            numbered=slicer.numbered,
+            unit=slicer.patch,
+            scale=slicer.scale,
+            most=slicer.most,
+            tokens=slicer.tokens,
+        ),
         save=partial(save, model=model, slicer=slicer, write_tokenizer=write_tokenizer),
-        axes={"pixel_values": -1},  # (1, 3, patch, patches * patch): all patches of all images side by side
+        axes={"pixel_values": -1},  # (1, 3, patch, patches * patch): the patches of all images side by side
     )
-
-
-def find_span(model: ModelSpec, tokenizer: PreTrainedTokenizerBase, slicer: Slicer) -> Slices:
-    start, end, slice_start, slice_end = find_ids(tokenizer, TOKENS, "im_start", "im_end", "slice_start", "slice_end")
-    return Slices(
-        image=image_id(tokenizer, model.image_token),
-        overview=Frame(before=(start,), after=(end,)),
-        slice=Frame(before=(slice_start,), after=(slice_end,)),
-        line=tuple(token_ids(tokenizer, "\n")),
-        number=partial(spell_number, tokenizer) if slicer.numbered else None,
-        unit=slicer.patch,
-        scale=slicer.scale,
-        most=slicer.most,
-        tokens=slicer.tokens,
-    )
-
-
-def spell_number(tokenizer: PreTrainedTokenizerBase, place: int) -> Ids:
-    before, after = find_ids(tokenizer, TOKENS, "im_id_start", "im_id_end")
-    return (before, *token_ids(tokenizer, str(place)), after)
 
 
 # -------------------------------------------------------------------------------------------------------------------- files
 
 
 def save(folder: Path, *, model: ModelSpec, slicer: Slicer, write_tokenizer: Any) -> None:
-    """The published files. The published code wants the number of slices in both configs."""
+    """Write the published files. The published code needs the number of slices in both configs."""
     write_tokenizer(folder)
     write_json(folder / IMAGE_FILE, dict(slicer.saved))
     (folder / TEMPLATE_FILE).write_text(chat_template(model.template, MARK), encoding="utf-8")
@@ -238,13 +228,13 @@ def write_files(folder: Path, *, kept: Mapping[str, bytes], source: str) -> None
 
 
 def name_code(settings: dict[str, Any], source: str) -> dict[str, Any]:
-    """The code that a file names, which is not saved with it, is to be found in the published repository."""
+    """With code references to the published repository, because the code is not saved with the file."""
     named = {key: name_source(value, source) for key, value in settings.get("auto_map", {}).items()}
     return {**settings, "auto_map": named} if named else settings
 
 
 def name_source(value: Any, source: str) -> Any:
-    """transformers' notation `repository--module.Class`."""
+    """In transformers' notation `repository--module.Class`."""
     if isinstance(value, (list, tuple)):
         return [name_source(one, source) for one in value]
     return value if value is None or "--" in value else f"{source}--{value}"
@@ -261,7 +251,6 @@ def make_family(name: str, edition: Edition) -> Family:
         load=partial(load, edition),
         create_processor=partial(create_processor, edition),
         load_processor=partial(load_processor, edition),
-        unused=unused,
     )
 
 

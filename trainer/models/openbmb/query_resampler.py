@@ -1,7 +1,7 @@
-"""A fixed number of learned queries that look at an image's patches once: the resampler of OmniLMM and MiniCPM-V 1.0.
+"""The resampler of OmniLMM and MiniCPM-V 1.0: a fixed number of learned queries attend to the patches of an image.
 
-One cross attention as in Qwen-VL (Bai et al., arXiv 2308.12966, section 2.1). Queries lie on a square grid and so do the patches; both carry
-the sines of their places. Parameters have the names of the published checkpoints.
+One cross attention as in Qwen-VL (Bai et al., arXiv 2308.12966, section 2.1). Queries and patches are both on square grids with sinusoidal
+position embeddings. The parameters have the names of the published checkpoints.
 """
 
 from math import isqrt
@@ -14,11 +14,11 @@ from trainer.models.openbmb.cross_attention import CrossAttention
 from trainer.models.openbmb.position_embedding import interpolate_pos_embed, sines
 
 EPSILON = 1e-6
-STD = 0.02  # of a random start
+STD = 0.02  # of random initial values
 
 
 class QueryResampler(torch.nn.Module):
-    """`width`: of the decoder, `source`: of the tower, `queries`: a square number."""
+    """`width`: of the decoder; `source`: of the tower; `queries`: a square number."""
 
     def __init__(self, *, width: int, source: int, queries: int, heads: int) -> None:
         super().__init__()
@@ -32,14 +32,14 @@ class QueryResampler(torch.nn.Module):
         self.proj = torch.nn.Parameter(torch.zeros(width, width))
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(images, patches, source) -> (images, queries, width). Patches are those of a square, row by row."""
+        """(images, patches, source) -> (images, queries, width). The patches are those of a square, row by row."""
         places = interpolate_pos_embed(self.pos_embed, isqrt(patches.shape[1]), antialias=False)
         values = self.ln_kv(self.kv_proj(patches))
         seen: Tensor = self.ln_post(self.attn(self.ln_q(self.query) + self.pos_embed, values + places, values))
         return seen @ self.proj
 
     def initialise(self) -> None:
-        """The bare tensors of a random start; what transformers marks as loaded stays."""
+        """Random values of the bare tensors; transformers skips those that were loaded."""
         initialization.trunc_normal_(self.query, std=STD)
         initialization.normal_(self.proj, std=len(self.proj) ** -0.5)
         initialization.copy_(self.pos_embed, sines(self.pos_embed.shape[1], isqrt(len(self.pos_embed))).to(self.pos_embed))

@@ -1,6 +1,6 @@
-"""The perceiver resampler of MiniCPM-V 2.6: learned queries look once at a part of an image, whatever its grid of patches.
+"""The perceiver resampler of MiniCPM-V 2.6: learned queries attend to the patches of a part of an image, with any grid of patches.
 
-After Qwen-VL (Bai et al., arXiv 2308.12966, section 2.1) and MiniCPM-V (Yao et al., arXiv 2408.01800, section 3.1). Parameters carry the
+As in Qwen-VL (Bai et al., arXiv 2308.12966, section 2.1) and MiniCPM-V (Yao et al., arXiv 2408.01800, section 3.1). The parameters have the
 names of the published checkpoints.
 """
 
@@ -37,19 +37,15 @@ class Resampler(torch.nn.Module):
         out = self.ln_post(self.attn(self.ln_q(self.query), values + places, values, mask))
         return out @ self.proj  # type: ignore[no-any-return]
 
-
-def initialise(module: torch.nn.Module) -> None:
-    """A random start of the parameters that lie bare in a module, by transformers' functions, which leave loaded ones alone."""
-    if isinstance(module, Resampler):
-        initialization.normal_(module.query, std=0.02)
-        initialization.normal_(module.proj, std=module.proj.shape[0] ** -0.5)
-    elif isinstance(module, CrossAttention):
-        module.initialise()
+    def initialise(self) -> None:
+        """Random values of the bare tensors; transformers skips those that were loaded."""
+        initialization.normal_(self.query, std=0.02)
+        initialization.normal_(self.proj, std=self.proj.shape[0] ** -0.5)
 
 
 def grid_positions(sizes: Sequence[Sequence[int]], width: int, device: torch.device) -> Tensor:
-    """(parts, most patches, width) float32, zero behind a part's last patch. Sines and cosines of the column in the first half, of the row
-    in the second: wavelengths as in Vaswani et al. (arXiv 1706.03762), section 3.5."""
+    """(parts, most patches, width) float32, zero after the last patch of a part. The first half has sines and cosines of the column, the
+    second half those of the row, with the wavelengths of Vaswani et al. (arXiv 1706.03762), section 3.5."""
     half = width // 2
     longest = max(max(size) for size in sizes)
     table = side_positions(longest, half, device)

@@ -1,7 +1,7 @@
-"""A tokenizer.model of sentencepiece as a tokenizer of the `tokenizers` library, without sentencepiece, which no image of ours has.
+"""Read a tokenizer.model of sentencepiece as a tokenizer of the `tokenizers` library, without the package sentencepiece.
 
-Byte-pair encoding by the scores of pieces (Kudo and Richardson, arXiv 1808.06226; the fields are those of sentencepiece_model.proto). transformers
-takes the numbers of pieces for their scores, and the places after user-defined pieces for beginnings of a text; here both are sentencepiece's.
+Byte-pair encoding by the scores of the pieces (Kudo and Richardson, arXiv 1808.06226; fields as in sentencepiece_model.proto). transformers uses
+the index of a piece instead of its score, and treats text after a user-defined piece as the start of a text; here both follow sentencepiece.
 """
 
 import json
@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from trainer.contract import InputRefused
 
-FILE = "tokenizer.model"
+TOKENIZER_FILE = "tokenizer.model"
 SPACE = "▁"
 NORMAL, UNKNOWN, USER, BYTE = 1, 2, 4, 6  # types of a piece
-PAIRS = 2  # model type
-TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # where tokenizer_config.json does not say
+BPE_MODEL = 2  # model type
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # defaults, if tokenizer_config.json does not have them
 Field = int | bytes
 
 
@@ -34,8 +34,8 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces:
-    """`prefix`: a space is put before every text; `squeeze`: spaces at its ends and repeated ones are dropped; `characters`: the table by
-    which characters are replaced, empty for none."""
+    """`prefix`: a space is added before every text; `squeeze`: leading, trailing and repeated spaces are removed; `characters`: the table of
+    character replacements, empty for none."""
 
     pieces: tuple[Piece, ...]
     prefix: bool
@@ -44,8 +44,8 @@ class Pieces:
 
 
 def open_pieces(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of `folder`, whose tokenizer_config.json names its special tokens. Raises InputRefused for a file that is none."""
-    found = read_pieces(folder / FILE)
+    """The tokenizer of `folder`; tokenizer_config.json has its special tokens. Raises InputRefused for an invalid file."""
+    found = read_pieces(folder / TOKENIZER_FILE)
     file = folder / "tokenizer_config.json"
     given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     made = PreTrainedTokenizerFast(
@@ -68,12 +68,12 @@ def read_token(given: str | dict[str, object]) -> AddedToken:
 
 
 def build(found: Pieces) -> Tokenizer:
-    """As sentencepiece encodes: characters are replaced and spaces made visible, user-defined pieces are cut out, the rest is merged."""
+    """Encodes as sentencepiece: replace characters and spaces, split off user-defined pieces, merge the rest."""
     pieces = found.pieces
     unknown = next((piece.text for piece in pieces if piece.kind == UNKNOWN), None)
     vocabulary = {piece.text: place for place, piece in enumerate(pieces)}
     in_bytes = any(piece.kind == BYTE for piece in pieces)
-    # A word that is a piece is that piece: of user-defined ones, which nothing is merged into, and of others what merging would give too.
+    # ignore_merges: a word that is itself a piece becomes that piece. User-defined pieces have no merges; others give the same with them.
     model = BPE(vocabulary, find_merges(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=in_bytes, ignore_merges=True)
     tokenizer = Tokenizer(model)
     steps: list[normalizers.Normalizer] = [normalizers.Precompiled(found.characters)] if found.characters else []
@@ -89,7 +89,7 @@ def build(found: Pieces) -> Tokenizer:
 
 
 def find_merges(pieces: tuple[Piece, ...]) -> list[tuple[str, str]]:
-    """Every two pieces that make up a third, by its score, the best first: O(n log n) for n pieces of a bounded length."""
+    """All pairs of pieces that form a third, ordered by its score, the highest first: O(n log n) for n pieces of bounded length."""
     normal = {piece.text for piece in pieces if piece.kind == NORMAL}
     found = [
         (-piece.score, place, cut, piece.text)
@@ -105,15 +105,15 @@ def find_merges(pieces: tuple[Piece, ...]) -> list[tuple[str, str]]:
 
 
 def read_pieces(file: Path) -> Pieces:
-    """Raises InputRefused where `file` is no sentencepiece model, or one of another kind than byte pairs."""
+    """Raises InputRefused if `file` is not a sentencepiece model of type BPE."""
     try:
         fields = list(read_fields(file.read_bytes()))
         pieces = tuple(read_piece(value) for number, value in fields if number == 1 and isinstance(value, bytes))
         trainer, normalizer = (dict(read_fields(b"".join(v for n, v in fields if n == place and isinstance(v, bytes)))) for place in (2, 3))
     except (OSError, ValueError, IndexError, struct.error) as error:
-        raise InputRefused(f"{file}: is no sentencepiece model ({error})\n    take the file that was published") from error
-    if not pieces or trainer.get(3, 1) != PAIRS:
-        raise InputRefused(f"{file}: is no sentencepiece model of byte pairs\n    take the file that was published")
+        raise InputRefused(f"{file}: not a sentencepiece model ({error})\n    use the published file") from error
+    if not pieces or trainer.get(3, 1) != BPE_MODEL:
+        raise InputRefused(f"{file}: not a sentencepiece model of type BPE\n    use the published file")
     characters = normalizer.get(2, b"")
     assert isinstance(characters, bytes)
     return Pieces(pieces=pieces, prefix=bool(normalizer.get(3, 1)), squeeze=bool(normalizer.get(4, 1)), characters=characters)
@@ -123,12 +123,12 @@ def read_piece(content: bytes) -> Piece:
     fields = dict(read_fields(content))
     text, score, kind = fields.get(1, b""), fields.get(2, bytes(4)), fields.get(3, NORMAL)
     if not isinstance(text, bytes) or not isinstance(score, bytes) or not isinstance(kind, int):
-        raise ValueError("a piece has fields of other types")
+        raise ValueError("a piece has fields of the wrong type")
     return Piece(text=text.decode("utf-8"), score=struct.unpack("<f", score)[0], kind=kind)
 
 
 def read_fields(content: bytes) -> Iterator[tuple[int, Field]]:
-    """Numbers and values of a protocol buffer's fields (protobuf.dev/programming-guides/encoding): a varint as an int, others as bytes."""
+    """(number, value) of the fields of a protocol buffer (protobuf.dev/programming-guides/encoding): a varint as int, others as bytes."""
     place = 0
     while place < len(content):
         key, place = read_varint(content, place)
@@ -138,7 +138,7 @@ def read_fields(content: bytes) -> Iterator[tuple[int, Field]]:
             continue
         size, place = read_varint(content, place) if key & 7 == 2 else ({1: 8, 5: 4}.get(key & 7, -1), place)
         if size < 0 or place + size > len(content):
-            raise ValueError(f"byte {place} is no field, or the file is cut short")
+            raise ValueError(f"byte {place} does not start a field, or the file is truncated")
         yield key >> 3, content[place : place + size]
         place += size
 

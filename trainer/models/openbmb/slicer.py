@@ -1,7 +1,7 @@
-"""An image as MiniCPM-V 2.6 takes it: an overview, and slices of a large one, each of about scale x scale pixels at its own aspect.
+"""The image processor of MiniCPM-V 2.6: an overview and slices of a large image, each of about scale x scale pixels at its own aspect ratio.
 
-The rule is that of the published image processor (MiniCPM-V, arXiv 2408.01800, section 3.2), and held against it in a test; the arithmetic is
-trainer.models.span's, which counts the tokens.
+The rule is that of the published image processor (MiniCPM-V, arXiv 2408.01800, section 3.2), and compared with it in a test. The arithmetic is
+shared with trainer.models.span, which counts the tokens.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from trainer.models.span import divisible, fit, slice_grid
 
 @dataclass(frozen=True, kw_only=True)
 class Slicer:
-    """`saved`: preprocessor_config.json with all its keys. Its own defaults are those of the published class."""
+    """`saved`: preprocessor_config.json with all its keys. Defaults are those of the published class."""
 
     saved: Mapping[str, Any] = field(default_factory=dict)
 
@@ -32,12 +32,12 @@ class Slicer:
 
     @property
     def most(self) -> int:
-        """Slices of an image."""
+        """Slices per image."""
         return int(self.saved.get("max_slice_nums", 9)) if self.saved.get("slice_mode", True) else 1
 
     @property
     def tokens(self) -> int:
-        """Of each part."""
+        """Tokens per part."""
         return int(self.saved.get("image_feature_size", 64))
 
     @property

@@ -1,11 +1,12 @@
-"""Vision transformers under the names of timm, which the checkpoints of OmniLMM and MiniCPM-V 1.0 have: SigLIP and EVA-02-CLIP.
+"""Vision transformers with timm's parameter names, as in the checkpoints of OmniLMM and MiniCPM-V 1.0: SigLIP and EVA-02-CLIP.
 
-Both are plain vision transformers (Dosovitskiy et al., arXiv 2010.11929) with learned positions. SigLIP's (Zhai et al., arXiv 2303.15343)
-is without a class token and takes norms first. EVA-02-CLIP enormous (Sun et al., arXiv 2303.15389) has a class token, takes a norm of what
-attention and MLP answer, and projects keys without a bias. The image is square and of any side; positions are carried over to its grid.
+Both are plain vision transformers (Dosovitskiy et al., arXiv 2010.11929) with learned positions. SigLIP (Zhai et al., arXiv 2303.15343) has no
+class token and is pre-norm. EVA-02-CLIP enormous (Sun et al., arXiv 2303.15389) has a class token, normalizes the output of attention and MLP,
+and has no bias for keys. Images are square, with any side; the positions are interpolated to its grid.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ STD = 0.02  # of a random start
 
 @dataclass(frozen=True, kw_only=True)
 class TowerShape:
-    """`layers` are those that there are: of a tower whose last one is not used, one fewer than its paper says. `positions`: along a side of
-    the image that the tower was first trained on. `eva`: the second kind."""
+    """`layers`: those that are used, one fewer than in the paper if the last one is dropped. `positions`: along a side of the images that the
+    tower was pretrained on. `eva`: EVA-02-CLIP, else SigLIP."""
 
     hidden_size: int
     intermediate_size: int
@@ -31,6 +32,19 @@ class TowerShape:
     patch_size: int
     positions: int
     eva: bool
+
+
+def read_shape(sizes: dict[str, Any], *, eva: bool) -> TowerShape:
+    """`sizes`: with the keys of conf/model."""
+    return TowerShape(
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"],
+        layers=sizes["num_hidden_layers"],
+        heads=sizes["num_attention_heads"],
+        patch_size=sizes["patch_size"],
+        positions=sizes["positions"],
+        eva=eva,
+    )
 
 
 class Tower(torch.nn.Module):
@@ -60,7 +74,7 @@ class Tower(torch.nn.Module):
         return normed
 
     def initialise(self) -> None:
-        """The bare tensors of a random start; what transformers marks as loaded stays."""
+        """Random values of the bare tensors; transformers skips those that were loaded."""
         for tensor in (self.pos_embed, *((self.cls_token,) if self.classes else ())):
             initialization.trunc_normal_(tensor, std=STD)
 
@@ -95,7 +109,7 @@ class Block(GradientCheckpointingLayer):
 
 
 class Attention(torch.nn.Module):
-    """Every patch sees every other: torch's own kernel, whatever attention the decoder has, since no mask is needed."""
+    """Attention between all patches, without a mask: always torch's kernel, whatever attention the decoder has."""
 
     def __init__(self, shape: TowerShape) -> None:
         super().__init__()

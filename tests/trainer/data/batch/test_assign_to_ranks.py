@@ -35,7 +35,7 @@ def flat(found: Sequence[tuple[Micro, ...]]) -> list[int]:
     return [number for share in found for micro in share for row in micro for number in row]
 
 
-def test_off_is_the_plain_order(spec: TrainSpec) -> None:
+def test_length_aware_off_keeps_the_order(spec: TrainSpec) -> None:
     spec = cut(spec, ranks=2, size=2, accumulation=3)
     rows = rows_of_step(5, seed=spec.seed, rows=200, global_batch=12)
     for rank in (0, 1):
@@ -68,19 +68,19 @@ def test_the_ranks_share_the_step_evenly(spec: TrainSpec, ranks: int, size: int,
 
 
 def padding(found: Sequence[tuple[Micro, ...]]) -> float:
-    """The share of a step's tensors that is no token of a sample."""
+    """The fraction of padding in the tensors of a step."""
     micros = [[sum(measure(row)) for row in micro] for share in found for micro in share]
     return 1 - sum(map(sum, micros)) / sum(max(micro) * len(micro) for micro in micros)
 
 
-def test_like_lengths_meet(spec: TrainSpec) -> None:
+def test_similar_lengths_share_a_micro_batch(spec: TrainSpec) -> None:
     spec = cut(spec, ranks=2, size=4, accumulation=4)
     plain, aware = shares(spec), shares(with_data(spec, length_aware="step"))
     assert padding(plain) > 0.3 and padding(aware) < 0.15
     widths = [[max(sum(measure(row)) for row in micro) for micro in share] for share in aware]
     plain_widths = [[max(sum(measure(row)) for row in micro) for micro in share] for share in plain]
     waits = [sum(abs(one - other) for one, other in zip(*both, strict=True)) for both in (widths, plain_widths)]
-    assert waits[0] < waits[1], "the ranks' micro-batches of one time are of like length"
+    assert waits[0] < waits[1], "micro-batches that run at the same time have similar lengths"
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
@@ -89,7 +89,7 @@ def test_packed_rows_are_full(spec: TrainSpec, ranks: int) -> None:
     found = shares(spec)
     rows = [sum(measure(row)) for share in found for micro in share for row in micro]
     assert len(rows) < 40 and len(rows) % ranks == 0
-    assert max(rows) - min(rows) < 0.1 * 1024, "ranks that take one each are equally long at work"
+    assert max(rows) - min(rows) < 0.1 * 1024, "ranks with one row each take equally long"
 
 
 def test_windows(spec: TrainSpec) -> None:
@@ -99,14 +99,14 @@ def test_windows(spec: TrainSpec) -> None:
         plain = [row for step in range(first, first + WINDOW) for row in rows_of_step(step, seed=spec.seed, rows=200, global_batch=8)]
         assert Counter(row for step in steps[first : first + WINDOW] for row in step) == Counter(plain)
         means = [sum(measure(step)) for step in steps[first : first + WINDOW]]
-        assert means != sorted(means) and means != sorted(means, reverse=True), "long and short steps take turns"
+        assert means != sorted(means) and means != sorted(means, reverse=True), "long and short steps are mixed"
     spreads = [max(measure(step)) - min(measure(step)) for step in steps]
     assert sum(spreads) / len(spreads) < 200
-    assert samples_of_step(5, replace(spec, steps=1), count=200, measure=measure) == steps[5], "a longer run goes on in the same order"
+    assert samples_of_step(5, replace(spec, steps=1), count=200, measure=measure) == steps[5], "a longer run has the same order"
 
 
 def test_the_order_never_changes(spec: TrainSpec) -> None:
-    """Golden: a resumed run goes on as another version began."""
+    """Golden: a resumed run continues the order of an earlier version."""
     spec = cut(spec, ranks=2, size=2, accumulation=2)
     assert shares(with_data(spec, length_aware="step")) == GOLDEN_STEP
     assert shares(with_data(spec, packing=True)) == GOLDEN_PACKED

@@ -5,7 +5,7 @@ import pytest
 from trainer.data.batch.cache import Cache
 
 
-def test_a_value_is_made_once() -> None:
+def test_a_value_is_computed_once() -> None:
     cache, made = Cache(100), []
 
     def make() -> str:
@@ -16,7 +16,7 @@ def test_a_value_is_made_once() -> None:
     assert len(made) == 1
 
 
-def test_the_least_recently_used_goes_first() -> None:
+def test_the_least_recently_used_is_evicted_first() -> None:
     cache = Cache(2)
     for key in ("a", "b", "a", "c"):
         cache.get(key, lambda key=key: key, len)
@@ -27,14 +27,14 @@ def test_the_least_recently_used_goes_first() -> None:
     assert cache.used_bytes == 2
 
 
-def test_what_is_larger_than_the_whole_is_not_kept() -> None:
+def test_a_value_larger_than_the_cache_is_not_stored() -> None:
     cache = Cache(2)
     cache.get("a", lambda: "a", len)
     assert cache.get("long", lambda: "long", len) == "long"
     assert cache.used_bytes == 1
 
 
-def test_an_error_is_not_kept() -> None:
+def test_an_error_is_not_cached() -> None:
     cache = Cache(10)
     with pytest.raises(KeyError):
         cache.get("a", lambda: {}["a"], len)

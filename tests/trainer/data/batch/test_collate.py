@@ -58,7 +58,7 @@ def test_prompts_are_padded_on_the_left(samples, processor, spec) -> None:
     assert tensors["pixel_values"].shape == (1, 3, 8, 8)
 
 
-def test_the_cache_changes_nothing_and_spares_the_files(samples, processor, spec, tmp_path) -> None:
+def test_cached_results_are_the_same_and_need_no_files(samples, processor, spec, tmp_path) -> None:
     cache = Cache(10_000_000)
     fresh = collate(samples[:4], processor, spec)
     first = collate(samples[:4], processor, spec, cache)
@@ -69,7 +69,7 @@ def test_the_cache_changes_nothing_and_spares_the_files(samples, processor, spec
         assert torch.equal(tensor, first[name]) and torch.equal(tensor, second[name])
 
 
-def test_an_image_that_is_gone_is_named_with_its_row(samples, processor, spec, tmp_path) -> None:
+def test_a_missing_image_is_reported_with_its_row(samples, processor, spec, tmp_path) -> None:
     (tmp_path / "2.png").unlink()
     with pytest.raises(InputRefused, match=r"train.json row 3, key 'image': .*2.png: cannot be read: No such file"):
         collate(samples, processor, spec)
@@ -93,27 +93,27 @@ def test_a_tokenizer_without_a_pad_token(samples, processor, spec) -> None:
 # ---------------------------------------------------------------------------------------------------------------- dummy image
 
 
-def test_who_needs_a_dummy(spec) -> None:
+def test_needs_dummy(spec) -> None:
     frozen = replace(spec, stage=replace(spec.stage, trainable=("lm",), lora=Lora(r=1, alpha=1, dropout=0, targets=("q_proj",))))
     projector = replace(spec, stage=replace(spec.stage, trainable=("projector",)))
     sharded = replace(frozen, deepspeed={"zero_optimization": {"stage": 3}})
-    asked = replace(spec, stage=replace(spec.stage, kind="evaluate"))
-    assert [needs_dummy([(), ()], each) for each in (spec, projector, frozen, sharded, asked)] == [True, True, False, True, False]
+    evaluation = replace(spec, stage=replace(spec.stage, kind="evaluate"))
+    assert [needs_dummy([(), ()], each) for each in (spec, projector, frozen, sharded, evaluation)] == [True, True, False, True, False]
     assert not needs_dummy([(), ("an image",)], spec)
 
 
-def test_a_dummy_stands_masked_behind_the_shortest_row(processor, spec) -> None:
+def test_the_dummy_is_masked_and_after_the_shortest_row(processor, spec) -> None:
     long, short = text_only(1, "Hello, who is there this time?"), text_only(2)
     batch = collate([long, short], processor, spec)
     image = processor.tokenizer.convert_tokens_to_ids("<image>")
     assert (batch["input_ids"] == image).sum(dim=1).tolist() == [0, TOKENS]
-    places = batch["input_ids"] == image
-    assert not batch["attention_mask"][places].any() and (batch["labels"][places] == IGNORED).all()
+    dummy = batch["input_ids"] == image
+    assert not batch["attention_mask"][dummy].any() and (batch["labels"][dummy] == IGNORED).all()
     assert batch["pixel_values"].shape == (1, 3, 8, 8) and not batch["pixel_values"].any()
 
 
-def test_a_dummy_leaves_the_loss_and_gives_every_group_gradients(processor, spec) -> None:
-    """With transformers' own LLaVA: the same loss and language gradients, and zeros where there would be none."""
+def test_the_dummy_does_not_change_the_loss_and_gives_every_group_gradients(processor, spec) -> None:
+    """With transformers' own LLaVA: the same loss and language gradients, and zero gradients for the tower."""
     model = tiny_llava(processor.tokenizer)
     plain = replace(spec, stage=replace(spec.stage, trainable=("lm",)))
     batches = [collate([text_only(1, "Hello, who is there?"), text_only(2)], processor, each) for each in (plain, spec)]
@@ -121,7 +121,7 @@ def test_a_dummy_leaves_the_loss_and_gives_every_group_gradients(processor, spec
     losses, gradients = zip(*(run(model, batch) for batch in batches), strict=True)
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     tower = {name for name in gradients[1] if "multi_modal_projector" in name or "patch_embedding" in name}
-    assert tower and tower.isdisjoint(gradients[0]), "without the dummy these have no gradient at all"
+    assert tower and tower.isdisjoint(gradients[0]), "without the dummy these have no gradient"
     for name, gradient in gradients[1].items():
         torch.testing.assert_close(gradient, gradients[0].get(name, torch.zeros_like(gradient)), atol=1e-6, rtol=1e-5)
 

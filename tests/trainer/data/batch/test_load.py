@@ -21,7 +21,7 @@ def samples(write_data, tmp_path: Path) -> tuple[Sample, ...]:
 
 
 def colours(steps) -> list[list[list[int]]]:
-    """Step -> micro-batch -> the red of each image: its row."""
+    """Step -> micro-batch -> the red value of each image, which is its row."""
     return [[micro["pixel_values"][:, 0, 0, 0].int().tolist() for micro in step] for step in steps]
 
 
@@ -29,7 +29,7 @@ def data_threads() -> int:
     return sum(thread.name.startswith("data") for thread in threading.enumerate())
 
 
-def test_ranks_and_micro_batches_share_the_steps(samples, processor, spec) -> None:
+def test_steps_are_divided_among_ranks_and_micro_batches(samples, processor, spec) -> None:
     seen = [colours(batches(samples, processor, spec, rank=rank, first_step=0)) for rank in (0, 1)]
     assert [len(steps) for steps in seen] == [spec.steps, spec.steps]
     for step in range(spec.steps):
@@ -47,14 +47,14 @@ def test_another_number_of_ranks_sees_the_same_rows(samples, processor, spec) ->
         assert sorted(row for micro in one[step] for row in micro) == sorted(together)
 
 
-def test_a_resumed_run_goes_on_where_it_was(samples, processor, spec) -> None:
+def test_a_resumed_run_continues_at_its_step(samples, processor, spec) -> None:
     whole = colours(batches(samples, processor, spec, rank=1, first_step=0))
     assert colours(batches(samples, processor, spec, rank=1, first_step=2)) == whole[2:]
     assert colours(batches(samples, processor, spec, rank=1, first_step=3)) == []
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_workers_change_nothing(samples, processor, spec, workers) -> None:
+def test_workers_do_not_change_the_batches(samples, processor, spec, workers) -> None:
     spec = replace(spec, steps=9)
     inline = list(batches(samples, processor, spec, rank=0, first_step=0))
     ahead = list(batches(samples, processor, with_data(spec, workers=workers), rank=0, first_step=0))
@@ -66,7 +66,7 @@ def test_workers_change_nothing(samples, processor, spec, workers) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_image_is_named_at_its_step_and_not_before(samples, processor, spec, workers, tmp_path) -> None:
+def test_a_bad_image_is_reported_at_its_step(samples, processor, spec, workers, tmp_path) -> None:
     row = rows_of_step(1, seed=spec.seed, rows=10, global_batch=4)[0]
     assert row not in rows_of_step(0, seed=spec.seed, rows=10, global_batch=4)
     (tmp_path / f"{row}.png").write_text("not an image")
@@ -77,7 +77,7 @@ def test_a_bad_image_is_named_at_its_step_and_not_before(samples, processor, spe
     assert data_threads() == 0
 
 
-def test_closing_ends_the_threads(samples, processor, spec) -> None:
+def test_closing_stops_the_threads(samples, processor, spec) -> None:
     steps = batches(samples, processor, with_data(spec, workers=2), rank=0, first_step=0)
     next(steps)
     assert data_threads() > 0
@@ -85,8 +85,8 @@ def test_closing_ends_the_threads(samples, processor, spec) -> None:
     assert data_threads() == 0
 
 
-def test_little_is_prepared_ahead(samples, processor, spec) -> None:
-    """A long run must not fill the memory with batches that wait."""
+def test_few_batches_are_prepared_in_advance(samples, processor, spec) -> None:
+    """A long run must not fill the memory with prepared batches."""
     spec = with_data(replace(spec, steps=500), workers=2)
     taken = []
 
@@ -105,8 +105,8 @@ def test_no_rows(processor, spec) -> None:
         next(batches((), processor, spec, rank=0, first_step=0))
 
 
-def test_a_rank_that_cannot_measure_says_so_at_that_step(samples, processor, spec, tmp_path) -> None:
-    """Were it told at once, the step before would be lost; were it passed over, this rank would share the step out otherwise."""
+def test_a_length_that_cannot_be_measured_is_reported_at_its_step(samples, processor, spec, tmp_path) -> None:
+    """An earlier error would lose the previous step; ignoring it would divide the step differently on this rank."""
     spec = with_data(spec, packing=True, workers=1)
     row = rows_of_step(1, seed=spec.seed, rows=10, global_batch=4)[0]
     (tmp_path / f"{row}.png").write_text("not an image")
@@ -119,7 +119,7 @@ def test_a_rank_that_cannot_measure_says_so_at_that_step(samples, processor, spe
 
 
 @pytest.mark.parametrize("changes", [{"packing": True}, {"padding_free": True}, {"length_aware": "step"}, {"length_aware": "window"}])
-def test_workers_and_ranks_change_nothing_in_what_a_step_holds(samples, processor, spec, changes) -> None:
+def test_workers_and_ranks_do_not_change_the_samples_of_a_step(samples, processor, spec, changes) -> None:
     spec = with_data(replace(spec, steps=9), **changes)
     alone = replace(spec, device=replace(spec.device, world_size=1), batch=Batch(global_batch=4, micro_batch=2, accumulation=2))
     several = [with_data(spec, workers=workers) for workers in (0, 3)]
@@ -134,7 +134,7 @@ def test_workers_and_ranks_change_nothing_in_what_a_step_holds(samples, processo
 
 
 def test_lengths_are_those_of_the_encoded_samples(samples, processor, spec, tmp_path) -> None:
-    """Known without a decoded pixel: only the header of an image is read."""
+    """Only the header of an image is read, no pixel."""
     measure = keep_lengths(samples, processor, spec, Cache(0))
     found = [collate([sample], processor, spec)["input_ids"].shape[1] for sample in samples]
     assert measure(range(10)) == found
@@ -146,13 +146,15 @@ def test_lengths_are_those_of_the_encoded_samples(samples, processor, spec, tmp_
 
 
 @pytest.mark.parametrize("key", ["packing", "padding_free"])
-def test_a_family_whose_samples_would_see_each_other_is_not_packed(samples, processor, spec, key) -> None:
-    with pytest.raises(InputRefused, match=rf"data.{key}: samples of llava in one row.*\n    set data.{key}=false"):
+def test_packing_is_refused_for_a_family_that_does_not_support_it(samples, processor, spec, key) -> None:
+    with pytest.raises(
+        InputRefused, match=rf"data.{key}=true is not possible with llava: samples in the same row.*\n    set data.{key}=false"
+    ):
         next(batches(samples, replace(processor, position_ids=None), with_data(spec, **{key: True}), rank=0, first_step=0))
 
 
-def turn_by_a_tag_at_the_end(path: Path) -> None:
-    """As old exiftools write it: behind the pixels, where the header does not tell of it."""
+def rotate_by_a_tag_at_the_end(path: Path) -> None:
+    """As old exiftools write it: after the pixels, not in the header."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (40, 30)).save(path, exif=exif)
@@ -162,11 +164,11 @@ def turn_by_a_tag_at_the_end(path: Path) -> None:
     path.write_bytes(content[:start] + content[end:-12] + content[start:end] + content[-12:])
 
 
-def test_what_was_encoded_to_be_measured_is_read_only_where_the_sizes_are_the_same(samples, processor, spec, tmp_path) -> None:
+def test_a_text_encoded_for_measuring_is_reused_only_if_the_image_size_is_the_same(samples, processor, spec, tmp_path) -> None:
     for row in range(10):
-        turn_by_a_tag_at_the_end(tmp_path / f"{row}.png")
+        rotate_by_a_tag_at_the_end(tmp_path / f"{row}.png")
     (image,) = processor.span((30, 40), 0)[:1]
-    upright = replace(processor, span=lambda size, place: (image,) * size[1])
+    upright = replace(processor, span=lambda size, index: (image,) * size[1])
     spec = with_data(replace(spec, device=replace(spec.device, world_size=1), batch=Batch(global_batch=4, micro_batch=2, accumulation=2)))
     for step in batches(samples, upright, with_data(spec, length_aware="step"), rank=0, first_step=0):
         assert all((micro["input_ids"] == image).sum(dim=1).tolist() == [40, 40] for micro in step)

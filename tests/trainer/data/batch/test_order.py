@@ -19,7 +19,7 @@ def test_every_epoch_sees_every_row_once(rows: int, batch: int, seed: int) -> No
 
 @settings(max_examples=60, deadline=None)
 @given(rows=ROWS, batch=BATCH, seed=SEED, step=st.integers(0, 1000), world=st.integers(1, 9))
-def test_ranks_share_the_step_whatever_their_number(rows: int, batch: int, seed: int, step: int, world: int) -> None:
+def test_any_number_of_ranks_divides_the_step(rows: int, batch: int, seed: int, step: int, world: int) -> None:
     whole = rows_of_step(step, seed=seed, rows=rows, global_batch=batch)
     assert len(whole) == batch
     shares = [rows_of_rank(whole, rank=rank, world_size=world) for rank in range(world)]
@@ -40,6 +40,6 @@ def test_the_order_never_changes() -> None:
 
 
 @pytest.mark.parametrize(("step", "rows", "batch"), [(-1, 1, 1), (0, 0, 1), (0, 1, 0)])
-def test_nonsense_is_refused(step: int, rows: int, batch: int) -> None:
+def test_invalid_arguments(step: int, rows: int, batch: int) -> None:
     with pytest.raises(ValueError, match="rows_of_step needs"):
         rows_of_step(step, seed=0, rows=rows, global_batch=batch)

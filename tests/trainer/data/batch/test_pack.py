@@ -18,11 +18,11 @@ WORDS = ["which", "of", "these", "is", "in", "the", "picture", "what", "does", "
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> tuple[Sample, ...]:
-    """Six conversations of mixed length and turns with 1, 0, 2, 1, 0 and 1 images of several sizes."""
+    """Six conversations of different lengths with 1, 0, 2, 1, 0 and 1 images of several sizes."""
     random = np.random.default_rng(3)
     rows = []
     for number, images in enumerate((1, 0, 2, 1, 0, 1)):
-        names = [f"{number}_{place}.png" for place in range(images)]
+        names = [f"{number}_{index}.png" for index in range(images)]
         for name in names:
             size = tuple(int(side) for side in random.integers(28, 90, 2))
             Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / name)
@@ -38,7 +38,7 @@ def mixed(tmp_path: Path) -> tuple[Sample, ...]:
     return samples
 
 
-def test_rows_end_to_end(mixed, processor, spec: TrainSpec) -> None:
+def test_samples_are_concatenated(mixed, processor, spec: TrainSpec) -> None:
     batch = collate_packed([mixed[:2], mixed[4:5], ()], processor, spec)
     singles = [collate([sample], processor, replace(spec, stage=replace(spec.stage, trainable=("lm",)))) for sample in mixed]
     ids = [single["input_ids"][0] for single in singles]
@@ -46,16 +46,18 @@ def test_rows_end_to_end(mixed, processor, spec: TrainSpec) -> None:
     lengths = [len(ids[number]) for number in (0, 1, 4)]
     assert batch["input_ids"].shape == (1, sum(lengths)), "no padding"
     assert torch.equal(batch["input_ids"][0], torch.cat([ids[number] for number in (0, 1, 4)]))
-    assert torch.equal(batch["labels"][0], torch.cat([labels[number] for number in (0, 1, 4)])), "a text's first token is never trained on"
+    assert torch.equal(batch["labels"][0], torch.cat([labels[number] for number in (0, 1, 4)])), (
+        "the first token of a sample is never in the loss"
+    )
     assert torch.equal(batch["position_ids"][0], torch.cat([torch.arange(length) for length in lengths]))
     assert batch["attention_mask"].all()
     assert batch["sample_ends"].tolist() == [[[[lengths[0], sum(lengths[:2]), sum(lengths)]]]] and batch["sample_ends"].dtype == torch.int32
     assert len(batch["pixel_values"]) == 1
     others = replace(spec, model=replace(spec.model, attention="flash2"))
-    assert "sample_ends" not in collate_packed([mixed[:2]], processor, others), "flash attention goes by the positions"
+    assert "sample_ends" not in collate_packed([mixed[:2]], processor, others), "flash attention uses the positions"
 
 
-def test_a_dummy_image_is_a_text_of_its_own(mixed, processor, spec: TrainSpec) -> None:
+def test_a_dummy_image_is_a_separate_block(mixed, processor, spec: TrainSpec) -> None:
     batch = collate_packed([[mixed[1]], [mixed[4]]], processor, spec)
     image = processor.tokenizer.convert_tokens_to_ids("<image>")
     assert len(batch["pixel_values"]) == 1 and (batch["input_ids"] == image).sum() == 4
@@ -65,8 +67,8 @@ def test_a_dummy_image_is_a_text_of_its_own(mixed, processor, spec: TrainSpec) -
     assert batch["sample_ends"].flatten().tolist()[-2:] == [start, batch["input_ids"].shape[1]]
 
 
-def test_an_idle_rank_takes_part(processor, spec: TrainSpec) -> None:
-    assert len(collate_packed([()], processor, spec)["pixel_values"]) == 1, "it runs the vision tower, too"
+def test_a_rank_without_samples_runs_the_tower(processor, spec: TrainSpec) -> None:
+    assert len(collate_packed([()], processor, spec)["pixel_values"]) == 1, "the dummy image runs the vision tower"
     idle = collate_packed([()], processor, replace(spec, stage=replace(spec.stage, trainable=("lm",))))
     assert idle["input_ids"].shape == (1, 1) and idle["labels"].tolist() == [[IGNORED]] and idle["attention_mask"].sum() == 0
 
@@ -75,11 +77,13 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_padding_is_left_out_where_there_would_be_any(mixed, processor, spec: TrainSpec) -> None:
+def test_samples_of_different_length_are_packed(mixed, processor, spec: TrainSpec) -> None:
     unequal = mixed[:3]
     assert not collate(unequal, processor, spec)["attention_mask"].all()
     assert same(collate_unpadded(unequal, processor, spec), collate_packed([unequal], processor, spec))
     equal = (mixed[0], replace(mixed[0], row=99))
-    assert same(collate_unpadded(equal, processor, spec), collate(equal, processor, spec)), "one call of attention for both"
-    blind = (mixed[1], replace(mixed[1], row=99))
-    assert same(collate_unpadded(blind, processor, spec), collate_packed([blind], processor, spec)), "the dummy image makes one longer"
+    assert same(collate_unpadded(equal, processor, spec), collate(equal, processor, spec)), "one attention call for both"
+    text_only = (mixed[1], replace(mixed[1], row=99))
+    assert same(collate_unpadded(text_only, processor, spec), collate_packed([text_only], processor, spec)), (
+        "the dummy image makes one of them longer"
+    )

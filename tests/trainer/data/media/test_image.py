@@ -21,7 +21,7 @@ def sixteen_bits() -> Image.Image:
     return Image.fromarray(np.array([[0, 0x8000]], dtype=np.uint16))
 
 
-# mode -> (image of 2x1 pixels, format, the RGB that it shows)
+# mode -> (image of 2x1 pixels, format, expected RGB)
 MODES: dict[str, tuple[Callable[[], Image.Image], str, list[tuple[int, int, int]]]] = {
     "RGB": (lambda: Image.new("RGB", (2, 1), (1, 2, 3)), "png", [(1, 2, 3)] * 2),
     "grey": (lambda: Image.new("L", (2, 1), 7), "png", [(7, 7, 7)] * 2),
@@ -46,16 +46,16 @@ def test_every_mode_becomes_rgb(tmp_path: Path, name: str) -> None:
     assert examine_image(path).problem is None
 
 
-def test_a_clear_palette_colour_lies_over_white(tmp_path: Path) -> None:
+def test_a_transparent_palette_colour_becomes_white(tmp_path: Path) -> None:
     palette().save(tmp_path / "clear.png", transparency=1)
     assert np.asarray(open_image(tmp_path / "clear.png"))[0].tolist() == [[255, 0, 0], [255, 255, 255]]
 
 
-def test_a_photo_is_turned_upright(tmp_path: Path) -> None:
+def test_a_photo_is_rotated_upright(tmp_path: Path) -> None:
     image = Image.new("RGB", (2, 1))
     image.putpixel((0, 0), (255, 0, 0))
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn by 90 degrees clockwise
+    exif[0x0112] = 6  # orientation: rotate by 90 degrees clockwise
     image.save(tmp_path / "turned.png", exif=exif)
     upright = open_image(tmp_path / "turned.png")
     assert upright.size == (1, 2)
@@ -71,9 +71,12 @@ def broken(path: Path) -> None:
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated.png": (broken, "truncated"),
     "truncated.jpg": (broken, "truncated"),
-    "text.png": (lambda path: path.write_text("not an image"), "is not an image that can be read"),
-    "empty.png": (lambda path: path.write_bytes(b""), "is not an image that can be read"),
-    "drawing.eps": (lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n"), "is not an image that can be read"),
+    "text.png": (lambda path: path.write_text("not an image"), "is not an image in a supported format"),
+    "empty.png": (lambda path: path.write_bytes(b""), "is not an image in a supported format"),
+    "drawing.eps": (
+        lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n"),
+        "is not an image in a supported format",
+    ),
     "strip.png": (lambda path: Image.new("L", (201, 1)).save(path), "201x1 pixels: one side is more than 200 times the other"),
     "float.tiff": (lambda path: Image.new("F", (2, 2)).save(path), "floating-point"),
     "bomb.png": (lambda path: Image.new("1", (10_000, 9_000)).save(path), "pixels"),
@@ -83,7 +86,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_what_cannot_be_used_is_refused_with_its_name(tmp_path: Path, name: str) -> None:
+def test_unusable_files_are_refused_with_their_path(tmp_path: Path, name: str) -> None:
     make, expected = FILES[name]
     path = tmp_path / name
     make(path)
@@ -103,7 +106,7 @@ def test_a_damaged_chunk_is_found(tmp_path: Path) -> None:
     assert examine_image(path).problem
 
 
-def test_a_lost_tail_is_found_though_all_pixels_are_there(tmp_path: Path) -> None:
+def test_a_truncated_end_is_found_although_all_pixels_are_present(tmp_path: Path) -> None:
     path = tmp_path / "tail.png"
     Image.new("RGB", (8, 8)).save(path)
     path.write_bytes(path.read_bytes()[:-12])
@@ -118,12 +121,12 @@ def test_sizes() -> None:
         check_size((MAX_PIXELS // 1000 + 1, 1000))
 
 
-def test_hash_is_that_of_the_bytes(tmp_path: Path) -> None:
+def test_hash_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert hash_file(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
 
 
-# what was done to make it upright RGB -> (mode, format, EXIF orientation)
+# conversions -> (mode, format, EXIF orientation)
 CONVERTED = {
     (): ("RGB", "jpg", 1),
     ("grey",): ("L", "png", 1),
@@ -137,7 +140,7 @@ CONVERTED = {
 
 
 @pytest.mark.parametrize("words", CONVERTED)
-def test_what_is_done_to_an_image_is_told(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_conversions_are_reported(tmp_path: Path, words: tuple[str, ...]) -> None:
     mode, form, orientation = CONVERTED[words]
     path, exif = tmp_path / f"image.{form}", Image.Exif()
     exif[ORIENTATION] = orientation
@@ -150,8 +153,8 @@ def test_what_is_done_to_an_image_is_told(tmp_path: Path, words: tuple[str, ...]
 
 @pytest.mark.parametrize("turn", range(1, 9))
 @pytest.mark.parametrize("form", ["tiff", "jpeg", "webp", "png"])
-def test_the_size_that_is_told_is_that_of_the_turned_image(tmp_path: Path, form: str, turn: int) -> None:
-    """Pillow turns a TIFF's size as it opens the file, and that of no other."""
+def test_the_reported_size_is_that_of_the_upright_image(tmp_path: Path, form: str, turn: int) -> None:
+    """Pillow swaps the size of a TIFF when it opens the file, but not of other formats."""
     exif = Image.Exif()
     exif[ORIENTATION] = turn
     path = tmp_path / f"image.{form}"
@@ -162,8 +165,8 @@ def test_the_size_that_is_told_is_that_of_the_turned_image(tmp_path: Path, form:
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_jpeg_is_judged_as_it_is_opened_wherever_it_is_cut(tmp_path: Path, progressive: bool) -> None:
-    """The check makes an eighth of its pixels; what it says must be what opening all of them says."""
+def test_the_check_of_a_truncated_jpeg_agrees_with_opening_it(tmp_path: Path, progressive: bool) -> None:
+    """The check decodes at an eighth of the size; its result must be that of decoding all pixels."""
     path, noise = tmp_path / "photo.jpg", np.random.default_rng(1).integers(0, 255, (80, 120, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path, quality=90, progressive=progressive)
     whole = path.read_bytes()

@@ -7,7 +7,7 @@ from trainer.data.rows.annotation import read_rows
 GOOD = {
     "a list": ('[{"a": 1}, {"a": 2}]', ((1, {"a": 1}), (2, {"a": 2}))),
     "lines": ('{"a": 1}\n{"a": 2}\n', ((1, {"a": 1}), (2, {"a": 2}))),
-    "lines, one of them blank: rows are the lines that an editor shows": ('{"a": 1}\n\n{"a": 2}', ((1, {"a": 1}), (3, {"a": 2}))),
+    "lines, one of them blank: row numbers are line numbers": ('{"a": 1}\n\n{"a": 2}', ((1, {"a": 1}), (3, {"a": 2}))),
     "one line": ('{"a": 1}', ((1, {"a": 1}),)),
     "a byte order mark": ('\ufeff[{"a": 1}]', ((1, {"a": 1}),)),
     "a line separator inside a string": ('{"a": "x\u2028y"}\n{"a": 2}', ((1, {"a": "x\u2028y"}), (2, {"a": 2}))),
@@ -17,7 +17,7 @@ BAD = {
     "an empty list": ("[]", 0, "empty list"),
     "single quotes": ("[\n {'a': 1}]", 0, "line 2 column 3"),
     "a trailing comma": ('[{"a": 1},]', 0, "line 1 column 1"),
-    "one object over several lines": ('{\n"data": []\n}', 0, "one JSON object, not a list"),
+    "one object over several lines": ('{\n"data": []\n}', 0, "a single JSON object, not a list"),
     "a broken line": ('{"a": 1}\n{"a": }\n', 2, "line 1 column 7"),
     "brackets a million deep": ("[" * 1_000_000, 0, "nested too deeply"),
 }
@@ -32,7 +32,7 @@ def test_lists_and_lines(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_not_json_is_named_with_its_place(tmp_path: Path, name: str) -> None:
+def test_invalid_json_is_reported_with_its_position(tmp_path: Path, name: str) -> None:
     text, row, expected = BAD[name]
     file = tmp_path / "rows.json"
     file.write_text(text, encoding="utf-8")
@@ -42,7 +42,7 @@ def test_what_is_not_json_is_named_with_its_place(tmp_path: Path, name: str) -> 
     assert problem.fix
 
 
-def test_the_lines_beside_a_broken_one_are_read(tmp_path: Path) -> None:
+def test_the_other_lines_are_read(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"a": 1}\nnot json\n{"a": 3}\n', encoding="utf-8")
     rows, problems = read_rows(file)

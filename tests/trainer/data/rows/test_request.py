@@ -19,7 +19,7 @@ def user(text: str) -> Message:
     return Message(role="user", content=text)
 
 
-def test_every_shape_of_a_question(tmp_path: Path) -> None:
+def test_all_formats_of_a_question(tmp_path: Path) -> None:
     blocks = [{"type": "text", "text": "Which? "}, {"type": "image", "image": "c.png"}]
     file = write(
         tmp_path,
@@ -43,7 +43,7 @@ def test_every_shape_of_a_question(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "text"),
     [
         ("{not json}", "row 2: is not valid JSON"),
         ([1], "row 2: is a list, not an object"),
@@ -55,33 +55,33 @@ def test_every_shape_of_a_question(tmp_path: Path) -> None:
         ({"prompt": "\ud800"}, "half of a surrogate pair"),
         ({"prompt": "<image>?"}, "1 <image> marks for 0 images"),
         ({"prompt": "<image>?", "images": ["a", "b"]}, "1 <image> marks for 2 images"),
-        ({"prompt": "?", "image": "https://example.org/a.png"}, "is not a file; a run reads no network"),
+        ({"prompt": "?", "image": "https://example.org/a.png"}, "is not a file; images are not downloaded"),
         ({"prompt": "?", "image": 7}, "is a number, not a path"),
         ({"prompt": "?", "image": "a", "images": ["b"]}, "both image and images are given"),
-        ({"prompt": "?", "video": "a.mp4"}, "only images are read"),
+        ({"prompt": "?", "video": "a.mp4"}, "only images are supported"),
         ({"messages": []}, "is empty"),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "a question first and last"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "with a question first and last"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "unknown role 'tool'"),
-        ({"messages": [{"role": "system", "content": "<image>"}, {"role": "user", "content": "a"}]}, "mark in a message of the system"),
+        ({"messages": [{"role": "system", "content": "<image>"}, {"role": "user", "content": "a"}]}, "mark in a system message"),
     ],
 )
-def test_what_is_no_question_is_named_before_anything_is_answered(row: Any, said: str, tmp_path: Path) -> None:
+def test_invalid_rows_are_listed_before_anything_is_answered(row: Any, text: str, tmp_path: Path) -> None:
     file = write(tmp_path, {"prompt": "Hello?"}, row)
     with pytest.raises(InputRefused) as refused:
         read_requests(file, tmp_path)
-    assert said in str(refused.value) and str(file) in str(refused.value)
+    assert text in str(refused.value) and str(file) in str(refused.value)
     assert "stage.inference.input: " in str(refused.value)
 
 
-@pytest.mark.parametrize(("text", "said"), [("", "is empty"), ("\n \n", "is empty"), ("[]", "is")])
-def test_an_empty_file_is_refused(text: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text(text)
-    with pytest.raises(InputRefused, match=said):
+@pytest.mark.parametrize(("content", "text"), [("", "is empty"), ("\n \n", "is empty"), ("[]", "is")])
+def test_an_empty_file_is_refused(content: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(content)
+    with pytest.raises(InputRefused, match=text):
         read_requests(tmp_path / "rows.jsonl", tmp_path)
     with pytest.raises(InputRefused, match="cannot be read: No such file"):
         read_requests(tmp_path / "none.jsonl", tmp_path)
 
 
-def test_many_problems_are_counted_and_the_first_ones_named(tmp_path: Path) -> None:
+def test_of_many_problems_the_first_are_listed(tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match=r"50 problem(?s:.*)row 20(?s:.*)\.\.\. and 30 more"):
         read_requests(write(tmp_path, *({"prompt": ""} for _ in range(50))), tmp_path)

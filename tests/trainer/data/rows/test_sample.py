@@ -25,7 +25,7 @@ def read(folder: Path, *rows: Any) -> Any:
 
 
 QUESTION, ANSWER = Message(role="user", content="<image>\nWhat?"), Message(role="assistant", content="A cat.")
-SHAPES = {
+ROW_FORMATS = {
     "llava": row(ASK, TELL),
     "llava, list of images": row(ASK, TELL, image=["a.png"]),
     "sharegpt": {"images": ["a.png"], "conversations": [ASK, TELL]},
@@ -35,9 +35,9 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_shapes_become_one_record(tmp_path: Path, name: str) -> None:
-    (sample,), problems = read(tmp_path, SHAPES[name])
+@pytest.mark.parametrize("name", ROW_FORMATS)
+def test_all_formats_become_the_same_sample(tmp_path: Path, name: str) -> None:
+    (sample,), problems = read(tmp_path, ROW_FORMATS[name])
     assert problems == ()
     assert sample.messages == (QUESTION, ANSWER)
     assert sample.images == (tmp_path / "a.png",)
@@ -53,12 +53,12 @@ def test_text_only_several_images_system_and_absolute_paths(tmp_path: Path) -> N
     assert [message.role for message in samples[1].messages] == ["system", "user", "assistant", "user", "assistant"]
 
 
-def test_ids_are_those_of_the_file_or_the_row(tmp_path: Path) -> None:
+def test_ids_are_from_the_file_or_the_row_number(tmp_path: Path) -> None:
     samples, _ = read(tmp_path, row(ASK, TELL) | {"id": 0}, {key: value for key, value in row(ASK, TELL).items() if key != "id"})
     assert [sample.id for sample in samples] == ["0", "2"]
 
 
-# row -> [(field, what the problem says)]
+# row -> [(field, text of the problem)]
 PROBLEMS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
     "not an object": (7, [("", "is a number, not an object")]),
     "an empty list": ([], [("", "is a list, not an object")]),
@@ -81,7 +81,7 @@ PROBLEMS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
     "two questions in a row": (row(ASK, PLAIN, TELL), [("conversations[1]", "two user messages in a row")]),
     "two answers in a row": (row(ASK, TELL, TELL), [("conversations[2]", "two assistant messages in a row")]),
     "starts with an answer": (row(TELL, ASK, TELL), [("conversations[0]", "starts with an answer")]),
-    "late system message": (row(ASK, SYSTEM, TELL), [("conversations[1]", "system message after the first place")]),
+    "late system message": (row(ASK, SYSTEM, TELL), [("conversations[1]", "a system message that is not the first message")]),
     "only a system message": (row(SYSTEM, image=None), [("conversations", "without an answer")]),
     "empty answer": (row(ASK, {"from": "gpt", "value": " \n"}), [("conversations[1].value", "empty answer")]),
     "empty question": (row({"from": "human", "value": ""}, TELL, image=None), [("conversations[0].value", "empty user message")]),
@@ -111,19 +111,19 @@ PROBLEMS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
     "a name that no file can have": (row(ASK, TELL, image="x" * 5000), [("image", "no image file at")]),
     "a zero byte in a name": (row(ASK, TELL, image="a\0.png"), [("image", "no image file at")]),
     "a web address": (row(ASK, TELL, image="https://example.org/a.png"), [("image", "is not a file")]),
-    "a video": (row(ASK, TELL) | {"video": "a.mp4"}, [("video", "only images")]),
-    "sound": (row(ASK, TELL) | {"audios": ["a.wav"]}, [("audios", "only images")]),
-    "tools": (row(ASK, TELL) | {"tools": "[...]"}, [("tools", "tools are not read")]),
-    "a preference": (row(ASK, TELL) | {"rejected_response": "A dog."}, [("rejected_response", "preferences are not trained on")]),
+    "a video": (row(ASK, TELL) | {"video": "a.mp4"}, [("video", "only images are supported")]),
+    "sound": (row(ASK, TELL) | {"audios": ["a.wav"]}, [("audios", "only images are supported")]),
+    "tools": (row(ASK, TELL) | {"tools": "[...]"}, [("tools", "tools are not supported")]),
+    "a preference": (row(ASK, TELL) | {"rejected_response": "A dog."}, [("rejected_response", "preference data is not supported")]),
     "settings of its own": (row(ASK, TELL) | {"chat_template_kwargs": {"max_pixels": 50176}}, [("chat_template_kwargs", "a single row")]),
     "no answer is learned": (row(ASK, TELL | {"loss": False}), [("conversations", "all answers have loss: false")]),
-    "a question to be learned": (row(ASK | {"loss": True}, TELL), [("conversations[0].loss", "only answers are learned")]),
+    "a question to be learned": (row(ASK | {"loss": True}, TELL), [("conversations[0].loss", "only answers can be in the loss")]),
     "loss is a word": (row(ASK, TELL | {"loss": "no"}), [("conversations[1].loss", "is a string, not true or false")]),
     "two system messages": (row(SYSTEM, ASK, TELL) | {"system": "Be long."}, [("system", "another system message in conversations[0]")]),
     "system not a string": (row(ASK, TELL) | {"system": ["Be long."]}, [("system", "is a list, not a string")]),
     "swift's objects": (
         row({"from": "human", "value": "<image> <bbox>"}, TELL) | {"objects": {"bbox": [[1, 2, 3, 4]]}},
-        [("conversations[0].value", "objects are not filled in")],
+        [("conversations[0].value", "ms-swift's objects are not supported")],
     ),
     "two problems at once": (row(ASK, image="c.png"), [("image", "no image file"), ("conversations", "without an answer")]),
 }
@@ -133,7 +133,7 @@ PROBLEMS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
 def test_problems(tmp_path: Path, name: str) -> None:
     bad, expected = PROBLEMS[name]
     samples, problems = read(tmp_path, row(ASK, TELL), bad, row(ASK, TELL))
-    assert [sample.row for sample in samples] == [1, 3], "the rows beside it are kept, the bad one is left out"
+    assert [sample.row for sample in samples] == [1, 3], "only the invalid row is left out"
     assert sorted(problem.field for problem in problems) == sorted(field for field, _ in expected)
     for field, text in expected:
         problem = next(problem for problem in problems if problem.field == field)
@@ -142,9 +142,9 @@ def test_problems(tmp_path: Path, name: str) -> None:
         assert problem.fix
 
 
-def test_a_problem_reads_like_a_sentence(tmp_path: Path) -> None:
+def test_the_text_of_a_problem(tmp_path: Path) -> None:
     _, (problem,) = read(tmp_path, row(ASK, TELL, image="c.png"))
     assert str(problem) == (
         f"{tmp_path}/rows.json row 1, key 'image': no image file at {tmp_path}/c.png\n"
-        f"    put it there, or set data.images (now {tmp_path}) to where it is"
+        f"    put the file there, or set data.images (now {tmp_path}) to the folder of the images"
     )

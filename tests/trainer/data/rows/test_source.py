@@ -1,4 +1,4 @@
-"""InternVL's meta files: several annotation files under one name."""
+"""InternVL's meta files, which list annotation files."""
 
 import hashlib
 import json
@@ -32,16 +32,18 @@ def meta(tmp_path: Path) -> Path:
     return tmp_path / "meta.json"
 
 
-def test_a_meta_file_stands_for_its_sets(meta: Path) -> None:
+def test_a_meta_file_is_read_as_the_files_that_it_lists(meta: Path) -> None:
     samples, problems = read_samples(meta, meta.parent)
     assert problems == ()
-    assert [sample.id for sample in samples] == ["0", "1", "2", "0", "1", "2", "0", "1"], "twice whole, then half of five"
+    assert [sample.id for sample in samples] == ["0", "1", "2", "0", "1", "2", "0", "1"], (
+        "the first file twice, then half of the five rows of the second"
+    )
     assert {Path(sample.file).name for sample in samples} == {"one.jsonl", "two.jsonl"}
     assert samples[0].images == (meta.parent / "pictures" / "a.png",)
     assert samples[-1].images == (meta.parent / "pictures" / "deep" / "b.png",)
 
 
-def test_its_hash_is_over_all_of_them(meta: Path) -> None:
+def test_the_hash_covers_all_files(meta: Path) -> None:
     before = hash_sources(meta, meta.parent)
     two = meta.parent / "two.jsonl"
     assert hash_sources(two, meta.parent) == hashlib.sha256(two.read_bytes()).hexdigest()
@@ -60,29 +62,33 @@ def test_rows_are_not_a_meta_file(tmp_path: Path) -> None:
 # entry -> (field, problem)
 BAD: dict[str, tuple[Any, str, str]] = {
     "not an object": ("one.jsonl", "bad", "is a string, not an object"),
-    "no annotation": ({"root": "pictures"}, "bad", "names no annotation file; its keys are 'root'"),
+    "no annotation": ({"root": "pictures"}, "bad", "has no annotation file; its keys are 'root'"),
     "root not a path": ({"annotation": "one.jsonl", "root": 3}, "bad.root", "is a number, not a path"),
-    "never": ({"annotation": "one.jsonl", "repeat_time": 0}, "bad.repeat_time", "0 is no share and no count"),
-    "one and a half times": ({"annotation": "one.jsonl", "repeat_time": 1.5}, "bad.repeat_time", "1.5 is no share"),
-    "a word": ({"annotation": "one.jsonl", "repeat_time": "often"}, "bad.repeat_time", "'often' is no share"),
-    "augmented": ({"annotation": "one.jsonl", "data_augment": True}, "bad.data_augment", "images are trained on as they are"),
-    "tiles of its own": ({"annotation": "one.jsonl", "max_dynamic_patch": 12}, "bad.max_dynamic_patch", "one number for all sets"),
+    "never": ({"annotation": "one.jsonl", "repeat_time": 0}, "bad.repeat_time", "is 0"),
+    "one and a half times": ({"annotation": "one.jsonl", "repeat_time": 1.5}, "bad.repeat_time", "is 1.5"),
+    "a word": ({"annotation": "one.jsonl", "repeat_time": "often"}, "bad.repeat_time", "is 'often'"),
+    "augmented": ({"annotation": "one.jsonl", "data_augment": True}, "bad.data_augment", "data augmentation is not supported"),
+    "tiles of its own": (
+        {"annotation": "one.jsonl", "max_dynamic_patch": 12},
+        "bad.max_dynamic_patch",
+        "a value for a single data set is not supported",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_an_entry_that_cannot_be_followed(meta: Path, name: str) -> None:
-    entry, field, said = BAD[name]
+def test_invalid_entries(meta: Path, name: str) -> None:
+    entry, field, text = BAD[name]
     good = json.loads(meta.read_text())["first"] | {"repeat_time": 1}
     meta.write_text(json.dumps({"good": good, "bad": entry}))
     samples, (problem,) = read_samples(meta, meta.parent)
-    assert len(samples) == 3, "the set beside it is read"
+    assert len(samples) == 3, "the other data set is read"
     assert (problem.file, problem.row, problem.field) == (str(meta), 0, field)
-    assert said in problem.problem
+    assert text in problem.problem
     assert problem.fix
 
 
-def test_an_annotation_file_that_is_not_there(meta: Path) -> None:
+def test_a_missing_annotation_file(meta: Path) -> None:
     meta.write_text(json.dumps({"gone": {"annotation": "gone.jsonl"}}))
     samples, (problem,) = read_samples(meta, meta.parent)
     assert samples == ()

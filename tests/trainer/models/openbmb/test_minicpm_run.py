@@ -1,4 +1,4 @@
-"""Whole runs of MiniCPM 2.6 in its tiny sizes from a folder as OpenBMB publishes them, and what the trainer refuses before the first step."""
+"""Complete runs of tiny MiniCPM 2.6 models from a folder like the published ones, and refusals before the first step."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ Start = Callable[..., TrainSpec]
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Any:
-    """For the server that forks the ranks, before it imports torch."""
+    """For the fork server of the ranks, before it imports torch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("DS_ACCELERATOR", "cpu")
@@ -32,7 +32,7 @@ def one_thread() -> Any:
 
 @pytest.fixture
 def start_from(tiny_spec: Callable[..., TrainSpec]) -> Start:
-    """The spec of one step on the digits from the checkpoint in a folder."""
+    """The spec of one step on the digits, from the checkpoint in a folder."""
 
     def make(made: Made, folder: Path, **changes: Any) -> TrainSpec:
         spec = tiny_spec(changes={"steps": 1, "evaluation": Evaluation(enabled=False)}, **changes)
@@ -42,7 +42,7 @@ def start_from(tiny_spec: Callable[..., TrainSpec]) -> Start:
 
 
 def publish_pickled(made: Made, folder: Path, carried: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Its weights and those `carried` as two pytorch_model*.bin with an index, and no safetensors."""
+    """Writes its weights and `carried` as two pytorch_model*.bin with an index, without safetensors."""
     shutil.copytree(made.folder, folder)
     weights = {**load_file(folder / "model.safetensors"), **carried}
     (folder / "model.safetensors").unlink()
@@ -66,7 +66,7 @@ SOUND = {
 
 
 @pytest.mark.parametrize(("name", "carried"), [("tiny_minicpm_v_2_6", {}), ("tiny_minicpm_o_2_6", SOUND)])
-def test_a_run_from_pickled_files_alone_saves_safetensors(
+def test_a_run_from_pickled_files_saves_safetensors(
     name: str, carried: dict[str, torch.Tensor], make_tiny: Callable[[str], Made], start_from: Start, tmp_path: Path
 ) -> None:
     made = make_tiny(name)
@@ -80,7 +80,7 @@ def test_a_run_from_pickled_files_alone_saves_safetensors(
     assert all(torch.equal(after[key], tensor) and after[key].dtype == tensor.dtype for key, tensor in carried.items())
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     assert {key.split(".")[0] for key in moved} == {"llm", "vpm", "resampler"}
-    # One step of Adam moves no element by more than its rate: it began with the folder's values, and not with others at random.
+    # One step of Adam changes no element by more than the learning rate, so the run started with the values of the folder.
     assert max(float((before[key] - after[key]).abs().max()) for key in before) <= 1.01 * spec.optimizer.lr
 
 
@@ -95,15 +95,15 @@ def test_a_run_from_another_revision_lists_the_tensors(make_tiny: Callable[[str]
     save_file(weights, tmp_path / "published" / "model.safetensors", metadata={"format": "pt"})
     spec = start_from(made, tmp_path / "published")
     gone = expect(run_ranks(spec), Exit.USAGE)
-    assert "it lacks: resampler.ln_q.bias\n" in gone.text and "it has besides: resampler.pos_embed" in gone.text
+    assert "missing: resampler.ln_q.bias\n" in gone.text and "unexpected: resampler.pos_embed" in gone.text
     assert read(FailureReport, Path(spec.output) / "failure-rank0.json").kind == "InputRefused"
     assert not (Path(spec.output) / "metrics.jsonl").exists()
 
 
-def test_the_data_check_names_a_strip_and_an_image_of_too_many_slices(
+def test_the_data_check_reports_a_narrow_image_and_one_with_too_many_slices(
     make_tiny: Callable[[str], Made], start_from: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Both at once, by file and row, before any rank starts. An overview and four slices are 94 tokens here with their marks."""
+    """Both together, with file and row, before any rank starts. An overview and four slices are 94 tokens here."""
     made = make_tiny("tiny_minicpm_v_2_6")
     for name, size in {"strip": (3000, 2), "large": (64, 64), "small": (8, 8)}.items():
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
@@ -117,6 +117,6 @@ def test_the_data_check_names_a_strip_and_an_image_of_too_many_slices(
     assert main(["data", str(Path(spec.output) / SPEC_FILE)]) == Exit.USAGE
     said = capsys.readouterr().err
     assert "rows.json row 2" in said and "3000x2 pixels: one side is more than 200 times the other" in said
-    assert "rows.json row 3" in said and "(94 of them images) are longer than data.max_length=100" in said
+    assert "rows.json row 3" in said and "(94 of them for images) are more than data.max_length=100" in said
     assert "row 1" not in said
     assert len(read(DataReport, Path(spec.output) / DATA_FILE).problems) == 2

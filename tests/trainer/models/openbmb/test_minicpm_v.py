@@ -1,4 +1,4 @@
-"""MiniCPM-V 2.6 against what its published code made of a tiny instance (tests/golden/minicpm_v_2_6), and its files."""
+"""MiniCPM-V 2.6 compared with the outputs of its published code for a tiny instance (tests/golden/minicpm_v_2_6), and its files."""
 
 import copy
 import json
@@ -22,12 +22,12 @@ from trainer.contract import InputRefused, ModelSpec, Source, TrainSpec
 from trainer.data.batch.collate import collate, collate_prompts
 from trainer.data.encode import IGNORED
 from trainer.data.rows.sample import Message, Sample
-from trainer.models import FAMILIES, find_family
 from trainer.models.family import Limit
 from trainer.models.openbmb.cross_attention import CrossAttention
-from trainer.models.openbmb.minicpm_network import patch_places, see, vision_config
+from trainer.models.openbmb.minicpm_network import encode_patches, patch_positions, vision_config
 from trainer.models.openbmb.resampler import Resampler
 from trainer.models.openbmb.slicer import Slicer
+from trainer.models.registry import FAMILIES, find_family
 
 GOLDEN = Path(__file__).resolve().parents[3] / "golden" / "minicpm_v_2_6"
 CASES = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))
@@ -75,12 +75,12 @@ def part(tensors: Tensors, case: str) -> Tensors:
 # -------------------------------------------------------------------------------------------------------- the published code
 
 
-def test_the_four_cases_are_there() -> None:
+def test_the_cases() -> None:
     assert list(CASES) == ["one small image", "one sliced image", "two images in two turns", "text alone"]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ids_and_pixels_are_those_of_the_published_processor(case: str, golden: Made, published: Tensors) -> None:
+def test_ids_and_pixels_equal_those_of_the_published_processor(case: str, golden: Made, published: Tensors) -> None:
     theirs, ours = part(published, case), collate([sample_of(case)], golden.processor, golden.spec)
     length = len(theirs["input_ids"])
     assert ours["input_ids"][0, :length].tolist() == theirs["input_ids"].tolist()
@@ -92,8 +92,8 @@ def test_ids_and_pixels_are_those_of_the_published_processor(case: str, golden: 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_loss_and_gradients_are_those_of_the_published_code(case: str, golden: Made, published: Tensors) -> None:
-    """With what the trainer's own collator makes; text alone has its blank image behind it, which must change nothing."""
+def test_logits_loss_and_gradients_equal_those_of_the_published_code(case: str, golden: Made, published: Tensors) -> None:
+    """With batches of the trainer's collator. Text without images has a dummy image after it, which must not change anything."""
     theirs, batch = part(published, case), collate([sample_of(case)], golden.processor, golden.spec)
     golden.model.zero_grad()
     logits = golden.model(**to_arguments(batch, "labels"), use_cache=False).logits[0]
@@ -114,7 +114,7 @@ def test_logits_loss_and_gradients_are_those_of_the_published_code(case: str, go
 
 
 def summarise(gradient: torch.Tensor, kind: str) -> torch.Tensor:
-    """As the README of the golden files says."""
+    """As described in the README of the golden files."""
     if kind == "gradient":
         return gradient
     matrix = gradient.reshape(gradient.shape[0], -1)
@@ -122,13 +122,13 @@ def summarise(gradient: torch.Tensor, kind: str) -> torch.Tensor:
     return {"rows": matrix @ columns, "columns": rows @ matrix, "norm": matrix.norm()}[kind]
 
 
-def test_slices_are_cut_as_published(golden: Made) -> None:
+def test_slices_equal_those_of_the_published_code(golden: Made) -> None:
     """Grid, sizes and tokens for many sizes, without pixels; and the parts of one real image."""
     slicer, rows = Slicer(), json.loads((GOLDEN / "slices.json").read_text(encoding="utf-8"))
     assert len(rows) > 300
     span = find_family("minicpm_v_2_6").create_processor(model_spec("minicpm_v_2_6")).span
     for width, height, most, grid, overview, whole, _ in rows:
-        if width * height > 300_000 or (width + height) % 3:  # pixels of some; tokens of all
+        if width * height > 300_000 or (width + height) % 3:  # tokens for all sizes, pixels for some
             continue
         parts = Slicer(saved={"max_slice_nums": most}).cut(Image.new("L", (width, height)))
         assert list(parts[0].size) == overview
@@ -143,31 +143,31 @@ def test_slices_are_cut_as_published(golden: Made) -> None:
 # ------------------------------------------------------------------------------------------------------------- the parts
 
 
-def test_the_tower_is_transformers_own(golden: Made) -> None:
-    """Its forward pass on one part, where it pads nothing."""
+def test_the_tower_equals_that_of_transformers(golden: Made) -> None:
+    """Compared with its forward pass on one part, where nothing is padded."""
     tower = golden.model.vpm
     assert isinstance(tower, Idefics2VisionTransformer)
     pixels = torch.randn(1, 3, 28, 36, generator=torch.Generator().manual_seed(0))
     rows = pixels.unfold(2, 4, 4).unfold(3, 4, 4)  # (1, 3, 7, 9, 4, 4)
     flat = rows.permute(0, 1, 4, 2, 3, 5).reshape(1, 3, 4, -1)
-    hidden, mask = see(tower, flat, [[7, 9]])
+    hidden, mask = encode_patches(tower, flat, [[7, 9]])
     assert mask is None and torch.allclose(hidden, tower(pixels).last_hidden_state, atol=1e-6)
 
 
-def test_where_the_tower_of_transformers_rounds_otherwise() -> None:
-    """Why our own position ids: of a part of 49 or 58 patches on a side, in a tower of 70."""
+def test_position_ids_that_transformers_rounds_differently() -> None:
+    """Why we compute the position ids ourselves: they differ for a side of 49 or 58 patches in a tower of 70."""
 
     def theirs(length: int) -> list[int]:
         edges = torch.arange(1 / 70, 1.0, 1 / 70)
         steps = torch.arange(length, dtype=torch.float32) * (1.0 / torch.tensor(length))
         return torch.bucketize(steps.clamp(max=1.0 - 1e-6), edges, right=True).tolist()
 
-    ours = {length: patch_places([[1, length]], 70).tolist() for length in range(1, 71)}
+    ours = {length: patch_positions([[1, length]], 70).tolist() for length in range(1, 71)}
     assert [length for length, places in ours.items() if places != theirs(length)] == [49, 58]
 
 
-def test_the_attention_of_the_resampler_is_torchs() -> None:
-    """With several heads and parts of several lengths."""
+def test_the_attention_of_the_resampler_equals_that_of_torch() -> None:
+    """With several heads, and parts of different lengths."""
     torch.manual_seed(0)
     ours, theirs = CrossAttention(32, 4), torch.nn.MultiheadAttention(32, 4, batch_first=True)
     torch.nn.init.normal_(ours.in_proj_weight)
@@ -178,7 +178,7 @@ def test_the_attention_of_the_resampler_is_torchs() -> None:
     assert torch.allclose(ours(queries, keys, values, mask), wanted, atol=1e-6)
 
 
-def test_a_part_is_seen_the_same_beside_a_longer_one() -> None:
+def test_padding_does_not_change_a_part() -> None:
     torch.manual_seed(0)
     resampler = Resampler(queries=3, width=256, heads=2, patch_width=16)
     torch.nn.init.normal_(resampler.query)
@@ -189,14 +189,14 @@ def test_a_part_is_seen_the_same_beside_a_longer_one() -> None:
     beside = torch.cat([torch.nn.functional.pad(patches, (0, 0, 0, 4)), torch.randn(1, 10, 16)])
     both = resampler(beside, [(2, 3), (5, 2)], torch.arange(10) < torch.tensor([[6], [10]]))
     assert torch.allclose(both[:1], alone, atol=1e-5)
-    assert not torch.allclose(resampler(patches, [(3, 2)], None), alone, atol=1e-3), "the grid is seen"
+    assert not torch.allclose(resampler(patches, [(3, 2)], None), alone, atol=1e-3), "the result depends on the grid"
 
 
-# ---------------------------------------------------------------------------------------------------- answers, text alone
+# ------------------------------------------------------------------------------------------------- generation, text only
 
 
 @pytest.mark.parametrize("name", ["tiny_minicpm_v_2_6", "tiny_minicpm_o_2_6"])
-def test_generation_beside_others_and_without_a_cache(name: str, make_tiny: Callable[[str], Made], samples: tuple[Sample, ...]) -> None:
+def test_generation_in_a_batch_and_without_a_cache(name: str, make_tiny: Callable[[str], Made], samples: tuple[Sample, ...]) -> None:
     made = make_tiny(name)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=6, pad_token_id=made.processor.tokenizer.pad_token_id, eos_token_id=None)
     batch, _ = collate_prompts(samples, made.processor, made.spec)
@@ -209,9 +209,9 @@ def test_generation_beside_others_and_without_a_cache(name: str, make_tiny: Call
             alone |= {name: torch.cat([alone[name], tail], dim=1) for name, tail in more.items()}
 
 
-def test_a_blank_image_reaches_the_tower_and_changes_nothing(make_tiny: Callable[[str], Made]) -> None:
+def test_a_dummy_image_reaches_the_tower_and_changes_nothing(make_tiny: Callable[[str], Made]) -> None:
     made = make_tiny("tiny_minicpm_v_2_6")
-    texts = (talk(("Hello?", "Yes."), row=1), talk(("Who is there this time?", "Nobody."), row=2))
+    texts = (talk(("Hello?", "Yes."), row=1), talk(("Who is there this time?", "No one."), row=2))
     batch = collate(texts, made.processor, made.spec)
     plain = to_arguments(batch, "pixel_values", "target_sizes")
     made.model.zero_grad()
@@ -230,7 +230,7 @@ def keys() -> set[str]:
     return set((GOLDEN / "keys.txt").read_text(encoding="utf-8").split())
 
 
-def test_names_are_those_of_the_published_index_both_ways() -> None:
+def test_names_equal_those_of_the_published_index() -> None:
     spec = model_spec("minicpm_v_2_6")
     with torch.device("meta"):
         model = find_family(spec.family).create(spec)
@@ -238,14 +238,14 @@ def test_names_are_those_of_the_published_index_both_ways() -> None:
     assert sum(tensor.numel() for tensor in model.state_dict().values()) * 2 == 16_198_350_304  # total_size of the index, in bfloat16
 
 
-def test_a_published_folder_is_saved_as_it_was(golden: Made, tmp_path: Path) -> None:
+def test_a_published_folder_is_saved_unchanged(golden: Made, tmp_path: Path) -> None:
     golden.model.save_pretrained(tmp_path)
     golden.processor.save(tmp_path)
     before, after = load_file(GOLDEN / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name].float(), after[name]) for name in before)
     configs = [json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (GOLDEN, tmp_path)]
     named = {key: f"openbmb/MiniCPM-V-2_6--{value}" for key, value in configs[0]["auto_map"].items()}
-    changed = {"auto_map", "torch_dtype", "transformers_version", "_name_or_path", "sliding_window"}  # the last is without effect in both
+    changed = {"auto_map", "torch_dtype", "transformers_version", "_name_or_path", "sliding_window"}  # the last has no effect in both
     assert {key for key, value in configs[0].items() if configs[1].get(key) != value} == changed & configs[0].keys()
     assert configs[1]["auto_map"] == named and configs[1]["rope_theta"] == 1e6
     assert (tmp_path / "tokenizer.json").read_bytes() == (GOLDEN / "tokenizer.json").read_bytes()
@@ -257,7 +257,7 @@ def test_a_published_folder_is_saved_as_it_was(golden: Made, tmp_path: Path) -> 
 
 
 def test_shards_and_pickled_weights_are_read(golden: Made, tmp_path: Path) -> None:
-    """A .bin goes through torch's loader of weights alone: a pickle with code in it is an error there."""
+    """A .bin is read with torch's weights-only loader, which refuses a pickle with code."""
     for name, write in {"shards": write_shards, "bin": write_bin}.items():
         shutil.copytree(GOLDEN, tmp_path / name)
         (tmp_path / name / "model.safetensors").unlink()
@@ -280,7 +280,7 @@ def write_bin(folder: Path, weights: Tensors) -> None:
 
 
 def test_a_limit_on_slices_is_saved_in_both_configs(golden: Made, tmp_path: Path) -> None:
-    """The published code compares them."""
+    """The published code compares the two."""
     golden.model.save_pretrained(tmp_path)
     golden.family.load_processor(GOLDEN, golden.spec.model, Limit(max_tiles=2)).save(tmp_path)
     read = {name: json.loads((tmp_path / name).read_text(encoding="utf-8")) for name in ("config.json", "preprocessor_config.json")}
@@ -301,7 +301,7 @@ def test_the_chat_template_is_the_published_one(golden: Made, tmp_path: Path) ->
 
 
 def add_audio(folder: Path) -> Tensors:
-    """Tensors of the audio and speech parts, as the published names begin, beside those of a checkpoint."""
+    """Adds tensors with the published prefixes of the audio and speech parts to a checkpoint."""
     extra = {
         "apm.conv1.weight": torch.randn(4, 3, 3).bfloat16(),
         "apm.layers.0.self_attn.q_proj.bias": torch.randn(4),
@@ -316,7 +316,7 @@ def add_audio(folder: Path) -> Tensors:
     return extra
 
 
-def test_audio_and_speech_are_carried_along(make_tiny: Callable[[str], Made], tmp_path: Path) -> None:
+def test_audio_and_speech_tensors_are_kept(make_tiny: Callable[[str], Made], tmp_path: Path) -> None:
     made = make_tiny("tiny_minicpm_o_2_6")
     shutil.copytree(made.folder, tmp_path / "from")
     extra = add_audio(tmp_path / "from")
@@ -331,21 +331,21 @@ def test_audio_and_speech_are_carried_along(make_tiny: Callable[[str], Made], tm
     config = json.loads((tmp_path / "to" / "config.json").read_text(encoding="utf-8"))
     assert config["tts_config"] == {"num_vq": 4, "model_type": "conditional_chattts"} and config["audio_pool_step"] == 2
     assert config["model_type"] == "minicpmo"
-    assert not made.family.load(tmp_path / "to", made.spec.model, torch.bfloat16, on_meta=True).carried
+    assert not made.family.load(tmp_path / "to", made.spec.model, torch.bfloat16, on_meta=True).kept_tensors
 
 
-def test_a_minicpm_v_has_no_use_for_audio(make_tiny: Callable[[str], Made], tmp_path: Path) -> None:
+def test_audio_tensors_are_refused_for_minicpm_v(make_tiny: Callable[[str], Made], tmp_path: Path) -> None:
     made = make_tiny("tiny_minicpm_v_2_6")
     shutil.copytree(made.folder, tmp_path, dirs_exist_ok=True)
     add_audio(tmp_path)
-    with pytest.raises(InputRefused, match=r"another revision.*\n  it has besides: apm\.conv1\.weight, apm\.layers"):
+    with pytest.raises(InputRefused, match=r"is not the revision.*\n  unexpected: apm\.conv1\.weight, apm\.layers"):
         made.family.load(tmp_path, made.spec.model, torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------- bad input
 
 
-def test_a_revision_with_other_tensors_is_refused_and_they_are_listed(golden: Made, tmp_path: Path) -> None:
+def test_a_revision_with_other_tensors_is_refused_with_a_list(golden: Made, tmp_path: Path) -> None:
     shutil.copytree(GOLDEN, tmp_path, dirs_exist_ok=True)
     weights = load_file(GOLDEN / "model.safetensors")
     weights["resampler.pos_embed"] = torch.zeros(2)
@@ -354,24 +354,22 @@ def test_a_revision_with_other_tensors_is_refused_and_they_are_listed(golden: Ma
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputRefused) as caught:
         golden.family.load(tmp_path, golden.spec.model, torch.float32)
-    assert "  it lacks: resampler.ln_q.bias\n  it has besides: resampler.pos_embed\n  it has in another shape: resampler.query" in str(
-        caught.value
-    )
+    assert "  missing: resampler.ln_q.bias\n  unexpected: resampler.pos_embed\n  with another shape: resampler.query" in str(caught.value)
 
 
-def test_a_repository_of_its_own_code_is_refused_by_name(golden: Made, tmp_path: Path) -> None:
+def test_an_unknown_repository_with_code_is_refused(golden: Made, tmp_path: Path) -> None:
     config = {"model_type": "ovis9", "auto_map": {"AutoModel": "modeling_ovis.Ovis"}}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for name in ("minicpm_v_2_6", "llava"):
         with pytest.raises(InputRefused) as caught:
             find_family(name).load(tmp_path, replace(golden.spec.model, name=name), torch.float32)
-        assert "is a ovis9, with code of its own, which is never run" in str(caught.value)
+        assert "has the model type ovis9 (with its own code, which is never run" in str(caught.value)
         assert all(family in str(caught.value) for family in FAMILIES)
 
 
 def test_another_number_of_queries_is_refused(golden: Made) -> None:
     other = replace(golden.spec.model, architecture={**golden.spec.model.architecture, "options": {"num_query": 64}})
-    with pytest.raises(InputRefused, match=r"has 4 tokens a slice, model\.architecture\.options\.num_query is 64"):
+    with pytest.raises(InputRefused, match=r"has 4 tokens per slice, but model\.architecture\.options\.num_query is 64"):
         golden.family.load(GOLDEN, other, torch.float32)
 
 
@@ -382,13 +380,13 @@ def test_an_absurd_aspect_ratio_is_refused_by_file_and_row(golden: Made, tmp_pat
         collate([sample], golden.processor, golden.spec)
 
 
-def test_more_slices_than_the_context_takes(golden: Made) -> None:
+def test_more_slices_than_fit_into_the_context(golden: Made) -> None:
     spec: TrainSpec = replace(golden.spec, data=replace(golden.spec.data, max_length=90))
-    with pytest.raises(InputRefused, match=r"104 tokens \(34 of them images\) are longer than data\.max_length=90"):
+    with pytest.raises(InputRefused, match=r"104 tokens \(34 of them for images\) are more than data\.max_length=90"):
         collate([sample_of("one sliced image")], golden.processor, spec)
 
 
-def test_the_last_layer_of_the_tower_is_left_out_where_the_config_does_not_say(golden: Made) -> None:
+def test_the_last_layer_of_the_tower_is_dropped_by_default(golden: Made) -> None:
     config = golden.model.config
     assert vision_config(config).num_hidden_layers == 2
     silent = copy.deepcopy(config)

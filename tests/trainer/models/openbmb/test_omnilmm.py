@@ -1,4 +1,4 @@
-"""OmniLMM-3B and 12B against their published code: the tensors in tests/golden, and the names of the published files."""
+"""OmniLMM-3B and 12B compared with their published code: the tensors in tests/golden, and the names in the published files."""
 
 import copy
 import json
@@ -20,11 +20,11 @@ from trainer.contract import InputRefused
 from trainer.contract.weight_files import hash_weights
 from trainer.data.batch.collate import collate
 from trainer.data.rows.sample import MARK, Sample
-from trainer.models import find_family
 from trainer.models.openbmb.omnilmm import OmniLMMConfig, OmniLMMForCausalLM
 from trainer.models.openbmb.omnilmm_3b import MiniCPMV, MiniCPMVConfig
-from trainer.models.openbmb.published import find_marks, put_images
+from trainer.models.openbmb.published import get_frame, put_images
 from trainer.models.openbmb.query_resampler import QueryResampler
+from trainer.models.registry import find_family
 from trainer.models.weight import round_weights
 
 GOLDEN = Path(__file__).resolve().parents[3] / "golden"
@@ -32,25 +32,25 @@ TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "
 TEXT = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 MORE = {"num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "image_size": 20, "tower": TOWER}
 FRAME = {"image_start_token_id": 91, "image_token_id": 90, "image_end_token_id": 92}
-UNKNOWN = {"image_token_id": 0}  # what stands for an image of the 3B
+UNKNOWN = {"image_token_id": 0}  # the image token of the 3B
 SCALES = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 64}
-# two_turns: of the 3B a row with an image in each turn; of the 12B two rows with an image in either turn, since its published code keeps
-# the last image of a row alone.
+# two_turns: for the 3B a row with an image in each turn; for the 12B two rows, with an image in the first or second turn, because its
+# published code keeps only the last image of a row.
 CASES = ("one_image", "two_turns", "text_alone")
-WHOLE = "two_turns"  # the case whose gradients are there in full; of the others every 101st element and the norm
+WHOLE = "two_turns"  # the case with complete gradients; the others have every 101st element and the norm
 STEP = 101
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def make(name: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """Ours, of the size of the tiny instance, and the tensors that the published code left."""
+    """Our model with the size of the tiny instance, and the tensors of the published code."""
     if name == "omnilmm_3b":
         model: Any = MiniCPMV(MiniCPMVConfig(**TEXT, **MORE, **{**FRAME, **UNKNOWN}, **SCALES, query_num=4))
     else:
         model = OmniLMMForCausalLM(OmniLMMConfig(**TEXT, **MORE, **FRAME, num_query=4))
     tensors = load_file(GOLDEN / name / "tiny.safetensors")
     weights = {key.removeprefix("weight/"): value.float() for key, value in tensors.items() if key.startswith("weight/")}
-    model.load_state_dict(weights)  # strict: not one name left over or missing
+    model.load_state_dict(weights)  # strict: no name is missing or unexpected
     return model.eval(), tensors
 
 
@@ -60,7 +60,7 @@ def golden(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, dict[str, T
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_loss_and_gradients_are_those_of_the_published_code(case: str, golden: tuple[PreTrainedModel, dict[str, Tensor]]) -> None:
+def test_logits_loss_and_gradients_equal_those_of_the_published_code(case: str, golden: tuple[PreTrainedModel, dict[str, Tensor]]) -> None:
     model, tensors = golden
     given = {key: tensors[f"{case}/{key}"] for key in ("input_ids", "labels", "pixel_values") if f"{case}/{key}" in tensors}
     model.zero_grad()
@@ -76,8 +76,8 @@ def test_logits_loss_and_gradients_are_those_of_the_published_code(case: str, go
         assert torch.allclose(torch.linalg.vector_norm(gradient), tensors[f"{case}/norm/{name}"], **CLOSE), name
 
 
-def test_two_rows_of_a_batch_are_what_each_is_alone(golden: tuple[PreTrainedModel, dict[str, Tensor]]) -> None:
-    """Images go to the rows in their order, whatever lies between."""
+def test_two_rows_of_a_batch_equal_each_alone(golden: tuple[PreTrainedModel, dict[str, Tensor]]) -> None:
+    """Images are assigned to the rows in order."""
     model, tensors = golden
     cases = [case for case in CASES if len(tensors[f"{case}/input_ids"]) == 1]
     ids = [tensors[f"{case}/input_ids"] for case in cases]
@@ -92,14 +92,14 @@ def test_two_rows_of_a_batch_are_what_each_is_alone(golden: tuple[PreTrainedMode
         assert torch.allclose(row[own.bool()], tensors[f"{case}/logits"][0], **CLOSE), case
 
 
-def test_a_resampler_of_several_heads_is_the_published_one() -> None:
-    """Four heads; the tiny models have one, since the published code gives a head 128 of their width."""
+def test_a_resampler_with_several_heads_equals_the_published_one() -> None:
+    """Four heads; the tiny models have one, because the width of a head is 128 in the published code."""
     tensors = load_file(GOLDEN / "omnilmm_3b" / "tiny.safetensors")
     part = {key.removeprefix("resampler/"): value for key, value in tensors.items() if key.startswith("resampler/")}
     ours = QueryResampler(width=32, source=24, queries=9, heads=4)
     fixed = ours.pos_embed.clone()
     ours.load_state_dict({key.removeprefix("weight/"): value for key, value in part.items() if key.startswith("weight/")})
-    assert torch.allclose(fixed, ours.pos_embed, rtol=0, atol=1e-6), "positions of our own start"
+    assert torch.allclose(fixed, ours.pos_embed, rtol=0, atol=1e-6), "positions of a random start"
     patches = part["input"].clone().requires_grad_()
     made = ours(patches)
     (made * part["upstream"]).sum().backward()
@@ -109,8 +109,8 @@ def test_a_resampler_of_several_heads_is_the_published_one() -> None:
         assert torch.allclose(parameter.grad, part[f"gradient/{name}"], **CLOSE), name  # type: ignore[arg-type]
 
 
-def test_the_scales_of_minicpm_are_those_of_granite() -> None:
-    """transformers' Granite as it stands, with MiniCPM's numbers for its four multipliers, answers a text as MiniCPM's own code does."""
+def test_the_scales_of_minicpm_equal_those_of_granite() -> None:
+    """transformers' Granite with MiniCPM's values for its four multipliers gives the logits of MiniCPM's own code for a text."""
     tensors = load_file(GOLDEN / "omnilmm_3b" / "tiny.safetensors")
     sizes = {**TEXT, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5}
     residual = SCALES["scale_depth"] / TEXT["num_hidden_layers"] ** 0.5
@@ -128,8 +128,8 @@ def test_the_scales_of_minicpm_are_those_of_granite() -> None:
 
 
 @pytest.mark.parametrize("name", ["omnilmm_3b", "omnilmm_12b"])
-def test_the_names_are_those_of_the_published_files(name: str) -> None:
-    """Not a tensor left over or missing, either way."""
+def test_the_names_equal_those_of_the_published_files(name: str) -> None:
+    """No tensor is missing or unexpected."""
     spec = model_spec(name)
     with torch.device("meta"):
         ours = find_family(spec.family).create(spec).state_dict()
@@ -146,8 +146,8 @@ def test_the_3b_has_the_bytes_of_the_published_files() -> None:
     assert read_model("omnilmm_3b").parameters.total == 6_869_931_584 // 2 - fixed
 
 
-def test_the_tower_of_another_resolution() -> None:
-    """An image of another side than the config's: positions are carried over to its grid."""
+def test_the_tower_with_another_resolution() -> None:
+    """For an image with another side than that of the config the positions are interpolated."""
     spec = model_spec("tiny_omnilmm_12b")
     sizes = {**spec.architecture["vision"], "image_size": 48}
     model = find_family(spec.family).create(replace(spec, architecture={**spec.architecture, "vision": sizes}))
@@ -164,7 +164,7 @@ def made(request: pytest.FixtureRequest, make_tiny: Any) -> Made:
 
 
 def as_published(made: Made, folder: Path, *, pickled: bool = False) -> dict[str, Tensor]:
-    """A copy as OpenBMB would have published it: in two files, and with none of the fields that we add but the tower's numbers."""
+    """A copy in the published format: two files, and of the fields that we add only the numbers of the tower."""
     shutil.copytree(made.folder, folder, dirs_exist_ok=True)
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -195,7 +195,7 @@ def test_the_published_layout_is_read_and_written_again(pickled: bool, made: Mad
 
 
 @pytest.mark.parametrize("key", FRAME)
-def test_each_mark_is_held_against_the_tokenizer(key: str, made: Made, tmp_path: Path) -> None:
+def test_each_id_is_compared_with_the_tokenizer(key: str, made: Made, tmp_path: Path) -> None:
     shutil.copytree(made.folder, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps({**config, key: 7}), encoding="utf-8")
@@ -204,8 +204,8 @@ def test_each_mark_is_held_against_the_tokenizer(key: str, made: Made, tmp_path:
             open_part(tmp_path, made.spec.model)
 
 
-def test_a_checkpoint_with_other_queries_is_refused(made: Made, tmp_path: Path) -> None:
-    """A plan has counted with those of the model."""
+def test_a_checkpoint_with_another_number_of_queries_is_refused(made: Made, tmp_path: Path) -> None:
+    """The plan used the number in conf/model."""
     shutil.copytree(made.folder, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     key = next(name for name in ("query_num", "num_query") if name in config)
@@ -215,7 +215,7 @@ def test_a_checkpoint_with_other_queries_is_refused(made: Made, tmp_path: Path) 
 
 
 def test_a_published_tokenizer_model_is_enough(make_tiny: Any, tmp_path: Path) -> None:
-    """As OpenBMB/MiniCPM-V has it: no tokenizer.json, and a tokenizer class that is code of its own."""
+    """As in OpenBMB/MiniCPM-V: no tokenizer.json, and a tokenizer class that is code in the repository."""
     made = make_tiny("tiny_omnilmm_3b")
     as_published(made, tmp_path)
     (tmp_path / "tokenizer.json").unlink()
@@ -228,7 +228,7 @@ def test_a_published_tokenizer_model_is_enough(make_tiny: Any, tmp_path: Path) -
     assert list(made.family.load_processor(tmp_path, made.spec.model).span((9, 9), 0)) == [3, *[0] * 16, 4]
 
 
-def test_half_a_pickled_file_is_not_whole(made: Made, tmp_path: Path) -> None:
+def test_a_truncated_pickled_file_is_refused(made: Made, tmp_path: Path) -> None:
     as_published(made, tmp_path, pickled=True)
     file = tmp_path / "pytorch_model-00002-of-00002.bin"
     file.write_bytes(file.read_bytes()[:-100])
@@ -241,16 +241,16 @@ class Payload:
         return (Path.touch, (Path("payload"),))
 
 
-def test_code_among_the_tensors_is_never_run(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_a_weight_file_is_never_run(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     as_published(made, tmp_path / "published", pickled=True)
     torch.save({"lm_head.weight": Payload()}, tmp_path / "published" / "pytorch_model-00002-of-00002.bin")
-    with pytest.raises(InputRefused, match="holds code among its tensors, which is never run"):
+    with pytest.raises(InputRefused, match="has a weight file that contains code, which is never run"):
         made.family.load(tmp_path / "published", made.spec.model, torch.float32)
     assert not (tmp_path / "payload").exists()
 
 
-def test_another_revision_is_refused_with_its_names(made: Made, tmp_path: Path) -> None:
+def test_another_revision_is_refused_with_a_list(made: Made, tmp_path: Path) -> None:
     shutil.copytree(made.folder, tmp_path, dirs_exist_ok=True)
     weights = load_file(tmp_path / "model.safetensors")
     name = next(name for name in weights if name.endswith("resampler.proj"))
@@ -260,36 +260,36 @@ def test_another_revision_is_refused_with_its_names(made: Made, tmp_path: Path) 
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputRefused) as caught:
         made.family.load(tmp_path, made.spec.model, torch.float32)
-    assert f"1 missing: {name}\n" in str(caught.value) and f"1 not of this model: {name}_in\n" in str(caught.value)
-    assert f"1 of another shape: {query}\n" in str(caught.value)
+    assert f"1 missing: {name}\n" in str(caught.value) and f"1 unexpected: {name}_in\n" in str(caught.value)
+    assert f"1 with another shape: {query}\n" in str(caught.value)
 
 
 def test_a_later_minicpm_v_is_refused(make_tiny: Any, tmp_path: Path) -> None:
-    """The same model type, and the same names of its tensors."""
+    """It has the same model type and the same names of tensors."""
     made = make_tiny("tiny_omnilmm_3b")
     shutil.copytree(made.folder, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps({**config, "slice_mode": True}), encoding="utf-8")
-    with pytest.raises(InputRefused, match="is a MiniCPM-V 2 or later, which cuts images into slices"):
+    with pytest.raises(InputRefused, match="is a MiniCPM-V 2 or later, which divides images into slices"):
         made.family.load(tmp_path, made.spec.model, torch.float32)
 
 
-def test_marks_without_their_images_are_refused(golden: tuple[PreTrainedModel, dict[str, Tensor]]) -> None:
+def test_image_tokens_without_features_are_refused(golden: tuple[PreTrainedModel, dict[str, Tensor]]) -> None:
     model, tensors = golden
-    with pytest.raises(ValueError, match="4 places between image marks for 8 image features"):
+    with pytest.raises(ValueError, match="4 image tokens for 8 image features"):
         model(input_ids=tensors["one_image/input_ids"], pixel_values=torch.zeros(2, 3, 20, 20))
 
 
-def test_marks_that_a_text_holds_are_words_of_it(made: Made, samples: tuple[Sample, ...]) -> None:
-    """Before the image, in an answer, and in a text without one, beside another row's image: none moves a place of an image."""
+def test_special_tokens_in_a_text_are_ordinary_words(made: Made, samples: tuple[Sample, ...]) -> None:
+    """Before the image, in an answer, and in a text without an image: none changes the position of an image."""
     alone = samples[0]
     marks = made.processor.tokenizer.convert_ids_to_tokens([made.model.config.image_start_token_id, made.model.config.image_end_token_id])
-    for mark in (mark for mark in marks if mark != MARK):  # that one is counted by the data
+    for mark in (mark for mark in marks if mark != MARK):  # this one is counted by the data
         first, answer, *rest = alone.messages
         noted = (replace(first, content=f"{mark}{mark} {first.content}"), replace(answer, content=f"It is {mark}."), *rest)
         batch = collate([replace(alone, messages=noted), talk((f"What is {mark}?", f"{mark * 70}"), row=9)], made.processor, made.spec)
         ids, width = batch["input_ids"], made.model.config.hidden_size
-        frame = find_marks(made.model.config)
+        frame = get_frame(made.model.config)
         features = torch.ones(1, made.processor.span.tokens, width)
         filled = put_images(torch.zeros(*ids.shape, width), ids, features, frame)[..., 0]
         start = next(place for place in range(ids.shape[1]) if tuple(ids[0, place : place + 18]) == made.processor.span((9, 9), 0))
@@ -298,8 +298,8 @@ def test_marks_that_a_text_holds_are_words_of_it(made: Made, samples: tuple[Samp
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_sixteen_bits(dtype: torch.dtype, golden: tuple[PreTrainedModel, dict[str, Tensor]]) -> None:
-    """Everything in one type, as on a P4 in float16: near the float32 logits, and no overflow."""
+def test_float16_and_bfloat16(dtype: torch.dtype, golden: tuple[PreTrainedModel, dict[str, Tensor]]) -> None:
+    """Everything in one dtype, as on a P4 in float16: close to the float32 logits, without overflow."""
     model, tensors = golden
     half = round_weights(copy.deepcopy(model), dtype)
     made = half(input_ids=tensors["one_image/input_ids"], pixel_values=tensors["one_image/pixel_values"].to(dtype)).logits

@@ -1,4 +1,4 @@
-"""sentencepiece models of byte pairs, written here field by field."""
+"""sentencepiece models of type BPE, written here field by field."""
 
 import json
 import struct
@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlamaTokenizer
 from transformers.tokenization_utils_base import generate_merges
 
 from trainer.contract import InputRefused
-from trainer.models.openbmb.sentencepiece import BYTE, NORMAL, PAIRS, UNKNOWN, USER, Piece, find_merges, open_pieces, read_pieces
+from trainer.models.openbmb.sentencepiece import BPE_MODEL, BYTE, NORMAL, UNKNOWN, USER, Piece, find_merges, open_pieces, read_pieces
 
 CONTROL = 3
 LETTERS = "abcdef 一丁丂"
@@ -21,7 +21,7 @@ def varint(value: int) -> bytes:
 
 
 def message(*fields: tuple[int, int | float | bytes]) -> bytes:
-    """Of sentencepiece_model.proto: numbers of fields with a varint, a float or what has a length."""
+    """A message of sentencepiece_model.proto: field numbers with a varint, a float or bytes."""
     made = b""
     for number, value in fields:
         if isinstance(value, bytes):
@@ -31,14 +31,14 @@ def message(*fields: tuple[int, int | float | bytes]) -> bytes:
     return made
 
 
-def write(folder: Path, pieces: tuple[Piece, ...], *, kind: int = PAIRS, prefix: int = 1, squeeze: int = 0) -> None:
+def write(folder: Path, pieces: tuple[Piece, ...], *, kind: int = BPE_MODEL, prefix: int = 1, squeeze: int = 0) -> None:
     own = [(1, message((1, piece.text.encode()), (2, piece.score), (3, piece.kind))) for piece in pieces]
     content = message(*own, (2, message((3, kind))), (3, message((1, b"identity"), (3, prefix), (4, squeeze))))
     (folder / "tokenizer.model").write_bytes(content)
 
 
 def make_pieces(count: int, *user: str) -> tuple[Piece, ...]:
-    """Llama's order: three special pieces, then `user`, the bytes, what was merged by falling scores, single characters."""
+    """In the order of Llama: three special pieces, `user`, the bytes, merged pieces by decreasing score, single characters."""
     random = np.random.default_rng(3)
     merged, parts = [], ["▁", *LETTERS.replace(" ", "")]
     while len(merged) < count:
@@ -58,8 +58,8 @@ def texts() -> list[str]:
     return ["".join(random.choice(list(LETTERS), 50)).lstrip() for _ in range(200)] + ["é", "", "a  b", "Which digit?\n"]
 
 
-def test_ids_are_those_of_transformers_own_conversion(tmp_path: Path) -> None:
-    """Of texts that neither begin with a space, before which transformers puts no other, nor hold a user-defined piece."""
+def test_ids_equal_those_of_transformers_conversion(tmp_path: Path) -> None:
+    """For texts that do not start with a space (transformers then adds none) and contain no user-defined piece."""
     pieces = make_pieces(2000)
     write(tmp_path, pieces)
     vocabulary = {piece.text: place for place, piece in enumerate(pieces)}
@@ -73,8 +73,8 @@ def test_ids_are_those_of_transformers_own_conversion(tmp_path: Path) -> None:
     assert ours("ab")["input_ids"][0] == ours.bos_token_id == 1
 
 
-def test_user_defined_pieces_are_whole_and_begin_no_text(tmp_path: Path) -> None:
-    """As sentencepiece 0.2.3 encodes them: a space is put before the text, and not after each."""
+def test_user_defined_pieces(tmp_path: Path) -> None:
+    """As sentencepiece 0.2.3 encodes them: a space is added before the text, but not after each piece."""
     write(tmp_path, make_pieces(50, "<AI>", "<AI>x"))
     ours = open_pieces(tmp_path)
     assert ours.convert_ids_to_tokens(ours("é<AI>a<AI>x b", add_special_tokens=False)["input_ids"])[:5] == [
@@ -96,7 +96,7 @@ def test_spaces(prefix: int, squeeze: int, text: str, read: str, tmp_path: Path)
     assert "".join(ours.convert_ids_to_tokens(ours(text, add_special_tokens=False)["input_ids"])) == read
 
 
-def test_special_tokens_are_those_of_the_config_and_it_opens_again(tmp_path: Path) -> None:
+def test_special_tokens_are_those_of_the_config_and_are_saved(tmp_path: Path) -> None:
     write(tmp_path, make_pieces(50, "<image>"))
     known = {"259": {"content": "<new>", "special": True}, "3": {"content": "<image>", "special": True, "lstrip": False}}
     config = {"add_bos_token": False, "eos_token": {"content": "</s>", "__type": "AddedToken"}, "added_tokens_decoder": known}
@@ -109,15 +109,13 @@ def test_special_tokens_are_those_of_the_config_and_it_opens_again(tmp_path: Pat
     assert all(again(text)["input_ids"] == ours(text)["input_ids"] for text in (*texts(), "<image>a<new></s>"))
 
 
-def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_invalid_files_are_refused(tmp_path: Path) -> None:
     write(tmp_path, make_pieces(50), kind=1)
-    with pytest.raises(
-        InputRefused, match=r"tokenizer\.model: is no sentencepiece model of byte pairs\n    take the file that was published"
-    ):
+    with pytest.raises(InputRefused, match=r"tokenizer\.model: not a sentencepiece model of type BPE\n    use the published file"):
         open_pieces(tmp_path)
     write(tmp_path, make_pieces(50))
     file = tmp_path / "tokenizer.model"
     for content in (file.read_bytes()[:-3], b"version https://git-lfs.github.com/spec/v1", b"\x0a\x03\x10"):
         file.write_bytes(content)
-        with pytest.raises(InputRefused, match=r"tokenizer\.model: is no sentencepiece model"):
+        with pytest.raises(InputRefused, match=r"tokenizer\.model: not a sentencepiece model"):
             read_pieces(file)

@@ -1,10 +1,10 @@
-"""Images as grids of patches and rotary positions in three dimensions: what Qwen2.5-VL and Qwen2.5-Omni have in common.
+"""The shared vision part of Qwen2.5-VL and Qwen2.5-Omni: images as grids of patches, three-dimensional rotary positions.
 
-Wang et al., Qwen2-VL (arXiv 2409.12191), section 2.1: text counts on in all three dimensions, an image is a grid over height and width
-at one time, and what follows it goes on after the longest side.
+Wang et al., Qwen2-VL (arXiv 2409.12191), section 2.1: text increments all three positions together; an image is a grid over height and width
+at a constant time, and the text after it continues from the largest position.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -17,8 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from trainer.contract import ModelSpec
+from trainer.data.encode import image_id
+from trainer.data.processor import Inputs, Processor
 from trainer.models.architecture import split_options
-from trainer.models.family import Inputs, Limit, Processor
+from trainer.models.family import Limit
+from trainer.models.processor import find_ids, processor_writer
 from trainer.models.span import Grid
 
 IMAGE_KEYS = ("min_pixels", "max_pixels", "image_mean", "image_std", "resample")  # options that are the image processor's
@@ -44,10 +47,18 @@ def bound(images: Qwen2VLImageProcessorPil, limit: Limit) -> Qwen2VLImageProcess
 
 
 def assemble(
-    tokenizer: PreTrainedTokenizerBase, images: Qwen2VLImageProcessorPil, frame: tuple[int, int, int], save: Callable[[Path], None]
+    model: ModelSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    images: Qwen2VLImageProcessorPil,
+    tokens: Mapping[str, str],
+    frame: tuple[str, str],
+    kind: str,
+    **settings: Any,
 ) -> Processor:
-    """`frame`: the ids before an image, of each of its tokens, and after it."""
-    before, image, after = frame
+    """`frame`: the names in `tokens` of the tokens before and after an image. `kind`, `settings`: for the files."""
+    before, after = find_ids(tokenizer, tokens, *frame)
+    image = image_id(tokenizer, model.image_token)
+    mark = f"{tokens[frame[0]]}{model.image_token}{tokens[frame[1]]}"
     unit = images.patch_size * images.merge_size
 
     def image_features(picture: Image) -> Inputs:
@@ -69,19 +80,19 @@ def assemble(
             min_pixels=images.size["shortest_edge"],
             max_pixels=images.size["longest_edge"],
         ),
-        save=save,
+        save=processor_writer(model, tokenizer, images, kind, mark, **settings),
         position_ids=position_ids,
     )
 
 
-def mark_images(processor: Processor, image: int) -> Processor:
-    """With mm_token_type_ids, 1 at image tokens: Qwen2.5-VL without them falls back to positions in one dimension, and says nothing."""
+def add_token_types(processor: Processor, image: int) -> Processor:
+    """With mm_token_type_ids, 1 at image tokens: without them Qwen2.5-VL silently uses one-dimensional positions."""
     return replace(processor, text_inputs=lambda input_ids: {"mm_token_type_ids": (input_ids == image).int()})
 
 
 def rotary_positions(input_ids: Tensor, image: int, grids: Sequence[tuple[int, int]]) -> Tensor:
     """Positions of one sample, [4, T] int64: a plain count, then time, height and width. `grids`: rows and columns of tokens of each
-    image. The last three are those of transformers' get_rope_index."""
+    image. The last three equal those of transformers' get_rope_index."""
     remaining = iter(grids)
     parts: list[Tensor] = []
     start = 0
@@ -95,5 +106,5 @@ def rotary_positions(input_ids: Tensor, image: int, grids: Sequence[tuple[int, i
         else:
             parts.append(torch.arange(length).expand(3, -1) + start)
             start += length
-    turned = torch.cat(parts, dim=1) if parts else torch.zeros(3, 0, dtype=torch.int64)
-    return torch.cat([torch.arange(len(input_ids)).unsqueeze(0), turned])
+    rotary = torch.cat(parts, dim=1) if parts else torch.zeros(3, 0, dtype=torch.int64)
+    return torch.cat([torch.arange(len(input_ids)).unsqueeze(0), rotary])

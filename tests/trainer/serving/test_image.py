@@ -1,4 +1,4 @@
-"""Image bombs: each is refused with a reason, in time and within bounded memory, and the server answers before and after."""
+"""Image bombs: each is refused with a reason, quickly and within bounded memory, and the server keeps answering."""
 
 import struct
 import time
@@ -9,9 +9,9 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
-from tests.trainer.serving.service import Echo, data_uri, png, resident_bytes, serve
+from tests.trainer.serving.service import EchoAnswerer, data_uri, png, resident_bytes, serve
 from trainer.data.media.image import open_image
-from trainer.serving.picture import decode, size_of
+from trainer.serving.image import decode, size_of
 from trainer.serving.refusal import RequestRefused
 
 MOST = 40 * 10**6
@@ -29,8 +29,8 @@ def png_of(width: int, height: int, *chunks: bytes, data: bytes = b"") -> bytes:
 
 def gif_of(width: int, height: int, frame: tuple[int, int, int, int] | None = None) -> bytes:
     left, top, wide, high = frame or (0, 0, width, height)
-    head = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + b"\x00\x00\x00\xff\xff\xff"
-    return head + b"," + struct.pack("<HHHHB", left, top, wide, high, 0) + b"\x02\x02\x4c\x01\x00;"
+    header = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + b"\x00\x00\x00\xff\xff\xff"
+    return header + b"," + struct.pack("<HHHHB", left, top, wide, high, 0) + b"\x02\x02\x4c\x01\x00;"
 
 
 def webp_of(kind: bytes, data: bytes) -> bytes:
@@ -39,7 +39,7 @@ def webp_of(kind: bytes, data: bytes) -> bytes:
 
 
 def large_webp() -> bytes:
-    """A canvas of 268 million pixels, for which a decoder makes room before the first is read."""
+    """A canvas of 268 million pixels, which a decoder allocates before it reads the first one."""
     return webp_of(b"VP8X", b"\x02\x00\x00\x00" + (16383).to_bytes(3, "little") * 2)
 
 
@@ -50,14 +50,14 @@ def jpeg_of(width: int, height: int, **options: object) -> bytes:
 
 
 def jpeg_sized(width: int, height: int) -> bytes:
-    """A small one whose frame says another size."""
+    """A small JPEG whose header declares another size."""
     content = jpeg_of(16, 16)
     place = content.index(b"\xff\xc0") + 5
     return content[:place] + struct.pack(">HH", height, width) + content[place + 4 :]
 
 
 def many_scans() -> bytes:
-    """A progressive JPEG whose last scan stands there a thousand times: a pass over all pixels each."""
+    """A progressive JPEG whose last scan is repeated a thousand times: each is a pass over all pixels."""
     content = png(2000, 2000, kind="JPEG", progressive=True)
     start = content.rindex(b"\xff\xda")
     return content[:start] + content[start:-2] * 1000 + b"\xff\xd9"
@@ -104,7 +104,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 }
 
 
-HARMLESS: dict[str, Callable[[], bytes]] = {  # of which no more is unpacked than the image has pixels
+HARMLESS: dict[str, Callable[[], bytes]] = {  # no more is decompressed than the image has pixels
     "png: 300 MB behind the last pixel": lambda: png_of(32, 32, data=bytes(300 * MIB)),
     "gif: 200 frames": lambda: animation("GIF"),
     "png: 200 frames": lambda: animation("PNG"),
@@ -112,8 +112,8 @@ HARMLESS: dict[str, Callable[[], bytes]] = {  # of which no more is unpacked tha
 }
 
 
-def test_bombs_are_refused_and_the_server_goes_on() -> None:
-    with serve(Echo(), max_batch=4) as served:
+def test_bombs_are_refused_and_the_server_keeps_running() -> None:
+    with serve(EchoAnswerer(), max_batch=4) as served:
         good = data_uri(png())
         assert served.ask(image=good).status == 200
         before = resident_bytes()
@@ -130,14 +130,14 @@ def test_bombs_are_refused_and_the_server_goes_on() -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
-def test_of_many_frames_the_first_alone_is_decoded(kind: str) -> None:
+def test_only_the_first_frame_is_decoded(kind: str) -> None:
     image = decode(animation(kind), MOST, "image")
     assert image.size == (64, 64) and image.mode == "RGB"
-    assert max(channel[1] for channel in image.getextrema()) <= 2, "that of the first frame is black"
+    assert max(channel[1] for channel in image.getextrema()) <= 2, "the first frame is black"
 
 
-def test_pixels_are_those_that_a_run_reads_of_a_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    """Turned by its tag, transparent over white, palettes and greys."""
+def test_pixels_equal_those_that_a_run_reads_from_a_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Rotated by its tag, transparent over white, palettes and greys."""
     noise = Image.effect_noise((48, 32), 90)
     made = {
         "turned.jpg": (
@@ -167,21 +167,21 @@ def test_sizes_are_read_from_headers(kind: str, options: dict) -> None:
     [
         ("data:image/png;base64,@@@@", "is not base64"),
         ("data:image/png;base64,AAA", "is not base64"),
-        ("data:image/png,AAAA", "of data, only"),
-        ("data:text/html;base64,AAAA", "of data, only"),
-        ("data:;base64,AAAA", "of data, only"),
-        ("data:image/svg+xml;base64,AAAA", "of data, only"),
-        ("DATA:image/png;charset=x;base64,AAAA", "of data, only"),
+        ("data:image/png,AAAA", "a data URI must start with"),
+        ("data:text/html;base64,AAAA", "a data URI must start with"),
+        ("data:;base64,AAAA", "a data URI must start with"),
+        ("data:image/svg+xml;base64,AAAA", "a data URI must start with"),
+        ("DATA:image/png;charset=x;base64,AAAA", "a data URI must start with"),
         (data_uri(bytes(4000)), "more than 3000 bytes"),
     ],
 )
-def test_data_that_is_no_image(uri: str, said: str) -> None:
-    with serve(Echo(), max_image_bytes=3000) as served:
+def test_invalid_data_uris(uri: str, said: str) -> None:
+    with serve(EchoAnswerer(), max_image_bytes=3000) as served:
         reply = served.ask(image=uri)
         assert reply.status == 400 and said in reply.error["message"]
 
 
-def test_a_limit_is_of_pixels_and_told() -> None:
-    with pytest.raises(RequestRefused, match="101x100 pixels are more than the 10000 that this server takes"):
+def test_the_limit_counts_pixels_and_is_in_the_message() -> None:
+    with pytest.raises(RequestRefused, match="101x100 pixels are more than the limit of 10000"):
         decode(png(101, 100), 10_000, "image")
     assert decode(png(100, 100), 10_000, "image").size == (100, 100)

@@ -7,12 +7,12 @@ import torch
 from tests.trainer.models.conftest import to_arguments
 from trainer.data.batch.collate import collate
 from trainer.data.rows.sample import Sample
-from trainer.models.grid import rotary_positions
+from trainer.models.qwen_vision import rotary_positions
 
 
 @pytest.mark.parametrize("name", ["tiny_qwen2_5_vl", "tiny_qwen2_5_omni"])
-def test_rotary_positions_are_those_of_transformers(name: str, make_tiny: Any, samples: tuple[Sample, ...]) -> None:
-    """For each sample alone: one image, several in a row with grids that differ, none."""
+def test_rotary_positions_equal_those_of_transformers(name: str, make_tiny: Any, samples: tuple[Sample, ...]) -> None:
+    """For each sample: one image, several images with different grids, no image."""
     made = make_tiny(name)
     for sample in samples:
         batch = collate([sample], made.processor, replace(made.spec, deepspeed={}, stage=replace(made.spec.stage, trainable=("lm",))))
@@ -27,7 +27,7 @@ def test_rotary_positions_are_those_of_transformers(name: str, make_tiny: Any, s
         assert torch.equal(found[0], torch.arange(batch["input_ids"].shape[1]))
 
 
-def test_text_goes_on_after_the_longest_side() -> None:
+def test_text_continues_after_the_longest_side() -> None:
     ids = torch.tensor([5, 9, 9, 9, 9, 9, 9, 6, 9, 7])
     positions = rotary_positions(ids, 9, [(2, 3), (1, 1)])
     assert positions.tolist() == [
@@ -39,8 +39,8 @@ def test_text_goes_on_after_the_longest_side() -> None:
     assert rotary_positions(ids[:0], 9, []).shape == (4, 0)
 
 
-def test_without_marks_qwen_would_lose_its_positions(make_tiny: Any, samples: tuple[Sample, ...]) -> None:
-    """Why the collator makes mm_token_type_ids: the model takes the batch without them, and answers otherwise."""
+def test_without_token_types_qwen_would_use_other_positions(make_tiny: Any, samples: tuple[Sample, ...]) -> None:
+    """Why the processor adds mm_token_type_ids: without them the model computes other logits, without an error."""
     made = make_tiny("tiny_qwen2_5_vl")
     batch = collate(samples, made.processor, made.spec)
     with torch.no_grad():

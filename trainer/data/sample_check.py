@@ -1,4 +1,4 @@
-"""What is wrong with samples that were read: their images, and what the model's template makes of their text."""
+"""Problems of samples that were read: their images, and texts that the chat template of the model cannot express."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -12,11 +12,11 @@ from trainer.data.rows.parsed_row import printable
 from trainer.data.rows.sample import Sample
 from trainer.data.segment import find_template_problems
 
-CHUNK = 4096  # images in flight: futures of a million at once would take a gigabyte
+CHUNK = 4096  # images submitted at a time: a million futures would take a gigabyte
 
 
 def examine_images(paths: Iterable[Path]) -> dict[Path, Examined]:
-    """Decode and hash every image once, on all cores: Pillow and hashlib let go of the interpreter lock."""
+    """Decode and hash every image once, on all cores: Pillow and hashlib release the global interpreter lock."""
     distinct = iter(dict.fromkeys(paths))
     found: dict[Path, Examined] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -40,17 +40,17 @@ def find_image_problems(sample: Sample, images: dict[Path, Examined]) -> Iterato
                 row=sample.row,
                 field="image",
                 problem=printable(f"{path} {images[path].problem}"),
-                fix="replace the image file, or leave the row out",
+                fix="replace the image file, or remove the row",
             )
 
 
 def find_end_marks(sample: Sample, template: Template) -> Iterator[DataProblem]:
-    """The template's end mark inside a message: the tokenizer makes of it the very token that ends a turn."""
+    """Messages that contain the end mark of the template: the tokenizer turns it into the token that ends a turn."""
     mark = template.end_mark.strip()
     if not mark:
         return
-    for place, message in enumerate(sample.messages, start=1):
+    for number, message in enumerate(sample.messages, start=1):
         if mark in message.content:
-            what = "the model would learn to stop there" if message.role == "assistant" else "the model would read it as the end of a turn"
-            problem = f"message {place} ({message.role}) holds the end mark {mark!r}: {what}"
-            yield DataProblem(file=sample.file, row=sample.row, field="", problem=problem, fix="take it out, or write it in another way")
+            effect = "learn to stop there" if message.role == "assistant" else "read it as the end of the turn"
+            problem = f"message {number} ({message.role}) contains the end mark {mark!r}: the model would {effect}"
+            yield DataProblem(file=sample.file, row=sample.row, field="", problem=problem, fix="remove it, or write it differently")

@@ -1,4 +1,4 @@
-"""Answers that a row leaves out of the loss, and several conversations of one row, on their way to the model."""
+"""Answers that are not in the loss, and several conversations in one row."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from trainer.data.rows.sample import Message, Sample
 
 
 def talk(*answers: tuple[str, bool], part: int = 0) -> Sample:
-    turns = [(Message(role="user", content="Say."), Message(role="assistant", content=text, trained=trained)) for text, trained in answers]
+    turns = [(Message(role="user", content="Say."), Message(role="assistant", content=text, in_loss=in_loss)) for text, in_loss in answers]
     messages = tuple(message for turn in turns for message in turn)
     return Sample(id="1", images=(), messages=messages, file="rows.json", row=1, part=part)
 
@@ -20,7 +20,7 @@ def learned(sample: Sample, processor: Any) -> str:
     return processor.tokenizer.decode([label for label in labels if label != IGNORED])
 
 
-def test_an_answer_that_is_not_trained_is_read_and_masked(processor: Any) -> None:
+def test_an_answer_outside_the_loss_is_masked(processor: Any) -> None:
     whole, half = talk(("one", True), ("two", True)), talk(("one", False), ("two", True))
     ids = [encode(sample, processor.tokenizer, VICUNA, "<image>", (), 999).input_ids for sample in (whole, half)]
     assert ids[0] == ids[1]
@@ -28,15 +28,15 @@ def test_an_answer_that_is_not_trained_is_read_and_masked(processor: Any) -> Non
     assert learned(half, processor) == " two</s>"
 
 
-def test_a_last_answer_that_is_not_trained_is_still_the_one_that_is_asked_for(processor: Any) -> None:
+def test_a_prompt_ends_before_the_last_answer_even_if_it_is_not_in_the_loss(processor: Any) -> None:
     prompts = [
-        encode_prompt(talk(("one", True), ("two", trained)), processor.tokenizer, VICUNA, "<image>", (), 999) for trained in (True, False)
+        encode_prompt(talk(("one", True), ("two", in_loss)), processor.tokenizer, VICUNA, "<image>", (), 999) for in_loss in (True, False)
     ]
     assert prompts[0] == prompts[1]
     assert prompts[1].reference == "two"
 
 
-def test_conversations_of_one_row_are_not_taken_for_each_other(spec: Any, processor: Any) -> None:
+def test_conversations_of_one_row_are_cached_separately(spec: Any, processor: Any) -> None:
     cache = Cache(2**20)
     first, second = (encode_cached(talk((text, True), part=part), processor, spec, (), cache) for part, text in enumerate(("one", "two")))
     assert first != second

@@ -1,4 +1,4 @@
-"""dataset_info.json of LLaMA-Factory and MindSpeed-MM: other names for the keys of the file beside it."""
+"""dataset_info.json of LLaMA-Factory and MindSpeed-MM: other names of keys."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trainer.data.rows.column import INFO_FILE, find_columns
+from trainer.data.rows.column_map import INFO_FILE, find_columns
 from trainer.data.rows.sample import read_samples
 from trainer.data.rows.source import hash_sources
 
@@ -30,7 +30,7 @@ INFOS = {
 
 
 @pytest.mark.parametrize("name", INFOS)
-def test_a_map_says_what_the_keys_are(tmp_path: Path, name: str) -> None:
+def test_keys_and_roles_are_mapped(tmp_path: Path, name: str) -> None:
     (sample,), problems = read(tmp_path, {"mine": INFOS[name], "other": {"file_name": "other.json"}}, ROW)
     assert problems == ()
     assert [(message.role, message.content) for message in sample.messages] == [("user", "<image>\nWhat?"), ("assistant", "A cat.")]
@@ -45,7 +45,7 @@ def test_a_map_of_questions_and_answers(tmp_path: Path) -> None:
     assert [message.content for message in sample.messages] == ["Be brief.", "Hi", "Hi!", "<image>\nWhat?", "A cat."]
 
 
-def test_problems_have_the_names_of_the_file(tmp_path: Path) -> None:
+def test_problems_use_the_names_of_the_file(tmp_path: Path) -> None:
     info = {"mine": INFOS["LLaMA-Factory"]}
     absent = ROW | {"pictures": ["b.png"]}
     robot = ROW | {"dialog": [{"speaker": "robot", "words": "x"}]}
@@ -54,7 +54,7 @@ def test_problems_have_the_names_of_the_file(tmp_path: Path) -> None:
     assert [(problem.row, problem.field) for problem in problems] == [(1, "pictures[0]"), (2, "dialog[0].speaker"), (3, "dialog[1].words")]
 
 
-def test_without_an_entry_or_a_file_nothing_is_renamed(tmp_path: Path) -> None:
+def test_without_an_entry_nothing_is_renamed(tmp_path: Path) -> None:
     assert find_columns(tmp_path / "rows.json") == (None, ())
     (tmp_path / INFO_FILE).write_text(json.dumps({"other": {"file_name": "other.json"}, "odd": 3}))
     assert find_columns(tmp_path / "rows.json") == (None, ())
@@ -64,27 +64,27 @@ def test_without_an_entry_or_a_file_nothing_is_renamed(tmp_path: Path) -> None:
 # info -> (field, problem)
 BAD = {
     "no JSON": ("{", "", "cannot be read"),
-    "preferences": ({"mine": {"file_name": "rows.json", "ranking": True}}, "mine.ranking", "preferences are not trained on"),
+    "preferences": ({"mine": {"file_name": "rows.json", "ranking": True}}, "mine.ranking", "preference data is not supported"),
     "columns in a list": ({"mine": {"file_name": "rows.json", "columns": ["a"]}}, "mine.columns", "is not an object"),
     "two maps": (
         {"a": {"file_name": "rows.json", "columns": {"images": "x"}}, "b": {"file_name": "rows.json", "columns": {"images": "y"}}},
         "",
-        "a and b map rows.json in two ways",
+        "the entries a and b map rows.json differently",
     ),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_map_that_cannot_be_followed(tmp_path: Path, name: str) -> None:
-    info, field, said = BAD[name]
+def test_invalid_maps(tmp_path: Path, name: str) -> None:
+    info, field, text = BAD[name]
     (tmp_path / INFO_FILE).write_text(info if isinstance(info, str) else json.dumps(info))
     _, (problem,) = find_columns(tmp_path / "rows.json")
     assert (problem.file, problem.row, problem.field) == (str(tmp_path / INFO_FILE), 0, field)
-    assert said in problem.problem
+    assert text in problem.problem
 
 
-def test_another_map_makes_other_data_of_the_same_file(tmp_path: Path) -> None:
-    """A run that goes on would train on other samples; what the map says of other files does not matter."""
+def test_another_map_changes_the_hash(tmp_path: Path) -> None:
+    """A resumed run would train on other samples. Entries for other files do not matter."""
     info, rows = {"columns": COLUMNS, "file_name": "rows.json", "tags": TAGS}, tmp_path / "rows.json"
     read(tmp_path, {"mine": info}, ROW)
     before = hash_sources(rows, tmp_path)

@@ -1,4 +1,4 @@
-"""Every published shape of a row becomes the same record, and what is wrong with one is said in its own words."""
+"""Every supported row format becomes the same Sample, and problems are reported with the keys of the row."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,14 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from trainer.contract import DataReport, encode
 from trainer.data.rows.parsed_row import MARK
+from trainer.data.rows.row_format import ROW_FORMATS, USUAL, nearest_format
 from trainer.data.rows.sample import Message, Sample, read_samples
-from trainer.data.rows.shape import SHAPES, USUAL, nearest
 
 ROLES = ("user", "assistant")
 
 
 def talk(*texts: Any, keys: tuple[str, str] = ("role", "content"), roles: tuple[str, str] = ROLES) -> list[dict[str, Any]]:
-    return [{keys[0]: roles[place % 2], keys[1]: text} for place, text in enumerate(texts)]
+    return [{keys[0]: roles[index % 2], keys[1]: text} for index, text in enumerate(texts)]
 
 
 def llava(*texts: Any) -> list[dict[str, Any]]:
@@ -83,7 +83,7 @@ READ: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
         ("a.png", "b.png"),
         ("<image><image>", "<ref>it</ref><box>(1,2),(3,4)</box>"),
     ),
-    "text of HTML beside an image": (
+    "a text about HTML with an image": (
         {"image": "a.png", "conversations": llava("<image> Is <img>x</img> HTML?", TELL)},
         ("a.png",),
         ("<image> Is <img>x</img> HTML?", TELL),
@@ -93,13 +93,13 @@ READ: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "image and no images": ({"image": "a.png", "images": [], "messages": talk(ASK, TELL)}, ("a.png",), (ASK, TELL)),
     "sharegpt": ({"system": "Be brief.", "images": ["a.png"], "conversations": llava(ASK, TELL)}, ("a.png",), ("Be brief.", ASK, TELL)),
     "OpenAI": ({"messages": talk([address({"url": "a.png"}), text("What?")], TELL)}, ("a.png",), ("<image>What?", TELL)),
-    "OpenAI, a file's address": ({"messages": talk([text("See "), address("file:///{folder}/a.png")], TELL)}, ("a.png",), None),
+    "OpenAI, a file URL": ({"messages": talk([text("See "), address("file:///{folder}/a.png")], TELL)}, ("a.png",), None),
     "transformers": (
         {"messages": talk([picture(image="a.png"), picture(path="b.png"), text("Which?")], [text("The "), text("first.")])},
         ("a.png", "b.png"),
         ("<image><image>Which?", "The first."),
     ),
-    "transformers, images apart": (
+    "transformers, images listed in the row": (
         {"images": ["a.png"], "messages": talk([picture(), text("What?")], [text(TELL)])},
         ("a.png",),
         ("<image>What?", TELL),
@@ -138,24 +138,24 @@ def test_a_shape_becomes_the_record(tmp_path: Path, name: str) -> None:
         assert sample.messages[0].role == ("system" if len(contents) % 2 else "user")
 
 
-def test_an_example_of_every_shape_is_read_as_that_shape(tmp_path: Path) -> None:
-    for shape in SHAPES:
-        row = json.loads(shape.example)
+def test_the_example_of_every_format_is_read_as_that_format(tmp_path: Path) -> None:
+    for row_format in ROW_FORMATS:
+        row = json.loads(row_format.example)
         (sample,), problems = read(tmp_path, row)
-        assert problems == (), shape.name
+        assert problems == (), row_format.name
         assert len(sample.images) == 1
-        assert next(found for found in SHAPES if found.key in row and found.fits(row)) is shape
-        assert nearest(row).key == shape.key
+        assert next(found for found in ROW_FORMATS if found.key in row and found.fits(row)) is row_format
+        assert nearest_format(row).key == row_format.key
 
 
-def test_conversations_of_a_list_are_samples_of_their_own(tmp_path: Path) -> None:
+def test_each_conversation_of_a_list_is_a_sample(tmp_path: Path) -> None:
     rows = [{"image": "a.png", "conversations": llava(ASK, TELL)}, {"conversations": llava("Hi", "Hi!")}]
     samples, problems = read(tmp_path, rows, rows[1])
     assert problems == ()
     assert [(sample.row, sample.part, len(sample.images)) for sample in samples] == [(1, 0, 1), (1, 1, 0), (2, 0, 0)]
 
 
-def test_an_answer_without_loss_is_read_and_not_learned(tmp_path: Path) -> None:
+def test_an_answer_with_loss_false_is_not_in_the_loss(tmp_path: Path) -> None:
     messages = talk("Hi", "Hi!", "What?", TELL)
     messages[1]["loss"], messages[3]["loss"] = False, True
     (sample,), _ = read(tmp_path, {"messages": messages})
@@ -163,24 +163,24 @@ def test_an_answer_without_loss_is_read_and_not_learned(tmp_path: Path) -> None:
     assert sample.messages[1] == Message(role="assistant", content="Hi!", in_loss=False)
 
 
-# row -> [(field, what the problem says)]
+# row -> [(field, text of the problem)]
 NAMED = {"<image_00>": "a.png"}
 PROBLEMS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
     "a name without an image": (
         {"image": NAMED, "conversations": talk("<image_00> <image_07>?", TELL)},
-        [("conversations[0].content", "<image_07> is not in the row's images, which are '<image_00>'"), ("conversations[0]", "too many")],
+        [("conversations[0].content", "<image_07> is not among the images of the row: '<image_00>'"), ("conversations[0]", "too many")],
     ),
-    "an image that nobody names": (
+    "an image without a mark": (
         {"image": NAMED | {"<image_01>": "b.png"}, "conversations": talk("<image_00>?", TELL)},
-        [("image.<image_01>", "no question names this image")],
+        [("image.<image_01>", "no question contains this image")],
     ),
     "no name of an image": (
         {"image": {"first": "a.png"}, "conversations": talk("What?", TELL)},
-        [("image.first", "is no name of an image")],
+        [("image.first", "is not a valid name of an image")],
     ),
     "a name in an answer": (
         {"image": NAMED, "conversations": talk("<image_00>", "<image_00>")},
-        [("conversations[1].content", "<image_00> mark in an answer")],
+        [("conversations[1].content", "<image_00> in an answer")],
     ),
     "a named image that is not there": (
         {"image": {"<image_00>": "c.png"}, "conversations": talk("<image_00>", TELL)},
@@ -205,7 +205,7 @@ PROBLEMS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
     ),
     "a web address": (
         {"messages": talk([address({"url": "https://example.org/a.png"}), text("?")], TELL)},
-        [("messages[0].content[0].image_url", "is not a file; a run reads no network")],
+        [("messages[0].content[0].image_url", "is not a file; images are not downloaded")],
     ),
     "an image in the text": (
         {"messages": talk([address({"url": "data:image/png;base64,iVBOR"})], TELL)},
@@ -213,22 +213,22 @@ PROBLEMS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
     ),
     "a block of video": (
         {"messages": talk([{"type": "video", "video": "a.mp4"}, text("?")], TELL)},
-        [("messages[0].content[0]", "a block of the type 'video'; text and images are read")],
+        [("messages[0].content[0]", "has the type 'video'; only text and images are supported")],
     ),
     "a block of nothing": ({"messages": talk([{"type": 3}], TELL)}, [("messages[0].content[0]", "has the keys 'type'")]),
     "a block with two images": (
         {"messages": talk([picture(image="a.png", path="b.png")], TELL)},
-        [("messages[0].content[0]", "has an image under image and path")],
+        [("messages[0].content[0]", "has more than one image path: image and path")],
     ),
     "a block that is a number": ({"messages": talk([7], TELL)}, [("messages[0].content[0]", "is a number, not an object")]),
     "a block of text without text": ({"messages": talk([{"type": "text"}], TELL)}, [("messages[0].content[0].text", "is null")]),
     "blocks and a list": (
         {"images": ["a.png"], "messages": talk([picture(image="b.png"), text("?")], TELL)},
-        [("messages[0].content[0].image", "images stand here and in 'images'")],
+        [("messages[0].content[0].image", "images are given here and in 'images'")],
     ),
     "a block without its path": (
         {"messages": talk([picture(image="b.png"), picture(), text("?")], TELL)},
-        [("messages[0].content[1]", "an image block without a path"), ("messages[0]", "too many")],
+        [("messages[0].content[1]", "this image block has no path"), ("messages[0]", "too many")],
     ),
     "an image in an answer's blocks": (
         {"messages": talk("?", [picture(image="a.png"), text("This.")])},
@@ -251,11 +251,11 @@ def test_problems(tmp_path: Path, name: str) -> None:
     bad, expected = PROBLEMS[name]
     good = {"messages": talk("Hi", "Hi!")}
     samples, problems = read(tmp_path, good, bad, good)
-    assert [sample.row for sample in samples] == [1, 3], "the rows beside it are kept, the bad one is left out"
+    assert [sample.row for sample in samples] == [1, 3], "only the invalid row is left out"
     assert sorted(problem.field for problem in problems) == sorted(field for field, _ in expected)
-    for field, said in expected:
+    for field, text in expected:
         problem = next(problem for problem in problems if problem.field == field)
-        assert said in problem.problem
+        assert text in problem.problem
         assert problem.row == 2
         assert problem.fix
 
@@ -272,13 +272,13 @@ NEAREST = {
 
 
 @pytest.mark.parametrize("keys", NEAREST)
-def test_the_nearest_shape_is_shown(tmp_path: Path, keys: tuple[str, ...]) -> None:
+def test_the_most_similar_format_is_shown(tmp_path: Path, keys: tuple[str, ...]) -> None:
     _, (problem,) = read(tmp_path, dict.fromkeys(keys, "x"))
     assert f"keys {', '.join(map(repr, keys)) or 'none'}" in problem.problem
     assert NEAREST[keys] in problem.fix
 
 
-# -------------------------------------------------------------------------------------------------------------- any JSON at all
+# ---------------------------------------------------------------------------------------------------------------- random JSON
 
 KEYS = (
     "conversations", "messages", "conversation", "query", "response", "instruction", "input", "output", "history", "image", "images",
@@ -296,15 +296,15 @@ ROWS = ANY | st.fixed_dictionaries({}, optional={"conversations": MESSAGES, "mes
 @given(rows=st.lists(ROWS, min_size=1, max_size=4))
 def test_no_row_makes_the_reader_raise(tmp_path: Path, rows: list[Any]) -> None:
     samples, problems = read(tmp_path, *rows)
-    told = {problem.row for problem in problems}
+    reported = {problem.row for problem in problems}
     whole = {sample.row for sample in samples}
-    assert told | whole == set(range(1, len(rows) + 1)), "every row is a sample or has a problem"
+    assert reported | whole == set(range(1, len(rows) + 1)), "every row is a sample or has a problem"
     for number, row in enumerate(rows, start=1):
-        assert not (number in told and number in whole) or isinstance(row, list)
+        assert not (number in reported and number in whole) or isinstance(row, list)
     for sample in samples:
         assert_whole(sample)
     report = DataReport(schema=1, sha256="", train_rows=0, evaluation_rows=0, images=0, problems=problems)
-    assert encode(report).encode(), "whatever the row held, its problems can be written to a file"
+    assert encode(report).encode(), "the problems of any row can be written to a file"
 
 
 def assert_whole(sample: Sample) -> None:

@@ -1,0 +1,220 @@
+"""The supported row formats, one entry each, tried in order. The content of a row is checked elsewhere."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+
+from trainer.data.rows.parsed_row import AddProblem, ParsedRow, Row, keys_of
+from trainer.data.rows.row_images import choose_images, has_tags, insert_marks, read_images, replace_named_marks, replace_tags
+from trainer.data.rows.turn import pair, read_system, read_turns
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFormat:
+    """`fits`: whether a row with `key` has this format. `read`: parses it, and reports what it cannot parse."""
+
+    name: str
+    key: str
+    fits: Callable[[Row], bool]
+    read: Callable[[Row, AddProblem], ParsedRow]
+    example: str
+
+
+def parse_row(row: Row, add_problem: AddProblem) -> ParsedRow | None:
+    """None if the row has no known format, or two."""
+    row_format = find_format(row, add_problem)
+    return row_format.read(row, add_problem) if row_format else None
+
+
+def find_format(row: Row, add_problem: AddProblem) -> RowFormat | None:
+    present = [key for key in KEYS[0] if key in row] or [key for key in KEYS[1] if key in row]
+    if len(present) == 1:
+        return next(each for each in FORMATS_OF_KEY[present[0]] if each.fits(row))
+    if present:
+        add_problem("", f"has both {' and '.join(present)}", "keep one of them")
+    else:
+        similar = nearest_format(row)
+        add_problem("", f"unknown row format: keys {keys_of(row)}", f"the most similar format is {similar.name}: {similar.example}")
+    return None
+
+
+def nearest_format(row: Row) -> RowFormat:
+    """The format with most keys in common; similar keys count half. If several match equally, the most usual one."""
+
+    def score(row_format: RowFormat) -> tuple[float, bool]:
+        keys = [key for key in EXAMPLE_KEYS if f'"{key}"' in row_format.example]
+        found = [MEANT.get(key, key) for key in list(row)[:MOST_KEYS]]
+        return sum(1.0 if key in keys else 0.5 * bool(get_close_matches(key, keys, 1, 0.7)) for key in found), row_format.example == USUAL
+
+    return max(ROW_FORMATS, key=score)
+
+
+# -------------------------------------------------------------------------------------------------------------- the readers
+
+
+def read_listed(row: Row, add_problem: AddProblem, *, key: str) -> ParsedRow:
+    turns, in_blocks = read_turns(row, key, add_problem)
+    images = choose_images(in_blocks, read_images(row, add_problem), add_problem)
+    return ParsedRow(field=key, turns=read_system(row, turns, add_problem), images=images)
+
+
+def read_minicpm(row: Row, add_problem: AddProblem) -> ParsedRow:
+    turns, _ = read_turns(row, "conversations", add_problem)
+    images = read_images(row, add_problem)
+    if turns is not None and isinstance(row.get("image"), str):
+        turns = insert_marks(turns, 1)
+    return ParsedRow(field="conversations", turns=turns, images=images)
+
+
+def read_named(row: Row, add_problem: AddProblem) -> ParsedRow:
+    turns, _ = read_turns(row, "conversations", add_problem)
+    if turns is None:
+        return ParsedRow(field="conversations", turns=None, images=())
+    turns, images = replace_named_marks(row["image"], turns, add_problem)
+    return ParsedRow(field="conversations", turns=turns, images=images)
+
+
+def read_tagged(row: Row, add_problem: AddProblem) -> ParsedRow:
+    turns, _ = read_turns(row, "conversations", add_problem)
+    turns, images = replace_tags(turns, add_problem) if turns is not None else (None, ())
+    return ParsedRow(field="conversations", turns=read_system(row, turns, add_problem), images=images)
+
+
+def read_pairs(row: Row, add_problem: AddProblem) -> ParsedRow:
+    """[{"human": question, "assistant": answer}, ...]"""
+    pairs = row["conversation"]
+    if not isinstance(pairs, list) or not pairs or not all(isinstance(item, dict) for item in pairs):
+        add_problem("conversation", "is not a list of questions and answers", 'write [{"human": "...", "assistant": "..."}]')
+        return ParsedRow(field="conversation", turns=None, images=read_images(row, add_problem))
+    fields = [(f"conversation[{index}].human", f"conversation[{index}].assistant") for index in range(len(pairs))]
+    read = [pair(item.get("human"), item.get("assistant"), names, add_problem) for item, names in zip(pairs, fields, strict=True)]
+    turns = tuple(turn for turns in read if turns for turn in turns) if all(read) else None
+    return ParsedRow(field="conversation", turns=read_system(row, turns, add_problem), images=read_images(row, add_problem))
+
+
+def read_instruction(row: Row, add_problem: AddProblem) -> ParsedRow:
+    """LLaMA-Factory joins instruction and input with a line feed."""
+    question, more = row["instruction"], row.get("input")
+    if isinstance(question, str) and isinstance(more, str) and more:
+        question = f"{question}\n{more}" if question else more
+    elif more not in (None, ""):
+        question = more  # not a string: reported by `pair`
+    return read_pair(row, "instruction", question, "output", add_problem)
+
+
+def read_pair(row: Row, question_key: str, question: object, answer_key: str, add_problem: AddProblem) -> ParsedRow:
+    """A question and an answer under keys of their own, after the pairs of `history`."""
+    images = read_images(row, add_problem)
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(item, list) and len(item) == 2 for item in history):
+        add_problem("history", "is not a list of pairs", 'write [["question", "answer"], ...]')
+        return ParsedRow(field=question_key, turns=None, images=images)
+    past = [(item[0], item[1], (f"history[{index}][0]", f"history[{index}][1]")) for index, item in enumerate(history)]
+    pairs = (*past, (question, row.get(answer_key), (question_key, answer_key)))
+    read = [pair(first, second, fields, add_problem) for first, second, fields in pairs]
+    turns = tuple(turn for turns in read if turns for turn in turns) if all(read) else None
+    return ParsedRow(field=question_key, turns=read_system(row, turns, add_problem), images=images)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the table
+
+
+def any_row(_: Row) -> bool:
+    return True
+
+
+def has_roles(row: Row) -> bool:
+    items = row["conversations"]
+    return isinstance(items, list) and bool(items) and isinstance(items[0], dict) and "from" not in items[0] and "role" in items[0]
+
+
+def has_blocks(row: Row) -> bool:
+    items = row["messages"]
+    return isinstance(items, list) and any(isinstance(item, dict) and isinstance(item.get("content"), list) for item in items)
+
+
+MOST_KEYS = 40  # to compare, of a row in an unknown format: it may be a table with thousands of columns
+# Keys that identify a format. Those of the second group are also common names of columns, and used only if the row has none of the first.
+KEYS = (("conversations", "messages", "conversation"), ("query", "instruction"))
+EXAMPLE_KEYS = (
+    "id", "image", "images", "conversations", "messages", "conversation", "query", "response", "history", "instruction", "input",
+    "output", "system",
+)  # fmt: skip
+# Keys of other formats, and the keys here with the same meaning.
+MEANT = {
+    "question": "query", "prompt": "query", "answer": "response", "completion": "response", "caption": "response",
+    "dialog": "conversations", "dialogue": "conversations", "chat": "messages", "image_path": "image", "img": "image",
+}  # fmt: skip
+USUAL = '{"id": 1, "image": "a.png", "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": "..."}]}'
+ROW_FORMATS = (
+    RowFormat(
+        name="MiniCPM with an object of images",
+        key="conversations",
+        fits=lambda row: isinstance(row.get("image"), dict) and not {"path", "bytes"} & set(row["image"]),
+        read=read_named,
+        example='{"id": 1, "image": {"<image_00>": "a.png"}, "conversations": [{"role": "user", "content": "<image_00>\\n..."}, '
+        '{"role": "assistant", "content": "..."}]}',
+    ),
+    RowFormat(
+        name="Qwen-VL",
+        key="conversations",
+        fits=has_tags,
+        read=read_tagged,
+        example='{"id": 1, "conversations": [{"from": "user", "value": "Picture 1: <img>a.png</img>\\n..."}, '
+        '{"from": "assistant", "value": "..."}]}',
+    ),
+    RowFormat(
+        name="MiniCPM",
+        key="conversations",
+        fits=has_roles,
+        read=read_minicpm,
+        example='{"id": 1, "image": "a.png", "conversations": [{"role": "user", "content": "<image>\\n..."}, '
+        '{"role": "assistant", "content": "..."}]}',
+    ),
+    RowFormat(
+        name="LLaVA, Qwen2.5-VL, InternVL and sharegpt",
+        key="conversations",
+        fits=any_row,
+        read=partial(read_listed, key="conversations"),
+        example=USUAL,
+    ),
+    RowFormat(
+        name="OpenAI and transformers",
+        key="messages",
+        fits=has_blocks,
+        read=partial(read_listed, key="messages"),
+        example='{"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "..."}]}, '
+        '{"role": "assistant", "content": [{"type": "text", "text": "..."}]}]}',
+    ),
+    RowFormat(
+        name="LLaMA-Factory, MindSpeed-MM and ms-swift",
+        key="messages",
+        fits=any_row,
+        read=partial(read_listed, key="messages"),
+        example='{"images": ["a.png"], "messages": [{"role": "user", "content": "<image>\\n..."}, '
+        '{"role": "assistant", "content": "..."}]}',
+    ),
+    RowFormat(
+        name="ms-swift's conversation",
+        key="conversation",
+        fits=any_row,
+        read=read_pairs,
+        example='{"system": "...", "conversation": [{"human": "<image>\\n...", "assistant": "..."}], "images": ["a.png"]}',
+    ),
+    RowFormat(
+        name="ms-swift's query",
+        key="query",
+        fits=any_row,
+        read=lambda row, add_problem: read_pair(row, "query", row["query"], "response", add_problem),
+        example='{"query": "<image>\\n...", "response": "...", "history": [["...", "..."]], "images": ["a.png"]}',
+    ),
+    RowFormat(
+        name="LLaMA-Factory's alpaca",
+        key="instruction",
+        fits=any_row,
+        read=read_instruction,
+        example='{"instruction": "<image>\\n...", "input": "...", "output": "...", "system": "...", "images": ["a.png"]}',
+    ),
+)
+FORMATS_OF_KEY = {key: tuple(each for each in ROW_FORMATS if each.key == key) for group in KEYS for key in group}
