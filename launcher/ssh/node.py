@@ -37,19 +37,7 @@ GET_TIMEOUT_S = 600.0
 ERRORS_KEPT_BYTES = 1 << 16
 SIGNAL_SCRIPT = 'kill -s "$1" -- "-$2"'
 SLOWEST_BYTES_S = 1e6  # the time limit of a file assumes this speed, plus a minute
-# Written to a temporary name and renamed when all bytes have arrived: a lost connection looks like the end of the input.
-PUT_SCRIPT = """set -e
-umask 022
-case "$1" in */*) mkdir -p -- "${1%/*}/" ;; esac
-[ ! -d "$1" ] || { echo "it is a folder" >&2; exit 1; }
-umask 077
-part="$1.part.$$"
-trap 'rm -f -- "$part"' EXIT
-cat >"$part"
-[ "$(wc -c <"$part")" -eq "$3" ]
-chmod -- "$2" "$part"
-mv -f -- "$part" "$1"
-"""
+PUT_SCRIPT = Path(__file__).parent / "node_scripts" / "put_file.sh"
 MISSING = (": No such file or directory", ": Not a directory")  # the end of cat's message with LC_ALL=C
 
 
@@ -88,7 +76,7 @@ class Ssh:
 
     def put(self, content: bytes, path: str, *, mode: int = 0o600) -> None:
         """Write the whole file or nothing; missing folders are created with mode 0755."""
-        argv = ("sh", "-c", PUT_SCRIPT, "sh", path, f"{mode:04o}", str(len(content)))
+        argv = ("sh", "-c", PUT_SCRIPT.read_text(encoding="utf-8"), "sh", path, f"{mode:04o}", str(len(content)))
         done = self.feed(argv, (content,), timeout_s=60 + len(content) / SLOWEST_BYTES_S)
         if done.code != 0:
             why = done.errors.strip() or f"not all of the {len(content)} bytes arrived"
