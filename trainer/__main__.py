@@ -18,6 +18,7 @@ from pathlib import Path
 
 from trainer.contract import (
     DATA_FILE,
+    DATA_PENDING_FILE,
     DATA_PROBLEMS_FILE,
     FAILURE_FILES,
     INPUTS_FILE,
@@ -80,6 +81,8 @@ def data(spec: TrainSpec) -> int:
     refuse_other_inputs(spec.expects, inputs, report.sha256)
     for problem in report.problems:
         print(problem, file=sys.stderr)
+    if not report.problems:
+        (Path(spec.output) / DATA_PENDING_FILE).unlink(missing_ok=True)
     return Exit.USAGE if report.problems else Exit.OK
 
 

@@ -157,6 +157,8 @@ def open_run(plan: Plan, source: SourceState, *, diff: bytes = b"", lock: Path |
         shutil.copyfile(lock, folder / LOCK_FILE)
     older = original.folder / contract.SPEC_FILE if original and original.older else None
     contract.write_text(encode_spec(plan.spec, like=older), folder / contract.SPEC_FILE)
+    if plan.is_local and plan.spec.stage.kind == "train" and not older:
+        (folder / contract.DATA_PENDING_FILE).touch()
     if original and (original.folder / contract.INPUTS_FILE).is_file():
         shutil.copyfile(original.folder / contract.INPUTS_FILE, folder / RECORDED_INPUTS_FILE)
     return folder
@@ -175,6 +177,7 @@ def close_run(
 ) -> Record:
     """Gather what the trainer left, write result.json, and return it. A run that failed may have left nothing."""
     folder = Path(plan.folder)
+    (folder / contract.DATA_PENDING_FILE).unlink(missing_ok=True)
     result: TrainResult | None = read_if_there(TrainResult, folder / contract.RESULT_FILE)
     rows = read_rows(folder / contract.METRICS_FILE)
     record = Record(

@@ -37,8 +37,8 @@ class NodeProcesses:
 
 
 def prepare_and_start(plan: Plan, session: Session, stop: StopRequest, *, again: bool = False) -> NodeProcesses:
-    """Prepare the nodes and start the ranks, for the first attempt of a run or for another one (`again`). The data is checked while the ranks load:
-    the check of a small data set ends before the first step, that of a large one delays nothing. Raises Stopped, ImageFailed, NodeFailed."""
+    """Prepare the nodes and start the ranks, for the first attempt of a run or for another one (`again`). The data is checked while the ranks load;
+    they take their first step when the check has passed (trainer.programs.inputs). Raises Stopped, ImageFailed, NodeFailed."""
     with stop.interrupting():
         if plan.config.cluster.runtime == "docker":
             sync_paths(plan, session)

@@ -13,7 +13,7 @@ from launcher.run.container import remove_containers
 from launcher.ssh.background import in_background
 from launcher.ssh.parallel import attempt_each, each
 from launcher.ssh.transport import Transport
-from trainer.contract import DATA_FILE, ENVIRONMENT_FILE, FAILURE_FILES, METRICS_FILE, RESULT_FILE, SPEC_FILE, TrainSpec
+from trainer.contract import DATA_FILE, DATA_PENDING_FILE, ENVIRONMENT_FILE, FAILURE_FILES, METRICS_FILE, RESULT_FILE, SPEC_FILE, TrainSpec
 
 ROOT = "0:0"
 FOLDER_BYTES = 2**28
@@ -66,8 +66,9 @@ def create_folders(nodes: Sequence[WorkingNode], request: FolderRequest) -> None
 def create_on(node: WorkingNode, request: FolderRequest) -> None:
     """By one command: each command costs a login shell of the node, and the user waits for it."""
     host, output = node.command.host, request.spec.output
+    pending = DATA_PENDING_FILE if request.spec.stage.kind == "train" else ""
     script, parent = CREATE_SCRIPT.read_text(encoding="utf-8"), str(PurePosixPath(output).parent)
-    argv = ("sh", "-c", script, "sh", SPEC_FILE, str(len(request.text)), request.user, parent, *request.folders)
+    argv = ("sh", "-c", script, "sh", SPEC_FILE, str(len(request.text)), request.user, pending, parent, *request.folders)
     made = node.transport.feed(argv, (request.text,), timeout_s=60)
     if made.code == NO_PARENT:
         raise parent_missing(host, made.errors)

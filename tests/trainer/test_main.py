@@ -154,7 +154,7 @@ def test_a_failure_that_cannot_be_written_is_still_said(written: Path, capsys: p
 @pytest.mark.parametrize(
     ("environ", "said"),
     [
-        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2, the plan (spec.device.world_size) is for 1 ranks"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but the plan (spec.device.world_size) is for 1 ranks"),
         ({"RANK": "0", "LOCAL_RANK": "0"}, "'WORLD_SIZE' is not set by torchrun"),
     ],
 )

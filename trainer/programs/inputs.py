@@ -1,10 +1,11 @@
 """What a stage starts with: its data and, if it does not train, its weights or model; and the result of such a stage."""
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.checkpoint.lineage import find_lineage
-from trainer.contract import InputRefused, TrainSpec, WeightsLineage
+from trainer.contract import DATA_PENDING_FILE, SPEC_FILE, InputRefused, RunFailed, TrainSpec, WeightsLineage
 from trainer.data.check import DataPaths, prepare, resolve
 from trainer.data.rows.sample import Sample, read_samples
 from trainer.device.log_prefix import report_phase
@@ -16,6 +17,9 @@ from trainer.programs.device_map import dispatch_over_cards, measure_free_memory
 from trainer.programs.environment import write_environment
 from trainer.stages.group import apply_stage
 from trainer.train.model import CPU, BuiltModel, load_or_create, weights_folder
+
+CHECKED_FIRST_ROWS = 50_000  # about a minute of checking on one core: 1.07 ms a row with an image (docs/benchmarks.md)
+CHECK_TIMEOUT_S, CHECK_POLL_S = 1800.0, 0.05
 
 
 def prepare_data(spec: TrainSpec) -> DataPaths:
@@ -33,6 +37,21 @@ def load_samples(file: Path | None, paths: DataPaths) -> tuple[Sample, ...]:
     if problems:
         raise InputRefused("\n".join(map(str, problems)))
     return samples
+
+
+def wait_for_data_check(folder: Path, rows: int) -> None:
+    """Return when the data check that runs beside the ranks has passed, so that no step uses bad data. The launcher stops the ranks when it
+    has not. A data set of more than CHECKED_FIRST_ROWS is not waited for. Raises RunFailed after CHECK_TIMEOUT_S.
+
+    `folder`: the run's. It has DATA_PENDING_FILE while a check is under way; a run without a launcher has none."""
+    pending, until = folder / DATA_PENDING_FILE, time.monotonic() + CHECK_TIMEOUT_S
+    while rows <= CHECKED_FIRST_ROWS and pending.exists():
+        if time.monotonic() > until:
+            raise RunFailed(
+                f"{pending}: the data check has not passed within {CHECK_TIMEOUT_S:g} s, and no step was taken. See the log of the check, or "
+                f"check the data by hand: python -m trainer data {folder / SPEC_FILE}"
+            )
+        time.sleep(CHECK_POLL_S)
 
 
 def open_weights(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], *, adapter: bool = False) -> tuple[WeightsLineage, Path]:

@@ -19,7 +19,7 @@ from trainer.evaluation.evaluate import StopCheck, evaluate
 from trainer.observe.memory import MemoryPeaks
 from trainer.observe.tracker import open_trackers
 from trainer.programs.environment import write_environment
-from trainer.programs.inputs import load_samples, prepare_data
+from trainer.programs.inputs import load_samples, prepare_data, wait_for_data_check
 from trainer.train.loop import Progress, stop_on_signals
 from trainer.train.model import build_model
 from trainer.train.step_hooks import Job, make_evaluation_row, record_evaluation
@@ -46,6 +46,7 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
         options = {"file": file, "loss_sum": engine.loss_sum if spec.evaluation.loss else None, "stop_requested": stop_requested}
         return evaluate(engine.model, held_out, built.processor, spec, rank.torch_device, **ranks, **options)  # type: ignore[arg-type]
 
+    wait_for_data_check(Path(spec.output), len(samples))
     with open_trackers(spec, fixed_settings(spec), environ, step=start.step, writes=rank.number == 0) as trackers:
         job = Job(
             spec=spec,
