@@ -12,6 +12,7 @@ from launcher.image.stack import Image
 from launcher.plan.container import ContainerOptions, Mount, docker_run
 from launcher.plan.devices import DEVICE_OPTIONS, DeviceOptions, share_of
 from trainer.contract import SINGLE_PROCESS_KINDS, SPEC_FILE, TrainSpec
+from trainer.contract.determinism import deterministic_variables
 
 RUN_LABEL = "omnilaunch.run"  # the containers of a run are found by this label
 RUN_VARIABLE = "OMNILAUNCH_RUN_ID"
@@ -26,17 +27,6 @@ PINNED_VARIABLES = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
 }
 OFFLINE_VARIABLES = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-DETERMINISTIC_VARIABLES = {
-    "cuda": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"},
-    "npu": {
-        "HCCL_DETERMINISTIC": "true",
-        "LCCL_DETERMINISTIC": "1",
-        "CLOSE_MATMUL_K_SHIFT": "1",
-        "ATB_MATMUL_SHUFFLE_K_ENABLE": "0",
-        "ATB_LLM_LCOC_ENABLE": "0",
-    },
-    "cpu": {},
-}
 HCCL_PORT_VARIABLE, HCCL_FIRST_PORT, HCCL_PORT_COUNT = "HCCL_IF_BASE_PORT", 60000, 32  # hccl_env documentation
 # Library, and the prefix that makes it match the whole name of an interface. torch's own store and checks use gloo everywhere.
 SOCKET_INTERFACE = {"hccl": (("HCCL", "="), ("GLOO", "")), "nccl": (("NCCL", "="), ("GLOO", "")), "gloo": (("GLOO", ""),)}
@@ -206,7 +196,7 @@ def run_environment(config: Config, spec: TrainSpec, node: Node, rank: int) -> d
     environment = {
         **PINNED_VARIABLES,
         **(OFFLINE_VARIABLES if spec.model.source.kind != "hub" else {}),
-        **(DETERMINISTIC_VARIABLES[hardware.accelerator] if spec.deterministic else {}),
+        **({name: values[0] for name, values in deterministic_variables(hardware.accelerator).items()} if spec.deterministic else {}),
         **device_options(config, spec, node).environment,
         **hardware.environment,
         **toolkit_environment(config, spec, rank),

@@ -20,6 +20,7 @@ import numpy
 import torch
 
 from trainer.contract import DeviceSpec, InputRefused, RunFailed
+from trainer.contract.determinism import deterministic_variables
 
 ASCEND_DRIVER = Path("/usr/local/Ascend/driver/version.info")
 ASCEND_FIRMWARE = Path("/usr/local/Ascend/firmware/version.info")
@@ -31,19 +32,6 @@ NVIDIA_SETTINGS = (
 )
 NVIDIA_APPLICATION_CLOCKS = ("clocks.applications.graphics", "clocks.applications.memory")
 EMPTY_ANSWERS = ("", "N/A", "[N/A]", "[Not Supported]", "[Insufficient Permissions]", "[Unknown Error]")
-# Variables that make sums run in one order -> the values that do so. NVIDIA: cuBLAS workspaces and NCCL's algorithm (NVLS and CollNet add in
-# the switches). Ascend: order of HCCL, LCCL and matmul, as in vllm-ascend's FAQ and MindSpeed's npu_deterministic.
-DETERMINISTIC_VARIABLES: dict[str, dict[str, tuple[str, ...]]] = {
-    "cpu": {},
-    "cuda": {"CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"), "NCCL_ALGO": ("Ring", "Tree")},
-    "npu": {
-        "HCCL_DETERMINISTIC": ("true", "strict"),
-        "LCCL_DETERMINISTIC": ("1",),
-        "CLOSE_MATMUL_K_SHIFT": ("1",),
-        "ATB_MATMUL_SHUFFLE_K_ENABLE": ("0",),
-        "ATB_LLM_LCOC_ENABLE": ("0",),
-    },
-}
 MEMORY, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -105,14 +93,14 @@ def find_determinism(accelerator: str, environ: Mapping[str, str]) -> dict[str, 
         "cudnn.deterministic": str(torch.backends.cudnn.deterministic),
         "cudnn.benchmark": str(torch.backends.cudnn.benchmark),
     }
-    return switches | {name: environ.get(name, "") for name in DETERMINISTIC_VARIABLES[accelerator]}
+    return switches | {name: environ.get(name, "") for name in deterministic_variables(accelerator)}
 
 
 def require_determinism(accelerator: str, environ: Mapping[str, str]) -> None:
     """Raises InputRefused that names the switches whose value breaks run.deterministic=true."""
     found = find_determinism(accelerator, environ)
     wanted = {"deterministic_algorithms": ("True",), "cudnn.deterministic": ("True",), "cudnn.benchmark": ("False",)}
-    wanted |= DETERMINISTIC_VARIABLES[accelerator]
+    wanted |= deterministic_variables(accelerator)
     wrong = [f"{name} is {found[name]!r}, not {' or '.join(values)}" for name, values in wanted.items() if found[name] not in values]
     if wrong:
         raise InputRefused(

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.plan.commands import DETERMINISTIC_VARIABLES as SET
+from launcher.config.compose import compose
+from launcher.image.stack import load_stacks
+from launcher.plan.plan import make_plan
+from tests.launcher.conftest import PLACE, PROJECT
 from trainer.contract import InputRefused
+from trainer.contract.determinism import deterministic_variables
 from trainer.device import device
 from trainer.device.device import (
-    DETERMINISTIC_VARIABLES,
     DEVICES,
     find_determinism,
     name_settings,
@@ -20,12 +23,20 @@ from trainer.device.device import (
     seed_all,
 )
 
+HARDWARE = {"cpu": "cpu", "cuda": "h200", "npu": "ascend910b"}  # one of each kind of accelerator
 # Of a query of `nvidia-smi`, in its layout; an H200's own figures, and a P4's, which has no memory clock to ask for and no MIG.
 FIELDS = ("name", "clocks.max.sm", "power.limit", "mig.mode.current")
 PRINTED = """NVIDIA H200, 1980 MHz, 700.00 W, Disabled
 Warning: persistence mode is disabled on device 00000000:01:00.0
 Tesla P4, 1531 MHz, 75.00 W, [N/A]
 """
+
+
+def planned_variables(accelerator: str) -> dict[str, str]:
+    """The environment that the launcher gives the ranks of a deterministic run."""
+    config = compose((f"hardware={HARDWARE[accelerator]}", "run.deterministic=true", "cluster.runtime=docker"), PROJECT / "conf")
+    plan = make_plan(config, load_stacks(PROJECT / "images"), PLACE, run_id="R")
+    return plan.commands[0].environment
 
 
 @pytest.fixture
@@ -39,18 +50,21 @@ def switched() -> Iterator[None]:
 def test_what_the_launcher_sets_is_what_the_trainer_asks_for(switched: None, accelerator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     seed_all(1, deterministic=True)
-    require_determinism(accelerator, SET[accelerator])
-    found = find_determinism(accelerator, SET[accelerator])
-    assert found["deterministic_algorithms"] == "True" and set(DETERMINISTIC_VARIABLES[accelerator]) == set(SET[accelerator]) <= set(found)
+    planned = planned_variables(accelerator)
+    require_determinism(accelerator, planned)
+    found = find_determinism(accelerator, planned)
+    names = set(deterministic_variables(accelerator))
+    assert found["deterministic_algorithms"] == "True" and names <= set(found) and names <= set(planned)
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "name"), [(accelerator, name) for accelerator, names in DETERMINISTIC_VARIABLES.items() for name in names]
+    ("accelerator", "name"), [(accelerator, name) for accelerator in DEVICES for name in deterministic_variables(accelerator)]
 )
 def test_a_variable_that_somebody_changed_is_named(switched: None, accelerator: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     seed_all(1, deterministic=True)
-    for environ in ({**SET[accelerator], name: "no"}, {key: value for key, value in SET[accelerator].items() if key != name}):
+    planned = planned_variables(accelerator)
+    for environ in ({**planned, name: "no"}, {key: value for key, value in planned.items() if key != name}):
         with pytest.raises(InputRefused, match=rf"run\.deterministic=true does not hold: {name} is '(no)?', not .*cluster\.environment"):
             require_determinism(accelerator, environ)
 
