@@ -20,6 +20,8 @@ LABEL = "io.omnilaunch."
 ENTRYPOINT = "entrypoint.sh"
 OPERATORS = "operators.py"
 SELFTEST = "selftest.py"
+LATER_COLUMNS = {"system_packages", "image_gib"}
+EARLIER_COLUMNS = Path(__file__).with_name("earlier_columns.yaml")
 TRAINER_FILES = ("*.py", "*.html", "*.toml")  # page.html is served by stage serve
 BUILD_LOCK = "build.txt"
 LOCK = "lock.txt"
@@ -110,6 +112,9 @@ def read_table(text: str | bytes, path: Path) -> dict[str, Stack]:
 
     try:
         rows = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["stacks"]
+        if any(not row.keys() >= LATER_COLUMNS for row in rows.values()):  # the table of an earlier commit
+            earlier = yaml.safe_load(EARLIER_COLUMNS.read_bytes())
+            rows = {name: {**earlier.get(row.get("family"), {}), **row} for name, row in rows.items()}
         return {name: decode(Stack, {"name": name, **row}, f"stacks.{name}") for name, row in rows.items()}
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, SpecError) as error:
         raise ImageFailed(f"{path}: cannot be read as a table of stacks: {error}") from error

@@ -5,11 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launcher.errors import ImageFailed
 from launcher.image.docs import TABLE_FILE, describe_stacks, rendered_path, write_rendered
 from launcher.image.refresh import torch_of
 from launcher.image.stack import (
+    LATER_COLUMNS,
+    VERSIONS_FILE,
     Stack,
     draw,
     find_stack,
@@ -229,3 +232,17 @@ def test_a_missing_file_is_named(project: Path) -> None:
     (project / "images" / "entrypoint.sh").unlink()
     with pytest.raises(ImageFailed, match=r"entrypoint\.sh: needed for the image"):
         cpu(project)
+
+
+def test_a_table_of_an_earlier_commit_is_read_with_the_packages_that_its_code_had(project: Path) -> None:
+    """A rerun renders the image of a recorded commit from that commit's table, which lacks later columns."""
+    table = project / "images" / VERSIONS_FILE
+    now = load_stacks(project / "images")
+    rows = yaml.safe_load(table.read_text(encoding="utf-8"))
+    for row in rows["stacks"].values():
+        for column in LATER_COLUMNS:
+            del row[column]
+    table.write_text(yaml.safe_dump(rows), encoding="utf-8")
+    then = load_stacks(project / "images")
+    assert {name: stack.system_packages for name, stack in then.items()} == {name: stack.system_packages for name, stack in now.items()}
+    assert all(draw(then[name], project) == draw(now[name], project) for name in now)
