@@ -172,7 +172,7 @@ def test_image_of_the_cpu() -> None:
     }
     assert "trainer/contract/spec.py" in image.files
     assert "trainer/serving/page.html" in image.files
-    assert not [name for name in image.files if not name.endswith((".py", ".txt", ".sh", "page.html"))]
+    assert not [name for name in image.files if not name.endswith((".py", ".txt", ".sh", "page.html", "determinism.toml"))]
     assert image.labels["io.omnilaunch.fingerprint"] == image.fingerprint
     assert image.labels["io.omnilaunch.lock"] == image.files["lock.txt"]
     assert 'io.omnilaunch.contract="1"' in image.dockerfile and 'io.omnilaunch.torch="2.13.0+cpu"' in image.dockerfile
