@@ -100,7 +100,7 @@ def test_unknown_words_get_the_nearest_valid_one(words: list[str], text: str, ca
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["plan", "--jsn"], "unrecognized arguments: --jsn; did you mean '--json'? valid are: --help, --json, --run-id, --trace"),
+        (["plan", "--jsn"], "unrecognized arguments: --jsn; did you mean '--json'? valid are: --full, --help, --json, --run-id, --trace"),
         (["launch", "--detatch", "cluster=lab"], "did you mean '--detach'?"),
         (
             ["image", "build", "--fersh"],

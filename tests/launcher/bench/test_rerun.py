@@ -304,7 +304,7 @@ def test_a_full_disk_ends_the_launch_with_a_clear_error(
     plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def full(*given: object, **named: object) -> Path:
-        raise OSError(28, r"No space left on device\. Free some disk space there")
+        raise OSError(28, r"No space left on device")
 
     monkeypatch.setattr(launch, "open_run", full)
     session = SimpleNamespace(project=tmp_path, say=print)

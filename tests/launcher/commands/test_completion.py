@@ -44,7 +44,7 @@ LINES = {
     "plan experiment=cpu_tiny_llava_l": ["experiment=cpu_tiny_llava_lora"],
     "plan stage.checkpoint=mon": ["stage.checkpoint=monday", "stage.checkpoint=monday-2"],
     "plan run.evaluation.base=l": ["run.evaluation.base=last"],
-    "plan --": ["--help", "--json", "--run-id", "--trace"],
+    "plan --": ["--full", "--help", "--json", "--run-id", "--trace"],
     "logs ": ["last", *RUNS],
     "logs -f t": ["tuesday"],
     "compare monday t": ["tuesday"],

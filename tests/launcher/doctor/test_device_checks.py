@@ -73,8 +73,9 @@ def test_npus_without_a_container_are_named_by_their_own_numbers(plan_for: PlanF
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("cluster.nodes.0.devices=[3,3]", "cluster.devices_per_node=2"), ("3 of node 192.0.2.11 is named twice", "devices=[3]")),
-        (("cluster.nodes.1.devices=[3,4]",), ("192.0.2.12 names 2 device(s), and 8 are used", "cluster.devices_per_node=2")),
+        (("cluster.nodes.0.devices=[3,3]", "cluster.devices_per_node=2"), ("3 of node 192.0.2.11 is listed twice",)),
+        (("cluster.nodes.0.devices=[3,3]", "cluster.devices_per_node=1"), ("3 of node 192.0.2.11 is listed twice", "devices=[3]")),
+        (("cluster.nodes.1.devices=[3,4]",), ("192.0.2.12 lists 2 device(s), but 8 are used", "cluster.devices_per_node=2")),
         ((*TWO, "cluster.nodes.1.devices=[1,2,3]"), ("192.0.2.12 lists 3 device(s), but 2 are used",)),
         (("cluster.nodes.1.devices=[-1]",), ("-1 of node 192.0.2.12 is out of range",)),
     ],
@@ -89,7 +90,7 @@ def test_devices_that_cannot_be_meant(plan_for: PlanFor, overrides: tuple[str, .
 def test_the_dies_of_a_module_stay_together(plan_for: PlanFor) -> None:
     words = ("cluster=example", "hardware=ascend910c", "cluster.devices_per_node=2")
     assert plan_for(*words, "cluster.nodes.0.devices=[6,7]").verdict.ok
-    with pytest.raises(ConfigRefused, match=r"192\.0\.2\.11 names a part of 4-5, 6-7"):
+    with pytest.raises(ConfigRefused, match=r"192\.0\.2\.11 lists only a part of 4-5, 6-7"):
         plan_for(*words, "cluster.nodes.0.devices=[5,6]")
 
 

@@ -269,8 +269,8 @@ CROSS_NODE_FAULTS: dict[str, tuple[Fault, ...]] = {
     ),
     "same_contents": (Fault(words=DATA, answers={"content2": "folder\ndd  -\n"}, says="/d/images is dd, on the others cc", fix="rsync"),),
     "same_image": (
-        Fault(answers={"image": "sha256:cdcd\n"}, says="has the id sha256:cdcd", fix="docker image rm", level="warning"),
-        Fault(words=PULL, answers={"image": "sha256:cdcd\n"}, says="has the id sha256:cdcd", fix="docker image rm"),
+        Fault(answers={"image": '{"Id": "sha256:cdcd"}\n'}, says="has the id sha256:cdcd", fix="docker image rm", level="warning"),
+        Fault(words=PULL, answers={"image": '{"Id": "sha256:cdcd"}\n'}, says="has the id sha256:cdcd", fix="docker image rm"),
     ),
 }
 

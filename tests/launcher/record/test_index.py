@@ -225,7 +225,7 @@ def test_prune_lists_first_and_removes_with_yes(runs: Path, monkeypatch: pytest.
     set_value("plan.json", "config.stage.checkpoint", "b")(runs / "e")
     assert main(["runs", "prune", "--keep", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "stays: b: needed by e" in printed and "nothing was removed" in printed and names_in(runs) == list("abcde")
+    assert "kept: b: needed by e" in printed and "nothing was removed" in printed and names_in(runs) == list("abcde")
     assert main(["runs", "prune", "--keep", "2", "--yes"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == ["removed c", "removed a"] and names_in(runs) == list("bde")
     assert main(["runs", "prune", "--keep", "2", "--yes"]) == 0 and "there is nothing to remove" in capsys.readouterr().out

@@ -141,7 +141,7 @@ def test_a_disk_that_is_full_loses_nothing(plan_for: Callable[..., Plan], tmp_pa
             raise OSError(28, "No space left on device")
         write(text, path)
 
-    monkeypatch.setattr(contract.spec, "write_text", full)
+    monkeypatch.setattr(contract.codec, "write_text", full)
     with pytest.raises(OSError, match="No space left"):
         close_run(plan, SOURCE, "finished", 0, started=NOW, ended=NOW, nodes=(), failure=None)
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before

@@ -75,7 +75,7 @@ def test_every_node_builds_the_same_context_and_nothing_stays_there(cluster: Bui
         assert (context / "Dockerfile").read_text(encoding="utf-8") == cluster.image.dockerfile
         assert {name for name in cluster.image.files if not (context / name).is_file()} == set()
         assert (context / "wheelhouse" / "deepspeed-0.19.8.tar.gz").read_bytes() == b"x"
-        assert stat.S_IMODE((context / "trainer" / "train" / "run.py").stat().st_mode) == 0o644, "the image's user must read it"
+        assert stat.S_IMODE((context / "trainer" / "train" / "loop.py").stat().st_mode) == 0o644, "the image's user must read it"
         secrets = home / "work" / "secrets"
         assert (secrets / "ca").read_text(encoding="utf-8") == "certificates" and SECRET in (secrets / "pip.conf").read_text(
             encoding="utf-8"
