@@ -19,7 +19,6 @@ SHORT = (
     "run.trackers=[]",
     "run.deterministic=true",
 )
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +75,7 @@ def test_a_rerun_from_the_record_is_bitwise_identical(clone: Path, first: Path, 
     assert again.returncode == 0 and result_of(tmp_path / "b/runs/third")["rerun_of"] == "second"
 
 
+@pytest.mark.slow
 def test_one_changed_pixel_is_refused_by_its_file(clone: Path, first: Path, tmp_path: Path) -> None:
     path = first.parents[1] / "mine/images/0007.png"
     kept = path.read_bytes()
@@ -90,6 +90,7 @@ def test_one_changed_pixel_is_refused_by_its_file(clone: Path, first: Path, tmp_
     assert result_of(tmp_path / "b/runs/second")["status"] == "refused"
 
 
+@pytest.mark.slow
 def test_a_swapped_checkpoint_is_refused_by_its_file(clone: Path, first: Path, tmp_path: Path) -> None:
     checkpoints = first.parents[1] / "runs/base/checkpoints/step-000003"
     other = first / "checkpoints/step-000003/model.safetensors"
@@ -102,6 +103,7 @@ def test_a_swapped_checkpoint_is_refused_by_its_file(clone: Path, first: Path, t
     assert done.returncode == 2 and "weights checkpoint/model.safetensors: another file" in done.stderr
 
 
+@pytest.mark.slow
 def test_another_environment_is_refused_with_its_differences(clone: Path, first: Path, tmp_path: Path) -> None:
     """A variable of the shell, of which few reach a process, and packages as if the record had been made with others: each is named, all at
     once."""

@@ -37,7 +37,13 @@ def files_of(spec: TrainSpec) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize("arguments", [{"zero": 3, "ranks": 2, "micro": 4}, {"zero": 0, "micro": 8}], ids=["ZeRO 3, 2 ranks", "no ZeRO"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param({"zero": 3, "ranks": 2, "micro": 4}, marks=pytest.mark.slow, id="ZeRO 3, 2 ranks"),
+        pytest.param({"zero": 0, "micro": 8}, id="no ZeRO"),
+    ],
+)
 def test_behind_the_steps_are_the_same_bytes(arguments: dict[str, Any], tiny_spec: Any) -> None:
     changes = {"steps": 5, "save_every": 1, "keep_checkpoints": 9}
     before, behind = (

@@ -118,9 +118,11 @@ LIVES: dict[str, tuple[dict[str, Any], StageSpec | None, tuple[Death, ...]]] = {
         (Death(place="complete", call=2), Death(place="backward", call=3)),
     ),
 }
+QUICK = ("fp32, no ZeRO", "bf16, ZeRO 3, LoRA")
 
 
-@pytest.mark.parametrize("life", LIVES)
+# One life of a single rank and one of two ranks without a mark; all of them are more than a minute.
+@pytest.mark.parametrize("life", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LIVES])
 def test_a_run_that_was_killed_again_and_again_ends_as_if_nothing_had_happened(life: str, tiny_spec: Any) -> None:
     arguments, stage, deaths = LIVES[life]
     changes = {"steps": 6} | ({"stage": stage} if stage else {})
@@ -145,7 +147,7 @@ def test_a_run_that_was_killed_again_and_again_ends_as_if_nothing_had_happened(l
     assert_same_run(quiet, killed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_deaths_at_random_moments(ranks: int, tiny_spec: Any) -> None:
     """A few steps after the start of each attempt and then at any time: in a step, in a save, as the last save makes room."""

@@ -95,6 +95,7 @@ def write_adapter(tiny: Made, folder: Path) -> Path:
 CASES = [*(f"{name}: {start}" for name in TINY for start in STARTS), *(f"{TINY[0]}: {start}" for start in ADAPTERS)]
 
 
+@pytest.mark.slow
 def test_no_start_is_left_out(outcomes: dict[str, list[Any]]) -> None:
     assert list(outcomes) == CASES and len(CASES) == 8 * 7 + 2 == 58
 

@@ -12,7 +12,7 @@ from tests.trainer.conftest import make_spec
 from tests.trainer.mortal import Death, run_ranks
 from trainer.contract import ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE, EnvReport, TrainResult, TrainSpec, read
 
-pytestmark = pytest.mark.slow  # a dozen runs of two ranks
+pytestmark = pytest.mark.long  # a dozen runs of two ranks
 STEPS = 6
 
 

@@ -116,6 +116,7 @@ def test_a_run_that_broke_off_goes_on_to_the_same_file(
     assert len(more) == -(-ROWS // 4) - stop and not set(more) & set(answered)
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_file_of_one(asking: Callable[..., TrainSpec], rows: Path, torchrun: Callable[..., Any]) -> None:
     one, two = asking("one", input=str(rows)), asking("two", input=str(rows), ranks=2)
     for spec in (one, two):

@@ -100,7 +100,7 @@ def make_runs(tiny_spec: Any, digits: Path, ranks: int, kills: int) -> tuple[Tra
     return replace(quiet, data=data), replace(killed, data=data)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("ranks", [pytest.param(ranks, marks=pytest.mark.slow if ranks > 1 else ()) for ranks in RANKS])
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(
     ranks: int, tiny_spec: Any, digits: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -103,7 +103,7 @@ CELLS: dict[str, tuple[dict[str, Any], StageSpec | None]] = {
 }
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [pytest.param(name, marks=pytest.mark.slow if "bf16" in name else ()) for name in CELLS])
 def test_the_layer_is_named_and_the_checkpoint_is_that_of_the_step_before(cell: str, tiny_spec: Any) -> None:
     arguments, stage = CELLS[cell]
     changes = {"steps": 4} | ({"stage": stage} if stage else {})

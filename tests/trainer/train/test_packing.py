@@ -10,6 +10,8 @@ import pytest
 from tests.trainer.programs.test_train import rows_of
 from trainer.contract import TrainSpec
 
+PACKED = {"packing": True, "max_length": 128}
+
 
 def without_evaluation(spec: TrainSpec, **changes: Any) -> TrainSpec:
     return replace(spec, data=replace(spec.data, **changes), evaluation=replace(spec.evaluation, enabled=False))
@@ -28,8 +30,9 @@ def uneven(tmp_path: Path, digits: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("ranks", "zero", "changes"),
     [
-        *((ranks, zero, {"packing": True, "max_length": 128}) for ranks, zero in [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)]),
-        (2, 3, {"padding_free": True}),
+        pytest.param(1, 0, PACKED, marks=pytest.mark.slow),
+        *(pytest.param(2, zero, PACKED, marks=pytest.mark.long) for zero in (0, 1, 2, 3)),
+        pytest.param(2, 3, {"padding_free": True}, marks=pytest.mark.slow),
     ],
 )
 def test_a_packed_run_walks_as_a_padded_one(

@@ -61,7 +61,11 @@ def result_of(spec: TrainSpec) -> TrainResult:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"zero": 3, "ranks": 2, "micro": 4}, {"zero": 2, "precision": "bf16", "micro": 4}], ids=["ZeRO 3, 2 ranks", "ZeRO 2"]
+    "arguments",
+    [
+        pytest.param({"zero": 3, "ranks": 2, "micro": 4}, marks=pytest.mark.slow, id="ZeRO 3, 2 ranks"),
+        pytest.param({"zero": 2, "precision": "bf16", "micro": 4}, id="ZeRO 2"),
+    ],
 )
 def test_evaluations_between_steps_change_no_step(arguments: dict[str, Any], tiny_spec: Any) -> None:
     """With dropout, which draws random numbers; and with answers of every evaluation kept."""
