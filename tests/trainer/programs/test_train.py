@@ -119,7 +119,9 @@ def test_what_cannot_start_says_why_and_ends_with_two(tiny_spec: Any, torchrun: 
     assert not (Path(spec.output) / "train_result.json").exists()
 
 
-@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.slow), *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
+@pytest.mark.parametrize(
+    "seed", [pytest.param(0, marks=pytest.mark.slow), *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))]
+)
 def test_the_digits_are_learned(seed: int, tiny_spec: Any, torchrun: Any) -> None:
     spec = tiny_spec(width=96, micro=64, changes={"seed": seed, "steps": 300, "evaluation": Evaluation()})
     spec = replace(spec, device=replace(spec.device, threads=2), model=replace(spec.model, source=Source(kind="random")))
