@@ -22,15 +22,6 @@ from trainer.contract.checkpoint_files import whole_checkpoints
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Any:
-    """For the server that forks the ranks, before it imports torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        yield
-
-
 def files_of(spec: TrainSpec) -> dict[str, bytes]:
     """All files of all checkpoints, but for the list that names the run's folder and the fields that may differ."""
     folder = Path(spec.output) / CHECKPOINTS

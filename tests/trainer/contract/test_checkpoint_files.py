@@ -20,7 +20,7 @@ import trainer.contract
 import trainer.distributed.engine
 import trainer.tensor.shard
 from tests.trainer.conftest import make_spec
-from tests.trainer.mortal import Death, Gone, run_ranks
+from tests.trainer.mortal import Death, expect, run_ranks
 from trainer.contract import (
     CHECKPOINTS,
     ENVIRONMENT_FILE,
@@ -43,15 +43,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LORA = StageSpec(name="lora", kind="train", trainable=("projector",), lora=Lora(r=4, alpha=8, dropout=0.05, targets=("q_proj", "v_proj")))
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Any:
-    """For the server that forks the ranks, before it imports torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        yield
-
-
 def rows_of(spec: TrainSpec) -> list[dict[str, Any]]:
     """Without what a clock or a memory gauge says."""
     rows = [json.loads(line) for line in (Path(spec.output) / METRICS_FILE).read_text().splitlines()]
@@ -64,11 +55,6 @@ def result_of(spec: TrainSpec) -> TrainResult:
 
 def environment_of(spec: TrainSpec) -> EnvReport:
     return read(EnvReport, Path(spec.output) / ENVIRONMENT_FILE)
-
-
-def expect(gone: Gone, *codes: int) -> Gone:
-    assert gone.codes == codes, gone.text
-    return gone
 
 
 def assert_same_run(one: TrainSpec, other: TrainSpec) -> None:

@@ -1,7 +1,7 @@
 """The start under ZeRO 3: every rank gets what it would have had, and none but the first ever holds the model."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from trainer.contract import Exit, FailureReport, Lora, ModelSpec, Source, Stage
 from trainer.models import find_family
 from trainer.stages.group import apply_stage
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LORA = StageSpec(name="lora", kind="train", trainable=("projector",), lora=Lora(r=4, alpha=8, dropout=0.0, targets=("q_proj", "v_proj")))
 FULL = StageSpec(name="full", kind="train", trainable=("projector", "lm", "head"))
 RESET = StageSpec(name="projector", kind="train", trainable=("projector",), reset=("projector",))
@@ -33,15 +34,6 @@ STARTS: dict[str, tuple[str, StageSpec, bool, str]] = {
 }
 ADAPTERS = {"adapter, merged": FULL, "adapter, gone on with": LORA}
 BIG = {"hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": 10, "num_attention_heads": 12, "num_key_value_heads": 4}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """For the server that forks the ranks, before it imports torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        yield
 
 
 def spec_of(output: Path, model: ModelSpec, *, precision: str = "fp32", stage: StageSpec = FULL, folder: Path | None = None) -> TrainSpec:

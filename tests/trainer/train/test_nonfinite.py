@@ -28,15 +28,6 @@ LORA = StageSpec(name="lora", kind="train", trainable=("projector",), lora=Lora(
 BAD_STEP = 3
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Any:
-    """For the server that forks the ranks, before it imports torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        yield
-
-
 class BreakGradient(torch.autograd.Function):
     """The same values, and gradients that are infinite."""
 

@@ -12,7 +12,7 @@ import pytest
 
 import trainer.evaluation.evaluate
 import trainer.train.step_hooks
-from tests.trainer.mortal import Death, Gone, run_ranks
+from tests.trainer.mortal import Death, expect, run_ranks
 from trainer.checkpoint.best import find_best, is_better
 from trainer.contract import (
     BEST_FILE,
@@ -34,20 +34,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LORA = StageSpec(name="lora", kind="train", trainable=("projector",), lora=Lora(r=4, alpha=8, dropout=0.3, targets=("q_proj", "v_proj")))
 EVALUATION = Evaluation(batch=16, max_new_tokens=4, limit=24)
 OFTEN = replace(EVALUATION, every=2, loss=True)
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Any:
-    """For the server that forks the ranks, before it imports torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        yield
-
-
-def expect(gone: Gone, *codes: int) -> Gone:
-    assert gone.codes == codes, gone.text
-    return gone
 
 
 def rows_of(spec: TrainSpec, name: str = METRICS_FILE) -> list[dict[str, Any]]:
