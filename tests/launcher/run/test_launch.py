@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from launcher.cli import main
 from launcher.plan.commands import FOLDER_VARIABLE, RUN_VARIABLE
 from launcher.ssh.transport import processes_with
 
@@ -191,12 +192,19 @@ def test_a_sample_longer_than_max_length_is_refused_by_its_rank(tmp_path: Path, 
         (("stage=lora",), ("stage.checkpoint",)),
     ],
 )
-def test_a_bad_config_is_refused_before_anything_is_created(tmp_path: Path, overrides: tuple[str, ...], said: tuple[str, ...]) -> None:
-    done = launch(tmp_path, *overrides)
-    assert done.returncode == 2, done.stdout + done.stderr
+def test_a_bad_config_is_refused_before_anything_is_created(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    overrides: tuple[str, ...],
+    said: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(PROJECT)
+    code, printed = main(command(tmp_path, *overrides)[3:]), capsys.readouterr()
+    assert code == 2, printed
     for part in said:
-        assert part in done.stderr
-    assert "Traceback" not in done.stderr
+        assert part in printed.err
+    assert "Traceback" not in printed.err
     assert not (tmp_path / "runs").exists()
 
 

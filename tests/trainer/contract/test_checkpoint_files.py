@@ -171,7 +171,9 @@ def at_random(spec: TrainSpec, draw: random.Random) -> Callable[[], bool]:
 
 
 @pytest.mark.parametrize(
-    ("saved", "goes_on"), [((2, 3), (1, 0)), ((2, 2), (3, 3))], ids=["ZeRO 3, 2 ranks to 1 without", "ZeRO 2, 2 ranks to 3 with ZeRO 3"]
+    ("saved", "goes_on"),
+    [pytest.param((2, 3), (1, 0), marks=pytest.mark.slow), ((2, 2), (3, 3))],
+    ids=["ZeRO 3, 2 ranks to 1 without", "ZeRO 2, 2 ranks to 3 with ZeRO 3"],
 )
 def test_another_number_of_ranks_and_another_stage_go_on_within_rounding(
     saved: tuple[int, int], goes_on: tuple[int, int], tmp_path: Path, digits: Path
