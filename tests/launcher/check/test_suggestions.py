@@ -117,7 +117,6 @@ def test_typed_keys_of_the_old_hardware_are_in_the_change() -> None:
         assert make_plan(compose(apply(words, change), ROOT / "conf"), stacks(), place, run_id="r", overrides=words).memory.fits, change
 
 
-@pytest.mark.slow
 def test_auto_takes_no_zero_3_for_weights_in_4_bits() -> None:
     """Which it cannot cut: what `auto` chooses has to pass every other rule."""
     words = ("hardware=rtx3090", "model=qwen2_5_vl_32b", "stage=lora", "precision=bf16", "strategy=auto", *OWN)

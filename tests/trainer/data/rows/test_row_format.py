@@ -292,7 +292,6 @@ MESSAGES = st.lists(st.dictionaries(st.sampled_from(["from", "value", "role", "c
 ROWS = ANY | st.fixed_dictionaries({}, optional={"conversations": MESSAGES, "messages": MESSAGES, "conversation": MESSAGES, "image": ANY})
 
 
-@pytest.mark.slow
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(rows=st.lists(ROWS, min_size=1, max_size=4))
 def test_no_row_makes_the_reader_raise(tmp_path: Path, rows: list[Any]) -> None:
