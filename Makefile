@@ -56,7 +56,7 @@ matrix: .venv/.launcher ## Update the table "What ran where" of README.md from d
 test: setup ## Run the tests that need neither an engine nor a network and are not slow: at most 12 minutes on two quiet cores
 	@$(PYTEST) -m "not slow and not long and $(OFFLINE)" $(ARGS)
 
-test-slow: setup ## Run the slow tests, about 15 minutes, without those that take minutes each
+test-slow: setup ## Run the slow tests of these, without those that take minutes each
 	@$(PYTEST) -m "slow and not long and $(OFFLINE)" $(ARGS)
 
 test-all: setup ## Run every test that needs neither an engine nor a network: more than an hour
