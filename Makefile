@@ -25,9 +25,13 @@ INSTALL = .venv/bin/python -m pip install $(PIP_FLAGS) --disable-pip-version-che
 # Only RUNTIME=process on this machine needs the trainer's packages here; containers and other machines have their own.
 TRAINER = $(if $(filter-out process,$(RUNTIME))$(filter-out local,$(CLUSTER)),.venv/.launcher,.venv/.launcher .venv/.trainer)
 
+OFFLINE := not docker and not network and not cluster
+# Two processes with one thread each: more threads than cores wait for each other.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup plan train bench bench-rerun matrix test test-cluster lint render image image-check
+.PHONY: help setup plan train bench bench-rerun matrix test test-slow test-all test-cluster lint render image image-check
 
 help: ## This list
 	@awk -F '##' '/^[a-z-]+:.*##/ {split($$1, t, ":"); printf "  make %-12s%s\n", t[1], $$2} /^[A-Z]+ \?=.*##/ {split($$1, v, " "); vars = vars sprintf("  %-12s%s\n", v[1], $$2)} END {printf "\nVariables, as in `make plan HW=h200`:\n%s", vars}' $(MAKEFILE_LIST)
@@ -49,8 +53,14 @@ bench-rerun: $(TRAINER) ## Run the published result RUN again, and say whether i
 matrix: .venv/.launcher ## Update the table "What ran where" of README.md from docs/results
 	@.venv/bin/omnilaunch bench --matrix
 
-test: setup ## Run the tests that need neither an engine nor a network
-	@.venv/bin/python -m pytest -m "not docker and not network and not cluster" $(ARGS)
+test: setup ## Run the tests that need neither an engine nor a network and are not slow: at most 12 minutes on two quiet cores
+	@$(PYTEST) -m "not slow and not long and $(OFFLINE)" $(ARGS)
+
+test-slow: setup ## Run the slow tests of these, without those that take minutes each
+	@$(PYTEST) -m "slow and not long and $(OFFLINE)" $(ARGS)
+
+test-all: setup ## Run every test that needs neither an engine nor a network: more than an hour
+	@$(PYTEST) -m "$(OFFLINE)" $(ARGS)
 
 lint: .venv/.launcher .venv/.dev ## ruff and mypy
 	@.venv/bin/ruff check . && .venv/bin/mypy

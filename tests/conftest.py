@@ -11,6 +11,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=3, help="how many SIGKILLs tests/trainer/train/test_kill.py shares out to 1, 2 and 4 ranks")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The targets of the Makefile choose by the marks. With two of them a test would run under a target that its reader does not expect."""
+    for item in items:
+        marks = [name for name in ("slow", "long") if item.get_closest_marker(name)]
+        if len(marks) > 1:
+            raise pytest.UsageError(f"{item.nodeid} is marked {' and '.join(marks)}: leave one of them")
+
+
 def pytest_configure() -> None:
     """What tests start begins with default signals, also where they run in the background of a shell or under nohup, which ignore some: a
     handler of Python's, unlike that, is not handed on to a program."""

@@ -174,7 +174,7 @@ def test_steps_of_another_size_or_none_are_no_measurement(rows: list[StepRow], w
 # ------------------------------------------------------------------------------------------------------------ the whole path
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_tiny_job_goes_the_whole_way(tmp_path: Path) -> None:
     """A real launch as a separate command; a folder with a measurement is refused."""
     argv = (sys.executable, "tests/benchmarks/gpu_train.py", "--tiny", "--jobs", "lora", "--warm-up", "1", "--steps", "1")

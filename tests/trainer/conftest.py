@@ -165,6 +165,15 @@ def linear_as_it_was() -> Iterator[None]:
     torch.nn.functional.linear = before
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For the server that forks the ranks of tests.trainer.mortal, before it imports torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        yield
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with the digits written into it."""

@@ -92,6 +92,11 @@ def run_ranks(
     return Gone(codes=tuple(rank.exitcode or 0 for rank in ranks), text=log.read_text(errors="replace"), seconds=time.monotonic() - began)
 
 
+def expect(gone: Gone, *codes: int) -> Gone:
+    assert gone.codes == codes, gone.text
+    return gone
+
+
 def wait_for_one(ranks: list[Any], kill_when: Callable[[], bool]) -> None:
     until, left = time.monotonic() + LIMIT_S, list(ranks)
     while left and time.monotonic() < until and not kill_when():

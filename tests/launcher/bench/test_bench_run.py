@@ -11,7 +11,7 @@ from launcher.bench.result import read_results
 from tests.launcher.bench.test_rerun_run import omnilaunch, result_of
 
 PROJECT = Path(__file__).resolve().parents[3]
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 CELL = """# @package _global_
 defaults:
   - override /strategy: single

@@ -19,7 +19,6 @@ SHORT = (
     "run.trackers=[]",
     "run.deterministic=true",
 )
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +59,10 @@ def test_the_record_holds_what_a_rerun_needs(first: Path) -> None:
     assert recorded.record.config_sha256 and recorded.record.lock_sha256 and recorded.record.inputs_sha256 and "torch==" in recorded.lock
 
 
-def test_a_rerun_from_the_record_is_bitwise_identical(clone: Path, first: Path, tmp_path: Path) -> None:
-    """In another folder, from a copy of the record, on a tree that has changed; and a rerun of that rerun."""
+@pytest.fixture(scope="module")
+def second(clone: Path, first: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The rerun of that record in another folder, from a copy of it, on a tree that has changed."""
+    tmp_path = tmp_path_factory.mktemp("second")
     moved = tmp_path / "moved"
     subprocess.run(("git", "clone", "-q", str(clone), str(moved)), check=True)
     (moved / "trainer/kernels/cross_entropy.py").write_text("raise SystemExit('a tree that moved on')\n")
@@ -69,13 +70,21 @@ def test_a_rerun_from_the_record_is_bitwise_identical(clone: Path, first: Path, 
     done = omnilaunch(moved, tmp_path / "b", "rerun", str(tmp_path / "record"), "cluster.root=.", "--run-id", "second")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "code: this tree differs in trainer/kernels/cross_entropy.py; commit " in done.stdout and "weights the same" in done.stdout
-    second = tmp_path / "b/runs/second"
+    return tmp_path / "b/runs/second"
+
+
+def test_a_rerun_from_the_record_is_bitwise_identical(first: Path, second: Path) -> None:
     assert rows_of(second) == rows_of(first) and len(rows_of(first)) == 3
     assert result_of(second)["weights_sha256"] == result_of(first)["weights_sha256"] and result_of(second)["rerun_of"] == "first"
-    again = omnilaunch(clone, tmp_path / "b", "rerun", "second", "--run-id", "third")
-    assert again.returncode == 0 and result_of(tmp_path / "b/runs/third")["rerun_of"] == "second"
 
 
+@pytest.mark.slow
+def test_a_rerun_can_be_run_again(clone: Path, second: Path) -> None:
+    again = omnilaunch(clone, second.parents[1], "rerun", "second", "--run-id", "third")
+    assert again.returncode == 0 and result_of(second.parent / "third")["rerun_of"] == "second"
+
+
+@pytest.mark.slow
 def test_one_changed_pixel_is_refused_by_its_file(clone: Path, first: Path, tmp_path: Path) -> None:
     path = first.parents[1] / "mine/images/0007.png"
     kept = path.read_bytes()
@@ -90,6 +99,7 @@ def test_one_changed_pixel_is_refused_by_its_file(clone: Path, first: Path, tmp_
     assert result_of(tmp_path / "b/runs/second")["status"] == "refused"
 
 
+@pytest.mark.slow
 def test_a_swapped_checkpoint_is_refused_by_its_file(clone: Path, first: Path, tmp_path: Path) -> None:
     checkpoints = first.parents[1] / "runs/base/checkpoints/step-000003"
     other = first / "checkpoints/step-000003/model.safetensors"
@@ -102,6 +112,7 @@ def test_a_swapped_checkpoint_is_refused_by_its_file(clone: Path, first: Path, t
     assert done.returncode == 2 and "weights checkpoint/model.safetensors: another file" in done.stderr
 
 
+@pytest.mark.slow
 def test_another_environment_is_refused_with_its_differences(clone: Path, first: Path, tmp_path: Path) -> None:
     """A variable of the shell, of which few reach a process, and packages as if the record had been made with others: each is named, all at
     once."""

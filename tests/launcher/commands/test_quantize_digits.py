@@ -10,7 +10,7 @@ import pytest
 from launcher.record.record import RECORD_FILE, Record
 from trainer import contract
 
-pytestmark = pytest.mark.slow  # a full run of half a minute on two quiet cores, and a minute for the rest
+pytestmark = pytest.mark.long  # a full run of half a minute on two quiet cores, and a minute for the rest
 
 PROJECT = Path(__file__).resolve().parents[3]
 LIMIT_S = 1200  # of one run, on a machine that has other things to do

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from launcher.record.record import RECORD_FILE, Record
 from trainer import contract
 
-pytestmark = pytest.mark.slow  # five times a minute on two quiet cores
+pytestmark = pytest.mark.long  # five times a minute on two quiet cores
 
 PROJECT = Path(__file__).resolve().parents[3]
 VISION = "model=tiny_minicpm_v_2_6"

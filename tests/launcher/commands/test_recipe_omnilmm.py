@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from launcher.record.record import RECORD_FILE, Record
 from trainer import contract
 
-pytestmark = pytest.mark.slow  # eight times up to a minute on two quiet cores
+pytestmark = pytest.mark.long  # eight times up to a minute on two quiet cores
 
 PROJECT = Path(__file__).resolve().parents[3]
 RECIPE = {

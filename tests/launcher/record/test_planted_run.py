@@ -24,7 +24,7 @@ SHORT = (
     "run.trackers=[]",
     "hardware.threads=2",
 )
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from launcher.cli import main
 from launcher.plan.commands import FOLDER_VARIABLE, RUN_VARIABLE
 from launcher.ssh.transport import processes_with
 
@@ -24,7 +25,6 @@ model = LlavaForConditionalGeneration.from_pretrained(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 print(sum(p.numel() for p in model.parameters()), tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_index)
 """
-pytestmark = pytest.mark.slow
 
 
 def command(folder: Path, *overrides: str, name: str = "r") -> tuple[str, ...]:
@@ -72,6 +72,7 @@ def test_the_checkpoint_opens_in_transformers(finished: Path) -> None:
     assert done.stdout.split() == ["614400", "True"], done.stderr
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_bitwise_identical_runs(finished: Path) -> None:
     assert launch(finished, *SHORT, name="again").returncode == 0
     assert launch(finished, *SHORT, "run.seed=2", name="other").returncode == 0
@@ -101,7 +102,7 @@ def test_two_ranks_under_zero_2(tmp_path: Path) -> None:
     assert environment["world_size"] == 2 and environment["deepspeed"]["taken"]["zero_stage"] == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM], ids=lambda number: number.name)
 def test_a_stopped_run_leaves_no_process_and_a_record(tmp_path: Path, number: signal.Signals) -> None:
     name = f"stop-{tmp_path.name}"
     rows = tmp_path / "runs" / name / "metrics.jsonl"
@@ -147,10 +148,10 @@ def images(tmp_path: Path) -> Path:
     ("bad", "said"),
     [
         (row(image="missing.png"), ("row 2", "missing.png", "image")),
-        (row(image="text.png"), ("row 2", "text.png", "image")),
-        (row(image="cut.png"), ("row 2", "cut.png", "truncated")),
-        (row(answer=""), ("row 2", "conversations")),
-        (row(mark=""), ("row 2", "<image>", "0")),
+        pytest.param(row(image="text.png"), ("row 2", "text.png", "image"), marks=pytest.mark.slow),
+        pytest.param(row(image="cut.png"), ("row 2", "cut.png", "truncated"), marks=pytest.mark.slow),
+        pytest.param(row(answer=""), ("row 2", "conversations"), marks=pytest.mark.slow),
+        pytest.param(row(mark=""), ("row 2", "<image>", "0"), marks=pytest.mark.slow),
         (row(mark="<image><image>"), ("row 2", "<image>", "2")),
     ],
     ids=["missing", "not-an-image", "truncated", "no-answer", "mark-too-few", "mark-too-many"],
@@ -168,6 +169,7 @@ def test_bad_data_is_refused_with_file_and_row(tmp_path: Path, images: Path, bad
     assert processes_with(FOLDER_VARIABLE, str(tmp_path / "runs/r")) == ()
 
 
+@pytest.mark.slow
 def test_a_sample_longer_than_max_length_is_refused_by_its_rank(tmp_path: Path, images: Path) -> None:
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([row(), row(answer="seven " * 300)]))
@@ -190,12 +192,19 @@ def test_a_sample_longer_than_max_length_is_refused_by_its_rank(tmp_path: Path, 
         (("stage=lora",), ("stage.checkpoint",)),
     ],
 )
-def test_a_bad_config_is_refused_before_anything_is_created(tmp_path: Path, overrides: tuple[str, ...], said: tuple[str, ...]) -> None:
-    done = launch(tmp_path, *overrides)
-    assert done.returncode == 2, done.stdout + done.stderr
+def test_a_bad_config_is_refused_before_anything_is_created(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    overrides: tuple[str, ...],
+    said: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(PROJECT)
+    code, printed = main(command(tmp_path, *overrides)[3:]), capsys.readouterr()
+    assert code == 2, printed
     for part in said:
-        assert part in done.stderr
-    assert "Traceback" not in done.stderr
+        assert part in printed.err
+    assert "Traceback" not in printed.err
     assert not (tmp_path / "runs").exists()
 
 

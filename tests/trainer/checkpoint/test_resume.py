@@ -9,20 +9,10 @@ import pytest
 
 import trainer.contract
 import trainer.programs.train
-from tests.trainer.contract.test_checkpoint_files import expect
-from tests.trainer.mortal import Death, run_ranks
+from tests.trainer.mortal import Death, expect, run_ranks
 from trainer.contract import CHECKPOINTS, METRICS_FILE, RESULT_FILE, Exit, FailureReport, TrainResult, TrainSpec, read
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Any:
-    """For the server that forks the ranks, before it imports torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        yield
 
 
 @pytest.fixture

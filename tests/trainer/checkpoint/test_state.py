@@ -109,6 +109,7 @@ def test_tensors_are_whole_and_named_by_parameter(precision: str, zero: int, tin
     assert rest["optimizer_steps"] == dict.fromkeys(shapes, 1) and rest["loss_scaler"] == {} and len(rest["random"]) == 1
 
 
+@pytest.mark.long  # DeepSpeed compiles its Adam for it
 @pytest.mark.parametrize(("precision", "zero"), [("fp32", 1), ("bf16", 2), ("pure_bf16", 3)])
 def test_an_offloaded_optimizer_goes_on_too(precision: str, zero: int, tiny_spec: Any, start: Any, tmp_path: Path) -> None:
     if not cpu_adam_is_built():

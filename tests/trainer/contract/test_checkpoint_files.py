@@ -20,7 +20,7 @@ import trainer.contract
 import trainer.distributed.engine
 import trainer.tensor.shard
 from tests.trainer.conftest import make_spec
-from tests.trainer.mortal import Death, Gone, run_ranks
+from tests.trainer.mortal import Death, expect, run_ranks
 from trainer.contract import (
     CHECKPOINTS,
     ENVIRONMENT_FILE,
@@ -43,15 +43,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LORA = StageSpec(name="lora", kind="train", trainable=("projector",), lora=Lora(r=4, alpha=8, dropout=0.05, targets=("q_proj", "v_proj")))
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Any:
-    """For the server that forks the ranks, before it imports torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        yield
-
-
 def rows_of(spec: TrainSpec) -> list[dict[str, Any]]:
     """Without what a clock or a memory gauge says."""
     rows = [json.loads(line) for line in (Path(spec.output) / METRICS_FILE).read_text().splitlines()]
@@ -64,11 +55,6 @@ def result_of(spec: TrainSpec) -> TrainResult:
 
 def environment_of(spec: TrainSpec) -> EnvReport:
     return read(EnvReport, Path(spec.output) / ENVIRONMENT_FILE)
-
-
-def expect(gone: Gone, *codes: int) -> Gone:
-    assert gone.codes == codes, gone.text
-    return gone
 
 
 def assert_same_run(one: TrainSpec, other: TrainSpec) -> None:
@@ -118,9 +104,11 @@ LIVES: dict[str, tuple[dict[str, Any], StageSpec | None, tuple[Death, ...]]] = {
         (Death(place="complete", call=2), Death(place="backward", call=3)),
     ),
 }
+QUICK = ("fp32, no ZeRO", "bf16, ZeRO 3, LoRA")
 
 
-@pytest.mark.parametrize("life", LIVES)
+# One life of a single rank and one of two ranks without a mark; all of them are more than a minute.
+@pytest.mark.parametrize("life", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LIVES])
 def test_a_run_that_was_killed_again_and_again_ends_as_if_nothing_had_happened(life: str, tiny_spec: Any) -> None:
     arguments, stage, deaths = LIVES[life]
     changes = {"steps": 6} | ({"stage": stage} if stage else {})
@@ -145,7 +133,7 @@ def test_a_run_that_was_killed_again_and_again_ends_as_if_nothing_had_happened(l
     assert_same_run(quiet, killed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_deaths_at_random_moments(ranks: int, tiny_spec: Any) -> None:
     """A few steps after the start of each attempt and then at any time: in a step, in a save, as the last save makes room."""
@@ -183,7 +171,9 @@ def at_random(spec: TrainSpec, draw: random.Random) -> Callable[[], bool]:
 
 
 @pytest.mark.parametrize(
-    ("saved", "goes_on"), [((2, 3), (1, 0)), ((2, 2), (3, 3))], ids=["ZeRO 3, 2 ranks to 1 without", "ZeRO 2, 2 ranks to 3 with ZeRO 3"]
+    ("saved", "goes_on"),
+    [pytest.param((2, 3), (1, 0), marks=pytest.mark.slow), ((2, 2), (3, 3))],
+    ids=["ZeRO 3, 2 ranks to 1 without", "ZeRO 2, 2 ranks to 3 with ZeRO 3"],
 )
 def test_another_number_of_ranks_and_another_stage_go_on_within_rounding(
     saved: tuple[int, int], goes_on: tuple[int, int], tmp_path: Path, digits: Path

@@ -180,6 +180,7 @@ print("muon" if "deepspeed.runtime.zero.muon.original_muon" in sys.modules else 
 """
 
 
+@pytest.mark.slow
 def test_the_compiler_of_torch_is_not_loaded(tiny_spec: Any, tmp_path: Any) -> None:
     """DeepSpeed asks for it with its Muon optimizer, which it loads with ZeRO: a second of every rank's start, and with Triton processes."""
     spec = tiny_spec(zero=2)

@@ -4,6 +4,8 @@ import multiprocessing
 import os
 from typing import Any
 
+import pytest
+
 from tests.trainer.mortal import free_port
 
 ROUNDS = 20
@@ -27,6 +29,7 @@ def come_and_go(rank: int, ports: list[int], done: Any) -> None:
         done.put(port)
 
 
+@pytest.mark.slow
 def test_every_rank_leaves() -> None:
     context = multiprocessing.get_context("spawn")
     done, ports = context.Queue(), [free_port() for _ in range(ROUNDS)]

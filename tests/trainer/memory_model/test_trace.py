@@ -185,7 +185,11 @@ def test_a_plan_goes_by_the_trace_of_its_step(capsys: pytest.CaptureFixture[str]
     assert plan["verdict"]["launchable"]
 
 
-@pytest.mark.parametrize("words", [("strategy=zero3", "strategy.offload_parameters=true"), ("strategy=zero2",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [pytest.param(("strategy=zero3", "strategy.offload_parameters=true"), marks=pytest.mark.slow), ("strategy=zero2",)],
+    ids=" ".join,
+)
 def test_minicpm_o_on_two_cards_of_24_gib_is_as_its_plan_says(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     """OpenBMB/MiniCPM-V#828: the settings that the refusal offers, one step of the real network of 8 billion parameters."""
     asked = ("hardware=rtx3090", "cluster.devices_per_node=2", "model=minicpm_o_2_6", "stage=full", "precision=bf16", *words)

@@ -33,6 +33,7 @@ def regress(kind: str, seed: int) -> float:
     return float(((weight.detach() - wanted) * sizes).square().sum() / ((start - wanted) * sizes).square().sum())
 
 
+@pytest.mark.slow
 def test_a_long_run_ends_where_float32_does() -> None:
     """With second moments rounded to nearest it is left behind by 9 %: they follow the gradients, as these fade, too late."""
     left = {kind: regress(kind, seed=1) for kind in ("float32", "8 bits")}

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,17 +11,8 @@ from tests.trainer.conftest import make_spec
 from tests.trainer.mortal import Death, run_ranks
 from trainer.contract import ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE, EnvReport, TrainResult, TrainSpec, read
 
-pytestmark = pytest.mark.slow  # a dozen runs of two ranks
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_thread")]  # a dozen runs of two ranks
 STEPS = 6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    """For the server that forks the ranks, before it imports torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        yield
 
 
 @pytest.fixture

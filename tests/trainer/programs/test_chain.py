@@ -30,15 +30,6 @@ Run = Callable[..., TrainSpec]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Any:
-    """For the server that forks the ranks, before it imports torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        yield
-
-
 @pytest.fixture
 def run(tiny_spec: Any) -> Run:
     """A run of two steps of a stage, from `checkpoint`, which must end with `code`."""

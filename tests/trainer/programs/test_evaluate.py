@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import trainer.evaluation.evaluate
+from tests.trainer.mortal import expect, run_ranks
 from trainer.contract import RESULT_FILE, Evaluation, InputRefused, Metric, StageSpec, TrainSpec
 from trainer.device.device import DEVICES
 from trainer.device.rank import Rank
@@ -69,14 +70,14 @@ def test_exact_match_alone_writes_the_rows_that_it_always_did(assessing: Callabl
     assert set(rows_of(spec)[0]) == {"row", "prompt", "images", "expected", "got", "match"}
 
 
-def test_two_ranks_write_the_file_and_the_figures_of_one(assessing: Callable[..., TrainSpec], torchrun: Callable[..., Any]) -> None:
+@pytest.mark.usefixtures("one_thread")
+def test_two_ranks_write_the_file_and_the_figures_of_one(assessing: Callable[..., TrainSpec]) -> None:
     """Bitwise identical, perplexity too, with a base; 22 samples are five batches and a half."""
     base = assessing("base", seed=1).stage.checkpoint
     one, two = assessing("one", base=base), assessing("two", base=base, ranks=2)
     results = []
     for spec in (one, two):
-        ended = torchrun(spec)
-        assert ended.code == 0, ended.text
+        expect(run_ranks(spec), *[0] * spec.device.world_size)
         results.append(json.loads((Path(spec.output) / RESULT_FILE).read_text())["evaluation"])
     assert results[0] == results[1] and results[0]["perplexity"] > 1
     for file in ("samples.jsonl", "samples_base.jsonl"):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import trainer.programs.infer
+from tests.trainer.mortal import expect, run_ranks
 from trainer.contract import STREAM_FILE, Inference, InputRefused, RunFailed, Sampling, StageSpec, TrainSpec
 from trainer.data.media.image import open_image
 from trainer.data.rows.sample import Message
@@ -116,11 +117,11 @@ def test_a_run_that_broke_off_goes_on_to_the_same_file(
     assert len(more) == -(-ROWS // 4) - stop and not set(more) & set(answered)
 
 
-def test_two_ranks_write_the_file_of_one(asking: Callable[..., TrainSpec], rows: Path, torchrun: Callable[..., Any]) -> None:
+@pytest.mark.usefixtures("one_thread")
+def test_two_ranks_write_the_file_of_one(asking: Callable[..., TrainSpec], rows: Path) -> None:
     one, two = asking("one", input=str(rows)), asking("two", input=str(rows), ranks=2)
     for spec in (one, two):
-        ended = torchrun(spec)
-        assert ended.code == 0, ended.text
+        expect(run_ranks(spec), *[0] * spec.device.world_size)
     assert (Path(one.output) / "answers.jsonl").read_bytes() == (Path(two.output) / "answers.jsonl").read_bytes()
 
 

@@ -28,6 +28,7 @@ def untimed(rows: list[StepRow]) -> list[StepRow]:
     return [replace(row, seconds=0.0, peak_bytes=0) for row in rows]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_that_a_record_needs_and_repeats_bit_for_bit(tiny_spec: Any, torchrun: Any) -> None:
     first, again, other = (tiny_spec(name, changes={"seed": seed, "deterministic": True}) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     for spec in (first, again, other):
@@ -53,6 +54,7 @@ def test_a_run_leaves_everything_that_a_record_needs_and_repeats_bit_for_bit(tin
     assert not list(folder.glob("failure*"))
 
 
+@pytest.mark.slow
 def test_two_ranks_walk_the_same_way_as_one(tiny_spec: Any, torchrun: Any) -> None:
     """ZeRO 2 and 3, with accumulation, against one rank with the whole batch: losses, norms, weights and answers."""
     seen = {}
@@ -75,6 +77,7 @@ def test_two_ranks_walk_the_same_way_as_one(tiny_spec: Any, torchrun: Any) -> No
         assert max(float((weights[key] - tensor).abs().max()) for key, tensor in seen[name][1].items()) < 1e-4
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_says_stopped(tiny_spec: Any, torchrun: Any) -> None:
     spec = tiny_spec(ranks=2, micro=4, changes={"steps": 100_000})
     torchrun(spec, stop_after=3)
@@ -86,6 +89,7 @@ def test_sigterm_saves_and_says_stopped(tiny_spec: Any, torchrun: Any) -> None:
     assert not list(Path(spec.output).glob("failure*"))
 
 
+@pytest.mark.slow
 def test_lora_on_a_checkpoint_is_a_peft_adapter_that_evaluates(tiny_spec: Any, torchrun: Any) -> None:
     base = tiny_spec("base", changes={"steps": 1, "evaluation": Evaluation(enabled=False)})
     assert torchrun(base).code == 0
@@ -115,8 +119,9 @@ def test_what_cannot_start_says_why_and_ends_with_two(tiny_spec: Any, torchrun: 
     assert not (Path(spec.output) / "train_result.json").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    "seed", [pytest.param(0, marks=pytest.mark.slow), *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))]
+)
 def test_the_digits_are_learned(seed: int, tiny_spec: Any, torchrun: Any) -> None:
     spec = tiny_spec(width=96, micro=64, changes={"seed": seed, "steps": 300, "evaluation": Evaluation()})
     spec = replace(spec, device=replace(spec.device, threads=2), model=replace(spec.model, source=Source(kind="random")))

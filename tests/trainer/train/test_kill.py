@@ -20,6 +20,7 @@ import pytest
 from tests.trainer.mortal import run_ranks
 from trainer.contract import CHECKPOINTS, METRICS_FILE, RESULT_FILE, SAMPLES_FILE, Evaluation, TrainResult, TrainSpec, read
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RANKS = (1, 2, 4)
 ROWS = 24  # of the training file
 GLOBAL_BATCH = 4
@@ -27,13 +28,6 @@ PASS_STEPS = ROWS // GLOBAL_BATCH
 SPREAD_S = 0.15  # longer than a step, or a save, on a machine that is not busy
 
 Aim = Callable[[TrainSpec], bool]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the server that forks the ranks, before it imports torch."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
 
 def count_rows(spec: TrainSpec) -> int:
@@ -100,7 +94,7 @@ def make_runs(tiny_spec: Any, digits: Path, ranks: int, kills: int) -> tuple[Tra
     return replace(quiet, data=data), replace(killed, data=data)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("ranks", [pytest.param(ranks, marks=pytest.mark.slow if ranks > 1 else ()) for ranks in RANKS])
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(
     ranks: int, tiny_spec: Any, digits: Path, request: pytest.FixtureRequest
 ) -> None:

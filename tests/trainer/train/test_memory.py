@@ -55,7 +55,9 @@ def assert_near(one: tuple[Any, ...], other: tuple[Any, ...], bound: float) -> N
 
 
 @pytest.mark.parametrize(
-    ("zero", "stage"), [(0, None), (2, None), (3, None), (3, LORA)], ids=["ZeRO 0", "ZeRO 2", "ZeRO 3", "ZeRO 3, LoRA"]
+    ("zero", "stage"),
+    [(0, None), (2, None), pytest.param(3, None, marks=pytest.mark.slow), (3, LORA)],
+    ids=["ZeRO 0", "ZeRO 2", "ZeRO 3", "ZeRO 3, LoRA"],
 )
 def test_a_loss_in_chunks_and_layers_computed_twice_are_the_same_steps(
     zero: int, stage: StageSpec | None, tiny_spec: Any, after_steps: Any

@@ -28,15 +28,6 @@ LORA = StageSpec(name="lora", kind="train", trainable=("projector",), lora=Lora(
 BAD_STEP = 3
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Any:
-    """For the server that forks the ranks, before it imports torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        yield
-
-
 class BreakGradient(torch.autograd.Function):
     """The same values, and gradients that are infinite."""
 
@@ -103,7 +94,7 @@ CELLS: dict[str, tuple[dict[str, Any], StageSpec | None]] = {
 }
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [pytest.param(name, marks=pytest.mark.slow if "bf16" in name else ()) for name in CELLS])
 def test_the_layer_is_named_and_the_checkpoint_is_that_of_the_step_before(cell: str, tiny_spec: Any) -> None:
     arguments, stage = CELLS[cell]
     changes = {"steps": 4} | ({"stage": stage} if stage else {})

@@ -12,7 +12,7 @@ import pytest
 
 import trainer.evaluation.evaluate
 import trainer.train.step_hooks
-from tests.trainer.mortal import Death, Gone, run_ranks
+from tests.trainer.mortal import Death, expect, run_ranks
 from trainer.checkpoint.best import find_best, is_better
 from trainer.contract import (
     BEST_FILE,
@@ -36,20 +36,6 @@ EVALUATION = Evaluation(batch=16, max_new_tokens=4, limit=24)
 OFTEN = replace(EVALUATION, every=2, loss=True)
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Any:
-    """For the server that forks the ranks, before it imports torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        yield
-
-
-def expect(gone: Gone, *codes: int) -> Gone:
-    assert gone.codes == codes, gone.text
-    return gone
-
-
 def rows_of(spec: TrainSpec, name: str = METRICS_FILE) -> list[dict[str, Any]]:
     """Without what a clock or a memory gauge says."""
     rows = [json.loads(line) for line in (Path(spec.output) / name).read_text().splitlines()]
@@ -61,7 +47,11 @@ def result_of(spec: TrainSpec) -> TrainResult:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"zero": 3, "ranks": 2, "micro": 4}, {"zero": 2, "precision": "bf16", "micro": 4}], ids=["ZeRO 3, 2 ranks", "ZeRO 2"]
+    "arguments",
+    [
+        pytest.param({"zero": 3, "ranks": 2, "micro": 4}, marks=pytest.mark.slow, id="ZeRO 3, 2 ranks"),
+        pytest.param({"zero": 2, "precision": "bf16", "micro": 4}, id="ZeRO 2"),
+    ],
 )
 def test_evaluations_between_steps_change_no_step(arguments: dict[str, Any], tiny_spec: Any) -> None:
     """With dropout, which draws random numbers; and with answers of every evaluation kept."""

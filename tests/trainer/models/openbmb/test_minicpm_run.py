@@ -12,22 +12,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.trainer.contract.test_checkpoint_files import expect
 from tests.trainer.models.conftest import Made
-from tests.trainer.mortal import run_ranks
+from tests.trainer.mortal import expect, run_ranks
 from trainer.__main__ import main
 from trainer.contract import DATA_FILE, SPEC_FILE, DataReport, Evaluation, Exit, FailureReport, Source, TrainResult, TrainSpec, read, write
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 Start = Callable[..., TrainSpec]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    """For the fork server of the ranks, before it imports torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        yield
 
 
 @pytest.fixture
