@@ -8,12 +8,11 @@ from launcher.record.reader import read_if_there
 from launcher.record.record import Failure, NodeResult
 from launcher.run.diagnosis import Diagnosis, explain_log, root_rank
 from launcher.run.failures.symptom import Kind
-from launcher.run.node_log import lines_of, read_end, unnamed
+from launcher.run.node_log import LAST_LINES, last_lines, lines_of, read_end, unnamed
 from trainer import contract
 from trainer.contract import Exit, FailureReport
 
 CAUSES = ("cause", "layer")  # kinds of a known failure that belong to the process which printed the line
-TAIL = 15  # lines of a log that are shown
 
 
 def find_failure(plan: Plan, nodes: tuple[NodeResult, ...]) -> Failure | None:
@@ -64,7 +63,7 @@ def failure_of_node(plan: Plan, node: NodeResult) -> tuple[Failure, Kind | None]
         own = lines_of(text, root[0])
     # The exit code of processes that the launcher killed says nothing about the cause.
     diagnosis = cause_in("\n".join(own)) or explain_log(unnamed(text), 0 if node.killed else node.code)
-    tail = own[-TAIL:] or tuple(read_end(log).splitlines()[-TAIL:])
+    tail = own[-LAST_LINES:] or last_lines(log)
     return with_diagnosis(Failure(host=node.host, rank=-1, code=node.code, message=message, log=str(log), tail=tail), diagnosis)
 
 

@@ -14,7 +14,7 @@ from launcher.errors import ConfigRefused
 from launcher.plan.plan import Plan
 from launcher.record.metrics import read_rows
 from launcher.record.record import Failure, Record, SourceState, close_run, last_checkpoint, name_run, open_run, valid_run_id
-from launcher.run.progress import Tail
+from launcher.run.progress import Growing
 from trainer import contract
 from trainer.contract import StepRow
 
@@ -83,7 +83,7 @@ def test_a_torn_row_does_not_prevent_the_record(plan: Plan) -> None:
     folder = open_run(plan, SOURCE)
     whole = json.dumps(ROW.__dict__).encode()
     (folder / contract.METRICS_FILE).write_bytes(whole[:20] + b"\n" + whole + b"\n\0\0\xff\n[1]\n{}\n")
-    assert read_rows(folder / contract.METRICS_FILE) == Tail(folder / contract.METRICS_FILE).rows() == (ROW,)
+    assert read_rows(folder / contract.METRICS_FILE) == Growing(folder / contract.METRICS_FILE).rows() == (ROW,)
     assert close(plan).final_loss == 1.5  # type: ignore[attr-defined]
 
 
