@@ -46,7 +46,13 @@ def fetch_wheels(
 ) -> tuple[Path, ...]:
     """Download every file of the stack's locks for `architecture` into `folder`, and return the files. pip checks the hashes while it
     downloads, and they are checked again afterwards. Files that are already in the folder are not downloaded. Raises ImageFailed."""
-    locks = lock_files(root, required_lock(stack, architecture))
+    complete_lock = stack.locks.get(architecture, "")
+    if not complete_lock:
+        ready = ", ".join(name for name, there in stack.locks.items() if there) or "none yet"
+        raise ImageFailed(
+            f"stack {stack.name} has no lock for {architecture} (images/versions.yaml, key stacks.{stack.name}.locks); it has: {ready}"
+        )
+    locks = lock_files(root, complete_lock)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -57,16 +63,6 @@ def fetch_wheels(
     found = complete(locked_packages(*locks), folder)
     say(f"{len(found)} files, {sum(path.stat().st_size for path in found) / 1e9:.2f} GB, every hash as locked")
     return found
-
-
-def required_lock(stack: Stack, architecture: str) -> str:
-    lock = stack.locks.get(architecture, "")
-    if not lock:
-        ready = ", ".join(name for name, there in stack.locks.items() if there) or "none yet"
-        raise ImageFailed(
-            f"stack {stack.name} has no lock for {architecture} (images/versions.yaml, key stacks.{stack.name}.locks); it has: {ready}"
-        )
-    return lock
 
 
 def download_command(lock: Path, architecture: str, python: str, folder: Path, delivery: Delivery) -> tuple[str, ...]:

@@ -20,7 +20,8 @@ def find_failure(plan: Plan, nodes: tuple[NodeResult, ...]) -> Failure | None:
     node whose log holds a cause; the first failure of all. Where a node was lost, an error that is not a known one, except one of usage, is
     taken for a consequence of that."""
     folder = Path(plan.folder)
-    reports = sorted(read_reports(folder), key=lambda report: report.unix_s)
+    written = (read_if_there(FailureReport, path) for path in sorted(folder.glob(contract.FAILURE_FILES.format(rank="*"))))
+    reports = sorted((report for report in written if report is not None), key=lambda report: report.unix_s)  # none of a rank that was killed
     failed = sorted((node for node in nodes if node.code), key=lambda node: node.seconds)
     reported = [failure_of_report(plan, report) for report in reports]
     lost = any(node.lost for node in failed)
@@ -30,12 +31,6 @@ def find_failure(plan: Plan, nodes: tuple[NodeResult, ...]) -> Failure | None:
     ended = [failure_of_node(plan, node) for node in failed]
     caused = (failure for failure, kind in ended if kind in CAUSES)
     return next(caused, None) or next((failure for failure, _ in (*reported, *ended)), None)
-
-
-def read_reports(folder: Path) -> list[FailureReport]:
-    """The failure reports that ranks wrote. A rank that was killed wrote none."""
-    found = (read_if_there(FailureReport, path) for path in sorted(folder.glob(contract.FAILURE_FILES.format(rank="*"))))
-    return [report for report in found if report is not None]
 
 
 def failure_of_report(plan: Plan, report: FailureReport) -> tuple[Failure, Kind | None]:
