@@ -66,14 +66,17 @@ def plan_rerun(
     before = recorded_config(recorded, environ)
     config = compose_over(choose_strategy_again(before, recorded, overrides), overrides, conf) if overrides else before
     stacks, place = load_stacks(tree.project / "images"), replace(place, project=tree.project)
-    words = merge_overrides(recorded, overrides)
+    given = {word.partition("=")[0] for word in overrides}
+    words = (*(word for word in recorded.plan.overrides if word.partition("=")[0] not in given), *overrides)
     then, now = (make_plan(each, stacks, place, run_id=run_id, overrides=words) for each in (before, config))
     if tree.from_image and now.image.stack == recorded.plan.image.stack:
         now = with_image(now, recorded.plan.image, place)
     spec = carry_spec(recorded, then.spec, now.spec)
     plan = replace(now, spec=spec, rerun_of=recorded.record.run_id, accepted=accepted, image_id=expected_image(recorded, now, accepted))
     plan = keep_environment(recorded, plan, then)
-    expects = None if cannot_expect(recorded, tree) else expect(recorded, plan, accepted)
+    # A recorded trainer that is older than expectations would refuse a spec with them.
+    older = tree.is_recorded and b'"expects"' not in (recorded.folder / SPEC_FILE).read_bytes()
+    expects = None if older else expect(recorded, plan, accepted)
     return Rerun(
         plan=replace(plan, spec=replace(plan.spec, expects=expects)),
         project=tree.project,
@@ -110,12 +113,6 @@ def recorded_config(recorded: RecordedRun, environ: Mapping[str, str]) -> Config
         stage=replace(config.stage, checkpoint=spec.stage.checkpoint),
         model=replace(config.model, source=replace(config.model.source, path=spec.model.source.path)),
     )
-
-
-def merge_overrides(recorded: RecordedRun, overrides: tuple[str, ...]) -> tuple[str, ...]:
-    """The overrides that would launch it: the recorded ones, replaced by those given now."""
-    named = {word.partition("=")[0] for word in overrides}
-    return (*(word for word in recorded.plan.overrides if word.partition("=")[0] not in named), *overrides)
 
 
 def choose_strategy_again(config: Config, recorded: RecordedRun, overrides: tuple[str, ...]) -> Config:
@@ -160,22 +157,19 @@ def expected_image(recorded: RecordedRun, plan: Plan, accepted: tuple[str, ...])
 # ----------------------------------------------------------------------------------------------------------- expectations
 
 
-def cannot_expect(recorded: RecordedRun, tree: Tree) -> bool:
-    """Whether the recorded trainer is older than expectations, and would refuse a spec with them."""
-    return tree.is_recorded and b'"expects"' not in (recorded.folder / SPEC_FILE).read_bytes()
-
-
 def expect(recorded: RecordedRun, plan: Plan, accepted: tuple[str, ...]) -> Expectation:
     before, now = recorded.plan.spec, plan.spec
     same_data = without_root(before) == without_root(now) and before.stage.kind == now.stage.kind
     same_weights = (before.model.source, before.stage.checkpoint) == (now.model.source, now.stage.checkpoint)
     weights = recorded.inputs.weights if recorded.inputs and same_weights and "weights" not in accepted else {}
+    variables = (recorded.plan.commands[0].environment, plan.commands[0].environment)
+    changed = (name for name in sorted({*variables[0], *variables[1]}) if variables[0].get(name) != variables[1].get(name))
     return Expectation(
         run_id=recorded.record.run_id,
         data_sha256=recorded.record.data_sha256 if same_data and "data" not in accepted else "",
         weights=weights,
         facts=expected_facts(recorded, plan, accepted),
-        free=tuple(f"variable {name}" for name in changed_variables(recorded, plan)),
+        free=tuple(f"variable {name}" for name in changed),
     )
 
 
@@ -204,11 +198,6 @@ def moved(recorded: RecordedRun, plan: Plan) -> bool:
     """Whether other nodes were chosen."""
     nodes = [[node.host for node in config.cluster.working] for config in (recorded.plan.config, plan.config)]
     return nodes[0] != nodes[1]
-
-
-def changed_variables(recorded: RecordedRun, plan: Plan) -> tuple[str, ...]:
-    before, now = recorded.plan.commands[0].environment, plan.commands[0].environment
-    return tuple(name for name in sorted({*before, *now}) if before.get(name) != now.get(name))
 
 
 # ----------------------------------------------------------------------------------------------------------------- notes

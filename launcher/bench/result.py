@@ -6,7 +6,7 @@ the bench again (`restore`). It has no path, host or user of the machine.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -205,7 +205,7 @@ def append_result(path: Path, result: PublishedResult) -> PublishedResult:
 
 def find_result(text: str, folder: Path) -> PublishedResult:
     """By its id, a unique prefix of one, `last`, or the name of an experiment for its newest one. Raises ConfigRefused with the valid ones."""
-    found = {result.result_id: result for path in published_files(folder) for result in read_results(path)}
+    found = {result.result_id: result for path in sorted(folder.glob("*.jsonl")) for result in read_results(path)}
     newest = {result.experiment: result for result in found.values()}
     if not found:
         raise ConfigRefused(f"there is no result {text!r} in {folder}: nothing is published yet: omnilaunch bench NAME")
@@ -219,7 +219,3 @@ def find_result(text: str, folder: Path) -> PublishedResult:
     if not matching:
         raise ConfigRefused(f"there is no result {text!r} in {folder}: {suggest(text, (*newest, *found))}")
     return matching[0]
-
-
-def published_files(folder: Path) -> Iterator[Path]:
-    yield from sorted(folder.glob("*.jsonl")) if folder.is_dir() else ()

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from launcher.bench.cell import Cell
     from launcher.bench.repeats import Series
     from launcher.bench.result import PublishedResult
-    from launcher.config.schema import Cluster
     from launcher.plan.plan import Plan
     from launcher.record.source import SourceTree
 
@@ -81,7 +80,7 @@ def measure(arguments: argparse.Namespace, name: str, words: list[str], folder: 
             require_unchanged(source)
             return launch.carry_out(plan_cell(cell, run_id), arguments.say)[0]
 
-        here = is_here(cell.config.cluster)
+        here = cell.config.cluster.is_local
         repeats = run_repeats(series, cell.config.run.repeats, carry_out, tags=(name,), again=again, say=arguments.say, here=here)
         result = publish(series.name, name, repeats, load_repeats(runs, repeats), dirty=dirty, made_at=utc_now())
         result = append_result(path, result)
@@ -97,10 +96,6 @@ def join_command(verb: str, name: str, words: list[str], arguments: argparse.Nam
 
 def as_list(value: Any) -> list[str]:
     return value if isinstance(value, list) else [str(value)] if value else []
-
-
-def is_here(cluster: "Cluster") -> bool:
-    return cluster.is_local
 
 
 def plan_cell(cell: "Cell", run_id: str) -> "Plan":

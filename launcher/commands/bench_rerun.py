@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.commands.bench import CONF, RESULTS, is_here, join_command, require_devices
+from launcher.commands.bench import CONF, RESULTS, join_command, require_devices
 from launcher.commands.launch import carry_out
 from launcher.commands.plan import PROJECT
 from launcher.commands.rerun import ACCEPT_HELP, SCRATCH
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         series = Series(name=name_series(f"rerun-{result.experiment}", utc_now(), pid=os.getpid()), runs=runs)
         options = ("repeats", "reason", "accept", "results")
         again = f"{join_command('bench-rerun', result.result_id, arguments.words, arguments, *options)} (from its first repeat)"
-        tags, here = (result.experiment, "bench-rerun"), is_here(first.plan.config.cluster)
+        tags, here = (result.experiment, "bench-rerun"), first.plan.config.cluster.is_local
 
         def carry(run_id: str) -> Any:
             rerun = plan_run(run_id)
@@ -100,6 +100,5 @@ def collect_comparables(runs: Path, repeats: "tuple[Repeat, ...]") -> dict[str, 
     archives = load_repeats(runs, repeats)
     require_alike(archives)
     record, plan = archives[0].record, archives[0].plan
-    facts = facts_in(archives[0])
     code = {"data": record.data_sha256, "lock": record.lock_sha256, "image": record.image_id, "fingerprint": plan.image.fingerprint}
-    return add_code_facts(facts, **code)
+    return add_code_facts(facts_in(archives[0]), **code)

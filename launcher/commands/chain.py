@@ -69,7 +69,8 @@ def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
     folders = tuple(dict.fromkeys((root, here / RUNS_FOLDER)))
     typed = with_full_ids(typed, *folders)
     newest = {step.name: find_newest(chain_id, step.name, folders) for step in chain.steps}
-    run_ids = {name: run.run_id if run.done else valid_run_id(name_next(chain_id, name, run)) for name, run in newest.items()}
+    next_ids = {name: f"{chain_id}-{name}" + (f"-{run.number + 1}" if run.number else "") for name, run in newest.items()}
+    run_ids = {name: run.run_id if run.done else valid_run_id(next_ids[name]) for name, run in newest.items()}
     results = {name: str(root / run_id) for name, run_id in run_ids.items()}
     kinds: list[str] = []
     steps: list[PlannedStep] = []
@@ -172,10 +173,6 @@ def find_newest(chain_id: str, step: str, folders: Sequence[Path]) -> StepRun:
     number = max(found)
     record = read_if_there(Record, found[number] / RECORD_FILE)
     return StepRun(run_id=found[number].name, status=record.status if record else "unfinished", number=number)
-
-
-def name_next(chain_id: str, step: str, newest: StepRun) -> str:
-    return f"{chain_id}-{step}" + (f"-{newest.number + 1}" if newest.number else "")
 
 
 def refuse_other_overrides(step: PlannedStep, folders: Sequence[Path]) -> None:

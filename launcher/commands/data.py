@@ -12,6 +12,7 @@ from typing import Any
 
 from launcher.commands.plan import PROJECT, add_overrides, plan_of
 from launcher.errors import ConfigRefused, LaunchError
+from trainer import contract
 from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, SPEC_FILE, DataReport, DataSummary, Exit, TrainSpec, read, write, write_text
 
 SHOWN_PROBLEMS = 50
@@ -103,13 +104,7 @@ def describe_lengths(summary: DataSummary, limit: int) -> str:
 def describe_problems(problems: Sequence[dict[str, Any]], file: str) -> str:
     if not problems:
         return f"{'problems':10} none"
-    shown = "\n".join(f"  {describe_problem(problem)}" for problem in problems[:SHOWN_PROBLEMS])
+    shown = "\n".join(f"  {contract.decode(contract.DataProblem, problem)}" for problem in problems[:SHOWN_PROBLEMS])
     more = len(problems) - SHOWN_PROBLEMS
     rest = f"\n  ... and {more:,} more{f' in {file}' if file else ': --out FILE writes all'}" if more > 0 else ""
     return f"{'problems':10} {len(problems):,}\n{shown}{rest}"
-
-
-def describe_problem(problem: dict[str, Any]) -> str:
-    from trainer.contract import DataProblem, decode
-
-    return str(decode(DataProblem, problem))

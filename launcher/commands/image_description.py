@@ -15,26 +15,13 @@ def describe_images(images: tuple[BuiltImage, ...]) -> str:
 
 def describe_image(image: BuiltImage) -> str:
     """What is in a built image: its labels, and its layers from the last to the first."""
-    rows = {
-        "image": image.name,
-        "id": image.id,
-        "built": image.created,
-        "for": image.architecture,
-        "runs as": image.user or "root",
-        "size": f"{image.size_bytes / 1e9:.2f} GB",
-    }
+    rows = {"image": image.name, "id": image.id, "built": image.created, "for": image.architecture}
+    rows |= {"runs as": image.user or "root", "size": f"{image.size_bytes / 1e9:.2f} GB"}
     labels = {name.removeprefix(LABEL).removeprefix(OPEN_LABEL): value for name, value in sorted(image.labels.items()) if value}
     layers = [f"{size / 1e6:9.1f} MB  {command[:100]}" for size, command in image.layers if size]
     return "\n".join((table(rows | labels), "", "layers, last first", *layers))
 
 
 def describe_unbuilt(image: Image) -> str:
-    return table(
-        {
-            "image": image.tag,
-            "built": "no",
-            "from": image.base,
-            "lock": image.lock or "none yet for this architecture",
-            "next": f"{program()} image build with the same overrides",
-        }
-    )
+    rows = {"image": image.tag, "built": "no", "from": image.base, "lock": image.lock or "none yet for this architecture"}
+    return table(rows | {"next": f"{program()} image build with the same overrides"})

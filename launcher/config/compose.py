@@ -41,9 +41,7 @@ def compose(overrides: Sequence[str], conf: Path) -> Config:
 
     Raises ConfigRefused listing every wrong override, or else every wrong value with its key, its file and the allowed values.
     """
-    groups = options(conf)
-    composed = _compose(_translate(overrides, groups), conf)
-    return _validate(composed, overrides, conf)
+    return _validate(_compose(_translate(overrides, options(conf)), conf), overrides, conf)
 
 
 def compose_over(config: Config, overrides: Sequence[str], conf: Path) -> Config:
@@ -51,13 +49,12 @@ def compose_over(config: Config, overrides: Sequence[str], conf: Path) -> Config
     one section from `conf`. Raises ConfigRefused as `compose` does."""
     from omegaconf import OmegaConf
 
-    groups = options(conf)
     named = [override.partition("=")[0] for override in overrides]
     if of_several := [name for name in named if name in OPTIONAL_GROUPS]:
         raise ConfigRefused(
             f"{of_several[0]}=... sets keys of several sections. Start a new run with launch, or override the keys one by one"
         )
-    translated = _translate(overrides, groups)
+    translated = _translate(overrides, options(conf))
     chosen = [text for text in translated if not text.startswith("++")]
     composed = _compose(chosen, conf)
     data = json.loads(json.dumps(asdict(config))) | {text.partition("=")[0]: composed.data[text.partition("=")[0]] for text in chosen}
@@ -183,17 +180,13 @@ def _unknown_key(key: str, section: str, part: str, names: set[str]) -> str:
     return f"unknown key {key!r}; did you mean {found[0]!r}?" if found else f"unknown key {key!r}; {suggest(part, names)}"
 
 
-def list_keys() -> list[str]:
-    """Every dotted key of the schema."""
-    return _leaves(Config, "")
-
-
-def _leaves(kind: Any, prefix: str) -> list[str]:
+def list_keys(kind: Any = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema, or of one of its sections."""
     kind = _without_null(kind)
     if not is_dataclass(kind):
         return [prefix]
     sections = _types(typing.cast(type, kind)).items()
-    return [leaf for name, inner in sections for leaf in _leaves(inner, f"{prefix}.{name}" if prefix else name)]
+    return [leaf for name, inner in sections for leaf in list_keys(inner, f"{prefix}.{name}" if prefix else name)]
 
 
 @cache

@@ -19,7 +19,7 @@ from launcher.config.credentials import masked_addresses
 from launcher.config.schema import Delivery
 from launcher.errors import ImageFailed
 from launcher.image.docker import DockerCommand, find, find_client, output_of
-from launcher.image.stack import REPOSITORY, Image, Stack, context_files, digest, draw_system
+from launcher.image.stack import REPOSITORY, SYSTEM_TEMPLATE, Image, Stack, context_files, digest, draw
 from launcher.image.wheelhouse import SYSTEM, local_files, system_files
 
 CONTEXT_FOLDER = ".cache/image"
@@ -62,7 +62,8 @@ def fetch_system(stack: Stack, *, architecture: str, root: Path, folder: Path, d
             "The wheels are complete; a base that has the packages already needs nothing more: cluster.delivery.base=IMAGE"
         )
     with tempfile.TemporaryDirectory(prefix="omnilaunch-") as context:
-        (Path(context) / "Dockerfile").write_text(draw_system(stack, root, base=delivery.base), encoding="utf-8")
+        dockerfile = draw(stack, root, base=delivery.base, template=SYSTEM_TEMPLATE)
+        (Path(context) / "Dockerfile").write_text(dockerfile, encoding="utf-8")
         output = ("--output", f"type=local,dest={folder / SYSTEM}")
         run_build((client.path, "build", "--progress", "plain", *output, *PROXIES, context), folder / "system.log", delivery, on_line)
 

@@ -26,6 +26,7 @@ TRAINER_FILES = ("*.py", "*.html", "*.toml")  # page.html is served by stage ser
 BUILD_LOCK = "build.txt"
 LOCK = "lock.txt"
 TORCH_LOCK = "torch.txt"
+SYSTEM_TEMPLATE = "system.Dockerfile.j2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +138,8 @@ def render(stack: Stack, *, architecture: str, root: Path, base: str = "") -> Im
     dockerfile = draw(stack, root, base=base)
     lock = stack.locks[architecture]
     files = {name: digest(path) for name, path in context_files(root, lock).items()}
-    fingerprint = fold({"Dockerfile": text_digest(dockerfile), "architecture": architecture, **files})
+    digests = {"Dockerfile": text_digest(dockerfile), "architecture": architecture, **files}
+    fingerprint = text_digest("".join(f"{name}\0{value}\n" for name, value in sorted(digests.items())))
     return Image(
         stack=stack.name,
         architecture=architecture,
@@ -157,22 +159,13 @@ def render(stack: Stack, *, architecture: str, root: Path, base: str = "") -> Im
     )
 
 
-def draw(stack: Stack, root: Path, *, base: str = "") -> str:
-    """The Dockerfile: the template of the family, filled from the row."""
-    return fill(f"{stack.family}.Dockerfile.j2", stack, root, base)
-
-
-def draw_system(stack: Stack, root: Path, *, base: str = "") -> str:
-    """The Dockerfile that only downloads the system packages, for a wheelhouse."""
-    return fill("system.Dockerfile.j2", stack, root, base)
-
-
-def fill(template: str, stack: Stack, root: Path, base: str) -> str:
+def draw(stack: Stack, root: Path, *, base: str = "", template: str = "") -> str:
+    """The Dockerfile: `template` (of the family when omitted), filled from the row. SYSTEM_TEMPLATE downloads the system packages, for a wheelhouse."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(root / "images")
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    return environment.get_template(template).render(
+    return environment.get_template(template or f"{stack.family}.Dockerfile.j2").render(
         stack=stack, base=base or pinned(stack), base_given=bool(base), labels=common_labels(stack), system=stack.system_packages
     )
 
@@ -222,8 +215,3 @@ def digest(path: Path) -> str:
 
 def text_digest(text: str) -> str:
     return sha256(text.encode()).hexdigest()
-
-
-def fold(digests: dict[str, str]) -> str:
-    """One digest of many named ones, sorted by name."""
-    return text_digest("".join(f"{name}\0{value}\n" for name, value in sorted(digests.items())))

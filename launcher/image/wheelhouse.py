@@ -42,18 +42,17 @@ Files = dict[tuple[str, Version], tuple[Path, ...]]
 
 
 def fetch_wheels(
-    stack: Stack,
-    *,
-    architecture: str,
-    root: Path,
-    folder: Path,
-    environ: Mapping[str, str],
-    delivery: Delivery,
-    say: Callable[[str], None],
+    stack: Stack, *, architecture: str, root: Path, folder: Path, environ: Mapping[str, str], delivery: Delivery, say: Callable[[str], None]
 ) -> tuple[Path, ...]:
     """Download every file of the stack's locks for `architecture` into `folder`, and return the files. pip checks the hashes while it
     downloads, and they are checked again afterwards. Files that are already in the folder are not downloaded. Raises ImageFailed."""
-    locks = lock_files(root, required_lock(stack, architecture))
+    complete_lock = stack.locks.get(architecture, "")
+    if not complete_lock:
+        ready = ", ".join(name for name, there in stack.locks.items() if there) or "none yet"
+        raise ImageFailed(
+            f"stack {stack.name} has no lock for {architecture} (images/versions.yaml, key stacks.{stack.name}.locks); it has: {ready}"
+        )
+    locks = lock_files(root, complete_lock)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -64,16 +63,6 @@ def fetch_wheels(
     found = complete(locked_packages(*locks), folder)
     say(f"{len(found)} files, {sum(path.stat().st_size for path in found) / 1e9:.2f} GB, every hash as locked")
     return found
-
-
-def required_lock(stack: Stack, architecture: str) -> str:
-    lock = stack.locks.get(architecture, "")
-    if not lock:
-        ready = ", ".join(name for name, there in stack.locks.items() if there) or "none yet"
-        raise ImageFailed(
-            f"stack {stack.name} has no lock for {architecture} (images/versions.yaml, key stacks.{stack.name}.locks); it has: {ready}"
-        )
-    return lock
 
 
 def download_command(lock: Path, architecture: str, python: str, folder: Path, delivery: Delivery) -> tuple[str, ...]:
@@ -191,7 +180,7 @@ def system_files(delivery: Delivery) -> dict[str, Path]:
     folder = Path(delivery.wheelhouse) / SYSTEM
     if not delivery.wheelhouse or not folder.is_dir():
         return {}
-    listed = {name: sha256 for name, sha256 in read_manifest(folder.parent)["files"].items() if name.startswith(f"{SYSTEM}/")}
+    listed = {name: sha256 for name, sha256 in read_manifest(folder.parent).items() if name.startswith(f"{SYSTEM}/")}
     found = {path.relative_to(folder.parent).as_posix(): path for path in sorted(folder.rglob("*.deb"))}
     wrong = [name for name in sorted({*listed, *found}) if name not in found or digest(found[name]) != listed.get(name)]
     if wrong:
@@ -214,9 +203,9 @@ def write_manifest(folder: Path, stack: Stack, architecture: str) -> Path:
     return folder / MANIFEST
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, str]:
     try:
         content: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return {"files": dict(content["files"])}
+        return dict(content["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ImageFailed(f"{folder / MANIFEST}: cannot be read as the list of a wheelhouse: {error}; {NEXT}") from error

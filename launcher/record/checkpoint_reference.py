@@ -7,7 +7,7 @@ weights of an adapter are copied, and mounted, with it.
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -99,7 +99,7 @@ def find_checkpoint(text: str, runs: tuple[Path, ...], *, local: bool) -> FoundC
     if local and exists(folder / PLAN_FILE):
         return checkpoint_of_run(folder.resolve(), text)
     if exists(folder):
-        return FoundCheckpoint(path=text, bases=tuple(bases_of(folder))) if local else None
+        return FoundCheckpoint(path=text, bases=bases_of(folder)) if local else None
     if local:
         raise ConfigRefused(
             f"stage.checkpoint={text}: neither a run in {join_paths(runs)} nor a folder; {describe_runs(name, list_folders(*runs))}"
@@ -110,9 +110,9 @@ def find_checkpoint(text: str, runs: tuple[Path, ...], *, local: bool) -> FoundC
 def checkpoint_of_run(folder: Path, text: str) -> FoundCheckpoint:
     """The newest complete checkpoint of the run whose folder on this machine is `folder`."""
     if state := newest_checkpoint(folder):
-        return FoundCheckpoint(path=str(folder / state.path), bases=tuple(bases_of(folder / state.path)))
-    plan = read_newest_plan(folder)
-    return checkpoint_on_node(folder, plan, text) if is_elsewhere(folder, plan) else refuse_run(folder, text)
+        return FoundCheckpoint(path=str(folder / state.path), bases=bases_of(folder / state.path))
+    plan = plan_elsewhere(folder)
+    return checkpoint_on_node(folder, plan, text) if plan else refuse_run(folder, text)
 
 
 def checkpoint_of_step(folder: Path, text: str, step: int) -> FoundCheckpoint:
@@ -120,25 +120,21 @@ def checkpoint_of_step(folder: Path, text: str, step: int) -> FoundCheckpoint:
     relative = f"{CHECKPOINTS}/{CHECKPOINT_NAME.format(step=step)}"
     checkpoint = folder / relative
     if not exists(checkpoint):
-        plan = read_newest_plan(folder)
-        if is_elsewhere(folder, plan):
+        if plan := plan_elsewhere(folder):
             return replace(checkpoint_on_node(folder, plan, text), path=f"{plan['spec']['output']}/{relative}")
         saved = ", ".join(sorted(path.name for path in (folder / CHECKPOINTS).glob("step-*"))) or "none"
         raise ConfigRefused(f"stage.checkpoint={text}: that run has no checkpoint of step {step}; it has: {saved}")
     if reason := broken_checkpoints(folder).get(checkpoint):
         raise ConfigRefused(f"stage.checkpoint={text}: the checkpoint is incomplete: {reason}")
-    return FoundCheckpoint(path=str(checkpoint), bases=tuple(bases_of(checkpoint)))
+    return FoundCheckpoint(path=str(checkpoint), bases=bases_of(checkpoint))
 
 
-def read_newest_plan(folder: Path) -> dict[str, Any]:
-    """The plan of the newest attempt; {} if it cannot be read."""
-    return read_object((folder / PLAN_FILE, *attempt_files(folder, PLAN_FILE))[-1], [])
-
-
-def is_elsewhere(folder: Path, plan: dict[str, Any]) -> bool:
-    """Whether the run wrote its checkpoints on another machine."""
+def plan_elsewhere(folder: Path) -> dict[str, Any]:
+    """The plan of the newest attempt, if it wrote its checkpoints on another machine; else, or if it cannot be read, {}."""
+    plan = read_object((folder / PLAN_FILE, *attempt_files(folder, PLAN_FILE))[-1], [])
     nodes = plan.get("commands", ())
-    return bool(nodes) and plan["spec"]["output"] != str(folder.resolve()) and not is_this_machine(str(nodes[0]["host"]))
+    is_here = not nodes or plan["spec"]["output"] == str(folder.resolve()) or Node(host=str(nodes[0]["host"])).is_local
+    return {} if is_here else plan
 
 
 def checkpoint_on_node(folder: Path, plan: dict[str, Any], text: str) -> FoundCheckpoint:
@@ -162,11 +158,10 @@ def refuse_run(folder: Path, text: str) -> NoReturn:
     raise ConfigRefused(f"stage.checkpoint={text}: {what}. See {folder / RECORD_FILE}")
 
 
-def bases_of(folder: Path) -> Iterator[str]:
+def bases_of(folder: Path) -> tuple[str, ...]:
     """The folder with the base weights, if the checkpoint is an adapter."""
     base = str(read_object(folder / ADAPTER_CONFIG, []).get("base_model_name_or_path", ""))
-    if base.startswith("/"):
-        yield base
+    return (base,) if base.startswith("/") else ()
 
 
 # ------------------------------------------------------------------------------------------------------------- for the nodes
@@ -174,7 +169,7 @@ def bases_of(folder: Path) -> Iterator[str]:
 
 def use_checkpoint(config: Config, found: FoundCheckpoint, text: str) -> Config:
     """The config with the checkpoint's folder, synced to the nodes and mounted where that is necessary."""
-    if found.host and not is_this_machine(found.host):
+    if found.host and not Node(host=found.host).is_local:
         refuse_unreadable(config, found, text)
     cluster = config.cluster
     if not found.host and not cluster.is_local:
@@ -197,10 +192,6 @@ def refuse_unreadable(config: Config, found: FoundCheckpoint, text: str) -> None
         f"stage.checkpoint={text}: the checkpoint is on {found.host}{' ' if own else ', '}{why}. Copy it to this machine, from where cluster.sync copies it to "
         f"the nodes: scp -r {source} FOLDER, then stage.checkpoint=/PATH/FOLDER; or set cluster.shared=true if the nodes share that folder"
     )
-
-
-def is_this_machine(host: str) -> bool:
-    return Node(host=host).is_local
 
 
 def exists(path: Path) -> bool:

@@ -45,8 +45,7 @@ def make_seal(folder: Path, run_id: str, *, unwritten: Mapping[str, bytes]) -> S
 
 
 def find_parts(folder: Path) -> tuple[str, ...]:
-    found = {path.relative_to(folder).as_posix() for pattern in PARTS for path in folder.glob(pattern) if path.is_file()}
-    return tuple(sorted(found))
+    return tuple(sorted({path.relative_to(folder).as_posix() for pattern in PARTS for path in folder.glob(pattern) if path.is_file()}))
 
 
 def hash_part(path: Path) -> RecordPart:

@@ -66,8 +66,8 @@ RULES: tuple[tuple[ComparableKind, tuple[str, ...]], ...] = (
 # Sets of keys by name, for --allow: what differs on purpose when a run is repeated on other hardware, with another image ...
 ALLOWANCES: dict[str, tuple[str, ...]] = {
     "hardware": (
-        *("config.hardware.*", "config.cluster.*", "environment.*", "variables.*", "image.*", "batch.*", "layout.*"),
-        *("config.strategy.*",),
+        *("config.hardware.*", "config.cluster.*", "config.strategy.*"),
+        *("environment.*", "variables.*", "image.*", "batch.*", "layout.*"),
     ),
     "image": ("config.cluster.runtime", "environment.*", "variables.*", "image.*"),
     "data": ("data.*", "inputs.data.*"),
@@ -75,12 +75,8 @@ ALLOWANCES: dict[str, tuple[str, ...]] = {
 }
 # If only one run has one of these keys, that is a difference. Any other key that only one run has was not recorded by the other.
 OPEN = (
-    "variables.*",
-    "environment.environment.*",
-    "environment.packages.*",
-    "environment.kernels.*",
-    "image.files.*",
-    "config.*.environment.*",
+    *("variables.*", "image.files.*", "config.*.environment.*"),
+    *("environment.environment.*", "environment.packages.*", "environment.kernels.*"),
 )
 REPORTED = (  # keys of environment.json
     *("python", "platform", "packages", "accelerator", "devices", "driver", "world_size", "threads", "environment"),

@@ -142,14 +142,11 @@ def describe_values(judgement: Judgement) -> Iterator[str]:
         if kind is ComparableKind.FREE:
             continue
         found = [difference for difference in judgement.differences if difference.kind is kind]
-        yield from (f"    {line}" for line in map(describe_difference, found[:MAX_LISTED]))
+        for one in found[:MAX_LISTED]:
+            mark = "  (not in both records)" if not one.known else "  (allowed)" if one.allowed else ""
+            yield f"    {one.key}: {shorten(one.left)} -> {shorten(one.right)}{mark}"
         if len(found) > MAX_LISTED:
             yield f"    ... and {len(found) - MAX_LISTED} more: see --json"
-
-
-def describe_difference(difference: Difference) -> str:
-    mark = "  (not in both records)" if not difference.known else "  (allowed)" if difference.allowed else ""
-    return f"{difference.key}: {shorten(difference.left)} -> {shorten(difference.right)}{mark}"
 
 
 def describe_losses(losses: Losses) -> str:

@@ -10,7 +10,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -56,16 +56,14 @@ def hold_lock(path: Path, refusal: str) -> Iterator[None]:
             os.close(descriptor)
 
 
-@contextmanager
-def lock_run(folder: Path) -> Iterator[None]:
+def lock_run(folder: Path) -> AbstractContextManager[None]:
     """Hold the lock of a run. Raises ConfigRefused if another launcher holds it."""
     name = folder.name
     refusal = (
         f"run {name} is supervised by another launcher ({{holder}}). To follow it from here: omnilaunch logs -f {name}. "
         f"To end it: omnilaunch stop {name}"
     )
-    with hold_lock(folder / RUN_LOCK_FILE, refusal):
-        yield
+    return hold_lock(folder / RUN_LOCK_FILE, refusal)
 
 
 def is_locked(folder: Path) -> bool:

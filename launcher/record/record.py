@@ -74,6 +74,14 @@ class Failure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttemptOutcome:
+    status: Status
+    code: int
+    nodes: tuple[NodeResult, ...] = ()
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Attempt:
     """One start of a run that failed and was followed by another start. `steps`: the last step in metrics.jsonl."""
 
@@ -164,17 +172,7 @@ def open_run(plan: Plan, source: SourceState, *, diff: bytes = b"", lock: Path |
     return folder
 
 
-def close_run(
-    plan: Plan,
-    source: SourceState,
-    status: Status,
-    code: int,
-    *,
-    started: datetime,
-    ended: datetime,
-    nodes: tuple[NodeResult, ...],
-    failure: Failure | None,
-) -> Record:
+def close_run(plan: Plan, source: SourceState, outcome: AttemptOutcome, *, started: datetime, ended: datetime) -> Record:
     """Gather what the trainer left, write result.json, and return it. A run that failed may have left nothing."""
     folder = Path(plan.folder)
     (folder / contract.DATA_PENDING_FILE).unlink(missing_ok=True)
@@ -183,8 +181,8 @@ def close_run(
     record = Record(
         schema=SCHEMA,
         run_id=plan.run_id,
-        status=status,
-        exit_code=code,
+        status=outcome.status,
+        exit_code=outcome.code,
         started_at=started.isoformat(timespec="milliseconds"),
         ended_at=ended.isoformat(timespec="milliseconds"),
         seconds=round((ended - started).total_seconds(), 3),
@@ -198,8 +196,8 @@ def close_run(
         source=source,
         image=plan.image.tag if plan.config.cluster.runtime == "docker" else "",
         forced=plan.config.run.force,
-        nodes=nodes,
-        failure=failure,
+        nodes=outcome.nodes,
+        failure=outcome.failure,
         attempts=load_attempts(folder),
         **identity_of(plan, folder),
     )

@@ -54,7 +54,8 @@ def read_source(project: Path) -> SourceTree:
         return SourceTree(state=SourceState(commit="", dirty=False, record_schema=RECORD_SCHEMA))
     try:
         changed, submodules, untracked = read_status(project)
-        new = list_new_files(project)
+        # Untracked files below CODE that .gitignore does not exclude; a git repository of its own is one name, which ends with '/'.
+        new = split_names(git(project, "ls-files", "--others", "--exclude-standard", "-z", "--", *CODE))
         diff, lacks = read_diff(project, new, submodules) if changed or new else (b"", "")
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", b"").decode(errors="replace").strip().splitlines()
@@ -86,11 +87,6 @@ def read_status(project: Path) -> tuple[bool, tuple[str, ...], tuple[str, ...]]:
     listed = [printable(name) for name in untracked[:MAX_UNTRACKED]]
     more = [f"and {len(untracked) - MAX_UNTRACKED:,} more"] if len(untracked) > MAX_UNTRACKED else []
     return changed, tuple(submodules), (*listed, *more)
-
-
-def list_new_files(project: Path) -> tuple[str, ...]:
-    """Untracked files below CODE that .gitignore does not exclude; a git repository of its own is one name, which ends with '/'."""
-    return split_names(git(project, "ls-files", "--others", "--exclude-standard", "-z", "--", *CODE))
 
 
 def is_code(name: str) -> bool:

@@ -29,7 +29,8 @@ def refuse_data(folder: Path, check: NodeProcess) -> None:
     shown, count = report.problems[:SHOWN_PROBLEMS], max(report.problem_count, len(report.problems))
     lines = [f"  {problem}" for problem in shown]
     lines += [f"  ... and {count - len(shown):,} more"] if count > len(shown) else []
-    lines += [f"  all problems, one JSON object per line: {problems_location(folder, check)}"]
+    here, there = folder / DATA_PROBLEMS_FILE, PurePosixPath(check.command.folder) / DATA_PROBLEMS_FILE
+    lines += [f"  all problems, one JSON object per line: {here if here.is_file() else f'{check.command.host}:{there}'}"]
     where = f" on {check.command.host}" if check.command.runtime == "docker" else ""
     raise ConfigRefused("\n".join((f"the data{where} has {count:,} problem(s), and the ranks were stopped:", *lines)))
 
@@ -52,11 +53,6 @@ def fetch_problems(folder: Path, session: Session, check: NodeProcess) -> None:
     for name in (DATA_FILE, INPUTS_FILE, DATA_PROBLEMS_FILE):
         with suppress(NodeFailed):
             fetch_large(node, name, folder / name)
-
-
-def problems_location(folder: Path, check: NodeProcess) -> str:
-    here = folder / DATA_PROBLEMS_FILE
-    return str(here) if here.is_file() else f"{check.command.host}:{PurePosixPath(check.command.folder) / DATA_PROBLEMS_FILE}"
 
 
 def check_failure(folder: Path, check: NodeProcess) -> Failure:

@@ -8,12 +8,11 @@ from launcher.record.reader import read_if_there
 from launcher.record.record import Failure, NodeResult
 from launcher.run.diagnosis import Diagnosis, explain_log, root_rank
 from launcher.run.failures.symptom import Kind
-from launcher.run.node_log import lines_of, read_end, unnamed
+from launcher.run.node_log import LAST_LINES, last_lines, lines_of, read_end, unnamed
 from trainer import contract
 from trainer.contract import Exit, FailureReport
 
 CAUSES = ("cause", "layer")  # kinds of a known failure that belong to the process which printed the line
-TAIL = 15  # lines of a log that are shown
 
 
 def find_failure(plan: Plan, nodes: tuple[NodeResult, ...]) -> Failure | None:
@@ -21,7 +20,8 @@ def find_failure(plan: Plan, nodes: tuple[NodeResult, ...]) -> Failure | None:
     node whose log holds a cause; the first failure of all. Where a node was lost, an error that is not a known one, except one of usage, is
     taken for a consequence of that."""
     folder = Path(plan.folder)
-    reports = sorted(read_reports(folder), key=lambda report: report.unix_s)
+    written = (read_if_there(FailureReport, path) for path in sorted(folder.glob(contract.FAILURE_FILES.format(rank="*"))))
+    reports = sorted((report for report in written if report is not None), key=lambda report: report.unix_s)  # none of a rank that was killed
     failed = sorted((node for node in nodes if node.code), key=lambda node: node.seconds)
     reported = [failure_of_report(plan, report) for report in reports]
     lost = any(node.lost for node in failed)
@@ -31,12 +31,6 @@ def find_failure(plan: Plan, nodes: tuple[NodeResult, ...]) -> Failure | None:
     ended = [failure_of_node(plan, node) for node in failed]
     caused = (failure for failure, kind in ended if kind in CAUSES)
     return next(caused, None) or next((failure for failure, _ in (*reported, *ended)), None)
-
-
-def read_reports(folder: Path) -> list[FailureReport]:
-    """The failure reports that ranks wrote. A rank that was killed wrote none."""
-    found = (read_if_there(FailureReport, path) for path in sorted(folder.glob(contract.FAILURE_FILES.format(rank="*"))))
-    return [report for report in found if report is not None]
 
 
 def failure_of_report(plan: Plan, report: FailureReport) -> tuple[Failure, Kind | None]:
@@ -64,7 +58,7 @@ def failure_of_node(plan: Plan, node: NodeResult) -> tuple[Failure, Kind | None]
         own = lines_of(text, root[0])
     # The exit code of processes that the launcher killed says nothing about the cause.
     diagnosis = cause_in("\n".join(own)) or explain_log(unnamed(text), 0 if node.killed else node.code)
-    tail = own[-TAIL:] or tuple(read_end(log).splitlines()[-TAIL:])
+    tail = own[-LAST_LINES:] or last_lines(log)
     return with_diagnosis(Failure(host=node.host, rank=-1, code=node.code, message=message, log=str(log), tail=tail), diagnosis)
 
 

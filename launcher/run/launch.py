@@ -15,6 +15,7 @@ from launcher.record.record import (
     ATTEMPTS,
     PLAN_FILE,
     Attempt,
+    AttemptOutcome,
     Failure,
     OriginalRun,
     Record,
@@ -27,7 +28,7 @@ from launcher.record.record import (
 from launcher.record.source import SourceState, SourceTree
 from launcher.run.diagnosis import explain_log
 from launcher.run.gang import clear_all, container_processes
-from launcher.run.monitor import AttemptFailed, AttemptOutcome, end_attempt, hangup_signals, wait_for_checks, watch_attempt
+from launcher.run.monitor import AttemptFailed, end_attempt, hangup_signals, wait_for_checks, watch_attempt
 from launcher.run.prepare import NodeProcesses, prepare_and_start, start_context
 from launcher.run.restart import archive_attempt, reason_against_restart
 from launcher.run.session import Session
@@ -201,9 +202,7 @@ def advice(failure: Failure) -> str:
 def write_result(plan: Plan, source: SourceState, started: datetime, outcome: AttemptOutcome) -> Record:
     """Write the record. Raises RunEnded when that fails."""
     try:
-        return close_run(
-            plan, source, outcome.status, outcome.code, started=started, ended=utc_now(), nodes=outcome.nodes, failure=outcome.failure
-        )
+        return close_run(plan, source, outcome, started=started, ended=utc_now())
     except OSError as error:
         why = f"\n  the run itself: {outcome.failure.message}" if outcome.failure else ""
         raise RunEnded(f"the record of the run could not be written to {plan.folder}: {error}. Free some disk space there{why}") from error

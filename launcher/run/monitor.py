@@ -3,14 +3,13 @@
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.plan.commands import CANN_LOGS
 from launcher.plan.plan import Plan
 from launcher.record.lock import is_asked_to_stop
 from launcher.record.reader import read_if_there
-from launcher.record.record import Failure, NodeResult, Status
+from launcher.record.record import AttemptOutcome, Failure, NodeResult
 from launcher.run.data_check import check_failure, fetch_problems, refuse_data
 from launcher.run.failure_search import find_failure
 from launcher.run.gang import TICK_S, clear_all, node_log_path, node_results, watch
@@ -31,20 +30,12 @@ STOPPED_FETCH_S, STOPPED_AGAIN_FETCH_S = 20.0, 2.0  # in place of FETCH_S after 
 START_GRACE_S = 3.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttemptOutcome:
-    status: Status
-    code: int
-    nodes: tuple[NodeResult, ...] = ()
-    failure: Failure | None = None
-
-
 def watch_attempt(plan: Plan, folder: Path, session: Session, processes: NodeProcesses, stop: StopRequest) -> AttemptOutcome:
     """Watch until all processes have ended. Raises ConfigRefused when the data has problems. The trainer writes ENVIRONMENT_FILE when its model is
     ready and the rows of an earlier attempt after its checkpoint are removed; until then there is no progress to show."""
     limit_s, began = plan.config.run.start_timeout_s, time.monotonic()
-    mirrors = open_mirrors(plan, folder, session)
-    mirrored_at = 0.0
+    growing = () if plan.is_local else (progress_file(plan), ENVIRONMENT_FILE)  # files of node 0 that are copied here while they grow
+    mirrors, mirrored_at = {name: Mirror(working_nodes(plan, session)[0], name, folder) for name in growing}, 0.0
 
     with handler_for(hangup_signals(plan), signal.SIG_DFL), ProgressView(folder, session.say, terminal=session.terminal) as progress:
 
@@ -144,14 +135,13 @@ def end_attempt(
     """Kill the ranks. A check that found problems refuses the run (ConfigRefused); otherwise the attempt has failed."""
     left = clear_all(processes.trainers, stop)
     fetch(plan, folder, session, stop)
-    checks = (error.check,) if error.check else ()
-    for check in checks:
-        if check.poll() == Exit.USAGE:
-            fetch_problems(folder, session, check)
-            refuse_data(folder, check)
-    code = Exit.NODE if any(process.lost for process in (*processes.trainers, *checks)) else Exit.RUN
+    check = error.check
+    if check and check.poll() == Exit.USAGE:
+        fetch_problems(folder, session, check)
+        refuse_data(folder, check)
+    lost = any(process.lost for process in (*processes.trainers, *([check] if check else [])))
     nodes = node_results(processes.trainers, left, seconds={})
-    return AttemptOutcome(status="failed", code=code, nodes=nodes, failure=error.failure)
+    return AttemptOutcome(status="failed", code=Exit.NODE if lost else Exit.RUN, nodes=nodes, failure=error.failure)
 
 
 # ------------------------------------------------------------------------------------------------------------- outcome
@@ -176,13 +166,6 @@ def judge_attempt(
 
 
 # ------------------------------------------------------------------------------------------------- files of the nodes
-
-
-def open_mirrors(plan: Plan, folder: Path, session: Session) -> dict[str, Mirror]:
-    """The files of node 0 that are copied here while they grow; none where this machine is the node."""
-    if plan.is_local:
-        return {}
-    return {name: Mirror(working_nodes(plan, session)[0], name, folder) for name in (progress_file(plan), ENVIRONMENT_FILE)}
 
 
 def progress_file(plan: Plan) -> str:

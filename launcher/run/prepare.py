@@ -136,7 +136,11 @@ def record_image_ids(plan: Plan, session: Session) -> None:
 def prepare_folders(plan: Plan, session: Session, *, again: bool) -> None:
     """The run's folder on every node, owned by the container's user."""
     nodes, shared = working_nodes(plan, session), plan.config.cluster.shared
-    request = FolderRequest(spec=plan.spec, text=encoded_spec(plan), image=plan.image.tag, user=plan.container_user, shared=shared, local=plan.is_local)
+    written = Path(plan.folder) / SPEC_FILE  # its keys are used, since the run's trainer may be an older one
+    text = encode_spec(plan.spec, like=written if written.is_file() else None).encode()
+    request = FolderRequest(
+        spec=plan.spec, text=text, image=plan.image.tag, user=plan.container_user, shared=shared, local=plan.is_local
+    )
     if not again:
         create_folders(nodes, request)
         return
@@ -148,12 +152,6 @@ def prepare_folders(plan: Plan, session: Session, *, again: bool) -> None:
             session.say("none of the remaining nodes has a checkpoint: the run starts from the first step")
 
     reopen_folders(nodes, request, copy_checkpoint=copy_checkpoint)
-
-
-def encoded_spec(plan: Plan) -> bytes:
-    """With the keys of the spec that the run has first written: its trainer may be an older one."""
-    written = Path(plan.folder) / SPEC_FILE
-    return encode_spec(plan.spec, like=written if written.is_file() else None).encode()
 
 
 def start_context(plan: Plan, session: Session) -> StartContext:

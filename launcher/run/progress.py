@@ -18,13 +18,13 @@ RATE_WINDOW = 50  # steps
 
 
 class Growing:
-    """The bytes that were added to a file since the last call. `keep` leaves the rest for the next call."""
+    """What was added to a file since the last call. A row or a character that is cut at the end is returned when the rest of it is there."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.offset = path, 0
+        self.path, self.offset, self.decoder = path, 0, codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def read(self, keep: Callable[[bytes], int] = len) -> bytes:
-        """Up to the position that `keep` returns for the new bytes."""
+        """Up to the position that `keep` returns for the new bytes; the rest is left for the next call."""
         if not self.path.exists():
             return b""
         with self.path.open("rb") as file:
@@ -34,26 +34,13 @@ class Growing:
         self.offset += len(new)
         return new
 
-
-class Tail:
-    """New complete rows of a growing metrics.jsonl since the last call."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = Growing(path)
-
     def rows(self) -> tuple[StepRow, ...]:
-        whole = self.file.read(keep=lambda new: new.rfind(b"\n") + 1)
+        """Of metrics.jsonl."""
+        whole = self.read(keep=lambda new: new.rfind(b"\n") + 1)
         return parse_rows(whole.decode("utf-8", errors="replace").split("\n"))
 
-
-class Stream:
-    """New text of a growing file since the last call. A character that is cut at the end is returned when the rest of it is there."""
-
-    def __init__(self, path: Path) -> None:
-        self.file, self.decoder = Growing(path), codecs.getincrementaldecoder("utf-8")(errors="replace")
-
     def text(self) -> str:
-        return self.decoder.decode(self.file.read())
+        return self.decoder.decode(self.read())
 
 
 class Rate:
@@ -79,10 +66,10 @@ class ProgressView:
     """`with ProgressView(folder, print, terminal=True) as progress:` and then `progress.tick()` at any interval."""
 
     def __init__(self, folder: Path, say: Callable[[str], None], *, terminal: bool) -> None:
-        self.rows, self.rate, self.say, self.terminal = Tail(folder / METRICS_FILE), Rate(), say, terminal
+        self.rows, self.rate, self.say, self.terminal = Growing(folder / METRICS_FILE), Rate(), say, terminal
         self.printed_at = time.monotonic()
         self.server: Path | None = folder / SERVING_FILE  # until its address was printed
-        self.answers, self.answering = Stream(folder / STREAM_FILE), False
+        self.answers, self.answering = Growing(folder / STREAM_FILE), False
         self.bar: Any = None
         self.task: Any = None
 

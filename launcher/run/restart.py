@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
 
 from launcher.config.schema import Cluster
-from launcher.record.record import ATTEMPT_FILE, ATTEMPTS, Attempt, Failure, attempt_files, newest_name, step_of
+from launcher.record.record import ATTEMPT_FILE, ATTEMPTS, Attempt, attempt_files, newest_name, step_of
 from launcher.redact import mask_credentials
 from launcher.run.delivery.broadcast import send
 from launcher.run.run_folder import WorkingNode
@@ -68,15 +68,12 @@ def archive_attempt(folder: Path, attempt: Attempt, *, mirrored: bool) -> Attemp
     (folder / "logs").mkdir()
     if (folder / METRICS_FILE).exists():
         (shutil.move if mirrored else shutil.copy2)(folder / METRICS_FILE, archive / METRICS_FILE)
-    moved = replace(attempt, failure=with_archived_log(attempt.failure, folder, archive))
+    failure = attempt.failure
+    if failure and failure.log and Path(failure.log).is_relative_to(folder):
+        failure = replace(failure, log=str(archive / Path(failure.log).relative_to(folder)))
+    moved = replace(attempt, failure=failure)
     contract.write(contract.decode(Attempt, mask_credentials(asdict(moved))), archive / ATTEMPT_FILE)
     return moved
-
-
-def with_archived_log(failure: Failure | None, folder: Path, archive: Path) -> Failure | None:
-    if failure is None or not failure.log or not Path(failure.log).is_relative_to(folder):
-        return failure
-    return replace(failure, log=str(archive / Path(failure.log).relative_to(folder)))
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints

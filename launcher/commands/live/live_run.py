@@ -63,17 +63,11 @@ def load_plan(folder: Path) -> "Plan":
 
 def load_plans(folder: Path) -> "tuple[Plan, ...]":
     """The plan of each attempt that has one, in their order; the first is the run's."""
-    from launcher.record.record import attempt_files
-
-    return tuple(read_plan(path) for path in (folder / PLAN_FILE, *attempt_files(folder, PLAN_FILE)))
-
-
-def read_plan(path: Path) -> "Plan":
     from launcher.plan.plan import Plan
     from launcher.record.reader import read_as
+    from launcher.record.record import attempt_files
 
-    plan: Plan = read_as(Plan, path)
-    return plan
+    return tuple(read_as(Plan, path) for path in (folder / PLAN_FILE, *attempt_files(folder, PLAN_FILE)))
 
 
 def read_record(folder: Path) -> Any:

@@ -6,12 +6,12 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from launcher.config.schema import AXES
 from launcher.record.comparable import collect_comparables, text_of
 from launcher.record.reader import nested
 from launcher.record.run_files import RunFiles
 
 MAX_EVALUATIONS = 100
-AXES = ("hardware", "model", "stage", "precision", "strategy", "data", "cluster")
 TONES = {"finished": "good", "failed": "bad", "refused": "bad", "stopped": "warn"}
 
 
@@ -27,10 +27,7 @@ def describe_axes(run: RunFiles) -> str:
 def list_figures(run: RunFiles) -> tuple[tuple[str, str], ...]:
     """(name, value with its unit) of the most important figures that the run has."""
     record, speed = run.record, run.curve.speed
-    found: dict[str, str] = {
-        "status": status_of(run),
-        "steps": f"{len(run.curve.step)} of {nested(run.plan, 'spec', 'steps')}",
-    }
+    found: dict[str, str] = {"status": status_of(run), "steps": f"{len(run.curve.step)} of {nested(run.plan, 'spec', 'steps')}"}
     if record:
         found["started"] = str(record.get("started_at", ""))[:19].replace("T", " ")
         found["duration"] = f"{as_text(record.get('seconds'))} s"

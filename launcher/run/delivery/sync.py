@@ -11,6 +11,7 @@ import posixpath
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from launcher.doctor.node_facts import GIB
@@ -70,7 +71,7 @@ def sync(paths: Sequence[str], nodes: Sequence[WorkingNode], source: Transport, 
     another size; NodeFailed for a node that cannot receive the files, after the other nodes have them.
     """
     wanted = [read_sync_path(path, source) for path in paths]
-    found = [find_missing_on(path, nodes) for path in wanted]
+    found = [each(partial(find_missing, path), nodes) for path in wanted]
     refused = [refusal for path, gaps in zip(wanted, found, strict=True) for refusal in refusals(path, nodes, gaps)]
     if refused:
         raise together(refused, len(nodes))
@@ -106,10 +107,6 @@ def read_files(chunks: Iterator[bytes]) -> dict[bytes, int]:
     """Path below -> size in bytes; -1 for a link whose target does not exist."""
     records = (record.split(b" ", 2) for record in b"".join(chunks).split(b"\0") if record)
     return {path: int(size) if kind == b"f" else -1 for kind, size, path in records}
-
-
-def find_missing_on(path: SyncPath, nodes: Sequence[WorkingNode]) -> tuple[Missing, ...]:
-    return each(lambda node: find_missing(path, node), nodes)
 
 
 def find_missing(path: SyncPath, node: WorkingNode) -> Missing:
@@ -158,7 +155,7 @@ def copy(path: SyncPath, lacking: Sequence[tuple[WorkingNode, Missing]], source:
             send_batch(path, listed, receivers, source, say, before_bytes=sent_bytes, total_bytes=total_bytes)
             sent_bytes, sent = sent_bytes + sum(path.files[name] for name in batch), sent + len(batch)
             say(f"  {sent} of {len(names)} file(s)")
-    for node, gap in zip(nodes, find_missing_on(path, nodes), strict=True):
+    for node, gap in zip(nodes, each(partial(find_missing, path), nodes), strict=True):
         if wrong := sorted({*gap.missing, *gap.other}):
             raise NodeFailed(
                 f"after copying, {node.command.host} still lacks {len(wrong)} file(s) of {path.path}, or has them with another size, such as "

@@ -10,7 +10,7 @@ import pytest
 
 from launcher.plan.description import describe_plan, plan_json
 from launcher.plan.plan import Plan
-from launcher.record.record import SourceState, close_run, open_run
+from launcher.record.record import AttemptOutcome, SourceState, close_run, open_run
 
 SOURCE = SourceState(commit="", dirty=False)
 NOW = datetime(2026, 11, 21, 1, 2, 3, tzinfo=UTC)
@@ -46,7 +46,7 @@ def test_credentials_are_shown_and_written_nowhere(plan_for: Callable[..., Plan]
     )
     assert plan.config.cluster.delivery.index == "https://ann:pa55word@mirror.example/simple"
     open_run(plan, SOURCE)
-    close_run(plan, SOURCE, "finished", 0, started=NOW, ended=NOW + timedelta(seconds=2), nodes=(), failure=None)
+    close_run(plan, SOURCE, AttemptOutcome(status="finished", code=0), started=NOW, ended=NOW + timedelta(seconds=2))
     written = [path.read_text(encoding="utf-8") for path in Path(plan.folder).rglob("*") if path.is_file()]
     assert len(written) >= 5
     for text in (describe_plan(plan), describe_plan(plan, full=True), plan_json(plan), *written):

@@ -11,7 +11,7 @@ import pytest
 from launcher.plan.plan import Plan
 from launcher.record.checkpoint_reference import ON_NODE
 from launcher.record.description import describe_record, next_commands
-from launcher.record.record import NodeResult, Record, SourceState, Status, close_run, open_run
+from launcher.record.record import AttemptOutcome, NodeResult, Record, SourceState, Status, close_run, open_run
 
 SOURCE = SourceState(commit="", dirty=False)
 NOW = datetime(2026, 11, 21, 1, 2, 3, tzinfo=UTC)
@@ -22,7 +22,7 @@ def end(plan: Plan, status: Status = "finished", *, checkpoint: bool = True, nod
     folder = open_run(plan, SOURCE)
     if checkpoint:
         (folder / "checkpoints/step-000300").mkdir(parents=True)
-    return close_run(plan, SOURCE, status, 0, started=NOW, ended=NOW + timedelta(seconds=2), nodes=nodes, failure=None)
+    return close_run(plan, SOURCE, AttemptOutcome(status=status, code=0, nodes=nodes), started=NOW, ended=NOW + timedelta(seconds=2))
 
 
 # ------------------------------------------------------------------------------------------------------------- next commands

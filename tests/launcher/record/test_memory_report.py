@@ -10,7 +10,7 @@ import pytest
 from launcher.errors import ConfigRefused
 from launcher.plan.plan import Plan
 from launcher.record.memory_report import PeakComparison, choose_folders, compare_runs, describe_comparisons
-from launcher.record.record import SourceState, close_run, open_run
+from launcher.record.record import AttemptOutcome, SourceState, close_run, open_run
 from trainer.contract import RESULT_FILE, SCHEMA, PhasePeak, TrainResult, write
 
 GIB = 2**30
@@ -29,7 +29,7 @@ def record(plan_for: Callable[..., Plan], tmp_path: Path) -> Callable[..., Plan]
         fields = {"seconds": 1.0, "samples_per_s": 1.0, "final_loss": 1.0, "checkpoint": "", "weights_sha256": "", "evaluation": {}}
         write(TrainResult(schema=SCHEMA, status="finished", steps=3, peaks=peaks, **fields), folder / RESULT_FILE)  # type: ignore[arg-type]
         if ended:
-            close_run(plan, SOURCE, "finished", 0, started=NOW, ended=NOW, nodes=(), failure=None)
+            close_run(plan, SOURCE, AttemptOutcome(status="finished", code=0), started=NOW, ended=NOW)
         return plan
 
     return make

@@ -13,8 +13,18 @@ from launcher.config.compose import compose
 from launcher.errors import ConfigRefused
 from launcher.plan.plan import Plan
 from launcher.record.metrics import read_rows
-from launcher.record.record import Failure, Record, SourceState, close_run, last_checkpoint, name_run, open_run, valid_run_id
-from launcher.run.progress import Tail
+from launcher.record.record import (
+    AttemptOutcome,
+    Failure,
+    Record,
+    SourceState,
+    close_run,
+    last_checkpoint,
+    name_run,
+    open_run,
+    valid_run_id,
+)
+from launcher.run.progress import Growing
 from trainer import contract
 from trainer.contract import StepRow
 
@@ -30,7 +40,7 @@ def plan(plan_for: Callable[..., Plan], tmp_path: Path) -> Plan:
 
 
 def close(plan: Plan) -> object:
-    return close_run(plan, SOURCE, "failed", 5, started=NOW, ended=NOW + timedelta(seconds=2), nodes=(), failure=None)
+    return close_run(plan, SOURCE, AttemptOutcome(status="failed", code=5), started=NOW, ended=NOW + timedelta(seconds=2))
 
 
 def test_the_plan_is_written_before_the_run_starts(plan: Plan) -> None:
@@ -58,7 +68,7 @@ def test_a_folder_that_cannot_be_made_is_refused(plan: Plan, tmp_path: Path, fol
 def test_credentials_in_a_failure_are_not_recorded(plan: Plan) -> None:
     folder = open_run(plan, SOURCE)
     failure = Failure(host="launcher", rank=-1, code=3, message="no answer of https://ann:pa55@mirror", log="", tail=("http://b:pa55@c",))
-    record = close_run(plan, SOURCE, "failed", 3, started=NOW, ended=NOW, nodes=(), failure=failure)
+    record = close_run(plan, SOURCE, AttemptOutcome(status="failed", code=3, failure=failure), started=NOW, ended=NOW)
     assert record.failure == replace(failure, message="no answer of https://***@mirror", tail=("http://***@c",))
     assert "pa55" not in (folder / "result.json").read_text() and contract.read(Record, folder / "result.json") == record
 
@@ -83,7 +93,7 @@ def test_a_torn_row_does_not_prevent_the_record(plan: Plan) -> None:
     folder = open_run(plan, SOURCE)
     whole = json.dumps(ROW.__dict__).encode()
     (folder / contract.METRICS_FILE).write_bytes(whole[:20] + b"\n" + whole + b"\n\0\0\xff\n[1]\n{}\n")
-    assert read_rows(folder / contract.METRICS_FILE) == Tail(folder / contract.METRICS_FILE).rows() == (ROW,)
+    assert read_rows(folder / contract.METRICS_FILE) == Growing(folder / contract.METRICS_FILE).rows() == (ROW,)
     assert close(plan).final_loss == 1.5  # type: ignore[attr-defined]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from launcher.errors import RecordRefused
 from launcher.plan.plan import Plan
-from launcher.record.record import close_run, open_run
+from launcher.record.record import AttemptOutcome, close_run, open_run
 from launcher.record.recorded_run import load_recorded_run
 from launcher.record.source import RECORD_SCHEMA, SourceState
 from trainer import contract
@@ -36,7 +36,7 @@ def sealed(plan_for: Callable[..., Plan], tmp_path: Path) -> Path:
     (folder / "attempts/1").mkdir(parents=True)
     (folder / "attempts/1/environment.json").write_text("{}\n")
     plan = plan_for(f"cluster.root={tmp_path}", "run.steps=200")
-    close_run(plan, SOURCE, "stopped", 130, started=NOW, ended=NOW, nodes=(), failure=None)
+    close_run(plan, SOURCE, AttemptOutcome(status="stopped", code=130), started=NOW, ended=NOW)
     return folder
 
 
@@ -143,12 +143,12 @@ def test_a_disk_that_is_full_loses_nothing(plan_for: Callable[..., Plan], tmp_pa
 
     monkeypatch.setattr(contract.codec, "write_text", full)
     with pytest.raises(OSError, match="No space left"):
-        close_run(plan, SOURCE, "finished", 0, started=NOW, ended=NOW, nodes=(), failure=None)
+        close_run(plan, SOURCE, AttemptOutcome(status="finished", code=0), started=NOW, ended=NOW)
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     with pytest.raises(RecordRefused, match=r"no result\.json"):
         load_recorded_run(folder)
     monkeypatch.undo()
-    close_run(plan, SOURCE, "stopped", 130, started=NOW, ended=NOW, nodes=(), failure=None)
+    close_run(plan, SOURCE, AttemptOutcome(status="stopped", code=130), started=NOW, ended=NOW)
     assert load_recorded_run(folder).record.status == "stopped"
 
 

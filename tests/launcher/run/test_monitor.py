@@ -14,8 +14,9 @@ from launcher.errors import ConfigRefused
 from launcher.plan.commands import NodeCommand
 from launcher.plan.plan import Plan
 from launcher.record.lock import ask_to_stop
+from launcher.record.record import AttemptOutcome
 from launcher.run.launch import detach_run
-from launcher.run.monitor import START_GRACE_S, AttemptOutcome, grace_s, hangup_signals, watch_attempt
+from launcher.run.monitor import START_GRACE_S, grace_s, hangup_signals, watch_attempt
 from launcher.run.prepare import NodeProcesses
 from launcher.run.run_folder import Mirror, WorkingNode
 from launcher.run.session import Session
