@@ -252,9 +252,7 @@ def divide(config: Config, ranks: int) -> Batch:
     """The one place where the global batch is divided; `check` has already verified that it divides."""
     micro = 1 if config.strategy.micro_batch is None else config.strategy.micro_batch
     return Batch(
-        global_batch=config.stage.global_batch,
-        micro_batch=micro,
-        accumulation=max(1, config.stage.global_batch // (micro * ranks)),
+        global_batch=config.stage.global_batch, micro_batch=micro, accumulation=max(1, config.stage.global_batch // (micro * ranks))
     )
 
 
@@ -317,6 +315,10 @@ def to_plain(plan: Plan) -> dict[str, Any]:
     """The plan as JSON data, with credentials in URLs masked: they are only kept in memory."""
     plain: dict[str, Any] = mask_credentials(asdict(plan))
     return plain
+
+
+def plan_json(plan: Plan) -> str:
+    return json.dumps(to_plain(plan), indent=2, ensure_ascii=False)
 
 
 def encode_spec(spec: TrainSpec, *, like: Path | None) -> str:
