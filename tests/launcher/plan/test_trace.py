@@ -187,7 +187,7 @@ def test_the_flag_has_the_plan_go_by_the_trace(
     assert seen["memory"]["total_bytes"] == sum(item["size_bytes"] for item in seen["memory"]["items"]) > 3 * GIB
     assert run_plan(trainer(), monkeypatch, "--trace", "--full", "hardware=rtx3090") == 0
     text = capsys.readouterr().out
-    assert "== a step, traced" in text and re.search(r"^activations +1\.000 GiB  traced$", text, re.MULTILINE)
+    assert "== a traced step" in text and re.search(r"^activations +1\.000 GiB  traced$", text, re.MULTILINE)
 
 
 def test_the_flag_refuses_by_the_trace(
