@@ -20,58 +20,47 @@ TEXT_TOKENS = 32  # the shortest question and answer to an image
 # Lowest and highest value, inclusive. A number that is not listed here must be finite and not negative.
 COUNT, PORT, SHARE, PER_NODE = (1, math.inf), (1, 65535), (0, 1), (1, 1024)
 MOST_GIB = 10**6  # of one device or node: the estimate computes in bytes
+# At least one. The options of the text model are those that launcher.memory.states and launcher.memory.activations compute with.
+COUNTS = (
+    *("model.architecture.text.num_key_value_heads", "model.architecture.text.options.full_attention_interval"),
+    *("model.parameters.total", "model.context", "data.max_length", "stage.lora.r", "stage.lora.alpha", "stage.inference.batch"),
+    *("strategy.micro_batch", "strategy.checkpoint_every", "cluster.node_timeout_s"),
+    *(f"run.{name}" for name in ("keep_checkpoints", "stop_timeout_s", "start_timeout_s", "collective_timeout_s")),
+    *(f"run.evaluation.{name}" for name in ("batch", "max_new_tokens")),
+    *(f"model.architecture.vision.{name}" for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")),
+    *(f"model.architecture.text.{name}" for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")),
+    *(f"stage.{name}.sampling.{key}" for name in ("inference", "serving") for key in ("max_new_tokens", "beams")),
+    *(f"stage.serving.{name}" for name in ("max_batch", "max_waiting", "max_body_bytes", "max_image_bytes", "max_image_pixels")),
+)
 RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(COUNTS, COUNT),
     "hardware.devices_per_node": PER_NODE,
     "hardware.device_multiple": PER_NODE,
     "hardware.memory_gib": (0.1, MOST_GIB),
     "hardware.host_memory_gib": (0.1, MOST_GIB),
     "hardware.context_gib": (0, MOST_GIB),
     "hardware.fragmentation": (0, 10),
-    **{f"model.architecture.vision.{name}": COUNT for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")},
-    **{f"model.architecture.text.{name}": COUNT for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")},
-    "model.architecture.text.num_key_value_heads": COUNT,
-    # The options that launcher.memory.states and launcher.memory.activations compute with.
-    "model.architecture.text.options.full_attention_interval": COUNT,
-    "model.parameters.total": COUNT,
-    "model.context": COUNT,
     "stage.global_batch": (1, 10**7),
-    "stage.lora.r": COUNT,
-    "stage.lora.alpha": COUNT,
     "stage.lora.dropout": (0, 0.99),
     "stage.optimizer.lr": SHARE,
     "stage.optimizer.beta1": (0, 0.99999),
     "stage.optimizer.beta2": (0, 0.99999),
     "stage.optimizer.eps": (1e-30, 1),
     "stage.optimizer.weight_decay": SHARE,
-    "strategy.micro_batch": COUNT,
-    "strategy.checkpoint_every": COUNT,
-    "data.max_length": COUNT,
     "cluster.devices_per_node": PER_NODE,
     "cluster.rendezvous_port": (1024, 65535),
     "cluster.nodes.port": PORT,
     "cluster.connect_timeout_s": (1, 600),
     "cluster.silence_s": (3, 3600),  # the kernel counts a third of it, in whole seconds
-    "cluster.node_timeout_s": COUNT,
     "run.steps": (1, 10**9),
     "run.seed": (0, 2**63 - 1),  # torch.manual_seed
-    "run.keep_checkpoints": COUNT,
-    "run.stop_timeout_s": COUNT,
-    "run.start_timeout_s": COUNT,
-    "run.collective_timeout_s": COUNT,
-    "run.evaluation.batch": COUNT,
-    "run.evaluation.max_new_tokens": COUNT,
-    **{f"stage.{name}.sampling.{key}": COUNT for name in ("inference", "serving") for key in ("max_new_tokens", "beams")},
     **{f"stage.{name}.sampling.top_p": (0.01, 1) for name in ("inference", "serving")},
     **{f"stage.{name}.sampling.temperature": (0, 10) for name in ("inference", "serving")},
     **{f"stage.{name}.shard_bytes": (10**6, math.inf) for name in ("merging", "conversion", "quantization")},
     "stage.merging.tolerance": (0, 1),
-    "stage.inference.batch": COUNT,
     "stage.serving.port": PORT,
-    **{f"stage.serving.{name}": COUNT for name in ("max_batch", "max_waiting", "max_body_bytes", "max_image_bytes", "max_image_pixels")},
     **{f"stage.serving.{name}_timeout_s": (0.1, 86400) for name in ("fetch", "request", "drain")},
 }
-
-
 COUNTED_OPTIONS = (
     "full_attention_interval",
     *("linear_num_key_heads", "linear_key_head_dim", "linear_num_value_heads", "linear_value_head_dim"),
@@ -156,7 +145,9 @@ def start_is_given(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
         what = f"stage {stage.name} needs the adapter of a LoRA run"
         yield Problem(key="stage.checkpoint", what=what, changes=("stage.checkpoint=RUN_ID", "stage.checkpoint=FOLDER"))
     elif "checkpoint" in stage.needs and not stage.checkpoint and config.model.source.kind == "random":
-        what = f"stage {stage.name} starts from trained weights, but {config.model.title} starts from random ones: give a run that trained it"
+        what = (
+            f"stage {stage.name} starts from trained weights, but {config.model.title} starts from random ones: give a run that trained it"
+        )
         yield Problem(key="stage.checkpoint", what=what, changes=("stage.checkpoint=RUN_ID", "stage.checkpoint=FOLDER", "stage=full"))
 
 
@@ -243,9 +234,7 @@ def packing_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterator[Prob
         return
     for key in ("packing", "padding_free"):
         if getattr(data, key) and not config.model.packable:
-            what = (
-                f"the samples of one row of {config.model.title} would affect each other: its linear attention carries a state along the row"
-            )
+            what = f"the samples of one row of {config.model.title} would affect each other: its linear attention carries a state along the row"
             yield Problem(key=f"data.{key}", what=what, changes=(f"data.{key}=false", f"data.{key}=false data.length_aware=step"))
     if data.packing and data.length_aware == "window":
         what = "window puts samples of similar length in one step, but packing fills rows best with long and short ones"

@@ -162,25 +162,15 @@ ANSWERING: dict[str, tuple[dict[str, Any], ...]] = {
     ),
 }
 # Offered where nothing else fits: hardware=NAME, with the values of conf/hardware/NAME.yaml that the estimate uses.
-LARGER: tuple[tuple[str, dict[str, Any]], ...] = tuple(
-    (
-        name,
-        {
-            "hardware.accelerator": accelerator,
-            "hardware.collectives": collectives,
-            "hardware.memory_gib": memory_gib,
-            "hardware.devices_per_node": devices,
-            "hardware.device_multiple": 1,
-            "hardware.context_gib": context_gib,
-            "hardware.fragmentation": fragmentation,
-        },
-    )
-    for name, accelerator, collectives, memory_gib, devices, context_gib, fragmentation in (
-        ("rtx3090", "cuda", "nccl", 24, 2, 0.5, 0.08),
-        ("ascend910b", "npu", "hccl", 64, 8, 1.5, 0.05),
-        ("h200", "cuda", "nccl", 131, 8, 0.7, 0.05),
-    )
-)
+LARGER_KEYS = ("accelerator", "collectives", "memory_gib", "devices_per_node", "device_multiple", "context_gib", "fragmentation")
+LARGER: dict[str, dict[str, Any]] = {
+    name: {f"hardware.{key}": value for key, value in zip(LARGER_KEYS, values, strict=True)}
+    for name, values in {
+        "rtx3090": ("cuda", "nccl", 24, 2, 1, 0.5, 0.08),
+        "ascend910b": ("npu", "hccl", 64, 8, 1, 1.5, 0.05),
+        "h200": ("cuda", "nccl", 131, 8, 1, 0.7, 0.05),
+    }.items()
+}
 PURE_BF16 = {
     **dict.fromkeys(("precision.weights", "precision.compute", "precision.optimizer", "precision.gradients"), "bfloat16"),
     "precision.name": "pure_bf16",
@@ -198,33 +188,30 @@ ADAPTER = Lora(
 
 
 def quality_changes(config: Config) -> Iterator[Change]:
+    """Each by itself, then with gradient checkpointing."""
     precision, stage = config.precision, config.stage
-    checkpointed = {"strategy.gradient_checkpointing": True}
+    offered: list[tuple[dict[str, Any], str]] = []
     if (precision.weights, precision.optimizer) == ("bfloat16", "float32"):
-        yield Change(cost="quality", values=PURE_BF16, override="precision=pure_bf16")
-        yield Change(
-            cost="quality", values={**PURE_BF16, **checkpointed}, override="precision=pure_bf16 strategy.gradient_checkpointing=true"
-        )
+        offered.append((PURE_BF16, "precision=pure_bf16"))
     if precision.optimizer == "float32" and not stage.optimizer.state_bits:
-        yield Change(cost="quality", values={"stage.optimizer.state_bits": 8})
-        yield Change(cost="quality", values={"stage.optimizer.state_bits": 8, **checkpointed})
+        offered.append(({"stage.optimizer.state_bits": 8}, "stage.optimizer.state_bits=8"))
     if stage.lora is not None and not stage.lora.base:
-        yield Change(cost="quality", values={"stage.lora.base": "nf4"})
-        yield Change(cost="quality", values={"stage.lora.base": "nf4", **checkpointed})
+        offered.append(({"stage.lora.base": "nf4"}, "stage.lora.base=nf4"))
     if stage.lora is None and config.model.source.kind != "random":
         values = {"stage.lora": ADAPTER, "stage.trainable": (), "stage.global_batch": 16, "stage.needs": ("checkpoint", "projector")}
-        yield Change(cost="quality", values=values, override="stage=lora")
-        yield Change(cost="quality", values={**values, **checkpointed}, override="stage=lora strategy.gradient_checkpointing=true")
+        offered.append((values, "stage=lora"))
+    for values, override in offered:
+        yield Change(cost="quality", values=values, override=override)
+        checkpointed = {**values, "strategy.gradient_checkpointing": True}
+        yield Change(cost="quality", values=checkpointed, override=f"{override} strategy.gradient_checkpointing=true")
 
 
 def hardware_changes(config: Config) -> Iterator[Change]:
     asks = config.stage.kind != "train"
-    with_it: tuple[dict[str, Any], ...] = (
-        ({}, fewest_questions(config)) if asks else ({}, {**SHARDING[-1], "strategy.gradient_checkpointing": True})
-    )
-    for values in with_it:
+    with_it = fewest_questions(config) if asks else {**SHARDING[-1], "strategy.gradient_checkpointing": True}
+    for values in ({}, with_it):
         more = " ".join(map(write_override, values.items()))
-        for name, numbers in LARGER:
+        for name, numbers in LARGER.items():
             if name != config.hardware.name:
                 yield Change(cost="hardware", values={**numbers, **values}, override=f"hardware={name} {more}".rstrip())
 
@@ -252,7 +239,7 @@ def with_typed_hardware(problem: Problem, overrides: Sequence[str]) -> Problem:
 
 
 def _typed_values(change: str, typed: Set[str]) -> Iterator[str]:
-    numbers = dict(LARGER).get(change.partition(" ")[0].removeprefix("hardware="), {}) if change.startswith("hardware=") else {}
+    numbers = LARGER.get(change.partition(" ")[0].removeprefix("hardware="), {}) if change.startswith("hardware=") else {}
     return (f" {key}={value}" for key, value in numbers.items() if key in typed)
 
 
@@ -263,8 +250,10 @@ def set_values(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def _put(section: Any, path: list[str], value: Any) -> Any:
-    inner = value if len(path) == 1 else _put(getattr(section, path[0]), path[1:], value)
-    return replace(section, **{path[0]: inner})
+    name, *rest = path
+    if isinstance(section, dict):
+        return section | {name: value}
+    return replace(section, **{name: _put(getattr(section, name), rest, value) if rest else value})
 
 
 def write_override(pair: tuple[str, Any]) -> str:

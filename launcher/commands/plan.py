@@ -31,7 +31,7 @@ def add_overrides(parser: argparse.ArgumentParser, text: str = "an axis (hardwar
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from launcher.plan.description import plan_json
+    from launcher.plan.plan import plan_json
 
     if chained := find_chain_of(arguments):
         from launcher.commands.chain import show_chain
@@ -49,14 +49,15 @@ def describe_here(plan: "Plan", *, full: bool = False, launching: bool = False) 
     """The plan for this terminal: its width, and colours if it takes them."""
     from shutil import get_terminal_size
 
-    from launcher.plan.description import describe_plan
+    from launcher.plan.full import describe_full
     from launcher.plan.local_context import find_built
+    from launcher.plan.short import describe_short
     from launcher.plan.text import wants_colours
 
     if full:
-        return describe_plan(plan, full=True)
+        return describe_full(plan)
     colours, columns = wants_colours(os.environ, terminal=sys.stdout.isatty()), get_terminal_size((100, 24)).columns
-    return describe_plan(plan, colours=colours, width=columns, built=find_built(plan), launching=launching)
+    return describe_short(plan, colours=colours, width=columns, built=find_built(plan), launching=launching)
 
 
 def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False) -> "Plan":

@@ -6,6 +6,7 @@ from typing import Any
 
 from launcher.check.rules import check
 from launcher.check.strategy import resolve
+from launcher.check.suggestions import set_values, write_override
 from launcher.config.schema import Config
 from launcher.doctor.findings import CheckedNode
 from launcher.plan.commands import HCCL_PORT_COUNT
@@ -17,14 +18,13 @@ PREFERRED_PORTS = (61000, 50000, 40000, 20000)  # the first ports of ranges that
 
 def offer(checked: CheckedNode, values: Mapping[str, Any]) -> str:
     """`values`, dotted key -> value, as overrides; '' where the plan has them already or a rule refuses the plan with them."""
-    before = asked = asked_config(checked.plan)
-    for key, value in values.items():
-        asked = set_value(asked, key.split("."), value)
+    before = asked_config(checked.plan)
+    asked = set_values(before, values)
     resolved = resolve(asked)
     problems = check(asked, {asked.hardware.stack: checked.stack}, resolved=resolved).problems
     if asked == before or set(problems) - set(checked.plan.verdict.problems):
         return ""
-    return " ".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items())
+    return " ".join(map(write_override, values.items()))
 
 
 def asked_config(plan: Plan) -> Config:
@@ -35,13 +35,6 @@ def asked_config(plan: Plan) -> Config:
     name: dict[str, Any] = {"name": "auto", "gradient_checkpointing": None} if "strategy" not in typed else {}
     changes = {key: value for key, value in {**name, "micro_batch": None}.items() if f"strategy.{key}" not in typed}
     return replace(plan.config, strategy=replace(plan.config.strategy, **changes))
-
-
-def set_value(section: Any, path: list[str], value: Any) -> Any:
-    name, *rest = path
-    if isinstance(section, dict):
-        return section | {name: value}
-    return replace(section, **{name: set_value(getattr(section, name), rest, value) if rest else value})
 
 
 def offer_devices(checked: CheckedNode, most: int) -> str:

@@ -52,8 +52,6 @@ class SmiDevice:
     memory_total_gib: float | None
     memory_used_gib: float | None
     health: str
-    utilization_percent: float | None = None
-    uuid: str = ""
     driver: str = ""
     processes: tuple[DeviceProcess, ...] = ()
 
@@ -74,7 +72,7 @@ def read_nvidia(text: str, apps: str = "") -> tuple[SmiDevice, ...]:
 
 
 def nvidia_device(cells: list[str], processes: tuple[tuple[str, DeviceProcess], ...]) -> SmiDevice:
-    index, name, uuid, total, used, driver, _, utilization = cells
+    index, name, uuid, total, used, driver = cells[:6]
     unhealthy = next((cell for cell in cells if UNHEALTHY.fullmatch(cell)), "")
     return SmiDevice(
         index=int(index),
@@ -83,8 +81,6 @@ def nvidia_device(cells: list[str], processes: tuple[tuple[str, DeviceProcess], 
         memory_total_gib=mib(total),
         memory_used_gib=mib(used),
         health=unhealthy.strip("[]") or "OK",
-        utilization_percent=float(utilization) if utilization.isdigit() else None,
-        uuid=uuid,
         driver="" if driver in UNKNOWN or UNHEALTHY.fullmatch(driver) else driver,
         processes=tuple(process for owner, process in processes if owner == uuid),
     )
@@ -143,7 +139,6 @@ def npu_device(head: list[str], chip: list[str], index: int) -> tuple[tuple[int,
     npu, physical = int(first.group(1)), second.group(2) or ""
     usage = [(int(used), int(total)) for used, total in USAGE.findall(chip[2]) if int(total)]
     used_mb, total_mb = usage[-1] if usage else (None, None)  # HBM is printed last; the other pair is the memory of its control CPU
-    busy = chip[2].split()[0] if chip[2] else ""
     return (npu, int(second.group(1))), SmiDevice(
         index=index,
         physical=int(physical) if physical.isdigit() else npu,
@@ -151,7 +146,6 @@ def npu_device(head: list[str], chip: list[str], index: int) -> tuple[tuple[int,
         memory_total_gib=None if total_mb is None else total_mb / MIB_PER_GIB,
         memory_used_gib=None if used_mb is None else used_mb / MIB_PER_GIB,
         health=head[1],
-        utilization_percent=float(busy) if busy.isdigit() else None,
     )
 
 

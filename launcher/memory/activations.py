@@ -40,9 +40,7 @@ class TowerActivations:
 TOWERS = {
     "llava": TowerActivations(float32=0, wide=4 + 4, inner=3),  # quick_gelu keeps its input and its sigmoid, then the product
     "internvl": TowerActivations(float32=0, wide=4 + 4 + 2, inner=2),  # the two outputs that are scaled layer by layer (lambda_1, lambda_2)
-    "qwen2_5_vl": TowerActivations(
-        float32=2, wide=4 + 2 + 3 + 2, inner=4
-    ),  # v is a view of the fused qkv; windows are gathered in a copy
+    "qwen2_5_vl": TowerActivations(float32=2, wide=4 + 2 + 3 + 2, inner=4),  # v is a view of the fused qkv; windows are gathered in a copy
     "qwen2_5_omni": TowerActivations(float32=2, wide=4 + 2 + 1 + 2, inner=4),
 }
 USUAL_TOWER = TowerActivations(float32=0, wide=4 + 4, inner=2)  # LayerNorm, attention, GELU: SigLIP and EVA
@@ -83,10 +81,7 @@ def count_kept(config: Config, load: Load) -> Kept:
     ends = (FLOAT32 + 2 * width) * architecture.text.hidden_size * load.tokens  # embeddings and the last norm
     working = (3 * architecture.text.intermediate_size + 2 * architecture.text.hidden_size) * width * load.tokens  # gradients of one MLP
     return Kept(
-        lm=lm + ends + projector,
-        vision=vision,
-        layer=max(lm_again, vision_again) + working,
-        exact=not is_hybrid(architecture.text),
+        lm=lm + ends + projector, vision=vision, layer=max(lm_again, vision_again) + working, exact=not is_hybrid(architecture.text)
     )
 
 

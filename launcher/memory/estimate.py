@@ -52,10 +52,6 @@ class Memory:
     assumption: str
 
     @property
-    def margin_bytes(self) -> int | None:
-        return None if self.limit_bytes is None else self.limit_bytes - self.total_bytes
-
-    @property
     def fits(self) -> bool:
         return self.fits_within(1.0)
 

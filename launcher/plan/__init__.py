@@ -2,5 +2,5 @@
 
 `plan` makes it from a config and is the module to read first. `commands` holds the start command of each node, `container` the options of
 its container and the `docker run` made of them, `devices` what gives a container its accelerators. `local_context` reads this machine.
-`description` prints a plan; `trace` measures the memory of one step in place of the estimate.
+`short` and `full` describe a plan; `trace` measures the memory of one step in place of the estimate.
 """

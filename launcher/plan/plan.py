@@ -31,7 +31,6 @@ from trainer.contract import (
     Batch,
     DataSpec,
     DeviceSpec,
-    Evaluation,
     ModelSpec,
     StageSpec,
     TrainSpec,
@@ -213,7 +212,7 @@ def train_spec(config: Config, local: LocalContext, *, run_id: str, overrides: t
         model=model_spec(config, local),
         stage=stage_spec(config, local),
         precision=config.precision,
-        evaluation=evaluation_of(config, local),
+        evaluation=replace(config.run.evaluation, base=absolute_if_set(config.run.evaluation.base, local)),
         optimizer=config.stage.optimizer,
         batch=batch,
         data=data_spec(config, local, root),
@@ -252,17 +251,14 @@ def divide(config: Config, ranks: int) -> Batch:
     """The one place where the global batch is divided; `check` has already verified that it divides."""
     micro = 1 if config.strategy.micro_batch is None else config.strategy.micro_batch
     return Batch(
-        global_batch=config.stage.global_batch,
-        micro_batch=micro,
-        accumulation=max(1, config.stage.global_batch // (micro * ranks)),
+        global_batch=config.stage.global_batch, micro_batch=micro, accumulation=max(1, config.stage.global_batch // (micro * ranks))
     )
 
 
 def model_spec(config: Config, local: LocalContext) -> ModelSpec:
     model = config.model
-    source = replace(model.source, path=absolute(model.source.path, local.here)) if model.source.path else model.source
     return ModelSpec(
-        source=source,
+        source=replace(model.source, path=absolute_if_set(model.source.path, local)),
         architecture=asdict(model.architecture),
         attention=config.hardware.capability.attention[0],
         **{name: getattr(model, name) for name in MODEL_KEYS},
@@ -272,32 +268,29 @@ def model_spec(config: Config, local: LocalContext) -> ModelSpec:
 def stage_spec(config: Config, local: LocalContext) -> StageSpec:
     stage, inference = config.stage, config.stage.inference
     if inference is not None:
-        image, rows = (absolute(path, local.here) if path else "" for path in (inference.image, inference.input))
-        inference = replace(inference, image=image, input=rows)
+        inference = replace(inference, image=absolute_if_set(inference.image, local), input=absolute_if_set(inference.input, local))
     return StageSpec(
-        checkpoint=absolute(stage.checkpoint, local.here) if stage.checkpoint else "",
+        checkpoint=absolute_if_set(stage.checkpoint, local),
         needs=tuple(group for group in stage.needs if group in config.model.groups),
         inference=inference,
         **{name: getattr(stage, name) for name in STAGE_KEYS},
     )
 
 
-def evaluation_of(config: Config, local: LocalContext) -> Evaluation:
-    evaluation = config.run.evaluation
-    return replace(evaluation, base=absolute(evaluation.base, local.here)) if evaluation.base else evaluation
-
-
 def data_spec(config: Config, local: LocalContext, root: str) -> DataSpec:
     data = config.data
-    named: dict[str, Any] = {
-        key: absolute(getattr(data, key), local.here) if getattr(data, key) else "" for key in ("train", "evaluation", "images")
-    }
     return DataSpec(
         root=str(PurePosixPath(root) / DATA_FOLDER),
         padding_free=leaves_padding_out(config),
-        **named,
+        train=absolute_if_set(data.train, local),
+        evaluation=absolute_if_set(data.evaluation, local),
+        images=absolute_if_set(data.images, local),
         **{name: getattr(data, name) for name in DATA_KEYS},
     )
+
+
+def absolute_if_set(path: str, local: LocalContext) -> str:
+    return absolute(path, local.here) if path else ""
 
 
 def absolute(path: str, here: Path) -> str:
@@ -317,6 +310,10 @@ def to_plain(plan: Plan) -> dict[str, Any]:
     """The plan as JSON data, with credentials in URLs masked: they are only kept in memory."""
     plain: dict[str, Any] = mask_credentials(asdict(plan))
     return plain
+
+
+def plan_json(plan: Plan) -> str:
+    return json.dumps(to_plain(plan), indent=2, ensure_ascii=False)
 
 
 def encode_spec(spec: TrainSpec, *, like: Path | None) -> str:

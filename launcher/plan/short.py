@@ -24,8 +24,9 @@ DELIVERY = {
 }
 
 
-def describe_short(plan: Plan, *, colours: bool, width: int, built: bool | None, launching: bool) -> str:
-    """`built`: whether this machine's engine has the image; None = not known. `launching`: without the next command."""
+def describe_short(plan: Plan, *, colours: bool = False, width: int = 100, built: bool | None = None, launching: bool = False) -> str:
+    """One screen of `width` columns. `built`: whether this machine's Docker engine has the image, None = not known. `launching`: printed by
+    `launch`, which needs no next command."""
     choice = " ".join(f"{axis}={getattr(plan.config, axis).name}" for axis in AXES)
     lines = [
         *describe_short_verdict(plan, colours=colours),

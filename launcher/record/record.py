@@ -175,7 +175,6 @@ def open_run(plan: Plan, source: SourceState, *, diff: bytes = b"", lock: Path |
 def close_run(plan: Plan, source: SourceState, outcome: AttemptOutcome, *, started: datetime, ended: datetime) -> Record:
     """Gather what the trainer left, write result.json, and return it. A run that failed may have left nothing."""
     folder = Path(plan.folder)
-    (folder / contract.DATA_PENDING_FILE).unlink(missing_ok=True)
     result: TrainResult | None = read_if_there(TrainResult, folder / contract.RESULT_FILE)
     rows = read_rows(folder / contract.METRICS_FILE)
     record = Record(
@@ -201,7 +200,9 @@ def close_run(plan: Plan, source: SourceState, outcome: AttemptOutcome, *, start
         attempts=load_attempts(folder),
         **identity_of(plan, folder),
     )
-    return write_record(record, folder)
+    written = write_record(record, folder)
+    (folder / contract.DATA_PENDING_FILE).unlink(missing_ok=True)
+    return written
 
 
 def identity_of(plan: Plan, folder: Path) -> dict[str, Any]:

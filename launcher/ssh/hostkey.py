@@ -5,14 +5,9 @@ import contextlib
 import fnmatch
 import hashlib
 import hmac
-import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-from paramiko import PKey  # type: ignore[import-untyped]
-
-from launcher.errors import NodeFailed
 
 DEFAULT_PORT = 22
 HASHED = "|1|"  # |1|salt|HMAC-SHA1(salt, name), as ssh-keygen -H writes
@@ -95,46 +90,3 @@ def decoded(key: KnownKey) -> bytes:
 def fingerprint(key: bytes) -> str:
     """SHA256:… as ssh-keygen -l prints it."""
     return "SHA256:" + base64.b64encode(hashlib.sha256(key).digest()).decode().rstrip("=")
-
-
-@dataclass(frozen=True, kw_only=True)
-class HostKeyCheck:
-    """A missing-host-key policy of paramiko. It decides about every key: paramiko's own list, which holds only one key of each kind for a
-    host, stays empty. `node`: for messages; `scan_prefix`: what precedes ssh-keyscan where only a jump host reaches the node."""
-
-    node: str
-    host: str
-    port: int
-    known: tuple[KnownKey, ...]
-    file: Path
-    scan_prefix: str = ""
-
-    def missing_host_key(self, client: object, name: str, key: PKey) -> None:
-        """Raises NodeFailed unless the key is a known one."""
-        kind, body = key.get_name(), key.asbytes()
-        same_kind = [known for known in self.known if known.kind == kind]
-        if body in [decoded(known) for known in same_kind]:
-            return
-        if same_kind:
-            raise NodeFailed(self.changed_text(kind, body, same_kind[0]))
-        raise NodeFailed(self.unknown_text(kind, body))
-
-    def unknown_text(self, kind: str, body: bytes) -> str:
-        scan = f"{self.scan_prefix}ssh-keyscan -p {self.port} -H {shlex.quote(self.host)}"
-        return (
-            f"{self.node}: its host key is unknown, so it may be another machine. No login was tried.\n"
-            f"  its key: {kind} {fingerprint(body)}\n"
-            f"  On the node, run `ssh-keygen -lf` on the .pub files in /etc/ssh and compare. If the fingerprint is the same:\n"
-            f"  Next: {scan} >> {shlex.quote(str(self.file))}"
-        )
-
-    def changed_text(self, kind: str, body: bytes, known: KnownKey) -> str:
-        file = shlex.quote(known.place.rpartition(":")[0])
-        name = shlex.quote(known_name(self.host, self.port))
-        return (
-            f"{self.node}: its host key has CHANGED: it was reinstalled, or another machine answers at its address. No login was tried.\n"
-            f"  its key: {kind} {fingerprint(body)}\n"
-            f"  {known.place} has {kind} {fingerprint(decoded(known))}\n"
-            f"  Find out which. If the node was reinstalled:\n"
-            f"  Next: ssh-keygen -f {file} -R {name}   and then check the new key as for a new host"
-        )

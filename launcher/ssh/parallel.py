@@ -17,28 +17,15 @@ UNANSWERED = "it has not answered yet, and was waited for no more"
 FAN_OUT = 140  # connections that are opened at once: enough for 128 nodes and some spares
 
 
-def connect_all(nodes: Sequence[Node], pool: ConnectionPool, *, fan_out: int = FAN_OUT) -> tuple[Ssh, ...]:
-    """An open connection to every node, in their order. One NodeFailed names all nodes that cannot be reached; no connection of this
-    call is then left open."""
-    reached = reach_all(nodes, pool, fan_out=fan_out)
-    failures = [answer for answer in reached if isinstance(answer, NodeFailed)]
-    connected = tuple(answer for answer in reached if not isinstance(answer, NodeFailed))
-    if failures:
-        for ssh in connected:
-            ssh.close()
-        raise together(failures, len(nodes))
-    return connected
-
-
-def reach_all(nodes: Sequence[Node], pool: ConnectionPool, *, fan_out: int = FAN_OUT) -> tuple[Ssh | NodeFailed, ...]:
-    """The same, with the failure in the place of a node that cannot be reached."""
+def reach_all(nodes: Sequence[Node], pool: ConnectionPool) -> tuple[Ssh | NodeFailed, ...]:
+    """An open connection to every node, in their order, or the failure in the place of a node that cannot be reached."""
 
     def connect(node: Node) -> Ssh:
         ssh = Ssh(node, pool)
         ssh.connect()
         return ssh
 
-    return attempt_each(connect, nodes, fan_out=fan_out)
+    return attempt_each(connect, nodes, fan_out=FAN_OUT)
 
 
 def each(function: Callable[[Item], Answer], items: Sequence[Item], *, fan_out: int | None = None) -> tuple[Answer, ...]:
@@ -57,11 +44,7 @@ def together(failures: Sequence[NodeFailed], count: int) -> NodeFailed:
 
 
 def attempt_each(
-    function: Callable[[Item], Answer],
-    items: Sequence[Item],
-    *,
-    fan_out: int | None = None,
-    until: Callable[[], bool] | None = None,
+    function: Callable[[Item], Answer], items: Sequence[Item], *, fan_out: int | None = None, until: Callable[[], bool] | None = None
 ) -> tuple[Answer | NodeFailed, ...]:
     """`function` of every item: its answer, or its NodeFailed. Any other exception is a bug and is raised as it is. Each item has a
     thread of its own, since calls may wait for each other (pipes that are filled together, nodes that connect to each other); with

@@ -1,11 +1,9 @@
 """How a node is reached, by the cluster file and the ssh config together; and the socket to it."""
 
 import contextlib
-import queue
 import shlex
 import socket
 import subprocess
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 from launcher.config.schema import Node
 from launcher.errors import NodeFailed
+from launcher.ssh.background import in_background
 from launcher.ssh.hostkey import DEFAULT_PORT, KnownKey, keys_of, known_name
 from launcher.ssh.ssh_config import SshFiles
 
@@ -129,24 +128,12 @@ def find_addresses(host: str, port: int, *, timeout_s: float) -> list[Any]:
     """socket.getaddrinfo with a timeout: without one, name servers that do not answer take half a minute. Raises socket.gaierror."""
     with contextlib.suppress(socket.gaierror, UnicodeError):
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-    found: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def look() -> None:
-        try:
-            found.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except (OSError, UnicodeError) as error:
-            found.put(error)
-
-    threading.Thread(target=look, name=f"lookup {host}", daemon=True).start()
     try:
-        answer = found.get(timeout=timeout_s)
-    except queue.Empty:
+        return in_background(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)).result(timeout_s)
+    except TimeoutError:
         raise socket.gaierror(socket.EAI_AGAIN, f"no answer from the name servers within {timeout_s:g} s") from None
-    if isinstance(answer, UnicodeError):
-        raise socket.gaierror(socket.EAI_NONAME, "not a valid host name") from answer
-    if isinstance(answer, OSError):
-        raise answer
-    return list(answer)
+    except UnicodeError as error:
+        raise socket.gaierror(socket.EAI_NONAME, "not a valid host name") from error
 
 
 def start_proxy(command: str) -> "tuple[socket.socket, subprocess.Popen[bytes]]":

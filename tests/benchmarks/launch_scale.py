@@ -27,7 +27,7 @@ from netns import DEAD_ADDRESS, Hosts, light_hosts
 from launcher.config.schema import Node
 from launcher.errors import NodeFailed
 from launcher.ssh.node import Ssh
-from launcher.ssh.parallel import connect_all, each, reach_all
+from launcher.ssh.parallel import each, reach_all
 from launcher.ssh.pool import ConnectionPool
 from launcher.ssh.ssh_config import SshSettings
 
@@ -90,7 +90,7 @@ def ours(hosts: Hosts, times: dict[str, list[float]], *, attached: bool) -> None
     with Threads() as threads, clock(times, "ours cold"):
         client = ConnectionPool(access_to(hosts))
         with clock(times, "ours connect"):
-            fleet = connect_all(nodes, client)
+            fleet = tuple(ssh for ssh in reach_all(nodes, client) if isinstance(ssh, Ssh))
         each(run_true, fleet)
     times.setdefault("ours threads", []).append(threads.most)
     with clock(times, "ours warm"):

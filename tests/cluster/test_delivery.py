@@ -17,7 +17,8 @@ from launcher.run.delivery import peer_transfer, ship
 from launcher.run.delivery.peer_transfer import Peer
 from launcher.run.delivery.sync import sync
 from launcher.run.run_folder import WorkingNode
-from launcher.ssh.parallel import connect_all
+from launcher.ssh.node import Ssh
+from launcher.ssh.parallel import reach_all
 from launcher.ssh.pool import ConnectionPool
 from launcher.ssh.ssh_config import default_settings
 from launcher.ssh.transport import Local, Result
@@ -59,7 +60,7 @@ def peers(lab: Lab) -> Iterator[list[Peer]]:
     cluster = Cluster(name="lab", runtime="docker", nodes=nodes, root="/")
     client = ConnectionPool(replace(default_settings(lab.home, USER, cluster), agent=False))
     try:
-        transports = connect_all(nodes, client)
+        transports = [ssh for ssh in reach_all(nodes, client) if isinstance(ssh, Ssh)]
         yield [
             Peer(node=WorkingNode(command=command(ssh.host, rank), transport=counting(ssh)), address=ssh.host)
             for rank, ssh in enumerate(transports)

@@ -16,8 +16,8 @@ from launcher.config.compose import compose, options
 from launcher.errors import ConfigRefused
 from launcher.image.stack import Stack, load_stacks
 from launcher.memory.estimate import estimate_memory
-from launcher.plan.description import describe_plan
 from launcher.plan.plan import LEAVING_S, Plan
+from launcher.plan.short import describe_short
 from trainer.contract import SINGLE_PROCESS_KINDS
 
 ROOT = Path(__file__).parents[3]
@@ -44,7 +44,7 @@ def test_every_stage_can_be_planned_on_every_hardware(kind: str, name: str, plan
     assert plan.spec.device.world_size == (1 if kind in SINGLE_PROCESS_KINDS else plan.config.hardware.devices_per_node)
     torchrun = [command.start[1:3] == ("-m", "torch.distributed.run") for command in plan.commands]
     assert torchrun == [kind not in SINGLE_PROCESS_KINDS] * len(plan.commands)
-    assert "DeepSpeed" not in describe_plan(plan) and "samples a step" not in describe_plan(plan)
+    assert "DeepSpeed" not in describe_short(plan) and "samples a step" not in describe_short(plan)
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_weights_that_go_to_the_host_as_they_are_cut_do_not_fill_the_device_at_t
 
 def test_a_device_without_a_size_is_said_to_have_none() -> None:
     memory = memory_of()
-    assert memory.limit_bytes is None and memory.margin_bytes is None and memory.fits
+    assert memory.limit_bytes is None and memory.fits
 
 
 def test_what_the_changes_stand_for_is_what_the_words_compose() -> None:
@@ -218,6 +218,6 @@ def test_what_the_changes_stand_for_is_what_the_words_compose() -> None:
     assert (lora.stage.lora, lora.stage.trainable, lora.stage.global_batch) == (ADAPTER, (), 16)
     for key, value in PURE_BF16.items():
         assert getattr(pure.precision, key.partition(".")[2]) == value
-    for name, numbers in LARGER:
+    for name, numbers in LARGER.items():
         hardware = compose((f"hardware={name}",), ROOT / "conf").hardware
         assert {key: getattr(hardware, key.partition(".")[2]) for key in numbers} == numbers

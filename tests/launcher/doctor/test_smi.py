@@ -77,17 +77,16 @@ def test_npu_driver_from_the_banner() -> None:
 
 
 def facts(device: SmiDevice) -> tuple[object, ...]:
-    return (device.name, device.memory_total_gib, device.health, device.driver, device.utilization_percent, len(device.processes))
+    return (device.name, device.memory_total_gib, device.health, device.driver, len(device.processes))
 
 
 def test_nvidia() -> None:
-    assert [facts(device) for device in read_nvidia(recorded("nvidia-p4.csv"))] == [("Tesla P4", 7.5, "OK", "580.173.02", 0.0, 0)]
+    assert [facts(device) for device in read_nvidia(recorded("nvidia-p4.csv"))] == [("Tesla P4", 7.5, "OK", "580.173.02", 0)]
     assert facts(read_nvidia(recorded("nvidia-h200.csv"))[0]) == (
         "NVIDIA H200",
         pytest.approx(140.4, abs=0.01),
         "OK",
         "580.159.03",
-        None,
         0,
     )
     assert facts(read_nvidia(recorded("nvidia-gb10.csv"))[0])[:3] == ("NVIDIA GB10", None, "OK")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.plan.description import describe_plan, plan_json
-from launcher.plan.plan import Plan
+from launcher.plan.full import describe_full
+from launcher.plan.plan import Plan, plan_json
+from launcher.plan.short import describe_short
 from launcher.record.record import AttemptOutcome, SourceState, close_run, open_run
 
 SOURCE = SourceState(commit="", dirty=False)
@@ -33,7 +34,7 @@ NOW = datetime(2026, 11, 21, 1, 2, 3, tzinfo=UTC)
 )
 def test_next_is_the_same_run(plan_for: Callable[..., Plan], overrides: tuple[str, ...]) -> None:
     for full in (False, True):
-        lines = describe_plan(plan_for(*overrides), full=full).splitlines()
+        lines = (describe_full if full else describe_short)(plan_for(*overrides)).splitlines()
         (last,) = (line for line in lines if line.startswith("next: omnilaunch launch"))
         assert tuple(shlex.split(last.removeprefix("next: omnilaunch launch"))) == overrides
 
@@ -49,7 +50,7 @@ def test_credentials_are_shown_and_written_nowhere(plan_for: Callable[..., Plan]
     close_run(plan, SOURCE, AttemptOutcome(status="finished", code=0), started=NOW, ended=NOW + timedelta(seconds=2))
     written = [path.read_text(encoding="utf-8") for path in Path(plan.folder).rglob("*") if path.is_file()]
     assert len(written) >= 5
-    for text in (describe_plan(plan), describe_plan(plan, full=True), plan_json(plan), *written):
+    for text in (describe_short(plan), describe_full(plan), plan_json(plan), *written):
         assert "pa55word" not in text
     assert json.loads(plan_json(plan))["config"]["cluster"]["delivery"]["index"] == "https://***@mirror.example/simple"
-    assert "'cluster.delivery.proxy=http://***@proxy.example:3128'" in describe_plan(plan, full=True).splitlines()[-1]
+    assert "'cluster.delivery.proxy=http://***@proxy.example:3128'" in describe_full(plan).splitlines()[-1]

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.plan.description import describe_plan
 from launcher.plan.plan import Plan
-from launcher.plan.short import BUILTIN_ROWS
+from launcher.plan.short import BUILTIN_ROWS, describe_short
 from launcher.plan.text import measure
 
 PLANS: tuple[tuple[str, ...], ...] = (
@@ -28,7 +27,7 @@ def test_it_fits_on_a_screen(plan_for: Callable[..., Plan], overrides: tuple[str
     plan = plan_for(*overrides)
     noisy = replace(plan, verdict=replace(plan.verdict, notes=plan.verdict.notes * 9 + ("long " * 200,)))
     for each in (plan, noisy):
-        lines = describe_plan(each, width=width).splitlines()
+        lines = describe_short(each, width=width).splitlines()
         assert sum(-(-measure(line) // width) for line in lines) <= 30
         assert not [line for line in lines if line != line.rstrip() or "\033" in line]
 
@@ -36,7 +35,7 @@ def test_it_fits_on_a_screen(plan_for: Callable[..., Plan], overrides: tuple[str
 def test_what_a_person_reads(plan_for: Callable[..., Plan]) -> None:
     overrides = ("hardware=ascend910b", "model=qwen2_5_vl_32b", "stage=lora", "cluster=example", "cluster.delivery.accept_licence=true")
     plan = replace(plan_for(*overrides), overrides=overrides)
-    text = describe_plan(plan, built=False).splitlines()
+    text = describe_short(plan, built=False).splitlines()
     tag = plan.image.tag
     assert text[:7] == [
         "ok: this run can be launched",
@@ -59,18 +58,18 @@ def test_what_a_person_reads(plan_for: Callable[..., Plan]) -> None:
 )
 def test_the_image_is_built_or_not_or_not_known(plan_for: Callable[..., Plan], built: bool | None, text: str) -> None:
     plan = plan_for("cluster.runtime=docker")
-    shown = " ".join(describe_plan(plan, built=built).split())
+    shown = " ".join(describe_short(plan, built=built).split())
     assert f"{plan.image.tag}{', ' if built is None else ''}{text}" in shown
-    assert "image not used" in " ".join(describe_plan(plan_for(), built=built).split())
+    assert "image not used" in " ".join(describe_short(plan_for(), built=built).split())
 
 
 def test_a_launch_prints_no_next_command(plan_for: Callable[..., Plan]) -> None:
-    text = describe_plan(plan_for(), launching=True)
+    text = describe_short(plan_for(), launching=True)
     assert "next:" not in text and "--full" not in text and text.startswith("ok: this run can be launched\n")
 
 
 def test_a_refused_launch_comes_first_with_what_would_pass(plan_for: Callable[..., Plan]) -> None:
-    lines = describe_plan(plan_for("hardware=h200", "cluster.runtime=docker"), colours=True).splitlines()
+    lines = describe_short(plan_for("hardware=h200", "cluster.runtime=docker"), colours=True).splitlines()
     assert lines[0] == "\033[31mplanned; a launch is refused:\033[0m" and "would pass: cluster.delivery.accept_licence=true" in lines[2]
     assert not [line for line in lines if line.startswith("next:")]
 
@@ -78,7 +77,7 @@ def test_a_refused_launch_comes_first_with_what_would_pass(plan_for: Callable[..
 def test_notes_that_are_left_out_are_counted(plan_for: Callable[..., Plan]) -> None:
     plan = plan_for()
     many = replace(plan, verdict=replace(plan.verdict, notes=tuple(f"note {number}" for number in range(40))))
-    lines = describe_plan(many).splitlines()
+    lines = describe_short(many).splitlines()
     shown = sum(line.startswith("note: note ") for line in lines)
     assert f"and {40 - shown} more note(s), with --full" in lines and len(lines) == 30
 

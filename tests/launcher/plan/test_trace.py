@@ -16,8 +16,8 @@ from launcher.config.compose import compose
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import load_stacks
 from launcher.memory.estimate import estimate_memory
-from launcher.plan.description import describe_plan
 from launcher.plan.plan import LocalContext, Plan, make_plan
+from launcher.plan.short import describe_short
 from launcher.plan.trace import describe_trace, go_by_trace, trace_plan
 from tests.launcher.conftest import PLACE, PROJECT
 from trainer.contract import SCHEMA, TracePhase, TraceReport
@@ -130,7 +130,7 @@ def test_what_is_traced_stands_in_the_place_of_what_is_counted() -> None:
     assert found["runtime"] == kept["runtime"] and found["runtime"].size_bytes > 0
     assert found["fragmentation"].size_bytes == int(plan.config.hardware.fragmentation * 4 * GIB) > 0  # states do not come and go
     assert memory.total_bytes == 10 * GIB + found["fragmentation"].size_bytes + found["runtime"].size_bytes
-    assert memory.margin_bytes == 24 * GIB - memory.total_bytes
+    assert memory.limit_bytes == 24 * GIB
     assert (memory.host_items, memory.start_bytes) == (planned.host_items, planned.start_bytes)
     assert "one step of such a batch was traced; its peak is in the backward phase" in memory.assumption
 
@@ -165,7 +165,7 @@ def test_a_traced_peak_that_fits_passes_the_plan_but_no_launch(plan_for: Callabl
     traced = go_by_trace(untraced(*FULL_7B), peak_of(weights=12, activations=4), STACKS)
     assert traced.memory is not None and traced.memory.fits
     assert traced.verdict.ok and not traced.verdict.launchable
-    text = describe_plan(traced)
+    text = describe_short(traced)
     assert "planned; a launch is refused:" in text and "fits by a traced step, with a peak of 17." in text
     assert "would pass: run.force='fits by a traced step'" in text
     assert plan_for(*FULL_7B, "run.force=fits by a traced step").verdict.launchable  # as the text says

@@ -9,7 +9,8 @@ import pytest
 
 from launcher.config.schema import Node
 from launcher.errors import NodeFailed
-from launcher.ssh.parallel import connect_all, each, reach_all
+from launcher.ssh.node import Ssh
+from launcher.ssh.parallel import each, reach_all
 from launcher.ssh.pool import ConnectionPool
 from tests.launcher.sshd import Sshd, access_in, free_port, make_key, node_at
 
@@ -37,9 +38,15 @@ def client(tmp_path: Path, sshd: Sshd, key: Path) -> Iterator[ConnectionPool]:
     client.close()
 
 
-def test_connect_all_in_node_order_and_warm_calls_reuse(client: ConnectionPool, sshd: Sshd) -> None:
+def opened(answer: Ssh | NodeFailed) -> Ssh:
+    if isinstance(answer, NodeFailed):
+        raise answer
+    return answer
+
+
+def test_connections_in_node_order_and_warm_calls_reuse(client: ConnectionPool, sshd: Sshd) -> None:
     nodes = [node_at(sshd, host=f"127.0.0.{1 + number % 2}") for number in range(COUNT)]
-    fleet = connect_all(nodes, client)
+    fleet = each(opened, reach_all(nodes, client))
     assert [ssh.host for ssh in fleet] == [node.host for node in nodes]
     before = sshd.children()
     answers = each(lambda ssh: ssh.run(("echo", ssh.host)).output.strip(), fleet)
@@ -51,24 +58,25 @@ def test_connect_all_in_node_order_and_warm_calls_reuse(client: ConnectionPool, 
 def test_all_bad_nodes_are_named_together_and_nothing_stays_open(client: ConnectionPool, sshd: Sshd) -> None:
     ports = (free_port(), free_port())
     nodes = [node_at(sshd), Node(host="127.0.0.1", port=ports[0]), node_at(sshd, user="games"), Node(host="127.0.0.1", port=ports[1])]
-    with pytest.raises(NodeFailed, match="3 of 4 nodes failed:") as caught:
-        connect_all(nodes, client)
-    for words in (f"port {ports[0]}", f"port {ports[1]}", "user 'games' was refused"):
-        assert words in str(caught.value)
-    assert sshd.has_children(0)
     reached = reach_all(nodes, client)
     assert [isinstance(answer, NodeFailed) for answer in reached] == [False, True, True, True]
+    with pytest.raises(NodeFailed, match="3 of 4 nodes failed:") as caught:
+        each(opened, reached)
+    for words in (f"port {ports[0]}", f"port {ports[1]}", "user 'games' was refused"):
+        assert words in str(caught.value)
+    client.close()
+    assert sshd.has_children(0)
 
 
 def test_nodes_behind_one_jump_host_share_its_connection(client: ConnectionPool, sshd: Sshd) -> None:
     nodes = [node_at(sshd, jump=f"127.0.0.2:{sshd.port}") for _ in range(COUNT)]
-    fleet = connect_all(nodes, client)
+    fleet = each(opened, reach_all(nodes, client))
     assert sshd.has_children(COUNT + 1)
     assert each(lambda ssh: ssh.run(("true",)).code, fleet) == (0,) * COUNT
     refused = [Node(host="127.0.0.1", port=9, jump=f"127.0.0.1:{free_port()}") for _ in range(4)]
     started = time.monotonic()
     with pytest.raises(NodeFailed, match="4 of 4 nodes failed:"):
-        connect_all(refused, client)
+        each(opened, reach_all(refused, client))
     assert time.monotonic() - started < 2
 
 
