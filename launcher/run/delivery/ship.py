@@ -34,13 +34,17 @@ def ship(tag: str, image_id: str, peers: Sequence[Peer], source: Transport, say:
     if unserved:
         say(f"sending {tag} from here to {hosts(unserved)}, which no other node could serve")
         send_image(tag, unserved, source, say)
-    if wrong := nodes_without(tag, sent, lacking):
-        raise NodeFailed(f"after sending, {hosts(wrong)} does not have {tag} with id {sent.id[:19]}: send it again with the same command")
+    require(tag, sent, lacking)
 
 
 def nodes_without(tag: str, sent: BuiltImage, peers: Sequence[Peer]) -> list[Peer]:
     found = images_on([peer.node for peer in peers], tag)
     return [peer for peer, image in zip(peers, found, strict=True) if not is_same(image, sent)]
+
+
+def require(tag: str, sent: BuiltImage, peers: Sequence[Peer]) -> None:
+    if wrong := nodes_without(tag, sent, peers):
+        raise NodeFailed(f"after sending, {hosts(wrong)} does not have {tag} with id {sent.id[:19]}: send it again with the same command")
 
 
 def spread(tag: str, sent: BuiltImage, holders: Sequence[Peer], waiting: Sequence[Peer], say: Callable[[str], None]) -> tuple[Peer, ...]:
