@@ -75,7 +75,7 @@ def tag_runs(arguments: argparse.Namespace) -> int:
 
 def prune_runs(arguments: argparse.Namespace) -> int:
     from launcher.record.index import describe_entries
-    from launcher.record.prune import Rule, choose, parse_age, remove_runs
+    from launcher.record.prune_runs import Rule, choose, parse_age, remove_runs
     from launcher.record.record import utc_now
 
     named = {find_run(word, Path.cwd() / "runs") for word in arguments.words if "=" not in word}

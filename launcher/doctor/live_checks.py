@@ -16,7 +16,7 @@ from launcher.doctor.offers import free_port, offer
 from launcher.doctor.questions import read_script
 from launcher.errors import NodeFailed
 from launcher.plan.commands import env_lines
-from launcher.plan.container import ContainerOptions, docker_run
+from launcher.plan.docker_run import ContainerOptions, docker_run
 from launcher.ssh.parallel import attempt_each
 from launcher.ssh.transport import Result, Transport
 

@@ -9,8 +9,8 @@ from launcher.check.strings import why_no_mount
 from launcher.config.schema import Cluster, Config, Node
 from launcher.errors import ConfigRefused
 from launcher.image.stack import Image
-from launcher.plan.container import ContainerOptions, Mount, docker_run
 from launcher.plan.devices import DEVICE_OPTIONS, DeviceOptions, share_of
+from launcher.plan.docker_run import ContainerOptions, Mount, docker_run
 from trainer.contract import SINGLE_PROCESS_KINDS, SPEC_FILE, TrainSpec
 from trainer.contract.determinism import deterministic_variables
 

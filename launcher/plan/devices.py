@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from launcher.config.schema import Accelerator, Cluster, Node
-from launcher.plan.container import Mount
+from launcher.plan.docker_run import Mount
 
 NPU_SMI = "/usr/local/bin/npu-smi"
 # Mounted read-only at the same path: the driver belongs to the host, never to the image.

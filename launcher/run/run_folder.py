@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from launcher.errors import NodeFailed
 from launcher.plan.commands import NodeCommand
-from launcher.plan.container import ContainerOptions, Mount, docker_run
+from launcher.plan.docker_run import ContainerOptions, Mount, docker_run
 from launcher.run.container import remove_containers
 from launcher.ssh.background import in_background
 from launcher.ssh.parallel import attempt_each, each

@@ -21,7 +21,7 @@ from paramiko import (  # type: ignore[import-untyped]
 
 from launcher.config.schema import Cluster
 from launcher.errors import NodeFailed
-from launcher.ssh.hostkey import KnownKey, load_known_keys
+from launcher.ssh.known_hosts import KnownKey, load_known_keys
 
 KEY_NAMES = ("id_ed25519", "id_ecdsa", "id_rsa")
 INCLUDE_DEPTH = 16  # as OpenSSH

@@ -12,7 +12,7 @@ from typing import Any
 from launcher.config.schema import Node
 from launcher.errors import NodeFailed
 from launcher.ssh.background import in_background
-from launcher.ssh.hostkey import DEFAULT_PORT, KnownKey, keys_of, known_name
+from launcher.ssh.known_hosts import DEFAULT_PORT, KnownKey, keys_of, known_name
 from launcher.ssh.ssh_config import SshFiles
 
 

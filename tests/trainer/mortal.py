@@ -16,9 +16,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-import trainer.checkpoint.checkpoint
 import trainer.checkpoint.pending
 import trainer.checkpoint.resume
+import trainer.checkpoint.retention
 import trainer.checkpoint.state
 import trainer.checkpoint.writer
 import trainer.distributed.engine
@@ -43,7 +43,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "complete behind the steps": (trainer.checkpoint.writer, "complete"),
     "collect": (trainer.checkpoint.writer.CheckpointWriter, "_collect"),
     "sync": (trainer.checkpoint.pending, "sync_tree"),
-    "remove": (trainer.checkpoint.checkpoint, "remove"),
+    "remove": (trainer.checkpoint.retention, "remove"),
     "cut rows": (trainer.checkpoint.resume, "cut_rows"),
     "restore": (trainer.checkpoint.resume, "restore_state"),
     "evaluate": (trainer.programs.train, "evaluate"),

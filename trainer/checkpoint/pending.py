@@ -11,16 +11,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from trainer.checkpoint.best import record_best
-from trainer.checkpoint.checkpoint import (
-    MARGIN_BYTES,
-    PARTIAL,
-    RESUME_FOLDER,
-    checkpoints_folder,
-    describe_failure,
-    prune,
-    remove,
-    sync_tree,
-)
+from trainer.checkpoint.checkpoint import MARGIN_BYTES, RESUME_FOLDER, checkpoints_folder, describe_failure, sync_tree
+from trainer.checkpoint.retention import PARTIAL, prune, remove
 from trainer.checkpoint.state import state_bytes, write_state
 from trainer.contract import EVALUATIONS_FILE, METRICS_FILE, SCHEMA, Best, TrainSpec, WeightsLineage, write_text
 from trainer.contract.checkpoint_files import CHECKPOINT_NAME, STATE_FILE, CheckpointState, fixed_settings, whole_state

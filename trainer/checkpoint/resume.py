@@ -11,7 +11,8 @@ import torch
 import torch.distributed
 
 from trainer.checkpoint.best import cut_evaluations, read_evaluations, record_best
-from trainer.checkpoint.checkpoint import RESUME_FOLDER, prune
+from trainer.checkpoint.checkpoint import RESUME_FOLDER
+from trainer.checkpoint.retention import prune
 from trainer.checkpoint.state import NEW_RNG_NOTE, restore_state
 from trainer.contract import FAILURE_FILES, METRICS_FILE, RESULT_FILE, InputRefused, RunFailed, SpecError, TrainResult, TrainSpec, read
 from trainer.contract.checkpoint_files import (

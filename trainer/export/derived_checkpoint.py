@@ -10,8 +10,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from trainer.checkpoint.checkpoint import MARGIN_BYTES, PARTIAL, checkpoints_folder, remove
+from trainer.checkpoint.checkpoint import MARGIN_BYTES, checkpoints_folder
 from trainer.checkpoint.pending import PendingCheckpoint, begin_folder, complete
+from trainer.checkpoint.retention import PARTIAL, remove
 from trainer.contract import SCHEMA, InputRefused, RunFailed, TrainResult, TrainSpec, WeightsLineage
 from trainer.contract.checkpoint_files import CHECKPOINT_NAME, STATE_FILE, CheckpointState, fixed_settings, whole_state
 from trainer.contract.weight_files import INDEX, PICKLED_INDEX

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from launcher.image.docker import ARCHITECTURES
 from launcher.image.stack import LABEL
 from launcher.plan.commands import NodeCommand, data_env_file, env_file, hccl_ports
-from launcher.plan.container import ContainerOptions
+from launcher.plan.docker_run import ContainerOptions
 from launcher.plan.plan import Plan
 from launcher.run.container import SECRETS_PIPE, SECRETS_VARIABLE
 from trainer.contract import RESULT_FILE, SPEC_FILE

@@ -13,7 +13,7 @@ from launcher.errors import ConfigRefused, RunEnded
 from launcher.plan.plan import Plan
 from launcher.record.index import describe_entries, describe_entry, list_entries, parse_filter, read_entry, size_bytes, tag_run
 from launcher.record.lock import lock_run
-from launcher.record.prune import Rule, choose, parse_age, remove_runs
+from launcher.record.prune_runs import Rule, choose, parse_age, remove_runs
 from launcher.record.record import Record, SourceState, open_run
 from tests.launcher.planted import Change, copy_run, set_value
 from trainer import contract

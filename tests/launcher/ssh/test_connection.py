@@ -14,7 +14,7 @@ import pytest
 
 from launcher.config.schema import Cluster, Node
 from launcher.errors import NodeFailed
-from launcher.ssh.hostkey import keys_of, load_known_keys
+from launcher.ssh.known_hosts import keys_of, load_known_keys
 from launcher.ssh.node import Ssh
 from launcher.ssh.pool import ConnectionPool
 from launcher.ssh.ssh_config import SshFiles, SshSettings, default_settings

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 
-from trainer.checkpoint import checkpoint, pending
+from trainer.checkpoint import pending, retention
 from trainer.checkpoint.checkpoint import find_defect, require_whole
 from trainer.checkpoint.pending import save_checkpoint
 from trainer.contract import InputRefused, RunFailed, TrainSpec
@@ -84,11 +84,11 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_said_and_fails_nothing(
     save_checkpoint(engine, processor, spec, 3)
     assert sorted(path.name for path in folder.iterdir()) == ["step-000002", "step-000003"]
     assert (elsewhere / "model.safetensors").is_file() and capsys.readouterr().out == ""
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(retention.shutil, "rmtree", lambda *_, **__: None)
     assert save_checkpoint(engine, processor, spec, 4).path == "checkpoints/step-000004"
     assert ".step-000002.removed could not be removed completely. It is not needed any more" in capsys.readouterr().out
     (folder / "step-000002").mkdir()
-    checkpoint.remove(folder / "step-000002")  # its other name is taken by what stays
+    retention.remove(folder / "step-000002")  # its other name is taken by what stays
     assert "step-000002 could not be removed: " in capsys.readouterr().out
 
 
