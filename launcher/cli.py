@@ -114,7 +114,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     actions = getattr(module, "ACTIONS", {})
     if actions and rest and not rest[0].startswith("-") and rest[0] not in actions:
         raise ConfigRefused(f"unknown action {rest[0]!r} of {name}; {suggest(rest[0], actions)}. See: omnilaunch {name} --help")
-    arguments, unparsed = parser.parse_known_args(rest)
+    # A name may follow an option (`compare a --json b`); sub-parsers of actions cannot be parsed so.
+    arguments, unparsed = (parser.parse_known_args if actions else parser.parse_known_intermixed_args)(rest)
     take_overrides(arguments, unparsed, getattr(arguments, "parser", parser))
     return arguments
 
@@ -152,7 +153,8 @@ def print_completions(words: Sequence[str]) -> int:
     with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere), suppress(Exception, SystemExit):
         from launcher.commands.completion import complete
 
-        print("\n".join(complete(words, VERBS, make_parser)))
+        for candidate in complete(words, VERBS, make_parser):
+            print(candidate)  # no line at all where there is none: then the shell completes file names
     return int(Exit.OK)
 
 

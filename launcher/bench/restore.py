@@ -4,6 +4,7 @@ The ranks of such a rerun are not refused for another environment, as in a rerun
 figures afterwards.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,9 @@ def restore(result: PublishedResult, cluster: Cluster, place: LocalContext, scra
     folder = scratch / "results" / result.result_id
     recorded = make_recorded_run(result, restore_plan(result, plan, place), folder)
     folder.mkdir(parents=True, exist_ok=True)
-    contract.write(recorded.plan.spec, folder / contract.SPEC_FILE)
+    # With the published keys only: an older trainer refuses a spec with keys that it does not know.
+    published = result.spec | {"run_id": plan.run_id, "output": plan.spec.output}
+    contract.write_text(json.dumps(published, indent=2) + "\n", folder / contract.SPEC_FILE)
     tree, image = find_code(recorded, result, place.project, scratch)
     return replace(recorded, plan=replace(recorded.plan, image=image)), tree
 

@@ -27,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tag", default="", help="only runs with this tag")
     parser.add_argument("--disk", action="store_true", help="show how much disk space they take on this machine")
     parser.add_argument("--json", action="store_true", help="print all records as JSON")
-    parser.add_argument("--remove", action="store_true", help="tag: take the tags away")
+    parser.add_argument("--remove", action="store_true", help="tag: remove the tags")
     parser.add_argument("--keep", type=int, metavar="N", help="prune: keep the N newest")
-    parser.add_argument("--older-than", default="", metavar="AGE", help="prune: only runs that ended longer ago: 36h, 30d, 8w")
+    parser.add_argument("--older-than", default="", metavar="AGE", help="prune: only runs that ended more than AGE ago: 36h, 30d, 8w")
     parser.add_argument("--yes", action="store_true", help="prune: remove them, with their checkpoints")
 
 

@@ -61,7 +61,8 @@ def describe_bar(plan: Plan, *, colours: bool, width: int) -> Iterator[str]:
     used, limit = memory.total_bytes / GIB, memory.limit_bytes
     if limit:
         share = memory.total_bytes / limit
-        bar = ("#" * min(BAR, round(share * BAR))).ljust(BAR, "-")
+        size = max(8, min(BAR, width - 62))
+        bar = ("#" * min(size, round(share * size))).ljust(size, "-")
         colour = "green" if memory.fits_within(0.95) else "yellow" if memory.fits else "red"
         margin = (limit - memory.total_bytes) / GIB
         text = f"[{paint(bar, colour, colours=colours)}] {used:.1f} of {limit / GIB:g} GiB on each device ({share:.0%}), {margin:.1f} free"
@@ -103,7 +104,7 @@ def describe_image_state(plan: Plan, built: bool | None) -> str:
         return f"{image.tag}, built"
     state = f"{image.tag}, {'no Docker engine answers here, so it may be built or not' if built is None else 'not built'}; {DELIVERY[kind]}"
     chosen = (override for override in plan.overrides if override.startswith(("hardware", "cluster")))
-    return f"{state}. By itself: {command_line('image', 'build', *chosen)}" if kind in ("build", "ship") else state
+    return f"{state}. To build it now: {command_line('image', 'build', *chosen)}" if kind in ("build", "ship") else state
 
 
 def describe_work(spec: TrainSpec) -> str:

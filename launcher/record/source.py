@@ -104,7 +104,9 @@ def read_diff(project: Path, new: Sequence[str], submodules: Sequence[str]) -> t
         if taken:
             words = ("--literal-pathspecs", "add", "--intent-to-add", "--pathspec-from-file=-", "--pathspec-file-nul")
             git(project, *words, index=index, content=taken)
-        diff_words = ("diff", "--binary", "--no-ext-diff", "--no-textconv", "--ignore-submodules=all", "HEAD", "--", *CODE)
+        # Everything that the user's git config could change is given: equal trees must have equal diffs, which `git apply` reads.
+        written = ("--no-color", "--src-prefix=a/", "--dst-prefix=b/", "--unified=3", "--diff-algorithm=myers", "--no-renames")
+        diff_words = ("diff", *written, "--binary", "--no-ext-diff", "--no-textconv", "--ignore-submodules=all", "HEAD", "--", *CODE)
         diff = git(project, *diff_words, index=index)
     listed = [f"{printable(name)}, {why}" for name, why in lacks.items()]
     if holds_credentials(diff.decode(errors="replace")):

@@ -67,7 +67,7 @@ def refuse_unlike(reference: RunFiles, other: RunFiles, differences: Sequence[Di
         lines = "\n".join(f"  {found.key}: {shorten(found.left)} and {shorten(found.right)}" for found in unlike[:MAX_REASONS])
         raise ConfigRefused(
             f"runs {reference.run_id} and {other.run_id} are two experiments, and their figures cannot be compared:\n{lines}\n"
-            "To see them side by side all the same: --unlike"
+            "To compare them anyway: --unlike"
         )
 
 

@@ -99,8 +99,9 @@ def start_checks(commands: tuple[NodeCommand, ...], context: StartContext, stop:
     failures = [answer for answer in answers if isinstance(answer, NodeFailed)]
     started = tuple(answer for answer in answers if not isinstance(answer, NodeFailed))
     if failures:
-        attempt_each(lambda process: process.kill(), started, until=stop.limit(0))
-        raise together(failures, len(answers))
+        ends = attempt_each(lambda process: process.kill(), started, until=stop.limit(0))
+        left = "".join(f"\n  not cleared: {end}" for end in ends if isinstance(end, NodeFailed))
+        raise NodeFailed(f"{together(failures, len(answers))}{left}")
     return started
 
 
@@ -155,6 +156,12 @@ def clear_all(processes: Sequence[NodeProcess], stop: StopRequest) -> dict[int, 
     """Clear all nodes in parallel; position -> why one could not be cleared. A stop request limits how long a silent node is waited for."""
     answers = attempt_each(lambda process: process.clear(), processes, until=stop.limit(CLEAR_LIMIT_S, REMOVE_AGAIN_S))
     return {position: str(answer) for position, answer in enumerate(answers) if isinstance(answer, NodeFailed)}
+
+
+def clear_and_report(processes: Sequence[NodeProcess], stop: StopRequest, say: Callable[[str], None]) -> None:
+    """Clear all nodes, and print what could not be cleared: a container that stays holds its device."""
+    for why in clear_all(processes, stop).values():
+        say(f"not cleared: {why}")
 
 
 def node_log_path(folder: Path, command: NodeCommand, kind: str = "node") -> Path:

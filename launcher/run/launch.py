@@ -27,7 +27,7 @@ from launcher.record.record import (
 )
 from launcher.record.source import SourceState, SourceTree
 from launcher.run.diagnosis import explain_log
-from launcher.run.gang import clear_all, container_processes
+from launcher.run.gang import clear_and_report, container_processes
 from launcher.run.monitor import AttemptFailed, end_attempt, hangup_signals, wait_for_checks, watch_attempt
 from launcher.run.prepare import NodeProcesses, prepare_and_start, start_context
 from launcher.run.restart import archive_attempt, reason_against_restart
@@ -118,7 +118,7 @@ def detach_run(plan: Plan, folder: Path, session: Session, processes: NodeProces
         except AttemptFailed as error:
             return end_attempt(plan, folder, session, processes, error, stop)
         finally:
-            clear_all(processes.checks, stop)
+            clear_and_report(processes.checks, stop, session.say)
     return supervise(plan, folder, session, NodeProcesses(trainers=processes.trainers), stop) if is_over() else None
 
 

@@ -12,7 +12,7 @@ from launcher.record.reader import read_if_there
 from launcher.record.record import AttemptOutcome, Failure, NodeResult
 from launcher.run.data_check import check_failure, fetch_problems, refuse_data
 from launcher.run.failure_search import find_failure
-from launcher.run.gang import TICK_S, clear_all, node_log_path, node_results, watch
+from launcher.run.gang import TICK_S, clear_all, clear_and_report, node_log_path, node_results, watch
 from launcher.run.node_log import StartPhase, silence_s, start_phases
 from launcher.run.node_process import NodeProcess
 from launcher.run.prepare import NodeProcesses, working_nodes
@@ -60,7 +60,7 @@ def watch_attempt(plan: Plan, folder: Path, session: Session, processes: NodePro
         except AttemptFailed as error:
             return end_attempt(plan, folder, session, processes, error, stop)
         finally:
-            clear_all(processes.checks, stop)
+            clear_and_report(processes.checks, stop, session.say)
             for mirror in mirrors.values():
                 mirror.settle()
         fetch(plan, folder, session, stop)

@@ -17,7 +17,7 @@ from launcher.run.delivery.pull import pull
 from launcher.run.delivery.remote_build import build_on
 from launcher.run.delivery.ship import ship
 from launcher.run.delivery.sync import sync
-from launcher.run.gang import StartContext, clear_all, remove_by_name, start_checks, start_trainers
+from launcher.run.gang import StartContext, clear_and_report, remove_by_name, start_checks, start_trainers
 from launcher.run.node_process import NodeProcess
 from launcher.run.restart import copy_newest_checkpoint, restore_metrics
 from launcher.run.run_folder import FolderRequest, WorkingNode, create_folders, reopen_folders
@@ -59,7 +59,7 @@ def start_all(plan: Plan, session: Session, stop: StopRequest) -> NodeProcesses:
         processes = NodeProcesses(trainers=trainers, checks=start_checks(plan.commands, start_context(plan, session), stop))
     except BaseException as error:
         if not (stop.count and isinstance(error, NodeFailed)):
-            clear_all(trainers, stop)
+            clear_and_report(trainers, stop, session.say)
             raise
         processes = NodeProcesses(trainers=trainers)
     if stop.count:
@@ -70,7 +70,7 @@ def start_all(plan: Plan, session: Session, stop: StopRequest) -> NodeProcesses:
 
 def end_started(plan: Plan, session: Session, processes: NodeProcesses, stop: StopRequest) -> None:
     if plan.config.cluster.runtime == "process":
-        clear_all((*processes.trainers, *processes.checks), stop)
+        clear_and_report((*processes.trainers, *processes.checks), stop, session.say)
         return
     for host, why in remove_by_name(plan.commands, start_context(plan, session), stop).items():
         session.say(f"not cleared: {host}: {why.splitlines()[0]}; when it responds: omnilaunch stop {plan.run_id}")

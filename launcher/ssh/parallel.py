@@ -13,7 +13,7 @@ from launcher.ssh.pool import ConnectionPool
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 LOOK_S = 0.05
-UNANSWERED = "it has not answered yet, and was waited for no more"
+UNANSWERED = "no answer yet; stopped waiting"
 FAN_OUT = 140  # connections that are opened at once: enough for 128 nodes and some spares
 
 

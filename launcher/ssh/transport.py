@@ -165,6 +165,8 @@ class Local:
             return subprocess.Popen(argv, env={**self.kept, **(environment or {})}, bufsize=0, **options)
         except FileNotFoundError as error:
             raise missing_program(argv, error) from error
+        except OSError as error:  # not executable, or too many open files
+            raise NodeFailed(f"{argv[0]} could not be started on this machine: {error.strerror}") from error
 
     def _send(self, process: "subprocess.Popen[bytes]", chunks: Iterable[bytes]) -> None:
         """Send all chunks, then end the stdin. A command that stops reading is not an error here: its exit code decides."""

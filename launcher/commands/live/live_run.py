@@ -96,7 +96,7 @@ def require_containers(plan: "Plan", verb: str) -> None:
     if plan.config.cluster.runtime != "docker":
         raise ConfigRefused(
             f"run {plan.run_id} has no containers (cluster.runtime=process): its processes belong to its launcher. Press Ctrl-C there to stop "
-            f"it; to {verb} a run from anywhere, launch it with cluster.runtime=docker"
+            f"it. `omnilaunch {verb}` works for runs with cluster.runtime=docker"
         )
 
 

@@ -37,10 +37,10 @@ def send(
     def read() -> None:
         try:
             fill_pipes(pipes, save, source, lambda count: say(f"  {(before_bytes + count) / 1e9:.1f}{total} GB"))
-        except NodeFailed as error:
-            broken.append(error)
+        except Exception as error:  # also a bug: without an end, every node would wait for ever
+            broken.append(error if isinstance(error, NodeFailed) else NodeFailed(f"{type(error).__name__}: {error}"))
             for pipe in pipes:
-                pipe.put(error)
+                pipe.put(broken[0])
 
     reader = threading.Thread(target=read, name="omnilaunch-save", daemon=True)
     reader.start()

@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pytest
 
 from launcher.bench.matrix import BEGIN, END, describe_matrix, describe_row, put_matrix
 from launcher.bench.measure import measure_run, publish, shape_of
-from launcher.bench.restore import restore_config
+from launcher.bench.restore import restore, restore_config
 from launcher.bench.result import (
     PublishedResult,
     Repeat,
@@ -31,11 +32,13 @@ from launcher.bench.result import (
 from launcher.bench.verdict import describe_reproduction, judge, with_all_facts
 from launcher.cli import main
 from launcher.commands import bench as bench_action, bench_rerun
+from launcher.config.compose import compose
 from launcher.errors import ConfigRefused, RecordRefused
+from launcher.plan.plan import LocalContext
 from launcher.record.comparison import Level
 from launcher.record.recorded_run import load_recorded_run
 from tests.launcher.bench.test_cell import CELL, CONF
-from trainer.contract import decode
+from trainer.contract import SPEC_FILE, decode
 
 PROJECT = Path(__file__).resolve().parents[3]
 REAL = PROJECT / "tests/golden/record/2"
@@ -193,6 +196,16 @@ def test_a_bench_checks_its_results_file_before_it_runs(tmp_path: Path, capsys: 
     finally:
         gc.enable()
     assert f"{CELL}.jsonl cannot be written" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_an_older_trainer_gets_the_published_keys_only(result: PublishedResult, tmp_path: Path) -> None:
+    """A spec with keys of this version would be refused by the recorded trainer."""
+    spec = {key: value for key, value in result.spec.items() if key != "loss_chunk"}
+    cluster = compose((), CONF).cluster
+    place = LocalContext(project=PROJECT, here=tmp_path, interpreter=sys.executable, user="1000:1000")
+    restore(replace(result, spec=spec), cluster, place, tmp_path / "scratch")
+    written = tmp_path / "scratch" / "results" / result.result_id / SPEC_FILE
+    assert json.loads(written.read_text()).keys() == spec.keys() | {"run_id", "output"}
 
 
 def test_variables_with_folders_are_not_published(result: PublishedResult) -> None:

@@ -127,10 +127,12 @@ def test_bash(here: Path, line: str) -> None:
         PATH={here}/bin:$PATH; source {script}
         complete -p omnilaunch > /dev/null || exit 9
         COMP_LINE='{line}' COMP_POINT={len(line)} COMP_WORDS=() COMP_CWORD=0
-        _omnilaunch; printf '%s\\n' "${{COMPREPLY[@]}}"
+        _omnilaunch; printf '%s\\n' "${{#COMPREPLY[@]}}" "${{COMPREPLY[@]}}"
     """
     done = subprocess.run(("bash", "--norc", "-c", code), capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout.split() == BASH[line]
+    count, *candidates = done.stdout.split()
+    assert (done.returncode, done.stderr) == (0, "") and candidates == BASH[line]
+    assert int(count) == len(candidates), "an empty candidate would keep bash from completing file names"
 
 
 def test_bash_by_the_tab_key(here: Path) -> None:

@@ -53,6 +53,16 @@ def test_the_diff_makes_the_same_tree_again(tree: Path, tmp_path: Path) -> None:
         assert (tmp_path / "again/trainer" / name).read_bytes() == (tree / "trainer" / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "setting", ["color.ui=always", "diff.noprefix=true", "diff.mnemonicPrefix=true", "diff.context=9", "diff.algorithm=patience"]
+)
+def test_the_diff_does_not_depend_on_the_users_git_config(tree: Path, setting: str) -> None:
+    (tree / "trainer/train/loop.py").write_text("steps = 2\n")
+    before = read_source(tree)
+    git(tree, "config", *setting.split("="))
+    assert read_source(tree).diff == before.diff and before.diff
+
+
 def test_the_diff_covers_the_code_only(tree: Path) -> None:
     """Cluster files may hold addresses with credentials, and the config is in the record as it was resolved."""
     (tree / "conf/lab.yaml").write_text("index: https://ann:pa55@mirror\n")

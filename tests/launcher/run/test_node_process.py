@@ -12,7 +12,9 @@ import pytest
 
 from launcher.errors import NodeFailed
 from launcher.plan.commands import NodeCommand
+from launcher.run.gang import clear_and_report
 from launcher.run.node_process import LOST, CheckNodeProcess, ContainerNodeProcess
+from launcher.run.signals import StopRequest
 from launcher.ssh.transport import Local, LocalProcess, Result
 
 
@@ -211,6 +213,16 @@ def test_a_data_check_that_stays_is_reported(tmp_path: Path, monkeypatch: pytest
     check.transport = Holding(silent=False)
     with pytest.raises(NodeFailed, match=f"node: container run-n0-data could not be removed: {Holding.SAID}"):
         check.clear()
+
+
+def test_what_could_not_be_cleared_is_printed() -> None:
+    class Staying:
+        def clear(self) -> None:
+            raise NodeFailed("node: container run-n0-data could not be removed: device busy")
+
+    printed: list[str] = []
+    clear_and_report([Staying()], StopRequest(), printed.append)  # type: ignore[list-item]
+    assert printed == ["not cleared: node: container run-n0-data could not be removed: device busy"]
 
 
 def test_a_container_that_another_client_removes_is_waited_for(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from launcher.errors import NodeFailed
+import pytest
+
+from launcher.errors import ImageFailed, NodeFailed
 from launcher.run.delivery.broadcast import send
 from launcher.run.run_folder import WorkingNode
 from launcher.ssh.transport import Local, Result
@@ -40,3 +42,21 @@ def test_many_nodes_receive_at_the_same_time() -> None:
     sending.join(30)
     assert [str(answer) for answer in answers if answer] == ["host150: lost the connection"] and len(answers) == 200
     assert {node.received for node in nodes if not node.fails} == {b"".join(CHUNKS)}
+
+
+def test_a_source_that_fails_in_any_way_ends_the_transfer() -> None:
+    """The reader is a thread of its own: if it dies without a word, every node waits for ever."""
+
+    class Exhausted(Unlimited):
+        @contextmanager
+        def stream(self, argv: tuple[str, ...], *, silence_s: float = 1800) -> Iterator[Iterator[bytes]]:
+            raise OSError(24, "Too many open files")
+            yield
+
+    class Receiving(Unlimited):
+        def feed(self, argv: tuple[str, ...], chunks: Iterable[bytes], *, timeout_s: float) -> Result:
+            return Result(argv=argv, code=len(b"".join(chunks)), output="", errors="")
+
+    working = [WorkingNode(command=command("host0", 0), transport=Receiving({}, "host0"))]
+    with pytest.raises(ImageFailed, match=r"could not be read on this machine: OSError: .*Too many open files"):
+        send(("save",), ("load",), working, Exhausted({}), print)
