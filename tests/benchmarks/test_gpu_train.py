@@ -167,7 +167,7 @@ def test_without_a_peak_there_is_no_mfu() -> None:
 
 @pytest.mark.parametrize(("rows", "warm_up"), ((make_rows(1.0, 1.0, tokens=32000), 1), (make_rows(1.0), 1)))
 def test_steps_of_another_size_or_none_are_no_measurement(rows: list[StepRow], warm_up: int) -> None:
-    with pytest.raises(ValueError, match="32768 were planned"):
+    with pytest.raises(ValueError, match="expected 32768"):
         summarise(rows, make_result(), lora_config(), SHAPE, warm_up=warm_up)
 
 

@@ -69,7 +69,7 @@ def second(clone: Path, first: Path, tmp_path_factory: pytest.TempPathFactory) -
     shutil.copytree(first, tmp_path / "record", ignore=shutil.ignore_patterns("checkpoints", "logs"))
     done = omnilaunch(moved, tmp_path / "b", "rerun", str(tmp_path / "record"), "cluster.root=.", "--run-id", "second")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "code: this tree differs in trainer/kernels/cross_entropy.py; commit " in done.stdout and "weights the same" in done.stdout
+    assert "code: this tree differs in trainer/kernels/cross_entropy.py; commit " in done.stdout and "weights bitwise identical" in done.stdout
     return tmp_path / "b/runs/second"
 
 

@@ -38,7 +38,7 @@ def test_what_each_stage_divides(
     found, trained = shard_step(model, spec_of(tmp_path, stage)), MATRIX + BIAS
     assert found.shares == {"weights": weights} and found.trainable == trained
     assert found.optimizer_bytes == 12 * trained // 4  # two moments and a master, float32
-    assert (found.buffer_bytes, found.late_buffer_bytes, found.way) == (standing * trained, arriving * trained, way)
+    assert (found.buffer_bytes, found.late_buffer_bytes, found.gradient_handling) == (standing * trained, arriving * trained, way)
     norm = 8 * MATRIX // 4  # of a slice, in float64
     assert found.update_bytes == {1: 0, 2: norm, 3: norm}[stage]  # the flat copy of ZeRO 3 is half as large
     assert found.gathered_bytes == (2 * 2 * trained if stage == 3 else 0)  # fewer than LIVE_WEIGHTS: all of them
@@ -48,7 +48,7 @@ def test_gradients_of_an_earlier_micro_batch_stand(model: torch.nn.Module, tmp_p
     def found(stage: int, precision: str) -> tuple[int, str]:
         spec = spec_of(tmp_path, stage, precision=precision)
         sharding = shard_step(model, replace(spec, batch=replace(spec.batch, accumulation=2)))
-        return sharding.buffer_bytes // (MATRIX + BIAS), sharding.way
+        return sharding.buffer_bytes // (MATRIX + BIAS), sharding.gradient_handling
 
     assert [found(0, "fp32"), found(1, "bf16"), found(2, "bf16")] == [(4, "moved"), (6, "moved"), (1, "moved")]
 

@@ -215,14 +215,14 @@ def test_the_command_refuses_a_family_that_is_not_there(tmp_path: Path, capsys: 
     spec = spec_of(CASES[0], tmp_path)
     write(replace(spec, model=replace(spec.model, family="unheard_of")), tmp_path / SPEC_FILE)
     assert main(["trace", str(tmp_path / SPEC_FILE)]) == 2
-    assert "no module for 'unheard_of'" in capsys.readouterr().err
+    assert "'unheard_of' is not a family of the trainer" in capsys.readouterr().err
     assert not Path(spec.output).exists()
 
 
 def test_the_command_names_packages_that_are_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.__main__.TRACED_WITH", ("torch", "a_package_that_nobody_has"))
+    monkeypatch.setattr("trainer.__main__.TRACE_PACKAGES", ("torch", "a_package_that_nobody_has"))
     write(spec_of(CASES[0], tmp_path), tmp_path / SPEC_FILE)
     assert main(["trace", str(tmp_path / SPEC_FILE)]) == 2
     assert "has no a_package_that_nobody_has" in capsys.readouterr().err

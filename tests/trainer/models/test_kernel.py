@@ -295,7 +295,7 @@ def test_auto_uses_the_installed_package(make_tiny: Callable[[str], Made], npu: 
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "says"), [("cpu", "none for cpu devices, but for cuda and npu"), ("cuda", "No module named 'liger_kernel'")]
+    ("accelerator", "says"), [("cpu", "none for cpu devices, only for cuda and npu"), ("cuda", "No module named 'liger_kernel'")]
 )
 def test_kernels_that_are_not_available_are_refused(
     accelerator: str, says: str, make_tiny: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch

@@ -25,7 +25,7 @@ def test_the_environment_is_told_before_a_weight_is_read(kind: Kind, tmp_path: P
     def stop(folder: Path) -> None:
         raise Begun
 
-    monkeypatch.setattr(import_module(f"trainer.{kind}"), "open_tensors", stop)
+    monkeypatch.setattr(import_module(f"trainer.programs.{kind}"), "open_tensors", stop)
     with pytest.raises(Begun):
         run_program(spec)
     report = read(EnvReport, tmp_path / "run" / ENVIRONMENT_FILE)

@@ -110,7 +110,7 @@ def test_a_lora_run_goes_on_with_the_adapter_that_it_is_given(run: Run) -> None:
 def test_what_does_not_fit_is_refused_before_the_first_step(run: Run, tiny_spec: Any, tmp_path: Path) -> None:
     blind = saved(run("blind", replace(STAGES["full"], trainable=("lm", "head"))))
     said = refusal(run("a", STAGES["lm"], blind, code=Exit.USAGE))
-    assert "stage lm needs a projector that is trained" in said and "(stage full of run blind)" in said
+    assert "stage lm needs a trained projector" in said and "(stage full of run blind)" in said
     assert "stage=projector" in said
     assert "a random start" in refusal(run("b", STAGES["lm"], code=Exit.USAGE))
     adapter = saved(run("adapter", STAGES["lora"], saved(run("full", STAGES["full"]))))

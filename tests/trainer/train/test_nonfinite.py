@@ -164,7 +164,7 @@ def test_what_is_watched_is_told_once_and_masks_may_be_infinite() -> None:
     assert watch.first == "" and watch.micro == 1
     with watch_modules(block) as watch:
         block(torch.ones(1, 2))
-    assert watch.first == "micro-batch 1: what reaches two (Linear)"
+    assert watch.first == "micro-batch 1: the input of two (Linear)"
     with torch.no_grad():
         block.one.weight.fill_(math.nan)
     with watch_modules(block) as watch:
