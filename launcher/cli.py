@@ -39,10 +39,10 @@ VERBS = {
     "data": Verb("prepare", "check every row and every image of the data", "data", DATA),
     "image": Verb("prepare", "build, inspect and list the container images", "image", IMAGES),
     "doctor": Verb(
-        "prepare", "check the nodes of a cluster, or this machine", "doctor", ("cluster=lab", "cluster=lab hardware=h200 --json")
+        "prepare", "check the nodes of a cluster, or this machine", "doctor", ("cluster=example", "cluster=example hardware=h200 --json")
     ),
     "plan": Verb("prepare", "show what a run would do, without starting it", "plan", (LORA, "run.steps=100 --json")),
-    "launch": Verb("run", "start a run", "launch", (f"{LORA} cluster=lab", "cluster=lab --detach --run-id monday")),
+    "launch": Verb("run", "start a run", "launch", (f"{LORA} cluster=example", "cluster=example --detach --run-id monday")),
     "attach": Verb("run", "supervise a run that is already running", "live.attach", ("last", "20261121-0245")),
     "stop": Verb("run", "stop a run on all its nodes, after it has saved", "live.stop", ("last", "monday")),
     "render": Verb("run", "write a run as scripts, for nodes without SSH", "render", (f"{LORA} --to monday/", "last --to monday/")),
@@ -52,7 +52,7 @@ VERBS = {
     "compare": Verb("look", "compare runs, and show where they diverge", "compare", ("monday last", "monday last --band loss=0.01")),
     "report": Verb("look", "write a report of one or several runs", "report", ("last", "monday tuesday --markdown --out -")),
     "fit-report": Verb("look", "compare planned memory with measured memory", "fit_report", ("", "last --markdown")),
-    "rerun": Verb("reproduce", "run a recorded run again", "rerun", ("last", "monday hardware=h200 cluster=lab")),
+    "rerun": Verb("reproduce", "run a recorded run again", "rerun", ("last", "monday hardware=h200 cluster=example")),
     "bench": Verb("reproduce", "run a benchmark and publish its result", "bench", ("", "cpu_tiny_llava_full cluster=local")),
     "bench-rerun": Verb(
         "reproduce", "check that a published result reproduces", "bench_rerun", ("cpu_tiny_llava_full", "last --repeats 5")
