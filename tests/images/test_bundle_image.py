@@ -102,7 +102,7 @@ def test_a_secret_arrives_whole_and_a_stopped_run_goes_on(render: Callable[..., 
     assert json.loads((folder / "train_result.json").read_text())["status"] == "stopped"
     script(bundle, "remove")
     script(bundle, "start", SITE_TOKEN=SECRET)
-    wait_for(lambda: "going on from checkpoints/step-" in run("docker", "logs", name))
+    wait_for(lambda: "resuming from checkpoints/step-" in run("docker", "logs", name))
 
 
 def own_networks() -> dict[str, str]:
