@@ -114,8 +114,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     actions = getattr(module, "ACTIONS", {})
     if actions and rest and not rest[0].startswith("-") and rest[0] not in actions:
         raise ConfigRefused(f"unknown action {rest[0]!r} of {name}; {suggest(rest[0], actions)}. See: omnilaunch {name} --help")
-    # A name may follow an option (`compare a --json b`); sub-parsers of actions cannot be parsed so.
-    arguments, unparsed = (parser.parse_known_args if actions else parser.parse_known_intermixed_args)(rest)
+    arguments, unparsed = parser.parse_known_args(rest)
     take_overrides(arguments, unparsed, getattr(arguments, "parser", parser))
     return arguments
 
