@@ -23,10 +23,18 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path, plan_for: Callable[...
     assert load_plan(write_run(tmp_path / "r", plan)) == plan
 
 
-@pytest.mark.parametrize("text", ["", "{", "{}", '{"schema": 1, "more": 2}'])
-def test_a_plan_that_cannot_be_read(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "was cut short or edited"),
+        ("{", "was cut short or edited"),
+        ("{}", "cannot be read by this version"),
+        ('{"schema": 1, "more": 2}', "cannot be read by this version"),
+    ],
+)
+def test_a_plan_that_cannot_be_read(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "plan.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigRefused, match=r"plan\.json (cannot be read by this version|was cut short or edited)"):
+    with pytest.raises(ConfigRefused, match=rf"plan\.json {said}"):
         load_plan(tmp_path)
 
 
