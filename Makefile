@@ -63,7 +63,7 @@ test-all: setup ## Run every test that needs neither an engine nor a network: mo
 	@$(PYTEST) -m "$(OFFLINE)" $(ARGS)
 
 lint: .venv/.launcher .venv/.dev ## ruff and mypy
-	@.venv/bin/ruff check . && .venv/bin/mypy
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 
 render: .venv/.launcher ## Update images/rendered/ and docs/images.md from images/versions.yaml
 	@.venv/bin/omnilaunch image render

@@ -85,7 +85,13 @@ def read_packages(root: Path, order: tuple[tuple[str, ...], ...]) -> tuple[Packa
 def imported(path: Path, root: str) -> frozenset[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        modules = (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else []
+        )
         names |= {module.split(".")[1] for module in modules if module.startswith(f"{root}.")}
         if isinstance(node, ast.ImportFrom) and node.module == root:
             names |= {alias.name for alias in node.names}
@@ -99,7 +105,9 @@ def direct_imports(packages: tuple[Package, ...]) -> list[tuple[int, int]]:
     reached: list[set[int]] = []
     for direct in above:
         reached.append(direct.union(*(reached[place] for place in direct)))
-    return [(place, other) for place, direct in enumerate(above) for other in direct if not any(other in reached[between] for between in direct)]
+    return [
+        (place, other) for place, direct in enumerate(above) for other in direct if not any(other in reached[between] for between in direct)
+    ]
 
 
 def draw_column(packages: tuple[Package, ...], title: str, left: int) -> list[str]:

@@ -20,7 +20,11 @@ def lora_targets_exist(config: Config, _: Mapping[str, Stack]) -> Iterator[Probl
         yield from judge_regex(config, target)
     unknown = [target for target in lora.targets if not target.startswith(REGEX) and target not in shapes]
     if unknown or not lora.targets:
-        what = f"the decoder has no {', '.join(unknown)}; {suggest(unknown[0], shapes)}" if unknown else "is empty: LoRA needs at least one target"
+        what = (
+            f"the decoder has no {', '.join(unknown)}; {suggest(unknown[0], shapes)}"
+            if unknown
+            else "is empty: LoRA needs at least one target"
+        )
         yield Problem(key="stage.lora.targets", what=what, changes=(f"stage.lora.targets=[{','.join(shapes)}]",))
     if "lm" in config.stage.trainable:
         rest = ",".join(group for group in config.stage.trainable if group != "lm")
@@ -49,9 +53,7 @@ def quantized_base_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterat
     if lora is None or not lora.base:
         return
     if config.hardware.accelerator != "cuda":
-        what = (
-            f"{lora.base} needs bitsandbytes, which works on CUDA devices; {config.hardware.title} is {config.hardware.accelerator}"
-        )
+        what = f"{lora.base} needs bitsandbytes, which works on CUDA devices; {config.hardware.title} is {config.hardware.accelerator}"
         yield Problem(key="stage.lora.base", what=what, changes=("stage.lora.base=''",))
     if strategy.name == "zero3" or strategy.offload_parameters:
         what = f"{strategy.name} shards weights, which is not possible with weights in {lora.base}"

@@ -18,7 +18,11 @@ def options_match_stage(config: Config, _: Mapping[str, Stack]) -> Iterator[Prob
     for kind, name in OPTIONS.items():
         given = getattr(config.stage, name) is not None
         if given != (name == wanted):
-            what = f"must be null: it has the options of stage={kind}" if given else f"is null, but stage {config.stage.name} is of kind {kind}"
+            what = (
+                f"must be null: it has the options of stage={kind}"
+                if given
+                else f"is null, but stage {config.stage.name} is of kind {kind}"
+            )
             yield Problem(key=f"stage.{name}", what=what, changes=(f"stage.{name}=null",) if given else (f"stage={kind}",))
 
 

@@ -29,7 +29,9 @@ def nodes_are_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]
             value = getattr(node, field)
             if (value or field == "host") and not pattern.fullmatch(value):
                 changes = split_host(place, value) if field == "host" else ()
-                yield Problem(key=f"cluster.nodes.{place}.{field}", what=f"{value!r} of node {node.host!r} is not a valid {field}", changes=changes)
+                yield Problem(
+                    key=f"cluster.nodes.{place}.{field}", what=f"{value!r} of node {node.host!r} is not a valid {field}", changes=changes
+                )
         if node.jump.lower() not in ("", "none") and not all(JUMP.fullmatch(hop.strip()) for hop in node.jump.split(",")):
             what = f"{node.jump!r} of node {node.host!r} is not a valid jump host: write user@host:port, and commas between several"
             yield Problem(key=f"cluster.nodes.{place}.jump", what=what)

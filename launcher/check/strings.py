@@ -56,7 +56,9 @@ def variables_can_be_carried(config: Config, _: Mapping[str, Stack]) -> Iterator
                 yield Problem(key=key, what=f"variables that begin with {OWN_VARIABLES} are set by omnilaunch")
             elif re.search(r"[\n\r\0]", value):
                 # Docker reads it line by line, and drops a carriage return at the end of a line.
-                yield Problem(key=key, what="an env-file cannot hold a newline or a NUL: put the text in a file, and set the variable to its path")
+                yield Problem(
+                    key=key, what="an env-file cannot hold a newline or a NUL: put the text in a file, and set the variable to its path"
+                )
             elif len(value.encode(errors="replace")) > VALUE_LIMIT_BYTES:
                 what = f"a line of an env-file holds at most {VALUE_LIMIT_BYTES:,} bytes: put the text in a file, and set the variable to its path"
                 yield Problem(key=key, what=what)
@@ -81,7 +83,9 @@ def why_no_mount(path: str) -> str:
     """Why `docker run --mount` cannot take the path; '' if it can."""
     if not MOUNT_SYNTAX.search(path):
         return ""
-    return f"Docker cannot mount the path {path!r}: it reads commas, quotes and newlines as syntax. Rename it, or make a symbolic link to it"
+    return (
+        f"Docker cannot mount the path {path!r}: it reads commas, quotes and newlines as syntax. Rename it, or make a symbolic link to it"
+    )
 
 
 def delivery_can_be_written(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:

@@ -21,7 +21,9 @@ RUN_ID_HELP = "id of the run; made from the time when omitted"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser)
     parser.add_argument("--run-id", default="", help=RUN_ID_HELP)
-    parser.add_argument("--full", action="store_true", help="print everything: config, DeepSpeed config, commands of each node, memory by item")
+    parser.add_argument(
+        "--full", action="store_true", help="print everything: config, DeepSpeed config, commands of each node, memory by item"
+    )
     parser.add_argument("--json", action="store_true", help="print the whole plan as JSON")
     parser.add_argument("--trace", action="store_true", help="estimate memory by tracing one step; needs the trainer's packages")
 

@@ -29,7 +29,9 @@ def describe_stacks(stacks: dict[str, Stack], root: Path) -> str:
 
     packages = {name: {f"{package} {version}" for package, version in stack.packages.items()} for name, stack in stacks.items()}
     common = set.intersection(*packages.values())
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.get_template("images.md.j2").render(
         stacks=stacks.values(),
         unpinned=UNPINNED,
@@ -45,7 +47,7 @@ def proof_table(stacks: dict[str, Stack], root: Path) -> list[str]:
     for stack in stacks.values():
         for architecture in stack.host_architectures:
             lock = lock_digest(stack, architecture, root)
-            shared = next((proof for proof in proofs.values() if proof.lock == lock and not proof.base), None)  # of a stack with the same lock
+            shared = next((proof for proof in proofs.values() if proof.lock == lock and not proof.base), None)
             rows.append(proof_row(stack, architecture, proofs.get(f"{stack.name}-{architecture}", shared), lock))
     return markdown(tuple(rows))
 

@@ -31,7 +31,9 @@ def trace_plan(plan: Plan, place: LocalContext, environ: Mapping[str, str]) -> T
         write(replace(plan.spec, output=name), Path(name) / SPEC_FILE)
         argv = (place.interpreter, "-m", "trainer", "trace", str(Path(name) / SPEC_FILE))
         try:
-            done = subprocess.run(argv, cwd=place.project, env={**environ, **HIDDEN}, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+            done = subprocess.run(
+                argv, cwd=place.project, env={**environ, **HIDDEN}, capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+            )
         except subprocess.TimeoutExpired as error:
             raise LaunchError(f"the trace did not end within {TIMEOUT_S} s. Plan without --trace.") from error
     stderr = done.stderr.strip()

@@ -35,7 +35,9 @@ class Diagnosis:
 def explain_log(text: str, code: int = 0) -> Diagnosis | None:
     """The known failure that says most about why a process ended that printed `text` and had this exit code (negative, or 128 and more: by a
     signal); None when none matches."""
-    found = [(start, order, symptom) for order, symptom in enumerate(load_symptoms()) if (start := find_line(symptom, text, code)) is not None]
+    found = [
+        (start, order, symptom) for order, symptom in enumerate(load_symptoms()) if (start := find_line(symptom, text, code)) is not None
+    ]
     if not found:
         return None
     start, _, symptom = min(found, key=lambda each: (KINDS.index(each[2].kind), each[0], each[1]))

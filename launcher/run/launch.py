@@ -92,7 +92,9 @@ def conclude(plan: Plan, source: SourceState, started: datetime, work: Callable[
         except LaunchError as error:
             failure = launcher_failure(error)
             refused = isinstance(error, ConfigRefused)
-            write_result(plan, source, started, AttemptOutcome(status="refused" if refused else "failed", code=error.exit_code, failure=failure))
+            write_result(
+                plan, source, started, AttemptOutcome(status="refused" if refused else "failed", code=error.exit_code, failure=failure)
+            )
             if failure.meaning:
                 raise type(error)(f"{error}{advice(failure)}") from error
             raise

@@ -165,7 +165,9 @@ class ContainerNodeProcess:
             if given_up() or time.monotonic() > deadline:
                 running.signal(signal.SIGKILL)
                 running.wait(REAP_S)
-                raise NodeFailed(f"{what}: " + ("cancelled by a stop" if given_up() else f"docker did not return within {START_LIMIT_S:g} s"))
+                raise NodeFailed(
+                    f"{what}: " + ("cancelled by a stop" if given_up() else f"docker did not return within {START_LIMIT_S:g} s")
+                )
         text = output.read_text(encoding="utf-8", errors="replace")
         output.unlink()
         Result(argv=self.command.start, code=code, output="", errors=text).expect(what)

@@ -138,9 +138,7 @@ def prepare_folders(plan: Plan, session: Session, *, again: bool) -> None:
     nodes, shared = working_nodes(plan, session), plan.config.cluster.shared
     written = Path(plan.folder) / SPEC_FILE  # its keys are used, since the run's trainer may be an older one
     text = encode_spec(plan.spec, like=written if written.is_file() else None).encode()
-    request = FolderRequest(
-        spec=plan.spec, text=text, image=plan.image.tag, user=plan.container_user, shared=shared, local=plan.is_local
-    )
+    request = FolderRequest(spec=plan.spec, text=text, image=plan.image.tag, user=plan.container_user, shared=shared, local=plan.is_local)
     if not again:
         create_folders(nodes, request)
         return
@@ -162,4 +160,6 @@ def start_context(plan: Plan, session: Session) -> StartContext:
 
 
 def working_nodes(plan: Plan, session: Session) -> tuple[WorkingNode, ...]:
-    return tuple(WorkingNode(command=command, transport=transport) for command, transport in zip(plan.commands, session.transports, strict=True))
+    return tuple(
+        WorkingNode(command=command, transport=transport) for command, transport in zip(plan.commands, session.transports, strict=True)
+    )

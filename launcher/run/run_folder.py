@@ -81,7 +81,9 @@ def create_on(node: WorkingNode, request: FolderRequest) -> None:
         change_owner(node, request.folders, request.user, login=login, image=request.image)
 
 
-def reopen_folders(nodes: Sequence[WorkingNode], request: FolderRequest, *, copy_checkpoint: Callable[[Sequence[WorkingNode]], None]) -> None:
+def reopen_folders(
+    nodes: Sequence[WorkingNode], request: FolderRequest, *, copy_checkpoint: Callable[[Sequence[WorkingNode]], None]
+) -> None:
     """Prepare the run's folder for another attempt, on nodes that may or may not have it. Files in which the last attempt reported its end are
     removed; `copy_checkpoint` is called when the nodes share no folder. First the container of an earlier attempt is removed, which a node that was
     unreachable may still have. Raises NodeFailed."""

@@ -37,7 +37,13 @@ NAMES = ("plain.json", "with space", "new\nline", "-rf", "$(touch C)", "deep/er/
 def test_a_node_that_has_another_image_under_the_tag_is_named(lab: Lab, clean: Callable[[], None]) -> None:
     """As when a tag was pushed again between two pulls. No registry is asked: both have the tag."""
     first, second = lab.hosts[:2]
-    words = (*SMALL, "run.steps=10", *lab.overrides(first, second), "cluster.delivery.kind=pull", "cluster.delivery.registry=registry.example/x")
+    words = (
+        *SMALL,
+        "run.steps=10",
+        *lab.overrides(first, second),
+        "cluster.delivery.kind=pull",
+        "cluster.delivery.registry=registry.example/x",
+    )
     said = lab.run("plan", "--json", *words).stdout
     tag = json.loads(said[said.index("{") :])["image"]["tag"]  # behind what it warns of
     for host in (first, second):

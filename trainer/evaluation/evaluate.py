@@ -61,7 +61,9 @@ def evaluate(
         with evaluation_mode(model):
             rows = answer_batches(until_stopped(stop_requested, shares), answer, journal)
             own = {place for batch in split_batches(chosen, size)[rank::world_size] for place, _ in batch}
-            losses = [batch_loss(batch, processor, spec, loss_sum, own) for batch in until_stopped(stop_requested, shares)] if loss_sum else []
+            losses = (
+                [batch_loss(batch, processor, spec, loss_sum, own) for batch in until_stopped(stop_requested, shares)] if loss_sum else []
+            )
     except EvaluationStopped:
         return {}
     rows = merge_rows(rows)

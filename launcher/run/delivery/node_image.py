@@ -30,7 +30,9 @@ def is_everywhere(tag: str, fingerprint: str, nodes: Sequence[WorkingNode]) -> b
     """Whether every node has the same image under the tag, built from the plan's files. Then nothing has to be built, sent or asked of
     this machine's engine. Raises NodeFailed."""
     found = images_on(nodes, tag)
-    return all(image is not None and image.fingerprint == fingerprint for image in found) and len({image.id for image in found if image}) == 1
+    return (
+        all(image is not None and image.fingerprint == fingerprint for image in found) and len({image.id for image in found if image}) == 1
+    )
 
 
 def is_same(image: BuiltImage | None, sent: BuiltImage) -> bool:

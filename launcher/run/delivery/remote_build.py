@@ -31,7 +31,14 @@ LOOPBACK = re.compile(r"^(file:|[\w+]+://([^/@]*@)?(localhost|127\.[\d.]+|\[::1\
 
 
 def build_on(
-    image: Image, nodes: Sequence[WorkingNode], *, project: Path, root: str, delivery: Delivery, source: Transport, say: Callable[[str], None]
+    image: Image,
+    nodes: Sequence[WorkingNode],
+    *,
+    project: Path,
+    root: str,
+    delivery: Delivery,
+    source: Transport,
+    say: Callable[[str], None],
 ) -> None:
     """Build the image on every node that lacks it. `root`: cluster.root, where the build context lies during the build. Raises ImageFailed
     for an image that cannot be built this way, NodeFailed with the last lines of every node whose build failed."""

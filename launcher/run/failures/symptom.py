@@ -9,7 +9,11 @@ from typing import Any, Literal
 # consequence: a healthy rank prints it when another one has ended or hangs. wrapper: something below failed, and has its own line.
 Kind = Literal["cause", "layer", "consequence", "wrapper"]
 KINDS: tuple[Kind, ...] = ("cause", "layer", "consequence", "wrapper")
-TABLES = {"ascend": "Ascend: HCCL, CANN, torch_npu", "cuda": "CUDA and NCCL", "host": "Host, docker, torch, DeepSpeed, hub"}  # file -> title
+TABLES = {
+    "ascend": "Ascend: HCCL, CANN, torch_npu",
+    "cuda": "CUDA and NCCL",
+    "host": "Host, docker, torch, DeepSpeed, hub",
+}  # file -> title
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,7 +69,9 @@ def second(clone: Path, first: Path, tmp_path_factory: pytest.TempPathFactory) -
     shutil.copytree(first, tmp_path / "record", ignore=shutil.ignore_patterns("checkpoints", "logs"))
     done = omnilaunch(moved, tmp_path / "b", "rerun", str(tmp_path / "record"), "cluster.root=.", "--run-id", "second")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "code: this tree differs in trainer/kernels/cross_entropy.py; commit " in done.stdout and "weights bitwise identical" in done.stdout
+    assert (
+        "code: this tree differs in trainer/kernels/cross_entropy.py; commit " in done.stdout and "weights bitwise identical" in done.stdout
+    )
     return tmp_path / "b/runs/second"
 
 
@@ -95,7 +97,11 @@ def test_one_changed_pixel_is_refused_by_its_file(clone: Path, first: Path, tmp_
         done = omnilaunch(clone, tmp_path / "b", "rerun", str(first), "cluster.root=.", "--run-id", "second")
     finally:
         path.write_bytes(kept)
-    assert done.returncode == 2 and "the inputs differ from those of run first" in done.stderr and "data images/0007.png: content differs" in done.stderr
+    assert (
+        done.returncode == 2
+        and "the inputs differ from those of run first" in done.stderr
+        and "data images/0007.png: content differs" in done.stderr
+    )
     assert result_of(tmp_path / "b/runs/second")["status"] == "refused"
 
 

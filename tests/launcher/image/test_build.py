@@ -50,7 +50,9 @@ def script(path: Path, text: str) -> Path:
     ({"architecture": "aarch64"}, Delivery(), ("for aarch64", "engine here is x86_64", "image fetch --architecture aarch64")),
     ({}, Delivery(kind="pull"), ("cluster.delivery.kind=pull", "cluster.delivery.kind=build")),
 ])  # fmt: skip
-def test_an_image_that_may_not_be_built_is_refused(image: Image, change: dict[str, str], delivery: Delivery, words: tuple[str, ...]) -> None:
+def test_an_image_that_may_not_be_built_is_refused(
+    image: Image, change: dict[str, str], delivery: Delivery, words: tuple[str, ...]
+) -> None:
     with pytest.raises(ImageFailed) as caught:
         refuse_unbuildable(replace(image, **change), delivery, CLIENT)
     assert all(word in str(caught.value) for word in words)

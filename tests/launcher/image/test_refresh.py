@@ -327,5 +327,7 @@ def test_a_table_laid_out_in_another_way_is_refused(old: str, new: str) -> None:
     start = text.index("  cuda126:")
     other = text[:start] + text[start:].replace(old, new, 1)
     row = replace(STACKS["cuda126"], digest="sha256:1", locks={"x86_64": "locks/new.txt"})
-    with pytest.raises(ImageFailed, match=r"versions\.yaml, stacks\.cuda126: to be rewritten, digest and locks must each be on a line of their own"):
+    with pytest.raises(
+        ImageFailed, match=r"versions\.yaml, stacks\.cuda126: to be rewritten, digest and locks must each be on a line of their own"
+    ):
         rewrite_table(other, STACKS | {"cuda126": row}, path)

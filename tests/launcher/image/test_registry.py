@@ -60,7 +60,9 @@ def test_a_digest_is_asked_of_the_registry(registry: str, name: str) -> None:
     assert look_up(f"{registry}/{name}:3.11", UNPINNED, print) == DIGEST
 
 
-@pytest.mark.parametrize(("image", "reason"), [("library/python:4", "404"), ("library/nameless:3.11", "names no digest"), ("private/other:1", "404")])
+@pytest.mark.parametrize(
+    ("image", "reason"), [("library/python:4", "404"), ("library/nameless:3.11", "names no digest"), ("private/other:1", "404")]
+)
 def test_a_registry_without_the_tag_leaves_the_known_digest(registry: str, image: str, reason: str) -> None:
     said: list[str] = []
     assert look_up(f"{registry}/{image}", "sha256:known", said.append) == "sha256:known"

@@ -170,7 +170,9 @@ def test_a_source_distribution_with_a_hyphen_in_its_name_is_found_and_listed(tmp
     assert set(json.loads(write_manifest(tmp_path, CPU, "x86_64").read_text(encoding="utf-8"))["files"]) == {source.name, old.name}
 
 
-@pytest.mark.parametrize("broken", ["alpha.whl", "alpha-1.0.whl", "alpha-one-py3-none-any.whl", "alpha.tar.gz", "-.zip", "a__b-1-py3-none-any.whl"])
+@pytest.mark.parametrize(
+    "broken", ["alpha.whl", "alpha-1.0.whl", "alpha-one-py3-none-any.whl", "alpha.tar.gz", "-.zip", "a__b-1-py3-none-any.whl"]
+)
 def test_a_broken_file_name_is_reported_where_a_package_is_missing(tmp_path: Path, broken: str) -> None:
     (tmp_path / broken).touch()
     lock = tmp_path / "lock.txt"

@@ -85,7 +85,9 @@ def test_a_refusal_of_the_trainer_is_one_of_the_plan(plan: Plan, trainer: Callab
 
 
 @pytest.mark.parametrize(("code", "out", "said"), ((1, "", "exit code 1"), (0, "{}", "cannot read"), (0, "hello", "cannot read")))
-def test_a_failure_is_reported_with_what_the_trainer_said(plan: Plan, trainer: Callable[..., LocalContext], code: int, out: str, said: str) -> None:
+def test_a_failure_is_reported_with_what_the_trainer_said(
+    plan: Plan, trainer: Callable[..., LocalContext], code: int, out: str, said: str
+) -> None:
     with pytest.raises(LaunchError, match=said) as caught:
         trace_plan(plan, trainer(code=code, out=out, err="the last line"), {})
     assert "the last line" in str(caught.value)

@@ -45,7 +45,15 @@ def close(plan: Plan) -> object:
 
 def test_the_plan_is_written_before_the_run_starts(plan: Plan) -> None:
     folder = open_run(plan, SOURCE)
-    assert {path.name for path in folder.iterdir()} == {"plan.json", "config.json", "Dockerfile", "source.json", "spec.json", "data.pending", "logs"}
+    assert {path.name for path in folder.iterdir()} == {
+        "plan.json",
+        "config.json",
+        "Dockerfile",
+        "source.json",
+        "spec.json",
+        "data.pending",
+        "logs",
+    }
     assert contract.read(contract.TrainSpec, folder / "spec.json") == plan.spec
     assert contract.read(SourceState, folder / "source.json") == SOURCE
 

@@ -40,7 +40,13 @@ def check(tmp_path: Path) -> Any:
 def session() -> Session:
     here = Local({"PATH": os.environ["PATH"]})
     return Session(
-        project=Path("/nowhere"), transports=(here,), here=here, secrets={}, say=print, terminal=False, move=lambda plan, lost: (plan, session())
+        project=Path("/nowhere"),
+        transports=(here,),
+        here=here,
+        secrets={},
+        say=print,
+        terminal=False,
+        move=lambda plan, lost: (plan, session()),
     )
 
 

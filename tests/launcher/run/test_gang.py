@@ -44,7 +44,9 @@ def context(folder: Path, nodes: int) -> StartContext:
 def run(
     folder: Path, *codes: str, stop: StopRequest | None = None, grace_s: float = 0.5, tick: object = lambda: None
 ) -> tuple[NodeResult, ...]:
-    members = start_trainers(tuple(command(folder, rank, code) for rank, code in enumerate(codes)), context(folder, len(codes)), StopRequest())
+    members = start_trainers(
+        tuple(command(folder, rank, code) for rank, code in enumerate(codes)), context(folder, len(codes)), StopRequest()
+    )
     return watch(members, stop or StopRequest(), tick, grace_s=lambda: grace_s)  # type: ignore[arg-type]
 
 
@@ -120,7 +122,9 @@ class Silent(Local):
 def test_a_node_that_a_failed_start_could_not_clear_is_named(tmp_path: Path) -> None:
     """Its engine has the command to start the container, and may still do it."""
     containers = tuple(replace(command(tmp_path, rank, ""), runtime="docker") for rank in range(1))
-    with pytest.raises(NodeFailed, match=r"no room\n  not cleared: host0: silent: no answer; when it responds: ssh host0 docker rm --force run-n0$"):
+    with pytest.raises(
+        NodeFailed, match=r"no room\n  not cleared: host0: silent: no answer; when it responds: ssh host0 docker rm --force run-n0$"
+    ):
         start_trainers(containers, replace(context(tmp_path, 1), transports=(Silent(ENVIRON),)), StopRequest())
 
 

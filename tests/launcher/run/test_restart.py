@@ -83,7 +83,6 @@ def test_when_a_run_is_not_started_again(earlier: tuple[Attempt, ...], last: Att
     assert why in said and bool(why) == bool(said)
 
 
-
 def test_a_launcher_that_was_killed_during_the_archiving_can_be_followed_by_another(tmp_path: Path) -> None:
     for said in ("first", "second", "third"):
         (tmp_path / "logs").mkdir(exist_ok=True)
@@ -193,7 +192,9 @@ def test_a_new_first_node_gets_the_metrics_rows(tmp_path: Path, nodes: tuple[Wor
 
 
 @pytest.mark.parametrize("there", [b"one\n", b"one\ntw", b"one\n\0\0\0", b""])
-def test_rows_that_the_first_node_lost_in_a_power_failure_are_restored(tmp_path: Path, nodes: tuple[WorkingNode, ...], there: bytes) -> None:
+def test_rows_that_the_first_node_lost_in_a_power_failure_are_restored(
+    tmp_path: Path, nodes: tuple[WorkingNode, ...], there: bytes
+) -> None:
     """Checkpoints are synced to its disk, rows are not; the launcher has a copy of those that it has read."""
     home = tmp_path / "home"
     (home / "attempts" / "1").mkdir(parents=True)

@@ -63,7 +63,9 @@ def test_the_folder_is_created_by_one_command(plan_for: PlanFor, tmp_path: Path,
     assert (transport.fed, transport.ran) == (1, [])
     assert read(TrainSpec, Path(spec.output) / SPEC_FILE) == spec
     assert {owner(spec.output), owner(Path(spec.output) / SPEC_FILE), owner(spec.data.root)} == {user}
-    assert {path.name for path in Path(spec.output).iterdir()} == {SPEC_FILE, DATA_PENDING_FILE} and {path.name for path in tmp_path.iterdir()} == {HOSTILE}
+    assert {path.name for path in Path(spec.output).iterdir()} == {SPEC_FILE, DATA_PENDING_FILE} and {
+        path.name for path in tmp_path.iterdir()
+    } == {HOSTILE}
 
 
 def test_a_folder_that_exists_belongs_to_another_run(plan_for: PlanFor, tmp_path: Path) -> None:

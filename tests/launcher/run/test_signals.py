@@ -95,7 +95,9 @@ def test_a_stop_while_one_node_is_slow_to_start_ends_what_did_start(
     assert not list((tmp_path / "remote").glob("*.env")), "no file with the environment is left"
 
 
-def test_a_node_whose_engine_does_not_remove_the_container_is_named(plan_for: PlanFor, tmp_path: Path, machine: Callable[..., Machine]) -> None:
+def test_a_node_whose_engine_does_not_remove_the_container_is_named(
+    plan_for: PlanFor, tmp_path: Path, machine: Callable[..., Machine]
+) -> None:
     fast, stuck, stop = machine("fast"), machine("other", "slow", "stuck"), StopRequest()
     ask_when(lambda: bool(stuck.commands("run")), stop, times=2)
     began = time.monotonic()

@@ -176,7 +176,11 @@ def test_several_problems_are_reported_together(plan_for: Callable[..., Plan]) -
         plan_for(
             *DOCKER[:3], "data.train=/a,b", "data.images=/c", "data.evaluation=/d", "cluster.mounts=['/e,f']", "cluster.delivery.base='a b'"
         )
-    for word in ("data.train: Docker cannot mount the path '/a,b'", "cluster.mounts.0: Docker cannot mount", "cluster.delivery.base: 'a b'"):
+    for word in (
+        "data.train: Docker cannot mount the path '/a,b'",
+        "cluster.mounts.0: Docker cannot mount",
+        "cluster.delivery.base: 'a b'",
+    ):
         assert word in str(caught.value)
 
 

@@ -41,7 +41,9 @@ def test_a_check_that_never_passes_is_reported(tmp_path: Path, monkeypatch: pyte
         wait_for_data_check(tmp_path, 1)
 
 
-def test_a_run_takes_no_step_while_its_data_check_is_under_way(tiny_spec: Callable[..., TrainSpec], torchrun: Callable[..., object]) -> None:
+def test_a_run_takes_no_step_while_its_data_check_is_under_way(
+    tiny_spec: Callable[..., TrainSpec], torchrun: Callable[..., object]
+) -> None:
     """A real run of one rank beside a check that passes only when the rank is ready to take steps."""
     spec = tiny_spec()
     folder, seen = Path(spec.output), list[bool]()

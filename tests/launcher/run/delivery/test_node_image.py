@@ -55,7 +55,12 @@ def test_an_image_in_another_kind_of_store_is_recognised_by_its_layers(there: st
 @pytest.mark.parametrize(
     ("code", "output", "errors", "words"),
     [
-        (1, "", "Cannot connect to the Docker daemon: no such file or directory", "host0: asking its Docker engine for .* failed with exit code 1"),
+        (
+            1,
+            "",
+            "Cannot connect to the Docker daemon: no such file or directory",
+            "host0: asking its Docker engine for .* failed with exit code 1",
+        ),
         (0, "Welcome!", "", "host0: docker image inspect printed 'Welcome!', which is not the description of an image"),
         (0, "[1]", "", "host0: docker image inspect printed"),
         (0, '{"id": 1}', "", "host0: docker image inspect printed"),
