@@ -19,7 +19,7 @@ CHECKPOINT_PATTERN = re.compile(r"step-(\d{6,})")
 SHOWN = 5  # missing files that a message names
 
 # Settings that may differ between attempts of one run: they change where and how fast steps are computed, not their result.
-CHANGEABLE_SECTIONS = ("device.", "evaluation.", "deepspeed.", "profile.", "expects.")
+CHANGEABLE_SECTIONS = ("device.", "evaluation.", "deepspeed.", "profile.", "expects.", "early_stop.")
 CHANGEABLE_KEYS = {
     *("save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background", "trackers", "trackers_named"),
     *("schema", "run_id", "output", "gradient_checkpointing", "hang_timeout_s"),

@@ -174,7 +174,8 @@ class PhasePeak:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """`evaluation`: metric -> value, with `count`. `checkpoint` is relative to the run's folder. `best`: None without spec.keep_best."""
+    """`evaluation`: metric -> value, with `count`. `checkpoint` is relative to the run's folder. `best`: None without spec.keep_best.
+    `ended`: why a finished run has not done all steps of its spec."""
 
     schema: int
     status: Literal["finished", "stopped"]
@@ -186,6 +187,7 @@ class TrainResult:
     weights_sha256: str
     evaluation: dict[str, float]
     best: Best | None = None
+    ended: str = ""
     peaks: tuple[PhasePeak, ...] = ()
 
 
