@@ -151,9 +151,7 @@ def begin_folder(pending: PendingCheckpoint) -> None:
         raise OSError("not enough room on the disk")
 
 
-def write_weights(
-    engine: Engine, processor: Processor, partial_folder: Path, weights: dict[str, Any], averages: dict[str, Tensor]
-) -> None:
+def write_weights(engine: Engine, processor: Processor, partial_folder: Path, weights: dict[str, Any], averages: dict[str, Tensor]) -> None:
     """The files that transformers opens; with `averages` also a folder AVERAGE_FOLDER of the same form, which has them in place of the trained
     weights."""
     if averages:

@@ -73,7 +73,11 @@ class CheckpointWriter:
         shards = open_shards(engine, pending.partial_folder / RESUME_FOLDER, hold=True)
         rest = gather_state(engine, shards, writers=pending.writers)
         if engine.rank < pending.writers:
-            work = (lambda: self._finish(pending, copies, averages, shards, rest)) if engine.rank == 0 else (lambda: self._hand_in(pending, shards))
+            work = (
+                (lambda: self._finish(pending, copies, averages, shards, rest))
+                if engine.rank == 0
+                else (lambda: self._hand_in(pending, shards))
+            )
             self.thread = threading.Thread(target=self._guard, args=(pending, work), name="checkpoint", daemon=True)
             self.thread.start()
 

@@ -193,7 +193,7 @@ class DataSpec:
     max_pixels: int = 0
     max_tiles: int = 0
     padding_free: bool = False
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = field(default_factory=Augmentation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +254,7 @@ class TrainSpec:
     trackers_named: bool = True  # by the user: refused if its package is missing; False = the default, skipped if missing
     kernels: Literal["auto", "plain", "fused"] = "plain"  # of layers; auto = fused where accelerator and packages have them
     expects: Expectation | None = None  # of a rerun
-    early_stop: EarlyStop = EarlyStop()
+    early_stop: EarlyStop = field(default_factory=EarlyStop)
 
     @property
     def zero(self) -> dict[str, Any]:

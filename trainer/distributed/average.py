@@ -39,7 +39,9 @@ class WeightAverage:
         self._write(lambda name, _: self.values[name])
         try:
             yield
-        except RunFailed:  # raised on all ranks; another exception may be one rank's alone, and no other rank would take part in a collective
+        except (
+            RunFailed
+        ):  # raised on all ranks; another exception may be one rank's alone, and no other rank would take part in a collective
             self._restore(kept)
             raise
         self._restore(kept)

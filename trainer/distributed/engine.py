@@ -78,7 +78,9 @@ class Engine:
         smoothing = self.label_smoothing if self.model.training else 0.0
         noise = self.noise.adding(batch.get("noise_spans")) if self.noise and self.model.training else nullcontext()
         with noise:
-            return sum_loss(self.model, run, targets[trained].to(self.device, non_blocking=True), chunk=self.loss_chunk, smoothing=smoothing)
+            return sum_loss(
+                self.model, run, targets[trained].to(self.device, non_blocking=True), chunk=self.loss_chunk, smoothing=smoothing
+            )
 
     def begin_micro(self, *, last: bool) -> None:
         """Before each micro-batch: whether the weights are updated after it. DeepSpeed's own count does not know that packed steps have

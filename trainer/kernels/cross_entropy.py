@@ -63,7 +63,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int, smoothing: float = 0.0) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int, smoothing: float = 0.0
+    ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.chunk, ctx.smoothing = chunk, smoothing
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)

@@ -17,7 +17,9 @@ def find_reason_to_stop(rows: Iterable[EvaluationRow], options: EarlyStop) -> st
             waited += 1
     if not options.patience or waited < options.patience:
         return ""
-    return f"stopped early at step {step}: {options.metric} did not improve over {options.patience} evaluation{'s' * (options.patience > 1)}"
+    return (
+        f"stopped early at step {step}: {options.metric} did not improve over {options.patience} evaluation{'s' * (options.patience > 1)}"
+    )
 
 
 def improves(options: EarlyStop, value: float | None, best: float | None) -> bool:
