@@ -1,5 +1,6 @@
 """Rules about how a run learns: schedule, early stopping, moving average and augmentation."""
 
+import math
 from collections.abc import Iterator, Mapping
 
 from launcher.check.problem import Problem, Rule
@@ -32,9 +33,9 @@ def decay_follows_warmup(config: Config, _: Mapping[str, Stack]) -> Iterator[Pro
     optimizer, steps = config.stage.optimizer, config.run.steps
     if config.stage.kind != "train" or optimizer.schedule != "wsd" or steps < 1:
         return
-    warmup = optimizer.warmup / steps if optimizer.warmup >= 1 else optimizer.warmup
-    if warmup < 1 < warmup + optimizer.decay <= 2:
-        what = f"a decay over {optimizer.decay:g} of the steps begins before the warm-up of {warmup:g} of them ends"
+    warmup, decay = (value / steps if value >= 1 else value for value in (optimizer.warmup, optimizer.decay))
+    if warmup < 1 < warmup + decay < math.inf:
+        what = f"a decay over {decay:.3g} of the steps begins before the warm-up of {warmup:.3g} of them ends"
         yield Problem(key="stage.optimizer.decay", what=what, changes=(f"stage.optimizer.decay={round((1 - warmup) / 2, 3):g}",))
 
 

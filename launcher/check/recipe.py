@@ -49,7 +49,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "stage.optimizer.weight_decay": SHARE,
     "stage.optimizer.final_ratio": SHARE,
     "stage.optimizer.power": (0.01, 100),
-    "stage.optimizer.decay": SHARE,
     "stage.optimizer.ema_decay": (0, 0.999999),
     "stage.label_smoothing": (0, 0.9),
     "stage.neftune_alpha": (0, 1000),

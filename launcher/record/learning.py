@@ -97,7 +97,14 @@ def describe_rate(config: Mapping[str, Any]) -> str:
 def find_standouts(config: Mapping[str, Any], data: Mapping[str, Any], curve: Curve | None = None) -> tuple[str, ...]:
     """One sentence each. None of them must be wrong, but each can be why a loss does not fall, or a score says nothing."""
     facts, summary = (found if isinstance(found := nested(data, name), dict) else {} for name in ("learning", "summary"))
-    return (*of_answers(config, facts), *of_tokens(summary), *of_rows(data, facts), *of_rate(config), *of_sides(config, facts), *of_curve(curve))
+    return (
+        *of_answers(config, facts),
+        *of_tokens(summary),
+        *of_rows(data, facts),
+        *of_rate(config),
+        *of_sides(config, facts),
+        *of_curve(curve),
+    )
 
 
 def of_answers(config: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[str]:

@@ -112,7 +112,7 @@ class Optimizer:
     8 = quantized block by block (Dettmers et al., arXiv 2110.02861).
 
     A schedule ends at `final_ratio` of `lr`; `cycles` of cosine_restarts, `power` of polynomial; wsd (warm-up, stable, decay) decays over
-    the last share `decay` of all steps. `ema_decay`: also keep a moving average of the trained weights, 0 = none; `ema_weights`: which of
+    the last `decay`, counted as `warmup`. `ema_decay`: also keep a moving average of the trained weights, 0 = none; `ema_weights`: which of
     the two are evaluated and are the weights of a checkpoint."""
 
     lr: float

@@ -26,7 +26,12 @@ def judge(*overrides: str) -> Verdict:
 # Overrides -> the key that is refused, a part of the reason, and the first change that is offered.
 REFUSED: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
     (("stage.optimizer.cycles=3",), "stage.optimizer.cycles", "no effect with", "stage.optimizer.schedule=cosine_restarts"),
-    (("stage.optimizer.schedule=cosine_restarts", "stage.optimizer.cycles=0"), "stage.optimizer.cycles", "at least 1", "stage.optimizer.cycles=1"),
+    (
+        ("stage.optimizer.schedule=cosine_restarts", "stage.optimizer.cycles=0"),
+        "stage.optimizer.cycles",
+        "at least 1",
+        "stage.optimizer.cycles=1",
+    ),
     (("stage.optimizer.power=2",), "stage.optimizer.power", "no effect with", "stage.optimizer.schedule=polynomial"),
     (("stage.optimizer.decay=0.2",), "stage.optimizer.decay", "no effect with", "stage.optimizer.schedule=wsd"),
     (
@@ -41,6 +46,12 @@ REFUSED: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
         "stage.optimizer.decay",
         "before the warm-up",
         "stage.optimizer.decay=0.25",
+    ),
+    (
+        ("stage.optimizer.schedule=wsd", "stage.optimizer.warmup=0", "stage.optimizer.decay=400"),
+        "stage.optimizer.decay",
+        "a decay over 1.33 of the steps",
+        "stage.optimizer.decay=0.5",
     ),
     (("run.early_stop.patience=3",), "run.early_stop.patience", "not measured", "run.evaluation.every=30"),
     (
@@ -75,6 +86,7 @@ ACCEPTED: tuple[tuple[str, ...], ...] = (
     ("stage.optimizer.schedule=cosine_restarts", "stage.optimizer.cycles=3", "stage.optimizer.final_ratio=0.1"),
     ("stage.optimizer.schedule=polynomial", "stage.optimizer.power=2"),
     ("stage.optimizer.schedule=wsd", "stage.optimizer.decay=0.3"),
+    ("stage.optimizer.schedule=wsd", "stage.optimizer.decay=30"),
     ("run.early_stop.patience=3", EVERY),
     ("run.early_stop.patience=3", "run.early_stop.metric=loss", "run.evaluation.loss=true", EVERY),
     ("stage.optimizer.ema_decay=0.999", "stage.optimizer.ema_weights=trained"),

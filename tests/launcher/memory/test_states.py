@@ -182,5 +182,8 @@ def test_weights_that_averages_displace_are_counted_for_an_evaluation_where_no_c
     single = with_strategy(llava(*options), name="single")
     kept = {item.name: item.size_bytes for item in answering_memory(single).items}
     assert kept[SET_ASIDE] == 4 * TRAINED
-    for other in (with_strategy(single, name="zero1"), with_strategy(llava(*options, "stage.optimizer.ema_weights=trained"), name="single")):
+    for other in (
+        with_strategy(single, name="zero1"),
+        with_strategy(llava(*options, "stage.optimizer.ema_weights=trained"), name="single"),
+    ):
         assert SET_ASIDE not in {item.name for item in answering_memory(other).items}

@@ -32,9 +32,7 @@ class Toy(torch.nn.Module):
         return self.head(torch.tanh(self.embed(ids)))  # type: ignore[no-any-return]
 
 
-def measure(
-    model: Any, run: Callable[[], Tensor], targets: Tensor, chunk: int, smoothing: float = 0.0
-) -> tuple[float, dict[str, Tensor]]:
+def measure(model: Any, run: Callable[[], Tensor], targets: Tensor, chunk: int, smoothing: float = 0.0) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()
     loss = sum_loss(model, run, targets, chunk=chunk, smoothing=smoothing)
     (loss * 0.37).backward()

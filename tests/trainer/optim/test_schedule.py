@@ -70,6 +70,7 @@ SCHEDULES: tuple[tuple[dict[str, Any], str, dict[str, float]], ...] = (
     ),
     ({"schedule": "wsd", "decay": 0.2}, "get_wsd_schedule", {"share": 0.2}),
     ({"schedule": "wsd", "decay": 0.5, "final_ratio": 0.1}, "get_wsd_schedule", {"share": 0.5, "min_lr_ratio": 0.1}),
+    ({"schedule": "wsd", "decay": 2}, "get_wsd_schedule", {"count": 2}),
     ({"schedule": "wsd", "decay": 0.0}, "get_wsd_schedule", {"share": 0.0}),
 )
 
@@ -84,6 +85,8 @@ def test_rates_are_those_of_transformers(values: dict[str, Any], name: str, thei
     options = dict(theirs)
     if "share" in options:
         options["num_decay_steps"] = min(math.ceil(options.pop("share") * steps - 1e-9), steps - counted)
+    if "count" in options:
+        options["num_decay_steps"] = min(options.pop("count"), steps - counted)
     expected = transformers_rates(steps, counted, getattr(optimization, name), **options)
     found = rates(steps, warmup=warmup, **values)
     assert found[counted:] == pytest.approx(expected[counted:steps], abs=1e-12)

@@ -55,7 +55,9 @@ def test_ranks_and_workers_and_a_resume_see_the_same_images_and_noise(samples: A
 
 
 @pytest.mark.parametrize("layout", [{"packing": True}, {"padding_free": True}, {"length_aware": "step"}])
-def test_the_layout_of_a_batch_does_not_change_what_is_drawn(layout: dict[str, Any], samples: Any, processor: Any, drawing: TrainSpec) -> None:
+def test_the_layout_of_a_batch_does_not_change_what_is_drawn(
+    layout: dict[str, Any], samples: Any, processor: Any, drawing: TrainSpec
+) -> None:
     alone = replace(drawing, device=replace(drawing.device, world_size=1), batch=Batch(global_batch=4, micro_batch=2, accumulation=2))
     usual = list(batches(samples, processor, alone, rank=0, first_step=0))
     other = list(batches(samples, processor, with_data(alone, **layout), rank=0, first_step=0))
