@@ -35,7 +35,7 @@ def test_facts_of_a_data_check(spec: TrainSpec, tmp_path: Path) -> None:
     held_out = [row(1, "Is it?", "yes", "a.png"), row(2, "Another?", "no", "b.png"), row(3, "No picture?", "no")]
     for name, rows in (("train.json", train), ("evaluation.json", held_out)):
         (tmp_path / name).write_text(json.dumps(rows), encoding="utf-8")
-    nowhere = replace(spec, model=replace(spec.model, source=Source(kind="hub", id="nobody/nothing")))  # no tokenizer is needed
+    nowhere = replace(spec, model=replace(spec.model, source=Source(kind="hub", id="example/none")))  # no tokenizer is needed
     report, problems, _ = examine_data(with_data(nowhere, evaluation="evaluation.json", images=str(tmp_path)))
     facts = report.learning
     assert not problems and "not available" in report.summary.unmeasured
@@ -50,7 +50,7 @@ def test_a_data_check_refuses_boxes_of_training_rows_only(spec: TrainSpec, tmp_p
     for name in ("train.json", "evaluation.json"):
         rows = [row(1, "Is it?", "yes", "a.png"), row(2, "Where is it?", "[1, 2, 3, 4]", "a.png")]
         (tmp_path / name).write_text(json.dumps(rows), encoding="utf-8")
-    nowhere = replace(spec, model=replace(spec.model, source=Source(kind="hub", id="nobody/nothing")))
+    nowhere = replace(spec, model=replace(spec.model, source=Source(kind="hub", id="example/none")))
     spec = with_data(nowhere, evaluation="evaluation.json", images=str(tmp_path))
     assert not examine_data(spec)[1]
     _, problems, _ = examine_data(with_data(spec, augmentation=Augmentation(flip=0.5)))
