@@ -12,6 +12,7 @@ from launcher.check.adapters import ADAPTER_RULES
 from launcher.check.docker import CONTAINER_RULES
 from launcher.check.hardware import HARDWARE_RULES
 from launcher.check.inference import INFERENCE_RULES, write_inference_notes
+from launcher.check.learning import LEARNING_RULES
 from launcher.check.nodes import CLUSTER_RULES
 from launcher.check.override import Compose, apply_override
 from launcher.check.precision import PRECISION_RULES
@@ -26,6 +27,7 @@ from launcher.image.stack import Stack
 RULES = (
     *(*PRECISION_RULES, *HARDWARE_RULES, *CLUSTER_RULES, *CONTAINER_RULES, *TEXT_RULES, *RECIPE_RULES, *MEMORY_RULES, *ADAPTER_RULES),
     *INFERENCE_RULES,
+    *LEARNING_RULES,
 )
 RULES_BUT_MEMORY = tuple(rule for rule in RULES if rule not in MEMORY_RULES)  # for a plan whose memory a traced step decides
 

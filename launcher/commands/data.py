@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.commands.plan import PROJECT, add_overrides, plan_of
+from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, LaunchError
 from trainer import contract
 from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, SPEC_FILE, DataReport, DataSummary, Exit, TrainSpec, read, write, write_text
@@ -38,11 +39,23 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(asdict(report) | {"problems": problems}, indent=2, ensure_ascii=False))
     else:
         print(describe_data(report, plan.spec.data.max_length))
+        print_learning(plan.config, report)
         print(describe_problems(problems, arguments.out))
         away = [node.host for node in plan.config.cluster.working if not node.is_local]
         if away:
             print(f"checked on this machine; a launch reads the files on {', '.join(away)}")
     return Exit.USAGE if problems else Exit.OK
+
+
+def print_learning(config: Config, report: DataReport) -> None:
+    """What the model will learn from the data, and what stands out about it."""
+    from launcher.record.learning import describe_learning, find_standouts
+
+    plain = asdict(config), asdict(report)
+    for name, text in describe_learning(*plain):
+        print(f"{name:10} {text}")
+    standouts = find_standouts(*plain)
+    print("\n".join(("what stands out:" if standouts else "what stands out: nothing", *(f"  {line}" for line in standouts))))
 
 
 def examine(spec: TrainSpec) -> tuple[DataReport, list[dict[str, Any]]]:

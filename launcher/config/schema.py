@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer.contract import (
+    Augmentation,
     Conversion,
+    EarlyStop,
     Evaluation,
     Inference,
     Kind,
@@ -211,6 +213,8 @@ class Stage:
     quantization: Quantization | None = None
     inference: Inference | None = None
     serving: Serving | None = None
+    label_smoothing: float = 0.0  # share of the target that is spread evenly over the vocabulary
+    neftune_alpha: float = 0.0  # noise on the embeddings of training, 5 in the paper (arXiv 2310.05914); 0 = none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +250,7 @@ class Data:
     length_aware: Literal["off", "step", "window"] = "off"  # group samples of similar length within a step, or within a window of steps
     max_pixels: int = 0  # per image, for families that scale it (Qwen); 0 = the default of the model's processor
     max_tiles: int = 0  # per image, for families that cut it (InternVL tiles, MiniCPM slices); 0 = as max_pixels
+    augmentation: Augmentation = field(default_factory=Augmentation)  # of the images of training rows
     padding_free: bool | None = None  # concatenate the samples of a micro-batch instead of padding them; null = only on a CPU
 
 
@@ -364,6 +369,7 @@ class Run:
     save_every_s: float = 0.0  # save at the first step that ends so long after the last checkpoint; 0 = only by steps
     keep_best: Literal["", "exact_match", "loss"] = ""  # by the evaluation; kept in addition to the newest keep_checkpoints
     checkpoint_background: bool = False  # training continues while a copy in the memory of the first node is written
+    early_stop: EarlyStop = field(default_factory=EarlyStop)
     trackers: tuple[str, ...] = ("tensorboard",)  # also wandb, swanlab, mlflow, where they are installed
     profile: Profile = field(default_factory=Profile)
     bands: Bands = field(default_factory=Bands)

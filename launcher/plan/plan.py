@@ -44,11 +44,14 @@ FIXED_THREADS = 4
 LEAVING_S = 10  # for a server to exit after its last answer
 # Keys of the config that the trainer's spec takes over unchanged, under the same name.
 MODEL_KEYS = ("name", "family", "groups", "image_token", "template")
-STAGE_KEYS = ("name", "kind", "trainable", "lora", "reset", "merging", "conversion", "quantization", "serving")
-DATA_KEYS = ("name", "builtin", "max_length", "workers", "packing", "length_aware", "max_pixels", "max_tiles")
+STAGE_KEYS = (
+    *("name", "kind", "trainable", "lora", "reset", "merging", "conversion", "quantization", "serving"),
+    *("label_smoothing", "neftune_alpha"),
+)
+DATA_KEYS = ("name", "builtin", "max_length", "workers", "packing", "length_aware", "max_pixels", "max_tiles", "augmentation")
 RUN_KEYS = (
     *("seed", "deterministic", "steps", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background"),
-    *("hang_timeout_s", "trackers", "profile"),
+    *("hang_timeout_s", "trackers", "profile", "early_stop"),
 )
 
 

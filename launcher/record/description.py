@@ -33,6 +33,8 @@ def describe_record(record: Record, plan: Plan) -> str:
     folder = Path(plan.folder)
     trained = plan.spec.stage.kind == "train"
     rows: dict[str, Any] = {"status": record.status} | ({"steps": f"{record.steps} of {plan.spec.steps}"} if trained else {})
+    if record.ended:
+        rows["ended"] = record.ended
     if record.final_loss is not None:
         rows["final loss"] = f"{record.final_loss:.4f}"
     if record.samples_per_s and trained:

@@ -125,6 +125,7 @@ class Record:
     config_sha256: str = ""  # of config.json
     lock_sha256: str = ""
     inputs_sha256: str = ""  # of inputs.json, which has the hash of every file that the run read
+    ended: str = ""  # why a finished run has not done all steps of its plan
 
 
 def name_run(config: Config, now: datetime, *, pid: int) -> str:
@@ -198,6 +199,7 @@ def close_run(plan: Plan, source: SourceState, outcome: AttemptOutcome, *, start
         nodes=outcome.nodes,
         failure=outcome.failure,
         attempts=load_attempts(folder),
+        ended=result.ended if result else "",
         **identity_of(plan, folder),
     )
     written = write_record(record, folder)

@@ -27,6 +27,7 @@ def summarise(samples: Sequence[Sample], images: Mapping[Path, Examined], length
         tokens=sum(ordered),
         image_tokens=sum(lengths.image_tokens),
         unmeasured=lengths.unmeasured,
+        trained_tokens=lengths.trained,
     )
 
 

@@ -28,6 +28,8 @@ def list_figures(run: RunFiles) -> tuple[tuple[str, str], ...]:
     """(name, value with its unit) of the most important figures that the run has."""
     record, speed = run.record, run.curve.speed
     found: dict[str, str] = {"status": status_of(run), "steps": f"{len(run.curve.step)} of {nested(run.plan, 'spec', 'steps')}"}
+    if record.get("ended"):
+        found["ended"] = str(record["ended"])
     if record:
         found["started"] = str(record.get("started_at", ""))[:19].replace("T", " ")
         found["duration"] = f"{as_text(record.get('seconds'))} s"

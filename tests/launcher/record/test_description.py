@@ -12,6 +12,9 @@ from launcher.plan.plan import Plan
 from launcher.record.checkpoint_reference import ON_NODE
 from launcher.record.description import describe_record, next_commands
 from launcher.record.record import AttemptOutcome, NodeResult, Record, SourceState, Status, close_run, open_run
+from launcher.record.report.summary import list_figures
+from launcher.record.run_files import read_run_files
+from trainer.contract import RESULT_FILE, SCHEMA, TrainResult, write
 
 SOURCE = SourceState(commit="", dirty=False)
 NOW = datetime(2026, 11, 21, 1, 2, 3, tzinfo=UTC)
@@ -121,3 +124,27 @@ def test_where_every_node_sees_it_nothing_is_copied(plan_for: Callable[..., Plan
     plan = elsewhere(plan_for(*REMOTE, *words), tmp_path)
     first, *_ = next_commands(saved(plan, "a"), plan).splitlines()
     assert "stage=evaluate stage.checkpoint=R" in first
+
+
+def test_why_a_run_ended_early_is_in_its_record_and_in_the_text(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    plan = plan_for(f"cluster.root={tmp_path}")
+    why = "stopped early at step 40: exact_match did not improve over 3 evaluations"
+    folder = open_run(plan, SOURCE)
+    result = TrainResult(
+        schema=SCHEMA,
+        status="finished",
+        steps=40,
+        seconds=1.0,
+        samples_per_s=1.0,
+        final_loss=1.0,
+        checkpoint="",
+        weights_sha256="",
+        evaluation={},
+        ended=why,
+    )
+    write(result, folder / RESULT_FILE)
+    record = close_run(plan, SOURCE, AttemptOutcome(status="finished", code=0, nodes=(ENDED,)), started=NOW, ended=NOW)
+    assert (record.status, record.steps, record.ended) == ("finished", 40, why)
+    said = describe_record(record, plan)
+    assert "40 of 300" in said and why in said
+    assert dict(list_figures(read_run_files(folder)))["ended"] == why
