@@ -6,11 +6,12 @@ import os
 import shlex
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.commands import launch
-from launcher.commands.plan import PROJECT
+from launcher.commands.plan import PROJECT, add_conf, conf_of
 from launcher.errors import ConfigRefused
 from trainer.contract import Exit
 
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dirty", default="", metavar="REASON", help=dirty)
     parser.add_argument("--matrix", action="store_true", help="write the table of README.md")
     parser.add_argument("--results", default="", metavar="FOLDER", help="where results are published; docs/results when omitted")
+    add_conf(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -63,21 +65,21 @@ def measure(arguments: argparse.Namespace, name: str, words: list[str], folder: 
     from launcher.record.record import utc_now
     from launcher.record.source import read_source
 
-    cell, path = load_cell(name, words, CONF), results_file(folder, name)
+    cell, path = load_cell(name, words, conf_of(arguments)), results_file(folder, name)
     published = [result.result_id for result in read_results(path)]
     require_writable(path)
-    source = read_source(PROJECT)
+    source = read_source(PROJECT, cell.files)
     dirty = refuse_dirty(source, arguments.dirty)
     runs = Path(plan_cell(cell, name).folder).parent
     gc.enable()  # `main` turned it off; from here on it may be hours
-    again = join_command("bench", name, words, arguments, "dirty", "results")
+    again = join_command("bench", name, words, arguments, "dirty", "results", "conf")
     with lock_runs(runs):
         series = open_series(cell, source, runs, published, again, start_new=arguments.new_series)
         if len(series.done) < cell.config.run.repeats:
             require_devices(plan_cell(cell, name), arguments.say)
 
         def carry_out(run_id: str) -> Any:
-            require_unchanged(source)
+            require_unchanged(source, cell)
             return launch.carry_out(plan_cell(cell, run_id), arguments.say)[0]
 
         here = cell.config.cluster.is_local
@@ -106,7 +108,8 @@ def plan_cell(cell: "Cell", run_id: str) -> "Plan":
     from launcher.record.record import valid_run_id
 
     stacks = load_stacks(PROJECT / "images")
-    return make_plan(cell.config, stacks, local_context(PROJECT), run_id=valid_run_id(run_id), overrides=cell.overrides)
+    plan = make_plan(cell.config, stacks, local_context(PROJECT), run_id=valid_run_id(run_id), overrides=cell.overrides)
+    return replace(plan, files=cell.files, conf=cell.conf)
 
 
 def open_series(cell: "Cell", source: "SourceTree", runs: Path, published: list[str], again: str, *, start_new: bool) -> "Series":
@@ -124,7 +127,7 @@ def open_series(cell: "Cell", source: "SourceTree", runs: Path, published: list[
 
 def refuse_dirty(source: "SourceTree", reason: str) -> str:
     """The reason, '' where the tree is clean. Raises ConfigRefused where the code of the result could not be taken from git again."""
-    changed = list_changes()
+    changed = list_changes(source)
     if source.state.commit and not changed:
         return ""
     if not reason:
@@ -133,25 +136,26 @@ def refuse_dirty(source: "SourceTree", reason: str) -> str:
     return reason
 
 
-def list_changes() -> list[str]:
-    """Uncommitted changes of what runs are made of; docs/ is not part of a run."""
+def list_changes(source: "SourceTree") -> list[str]:
+    """What the commit does not have: changes of the code, and of the files that the benchmark was composed from."""
     from launcher.record.source import CODE, git
 
-    try:
-        lines = git(PROJECT, "status", "--porcelain", "--", *CODE, "conf").decode(errors="replace").splitlines()
-    except (OSError, subprocess.CalledProcessError):
+    if not source.state.dirty:
         return []
-    return [line[3:] for line in lines]
+    try:
+        lines = git(PROJECT, "status", "--porcelain", "--", *CODE).decode(errors="replace").splitlines()
+    except (OSError, subprocess.CalledProcessError) as error:
+        lines = [f"   {error}"]
+    return [*(line[3:] for line in lines), *source.state.conf]
 
 
-def require_unchanged(source: "SourceTree") -> None:
+def require_unchanged(source: "SourceTree", cell: "Cell") -> None:
     from launcher.record.source import read_source
 
-    now = read_source(PROJECT).state
-    if (now.commit, now.diff_sha256) != (source.state.commit, source.state.diff_sha256):
-        raise ConfigRefused(
-            f"the tree changed during the benchmark, from commit {source.state.commit[:12]} to {now.commit[:12]} or in its files"
-        )
+    now = read_source(PROJECT, cell.files).state
+    before = source.state
+    if (now.commit, now.diff_sha256, now.conf) != (before.commit, before.diff_sha256, before.conf):
+        raise ConfigRefused(f"the tree changed during the benchmark, from commit {before.commit[:12]} to {now.commit[:12]} or in its files")
 
 
 def require_devices(plan: "Plan", say: Callable[[str], None]) -> None:
@@ -172,7 +176,7 @@ def list_benchmarks(arguments: argparse.Namespace, folder: Path) -> int:
     from launcher.bench.cell import list_cells
     from launcher.bench.result import read_results, results_file
 
-    for name in list_cells(CONF):
+    for name in list_cells(conf_of(arguments)):
         results = read_results(results_file(folder, name))
         arguments.say(describe_result(results[-1]) if results else f"{name}: not run")
     return Exit.OK

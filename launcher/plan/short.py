@@ -35,8 +35,8 @@ def describe_short(plan: Plan, *, colours: bool = False, width: int = 100, built
     ]
     for name, text in describe_rows(plan, built=built).items():
         lines += wrap(text, width, first=f"{name:{LABEL}}", indent=" " * LABEL)
-    last = [f"next: {command_line('launch', *plan.overrides)}"] if plan.verdict.launchable and not launching else []
-    last += [] if launching else [f"more: {command_line('plan', '--full', *plan.overrides)}"]
+    last = [f"next: {command_line('launch', *plan.overrides, *plan.options)}"] if plan.verdict.launchable and not launching else []
+    last += [] if launching else [f"more: {command_line('plan', '--full', *plan.overrides, *plan.options)}"]
     free = LINES - sum(-(-max(1, measure(line)) // width) for part in (*lines, *last) for line in part.splitlines())
     return "\n".join((*lines, *describe_notes(plan.verdict.notes, width, free), *last))
 
@@ -104,7 +104,7 @@ def describe_image_state(plan: Plan, built: bool | None) -> str:
         return f"{image.tag}, built"
     state = f"{image.tag}, {'no Docker engine answers here, so it may be built or not' if built is None else 'not built'}; {DELIVERY[kind]}"
     chosen = (override for override in plan.overrides if override.startswith(("hardware", "cluster")))
-    return f"{state}. To build it now: {command_line('image', 'build', *chosen)}" if kind in ("build", "ship") else state
+    return f"{state}. To build it now: {command_line('image', 'build', *chosen, *plan.options)}" if kind in ("build", "ship") else state
 
 
 def describe_work(spec: TrainSpec) -> str:

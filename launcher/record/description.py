@@ -6,6 +6,7 @@ from typing import Any
 
 from launcher.check.rules import check
 from launcher.config.compose import compose
+from launcher.config.conf_folder import ConfFolder
 from launcher.config.schema import Node
 from launcher.errors import ConfigRefused
 from launcher.image.stack import load_stacks
@@ -66,7 +67,8 @@ def next_commands(record: Record, plan: Plan) -> str:
     stage = plan.spec.stage
     after = FOLLOWING_STAGES.get("adapter" if stage.kind == "train" and stage.lora else stage.kind, ())
     following = ((*kept, f"stage={name}", f"stage.checkpoint={record.run_id}") for name in after)
-    lines = [command_line("launch", *words) for words in following if is_launchable(words)]
+    conf = ConfFolder(project=PROJECT / "conf", own=Path(plan.conf) if plan.conf else None)
+    lines = [command_line("launch", *words, *plan.options) for words in following if is_launchable(words, conf)]
     cluster = plan.config.cluster
     if lines and not is_here(plan) and not cluster.shared and len(cluster.working) > 1:  # cluster.sync takes it to the others from here
         lines.insert(0, bring_command(first_node(record, plan), plan))
@@ -85,9 +87,9 @@ def bring_command(node: Node, plan: Plan) -> str:
     return shlex.join(("scp", "-r", *way, f"{target}:{plan.spec.output}/{CHECKPOINTS}", relative(Path(plan.folder))))
 
 
-def is_launchable(overrides: tuple[str, ...]) -> bool:
+def is_launchable(overrides: tuple[str, ...], conf: ConfFolder) -> bool:
     try:
-        config = compose(overrides, PROJECT / "conf")
+        config = compose(overrides, conf)
     except ConfigRefused:
         return False
     return check(config, load_stacks(PROJECT / "images")).launchable

@@ -50,7 +50,7 @@ def list_environment(run: RunFiles) -> tuple[tuple[str, str], ...]:
     packages = environment.get("packages") if isinstance(environment.get("packages"), dict) else {}
     rows = {
         "config": describe_axes(run),
-        "commit": f"{source.get('commit') or 'none'}{', with changes' if source.get('dirty') else ''}",
+        "commit": describe_commit(source),
         "image": record.get("image") or f"none: {nested(run.plan, 'config', 'cluster', 'runtime')}",
         "image fingerprint": nested(run.plan, "image", "fingerprint"),
         "data": run.data.get("sha256"),
@@ -67,6 +67,15 @@ def list_environment(run: RunFiles) -> tuple[tuple[str, str], ...]:
         "forced": record.get("forced"),
     }
     return tuple((name, text_of(value)) for name, value in rows.items() if value not in (None, "", []))
+
+
+def describe_commit(source: Mapping[str, Any]) -> str:
+    """The commit, and what of it was changed: earlier versions called a tree dirty for files that no run uses, too."""
+    diff, conf = source.get("diff_sha256") or source.get("diff_lacks"), source.get("conf")
+    known = source.get("record_schema", 1) != 1
+    changed = ["with changes of the code"] if diff or (source.get("dirty") and not known) else []
+    changed += [f"with changes of {', '.join(map(str, conf))}"] if isinstance(conf, (list, tuple)) and conf else []
+    return ", ".join((str(source.get("commit") or "none"), *changed))
 
 
 def list_details(run: RunFiles) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
