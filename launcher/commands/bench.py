@@ -4,7 +4,6 @@ import argparse
 import gc
 import os
 import shlex
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -127,26 +126,14 @@ def open_series(cell: "Cell", source: "SourceTree", runs: Path, published: list[
 
 def refuse_dirty(source: "SourceTree", reason: str) -> str:
     """The reason, '' where the tree is clean. Raises ConfigRefused where the code of the result could not be taken from git again."""
-    changed = list_changes(source)
-    if source.state.commit and not changed:
+    state = source.state
+    if state.commit and not state.dirty:
         return ""
     if not reason:
-        why = f"the tree has uncommitted changes: {', '.join(changed[:8])}" if source.state.commit else f"{PROJECT} is not a git repository"
+        changed = ", ".join((*source.code, *state.conf)[:8]) or state.diff_lacks
+        why = f"the tree has uncommitted changes: {changed}" if state.commit else f"{PROJECT} is not a git repository"
         raise ConfigRefused(f"{why}. The same code could not be measured again. Commit the changes; or measure anyway: --dirty REASON")
     return reason
-
-
-def list_changes(source: "SourceTree") -> list[str]:
-    """What the commit does not have: changes of the code, and of the files that the benchmark was composed from."""
-    from launcher.record.source import CODE, git
-
-    if not source.state.dirty:
-        return []
-    try:
-        lines = git(PROJECT, "status", "--porcelain", "--", *CODE).decode(errors="replace").splitlines()
-    except (OSError, subprocess.CalledProcessError) as error:
-        lines = [f"   {error}"]
-    return [*(line[3:] for line in lines), *source.state.conf]
 
 
 def require_unchanged(source: "SourceTree", cell: "Cell") -> None:

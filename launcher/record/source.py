@@ -58,10 +58,12 @@ class TreeStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceTree:
-    """`diff`: in the form that `git apply` takes, at most MAX_DIFF_BYTES; b'' if there are no changes."""
+    """`diff`: in the form that `git apply` takes, at most MAX_DIFF_BYTES; b'' if there are no changes. `code`: names of changed and new files
+    below CODE."""
 
     state: SourceState
     diff: bytes = b""
+    code: tuple[str, ...] = ()
 
 
 def read_source(project: Path, used: Sequence[str] = ()) -> SourceTree:
@@ -91,7 +93,7 @@ def read_source(project: Path, used: Sequence[str] = ()) -> SourceTree:
         changed=list_some(name for name in status.changed if printable(name) not in conf),
         conf=conf,
     )
-    return SourceTree(state=state, diff=diff)
+    return SourceTree(state=state, diff=diff, code=tuple(map(printable, (*status.code, *new))))
 
 
 def read_status(project: Path) -> TreeStatus:

@@ -24,7 +24,7 @@ LOOKING = (
         ("report", "monday", "tuesday"),
         ("report", "monday", "--csv"),
     ),
-    *(("fit-report",), ("runs", "tag", "monday", "kept"), ("render", "run.steps=100", "--to", "scripts"), ("completion", "bash")),
+    *(("fit-report",), ("runs", "tag", "monday", "kept"), ("render", "cluster=example", "--to", "scripts"), ("completion", "bash")),
 )
 
 
