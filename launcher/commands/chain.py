@@ -13,9 +13,8 @@ from launcher.image.stack import load_stacks
 from launcher.plan.local_context import local_context
 from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan, with_files
 from launcher.plan.short import describe_work
-from launcher.plan.text import command_line, gib, table
+from launcher.plan.text import command_line, figure, gib, table
 from launcher.record.checkpoint_reference import with_full_ids
-from launcher.record.index import figure
 from launcher.record.reader import read_if_there, read_object
 from launcher.record.record import Record, valid_run_id
 from launcher.record.run_name import PLAN_FILE, RECORD_FILE, list_folders

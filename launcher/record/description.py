@@ -11,8 +11,7 @@ from launcher.config.schema import Node
 from launcher.errors import ConfigRefused
 from launcher.image.stack import load_stacks
 from launcher.plan.plan import Plan
-from launcher.plan.text import command_line, relative, table
-from launcher.record.index import figure
+from launcher.plan.text import command_line, figure, relative, table
 from launcher.record.record import RECORD_FILE, Record, bracketed, checkpoint_place, first_node
 from trainer.contract import CHECKPOINTS, METRICS_FILE
 
