@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 CONF = PROJECT / "conf"
 RESULTS = PROJECT / "docs/results"
 README = PROJECT / "README.md"
+# Figure of a summary -> (name, factor, unit) for a person.
+FIGURES = {
+    "samples_per_s": ("throughput", 1, "samples/s"),
+    "tokens_per_s": ("", 1, "tokens/s"),
+    "step_s": ("time of a step", 1000, "ms"),
+    "peak_bytes": ("peak memory", 2**-30, "GiB"),
+    "final_loss": ("final loss", 1, ""),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +93,7 @@ def measure(arguments: argparse.Namespace, name: str, words: list[str], folder: 
         repeats = run_repeats(series, cell.config.run.repeats, carry_out, tags=(name,), again=again, say=arguments.say, here=here)
         result = publish(series.name, name, repeats, load_repeats(runs, repeats), dirty=dirty, made_at=utc_now())
         result = append_result(path, result)
-    arguments.say(f"\n{describe_result(result)}\npublished in {path}; to write the table of README.md: omnilaunch bench --matrix")
+    arguments.say(f"\n{describe_result(result)}\npublished in {path}\n{next_commands(result)}")
     return Exit.OK
 
 
@@ -159,6 +167,12 @@ def require_devices(plan: "Plan", say: Callable[[str], None]) -> None:
 # ------------------------------------------------------------------------------------------------------------------- text
 
 
+def next_commands(result: "PublishedResult") -> str:
+    from launcher.plan.text import command_line
+
+    return f"next steps\n  {command_line('bench', '--matrix')}  # writes the table of README.md\n  {command_line('bench-rerun', result.experiment)}"
+
+
 def list_benchmarks(arguments: argparse.Namespace, folder: Path) -> int:
     from launcher.bench.cell import list_cells
     from launcher.bench.result import read_results, results_file
@@ -182,13 +196,15 @@ def describe_result(result: "PublishedResult") -> str:
     """Median, lowest and highest value of each figure, one per line."""
     from launcher.bench.matrix import describe_bits
     from launcher.bench.result import is_unsteady
+    from launcher.plan.text import figure
 
     lines = [f"{result.result_id}: {len(result.repeats)} repeats of {result.steps} steps, the first {result.warm_up_steps} not counted"]
     for name, span in result.summary.items():
-        scale, unit = (2**30, " GiB") if name == "peak_bytes" else (1, "")
-        median, low, high = (f"{value / scale:,.6g}" for value in (span.median, span.lowest, span.highest))
-        lines.append(f"  {name:24} {median:>12}{unit}  ({low} to {high})")
-    lines.append(f"  {'bitwise identical':24} {describe_bits(result)}")
+        title, factor, unit = FIGURES.get(name, (name.removeprefix("evaluation.").replace("_", " "), 1, ""))
+        median, low, high = (figure(value * factor) for value in (span.median, span.lowest, span.highest))
+        spread = f"({low} to {high})" if low != high else ""
+        lines.append(f"  {title:18} {f'{median} {unit}':20} {spread}".rstrip())
+    lines.append(f"  {'bitwise identical':18} {describe_bits(result)}")
     if is_unsteady(result):
         lines.append("  the speeds vary more than the band that a rerun is compared with: the machine was not steady")
     return "\n".join(lines)

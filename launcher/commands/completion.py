@@ -39,7 +39,10 @@ def complete(words: Sequence[str], verbs: Iterable[str], make_parser: MakeParser
     *typed, current = words or [""]
     if typed and typed[-1] == "--conf":
         return []  # the shell completes folders
-    candidates = complete_verb(typed, current, make_parser) if typed else [*verbs, "--help"]
+    names = [*verbs]
+    candidates = (
+        [*names, "--help", "--version"] if not typed else names if typed == ["help"] else complete_verb(typed, current, make_parser)
+    )
     return sorted({word for word in candidates if word.startswith(current)})
 
 

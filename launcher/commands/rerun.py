@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from launcher.bench.rerun import accepted_kinds
-    from launcher.record.description import describe_record
+    from launcher.plan.text import command_line
+    from launcher.record.description import describe_record, name_of
     from launcher.record.recorded_run import load_recorded_run
 
     archive = load_recorded_run(find_run(arguments.run, Path.cwd() / "runs"), rows=False)
@@ -47,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
         return Exit.OK
     arguments.say(describe_record(record, plan))
     arguments.say(f"\nrerun of {archive.record.run_id}: weights {describe_weights(archive, record)}")
+    if record.status == "finished":
+        arguments.say(f"to compare everything: {command_line('compare', archive.record.run_id, name_of(Path(plan.folder)))}")
     return int(record.exit_code)
 
 

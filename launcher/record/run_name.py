@@ -120,4 +120,5 @@ def list_newest(folders: Mapping[str, Path]) -> str:
 
 
 def join_paths(runs: tuple[Path, ...]) -> str:
-    return " or ".join(dict.fromkeys(map(str, runs)))
+    """One folder, written in two ways, counts once."""
+    return " or ".join({path.resolve(): str(path) for path in reversed(runs)}.values())

@@ -1,13 +1,14 @@
 """The figures, the environment and the settings of a run as text, for the page and the Markdown."""
 
 import json
-import math
 import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from launcher.config.schema import AXES
+from launcher.plan.text import duration, figure, size
 from launcher.record.comparable import collect_comparables, text_of
+from launcher.record.metrics import describe_speed
 from launcher.record.reader import nested
 from launcher.record.run_files import RunFiles
 
@@ -30,12 +31,11 @@ def list_figures(run: RunFiles) -> tuple[tuple[str, str], ...]:
     found: dict[str, str] = {"status": status_of(run), "steps": f"{len(run.curve.step)} of {nested(run.plan, 'spec', 'steps')}"}
     if record:
         found["started"] = str(record.get("started_at", ""))[:19].replace("T", " ")
-        found["duration"] = f"{as_text(record.get('seconds'))} s"
+        found["duration"] = duration(seconds) if isinstance(seconds := record.get("seconds"), (int, float)) else as_text(seconds)
     if run.curve.loss:
         found["last loss"] = as_text(run.curve.loss[-1])
     if speed:
-        found |= {"throughput": f"{as_text(speed.samples_per_s)} samples/s", "tokens": f"{as_text(speed.tokens_per_s)} tokens/s"}
-        found["peak memory"] = f"{as_text(speed.peak_bytes / 2**30)} GiB"
+        found |= {"throughput": describe_speed(run.curve), "peak memory": size(speed.peak_bytes)}
     scores = record.get("evaluation")
     for name, value in scores.items() if isinstance(scores, dict) else ():
         found["held-out loss" if name == "loss" else name.replace("_", " ")] = as_text(value)
@@ -129,9 +129,7 @@ def as_text(value: Any) -> str:
         return ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    if not math.isfinite(value) or value == int(value):
-        return f"{value:,.0f}" if math.isfinite(value) else str(value)
-    return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.5g}"
+    return figure(value)
 
 
 def side_by_side(figures: list[Mapping[str, str]]) -> list[tuple[str, list[str]]]:

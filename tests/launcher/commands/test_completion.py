@@ -32,7 +32,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 # line after `omnilaunch ` -> the candidates
 LINES = {
-    "": [*sorted((*VERBS, "--help"))],
+    "": [*sorted((*VERBS, "--help", "--version", "help", "version"))],
+    "hel": ["help"],
+    "help bench-": ["bench-rerun"],
     "bench": ["bench", "bench-rerun"],
     "plan hardware=h2": ["hardware=h200"],
     "plan hardwar": ["hardware.", "hardware="],
