@@ -16,13 +16,6 @@ from launcher.errors import ConfigRefused, LaunchError, suggest
 from trainer.contract import Exit
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse passes over a help that cannot be written."""
-
-    def print_help(self, file: Any = None) -> None:
-        print(self.format_help(), end="", file=file)
-
-
 class Verb(NamedTuple):
     """A row of the help. `module` is below launcher.commands, has add_arguments(parser) and run(arguments), and is imported when called."""
 
@@ -190,8 +183,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         action = parser.parse_args(rest[:1])  # an action has a parser of its own, and what belongs to the verb is taken over
         into = argparse.Namespace(verb=action.verb, say=action.say, terminal=action.terminal)
         parser, rest = action.parser, rest[1:]
-    elif actions:
-        parser.parse_args(rest)  # help, or no action
+    if {"-h", "--help"} & {*rest}:
+        print(parser.format_help(), end="")  # argparse passes over a help that cannot be written
+        raise SystemExit(int(Exit.OK))
+    if actions and parser.prog == f"omnilaunch {name}":
+        parser.parse_args(rest)  # ends the program: there is no action
     arguments, unknown = parser.parse_known_intermixed_args(rest, into)
     if unknown:
         refuse_unknown(unknown, parser)
@@ -202,7 +198,7 @@ def make_parser(name: str) -> tuple[argparse.ArgumentParser, Any]:
     """The parser of a verb, and its module."""
     verb = VERBS[name]
     examples = "\n".join(f"  omnilaunch {name} {words}".rstrip() for words in verb.examples)
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         prog=f"omnilaunch {name}",
         description=f"{verb.help[0].upper()}{verb.help[1:]}.",
         epilog=f"examples:\n{examples}",

@@ -6,14 +6,13 @@ from the schema, run ids from runs/.
 
 import argparse
 import io
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-from launcher.commands.plan import PROJECT
+from launcher.commands.plan import conf_named
 from launcher.errors import ConfigRefused, suggest
 from trainer.contract import Exit
 
@@ -95,12 +94,10 @@ def complete_override(current: str, values: Mapping[str, Sequence[str]]) -> list
 
 def list_values(typed: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Of the project, and of the folder that `--conf DIR` or the environment names."""
-    from launcher.config.conf_folder import find_conf
-
     places = [place for place, word in enumerate(typed) if word == "--conf"]
     option = typed[places[-1] + 1] if places and places[-1] + 1 < len(typed) else ""
     option = option or next((word.partition("=")[2] for word in typed if word.startswith("--conf=")), "")
-    return find_conf(PROJECT / "conf", option, os.environ).list_groups()
+    return conf_named(option).list_groups()
 
 
 def list_runs() -> list[str]:

@@ -32,13 +32,20 @@ def run(arguments: argparse.Namespace) -> int:
         from launcher.commands.chain import launch_chain
 
         conf = conf_of(arguments)
-        return launch_chain(*chained, PROJECT, conf, partial(launch_one, say=arguments.say, conf=conf), arguments.say)
+        return launch_chain(*chained, PROJECT, conf, partial(launch_one, say=arguments.say, conf=conf, following=False), arguments.say)
     return launch_one(arguments.overrides, arguments.run_id, say=arguments.say, detach=arguments.detach, conf=conf_of(arguments))
 
 
 def launch_one(
-    overrides: Sequence[str], run_id: str, *, say: Callable[[str], None], detach: bool = False, conf: "ConfFolder | None" = None
+    overrides: Sequence[str],
+    run_id: str,
+    *,
+    say: Callable[[str], None],
+    detach: bool = False,
+    conf: "ConfFolder | None" = None,
+    following: bool = True,
 ) -> int:
+    """`following`: print the next commands, which a chain carries out itself."""
     from launcher.record.description import describe_record
 
     plan = plan_of(overrides, run_id, conf=conf)
@@ -48,7 +55,7 @@ def launch_one(
     if not plan.is_local:
         say(f"checking {', '.join(node.host for node in plan.config.cluster.working)}")
     record, plan = carry_out(plan, say, detach=detach)
-    say(describe_record(record, plan) if record else describe_detached(plan.run_id))
+    say(describe_record(record, plan, following=following) if record else describe_detached(plan.run_id))
     return record.exit_code if record else Exit.OK
 
 

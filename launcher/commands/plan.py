@@ -40,10 +40,14 @@ def add_conf(parser: argparse.ArgumentParser) -> None:
 
 
 def conf_of(arguments: argparse.Namespace) -> "ConfFolder":
-    """Raises ConfigRefused for a folder of the user in which nothing would be found."""
+    return conf_named(arguments.conf)
+
+
+def conf_named(option: str) -> "ConfFolder":
+    """`option`: the value of --conf, or ''. Raises ConfigRefused for a folder of the user in which nothing would be found."""
     from launcher.config.conf_folder import find_conf
 
-    return find_conf(PROJECT / "conf", arguments.conf, os.environ)
+    return find_conf(PROJECT / "conf", option, os.environ)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -33,8 +33,8 @@ TRAINING_STAGES = ("lora",)  # of those
 OF_TRAINING = tuple(f"run.{key}" for key in ("steps", "epochs", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "restarts"))
 
 
-def describe_record(record: Record, plan: Plan) -> str:
-    """How a run ended, where its files are, and the next commands."""
+def describe_record(record: Record, plan: Plan, *, following: bool = True) -> str:
+    """How a run ended, where its files are, and the next commands; without these if not `following`."""
     folder = Path(plan.folder)
     trained = plan.spec.stage.kind == "train"
     rows: dict[str, Any] = {"status": record.status} | ({"steps": f"{record.steps} of {plan.spec.steps}"} if trained else {})
@@ -63,7 +63,7 @@ def describe_record(record: Record, plan: Plan) -> str:
         "log": relative(folder / "logs" / "node0.log"),
     }
     text = table(rows)
-    return text if not record.checkpoint else f"{text}\n\nnext steps\n{next_commands(record, plan)}"
+    return text if not (record.checkpoint and following) else f"{text}\n\nnext steps\n{next_commands(record, plan)}"
 
 
 def next_commands(record: Record, plan: Plan) -> str:

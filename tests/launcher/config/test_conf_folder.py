@@ -130,7 +130,7 @@ def test_a_wrong_file_is_named_by_its_path(own: Path, content: str, text: str) -
     with pytest.raises(ConfigRefused) as refused:
         compose(("cluster=bad",), find_conf(CONF, str(own), {}))
     assert text.format(own) in str(refused.value)
-    assert compose(("cluster=lab",), find_conf(CONF, str(own), {})).cluster.name == "lab", "it is in nobody else's way"
+    assert compose(("cluster=lab",), find_conf(CONF, str(own), {})).cluster.name == "lab", "the other files can still be used"
 
 
 def test_the_project_named_as_the_own_folder_is_no_second_one(own: Path) -> None:
