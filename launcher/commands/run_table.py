@@ -65,7 +65,7 @@ def cells_of(entry: RunEntry, style: TableStyle, now: datetime, size_on_disk: in
 def describe_age(seconds: float) -> str:
     """In one unit: `40s`, `59min`, `23h`, `364d`."""
     if seconds < 60:
-        return f"{max(0, seconds):.0f}s"
+        return f"{int(max(0, seconds))}s"
     for unit, length, limit in (("min", 60, 3600), ("h", 3600, 48 * 3600)):
         if seconds < limit:
             return f"{seconds // length:.0f}{unit}"

@@ -61,7 +61,7 @@ class Rate:
             "samples_per_s": f"{figure(median(each.samples for each in counted) / step_s)} samples/s",
             "tokens_per_s": f"{figure(median(each.tokens for each in counted) / step_s)} tokens/s",
             "memory": size(row.peak_bytes),
-            "left": f"{duration(left_s)} left",
+            "left": f"{duration(left_s)} left" if row.step < row.steps else "",
         }
 
 
@@ -111,7 +111,7 @@ class ProgressView:
     def print_step(self, row: StepRow, values: dict[str, str]) -> None:
         if row.step in (1, row.steps) or time.monotonic() - self.printed_at >= PLAIN_INTERVAL_S:
             self.printed_at = time.monotonic()
-            self.say(f"step {row.step}/{row.steps}  loss {'  '.join(values.values())}")
+            self.say(f"step {row.step}/{row.steps}  loss {'  '.join(values.values()).rstrip()}")
 
     def draw(self, row: StepRow, values: dict[str, str]) -> None:
         if self.bar is None:

@@ -112,7 +112,7 @@ def test_the_widest_table_has_80_columns(run_id: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(-5, "0s"), (0, "0s"), (59, "59s"), (60, "1min"), (3599, "59min"), (3600, "1h"), (172799, "47h"), (172800, "2d"), (3e7, "347d")],
+    [(-5, "0s"), (0, "0s"), (59.9, "59s"), (60, "1min"), (3599, "59min"), (3600, "1h"), (172799, "47h"), (172800, "2d"), (3e7, "347d")],
 )
 def test_ages(seconds: float, text: str) -> None:
     assert describe_age(seconds) == text
