@@ -46,9 +46,7 @@ def describe_record(record: Record, plan: Plan, *, following: bool = True) -> st
         f", {duration(record.train_seconds)} of it training" if record.train_seconds and trained else ""
     )
     for name, value in record.evaluation.items():
-        rows[name.replace("_", " ")] = (
-            f"{value:,.0f} {COUNTED.get(plan.spec.stage.kind, 'held-out samples')}" if name == "count" else figure(value)
-        )
+        rows[name.replace("_", " ")] = describe_count(value, plan.spec.stage.kind) if name == "count" else figure(value)
     if record.checkpoint:
         rows["checkpoint"] = relative(folder / record.checkpoint) if is_here(plan) else checkpoint_place(record, plan)
     elif trained and any(node.killed for node in record.nodes):
@@ -64,6 +62,11 @@ def describe_record(record: Record, plan: Plan, *, following: bool = True) -> st
     }
     text = table(rows)
     return text if not (record.checkpoint and following) else f"{text}\n\nnext steps\n{next_commands(record, plan)}"
+
+
+def describe_count(count: float, kind: str) -> str:
+    what = COUNTED.get(kind, "held-out samples")
+    return f"{count:,.0f} {what.removesuffix('s') if count == 1 else what}"
 
 
 def next_commands(record: Record, plan: Plan) -> str:

@@ -48,15 +48,15 @@ def describe_end(record: Any, plan: "Plan") -> str:
 
 
 def describe_running(entry: "RunEntry", plan: "Plan", seconds: float) -> str:
-    """The last step whose row is here. A run of processes without a launcher has ended."""
+    """The last step whose row is here. Only containers can be supervised again."""
     from launcher.plan.text import duration, figure
     from launcher.record.index import RUNNING
 
-    row, lost = entry.last_row, plan.config.cluster.runtime != "docker"
+    row, has_containers = entry.last_row, plan.config.cluster.runtime == "docker"
     step = f", step {row['step']:,} of {plan.spec.steps:,}, loss {figure(row['loss'])}" if row else ", before its first step"
     where = step if plan.spec.stage.kind == "train" else ""
     if entry.status == RUNNING:
         return f"running for {duration(seconds)}{where}"
-    if lost:
-        return f"ended without a record{where}: its launcher was killed, and the processes with it. To see the output: omnilaunch logs {entry.run_id}"
+    if not has_containers:
+        return f"no record{where}: its launcher was killed. To see the output: omnilaunch logs {entry.run_id}"
     return f"no launcher supervises it{where}. To supervise it: omnilaunch attach {entry.run_id}"

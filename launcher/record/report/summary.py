@@ -113,7 +113,8 @@ def list_commands(run: RunFiles) -> Iterator[tuple[str, str, str]]:
 def launch_line(run: RunFiles) -> str:
     overrides = run.plan.get("overrides")
     words = map(str, overrides) if isinstance(overrides, (list, tuple)) else ()
-    return shlex.join(("omnilaunch", "launch", *words))
+    conf = run.plan.get("conf")
+    return shlex.join(("omnilaunch", "launch", *words, *(("--conf", str(conf)) if conf else ())))
 
 
 def list_evaluations(run: RunFiles) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]] | None:
