@@ -13,6 +13,7 @@ from packaging.utils import canonicalize_name
 
 from launcher.bench.worktree import Tree, list_files
 from launcher.config.compose import compose_over
+from launcher.config.conf_folder import ConfFolder
 from launcher.config.credentials import give_credentials, without_masked
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, suggest
@@ -58,7 +59,7 @@ def plan_rerun(
     place: LocalContext,
     environ: Mapping[str, str],
     *,
-    conf: Path,
+    conf: Path | ConfFolder,
     run_id: str,
 ) -> Rerun:
     """Raises ConfigRefused with everything that prevents the same run."""

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.config.chain import GROUP, Chain, overrides_of
-from launcher.config.compose import compose
+from launcher.config.compose import compose, compose_with_files
+from launcher.config.conf_folder import ConfFolder
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import load_stacks
 from launcher.plan.local_context import local_context
-from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan
+from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan, with_files
 from launcher.plan.short import describe_work
-from launcher.plan.text import command_line, gib, table
+from launcher.plan.text import command_line, figure, gib, table
 from launcher.record.checkpoint_reference import with_full_ids
-from launcher.record.index import figure
 from launcher.record.reader import read_if_there, read_object
 from launcher.record.record import Record, valid_run_id
 from launcher.record.run_name import PLAN_FILE, RECORD_FILE, list_folders
@@ -58,12 +58,12 @@ class PlannedChain:
 
     @property
     def resume(self) -> str:
-        return command_line("launch", *self.typed, "--run-id", self.chain_id)
+        return command_line("launch", *self.typed, "--run-id", self.chain_id, *self.steps[0].plan.options)
 
 
-def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, here: Path) -> PlannedChain:
+def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, conf: ConfFolder, here: Path) -> PlannedChain:
     """Plan every step. Raises ConfigRefused naming the step that cannot work, or that has finished with other overrides."""
-    conf, context, stacks = project / "conf", local_context(project), load_stacks(project / "images")
+    context, stacks = local_context(project), load_stacks(project / "images")
     first = compose(overrides_of(chain, 0, typed, {}, ()), conf)
     root = Path(absolute(first.cluster.root, here)) / RUNS_FOLDER
     folders = tuple(dict.fromkeys((root, here / RUNS_FOLDER)))
@@ -77,7 +77,8 @@ def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
     for place, name in enumerate(run_ids):
         words = overrides_of(chain, place, typed, results, kinds)
         try:
-            plan = make_plan(compose(words, conf), stacks, context, run_id=run_ids[name], overrides=words, conf=conf)
+            config, files = compose_with_files(words, conf)
+            plan = with_files(make_plan(config, stacks, context, run_id=run_ids[name], overrides=words, conf=conf), conf, files)
         except ConfigRefused as error:
             raise ConfigRefused(f"step {name} of {GROUP}={chain.name}: {error}") from error
         given = overrides_of(chain, place, typed, run_ids, kinds)  # runs by their ids, which `launch` turns into folders
@@ -118,15 +119,15 @@ def describe_chain(planned: PlannedChain) -> str:
     return table(rows)
 
 
-def show_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, say: Say) -> int:
-    planned = plan_chain(chain, typed, chain_id, project, Path.cwd())
+def show_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, conf: ConfFolder, say: Say) -> int:
+    planned = plan_chain(chain, typed, chain_id, project, conf, Path.cwd())
     say(f"{describe_chain(planned)}\nok\nnext: {planned.resume}")
     return Exit.OK
 
 
-def launch_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, launch: Launch, say: Say) -> int:
+def launch_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, conf: ConfFolder, launch: Launch, say: Say) -> int:
     """Launch the steps that have not finished, one after the other. The first failure ends the chain, with its exit code."""
-    planned = plan_chain(chain, typed, chain_id, project, Path.cwd())
+    planned = plan_chain(chain, typed, chain_id, project, conf, Path.cwd())
     refuse_unlaunchable(planned)
     say(describe_chain(planned))
     for number, step in enumerate(planned.steps, start=1):

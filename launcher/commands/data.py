@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.commands.plan import PROJECT, add_overrides, plan_of
+from launcher.commands.plan import PROJECT, add_overrides, conf_of, plan_of
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, LaunchError
 from trainer import contract
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    plan = plan_of(arguments.overrides, "")
+    plan = plan_of(arguments.overrides, "", conf=conf_of(arguments))
     report, problems = examine(plan.spec)
     if arguments.out:
         write_text("".join(f"{json.dumps(problem, ensure_ascii=False)}\n" for problem in problems), Path(arguments.out))

@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from launcher.commands.plan import PROJECT, add_overrides, plan_of
+from launcher.commands.plan import PROJECT, add_overrides, conf_of, plan_of
 from trainer.contract import Exit
 
 DATA = "data"  # before the overrides: the data of a run, as by `omnilaunch data check`
@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     from launcher.image.stack import load_stacks
     from launcher.run.session import examine_nodes
 
-    plan = plan_of(arguments.overrides, "")
+    plan = plan_of(arguments.overrides, "", conf=conf_of(arguments))
     examination = examine_nodes(plan, load_stacks(PROJECT / "images")[plan.config.hardware.stack], os.environ, launching=False)
     print(findings_json(examination.findings) if arguments.json else describe_findings(examination.findings))
     return Exit.NODE if has_errors(examination.findings) else Exit.OK

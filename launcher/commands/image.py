@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.commands.plan import PROJECT, add_overrides
+from launcher.commands.plan import PROJECT, add_overrides, conf_of
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def select(arguments: argparse.Namespace) -> "tuple[Config, Stack, str]":
     from launcher.config.compose import compose
     from launcher.image.stack import find_stack, load_stacks
 
-    config = compose(arguments.overrides, PROJECT / "conf")
+    config = compose(arguments.overrides, conf_of(arguments))
     architecture = arguments.architecture or config.cluster.nodes[0].architecture
     return config, find_stack(load_stacks(PROJECT / "images"), config.hardware.stack), architecture
 

@@ -12,10 +12,12 @@ from trainer.contract import Exit
 
 if TYPE_CHECKING:
     from launcher.config.chain import Chain
+    from launcher.config.conf_folder import ConfFolder
     from launcher.plan.plan import Plan
 
 PROJECT = Path(__file__).resolve().parents[2]
 RUN_ID_HELP = "id of the run; made from the time when omitted"
+CONF_HELP = "your own folder with cluster/, model/ ..., searched before the project's conf/; OMNILAUNCH_CONF when omitted"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_overrides(parser: argparse.ArgumentParser, text: str = "an axis (hardware=h200) or a setting (run.steps=100)") -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=text)
+    add_conf(parser)
+
+
+def add_conf(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--conf", default="", metavar="DIR", help=CONF_HELP)
+
+
+def conf_of(arguments: argparse.Namespace) -> "ConfFolder":
+    return conf_named(arguments.conf)
+
+
+def conf_named(option: str) -> "ConfFolder":
+    """`option`: the value of --conf, or ''. Raises ConfigRefused for a folder of the user in which nothing would be found."""
+    from launcher.config.conf_folder import find_conf
+
+    return find_conf(PROJECT / "conf", option, os.environ)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -38,8 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     if chained := find_chain_of(arguments):
         from launcher.commands.chain import show_chain
 
-        return show_chain(*chained, PROJECT, arguments.say)
-    plan = plan_of(arguments.overrides, arguments.run_id, traced=arguments.trace)
+        return show_chain(*chained, PROJECT, conf_of(arguments), arguments.say)
+    plan = plan_of(arguments.overrides, arguments.run_id, traced=arguments.trace, conf=conf_of(arguments))
     if arguments.trace:
         print(describe_traced(plan, as_json=arguments.json, full=arguments.full))
     else:
@@ -62,25 +80,26 @@ def describe_here(plan: "Plan", *, full: bool = False, launching: bool = False) 
     return describe_short(plan, colours=colours, width=columns, built=find_built(plan), launching=launching)
 
 
-def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False) -> "Plan":
-    """The plan of these overrides on this machine. `traced`: the memory is judged later, by a traced step."""
+def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False, conf: "ConfFolder | None" = None) -> "Plan":
+    """The plan of these overrides on this machine. `traced`: the memory is judged later, by a traced step. `conf`: the project's when omitted."""
     from launcher.check.rules import RULES, RULES_BUT_MEMORY
-    from launcher.config.compose import compose
+    from launcher.config.compose import compose_with_files
+    from launcher.config.conf_folder import ConfFolder
     from launcher.image.stack import load_stacks
     from launcher.plan.local_context import local_context
-    from launcher.plan.plan import RUNS_FOLDER, absolute, make_plan
+    from launcher.plan.plan import RUNS_FOLDER, absolute, make_plan, with_files
     from launcher.record.checkpoint_reference import resolve_base, resolve_checkpoint, with_full_ids
     from launcher.record.record import name_run, utc_now, valid_run_id
 
-    here = Path.cwd()
-    config = compose(overrides, PROJECT / "conf")
+    here, conf = Path.cwd(), conf or ConfFolder(project=PROJECT / "conf")
+    config, files = compose_with_files(overrides, conf)
     runs = (Path(absolute(config.cluster.root, here)) / RUNS_FOLDER, here / RUNS_FOLDER)
     config = resolve_base(resolve_checkpoint(config, *runs), *runs)
     run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))
     given = with_full_ids(overrides, *runs)
     rules = RULES_BUT_MEMORY if traced else RULES
-    stacks, conf, context = load_stacks(PROJECT / "images"), PROJECT / "conf", local_context(PROJECT)
-    return make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf)
+    stacks, context = load_stacks(PROJECT / "images"), local_context(PROJECT)
+    return with_files(make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf), conf, files)
 
 
 def describe_traced(plan: "Plan", *, as_json: bool, full: bool) -> str:
@@ -105,7 +124,7 @@ def find_chain_of(arguments: argparse.Namespace) -> "tuple[Chain, list[str], str
     from launcher.config.chain import find_chain
     from launcher.record.record import utc_now, valid_run_id
 
-    chain = find_chain(arguments.overrides, PROJECT / "conf")
+    chain = find_chain(arguments.overrides, conf_of(arguments))
     if chain is None:
         return None
     if refused := [option for option in ("full", "json", "trace", "detach") if getattr(arguments, option, False)]:

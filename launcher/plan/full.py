@@ -73,5 +73,5 @@ def describe_verdict(plan: Plan) -> str:
         *(f"forced ({config.run.force}):\n{problem}" for problem in verdict.forced),
     ]
     if verdict.launchable:
-        return "\n".join((*lines, "ok", f"next: {command_line('launch', *plan.overrides)}"))
+        return "\n".join((*lines, "ok", f"next: {command_line('launch', *plan.overrides, *plan.options)}"))
     return "\n".join((*lines, "planned; a launch is refused:", *map(str, verdict.problems)))

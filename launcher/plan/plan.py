@@ -5,6 +5,7 @@ The trainer's spec, the DeepSpeed config and the commands of the nodes are made 
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -16,6 +17,7 @@ from launcher.check.recipe import leaves_padding_out
 from launcher.check.rules import RULES, Verdict, check
 from launcher.check.strategy import explain_strategy, resolve
 from launcher.check.suggestions import with_typed_hardware
+from launcher.config.conf_folder import ConfFolder
 from launcher.config.credentials import without_masked
 from launcher.config.schema import Cluster, Config, Run
 from launcher.errors import ConfigRefused, refuse_config
@@ -82,11 +84,18 @@ class Plan:
     image_id: str = ""  # the id that the image must have on the nodes; '' = any image that was built from its files
     memory: Memory | None = None  # None in plans of earlier versions
     choice: str = ""  # the reason for strategy and micro-batch
+    conf: str = ""  # the user's own folder of axis files (--conf), absolute
+    files: tuple[str, ...] = ()  # that the config was composed from: conf/stage/lora.yaml, or the whole path of one of the user's own
 
     @property
     def is_local(self) -> bool:
         """Whether the run is on the launcher's own machine: nothing is copied to or from a node."""
         return self.config.cluster.is_local
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Of the commands that compose this config again."""
+        return ("--conf", self.conf) if self.conf else ()
 
     @property
     def container_user(self) -> str:
@@ -109,7 +118,7 @@ def make_plan(
     run_id: str,
     overrides: tuple[str, ...] = (),
     rules: tuple[Rule, ...] = RULES,
-    conf: Path | None = None,
+    conf: Path | ConfFolder | None = None,
 ) -> Plan:
     """Resolve the strategy, check, render the image, write the spec and the commands. `conf`: the folder that `config` was composed from
     with `overrides`, if it was; offered overrides that choose an axis are judged with it. Raises ConfigRefused with every problem at once;
@@ -140,7 +149,18 @@ def make_plan(
     )
 
 
-def compose_change(overrides: tuple[str, ...], change: str, conf: Path) -> Config:
+def with_files(plan: Plan, conf: ConfFolder, files: Sequence[Path]) -> Plan:
+    """The plan with the files that its config was composed from. A note names each of the user's own that hides one of the project."""
+    notes = tuple(
+        f"{file.parent.name}={file.stem} is {file}, in place of the project's file of this name"
+        for file in files
+        if conf.is_shadowing(file)
+    )
+    verdict = replace(plan.verdict, notes=(*notes, *plan.verdict.notes))
+    return replace(plan, conf=str(conf.own or ""), files=tuple(map(conf.relative, files)), verdict=verdict)
+
+
+def compose_change(overrides: tuple[str, ...], change: str, conf: Path | ConfFolder) -> Config:
     """The config with an offered change in place of what was typed for the same keys. Raises ConfigRefused."""
     from launcher.config.compose import compose
 

@@ -62,7 +62,7 @@ def test_data_without_problems_end_well(
 def test_other_nodes_are_named(plan_for, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     plan: Plan = plan_for("hardware=h200", "model=qwen2_5_vl_7b", "cluster=example")
     monkeypatch.setattr(data_action, "examine", lambda spec: (REPORT, []))
-    monkeypatch.setattr("launcher.commands.data.plan_of", lambda overrides, run_id: plan)
+    monkeypatch.setattr("launcher.commands.data.plan_of", lambda overrides, run_id, conf: plan)
     assert main(("data", "check")) == Exit.OK
     hosts = ", ".join(node.host for node in plan.config.cluster.working)
     assert f"a launch reads the files on {hosts}" in capsys.readouterr().out
