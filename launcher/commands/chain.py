@@ -9,7 +9,7 @@ from launcher.config.chain import GROUP, Chain, overrides_of
 from launcher.config.compose import compose
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import load_stacks
-from launcher.plan.local_context import local_context
+from launcher.plan.local_context import context_for
 from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan
 from launcher.plan.short import describe_work
 from launcher.plan.text import command_line, gib, table
@@ -63,7 +63,7 @@ class PlannedChain:
 
 def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, here: Path) -> PlannedChain:
     """Plan every step. Raises ConfigRefused naming the step that cannot work, or that has finished with other overrides."""
-    conf, context, stacks = project / "conf", local_context(project), load_stacks(project / "images")
+    conf, stacks = project / "conf", load_stacks(project / "images")
     first = compose(overrides_of(chain, 0, typed, {}, ()), conf)
     root = Path(absolute(first.cluster.root, here)) / RUNS_FOLDER
     folders = tuple(dict.fromkeys((root, here / RUNS_FOLDER)))
@@ -77,7 +77,9 @@ def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
     for place, name in enumerate(run_ids):
         words = overrides_of(chain, place, typed, results, kinds)
         try:
-            plan = make_plan(compose(words, conf), stacks, context, run_id=run_ids[name], overrides=words, conf=conf)
+            config = compose(words, conf)
+            context = context_for(config, stacks, project)
+            plan = make_plan(config, stacks, context, run_id=run_ids[name], overrides=words, conf=conf)
         except ConfigRefused as error:
             raise ConfigRefused(f"step {name} of {GROUP}={chain.name}: {error}") from error
         given = overrides_of(chain, place, typed, run_ids, kinds)  # runs by their ids, which `launch` turns into folders
@@ -120,7 +122,9 @@ def describe_chain(planned: PlannedChain) -> str:
 
 def show_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, say: Say) -> int:
     planned = plan_chain(chain, typed, chain_id, project, Path.cwd())
-    say(f"{describe_chain(planned)}\nok\nnext: {planned.resume}")
+    problems = dict.fromkeys(str(problem) for step in planned.steps for problem in step.plan.verdict.problems)
+    last = ("planned; a launch is refused:", *problems) if problems else ("ok", f"next: {planned.resume}")
+    say("\n".join((describe_chain(planned), *last)))
     return Exit.OK
 
 

@@ -12,6 +12,7 @@ from trainer.contract import Exit
 
 if TYPE_CHECKING:
     from launcher.config.chain import Chain
+    from launcher.plan.machine import Machine
     from launcher.plan.plan import Plan
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -39,16 +40,16 @@ def run(arguments: argparse.Namespace) -> int:
         from launcher.commands.chain import show_chain
 
         return show_chain(*chained, PROJECT, arguments.say)
-    plan = plan_of(arguments.overrides, arguments.run_id, traced=arguments.trace)
+    plan, machine = plan_here(arguments.overrides, arguments.run_id, traced=arguments.trace)
     if arguments.trace:
         print(describe_traced(plan, as_json=arguments.json, full=arguments.full))
     else:
-        print(plan_json(plan) if arguments.json else describe_here(plan, full=arguments.full))
+        print(plan_json(plan) if arguments.json else describe_here(plan, machine, full=arguments.full))
     return Exit.OK
 
 
-def describe_here(plan: "Plan", *, full: bool = False, launching: bool = False) -> str:
-    """The plan for this terminal: its width, and colours if it takes them."""
+def describe_here(plan: "Plan", machine: "Machine | None" = None, *, full: bool = False, launching: bool = False) -> str:
+    """The plan for this terminal: its width, and colours if it takes them. `machine`: where it was asked for the plan."""
     from shutil import get_terminal_size
 
     from launcher.plan.full import describe_full
@@ -59,15 +60,20 @@ def describe_here(plan: "Plan", *, full: bool = False, launching: bool = False) 
     if full:
         return describe_full(plan)
     colours, columns = wants_colours(os.environ, terminal=sys.stdout.isatty()), get_terminal_size((100, 24)).columns
-    return describe_short(plan, colours=colours, width=columns, built=find_built(plan), launching=launching)
+    return describe_short(plan, colours=colours, width=columns, built=find_built(plan, machine), launching=launching)
 
 
-def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False) -> "Plan":
-    """The plan of these overrides on this machine. `traced`: the memory is judged later, by a traced step."""
+def plan_of(overrides: Sequence[str], run_id: str) -> "Plan":
+    """The plan of these overrides, for a verb that starts nothing on this machine: what it has is not asked."""
+    return plan_here(overrides, run_id, asks=False)[0]
+
+
+def plan_here(overrides: Sequence[str], run_id: str, *, traced: bool = False, asks: bool = True) -> "tuple[Plan, Machine | None]":
+    """The plan, and what this machine has, where the run is on it and it `asks`. `traced`: the memory is judged later, by a traced step."""
     from launcher.check.rules import RULES, RULES_BUT_MEMORY
     from launcher.config.compose import compose
     from launcher.image.stack import load_stacks
-    from launcher.plan.local_context import local_context
+    from launcher.plan.local_context import context_for
     from launcher.plan.plan import RUNS_FOLDER, absolute, make_plan
     from launcher.record.checkpoint_reference import resolve_base, resolve_checkpoint, with_full_ids
     from launcher.record.record import name_run, utc_now, valid_run_id
@@ -79,8 +85,9 @@ def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False) -> "
     run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))
     given = with_full_ids(overrides, *runs)
     rules = RULES_BUT_MEMORY if traced else RULES
-    stacks, conf, context = load_stacks(PROJECT / "images"), PROJECT / "conf", local_context(PROJECT)
-    return make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf)
+    stacks, conf = load_stacks(PROJECT / "images"), PROJECT / "conf"
+    context = context_for(config, stacks, PROJECT, asks=asks)
+    return make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf), context.machine
 
 
 def describe_traced(plan: "Plan", *, as_json: bool, full: bool) -> str:

@@ -5,7 +5,8 @@ The trainer's spec, the DeepSpeed config and the commands of the nodes are made 
 
 import json
 import shlex
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,11 +20,13 @@ from launcher.check.suggestions import with_typed_hardware
 from launcher.config.credentials import without_masked
 from launcher.config.schema import Cluster, Config, Run
 from launcher.errors import ConfigRefused, refuse_config
+from launcher.image.licence import OVERRIDE, AcceptedLicence, licence_of
 from launcher.image.stack import Image, Stack, render
 from launcher.memory.deepspeed import render_deepspeed
 from launcher.memory.estimate import Memory, estimate_memory
 from launcher.memory.states import States, device_count, model_states, ranks_per_node, spreads, trainable_parameters, world_size
 from launcher.plan.commands import NodeCommand, node_commands
+from launcher.plan.machine import Machine, machine_rules
 from launcher.redact import mask_credentials
 from trainer.contract import (
     SCHEMA,
@@ -54,12 +57,15 @@ RUN_KEYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class LocalContext:
-    """What a plan takes from the machine it is made on. `here`: the folder that relative paths start in; `user`: uid:gid for containers."""
+    """What a plan takes from the machine it is made on. `here`: the folder that relative paths start in; `user`: uid:gid for containers.
+    `machine`: what it has, None = not asked; `accepted`: licences that the user has accepted here, SHA-256 -> when."""
 
     project: Path
     here: Path
     interpreter: str
     user: str
+    machine: Machine | None = None
+    accepted: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +85,7 @@ class Plan:
     image_id: str = ""  # the id that the image must have on the nodes; '' = any image that was built from its files
     memory: Memory | None = None  # None in plans of earlier versions
     choice: str = ""  # the reason for strategy and micro-batch
+    licence: AcceptedLicence | None = None  # of the image; None where there is none to accept, or it is not accepted yet
 
     @property
     def is_local(self) -> bool:
@@ -111,6 +118,8 @@ def make_plan(
     """Resolve the strategy, check, render the image, write the spec and the commands. `conf`: the folder that `config` was composed from
     with `overrides`, if it was; offered overrides that choose an axis are judged with it. Raises ConfigRefused with every problem at once;
     one that only prevents a launch (a module still to come, a licence to accept) is left in `verdict` for `launch` to refuse."""
+    config, licence = take_licence(config, stacks, local.accepted)
+    rules = (*rules, *machine_rules(local.machine))
     resolved, recompose = resolve(on_one_rank(config)), partial(compose_change, overrides, conf=conf) if conf else None
     verdict, config = check(resolved.asked, stacks, rules=rules, resolved=resolved, compose=recompose), resolved.config
     refuse(verdict, launching=False, overrides=overrides)
@@ -134,7 +143,24 @@ def make_plan(
         overrides=overrides,
         memory=resolved.memory,
         choice=explain_strategy(resolved),
+        licence=licence,
     )
+
+
+def take_licence(config: Config, stacks: Mapping[str, Stack], accepted: Mapping[str, str]) -> tuple[Config, AcceptedLicence | None]:
+    """The config with `accept_licence` set where the user accepted the licence of the image before, and how it was accepted."""
+    stack, delivery = stacks.get(config.hardware.stack), config.cluster.delivery
+    if not (stack and stack.licence and config.cluster.runtime == "docker"):
+        return config, None
+    licence = licence_of(stack.licence)
+    name, sha256 = (licence.name, licence.sha256) if licence else (stack.licence, "")
+    if delivery.accept_licence:
+        return config, AcceptedLicence(name=name, sha256=sha256, how=OVERRIDE)
+    if sha256 not in accepted:
+        return config, None
+    cluster = replace(config.cluster, delivery=replace(delivery, accept_licence=True))
+    how = f"omnilaunch licence accept {name}"
+    return replace(config, cluster=cluster), AcceptedLicence(name=name, sha256=sha256, how=how, accepted_at=accepted[sha256])
 
 
 def compose_change(overrides: tuple[str, ...], change: str, conf: Path) -> Config:
