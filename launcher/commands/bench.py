@@ -101,13 +101,14 @@ def as_list(value: Any) -> list[str]:
 def plan_cell(cell: "Cell", run_id: str) -> "Plan":
     """The plan of one run of the benchmark; all its runs have the same plan."""
     from launcher.image.stack import load_stacks
-    from launcher.plan.local_context import context_for
+    from launcher.plan.local_context import context_for, for_this_machine
     from launcher.plan.plan import make_plan
     from launcher.record.record import valid_run_id
 
     stacks = load_stacks(PROJECT / "images")
-    context = context_for(cell.config, stacks, PROJECT)
-    return make_plan(cell.config, stacks, context, run_id=valid_run_id(run_id), overrides=cell.overrides)
+    config = for_this_machine(cell.config, cell.overrides)
+    context = context_for(config, stacks, PROJECT)
+    return make_plan(config, stacks, context, run_id=valid_run_id(run_id), overrides=cell.overrides)
 
 
 def open_series(cell: "Cell", source: "SourceTree", runs: Path, published: list[str], again: str, *, start_new: bool) -> "Series":

@@ -88,9 +88,7 @@ def restore_plan(arguments: argparse.Namespace, result: "PublishedResult") -> "C
     accepted = accepted_kinds(arguments.accept)
     archive, tree = restore(result, cluster, context, Path(absolute(cluster.root, Path.cwd())) / SCRATCH)
     tree = try_image(archive, tree) if result.site.runtime == "docker" else tree
-    return lambda run_id: plan_rerun(
-        archive, (), accepted, tree, context, os.environ, conf=CONF, run_id=run_id, context_for=context_for
-    )
+    return lambda run_id: plan_rerun(archive, (), accepted, tree, context, os.environ, conf=CONF, run_id=run_id, context_for=context_for)
 
 
 def collect_comparables(runs: Path, repeats: "tuple[Repeat, ...]") -> dict[str, str]:

@@ -9,7 +9,7 @@ from launcher.config.chain import GROUP, Chain, overrides_of
 from launcher.config.compose import compose
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import load_stacks
-from launcher.plan.local_context import context_for
+from launcher.plan.local_context import context_for, for_this_machine
 from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan
 from launcher.plan.short import describe_work
 from launcher.plan.text import command_line, gib, table
@@ -77,7 +77,7 @@ def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
     for place, name in enumerate(run_ids):
         words = overrides_of(chain, place, typed, results, kinds)
         try:
-            config = compose(words, conf)
+            config = for_this_machine(compose(words, conf), words)
             context = context_for(config, stacks, project)
             plan = make_plan(config, stacks, context, run_id=run_ids[name], overrides=words, conf=conf)
         except ConfigRefused as error:

@@ -41,8 +41,9 @@ def select(arguments: argparse.Namespace) -> "tuple[Config, Stack, str]":
     """The config that the overrides name, its stack, and the architecture of the nodes."""
     from launcher.config.compose import compose
     from launcher.image.stack import find_stack, load_stacks
+    from launcher.plan.local_context import for_this_machine
 
-    config = compose(arguments.overrides, PROJECT / "conf")
+    config = for_this_machine(compose(arguments.overrides, PROJECT / "conf"), arguments.overrides)
     architecture = arguments.architecture or config.cluster.nodes[0].architecture
     return config, find_stack(load_stacks(PROJECT / "images"), config.hardware.stack), architecture
 

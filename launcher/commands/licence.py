@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name != "list":
             sub.add_argument("name", metavar="NAME", help="a name that `omnilaunch licence` lists, such as cann")
         if name == "show":
-            sub.add_argument("--from", dest="folder", default="", metavar="FOLDER", help="a wheelhouse with the text; wheelhouse/ when omitted")
+            sub.add_argument(
+                "--from", dest="folder", default="", metavar="FOLDER", help="a wheelhouse with the text; wheelhouse/ when omitted"
+            )
         sub.set_defaults(action=action, parser=sub)
 
 
@@ -35,9 +37,13 @@ def list_licences(arguments: argparse.Namespace) -> int:
         found = accepted.get(licence.name)
         print(f"{licence.name:8}{licence.title}")
         if found is None:
-            print(f"{'':8}not accepted; to read it: omnilaunch licence show {licence.name}; to accept it: omnilaunch licence accept {licence.name}")
+            print(
+                f"{'':8}not accepted; to read it: omnilaunch licence show {licence.name}; to accept it: omnilaunch licence accept {licence.name}"
+            )
         elif found.sha256 != licence.sha256:
-            print(f"{'':8}accepted at {found.accepted_at} as {found.sha256[:12]}, and has changed since: omnilaunch licence accept {licence.name}")
+            print(
+                f"{'':8}accepted at {found.accepted_at} as {found.sha256[:12]}, and has changed since: omnilaunch licence accept {licence.name}"
+            )
         else:
             print(f"{'':8}accepted at {found.accepted_at} by {found.user} on {found.host}, sha256 {found.sha256}")
     print(f"kept in {path}")
@@ -65,8 +71,14 @@ def show_licence(arguments: argparse.Namespace) -> int:
             f"pip download --no-deps --dest FOLDER {licence.packages[0]}, then omnilaunch licence show {licence.name} --from FOLDER"
         )
     else:
-        print("its text is not part of this project, and no package of the locks has it: it comes with the base image. Read it at the address above")
-    of = "name, title, address and the SHA-256 of the text" if licence.text_sha256 else "name, title and address; the text itself was not read"
+        print(
+            "its text is not part of this project, and no package of the locks has it: it comes with the base image. Read it at the address above"
+        )
+    of = (
+        "name, title, address and the SHA-256 of the text"
+        if licence.text_sha256
+        else "name, title and address; the text itself was not read"
+    )
     print(f"an acceptance is of sha256 {licence.sha256}\n  (of {of})\nto accept it: omnilaunch licence accept {licence.name}")
     return Exit.OK
 
@@ -102,7 +114,9 @@ def withdraw_licence(arguments: argparse.Namespace) -> int:
 
     licence, path = find_licence(arguments.name), store_path(os.environ)
     removed = withdraw(licence.name, path)
-    print(f"{licence.name}: {'the acceptance is removed; images that were built stay' if removed else 'was not accepted; nothing to remove'}")
+    print(
+        f"{licence.name}: {'the acceptance is removed; images that were built stay' if removed else 'was not accepted; nothing to remove'}"
+    )
     return Exit.OK
 
 

@@ -73,13 +73,13 @@ def plan_here(overrides: Sequence[str], run_id: str, *, traced: bool = False, as
     from launcher.check.rules import RULES, RULES_BUT_MEMORY
     from launcher.config.compose import compose
     from launcher.image.stack import load_stacks
-    from launcher.plan.local_context import context_for
+    from launcher.plan.local_context import context_for, for_this_machine
     from launcher.plan.plan import RUNS_FOLDER, absolute, make_plan
     from launcher.record.checkpoint_reference import resolve_base, resolve_checkpoint, with_full_ids
     from launcher.record.record import name_run, utc_now, valid_run_id
 
     here = Path.cwd()
-    config = compose(overrides, PROJECT / "conf")
+    config = for_this_machine(compose(overrides, PROJECT / "conf"), overrides)
     runs = (Path(absolute(config.cluster.root, here)) / RUNS_FOLDER, here / RUNS_FOLDER)
     config = resolve_base(resolve_checkpoint(config, *runs), *runs)
     run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))

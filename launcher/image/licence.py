@@ -170,7 +170,9 @@ def change_store(path: Path, change: Any) -> None:
             data = read_store(path)
             replace_private(path, {**data, "accepted": change(data["accepted"])})
     except OSError as error:
-        raise ConfigRefused(f"{path} cannot be written: {error.strerror}. Nothing was changed. XDG_CONFIG_HOME names another folder") from error
+        raise ConfigRefused(
+            f"{path} cannot be written: {error.strerror}. Nothing was changed. XDG_CONFIG_HOME names another folder"
+        ) from error
 
 
 def replace_private(path: Path, data: Any) -> None:

@@ -9,12 +9,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from launcher.config.schema import Config
+from launcher.image.docker import ARCHITECTURES
 from launcher.image.licence import licence_of, store_path, valid_acceptance
 from launcher.image.stack import REPOSITORY, Stack
 from launcher.plan.machine import NVIDIA_TOOLS, TORCH, TORCH_NPU, TRAINER_PACKAGES, Machine, asked_paths
@@ -39,6 +40,17 @@ def context_for(config: Config, stacks: Mapping[str, Stack], project: Path, *, a
     where the user's file of licences is needed and cannot be read."""
     machine = read_machine(config) if asks and config.cluster.is_local else None
     return replace(local_context(project), machine=machine, accepted=find_acceptance(config, stacks, os.environ))
+
+
+def for_this_machine(config: Config, overrides: Sequence[str], architecture: str = "") -> Config:
+    """The config with the architecture of this machine for its own node, unless an override sets it: conf/cluster/local.yaml is one file for
+    all machines. `architecture`: as `uname -m` prints it, of this machine when omitted."""
+    architecture, cluster = architecture or os.uname().machine, config.cluster
+    typed = any(override.startswith("cluster.nodes") for override in overrides)
+    if typed or cluster.runtime != "docker" or not cluster.is_local or architecture not in ARCHITECTURES.values():
+        return config
+    nodes = tuple(replace(node, architecture=cast(Any, architecture)) for node in cluster.nodes)
+    return replace(config, cluster=replace(cluster, nodes=nodes))
 
 
 def find_acceptance(config: Config, stacks: Mapping[str, Stack], environ: Mapping[str, str]) -> Mapping[str, str]:

@@ -132,13 +132,13 @@ def devices_are_here(machine: Machine, config: Config, stacks: Mapping[str, Stac
 
 
 def npus_are_here(machine: Machine, config: Config) -> Iterator[Problem]:
-    node, wanted, multiple = config.cluster.nodes[0], device_count(config), config.hardware.device_multiple
+    node, wanted = config.cluster.nodes[0], device_count(config)
     numbers = device_numbers(node, wanted)
     files = ascend_device_files(numbers)
     missing = [path for path in files if path not in machine.paths]
     if missing:
         there = 0 if node.devices else next((number for number in numbers if f"/dev/davinci{number}" not in machine.paths), wanted)
-        fewer = there - there % multiple if len(missing) == wanted - there else 0  # only the last ones are missing
+        fewer = fewer_devices(config, there) if len(missing) == wanted - there else 0  # only the last ones are missing
         fix = f"install the Ascend driver and firmware (npu-smi info lists the devices), {ELSEWHERE}"
         changes = (f"cluster.devices_per_node={fewer}",) if fewer else ()
         what = f"this machine does not have {join_numbered(missing)}: {fix}"
@@ -150,6 +150,12 @@ def npus_are_here(machine: Machine, config: Config) -> Iterator[Problem]:
         fix = "install the driver with --full --install-for-all, or link each path to where the file is"
         what = f"this machine does not have {', '.join(lacking)}, which the container takes from the driver: {fix}"
         yield Problem(key="hardware.driver", what=what, launch_only=True)
+
+
+def fewer_devices(config: Config, there: int) -> int:
+    """The most of `there` devices that a job can take: whole modules, between which the global batch divides. 0 = none."""
+    multiple, batch = config.hardware.device_multiple, config.stage.global_batch if config.stage.kind == "train" else 0
+    return next((count for count in range(there, 0, -1) if count % multiple == 0 and batch % count == 0), 0)
 
 
 def join_numbered(paths: list[str]) -> str:
