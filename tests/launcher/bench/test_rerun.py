@@ -132,9 +132,7 @@ def test_this_machine_is_asked_for_the_rerun_and_not_for_the_record(recorded: Re
         return replace(HERE, machine=Machine(interpreter="/venv/bin/python", has_docker=False))
 
     words = ("hardware=rtx3090", "cluster.delivery.accept_licence=true")
-    made = plan_rerun(
-        recorded, words, (), Tree(project=PROJECT), HERE, {}, conf=PROJECT / "conf", run_id="again", context_for=context_for
-    )
+    made = plan_rerun(recorded, words, (), Tree(project=PROJECT), HERE, {}, conf=PROJECT / "conf", run_id="again", context_for=context_for)
     assert asked == ["rtx3090"] and "no docker command" in made.plan.verdict.problems[0].what
 
 
