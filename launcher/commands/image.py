@@ -38,12 +38,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def select(arguments: argparse.Namespace) -> "tuple[Config, Stack, str]":
-    """The config that the overrides name, its stack, and the architecture of the nodes."""
+    """The config that the overrides name, for a run in its image; its stack, and the architecture of the nodes."""
+    from dataclasses import replace
+
     from launcher.config.compose import compose
     from launcher.image.stack import find_stack, load_stacks
     from launcher.plan.local_context import for_this_machine
 
-    config = for_this_machine(compose(arguments.overrides, PROJECT / "conf"), arguments.overrides)
+    config = compose(arguments.overrides, PROJECT / "conf")
+    config = for_this_machine(replace(config, cluster=replace(config.cluster, runtime="docker")), arguments.overrides)
     architecture = arguments.architecture or config.cluster.nodes[0].architecture
     return config, find_stack(load_stacks(PROJECT / "images"), config.hardware.stack), architecture
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from launcher.cli import main
+from launcher.config.schema import Delivery
 from launcher.image.licence import load_licences
+from launcher.image.stack import Image
 
 Capture = pytest.CaptureFixture[str]
 
@@ -42,6 +44,32 @@ def test_a_licence_that_changed_since_says_so(store: Path, capsys: Capture) -> N
     store.write_text(json.dumps(data), encoding="utf-8")
     assert "as abababababab, and has changed since: omnilaunch licence accept cann" in said(capsys)
     assert "accepted: CANN" in said(capsys, "accept", "cann") and "has changed" not in said(capsys)
+
+
+@pytest.mark.parametrize(
+    "words", [("hardware=ascend910b",), ("hardware=ascend910b", "cluster.runtime=process"), ("cluster=example", "hardware=ascend910b")]
+)
+def test_an_image_is_built_with_the_acceptance_of_this_user(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    deliveries = []
+
+    def build(image: Image, *, delivery: Delivery, **_: object) -> str:
+        deliveries.append(delivery.accept_licence)
+        return image.tag
+
+    monkeypatch.setattr("launcher.image.build.build", build)
+    assert main(["image", "build", *words]) == 0
+    said(capsys, "accept", "cann")
+    assert main(["image", "build", *words]) == 0
+    assert deliveries == [False, True]
+
+
+def test_a_bundle_is_rendered_with_the_acceptance_of_this_user(tmp_path: Path, capsys: Capture) -> None:
+    words = ("render", "hardware=ascend910b", "--to", str(tmp_path / "bundle"))
+    assert main(words) == 2 and "omnilaunch licence accept cann" in capsys.readouterr().err
+    said(capsys, "accept", "cann")
+    assert main(words) == 0 and (tmp_path / "bundle/README.txt").is_file()
 
 
 def test_an_unknown_name_and_an_unknown_action(capsys: Capture) -> None:

@@ -14,6 +14,7 @@ from launcher.cli import main
 from launcher.config.compose import compose
 from launcher.image.licence import accept, find_licence, store_path
 from launcher.image.stack import load_stacks
+from launcher.plan.full import describe_full
 from launcher.plan.local_context import context_for, find_built, for_this_machine, read_cuda, read_machine, with_own_licence
 from launcher.plan.plan import Plan, make_plan
 from tests.launcher.conftest import PLACE, PROJECT
@@ -154,6 +155,7 @@ def test_an_accepted_licence_makes_a_plan_launchable_and_the_record_says_how(sto
     assert plan.verdict.launchable and plan.config.cluster.delivery.accept_licence and plan.licence is not None
     assert (plan.licence.name, plan.licence.how, plan.licence.is_stored) == ("cann", "omnilaunch licence accept cann", True)
     assert (plan.licence.sha256, plan.licence.accepted_at) == (find_licence("cann").sha256, "2026-12-01T10:00:00+00:00")
+    assert "cann, accepted at 2026-12-01T10:00:00+00:00 with omnilaunch licence accept cann" in describe_full(plan)
     assert not plan_here("hardware=h200").verdict.launchable, "another licence"
     typed = plan_here(*ASCEND, "cluster.delivery.accept_licence=true")
     assert typed.licence is not None and (typed.licence.how, typed.licence.is_stored) == ("cluster.delivery.accept_licence=true", False)
