@@ -19,9 +19,9 @@ TORCH, TORCH_NPU = "torch", "torch-npu"
 TRAINER_PACKAGES = (TORCH, "deepspeed", "transformers", "peft", "safetensors", "pillow")
 NVIDIA_FILES = ("/dev/nvidiactl", "/dev/dxg")  # Linux, and WSL 2
 NVIDIA_TOOLS = ("nvidia-container-runtime-hook", "nvidia-container-runtime", "nvidia-ctk")  # as launcher/doctor/node_scripts/toolkit.sh
-ELSEWHERE = "or start the run on a machine that has them: cluster=NAME"
-INSTALL_DOCKER = "install Docker (docs.docker.com/engine/install; on Debian: sudo apt-get install docker.io)"
-NEEDS_DOCKER = "the run starts in a container, and"
+ELSEWHERE = "or take another machine: cluster=NAME"
+INSTALL_DOCKER = "install Docker (docs.docker.com/engine/install)"
+NEEDS_DOCKER = "a container is needed, and"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +126,8 @@ def devices_are_here(machine: Machine, config: Config, stacks: Mapping[str, Stac
         what = f"this machine has no NVIDIA device (/dev/nvidia0, /dev/nvidiactl): install the NVIDIA driver, {ELSEWHERE}"
         yield Problem(key="hardware", what=what, launch_only=True)
     if config.cluster.runtime == "docker" and not any(name in machine.paths for name in NVIDIA_TOOLS):
-        fix = "install nvidia-container-toolkit, then sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
-        what = f"this machine does not have the NVIDIA container toolkit, which gives a container its devices: {fix}"
+        fix = "install nvidia-container-toolkit; sudo nvidia-ctk runtime configure --runtime=docker; sudo systemctl restart docker"
+        what = f"this machine has no NVIDIA container toolkit: {fix}"
         yield Problem(key="cluster.runtime", what=what, launch_only=True)
 
 
@@ -139,7 +139,7 @@ def npus_are_here(machine: Machine, config: Config) -> Iterator[Problem]:
     if missing:
         there = 0 if node.devices else next((number for number in numbers if f"/dev/davinci{number}" not in machine.paths), wanted)
         fewer = fewer_devices(config, there) if len(missing) == wanted - there else 0  # only the last ones are missing
-        fix = f"install the Ascend driver and firmware (npu-smi info lists the devices), {ELSEWHERE}"
+        fix = f"install the Ascend driver (npu-smi info lists the devices), {ELSEWHERE}"
         changes = (f"cluster.devices_per_node={fewer}",) if fewer else ()
         what = f"this machine does not have {join_numbered(missing)}: {fix}"
         yield Problem(key="hardware", what=what, changes=changes, launch_only=True)
