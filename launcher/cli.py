@@ -33,12 +33,13 @@ GROUPS = {
     "shell": "Shell",
 }
 LORA = "hardware=h200 model=qwen2_5_vl_7b stage=lora"
-IMAGES = ("build hardware=h200 cluster.delivery.accept_licence=true", "fetch hardware=cpu --to wheelhouse/")
+IMAGES = ("build hardware=h200", "fetch hardware=cpu --to wheelhouse/")
 DATA = ("check data=files data.train=train.json data.images=images/", "check data=digits --out problems.jsonl")
 VERBS = {
     "options": Verb("prepare", "list the values of each axis", "options", ("", "hardware")),
     "data": Verb("prepare", "check every row and every image of the data", "data", DATA),
     "image": Verb("prepare", "build, inspect and list the container images", "image", IMAGES),
+    "licence": Verb("prepare", "show and accept the licences of software inside the images", "licence", ("show cann", "accept cann")),
     "doctor": Verb(
         "prepare", "check the nodes of a cluster, or this machine", "doctor", ("cluster=example", "cluster=example hardware=h200 --json")
     ),

@@ -73,7 +73,10 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "b
 ENVIRON_READERS = {
     "launcher/plan/local_context.py",
     "launcher/image/build.py",
-    *(f"launcher/commands/{verb}.py" for verb in ("plan", "launch", "doctor", "image", "rerun", "bench", "bench_rerun", "live/live_run")),
+    *(
+        f"launcher/commands/{verb}.py"
+        for verb in ("plan", "launch", "doctor", "image", "licence", "rerun", "bench", "bench_rerun", "live/live_run")
+    ),
     "trainer/device/device.py",
     "trainer/programs/dispatch.py",
     "trainer/__main__.py",

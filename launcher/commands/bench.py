@@ -110,12 +110,14 @@ def as_list(value: Any) -> list[str]:
 def plan_cell(cell: "Cell", run_id: str) -> "Plan":
     """The plan of one run of the benchmark; all its runs have the same plan."""
     from launcher.image.stack import load_stacks
-    from launcher.plan.local_context import local_context
+    from launcher.plan.local_context import context_for, for_this_machine
     from launcher.plan.plan import make_plan
     from launcher.record.record import valid_run_id
 
     stacks = load_stacks(PROJECT / "images")
-    plan = make_plan(cell.config, stacks, local_context(PROJECT), run_id=valid_run_id(run_id), overrides=cell.overrides)
+    config = for_this_machine(cell.config, cell.overrides)
+    context = context_for(config, stacks, PROJECT)
+    plan = make_plan(config, stacks, context, run_id=valid_run_id(run_id), overrides=cell.overrides)
     return replace(plan, files=cell.files, conf=cell.conf)
 
 

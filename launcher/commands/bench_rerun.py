@@ -81,7 +81,7 @@ def restore_plan(arguments: argparse.Namespace, result: "PublishedResult") -> "C
     from launcher.bench.restore import restore
     from launcher.bench.worktree import try_image
     from launcher.config.compose import compose
-    from launcher.plan.local_context import local_context
+    from launcher.plan.local_context import context_for, local_context
     from launcher.plan.plan import absolute
 
     refuse_choices(arguments.words, (*COMPUTING, "cluster.runtime"))
@@ -90,7 +90,7 @@ def restore_plan(arguments: argparse.Namespace, result: "PublishedResult") -> "C
     accepted = accepted_kinds(arguments.accept)
     archive, tree = restore(result, cluster, context, Path(absolute(cluster.root, Path.cwd())) / SCRATCH)
     tree = try_image(archive, tree) if result.site.runtime == "docker" else tree
-    return lambda run_id: plan_rerun(archive, (), accepted, tree, context, os.environ, conf=conf, run_id=run_id)
+    return lambda run_id: plan_rerun(archive, (), accepted, tree, context, os.environ, conf=conf, run_id=run_id, context_for=context_for)
 
 
 def collect_comparables(runs: Path, repeats: "tuple[Repeat, ...]") -> dict[str, str]:

@@ -10,7 +10,7 @@ from launcher.config.compose import compose, compose_with_files
 from launcher.config.conf_folder import ConfFolder
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import load_stacks
-from launcher.plan.local_context import local_context
+from launcher.plan.local_context import context_for, for_this_machine
 from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan, with_files
 from launcher.plan.short import describe_work
 from launcher.plan.text import command_line, figure, gib, table
@@ -63,7 +63,7 @@ class PlannedChain:
 
 def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, conf: ConfFolder, here: Path) -> PlannedChain:
     """Plan every step. Raises ConfigRefused naming the step that cannot work, or that has finished with other overrides."""
-    context, stacks = local_context(project), load_stacks(project / "images")
+    stacks = load_stacks(project / "images")
     first = compose(overrides_of(chain, 0, typed, {}, ()), conf)
     root = Path(absolute(first.cluster.root, here)) / RUNS_FOLDER
     folders = tuple(dict.fromkeys((root, here / RUNS_FOLDER)))
@@ -78,6 +78,8 @@ def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
         words = overrides_of(chain, place, typed, results, kinds)
         try:
             config, files = compose_with_files(words, conf)
+            config = for_this_machine(config, words)
+            context = context_for(config, stacks, project)
             plan = with_files(make_plan(config, stacks, context, run_id=run_ids[name], overrides=words, conf=conf), conf, files)
         except ConfigRefused as error:
             raise ConfigRefused(f"step {name} of {GROUP}={chain.name}: {error}") from error
@@ -121,7 +123,9 @@ def describe_chain(planned: PlannedChain) -> str:
 
 def show_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, conf: ConfFolder, say: Say) -> int:
     planned = plan_chain(chain, typed, chain_id, project, conf, Path.cwd())
-    say(f"{describe_chain(planned)}\nok\nnext: {planned.resume}")
+    problems = dict.fromkeys(str(problem) for step in planned.steps for problem in step.plan.verdict.problems)
+    last = ("planned; a launch is refused:", *problems) if problems else ("ok", f"next: {planned.resume}")
+    say("\n".join((describe_chain(planned), *last)))
     return Exit.OK
 
 

@@ -76,8 +76,8 @@ def examine(spec: TrainSpec) -> tuple[DataReport, list[dict[str, Any]]]:
 def refusal(code: int, output: str) -> LaunchError:
     if "ModuleNotFoundError" in output:
         return ConfigRefused(
-            f"{sys.executable} lacks what reads the data: {output.splitlines()[-1]}\n  Next: pip install "
-            "'omnilaunch[trainer]' there, or let a launch with cluster.runtime=docker check the data in the image"
+            f"{sys.executable} lacks what reads the data: {output.splitlines()[-1]}\n  Next: make setup, which installs it in .venv; or let a "
+            "launch with cluster.runtime=docker check the data in the image"
         )
     if code == Exit.USAGE:
         return ConfigRefused(output)

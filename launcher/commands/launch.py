@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.commands.plan import PROJECT, RUN_ID_HELP, add_overrides, conf_of, describe_here, find_chain_of, plan_of
+from launcher.commands.plan import PROJECT, RUN_ID_HELP, add_overrides, conf_of, describe_here, find_chain_of, plan_here
 from launcher.errors import ConfigRefused
 from trainer.contract import Exit
 
@@ -46,11 +46,13 @@ def launch_one(
     following: bool = True,
 ) -> int:
     """`following`: print the next commands, which a chain carries out itself."""
+    from launcher.plan.plan import refuse
     from launcher.record.description import describe_record
 
-    plan = plan_of(overrides, run_id, conf=conf)
+    plan, machine = plan_here(overrides, run_id, conf=conf)
+    refuse(plan.verdict, launching=True, overrides=plan.overrides)
     refuse_detach(detach, plan.config.cluster.runtime)
-    say(describe_here(plan, launching=True))
+    say(describe_here(plan, machine, launching=True))
     gc.enable()  # `main` turned it off; from here on the process may live for days
     if not plan.is_local:
         say(f"checking {', '.join(node.host for node in plan.config.cluster.working)}")

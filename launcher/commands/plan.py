@@ -13,6 +13,7 @@ from trainer.contract import Exit
 if TYPE_CHECKING:
     from launcher.config.chain import Chain
     from launcher.config.conf_folder import ConfFolder
+    from launcher.plan.machine import Machine
     from launcher.plan.plan import Plan
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -57,16 +58,16 @@ def run(arguments: argparse.Namespace) -> int:
         from launcher.commands.chain import show_chain
 
         return show_chain(*chained, PROJECT, conf_of(arguments), arguments.say)
-    plan = plan_of(arguments.overrides, arguments.run_id, traced=arguments.trace, conf=conf_of(arguments))
+    plan, machine = plan_here(arguments.overrides, arguments.run_id, traced=arguments.trace, conf=conf_of(arguments))
     if arguments.trace:
         print(describe_traced(plan, as_json=arguments.json, full=arguments.full))
     else:
-        print(plan_json(plan) if arguments.json else describe_here(plan, full=arguments.full))
+        print(plan_json(plan) if arguments.json else describe_here(plan, machine, full=arguments.full))
     return Exit.OK
 
 
-def describe_here(plan: "Plan", *, full: bool = False, launching: bool = False) -> str:
-    """The plan for this terminal: its width, and colours if it takes them."""
+def describe_here(plan: "Plan", machine: "Machine | None" = None, *, full: bool = False, launching: bool = False) -> str:
+    """The plan for this terminal: its width, and colours if it takes them. `machine`: where it was asked for the plan."""
     from shutil import get_terminal_size
 
     from launcher.plan.full import describe_full
@@ -77,29 +78,40 @@ def describe_here(plan: "Plan", *, full: bool = False, launching: bool = False) 
     if full:
         return describe_full(plan)
     colours, columns = wants_colours(os.environ, terminal=sys.stdout.isatty()), get_terminal_size((100, 24)).columns
-    return describe_short(plan, colours=colours, width=columns, built=find_built(plan), launching=launching)
+    return describe_short(plan, colours=colours, width=columns, built=find_built(plan, machine), launching=launching)
 
 
-def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False, conf: "ConfFolder | None" = None) -> "Plan":
-    """The plan of these overrides on this machine. `traced`: the memory is judged later, by a traced step. `conf`: the project's when omitted."""
+def plan_of(overrides: Sequence[str], run_id: str, *, conf: "ConfFolder | None" = None) -> "Plan":
+    """The plan of these overrides, for a verb that starts nothing on this machine: what it has is not asked."""
+    return plan_here(overrides, run_id, asks=False, conf=conf)[0]
+
+
+def plan_here(
+    overrides: Sequence[str], run_id: str, *, traced: bool = False, asks: bool = True, conf: "ConfFolder | None" = None
+) -> "tuple[Plan, Machine | None]":
+    """The plan, and what this machine has, where the run is on it and it `asks`. `traced`: the memory is judged later, by a traced step.
+    `conf`: the project's when omitted."""
     from launcher.check.rules import RULES, RULES_BUT_MEMORY
     from launcher.config.compose import compose_with_files
     from launcher.config.conf_folder import ConfFolder
     from launcher.image.stack import load_stacks
-    from launcher.plan.local_context import local_context
+    from launcher.plan.local_context import context_for, for_this_machine
     from launcher.plan.plan import RUNS_FOLDER, absolute, make_plan, with_files
     from launcher.record.checkpoint_reference import resolve_base, resolve_checkpoint, with_full_ids
     from launcher.record.record import name_run, utc_now, valid_run_id
 
     here, conf = Path.cwd(), conf or ConfFolder(project=PROJECT / "conf")
     config, files = compose_with_files(overrides, conf)
+    config = for_this_machine(config, overrides)
     runs = (Path(absolute(config.cluster.root, here)) / RUNS_FOLDER, here / RUNS_FOLDER)
     config = resolve_base(resolve_checkpoint(config, *runs), *runs)
     run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))
     given = with_full_ids(overrides, *runs)
     rules = RULES_BUT_MEMORY if traced else RULES
-    stacks, context = load_stacks(PROJECT / "images"), local_context(PROJECT)
-    return with_files(make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf), conf, files)
+    stacks = load_stacks(PROJECT / "images")
+    context = context_for(config, stacks, PROJECT, asks=asks)
+    plan = make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf)
+    return with_files(plan, conf, files), context.machine
 
 
 def describe_traced(plan: "Plan", *, as_json: bool, full: bool) -> str:

@@ -9,7 +9,7 @@ import json
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -265,7 +265,16 @@ def _validate(composed: Composed, overrides: Sequence[str], conf: ConfFolder) ->
             f"  {key}{_whose(key, composed)} ({_where(key.split('.'), composed, overrides, conf)}): {reason}" for key, reason in problems
         ]
         refuse_config("\n".join((_heading("value", len(problems)), *lines)), (key for key, _ in problems))
-    return typing.cast(Config, config)
+    return choose_runtime(typing.cast(Config, config))
+
+
+def choose_runtime(config: Config) -> Config:
+    """The config with cluster.runtime=auto resolved: an accelerator needs the drivers' own torch, which its image has, and other machines have
+    no environment of ours."""
+    if config.cluster.runtime != "auto":
+        return config
+    on_this_cpu = config.hardware.accelerator == "cpu" and all(node.is_local for node in config.cluster.nodes)
+    return replace(config, cluster=replace(config.cluster, runtime="process" if on_this_cpu else "docker"))
 
 
 def _whose(key: str, composed: Composed) -> str:

@@ -303,10 +303,11 @@ class Delivery:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """`root`: folder of runs and data on the nodes, absolute or relative to the launcher's folder. `shm_size`, `ulimits`: as for docker run."""
+    """`runtime`: auto = process for the CPU of this machine, docker for everything else; a composed config has the one that was taken. `root`:
+    folder of runs and data on the nodes, absolute or relative to the launcher's folder. `shm_size`, `ulimits`: as for docker run."""
 
     name: str
-    runtime: Literal["process", "docker"]
+    runtime: Literal["auto", "process", "docker"] = "auto"
     nodes: tuple[Node, ...]
     devices_per_node: int | None = None
     root: str

@@ -5,8 +5,8 @@ The trainer's spec, the DeepSpeed config and the commands of the nodes are made 
 
 import json
 import shlex
-from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,11 +21,13 @@ from launcher.config.conf_folder import ConfFolder
 from launcher.config.credentials import without_masked
 from launcher.config.schema import Cluster, Config, Run
 from launcher.errors import ConfigRefused, refuse_config
+from launcher.image.licence import OVERRIDE, AcceptedLicence, licence_of
 from launcher.image.stack import Image, Stack, render
 from launcher.memory.deepspeed import render_deepspeed
 from launcher.memory.estimate import Memory, estimate_memory
 from launcher.memory.states import States, device_count, model_states, ranks_per_node, spreads, trainable_parameters, world_size
 from launcher.plan.commands import NodeCommand, node_commands
+from launcher.plan.machine import Machine, machine_rules
 from launcher.redact import mask_credentials
 from trainer.contract import (
     SCHEMA,
@@ -59,12 +61,15 @@ RUN_KEYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class LocalContext:
-    """What a plan takes from the machine it is made on. `here`: the folder that relative paths start in; `user`: uid:gid for containers."""
+    """What a plan takes from the machine it is made on. `here`: the folder that relative paths start in; `user`: uid:gid for containers.
+    `machine`: what it has, None = not asked; `accepted`: licences that the user has accepted here, SHA-256 -> when."""
 
     project: Path
     here: Path
     interpreter: str
     user: str
+    machine: Machine | None = None
+    accepted: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +91,7 @@ class Plan:
     choice: str = ""  # the reason for strategy and micro-batch
     conf: str = ""  # the user's own folder of axis files (--conf), absolute
     files: tuple[str, ...] = ()  # that the config was composed from: conf/stage/lora.yaml, or the whole path of one of the user's own
+    licence: AcceptedLicence | None = None  # of the image; None where there is none to accept, or it is not accepted yet
 
     @property
     def is_local(self) -> bool:
@@ -123,6 +129,8 @@ def make_plan(
     """Resolve the strategy, check, render the image, write the spec and the commands. `conf`: the folder that `config` was composed from
     with `overrides`, if it was; offered overrides that choose an axis are judged with it. Raises ConfigRefused with every problem at once;
     one that only prevents a launch (a module still to come, a licence to accept) is left in `verdict` for `launch` to refuse."""
+    config, licence = take_licence(config, stacks, local.accepted)
+    rules = (*rules, *machine_rules(local.machine))
     resolved, recompose = resolve(on_one_rank(config)), partial(compose_change, overrides, conf=conf) if conf else None
     verdict, config = check(resolved.asked, stacks, rules=rules, resolved=resolved, compose=recompose), resolved.config
     refuse(verdict, launching=False, overrides=overrides)
@@ -146,6 +154,7 @@ def make_plan(
         overrides=overrides,
         memory=resolved.memory,
         choice=explain_strategy(resolved),
+        licence=licence,
     )
 
 
@@ -158,6 +167,22 @@ def with_files(plan: Plan, conf: ConfFolder, files: Sequence[Path]) -> Plan:
     )
     verdict = replace(plan.verdict, notes=(*notes, *plan.verdict.notes))
     return replace(plan, conf=str(conf.own or ""), files=tuple(map(conf.relative, files)), verdict=verdict)
+
+
+def take_licence(config: Config, stacks: Mapping[str, Stack], accepted: Mapping[str, str]) -> tuple[Config, AcceptedLicence | None]:
+    """The config with `accept_licence` set where the user accepted the licence of the image before, and how it was accepted."""
+    stack, delivery = stacks.get(config.hardware.stack), config.cluster.delivery
+    if not (stack and stack.licence and config.cluster.runtime == "docker"):
+        return config, None
+    licence = licence_of(stack.licence)
+    name, sha256 = (licence.name, licence.sha256) if licence else (stack.licence, "")
+    if delivery.accept_licence:
+        return config, AcceptedLicence(name=name, sha256=sha256, how=OVERRIDE)
+    if sha256 not in accepted:
+        return config, None
+    cluster = replace(config.cluster, delivery=replace(delivery, accept_licence=True))
+    how = f"omnilaunch licence accept {name}"
+    return replace(config, cluster=cluster), AcceptedLicence(name=name, sha256=sha256, how=how, accepted_at=accepted[sha256])
 
 
 def compose_change(overrides: tuple[str, ...], change: str, conf: Path | ConfFolder) -> Config:

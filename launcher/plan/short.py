@@ -104,7 +104,8 @@ def describe_image_state(plan: Plan, built: bool | None) -> str:
         return f"{image.tag}, cannot be built: there is no lock for this architecture"
     if built:
         return f"{image.tag}, built"
-    state = f"{image.tag}, {'no Docker engine answers here, so it may be built or not' if built is None else 'not built'}; {DELIVERY[kind]}"
+    delivery = "launch builds it" if kind == "build" and plan.is_local else DELIVERY[kind]
+    state = f"{image.tag}, {'no Docker engine answers here, so it may be built or not' if built is None else 'not built'}; {delivery}"
     chosen = (override for override in plan.overrides if override.startswith(("hardware", "cluster")))
     return f"{state}. To build it now: {command_line('image', 'build', *chosen, *plan.options)}" if kind in ("build", "ship") else state
 

@@ -42,6 +42,25 @@ def test_defaults() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("overrides", "runtime"),
+    [
+        ([], "process"),
+        (["hardware=ascend910b"], "docker"),
+        (["hardware=p4"], "docker"),
+        (["cluster.runtime=auto", "cluster=example"], "docker"),  # other machines, the CPU's too
+        (["cluster.nodes.0.host=gpu1"], "docker"),
+        (["cluster.nodes.0.port=2222"], "docker"),  # another machine behind this port
+        (["cluster.runtime=docker"], "docker"),
+        (["cluster.runtime=process", "hardware=h200"], "process"),
+        (["cluster.runtime=process", "cluster=example"], "process"),  # which a rule refuses
+        (["hardware.accelerator=cuda"], "docker"),
+    ],
+)
+def test_the_runtime_follows_the_hardware_unless_it_is_given(overrides: list[str], runtime: str) -> None:
+    assert compose(overrides, CONF).cluster.runtime == runtime
+
+
 def test_a_measured_cell_is_used_and_can_be_overridden_or_omitted() -> None:
     tuned = compose([], CONF)
     assert (tuned.run.steps, tuned.stage.global_batch, tuned.stage.optimizer.warmup) == (300, 64, 20)
