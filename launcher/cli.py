@@ -181,18 +181,24 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if actions and rest and not rest[0].startswith("-"):
         if rest[0] not in actions:
             raise ConfigRefused(f"unknown action {rest[0]!r} of {name}; {suggest(rest[0], actions)}. See: omnilaunch {name} --help")
-        action = parser.parse_args(rest[:1])  # an action has a parser of its own, and what belongs to the verb is taken over
-        into = argparse.Namespace(verb=action.verb, say=action.say, terminal=action.terminal)
-        parser, rest = action.parser, rest[1:]
+        into = argparse.Namespace(**{key: parser.get_default(key) for key in ("verb", "say", "terminal")})
+        parser, rest = parser_of_action(parser, rest[0]), rest[1:]
     if {"-h", "--help"} & {*rest}:
         print(parser.format_help(), end="")  # argparse passes over a help that cannot be written
         raise SystemExit(int(Exit.OK))
     if actions and parser.prog == f"omnilaunch {name}":
-        parser.parse_args(rest)  # ends the program: there is no action
+        return parser.parse_args(rest)  # ends the program where the verb does nothing without an action
     arguments, unknown = parser.parse_known_intermixed_args(rest, into)
     if unknown:
         refuse_unknown(unknown, parser)
     return arguments
+
+
+def parser_of_action(parser: argparse.ArgumentParser, action: str) -> argparse.ArgumentParser:
+    """The parser of `omnilaunch image build`, from that of `omnilaunch image`."""
+    choices = next(each.choices for each in parser._actions if isinstance(each, argparse._SubParsersAction))
+    found: argparse.ArgumentParser = choices[action]
+    return found
 
 
 def make_parser(name: str) -> tuple[argparse.ArgumentParser, Any]:
