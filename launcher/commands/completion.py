@@ -52,6 +52,8 @@ def complete_verb(typed: Sequence[str], current: str, make_parser: MakeParser) -
     found = [*getattr(module, "OPTIONS", {})] if not rest else []  # the actions of `runs`, in place of a filter
     if re.search(r"\bRUN\b", text) and (verb != "runs" or rest[:1] in (["tag"], ["prune"])):
         found += list_runs()
+    if verb == "model" and "MODEL" in text:
+        found += list_values()["model"]
     if verb == "options":
         found += list_values()
     elif verb == "completion":

@@ -69,18 +69,21 @@ def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False) -> "
     from launcher.image.stack import load_stacks
     from launcher.plan.local_context import local_context
     from launcher.plan.plan import RUNS_FOLDER, absolute, make_plan
+    from launcher.plan.weights_folder import judge_weights, with_found_model
     from launcher.record.checkpoint_reference import resolve_base, resolve_checkpoint, with_full_ids
     from launcher.record.record import name_run, utc_now, valid_run_id
+    from launcher.weights.source import with_weights_folder
 
     here = Path.cwd()
+    overrides = with_found_model(overrides, PROJECT / "conf")
     config = compose(overrides, PROJECT / "conf")
     runs = (Path(absolute(config.cluster.root, here)) / RUNS_FOLDER, here / RUNS_FOLDER)
-    config = resolve_base(resolve_checkpoint(config, *runs), *runs)
+    config = with_weights_folder(resolve_base(resolve_checkpoint(config, *runs), *runs), os.environ)
     run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))
     given = with_full_ids(overrides, *runs)
     rules = RULES_BUT_MEMORY if traced else RULES
     stacks, conf, context = load_stacks(PROJECT / "images"), PROJECT / "conf", local_context(PROJECT)
-    return make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf)
+    return judge_weights(make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf), conf)
 
 
 def describe_traced(plan: "Plan", *, as_json: bool, full: bool) -> str:

@@ -1,6 +1,6 @@
 """What a plan takes from this machine: folder, interpreter, user; and whether its Docker engine has the plan's image.
 
-The only module of the package that reads the machine.
+Of this package, only this module and `weights_folder` read the machine.
 """
 
 import os
