@@ -15,7 +15,9 @@ def place_is_known(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
         return
     if not source.modelscope and not source.path:
         what = f"is empty: no repository of {model.title} on ModelScope is known to this project"
-        yield Problem(key="model.source.modelscope", what=what, changes=("model.source.modelscope=ORGANISATION/NAME", "model.source.kind=hub"))
+        yield Problem(
+            key="model.source.modelscope", what=what, changes=("model.source.modelscope=ORGANISATION/NAME", "model.source.kind=hub")
+        )
     elif not source.path:
         what = (
             f"{source.modelscope} of ModelScope is not on this machine yet, and a run reads it from a folder. "

@@ -29,11 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, (action, text) in ACTIONS.items():
         sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
         if name == "fetch":
-            sub.add_argument("model", metavar="MODEL", help="a model of `omnilaunch model ls`, or the id of a repository: ORGANISATION/NAME")
+            sub.add_argument(
+                "model", metavar="MODEL", help="a model of `omnilaunch model ls`, or the id of a repository: ORGANISATION/NAME"
+            )
             sub.add_argument("--to", default="", metavar="FOLDER", help="where to write; below OMNILAUNCH_MODELS or ~/.cache when omitted")
             sub.add_argument("--from", dest="hub", default="hub", metavar="HUB", help="hub (Hugging Face, the default) or modelscope")
             sub.add_argument("--revision", default="", help="a branch, tag or commit; the newest commit when omitted")
-            sub.add_argument("--endpoint", default="", metavar="URL", help="address of a mirror; HF_ENDPOINT or MODELSCOPE_DOMAIN when omitted")
+            sub.add_argument(
+                "--endpoint", default="", metavar="URL", help="address of a mirror; HF_ENDPOINT or MODELSCOPE_DOMAIN when omitted"
+            )
         if name == "check":
             sub.add_argument("folder", metavar="FOLDER", help="a folder with config.json and weights, or a checkpoint of a run")
             sub.add_argument("--hashes", action="store_true", help="read every file and compare its hash with the manifest of the fetch")
@@ -104,13 +108,23 @@ def find_repository(word: str, hub: "HubKind") -> tuple[str, str]:
         if source["kind"] == "random":
             raise ConfigRefused(f"{word} starts from random weights: there is nothing to download. omnilaunch plan model={word}")
         if not source.get(key):
-            raise ConfigRefused(f"no repository of {word} on ModelScope is known to this project. Give its id: ORGANISATION/NAME, or --from hub")
+            raise ConfigRefused(
+                f"no repository of {word} on ModelScope is known to this project. Give its id: ORGANISATION/NAME, or --from hub"
+            )
         return word, source[key]
+    official = [
+        source[key] for source in (model["source"] for model in models.values()) if source.get(key, "").lower().endswith(f"/{word.lower()}")
+    ]
+    word = official[0] if official else word
     if "/" not in word:
         published = [name for name, model in models.items() if model["source"]["kind"] != "random"]
         raise ConfigRefused(f"unknown model {word!r}; {suggest(word, published)}; or the id of a repository: ORGANISATION/NAME")
     refuse_id(word)
-    same = (name for name, model in models.items() if word.lower() in (str(model["source"].get(each, "")).lower() for each in ("id", "modelscope")))
+    same = (
+        name
+        for name, model in models.items()
+        if word.lower() in (str(model["source"].get(each, "")).lower() for each in ("id", "modelscope"))
+    )
     return next(same, ""), word
 
 
@@ -157,7 +171,11 @@ class Meter:
     def close(self) -> None:
         if self.terminal and self.name:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-            self.say(f"  {self.name}, {self.size / 1e6:,.1f} MB" if self.have >= self.size else f"  {self.name}: {self.have:,} of {self.size:,} bytes")
+            self.say(
+                f"  {self.name}, {self.size / 1e6:,.1f} MB"
+                if self.have >= self.size
+                else f"  {self.name}: {self.have:,} of {self.size:,} bytes"
+            )
         self.name = ""
 
 
@@ -172,7 +190,9 @@ def check_model(arguments: argparse.Namespace) -> int:
     from launcher.weights.identity import load_models
 
     report = check_folder(Path(arguments.folder).absolute(), load_models(PROJECT / "conf"), hashes=arguments.hashes)
-    arguments.say(json.dumps(asdict(report), indent=2, ensure_ascii=False) if arguments.json else describe_folder(report, hashes=arguments.hashes))
+    arguments.say(
+        json.dumps(asdict(report), indent=2, ensure_ascii=False) if arguments.json else describe_folder(report, hashes=arguments.hashes)
+    )
     return int(Exit.USAGE if report.problems else Exit.OK)
 
 
@@ -181,13 +201,18 @@ def describe_folder(report: "FolderReport", *, hashes: bool) -> str:
     lines = [
         ("folder", f"{report.folder}: {report.files} files, {report.size_bytes / 1e9:.2f} GB"),
         ("model", describe_identity(report)),
-        ("weights", f"{report.tensors:,} tensors, {report.parameters:,} elements ({dtypes})" if report.tensors else "no tensor could be read"),
+        (
+            "weights",
+            f"{report.tensors:,} tensors, {report.parameters:,} elements ({dtypes})" if report.tensors else "no tensor could be read",
+        ),
         *((("source", report.source),) if report.source else ()),
         *(("note", note) for note in report.notes),
         *(("problem", problem) for problem in report.problems),
     ]
     if not report.problems:
-        lines.append(("whole", "every hash is that of the manifest" if hashes else "by names, sizes and headers; --hashes reads the contents, too"))
+        lines.append(
+            ("whole", "every hash is that of the manifest" if hashes else "by names, sizes and headers; --hashes reads the contents, too")
+        )
         lines += describe_use(report)
     return "\n".join(f"{name:9} {text}" for name, text in lines)
 
@@ -212,7 +237,9 @@ def describe_use(report: "FolderReport") -> list[tuple[str, str]]:
         return []
     if report.adapter:
         return [("next", f"omnilaunch plan model={found.model} stage=merge stage.checkpoint={report.folder}")]
-    fits = [(f"{stage} on", ", ".join(hardware_for(found.model, report.folder, stage)) or "none of conf/hardware") for stage in CHECKED_STAGES]
+    fits = [
+        (f"{stage} on", ", ".join(hardware_for(found.model, report.folder, stage)) or "none of conf/hardware") for stage in CHECKED_STAGES
+    ]
     return [*fits, ("next", f"omnilaunch plan model={found.model} model.source.path={report.folder}")]
 
 
@@ -223,7 +250,7 @@ def hardware_for(model: str, folder: str, stage: str) -> list[str]:
     from launcher.image.stack import load_stacks
 
     conf, stacks = PROJECT / "conf", load_stacks(PROJECT / "images")
-    question = ("stage.inference.question=what",) if stage == "infer" else ()
+    question = ("stage.inference.prompt=what",) if stage == "infer" else ()
 
     def fits(hardware: str) -> bool:
         try:
@@ -250,7 +277,9 @@ def list_models(arguments: argparse.Namespace) -> int:
         ids = {hub: str(source.get(key, "")) for hub, key in (("hub", "id"), ("modelscope", "modelscope"))}
         found = {hub: find_cached(hub, ids[hub], os.environ) for hub in ids if ids[hub]}  # type: ignore[arg-type]  # the two names of HubKind
         folders = [folder for folder in found.values() if folder]
-        rows.append({"name": name, "parameters": model["parameters"]["total"], "licence": model["licence"]["name"], **ids, "folders": folders})
+        rows.append(
+            {"name": name, "parameters": model["parameters"]["total"], "licence": model["licence"]["name"], **ids, "folders": folders}
+        )
     arguments.say(json.dumps(rows, indent=2, ensure_ascii=False) if arguments.json else describe_models(rows))
     return int(Exit.OK)
 

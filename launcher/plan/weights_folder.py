@@ -73,8 +73,14 @@ def judge_folder(config: Config, key: str, folder: Path, conf: Path) -> Iterator
     model: dict[str, Any] = asdict(config.model)
     if lines := find_differences(model, content):
         yield another_model(config, key, folder, content, lines, conf)
-    elif key == "model.source.path" and (wanted := config.model.source.revision) and (found := fetched_revision(folder)) and found != wanted:
-        yield Problem(key="model.source.revision", what=f"is {wanted}, but {folder} was fetched at {found}", changes=(f"model.source.revision={found}",))
+    elif (
+        key == "model.source.path" and (wanted := config.model.source.revision) and (found := fetched_revision(folder)) and found != wanted
+    ):
+        yield Problem(
+            key="model.source.revision",
+            what=f"is {wanted}, but {folder} was fetched at {found}",
+            changes=(f"model.source.revision={found}",),
+        )
 
 
 def another_model(config: Config, key: str, folder: Path, content: dict[str, Any], lines: list[str], conf: Path) -> Problem:

@@ -98,7 +98,9 @@ def check_length(client: HubClient, answer: Any, file: HubFile, have: int) -> No
     given = answer.headers.get("Content-Range", "").rpartition("/")[2] if answer.status == 206 else answer.headers.get("Content-Length")
     begins = answer.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
     if answer.status == 206 and begins != str(have):
-        raise HubFailed(f"{client.name} sent another part of {file.path} than was asked for (from byte {begins or '?'}, not {have}). Run the command again")
+        raise HubFailed(
+            f"{client.name} sent another part of {file.path} than was asked for (from byte {begins or '?'}, not {have}). Run the command again"
+        )
     if given and given.isdecimal() and int(given) != file.size:
         kind = answer.headers.get("Content-Type", "")
         page = f", of type {kind}: a login page or a proxy's" if "html" in kind else ""
@@ -119,7 +121,9 @@ def keep_tag(answer: Any, tag: Path) -> None:
 
 
 def disk_failed(part: Path, error: OSError) -> ConfigRefused:
-    return ConfigRefused(f"{part}: {error.strerror}. What arrived is kept: free disk space, or correct the permissions, and run the command again")
+    return ConfigRefused(
+        f"{part}: {error.strerror}. What arrived is kept: free disk space, or correct the permissions, and run the command again"
+    )
 
 
 def tag_file(part: Path) -> Path:

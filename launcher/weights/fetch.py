@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from hashlib import sha256
@@ -94,7 +94,7 @@ def clean_endpoint(text: str) -> str:
 def fetch(client: HubClient, name: str, folder: Path, revision: str, progress: Progress, now: Callable[[], datetime]) -> WeightsManifest:
     """The manifest of the complete folder. Raises HubFailed; ConfigRefused for a folder that holds something else, is in use, or is too small."""
     make_folder(folder)
-    with lock_folder(folder):
+    with lock_folder(folder), without_traces(folder):
         listing = find_listing(client, name, folder, revision, progress.say)
         call = Fetch(client=client, folder=folder, listing=listing, progress=progress)
         small = small_files(listing.files)
@@ -124,6 +124,20 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def without_traces(folder: Path) -> Iterator[None]:
+    """A fetch that failed before it wrote anything leaves no folder."""
+    try:
+        yield
+    finally:
+        left = [path.name for path in (folder / UNFINISHED).iterdir()] if (folder / UNFINISHED).is_dir() else []
+        if left == [LOCK_FILE]:
+            (folder / UNFINISHED / LOCK_FILE).unlink()
+            (folder / UNFINISHED).rmdir()
+            with suppress(OSError):  # it held something before
+                folder.rmdir()
 
 
 # ---------------------------------------------------------------------------------------------------------------- listing
@@ -241,7 +255,9 @@ def finish(call: Fetch, files: Sequence[HubFile], date: datetime) -> WeightsMani
     """Write the manifest, and remove the folder of unfinished files."""
     own = read_manifest(call.folder)
     if own is None:
-        hashed = tuple(replace(file, sha256=file.sha256 or hash_file(call.folder / file.path)) for file in sorted(files, key=lambda file: file.path))
+        hashed = tuple(
+            replace(file, sha256=file.sha256 or hash_file(call.folder / file.path)) for file in sorted(files, key=lambda file: file.path)
+        )
         listing = call.listing
         own = WeightsManifest(
             format=FORMAT,
@@ -269,5 +285,7 @@ def refuse_offline(kind: HubKind, environ: Mapping[str, str]) -> None:
 def refuse_id(name: str) -> None:
     """Raises HubFailed for an id that is not ORGANISATION/NAME."""
     parts = name.split("/")
-    if len(parts) != 2 or not all(part and not part.startswith(".") and part.replace("-", "").replace("_", "").replace(".", "").isalnum() for part in parts):
+    if len(parts) != 2 or not all(
+        part and not part.startswith(".") and part.replace("-", "").replace("_", "").replace(".", "").isalnum() for part in parts
+    ):
         raise HubFailed(f"{name!r} is no id of a repository: ORGANISATION/NAME")

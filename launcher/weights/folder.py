@@ -153,7 +153,9 @@ def read_file(file: Path, found: Tensors) -> list[str]:
             found.numbers[name], found.dtypes[name], found.files[name] = prod(entry["shape"]), str(entry["dtype"]), file.name
             first, last = entry["data_offsets"]
             if entry["dtype"] in BYTES and last - first != prod(entry["shape"]) * BYTES[entry["dtype"]]:
-                return [f"{file.name}: the tensor {name} has {last - first:,} bytes, which is not its shape {entry['shape']}. Copy the file again"]
+                return [
+                    f"{file.name}: the tensor {name} has {last - first:,} bytes, which is not its shape {entry['shape']}. Copy the file again"
+                ]
     except InputRefused as error:
         pointer = file.read_bytes()[:64].startswith(POINTER) if file.stat().st_size < 1024 else False
         return [] if pointer else [str(error).replace(f"{file.parent}/", "")]
@@ -170,7 +172,9 @@ def compare_index(folder: Path, found: Tensors) -> list[str]:
     lacking = sorted(name for name, file in named.items() if found.files.get(name) != file)
     if not lacking:
         return []
-    return [f"{len(lacking)} tensor(s) are not in the file that {INDEX} names, such as {lacking[0]} in {named[lacking[0]]}. Copy the folder again"]
+    return [
+        f"{len(lacking)} tensor(s) are not in the file that {INDEX} names, such as {lacking[0]} in {named[lacking[0]]}. Copy the folder again"
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------- content
@@ -239,7 +243,9 @@ def compare_numbers(folder: Path, model: Mapping[str, Any], tensors: Tensors) ->
         return [], ["quantized: its tensors are not counted against conf/model"] if quantized else []
     if found < LEAST_SHARE * total:
         return [f"{found:,} parameters, and {model['name']} has {total:,}: tensors are missing"], []
-    return [], [f"{found - total:,} more elements than {model['name']} trains or loads: parts that are not read, or buffers"] if found > total else []
+    return [], [
+        f"{found - total:,} more elements than {model['name']} trains or loads: parts that are not read, or buffers"
+    ] if found > total else []
 
 
 def find_notes(folder: Path) -> Iterator[str]:

@@ -23,8 +23,24 @@ FAMILIES = {
     "omnilmm": "omnilmm",
 }
 # Keys that determine the shape of a weight, as in trainer/models/architecture.py: SHAPE.
-TEXT_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "head_dim")
-VISION_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size", "out_hidden_size")
+TEXT_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "head_dim",
+)
+VISION_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "patch_size",
+    "image_size",
+    "out_hidden_size",
+)
 NAMES = {"num_hidden_layers": "depth", "num_attention_heads": "num_heads"}  # of Qwen's vision towers
 # What a published config leaves out because it is the default of its class: transformers, LlamaConfig.
 DEFAULTS = {"llama": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}}
@@ -111,7 +127,10 @@ def find_differences(model: Mapping[str, Any], content: Mapping[str, Any]) -> li
         return [f"family: {model['family']}, the folder has model_type {kind}{f' (family {family})' if family else ''}"]
     root = content.get("thinker_config") or content
     text = root.get("text_config") or root.get("llm_config") or root
-    parts = {"text": {**DEFAULTS.get(str(text.get("model_type")), {}), **text}, "vision": root.get("vision_config") or root.get("tower") or {}}
+    parts = {
+        "text": {**DEFAULTS.get(str(text.get("model_type")), {}), **text},
+        "vision": root.get("vision_config") or root.get("tower") or {},
+    }
     unsure = (model["architecture"].get("options") or {}).get("unverified", ())
     return [
         f"architecture.{part}.{key}: {wanted}, the folder has {found}"

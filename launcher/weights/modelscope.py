@@ -23,7 +23,9 @@ def list_modelscope(client: HubClient, name: str, revision: str) -> Listing:
     answer, _ = get_json(client, f"/api/v1/models/{quote(name)}/repo/files?{query}", what)
     if not isinstance(answer, dict) or answer.get("Code") != 200 or not isinstance(answer.get("Data"), dict):
         said = answer.get("Message", "") if isinstance(answer, dict) else ""
-        raise HubFailed(f"{client.name}: {what} could not be listed: {said or 'the answer has an unknown form'}. Check the id and MODELSCOPE_DOMAIN")
+        raise HubFailed(
+            f"{client.name}: {what} could not be listed: {said or 'the answer has an unknown form'}. Check the id and MODELSCOPE_DOMAIN"
+        )
     data = answer["Data"]
     entries = [entry for entry in data.get("Files") or () if isinstance(entry, dict) and entry.get("Type") != "tree"]
     if not entries:

@@ -20,7 +20,13 @@ def refuse_paths(files: Iterable[HubFile], name: str) -> None:
     """Raises HubFailed for a name that would be written outside of the folder, or that is no plain relative path."""
     for file in files:
         parts = file.path.split("/")
-        if not file.path or PurePosixPath(file.path).is_absolute() or {"", ".", ".."} & set(parts) or "\\" in file.path or not file.path.isprintable():
+        if (
+            not file.path
+            or PurePosixPath(file.path).is_absolute()
+            or {"", ".", ".."} & set(parts)
+            or "\\" in file.path
+            or not file.path.isprintable()
+        ):
             raise HubFailed(f"{name} lists a file {file.path!r}, which leaves the folder or is no plain name: nothing was written")
 
 
@@ -49,7 +55,11 @@ def weight_names(files: Sequence[HubFile], folder: Path, name: str) -> tuple[Hub
     else:
         wanted = (PICKLED,)
     if missing := [path for path in wanted if path not in known]:
-        what = f"{index} names {', '.join(missing[:3])}" if index else f"neither {WEIGHTS} nor {PICKLED} nor an index of several files is listed"
+        what = (
+            f"{index} names {', '.join(missing[:3])}"
+            if index
+            else f"neither {WEIGHTS} nor {PICKLED} nor an index of several files is listed"
+        )
         raise HubFailed(f"{name} is not whole on the hub: {what}{', which it does not list' if index else ''}")
     return tuple(known[path] for path in wanted)
 
