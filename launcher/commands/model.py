@@ -14,7 +14,7 @@ from launcher.errors import ConfigRefused, suggest
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
-    from launcher.weights.fetch import Progress
+    from launcher.weights.fetch import FetchProgress
     from launcher.weights.folder import FolderReport
     from launcher.weights.manifest import HubKind
 
@@ -129,17 +129,17 @@ def find_repository(word: str, hub: "HubKind") -> tuple[str, str]:
 
 
 class Meter:
-    """Progress: one line that is drawn again on a terminal; elsewhere a line for each tenth of a large file."""
+    """FetchProgress: one line that is drawn again on a terminal; elsewhere a line for each tenth of a large file."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say, self.terminal = say, sys.stderr.isatty()
         self.name, self.size, self.have, self.shown, self.drawn_s, self.began_s, self.arrived = "", 0, 0, 0, 0.0, 0.0, 0
 
     @property
-    def progress(self) -> "Progress":
-        from launcher.weights.fetch import Progress
+    def progress(self) -> "FetchProgress":
+        from launcher.weights.fetch import FetchProgress
 
-        return Progress(say=self.line, begin=self.begin, report=self.report)
+        return FetchProgress(say=self.line, begin=self.begin, report=self.report)
 
     def line(self, text: str) -> None:
         self.close()

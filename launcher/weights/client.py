@@ -45,7 +45,7 @@ class HubClient:
 
     @property
     def name(self) -> str:
-        return mask_credentials(self.endpoint)
+        return str(mask_credentials(self.endpoint))
 
 
 class RedirectHandler(urllib.request.HTTPRedirectHandler):

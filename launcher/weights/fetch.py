@@ -35,7 +35,7 @@ DEFAULT: dict[HubKind, str] = {"hub": "https://huggingface.co", "modelscope": "h
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class FetchProgress:
     """`say`: a line; `begin`: a file with its size and the bytes that are here already; `report`: bytes that arrived."""
 
     say: Callable[[str], None]
@@ -50,7 +50,7 @@ class Fetch:
     client: HubClient
     folder: Path
     listing: Listing
-    progress: Progress
+    progress: FetchProgress
 
     @property
     def unfinished(self) -> Path:
@@ -91,7 +91,9 @@ def clean_endpoint(text: str) -> str:
     return text.rstrip("/")
 
 
-def fetch(client: HubClient, name: str, folder: Path, revision: str, progress: Progress, now: Callable[[], datetime]) -> WeightsManifest:
+def fetch(
+    client: HubClient, name: str, folder: Path, revision: str, progress: FetchProgress, now: Callable[[], datetime]
+) -> WeightsManifest:
     """The manifest of the complete folder. Raises HubFailed; ConfigRefused for a folder that holds something else, is in use, or is too small."""
     make_folder(folder)
     with lock_folder(folder), without_traces(folder):

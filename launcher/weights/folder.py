@@ -59,7 +59,7 @@ def check_folder(folder: Path, models: Mapping[str, Mapping[str, Any]], *, hashe
     if not folder.is_dir():
         raise ConfigRefused(f"{folder}: there is no such folder. Name the one that holds config.json and the weight files")
     adapter = (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file()
-    problems, notes = list(find_broken_files(folder)), []
+    problems, notes = list(find_broken_files(folder)), list[str]()
     tensors, broken = read_tensors(folder)
     problems += broken
     identity, unknown = find_identity(folder, models)

@@ -98,7 +98,9 @@ class Handler(BaseHTTPRequestHandler):
     def hugging_face(self, path: str, query: dict[str, str]) -> None:
         if fault := self.hub.fault("list"):
             self.misbehave(fault, b"[]")
-        elif path == f"{NAME}/revision/main" or path.startswith(f"{NAME}/revision/") and path.rpartition("/")[2] in (COMMIT, LATER_COMMIT):
+        elif path == f"{NAME}/revision/main" or (
+            path.startswith(f"{NAME}/revision/") and path.rpartition("/")[2] in (COMMIT, LATER_COMMIT)
+        ):
             asked = path.rpartition("/")[2]
             self.send_json(
                 {"_id": "67", "id": NAME, "sha": self.hub.commit if asked == "main" else asked, "private": False, "gated": False}
