@@ -1,12 +1,17 @@
 """`omnilaunch model`, as it is typed."""
 
+import gc
+import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from launcher.cli import main
 from launcher.commands import model as command
+from launcher.commands.plan import PROJECT
 from tests.launcher.weights.conftest import SHARDS, hub as hub, write_folder
 from tests.launcher.weights.hub_server import COMMIT, NAME, Hub
 from trainer.contract.weight_files import MANIFEST_FILE
@@ -113,3 +118,36 @@ def test_check_as_json_and_the_list(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert lines[place + 1].strip() == f"here: {cached}"
     assert main(["model", "ls", "--json"]) == 0
     assert {row["name"]: row["folders"] for row in json.loads(capsys.readouterr().out)}["qwen2_5_vl_7b"] == [str(cached)]
+
+
+def test_a_fetched_model_is_trained_and_its_commit_recorded(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole way: download, plan by the folder alone, train, and read in the record what was loaded."""
+    made = tmp_path / "made"
+    subprocess.run(
+        (sys.executable, "-m", "trainer.models.tiny", str(PROJECT / "conf/model/tiny_llava.yaml"), str(made)), cwd=PROJECT, check=True
+    )
+    hub.files = {path.name: path.read_bytes() for path in made.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "models" / "hub" / NAME
+    assert main(["model", "fetch", NAME, "--endpoint", hub.address]) == 0
+    words = [
+        f"model.source.path={folder}",
+        "hardware=cpu",
+        "stage=full",
+        "run.steps=2",
+        "stage.optimizer.warmup=0",
+        "stage.global_batch=4",
+        "run.evaluation.enabled=false",
+    ]
+    try:
+        assert main(["launch", *words, "--run-id", "r"]) == 0, capsys.readouterr()
+    finally:
+        gc.enable()  # which `main` turns off for the whole process
+    run = tmp_path / "runs" / "r"
+    origin = json.loads((run / "environment.json").read_text())["origin"]
+    assert (origin["path"], origin["revision"]) == (str(folder), COMMIT)
+    weights = json.loads((run / "inputs.json").read_text())["weights"]
+    assert weights["model/model.safetensors"] == hashlib.sha256(hub.files["model.safetensors"]).hexdigest()
+    assert "model/config.json" in weights and not [name for name in weights if "manifest" in name], "a second fetch has another date"
