@@ -20,6 +20,7 @@ from urllib.parse import urljoin, urlsplit
 
 from launcher.errors import HubFailed
 from launcher.redact import mask_credentials
+from launcher.weights.endpoint import ADDRESS_VARIABLE, TOKEN_VARIABLE
 from launcher.weights.manifest import HubKind
 
 PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # before the second and each later attempt
@@ -29,8 +30,6 @@ TIMEOUT_S = 30.0  # without a byte
 LISTING_LIMIT_BYTES = 64 * 2**20
 SECRET_HEADERS = ("Authorization", "Cookie")
 LINK_NEXT = re.compile(r'<([^>]*)>\s*;\s*rel="?next"?')
-TITLE = {"hub": "the Hugging Face hub", "modelscope": "ModelScope"}
-TOKEN_VARIABLE: dict[HubKind, str] = {"hub": "HF_TOKEN", "modelscope": "MODELSCOPE_API_TOKEN"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +145,6 @@ def describe_error(error: BaseException) -> str:
     if isinstance(reason, TimeoutError):
         return "no answer in time"
     return f"{type(reason).__name__}: {reason}" if str(reason) else type(reason).__name__
-
-
-ADDRESS_VARIABLE: dict[HubKind, str] = {"hub": "HF_ENDPOINT", "modelscope": "MODELSCOPE_DOMAIN"}
 
 
 def reach_advice(client: HubClient) -> str:

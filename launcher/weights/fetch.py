@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from launcher.errors import ConfigRefused, HubFailed
-from launcher.redact import holds_credentials
-from launcher.weights.client import TITLE, TOKEN_VARIABLE, HubClient
+from launcher.weights.client import HubClient
 from launcher.weights.download import download, size_of
+from launcher.weights.endpoint import TITLE, TOKEN_VARIABLE, clean_endpoint, find_endpoint
 from launcher.weights.huggingface import huggingface_path, list_huggingface
 from launcher.weights.manifest import FORMAT, HubFile, HubKind, Listing, WeightsManifest, find_difference, hash_file, read_manifest
 from launcher.weights.modelscope import list_modelscope, modelscope_path
@@ -31,7 +30,6 @@ PENDING_FILE, LOCK_FILE = "pending.json", "lock"
 MARGIN_BYTES = 2**28  # of the disk, for the small files and the file system
 LIST: dict[HubKind, Callable[[HubClient, str, str], Listing]] = {"hub": list_huggingface, "modelscope": list_modelscope}
 PATH: dict[HubKind, Callable[[Listing, HubFile], str]] = {"hub": huggingface_path, "modelscope": modelscope_path}
-DEFAULT: dict[HubKind, str] = {"hub": "https://huggingface.co", "modelscope": "https://www.modelscope.cn"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,25 +68,6 @@ def open_client(kind: HubKind, environ: Mapping[str, str], endpoint: str = "") -
     if token and kind == "modelscope":
         secret["Cookie"] = f"m_session_id={token}"  # what older paths of its API read
     return HubClient(kind=kind, endpoint=clean_endpoint(given), secret=secret)
-
-
-def find_endpoint(kind: HubKind, environ: Mapping[str, str]) -> str:
-    """The address of a hub; that of MODELSCOPE_DOMAIN has no scheme."""
-    if kind == "hub":
-        return environ.get("HF_ENDPOINT", "").strip() or DEFAULT["hub"]
-    domain = environ.get("MODELSCOPE_DOMAIN", "").strip()
-    return domain if "://" in domain else f"https://{domain}" if domain else DEFAULT["modelscope"]
-
-
-def clean_endpoint(text: str) -> str:
-    """Raises ConfigRefused unless it is http(s)://HOST, without user and password."""
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname or holds_credentials(text) or parts.query or " " in text:
-        raise ConfigRefused(
-            "the address of the hub must be https://HOST without user and password (HF_ENDPOINT, MODELSCOPE_DOMAIN, --endpoint, "
-            "model.source.endpoint); a token goes into HF_TOKEN or MODELSCOPE_API_TOKEN"
-        )
-    return text.rstrip("/")
 
 
 def fetch(

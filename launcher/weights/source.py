@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.config.schema import Config
-from launcher.weights.fetch import clean_endpoint
+from launcher.weights.endpoint import clean_endpoint
 from launcher.weights.manifest import HubKind
 from trainer.contract.weight_files import MANIFEST_FILE
 
