@@ -75,7 +75,7 @@ def fetch_model(arguments: argparse.Namespace) -> int:
         if not ended and (folder / ".fetch").is_dir():
             arguments.say(f"what arrived is kept in {folder}: the same command continues")
     size = sum(file.size for file in manifest.files)
-    arguments.say(f"{folder}: {len(manifest.files)} files, {size / 1e9:.2f} GB, every hash is right; {name} at {manifest.revision}")
+    arguments.say(f"{folder}: {len(manifest.files)} files, {describe_bytes(size)}, every hash is right; {name} at {manifest.revision}")
     return describe_next(arguments.say, own, folder, hub if not arguments.to else "hub")
 
 
@@ -199,7 +199,7 @@ def check_model(arguments: argparse.Namespace) -> int:
 def describe_folder(report: "FolderReport", *, hashes: bool) -> str:
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in report.dtypes.items())
     lines = [
-        ("folder", f"{report.folder}: {report.files} files, {report.size_bytes / 1e9:.2f} GB"),
+        ("folder", f"{report.folder}: {report.files} files, {describe_bytes(report.size_bytes)}"),
         ("model", describe_identity(report)),
         (
             "weights",
@@ -240,7 +240,8 @@ def describe_use(report: "FolderReport") -> list[tuple[str, str]]:
     fits = [
         (f"{stage} on", ", ".join(hardware_for(found.model, report.folder, stage)) or "none of conf/hardware") for stage in CHECKED_STAGES
     ]
-    return [*fits, ("next", f"omnilaunch plan model={found.model} model.source.path={report.folder}")]
+    key = "stage.checkpoint" if report.ours else "model.source.path"
+    return [*fits, ("next", f"omnilaunch plan model={found.model} {key}={report.folder}")]
 
 
 def hardware_for(model: str, folder: str, stage: str) -> list[str]:
@@ -293,6 +294,10 @@ def describe_models(rows: list[dict[str, Any]]) -> str:
         lines.append(f"{row['name']:20} {describe_number(row['parameters']):>6}  {row['licence'][:27]:27} {where}")
         lines += [f"{'':20} here: {folder}" for folder in row["folders"]]
     return "\n".join((*lines, "", "Download one: omnilaunch model fetch NAME; from ModelScope: --from modelscope"))
+
+
+def describe_bytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 10**9 else f"{count / 1e6:,.1f} MB"
 
 
 def describe_number(count: int) -> str:

@@ -63,9 +63,6 @@ class RedirectHandler(urllib.request.HTTPRedirectHandler):
         return request
 
 
-OPENER = urllib.request.build_opener(RedirectHandler)
-
-
 def get_json(client: HubClient, path: str, what: str) -> tuple[Any, Message]:
     """The JSON at `path` of the hub, and the headers of the answer. `what`: for errors. Raises HubFailed."""
     for pause in (*PAUSES_S, None):
@@ -111,7 +108,7 @@ def open_path(client: HubClient, path: str, what: str, headers: Mapping[str, str
     given = {"User-Agent": "omnilaunch", "Accept-Encoding": "identity", **client.secret, **(headers or {})}
     for pause in (*PAUSES_S, None):
         try:
-            return OPENER.open(urllib.request.Request(url, headers=given), timeout=client.timeout_s)
+            return urllib.request.build_opener(RedirectHandler).open(urllib.request.Request(url, headers=given), timeout=client.timeout_s)
         except urllib.error.HTTPError as error:
             error.close()
             if error.code == 416:

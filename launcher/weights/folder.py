@@ -30,7 +30,8 @@ SHOWN = 5
 @dataclass(frozen=True, kw_only=True)
 class FolderReport:
     """`problems`: why the folder cannot be used, in a line each. `notes`: what else a user should know. `dtypes`: dtype -> elements.
-    `parameters`: elements of all tensors, 0 where no header could be read. `source`: of the manifest."""
+    `parameters`: elements of all tensors, 0 where no header could be read. `source`: of the manifest.
+    `ours`: a run of ours wrote it."""
 
     folder: str
     adapter: bool
@@ -43,6 +44,7 @@ class FolderReport:
     parameters: int
     dtypes: Mapping[str, int] = field(default_factory=dict)
     source: str = ""
+    ours: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,7 @@ def check_folder(folder: Path, models: Mapping[str, Mapping[str, Any]], *, hashe
         parameters=sum(tensors.numbers.values()),
         dtypes=dict(elements.most_common()),
         source=describe_source(folder),
+        ours=(folder / STATE_FILE).is_file(),
     )
 
 

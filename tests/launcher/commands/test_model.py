@@ -47,7 +47,7 @@ def test_fetch_then_check(
     monkeypatch.setattr(command, "CHECKED_STAGES", ())
     code = main(["model", "fetch", *(word.format(tmp=tmp_path) for word in words)])
     said = capsys.readouterr().out
-    assert f"{tmp_path / folder}: 12 files, 0.00 GB, every hash is right; {NAME} at" in said
+    assert f"{tmp_path / folder}: 12 files, 0.0 MB, every hash is right; {NAME} at" in said
     assert "problem: 9,000 parameters, and qwen2_5_vl_7b has 8,292,166,656: tensors are missing" in said, (
         "the hub's files are not those of the model"
     )
