@@ -76,11 +76,12 @@ def fetch_model(arguments: argparse.Namespace) -> int:
             arguments.say(f"what arrived is kept in {folder}: the same command continues")
     size = sum(file.size for file in manifest.files)
     arguments.say(f"{folder}: {len(manifest.files)} files, {describe_bytes(size)}, every hash is right; {name} at {manifest.revision}")
-    return describe_next(arguments.say, own, folder, hub if not arguments.to else "hub")
+    return describe_next(arguments.say, own, folder, hub, cached=not arguments.to)
 
 
-def describe_next(say: Callable[[str], None], own: str, folder: Path, hub: str) -> int:
+def describe_next(say: Callable[[str], None], own: str, folder: Path, hub: "HubKind", *, cached: bool) -> int:
     """The next command, and the exit code. A folder that is whole on the hub may still lack what the trainer needs."""
+    from launcher.weights.endpoint import TITLE
     from launcher.weights.folder import check_folder
     from launcher.weights.identity import load_models
 
@@ -88,8 +89,10 @@ def describe_next(say: Callable[[str], None], own: str, folder: Path, hub: str) 
     for problem in report.problems:
         say(f"problem: {problem}")
     model = report.identity.model if report.identity else ""
-    if model:
-        where = "model.source=modelscope" if hub == "modelscope" else f"model.source.path={folder}"
+    if report.problems:
+        say(f"the folder holds what {TITLE[hub]} lists, but it cannot be used as it is. See: omnilaunch model check {folder}")
+    elif model:
+        where = "model.source=modelscope" if hub == "modelscope" and cached else f"model.source.path={folder}"
         say(f"next: omnilaunch plan model={model} {where}")
     else:
         say(f"this is none of our models{f' (asked for {own})' if own else ''}. See: omnilaunch model check {folder}")

@@ -82,6 +82,7 @@ def fetch(
         place_all(call, small)
         weights = weight_names(listing.files, folder, name)
         refuse_small_disk(call, weights)
+        progress.say(f"{len(weights)} file(s) of weights, {sum(file.size for file in weights) / 1e9:,.2f} GB")
         place_all(call, weights)
         return finish(call, (*small, *weights), now())
 
