@@ -75,7 +75,7 @@ ENVIRON_READERS = {
     "launcher/image/build.py",
     *(
         f"launcher/commands/{verb}.py"
-        for verb in ("plan", "launch", "doctor", "image", "model", "rerun", "bench", "bench_rerun", "live/live_run")
+        for verb in ("plan", "launch", "chain", "doctor", "image", "model", "rerun", "bench", "bench_rerun", "live/live_run")
     ),
     "trainer/device/device.py",
     "trainer/programs/dispatch.py",

@@ -1,5 +1,6 @@
 """`omnilaunch plan|launch experiment=CHAIN`: all steps are planned before the first starts; a chain that was interrupted is resumed."""
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from launcher.record.index import figure
 from launcher.record.reader import read_if_there, read_object
 from launcher.record.record import Record, valid_run_id
 from launcher.record.run_name import PLAN_FILE, RECORD_FILE, list_folders
+from launcher.weights.source import with_weights_folder
 from trainer.contract import Exit
 
 Launch = Callable[[Sequence[str], str], int]  # overrides, run id -> exit code
@@ -77,7 +79,8 @@ def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
     for place, name in enumerate(run_ids):
         words = overrides_of(chain, place, typed, results, kinds)
         try:
-            plan = make_plan(compose(words, conf), stacks, context, run_id=run_ids[name], overrides=words, conf=conf)
+            config = with_weights_folder(compose(words, conf), os.environ)
+            plan = make_plan(config, stacks, context, run_id=run_ids[name], overrides=words, conf=conf)
         except ConfigRefused as error:
             raise ConfigRefused(f"step {name} of {GROUP}={chain.name}: {error}") from error
         given = overrides_of(chain, place, typed, run_ids, kinds)  # runs by their ids, which `launch` turns into folders
