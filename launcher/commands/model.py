@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.commands.plan import PROJECT
 from launcher.errors import ConfigRefused, suggest
+from launcher.plan.text import command_line
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
@@ -90,12 +91,12 @@ def describe_next(say: Callable[[str], None], own: str, folder: Path, hub: "HubK
         say(f"problem: {problem}")
     model = report.identity.model if report.identity else ""
     if report.problems:
-        say(f"the folder holds what {TITLE[hub]} lists, but it cannot be used as it is. See: omnilaunch model check {folder}")
+        say(f"the folder holds what {TITLE[hub]} lists, but it cannot be used as it is. See: {command_line('model', 'check', str(folder))}")
     elif model:
         where = "model.source=modelscope" if hub == "modelscope" and cached else f"model.source.path={folder}"
-        say(f"next: omnilaunch plan model={model} {where}")
+        say(f"next: {command_line('plan', f'model={model}', where)}")
     else:
-        say(f"this is none of our models{f' (asked for {own})' if own else ''}. See: omnilaunch model check {folder}")
+        say(f"this is none of our models{f' (asked for {own})' if own else ''}. See: {command_line('model', 'check', str(folder))}")
     return int(Exit.USAGE if report.problems else Exit.OK)
 
 
@@ -239,12 +240,12 @@ def describe_use(report: "FolderReport") -> list[tuple[str, str]]:
     if found is None or not found.model:
         return []
     if report.adapter:
-        return [("next", f"omnilaunch plan model={found.model} stage=merge stage.checkpoint={report.folder}")]
+        return [("next", command_line("plan", f"model={found.model}", "stage=merge", f"stage.checkpoint={report.folder}"))]
     fits = [
         (f"{stage} on", ", ".join(hardware_for(found.model, report.folder, stage)) or "none of conf/hardware") for stage in CHECKED_STAGES
     ]
     key = "stage.checkpoint" if report.ours else "model.source.path"
-    return [*fits, ("next", f"omnilaunch plan model={found.model} {key}={report.folder}")]
+    return [*fits, ("next", command_line("plan", f"model={found.model}", f"{key}={report.folder}"))]
 
 
 def hardware_for(model: str, folder: str, stage: str) -> list[str]:

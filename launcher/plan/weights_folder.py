@@ -1,5 +1,6 @@
 """The folder of weights that a plan names, where it is on this machine: does it exist, and does it hold the plan's model?"""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -59,14 +60,14 @@ def judge_folder(config: Config, key: str, folder: Path, conf: Path) -> Iterator
     try:
         if not folder.is_dir():
             if key == "model.source.path" and config.cluster.is_local:
-                what = f"there is no folder {folder} on this machine. To download the weights: omnilaunch model fetch {config.model.name} --to {folder}"
+                what = f"there is no folder {folder} on this machine. To download the weights: omnilaunch model fetch {config.model.name} --to {shlex.quote(str(folder))}"
                 yield Problem(key=key, what=what, launch_only=True)
             return
         content = read_config(folder)
     except OSError:  # a folder of another user, such as root's on a shared disk
         return
     except (ConfigRefused, SpecError) as error:
-        yield Problem(key=key, what=f"{error}. See: omnilaunch model check {folder}")
+        yield Problem(key=key, what=f"{error}. See: omnilaunch model check {shlex.quote(str(folder))}")
         return
     if content is None:
         return

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigRefused
-from launcher.weights.identity import ADAPTER_CONFIG_FILE, CONFIG_FILE, Identity, identify, read_object
+from launcher.weights.identity import ADAPTER_CONFIG_FILE, CONFIG_FILE, Identity, identify, part_of, read_object
 from launcher.weights.manifest import find_difference, read_manifest
+from launcher.weights.selection import is_plain_path
 from trainer.contract import InputRefused, SpecError, read
 from trainer.contract.checkpoint_files import STATE_FILE, CheckpointState, missing_files
 from trainer.contract.weight_files import INDEX, PICKLED_INDEX, is_safetensors, read_header, weight_files
@@ -139,7 +140,7 @@ def read_tensors(folder: Path) -> tuple[Tensors, list[str]]:
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         wrong.append(f"{len(missing)} of {len(files)} weight file(s) missing: {', '.join(missing[:SHOWN])}{more}")
     for file in (file for file in files if file.is_file()):
-        if any(part in ("", "..") for part in file.relative_to(folder).parts):
+        if ".." in file.parts or not file.is_relative_to(folder):
             wrong.append(f"the index names {file.name}, outside of the folder")
         elif is_safetensors(file):
             wrong += read_file(file, found)
@@ -230,7 +231,9 @@ def check_manifest(folder: Path, *, hashes: bool) -> Iterator[str]:
         return
     for file in manifest.files:
         path = folder / file.path
-        if not path.is_file():
+        if not is_plain_path(file.path):
+            yield f"the manifest names {file.path!r}, outside of the folder"
+        elif not path.is_file():
             yield f"{file.path} is missing; the manifest names it"
         elif path.stat().st_size != file.size:
             yield f"{file.path} has {path.stat().st_size:,} bytes, the manifest says {file.size:,}"
@@ -253,7 +256,7 @@ def compare_numbers(folder: Path, model: Mapping[str, Any], tensors: Tensors) ->
 
 def find_notes(folder: Path) -> Iterator[str]:
     content = read_safely(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
-    tied = content.get("tie_word_embeddings", (content.get("text_config") or {}).get("tie_word_embeddings"))
+    tied = content.get("tie_word_embeddings", part_of(content, "text_config").get("tie_word_embeddings"))
     if tied:
         yield "embeddings and output head are tied"
     if code := sorted(path.name for path in folder.glob("*.py")):

@@ -125,11 +125,11 @@ def find_differences(model: Mapping[str, Any], content: Mapping[str, Any]) -> li
     if family != model["family"]:
         kind = content.get("model_type", "none")
         return [f"family: {model['family']}, the folder has model_type {kind}{f' (family {family})' if family else ''}"]
-    root = content.get("thinker_config") or content
-    text = root.get("text_config") or root.get("llm_config") or root
+    root = part_of(content, "thinker_config") or content
+    text = part_of(root, "text_config") or part_of(root, "llm_config") or root
     parts = {
         "text": {**DEFAULTS.get(str(text.get("model_type")), {}), **text},
-        "vision": root.get("vision_config") or root.get("tower") or {},
+        "vision": part_of(root, "vision_config") or part_of(root, "tower"),
     }
     unsure = (model["architecture"].get("options") or {}).get("unverified", ())
     return [
@@ -141,6 +141,12 @@ def find_differences(model: Mapping[str, Any], content: Mapping[str, Any]) -> li
         and (found := one_side(parts[part].get(key, parts[part].get(NAMES.get(key, key))))) is not None
         and found != wanted
     ]
+
+
+def part_of(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A section of a config; {} where there is none, or something else."""
+    found = content.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def wanted_value(part: Mapping[str, Any], key: str) -> Any:

@@ -7,7 +7,7 @@ are weights that are there twice: .bin files beside safetensors, and safetensors
 import json
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from launcher.errors import HubFailed
 from launcher.weights.manifest import HubFile
@@ -16,17 +16,15 @@ from trainer.contract.weight_files import INDEX, PICKLED, PICKLED_INDEX, WEIGHTS
 SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "LICEN[CS]E*", "NOTICE*", "README.md")
 
 
+def is_plain_path(path: str) -> bool:
+    """Whether it is a relative path that stays below its folder."""
+    return bool(path) and not {"", ".", ".."} & set(path.split("/")) and "\\" not in path and path.isprintable()
+
+
 def refuse_paths(files: Iterable[HubFile], name: str) -> None:
     """Raises HubFailed for a name that would be written outside of the folder, or that is no plain relative path."""
     for file in files:
-        parts = file.path.split("/")
-        if (
-            not file.path
-            or PurePosixPath(file.path).is_absolute()
-            or {"", ".", ".."} & set(parts)
-            or "\\" in file.path
-            or not file.path.isprintable()
-        ):
+        if not is_plain_path(file.path):
             raise HubFailed(f"{name} lists a file {file.path!r}, which leaves the folder or is no plain name: nothing was written")
 
 

@@ -19,6 +19,7 @@ from tests.launcher.weights.test_fetch import run
 
 CONF = Path(__file__).parents[3] / "conf"
 MODELS = load_models(CONF)
+MANIFEST = b'{"format": 1, "kind": "hub", "endpoint": "", "id": "a/b", "revision": "", "date": "", "files": [{"path": "../../etc/passwd", "size": 1}]}'
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 10219\n"
 
 
@@ -76,6 +77,11 @@ def test_a_whole_folder(tmp_path: Path, models: dict[str, Any]) -> None:
             damage("model.safetensors.index.json", lambda _: b'{"weight_map": {"a": "../up.safetensors"}}'),
             "weight file(s) missing: up.safetensors",
         ),
+        (
+            damage("model.safetensors.index.json", lambda _: b'{"weight_map": {"a": "/etc/passwd"}}'),
+            "the index names passwd, outside of the folder",
+        ),
+        (damage("omnilaunch.manifest", lambda _: MANIFEST), "the manifest names '../../etc/passwd', outside of the folder"),
         (damage("tokenizer.json", lambda _: None), "no tokenizer: tokenizer.json, or vocab.json with merges.txt"),
         (damage("preprocessor_config.json", lambda _: None), "no image processor: preprocessor_config.json or processor_config.json"),
         (damage("model-00002-of-00002.safetensors.part", lambda _: b"x"), "safetensors.part is an unfinished download"),
@@ -196,6 +202,7 @@ def test_published_configs_are_recognised(tmp_path: Path, content: dict[str, Any
          "architecture.text.hidden_size: 4096, the folder has 5120"),
         ({"model_type": "qwen2_vl", "hidden_size": 3584}, "", "", ""),
         ({}, "", "", ""),
+        ({"model_type": ["llava"], "text_config": 5}, "", "", ""),
     ],
 )  # fmt: skip
 def test_none_of_ours_says_what_is_nearest(tmp_path: Path, content: dict[str, Any], family: str, nearest: str, difference: str) -> None:
@@ -203,6 +210,15 @@ def test_none_of_ours_says_what_is_nearest(tmp_path: Path, content: dict[str, An
     found = identify(tmp_path, MODELS)
     assert (found.model, found.family, found.nearest) == ("", family, nearest)
     assert difference == (found.differences[0] if found.differences else "")
+
+
+@pytest.mark.parametrize("part", [5, "x", [1], None, {"hidden_size": {"a": 1}}, {"hidden_size": [[1], [1]]}])
+def test_configs_of_any_form_are_compared(tmp_path: Path, part: object) -> None:
+    """A folder that somebody else made is data: nothing in it ends the program."""
+    content = {"model_type": "qwen2_5_omni", "thinker_config": part, "vision_config": part, "text_config": part}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    identify(tmp_path, MODELS)
+    assert check_folder(tmp_path, MODELS).problems
 
 
 def test_another_family_is_a_difference() -> None:
