@@ -188,6 +188,12 @@ def test_a_missing_folder_is_planned_for_this_machine_but_not_launched() -> None
     assert not about(plan_of([*QWEN, "model.source.path=/models/q", "cluster=example"], "R"), "model.source.path"), "it may be on the nodes"
 
 
+def test_a_tiny_model_has_nothing_to_download() -> None:
+    assert about(plan_of(["model=tiny_llava", "model.source.path=/models/q"], "R"), "model.source.path") == [
+        "there is no folder /models/q on this machine"
+    ]
+
+
 def test_the_revision_of_a_fetched_folder(fetched: Path) -> None:
     words = [*QWEN, f"model.source.path={fetched}"]
     assert not about(plan_of([*words, f"model.source.revision={COMMIT}"], "R"), "model.source.revision")
