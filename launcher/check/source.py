@@ -21,7 +21,7 @@ def place_is_known(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     elif not source.path:
         what = (
             f"{source.modelscope} of ModelScope is not on this machine yet, and a run reads it from a folder. "
-            f"Next: omnilaunch model fetch {model.name} --from modelscope, and then the same command"
+            f"Next: omnilaunch model fetch {source.modelscope} --from modelscope, and then the same command"
         )
         yield Problem(key="model.source", what=what, changes=("model.source.path=FOLDER",), launch_only=True)
 
@@ -40,13 +40,13 @@ def keys_are_used(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
 
 
 def write_source_notes(config: Config) -> Iterator[str]:
-    """A download at the start of a container is lost with the container."""
-    source = config.model.source
-    if source.kind == "hub" and config.cluster.runtime == "docker" and not config.stage.checkpoint:
+    """A download at the start of a container is lost with the container, unless the user keeps the hub's cache elsewhere."""
+    source, kept = config.model.source, {"HF_HOME", "HF_HUB_CACHE"} & set(config.cluster.environment)
+    if source.kind == "hub" and config.cluster.runtime == "docker" and not config.stage.checkpoint and not kept:
         size = config.model.parameters.total * 2 / 1e9
         yield (
             f"each container downloads the weights at its start (about {size:.0f} GB in 16 bits) and keeps them only until it ends. To download "
-            f"once: omnilaunch model fetch {config.model.name} --to FOLDER, then model.source.path=FOLDER (cluster.sync=[FOLDER] copies it to the nodes)"
+            f"once: omnilaunch model fetch {source.id} --to FOLDER, then model.source.path=FOLDER (cluster.sync=[FOLDER] copies it to the nodes)"
         )
 
 

@@ -60,7 +60,7 @@ def judge_folder(config: Config, key: str, folder: Path, conf: Path) -> Iterator
     try:
         if not folder.is_dir():
             if key == "model.source.path" and config.cluster.is_local:
-                fetch = f". To download the weights: omnilaunch model fetch {config.model.name} --to {shlex.quote(str(folder))}"
+                fetch = f". To download the weights: omnilaunch model fetch {config.model.source.id} --to {shlex.quote(str(folder))}"
                 what = f"there is no folder {folder} on this machine{fetch if config.model.source.id else ''}"
                 yield Problem(key=key, what=what, launch_only=True)
             return

@@ -104,7 +104,7 @@ def test_modelscope_is_planned_and_says_what_to_fetch() -> None:
     plan = plan_of([*QWEN, "model.source=modelscope"], "R")
     (what,) = about(plan, "model.source")
     assert (plan.verdict.ok, plan.verdict.launchable) == (True, False)
-    assert "Next: omnilaunch model fetch qwen2_5_vl_7b --from modelscope, and then the same command" in what
+    assert f"Next: omnilaunch model fetch {NAME} --from modelscope, and then the same command" in what
 
 
 def test_modelscope_is_a_folder_for_the_trainer(fetched: Path) -> None:
@@ -140,6 +140,22 @@ def test_the_callers_mirror_is_recorded_and_reaches_the_ranks(monkeypatch: pytes
     monkeypatch.setenv("HF_ENDPOINT", "https://ann:pw@hub.lan")
     with pytest.raises(ConfigRefused, match="without user and password"):
         plan_of(QWEN, "R")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "noted"),
+    [
+        (("cluster=example",), True),
+        (("cluster=example", "cluster.environment.HF_HOME=/cache"), False),
+        (("cluster=example", "model.source=/models/q"), False),
+        (("cluster=example", "stage.checkpoint=/run"), False),
+        (("cluster.runtime=process",), False),
+    ],
+)
+def test_a_download_in_each_container_is_noted(plan_for: Callable[..., Plan], overrides: tuple[str, ...], noted: bool) -> None:
+    notes = [note for note in plan_for(*QWEN, *overrides).verdict.notes if "each container downloads the weights" in note]
+    assert bool(notes) == noted
+    assert not noted or ("about 17 GB" in notes[0] and f"omnilaunch model fetch {NAME} --to FOLDER" in notes[0])
 
 
 def test_without_a_mirror_nothing_changes(plan_for: Callable[..., Plan]) -> None:
@@ -182,9 +198,7 @@ def test_a_missing_folder_is_planned_for_this_machine_but_not_launched() -> None
     plan = plan_of([*QWEN, "model.source.path=/models/q"], "R")
     (what,) = about(plan, "model.source.path")
     assert (plan.verdict.ok, plan.verdict.launchable) == (True, False)
-    assert (
-        "there is no folder /models/q on this machine. To download the weights: omnilaunch model fetch qwen2_5_vl_7b --to /models/q" in what
-    )
+    assert f"there is no folder /models/q on this machine. To download the weights: omnilaunch model fetch {NAME} --to /models/q" in what
     assert not about(plan_of([*QWEN, "model.source.path=/models/q", "cluster=example"], "R"), "model.source.path"), "it may be on the nodes"
 
 
