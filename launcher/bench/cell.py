@@ -87,7 +87,7 @@ def find_lacks(config: Config) -> Iterator[str]:
         yield f"data: a built-in set; the files of data={config.data.name} exist on one machine only"
     if config.stage.checkpoint:
         yield "stage.checkpoint: '', since a run exists on one machine only"
-    if source.kind == "path":
+    if source.kind in ("path", "modelscope"):
         yield "model.source: random, or a model of the hub with its revision"
     if source.kind == "hub" and not source.revision:
         yield f"model.source.revision: which commit of {source.id}; or model.source.kind=random"

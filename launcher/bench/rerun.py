@@ -22,6 +22,7 @@ from launcher.plan.commands import FOLDER_VARIABLE, RUN_VARIABLE, node_commands
 from launcher.plan.plan import LocalContext, Plan, carry_over, make_plan
 from launcher.record.record import OriginalRun
 from launcher.record.recorded_run import RecordedRun
+from launcher.weights.source import with_weights_folder
 from trainer.contract import SPEC_FILE, Expectation, TrainSpec, decode, facts_of, kind_of
 
 # Kinds of differences that --accept allows.
@@ -71,6 +72,8 @@ def plan_rerun(
     before = recorded_config(recorded, environ)
     config = compose_over(choose_strategy_again(before, recorded, overrides), overrides, conf) if overrides else before
     config = choose_runtime_again(config, recorded, overrides)
+    if any(word.startswith("model") for word in overrides):  # otherwise the source is the recorded one
+        config = with_weights_folder(config, environ)
     stacks, place = load_stacks(tree.project / "images"), replace(place, project=tree.project)
     given = {word.partition("=")[0] for word in overrides}
     words = (*(word for word in recorded.plan.overrides if word.partition("=")[0] not in given), *overrides)

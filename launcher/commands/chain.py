@@ -1,5 +1,6 @@
 """`omnilaunch plan|launch experiment=CHAIN`: all steps are planned before the first starts; a chain that was interrupted is resumed."""
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from launcher.record.checkpoint_reference import with_full_ids
 from launcher.record.reader import read_if_there, read_object
 from launcher.record.record import Record, valid_run_id
 from launcher.record.run_name import PLAN_FILE, RECORD_FILE, list_folders
+from launcher.weights.source import with_weights_folder
 from trainer.contract import Exit
 
 Launch = Callable[[Sequence[str], str], int]  # overrides, run id -> exit code
@@ -78,7 +80,7 @@ def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
         words = overrides_of(chain, place, typed, results, kinds)
         try:
             config, files = compose_with_files(words, conf)
-            config = for_this_machine(config, words)
+            config = with_weights_folder(for_this_machine(config, words), os.environ)
             context = context_for(config, stacks, project)
             plan = with_files(make_plan(config, stacks, context, run_id=run_ids[name], overrides=words, conf=conf), conf, files)
         except ConfigRefused as error:

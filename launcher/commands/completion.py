@@ -58,6 +58,8 @@ def complete_verb(typed: Sequence[str], current: str, make_parser: MakeParser) -
     if re.search(r"\bRUN\b", text) and (verb != "runs" or rest[:1] in (["tag"], ["prune"])):
         found += list_runs()
     values = list_values(typed)
+    if verb == "model" and "MODEL" in text:
+        found += values["model"]
     if verb == "options":
         found += values
     elif verb == "completion":

@@ -97,20 +97,23 @@ def plan_here(
     from launcher.image.stack import load_stacks
     from launcher.plan.local_context import context_for, for_this_machine
     from launcher.plan.plan import RUNS_FOLDER, absolute, make_plan, with_files
+    from launcher.plan.weights_folder import judge_weights, with_found_model
     from launcher.record.checkpoint_reference import resolve_base, resolve_checkpoint, with_full_ids
     from launcher.record.record import name_run, utc_now, valid_run_id
+    from launcher.weights.source import with_weights_folder
 
     here, conf = Path.cwd(), conf or ConfFolder(project=PROJECT / "conf")
+    overrides = with_found_model(overrides, conf)
     config, files = compose_with_files(overrides, conf)
     config = for_this_machine(config, overrides)
     runs = (Path(absolute(config.cluster.root, here)) / RUNS_FOLDER, here / RUNS_FOLDER)
-    config = resolve_base(resolve_checkpoint(config, *runs), *runs)
+    config = with_weights_folder(resolve_base(resolve_checkpoint(config, *runs), *runs), os.environ)
     run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))
     given = with_full_ids(overrides, *runs)
     rules = RULES_BUT_MEMORY if traced else RULES
     stacks = load_stacks(PROJECT / "images")
     context = context_for(config, stacks, PROJECT, asks=asks)
-    plan = make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf)
+    plan = judge_weights(make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf), conf)
     return with_files(plan, conf, files), context.machine
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from launcher.config.conf_folder import GROUPS, OPTIONAL_GROUPS, PRIMARY, ConfFolder, as_conf_folder
 from launcher.config.schema import AXES, Config
+from launcher.config.source import expand_source, kind_that_follows
 from launcher.errors import NODES, ConfigRefused, refuse_config, suggest
 from trainer.contract import SpecError, decode
 
@@ -90,14 +91,14 @@ def _translate(overrides: Sequence[str], groups: dict[str, tuple[str, ...]]) -> 
     problems: list[str] = []
     for override in overrides:
         try:
-            key, text = _translate_one(override, groups)
+            key, text = _translate_one(expand_source(override), groups)
             if translated.setdefault(key, text) != text:
                 raise ConfigRefused(f"{key} is given twice, with different values: keep one")
         except ConfigRefused as error:
             problems.append(f"  {override}: {error}")
     if problems:
         raise ConfigRefused("\n".join((_heading("override", len(problems)), *problems)))
-    return [text for text in translated.values() if text]
+    return [text for text in (*translated.values(), kind_that_follows(tuple(translated))) if text]
 
 
 def _translate_one(override: str, groups: dict[str, tuple[str, ...]]) -> tuple[str, str]:

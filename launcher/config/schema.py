@@ -21,12 +21,12 @@ from trainer.contract import (
     Profile,
     Quantization,
     Serving,
-    Source,
     Template,
 )
 
 Accelerator = Literal["cpu", "cuda", "npu"]
 Confidence = Literal["published", "computed", "unverified"]
+SourceKind = Literal["random", "hub", "modelscope", "path"]
 AXES = ("hardware", "model", "stage", "precision", "strategy", "data", "cluster")
 GROUPS = ("vision", "projector", "lm", "head")
 
@@ -162,6 +162,20 @@ class ImageTokens:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where weights come from: `random` (architecture only), `hub` (Hugging Face), `modelscope`, or `path` (a folder). `id`, `modelscope`: the
+    repository on either hub, '' = not known. `revision`: a commit, branch or tag there. `path`: with modelscope the folder that `omnilaunch model
+    fetch` made. `endpoint`: the address of a mirror of the Hugging Face hub, '' = the caller's HF_ENDPOINT, or the hub itself."""
+
+    kind: SourceKind
+    id: str = ""
+    modelscope: str = ""
+    revision: str = ""
+    path: str = ""
+    endpoint: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Licence:
     name: str
     source: str
@@ -177,7 +191,7 @@ class Model:
     family: str
     ready: bool
     pending: str = ""
-    source: Source
+    source: ModelSource
     licence: Licence
     architecture: Architecture
     parameters: Parameters

@@ -1,6 +1,6 @@
 """What a plan takes from this machine: folder, interpreter, user; for a run on it what it has; and which licences the user has accepted.
 
-The only module of the package that reads the machine.
+Of this package, only this module and `weights_folder` read the machine.
 """
 
 import getpass

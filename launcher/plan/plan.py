@@ -36,6 +36,7 @@ from trainer.contract import (
     DataSpec,
     DeviceSpec,
     ModelSpec,
+    Source,
     StageSpec,
     TrainSpec,
     decode,
@@ -306,11 +307,18 @@ def divide(config: Config, ranks: int) -> Batch:
 def model_spec(config: Config, local: LocalContext) -> ModelSpec:
     model = config.model
     return ModelSpec(
-        source=replace(model.source, path=absolute_if_set(model.source.path, local)),
+        source=trainer_source(config, local),
         architecture=asdict(model.architecture),
         attention=config.hardware.capability.attention[0],
         **{name: getattr(model, name) for name in MODEL_KEYS},
     )
+
+
+def trainer_source(config: Config, local: LocalContext) -> Source:
+    """What the trainer knows of the source: a repository of ModelScope is a folder for it."""
+    source = config.model.source
+    path, kind = absolute_if_set(source.path, local), source.kind
+    return Source(kind="path" if kind == "modelscope" else kind, id=source.id, revision=source.revision, path=path)
 
 
 def stage_spec(config: Config, local: LocalContext) -> StageSpec:

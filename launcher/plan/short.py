@@ -114,7 +114,8 @@ def describe_work(spec: TrainSpec) -> str:
     """What the ranks will do, in one line."""
     stage, batch, ranks = spec.stage, spec.batch, spec.device.world_size
     where = f"on {ranks} device(s)" if spec.device.cards == 1 else f"over the {spec.device.cards} devices of one node"
-    weights = stage.checkpoint or spec.model.source.id or spec.model.source.path
+    source = spec.model.source
+    weights = stage.checkpoint or (source.path if source.kind == "path" else source.id)
     if stage.kind == "merge":
         return f"the adapter {weights} is merged into its base model, file by file"
     if stage.conversion is not None:

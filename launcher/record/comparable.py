@@ -32,7 +32,13 @@ RULES: tuple[tuple[ComparableKind, tuple[str, ...]], ...] = (
         (
             *("config.*.title", "config.*.notes", "config.*.notes.*", "config.*.pending", "config.model.licence.*", "config.model.ready"),
             *("config.hardware.peaks", "config.hardware.peaks.*", "config.hardware.driver.*", "config.*.parameters.source"),
-            *("config.model.source.path", "config.stage.checkpoint", "config.stage.needs"),
+            *(
+                "config.model.source.path",
+                "config.model.source.modelscope",
+                "config.model.source.endpoint",
+                "config.stage.checkpoint",
+                "config.stage.needs",
+            ),
             *("config.data.train", "config.data.evaluation", "config.data.images", "config.data.workers"),
             *("config.run.*timeout_s", "config.run.save_every*", "config.run.keep_*", "config.run.checkpoint_background"),
             *("config.run.trackers", "config.run.profile.*", "config.run.restarts", "config.run.minimum_nodes", "config.run.force"),
