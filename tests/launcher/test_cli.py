@@ -90,9 +90,11 @@ def test_every_module_of_a_verb_has_the_two_functions() -> None:
         (["help", "lanch"], "unknown verb 'lanch'; did you mean 'launch'?"),
         (["image", "biuld"], "unknown action 'biuld' of image; did you mean 'build'? valid are: build, fetch,"),
         (["data", "chek"], "unknown action 'chek' of data; did you mean 'check'?"),
-        (["options", "hardwear"], "unknown axis 'hardwear'; did you mean 'hardware'?"),
+        (["options", "hardwear"], "unknown key 'hardwear'; did you mean 'hardware'?"),
         (["completion", "fish"], "unknown shell 'fish'; valid are: bash, zsh"),
-        (["plan", "model=tinyllava"], "did you mean 'tiny_llava'?"),
+        (["plan", "model=tinyllava"], "write model=tiny_llava"),
+        (["options", "run.seed", "a=b"], "unknown key 'a'"),
+        (["options", "run.seed", "run.steps"], "give one key, then overrides; these are 2: run.seed, run.steps"),
     ],
 )
 def test_unknown_words_get_the_nearest_valid_one(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +115,7 @@ def test_unknown_words_get_the_nearest_valid_one(words: list[str], text: str, ca
             "unrecognized arguments: --fersh; did you mean '--fresh'? valid are: --architecture, --conf, --fresh, --help",
         ),
         (["logs", "monday", "--folow"], "did you mean '--follow'?"),
-        (["options", "hardware", "a=b"], "unrecognized arguments: a=b"),
+        (["status", "monday", "a=b"], "unrecognized arguments: a=b"),
         (["status"], "the following arguments are required: RUN"),
         (["image"], "the following arguments are required: ACTION"),
     ],
