@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from launcher.commands.plan import add_conf, add_overrides, conf_of
+from launcher.commands.plan import add_overrides, conf_of
 from launcher.errors import ConfigRefused
 from trainer.contract import Exit
 
@@ -28,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser, "the run whose values are shown: hardware=h200 stage=lora")
     parser.add_argument("--search", default="", metavar="WORD", help="find keys, values, meanings, and the words of other tools")
     parser.add_argument("--json", action="store_true", help="print as JSON")
-    add_conf(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -82,9 +81,15 @@ def show_axes(values: dict[str, dict[str, str]], chosen: dict[str, str], setting
 
 
 def find_chosen(overrides: Sequence[str], conf: "ConfFolder") -> dict[str, str]:
+    """Axis -> the value that these overrides choose; without any, the default of config.yaml, for which nothing has to be composed."""
     from launcher.config.compose import compose
+    from launcher.config.conf_folder import PRIMARY
+    from launcher.config.official_name import read_yaml
     from launcher.config.schema import AXES
 
+    if not overrides:
+        defaults = read_yaml(conf.project / f"{PRIMARY}.yaml").get("defaults", ())
+        return {axis: name for entry in defaults if isinstance(entry, dict) for axis, name in entry.items() if axis in AXES}
     config = compose(overrides, conf)
     return {axis: getattr(config, axis).name for axis in AXES}
 

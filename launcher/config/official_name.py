@@ -31,16 +31,21 @@ def find_official(axis: str, text: str, conf: Path | ConfFolder) -> tuple[str, .
 
 
 def read_files(axis: str, conf: Path | ConfFolder) -> Iterator[tuple[str, dict[str, Any]]]:
-    import yaml
-
     conf = as_conf_folder(conf)
     for file in (conf.find(axis, name) for name in conf.list_groups().get(axis, ())):
-        try:
-            data = yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        except (OSError, ValueError, yaml.YAMLError):
-            continue  # composing reports it
-        if isinstance(data, dict):
+        if data := read_yaml(file):
             yield file.stem, data
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """{} for a file that is no mapping or cannot be read: composing reports it."""
+    import yaml
+
+    try:
+        data = yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def list_names(name: str, data: dict[str, Any]) -> Iterator[str]:

@@ -138,7 +138,7 @@ def test_unknown_options_get_the_nearest_one(words: list[str], text: str, capsys
         (["runs", "prune", "--keep", "1", "monday"], "words", ["prune", "monday"]),
         (["bench", "--dirty", "a try", "cell", "--anew", "cluster=lab"], "words", ["cell", "cluster=lab"]),
         (["render", "--to", "x", "monday"], "overrides", ["monday"]),
-        (["options", "--conf", "x", "hardware"], "axis", "hardware"),
+        (["options", "--conf", "x", "hardware"], "key", "hardware"),
         (["image", "refresh", "--upgrade", "cpu", "p4"], "stacks", ["cpu", "p4"]),
         (["image", "build", "hardware=p4", "--fresh", "cluster=lab"], "overrides", ["hardware=p4", "cluster=lab"]),
         (["data", "check", "--json", "data=digits"], "overrides", ["data=digits"]),

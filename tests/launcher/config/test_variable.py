@@ -55,7 +55,9 @@ def test_a_variable_is_named_with_the_override(variable: str) -> None:
 
 def test_what_does_not_matter_is_not_named() -> None:
     everywhere = {"PATH": "/bin", "EDITOR": "vi", "NCCL_VERSION": "2.27", "HF_TOKEN": "hf_x", "HF_HOME": "/x", "WANDB_API_KEY": "w"}
-    assert lines(everywhere, *QWEN) == []  # the process runtime keeps HF_TOKEN and HF_HOME, and nothing is written to wandb
+    assert (
+        lines(everywhere, *QWEN, "cluster.runtime=process") == []
+    )  # the process runtime keeps HF_TOKEN and HF_HOME, and nothing is written to wandb
     assert lines({"MAX_PIXELS": "9", "NCCL_DEBUG": "INFO", "CUDA_VISIBLE_DEVICES": "1"}) == []  # a CPU, and a model that does not scale
     assert lines({"HCCL_CONNECT_TIMEOUT": "1800", "OMP_NUM_THREADS": "4"}, *NPU, "hardware.threads=4") == []  # set so already
 
@@ -109,7 +111,7 @@ def test_a_plan_says_so_and_records_the_devices(
     said = capsys.readouterr()
     plan = json.loads(said.out)
     assert plan["config"]["cluster"]["nodes"][0]["devices"] == [4, 5] and plan["overrides"][-1] == "cluster.devices_per_node=2"
-    assert plan["commands"][0]["environment"]["CUDA_VISIBLE_DEVICES"] == "4,5" and "MAX_PIXELS=802816" in said.err
+    assert '"device=4,5"' in " ".join(plan["commands"][0]["start"]) and "MAX_PIXELS=802816" in said.err
 
 
 def test_a_server_takes_the_first_of_the_visible_devices(
