@@ -65,7 +65,7 @@ LINES = {
     "options p": ["precision", "precision."],
     "options run.st": ["run.start_timeout_s", "run.steps", "run.stop_timeout_s"],
     "options stage.optimizer.lr stage=lo": ["stage=lora"],
-    "options --": ["--help", "--json", "--search"],
+    "options --": ["--conf", "--help", "--json", "--search"],
     "plan model.image": ["model.image_token="],
     "plan hardware.pea": [],
     "bench h200_qwen2_5_vl_7b_f": ["h200_qwen2_5_vl_7b_full"],
