@@ -23,7 +23,7 @@ class Verb(NamedTuple):
     group: str
     help: str
     module: str
-    examples: tuple[str, str]
+    examples: tuple[str, ...]
 
 
 GROUPS = {
@@ -38,7 +38,7 @@ IMAGES = ("build hardware=h200", "fetch hardware=cpu --to wheelhouse/")
 WEIGHTS = ("fetch qwen2_5_vl_7b --to /models/qwen", "check /models/qwen")
 DATA = ("check data=files data.train=train.json data.images=images/", "check data=digits --out problems.jsonl")
 VERBS = {
-    "options": Verb("prepare", "list the values of each axis", "options", ("", "hardware")),
+    "options": Verb("prepare", "list the values of each axis; explain and search keys", "options", ("hardware", "--search batch")),
     "data": Verb("prepare", "check every row and every image of the data", "data", DATA),
     "model": Verb("prepare", "download, check and list the weights of models", "model", WEIGHTS),
     "image": Verb("prepare", "build, inspect and list the container images", "image", IMAGES),
