@@ -44,10 +44,7 @@ VERBS = {
     "image": Verb("prepare", "build, inspect and list the container images", "image", IMAGES),
     "licence": Verb("prepare", "show and accept the licences of software inside the images", "licence", ("show cann", "accept cann")),
     "doctor": Verb(
-        "prepare",
-        "check the nodes of a cluster, or this machine",
-        "doctor",
-        ("cluster=example", "cluster=example hardware=h200 --json", "data data=digits"),
+        "prepare", "check the nodes of a cluster, or this machine", "doctor", ("cluster=example hardware=h200 --json", "data data=digits")
     ),
     "plan": Verb("prepare", "show what a run would do, without starting it", "plan", (LORA, "run.steps=100 --json")),
     "launch": Verb("run", "start a run", "launch", (f"{LORA} cluster=example", "cluster=example --detach --run-id monday")),
