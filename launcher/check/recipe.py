@@ -264,9 +264,10 @@ def data_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     stage, wanted = config.stage, {"train": ["train"], "evaluate": ["evaluation"]}.get(config.stage.kind, [])
     if stage.quantization is not None:
         wanted = ["train"] * bool(stage.quantization.calibration) + ["evaluation"] * stage.quantization.compare
-    for name, placeholder in (*((name, "FILE.json") for name in wanted), *(("images", "FOLDER"),) * bool(wanted)):
+    for name in wanted:
         if not getattr(data, name):
-            yield Problem(key=f"data.{name}", what="is empty: set its path", changes=(f"data.{name}={placeholder}",))
+            what = "is empty: set the path of a JSON or JSON Lines file with the rows"
+            yield Problem(key=f"data.{name}", what=what, changes=(f"data.{name}=FILE.json",))
 
 
 # --------------------------------------------------------------------------------------------------------------- strategy

@@ -15,7 +15,7 @@ from launcher.errors import ConfigRefused, LaunchError
 from trainer import contract
 from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, SPEC_FILE, DataReport, DataSummary, Exit, TrainSpec, read, write, write_text
 
-SHOWN_PROBLEMS = 50
+SHOWN_CAUSES = 20
 ACTIONS = {"check": "read every row and every image, and print everything that is wrong with them"}
 
 
@@ -79,11 +79,16 @@ def describe_data(report: DataReport, max_length: int) -> str:
     lines = [
         ("rows", f"{report.train_rows:,} to train on, {report.evaluation_rows:,} held out; {summary.rows_with_images:,} with images"),
         ("images", describe_sizes(report)),
+        *((("adjusted", describe_adjustments(summary)),) if summary.adjustments else ()),
         ("converted", ", ".join(f"{count:,} {word}" for word, count in summary.conversions.items()) or "none"),
         ("length", describe_lengths(summary, max_length)),
         ("sha256", report.sha256),
     ]
     return "\n".join(f"{name:10} {text}" for name, text in lines)
+
+
+def describe_adjustments(summary: DataSummary) -> str:
+    return "; ".join(f"{change} ({rows:,} rows)" for change, rows in summary.adjustments.items())
 
 
 def describe_sizes(report: DataReport) -> str:
@@ -104,7 +109,7 @@ def describe_lengths(summary: DataSummary, limit: int) -> str:
 def describe_problems(problems: Sequence[dict[str, Any]], file: str) -> str:
     if not problems:
         return f"{'problems':10} none"
-    shown = "\n".join(f"  {contract.decode(contract.DataProblem, problem)}" for problem in problems[:SHOWN_PROBLEMS])
-    more = len(problems) - SHOWN_PROBLEMS
-    rest = f"\n  ... and {more:,} more{f' in {file}' if file else ': --out FILE writes all'}" if more > 0 else ""
+    texts = contract.describe_groups([contract.decode(contract.DataProblem, problem) for problem in problems], SHOWN_CAUSES)
+    shown = "\n".join(f"  {text}" for text in texts)
+    rest = f"\n  all of them: {file or 'with --out FILE, one JSON object a line'}" if len(problems) > 1 else ""
     return f"{'problems':10} {len(problems):,}\n{shown}{rest}"

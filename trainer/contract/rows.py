@@ -41,7 +41,7 @@ class DataProblem:
 class DataSummary:
     """Training and held-out rows together. `smallest`, `largest`: (width, height) of an image in pixels, by area. `conversions`: kind ->
     number of images that are rotated upright or converted to RGB. Lengths are tokens of a whole sample, image tokens included; all 0 where
-    `unmeasured` says why they were not counted."""
+    `unmeasured` says why they were not counted. `adjustments`: what was read otherwise than it is written -> number of rows."""
 
     rows: int = 0
     rows_with_images: int = 0
@@ -54,6 +54,7 @@ class DataSummary:
     tokens: int = 0
     image_tokens: int = 0
     unmeasured: str = ""
+    adjustments: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The data check before a run: read all rows, decode all images, count all tokens. Imports torch only if lengths are measured."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,16 @@ Read = tuple[tuple[Sample, ...], tuple[DataProblem, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class DataPaths:
-    """The paths of the data. `train` and `evaluation` are None when the spec has none."""
+    """The paths of the data. `train` and `evaluation` are None when the spec has none. `images` None: image paths start at the folder of
+    the file that has them."""
 
     train: Path | None
     evaluation: Path | None
-    images: Path
+    images: Path | None
+
+    def images_of(self, file: Path) -> Path:
+        """The folder that the image paths of an annotation file start at."""
+        return self.images or file.parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +58,19 @@ def examine_data(spec: TrainSpec) -> tuple[DataReport, tuple[DataProblem, ...], 
     prepare(spec.data)
     paths = resolve(spec.data)
     files = needed(spec, paths)
-    read = {file: read_samples(file, paths.images) for file in files}
+    read = {file: read_samples(file, paths.images_of(file)) for file in files}
     samples = distinct(read)
     images = examine_images(image for sample in samples for image in sample.images)
+    train_rows = len(read[paths.train][0]) if paths.train in read else 0
     row_problems = (problem for _, problems in read.values() for problem in problems)
     wrong = tuple(find_problems(samples, images, spec.model.template, spec.model.image_token))
     lengths = measure_whole(samples, wrong, images, spec)
-    problems = in_order((*row_problems, *wrong, *lengths.problems))
+    problems = in_order((*row_problems, *wrong, *lengths.problems)) or tuple(find_count_problems(spec, train_rows))
     hashes = hash_annotations(read) | {path: image.sha256 for path, image in images.items()}
     report = DataReport(
         schema=SCHEMA,
         sha256=hash_data(read, hashes),
-        train_rows=len(read[paths.train][0]) if paths.train in read else 0,
+        train_rows=train_rows,
         evaluation_rows=len(read[paths.evaluation][0]) if paths.evaluation in read else 0,
         images=len(images),
         problems=bound(problems),
@@ -90,16 +96,16 @@ def prepare(data: DataSpec) -> None:
 
 
 def resolve(data: DataSpec) -> DataPaths:
-    """Relative paths start at `data.root`. Without `data.images`, image paths start at the folder of the first annotation file."""
+    """Relative paths start at `data.root`."""
     root = Path(data.root)
     known = BUILTIN.get(data.builtin)
     train = data.train or (known.train if known else "")
     evaluation = data.evaluation or (known.evaluation if known else "")
-    images = data.images or (known.images if known else str((root / (train or evaluation)).parent))
+    images = data.images or (known.images if known else "")
     return DataPaths(
         train=root / train if train else None,
         evaluation=root / evaluation if evaluation else None,
-        images=root / images,
+        images=root / images if images else None,
     )
 
 
@@ -122,6 +128,24 @@ def files_of(stage: StageSpec) -> tuple[tuple[str, bool], ...]:
     if stage.quantization is not None:
         return (("train", True),) * bool(stage.quantization.calibration) + (("evaluation", True),) * stage.quantization.compare
     return (("evaluation", True),) if stage.kind == "evaluate" else ()
+
+
+def find_count_problems(spec: TrainSpec, rows: int) -> Iterator[DataProblem]:
+    """Of a file to train on: fewer rows than a batch, in which rows would be repeated; and another number than the steps were planned for. A
+    rerun repeats what its record did."""
+    data, batch = spec.data, spec.batch
+    if spec.stage.kind != "train" or data.builtin or spec.expects is not None:
+        return
+    if rows < batch.global_batch:
+        sizes = [unit * (rows // unit) for unit in (batch.micro_batch * spec.device.world_size, spec.device.world_size)]
+        size = next(filter(None, sizes), 0)
+        fix = f"set stage.global_batch={size} or less" if size else f"add rows, or use fewer devices: each of {spec.device.world_size} ranks needs one"
+        fix += "" if size == sizes[0] or not size else " with strategy.micro_batch=1"
+        problem = f"has {rows:,} rows, fewer than stage.global_batch={batch.global_batch}: a step would train on the same row twice"
+        yield DataProblem(file=data.train, row=0, field="", problem=problem, fix=fix)
+    if data.rows and rows != data.rows:
+        problem = f"has {rows:,} rows, but run.epochs was turned into {spec.steps:,} steps for {data.rows:,} rows"
+        yield DataProblem(file=data.train, row=0, field="", problem=problem, fix=f"launch it again with data.rows={rows}")
 
 
 # ------------------------------------------------------------------------------------------------------------------- report
