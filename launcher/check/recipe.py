@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from launcher.check.problem import Problem, Rule
+from launcher.check.row_count import refuse_few_rows
 from launcher.config.schema import GROUPS, Config
 from launcher.image.stack import Stack
 from launcher.memory.deepspeed import ZERO_STAGE
@@ -53,6 +54,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "cluster.connect_timeout_s": (1, 600),
     "cluster.silence_s": (3, 3600),  # the kernel counts a third of it, in whole seconds
     "run.steps": (1, 10**9),
+    "run.epochs": (0.001, 10**6),
     "run.seed": (0, 2**63 - 1),  # torch.manual_seed
     **{f"stage.{name}.sampling.top_p": (0.01, 1) for name in ("inference", "serving")},
     **{f"stage.{name}.sampling.temperature": (0, 10) for name in ("inference", "serving")},
@@ -67,7 +69,7 @@ COUNTED_OPTIONS = (
 )
 
 # Offered where the bound itself would be refused, or trains nothing.
-BETTER = {"stage.optimizer.lr": "1e-4"}
+BETTER = {"stage.optimizer.lr": "1e-4", "run.epochs": "1"}
 
 
 def numbers_in_range(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -122,7 +124,8 @@ def steps_hold_warmup(config: Config, _: Mapping[str, Stack]) -> Iterator[Proble
     warmup, steps = config.stage.optimizer.warmup, config.run.steps
     if config.stage.kind == "train" and 1 <= steps <= warmup < math.inf:
         what = f"{warmup:g} warm-up steps, but the run has {steps}: it would never reach the learning rate"
-        yield Problem(key="stage.optimizer.warmup", what=what, changes=("stage.optimizer.warmup=0.03", f"run.steps={int(warmup) * 10}"))
+        longer = (f"run.steps={int(warmup) * 10}",) if config.run.epochs is None else ()
+        yield Problem(key="stage.optimizer.warmup", what=what, changes=("stage.optimizer.warmup=0.03", *longer))
 
 
 def learning_rate_is_set(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -210,7 +213,13 @@ def batch_divides(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     if config.stage.kind in ("train", "evaluate") and total > 0 and unit > 0 and total % unit:
         what = f"{total} samples cannot be divided among {ranks} rank(s) in micro-batches of {micro}: it must be a multiple of {unit}"
         sizes = [size for size in (total - total % unit, total - total % unit + unit) if size]
-        yield Problem(key="stage.global_batch", what=what, changes=tuple(f"stage.global_batch={size}" for size in sizes))
+        changes = [f"stage.global_batch={size}" for size in sizes]
+        if micro > 1 and total % ranks == 0:  # the batch stays, and so does what it learns
+            share = total // ranks
+            changes.insert(0, f"strategy.micro_batch={next(size for size in range(min(micro, share), 0, -1) if share % size == 0)}")
+        yield Problem(key="stage.global_batch", what=what, changes=tuple(changes))
+    else:
+        yield from refuse_few_rows(config, ranks)
 
 
 def length_fits(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -266,7 +275,7 @@ def data_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
         wanted = ["train"] * bool(stage.quantization.calibration) + ["evaluation"] * stage.quantization.compare
     for name in wanted:
         if not getattr(data, name):
-            what = "is empty: set the path of a JSON or JSON Lines file with the rows"
+            what = "is empty: set its path (a JSON list of rows, or JSON Lines)"
             yield Problem(key=f"data.{name}", what=what, changes=(f"data.{name}=FILE.json",))
 
 

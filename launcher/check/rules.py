@@ -17,6 +17,7 @@ from launcher.check.override import Compose, apply_override
 from launcher.check.precision import PRECISION_RULES
 from launcher.check.problem import Problem, Rule
 from launcher.check.recipe import RECIPE_RULES
+from launcher.check.row_count import write_row_notes
 from launcher.check.strategy import Resolved, resolve
 from launcher.check.strings import TEXT_RULES
 from launcher.check.suggestions import MEMORY_RULES, check_memory, write_memory_notes
@@ -106,5 +107,6 @@ def write_notes(resolved: Resolved) -> Iterator[str]:
         yield "run.save_every=0: nothing is saved before the end, and a run that is killed is lost; run.save_every=N saves every Nth step"
     yield from write_memory_notes(resolved)
     yield from write_inference_notes(config)
+    yield from write_row_notes(config)
     yield from config.hardware.notes
     yield from config.model.notes

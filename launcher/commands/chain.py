@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.config.chain import GROUP, Chain, overrides_of
-from launcher.config.compose import compose
+from launcher.config.compose import compose, keys_of
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import load_stacks
 from launcher.plan.local_context import local_context
 from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan
+from launcher.plan.rows import settle_rows
 from launcher.plan.short import describe_work
 from launcher.plan.text import command_line, gib, table
 from launcher.record.checkpoint_reference import with_full_ids
@@ -77,7 +78,8 @@ def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
     for place, name in enumerate(run_ids):
         words = overrides_of(chain, place, typed, results, kinds)
         try:
-            plan = make_plan(compose(words, conf), stacks, context, run_id=run_ids[name], overrides=words, conf=conf)
+            config = settle_rows(compose(words, conf), keys_of(words), here)
+            plan = make_plan(config, stacks, context, run_id=run_ids[name], overrides=words, conf=conf)
         except ConfigRefused as error:
             raise ConfigRefused(f"step {name} of {GROUP}={chain.name}: {error}") from error
         given = overrides_of(chain, place, typed, run_ids, kinds)  # runs by their ids, which `launch` turns into folders

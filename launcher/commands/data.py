@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    plan = plan_of(arguments.overrides, "")
-    report, problems = examine(plan.spec)
+    plan = plan_of(arguments.overrides, "", only_data=True)
+    report, problems = examine(replace(plan.spec, batch=replace(plan.spec.batch, global_batch=1)))  # the batch is judged below
     if arguments.out:
         write_text("".join(f"{json.dumps(problem, ensure_ascii=False)}\n" for problem in problems), Path(arguments.out))
     if arguments.json:
@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(describe_data(report, plan.spec.data.max_length))
         print(describe_problems(problems, arguments.out))
+        if note := describe_few_rows(report, plan.spec):
+            print(note)
         away = [node.host for node in plan.config.cluster.working if not node.is_local]
         if away:
             print(f"checked on this machine; a launch reads the files on {', '.join(away)}")
@@ -85,6 +87,14 @@ def describe_data(report: DataReport, max_length: int) -> str:
         ("sha256", report.sha256),
     ]
     return "\n".join(f"{name:10} {text}" for name, text in lines)
+
+
+def describe_few_rows(report: DataReport, spec: TrainSpec) -> str:
+    """The rows may be right, and too few for the batch of a launch."""
+    batch = spec.batch.global_batch
+    if spec.stage.kind != "train" or spec.data.builtin or not 0 < report.train_rows < batch:
+        return ""
+    return f"note: a launch needs stage.global_batch={report.train_rows} or less: it is {batch}, and a step uses no row twice"
 
 
 def describe_adjustments(summary: DataSummary) -> str:

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from launcher.config.defaults import choose_duration, settle
 from launcher.config.schema import AXES, Config
 from launcher.errors import NODES, ConfigRefused, refuse_config, suggest
 from trainer.contract import SpecError, decode
@@ -41,7 +42,14 @@ def compose(overrides: Sequence[str], conf: Path) -> Config:
 
     Raises ConfigRefused listing every wrong override, or else every wrong value with its key, its file and the allowed values.
     """
-    return _validate(_compose(_translate(overrides, options(conf)), conf), overrides, conf)
+    composed = _compose(_translate(overrides, options(conf)), conf)
+    settle(composed.data, composed.choices, keys_of(overrides), conf)
+    return _validate(composed, overrides, conf)
+
+
+def keys_of(overrides: Sequence[str]) -> frozenset[str]:
+    """The keys that were typed."""
+    return frozenset(override.partition("=")[0] for override in overrides)
 
 
 def compose_over(config: Config, overrides: Sequence[str], conf: Path) -> Config:
@@ -64,6 +72,9 @@ def compose_over(config: Config, overrides: Sequence[str], conf: Path) -> Config
         if parsed is not None:
             OmegaConf.update(tree, parsed.key_or_group, parsed.value(), merge=True, force_add=True)
     changed = typing.cast(dict[str, Any], OmegaConf.to_container(tree))
+    if "data" in named:
+        settle(changed, composed.choices, keys_of(overrides), conf)
+    choose_duration(changed, keys_of(overrides))
     return _validate(Composed(data=changed, choices=composed.choices), overrides, conf)
 
 

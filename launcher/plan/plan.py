@@ -285,6 +285,7 @@ def data_spec(config: Config, local: LocalContext, root: str) -> DataSpec:
         train=absolute_if_set(data.train, local),
         evaluation=absolute_if_set(data.evaluation, local),
         images=absolute_if_set(data.images, local),
+        rows=data.rows if config.run.epochs is not None else 0,
         **{name: getattr(data, name) for name in DATA_KEYS},
     )
 

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.check.rules import check
-from launcher.config.compose import compose
+from launcher.config.compose import compose, keys_of
 from launcher.config.schema import Node
 from launcher.errors import ConfigRefused
 from launcher.image.stack import load_stacks
 from launcher.plan.plan import Plan
+from launcher.plan.rows import settle_rows
 from launcher.plan.text import command_line, relative, table
 from launcher.record.index import figure
 from launcher.record.record import RECORD_FILE, Record, bracketed, checkpoint_place, first_node
@@ -65,7 +66,8 @@ def next_commands(record: Record, plan: Plan) -> str:
     kept = tuple(word for word in plan.overrides if word.partition("=")[0].partition(".")[0] != "stage")
     stage = plan.spec.stage
     after = FOLLOWING_STAGES.get("adapter" if stage.kind == "train" and stage.lora else stage.kind, ())
-    following = ((*kept, f"stage={name}", f"stage.checkpoint={record.run_id}") for name in after)
+    batch = tuple(word for word in plan.overrides if word.startswith("stage.global_batch="))  # that of the rows, where they are few
+    following = ((*kept, f"stage={name}", f"stage.checkpoint={record.run_id}", *(batch if name == "lora" else ())) for name in after)
     lines = [command_line("launch", *words) for words in following if is_launchable(words)]
     cluster = plan.config.cluster
     if lines and not is_here(plan) and not cluster.shared and len(cluster.working) > 1:  # cluster.sync takes it to the others from here
@@ -87,7 +89,7 @@ def bring_command(node: Node, plan: Plan) -> str:
 
 def is_launchable(overrides: tuple[str, ...]) -> bool:
     try:
-        config = compose(overrides, PROJECT / "conf")
+        config = settle_rows(compose(overrides, PROJECT / "conf"), keys_of(overrides), Path.cwd())
     except ConfigRefused:
         return False
     return check(config, load_stacks(PROJECT / "images")).launchable

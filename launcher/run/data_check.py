@@ -51,7 +51,9 @@ def changed_files(folder: Path) -> list[str]:
     if recorded is None or now is None:
         return []
     names = sorted(name for name in {*recorded.data, *now.data} if recorded.data.get(name) != now.data.get(name))
-    lines = [f"{name}: {'missing' if name not in now.data else 'new' if name not in recorded.data else 'content differs'}" for name in names]
+    lines = [
+        f"{name}: {'missing' if name not in now.data else 'new' if name not in recorded.data else 'content differs'}" for name in names
+    ]
     return lines[:SHOWN_FILES] + ([f"and {len(lines) - SHOWN_FILES:,} more"] if len(lines) > SHOWN_FILES else [])
 
 

@@ -137,10 +137,9 @@ def find_count_problems(spec: TrainSpec, rows: int) -> Iterator[DataProblem]:
     if spec.stage.kind != "train" or data.builtin or spec.expects is not None:
         return
     if rows < batch.global_batch:
-        sizes = [unit * (rows // unit) for unit in (batch.micro_batch * spec.device.world_size, spec.device.world_size)]
-        size = next(filter(None, sizes), 0)
-        fix = f"set stage.global_batch={size} or less" if size else f"add rows, or use fewer devices: each of {spec.device.world_size} ranks needs one"
-        fix += "" if size == sizes[0] or not size else " with strategy.micro_batch=1"
+        ranks = spec.device.world_size
+        size = rows - rows % ranks
+        fix = f"set stage.global_batch={size} or less" if size else f"add rows, or use fewer devices: each of {ranks} ranks needs one"
         problem = f"has {rows:,} rows, fewer than stage.global_batch={batch.global_batch}: a step would train on the same row twice"
         yield DataProblem(file=data.train, row=0, field="", problem=problem, fix=fix)
     if data.rows and rows != data.rows:
@@ -162,7 +161,7 @@ def measure_whole(samples: tuple[Sample, ...], wrong: tuple[DataProblem, ...], i
         return Lengths(unmeasured="the rows of a built-in set are a few words long")
     bad = {(problem.file, problem.row) for problem in wrong}
     whole = [sample for sample in samples if (sample.file, sample.row) not in bad]
-    return measure(whole, {path: image.size for path, image in images.items()}, spec) if whole else Lengths(unmeasured="no row can be read")
+    return measure(whole, {path: image.size for path, image in images.items()}, spec) if whole else Lengths(unmeasured="every row has a problem")
 
 
 def in_order(problems: Iterable[DataProblem]) -> tuple[DataProblem, ...]:

@@ -149,9 +149,9 @@ def test_an_evaluation_reads_only_the_held_out_rows(spec, write_data) -> None:
 PATHS = {
     ("digits", "", "", ""): ("/data/digits/train.json", "/data/digits/evaluation.json", "/data/digits"),
     ("", "a.json", "", "pictures"): ("/data/a.json", None, "/data/pictures"),
-    ("", "sub/a.json", "b.json", ""): ("/data/sub/a.json", "/data/b.json", "/data/sub"),
+    ("", "sub/a.json", "b.json", ""): ("/data/sub/a.json", "/data/b.json", None),
     ("", "/x/a.json", "/y/b.json", "/z"): ("/x/a.json", "/y/b.json", "/z"),
-    ("", "", "/y/b.json", ""): (None, "/y/b.json", "/y"),
+    ("", "", "/y/b.json", ""): (None, "/y/b.json", None),
 }
 
 

@@ -61,7 +61,7 @@ def report_paths(parsed: ParsedRow, row: Row, folders: tuple[Path, ...], add_pro
     found = tuple(find_paths(parsed, folders))
     if found:
         first = found[0]
-        problem = f"the image path {shorten(first.path)!r} is in the message; only the text of the question belongs there"
+        problem = f"the image path {shorten(first.path)!r} is in the message"
         add_problem(first.turn.text_field, problem, f"move it to image: {rewrite(row, found)}")
     return bool(found)
 
