@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 from launcher.bench.worktree import Tree, list_files
 from launcher.config.compose import compose_over, keys_of
 from launcher.config.credentials import give_credentials, without_masked
-from launcher.config.defaults import EPOCHS
+from launcher.config.defaults import EPOCHS, with_short_warmup
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, suggest
 from launcher.image.stack import Image, load_stacks
@@ -125,8 +125,10 @@ def change_config(before: Config, recorded: RecordedRun, overrides: tuple[str, .
     was not given again no longer says anything."""
     typed = keys_of(overrides)
     config = compose_over(choose_strategy_again(before, recorded, overrides), overrides, conf)
+    named = {*typed, *keys_of(recorded.plan.overrides)}
+    if "run.steps" in typed:
+        config = with_short_warmup(config, named)
     if EPOCHS in typed:
-        named = {*typed, *keys_of(recorded.plan.overrides)}
         return settle_rows(replace(config, data=replace(config.data, rows=rows_again(config, typed))), named, place.here)
     kept = config.stage.global_batch == before.stage.global_batch and not any(key.partition(".")[0] == "data" for key in typed)
     return config if kept else replace(config, run=replace(config.run, epochs=None))

@@ -62,15 +62,15 @@ def describe_here(plan: "Plan", *, full: bool = False, launching: bool = False) 
     return describe_short(plan, colours=colours, width=columns, built=find_built(plan), launching=launching)
 
 
-def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False, only_data: bool = False) -> "Plan":
+def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False, only_data: bool = False, elsewhere: bool = False) -> "Plan":
     """The plan of these overrides on this machine. `traced`: the memory is judged later, by a traced step. `only_data`: nothing is trained,
-    so neither the memory nor the number of rows matters."""
+    so neither the memory nor the number of rows matters. `elsewhere`: it is started on another machine, whose files are not seen here."""
     from launcher.check.rules import RULES, RULES_BUT_MEMORY
     from launcher.config.compose import compose, keys_of
     from launcher.image.stack import load_stacks
     from launcher.plan.local_context import local_context
-    from launcher.plan.plan import RUNS_FOLDER, absolute, make_plan
-    from launcher.plan.rows import settle_rows
+    from launcher.plan.plan import RUNS_FOLDER, absolute, make_plan, with_problems
+    from launcher.plan.rows import find_missing, settle_rows
     from launcher.record.checkpoint_reference import resolve_base, resolve_checkpoint, with_full_ids
     from launcher.record.record import name_run, utc_now, valid_run_id
 
@@ -83,7 +83,8 @@ def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False, only
     given = with_full_ids(overrides, *runs)
     rules = RULES_BUT_MEMORY if traced or only_data else RULES
     stacks, conf, context = load_stacks(PROJECT / "images"), PROJECT / "conf", local_context(PROJECT)
-    return make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf)
+    plan = make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf)
+    return plan if only_data or elsewhere else with_problems(plan, find_missing(config, here))
 
 
 def describe_traced(plan: "Plan", *, as_json: bool, full: bool) -> str:

@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     words = arguments.overrides
     recorded = find_run(words[0], Path.cwd() / "runs") if len(words) == 1 and "=" not in words[0] else None
-    plan = load_plan(recorded) if recorded else plan_of(words, arguments.run_id)
+    plan = load_plan(recorded) if recorded else plan_of(words, arguments.run_id, elsewhere=True)
     source = read_if_there(SourceState, recorded / SOURCE_FILE) if recorded else None
     folder = write_bundle(plan, Path(arguments.to), project=PROJECT, source=source or read_source(PROJECT).state)
     print(f"run {plan.run_id} is written to {folder}. Next: read README.txt in it")

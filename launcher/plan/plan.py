@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launcher.check.hardware import choose_kernels
-from launcher.check.problem import Rule
+from launcher.check.problem import Problem, Rule
 from launcher.check.recipe import leaves_padding_out
 from launcher.check.rules import RULES, Verdict, check
 from launcher.check.strategy import explain_strategy, resolve
@@ -179,6 +179,13 @@ def with_container_options(plan: Plan, local: LocalContext) -> Plan:
         return plan
     user = plan.config.cluster.user or local.user
     return replace(plan, commands=node_commands(plan.config, plan.image, plan.spec, interpreter=local.interpreter, user=user))
+
+
+def with_problems(plan: Plan, problems: tuple[Problem, ...]) -> Plan:
+    """The plan with more problems that prevent its launch, such as a file that is not there."""
+    verdict = plan.verdict
+    found = (*verdict.problems, *problems)
+    return replace(plan, verdict=replace(verdict, problems=found, launchable=not found)) if problems else plan
 
 
 def carry_over(kept: Any, before: Any, after: Any) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from launcher.check.problem import Problem
 from launcher.config.defaults import EPOCHS, count_steps, with_short_warmup
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, suggest
@@ -22,21 +23,35 @@ MOST_EPOCHS = 10**6
 
 def settle_rows(config: Config, typed: Set[str], here: Path) -> Config:
     """The config with the rows that were counted and, with run.epochs, the steps. `here`: the folder that relative paths start in. Raises
-    ConfigRefused for a file that is not there, and for epochs of rows that cannot be counted."""
+    ConfigRefused for epochs of rows that cannot be counted, and for another number than data.rows."""
     if config.stage.kind != "train":
         return config
     if not config.data.builtin and config.data.train:
         config = replace(config, data=replace(config.data, rows=find_rows(config, here)))
-    return with_short_warmup(with_steps(config), typed)
+    return with_short_warmup(with_steps(config, here), typed)
 
 
-def with_steps(config: Config) -> Config:
+def find_missing(config: Config, here: Path) -> tuple[Problem, ...]:
+    """The files of the data that a run on this machine would not find. A plan may be made before they are there."""
+    data = config.data
+    if data.builtin or not config.cluster.is_local or config.stage.kind not in ("train", "evaluate"):
+        return ()
+    named = {"data.train": data.train if config.stage.kind == "train" else "", "data.evaluation": data.evaluation}
+    files = {key: here / name for key, name in named.items() if name}
+    return tuple(
+        Problem(key=key, what=f"there is no file {named[key]}; {suggest_file(file)}", launch_only=True)
+        for key, file in files.items()
+        if not file.is_file()
+    )
+
+
+def with_steps(config: Config, here: Path) -> Config:
     """run.steps from run.epochs. A number out of range is left to the rules, which report it."""
     epochs, rows, batch = config.run.epochs, rows_of(config), config.stage.global_batch
     if epochs is None or not 0 < epochs <= MOST_EPOCHS or batch < 1:
         return config
     if not rows:
-        raise ConfigRefused(ask_for_rows(config))
+        raise ConfigRefused("\n".join(map(str, find_missing(config, here))) or ask_for_rows(config))
     return replace(config, run=replace(config.run, steps=count_steps(epochs, rows, batch)))
 
 
@@ -57,11 +72,7 @@ def ask_for_rows(config: Config) -> str:
 def find_rows(config: Config, here: Path) -> int:
     """The number of rows; that of data.rows, or 0, where the file is not on this machine or takes long to read."""
     data, file = config.data, here / config.data.train
-    if not file.is_file():
-        if config.cluster.is_local:
-            raise ConfigRefused(f"data.train={data.train}: there is no such file; {suggest_file(file)}")
-        return data.rows
-    if config.run.epochs is None and file.stat().st_size > QUICK_BYTES:
+    if not file.is_file() or (config.run.epochs is None and file.stat().st_size > QUICK_BYTES):
         return data.rows
     counted = count_rows(file)
     if data.rows and counted and counted != data.rows and config.cluster.is_local:
@@ -71,7 +82,7 @@ def find_rows(config: Config, here: Path) -> int:
 
 def suggest_file(file: Path) -> str:
     if file.is_dir():
-        return "it is a folder: name the JSON file in it"
+        return "that is a folder: name the JSON file in it"
     names = sorted(path.name for path in file.parent.glob("*.json*")) if file.parent.is_dir() else []
     if not names:
         return f"no JSON file is in {file.parent}" if file.parent.is_dir() else f"there is no folder {file.parent} either"

@@ -10,6 +10,7 @@ from launcher.commands.plan import plan_of
 from launcher.config.compose import compose
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused
+from launcher.plan.plan import refuse
 from launcher.plan.rows import count_rows, settle_rows
 from launcher.plan.short import describe_short
 from tests.launcher.conftest import PROJECT
@@ -81,9 +82,9 @@ def test_epochs_become_steps(here: Path, overrides: tuple[str, ...], rows: int, 
 
 
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
-    "no file": (("data.train=row.json",), r"data\.train=row\.json: there is no such file; did you mean 'rows\.json'"),
-    "no folder": (("data.train=set/rows.json",), "there is no folder .*/set either"),
-    "a folder": (("data.train=.",), "it is a folder: name the JSON file in it"),
+    "no file": (("data.train=row.json", "run.epochs=1"), r"data\.train: there is no file row\.json; did you mean 'rows\.json'"),
+    "no folder": (("data.train=set/rows.json", "run.epochs=1"), "there is no folder .*/set either"),
+    "a folder": (("data.train=.", "run.epochs=1"), "that is a folder: name the JSON file in it"),
     "another number": (("data.train=rows.json", "data.rows=7"), r"data\.rows=7: rows\.json has 60 rows"),
     "on the nodes only": (
         ("data.train=/srv/x.json", "cluster=example", "run.epochs=2"),
@@ -99,6 +100,17 @@ def test_refused_with_what_to_write(here: Path, name: str) -> None:
     overrides, text = REFUSED[name]
     with pytest.raises(ConfigRefused, match=text):
         settle(here, "data=files", *overrides)
+
+
+def test_a_file_that_is_not_there_can_be_planned_with_and_not_launched(here: Path) -> None:
+    plan = plan_of((*FILES[:1], "data.train=row.json", "data.evaluation=rows.json"), "R")
+    assert plan.verdict.ok and not plan.verdict.launchable
+    text = describe_short(plan)
+    assert "planned; a launch is refused:\n  data.train: there is no file row.json; did you mean 'rows.json'?" in text and "next:" not in text
+    with pytest.raises(ConfigRefused, match=r"there is no file row\.json"):
+        refuse(plan.verdict, launching=True)
+    for words in (FILES, (*FILES[:1], "data.train=row.json", "cluster=example"), ("data.train=row.json", "data=files", "cluster=example")):
+        assert plan_of(words, "R").verdict.launchable, "the nodes have files of their own"
 
 
 def test_rows_on_the_nodes_can_be_given(here: Path) -> None:
@@ -132,6 +144,6 @@ def test_the_plan_shows_steps_and_epochs_and_the_trainer_gets_the_rows(here: Pat
 def test_a_batch_of_more_rows_than_there_are_is_refused_by_the_plan(here: Path) -> None:
     with pytest.raises(ConfigRefused, match=r"64 samples, but data\.train has 60 rows(.|\n)*would pass: stage\.global_batch=8  or "):
         plan_of(FILES[:2], "R")
-    with pytest.raises(ConfigRefused, match="128 samples, but data.train has 60 rows"):
+    with pytest.raises(ConfigRefused, match=r"128 samples, but data\.train has 60 rows"):
         plan_of((*FILES[:2], "model=tiny_internvl"), "R")
     assert plan_of(FILES[:2], "R", only_data=True).spec.data.rows == 0, "rows can be checked with any batch"

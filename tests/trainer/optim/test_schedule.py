@@ -37,3 +37,13 @@ def test_no_step_has_a_rate_of_zero() -> None:
 )
 def test_warmup_is_a_share_below_one_and_a_count_from_one_on(warmup: float, steps: int, expected: int) -> None:
     assert warmup_steps(steps, Optimizer(lr=1.0, warmup=warmup)) == expected
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 50])
+def test_the_first_step_of_a_short_run_trains(schedule: str, steps: int) -> None:
+    """With the shares of conf/stage the warm-up is one step of at most 33, at the full rate."""
+    for warmup in (0.03, 0.05):
+        first = rates(steps, schedule=schedule, warmup=warmup)[0]
+        assert first == pytest.approx(1 / warmup_steps(steps, Optimizer(lr=1.0, warmup=warmup)))
+        assert first == 1 if steps <= 10 else first >= 1 / 3
