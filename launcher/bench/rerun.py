@@ -31,6 +31,7 @@ KINDS = ("code", "data", "weights", "image", *FACTS)
 OF_THE_MACHINE = ("device", "driver", "firmware", "accelerator", "threads", "world_size")
 DURATION = frozenset(("run.steps", EPOCHS))  # only one of them
 BATCH, MICRO_BATCH = "stage.global_batch", "strategy.micro_batch"
+RANK_VARIABLES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")  # set by torchrun; the last one only where it is not set
 OTHER_DEVICES = ("hardware", "cluster", "cluster.devices_per_node")
 LOCKED = re.compile(r"^([A-Za-z0-9][\w.-]*)==", re.MULTILINE)
 
@@ -196,7 +197,7 @@ def expect(recorded: RecordedRun, plan: Plan, accepted: tuple[str, ...]) -> Expe
         data_sha256=recorded.record.data_sha256 if same_data and "data" not in accepted else "",
         weights=weights,
         facts=expected_facts(recorded, plan, accepted),
-        free=tuple(f"variable {name}" for name in changed),
+        free=tuple(f"variable {name}" for name in dict.fromkeys((*changed, *(RANK_VARIABLES if before.device != now.device else ())))),
     )
 
 

@@ -51,6 +51,13 @@ def test_what_was_chosen_is_chosen_again_and_reported(overrides: tuple[str, ...]
     assert len(said) == bool(note) and "".join(said).startswith(note)
 
 
+def test_what_torchrun_sets_for_another_number_of_ranks_is_not_expected_again() -> None:
+    expects = rerun(record(), "cluster.devices_per_node=2").plan.spec.expects
+    assert expects is not None and {"variable WORLD_SIZE", "variable LOCAL_WORLD_SIZE"} <= {*expects.free}
+    expects = rerun(record(), "run.seed=2").plan.spec.expects
+    assert expects is not None and not any("WORLD_SIZE" in name for name in expects.free)
+
+
 def test_the_steps_stay_and_their_samples_are_named() -> None:
     made = rerun(record(), "stage.global_batch=32")
     assert made.plan.spec.steps == 300
