@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(describe_data(report, plan.spec.data.max_length))
         print(describe_problems(problems, arguments.out))
-        if note := describe_few_rows(report, plan.spec):
+        if not problems and (note := describe_few_rows(report, plan.spec)):
             print(note)
         away = [node.host for node in plan.config.cluster.working if not node.is_local]
         if away:

@@ -161,7 +161,11 @@ def measure_whole(samples: tuple[Sample, ...], wrong: tuple[DataProblem, ...], i
         return Lengths(unmeasured="the rows of a built-in set are a few words long")
     bad = {(problem.file, problem.row) for problem in wrong}
     whole = [sample for sample in samples if (sample.file, sample.row) not in bad]
-    return measure(whole, {path: image.size for path, image in images.items()}, spec) if whole else Lengths(unmeasured="every row has a problem")
+    return (
+        measure(whole, {path: image.size for path, image in images.items()}, spec)
+        if whole
+        else Lengths(unmeasured="every row has a problem")
+    )
 
 
 def in_order(problems: Iterable[DataProblem]) -> tuple[DataProblem, ...]:

@@ -32,8 +32,16 @@ def rerun(recorded: RecordedRun, *overrides: str) -> Rerun:
 @pytest.mark.parametrize(
     ("overrides", "batch", "note"),
     [
-        (("stage.global_batch=32",), (32, 32, 1), "batch: stage.global_batch 64 -> 32, micro-batch 64 -> 32: each step trains on other samples"),
-        (("stage.global_batch=96",), (96, 48, 2), "batch: stage.global_batch 64 -> 96, micro-batch 64 -> 48, accumulation 1 -> 2: each step"),
+        (
+            ("stage.global_batch=32",),
+            (32, 32, 1),
+            "batch: stage.global_batch 64 -> 32, micro-batch 64 -> 32: each step trains on other samples",
+        ),
+        (
+            ("stage.global_batch=96",),
+            (96, 48, 2),
+            "batch: stage.global_batch 64 -> 96, micro-batch 64 -> 48, accumulation 1 -> 2: each step",
+        ),
         (
             ("cluster.devices_per_node=4",),
             (64, 16, 1),
@@ -75,7 +83,9 @@ def test_a_shorter_rerun_has_a_shorter_warmup_unless_it_was_typed() -> None:
 def test_a_typed_micro_batch_is_kept_and_the_refusal_says_what_keeps_the_batch() -> None:
     recorded = record("strategy.micro_batch=16")
     assert rerun(recorded, "stage.global_batch=32").plan.spec.batch.micro_batch == 16
-    with pytest.raises(ConfigRefused, match=r"8 samples cannot be divided(.|\n)*would pass: strategy\.micro_batch=8  or  stage\.global_batch=16"):
+    with pytest.raises(
+        ConfigRefused, match=r"8 samples cannot be divided(.|\n)*would pass: strategy\.micro_batch=8  or  stage\.global_batch=16"
+    ):
         rerun(recorded, "stage.global_batch=8")
     with pytest.raises(ConfigRefused, match=r"64 samples cannot be divided among 3 rank(.|\n)*stage\.global_batch=6[36]"):
         rerun(record(), "cluster.devices_per_node=3")

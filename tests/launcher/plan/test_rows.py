@@ -47,7 +47,9 @@ def test_three_rows_as_the_trainer_reads_them(here: Path, name: str) -> None:
     assert problems == () and count_rows(here / file) == len(samples) == 3
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2", "not JSON", '{"a": {"annotation": 7}}', '{"a": {"annotation": "b.jsonl", "repeat_time": "x"}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[1, 2", "not JSON", '{"a": {"annotation": 7}}', '{"a": {"annotation": "b.jsonl", "repeat_time": "x"}}']
+)
 def test_what_cannot_be_counted_is_left_to_the_data_check(here: Path, text: str) -> None:
     (here / "bad.json").write_text(text)
     assert count_rows(here / "bad.json") <= 1  # a line is a row, whatever it holds
@@ -106,7 +108,9 @@ def test_a_file_that_is_not_there_can_be_planned_with_and_not_launched(here: Pat
     plan = plan_of((*FILES[:1], "data.train=row.json", "data.evaluation=rows.json"), "R")
     assert plan.verdict.ok and not plan.verdict.launchable
     text = describe_short(plan)
-    assert "planned; a launch is refused:\n  data.train: there is no file row.json; did you mean 'rows.json'?" in text and "next:" not in text
+    assert (
+        "planned; a launch is refused:\n  data.train: there is no file row.json; did you mean 'rows.json'?" in text and "next:" not in text
+    )
     with pytest.raises(ConfigRefused, match=r"there is no file row\.json"):
         refuse(plan.verdict, launching=True)
     for words in (FILES, (*FILES[:1], "data.train=row.json", "cluster=example"), ("data.train=row.json", "data=files", "cluster=example")):

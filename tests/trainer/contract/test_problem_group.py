@@ -32,7 +32,9 @@ def test_the_same_text_is_written_once_and_other_causes_and_files_stay_apart() -
 
 
 def test_the_fix_of_a_length_is_that_of_the_longest_row() -> None:
-    rows = [problem(row, f"{n} tokens are more than 9", fix=f"set data.max_length={n}, or split it") for row, n in ((1, 10), (2, 100), (3, 99))]
+    rows = [
+        problem(row, f"{n} tokens are more than 9", fix=f"set data.max_length={n}, or split it") for row, n in ((1, 10), (2, 100), (3, 99))
+    ]
     (text,) = describe_groups(rows, 9)
     assert text.endswith("    set data.max_length=100, or split it")
 

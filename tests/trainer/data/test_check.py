@@ -214,7 +214,10 @@ def test_problems_of_repeated_rows_are_reported_once(spec, write_data, tmp_path)
 COUNTS = {
     (4, 4, 1, 0): (),
     (4, 4, 2, 4): (),
-    (4, 8, 1, 0): ("has 4 rows, fewer than stage.global_batch=8: a step would train on the same row twice", "set stage.global_batch=4 or less"),
+    (4, 8, 1, 0): (
+        "has 4 rows, fewer than stage.global_batch=8: a step would train on the same row twice",
+        "set stage.global_batch=4 or less",
+    ),
     (5, 8, 2, 0): ("has 5 rows, fewer than stage.global_batch=8", "set stage.global_batch=4 or less"),
     (1, 8, 2, 0): ("has 1 rows, fewer than", "add rows, or use fewer devices: each of 2 ranks needs one"),
     (4, 2, 1, 5): ("has 4 rows, but run.epochs was turned into", "launch it again with data.rows=4"),

@@ -114,7 +114,12 @@ PATHS: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
         "a.png",
         {"messages": [*messages("<image>\nWhat?"), *messages("<image>\nAnd that?")], "image": ["a.png", "sub/d.webp"]},
     ),
-    "ms-swift's query": ({"query": "a.png What?", "response": "x"}, "query", "a.png", {"query": "<image>\nWhat?", "response": "x", "image": "a.png"}),
+    "ms-swift's query": (
+        {"query": "a.png What?", "response": "x"},
+        "query",
+        "a.png",
+        {"query": "<image>\nWhat?", "response": "x", "image": "a.png"},
+    ),
 }
 
 
