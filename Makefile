@@ -7,7 +7,6 @@ PRECISION ?=  ## precision: fp32, fp16, bf16 or pure_bf16
 STRATEGY ?=   ## strategy: auto, single, ddp, zero1, zero2 or zero3
 DATA ?=       ## data: digits, digits_even, digits_large or files
 CLUSTER ?=    ## cluster: a name of conf/cluster, such as local
-RUNTIME ?=    ## process or docker, instead of the runtime in the cluster file
 EXP ?=        ## experiment: a benchmark of conf/experiment, for bench
 RUN ?=        ## a published result, or the name of its benchmark, for bench-rerun
 ARGS ?=       ## extra arguments: overrides for plan and train, arguments of pytest for test
@@ -16,14 +15,14 @@ PYTHON ?= python3.11
 PIP_FLAGS ?= -qq
 
 OVERRIDES = $(if $(HW),hardware=$(HW)) $(if $(MODEL),model=$(MODEL)) $(if $(STAGE),stage=$(STAGE)) $(if $(PRECISION),precision=$(PRECISION)) \
-  $(if $(STRATEGY),strategy=$(STRATEGY)) $(if $(DATA),data=$(DATA)) $(if $(CLUSTER),cluster=$(CLUSTER)) $(if $(RUNTIME),cluster.runtime=$(RUNTIME)) $(ARGS)
+  $(if $(STRATEGY),strategy=$(STRATEGY)) $(if $(DATA),data=$(DATA)) $(if $(CLUSTER),cluster=$(CLUSTER)) $(ARGS)
 
 LOCKS := images/locks
 CPU := $(LOCKS)/cpu-$(shell uname -m)
 # Every package is checked by its hash. Without isolation source distributions are built by the locked setuptools too.
 INSTALL = .venv/bin/python -m pip install $(PIP_FLAGS) --disable-pip-version-check --no-build-isolation --use-pep517
-# Only RUNTIME=process on this machine needs the trainer's packages here; containers and other machines have their own.
-TRAINER = $(if $(filter-out process,$(RUNTIME))$(filter-out local,$(CLUSTER)),.venv/.launcher,.venv/.launcher .venv/.trainer)
+# Only the CPU of this machine needs the trainer's packages here; an accelerator has them in its image, and other machines have their own.
+TRAINER = .venv/.launcher $(if $(filter-out cpu,$(HW))$(filter-out local,$(CLUSTER)),,.venv/.trainer)
 
 OFFLINE := not docker and not network and not cluster
 # Two processes with one thread each: more threads than cores wait for each other.
@@ -45,7 +44,7 @@ train: $(TRAINER) ## Start the run; without variables, the tiny model on real di
 	@.venv/bin/omnilaunch launch $(OVERRIDES)
 
 bench: $(TRAINER) ## Run the repeats of benchmark EXP, and publish median and range in docs/results; without EXP list the benchmarks
-	@.venv/bin/omnilaunch bench $(EXP) $(if $(CLUSTER),cluster=$(CLUSTER)) $(if $(RUNTIME),cluster.runtime=$(RUNTIME)) $(ARGS)
+	@.venv/bin/omnilaunch bench $(EXP) $(if $(CLUSTER),cluster=$(CLUSTER)) $(ARGS)
 
 bench-rerun: $(TRAINER) ## Run the published result RUN again, and say whether it reproduces
 	@.venv/bin/omnilaunch bench-rerun $(if $(RUN),$(RUN),$(error name a result: make bench-rerun RUN=RESULT)) $(if $(CLUSTER),cluster=$(CLUSTER)) $(ARGS)
@@ -68,7 +67,7 @@ lint: .venv/.launcher .venv/.dev ## ruff and mypy
 render: .venv/.launcher ## Update images/rendered/ and docs/images.md from images/versions.yaml
 	@.venv/bin/omnilaunch image render
 
-image: .venv/.launcher ## Build the image that `make train RUNTIME=docker` with the same variables would use
+image: .venv/.launcher ## Build the image that `make train` with the same variables would use in a container
 	@.venv/bin/omnilaunch image build $(OVERRIDES)
 
 image-check: setup ## Really build images and run in them, fetch those that cannot run here (needs a Docker engine, debootstrap, root, a network)

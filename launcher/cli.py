@@ -1,6 +1,7 @@
 """The program `omnilaunch`: the table of its verbs, the parser of one verb, and the one place that catches errors."""
 
 import argparse
+import errno
 import gc
 import os
 import re
@@ -32,12 +33,15 @@ GROUPS = {
     "shell": "Shell",
 }
 LORA = "hardware=h200 model=qwen2_5_vl_7b stage=lora"
-IMAGES = ("build hardware=h200 cluster.delivery.accept_licence=true", "fetch hardware=cpu --to wheelhouse/")
+IMAGES = ("build hardware=h200", "fetch hardware=cpu --to wheelhouse/")
+WEIGHTS = ("fetch qwen2_5_vl_7b --to /models/qwen", "check /models/qwen")
 DATA = ("check data=files data.train=train.json data.images=images/", "check data=digits --out problems.jsonl")
 VERBS = {
     "options": Verb("prepare", "list the values of each axis", "options", ("", "hardware")),
     "data": Verb("prepare", "check every row and every image of the data", "data", DATA),
+    "model": Verb("prepare", "download, check and list the weights of models", "model", WEIGHTS),
     "image": Verb("prepare", "build, inspect and list the container images", "image", IMAGES),
+    "licence": Verb("prepare", "show and accept the licences of software inside the images", "licence", ("show cann", "accept cann")),
     "doctor": Verb(
         "prepare", "check the nodes of a cluster, or this machine", "doctor", ("cluster=example", "cluster=example hardware=h200 --json")
     ),
@@ -60,6 +64,9 @@ VERBS = {
     "completion": Verb("shell", "print the completion script of bash or zsh", "completion", ("bash", "zsh")),
 }
 COMPLETE = "--complete"  # hidden; the completion scripts call it
+# Without a module: the verbs that look at no project, no folder and no node.
+SIMPLE = {"help": "show the help of a verb: omnilaunch help launch", "version": "print the version"}
+KEEPING_CODE = ("run", "reproduce")  # groups whose verbs have started something: their exit code says how that ended
 AXES = "hardware, model, stage, precision, strategy, data, cluster"
 HELP = f"""
 KEY=VALUE is an axis (hardware=h200) or a setting (run.steps=100). Axes: {AXES}.
@@ -77,46 +84,123 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == [COMPLETE]:
             return print_completions(words[1:])
-        if words[:1] in (["-h"], ["--help"]):
-            print(help_text())
-            return int(Exit.OK)
-        arguments = parse(words)
-        return int(arguments.verb(arguments))
+        code = run_verb(words)
+        sys.stdout.flush()  # what cannot be written is found now, and not by the interpreter at its end
+        return code
     except LaunchError as error:
         print(f"\nomnilaunch: {error}", file=sys.stderr)
         return int(error.exit_code)
-    except PermissionError as error:  # usually the run of another user
-        print(
-            f"\nomnilaunch: {error.filename}: {error.strerror}. Run the command as the owner of the file, or change its permissions",
-            file=sys.stderr,
-        )
-        return int(Exit.USAGE)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `omnilaunch plan | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        return explain(error)
+
+
+def run_verb(words: Sequence[str]) -> int:
+    if not words or words[0] in ("-h", "--help") or words == ["help"]:
+        print(help_text())
         return int(Exit.OK)
+    if words[0] in ("version", "--version"):
+        print(version_text())
+        return int(Exit.OK)
+    if words[0] == "help":
+        words = (*words[1:], "--help")
+    try:
+        arguments = parse(words)
+    except SystemExit:
+        sys.stdout.flush()  # the help of a verb
+        raise
+    code, terminal = int(arguments.verb(arguments)), getattr(arguments, "terminal", None)
+    if terminal is not None and terminal.error is not None and VERBS[words[0]].group not in KEEPING_CODE:
+        raise terminal.error
+    return code
+
+
+def explain(error: OSError) -> int:
+    """Print what the system refused, and return the exit code. Raises the error again where it is no refusal that a user can fix."""
+    if isinstance(error, BrokenPipeError):  # `omnilaunch plan | head`
+        close_output()
+        return int(Exit.OK)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        close_output()
+        where = error.filename or "the output could not be written"
+        text = f"{where}: {error.strerror}. Free disk space there, and run the command again"
+    elif isinstance(error, PermissionError):  # usually the run of another user
+        text = f"{error.filename}: {error.strerror}. Run the command as the owner of the file, or change its permissions"
+    elif isinstance(error, FileNotFoundError) and is_folder_gone():
+        text = "the working directory was deleted. Change to another one, and run the command again: cd .. or cd ~"
+    else:
+        raise error
+    with suppress(OSError):  # a full disk
+        print(f"\nomnilaunch: {text}", file=sys.stderr)
+    return int(Exit.USAGE)
+
+
+def is_folder_gone() -> bool:
+    try:
+        return not Path.cwd()
+    except FileNotFoundError:
+        return True
+
+
+def close_output() -> None:
+    """Nothing more is written: the interpreter would try it again at its end, and fail."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def help_text() -> str:
     lines = ["usage: omnilaunch VERB [KEY=VALUE ...] [options]", "", "Fine-tune multimodal models on the accelerators you have."]
     for group, title in GROUPS.items():
-        lines += ["", f"{title}:", *(f"  {name:12} {verb.help}" for name, verb in VERBS.items() if verb.group == group)]
+        verbs = [(name, verb.help) for name, verb in VERBS.items() if verb.group == group]
+        verbs += SIMPLE.items() if group == "shell" else ()
+        lines += ["", f"{title}:", *(f"  {name:12} {text}" for name, text in verbs)]
     return "\n".join((*lines, HELP)).rstrip()
 
 
+def version_text() -> str:
+    """`omnilaunch 0.1.0, commit 3774a110, Python 3.11.7`; without the commit where the folder is not a git tree."""
+    import platform
+    import tomllib
+
+    from launcher.record.source import read_source
+
+    project = Path(__file__).resolve().parents[1]
+    version = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    state = read_source(project).state
+    commit = f", commit {state.commit[:12]}{' with changes' if state.dirty else ''}" if state.commit else ""
+    return f"omnilaunch {version}{commit}, Python {platform.python_version()}"
+
+
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The arguments of one verb: `verb` is the function to call with them. Raises ConfigRefused for an unknown verb or action."""
-    name, rest = (words[0], words[1:]) if words else ("", ())
+    """The arguments of one verb: `verb` is the function to call with them. Names and KEY=VALUE may stand before, between and after options.
+    Raises ConfigRefused for an unknown verb or action."""
+    name, *rest = words
     if name not in VERBS:
-        raise ConfigRefused(f"{f'unknown verb {name!r}' if name else 'no verb'}; {suggest(name, VERBS)}. See: omnilaunch --help")
+        raise ConfigRefused(f"unknown verb {name!r}; {suggest(name, (*VERBS, *SIMPLE))}. See: omnilaunch --help")
     parser, module = make_parser(name)
-    actions = getattr(module, "ACTIONS", {})
-    if actions and rest and not rest[0].startswith("-") and rest[0] not in actions:
-        raise ConfigRefused(f"unknown action {rest[0]!r} of {name}; {suggest(rest[0], actions)}. See: omnilaunch {name} --help")
-    arguments, unparsed = parser.parse_known_args(rest)
-    take_overrides(arguments, unparsed, getattr(arguments, "parser", parser))
+    actions, into = getattr(module, "ACTIONS", {}), argparse.Namespace()
+    if actions and rest and not rest[0].startswith("-"):
+        if rest[0] not in actions:
+            raise ConfigRefused(f"unknown action {rest[0]!r} of {name}; {suggest(rest[0], actions)}. See: omnilaunch {name} --help")
+        into = argparse.Namespace(**{key: parser.get_default(key) for key in ("verb", "say", "terminal")})
+        parser, rest = parser_of_action(parser, rest[0]), rest[1:]
+    if {"-h", "--help"} & {*rest}:
+        print(parser.format_help(), end="")  # argparse passes over a help that cannot be written
+        raise SystemExit(int(Exit.OK))
+    if actions and parser.prog == f"omnilaunch {name}":
+        return parser.parse_args(rest)  # ends the program where the verb does nothing without an action
+    arguments, unknown = parser.parse_known_intermixed_args(rest, into)
+    if unknown:
+        refuse_unknown(unknown, parser)
     return arguments
+
+
+def parser_of_action(parser: argparse.ArgumentParser, action: str) -> argparse.ArgumentParser:
+    """The parser of `omnilaunch image build`, from that of `omnilaunch image`."""
+    choices = next(each.choices for each in parser._actions if isinstance(each, argparse._SubParsersAction))
+    found: argparse.ArgumentParser = choices[action]
+    return found
 
 
 def make_parser(name: str) -> tuple[argparse.ArgumentParser, Any]:
@@ -132,19 +216,16 @@ def make_parser(name: str) -> tuple[argparse.ArgumentParser, Any]:
     )
     module = import_module(f"launcher.commands.{verb.module}")
     module.add_arguments(parser)
-    parser.set_defaults(verb=module.run, say=Terminal().say)
+    terminal = Terminal()
+    parser.set_defaults(verb=module.run, say=terminal.say, terminal=terminal)
     return parser, module
 
 
-def take_overrides(arguments: argparse.Namespace, rest: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Add the KEY=VALUE that follow an option to those before it: argparse takes only the first group of them."""
-    into = next((name for name in ("overrides", "words") if hasattr(arguments, name)), "")
-    unknown = [word for word in rest if word.startswith("-") or "=" not in word] or ([] if into else list(rest))
-    if unknown:
-        hint = suggest(unknown[0].partition("=")[0], set(re.findall(r"--[a-z][a-z-]*", parser.format_help())))
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{f'; {hint}' if unknown[0].startswith('-') else ''}")
-    if into:
-        setattr(arguments, into, [*getattr(arguments, into), *rest])
+def refuse_unknown(unknown: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """Ends the program, as argparse does. An unknown option gets the nearest one."""
+    option = next((word for word in unknown if word.startswith("-")), "")
+    hint = suggest(option.partition("=")[0], set(re.findall(r"--[a-z][a-z-]*", parser.format_help()))) if option else ""
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}{f'; {hint}' if hint else ''}")
 
 
 def print_completions(words: Sequence[str]) -> int:
@@ -152,24 +233,25 @@ def print_completions(words: Sequence[str]) -> int:
     with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere), suppress(Exception, SystemExit):
         from launcher.commands.completion import complete
 
-        for candidate in complete(words, VERBS, make_parser):
+        for candidate in complete(words, (*VERBS, *SIMPLE), make_parser):
             print(candidate)  # no line at all where there is none: then the shell completes file names
     return int(Exit.OK)
 
 
 class Terminal:
-    """Prints lines until the pipe or the window is closed. A run does not end because its output is no longer read."""
+    """Prints lines until the pipe or the window is closed, or the disk is full. A run does not end because its output is no longer read.
+    `error`: what ended the output."""
 
     def __init__(self) -> None:
-        self.open = True
+        self.error: OSError | None = None
 
     def say(self, text: str) -> None:
         try:
-            if self.open:
+            if self.error is None:
                 print(text, flush=True)
-        except OSError:
-            self.open = False
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            self.error = error
+            close_output()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
     |   +-- NodesRefused 4  a config in which only the list of nodes is wrong
     +-- ImageFailed     3   rendering, building or fetching an image
     +-- NodeFailed      4   a node that cannot be reached or used
+    +-- HubFailed       4   a hub that cannot be reached, or that gives something else than it lists
     +-- RunEnded        5   a run that started and failed
 
 The text of each says what is wrong, where (file and key), what is allowed, and the next command.
@@ -40,6 +41,10 @@ class ImageFailed(LaunchError):
 
 
 class NodeFailed(LaunchError):
+    exit_code = Exit.NODE
+
+
+class HubFailed(LaunchError):
     exit_code = Exit.NODE
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 LAUNCHER_ORDER = (
     ("errors", "redact"),
     ("config",),
+    ("weights",),
     ("image",),
     ("memory",),
     ("check",),

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.config.chain import list_chains
-from launcher.config.compose import compose, options
+from launcher.config.compose import compose_with_files, options
+from launcher.config.conf_folder import ConfFolder, as_conf_folder
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, suggest
 
@@ -28,26 +29,30 @@ class Cell:
     name: str
     config: Config
     overrides: tuple[str, ...]
+    files: tuple[str, ...] = ()  # as in Plan
+    conf: str = ""
 
 
-def list_cells(conf: Path) -> tuple[str, ...]:
+def list_cells(conf: Path | ConfFolder) -> tuple[str, ...]:
     chains = list_chains(conf)
     return tuple(name for name in options(conf)[GROUP] if name not in chains)
 
 
-def load_cell(name: str, words: Sequence[str], conf: Path) -> Cell:
+def load_cell(name: str, words: Sequence[str], conf: Path | ConfFolder) -> Cell:
     """`words`: overrides of the cluster. Raises ConfigRefused for an unknown cell, and for one that is not pinned, with all that it lacks."""
     if name not in (names := list_cells(conf)):
         known = f"{suggest(name, names)}. See: omnilaunch bench" if names else "there is none yet: see docs/bench.md"
-        raise ConfigRefused(f"there is no experiment {name!r} in {conf.name}/{GROUP}: {known}")
+        raise ConfigRefused(f"there is no experiment {name!r} in conf/{GROUP}: {known}")
     refuse_choices(words)
     overrides = (f"{GROUP}={name}", *words)
-    config = compose(overrides, conf)
+    folder = as_conf_folder(conf)
+    config, files = compose_with_files(overrides, folder)
     lacks = [*([] if NAME.fullmatch(name) else ["its name: 1 to 50 of a-z, 0-9 and '_'"]), *find_lacks(config)]
     if lacks:
         lines = "\n".join(f"  {what}" for what in lacks)
-        raise ConfigRefused(f"{conf.name}/{GROUP}/{name}.yaml is not a benchmark yet, and nothing was started. It must state:\n{lines}")
-    return Cell(name=name, config=config, overrides=overrides)
+        raise ConfigRefused(f"{folder.describe(GROUP, name)} is not a benchmark yet, and nothing was started. It must state:\n{lines}")
+    used = tuple(map(folder.relative, files))
+    return Cell(name=name, config=config, overrides=overrides, files=used, conf=str(folder.own or ""))
 
 
 def refuse_choices(words: Sequence[str], computing: Sequence[str] = COMPUTING) -> None:
@@ -84,7 +89,7 @@ def find_lacks(config: Config) -> Iterator[str]:
         yield f"data: a built-in set; the files of data={config.data.name} exist on one machine only"
     if config.stage.checkpoint:
         yield "stage.checkpoint: '', since a run exists on one machine only"
-    if source.kind == "path":
+    if source.kind in ("path", "modelscope"):
         yield "model.source: random, or a model of the hub with its revision"
     if source.kind == "hub" and not source.revision:
         yield f"model.source.revision: which commit of {source.id}; or model.source.kind=random"

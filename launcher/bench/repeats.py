@@ -17,6 +17,7 @@ from launcher.bench.measure import as_json_data, measure_run
 from launcher.bench.result import Repeat
 from launcher.errors import ConfigRefused, LaunchError, RecordRefused
 from launcher.plan.plan import Plan, to_plain
+from launcher.plan.text import figure, size
 from launcher.record.comparable import ComparableKind, find_differences, flatten, kind_of
 from launcher.record.index import list_entries, read_entry, tag_run
 from launcher.record.lock import hold_lock, is_locked
@@ -160,10 +161,10 @@ def read_load(folder: Path) -> float | None:
 
 
 def describe_repeat(repeat: Repeat) -> str:
-    scores = "".join(f"  {name.replace('_', ' ')} {value:.4f}" for name, value in repeat.evaluation.items() if name != "count")
+    scores = "".join(f"  {name.replace('_', ' ')} {figure(value)}" for name, value in repeat.evaluation.items() if name != "count")
     return (
-        f"{repeat.run_id}  {repeat.samples_per_s:,.1f} samples/s  {repeat.step_s * 1000:,.1f} ms per step  "
-        f"{repeat.peak_bytes / 2**30:.2f} GiB  loss {repeat.final_loss:.6g}{scores}"
+        f"{repeat.run_id}  {figure(repeat.samples_per_s)} samples/s  {figure(repeat.step_s * 1000)} ms per step  "
+        f"{size(repeat.peak_bytes)}  loss {figure(repeat.final_loss)}{scores}"
     )
 
 

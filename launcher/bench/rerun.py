@@ -5,24 +5,26 @@ tells the ranks what they must find again (contract.Expectation), and they refus
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
 from launcher.bench.worktree import Tree, list_files
-from launcher.config.compose import compose_over, keys_of
+from launcher.config.compose import choose_runtime, compose_over, keys_of
+from launcher.config.conf_folder import ConfFolder
 from launcher.config.credentials import give_credentials, without_masked
 from launcher.config.defaults import EPOCHS, with_short_warmup
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, suggest
-from launcher.image.stack import Image, load_stacks
+from launcher.image.stack import Image, Stack, load_stacks
 from launcher.plan.commands import FOLDER_VARIABLE, RUN_VARIABLE, node_commands
 from launcher.plan.plan import LocalContext, Plan, carry_over, make_plan
 from launcher.plan.rows import settle_rows
 from launcher.record.record import OriginalRun
 from launcher.record.recorded_run import RecordedRun
+from launcher.weights.source import with_weights_folder
 from trainer.contract import SPEC_FILE, Expectation, TrainSpec, decode, facts_of, kind_of
 
 # Kinds of differences that --accept allows.
@@ -32,6 +34,8 @@ OF_THE_MACHINE = ("device", "driver", "firmware", "accelerator", "threads", "wor
 DURATION = frozenset(("run.steps", EPOCHS))  # only one of them
 BATCH, MICRO_BATCH = "stage.global_batch", "strategy.micro_batch"
 RANK_VARIABLES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")  # set by torchrun; the last one only where it is not set
+# What this machine has for a config, added to its context: launcher.plan.local_context.context_for.
+ContextFor = Callable[[Config, Mapping[str, Stack], Path], LocalContext]
 OTHER_DEVICES = ("hardware", "cluster", "cluster.devices_per_node")
 LOCKED = re.compile(r"^([A-Za-z0-9][\w.-]*)==", re.MULTILINE)
 
@@ -63,18 +67,24 @@ def plan_rerun(
     place: LocalContext,
     environ: Mapping[str, str],
     *,
-    conf: Path,
+    conf: Path | ConfFolder,
     run_id: str,
+    context_for: ContextFor | None = None,
 ) -> Rerun:
-    """Raises ConfigRefused with everything that prevents the same run."""
+    """Raises ConfigRefused with everything that prevents the same run. `context_for`: asks this machine what the rerun needs, in place of
+    `place`; without it, nothing is asked."""
     refuse_code(recorded, tree, accepted)
     before = recorded_config(recorded, environ)
     config = change_config(before, recorded, overrides, place, conf) if overrides else before
+    config = choose_runtime_again(config, recorded, overrides)
+    if any(word.startswith("model") for word in overrides):  # otherwise the source is the recorded one
+        config = with_weights_folder(config, environ)
     stacks, place = load_stacks(tree.project / "images"), replace(place, project=tree.project)
     given = keys_of(overrides)
     given |= DURATION if given & DURATION else frozenset()
     words = (*(word for word in recorded.plan.overrides if word.partition("=")[0] not in given), *overrides)
-    then, now = (make_plan(each, stacks, place, run_id=run_id, overrides=words) for each in (before, config))
+    asked = replace(context_for(config, stacks, tree.project), project=tree.project) if context_for else place
+    then, now = (make_plan(each, stacks, at, run_id=run_id, overrides=words) for each, at in ((before, place), (config, asked)))
     if tree.from_image and now.image.stack == recorded.plan.image.stack:
         now = with_image(now, recorded.plan.image, place)
     spec = carry_spec(recorded, then.spec, now.spec)
@@ -111,7 +121,11 @@ def recorded_config(recorded: RecordedRun, environ: Mapping[str, str]) -> Config
     """The recorded config with absolute paths, since relative ones were given in another folder. cluster.root is relative to this folder."""
     config, spec = recorded.plan.config, recorded.plan.spec
     named = {key: getattr(spec.data, key) for key in ("train", "evaluation", "images") if getattr(config.data, key)}
-    cluster = replace(config.cluster, delivery=without_masked(give_credentials(config.cluster.delivery, environ)))
+    delivery = without_masked(give_credentials(config.cluster.delivery, environ))
+    licence = recorded.plan.licence
+    if licence and licence.is_stored:  # of the user who made the record; the one of this user is looked up
+        delivery = replace(delivery, accept_licence=False)
+    cluster = replace(config.cluster, delivery=delivery)
     return replace(
         config,
         cluster=cluster,
@@ -121,7 +135,9 @@ def recorded_config(recorded: RecordedRun, environ: Mapping[str, str]) -> Config
     )
 
 
-def change_config(before: Config, recorded: RecordedRun, overrides: tuple[str, ...], place: LocalContext, conf: Path) -> Config:
+def change_config(
+    before: Config, recorded: RecordedRun, overrides: tuple[str, ...], place: LocalContext, conf: Path | ConfFolder
+) -> Config:
     """The recorded config with the overrides. The steps stay those of the record, whatever the batch and the data are now; run.epochs that
     was not given again no longer says anything."""
     typed = keys_of(overrides)
@@ -150,6 +166,15 @@ def choose_strategy_again(config: Config, recorded: RecordedRun, overrides: tupl
     if (other or BATCH in keys_of(overrides)) and not {MICRO_BATCH, "experiment"} & {*named}:
         return replace(config, strategy=replace(config.strategy, micro_batch=None))
     return config
+
+
+def choose_runtime_again(config: Config, recorded: RecordedRun, overrides: tuple[str, ...]) -> Config:
+    """On an accelerator a run that was a process of the CPU starts in the image, unless the runtime was given."""
+    named = [word.partition("=")[0] for word in (*recorded.plan.overrides, *overrides)]
+    same = recorded.plan.config.hardware.accelerator == config.hardware.accelerator
+    if same or config.cluster.runtime != "process" or "cluster.runtime" in named:
+        return config
+    return choose_runtime(replace(config, cluster=replace(config.cluster, runtime="auto")))
 
 
 def carry_spec(recorded: RecordedRun, then: TrainSpec, now: TrainSpec) -> TrainSpec:

@@ -6,6 +6,7 @@ from typing import Literal
 from launcher.check.problem import Problem, Rule
 from launcher.config.schema import Config
 from launcher.errors import suggest
+from launcher.image.licence import OVERRIDE, how_to_accept
 from launcher.image.stack import Stack
 from launcher.memory.states import device_count
 
@@ -158,8 +159,8 @@ def _serves(stack: Stack, config: Config) -> bool:
 def licence_is_accepted(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
     stack, delivery = stacks.get(config.hardware.stack), config.cluster.delivery
     if config.cluster.runtime == "docker" and stack and stack.licence and not delivery.accept_licence:
-        what = f"the image contains software under {stack.licence}: read the licence, and accept it once"
-        yield Problem(key="cluster.delivery.accept_licence", what=what, changes=("cluster.delivery.accept_licence=true",), launch_only=True)
+        what = f"the image contains software under {stack.licence}: {how_to_accept(stack.licence)}"
+        yield Problem(key="cluster.delivery.accept_licence", what=what, changes=(OVERRIDE,), launch_only=True)
 
 
 HARDWARE_RULES: tuple[Rule, ...] = (

@@ -12,12 +12,14 @@ from launcher.check.adapters import ADAPTER_RULES
 from launcher.check.docker import CONTAINER_RULES
 from launcher.check.hardware import HARDWARE_RULES
 from launcher.check.inference import INFERENCE_RULES, write_inference_notes
+from launcher.check.learning import LEARNING_RULES
 from launcher.check.nodes import CLUSTER_RULES
 from launcher.check.override import Compose, apply_override
 from launcher.check.precision import PRECISION_RULES
 from launcher.check.problem import Problem, Rule
 from launcher.check.recipe import RECIPE_RULES
 from launcher.check.row_count import write_row_notes
+from launcher.check.source import SOURCE_RULES, write_source_notes
 from launcher.check.strategy import Resolved, resolve
 from launcher.check.strings import TEXT_RULES
 from launcher.check.suggestions import MEMORY_RULES, check_memory, write_memory_notes
@@ -27,6 +29,8 @@ from launcher.image.stack import Stack
 RULES = (
     *(*PRECISION_RULES, *HARDWARE_RULES, *CLUSTER_RULES, *CONTAINER_RULES, *TEXT_RULES, *RECIPE_RULES, *MEMORY_RULES, *ADAPTER_RULES),
     *INFERENCE_RULES,
+    *LEARNING_RULES,
+    *SOURCE_RULES,
 )
 RULES_BUT_MEMORY = tuple(rule for rule in RULES if rule not in MEMORY_RULES)  # for a plan whose memory a traced step decides
 
@@ -105,6 +109,7 @@ def write_notes(resolved: Resolved) -> Iterator[str]:
         yield f"model.source.revision is empty: the main branch of {source.id} may change between two runs"
     if config.stage.kind == "train" and config.run.save_every == 0 and source.kind != "random":
         yield "run.save_every=0: nothing is saved before the end, and a run that is killed is lost; run.save_every=N saves every Nth step"
+    yield from write_source_notes(config)
     yield from write_memory_notes(resolved)
     yield from write_inference_notes(config)
     yield from write_row_notes(config)

@@ -12,7 +12,7 @@ from launcher.check.strategy import Estimates, Resolved, resolve
 from launcher.config.schema import Config
 from launcher.image.stack import Stack
 from launcher.memory.estimate import Memory, answering_memory, split_weights, total
-from launcher.memory.states import GIB, world_size
+from launcher.memory.states import AVERAGE, GIB, world_size
 from launcher.memory.tokens import largest_image, smallest_image_tokens
 from trainer.contract import Lora
 
@@ -74,7 +74,7 @@ def describe_need(config: Config, memory: Memory) -> str:
     limit = memory.limit_bytes or 0
     if memory.total_bytes <= limit:
         return f"offloaded states take {memory.host_bytes / GIB:.1f} GiB of a node's host memory, which has {config.hardware.host_memory_gib:g}"
-    states = total(item for item in memory.items if item.name in ("weights", "gradients", "optimizer"))
+    states = total(item for item in memory.items if item.name in ("weights", "gradients", "optimizer", AVERAGE))
     strategy = f" ({config.strategy.name})" if config.stage.kind == "train" else ""  # without training, every rank has the whole model
     return (
         f"the peak takes {memory.total_bytes / GIB:.1f} GiB on each device{strategy}, which has {limit / GIB:g}: "

@@ -4,13 +4,13 @@ import argparse
 import gc
 import os
 import shlex
-import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.commands import launch
-from launcher.commands.plan import PROJECT
+from launcher.commands.plan import PROJECT, add_conf, conf_of
 from launcher.errors import ConfigRefused
 from trainer.contract import Exit
 
@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 CONF = PROJECT / "conf"
 RESULTS = PROJECT / "docs/results"
 README = PROJECT / "README.md"
+# Figure of a summary -> (name, factor, unit) for a person.
+FIGURES = {
+    "samples_per_s": ("throughput", 1, "samples/s"),
+    "tokens_per_s": ("", 1, "tokens/s"),
+    "step_s": ("time of a step", 1000, "ms"),
+    "peak_bytes": ("peak memory", 2**-30, "GiB"),
+    "final_loss": ("final loss", 1, ""),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dirty", default="", metavar="REASON", help=dirty)
     parser.add_argument("--matrix", action="store_true", help="write the table of README.md")
     parser.add_argument("--results", default="", metavar="FOLDER", help="where results are published; docs/results when omitted")
+    add_conf(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -63,28 +72,28 @@ def measure(arguments: argparse.Namespace, name: str, words: list[str], folder: 
     from launcher.record.record import utc_now
     from launcher.record.source import read_source
 
-    cell, path = load_cell(name, words, CONF), results_file(folder, name)
+    cell, path = load_cell(name, words, conf_of(arguments)), results_file(folder, name)
     published = [result.result_id for result in read_results(path)]
     require_writable(path)
-    source = read_source(PROJECT)
+    source = read_source(PROJECT, cell.files)
     dirty = refuse_dirty(source, arguments.dirty)
     runs = Path(plan_cell(cell, name).folder).parent
     gc.enable()  # `main` turned it off; from here on it may be hours
-    again = join_command("bench", name, words, arguments, "dirty", "results")
+    again = join_command("bench", name, words, arguments, "dirty", "results", "conf")
     with lock_runs(runs):
         series = open_series(cell, source, runs, published, again, start_new=arguments.new_series)
         if len(series.done) < cell.config.run.repeats:
             require_devices(plan_cell(cell, name), arguments.say)
 
         def carry_out(run_id: str) -> Any:
-            require_unchanged(source)
+            require_unchanged(source, cell)
             return launch.carry_out(plan_cell(cell, run_id), arguments.say)[0]
 
         here = cell.config.cluster.is_local
         repeats = run_repeats(series, cell.config.run.repeats, carry_out, tags=(name,), again=again, say=arguments.say, here=here)
         result = publish(series.name, name, repeats, load_repeats(runs, repeats), dirty=dirty, made_at=utc_now())
         result = append_result(path, result)
-    arguments.say(f"\n{describe_result(result)}\npublished in {path}; to write the table of README.md: omnilaunch bench --matrix")
+    arguments.say(f"\n{describe_result(result)}\npublished in {path}\n{next_commands(result)}")
     return Exit.OK
 
 
@@ -101,12 +110,15 @@ def as_list(value: Any) -> list[str]:
 def plan_cell(cell: "Cell", run_id: str) -> "Plan":
     """The plan of one run of the benchmark; all its runs have the same plan."""
     from launcher.image.stack import load_stacks
-    from launcher.plan.local_context import local_context
+    from launcher.plan.local_context import context_for, for_this_machine
     from launcher.plan.plan import make_plan
     from launcher.record.record import valid_run_id
 
     stacks = load_stacks(PROJECT / "images")
-    return make_plan(cell.config, stacks, local_context(PROJECT), run_id=valid_run_id(run_id), overrides=cell.overrides)
+    config = for_this_machine(cell.config, cell.overrides)
+    context = context_for(config, stacks, PROJECT)
+    plan = make_plan(config, stacks, context, run_id=valid_run_id(run_id), overrides=cell.overrides)
+    return replace(plan, files=cell.files, conf=cell.conf)
 
 
 def open_series(cell: "Cell", source: "SourceTree", runs: Path, published: list[str], again: str, *, start_new: bool) -> "Series":
@@ -124,34 +136,23 @@ def open_series(cell: "Cell", source: "SourceTree", runs: Path, published: list[
 
 def refuse_dirty(source: "SourceTree", reason: str) -> str:
     """The reason, '' where the tree is clean. Raises ConfigRefused where the code of the result could not be taken from git again."""
-    changed = list_changes()
-    if source.state.commit and not changed:
+    state = source.state
+    if state.commit and not state.dirty:
         return ""
     if not reason:
-        why = f"the tree has uncommitted changes: {', '.join(changed[:8])}" if source.state.commit else f"{PROJECT} is not a git repository"
+        changed = ", ".join((*source.code, *state.conf)[:8]) or state.diff_lacks
+        why = f"the tree has uncommitted changes: {changed}" if state.commit else f"{PROJECT} is not a git repository"
         raise ConfigRefused(f"{why}. The same code could not be measured again. Commit the changes; or measure anyway: --dirty REASON")
     return reason
 
 
-def list_changes() -> list[str]:
-    """Uncommitted changes of what runs are made of; docs/ is not part of a run."""
-    from launcher.record.source import CODE, git
-
-    try:
-        lines = git(PROJECT, "status", "--porcelain", "--", *CODE, "conf").decode(errors="replace").splitlines()
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    return [line[3:] for line in lines]
-
-
-def require_unchanged(source: "SourceTree") -> None:
+def require_unchanged(source: "SourceTree", cell: "Cell") -> None:
     from launcher.record.source import read_source
 
-    now = read_source(PROJECT).state
-    if (now.commit, now.diff_sha256) != (source.state.commit, source.state.diff_sha256):
-        raise ConfigRefused(
-            f"the tree changed during the benchmark, from commit {source.state.commit[:12]} to {now.commit[:12]} or in its files"
-        )
+    now = read_source(PROJECT, cell.files).state
+    before = source.state
+    if (now.commit, now.diff_sha256, now.conf) != (before.commit, before.diff_sha256, before.conf):
+        raise ConfigRefused(f"the tree changed during the benchmark, from commit {before.commit[:12]} to {now.commit[:12]} or in its files")
 
 
 def require_devices(plan: "Plan", say: Callable[[str], None]) -> None:
@@ -168,11 +169,17 @@ def require_devices(plan: "Plan", say: Callable[[str], None]) -> None:
 # ------------------------------------------------------------------------------------------------------------------- text
 
 
+def next_commands(result: "PublishedResult") -> str:
+    from launcher.plan.text import command_line
+
+    return f"next steps\n  {command_line('bench', '--matrix')}  # writes the table of README.md\n  {command_line('bench-rerun', result.experiment)}"
+
+
 def list_benchmarks(arguments: argparse.Namespace, folder: Path) -> int:
     from launcher.bench.cell import list_cells
     from launcher.bench.result import read_results, results_file
 
-    for name in list_cells(CONF):
+    for name in list_cells(conf_of(arguments)):
         results = read_results(results_file(folder, name))
         arguments.say(describe_result(results[-1]) if results else f"{name}: not run")
     return Exit.OK
@@ -191,13 +198,15 @@ def describe_result(result: "PublishedResult") -> str:
     """Median, lowest and highest value of each figure, one per line."""
     from launcher.bench.matrix import describe_bits
     from launcher.bench.result import is_unsteady
+    from launcher.plan.text import figure
 
     lines = [f"{result.result_id}: {len(result.repeats)} repeats of {result.steps} steps, the first {result.warm_up_steps} not counted"]
     for name, span in result.summary.items():
-        scale, unit = (2**30, " GiB") if name == "peak_bytes" else (1, "")
-        median, low, high = (f"{value / scale:,.6g}" for value in (span.median, span.lowest, span.highest))
-        lines.append(f"  {name:24} {median:>12}{unit}  ({low} to {high})")
-    lines.append(f"  {'bitwise identical':24} {describe_bits(result)}")
+        title, factor, unit = FIGURES.get(name, (name.removeprefix("evaluation.").replace("_", " "), 1, ""))
+        median, low, high = (figure(value * factor) for value in (span.median, span.lowest, span.highest))
+        spread = f"({low} to {high})" if low != high else ""
+        lines.append(f"  {title:18} {f'{median} {unit}':20} {spread}".rstrip())
+    lines.append(f"  {'bitwise identical':18} {describe_bits(result)}")
     if is_unsteady(result):
         lines.append("  the speeds vary more than the band that a rerun is compared with: the machine was not steady")
     return "\n".join(lines)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.commands.bench import CONF, RESULTS, join_command, require_devices
+from launcher.commands.bench import RESULTS, join_command, require_devices
 from launcher.commands.launch import carry_out
-from launcher.commands.plan import PROJECT
+from launcher.commands.plan import PROJECT, add_conf, conf_of
 from launcher.commands.rerun import ACCEPT_HELP, SCRATCH
 from launcher.errors import ConfigRefused
 from trainer.contract import Exit
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reason", default="", help="why there are fewer than 5 repeats")
     parser.add_argument("--accept", action="append", default=[], metavar="KIND", help=ACCEPT_HELP)
     parser.add_argument("--results", default="", metavar="FOLDER", help="where results are published; docs/results when omitted")
+    add_conf(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     with lock_runs(runs):
         require_devices(first.plan, arguments.say)
         series = Series(name=name_series(f"rerun-{result.experiment}", utc_now(), pid=os.getpid()), runs=runs)
-        options = ("repeats", "reason", "accept", "results")
+        options = ("repeats", "reason", "accept", "results", "conf")
         again = f"{join_command('bench-rerun', result.result_id, arguments.words, arguments, *options)} (from its first repeat)"
         tags, here = (result.experiment, "bench-rerun"), first.plan.config.cluster.is_local
 
@@ -80,15 +81,16 @@ def restore_plan(arguments: argparse.Namespace, result: "PublishedResult") -> "C
     from launcher.bench.restore import restore
     from launcher.bench.worktree import try_image
     from launcher.config.compose import compose
-    from launcher.plan.local_context import local_context
+    from launcher.plan.local_context import context_for, local_context
     from launcher.plan.plan import absolute
 
     refuse_choices(arguments.words, (*COMPUTING, "cluster.runtime"))
-    cluster, context = compose(arguments.words, CONF).cluster, local_context(PROJECT)
+    conf = conf_of(arguments)
+    cluster, context = compose(arguments.words, conf).cluster, local_context(PROJECT)
     accepted = accepted_kinds(arguments.accept)
     archive, tree = restore(result, cluster, context, Path(absolute(cluster.root, Path.cwd())) / SCRATCH)
     tree = try_image(archive, tree) if result.site.runtime == "docker" else tree
-    return lambda run_id: plan_rerun(archive, (), accepted, tree, context, os.environ, conf=CONF, run_id=run_id)
+    return lambda run_id: plan_rerun(archive, (), accepted, tree, context, os.environ, conf=conf, run_id=run_id, context_for=context_for)
 
 
 def collect_comparables(runs: Path, repeats: "tuple[Repeat, ...]") -> dict[str, str]:

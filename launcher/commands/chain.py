@@ -1,24 +1,26 @@
 """`omnilaunch plan|launch experiment=CHAIN`: all steps are planned before the first starts; a chain that was interrupted is resumed."""
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.config.chain import GROUP, Chain, overrides_of
-from launcher.config.compose import compose, keys_of
+from launcher.config.compose import compose, compose_with_files, keys_of
+from launcher.config.conf_folder import ConfFolder
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import load_stacks
-from launcher.plan.local_context import local_context
-from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan
+from launcher.plan.local_context import context_for, for_this_machine
+from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan, with_files
 from launcher.plan.rows import settle_rows
 from launcher.plan.short import describe_work
-from launcher.plan.text import command_line, gib, table
+from launcher.plan.text import command_line, figure, gib, table
 from launcher.record.checkpoint_reference import with_full_ids
-from launcher.record.index import figure
 from launcher.record.reader import read_if_there, read_object
 from launcher.record.record import Record, valid_run_id
 from launcher.record.run_name import PLAN_FILE, RECORD_FILE, list_folders
+from launcher.weights.source import with_weights_folder
 from trainer.contract import Exit
 
 Launch = Callable[[Sequence[str], str], int]  # overrides, run id -> exit code
@@ -59,12 +61,12 @@ class PlannedChain:
 
     @property
     def resume(self) -> str:
-        return command_line("launch", *self.typed, "--run-id", self.chain_id)
+        return command_line("launch", *self.typed, "--run-id", self.chain_id, *self.steps[0].plan.options)
 
 
-def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, here: Path) -> PlannedChain:
+def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, conf: ConfFolder, here: Path) -> PlannedChain:
     """Plan every step. Raises ConfigRefused naming the step that cannot work, or that has finished with other overrides."""
-    conf, context, stacks = project / "conf", local_context(project), load_stacks(project / "images")
+    stacks = load_stacks(project / "images")
     first = compose(overrides_of(chain, 0, typed, {}, ()), conf)
     root = Path(absolute(first.cluster.root, here)) / RUNS_FOLDER
     folders = tuple(dict.fromkeys((root, here / RUNS_FOLDER)))
@@ -78,8 +80,10 @@ def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
     for place, name in enumerate(run_ids):
         words = overrides_of(chain, place, typed, results, kinds)
         try:
-            config = settle_rows(compose(words, conf), keys_of(words), here)
-            plan = make_plan(config, stacks, context, run_id=run_ids[name], overrides=words, conf=conf)
+            config, files = compose_with_files(words, conf)
+            config = settle_rows(with_weights_folder(for_this_machine(config, words), os.environ), keys_of(words), here)
+            context = context_for(config, stacks, project)
+            plan = with_files(make_plan(config, stacks, context, run_id=run_ids[name], overrides=words, conf=conf), conf, files)
         except ConfigRefused as error:
             raise ConfigRefused(f"step {name} of {GROUP}={chain.name}: {error}") from error
         given = overrides_of(chain, place, typed, run_ids, kinds)  # runs by their ids, which `launch` turns into folders
@@ -120,15 +124,17 @@ def describe_chain(planned: PlannedChain) -> str:
     return table(rows)
 
 
-def show_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, say: Say) -> int:
-    planned = plan_chain(chain, typed, chain_id, project, Path.cwd())
-    say(f"{describe_chain(planned)}\nok\nnext: {planned.resume}")
+def show_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, conf: ConfFolder, say: Say) -> int:
+    planned = plan_chain(chain, typed, chain_id, project, conf, Path.cwd())
+    problems = dict.fromkeys(str(problem) for step in planned.steps for problem in step.plan.verdict.problems)
+    last = ("planned; a launch is refused:", *problems) if problems else ("ok", f"next: {planned.resume}")
+    say("\n".join((describe_chain(planned), *last)))
     return Exit.OK
 
 
-def launch_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, launch: Launch, say: Say) -> int:
+def launch_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, conf: ConfFolder, launch: Launch, say: Say) -> int:
     """Launch the steps that have not finished, one after the other. The first failure ends the chain, with its exit code."""
-    planned = plan_chain(chain, typed, chain_id, project, Path.cwd())
+    planned = plan_chain(chain, typed, chain_id, project, conf, Path.cwd())
     refuse_unlaunchable(planned)
     say(describe_chain(planned))
     for number, step in enumerate(planned.steps, start=1):

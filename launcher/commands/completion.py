@@ -7,12 +7,12 @@ from the schema, run ids from runs/.
 import argparse
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-from launcher.commands.plan import PROJECT
+from launcher.commands.plan import conf_named
 from launcher.errors import ConfigRefused, suggest
 from trainer.contract import Exit
 
@@ -36,7 +36,12 @@ def run(arguments: argparse.Namespace) -> int:
 def complete(words: Sequence[str], verbs: Iterable[str], make_parser: MakeParser) -> list[str]:
     """The candidates for the last of `words`, which is the beginning of a word or ''. A candidate that ends with = or . is not complete."""
     *typed, current = words or [""]
-    candidates = complete_verb(typed, current, make_parser) if typed else [*verbs, "--help"]
+    if typed and typed[-1] == "--conf":
+        return []  # the shell completes folders
+    names = [*verbs]
+    candidates = (
+        [*names, "--help", "--version"] if not typed else names if typed == ["help"] else complete_verb(typed, current, make_parser)
+    )
     return sorted({word for word in candidates if word.startswith(current)})
 
 
@@ -52,14 +57,17 @@ def complete_verb(typed: Sequence[str], current: str, make_parser: MakeParser) -
     found = [*getattr(module, "OPTIONS", {})] if not rest else []  # the actions of `runs`, in place of a filter
     if re.search(r"\bRUN\b", text) and (verb != "runs" or rest[:1] in (["tag"], ["prune"])):
         found += list_runs()
+    values = list_values(typed)
+    if verb == "model" and "MODEL" in text:
+        found += values["model"]
     if verb == "options":
-        found += list_values()
+        found += values
     elif verb == "completion":
         found += SHELLS
     elif verb in ("bench", "bench-rerun") and not rest:
-        found += list_values()["experiment"]
+        found += values["experiment"]
     elif "KEY=VALUE" in text or verb.startswith("bench"):
-        found += complete_override(current)
+        found += complete_override(current, values)
     return found
 
 
@@ -71,10 +79,9 @@ def read_help(parser: argparse.ArgumentParser, action: Sequence[str]) -> str:
     return text.getvalue()
 
 
-def complete_override(current: str) -> list[str]:
+def complete_override(current: str, values: Mapping[str, Sequence[str]]) -> list[str]:
     """AXIS=NAME, or the next part of a key: `run.st` -> run.steps=, `stage.` -> stage.optimizer. and the rest."""
     key, equals, _ = current.partition("=")
-    values = list_values()
     if equals:
         names = list_runs() if key in RUN_KEYS else values.get(key, ())
         return [f"{key}={name}" for name in names]
@@ -87,10 +94,12 @@ def complete_override(current: str) -> list[str]:
     return [*keys, *(f"{axis}=" for axis in values)] if not start else keys
 
 
-def list_values() -> dict[str, tuple[str, ...]]:
-    from launcher.config.compose import options
-
-    return options(PROJECT / "conf")
+def list_values(typed: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Of the project, and of the folder that `--conf DIR` or the environment names."""
+    places = [place for place, word in enumerate(typed) if word == "--conf"]
+    option = typed[places[-1] + 1] if places and places[-1] + 1 < len(typed) else ""
+    option = option or next((word.partition("=")[2] for word in typed if word.startswith("--conf=")), "")
+    return conf_named(option).list_groups()
 
 
 def list_runs() -> list[str]:

@@ -10,7 +10,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.commands.plan import PROJECT, add_overrides, plan_of
+from launcher.commands.plan import PROJECT, add_overrides, conf_of, plan_of
+from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, LaunchError
 from trainer import contract
 from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, SPEC_FILE, DataReport, DataSummary, Exit, TrainSpec, read, write, write_text
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    plan = plan_of(arguments.overrides, "", only_data=True)
+    plan = plan_of(arguments.overrides, "", conf=conf_of(arguments), only_data=True)
     report, problems = examine(replace(plan.spec, batch=replace(plan.spec.batch, global_batch=1)))  # the batch is judged below
     if arguments.out:
         write_text("".join(f"{json.dumps(problem, ensure_ascii=False)}\n" for problem in problems), Path(arguments.out))
@@ -38,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(asdict(report) | {"problems": problems}, indent=2, ensure_ascii=False))
     else:
         print(describe_data(report, plan.spec.data.max_length))
+        print_learning(plan.config, report)
         print(describe_problems(problems, arguments.out))
         if not problems and (note := describe_few_rows(report, plan.spec)):
             print(note)
@@ -45,6 +47,17 @@ def run(arguments: argparse.Namespace) -> int:
         if away:
             print(f"checked on this machine; a launch reads the files on {', '.join(away)}")
     return Exit.USAGE if problems else Exit.OK
+
+
+def print_learning(config: Config, report: DataReport) -> None:
+    """What the model will learn from the data, and what stands out about it."""
+    from launcher.record.learning import describe_learning, find_standouts
+
+    plain = asdict(config), asdict(report)
+    for name, text in describe_learning(*plain):
+        print(f"{name:10} {text}")
+    standouts = find_standouts(*plain)
+    print("\n".join(("what stands out:" if standouts else "what stands out: nothing", *(f"  {line}" for line in standouts))))
 
 
 def examine(spec: TrainSpec) -> tuple[DataReport, list[dict[str, Any]]]:
@@ -65,8 +78,8 @@ def examine(spec: TrainSpec) -> tuple[DataReport, list[dict[str, Any]]]:
 def refusal(code: int, output: str) -> LaunchError:
     if "ModuleNotFoundError" in output:
         return ConfigRefused(
-            f"{sys.executable} lacks what reads the data: {output.splitlines()[-1]}\n  Next: pip install "
-            "'omnilaunch[trainer]' there, or let a launch with cluster.runtime=docker check the data in the image"
+            f"{sys.executable} lacks what reads the data: {output.splitlines()[-1]}\n  Next: make setup, which installs it in .venv; or let a "
+            "launch with cluster.runtime=docker check the data in the image"
         )
     if code == Exit.USAGE:
         return ConfigRefused(output)

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.commands.plan import PROJECT, add_overrides
+from launcher.commands.plan import PROJECT, add_overrides, conf_of
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
@@ -38,19 +38,26 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def select(arguments: argparse.Namespace) -> "tuple[Config, Stack, str]":
-    """The config that the overrides name, its stack, and the architecture of the nodes."""
+    """The config that the overrides name, for a run in its image; its stack, and the architecture of the nodes."""
+    from dataclasses import replace
+
     from launcher.config.compose import compose
     from launcher.image.stack import find_stack, load_stacks
+    from launcher.plan.local_context import for_this_machine
 
-    config = compose(arguments.overrides, PROJECT / "conf")
+    config = compose(arguments.overrides, conf_of(arguments))
+    config = for_this_machine(replace(config, cluster=replace(config.cluster, runtime="docker")), arguments.overrides)
     architecture = arguments.architecture or config.cluster.nodes[0].architecture
     return config, find_stack(load_stacks(PROJECT / "images"), config.hardware.stack), architecture
 
 
 def render_selected(arguments: argparse.Namespace) -> "tuple[Config, Image]":
     from launcher.image.stack import render
+    from launcher.plan.local_context import find_acceptance
+    from launcher.plan.plan import take_licence
 
     config, stack, architecture = select(arguments)
+    config, _ = take_licence(config, {stack.name: stack}, find_acceptance(config, {stack.name: stack}, os.environ))
     return config, render(stack, architecture=architecture, root=PROJECT, base=config.cluster.delivery.base)
 
 

@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.commands.plan import PROJECT, RUN_ID_HELP, add_overrides, describe_here, find_chain_of, plan_of
+from launcher.commands.plan import PROJECT, RUN_ID_HELP, add_overrides, conf_of, describe_here, find_chain_of, plan_here
 from launcher.errors import ConfigRefused
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
+    from launcher.config.conf_folder import ConfFolder
     from launcher.plan.plan import Plan
     from launcher.record.record import OriginalRun, Record
 
@@ -30,21 +31,33 @@ def run(arguments: argparse.Namespace) -> int:
     if chained := find_chain_of(arguments):
         from launcher.commands.chain import launch_chain
 
-        return launch_chain(*chained, PROJECT, partial(launch_one, say=arguments.say), arguments.say)
-    return launch_one(arguments.overrides, arguments.run_id, say=arguments.say, detach=arguments.detach)
+        conf = conf_of(arguments)
+        return launch_chain(*chained, PROJECT, conf, partial(launch_one, say=arguments.say, conf=conf, following=False), arguments.say)
+    return launch_one(arguments.overrides, arguments.run_id, say=arguments.say, detach=arguments.detach, conf=conf_of(arguments))
 
 
-def launch_one(overrides: Sequence[str], run_id: str, *, say: Callable[[str], None], detach: bool = False) -> int:
+def launch_one(
+    overrides: Sequence[str],
+    run_id: str,
+    *,
+    say: Callable[[str], None],
+    detach: bool = False,
+    conf: "ConfFolder | None" = None,
+    following: bool = True,
+) -> int:
+    """`following`: print the next commands, which a chain carries out itself."""
+    from launcher.plan.plan import refuse
     from launcher.record.description import describe_record
 
-    plan = plan_of(overrides, run_id)
+    plan, machine = plan_here(overrides, run_id, conf=conf)
+    refuse(plan.verdict, launching=True, overrides=plan.overrides)
     refuse_detach(detach, plan.config.cluster.runtime)
-    say(describe_here(plan, launching=True))
+    say(describe_here(plan, machine, launching=True))
     gc.enable()  # `main` turned it off; from here on the process may live for days
     if not plan.is_local:
         say(f"checking {', '.join(node.host for node in plan.config.cluster.working)}")
     record, plan = carry_out(plan, say, detach=detach)
-    say(describe_record(record, plan) if record else describe_detached(plan.run_id))
+    say(describe_record(record, plan, following=following) if record else describe_detached(plan.run_id))
     return record.exit_code if record else Exit.OK
 
 
@@ -58,7 +71,7 @@ def carry_out(
     from launcher.run.session import open_session
     from launcher.ssh.background import in_background
 
-    source = in_background(lambda: read_source(project))  # git runs while the nodes are checked
+    source = in_background(lambda: read_source(project, plan.files))  # git runs while the nodes are checked
     with open_session(plan, local_context(project), os.environ, say=say, terminal=sys.stdout.isatty()) as (plan, session):
         return launch(plan, source.result(), session, detach=detach, original=original), plan
 

@@ -12,10 +12,13 @@ from trainer.contract import Exit
 
 if TYPE_CHECKING:
     from launcher.config.chain import Chain
+    from launcher.config.conf_folder import ConfFolder
+    from launcher.plan.machine import Machine
     from launcher.plan.plan import Plan
 
 PROJECT = Path(__file__).resolve().parents[2]
 RUN_ID_HELP = "id of the run; made from the time when omitted"
+CONF_HELP = "your own folder with cluster/, model/ ..., searched before the project's conf/; OMNILAUNCH_CONF when omitted"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +33,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_overrides(parser: argparse.ArgumentParser, text: str = "an axis (hardware=h200) or a setting (run.steps=100)") -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=text)
+    add_conf(parser)
+
+
+def add_conf(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--conf", default="", metavar="DIR", help=CONF_HELP)
+
+
+def conf_of(arguments: argparse.Namespace) -> "ConfFolder":
+    return conf_named(arguments.conf)
+
+
+def conf_named(option: str) -> "ConfFolder":
+    """`option`: the value of --conf, or ''. Raises ConfigRefused for a folder of the user in which nothing would be found."""
+    from launcher.config.conf_folder import find_conf
+
+    return find_conf(PROJECT / "conf", option, os.environ)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -38,17 +57,17 @@ def run(arguments: argparse.Namespace) -> int:
     if chained := find_chain_of(arguments):
         from launcher.commands.chain import show_chain
 
-        return show_chain(*chained, PROJECT, arguments.say)
-    plan = plan_of(arguments.overrides, arguments.run_id, traced=arguments.trace)
+        return show_chain(*chained, PROJECT, conf_of(arguments), arguments.say)
+    plan, machine = plan_here(arguments.overrides, arguments.run_id, traced=arguments.trace, conf=conf_of(arguments))
     if arguments.trace:
         print(describe_traced(plan, as_json=arguments.json, full=arguments.full))
     else:
-        print(plan_json(plan) if arguments.json else describe_here(plan, full=arguments.full))
+        print(plan_json(plan) if arguments.json else describe_here(plan, machine, full=arguments.full))
     return Exit.OK
 
 
-def describe_here(plan: "Plan", *, full: bool = False, launching: bool = False) -> str:
-    """The plan for this terminal: its width, and colours if it takes them."""
+def describe_here(plan: "Plan", machine: "Machine | None" = None, *, full: bool = False, launching: bool = False) -> str:
+    """The plan for this terminal: its width, and colours if it takes them. `machine`: where it was asked for the plan."""
     from shutil import get_terminal_size
 
     from launcher.plan.full import describe_full
@@ -59,32 +78,52 @@ def describe_here(plan: "Plan", *, full: bool = False, launching: bool = False) 
     if full:
         return describe_full(plan)
     colours, columns = wants_colours(os.environ, terminal=sys.stdout.isatty()), get_terminal_size((100, 24)).columns
-    return describe_short(plan, colours=colours, width=columns, built=find_built(plan), launching=launching)
+    return describe_short(plan, colours=colours, width=columns, built=find_built(plan, machine), launching=launching)
 
 
-def plan_of(overrides: Sequence[str], run_id: str, *, traced: bool = False, only_data: bool = False, elsewhere: bool = False) -> "Plan":
-    """The plan of these overrides on this machine. `traced`: the memory is judged later, by a traced step. `only_data`: nothing is trained,
-    so neither the memory nor the number of rows matters. `elsewhere`: it is started on another machine, whose files are not seen here."""
+def plan_of(overrides: Sequence[str], run_id: str, *, conf: "ConfFolder | None" = None, only_data: bool = False) -> "Plan":
+    """The plan of these overrides, for a verb that starts nothing on this machine: what it has is not asked. `only_data`: nothing is
+    trained, so neither the memory nor the number of rows matters."""
+    return plan_here(overrides, run_id, asks=False, only_data=only_data, conf=conf)[0]
+
+
+def plan_here(
+    overrides: Sequence[str],
+    run_id: str,
+    *,
+    traced: bool = False,
+    asks: bool = True,
+    only_data: bool = False,
+    conf: "ConfFolder | None" = None,
+) -> "tuple[Plan, Machine | None]":
+    """The plan, and what this machine has, where the run is on it and it `asks`. `traced`: the memory is judged later, by a traced step.
+    `only_data`: as of plan_of. `conf`: the project's when omitted."""
     from launcher.check.rules import RULES, RULES_BUT_MEMORY
-    from launcher.config.compose import compose, keys_of
+    from launcher.config.compose import compose_with_files, keys_of
+    from launcher.config.conf_folder import ConfFolder
     from launcher.image.stack import load_stacks
-    from launcher.plan.local_context import local_context
-    from launcher.plan.plan import RUNS_FOLDER, absolute, make_plan, with_problems
+    from launcher.plan.local_context import context_for, for_this_machine
+    from launcher.plan.plan import RUNS_FOLDER, absolute, make_plan, with_files, with_problems
     from launcher.plan.rows import find_missing, settle_rows
+    from launcher.plan.weights_folder import judge_weights, with_found_model
     from launcher.record.checkpoint_reference import resolve_base, resolve_checkpoint, with_full_ids
     from launcher.record.record import name_run, utc_now, valid_run_id
+    from launcher.weights.source import with_weights_folder
 
-    here = Path.cwd()
-    config = compose(overrides, PROJECT / "conf")
-    config = config if only_data else settle_rows(config, keys_of(overrides), here)
+    here, conf = Path.cwd(), conf or ConfFolder(project=PROJECT / "conf")
+    overrides = with_found_model(overrides, conf)
+    config, files = compose_with_files(overrides, conf)
+    config = for_this_machine(config if only_data else settle_rows(config, keys_of(overrides), here), overrides)
     runs = (Path(absolute(config.cluster.root, here)) / RUNS_FOLDER, here / RUNS_FOLDER)
-    config = resolve_base(resolve_checkpoint(config, *runs), *runs)
+    config = with_weights_folder(resolve_base(resolve_checkpoint(config, *runs), *runs), os.environ)
     run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))
     given = with_full_ids(overrides, *runs)
     rules = RULES_BUT_MEMORY if traced or only_data else RULES
-    stacks, conf, context = load_stacks(PROJECT / "images"), PROJECT / "conf", local_context(PROJECT)
-    plan = make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf)
-    return plan if only_data or elsewhere else with_problems(plan, find_missing(config, here))
+    stacks = load_stacks(PROJECT / "images")
+    context = context_for(config, stacks, PROJECT, asks=asks)
+    plan = judge_weights(make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf), conf)
+    plan = with_problems(plan, find_missing(config, here)) if asks else plan
+    return with_files(plan, conf, files), context.machine
 
 
 def describe_traced(plan: "Plan", *, as_json: bool, full: bool) -> str:
@@ -109,7 +148,7 @@ def find_chain_of(arguments: argparse.Namespace) -> "tuple[Chain, list[str], str
     from launcher.config.chain import find_chain
     from launcher.record.record import utc_now, valid_run_id
 
-    chain = find_chain(arguments.overrides, PROJECT / "conf")
+    chain = find_chain(arguments.overrides, conf_of(arguments))
     if chain is None:
         return None
     if refused := [option for option in ("full", "json", "trace", "detach") if getattr(arguments, option, False)]:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from launcher.commands.plan import PROJECT, RUN_ID_HELP, add_overrides, plan_of
+from launcher.commands.plan import PROJECT, RUN_ID_HELP, add_overrides, conf_of, plan_of
 from launcher.record.run_name import find_run
 from trainer.contract import Exit
 
@@ -16,6 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from launcher.commands.live.live_run import load_plan
+    from launcher.image.stack import load_stacks
+    from launcher.plan.local_context import with_own_licence
     from launcher.record.reader import read_if_there
     from launcher.record.record import SOURCE_FILE, SourceState
     from launcher.record.source import read_source
@@ -23,8 +25,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     words = arguments.overrides
     recorded = find_run(words[0], Path.cwd() / "runs") if len(words) == 1 and "=" not in words[0] else None
-    plan = load_plan(recorded) if recorded else plan_of(words, arguments.run_id, elsewhere=True)
+    stacks = load_stacks(PROJECT / "images")
+    plan = with_own_licence(load_plan(recorded), stacks) if recorded else plan_of(words, arguments.run_id, conf=conf_of(arguments))
     source = read_if_there(SourceState, recorded / SOURCE_FILE) if recorded else None
-    folder = write_bundle(plan, Path(arguments.to), project=PROJECT, source=source or read_source(PROJECT).state)
+    folder = write_bundle(plan, Path(arguments.to), project=PROJECT, source=source or read_source(PROJECT, plan.files).state)
     print(f"run {plan.run_id} is written to {folder}. Next: read README.txt in it")
     return Exit.OK

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.commands.launch import carry_out, describe_detached, refuse_detach
 from launcher.commands.live.live_run import RUN_HELP
-from launcher.commands.plan import PROJECT, RUN_ID_HELP, add_overrides
+from launcher.commands.plan import PROJECT, RUN_ID_HELP, add_overrides, conf_of
 from launcher.record.run_name import find_run
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
     from launcher.bench.rerun import Rerun
+    from launcher.config.conf_folder import ConfFolder
     from launcher.record.recorded_run import RecordedRun
 
 SCRATCH = ".cache"
@@ -30,12 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from launcher.bench.rerun import accepted_kinds
-    from launcher.record.description import describe_record
+    from launcher.plan.plan import refuse
+    from launcher.plan.text import command_line
+    from launcher.record.description import describe_record, name_of
     from launcher.record.recorded_run import load_recorded_run
 
     archive = load_recorded_run(find_run(arguments.run, Path.cwd() / "runs"), rows=False)
     accepted = accepted_kinds(arguments.accept)
-    rerun = plan_again(archive, tuple(arguments.overrides), accepted, arguments.run_id)
+    rerun = plan_again(archive, tuple(arguments.overrides), accepted, arguments.run_id, conf_of(arguments))
+    refuse(rerun.plan.verdict, launching=True, overrides=rerun.plan.overrides)
     refuse_detach(arguments.detach, rerun.plan.config.cluster.runtime)
     gc.enable()  # `main` turned it off; from here on the process may live for days
     for note in rerun.notes:
@@ -46,13 +50,15 @@ def run(arguments: argparse.Namespace) -> int:
         return Exit.OK
     arguments.say(describe_record(record, plan))
     arguments.say(f"\nrerun of {archive.record.run_id}: weights {describe_weights(archive, record)}")
+    if record.status == "finished":
+        arguments.say(f"to compare everything: {command_line('compare', archive.record.run_id, name_of(Path(plan.folder)))}")
     return int(record.exit_code)
 
 
-def plan_again(archive: "RecordedRun", overrides: tuple[str, ...], accepted: tuple[str, ...], run_id: str) -> "Rerun":
+def plan_again(archive: "RecordedRun", overrides: tuple[str, ...], accepted: tuple[str, ...], run_id: str, conf: "ConfFolder") -> "Rerun":
     from launcher.bench.rerun import plan_rerun
     from launcher.bench.worktree import find_tree, try_image
-    from launcher.plan.local_context import local_context
+    from launcher.plan.local_context import context_for, local_context
     from launcher.plan.plan import absolute
     from launcher.record.record import name_run, utc_now, valid_run_id
 
@@ -60,7 +66,8 @@ def plan_again(archive: "RecordedRun", overrides: tuple[str, ...], accepted: tup
     tree = find_tree(archive, PROJECT, Path(absolute(root, Path.cwd())) / SCRATCH)
     tree = try_image(archive, tree) if archive.plan.config.cluster.runtime == "docker" else tree
     name = valid_run_id(run_id or name_run(archive.plan.config, utc_now(), pid=os.getpid()))
-    return plan_rerun(archive, overrides, accepted, tree, local_context(PROJECT), os.environ, conf=PROJECT / "conf", run_id=name)
+    place = local_context(PROJECT)
+    return plan_rerun(archive, overrides, accepted, tree, place, os.environ, conf=conf, run_id=name, context_for=context_for)
 
 
 def describe_weights(archive: "RecordedRun", record: Any) -> str:

@@ -9,24 +9,30 @@ from launcher.record.run_name import find_run
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from launcher.commands.run_table import TableStyle
     from launcher.record.index import RunEntry
 
 # Action -> the options that belong to it alone. Without an action the runs are listed.
 OPTIONS = {"tag": ("remove",), "prune": ("keep", "older-than", "yes")}
+LIMIT = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = """
-  omnilaunch runs [KEY=VALUE ...]           list the runs; only those with these values, such as stage=lora run.seed=1
+  omnilaunch runs [KEY=VALUE ...]           list the newest runs; only those with these values, such as stage=lora run.seed=1
   omnilaunch runs tag RUN TAG ...           give a run tags; with --remove take them away
   omnilaunch runs prune [KEY=VALUE ...]     show what a rule would remove; with --yes remove it
   omnilaunch runs prune RUN ...             the same for these runs"""
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="an axis or a key of the config; or an action: tag, prune")
-    parser.add_argument("--status", default="", help="finished, stopped, failed, refused, or open (no record yet)")
+    parser.add_argument("--status", default="", help="finished, stopped, failed, refused, running, open or unreadable")
     parser.add_argument("--model", default="", help="the same as model=NAME")
     parser.add_argument("--tag", default="", help="only runs with this tag")
+    parser.add_argument("--limit", type=int, metavar="N", help=f"list at most N runs; {LIMIT} when omitted")
+    parser.add_argument("--all", action="store_true", help="list all runs")
     parser.add_argument("--disk", action="store_true", help="show how much disk space they take on this machine")
-    parser.add_argument("--json", action="store_true", help="print all records as JSON")
+    parser.add_argument("--json", action="store_true", help="print them all as JSON, with their records")
     parser.add_argument("--remove", action="store_true", help="tag: remove the tags")
     parser.add_argument("--keep", type=int, metavar="N", help="prune: keep the N newest")
     parser.add_argument("--older-than", default="", metavar="AGE", help="prune: only runs that ended more than AGE ago: 36h, 30d, 8w")
@@ -46,16 +52,33 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def list_runs(arguments: argparse.Namespace) -> int:
-    from launcher.record.index import describe_entries, entries_json
+    from launcher.commands.run_table import count_runs, describe_entries, entries_json
+    from launcher.record.record import utc_now
 
+    if arguments.limit is not None and (arguments.limit < 1 or arguments.all):
+        raise ConfigRefused(f"--limit {arguments.limit}: at least 1, and not together with --all")
     every, matching = find_entries(arguments)
+    most = len(matching) if arguments.all or (arguments.json and arguments.limit is None) else arguments.limit or LIMIT
     if arguments.json:
-        arguments.say(entries_json(matching, disk=arguments.disk))
+        arguments.say(entries_json(matching[:most], disk=arguments.disk))
     elif not every:
         arguments.say(f"no runs in {Path.cwd() / 'runs'}; start one with: omnilaunch launch")
+    elif not matching:
+        arguments.say(f"none of {count_runs(len(every))} matches" if len(every) > 1 else "the only run does not match")
     else:
-        arguments.say(describe_entries(matching, disk=arguments.disk) or f"none of the {len(every)} runs matches")
+        arguments.say(describe_entries(matching[:most], style_of(every, disk=arguments.disk), utc_now()))
+        if most < len(matching):
+            arguments.say(f"the newest {most} of {count_runs(len(matching))}; for all of them: --all")
     return Exit.OK
+
+
+def style_of(every: "Sequence[RunEntry]", *, disk: bool) -> "TableStyle":
+    from shutil import get_terminal_size
+
+    from launcher.commands.run_table import COLUMNS, TableStyle
+    from launcher.record.run_name import shorten_ids
+
+    return TableStyle(width=get_terminal_size((COLUMNS, 24)).columns, names=shorten_ids(entry.run_id for entry in every), disk=disk)
 
 
 def tag_runs(arguments: argparse.Namespace) -> int:
@@ -74,7 +97,7 @@ def tag_runs(arguments: argparse.Namespace) -> int:
 
 
 def prune_runs(arguments: argparse.Namespace) -> int:
-    from launcher.record.index import describe_entries
+    from launcher.commands.run_table import describe_entries
     from launcher.record.prune_runs import Rule, choose, parse_age, remove_runs
     from launcher.record.record import utc_now
 
@@ -94,7 +117,8 @@ def prune_runs(arguments: argparse.Namespace) -> int:
     if not chosen.removed:
         arguments.say("there is nothing to remove")
     elif not arguments.yes:
-        arguments.say(f"{describe_entries(chosen.removed, disk=True)}\nnothing was removed. To remove these, with their checkpoints: --yes")
+        listed = describe_entries(chosen.removed, style_of(every, disk=True), utc_now())
+        arguments.say(f"{listed}\nnothing was removed. To remove these, with their checkpoints: --yes")
     else:
         for name in remove_runs(chosen.removed):
             arguments.say(f"removed {name}")
@@ -102,10 +126,11 @@ def prune_runs(arguments: argparse.Namespace) -> int:
 
 
 def find_entries(arguments: argparse.Namespace) -> "tuple[tuple[RunEntry, ...], list[RunEntry]]":
-    """(all runs of this folder, those that match the filter)."""
+    """(all runs of this folder, those that match the filter), the newest first."""
     from launcher.record.index import list_entries, parse_filter, require_key
 
-    every = list_entries(Path.cwd() / "runs")
+    found = (entry for entry in list_entries(Path.cwd() / "runs") if entry.is_run)
+    every = tuple(sorted(found, key=lambda entry: (entry.started_at, entry.run_id), reverse=True))
     chosen = parse_filter(arguments.words, status=arguments.status, model=arguments.model, tag=arguments.tag)
     require_key(every, chosen)
     return every, [entry for entry in every if chosen.takes(entry)]

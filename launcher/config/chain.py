@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.compose import options
+from launcher.config.conf_folder import ConfFolder, as_conf_folder
 from launcher.errors import ConfigRefused, suggest
 
 GROUP = "experiment"
@@ -40,12 +41,12 @@ class Chain:
     steps: tuple[Step, ...]
 
 
-def list_chains(conf: Path) -> tuple[str, ...]:
+def list_chains(conf: Path | ConfFolder) -> tuple[str, ...]:
     return tuple(name for name in options(conf)[GROUP] if KEY in read_yaml(file_of(name, conf)))
 
 
-def file_of(name: str, conf: Path) -> Path:
-    return conf / GROUP / f"{name}.yaml"
+def file_of(name: str, conf: Path | ConfFolder) -> Path:
+    return as_conf_folder(conf).find(GROUP, name)
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -59,16 +60,16 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return given if isinstance(given, dict) else {}
 
 
-def find_chain(words: Sequence[str], conf: Path) -> Chain | None:
+def find_chain(words: Sequence[str], conf: Path | ConfFolder) -> Chain | None:
     """The chain that `experiment=NAME` among the overrides names; None where there is none, or where it is a single run. Raises ConfigRefused
     for one that cannot be read."""
     named = [word.partition("=")[2] for word in words if word.partition("=")[0] == GROUP]
     return load_chain(named[0], conf) if len(named) == 1 and named[0] in list_chains(conf) else None
 
 
-def load_chain(name: str, conf: Path) -> Chain:
+def load_chain(name: str, conf: Path | ConfFolder) -> Chain:
     """Raises ConfigRefused naming the file and the step."""
-    file = f"{conf.name}/{GROUP}/{name}.yaml"
+    file = as_conf_folder(conf).describe(GROUP, name)
     given = read_yaml(file_of(name, conf))
     if extra := sorted(set(given) - {KEY}):
         raise ConfigRefused(f"{file}: {', '.join(extra)} beside {KEY}: write it in the words of each step, or on the command line")

@@ -9,21 +9,22 @@ import json
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from launcher.config.conf_folder import GROUPS, OPTIONAL_GROUPS, PRIMARY, ConfFolder, as_conf_folder
 from launcher.config.defaults import choose_duration, settle
 from launcher.config.schema import AXES, Config
+from launcher.config.source import expand_source, kind_that_follows
 from launcher.errors import NODES, ConfigRefused, refuse_config, suggest
 from trainer.contract import SpecError, decode
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-PRIMARY = "config"
-OPTIONAL_GROUPS = {"tune": "~tune", "experiment": ""}  # =null for Hydra: `tune` has a default to delete, `experiment` has none
+WITHOUT = {"tune": "~tune", "experiment": ""}  # =null for Hydra: `tune` has a default to delete, `experiment` has none
 UNREADABLE = "cannot be parsed; write KEY=VALUE, and quote a value with commas, brackets or quotes: \"KEY='a, b'\""
 LARGEST = 2**63 - 1  # a larger number is a typing error, and may not fit into a float
 INTERPOLATION = "interpolations (${...}) are refused, since a plan must show the value itself; write the value"
@@ -37,14 +38,12 @@ class Composed:
     choices: dict[str, str | None]
 
 
-def compose(overrides: Sequence[str], conf: Path) -> Config:
+def compose(overrides: Sequence[str], conf: Path | ConfFolder) -> Config:
     """The config of `conf`/config.yaml with overrides such as `hardware=p4` and `run.steps=10`.
 
     Raises ConfigRefused listing every wrong override, or else every wrong value with its key, its file and the allowed values.
     """
-    composed = _compose(_translate(overrides, options(conf)), conf)
-    settle(composed.data, composed.choices, keys_of(overrides), conf)
-    return _validate(composed, overrides, conf)
+    return compose_with_files(overrides, conf)[0]
 
 
 def keys_of(overrides: Sequence[str]) -> frozenset[str]:
@@ -52,7 +51,16 @@ def keys_of(overrides: Sequence[str]) -> frozenset[str]:
     return frozenset(override.partition("=")[0] for override in overrides)
 
 
-def compose_over(config: Config, overrides: Sequence[str], conf: Path) -> Config:
+def compose_with_files(overrides: Sequence[str], conf: Path | ConfFolder) -> tuple[Config, tuple[Path, ...]]:
+    """The same, and the files that it was composed from, the first one that of config.yaml."""
+    conf = as_conf_folder(conf)
+    composed = _compose(_translate(overrides, conf.list_groups()), conf)
+    settle(composed.data, composed.choices, keys_of(overrides), conf)
+    files = (conf.find(group, choice) for group, choice in composed.choices.items() if choice)
+    return _validate(composed, overrides, conf), (conf.project / f"{PRIMARY}.yaml", *(file for file in files if file.is_file()))
+
+
+def compose_over(config: Config, overrides: Sequence[str], conf: Path | ConfFolder) -> Config:
     """An existing config with overrides. Keys that no override names stay as they are, whatever `conf` says now; `axis=NAME` takes that
     one section from `conf`. Raises ConfigRefused as `compose` does."""
     from omegaconf import OmegaConf
@@ -62,7 +70,8 @@ def compose_over(config: Config, overrides: Sequence[str], conf: Path) -> Config
         raise ConfigRefused(
             f"{of_several[0]}=... sets keys of several sections. Start a new run with launch, or override the keys one by one"
         )
-    translated = _translate(overrides, options(conf))
+    conf = as_conf_folder(conf)
+    translated = _translate(overrides, conf.list_groups())
     chosen = [text for text in translated if not text.startswith("++")]
     composed = _compose(chosen, conf)
     data = json.loads(json.dumps(asdict(config))) | {text.partition("=")[0]: composed.data[text.partition("=")[0]] for text in chosen}
@@ -78,11 +87,9 @@ def compose_over(config: Config, overrides: Sequence[str], conf: Path) -> Config
     return _validate(Composed(data=changed, choices=composed.choices), overrides, conf)
 
 
-def options(conf: Path) -> dict[str, tuple[str, ...]]:
+def options(conf: Path | ConfFolder) -> dict[str, tuple[str, ...]]:
     """Group -> its values, which are the files of its folder in `conf`."""
-    folders = sorted(folder for folder in conf.iterdir() if folder.is_dir())
-    groups = {folder.name: tuple(sorted(file.stem for file in folder.glob("*.yaml"))) for folder in folders}
-    return {**groups, **{name: groups.get(name, ()) for name in OPTIONAL_GROUPS}}
+    return as_conf_folder(conf).list_groups()
 
 
 # ------------------------------------------------------------------------------------------------------- overrides
@@ -94,14 +101,14 @@ def _translate(overrides: Sequence[str], groups: dict[str, tuple[str, ...]]) -> 
     problems: list[str] = []
     for override in overrides:
         try:
-            key, text = _translate_one(override, groups)
+            key, text = _translate_one(expand_source(override), groups)
             if translated.setdefault(key, text) != text:
                 raise ConfigRefused(f"{key} is given twice, with different values: keep one")
         except ConfigRefused as error:
             problems.append(f"  {override}: {error}")
     if problems:
         raise ConfigRefused("\n".join((_heading("override", len(problems)), *problems)))
-    return [text for text in translated.values() if text]
+    return [text for text in (*translated.values(), kind_that_follows(tuple(translated))) if text]
 
 
 def _translate_one(override: str, groups: dict[str, tuple[str, ...]]) -> tuple[str, str]:
@@ -155,7 +162,7 @@ def _parse(override: str) -> "Override | None":
 def _choose(group: str, name: str, names: tuple[str, ...]) -> str:
     """The raw text is compared with the names: it may be text that Hydra cannot parse."""
     if name == "null" and group in OPTIONAL_GROUPS:
-        return OPTIONAL_GROUPS[group]
+        return WITHOUT[group]
     if name not in names and "," in name:
         raise ConfigRefused(f"give one value; {suggest(name.split(',')[0], names)}")
     if name not in names:
@@ -215,7 +222,7 @@ def _without_null(kind: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------- Hydra
 
 
-def _compose(overrides: list[str], conf: Path) -> Composed:
+def _compose(overrides: list[str], conf: ConfFolder) -> Composed:
     """Raises ConfigRefused for a file that cannot be read or composed."""
     from hydra import compose as compose_files, initialize_config_dir
     from hydra.errors import HydraException
@@ -224,21 +231,43 @@ def _compose(overrides: list[str], conf: Path) -> Composed:
     from yaml import YAMLError
 
     try:
-        with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+        with initialize_config_dir(str(conf.project.resolve()), version_base="1.3"):
+            if conf.own:
+                _search_first(conf.own)
             config = compose_files(PRIMARY, overrides, return_hydra_config=True)
         choices = dict(config.hydra.runtime.choices)
         with open_dict(config):
             del config["hydra"]
         data = typing.cast(dict[str, Any], OmegaConf.to_container(config, throw_on_missing=True))
     except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
-        raise ConfigRefused(f"{conf}: cannot be composed: {str(error).replace('++', '')}") from error
+        raise ConfigRefused(f"{_name_broken(conf)}: cannot be composed: {str(error).replace('++', '')}") from error
     return Composed(data=data, choices=choices)
+
+
+def _search_first(own: Path) -> None:
+    """Make the initialized Hydra look into this folder before all others. `hydra.searchpath` only adds folders after the first one."""
+    from hydra._internal.core_plugins.file_config_source import FileConfigSource
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().config_loader().get_sources().insert(0, FileConfigSource(provider="own", path=f"file://{own}"))
+
+
+def _name_broken(conf: ConfFolder) -> str:
+    """The first file that cannot be read or is not YAML; else the folder, and the text of Hydra names the file."""
+    from yaml import YAMLError, safe_load
+
+    for file in (file for folder in conf.folders for group in ("", *GROUPS) for file in sorted((folder / group).glob("*.yaml"))):
+        try:
+            safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, YAMLError):
+            return str(file)
+    return str(conf.folders[0])
 
 
 # ----------------------------------------------------------------------------------------------------------- types
 
 
-def _validate(composed: Composed, overrides: Sequence[str], conf: Path) -> Config:
+def _validate(composed: Composed, overrides: Sequence[str], conf: ConfFolder) -> Config:
     """Raises ConfigRefused listing every value that the schema does not allow, with its key and where it was set."""
     problems: list[tuple[str, str]] = []
     config = _build(Config, composed.data, "", problems)
@@ -247,7 +276,16 @@ def _validate(composed: Composed, overrides: Sequence[str], conf: Path) -> Confi
             f"  {key}{_whose(key, composed)} ({_where(key.split('.'), composed, overrides, conf)}): {reason}" for key, reason in problems
         ]
         refuse_config("\n".join((_heading("value", len(problems)), *lines)), (key for key, _ in problems))
-    return typing.cast(Config, config)
+    return choose_runtime(typing.cast(Config, config))
+
+
+def choose_runtime(config: Config) -> Config:
+    """The config with cluster.runtime=auto resolved: an accelerator needs the drivers' own torch, which its image has, and other machines have
+    no environment of ours."""
+    if config.cluster.runtime != "auto":
+        return config
+    on_this_cpu = config.hardware.accelerator == "cpu" and all(node.is_local for node in config.cluster.nodes)
+    return replace(config, cluster=replace(config.cluster, runtime="process" if on_this_cpu else "docker"))
 
 
 def _whose(key: str, composed: Composed) -> str:
@@ -307,7 +345,7 @@ def _expected(kind: Any, data: Any) -> str:
     return f"{given} is not allowed; it must be {EXPECTED.get(origin or kind, 'a section')}"
 
 
-def _where(path: list[str], composed: Composed, overrides: Sequence[str], conf: Path) -> str:
+def _where(path: list[str], composed: Composed, overrides: Sequence[str], conf: ConfFolder) -> str:
     """The override or the file that sets a key. The later file wins, as in the defaults list."""
     key = ".".join(path)
     for override in overrides:
@@ -316,10 +354,10 @@ def _where(path: list[str], composed: Composed, overrides: Sequence[str], conf: 
             return f"override {override}"
     for group in reversed(OPTIONAL_GROUPS):
         choice = composed.choices.get(group)
-        if choice and _holds(conf / group / f"{choice}.yaml", path):
-            return f"{conf.name}/{group}/{choice}.yaml"
+        if choice and _holds(conf.find(group, choice), path):
+            return conf.describe(group, choice)
     axis = path[0]
-    return f"{conf.name}/{axis}/{composed.choices.get(axis)}.yaml" if axis in AXES else f"{conf.name}/{PRIMARY}.yaml"
+    return conf.describe(axis, str(composed.choices.get(axis))) if axis in AXES else f"{conf.project.name}/{PRIMARY}.yaml"
 
 
 def _holds(file: Path, path: list[str]) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from launcher.config.conf_folder import ConfFolder
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused
 
@@ -17,11 +18,11 @@ SHORT_STEPS = 100  # a shorter run has less warm-up than a recipe says
 WARMUP_SHARE = 5  # at most one of so many steps, in a short run
 
 
-def settle(data: dict[str, Any], choices: Mapping[str, str | None], typed: Set[str], conf: Path) -> None:
+def settle(data: dict[str, Any], choices: Mapping[str, str | None], typed: Set[str], conf: ConfFolder) -> None:
     """Set what was left open in a composed config. Raises ConfigRefused for both run.steps and run.epochs."""
     choose_duration(data, typed)
-    if LENGTH not in typed and not _sets_length(conf / "experiment" / f"{choices.get('experiment')}.yaml"):
-        _settle_length(data, conf / "data" / f"{choices.get('data')}.yaml")
+    if LENGTH not in typed and not _sets_length(conf.find("experiment", str(choices.get("experiment")))):
+        _settle_length(data, conf.find("data", str(choices.get("data"))))
 
 
 def choose_duration(data: dict[str, Any], typed: Set[str]) -> None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer.contract import (
+    Augmentation,
     Conversion,
+    EarlyStop,
     Evaluation,
     Inference,
     Kind,
@@ -19,12 +21,12 @@ from trainer.contract import (
     Profile,
     Quantization,
     Serving,
-    Source,
     Template,
 )
 
 Accelerator = Literal["cpu", "cuda", "npu"]
 Confidence = Literal["published", "computed", "unverified"]
+SourceKind = Literal["random", "hub", "modelscope", "path"]
 AXES = ("hardware", "model", "stage", "precision", "strategy", "data", "cluster")
 GROUPS = ("vision", "projector", "lm", "head")
 
@@ -160,6 +162,20 @@ class ImageTokens:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where weights come from: `random` (architecture only), `hub` (Hugging Face), `modelscope`, or `path` (a folder). `id`, `modelscope`: the
+    repository on either hub, '' = not known. `revision`: a commit, branch or tag there. `path`: with modelscope the folder that `omnilaunch model
+    fetch` made. `endpoint`: the address of a mirror of the Hugging Face hub, '' = the caller's HF_ENDPOINT, or the hub itself."""
+
+    kind: SourceKind
+    id: str = ""
+    modelscope: str = ""
+    revision: str = ""
+    path: str = ""
+    endpoint: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Licence:
     name: str
     source: str
@@ -175,7 +191,7 @@ class Model:
     family: str
     ready: bool
     pending: str = ""
-    source: Source
+    source: ModelSource
     licence: Licence
     architecture: Architecture
     parameters: Parameters
@@ -211,6 +227,8 @@ class Stage:
     quantization: Quantization | None = None
     inference: Inference | None = None
     serving: Serving | None = None
+    label_smoothing: float = 0.0  # share of the target that is spread evenly over the vocabulary
+    neftune_alpha: float = 0.0  # noise on the embeddings of training, 5 in the paper (arXiv 2310.05914); 0 = none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +264,7 @@ class Data:
     length_aware: Literal["off", "step", "window"] = "off"  # group samples of similar length within a step, or within a window of steps
     max_pixels: int = 0  # per image, for families that scale it (Qwen); 0 = the default of the model's processor
     max_tiles: int = 0  # per image, for families that cut it (InternVL tiles, MiniCPM slices); 0 = as max_pixels
+    augmentation: Augmentation = field(default_factory=Augmentation)  # of the images of training rows
     padding_free: bool | None = None  # concatenate the samples of a micro-batch instead of padding them; null = only on a CPU
     rows: int = 0  # of `train`, in which run.epochs counts; 0 = they are counted, where the file is on this machine
 
@@ -299,10 +318,11 @@ class Delivery:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """`root`: folder of runs and data on the nodes, absolute or relative to the launcher's folder. `shm_size`, `ulimits`: as for docker run."""
+    """`runtime`: auto = process for the CPU of this machine, docker for everything else; a composed config has the one that was taken. `root`:
+    folder of runs and data on the nodes, absolute or relative to the launcher's folder. `shm_size`, `ulimits`: as for docker run."""
 
     name: str
-    runtime: Literal["process", "docker"]
+    runtime: Literal["auto", "process", "docker"] = "auto"
     nodes: tuple[Node, ...]
     devices_per_node: int | None = None
     root: str
@@ -365,6 +385,7 @@ class Run:
     save_every_s: float = 0.0  # save at the first step that ends so long after the last checkpoint; 0 = only by steps
     keep_best: Literal["", "exact_match", "loss"] = ""  # by the evaluation; kept in addition to the newest keep_checkpoints
     checkpoint_background: bool = False  # training continues while a copy in the memory of the first node is written
+    early_stop: EarlyStop = field(default_factory=EarlyStop)
     trackers: tuple[str, ...] = ("tensorboard",)  # also wandb, swanlab, mlflow, where they are installed
     profile: Profile = field(default_factory=Profile)
     bands: Bands = field(default_factory=Bands)

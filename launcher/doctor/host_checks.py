@@ -156,7 +156,8 @@ def check_docker_client(checked: CheckedNode) -> CheckResult:
     docker = checked.facts.docker
     if docker and docker.client:
         return passed(f"docker {docker.client}")
-    without = offer(checked, {"cluster.runtime": "process"})
+    # An accelerator needs the torch of its image.
+    without = offer(checked, {"cluster.runtime": "process"}) if checked.plan.config.hardware.accelerator == "cpu" else ""
     install = "install it: docs.docker.com/engine/install"
     return failed("there is no docker command on the PATH of the login", f"{install}; or {without}" if without else install)
 

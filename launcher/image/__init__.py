@@ -2,5 +2,5 @@
 
 Read `stack` first: the rows of images/versions.yaml, and the one image (Dockerfile, files, fingerprint) that belongs to a row. `build` builds
 it, `docker` asks the engine, `wheelhouse` is for sites without a network, `refresh` resolves the locks (with `resolver` and `registry`),
-`proof` and `docs` keep and print what was built and tested.
+`proof` and `docs` keep and print what was built and tested, `licence` which licences the user has accepted.
 """

@@ -19,6 +19,7 @@ from launcher.config.credentials import masked_addresses
 from launcher.config.schema import Delivery
 from launcher.errors import ImageFailed
 from launcher.image.docker import DockerCommand, find, find_client, output_of
+from launcher.image.licence import OVERRIDE, how_to_accept
 from launcher.image.stack import REPOSITORY, SYSTEM_TEMPLATE, Image, Stack, context_files, digest, draw
 from launcher.image.wheelhouse import SYSTEM, local_files, system_files
 
@@ -94,7 +95,7 @@ def refuse_unready(image: Image, delivery: Delivery) -> None:
         )
     if image.licence and not delivery.accept_licence:
         raise ImageFailed(
-            f"building {image.tag} accepts this licence: {image.licence}. Confirm it once with cluster.delivery.accept_licence=true"
+            f"building {image.tag} accepts this licence: {image.licence}; {how_to_accept(image.licence)} (or, for one command, {OVERRIDE})"
         )
     if masked := masked_addresses(delivery):
         raise ImageFailed(

@@ -14,7 +14,9 @@ from launcher.image.stack import LABEL, Image
 OLDEST_ENGINE = (20, 10)  # the first whose BuildKit supports RUN --mount without pulling a frontend
 SEPARATE_BUILDKIT = 23  # from this client on BuildKit is a plugin, buildx; earlier clients have it built in
 TIMEOUT_S = 120
-NO_CLIENT = "there is no docker client on PATH. On Debian: apt-get install docker.io; to run without containers: cluster.runtime=process"
+NO_CLIENT = (
+    "there is no docker client on PATH. On Debian: apt-get install docker.io. A run on the CPU needs no container: cluster.runtime=process"
+)
 # Name of an architecture in the engine -> in `uname -m`.
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 FINGERPRINT = f"{LABEL}fingerprint"
@@ -78,7 +80,7 @@ def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
 def unanswered(reason: str) -> str:
     denied = "permission denied" in reason.lower()
     fix = "add yourself to the group docker, or use sudo" if denied else "start it: systemctl start docker, or dockerd"
-    return f"the Docker engine does not answer ({reason}): {fix}. To run without containers: cluster.runtime=process"
+    return f"the Docker engine does not answer ({reason}): {fix}. A run on the CPU needs no container: cluster.runtime=process"
 
 
 def is_absent(errors: str) -> bool:

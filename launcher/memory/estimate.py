@@ -24,9 +24,10 @@ from launcher.memory.buffers import (
     logits_bytes,
     runtime_bytes,
 )
-from launcher.memory.states import DTYPE_BYTES, GIB, States, model_states, streams, zero_stage
+from launcher.memory.states import DTYPE_BYTES, GIB, States, engine_stage, model_states, streams, zero_stage
 from launcher.memory.tokens import read_load
 
+SET_ASIDE = "weights set aside"
 Basis = Literal["arithmetic", "calibrated", "traced"]
 
 
@@ -134,8 +135,16 @@ def answering_memory(config: Config) -> Memory:
     """An evaluation during training, with everything that training keeps between two steps."""
     training = model_states(config)
     items = {**training.items_bytes, "gradients": lasting_gradient_bytes(config, training)}
+    items |= {SET_ASIDE: displaced} if (displaced := set_aside_bytes(config, training)) else {}
     evaluating = replace(config, stage=replace(config.stage, kind="evaluate"))
     return estimate_memory(evaluating, states=replace(training, items_bytes=items, total_bytes=sum(items.values())))
+
+
+def set_aside_bytes(config: Config, training: States) -> int:
+    """Trained weights that the averages displace while they are evaluated; where DeepSpeed keeps its own copy, they are made from that again."""
+    optimizer = config.stage.optimizer
+    displaced = optimizer.ema_decay and optimizer.ema_weights == "average" and not engine_stage(config)
+    return training.trainable * DTYPE_BYTES[config.precision.weights] if displaced else 0
 
 
 def split_weights(config: Config) -> tuple[int, int]:

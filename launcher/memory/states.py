@@ -14,6 +14,7 @@ from trainer.contract import SINGLE_PROCESS_KINDS
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
+AVERAGE = "weight average"  # name of its item
 STATE_BLOCK = 256  # trainer.optim.blockwise.BLOCK: elements of an 8-bit moment that share a float32 scale
 MOST_LAYERS = 1000  # whose names are listed: a typing error may ask for a million
 
@@ -69,7 +70,8 @@ def model_states(config: Config) -> States:
 
     w, g, o: bytes per element of weights, gradients and optimizer. ZeRO 1 divides the optimizer's term by N, ZeRO 2 also the gradients,
     ZeRO 3 also the weights. m is o, or for 8-bit moments 1 byte and a share of the scale (the small parameters that stay in float32 are
-    ignored). master is o where o differs from w or where ZeRO keeps its own copy of the slice, else 0. Where takes_bf16_optimizer, g
+    ignored). master is o where o differs from w or where ZeRO keeps its own copy of the slice, else 0. A moving average of the weights
+    (trainer.distributed.average) takes 4 T more, divided like the optimizer. Where takes_bf16_optimizer, g
     counts the gradients of both dtypes.
 
     ZeRO-Offload (arXiv 2101.06840, section 3) moves gradients and optimizer to the host; parameter offload also moves the weights.
@@ -88,8 +90,10 @@ def model_states(config: Config) -> States:
         "optimizer": _share(2 * moment_bytes(config, trainable) + trainable * master_bytes, ranks if zero >= 1 else 1),
     }
     trains = config.stage.kind == "train"
+    if trains and config.stage.optimizer.ema_decay:
+        items[AVERAGE] = _share(4 * trainable, ranks if zero >= 1 else 1)
     optimizer_moves = trains and strategy.offload_optimizer
-    moved = {"weights": trains and strategy.offload_parameters, "gradients": optimizer_moves, "optimizer": optimizer_moves}
+    moved = dict.fromkeys(("gradients", "optimizer", AVERAGE), optimizer_moves) | {"weights": trains and strategy.offload_parameters}
     on_device = {name: 0 if moved[name] else size for name, size in items.items()}
     return States(
         parameters=parameters,

@@ -210,6 +210,7 @@ def run_environment(config: Config, spec: TrainSpec, node: Node, rank: int) -> d
     environment = {
         **PINNED_VARIABLES,
         **(OFFLINE_VARIABLES if spec.model.source.kind != "hub" else {}),
+        **({"HF_ENDPOINT": config.model.source.endpoint} if config.model.source.endpoint else {}),
         **({name: values[0] for name, values in deterministic_variables(hardware.accelerator).items()} if spec.deterministic else {}),
         **device_options(config, spec, node).environment,
         **hardware.environment,

@@ -41,6 +41,9 @@ def describe_planned_image(plan: Plan) -> str:
         "Dockerfile": f"images/rendered/{image.stack}/Dockerfile",
         "lock": image.lock or "none yet for this architecture: the image can be planned, not built",
     }
+    if plan.licence:
+        at = f" at {plan.licence.accepted_at}" if plan.licence.accepted_at else ""
+        rows["licence"] = f"{plan.licence.name}, accepted{at} with {plan.licence.how}"
     if plan.config.cluster.runtime == "process":
         rows["used"] = "no: cluster.runtime=process runs in the Python environment of this command"
     return table(rows)
@@ -73,5 +76,5 @@ def describe_verdict(plan: Plan) -> str:
         *(f"forced ({config.run.force}):\n{problem}" for problem in verdict.forced),
     ]
     if verdict.launchable:
-        return "\n".join((*lines, "ok", f"next: {command_line('launch', *plan.overrides)}"))
+        return "\n".join((*lines, "ok", f"next: {command_line('launch', *plan.overrides, *plan.options)}"))
     return "\n".join((*lines, "planned; a launch is refused:", *map(str, verdict.problems)))

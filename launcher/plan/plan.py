@@ -5,7 +5,8 @@ The trainer's spec, the DeepSpeed config and the commands of the nodes are made 
 
 import json
 import shlex
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,14 +17,17 @@ from launcher.check.recipe import leaves_padding_out
 from launcher.check.rules import RULES, Verdict, check
 from launcher.check.strategy import explain_strategy, resolve
 from launcher.check.suggestions import with_typed_hardware
+from launcher.config.conf_folder import ConfFolder
 from launcher.config.credentials import without_masked
 from launcher.config.schema import Cluster, Config, Run
 from launcher.errors import ConfigRefused, refuse_config
+from launcher.image.licence import OVERRIDE, AcceptedLicence, licence_of
 from launcher.image.stack import Image, Stack, render
 from launcher.memory.deepspeed import render_deepspeed
 from launcher.memory.estimate import Memory, estimate_memory
 from launcher.memory.states import States, device_count, model_states, ranks_per_node, spreads, trainable_parameters, world_size
 from launcher.plan.commands import NodeCommand, node_commands
+from launcher.plan.machine import Machine, machine_rules
 from launcher.redact import mask_credentials
 from trainer.contract import (
     SCHEMA,
@@ -32,6 +36,7 @@ from trainer.contract import (
     DataSpec,
     DeviceSpec,
     ModelSpec,
+    Source,
     StageSpec,
     TrainSpec,
     decode,
@@ -44,22 +49,28 @@ FIXED_THREADS = 4
 LEAVING_S = 10  # for a server to exit after its last answer
 # Keys of the config that the trainer's spec takes over unchanged, under the same name.
 MODEL_KEYS = ("name", "family", "groups", "image_token", "template")
-STAGE_KEYS = ("name", "kind", "trainable", "lora", "reset", "merging", "conversion", "quantization", "serving")
-DATA_KEYS = ("name", "builtin", "max_length", "workers", "packing", "length_aware", "max_pixels", "max_tiles")
+STAGE_KEYS = (
+    *("name", "kind", "trainable", "lora", "reset", "merging", "conversion", "quantization", "serving"),
+    *("label_smoothing", "neftune_alpha"),
+)
+DATA_KEYS = ("name", "builtin", "max_length", "workers", "packing", "length_aware", "max_pixels", "max_tiles", "augmentation")
 RUN_KEYS = (
     *("seed", "deterministic", "steps", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background"),
-    *("hang_timeout_s", "trackers", "profile"),
+    *("hang_timeout_s", "trackers", "profile", "early_stop"),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalContext:
-    """What a plan takes from the machine it is made on. `here`: the folder that relative paths start in; `user`: uid:gid for containers."""
+    """What a plan takes from the machine it is made on. `here`: the folder that relative paths start in; `user`: uid:gid for containers.
+    `machine`: what it has, None = not asked; `accepted`: licences that the user has accepted here, SHA-256 -> when."""
 
     project: Path
     here: Path
     interpreter: str
     user: str
+    machine: Machine | None = None
+    accepted: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +90,19 @@ class Plan:
     image_id: str = ""  # the id that the image must have on the nodes; '' = any image that was built from its files
     memory: Memory | None = None  # None in plans of earlier versions
     choice: str = ""  # the reason for strategy and micro-batch
+    conf: str = ""  # the user's own folder of axis files (--conf), absolute
+    files: tuple[str, ...] = ()  # that the config was composed from: conf/stage/lora.yaml, or the whole path of one of the user's own
+    licence: AcceptedLicence | None = None  # of the image; None where there is none to accept, or it is not accepted yet
 
     @property
     def is_local(self) -> bool:
         """Whether the run is on the launcher's own machine: nothing is copied to or from a node."""
         return self.config.cluster.is_local
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Of the commands that compose this config again."""
+        return ("--conf", self.conf) if self.conf else ()
 
     @property
     def container_user(self) -> str:
@@ -106,11 +125,13 @@ def make_plan(
     run_id: str,
     overrides: tuple[str, ...] = (),
     rules: tuple[Rule, ...] = RULES,
-    conf: Path | None = None,
+    conf: Path | ConfFolder | None = None,
 ) -> Plan:
     """Resolve the strategy, check, render the image, write the spec and the commands. `conf`: the folder that `config` was composed from
     with `overrides`, if it was; offered overrides that choose an axis are judged with it. Raises ConfigRefused with every problem at once;
     one that only prevents a launch (a module still to come, a licence to accept) is left in `verdict` for `launch` to refuse."""
+    config, licence = take_licence(config, stacks, local.accepted)
+    rules = (*rules, *machine_rules(local.machine))
     resolved, recompose = resolve(on_one_rank(config)), partial(compose_change, overrides, conf=conf) if conf else None
     verdict, config = check(resolved.asked, stacks, rules=rules, resolved=resolved, compose=recompose), resolved.config
     refuse(verdict, launching=False, overrides=overrides)
@@ -134,10 +155,38 @@ def make_plan(
         overrides=overrides,
         memory=resolved.memory,
         choice=explain_strategy(resolved),
+        licence=licence,
     )
 
 
-def compose_change(overrides: tuple[str, ...], change: str, conf: Path) -> Config:
+def with_files(plan: Plan, conf: ConfFolder, files: Sequence[Path]) -> Plan:
+    """The plan with the files that its config was composed from. A note names each of the user's own that hides one of the project."""
+    notes = tuple(
+        f"{file.parent.name}={file.stem} is {file}, in place of the project's file of this name"
+        for file in files
+        if conf.is_shadowing(file)
+    )
+    verdict = replace(plan.verdict, notes=(*notes, *plan.verdict.notes))
+    return replace(plan, conf=str(conf.own or ""), files=tuple(map(conf.relative, files)), verdict=verdict)
+
+
+def take_licence(config: Config, stacks: Mapping[str, Stack], accepted: Mapping[str, str]) -> tuple[Config, AcceptedLicence | None]:
+    """The config with `accept_licence` set where the user accepted the licence of the image before, and how it was accepted."""
+    stack, delivery = stacks.get(config.hardware.stack), config.cluster.delivery
+    if not (stack and stack.licence and config.cluster.runtime == "docker"):
+        return config, None
+    licence = licence_of(stack.licence)
+    name, sha256 = (licence.name, licence.sha256) if licence else (stack.licence, "")
+    if delivery.accept_licence:
+        return config, AcceptedLicence(name=name, sha256=sha256, how=OVERRIDE)
+    if sha256 not in accepted:
+        return config, None
+    cluster = replace(config.cluster, delivery=replace(delivery, accept_licence=True))
+    how = f"omnilaunch licence accept {name}"
+    return replace(config, cluster=cluster), AcceptedLicence(name=name, sha256=sha256, how=how, accepted_at=accepted[sha256])
+
+
+def compose_change(overrides: tuple[str, ...], change: str, conf: Path | ConfFolder) -> Config:
     """The config with an offered change in place of what was typed for the same keys. Raises ConfigRefused."""
     from launcher.config.compose import compose
 
@@ -265,11 +314,18 @@ def divide(config: Config, ranks: int) -> Batch:
 def model_spec(config: Config, local: LocalContext) -> ModelSpec:
     model = config.model
     return ModelSpec(
-        source=replace(model.source, path=absolute_if_set(model.source.path, local)),
+        source=trainer_source(config, local),
         architecture=asdict(model.architecture),
         attention=config.hardware.capability.attention[0],
         **{name: getattr(model, name) for name in MODEL_KEYS},
     )
+
+
+def trainer_source(config: Config, local: LocalContext) -> Source:
+    """What the trainer knows of the source: a repository of ModelScope is a folder for it."""
+    source = config.model.source
+    path, kind = absolute_if_set(source.path, local), source.kind
+    return Source(kind="path" if kind == "modelscope" else kind, id=source.id, revision=source.revision, path=path)
 
 
 def stage_spec(config: Config, local: LocalContext) -> StageSpec:

@@ -8,7 +8,7 @@ from launcher.memory.states import GIB, device_count
 from launcher.memory.tokens import read_load
 from launcher.plan.plan import Plan
 from launcher.plan.rows import rows_of
-from launcher.plan.text import command_line, measure, paint, wrap
+from launcher.plan.text import command_line, measure, paint, size, wrap
 from trainer.contract import TrainSpec
 
 LABEL = 10  # columns of the names at the left
@@ -35,8 +35,8 @@ def describe_short(plan: Plan, *, colours: bool = False, width: int = 100, built
     ]
     for name, text in describe_rows(plan, built=built).items():
         lines += wrap(text, width, first=f"{name:{LABEL}}", indent=" " * LABEL)
-    last = [f"next: {command_line('launch', *plan.overrides)}"] if plan.verdict.launchable and not launching else []
-    last += [] if launching else [f"more: {command_line('plan', '--full', *plan.overrides)}"]
+    last = [f"next: {command_line('launch', *plan.overrides, *plan.options)}"] if plan.verdict.launchable and not launching else []
+    last += [] if launching else [f"more: {command_line('plan', '--full', *plan.overrides, *plan.options)}"]
     free = LINES - sum(-(-max(1, measure(line)) // width) for part in (*lines, *last) for line in part.splitlines())
     return "\n".join((*lines, *describe_notes(plan.verdict.notes, width, free), *last))
 
@@ -61,15 +61,16 @@ def describe_bar(plan: Plan, *, colours: bool, width: int) -> Iterator[str]:
     used, limit = memory.total_bytes / GIB, memory.limit_bytes
     if limit:
         share = memory.total_bytes / limit
-        size = max(8, min(BAR, width - 62))
-        bar = ("#" * min(size, round(share * size))).ljust(size, "-")
+        length = max(8, min(BAR, width - 62))
+        bar = ("#" * min(length, round(share * length))).ljust(length, "-")
         colour = "green" if memory.fits_within(0.95) else "yellow" if memory.fits else "red"
         margin = (limit - memory.total_bytes) / GIB
         text = f"[{paint(bar, colour, colours=colours)}] {used:.1f} of {limit / GIB:g} GiB on each device ({share:.0%}), {margin:.1f} free"
     else:
-        text = f"{used:.1f} GiB on each device; its memory is not known, so nothing was compared with it"
+        text = f"{size(memory.total_bytes)} on each device; its memory is not known, so nothing was compared with it"
     yield f"{'memory':{LABEL}}{text}"
-    yield from wrap("; ".join(largest_items(memory)), width, first=f"{'':{LABEL}}largest, in GiB: ", indent=" " * LABEL)
+    unit = "GiB" if memory.total_bytes >= GIB else "MiB"
+    yield from wrap("; ".join(largest_items(memory)), width, first=f"{'':{LABEL}}largest, in {unit}: ", indent=" " * LABEL)
     if memory.host_bytes:
         of = f" of {memory.host_limit_bytes / GIB:g}" if memory.host_limit_bytes else ""
         yield f"{'':{LABEL}}offloaded: {memory.host_bytes / GIB:.1f}{of} GiB of each node's host memory"
@@ -78,7 +79,8 @@ def describe_bar(plan: Plan, *, colours: bool, width: int) -> Iterator[str]:
 def largest_items(memory: Memory) -> Iterator[str]:
     for item in sorted(memory.items, key=lambda item: -item.size_bytes)[:LARGEST]:
         if item.size_bytes:
-            yield f"{item.name} {item.size_bytes / GIB:.2f}"
+            small = memory.total_bytes < GIB
+            yield f"{item.name} {item.size_bytes / 2**20:.0f}" if small else f"{item.name} {item.size_bytes / GIB:.2f}"
 
 
 def describe_rows(plan: Plan, *, built: bool | None) -> dict[str, str]:
@@ -102,16 +104,18 @@ def describe_image_state(plan: Plan, built: bool | None) -> str:
         return f"{image.tag}, cannot be built: there is no lock for this architecture"
     if built:
         return f"{image.tag}, built"
-    state = f"{image.tag}, {'no Docker engine answers here, so it may be built or not' if built is None else 'not built'}; {DELIVERY[kind]}"
+    delivery = "launch builds it" if kind == "build" and plan.is_local else DELIVERY[kind]
+    state = f"{image.tag}, {'no Docker engine answers here, so it may be built or not' if built is None else 'not built'}; {delivery}"
     chosen = (override for override in plan.overrides if override.startswith(("hardware", "cluster")))
-    return f"{state}. To build it now: {command_line('image', 'build', *chosen)}" if kind in ("build", "ship") else state
+    return f"{state}. To build it now: {command_line('image', 'build', *chosen, *plan.options)}" if kind in ("build", "ship") else state
 
 
 def describe_work(spec: TrainSpec) -> str:
     """What the ranks will do, in one line."""
     stage, batch, ranks = spec.stage, spec.batch, spec.device.world_size
     where = f"on {ranks} device(s)" if spec.device.cards == 1 else f"over the {spec.device.cards} devices of one node"
-    weights = stage.checkpoint or spec.model.source.id or spec.model.source.path
+    source = spec.model.source
+    weights = stage.checkpoint or (source.path if source.kind == "path" else source.id)
     if stage.kind == "merge":
         return f"the adapter {weights} is merged into its base model, file by file"
     if stage.conversion is not None:

@@ -1,5 +1,6 @@
-"""Text for a terminal: tables, sizes, colours, wrapped lines, and command lines that can be copied."""
+"""Text for a terminal: tables, numbers as people read them, colours, wrapped lines, and command lines that can be copied."""
 
+import math
 import shlex
 import sys
 import unicodedata
@@ -49,6 +50,32 @@ def table(rows: Mapping[str, str]) -> str:
 
 def gib(size_bytes: int) -> str:
     return f"{size_bytes / GIB:9.3f} GiB"
+
+
+def figure(value: float) -> str:
+    """A loss, a score or a rate with four significant digits; integers, and what has more digits before the point, without a fraction."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == int(value) or abs(value) >= 9999.5:
+        return f"{value:,.0f}"
+    return f"{value:#,.4g}".removesuffix(".") if abs(value) >= 0.001 else f"{value:.2e}"
+
+
+def duration(seconds: float) -> str:
+    """`0.8 s`, `41 s`, `3 min 20 s`, `1 h 03 min`, `2 d 05 h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+
+
+def size(size_bytes: float) -> str:
+    """`63.2 GiB`, or `140 MiB` for less than one GiB."""
+    return f"{size_bytes / GIB:,.1f} GiB" if size_bytes >= GIB else f"{size_bytes / 2**20:,.0f} MiB"
 
 
 def command_line(*words: str) -> str:

@@ -102,7 +102,7 @@ def find_checkpoint(text: str, runs: tuple[Path, ...], *, local: bool) -> FoundC
         return FoundCheckpoint(path=text, bases=bases_of(folder)) if local else None
     if local:
         raise ConfigRefused(
-            f"stage.checkpoint={text}: neither a run in {join_paths(runs)} nor a folder; {describe_runs(name, list_folders(*runs))}"
+            f"stage.checkpoint={text}: there is no folder and no run of this name in {join_paths(runs)}; {describe_runs(name, list_folders(*runs))}"
         )
     return None
 

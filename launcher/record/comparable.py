@@ -32,7 +32,13 @@ RULES: tuple[tuple[ComparableKind, tuple[str, ...]], ...] = (
         (
             *("config.*.title", "config.*.notes", "config.*.notes.*", "config.*.pending", "config.model.licence.*", "config.model.ready"),
             *("config.hardware.peaks", "config.hardware.peaks.*", "config.hardware.driver.*", "config.*.parameters.source"),
-            *("config.model.source.path", "config.stage.checkpoint", "config.stage.needs"),
+            *(
+                "config.model.source.path",
+                "config.model.source.modelscope",
+                "config.model.source.endpoint",
+                "config.stage.checkpoint",
+                "config.stage.needs",
+            ),
             *("config.data.train", "config.data.evaluation", "config.data.images", "config.data.workers"),
             *("config.data.rows", "config.run.epochs"),  # config.run.steps decides, and the hash of the data
             *("config.run.*timeout_s", "config.run.save_every*", "config.run.keep_*", "config.run.checkpoint_background"),
@@ -45,7 +51,7 @@ RULES: tuple[tuple[ComparableKind, tuple[str, ...]], ...] = (
             *("environment.environment.*_SOCKET_IFNAME", "environment.environment.*_IF_IP"),
             *("environment.ranks.*.hostname", "*.ASCEND_PROCESS_LOG_PATH", "*_VISIBLE_DEVICES"),
             *("origin.path", "origin.base", "origin.run_id", "result.attempts", "source.record_schema", "source.diff_bytes"),
-            *("source.untracked",),
+            *("source.untracked", "source.changed", "source.conf"),
         ),
     ),
     (
@@ -142,7 +148,8 @@ def pick(data: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def comparable_source(source: Mapping[str, Any]) -> dict[str, Any]:
-    """From schema 2 on, the diff says whether the code was changed. Git calls a tree dirty for changes elsewhere too, which do not matter."""
+    """From schema 2 on, the diff says whether the code was changed. A tree may be dirty for a file of conf/ too, whose values are compared, and
+    earlier versions called it so for any file."""
     found: dict[str, Any] = {**({} if source.get("dirty") else CLEAN), **source}
     if found.get("record_schema", 1) != 1:
         found["dirty"] = bool(found.get("diff_sha256") or found.get("diff_lacks"))

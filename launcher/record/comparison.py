@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
+from launcher.plan.text import figure as rounded
 from launcher.record.comparable import ComparableKind, Difference
 from trainer.contract import SCHEMA
 
@@ -130,9 +131,12 @@ def describe_judgement(judgement: Judgement, reference: str) -> Iterator[str]:
 def describe_figures(judgement: Judgement) -> Iterator[str]:
     yield f"  {'losses':20} {describe_losses(judgement.losses)}"
     yield f"  {'final weights':20} {WEIGHTS[judgement.weights]}"
-    yield from (f"  {figure.name:20} {describe_figure(figure)}" for figure in judgement.figures)
+    yield from (f"  {figure.name.replace('_', ' '):20} {describe_figure(figure)}" for figure in judgement.figures)
     if judgement.answers:
         yield f"  {'answers':20} {judgement.answers}"
+    judged = [(judgement.losses.level, judgement.losses.limit), *((figure.level, figure.limit) for figure in judgement.figures)]
+    reasons = dict.fromkeys(limit for level, limit in judged if level is Level.NOT_JUDGED)
+    yield from (f"  not judged: {reason}" for reason in reasons)
 
 
 def describe_values(judgement: Judgement) -> Iterator[str]:
@@ -155,24 +159,26 @@ def describe_losses(losses: Losses) -> str:
     level = describe_level(losses.level, losses.limit)
     if not losses.column:
         return f"{losses.left:g} steps and {losses.right:g}; {level}"
-    change = f", at most {losses.change:.3%} difference" if losses.change is not None else ""
-    return f"{losses.column} differs from step {losses.first_step} on: {losses.left!r} -> {losses.right!r}{change}; {level}"
+    change = f"; the means of tenths of the steps differ by at most {losses.change:.2%}" if losses.change is not None else ""
+    column = losses.column.replace("_", " ")
+    return f"{column} differs from step {losses.first_step} on: {losses.left!r} -> {losses.right!r}{change}; {level}"
 
 
 def describe_figure(figure: Figure) -> str:
     if figure.level is Level.EQUAL:
         return f"{number(figure.left)} {figure.unit}".rstrip() + ", equal"
     sides = f"{number(figure.left)} -> {number(figure.right)} {figure.unit}".rstrip()
-    change = "" if figure.change is None else f"  ({figure.change:+.2%})" if figure.unit else f"  ({figure.change:+.4f})"
+    change = "" if figure.change is None else f"  ({figure.change:+.1%})" if figure.unit else f"  ({figure.change:+.4f})"
     return f"{sides}{change}; {describe_level(figure.level, figure.limit)}"
 
 
 def describe_level(level: Level, limit: str) -> str:
-    return f"{level.value}: {limit}" if level is Level.NOT_JUDGED else f"{level.value} {limit}".rstrip()
+    """What is not judged has its reason below, once for all figures."""
+    return level.value if level is Level.NOT_JUDGED else f"{level.value} {limit}".rstrip()
 
 
 def number(value: float | None) -> str:
-    return "none" if value is None else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return "none" if value is None else rounded(value)
 
 
 def shorten(text: str, most: int = 44) -> str:

@@ -6,14 +6,16 @@ from typing import Any
 
 from launcher.check.rules import check
 from launcher.config.compose import compose, keys_of
+from launcher.config.conf_folder import ConfFolder
 from launcher.config.schema import Node
 from launcher.errors import ConfigRefused
 from launcher.image.stack import load_stacks
-from launcher.plan.plan import Plan
+from launcher.plan.plan import RUNS_FOLDER, Plan
 from launcher.plan.rows import settle_rows
-from launcher.plan.text import command_line, relative, table
-from launcher.record.index import figure
+from launcher.plan.text import command_line, duration, figure, relative, table
+from launcher.record.metrics import describe_speed, read_curve
 from launcher.record.record import RECORD_FILE, Record, bracketed, checkpoint_place, first_node
+from launcher.record.run_name import LAST, find_run
 from trainer.contract import CHECKPOINTS, METRICS_FILE
 
 COUNTED = {"infer": "questions", "serve": "requests"}
@@ -27,23 +29,27 @@ FOLLOWING_STAGES = {
     "convert": ("evaluate", "serve"),
     "quantize": ("evaluate", "serve"),
 }
+TRAINING_STAGES = ("lora",)  # of those
+# Keys that only a stage that trains reads.
+OF_TRAINING = tuple(f"run.{key}" for key in ("steps", "epochs", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "restarts"))
 
 
-def describe_record(record: Record, plan: Plan) -> str:
-    """How a run ended, where its files are, and the next commands."""
+def describe_record(record: Record, plan: Plan, *, following: bool = True) -> str:
+    """How a run ended, where its files are, and the next commands; without these if not `following`."""
     folder = Path(plan.folder)
     trained = plan.spec.stage.kind == "train"
     rows: dict[str, Any] = {"status": record.status} | ({"steps": f"{record.steps} of {plan.spec.steps}"} if trained else {})
+    if record.ended:
+        rows["ended"] = record.ended
     if record.final_loss is not None:
-        rows["final loss"] = f"{record.final_loss:.4f}"
-    if record.samples_per_s and trained:
-        rows["speed"] = (
-            f"{record.samples_per_s:,.0f} samples/s over {record.train_seconds:.1f} s of training, {record.seconds:.1f} s in all"
-        )
+        rows["final loss"] = figure(record.final_loss)
+    if trained and (speed := describe_speed(read_curve(folder / METRICS_FILE))):
+        rows["throughput"] = speed
+    rows["took"] = duration(record.seconds) + (
+        f", {duration(record.train_seconds)} of it training" if record.train_seconds and trained else ""
+    )
     for name, value in record.evaluation.items():
-        rows[name.replace("_", " ")] = (
-            f"{value:g} {COUNTED.get(plan.spec.stage.kind, 'held-out samples')}" if name == "count" else figure(value)
-        )
+        rows[name.replace("_", " ")] = describe_count(value, plan.spec.stage.kind) if name == "count" else figure(value)
     if record.checkpoint:
         rows["checkpoint"] = relative(folder / record.checkpoint) if is_here(plan) else checkpoint_place(record, plan)
     elif trained and any(node.killed for node in record.nodes):
@@ -58,21 +64,44 @@ def describe_record(record: Record, plan: Plan) -> str:
         "log": relative(folder / "logs" / "node0.log"),
     }
     text = table(rows)
-    return text if not record.checkpoint else f"{text}\n\nnext steps\n{next_commands(record, plan)}"
+    return text if not (record.checkpoint and following) else f"{text}\n\nnext steps\n{next_commands(record, plan)}"
+
+
+def describe_count(count: float, kind: str) -> str:
+    what = COUNTED.get(kind, "held-out samples")
+    return f"{count:,.0f} {what.removesuffix('s') if count == 1 else what}"
 
 
 def next_commands(record: Record, plan: Plan) -> str:
     """Launches of the following stages, from the checkpoint of this run, with the same overrides; only those that would be accepted."""
     kept = tuple(word for word in plan.overrides if word.partition("=")[0].partition(".")[0] != "stage")
-    stage = plan.spec.stage
+    stage, run = plan.spec.stage, name_of(Path(plan.folder))
     after = FOLLOWING_STAGES.get("adapter" if stage.kind == "train" and stage.lora else stage.kind, ())
     batch = tuple(word for word in plan.overrides if word.startswith("stage.global_batch="))  # that of the rows, where they are few
-    following = ((*kept, f"stage={name}", f"stage.checkpoint={record.run_id}", *(batch if name == "lora" else ())) for name in after)
-    lines = [command_line("launch", *words) for words in following if is_launchable(words)]
+    following = (
+        (*overrides_for(name, kept), f"stage={name}", f"stage.checkpoint={run}", *(batch if name in TRAINING_STAGES else ()))
+        for name in after
+    )
+    conf = ConfFolder(project=PROJECT / "conf", own=Path(plan.conf) if plan.conf else None)
+    lines = [command_line("launch", *words, *plan.options) for words in following if is_launchable(words, conf)]
     cluster = plan.config.cluster
     if lines and not is_here(plan) and not cluster.shared and len(cluster.working) > 1:  # cluster.sync takes it to the others from here
         lines.insert(0, bring_command(first_node(record, plan), plan))
     return "\n".join(f"  {line}" for line in (*lines, command_line("runs")))
+
+
+def name_of(folder: Path) -> str:
+    """How a command names the run: `last` while it is the newest one."""
+    try:
+        newest = find_run(LAST, folder.parent, Path.cwd() / RUNS_FOLDER)
+    except ConfigRefused:
+        return folder.name
+    return LAST if newest.resolve() == folder.resolve() else folder.name
+
+
+def overrides_for(stage: str, kept: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that a stage reads: one that does not train makes no steps."""
+    return kept if stage in TRAINING_STAGES else tuple(word for word in kept if word.partition("=")[0] not in OF_TRAINING)
 
 
 def is_here(plan: Plan) -> bool:
@@ -87,9 +116,9 @@ def bring_command(node: Node, plan: Plan) -> str:
     return shlex.join(("scp", "-r", *way, f"{target}:{plan.spec.output}/{CHECKPOINTS}", relative(Path(plan.folder))))
 
 
-def is_launchable(overrides: tuple[str, ...]) -> bool:
+def is_launchable(overrides: tuple[str, ...], conf: ConfFolder) -> bool:
     try:
-        config = settle_rows(compose(overrides, PROJECT / "conf"), keys_of(overrides), Path.cwd())
+        config = settle_rows(compose(overrides, conf), keys_of(overrides), Path.cwd())
     except ConfigRefused:
         return False
     return check(config, load_stacks(PROJECT / "images")).launchable

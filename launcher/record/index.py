@@ -1,11 +1,11 @@
-"""The runs of a folder: find, filter, tag and measure them."""
+"""The runs of a folder: find, filter, sort, tag and measure them. `launcher.commands.run_table` shows them."""
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -13,15 +13,21 @@ from typing import Any
 
 from launcher.config.schema import AXES
 from launcher.errors import ConfigRefused, suggest
+from launcher.record.lock import is_locked
+from launcher.record.metrics import parse_row
 from launcher.record.reader import nested, read_as, read_object
-from launcher.record.record import CONFIG_FILE, RECORD_FILE, Record
+from launcher.record.record import CONFIG_FILE, PLAN_FILE, RECORD_FILE, Record
+from launcher.record.run_name import read_start
 from trainer import contract
-from trainer.contract import SCHEMA
+from trainer.contract import METRICS_FILE, SCHEMA
 
 TAGS_FILE = "tags.json"  # not a part of the record
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,49}")
-OPEN = "open"  # a run without a record: it is still running, or its launcher was killed
-STATUSES = ("finished", "stopped", "failed", "refused", OPEN)
+RUNNING = "running"  # a launcher supervises it
+OPEN = "open"  # a run without a record and without a launcher: it runs in the background, or its launcher was killed
+UNREADABLE = "unreadable"  # its record cannot be read
+STATUSES = ("finished", "stopped", "failed", "refused", RUNNING, OPEN, UNREADABLE)
+TAIL_BYTES = 2**14  # of metrics.jsonl: many rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +42,54 @@ class RunEntry:
     def run_id(self) -> str:
         return self.folder.name
 
-    @property
+    @cached_property
     def status(self) -> str:
-        return self.record.status if self.record else "unreadable" if self.problem else OPEN
+        if self.record or self.problem:
+            return self.record.status if self.record else UNREADABLE
+        with suppress(OSError):  # the run of another user
+            return RUNNING if is_locked(self.folder) else OPEN
+        return OPEN
+
+    @property
+    def is_run(self) -> bool:
+        """Not any other folder that lies among the runs."""
+        return (self.folder / PLAN_FILE).exists() or (self.folder / RECORD_FILE).exists()
+
+    @cached_property
+    def started_at(self) -> datetime:
+        """As `last` goes by it; for a folder without a plan, its last change."""
+        try:
+            return read_start(self.folder)[0]
+        except OSError:
+            return datetime.fromtimestamp(self.folder.stat().st_mtime, UTC)
+
+    @cached_property
+    def last_row(self) -> dict[str, Any]:
+        """The newest whole row of metrics.jsonl; {} if there is none."""
+        try:
+            with (self.folder / METRICS_FILE).open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+                lines = file.read().decode(errors="replace").split("\n")
+        except OSError:
+            return {}
+        return next((row for line in reversed(lines[:-1]) if (row := parse_row(line))), {})
+
+    @property
+    def steps(self) -> int:
+        """The steps that were done; 0 for a stage without training."""
+        return self.record.steps if self.record else int(self.last_row.get("step", 0))
+
+    @property
+    def loss(self) -> float | None:
+        return self.record.final_loss if self.record else self.last_row.get("loss")
+
+    @property
+    def score(self) -> tuple[str, float] | None:
+        """(name, value) of the first metric of the evaluation that was asked for; None if there are no scores."""
+        scores = self.record.evaluation if self.record else {}
+        asked = nested(self.config, "run", "evaluation", "metrics")
+        names = (*(asked if isinstance(asked, list) else ()), "exact_match")
+        return next(((name, scores[name]) for name in names if name in scores), None)
 
     @property
     def ended_at(self) -> datetime:
@@ -145,50 +196,3 @@ def walk(folder: Path) -> Iterator[os.DirEntry[str]]:
         yield entry
         if entry.is_dir(follow_symlinks=False):
             yield from walk(Path(entry.path))
-
-
-# ------------------------------------------------------------------------------------------------------------------- text
-
-
-def describe_entries(entries: Sequence[RunEntry], *, disk: bool = False) -> str:
-    """One line for each run, the newest last; with `disk` its size, and a line with the sum."""
-    sizes = [size_bytes(entry.folder) for entry in entries] if disk else []
-    lines = [
-        "  ".join(part for part in (f"{entry.run_id:50}", in_mb(sizes[place]) if disk else "", describe_entry(entry)) if part).rstrip()
-        for place, entry in enumerate(entries)
-    ]
-    if disk:
-        lines.append(f"{f'{len(entries)} run(s)':50}  {in_mb(sum(sizes))}  on this machine; other nodes keep their own checkpoints")
-    return "\n".join(lines)
-
-
-def in_mb(size: int) -> str:
-    return f"{size / 1e6:10,.1f} MB"
-
-
-def describe_entry(entry: RunEntry) -> str:
-    record = entry.record
-    if record is None:
-        return f"{RECORD_FILE} cannot be read: {entry.problem}" if entry.problem else "no record: still running, or its launcher was killed"
-    figures = "  ".join(f"{name} {figure(value)}" for name, value in record.evaluation.items() if name != "count")
-    loss = f"loss {record.final_loss:.4f}" if record.final_loss is not None else ""
-    tags = " ".join(f"#{tag}" for tag in entry.tags)
-    steps = f"{record.steps:6} steps" if record.steps or record.status != "finished" else " " * 12  # a stage without training has none
-    return f"{record.status:9} {steps}  {loss}  {figures}  {tags}".rstrip()
-
-
-def figure(value: float) -> str:
-    """Integers without a fraction, small numbers with an exponent."""
-    if math.isfinite(value) and value == int(value):
-        return f"{value:,.0f}"
-    return f"{value:.4f}" if abs(value) >= 0.001 else f"{value:.2e}"
-
-
-def entries_json(entries: Sequence[RunEntry], *, disk: bool = False) -> str:
-    plain = [
-        {"run_id": entry.run_id, "status": entry.status, "problem": entry.problem, "tags": list(entry.tags)}
-        | {"record": asdict(entry.record) if entry.record else None}
-        | ({"disk_bytes": size_bytes(entry.folder)} if disk else {})
-        for entry in entries
-    ]
-    return json.dumps(plain, indent=2, ensure_ascii=False)

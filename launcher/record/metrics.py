@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from launcher.plan.text import figure
 from trainer.contract import StepRow
 
 COLUMNS: dict[str, type] = {
@@ -48,7 +49,7 @@ class Curve:
     @property
     def warm_up(self) -> int:
         """How many steps at the beginning do not count for the speed."""
-        return min(len(self.step) // WARM_UP_SHARE, WARM_UP_LIMIT)
+        return count_warm_up(len(self.step))
 
     @cached_property
     def speed(self) -> "Speed | None":
@@ -68,13 +69,28 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Over the steps after the warm-up. `step_s` is the median, and the rates follow from it, so that a pause of the machine does not count."""
+    """Over the steps after the warm-up. `step_s` is the median, and the rates follow from it, so that a pause of the machine does not count.
+    This is the one speed of a run: in the record, in reports, comparisons and benchmarks."""
 
     steps: int
     step_s: float
     samples_per_s: float
     tokens_per_s: float
     peak_bytes: int
+
+
+def count_warm_up(steps: int) -> int:
+    """How many of so many steps do not count for the speed."""
+    return min(steps // WARM_UP_SHARE, WARM_UP_LIMIT)
+
+
+def describe_speed(curve: Curve) -> str:
+    """'' if there are no steps after the warm-up."""
+    if curve.speed is None:
+        return ""
+    first = f", the first {curve.warm_up} not counted" if curve.warm_up else ""
+    median_of = f"the median of {curve.speed.steps} steps{first}" if curve.speed.steps > 1 else "one step"
+    return f"{figure(curve.speed.samples_per_s)} samples/s, {figure(curve.speed.tokens_per_s)} tokens/s ({median_of})"
 
 
 def read_curve(path: Path) -> Curve:

@@ -16,7 +16,7 @@ from launcher.config.schema import Config, Node
 from launcher.errors import ConfigRefused
 from launcher.plan.plan import Plan, encode_spec, to_plain
 from launcher.record.checksums import SEAL_FILE, make_seal
-from launcher.record.metrics import read_rows
+from launcher.record.metrics import read_curve, read_rows
 from launcher.record.reader import read_if_there, read_object
 from launcher.record.run_name import LAST, PLAN_FILE as PLAN_FILE, RECORD_FILE as RECORD_FILE, RUN_ID
 from launcher.record.source import SourceState as SourceState
@@ -125,6 +125,7 @@ class Record:
     config_sha256: str = ""  # of config.json
     lock_sha256: str = ""
     inputs_sha256: str = ""  # of inputs.json, which has the hash of every file that the run read
+    ended: str = ""  # why a finished run has not done all steps of its plan
 
 
 def name_run(config: Config, now: datetime, *, pid: int) -> str:
@@ -177,6 +178,7 @@ def close_run(plan: Plan, source: SourceState, outcome: AttemptOutcome, *, start
     folder = Path(plan.folder)
     result: TrainResult | None = read_if_there(TrainResult, folder / contract.RESULT_FILE)
     rows = read_rows(folder / contract.METRICS_FILE)
+    speed = read_curve(folder / contract.METRICS_FILE).speed if rows else None
     record = Record(
         schema=SCHEMA,
         run_id=plan.run_id,
@@ -187,7 +189,7 @@ def close_run(plan: Plan, source: SourceState, outcome: AttemptOutcome, *, start
         seconds=round((ended - started).total_seconds(), 3),
         steps=result.steps if result else (rows[-1].step if rows else 0),
         train_seconds=result.seconds if result else None,
-        samples_per_s=result.samples_per_s if result else None,
+        samples_per_s=speed.samples_per_s if speed else result.samples_per_s if result else None,
         final_loss=result.final_loss if result else (rows[-1].loss if rows else None),
         evaluation=result.evaluation if result else {},
         checkpoint=result.checkpoint if result else last_checkpoint(folder),
@@ -198,6 +200,7 @@ def close_run(plan: Plan, source: SourceState, outcome: AttemptOutcome, *, start
         nodes=outcome.nodes,
         failure=outcome.failure,
         attempts=load_attempts(folder),
+        ended=result.ended if result else "",
         **identity_of(plan, folder),
     )
     written = write_record(record, folder)

@@ -5,7 +5,7 @@ Imports little, since shell completion calls it on every Tab.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,6 +16,7 @@ RECORD_FILE = "result.json"
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a folder, a label and a part of a container's name
 LAST = "last"
 MOST_NAMES = 5
+SHORT = 13  # characters of a shortened id, of one that was made from the time down to the minute: 20261121-0245
 
 
 def find_run(name: str, *runs: Path) -> Path:
@@ -68,6 +69,22 @@ def list_folders(*runs: Path) -> dict[str, Path]:
     return found
 
 
+def shorten_ids(run_ids: Iterable[str]) -> dict[str, str]:
+    """Run id -> its beginning that no other of them has, which names the run in every command. Ids that are short stay whole."""
+    ordered = sorted(run_ids)
+    short = {}
+    for place, run_id in enumerate(ordered):
+        near = (*ordered[max(0, place - 1) : place], *ordered[place + 1 : place + 2])
+        shared = max((count_shared(run_id, other) for other in near), default=0)
+        short[run_id] = run_id if len(run_id) <= SHORT + 3 else run_id[: max(SHORT, shared + 1)]
+    return short
+
+
+def count_shared(one: str, other: str) -> int:
+    """The length of the beginning that both have."""
+    return next((place for place, (left, right) in enumerate(zip(one, other, strict=False)) if left != right), min(len(one), len(other)))
+
+
 def read_start(folder: Path) -> tuple[datetime, str]:
     """When a run started, and its id: by its record; while it has none, by the time in its id, or else by when its plan was written."""
     try:
@@ -103,4 +120,5 @@ def list_newest(folders: Mapping[str, Path]) -> str:
 
 
 def join_paths(runs: tuple[Path, ...]) -> str:
-    return " or ".join(dict.fromkeys(map(str, runs)))
+    """One folder, written in two ways, counts once."""
+    return " or ".join({path.resolve(): str(path) for path in reversed(runs)}.values())

@@ -7,10 +7,12 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import Any
 
-from launcher.record.metrics import parse_rows
+from launcher.plan.text import duration, figure, size
+from launcher.record.metrics import count_warm_up, parse_rows
 from trainer.contract import METRICS_FILE, SERVING_FILE, STREAM_FILE, ServingReport, SpecError, StepRow, read
 
 PLAIN_INTERVAL_S = 5.0
@@ -44,21 +46,22 @@ class Growing:
 
 
 class Rate:
-    """Samples, tokens and seconds over the last steps."""
+    """The speed of the last steps, as that of a run: by the median step time, without the warm-up as soon as there are other steps."""
 
     def __init__(self) -> None:
         self.window: deque[StepRow] = deque(maxlen=RATE_WINDOW)
 
     def describe(self, row: StepRow) -> dict[str, str]:
         self.window.append(row)
-        seconds = sum(r.seconds for r in self.window) or 1e-9
-        left_s = (row.steps - row.step) * seconds / len(self.window)
+        counted = [each for each in self.window if each.step > count_warm_up(row.steps)] or list(self.window)
+        step_s = median(each.seconds for each in counted) or 1e-9
+        left_s = (row.steps - row.step) * sum(each.seconds for each in counted) / len(counted)
         return {
-            "loss": f"{row.loss:.4f}",
-            "samples_per_s": f"{sum(r.samples for r in self.window) / seconds:,.0f} samples/s",
-            "tokens_per_s": f"{sum(r.tokens for r in self.window) / seconds:,.0f} tokens/s",
-            "memory": f"{row.peak_bytes / 2**30:.2f} GiB",
-            "left": f"{int(left_s // 60)}:{int(left_s % 60):02d} left",
+            "loss": figure(row.loss),
+            "samples_per_s": f"{figure(median(each.samples for each in counted) / step_s)} samples/s",
+            "tokens_per_s": f"{figure(median(each.tokens for each in counted) / step_s)} tokens/s",
+            "memory": size(row.peak_bytes),
+            "left": f"{duration(left_s)} left" if row.step < row.steps else "",
         }
 
 
@@ -108,7 +111,7 @@ class ProgressView:
     def print_step(self, row: StepRow, values: dict[str, str]) -> None:
         if row.step in (1, row.steps) or time.monotonic() - self.printed_at >= PLAIN_INTERVAL_S:
             self.printed_at = time.monotonic()
-            self.say(f"step {row.step}/{row.steps}  loss {'  '.join(values.values())}")
+            self.say(f"step {row.step}/{row.steps}  loss {'  '.join(values.values()).rstrip()}")
 
     def draw(self, row: StepRow, values: dict[str, str]) -> None:
         if self.bar is None:

@@ -133,6 +133,10 @@ class Host:
         docker("cp", str(sample), f"{self.name}:/etc/npu-smi.txt")
         self.run("sh", "-c", "printf '#!/bin/sh\\ncat /etc/npu-smi.txt\\n' > /usr/local/bin/npu-smi && chmod 755 /usr/local/bin/npu-smi")
 
+    def remove_npus(self) -> None:
+        """The device files of `add_npus`."""
+        self.run("sh", "-c", "rm -f /dev/davinci* /dev/devmm_svm /dev/hisi_hdc")
+
 
 def build_image(base: str) -> str:
     """The image of the hosts; its tag changes with its Dockerfile."""

@@ -1,4 +1,4 @@
-"""`make train RUNTIME=docker` and the process runtime give bitwise identical results; a stopped container is removed."""
+"""`make train ARGS="cluster.runtime=docker"` and the process runtime give bitwise identical results; a stopped container is removed."""
 
 import json
 import os

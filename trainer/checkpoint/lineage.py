@@ -10,7 +10,7 @@ from pathlib import Path
 from trainer.checkpoint.checkpoint import adapter_base, require_whole
 from trainer.contract import InputRefused, Lora, TrainSpec, WeightsLineage, read
 from trainer.contract.checkpoint_files import STATE_FILE, CheckpointState
-from trainer.contract.weight_files import hash_weights
+from trainer.contract.weight_files import fetched_revision, hash_weights
 from trainer.stages.chain import groups_before
 
 SNAPSHOTS = "snapshots"  # in the cache of huggingface_hub: <repository>/snapshots/<commit>
@@ -41,7 +41,7 @@ def find_lineage(spec: TrainSpec, folder: Path | None) -> WeightsLineage:
             trained=state.trained if state else tuple(spec.model.groups),  # all groups of a published model are trained
             base=str(base or ""),
             mark=mark,
-            revision=folder.name if folder.parent.name == SNAPSHOTS else "",
+            revision=folder.name if folder.parent.name == SNAPSHOTS else fetched_revision(folder),
         )
         if base is not None:
             refuse_base(lineage, state)

@@ -22,6 +22,7 @@ from trainer.models.family import Processor
 from trainer.stages.chain import groups_trained
 from trainer.tensor.shard import sync, tensor_bytes
 
+AVERAGE_FOLDER = "average"
 UNKNOWN_LINEAGE = WeightsLineage()
 
 
@@ -49,9 +50,17 @@ class PendingCheckpoint:
 
 
 def plan_checkpoint(
-    engine: Engine, spec: TrainSpec, step: int, weights: dict[str, Tensor], *, data_sha256: str, lineage: WeightsLineage
+    engine: Engine,
+    spec: TrainSpec,
+    step: int,
+    weights: dict[str, Tensor],
+    *,
+    averages: dict[str, Tensor],
+    data_sha256: str,
+    lineage: WeightsLineage,
 ) -> PendingCheckpoint:
-    resumable = step < spec.steps
+    """`averages`: as of Engine.gather_averages; the weights are written twice then."""
+    resumable, copies = step < spec.steps, 2 if averages else 1
     final = checkpoints_folder(spec) / CHECKPOINT_NAME.format(step=step)
     state = CheckpointState(
         schema=SCHEMA,
@@ -70,7 +79,7 @@ def plan_checkpoint(
         partial_folder=final.with_name(PARTIAL.format(name=final.name)),
         state=state,
         writers=min(spec.device.devices_per_node, engine.world_size) if resumable else 0,
-        needed=tensor_bytes(weights) + MARGIN_BYTES + (state_bytes(engine) if resumable else 0),
+        needed=copies * tensor_bytes(weights) + MARGIN_BYTES + (state_bytes(engine) if resumable else 0),
     )
 
 
@@ -81,16 +90,13 @@ def save_checkpoint(
 
     Raises RunFailed on every rank if the disk is full; then nothing of this step is left, and earlier checkpoints are not changed.
     """
-    weights = engine.gather_weights()
-    pending = plan_checkpoint(engine, spec, step, weights, data_sha256=data_sha256, lineage=lineage)
+    with engine.with_exported_weights():
+        pending = save_weights(engine, processor, spec, step, data_sha256=data_sha256, lineage=lineage)
 
     def agree(problem: str) -> None:
         engine.fail_together(problem and describe_failure(spec, step, pending.needed, problem))
 
     try:
-        agree(disk_error_on_first_rank(engine, lambda: begin_folder(pending)))
-        agree(disk_error_on_first_rank(engine, lambda: write_weights(engine, processor, pending.partial_folder, weights)))
-        weights.clear()
         if pending.writers:
             agree(write_state(engine, pending.partial_folder / RESUME_FOLDER, writers=pending.writers))
         agree(disk_error_on_first_rank(engine, lambda: complete(pending, spec)))
@@ -102,6 +108,27 @@ def save_checkpoint(
     if engine.rank == 0:
         update_best_and_prune(spec)
     return SavedCheckpoint(path=whole.path, weights_sha256=whole.weights_sha256) if whole else SavedCheckpoint()
+
+
+def save_weights(
+    engine: Engine, processor: Processor, spec: TrainSpec, step: int, *, data_sha256: str, lineage: WeightsLineage
+) -> PendingCheckpoint:
+    """Begin a checkpoint, with the weights that the model has now. Raises RunFailed as `save_checkpoint` does."""
+    weights, averages = engine.gather_weights(), engine.gather_averages()
+    pending = plan_checkpoint(engine, spec, step, weights, averages=averages, data_sha256=data_sha256, lineage=lineage)
+
+    def write() -> None:
+        begin_folder(pending)
+        write_weights(engine, processor, pending.partial_folder, weights, averages)
+
+    try:
+        problem = disk_error_on_first_rank(engine, write)
+        engine.fail_together(problem and describe_failure(spec, step, pending.needed, problem))
+    except BaseException:
+        if engine.rank == 0:
+            shutil.rmtree(pending.partial_folder, ignore_errors=True)
+        raise
+    return pending
 
 
 def disk_error_on_first_rank(engine: Engine, action: Callable[[], None]) -> str:
@@ -124,8 +151,11 @@ def begin_folder(pending: PendingCheckpoint) -> None:
         raise OSError("not enough room on the disk")
 
 
-def write_weights(engine: Engine, processor: Processor, partial_folder: Path, weights: dict[str, Any]) -> None:
-    """The files that transformers opens."""
+def write_weights(engine: Engine, processor: Processor, partial_folder: Path, weights: dict[str, Any], averages: dict[str, Tensor]) -> None:
+    """The files that transformers opens; with `averages` also a folder AVERAGE_FOLDER of the same form, which has them in place of the trained
+    weights."""
+    if averages:
+        write_weights(engine, processor, partial_folder / AVERAGE_FOLDER, {**weights, **averages}, {})
     # Otherwise peft asks the hub whether the vocabulary has grown; our adapters never change the embeddings.
     adapter = {"save_embedding_layers": False} if hasattr(engine.model, "peft_config") else {}
     engine.model.save_pretrained(partial_folder, state_dict=weights, **adapter)

@@ -14,7 +14,18 @@ from trainer.checkpoint.best import cut_evaluations, read_evaluations, record_be
 from trainer.checkpoint.checkpoint import RESUME_FOLDER
 from trainer.checkpoint.retention import prune
 from trainer.checkpoint.state import NEW_RNG_NOTE, restore_state
-from trainer.contract import FAILURE_FILES, METRICS_FILE, RESULT_FILE, InputRefused, RunFailed, SpecError, TrainResult, TrainSpec, read
+from trainer.contract import (
+    FAILURE_FILES,
+    METRICS_FILE,
+    RESULT_FILE,
+    EvaluationRow,
+    InputRefused,
+    RunFailed,
+    SpecError,
+    TrainResult,
+    TrainSpec,
+    read,
+)
 from trainer.contract.checkpoint_files import (
     CheckpointState,
     MetricsSummary,
@@ -33,18 +44,23 @@ from trainer.stages.lora import describe_mismatch
 @dataclass(frozen=True, kw_only=True)
 class ResumePoint:
     """`checkpoint` None: the first step. `rows`: the metrics rows that are kept, on rank 0 only. `data_sha256`: of the file of training rows.
-    `evaluated`: whether these weights were evaluated; `best`: the value of keep_best of the best checkpoint."""
+    `evaluations`: those of earlier attempts that are kept; `best`: the value of keep_best of the best checkpoint."""
 
     checkpoint: CheckpointState | None
     rows: MetricsSummary
     data_sha256: str
-    evaluated: bool = False
+    evaluations: tuple[EvaluationRow, ...] = ()
     best: float | None = None
 
     @property
     def step(self) -> int:
         """The last finished step."""
         return self.checkpoint.step if self.checkpoint else 0
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether these weights were evaluated."""
+        return any(row.step == self.step for row in self.evaluations)
 
 
 def read_finished_result(spec: TrainSpec) -> TrainResult | None:
@@ -90,14 +106,14 @@ def choose_resume_point(spec: TrainSpec, data_sha256: str) -> ResumePoint:
         )
     start = ResumePoint(checkpoint=checkpoint, rows=MetricsSummary(), data_sha256=data_sha256)
     start = replace(start, rows=discard_unfinished(spec, start)) if rank == 0 else start
-    evaluated, best = broadcast_object(read_evaluation_state(spec, start) if rank == 0 else None)
-    return replace(start, evaluated=evaluated, best=best)
+    evaluations, best = broadcast_object(read_evaluation_state(spec) if rank == 0 else None)
+    return replace(start, evaluations=evaluations, best=best)
 
 
-def read_evaluation_state(spec: TrainSpec, start: ResumePoint) -> tuple[bool, float | None]:
-    """ResumePoint.evaluated and ResumePoint.best."""
-    best = record_best(spec)
-    return start.step in read_evaluations(Path(spec.output)), best.value if best else None
+def read_evaluation_state(spec: TrainSpec) -> tuple[tuple[EvaluationRow, ...], float | None]:
+    """ResumePoint.evaluations and ResumePoint.best."""
+    best, rows = record_best(spec), read_evaluations(Path(spec.output))
+    return tuple(rows[step] for step in sorted(rows)), best.value if best else None
 
 
 def choose_checkpoint(spec: TrainSpec, data_sha256: str) -> CheckpointState | None:

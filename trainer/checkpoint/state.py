@@ -26,6 +26,7 @@ from trainer.tensor.shard import ShardWriter, StoredTensor, sync
 from trainer.tensor.stream import find_stored_tensors
 
 MASTER = "master"
+AVERAGE = "average"  # of trainer.distributed.average
 NEW_RNG_NOTE = "equal up to rounding, and each rank's random numbers are seeded again from seed, step and rank"
 REST_FILE = "rest.json"  # everything that is not a tensor
 SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # DeepSpeed's DynamicLossScaler
@@ -38,26 +39,30 @@ def state_bytes(engine: Engine) -> int:
 
 
 def local_state(engine: Engine, name: str, shard: OptimizerShard) -> dict[str, Tensor]:
-    """This rank's elements of a parameter's master weights and, after the first update, of its moments: (count,) each. 8-bit moments are
-    returned as float32 values, which are quantized to the same codes again, so that they can be split over another number of ranks."""
+    """This rank's elements of a parameter's master weights, of their average if the run keeps one and, after the first update, of its moments:
+    (count,) each. 8-bit moments are returned as float32 values, which are quantized to the same codes again, so that they can be split over
+    another number of ranks."""
     optimizer = engine.handle.basic_optimizer
+    weights = {MASTER: shard.of(shard.owner)} | ({AVERAGE: engine.average.values[name]} if engine.average else {})
     if isinstance(optimizer, AdamW8bit):
-        return {MASTER: shard.of(shard.owner), **optimizer.read_moments(shard.owner, name)}
+        return {**weights, **optimizer.read_moments(shard.owner, name)}
     states = optimizer.state.get(shard.owner, {})
     moments = {key: shard.of(value) for key, value in states.items() if torch.is_tensor(value) and value.shape == shard.owner.shape}
-    return {MASTER: shard.of(shard.owner), **moments}
+    return {**weights, **moments}
 
 
 def full_state_bytes(engine: Engine) -> int:
     """`state_bytes` once the optimizer has its two moments, which it creates at its first update."""
-    return sum(3 * shard.numel * shard.owner.element_size() for shard in find_shards(engine).values())
+    average = 4 if engine.average else 0
+    return sum((3 * shard.owner.element_size() + average) * shard.numel for shard in find_shards(engine).values())
 
 
 def weights_bytes(engine: Engine) -> int:
-    """Bytes of the weights in a checkpoint: all weights, or for an adapter those that are trained."""
+    """Bytes of the weights in a checkpoint: all weights, or for an adapter those that are trained; twice with averages beside them."""
     adapter = hasattr(engine.model, "peft_config")
     kept = (p for p in engine.model.parameters() if p.requires_grad or not adapter)
-    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in kept)
+    copies = 2 if engine.average and not engine.exports_average else 1
+    return copies * sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in kept)
 
 
 def write_state(engine: Engine, folder: Path, *, writers: int) -> str:
@@ -144,6 +149,8 @@ def restore_state(engine: Engine, folder: Path, *, seed: int, step: int, world_s
         )
     for name, shard in shards_by_name.items():
         restore_shard(engine, name, shard, stored[name], steps=steps.get(name, 0))
+    if engine.average and engine.exports_average:
+        engine.average.load_masters()  # the files of the checkpoint hold the averages
     replay_adam_steps(engine.handle.basic_optimizer, max(steps.values(), default=0))
     for key, value in rest["loss_scaler"].items():
         setattr(engine.handle.optimizer.loss_scaler, key, value)
@@ -161,7 +168,9 @@ def restore_shard(engine: Engine, name: str, shard: OptimizerShard, stored: dict
     """Creates the optimizer's states of the owner as its first update would, which then does not create them."""
     optimizer = engine.handle.basic_optimizer
     shard.of(shard.owner).copy_(stored[MASTER].read(shard.start, shard.count))
-    moments = {key: tensor for key, tensor in stored.items() if key != MASTER}
+    if engine.average:
+        engine.average.values[name].copy_(stored[AVERAGE].read(shard.start, shard.count))
+    moments = {key: tensor for key, tensor in stored.items() if key not in (MASTER, AVERAGE)}
     if moments and isinstance(optimizer, AdamW8bit):
         read = {key: tensor.read(shard.start, shard.count) for key, tensor in moments.items()}
         optimizer.write_moments(shard.owner, name, read, steps=steps)

@@ -68,20 +68,30 @@ class CheckpointWriter:
             return
         self.settle()
         engine = self.engine
-        weights = engine.gather_weights()
-        pending = plan_checkpoint(engine, self.spec, step, weights, **self.context)  # type: ignore[arg-type]
+        with engine.with_exported_weights():
+            pending, copies, averages = self._copy_weights(step)
+        shards = open_shards(engine, pending.partial_folder / RESUME_FOLDER, hold=True)
+        rest = gather_state(engine, shards, writers=pending.writers)
+        if engine.rank < pending.writers:
+            work = (
+                (lambda: self._finish(pending, copies, averages, shards, rest))
+                if engine.rank == 0
+                else (lambda: self._hand_in(pending, shards))
+            )
+            self.thread = threading.Thread(target=self._guard, args=(pending, work), name="checkpoint", daemon=True)
+            self.thread.start()
+
+    def _copy_weights(self, step: int) -> tuple[PendingCheckpoint, dict[str, Tensor], dict[str, Tensor]]:
+        """Begin the folder, and copy weights and averages to the host of rank 0."""
+        engine = self.engine
+        weights, averages = engine.gather_weights(), engine.gather_averages()
+        pending = plan_checkpoint(engine, self.spec, step, weights, averages=averages, **self.context)  # type: ignore[arg-type]
         no_room = disk_error_on_first_rank(engine, lambda: begin_folder(pending))
         if no_room:
             shutil.rmtree(pending.partial_folder, ignore_errors=True)
         engine.fail_together(no_room and describe_failure(self.spec, step, pending.needed, no_room))
         partitioned = engine.handle.zero_optimization_stage() == 3  # the gathered weights are copies already
-        copies = {name: weights.pop(name).to("cpu", copy=not partitioned) for name in tuple(weights)}
-        shards = open_shards(engine, pending.partial_folder / RESUME_FOLDER, hold=True)
-        rest = gather_state(engine, shards, writers=pending.writers)
-        if engine.rank < pending.writers:
-            work = (lambda: self._finish(pending, copies, shards, rest)) if engine.rank == 0 else (lambda: self._hand_in(pending, shards))
-            self.thread = threading.Thread(target=self._guard, args=(pending, work), name="checkpoint", daemon=True)
-            self.thread.start()
+        return pending, {name: weights.pop(name).to("cpu", copy=not partitioned) for name in tuple(weights)}, averages
 
     def settle(self) -> None:
         """Wait until the background save is complete. Raises RunFailed on every rank if it failed on one."""
@@ -124,10 +134,12 @@ class CheckpointWriter:
         problem = finish_state(self.engine.rank, shards, {})
         return disk_error(lambda: write_text(problem, pending.partial_folder / RANK_DONE_FILE.format(rank=self.engine.rank))) or problem
 
-    def _finish(self, pending: PendingCheckpoint, copies: dict[str, Tensor], shards: ShardWriter, rest: dict[str, Any]) -> str:
+    def _finish(
+        self, pending: PendingCheckpoint, copies: dict[str, Tensor], averages: dict[str, Tensor], shards: ShardWriter, rest: dict[str, Any]
+    ) -> str:
         """Rank 0: write the weights and its part of the state, wait for the other ranks, rename the folder."""
-        problem = disk_error(lambda: write_weights(self.engine, self.processor, pending.partial_folder, copies))
-        copies.clear()
+        problem = disk_error(lambda: write_weights(self.engine, self.processor, pending.partial_folder, copies, averages))
+        copies.clear(), averages.clear()
         problems = [problem or finish_state(0, shards, rest), *self._collect(pending)]
         problem = next(filter(None, problems), "") or disk_error(lambda: complete(pending, self.spec))
         if problem:

@@ -6,9 +6,9 @@ Standard library only, so that the launcher can ask the same question before it 
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from trainer.contract import CHECKPOINTS, METRICS_FILE, SCHEMA, InputRefused, SpecError, TrainSpec, read, write_text
 
@@ -19,7 +19,7 @@ CHECKPOINT_PATTERN = re.compile(r"step-(\d{6,})")
 SHOWN = 5  # missing files that a message names
 
 # Settings that may differ between attempts of one run: they change where and how fast steps are computed, not their result.
-CHANGEABLE_SECTIONS = ("device.", "evaluation.", "deepspeed.", "profile.", "expects.")
+CHANGEABLE_SECTIONS = ("device.", "evaluation.", "deepspeed.", "profile.", "expects.", "early_stop.")
 CHANGEABLE_KEYS = {
     *("save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background", "trackers", "trackers_named"),
     *("schema", "run_id", "output", "gradient_checkpointing", "hang_timeout_s"),
@@ -125,9 +125,23 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + key, item
 
 
+def default_of(key: str) -> Any:
+    """The default of a dotted key of TrainSpec, as plain JSON; None if it has none."""
+    kind: Any = TrainSpec
+    for name in key.split("."):
+        found = {field.name: field for field in fields(kind)}.get(name) if is_dataclass(kind) else None
+        if found is None:
+            return None
+        default = found.default_factory() if found.default_factory is not MISSING else found.default
+        kind = get_type_hints(kind)[name]
+    return None if default is MISSING or is_dataclass(default) else json.loads(json.dumps(default))
+
+
 def refuse_other_run(state: CheckpointState, spec: TrainSpec, data_sha256: str) -> None:
     """Raises InputRefused, naming every difference, when the checkpoint in the run's folder belongs to another run."""
     there, here = state.spec, fixed_settings(spec)
+    new = {key: default_of(key) for key in here if key not in there}  # a version before these keys did what their defaults say
+    there = {**new, **there}
     wrong = [f"{key} was {there.get(key)!r} and is {here.get(key)!r}" for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
     if state.data_sha256 != data_sha256:
         wrong.append("the training rows have changed since")

@@ -24,6 +24,36 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EarlyStop:
+    """End the run when `metric` has not improved by more than `min_delta` over the last `patience` evaluations; 0 = never."""
+
+    patience: int = 0
+    metric: Literal["exact_match", "loss"] = "exact_match"
+    min_delta: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random changes of the images of training rows; 0 = none. `crop`: the least share of an image's area that is kept, and scaled to the
+    whole size again; `flip`: probability of mirroring left and right; `colour`: brightness, contrast and saturation are multiplied by a
+    factor from 1 - `colour` to 1 + `colour`; `jpeg`: the lowest quality of a JPEG that the image is written as and read again, up to 100."""
+
+    crop: float = 0.0
+    flip: float = 0.0
+    colour: float = 0.0
+    jpeg: int = 0
+
+    @property
+    def moves(self) -> bool:
+        """Whether things in an image may change their place."""
+        return bool(self.crop or self.flip)
+
+    @property
+    def any(self) -> bool:
+        return bool(self.moves or self.colour or self.jpeg)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Profile:
     """The profiler runs for steps `start` to `start` + `steps` - 1, on rank 0 or on all ranks; `steps` 0 = never."""
 

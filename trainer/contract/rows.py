@@ -38,10 +38,37 @@ class DataProblem:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CommonAnswer:
+    """`text`: its beginning, on one line."""
+
+    text: str
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningFacts:
+    """Of training rows: `answers` in the loss, how many of them are `distinct`, the most `common` ones, their lengths in characters, rows that
+    are exact copies of an earlier one, and rows that speak of left or right. `shared_rows`, `shared_images`: held-out rows that are training
+    rows too, and images that are in both."""
+
+    answers: int = 0
+    distinct: int = 0
+    common: tuple[CommonAnswer, ...] = ()
+    characters_p50: int = 0
+    characters_p95: int = 0
+    characters_max: int = 0
+    repeated_rows: int = 0
+    shared_rows: int = 0
+    shared_images: int = 0
+    sided_rows: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSummary:
     """Training and held-out rows together. `smallest`, `largest`: (width, height) of an image in pixels, by area. `conversions`: kind ->
     number of images that are rotated upright or converted to RGB. Lengths are tokens of a whole sample, image tokens included; all 0 where
-    `unmeasured` says why they were not counted. `adjustments`: what was read otherwise than it is written -> number of rows."""
+    `unmeasured` says why they were not counted. `trained_tokens`: those in the loss, about. `adjustments`: what was read otherwise than it
+    is written -> number of rows."""
 
     rows: int = 0
     rows_with_images: int = 0
@@ -54,6 +81,7 @@ class DataSummary:
     tokens: int = 0
     image_tokens: int = 0
     unmeasured: str = ""
+    trained_tokens: int = 0
     adjustments: dict[str, int] = field(default_factory=dict)
 
 
@@ -69,6 +97,7 @@ class DataReport:
     problems: tuple[DataProblem, ...] = ()
     problem_count: int = 0
     summary: DataSummary = DataSummary()
+    learning: LearningFacts = LearningFacts()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +204,8 @@ class PhasePeak:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """`evaluation`: metric -> value, with `count`. `checkpoint` is relative to the run's folder. `best`: None without spec.keep_best."""
+    """`evaluation`: metric -> value, with `count`. `checkpoint` is relative to the run's folder. `best`: None without spec.keep_best.
+    `ended`: why a finished run has not done all steps of its spec."""
 
     schema: int
     status: Literal["finished", "stopped"]
@@ -187,6 +217,7 @@ class TrainResult:
     weights_sha256: str
     evaluation: dict[str, float]
     best: Best | None = None
+    ended: str = ""
     peaks: tuple[PhasePeak, ...] = ()
 
 

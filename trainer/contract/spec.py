@@ -8,7 +8,17 @@ from enum import IntEnum
 from typing import Any, Literal
 
 from trainer.contract.environment_facts import Expectation
-from trainer.contract.options import Conversion, Evaluation, Inference, Merging, Profile, Quantization, Serving
+from trainer.contract.options import (
+    Augmentation,
+    Conversion,
+    EarlyStop,
+    Evaluation,
+    Inference,
+    Merging,
+    Profile,
+    Quantization,
+    Serving,
+)
 
 SCHEMA = 1
 
@@ -99,18 +109,28 @@ class Optimizer:
     """AdamW. `warmup` counts steps when >= 1 and is a share of all steps when < 1. Betas, eps and decay as in Loshchilov and Hutter,
     Decoupled Weight Decay Regularization (arXiv 1711.05101), algorithm 2. `group_lr`: peak learning rates of parameter groups that
     differ from `lr`, on the same schedule. `state_bits`: bits per element of either moment; 0 = dtype of `Precision.optimizer`,
-    8 = quantized block by block (Dettmers et al., arXiv 2110.02861)."""
+    8 = quantized block by block (Dettmers et al., arXiv 2110.02861).
+
+    A schedule ends at `final_ratio` of `lr`; `cycles` of cosine_restarts, `power` of polynomial; wsd (warm-up, stable, decay) decays over
+    the last `decay`, counted as `warmup`. `ema_decay`: also keep a moving average of the trained weights, 0 = none; `ema_weights`: which of
+    the two are evaluated and are the weights of a checkpoint."""
 
     lr: float
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial", "wsd"] = "cosine"
     warmup: float = 0.03
     clip_norm: float = 1.0
     group_lr: dict[str, float] = field(default_factory=dict)
     state_bits: Literal[0, 8] = 0
+    final_ratio: float = 0.0
+    cycles: int = 1
+    power: float = 1.0
+    decay: float = 0.1
+    ema_decay: float = 0.0
+    ema_weights: Literal["average", "trained"] = "average"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +151,8 @@ class ModelSpec:
 class StageSpec:
     """`trainable`: groups whose parameters get gradients. `checkpoint`: weights to start from, or ''. `reset`: groups that are drawn again
     from the run's seed. `needs`: groups that must be trained already (`projector`: by some earlier run). Of the options of the kinds
-    that do not train, only those of `kind` are set."""
+    that do not train, only those of `kind` are set. `label_smoothing`: as of torch's cross_entropy; `neftune_alpha`: noise on the embeddings
+    of training (Jain et al., NEFTune, arXiv 2310.05914), 0 = none."""
 
     name: str
     kind: Kind
@@ -145,6 +166,8 @@ class StageSpec:
     quantization: Quantization | None = None
     inference: Inference | None = None
     serving: Serving | None = None
+    label_smoothing: float = 0.0
+    neftune_alpha: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +194,7 @@ class DataSpec:
     max_pixels: int = 0
     max_tiles: int = 0
     padding_free: bool = False
+    augmentation: Augmentation = field(default_factory=Augmentation)
     rows: int = 0
 
 
@@ -232,6 +256,7 @@ class TrainSpec:
     trackers_named: bool = True  # by the user: refused if its package is missing; False = the default, skipped if missing
     kernels: Literal["auto", "plain", "fused"] = "plain"  # of layers; auto = fused where accelerator and packages have them
     expects: Expectation | None = None  # of a rerun
+    early_stop: EarlyStop = field(default_factory=EarlyStop)
 
     @property
     def zero(self) -> dict[str, Any]:

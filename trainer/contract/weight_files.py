@@ -17,6 +17,7 @@ WEIGHTS = "model.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"  # published models only; torch loads no code from them
+MANIFEST_FILE = "omnilaunch.manifest"  # of a folder that was fetched from a hub: JSON, but no *.json, which are inputs of a run
 PIECE_BYTES = 2**24  # read at a time
 HEADER_LIMIT_BYTES = 100 * 2**20  # the limit of the safetensors library
 
@@ -78,3 +79,12 @@ def read_header(file: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
         raise InputRefused(f"{file} has {file.stat().st_size} bytes, but its header says {8 + length + end}. Copy the checkpoint again.")
     for name, entry in entries.items():
         yield name, entry, 8 + length
+
+
+def fetched_revision(folder: Path) -> str:
+    """The commit of the hub's repository that the folder was fetched from; '' if it was not fetched."""
+    try:
+        found = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["revision"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return found if isinstance(found, str) else ""

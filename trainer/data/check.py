@@ -8,10 +8,11 @@ from pathlib import Path
 
 from trainer.contract import DATA_PROBLEMS_FILE, SCHEMA, DataProblem, DataReport, DataSpec, InputRefused, StageSpec, TrainSpec
 from trainer.data.digits import QUESTIONS, write_digits
+from trainer.data.learning_facts import collect_facts
 from trainer.data.length import Lengths, measure
 from trainer.data.media.image import Examined, hash_file
 from trainer.data.rows.sample import Sample, read_samples
-from trainer.data.sample_check import examine_images, find_problems
+from trainer.data.sample_check import examine_images, find_moved_boxes, find_problems
 from trainer.data.summary import summarise
 
 KEPT_PROBLEMS = 50
@@ -61,21 +62,23 @@ def examine_data(spec: TrainSpec) -> tuple[DataReport, tuple[DataProblem, ...], 
     read = {file: read_samples(file, paths.images_of(file)) for file in files}
     samples = distinct(read)
     images = examine_images(image for sample in samples for image in sample.images)
-    train_rows = len(read[paths.train][0]) if paths.train in read else 0
     row_problems = (problem for _, problems in read.values() for problem in problems)
     wrong = tuple(find_problems(samples, images, spec.model.template, spec.model.image_token))
     lengths = measure_whole(samples, wrong, images, spec)
-    problems = in_order((*row_problems, *wrong, *lengths.problems)) or tuple(find_count_problems(spec, train_rows))
+    train, held_out = (read[file][0] if file in read else () for file in (paths.train, paths.evaluation))
+    moved = find_moved_boxes(train, spec.data.augmentation)
+    problems = in_order((*row_problems, *wrong, *lengths.problems, *moved)) or tuple(find_count_problems(spec, len(train)))
     hashes = hash_annotations(read) | {path: image.sha256 for path, image in images.items()}
     report = DataReport(
         schema=SCHEMA,
         sha256=hash_data(read, hashes),
-        train_rows=train_rows,
-        evaluation_rows=len(read[paths.evaluation][0]) if paths.evaluation in read else 0,
+        train_rows=len(train),
+        evaluation_rows=len(held_out),
         images=len(images),
         problems=bound(problems),
         problem_count=len(problems),
         summary=summarise(samples, images, lengths),
+        learning=collect_facts(train, held_out, images),
     )
     return report, problems, hashes
 

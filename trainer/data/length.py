@@ -24,10 +24,12 @@ REPLACE = "use the tokenizer and processor that belong to the model"
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
     """`tokens` of each sample, including its `image_tokens`, in the order of the samples. A text is tokenized as a whole, which may give a
-    token or two less per message than the model gets. `unmeasured`: the reason when there are no lengths."""
+    token or two less per message than the model gets. `trained`: tokens in the loss of all samples, from the answers tokenized alone.
+    `unmeasured`: the reason when there are no lengths."""
 
     tokens: Sequence[int] = ()
     image_tokens: Sequence[int] = ()
+    trained: int = 0
     problems: tuple[DataProblem, ...] = ()
     unmeasured: str = ""
 
@@ -82,10 +84,12 @@ def measure_with(
     problems = list(find_mark_problems(counter, samples))
     tokens: list[int] = []
     image_tokens: list[int] = []
-    exact = counter.always_exact()
+    exact, trained = counter.always_exact(), 0
     for start in range(0, len(samples), CHUNK):
         chunk = samples[start : start + CHUNK]
-        for sample, segments, count in zip(chunk, *counter.count(chunk), strict=True):
+        cuts, counts = counter.count(chunk)
+        trained += sum(count_texts(processor.tokenizer, [segment.text for segments in cuts for segment in segments if segment.in_loss]))
+        for sample, segments, count in zip(chunk, cuts, counts, strict=True):
             spans = [processor.span(sizes[path], index) for index, path in enumerate(sample.images)]
             images = sum(map(len, spans))
             length = count + images - len(spans)
@@ -94,7 +98,7 @@ def measure_with(
                 problems += found
             tokens.append(length)
             image_tokens.append(images)
-    return Lengths(tokens=tuple(tokens), image_tokens=tuple(image_tokens), problems=tuple(problems))
+    return Lengths(tokens=tuple(tokens), image_tokens=tuple(image_tokens), trained=trained, problems=tuple(problems))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,17 +1,22 @@
 """Problems of samples that were read: their images, and texts that the chat template of the model cannot express."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
-from trainer.contract import DataProblem, Template
+from trainer.contract import Augmentation, DataProblem, Template
 from trainer.data.media.image import Examined, examine_image
 from trainer.data.rows.parsed_row import printable
 from trainer.data.rows.sample import Sample
 from trainer.data.segment import find_template_problems
 
+# Marks and coordinates of a place in an image, as Qwen, InternVL, MiniCPM, LLaVA and ms-swift write them.
+BOXES = re.compile(
+    r"<(?:box|bbox|quad|ref-object|point|points|\|box_start\||\|object_ref_start\|)[ >]|bbox_2d|point_2d|\[\s*\d+(?:\.\d+)?(?:\s*,\s*\d+(?:\.\d+)?){3}\s*\]"
+)
 CHUNK = 4096  # images submitted at a time: a million futures would take a gigabyte
 
 
@@ -42,6 +47,19 @@ def find_image_problems(sample: Sample, images: dict[Path, Examined]) -> Iterato
                 problem=printable(f"{path} {images[path].problem}"),
                 fix="replace the image file, or remove the row",
             )
+
+
+def find_moved_boxes(samples: Iterable[Sample], augmentation: Augmentation) -> Iterator[DataProblem]:
+    """Training rows whose text names places in an image, which cropping and mirroring would move. A text that says left or right is not
+    recognized as one: the report counts those."""
+    if not augmentation.moves:
+        return
+    keys = " ".join(f"data.augmentation.{name}=0" for name in ("crop", "flip") if getattr(augmentation, name))
+    for sample in samples:
+        found = next(filter(None, (BOXES.search(message.content) for message in sample.messages)), None)
+        if found and sample.images:
+            problem = f"{found[0][:40]!r} is a place in an image, which data.augmentation would move, but not the text"
+            yield DataProblem(file=sample.file, row=sample.row, field="", problem=printable(problem), fix=f"set {keys}, or remove the row")
 
 
 def find_end_marks(sample: Sample, template: Template) -> Iterator[DataProblem]:

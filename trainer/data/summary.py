@@ -29,6 +29,7 @@ def summarise(samples: Sequence[Sample], images: Mapping[Path, Examined], length
         image_tokens=sum(lengths.image_tokens),
         unmeasured=lengths.unmeasured,
         adjustments=dict(sorted(adjustments.items())),
+        trained_tokens=lengths.trained,
     )
 
 

@@ -6,7 +6,8 @@ DeepSpeed is imported inside the functions: its import selects an accelerator by
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -15,9 +16,11 @@ import torch.distributed
 from torch import Tensor
 
 from trainer.contract import DeviceSpec, Dtype, Optimizer, RunFailed, TrainSpec
+from trainer.distributed.average import WeightAverage
 from trainer.distributed.collective import gather_objects
 from trainer.distributed.effective_config import refuse_mismatch
 from trainer.kernels.cross_entropy import sum_loss
+from trainer.kernels.noise import EmbeddingNoise
 from trainer.optim.adamw import StochasticAdamW, parameter_slices
 from trainer.optim.adamw_8bit import AdamW8bit
 from trainer.optim.optimizer_shard import find_shards
@@ -39,7 +42,9 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """A model in training. `handle`: the DeepSpeedEngine; `model`: the module in it. `loss_chunk`: TrainSpec.loss_chunk."""
+    """A model in training. `handle`: the DeepSpeedEngine; `model`: the module in it. `loss_chunk`: TrainSpec.loss_chunk; `label_smoothing`:
+    StageSpec.label_smoothing, of training only, as `noise`. `average`: kept for Optimizer.ema_decay; `exports_average`: it is what is
+    evaluated and saved."""
 
     handle: Any
     model: torch.nn.Module
@@ -47,6 +52,10 @@ class Engine:
     rank: int
     world_size: int
     loss_chunk: int = 0
+    label_smoothing: float = 0.0
+    noise: EmbeddingNoise | None = None
+    average: WeightAverage | None = None
+    exports_average: bool = False
 
     def loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
         """Cross entropy summed over the trained tokens of a micro-batch, float32, scalar.
@@ -55,7 +64,7 @@ class Engine:
         positions only: with a vocabulary of 150,000 all logits would be the largest tensor of the step. Packed rows
         (trainer.data.batch.pack) have position_ids, and the mask is replaced by the ends of their samples, or dropped.
         """
-        kept = {"labels", "sample_ends", *(("attention_mask",) if "position_ids" in batch else ())}
+        kept = {"labels", "sample_ends", "noise_spans", *(("attention_mask",) if "position_ids" in batch else ())}
         inputs = {key: value.to(self.device, non_blocking=True) for key, value in batch.items() if key not in kept}
         if "sample_ends" in batch:
             inputs["attention_mask"] = batch["sample_ends"]
@@ -66,7 +75,12 @@ class Engine:
         def run() -> Tensor:
             return self.handle(**inputs, logits_to_keep=positions, use_cache=False).logits  # type: ignore[no-any-return]
 
-        return sum_loss(self.model, run, targets[trained].to(self.device, non_blocking=True), chunk=self.loss_chunk)
+        smoothing = self.label_smoothing if self.model.training else 0.0
+        noise = self.noise.adding(batch.get("noise_spans")) if self.noise and self.model.training else nullcontext()
+        with noise:
+            return sum_loss(
+                self.model, run, targets[trained].to(self.device, non_blocking=True), chunk=self.loss_chunk, smoothing=smoothing
+            )
 
     def begin_micro(self, *, last: bool) -> None:
         """Before each micro-batch: whether the weights are updated after it. DeepSpeed's own count does not know that packed steps have
@@ -134,6 +148,14 @@ class Engine:
         """Raises RunFailed on every rank if any of them passes a problem, so that no rank waits for the others forever."""
         if first := next(filter(None, gather_objects(problem)), ""):
             raise RunFailed(first)
+
+    def with_exported_weights(self) -> AbstractContextManager[None]:
+        """Within it the model has the weights that are evaluated and saved. Every rank must enter and leave it."""
+        return self.average.in_model() if self.average and self.exports_average else nullcontext()
+
+    def gather_averages(self) -> dict[str, Tensor]:
+        """What a checkpoint has beside the trained weights: whole averages on rank 0; {} on the others, and if they are the exported weights."""
+        return self.average.gather() if self.average and not self.exports_average else {}
 
     def gather_weights(self) -> dict[str, Tensor]:
         """Names in memory -> whole tensors, on rank 0; {} on the others. Under ZeRO 3 a collective, one parameter at a time.
@@ -215,13 +237,21 @@ def start_engine(model: torch.nn.Module, spec: TrainSpec, device: torch.device, 
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
         loss_chunk=spec.loss_chunk,
+        label_smoothing=spec.stage.label_smoothing,
+        noise=EmbeddingNoise(handle.module.get_input_embeddings(), alpha) if (alpha := spec.stage.neftune_alpha) else None,
     )
     refuse_mismatch(engine, spec)
     if isinstance(optimizer, StochasticAdamW):
         optimizer.set_layout(parameter_slices(find_shards(engine)))
     if isinstance(optimizer, AdamW8bit):
         optimizer.set_layout(find_shards(engine))
-    return engine
+    return keep_average(engine, spec.optimizer)
+
+
+def keep_average(engine: Engine, optimizer: Optimizer) -> Engine:
+    if not optimizer.ema_decay:
+        return engine
+    return replace(engine, average=WeightAverage(engine, optimizer.ema_decay), exports_average=optimizer.ema_weights == "average")
 
 
 def build_optimizer(

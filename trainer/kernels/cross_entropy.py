@@ -13,15 +13,16 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 
-def sum_loss(model: torch.nn.Module, run: Callable[[], Tensor], targets: Tensor, *, chunk: int) -> Tensor:
+def sum_loss(model: torch.nn.Module, run: Callable[[], Tensor], targets: Tensor, *, chunk: int, smoothing: float = 0.0) -> Tensor:
     """Cross entropy summed over the trained tokens, float32, scalar.
 
     `run()`: the forward pass, which returns logits at trained positions only, (tokens, vocabulary). `targets`: (tokens,) int64.
-    `chunk`: the most tokens that have logits at a time; 0 = all. Loss and gradients are the same up to the order of sums.
+    `chunk`: the most tokens that have logits at a time; 0 = all. Loss and gradients are the same up to the order of sums. `smoothing`:
+    torch's label_smoothing, the share of each target that is spread evenly over the vocabulary.
     """
     if not chunk or len(targets) <= chunk:
-        return cross_entropy(run().float(), targets, reduction="sum")
-    with head_as_loss(find_head(model), targets, chunk):
+        return cross_entropy(run().float(), targets, reduction="sum", label_smoothing=smoothing)
+    with head_as_loss(find_head(model), targets, chunk, smoothing):
         return run()
 
 
@@ -33,7 +34,7 @@ def find_head(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @contextmanager
-def head_as_loss(head: torch.nn.Module, targets: Tensor, chunk: int) -> Iterator[None]:
+def head_as_loss(head: torch.nn.Module, targets: Tensor, chunk: int, smoothing: float) -> Iterator[None]:
     """Within it the head returns the summed loss instead of logits, (tokens, width) -> ().
 
     So the loss is computed where the hooks of ZeRO 3 have gathered the head's weight, in the forward pass and again in the backward pass,
@@ -42,7 +43,8 @@ def head_as_loss(head: torch.nn.Module, targets: Tensor, chunk: int) -> Iterator
 
     def answer(hidden: Tensor) -> Tensor:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        total: Tensor = ChunkedCrossEntropy.apply(flat, head.weight, getattr(head, "bias", None), targets, chunk)  # type: ignore[no-untyped-call]
+        options = (getattr(head, "bias", None), targets, chunk, smoothing)
+        total: Tensor = ChunkedCrossEntropy.apply(flat, head.weight, *options)  # type: ignore[no-untyped-call]
         return total
 
     head.forward = answer
@@ -56,17 +58,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of cross entropies of `hidden @ weight.T + bias` against `targets`, float32, scalar.
 
     hidden (tokens, width) and weight (vocabulary, width) of one dtype, bias (vocabulary,) or None, targets (tokens,) int64. The gradient
-    of a chunk's logits, softmax - one-hot, is computed in float32 and multiplied by the upstream factor (loss scale over tokens) before
+    of a chunk's logits, softmax - target (one-hot, or smoothed), is computed in float32 and multiplied by the upstream factor (loss scale over tokens) before
     it is rounded.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int, smoothing: float = 0.0
+    ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.chunk = chunk
+        ctx.chunk, ctx.smoothing = chunk, smoothing
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for part in slices(len(targets), chunk):
-            total += cross_entropy(linear(hidden[part], weight, bias).float(), targets[part], reduction="sum")
+            logits = linear(hidden[part], weight, bias).float()
+            total += cross_entropy(logits, targets[part], reduction="sum", label_smoothing=smoothing)
         return total
 
     @staticmethod
@@ -78,7 +83,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         to_bias = torch.zeros_like(bias) if wanted["bias"] else None
         for part in slices(len(targets), ctx.chunk):
             gradient = linear(hidden[part], weight, bias).float().softmax(dim=-1)
-            gradient[torch.arange(len(gradient), device=gradient.device), targets[part]] -= 1
+            gradient[torch.arange(len(gradient), device=gradient.device), targets[part]] -= 1 - ctx.smoothing
+            if ctx.smoothing:
+                gradient -= ctx.smoothing / gradient.shape[-1]
             gradient = gradient.mul_(upstream).to(hidden.dtype)
             if to_hidden is not None:
                 torch.mm(gradient, weight, out=to_hidden[part])
@@ -86,7 +93,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 to_weight.addmm_(gradient.T, hidden[part])
             if to_bias is not None:
                 to_bias += gradient.sum(dim=0)
-        return to_hidden, to_weight, to_bias, None, None
+        return to_hidden, to_weight, to_bias, None, None, None
 
 
 def slices(length: int, chunk: int) -> Iterator[slice]:

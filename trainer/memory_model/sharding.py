@@ -106,10 +106,10 @@ def accumulates_flat(spec: TrainSpec) -> bool:
 
 
 def optimizer_bytes(trained: list[torch.nn.Parameter], spec: TrainSpec, *, ranks: int, master: bool) -> int:
-    """Both moments of Adam, and the master weights of DeepSpeed's ZeRO optimizers, of one of `ranks` slices."""
+    """Both moments of Adam, the master weights of DeepSpeed's ZeRO optimizers, and the float32 averages, of one of `ranks` slices."""
     size, elements = DTYPES[spec.precision.optimizer].itemsize, -(-sum(p.numel() for p in trained) // ranks)
     moment = elements + 4 * -(-elements // BLOCK) if spec.optimizer.state_bits == 8 else elements * size
-    return 2 * moment + (elements * size if master else 0)
+    return 2 * moment + (elements * size if master else 0) + (4 * elements if spec.optimizer.ema_decay else 0)
 
 
 def gathered_bytes(model: torch.nn.Module, zero: Mapping[str, Any]) -> int:

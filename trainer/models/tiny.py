@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
     except InputRefused as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"{arguments[1]}: to start from it, set model.source.kind=path model.source.path={arguments[1]}")
+    print(f"{arguments[1]}: to start from it, set model.source.path={arguments[1]}")
     return 0
 
 

@@ -44,7 +44,8 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
             return {}
         ranks = {"rank": rank.number, "world_size": rank.world_size, "partitioned": spec.partitioned}
         options = {"file": file, "loss_sum": engine.loss_sum if spec.evaluation.loss else None, "stop_requested": stop_requested}
-        return evaluate(engine.model, held_out, built.processor, spec, rank.torch_device, **ranks, **options)  # type: ignore[arg-type]
+        with engine.with_exported_weights():
+            return evaluate(engine.model, held_out, built.processor, spec, rank.torch_device, **ranks, **options)  # type: ignore[arg-type]
 
     wait_for_data_check(Path(spec.output), len(samples))
     with open_trackers(spec, fixed_settings(spec), environ, step=start.step, writes=rank.number == 0) as trackers:
@@ -89,7 +90,7 @@ def evaluate_last_step(job: Job, trained: TrainResult) -> TrainResult:
     scores = job.score(SAMPLES_FILE, None)
     best = trained.best
     if job.engine.rank == 0 and scores:
-        row = make_evaluation_row(spec.steps, scores, seconds=time.perf_counter() - began)
+        row = make_evaluation_row(trained.steps, scores, seconds=time.perf_counter() - began)
         record_evaluation(spec, row, job.trackers, SAMPLES_FILE)
         best = update_best_and_prune(spec)
     return replace(trained, evaluation=scores, peaks=job.memory.report(), best=best)
@@ -107,4 +108,5 @@ def summarize(spec: TrainSpec, progress: Progress, saved: SavedCheckpoint, *, un
         checkpoint=saved.path,
         weights_sha256=saved.weights_sha256,
         evaluation={},
+        ended=progress.ended,
     )

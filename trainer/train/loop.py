@@ -24,12 +24,14 @@ SKIPS_ALLOWED = 30  # a loss scale that starts at 2**16 is at 1 after 17
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """`step`: the last finished one. `seconds`: of all steps, also those before a resume, without saving. `loss`: of the last step."""
+    """`step`: the last finished one. `seconds`: of all steps, also those before a resume, without saving. `loss`: of the last step. `ended`:
+    why the run is finished before its last step."""
 
     step: int = 0
     stopped: bool = False
     seconds: float = 0.0
     loss: float | None = None
+    ended: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +124,8 @@ def train_step(
     total, trained = accumulate(engine, micro_batches)
     watchdog.phase("update")
     update = engine.step(lr)
+    if engine.average and not update.skipped:
+        engine.average.update(step)
     watchdog.phase("exchange of the row")
     tokens = sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
     requests = own_requests()  # here, so that a signal is answered at the end of the step in which it came

@@ -20,6 +20,7 @@ from trainer.models.family import Processor
 from trainer.observe.memory import MemoryPeaks
 from trainer.observe.profile import ProfilerWindow
 from trainer.observe.tracker import Trackers
+from trainer.train.early_stop import find_reason_to_stop
 from trainer.train.loop import StepRequests, StopFlag
 from trainer.train.watchdog import Watchdog
 
@@ -55,6 +56,12 @@ class StepHooks:
         self.profiler = ProfilerWindow(job.spec, job.device, self.rank)
         self.saved_at = time.monotonic()
         self.saved_step = 0  # of the newest checkpoint, 0 for none
+        self.evaluations = list(job.start.evaluations)
+
+    @property
+    def ended(self) -> str:
+        """Why the run ends before its last step, '' if it does not."""
+        return find_reason_to_stop(self.evaluations, self.spec.early_stop)
 
     def before_first_step(self, step: int, *, evaluated: bool) -> bool:
         """`step`: the last finished step of an earlier attempt, or 0. `evaluated`: whether its evaluation is done. Returns whether to stop."""
@@ -64,7 +71,7 @@ class StepHooks:
         self.saved_step = step
         self.memory.enter("first step")
         self.profiler.before_step(step + 1)
-        return late and self.stop_requested()
+        return bool(step and self.ended) or (late and self.stop_requested())
 
     def stop_requested(self) -> bool:
         """Whether any rank was asked to stop: a collective."""
@@ -86,7 +93,7 @@ class StepHooks:
             return False
         due = self._evaluates(step)
         record = due and self._evaluate(step)
-        if due and self.stop_requested():  # the run then saves, too
+        if due and (self.ended or self.stop_requested()):  # the run then saves, too
             return True
         if record or requests.save or (self.spec.save_every and step % self.spec.save_every == 0):
             self._save(step)
@@ -114,6 +121,7 @@ class StepHooks:
         row = make_evaluation_row(step, scores, seconds=time.perf_counter() - began)
         if self.rank == 0:
             record_evaluation(self.spec, row, self.trackers, file)
+        self.evaluations.append(row)
         better = bool(self.spec.keep_best) and is_better(self.spec.keep_best, getattr(row, self.spec.keep_best), self.best)
         if better:
             self.best = getattr(row, self.spec.keep_best)

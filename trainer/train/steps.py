@@ -40,7 +40,7 @@ def run_steps(job: Job, stop: StopFlag) -> tuple[Progress, SavedCheckpoint]:
             job.trackers.log(row.step, {name: float(getattr(row, name)) for name in TRACKED_FIELDS})
 
         if hooks.before_first_step(start.step, evaluated=start.evaluated) and start.checkpoint is not None:
-            return replace(progress_of(start), stopped=True), saved_checkpoint(start.checkpoint)
+            return finish_early(replace(progress_of(start), stopped=True), hooks), saved_checkpoint(start.checkpoint)
         progress = train(
             engine,
             source,
@@ -55,7 +55,16 @@ def run_steps(job: Job, stop: StopFlag) -> tuple[Progress, SavedCheckpoint]:
             save_last_good=hooks.save_last_good,
         )
         job.memory.enter("saving")
-        return progress, writer.save(progress.step)
+        return finish_early(progress, hooks), writer.save(progress.step)
+
+
+def finish_early(progress: Progress, hooks: StepHooks) -> Progress:
+    """A run that its evaluations have ended is finished, even if a signal came too."""
+    if not (progress.stopped and hooks.ended):
+        return progress
+    if hooks.rank == 0:
+        print(hooks.ended, flush=True)
+    return replace(progress, stopped=False, ended=hooks.ended)
 
 
 @contextmanager

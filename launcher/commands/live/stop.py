@@ -21,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """The run ends under its own launcher, or under this one where that has ended. Then every node of every attempt is checked. Raises
     NodeFailed naming each node where something is left, or where that could not be checked."""
+    from launcher.plan.text import command_line
+    from launcher.record.description import name_of
     from launcher.record.record import utc_now
     from launcher.run.stop import end_run
 
@@ -42,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if clear := [stop.host for stop in stops if not stop.left]:
         arguments.say(f"nothing of run {plan.run_id} is left on {', '.join(clear)}")
+    if has_ended(folder):
+        arguments.say(f"how it ended: {command_line('status', name_of(folder))}")
     if left:
         lines = "\n".join(left)
         raise NodeFailed(

@@ -15,6 +15,7 @@ from typing import Any
 from launcher.config.schema import Bands
 from launcher.errors import ConfigRefused, RunEnded
 from launcher.record.comparison import Comparison, Outcome, describe_figures, describe_judgement, shorten
+from launcher.record.learning import describe_learning, find_standouts
 from launcher.record.metrics import COLUMNS, SERIES
 from launcher.record.report.answers import ImageBudget, choose_samples
 from launcher.record.report.figures import BUCKETS, Line, draw_chart
@@ -94,9 +95,16 @@ def describe_run(run: RunFiles, images: ImageBudget) -> dict[str, Any]:
         "answers": len(run.answers),
         "launch": launch_line(run),
         "commands": [{"rank": rank, "host": host, "text": text} for rank, host, text in list_commands(run)],
+        "learning": describe_learning(config_of(run), run.data),
+        "standouts": find_standouts(config_of(run), run.data, run.curve),
         "environment": list_environment(run),
         "details": list_details(run),
     }
+
+
+def config_of(run: RunFiles) -> dict[str, Any]:
+    config = run.plan.get("config")
+    return config if isinstance(config, dict) else {}
 
 
 def describe_timeline(timeline: Timeline) -> dict[str, Any]:
@@ -152,6 +160,9 @@ def render_markdown(runs: Sequence[RunFiles], comparison: Comparison | None, ref
     for run in runs:
         lines = "\n".join((launch_line(run), *run.problems, *lay_out(run).failures))
         parts.append(f"## {code(run.run_id)}\n\n{fence(lines)}\n")
+        learning = [f"{name}: {text}" for name, text in describe_learning(config_of(run), run.data)]
+        standouts = [f"stands out: {line}" for line in find_standouts(config_of(run), run.data, run.curve)]
+        parts += [fence("\n".join((*learning, *standouts))) + "\n"] if learning or standouts else []
     return printable("\n".join(parts))
 
 

@@ -1,13 +1,14 @@
 """The figures, the environment and the settings of a run as text, for the page and the Markdown."""
 
 import json
-import math
 import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from launcher.config.schema import AXES
+from launcher.plan.text import duration, figure, size
 from launcher.record.comparable import collect_comparables, text_of
+from launcher.record.metrics import describe_speed
 from launcher.record.reader import nested
 from launcher.record.run_files import RunFiles
 
@@ -28,14 +29,15 @@ def list_figures(run: RunFiles) -> tuple[tuple[str, str], ...]:
     """(name, value with its unit) of the most important figures that the run has."""
     record, speed = run.record, run.curve.speed
     found: dict[str, str] = {"status": status_of(run), "steps": f"{len(run.curve.step)} of {nested(run.plan, 'spec', 'steps')}"}
+    if record.get("ended"):
+        found["ended"] = str(record["ended"])
     if record:
         found["started"] = str(record.get("started_at", ""))[:19].replace("T", " ")
-        found["duration"] = f"{as_text(record.get('seconds'))} s"
+        found["duration"] = duration(seconds) if isinstance(seconds := record.get("seconds"), (int, float)) else as_text(seconds)
     if run.curve.loss:
         found["last loss"] = as_text(run.curve.loss[-1])
     if speed:
-        found |= {"throughput": f"{as_text(speed.samples_per_s)} samples/s", "tokens": f"{as_text(speed.tokens_per_s)} tokens/s"}
-        found["peak memory"] = f"{as_text(speed.peak_bytes / 2**30)} GiB"
+        found |= {"throughput": describe_speed(run.curve), "peak memory": size(speed.peak_bytes)}
     scores = record.get("evaluation")
     for name, value in scores.items() if isinstance(scores, dict) else ():
         found["held-out loss" if name == "loss" else name.replace("_", " ")] = as_text(value)
@@ -50,7 +52,7 @@ def list_environment(run: RunFiles) -> tuple[tuple[str, str], ...]:
     packages = environment.get("packages") if isinstance(environment.get("packages"), dict) else {}
     rows = {
         "config": describe_axes(run),
-        "commit": f"{source.get('commit') or 'none'}{', with changes' if source.get('dirty') else ''}",
+        "commit": describe_commit(source),
         "image": record.get("image") or f"none: {nested(run.plan, 'config', 'cluster', 'runtime')}",
         "image fingerprint": nested(run.plan, "image", "fingerprint"),
         "data": run.data.get("sha256"),
@@ -67,6 +69,15 @@ def list_environment(run: RunFiles) -> tuple[tuple[str, str], ...]:
         "forced": record.get("forced"),
     }
     return tuple((name, text_of(value)) for name, value in rows.items() if value not in (None, "", []))
+
+
+def describe_commit(source: Mapping[str, Any]) -> str:
+    """The commit, and what of it was changed: earlier versions called a tree dirty for files that no run uses, too."""
+    diff, conf = source.get("diff_sha256") or source.get("diff_lacks"), source.get("conf")
+    known = source.get("record_schema", 1) != 1
+    changed = ["with changes of the code"] if diff or (source.get("dirty") and not known) else []
+    changed += [f"with changes of {', '.join(map(str, conf))}"] if isinstance(conf, (list, tuple)) and conf else []
+    return ", ".join((str(source.get("commit") or "none"), *changed))
 
 
 def list_details(run: RunFiles) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
@@ -104,7 +115,8 @@ def list_commands(run: RunFiles) -> Iterator[tuple[str, str, str]]:
 def launch_line(run: RunFiles) -> str:
     overrides = run.plan.get("overrides")
     words = map(str, overrides) if isinstance(overrides, (list, tuple)) else ()
-    return shlex.join(("omnilaunch", "launch", *words))
+    conf = run.plan.get("conf")
+    return shlex.join(("omnilaunch", "launch", *words, *(("--conf", str(conf)) if conf else ())))
 
 
 def list_evaluations(run: RunFiles) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]] | None:
@@ -120,9 +132,7 @@ def as_text(value: Any) -> str:
         return ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    if not math.isfinite(value) or value == int(value):
-        return f"{value:,.0f}" if math.isfinite(value) else str(value)
-    return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.5g}"
+    return figure(value)
 
 
 def side_by_side(figures: list[Mapping[str, str]]) -> list[tuple[str, list[str]]]:

@@ -92,7 +92,7 @@ def test_a_published_result_is_run_again_with_the_published_code(clone: Path, he
 
 def test_what_stops_a_bench_before_anything_runs(clone: Path, tmp_path: Path) -> None:
     done = omnilaunch(clone, tmp_path, "bench", "p4_qwen2_5_vl_3b_lora", "cluster.delivery.accept_licence=true")
-    assert done.returncode == 4 and "nvidia-smi" in done.stderr, "hardware that is not there"
+    assert done.returncode == 2 and "this machine has no NVIDIA device" in done.stderr, "hardware that is not there"
     assert not [path for path in (tmp_path / "runs").glob("*") if path.is_dir()]
     results = tmp_path / "results"
     results.mkdir()
@@ -105,8 +105,4 @@ def test_what_stops_a_bench_before_anything_runs(clone: Path, tmp_path: Path) ->
         done = omnilaunch(clone, tmp_path, "bench", "tiny")
     finally:
         (clone / "trainer/new.py").unlink()
-    assert (
-        done.returncode == 2
-        and "the tree has changes that no commit holds: trainer/new.py" in done.stderr
-        and "--dirty REASON" in done.stderr
-    )
+    assert done.returncode == 2 and "the tree has uncommitted changes: trainer/new.py" in done.stderr and "--dirty REASON" in done.stderr

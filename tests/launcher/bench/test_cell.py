@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from launcher.bench.cell import list_cells, load_cell
-from launcher.commands.bench import plan_cell
 from launcher.errors import ConfigRefused
-from launcher.plan.plan import refuse
+from launcher.image.stack import load_stacks
+from launcher.plan.plan import make_plan, refuse
+from tests.launcher.conftest import PLACE
 
 PROJECT = Path(__file__).resolve().parents[3]
 CONF = PROJECT / "conf"
@@ -31,7 +32,8 @@ def plant(conf: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize("name", list_cells(CONF))
 def test_every_cell_is_pinned_and_can_be_launched_where_its_devices_are(name: str) -> None:
     cell = load_cell(name, ("cluster.delivery.accept_licence=true",), CONF)
-    refuse(plan_cell(cell, "planned").verdict, launching=True)
+    plan = make_plan(cell.config, load_stacks(PLACE.project / "images"), PLACE, run_id="planned", overrides=cell.overrides)
+    refuse(plan.verdict, launching=True)
     assert cell.config.hardware.name == name.partition("_")[0]
 
 

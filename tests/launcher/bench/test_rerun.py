@@ -3,7 +3,7 @@
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +14,12 @@ from launcher.bench import worktree as tree_module
 from launcher.bench.rerun import KINDS, Rerun, accepted_kinds, plan_rerun
 from launcher.bench.worktree import Tree, differing_files, find_tree
 from launcher.cli import parse
-from launcher.config.compose import compose_over
+from launcher.config.compose import compose, compose_over
+from launcher.config.schema import Config, Delivery
 from launcher.errors import ConfigRefused, RunEnded
-from launcher.image.stack import load_stacks, render
+from launcher.image.licence import OVERRIDE, AcceptedLicence
+from launcher.image.stack import Stack, load_stacks, render
+from launcher.plan.machine import Machine
 from launcher.plan.plan import LocalContext, Plan, carry_over, encode_spec, move_plan
 from launcher.record.recorded_run import RecordedRun, load_recorded_run
 from launcher.record.source import SourceState, SourceTree, read_source
@@ -97,6 +100,40 @@ def test_other_hardware_expects_the_same_data_and_weights_alone(recorded: Record
     assert plan.spec.device.backend == "nccl" and plan.image.stack == "cuda126"
     assert plan.spec.expects is not None and plan.spec.expects.facts == {}
     assert plan.spec.expects.data_sha256 and plan.spec.expects.weights
+
+
+def test_a_process_of_the_cpu_starts_in_the_image_of_other_hardware(recorded: RecordedRun) -> None:
+    def runtime(*overrides: str) -> str:
+        return rerun(recorded, *overrides, "cluster.delivery.accept_licence=true").plan.config.cluster.runtime
+
+    assert recorded.plan.config.cluster.runtime == runtime() == runtime("hardware=cpu") == "process"
+    assert runtime("hardware=rtx3090") == "docker" and runtime("hardware=rtx3090", "cluster=local") == "docker"
+    assert runtime("hardware=rtx3090", "cluster.runtime=process") == "process"
+    typed = replace(recorded, plan=replace(recorded.plan, overrides=("cluster.runtime=process",)))
+    assert rerun(typed, "hardware=rtx3090").plan.config.cluster.runtime == "process", "as it was typed for the recorded run"
+
+
+def test_a_licence_that_another_user_accepted_is_asked_for_again(recorded: RecordedRun) -> None:
+    """What was part of the recorded command stays part of it."""
+    cluster = replace(recorded.plan.config.cluster, runtime="docker", delivery=Delivery(accept_licence=True))
+    hardware = compose(("hardware=p4",), PROJECT / "conf").hardware
+    config = replace(recorded.plan.config, cluster=cluster, hardware=hardware)
+    for how, problems in ((OVERRIDE, []), ("omnilaunch licence accept cuda", ["cluster.delivery.accept_licence"])):
+        licence = AcceptedLicence(name="cuda", sha256="ab", how=how)
+        made = rerun(replace(recorded, plan=replace(recorded.plan, config=config, licence=licence)))
+        assert [problem.key for problem in made.plan.verdict.problems] == problems
+
+
+def test_this_machine_is_asked_for_the_rerun_and_not_for_the_record(recorded: RecordedRun) -> None:
+    asked = []
+
+    def context_for(config: Config, stacks: Mapping[str, Stack], project: Path) -> LocalContext:
+        asked.append(config.hardware.name)
+        return replace(HERE, machine=Machine(interpreter="/venv/bin/python", has_docker=False))
+
+    words = ("hardware=rtx3090", "cluster.delivery.accept_licence=true")
+    made = plan_rerun(recorded, words, (), Tree(project=PROJECT), HERE, {}, conf=PROJECT / "conf", run_id="again", context_for=context_for)
+    assert asked == ["rtx3090"] and "no docker command" in made.plan.verdict.problems[0].what
 
 
 @pytest.mark.parametrize(("kind", "key"), [("package", "package torch"), ("variable", "variable DS_ACCELERATOR"), ("threads", "threads")])

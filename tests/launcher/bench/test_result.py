@@ -37,6 +37,7 @@ from launcher.errors import ConfigRefused, RecordRefused
 from launcher.plan.plan import LocalContext
 from launcher.record.comparison import Level
 from launcher.record.recorded_run import load_recorded_run
+from launcher.record.source import SourceState, SourceTree
 from tests.launcher.bench.test_cell import CELL, CONF
 from trainer.contract import SPEC_FILE, decode
 
@@ -218,19 +219,20 @@ def test_variables_with_folders_are_not_published(result: PublishedResult) -> No
     assert again.cluster.environment == variables, "places are those of now, all else is as published"
 
 
-def test_a_clean_tree_is_not_called_dirty(monkeypatch: pytest.MonkeyPatch) -> None:
-    clean: Any = SimpleNamespace(state=SimpleNamespace(commit="abc"))
-    monkeypatch.setattr(bench_action, "list_changes", list)
+def test_a_clean_tree_is_not_called_dirty() -> None:
+    clean = SourceTree(state=SourceState(commit="abc", dirty=False, changed=("README.md",)))
     assert bench_action.refuse_dirty(clean, "a try") == ""
-    monkeypatch.setattr(bench_action, "list_changes", lambda: ["trainer/new.py"])
-    assert bench_action.refuse_dirty(clean, "a try") == "a try"
+    for dirty, name in (({"conf": ("conf/stage/full.yaml",)}, "conf/stage/full.yaml"), ({"commit": ""}, "is not a git repository")):
+        changed = SourceTree(state=replace(clean.state, dirty=True, **dirty))
+        with pytest.raises(ConfigRefused, match=rf"{name}.*--dirty REASON"):
+            bench_action.refuse_dirty(changed, "")
 
 
 def test_the_command_to_continue_has_the_given_options() -> None:
-    given = Namespace(repeats=2, reason="a short look", accept=["code", "data"], results="elsewhere", dirty="")
-    options = ("dirty", "repeats", "reason", "accept", "results")
+    given = Namespace(repeats=2, reason="a short look", accept=["code", "data"], results="elsewhere", dirty="", conf="c")
+    options = ("dirty", "repeats", "reason", "accept", "results", "conf")
     assert bench_action.join_command("bench-rerun", "x", ["cluster=lab"], given, *options) == (
-        "omnilaunch bench-rerun x cluster=lab --repeats 2 --reason 'a short look' --accept code --accept data --results elsewhere"
+        "omnilaunch bench-rerun x cluster=lab --repeats 2 --reason 'a short look' --accept code --accept data --results elsewhere --conf c"
     )
 
 

@@ -42,7 +42,7 @@ def test_every_stage_can_be_planned_on_every_hardware(kind: str, name: str, plan
     stage = plan.spec.stage
     assert getattr(stage, OPTIONS[kind]) is not None and sum(getattr(stage, option) is not None for option in OPTIONS.values()) == 1
     assert plan.spec.device.world_size == (1 if kind in SINGLE_PROCESS_KINDS else plan.config.hardware.devices_per_node)
-    torchrun = [command.start[1:3] == ("-m", "torch.distributed.run") for command in plan.commands]
+    torchrun = ["torch.distributed.run" in command.start for command in plan.commands]
     assert torchrun == [kind not in SINGLE_PROCESS_KINDS] * len(plan.commands)
     assert "DeepSpeed" not in describe_short(plan) and "samples a step" not in describe_short(plan)
 

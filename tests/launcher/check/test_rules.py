@@ -28,6 +28,7 @@ def judge(*overrides: str) -> Verdict:
 NPU = ("hardware=ascend910b", "model=qwen2_5_vl_32b", "stage=lora")
 ALL_TARGETS = "stage.lora.targets=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
 DOCKER = ("cluster.runtime=docker",)
+ACCEPTED = "cluster.delivery.accept_licence=true"
 HYBRID, INTERVAL = ("model=minicpm_v_4_6", "tune=null"), "model.architecture.text.options.full_attention_interval"
 ROWS = ("data=files", "data.train=a.json")
 LLAVA = ("model=llava_1_5_7b", "tune=null")
@@ -57,7 +58,7 @@ REFUSED: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("cluster=example", "cluster.nodes.1.host=192.0.2.11"), "cluster.nodes.host", "cluster=local"),
     (("cluster=example", "cluster.nodes.1.address=192.0.2.11"), "cluster.nodes.address", "cluster=local"),
     (("cluster=example", "cluster.runtime=process"), "cluster.runtime", "cluster.runtime=docker"),
-    (("cluster.nodes.0.host=192.0.2.11",), "cluster.runtime", "cluster=local"),
+    (("cluster.nodes.0.host=192.0.2.11", "cluster.runtime=process"), "cluster.runtime", "cluster=local"),
     (("cluster=example", "cluster.root=runs"), "cluster.root", "cluster.root=/srv/omnilaunch"),
     (("cluster.nodes.0.architecture=aarch64",), "cluster.nodes.architecture", "cluster.nodes.0.architecture=x86_64"),
     (("hardware=h200", "hardware.collectives=hccl"), "hardware.collectives", "hardware.collectives=nccl"),
@@ -261,17 +262,18 @@ PASSES = (
     ("cluster.devices_per_node=4",),
     ("precision=bf16",),
     ("precision=pure_bf16",),
-    ("hardware=p4",),
-    ("hardware=p4", "precision=fp32"),
-    ("hardware=h200", "hardware.stack=cuda130"),
-    ("hardware=h200", *DOCKER, "cluster.delivery.accept_licence=true", "strategy.kernels=fused"),
-    ("hardware=ascend910c", "cluster.devices_per_node=4"),
+    ("hardware=p4", ACCEPTED),
+    ("hardware=p4", "cluster.runtime=process"),  # without the image, there is no licence
+    ("hardware=p4", ACCEPTED, "precision=fp32"),
+    ("hardware=h200", ACCEPTED, "hardware.stack=cuda130"),
+    ("hardware=h200", ACCEPTED, "strategy.kernels=fused"),
+    ("hardware=ascend910c", ACCEPTED, "cluster.devices_per_node=4"),
     ("stage=lm", "stage.checkpoint=run"),
     ("stage=evaluate", "model=llava_1_5_7b"),
-    ("hardware=h200", *LLAVA),
-    ("hardware=h200", *LLAVA, "stage=lora"),
-    ("hardware=rtx3090", *LLAVA, "stage=lora", "strategy=zero3"),
-    ("hardware=h200", "cluster=example", "cluster.delivery.accept_licence=true"),
+    ("hardware=h200", ACCEPTED, *LLAVA),
+    ("hardware=h200", ACCEPTED, *LLAVA, "stage=lora"),
+    ("hardware=rtx3090", ACCEPTED, *LLAVA, "stage=lora", "strategy=zero3"),
+    ("hardware=h200", ACCEPTED, "cluster=example"),
     ("data=files", "data.train=a.json", "data.images=photos", "data.max_length=128"),
     (
         "cluster.secrets=[HF_TOKEN,HTTPS_PROXY]",
@@ -295,7 +297,7 @@ def test_launchable(overrides: tuple[str, ...]) -> None:
 
 
 def test_what_a_person_reads() -> None:
-    overrides = ("hardware=p4", "precision=bf16", "stage=lm", "run.steps=0")
+    overrides = ("hardware=p4", ACCEPTED, "precision=bf16", "stage=lm", "run.steps=0")
     assert "\n".join(map(str, judge(*overrides).problems)) == (
         "  precision: NVIDIA Tesla P4 has no bfloat16: torch would emulate it, slowly, and still report it as supported\n"
         "    would pass: precision=fp16  or  precision=fp32\n"
@@ -317,7 +319,7 @@ def test_a_secret_is_not_in_the_refusal() -> None:
 
 
 def test_memory_is_refused_with_numbers() -> None:
-    (problem,) = judge("hardware=rtx3090", *LLAVA).problems
+    (problem,) = judge("hardware=rtx3090", ACCEPTED, *LLAVA).problems
     assert str(problem) == (
         "  strategy: the peak takes 63.9 GiB on each device (zero3), which has 24: 56.9 model states, 6.9 activations, buffers and runtime; "
         "offloaded, states take up to 113.9 GiB of a node's host memory\n"
@@ -327,7 +329,7 @@ def test_memory_is_refused_with_numbers() -> None:
 
 
 def test_a_change_that_the_host_cannot_hold_is_not_offered() -> None:
-    (problem,) = judge("hardware=rtx3090", *LLAVA, "hardware.host_memory_gib=64").problems
+    (problem,) = judge("hardware=rtx3090", ACCEPTED, *LLAVA, "hardware.host_memory_gib=64").problems
     assert problem.changes and not any("offload" in change for change in problem.changes)
 
 
@@ -345,7 +347,7 @@ def test_what_only_stops_a_launch_leaves_a_plan() -> None:
 
 
 def test_force_records_what_could_be_tried_and_nothing_else() -> None:
-    verdict = judge("hardware=p4", "precision=bf16", "run.force='measuring emulation'")
+    verdict = judge("hardware=p4", ACCEPTED, "precision=bf16", "run.force='measuring emulation'")
     assert verdict.launchable and [problem.key for problem in verdict.forced] == ["precision"]
     hopeless = judge("run.force=please", "cluster.devices_per_node=3", "stage=lm", "run.steps=0", *TO_COME, "hardware.stack=none")
     assert {"stage.global_batch", "run.steps", "model", "hardware.stack"} <= {problem.key for problem in hopeless.problems}
@@ -360,7 +362,7 @@ def test_a_long_run_that_saves_nothing_is_noted() -> None:
 
 
 def test_notes_stop_nothing() -> None:
-    verdict = judge("hardware=h200", *LLAVA, "run.save_every=100")
+    verdict = judge("hardware=h200", ACCEPTED, *LLAVA, "run.save_every=100")
     assert verdict.launchable
     assert verdict.notes == (
         "licence of LLaVA-1.5 7B: Llama 2 Community License (commercial use: conditions; LLaVA README.md)",

@@ -119,7 +119,7 @@ def test_typed_keys_of_the_old_hardware_are_in_the_change() -> None:
 
 def test_auto_takes_no_zero_3_for_weights_in_4_bits() -> None:
     """Which it cannot cut: what `auto` chooses has to pass every other rule."""
-    words = ("hardware=rtx3090", "model=qwen2_5_vl_32b", "stage=lora", "precision=bf16", "strategy=auto", *OWN)
+    words = ("hardware=rtx3090", "model=qwen2_5_vl_32b", "stage=lora", "precision=bf16", "strategy=auto", "cluster.runtime=process", *OWN)
     assert resolved(*words).strategy.name == "zero3"
     assert resolved(*words, "stage.lora.base=nf4").strategy.name == "zero2"
     (problem,) = [found for rule in RULES for found in rule(resolved(*words, "stage.lora.base=nf4"), stacks())]

@@ -12,6 +12,7 @@ from launcher import cli
 from launcher.bench.cell import list_cells
 from launcher.commands.chain import find_newest, launch_chain, plan_chain
 from launcher.config.chain import Chain, Step, find_chain, list_chains, load_chain, overrides_of
+from launcher.config.conf_folder import ConfFolder
 from launcher.errors import ConfigRefused
 from launcher.record.record import PLAN_FILE, RECORD_FILE
 
@@ -94,36 +95,36 @@ class Launches:
 def test_a_chain_is_resumed_at_the_step_that_failed(tmp_path: Path) -> None:
     chain, typed, said = load_chain(NAME, CONF), (f"experiment={NAME}", f"cluster.root={tmp_path}"), list[str]()
     first = Launches(tmp_path, failing="x-tuned")
-    assert launch_chain(chain, typed, "x", PROJECT, first, said.append) == 5
+    assert launch_chain(chain, typed, "x", PROJECT, ConfFolder(project=CONF), first, said.append) == 5
     assert [run_id for run_id, _ in first.made] == ["x-tower", "x-aligned", "x-tuned"]
     assert "stopped at step tuned" in said[-1] and f"launch experiment={NAME}" in said[-1] and "--run-id x" in said[-1]
 
     second = Launches(tmp_path)
-    assert launch_chain(chain, typed, "x", PROJECT, second, said.append) == 0
+    assert launch_chain(chain, typed, "x", PROJECT, ConfFolder(project=CONF), second, said.append) == 0
     assert [run_id for run_id, _ in second.made] == ["x-tuned-2", "x-adapted", "x-merged", "x-quantized", "x-judged"]
     words = dict(second.made)
     assert "stage.checkpoint=x-aligned" in words["x-tuned-2"] and "stage.checkpoint=x-tuned-2" in words["x-adapted"]
     assert {"stage.checkpoint=x-quantized", "run.evaluation.base=x-merged"} <= set(words["x-judged"])
 
     third = Launches(tmp_path)
-    assert launch_chain(chain, typed, "x", PROJECT, third, said.append) == 0 and not third.made
+    assert launch_chain(chain, typed, "x", PROJECT, ConfFolder(project=CONF), third, said.append) == 0 and not third.made
     assert "run x-tuned-2" in said[-1]
 
 
 def test_a_chain_with_other_overrides_is_refused(tmp_path: Path) -> None:
     chain, typed = load_chain(NAME, CONF), (f"experiment={NAME}", f"cluster.root={tmp_path}")
-    launch_chain(chain, typed, "x", PROJECT, Launches(tmp_path, failing="x-aligned"), lambda text: None)
+    launch_chain(chain, typed, "x", PROJECT, ConfFolder(project=CONF), Launches(tmp_path, failing="x-aligned"), lambda text: None)
     with pytest.raises(ConfigRefused, match="run x-tower has finished with other overrides"):
-        plan_chain(chain, (*typed, "run.steps=70"), "x", PROJECT, tmp_path)
+        plan_chain(chain, (*typed, "run.steps=70"), "x", PROJECT, ConfFolder(project=CONF), tmp_path)
 
 
 def test_a_step_that_finished_before_an_earlier_one_is_refused(tmp_path: Path) -> None:
     chain, typed = load_chain(NAME, CONF), (f"experiment={NAME}", f"cluster.root={tmp_path}")
-    launch_chain(chain, typed, "x", PROJECT, Launches(tmp_path), lambda text: None)
+    launch_chain(chain, typed, "x", PROJECT, ConfFolder(project=CONF), Launches(tmp_path), lambda text: None)
     (tmp_path / "runs/x-aligned" / RECORD_FILE).unlink()
     assert find_newest("x", chain.steps[1].name, (tmp_path / "runs",)).status == "unfinished"
     with pytest.raises(ConfigRefused, match=r"step tuned has finished .* but the earlier step aligned has not"):
-        plan_chain(chain, typed, "x", PROJECT, tmp_path)
+        plan_chain(chain, typed, "x", PROJECT, ConfFolder(project=CONF), tmp_path)
 
 
 def test_every_step_is_planned_before_the_first_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 # line after `omnilaunch ` -> the candidates
 LINES = {
-    "": [*sorted((*VERBS, "--help"))],
+    "": [*sorted((*VERBS, "--help", "--version", "help", "version"))],
+    "hel": ["help"],
+    "help bench-": ["bench-rerun"],
     "bench": ["bench", "bench-rerun"],
     "plan hardware=h2": ["hardware=h200"],
     "plan hardwar": ["hardware.", "hardware="],
@@ -44,7 +46,7 @@ LINES = {
     "plan experiment=cpu_tiny_llava_l": ["experiment=cpu_tiny_llava_lora"],
     "plan stage.checkpoint=mon": ["stage.checkpoint=monday", "stage.checkpoint=monday-2"],
     "plan run.evaluation.base=l": ["run.evaluation.base=last"],
-    "plan --": ["--full", "--help", "--json", "--run-id", "--trace"],
+    "plan --": ["--conf", "--full", "--help", "--json", "--run-id", "--trace"],
     "logs ": ["last", *RUNS],
     "logs -f t": ["tuesday"],
     "compare monday t": ["tuesday"],
@@ -53,7 +55,7 @@ LINES = {
     "render --to x hardware=p": ["hardware=p4"],
     "image ": ["--help", "build", "fetch", "inspect", "ls", "prune", "refresh", "render"],
     "image build hardware=r": ["hardware=rtx3090"],
-    "image fetch --": ["--architecture", "--help", "--to"],
+    "image fetch --": ["--architecture", "--conf", "--help", "--to"],
     "data che": ["check"],
     "data check data=f": ["data=files"],
     "runs ta": ["tag"],

@@ -11,7 +11,7 @@ from launcher.commands import data as data_action
 from launcher.commands.data import describe_data, describe_few_rows, describe_problems, refusal
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.plan.plan import Plan
-from trainer.contract import SCHEMA, DataProblem, DataReport, DataSummary, Exit, decode
+from trainer.contract import SCHEMA, CommonAnswer, DataProblem, DataReport, DataSummary, Exit, LearningFacts, decode
 
 ROWS = 60  # of a file in which every row is bad: no tokenizer is needed then, nor seconds to import it
 
@@ -131,3 +131,22 @@ def test_a_check_that_failed(given: tuple[int, str]) -> None:
     error = refusal(*given)
     assert type(error) is kind
     assert text in str(error)
+
+
+def test_doctor_data_is_the_check_and_says_what_stands_out(
+    chosen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = LearningFacts(answers=100, distinct=2, common=(CommonAnswer(text="yes", count=92),), characters_p50=3)
+    monkeypatch.setattr(data_action, "examine", lambda spec: (replace(REPORT, learning=facts), []))
+    assert main(("doctor", *chosen[:1], *chosen[2:])) == Exit.OK
+    said = capsys.readouterr().out
+    assert "answers    100, 2 different; 92 % 'yes'" in said
+    assert "what stands out:\n  92 % of the answers are 'yes': a model that always says so is right that often\n" in said
+    assert main(chosen) == Exit.OK and capsys.readouterr().out == said
+    assert main(("doctor", "data", "--json", *chosen[2:])) == Exit.OK
+    assert json.loads(capsys.readouterr().out)["learning"]["common"] == [{"text": "yes", "count": 92}]
+
+
+def test_doctor_data_refuses_what_the_check_refuses(chosen: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(("doctor", "data", *chosen[2:])) == Exit.USAGE
+    assert f"problems   {ROWS}" in capsys.readouterr().out

@@ -59,7 +59,7 @@ def test_every_verb_refuses_alike(here: Path, verb: str, name: str, text: str, c
 def test_prune_takes_runs_by_name(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", "prune", "monday", "last"]) == 0
     said = capsys.readouterr().out
-    assert "2 run(s)" in said and "monday-2" not in said and "nothing was removed" in said
+    assert "2 runs, " in said and "monday-2" not in said and "nothing was removed" in said
     assert main(["runs", "prune", "monday", "last", "--yes"]) == 0
     assert sorted(path.name for path in (here / "runs").iterdir()) == ["monday-2"]
     assert main(["runs", "prune", "mond", "--keep", "1", "--yes"]) == 0

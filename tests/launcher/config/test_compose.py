@@ -42,6 +42,25 @@ def test_defaults() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("overrides", "runtime"),
+    [
+        ([], "process"),
+        (["hardware=ascend910b"], "docker"),
+        (["hardware=p4"], "docker"),
+        (["cluster.runtime=auto", "cluster=example"], "docker"),  # other machines, the CPU's too
+        (["cluster.nodes.0.host=gpu1"], "docker"),
+        (["cluster.nodes.0.port=2222"], "docker"),  # another machine behind this port
+        (["cluster.runtime=docker"], "docker"),
+        (["cluster.runtime=process", "hardware=h200"], "process"),
+        (["cluster.runtime=process", "cluster=example"], "process"),  # which a rule refuses
+        (["hardware.accelerator=cuda"], "docker"),
+    ],
+)
+def test_the_runtime_follows_the_hardware_unless_it_is_given(overrides: list[str], runtime: str) -> None:
+    assert compose(overrides, CONF).cluster.runtime == runtime
+
+
 def test_a_measured_cell_is_used_and_can_be_overridden_or_omitted() -> None:
     tuned = compose([], CONF)
     assert (tuned.run.steps, tuned.stage.global_batch, tuned.stage.optimizer.warmup) == (300, 64, 20)
@@ -122,7 +141,7 @@ def test_wrong_overrides_are_reported_together() -> None:
         "the config is refused, 3 overrides are wrong:\n"
         "  hardware=asend910b: unknown hardware 'asend910b'; did you mean 'ascend910b'? "
         "valid are: ascend910b, ascend910c, cpu, h200, p4, rtx3090\n"
-        "  data.trian=3: unknown key 'data.trian' in data; did you mean 'train'? valid are: builtin, evaluation, images, length_aware, "
+        "  data.trian=3: unknown key 'data.trian' in data; did you mean 'train'? valid are: augmentation, builtin, evaluation, images, length_aware, "
         "max_length, max_pixels, max_tiles, name, packing, padding_free, rows, train, workers\n"
         "  micro_batch=4: unknown key 'micro_batch'; did you mean 'strategy.micro_batch'?"
     )

@@ -66,7 +66,7 @@ def test_cuda_devices_in_a_container_and_without(plan_for: PlanFor, runtime: str
 
 def test_npus_without_a_container_are_named_by_their_own_numbers(plan_for: PlanFor) -> None:
     words = ("hardware=ascend910b", "cluster.devices_per_node=2", "cluster.nodes.0.devices=[6,2]", "cluster.ascend_runtime=true")
-    (command,) = plan_for(*words).commands
+    (command,) = plan_for(*words, "cluster.runtime=process").commands
     assert visible(command.environment) == {"ASCEND_RT_VISIBLE_DEVICES": "2,6"}
 
 

@@ -58,6 +58,12 @@ def test_an_image_that_may_not_be_built_is_refused(
     assert all(word in str(caught.value) for word in words)
 
 
+def test_a_refusal_names_the_command_that_accepts_a_known_licence(image: Image) -> None:
+    column = load_stacks(ROOT / "images")["ascend910b"].licence
+    with pytest.raises(ImageFailed, match=r"omnilaunch licence show cann.*omnilaunch licence accept cann"):
+        refuse_unbuildable(replace(image, licence=column), Delivery(), CLIENT)
+
+
 def test_an_image_that_may_be_built_is_not_refused(image: Image) -> None:
     refuse_unbuildable(image, Delivery(), CLIENT)
     refuse_unbuildable(replace(image, licence="CANN 2.0"), Delivery(accept_licence=True), CLIENT)

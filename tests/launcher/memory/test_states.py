@@ -10,7 +10,8 @@ import pytest
 from launcher.check.strategy import STATES_SHARE, resolve
 from launcher.config.compose import compose
 from launcher.config.schema import Config
-from launcher.memory.states import GIB, lora_parameters, model_states, trainable_parameters, world_size
+from launcher.memory.estimate import SET_ASIDE, answering_memory, estimate_memory
+from launcher.memory.states import AVERAGE, GIB, lora_parameters, model_states, trainable_parameters, world_size
 
 CONF = Path(__file__).parents[3] / "conf"
 LLAVA = 7_063_427_072
@@ -155,3 +156,34 @@ def test_spares_are_no_ranks() -> None:
 
 def test_a_batch_that_cannot_be_shared_is_left_for_check() -> None:
     assert resolve(compose(["cluster.devices_per_node=3"], CONF)).config.strategy.micro_batch == 1
+
+
+@pytest.mark.parametrize(("name", "share"), [("ddp", 8), ("zero2", 8), ("zero3", 8)])  # ddp is rendered as stage 1
+def test_an_average_of_the_weights_takes_four_bytes_each_and_is_divided_like_the_optimizer(name: str, share: int) -> None:
+    config = with_strategy(llava("stage.optimizer.ema_decay=0.999"), name=name)
+    items, without = (model_states(each).items_bytes for each in (config, with_strategy(llava(), name=name)))
+    assert items == {**without, AVERAGE: -(-4 * TRAINED // share)}
+    plain = model_states(llava("stage.optimizer.ema_decay=0.999", "precision=fp32"))
+    assert plain.items_bytes[AVERAGE] == 4 * TRAINED
+
+
+def test_an_average_is_offloaded_with_the_optimizer_and_shown_by_the_plan() -> None:
+    config = with_strategy(llava("stage.optimizer.ema_decay=0.999"), name="zero2", offload_optimizer=True)
+    without = with_strategy(llava(), name="zero2", offload_optimizer=True)
+    states, before = model_states(config), model_states(without)
+    assert states.items_bytes[AVERAGE] == 0 and states.host_bytes - before.host_bytes == 8 * -(-4 * TRAINED // 8)
+    shown = {item.name: item.size_bytes for item in estimate_memory(llava("stage.optimizer.ema_decay=0.999")).items}
+    assert shown[AVERAGE] == -(-4 * TRAINED // 8) and AVERAGE not in {item.name for item in estimate_memory(llava()).items}
+
+
+def test_weights_that_averages_displace_are_counted_for_an_evaluation_where_no_copy_is_kept() -> None:
+    """Without ZeRO the optimizer updates the model's own weights; with it they are made again from its copy."""
+    options = ("precision=fp32", "cluster.devices_per_node=1", "stage.optimizer.ema_decay=0.999")
+    single = with_strategy(llava(*options), name="single")
+    kept = {item.name: item.size_bytes for item in answering_memory(single).items}
+    assert kept[SET_ASIDE] == 4 * TRAINED
+    for other in (
+        with_strategy(single, name="zero1"),
+        with_strategy(llava(*options, "stage.optimizer.ema_weights=trained"), name="single"),
+    ):
+        assert SET_ASIDE not in {item.name for item in answering_memory(other).items}

@@ -21,7 +21,7 @@ NOW = datetime(2026, 11, 21, 1, 2, 3, tzinfo=UTC)
     "overrides",
     [
         (),
-        ("hardware=p4", "run.steps=100"),
+        ("hardware=p4", "run.steps=100", "cluster.delivery.accept_licence=true"),
         (
             "run.force=it's fine",
             "data=files",

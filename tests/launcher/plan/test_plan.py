@@ -140,7 +140,7 @@ def test_the_command_plans_what_was_typed(monkeypatch: pytest.MonkeyPatch, tmp_p
     for run_id in ("a/b", "..", "a b"):
         with pytest.raises(ConfigRefused, match=r"--run-id"):
             plan_of(overrides, run_id)
-    with pytest.raises(ConfigRefused, match=r"stage\.checkpoint=mondy: neither a run"):
+    with pytest.raises(ConfigRefused, match=r"stage\.checkpoint=mondy: there is no folder and no run of this name in"):
         plan_of(["stage=lora", "stage.checkpoint=mondy"], "")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launcher.commands.plan import plan_of
+from launcher.commands.plan import plan_here, plan_of
 from launcher.config.compose import compose
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused
@@ -105,7 +105,7 @@ def test_refused_with_what_to_write(here: Path, name: str) -> None:
 
 
 def test_a_file_that_is_not_there_can_be_planned_with_and_not_launched(here: Path) -> None:
-    plan = plan_of((*FILES[:1], "data.train=row.json", "data.evaluation=rows.json"), "R")
+    plan, _ = plan_here((*FILES[:1], "data.train=row.json", "data.evaluation=rows.json"), "R")
     assert plan.verdict.ok and not plan.verdict.launchable
     text = describe_short(plan)
     assert (
@@ -114,7 +114,7 @@ def test_a_file_that_is_not_there_can_be_planned_with_and_not_launched(here: Pat
     with pytest.raises(ConfigRefused, match=r"there is no file row\.json"):
         refuse(plan.verdict, launching=True)
     for words in (FILES, (*FILES[:1], "data.train=row.json", "cluster=example"), ("data.train=row.json", "data=files", "cluster=example")):
-        assert plan_of(words, "R").verdict.launchable, "the nodes have files of their own"
+        assert plan_here(words, "R")[0].verdict.launchable, "the nodes have files of their own"
 
 
 def test_rows_on_the_nodes_can_be_given(here: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher.plan.text import measure, table, wants_colours, wrap
+from launcher.plan.text import duration, figure, measure, size, table, wants_colours, wrap
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,34 @@ def test_lines_are_broken_at_spaces_and_indented() -> None:
 def test_a_table_of_wide_names_is_straight() -> None:
     first, second = table({"\u4e2d": "x", "abc": "y"}).splitlines()
     assert measure(first) == measure(second) == 6
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1.36012, "1.360"), (0.0076123, "0.007612"), (0.963, "0.9630"), (12.3456, "12.35"), (153.786, "153.8"), (-0.5, "-0.5000"),
+        (5256.4, "5,256"), (1638864.0, "1,638,864"), (26078.43, "26,078"), (9999.6, "10,000"), (297.0, "297"), (0.0, "0"),
+        (4.02e-7, "4.02e-07"), (0.00099, "9.90e-04"), (float("nan"), "nan"), (float("inf"), "inf"),
+    ],
+)  # fmt: skip
+def test_figures_have_four_significant_digits(value: float, text: str) -> None:
+    assert figure(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        *((0, "0.0 s"), (0.84, "0.8 s"), (9.94, "9.9 s"), (11.067, "11 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s")),
+        *((3599.7, "1 h 00 min"), (3781, "1 h 03 min"), (86399, "23 h 59 min"), (86400, "1 d 00 h"), (190800, "2 d 05 h")),
+    ],
+)
+def test_durations_are_read_at_a_glance(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"),
+    [(0, "0 MiB"), (146 * 2**20, "146 MiB"), (2**30, "1.0 GiB"), (63.25 * 2**30, "63.2 GiB"), (2**41, "2,048.0 GiB")],
+)
+def test_sizes(size_bytes: float, text: str) -> None:
+    assert size(size_bytes) == text

@@ -100,8 +100,9 @@ def test_the_highest_moment_is_shown_beside_the_plan(plan: Plan) -> None:
     assert text.index("weights") < text.index("activations")
 
 
+ACCEPTED = "cluster.delivery.accept_licence=true"
 FULL_7B = (
-    *("hardware=rtx3090", "model=llava_1_5_7b", "stage=full", "strategy=zero2", "strategy.micro_batch=1"),
+    *("hardware=rtx3090", ACCEPTED, "model=llava_1_5_7b", "stage=full", "strategy=zero2", "strategy.micro_batch=1"),
     *("data=files", "data.train=a.json", "data.images=photos", "data.max_length=1024"),
 )
 STACKS = load_stacks(PROJECT / "images")
@@ -138,13 +139,13 @@ def test_what_is_traced_stands_in_the_place_of_what_is_counted() -> None:
 
 
 def test_a_traced_peak_that_does_not_fit_is_refused_though_the_counted_one_does(plan_for: Callable[..., Plan]) -> None:
-    counted = plan_for("hardware=rtx3090")
+    counted = plan_for("hardware=rtx3090", ACCEPTED)
     assert counted.verdict.launchable and counted.memory is not None and counted.memory.fits
     report = peak_of(weights=2, optimizer=4, activations=30)
     with pytest.raises(ConfigRefused, match=r"by a traced step, the peak takes \d+\.\d GiB on each device .*, which has 24:") as caught:
         go_by_trace(untraced("hardware=rtx3090"), report, STACKS)
     assert f"by arithmetic {counted.memory.total_bytes / GIB:.1f} GiB" in str(caught.value)
-    forced = go_by_trace(untraced("hardware=rtx3090", "run.force=to see it fail"), report, STACKS)
+    forced = go_by_trace(untraced("hardware=rtx3090", ACCEPTED, "run.force=to see it fail"), report, STACKS)
     assert forced.verdict.launchable and "by a traced step" in forced.verdict.forced[0].what
 
 

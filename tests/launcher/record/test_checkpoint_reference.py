@@ -120,10 +120,10 @@ def test_a_run_without_a_whole_checkpoint_is_refused(run: Path, tmp_path: Path) 
 def test_a_missing_checkpoint_is_refused_if_all_nodes_are_local(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some/folder").mkdir(parents=True)
-    with pytest.raises(ConfigRefused, match=r"stage\.checkpoint=Q: neither a run in .*the newest are: R"):
+    with pytest.raises(ConfigRefused, match=r"stage\.checkpoint=Q: there is no folder and no run of this name in .*the newest are: R"):
         resolved(config_for("Q"), tmp_path)
     for text in ("some/foldr", "n" * 300, "/nowhere/at/all"):
-        with pytest.raises(ConfigRefused, match=r"neither a run .* nor a folder"):
+        with pytest.raises(ConfigRefused, match=r"there is no folder and no run of this name"):
             resolved(config_for(text), tmp_path)
     for text in ("some/folder", "./some/folder", ""):
         assert resolved(config_for(text), tmp_path) == text

@@ -1,6 +1,8 @@
 """What a person reads of a finished run: where its files are, and no next command that cannot work."""
 
+import json
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -11,8 +13,16 @@ import pytest
 from launcher.plan.plan import Plan
 from launcher.record.checkpoint_reference import ON_NODE
 from launcher.record.description import describe_record, next_commands
+from launcher.record.metrics import read_rows
 from launcher.record.record import AttemptOutcome, NodeResult, Record, SourceState, Status, close_run, open_run
+from launcher.record.report.summary import list_figures
+from launcher.record.run_files import read_run_files
+from launcher.record.verdict import speeds_of
+from launcher.run.progress import Rate
+from tests.launcher.planted import set_value
+from trainer.contract import RESULT_FILE, SCHEMA, TrainResult, write
 
+PROJECT = Path(__file__).resolve().parents[3]
 SOURCE = SourceState(commit="", dirty=False)
 NOW = datetime(2026, 11, 21, 1, 2, 3, tzinfo=UTC)
 ENDED = NodeResult(host="localhost", node_rank=0, code=0, seconds=1.0, killed=False)
@@ -36,22 +46,80 @@ def test_a_run_is_followed_by_what_was_typed_with_another_stage(plan_for: Callab
     kept = (f"cluster.root={tmp_path}", "run.seed=3", "precision=bf16")
     plan = plan_for("stage=full", "stage.optimizer.lr=1e-3", *kept)
     assert commands(plan, tmp_path) == [
-        ["launch", *kept, "stage=evaluate", "stage.checkpoint=R"],
-        ["launch", *kept, "stage=lora", "stage.checkpoint=R"],
-        ["launch", *kept, "stage=serve", "stage.checkpoint=R"],
+        ["launch", *kept, "stage=evaluate", "stage.checkpoint=last"],
+        ["launch", *kept, "stage=lora", "stage.checkpoint=last"],
+        ["launch", *kept, "stage=serve", "stage.checkpoint=last"],
         ["runs"],
     ]
+
+
+def test_what_only_a_training_stage_reads_is_left_out_for_the_others(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    steps = ("run.steps=300", "run.save_every=10")
+    kept = (f"cluster.root={tmp_path}", "run.force=it's fine")
+    assert commands(plan_for(*kept, *steps), tmp_path)[:-1] == [
+        ["launch", *kept, "stage=evaluate", "stage.checkpoint=last"],
+        ["launch", *kept, *steps, "stage=lora", "stage.checkpoint=last"],
+        ["launch", *kept, "stage=serve", "stage.checkpoint=last"],
+    ]
+
+
+def test_a_run_is_called_last_only_while_it_is_the_newest(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    plan = plan_for(f"cluster.root={tmp_path}")
+    record = end(plan)
+    assert "stage.checkpoint=last" in next_commands(record, plan)
+    newer = Path(shutil.copytree(plan.folder, tmp_path / "runs/newer"))
+    set_value("result.json", "started_at", "2026-11-22T00:00:00+00:00")(newer)
+    assert "stage.checkpoint=R" in next_commands(record, plan) and "=last" not in next_commands(record, plan)
+
+
+def test_the_next_commands_find_the_users_own_folder(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    (tmp_path / "my conf/cluster").mkdir(parents=True)
+    text = (PROJECT / "conf/cluster/local.yaml").read_text(encoding="utf-8")
+    (tmp_path / "my conf/cluster/lab.yaml").write_text(text.replace("name: local", "name: lab"))
+    plan = replace(plan_for(f"cluster.root={tmp_path}"), overrides=("cluster=lab",), conf=str(tmp_path / "my conf"))
+    assert commands(plan, tmp_path)[0] == [
+        *("launch", "cluster=lab", "stage=evaluate", "stage.checkpoint=last", "--conf", str(tmp_path / "my conf"))
+    ]
+
+
+def row(step: int, seconds: float) -> str:
+    values = {"step": step, "steps": 20, "loss": 1.23456, "lr": 1e-3, "grad_norm": 1.0, "samples": 8, "tokens": 80, "seconds": seconds}
+    return json.dumps(values | {"peak_bytes": 2**29}) + "\n"
+
+
+def test_a_run_has_one_speed(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    """At its end, in its record, in a report, in a comparison and while it runs: the median, without the warm-up."""
+    plan = plan_for(f"cluster.root={tmp_path}", "run.steps=200")
+    folder = open_run(plan, SOURCE)
+    rows = [row(step, 9.0 if step <= 2 else 0.1 if step % 5 else 0.5) for step in range(1, 21)]
+    (folder / "metrics.jsonl").write_text("".join(rows))
+    outcome = AttemptOutcome(status="finished", code=0, nodes=(ENDED,))
+    record = close_run(plan, SOURCE, outcome, started=NOW, ended=NOW + timedelta(seconds=3781))
+    speed = "80 samples/s, 800 tokens/s (the median of 18 steps, the first 2 not counted)"
+    text, run = describe_record(record, plan), read_run_files(folder)
+    assert f"throughput  {speed}" in text and "final loss  1.235" in text and "took        1 h 03 min" in text
+    assert dict(list_figures(run))["throughput"] == speed and dict(list_figures(run))["duration"] == "1 h 03 min"
+    assert record.samples_per_s == speeds_of(run)["throughput"] == 80.0
+    rate = Rate()
+    for each in read_rows(folder / "metrics.jsonl"):
+        shown = rate.describe(each)
+    assert (shown["samples_per_s"], shown["tokens_per_s"], shown["memory"], shown["loss"]) == (
+        "80 samples/s",
+        "800 tokens/s",
+        "512 MiB",
+        "1.235",
+    )
 
 
 def test_what_cannot_follow_is_not_offered(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
     """LoRA's 16 samples cannot be cut into micro-batches of 64, and an evaluation that is switched off does nothing."""
     root = f"cluster.root={tmp_path}"
     assert [words[2:] for words in commands(plan_for(root, "tune=null", "strategy.micro_batch=64"), tmp_path)[:-1]] == [
-        ["tune=null", "strategy.micro_batch=64", f"stage={stage}", "stage.checkpoint=R"] for stage in ("evaluate", "serve")
+        ["tune=null", "strategy.micro_batch=64", f"stage={stage}", "stage.checkpoint=last"] for stage in ("evaluate", "serve")
     ]
     assert [
         words[2:] for words in commands(replace_folder(plan_for(root, "run.evaluation.enabled=false"), tmp_path / "b"), tmp_path)[:-1]
-    ] == [["run.evaluation.enabled=false", f"stage={stage}", "stage.checkpoint=R"] for stage in ("lora", "serve")]
+    ] == [["run.evaluation.enabled=false", f"stage={stage}", "stage.checkpoint=last"] for stage in ("lora", "serve")]
 
 
 def replace_folder(plan: Plan, folder: Path) -> Plan:
@@ -120,4 +188,28 @@ def test_a_checkpoint_on_a_node_is_named_by_its_node(plan_for: Callable[..., Pla
 def test_where_every_node_sees_it_nothing_is_copied(plan_for: Callable[..., Plan], tmp_path: Path, words: tuple[str, ...]) -> None:
     plan = elsewhere(plan_for(*REMOTE, *words), tmp_path)
     first, *_ = next_commands(saved(plan, "a"), plan).splitlines()
-    assert "stage=evaluate stage.checkpoint=R" in first
+    assert "stage=evaluate stage.checkpoint=last" in first
+
+
+def test_why_a_run_ended_early_is_in_its_record_and_in_the_text(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    plan = plan_for(f"cluster.root={tmp_path}")
+    why = "stopped early at step 40: exact_match did not improve over 3 evaluations"
+    folder = open_run(plan, SOURCE)
+    result = TrainResult(
+        schema=SCHEMA,
+        status="finished",
+        steps=40,
+        seconds=1.0,
+        samples_per_s=1.0,
+        final_loss=1.0,
+        checkpoint="",
+        weights_sha256="",
+        evaluation={},
+        ended=why,
+    )
+    write(result, folder / RESULT_FILE)
+    record = close_run(plan, SOURCE, AttemptOutcome(status="finished", code=0, nodes=(ENDED,)), started=NOW, ended=NOW)
+    assert (record.status, record.steps, record.ended) == ("finished", 40, why)
+    said = describe_record(record, plan)
+    assert "40 of 300" in said and why in said
+    assert dict(list_figures(read_run_files(folder)))["ended"] == why

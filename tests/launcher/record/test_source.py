@@ -19,14 +19,21 @@ def git(folder: Path, *words: str, content: bytes = b"") -> str:
     return subprocess.run(("git", *name, *words), cwd=folder, input=content, capture_output=True, check=True).stdout.decode().strip()
 
 
+FILES = (
+    *("trainer/train/loop.py", "launcher/cli.py", "images/versions.yaml", "images/locks/cpu.txt", "images/entrypoint.sh", "pyproject.toml"),
+    *("conf/config.yaml", "conf/stage/lora.yaml", "conf/stage/full.yaml", "conf/cluster/lab.yaml", "conf/tune/tiny.yaml"),
+    *("README.md", "docs/results/cell.jsonl", "docs/compare.md", "tests/test_x.py", "Makefile"),
+)
+USED = ("conf/config.yaml", "conf/stage/lora.yaml", "conf/cluster/lab.yaml", "conf/tune/tiny.yaml")  # of the run's config
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A project with one commit."""
     project = tmp_path / "project"
-    for name in ("trainer/train", "conf", "docs"):
-        (project / name).mkdir(parents=True)
-    (project / "trainer/train/loop.py").write_text("steps = 1\n")
-    (project / "conf/lab.yaml").write_text("host: a\n")
+    for name in FILES:
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text("steps = 1\n")
     git(project, "init", "-q")
     git(project, "add", ".")
     git(project, "commit", "-q", "-m", "first")
@@ -65,9 +72,9 @@ def test_the_diff_does_not_depend_on_the_users_git_config(tree: Path, setting: s
 
 def test_the_diff_covers_the_code_only(tree: Path) -> None:
     """Cluster files may hold addresses with credentials, and the config is in the record as it was resolved."""
-    (tree / "conf/lab.yaml").write_text("index: https://ann:pa55@mirror\n")
+    (tree / "conf/stage/lora.yaml").write_text("index: https://ann:pa55@mirror\n")
     (tree / "docs/notes.md").write_text("notes\n")
-    found = read_source(tree)
+    found = read_source(tree, USED)
     assert found.state.dirty and found.diff == b"" and not found.state.diff_lacks
 
 
@@ -166,8 +173,67 @@ def test_untracked_files_elsewhere_are_listed_and_change_nothing(tree: Path, mon
     found = read_source(tree)
     assert not found.state.dirty and found.diff == b"" and set(found.state.untracked) == {"notes.txt", "conf/mine.yaml", "link", "a\\udcff"}
     assert replace(found.state, untracked=()) == clean.state
-    monkeypatch.setattr(source, "MAX_UNTRACKED", 1)
+    monkeypatch.setattr(source, "MAX_LISTED", 1)
     assert read_source(tree).state.untracked[1:] == ("and 3 more",)
+
+
+# The file that is changed, made or removed -> whether the commit alone no longer gives what the run used.
+CHANGES = {
+    "trainer/train/loop.py": True,
+    "launcher/cli.py": True,
+    "images/versions.yaml": True,
+    "images/locks/cpu.txt": True,
+    "images/entrypoint.sh": True,
+    "pyproject.toml": True,
+    "trainer/new.py": True,
+    "conf/config.yaml": True,
+    "conf/stage/lora.yaml": True,
+    "conf/tune/tiny.yaml": True,
+    "conf/stage/full.yaml": False,  # of another stage
+    "conf/cluster/lab.yaml": False,  # where it runs
+    "conf/cluster/mine.yaml": False,
+    "conf/stage/mine.yaml": False,
+    "README.md": False,
+    "docs/results/cell.jsonl": False,  # a bench adds a line
+    "docs/compare.md": False,
+    "docs/new.md": False,
+    "tests/test_x.py": False,
+    "Makefile": False,
+    "report-monday.html": False,
+    "runs/monday/plan.json": False,
+    "notes.txt": False,
+}
+
+
+@pytest.mark.parametrize("how", ["changed", "staged", "removed"])
+@pytest.mark.parametrize(("name", "dirty"), CHANGES.items())
+def test_which_changes_make_a_tree_dirty(tree: Path, name: str, dirty: bool, how: str) -> None:
+    clean, file = read_source(tree, USED), tree / name
+    tracked = file.exists()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("steps = 2\n")
+    if how == "removed" and tracked:
+        file.unlink()
+    if how == "staged":
+        git(tree, "add", name)
+    found = read_source(tree, USED).state
+    assert found.dirty is dirty
+    listed = replace(found, dirty=False, untracked=(), changed=(), conf=(), diff_sha256="", diff_bytes=0)
+    assert listed == clean.state and bool(found.diff_sha256) is (dirty and name not in USED)
+    assert found.conf == ((name,) if dirty and name in USED else ())
+    assert (name in found.changed) is (not dirty and (tracked or how == "staged")), "named, for information"
+
+
+def test_a_file_that_the_run_used_and_no_commit_has(tree: Path) -> None:
+    """Ignored ones, too; a file of the user's own folder is named by its path, and where it runs is no change."""
+    (tree / ".gitignore").write_text("conf/model/\n")
+    git(tree, "add", ".")
+    git(tree, "commit", "-q", "-m", "ignore")
+    (tree / "conf/model").mkdir()
+    (tree / "conf/model/mine.yaml").write_text("x: 1\n")
+    used = (*USED, "conf/model/mine.yaml", "/home/ann/conf/cluster/rack.yaml", "/home/ann/conf/stage/mine.yaml")
+    assert read_source(tree, used).state.conf == ("conf/model/mine.yaml", "/home/ann/conf/stage/mine.yaml")
+    assert not read_source(tree, (*USED, "/home/ann/conf/cluster/rack.yaml")).state.dirty
 
 
 def test_a_changed_submodule_is_named(tree: Path) -> None:

@@ -199,7 +199,9 @@ def test_other_hardware_is_equivalent_within_a_stated_band(tmp_path: Path) -> No
     changes = (set_value("plan.json", "config.hardware.name", "h200"), set_value("environment.json", "driver", "570.1"), other_losses)
     assert held(tmp_path / "a", *changes, allow=["hardware"], bands=Bands(loss=0.02)).outcome is Outcome.EQUIVALENT
     outside = held(tmp_path / "b", *changes, allow=["hardware"], bands=Bands(loss=0.005))
-    assert outside.outcome is Outcome.DIFFERENT and "at most 1.000% difference" in describe_comparison(outside)
+    assert outside.outcome is Outcome.DIFFERENT and "the means of tenths of the steps differ by at most 1.00%" in describe_comparison(
+        outside
+    )
 
 
 def test_without_band_or_repeats_nothing_is_called_noise(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def p4_here(tmp_path: Path) -> dict[str, str]:
 
 
 def test_free_memory_of_this_machine_replaces_the_data_sheet(plan_for: Callable[..., Plan], p4_here: dict[str, str]) -> None:
-    plan = plan_for("hardware=p4", "hardware.memory_gib=80")
+    plan = plan_for("hardware=p4", "cluster.runtime=process", "hardware.memory_gib=80")
     examined = look_at(plan, p4_here)
     assert plan.memory is not None and examined.memory is not None
     assert (plan.memory.limit_bytes, examined.memory.limit_bytes) == (80 * 2**30, 7.5 * 2**30)
@@ -73,7 +73,9 @@ def test_free_memory_of_this_machine_replaces_the_data_sheet(plan_for: Callable[
 
 def test_what_does_not_fit_this_machines_accelerator_is_refused(plan_for: Callable[..., Plan], p4_here: dict[str, str]) -> None:
     """The data sheet alone would allow it: the test says 80 GiB."""
-    plan = plan_for("hardware=p4", "hardware.memory_gib=80", "model=llava_1_5_7b", "precision=fp16", "stage=lora", *DATA)
+    plan = plan_for(
+        "hardware=p4", "cluster.runtime=process", "hardware.memory_gib=80", "model=llava_1_5_7b", "precision=fp16", "stage=lora", *DATA
+    )
     with pytest.raises(NodeFailed, match=r"error +localhost: fit\n.* 7\.5 of 7\.5 are free"):
         look_at(plan, p4_here)
 

@@ -37,7 +37,14 @@ from trainer.contract import (
     TrainSpec,
     read,
 )
-from trainer.contract.checkpoint_files import cut_rows, fixed_settings, newest_checkpoint, refuse_other_run, whole_checkpoints
+from trainer.contract.checkpoint_files import (
+    cut_rows,
+    default_of,
+    fixed_settings,
+    newest_checkpoint,
+    refuse_other_run,
+    whole_checkpoints,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LORA = StageSpec(name="lora", kind="train", trainable=("projector",), lora=Lora(r=4, alpha=8, dropout=0.05, targets=("q_proj", "v_proj")))
@@ -367,3 +374,15 @@ def test_what_may_differ_between_attempts_is_where_and_how_fast(tiny_spec: Any) 
     assert not {key for key in parts if key.startswith(("device.", "deepspeed.", "evaluation."))}
     assert fixed_settings(replace(spec, output="/elsewhere", deepspeed={})) == parts
     assert json.loads(json.dumps(parts)) == parts
+
+
+def test_a_checkpoint_of_a_version_without_a_setting_is_one_with_its_default(half_done: TrainSpec) -> None:
+    state = newest_checkpoint(Path(half_done.output))
+    assert state is not None
+    new = ("optimizer.ema_decay", "stage.neftune_alpha", "data.augmentation.crop", "optimizer.decay")
+    older = replace(state, spec={key: value for key, value in state.spec.items() if key not in new})
+    refuse_other_run(older, half_done, state.data_sha256)
+    other = replace(half_done, stage=replace(half_done.stage, neftune_alpha=5.0))
+    with pytest.raises(InputRefused, match=r"stage.neftune_alpha was 0.0 and is 5.0"):
+        refuse_other_run(older, other, state.data_sha256)
+    assert [default_of(key) for key in (*new, "data.max_length", "no.such.key")] == [0.0, 0.0, 0.0, 0.1, None, None]

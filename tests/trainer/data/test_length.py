@@ -158,3 +158,15 @@ def test_the_processor_of_a_run(tiny_spec: Any, tmp_path: Path) -> None:
     assert len(found[0].tokens) == 5 and sum(found[0].image_tokens) > 0
     absent = replace(spec, model=replace(spec.model, source=Source(kind="hub", id="absent/model")))
     assert "the processor of the model is not available on this machine" in measure(samples, SIZES, absent).unmeasured
+
+
+@pytest.mark.parametrize("template", [VICUNA, CHATML], ids=["vicuna", "chatml"])
+def test_trained_tokens_are_those_with_labels(template: Any, processor: Any) -> None:
+    """Up to a token for each answer, which may merge with its neighbour."""
+    talks = random_talks(50)
+    spans = [[processor.span(SIZES[path], index) for index, path in enumerate(sample.images)] for sample in talks]
+    encoded = [encode(sample, processor.tokenizer, template, "<image>", each, 10**6) for sample, each in zip(talks, spans, strict=True)]
+    labels = sum(label != -100 for one in encoded for label in one.labels)
+    answers = sum(message.role == "assistant" for sample in talks for message in sample.messages)
+    found = measure_with(processor, talks, SIZES, template, "<image>", max_length=10**6)
+    assert abs(found.trained - labels) <= answers and 0.05 < found.trained / sum(found.tokens) < 0.9

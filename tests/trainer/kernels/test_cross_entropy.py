@@ -32,16 +32,16 @@ class Toy(torch.nn.Module):
         return self.head(torch.tanh(self.embed(ids)))  # type: ignore[no-any-return]
 
 
-def measure(model: Any, run: Callable[[], Tensor], targets: Tensor, chunk: int) -> tuple[float, dict[str, Tensor]]:
+def measure(model: Any, run: Callable[[], Tensor], targets: Tensor, chunk: int, smoothing: float = 0.0) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()
-    loss = sum_loss(model, run, targets, chunk=chunk)
+    loss = sum_loss(model, run, targets, chunk=chunk, smoothing=smoothing)
     (loss * 0.37).backward()
     return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_equal(model: Any, run: Callable[[], Tensor], targets: Tensor, chunk: int) -> None:
+def assert_equal(model: Any, run: Callable[[], Tensor], targets: Tensor, chunk: int, smoothing: float = 0.0) -> None:
     """1e-6 of the largest gradient that there is: chunks are summed in another order, and a bias that cancels has nothing but noise."""
-    plain, chunked = (measure(model, run, targets, size) for size in (0, chunk))
+    plain, chunked = (measure(model, run, targets, size, smoothing) for size in (0, chunk))
     assert chunked[0] == pytest.approx(plain[0], rel=1e-6)
     assert chunked[1].keys() == plain[1].keys() and plain[1]
     largest = max(float(gradient.abs().max()) for gradient in plain[1].values())
@@ -58,6 +58,19 @@ def test_loss_and_gradients_are_those_of_the_plain_path(chunk: int, tied: bool, 
     ids, targets = torch.randint(50, (37,)), torch.randint(50, (37,))
     assert_equal(model, lambda: model(ids), targets, chunk)
     assert "forward" not in vars(model.head)  # the head is itself again
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 7, 37])
+@pytest.mark.parametrize(("tied", "bias"), [(False, True), (True, False)])
+def test_smoothed_loss_is_torchs_own(chunk: int, tied: bool, bias: bool) -> None:
+    torch.manual_seed(0)
+    model = Toy(tied=tied, bias=bias)
+    ids, targets = torch.randint(50, (37,)), torch.randint(50, (37,))
+    expected = torch.nn.functional.cross_entropy(model(ids), targets, label_smoothing=0.2, reduction="sum")
+    found, _ = measure(model, lambda: model(ids), targets, chunk, 0.2)
+    assert found == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert abs(found - measure(model, lambda: model(ids), targets, chunk)[0]) > 0.01
+    assert_equal(model, lambda: model(ids), targets, chunk, 0.2)
 
 
 def test_the_head_is_itself_again_after_an_error() -> None:

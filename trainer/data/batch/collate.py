@@ -13,7 +13,9 @@ from torch import Tensor
 
 from trainer.contract import InputRefused, TrainSpec
 from trainer.data.batch.cache import Cache
+from trainer.data.batch.draw import image_key, noise_spans
 from trainer.data.encode import IGNORED, Encoded, encode, encode_prompt
+from trainer.data.media.augment import augment
 from trainer.data.media.image import open_image
 from trainer.data.rows.sample import Sample
 
@@ -38,7 +40,7 @@ def collate(samples: Sequence[Sample], processor: "Processor", spec: TrainSpec, 
     Raises InputRefused with file and row for a sample that cannot be encoded or an image that cannot be opened.
     """
     cache = Cache(0) if cache is None else cache
-    images = [load_images(sample, processor, cache) for sample in samples]
+    images = [load_images(sample, processor, spec, cache) for sample in samples]
     texts = [encode_cached(sample, processor, spec, found, cache) for sample, found in zip(samples, images, strict=True)]
     dummy = dummy_images(processor, cache) if needs_dummy(images, spec) else ()
     padding = pad_rows([text.input_ids for text in texts], dummy, processor)
@@ -48,6 +50,7 @@ def collate(samples: Sequence[Sample], processor: "Processor", spec: TrainSpec, 
         "input_ids": input_ids,
         "attention_mask": int64_tensor([[1] * len(text.input_ids) + [0] * len(end) for text, end in rows]),
         "labels": int64_tensor([text.labels + [IGNORED] * len(end) for text, end in rows]),
+        **noise_spans(samples, [(row, 0, len(text.input_ids)) for row, text in enumerate(texts)], spec),
         **processor.text_inputs(input_ids),
         **join([*(image for found in images for image in found), *dummy], processor),
     }
@@ -61,7 +64,7 @@ def collate_prompts(
     Raises InputRefused as `collate` does.
     """
     cache = Cache(0) if cache is None else cache
-    images = [load_images(sample, processor, cache) for sample in samples]
+    images = [load_images(sample, processor, spec, cache) for sample in samples]
     prompts = [encode_prompt(sample, *encode_arguments(processor, spec, found)) for sample, found in zip(samples, images, strict=True)]
     dummy = dummy_images(processor, cache) if needs_dummy(images, spec) else ()
     tensors = collate_left([prompt.input_ids for prompt in prompts], [image for found in images for image in found], dummy, processor)
@@ -85,8 +88,16 @@ def collate_left(
 # -------------------------------------------------------------------------------------------------------------- image, text
 
 
-def load_images(sample: Sample, processor: "Processor", cache: Cache) -> tuple[Features, ...]:
+def load_images(sample: Sample, processor: "Processor", spec: TrainSpec, cache: Cache) -> tuple[Features, ...]:
+    """Augmented ones are different in every step, and are not kept in the cache."""
+    if sample.draw and spec.data.augmentation.any:
+        return tuple(draw_image(path, sample, index, processor, spec) for index, path in enumerate(sample.images))
     return tuple(load_image(path, sample, processor, cache) for path in sample.images)
+
+
+def draw_image(path: Path, sample: Sample, index: int, processor: "Processor", spec: TrainSpec) -> Features:
+    with naming_row(sample):
+        return make_features(augment(open_image(path), spec.data.augmentation, image_key(sample, index, spec)), processor)
 
 
 def load_image(path: Path, sample: Sample, processor: "Processor", cache: Cache) -> Features:

@@ -14,6 +14,7 @@ from trainer.contract import InputRefused, TrainSpec
 from trainer.data.batch.assign_to_ranks import Measure, Micro, share_of_rank
 from trainer.data.batch.cache import Cache
 from trainer.data.batch.collate import Features, collate, encode_cached, naming_row
+from trainer.data.batch.draw import mark_draw
 from trainer.data.batch.pack import collate_packed, collate_unpadded
 from trainer.data.media.image import read_size
 from trainer.data.rows.sample import Sample
@@ -26,7 +27,7 @@ STEPS_AHEAD = 2  # whose samples are measured and divided in advance
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
-Task = tuple[Micro | InputRefused, bool]  # a micro-batch, and whether it is the last one of its step
+Task = tuple[Micro | InputRefused, bool, int]  # a micro-batch, whether it is the last one of its step, and the step
 
 
 def batches(
@@ -50,10 +51,10 @@ def batches(
             return error
 
     def prepare(task: Task) -> tuple[dict[str, Tensor], bool]:
-        micro, last = task
+        micro, last, step = task
         if isinstance(micro, InputRefused):
             raise micro
-        rows = [[samples[number] for number in row] for row in micro]
+        rows = [[mark_draw(samples[number], spec, step=step, number=number) for number in row] for row in micro]
         if spec.data.packing:
             return collate_packed(rows, processor, spec, cache), last
         make = collate_unpadded if spec.data.padding_free else collate
@@ -61,14 +62,14 @@ def batches(
 
     with (
         closing(prefetch(share, iter(range(first_step, spec.steps)), min(workers, 1), STEPS_AHEAD)) as shares,
-        closing(prefetch(prepare, one_by_one(shares), workers, spec.batch.accumulation + workers)) as prepared,
+        closing(prefetch(prepare, one_by_one(shares, first_step), workers, spec.batch.accumulation + workers)) as prepared,
     ):
-        step: list[dict[str, Tensor]] = []
+        whole: list[dict[str, Tensor]] = []
         for tensors, last in prepared:
-            step.append(tensors)
+            whole.append(tensors)
             if last:
-                yield tuple(step)
-                step = []
+                yield tuple(whole)
+                whole = []
 
 
 def refuse_unusable(samples: Sequence[Sample], processor: "Processor", spec: TrainSpec) -> None:
@@ -85,10 +86,10 @@ def refuse_unusable(samples: Sequence[Sample], processor: "Processor", spec: Tra
         )
 
 
-def one_by_one(shares: Iterable[tuple[Micro, ...] | InputRefused]) -> Iterator[Task]:
-    for share in shares:
+def one_by_one(shares: Iterable[tuple[Micro, ...] | InputRefused], first_step: int) -> Iterator[Task]:
+    for step, share in enumerate(shares, start=first_step):
         micros = (share,) if isinstance(share, InputRefused) else share
-        yield from ((micro, number == len(micros)) for number, micro in enumerate(micros, start=1))
+        yield from ((micro, number == len(micros), step) for number, micro in enumerate(micros, start=1))
 
 
 def keep_lengths(samples: Sequence[Sample], processor: "Processor", spec: TrainSpec, cache: Cache) -> Measure:

@@ -7,6 +7,7 @@ modeling_flash_attention_utils; with several rows their samples would attend to 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from trainer.contract import TrainSpec
 from trainer.data.batch.cache import Cache
 from trainer.data.batch.collate import Features, dummy_images, encode_cached, int64_tensor, join, load_images, needs_dummy
+from trainer.data.batch.draw import noise_spans
 from trainer.data.encode import IGNORED
 from trainer.data.rows.sample import Sample
 
@@ -30,6 +32,7 @@ class TokenBlock:
     labels: list[int]
     images: tuple[Features, ...] = ()
     useful: bool = False
+    sample: Sample | None = None
 
 
 def collate_packed(
@@ -59,6 +62,7 @@ def collate_unpadded(samples: Sequence[Sample], processor: "Processor", spec: Tr
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
         "labels": int64_tensor([block.labels for block in blocks]),
+        **noise_spans(samples, [(row, 0, len(block.input_ids)) for row, block in enumerate(blocks)], spec),
         **processor.text_inputs(input_ids),
         **join([image for found in images for image in found], processor),
     }
@@ -77,9 +81,17 @@ def concatenate(blocks: list[TokenBlock], processor: "Processor", spec: TrainSpe
         "attention_mask": int64_tensor([[int(block.useful) for block in blocks for _ in block.input_ids]]),
         "position_ids": torch.cat([positions(block, processor) for block in blocks], dim=-1).unsqueeze(-2),
         **ends,
+        **block_spans(blocks, spec),
         **processor.text_inputs(input_ids),
         **join([image for block in blocks for image in block.images], processor),
     }
+
+
+def block_spans(blocks: list[TokenBlock], spec: TrainSpec) -> dict[str, Tensor]:
+    """As `noise_spans`, of blocks in one row. A dummy image gets no noise."""
+    starts = accumulate((len(block.input_ids) for block in blocks), initial=0)
+    found = [(block.sample, (0, start, len(block.input_ids))) for block, start in zip(blocks, starts, strict=False) if block.sample]
+    return noise_spans([sample for sample, _ in found], [place for _, place in found], spec)
 
 
 def sample_ends(lengths: list[int]) -> Tensor:
@@ -94,9 +106,9 @@ def positions(block: TokenBlock, processor: "Processor") -> Tensor:
 
 def sample_block(sample: Sample, processor: "Processor", spec: TrainSpec, cache: Cache) -> TokenBlock:
     """The first label is masked: the token before it belongs to another sample and must not learn to predict it."""
-    images = load_images(sample, processor, cache)
+    images = load_images(sample, processor, spec, cache)
     text = encode_cached(sample, processor, spec, images, cache)
-    return TokenBlock(input_ids=text.input_ids, labels=[IGNORED, *text.labels[1:]], images=images, useful=True)
+    return TokenBlock(input_ids=text.input_ids, labels=[IGNORED, *text.labels[1:]], images=images, useful=True, sample=sample)
 
 
 def dummy_block(processor: "Processor", spec: TrainSpec, cache: Cache) -> TokenBlock:

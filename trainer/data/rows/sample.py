@@ -57,6 +57,7 @@ class Sample:
     part: int = 0
     accepted: tuple[str, ...] = ()
     adjustments: tuple[str, ...] = ()
+    draw: str = ""  # what its random numbers depend on; '' = nothing is random about it
 
 
 def read_samples(file: Path, images: Path) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:

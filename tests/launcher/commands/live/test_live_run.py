@@ -1,9 +1,13 @@
 """What the verbs for a running run share, and what attach and status do with a run that has ended."""
 
 import gc
+import json
+import re
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +16,9 @@ from launcher.commands.live import attach, logs, status
 from launcher.commands.live.live_run import load_plan, require_containers
 from launcher.errors import ConfigRefused
 from launcher.plan.plan import Plan
+from launcher.record.lock import lock_run
 from tests.launcher.planted import write_run
+from trainer.contract import StepRow
 
 
 @pytest.mark.parametrize(
@@ -43,18 +49,39 @@ def test_a_run_of_processes_belongs_to_its_launcher(plan_for: Callable[..., Plan
         require_containers(plan_for(), "attach")
 
 
-@pytest.mark.parametrize(("words", "said"), [((), ", step 5 of 300"), (("stage=merge", "stage.checkpoint=/a"), "")], ids=("full", "merge"))
+@pytest.mark.parametrize(
+    ("words", "said"), [((), ", step 5 of 300, loss 1.235"), (("stage=merge", "stage.checkpoint=/a"), "")], ids=("full", "merge")
+)
 def test_the_status_of_a_run_that_did_not_train_counts_no_steps(
     tmp_path: Path, plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: str
 ) -> None:
     plan = plan_for(*words)
     write_run(tmp_path / "runs" / "monday", plan)
-    ended = type("Ended", (), {"status": "finished", "ended_at": "noon", "steps": 5})
+    ended = SimpleNamespace(
+        status="finished", ended_at="2026-11-21T01:02:03.456+00:00", steps=5, seconds=3781.2, final_loss=1.23456, failure=None
+    )
     monkeypatch.setattr(status, "read_record", lambda _: ended)
     monkeypatch.chdir(tmp_path)
     heard: list[str] = []
     status.run(Namespace(run="monday", say=heard.append))
-    assert heard == [f"finished at noon{said}"]
+    assert heard == [f"finished at 2026-11-21 01:02:03 UTC, after 1 h 03 min{said}"]
+
+
+def test_the_status_of_a_run_of_processes(tmp_path: Path, plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path / "runs" / "20261121-000000", plan_for())
+    monkeypatch.chdir(tmp_path)
+    heard: list[str] = []
+
+    def asked() -> str:
+        assert status.run(Namespace(run="last", say=heard.append)) == 0
+        return heard[-1]
+
+    with lock_run(folder):
+        assert re.fullmatch(r"running for .*, before its first step", asked())
+        row = StepRow(step=12, steps=300, loss=1.23456, lr=0.1, grad_norm=1.0, samples=64, tokens=2048, seconds=0.1, peak_bytes=1)
+        (folder / "metrics.jsonl").write_text(json.dumps(asdict(row)) + "\n{")
+        assert re.fullmatch(r"running for .*, step 12 of 300, loss 1\.235", asked())
+    assert asked() == ("no record, step 12 of 300, loss 1.235: its launcher was killed. To see the output: omnilaunch logs 20261121-000000")
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"schema": 1, "of_a_later_version": 2}'])

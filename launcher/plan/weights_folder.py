@@ -1,0 +1,98 @@
+"""The folder of weights that a plan names, where it is on this machine: does it exist, and does it hold the plan's model?"""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.check.problem import Problem
+from launcher.check.rules import Verdict
+from launcher.config.conf_folder import ConfFolder
+from launcher.config.schema import Config
+from launcher.config.source import PATH, expand_source
+from launcher.errors import ConfigRefused
+from launcher.plan.plan import Plan, refuse
+from launcher.weights.identity import find_differences, identify, load_models, read_config
+from trainer.contract import SpecError
+from trainer.contract.weight_files import fetched_revision
+
+SHOWN = 6  # differences in a message
+
+
+def judge_weights(plan: Plan, conf: Path | ConfFolder) -> Plan:
+    """The plan; with a problem that prevents its launch where a folder of this machine is missing. Raises ConfigRefused for a folder that holds
+    another model than the plan's, and offers the one that it holds. Folders that are only on the nodes are judged there."""
+    problems = tuple(problem for key, path in named_folders(plan) for problem in judge_folder(plan.config, key, Path(path), conf))
+    if any(not problem.launch_only for problem in problems):
+        refuse(replace(plan.verdict, problems=problems), launching=False, overrides=plan.overrides)
+    return replace(plan, verdict=with_problems(plan.verdict, problems)) if problems else plan
+
+
+def with_found_model(overrides: Sequence[str], conf: Path | ConfFolder) -> tuple[str, ...]:
+    """The overrides, with `model=NAME` in front where they name a folder but no model, and the folder holds one of ours."""
+    given = {key.strip(): text.strip().strip("'\"") for key, _, text in map(partition, overrides)}
+    if not given.get(PATH) or {"model", "experiment"} & set(given):
+        return tuple(overrides)
+    folder = Path(given[PATH])
+    try:
+        found = identify(folder, load_models(conf)).model if folder.is_dir() else ""
+    except (ConfigRefused, OSError):
+        found = ""
+    return (f"model={found}", *overrides) if found else tuple(overrides)
+
+
+def partition(override: str) -> tuple[str, str, str]:
+    try:
+        return expand_source(override).partition("=")
+    except ConfigRefused:  # reported when the config is composed
+        return override.partition("=")
+
+
+def named_folders(plan: Plan) -> Iterator[tuple[str, str]]:
+    """(key, folder) of what the stage starts from."""
+    if plan.spec.stage.checkpoint:
+        yield "stage.checkpoint", plan.spec.stage.checkpoint
+    elif plan.spec.model.source.path:
+        yield "model.source.path", plan.spec.model.source.path
+
+
+def judge_folder(config: Config, key: str, folder: Path, conf: Path | ConfFolder) -> Iterator[Problem]:
+    try:
+        if not folder.is_dir():
+            if key == "model.source.path" and config.cluster.is_local:
+                fetch = f". To download the weights: omnilaunch model fetch {config.model.source.id} --to {shlex.quote(str(folder))}"
+                what = f"there is no folder {folder} on this machine{fetch if config.model.source.id else ''}"
+                yield Problem(key=key, what=what, launch_only=True)
+            return
+        content = read_config(folder)
+    except OSError:  # a folder of another user, such as root's on a shared disk
+        return
+    except (ConfigRefused, SpecError) as error:
+        yield Problem(key=key, what=f"{error}. See: omnilaunch model check {shlex.quote(str(folder))}")
+        return
+    if content is None:
+        return
+    model: dict[str, Any] = asdict(config.model)
+    if lines := find_differences(model, content):
+        yield another_model(config, key, folder, content, lines, conf)
+    elif (
+        key == "model.source.path" and (wanted := config.model.source.revision) and (found := fetched_revision(folder)) and found != wanted
+    ):
+        yield Problem(
+            key="model.source.revision",
+            what=f"is {wanted}, but {folder} was fetched at {found}",
+            changes=(f"model.source.revision={found}",),
+        )
+
+
+def another_model(config: Config, key: str, folder: Path, content: dict[str, Any], lines: list[str], conf: Path | ConfFolder) -> Problem:
+    fitting = [name for name, model in load_models(conf).items() if not find_differences(model, content)]
+    listed = "".join(f"\n    {line}" for line in lines[:SHOWN])
+    held = fitting[0] if fitting else "none of the models of conf/model"
+    changes = tuple(f"model={name}" for name in fitting)
+    return Problem(key=key, what=f"{folder} holds {held}, not {config.model.name}:{listed}", changes=changes or (f"{key}=FOLDER",))
+
+
+def with_problems(verdict: Verdict, problems: tuple[Problem, ...]) -> Verdict:
+    return replace(verdict, launchable=False, problems=(*verdict.problems, *problems))

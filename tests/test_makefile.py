@@ -1,0 +1,42 @@
+"""What `make train` sets up and starts, by its variables. Nothing is run: make prints the commands."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAINER = "setting up the trainer"
+
+
+def commands(folder: Path, *words: str) -> str:
+    """Of a tree without a .venv."""
+    argv = ("make", "--dry-run", "--file", str(ROOT / "Makefile"), *words)
+    for name in ("images", "pyproject.toml"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
+    return subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "sets_up", "starts"),
+    [
+        ((), True, "omnilaunch launch"),
+        (("HW=cpu", "CLUSTER=local"), True, "omnilaunch launch hardware=cpu cluster=local"),
+        (("HW=ascend910b",), False, "omnilaunch launch hardware=ascend910b"),
+        (("HW=ascend910b", "MODEL=qwen2_5_vl_7b", "STAGE=lora"), False, "launch hardware=ascend910b model=qwen2_5_vl_7b stage=lora"),
+        (("CLUSTER=lab",), False, "omnilaunch launch cluster=lab"),
+        (("ARGS=cluster.runtime=docker run.steps=3",), True, "omnilaunch launch cluster.runtime=docker run.steps=3"),
+    ],
+)
+def test_the_packages_of_the_trainer_are_set_up_where_a_process_runs_here(
+    tmp_path: Path, words: tuple[str, ...], sets_up: bool, starts: str
+) -> None:
+    text = commands(tmp_path, "train", *words)
+    assert (TRAINER in text) is sets_up and "setting up the launcher" in text
+    assert " ".join(text.splitlines()[-1].split()).endswith(starts)
+    assert TRAINER not in commands(tmp_path, "plan", *words), "a plan needs the launcher alone"
+
+
+def test_the_runtime_is_no_word_of_the_makefile() -> None:
+    assert "runtime" not in (ROOT / "Makefile").read_text(encoding="utf-8").lower()
