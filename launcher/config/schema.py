@@ -7,6 +7,7 @@ Names have units: _gib, _s, tflops. Lengths are in tokens, batches in samples.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from launcher.config.source import ModelSource
 from trainer.contract import (
     Augmentation,
     Conversion,
@@ -26,7 +27,6 @@ from trainer.contract import (
 
 Accelerator = Literal["cpu", "cuda", "npu"]
 Confidence = Literal["published", "computed", "unverified"]
-SourceKind = Literal["random", "hub", "modelscope", "path"]
 AXES = ("hardware", "model", "stage", "precision", "strategy", "data", "cluster")
 GROUPS = ("vision", "projector", "lm", "head")
 
@@ -159,20 +159,6 @@ class ImageTokens:
     max_pixels: int = 0
     maximum: int = 0
     source: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSource:
-    """Where weights come from: `random` (architecture only), `hub` (Hugging Face), `modelscope`, or `path` (a folder). `id`, `modelscope`: the
-    repository on either hub, '' = not known. `revision`: a commit, branch or tag there. `path`: with modelscope the folder that `omnilaunch model
-    fetch` made. `endpoint`: the address of a mirror of the Hugging Face hub, '' = the caller's HF_ENDPOINT, or the hub itself."""
-
-    kind: SourceKind
-    id: str = ""
-    modelscope: str = ""
-    revision: str = ""
-    path: str = ""
-    endpoint: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

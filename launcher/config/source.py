@@ -1,13 +1,29 @@
-"""Short forms of `model.source`: `model.source=modelscope` for its kind, `model.source=/FOLDER` for a folder, and a path that sets the kind."""
+"""The section `model.source`, and its short forms: `model.source=modelscope` for its kind, `model.source=/FOLDER` for a folder, and a path that sets
+the kind."""
 
 from collections.abc import Sequence
-from typing import get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
-from launcher.config.schema import SourceKind
 from launcher.errors import ConfigRefused
 
+SourceKind = Literal["random", "hub", "modelscope", "path"]
 KEY, KIND, PATH = "model.source", "model.source.kind", "model.source.path"
 KINDS: tuple[str, ...] = get_args(SourceKind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where weights come from: `random` (architecture only), `hub` (Hugging Face), `modelscope`, or `path` (a folder). `id`, `modelscope`: the
+    repository on either hub, '' = not known. `revision`: a commit, branch or tag there. `path`: with modelscope the folder that `omnilaunch model
+    fetch` made. `endpoint`: the address of a mirror of the Hugging Face hub, '' = the caller's HF_ENDPOINT, or the hub itself."""
+
+    kind: SourceKind
+    id: str = ""
+    modelscope: str = ""
+    revision: str = ""
+    path: str = ""
+    endpoint: str = ""
 
 
 def expand_source(override: str) -> str:
