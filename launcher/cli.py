@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, suppress
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ class Verb(NamedTuple):
     group: str
     help: str
     module: str
-    examples: tuple[str, str]
+    examples: tuple[str, ...]
 
 
 GROUPS = {
@@ -37,13 +38,16 @@ IMAGES = ("build hardware=h200", "fetch hardware=cpu --to wheelhouse/")
 WEIGHTS = ("fetch qwen2_5_vl_7b --to /models/qwen", "check /models/qwen")
 DATA = ("check data=files data.train=train.json data.images=images/", "check data=digits --out problems.jsonl")
 VERBS = {
-    "options": Verb("prepare", "list the values of each axis", "options", ("", "hardware")),
+    "options": Verb("prepare", "list the values of each axis; explain and search keys", "options", ("hardware", "--search batch")),
     "data": Verb("prepare", "check every row and every image of the data", "data", DATA),
     "model": Verb("prepare", "download, check and list the weights of models", "model", WEIGHTS),
     "image": Verb("prepare", "build, inspect and list the container images", "image", IMAGES),
     "licence": Verb("prepare", "show and accept the licences of software inside the images", "licence", ("show cann", "accept cann")),
     "doctor": Verb(
-        "prepare", "check the nodes of a cluster, or this machine", "doctor", ("cluster=example", "cluster=example hardware=h200 --json")
+        "prepare",
+        "check the nodes of a cluster, or this machine",
+        "doctor",
+        ("cluster=example", "cluster=example hardware=h200 --json", "data data=digits"),
     ),
     "plan": Verb("prepare", "show what a run would do, without starting it", "plan", (LORA, "run.steps=100 --json")),
     "launch": Verb("run", "start a run", "launch", (f"{LORA} cluster=example", "cluster=example --detach --run-id monday")),
@@ -177,7 +181,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     Raises ConfigRefused for an unknown verb or action."""
     name, *rest = words
     if name not in VERBS:
-        raise ConfigRefused(f"unknown verb {name!r}; {suggest(name, (*VERBS, *SIMPLE))}. See: omnilaunch --help")
+        raise ConfigRefused(f"{explain_verb(name)}. See: omnilaunch --help")
     parser, module = make_parser(name)
     actions, into = getattr(module, "ACTIONS", {}), argparse.Namespace()
     if actions and rest and not rest[0].startswith("-"):
@@ -190,7 +194,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         raise SystemExit(int(Exit.OK))
     if actions and parser.prog == f"omnilaunch {name}":
         return parser.parse_args(rest)  # ends the program where the verb does nothing without an action
+    given = argparse.Namespace(**vars(into))
     arguments, unknown = parser.parse_known_intermixed_args(rest, into)
+    if unknown and hasattr(arguments, "overrides") and (foreign := find_foreign(rest, unknown)):
+        arguments, unknown = parser.parse_known_intermixed_args(remove(rest, [word for option in foreign for word in option]), given)
+        arguments.overrides += map(" ".join, foreign)  # composing explains them, together with all others
     if unknown:
         refuse_unknown(unknown, parser)
     return arguments
@@ -201,6 +209,36 @@ def parser_of_action(parser: argparse.ArgumentParser, action: str) -> argparse.A
     choices = next(each.choices for each in parser._actions if isinstance(each, argparse._SubParsersAction))
     found: argparse.ArgumentParser = choices[action]
     return found
+
+
+def find_foreign(words: Sequence[str], unparsed: Sequence[str]) -> list[list[str]]:
+    """The options of other tools among `words`, each with its values: `--learning_rate 1e-4`. `unparsed`: what the parser did not take."""
+    options = [word for word in unparsed if word.startswith("--")]
+    if not options:
+        return []
+    from launcher.config.key import is_known_elsewhere
+
+    found = []
+    for place, word in enumerate(words):
+        if word in options and is_known_elsewhere(word.lstrip("-").partition("=")[0]):
+            values = takewhile(lambda text: not text.startswith("-") and "=" not in text, words[place + 1 :])
+            found.append([word, *(values if "=" not in word else ())])
+    return found
+
+
+def remove(words: Sequence[str], removed: Sequence[str]) -> list[str]:
+    """`words` without one of each of `removed`."""
+    left = list(removed)
+    return [word for word in words if word not in left or left.remove(word)]  # type: ignore[func-returns-value]
+
+
+def explain_verb(name: str) -> str:
+    """What to write in place of a verb that does not exist."""
+    from launcher.config.synonym import answer_verb
+
+    if "=" in name and not name.startswith("-"):
+        return f"unknown verb {name!r}: that is a setting, which follows a verb; write omnilaunch plan {name}"
+    return f"unknown verb {name!r}; {answer_verb(name) or suggest(name, (*VERBS, *SIMPLE))}"
 
 
 def make_parser(name: str) -> tuple[argparse.ArgumentParser, Any]:

@@ -12,10 +12,10 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 
 from launcher.bench.worktree import Tree, list_files
-from launcher.config.compose import choose_runtime, compose_over, keys_of
+from launcher.config.compose import choose_runtime, compose_over
 from launcher.config.conf_folder import ConfFolder
 from launcher.config.credentials import give_credentials, without_masked
-from launcher.config.defaults import EPOCHS, with_short_warmup
+from launcher.config.defaults import EPOCHS, keys_of, with_short_warmup
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, suggest
 from launcher.image.stack import Image, Stack, load_stacks

@@ -34,8 +34,7 @@ def dtypes_combine(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     weights, optimizer, gradients = precision.weights, precision.optimizer, precision.gradients
     if precision.compute != weights:
         what = f"{precision.compute} is not possible: the model computes in the dtype of its weights, which is {weights}"
-        changes = (f"precision.compute={weights}", f"precision.weights={precision.compute}")
-        yield Problem(key="precision.compute", what=what, changes=changes)
+        yield Problem(key="precision.compute", what=what, changes=(f"precision.weights={precision.compute}",))
     if config.stage.kind != "train":
         return
     if optimizer != "float32" and not optimizer == weights == "bfloat16":

@@ -23,6 +23,7 @@ from launcher.check.source import SOURCE_RULES, write_source_notes
 from launcher.check.strategy import Resolved, resolve
 from launcher.check.strings import TEXT_RULES
 from launcher.check.suggestions import MEMORY_RULES, check_memory, write_memory_notes
+from launcher.config.fact import may_set
 from launcher.config.schema import Config
 from launcher.image.stack import Stack
 
@@ -85,8 +86,11 @@ def keep_working(
     """The problem with only those changes that remove it and bring no new problem of the same rule. `problems`: all of that rule. Those of
     memory are not judged here: launcher.check.suggestions has estimated each of them."""
     known = {other.key for other in problems}
+    source = resolved.asked.model.source.kind
 
     def works(change: str) -> bool:
+        if not all(may_set(part.partition("=")[0], source) for part in change.split()):
+            return False  # a fact: only its file can be changed
         try:
             changed = apply_override(resolved.asked, change, compose)
         except ValueError:

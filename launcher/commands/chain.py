@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.config.chain import GROUP, Chain, overrides_of
-from launcher.config.compose import compose, compose_with_files, keys_of
+from launcher.config.compose import compose, compose_with_files
 from launcher.config.conf_folder import ConfFolder
+from launcher.config.defaults import keys_of
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import load_stacks
 from launcher.plan.local_context import context_for, for_this_machine

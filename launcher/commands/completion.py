@@ -61,7 +61,7 @@ def complete_verb(typed: Sequence[str], current: str, make_parser: MakeParser) -
     if verb == "model" and "MODEL" in text:
         found += values["model"]
     if verb == "options":
-        found += values
+        found += complete_key(current, values) if not rest else complete_override(current, values)
     elif verb == "completion":
         found += SHELLS
     elif verb in ("bench", "bench-rerun") and not rest:
@@ -79,17 +79,23 @@ def read_help(parser: argparse.ArgumentParser, action: Sequence[str]) -> str:
     return text.getvalue()
 
 
+def complete_key(current: str, values: Mapping[str, Sequence[str]]) -> list[str]:
+    """A key by its next part, without a value: `run.st` -> run.steps; and the axes."""
+    found = complete_override(current, values)
+    return found if "=" in current else [*(word.rstrip("=") for word in found), *values]
+
+
 def complete_override(current: str, values: Mapping[str, Sequence[str]]) -> list[str]:
     """AXIS=NAME, or the next part of a key: `run.st` -> run.steps=, `stage.` -> stage.optimizer. and the rest."""
     key, equals, _ = current.partition("=")
     if equals:
         names = list_runs() if key in RUN_KEYS else values.get(key, ())
         return [f"{key}={name}" for name in names]
-    from launcher.config.compose import list_keys
+    from launcher.config.key import list_settings
 
     start = key.rpartition(".")[0]
     depth = start.count(".") + 2 if start else 1
-    parts = [dotted.split(".") for dotted in list_keys() if dotted.startswith(f"{start}." if start else "")]
+    parts = [dotted.split(".") for dotted in list_settings() if dotted.startswith(f"{start}." if start else "")]
     keys = [f"{'.'.join(part[:depth])}{'=' if len(part) <= depth else '.'}" for part in parts]
     return [*keys, *(f"{axis}=" for axis in values)] if not start else keys
 

@@ -52,6 +52,7 @@ def conf_named(option: str) -> "ConfFolder":
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from launcher.config.variable import describe_variables
     from launcher.plan.plan import plan_json
 
     if chained := find_chain_of(arguments):
@@ -59,6 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
 
         return show_chain(*chained, PROJECT, conf_of(arguments), arguments.say)
     plan, machine = plan_here(arguments.overrides, arguments.run_id, traced=arguments.trace, conf=conf_of(arguments))
+    if arguments.json:  # the text has them among its notes
+        for line in describe_variables(os.environ, plan.config, plan.overrides):
+            print(f"note: {line}", file=sys.stderr)
     if arguments.trace:
         print(describe_traced(plan, as_json=arguments.json, full=arguments.full))
     else:
@@ -70,15 +74,18 @@ def describe_here(plan: "Plan", machine: "Machine | None" = None, *, full: bool 
     """The plan for this terminal: its width, and colours if it takes them. `machine`: where it was asked for the plan."""
     from shutil import get_terminal_size
 
+    from launcher.config.variable import describe_variables
     from launcher.plan.full import describe_full
     from launcher.plan.local_context import find_built
     from launcher.plan.short import describe_short
     from launcher.plan.text import wants_colours
 
+    variables = describe_variables(os.environ, plan.config, plan.overrides)
     if full:
-        return describe_full(plan)
+        return "\n".join((describe_full(plan), *(f"note: {line}" for line in variables)))
     colours, columns = wants_colours(os.environ, terminal=sys.stdout.isatty()), get_terminal_size((100, 24)).columns
-    return describe_short(plan, colours=colours, width=columns, built=find_built(plan, machine), launching=launching)
+    built = find_built(plan, machine)
+    return describe_short(plan, colours=colours, width=columns, built=built, launching=launching, notes=variables)
 
 
 def plan_of(overrides: Sequence[str], run_id: str, *, conf: "ConfFolder | None" = None, only_data: bool = False) -> "Plan":
@@ -99,8 +106,9 @@ def plan_here(
     """The plan, and what this machine has, where the run is on it and it `asks`. `traced`: the memory is judged later, by a traced step.
     `only_data`: as of plan_of. `conf`: the project's when omitted."""
     from launcher.check.rules import RULES, RULES_BUT_MEMORY
-    from launcher.config.compose import compose_with_files, keys_of
+    from launcher.config.compose import compose_with_files
     from launcher.config.conf_folder import ConfFolder
+    from launcher.config.defaults import keys_of
     from launcher.image.stack import load_stacks
     from launcher.plan.local_context import context_for, for_this_machine
     from launcher.plan.plan import RUNS_FOLDER, absolute, make_plan, with_files, with_problems
@@ -111,7 +119,7 @@ def plan_here(
     from launcher.weights.source import with_weights_folder
 
     here, conf = Path.cwd(), conf or ConfFolder(project=PROJECT / "conf")
-    overrides = with_found_model(overrides, conf)
+    overrides = with_found_model(with_visible_devices(overrides, conf) if asks else overrides, conf)
     config, files = compose_with_files(overrides, conf)
     config = for_this_machine(config if only_data else settle_rows(config, keys_of(overrides), here), overrides)
     runs = (Path(absolute(config.cluster.root, here)) / RUNS_FOLDER, here / RUNS_FOLDER)
@@ -124,6 +132,19 @@ def plan_here(
     plan = judge_weights(make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf), conf)
     plan = with_problems(plan, find_missing(config, here)) if asks else plan
     return with_files(plan, conf, files), context.machine
+
+
+def with_visible_devices(overrides: Sequence[str], conf: "ConfFolder") -> Sequence[str]:
+    """With those by which a run on this machine takes the devices that the caller's environment leaves it."""
+    from launcher.config.compose import compose
+    from launcher.config.variable import VISIBLE, use_visible_devices
+    from launcher.memory.states import device_count
+    from launcher.plan.plan import on_one_rank
+
+    if not any(os.environ.get(name) for name in VISIBLE.values()):
+        return overrides
+    config = compose(overrides, conf)
+    return (*overrides, *use_visible_devices(os.environ, config, most=device_count(on_one_rank(config)), overrides=overrides))
 
 
 def describe_traced(plan: "Plan", *, as_json: bool, full: bool) -> str:

@@ -6,18 +6,21 @@ validation library is imported at all: it would take a quarter of the time of a 
 """
 
 import json
-import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from launcher.config.conf_folder import GROUPS, OPTIONAL_GROUPS, PRIMARY, ConfFolder, as_conf_folder
-from launcher.config.defaults import choose_duration, settle
+from launcher.config.defaults import choose_duration, keys_of, settle
+from launcher.config.expected import describe_expected
+from launcher.config.fact import refuse_facts, refuse_fixed
+from launcher.config.hint import Known, explain_key, explain_value, join_words, read_foreign
+from launcher.config.key import list_settings, types_of, without_null
 from launcher.config.schema import AXES, Config
 from launcher.config.source import expand_source, kind_that_follows
+from launcher.config.synonym import Typed
 from launcher.errors import NODES, ConfigRefused, refuse_config, suggest
 from trainer.contract import SpecError, decode
 
@@ -46,18 +49,29 @@ def compose(overrides: Sequence[str], conf: Path | ConfFolder) -> Config:
     return compose_with_files(overrides, conf)[0]
 
 
-def keys_of(overrides: Sequence[str]) -> frozenset[str]:
-    """The keys that were typed."""
-    return frozenset(override.partition("=")[0] for override in overrides)
+def compose_with_places(overrides: Sequence[str], conf: Path | ConfFolder) -> tuple[Config, Callable[[str], str]]:
+    """The config, and what says of a dotted key which override or file sets it; '' where no file does. Raises ConfigRefused as `compose`."""
+    conf = as_conf_folder(conf)
+    composed = _compose(_translate(overrides, conf), conf)
+    settle(composed.data, composed.choices, keys_of(overrides), conf)
+
+    def find_place(key: str) -> str:
+        place, (section, *inner) = _where(key.split("."), composed, overrides, conf), key.split(".")
+        file = conf.find(section, str(composed.choices.get(section)))
+        path = inner if place == conf.relative(file) else [section, *inner]
+        return place if place.startswith("override") or _holds(conf.project.parent / place, path) else ""
+
+    return _complete(_validate(composed, overrides, conf), overrides), find_place
 
 
 def compose_with_files(overrides: Sequence[str], conf: Path | ConfFolder) -> tuple[Config, tuple[Path, ...]]:
     """The same, and the files that it was composed from, the first one that of config.yaml."""
     conf = as_conf_folder(conf)
-    composed = _compose(_translate(overrides, conf.list_groups()), conf)
+    composed = _compose(_translate(overrides, conf), conf)
     settle(composed.data, composed.choices, keys_of(overrides), conf)
     files = (conf.find(group, choice) for group, choice in composed.choices.items() if choice)
-    return _validate(composed, overrides, conf), (conf.project / f"{PRIMARY}.yaml", *(file for file in files if file.is_file()))
+    config = _complete(_validate(composed, overrides, conf), overrides)
+    return config, (conf.project / f"{PRIMARY}.yaml", *(file for file in files if file.is_file()))
 
 
 def compose_over(config: Config, overrides: Sequence[str], conf: Path | ConfFolder) -> Config:
@@ -71,7 +85,7 @@ def compose_over(config: Config, overrides: Sequence[str], conf: Path | ConfFold
             f"{of_several[0]}=... sets keys of several sections. Start a new run with launch, or override the keys one by one"
         )
     conf = as_conf_folder(conf)
-    translated = _translate(overrides, conf.list_groups())
+    translated = _translate(overrides, conf)
     chosen = [text for text in translated if not text.startswith("++")]
     composed = _compose(chosen, conf)
     data = json.loads(json.dumps(asdict(config))) | {text.partition("=")[0]: composed.data[text.partition("=")[0]] for text in chosen}
@@ -84,7 +98,15 @@ def compose_over(config: Config, overrides: Sequence[str], conf: Path | ConfFold
     if "data" in named:
         settle(changed, composed.choices, keys_of(overrides), conf)
     choose_duration(changed, keys_of(overrides))
-    return _validate(Composed(data=changed, choices=composed.choices), overrides, conf)
+    return _complete(_validate(Composed(data=changed, choices=composed.choices), overrides, conf), overrides)
+
+
+def _complete(config: Config, overrides: Sequence[str]) -> Config:
+    """Activations are in the dtype of the weights. Raises ConfigRefused for overrides of facts about weights that exist."""
+    refuse_facts(overrides, config.model.source.kind)
+    if any(override.startswith("precision.weights=") for override in overrides):
+        return replace(config, precision=replace(config.precision, compute=config.precision.weights))
+    return config
 
 
 def options(conf: Path | ConfFolder) -> dict[str, tuple[str, ...]]:
@@ -95,13 +117,13 @@ def options(conf: Path | ConfFolder) -> dict[str, tuple[str, ...]]:
 # ------------------------------------------------------------------------------------------------------- overrides
 
 
-def _translate(overrides: Sequence[str], groups: dict[str, tuple[str, ...]]) -> list[str]:
+def _translate(overrides: Sequence[str], conf: ConfFolder) -> list[str]:
     """Overrides in Hydra's syntax. Raises ConfigRefused for all that are wrong, together."""
-    translated: dict[str, str] = {}
-    problems: list[str] = []
-    for override in overrides:
+    groups, translated, problems = conf.list_groups(), dict[str, str](), list[str]()
+    known = Known(list_keys=list_settings, groups=groups, conf=conf, judge=lambda override: judge(override, conf))
+    for override in join_words(overrides):
         try:
-            key, text = _translate_one(expand_source(override), groups)
+            key, text = _translate_one(expand_source(override), overrides, known)
             if translated.setdefault(key, text) != text:
                 raise ConfigRefused(f"{key} is given twice, with different values: keep one")
         except ConfigRefused as error:
@@ -111,22 +133,63 @@ def _translate(overrides: Sequence[str], groups: dict[str, tuple[str, ...]]) -> 
     return [text for text in (*translated.values(), kind_that_follows(tuple(translated))) if text]
 
 
-def _translate_one(override: str, groups: dict[str, tuple[str, ...]]) -> tuple[str, str]:
-    """(key, override for Hydra or '' where it needs none). Raises ConfigRefused with the reason alone."""
+def _translate_one(override: str, overrides: Sequence[str], known: Known) -> tuple[str, str]:
+    """(key, override for Hydra or '' where it needs none). Raises ConfigRefused with the reason alone. `overrides`: all that were typed."""
     if override.startswith(("+", "~")):
         raise ConfigRefused(f"'+' and '~' are refused, since the schema has every key; write {override.lstrip('+~')}")
+    if foreign := read_foreign(override):
+        _refuse_foreign(*foreign, overrides, known)
     key, equals, text = override.partition("=")
     if not key or not equals:
         raise ConfigRefused(UNREADABLE)
-    if "${" in text:
-        raise ConfigRefused(INTERPOLATION)
-    if key in groups:
-        return key, _choose(key, text.strip().strip("'\""), groups[key])
+    typed = Typed(value=text, overrides=overrides, judge=known.judge)
+    if key in known.groups:
+        if "${" in text:
+            raise ConfigRefused(INTERPOLATION)
+        return key, _choose(key, text.strip().strip("'\""), typed, known)
     axis, _, rest = key.partition(".")
     if axis in AXES and rest == "name":
         raise ConfigRefused(f"{key} is the name of the chosen file; choose another one with {axis}=NAME")
-    is_text = _without_null(_find_type(key, groups)) is str
+    kind = _find_type(key, typed, known)
+    if "${" in text:
+        raise ConfigRefused(INTERPOLATION)
+    refuse_fixed(key, text)
+    is_text = without_null(kind) is str
     return key, f"++{key}={_read_text(text) if is_text else _read_value(key, text)}"  # ++: a file may omit a key that has a default
+
+
+def _refuse_foreign(word: str, value: str, overrides: Sequence[str], known: Known) -> None:
+    """Raises ConfigRefused for an override in the form of another tool: `--learning_rate 1e-4`, `learning_rate: 1e-4`, a bare word."""
+    typed = Typed(value=value, overrides=overrides, judge=known.judge)
+    key = word.replace("-", "_")
+    if key in known.groups and value in known.groups[key]:
+        raise ConfigRefused(f"write {key}={value}")
+    if key in known.groups and value:
+        _choose(key, value, typed, known)
+    if key in known.groups:
+        raise ConfigRefused(f"write {key}=NAME; {suggest('', known.groups[key])}")
+    _find_type(key, typed, known)
+    raise ConfigRefused(f"write {key}={value or 'VALUE'}")
+
+
+def judge(override: str, conf: Path | ConfFolder) -> str:
+    """Why an override would be refused by itself; '' = it would not. For overrides that a hint offers."""
+    known = Known(list_keys=tuple, groups=options(conf), conf=as_conf_folder(conf), judge=lambda _: "")
+    try:
+        key, text = _translate_one(override, (), known)
+        parsed = _parse(text.removeprefix("++")) if text.startswith("++") else None
+        problems: list[tuple[str, str]] = []
+        if parsed is not None:
+            _build(_find_type(key, Typed(), known), parsed.value(), key, problems)
+    except ConfigRefused as error:
+        return str(error)
+    return problems[0][1] if problems else ""
+
+
+def find_type(key: str, conf: Path | ConfFolder) -> Any:
+    """The type of a dotted key of the schema, `| None` included. Raises ConfigRefused with what the key may be called here."""
+    known = Known(list_keys=list_settings, groups=options(conf), conf=as_conf_folder(conf), judge=lambda _: "")
+    return _find_type(key, Typed(), known)
 
 
 def _read_text(text: str) -> str:
@@ -159,63 +222,35 @@ def _parse(override: str) -> "Override | None":
         return None
 
 
-def _choose(group: str, name: str, names: tuple[str, ...]) -> str:
+def _choose(group: str, name: str, typed: Typed, known: Known) -> str:
     """The raw text is compared with the names: it may be text that Hydra cannot parse."""
+    names = known.groups[group]
     if name == "null" and group in OPTIONAL_GROUPS:
         return WITHOUT[group]
     if name not in names and "," in name:
         raise ConfigRefused(f"give one value; {suggest(name.split(',')[0], names)}")
     if name not in names:
-        raise ConfigRefused(f"unknown {group} {name!r}; {suggest(name, names)}")
+        raise ConfigRefused(f"unknown {group} {name!r}; {explain_value(group, name, names, typed, known)}")
     return f"{group}={name}"
 
 
-def _find_type(key: str, groups: dict[str, tuple[str, ...]]) -> Any:
+def _find_type(key: str, typed: Typed, known: Known) -> Any:
     """The type of a dotted key in the schema. Raises ConfigRefused with a suggestion for an unknown key."""
     kind: Any = Config
     parts = key.split(".")
     for depth, part in enumerate(parts):
-        section, kind = ".".join(parts[:depth]), _without_null(kind)
+        section, kind = ".".join(parts[:depth]), without_null(kind)
         origin = typing.get_origin(kind)
         if is_dataclass(kind):
-            names = _types(typing.cast(type, kind))
+            names = types_of(typing.cast(type, kind))
             if part not in names:
-                raise ConfigRefused(_unknown_key(key, section, part, {*names, *groups} if not section else {*names}))
+                where, valid = (f" in {section}", {*names}) if section else ("", {*names, *known.groups})
+                raise ConfigRefused(f"unknown key {key!r}{where}; {explain_key(key, section, valid, typed, known)}")
             kind = names[part]
         elif origin in (dict, tuple) and (origin is dict or part.isdigit()):
             kind = typing.get_args(kind)[1 if origin is dict else 0]
         elif kind is not Any:
             raise ConfigRefused(f"unknown key {key!r}: {section} is a single value and has no keys")
-    return kind
-
-
-def _unknown_key(key: str, section: str, part: str, names: set[str]) -> str:
-    """Also finds a key by its last part: micro_batch -> strategy.micro_batch."""
-    if section:
-        return f"unknown key {key!r} in {section}; {suggest(part, names)}"
-    leaf = key.rsplit(".", 1)[-1]
-    found = [dotted for dotted in list_keys() if dotted.rsplit(".", 1)[-1] == leaf]
-    return f"unknown key {key!r}; did you mean {found[0]!r}?" if found else f"unknown key {key!r}; {suggest(part, names)}"
-
-
-def list_keys(kind: Any = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the schema, or of one of its sections."""
-    kind = _without_null(kind)
-    if not is_dataclass(kind):
-        return [prefix]
-    sections = _types(typing.cast(type, kind)).items()
-    return [leaf for name, inner in sections for leaf in list_keys(inner, f"{prefix}.{name}" if prefix else name)]
-
-
-@cache
-def _types(kind: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in fields(kind)}
-
-
-def _without_null(kind: Any) -> Any:
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return next(inner for inner in typing.get_args(kind) if inner is not type(None))
     return kind
 
 
@@ -300,7 +335,7 @@ def _whose(key: str, composed: Composed) -> str:
 def _build(kind: Any, data: Any, key: str, problems: list[tuple[str, str]]) -> Any:
     """A value of a schema type from plain data. All problems are collected, not only the first; the contract's decoder reads the leaves.
     Where there is a problem the value is None and must not be used."""
-    inner = _without_null(kind)
+    inner = without_null(kind)
     if is_dataclass(inner) and isinstance(data, dict):
         return _build_section(typing.cast(type, inner), data, key, problems)
     if typing.get_origin(inner) is tuple and isinstance(data, list):
@@ -315,34 +350,17 @@ def _build(kind: Any, data: Any, key: str, problems: list[tuple[str, str]]) -> A
     try:
         return decode(kind, data)
     except SpecError:
-        problems.append((key, _expected(inner, data)))
+        problems.append((key, describe_expected(inner, data)))
         return None
 
 
 def _build_section(section: type, data: dict[str, Any], key: str, problems: list[tuple[str, str]]) -> Any:
-    types, prefix, before = _types(section), f"{key}." if key else "", len(problems)
+    types, prefix, before = types_of(section), f"{key}." if key else "", len(problems)
     required = [field.name for field in fields(section) if field.default is MISSING and field.default_factory is MISSING]
     problems += [(f"{prefix}{name}", f"unknown key; {suggest(name, types)}") for name in data if name not in types]
     problems += [(f"{prefix}{name}", "is missing") for name in required if name not in data]
     values = {name: _build(types[name], value, f"{prefix}{name}", problems) for name, value in data.items() if name in types}
     return section(**values) if len(problems) == before else None
-
-
-SOUND = "audio and speech parts are never trained: the data has no sound, so that no gradient would reach them"
-REASONS = dict.fromkeys(("audio", "speech", "apm", "tts"), SOUND)  # of values that users may try
-
-EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text; put it in quotes", tuple: "a list"}
-
-
-def _expected(kind: Any, data: Any) -> str:
-    given, origin = json.dumps(data), typing.get_origin(kind)
-    if origin is Literal:
-        reason = f" ({REASONS[data]})" if isinstance(data, str) and data in REASONS else ""
-        return f"{given} is not allowed{reason}; {suggest(str(data), map(str, typing.get_args(kind)))}"
-    if origin is dict and isinstance(data, dict):
-        inner = typing.get_args(kind)[1]
-        return f"{given} is not allowed; every value must be {EXPECTED.get(inner, inner)}"
-    return f"{given} is not allowed; it must be {EXPECTED.get(origin or kind, 'a section')}"
 
 
 def _where(path: list[str], composed: Composed, overrides: Sequence[str], conf: ConfFolder) -> str:

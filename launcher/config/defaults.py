@@ -4,7 +4,7 @@ A value that the user typed is never changed.
 """
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,11 @@ from launcher.errors import ConfigRefused
 LENGTH, STEPS, EPOCHS, WARMUP = "data.max_length", "run.steps", "run.epochs", "stage.optimizer.warmup"
 SHORT_STEPS = 100  # a shorter run has less warm-up than a recipe says
 WARMUP_SHARE = 5  # at most one of so many steps, in a short run
+
+
+def keys_of(overrides: Sequence[str]) -> frozenset[str]:
+    """The keys that were typed."""
+    return frozenset(override.partition("=")[0] for override in overrides)
 
 
 def settle(data: dict[str, Any], choices: Mapping[str, str | None], typed: Set[str], conf: ConfFolder) -> None:

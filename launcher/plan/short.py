@@ -24,9 +24,17 @@ DELIVERY = {
 }
 
 
-def describe_short(plan: Plan, *, colours: bool = False, width: int = 100, built: bool | None = None, launching: bool = False) -> str:
+def describe_short(
+    plan: Plan,
+    *,
+    colours: bool = False,
+    width: int = 100,
+    built: bool | None = None,
+    launching: bool = False,
+    notes: tuple[str, ...] = (),
+) -> str:
     """One screen of `width` columns. `built`: whether this machine's Docker engine has the image, None = not known. `launching`: printed by
-    `launch`, which needs no next command."""
+    `launch`, which needs no next command. `notes`: of this machine, before those of the plan; never left out."""
     choice = " ".join(f"{axis}={getattr(plan.config, axis).name}" for axis in AXES)
     lines = [
         *describe_short_verdict(plan, colours=colours),
@@ -38,7 +46,8 @@ def describe_short(plan: Plan, *, colours: bool = False, width: int = 100, built
     last = [f"next: {command_line('launch', *plan.overrides, *plan.options)}"] if plan.verdict.launchable and not launching else []
     last += [] if launching else [f"more: {command_line('plan', '--full', *plan.overrides, *plan.options)}"]
     free = LINES - sum(-(-max(1, measure(line)) // width) for part in (*lines, *last) for line in part.splitlines())
-    return "\n".join((*lines, *describe_notes(plan.verdict.notes, width, free), *last))
+    own = [line for note in notes for line in wrap(f"note: {note}", width, indent="  ")]
+    return "\n".join((*lines, *own, *describe_notes(plan.verdict.notes, width, free - len(own)), *last))
 
 
 def describe_short_verdict(plan: Plan, *, colours: bool) -> Iterator[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from launcher.record.reader import nested
 from launcher.record.run_files import RunFiles
+from trainer.contract.environment_facts import was_left_out
 
 
 class ComparableKind(Enum):
@@ -92,7 +93,7 @@ REPORTED = (  # keys of environment.json
 IMAGE_KEYS = ("stack", "architecture", "base", "files", "lock", "fingerprint")
 DATA_KEYS = ("sha256", "train_rows", "evaluation_rows", "images")
 CLEAN = {"diff_sha256": "", "diff_lacks": ""}  # of a tree without changes; records of schema 1 do not have these keys
-COMMIT, FILES = "source.commit", "image.files."
+COMMIT, FILES, VARIABLES = "source.commit", "image.files.", "environment.environment."
 ABSENT = "(none)"
 MAX_FILES = 20  # names of inputs that differ
 
@@ -200,11 +201,16 @@ def find_differences(left: Mapping[str, Any], right: Mapping[str, Any], allow: t
         if (one == other and type(one) is type(other)) or has_keys_instead(key, left, right):
             continue
         kind = kind_of(key)
-        known = (key in left and key in right) or (matches(key, OPEN) and section_of(key) in sections) or kind is ComparableKind.FREE
+        known = (key in left and key in right) or (is_open(key) and section_of(key) in sections) or kind is ComparableKind.FREE
         known = known or is_emptied(key, left) or is_emptied(key, right)
         may_differ = matches(key, allowed) or (key == COMMIT and have_same_files(left, right))
         found.append(Difference(key=key, kind=kind, left=text_of(one), right=text_of(other), known=known, allowed=may_differ))
     return (*found, *unknown_diffs(left, right))
+
+
+def is_open(key: str) -> bool:
+    """Whether a key that only one run has is a difference."""
+    return matches(key, OPEN) and not (key.startswith(VARIABLES) and was_left_out(key.removeprefix(VARIABLES)))
 
 
 def patterns_of(allow: tuple[str, ...]) -> tuple[str, ...]:

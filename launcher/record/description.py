@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.check.rules import check
-from launcher.config.compose import compose, keys_of
+from launcher.config.compose import compose
 from launcher.config.conf_folder import ConfFolder
+from launcher.config.defaults import keys_of
 from launcher.config.schema import Node
 from launcher.errors import ConfigRefused
 from launcher.image.stack import load_stacks

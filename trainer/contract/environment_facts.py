@@ -12,6 +12,8 @@ from trainer.contract.rows import EnvReport
 VARYING = ("MASTER_", "TORCHELASTIC_", "OMNILAUNCH_", "ASCEND_PROCESS_LOG_PATH", "CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES")
 VARYING_RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK")
 VARIABLE = "variable"
+# Earlier versions took a variable with one of these in its name for a secret, and did not record it: TOKENIZERS_PARALLELISM, NCCL_IB_PKEY.
+ONCE_LEFT_OUT = ("TOKEN", "SECRET", "PASSWORD", "KEY", "CREDENTIAL")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,11 @@ def differs_by_run(variable: str) -> bool:
     return variable in VARYING_RANKS or variable.startswith(VARYING)
 
 
+def was_left_out(variable: str) -> bool:
+    """Whether a record that lacks the variable may be of a version that never recorded it."""
+    return any(word in variable.upper() for word in ONCE_LEFT_OUT)
+
+
 def kind_of(key: str) -> str:
     return key.partition(" ")[0]
 
@@ -59,7 +66,7 @@ def changed_facts(expected: Mapping[str, str], found: Mapping[str, str]) -> dict
     """Key -> (expected, found) where they differ; '' for a missing one. Facts that are only in `found` count if they are variables, and only
     if variables are expected at all: a newer version records more facts than an older one."""
     added = (
-        [key for key in found if kind_of(key) == VARIABLE and key not in expected]
+        [key for key in found if kind_of(key) == VARIABLE and key not in expected and not was_left_out(key.partition(" ")[2])]
         if any(kind_of(key) == VARIABLE for key in expected)
         else []
     )

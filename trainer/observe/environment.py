@@ -11,6 +11,7 @@ import torch
 import torch.distributed
 
 from trainer.contract import SCHEMA, EnvReport, RankFacts
+from trainer.contract.secret_name import names_a_secret
 from trainer.device.device import Device, find_determinism, torch_build
 from trainer.distributed.collective import gather_objects
 from trainer.stages.group import Group
@@ -24,7 +25,6 @@ NAMES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TASK_QUEUE_ENABLE", "CPU_AFFINITY_CONF", "PYTHONHASHSEED"),
     *("HF_HUB_OFFLINE", "CLOSE_MATMUL_K_SHIFT", "NVIDIA_TF32_OVERRIDE", "ATEN_CPU_CAPABILITY", "LD_PRELOAD", "LD_LIBRARY_PATH"),
 )
-SECRET = ("TOKEN", "SECRET", "PASSWORD", "KEY", "CREDENTIAL")
 
 
 def report_environment(
@@ -72,4 +72,4 @@ def describe_rank(device: Device, local_rank: int) -> RankFacts:
 def select(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables that configure a run, by name; never one whose name suggests a secret."""
     steering = {name: value for name, value in environ.items() if name in NAMES or name.startswith(PREFIXES)}
-    return {name: value for name, value in sorted(steering.items()) if not any(word in name.upper() for word in SECRET)}
+    return {name: value for name, value in sorted(steering.items()) if not names_a_secret(name)}

@@ -27,12 +27,12 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.say(describe_end(record, plan))
         return Exit.OK
     entry = RunEntry(folder=folder, record=None)
-    arguments.say(describe_running(entry, plan, (utc_now() - entry.started_at).total_seconds()))
     if plan.config.cluster.runtime == "docker":
         with connect_nodes([plan]) as nodes:
             states = attempt_each(state_of, nodes)
         for node, state in zip(nodes, states, strict=True):
             arguments.say(f"{node.command.host:30} {state}")
+    arguments.say(describe_running(entry, plan, (utc_now() - entry.started_at).total_seconds()))
     return Exit.OK
 
 

@@ -278,8 +278,7 @@ def test_words_and_options_come_in_any_order(capsys: pytest.CaptureFixture[str])
     assert parse(["runs", "prune", "--keep", "1", "stage=lora"]).words == ["prune", "stage=lora"]
     for words in (
         ["rerun", "first", "--run-id", "again", "--acept=code"],
-        ["runs", "prune", "--keep", "1", "lora"],
-        ["compare", "a", "--json", "b=c"],
+        ["status", "a", "b=c"],
     ):
         with pytest.raises(SystemExit):
             parse(words)

@@ -78,7 +78,7 @@ def test_deepspeed_reads_the_rendered_keys(fields: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("overrides", "enabled", "gradients"),
     [
-        (("precision.weights=float16", "precision.compute=float16", "precision.loss_scaling=dynamic"), "fp16", "fp32"),
+        (("precision.weights=float16", "precision.loss_scaling=dynamic"), "fp16", "fp32"),
         (("precision.gradients=bfloat16",), "bf16", "bf16"),
     ],
 )

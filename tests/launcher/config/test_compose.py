@@ -164,7 +164,7 @@ def test_wrong_values_are_reported_together() -> None:
         ("+run.steps=3", "'+' and '~' are refused, since the schema has every key; write run.steps=3"),
         ("++run.steps=3", "'+' and '~' are refused"),
         ("~tune", "'+' and '~' are refused"),
-        ("run.steps", "cannot be parsed; write KEY=VALUE"),
+        ("run.steps", "write run.steps=VALUE"),
         ("run.steps=[", "cannot be parsed; write KEY=VALUE"),
         ("", "cannot be parsed; write KEY=VALUE"),
         ("=3", "cannot be parsed; write KEY=VALUE"),

@@ -54,3 +54,10 @@ def test_what_varies_by_itself_is_no_difference() -> None:
 def test_a_newer_version_may_ask_for_more() -> None:
     less = {key: value for key, value in facts_of(REPORT).items() if not key.startswith(("toolkit", "variable"))}
     assert changed_facts(less, facts_of(REPORT)) == {}
+
+
+def test_a_variable_that_earlier_versions_never_recorded_is_no_change() -> None:
+    """They took TOKENIZERS_PARALLELISM for a secret; every run has it set."""
+    expected = facts_of(REPORT)
+    now = facts_of(replace(REPORT, environment={**REPORT.environment, "TOKENIZERS_PARALLELISM": "false"}))
+    assert changed_facts(expected, now) == {} and list(changed_facts(now, expected)) == ["variable TOKENIZERS_PARALLELISM"]

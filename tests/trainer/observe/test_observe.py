@@ -36,8 +36,16 @@ def test_only_steering_variables_are_told_and_no_secret() -> None:
         "CUDA_API_KEY": "canary",
         "PASSWORD": "canary",
         "HOME": "/home/me",
+        "TOKENIZERS_PARALLELISM": "false",
+        "NCCL_IB_PKEY": "0x8001",
     }
-    assert select(environ) == {"NCCL_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "2", "RANK": "0"}
+    assert select(environ) == {
+        "NCCL_IB_PKEY": "0x8001",
+        "NCCL_SOCKET_IFNAME": "eth0",
+        "OMP_NUM_THREADS": "2",
+        "RANK": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def test_a_full_disk_ends_the_run_and_says_where(tmp_path: Path) -> None:

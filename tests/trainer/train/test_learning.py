@@ -14,6 +14,7 @@ from trainer.contract import (
     EVALUATIONS_FILE,
     METRICS_FILE,
     RESULT_FILE,
+    Augmentation,
     EarlyStop,
     Evaluation,
     EvaluationRow,
@@ -80,10 +81,12 @@ NOISY_LAYOUTS = [
 
 
 @pytest.mark.parametrize(("arguments", "data"), NOISY_LAYOUTS)
-def test_noise_does_not_depend_on_how_a_batch_is_divided(arguments: dict[str, Any], data: dict[str, Any], tiny_spec: Any) -> None:
+def test_noise_and_images_do_not_depend_on_how_a_batch_is_divided(arguments: dict[str, Any], data: dict[str, Any], tiny_spec: Any) -> None:
     changes = {"steps": 3}
+    augmentation = Augmentation(crop=0.5, colour=0.4, jpeg=75)
     alone, divided, quiet = tiny_spec("alone", changes=changes), tiny_spec("divided", changes=changes, **arguments), tiny_spec("quiet")
     noisy = [replace(spec, stage=replace(spec.stage, neftune_alpha=20.0)) for spec in (alone, divided)]
+    noisy = [replace(spec, data=replace(spec.data, augmentation=augmentation)) for spec in noisy]
     noisy[1] = replace(noisy[1], data=replace(noisy[1].data, **data))
     for spec in (*noisy, quiet):
         expect(run_ranks(spec), *[0] * spec.device.world_size)

@@ -1,0 +1,24 @@
+"""What a value of the config must be, for one that is something else."""
+
+import json
+import typing
+from typing import Any, Literal
+
+from launcher.errors import suggest
+
+SOUND = "audio and speech parts are never trained: the data has no sound, so that no gradient would reach them"
+REASONS = dict.fromkeys(("audio", "speech", "apm", "tts"), SOUND)  # of values that users may try
+
+EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text; put it in quotes", tuple: "a list"}
+
+
+def describe_expected(kind: Any, data: Any) -> str:
+    """`"abc" is not allowed; it must be a number`, for a value of another type than `kind`."""
+    given, origin = json.dumps(data), typing.get_origin(kind)
+    if origin is Literal:
+        reason = f" ({REASONS[data]})" if isinstance(data, str) and data in REASONS else ""
+        return f"{given} is not allowed{reason}; {suggest(str(data), map(str, typing.get_args(kind)))}"
+    if origin is dict and isinstance(data, dict):
+        inner = typing.get_args(kind)[1]
+        return f"{given} is not allowed; every value must be {EXPECTED.get(inner, inner)}"
+    return f"{given} is not allowed; it must be {EXPECTED.get(origin or kind, 'a section')}"
