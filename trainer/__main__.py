@@ -30,6 +30,7 @@ from trainer.contract import (
     RunFailed,
     SpecError,
     TrainSpec,
+    describe_groups,
     encode,
     read,
     write,
@@ -39,6 +40,7 @@ from trainer.contract.checkpoint_files import newest_checkpoint
 from trainer.device.log_prefix import prefix_lines, report_phase
 
 USAGE = "usage: python -m trainer data SPEC | run SPEC | trace SPEC    (SPEC: the path of a run's spec.json)"
+SHOWN_CAUSES = 20
 TRACE_PACKAGES = ("torch", "transformers", "peft")
 
 
@@ -79,8 +81,10 @@ def data(spec: TrainSpec) -> int:
     write(inputs, Path(spec.output) / INPUTS_FILE)
     write(report, Path(spec.output) / DATA_FILE)
     refuse_other_inputs(spec.expects, inputs, report.sha256)
-    for problem in report.problems:
-        print(problem, file=sys.stderr)
+    for text in describe_groups(problems, SHOWN_CAUSES):
+        print(text, file=sys.stderr)
+    for change, rows in report.summary.adjustments.items():
+        print(f"data: {change}: {rows:,} rows", flush=True)
     if not report.problems:
         (Path(spec.output) / DATA_PENDING_FILE).unlink(missing_ok=True)
     return Exit.USAGE if report.problems else Exit.OK

@@ -69,6 +69,8 @@ def refuse_choices(words: Sequence[str], computing: Sequence[str] = COMPUTING) -
 def find_lacks(config: Config) -> Iterator[str]:
     """What a cell must state and this one does not, as `key: what is allowed`."""
     run, strategy, source = config.run, config.strategy, config.model.source
+    if run.epochs is not None:
+        yield f"run.steps: in place of run.epochs={run.epochs:g}, which depends on the data"
     if run.repeats < LEAST_REPEATS:
         yield f"run.repeats: {run.repeats}, at least {LEAST_REPEATS}: fewer do not show how much the figures vary"
     names = ["loss", "throughput", "memory", *(["evaluation"] if run.evaluation.enabled else [])]

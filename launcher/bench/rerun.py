@@ -5,7 +5,7 @@ tells the ranks what they must find again (contract.Expectation), and they refus
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,11 +15,13 @@ from launcher.bench.worktree import Tree, list_files
 from launcher.config.compose import choose_runtime, compose_over
 from launcher.config.conf_folder import ConfFolder
 from launcher.config.credentials import give_credentials, without_masked
+from launcher.config.defaults import EPOCHS, keys_of, with_short_warmup
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, suggest
 from launcher.image.stack import Image, Stack, load_stacks
 from launcher.plan.commands import FOLDER_VARIABLE, RUN_VARIABLE, node_commands
 from launcher.plan.plan import LocalContext, Plan, carry_over, make_plan
+from launcher.plan.rows import settle_rows
 from launcher.record.record import OriginalRun
 from launcher.record.recorded_run import RecordedRun
 from launcher.weights.source import with_weights_folder
@@ -29,6 +31,9 @@ from trainer.contract import SPEC_FILE, Expectation, TrainSpec, decode, facts_of
 FACTS = ("python", "package", "toolkit", "driver", "firmware", "device", "accelerator", "threads", "world_size", "variable", "determinism")
 KINDS = ("code", "data", "weights", "image", *FACTS)
 OF_THE_MACHINE = ("device", "driver", "firmware", "accelerator", "threads", "world_size")
+DURATION = frozenset(("run.steps", EPOCHS))  # only one of them
+BATCH, MICRO_BATCH = "stage.global_batch", "strategy.micro_batch"
+RANK_VARIABLES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")  # set by torchrun; the last one only where it is not set
 # What this machine has for a config, added to its context: launcher.plan.local_context.context_for.
 ContextFor = Callable[[Config, Mapping[str, Stack], Path], LocalContext]
 OTHER_DEVICES = ("hardware", "cluster", "cluster.devices_per_node")
@@ -70,12 +75,13 @@ def plan_rerun(
     `place`; without it, nothing is asked."""
     refuse_code(recorded, tree, accepted)
     before = recorded_config(recorded, environ)
-    config = compose_over(choose_strategy_again(before, recorded, overrides), overrides, conf) if overrides else before
+    config = change_config(before, recorded, overrides, place, conf) if overrides else before
     config = choose_runtime_again(config, recorded, overrides)
     if any(word.startswith("model") for word in overrides):  # otherwise the source is the recorded one
         config = with_weights_folder(config, environ)
     stacks, place = load_stacks(tree.project / "images"), replace(place, project=tree.project)
-    given = {word.partition("=")[0] for word in overrides}
+    given = keys_of(overrides)
+    given |= DURATION if given & DURATION else frozenset()
     words = (*(word for word in recorded.plan.overrides if word.partition("=")[0] not in given), *overrides)
     asked = replace(context_for(config, stacks, tree.project), project=tree.project) if context_for else place
     then, now = (make_plan(each, stacks, at, run_id=run_id, overrides=words) for each, at in ((before, place), (config, asked)))
@@ -91,7 +97,7 @@ def plan_rerun(
         plan=replace(plan, spec=replace(plan.spec, expects=expects)),
         project=tree.project,
         original=OriginalRun(folder=recorded.folder, older=tree.is_recorded),
-        notes=(*describe_tree(recorded, tree), *describe_unknown(recorded, expects)),
+        notes=(*describe_tree(recorded, tree), *describe_batch(recorded.plan, plan), *describe_unknown(recorded, expects)),
     )
 
 
@@ -129,13 +135,37 @@ def recorded_config(recorded: RecordedRun, environ: Mapping[str, str]) -> Config
     )
 
 
+def change_config(
+    before: Config, recorded: RecordedRun, overrides: tuple[str, ...], place: LocalContext, conf: Path | ConfFolder
+) -> Config:
+    """The recorded config with the overrides. The steps stay those of the record, whatever the batch and the data are now; run.epochs that
+    was not given again no longer says anything."""
+    typed = keys_of(overrides)
+    config = compose_over(choose_strategy_again(before, recorded, overrides), overrides, conf)
+    named = {*typed, *keys_of(recorded.plan.overrides)}
+    if "run.steps" in typed:
+        config = with_short_warmup(config, named)
+    if EPOCHS in typed:
+        return settle_rows(replace(config, data=replace(config.data, rows=rows_again(config, typed))), named, place.here)
+    kept = config.stage.global_batch == before.stage.global_batch and not any(key.partition(".")[0] == "data" for key in typed)
+    return config if kept else replace(config, run=replace(config.run, epochs=None))
+
+
+def rows_again(config: Config, typed: Set[str]) -> int:
+    """The recorded number of rows holds for the recorded file."""
+    return config.data.rows if "data.rows" in typed or not any(key.partition(".")[0] == "data" for key in typed) else 0
+
+
 def choose_strategy_again(config: Config, recorded: RecordedRun, overrides: tuple[str, ...]) -> Config:
-    """For other devices the strategy is chosen again unless one was given. The global batch stays the same."""
+    """For other devices the strategy is chosen again unless one was given, and for another batch the micro-batch. The global batch stays the
+    same unless it was given."""
     named = [word.partition("=")[0] for word in (*recorded.plan.overrides, *overrides)]
-    other = any(key in OTHER_DEVICES or key.startswith("cluster.nodes") for key in (word.partition("=")[0] for word in overrides))
-    if not other or any(key.partition(".")[0] == "strategy" for key in named):
-        return config
-    return replace(config, strategy=replace(config.strategy, name="auto", micro_batch=None))
+    other = any(key in OTHER_DEVICES or key.startswith("cluster.nodes") for key in keys_of(overrides))
+    if other and not any(key.partition(".")[0] == "strategy" for key in named):
+        return replace(config, strategy=replace(config.strategy, name="auto", micro_batch=None))
+    if (other or BATCH in keys_of(overrides)) and not {MICRO_BATCH, "experiment"} & {*named}:
+        return replace(config, strategy=replace(config.strategy, micro_batch=None))
+    return config
 
 
 def choose_runtime_again(config: Config, recorded: RecordedRun, overrides: tuple[str, ...]) -> Config:
@@ -192,7 +222,7 @@ def expect(recorded: RecordedRun, plan: Plan, accepted: tuple[str, ...]) -> Expe
         data_sha256=recorded.record.data_sha256 if same_data and "data" not in accepted else "",
         weights=weights,
         facts=expected_facts(recorded, plan, accepted),
-        free=tuple(f"variable {name}" for name in changed),
+        free=tuple(f"variable {name}" for name in dict.fromkeys((*changed, *(RANK_VARIABLES if before.device != now.device else ())))),
     )
 
 
@@ -224,6 +254,24 @@ def moved(recorded: RecordedRun, plan: Plan) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------------- notes
+
+
+def describe_batch(recorded: Plan, plan: Plan) -> Iterator[str]:
+    """How the batch is divided now, and what a step trains on."""
+    if plan.spec.stage.kind != "train":
+        return
+    before, now = recorded.spec.batch, plan.spec.batch
+    ranks = (recorded.spec.device.world_size, plan.spec.device.world_size)
+    pairs = {"micro-batch": (before.micro_batch, now.micro_batch), "accumulation": (before.accumulation, now.accumulation), "ranks": ranks}
+    divided = ", ".join(f"{name} {was} -> {new}" for name, (was, new) in pairs.items() if was != new)
+    if before.global_batch == now.global_batch:
+        if divided:
+            yield f"batch: {divided}; stage.global_batch stays {now.global_batch}, so each step trains on the same samples"
+        return
+    yield f"batch: stage.global_batch {before.global_batch} -> {now.global_batch}{f', {divided}' if divided else ''}: each step trains on other samples"
+    if recorded.spec.steps == plan.spec.steps:
+        samples = [plan.spec.steps * batch.global_batch for batch in (before, now)]
+        yield f"run.steps stays {plan.spec.steps:,}: {samples[1]:,} samples in all, the recorded run had {samples[0]:,}"
 
 
 def describe_tree(recorded: RecordedRun, tree: Tree) -> tuple[str, ...]:

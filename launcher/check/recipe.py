@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from launcher.check.problem import Problem, Rule
+from launcher.check.row_count import refuse_few_rows
 from launcher.config.schema import GROUPS, Config
 from launcher.image.stack import Stack
 from launcher.memory.deepspeed import ZERO_STAGE
@@ -60,6 +61,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "cluster.connect_timeout_s": (1, 600),
     "cluster.silence_s": (3, 3600),  # the kernel counts a third of it, in whole seconds
     "run.steps": (1, 10**9),
+    "run.epochs": (0.001, 10**6),
     "run.seed": (0, 2**63 - 1),  # torch.manual_seed
     **{f"stage.{name}.sampling.top_p": (0.01, 1) for name in ("inference", "serving")},
     **{f"stage.{name}.sampling.temperature": (0, 10) for name in ("inference", "serving")},
@@ -74,7 +76,7 @@ COUNTED_OPTIONS = (
 )
 
 # Offered where the bound itself would be refused, or trains nothing.
-BETTER = {"stage.optimizer.lr": "1e-4"}
+BETTER = {"stage.optimizer.lr": "1e-4", "run.epochs": "1"}
 
 
 def numbers_in_range(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -129,7 +131,8 @@ def steps_hold_warmup(config: Config, _: Mapping[str, Stack]) -> Iterator[Proble
     warmup, steps = config.stage.optimizer.warmup, config.run.steps
     if config.stage.kind == "train" and 1 <= steps <= warmup < math.inf:
         what = f"{warmup:g} warm-up steps, but the run has {steps}: it would never reach the learning rate"
-        yield Problem(key="stage.optimizer.warmup", what=what, changes=("stage.optimizer.warmup=0.03", f"run.steps={int(warmup) * 10}"))
+        longer = (f"run.steps={int(warmup) * 10}",) if config.run.epochs is None else ()
+        yield Problem(key="stage.optimizer.warmup", what=what, changes=("stage.optimizer.warmup=0.03", *longer))
 
 
 def learning_rate_is_set(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -217,7 +220,13 @@ def batch_divides(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     if config.stage.kind in ("train", "evaluate") and total > 0 and unit > 0 and total % unit:
         what = f"{total} samples cannot be divided among {ranks} rank(s) in micro-batches of {micro}: it must be a multiple of {unit}"
         sizes = [size for size in (total - total % unit, total - total % unit + unit) if size]
-        yield Problem(key="stage.global_batch", what=what, changes=tuple(f"stage.global_batch={size}" for size in sizes))
+        changes = [f"stage.global_batch={size}" for size in sizes]
+        if micro > 1 and total % ranks == 0:  # the batch stays, and so does what it learns
+            share = total // ranks
+            changes.insert(0, f"strategy.micro_batch={next(size for size in range(min(micro, share), 0, -1) if share % size == 0)}")
+        yield Problem(key="stage.global_batch", what=what, changes=tuple(changes))
+    else:
+        yield from refuse_few_rows(config, ranks)
 
 
 def length_fits(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -271,9 +280,10 @@ def data_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     stage, wanted = config.stage, {"train": ["train"], "evaluate": ["evaluation"]}.get(config.stage.kind, [])
     if stage.quantization is not None:
         wanted = ["train"] * bool(stage.quantization.calibration) + ["evaluation"] * stage.quantization.compare
-    for name, placeholder in (*((name, "FILE.json") for name in wanted), *(("images", "FOLDER"),) * bool(wanted)):
+    for name in wanted:
         if not getattr(data, name):
-            yield Problem(key=f"data.{name}", what="is empty: set its path", changes=(f"data.{name}={placeholder}",))
+            what = "is empty: set its path (a JSON list of rows, or JSON Lines)"
+            yield Problem(key=f"data.{name}", what=what, changes=(f"data.{name}=FILE.json",))
 
 
 # --------------------------------------------------------------------------------------------------------------- strategy

@@ -18,6 +18,7 @@ from launcher.check.override import Compose, apply_override
 from launcher.check.precision import PRECISION_RULES
 from launcher.check.problem import Problem, Rule
 from launcher.check.recipe import RECIPE_RULES
+from launcher.check.row_count import write_row_notes
 from launcher.check.source import SOURCE_RULES, write_source_notes
 from launcher.check.strategy import Resolved, resolve
 from launcher.check.strings import TEXT_RULES
@@ -115,5 +116,6 @@ def write_notes(resolved: Resolved) -> Iterator[str]:
     yield from write_source_notes(config)
     yield from write_memory_notes(resolved)
     yield from write_inference_notes(config)
+    yield from write_row_notes(config)
     yield from config.hardware.notes
     yield from config.model.notes

@@ -9,10 +9,12 @@ from pathlib import Path
 from launcher.config.chain import GROUP, Chain, overrides_of
 from launcher.config.compose import compose, compose_with_files
 from launcher.config.conf_folder import ConfFolder
+from launcher.config.defaults import keys_of
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import load_stacks
 from launcher.plan.local_context import context_for, for_this_machine
 from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan, with_files
+from launcher.plan.rows import settle_rows
 from launcher.plan.short import describe_work
 from launcher.plan.text import command_line, figure, gib, table
 from launcher.record.checkpoint_reference import with_full_ids
@@ -80,7 +82,7 @@ def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
         words = overrides_of(chain, place, typed, results, kinds)
         try:
             config, files = compose_with_files(words, conf)
-            config = with_weights_folder(for_this_machine(config, words), os.environ)
+            config = settle_rows(with_weights_folder(for_this_machine(config, words), os.environ), keys_of(words), here)
             context = context_for(config, stacks, project)
             plan = with_files(make_plan(config, stacks, context, run_id=run_ids[name], overrides=words, conf=conf), conf, files)
         except ConfigRefused as error:

@@ -16,7 +16,7 @@ from launcher.errors import ConfigRefused, LaunchError
 from trainer import contract
 from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, SPEC_FILE, DataReport, DataSummary, Exit, TrainSpec, read, write, write_text
 
-SHOWN_PROBLEMS = 50
+SHOWN_CAUSES = 20
 ACTIONS = {"check": "read every row and every image, and print everything that is wrong with them"}
 
 
@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    plan = plan_of(arguments.overrides, "", conf=conf_of(arguments))
-    report, problems = examine(plan.spec)
+    plan = plan_of(arguments.overrides, "", conf=conf_of(arguments), only_data=True)
+    report, problems = examine(replace(plan.spec, batch=replace(plan.spec.batch, global_batch=1)))  # the batch is judged below
     if arguments.out:
         write_text("".join(f"{json.dumps(problem, ensure_ascii=False)}\n" for problem in problems), Path(arguments.out))
     if arguments.json:
@@ -41,6 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(describe_data(report, plan.spec.data.max_length))
         print_learning(plan.config, report)
         print(describe_problems(problems, arguments.out))
+        if not problems and (note := describe_few_rows(report, plan.spec)):
+            print(note)
         away = [node.host for node in plan.config.cluster.working if not node.is_local]
         if away:
             print(f"checked on this machine; a launch reads the files on {', '.join(away)}")
@@ -92,11 +94,24 @@ def describe_data(report: DataReport, max_length: int) -> str:
     lines = [
         ("rows", f"{report.train_rows:,} to train on, {report.evaluation_rows:,} held out; {summary.rows_with_images:,} with images"),
         ("images", describe_sizes(report)),
+        *((("adjusted", describe_adjustments(summary)),) if summary.adjustments else ()),
         ("converted", ", ".join(f"{count:,} {word}" for word, count in summary.conversions.items()) or "none"),
         ("length", describe_lengths(summary, max_length)),
         ("sha256", report.sha256),
     ]
     return "\n".join(f"{name:10} {text}" for name, text in lines)
+
+
+def describe_few_rows(report: DataReport, spec: TrainSpec) -> str:
+    """The rows may be right, and too few for the batch of a launch."""
+    batch = spec.batch.global_batch
+    if spec.stage.kind != "train" or spec.data.builtin or not 0 < report.train_rows < batch:
+        return ""
+    return f"note: a launch needs stage.global_batch={report.train_rows} or less: it is {batch}, and a step uses no row twice"
+
+
+def describe_adjustments(summary: DataSummary) -> str:
+    return "; ".join(f"{change} ({rows:,} rows)" for change, rows in summary.adjustments.items())
 
 
 def describe_sizes(report: DataReport) -> str:
@@ -117,7 +132,7 @@ def describe_lengths(summary: DataSummary, limit: int) -> str:
 def describe_problems(problems: Sequence[dict[str, Any]], file: str) -> str:
     if not problems:
         return f"{'problems':10} none"
-    shown = "\n".join(f"  {contract.decode(contract.DataProblem, problem)}" for problem in problems[:SHOWN_PROBLEMS])
-    more = len(problems) - SHOWN_PROBLEMS
-    rest = f"\n  ... and {more:,} more{f' in {file}' if file else ': --out FILE writes all'}" if more > 0 else ""
+    texts = contract.describe_groups([contract.decode(contract.DataProblem, problem) for problem in problems], SHOWN_CAUSES)
+    shown = "\n".join(f"  {text}" for text in texts)
+    rest = f"\n  all of them: {file or 'with --out FILE, one JSON object a line'}" if len(problems) > 1 else ""
     return f"{'problems':10} {len(problems):,}\n{shown}{rest}"

@@ -88,22 +88,31 @@ def describe_here(plan: "Plan", machine: "Machine | None" = None, *, full: bool 
     return describe_short(plan, colours=colours, width=columns, built=built, launching=launching, notes=variables)
 
 
-def plan_of(overrides: Sequence[str], run_id: str, *, conf: "ConfFolder | None" = None) -> "Plan":
-    """The plan of these overrides, for a verb that starts nothing on this machine: what it has is not asked."""
-    return plan_here(overrides, run_id, asks=False, conf=conf)[0]
+def plan_of(overrides: Sequence[str], run_id: str, *, conf: "ConfFolder | None" = None, only_data: bool = False) -> "Plan":
+    """The plan of these overrides, for a verb that starts nothing on this machine: what it has is not asked. `only_data`: nothing is
+    trained, so neither the memory nor the number of rows matters."""
+    return plan_here(overrides, run_id, asks=False, only_data=only_data, conf=conf)[0]
 
 
 def plan_here(
-    overrides: Sequence[str], run_id: str, *, traced: bool = False, asks: bool = True, conf: "ConfFolder | None" = None
+    overrides: Sequence[str],
+    run_id: str,
+    *,
+    traced: bool = False,
+    asks: bool = True,
+    only_data: bool = False,
+    conf: "ConfFolder | None" = None,
 ) -> "tuple[Plan, Machine | None]":
     """The plan, and what this machine has, where the run is on it and it `asks`. `traced`: the memory is judged later, by a traced step.
-    `conf`: the project's when omitted."""
+    `only_data`: as of plan_of. `conf`: the project's when omitted."""
     from launcher.check.rules import RULES, RULES_BUT_MEMORY
     from launcher.config.compose import compose_with_files
     from launcher.config.conf_folder import ConfFolder
+    from launcher.config.defaults import keys_of
     from launcher.image.stack import load_stacks
     from launcher.plan.local_context import context_for, for_this_machine
-    from launcher.plan.plan import RUNS_FOLDER, absolute, make_plan, with_files
+    from launcher.plan.plan import RUNS_FOLDER, absolute, make_plan, with_files, with_problems
+    from launcher.plan.rows import find_missing, settle_rows
     from launcher.plan.weights_folder import judge_weights, with_found_model
     from launcher.record.checkpoint_reference import resolve_base, resolve_checkpoint, with_full_ids
     from launcher.record.record import name_run, utc_now, valid_run_id
@@ -112,15 +121,16 @@ def plan_here(
     here, conf = Path.cwd(), conf or ConfFolder(project=PROJECT / "conf")
     overrides = with_found_model(with_visible_devices(overrides, conf) if asks else overrides, conf)
     config, files = compose_with_files(overrides, conf)
-    config = for_this_machine(config, overrides)
+    config = for_this_machine(config if only_data else settle_rows(config, keys_of(overrides), here), overrides)
     runs = (Path(absolute(config.cluster.root, here)) / RUNS_FOLDER, here / RUNS_FOLDER)
     config = with_weights_folder(resolve_base(resolve_checkpoint(config, *runs), *runs), os.environ)
     run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))
     given = with_full_ids(overrides, *runs)
-    rules = RULES_BUT_MEMORY if traced else RULES
+    rules = RULES_BUT_MEMORY if traced or only_data else RULES
     stacks = load_stacks(PROJECT / "images")
     context = context_for(config, stacks, PROJECT, asks=asks)
     plan = judge_weights(make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf), conf)
+    plan = with_problems(plan, find_missing(config, here)) if asks else plan
     return with_files(plan, conf, files), context.machine
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.conf_folder import GROUPS, OPTIONAL_GROUPS, PRIMARY, ConfFolder, as_conf_folder
+from launcher.config.defaults import choose_duration, keys_of, settle
 from launcher.config.expected import describe_expected
 from launcher.config.fact import refuse_facts, refuse_fixed
 from launcher.config.hint import Known, explain_key, explain_value, join_words, read_foreign
@@ -52,6 +53,7 @@ def compose_with_places(overrides: Sequence[str], conf: Path | ConfFolder) -> tu
     """The config, and what says of a dotted key which override or file sets it; '' where no file does. Raises ConfigRefused as `compose`."""
     conf = as_conf_folder(conf)
     composed = _compose(_translate(overrides, conf), conf)
+    settle(composed.data, composed.choices, keys_of(overrides), conf)
 
     def find_place(key: str) -> str:
         place, (section, *inner) = _where(key.split("."), composed, overrides, conf), key.split(".")
@@ -66,6 +68,7 @@ def compose_with_files(overrides: Sequence[str], conf: Path | ConfFolder) -> tup
     """The same, and the files that it was composed from, the first one that of config.yaml."""
     conf = as_conf_folder(conf)
     composed = _compose(_translate(overrides, conf), conf)
+    settle(composed.data, composed.choices, keys_of(overrides), conf)
     files = (conf.find(group, choice) for group, choice in composed.choices.items() if choice)
     config = _complete(_validate(composed, overrides, conf), overrides)
     return config, (conf.project / f"{PRIMARY}.yaml", *(file for file in files if file.is_file()))
@@ -92,6 +95,9 @@ def compose_over(config: Config, overrides: Sequence[str], conf: Path | ConfFold
         if parsed is not None:
             OmegaConf.update(tree, parsed.key_or_group, parsed.value(), merge=True, force_add=True)
     changed = typing.cast(dict[str, Any], OmegaConf.to_container(tree))
+    if "data" in named:
+        settle(changed, composed.choices, keys_of(overrides), conf)
+    choose_duration(changed, keys_of(overrides))
     return _complete(_validate(Composed(data=changed, choices=composed.choices), overrides, conf), overrides)
 
 

@@ -252,6 +252,7 @@ class Data:
     max_tiles: int = 0  # per image, for families that cut it (InternVL tiles, MiniCPM slices); 0 = as max_pixels
     augmentation: Augmentation = field(default_factory=Augmentation)  # of the images of training rows
     padding_free: bool | None = None  # concatenate the samples of a micro-batch instead of padding them; null = only on a CPU
+    rows: int = 0  # of `train`, in which run.epochs counts; 0 = they are counted, where the file is on this machine
 
 
 # -------------------------------------------------------------------------------------------------------------- cluster
@@ -374,6 +375,7 @@ class Run:
     trackers: tuple[str, ...] = ("tensorboard",)  # also wandb, swanlab, mlflow, where they are installed
     profile: Profile = field(default_factory=Profile)
     bands: Bands = field(default_factory=Bands)
+    epochs: float | None = None  # instead of steps: how often each row is used; the plan turns it into steps, rounded up
     repeats: int = 0  # runs of a benchmark (conf/experiment); 0 = not a benchmark
 
 

@@ -18,6 +18,7 @@ from launcher.doctor.node_facts import NodeFacts
 from launcher.doctor.questions import NodeQuery, ask_node
 from launcher.errors import NodeFailed
 from launcher.image.stack import Stack
+from launcher.plan.commands import data_paths
 from launcher.plan.plan import Plan
 from launcher.ssh.parallel import attempt_each
 from launcher.ssh.transport import Transport
@@ -168,8 +169,8 @@ def query_of(plan: Plan, launching: bool) -> NodeQuery:
 def paths_compared(plan: Plan) -> tuple[str, ...]:
     """Paths of data and model, which must be the same on all nodes."""
     spec = plan.spec
-    data = () if spec.data.builtin else (spec.data.train, spec.data.evaluation, spec.data.images)
-    return tuple(dict.fromkeys(path for path in (*data, spec.model.source.path, spec.stage.checkpoint) if path))
+    files = () if spec.data.builtin else (spec.data.train, spec.data.evaluation)
+    return tuple(dict.fromkeys(path for path in (*files, *data_paths(spec), spec.model.source.path, spec.stage.checkpoint) if path))
 
 
 def rank_of(plan: Plan, node: Node) -> int | None:

@@ -47,7 +47,9 @@ def proof_table(stacks: dict[str, Stack], root: Path) -> list[str]:
     for stack in stacks.values():
         for architecture in stack.host_architectures:
             lock = lock_digest(stack, architecture, root)
-            shared = next((proof for proof in proofs.values() if proof.lock == lock and not proof.base), None)
+            shared = next(
+                (proof for proof in proofs.values() if proof.lock == lock and not proof.base), None
+            )  # of a stack with the same lock
             rows.append(proof_row(stack, architecture, proofs.get(f"{stack.name}-{architecture}", shared), lock))
     return markdown(tuple(rows))
 

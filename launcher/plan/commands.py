@@ -163,14 +163,28 @@ def mounts(cluster: Cluster, spec: TrainSpec) -> tuple[Mount, ...]:
     built-in data are writable."""
     data, inference = spec.data, spec.stage.inference
     writable = (spec.output, *((data.root,) if data.builtin else ()))
-    files = () if data.builtin else (data.train, data.evaluation, data.images)
-    inputs = (inference.image, inference.input) if inference else ()
-    readable = (*files, spec.stage.checkpoint, spec.evaluation.base, spec.model.source.path, *inputs, *cluster.mounts)
+    questions = image_folder(inference.input, data.images) if inference else ""
+    inputs = (inference.image, questions) if inference else ()
+    readable = (*data_paths(spec), spec.stage.checkpoint, spec.evaluation.base, spec.model.source.path, *inputs, *cluster.mounts)
     wanted = (*(Mount(path=path, read_only=False) for path in writable), *(Mount(path=path) for path in dict.fromkeys(readable) if path))
     for mount in wanted:  # the paths of the config were checked by key; these have the current folder in front
         if why := why_no_mount(mount.path):
             raise ConfigRefused(why)
     return wanted
+
+
+def data_paths(spec: TrainSpec) -> tuple[str, ...]:
+    """What a run reads of the user's own data: the annotation files and the folder of images; without data.images the folders of the files,
+    where image paths start then."""
+    data = spec.data
+    files = () if data.builtin else (data.train, data.evaluation)
+    named = (*(image_folder(file, data.images) for file in files), *(() if data.builtin else (data.images,)))
+    return tuple(dict.fromkeys(path for path in named if path))
+
+
+def image_folder(file: str, images: str) -> str:
+    """The file alone where its images are in a folder of their own, else the folder of the file."""
+    return file if images or not file else str(PurePosixPath(file).parent)
 
 
 def network_environment(config: Config, node: Node) -> dict[str, str]:

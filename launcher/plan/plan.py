@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launcher.check.hardware import choose_kernels
-from launcher.check.problem import Rule
+from launcher.check.problem import Problem, Rule
 from launcher.check.recipe import leaves_padding_out
 from launcher.check.rules import RULES, Verdict, check
 from launcher.check.strategy import explain_strategy, resolve
@@ -230,6 +230,13 @@ def with_container_options(plan: Plan, local: LocalContext) -> Plan:
     return replace(plan, commands=node_commands(plan.config, plan.image, plan.spec, interpreter=local.interpreter, user=user))
 
 
+def with_problems(plan: Plan, problems: tuple[Problem, ...]) -> Plan:
+    """The plan with more problems that prevent its launch, such as a file that is not there."""
+    verdict = plan.verdict
+    found = (*verdict.problems, *problems)
+    return replace(plan, verdict=replace(verdict, problems=found, launchable=not found)) if problems else plan
+
+
 def carry_over(kept: Any, before: Any, after: Any) -> Any:
     """`kept` with the changes from `before` to `after`: a rerun keeps the values of its record, even where other ones would be derived today."""
     if before == after:
@@ -341,6 +348,7 @@ def data_spec(config: Config, local: LocalContext, root: str) -> DataSpec:
         train=absolute_if_set(data.train, local),
         evaluation=absolute_if_set(data.evaluation, local),
         images=absolute_if_set(data.images, local),
+        rows=data.rows if config.run.epochs is not None else 0,
         **{name: getattr(data, name) for name in DATA_KEYS},
     )
 

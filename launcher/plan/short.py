@@ -7,6 +7,7 @@ from launcher.memory.estimate import Memory, estimate_memory
 from launcher.memory.states import GIB, device_count
 from launcher.memory.tokens import read_load
 from launcher.plan.plan import Plan
+from launcher.plan.rows import rows_of
 from launcher.plan.text import command_line, measure, paint, size, wrap
 from trainer.contract import TrainSpec
 
@@ -14,7 +15,6 @@ LABEL = 10  # columns of the names at the left
 LINES = 30  # of a whole description, notes cut to fit
 BAR = 24  # characters of a full bar
 LARGEST = 3  # items of the estimate that are named
-BUILTIN_ROWS = 1500  # that train, of each of the built-in sets (trainer.data.digits.TRAIN_ROWS)
 # What brings an image to the nodes, where this machine's engine does not have it.
 DELIVERY = {
     "build": "launch builds it, and sends it to the nodes that lack it",
@@ -143,12 +143,12 @@ def describe_work(spec: TrainSpec) -> str:
 
 
 def describe_cost(plan: Plan) -> str:
-    """Samples of the whole run, and tokens: rows of the user's own data are never longer than data.max_length."""
-    config, samples = plan.config, plan.spec.steps * plan.spec.batch.global_batch
-    builtin = bool(config.data.builtin and not config.data.packing)
-    epochs = f" = {samples / BUILTIN_ROWS:,.1f} epochs of {BUILTIN_ROWS:,} rows" if builtin else ""
+    """Samples of the whole run, epochs where the rows are known, and tokens: a sample is never longer than data.max_length."""
+    config, samples, rows = plan.config, plan.spec.steps * plan.spec.batch.global_batch, rows_of(plan.config)
+    epochs = f" = {samples / rows:,.1f} epochs of {rows:,} rows" if rows else ""
+    asked = f" (run.epochs={config.run.epochs:g}, rounded up)" if config.run.epochs is not None else ""
     tokens = samples * read_load(config, rows=1).length
-    return f"{plan.spec.steps:,} steps = {samples:,} {'rows' if config.data.packing else 'samples'}{epochs}, at most {tokens:,} tokens"
+    return f"{plan.spec.steps:,} steps{asked} = {samples:,} samples{epochs}, at most {tokens:,} tokens"
 
 
 def describe_notes(notes: tuple[str, ...], width: int, free: int) -> list[str]:

@@ -41,6 +41,7 @@ RULES: tuple[tuple[ComparableKind, tuple[str, ...]], ...] = (
                 "config.stage.needs",
             ),
             *("config.data.train", "config.data.evaluation", "config.data.images", "config.data.workers"),
+            *("config.data.rows", "config.run.epochs"),  # config.run.steps decides, and the hash of the data
             *("config.run.*timeout_s", "config.run.save_every*", "config.run.keep_*", "config.run.checkpoint_background"),
             *("config.run.trackers", "config.run.profile.*", "config.run.restarts", "config.run.minimum_nodes", "config.run.force"),
             *("config.run.bands.*", "config.cluster.name", "config.cluster.root", "config.cluster.nodes.*", "config.cluster.delivery.*"),

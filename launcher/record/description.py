@@ -7,10 +7,12 @@ from typing import Any
 from launcher.check.rules import check
 from launcher.config.compose import compose
 from launcher.config.conf_folder import ConfFolder
+from launcher.config.defaults import keys_of
 from launcher.config.schema import Node
 from launcher.errors import ConfigRefused
 from launcher.image.stack import load_stacks
 from launcher.plan.plan import RUNS_FOLDER, Plan
+from launcher.plan.rows import settle_rows
 from launcher.plan.text import command_line, duration, figure, relative, table
 from launcher.record.metrics import describe_speed, read_curve
 from launcher.record.record import RECORD_FILE, Record, bracketed, checkpoint_place, first_node
@@ -76,7 +78,11 @@ def next_commands(record: Record, plan: Plan) -> str:
     kept = tuple(word for word in plan.overrides if word.partition("=")[0].partition(".")[0] != "stage")
     stage, run = plan.spec.stage, name_of(Path(plan.folder))
     after = FOLLOWING_STAGES.get("adapter" if stage.kind == "train" and stage.lora else stage.kind, ())
-    following = ((*overrides_for(name, kept), f"stage={name}", f"stage.checkpoint={run}") for name in after)
+    batch = tuple(word for word in plan.overrides if word.startswith("stage.global_batch="))  # that of the rows, where they are few
+    following = (
+        (*overrides_for(name, kept), f"stage={name}", f"stage.checkpoint={run}", *(batch if name in TRAINING_STAGES else ()))
+        for name in after
+    )
     conf = ConfFolder(project=PROJECT / "conf", own=Path(plan.conf) if plan.conf else None)
     lines = [command_line("launch", *words, *plan.options) for words in following if is_launchable(words, conf)]
     cluster = plan.config.cluster
@@ -113,7 +119,7 @@ def bring_command(node: Node, plan: Plan) -> str:
 
 def is_launchable(overrides: tuple[str, ...], conf: ConfFolder) -> bool:
     try:
-        config = compose(overrides, conf)
+        config = settle_rows(compose(overrides, conf), keys_of(overrides), Path.cwd())
     except ConfigRefused:
         return False
     return check(config, load_stacks(PROJECT / "images")).launchable

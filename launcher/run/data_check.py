@@ -1,5 +1,6 @@
 """What the data check of a node reports: problems in the data, which refuse the run, or a failure of the check itself."""
 
+import json
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
@@ -11,9 +12,10 @@ from launcher.run.node_log import last_lines
 from launcher.run.node_process import NodeProcess
 from launcher.run.run_folder import WorkingNode, fetch_large
 from launcher.run.session import Session
-from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, INPUTS_FILE, DataReport, Inputs
+from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, INPUTS_FILE, DataProblem, DataReport, Inputs, SpecError, decode, describe_groups
 
-SHOWN_PROBLEMS = 20
+SHOWN_CAUSES = 20
+SHOWN_FILES = 20
 
 
 def refuse_data(folder: Path, check: NodeProcess) -> None:
@@ -26,13 +28,21 @@ def refuse_data(folder: Path, check: NodeProcess) -> None:
             f"the data check on {check.command.host} refused the data, and the ranks were stopped:\n{output}{changed}\n  log: {log}\n"
             f"  record: {folder}"
         )
-    shown, count = report.problems[:SHOWN_PROBLEMS], max(report.problem_count, len(report.problems))
-    lines = [f"  {problem}" for problem in shown]
-    lines += [f"  ... and {count - len(shown):,} more"] if count > len(shown) else []
     here, there = folder / DATA_PROBLEMS_FILE, PurePosixPath(check.command.folder) / DATA_PROBLEMS_FILE
+    problems, count = read_problems(here) or report.problems, max(report.problem_count, len(report.problems))
+    lines = [f"  {text}" for text in describe_groups(problems, SHOWN_CAUSES)]
     lines += [f"  all problems, one JSON object per line: {here if here.is_file() else f'{check.command.host}:{there}'}"]
     where = f" on {check.command.host}" if check.command.runtime == "docker" else ""
     raise ConfigRefused("\n".join((f"the data{where} has {count:,} problem(s), and the ranks were stopped:", *lines)))
+
+
+def read_problems(file: Path) -> tuple[DataProblem, ...]:
+    """All problems; () where the file could not be copied to this machine, or is damaged."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+        return tuple(decode(DataProblem, json.loads(line)) for line in lines if line)
+    except (OSError, ValueError, SpecError):
+        return ()
 
 
 def changed_files(folder: Path) -> list[str]:
@@ -44,7 +54,7 @@ def changed_files(folder: Path) -> list[str]:
     lines = [
         f"{name}: {'missing' if name not in now.data else 'new' if name not in recorded.data else 'content differs'}" for name in names
     ]
-    return lines[:SHOWN_PROBLEMS] + ([f"and {len(lines) - SHOWN_PROBLEMS:,} more"] if len(lines) > SHOWN_PROBLEMS else [])
+    return lines[:SHOWN_FILES] + ([f"and {len(lines) - SHOWN_FILES:,} more"] if len(lines) > SHOWN_FILES else [])
 
 
 def fetch_problems(folder: Path, session: Session, check: NodeProcess) -> None:

@@ -21,7 +21,9 @@ def find_failure(plan: Plan, nodes: tuple[NodeResult, ...]) -> Failure | None:
     taken for a consequence of that."""
     folder = Path(plan.folder)
     written = (read_if_there(FailureReport, path) for path in sorted(folder.glob(contract.FAILURE_FILES.format(rank="*"))))
-    reports = sorted((report for report in written if report is not None), key=lambda report: report.unix_s)
+    reports = sorted(
+        (report for report in written if report is not None), key=lambda report: report.unix_s
+    )  # none of a rank that was killed
     failed = sorted((node for node in nodes if node.code), key=lambda node: node.seconds)
     reported = [failure_of_report(plan, report) for report in reports]
     lost = any(node.lost for node in failed)

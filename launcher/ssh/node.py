@@ -100,8 +100,9 @@ class Ssh:
             reader = in_background(lambda: collect(self.title, channel, timeout_s=timeout_s, marker=marker))
             try:
                 send(channel, chunks, timeout_s)
-            except BaseException:
-                # without its process id the command could not be killed, and would take the end of its input for a complete one
+            except (
+                BaseException
+            ):  # without its process id the command could not be killed, and would take the end of its input for a complete one
                 wait_until(lambda: marker.pid is not None or reader.done(), START_TIMEOUT_S)
                 raise
             exchange = reader.result()

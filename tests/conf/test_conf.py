@@ -115,6 +115,8 @@ def test_templates_contain_the_content_once(name: str) -> None:
     template = model(name).template
     assert template.user.count("{content}") == 1
     assert template.end_mark and template.assistant_open
+    adjustment = pytest.importorskip("trainer.data.rows.adjustment", reason="the trainer's packages are not installed in this environment")
+    assert template.end_mark.strip() in adjustment.END_MARKS, "rows that end with it are accepted"
 
 
 def test_resampler_arithmetic_of_the_12b() -> None:

@@ -16,7 +16,11 @@ from tests.images.conftest import ROOT, Built, in_container, inspect
 pytestmark = pytest.mark.docker
 
 TEST_TOOLS = ("pytest", "iniconfig", "packaging", "pluggy", "pygments", "hypothesis", "sortedcontainers")
-TEST_TOOLS += ("hydra-core", "omegaconf", "antlr4-python3-runtime")  # test_cells.py plans as a launch does
+TEST_TOOLS += (
+    "hydra-core",
+    "omegaconf",
+    "antlr4-python3-runtime",
+)  # the cells of tests/trainer/programs/test_cells.py are planned as a launch is
 # Only the driver's library is missing: the tests of a machine without a GPU, with the torch of this image.
 ON_THE_CPU = ("env", "DS_ACCELERATOR=cpu", "PYTHONPATH=/tools:/project", "OMP_NUM_THREADS=1", "HYPOTHESIS_STORAGE_DIRECTORY=/tmp/examples")
 

@@ -67,7 +67,8 @@ class LearningFacts:
 class DataSummary:
     """Training and held-out rows together. `smallest`, `largest`: (width, height) of an image in pixels, by area. `conversions`: kind ->
     number of images that are rotated upright or converted to RGB. Lengths are tokens of a whole sample, image tokens included; all 0 where
-    `unmeasured` says why they were not counted. `trained_tokens`: those in the loss, about."""
+    `unmeasured` says why they were not counted. `trained_tokens`: those in the loss, about. `adjustments`: what was read otherwise than it
+    is written -> number of rows."""
 
     rows: int = 0
     rows_with_images: int = 0
@@ -81,6 +82,7 @@ class DataSummary:
     image_tokens: int = 0
     unmeasured: str = ""
     trained_tokens: int = 0
+    adjustments: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -177,6 +177,7 @@ class DataSpec:
     `max_length`: tokens of a sample, image tokens included; with `packing`, tokens of a row that holds several samples, which do not
     attend to each other. `length_aware`: samples of similar length share a micro-batch, chosen from one step or a window of steps.
     `padding_free`: the samples of a micro-batch are concatenated, as in a packed row, instead of padded.
+    `rows`: of `train`, where the steps were planned for that number; another one is refused. 0 = any.
     `max_pixels` (families that scale an image) and `max_tiles` (families that cut it) limit an image's tokens; 0 = the processor's limit.
     """
 
@@ -194,6 +195,7 @@ class DataSpec:
     max_tiles: int = 0
     padding_free: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
+    rows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The data check before a run: read all rows, decode all images, count all tokens. Imports torch only if lengths are measured."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,16 @@ Read = tuple[tuple[Sample, ...], tuple[DataProblem, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class DataPaths:
-    """The paths of the data. `train` and `evaluation` are None when the spec has none."""
+    """The paths of the data. `train` and `evaluation` are None when the spec has none. `images` None: image paths start at the folder of
+    the file that has them."""
 
     train: Path | None
     evaluation: Path | None
-    images: Path
+    images: Path | None
+
+    def images_of(self, file: Path) -> Path:
+        """The folder that the image paths of an annotation file start at."""
+        return self.images or file.parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +59,7 @@ def examine_data(spec: TrainSpec) -> tuple[DataReport, tuple[DataProblem, ...], 
     prepare(spec.data)
     paths = resolve(spec.data)
     files = needed(spec, paths)
-    read = {file: read_samples(file, paths.images) for file in files}
+    read = {file: read_samples(file, paths.images_of(file)) for file in files}
     samples = distinct(read)
     images = examine_images(image for sample in samples for image in sample.images)
     row_problems = (problem for _, problems in read.values() for problem in problems)
@@ -62,7 +67,7 @@ def examine_data(spec: TrainSpec) -> tuple[DataReport, tuple[DataProblem, ...], 
     lengths = measure_whole(samples, wrong, images, spec)
     train, held_out = (read[file][0] if file in read else () for file in (paths.train, paths.evaluation))
     moved = find_moved_boxes(train, spec.data.augmentation)
-    problems = in_order((*row_problems, *wrong, *lengths.problems, *moved))
+    problems = in_order((*row_problems, *wrong, *lengths.problems, *moved)) or tuple(find_count_problems(spec, len(train)))
     hashes = hash_annotations(read) | {path: image.sha256 for path, image in images.items()}
     report = DataReport(
         schema=SCHEMA,
@@ -94,16 +99,16 @@ def prepare(data: DataSpec) -> None:
 
 
 def resolve(data: DataSpec) -> DataPaths:
-    """Relative paths start at `data.root`. Without `data.images`, image paths start at the folder of the first annotation file."""
+    """Relative paths start at `data.root`."""
     root = Path(data.root)
     known = BUILTIN.get(data.builtin)
     train = data.train or (known.train if known else "")
     evaluation = data.evaluation or (known.evaluation if known else "")
-    images = data.images or (known.images if known else str((root / (train or evaluation)).parent))
+    images = data.images or (known.images if known else "")
     return DataPaths(
         train=root / train if train else None,
         evaluation=root / evaluation if evaluation else None,
-        images=root / images,
+        images=root / images if images else None,
     )
 
 
@@ -128,6 +133,23 @@ def files_of(stage: StageSpec) -> tuple[tuple[str, bool], ...]:
     return (("evaluation", True),) if stage.kind == "evaluate" else ()
 
 
+def find_count_problems(spec: TrainSpec, rows: int) -> Iterator[DataProblem]:
+    """Of a file to train on: fewer rows than a batch, in which rows would be repeated; and another number than the steps were planned for. A
+    rerun repeats what its record did."""
+    data, batch = spec.data, spec.batch
+    if spec.stage.kind != "train" or data.builtin or spec.expects is not None:
+        return
+    if rows < batch.global_batch:
+        ranks = spec.device.world_size
+        size = rows - rows % ranks
+        fix = f"set stage.global_batch={size} or less" if size else f"add rows, or use fewer devices: each of {ranks} ranks needs one"
+        problem = f"has {rows:,} rows, fewer than stage.global_batch={batch.global_batch}: a step would train on the same row twice"
+        yield DataProblem(file=data.train, row=0, field="", problem=problem, fix=fix)
+    if data.rows and rows != data.rows:
+        problem = f"has {rows:,} rows, but run.epochs was turned into {spec.steps:,} steps for {data.rows:,} rows"
+        yield DataProblem(file=data.train, row=0, field="", problem=problem, fix=f"launch it again with data.rows={rows}")
+
+
 # ------------------------------------------------------------------------------------------------------------------- report
 
 
@@ -142,7 +164,11 @@ def measure_whole(samples: tuple[Sample, ...], wrong: tuple[DataProblem, ...], i
         return Lengths(unmeasured="the rows of a built-in set are a few words long")
     bad = {(problem.file, problem.row) for problem in wrong}
     whole = [sample for sample in samples if (sample.file, sample.row) not in bad]
-    return measure(whole, {path: image.size for path, image in images.items()}, spec) if whole else Lengths(unmeasured="no row can be read")
+    return (
+        measure(whole, {path: image.size for path, image in images.items()}, spec)
+        if whole
+        else Lengths(unmeasured="every row has a problem")
+    )
 
 
 def in_order(problems: Iterable[DataProblem]) -> tuple[DataProblem, ...]:

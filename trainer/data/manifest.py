@@ -26,7 +26,9 @@ def list_inputs(spec: TrainSpec, paths: DataPaths, files: Mapping[Path, str]) ->
 
 
 def name_below(path: Path, paths: DataPaths, spec: TrainSpec) -> str:
-    for folder in (paths.images, Path(spec.data.root)):
+    first = paths.train or paths.evaluation
+    below = paths.images or (first.parent if first else Path(spec.data.root))
+    for folder in (below, Path(spec.data.root)):
         if path.is_relative_to(folder):
             return path.relative_to(folder).as_posix()
     return str(path)

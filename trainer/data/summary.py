@@ -14,6 +14,7 @@ def summarise(samples: Sequence[Sample], images: Mapping[Path, Examined], length
     """`lengths`: of the samples that could be measured."""
     sizes = sorted((image.size for image in images.values() if not image.problem), key=lambda size: size[0] * size[1])
     conversions = Counter(word for image in images.values() for word in image.conversions)
+    adjustments = Counter(word for sample in samples for word in sample.adjustments)
     ordered = sorted(lengths.tokens)
     return DataSummary(
         rows=len(samples),
@@ -27,6 +28,7 @@ def summarise(samples: Sequence[Sample], images: Mapping[Path, Examined], length
         tokens=sum(ordered),
         image_tokens=sum(lengths.image_tokens),
         unmeasured=lengths.unmeasured,
+        adjustments=dict(sorted(adjustments.items())),
         trained_tokens=lengths.trained,
     )
 

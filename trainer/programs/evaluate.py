@@ -66,7 +66,7 @@ def read_held_out(spec: TrainSpec, paths: DataPaths) -> HeldOut:
     """Empty if the run has no evaluation or no held-out file."""
     if not spec.evaluation.enabled or paths.evaluation is None:
         return HeldOut(samples=(), sha256="")
-    return HeldOut(samples=load_samples(paths.evaluation, paths), sha256=hash_sources(paths.evaluation, paths.images))
+    return HeldOut(samples=load_samples(paths.evaluation, paths), sha256=hash_sources(paths.evaluation, paths.images_of(paths.evaluation)))
 
 
 def spec_of_base(spec: TrainSpec) -> TrainSpec:

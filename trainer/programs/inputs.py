@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.checkpoint.lineage import find_lineage
-from trainer.contract import DATA_PENDING_FILE, SPEC_FILE, InputRefused, RunFailed, TrainSpec, WeightsLineage
+from trainer.contract import DATA_PENDING_FILE, SPEC_FILE, InputRefused, RunFailed, TrainSpec, WeightsLineage, describe_groups
 from trainer.data.check import DataPaths, prepare, resolve
 from trainer.data.rows.sample import Sample, read_samples
 from trainer.device.log_prefix import report_phase
@@ -19,6 +19,7 @@ from trainer.stages.group import apply_stage
 from trainer.train.model import CPU, BuiltModel, load_or_create, weights_folder
 
 CHECKED_FIRST_ROWS = 50_000  # about a minute of checking on one core: 1.07 ms a row with an image (docs/benchmarks.md)
+SHOWN_CAUSES = 20
 CHECK_TIMEOUT_S, CHECK_POLL_S = 1800.0, 0.05
 
 
@@ -33,9 +34,9 @@ def load_samples(file: Path | None, paths: DataPaths) -> tuple[Sample, ...]:
     """Raises InputRefused with every problem: skipping bad rows would silently change the data set."""
     if file is None:
         return ()
-    samples, problems = read_samples(file, paths.images)
+    samples, problems = read_samples(file, paths.images_of(file))
     if problems:
-        raise InputRefused("\n".join(map(str, problems)))
+        raise InputRefused("\n".join(describe_groups(problems, SHOWN_CAUSES)))
     return samples
 
 

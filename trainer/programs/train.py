@@ -30,7 +30,7 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     memory = MemoryPeaks(rank.device)
     paths = prepare_data(spec)
     samples = load_samples(paths.train, paths)
-    start = choose_resume_point(spec, hash_sources(paths.train, paths.images))
+    start = choose_resume_point(spec, hash_sources(paths.train, paths.images_of(paths.train)))
     built = build_model(spec, rank, start)
     if spec.partitioned:
         partition_model(built.staged.model, spec, rank.torch_device)

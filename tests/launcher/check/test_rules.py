@@ -30,6 +30,7 @@ ALL_TARGETS = "stage.lora.targets=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj
 DOCKER = ("cluster.runtime=docker",)
 ACCEPTED = "cluster.delivery.accept_licence=true"
 HYBRID, INTERVAL = ("model=minicpm_v_4_6", "tune=null"), "model.architecture.text.options.full_attention_interval"
+ROWS = ("data=files", "data.train=a.json")
 RANDOM = "model.source={kind: random}"
 LLAVA = ("model=llava_1_5_7b", "tune=null")
 
@@ -93,11 +94,23 @@ REFUSED: tuple[tuple[tuple[str, ...], str, str], ...] = (
     ((*LLAVA, "stage=lora", "stage.trainable=[projector,lm]"), "stage.trainable", "stage.trainable=[projector]"),
     (("cluster.devices_per_node=3",), "stage.global_batch", "stage.global_batch=66"),
     (("strategy.micro_batch=48",), "stage.global_batch", "stage.global_batch=48"),
+    (("strategy.micro_batch=48",), "stage.global_batch", "strategy.micro_batch=32"),
+    (("cluster.devices_per_node=4", "strategy.micro_batch=64"), "stage.global_batch", "strategy.micro_batch=16"),
+    ((*ROWS, "data.rows=60"), "stage.global_batch", "stage.global_batch=8"),
+    ((*ROWS, "data.rows=60"), "stage.global_batch", "stage.global_batch=60"),
+    ((*ROWS, "data.rows=60", "cluster.devices_per_node=4"), "stage.global_batch", "stage.global_batch=8"),
+    ((*ROWS, "data.rows=61", "cluster.devices_per_node=4"), "stage.global_batch", "stage.global_batch=60"),
+    ((*ROWS, "data.rows=60", "strategy.micro_batch=16"), "stage.global_batch", "stage.global_batch=48"),
+    ((*ROWS, "data.rows=10", "strategy.micro_batch=64"), "stage.global_batch", "stage.global_batch=10 strategy.micro_batch=1"),
+    ((*ROWS, "data.rows=1"), "stage.global_batch", "stage.global_batch=1"),
+    ((*ROWS, "data.rows=3", "cluster.devices_per_node=4"), "stage.global_batch", "cluster.devices_per_node=1 stage.global_batch=3"),
+    (("run.epochs=0",), "run.epochs", "run.epochs=1"),
+    (("run.epochs=-1",), "run.epochs", "run.epochs=1"),
+    (("run.epochs=nan",), "run.epochs", "run.epochs=1"),
     (("data.max_length=2048",), "data.max_length", "data.max_length=1024"),
     (("data.max_length=40",), "data.max_length", "data.max_length=48"),
     ((*LLAVA, "data.max_length=500"), "data.max_length", "data.max_length=608"),
     (("data=files", "data.images=photos"), "data.train", "data.train=FILE.json"),
-    (("data=files", "data.train=a.json"), "data.images", "data.images=FOLDER"),
     (("data.train=a.json",), "data.train", "data=files"),
     (("data.evaluation=a.json",), "data.evaluation", "data.builtin=''"),
     (("data=files", "data.builtin=digits", "data.images=photos"), "data.images", "data.builtin=''"),

@@ -8,7 +8,7 @@ import pytest
 
 from launcher.cli import main
 from launcher.commands import data as data_action
-from launcher.commands.data import describe_data, describe_problems, refusal
+from launcher.commands.data import describe_data, describe_few_rows, describe_problems, refusal
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.plan.plan import Plan
 from trainer.contract import SCHEMA, CommonAnswer, DataProblem, DataReport, DataSummary, Exit, LearningFacts, decode
@@ -30,8 +30,8 @@ def test_every_problem_is_printed_and_written(chosen: tuple[str, ...], tmp_path:
     said = capsys.readouterr().out
     assert "rows       0 to train on, 0 held out; 0 with images" in said
     assert f"problems   {ROWS}" in said
-    assert "rows.json row 1: unknown row format: keys 'image', 'question'" in said
-    assert f"... and {ROWS - data_action.SHOWN_PROBLEMS} more in problems.jsonl" in said
+    assert f"rows.json, {ROWS} rows (1, 2, 3, ...): unknown row format: keys 'image', 'question'" in said
+    assert "  all of them: problems.jsonl" in said
     lines = (tmp_path / "problems.jsonl").read_text(encoding="utf-8").splitlines()
     problems = [decode(DataProblem, json.loads(line)) for line in lines]
     assert [problem.row for problem in problems] == list(range(1, ROWS + 1))
@@ -42,7 +42,7 @@ def test_json_has_all_problems(chosen: tuple[str, ...], tmp_path: Path, capsys: 
     assert main((*chosen, "--json")) == Exit.USAGE
     report = json.loads(capsys.readouterr().out)
     assert len(report["problems"]) == report["problem_count"] == ROWS
-    assert report["summary"]["unmeasured"] == "no row can be read"
+    assert report["summary"]["unmeasured"] == "every row has a problem"
     assert not (tmp_path / "runs").exists(), "no run was started"
 
 
@@ -62,7 +62,7 @@ def test_data_without_problems_end_well(
 def test_other_nodes_are_named(plan_for, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     plan: Plan = plan_for("hardware=h200", "model=qwen2_5_vl_7b", "cluster=example")
     monkeypatch.setattr(data_action, "examine", lambda spec: (REPORT, []))
-    monkeypatch.setattr("launcher.commands.data.plan_of", lambda overrides, run_id, conf: plan)
+    monkeypatch.setattr("launcher.commands.data.plan_of", lambda overrides, run_id, **_: plan)
     assert main(("data", "check")) == Exit.OK
     hosts = ", ".join(node.host for node in plan.config.cluster.working)
     assert f"a launch reads the files on {hosts}" in capsys.readouterr().out
@@ -102,7 +102,19 @@ def test_the_summary() -> None:
 def test_problems_without_a_file_to_write_them_to() -> None:
     problem = {"file": "rows.json", "row": 3, "field": "image", "problem": "is 7", "fix": "give a path"}
     assert describe_problems([problem], "") == "problems   1\n  rows.json row 3, key 'image': is 7\n    give a path"
-    assert describe_problems([problem] * 52, "").endswith("... and 2 more: --out FILE writes all")
+    assert describe_problems([problem] * 52, "").splitlines()[1:] == [
+        "  rows.json, 52 rows (3), key 'image': is 7",
+        "    give a path",
+        "  all of them: with --out FILE, one JSON object a line",
+    ]
+
+
+def test_what_was_adjusted_is_counted_and_too_few_rows_are_noted(plan_for) -> None:
+    adjusted = replace(REPORT, summary=replace(REPORT.summary, adjustments={"put first": 1500, "end mark": 2}))
+    assert "adjusted   put first (1,500 rows); end mark (2 rows)" in describe_data(adjusted, 2048)
+    spec = plan_for("data=files", "data.train=a.json", "stage.global_batch=2000").spec
+    assert describe_few_rows(REPORT, spec).startswith("note: a launch needs stage.global_batch=1200 or less: it is 2000")
+    assert describe_few_rows(REPORT, plan_for("data=files", "data.train=a.json").spec) == ""
 
 
 # (exit code, output of the check) -> (class, part of its text)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from launcher.errors import ConfigRefused
+from launcher.plan.commands import data_paths
 from launcher.plan.plan import Plan
 
 PlanFor = Callable[..., Plan]
@@ -79,6 +80,16 @@ def test_named_data_is_mounted_read_only(plan_for: PlanFor) -> None:
     (command,) = plan_for(*data).commands
     assert "type=bind,source=/home/ann/work/rows.json,target=/home/ann/work/rows.json,readonly" in command.start
     assert "type=bind,source=/data/images,target=/data/images,readonly" in command.start
+
+
+def test_without_a_folder_of_images_the_folders_of_the_files_are_mounted(plan_for: PlanFor) -> None:
+    """Image paths start there; the hash of the data, and the check of the nodes, see the same folders."""
+    plan = plan_for("data=files", "data.train=set/rows.json", "data.evaluation=/held/out.json", "cluster.runtime=docker")
+    mounted = [mount.path for mount in plan.commands[0].container.mounts if mount.read_only]  # type: ignore[union-attr]
+    assert mounted == ["/home/ann/work/set", "/held"] == list(data_paths(plan.spec))
+    asked = plan_for("stage=infer", "stage.checkpoint=/c", "stage.inference.input=questions.jsonl", "cluster.runtime=docker")
+    assert "/home/ann/work" in [mount.path for mount in asked.commands[0].container.mounts]  # type: ignore[union-attr]
+    assert data_paths(asked.spec) == (), "a built-in set is written, not read"
 
 
 def test_paths_and_values_that_a_channel_cannot_carry_are_refused_by_name(plan_for: PlanFor) -> None:

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from launcher.plan.plan import Plan
-from launcher.plan.short import BUILTIN_ROWS, describe_short
+from launcher.plan.rows import BUILTIN_ROWS
+from launcher.plan.short import describe_short
 from launcher.plan.text import measure
 
 PLANS: tuple[tuple[str, ...], ...] = (

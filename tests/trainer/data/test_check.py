@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from tests.trainer.data.conftest import TOKENS, conversation, with_data
-from trainer.contract import DataReport, InputRefused, TrainSpec
+from trainer.contract import DataReport, Expectation, InputRefused, TrainSpec
 from trainer.data.check import KEPT_PROBLEMS, examine_data, resolve
+from trainer.data.manifest import list_inputs
 from trainer.data.media.image import ORIENTATION, Examined
 
 
@@ -149,9 +150,9 @@ def test_an_evaluation_reads_only_the_held_out_rows(spec, write_data) -> None:
 PATHS = {
     ("digits", "", "", ""): ("/data/digits/train.json", "/data/digits/evaluation.json", "/data/digits"),
     ("", "a.json", "", "pictures"): ("/data/a.json", None, "/data/pictures"),
-    ("", "sub/a.json", "b.json", ""): ("/data/sub/a.json", "/data/b.json", "/data/sub"),
+    ("", "sub/a.json", "b.json", ""): ("/data/sub/a.json", "/data/b.json", None),
     ("", "/x/a.json", "/y/b.json", "/z"): ("/x/a.json", "/y/b.json", "/z"),
-    ("", "", "/y/b.json", ""): (None, "/y/b.json", "/y"),
+    ("", "", "/y/b.json", ""): (None, "/y/b.json", None),
 }
 
 
@@ -207,3 +208,56 @@ def test_problems_of_repeated_rows_are_reported_once(spec, write_data, tmp_path)
     before = report.sha256
     (tmp_path / "rows.json").write_text((tmp_path / "rows.json").read_text() + " ")
     assert check_data(spec).sha256 != before, "the hash covers the files that the meta file lists"
+
+
+# (rows, global batch, ranks, planned rows) -> (problem, fix), or nothing
+COUNTS = {
+    (4, 4, 1, 0): (),
+    (4, 4, 2, 4): (),
+    (4, 8, 1, 0): (
+        "has 4 rows, fewer than stage.global_batch=8: a step would train on the same row twice",
+        "set stage.global_batch=4 or less",
+    ),
+    (5, 8, 2, 0): ("has 5 rows, fewer than stage.global_batch=8", "set stage.global_batch=4 or less"),
+    (1, 8, 2, 0): ("has 1 rows, fewer than", "add rows, or use fewer devices: each of 2 ranks needs one"),
+    (4, 2, 1, 5): ("has 4 rows, but run.epochs was turned into", "launch it again with data.rows=4"),
+}
+
+
+@pytest.mark.parametrize("given", COUNTS)
+def test_the_number_of_rows(spec, write_data, given) -> None:
+    rows, batch, ranks, planned = given
+    write_data(rows)
+    changed = replace(
+        with_data(spec, rows=planned), batch=replace(spec.batch, global_batch=batch), device=replace(spec.device, world_size=ranks)
+    )
+    found = check_data(changed).problems
+    assert [(problem.row, problem.problem.startswith(COUNTS[given][0]), problem.fix) for problem in found] == (
+        [(0, True, COUNTS[given][1])] if COUNTS[given] else []
+    )
+    again = replace(changed, expects=Expectation(run_id="earlier"))
+    assert check_data(again).problems == (), "a rerun repeats what its record did"
+
+
+def test_without_a_folder_of_images_each_file_has_its_own(spec, write_data, tmp_path) -> None:
+    """Two files of the same name, with images of the same names, in two folders."""
+    for folder, colour in (("one", "red"), ("two", "blue")):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (8, 8), colour).save(tmp_path / folder / "0.png")
+        (tmp_path / folder / "rows.json").write_text(json.dumps([conversation("0.png", 1)]))
+    both = replace(with_data(spec, train="one/rows.json", evaluation="two/rows.json", images=""), batch=replace(spec.batch, global_batch=1))
+    report, _, hashes = examine_data(both)
+    assert (report.problems, report.images, report.train_rows, report.evaluation_rows) == ((), 2, 1, 1)
+    listed = list_inputs(both, resolve(both.data), hashes).data
+    assert set(listed) == {"rows.json", "0.png", "two/rows.json", "two/0.png"} and len(set(listed.values())) == 3
+
+
+def test_adjusted_rows_are_counted(spec, write_data) -> None:
+    file = write_data(4)
+    rows = json.loads(file.read_text())
+    for row in rows[:2]:
+        row["conversations"][0]["value"] = row["conversations"][0]["value"].replace("<image>", "")
+        row["conversations"][1]["value"] += " </s>"
+    file.write_text(json.dumps(rows))
+    report = check_data(spec)
+    assert (report.problems, set(report.summary.adjustments.values()), len(report.summary.adjustments)) == ((), {2}, 2)

@@ -110,3 +110,13 @@ def test_defaults_change_no_bit_of_earlier_schedules() -> None:
         expected = {"linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)), "constant": 1.0}
         for name, factor in expected.items():
             assert lr_at(step, 300, Optimizer(lr=2e-5, schedule=name)) == (2e-5 * step / 9 if step <= 9 else 2e-5 * factor)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 50])
+def test_the_first_step_of_a_short_run_trains(schedule: str, steps: int) -> None:
+    """With the shares of conf/stage the warm-up is one step of at most 33, at the full rate."""
+    for warmup in (0.03, 0.05):
+        first = rates(steps, schedule=schedule, warmup=warmup)[0]
+        assert first == pytest.approx(1 / warmup_steps(steps, Optimizer(lr=1.0, warmup=warmup)))
+        assert first == 1 if steps <= 10 else first >= 1 / 3

@@ -9,6 +9,7 @@ from trainer.contract import DataProblem
 
 # The two usual syntax errors of annotation files that were written by hand or with Python's str().
 SYNTAX_HELP = "JSON requires double quotes and no comma before a closing bracket; to find the error, run: python -m json.tool {file}"
+LIST_OF_ROWS = "put the rows into a list: [ {...}, {...} ]"
 ONE_ROW_EACH = "write one row for each conversation"
 
 
@@ -49,7 +50,7 @@ def read_list(file: Path, text: str) -> tuple[tuple[tuple[int, Any], ...], tuple
 
 def read_lines(file: Path, text: str) -> tuple[tuple[tuple[int, Any], ...], tuple[DataProblem, ...]]:
     if spans_lines(text):
-        return (), (file_problem(file, "is a single JSON object, not a list of rows", "put the rows into a list: [ {...}, {...} ]"),)
+        return (), (file_problem(file, "is a single JSON object, not a list of rows", LIST_OF_ROWS),)
     rows: list[tuple[int, Any]] = []
     problems: list[DataProblem] = []
     for number, line in numbered_lines(text):
@@ -58,7 +59,19 @@ def read_lines(file: Path, text: str) -> tuple[tuple[tuple[int, Any], ...], tupl
         except (ValueError, RecursionError) as error:
             fix = "write a list [ ... ], or one complete JSON object per line; " + SYNTAX_HELP.split(";")[0]
             problems.append(DataProblem(file=str(file), row=number, field="", problem=describe(error), fix=fix))
+    if len(rows) == 1 and (key := find_wrapper(rows[0][1])):
+        problem = f"is a single JSON object, not a list of rows: they are under its key {key!r}"
+        return (), (file_problem(file, problem, LIST_OF_ROWS),)
     return tuple(rows), tuple(problems)
+
+
+def find_wrapper(row: Any) -> str:
+    """The key of an object whose only value is a list of rows, as {"data": [{"messages": ...}, ...]}; '' for a row."""
+    values = list(row.items()) if isinstance(row, dict) else []
+    wrapped = len(values) == 1 and isinstance(values[0][1], list) and values[0][1] and isinstance(values[0][1][0], dict)
+    inner = values[0][1][0] if wrapped else {}
+    is_message = bool({"role", "from"} & inner.keys())  # of a single row, whose content may be a list of blocks
+    return str(values[0][0]) if not is_message and any(isinstance(value, list) for value in inner.values()) else ""
 
 
 def numbered_lines(text: str) -> Iterator[tuple[int, str]]:

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.contract import DataProblem, InputRefused
+from trainer.contract import DataProblem, InputRefused, describe_groups
 from trainer.data.rows.annotation import read_rows
 from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, Row, Turn, ends_with_question, keys_of, kind
 from trainer.data.rows.row_images import choose_images, insert_marks, read_images
 from trainer.data.rows.sample import Message, check_name, check_text, collect_problems, path_text, refuse_unread
 from trainer.data.rows.turn import WRITE_TEXT, read_system, read_turns
 
-SHOWN = 20  # problems in a message
+SHOWN = 20  # causes in a message
 EXAMPLE = '{"prompt": "...", "image": "a.png"} or {"messages": [{"role": "user", "content": "<image>..."}], "images": ["a.png"]}'
 
 
@@ -36,9 +36,8 @@ def read_requests(file: Path, folder: Path) -> tuple[Request, ...]:
         problems += wrong
         requests += [request] if request is not None else []
     if problems:
-        more = f"\n... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        listed = "\n".join(str(problem) for problem in sorted(problems, key=lambda problem: problem.row)[:SHOWN])
-        raise InputRefused(f"stage.inference.input: {len(problems)} problem(s); nothing was answered\n{listed}{more}")
+        listed = "\n".join(describe_groups(sorted(problems, key=lambda problem: problem.row), SHOWN))
+        raise InputRefused(f"stage.inference.input: {len(problems)} problem(s); nothing was answered\n{listed}")
     return tuple(requests)
 
 

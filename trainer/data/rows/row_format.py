@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from functools import partial
 
 from trainer.data.rows.parsed_row import AddProblem, ParsedRow, Row, keys_of
-from trainer.data.rows.row_images import choose_images, has_tags, insert_marks, read_images, replace_named_marks, replace_tags
+from trainer.data.rows.row_images import choose_images, has_tags, read_images, replace_named_marks, replace_tags
 from trainer.data.rows.turn import pair, read_system, read_turns
 
 
@@ -61,10 +61,7 @@ def read_listed(row: Row, add_problem: AddProblem, *, key: str) -> ParsedRow:
 
 def read_minicpm(row: Row, add_problem: AddProblem) -> ParsedRow:
     turns, _ = read_turns(row, "conversations", add_problem)
-    images = read_images(row, add_problem)
-    if turns is not None and isinstance(row.get("image"), str):
-        turns = insert_marks(turns, 1)
-    return ParsedRow(field="conversations", turns=turns, images=images)
+    return ParsedRow(field="conversations", turns=turns, images=read_images(row, add_problem))
 
 
 def read_named(row: Row, add_problem: AddProblem) -> ParsedRow:

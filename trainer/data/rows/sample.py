@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.contract import DataProblem
+from trainer.data.rows.adjustment import adjust, report_paths, without_end_mark
 from trainer.data.rows.annotation import read_rows
 from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, ParsedRow, Role, Row, Turn, kind, printable
 from trainer.data.rows.row_format import USUAL, parse_row
@@ -46,7 +47,7 @@ class Message:
 class Sample:
     """One conversation. The user's messages have one `<image>` for each of `images`, in order. `row` counts from 1. `part`, from 0: the
     conversation in a row with several. `accepted`: further correct answers to the last question, if the row lists them; the last message is
-    the one that is trained on."""
+    the one that is trained on. `adjustments`: what was changed so that the row is read as it was meant (trainer.data.rows.adjustment)."""
 
     id: str
     images: tuple[Path, ...]
@@ -55,6 +56,7 @@ class Sample:
     row: int
     part: int = 0
     accepted: tuple[str, ...] = ()
+    adjustments: tuple[str, ...] = ()
     draw: str = ""  # what its random numbers depend on; '' = nothing is random about it
 
 
@@ -106,8 +108,9 @@ def read_row(
     if source.columns is not None:
         row, add_problem = source.columns.rename(row), source.columns.with_names_of_the_file(add_problem)
     refuse_unread(row, add_problem)
-    parsed = parse_row(row, add_problem)
-    if parsed is not None:
+    parsed, adjustments = parse_row(row, add_problem), ()
+    if parsed is not None and not report_paths(parsed, row, (source.images, source.file.parent), add_problem):
+        parsed, adjustments = adjust(parsed)
         check_parsed(parsed, row, source.images, add_problem)
     if problems or parsed is None or parsed.turns is None:
         return None, problems
@@ -120,6 +123,7 @@ def read_row(
         row=number,
         part=part,
         accepted=read_accepted(row),
+        adjustments=adjustments,
     ), problems
 
 
@@ -137,7 +141,7 @@ def read_accepted(row: Row) -> tuple[str, ...]:
     """The key `answers` of DocVQA and TextVQA: a list of texts. Values of another type are ignored."""
     answers = row.get("answers")
     texts = isinstance(answers, list) and all(isinstance(answer, str) and answer.strip() for answer in answers)
-    return tuple(dict.fromkeys(answers)) if texts and answers else ()
+    return tuple(dict.fromkeys(map(without_end_mark, answers))) if texts and answers else ()
 
 
 def refuse_unread(row: Row, add_problem: AddProblem) -> None:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ BAD = {
     "an empty list": ("[]", 0, "empty list"),
     "single quotes": ("[\n {'a': 1}]", 0, "line 2 column 3"),
     "a trailing comma": ('[{"a": 1},]', 0, "line 1 column 1"),
+    "one object on one line": ('{"data": [{"messages": [{"role": "user", "content": "a"}]}]}', 0, "of rows: they are under its key 'data'"),
     "one object over several lines": ('{\n"data": []\n}', 0, "a single JSON object, not a list"),
     "a broken line": ('{"a": 1}\n{"a": }\n', 2, "line 1 column 7"),
     "brackets a million deep": ("[" * 1_000_000, 0, "nested too deeply"),
@@ -40,6 +42,12 @@ def test_invalid_json_is_reported_with_its_position(tmp_path: Path, name: str) -
     assert (problem.file, problem.row) == (str(file), row)
     assert expected in problem.problem
     assert problem.fix
+
+
+@pytest.mark.parametrize("row", [{"messages": [{"role": "user", "content": [{"type": "text"}]}]}, {"conversation": [{"human": "a"}]}])
+def test_a_single_row_is_not_taken_for_a_wrapper(tmp_path: Path, row: dict[str, object]) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    assert read_rows(tmp_path / "rows.jsonl") == (((1, row),), ())
 
 
 def test_the_other_lines_are_read(tmp_path: Path) -> None:

@@ -94,7 +94,10 @@ PROBLEMS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
         row(SYSTEM, ASK, TELL, image=["a.png", "b.png"]),
         [("conversations[1]", "too few <image> marks: 1 in the questions for 2 images")],
     ),
-    "no mark": (row(PLAIN, TELL), [("conversations[0]", "too few <image> marks: 0 in the questions for 1 image")]),
+    "no mark": (
+        row(PLAIN, TELL, image=["a.png", "b.png"]),
+        [("conversations[0]", "too few <image> marks: 0 in the questions for 2 images")],
+    ),
     "no image": (row(ASK, TELL, image=None), [("conversations[0]", "too many <image> marks: 1 in the questions for 0 images")]),
     "mark in an answer": (row(ASK, {"from": "gpt", "value": "<image> A cat."}), [("conversations[1].value", "<image> mark in an answer")]),
     "mark in a system message": (

@@ -1,0 +1,53 @@
+"""The rows to train on against the batch and the steps, where the rows are counted; a launch's data check counts them on the nodes too."""
+
+import math
+from collections.abc import Iterator
+
+from launcher.check.problem import Problem
+from launcher.config.defaults import SHORT_STEPS
+from launcher.config.schema import Config
+
+STEPS_AN_EPOCH = 8  # of a small data set, about: enough updates to learn from it
+MANY_EPOCHS = 10  # published recipes of fine-tuning have 1 to 3
+
+
+def refuse_few_rows(config: Config, ranks: int) -> Iterator[Problem]:
+    """For launcher.check.recipe.batch_divides, by which the changes are judged too: a batch has no row twice."""
+    rows, batch = config.data.rows, config.stage.global_batch
+    if not has_own_rows(config) or not 0 < rows < batch:
+        return
+    what = f"{batch} samples, but data.train has {rows} rows: a step would train on the same row twice"
+    if rows < ranks:
+        what += f", and each of the {ranks} ranks needs one"
+    yield Problem(key="stage.global_batch", what=what, changes=tuple(smaller_batches(config, ranks)))
+
+
+def smaller_batches(config: Config, ranks: int) -> Iterator[str]:
+    """A batch for several steps an epoch first, then the largest, both for all ranks; and one for a micro-batch that was typed."""
+    rows, unit = config.data.rows, (config.strategy.micro_batch or 1) * ranks
+    small = 2 ** round(math.log2(max(1, rows / STEPS_AN_EPOCH)))
+    if rows < ranks:
+        yield from (f"cluster.devices_per_node=1 stage.global_batch={size}" for size in dict.fromkeys((small, rows)))
+        return
+    unit = unit if unit <= rows else ranks
+    sizes = dict.fromkeys(unit * max(1, size // unit) for size in (small, rows))
+    yield from (f"stage.global_batch={size}" for size in sizes)
+    if unit != (config.strategy.micro_batch or 1) * ranks:
+        yield f"stage.global_batch={list(sizes)[-1]} strategy.micro_batch=1"
+
+
+def has_own_rows(config: Config) -> bool:
+    return config.stage.kind == "train" and not config.data.builtin
+
+
+def write_row_notes(config: Config) -> Iterator[str]:
+    """More epochs than fine-tuning usually has, since the default of run.steps is for large data sets; and the warm-up of a short run."""
+    warmup = config.stage.optimizer.warmup
+    if config.stage.kind == "train" and config.run.steps < SHORT_STEPS and warmup >= 1:
+        yield f"the learning rate rises for {warmup:g} of {config.run.steps} steps (stage.optimizer.warmup)"
+    rows, samples = config.data.rows, config.run.steps * config.stage.global_batch
+    if has_own_rows(config) and rows and config.run.epochs is None and samples > MANY_EPOCHS * rows:
+        yield (
+            f"run.steps={config.run.steps} uses each of the {rows:,} rows {samples / rows:,.0f} times; published recipes 1 to 3 times: "
+            "run.epochs=3 in place of run.steps"
+        )

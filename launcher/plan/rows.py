@@ -1,0 +1,139 @@
+"""The rows to train on, counted on this machine, and the steps that run.epochs stands for.
+
+A row is counted as trainer.data.rows reads it: an item of a JSON list or a line of JSON Lines, each conversation of a list in it, and the
+files of an InternVL meta file as often as it says. Whether the rows are valid is not looked at: the data check refuses a run with others.
+"""
+
+import json
+from collections.abc import Iterator, Set
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from launcher.check.problem import Problem
+from launcher.config.defaults import EPOCHS, count_steps, with_short_warmup
+from launcher.config.schema import Config
+from launcher.errors import ConfigRefused, suggest
+
+BUILTIN_ROWS = 1500  # that train, of each of the built-in sets (trainer.data.digits.TRAIN_ROWS)
+META_BYTES = 8 * 2**20  # as trainer.data.rows.source: a larger file contains rows
+QUICK_BYTES = 64 * 2**20  # counted in a second, also where no epochs are asked for
+MOST_EPOCHS = 10**6
+
+
+def settle_rows(config: Config, typed: Set[str], here: Path) -> Config:
+    """The config with the rows that were counted and, with run.epochs, the steps. `here`: the folder that relative paths start in. Raises
+    ConfigRefused for epochs of rows that cannot be counted, and for another number than data.rows."""
+    if config.stage.kind != "train":
+        return config
+    if not config.data.builtin and config.data.train:
+        config = replace(config, data=replace(config.data, rows=find_rows(config, here)))
+    return with_short_warmup(with_steps(config, here), typed)
+
+
+def find_missing(config: Config, here: Path) -> tuple[Problem, ...]:
+    """The files of the data that a run on this machine would not find. A plan may be made before they are there."""
+    data = config.data
+    if data.builtin or not config.cluster.is_local or config.stage.kind not in ("train", "evaluate"):
+        return ()
+    named = {"data.train": data.train if config.stage.kind == "train" else "", "data.evaluation": data.evaluation}
+    files = {key: here / name for key, name in named.items() if name}
+    return tuple(
+        Problem(key=key, what=f"there is no file {named[key]}; {suggest_file(file)}", launch_only=True)
+        for key, file in files.items()
+        if not file.is_file()
+    )
+
+
+def with_steps(config: Config, here: Path) -> Config:
+    """run.steps from run.epochs. A number out of range is left to the rules, which report it."""
+    epochs, rows, batch = config.run.epochs, rows_of(config), config.stage.global_batch
+    if epochs is None or not 0 < epochs <= MOST_EPOCHS or batch < 1:
+        return config
+    if not rows:
+        raise ConfigRefused("\n".join(map(str, find_missing(config, here))) or ask_for_rows(config))
+    return replace(config, run=replace(config.run, steps=count_steps(epochs, rows, batch)))
+
+
+def rows_of(config: Config) -> int:
+    """Rows of an epoch; 0 where they are not known."""
+    return BUILTIN_ROWS if config.data.builtin else config.data.rows
+
+
+def ask_for_rows(config: Config) -> str:
+    where = ", ".join(node.host for node in config.cluster.working) if not config.cluster.is_local else "this machine"
+    return (
+        f"{EPOCHS}={config.run.epochs:g} needs the number of rows of data.train={config.data.train}, and the file cannot be counted here; the "
+        f"nodes of the run: {where}\n  Next: add data.rows=NUMBER (for JSON Lines: wc -l FILE on the node; a launch refuses another number), or "
+        "give run.steps instead"
+    )
+
+
+def find_rows(config: Config, here: Path) -> int:
+    """The number of rows; that of data.rows, or 0, where the file is not on this machine or takes long to read."""
+    data, file = config.data, here / config.data.train
+    if not file.is_file() or (config.run.epochs is None and file.stat().st_size > QUICK_BYTES):
+        return data.rows
+    counted = count_rows(file)
+    if data.rows and counted and counted != data.rows and config.cluster.is_local:
+        raise ConfigRefused(f"data.rows={data.rows}: {data.train} has {counted:,} rows. Leave data.rows out: they are counted")
+    return data.rows or counted
+
+
+def suggest_file(file: Path) -> str:
+    if file.is_dir():
+        return "that is a folder: name the JSON file in it"
+    names = sorted(path.name for path in file.parent.glob("*.json*")) if file.parent.is_dir() else []
+    if not names:
+        return f"no JSON file is in {file.parent}" if file.parent.is_dir() else f"there is no folder {file.parent} either"
+    return suggest(file.name, names)
+
+
+# ---------------------------------------------------------------------------------------------------------------- count
+
+
+def count_rows(file: Path) -> int:
+    """Rows of a file; 0 for one that cannot be read, or that is not JSON: the data check says what is wrong with it."""
+    try:
+        meta = read_meta(file)
+        if meta is not None:
+            return sum(count_entry(entry, file.parent) for entry in meta.values())
+        return sum(map(count_conversations, read_rows(file)))
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        return 0
+
+
+def read_meta(file: Path) -> dict[str, Any] | None:
+    if file.stat().st_size > META_BYTES or first_letter(file) != "{":
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError:
+        return None
+    is_meta = isinstance(content, dict) and any(isinstance(entry, dict) and "annotation" in entry for entry in content.values())
+    return content if is_meta else None
+
+
+def first_letter(file: Path) -> str:
+    with file.open(encoding="utf-8-sig") as opened:
+        return next((line.strip()[:1] for line in opened if line.strip()), "")
+
+
+def count_entry(entry: Any, folder: Path) -> int:
+    rows, repeat = count_rows(folder / entry["annotation"]), entry.get("repeat_time", 1)
+    return int(rows * repeat) if repeat < 1 else rows * int(repeat)
+
+
+def read_rows(file: Path) -> Iterator[Any]:
+    """The rows of a list; of JSON Lines only those that are lists, and None for the others, which are not parsed."""
+    if first_letter(file) == "[" and file.suffix != ".jsonl":
+        yield from json.loads(file.read_text(encoding="utf-8-sig"))
+        return
+    with file.open(encoding="utf-8-sig", newline="\n") as opened:
+        for line in opened:
+            if line.strip():
+                yield json.loads(line) if line.lstrip().startswith("[") else None
+
+
+def count_conversations(row: Any) -> int:
+    return len(row) if isinstance(row, list) and row else 1

@@ -1,0 +1,47 @@
+"""Problems of data as text: rows with the same cause are one entry, with their number and three examples."""
+
+import re
+from collections.abc import Sequence
+
+from trainer.contract.rows import DataProblem
+
+_EXAMPLES = 3
+# What differs between rows with the same cause: quoted values, paths and numbers.
+_VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|\S+\.\w{2,4}\b|\d+")
+_LENGTH = re.compile(r"data\.max_length=(\d+)")
+
+
+def describe_groups(problems: Sequence[DataProblem], groups: int) -> tuple[str, ...]:
+    """A text for each cause, at most `groups` of them, in the order of the first row of each; then how many are left out."""
+    found = group_problems(problems)
+    shown = tuple(map(describe_group, found[:groups]))
+    rest = sum(map(len, found[groups:]))
+    return (*shown, f"... and {rest:,} more") if rest else shown
+
+
+def group_problems(problems: Sequence[DataProblem]) -> tuple[tuple[DataProblem, ...], ...]:
+    """Problems of one file, key and cause together."""
+    groups: dict[tuple[str, str, str], list[DataProblem]] = {}
+    for problem in problems:
+        field, cause = (_VARYING.sub("*", text) for text in (problem.field, problem.problem))
+        groups.setdefault((problem.file, field, cause if problem.row else problem.problem), []).append(problem)
+    return tuple(map(tuple, groups.values()))
+
+
+def describe_group(group: Sequence[DataProblem]) -> str:
+    """One problem as it is; several as one line with their number and the first rows, and the texts of those where they differ."""
+    first = group[0]
+    if len(group) == 1:
+        return str(first)
+    shown = list(dict.fromkeys(problem.row for problem in group))
+    rows = ", ".join(map(str, shown[:_EXAMPLES])) + (", ..." if len(shown) > _EXAMPLES else "")
+    key = f", key {first.field!r}" if first.field else ""
+    texts = list(dict.fromkeys(problem.problem for problem in group[:_EXAMPLES]))
+    others = [f"    also: {'; '.join(texts[1:])}"] if len(texts) > 1 else []
+    return "\n".join((f"{first.file}, {len(group):,} rows ({rows}){key}: {texts[0]}", *others, f"    {choose_fix(group)}"))
+
+
+def choose_fix(group: Sequence[DataProblem]) -> str:
+    """That of the first row; where it is a length, that of the longest row, which is right for all of them."""
+    lengths = [int(found[1]) if (found := _LENGTH.search(problem.fix)) else 0 for problem in group]
+    return group[lengths.index(max(lengths))].fix

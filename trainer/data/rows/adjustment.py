@@ -1,0 +1,121 @@
+"""Rows that are read as they were meant: one image without a mark, and an answer that ends with a literal end mark. Each is counted.
+
+The path of an image in a message is not read as an image: it is a problem, whose fix shows the row rewritten.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trainer.data.rows.parsed_row import MARK, AddProblem, ParsedRow, Row, Turn
+from trainer.data.rows.row_images import insert_marks
+
+# What chat templates end an answer with. The template of the model adds its own, so that one in the data would be trained twice.
+# tests/conf/test_conf.py: those of all models of conf/model.
+END_MARKS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
+OPENING = {"</s>": "<s>"}  # an answer about HTML: <s>struck through</s>
+IMAGE_FIRST, END_MARK = "one image without a mark, put first", "end mark in the text of an answer, removed"
+ENCLOSED = re.compile(r"<image>\s*(?P<path>[^<>\n]+?)\s*</image>[ \t]*\n?")
+LEADING = re.compile(r"\s*(?:<image>\s*)?(?P<path>\S[^<>\n]*?\.(?:png|jpe?g|webp|bmp|gif|tiff?|ppm))(?=\s|$)\s*", re.IGNORECASE)
+SHOWN = 60  # characters of each text of a rewritten row
+STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathInText:
+    """An image path in a question. `text`: the question with a mark in its place."""
+
+    turn: Turn
+    path: str
+    text: str
+
+
+def adjust(parsed: ParsedRow) -> tuple[ParsedRow, tuple[str, ...]]:
+    """The row as it was meant, and what was changed."""
+    if parsed.turns is None:
+        return parsed, ()
+    marked = insert_marks(parsed.turns, 1) if len(parsed.images) == 1 else parsed.turns
+    turns = tuple(replace(turn, content=without_end_mark(turn.content)) if turn.role == "assistant" else turn for turn in marked)
+    changes = ((IMAGE_FIRST, marked != parsed.turns), (END_MARK, turns != marked))
+    return replace(parsed, turns=turns), tuple(name for name, changed in changes if changed)
+
+
+def without_end_mark(answer: str) -> str:
+    """Without the end marks at its end, and the spaces before them. An answer without one is unchanged, its spaces too."""
+    text = answer.rstrip()
+    mark = next((mark for mark in END_MARKS if text.endswith(mark)), "")
+    if not mark or (mark in OPENING and OPENING[mark] in text):
+        return answer
+    return without_end_mark(text.removesuffix(mark).rstrip())
+
+
+# ----------------------------------------------------------------------------------------------------- paths in messages
+
+
+def report_paths(parsed: ParsedRow, row: Row, folders: tuple[Path, ...], add_problem: AddProblem) -> bool:
+    """Report the image paths in questions, as one problem; whether there are any. `folders`: where a relative path may start."""
+    found = tuple(find_paths(parsed, folders))
+    if found:
+        first = found[0]
+        problem = f"the image path {shorten(first.path)!r} is in the message"
+        add_problem(first.turn.text_field, problem, f"move it to image: {rewrite(row, found)}")
+    return bool(found)
+
+
+def find_paths(parsed: ParsedRow, folders: tuple[Path, ...]) -> Iterator[PathInText]:
+    """`<image>PATH</image>` anywhere in a question; and, in a row that names no image, an image file that exists, at its beginning."""
+    for turn in parsed.turns or ():
+        if turn.role != "user":
+            continue
+        if enclosed := ENCLOSED.search(turn.content):
+            yield PathInText(turn=turn, path=enclosed["path"], text=with_mark(turn.content, enclosed))
+        elif not parsed.images and (leading := LEADING.match(turn.content)) and is_image(leading["path"], folders):
+            yield PathInText(turn=turn, path=leading["path"], text=with_mark(turn.content, leading))
+
+
+def with_mark(content: str, match: re.Match[str]) -> str:
+    return f"{content[: match.start()]}{MARK}\n{content[match.end() :]}"
+
+
+def is_image(path: str, folders: tuple[Path, ...]) -> bool:
+    try:
+        return any((folder / path.removeprefix("file://")).is_file() for folder in folders)
+    except (OSError, ValueError):  # too long for a file name
+        return False
+
+
+def rewrite(row: Row, found: tuple[PathInText, ...]) -> str:
+    """The row as it should be, with long texts shortened."""
+    written = deepcopy({key: value for key, value in row.items() if key not in ("image", "images")})
+    for each in found:
+        put(written, each.turn.text_field, each.text)
+    paths = [each.path for each in found]
+    written["image"] = paths[0] if len(paths) == 1 else paths
+    return json.dumps(shorten_texts(written), ensure_ascii=False)
+
+
+def put(row: Any, field: str, text: str) -> None:
+    """Set the value of a path such as messages[0].content. A path that is no longer there is left alone."""
+    steps = [name or int(index) for name, index in STEP.findall(field)]
+    try:
+        for step in steps[:-1]:
+            row = row[step]
+        row[steps[-1]] = text
+    except (LookupError, TypeError):
+        return
+
+
+def shorten_texts(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: item if key == "image" else shorten_texts(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shorten_texts(item) for item in value]
+    return shorten(value) if isinstance(value, str) else value
+
+
+def shorten(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
