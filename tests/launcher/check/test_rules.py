@@ -366,7 +366,7 @@ def test_a_long_run_that_saves_nothing_is_noted() -> None:
 
 
 def test_notes_stop_nothing() -> None:
-    verdict = judge("hardware=h200", ACCEPTED, *LLAVA, "run.save_every=100")
+    verdict = judge("hardware=h200", "cluster.runtime=process", *LLAVA, "run.save_every=100")
     assert verdict.launchable
     assert verdict.notes == (
         "licence of LLaVA-1.5 7B: Llama 2 Community License (commercial use: conditions; LLaVA README.md)",
