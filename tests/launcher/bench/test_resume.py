@@ -9,7 +9,7 @@ import pytest
 from launcher.bench.paused_run import PausedRun, read_paused_run
 from launcher.bench.resume import KINDS, LEARNING, ResumePlan, accepted_kinds, kind_of_change, plan_resume
 from launcher.bench.worktree import Tree
-from launcher.config.compose import list_keys
+from launcher.config.key import list_keys
 from launcher.errors import ConfigRefused
 from launcher.plan.plan import LocalContext, Plan
 from launcher.record.record import SourceState, write_record
