@@ -9,6 +9,7 @@ DATA ?=       ## data: digits, digits_even, digits_large or files
 CLUSTER ?=    ## cluster: a name of conf/cluster, such as local
 EXP ?=        ## experiment: a benchmark of conf/experiment, for bench
 RUN ?=        ## a published result, or the name of its benchmark, for bench-rerun
+RESUME ?=     ## a run that was stopped, killed or failed, for train: an id or `last`
 ARGS ?=       ## extra arguments: overrides for plan and train, arguments of pytest for test
 
 PYTHON ?= python3.11
@@ -40,8 +41,8 @@ setup: .venv/.launcher .venv/.trainer .venv/.dev ## Set up everything in .venv
 plan: .venv/.launcher ## Print what `make train` with the same variables would do, without starting anything
 	@.venv/bin/omnilaunch plan $(OVERRIDES)
 
-train: $(TRAINER) ## Start the run; without variables, the tiny model on real digits
-	@.venv/bin/omnilaunch launch $(OVERRIDES)
+train: $(TRAINER) ## Start the run, or continue the run RESUME; without variables, the tiny model on real digits
+	@.venv/bin/omnilaunch launch $(if $(RESUME),--resume $(RESUME)) $(OVERRIDES)
 
 bench: $(TRAINER) ## Run the repeats of benchmark EXP, and publish median and range in docs/results; without EXP list the benchmarks
 	@.venv/bin/omnilaunch bench $(EXP) $(if $(CLUSTER),cluster=$(CLUSTER)) $(ARGS)

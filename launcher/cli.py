@@ -44,10 +44,13 @@ VERBS = {
     "image": Verb("prepare", "build, inspect and list the container images", "image", IMAGES),
     "licence": Verb("prepare", "show and accept the licences of software inside the images", "licence", ("show cann", "accept cann")),
     "doctor": Verb(
-        "prepare", "check the nodes of a cluster, or this machine", "doctor", ("cluster=example hardware=h200 --json", "data data=digits")
+        "prepare",
+        "check the nodes of a cluster, or this machine",
+        "doctor",
+        ("cluster=example", "cluster=example hardware=h200 --json", "data data=digits"),
     ),
     "plan": Verb("prepare", "show what a run would do, without starting it", "plan", (LORA, "run.steps=100 --json")),
-    "launch": Verb("run", "start a run", "launch", (f"{LORA} cluster=example", "cluster=example --detach --run-id monday")),
+    "launch": Verb("run", "start a run, or resume one", "launch", (f"{LORA} cluster=example --run-id monday", "--resume monday")),
     "attach": Verb("run", "supervise a run that is already running", "live.attach", ("last", "20261121-0245")),
     "stop": Verb("run", "stop a run on all its nodes, after it has saved", "live.stop", ("last", "monday")),
     "render": Verb("run", "write a run as scripts, for nodes without SSH", "render", (f"{LORA} --to monday/", "last --to monday/")),

@@ -75,7 +75,11 @@ ENVIRON_READERS = {
     "launcher/image/build.py",
     *(
         f"launcher/commands/{verb}.py"
-        for verb in ("plan", "launch", "chain", "doctor", "image", "licence", "model", "rerun", "bench", "bench_rerun", "live/live_run")
+        for verb in (
+            *("plan", "launch", "chain", "doctor", "image", "licence", "model", "rerun", "bench", "bench_rerun"),
+            "live/live_run",
+            "live/resume",
+        )
     ),
     "trainer/device/device.py",
     "trainer/programs/dispatch.py",

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from trainer.contract import (
     Exit,
     FailureReport,
     InputRefused,
+    Inputs,
     RunFailed,
     SpecError,
     TrainSpec,
@@ -71,13 +72,14 @@ def data(spec: TrainSpec) -> int:
     from trainer.data.manifest import list_inputs, refuse_other_inputs
 
     report, problems, files = examine_data(spec)
-    refuse_changed(report, Path(spec.output))
+    inputs = list_inputs(spec, resolve(spec.data), files)
+    if "data" not in spec.accepted_changes:
+        refuse_changed(report, inputs, Path(spec.output))
     listed = Path(spec.output) / DATA_PROBLEMS_FILE
     if problems:
         write_text("".join(f"{json.dumps(asdict(problem), ensure_ascii=False)}\n" for problem in problems), listed)
     else:
         listed.unlink(missing_ok=True)
-    inputs = list_inputs(spec, resolve(spec.data), files)
     write(inputs, Path(spec.output) / INPUTS_FILE)
     write(report, Path(spec.output) / DATA_FILE)
     refuse_other_inputs(spec.expects, inputs, report.sha256)
@@ -90,16 +92,22 @@ def data(spec: TrainSpec) -> int:
     return Exit.USAGE if report.problems else Exit.OK
 
 
-def refuse_changed(report: DataReport, run: Path) -> None:
+def refuse_changed(report: DataReport, inputs: Inputs, run: Path) -> None:
     """The ranks check only the annotation file; changed images are found here."""
+    from trainer.data.manifest import describe_changes
+
+    lines: list[str] = []
     try:
         before: DataReport = read(DataReport, run / DATA_FILE)
     except SpecError:
         return  # no file: the run has not begun
     if before.sha256 != report.sha256 and newest_checkpoint(run) is not None:
+        with suppress(SpecError):  # without the list, no file is named
+            listed: Inputs = read(Inputs, run / INPUTS_FILE)
+            lines = [f"\n  data {line}" for line in describe_changes(listed.data, inputs.data)]
         raise InputRefused(
-            f"{run / DATA_FILE}: the rows or the images have changed since this run began. A run can only be resumed with the same data: "
-            "restore them, or start a new run."
+            f"{run / DATA_FILE}: the rows or the images have changed since this run began:{''.join(lines)}\nRestore them, or continue with the data as "
+            f"it is now: omnilaunch launch --resume {run.name} --accept data; or start a new run."
         )
 
 

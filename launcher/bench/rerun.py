@@ -97,7 +97,12 @@ def plan_rerun(
         plan=replace(plan, spec=replace(plan.spec, expects=expects)),
         project=tree.project,
         original=OriginalRun(folder=recorded.folder, older=tree.is_recorded),
-        notes=(*describe_tree(recorded, tree), *describe_batch(recorded.plan, plan), *describe_unknown(recorded, expects)),
+        notes=(
+            *describe_tree(recorded, tree),
+            *describe_batch(recorded.plan, plan),
+            *describe_unknown(recorded, expects),
+            *describe_resumptions(recorded),
+        ),
     )
 
 
@@ -282,6 +287,17 @@ def describe_tree(recorded: RecordedRun, tree: Tree) -> tuple[str, ...]:
     if tree.differs:
         return (f"code (accepted): this tree differs in {list_files(tree.differs)}; {tree.why}",)
     return ()
+
+
+def describe_resumptions(recorded: RecordedRun) -> tuple[str, ...]:
+    """A rerun does what the first attempt was planned to do."""
+    changes = (change for resumption in recorded.record.resumptions for change in resumption.changes if change.kind)
+    lines = [f"{change.key} {change.old} → {change.new}" for change in changes]
+    kinds = dict.fromkeys(kind for resumption in recorded.record.resumptions for kind in resumption.accepted)
+    if not lines and not kinds:
+        return ()
+    said = "; ".join(lines) or f"accepted: {', '.join(kinds)}"
+    return (f"run {recorded.record.run_id} was resumed with changes ({said}): this is a rerun of its first plan, and will end differently",)
 
 
 def describe_unknown(recorded: RecordedRun, expects: Expectation | None) -> tuple[str, ...]:

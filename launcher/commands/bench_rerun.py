@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.commands.bench import RESULTS, join_command, require_devices
 from launcher.commands.launch import carry_out
-from launcher.commands.plan import PROJECT, add_conf, conf_of
-from launcher.commands.rerun import ACCEPT_HELP, SCRATCH
+from launcher.commands.plan import PROJECT, SCRATCH, add_conf, conf_of
+from launcher.commands.rerun import ACCEPT_HELP
 from launcher.errors import ConfigRefused
 from trainer.contract import Exit
 

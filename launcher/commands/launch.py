@@ -1,4 +1,4 @@
-"""`omnilaunch launch`: plan a run, check its nodes, and start it."""
+"""`omnilaunch launch`: plan a run, check its nodes, and start it; or resume one (`resume`)."""
 
 import argparse
 import gc
@@ -9,9 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.commands.live.detach import describe_detached, refuse_detach
 from launcher.commands.plan import PROJECT, RUN_ID_HELP, add_overrides, conf_of, describe_here, find_chain_of, plan_here
 from launcher.errors import ConfigRefused
 from trainer.contract import Exit
+
+RESUME_HELP = "continue a run that was stopped, killed or failed, from its newest checkpoint; RUN as everywhere: an id, `last`, a path"
+ACCEPT_HELP = "with --resume: a kind of difference that is accepted, such as steps, data or nodes; may be given several times"
 
 if TYPE_CHECKING:
     from launcher.config.conf_folder import ConfFolder
@@ -25,9 +29,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--detach", action="store_true", help="return when all ranks are started and the data is checked; the run continues"
     )
+    parser.add_argument("--resume", metavar="RUN", help=RESUME_HELP)
+    parser.add_argument("--accept", action="append", default=[], metavar="KIND", help=ACCEPT_HELP)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.resume is not None:
+        from launcher.commands.live.resume import resume_run
+
+        if arguments.run_id:
+            raise ConfigRefused("--run-id and --resume exclude each other: a run that is resumed keeps its id. Leave out --run-id")
+        return resume_run(
+            arguments.resume, arguments.overrides, arguments.accept, say=arguments.say, detach=arguments.detach, conf=conf_of(arguments)
+        )
+    if arguments.accept:
+        raise ConfigRefused(
+            "--accept is for --resume: it accepts what differs from a run that is resumed. Leave it out, or add --resume RUN"
+        )
     if chained := find_chain_of(arguments):
         from launcher.commands.chain import launch_chain
 
@@ -74,14 +92,3 @@ def carry_out(
     source = in_background(lambda: read_source(project, plan.files))  # git runs while the nodes are checked
     with open_session(plan, local_context(project), os.environ, say=say, terminal=sys.stdout.isatty()) as (plan, session):
         return launch(plan, source.result(), session, detach=detach, original=original), plan
-
-
-def refuse_detach(detach: bool, runtime: str) -> None:
-    if detach and runtime != "docker":
-        raise ConfigRefused(
-            "--detach needs containers, which continue in the background, and cluster.runtime=process has none. Use cluster.runtime=docker"
-        )
-
-
-def describe_detached(run_id: str) -> str:
-    return f"the run continues in the background. To supervise it again: omnilaunch attach {run_id}"

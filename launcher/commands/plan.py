@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from launcher.plan.plan import Plan
 
 PROJECT = Path(__file__).resolve().parents[2]
+SCRATCH = ".cache"  # below cluster.root: worktrees of recorded commits
 RUN_ID_HELP = "id of the run; made from the time when omitted"
 CONF_HELP = "your own folder with cluster/, model/ ..., searched before the project's conf/; OMNILAUNCH_CONF when omitted"
 

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.commands.launch import carry_out, describe_detached, refuse_detach
+from launcher.commands.launch import carry_out
+from launcher.commands.live.detach import describe_detached, refuse_detach
 from launcher.commands.live.live_run import RUN_HELP
-from launcher.commands.plan import PROJECT, RUN_ID_HELP, add_overrides, conf_of
+from launcher.commands.plan import PROJECT, RUN_ID_HELP, SCRATCH, add_overrides, conf_of
 from launcher.record.run_name import find_run
 from trainer.contract import Exit
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from launcher.config.conf_folder import ConfFolder
     from launcher.record.recorded_run import RecordedRun
 
-SCRATCH = ".cache"
 ACCEPT_HELP = "a kind of difference that is accepted, such as code or package; may be given several times"
 
 

@@ -1,11 +1,13 @@
 """`omnilaunch runs`: list the runs of this folder, tag them, and remove those that a rule names."""
 
 import argparse
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.errors import ConfigRefused, RunEnded
-from launcher.record.run_name import find_run
+from launcher.errors import ConfigRefused, LaunchError, RunEnded
+from launcher.record.run_name import PLAN_FILE, find_run
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
@@ -69,7 +71,22 @@ def list_runs(arguments: argparse.Namespace) -> int:
         arguments.say(describe_entries(matching[:most], style_of(every, disk=arguments.disk), utc_now()))
         if most < len(matching):
             arguments.say(f"the newest {most} of {count_runs(len(matching))}; for all of them: --all")
+        say_resumable(matching, arguments.say)
     return Exit.OK
+
+
+def say_resumable(entries: "list[RunEntry]", say: Callable[[str], None]) -> None:
+    """How to continue the newest of these runs, if it did not finish."""
+    from launcher.commands.live.live_run import load_plan, say_resume
+    from launcher.record.index import OPEN
+    from launcher.record.run_name import read_start
+
+    stopped = [entry for entry in entries if entry.status in ("stopped", "failed", OPEN) and (entry.folder / PLAN_FILE).is_file()]
+    newest = max(stopped, key=lambda entry: read_start(entry.folder), default=None)
+    if newest is None:
+        return
+    with suppress(LaunchError):  # a plan that this version cannot read
+        say_resume(newest.folder, load_plan(newest.folder), say, status="" if newest.status == OPEN else newest.status)
 
 
 def style_of(every: "Sequence[RunEntry]", *, disk: bool) -> "TableStyle":

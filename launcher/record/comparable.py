@@ -84,7 +84,7 @@ ALLOWANCES: dict[str, tuple[str, ...]] = {
 # If only one run has one of these keys, that is a difference. Any other key that only one run has was not recorded by the other.
 OPEN = (
     *("variables.*", "image.files.*", "config.*.environment.*"),
-    *("environment.environment.*", "environment.packages.*", "environment.kernels.*"),
+    *("environment.environment.*", "environment.packages.*", "environment.kernels.*", "result.resumed.*"),
 )
 REPORTED = (  # keys of environment.json
     *("python", "platform", "packages", "accelerator", "devices", "driver", "world_size", "threads", "environment"),
@@ -129,6 +129,7 @@ def collect_comparables(run: RunFiles) -> dict[str, Any]:
         reported["ranks"] = [
             rank | {"device": without_host(rank.get("device", ""))} for rank in reported["ranks"] if isinstance(rank, dict)
         ]
+    changed = {f"resumed.{key}": value for key, value in run.accepted_changes.items()}
     sections = {
         "config": plan.get("config") or {},
         "data": {key: run.data.get(key, "") for key in DATA_KEYS} if run.data else {},
@@ -139,7 +140,7 @@ def collect_comparables(run: RunFiles) -> dict[str, Any]:
         "batch": nested(plan, "spec", "batch") or {},
         "variables": {str(command.get("node_rank")): command.get("environment") or {} for command in commands},
         "environment": reported,
-        "result": {key: record.get(key) for key in ("status", "steps")} | {"attempts": len(run.attempts) + 1},
+        "result": {key: record.get(key) for key in ("status", "steps")} | {"attempts": len(run.attempts) + 1} | changed,
     }
     return dict(flatten(sections, ""))
 

@@ -15,8 +15,8 @@ from launcher.plan.plan import RUNS_FOLDER, Plan
 from launcher.plan.rows import settle_rows
 from launcher.plan.text import command_line, duration, figure, relative, table
 from launcher.record.metrics import describe_speed, read_curve
-from launcher.record.record import RECORD_FILE, Record, bracketed, checkpoint_place, first_node
-from launcher.record.run_name import LAST, find_run
+from launcher.record.record import RECORD_FILE, Record, bracketed, checkpoint_place, first_node, load_attempts
+from launcher.record.run_name import LAST, find_run, short_name
 from trainer.contract import CHECKPOINTS, METRICS_FILE
 
 COUNTED = {"infer": "questions", "serve": "requests"}
@@ -65,12 +65,22 @@ def describe_record(record: Record, plan: Plan, *, following: bool = True) -> st
         "log": relative(folder / "logs" / "node0.log"),
     }
     text = table(rows)
+    if resume := resume_line(folder, plan, record.status):
+        return f"{text}\n\n{resume}"
     return text if not (record.checkpoint and following) else f"{text}\n\nnext steps\n{next_commands(record, plan)}"
 
 
 def describe_count(count: float, kind: str) -> str:
     what = COUNTED.get(kind, "held-out samples")
     return f"{count:,.0f} {what.removesuffix('s') if count == 1 else what}"
+
+
+def resume_line(folder: Path, plan: Plan, status: str) -> str:
+    """How to continue a run that did not finish; '' for any other. `status`: of its record, '' for a run without one."""
+    began = status != "refused" or bool(load_attempts(folder))
+    if plan.spec.stage.kind != "train" or status == "finished" or not began:
+        return ""
+    return f"to go on: {command_line('launch', '--resume', short_name(folder, Path.cwd() / 'runs'))}"
 
 
 def next_commands(record: Record, plan: Plan) -> str:

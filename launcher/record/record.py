@@ -5,7 +5,7 @@ A record is never overwritten, and each file of it is written completely or not 
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -32,6 +32,7 @@ IMAGES_FILE = "images.json"
 RECORDED_INPUTS_FILE = "recorded_inputs.json"  # in a rerun: the inputs.json of the original run
 ATTEMPTS = "attempts"  # attempts/<number>/: what an attempt left that was followed by another one, and the plan of the one that follows
 ATTEMPT_FILE = "attempt.json"
+RESUMPTION_FILE = "resumption.json"  # in the folder of an attempt that `launch --resume` started
 Status = Literal["finished", "stopped", "failed", "refused"]
 
 
@@ -83,7 +84,8 @@ class AttemptOutcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One start of a run that failed and was followed by another start. `steps`: the last step in metrics.jsonl."""
+    """One start of a run that was followed by another start. `steps`: the last step in metrics.jsonl. `status`: how it ended; killed: its
+    launcher ended without a record."""
 
     number: int
     started_at: str
@@ -91,11 +93,36 @@ class Attempt:
     steps: int
     nodes: tuple[NodeResult, ...]
     failure: Failure | None
+    status: Literal["finished", "stopped", "failed", "refused", "killed"] = "failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangedSetting:
+    """A setting that is not what it was before a run was resumed. `kind`: the one that --accept named; '' if it changes nothing that the run
+    learns."""
+
+    key: str
+    old: str
+    new: str
+    kind: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumption:
+    """How `launch --resume` started attempt number `attempt`. `step`: the last step of the checkpoint, 0 for none. `accepted`: kinds of
+    differences that the user accepted."""
+
+    attempt: int
+    started_at: str
+    step: int
+    overrides: tuple[str, ...] = ()
+    accepted: tuple[str, ...] = ()
+    changes: tuple[ChangedSetting, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """The result of a run in one object. Times are UTC, ISO 8601."""
+    """The result of a run in one object. Times are UTC, ISO 8601. `seconds`: without the pauses before a resumption."""
 
     schema: int
     run_id: str
@@ -125,6 +152,7 @@ class Record:
     config_sha256: str = ""  # of config.json
     lock_sha256: str = ""
     inputs_sha256: str = ""  # of inputs.json, which has the hash of every file that the run read
+    resumptions: tuple[Resumption, ...] = ()
     ended: str = ""  # why a finished run has not done all steps of its plan
 
 
@@ -186,7 +214,7 @@ def close_run(plan: Plan, source: SourceState, outcome: AttemptOutcome, *, start
         exit_code=outcome.code,
         started_at=started.isoformat(timespec="milliseconds"),
         ended_at=ended.isoformat(timespec="milliseconds"),
-        seconds=round((ended - started).total_seconds(), 3),
+        seconds=seconds_worked(folder, started, ended),
         steps=result.steps if result else (rows[-1].step if rows else 0),
         train_seconds=result.seconds if result else None,
         samples_per_s=speed.samples_per_s if speed else result.samples_per_s if result else None,
@@ -200,6 +228,7 @@ def close_run(plan: Plan, source: SourceState, outcome: AttemptOutcome, *, start
         nodes=outcome.nodes,
         failure=outcome.failure,
         attempts=load_attempts(folder),
+        resumptions=load_resumptions(folder),
         ended=result.ended if result else "",
         **identity_of(plan, folder),
     )
@@ -253,6 +282,25 @@ def load_attempts(folder: Path) -> tuple[Attempt, ...]:
     """The attempts before the last one, in their order."""
     found = (read_if_there(Attempt, path) for path in attempt_files(folder, ATTEMPT_FILE))
     return tuple(attempt for attempt in found if attempt is not None)
+
+
+def next_number(attempts: Sequence[Attempt]) -> int:
+    """The number of the attempt that follows these: one of them may have been removed."""
+    return max((attempt.number for attempt in attempts), default=0) + 1
+
+
+def load_resumptions(folder: Path) -> tuple[Resumption, ...]:
+    found = (read_if_there(Resumption, path) for path in attempt_files(folder, RESUMPTION_FILE))
+    return tuple(resumption for resumption in found if resumption is not None)
+
+
+def seconds_worked(folder: Path, started: datetime, ended: datetime) -> float:
+    """How long a run took, without the time in which it was stopped and waited for its resumption."""
+    resumptions = load_resumptions(folder)
+    if not resumptions:
+        return round((ended - started).total_seconds(), 3)
+    earlier = sum(attempt.seconds for attempt in load_attempts(folder) if attempt.number < resumptions[-1].attempt)
+    return round(earlier + (ended - datetime.fromisoformat(resumptions[-1].started_at)).total_seconds(), 3)
 
 
 def recorded_images(runs: Path) -> set[str]:

@@ -14,7 +14,7 @@ from launcher.config.schema import Bands
 from launcher.errors import ConfigRefused, RecordRefused
 from launcher.record.metrics import Curve, read_curve
 from launcher.record.reader import nested, read_lines, read_object
-from launcher.record.record import ATTEMPT_FILE, PLAN_FILE, RECORD_FILE, SOURCE_FILE, attempt_files
+from launcher.record.record import ATTEMPT_FILE, PLAN_FILE, RECORD_FILE, RESUMPTION_FILE, SOURCE_FILE, attempt_files
 from launcher.record.recorded_run import load_recorded_run
 from trainer import contract
 from trainer.contract import InputRefused, SpecError
@@ -24,6 +24,7 @@ from trainer.contract.weight_files import hash_weights, weight_files
 MAX_ANSWERS = 20_000  # of samples.jsonl
 MAX_WEIGHT_BYTES = 2**28  # checkpoints up to this size are always hashed again, which takes about a third of a second
 FILES = (SOURCE_FILE, RECORD_FILE, contract.ENVIRONMENT_FILE, contract.DATA_FILE, contract.RESULT_FILE, contract.INPUTS_FILE)
+SETTINGS = ("steps", "nodes", "strategy")  # kinds of --accept that change nothing where no setting of them changed
 # (value, key in result.json, another file that has it, its key there): a record that was edited, or mixed from two, contradicts itself.
 TWICE = (
     ("the final loss", "final_loss", contract.RESULT_FILE, "final_loss"),
@@ -37,7 +38,7 @@ TWICE = (
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
     """The JSON files of a run, {} for one that is missing. `curve`: metrics.jsonl. `answers`: of the last evaluation, at most MAX_ANSWERS.
-    `attempts`: all but the last. `problems`: what is wrong with the record, one line each."""
+    `attempts`: all but the last. `resumptions`: those that `launch --resume` started. `problems`: what is wrong with the record, one line each."""
 
     folder: Path
     plan: dict[str, Any]
@@ -50,12 +51,30 @@ class RunFiles:
     evaluations: tuple[dict[str, Any], ...]
     answers: tuple[dict[str, Any], ...]
     attempts: tuple[dict[str, Any], ...]
+    resumptions: tuple[dict[str, Any], ...]
     problems: tuple[str, ...]
 
     @property
     def run_id(self) -> str:
         """The folder's name, since the files may say anything."""
         return self.folder.name
+
+    @property
+    def accepted_changes(self) -> dict[str, str]:
+        """What the run continued with that it had not begun with: `kind.key` -> the change, and `kind` for a kind that was accepted by itself."""
+        found: dict[str, str] = {}
+        for resumption in self.resumptions:
+            after = f"after step {resumption.get('step')}"
+            changes = [change for change in as_list(resumption.get("changes")) if isinstance(change, dict) and change.get("kind")]
+            found |= {f"{change['kind']}.{change.get('key')}": f"{change.get('old')} → {change.get('new')} {after}" for change in changes}
+            named = {*SETTINGS, *(str(change["kind"]) for change in changes)}
+            alone = sorted({str(kind) for kind in as_list(resumption.get("accepted"))} - named)
+            found |= dict.fromkeys(alone, f"accepted {after}")
+        return found
+
+
+def as_list(data: Any) -> list[Any]:
+    return data if isinstance(data, list) else []
 
 
 def read_run_files(folder: Path, *, every_weight: bool = False) -> RunFiles:
@@ -85,6 +104,7 @@ def read_run_files(folder: Path, *, every_weight: bool = False) -> RunFiles:
         evaluations=tuple(read_lines(folder / contract.EVALUATIONS_FILE, problems)),
         answers=tuple(islice(read_lines(folder / contract.SAMPLES_FILE, problems), MAX_ANSWERS)),
         attempts=tuple(found for path in attempt_files(folder, ATTEMPT_FILE) if (found := read_object(path, problems))),
+        resumptions=tuple(found for path in attempt_files(folder, RESUMPTION_FILE) if (found := read_object(path, problems))),
         problems=tuple(problems),
     )
 

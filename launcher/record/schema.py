@@ -16,7 +16,19 @@ from typing import Any, Literal
 from launcher.config.schema import Config
 from launcher.plan.plan import Plan
 from launcher.record.checksums import SEAL_FILE, Seal
-from launcher.record.record import ATTEMPT_FILE, ATTEMPTS, CONFIG_FILE, IMAGES_FILE, PLAN_FILE, RECORD_FILE, SOURCE_FILE, Attempt, Record
+from launcher.record.record import (
+    ATTEMPT_FILE,
+    ATTEMPTS,
+    CONFIG_FILE,
+    IMAGES_FILE,
+    PLAN_FILE,
+    RECORD_FILE,
+    RESUMPTION_FILE,
+    SOURCE_FILE,
+    Attempt,
+    Record,
+    Resumption,
+)
 from launcher.record.source import RECORD_SCHEMA, SourceState
 from trainer import contract
 from trainer.contract import Best, DataReport, EnvReport, EvaluationRow, FailureReport, Inputs, StepRow, TrainResult, TrainSpec
@@ -37,6 +49,7 @@ FILES: dict[str, Any] = {
     contract.RESULT_FILE: TrainResult,
     contract.FAILURE_FILES.format(rank="<n>"): FailureReport,
     f"{ATTEMPTS}/<n>/{ATTEMPT_FILE}": Attempt,
+    f"{ATTEMPTS}/<n>/{RESUMPTION_FILE}": Resumption,
     RECORD_FILE: Record,
     SEAL_FILE: Seal,
 }

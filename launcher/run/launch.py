@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launcher.errors import ConfigRefused, LaunchError, NodeFailed, RunEnded
 from launcher.plan.plan import Plan, refuse, to_plain
+from launcher.record.description import resume_line
 from launcher.record.lock import is_asked_to_stop, lock_run
 from launcher.record.metrics import read_rows
 from launcher.record.record import (
@@ -22,6 +23,8 @@ from launcher.record.record import (
     checkpoint_place,
     close_run,
     load_attempts,
+    load_resumptions,
+    next_number,
     open_run,
     utc_now,
 )
@@ -29,7 +32,7 @@ from launcher.record.source import SourceState, SourceTree
 from launcher.run.diagnosis import explain_log
 from launcher.run.gang import clear_and_report, container_processes
 from launcher.run.monitor import AttemptFailed, end_attempt, hangup_signals, wait_for_checks, watch_attempt
-from launcher.run.prepare import NodeProcesses, prepare_and_start, start_context
+from launcher.run.prepare import AgainRequest, NodeProcesses, prepare_and_start, start_context
 from launcher.run.restart import archive_attempt, reason_against_restart
 from launcher.run.session import Session
 from launcher.run.signals import STOPPED_CODE, Stopped, StopRequest, catch_stops, handler_for
@@ -69,7 +72,8 @@ def launch(plan: Plan, source: SourceTree, session: Session, *, detach: bool = F
         session.say(f"{VERBS[plan.spec.stage.kind]}: {plan.spec.device.world_size} rank(s) on {len(processes.trainers)} node(s)")
         return (detach_run if detach else supervise)(plan, folder, session, processes, stop)
 
-    return conclude(plan, source.state, started, work)
+    with lock_run(folder):
+        return conclude(plan, source.state, started, work)
 
 
 def attach(plan: Plan, source: SourceState, started: datetime, session: Session) -> Record | None:
@@ -81,12 +85,14 @@ def attach(plan: Plan, source: SourceState, started: datetime, session: Session)
         processes = NodeProcesses(trainers=container_processes(plan.commands, start_context(plan, session)))
         return supervise(plan, folder, session, processes, stop)
 
-    return conclude(plan, source, started, work)
+    with lock_run(folder):
+        return conclude(plan, source, started, work)
 
 
 def conclude(plan: Plan, source: SourceState, started: datetime, work: Callable[[StopRequest], AttemptOutcome | None]) -> Record | None:
-    """Do the work and write the record, whatever the result. Raises ConfigRefused, and writes nothing, when another launcher supervises the run."""
-    with lock_run(Path(plan.folder)), catch_stops() as stop:
+    """Do the work and write the record, whatever the result. The caller holds the lock of the run: `lock_run` raises ConfigRefused, and nothing is
+    written, when another launcher supervises it."""
+    with catch_stops() as stop:
         try:
             outcome = work(stop)
         except LaunchError as error:
@@ -95,8 +101,9 @@ def conclude(plan: Plan, source: SourceState, started: datetime, work: Callable[
             write_result(
                 plan, source, started, AttemptOutcome(status="refused" if refused else "failed", code=error.exit_code, failure=failure)
             )
-            if failure.meaning:
-                raise type(error)(f"{error}{advice(failure)}") from error
+            more = advice(failure) + next_line(plan, "refused" if refused else "failed")
+            if more:
+                raise type(error)(f"{error}{more}") from error
             raise
         except BaseException as error:
             write_result(plan, source, started, AttemptOutcome(status="failed", code=Exit.BUG, failure=launcher_failure(error)))
@@ -133,9 +140,9 @@ def supervise(plan: Plan, folder: Path, session: Session, processes: NodeProcess
             return outcome
         if is_asked_to_stop(folder):
             return replace(outcome, status="stopped", code=STOPPED_CODE)
-        earlier = load_attempts(folder)
-        attempt = finished_attempt(len(earlier) + 1, began, folder, outcome)
-        reason = reason_against_restart(earlier, attempt, restarts=plan.config.run.restarts)
+        earlier, since = load_attempts(folder), first_of_resumption(folder)
+        attempt = finished_attempt(next_number(earlier), began, folder, outcome)
+        reason = reason_against_restart([each for each in earlier if each.number >= since], attempt, restarts=plan.config.run.restarts)
         if reason:
             session.say(f"not started again: {reason}")
             return outcome
@@ -155,11 +162,22 @@ def start_again(plan: Plan, folder: Path, session: Session, attempt: Attempt, st
         plan, session = session.move(plan, frozenset(node.host for node in attempt.nodes if node.lost or node.left))
     archive_attempt(folder, attempt, mirrored=not plan.is_local)
     number = attempt.number + 1
+    write_plan(plan, folder, number)
+    most = first_of_resumption(folder) + plan.config.run.restarts
+    session.say(f"attempt {number} of at most {most}, on {', '.join(command.host for command in plan.commands)}")
+    return plan, session, prepare_and_start(plan, session, stop, again=AgainRequest())
+
+
+def first_of_resumption(folder: Path) -> int:
+    """The attempt from which run.restarts counts: the first one, or the one that the last resumption started."""
+    return max((resumption.attempt for resumption in load_resumptions(folder)), default=1)
+
+
+def write_plan(plan: Plan, folder: Path, number: int) -> None:
+    """The plan of another attempt, which may differ from the run's first one."""
     target = folder / ATTEMPTS / str(number) / PLAN_FILE
-    target.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     contract.write_text(json.dumps(to_plain(plan), indent=2, ensure_ascii=False) + "\n", target)
-    session.say(f"attempt {number} of at most {plan.config.run.restarts + 1}, on {', '.join(command.host for command in plan.commands)}")
-    return plan, session, prepare_and_start(plan, session, stop, again=True)
 
 
 def finished_attempt(number: int, began: datetime, folder: Path, outcome: AttemptOutcome) -> Attempt:
@@ -171,7 +189,7 @@ def finished_attempt(number: int, began: datetime, folder: Path, outcome: Attemp
 def restart_failed(outcome: AttemptOutcome, folder: Path, attempt: Attempt, error: LaunchError) -> AttemptOutcome:
     """The failure of the attempt, and why no other one followed. Its log may be in the archive already."""
     archived = load_attempts(folder)
-    failure = archived[-1].failure if len(archived) == attempt.number else outcome.failure
+    failure = archived[-1].failure if archived and archived[-1].number == attempt.number else outcome.failure
     if failure is None:
         failure = launcher_failure(error)
     return replace(outcome, failure=replace(failure, message=f"{failure.message}\nIt could not be started again: {error}"))
@@ -190,10 +208,17 @@ def raise_failure(record: Record, plan: Plan) -> None:
     left = "".join(f"\n  not cleared: {node.host}: {node.left.splitlines()[0]}" for node in record.nodes if node.left)
     left += f"\n  when it responds: omnilaunch stop {record.run_id}" if left else ""
     kept = f"\n  checkpoint: {checkpoint_place(record, plan)}" if record.checkpoint else ""
-    text = f"the run failed first at {who}: {failure.message}{tail}{advice(failure)}\n  log: {failure.log}{left}\n  record: {plan.folder}{kept}"
+    resume = next_line(plan, record.status)
+    text = f"the run failed first at {who}: {failure.message}{tail}{advice(failure)}\n  log: {failure.log}{left}\n  record: {plan.folder}{kept}{resume}"
     if record.status == "refused":
         raise ConfigRefused(text)
     raise NodeFailed(text) if record.exit_code == Exit.NODE else RunEnded(text)
+
+
+def next_line(plan: Plan, status: str) -> str:
+    """How to continue the run, as a further line."""
+    line = resume_line(Path(plan.folder), plan, status)
+    return f"\n{line}" if line else ""
 
 
 def advice(failure: Failure) -> str:

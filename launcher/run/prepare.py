@@ -10,7 +10,8 @@ from launcher.image.build import build
 from launcher.image.docker import find
 from launcher.plan.plan import Plan, encode_spec
 from launcher.record.lock import is_asked_to_stop
-from launcher.record.record import keep_images
+from launcher.record.reader import read_object
+from launcher.record.record import IMAGES_FILE, keep_images
 from launcher.run.delivery.node_image import images_on, is_everywhere
 from launcher.run.delivery.peer_transfer import Peer
 from launcher.run.delivery.pull import pull
@@ -36,7 +37,16 @@ class NodeProcesses:
     checks: tuple[NodeProcess, ...] = ()
 
 
-def prepare_and_start(plan: Plan, session: Session, stop: StopRequest, *, again: bool = False) -> NodeProcesses:
+@dataclass(frozen=True, kw_only=True)
+class AgainRequest:
+    """Another attempt: its folders exist. `checks_first`: the ranks wait for the data check, since the data may have changed meanwhile. `sources`:
+    nodes of the last attempt that take no part in this one, and may have its checkpoint."""
+
+    checks_first: bool = False
+    sources: tuple[WorkingNode, ...] = ()
+
+
+def prepare_and_start(plan: Plan, session: Session, stop: StopRequest, *, again: AgainRequest | None = None) -> NodeProcesses:
     """Prepare the nodes and start the ranks, for the first attempt of a run or for another one (`again`). The data is checked while the ranks load;
     they take their first step when the check has passed (trainer.programs.inputs). Raises Stopped, ImageFailed, NodeFailed."""
     with stop.interrupting():
@@ -123,6 +133,11 @@ def record_image_ids(plan: Plan, session: Session) -> None:
     same files built again give another one, since system packages are installed in their current versions."""
     nodes = working_nodes(plan, session)
     found = {node.command.host: image.id for node, image in zip(nodes, images_on(nodes, plan.image.tag), strict=True) if image}
+    for host, image_id in found.items():
+        if (earlier := read_object(Path(plan.folder) / IMAGES_FILE, []).get(host, image_id)) != image_id:
+            session.say(
+                f"{host}: image {plan.image.tag} was built again since this run began: {earlier[:19]} → {image_id[:19]}, of the same files"
+            )
     keep_images(found, Path(plan.folder))
     other = {host: image_id for host, image_id in found.items() if plan.image_id and image_id not in plan.image_id}
     if other:
@@ -133,18 +148,26 @@ def record_image_ids(plan: Plan, session: Session) -> None:
         )
 
 
-def prepare_folders(plan: Plan, session: Session, *, again: bool) -> None:
+def prepare_folders(plan: Plan, session: Session, *, again: AgainRequest | None) -> None:
     """The run's folder on every node, owned by the container's user."""
     nodes, shared = working_nodes(plan, session), plan.config.cluster.shared
     written = Path(plan.folder) / SPEC_FILE  # its keys are used, since the run's trainer may be an older one
     text = encode_spec(plan.spec, like=written if written.is_file() else None).encode()
-    request = FolderRequest(spec=plan.spec, text=text, image=plan.image.tag, user=plan.container_user, shared=shared, local=plan.is_local)
-    if not again:
+    request = FolderRequest(
+        spec=plan.spec,
+        text=text,
+        image=plan.image.tag,
+        user=plan.container_user,
+        shared=shared,
+        local=plan.is_local,
+        checks_first=again is not None and again.checks_first,
+    )
+    if again is None:
         create_folders(nodes, request)
         return
 
     def copy_checkpoint(nodes: Sequence[WorkingNode]) -> None:
-        if copy_newest_checkpoint(nodes, session.say):
+        if copy_newest_checkpoint(nodes, session.say, steps=plan.spec.steps, sources=again.sources):
             restore_metrics(nodes[0], Path(plan.folder))
         else:
             session.say("none of the remaining nodes has a checkpoint: the run starts from the first step")

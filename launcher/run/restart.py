@@ -1,19 +1,22 @@
 """Another attempt of a failed run: which nodes take part, what is kept of the last attempt, and the newest checkpoint on every node."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from launcher.config.schema import Cluster
-from launcher.record.record import ATTEMPT_FILE, ATTEMPTS, Attempt, attempt_files, newest_name, step_of
+from launcher.record.record import ATTEMPT_FILE, ATTEMPTS, Attempt, attempt_files, step_of
 from launcher.redact import mask_credentials
 from launcher.run.delivery.broadcast import send
 from launcher.run.run_folder import WorkingNode
 from launcher.ssh.parallel import each, together
 from trainer import contract
-from trainer.contract import CHECKPOINTS, ENVIRONMENT_FILE, FAILURE_FILES, METRICS_FILE, RESULT_FILE
+from trainer.contract import CHECKPOINTS, ENVIRONMENT_FILE, FAILURE_FILES, METRICS_FILE, RESULT_FILE, SpecError
+from trainer.contract.checkpoint_files import STATE_FILE, CheckpointState, can_resume
 
+SHOWN_FILES = 5  # missing files of a checkpoint that a message names
 INCOMING = ".incoming"  # a checkpoint that is being copied to a node; the trainer ignores hidden names
 
 
@@ -61,11 +64,11 @@ def archive_attempt(folder: Path, attempt: Attempt, *, mirrored: bool) -> Attemp
     archive = folder / ATTEMPTS / str(attempt.number)
     archive.mkdir(parents=True, exist_ok=True)
     for path in (folder / "logs", folder / ENVIRONMENT_FILE, folder / RESULT_FILE, *sorted(folder.glob(FAILURE_FILES.format(rank="*")))):
-        if path.exists():
+        if path.exists() and not is_moved(path, archive / path.name):
             if (archive / path.name).is_dir():
                 shutil.rmtree(archive / path.name)
             shutil.move(path, archive / path.name)
-    (folder / "logs").mkdir()
+    (folder / "logs").mkdir(exist_ok=True)
     if (folder / METRICS_FILE).exists():
         (shutil.move if mirrored else shutil.copy2)(folder / METRICS_FILE, archive / METRICS_FILE)
     failure = attempt.failure
@@ -76,21 +79,68 @@ def archive_attempt(folder: Path, attempt: Attempt, *, mirrored: bool) -> Attemp
     return moved
 
 
+def is_moved(path: Path, target: Path) -> bool:
+    """Whether a launcher that was killed here has moved the folder already, and made the empty one for the next attempt."""
+    return path.is_dir() and target.is_dir() and not any(path.iterdir())
+
+
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def copy_newest_checkpoint(nodes: Sequence[WorkingNode], say: Callable[[str], None]) -> str:
+@dataclass(frozen=True, kw_only=True)
+class FoundStates:
+    """The checkpoints of a node. `newest`: the name of the newest complete one that a run of so many steps can resume from, '' for none.
+    `broken`: why newer ones are skipped, by name. `ended`: the name of a newer one that has weights only, '' for none."""
+
+    newest: str = ""
+    broken: dict[str, str] = field(default_factory=dict)
+    ended: str = ""
+
+
+def find_states(node: WorkingNode, steps: int) -> FoundStates:
+    """Reads trainer_state.json and the sizes of the files, newest checkpoint first, as the trainer will do. Raises NodeFailed."""
+    broken: dict[str, str] = {}
+    ended = ""
+    for name in list_checkpoints(node):
+        folder = str(PurePosixPath(checkpoint_folder(node)) / name)
+        try:
+            text = node.transport.get(f"{folder}/{STATE_FILE}")
+            state: CheckpointState = contract.decode(CheckpointState, json.loads(text or b"{}"))
+        except (ValueError, SpecError) as error:
+            broken[name] = f"its {STATE_FILE} cannot be read: {error}" if text else f"it has no {STATE_FILE}"
+            continue
+        if missing := lacking_files(node, folder, state):
+            broken[name] = f"{', '.join(missing[:SHOWN_FILES])} missing or not of the size that {STATE_FILE} says"
+        elif can_resume(state, steps):
+            return FoundStates(newest=name, broken=broken, ended=ended)
+        else:
+            ended = ended or name
+    return FoundStates(broken=broken, ended=ended)
+
+
+def lacking_files(node: WorkingNode, folder: str, state: CheckpointState) -> list[str]:
+    find = ("find", "-L", folder, "-type", "f", "-printf", "%P\\t%s\\n")
+    lines = node.transport.run(find).expect(f"{node.command.host}: looking at {folder}").output.splitlines()
+    sizes = dict(line.rpartition("\t")[::2] for line in lines)
+    return [name for name, size in state.files.items() if sizes.get(name) != str(size)]
+
+
+def copy_newest_checkpoint(
+    nodes: Sequence[WorkingNode], say: Callable[[str], None], *, steps: int = 0, sources: Sequence[WorkingNode] = ()
+) -> str:
     """Copy the newest checkpoint that any node has to all others, for nodes that share no folder. Returns its name, '' when there is none.
+    `sources`: further nodes that may have it, and do not take part. `steps`: run.steps, 0 = any checkpoint will do.
 
     It goes from its node through this machine to all others at once, and gets its name when it is complete. What an interrupted copy left is
     removed first. Raises NodeFailed.
     """
-    have = each(newest_checkpoint, nodes)
+    having = (*nodes, *sources)
+    have = each(lambda node: newest_checkpoint(node, steps), having)
     newest = max(have, key=step_of)
-    lacking = [node for node, name in zip(nodes, have, strict=True) if step_of(name) < step_of(newest)]
+    lacking = [node for node, name in zip(nodes, have, strict=False) if step_of(name) < step_of(newest)]
     if not lacking:
         return newest
-    source = nodes[have.index(newest)]
+    source = having[have.index(newest)]
     say(f"copying checkpoint {newest} from {source.command.host} to {', '.join(node.command.host for node in lacking)}")
     folder = PurePosixPath(checkpoint_folder(source))
     incoming = str(folder / INCOMING)
@@ -116,15 +166,23 @@ def restore_metrics(node: WorkingNode, folder: Path) -> None:
         node.transport.put(here, path, mode=0o644)
 
 
-def newest_checkpoint(node: WorkingNode) -> str:
-    """The name of the node's newest checkpoint, '' when it has none. Raises NodeFailed when its folder cannot be read: the run would otherwise start
-    from the first step."""
+def newest_checkpoint(node: WorkingNode, steps: int = 0) -> str:
+    """The name of the node's newest complete checkpoint; of its newest one when none is complete, which the trainer then refuses; '' when it has
+    none. Raises NodeFailed."""
+    names = list_checkpoints(node)
+    return (find_states(node, steps).newest or names[0]) if names else ""
+
+
+def list_checkpoints(node: WorkingNode) -> list[str]:
+    """The names of the node's checkpoints, the newest first. Raises NodeFailed when its folder cannot be read: the run would otherwise start from the
+    first step."""
     folder = checkpoint_folder(node)
     find = ("find", "-H", folder, "-mindepth", "1", "-maxdepth", "1", "-xtype", "d", "-name", "step-*", "-printf", "%f\\n")
     listed = node.transport.run(("env", "LC_ALL=C", *find))
     if listed.code and listed.errors.strip().endswith((": No such file or directory", ": Not a directory")):
-        return ""
-    return newest_name(listed.expect(f"{node.command.host}: looking for its newest checkpoint").output.splitlines())
+        return []
+    found = listed.expect(f"{node.command.host}: looking for its newest checkpoint").output.splitlines()
+    return sorted(filter(step_of, found), key=step_of, reverse=True)
 
 
 def run_all(node: WorkingNode, *commands: tuple[str, ...]) -> None:

@@ -36,7 +36,8 @@ class WorkingNode:
 @dataclass(frozen=True, kw_only=True)
 class FolderRequest:
     """What the run's folder on a node is to be: `text` is its spec file, `user` (uid:gid) the container's user that must be able to write there,
-    `image` what changes the owner where the login may not. `shared`: all nodes see one folder. `local`: it is the launcher's own folder."""
+    `image` what changes the owner where the login may not. `shared`: all nodes see one folder. `local`: it is the launcher's own folder.
+    `checks_first`: in another attempt too, the ranks wait for the data check."""
 
     spec: TrainSpec
     text: bytes
@@ -44,6 +45,7 @@ class FolderRequest:
     user: str
     shared: bool
     local: bool
+    checks_first: bool = False
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -89,6 +91,8 @@ def reopen_folders(
     unreachable may still have. Raises NodeFailed."""
     each(lambda node: remove_containers(node.command, node.transport, node.command.name), nodes)
     if request.local:
+        if request.checks_first:  # resumed: the launcher has written files there
+            ensure_owner(nodes[0], request)
         return
     owners = nodes[:1] if request.shared else nodes
     each(lambda node: reopen_on(node, request), owners)
@@ -113,6 +117,8 @@ def reopen_on(node: WorkingNode, request: FolderRequest) -> None:
     argv = ("find", output, "-maxdepth", "1", "-type", "f", "(", *list(stale)[1:], ")", "-delete")
     transport.run(argv).expect(f"{host}: removing the result files of the last attempt")
     transport.put(request.text, str(PurePosixPath(output) / SPEC_FILE), mode=0o644)
+    if request.checks_first:
+        transport.put(b"", str(PurePosixPath(output) / DATA_PENDING_FILE), mode=0o644)
 
 
 def make_parents(node: WorkingNode, request: FolderRequest) -> None:

@@ -178,7 +178,7 @@ def examine_nodes(plan: Plan, stack: Stack, environ: Mapping[str, str], *, launc
 class HealthRefused(NodeFailed):
     """Findings on these hosts prevent a launch."""
 
-    def __init__(self, text: str, hosts: frozenset[str]) -> None:
+    def __init__(self, text: str, hosts: frozenset[str] = frozenset()) -> None:
         super().__init__(text)
         self.hosts = hosts
 

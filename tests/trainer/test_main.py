@@ -88,8 +88,11 @@ def test_a_run_does_not_go_on_where_an_image_has_changed(
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     for _ in range(2):
         assert main(["data", str(run / SPEC_FILE)]) == Exit.USAGE
-        assert "the rows or the images have changed since" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "the rows or the images have changed since" in said and "data a.png: another file" in said and "--accept data" in said
         assert (run / DATA_FILE).read_bytes() == before
+    write(replace(spec, accepted_changes=("data",)), run / SPEC_FILE)
+    assert main(["data", str(run / SPEC_FILE)]) == Exit.OK and (run / DATA_FILE).read_bytes() != before
     (run / state.path / STATE_FILE).unlink()
     assert main(["data", str(run / SPEC_FILE)]) == Exit.OK  # nothing is gone on with
 

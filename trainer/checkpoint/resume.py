@@ -15,6 +15,7 @@ from trainer.checkpoint.checkpoint import RESUME_FOLDER
 from trainer.checkpoint.retention import prune
 from trainer.checkpoint.state import NEW_RNG_NOTE, restore_state
 from trainer.contract import (
+    CHECKPOINTS,
     FAILURE_FILES,
     METRICS_FILE,
     RESULT_FILE,
@@ -27,18 +28,22 @@ from trainer.contract import (
     read,
 )
 from trainer.contract.checkpoint_files import (
+    CHECKPOINT_NAME,
     CheckpointState,
     MetricsSummary,
     broken_checkpoints,
     cut_rows,
     is_newer,
-    newest_checkpoint,
+    newest_resumable,
     refuse_other_run,
+    whole_checkpoints,
     whole_state,
 )
 from trainer.distributed.collective import broadcast_object
 from trainer.distributed.engine import Engine
 from trainer.stages.lora import describe_mismatch
+
+ENDED = "ended-at-{name}"  # the weights of a last step, after the run was given more steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +123,9 @@ def read_evaluation_state(spec: TrainSpec) -> tuple[tuple[EvaluationRow, ...], f
 
 def choose_checkpoint(spec: TrainSpec, data_sha256: str) -> CheckpointState | None:
     """The newest complete one; None if the run has none. Raises InputRefused for one of another run or of a newer version, and if all are
-    broken: starting again at step 1 would discard what can be repaired."""
+    broken, or none can be resumed: starting again at step 1 would discard what can be repaired."""
     run = Path(spec.output)
-    found, broken = newest_checkpoint(run), broken_checkpoints(run)
+    found, broken = newest_resumable(run, spec.steps), broken_checkpoints(run)
     for folder, reason in broken.items():
         print(f"skipping {folder}: {reason}", flush=True)
     if newer := [folder for folder in broken if is_newer(folder)]:
@@ -136,12 +141,28 @@ def choose_checkpoint(spec: TrainSpec, data_sha256: str) -> CheckpointState | No
         )
     if found is not None:
         refuse_other_run(found, spec, data_sha256)
+        refuse_fewer_steps(found, spec)
+    elif weights := max((state.step for state in whole_checkpoints(run)), default=0):
+        raise InputRefused(
+            f"the checkpoint of step {weights} has weights only, since it was the last step of the run: a run of {spec.steps} steps cannot "
+            f"resume from it. Start a new run; with stage.checkpoint={run}/{CHECKPOINTS}/{CHECKPOINT_NAME.format(step=weights)} it starts "
+            "from these weights."
+        )
     return found
+
+
+def refuse_fewer_steps(found: CheckpointState, spec: TrainSpec) -> None:
+    if found.step > spec.steps:
+        raise InputRefused(
+            f"run.steps={spec.steps}, but the run has a checkpoint of step {found.step}. Set run.steps to {found.step} or more, or start a new "
+            "run."
+        )
 
 
 def discard_unfinished(spec: TrainSpec, start: ResumePoint) -> MetricsSummary:
     """Remove what an earlier attempt left half-done, and its rows of steps that will be repeated. Returns the rows that are kept."""
     run = Path(spec.output)
+    set_ends_aside(spec, start)
     prune(spec)
     if start.step < spec.steps:
         (run / RESULT_FILE).unlink(missing_ok=True)  # of an attempt that was stopped
@@ -155,6 +176,16 @@ def discard_unfinished(spec: TrainSpec, start: ResumePoint) -> MetricsSummary:
             ranks = f"by {start.checkpoint.world_size} ranks, now there are {spec.device.world_size}"
             print(f"the checkpoint was saved {ranks}: {NEW_RNG_NOTE}", flush=True)
     return rows
+
+
+def set_ends_aside(spec: TrainSpec, start: ResumePoint) -> None:
+    """The weights of an earlier last step, of a run that was given more steps, get another name: the step will be saved again, with its state."""
+    for state in [state for state in whole_checkpoints(Path(spec.output)) if start.step < state.step < spec.steps and not state.world_size]:
+        folder = Path(spec.output) / state.path
+        aside = folder.with_name(ENDED.format(name=folder.name))
+        if not aside.exists():
+            folder.rename(aside)
+            print(f"the weights of step {state.step}, which was the last one, are kept in {CHECKPOINTS}/{aside.name}", flush=True)
 
 
 def resume_weights_folder(spec: TrainSpec, start: ResumePoint) -> Path | None:

@@ -24,7 +24,12 @@ CHANGEABLE_KEYS = {
     *("save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background", "trackers", "trackers_named"),
     *("schema", "run_id", "output", "gradient_checkpointing", "hang_timeout_s"),
     *("checkpoint_every", "checkpoint_groups", "loss_chunk", "kernels", "expects"),
-    *("batch.micro_batch", "batch.accumulation", "data.root", "data.workers"),
+    *("batch.micro_batch", "batch.accumulation", "data.root", "data.workers", "accepted_changes"),
+}
+# What `spec.accepted_changes` lets differ.
+ACCEPTABLE_KEYS: dict[str, tuple[str, ...]] = {
+    "steps": ("steps",),
+    "data": ("data.name", "data.builtin", "data.train", "data.evaluation", "data.images"),
 }
 
 
@@ -64,6 +69,16 @@ def newest_checkpoint(run: Path) -> CheckpointState | None:
     """The newest complete checkpoint of a run. Checkpoints that are being written have hidden names; incomplete copies and checkpoints with
     missing files are skipped."""
     return max(whole_checkpoints(run), key=lambda state: state.step, default=None)
+
+
+def newest_resumable(run: Path, steps: int) -> CheckpointState | None:
+    """The newest complete checkpoint from which a run of `steps` steps can take its next step, or evaluate if it has none to take."""
+    return max((state for state in whole_checkpoints(run) if can_resume(state, steps)), key=lambda state: state.step, default=None)
+
+
+def can_resume(state: CheckpointState, steps: int) -> bool:
+    """That of the last step has weights only: a run that was given more steps cannot continue from it."""
+    return state.world_size > 0 or state.step >= steps
 
 
 def whole_checkpoints(run: Path) -> Iterator[CheckpointState]:
@@ -142,8 +157,10 @@ def refuse_other_run(state: CheckpointState, spec: TrainSpec, data_sha256: str) 
     there, here = state.spec, fixed_settings(spec)
     new = {key: default_of(key) for key in here if key not in there}  # a version before these keys did what their defaults say
     there = {**new, **there}
-    wrong = [f"{key} was {there.get(key)!r} and is {here.get(key)!r}" for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
-    if state.data_sha256 != data_sha256:
+    accepted = {key for change in spec.accepted_changes for key in ACCEPTABLE_KEYS[change]}
+    changed = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key) and key not in accepted]
+    wrong = [f"{key} was {there.get(key)!r} and is {here.get(key)!r}" for key in changed]
+    if state.data_sha256 != data_sha256 and "data" not in spec.accepted_changes:
         wrong.append("the training rows have changed since")
     if wrong:
         raise InputRefused(

@@ -24,6 +24,7 @@ SCHEMA = 1
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Kind = Literal["train", "evaluate", "merge", "convert", "quantize", "infer", "serve"]
+AcceptedChange = Literal["steps", "data"]
 SINGLE_PROCESS_KINDS = ("merge", "convert", "quantize", "serve")  # run in one process, without torchrun
 
 
@@ -255,7 +256,8 @@ class TrainSpec:
     checkpoint_groups: tuple[str, ...] = ()  # and in which groups of the model; () = all that have layers
     trackers_named: bool = True  # by the user: refused if its package is missing; False = the default, skipped if missing
     kernels: Literal["auto", "plain", "fused"] = "plain"  # of layers; auto = fused where accelerator and packages have them
-    expects: Expectation | None = None  # of a rerun
+    expects: Expectation | None = None  # of a rerun, or of a run that is resumed
+    accepted_changes: tuple[AcceptedChange, ...] = ()  # what differs from the checkpoints of this run because the user accepted it
     early_stop: EarlyStop = field(default_factory=EarlyStop)
 
     @property

@@ -88,6 +88,14 @@ def read_record(folder: Path) -> Any:
         ) from error
 
 
+def say_resume(folder: Path, plan: "Plan", say: Callable[[str], None], *, status: str) -> None:
+    """How to continue a run that has ended without finishing. `status`: of its record, '' for a run without one."""
+    from launcher.record.description import resume_line
+
+    if line := resume_line(folder, plan, status):
+        say(line)
+
+
 def has_ended(folder: Path) -> bool:
     return (folder / RECORD_FILE).exists()
 
@@ -96,7 +104,8 @@ def require_containers(plan: "Plan", verb: str) -> None:
     if plan.config.cluster.runtime != "docker":
         raise ConfigRefused(
             f"run {plan.run_id} has no containers (cluster.runtime=process): its processes belong to its launcher. Press Ctrl-C there to stop "
-            f"it. `omnilaunch {verb}` works for runs with cluster.runtime=docker"
+            f"it; when it has ended, omnilaunch launch --resume {plan.run_id} continues it. `omnilaunch {verb}` works for runs with "
+            "cluster.runtime=docker"
         )
 
 

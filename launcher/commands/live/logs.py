@@ -15,10 +15,12 @@ from launcher.record.lock import is_locked
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
+    from launcher.plan.plan import Plan
     from launcher.run.run_folder import WorkingNode
     from launcher.ssh.transport import Running
 
 POLL_S = 0.5
+UNSEEN = 4  # polls without a launcher, after which it counts as killed
 PIECE_BYTES = 1 << 20
 
 
@@ -28,9 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    with open_logs(find_named(arguments), follows=arguments.follow) as (folder, ended):
+    named = find_named(arguments)
+    with open_logs(named, follows=arguments.follow) as (folder, ended):
         for line in follow(folder, ended=ended):
             arguments.say(line)
+    if arguments.follow and not has_ended(named) and load_plan(named).config.cluster.runtime == "process":
+        arguments.say(f"the launcher of run {named.name} was killed. See: omnilaunch status {named.name}")
     return Exit.OK
 
 
@@ -43,7 +48,7 @@ def open_logs(folder: Path, *, follows: bool) -> Iterator[tuple[Path, Callable[[
 
     plan = load_plan(folder)
     if has_ended(folder) or plan.config.cluster.runtime != "docker" or is_locked(folder):
-        yield folder, lambda: not follows or has_ended(folder)
+        yield folder, is_complete(folder, plan, follows=follows)
         return
     with TemporaryDirectory(prefix="omnilaunch-") as aside, connect_nodes([plan]) as nodes:
         if not any(isinstance(state, str) and state != NO_CONTAINER for state in attempt_each(state_of, nodes)):
@@ -52,6 +57,23 @@ def open_logs(folder: Path, *, follows: bool) -> Iterator[tuple[Path, Callable[[
         (Path(aside) / "logs").mkdir()
         readers = start_readers(nodes, Path(aside) / "logs", follows=follows)
         yield Path(aside), lambda: all(map(is_over, readers))
+
+
+def is_complete(folder: Path, plan: "Plan", *, follows: bool) -> Callable[[], bool]:
+    """Whether nothing more is written to the run's folder: the run has ended, or its launcher was killed. Ranks on this machine outlive it."""
+    from launcher.plan.commands import FOLDER_VARIABLE
+    from launcher.ssh.transport import processes_with
+
+    alone = 0  # how often in a row no launcher was seen: one that starts a run takes the lock after it has made the folder
+
+    def check() -> bool:
+        nonlocal alone
+        if not follows or has_ended(folder):
+            return True
+        alone = 0 if is_locked(folder) or processes_with(FOLDER_VARIABLE, plan.spec.output) else alone + 1
+        return alone > UNSEEN
+
+    return check
 
 
 def start_readers(nodes: "Sequence[WorkingNode]", logs: Path, *, follows: bool) -> "tuple[Running | NodeFailed, ...]":

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from launcher.commands.live.live_run import add_run, connect_nodes, find_named, load_plan, read_record
+from launcher.commands.live.live_run import add_run, connect_nodes, find_named, load_plan, read_record, say_resume
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
@@ -16,23 +16,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from launcher.record.index import RunEntry
+    from launcher.record.index import RUNNING, RunEntry
     from launcher.record.record import utc_now
-    from launcher.run.stop import state_of
+    from launcher.run.stop import NO_CONTAINER, state_of
     from launcher.ssh.parallel import attempt_each
 
     folder = find_named(arguments)
     plan, record = load_plan(folder), read_record(folder)
     if record is not None:
         arguments.say(describe_end(record, plan))
+        say_resume(folder, plan, arguments.say, status=record.status)
         return Exit.OK
     entry = RunEntry(folder=folder, record=None)
+    is_gone = entry.status != RUNNING
     if plan.config.cluster.runtime == "docker":
         with connect_nodes([plan]) as nodes:
             states = attempt_each(state_of, nodes)
         for node, state in zip(nodes, states, strict=True):
             arguments.say(f"{node.command.host:30} {state}")
+        is_gone = is_gone and all(state == NO_CONTAINER for state in states)
     arguments.say(describe_running(entry, plan, (utc_now() - entry.started_at).total_seconds()))
+    if is_gone:
+        say_resume(folder, plan, arguments.say, status="")
     return Exit.OK
 
 

@@ -5,7 +5,16 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from launcher.commands.live.live_run import add_run, connect_nodes, find_named, has_ended, load_plans, require_containers, supervise
+from launcher.commands.live.live_run import (
+    add_run,
+    connect_nodes,
+    find_named,
+    has_ended,
+    load_plans,
+    require_containers,
+    say_resume,
+    supervise,
+)
 from launcher.errors import NodeFailed, RunEnded
 from launcher.record.lock import ask_to_stop, is_locked
 from trainer.contract import Exit
@@ -23,7 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     NodeFailed naming each node where something is left, or where that could not be checked."""
     from launcher.plan.text import command_line
     from launcher.record.description import name_of
-    from launcher.record.record import utc_now
+    from launcher.record.reader import read_object
+    from launcher.record.record import RECORD_FILE, utc_now
     from launcher.run.stop import end_run
 
     folder = find_named(arguments)
@@ -46,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.say(f"nothing of run {plan.run_id} is left on {', '.join(clear)}")
     if has_ended(folder):
         arguments.say(f"how it ended: {command_line('status', name_of(folder))}")
+        say_resume(folder, plan, arguments.say, status=str(read_object(folder / RECORD_FILE, []).get("status", "")))
     if left:
         lines = "\n".join(left)
         raise NodeFailed(

@@ -115,7 +115,13 @@ def describe_timeline(timeline: Timeline) -> dict[str, Any]:
         for host, bars in timeline.rows
     ]
     ends = dict.fromkeys(bar.end for _, bars in timeline.rows for bar in bars)
-    return {"rows": rows, "ends": list(ends), "total": f"{timeline.total_s:,.1f} s", "failures": timeline.failures}
+    return {
+        "rows": rows,
+        "ends": list(ends),
+        "total": f"{timeline.total_s:,.1f} s",
+        "failures": timeline.failures,
+        "resumptions": timeline.resumptions,
+    }
 
 
 def describe_verdicts(comparison: Comparison) -> Iterator[dict[str, Any]]:
@@ -158,7 +164,8 @@ def render_markdown(runs: Sequence[RunFiles], comparison: Comparison | None, ref
     texts += [refused] if refused else []
     parts += [f"## Comparison\n\n{fence(text)}\n" for text in texts]
     for run in runs:
-        lines = "\n".join((launch_line(run), *run.problems, *lay_out(run).failures))
+        timeline = lay_out(run)
+        lines = "\n".join((launch_line(run), *run.problems, *timeline.resumptions, *timeline.failures))
         parts.append(f"## {code(run.run_id)}\n\n{fence(lines)}\n")
         learning = [f"{name}: {text}" for name, text in describe_learning(config_of(run), run.data)]
         standouts = [f"stands out: {line}" for line in find_standouts(config_of(run), run.data, run.curve)]

@@ -10,7 +10,7 @@ from launcher.plan.text import duration, figure, size
 from launcher.record.comparable import collect_comparables, text_of
 from launcher.record.metrics import describe_speed
 from launcher.record.reader import nested
-from launcher.record.run_files import RunFiles
+from launcher.record.run_files import RunFiles, as_list
 
 MAX_EVALUATIONS = 100
 TONES = {"finished": "good", "failed": "bad", "refused": "bad", "stopped": "warn"}
@@ -28,7 +28,7 @@ def describe_axes(run: RunFiles) -> str:
 def list_figures(run: RunFiles) -> tuple[tuple[str, str], ...]:
     """(name, value with its unit) of the most important figures that the run has."""
     record, speed = run.record, run.curve.speed
-    found: dict[str, str] = {"status": status_of(run), "steps": f"{len(run.curve.step)} of {nested(run.plan, 'spec', 'steps')}"}
+    found: dict[str, str] = {"status": status_of(run), "steps": f"{len(run.curve.step)} of {planned_steps(run)}"}
     if record.get("ended"):
         found["ended"] = str(record["ended"])
     if record:
@@ -42,8 +42,16 @@ def list_figures(run: RunFiles) -> tuple[tuple[str, str], ...]:
     for name, value in scores.items() if isinstance(scores, dict) else ():
         found["held-out loss" if name == "loss" else name.replace("_", " ")] = as_text(value)
     if len(run.attempts):
-        found["attempts"] = str(len(run.attempts) + 1)
+        resumed = f", {len(run.resumptions)} of them by --resume" if run.resumptions else ""
+        found["attempts"] = f"{len(run.attempts) + 1}{resumed}"
     return tuple(found.items())
+
+
+def planned_steps(run: RunFiles) -> Any:
+    """Of the newest attempt: a run that is resumed may get other ones."""
+    changes = (change for resumption in reversed(run.resumptions) for change in as_list(resumption.get("changes")))
+    steps = (change.get("new") for change in changes if isinstance(change, dict) and change.get("key") == "run.steps")
+    return next(steps, nested(run.plan, "spec", "steps"))
 
 
 def list_environment(run: RunFiles) -> tuple[tuple[str, str], ...]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from launcher.record.run_files import RunFiles
+from launcher.record.run_files import RunFiles, as_list
 
 MAX_ROWS = 200
 
@@ -23,11 +23,13 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """`rows`: (host, its bars), in the order of the node ranks. `failures`: of each attempt that failed, as text."""
+    """`rows`: (host, its bars), in the order of the node ranks. `failures`: of each attempt that failed, as text. `resumptions`: what each of
+    them changed, as text."""
 
     total_s: float
     rows: tuple[tuple[str, tuple[Bar, ...]], ...]
     failures: tuple[str, ...]
+    resumptions: tuple[str, ...] = ()
 
 
 def lay_out(run: RunFiles) -> Timeline:
@@ -36,6 +38,9 @@ def lay_out(run: RunFiles) -> Timeline:
     begun, total_s = instant(record.get("started_at")) or 0.0, seconds_of(record)
     attempts = sorted(run.attempts, key=lambda attempt: instant(attempt.get("started_at")) or 0.0)
     begins = [max(0.0, (instant(attempt.get("started_at")) or 0.0) - begun) for attempt in attempts]
+    ended = instant(record.get("ended_at"))
+    if run.resumptions and ended is not None:
+        total_s = max(0.0, ended - begun)  # with the pauses
     # The record has no start of the last attempt, but that attempt ended with the run.
     begins.append(max(0.0, total_s - max((seconds_of(node) for node in nodes_of(record)), default=0.0)))
     rows: dict[str, list[Bar]] = {}
@@ -45,7 +50,22 @@ def lay_out(run: RunFiles) -> Timeline:
     last_s = max((bar.begin_s + bar.seconds for bars in rows.values() for bar in bars), default=0.0)
     failures = (describe_failure(number, attempt) for number, attempt in enumerate((*attempts, record), start=1))
     listed = tuple((host, tuple(bars)) for host, bars in rows.items())[:MAX_ROWS]
-    return Timeline(total_s=max(last_s, total_s), rows=listed, failures=tuple(text for text in failures if text))
+    return Timeline(
+        total_s=max(last_s, total_s),
+        rows=listed,
+        failures=tuple(text for text in failures if text),
+        resumptions=tuple(describe_resumption(resumption) for resumption in run.resumptions),
+    )
+
+
+def describe_resumption(resumption: Mapping[str, Any]) -> str:
+    """One line for each thing that is not as before."""
+    step, accepted = resumption.get("step"), [str(kind) for kind in as_list(resumption.get("accepted"))]
+    start = f"after step {step}" if step else "from step 1"
+    parts = [f"attempt {resumption.get('attempt')}: resumed {start}" + (f"; accepted: {', '.join(accepted)}" if accepted else "")]
+    changes = (change for change in as_list(resumption.get("changes")) if isinstance(change, dict))
+    parts += [f"{change.get('key')}: {change.get('old')} → {change.get('new')}" for change in changes]
+    return "\n".join(parts)
 
 
 def bars_of(attempt: Mapping[str, Any], number: int, begin_s: float) -> Iterator[tuple[str, Bar]]:

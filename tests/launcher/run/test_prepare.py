@@ -113,3 +113,20 @@ def test_image_ids_are_recorded_and_an_image_that_differs_from_the_record_is_ref
         ImageFailed, match=rf"(?s)not the image that run first had, sha256:0:\n  image on {second}: sha256:1\n.*--accept image"
     ):
         record_image_ids(replace(plan, image_id="sha256:0", rerun_of="first"), session_for(plan))
+
+
+def test_an_image_that_was_built_again_since_the_run_began_is_reported(
+    plan_for: PlanFor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plan, said = replace(plan_for(*CPU), folder=str(tmp_path)), list[str]()
+    session = replace(session_for(plan), say=said.append)
+    for built in ("a", "a", "b"):
+        monkeypatch.setattr(
+            preparation, "images_on", lambda nodes, tag, built=built: [SimpleNamespace(id=f"sha256:{built}") for _ in nodes]
+        )
+        record_image_ids(plan, session)
+        assert bool(said) == (built == "b")
+    assert said == [
+        f"{command.host}: image {plan.image.tag} was built again since this run began: sha256:a → sha256:b, of the same files"
+        for command in plan.commands
+    ]

@@ -14,10 +14,10 @@ import pytest
 from launcher.errors import NodeFailed
 from launcher.plan.commands import CANN_LOGS, NodeCommand
 from launcher.plan.plan import Plan
-from launcher.run.run_folder import FolderRequest, Mirror, WorkingNode, create_folders, fetch_large
+from launcher.run.run_folder import FolderRequest, Mirror, WorkingNode, create_folders, fetch_large, reopen_folders
 from launcher.ssh.transport import Local
 from tests.launcher.conftest import PROJECT
-from trainer.contract import DATA_PENDING_FILE, SPEC_FILE, TrainSpec, encode, read
+from trainer.contract import DATA_PENDING_FILE, RESULT_FILE, SPEC_FILE, TrainSpec, encode, read
 
 PlanFor = Callable[..., Plan]
 HOSTILE = "a b'c\"$(touch D)\n-rf"
@@ -183,3 +183,22 @@ def test_canns_log_stays_in_its_default_place_when_the_folder_cannot_be_created(
     (tmp_path / "file").write_text("")
     seen, said = entered(tmp_path / "file/node1")
     assert seen == "unset" and "CANN's log goes to /tmp/ascend/log" in said and str(tmp_path / "file/node1") in said
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="giving a folder to another user takes root")
+@pytest.mark.parametrize("checks_first", [False, True])
+def test_a_resumed_run_waits_for_its_data_check_and_a_restarted_one_does_not(plan_for: PlanFor, tmp_path: Path, checks_first: bool) -> None:
+    """While a run is stopped, its data may change."""
+    (tmp_path / "docker").write_text("#!/bin/sh\n")
+    (tmp_path / "docker").chmod(0o755)
+    spec, transport = spec_in(plan_for, tmp_path), Local({"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    Path(spec.output).mkdir(parents=True)
+    (Path(spec.output) / RESULT_FILE).touch()
+    asked = replace(request(spec, user="1000:1000", shared=True), checks_first=checks_first)
+    reopen_folders((node(transport, spec),), asked, copy_checkpoint=lambda nodes: None)
+    assert {path.name for path in Path(spec.output).iterdir()} == {SPEC_FILE, *([DATA_PENDING_FILE] if checks_first else [])}
+    assert {owner(path) for path in Path(spec.output).iterdir()} == {"1000:1000"}
+    (Path(spec.output) / SPEC_FILE).write_text("of this machine's launcher", encoding="utf-8")
+    os.chown(Path(spec.output) / SPEC_FILE, 0, 0)
+    reopen_folders((node(transport, spec),), replace(asked, local=True), copy_checkpoint=lambda nodes: None)
+    assert owner(Path(spec.output) / SPEC_FILE) == ("1000:1000" if checks_first else "0:0")

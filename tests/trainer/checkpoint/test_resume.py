@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,20 @@ import pytest
 import trainer.contract
 import trainer.programs.train
 from tests.trainer.mortal import Death, expect, run_ranks
-from trainer.contract import CHECKPOINTS, METRICS_FILE, RESULT_FILE, Exit, FailureReport, TrainResult, TrainSpec, read
+from trainer.checkpoint.resume import choose_checkpoint
+from trainer.contract import (
+    CHECKPOINTS,
+    METRICS_FILE,
+    RESULT_FILE,
+    Exit,
+    FailureReport,
+    InputRefused,
+    TrainResult,
+    TrainSpec,
+    read,
+    write,
+)
+from trainer.contract.checkpoint_files import STATE_FILE, CheckpointState, fixed_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,3 +74,83 @@ def change_rows_of_rank_1() -> None:
     """As on a node with an older copy of the file."""
     if os.environ["RANK"] == "1":
         trainer.programs.train.hash_sources = lambda *_: "0" * 64
+
+
+# ------------------------------------------------------------------------------------------------- changes that were accepted
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_gets_more_steps_continues_from_the_checkpoint_that_has_its_state(tiny_spec: Any) -> None:
+    spec = tiny_spec(changes={"steps": 4, "save_every": 3, "keep_checkpoints": 3})
+    expect(run_ranks(spec), 0)
+    run = Path(spec.output)
+    before = (run / METRICS_FILE).read_text().splitlines()
+    (run / RESULT_FILE).unlink()  # as the launcher archives it
+    longer = replace(spec, steps=6)
+    assert "steps was 4 and is 6" in expect(run_ranks(longer), Exit.USAGE).text
+    gone = expect(run_ranks(replace(longer, accepted_changes=("steps",))), 0)
+    assert "resuming from checkpoints/step-000003" in gone.text and "kept in checkpoints/ended-at-step-000004" in gone.text
+    after = (run / METRICS_FILE).read_text().splitlines()
+    assert [json.loads(row)["step"] for row in after] == [1, 2, 3, 4, 5, 6] and after[:3] == before[:3]
+    assert (run / CHECKPOINTS / "ended-at-step-000004" / "model.safetensors").is_file()
+    assert read(TrainResult, run / RESULT_FILE).steps == 6
+
+
+def checkpoint_of(run: Path, spec: TrainSpec, step: int, **changes: Any) -> CheckpointState:
+    values = {"schema": trainer.contract.SCHEMA, "step": step, "weights_sha256": "", "data_sha256": "rows", "world_size": 1, "files": {}}
+    state = CheckpointState(**{**values, "spec": fixed_settings(spec), **changes})
+    write(state, run / state.path / STATE_FILE)
+    return state
+
+
+@pytest.fixture
+def saved(tiny_spec: Any) -> TrainSpec:
+    """A run of 6 steps with a checkpoint of step 3."""
+    spec: TrainSpec = tiny_spec(changes={"steps": 6})
+    (Path(spec.output) / CHECKPOINTS / "step-000003").mkdir(parents=True)
+    checkpoint_of(Path(spec.output), spec, 3)
+    return spec
+
+
+@pytest.mark.parametrize(
+    ("changes", "accepted", "said"),
+    [
+        ({"steps": 9}, (), "steps was 6 and is 9"),
+        ({"steps": 9}, ("data",), "steps was 6 and is 9"),
+        ({"steps": 9}, ("steps",), ""),
+        ({"steps": 2}, ("steps",), "run.steps=2, but the run has a checkpoint of step 3"),
+        ({"seed": 9}, ("steps", "data"), "seed was 0 and is 9"),
+        ({"data": {"train": "/more.json"}}, ("steps",), "data.train was"),
+        ({"data": {"train": "/more.json"}}, ("data",), ""),
+        ({"data": {"max_length": 7}}, ("data",), "data.max_length was"),
+    ],
+)
+def test_only_what_was_accepted_may_differ_from_the_checkpoint(
+    saved: TrainSpec, changes: dict[str, Any], accepted: tuple[Any, ...], said: str
+) -> None:
+    values = {key: replace(saved.data, **value) if key == "data" else value for key, value in changes.items()}
+    spec = replace(saved, accepted_changes=accepted, **values)
+    if not said:
+        found = choose_checkpoint(spec, "rows")
+        assert found is not None and found.step == 3
+        return
+    with pytest.raises(InputRefused) as caught:
+        choose_checkpoint(spec, "rows")
+    assert said in str(caught.value)
+
+
+def test_changed_rows_must_be_accepted(saved: TrainSpec) -> None:
+    with pytest.raises(InputRefused, match="the training rows have changed since"):
+        choose_checkpoint(replace(saved, accepted_changes=("steps",)), "other rows")
+    assert choose_checkpoint(replace(saved, accepted_changes=("data",)), "other rows") is not None
+
+
+def test_weights_without_their_state_are_not_resumed(saved: TrainSpec) -> None:
+    run = Path(saved.output)
+    checkpoint_of(run, saved, 3, world_size=0)
+    with pytest.raises(InputRefused, match="the checkpoint of step 3 has weights only"):
+        choose_checkpoint(saved, "rows")
+    assert (found := choose_checkpoint(replace(saved, steps=3, accepted_changes=("steps",)), "rows")) and found.step == 3
+    (run / CHECKPOINTS / "step-000002").mkdir()
+    checkpoint_of(run, saved, 2)
+    assert (found := choose_checkpoint(saved, "rows")) and found.step == 2

@@ -2,10 +2,11 @@
 
 import gc
 import json
+import os
 import re
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,7 +82,8 @@ def test_the_status_of_a_run_of_processes(tmp_path: Path, plan_for: Callable[...
         row = StepRow(step=12, steps=300, loss=1.23456, lr=0.1, grad_norm=1.0, samples=64, tokens=2048, seconds=0.1, peak_bytes=1)
         (folder / "metrics.jsonl").write_text(json.dumps(asdict(row)) + "\n{")
         assert re.fullmatch(r"running for .*, step 12 of 300, loss 1\.235", asked())
-    assert asked() == ("no record, step 12 of 300, loss 1.235: its launcher was killed. To see the output: omnilaunch logs 20261121-000000")
+    assert asked() == "to go on: omnilaunch launch --resume last"
+    assert heard[-2] == "no record, step 12 of 300, loss 1.235: its launcher was killed. To see the output: omnilaunch logs 20261121-000000"
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"schema": 1, "of_a_later_version": 2}'])
@@ -116,3 +118,19 @@ def test_attach_turns_the_garbage_collector_on(tmp_path: Path, plan_for: Callabl
         assert main(["attach", "monday"]) == 2 and seen == [True]
     finally:
         gc.enable()
+
+
+def test_attaching_to_a_run_whose_containers_are_gone_says_how_to_resume_it(
+    tmp_path: Path, plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "runs" / "R"
+    write_run(folder, replace(plan_for("cluster.runtime=docker"), folder=str(folder)))
+    (tmp_path / "docker").write_text("#!/bin/sh\n[ $1 = inspect ] || exit 0\necho error: no such object >&2; exit 1\n")
+    (tmp_path / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    assert main(["status", "R"]) == 0
+    said = capsys.readouterr().out
+    assert "no container" in said and said.rstrip().endswith("to go on: omnilaunch launch --resume last")
+    assert main(["attach", "R"]) == 5
+    assert capsys.readouterr().err.rstrip().endswith("to go on: omnilaunch launch --resume last")

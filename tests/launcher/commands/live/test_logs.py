@@ -97,3 +97,29 @@ def test_a_line_longer_than_a_piece_is_not_cut_within_a_character(tmp_path: Path
     (tmp_path / "logs/node0.log").write_text(f"{text}\n", encoding="utf-8")
     lines = list(follow(tmp_path, ended=lambda: True))
     assert "".join(line.removeprefix("[node0] ") for line in lines) == text
+
+
+def test_following_a_run_of_processes_ends_when_its_launcher_was_killed(
+    tmp_path: Path, plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_run(tmp_path / "runs" / "monday", plan_for())
+    (folder / "logs" / "node0.log").write_text("step 1\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("launcher.commands.live.logs.POLL_S", 0.01)
+    said: list[str] = []
+    logs.run(Namespace(run="monday", say=said.append, follow=True))
+    assert said == ["[node0] step 1", "the launcher of run monday was killed. See: omnilaunch status monday"]
+
+
+def test_a_run_whose_launcher_works_or_whose_ranks_outlived_it_is_followed(
+    tmp_path: Path, plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_for()
+    folder = write_run(tmp_path / "R", plan)
+    with lock_run(folder):
+        complete = logs.is_complete(folder, plan, follows=True)
+        assert not any(complete() for _ in range(9))
+    monkeypatch.setattr("launcher.ssh.transport.processes_with", lambda *_: (1,))
+    assert not any(logs.is_complete(folder, plan, follows=True)() for _ in range(9))
+    (folder / "result.json").write_text("{}", encoding="utf-8")
+    assert logs.is_complete(folder, plan, follows=True)()

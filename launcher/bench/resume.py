@@ -1,0 +1,265 @@
+"""`omnilaunch launch --resume`: the plan of another attempt, made from the recorded plan and the overrides, and what differs.
+
+A table decides for each key of the config what a change of it does. The trainer compares the settings of the checkpoint once more.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from launcher.bench.paused_run import PausedRun
+from launcher.bench.rerun import (
+    FACTS,
+    ContextFor,
+    carry_spec,
+    choose_strategy_again,
+    describe_tree,
+    expected_facts,
+    keep_environment,
+    recorded_config,
+    refuse_code,
+    with_image,
+)
+from launcher.bench.worktree import Tree
+from launcher.config.compose import compose_over
+from launcher.config.conf_folder import ConfFolder
+from launcher.config.schema import Config
+from launcher.errors import ConfigRefused, suggest
+from launcher.image.stack import load_stacks
+from launcher.plan.plan import LocalContext, Plan, make_plan
+from launcher.plan.text import command_line
+from launcher.record.record import ChangedSetting
+from trainer.contract import SPEC_FILE, AcceptedChange, Expectation
+from trainer.contract.checkpoint_files import ACCEPTABLE_KEYS, fixed_settings, flatten, newest_resumable
+
+KINDS = ("steps", "data", "nodes", "strategy", "code", *FACTS)
+CHANGES: tuple[AcceptedChange, ...] = ("steps", "data")
+FREE, LEARNING, PLACE = "", "learning", "place"
+# The first pattern that matches a key of the config decides: a kind that must be accepted; FREE: allowed; PLACE: the run cannot continue
+# there. A key without a pattern is LEARNING: it would change what the run learns, and is refused.
+RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("steps", ("run.steps", "run.epochs")),
+    ("data", ("data.name", "data.builtin", "data.train", "data.evaluation", "data.images")),
+    (PLACE, ("cluster.runtime",)),
+    ("variable", ("cluster.environment.*", "hardware.environment.*")),
+    (
+        FREE,
+        (
+            *("*.title", "*.notes", "data.workers", "run.*timeout_s", "run.save_every*", "run.keep_*", "run.checkpoint_background"),
+            *("run.trackers", "run.profile.*", "run.restarts", "run.minimum_nodes", "run.force", "run.bands.*", "run.repeats"),
+            *("run.evaluation.*", "cluster.name", "cluster.delivery.*", "cluster.*_s", "cluster.rendezvous_port", "cluster.shm_size"),
+            *("cluster.ulimits.*", "cluster.mounts", "cluster.sync", "cluster.secrets", "cluster.user", "cluster.root", "cluster.shared"),
+        ),
+    ),
+    ("nodes", ("cluster.*", "hardware.*")),
+    ("strategy", ("strategy.*",)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumePlan:
+    """`project`: the folder with the code. `changes`: what the overrides change. `notes`: to be printed before it starts."""
+
+    plan: Plan
+    project: Path
+    accepted: tuple[str, ...]
+    changes: tuple[ChangedSetting, ...]
+    notes: tuple[str, ...]
+
+
+def accepted_kinds(texts: Sequence[str]) -> tuple[str, ...]:
+    """Raises ConfigRefused for an unknown kind."""
+    kinds = tuple(dict.fromkeys(kind for text in texts for kind in text.split(",") if kind))
+    wrong = [kind for kind in kinds if kind not in KINDS]
+    if wrong:
+        raise ConfigRefused(f"--accept {wrong[0]}: {suggest(wrong[0], KINDS)}")
+    return kinds
+
+
+def plan_resume(
+    paused: PausedRun,
+    overrides: tuple[str, ...],
+    accepted: tuple[str, ...],
+    tree: Tree,
+    local: LocalContext,
+    environ: Mapping[str, str],
+    *,
+    conf: Path | ConfFolder,
+    context_for: ContextFor | None = None,
+) -> ResumePlan:
+    """Raises ConfigRefused with every change that must be accepted, or that is refused. `context_for`: as for a rerun."""
+    recorded = paused.recorded
+    refuse_code(recorded, tree, accepted)
+    before = with_folder(recorded_config(recorded, environ), paused.plan)
+    config = compose_over(choose_strategy_again(before, recorded, overrides), overrides, conf) if overrides else before
+    if config.cluster.is_local and paused.plan.is_local:
+        config = with_folder(config, paused.plan)
+    refuse_learning(paused, list_learning(find_changes(before, config)), overrides)
+    stacks, local = load_stacks(tree.project / "images"), replace(local, project=tree.project)
+    given = {word.partition("=")[0] for word in overrides}
+    words = (*(word for word in paused.plan.overrides if word.partition("=")[0] not in given), *overrides)
+    asked = replace(context_for(config, stacks, tree.project), project=tree.project) if context_for else local
+    then, now = (make_plan(each, stacks, at, run_id=paused.run_id, overrides=words) for each, at in ((before, local), (config, asked)))
+    if tree.from_image and now.image.stack == paused.plan.image.stack:
+        now = with_image(now, paused.plan.image, local)
+    changes = tuple(find_changes(then.config, now.config))
+    refuse_finished(paused, now)
+    refuse_place(paused, then.config, now.config)
+    refuse_learning(paused, compare_settings(then, now), overrides)
+    refuse_unaccepted(paused, now, changes, overrides, accepted)
+    plan = keep_run(paused, then, now, accepted, tree)
+    plan = replace(plan, spec=replace(plan.spec, expects=expect(paused, plan, (*accepted, *(change.kind for change in changes)), tree)))
+    notes = (*describe_tree(recorded, tree), *(describe_change(change, now.config) for change in changes))
+    return ResumePlan(plan=plan, project=tree.project, accepted=accepted, changes=changes, notes=notes)
+
+
+def keep_run(paused: PausedRun, then: Plan, now: Plan, accepted: tuple[str, ...], tree: Tree) -> Plan:
+    """The plan of the overrides with what the run keeps: its folder, its spec key by key, its environment variables."""
+    spec = replace(carry_spec(paused.recorded, then.spec, now.spec), accepted_changes=accepted_by_trainer(paused, accepted, tree))
+    plan = replace(now, spec=spec, folder=str(paused.folder), rerun_of=paused.plan.rerun_of, accepted=paused.plan.accepted)
+    return keep_environment(paused.recorded, plan, then)
+
+
+def with_folder(config: Config, plan: Plan) -> Config:
+    """A relative cluster.root was relative to the folder that the run was launched in."""
+    return replace(config, cluster=replace(config.cluster, root=str(PurePosixPath(plan.spec.output).parents[1])))
+
+
+def expect(paused: PausedRun, plan: Plan, accepted: tuple[str, ...], tree: Tree) -> Expectation | None:
+    """The environment of the last attempt. None where the trainer is older than expectations, and would refuse a spec with them."""
+    if not knows(paused, tree, "expects"):
+        return None
+    facts = expected_facts(paused.recorded, plan, accepted)
+    of_the_rerun = paused.plan.spec.expects or Expectation(run_id=paused.run_id)
+    data = "" if "data" in accepted else of_the_rerun.data_sha256
+    return replace(of_the_rerun, run_id=paused.run_id if facts else of_the_rerun.run_id, facts=facts, data_sha256=data)
+
+
+def knows(paused: PausedRun, tree: Tree, key: str) -> bool:
+    """Whether the trainer that will run knows this key of the spec: that of the record may be an older one."""
+    return not tree.is_recorded or f'"{key}"'.encode() in (paused.folder / SPEC_FILE).read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------- changes
+
+
+def find_changes(then: Config, now: Config) -> Iterator[ChangedSetting]:
+    """Every key of the config that differs. The nodes are one value: a host may stand in another row of the list."""
+    values = [dict(flatten(plain(config))) | {"cluster.nodes": hosts(config)} for config in (then, now)]
+    for key in dict.fromkeys((*values[0], *values[1])):
+        old, new = (None if side.get(key) == {} else side.get(key) for side in values)
+        if old != new:
+            yield ChangedSetting(key=key, old=as_text(old), new=as_text(new), kind=kind_of_change(key))
+
+
+def plain(config: Config) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return {**data, "cluster": {key: value for key, value in data["cluster"].items() if key != "nodes"}}
+
+
+def hosts(config: Config) -> str:
+    return ", ".join(f"{node.host}{f' {list(node.devices)}' if node.devices else ''}" for node in config.cluster.working)
+
+
+def as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def kind_of_change(key: str) -> str:
+    return next((kind for kind, patterns in RULES if any(fnmatchcase(key, pattern) for pattern in patterns)), LEARNING)
+
+
+def describe_change(change: ChangedSetting, config: Config) -> str:
+    text = f"{change.key}: {change.old or 'nothing'} → {change.new or 'nothing'}"
+    optimizer = config.stage.optimizer
+    if change.key == "run.steps":
+        follows = "" if optimizer.schedule == "constant" and (optimizer.warmup >= 1 or not optimizer.warmup) else (
+            f"; the learning rate of the remaining steps follows the {optimizer.schedule} schedule over {change.new} steps"
+        )  # fmt: skip
+        text += follows
+    elif change.kind == "data":
+        text += "; the remaining steps draw their rows from it in a new order"
+    return text
+
+
+def refuse_finished(paused: PausedRun, now: Plan) -> None:
+    """A finished run can get more steps. Its last checkpoint has weights only, so it continues from the one before, where there is one."""
+    if not paused.is_finished or now.spec.steps > paused.plan.spec.steps:
+        return
+    done = paused.plan.spec.steps
+    ways = [f"a new run starts from its weights: {command_line('launch', f'stage.checkpoint={paused.run_id}')}"]
+    if not paused.plan.is_local or newest_resumable(paused.folder, done + 1):
+        ways.insert(0, f"for more steps: {command_line('launch', '--resume', paused.run_id, f'run.steps={2 * done}', '--accept', 'steps')}")
+    early = paused.record.ended if paused.record else ""
+    how = f"it ended early ({early})" if early else f"all {done} steps are done"
+    raise ConfigRefused(f"run {paused.run_id} is finished: {how}, so there is nothing to resume; {'; '.join(ways)}")
+
+
+def refuse_place(paused: PausedRun, then: Config, now: Config) -> None:
+    """Checkpoints, rows and reports stay where they were written."""
+    values: dict[str, tuple[str, str]] = {
+        "cluster.runtime": (then.cluster.runtime, now.cluster.runtime),
+        "cluster": (describe_place(then), describe_place(now)),
+    }
+    if lines := "\n".join(f"  {key}: {old} → {new}" for key, (old, new) in values.items() if old != new):
+        raise ConfigRefused(
+            f"run {paused.run_id} cannot move there:\n{lines}\nIts files stay where they are. Leave that out; or start a new run from its "
+            f"weights: stage.checkpoint={paused.run_id}"
+        )
+
+
+def describe_place(config: Config) -> str:
+    return "this machine" if config.cluster.is_local else "other machines"
+
+
+def list_learning(changes: Iterable[ChangedSetting]) -> list[str]:
+    return [f"{change.key}: {change.old} → {change.new}" for change in changes if change.kind == LEARNING]
+
+
+def compare_settings(then: Plan, now: Plan) -> list[str]:
+    """Settings that every checkpoint of the run must have in common, and that follow from another key, as the attention from the hardware."""
+    allowed = {key for keys in ACCEPTABLE_KEYS.values() for key in keys}
+    old, new = (fixed_settings(plan.spec) for plan in (then, now))
+    return [f"{key} of the trainer: {old.get(key)} → {new[key]}" for key in new if old.get(key) != new[key] and key not in allowed]
+
+
+def refuse_learning(paused: PausedRun, lines: Sequence[str], overrides: Sequence[str]) -> None:
+    """Raises ConfigRefused for what would change what the run learns, except its steps and its data."""
+    if lines:
+        words = [word for word in overrides if not word.startswith("run.steps=")]
+        new_run = command_line("launch", f"stage.checkpoint={paused.run_id}", *words)
+        shown = "\n".join(f"  {line}" for line in lines)
+        raise ConfigRefused(
+            f"run {paused.run_id} cannot be resumed with settings that change what it learns:\n{shown}\nResume it without them; or start a "
+            f"new run from its weights, with what else it needs: {new_run}"
+        )
+
+
+def refuse_unaccepted(
+    paused: PausedRun, now: Plan, changes: Sequence[ChangedSetting], overrides: Sequence[str], accepted: tuple[str, ...]
+) -> None:
+    """Raises ConfigRefused with each change whose kind was not accepted, and the command that accepts them."""
+    chosen = any(word.partition("=")[0].partition(".")[0] == "strategy" for word in overrides)
+    moved = any(change.kind == "nodes" for change in changes)
+    follows = {"strategy"} if moved and not chosen else set()  # the strategy is chosen again for other nodes
+    standing = [change for change in changes if change.kind and change.kind not in {*accepted, *follows}]
+    if standing:
+        lines = "\n".join(f"  {change.kind}: {describe_change(change, now.config)}" for change in standing)
+        kinds = ",".join(dict.fromkeys((*accepted, *(change.kind for change in standing))))
+        command = command_line("launch", "--resume", paused.run_id, *overrides, "--accept", kinds)
+        raise ConfigRefused(f"run {paused.run_id} would not continue as it was:\n{lines}\nTo accept this: {command}")
+
+
+def accepted_by_trainer(paused: PausedRun, accepted: tuple[str, ...], tree: Tree) -> tuple[AcceptedChange, ...]:
+    """What the checkpoint may differ in. What was accepted earlier stays: the newest checkpoint may be from before it."""
+    earlier = paused.plan.spec.accepted_changes
+    kinds: tuple[AcceptedChange, ...] = tuple(kind for kind in CHANGES if kind in earlier or kind in accepted)
+    if kinds and not knows(paused, tree, "accepted_changes"):
+        raise ConfigRefused(
+            f"run {paused.run_id} uses the trainer of {paused.recorded.source.commit[:12]}, which cannot resume with other "
+            f"{' or '.join(kinds)}. Resume it without that; or start a new run from its weights: stage.checkpoint={paused.run_id}"
+        )
+    return kinds
