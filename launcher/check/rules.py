@@ -19,6 +19,7 @@ from launcher.check.precision import PRECISION_RULES
 from launcher.check.problem import Problem, Rule
 from launcher.check.recipe import RECIPE_RULES
 from launcher.check.source import SOURCE_RULES, write_source_notes
+from launcher.check.start import START_RULES
 from launcher.check.strategy import Resolved, resolve
 from launcher.check.strings import TEXT_RULES
 from launcher.check.suggestions import MEMORY_RULES, check_memory, write_memory_notes
@@ -31,6 +32,7 @@ RULES = (
     *INFERENCE_RULES,
     *LEARNING_RULES,
     *SOURCE_RULES,
+    *START_RULES,
 )
 RULES_BUT_MEMORY = tuple(rule for rule in RULES if rule not in MEMORY_RULES)  # for a plan whose memory a traced step decides
 

@@ -32,7 +32,15 @@ CUDA_LABEL = re.compile(r"\+cu(\d+)(\d)$")  # of a version: 2.7.1+cu126
 
 def local_context(project: Path) -> LocalContext:
     user = f"{os.getuid()}:{os.getgid()}" if os.getuid() else CONTAINER_USER
-    return LocalContext(project=project, here=Path.cwd(), interpreter=sys.executable, user=user)
+    return LocalContext(project=project, here=Path.cwd(), interpreter=sys.executable, user=user, memory_bytes=read_memory())
+
+
+def read_memory() -> int:
+    """Bytes of this machine's memory; 0 where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 0
 
 
 def context_for(config: Config, stacks: Mapping[str, Stack], project: Path, *, asks: bool = True) -> LocalContext:

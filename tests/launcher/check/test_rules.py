@@ -1,7 +1,7 @@
 """The verdict: which config is refused, in which words, and what would pass."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -223,7 +223,7 @@ BROKEN = (
 
 @cache
 def changed(overrides: tuple[str, ...], change: str) -> Config:
-    return compose_change(overrides, change, ROOT / "conf")
+    return compose_change(overrides, change, partial(compose, conf=ROOT / "conf"))
 
 
 @pytest.mark.parametrize("overrides", BROKEN, ids=" ".join)
