@@ -23,7 +23,8 @@ OFFLOADED = (
     "strategy.offload_parameters=true",
     "strategy.gradient_checkpointing=true",
 )
-FULL = ("hardware=rtx3090", "model=minicpm_o_2_6", "stage=full", *OFFLOADED)
+ACCEPTED = "cluster.delivery.accept_licence=true"
+FULL = ("hardware=rtx3090", "model=minicpm_o_2_6", "stage=full", *OFFLOADED, ACCEPTED)
 
 
 def plan_here(*words: str, memory_gib: float) -> Plan:
@@ -46,7 +47,7 @@ def test_an_unknown_memory_refuses_nothing() -> None:
 
 
 def test_offloaded_states_on_nodes_of_unknown_size_are_a_question(plan_for: Callable[..., Plan]) -> None:
-    plan = plan_for(*FULL, "cluster=example", "cluster.delivery.accept_licence=true")
+    plan = plan_for(*FULL, "cluster=example")
     text = " ".join(describe_short(plan).split())
     assert text.startswith("ok, if the nodes have the host memory that it needs (below)")
     assert "GiB of each node's own memory (offloaded states 64.8; pinned buffers 32.4" in text
@@ -68,7 +69,7 @@ def test_this_machine_is_compared_for_a_run_on_it(plan_for: Callable[..., Plan])
 
 
 def test_models_that_load_are_a_question_only_where_they_need_more_than_the_devices_hold(plan_for: Callable[..., Plan]) -> None:
-    usual = plan_for("hardware=h200", "model=qwen2_5_vl_7b", "stage=lora")
+    usual = plan_for("hardware=h200", "model=qwen2_5_vl_7b", "stage=lora", ACCEPTED)
     assert describe_short(usual).startswith("ok: this run can be launched") and "model while it loads" in " ".join(
         describe_short(usual).split()
     )

@@ -2,6 +2,8 @@
 
 import pytest
 
+from launcher.memory import tokens
+from launcher.record.checkpoint import checkpoint_record
 from tests.benchmarks.fit_inference import CASES, Case, measure
 
 QUICK = {("qwen2_5_vl", "serve", 1536), ("llava", "evaluate", 700), ("omnilmm", "evaluate", 1024), ("internvl", "infer", 1536)}
@@ -21,3 +23,8 @@ def is_quick(case: Case) -> bool:
 def test_the_planned_peak_is_that_of_real_answers(case: Case) -> None:
     row = measure(case)
     assert -0.03 <= row.error <= 0.06, (row.planned_items, row.measured_bytes)
+
+
+def test_the_launcher_and_the_trainer_use_the_same_numbers() -> None:
+    assert synthetic_batch.BUILTIN_TEXT_TOKENS == tokens.TEXT_TOKENS
+    assert checkpoint_record.FINGERPRINT_BYTES == lineage.FINGERPRINT_BYTES
