@@ -12,10 +12,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launcher.check.hardware import choose_kernels
+from launcher.check.override import Compose
 from launcher.check.problem import Rule
 from launcher.check.recipe import leaves_padding_out
 from launcher.check.rules import RULES, Verdict, check
-from launcher.check.strategy import explain_strategy, resolve
+from launcher.check.strategy import Resolved, explain_strategy, resolve
 from launcher.check.suggestions import with_typed_hardware
 from launcher.config.compose import compose as compose_files
 from launcher.config.conf_folder import ConfFolder
@@ -134,15 +135,14 @@ def make_plan(
     compose: Callable[[Sequence[str]], Config] | None = None,
 ) -> Plan:
     """Resolve the strategy, check, render the image, write the spec and the commands. `conf`: the folder that `config` was composed from with
-    `overrides`, if it was; `compose`: what composed it, if that was more than the folder's files. Offered overrides that choose an axis are
-    judged with it. Raises ConfigRefused with every problem at once;
+    `overrides`; `compose`: what composed it, if that was more than the folder's files. Offered overrides that choose an axis are judged with it. Raises ConfigRefused with every problem at once;
     one that only prevents a launch (a module still to come, a licence to accept) is left in `verdict` for `launch` to refuse."""
     config, licence = take_licence(config, stacks, local.accepted)
-    rules = (*rules, *machine_rules(local.machine))
     compose = compose or (partial(compose_files, conf=conf) if conf else None)
-    resolved, recompose = resolve(on_one_rank(config)), partial(compose_change, overrides, compose=compose) if compose else None
-    verdict, config = check(resolved.asked, stacks, rules=rules, resolved=resolved, compose=recompose), resolved.config
-    verdict = with_own_memory(verdict, resolved, local.memory_bytes, stacks)
+    resolved = resolve(on_one_rank(config))
+    recompose = partial(compose_change, overrides, compose=compose) if compose else None
+    verdict = judge(resolved, stacks, local, (*rules, *machine_rules(local.machine)), recompose)
+    config = resolved.config
     refuse(verdict, launching=False, overrides=overrides)
     image = render(
         stacks[config.hardware.stack],
@@ -166,6 +166,11 @@ def make_plan(
         choice=explain_strategy(resolved),
         licence=licence,
     )
+
+
+def judge(resolved: Resolved, stacks: dict[str, Stack], local: LocalContext, rules: tuple[Rule, ...], recompose: Compose | None) -> Verdict:
+    verdict = check(resolved.asked, stacks, rules=rules, resolved=resolved, compose=recompose)
+    return with_own_memory(verdict, resolved, local.memory_bytes, stacks)
 
 
 def with_files(plan: Plan, conf: ConfFolder, files: Sequence[Path]) -> Plan:

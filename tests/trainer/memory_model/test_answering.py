@@ -5,6 +5,8 @@ import pytest
 from launcher.memory import tokens
 from launcher.record.checkpoint import checkpoint_record
 from tests.benchmarks.fit_inference import CASES, Case, measure
+from trainer.checkpoint import lineage
+from trainer.memory_model import synthetic_batch
 
 QUICK = {("qwen2_5_vl", "serve", 1536), ("llava", "evaluate", 700), ("omnilmm", "evaluate", 1024), ("internvl", "infer", 1536)}
 
