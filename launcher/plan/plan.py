@@ -134,14 +134,13 @@ def make_plan(
     conf: Path | ConfFolder | None = None,
     compose: Callable[[Sequence[str]], Config] | None = None,
 ) -> Plan:
-    """Resolve the strategy, check, render the image, write the spec and the commands. `conf`: the folder that `config` was composed from with
-    `overrides`; `compose`: what composed it, if that was more than the folder's files. Offered overrides that choose an axis are judged with it. Raises ConfigRefused with every problem at once;
-    one that only prevents a launch (a module still to come, a licence to accept) is left in `verdict` for `launch` to refuse."""
+    """Resolve the strategy, check, render the image, write the spec and the commands. `compose`, or the files of `conf`, made `config` of
+    `overrides`; offered overrides that choose an axis are judged with it. Raises ConfigRefused with every problem at once; one that only prevents
+    a launch (a module still to come, a licence to accept) is left in `verdict` for `launch` to refuse."""
     config, licence = take_licence(config, stacks, local.accepted)
-    compose = compose or (partial(compose_files, conf=conf) if conf else None)
-    resolved = resolve(on_one_rank(config))
-    recompose = partial(compose_change, overrides, compose=compose) if compose else None
-    verdict = judge(resolved, stacks, local, (*rules, *machine_rules(local.machine)), recompose)
+    again = compose or (partial(compose_files, conf=conf) if conf else None)
+    recompose = partial(compose_change, overrides, compose=again) if again else None
+    verdict, resolved = judge(config, stacks, local, rules, recompose)
     config = resolved.config
     refuse(verdict, launching=False, overrides=overrides)
     image = render(
@@ -168,9 +167,12 @@ def make_plan(
     )
 
 
-def judge(resolved: Resolved, stacks: dict[str, Stack], local: LocalContext, rules: tuple[Rule, ...], recompose: Compose | None) -> Verdict:
-    verdict = check(resolved.asked, stacks, rules=rules, resolved=resolved, compose=recompose)
-    return with_own_memory(verdict, resolved, local.memory_bytes, stacks)
+def judge(
+    config: Config, stacks: dict[str, Stack], local: LocalContext, rules: tuple[Rule, ...], recompose: Compose | None
+) -> tuple[Verdict, Resolved]:
+    resolved = resolve(on_one_rank(config))
+    verdict = check(resolved.asked, stacks, rules=(*rules, *machine_rules(local.machine)), resolved=resolved, compose=recompose)
+    return with_own_memory(verdict, resolved, local.memory_bytes, stacks), resolved
 
 
 def with_files(plan: Plan, conf: ConfFolder, files: Sequence[Path]) -> Plan:
