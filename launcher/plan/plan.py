@@ -143,12 +143,8 @@ def make_plan(
     verdict, resolved = judge(config, stacks, local, rules, recompose)
     config = resolved.config
     refuse(verdict, launching=False, overrides=overrides)
-    image = render(
-        stacks[config.hardware.stack],
-        architecture=config.cluster.nodes[0].architecture,
-        root=local.project,
-        base=config.cluster.delivery.base,
-    )
+    stack, cluster = stacks[config.hardware.stack], config.cluster
+    image = render(stack, architecture=cluster.nodes[0].architecture, root=local.project, base=cluster.delivery.base)
     spec = train_spec(config, local, run_id=run_id, overrides=overrides)
     return Plan(
         schema=SCHEMA,
