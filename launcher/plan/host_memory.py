@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from launcher.check.problem import Problem
-from launcher.check.rules import Verdict
-from launcher.check.strategy import Resolved
+from launcher.check.override import Compose
+from launcher.check.problem import Problem, Rule
+from launcher.check.rules import Verdict, check
+from launcher.check.strategy import Resolved, resolve
 from launcher.check.suggestions import find_changes
 from launcher.config.schema import Config
 from launcher.image.stack import Stack
@@ -13,6 +14,15 @@ from launcher.memory.estimate import Memory, total
 from launcher.memory.states import GIB, device_count, ranks_per_node
 
 RUNTIME = "its processes, libraries and the data come on top"
+
+
+def judge(
+    config: Config, stacks: Mapping[str, Stack], rules: tuple[Rule, ...], compose: Compose | None, own_bytes: int
+) -> tuple[Verdict, Resolved]:
+    """The verdict of all rules and of this machine's memory, and the config with its strategy resolved."""
+    resolved = resolve(config)
+    verdict = check(resolved.asked, stacks, rules=rules, resolved=resolved, compose=compose)
+    return with_own_memory(verdict, resolved, own_bytes, stacks), resolved
 
 
 def with_own_memory(verdict: Verdict, resolved: Resolved, own_bytes: int, stacks: Mapping[str, Stack]) -> Verdict:

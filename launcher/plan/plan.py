@@ -12,11 +12,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launcher.check.hardware import choose_kernels
-from launcher.check.override import Compose
 from launcher.check.problem import Rule
 from launcher.check.recipe import leaves_padding_out
 from launcher.check.rules import RULES, Verdict, check
-from launcher.check.strategy import Resolved, explain_strategy, resolve
+from launcher.check.strategy import explain_strategy
 from launcher.check.suggestions import with_typed_hardware
 from launcher.config.compose import compose as compose_files
 from launcher.config.conf_folder import ConfFolder
@@ -30,7 +29,7 @@ from launcher.memory.estimate import Memory, estimate_memory
 from launcher.memory.states import States, device_count, model_states, ranks_per_node, spreads, trainable_parameters, world_size
 from launcher.memory.tokens import bound_of_questions, resolve_context
 from launcher.plan.commands import NodeCommand, node_commands
-from launcher.plan.host_memory import with_own_memory
+from launcher.plan.host_memory import judge
 from launcher.plan.machine import Machine, machine_rules
 from launcher.redact import mask_credentials
 from trainer.contract import (
@@ -140,7 +139,8 @@ def make_plan(
     config, licence = take_licence(config, stacks, local.accepted)
     again = compose or (partial(compose_files, conf=conf) if conf else None)
     recompose = partial(compose_change, overrides, compose=again) if again else None
-    verdict, resolved = judge(config, stacks, local, rules, recompose)
+    rules = (*rules, *machine_rules(local.machine))
+    verdict, resolved = judge(on_one_rank(config), stacks, rules, recompose, local.memory_bytes)
     config = resolved.config
     refuse(verdict, launching=False, overrides=overrides)
     stack, cluster = stacks[config.hardware.stack], config.cluster
@@ -161,14 +161,6 @@ def make_plan(
         choice=explain_strategy(resolved),
         licence=licence,
     )
-
-
-def judge(
-    config: Config, stacks: dict[str, Stack], local: LocalContext, rules: tuple[Rule, ...], recompose: Compose | None
-) -> tuple[Verdict, Resolved]:
-    resolved = resolve(on_one_rank(config))
-    verdict = check(resolved.asked, stacks, rules=(*rules, *machine_rules(local.machine)), resolved=resolved, compose=recompose)
-    return with_own_memory(verdict, resolved, local.memory_bytes, stacks), resolved
 
 
 def with_files(plan: Plan, conf: ConfFolder, files: Sequence[Path]) -> Plan:
