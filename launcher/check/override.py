@@ -14,10 +14,11 @@ Compose = Callable[[str], Config]
 
 
 def apply_override(config: Config, override: str, compose: Compose | None) -> Config | None:
-    """None where the config is refused then. An override of keys is set in `config` itself; one that chooses a whole axis needs
-    `compose`. Raises ValueError where there is none."""
+    """None where the config is refused then. An override of keys is set in `config` itself; one that chooses a whole axis, or another checkpoint
+    where there is a record, needs `compose`. Raises ValueError where there is none."""
     pairs = [part.partition("=") for part in shlex.split(override)]
-    if any(key in AXES for key, _, _ in pairs):
+    recorded = config.stage.recorded is not None and any(key == "stage.checkpoint" for key, _, _ in pairs)
+    if recorded or any(key in AXES for key, _, _ in pairs):
         if compose is None:
             raise ValueError(f"{override} can be judged with conf/ only")
         try:

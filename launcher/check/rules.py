@@ -20,6 +20,7 @@ from launcher.check.problem import Problem, Rule
 from launcher.check.recipe import RECIPE_RULES
 from launcher.check.row_count import write_row_notes
 from launcher.check.source import SOURCE_RULES, write_source_notes
+from launcher.check.start import START_RULES
 from launcher.check.strategy import Resolved, resolve
 from launcher.check.strings import TEXT_RULES
 from launcher.check.suggestions import MEMORY_RULES, check_memory, write_memory_notes
@@ -32,6 +33,7 @@ RULES = (
     *INFERENCE_RULES,
     *LEARNING_RULES,
     *SOURCE_RULES,
+    *START_RULES,
 )
 RULES_BUT_MEMORY = tuple(rule for rule in RULES if rule not in MEMORY_RULES)  # for a plan whose memory a traced step decides
 

@@ -1,10 +1,12 @@
 """The memory verdict, and what would fit instead: changes in the order of their cost, each checked with the same numbers and rules."""
 
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from launcher.check.adapters import quantized_base_is_possible
+from launcher.check.answering_changes import describe_fewer_bits, fewest_questions, list_answering_changes
+from launcher.check.change import Change, set_values as set_values, write_override as write_override
 from launcher.check.precision import masters_suit_strategy, rounding_suits, state_bits_suit
 from launcher.check.problem import Problem, Rule
 from launcher.check.recipe import TEXT_TOKENS, batch_divides, offload_is_possible, strategy_suits_devices
@@ -16,7 +18,6 @@ from launcher.memory.states import AVERAGE, GIB, world_size
 from launcher.memory.tokens import largest_image, smallest_image_tokens
 from trainer.contract import Lora
 
-Cost = Literal["speed", "quality", "context", "hardware"]
 MOST_CHANGES = 4
 MOST_OF_A_COST = 2  # so that a change of each kind is offered where one fits
 ALSO_CHECKED: tuple[Rule, ...] = (
@@ -28,24 +29,6 @@ ALSO_CHECKED: tuple[Rule, ...] = (
     quantized_base_is_possible,
     batch_divides,
 )
-NF4_SHARE, INT8_SHARE = 4.5 / 16, 8.25 / 16  # of 16-bit weights, scales included: blocks of 64 in NF4, rows in int8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """`values`: dotted key of a config -> its value. `override` is what the user types instead, where a whole axis is chosen."""
-
-    cost: Cost
-    values: Mapping[str, Any]
-    override: str = ""
-
-    def __str__(self) -> str:
-        return self.override or " ".join(map(write_override, self.shown.items()))
-
-    @property
-    def shown(self) -> dict[str, Any]:
-        """Without what every file of conf/strategy sets anyway."""
-        return {key: value for key, value in self.values.items() if (key, value) != ("strategy.gradient_checkpointing", False)}
 
 
 def memory_fits(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -63,31 +46,40 @@ def check_memory(resolved: Resolved, stacks: Mapping[str, Stack]) -> Iterator[Pr
 def refuse_memory(resolved: Resolved, memory: Memory, stacks: Mapping[str, Stack], *, short_bytes: int = 0) -> Problem:
     """`memory`: what does not fit. `short_bytes`: by how much the arithmetic is known to be too low, which the changes must leave free."""
     found = find_changes(resolved, stacks, short_bytes=short_bytes)
-    offloaded = max((other.host_bytes for _, other in found), default=0)
-    host = f"; offloaded, states take up to {offloaded / GIB:.1f} GiB of a node's host memory" if offloaded else ""
-    split = "" if resolved.config.stage.kind == "train" else describe_split(resolved.config, memory)
-    what = f"{describe_need(resolved.config, memory)}{host}{split}"
+    config = resolved.config
+    split = (
+        "" if config.stage.kind == "train" else f"{describe_split(config)}\n    assumed: {memory.assumption}{describe_fewer_bits(config)}"
+    )
+    what = f"{describe_need(config, memory)}{describe_host(memory, [other for _, other in found])}{split}"
     return Problem(key="strategy", what=what, changes=tuple(str(change) for change, _ in found), forcible=True)
+
+
+def describe_host(memory: Memory, offered: Sequence[Memory]) -> str:
+    """What the offered changes need of the host's memory; '' where that is what lacks, since only changes that fit there are offered then."""
+    offloaded = max((other.host_bytes for other in offered), default=0)
+    if not offloaded or memory.total_bytes <= memory.share * (memory.limit_bytes or 0):
+        return ""
+    of = "" if memory.host_limit_bytes else ", which was not checked: hardware.host_memory_gib is not set"
+    return f"; offloaded, states take up to {offloaded / GIB:.1f} GiB of a node's host memory{of}"
 
 
 def describe_need(config: Config, memory: Memory) -> str:
     limit = memory.limit_bytes or 0
-    if memory.total_bytes <= limit:
+    if memory.total_bytes <= memory.share * limit:
         return f"offloaded states take {memory.host_bytes / GIB:.1f} GiB of a node's host memory, which has {config.hardware.host_memory_gib:g}"
     states = total(item for item in memory.items if item.name in ("weights", "gradients", "optimizer", AVERAGE))
     strategy = f" ({config.strategy.name})" if config.stage.kind == "train" else ""  # without training, every rank has the whole model
+    most = f", of which {memory.share:.0%} may be taken" if memory.total_bytes <= limit else ""
     return (
-        f"the peak takes {memory.total_bytes / GIB:.1f} GiB on each device{strategy}, which has {limit / GIB:g}: "
+        f"the peak takes {memory.total_bytes / GIB:.1f} GiB on each device{strategy}, which has {limit / GIB:g}{most}: "
         f"{states / GIB:.1f} model states, {(memory.total_bytes - states) / GIB:.1f} activations, buffers and runtime"
     )
 
 
-def describe_split(config: Config, memory: Memory) -> str:
-    """What else would hold the weights of a model that only answers, and has no option here."""
+def describe_split(config: Config) -> str:
+    """Whole layers over several devices, for a model that only answers."""
     cards, each = split_weights(set_values(config, fewest_questions(config)))  # with more, the batch and not the model decides
-    weights = next((item.size_bytes for item in memory.items if item.name == "weights"), 0)
-    split = f"; whole layers over {cards} devices (device_map) would put {each / GIB:.1f} GiB of weights on each" if cards > 1 else ""
-    return f"; weights in int8 would take {weights * INT8_SHARE / GIB:.1f} GiB, in NF4 {weights * NF4_SHARE / GIB:.1f}{split}"
+    return f"; whole layers over {cards} devices (device_map) would put {each / GIB:.1f} GiB of weights on each" if cards > 1 else ""
 
 
 def find_changes(resolved: Resolved, stacks: Mapping[str, Stack], *, short_bytes: int = 0) -> tuple[tuple[Change, Memory], ...]:
@@ -102,6 +94,8 @@ def find_changes(resolved: Resolved, stacks: Mapping[str, Stack], *, short_bytes
             continue
         if any(other.shown.items() <= change.shown.items() for other, _ in found):  # a part of this change is enough
             continue
+        if answers(config, change) and any(other.values.keys() <= change.values.keys() for other, _ in found):  # a larger value fits
+            continue
         rest = {key: value for key, value in change.values.items() if not key.startswith("strategy.")}
         other = resolve(set_values(config, change.values), estimates.setdefault(repr(rest), {}))
         memory = other.memory
@@ -112,19 +106,17 @@ def find_changes(resolved: Resolved, stacks: Mapping[str, Stack], *, short_bytes
     return tuple(found[:MOST_CHANGES])
 
 
+def answers(config: Config, change: Change) -> bool:
+    return config.stage.kind != "train" and change.cost != "hardware"
+
+
 def list_changes(config: Config, resolved: Config) -> Iterator[Change]:
     if config.stage.kind != "train":
-        yield from (Change(cost="speed", values=values) for values in ANSWERING.get(config.stage.kind, ANSWERING["evaluate"]))
+        yield from list_answering_changes(config)
         return
     yield from (Change(cost="speed", values=values) for values in faster_first(resolved) if may_shard(config, values))
     yield from quality_changes(config)
     yield from context_changes(config)
-
-
-def fewest_questions(config: Config) -> dict[str, Any]:
-    """One question at a time, without spreading the model."""
-    last = ANSWERING.get(config.stage.kind, ANSWERING["evaluate"])[-1]
-    return {key: value for key, value in last.items() if value == 1}
 
 
 def may_shard(config: Config, values: Mapping[str, Any]) -> bool:
@@ -149,18 +141,6 @@ SHARDING: tuple[dict[str, Any], ...] = (
     {"strategy.name": "zero2", "strategy.offload_optimizer": True},
     {"strategy.name": "zero3", "strategy.offload_optimizer": True, "strategy.offload_parameters": True},
 )
-# Fewer questions at a time; then the model spread over all devices of the node.
-ANSWERING: dict[str, tuple[dict[str, Any], ...]] = {
-    "evaluate": ({"run.evaluation.batch": 16}, {"run.evaluation.batch": 4}, {"run.evaluation.batch": 1}),
-    "infer": (
-        *({"stage.inference.batch": 4}, {"stage.inference.batch": 1}),
-        *({"stage.inference.spread": "auto"}, {"stage.inference.spread": "auto", "stage.inference.batch": 1}),
-    ),
-    "serve": (
-        *({"stage.serving.max_batch": 4}, {"stage.serving.max_batch": 1}),
-        *({"stage.serving.spread": "auto"}, {"stage.serving.spread": "auto", "stage.serving.max_batch": 1}),
-    ),
-}
 # Offered where nothing else fits: hardware=NAME, with the values of conf/hardware/NAME.yaml that the estimate uses.
 LARGER_KEYS = ("accelerator", "collectives", "memory_gib", "devices_per_node", "device_multiple", "context_gib", "fragmentation")
 LARGER: dict[str, dict[str, Any]] = {
@@ -200,10 +180,24 @@ def quality_changes(config: Config) -> Iterator[Change]:
     if stage.lora is None and config.model.source.kind != "random":
         values = {"stage.lora": ADAPTER, "stage.trainable": (), "stage.global_batch": 16, "stage.needs": ("checkpoint", "projector")}
         offered.append((values, "stage=lora"))
+    yield from offload_changes(config)
     for values, override in offered:
         yield Change(cost="quality", values=values, override=override)
         checkpointed = {**values, "strategy.gradient_checkpointing": True}
         yield Change(cost="quality", values=checkpointed, override=f"{override} strategy.gradient_checkpointing=true")
+
+
+def offload_changes(config: Config) -> Iterator[Change]:
+    """States in host memory, for a recipe whose optimizer DeepSpeedCPUAdam does not have: it rounds to nearest, and has no 8-bit states."""
+    own: dict[str, Any] = {}
+    if config.precision.rounding != "nearest":
+        own["precision.rounding"] = "nearest"
+    if config.stage.optimizer.state_bits:
+        own["stage.optimizer.state_bits"] = 0
+    for values in SHARDING if own else ():
+        if "strategy.offload_optimizer" in values:
+            for recomputed in (False, True):
+                yield Change(cost="quality", values={**values, "strategy.gradient_checkpointing": recomputed, **own})
 
 
 def hardware_changes(config: Config) -> Iterator[Change]:
@@ -241,26 +235,6 @@ def with_typed_hardware(problem: Problem, overrides: Sequence[str]) -> Problem:
 def _typed_values(change: str, typed: Set[str]) -> Iterator[str]:
     numbers = LARGER.get(change.partition(" ")[0].removeprefix("hardware="), {}) if change.startswith("hardware=") else {}
     return (f" {key}={value}" for key, value in numbers.items() if key in typed)
-
-
-def set_values(config: Config, values: Mapping[str, Any]) -> Config:
-    for key, value in values.items():
-        config = _put(config, key.split("."), value)
-    return config
-
-
-def _put(section: Any, path: list[str], value: Any) -> Any:
-    name, *rest = path
-    if isinstance(section, dict):
-        return section | {name: value}
-    return replace(section, **{name: _put(getattr(section, name), rest, value) if rest else value})
-
-
-def write_override(pair: tuple[str, Any]) -> str:
-    key, value = pair
-    if key == "strategy.name":
-        return f"strategy={value}"
-    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
 
 
 def write_memory_notes(resolved: Resolved) -> Iterator[str]:

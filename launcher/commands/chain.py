@@ -2,14 +2,15 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.config.chain import GROUP, Chain, overrides_of
 from launcher.config.compose import compose, compose_with_files
 from launcher.config.conf_folder import ConfFolder
 from launcher.config.defaults import keys_of
+from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import load_stacks
 from launcher.plan.local_context import context_for, for_this_machine
@@ -17,6 +18,7 @@ from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan, with_file
 from launcher.plan.rows import settle_rows
 from launcher.plan.short import describe_work
 from launcher.plan.text import command_line, figure, gib, table
+from launcher.record.checkpoint.checkpoint_config import compose_from_checkpoint
 from launcher.record.checkpoint_reference import with_full_ids
 from launcher.record.reader import read_if_there, read_object
 from launcher.record.record import Record, valid_run_id
@@ -82,6 +84,7 @@ def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
         words = overrides_of(chain, place, typed, results, kinds)
         try:
             config, files = compose_with_files(words, conf)
+            config = compose_step(config, words, conf, here, {results[step.name]: step.plan for step in steps})
             config = settle_rows(with_weights_folder(for_this_machine(config, words), os.environ), keys_of(words), here)
             context = context_for(config, stacks, project)
             plan = with_files(make_plan(config, stacks, context, run_id=run_ids[name], overrides=words, conf=conf), conf, files)
@@ -93,6 +96,19 @@ def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
     planned = PlannedChain(chain=chain, chain_id=chain_id, typed=typed, folders=folders, steps=tuple(steps))
     refuse_other_runs(planned)
     return planned
+
+
+def compose_step(config: Config, words: Sequence[str], conf: ConfFolder, here: Path, earlier: Mapping[str, Plan]) -> Config:
+    """The config of a step, from that of its words alone. Its model is that of the checkpoint that it starts from: of a step
+    above it, or of a run. `earlier`: by the folder of their runs, which may not exist yet."""
+    checkpoint = next((word.partition("=")[2] for word in words if word.startswith("stage.checkpoint=")), "")
+    if not checkpoint:
+        return config
+    if checkpoint in earlier:
+        chosen = any(word.startswith("model=") for word in words)
+        return config if chosen else replace(config, model=earlier[checkpoint].config.model)
+    found = compose_from_checkpoint([word for word in words if not word.startswith("run.evaluation.base=")], conf, here)
+    return replace(found, run=replace(found.run, evaluation=config.run.evaluation))
 
 
 def refuse_other_runs(planned: PlannedChain) -> None:

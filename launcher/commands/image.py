@@ -53,8 +53,8 @@ def select(arguments: argparse.Namespace) -> "tuple[Config, Stack, str]":
 
 def render_selected(arguments: argparse.Namespace) -> "tuple[Config, Image]":
     from launcher.image.stack import render
+    from launcher.plan.accepted import take_licence
     from launcher.plan.local_context import find_acceptance
-    from launcher.plan.plan import take_licence
 
     config, stack, architecture = select(arguments)
     config, _ = take_licence(config, {stack.name: stack}, find_acceptance(config, {stack.name: stack}, os.environ))

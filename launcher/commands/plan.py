@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,7 +78,7 @@ def describe_here(plan: "Plan", machine: "Machine | None" = None, *, full: bool 
 
     from launcher.config.variable import describe_variables
     from launcher.plan.full import describe_full
-    from launcher.plan.local_context import find_built
+    from launcher.plan.local_context import find_built, read_memory
     from launcher.plan.short import describe_short
     from launcher.plan.text import wants_colours
 
@@ -85,8 +86,8 @@ def describe_here(plan: "Plan", machine: "Machine | None" = None, *, full: bool 
     if full:
         return "\n".join((describe_full(plan), *(f"note: {line}" for line in variables)))
     colours, columns = wants_colours(os.environ, terminal=sys.stdout.isatty()), get_terminal_size((100, 24)).columns
-    built = find_built(plan, machine)
-    return describe_short(plan, colours=colours, width=columns, built=built, launching=launching, notes=variables)
+    built, own = find_built(plan, machine), read_memory()
+    return describe_short(plan, colours=colours, width=columns, built=built, launching=launching, notes=variables, own_bytes=own)
 
 
 def plan_of(overrides: Sequence[str], run_id: str, *, conf: "ConfFolder | None" = None, only_data: bool = False) -> "Plan":
@@ -112,25 +113,26 @@ def plan_here(
     from launcher.config.defaults import keys_of
     from launcher.image.stack import load_stacks
     from launcher.plan.local_context import context_for, for_this_machine
-    from launcher.plan.plan import RUNS_FOLDER, absolute, make_plan, with_files, with_problems
+    from launcher.plan.plan import make_plan, with_files, with_problems
     from launcher.plan.rows import find_missing, settle_rows
     from launcher.plan.weights_folder import judge_weights, with_found_model
-    from launcher.record.checkpoint_reference import resolve_base, resolve_checkpoint, with_full_ids
+    from launcher.record.checkpoint.checkpoint_config import compose_from_checkpoint, find_runs, start_from_checkpoint
+    from launcher.record.checkpoint_reference import with_full_ids
     from launcher.record.record import name_run, utc_now, valid_run_id
     from launcher.weights.source import with_weights_folder
 
     here, conf = Path.cwd(), conf or ConfFolder(project=PROJECT / "conf")
     overrides = with_found_model(with_visible_devices(overrides, conf) if asks else overrides, conf)
     config, files = compose_with_files(overrides, conf)
-    config = for_this_machine(config if only_data else settle_rows(config, keys_of(overrides), here), overrides)
-    runs = (Path(absolute(config.cluster.root, here)) / RUNS_FOLDER, here / RUNS_FOLDER)
-    config = with_weights_folder(resolve_base(resolve_checkpoint(config, *runs), *runs), os.environ)
+    config = start_from_checkpoint(for_this_machine(config, overrides), overrides, conf, here)
+    config = with_weights_folder(config if only_data else settle_rows(config, keys_of(overrides), here), os.environ)
     run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))
-    given = with_full_ids(overrides, *runs)
+    given = with_full_ids(overrides, *find_runs(config, here))
     rules = RULES_BUT_MEMORY if traced or only_data else RULES
-    stacks = load_stacks(PROJECT / "images")
+    stacks, compose_again = load_stacks(PROJECT / "images"), partial(compose_from_checkpoint, conf=conf, here=here)
     context = context_for(config, stacks, PROJECT, asks=asks)
-    plan = judge_weights(make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf), conf)
+    plan = make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf, compose=compose_again)
+    plan = judge_weights(plan, conf)
     plan = with_problems(plan, find_missing(config, here)) if asks else plan
     return with_files(plan, conf, files), context.machine
 

@@ -17,7 +17,7 @@ from launcher.config.defaults import choose_duration, keys_of, settle
 from launcher.config.expected import describe_expected
 from launcher.config.fact import refuse_facts, refuse_fixed
 from launcher.config.hint import Known, explain_key, explain_value, join_words, read_foreign
-from launcher.config.key import list_settings, types_of, without_null
+from launcher.config.key import FROM_RECORD, list_settings, types_of, without_null
 from launcher.config.schema import AXES, Config
 from launcher.config.source import expand_source, kind_that_follows
 from launcher.config.synonym import Typed
@@ -98,6 +98,8 @@ def compose_over(config: Config, overrides: Sequence[str], conf: Path | ConfFold
     if "data" in named:
         settle(changed, composed.choices, keys_of(overrides), conf)
     choose_duration(changed, keys_of(overrides))
+    if "stage.checkpoint" in named:
+        changed["stage"]["recorded"] = None  # of another checkpoint
     return _complete(_validate(Composed(data=changed, choices=composed.choices), overrides, conf), overrides)
 
 
@@ -150,6 +152,8 @@ def _translate_one(override: str, overrides: Sequence[str], known: Known) -> tup
     axis, _, rest = key.partition(".")
     if axis in AXES and rest == "name":
         raise ConfigRefused(f"{key} is the name of the chosen file; choose another one with {axis}=NAME")
+    if key == FROM_RECORD or key.startswith(f"{FROM_RECORD}."):
+        raise ConfigRefused("is read from the record of stage.checkpoint: set that, or the keys of model, data and stage themselves")
     kind = _find_type(key, typed, known)
     if "${" in text:
         raise ConfigRefused(INTERPOLATION)

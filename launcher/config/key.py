@@ -10,6 +10,8 @@ from launcher.config.fact import may_set
 from launcher.config.schema import AXES, Config
 from launcher.config.synonym import find_row, load_synonyms
 
+FROM_RECORD = "stage.recorded"  # a section that the plan sets, never typed
+
 
 def is_known_elsewhere(word: str) -> bool:
     """Whether an option is a word of another tool, or a key or an axis written as an option."""
@@ -29,7 +31,8 @@ def list_keys(kind: Any = Config, prefix: str = "") -> list[str]:
     if not is_dataclass(kind):
         return [prefix]
     sections = types_of(typing.cast(type, kind)).items()
-    return [leaf for name, inner in sections for leaf in list_keys(inner, f"{prefix}.{name}" if prefix else name)]
+    named = ((f"{prefix}.{name}" if prefix else name, inner) for name, inner in sections)
+    return [leaf for key, inner in named if key != FROM_RECORD for leaf in list_keys(inner, key)]
 
 
 @cache

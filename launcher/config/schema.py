@@ -7,6 +7,7 @@ Names have units: _gib, _s, tflops. Lengths are in tokens, batches in samples.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from launcher.config.recorded_weights import RecordedWeights
 from launcher.config.source import ModelSource
 from trainer.contract import (
     Augmentation,
@@ -215,6 +216,7 @@ class Stage:
     serving: Serving | None = None
     label_smoothing: float = 0.0  # share of the target that is spread evenly over the vocabulary
     neftune_alpha: float = 0.0  # noise on the embeddings of training, 5 in the paper (arXiv 2310.05914); 0 = none
+    recorded: RecordedWeights | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

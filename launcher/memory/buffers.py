@@ -12,12 +12,13 @@ from launcher.memory.states import (
     States,
     device_count,
     engine_stage,
-    layer_counts,
     linear_shapes,
     lora_parameters,
+    packs,
     ranks_per_node,
     streams,
     takes_bf16_optimizer,
+    weight_bytes,
     world_size,
     zero_stage,
 )
@@ -180,26 +181,6 @@ def update_bytes(config: Config, trained: int) -> int:
     return max(norm, flat + (copied * width if config.hardware.accelerator == "npu" else 0))
 
 
-def answer_load(config: Config) -> tuple[int, int]:
-    """(questions answered at a time, most tokens of an answer)."""
-    inference, serving, evaluation = config.stage.inference, config.stage.serving, config.run.evaluation
-    if config.stage.kind == "infer" and inference:
-        return inference.batch * inference.sampling.beams, inference.sampling.max_new_tokens
-    if config.stage.kind == "serve" and serving:
-        return serving.max_batch, serving.sampling.max_new_tokens
-    return evaluation.batch, evaluation.max_new_tokens
-
-
-def cache_bytes(config: Config, load: Load) -> int:
-    """Key-value cache of a batch during generation, the activations of one layer for its questions, and the logits of a token."""
-    text, width = config.model.architecture.text, DTYPE_BYTES[config.precision.compute]
-    layers = layer_counts(text)["k_proj"]
-    length = load.length + answer_load(config)[1]
-    keys = 2 * linear_shapes(text)["k_proj"][1] * width * layers * length * load.rows
-    working = (4 * text.hidden_size + 3 * text.intermediate_size) * width * load.tokens
-    return keys + working + text.vocab_size * (width + FLOAT32) * load.rows
-
-
 def runtime_bytes(config: Config, gib: int) -> int:
     """What the driver, the workspaces of libraries and the channels of the collectives take before the first tensor."""
     many = COLLECTIVE_GIB[config.hardware.collectives] if world_size(config) > 1 else 0.0
@@ -214,7 +195,10 @@ def loading_bytes(config: Config) -> tuple[int, int]:
     if streams(config):
         return 0, 0
     width = DTYPE_BYTES[config.precision.weights]
-    whole = config.model.parameters.total * width
+    if packs(config):
+        return largest_tensor(config) * width, largest_tensor(config) * width
+    saved = config.stage.recorded is not None and config.stage.recorded.quantized == "nf4"
+    whole = weight_bytes(config, config.model.parameters.total) if saved else config.model.parameters.total * width
     if zero_stage(config) < 3:
         return whole, whole * ranks_per_node(config)
     tensor = largest_tensor(config) * width

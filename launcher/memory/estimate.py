@@ -11,23 +11,24 @@ from typing import Literal
 
 from launcher.config.schema import Config
 from launcher.memory.activations import count_kept
+from launcher.memory.answering import answer_items, answer_load
 from launcher.memory.buffers import (
     HOST_FACTOR,
     MOMENTS,
     Moment,
-    answer_load,
-    cache_bytes,
     gather_bytes,
     gradient_moments,
+    largest_tensor,
     lasting_gradient_bytes,
     loading_bytes,
     logits_bytes,
     runtime_bytes,
 )
-from launcher.memory.states import DTYPE_BYTES, GIB, States, engine_stage, model_states, streams, zero_stage
-from launcher.memory.tokens import read_load
+from launcher.memory.states import DTYPE_BYTES, GIB, States, engine_stage, model_states, packs, streams, weight_bytes, zero_stage
+from launcher.memory.tokens import Load, read_answer_load, read_evaluation_load, read_load
 
 SET_ASIDE = "weights set aside"
+ANSWER_SHARE = 0.95  # of a stage that answers requests which are not known when it is planned: the estimate is within 5 % (docs/fit.md)
 Basis = Literal["arithmetic", "calibrated", "traced"]
 
 
@@ -41,7 +42,8 @@ class Item:
 @dataclass(frozen=True, kw_only=True)
 class Memory:
     """`items` add up to `total_bytes` on the device that needs most; `limit_bytes`: its memory, None = not known. `host_items` are those of one
-    node. `start_bytes`: what the device needs under ZeRO 3 while the model is loaded. `assumption`: about the sizes of the data."""
+    node. `start_bytes`: what the device needs under ZeRO 3 while the model is loaded. `assumption`: about the sizes of the data. `share`: of the
+    device's memory that may be taken."""
 
     items: tuple[Item, ...]
     total_bytes: int
@@ -51,10 +53,11 @@ class Memory:
     host_limit_bytes: int | None
     start_bytes: int
     assumption: str
+    share: float = 1.0
 
     @property
     def fits(self) -> bool:
-        return self.fits_within(1.0)
+        return self.fits_within(self.share)
 
     def fits_within(self, share: float) -> bool:
         """Whether the peak takes at most `share` of the device's memory, and the offloaded states fit in host memory. An unknown size fits."""
@@ -62,16 +65,15 @@ class Memory:
         return device and (self.host_limit_bytes is None or self.host_bytes <= self.host_limit_bytes)
 
 
-def estimate_memory(config: Config, *, states: States | None = None) -> Memory:
-    """At the peak of a training step, or of an evaluated batch. The strategy must be resolved: `auto` counts as unsharded, and a micro-batch
-    of null as 1. `states`: model_states(config), if it is known already."""
+def estimate_memory(config: Config, *, states: States | None = None, load: Load | None = None) -> Memory:
+    """At the peak of a training step, or of an answered batch. The strategy must be resolved: `auto` counts as unsharded, and a micro-batch
+    of null as 1. `states`: model_states(config), if it is known already. `load`: of the batch, if it is not that of the config's stage."""
     states = states or model_states(config)
     hardware = config.hardware
-    rows = config.strategy.micro_batch or 1 if config.stage.kind == "train" else answer_load(config)[0]
-    load = read_load(config, rows=rows)
+    load = load or choose_load(config)
     trains = config.stage.kind == "train"  # an evaluation during training keeps its gradients
     fixed = tuple(item for item in count_items(states.items_bytes, "arithmetic") if not (trains and item.name == "gradients"))
-    moving = tuple(item for item in moving_items(config, states, rows) if item.size_bytes)
+    moving = tuple(item for item in moving_items(config, states, load) if item.size_bytes)
     spare = Item(name="fragmentation", size_bytes=int(hardware.fragmentation * total(moving)), basis="calibrated")
     runtime = Item(name="runtime", size_bytes=runtime_bytes(config, GIB), basis="calibrated")
     # On a CPU, a rank has no runtime apart from its process.
@@ -86,17 +88,28 @@ def estimate_memory(config: Config, *, states: States | None = None) -> Memory:
         host_bytes=states.host_bytes,
         host_limit_bytes=None if hardware.host_memory_gib is None else int(hardware.host_memory_gib * GIB),
         start_bytes=start + runtime.size_bytes if zero_stage(config) == 3 else 0,
-        assumption=load.assumption,
+        assumption="" if packs(config) or streams(config) else load.assumption,
+        share=1.0 if trains else ANSWER_SHARE,
     )
 
 
-def moving_items(config: Config, states: States, rows: int) -> tuple[Item, ...]:
+def choose_load(config: Config) -> Load:
+    """One micro-batch of a step, or one batch of questions."""
+    if config.stage.kind == "train":
+        return read_load(config, rows=config.strategy.micro_batch or 1)
+    rows, most_new = answer_load(config)
+    return read_answer_load(config, rows=rows, most_new=most_new)
+
+
+def moving_items(config: Config, states: States, load: Load) -> tuple[Item, ...]:
     """Temporary items, at the moment of a step where their sum is largest; without training, those of a batch."""
-    load = read_load(config, rows=rows)
     if streams(config):
         return ()
+    if packs(config):
+        tensor = largest_tensor(config) * DTYPE_BYTES[config.precision.weights]
+        return (Item(name="layer at work", size_bytes=tensor, basis="arithmetic"),)
     if config.stage.kind != "train":
-        return (Item(name="keys and values", size_bytes=cache_bytes(config, load), basis="arithmetic"),)
+        return tuple(count_items(answer_items(config, load), "arithmetic"))
     kept = count_kept(config, load)
     basis: Basis = "arithmetic" if kept.exact else "calibrated"
     gathered = Item(name="gathered weights", size_bytes=gather_bytes(config), basis="arithmetic")
@@ -137,7 +150,9 @@ def answering_memory(config: Config) -> Memory:
     items = {**training.items_bytes, "gradients": lasting_gradient_bytes(config, training)}
     items |= {SET_ASIDE: displaced} if (displaced := set_aside_bytes(config, training)) else {}
     evaluating = replace(config, stage=replace(config.stage, kind="evaluate"))
-    return estimate_memory(evaluating, states=replace(training, items_bytes=items, total_bytes=sum(items.values())))
+    rows, most_new = answer_load(evaluating)
+    load = read_evaluation_load(config, rows=rows, most_new=most_new)
+    return estimate_memory(evaluating, states=replace(training, items_bytes=items, total_bytes=sum(items.values())), load=load)
 
 
 def set_aside_bytes(config: Config, training: States) -> int:
@@ -153,7 +168,7 @@ def split_weights(config: Config) -> tuple[int, int]:
     memory = estimate_memory(config)
     if memory.limit_bytes is None:
         return 0, 0
-    weights = config.model.parameters.total * DTYPE_BYTES[config.precision.weights]
+    weights = weight_bytes(config, config.model.parameters.total)
     free = memory.limit_bytes - (memory.total_bytes - total(item for item in memory.items if item.name == "weights"))
     devices = -(-weights // free) if free > 0 else 0
     return devices, -(-weights // devices) if devices else 0

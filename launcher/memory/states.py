@@ -55,7 +55,14 @@ def spreads(config: Config) -> bool:
 def streams(config: Config) -> bool:
     """Whether the stage rewrites weights file by file, without loading the model."""
     quantization = config.stage.quantization
-    return config.stage.kind in ("merge", "convert") or (quantization is not None and not quantization.compare)
+    return config.stage.kind in ("merge", "convert") or (
+        quantization is not None and quantization.scheme == "int8" and not quantization.compare
+    )
+
+
+def packs(config: Config) -> bool:
+    """Whether the stage writes NF4: bitsandbytes quantizes each tensor on the device when it is loaded, and nothing is answered."""
+    return config.stage.quantization is not None and config.stage.quantization.scheme == "nf4"
 
 
 def world_size(config: Config) -> int:
@@ -136,15 +143,39 @@ def moment_bytes(config: Config, elements: int) -> int:
 
 
 def weight_bytes(config: Config, parameters: int) -> int:
-    """Bytes of all weights. In a LoRA run with an NF4 base, the decoder's linear layers have NF4_BITS per weight."""
-    width = DTYPE_BYTES[config.precision.weights]
-    if config.stage.lora is None or not config.stage.lora.base:
-        return parameters * width
+    """Bytes of all weights. Those of packed_parameters have NF4_BITS each. Weights in int8 are converted to the dtype of the others when they
+    are read (trainer.models.architecture, loading_options), and take as much as these."""
+    packed = min(parameters, packed_parameters(config))
+    return (parameters - packed) * DTYPE_BYTES[config.precision.weights] + math.ceil(packed * NF4_BITS / 8)
+
+
+def packed_parameters(config: Config) -> int:
+    """Elements of the linear layers in NF4: of the base of a LoRA run, of a quantized checkpoint, or of the one that this stage quantizes."""
+    lora, recorded, quantization = config.stage.lora, config.stage.recorded, config.stage.quantization
+    if lora is not None and lora.base:
+        kept: tuple[str, ...] = ("vision", "projector", "head")
+    elif recorded is not None and recorded.quantized == "nf4":
+        kept = recorded.kept
+    elif quantization is not None and packs(config):
+        kept = quantization.keep
+    else:
+        return 0
     text = config.model.architecture.text
-    shapes = linear_shapes(text)
-    layers = layer_counts(text)
-    packed = sum(math.prod(shapes[name]) * layers[name] for name in shapes)
-    return (parameters - packed) * width + math.ceil(packed * NF4_BITS / 8)
+    shapes, layers = linear_shapes(text), layer_counts(text)
+    decoder = sum(math.prod(shapes[name]) * layers[name] for name in shapes)
+    return (
+        (0 if "lm" in kept else decoder)
+        + (0 if "vision" in kept else tower_linears(config.model))
+        + (0 if "head" in kept else config.model.parameters.head)
+    )
+
+
+def tower_linears(model: Model) -> int:
+    """Elements of the linear layers of the vision tower: attention, and an MLP of two layers or, in Qwen2.5-VL's, of three."""
+    vision = model.architecture.vision
+    mlp = 3 if model.family.startswith("qwen2_5") else 2
+    layer = 4 * vision.hidden_size**2 + mlp * vision.hidden_size * vision.intermediate_size
+    return min(model.parameters.vision, vision.num_hidden_layers * layer)
 
 
 def trainable_parameters(config: Config) -> int:

@@ -18,8 +18,9 @@ from launcher.config.schema import Config
 from launcher.image.docker import ARCHITECTURES
 from launcher.image.licence import licence_of, store_path, valid_acceptance
 from launcher.image.stack import REPOSITORY, Stack
+from launcher.plan.accepted import take_licence
 from launcher.plan.machine import NVIDIA_TOOLS, TORCH, TORCH_NPU, TRAINER_PACKAGES, Machine, asked_paths
-from launcher.plan.plan import LocalContext, Plan, take_licence
+from launcher.plan.plan import LocalContext, Plan
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
@@ -32,7 +33,15 @@ CUDA_LABEL = re.compile(r"\+cu(\d+)(\d)$")  # of a version: 2.7.1+cu126
 
 def local_context(project: Path) -> LocalContext:
     user = f"{os.getuid()}:{os.getgid()}" if os.getuid() else CONTAINER_USER
-    return LocalContext(project=project, here=Path.cwd(), interpreter=sys.executable, user=user)
+    return LocalContext(project=project, here=Path.cwd(), interpreter=sys.executable, user=user, memory_bytes=read_memory())
+
+
+def read_memory() -> int:
+    """Bytes of this machine's memory; 0 where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 0
 
 
 def context_for(config: Config, stacks: Mapping[str, Stack], project: Path, *, asks: bool = True) -> LocalContext:

@@ -5,7 +5,7 @@ The trainer's spec, the DeepSpeed config and the commands of the nodes are made 
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -15,18 +15,22 @@ from launcher.check.hardware import choose_kernels
 from launcher.check.problem import Problem, Rule
 from launcher.check.recipe import leaves_padding_out
 from launcher.check.rules import RULES, Verdict, check
-from launcher.check.strategy import explain_strategy, resolve
+from launcher.check.strategy import explain_strategy
 from launcher.check.suggestions import with_typed_hardware
+from launcher.config.compose import compose as compose_files
 from launcher.config.conf_folder import ConfFolder
 from launcher.config.credentials import without_masked
 from launcher.config.schema import Cluster, Config, Run
 from launcher.errors import ConfigRefused, refuse_config
-from launcher.image.licence import OVERRIDE, AcceptedLicence, licence_of
+from launcher.image.licence import AcceptedLicence
 from launcher.image.stack import Image, Stack, render
 from launcher.memory.deepspeed import render_deepspeed
 from launcher.memory.estimate import Memory, estimate_memory
 from launcher.memory.states import States, device_count, model_states, ranks_per_node, spreads, trainable_parameters, world_size
+from launcher.memory.tokens import bound_of_questions, resolve_context
+from launcher.plan.accepted import take_licence
 from launcher.plan.commands import NodeCommand, node_commands
+from launcher.plan.host_memory import judge
 from launcher.plan.machine import Machine, machine_rules
 from launcher.redact import mask_credentials
 from trainer.contract import (
@@ -50,10 +54,10 @@ LEAVING_S = 10  # for a server to exit after its last answer
 # Keys of the config that the trainer's spec takes over unchanged, under the same name.
 MODEL_KEYS = ("name", "family", "groups", "image_token", "template")
 STAGE_KEYS = (
-    *("name", "kind", "trainable", "lora", "reset", "merging", "conversion", "quantization", "serving"),
+    *("name", "kind", "trainable", "lora", "reset", "merging", "conversion", "quantization"),
     *("label_smoothing", "neftune_alpha"),
 )
-DATA_KEYS = ("name", "builtin", "max_length", "workers", "packing", "length_aware", "max_pixels", "max_tiles", "augmentation")
+DATA_KEYS = ("name", "builtin", "max_length", "workers", "packing", "length_aware", "max_tiles", "augmentation")
 RUN_KEYS = (
     *("seed", "deterministic", "steps", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background"),
     *("hang_timeout_s", "trackers", "profile", "early_stop"),
@@ -63,7 +67,8 @@ RUN_KEYS = (
 @dataclass(frozen=True, kw_only=True)
 class LocalContext:
     """What a plan takes from the machine it is made on. `here`: the folder that relative paths start in; `user`: uid:gid for containers.
-    `machine`: what it has, None = not asked; `accepted`: licences that the user has accepted here, SHA-256 -> when."""
+    `machine`: what it has, None = not asked; `accepted`: licences that the user has accepted here, SHA-256 -> when; `memory_bytes`: of the
+    machine, 0 = not known."""
 
     project: Path
     here: Path
@@ -71,6 +76,7 @@ class LocalContext:
     user: str
     machine: Machine | None = None
     accepted: Mapping[str, str] = field(default_factory=dict)
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,21 +132,20 @@ def make_plan(
     overrides: tuple[str, ...] = (),
     rules: tuple[Rule, ...] = RULES,
     conf: Path | ConfFolder | None = None,
+    compose: Callable[[Sequence[str]], Config] | None = None,
 ) -> Plan:
-    """Resolve the strategy, check, render the image, write the spec and the commands. `conf`: the folder that `config` was composed from
-    with `overrides`, if it was; offered overrides that choose an axis are judged with it. Raises ConfigRefused with every problem at once;
-    one that only prevents a launch (a module still to come, a licence to accept) is left in `verdict` for `launch` to refuse."""
+    """Resolve the strategy, check, render the image, write the spec and the commands. `compose`, or the files of `conf`, made `config` of
+    `overrides`; offered overrides that choose an axis are judged with it. Raises ConfigRefused with every problem at once; one that only prevents
+    a launch (a module still to come, a licence to accept) is left in `verdict` for `launch` to refuse."""
     config, licence = take_licence(config, stacks, local.accepted)
+    again = compose or (partial(compose_files, conf=conf) if conf else None)
+    recompose = partial(compose_change, overrides, compose=again) if again else None
     rules = (*rules, *machine_rules(local.machine))
-    resolved, recompose = resolve(on_one_rank(config)), partial(compose_change, overrides, conf=conf) if conf else None
-    verdict, config = check(resolved.asked, stacks, rules=rules, resolved=resolved, compose=recompose), resolved.config
+    verdict, resolved = judge(on_one_rank(config), stacks, rules, recompose, local.memory_bytes)
+    config = resolved.config
     refuse(verdict, launching=False, overrides=overrides)
-    image = render(
-        stacks[config.hardware.stack],
-        architecture=config.cluster.nodes[0].architecture,
-        root=local.project,
-        base=config.cluster.delivery.base,
-    )
+    stack, cluster = stacks[config.hardware.stack], config.cluster
+    image = render(stack, architecture=cluster.nodes[0].architecture, root=local.project, base=cluster.delivery.base)
     spec = train_spec(config, local, run_id=run_id, overrides=overrides)
     return Plan(
         schema=SCHEMA,
@@ -170,30 +175,12 @@ def with_files(plan: Plan, conf: ConfFolder, files: Sequence[Path]) -> Plan:
     return replace(plan, conf=str(conf.own or ""), files=tuple(map(conf.relative, files)), verdict=verdict)
 
 
-def take_licence(config: Config, stacks: Mapping[str, Stack], accepted: Mapping[str, str]) -> tuple[Config, AcceptedLicence | None]:
-    """The config with `accept_licence` set where the user accepted the licence of the image before, and how it was accepted."""
-    stack, delivery = stacks.get(config.hardware.stack), config.cluster.delivery
-    if not (stack and stack.licence and config.cluster.runtime == "docker"):
-        return config, None
-    licence = licence_of(stack.licence)
-    name, sha256 = (licence.name, licence.sha256) if licence else (stack.licence, "")
-    if delivery.accept_licence:
-        return config, AcceptedLicence(name=name, sha256=sha256, how=OVERRIDE)
-    if sha256 not in accepted:
-        return config, None
-    cluster = replace(config.cluster, delivery=replace(delivery, accept_licence=True))
-    how = f"omnilaunch licence accept {name}"
-    return replace(config, cluster=cluster), AcceptedLicence(name=name, sha256=sha256, how=how, accepted_at=accepted[sha256])
-
-
-def compose_change(overrides: tuple[str, ...], change: str, conf: Path | ConfFolder) -> Config:
+def compose_change(overrides: tuple[str, ...], change: str, compose: Callable[[Sequence[str]], Config]) -> Config:
     """The config with an offered change in place of what was typed for the same keys. Raises ConfigRefused."""
-    from launcher.config.compose import compose
-
     parts = shlex.split(change)
     keys = {part.partition("=")[0] for part in parts}
     kept = (override for override in overrides if override.partition("=")[0] not in keys)
-    return on_one_rank(compose((*kept, *parts), conf))
+    return on_one_rank(compose((*kept, *parts)))
 
 
 def on_one_rank(config: Config) -> Config:
@@ -329,13 +316,18 @@ def trainer_source(config: Config, local: LocalContext) -> Source:
 
 
 def stage_spec(config: Config, local: LocalContext) -> StageSpec:
-    stage, inference = config.stage, config.stage.inference
+    stage, inference, serving = config.stage, config.stage.inference, config.stage.serving
+    context = resolve_context(config)  # what the memory is judged for is what the trainer accepts
     if inference is not None:
-        inference = replace(inference, image=absolute_if_set(inference.image, local), input=absolute_if_set(inference.input, local))
+        image, questions = (absolute_if_set(path, local) for path in (inference.image, inference.input))
+        inference = replace(inference, context=context, image=image, input=questions)
+    if serving is not None:
+        serving = replace(serving, context=context)
     return StageSpec(
         checkpoint=absolute_if_set(stage.checkpoint, local),
         needs=tuple(group for group in stage.needs if group in config.model.groups),
         inference=inference,
+        serving=serving,
         **{name: getattr(stage, name) for name in STAGE_KEYS},
     )
 
@@ -349,6 +341,7 @@ def data_spec(config: Config, local: LocalContext, root: str) -> DataSpec:
         evaluation=absolute_if_set(data.evaluation, local),
         images=absolute_if_set(data.images, local),
         rows=data.rows if config.run.epochs is not None else 0,
+        max_pixels=data.max_pixels or bound_of_questions(config),
         **{name: getattr(data, name) for name in DATA_KEYS},
     )
 

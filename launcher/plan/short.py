@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 
+from launcher.check.start import name_run
 from launcher.config.schema import AXES
 from launcher.memory.estimate import Memory, estimate_memory
 from launcher.memory.states import GIB, device_count
 from launcher.memory.tokens import read_load
+from launcher.plan.host_memory import asks_for_host, describe_host
 from launcher.plan.plan import Plan
 from launcher.plan.rows import rows_of
 from launcher.plan.text import command_line, measure, paint, size, wrap
@@ -32,17 +34,22 @@ def describe_short(
     built: bool | None = None,
     launching: bool = False,
     notes: tuple[str, ...] = (),
+    own_bytes: int = 0,
 ) -> str:
     """One screen of `width` columns. `built`: whether this machine's Docker engine has the image, None = not known. `launching`: printed by
-    `launch`, which needs no next command. `notes`: of this machine, before those of the plan; never left out."""
+    `launch`, which needs no next command. `notes`: of this machine, before those of the plan; never left out. `own_bytes`: this machine's
+    memory, 0 = not known."""
     choice = " ".join(f"{axis}={getattr(plan.config, axis).name}" for axis in AXES)
     lines = [
-        *describe_short_verdict(plan, colours=colours),
+        *describe_short_verdict(plan, colours=colours, own_bytes=own_bytes),
         *wrap(choice, width, indent="  "),
         *describe_bar(plan, colours=colours, width=width),
     ]
-    for name, text in describe_rows(plan, built=built).items():
+    for name, text in describe_rows(plan, built=built, own_bytes=own_bytes).items():
         lines += wrap(text, width, first=f"{name:{LABEL}}", indent=" " * LABEL)
+    assumed = tuple(list_assumptions(plan))
+    lines += ["assumptions:"] if assumed else []
+    lines += [line for text in assumed for line in wrap(text, width, first="  ", indent="    ")]
     last = [f"next: {command_line('launch', *plan.overrides, *plan.options)}"] if plan.verdict.launchable and not launching else []
     last += [] if launching else [f"more: {command_line('plan', '--full', *plan.overrides, *plan.options)}"]
     free = LINES - sum(-(-max(1, measure(line)) // width) for part in (*lines, *last) for line in part.splitlines())
@@ -50,14 +57,16 @@ def describe_short(
     return "\n".join((*lines, *own, *describe_notes(plan.verdict.notes, width, free - len(own)), *last))
 
 
-def describe_short_verdict(plan: Plan, *, colours: bool) -> Iterator[str]:
-    verdict = plan.verdict
+def describe_short_verdict(plan: Plan, *, colours: bool, own_bytes: int = 0) -> Iterator[str]:
+    verdict, memory = plan.verdict, plan.memory or estimate_memory(plan.config)
     if not verdict.launchable:
         yield paint("planned; a launch is refused:", "red", colours=colours)
         yield from map(str, verdict.problems)
     elif verdict.forced:
         yield paint(f"forced ({plan.config.run.force}):", "yellow", colours=colours)
         yield from map(str, verdict.forced)
+    elif asks_for_host(plan.config, memory, own_bytes):
+        yield paint("ok, if the nodes have the host memory that it needs (below)", "yellow", colours=colours)
     else:
         yield paint("ok: this run can be launched", "green", colours=colours)
 
@@ -80,9 +89,6 @@ def describe_bar(plan: Plan, *, colours: bool, width: int) -> Iterator[str]:
     yield f"{'memory':{LABEL}}{text}"
     unit = "GiB" if memory.total_bytes >= GIB else "MiB"
     yield from wrap("; ".join(largest_items(memory)), width, first=f"{'':{LABEL}}largest, in {unit}: ", indent=" " * LABEL)
-    if memory.host_bytes:
-        of = f" of {memory.host_limit_bytes / GIB:g}" if memory.host_limit_bytes else ""
-        yield f"{'':{LABEL}}offloaded: {memory.host_bytes / GIB:.1f}{of} GiB of each node's host memory"
 
 
 def largest_items(memory: Memory) -> Iterator[str]:
@@ -92,10 +98,11 @@ def largest_items(memory: Memory) -> Iterator[str]:
             yield f"{item.name} {item.size_bytes / 2**20:.0f}" if small else f"{item.name} {item.size_bytes / GIB:.2f}"
 
 
-def describe_rows(plan: Plan, *, built: bool | None) -> dict[str, str]:
-    config, spec = plan.config, plan.spec
+def describe_rows(plan: Plan, *, built: bool | None, own_bytes: int = 0) -> dict[str, str]:
+    config, spec, memory = plan.config, plan.spec, plan.memory or estimate_memory(plan.config)
     trains, nodes = spec.stage.kind == "train", len(config.cluster.working)
     rows = {
+        "host": describe_host(config, memory, own_bytes),
         "strategy": plan.choice if trains else "",
         "image": describe_image_state(plan, built),
         "ranks": f"{nodes} node(s) x {device_count(config)} device(s), {spec.device.world_size} rank(s)",
@@ -103,6 +110,15 @@ def describe_rows(plan: Plan, *, built: bool | None) -> dict[str, str]:
         "cost": describe_cost(plan) if trains else "",
     }
     return {name: text for name, text in rows.items() if text}
+
+
+def list_assumptions(plan: Plan) -> Iterator[str]:
+    """What the plan took from the record of the checkpoint, and the sizes of images, rows and batches that the memory was judged for."""
+    recorded, memory = plan.config.stage.recorded, plan.memory or estimate_memory(plan.config)
+    if recorded is not None and recorded.taken:
+        yield f"from the record of {name_run(recorded)}: {', '.join(recorded.taken)}"
+    if memory.assumption:
+        yield memory.assumption
 
 
 def describe_image_state(plan: Plan, built: bool | None) -> str:

@@ -115,8 +115,9 @@ def describe_trace(report: TraceReport, plan: Plan) -> str:
     rows["peak by arithmetic"] = f"{gib(estimate_memory(plan.config).total_bytes)}  runtime and fragmentation included"
     if report.host_bytes:
         rows["host, a node"] = gib(report.host_bytes)
-    image = f"{report.images} image(s) of {report.image_size[0]} x {report.image_size[1]}" if report.image_size else "no image"
+    image = f"{report.images} image(s) of {report.image_size[0]} x {report.image_size[1]} pixels" if report.image_size else "no image"
     lines = (
+        f"the arithmetic assumed: {estimate_memory(plan.config).assumption}",
         f"one step of {report.samples} x {report.length} tokens: {image}, {report.image_tokens} image tokens, {report.trained_tokens} trained",
         f"torch {report.torch}, {report.cpu_seconds:g} s of processor time, {report.resident_bytes / 2**20:.0f} MiB; {report.parameters:,} parameters",
         *(f"note: {note}" for note in report.notes),

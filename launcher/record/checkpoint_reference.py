@@ -29,9 +29,10 @@ ADAPTER_CONFIG = "adapter_config.json"
 @dataclass(frozen=True, kw_only=True)
 class FoundCheckpoint:
     """`host`: the node that has the folder, '' for this machine. `shared`: all nodes of its cluster can read it. `bases`: folders on the same
-    machine with the base weights of an adapter."""
+    machine with the base weights of an adapter. `run`: the folder on this machine of the run that wrote it; None for one of no run of ours."""
 
     path: str
+    run: Path | None = None
     host: str = ""
     shared: bool = False
     bases: tuple[str, ...] = ()
@@ -43,15 +44,20 @@ def resolve_checkpoint(config: Config, *runs: Path) -> Config:
     Raises ConfigRefused for a run that saved no complete checkpoint or has not ended, for a text that is neither a run nor a folder, and for
     a folder on a node that the nodes of this run cannot read.
     """
+    text, found = locate_checkpoint(config, *runs)
+    return use_checkpoint(config, found, text) if found else config
+
+
+def locate_checkpoint(config: Config, *runs: Path) -> tuple[str, FoundCheckpoint | None]:
+    """stage.checkpoint with the full id of the run, and where it is; None where none is given, or one that exists on the nodes only."""
     text = config.stage.checkpoint
     if not text or text.startswith("~"):
-        return config
+        return text, None
     try:
         text = full_name(text, runs)
     except ConfigRefused as error:
         raise ConfigRefused(f"stage.checkpoint={text}: {error}") from error
-    found = find_checkpoint(text, runs, local=config.cluster.is_local)
-    return use_checkpoint(config, found, text) if found else config
+    return text, find_checkpoint(text, runs, local=config.cluster.is_local)
 
 
 def with_full_ids(overrides: Sequence[str], *runs: Path) -> tuple[str, ...]:
@@ -98,8 +104,10 @@ def find_checkpoint(text: str, runs: tuple[Path, ...], *, local: bool) -> FoundC
     folder = Path(text)
     if local and exists(folder / PLAN_FILE):
         return checkpoint_of_run(folder.resolve(), text)
+    if local and folder.name == CHECKPOINTS and exists(folder.parent / PLAN_FILE):
+        return checkpoint_of_run(folder.resolve().parent, text)
     if exists(folder):
-        return FoundCheckpoint(path=text, bases=bases_of(folder)) if local else None
+        return FoundCheckpoint(path=text, bases=bases_of(folder), run=run_of(folder)) if local else None
     if local:
         raise ConfigRefused(
             f"stage.checkpoint={text}: there is no folder and no run of this name in {join_paths(runs)}; {describe_runs(name, list_folders(*runs))}"
@@ -110,7 +118,7 @@ def find_checkpoint(text: str, runs: tuple[Path, ...], *, local: bool) -> FoundC
 def checkpoint_of_run(folder: Path, text: str) -> FoundCheckpoint:
     """The newest complete checkpoint of the run whose folder on this machine is `folder`."""
     if state := newest_checkpoint(folder):
-        return FoundCheckpoint(path=str(folder / state.path), bases=bases_of(folder / state.path))
+        return FoundCheckpoint(path=str(folder / state.path), bases=bases_of(folder / state.path), run=folder)
     plan = plan_elsewhere(folder)
     return checkpoint_on_node(folder, plan, text) if plan else refuse_run(folder, text)
 
@@ -126,7 +134,13 @@ def checkpoint_of_step(folder: Path, text: str, step: int) -> FoundCheckpoint:
         raise ConfigRefused(f"stage.checkpoint={text}: that run has no checkpoint of step {step}; it has: {saved}")
     if reason := broken_checkpoints(folder).get(checkpoint):
         raise ConfigRefused(f"stage.checkpoint={text}: the checkpoint is incomplete: {reason}")
-    return FoundCheckpoint(path=str(checkpoint), bases=bases_of(checkpoint))
+    return FoundCheckpoint(path=str(checkpoint), bases=bases_of(checkpoint), run=folder)
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint lies in, RUN/checkpoints/step-N."""
+    run = checkpoint.resolve().parent.parent
+    return run if checkpoint.resolve().parent.name == CHECKPOINTS and exists(run / PLAN_FILE) else None
 
 
 def plan_elsewhere(folder: Path) -> dict[str, Any]:
@@ -147,6 +161,7 @@ def checkpoint_on_node(folder: Path, plan: dict[str, Any], text: str) -> FoundCh
     return FoundCheckpoint(
         path=f"{plan['spec']['output']}/{record['checkpoint']}",
         host=str(plan["commands"][0]["host"]),
+        run=folder,
         shared=bool(plan["config"]["cluster"].get("shared")),
         bases=(str(stage["checkpoint"]),) if stage.get("lora") and stage["checkpoint"] else (),
     )

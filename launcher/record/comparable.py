@@ -39,6 +39,7 @@ RULES: tuple[tuple[ComparableKind, tuple[str, ...]], ...] = (
                 "config.model.source.endpoint",
                 "config.stage.checkpoint",
                 "config.stage.needs",
+                "config.stage.recorded*",
             ),
             *("config.data.train", "config.data.evaluation", "config.data.images", "config.data.workers"),
             *("config.data.rows", "config.run.epochs"),  # config.run.steps decides, and the hash of the data

@@ -82,14 +82,19 @@ def describe_comparisons(comparisons: Sequence[PeakComparison], left_out: Sequen
 
 
 def summarise(kind: str, errors: Sequence[float]) -> str:
+    if kind == "cpu":
+        return (
+            f"cpu: {len(errors)} run(s), not compared: a CPU reports resident memory, most of which is the interpreter and its libraries, and a plan "
+            "counts tensors. python tests/benchmarks/fit_error.py measures these on a CPU"
+        )
     mean = sum(map(abs, errors)) / len(errors)
-    note = "; the measured value is resident memory, with the interpreter and its libraries" if kind == "cpu" else ""
-    return f"{kind}: {len(errors)} run(s), mean error {mean:.1%}, most above {max(0.0, *errors):.1%}, most below {-min(0.0, *errors):.1%}{note}"
+    return f"{kind}: {len(errors)} run(s), mean error {mean:.1%} of the measured peak, most above {max(0.0, *errors):.1%}, most below {-min(0.0, *errors):.1%}"
 
 
 def cells(comparison: PeakComparison) -> tuple[str, ...]:
     sizes = (comparison.planned_bytes, comparison.measured_bytes, comparison.reserved_bytes)
-    return (comparison.run_id, *comparison.config, *(f"{size / GIB:.3f}" for size in sizes), f"{comparison.error:+.1%}")
+    error = "-" if comparison.accelerator == "cpu" else f"{comparison.error:+.1%}"
+    return (comparison.run_id, *comparison.config, *(f"{size / GIB:.3f}" for size in sizes), error)
 
 
 def text_lines(rows: tuple[tuple[str, ...], ...]) -> list[str]:

@@ -111,7 +111,8 @@ class Sampling:
 @dataclass(frozen=True, kw_only=True)
 class Inference:
     """One question (`prompt` and optionally `image`), or those of `input`: a JSON-lines file of rows {"prompt", "image" or "images"} or
-    {"messages", "images"}. `spread`: auto = one model over the node's cards by their free memory, one = each rank has the whole model."""
+    {"messages", "images"}. `context`: tokens of a question with its answer, at most; 0 = data.max_length for the question, and any answer.
+    `spread`: auto = one model over the node's cards by their free memory, one = each rank has the whole model."""
 
     prompt: str = ""
     image: str = ""
@@ -122,12 +123,13 @@ class Inference:
     spread: Literal["one", "auto"] = "one"
     prefetch: int = 2  # batches that are prepared while one is answered
     cache_images: int = 64  # images whose pixels are kept for rows that show them again
+    context: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
     """`address`: any other than 127.0.0.1 needs `token`, the name of a secret of cluster.secrets. `hosts`: from which images may be fetched
-    by URL; () = none. Bytes and pixels are per image, `max_body_bytes` per request."""
+    by URL; () = none. Bytes and pixels are per image, `max_body_bytes` per request. `context`: as in Inference."""
 
     address: str = "127.0.0.1"
     port: int = 8000
@@ -137,6 +139,7 @@ class Serving:
     wait_ms: int = 5  # for more requests to join a batch, once one waits
     max_waiting: int = 256  # requests; more are refused with 429
     max_images: int = 8
+    context: int = 0
     max_body_bytes: int = 32 * 2**20
     max_image_bytes: int = 16 * 2**20
     max_image_pixels: int = 40 * 10**6

@@ -23,6 +23,7 @@ from trainer.generation.sampling import RowSampler, check_sampling
 from trainer.generation.text_reader import end_ids
 
 NO_LIMIT = 2**62
+ROOM_TOKENS = 512  # for an answer, in the context that is offered to a question that is too long
 
 
 class Answerer:
@@ -31,6 +32,7 @@ class Answerer:
     def __init__(self, model: torch.nn.Module, processor: Processor, spec: TrainSpec, device: torch.device) -> None:
         self.model, self.processor, self.spec, self.device = model, processor, spec, device
         self.context = find_context(model)
+        self.bound = find_bound(spec)
         self.end_mark = spec.model.template.end_mark.strip()
         self.ends = end_ids(processor.tokenizer, self.end_mark)
         self._lock = Lock()  # a fast tokenizer raises if two threads use it at the same time
@@ -71,18 +73,24 @@ class Answerer:
 
     def count_free(self, name: str, length: int) -> int:
         """How many new tokens fit into the context. Raises InputRefused if none do."""
-        limit = self.spec.data.max_length
+        limit, context = self.spec.data.max_length, min(self.context, self.bound or self.context)
+        if length >= context < self.context:
+            key = f"stage.{'serving' if self.spec.stage.serving else 'inference'}.context"
+            raise InputRefused(
+                f"{name}: {length} tokens (including images) leave no space for an answer in {key}={context}\n    use a shorter question, "
+                f"fewer or smaller images, or set {key}={min(self.context, length + ROOM_TOKENS)} (the model's context is {self.context})"
+            )
         if length >= self.context:
             raise InputRefused(
                 f"{name}: {length} tokens (including images) leave no space for an answer in the model's context of {self.context}\n"
                 "    use a shorter question, or fewer or smaller images (data.max_pixels, data.max_tiles)"
             )
-        if length > limit:
+        if not self.bound and length > limit:
             raise InputRefused(
                 f"{name}: {length} tokens (including images) are more than data.max_length={limit}\n    questions are not truncated: "
                 f"set data.max_length={length} (the model's context is {self.context}), or use a shorter question"
             )
-        return self.context - length
+        return context - length
 
     def answer(
         self,
@@ -152,6 +160,12 @@ def rows_already_repeated(model: torch.nn.Module) -> Iterator[None]:
 def find_context(model: torch.nn.Module) -> int:
     """The context length of the model, in tokens."""
     return int(model.config.get_text_config().max_position_embeddings)  # type: ignore[union-attr,operator]
+
+
+def find_bound(spec: TrainSpec) -> int:
+    """Tokens of a question with its answer that the stage allows; 0 = no bound of its own, as in specs of earlier versions."""
+    options = spec.stage.serving or spec.stage.inference
+    return options.context if options else 0
 
 
 def group_rows(batch: Sequence[Prepared]) -> list[list[int]]:

@@ -194,7 +194,7 @@ def report(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trainable=sharding.trainable,
         samples=spec.batch.micro_batch,
-        length=spec.data.max_length,
+        length=synthetic.batch["input_ids"].shape[1],
         images=spec.batch.micro_batch if synthetic.image_size else 0,
         image_size=synthetic.image_size,
         image_tokens=synthetic.image_tokens,

@@ -38,12 +38,14 @@ def test_what_a_person_reads(plan_for: Callable[..., Plan]) -> None:
     plan = replace(plan_for(*overrides), overrides=overrides)
     text = describe_short(plan, built=False).splitlines()
     tag = plan.image.tag
-    assert text[:7] == [
+    assert text[:9] == [
         "ok: this run can be launched",
         "hardware=ascend910b model=qwen2_5_vl_32b stage=lora precision=bf16 strategy=zero3 data=digits",
         "  cluster=example",
         "memory    [####--------------------] 10.8 of 64 GiB on each device (17%), 53.2 free",
         "          largest, in GiB: weights 3.91; runtime 2.30; activations, language 1.96",
+        "host      up to 11.6 GiB of each node's own memory (model while it loads 11.6): not checked, because",
+        "          hardware.host_memory_gib is not set. omnilaunch doctor asks the nodes",
         "strategy  zero3, micro-batch 1: the fastest with at most 70% for states and 95% at the peak; the",
         "          peak takes 17%",
     ]

@@ -69,7 +69,7 @@ def spec_of(wanted: Case, folder: Path) -> TrainSpec:
         spec,
         model=model,
         stage=replace(spec.stage, name=wanted.stage, trainable=trainable, lora=lora),
-        data=replace(spec.data, max_length=LENGTH),
+        data=replace(spec.data, builtin="", max_length=LENGTH),  # rows of the built-in sets would be shorter
         gradient_checkpointing=wanted.checkpointing,
     )
 
@@ -226,3 +226,11 @@ def test_the_command_names_packages_that_are_missing(
     write(spec_of(CASES[0], tmp_path), tmp_path / SPEC_FILE)
     assert main(["trace", str(tmp_path / SPEC_FILE)]) == 2
     assert "has no a_package_that_nobody_has" in capsys.readouterr().err
+
+
+def test_rows_of_a_built_in_set_are_traced_with_its_images(tmp_path: Path) -> None:
+    """The plan said 8 x 8 pixels, and its trace 560 x 560."""
+    spec = spec_of(CASES[0], tmp_path)
+    own, digits = (trace(replace(spec, data=replace(spec.data, builtin=builtin))) for builtin in ("", "digits"))
+    assert own.length == LENGTH and own.image_size != (8, 8)
+    assert digits.image_size == (8, 8) and digits.length == digits.image_tokens // digits.samples + 64

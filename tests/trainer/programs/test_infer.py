@@ -1,8 +1,10 @@
 """The stage infer on a tiny LLaVA with random weights: which answers they are is not the point, but that they are the same."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +201,23 @@ def test_an_image_that_is_shown_again_is_made_ready_once(
     run_program(asking("uncached", input=str(rows), cache_images=0, prefetch=0), PLACE, {})
     shown = sum(len(json.loads(line)["images"]) for line in rows.read_text().splitlines())
     assert kept <= 6 and len(looks) - kept == shown > 20
+
+
+def test_a_question_is_bounded_by_the_context_that_was_planned(asking: Callable[..., TrainSpec], rows: Path) -> None:
+    """stage.inference.context is what the plan's memory is for: data.max_length no longer matters, and an answer ends where it does."""
+    spec = asking("run", input=str(rows), context=100)
+    spec = replace(spec, data=replace(spec.data, max_length=40))
+    family = find_family(spec.model.family)
+    model = family.load(Path(spec.stage.checkpoint), spec.model, torch.float32).eval()
+    answerer = Answerer(model, family.create_processor(spec.model), spec, torch.device("cpu"))
+    ask = partial(Question, sampling=replace(spec.stage.inference.sampling, max_new_tokens=512))
+
+    def prepare(letters: int) -> Any:
+        return answerer.prepare(ask(messages=(Message(role="user", content="a" * letters),)))
+
+    empty = prepare(0).length
+    assert (prepare(90 - empty).length, prepare(90 - empty).most) == (90, 10)
+    with pytest.raises(InputRefused, match=r"leave no space for an answer in stage\.inference\.context=100") as refused:
+        prepare(100 - empty)
+    wider = int(re.search(r"set stage\.inference\.context=(\d+)", str(refused.value))[1])
+    assert 100 < wider <= answerer.context

@@ -59,6 +59,9 @@ def finish(process: "subprocess.Popen[str]", timeout_s: float = 200) -> str:
         process.kill()
 
 
+CONTEXT = 110  # of a question and its answer, as planned
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> TrainSpec:
     """The spec of a run of a few steps, whose answers are long nonsense. They are evaluated into samples.jsonl."""
@@ -107,7 +110,7 @@ def messages_of(row: dict[str, Any], root: Path) -> list[Any]:
 def server(trained: TrainSpec, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Process, URL and folder. The last test of this module that uses the server stops it."""
     folder = tmp_path_factory.mktemp("served") / "run"
-    with served(serving_spec(trained, token="SERVE_TOKEN"), folder, SERVE_TOKEN=TOKEN) as (process, url):
+    with served(serving_spec(trained, token="SERVE_TOKEN", context=CONTEXT), folder, SERVE_TOKEN=TOKEN) as (process, url):
         yield process, url, folder
 
 
@@ -135,7 +138,7 @@ def test_openai_client_gets_the_answers_of_evaluate(trained: TrainSpec, server: 
         text, stop = row["got"], row["got"][2:4]
         stopped = ask(model="tiny_llava", messages=messages_of(row, root), stop=[stop], max_tokens=NEW_TOKENS).choices[0]
         assert stopped.message.content == text[: text.index(stop)].strip() and stopped.finish_reason == "stop"
-        long = [{"role": "user", "content": "x" * 130}]
+        long = [{"role": "user", "content": "x" * CONTEXT}]  # the model itself has a context of 128
         for wrong, code in (({"max_tokens": 65}, "invalid_value"), ({"messages": long}, "context_length_exceeded")):
             with pytest.raises(APIStatusError) as refused:
                 ask(**{**hello, **wrong})

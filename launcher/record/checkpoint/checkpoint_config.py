@@ -1,0 +1,121 @@
+"""The config of a run that starts from a checkpoint of an earlier run: what the checkpoint is decides model, limits of images and adapter.
+
+What the user typed is kept. Where it contradicts the record, stage.recorded says so, and launcher.check.start refuses it.
+"""
+
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.config.compose import compose, compose_over, options
+from launcher.config.conf_folder import ConfFolder
+from launcher.config.schema import Config, Model
+from launcher.errors import ConfigRefused
+from launcher.plan.local_context import for_this_machine
+from launcher.plan.plan import RUNS_FOLDER, absolute
+from launcher.record.checkpoint.checkpoint_record import CheckpointRecord, read_checkpoint
+from launcher.record.checkpoint_reference import locate_checkpoint, resolve_base, use_checkpoint
+
+OF_ADAPTER = ("r", "alpha", "rank_stabilised", "targets")  # of an adapter that a LoRA stage continues: its files have them
+SHOWN = 4  # differences that are named
+
+
+def compose_from_checkpoint(overrides: Sequence[str], conf: Path | ConfFolder, here: Path) -> Config:
+    """The config of `conf` with overrides, with folders in place of run ids, and with what the record of stage.checkpoint says. `here`: the
+    folder that relative paths start in. Raises ConfigRefused."""
+    return start_from_checkpoint(for_this_machine(compose(overrides, conf), overrides), overrides, conf, here)
+
+
+def start_from_checkpoint(config: Config, overrides: Sequence[str], conf: Path | ConfFolder, here: Path) -> Config:
+    """The same, of a config that was composed from `conf` with the overrides."""
+    runs = find_runs(config, here)
+    text, found = locate_checkpoint(config, *runs)
+    if found is None:
+        return resolve_base(config, *runs)
+    record = read_checkpoint(found, text)
+    if record is not None:
+        config = take_from_record(config, record, overrides, conf)
+    return resolve_base(use_checkpoint(config, found, text), *runs)
+
+
+def find_runs(config: Config, here: Path) -> tuple[Path, Path]:
+    """The folders of runs on this machine."""
+    return Path(absolute(config.cluster.root, here)) / RUNS_FOLDER, here / RUNS_FOLDER
+
+
+def take_from_record(config: Config, record: CheckpointRecord, overrides: Sequence[str], conf: Path | ConfFolder) -> Config:
+    """Raises ConfigRefused if the record has only the name of a model, and `conf` lacks it."""
+    typed = {override.partition("=")[0] for override in overrides}
+    config, taken = take_model(config, record, overrides, conf)
+    config, limits = take_limits(config, record, typed)
+    config, adapter = take_adapter(config, record, typed)
+    recorded = replace(record.weights, differences=find_differences(config.model, record), taken=(*taken, *limits, *adapter))
+    return replace(config, stage=replace(config.stage, recorded=recorded))
+
+
+def take_model(
+    config: Config, record: CheckpointRecord, overrides: Sequence[str], conf: Path | ConfFolder
+) -> tuple[Config, tuple[str, ...]]:
+    """The recorded model with the typed keys of it, unless the user chose another one. The settings of conf/tune are then those of that
+    model."""
+    typed, name = {override.partition("=")[0] for override in overrides}, record.weights.model
+    chosen = "model" in typed or any(override.startswith("experiment=") and override != "experiment=null" for override in overrides)
+    if chosen and config.model.name != name:
+        return config, ()
+    known = name in options(conf)["model"]
+    if record.model is None and not known:
+        raise ConfigRefused(
+            f"stage.checkpoint: {config.stage.checkpoint} is of model {name}, which conf/model lacks, and it is not in its run's folder, "
+            f"whose plan.json describes the model. Name the run or that folder, or put {name}.yaml into conf/model"
+        )
+    if config.model.name != name:
+        more = (f"model={name}",) if known else () if "tune" in typed else ("tune=null",)
+        config = for_this_machine(compose((*overrides, *more), conf), overrides)
+    own = [override for override in overrides if override.startswith("model.")]
+    config = replace(config, model=record.model or config.model)
+    return compose_over(config, own, conf) if own else config, (f"model={name}",)
+
+
+def take_limits(config: Config, record: CheckpointRecord, typed: Set[str]) -> tuple[Config, tuple[str, ...]]:
+    """The limits of an image that the checkpoint's processor has."""
+    values = {name: getattr(record, name) for name in ("max_pixels", "max_tiles")}
+    found = {name: value for name, value in values.items() if value and not getattr(config.data, name) and f"data.{name}" not in typed}
+    return replace(config, data=replace(config.data, **found)), tuple(f"data.{name}={value}" for name, value in found.items())
+
+
+def take_adapter(config: Config, record: CheckpointRecord, typed: Set[str]) -> tuple[Config, tuple[str, ...]]:
+    """The settings of the adapter that a LoRA stage continues."""
+    lora, adapter = config.stage.lora, record.weights.adapter
+    if lora is None or adapter is None or config.stage.kind != "train":
+        return config, ()
+    keys = [name for name in OF_ADAPTER if f"stage.lora.{name}" not in typed and getattr(lora, name) != getattr(adapter, name)]
+    lora = replace(lora, **{name: getattr(adapter, name) for name in keys})
+    return replace(config, stage=replace(config.stage, lora=lora)), tuple(
+        f"stage.lora.{name}={write(getattr(adapter, name))}" for name in keys
+    )
+
+
+def write(value: Any) -> str:
+    return f"[{','.join(value)}]" if isinstance(value, tuple) else str(value).lower()
+
+
+def find_differences(model: Model, record: CheckpointRecord) -> tuple[str, ...]:
+    """In which the chosen model differs from the recorded one, so that its weights could not be loaded."""
+    if record.model is None:
+        return () if model.name == record.weights.model else (f"its model is {record.weights.model}",)
+    if model.family != record.model.family:
+        return (f"its family is {record.model.family}, and not {model.family}",)
+    there, here = (dict(flatten(asdict(each.architecture))) for each in (record.model, model))
+    named = sorted({*there, *here}, key=lambda key: (not key.startswith(("text", "vision")), "options" in key, key))  # sizes first
+    keys = [key for key in named if there.get(key) != here.get(key) and "unverified" not in key]
+    more = (f"and {len(keys) - SHOWN} more",) if len(keys) > SHOWN else ()
+    return (*(f"its {key} is {there.get(key)}, and not {here.get(key)}" for key in keys[:SHOWN]), *more)
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, list(value) if isinstance(value, tuple) else value
