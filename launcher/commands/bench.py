@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 CONF = PROJECT / "conf"
 RESULTS = PROJECT / "docs/results"
-README = PROJECT / "README.md"
+STATUS_PAGE = PROJECT / "docs" / "status.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = """
   omnilaunch bench                          list the benchmarks of conf/experiment, and what is published of each
   omnilaunch bench NAME [cluster=...]       run its repeats one after the other, and publish median and range
-  omnilaunch bench --matrix                 write the table of README.md from the published results"""
+  omnilaunch bench --matrix                 write the table of docs/status.md from the published results"""
     parser.add_argument("words", nargs="*", metavar="NAME", help="a benchmark of conf/experiment, and where it runs: cluster=lab")
     parser.add_argument("--anew", dest="new_series", action="store_true", help="start another series, and leave an unfinished one as it is")
     dirty = "measure a tree with uncommitted changes; the reason is published"
     parser.add_argument("--dirty", default="", metavar="REASON", help=dirty)
-    parser.add_argument("--matrix", action="store_true", help="write the table of README.md")
+    parser.add_argument("--matrix", action="store_true", help="write the table of docs/status.md")
     parser.add_argument("--results", default="", metavar="FOLDER", help="where results are published; docs/results when omitted")
 
 
@@ -84,7 +84,7 @@ def measure(arguments: argparse.Namespace, name: str, words: list[str], folder: 
         repeats = run_repeats(series, cell.config.run.repeats, carry_out, tags=(name,), again=again, say=arguments.say, here=here)
         result = publish(series.name, name, repeats, load_repeats(runs, repeats), dirty=dirty, made_at=utc_now())
         result = append_result(path, result)
-    arguments.say(f"\n{describe_result(result)}\npublished in {path}; to write the table of README.md: omnilaunch bench --matrix")
+    arguments.say(f"\n{describe_result(result)}\npublished in {path}; to write the table of docs/status.md: omnilaunch bench --matrix")
     return Exit.OK
 
 
@@ -182,8 +182,8 @@ def write_matrix(arguments: argparse.Namespace, folder: Path) -> int:
     from launcher.bench.matrix import describe_matrix, put_matrix
     from trainer import contract
 
-    contract.write_text(put_matrix(README.read_text(encoding="utf-8"), describe_matrix(CONF, folder)), README)
-    arguments.say(str(README))
+    contract.write_text(put_matrix(STATUS_PAGE.read_text(encoding="utf-8"), describe_matrix(CONF, folder)), STATUS_PAGE)
+    arguments.say(str(STATUS_PAGE))
     return Exit.OK
 
 
