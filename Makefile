@@ -50,7 +50,7 @@ bench: $(TRAINER) ## Run the repeats of benchmark EXP, and publish median and ra
 bench-rerun: $(TRAINER) ## Run the published result RUN again, and say whether it reproduces
 	@.venv/bin/omnilaunch bench-rerun $(if $(RUN),$(RUN),$(error name a result: make bench-rerun RUN=RESULT)) $(if $(CLUSTER),cluster=$(CLUSTER)) $(ARGS)
 
-matrix: .venv/.launcher ## Update the table "What ran where" of README.md from docs/results
+matrix: .venv/.launcher ## Update the table "What ran where" of docs/status.md from docs/results
 	@.venv/bin/omnilaunch bench --matrix
 
 test: setup ## Run the tests that need neither an engine nor a network and are not slow: at most 12 minutes on two quiet cores

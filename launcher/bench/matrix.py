@@ -1,4 +1,4 @@
-"""The table of README.md that shows what was measured where, generated from conf/experiment and docs/results."""
+"""The table of docs/status.md that shows what was measured where, generated from conf/experiment and docs/results."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,5 +78,5 @@ def put_matrix(text: str, table: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ConfigRefused(f"README.md has no place for the table. It needs these two lines:\n{BEGIN}\n{END}")
+        raise ConfigRefused(f"docs/status.md has no place for the table. It needs these two lines:\n{BEGIN}\n{END}")
     return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 CONF = PROJECT / "conf"
 RESULTS = PROJECT / "docs/results"
-README = PROJECT / "README.md"
 # Figure of a summary -> (name, factor, unit) for a person.
 FIGURES = {
     "samples_per_s": ("throughput", 1, "samples/s"),
@@ -32,18 +31,19 @@ FIGURES = {
     "peak_bytes": ("peak memory", 2**-30, "GiB"),
     "final_loss": ("final loss", 1, ""),
 }
+STATUS_PAGE = PROJECT / "docs" / "status.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = """
   omnilaunch bench                          list the benchmarks of conf/experiment, and what is published of each
   omnilaunch bench NAME [cluster=...]       run its repeats one after the other, and publish median and range
-  omnilaunch bench --matrix                 write the table of README.md from the published results"""
+  omnilaunch bench --matrix                 write the table of docs/status.md from the published results"""
     parser.add_argument("words", nargs="*", metavar="NAME", help="a benchmark of conf/experiment, and where it runs: cluster=lab")
     parser.add_argument("--anew", dest="new_series", action="store_true", help="start another series, and leave an unfinished one as it is")
     dirty = "measure a tree with uncommitted changes; the reason is published"
     parser.add_argument("--dirty", default="", metavar="REASON", help=dirty)
-    parser.add_argument("--matrix", action="store_true", help="write the table of README.md")
+    parser.add_argument("--matrix", action="store_true", help="write the table of docs/status.md")
     parser.add_argument("--results", default="", metavar="FOLDER", help="where results are published; docs/results when omitted")
     add_conf(parser)
 
@@ -172,7 +172,7 @@ def require_devices(plan: "Plan", say: Callable[[str], None]) -> None:
 def next_commands(result: "PublishedResult") -> str:
     from launcher.plan.text import command_line
 
-    return f"next steps\n  {command_line('bench', '--matrix')}  # writes the table of README.md\n  {command_line('bench-rerun', result.experiment)}"
+    return f"next steps\n  {command_line('bench', '--matrix')}  # writes the table of docs/status.md\n  {command_line('bench-rerun', result.experiment)}"
 
 
 def list_benchmarks(arguments: argparse.Namespace, folder: Path) -> int:
@@ -189,8 +189,8 @@ def write_matrix(arguments: argparse.Namespace, folder: Path) -> int:
     from launcher.bench.matrix import describe_matrix, put_matrix
     from trainer import contract
 
-    contract.write_text(put_matrix(README.read_text(encoding="utf-8"), describe_matrix(CONF, folder)), README)
-    arguments.say(str(README))
+    contract.write_text(put_matrix(STATUS_PAGE.read_text(encoding="utf-8"), describe_matrix(CONF, folder)), STATUS_PAGE)
+    arguments.say(str(STATUS_PAGE))
     return Exit.OK
 
 

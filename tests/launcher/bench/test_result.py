@@ -352,11 +352,11 @@ def test_fewer_repeats_need_a_reason(path: Path, capsys: pytest.CaptureFixture[s
     assert "fewer than 5 repeats do not show the spread. Say why: --reason" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------------------------ README
+# -------------------------------------------------------------------------------------------------------------- docs/status.md
 
 
-def test_the_readme_says_what_the_results_say() -> None:
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+def test_the_status_page_says_what_the_results_say() -> None:
+    text = (PROJECT / "docs/status.md").read_text(encoding="utf-8")
     assert put_matrix(text, describe_matrix(CONF, PROJECT / "docs/results")) == text, "run: make matrix"
 
 
@@ -378,8 +378,8 @@ def test_the_table_takes_no_cell_and_no_other_folder(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a folder that does not exist, the table would say that nothing was run."""
-    (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}\n")
-    monkeypatch.setattr(bench_action, "README", tmp_path / "README.md")
+    (tmp_path / "status.md").write_text(f"{BEGIN}\n{END}\n")
+    monkeypatch.setattr(bench_action, "STATUS_PAGE", tmp_path / "status.md")
     try:
         assert main(["bench", "--matrix", *words]) == 2
     finally:
@@ -387,7 +387,7 @@ def test_the_table_takes_no_cell_and_no_other_folder(
     assert "from docs/results alone" in capsys.readouterr().err
 
 
-def test_a_readme_without_its_marks() -> None:
+def test_a_page_without_its_marks() -> None:
     assert put_matrix(f"a\n{BEGIN}\nold\n{END}\nb", "| new |") == f"a\n{BEGIN}\n\n| new |\n\n{END}\nb"
     with pytest.raises(ConfigRefused, match=r"no place for the table"):
         put_matrix("a", "b")
