@@ -127,7 +127,8 @@ def write_files(folder: Path) -> None:
     for name in ("train.json", "held_out.json", "a.json"):
         (folder / name).write_text(json.dumps(rows), encoding="utf-8")
     (folder / "rows.jsonl").write_text('{"image": "a.png", "prompt": "What is this?"}\n', encoding="utf-8")
-    own = folder / "conf" / "cluster"
-    own.mkdir(parents=True)
     example = (ROOT / "conf" / "cluster" / "example.yaml").read_text(encoding="utf-8")
-    (own / "lab.yaml").write_text(example.replace("name: example", "name: lab"), encoding="utf-8")
+    for own in (folder / "conf" / "cluster", folder / "my-conf" / "cluster"):
+        own.mkdir(parents=True)
+        for name in ("lab", "pair"):
+            (own / f"{name}.yaml").write_text(example.replace("name: example", f"name: {name}"), encoding="utf-8")

@@ -134,6 +134,6 @@ def section(text: str, heading: str) -> str:
 def test_what_does_not_exist_is_found() -> None:
     text = "```console\n$ make\n```\n`launcher/cli.py: main`, `launcher/cli.py: Terminal.say`, `launcher/cli.py: mein`, `launcher/gone.py`, `conf/NAME.yaml`"
     assert wrong_places(text) == ["launcher/cli.py: mein", "launcher/gone.py"]
-    links = "[a](docs/data.md#what-is-checked) [b](docs/data.md#gone) [c](gone.md) [d](https://example.org/x) [e](#images)"
+    links = "[a](docs/data.md#what-is-checked) [b](docs/data.md#gone) [c](gone.md) [d](https://example.org/x) [e](#your-own-data)"
     assert broken_links(links, ROOT / "README.md") == ["docs/data.md#gone", "gone.md"]
     assert unknown_verbs("`omnilaunch plan` omnilaunch runs well\n```console\n$ omnilaunch start x\nomnilaunch: no\n```\n") == ["start"]

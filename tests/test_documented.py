@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli import main, make_parser, take_overrides
+from launcher.cli import main, parse
 from tests.documented import (
     ADAPTED,
     DOCUMENTS,
@@ -55,6 +56,7 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("OMNILAUNCH_CONF", str(folder / "conf"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
+    monkeypatch.setenv("HOME", str(folder))
     yield folder
     gc.enable()  # which `main` turns off for the whole process
 
@@ -82,11 +84,11 @@ def run(words: list[str], command: Command, capsys: pytest.CaptureFixture[str]) 
 
 def run_omnilaunch(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """(exit code, what it printed). Code -1: the options and overrides were only read."""
-    words = [word for word in with_known_runs(words) if word != "..."]
+    words = [word.replace("~", os.environ["HOME"], 1) if word.startswith("~") else word for word in with_known_runs(words)]
+    if words[0] == "render":  # after the licence was accepted, as the README says above it
+        main(["licence", "accept", "cann"])
     if words[0] in READ_ONLY or "--resume" in words:
-        parser, _ = make_parser(words[0])
-        arguments, rest = parser.parse_known_args(words[1:])
-        take_overrides(arguments, rest, getattr(arguments, "parser", parser))
+        parse(words)
         return -1, ""
     for report in Path.cwd().glob("report-*"):  # an existing report is not overwritten
         report.unlink()

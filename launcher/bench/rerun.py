@@ -75,14 +75,9 @@ def plan_rerun(
     `place`; without it, nothing is asked."""
     refuse_code(recorded, tree, accepted)
     before = recorded_config(recorded, environ)
-    config = change_config(before, recorded, overrides, place, conf) if overrides else before
-    config = choose_runtime_again(config, recorded, overrides)
-    if any(word.startswith("model") for word in overrides):  # otherwise the source is the recorded one
-        config = with_weights_folder(config, environ)
+    config = config_again(before, recorded, overrides, place, environ, conf)
     stacks, place = load_stacks(tree.project / "images"), replace(place, project=tree.project)
-    given = keys_of(overrides)
-    given |= DURATION if given & DURATION else frozenset()
-    words = (*(word for word in recorded.plan.overrides if word.partition("=")[0] not in given), *overrides)
+    words = (*kept_overrides(recorded, overrides), *overrides)
     asked = replace(context_for(config, stacks, tree.project), project=tree.project) if context_for else place
     then, now = (make_plan(each, stacks, at, run_id=run_id, overrides=words) for each, at in ((before, place), (config, asked)))
     if tree.from_image and now.image.stack == recorded.plan.image.stack:
@@ -104,6 +99,29 @@ def plan_rerun(
             *describe_resumptions(recorded),
         ),
     )
+
+
+def config_again(
+    before: Config,
+    recorded: RecordedRun,
+    overrides: tuple[str, ...],
+    place: LocalContext,
+    environ: Mapping[str, str],
+    conf: Path | ConfFolder,
+) -> Config:
+    """The recorded config with the overrides, with the runtime and the weights that they bring about."""
+    config = change_config(before, recorded, overrides, place, conf) if overrides else before
+    config = choose_runtime_again(config, recorded, overrides)
+    if any(word.startswith("model") for word in overrides):  # otherwise the source is the recorded one
+        config = with_weights_folder(config, environ)
+    return config
+
+
+def kept_overrides(recorded: RecordedRun, overrides: tuple[str, ...]) -> Iterator[str]:
+    """The recorded overrides that no new one replaces."""
+    given = keys_of(overrides)
+    given |= DURATION if given & DURATION else frozenset()
+    return (word for word in recorded.plan.overrides if word.partition("=")[0] not in given)
 
 
 def with_image(plan: Plan, image: Image, place: LocalContext) -> Plan:

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -131,6 +132,7 @@ def plan_here(
     rules = RULES_BUT_MEMORY if traced or only_data else RULES
     stacks, compose_again = load_stacks(PROJECT / "images"), partial(compose_from_checkpoint, conf=conf, here=here)
     context = context_for(config, stacks, PROJECT, asks=asks)
+    context = replace(context, memory_bytes=0) if only_data else context
     plan = make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf, compose=compose_again)
     plan = judge_weights(plan, conf)
     plan = with_problems(plan, find_missing(config, here)) if asks else plan
