@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
-BLOCK = re.compile(r"^```(?P<kind>\w*)\n(?P<text>.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(?P<kind>[^\n]*)\n(?P<text>.*?)^```", re.MULTILINE | re.DOTALL)
 PROGRAM = re.compile(r"(?:\$ )?(?:omnilaunch [a-z]|make [a-z])")  # what begins a command that must be in a console block
 TRAINED, REPEATED, ADAPTED = "documented-full", "documented-again", "documented-lora"
 RUNS = {

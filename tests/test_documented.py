@@ -72,7 +72,7 @@ def run(words: list[str], command: Command, capsys: pytest.CaptureFixture[str]) 
         check_output(run_omnilaunch(words[1:], capsys), command, words)
     elif words[0] == "make":
         for made in made_by(words):
-            run_omnilaunch(made[1:], capsys)
+            check_output(run_omnilaunch(made[1:], capsys), command, made)
     elif words[0] in ("python", ".venv/bin/python"):
         name = words[2] if words[1] == "-m" else words[1]
         assert importlib.util.find_spec(name) if words[1] == "-m" else (ROOT / name).is_file(), f"{name} does not exist"
@@ -123,6 +123,12 @@ def test_commands_are_in_console_blocks(document: Path) -> None:
 
 def test_there_are_commands_to_test() -> None:
     assert len(COMMANDS) > 60 and {command.document.name for command in COMMANDS} >= {"README.md", "training.md", "deployment.md"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_prompt_is_a_command(document: Path) -> None:
+    prompts = re.findall(r"^\$ ", document.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(list(commands_in(document))) == len(prompts)
 
 
 def test_a_block_is_split_into_commands_and_their_output() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from launcher.check.rules import Verdict, check
 from launcher.check.strategy import resolve
-from launcher.config.compose import compose, options
+from launcher.config.compose import choose_runtime, compose, options
 from launcher.config.schema import Config
 from launcher.image.stack import Stack, load_stacks
 
@@ -42,7 +42,9 @@ def tuned(model: str, stage: str) -> Config:
 def assemble(cell: Cell) -> Config:
     """The cell without composing it again, which would take minutes for all of them."""
     hardware, model, stage, precision = cell
-    return replace(tuned(model, stage), hardware=taken("hardware", hardware).hardware, precision=taken("precision", precision).precision)
+    config = tuned(model, stage)
+    config = replace(config, cluster=replace(config.cluster, runtime="auto"), hardware=taken("hardware", hardware).hardware)
+    return choose_runtime(replace(config, precision=taken("precision", precision).precision))
 
 
 @cache

@@ -103,7 +103,7 @@ def test_a_plan_says_so_and_records_the_devices(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     monkeypatch.setenv("MAX_PIXELS", "802816")
-    assert main(["plan", *QWEN]) == 0
+    assert main(["plan", *QWEN, "--full"]) == 0
     text = capsys.readouterr().out
     assert "note: CUDA_VISIBLE_DEVICES=4,5 in your environment is used: cluster.nodes.0.devices=[4,5]" in text
     assert "note: MAX_PIXELS=802816 in your environment is ignored: write data.max_pixels=802816" in text

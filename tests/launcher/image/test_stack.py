@@ -82,7 +82,7 @@ def test_a_bad_row_names_file_and_key(project: Path, before: str, after: str, wo
 
 def test_an_unknown_stack_is_answered_with_the_valid_ones() -> None:
     with pytest.raises(ImageFailed, match=r"did you mean 'cuda126'\? valid are: ascend910b"):
-        find_stack(STACKS, "cuda125")
+        find_stack(STACKS, "cuda-126")
 
 
 # ---------------------------------------------------------------------------------------------------------------- locks

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,14 @@ class LoneEngine:
     model: torch.nn.Module
     rank: int = 0
     world_size: int = 1
+    average: None = None
+    exports_average: bool = False
+
+    def with_exported_weights(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def gather_averages(self) -> dict[str, torch.Tensor]:
+        return {}
 
     def gather_weights(self) -> dict[str, torch.Tensor]:
         return {name: p.detach() for name, p in self.model.named_parameters()}

@@ -21,7 +21,7 @@ class ScriptedEngine:
     """Answers with the losses and updates that a test wrote down, and keeps the calls."""
 
     def __init__(self, losses: list[float], skipped: bool = False, norm: float = 1.0) -> None:
-        self.losses, self.skipped, self.norm = losses, skipped, norm
+        self.losses, self.skipped, self.norm, self.average = losses, skipped, norm, None
         self.device, self.rank, self.world_size, self.model = torch.device("cpu"), 0, 1, torch.nn.Linear(1, 1)
         self.handle = SimpleNamespace(optimizer=SimpleNamespace())
         self.calls: list[str] = []
