@@ -18,6 +18,7 @@ ROWS = load_synonyms()
 EVERY = [
     *ROWS.keys.values(),
     *ROWS.families.values(),
+    *ROWS.sections.values(),
     *(row for rows in ROWS.values.values() for row in rows.values()),
     *ROWS.verbs.values(),
 ]
@@ -40,10 +41,10 @@ def refusal(*overrides: str) -> str:
 def test_the_file_has_no_other_fields() -> None:
     """A comma in a text that is not quoted would become a field."""
     given = yaml.safe_load(FILE.read_text(encoding="utf-8"))
-    rows = [*given["keys"], *given["verbs"], *given["families"], *(row for rows in given["values"].values() for row in rows)]
-    assert {field for row in rows for field in row} <= {"words", "tools", "write", "values", "axis", "list", "says", "prefixes"}
+    rows = [*given["keys"], *given["verbs"], *given["families"], *given["sections"], *(row for rows in given["values"].values() for row in rows)]
+    assert {field for row in rows for field in row} <= {"words", "tools", "write", "values", "axis", "list", "says", "prefixes", "group", "frozen", "leaves"}
     assert {tool for row in rows for tool in row.get("tools", ())} <= set(given["tools"])
-    assert all(row.get("write") or row.get("says") or row.get("axis") or row.get("values") for row in rows)
+    assert all(row.get("write") or row.get("says") or row.get("group") or row.get("axis") or row.get("values") for row in rows)
     assert all(isinstance(row.get("says", ""), str) for row in rows)
 
 
