@@ -114,8 +114,9 @@ def plan_here(
     from launcher.config.defaults import keys_of
     from launcher.image.stack import load_stacks
     from launcher.plan.local_context import context_for, for_this_machine
-    from launcher.plan.plan import make_plan, with_files, with_problems
+    from launcher.plan.plan import make_plan, names_trackers, with_files, with_notes, with_problems
     from launcher.plan.rows import find_missing, settle_rows
+    from launcher.plan.tracker import describe_missing
     from launcher.plan.weights_folder import judge_weights, with_found_model
     from launcher.record.checkpoint.checkpoint_config import compose_from_checkpoint, find_runs, start_from_checkpoint
     from launcher.record.checkpoint_reference import with_full_ids
@@ -135,7 +136,9 @@ def plan_here(
     context = replace(context, memory_bytes=0) if only_data else context
     plan = make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf, compose=compose_again)
     plan = judge_weights(plan, conf)
-    plan = with_problems(plan, find_missing(config, here)) if asks else plan
+    if asks:
+        missing = describe_missing(plan.config, named=names_trackers(config, tuple(overrides)))
+        plan = with_problems(with_notes(plan, missing), find_missing(config, here))
     return with_files(plan, conf, files), context.machine
 
 

@@ -211,6 +211,8 @@ def _choose(group: str, name: str, typed: Typed, known: Known) -> str:
     if name not in names and "," in name:
         raise ConfigRefused(f"give one value; {suggest(name.split(',')[0], names)}")
     if name not in names:
+        others = [override for override in typed.overrides if override.partition("=")[0] != group]
+        typed = replace(typed, overrides=others)  # what is wrong is no choice that an answer has to keep
         raise ConfigRefused(f"unknown {group} {name!r}; {explain_value(group, name, names, typed, known)}")
     return f"{group}={name}"
 

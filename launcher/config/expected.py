@@ -4,7 +4,7 @@ import json
 import typing
 from typing import Any, Literal
 
-from launcher.config.written import offer_number
+from launcher.config.written import offer_number, quote
 from launcher.errors import suggest
 
 SOUND = "audio and speech parts are never trained: the data has no sound, so that no gradient would reach them"
@@ -24,4 +24,6 @@ def describe_expected(kind: Any, data: Any, key: str) -> str:
         inner = typing.get_args(kind)[1]
         return f"{given} is not allowed; every value must be {EXPECTED.get(inner, inner)}"
     number = f"; {offer}" if kind is int and (offer := offer_number(key, data)) else ""
+    if origin is tuple and isinstance(data, str | int | float):
+        number = f"; write {quote(f'{key}=[{data}]')}"
     return f"{given} is not allowed; it must be {EXPECTED.get(origin or kind, 'a section')}{number}"

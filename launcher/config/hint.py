@@ -10,7 +10,19 @@ from dataclasses import dataclass
 from launcher.config.conf_folder import OPTIONAL_GROUPS, ConfFolder
 from launcher.config.official_name import find_official, read_yaml
 from launcher.config.schema import GROUPS
-from launcher.config.synonym import FALSE, Judge, Synonym, Typed, answer_key, answer_value, decides, find_key, find_row, load_synonyms
+from launcher.config.synonym import (
+    FALSE,
+    Judge,
+    Synonym,
+    Typed,
+    answer_key,
+    answer_value,
+    decides,
+    find_key,
+    find_row,
+    load_synonyms,
+    write_answer,
+)
 from launcher.config.variable import answer_variable
 from launcher.config.written import offer_number, quote, read_number
 from launcher.errors import find_near, join_or, suggest
@@ -34,7 +46,7 @@ class Known:
 def explain_key(key: str, section: str, names: Collection[str], typed: Typed, known: Known) -> str:
     """`section`: the part of the key that exists, '' = none; `names`: what it has."""
     leaf, rest = key.rpartition(".")[2], key.removeprefix(f"{section}.") if section else key
-    if answer := answer_variable(key, typed.value) or answer_foreign(find_key(key) or find_key(rest), typed, known):
+    if answer := answer_variable(key, typed.value) or answer_foreign(find_key(key, rest), typed, known):
         return answer
     if answer := name_model(leaf, typed, known) if "." not in rest else "":
         return answer
@@ -60,11 +72,11 @@ def answer_foreign(row: Synonym | None, typed: Typed, known: Known) -> str:
 
 def answer_group(row: Synonym, typed: Typed, known: Known) -> str:
     """What trains the groups of weights that all words like `freeze_vit=false` name together, with the stage that was typed."""
-    wishes = list(dict.fromkeys(find_wishes(typed.overrides))) or [(row, typed.value)]
-    if wishes[0][0] is not row:
-        return f"the answer to {wishes[0][0].words[0]} takes it into account"
-    trains = {each.group: (value.lower() in FALSE) == each.frozen for each, value in wishes}
-    stage = next((text.partition("=")[2] for text in typed.overrides if text.startswith("stage=")), "")
+    wishes = list(find_wishes(typed.overrides)) or [(row.words[0], row, typed.value)]
+    if wishes[0][1] is not row:
+        return f"the answer to {wishes[0][0]} takes it into account"
+    trains = {each.group: (value.lower() in FALSE) == each.frozen for _, each, value in wishes}
+    stage = next((text.partition("=")[2].strip() for text in typed.overrides if text.startswith("stage=")), "")
     stage = stage if stage in known.groups["stage"] else ""
     recipe = read_yaml(known.conf.find("stage", stage or DEFAULT_STAGE))
     given = next((text.partition("=")[2].strip("[]").split(",") for text in typed.overrides if text.startswith("stage.trainable=")), None)
@@ -81,7 +93,7 @@ def answer_group(row: Synonym, typed: Typed, known: Known) -> str:
     if wanted == set(before):
         also = " or stage=lora" if not stage and trains.get("lm") else ""
         states = [f"{CALLED[group]} is {'trained' if on else 'frozen'}" for group, on in trains.items()]
-        return f"leave it out; {' and '.join(states)} with stage={stage or DEFAULT_STAGE}{also} already"
+        return f"leave it out; {', '.join(states)} with stage={stage or DEFAULT_STAGE}{also} already"
     if not stage and wanted == {"projector"}:
         return "write stage=projector, which trains the projector alone"
     return f"write {'' if stage else f'stage={DEFAULT_STAGE} '}{write_groups(wanted)}"
@@ -100,13 +112,13 @@ def answer_beside_adapters(stage: str, trains: Mapping[str, bool], before: Colle
     return f"write {write_groups(full)}{more}; these are trained in full, beside the adapters of stage={stage}"
 
 
-def find_wishes(overrides: Sequence[str]) -> Iterator[tuple[Synonym, str]]:
-    """The typed words of other tools that train or freeze a group, and their values."""
+def find_wishes(overrides: Sequence[str]) -> Iterator[tuple[str, Synonym, str]]:
+    """The typed words of other tools that train or freeze a group, their rows and their values."""
     for override in join_words(overrides):
         word, value = read_foreign(override) or override.partition("=")[::2]
-        row = find_key(word) if "stage" not in word else None
+        row = find_key(word, word) if "stage" not in word else None
         if row and row.group:
-            yield row, value
+            yield word, row, value
 
 
 def write_groups(groups: Collection[str]) -> str:
@@ -131,8 +143,10 @@ def explain_axis(typed: Typed, known: Known) -> Callable[[str, str], str]:
 
     def explain(axis: str, value: str) -> str:
         names = known.groups.get(axis, ())
+        if f"{axis}={value}" in typed.overrides:
+            return f"you already have {axis}={value}: leave it out"
         if value in names:
-            return f"write {axis}={value}"
+            return write_answer((f"{axis}={value}",), Synonym(words=()), typed)
         return explain_value(axis, value, names, typed, known) if value else f"write {axis}=NAME; {suggest('', names)}"
 
     return explain
@@ -150,7 +164,7 @@ def explain_value(axis: str, name: str, names: Sequence[str], typed: Typed, know
     if len(official) == 1 and "/" in name:
         return f"write {axis}={official[0]}"
     if answer := answer_value(axis, name, names, typed):
-        return answer if answer.startswith("write ") else f"{answer}; valid are: {', '.join(names)}"
+        return answer if answer.startswith(("write ", "you already ")) else f"{answer}; valid are: {', '.join(names)}"
     if len(official) == 1:
         return f"write {axis}={official[0]}"
     if official:
@@ -173,7 +187,7 @@ def published(names: Sequence[str]) -> list[str]:
 
 EQUALS = ("=", "＝")
 OPTION = re.compile(r"--?([A-Za-z][\w.-]*)(?:[=\s]\s*(.*))?", re.DOTALL)
-YAML_LINE = re.compile(r"([A-Za-z][\w.-]*):(?:\s+(.*))?", re.DOTALL)
+YAML_LINE = re.compile(r"([A-Za-z][\w.-]*):(?:\s*([^\s/\\=][^=]*|\s.*))?", re.DOTALL)
 BARE = re.compile(r"([A-Za-z][\w.-]*)(?:\s+(.*))?", re.DOTALL)
 
 

@@ -39,6 +39,7 @@ def write_page() -> str:
     parts = [
         HEAD,
         section("Keys", "of another tool", ((row.words, row) for row in dict.fromkeys(table.keys.values()))),
+        section("Sections", "of the nested config of another tool", ((row.words, row) for row in dict.fromkeys(table.sections.values()))),
         section("Values", "as people say it", (((first, *row.words[1:]), row) for first, row in values)),
         section("Verbs", "of another tool", ((row.words, row) for row in dict.fromkeys(table.verbs.values()))),
         VARIABLES,
@@ -63,6 +64,8 @@ def list_answers(row: Synonym) -> Iterator[str]:
         yield f"`{row.axis}=NAME`"
     if row.write:
         yield " or ".join(f"`{text.replace(HOLE, UNFILLED)}`" for text in row.write)
+    if row.group:
+        yield f"`stage.trainable` with{'out' if row.frozen else ''} {row.group}"
     if row.says:
         yield row.says
 

@@ -21,6 +21,8 @@ OVERRIDE = re.compile(r"[a-z][a-z0-9_]*(\.[A-Za-z0-9_]+)*=\S*")
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "none", "null")
 PART_OF_FILE = re.compile(r"(.+)#(\d+)")  # ms-swift: the first rows of a data set
 DATA_FILE = "=files data."
+ON_A_HUB = re.compile(r"[\w-]+/[\w-]+")
+ABSENT = "not available"
 ONE_DEVICE = re.compile(r"(\w+):(\d+(?:,\d+)*)")  # cuda:0
 FILLERS = ("run", "model", "cmd", "script", "job", "my")  # parts of a verb that do not tell two apart
 NEAR_VERB, VERY_NEAR = 0.85, 0.93  # of a verb that ends something
@@ -126,26 +128,46 @@ def answer_key(row: Synonym, typed: Typed, explain: Callable[[str, str], str]) -
         return write_answer(chosen, row, typed)
     if row.axis:
         return "; ".join(part for part in (explain(row.axis, typed.value.strip().strip("'\"")), row.says) if part)
-    if (found := PART_OF_FILE.fullmatch(typed.value.strip().strip("'\""))) and any(DATA_FILE in text for text in row.write):
-        answer = write_answer(row.write, row, replace(typed, value=found[1]))
-        return f"{answer}; #{found[2]} is not available: give a shorter file, or fewer steps with run.steps"
-    return write_answer(row.write, row, typed)
+    return answer_file(row, typed) if any(DATA_FILE in text for text in row.write) else write_answer(row.write, row, typed)
 
 
-def find_key(rest: str) -> Synonym | None:
+def answer_file(row: Synonym, typed: Typed) -> str:
+    """`data.jsonl#500` is the first 500 rows for ms-swift, and several data sets are mixed there."""
+    value = typed.value.strip().strip("[]'\"")
+    several, found = re.split(r"[\s,]+", value), PART_OF_FILE.fullmatch(value)
+    fewer = (
+        "fewer steps with run.steps" if "data.train=" in str(row.write) else f"fewer answers with run.evaluation.limit={found and found[2]}"
+    )
+    notes = [f"#{found[2]} is not available: give a shorter file, or {fewer}"] if found else []
+    value = found[1] if found else value
+    if len(several) > 1 and all("." in name for name in several):
+        value, notes = "FILE.json", [f"one file: put the rows of these {len(several)} into it"]
+    if ON_A_HUB.fullmatch(value) and "images" not in str(row.write):
+        value, notes = "FILE.json", [*notes, f"a data set of a hub is not read: download {value}, and write its rows as docs/data.md says"]
+    return "; ".join((write_answer(row.write, row, replace(typed, value=value) if notes else typed), *notes))
+
+
+def find_key(key: str, rest: str) -> Synonym | None:
     """The row of a key of another tool, which may be dotted: `fp16.enabled`. The whole path decides, then the section that it is in, and its
-    last part only where that says what is meant. `rest`: without a beginning that exists here."""
+    last part only where that says what is meant. `rest`: the key without a beginning that exists here."""
     table, parts = load_synonyms(), rest.split(".")
-    for start in range(len(parts) - 1):
+    sections = [section for parent in reversed(parts[:-1]) if (section := table.sections.get(plain(parent)) or find_family(parent))]
+    if row := find_path(key, whole=any(section.says.startswith(ABSENT) for section in sections)) or find_path(rest, whole=True):
+        return row
+    leaf = plain(parts[-1])
+    if section := next((section for section in sections if leaf not in section.leaves), None):
+        return section
+    return table.keys.get(leaf) if decides(rest) else None
+
+
+def find_path(key: str, *, whole: bool) -> Synonym | None:
+    """The row of a dotted key, or with `whole` false of an end of at least two parts."""
+    table, parts = load_synonyms(), key.split(".")
+    for start in range(min(1, len(parts) - 1) if whole else len(parts) - 1):
         row = table.keys.get(plain("".join(parts[start:])))
         if row and (plain(parts[-1]) not in table.generic or is_written(row, parts[start:])):
             return row
-    leaf = plain(parts[-1])
-    for parent in reversed(parts[:-1]):
-        section = table.sections.get(plain(parent)) or find_family(parent)
-        if section and leaf not in section.leaves:
-            return section
-    return table.keys.get(leaf) if decides(rest) else None
+    return None
 
 
 def is_written(row: Synonym, parts: Sequence[str]) -> bool:
@@ -166,7 +188,7 @@ def answer_value(axis: str, text: str, names: Sequence[str], typed: Typed) -> st
         return write_answer(row.write, row, typed)
     if axis == "hardware" and (found := ONE_DEVICE.fullmatch(text.strip())):
         answer = f"write hardware={found[1].lower()}" if found[1].lower() in names else answer_value(axis, found[1], names, typed)
-        return f"{answer}; cluster.nodes.0.devices=[{found[2]}] chooses the device" if answer else ""
+        return f"{answer}; cluster.nodes.0.devices=[{found[2]}] chooses the device" if answer.startswith("write ") else answer
     same = [name for name in names if plain(name) == plain(last_part(text))]
     return write_answer(tuple(f"{axis}={name}" for name in same), Synonym(words=()), typed) if same else ""
 
@@ -243,6 +265,8 @@ def write_answer(alternatives: Sequence[str], row: Synonym, typed: Typed) -> str
     written = [" ".join(map(quote, left)) for text in filled if (left := [part for part in text.split(" ") if part not in typed.overrides])]
     if chosen and not written:
         return f"you already have {join_or(dict.fromkeys(filled))}: leave it out"
+    instead = find_contradicted(chosen, typed.overrides)
+    written = [f"{text} in place of {' '.join(instead)}" for text in written] if instead else written
     parts = (f"write {join_or(dict.fromkeys(written))}" if written else "", *notes, row.says)
     return "; ".join(part for part in parts if part)
 
@@ -267,6 +291,13 @@ def fitting(alternatives: Sequence[str], overrides: Sequence[str]) -> list[str]:
     chosen = dict(override.split("=", 1) for override in overrides if "=" in override and "." not in override.partition("=")[0])
     kept = [text for text in alternatives if all(chosen.get(key, value) == value for key, _, value in map(cut, text.split(" ")))]
     return kept or list(alternatives)
+
+
+def find_contradicted(alternatives: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """The typed choices of an axis that each of the alternatives changes."""
+    changed = [{key: value for key, _, value in map(cut, text.split(" ")) if "." not in key} for text in alternatives]
+    typed = [(override, *override.split("=", 1)) for override in overrides if "=" in override]
+    return [override for override, key, value in typed if changed and all(each.get(key, value) != value for each in changed)]
 
 
 def cut(override: str) -> tuple[str, str, str]:

@@ -19,12 +19,16 @@ if TYPE_CHECKING:
 
 UNREADABLE = "cannot be parsed; write KEY=VALUE, and quote a value with commas, brackets or quotes: \"KEY='a, b'\""
 # Punctuation of East Asian and of word processors that NFKC leaves as it is.
-PUNCTUATION = str.maketrans("“”„‘’【】〔〕「」、。—–−‐‑", "\"\"\"''[][][],.-----")
+PUNCTUATION = str.maketrans("“”„‘’【】〔〕「」、。—–−‐‑", '"""\'\'[][][],.-----')
 HARMLESS = re.compile(r"[\w.,:=/@+-]*")  # no shell changes a word of these
+CURLY = ("“", "”", "‘", "’", "「", "」")
 SPACED = re.compile(r"\s*([^\s=]+)\s*=\s*(.*?)\s*", re.DOTALL)
 MAKE = {"hw": "hardware", "exp": "experiment"}  # variables of the Makefile that are shorter than the axis
 
-NUMBER = re.compile(r"(\d[\d_,，]*(?:\.\d+)?)(?:e\+?(\d{1,2}))?\s*(k|m|g|b|w|千|万|亿)?i?(?:b|tokens?|steps?|px|pixels?)?", re.IGNORECASE)
+NUMBER = re.compile(
+    r"(\d{1,3}(?:[,，]\d{3})+|\d[\d_]*(?:\.\d+)?)(?:e\+?(\d{1,2}))?\s*(k|m|g|b|w|千|万|亿)?i?\s*(?:b|tokens?|steps?|px|pixels?)?",
+    re.IGNORECASE,
+)
 PRODUCT = re.compile(r"\d+(\s*([x*×])\s*\d+)+", re.IGNORECASE)
 TIMES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "w": 10**4, "千": 10**3, "万": 10**4, "亿": 10**8}
 BINARY = {"k": 2**10, "m": 2**20, "g": 2**30}
@@ -37,10 +41,13 @@ POWERS_OF_TWO = re.compile(r"(max_length|max_new_tokens|\.context|_bytes)$")
 
 def read_text(text: str) -> str:
     """A text in Hydra's syntax, quoted where the user did not quote it: it may contain what is syntax for Hydra, or look like a number, as
-    the revision 12345e6 does. Null, lists and sections stay what they are, and are refused by their type."""
+    the revision 12345e6 does. Null, lists and sections stay what they are, and are refused by their type. Raises ConfigRefused for quotes
+    that are none for a shell."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
     text = text.strip()
+    if text[:1] in CURLY and text[-1:] in CURLY and len(text) > 1:
+        raise ConfigRefused(f"has the quotes of a word processor; write it as {shlex.quote(text.strip(''.join(CURLY)))}")
     parsed = parse(f"text={text}") if text[:1] in tuple("'\"[{") or text == "null" else None
     return text if parsed and not parsed.is_sweep_override() else QuotedString(text=text, quote=Quote.single).with_quotes()
 
@@ -76,8 +83,11 @@ def restate(override: str, refuse: Callable[[str], str], groups: Mapping[str, Se
         if (changed := change(written)) != written:
             written, forms = changed, [*forms, form]
     if not forms:
-        whole = drop_commas(override)
-        return f"write {whole}, without commas" if whole and not refuse(whole) else ""
+        key, _, text = override.partition("=")
+        whole, number = drop_commas(override), read_number(key, text)
+        if whole and not refuse(whole):
+            return f"write {whole}, without commas"
+        return offer_number(key, text) if number and not refuse(f"{key}={number[0]}") else ""
     return refuse(written) or f"write {quote(written)}, {' and '.join(forms)}"
 
 
@@ -86,7 +96,9 @@ def to_ascii(override: str) -> str:
     if override.isascii():
         return override
     key, equals, value = override.replace("＝", "=", 1).partition("=")
-    return f"{change_width(key)}{equals}{value if any(unicodedata.category(letter) == 'Lo' for letter in value) else change_width(value)}"
+    value = value if any(unicodedata.category(letter) == "Lo" for letter in value) else change_width(value)
+    inner = value.strip().strip("'\"" + "".join(CURLY))
+    return f"{change_width(key)}{equals}{inner if HARMLESS.fullmatch(inner) else value}"
 
 
 def change_width(text: str) -> str:
