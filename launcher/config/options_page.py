@@ -17,8 +17,8 @@ $ omnilaunch options --search cutoff_len
 ```
 
 The first lists every value of every axis, the second shows one key: its type, allowed values, default, current value, the file that sets it, and its
-names in other tools. A key or a section may be followed by overrides. `--search` looks for a word among keys, values, meanings and the words below;
-`--json` prints the same as JSON.
+names in other tools. A key or a section may be followed by overrides. `--search` looks for a word among keys, values, meanings and the words below,
+Chinese ones too (`--search 学习率`); `--json` prints the same as JSON.
 
 A word of another tool is refused with what to write instead. Nothing is translated silently, since a batch size, a length or a stage may mean something
 else there. `--learning_rate 1e-4` and `learning_rate: 1e-4` are answered in the same way. Keys that describe a model or a chip, such as the most pixels of

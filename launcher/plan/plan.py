@@ -171,11 +171,8 @@ def with_files(plan: Plan, conf: ConfFolder, files: Sequence[Path]) -> Plan:
         for file in files
         if conf.is_shadowing(file)
     )
-    return replace(with_notes(plan, notes), conf=str(conf.own or ""), files=tuple(map(conf.relative, files)))
-
-
-def with_notes(plan: Plan, notes: tuple[str, ...]) -> Plan:
-    return replace(plan, verdict=replace(plan.verdict, notes=(*notes, *plan.verdict.notes)))
+    verdict = replace(plan.verdict, notes=(*notes, *plan.verdict.notes))
+    return replace(plan, conf=str(conf.own or ""), files=tuple(map(conf.relative, files)), verdict=verdict)
 
 
 def compose_change(overrides: tuple[str, ...], change: str, compose: Callable[[Sequence[str]], Config]) -> Config:
