@@ -238,7 +238,7 @@ def explain_verb(name: str) -> str:
 
     if "=" in name and not name.startswith("-"):
         return f"unknown verb {name!r}: that is a setting, which follows a verb; write omnilaunch plan {name}"
-    return f"unknown verb {name!r}; {answer_verb(name) or suggest(name, (*VERBS, *SIMPLE))}"
+    return f"unknown verb {name!r}; {answer_verb(name, VERBS) or suggest(name, (*VERBS, *SIMPLE))}"
 
 
 def make_parser(name: str) -> tuple[argparse.ArgumentParser, Any]:

@@ -57,6 +57,7 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("OMNILAUNCH_CONF", str(folder / "conf"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
     monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("COLUMNS", "100")  # the width of the documents' output
     yield folder
     gc.enable()  # which `main` turns off for the whole process
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -14,10 +15,11 @@ if TYPE_CHECKING:
     from launcher.config.conf_folder import ConfFolder
     from launcher.config.setting import Setting
 
-WIDTH = 80
+WIDTH, LEAST_WIDTH = 80, 40
 LABEL = 10
 GAP = 2  # columns between a name and what it means
 SHORT = 12  # characters of a value that is shown beside its key
+FEW = 4  # lines of a search that are not cut
 WIDEST = 40  # columns of a name; a longer one has a line of its own
 
 
@@ -124,7 +126,7 @@ def write_setting(setting: "Setting") -> Iterator[str]:
     yield setting.key
     for name, text in rows.items():
         if text:
-            yield from wrap(text, WIDTH, first=f"  {name:{LABEL}}", indent=" " * (LABEL + 2))
+            yield from wrap(text, width(), first=f"  {name:{LABEL}}", indent=" " * (LABEL + 2))
 
 
 def example(setting: "Setting") -> str:
@@ -141,15 +143,33 @@ def show_table(settings: "Sequence[Setting]") -> None:
         print(f"  {name}\n{cut(' ' * (size + 4) + meaning)}" if len(name) > size else cut(f"  {name:{size}}  {meaning}"))
 
 
+def width() -> int:
+    """Columns of the terminal; WIDTH where the output goes elsewhere."""
+    from shutil import get_terminal_size
+
+    return max(get_terminal_size((WIDTH, 24)).columns, LEAST_WIDTH)
+
+
 def cut(line: str) -> str:
-    return line if len(line) <= WIDTH else f"{line[: WIDTH - 3].rstrip()}..."
+    """The line in the columns of the terminal, of which a Chinese character takes two."""
+    from launcher.plan.text import measure
+
+    if measure(line) <= width():
+        return line
+    while measure(line) > width() - 3:
+        line = line[:-1]
+    return f"{line.rstrip()}..."
 
 
 def show_found(word: str, conf: "ConfFolder", *, as_json: bool) -> int:
     """Raises ConfigRefused where nothing is found."""
-    from launcher.config.search import search
+    from launcher.config.search import find_meant, search
+    from launcher.plan.text import measure
 
     found = search(word, conf)
+    if not any(found.values()) and (near := find_meant(word)):
+        print(f"nothing is called {word!r}; this is for {near[0]}{''.join(f', or search {each}' for each in near[1:])}", file=sys.stderr)
+        found = search(near[0], conf)
     if not any(found.values()):
         raise ConfigRefused(f"nothing is called or means {word!r}. All axes and values: omnilaunch options")
     if as_json:
@@ -159,7 +179,15 @@ def show_found(word: str, conf: "ConfFolder", *, as_json: bool) -> int:
     for name, lines in found.items():
         if lines:
             print(titles[name])
-            size = min(WIDEST - 14, max(map(len, lines)))
+            size = min(WIDEST - 14, max(map(measure, lines)))
             for left, right in lines.items():
-                print(cut(f"  {left:{size}}  {right}"))
+                print_found(f"  {left}{' ' * (size - measure(left))}", right, whole=len(lines) <= FEW)
     return Exit.OK
+
+
+def print_found(name: str, text: str, *, whole: bool) -> None:
+    """On one line, or wrapped where few were found and there is room for it."""
+    from launcher.plan.text import measure, wrap
+
+    lines = wrap(text, width(), first=f"{name}  ", indent=" " * (measure(name) + 2)) if whole else (cut(f"{name}  {text}"),)
+    print("\n".join(lines))

@@ -55,7 +55,6 @@ def conf_named(option: str) -> "ConfFolder":
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from launcher.config.variable import describe_variables
     from launcher.plan.plan import plan_json
 
     if chained := find_chain_of(arguments):
@@ -64,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         return show_chain(*chained, PROJECT, conf_of(arguments), arguments.say)
     plan, machine = plan_here(arguments.overrides, arguments.run_id, traced=arguments.trace, conf=conf_of(arguments))
     if arguments.json:  # the text has them among its notes
-        for line in describe_variables(os.environ, plan.config, plan.overrides):
+        for line in notes_here(plan):
             print(f"note: {line}", file=sys.stderr)
     if arguments.trace:
         print(describe_traced(plan, as_json=arguments.json, full=arguments.full))
@@ -73,22 +72,31 @@ def run(arguments: argparse.Namespace) -> int:
     return Exit.OK
 
 
+def notes_here(plan: "Plan") -> tuple[str, ...]:
+    """What this machine's environment has to say of a plan: variables that are set, and packages of trackers that are missing."""
+    from launcher.config.variable import describe_variables
+    from launcher.plan.plan import names_trackers
+    from launcher.plan.tracker import describe_missing
+
+    missing = describe_missing(plan.config, named=names_trackers(plan.config, plan.overrides))
+    return (*missing, *describe_variables(os.environ, plan.config, plan.overrides))
+
+
 def describe_here(plan: "Plan", machine: "Machine | None" = None, *, full: bool = False, launching: bool = False) -> str:
     """The plan for this terminal: its width, and colours if it takes them. `machine`: where it was asked for the plan."""
     from shutil import get_terminal_size
 
-    from launcher.config.variable import describe_variables
     from launcher.plan.full import describe_full
     from launcher.plan.local_context import find_built, read_memory
     from launcher.plan.short import describe_short
     from launcher.plan.text import wants_colours
 
-    variables = describe_variables(os.environ, plan.config, plan.overrides)
+    notes = notes_here(plan)
     if full:
-        return "\n".join((describe_full(plan), *(f"note: {line}" for line in variables)))
+        return "\n".join((describe_full(plan), *(f"note: {line}" for line in notes)))
     colours, columns = wants_colours(os.environ, terminal=sys.stdout.isatty()), get_terminal_size((100, 24)).columns
     built, own = find_built(plan, machine), read_memory()
-    return describe_short(plan, colours=colours, width=columns, built=built, launching=launching, notes=variables, own_bytes=own)
+    return describe_short(plan, colours=colours, width=columns, built=built, launching=launching, notes=notes, own_bytes=own)
 
 
 def plan_of(overrides: Sequence[str], run_id: str, *, conf: "ConfFolder | None" = None, only_data: bool = False) -> "Plan":

@@ -9,8 +9,9 @@ import json
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from launcher.config.conf_folder import GROUPS, OPTIONAL_GROUPS, PRIMARY, ConfFolder, as_conf_folder
 from launcher.config.defaults import choose_duration, keys_of, settle
@@ -21,14 +22,11 @@ from launcher.config.key import FROM_RECORD, list_settings, types_of, without_nu
 from launcher.config.schema import AXES, Config
 from launcher.config.source import expand_source, kind_that_follows
 from launcher.config.synonym import Typed
+from launcher.config.written import UNREADABLE, parse, read_text, read_value, restate
 from launcher.errors import NODES, ConfigRefused, refuse_config, suggest
 from trainer.contract import SpecError, decode
 
-if TYPE_CHECKING:
-    from hydra.core.override_parser.types import Override
-
 WITHOUT = {"tune": "~tune", "experiment": ""}  # =null for Hydra: `tune` has a default to delete, `experiment` has none
-UNREADABLE = "cannot be parsed; write KEY=VALUE, and quote a value with commas, brackets or quotes: \"KEY='a, b'\""
 LARGEST = 2**63 - 1  # a larger number is a typing error, and may not fit into a float
 INTERPOLATION = "interpolations (${...}) are refused, since a plan must show the value itself; write the value"
 
@@ -91,7 +89,7 @@ def compose_over(config: Config, overrides: Sequence[str], conf: Path | ConfFold
     data = json.loads(json.dumps(asdict(config))) | {text.partition("=")[0]: composed.data[text.partition("=")[0]] for text in chosen}
     tree = OmegaConf.create(data)
     for text in translated:
-        parsed = _parse(text.removeprefix("++")) if text.startswith("++") else None
+        parsed = parse(text.removeprefix("++")) if text.startswith("++") else None
         if parsed is not None:
             OmegaConf.update(tree, parsed.key_or_group, parsed.value(), merge=True, force_add=True)
     changed = typing.cast(dict[str, Any], OmegaConf.to_container(tree))
@@ -129,10 +127,19 @@ def _translate(overrides: Sequence[str], conf: ConfFolder) -> list[str]:
             if translated.setdefault(key, text) != text:
                 raise ConfigRefused(f"{key} is given twice, with different values: keep one")
         except ConfigRefused as error:
-            problems.append(f"  {override}: {error}")
+            problems.append(f"  {override}: {restate(override, partial(_refuse, overrides, known), groups) or error}")
     if problems:
         raise ConfigRefused("\n".join((_heading("override", len(problems)), *problems)))
     return [text for text in (*translated.values(), kind_that_follows(tuple(translated))) if text]
+
+
+def _refuse(overrides: Sequence[str], known: Known, override: str) -> str:
+    """Why an override is refused among those that were typed; '' = it is not."""
+    try:
+        _translate_one(expand_source(override), overrides, known)
+    except ConfigRefused as error:
+        return str(error)
+    return known.judge(override)
 
 
 def _translate_one(override: str, overrides: Sequence[str], known: Known) -> tuple[str, str]:
@@ -159,7 +166,7 @@ def _translate_one(override: str, overrides: Sequence[str], known: Known) -> tup
         raise ConfigRefused(INTERPOLATION)
     refuse_fixed(key, text)
     is_text = without_null(kind) is str
-    return key, f"++{key}={_read_text(text) if is_text else _read_value(key, text)}"  # ++: a file may omit a key that has a default
+    return key, f"++{key}={read_text(text) if is_text else read_value(key, text)}"  # ++: a file may omit a key that has a default
 
 
 def _refuse_foreign(word: str, value: str, overrides: Sequence[str], known: Known) -> None:
@@ -181,7 +188,7 @@ def judge(override: str, conf: Path | ConfFolder) -> str:
     known = Known(list_keys=tuple, groups=options(conf), conf=as_conf_folder(conf), judge=lambda _: "")
     try:
         key, text = _translate_one(override, (), known)
-        parsed = _parse(text.removeprefix("++")) if text.startswith("++") else None
+        parsed = parse(text.removeprefix("++")) if text.startswith("++") else None
         problems: list[tuple[str, str]] = []
         if parsed is not None:
             _build(_find_type(key, Typed(), known), parsed.value(), key, problems)
@@ -196,36 +203,6 @@ def find_type(key: str, conf: Path | ConfFolder) -> Any:
     return _find_type(key, Typed(), known)
 
 
-def _read_text(text: str) -> str:
-    """A text in Hydra's syntax, quoted where the user did not quote it: it may contain what is syntax for Hydra, or look like a number, as
-    the revision 12345e6 does. Null, lists and sections stay what they are, and are refused by their type."""
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    text = text.strip()
-    parsed = _parse(f"text={text}") if text[:1] in tuple("'\"[{") or text == "null" else None
-    return text if parsed and not parsed.is_sweep_override() else QuotedString(text=text, quote=Quote.single).with_quotes()
-
-
-def _read_value(key: str, text: str) -> str:
-    """Raises ConfigRefused for text that is not one value of Hydra's grammar."""
-    parsed = _parse(f"{key}={text}")
-    if parsed is None:
-        raise ConfigRefused(UNREADABLE)
-    if parsed.is_sweep_override():
-        raise ConfigRefused(f"give one value; a list is written {key}=[{text}]")
-    return text
-
-
-def _parse(override: str) -> "Override | None":
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        return OverridesParser.create().parse_overrides([override])[0]
-    except (HydraException, ValueError, RecursionError):  # ValueError: a number of more than 4,300 digits
-        return None
-
-
 def _choose(group: str, name: str, typed: Typed, known: Known) -> str:
     """The raw text is compared with the names: it may be text that Hydra cannot parse."""
     names = known.groups[group]
@@ -234,6 +211,8 @@ def _choose(group: str, name: str, typed: Typed, known: Known) -> str:
     if name not in names and "," in name:
         raise ConfigRefused(f"give one value; {suggest(name.split(',')[0], names)}")
     if name not in names:
+        others = [override for override in typed.overrides if override.partition("=")[0] != group]
+        typed = replace(typed, overrides=others)  # what is wrong is no choice that an answer has to keep
         raise ConfigRefused(f"unknown {group} {name!r}; {explain_value(group, name, names, typed, known)}")
     return f"{group}={name}"
 
@@ -354,7 +333,7 @@ def _build(kind: Any, data: Any, key: str, problems: list[tuple[str, str]]) -> A
     try:
         return decode(kind, data)
     except SpecError:
-        problems.append((key, describe_expected(inner, data)))
+        problems.append((key, describe_expected(inner, data, key)))
         return None
 
 

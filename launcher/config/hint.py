@@ -4,18 +4,33 @@ Nothing is offered that may do something else than what was asked: where it is n
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from launcher.config.conf_folder import OPTIONAL_GROUPS, ConfFolder
-from launcher.config.official_name import find_official
-from launcher.config.synonym import Judge, Typed, answer_key, answer_value
+from launcher.config.official_name import find_official, read_yaml
+from launcher.config.schema import GROUPS
+from launcher.config.synonym import (
+    FALSE,
+    Judge,
+    Synonym,
+    Typed,
+    answer_key,
+    answer_value,
+    decides,
+    find_key,
+    find_row,
+    load_synonyms,
+    write_answer,
+)
 from launcher.config.variable import answer_variable
+from launcher.config.written import offer_number, quote, read_number
 from launcher.errors import find_near, join_or, suggest
 
 MOST_KEYS = 4  # of one last part, such as the four keys that end in .batch
 NEAR_LEAF = 0.8
-MODEL = "model"
+MODEL, DEFAULT_STAGE = "model", "full"
+CALLED = {"vision": "the vision tower", "projector": "the projector", "lm": "the language model"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,28 +45,91 @@ class Known:
 
 def explain_key(key: str, section: str, names: Collection[str], typed: Typed, known: Known) -> str:
     """`section`: the part of the key that exists, '' = none; `names`: what it has."""
-    leaf, explain = key.rpartition(".")[2], explain_axis(typed, known)
-    if answer := answer_variable(key, typed.value) or answer_key(leaf, typed, explain) or name_model(leaf, typed, known):
+    leaf, rest = key.rpartition(".")[2], key.removeprefix(f"{section}.") if section else key
+    if answer := answer_variable(key, typed.value) or answer_foreign(find_key(key, rest), typed, known):
         return answer
-    rest = key.removeprefix(f"{section}.") if section else key
+    if answer := name_model(leaf, typed, known) if "." not in rest else "":
+        return answer
     if ending := [dotted for dotted in known.list_keys() if dotted.endswith(f".{rest}")]:
-        return offer_keys(ending)
-    part = rest.partition(".")[0]
-    if not find_near(part, names) and (answer := answer_key(leaf, typed, explain, near=True)):
+        return offer_keys(ending, typed)
+    part, decisive = rest.partition(".")[0], decides(rest)
+    if decisive and not find_near(part, names) and (answer := answer_foreign(find_row(load_synonyms().keys, leaf), typed, known)):
         return answer
-    if section or find_near(part, names):
+    if section or not decisive or find_near(part, names):
         return suggest(part, names)
     leaves: dict[str, list[str]] = {}
     for dotted in known.list_keys():
         leaves.setdefault(dotted.rpartition(".")[2], []).append(dotted)
     near = [dotted for name in find_near(leaf, leaves, least=NEAR_LEAF) for dotted in leaves[name]]
-    return offer_keys(near) if near else suggest(part, names)
+    return offer_keys(near, typed) if near else suggest(part, names)
 
 
-def offer_keys(keys: Sequence[str]) -> str:
+def answer_foreign(row: Synonym | None, typed: Typed, known: Known) -> str:
+    if row is None:
+        return ""
+    return answer_group(row, typed, known) if row.group else answer_key(row, typed, explain_axis(typed, known))
+
+
+def answer_group(row: Synonym, typed: Typed, known: Known) -> str:
+    """What trains the groups of weights that all words like `freeze_vit=false` name together, with the stage that was typed."""
+    wishes = list(find_wishes(typed.overrides)) or [(row.words[0], row, typed.value)]
+    if wishes[0][1] is not row:
+        return f"the answer to {wishes[0][0]} takes it into account"
+    trains = {each.group: (value.lower() in FALSE) == each.frozen for _, each, value in wishes}
+    stage = next((text.partition("=")[2].strip() for text in typed.overrides if text.startswith("stage=")), "")
+    stage = stage if stage in known.groups["stage"] else ""
+    recipe = read_yaml(known.conf.find("stage", stage or DEFAULT_STAGE))
+    given = next((text.partition("=")[2].strip("[]").split(",") for text in typed.overrides if text.startswith("stage.trainable=")), None)
+    before = given if given is not None else recipe.get("trainable") or []
+    if recipe.get("kind") != "train":
+        return f"leave it out; stage={stage} trains nothing"
+    members = {group: ("lm", "head") if group == "lm" else (group,) for group in trains}
+    wanted = {*before, *(each for group, on in trains.items() if on for each in members[group])}
+    wanted -= {each for group, on in trains.items() if not on for each in members[group]}
+    if recipe.get("lora"):
+        return answer_beside_adapters(stage, trains, before, wanted)
+    if not wanted:
+        return "nothing would be trained: leave one of them out"
+    if wanted == set(before):
+        also = " or stage=lora" if not stage and trains.get("lm") else ""
+        states = [f"{CALLED[group]} is {'trained' if on else 'frozen'}" for group, on in trains.items()]
+        return f"leave it out; {', '.join(states)} with stage={stage or DEFAULT_STAGE}{also} already"
+    if not stage and wanted == {"projector"}:
+        return "write stage=projector, which trains the projector alone"
+    return f"write {'' if stage else f'stage={DEFAULT_STAGE} '}{write_groups(wanted)}"
+
+
+def answer_beside_adapters(stage: str, trains: Mapping[str, bool], before: Collection[str], wanted: Collection[str]) -> str:
+    """With adapters in the language model, which is frozen itself."""
+    full = [group for group in wanted if group != "lm"]
+    if trains.get("lm") is False:
+        instead = f"stage=full {write_groups(full)}" if full else "stage=projector"
+        return f"stage={stage} always trains adapters in the language model; without them, in place of stage={stage}: {instead}"
+    full = [group for group in full if group != "head" or group in before]
+    if set(full) == set(before):
+        return f"leave it out; stage={stage} trains adapters in the language model{f', and {join_or(before)}' if before else ' alone'}"
+    more = f" or {write_groups(('vision', 'projector', 'head'))}" if full == ["vision"] and "projector" not in trains else ""
+    return f"write {write_groups(full)}{more}; these are trained in full, beside the adapters of stage={stage}"
+
+
+def find_wishes(overrides: Sequence[str]) -> Iterator[tuple[str, Synonym, str]]:
+    """The typed words of other tools that train or freeze a group, their rows and their values."""
+    for override in join_words(overrides):
+        word, value = read_foreign(override) or override.partition("=")[::2]
+        row = find_key(word, word) if "stage" not in word else None
+        if row and row.group:
+            yield word, row, value
+
+
+def write_groups(groups: Collection[str]) -> str:
+    return quote(f"stage.trainable=[{','.join(group for group in GROUPS if group in groups)}]")
+
+
+def offer_keys(keys: Sequence[str], typed: Typed) -> str:
     if len(keys) > MOST_KEYS:
         return f"{len(keys)} keys end so; omnilaunch options --search {keys[0].rpartition('.')[2]} lists them"
-    return f"did you mean {join_or(map(repr, keys))}?"
+    number = read_number(keys[0], typed.value) if len(keys) == 1 and typed.judge(f"{keys[0]}={typed.value}") else None
+    return f"did you mean {join_or(map(repr, keys))}?{f' {offer_number(keys[0], typed.value)}' if number else ''}"
 
 
 def name_model(word: str, typed: Typed, known: Known) -> str:
@@ -65,8 +143,10 @@ def explain_axis(typed: Typed, known: Known) -> Callable[[str, str], str]:
 
     def explain(axis: str, value: str) -> str:
         names = known.groups.get(axis, ())
+        if f"{axis}={value}" in typed.overrides:
+            return f"you already have {axis}={value}: leave it out"
         if value in names:
-            return f"write {axis}={value}"
+            return write_answer((f"{axis}={value}",), Synonym(words=()), typed)
         return explain_value(axis, value, names, typed, known) if value else f"write {axis}=NAME; {suggest('', names)}"
 
     return explain
@@ -84,7 +164,7 @@ def explain_value(axis: str, name: str, names: Sequence[str], typed: Typed, know
     if len(official) == 1 and "/" in name:
         return f"write {axis}={official[0]}"
     if answer := answer_value(axis, name, names, typed):
-        return answer if answer.startswith("write ") else f"{answer}; valid are: {', '.join(names)}"
+        return answer if answer.startswith(("write ", "you already ")) else f"{answer}; valid are: {', '.join(names)}"
     if len(official) == 1:
         return f"write {axis}={official[0]}"
     if official:
@@ -105,8 +185,9 @@ def published(names: Sequence[str]) -> list[str]:
 # ------------------------------------------------------------------------------------------- the forms of other tools
 
 
+EQUALS = ("=", "＝")
 OPTION = re.compile(r"--?([A-Za-z][\w.-]*)(?:[=\s]\s*(.*))?", re.DOTALL)
-YAML_LINE = re.compile(r"([A-Za-z][\w.-]*):(?:\s+(.*))?", re.DOTALL)
+YAML_LINE = re.compile(r"([A-Za-z][\w.-]*):(?:\s*([^\s/\\=][^=]*|\s.*))?", re.DOTALL)
 BARE = re.compile(r"([A-Za-z][\w.-]*)(?:\s+(.*))?", re.DOTALL)
 
 
@@ -127,6 +208,8 @@ def join_words(overrides: Sequence[str]) -> list[str]:
         opens = (before.startswith("--") and "=" not in before) or before.endswith(":") or bool(BARE.fullmatch(before) and before)
         if is_value and opens and (" " not in before or before.startswith("--")):
             joined[-1] = f"{before} {word}"
+        elif (word[:1] in EQUALS and BARE.fullmatch(before)) or (is_value and before[-1:] in EQUALS and before):  # stage = lora
+            joined[-1] = f"{before} {word}" if before.endswith(" =") or word[:1] in EQUALS else f"{before[:-1]} = {word}"
         else:
             joined.append(word)
     return joined

@@ -17,8 +17,8 @@ $ omnilaunch options --search cutoff_len
 ```
 
 The first lists every value of every axis, the second shows one key: its type, allowed values, default, current value, the file that sets it, and its
-names in other tools. A key or a section may be followed by overrides. `--search` looks for a word among keys, values, meanings and the words below;
-`--json` prints the same as JSON.
+names in other tools. A key or a section may be followed by overrides. `--search` looks for a word among keys, values, meanings and the words below,
+Chinese ones too (`--search 学习率`); `--json` prints the same as JSON.
 
 A word of another tool is refused with what to write instead. Nothing is translated silently, since a batch size, a length or a stage may mean something
 else there. `--learning_rate 1e-4` and `learning_rate: 1e-4` are answered in the same way. Keys that describe a model or a chip, such as the most pixels of
@@ -39,6 +39,7 @@ def write_page() -> str:
     parts = [
         HEAD,
         section("Keys", "of another tool", ((row.words, row) for row in dict.fromkeys(table.keys.values()))),
+        section("Sections", "of the nested config of another tool", ((row.words, row) for row in dict.fromkeys(table.sections.values()))),
         section("Values", "as people say it", (((first, *row.words[1:]), row) for first, row in values)),
         section("Verbs", "of another tool", ((row.words, row) for row in dict.fromkeys(table.verbs.values()))),
         VARIABLES,
@@ -63,6 +64,8 @@ def list_answers(row: Synonym) -> Iterator[str]:
         yield f"`{row.axis}=NAME`"
     if row.write:
         yield " or ".join(f"`{text.replace(HOLE, UNFILLED)}`" for text in row.write)
+    if row.group:
+        yield f"`stage.trainable` with{'out' if row.frozen else ''} {row.group}"
     if row.says:
         yield row.says
 

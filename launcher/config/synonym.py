@@ -5,21 +5,27 @@ no such thing, and what is nearest. Nothing is ever applied by itself.
 """
 
 import re
-import shlex
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from launcher.config.written import quote, read_number
 from launcher.errors import find_near, join_or, plain
 
 FILE = Path(__file__).with_name("synonyms.yaml")
 HOLE = "{}"
 UNFILLED = "VALUE"
 OVERRIDE = re.compile(r"[a-z][a-z0-9_]*(\.[A-Za-z0-9_]+)*=\S*")
-HARMLESS = re.compile(r"[\w.,:=/@+-]*")  # no shell changes a word of these
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "none", "null")
+PART_OF_FILE = re.compile(r"(.+)#(\d+)")  # ms-swift: the first rows of a data set
+DATA_FILE = "=files data."
+ON_A_HUB = re.compile(r"[\w-]+/[\w-]+")
+ABSENT = "not available"
+ONE_DEVICE = re.compile(r"(\w+):(\d+(?:,\d+)*)")  # cuda:0
+FILLERS = ("run", "model", "cmd", "script", "job", "my")  # parts of a verb that do not tell two apart
+NEAR_VERB, VERY_NEAR = 0.85, 0.93  # of a verb that ends something
 NEAR = 0.91  # of a typing error in a word of another tool: these are many, and some differ in two letters
 
 # (override) -> why it would be refused, '' = it would not.
@@ -28,7 +34,8 @@ Judge = Callable[[str], str]
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # a row is itself alone, and can be counted once
 class Synonym:
-    """A row of the table, whose head explains the fields. `values`: value in lower case -> alternatives or a sentence."""
+    """A row of the table, whose head explains the fields. `values`: value in lower case -> alternatives or a sentence. `group`: of weights,
+    that the word trains or, with `frozen`, does not."""
 
     words: tuple[str, ...]
     tools: tuple[str, ...] = ()
@@ -37,15 +44,21 @@ class Synonym:
     axis: str = ""
     is_list: bool = False
     says: str = ""
+    group: str = ""
+    frozen: bool = False
+    leaves: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Synonyms:
-    """Rows by their words as `plain` makes them. `values`: axis -> rows. `tools`: code -> name. `families`: the beginning of words -> row."""
+    """Rows by their words as `plain` makes them. `values`: axis -> rows. `tools`: code -> name. `families`: the beginning of words -> row.
+    `sections`: of the nested config files of other tools. `generic`: last parts of a dotted key that say nothing without the others."""
 
     tools: Mapping[str, str]
     families: Mapping[str, Synonym]
     keys: Mapping[str, Synonym]
+    sections: Mapping[str, Synonym]
+    generic: frozenset[str]
     values: Mapping[str, Mapping[str, Synonym]]
     verbs: Mapping[str, Synonym]
 
@@ -69,6 +82,8 @@ def load_synonyms() -> Synonyms:
         tools=given["tools"],
         families={prefix: read_row({**row, "words": row["prefixes"]}) for row in given["families"] for prefix in row["prefixes"]},
         keys=by_word(given["keys"]),
+        sections=by_word(given["sections"]),
+        generic=frozenset(map(plain, given["generic"])),
         values={axis: by_word(rows) for axis, rows in given["values"].items()},
         verbs=by_word(given["verbs"]),
     )
@@ -94,6 +109,9 @@ def read_row(row: Mapping[str, Any]) -> Synonym:
         axis=row.get("axis", ""),
         is_list=row.get("list", False),
         says=row.get("says", ""),
+        group=row.get("group", ""),
+        frozen=row.get("frozen", False),
+        leaves=tuple(map(plain, row.get("leaves", ()))),
     )
 
 
@@ -104,17 +122,62 @@ def texts(given: str | Sequence[str]) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------------------------- answers
 
 
-def answer_key(word: str, typed: Typed, explain: Callable[[str, str], str], *, near: bool = False) -> str:
-    """The answer to a key of another tool; '' where the table has none. `explain`: (axis, value) -> what to write for it. `near`: also for a
-    typing error in such a key."""
-    row = find_row(load_synonyms().keys, word) if near else load_synonyms().keys.get(plain(word))
-    if row is None:
-        return ""
+def answer_key(row: Synonym, typed: Typed, explain: Callable[[str, str], str]) -> str:
+    """What a row says of a key of another tool. `explain`: (axis, value) -> what to write for it."""
     if chosen := translate(row, typed.value):
         return write_answer(chosen, row, typed)
     if row.axis:
         return "; ".join(part for part in (explain(row.axis, typed.value.strip().strip("'\"")), row.says) if part)
-    return write_answer(row.write, row, typed)
+    return answer_file(row, typed) if any(DATA_FILE in text for text in row.write) else write_answer(row.write, row, typed)
+
+
+def answer_file(row: Synonym, typed: Typed) -> str:
+    """`data.jsonl#500` is the first 500 rows for ms-swift, and several data sets are mixed there."""
+    value = typed.value.strip().strip("[]'\"")
+    several, found = re.split(r"[\s,]+", value), PART_OF_FILE.fullmatch(value)
+    fewer = (
+        "fewer steps with run.steps" if "data.train=" in str(row.write) else f"fewer answers with run.evaluation.limit={found and found[2]}"
+    )
+    notes = [f"#{found[2]} is not available: give a shorter file, or {fewer}"] if found else []
+    value = found[1] if found else value
+    if len(several) > 1 and all("." in name for name in several):
+        value, notes = "FILE.json", [f"one file: put the rows of these {len(several)} into it"]
+    if ON_A_HUB.fullmatch(value) and "images" not in str(row.write):
+        value, notes = "FILE.json", [*notes, f"a data set of a hub is not read: download {value}, and write its rows as docs/data.md says"]
+    return "; ".join((write_answer(row.write, row, replace(typed, value=value) if notes else typed), *notes))
+
+
+def find_key(key: str, rest: str) -> Synonym | None:
+    """The row of a key of another tool, which may be dotted: `fp16.enabled`. The whole path decides, then the section that it is in, and its
+    last part only where that says what is meant. `rest`: the key without a beginning that exists here."""
+    table, parts = load_synonyms(), rest.split(".")
+    sections = [section for parent in reversed(parts[:-1]) if (section := table.sections.get(plain(parent)) or find_family(parent))]
+    if row := find_path(key, whole=any(section.says.startswith(ABSENT) for section in sections)) or find_path(rest, whole=True):
+        return row
+    leaf = plain(parts[-1])
+    if section := next((section for section in sections if leaf not in section.leaves), None):
+        return section
+    return table.keys.get(leaf) if decides(rest) else None
+
+
+def find_path(key: str, *, whole: bool) -> Synonym | None:
+    """The row of a dotted key, or with `whole` false of an end of at least two parts."""
+    table, parts = load_synonyms(), key.split(".")
+    for start in range(min(1, len(parts) - 1) if whole else len(parts) - 1):
+        row = table.keys.get(plain("".join(parts[start:])))
+        if row and (plain(parts[-1]) not in table.generic or is_written(row, parts[start:])):
+            return row
+    return None
+
+
+def is_written(row: Synonym, parts: Sequence[str]) -> bool:
+    """Whether the row has this dotted word, and not only one with the same letters."""
+    return any("." in word and plain(word) == plain("".join(parts)) for word in row.words)
+
+
+def decides(rest: str) -> bool:
+    """Whether the last part of a key says by itself what is meant: `trainer.max_steps` does, `monitor.enabled` does not."""
+    return "." not in rest or plain(rest.rpartition(".")[2]) not in load_synonyms().generic
 
 
 def answer_value(axis: str, text: str, names: Sequence[str], typed: Typed) -> str:
@@ -123,29 +186,53 @@ def answer_value(axis: str, text: str, names: Sequence[str], typed: Typed) -> st
     row = table.get(plain(text)) or table.get(plain(last_part(text)))
     if row is not None:
         return write_answer(row.write, row, typed)
+    if axis == "hardware" and (found := ONE_DEVICE.fullmatch(text.strip())):
+        answer = f"write hardware={found[1].lower()}" if found[1].lower() in names else answer_value(axis, found[1], names, typed)
+        return f"{answer}; cluster.nodes.0.devices=[{found[2]}] chooses the device" if answer.startswith("write ") else answer
     same = [name for name in names if plain(name) == plain(last_part(text))]
     return write_answer(tuple(f"{axis}={name}" for name in same), Synonym(words=()), typed) if same else ""
 
 
-def answer_verb(word: str) -> str:
-    """The command that does what a verb of another tool does; '' where the table has none."""
-    row = load_synonyms().verbs.get(plain(word))
+def answer_verb(word: str, verbs: Collection[str] = ()) -> str:
+    """The command that does what a verb of another tool does; '' where the table has none. `verbs`: those that exist, of which it may be a
+    typing error."""
+    table = load_synonyms().verbs
+    row = table.get(plain(word)) or find_compound(table, word)
+    if row is None and not find_near(word, verbs):
+        row = find_close(table, word, NEAR_VERB)
+        row = find_close(table, word, VERY_NEAR) if row and ends_something(row) else row
     if row is None:
         return ""
     return "; ".join(part for part in (f"write {join_or(row.write)}" if row.write else "", row.says) if part)
 
 
+def find_compound(table: Mapping[str, Synonym], word: str) -> Synonym | None:
+    """The row of `train_sft` or `run-eval`, of which each part is a verb of another tool; none that ends something."""
+    parts = re.split(r"[-_ ]", word)
+    rows = dict.fromkeys(table.get(plain(part)) for part in parts if plain(part) not in FILLERS)
+    start = table.get("train")
+    left = [row for row in rows if row is not start] or list(rows)
+    return left[0] if len(parts) > 1 and len(left) == 1 and left[0] and not ends_something(left[0]) else None
+
+
+def ends_something(row: Synonym) -> bool:
+    return not row.write or any(text.startswith("omnilaunch stop") for text in row.write)
+
+
 def find_row(table: Mapping[str, Synonym], word: str) -> Synonym | None:
     """The row of a word, of the only word that it may be a typing error of, or of its family."""
-    if row := table.get(plain(word)):
-        return row
-    near = {id(table[name]): table[name] for name in find_near(plain(word), table, least=NEAR)}
-    if len(near) == 1 and len(plain(word)) > 4:
-        return next(iter(near.values()))
+    row = table.get(plain(word)) or find_close(table, word, NEAR)
+    return row or (find_family(word) if table is load_synonyms().keys else None)
+
+
+def find_close(table: Mapping[str, Synonym], word: str, least: float) -> Synonym | None:
+    near = {id(table[name]): table[name] for name in find_near(plain(word), table, least=least)}
+    return next(iter(near.values())) if len(near) == 1 and len(plain(word)) > 4 else None
+
+
+def find_family(word: str) -> Synonym | None:
     name = word.lower().replace("-", "_")
-    return next(
-        (row for prefix, row in load_synonyms().families.items() if table is load_synonyms().keys and name.startswith(prefix)), None
-    )
+    return next((row for prefix, row in load_synonyms().families.items() if name.startswith(prefix)), None)
 
 
 def last_part(path: str) -> str:
@@ -169,13 +256,30 @@ def write_answer(alternatives: Sequence[str], row: Synonym, typed: Typed) -> str
     if len(alternatives) == 1 and not is_override(alternatives[0]):
         return alternatives[0]
     chosen = fitting(alternatives, typed.overrides)
-    filled = [fill(text, row, typed.value) for text in chosen]
+    filled, notes = [fill(text, row, typed.value) for text in chosen], list[str]()
     holes = any(HOLE in text for text in chosen)
+    if holes and any(judge_parts(text, typed.judge) for text in filled):
+        filled, notes = fill_numbers(chosen, row, typed)
     if refused := next((why for text in filled if holes and (why := judge_parts(text, typed.judge))), ""):  # it is wrong here too
-        filled = [text.replace(HOLE, UNFILLED) for text in chosen]
+        filled, notes = [text.replace(HOLE, UNFILLED) for text in chosen], [refused]
     written = [" ".join(map(quote, left)) for text in filled if (left := [part for part in text.split(" ") if part not in typed.overrides])]
-    parts = (f"write {join_or(dict.fromkeys(written))}" if written else "", refused, row.says)
+    if chosen and not written:
+        return f"you already have {join_or(dict.fromkeys(filled))}: leave it out"
+    instead = find_contradicted(chosen, typed.overrides)
+    written = [f"{text} in place of {' '.join(instead)}" for text in written] if instead else written
+    parts = (f"write {join_or(dict.fromkeys(written))}" if written else "", *notes, row.says)
     return "; ".join(part for part in parts if part)
+
+
+def fill_numbers(alternatives: Sequence[str], row: Synonym, typed: Typed) -> tuple[list[str], list[str]]:
+    """With the value as a whole number, where it is one as people write it, and how each was read."""
+    filled, notes = list[str](), list[str]()
+    for text in alternatives:
+        key = next((part.partition("=")[0] for part in text.split(" ") if HOLE in part), "")
+        number, how = read_number(key, typed.value) or (typed.value, "")
+        filled.append(fill(text, row, str(number)))
+        notes += [f"{number} is {how}"] if how else []
+    return filled, list(dict.fromkeys(notes))
 
 
 def is_override(text: str) -> bool:
@@ -187,6 +291,13 @@ def fitting(alternatives: Sequence[str], overrides: Sequence[str]) -> list[str]:
     chosen = dict(override.split("=", 1) for override in overrides if "=" in override and "." not in override.partition("=")[0])
     kept = [text for text in alternatives if all(chosen.get(key, value) == value for key, _, value in map(cut, text.split(" ")))]
     return kept or list(alternatives)
+
+
+def find_contradicted(alternatives: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """The typed choices of an axis that each of the alternatives changes."""
+    changed = [{key: value for key, _, value in map(cut, text.split(" ")) if "." not in key} for text in alternatives]
+    typed = [(override, *override.split("=", 1)) for override in overrides if "=" in override]
+    return [override for override, key, value in typed if changed and all(each.get(key, value) != value for each in changed)]
 
 
 def cut(override: str) -> tuple[str, str, str]:
@@ -205,8 +316,3 @@ def fill(text: str, row: Synonym, value: str) -> str:
 
 def judge_parts(text: str, judge: Judge) -> str:
     return next((why for part in text.split(" ") if (why := judge(part.replace("\0", " ")))), "")
-
-
-def quote(part: str) -> str:
-    part = part.replace("\0", " ")
-    return part if HARMLESS.fullmatch(part) else shlex.quote(part)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.schema import Config
-from launcher.config.synonym import fill, quote, read_row
+from launcher.config.synonym import fill, read_row
+from launcher.config.written import quote
 from launcher.redact import holds_credentials, names_a_secret
 
 FILE = Path(__file__).with_name("variables.yaml")

@@ -36,7 +36,7 @@ def with_numbers() -> Config:
     text = replace(config.model.architecture.text, head_dim=128, options=counted)
     model = replace(config.model, architecture=replace(config.model.architecture, text=text))
     after = {name: kind() for name, kind in AFTER.items()}
-    return replace(config, model=model, stage=replace(config.stage, **after))
+    return replace(config, model=model, stage=replace(config.stage, **after), run=replace(config.run, epochs=1.0))
 
 
 def test_ranges_name_numbers_that_exist() -> None:

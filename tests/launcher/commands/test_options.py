@@ -7,6 +7,7 @@ import pytest
 from launcher.cli import main
 from launcher.commands.options import WIDTH
 from launcher.config.schema import AXES
+from launcher.plan.text import measure
 
 
 def say(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -83,3 +84,53 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_word_gets_a_hint(words: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["options", *words]) == 2
     assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "text"),
+    [
+        ("梯度累积", "set by stage.global_batch"),
+        ("学习率", "write stage.optimizer.lr=VALUE"),
+        ("批大小", "write stage.global_batch=VALUE or strategy.micro_batch=VALUE"),
+        ("批次", "strategy.micro_batch=VALUE"),
+        ("图像分辨率", "data.max_pixels"),
+        ("显存", "omnilaunch plan shows the memory"),
+        ("精度", "write precision=NAME, one of bf16, fp16"),
+        ("断点续训", "omnilaunch launch --resume RUN"),
+        ("量化", "stage=quantize"),
+        ("合并", "write stage=merge"),
+        ("推理", "write stage=infer"),
+        ("部署", "write stage=serve"),
+        ("数据集", "data.train=VALUE"),
+        ("轮数", "write run.epochs=VALUE"),
+        ("预热", "write stage.optimizer.warmup=VALUE"),
+        ("学习率调度", "write stage.optimizer.schedule=VALUE"),
+        ("早停", "write run.early_stop.patience=VALUE"),
+        ("冻结", "stage.trainable"),
+        ("多机", "conf/cluster/example.yaml"),
+        ("镜像", "images/versions.yaml"),
+        ("随机种子", "write run.seed=VALUE"),
+        ("昇腾", "hardware=ascend910b"),
+        ("learnig_rate", "write stage.optimizer.lr=VALUE"),
+        ("gradient_acumulation", "set by stage.global_batch"),
+        ("freeze_vit", "stage.trainable without vision"),
+        ("CUDA_VISIBLE_DEVICES", "plan and launch use CUDA_VISIBLE_DEVICES for a run on this machine"),
+    ],
+)
+def test_a_search_finds(word: str, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert text in say(capsys, "--search", word)
+
+
+def test_a_typing_error_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["options", "--search", "learnig_rate", "--json"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "nothing is called 'learnig_rate'; this is for learning_rate\n" and "learning_rate" in json.loads(said.out)["words"]
+
+
+@pytest.mark.parametrize("columns", [60, 160])
+def test_lines_are_as_wide_as_the_terminal(columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Chinese character takes two columns."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    widths = [measure(line) for word in ("learning", "冻结") for line in say(capsys, "--search", word).splitlines()]
+    assert columns - 12 < max(widths) <= columns

@@ -54,7 +54,8 @@ def test_the_values_of_both_are_listed_and_completed(
         and groups.keys() == options(CONF).keys()
     )
     assert main(["options", "cluster", "--conf", str(own)]) == 0
-    assert {"example", "lab", "local"} <= {*capsys.readouterr().out.split()}
+    values = [line[2:].split()[0] for line in capsys.readouterr().out.split("\n\n")[0].splitlines()[1:]]
+    assert values == ["example", "lab", "local"]
     for words in (["--conf", str(own)], [f"--conf={own}"]):
         assert complete(["plan", *words, "cluster=l"], VERBS, make_parser) == ["cluster=lab", "cluster=local"]
     assert complete(["plan", "--conf", ""], VERBS, make_parser) == [], "the shell completes folders"

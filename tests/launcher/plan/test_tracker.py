@@ -1,0 +1,57 @@
+"""Trackers that the ranks will lack: a note of the plan where the user named one."""
+
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from launcher.cli import main
+from launcher.config.compose import compose
+from launcher.plan.tracker import describe_missing, is_installed
+
+CONF = Path(__file__).parents[3] / "conf"
+REMOTE = "cluster.nodes=[{host: far}]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "installed", "said"),
+    [
+        ((), (), ""),
+        (("run.trackers=[wandb]",), ("wandb",), ""),
+        (("run.trackers=[wandb]",), (), "this Python environment lacks wandb, so that the run will be refused: pip install wandb"),
+        (("run.trackers=[tensorboard]",), (), "this Python environment lacks tensorboard"),
+        (("run.trackers=[wandb]", "cluster.runtime=docker"), ("wandb",), "no image has the package wandb"),
+        (("run.trackers=[tensorboard]", "cluster.runtime=docker"), (), ""),
+        (
+            ("run.trackers=[swanlab]", "cluster.runtime=process", REMOTE),
+            ("swanlab",),
+            "swanlab is in no lock; it must be installed on every node",
+        ),
+        (("run.trackers=[wandbb]",), (), "there is no tracker wandbb, so that the run will be refused; valid are tensorboard, wandb"),
+        (("run.trackers=[wandb]", "stage=infer"), (), ""),
+    ],
+)
+def test_a_named_tracker_that_is_missing_is_noted(overrides: tuple[str, ...], installed: tuple[str, ...], said: str) -> None:
+    notes = describe_missing(compose(overrides, CONF), named=bool(overrides), has=lambda name: name in installed)
+    assert (not notes) if not said else (len(notes) == 1 and said in notes[0])
+
+
+def test_each_tracker_has_a_note_of_its_own() -> None:
+    config = compose(("run.trackers=[wandb,mlflow,wandb]",), CONF)
+    assert [note.split(": ")[1].split(",")[0] for note in describe_missing(config, named=True, has=lambda _: False)] == [
+        "this Python environment lacks wandb",
+        "this Python environment lacks mlflow",
+    ]
+    assert describe_missing(replace(config, run=replace(config.run, trackers=())), named=True) == ()
+
+
+def test_what_is_installed_is_read_from_the_metadata() -> None:
+    assert version("pytest") and is_installed("pytest") and not is_installed("no-such-package")
+
+
+def test_a_plan_has_the_note(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "run.trackers=[tensorboard,wandbb]"]) == 0
+    assert "note: run.trackers: there is no tracker wandbb" in capsys.readouterr().out
+    assert main(["plan"]) == 0
+    assert "run.trackers" not in capsys.readouterr().out
