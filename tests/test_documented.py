@@ -91,7 +91,7 @@ def run_omnilaunch(words: list[str], capsys: pytest.CaptureFixture[str]) -> tupl
     if words[0] in READ_ONLY or "--resume" in words:
         parse(words)
         return -1, ""
-    for report in Path.cwd().glob("report-*"):  # an existing report is not overwritten
+    for report in {*Path.cwd().glob("report-*"), *Path.cwd().glob("*.html")}:  # an existing report is not overwritten
         report.unlink()
     code = main(as_planned(words) if words[0] == "launch" else words)
     said = capsys.readouterr()
