@@ -132,6 +132,15 @@ class Row:
         return self.planned_bytes / self.measured_bytes - 1
 
 
+def configure(words: Sequence[str]) -> Config:
+    """The config of the words. The tokens of an image are a fact about a model's processor, which no override sets: a model of another size
+    has its own."""
+    given = dict(word.removeprefix(f"{IMAGE}.").split("=") for word in words if word.startswith(IMAGE))
+    config = compose([word for word in words if not word.startswith(IMAGE)], ROOT / "conf")
+    tokens = replace(config.model.image_tokens, **{name: int(value) for name, value in given.items()})
+    return replace(config, model=replace(config.model, image_tokens=tokens))
+
+
 def case(family: str, stage: str, precision: str, rows: int, context: int, new: int = 16) -> Case:
     return Case(family=family, stage=stage, precision=precision, rows=rows, context=context, new=new)
 
@@ -176,7 +185,7 @@ def measure(each: Case, tracker: AllocationTracker | None = None) -> Row:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     tracker = tracker or AllocationTracker()
-    config = resolve(compose(each.words, ROOT / "conf")).config
+    config = resolve(configure(each.words)).config
     with tempfile.TemporaryDirectory() as folder:
         spec = replace(train_spec(config, HERE, run_id="fit"), output=folder)
         model, processor = build(spec)

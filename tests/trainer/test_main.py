@@ -74,7 +74,7 @@ def test_a_run_does_not_go_on_where_an_image_has_changed(
 ) -> None:
     """The ranks hash the rows alone: images would be read whole by each of them."""
     spec, row = tiny_spec(), {"image": "a.png", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]}
-    (tmp_path / "train.json").write_text(json.dumps([row]))
+    (tmp_path / "train.json").write_text(json.dumps([row] * spec.batch.global_batch))
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     spec = replace(spec, data=replace(spec.data, builtin="", train=str(tmp_path / "train.json"), images=str(tmp_path)))
     run = Path(spec.output)

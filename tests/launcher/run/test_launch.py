@@ -158,7 +158,7 @@ def images(tmp_path: Path) -> Path:
 )
 def test_bad_data_is_refused_with_file_and_row(tmp_path: Path, images: Path, bad: dict[str, object], said: tuple[str, ...]) -> None:
     file = tmp_path / "rows.json"
-    file.write_text(json.dumps([row(), bad]))
+    file.write_text(json.dumps([row(), bad, *(row() for _ in range(6))]))
     done = launch(tmp_path, "data=files", f"data.train={file}", f"data.images={images}", "data.max_length=128", *SHORT)
     assert done.returncode == 2, done.stdout + done.stderr
     for part in ("rows.json", *said):
@@ -172,7 +172,7 @@ def test_bad_data_is_refused_with_file_and_row(tmp_path: Path, images: Path, bad
 @pytest.mark.slow
 def test_a_sample_longer_than_max_length_is_refused_by_its_rank(tmp_path: Path, images: Path) -> None:
     file = tmp_path / "rows.json"
-    file.write_text(json.dumps([row(), row(answer="seven " * 300)]))
+    file.write_text(json.dumps([row(), row(answer="seven " * 300), *(row() for _ in range(6))]))
     done = launch(tmp_path, "data=files", f"data.train={file}", f"data.images={images}", "data.max_length=128", *SHORT)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "row 2" in done.stderr and "128" in done.stderr and "Traceback" not in done.stderr

@@ -49,6 +49,7 @@ def test_a_data_check_refuses_boxes_of_training_rows_only(spec: TrainSpec, tmp_p
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     for name in ("train.json", "evaluation.json"):
         rows = [row(1, "Is it?", "yes", "a.png"), row(2, "Where is it?", "[1, 2, 3, 4]", "a.png")]
+        rows += [row(number, "Is it?", "no", "a.png") for number in (3, 4)]
         (tmp_path / name).write_text(json.dumps(rows), encoding="utf-8")
     nowhere = replace(spec, model=replace(spec.model, source=Source(kind="hub", id="example/none")))
     spec = with_data(nowhere, evaluation="evaluation.json", images=str(tmp_path))
