@@ -50,12 +50,12 @@ class Rerun:
     notes: tuple[str, ...]
 
 
-def accepted_kinds(texts: Sequence[str]) -> tuple[str, ...]:
-    """Raises ConfigRefused for an unknown kind."""
+def accepted_kinds(texts: Sequence[str], known: Sequence[str] = KINDS) -> tuple[str, ...]:
+    """The values of --accept. `known`: the kinds of the verb. Raises ConfigRefused for another one."""
     kinds = tuple(dict.fromkeys(kind for text in texts for kind in text.split(",") if kind))
-    wrong = [kind for kind in kinds if kind not in KINDS]
+    wrong = [kind for kind in kinds if kind not in known]
     if wrong:
-        raise ConfigRefused(f"--accept {wrong[0]}: {suggest(wrong[0], KINDS)}")
+        raise ConfigRefused(f"--accept {wrong[0]}: {suggest(wrong[0], known)}")
     return kinds
 
 

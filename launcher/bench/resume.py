@@ -27,7 +27,7 @@ from launcher.bench.worktree import Tree
 from launcher.config.compose import compose_over
 from launcher.config.conf_folder import ConfFolder
 from launcher.config.schema import Config
-from launcher.errors import ConfigRefused, suggest
+from launcher.errors import ConfigRefused
 from launcher.image.stack import load_stacks
 from launcher.plan.plan import LocalContext, Plan, make_plan
 from launcher.plan.text import command_line
@@ -68,15 +68,6 @@ class ResumePlan:
     accepted: tuple[str, ...]
     changes: tuple[ChangedSetting, ...]
     notes: tuple[str, ...]
-
-
-def accepted_kinds(texts: Sequence[str]) -> tuple[str, ...]:
-    """Raises ConfigRefused for an unknown kind."""
-    kinds = tuple(dict.fromkeys(kind for text in texts for kind in text.split(",") if kind))
-    wrong = [kind for kind in kinds if kind not in KINDS]
-    if wrong:
-        raise ConfigRefused(f"--accept {wrong[0]}: {suggest(wrong[0], KINDS)}")
-    return kinds
 
 
 def plan_resume(

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from launcher.bench.paused_run import PausedRun, read_paused_run
-from launcher.bench.resume import KINDS, LEARNING, ResumePlan, accepted_kinds, kind_of_change, plan_resume
+from launcher.bench.rerun import accepted_kinds
+from launcher.bench.resume import KINDS, LEARNING, ResumePlan, kind_of_change, plan_resume
 from launcher.bench.worktree import Tree
 from launcher.config.key import list_keys
 from launcher.errors import ConfigRefused
@@ -183,9 +184,9 @@ def test_an_older_trainer_is_not_given_keys_that_it_does_not_know(paused: Callab
 
 
 def test_unknown_kinds_are_refused() -> None:
-    assert accepted_kinds(["steps,data", "nodes"]) == ("steps", "data", "nodes")
+    assert accepted_kinds(["steps,data", "nodes"], KINDS) == ("steps", "data", "nodes")
     with pytest.raises(ConfigRefused, match="--accept step: did you mean 'steps'"):
-        accepted_kinds(["step"])
+        accepted_kinds(["step"], KINDS)
 
 
 def config_keys_of_the_spec() -> Iterator[str]:
