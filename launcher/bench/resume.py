@@ -177,15 +177,16 @@ def describe_change(change: ChangedSetting, config: Config) -> str:
 
 
 def refuse_finished(paused: PausedRun, now: Plan) -> None:
-    """A finished run can get more steps. Its last checkpoint has weights only, so it continues from the one before, where there is one."""
-    if not paused.is_finished or now.spec.steps > paused.plan.spec.steps:
+    """A finished run can get more steps. Its last checkpoint has weights only, so it continues from the one before, where there is one. One
+    that ended early would end at the same evaluation again, since run.early_stop cannot change."""
+    early = paused.record.ended if paused.record else ""
+    if not paused.is_finished or (now.spec.steps > paused.plan.spec.steps and not early):
         return
     done = paused.plan.spec.steps
     ways = [f"a new run starts from its weights: {command_line('launch', f'stage.checkpoint={paused.run_id}')}"]
-    if not paused.plan.is_local or newest_resumable(paused.folder, done + 1):
+    if not early and (not paused.plan.is_local or newest_resumable(paused.folder, done + 1)):
         ways.insert(0, f"for more steps: {command_line('launch', '--resume', paused.run_id, f'run.steps={2 * done}', '--accept', 'steps')}")
-    early = paused.record.ended if paused.record else ""
-    how = f"it ended early ({early})" if early else f"all {done} steps are done"
+    how = f"it ended early ({early}), and would end there again" if early else f"all {done} steps are done"
     raise ConfigRefused(f"run {paused.run_id} is finished: {how}, so there is nothing to resume; {'; '.join(ways)}")
 
 

@@ -167,6 +167,17 @@ def test_a_finished_run_gets_more_steps_or_a_new_run(paused: Callable[..., Pause
     assert resume(run, "run.steps=600", accept=("steps",)).plan.spec.steps == 600
 
 
+def test_a_run_that_ended_early_would_end_there_again(paused: Callable[..., PausedRun]) -> None:
+    run = paused("run.steps=300", "run.evaluation.every=10", "run.early_stop.patience=2", status="finished")
+    assert run.record is not None
+    run = replace(run, record=replace(run.record, ended="stopped early at step 40"))
+    save(run.folder, 30)
+    for words in ((), ("run.steps=600",)):
+        with pytest.raises(ConfigRefused, match=r"ended early \(stopped early at step 40\), and would end there again.*stage\.checkpoint=R$") as caught:
+            resume(run, *words, accept=("steps",))
+        assert "for more steps" not in str(caught.value)
+
+
 def test_other_code_must_be_accepted(paused: Callable[..., PausedRun]) -> None:
     tree = Tree(project=PROJECT, differs=("trainer/a.py",), why="commit abc is not here")
     with pytest.raises(ConfigRefused, match=r"this tree differs in trainer/a\.py\n.*--accept code|(.|\n)*--accept code"):
