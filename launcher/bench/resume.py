@@ -19,6 +19,7 @@ from launcher.bench.rerun import (
     describe_tree,
     expected_facts,
     keep_environment,
+    kept_overrides,
     recorded_config,
     refuse_code,
     with_image,
@@ -26,10 +27,12 @@ from launcher.bench.rerun import (
 from launcher.bench.worktree import Tree
 from launcher.config.compose import compose_over
 from launcher.config.conf_folder import ConfFolder
+from launcher.config.defaults import EPOCHS, keys_of
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused
 from launcher.image.stack import load_stacks
 from launcher.plan.plan import LocalContext, Plan, make_plan
+from launcher.plan.rows import find_rows, with_steps
 from launcher.plan.text import command_line
 from launcher.record.record import ChangedSetting
 from trainer.contract import SPEC_FILE, AcceptedChange, Expectation
@@ -41,13 +44,14 @@ FREE, LEARNING, PLACE = "", "learning", "place"
 # The first pattern that matches a key of the config decides: a kind that must be accepted; FREE: allowed; PLACE: the run cannot continue
 # there. A key without a pattern is LEARNING: it would change what the run learns, and is refused.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("steps", ("run.steps", "run.epochs")),
-    ("data", ("data.name", "data.builtin", "data.train", "data.evaluation", "data.images")),
+    ("steps", ("run.steps",)),
+    ("data", ("data.name", "data.builtin", "data.train", "data.evaluation", "data.images", "data.rows")),
     (PLACE, ("cluster.runtime",)),
     ("variable", ("cluster.environment.*", "hardware.environment.*")),
     (
         FREE,
         (
+            "run.epochs",  # what it asks for is in run.steps
             *("*.title", "*.notes", "data.workers", "run.*timeout_s", "run.save_every*", "run.keep_*", "run.checkpoint_background"),
             *("run.trackers", "run.profile.*", "run.restarts", "run.minimum_nodes", "run.force", "run.bands.*", "run.repeats"),
             *("run.evaluation.*", "cluster.name", "cluster.delivery.*", "cluster.*_s", "cluster.rendezvous_port", "cluster.shm_size"),
@@ -86,12 +90,13 @@ def plan_resume(
     refuse_code(recorded, tree, accepted)
     before = with_folder(recorded_config(recorded, environ), paused.plan)
     config = compose_over(choose_strategy_again(before, recorded, overrides), overrides, conf) if overrides else before
+    config = count_again(config, overrides, accepted, local.here)
     if config.cluster.is_local and paused.plan.is_local:
         config = with_folder(config, paused.plan)
     refuse_learning(paused, list_learning(find_changes(before, config)), overrides)
     stacks, local = load_stacks(tree.project / "images"), replace(local, project=tree.project)
-    given = {word.partition("=")[0] for word in overrides}
-    words = (*(word for word in paused.plan.overrides if word.partition("=")[0] not in given), *overrides)
+    words = (*kept_overrides(recorded, overrides), *overrides)
+    words = words if config.run.epochs is not None else tuple(word for word in words if not word.startswith(f"{EPOCHS}="))
     asked = replace(context_for(config, stacks, tree.project), project=tree.project) if context_for else local
     then, now = (make_plan(each, stacks, at, run_id=paused.run_id, overrides=words) for each, at in ((before, local), (config, asked)))
     if tree.from_image and now.image.stack == paused.plan.image.stack:
@@ -105,6 +110,20 @@ def plan_resume(
     plan = replace(plan, spec=replace(plan.spec, expects=expect(paused, plan, (*accepted, *(change.kind for change in changes)), tree)))
     notes = (*describe_tree(recorded, tree), *(describe_change(change, now.config) for change in changes))
     return ResumePlan(plan=plan, project=tree.project, accepted=accepted, changes=changes, notes=notes)
+
+
+def count_again(config: Config, overrides: Sequence[str], accepted: Sequence[str], here: Path) -> Config:
+    """The config with the rows of other data, and the steps of run.epochs where that was given. Without it the steps stay those of the record,
+    and epochs of other data no longer say anything. The warm-up never changes."""
+    typed, data = keys_of(overrides), config.data
+    other = "data" in accepted or any(key == "data" or kind_of_change(key) == "data" for key in typed)
+    if other and "data.rows" not in typed:
+        data = replace(data, rows=0)
+    epochs = config.run.epochs if EPOCHS in typed or not other else None
+    config = replace(config, data=data, run=replace(config.run, epochs=epochs))
+    if (other or EPOCHS in typed) and data.train and not data.builtin and (other or not data.rows):
+        config = replace(config, data=replace(data, rows=find_rows(config, here)))
+    return with_steps(config, here) if EPOCHS in typed else config
 
 
 def keep_run(paused: PausedRun, then: Plan, now: Plan, accepted: tuple[str, ...], tree: Tree) -> Plan:
@@ -221,7 +240,7 @@ def compare_settings(then: Plan, now: Plan) -> list[str]:
 def refuse_learning(paused: PausedRun, lines: Sequence[str], overrides: Sequence[str]) -> None:
     """Raises ConfigRefused for what would change what the run learns, except its steps and its data."""
     if lines:
-        words = [word for word in overrides if not word.startswith("run.steps=")]
+        words = [word for word in overrides if not word.startswith(("run.steps=", "run.epochs="))]
         new_run = command_line("launch", f"stage.checkpoint={paused.run_id}", *words)
         shown = "\n".join(f"  {line}" for line in lines)
         raise ConfigRefused(

@@ -1,5 +1,6 @@
 """The plan of a run that is resumed: what overrides may change, what must be accepted, and what is refused."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -97,6 +98,61 @@ def test_what_changes_the_rest_of_the_run_must_be_accepted_by_name(
     assert planned.plan.spec.accepted_changes == ((kind,) if kind in ("steps", "data") else ())
 
 
+@pytest.fixture
+def own(tmp_path: Path) -> Callable[..., str]:
+    def write(name: str, rows: int) -> str:
+        text = [{"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": str(row)}]} for row in range(rows)]
+        (tmp_path / name).write_text(json.dumps(text), encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+def paused_of_epochs(paused: Callable[..., PausedRun], own: Callable[..., str]) -> PausedRun:
+    file = own("rows.json", 40)
+    run = paused("data=files", f"data.train={file}", "data.rows=40", "stage.global_batch=8", "run.steps=15", "stage.optimizer.warmup=3")
+    config, spec = run.plan.config, run.plan.spec
+    plan = replace(
+        run.plan,
+        config=replace(config, run=replace(config.run, epochs=3.0)),
+        spec=replace(spec, data=replace(spec.data, rows=40)),
+        overrides=("data=files", f"data.train={file}", "stage.global_batch=8", "run.epochs=3"),
+    )
+    return replace(run, recorded=replace(run.recorded, plan=plan))
+
+
+def test_a_run_of_epochs_gets_more_steps_or_more_epochs(paused: Callable[..., PausedRun], own: Callable[..., str]) -> None:
+    run = paused_of_epochs(paused, own)
+    steps = resume(run, "run.steps=20", accept=("steps",)).plan
+    assert (steps.spec.steps, steps.config.run.epochs, steps.spec.data.rows) == (20, None, 0)
+    assert steps.overrides[-1] == "run.steps=20" and "run.epochs=3" not in steps.overrides, "a launch takes only one of them"
+    with pytest.raises(ConfigRefused, match=r"(?s)  steps: run\.steps: 15 → 20.*run\.epochs=4 --accept steps"):
+        resume(run, "run.epochs=4")
+    epochs = resume(run, "run.epochs=4", accept=("steps",)).plan
+    assert (epochs.spec.steps, epochs.config.run.steps, epochs.config.run.epochs, epochs.spec.data.rows) == (20, 20, 4.0, 40)
+    assert epochs.spec.accepted_changes == ("steps",) and fixed_settings(epochs.spec) | {"steps": 15} == fixed_settings(run.plan.spec)
+
+
+def test_the_rows_of_other_data_are_counted(paused: Callable[..., PausedRun], own: Callable[..., str]) -> None:
+    run = paused_of_epochs(paused, own)
+    more, few = own("more.json", 60), own("few.json", 4)
+    for words in ((f"data.train={more}",), (f"data.train={more}", "data.rows=60")):
+        plan = resume(run, *words, accept=("data",)).plan
+        assert (plan.config.data.rows, plan.spec.steps, plan.config.run.epochs, plan.spec.data.rows) == (60, 15, None, 0)
+    plan = resume(run, f"data.train={more}", "run.epochs=4", accept=("data", "steps")).plan
+    assert (plan.spec.steps, plan.spec.data.rows, plan.spec.accepted_changes) == (30, 60, ("steps", "data"))
+    with pytest.raises(ConfigRefused, match=r"4 rows|global_batch"):
+        resume(run, f"data.train={few}", "run.steps=20", accept=("data", "steps"))
+
+
+def test_the_same_file_with_other_rows_is_counted_where_it_is_accepted(paused: Callable[..., PausedRun], own: Callable[..., str]) -> None:
+    run = paused_of_epochs(paused, own)
+    own("rows.json", 48)
+    assert resume(run).plan.spec.data.rows == 40, "the trainer refuses it"
+    plan = resume(run, accept=("data",)).plan
+    assert (plan.config.data.rows, plan.spec.data.rows, plan.spec.steps) == (48, 0, 15)
+
+
 def test_a_constant_learning_rate_does_not_depend_on_the_steps(paused: Callable[..., PausedRun]) -> None:
     run = paused("run.steps=300", "stage.optimizer.schedule=constant", "stage.optimizer.warmup=2")
     assert resume(run, "run.steps=400", accept=("steps",)).notes == ("run.steps: 300 → 400",)
@@ -173,7 +229,9 @@ def test_a_run_that_ended_early_would_end_there_again(paused: Callable[..., Paus
     run = replace(run, record=replace(run.record, ended="stopped early at step 40"))
     save(run.folder, 30)
     for words in ((), ("run.steps=600",)):
-        with pytest.raises(ConfigRefused, match=r"ended early \(stopped early at step 40\), and would end there again.*stage\.checkpoint=R$") as caught:
+        with pytest.raises(
+            ConfigRefused, match=r"ended early \(stopped early at step 40\), and would end there again.*stage\.checkpoint=R$"
+        ) as caught:
             resume(run, *words, accept=("steps",))
         assert "for more steps" not in str(caught.value)
 
