@@ -98,6 +98,7 @@ def plan_resume(
     words = (*kept_overrides(recorded, overrides), *overrides)
     words = words if config.run.epochs is not None else tuple(word for word in words if not word.startswith(f"{EPOCHS}="))
     asked = replace(context_for(config, stacks, tree.project), project=tree.project) if context_for else local
+    local = replace(local, accepted=asked.accepted)  # of this user, whatever is planned
     then, now = (make_plan(each, stacks, at, run_id=paused.run_id, overrides=words) for each, at in ((before, local), (config, asked)))
     if tree.from_image and now.image.stack == paused.plan.image.stack:
         now = with_image(now, paused.plan.image, local)

@@ -13,6 +13,8 @@ from launcher.bench.resume import KINDS, LEARNING, ResumePlan, kind_of_change, p
 from launcher.bench.worktree import Tree
 from launcher.config.key import list_keys
 from launcher.errors import ConfigRefused
+from launcher.image.licence import licence_of
+from launcher.image.stack import load_stacks
 from launcher.plan.plan import LocalContext, Plan
 from launcher.record.record import SourceState, write_record
 from tests.launcher.planted import write_run
@@ -21,6 +23,7 @@ from trainer import contract
 from trainer.contract.checkpoint_files import fixed_settings
 
 PROJECT = Path(__file__).resolve().parents[3]
+PLACE = LocalContext(project=PROJECT, here=Path("/elsewhere"), interpreter="/python", user="1000:1000")
 ENVIRON = {"HOME": "/home/ann"}
 LAB = ("cluster=example", "cluster.runtime=docker", "hardware=ascend910b", "model=qwen2_5_vl_7b", "precision=bf16")
 
@@ -40,9 +43,8 @@ def paused(tmp_path: Path, plan_for: Callable[..., Plan]) -> Callable[..., Pause
 
 
 def resume(run: PausedRun, *overrides: str, accept: tuple[str, ...] = (), tree: Tree | None = None) -> ResumePlan:
-    local = LocalContext(project=PROJECT, here=Path("/elsewhere"), interpreter="/python", user="1000:1000")
     tree = tree or Tree(project=PROJECT)
-    return plan_resume(run, overrides, accept, tree, local, ENVIRON, conf=PROJECT / "conf")
+    return plan_resume(run, overrides, accept, tree, PLACE, ENVIRON, conf=PROJECT / "conf")
 
 
 def test_without_overrides_the_recorded_plan_is_used(paused: Callable[..., PausedRun]) -> None:
@@ -198,6 +200,18 @@ def test_a_run_does_not_move_to_where_its_files_are_not(paused: Callable[..., Pa
     with pytest.raises(ConfigRefused, match="cannot move there") as caught:
         resume(paused(), *words, accept=KINDS)
     assert said in str(caught.value)
+
+
+def test_a_licence_that_was_accepted_before_is_no_change(paused: Callable[..., PausedRun]) -> None:
+    run = paused(*LAB)
+    known = licence_of(load_stacks(PROJECT / "images")[run.plan.config.hardware.stack].licence)
+    assert known is not None
+    asked = replace(PLACE, accepted={known.sha256: "2026-11-21"})
+    planned = plan_resume(
+        run, (), (), Tree(project=PROJECT), PLACE, ENVIRON, conf=PROJECT / "conf", context_for=lambda config, stacks, project: asked
+    )
+    assert planned.changes == () and planned.plan.config.cluster.delivery.accept_licence
+    assert planned.plan.licence is not None and planned.plan.licence.accepted_at == "2026-11-21"
 
 
 def test_other_nodes_are_reported_by_name_and_the_strategy_follows(paused: Callable[..., PausedRun]) -> None:
