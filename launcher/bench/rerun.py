@@ -17,6 +17,7 @@ from launcher.config.conf_folder import ConfFolder
 from launcher.config.credentials import give_credentials, without_masked
 from launcher.config.defaults import EPOCHS, keys_of, with_short_warmup
 from launcher.config.schema import Config
+from launcher.config.variable import describe_variables
 from launcher.errors import ConfigRefused, suggest
 from launcher.image.stack import Image, Stack, load_stacks
 from launcher.plan.commands import FOLDER_VARIABLE, RUN_VARIABLE, node_commands
@@ -97,6 +98,7 @@ def plan_rerun(
             *describe_batch(recorded.plan, plan),
             *describe_unknown(recorded, expects),
             *describe_resumptions(recorded),
+            *describe_variables(environ, plan.config, words),
         ),
     )
 

@@ -29,6 +29,7 @@ from launcher.config.compose import compose_over
 from launcher.config.conf_folder import ConfFolder
 from launcher.config.defaults import EPOCHS, keys_of
 from launcher.config.schema import Config
+from launcher.config.variable import describe_variables
 from launcher.errors import ConfigRefused
 from launcher.image.stack import load_stacks
 from launcher.plan.plan import LocalContext, Plan, make_plan
@@ -109,7 +110,8 @@ def plan_resume(
     refuse_unaccepted(paused, now, changes, overrides, accepted)
     plan = keep_run(paused, then, now, accepted, tree)
     plan = replace(plan, spec=replace(plan.spec, expects=expect(paused, plan, (*accepted, *(change.kind for change in changes)), tree)))
-    notes = (*describe_tree(recorded, tree), *(describe_change(change, now.config) for change in changes))
+    variables = describe_variables(environ, plan.config, words)
+    notes = (*describe_tree(recorded, tree), *(describe_change(change, now.config) for change in changes), *variables)
     return ResumePlan(plan=plan, project=tree.project, accepted=accepted, changes=changes, notes=notes)
 
 

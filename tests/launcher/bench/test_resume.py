@@ -1,7 +1,7 @@
 """The plan of a run that is resumed: what overrides may change, what must be accepted, and what is refused."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from launcher.bench.paused_run import PausedRun, read_paused_run
 from launcher.bench.rerun import accepted_kinds
 from launcher.bench.resume import KINDS, LEARNING, ResumePlan, kind_of_change, plan_resume
 from launcher.bench.worktree import Tree
+from launcher.config.conf_folder import ConfFolder
 from launcher.config.key import list_keys
 from launcher.errors import ConfigRefused
 from launcher.image.licence import licence_of
@@ -42,9 +43,16 @@ def paused(tmp_path: Path, plan_for: Callable[..., Plan]) -> Callable[..., Pause
     return write
 
 
-def resume(run: PausedRun, *overrides: str, accept: tuple[str, ...] = (), tree: Tree | None = None) -> ResumePlan:
+def resume(
+    run: PausedRun,
+    *overrides: str,
+    accept: tuple[str, ...] = (),
+    tree: Tree | None = None,
+    environ: Mapping[str, str] = ENVIRON,
+    conf: Path | ConfFolder = PROJECT / "conf",
+) -> ResumePlan:
     tree = tree or Tree(project=PROJECT)
-    return plan_resume(run, overrides, accept, tree, PLACE, ENVIRON, conf=PROJECT / "conf")
+    return plan_resume(run, overrides, accept, tree, PLACE, environ, conf=conf)
 
 
 def test_without_overrides_the_recorded_plan_is_used(paused: Callable[..., PausedRun]) -> None:
@@ -158,6 +166,11 @@ def test_the_same_file_with_other_rows_is_counted_where_it_is_accepted(paused: C
 def test_a_constant_learning_rate_does_not_depend_on_the_steps(paused: Callable[..., PausedRun]) -> None:
     run = paused("run.steps=300", "stage.optimizer.schedule=constant", "stage.optimizer.warmup=2")
     assert resume(run, "run.steps=400", accept=("steps",)).notes == ("run.steps: 300 → 400",)
+
+
+def test_a_variable_that_is_not_used_is_named(paused: Callable[..., PausedRun]) -> None:
+    said = ("TORCH_LOGS=+dynamo in your environment is ignored: write cluster.environment.TORCH_LOGS=+dynamo",)
+    assert resume(paused(), environ={**ENVIRON, "TORCH_LOGS": "+dynamo"}).notes == said
 
 
 def test_what_was_accepted_once_holds_for_later_attempts(paused: Callable[..., PausedRun]) -> None:
