@@ -4,6 +4,7 @@ The recorded spec is kept key by key: where this version of the launcher would d
 tells the ranks what they must find again (contract.Expectation), and they refuse to start if anything differs.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
@@ -13,10 +14,10 @@ from packaging.utils import canonicalize_name
 
 from launcher.bench.worktree import Tree, list_files
 from launcher.config.compose import choose_runtime, compose_over
-from launcher.config.conf_folder import ConfFolder
+from launcher.config.conf_folder import ConfFolder, as_conf_folder
 from launcher.config.credentials import give_credentials, without_masked
 from launcher.config.defaults import EPOCHS, keys_of, with_short_warmup
-from launcher.config.schema import Config
+from launcher.config.schema import AXES, Config
 from launcher.config.variable import describe_variables
 from launcher.errors import ConfigRefused, suggest
 from launcher.image.stack import Image, Stack, load_stacks
@@ -85,7 +86,7 @@ def plan_rerun(
         now = with_image(now, recorded.plan.image, place)
     spec = carry_spec(recorded, then.spec, now.spec)
     plan = replace(now, spec=spec, rerun_of=recorded.record.run_id, accepted=accepted, image_id=expected_image(recorded, now, accepted))
-    plan = keep_environment(recorded, plan, then)
+    plan = with_recorded_files(keep_environment(recorded, plan, then), recorded.plan, overrides, conf)
     # A recorded trainer that is older than expectations would refuse a spec with them.
     older = tree.is_recorded and b'"expects"' not in (recorded.folder / SPEC_FILE).read_bytes()
     expects = None if older else expect(recorded, plan, accepted)
@@ -124,6 +125,16 @@ def kept_overrides(recorded: RecordedRun, overrides: tuple[str, ...]) -> Iterato
     given = keys_of(overrides)
     given |= DURATION if given & DURATION else frozenset()
     return (word for word in recorded.plan.overrides if word.partition("=")[0] not in given)
+
+
+def with_recorded_files(plan: Plan, before: Plan, overrides: Sequence[str], conf: Path | ConfFolder) -> Plan:
+    """The plan with the files that its config was composed from: those of the record, except for an axis that an override chooses again. The
+    user's own folder is that of `conf`, or the recorded one if it is on this machine."""
+    folder = as_conf_folder(conf)
+    chosen = {axis: name for axis, _, name in (word.partition("=") for word in overrides) if axis in AXES}
+    kept = (file for file in before.files if Path(file).parent.name not in chosen)
+    own = str(folder.own) if folder.own else before.conf if os.access(before.conf, os.R_OK) else ""
+    return replace(plan, conf=own, files=(*kept, *(folder.describe(axis, name) for axis, name in chosen.items())))
 
 
 def with_image(plan: Plan, image: Image, place: LocalContext) -> Plan:

@@ -23,6 +23,7 @@ from launcher.bench.rerun import (
     recorded_config,
     refuse_code,
     with_image,
+    with_recorded_files,
 )
 from launcher.bench.worktree import Tree
 from launcher.config.compose import compose_over
@@ -108,7 +109,7 @@ def plan_resume(
     refuse_place(paused, then.config, now.config)
     refuse_learning(paused, compare_settings(then, now), overrides)
     refuse_unaccepted(paused, now, changes, overrides, accepted)
-    plan = keep_run(paused, then, now, accepted, tree)
+    plan = with_recorded_files(keep_run(paused, then, now, accepted, tree), paused.plan, overrides, conf)
     plan = replace(plan, spec=replace(plan.spec, expects=expect(paused, plan, (*accepted, *(change.kind for change in changes)), tree)))
     variables = describe_variables(environ, plan.config, words)
     notes = (*describe_tree(recorded, tree), *(describe_change(change, now.config) for change in changes), *variables)

@@ -173,6 +173,21 @@ def test_a_variable_that_is_not_used_is_named(paused: Callable[..., PausedRun]) 
     assert resume(paused(), environ={**ENVIRON, "TORCH_LOGS": "+dynamo"}).notes == said
 
 
+def test_the_files_of_the_config_are_those_of_the_record(paused: Callable[..., PausedRun], tmp_path: Path) -> None:
+    """The next commands name the user's own folder, and `--accept code` judges these files."""
+    own, files = tmp_path / "lab", ("conf/stage/projector.yaml", f"{tmp_path}/lab/data/mine.yaml")
+    own.mkdir()
+    run = paused()
+    run = replace(run, recorded=replace(run.recorded, plan=replace(run.plan, conf=str(own), files=files)))
+    assert (resume(run).plan.conf, resume(run).plan.files) == (str(own), files)
+    plan = resume(run, "data=digits_even", "run.save_every=5", accept=("data",)).plan
+    assert plan.files == (files[0], "conf/data/digits_even.yaml")
+    other = ConfFolder(project=PROJECT / "conf", own=tmp_path)
+    assert resume(run, conf=other).plan.options == ("--conf", str(tmp_path))
+    own.rmdir()
+    assert resume(run).plan.options == (), "no command can name a folder that is gone"
+
+
 def test_what_was_accepted_once_holds_for_later_attempts(paused: Callable[..., PausedRun]) -> None:
     """The newest checkpoint may be from before it."""
     run = paused("run.steps=300")
