@@ -90,17 +90,12 @@ def plan_rerun(
     # A recorded trainer that is older than expectations would refuse a spec with them.
     older = tree.is_recorded and b'"expects"' not in (recorded.folder / SPEC_FILE).read_bytes()
     expects = None if older else expect(recorded, plan, accepted)
+    notes = (*describe_tree(recorded, tree), *describe_batch(recorded.plan, plan), *describe_unknown(recorded, expects))
     return Rerun(
         plan=replace(plan, spec=replace(plan.spec, expects=expects)),
         project=tree.project,
         original=OriginalRun(folder=recorded.folder, older=tree.is_recorded),
-        notes=(
-            *describe_tree(recorded, tree),
-            *describe_batch(recorded.plan, plan),
-            *describe_unknown(recorded, expects),
-            *describe_resumptions(recorded),
-            *describe_variables(environ, plan.config, words),
-        ),
+        notes=(*notes, *describe_resumptions(recorded), *describe_variables(environ, plan.config, words)),
     )
 
 
