@@ -22,8 +22,9 @@ LOCKS := images/locks
 CPU := $(LOCKS)/cpu-$(shell uname -m)
 # Every package is checked by its hash. Without isolation source distributions are built by the locked setuptools too.
 INSTALL = .venv/bin/python -m pip install $(PIP_FLAGS) --disable-pip-version-check --no-build-isolation --use-pep517
-# Only the CPU of this machine needs the trainer's packages here; an accelerator has them in its image, and other machines have their own.
-TRAINER = .venv/.launcher $(if $(filter-out cpu,$(HW))$(filter-out local,$(CLUSTER)),,.venv/.trainer)
+# Only the CPU of this machine needs the trainer's packages here; an accelerator has them in its image, and other machines have their own. A run
+# that is resumed has them where it started.
+TRAINER = .venv/.launcher $(if $(filter-out cpu,$(HW))$(filter-out local,$(CLUSTER))$(RESUME),,.venv/.trainer)
 
 OFFLINE := not docker and not network and not cluster
 # Two processes with one thread each: more threads than cores wait for each other.

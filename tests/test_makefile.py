@@ -26,6 +26,7 @@ def commands(folder: Path, *words: str) -> str:
         (("HW=ascend910b",), False, "omnilaunch launch hardware=ascend910b"),
         (("HW=ascend910b", "MODEL=qwen2_5_vl_7b", "STAGE=lora"), False, "launch hardware=ascend910b model=qwen2_5_vl_7b stage=lora"),
         (("CLUSTER=lab",), False, "omnilaunch launch cluster=lab"),
+        (("RESUME=last",), False, "omnilaunch launch --resume last"),
         (("ARGS=cluster.runtime=docker run.steps=3",), True, "omnilaunch launch cluster.runtime=docker run.steps=3"),
     ],
 )

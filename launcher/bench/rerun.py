@@ -4,6 +4,7 @@ The recorded spec is kept key by key: where this version of the launcher would d
 tells the ranks what they must find again (contract.Expectation), and they refuse to start if anything differs.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
@@ -13,10 +14,11 @@ from packaging.utils import canonicalize_name
 
 from launcher.bench.worktree import Tree, list_files
 from launcher.config.compose import choose_runtime, compose_over
-from launcher.config.conf_folder import ConfFolder
+from launcher.config.conf_folder import ConfFolder, as_conf_folder
 from launcher.config.credentials import give_credentials, without_masked
 from launcher.config.defaults import EPOCHS, keys_of, with_short_warmup
-from launcher.config.schema import Config
+from launcher.config.schema import AXES, Config
+from launcher.config.variable import describe_variables
 from launcher.errors import ConfigRefused, suggest
 from launcher.image.stack import Image, Stack, load_stacks
 from launcher.plan.commands import FOLDER_VARIABLE, RUN_VARIABLE, node_commands
@@ -50,12 +52,12 @@ class Rerun:
     notes: tuple[str, ...]
 
 
-def accepted_kinds(texts: Sequence[str]) -> tuple[str, ...]:
-    """Raises ConfigRefused for an unknown kind."""
+def accepted_kinds(texts: Sequence[str], known: Sequence[str] = KINDS) -> tuple[str, ...]:
+    """The values of --accept. `known`: the kinds of the verb. Raises ConfigRefused for another one."""
     kinds = tuple(dict.fromkeys(kind for text in texts for kind in text.split(",") if kind))
-    wrong = [kind for kind in kinds if kind not in KINDS]
+    wrong = [kind for kind in kinds if kind not in known]
     if wrong:
-        raise ConfigRefused(f"--accept {wrong[0]}: {suggest(wrong[0], KINDS)}")
+        raise ConfigRefused(f"--accept {wrong[0]}: {suggest(wrong[0], known)}")
     return kinds
 
 
@@ -84,20 +86,16 @@ def plan_rerun(
         now = with_image(now, recorded.plan.image, place)
     spec = carry_spec(recorded, then.spec, now.spec)
     plan = replace(now, spec=spec, rerun_of=recorded.record.run_id, accepted=accepted, image_id=expected_image(recorded, now, accepted))
-    plan = keep_environment(recorded, plan, then)
+    plan = with_recorded_files(keep_environment(recorded, plan, then), recorded.plan, overrides, conf)
     # A recorded trainer that is older than expectations would refuse a spec with them.
     older = tree.is_recorded and b'"expects"' not in (recorded.folder / SPEC_FILE).read_bytes()
     expects = None if older else expect(recorded, plan, accepted)
+    notes = (*describe_tree(recorded, tree), *describe_batch(recorded.plan, plan), *describe_unknown(recorded, expects))
     return Rerun(
         plan=replace(plan, spec=replace(plan.spec, expects=expects)),
         project=tree.project,
         original=OriginalRun(folder=recorded.folder, older=tree.is_recorded),
-        notes=(
-            *describe_tree(recorded, tree),
-            *describe_batch(recorded.plan, plan),
-            *describe_unknown(recorded, expects),
-            *describe_resumptions(recorded),
-        ),
+        notes=(*notes, *describe_resumptions(recorded), *describe_variables(environ, plan.config, words)),
     )
 
 
@@ -122,6 +120,16 @@ def kept_overrides(recorded: RecordedRun, overrides: tuple[str, ...]) -> Iterato
     given = keys_of(overrides)
     given |= DURATION if given & DURATION else frozenset()
     return (word for word in recorded.plan.overrides if word.partition("=")[0] not in given)
+
+
+def with_recorded_files(plan: Plan, before: Plan, overrides: Sequence[str], conf: Path | ConfFolder) -> Plan:
+    """The plan with the files that its config was composed from: those of the record, except for an axis that an override chooses again. The
+    user's own folder is that of `conf`, or the recorded one if it is on this machine."""
+    folder = as_conf_folder(conf)
+    chosen = {axis: name for axis, _, name in (word.partition("=") for word in overrides) if axis in AXES}
+    kept = (file for file in before.files if Path(file).parent.name not in chosen)
+    own = str(folder.own) if folder.own else before.conf if os.access(before.conf, os.R_OK) else ""
+    return replace(plan, conf=own, files=(*kept, *(folder.describe(axis, name) for axis, name in chosen.items())))
 
 
 def with_image(plan: Plan, image: Image, place: LocalContext) -> Plan:

@@ -19,17 +19,22 @@ from launcher.bench.rerun import (
     describe_tree,
     expected_facts,
     keep_environment,
+    kept_overrides,
     recorded_config,
     refuse_code,
     with_image,
+    with_recorded_files,
 )
 from launcher.bench.worktree import Tree
 from launcher.config.compose import compose_over
 from launcher.config.conf_folder import ConfFolder
+from launcher.config.defaults import EPOCHS, keys_of
 from launcher.config.schema import Config
-from launcher.errors import ConfigRefused, suggest
+from launcher.config.variable import describe_variables
+from launcher.errors import ConfigRefused
 from launcher.image.stack import load_stacks
 from launcher.plan.plan import LocalContext, Plan, make_plan
+from launcher.plan.rows import find_rows, with_steps
 from launcher.plan.text import command_line
 from launcher.record.record import ChangedSetting
 from trainer.contract import SPEC_FILE, AcceptedChange, Expectation
@@ -41,13 +46,14 @@ FREE, LEARNING, PLACE = "", "learning", "place"
 # The first pattern that matches a key of the config decides: a kind that must be accepted; FREE: allowed; PLACE: the run cannot continue
 # there. A key without a pattern is LEARNING: it would change what the run learns, and is refused.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("steps", ("run.steps", "run.epochs")),
-    ("data", ("data.name", "data.builtin", "data.train", "data.evaluation", "data.images")),
+    ("steps", ("run.steps",)),
+    ("data", ("data.name", "data.builtin", "data.train", "data.evaluation", "data.images", "data.rows")),
     (PLACE, ("cluster.runtime",)),
     ("variable", ("cluster.environment.*", "hardware.environment.*")),
     (
         FREE,
         (
+            "run.epochs",  # what it asks for is in run.steps
             *("*.title", "*.notes", "data.workers", "run.*timeout_s", "run.save_every*", "run.keep_*", "run.checkpoint_background"),
             *("run.trackers", "run.profile.*", "run.restarts", "run.minimum_nodes", "run.force", "run.bands.*", "run.repeats"),
             *("run.evaluation.*", "cluster.name", "cluster.delivery.*", "cluster.*_s", "cluster.rendezvous_port", "cluster.shm_size"),
@@ -70,15 +76,6 @@ class ResumePlan:
     notes: tuple[str, ...]
 
 
-def accepted_kinds(texts: Sequence[str]) -> tuple[str, ...]:
-    """Raises ConfigRefused for an unknown kind."""
-    kinds = tuple(dict.fromkeys(kind for text in texts for kind in text.split(",") if kind))
-    wrong = [kind for kind in kinds if kind not in KINDS]
-    if wrong:
-        raise ConfigRefused(f"--accept {wrong[0]}: {suggest(wrong[0], KINDS)}")
-    return kinds
-
-
 def plan_resume(
     paused: PausedRun,
     overrides: tuple[str, ...],
@@ -95,13 +92,15 @@ def plan_resume(
     refuse_code(recorded, tree, accepted)
     before = with_folder(recorded_config(recorded, environ), paused.plan)
     config = compose_over(choose_strategy_again(before, recorded, overrides), overrides, conf) if overrides else before
+    config = count_again(config, overrides, accepted, local.here)
     if config.cluster.is_local and paused.plan.is_local:
         config = with_folder(config, paused.plan)
     refuse_learning(paused, list_learning(find_changes(before, config)), overrides)
     stacks, local = load_stacks(tree.project / "images"), replace(local, project=tree.project)
-    given = {word.partition("=")[0] for word in overrides}
-    words = (*(word for word in paused.plan.overrides if word.partition("=")[0] not in given), *overrides)
+    words = (*kept_overrides(recorded, overrides), *overrides)
+    words = words if config.run.epochs is not None else tuple(word for word in words if not word.startswith(f"{EPOCHS}="))
     asked = replace(context_for(config, stacks, tree.project), project=tree.project) if context_for else local
+    local = replace(local, accepted=asked.accepted)  # of this user, whatever is planned
     then, now = (make_plan(each, stacks, at, run_id=paused.run_id, overrides=words) for each, at in ((before, local), (config, asked)))
     if tree.from_image and now.image.stack == paused.plan.image.stack:
         now = with_image(now, paused.plan.image, local)
@@ -110,10 +109,25 @@ def plan_resume(
     refuse_place(paused, then.config, now.config)
     refuse_learning(paused, compare_settings(then, now), overrides)
     refuse_unaccepted(paused, now, changes, overrides, accepted)
-    plan = keep_run(paused, then, now, accepted, tree)
+    plan = with_recorded_files(keep_run(paused, then, now, accepted, tree), paused.plan, overrides, conf)
     plan = replace(plan, spec=replace(plan.spec, expects=expect(paused, plan, (*accepted, *(change.kind for change in changes)), tree)))
-    notes = (*describe_tree(recorded, tree), *(describe_change(change, now.config) for change in changes))
+    variables = describe_variables(environ, plan.config, words)
+    notes = (*describe_tree(recorded, tree), *(describe_change(change, now.config) for change in changes), *variables)
     return ResumePlan(plan=plan, project=tree.project, accepted=accepted, changes=changes, notes=notes)
+
+
+def count_again(config: Config, overrides: Sequence[str], accepted: Sequence[str], here: Path) -> Config:
+    """The config with the rows of other data, and the steps of run.epochs where that was given. Without it the steps stay those of the record,
+    and epochs of other data no longer say anything. The warm-up never changes."""
+    typed, data = keys_of(overrides), config.data
+    other = "data" in accepted or any(key == "data" or kind_of_change(key) == "data" for key in typed)
+    if other and "data.rows" not in typed:
+        data = replace(data, rows=0)
+    epochs = config.run.epochs if EPOCHS in typed or not other else None
+    config = replace(config, data=data, run=replace(config.run, epochs=epochs))
+    if (other or EPOCHS in typed) and data.train and not data.builtin and (other or not data.rows):
+        config = replace(config, data=replace(data, rows=find_rows(config, here)))
+    return with_steps(config, here) if EPOCHS in typed else config
 
 
 def keep_run(paused: PausedRun, then: Plan, now: Plan, accepted: tuple[str, ...], tree: Tree) -> Plan:
@@ -186,15 +200,16 @@ def describe_change(change: ChangedSetting, config: Config) -> str:
 
 
 def refuse_finished(paused: PausedRun, now: Plan) -> None:
-    """A finished run can get more steps. Its last checkpoint has weights only, so it continues from the one before, where there is one."""
-    if not paused.is_finished or now.spec.steps > paused.plan.spec.steps:
+    """A finished run can get more steps. Its last checkpoint has weights only, so it continues from the one before, where there is one. One
+    that ended early would end at the same evaluation again, since run.early_stop cannot change."""
+    early = paused.record.ended if paused.record else ""
+    if not paused.is_finished or (now.spec.steps > paused.plan.spec.steps and not early):
         return
     done = paused.plan.spec.steps
     ways = [f"a new run starts from its weights: {command_line('launch', f'stage.checkpoint={paused.run_id}')}"]
-    if not paused.plan.is_local or newest_resumable(paused.folder, done + 1):
+    if not early and (not paused.plan.is_local or newest_resumable(paused.folder, done + 1)):
         ways.insert(0, f"for more steps: {command_line('launch', '--resume', paused.run_id, f'run.steps={2 * done}', '--accept', 'steps')}")
-    early = paused.record.ended if paused.record else ""
-    how = f"it ended early ({early})" if early else f"all {done} steps are done"
+    how = f"it ended early ({early}), and would end there again" if early else f"all {done} steps are done"
     raise ConfigRefused(f"run {paused.run_id} is finished: {how}, so there is nothing to resume; {'; '.join(ways)}")
 
 
@@ -229,7 +244,7 @@ def compare_settings(then: Plan, now: Plan) -> list[str]:
 def refuse_learning(paused: PausedRun, lines: Sequence[str], overrides: Sequence[str]) -> None:
     """Raises ConfigRefused for what would change what the run learns, except its steps and its data."""
     if lines:
-        words = [word for word in overrides if not word.startswith("run.steps=")]
+        words = [word for word in overrides if not word.startswith(("run.steps=", "run.epochs="))]
         new_run = command_line("launch", f"stage.checkpoint={paused.run_id}", *words)
         shown = "\n".join(f"  {line}" for line in lines)
         raise ConfigRefused(

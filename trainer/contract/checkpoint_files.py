@@ -24,7 +24,7 @@ CHANGEABLE_KEYS = {
     *("save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background", "trackers", "trackers_named"),
     *("schema", "run_id", "output", "gradient_checkpointing", "hang_timeout_s"),
     *("checkpoint_every", "checkpoint_groups", "loss_chunk", "kernels", "expects"),
-    *("batch.micro_batch", "batch.accumulation", "data.root", "data.workers", "accepted_changes"),
+    *("batch.micro_batch", "batch.accumulation", "data.root", "data.workers", "data.rows", "accepted_changes"),
 }
 # What `spec.accepted_changes` lets differ.
 ACCEPTABLE_KEYS: dict[str, tuple[str, ...]] = {
@@ -129,7 +129,11 @@ def missing_files(folder: Path, state: CheckpointState) -> tuple[str, ...]:
 def fixed_settings(spec: TrainSpec) -> dict[str, Any]:
     """The spec as dotted keys, without the settings that may differ between attempts of one run. Values are plain JSON."""
     plain = json.loads(json.dumps(asdict(spec)))
-    return {key: value for key, value in flatten(plain) if key not in CHANGEABLE_KEYS and not f"{key}.".startswith(CHANGEABLE_SECTIONS)}
+    return {key: value for key, value in flatten(plain) if is_fixed(key)}
+
+
+def is_fixed(key: str) -> bool:
+    return key not in CHANGEABLE_KEYS and not f"{key}.".startswith(CHANGEABLE_SECTIONS)
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -154,7 +158,8 @@ def default_of(key: str) -> Any:
 
 def refuse_other_run(state: CheckpointState, spec: TrainSpec, data_sha256: str) -> None:
     """Raises InputRefused, naming every difference, when the checkpoint in the run's folder belongs to another run."""
-    there, here = state.spec, fixed_settings(spec)
+    # A checkpoint of an earlier version may hold settings that are free now.
+    there, here = {key: value for key, value in state.spec.items() if is_fixed(key)}, fixed_settings(spec)
     new = {key: default_of(key) for key in here if key not in there}  # a version before these keys did what their defaults say
     there = {**new, **there}
     accepted = {key for change in spec.accepted_changes for key in ACCEPTABLE_KEYS[change]}

@@ -135,9 +135,10 @@ def files_of(stage: StageSpec) -> tuple[tuple[str, bool], ...]:
 
 def find_count_problems(spec: TrainSpec, rows: int) -> Iterator[DataProblem]:
     """Of a file to train on: fewer rows than a batch, in which rows would be repeated; and another number than the steps were planned for. A
-    rerun repeats what its record did."""
+    rerun repeats what its record did, and so does a resumed run, unless other data was accepted for it."""
     data, batch = spec.data, spec.batch
-    if spec.stage.kind != "train" or data.builtin or spec.expects is not None:
+    repeats = spec.expects is not None and "data" not in spec.accepted_changes
+    if spec.stage.kind != "train" or data.builtin or repeats:
         return
     if rows < batch.global_batch:
         ranks = spec.device.world_size

@@ -28,10 +28,11 @@ Say = Callable[[str], None]
 
 def resume_run(name: str, overrides: Sequence[str], accept: Sequence[str], *, say: Say, detach: bool, conf: "ConfFolder") -> int:
     from launcher.bench.paused_run import read_paused_run
-    from launcher.bench.resume import accepted_kinds
+    from launcher.bench.rerun import accepted_kinds
+    from launcher.bench.resume import KINDS
     from launcher.record.description import describe_record
 
-    folder, accepted = find_run(name, Path.cwd() / "runs"), accepted_kinds(accept)
+    folder, accepted = find_run(name, Path.cwd() / "runs"), accepted_kinds(accept, KINDS)
     read_paused_run(folder)  # what cannot be resumed at all is refused before the folder is written to
     refuse_read_only(folder)
     gc.enable()  # `main` turned it off; from here on the process may live for days

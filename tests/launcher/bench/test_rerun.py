@@ -94,6 +94,19 @@ def test_an_override_changes_its_key_only(recorded: RecordedRun) -> None:
     assert "run.steps=3" not in words and words[-1] == "run.steps=9", "as they would be typed to launch it"
 
 
+def test_the_files_of_the_config_are_those_of_the_record(recorded: RecordedRun, tmp_path: Path) -> None:
+    files = ("conf/stage/projector.yaml", f"{tmp_path}/model/mine.yaml")
+    mine = replace(recorded, plan=replace(recorded.plan, conf=str(tmp_path), files=files))
+    assert (rerun(mine).plan.conf, rerun(mine).plan.files) == (str(tmp_path), files)
+    assert rerun(mine, "run.seed=7", "data=digits_even").plan.files == (*files, "conf/data/digits_even.yaml")
+
+
+def test_the_variables_that_a_rerun_does_not_use_are_named(recorded: RecordedRun) -> None:
+    environ = {"TORCH_LOGS": "+dynamo"}
+    made = plan_rerun(recorded, (), (), Tree(project=PROJECT), HERE, environ, conf=PROJECT / "conf", run_id="again")
+    assert made.notes == ("TORCH_LOGS=+dynamo in your environment is ignored: write cluster.environment.TORCH_LOGS=+dynamo",)
+
+
 def test_other_hardware_expects_the_same_data_and_weights_alone(recorded: RecordedRun) -> None:
     plan = rerun(recorded, "hardware=rtx3090", "cluster.delivery.accept_licence=true", "cluster.runtime=docker").plan
     assert plan.config.hardware.name == "rtx3090" and plan.config.precision == recorded.plan.config.precision

@@ -38,6 +38,7 @@ from trainer.contract import (
     read,
 )
 from trainer.contract.checkpoint_files import (
+    CheckpointState,
     cut_rows,
     default_of,
     fixed_settings,
@@ -374,6 +375,14 @@ def test_what_may_differ_between_attempts_is_where_and_how_fast(tiny_spec: Any) 
     assert not {key for key in parts if key.startswith(("device.", "deepspeed.", "evaluation."))}
     assert fixed_settings(replace(spec, output="/elsewhere", deepspeed={})) == parts
     assert json.loads(json.dumps(parts)) == parts
+
+
+def test_a_checkpoint_of_a_version_with_a_fixed_number_of_rows_resumes(tiny_spec: Any) -> None:
+    """The steps may be given in place of the epochs that they were counted for."""
+    spec = tiny_spec()
+    older = fixed_settings(spec) | {"data.rows": 40}
+    state = CheckpointState(schema=1, step=3, weights_sha256="", data_sha256="a", world_size=1, spec=older, files={})
+    refuse_other_run(state, spec, "a")
 
 
 def test_a_checkpoint_of_a_version_without_a_setting_is_one_with_its_default(half_done: TrainSpec) -> None:

@@ -237,6 +237,8 @@ def test_the_number_of_rows(spec, write_data, given) -> None:
     )
     again = replace(changed, expects=Expectation(run_id="earlier"))
     assert check_data(again).problems == (), "a rerun repeats what its record did"
+    assert check_data(replace(again, accepted_changes=("steps",))).problems == (), "and so does a run that is resumed"
+    assert check_data(replace(again, accepted_changes=("data",))).problems == found, "other data must have the rows of a batch"
 
 
 def test_without_a_folder_of_images_each_file_has_its_own(spec, write_data, tmp_path) -> None:
