@@ -20,7 +20,7 @@ from launcher.check.problem import Problem, Rule
 from launcher.check.recipe import RECIPE_RULES
 from launcher.check.row_count import write_row_notes
 from launcher.check.source import SOURCE_RULES, write_source_notes
-from launcher.check.start import START_RULES
+from launcher.check.start import START_RULES, write_start_notes
 from launcher.check.strategy import Resolved, resolve
 from launcher.check.strings import TEXT_RULES
 from launcher.check.suggestions import MEMORY_RULES, check_memory, write_memory_notes
@@ -115,6 +115,7 @@ def write_notes(resolved: Resolved) -> Iterator[str]:
         yield f"model.source.revision is empty: the main branch of {source.id} may change between two runs"
     if config.stage.kind == "train" and config.run.save_every == 0 and source.kind != "random":
         yield "run.save_every=0: nothing is saved before the end, and a run that is killed is lost; run.save_every=N saves every Nth step"
+    yield from write_start_notes(config)
     yield from write_source_notes(config)
     yield from write_memory_notes(resolved)
     yield from write_inference_notes(config)
