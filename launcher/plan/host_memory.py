@@ -7,7 +7,7 @@ from launcher.check.override import Compose
 from launcher.check.problem import Problem, Rule
 from launcher.check.rules import Verdict, check
 from launcher.check.strategy import Resolved, resolve
-from launcher.check.suggestions import find_changes
+from launcher.check.suggestions import find_changes, list_host_items
 from launcher.config.schema import Config
 from launcher.image.stack import Stack
 from launcher.memory.estimate import Memory, total
@@ -57,8 +57,7 @@ def describe_host(config: Config, memory: Memory, own_bytes: int = 0) -> str:
     needed = total(memory.host_items)
     if not needed:
         return ""
-    items = "; ".join(f"{item.name} {item.size_bytes / GIB:.1f}" for item in memory.host_items)
-    text = f"up to {needed / GIB:.1f} GiB of each node's own memory ({items})"
+    text = f"up to {needed / GIB:.1f} GiB of each node's own memory ({list_host_items(memory)})"
     if memory.host_limit_bytes is not None:
         return f"{text}, which has {memory.host_limit_bytes / GIB:g}"
     if config.cluster.is_local and own_bytes:
@@ -74,4 +73,4 @@ def asks_for_host(config: Config, memory: Memory, own_bytes: int = 0) -> bool:
     if known:
         return total(memory.host_items) > known
     devices = (memory.limit_bytes or 0) * device_count(config)
-    return bool(memory.host_bytes) or total(memory.host_items) > devices > 0
+    return memory.offloads or total(memory.host_items) > devices > 0
