@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from launcher.check.adapters import ADAPTER_RULES
 from launcher.check.docker import CONTAINER_RULES
+from launcher.check.evaluation import EVALUATION_RULES
 from launcher.check.hardware import HARDWARE_RULES
 from launcher.check.inference import INFERENCE_RULES, write_inference_notes
 from launcher.check.learning import LEARNING_RULES
@@ -31,6 +32,7 @@ from launcher.image.stack import Stack
 RULES = (
     *(*PRECISION_RULES, *HARDWARE_RULES, *CLUSTER_RULES, *CONTAINER_RULES, *TEXT_RULES, *RECIPE_RULES, *MEMORY_RULES, *ADAPTER_RULES),
     *INFERENCE_RULES,
+    *EVALUATION_RULES,
     *LEARNING_RULES,
     *SOURCE_RULES,
     *START_RULES,

@@ -13,7 +13,7 @@ from launcher.check.recipe import TEXT_TOKENS, batch_divides, offload_is_possibl
 from launcher.check.strategy import Estimates, Resolved, resolve
 from launcher.config.schema import Config
 from launcher.image.stack import Stack
-from launcher.memory.estimate import Memory, answering_memory, split_weights, total
+from launcher.memory.estimate import Memory, split_weights, total
 from launcher.memory.states import AVERAGE, GIB, world_size
 from launcher.memory.tokens import largest_image, smallest_image_tokens
 from trainer.contract import Lora
@@ -246,7 +246,7 @@ def _typed_values(change: str, typed: Set[str]) -> Iterator[str]:
 
 def write_memory_notes(resolved: Resolved) -> Iterator[str]:
     """What fits during a step but may not at another moment. It refuses nothing."""
-    config, memory = resolved.config, resolved.memory
+    memory = resolved.memory
     if memory is None or memory.limit_bytes is None or not memory.fits:
         return
     limit = memory.limit_bytes
@@ -254,12 +254,6 @@ def write_memory_notes(resolved: Resolved) -> Iterator[str]:
         yield (
             f"at the start each device takes {memory.start_bytes / GIB:.1f} GiB of its {limit / GIB:g}: its share of the model, and the "
             "largest tensor whole"
-        )
-    run = config.run.evaluation
-    if config.stage.kind == "train" and run.enabled and not (evaluating := answering_memory(config)).fits:
-        yield (
-            f"the evaluation after the steps takes {evaluating.total_bytes / GIB:.1f} GiB of the device's {limit / GIB:g} with "
-            f"run.evaluation.batch={run.batch}: set a smaller one"
         )
 
 

@@ -43,8 +43,8 @@ class Item:
 @dataclass(frozen=True, kw_only=True)
 class Memory:
     """`items` add up to `total_bytes` on the device that needs most; `limit_bytes`: its memory, None = not known. `host_items` are those of one
-    node, and `host_bytes` is their sum. `start_bytes`: what the device needs under ZeRO 3 while the model is loaded. `assumption`: about the sizes of the data. `share`: of the
-    device's memory that may be taken."""
+    node, and `host_bytes` is their sum. `start_bytes`: what the device needs under ZeRO 3 while the model is loaded. `assumption`: about the
+    sizes of the data. `share`: of the device's memory that may be taken."""
 
     items: tuple[Item, ...]
     total_bytes: int

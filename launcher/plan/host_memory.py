@@ -1,8 +1,9 @@
 """The host's memory that a run needs: offloaded states, models while they load, and on a CPU everything. What is not known is asked, not assumed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 
+from launcher.check.evaluation import settle_evaluation
 from launcher.check.override import Compose
 from launcher.check.problem import Problem, Rule
 from launcher.check.rules import Verdict, check
@@ -17,12 +18,18 @@ RUNTIME = "its processes, libraries and the data come on top"
 
 
 def judge(
-    config: Config, stacks: Mapping[str, Stack], rules: tuple[Rule, ...], compose: Compose | None, own_bytes: int
-) -> tuple[Verdict, Resolved]:
-    """The verdict of all rules and of this machine's memory, and the config with its strategy resolved."""
-    resolved = resolve(config)
+    config: Config,
+    stacks: Mapping[str, Stack],
+    rules: tuple[Rule, ...],
+    compose: Compose | None,
+    own_bytes: int,
+    typed: Set[str] = frozenset(),
+) -> tuple[Verdict, Resolved, str]:
+    """The verdict of all rules and of this machine's memory, the config with its strategy resolved, and what was set for its evaluation.
+    `typed`: keys that the user gave."""
+    resolved, said = settle_evaluation(resolve(config), typed)
     verdict = check(resolved.asked, stacks, rules=rules, resolved=resolved, compose=compose)
-    return with_own_memory(verdict, resolved, own_bytes, stacks), resolved
+    return with_own_memory(verdict, resolved, own_bytes, stacks), resolved, said
 
 
 def with_own_memory(verdict: Verdict, resolved: Resolved, own_bytes: int, stacks: Mapping[str, Stack]) -> Verdict:
