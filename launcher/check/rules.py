@@ -122,5 +122,6 @@ def write_notes(resolved: Resolved) -> Iterator[str]:
     yield from write_memory_notes(resolved)
     yield from write_inference_notes(config)
     yield from write_row_notes(config)
-    yield from config.hardware.notes
+    counted = config.cluster.devices_per_node is not None  # answers the question of such a note
+    yield from (note for note in config.hardware.notes if not (counted and note.startswith("devices_per_node ")))
     yield from config.model.notes
