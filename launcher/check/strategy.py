@@ -163,5 +163,8 @@ def explain_strategy(resolved: Resolved) -> str:
     rule = f"at most {STATES_SHARE:.0%} for states and {PEAK_SHARE:.0%} at the peak"
     if share <= PEAK_SHARE:
         return f"{text}: the fastest with {rule}; the peak takes {share:.0%}"
-    margin = f"the peak takes {share:.0%}, above the margin of {PEAK_SHARE:.0%}, and the estimate may be off by 5 %: the run may end for lack of memory. A smaller data.max_length takes less"
+    margin = (
+        f"the peak takes {share:.0%}, above the margin of {PEAK_SHARE:.0%}, and the estimate may be off by 5 %: the run may "
+        "end for lack of memory. A smaller data.max_length takes less"
+    )
     return f"{text}: nothing fits with {rule}; {margin}"

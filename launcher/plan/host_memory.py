@@ -1,6 +1,6 @@
 """The host's memory that a run needs: offloaded states, models while they load, and on a CPU everything. What is not known is asked, not assumed."""
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from launcher.check.evaluation import settle_evaluation
@@ -23,11 +23,11 @@ def judge(
     rules: tuple[Rule, ...],
     compose: Compose | None,
     own_bytes: int,
-    typed: Set[str] = frozenset(),
+    overrides: Sequence[str] = (),
 ) -> tuple[Verdict, Resolved, str]:
     """The verdict of all rules and of this machine's memory, the config with its strategy resolved, and what was set for its evaluation.
-    `typed`: keys that the user gave."""
-    resolved, said = settle_evaluation(resolve(config), typed)
+    `overrides`: as the user typed them."""
+    resolved, said = settle_evaluation(resolve(config), {override.partition("=")[0] for override in overrides})
     verdict = check(resolved.asked, stacks, rules=rules, resolved=resolved, compose=compose)
     return with_own_memory(verdict, resolved, own_bytes, stacks), resolved, said
 

@@ -142,8 +142,7 @@ def make_plan(
     again = compose or (partial(compose_files, conf=conf) if conf else None)
     recompose = partial(compose_change, overrides, compose=again) if again else None
     rules = (*rules, *machine_rules(local.machine))
-    typed = {override.partition("=")[0] for override in overrides}
-    verdict, resolved, settled = judge(on_one_rank(config), stacks, rules, recompose, local.memory_bytes, typed)
+    verdict, resolved, settled = judge(on_one_rank(config), stacks, rules, recompose, local.memory_bytes, overrides)
     config = resolved.config
     refuse(verdict, launching=False, overrides=overrides)
     stack, cluster = stacks[config.hardware.stack], config.cluster

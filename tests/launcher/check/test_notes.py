@@ -6,6 +6,7 @@ from launcher.check.inference import write_inference_notes
 from launcher.check.rules import write_notes
 from launcher.check.strategy import explain_strategy, resolve
 from launcher.config.compose import compose
+from launcher.memory.estimate import estimate_memory
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 P4 = ("hardware=p4", "model=omnilmm_3b")
@@ -29,3 +30,11 @@ def test_the_number_of_cards_is_not_asked_where_it_was_given() -> None:
     for words, noted in (((), True), (("cluster.devices_per_node=2",), False)):
         notes = write_notes(resolve(compose(("hardware=rtx3090", *words), CONF)))
         assert any(note.startswith("devices_per_node is two cards") for note in notes) == noted
+
+
+def test_an_image_that_is_longer_than_the_context_is_said_not_to_fit() -> None:
+    """It said `a context of 1,024 tokens ... and one image`, of 1,280 tokens."""
+    words = ("hardware=h200", "model=qwen2_5_vl_7b", "stage=serve")
+    said = {size: estimate_memory(compose((*words, f"stage.serving.context={size}"), CONF)).assumption for size in (1024, 4096)}
+    assert "Such an image does not fit into the context" in said[1024] and "A larger stage.serving.context" in said[1024]
+    assert "does not fit" not in said[4096]
