@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from launcher.check.adapters import ADAPTER_RULES
 from launcher.check.docker import CONTAINER_RULES
+from launcher.check.evaluation import EVALUATION_RULES
 from launcher.check.hardware import HARDWARE_RULES
 from launcher.check.inference import INFERENCE_RULES, write_inference_notes
 from launcher.check.learning import LEARNING_RULES
@@ -20,7 +21,7 @@ from launcher.check.problem import Problem, Rule
 from launcher.check.recipe import RECIPE_RULES
 from launcher.check.row_count import write_row_notes
 from launcher.check.source import SOURCE_RULES, write_source_notes
-from launcher.check.start import START_RULES
+from launcher.check.start import START_RULES, write_start_notes
 from launcher.check.strategy import Resolved, resolve
 from launcher.check.strings import TEXT_RULES
 from launcher.check.suggestions import MEMORY_RULES, check_memory, write_memory_notes
@@ -31,6 +32,7 @@ from launcher.image.stack import Stack
 RULES = (
     *(*PRECISION_RULES, *HARDWARE_RULES, *CLUSTER_RULES, *CONTAINER_RULES, *TEXT_RULES, *RECIPE_RULES, *MEMORY_RULES, *ADAPTER_RULES),
     *INFERENCE_RULES,
+    *EVALUATION_RULES,
     *LEARNING_RULES,
     *SOURCE_RULES,
     *START_RULES,
@@ -115,9 +117,11 @@ def write_notes(resolved: Resolved) -> Iterator[str]:
         yield f"model.source.revision is empty: the main branch of {source.id} may change between two runs"
     if config.stage.kind == "train" and config.run.save_every == 0 and source.kind != "random":
         yield "run.save_every=0: nothing is saved before the end, and a run that is killed is lost; run.save_every=N saves every Nth step"
+    yield from write_start_notes(config)
     yield from write_source_notes(config)
     yield from write_memory_notes(resolved)
     yield from write_inference_notes(config)
     yield from write_row_notes(config)
-    yield from config.hardware.notes
+    counted = config.cluster.devices_per_node is not None  # answers the question of such a note
+    yield from (note for note in config.hardware.notes if not (counted and note.startswith("devices_per_node ")))
     yield from config.model.notes

@@ -97,6 +97,17 @@ def needed_groups_are_trained(config: Config, _: Mapping[str, Stack]) -> Iterato
         yield Problem(key=KEY, what=what)
 
 
+def write_start_notes(config: Config) -> Iterator[str]:
+    """Weights that only the nodes have: their files decide the model, and the plan cannot read them."""
+    stage = config.stage
+    if stage.checkpoint and stage.recorded is None and not config.cluster.is_local:
+        weights = f"an adapter of {config.model.name}" if stage.kind == "merge" else f"full weights of {config.model.name}"
+        yield (
+            f"{KEY}={stage.checkpoint} is read on the nodes, and the plan did not look into it: it is planned as {weights} (model={config.model.name}). "
+            "If it is another model, name that one with model=NAME"
+        )
+
+
 def write(value: object) -> str:
     return str(value).lower()
 

@@ -161,4 +161,10 @@ def explain_strategy(resolved: Resolved) -> str:
         return f"{text}: the device's memory is not known, so nothing was compared with it"
     share = memory.total_bytes / memory.limit_bytes
     rule = f"at most {STATES_SHARE:.0%} for states and {PEAK_SHARE:.0%} at the peak"
-    return f"{text}: the fastest with {rule}; the peak takes {share:.0%}" if share <= PEAK_SHARE else f"{text}: nothing fits with {rule}"
+    if share <= PEAK_SHARE:
+        return f"{text}: the fastest with {rule}; the peak takes {share:.0%}"
+    margin = (
+        f"the peak takes {share:.0%}, above the margin of {PEAK_SHARE:.0%}, and the estimate may be off by 5 %: the run may "
+        "end for lack of memory. A smaller data.max_length takes less"
+    )
+    return f"{text}: nothing fits with {rule}; {margin}"

@@ -13,7 +13,7 @@ from launcher.check.recipe import TEXT_TOKENS, batch_divides, offload_is_possibl
 from launcher.check.strategy import Estimates, Resolved, resolve
 from launcher.config.schema import Config
 from launcher.image.stack import Stack
-from launcher.memory.estimate import Memory, answering_memory, split_weights, total
+from launcher.memory.estimate import Memory, split_weights, total
 from launcher.memory.states import AVERAGE, GIB, world_size
 from launcher.memory.tokens import largest_image, smallest_image_tokens
 from trainer.contract import Lora
@@ -32,7 +32,7 @@ ALSO_CHECKED: tuple[Rule, ...] = (
 
 
 def memory_fits(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
-    """The peak of the device with the highest peak against the device's memory, and the offloaded states against the host's memory where
+    """The peak of the device with the highest peak against the device's memory, and the items of the host against the host's memory where
     that is known."""
     yield from check_memory(resolve(config), stacks)
 
@@ -56,17 +56,20 @@ def refuse_memory(resolved: Resolved, memory: Memory, stacks: Mapping[str, Stack
 
 def describe_host(memory: Memory, offered: Sequence[Memory]) -> str:
     """What the offered changes need of the host's memory; '' where that is what lacks, since only changes that fit there are offered then."""
-    offloaded = max((other.host_bytes for other in offered), default=0)
+    offloaded = max((other.host_bytes for other in offered if other.offloads), default=0)
     if not offloaded or memory.total_bytes <= memory.share * (memory.limit_bytes or 0):
         return ""
     of = "" if memory.host_limit_bytes else ", which was not checked: hardware.host_memory_gib is not set"
-    return f"; offloaded, states take up to {offloaded / GIB:.1f} GiB of a node's host memory{of}"
+    return f"; with states offloaded, up to {offloaded / GIB:.1f} GiB of a node's host memory are taken{of}"
 
 
 def describe_need(config: Config, memory: Memory) -> str:
     limit = memory.limit_bytes or 0
     if memory.total_bytes <= memory.share * limit:
-        return f"offloaded states take {memory.host_bytes / GIB:.1f} GiB of a node's host memory, which has {config.hardware.host_memory_gib:g}"
+        return (
+            f"up to {memory.host_bytes / GIB:.1f} GiB of a node's host memory are taken ({list_host_items(memory)}), which has "
+            f"{config.hardware.host_memory_gib:g}; the kernel would kill a rank, with exit code 137"
+        )
     states = total(item for item in memory.items if item.name in ("weights", "gradients", "optimizer", AVERAGE))
     strategy = f" ({config.strategy.name})" if config.stage.kind == "train" else ""  # without training, every rank has the whole model
     most = f", of which {memory.share:.0%} may be taken" if memory.total_bytes <= limit else ""
@@ -74,6 +77,10 @@ def describe_need(config: Config, memory: Memory) -> str:
         f"the peak takes {memory.total_bytes / GIB:.1f} GiB on each device{strategy}, which has {limit / GIB:g}{most}: "
         f"{states / GIB:.1f} model states, {(memory.total_bytes - states) / GIB:.1f} activations, buffers and runtime"
     )
+
+
+def list_host_items(memory: Memory) -> str:
+    return "; ".join(f"{item.name} {item.size_bytes / GIB:.1f}" for item in memory.host_items)
 
 
 def describe_split(config: Config) -> str:
@@ -239,7 +246,7 @@ def _typed_values(change: str, typed: Set[str]) -> Iterator[str]:
 
 def write_memory_notes(resolved: Resolved) -> Iterator[str]:
     """What fits during a step but may not at another moment. It refuses nothing."""
-    config, memory = resolved.config, resolved.memory
+    memory = resolved.memory
     if memory is None or memory.limit_bytes is None or not memory.fits:
         return
     limit = memory.limit_bytes
@@ -247,19 +254,6 @@ def write_memory_notes(resolved: Resolved) -> Iterator[str]:
         yield (
             f"at the start each device takes {memory.start_bytes / GIB:.1f} GiB of its {limit / GIB:g}: its share of the model, and the "
             "largest tensor whole"
-        )
-    host, host_limit = total(memory.host_items), memory.host_limit_bytes
-    if host_limit is not None and host > host_limit:
-        what = ", ".join(f"{item.name} {item.size_bytes / GIB:.1f}" for item in memory.host_items)
-        yield (
-            f"a node's host memory may be too small: up to {host / GIB:.1f} GiB of its {host_limit / GIB:g} are taken ({what}), by DeepSpeed's "
-            "rule for pinned buffers; the kernel then kills a rank, with exit code 137"
-        )
-    run = config.run.evaluation
-    if config.stage.kind == "train" and run.enabled and not (evaluating := answering_memory(config)).fits:
-        yield (
-            f"the evaluation after the steps takes {evaluating.total_bytes / GIB:.1f} GiB of the device's {limit / GIB:g} with "
-            f"run.evaluation.batch={run.batch}: set a smaller one"
         )
 
 

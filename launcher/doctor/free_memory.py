@@ -48,8 +48,8 @@ def check_fit(checked: CheckedNode) -> CheckResult:
         return unchecked("numbers of the config are out of range")
     memory = memory_within(config, free)
     text = f"the peak takes {memory.total_bytes / GIB:.1f} GiB, {free.free_gib:.1f} of {free.total_gib:.1f} are free"
-    if memory.host_bytes:
-        text += f"; offloaded states take {memory.host_bytes / GIB:.1f} GiB of the node's own memory, {free.host_gib:.1f} are free"
+    if memory.offloads:
+        text += f"; with states offloaded, up to {memory.host_bytes / GIB:.1f} GiB are taken of the node's own memory, {free.host_gib:.1f} are free"
     if memory.fits:
         return passed(text)
     if config.run.force:

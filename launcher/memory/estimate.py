@@ -27,6 +27,7 @@ from launcher.memory.buffers import (
 from launcher.memory.states import DTYPE_BYTES, GIB, States, engine_stage, model_states, packs, streams, weight_bytes, zero_stage
 from launcher.memory.tokens import Load, read_answer_load, read_evaluation_load, read_load
 
+OFFLOADED = "offloaded states"
 SET_ASIDE = "weights set aside"
 ANSWER_SHARE = 0.95  # of a stage that answers requests which are not known when it is planned: the estimate is within 5 % (docs/fit.md)
 Basis = Literal["arithmetic", "calibrated", "traced"]
@@ -42,8 +43,8 @@ class Item:
 @dataclass(frozen=True, kw_only=True)
 class Memory:
     """`items` add up to `total_bytes` on the device that needs most; `limit_bytes`: its memory, None = not known. `host_items` are those of one
-    node. `start_bytes`: what the device needs under ZeRO 3 while the model is loaded. `assumption`: about the sizes of the data. `share`: of the
-    device's memory that may be taken."""
+    node, and `host_bytes` is their sum. `start_bytes`: what the device needs under ZeRO 3 while the model is loaded. `assumption`: about the
+    sizes of the data. `share`: of the device's memory that may be taken."""
 
     items: tuple[Item, ...]
     total_bytes: int
@@ -56,11 +57,16 @@ class Memory:
     share: float = 1.0
 
     @property
+    def offloads(self) -> bool:
+        """Whether states are in host memory."""
+        return any(item.name == OFFLOADED for item in self.host_items)
+
+    @property
     def fits(self) -> bool:
         return self.fits_within(self.share)
 
     def fits_within(self, share: float) -> bool:
-        """Whether the peak takes at most `share` of the device's memory, and the offloaded states fit in host memory. An unknown size fits."""
+        """Whether the peak takes at most `share` of the device's memory, and the host's items fit in its memory. An unknown size fits."""
         device = self.limit_bytes is None or self.total_bytes <= share * self.limit_bytes
         return device and (self.host_limit_bytes is None or self.host_bytes <= self.host_limit_bytes)
 
@@ -85,7 +91,7 @@ def estimate_memory(config: Config, *, states: States | None = None, load: Load 
         total_bytes=total(items),
         limit_bytes=None if hardware.memory_gib is None else int(hardware.memory_gib * GIB),
         host_items=host_items,
-        host_bytes=states.host_bytes,
+        host_bytes=total(host_items),
         host_limit_bytes=None if hardware.host_memory_gib is None else int(hardware.host_memory_gib * GIB),
         start_bytes=start + runtime.size_bytes if zero_stage(config) == 3 else 0,
         assumption="" if packs(config) or streams(config) else load.assumption,
@@ -138,7 +144,7 @@ def count_items(sizes: Mapping[str, int], basis: Basis) -> Iterator[Item]:
 def count_host(config: Config, states: States) -> Iterator[Item]:
     """Host memory of one node: offloaded states, their pinned buffers, and the models that its ranks load."""
     if states.host_bytes:
-        yield Item(name="offloaded states", size_bytes=states.host_bytes, basis="arithmetic")
+        yield Item(name=OFFLOADED, size_bytes=states.host_bytes, basis="arithmetic")
         yield Item(name="pinned buffers", size_bytes=int((HOST_FACTOR - 1) * states.host_bytes), basis="calibrated")
     if config.hardware.accelerator != "cpu" and not streams(config):
         yield Item(name="model while it loads", size_bytes=loading_bytes(config)[1], basis="arithmetic")

@@ -98,6 +98,9 @@ def read_question_load(config: Config, *, rows: int) -> Load:
     shown = min(context, images * tokens)
     each = f"{images} images" if images > 1 else "one image" if images else "no image"
     size = f", {describe_largest(config)}" if images else ""
+    if images and tokens > context:
+        key = f"stage.{'serving' if config.stage.serving else 'inference'}.context"
+        size += f". Such an image does not fit into the context: a question with it is refused. A larger {key}, or the bound of an image, changes that"
     return Load(
         rows=rows,
         length=context,

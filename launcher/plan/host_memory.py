@@ -1,13 +1,14 @@
 """The host's memory that a run needs: offloaded states, models while they load, and on a CPU everything. What is not known is asked, not assumed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from launcher.check.evaluation import settle_evaluation
 from launcher.check.override import Compose
 from launcher.check.problem import Problem, Rule
 from launcher.check.rules import Verdict, check
 from launcher.check.strategy import Resolved, resolve
-from launcher.check.suggestions import find_changes
+from launcher.check.suggestions import find_changes, list_host_items
 from launcher.config.schema import Config
 from launcher.image.stack import Stack
 from launcher.memory.estimate import Memory, total
@@ -17,12 +18,18 @@ RUNTIME = "its processes, libraries and the data come on top"
 
 
 def judge(
-    config: Config, stacks: Mapping[str, Stack], rules: tuple[Rule, ...], compose: Compose | None, own_bytes: int
-) -> tuple[Verdict, Resolved]:
-    """The verdict of all rules and of this machine's memory, and the config with its strategy resolved."""
-    resolved = resolve(config)
+    config: Config,
+    stacks: Mapping[str, Stack],
+    rules: tuple[Rule, ...],
+    compose: Compose | None,
+    own_bytes: int,
+    overrides: Sequence[str] = (),
+) -> tuple[Verdict, Resolved, str]:
+    """The verdict of all rules and of this machine's memory, the config with its strategy resolved, and what was set for its evaluation.
+    `overrides`: as the user typed them."""
+    resolved, said = settle_evaluation(resolve(config), {override.partition("=")[0] for override in overrides})
     verdict = check(resolved.asked, stacks, rules=rules, resolved=resolved, compose=compose)
-    return with_own_memory(verdict, resolved, own_bytes, stacks), resolved
+    return with_own_memory(verdict, resolved, own_bytes, stacks), resolved, said
 
 
 def with_own_memory(verdict: Verdict, resolved: Resolved, own_bytes: int, stacks: Mapping[str, Stack]) -> Verdict:
@@ -57,8 +64,7 @@ def describe_host(config: Config, memory: Memory, own_bytes: int = 0) -> str:
     needed = total(memory.host_items)
     if not needed:
         return ""
-    items = "; ".join(f"{item.name} {item.size_bytes / GIB:.1f}" for item in memory.host_items)
-    text = f"up to {needed / GIB:.1f} GiB of each node's own memory ({items})"
+    text = f"up to {needed / GIB:.1f} GiB of each node's own memory ({list_host_items(memory)})"
     if memory.host_limit_bytes is not None:
         return f"{text}, which has {memory.host_limit_bytes / GIB:g}"
     if config.cluster.is_local and own_bytes:
@@ -74,4 +80,4 @@ def asks_for_host(config: Config, memory: Memory, own_bytes: int = 0) -> bool:
     if known:
         return total(memory.host_items) > known
     devices = (memory.limit_bytes or 0) * device_count(config)
-    return bool(memory.host_bytes) or total(memory.host_items) > devices > 0
+    return memory.offloads or total(memory.host_items) > devices > 0

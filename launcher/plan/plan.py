@@ -96,6 +96,7 @@ class Plan:
     image_id: str = ""  # the id that the image must have on the nodes; '' = any image that was built from its files
     memory: Memory | None = None  # None in plans of earlier versions
     choice: str = ""  # the reason for strategy and micro-batch
+    settled: str = ""  # what the plan lowered because the user left it open; '' = nothing
     conf: str = ""  # the user's own folder of axis files (--conf), absolute
     files: tuple[str, ...] = ()  # that the config was composed from: conf/stage/lora.yaml, or the whole path of one of the user's own
     licence: AcceptedLicence | None = None  # of the image; None where there is none to accept, or it is not accepted yet
@@ -141,7 +142,7 @@ def make_plan(
     again = compose or (partial(compose_files, conf=conf) if conf else None)
     recompose = partial(compose_change, overrides, compose=again) if again else None
     rules = (*rules, *machine_rules(local.machine))
-    verdict, resolved = judge(on_one_rank(config), stacks, rules, recompose, local.memory_bytes)
+    verdict, resolved, settled = judge(on_one_rank(config), stacks, rules, recompose, local.memory_bytes, overrides)
     config = resolved.config
     refuse(verdict, launching=False, overrides=overrides)
     stack, cluster = stacks[config.hardware.stack], config.cluster
@@ -160,6 +161,7 @@ def make_plan(
         overrides=overrides,
         memory=resolved.memory,
         choice=explain_strategy(resolved),
+        settled=settled,
         licence=licence,
     )
 

@@ -119,6 +119,8 @@ def list_assumptions(plan: Plan) -> Iterator[str]:
         yield f"from the record of {name_run(recorded)}: {', '.join(recorded.taken)}"
     if memory.assumption:
         yield memory.assumption
+    if plan.settled:
+        yield plan.settled
 
 
 def describe_image_state(plan: Plan, built: bool | None) -> str:
@@ -148,8 +150,8 @@ def describe_work(spec: TrainSpec) -> str:
     if stage.quantization is not None:
         return f"{weights} in {stage.quantization.scheme}, except {', '.join(stage.quantization.keep) or 'nothing'}"
     if stage.inference is not None:
-        what = f"the rows of {stage.inference.input}" if stage.inference.input else "one question"
-        return f"{what}, {stage.inference.batch} at a time, {where}"
+        rows = f"the rows of {stage.inference.input}, {stage.inference.batch} at a time"
+        return f"{rows if stage.inference.input else 'one question'}, {where}"
     if stage.serving is not None:
         return f"http://{stage.serving.address}:{stage.serving.port} on the node, {stage.serving.max_batch} answers at a time, {where}"
     if stage.kind == "evaluate":

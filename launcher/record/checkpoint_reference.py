@@ -108,11 +108,19 @@ def find_checkpoint(text: str, runs: tuple[Path, ...], *, local: bool) -> FoundC
         return checkpoint_of_run(folder.resolve().parent, text)
     if exists(folder):
         return FoundCheckpoint(path=text, bases=bases_of(folder), run=run_of(folder)) if local else None
-    if local:
+    if local or is_run_name(text):
+        there = "" if local else ". A folder that only the nodes have is given with its whole path, /PATH/FOLDER"
         raise ConfigRefused(
-            f"stage.checkpoint={text}: there is no folder and no run of this name in {join_paths(runs)}; {describe_runs(name, list_folders(*runs))}"
+            f"stage.checkpoint={text}: there is no folder and no run of this name in {join_paths(runs)}; "
+            f"{describe_runs(name, list_folders(*runs))}{there}"
         )
     return None
+
+
+def is_run_name(text: str) -> bool:
+    """Whether it is RUN or RUN/STEP, and not a path: runs are known on this machine, whatever the cluster is."""
+    name, slash, step = text.partition("/")
+    return bool(name) and name not in (".", "..") and (not slash or STEP.fullmatch(step) is not None)
 
 
 def checkpoint_of_run(folder: Path, text: str) -> FoundCheckpoint:

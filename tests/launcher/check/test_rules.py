@@ -323,7 +323,7 @@ def test_memory_is_refused_with_numbers() -> None:
     (problem,) = judge("hardware=rtx3090", ACCEPTED, *LLAVA).problems
     assert str(problem) == (
         "  strategy: the peak takes 63.9 GiB on each device (zero3), which has 24: 56.9 model states, 6.9 activations, buffers and runtime; "
-        "offloaded, states take up to 113.9 GiB of a node's host memory, which was not checked: hardware.host_memory_gib is not set\n"
+        "with states offloaded, up to 177.4 GiB of a node's host memory are taken, which was not checked: hardware.host_memory_gib is not set\n"
         "    would pass: strategy=zero2 strategy.offload_optimizer=true  or  "
         "strategy=zero3 strategy.offload_optimizer=true strategy.offload_parameters=true  or  stage=lora"
     )

@@ -153,15 +153,14 @@ def test_a_host_that_is_too_small_is_named() -> None:
     assert "which has 64" in problem.what
 
 
-def test_a_host_that_holds_the_states_and_not_the_pinned_buffers_beside_them_is_noted() -> None:
+def test_a_host_that_holds_the_states_and_not_the_pinned_buffers_beside_them_is_refused() -> None:
     words = ("hardware=rtx3090", "model=llava_1_5_7b", "tune=null", "strategy=zero2", "strategy.offload_optimizer=true")
     config = resolved(*words, "strategy.gradient_checkpointing=true")
     memory = estimate_memory(config)
     enough, short = (sum(item.size_bytes for item in memory.host_items) + more for more in (1, -1))
-    for limit, noted in ((enough, False), (short, True)):
+    for limit, fits in ((enough, True), (short, False)):
         sized = replace(config, hardware=replace(config.hardware, host_memory_gib=limit / 2**30))
-        assert estimate_memory(sized).fits
-        assert any("a node's host memory may be too small" in note for note in write_memory_notes(resolve(sized))) == noted
+        assert estimate_memory(sized).fits == fits == (not list(memory_fits(sized, {})))
 
 
 @pytest.mark.parametrize(

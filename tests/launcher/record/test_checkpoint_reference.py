@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from launcher.check.start import write_start_notes
 from launcher.config.compose import compose
 from launcher.config.schema import Config, Node
 from launcher.errors import ConfigRefused
@@ -23,7 +24,8 @@ REMOTE = "/srv/omnilaunch/runs/R"
 
 
 def config_for(text: str, *words: str, hosts: tuple[str, ...] = ()) -> Config:
-    config = compose(["stage=lora", *words], CONF)
+    stage = () if any(word.startswith("stage=") for word in words) else ("stage=lora",)
+    config = compose([*stage, *words], CONF)
     nodes = tuple(Node(host=host) for host in hosts) or config.cluster.nodes
     root = config.cluster.root if not hosts else "/srv/omnilaunch"
     return replace(config, cluster=replace(config.cluster, nodes=nodes, root=root), stage=replace(config.stage, checkpoint=text))
@@ -175,3 +177,21 @@ def test_a_folder_on_a_node_is_named_as_scp_does(text: str, tmp_path: Path) -> N
     assert resolved(config_for(text, "cluster.shared=true", hosts=("gpu1", "gpu2")), tmp_path) == "/srv/c/step-000001"
     with pytest.raises(ConfigRefused, match="the checkpoint is on gpu1, which is not a node of this run"):
         resolved(config_for(text, hosts=("gpu2",)), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["typo", "typo/300"])
+@pytest.mark.parametrize("words", [("stage=merge",), ("stage=evaluate",), ()])
+def test_a_run_that_does_not_exist_is_refused_on_a_cluster_too(text: str, words: tuple[str, ...], run: Path) -> None:
+    config = config_for(text, *words, hosts=("gpu1",))
+    with pytest.raises(ConfigRefused, match=rf"stage.checkpoint={text}: there is no folder and no run of this name.*/PATH/FOLDER"):
+        resolve_checkpoint(config, run.parent)
+
+
+def test_a_folder_of_the_nodes_is_allowed_and_said_to_be_unread(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_for("/data/base", "stage=merge", "model=tiny_internvl", hosts=("gpu1",))
+    assert resolve_checkpoint(config, run.parent).stage.checkpoint == "/data/base"
+    assert any("did not look into it: it is planned as an adapter of tiny_internvl" in note for note in write_start_notes(config))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    assert resolve_checkpoint(config_for("weights", hosts=("gpu1",)), run.parent).stage.checkpoint == "weights"
+    assert not list(write_start_notes(config_for(str(tmp_path / "weights"))))
