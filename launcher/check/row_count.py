@@ -23,17 +23,17 @@ def refuse_few_rows(config: Config, ranks: int) -> Iterator[Problem]:
 
 
 def smaller_batches(config: Config, ranks: int) -> Iterator[str]:
-    """A batch for several steps an epoch first, then the largest, both for all ranks; and one for a micro-batch that was typed."""
+    """A batch for several steps an epoch first, then the largest, both for all ranks; where the typed micro-batch is too large for each, with
+    one that is not."""
     rows, unit = config.data.rows, (config.strategy.micro_batch or 1) * ranks
     small = 2 ** round(math.log2(max(1, rows / STEPS_AN_EPOCH)))
     if rows < ranks:
         yield from (f"cluster.devices_per_node=1 stage.global_batch={size}" for size in dict.fromkeys((small, rows)))
         return
+    more = "" if unit <= rows else " strategy.micro_batch=1"
     unit = unit if unit <= rows else ranks
     sizes = dict.fromkeys(unit * max(1, size // unit) for size in (small, rows))
-    yield from (f"stage.global_batch={size}" for size in sizes)
-    if unit != (config.strategy.micro_batch or 1) * ranks:
-        yield f"stage.global_batch={list(sizes)[-1]} strategy.micro_batch=1"
+    yield from (f"stage.global_batch={size}{more}" for size in sizes)
 
 
 def has_own_rows(config: Config) -> bool:

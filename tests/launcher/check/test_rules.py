@@ -195,6 +195,13 @@ def test_refused_and_what_would_pass(overrides: tuple[str, ...], key: str, chang
     assert found[0].what not in [problem.what for problem in judge(*kept, *change.split()).problems]
 
 
+def test_a_smaller_batch_is_offered_once() -> None:
+    for rows, micro in ((60, 64), (10, 64), (60, 16)):
+        found = judge(*ROWS, f"data.rows={rows}", f"strategy.micro_batch={micro}").problems
+        batches = [change.split()[0] for problem in found if problem.key == "stage.global_batch" for change in problem.changes]
+        assert batches and len(set(batches)) == len(batches), batches
+
+
 # What no override can take back: the key itself has to go. The text says so.
 REMOVED: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("cluster.environment.HF_TOKEN=x",), "cluster.environment.HF_TOKEN", "export HF_TOKEN, and set cluster.secrets=[HF_TOKEN]"),
