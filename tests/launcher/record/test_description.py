@@ -63,6 +63,13 @@ def test_what_only_a_training_stage_reads_is_left_out_for_the_others(plan_for: C
     ]
 
 
+def test_a_projector_run_is_followed_by_the_language_model(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    kept = (f"cluster.root={tmp_path}", "run.force=for a test", "run.steps=300")
+    found = commands(plan_for(*kept, "stage=projector"), tmp_path)
+    assert ["launch", *kept, "stage=lm", "stage.checkpoint=last"] in found
+    assert ["launch", *kept, "stage=lora", "stage.checkpoint=last"] in found
+
+
 def test_a_run_is_called_last_only_while_it_is_the_newest(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
     plan = plan_for(f"cluster.root={tmp_path}")
     record = end(plan)
