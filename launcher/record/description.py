@@ -21,6 +21,16 @@ from trainer.contract import CHECKPOINTS, METRICS_FILE
 from trainer.contract.spec import StageSpec
 
 COUNTED = {"infer": "questions", "serve": "requests"}
+LABELS = {  # of figures whose names say too little; the names are those of result.json
+    "bytes": "bytes of weights",
+    "bytes_before": "bytes of weights before",
+    "size_ratio": "size, × that before",
+    "size_of_16_bits": "size, × 16-bit weights",
+    "logit_error": "largest logit error",
+    "logit_bound": "logit error allowed",
+    "logit_agreement": "same next token, share",
+    "probes": "inputs compared",
+}
 PROJECT = Path(__file__).resolve().parents[2]
 # What can come next: after a stage of a kind, and after one that left an adapter or trained the projector alone.
 FOLLOWING_STAGES = {
@@ -52,7 +62,7 @@ def describe_record(record: Record, plan: Plan, *, following: bool = True) -> st
         f", {duration(record.train_seconds)} of it training" if record.train_seconds and trained else ""
     )
     for name, value in record.evaluation.items():
-        rows[name.replace("_", " ")] = describe_count(value, plan.spec.stage.kind) if name == "count" else figure(value)
+        rows[LABELS.get(name, name.replace("_", " "))] = describe_count(value, plan.spec.stage.kind) if name == "count" else figure(value)
     if record.checkpoint:
         rows["checkpoint"] = relative(folder / record.checkpoint) if is_here(plan) else checkpoint_place(record, plan)
     elif trained and any(node.killed for node in record.nodes):
