@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 from launcher.check.problem import Problem
+from launcher.check.random_rate import load_random_rate
 from launcher.config.defaults import SHORT_STEPS
 from launcher.config.schema import Config
 
@@ -45,6 +46,12 @@ def write_row_notes(config: Config) -> Iterator[str]:
     warmup = config.stage.optimizer.warmup
     if config.stage.kind == "train" and config.run.steps < SHORT_STEPS and warmup >= 1:
         yield f"the learning rate rises for {warmup:g} of {config.run.steps} steps (stage.optimizer.warmup)"
+    usual, rate = load_random_rate(), config.stage.optimizer.lr
+    if has_own_rows(config) and config.model.source.kind == "random" and not config.stage.checkpoint and 0 < rate < usual.low:
+        yield (
+            f"stage.optimizer.lr={rate:g} is a rate of fine-tuning, and {config.model.name} has random weights: it will learn almost nothing. "
+            f"A rate of {usual.low:g} to {usual.high:g} is usual here: stage.optimizer.lr=5e-3"
+        )
     rows, samples = config.data.rows, config.run.steps * config.stage.global_batch
     if has_own_rows(config) and rows and config.run.epochs is None and samples > MANY_EPOCHS * rows:
         yield (

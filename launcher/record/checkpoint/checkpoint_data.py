@@ -31,7 +31,8 @@ def read_data(plan: dict[str, Any], file: Path) -> Data:
         file = source / PLAN_FILE
         plan = read_object(file)
     data: Data = decode_as(Data, nested(plan, "config", "data"), file)
-    return replace(data, **{name: str(nested(plan, "spec", "data", name) or getattr(data, name)) for name in FILES})
+    train, evaluation, images = (str(nested(plan, "spec", "data", name) or getattr(data, name)) for name in FILES)
+    return replace(data, train=train, evaluation=evaluation, images=images)
 
 
 def take_data(config: Config, recorded: Data | None, overrides: Sequence[str]) -> tuple[Config, tuple[str, ...]]:

@@ -119,8 +119,8 @@ def read_state(folder: Path) -> CheckpointRecord | None:
     weights = RecordedWeights(
         run_id=str(state.get("run_id", "")), stage=str(spec.get("stage.name", "")), model=str(spec["model.name"]), adapter=adapter
     )
-    limits = {name: int(spec.get(f"data.{name}") or 0) for name in ("max_pixels", "max_tiles")}
-    return with_files(CheckpointRecord(weights=weights, model=None, **limits), folder)
+    pixels, tiles = (int(spec.get(f"data.{name}") or 0) for name in ("max_pixels", "max_tiles"))
+    return with_files(CheckpointRecord(weights=weights, model=None, max_pixels=pixels, max_tiles=tiles), folder)
 
 
 def with_files(record: CheckpointRecord, folder: Path) -> CheckpointRecord:
