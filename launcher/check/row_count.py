@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 from launcher.check.problem import Problem
+from launcher.check.random_rate import load_random_rate
 from launcher.config.defaults import SHORT_STEPS
 from launcher.config.schema import Config
 
@@ -23,17 +24,17 @@ def refuse_few_rows(config: Config, ranks: int) -> Iterator[Problem]:
 
 
 def smaller_batches(config: Config, ranks: int) -> Iterator[str]:
-    """A batch for several steps an epoch first, then the largest, both for all ranks; and one for a micro-batch that was typed."""
+    """A batch for several steps an epoch first, then the largest, both for all ranks; where the typed micro-batch is too large for each, with
+    one that is not."""
     rows, unit = config.data.rows, (config.strategy.micro_batch or 1) * ranks
     small = 2 ** round(math.log2(max(1, rows / STEPS_AN_EPOCH)))
     if rows < ranks:
         yield from (f"cluster.devices_per_node=1 stage.global_batch={size}" for size in dict.fromkeys((small, rows)))
         return
+    more = "" if unit <= rows else " strategy.micro_batch=1"
     unit = unit if unit <= rows else ranks
     sizes = dict.fromkeys(unit * max(1, size // unit) for size in (small, rows))
-    yield from (f"stage.global_batch={size}" for size in sizes)
-    if unit != (config.strategy.micro_batch or 1) * ranks:
-        yield f"stage.global_batch={list(sizes)[-1]} strategy.micro_batch=1"
+    yield from (f"stage.global_batch={size}{more}" for size in sizes)
 
 
 def has_own_rows(config: Config) -> bool:
@@ -45,6 +46,12 @@ def write_row_notes(config: Config) -> Iterator[str]:
     warmup = config.stage.optimizer.warmup
     if config.stage.kind == "train" and config.run.steps < SHORT_STEPS and warmup >= 1:
         yield f"the learning rate rises for {warmup:g} of {config.run.steps} steps (stage.optimizer.warmup)"
+    usual, rate = load_random_rate(), config.stage.optimizer.lr
+    if has_own_rows(config) and config.model.source.kind == "random" and not config.stage.checkpoint and 0 < rate < usual.low:
+        yield (
+            f"stage.optimizer.lr={rate:g} is a rate of fine-tuning, and {config.model.name} has random weights: it will learn almost nothing. "
+            f"A rate of {usual.low:g} to {usual.high:g} is usual here: stage.optimizer.lr=5e-3"
+        )
     rows, samples = config.data.rows, config.run.steps * config.stage.global_batch
     if has_own_rows(config) and rows and config.run.epochs is None and samples > MANY_EPOCHS * rows:
         yield (

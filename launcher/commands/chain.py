@@ -19,6 +19,7 @@ from launcher.plan.rows import settle_rows
 from launcher.plan.short import describe_work
 from launcher.plan.text import command_line, figure, gib, table
 from launcher.record.checkpoint.checkpoint_config import compose_from_checkpoint
+from launcher.record.checkpoint.checkpoint_data import take_data
 from launcher.record.checkpoint_reference import with_full_ids
 from launcher.record.reader import read_if_there, read_object
 from launcher.record.record import Record, valid_run_id
@@ -99,13 +100,14 @@ def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
 
 
 def compose_step(config: Config, words: Sequence[str], conf: ConfFolder, here: Path, earlier: Mapping[str, Plan]) -> Config:
-    """The config of a step, from that of its words alone. Its model is that of the checkpoint that it starts from: of a step
+    """The config of a step, from that of its words alone. Its model, and the data where no word names it, are those of the checkpoint that it starts from: of a step
     above it, or of a run. `earlier`: by the folder of their runs, which may not exist yet."""
     checkpoint = next((word.partition("=")[2] for word in words if word.startswith("stage.checkpoint=")), "")
     if not checkpoint:
         return config
     if checkpoint in earlier:
         chosen = any(word.startswith("model=") for word in words)
+        config, _ = take_data(config, earlier[checkpoint].config.data, words)
         return config if chosen else replace(config, model=earlier[checkpoint].config.model)
     found = compose_from_checkpoint([word for word in words if not word.startswith("run.evaluation.base=")], conf, here)
     return replace(found, run=replace(found.run, evaluation=config.run.evaluation))

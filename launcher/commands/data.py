@@ -43,10 +43,18 @@ def run(arguments: argparse.Namespace) -> int:
         print(describe_problems(problems, arguments.out))
         if not problems and (note := describe_few_rows(report, plan.spec)):
             print(note)
+        if plan.spec.stage.kind == "train":
+            print(name_stage(plan.config.stage.name, arguments.overrides))
         away = [node.host for node in plan.config.cluster.working if not node.is_local]
         if away:
             print(f"checked on this machine; a launch reads the files on {', '.join(away)}")
     return Exit.USAGE if problems else Exit.OK
+
+
+def name_stage(stage: str, overrides: Sequence[str]) -> str:
+    """The stage whose batch and learning rate were judged, and what to type for another one."""
+    typed = any(word.startswith(("stage=", "experiment=")) for word in overrides)
+    return f"batch and learning rate are those of stage={stage}" + ("" if typed else "; for another one add it, as in stage=lora")
 
 
 def print_learning(config: Config, report: DataReport) -> None:

@@ -34,15 +34,23 @@ def settle_rows(config: Config, typed: Set[str], here: Path) -> Config:
 def find_missing(config: Config, here: Path) -> tuple[Problem, ...]:
     """The files of the data that a run on this machine would not find. A plan may be made before they are there."""
     data = config.data
-    if data.builtin or not config.cluster.is_local or config.stage.kind not in ("train", "evaluate"):
+    if data.builtin or not config.cluster.is_local or config.stage.kind not in ("train", "evaluate", "quantize"):
         return ()
-    named = {"data.train": data.train if config.stage.kind == "train" else "", "data.evaluation": data.evaluation}
+    named = {"data.train": data.train if config.stage.kind != "evaluate" else "", "data.evaluation": data.evaluation}
     files = {key: here / name for key, name in named.items() if name}
     return tuple(
-        Problem(key=key, what=f"there is no file {named[key]}; {suggest_file(file)}", launch_only=True)
+        Problem(key=key, what=f"there is no file {named[key]}; {suggest_file(file)}{ask_for_place(config, key)}", launch_only=True)
         for key, file in files.items()
         if not file.is_file()
     )
+
+
+def ask_for_place(config: Config, key: str) -> str:
+    """What to type, for a file that the record of a checkpoint names."""
+    recorded = config.stage.recorded
+    if recorded is None or not any(word.startswith(f"{key}=") for word in recorded.taken):
+        return ""
+    return f". It is from the record of run {recorded.run_id}: type data={config.data.name} {key}=FILE with its place now, or other data"
 
 
 def with_steps(config: Config, here: Path) -> Config:

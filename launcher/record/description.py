@@ -18,19 +18,31 @@ from launcher.record.metrics import describe_speed, read_curve
 from launcher.record.record import RECORD_FILE, Record, bracketed, checkpoint_place, first_node, load_attempts
 from launcher.record.run_name import LAST, find_run, short_name
 from trainer.contract import CHECKPOINTS, METRICS_FILE
+from trainer.contract.spec import StageSpec
 
 COUNTED = {"infer": "questions", "serve": "requests"}
+LABELS = {  # of figures whose names say too little; the names are those of result.json
+    "bytes": "bytes of weights",
+    "bytes_before": "bytes of weights before",
+    "size_ratio": "size, × that before",
+    "size_of_16_bits": "size, × 16-bit weights",
+    "logit_error": "largest logit error",
+    "logit_bound": "logit error allowed",
+    "logit_agreement": "same next token, share",
+    "probes": "inputs compared",
+}
 PROJECT = Path(__file__).resolve().parents[2]
-# What can come next: after a stage of a kind, and after one that left an adapter.
+# What can come next: after a stage of a kind, and after one that left an adapter or trained the projector alone.
 FOLLOWING_STAGES = {
     "train": ("evaluate", "lora", "serve"),
+    "projector": ("evaluate", "lm", "lora", "serve"),
     "adapter": ("evaluate", "merge", "serve"),
     "evaluate": (),
     "merge": ("evaluate", "quantize", "serve"),
     "convert": ("evaluate", "serve"),
     "quantize": ("evaluate", "serve"),
 }
-TRAINING_STAGES = ("lora",)  # of those
+TRAINING_STAGES = ("lm", "lora")  # of those
 # Keys that only a stage that trains reads.
 OF_TRAINING = tuple(f"run.{key}" for key in ("steps", "epochs", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "restarts"))
 
@@ -50,7 +62,7 @@ def describe_record(record: Record, plan: Plan, *, following: bool = True) -> st
         f", {duration(record.train_seconds)} of it training" if record.train_seconds and trained else ""
     )
     for name, value in record.evaluation.items():
-        rows[name.replace("_", " ")] = describe_count(value, plan.spec.stage.kind) if name == "count" else figure(value)
+        rows[LABELS.get(name, name.replace("_", " "))] = describe_count(value, plan.spec.stage.kind) if name == "count" else figure(value)
     if record.checkpoint:
         rows["checkpoint"] = relative(folder / record.checkpoint) if is_here(plan) else checkpoint_place(record, plan)
     elif trained and any(node.killed for node in record.nodes):
@@ -87,7 +99,7 @@ def next_commands(record: Record, plan: Plan) -> str:
     """Launches of the following stages, from the checkpoint of this run, with the same overrides; only those that would be accepted."""
     kept = tuple(word for word in plan.overrides if word.partition("=")[0].partition(".")[0] != "stage")
     stage, run = plan.spec.stage, name_of(Path(plan.folder))
-    after = FOLLOWING_STAGES.get("adapter" if stage.kind == "train" and stage.lora else stage.kind, ())
+    after = FOLLOWING_STAGES.get(outcome_of(stage), ())
     batch = tuple(word for word in plan.overrides if word.startswith("stage.global_batch="))  # that of the rows, where they are few
     following = (
         (*overrides_for(name, kept), f"stage={name}", f"stage.checkpoint={run}", *(batch if name in TRAINING_STAGES else ()))
@@ -99,6 +111,13 @@ def next_commands(record: Record, plan: Plan) -> str:
     if lines and not is_here(plan) and not cluster.shared and len(cluster.working) > 1:  # cluster.sync takes it to the others from here
         lines.insert(0, bring_command(first_node(record, plan), plan))
     return "\n".join(f"  {line}" for line in (*lines, command_line("runs")))
+
+
+def outcome_of(stage: StageSpec) -> str:
+    """The key in FOLLOWING_STAGES."""
+    if stage.kind != "train":
+        return stage.kind
+    return "adapter" if stage.lora else "projector" if tuple(stage.trainable) == ("projector",) else "train"
 
 
 def name_of(folder: Path) -> str:

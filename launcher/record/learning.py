@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from launcher.check.random_rate import load_random_rate
 from launcher.record.metrics import Curve
 from launcher.record.reader import nested
 
@@ -88,7 +89,12 @@ def describe_rate(config: Mapping[str, Any]) -> str:
     if rate is None or nested(config, "stage", "kind") not in (None, "train"):
         return ""
     published = [f"{recipe.lr:g} ({recipe.name})" for recipe in find_recipes(config)]
-    return f"{rate:g}; published: {', '.join(published)}" if published else f"{rate:g}; no recipe was published for a model of this size"
+    if published:
+        return f"{rate:g}; published: {', '.join(published)}"
+    if nested(config, "model", "source", "kind") == "random" and not nested(config, "stage", "checkpoint"):
+        usual = load_random_rate()
+        return f"{rate:g}; random weights: a rate of {usual.low:g} to {usual.high:g} is usual here"
+    return f"{rate:g}; no recipe was published for a model of this size"
 
 
 # ----------------------------------------------------------------------------------------------------------- what stands out

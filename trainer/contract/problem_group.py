@@ -38,7 +38,13 @@ def describe_group(group: Sequence[DataProblem]) -> str:
     key = f", key {first.field!r}" if first.field else ""
     texts = list(dict.fromkeys(problem.problem for problem in group[:_EXAMPLES]))
     others = [f"    also: {'; '.join(texts[1:])}"] if len(texts) > 1 else []
-    return "\n".join((f"{first.file}, {len(group):,} rows ({rows}){key}: {texts[0]}", *others, f"    {choose_fix(group)}"))
+    return "\n".join(
+        (
+            f"{first.file}, {len(shown):,} {'row' if len(shown) == 1 else 'rows'} ({rows}){key}: {texts[0]}",
+            *others,
+            f"    {choose_fix(group)}",
+        )
+    )
 
 
 def choose_fix(group: Sequence[DataProblem]) -> str:

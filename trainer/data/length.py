@@ -61,7 +61,11 @@ def open_processor(spec: TrainSpec) -> "Processor":
     if spec.model.source.kind == "hub" and folder == spec.model.source.id:
         from huggingface_hub import snapshot_download
 
-        folder = snapshot_download(folder, revision=spec.model.source.revision or None, local_files_only=True)
+        try:
+            folder = snapshot_download(folder, revision=spec.model.source.revision or None, local_files_only=True)
+        except OSError as error:
+            advice = f"fetch it: omnilaunch model fetch {folder}; or name its folder: model.source.path=FOLDER"
+            raise OSError(f"{folder} has not been downloaded; {advice}") from error
     return family.load_processor(Path(folder), spec.model, limit)
 
 

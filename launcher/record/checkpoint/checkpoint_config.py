@@ -1,4 +1,5 @@
-"""The config of a run that starts from a checkpoint of an earlier run: what the checkpoint is decides model, limits of images and adapter.
+"""The config of a run that starts from a checkpoint of an earlier run: what the checkpoint is decides model, limits of images and adapter; and the
+data is that of its run, where the user names none.
 
 What the user typed is kept. Where it contradicts the record, stage.recorded says so, and launcher.check.start refuses it.
 """
@@ -14,6 +15,7 @@ from launcher.config.schema import Config, Model
 from launcher.errors import ConfigRefused
 from launcher.plan.local_context import for_this_machine
 from launcher.plan.plan import RUNS_FOLDER, absolute
+from launcher.record.checkpoint.checkpoint_data import take_data
 from launcher.record.checkpoint.checkpoint_record import CheckpointRecord, read_checkpoint
 from launcher.record.checkpoint_reference import locate_checkpoint, resolve_base, use_checkpoint
 
@@ -50,7 +52,8 @@ def take_from_record(config: Config, record: CheckpointRecord, overrides: Sequen
     config, taken = take_model(config, record, overrides, conf)
     config, limits = take_limits(config, record, typed)
     config, adapter = take_adapter(config, record, typed)
-    recorded = replace(record.weights, differences=find_differences(config.model, record), taken=(*taken, *limits, *adapter))
+    config, data = take_data(config, record.data, overrides)
+    recorded = replace(record.weights, differences=find_differences(config.model, record), taken=(*taken, *limits, *adapter, *data))
     return replace(config, stage=replace(config.stage, recorded=recorded))
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from launcher.config.recorded_weights import RecordedWeights
 from launcher.config.schema import Data, Model, Stage
 from launcher.errors import ConfigRefused, RecordRefused
+from launcher.record.checkpoint.checkpoint_data import DERIVED, MOST_SOURCES, read_data
 from launcher.record.checkpoint_reference import ADAPTER_CONFIG, FoundCheckpoint, exists, run_of
 from launcher.record.reader import decode_as, nested, read_object
 from launcher.record.run_name import PLAN_FILE
@@ -24,18 +25,18 @@ METHODS: dict[str, Literal["", "int8", "nf4"]] = {
     "compressed-tensors": "int8",
     "bitsandbytes": "nf4",
 }  # quant_method of config.json -> stage.quantization.scheme
-DERIVED = ("merge", "convert", "quantize")
-MOST_SOURCES = 20  # of a chain of derived checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRecord:
-    """`model`: None where only its name is known. `max_pixels`, `max_tiles`: of an image, as its processor was saved; 0 = its own limit."""
+    """`model`: None where only its name is known. `max_pixels`, `max_tiles`: of an image, as its processor was saved; 0 = its own limit. `data`:
+    that it was trained on, None where that is not known."""
 
     weights: RecordedWeights
     model: Model | None
     max_pixels: int = 0
     max_tiles: int = 0
+    data: Data | None = None
 
 
 def read_checkpoint(found: FoundCheckpoint, text: str) -> CheckpointRecord | None:
@@ -71,7 +72,9 @@ def read_plan(run: Path, folder: Path | None) -> CheckpointRecord:
         quantized=stage.quantization.scheme if stage.quantization else "",
         kept=stage.quantization.keep if stage.quantization else (),
     )
-    record = CheckpointRecord(weights=weights, model=model, max_pixels=data.max_pixels, max_tiles=data.max_tiles)
+    record = CheckpointRecord(
+        weights=weights, model=model, max_pixels=data.max_pixels, max_tiles=data.max_tiles, data=read_data(plan, file)
+    )
     if stage.kind in DERIVED:
         record = with_limits_of_source(record, Path(str(nested(plan, "spec", "stage", "checkpoint") or "")))
     return with_files(record, folder) if folder else record
@@ -116,8 +119,8 @@ def read_state(folder: Path) -> CheckpointRecord | None:
     weights = RecordedWeights(
         run_id=str(state.get("run_id", "")), stage=str(spec.get("stage.name", "")), model=str(spec["model.name"]), adapter=adapter
     )
-    limits = {name: int(spec.get(f"data.{name}") or 0) for name in ("max_pixels", "max_tiles")}
-    return with_files(CheckpointRecord(weights=weights, model=None, **limits), folder)
+    pixels, tiles = (int(spec.get(f"data.{name}") or 0) for name in ("max_pixels", "max_tiles"))
+    return with_files(CheckpointRecord(weights=weights, model=None, max_pixels=pixels, max_tiles=tiles), folder)
 
 
 def with_files(record: CheckpointRecord, folder: Path) -> CheckpointRecord:

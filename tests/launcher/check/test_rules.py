@@ -195,6 +195,20 @@ def test_refused_and_what_would_pass(overrides: tuple[str, ...], key: str, chang
     assert found[0].what not in [problem.what for problem in judge(*kept, *change.split()).problems]
 
 
+def test_a_smaller_batch_is_offered_once() -> None:
+    for rows, micro in ((60, 64), (10, 64), (60, 16)):
+        found = judge(*ROWS, f"data.rows={rows}", f"strategy.micro_batch={micro}").problems
+        batches = [change.split()[0] for problem in found if problem.key == "stage.global_batch" for change in problem.changes]
+        assert batches and len(set(batches)) == len(batches), batches
+
+
+def test_random_weights_with_a_rate_of_fine_tuning_are_noted() -> None:
+    own = (*ROWS, "model=tiny_qwen2_5_vl", "data.rows=600")
+    assert [note for note in judge(*own).notes if "random weights" in note and "0.001 to 0.01" in note]
+    for words in ((*own, "stage.optimizer.lr=5e-3"), ("model=tiny_qwen2_5_vl",), (*own, "stage.checkpoint=/x")):
+        assert not [note for note in judge(*words).notes if "random weights" in note]
+
+
 # What no override can take back: the key itself has to go. The text says so.
 REMOVED: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("cluster.environment.HF_TOKEN=x",), "cluster.environment.HF_TOKEN", "export HF_TOKEN, and set cluster.secrets=[HF_TOKEN]"),

@@ -8,7 +8,7 @@ import pytest
 
 from launcher.cli import main
 from launcher.commands import data as data_action
-from launcher.commands.data import describe_data, describe_few_rows, describe_problems, refusal
+from launcher.commands.data import describe_data, describe_few_rows, describe_problems, name_stage, refusal
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.plan.plan import Plan
 from trainer.contract import SCHEMA, CommonAnswer, DataProblem, DataReport, DataSummary, Exit, LearningFacts, decode
@@ -150,3 +150,8 @@ def test_doctor_data_is_the_check_and_says_what_stands_out(
 def test_doctor_data_refuses_what_the_check_refuses(chosen: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(("doctor", "data", *chosen[2:])) == Exit.USAGE
     assert f"problems   {ROWS}" in capsys.readouterr().out
+
+
+def test_the_stage_that_was_judged_is_named() -> None:
+    assert name_stage("full", ["data=files"]) == "batch and learning rate are those of stage=full; for another one add it, as in stage=lora"
+    assert name_stage("lora", ["stage=lora"]) == "batch and learning rate are those of stage=lora"

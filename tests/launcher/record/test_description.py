@@ -63,6 +63,21 @@ def test_what_only_a_training_stage_reads_is_left_out_for_the_others(plan_for: C
     ]
 
 
+def test_a_projector_run_is_followed_by_the_language_model(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    kept = (f"cluster.root={tmp_path}", "run.force=for a test", "run.steps=300")
+    found = commands(plan_for(*kept, "stage=projector"), tmp_path)
+    assert ["launch", *kept, "stage=lm", "stage.checkpoint=last"] in found
+    assert ["launch", *kept, "stage=lora", "stage.checkpoint=last"] in found
+
+
+def test_figures_of_derived_weights_have_labels_that_say_what_they_are(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    plan = plan_for(f"cluster.root={tmp_path}")
+    record = replace(end(plan), evaluation={"size_of_16_bits": 1.633, "logit_agreement": 1.0, "probes": 4.0, "exact_match": 0.5})
+    text = describe_record(record, plan)
+    assert "size, × 16-bit weights  1.633" in text and "same next token, share" in text and "inputs compared" in text
+    assert "exact match" in text and "probes" not in text
+
+
 def test_a_run_is_called_last_only_while_it_is_the_newest(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
     plan = plan_for(f"cluster.root={tmp_path}")
     record = end(plan)

@@ -48,3 +48,9 @@ def test_causes_that_are_left_out_are_counted() -> None:
 def test_files_that_cannot_be_read_are_not_put_together() -> None:
     files = [problem(0, f"cannot be read: {n}", field="") for n in (1, 2)]
     assert describe_groups(files, 9) == tuple(map(str, files))
+
+
+def test_a_row_with_several_problems_is_counted_once() -> None:
+    twice = [DataProblem(file="a.json", row=10, field=f"c[{index}]", problem="is missing", fix="write it") for index in range(2)]
+    (text,) = describe_groups(twice, 9)
+    assert text.startswith("a.json, 1 row (10), key 'c[0]': is missing")

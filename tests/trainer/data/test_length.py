@@ -170,3 +170,14 @@ def test_trained_tokens_are_those_with_labels(template: Any, processor: Any) -> 
     answers = sum(message.role == "assistant" for sample in talks for message in sample.messages)
     found = measure_with(processor, talks, SIZES, template, "<image>", max_length=10**6)
     assert abs(found.trained - labels) <= answers and 0.05 < found.trained / sum(found.tokens) < 0.9
+
+
+def test_a_model_that_was_not_downloaded_is_asked_for_in_plain_words(spec: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    hub = replace(spec, model=replace(spec.model, source=Source(kind="hub", id="some/model")), stage=replace(spec.stage, checkpoint=""))
+    said = measure([talk("a", "b")], SIZES, hub).unmeasured
+    assert (
+        "some/model has not been downloaded; fetch it: omnilaunch model fetch some/model; or name its folder: model.source.path=FOLDER"
+        in said
+    )
+    assert "local_files_only" not in said

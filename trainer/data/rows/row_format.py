@@ -35,8 +35,19 @@ def find_format(row: Row, add_problem: AddProblem) -> RowFormat | None:
         add_problem("", f"has both {' and '.join(present)}", "keep one of them")
     else:
         similar = nearest_format(row)
-        add_problem("", f"unknown row format: keys {keys_of(row)}", f"the most similar format is {similar.name}: {similar.example}")
+        add_problem(
+            "",
+            f"unknown row format: keys {keys_of(row)}{suggest_keys(row)}",
+            f"the most similar format is {similar.name}: {similar.example}",
+        )
     return None
+
+
+def suggest_keys(row: Row) -> str:
+    """What the keys of the row may have been meant as; '' where none is near a known one."""
+    near = {key: MEANT.get(key) or next(iter(get_close_matches(key, EXAMPLE_KEYS, 1, 0.7)), key) for key in list(row)[:MOST_KEYS]}
+    meant = [f"{known!r} in place of {key!r}" for key, known in near.items() if key not in EXAMPLE_KEYS and known != key]
+    return f"; did you mean {', '.join(meant)}?" if meant else ""
 
 
 def nearest_format(row: Row) -> RowFormat:
@@ -84,10 +95,20 @@ def read_pairs(row: Row, add_problem: AddProblem) -> ParsedRow:
     if not isinstance(pairs, list) or not pairs or not all(isinstance(item, dict) for item in pairs):
         add_problem("conversation", "is not a list of questions and answers", 'write [{"human": "...", "assistant": "..."}]')
         return ParsedRow(field="conversation", turns=None, images=read_images(row, add_problem))
+    if any(has_message_keys(item) for item in pairs):
+        add_problem(
+            "conversation", "unknown key 'conversation' for messages: did you mean 'conversations'?", "rename the key to conversations"
+        )
+        return ParsedRow(field="conversation", turns=None, images=read_images(row, add_problem))
     fields = [(f"conversation[{index}].human", f"conversation[{index}].assistant") for index in range(len(pairs))]
     read = [pair(item.get("human"), item.get("assistant"), names, add_problem) for item, names in zip(pairs, fields, strict=True)]
     turns = tuple(turn for turns in read if turns for turn in turns) if all(read) else None
     return ParsedRow(field="conversation", turns=read_system(row, turns, add_problem), images=read_images(row, add_problem))
+
+
+def has_message_keys(item: Row) -> bool:
+    """Whether it is one message, with a role, and not a pair of ms-swift."""
+    return not {"human", "assistant"} & item.keys() and bool({"from", "role"} & item.keys())
 
 
 def read_instruction(row: Row, add_problem: AddProblem) -> ParsedRow:

@@ -13,6 +13,7 @@ from trainer.data.rows.adjustment import adjust, report_paths, without_end_mark
 from trainer.data.rows.annotation import read_rows
 from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, ParsedRow, Role, Row, Turn, kind, printable
 from trainer.data.rows.row_format import USUAL, parse_row
+from trainer.data.rows.row_images import IMAGE_KEYS
 from trainer.data.rows.source import AnnotationSource, find_sources
 
 __all__ = ["MARK", "Message", "Role", "Sample", "read_samples"]
@@ -31,6 +32,11 @@ UNREAD = {
     "rejected_response": PREFERENCE,
     "chat_template_kwargs": ("settings of a single row are not supported", "remove them, and set data.max_pixels for all images"),
 }
+# Keys, in any case, under which other data has its images, and the keys here.
+IMAGE_MEANT = {
+    "image": "image", "img": "image", "picture": "image", "photo": "image", "image_path": "image", "img_path": "image", "image_file": "image",
+    "images": "images", "imgs": "images", "pictures": "images", "photos": "images", "image_paths": "images",
+}  # fmt: skip
 GROUNDING = ("<bbox>", "<ref-object>")  # ms-swift replaces them by the `objects` of the row
 
 
@@ -160,7 +166,8 @@ def check_parsed(parsed: ParsedRow, row: Row, folder: Path, add_problem: AddProb
         if row.get("objects") and any(mark in turn.content for mark in GROUNDING):
             add_problem(turn.text_field, "ms-swift's objects are not supported", "write the boxes into the text as the model writes them")
     check_order(parsed, add_problem)
-    check_marks(parsed, add_problem)
+    if check_image_key(parsed, row, add_problem):
+        check_marks(parsed, add_problem)
 
 
 # ---------------------------------------------------------------------------------------------------------------- messages
@@ -226,6 +233,16 @@ def check_name(image: ImageReference, add_problem: AddProblem) -> bool:
 
 def path_text(name: str) -> str:
     return name.removeprefix("file://")
+
+
+def check_image_key(parsed: ParsedRow, row: Row, add_problem: AddProblem) -> bool:
+    """Whether the images are under a known key. Without this, a row whose marks are missing too would be trained on without its image."""
+    wrong = next((key for key in row if key.lower() in IMAGE_MEANT and row[key] and isinstance(row[key], str | list)), None)
+    if parsed.images or wrong is None or any(row.get(key) for key in IMAGE_KEYS):
+        return True
+    meant = IMAGE_MEANT[wrong.lower()]
+    add_problem(wrong, f"unknown key {wrong!r}: did you mean {meant!r}?", f"rename the key to {meant}")
+    return False
 
 
 def check_marks(parsed: ParsedRow, add_problem: AddProblem) -> None:

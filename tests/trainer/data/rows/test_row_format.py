@@ -166,6 +166,21 @@ def test_an_answer_with_loss_false_is_not_in_the_loss(tmp_path: Path) -> None:
 # row -> [(field, text of the problem)]
 NAMED = {"<image_00>": "a.png"}
 PROBLEMS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
+    "conversation, of messages": (
+        {"image": "a.png", "conversation": llava("<image>?", TELL)},
+        [("conversation", "unknown key 'conversation' for messages: did you mean 'conversations'?")],
+    ),
+    "message": ({"message": talk("Hi", TELL)}, [("", "did you mean 'messages' in place of 'message'?")]),
+    "question and answer": (
+        {"question": "Hi", "answer": TELL},
+        [("", "did you mean 'query' in place of 'question', 'response' in place of 'answer'?")],
+    ),
+    "img, with a mark": ({"img": "a.png", "conversations": llava("<image>?", TELL)}, [("img", "unknown key 'img': did you mean 'image'?")]),
+    "picture, without a mark": (
+        {"picture": "a.png", "conversations": llava("What?", TELL)},
+        [("picture", "unknown key 'picture': did you mean 'image'?")],
+    ),
+    "imgs": ({"imgs": ["a.png"], "messages": talk("<image>?", TELL)}, [("imgs", "unknown key 'imgs': did you mean 'images'?")]),
     "a name without an image": (
         {"image": NAMED, "conversations": talk("<image_00> <image_07>?", TELL)},
         [("conversations[0].content", "<image_07> is not among the images of the row: '<image_00>'"), ("conversations[0]", "too many")],

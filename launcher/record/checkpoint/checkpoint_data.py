@@ -1,0 +1,48 @@
+"""The data of a run that starts from a checkpoint: that of the run that trained it, where the user typed none.
+
+Without this, every stage after a training run on the user's own rows would take the data set of conf/config.yaml, and its scores would be of
+other rows. Settings of how rows are trained on (packing, augmentation) are not of the data, and stay as they are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from launcher.config.schema import Config, Data
+from launcher.record.checkpoint_reference import run_of
+from launcher.record.reader import decode_as, nested, read_object
+from launcher.record.run_name import PLAN_FILE
+
+DERIVED = ("merge", "convert", "quantize")
+MOST_SOURCES = 20  # of a chain of derived checkpoints
+FILES = ("train", "evaluation", "images")
+NAMING = ("data", *(f"data.{name}" for name in ("builtin", *FILES)))  # what says which data is meant
+OF_FILES = ("max_length", "workers")  # go with the user's own rows
+
+
+def read_data(plan: dict[str, Any], file: Path) -> Data:
+    """The data that the weights of a run were trained on, with whole paths. Derived weights are of the run that trained their source, if its
+    record is on this machine. Raises RecordRefused."""
+    for _ in range(MOST_SOURCES):
+        source = run_of(Path(str(nested(plan, "spec", "stage", "checkpoint") or "")))
+        if nested(plan, "config", "stage", "kind") not in DERIVED or source is None:
+            break
+        file = source / PLAN_FILE
+        plan = read_object(file)
+    data: Data = decode_as(Data, nested(plan, "config", "data"), file)
+    train, evaluation, images = (str(nested(plan, "spec", "data", name) or getattr(data, name)) for name in FILES)
+    return replace(data, train=train, evaluation=evaluation, images=images)
+
+
+def take_data(config: Config, recorded: Data | None, overrides: Sequence[str]) -> tuple[Config, tuple[str, ...]]:
+    """The config with the recorded data, and what was taken; as it was where the user named the data, or an experiment, which names it too."""
+    typed = {override.partition("=")[0] for override in overrides if override != "experiment=null"}
+    if recorded is None or typed & {*NAMING, "experiment"}:
+        return config, ()
+    if recorded.builtin and recorded.builtin == config.data.builtin:
+        return config, ()
+    keys = ["name", "builtin", *FILES, *(() if recorded.builtin else OF_FILES)]
+    data = replace(config.data, **{key: getattr(recorded, key) for key in keys if f"data.{key}" not in typed})
+    files = [f"data.{name}={getattr(recorded, name)}" for name in FILES if getattr(recorded, name)]
+    return replace(config, data=data), (f"data={recorded.name}", *files)
