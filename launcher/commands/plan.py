@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigRefused
+from launcher.redact import for_terminal
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
@@ -64,11 +65,11 @@ def run(arguments: argparse.Namespace) -> int:
     plan, machine = plan_here(arguments.overrides, arguments.run_id, traced=arguments.trace, conf=conf_of(arguments))
     if arguments.json:  # the text has them among its notes
         for line in notes_here(plan):
-            print(f"note: {line}", file=sys.stderr)
+            print(for_terminal(f"note: {line}"), file=sys.stderr)
     if arguments.trace:
-        print(describe_traced(plan, as_json=arguments.json, full=arguments.full))
+        arguments.say(describe_traced(plan, as_json=arguments.json, full=arguments.full))
     else:
-        print(plan_json(plan) if arguments.json else describe_here(plan, machine, full=arguments.full))
+        arguments.say(plan_json(plan) if arguments.json else describe_here(plan, machine, full=arguments.full))
     return Exit.OK
 
 

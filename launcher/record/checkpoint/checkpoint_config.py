@@ -16,6 +16,7 @@ from launcher.plan.local_context import for_this_machine
 from launcher.plan.plan import RUNS_FOLDER, absolute
 from launcher.record.checkpoint.checkpoint_record import CheckpointRecord, read_checkpoint
 from launcher.record.checkpoint_reference import locate_checkpoint, resolve_base, use_checkpoint
+from launcher.redact import printable
 
 OF_ADAPTER = ("r", "alpha", "rank_stabilised", "targets")  # of an adapter that a LoRA stage continues: its files have them
 SHOWN = 4  # differences that are named
@@ -105,12 +106,12 @@ def find_differences(model: Model, record: CheckpointRecord) -> tuple[str, ...]:
     if record.model is None:
         return () if model.name == record.weights.model else (f"its model is {record.weights.model}",)
     if model.family != record.model.family:
-        return (f"its family is {record.model.family}, and not {model.family}",)
+        return (f"its family is {printable(record.model.family)}, and not {model.family}",)
     there, here = (dict(flatten(asdict(each.architecture))) for each in (record.model, model))
     named = sorted({*there, *here}, key=lambda key: (not key.startswith(("text", "vision")), "options" in key, key))  # sizes first
     keys = [key for key in named if there.get(key) != here.get(key) and "unverified" not in key]
     more = (f"and {len(keys) - SHOWN} more",) if len(keys) > SHOWN else ()
-    return (*(f"its {key} is {there.get(key)}, and not {here.get(key)}" for key in keys[:SHOWN]), *more)
+    return (*(printable(f"its {key} is {there.get(key)}, and not {here.get(key)}") for key in keys[:SHOWN]), *more)
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
