@@ -32,7 +32,10 @@ FOLLOWING_STAGES = {
 }
 TRAINING_STAGES = ("lora",)  # of those
 # Keys, and sections of keys, that only a stage that trains reads.
-OF_TRAINING = tuple(f"run.{key}" for key in ("steps", "epochs", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "restarts", "evaluation.every"))
+OF_TRAINING = tuple(
+    f"run.{key}"
+    for key in ("steps", "epochs", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "restarts", "evaluation.every")
+)
 SECTIONS_OF_TRAINING = ("run.early_stop.", "data.augmentation.")
 
 
