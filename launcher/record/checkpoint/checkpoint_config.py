@@ -10,6 +10,7 @@ from typing import Any
 
 from launcher.config.compose import compose, compose_over, options
 from launcher.config.conf_folder import ConfFolder
+from launcher.config.defaults import keys_of
 from launcher.config.schema import Config, Model
 from launcher.errors import ConfigRefused
 from launcher.plan.local_context import for_this_machine
@@ -47,7 +48,7 @@ def find_runs(config: Config, here: Path) -> tuple[Path, Path]:
 
 def take_from_record(config: Config, record: CheckpointRecord, overrides: Sequence[str], conf: Path | ConfFolder) -> Config:
     """Raises ConfigRefused if the record has only the name of a model, and `conf` lacks it."""
-    typed = {override.partition("=")[0] for override in overrides}
+    typed = keys_of(overrides)
     config, taken = take_model(config, record, overrides, conf)
     config, limits = take_limits(config, record, typed)
     config, adapter = take_adapter(config, record, typed)
@@ -60,7 +61,7 @@ def take_model(
 ) -> tuple[Config, tuple[str, ...]]:
     """The recorded model with the typed keys of it, unless the user chose another one. The settings of conf/tune are then those of that
     model."""
-    typed, name = {override.partition("=")[0] for override in overrides}, record.weights.model
+    typed, name = keys_of(overrides), record.weights.model
     chosen = "model" in typed or any(override.startswith("experiment=") and override != "experiment=null" for override in overrides)
     if chosen and config.model.name != name:
         return config, ()
