@@ -93,7 +93,9 @@ def test_a_model_that_no_card_holds_is_spread() -> None:
     """Seed B: 32 billion parameters in bfloat16 are 62 GiB, a card has 64."""
     words = ("model=qwen2_5_vl_32b", "hardware=ascend910b", *ASKED)
     (problem,) = problems(*words)
-    assert problem.changes[0] == "stage.inference.spread=auto cluster.devices_per_node=8" and not problems(*words, *problem.changes[0].split())
+    assert problem.changes[0] == "stage.inference.spread=auto cluster.devices_per_node=8" and not problems(
+        *words, *problem.changes[0].split()
+    )
     one, spread = (estimate_memory(compose((*words, *more), ROOT / "conf")) for more in ((), ("stage.inference.spread=auto",)))
     sizes = [next(item.size_bytes for item in memory.items if item.name == "weights") for memory in (one, spread)]
     assert sizes[1] == -(-sizes[0] // 8)
