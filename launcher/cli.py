@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launcher.errors import ConfigRefused, LaunchError, suggest
+from launcher.redact import for_terminal
 from trainer.contract import Exit
 
 
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # what cannot be written is found now, and not by the interpreter at its end
         return code
     except LaunchError as error:
-        print(f"\nomnilaunch: {error}", file=sys.stderr)
+        print(f"\nomnilaunch: {for_terminal(str(error))}", file=sys.stderr)
         return int(error.exit_code)
     except KeyboardInterrupt:
         return 130
@@ -136,7 +137,7 @@ def explain(error: OSError) -> int:
     else:
         raise error
     with suppress(OSError):  # a full disk
-        print(f"\nomnilaunch: {text}", file=sys.stderr)
+        print(f"\nomnilaunch: {for_terminal(text)}", file=sys.stderr)
     return int(Exit.USAGE)
 
 
@@ -278,7 +279,7 @@ def print_completions(words: Sequence[str]) -> int:
 
 class Terminal:
     """Prints lines until the pipe or the window is closed, or the disk is full. A run does not end because its output is no longer read.
-    `error`: what ended the output."""
+    Much of what verbs say was read from files that others wrote: it gives the terminal no commands. `error`: what ended the output."""
 
     def __init__(self) -> None:
         self.error: OSError | None = None
@@ -286,7 +287,7 @@ class Terminal:
     def say(self, text: str) -> None:
         try:
             if self.error is None:
-                print(text, flush=True)
+                print(for_terminal(text), flush=True)
         except OSError as error:
             self.error = error
             close_output()

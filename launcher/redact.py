@@ -1,4 +1,4 @@
-"""Which text and which variable holds a credential. What is printed, or written to a run's folder, shows none."""
+"""What is printed shows no credential, and gives a terminal no commands. Nor does what is written to a run's folder hold a credential."""
 
 import re
 from typing import Any
@@ -8,6 +8,10 @@ from trainer.contract.secret_name import names_a_secret as names_a_secret  # her
 MASK = "***"
 # Greedy up to the last @ before the path: a password may contain an @ itself.
 USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
+COLOUR = r"\033\[(?:[0-4]|[39][0-7])?(?:;(?:[0-4]|[39][0-7])){0,3}m"  # harmless; code 8, which hides text, is not among them
+# Control characters other than line breaks and tabs, those that turn the direction of the text, and bytes that are not UTF-8.
+COMMANDS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+COLOUR_OR_COMMAND = re.compile(f"({COLOUR})|{COMMANDS}")
 
 
 def mask_credentials(value: Any) -> Any:
@@ -28,3 +32,14 @@ def holds_credentials(text: str) -> bool:
 
 def is_masked(text: str) -> bool:
     return f"://{MASK}@" in text
+
+
+def printable(text: str) -> str:
+    """One line of a text that another one wrote, such as the name of a file or of a run: line breaks, control characters and bytes that are
+    not UTF-8 are written as escapes."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
+def for_terminal(text: str) -> str:
+    """Lines as they are printed: what a terminal would take as a command is written as an escape, which is also one of JSON. Colours stay."""
+    return COLOUR_OR_COMMAND.sub(lambda found: found[1] or f"\\u{ord(found[0]):04x}", text)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from launcher.check.change import Change, set_values
 from launcher.check.problem import Problem, Rule
-from launcher.check.strategy import Resolved
+from launcher.check.strategy import Resolved, is_countable
 from launcher.config.schema import Config
 from launcher.image.stack import Stack
 from launcher.memory.estimate import answering_memory, estimate_memory
@@ -18,7 +18,8 @@ OFF = {"run.evaluation.enabled": False}
 def evaluates(config: Config) -> bool:
     """Whether a training run evaluates, on a device whose memory is known, rows that it has."""
     has_rows = bool(config.data.builtin or config.data.evaluation)
-    return config.stage.kind == "train" and config.run.evaluation.enabled and has_rows and config.hardware.memory_gib is not None
+    on_a_device = config.hardware.memory_gib is not None
+    return config.stage.kind == "train" and config.run.evaluation.enabled and has_rows and on_a_device and is_countable(config)
 
 
 def settle_evaluation(resolved: Resolved, typed: Set[str]) -> tuple[Resolved, str]:

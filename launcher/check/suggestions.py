@@ -11,6 +11,7 @@ from launcher.check.precision import masters_suit_strategy, rounding_suits, stat
 from launcher.check.problem import Problem, Rule
 from launcher.check.recipe import TEXT_TOKENS, batch_divides, offload_is_possible, strategy_suits_devices
 from launcher.check.strategy import Estimates, Resolved, resolve
+from launcher.config.defaults import keys_of
 from launcher.config.schema import Config
 from launcher.image.stack import Stack
 from launcher.memory.estimate import Memory, split_weights, total
@@ -235,7 +236,7 @@ def context_changes(config: Config) -> Iterator[Change]:
 def with_typed_hardware(problem: Problem, overrides: Sequence[str]) -> Problem:
     """hardware=NAME selects a whole file, but a typed key of the old hardware, as hardware.memory_gib=14, would still override it. The change
     then includes the new value of that key."""
-    typed = {override.partition("=")[0] for override in overrides}
+    typed = keys_of(overrides)
     return replace(problem, changes=tuple(change + "".join(_typed_values(change, typed)) for change in problem.changes))
 
 

@@ -18,6 +18,8 @@ from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan, with_file
 from launcher.plan.rows import settle_rows
 from launcher.plan.short import describe_work
 from launcher.plan.text import command_line, figure, gib, table
+from launcher.plan.visible_devices import naming_devices, with_visible_devices
+from launcher.plan.weights_folder import judge_weights, with_found_model
 from launcher.record.checkpoint.checkpoint_config import compose_from_checkpoint
 from launcher.record.checkpoint.checkpoint_data import take_data
 from launcher.record.checkpoint_reference import with_full_ids
@@ -82,21 +84,30 @@ def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
     kinds: list[str] = []
     steps: list[PlannedStep] = []
     for place, name in enumerate(run_ids):
-        words = overrides_of(chain, place, typed, results, kinds)
+        of_step = overrides_of(chain, place, typed, results, kinds)
         try:
-            config, files = compose_with_files(words, conf)
-            config = compose_step(config, words, conf, here, {results[step.name]: step.plan for step in steps})
-            config = settle_rows(with_weights_folder(for_this_machine(config, words), os.environ), keys_of(words), here)
-            context = context_for(config, stacks, project)
-            plan = with_files(make_plan(config, stacks, context, run_id=run_ids[name], overrides=words, conf=conf), conf, files)
+            words = for_this_place(of_step, conf)
+            with naming_devices(of_step, words, os.environ):
+                config, files = compose_with_files(words, conf)
+                config = compose_step(config, words, conf, here, {results[step.name]: step.plan for step in steps})
+                config = settle_rows(with_weights_folder(for_this_machine(config, words), os.environ), keys_of(words), here)
+                context = context_for(config, stacks, project)
+                plan = with_files(make_plan(config, stacks, context, run_id=run_ids[name], overrides=words, conf=conf), conf, files)
+                plan = judge_weights(plan, conf)
         except ConfigRefused as error:
             raise ConfigRefused(f"step {name} of {GROUP}={chain.name}: {error}") from error
-        given = overrides_of(chain, place, typed, run_ids, kinds)  # runs by their ids, which `launch` turns into folders
+        by_id = overrides_of(chain, place, typed, run_ids, kinds)  # runs by their ids, which `launch` turns into folders
+        given = for_this_place(by_id, conf)
         steps.append(PlannedStep(name=name, newest=newest[name], run_id=run_ids[name], plan=plan, overrides=given))
         kinds.append(plan.spec.stage.kind)
     planned = PlannedChain(chain=chain, chain_id=chain_id, typed=typed, folders=folders, steps=tuple(steps))
     refuse_other_runs(planned)
     return planned
+
+
+def for_this_place(words: Sequence[str], conf: ConfFolder) -> tuple[str, ...]:
+    """The words of a step with those that its launch adds, so that a plan and a later resume have the same."""
+    return with_found_model(with_visible_devices(words, conf, os.environ), conf)
 
 
 def compose_step(config: Config, words: Sequence[str], conf: ConfFolder, here: Path, earlier: Mapping[str, Plan]) -> Config:

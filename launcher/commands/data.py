@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,18 +36,18 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out:
         write_text("".join(f"{json.dumps(problem, ensure_ascii=False)}\n" for problem in problems), Path(arguments.out))
     if arguments.json:
-        print(json.dumps(asdict(report) | {"problems": problems}, indent=2, ensure_ascii=False))
+        arguments.say(json.dumps(asdict(report) | {"problems": problems}, indent=2, ensure_ascii=False))
     else:
-        print(describe_data(report, plan.spec.data.max_length))
-        print_learning(plan.config, report)
-        print(describe_problems(problems, arguments.out))
+        arguments.say(describe_data(report, plan.spec.data.max_length))
+        say_learning(plan.config, report, arguments.say)
+        arguments.say(describe_problems(problems, arguments.out))
         if not problems and (note := describe_few_rows(report, plan.spec)):
-            print(note)
+            arguments.say(note)
         if plan.spec.stage.kind == "train":
-            print(name_stage(plan.config.stage.name, arguments.overrides))
+            arguments.say(name_stage(plan.config.stage.name, arguments.overrides))
         away = [node.host for node in plan.config.cluster.working if not node.is_local]
         if away:
-            print(f"checked on this machine; a launch reads the files on {', '.join(away)}")
+            arguments.say(f"checked on this machine; a launch reads the files on {', '.join(away)}")
     return Exit.USAGE if problems else Exit.OK
 
 
@@ -57,15 +57,15 @@ def name_stage(stage: str, overrides: Sequence[str]) -> str:
     return f"batch and learning rate are those of stage={stage}" + ("" if typed else "; for another one add it, as in stage=lora")
 
 
-def print_learning(config: Config, report: DataReport) -> None:
+def say_learning(config: Config, report: DataReport, say: Callable[[str], None]) -> None:
     """What the model will learn from the data, and what stands out about it."""
     from launcher.record.learning import describe_learning, find_standouts
 
     plain = asdict(config), asdict(report)
     for name, text in describe_learning(*plain):
-        print(f"{name:10} {text}")
+        say(f"{name:10} {text}")
     standouts = find_standouts(*plain)
-    print("\n".join(("what stands out:" if standouts else "what stands out: nothing", *(f"  {line}" for line in standouts))))
+    say("\n".join(("what stands out:" if standouts else "what stands out: nothing", *(f"  {line}" for line in standouts))))
 
 
 def examine(spec: TrainSpec) -> tuple[DataReport, list[dict[str, Any]]]:

@@ -25,5 +25,5 @@ def run(arguments: argparse.Namespace) -> int:
 
     plan = plan_of(arguments.overrides, "", conf=conf_of(arguments))
     examination = examine_nodes(plan, load_stacks(PROJECT / "images")[plan.config.hardware.stack], os.environ, launching=False)
-    print(findings_json(examination.findings) if arguments.json else describe_findings(examination.findings))
+    arguments.say(findings_json(examination.findings) if arguments.json else describe_findings(examination.findings))
     return Exit.NODE if has_errors(examination.findings) else Exit.OK

@@ -15,5 +15,5 @@ def run(arguments: argparse.Namespace) -> int:
     from launcher.record.memory_report import choose_folders, compare_runs, describe_comparisons
 
     comparisons, left_out = compare_runs(choose_folders(Path.cwd() / "runs", arguments.runs))
-    print(describe_comparisons(comparisons, left_out, markdown=arguments.markdown))
+    arguments.say(describe_comparisons(comparisons, left_out, markdown=arguments.markdown))
     return Exit.OK

@@ -65,7 +65,7 @@ def render_images(arguments: argparse.Namespace) -> int:
     from launcher.image.docs import write_rendered
 
     for path in write_rendered(PROJECT):
-        print(path.relative_to(PROJECT))
+        arguments.say(str(path.relative_to(PROJECT)))
     return Exit.OK
 
 
@@ -74,7 +74,7 @@ def refresh_locks(arguments: argparse.Namespace) -> int:
     from launcher.image.refresh import refresh
 
     for path in (*refresh(PROJECT, stacks=tuple(arguments.stacks), say=arguments.say, upgrade=arguments.upgrade), *write_rendered(PROJECT)):
-        print(path.relative_to(PROJECT))
+        arguments.say(str(path.relative_to(PROJECT)))
     return Exit.OK
 
 
@@ -82,7 +82,7 @@ def build_image(arguments: argparse.Namespace) -> int:
     from launcher.image.build import build
 
     config, image = render_selected(arguments)
-    print(build(image, root=PROJECT, delivery=config.cluster.delivery, on_line=arguments.say, fresh=arguments.fresh))
+    arguments.say(build(image, root=PROJECT, delivery=config.cluster.delivery, on_line=arguments.say, fresh=arguments.fresh))
     return Exit.OK
 
 
@@ -90,7 +90,7 @@ def list_images(arguments: argparse.Namespace) -> int:
     from launcher.commands.image_description import describe_images
     from launcher.image.docker import built_images
 
-    print(describe_images(built_images()))
+    arguments.say(describe_images(built_images()))
     return Exit.OK
 
 
@@ -99,7 +99,7 @@ def inspect_image(arguments: argparse.Namespace) -> int:
     from launcher.image.docker import find, inspect
 
     _, image = render_selected(arguments)
-    print(describe_image(inspect(image.tag)) if find(image) else describe_unbuilt(image))
+    arguments.say(describe_image(inspect(image.tag)) if find(image) else describe_unbuilt(image))
     return Exit.OK
 
 
@@ -113,13 +113,13 @@ def prune_images(arguments: argparse.Namespace) -> int:
     present = {image.name for image in images if is_present(image)}
     found = surplus(images, wanted=frozenset(recorded_images(Path.cwd() / "runs") | present), used=used_images())
     if not found:
-        print("nothing to remove: every image is needed by the present tree, by a record of this folder or by a container")
+        arguments.say("nothing to remove: every image is needed by the present tree, by a record of this folder or by a container")
     elif not arguments.yes:
-        print(f"{describe_images(found)}\nNothing was removed. To remove these {len(found)} images: omnilaunch image prune --yes")
+        arguments.say(f"{describe_images(found)}\nNothing was removed. To remove these {len(found)} images: omnilaunch image prune --yes")
     else:
         for image in found:
             remove(image)
-            print(f"removed {image.name}")
+            arguments.say(f"removed {image.name}")
     return Exit.OK
 
 
@@ -148,9 +148,11 @@ def fetch_image(arguments: argparse.Namespace) -> int:
         fetch_system(stack, architecture=architecture, root=PROJECT, folder=folder, delivery=delivery, on_line=arguments.say)
     except ImageFailed as error:
         arguments.say(f"without system packages: {error}")
-    print(write_manifest(folder, stack, architecture))
-    print(f"The site also needs the base image: {delivery.base or pinned(stack)}")
-    print(f"To build there, without a network: omnilaunch image build hardware={config.hardware.name} cluster.delivery.wheelhouse=FOLDER")
+    arguments.say(str(write_manifest(folder, stack, architecture)))
+    arguments.say(f"The site also needs the base image: {delivery.base or pinned(stack)}")
+    arguments.say(
+        f"To build there, without a network: omnilaunch image build hardware={config.hardware.name} cluster.delivery.wheelhouse=FOLDER"
+    )
     return Exit.OK
 
 

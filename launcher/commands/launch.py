@@ -65,10 +65,12 @@ def launch_one(
 ) -> int:
     """`following`: print the next commands, which a chain carries out itself."""
     from launcher.plan.plan import refuse
+    from launcher.plan.visible_devices import naming_devices
     from launcher.record.description import describe_record
 
     plan, machine = plan_here(overrides, run_id, conf=conf)
-    refuse(plan.verdict, launching=True, overrides=plan.overrides)
+    with naming_devices(overrides, plan.overrides, os.environ):
+        refuse(plan.verdict, launching=True, overrides=plan.overrides)
     refuse_detach(detach, plan.config.cluster.runtime)
     say(describe_here(plan, machine, launching=True))
     gc.enable()  # `main` turned it off; from here on the process may live for days

@@ -87,26 +87,17 @@ def accept_licence(arguments: argparse.Namespace) -> int:
     import platform
 
     from launcher.image.licence import accept, find_licence, store_path, valid_acceptance
+    from launcher.plan.local_context import user_name
     from launcher.record.record import utc_now
 
     licence, path = find_licence(arguments.name), store_path(os.environ)
     if earlier := valid_acceptance(licence, path):
         print(f"{licence.name} is accepted already, at {earlier.accepted_at} by {earlier.user}")
         return Exit.OK
-    made = accept(licence, path, at=utc_now().isoformat(timespec="seconds"), user=user_name(), host=platform.node())
+    made = accept(licence, path, at=utc_now().isoformat(timespec="seconds"), user=user_name() or str(os.getuid()), host=platform.node())
     print(f"accepted: {licence.title}, sha256 {made.sha256}\n  {licence.url}\n  for {made.user} on {made.host}, in {path}")
     print(f"to take it back: omnilaunch licence withdraw {licence.name}")
     return Exit.OK
-
-
-def user_name() -> str:
-    """A user id that has no name, as in a container, is a name too."""
-    import getpass
-
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())
 
 
 def withdraw_licence(arguments: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigRefused
+from launcher.redact import for_terminal
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
@@ -64,11 +65,11 @@ def run(arguments: argparse.Namespace) -> int:
     plan, machine = plan_here(arguments.overrides, arguments.run_id, traced=arguments.trace, conf=conf_of(arguments))
     if arguments.json:  # the text has them among its notes
         for line in notes_here(plan):
-            print(f"note: {line}", file=sys.stderr)
+            print(for_terminal(f"note: {line}"), file=sys.stderr)
     if arguments.trace:
-        print(describe_traced(plan, as_json=arguments.json, full=arguments.full))
+        arguments.say(describe_traced(plan, as_json=arguments.json, full=arguments.full))
     else:
-        print(plan_json(plan) if arguments.json else describe_here(plan, machine, full=arguments.full))
+        arguments.say(plan_json(plan) if arguments.json else describe_here(plan, machine, full=arguments.full))
     return Exit.OK
 
 
@@ -116,9 +117,21 @@ def plan_here(
 ) -> "tuple[Plan, Machine | None]":
     """The plan, and what this machine has, where the run is on it and it `asks`. `traced`: the memory is judged later, by a traced step.
     `only_data`: as of plan_of. `conf`: the project's when omitted."""
+    from launcher.config.conf_folder import ConfFolder
+    from launcher.plan.visible_devices import naming_devices, with_visible_devices
+
+    conf = conf or ConfFolder(project=PROJECT / "conf")
+    used = with_visible_devices(overrides, conf, os.environ) if asks else overrides
+    with naming_devices(overrides, used, os.environ):
+        return make_plan_here(used, run_id, conf, traced=traced, asks=asks, only_data=only_data)
+
+
+def make_plan_here(
+    overrides: Sequence[str], run_id: str, conf: "ConfFolder", *, traced: bool, asks: bool, only_data: bool
+) -> "tuple[Plan, Machine | None]":
+    """As plan_here, of all overrides."""
     from launcher.check.rules import RULES, RULES_BUT_MEMORY
     from launcher.config.compose import compose_with_files
-    from launcher.config.conf_folder import ConfFolder
     from launcher.config.defaults import keys_of
     from launcher.image.stack import load_stacks
     from launcher.plan.local_context import context_for, for_this_machine
@@ -130,8 +143,7 @@ def plan_here(
     from launcher.record.record import name_run, utc_now, valid_run_id
     from launcher.weights.source import with_weights_folder
 
-    here, conf = Path.cwd(), conf or ConfFolder(project=PROJECT / "conf")
-    overrides = with_found_model(with_visible_devices(overrides, conf) if asks else overrides, conf)
+    here, overrides = Path.cwd(), with_found_model(overrides, conf)
     config, files = compose_with_files(overrides, conf)
     config = start_from_checkpoint(for_this_machine(config, overrides), overrides, conf, here)
     config = with_weights_folder(config if only_data else settle_rows(config, keys_of(overrides), here), os.environ)
@@ -145,19 +157,6 @@ def plan_here(
     plan = judge_weights(plan, conf)
     plan = with_problems(plan, find_missing(config, here)) if asks else plan
     return with_files(plan, conf, files), context.machine
-
-
-def with_visible_devices(overrides: Sequence[str], conf: "ConfFolder") -> Sequence[str]:
-    """With those by which a run on this machine takes the devices that the caller's environment leaves it."""
-    from launcher.config.compose import compose
-    from launcher.config.variable import VISIBLE, use_visible_devices
-    from launcher.memory.states import device_count
-    from launcher.plan.plan import on_one_rank
-
-    if not any(os.environ.get(name) for name in VISIBLE.values()):
-        return overrides
-    config = compose(overrides, conf)
-    return (*overrides, *use_visible_devices(os.environ, config, most=device_count(on_one_rank(config)), overrides=overrides))
 
 
 def describe_traced(plan: "Plan", *, as_json: bool, full: bool) -> str:

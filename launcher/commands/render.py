@@ -29,5 +29,5 @@ def run(arguments: argparse.Namespace) -> int:
     plan = with_own_licence(load_plan(recorded), stacks) if recorded else plan_of(words, arguments.run_id, conf=conf_of(arguments))
     source = read_if_there(SourceState, recorded / SOURCE_FILE) if recorded else None
     folder = write_bundle(plan, Path(arguments.to), project=PROJECT, source=source or read_source(PROJECT, plan.files).state)
-    print(f"run {plan.run_id} is written to {folder}. Next: read README.txt in it")
+    arguments.say(f"run {plan.run_id} is written to {folder}. Next: read README.txt in it")
     return Exit.OK

@@ -10,7 +10,7 @@ from launcher.commands.launch import carry_out
 from launcher.commands.live.detach import describe_detached, refuse_detach
 from launcher.commands.live.live_run import RUN_HELP
 from launcher.commands.plan import PROJECT, RUN_ID_HELP, SCRATCH, add_overrides, conf_of
-from launcher.record.run_name import find_run
+from launcher.record.run_name import find_run, short_name
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     from launcher.bench.rerun import accepted_kinds
     from launcher.plan.plan import refuse
     from launcher.plan.text import command_line
-    from launcher.record.description import describe_record, name_of
+    from launcher.record.description import describe_record
     from launcher.record.recorded_run import load_recorded_run
 
     archive = load_recorded_run(find_run(arguments.run, Path.cwd() / "runs"), rows=False)
@@ -51,7 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.say(describe_record(record, plan))
     arguments.say(f"\nrerun of {archive.record.run_id}: weights {describe_weights(archive, record)}")
     if record.status == "finished":
-        arguments.say(f"to compare everything: {command_line('compare', archive.record.run_id, name_of(Path(plan.folder)))}")
+        again = short_name(Path(plan.folder), Path.cwd() / "runs")
+        arguments.say(f"to compare everything: {command_line('compare', archive.record.run_id, again)}")
     return int(record.exit_code)
 
 

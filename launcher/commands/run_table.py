@@ -10,7 +10,7 @@ from launcher.plan.text import figure, measure, size
 from launcher.record.index import OPEN, RunEntry, size_bytes
 from launcher.record.reader import nested
 from launcher.record.record import RECORD_FILE
-from launcher.record.source import printable
+from launcher.redact import printable
 
 COLUMNS = 80
 LONG_ID = 16  # a longer name gets a line of its own

@@ -79,9 +79,10 @@ def say_resumable(entries: "list[RunEntry]", say: Callable[[str], None]) -> None
     """How to continue the newest of these runs, if it did not finish."""
     from launcher.commands.live.live_run import load_plan, say_resume
     from launcher.record.index import OPEN
-    from launcher.record.run_name import read_start
+    from launcher.record.run_name import RUN_ID, read_start
 
-    stopped = [entry for entry in entries if entry.status in ("stopped", "failed", OPEN) and (entry.folder / PLAN_FILE).is_file()]
+    named = (entry for entry in entries if RUN_ID.fullmatch(entry.folder.name))  # no command takes another name of a run
+    stopped = [entry for entry in named if entry.status in ("stopped", "failed", OPEN) and (entry.folder / PLAN_FILE).is_file()]
     newest = max(stopped, key=lambda entry: read_start(entry.folder), default=None)
     if newest is None:
         return

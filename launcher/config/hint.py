@@ -155,9 +155,9 @@ def explain_axis(typed: Typed, known: Known) -> Callable[[str, str], str]:
 def explain_value(axis: str, name: str, names: Sequence[str], typed: Typed, known: Known) -> str:
     """What to write in place of an unknown value of an axis."""
     if axis == MODEL and is_path(name):
-        return f"that is a folder: write model=NAME model.source.kind=path model.source.path={name}, with one of: {', '.join(published(names))}"
+        return f"that is a folder: write model=NAME model.source.path={name}, with one of: {', '.join(published(names))}"
     if axis == "data" and is_path(name):
-        return f"that is a file: write data=files data.train={name} data.images=FOLDER"
+        return f"that is a file: write data=files data.train={name}"
     if elsewhere := [other for other, others in known.groups.items() if name in others and other not in OPTIONAL_GROUPS]:
         return f"write {join_or(f'{other}={name}' for other in elsewhere)}"
     official = find_official(axis, name, known.conf)

@@ -111,6 +111,14 @@ def describe_variables(environ: Mapping[str, str], config: Config, overrides: Se
     return tuple(dict.fromkeys((*describe_used(environ, config, overrides), *describe_ignored(environ, config, overrides))))
 
 
+def describe_devices(environ: Mapping[str, str], overrides: Sequence[str]) -> str:
+    """Which overrides a variable of the caller has added, as use_visible_devices does; '' for none."""
+    added = [override for override in overrides if override.startswith((f"{DEVICES}=", f"{COUNT}="))]
+    devices = next((override.partition("=")[2].strip("[]") for override in added if override.startswith(DEVICES)), "")
+    name = next((name for name in VISIBLE.values() if devices and environ.get(name, "").replace(" ", "").startswith(devices)), "")
+    return f"{name}={environ[name]} in your environment is used: {' '.join(added)}" if name else ""
+
+
 def describe_used(environ: Mapping[str, str], config: Config, overrides: Sequence[str]) -> Iterator[str]:
     name = VISIBLE.get(config.hardware.accelerator, "")
     used = next((override for override in overrides if override.startswith(f"{DEVICES}=")), "")

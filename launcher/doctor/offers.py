@@ -7,6 +7,7 @@ from typing import Any
 from launcher.check.rules import check
 from launcher.check.strategy import resolve
 from launcher.check.suggestions import set_values, write_override
+from launcher.config.defaults import keys_of
 from launcher.config.schema import Config
 from launcher.doctor.findings import CheckedNode
 from launcher.plan.commands import HCCL_PORT_COUNT
@@ -29,7 +30,7 @@ def offer(checked: CheckedNode, values: Mapping[str, Any]) -> str:
 
 def asked_config(plan: Plan) -> Config:
     """The plan's config before its strategy was chosen, as far as the plan shows it: what was left open is chosen again with an override."""
-    typed = {word.partition("=")[0] for word in plan.overrides}
+    typed = keys_of(plan.overrides)
     if not plan.choice:  # nothing was left open
         return plan.config
     name: dict[str, Any] = {"name": "auto", "gradient_checkpointing": None} if "strategy" not in typed else {}

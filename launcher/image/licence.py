@@ -7,6 +7,7 @@ to the user: `$XDG_CONFIG_HOME/omnilaunch/licences.json`, or below ~/.config.
 import fcntl
 import json
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -142,7 +143,7 @@ def read_entry(name: str, entry: Any, path: Path) -> Acceptance:
 def unreadable(path: Path, why: str) -> ConfigRefused:
     return ConfigRefused(
         f"{path}, the licences that you have accepted, cannot be read: {why}. Nothing was changed. Repair the file; or move it away "
-        f"(mv {path} {path}.broken), and accept again: omnilaunch licence accept NAME"
+        f"({shlex.join(('mv', str(path), f'{path}.broken'))}), and accept again: omnilaunch licence accept NAME"
     )
 
 

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher.check.problem import Problem
-from launcher.check.rules import Verdict
 from launcher.config.conf_folder import ConfFolder
 from launcher.config.schema import Config
 from launcher.config.source import PATH, expand_source
 from launcher.errors import ConfigRefused
-from launcher.plan.plan import Plan, refuse
+from launcher.plan.plan import Plan, refuse, with_problems
 from launcher.weights.identity import find_differences, identify, load_models, read_config
 from trainer.contract import SpecError
 from trainer.contract.weight_files import fetched_revision
@@ -26,7 +25,7 @@ def judge_weights(plan: Plan, conf: Path | ConfFolder) -> Plan:
     problems = tuple(problem for key, path in named_folders(plan) for problem in judge_folder(plan.config, key, Path(path), conf))
     if any(not problem.launch_only for problem in problems):
         refuse(replace(plan.verdict, problems=problems), launching=False, overrides=plan.overrides)
-    return replace(plan, verdict=with_problems(plan.verdict, problems)) if problems else plan
+    return with_problems(plan, problems)
 
 
 def with_found_model(overrides: Sequence[str], conf: Path | ConfFolder) -> tuple[str, ...]:
@@ -92,7 +91,3 @@ def another_model(config: Config, key: str, folder: Path, content: dict[str, Any
     held = fitting[0] if fitting else "none of the models of conf/model"
     changes = tuple(f"model={name}" for name in fitting)
     return Problem(key=key, what=f"{folder} holds {held}, not {config.model.name}:{listed}", changes=changes or (f"{key}=FOLDER",))
-
-
-def with_problems(verdict: Verdict, problems: tuple[Problem, ...]) -> Verdict:
-    return replace(verdict, launchable=False, problems=(*verdict.problems, *problems))

@@ -16,7 +16,7 @@ from launcher.plan.rows import settle_rows
 from launcher.plan.text import command_line, duration, figure, relative, table
 from launcher.record.metrics import describe_speed, read_curve
 from launcher.record.record import RECORD_FILE, Record, bracketed, checkpoint_place, first_node, load_attempts
-from launcher.record.run_name import LAST, find_run, short_name
+from launcher.record.run_name import short_name
 from trainer.contract import CHECKPOINTS, METRICS_FILE
 from trainer.contract.spec import StageSpec
 
@@ -43,8 +43,12 @@ FOLLOWING_STAGES = {
     "quantize": ("evaluate", "serve"),
 }
 TRAINING_STAGES = ("lm", "lora")  # of those
-# Keys that only a stage that trains reads.
-OF_TRAINING = tuple(f"run.{key}" for key in ("steps", "epochs", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "restarts"))
+# Keys, and sections of keys, that only a stage that trains reads.
+OF_TRAINING = tuple(
+    f"run.{key}"
+    for key in ("steps", "epochs", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "restarts", "evaluation.every")
+)
+SECTIONS_OF_TRAINING = ("run.early_stop.", "data.augmentation.")
 
 
 def describe_record(record: Record, plan: Plan, *, following: bool = True) -> str:
@@ -92,13 +96,13 @@ def resume_line(folder: Path, plan: Plan, status: str) -> str:
     began = status != "refused" or bool(load_attempts(folder))
     if plan.spec.stage.kind != "train" or status == "finished" or not began:
         return ""
-    return f"to go on: {command_line('launch', '--resume', short_name(folder, Path.cwd() / 'runs'))}"
+    return f"to go on: {command_line('launch', '--resume', short_name(folder, Path.cwd() / RUNS_FOLDER))}"
 
 
 def next_commands(record: Record, plan: Plan) -> str:
     """Launches of the following stages, from the checkpoint of this run, with the same overrides; only those that would be accepted."""
     kept = tuple(word for word in plan.overrides if word.partition("=")[0].partition(".")[0] != "stage")
-    stage, run = plan.spec.stage, name_of(Path(plan.folder))
+    stage, run = plan.spec.stage, short_name(Path(plan.folder), Path.cwd() / RUNS_FOLDER)
     after = FOLLOWING_STAGES.get(outcome_of(stage), ())
     batch = tuple(word for word in plan.overrides if word.startswith("stage.global_batch="))  # that of the rows, where they are few
     following = (
@@ -120,18 +124,11 @@ def outcome_of(stage: StageSpec) -> str:
     return "adapter" if stage.lora else "projector" if tuple(stage.trainable) == ("projector",) else "train"
 
 
-def name_of(folder: Path) -> str:
-    """How a command names the run: `last` while it is the newest one."""
-    try:
-        newest = find_run(LAST, folder.parent, Path.cwd() / RUNS_FOLDER)
-    except ConfigRefused:
-        return folder.name
-    return LAST if newest.resolve() == folder.resolve() else folder.name
-
-
 def overrides_for(stage: str, kept: tuple[str, ...]) -> tuple[str, ...]:
     """Those that a stage reads: one that does not train makes no steps."""
-    return kept if stage in TRAINING_STAGES else tuple(word for word in kept if word.partition("=")[0] not in OF_TRAINING)
+    if stage in TRAINING_STAGES:
+        return kept
+    return tuple(word for word in kept if word.partition("=")[0] not in OF_TRAINING and not word.startswith(SECTIONS_OF_TRAINING))
 
 
 def is_here(plan: Plan) -> bool:

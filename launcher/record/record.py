@@ -4,6 +4,7 @@ A record is never overwritten, and each file of it is written completely or not 
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,7 @@ from launcher.redact import mask_credentials
 from trainer import contract
 from trainer.contract import SCHEMA, DataReport, EnvReport, TrainResult, WeightsLineage
 
+NAMES = 60  # characters of the names in an id
 CONFIG_FILE = "config.json"
 SOURCE_FILE = "source.json"
 DIFF_FILE = "source.diff"
@@ -158,9 +160,10 @@ class Record:
 
 def name_run(config: Config, now: datetime, *, pid: int) -> str:
     """`20261121-010203-tiny_llava-full-cpu-3f0a`: sorts by time and says what the run is. The suffix differs from that of a run that another
-    launcher starts in the same second."""
+    launcher starts in the same second. Of names from a foreign record only what an id may have is taken."""
     suffix = sha256(f"{now.isoformat()} {pid}".encode()).hexdigest()[:4]
-    return f"{now:%Y%m%d-%H%M%S}-{config.model.name}-{config.stage.name}-{config.hardware.name}-{suffix}"
+    names = f"{config.model.name}-{config.stage.name}-{config.hardware.name}"
+    return f"{now:%Y%m%d-%H%M%S}-{re.sub('[^A-Za-z0-9_.-]', '_', names)[:NAMES]}-{suffix}"
 
 
 def valid_run_id(text: str) -> str:

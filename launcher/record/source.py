@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from launcher.redact import holds_credentials
+from launcher.redact import holds_credentials, printable
 
 CODE = ("images", "launcher", "trainer", "pyproject.toml")  # what is copied into an image or imported by a run
 MAX_DIFF_BYTES = 4 * 2**20
@@ -168,11 +168,6 @@ def reason_to_leave_out(path: Path) -> str:
 
 def split_names(output: bytes) -> tuple[str, ...]:
     return tuple(os.fsdecode(name) for name in output.split(b"\0") if name)
-
-
-def printable(name: str) -> str:
-    """A file name may hold line breaks, control characters and bytes that are not UTF-8: these are written as escapes."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in name)
 
 
 def git(project: Path, *words: str, index: Path | None = None, content: bytes = b"") -> bytes:

@@ -94,11 +94,14 @@ def parse_json(client: HubClient, body: bytes, what: str) -> Any:
 
 
 def next_page(client: HubClient, headers: Message) -> str:
-    """The path of the next page of a list (header Link), or ''. Only path and query are taken: a mirror may name the original host."""
+    """The path of the next page of a list (header Link), or ''. Only path and query are taken: a mirror may name the original host. Raises
+    HubFailed for a link without a path from the top, which would change the host that gets the token."""
     found = LINK_NEXT.search(headers.get("Link", ""))
     if not found:
         return ""
     parts = urlsplit(urljoin(client.endpoint, found[1]))
+    if not parts.path.startswith("/"):
+        raise HubFailed(f"{client.name} names a next page {found[1]!r}, which is no address of a hub. Take another hub or mirror")
     return f"{parts.path}?{parts.query}" if parts.query else parts.path
 
 

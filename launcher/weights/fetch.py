@@ -88,10 +88,15 @@ def fetch(
 
 
 def make_folder(folder: Path) -> None:
+    """Raises ConfigRefused where it cannot be made, and where its folder of unfinished files is not what a fetch leaves."""
+    unfinished = folder / UNFINISHED
     try:
-        (folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
+        unfinished.mkdir(parents=True, exist_ok=True)
+        foreign = unfinished.is_symlink() or any(path.is_dir() and not path.is_symlink() for path in unfinished.iterdir())
     except OSError as error:
         raise ConfigRefused(f"--to {folder}: {error.strerror}. Name a folder that you can write to") from error
+    if foreign:
+        raise ConfigRefused(f"{unfinished} is a link or holds a folder, and so was not made by a fetch. Remove it, or name another folder")
 
 
 @contextmanager
@@ -183,6 +188,10 @@ def place(call: Fetch, file: HubFile) -> None:
     call.progress.begin(file.path, file.size, size_of(part))
     download(call.client, PATH[call.listing.kind](call.listing, file), file, part, call.progress.report)
     sync_file(part)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigRefused(f"{target.parent} cannot be made: {error.strerror}. Name an empty folder, or remove what is there") from error
     part.rename(target)
     mark_checked(call, file)
 
@@ -201,7 +210,7 @@ def refuse_other_file(call: Fetch, target: Path, file: HubFile) -> None:
 
 
 def part_of(call: Fetch, file: HubFile) -> Path:
-    return call.unfinished / f"{sha256(file.path.encode()).hexdigest()[:8]}-{file.path}.part"
+    return call.unfinished / f"{sha256(file.path.encode()).hexdigest()[:8]}-{file.path.replace('/', '-')}.part"
 
 
 def mark_of(call: Fetch, file: HubFile) -> Path:

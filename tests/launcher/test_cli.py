@@ -198,6 +198,10 @@ def fail(_: Namespace) -> int:
     raise ConfigRefused("not like this")
 
 
+def fail_with_foreign_text(_: Namespace) -> int:
+    raise ConfigRefused("run \033[2J\033[8m")
+
+
 # root may write anywhere, so the refusal of the system is raised by hand
 @pytest.mark.parametrize(
     ("verb", "code", "text"),
@@ -205,6 +209,7 @@ def fail(_: Namespace) -> int:
         (refuse, 2, "omnilaunch: runs/monday/logs/stop0.log: Permission denied. Run the command as the owner"),
         (interrupt, 130, ""),
         (fail, 2, "omnilaunch: not like this"),
+        (fail_with_foreign_text, 2, r"omnilaunch: run \u001b[2J\u001b[8m"),
     ],
 )
 def test_how_errors_end(verb: object, code: int, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,10 @@
 """What is taken for a credential, and what is left when it is masked."""
 
+import json
+
 import pytest
 
-from launcher.redact import holds_credentials, mask_credentials, names_a_secret
+from launcher.redact import for_terminal, holds_credentials, mask_credentials, names_a_secret, printable
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,27 @@ def test_names_of_secrets(name: str) -> None:
 @pytest.mark.parametrize("name", [*HARMLESS, ""])
 def test_names_of_other_things(name: str) -> None:
     assert not names_a_secret(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "printed"),
+    [
+        ("two\nlines\tand a tab, 中文 \u3000 é", "two\nlines\tand a tab, 中文 \u3000 é"),
+        ("\033[31mred\033[0m \033[1;96mbright\033[m", "\033[31mred\033[0m \033[1;96mbright\033[m"),
+        ("\033[2J\033]0;title\a", "\\u001b[2J\\u001b]0;title\\u0007"),
+        ("\033[8mhidden", "\\u001b[8mhidden"),
+        ("over\rwritten \x9b2J \x7f", "over\\u000dwritten \\u009b2J \\u007f"),
+        ("turned \u202e round, no text \udc80", "turned \\u202e round, no text \\udc80"),
+    ],
+)
+def test_a_terminal_gets_lines_and_colours_but_no_commands(text: str, printed: str) -> None:
+    assert for_terminal(text) == printed
+
+
+def test_json_stays_what_it_was() -> None:
+    text = json.dumps({"name": "a\033[2J\x7f\x9b中"}, ensure_ascii=False)
+    assert json.loads(for_terminal(text)) == json.loads(text) and for_terminal(text) != text
+
+
+def test_one_line_of_another_ones_text() -> None:
+    assert printable("a\n\033[31mb 中") == "a\\n\\x1b[31mb 中"

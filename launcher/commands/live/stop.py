@@ -31,9 +31,9 @@ def run(arguments: argparse.Namespace) -> int:
     """The run ends under its own launcher, or under this one where that has ended. Then every node of every attempt is checked. Raises
     NodeFailed naming each node where something is left, or where that could not be checked."""
     from launcher.plan.text import command_line
-    from launcher.record.description import name_of
     from launcher.record.reader import read_object
     from launcher.record.record import RECORD_FILE, utc_now
+    from launcher.record.run_name import short_name
     from launcher.run.stop import end_run
 
     folder = find_named(arguments)
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if clear := [stop.host for stop in stops if not stop.left]:
         arguments.say(f"nothing of run {plan.run_id} is left on {', '.join(clear)}")
     if has_ended(folder):
-        arguments.say(f"how it ended: {command_line('status', name_of(folder))}")
+        arguments.say(f"how it ended: {command_line('status', short_name(folder, Path.cwd() / 'runs'))}")
         say_resume(folder, plan, arguments.say, status=str(read_object(folder / RECORD_FILE, []).get("status", "")))
     if left:
         lines = "\n".join(left)

@@ -11,6 +11,7 @@ from typing import Any
 
 from launcher.config.compose import compose, compose_over, options
 from launcher.config.conf_folder import ConfFolder
+from launcher.config.defaults import keys_of
 from launcher.config.schema import Config, Model
 from launcher.errors import ConfigRefused
 from launcher.plan.local_context import for_this_machine
@@ -18,6 +19,7 @@ from launcher.plan.plan import RUNS_FOLDER, absolute
 from launcher.record.checkpoint.checkpoint_data import take_data
 from launcher.record.checkpoint.checkpoint_record import CheckpointRecord, read_checkpoint
 from launcher.record.checkpoint_reference import locate_checkpoint, resolve_base, use_checkpoint
+from launcher.redact import printable
 
 OF_ADAPTER = ("r", "alpha", "rank_stabilised", "targets")  # of an adapter that a LoRA stage continues: its files have them
 SHOWN = 4  # differences that are named
@@ -48,7 +50,7 @@ def find_runs(config: Config, here: Path) -> tuple[Path, Path]:
 
 def take_from_record(config: Config, record: CheckpointRecord, overrides: Sequence[str], conf: Path | ConfFolder) -> Config:
     """Raises ConfigRefused if the record has only the name of a model, and `conf` lacks it."""
-    typed = {override.partition("=")[0] for override in overrides}
+    typed = keys_of(overrides)
     config, taken = take_model(config, record, overrides, conf)
     config, limits = take_limits(config, record, typed)
     config, adapter = take_adapter(config, record, typed)
@@ -62,7 +64,7 @@ def take_model(
 ) -> tuple[Config, tuple[str, ...]]:
     """The recorded model with the typed keys of it, unless the user chose another one. The settings of conf/tune are then those of that
     model."""
-    typed, name = {override.partition("=")[0] for override in overrides}, record.weights.model
+    typed, name = keys_of(overrides), record.weights.model
     chosen = "model" in typed or any(override.startswith("experiment=") and override != "experiment=null" for override in overrides)
     if chosen and config.model.name != name:
         return config, ()
@@ -108,12 +110,12 @@ def find_differences(model: Model, record: CheckpointRecord) -> tuple[str, ...]:
     if record.model is None:
         return () if model.name == record.weights.model else (f"its model is {record.weights.model}",)
     if model.family != record.model.family:
-        return (f"its family is {record.model.family}, and not {model.family}",)
+        return (f"its family is {printable(record.model.family)}, and not {model.family}",)
     there, here = (dict(flatten(asdict(each.architecture))) for each in (record.model, model))
     named = sorted({*there, *here}, key=lambda key: (not key.startswith(("text", "vision")), "options" in key, key))  # sizes first
     keys = [key for key in named if there.get(key) != here.get(key) and "unverified" not in key]
     more = (f"and {len(keys) - SHOWN} more",) if len(keys) > SHOWN else ()
-    return (*(f"its {key} is {there.get(key)}, and not {here.get(key)}" for key in keys[:SHOWN]), *more)
+    return (*(printable(f"its {key} is {there.get(key)}, and not {here.get(key)}") for key in keys[:SHOWN]), *more)
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,6 +16,7 @@ from launcher.record.checkpoint.checkpoint_data import DERIVED, MOST_SOURCES, re
 from launcher.record.checkpoint_reference import ADAPTER_CONFIG, FoundCheckpoint, exists, run_of
 from launcher.record.reader import decode_as, nested, read_object
 from launcher.record.run_name import PLAN_FILE
+from launcher.redact import printable
 from trainer.contract import InputRefused, Lora
 from trainer.contract.checkpoint_files import STATE_FILE
 from trainer.contract.weight_files import hash_weights
@@ -60,11 +61,12 @@ def read_plan(run: Path, folder: Path | None) -> CheckpointRecord:
     file = run / PLAN_FILE
     plan = read_object(file)
     model: Model = decode_as(Model, nested(plan, "config", "model"), file)
+    model = replace(model, name=printable(model.name))  # it is printed as the name of the user's own models is
     stage: Stage = decode_as(Stage, nested(plan, "config", "stage"), file)
     data: Data = decode_as(Data, nested(plan, "config", "data"), file)
     weights = RecordedWeights(
-        run_id=str(plan.get("run_id", run.name)),
-        stage=stage.name,
+        run_id=printable(str(plan.get("run_id", run.name))),
+        stage=printable(stage.name),
         model=model.name,
         source=name_source(str(nested(plan, "spec", "stage", "checkpoint") or "")),
         adapter=stage.lora if stage.kind == "train" else None,
@@ -101,7 +103,7 @@ def with_limits_of_source(record: CheckpointRecord, source: Path) -> CheckpointR
 def name_source(path: str) -> str:
     """The run of a checkpoint's folder, by its id; else the folder."""
     run = run_of(Path(path)) if path else None
-    return run.name if run else path
+    return printable(run.name if run else path)
 
 
 def read_state(folder: Path) -> CheckpointRecord | None:
@@ -117,7 +119,10 @@ def read_state(folder: Path) -> CheckpointRecord | None:
     lora = {key.removeprefix("stage.lora."): value for key, value in spec.items() if key.startswith("stage.lora.")}
     adapter: Lora | None = decode_as(Lora, lora, folder / STATE_FILE) if lora and trains else None
     weights = RecordedWeights(
-        run_id=str(state.get("run_id", "")), stage=str(spec.get("stage.name", "")), model=str(spec["model.name"]), adapter=adapter
+        run_id=printable(str(state.get("run_id", ""))),
+        stage=printable(str(spec.get("stage.name", ""))),
+        model=printable(str(spec["model.name"])),
+        adapter=adapter,
     )
     pixels, tiles = (int(spec.get(f"data.{name}") or 0) for name in ("max_pixels", "max_tiles"))
     return with_files(CheckpointRecord(weights=weights, model=None, max_pixels=pixels, max_tiles=tiles), folder)
@@ -130,7 +135,7 @@ def with_files(record: CheckpointRecord, folder: Path) -> CheckpointRecord:
         weights = replace(weights, adapter=None)
     trained = state.get("trained")
     if isinstance(trained, list):
-        weights = replace(weights, trained=tuple(map(str, trained)))
+        weights = replace(weights, trained=tuple(printable(str(group)) for group in trained))
     config = read_object(folder / "config.json", [])
     if config:
         method = nested(config, "quantization_config", "quant_method")

@@ -67,7 +67,8 @@ def test_every_cell_is_planned_or_refused_with_a_key_and_a_change() -> None:
     for cell, verdict in judged().items():
         assert verdict.ok == all(problem.launch_only for problem in verdict.problems), cell
         for problem in verdict.problems:
-            assert problem.key and problem.what and problem.changes, (cell, problem)
+            # Answers of a model that no single device holds, however small the batch, have no change that fits on this hardware.
+            assert problem.key and problem.what and (problem.changes or cell[2] == "evaluate"), (cell, problem)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,6 @@ def test_a_cpu_never_trains_in_float16() -> None:
     [
         ("cpu", "tiny_llava", "full", "fp32"),
         ("p4", "tiny_llava", "full", "fp16"),
-        ("p4", "minicpm_v_4_6", "evaluate", "fp16"),
         ("rtx3090", "qwen2_5_vl_3b", "lora", "bf16"),
         ("h200", "llava_1_5_7b", "full", "bf16"),
         ("ascend910b", "qwen2_5_vl_32b", "lora", "bf16"),
@@ -119,6 +119,7 @@ def test_planned(cell: Cell) -> None:
     [
         (("cpu", "tiny_llava", "lm", "fp32"), "stage.checkpoint"),
         (("p4", "llava_1_5_7b", "full", "fp16"), "strategy"),
+        (("p4", "minicpm_v_4_6", "evaluate", "fp16"), "strategy"),  # 64 questions with images at a time
         (("p4", "omnilmm_12b", "evaluate", "fp16"), "strategy"),  # 12B in 16 bit on 8 GiB
         (("rtx3090", "minicpm_o_2_6", "full", "bf16"), "strategy"),  # two 24 GiB cards
         (("rtx3090", "minicpm_o_2_6", "full", "pure_bf16"), "strategy"),
@@ -136,7 +137,12 @@ def test_only_ready_models_can_be_launched() -> None:
 
 def test_changes_pass_where_they_are_offered() -> None:
     """One cell for each kind of refusal: the first suggested change is composed and passes."""
-    kinds = {(problem.key, problem.changes[0]): (cell, problem) for cell, verdict in judged().items() for problem in verdict.problems}
+    kinds = {
+        (problem.key, problem.changes[0]): (cell, problem)
+        for cell, verdict in judged().items()
+        for problem in verdict.problems
+        if problem.changes
+    }
     assert len(kinds) >= 5
     for cell, problem in kinds.values():
         given = {axis: f"{axis}={name}" for axis, name in zip(GRID, cell, strict=True)}

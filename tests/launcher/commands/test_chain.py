@@ -1,6 +1,7 @@
 """Chains of stages: how they are read, the overrides of each step, and where an interrupted chain is resumed."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from launcher.commands.chain import find_newest, launch_chain, plan_chain
 from launcher.config.chain import Chain, Step, find_chain, list_chains, load_chain, overrides_of
 from launcher.config.conf_folder import ConfFolder
 from launcher.errors import ConfigRefused
+from launcher.plan.visible_devices import with_visible_devices
 from launcher.record.record import PLAN_FILE, RECORD_FILE
 
 PROJECT = Path(__file__).resolve().parents[3]
@@ -138,3 +140,27 @@ def test_a_chain_is_shown_before_it_is_launched(tmp_path: Path, capsys: pytest.C
     shown = capsys.readouterr().out
     assert all(f"{place + 1}  {name} " in shown for place, name in enumerate(STEPS)) and "run x-judged" in shown
     assert cli.main(["plan", "--json", f"experiment={NAME}"]) == 2 and "--json works for one run" in capsys.readouterr().err
+
+
+def test_a_chain_is_resumed_with_visible_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch adds overrides of this machine, which it records: the plan of the chain has them too."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    conf, (root, name) = ConfFolder(project=CONF), (f"cluster.root={tmp_path}", f"experiment={NAME}")
+    chain = Chain(name=NAME, steps=(Step(name="a", words=("stage=projector",)), Step(name="b", words=("stage=full",))))
+    typed = (name, root, "hardware=h200", "cluster.runtime=docker", "model=tiny_llava")
+    planned = plan_chain(chain, typed, "x", PROJECT, conf, tmp_path)
+    for step in planned.steps:
+        assert {"cluster.nodes.0.devices=[0,1]", "cluster.devices_per_node=2"} < set(step.overrides)
+        assert tuple(with_visible_devices(step.overrides, conf, os.environ)) == step.overrides, "a launch adds nothing more"
+        assert step.plan.spec.device.world_size == 2
+    Launches(tmp_path)(planned.steps[0].overrides, planned.steps[0].run_id)
+    again = plan_chain(chain, typed, "x", PROJECT, conf, tmp_path)
+    assert [step.newest.done for step in again.steps] == [True, False]
+
+
+def test_the_weights_of_a_chain_are_judged_before_it_starts(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 1}), encoding="utf-8")
+    chain, typed = load_chain(NAME, CONF), (f"cluster.root={tmp_path}", f"model.source.path={tmp_path / 'weights'}", "model=tiny_llava")
+    with pytest.raises(ConfigRefused, match=r"step tower .*\n.*weights holds none of the models of conf/model, not tiny_llava"):
+        plan_chain(chain, typed, "x", PROJECT, ConfFolder(project=CONF), tmp_path)

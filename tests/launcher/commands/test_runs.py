@@ -85,3 +85,12 @@ def test_json_of_a_plan_has_the_full_id(here: Path, capsys: pytest.CaptureFixtur
     plan = json.loads(capsys.readouterr().out)
     assert plan["overrides"] == ["stage=lora", "stage.checkpoint=tuesday/3"]
     assert plan["config"]["stage"]["checkpoint"] == str(here / "runs" / "tuesday" / "checkpoints" / "step-000003")
+
+
+def test_a_folder_that_no_command_can_name_is_not_offered_to_be_resumed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy_run(here / "runs", "wednesday", set_value("result.json", "status", "failed"))
+    assert main(["runs"]) == 0 and "launch --resume" in capsys.readouterr().out
+    (here / "runs" / "wednesday").rename(here / "runs" / "bad\033[31mX")
+    assert main(["runs"]) == 0
+    said = capsys.readouterr().out
+    assert "\033" not in said and "--resume" not in said

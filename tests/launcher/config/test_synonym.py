@@ -167,7 +167,7 @@ WORDS = {
     "model=OpenGVLab/InternVL3-8B": "write model=internvl3_8b",
     "model=qwen2_5_vl_72b": "no file of conf/model describes it; valid are: internvl3_5_8b",
     "model=Qwen/Qwen3-VL-8B-Instruct": "no file of conf/model describes it",
-    "model=/models/Qwen2.5-VL-7B": "write model=NAME model.source.kind=path model.source.path=/models/Qwen2.5-VL-7B",
+    "model=/models/Qwen2.5-VL-7B": "write model=NAME model.source.path=/models/Qwen2.5-VL-7B",
     # stages
     "stage=sft": "write stage=lora or stage=full",
     "stage=finetune": "write stage=lora or stage=full",

@@ -123,3 +123,22 @@ def test_a_server_takes_the_first_of_the_visible_devices(
     (tmp_path / "weights").mkdir()
     assert main(["plan", "hardware=h200", "model=qwen2_5_vl_7b", "stage=serve", "stage.checkpoint=weights", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["config"]["cluster"]["nodes"][0]["devices"] == [2]
+
+
+@pytest.mark.parametrize(
+    ("visible", "words", "used"),
+    [
+        ("0,1,2", (), "cluster.nodes.0.devices=[0,1,2] cluster.devices_per_node=3"),
+        ("0,1", ("cluster.devices_per_node=4",), "cluster.devices_per_node=4 cluster.nodes.0.devices=[0,1]"),
+    ],
+)
+def test_a_refusal_names_the_devices_that_were_not_typed(
+    visible: str, words: tuple[str, ...], used: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert main(["plan", *QWEN, "stage.global_batch=64", *words]) in (2, 4)
+    said = capsys.readouterr().err
+    assert f"CUDA_VISIBLE_DEVICES={visible} in your environment is used: {used}" in said
+    assert main(["plan", *QWEN, "stage.global_batch=64", "cluster.nodes.0.devices=[0,1,2]", "cluster.devices_per_node=3"]) == 2
+    assert "in your environment" not in capsys.readouterr().err

@@ -162,3 +162,12 @@ def test_the_text_comes_from_a_wheel_and_a_broken_wheel_is_passed_over(tmp_path:
 def test_the_table_is_read_with_the_names_of_its_rows() -> None:
     assert {name: licence.name for name, licence in load_licences().items()} == {"cann": "cann", "cuda": "cuda"}
     assert module.TABLE.is_file()
+
+
+def test_the_command_that_moves_an_unreadable_file_is_quoted(tmp_path: Path) -> None:
+    path = tmp_path / "my config" / "licences.json"
+    path.parent.mkdir()
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(ConfigRefused) as caught:
+        read_acceptances(path)
+    assert f"(mv '{path}' '{path}.broken')" in str(caught.value)

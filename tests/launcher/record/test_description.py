@@ -28,6 +28,11 @@ NOW = datetime(2026, 11, 21, 1, 2, 3, tzinfo=UTC)
 ENDED = NodeResult(host="localhost", node_rank=0, code=0, seconds=1.0, killed=False)
 
 
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 def end(plan: Plan, status: Status = "finished", *, checkpoint: bool = True, nodes: tuple[NodeResult, ...] = (ENDED,)) -> Record:
     folder = open_run(plan, SOURCE)
     if checkpoint:
@@ -54,7 +59,7 @@ def test_a_run_is_followed_by_what_was_typed_with_another_stage(plan_for: Callab
 
 
 def test_what_only_a_training_stage_reads_is_left_out_for_the_others(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
-    steps = ("run.steps=300", "run.save_every=10")
+    steps = ("run.steps=300", "run.save_every=10", "run.evaluation.every=10", "run.early_stop.patience=2", "data.augmentation.colour=0.2")
     kept = (f"cluster.root={tmp_path}", "run.force=it's fine")
     assert commands(plan_for(*kept, *steps), tmp_path)[:-1] == [
         ["launch", *kept, "stage=evaluate", "stage.checkpoint=last"],
@@ -76,6 +81,15 @@ def test_figures_of_derived_weights_have_labels_that_say_what_they_are(plan_for:
     text = describe_record(record, plan)
     assert "size, × 16-bit weights  1.633" in text and "same next token, share" in text and "inputs compared" in text
     assert "exact match" in text and "probes" not in text
+
+
+def test_a_run_is_named_so_that_the_command_works_from_here(
+    plan_for: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_for(f"cluster.root={tmp_path}")
+    record = end(plan)
+    monkeypatch.chdir("/")
+    assert f"stage.checkpoint={plan.folder}" in next_commands(record, plan) and "=last" not in next_commands(record, plan)
 
 
 def test_a_run_is_called_last_only_while_it_is_the_newest(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
@@ -134,7 +148,7 @@ def test_what_cannot_follow_is_not_offered(plan_for: Callable[..., Plan], tmp_pa
     ]
     assert [
         words[2:] for words in commands(replace_folder(plan_for(root, "run.evaluation.enabled=false"), tmp_path / "b"), tmp_path)[:-1]
-    ] == [["run.evaluation.enabled=false", f"stage={stage}", "stage.checkpoint=last"] for stage in ("lora", "serve")]
+    ] == [["run.evaluation.enabled=false", f"stage={stage}", f"stage.checkpoint={tmp_path / 'b'}"] for stage in ("lora", "serve")]
 
 
 def replace_folder(plan: Plan, folder: Path) -> Plan:
@@ -196,7 +210,7 @@ def test_a_checkpoint_on_a_node_is_named_by_its_node(plan_for: Callable[..., Pla
     assert f"checkpoint  {host}:/srv/omnilaunch/runs/R/checkpoints/step-000300" in describe_record(record, plan)
     way = ["-J", "gate", "-P", "2222"] if host == "a" else []
     first = shlex.split(next_commands(record, plan).splitlines()[0])
-    assert first == ["scp", "-r", *way, f"ann@{host}:/srv/omnilaunch/runs/R/checkpoints", str(tmp_path / "runs/R")]
+    assert first == ["scp", "-r", *way, f"ann@{host}:/srv/omnilaunch/runs/R/checkpoints", "runs/R"]
 
 
 @pytest.mark.parametrize("words", [("cluster.nodes=[{host: a}]",), (TWO, "cluster.shared=true")])

@@ -60,6 +60,14 @@ def test_the_next_page(link: str, path: str) -> None:
     assert next_page(HubClient(kind="hub", endpoint="https://mirror.example"), headers) == path
 
 
+@pytest.mark.parametrize("link", ["mailto:@host/", "mailto:evil.example/x", "data:@h/?c=1"])
+def test_a_next_page_that_would_change_the_host_is_refused(link: str) -> None:
+    headers = Message()
+    headers["Link"] = f'<{link}>; rel="next"'
+    with pytest.raises(HubFailed, match="no address of a hub"):
+        next_page(HubClient(kind="hub", endpoint="https://mirror.example"), headers)
+
+
 def test_a_list_that_does_not_end(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.page = 1
     monkeypatch.setattr("launcher.weights.huggingface.PAGES", 3)

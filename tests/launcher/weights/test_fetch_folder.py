@@ -1,5 +1,6 @@
 """The folder of a fetch: what is in it already, who uses it, and whether it is large enough."""
 
+import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -8,9 +9,10 @@ import pytest
 
 from launcher.errors import ConfigRefused, HubFailed, LaunchError
 from launcher.weights.fetch import lock_folder
+from launcher.weights.manifest import HubKind
 from tests.launcher.weights.conftest import SHARDS
 from tests.launcher.weights.hub_server import COMMIT, LATER_COMMIT, NAME, Hub
-from tests.launcher.weights.test_fetch import Watch, contents, run
+from tests.launcher.weights.test_fetch import KINDS, Watch, contents, run
 from trainer.contract.weight_files import MANIFEST_FILE
 
 
@@ -91,3 +93,33 @@ def test_a_damaged_manifest(hub: Hub, tmp_path: Path, text: str) -> None:
     (tmp_path / "a" / MANIFEST_FILE).write_text(text)
     with pytest.raises(LaunchError, match="It is damaged: remove it, or name another folder"):
         run(hub, tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_in_a_subfolder(hub: Hub, tmp_path: Path, kind: HubKind) -> None:
+    index = json.loads(hub.files["model.safetensors.index.json"])
+    index["weight_map"] = {name: f"sub/{file}" for name, file in index["weight_map"].items()}
+    hub.files["model.safetensors.index.json"] = json.dumps(index).encode()
+    for name in SHARDS:
+        hub.files[f"sub/{name}"] = hub.files.pop(name)
+    manifest = run(hub, tmp_path / "a", kind=kind)
+    assert {f"sub/{name}" for name in SHARDS} <= {file.path for file in manifest.files}
+    assert all((tmp_path / "a" / "sub" / name).read_bytes() == hub.files[f"sub/{name}"] for name in SHARDS)
+    assert not (tmp_path / "a" / ".fetch").exists()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "sub").write_text("mine")
+    with pytest.raises(ConfigRefused, match="b/sub cannot be made: File exists"):
+        run(hub, tmp_path / "b", kind=kind)
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_folder_of_unfinished_files_that_no_fetch_made(hub: Hub, tmp_path: Path, linked: bool) -> None:
+    (tmp_path / "a").mkdir()
+    if linked:
+        (tmp_path / "other").mkdir()
+        (tmp_path / "a" / ".fetch").symlink_to(tmp_path / "other")
+    else:
+        (tmp_path / "a" / ".fetch" / "mine").mkdir(parents=True)
+    with pytest.raises(ConfigRefused, match=r"a/\.fetch is a link or holds a folder.* Remove it, or name another folder"):
+        run(hub, tmp_path / "a")
+    assert hub.requests == [] and {path.name for path in (tmp_path / "a").iterdir()} == {".fetch"}

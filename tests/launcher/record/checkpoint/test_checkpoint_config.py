@@ -5,6 +5,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from launcher.plan.plan import LocalContext, Plan, make_plan
 from launcher.plan.short import describe_short
 from launcher.record.checkpoint.checkpoint_config import compose_from_checkpoint
 from launcher.record.checkpoint.checkpoint_record import FINGERPRINT_BYTES
-from launcher.record.record import SourceState, open_run
+from launcher.record.record import SourceState, name_run, open_run, valid_run_id
 from trainer.contract import CHECKPOINTS, SCHEMA
 from trainer.contract.checkpoint_files import CHECKPOINT_NAME, STATE_FILE
 from trainer.contract.weight_files import hash_weights
@@ -270,6 +271,31 @@ def test_a_record_of_another_schema_is_refused_in_clear_words(change: dict[str, 
     file.write_text(json.dumps(json.loads(file.read_text()) | change), encoding="utf-8")
     with pytest.raises(ConfigRefused, match=rf"stage\.checkpoint=A: .*plan\.json {said}"):
         composed(tmp_path, "stage=serve", "stage.checkpoint=A")
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_foreign_record_cannot_command_the_terminal(copied: bool, make_run: Make, plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    folder, bad = make_run("A", "stage=lora", "stage.checkpoint=x", "model=tiny_llava"), "\033[31m\033[2J\n"
+    if copied:
+        folder = Path(shutil.copytree(folder, tmp_path / "copied"))
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        state |= {"run_id": f"A{bad}", "trained": [f"projector{bad}"]}
+        state["spec"]["stage.name"] = f"lora{bad}"
+        (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+    else:
+        file = folder.parents[1] / "plan.json"
+        plan = json.loads(file.read_text(encoding="utf-8"))
+        plan["run_id"] = f"A{bad}"
+        plan["config"]["stage"]["name"] = f"lora{bad}"
+        plan["config"]["model"]["name"] = f"m{bad}"
+        plan["spec"]["stage"]["checkpoint"] = f"/x{bad}"
+        file.write_text(json.dumps(plan), encoding="utf-8")
+    config = composed(tmp_path, "stage=evaluate", f"stage.checkpoint={folder}")
+    texts = [str(problem) for problem in check(config, STACKS).problems]
+    texts += describe_short(replace(plan_for(), config=config)).splitlines()
+    assert any(r"A\x1b[31m\x1b[2J\n" in text for text in texts)
+    assert all(line.isprintable() for text in texts for line in text.splitlines())
+    assert valid_run_id(name_run(config, datetime(2026, 12, 1, tzinfo=UTC), pid=7))
 
 
 def test_an_older_plan_without_newer_keys_is_read(make_run: Make, tmp_path: Path) -> None:
