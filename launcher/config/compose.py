@@ -28,6 +28,7 @@ from trainer.contract import SpecError, decode
 
 WITHOUT = {"tune": "~tune", "experiment": ""}  # =null for Hydra: `tune` has a default to delete, `experiment` has none
 LARGEST = 2**63 - 1  # a larger number is a typing error, and may not fit into a float
+OWN_CLUSTER = ". Your own is a file: copy conf/cluster/example.yaml to conf/cluster/NAME.yaml, fill it in, and write cluster=NAME"
 INTERPOLATION = "interpolations (${...}) are refused, since a plan must show the value itself; write the value"
 
 
@@ -213,7 +214,9 @@ def _choose(group: str, name: str, typed: Typed, known: Known) -> str:
     if name not in names:
         others = [override for override in typed.overrides if override.partition("=")[0] != group]
         typed = replace(typed, overrides=others)  # what is wrong is no choice that an answer has to keep
-        raise ConfigRefused(f"unknown {group} {name!r}; {explain_value(group, name, names, typed, known)}")
+        answer = explain_value(group, name, names, typed, known)
+        more = OWN_CLUSTER if group == "cluster" and answer.startswith("valid are") else ""
+        raise ConfigRefused(f"unknown {group} {name!r}; {answer}{more}")
     return f"{group}={name}"
 
 

@@ -263,3 +263,8 @@ def test_options_are_the_files() -> None:
     assert set(groups) == {*AXES, "tune", "experiment"}
     assert groups["hardware"] == ("ascend910b", "ascend910c", "cpu", "h200", "p4", "rtx3090")
     assert groups["stage"] == ("convert", "evaluate", "full", "infer", "lm", "lora", "merge", "projector", "quantize", "serve")
+
+
+def test_an_unknown_cluster_is_answered_with_how_to_write_one() -> None:
+    with pytest.raises(ConfigRefused, match=r"valid are: example, local\. Your own is a file: copy conf/cluster/example\.yaml"):
+        compose(("cluster=pair",), CONF)
