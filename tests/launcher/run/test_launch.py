@@ -151,10 +151,9 @@ def images(tmp_path: Path) -> Path:
         pytest.param(row(image="text.png"), ("row 2", "text.png", "image"), marks=pytest.mark.slow),
         pytest.param(row(image="cut.png"), ("row 2", "cut.png", "truncated"), marks=pytest.mark.slow),
         pytest.param(row(answer=""), ("row 2", "conversations"), marks=pytest.mark.slow),
-        pytest.param(row(mark=""), ("row 2", "<image>", "0"), marks=pytest.mark.slow),
         (row(mark="<image><image>"), ("row 2", "<image>", "2")),
     ],
-    ids=["missing", "not-an-image", "truncated", "no-answer", "mark-too-few", "mark-too-many"],
+    ids=["missing", "not-an-image", "truncated", "no-answer", "mark-too-many"],
 )
 def test_bad_data_is_refused_with_file_and_row(tmp_path: Path, images: Path, bad: dict[str, object], said: tuple[str, ...]) -> None:
     file = tmp_path / "rows.json"
