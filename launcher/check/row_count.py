@@ -2,11 +2,30 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 from launcher.check.problem import Problem
-from launcher.check.random_rate import load_random_rate
 from launcher.config.defaults import SHORT_STEPS
 from launcher.config.schema import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomRate:
+    """The usual learning rates for random weights, far above those of fine-tuning: peak rates of AdamW. `source`: where they are from."""
+
+    low: float
+    high: float
+    source: str
+
+
+@cache
+def load_random_rate() -> RandomRate:
+    import yaml
+
+    return RandomRate(**yaml.safe_load(Path(__file__).with_name("random_rate.yaml").read_text(encoding="utf-8")))
+
 
 STEPS_AN_EPOCH = 8  # of a small data set, about: enough updates to learn from it
 MANY_EPOCHS = 10  # published recipes of fine-tuning have 1 to 3

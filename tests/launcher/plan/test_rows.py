@@ -146,7 +146,9 @@ def test_the_plan_shows_steps_and_epochs_and_the_trainer_gets_the_rows(here: Pat
 
 
 def test_a_batch_of_more_rows_than_there_are_is_refused_by_the_plan(here: Path) -> None:
-    with pytest.raises(ConfigRefused, match=r"64 samples, but data\.train has 60 rows(.|\n)*would pass: stage\.global_batch=8  or "):
+    with pytest.raises(
+        ConfigRefused, match=r"64 samples, but data\.train has 60 rows(.|\n)*would pass: stage\.global_batch=8 strategy\.micro_batch=1  or "
+    ):
         plan_of(FILES[:2], "R")
     with pytest.raises(ConfigRefused, match=r"128 samples, but data\.train has 60 rows"):
         plan_of((*FILES[:2], "model=tiny_internvl"), "R")
