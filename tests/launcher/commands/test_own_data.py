@@ -104,7 +104,7 @@ def test_epochs_of_own_data_and_the_same_run_on_two_ranks(tmp_path: Path) -> Non
     assert refused.returncode == 2 and "data.train has 10 rows: a step would train on the same row twice" in refused.stderr
     done = omnilaunch(PROJECT, tmp_path, "launch", *words, "--run-id", "one")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 steps (run.epochs=1, rounded up) = 12 samples = 1.2 epochs of 10 rows" in done.stdout
+    assert "3 steps (run.epochs=1, rounded up) = 12 samples = 1.2 epochs of 10 rows" in " ".join(done.stdout.split())
     spec = json.loads((tmp_path / "runs/one/spec.json").read_text(encoding="utf-8"))
     assert (spec["steps"], spec["data"]["rows"]) == (3, 10)
     (tmp_path / "set/rows.json").rename(tmp_path / "set/kept.json")
