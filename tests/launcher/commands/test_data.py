@@ -102,8 +102,8 @@ def test_the_summary() -> None:
 def test_problems_without_a_file_to_write_them_to() -> None:
     problem = {"file": "rows.json", "row": 3, "field": "image", "problem": "is 7", "fix": "give a path"}
     assert describe_problems([problem], "") == "problems   1\n  rows.json row 3, key 'image': is 7\n    give a path"
-    assert describe_problems([problem | {"row": row} for row in range(52)], "").splitlines()[1:] == [
-        "  rows.json, 52 rows (0, 1, 2, ...), key 'image': is 7",
+    assert describe_problems([problem | {"row": row} for row in range(1, 53)], "").splitlines()[1:] == [
+        "  rows.json, 52 rows (1, 2, 3, ...), key 'image': is 7",
         "    give a path",
         "  all of them: with --out FILE, one JSON object a line",
     ]
