@@ -1,8 +1,12 @@
 """Options of the whole test suite."""
 
+import os
 import signal
 
 import pytest
+
+# What `make` hands on to the programs that it starts: a `make` of a test would take its flags and the variables of its command line (ARGS).
+OF_MAKE = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "ARGS")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure() -> None:
+    for name in OF_MAKE:
+        os.environ.pop(name, None)
+    take_signals()
+
+
+def take_signals() -> None:
     """What tests start begins with default signals, also where they run in the background of a shell or under nohup, which ignore some: a
     handler of Python's, unlike that, is not handed on to a program."""
     for number in (signal.SIGINT, signal.SIGHUP):
