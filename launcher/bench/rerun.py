@@ -16,7 +16,7 @@ from launcher.bench.worktree import Tree, list_files
 from launcher.config.compose import choose_runtime, compose_over
 from launcher.config.conf_folder import ConfFolder, as_conf_folder
 from launcher.config.credentials import give_credentials, without_masked
-from launcher.config.defaults import EPOCHS, keys_of, with_short_warmup
+from launcher.config.defaults import EPOCHS, keys_of, with_short_warmup, without_keys
 from launcher.config.schema import AXES, Config
 from launcher.config.variable import describe_variables
 from launcher.errors import ConfigRefused, suggest
@@ -115,11 +115,11 @@ def config_again(
     return config
 
 
-def kept_overrides(recorded: RecordedRun, overrides: tuple[str, ...]) -> Iterator[str]:
+def kept_overrides(recorded: RecordedRun, overrides: tuple[str, ...]) -> tuple[str, ...]:
     """The recorded overrides that no new one replaces."""
     given = keys_of(overrides)
     given |= DURATION if given & DURATION else frozenset()
-    return (word for word in recorded.plan.overrides if word.partition("=")[0] not in given)
+    return without_keys(recorded.plan.overrides, given)
 
 
 def with_recorded_files(plan: Plan, before: Plan, overrides: Sequence[str], conf: Path | ConfFolder) -> Plan:
@@ -173,7 +173,7 @@ def change_config(
     was not given again no longer says anything."""
     typed = keys_of(overrides)
     config = compose_over(choose_strategy_again(before, recorded, overrides), overrides, conf)
-    named = {*typed, *keys_of(recorded.plan.overrides)}
+    named = typed | keys_of(recorded.plan.overrides)
     if "run.steps" in typed:
         config = with_short_warmup(config, named)
     if EPOCHS in typed:
@@ -190,18 +190,18 @@ def rows_again(config: Config, typed: Set[str]) -> int:
 def choose_strategy_again(config: Config, recorded: RecordedRun, overrides: tuple[str, ...]) -> Config:
     """For other devices the strategy is chosen again unless one was given, and for another batch the micro-batch. The global batch stays the
     same unless it was given."""
-    named = [word.partition("=")[0] for word in (*recorded.plan.overrides, *overrides)]
+    named = keys_of((*recorded.plan.overrides, *overrides))
     other = any(key in OTHER_DEVICES or key.startswith("cluster.nodes") for key in keys_of(overrides))
     if other and not any(key.partition(".")[0] == "strategy" for key in named):
         return replace(config, strategy=replace(config.strategy, name="auto", micro_batch=None))
-    if (other or BATCH in keys_of(overrides)) and not {MICRO_BATCH, "experiment"} & {*named}:
+    if (other or BATCH in keys_of(overrides)) and not {MICRO_BATCH, "experiment"} & named:
         return replace(config, strategy=replace(config.strategy, micro_batch=None))
     return config
 
 
 def choose_runtime_again(config: Config, recorded: RecordedRun, overrides: tuple[str, ...]) -> Config:
     """On an accelerator a run that was a process of the CPU starts in the image, unless the runtime was given."""
-    named = [word.partition("=")[0] for word in (*recorded.plan.overrides, *overrides)]
+    named = keys_of((*recorded.plan.overrides, *overrides))
     same = recorded.plan.config.hardware.accelerator == config.hardware.accelerator
     if same or config.cluster.runtime != "process" or "cluster.runtime" in named:
         return config

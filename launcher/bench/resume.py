@@ -28,7 +28,7 @@ from launcher.bench.rerun import (
 from launcher.bench.worktree import Tree
 from launcher.config.compose import compose_over
 from launcher.config.conf_folder import ConfFolder
-from launcher.config.defaults import EPOCHS, keys_of
+from launcher.config.defaults import EPOCHS, keys_of, without_keys
 from launcher.config.schema import Config
 from launcher.config.variable import describe_variables
 from launcher.errors import ConfigRefused
@@ -98,7 +98,7 @@ def plan_resume(
     refuse_learning(paused, list_learning(find_changes(before, config)), overrides)
     stacks, local = load_stacks(tree.project / "images"), replace(local, project=tree.project)
     words = (*kept_overrides(recorded, overrides), *overrides)
-    words = words if config.run.epochs is not None else tuple(word for word in words if not word.startswith(f"{EPOCHS}="))
+    words = words if config.run.epochs is not None else without_keys(words, (EPOCHS,))
     asked = replace(context_for(config, stacks, tree.project), project=tree.project) if context_for else local
     local = replace(local, accepted=asked.accepted)  # of this user, whatever is planned
     then, now = (make_plan(each, stacks, at, run_id=paused.run_id, overrides=words) for each, at in ((before, local), (config, asked)))
@@ -244,7 +244,7 @@ def compare_settings(then: Plan, now: Plan) -> list[str]:
 def refuse_learning(paused: PausedRun, lines: Sequence[str], overrides: Sequence[str]) -> None:
     """Raises ConfigRefused for what would change what the run learns, except its steps and its data."""
     if lines:
-        words = [word for word in overrides if not word.startswith(("run.steps=", "run.epochs="))]
+        words = without_keys(overrides, ("run.steps", EPOCHS))
         new_run = command_line("launch", f"stage.checkpoint={paused.run_id}", *words)
         shown = "\n".join(f"  {line}" for line in lines)
         raise ConfigRefused(
@@ -257,7 +257,7 @@ def refuse_unaccepted(
     paused: PausedRun, now: Plan, changes: Sequence[ChangedSetting], overrides: Sequence[str], accepted: tuple[str, ...]
 ) -> None:
     """Raises ConfigRefused with each change whose kind was not accepted, and the command that accepts them."""
-    chosen = any(word.partition("=")[0].partition(".")[0] == "strategy" for word in overrides)
+    chosen = any(key.partition(".")[0] == "strategy" for key in keys_of(overrides))
     moved = any(change.kind == "nodes" for change in changes)
     follows = {"strategy"} if moved and not chosen else set()  # the strategy is chosen again for other nodes
     standing = [change for change in changes if change.kind and change.kind not in {*accepted, *follows}]

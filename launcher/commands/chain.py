@@ -9,7 +9,7 @@ from pathlib import Path
 from launcher.config.chain import GROUP, Chain, overrides_of
 from launcher.config.compose import compose, compose_with_files
 from launcher.config.conf_folder import ConfFolder
-from launcher.config.defaults import keys_of
+from launcher.config.defaults import keys_of, without_keys
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import load_stacks
@@ -117,10 +117,10 @@ def compose_step(config: Config, words: Sequence[str], conf: ConfFolder, here: P
     if not checkpoint:
         return config
     if checkpoint in earlier:
-        chosen = any(word.startswith("model=") for word in words)
+        chosen = "model" in keys_of(words)
         config, _ = take_data(config, earlier[checkpoint].config.data, words)
         return config if chosen else replace(config, model=earlier[checkpoint].config.model)
-    found = compose_from_checkpoint([word for word in words if not word.startswith("run.evaluation.base=")], conf, here)
+    found = compose_from_checkpoint(without_keys(words, ("run.evaluation.base",)), conf, here)
     return replace(found, run=replace(found.run, evaluation=config.run.evaluation))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from launcher.config.compose import options
 from launcher.config.conf_folder import ConfFolder, as_conf_folder
+from launcher.config.defaults import keys_of, without_keys
 from launcher.errors import ConfigRefused, suggest
 
 GROUP = "experiment"
@@ -91,7 +92,7 @@ def find_faults(chain: Chain) -> Iterator[str]:
             yield f"step {step.name!r}: a name has 1 to 30 characters of a-z, 0-9 and '_'"
         if names.index(step.name) != place:
             yield f"step {step.name}: this name is used twice"
-        if not any(word.startswith("stage=") for word in step.words):
+        if "stage" not in keys_of(step.words):
             yield f"step {step.name}: has no stage=... among its words"
         for word in step.words:
             match = REFERENCE.search(word.partition("=")[2])
@@ -104,6 +105,6 @@ def overrides_of(chain: Chain, place: int, typed: Sequence[str], runs: Mapping[s
     step = chain.steps[place]
     own = tuple(REFERENCE.sub(lambda match: runs[match[1]], word) for word in step.words)
     earlier = [other.name for other, kind in zip(chain.steps[:place], kinds, strict=False) if kind in SAVING]
-    begins = any(word.startswith("stage.checkpoint=") for word in own) or not earlier
-    kept = [word for word in typed if word.partition("=")[0] != GROUP]
+    begins = "stage.checkpoint" in keys_of(own) or not earlier
+    kept = without_keys(typed, (GROUP,))
     return (*kept, *own, *(() if begins else (f"stage.checkpoint={runs[earlier[-1]]}",)))

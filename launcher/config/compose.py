@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.conf_folder import GROUPS, OPTIONAL_GROUPS, PRIMARY, ConfFolder, as_conf_folder
-from launcher.config.defaults import choose_duration, keys_of, settle
+from launcher.config.defaults import choose_duration, keys_of, settle, without_keys
 from launcher.config.expected import describe_expected
 from launcher.config.fact import refuse_facts, refuse_fixed
 from launcher.config.hint import Known, explain_key, explain_value, join_words, read_foreign
@@ -105,7 +105,7 @@ def compose_over(config: Config, overrides: Sequence[str], conf: Path | ConfFold
 def _complete(config: Config, overrides: Sequence[str]) -> Config:
     """Activations are in the dtype of the weights. Raises ConfigRefused for overrides of facts about weights that exist."""
     refuse_facts(overrides, config.model.source.kind)
-    if any(override.startswith("precision.weights=") for override in overrides):
+    if "precision.weights" in keys_of(overrides):
         return replace(config, precision=replace(config.precision, compute=config.precision.weights))
     return config
 
@@ -212,7 +212,7 @@ def _choose(group: str, name: str, typed: Typed, known: Known) -> str:
     if name not in names and "," in name:
         raise ConfigRefused(f"give one value; {suggest(name.split(',')[0], names)}")
     if name not in names:
-        others = [override for override in typed.overrides if override.partition("=")[0] != group]
+        others = without_keys(typed.overrides, (group,))
         typed = replace(typed, overrides=others)  # what is wrong is no choice that an answer has to keep
         answer = explain_value(group, name, names, typed, known)
         more = OWN_CLUSTER if group == "cluster" and answer.startswith("valid are") else ""

@@ -4,7 +4,7 @@ A value that the user typed is never changed.
 """
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Container, Iterable, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,14 @@ SHORT_STEPS = 100  # a shorter run has less warm-up than a recipe says
 WARMUP_SHARE = 5  # at most one of so many steps, in a short run
 
 
-def keys_of(overrides: Sequence[str]) -> frozenset[str]:
+def keys_of(overrides: Iterable[str]) -> frozenset[str]:
     """The keys that were typed."""
     return frozenset(override.partition("=")[0] for override in overrides)
+
+
+def without_keys(overrides: Iterable[str], keys: Container[str]) -> tuple[str, ...]:
+    """The overrides of other keys."""
+    return tuple(override for override in overrides if override.partition("=")[0] not in keys)
 
 
 def settle(data: dict[str, Any], choices: Mapping[str, str | None], typed: Set[str], conf: ConfFolder) -> None:

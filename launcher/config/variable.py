@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from launcher.config.defaults import keys_of
 from launcher.config.schema import Config
 from launcher.config.synonym import fill, read_row
 from launcher.config.written import quote
@@ -99,7 +100,7 @@ def use_visible_devices(environ: Mapping[str, str], config: Config, *, most: int
     cluster = config.cluster
     if not NUMBERS.fullmatch(value) or not cluster.nodes or not cluster.is_local or any(node.devices for node in cluster.nodes):
         return ()
-    counted = any(override.partition("=")[0] == COUNT for override in overrides) or cluster.devices_per_node is not None
+    counted = COUNT in keys_of(overrides) or cluster.devices_per_node is not None
     numbers = value.split(",")[:most]
     devices = (f"{DEVICES}=[{','.join(numbers)}]",)
     return devices if counted else (*devices, f"{COUNT}={len(numbers)}")

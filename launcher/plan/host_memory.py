@@ -9,6 +9,7 @@ from launcher.check.problem import Problem, Rule
 from launcher.check.rules import Verdict, check
 from launcher.check.strategy import Resolved, resolve
 from launcher.check.suggestions import find_changes, list_host_items
+from launcher.config.defaults import keys_of
 from launcher.config.schema import Config
 from launcher.image.stack import Stack
 from launcher.memory.estimate import Memory, total
@@ -27,7 +28,7 @@ def judge(
 ) -> tuple[Verdict, Resolved, str]:
     """The verdict of all rules and of this machine's memory, the config with its strategy resolved, and what was set for its evaluation.
     `overrides`: as the user typed them."""
-    resolved, said = settle_evaluation(resolve(config), {override.partition("=")[0] for override in overrides})
+    resolved, said = settle_evaluation(resolve(config), keys_of(overrides))
     verdict = check(resolved.asked, stacks, rules=rules, resolved=resolved, compose=compose)
     return with_own_memory(verdict, resolved, own_bytes, stacks), resolved, said
 

@@ -20,6 +20,7 @@ from launcher.check.suggestions import with_typed_hardware
 from launcher.config.compose import compose as compose_files
 from launcher.config.conf_folder import ConfFolder
 from launcher.config.credentials import without_masked
+from launcher.config.defaults import keys_of, without_keys
 from launcher.config.schema import Cluster, Config, Run
 from launcher.errors import ConfigRefused, refuse_config
 from launcher.image.licence import AcceptedLicence
@@ -180,9 +181,7 @@ def with_files(plan: Plan, conf: ConfFolder, files: Sequence[Path]) -> Plan:
 def compose_change(overrides: tuple[str, ...], change: str, compose: Callable[[Sequence[str]], Config]) -> Config:
     """The config with an offered change in place of what was typed for the same keys. Raises ConfigRefused."""
     parts = shlex.split(change)
-    keys = {part.partition("=")[0] for part in parts}
-    kept = (override for override in overrides if override.partition("=")[0] not in keys)
-    return on_one_rank(compose((*kept, *parts)))
+    return on_one_rank(compose((*without_keys(overrides, keys_of(parts)), *parts)))
 
 
 def on_one_rank(config: Config) -> Config:

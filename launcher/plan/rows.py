@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.check.problem import Problem
-from launcher.config.defaults import EPOCHS, count_steps, with_short_warmup
+from launcher.config.defaults import EPOCHS, count_steps, keys_of, with_short_warmup
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, suggest
 
@@ -48,7 +48,7 @@ def find_missing(config: Config, here: Path) -> tuple[Problem, ...]:
 def ask_for_place(config: Config, key: str) -> str:
     """What to type, for a file that the record of a checkpoint names."""
     recorded = config.stage.recorded
-    if recorded is None or not any(word.startswith(f"{key}=") for word in recorded.taken):
+    if recorded is None or key not in keys_of(recorded.taken):
         return ""
     return f". It is from the record of run {recorded.run_id}: type data={config.data.name} {key}=FILE with its place now, or other data"
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from launcher.config.compose import compose
 from launcher.config.conf_folder import ConfFolder
+from launcher.config.defaults import keys_of
 from launcher.config.variable import DEVICES, VISIBLE, describe_devices, use_visible_devices
 from launcher.errors import ConfigRefused
 from launcher.memory.states import device_count
@@ -17,7 +18,7 @@ def naming_devices(typed: Sequence[str], used: Sequence[str], environ: Mapping[s
     try:
         yield
     except ConfigRefused as error:
-        if any(word.startswith(f"{DEVICES}=") for word in typed) or not (note := describe_devices(environ, used)):
+        if DEVICES in keys_of(typed) or not (note := describe_devices(environ, used)):
             raise
         raise type(error)(f"{error}\n  {note}") from error
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launcher.config.compose import compose
+from launcher.config.defaults import keys_of, without_keys
 from launcher.image.stack import load_stacks
 from launcher.image.wheelhouse import local_files
 from launcher.plan.plan import LocalContext, Plan, make_plan
@@ -34,9 +35,8 @@ def render(built: Built, project: Path, tmp_path: Path) -> Iterator[Callable[...
 
     def render(*overrides: str) -> tuple[Plan, Path]:
         place = LocalContext(project=project, here=tmp_path, interpreter="python3", user="1000:1000")
-        given = {word.partition("=")[0] for word in overrides}
-        short = (word for word in SHORT if word.partition("=")[0] not in given)
-        root = () if "cluster.root" in given else (f"cluster.root={tmp_path}/site",)
+        short = without_keys(SHORT, keys_of(overrides))
+        root = () if "cluster.root" in keys_of(overrides) else (f"cluster.root={tmp_path}/site",)
         words = (*root, *short, *docker_overrides(built), *overrides)
         plan = make_plan(compose(words, ROOT / "conf"), load_stacks(project / "images"), place, run_id=f"bundle-{os.getpid()}-{len(plans)}")
         plans.append(plan)

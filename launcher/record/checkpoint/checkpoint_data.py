@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from launcher.config.defaults import keys_of
 from launcher.config.schema import Config, Data
 from launcher.record.checkpoint_reference import run_of
 from launcher.record.reader import decode_as, nested, read_object
@@ -37,7 +38,7 @@ def read_data(plan: dict[str, Any], file: Path) -> Data:
 
 def take_data(config: Config, recorded: Data | None, overrides: Sequence[str]) -> tuple[Config, tuple[str, ...]]:
     """The config with the recorded data, and what was taken; as it was where the user named the data, or an experiment, which names it too."""
-    typed = {override.partition("=")[0] for override in overrides if override != "experiment=null"}
+    typed = keys_of(override for override in overrides if override != "experiment=null")
     if recorded is None or typed & {*NAMING, "experiment"}:
         return config, ()
     if recorded.builtin and recorded.builtin == config.data.builtin:

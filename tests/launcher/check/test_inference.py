@@ -13,6 +13,7 @@ from launcher.check.inference import OPTIONS
 from launcher.check.problem import Problem
 from launcher.check.rules import check
 from launcher.config.compose import compose, options
+from launcher.config.defaults import keys_of, without_keys
 from launcher.errors import ConfigRefused
 from launcher.image.stack import Stack, load_stacks
 from launcher.memory.estimate import estimate_memory
@@ -73,8 +74,7 @@ def test_what_cannot_work_is_refused_with_a_change_that_does(words: tuple[str, .
     found = {problem.key: problem for problem in problems(*words)}
     assert said in found[key].what and found[key].changes
     change = found[key].changes[0].replace("'What is this?'", "what").replace("FILE", "file").split()
-    changed = {part.partition("=")[0] for part in change}
-    kept = [word for word in words if word.partition("=")[0] not in {key, *changed}]
+    kept = without_keys(words, {key, *keys_of(change)})
     if "RUN_ID" not in found[key].changes[0]:
         assert key not in {problem.key for problem in problems(*kept, *change)}
 

@@ -7,6 +7,7 @@ import pytest
 
 from launcher.check.rules import Verdict, check
 from launcher.config.compose import compose
+from launcher.config.defaults import keys_of, without_keys
 from launcher.image.stack import Stack, load_stacks
 
 ROOT = Path(__file__).parents[3]
@@ -77,8 +78,7 @@ def test_refused_with_a_change_that_passes(overrides: tuple[str, ...], key: str,
     assert [problem.key for problem in problems] == [key]
     assert reason in problems[0].what and problems[0].changes[0] == change
     for offered in problems[0].changes:
-        keys = {part.partition("=")[0] for part in offered.split()}
-        kept = [word for word in overrides if word.partition("=")[0] not in keys]
+        kept = without_keys(overrides, keys_of(offered.split()))
         assert not judge(*kept, *offered.split()).problems, offered
 
 

@@ -13,6 +13,7 @@ from launcher.check.rules import RULES
 from launcher.check.strategy import PEAK_SHARE, resolve
 from launcher.check.suggestions import ADAPTER, LARGER, PURE_BF16, memory_fits, write_memory_notes
 from launcher.config.compose import compose
+from launcher.config.defaults import keys_of, without_keys
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused
 from launcher.image.stack import Stack, load_stacks
@@ -44,8 +45,7 @@ def problems(*words: str) -> list[Problem]:
 
 
 def apply(words: tuple[str, ...], change: str) -> tuple[str, ...]:
-    given = {word.split("=")[0] for word in change.split()}
-    return (*(word for word in words if word.split("=")[0] not in given), *change.split())
+    return (*without_keys(words, keys_of(change.split())), *change.split())
 
 
 REFUSED = (

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launcher.config.compose import compose, compose_over
-from launcher.config.defaults import count_steps, with_short_warmup
+from launcher.config.defaults import count_steps, keys_of, with_short_warmup, without_keys
 from launcher.errors import ConfigRefused
 
 CONF = Path(__file__).parents[3] / "conf"
@@ -80,5 +80,11 @@ def test_an_epoch_is_every_row_once_rounded_up(epochs: float, rows: int, batch: 
     ],
 )
 def test_the_warmup_of_a_recipe_fits_a_short_run(overrides: tuple[str, ...], warmup: float) -> None:
-    typed = {override.partition("=")[0] for override in overrides}
+    typed = keys_of(overrides)
     assert with_short_warmup(compose(overrides, CONF), typed).stage.optimizer.warmup == warmup
+
+
+def test_overrides_of_other_keys_are_kept_in_their_order() -> None:
+    overrides = ("model=tiny_llava", "run.steps=3", "model.context=64", "run.steps=5", "experiment=null")
+    assert without_keys(overrides, ("run.steps", "experiment")) == ("model=tiny_llava", "model.context=64")
+    assert without_keys(overrides, keys_of(("model=x",))) == overrides[1:]

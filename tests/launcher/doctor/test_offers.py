@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 
+from launcher.config.defaults import keys_of, without_keys
 from launcher.doctor.findings import Finding
 from tests.launcher.doctor.test_doctor import FAULTS, FIVE, Fault, npu_table
 from tests.launcher.fake_nodes import CPU, HOSTS, NO_DOCKER, NPU, PlanFor, Said, ascend, examined, found, healthy_nodes, room, tcp
@@ -66,8 +67,7 @@ def test_an_override_that_a_finding_offers_removes_it(plan_for: PlanFor, name: s
     """Each alternative by itself gives a plan that is not refused, and on the same nodes the finding is gone."""
 
     def finding_with(*overrides: str) -> Finding | None:
-        typed = {word.partition("=")[0] for word in overrides}
-        plan = plan_for(*(word for word in fault.words if word.partition("=")[0] not in typed), *overrides)
+        plan = plan_for(*without_keys(fault.words, keys_of(overrides)), *overrides)
         answers: dict[str, Mapping[str, str | Said]] = {("first", "second")[fault.place]: fault.answers}
         ways = healthy_nodes(plan, **answers)
         host = plan.config.cluster.nodes[fault.place].host

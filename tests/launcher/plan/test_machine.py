@@ -7,6 +7,7 @@ import pytest
 
 from launcher.check.problem import Problem
 from launcher.config.compose import compose
+from launcher.config.defaults import keys_of, without_keys
 from launcher.image.stack import load_stacks
 from launcher.plan.machine import NVIDIA_TOOLS, TRAINER_PACKAGES, Machine, asked_paths
 from launcher.plan.plan import Plan, make_plan
@@ -144,8 +145,7 @@ def test_what_is_missing_is_one_line_and_what_is_offered_works(
     assert (problem.key, problem.changes, problem.launch_only) == (key, changes, True)
     assert said in problem.what and "\n" not in problem.what
     for change in changes:
-        key = change.partition("=")[0]
-        kept = [word for word in words if word.partition("=")[0] != key]
+        kept = without_keys(words, keys_of((change,)))
         assert problems_on(machine, *kept, change) == ()
 
 

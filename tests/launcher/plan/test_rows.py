@@ -8,6 +8,7 @@ import pytest
 
 from launcher.commands.plan import plan_here, plan_of
 from launcher.config.compose import compose
+from launcher.config.defaults import keys_of
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused
 from launcher.plan.plan import refuse
@@ -56,7 +57,7 @@ def test_what_cannot_be_counted_is_left_to_the_data_check(here: Path, text: str)
 
 
 def settle(here: Path, *overrides: str) -> Config:
-    return settle_rows(compose(overrides, PROJECT / "conf"), {override.partition("=")[0] for override in overrides}, here)
+    return settle_rows(compose(overrides, PROJECT / "conf"), keys_of(overrides), here)
 
 
 FILES = ("data=files", "data.train=rows.json", "stage.global_batch=8")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from launcher.config.defaults import keys_of, without_keys
 from tests.launcher.planted import clone_tree, omnilaunch, reseal
 
 SHORT = (
@@ -40,8 +41,7 @@ class Place:
             f"data.evaluation={self.here}/mine/evaluation.json",
             f"data.images={self.here}/mine",
         )
-        named = {word.partition("=")[0] for word in words}
-        short = [word for word in SHORT if word.partition("=")[0] not in named]
+        short = without_keys(SHORT, keys_of(words))
         done = omnilaunch(project or self.project, self.here, "launch", *short, "data=files", *mine, *words, "--run-id", name)
         assert done.returncode == 0, done.stdout + done.stderr
         return self.here / "runs" / name
