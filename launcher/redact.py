@@ -11,7 +11,7 @@ USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
 COLOUR = r"\033\[(?:[0-4]|[39][0-7])?(?:;(?:[0-4]|[39][0-7])){0,3}m"  # harmless; code 8, which hides text, is not among them
 # Control characters other than line breaks and tabs, those that turn the direction of the text, and bytes that are not UTF-8.
 COMMANDS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-COLOUR_OR_COMMAND = re.compile(f"({COLOUR})|{COMMANDS}")
+COMMAND, COLOUR_OR_COMMAND = re.compile(f"(){COMMANDS}"), re.compile(f"({COLOUR})|{COMMANDS}")
 
 
 def mask_credentials(value: Any) -> Any:
@@ -42,4 +42,13 @@ def printable(text: str) -> str:
 
 def for_terminal(text: str) -> str:
     """Lines as they are printed: what a terminal would take as a command is written as an escape, which is also one of JSON. Colours stay."""
-    return COLOUR_OR_COMMAND.sub(lambda found: found[1] or f"\\u{ord(found[0]):04x}", text)
+    return COLOUR_OR_COMMAND.sub(escape, text)
+
+
+def for_file(text: str) -> str:
+    """The same for a file, which a terminal may show later: colours are escapes too."""
+    return COMMAND.sub(escape, text)
+
+
+def escape(found: re.Match[str]) -> str:
+    return found[1] or f"\\u{ord(found[0]):04x}"

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from launcher.plan.text import figure, measure, size
+from launcher.plan.text import figure, measure, shorten, size
 from launcher.record.index import OPEN, RunEntry, size_bytes
 from launcher.record.reader import nested
 from launcher.record.record import RECORD_FILE
@@ -95,14 +95,6 @@ def lay_out(rows: Sequence[dict[str, str]], width: int) -> list[str]:
 def pad(text: str, width: int, *, right: bool) -> str:
     blank = " " * (width - measure(text))
     return f"{blank}{text}" if right else f"{text}{blank}"
-
-
-def shorten(text: str, width: int) -> str:
-    """Both ends of the text: names differ at either."""
-    if measure(text) <= width:
-        return text
-    end = (width - 1) // 2
-    return f"{text[: width - 1 - end]}…{text[len(text) - end :]}"
 
 
 def count_runs(count: int) -> str:

@@ -23,9 +23,9 @@ def find_official(axis: str, text: str, conf: Path | ConfFolder) -> tuple[str, .
     known = {name: set(list_names(name, data)) for name, data in read_files(axis, conf)}
     if whole := [name for name, names in known.items() if text.lower() in {each.lower() for each in names if "/" in each}]:
         return tuple(whole)
-    word = shorten(text.rstrip("/").rpartition("/")[2])
-    same = [name for name, names in known.items() if word in map(shorten, names)]
-    begun = [name for name, names in known.items() if len(word) >= LEAST and any(shorten(each).startswith(word) for each in names)]
+    word = normalize(text.rstrip("/").rpartition("/")[2])
+    same = [name for name, names in known.items() if word in map(normalize, names)]
+    begun = [name for name, names in known.items() if len(word) >= LEAST and any(normalize(each).startswith(word) for each in names)]
     found = dict.fromkeys((*same, *begun))  # MiniCPM-V is a whole name, and the beginning of two others
     return tuple(found) if len(found) <= MOST else tuple(same)
 
@@ -62,7 +62,7 @@ def list_names(name: str, data: dict[str, Any]) -> Iterator[str]:
         yield from re.findall(r"\(([^)]*)\)", data["title"])
 
 
-def shorten(name: str) -> str:
+def normalize(name: str) -> str:
     """Letters and digits of a published name, without what does not tell models apart."""
     while TAIL.search(name):
         name = TAIL.sub("", name)

@@ -155,7 +155,9 @@ def describe_one(row: Variable, name: str, value: str, typed: Mapping[str, str])
     secret = names_a_secret(name) or holds_credentials(value)
     override = write(row, name, "" if secret else value)
     held = typed.get(override.strip("'").partition("=")[0])
-    shown = name if secret else f"{name}={shorten(value.strip())}"
+    value = value.strip()
+    value = value if len(value) <= LONGEST else f"{value[:LONGEST]}..."
+    shown = name if secret else f"{name}={value}"
     return f"{shown} in your environment is ignored: {f'{held} holds' if held else f'write {override}'}"
 
 
@@ -170,7 +172,3 @@ def is_set(config: Config, key: str, text: str) -> bool:
 
 def holds(row: Variable, config: Config) -> bool:
     return all(CONDITIONS[condition](config) for condition in row.only)
-
-
-def shorten(value: str) -> str:
-    return value if len(value) <= LONGEST else f"{value[:LONGEST]}..."

@@ -31,6 +31,20 @@ def measure(text: str) -> int:
     return sum(0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
+def shorten(text: str, most: int = 44) -> str:
+    """One line of at most `most` columns. A longer one keeps both ends, since names, hashes and paths may differ at either."""
+    line = " ".join(text.split())
+    if measure(line) <= most:
+        return line
+    end = (most - 1) // 2
+    head, tail = line[: most - 1 - end], line[len(line) - end :]
+    while measure(head) > most - 1 - end:
+        head = head[:-1]
+    while measure(tail) > end:
+        tail = tail[1:]
+    return f"{head}…{tail}"
+
+
 def wrap(text: str, width: int, *, first: str = "", indent: str = "") -> Iterator[str]:
     """Lines of at most `width` columns, broken at spaces. The first begins with `first`, the others with `indent`. A longer word stays
     whole."""

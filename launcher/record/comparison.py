@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-from launcher.plan.text import figure as rounded
+from launcher.plan.text import figure as rounded, shorten
 from launcher.record.comparable import ComparableKind, Difference
 from trainer.contract import SCHEMA
 
@@ -179,12 +179,6 @@ def describe_level(level: Level, limit: str) -> str:
 
 def number(value: float | None) -> str:
     return "none" if value is None else rounded(value)
-
-
-def shorten(text: str, most: int = 44) -> str:
-    """One line. A long one keeps both ends, since hashes and paths often differ at one end only."""
-    line = " ".join(text.split())
-    return line if len(line) <= most else f"{line[: most // 2]}…{line[-most // 2 :]}"
 
 
 WEIGHTS = {Level.EQUAL: "equal", Level.OUTSIDE: "not the same", Level.NOT_JUDGED: "their hash is not in both records"}

@@ -15,6 +15,7 @@ from typing import Any
 
 from launcher.config.schema import Bands
 from launcher.errors import ConfigRefused
+from launcher.plan.text import shorten
 from launcher.record.comparable import (
     COMMIT,
     FILES,
@@ -25,7 +26,7 @@ from launcher.record.comparable import (
     find_differences,
     kind_of,
 )
-from launcher.record.comparison import Comparison, Figure, Judgement, Level, Losses, Outcome, shorten
+from launcher.record.comparison import Comparison, Figure, Judgement, Level, Losses, Outcome
 from launcher.record.metrics import Curve, first_difference, window_means
 from launcher.record.noise import LEAST_REPEATS, interval
 from launcher.record.run_files import RunFiles, require_whole

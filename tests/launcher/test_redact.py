@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from launcher.redact import for_terminal, holds_credentials, mask_credentials, names_a_secret, printable
+from launcher.redact import for_file, for_terminal, holds_credentials, mask_credentials, names_a_secret, printable
 
 
 @pytest.mark.parametrize(
@@ -75,3 +75,8 @@ def test_json_stays_what_it_was() -> None:
 
 def test_one_line_of_another_ones_text() -> None:
     assert printable("a\n\033[31mb 中") == "a\\n\\x1b[31mb 中"
+
+
+def test_a_file_has_no_colours_either_and_can_be_written() -> None:
+    text = for_file("\033[31mred\033[0m\t中\n\ud800\u202e")
+    assert text == "\\u001b[31mred\\u001b[0m\t中\n\\ud800\\u202e" and text.encode("utf-8")

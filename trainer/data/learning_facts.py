@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trainer.contract import CommonAnswer, LearningFacts
 from trainer.data.media.image import Examined
+from trainer.data.rows.parsed_row import shorten
 from trainer.data.rows.sample import Sample
 from trainer.data.summary import percentile
 
@@ -29,7 +30,7 @@ def collect_facts(train: Sequence[Sample], held_out: Sequence[Sample], images: M
     return LearningFacts(
         answers=sum(answers.values()),
         distinct=len(answers),
-        common=tuple(CommonAnswer(text=shorten(text), count=count) for text, count in answers.most_common(COMMON)),
+        common=tuple(CommonAnswer(text=shorten(" ".join(text.split()), SHOWN), count=count) for text, count in answers.most_common(COMMON)),
         characters_p50=percentile(lengths, 50),
         characters_p95=percentile(lengths, 95),
         characters_max=lengths[-1] if lengths else 0,
@@ -44,8 +45,3 @@ def content_of(sample: Sample, images: Mapping[Path, Examined]) -> Content:
     """Equal for rows with the same images and messages, under whatever names the images are saved."""
     pictures = tuple(images[path].sha256 or str(path) if path in images else str(path) for path in sample.images)
     return pictures, tuple(text for message in sample.messages for text in (message.role, message.content))
-
-
-def shorten(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= SHOWN else f"{line[: SHOWN - 1]}…"

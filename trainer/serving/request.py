@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.contract import Sampling
-from trainer.data.rows.parsed_row import MARK, Role, ends_with_question, kind, printable
+from trainer.data.rows.parsed_row import MARK, Role, ends_with_question, kind, printable, shorten
 from trainer.data.rows.sample import Message
 from trainer.serving.refusal import RequestRefused, invalid
 
@@ -80,7 +80,7 @@ READ |= {"seed", "stop"}
 
 def refuse_unread(given: Mapping[str, Any]) -> None:
     for key in given.keys() - READ:
-        shown = printable(key)[:100]
+        shown = shorten(printable(key), 100)
         if key in LABELS:
             read_text(given[key], key)
         elif key not in WITHOUT_EFFECT:

@@ -4,7 +4,8 @@ data is that of its run, where the user names none.
 What the user typed is kept. Where it contradicts the record, stage.recorded says so, and launcher.check.start refuses it.
 """
 
-from collections.abc import Iterator, Sequence, Set
+import json
+from collections.abc import Sequence, Set
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from launcher.record.checkpoint.checkpoint_data import take_data
 from launcher.record.checkpoint.checkpoint_record import CheckpointRecord, read_checkpoint
 from launcher.record.checkpoint_reference import locate_checkpoint, resolve_base, use_checkpoint
 from launcher.redact import printable
+from trainer.contract.checkpoint_files import flatten
 
 OF_ADAPTER = ("r", "alpha", "rank_stabilised", "targets")  # of an adapter that a LoRA stage continues: its files have them
 SHOWN = 4  # differences that are named
@@ -111,16 +113,13 @@ def find_differences(model: Model, record: CheckpointRecord) -> tuple[str, ...]:
         return () if model.name == record.weights.model else (f"its model is {record.weights.model}",)
     if model.family != record.model.family:
         return (f"its family is {printable(record.model.family)}, and not {model.family}",)
-    there, here = (dict(flatten(asdict(each.architecture))) for each in (record.model, model))
+    there, here = (numbers_of(each) for each in (record.model, model))
     named = sorted({*there, *here}, key=lambda key: (not key.startswith(("text", "vision")), "options" in key, key))  # sizes first
     keys = [key for key in named if there.get(key) != here.get(key) and "unverified" not in key]
     more = (f"and {len(keys) - SHOWN} more",) if len(keys) > SHOWN else ()
     return (*(printable(f"its {key} is {there.get(key)}, and not {here.get(key)}") for key in keys[:SHOWN]), *more)
 
 
-def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, list(value) if isinstance(value, tuple) else value
+def numbers_of(model: Model) -> dict[str, Any]:
+    """Its architecture as dotted keys. An empty section is not a value."""
+    return {key: value for key, value in flatten(json.loads(json.dumps(asdict(model.architecture)))) if value != {}}

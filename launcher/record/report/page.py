@@ -14,7 +14,8 @@ from typing import Any
 
 from launcher.config.schema import Bands
 from launcher.errors import ConfigRefused, RunEnded
-from launcher.record.comparison import Comparison, Outcome, describe_figures, describe_judgement, shorten
+from launcher.plan.text import shorten
+from launcher.record.comparison import Comparison, Outcome, describe_figures, describe_judgement
 from launcher.record.learning import describe_learning, find_standouts
 from launcher.record.metrics import COLUMNS, SERIES
 from launcher.record.report.answers import ImageBudget, choose_samples
@@ -34,6 +35,7 @@ from launcher.record.report.summary import (
 from launcher.record.report.timeline import Timeline, lay_out
 from launcher.record.run_files import RunFiles
 from launcher.record.verdict import compare
+from launcher.redact import for_file
 from trainer import contract
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -72,7 +74,7 @@ def render_html(runs: Sequence[RunFiles], comparison: Comparison | None, refused
         charts=list(draw_charts(runs)),
         banded=any(len(run.curve.step) > BUCKETS for run in runs),
     )
-    return printable(page)
+    return for_file(page)
 
 
 def title_of(runs: Sequence[RunFiles]) -> str:
@@ -170,7 +172,7 @@ def render_markdown(runs: Sequence[RunFiles], comparison: Comparison | None, ref
         learning = [f"{name}: {text}" for name, text in describe_learning(config_of(run), run.data)]
         standouts = [f"stands out: {line}" for line in find_standouts(config_of(run), run.data, run.curve)]
         parts += [fence("\n".join((*learning, *standouts))) + "\n"] if learning or standouts else []
-    return printable("\n".join(parts))
+    return for_file("\n".join(parts))
 
 
 def code(text: str) -> str:
@@ -205,7 +207,7 @@ def render_csv(runs: Sequence[RunFiles]) -> str:
     for run in runs:
         name = cell(run.run_id)
         writer.writerows(zip([name] * len(run.curve.step), *(run.curve.column(column) for column in COLUMNS), strict=True))
-    return printable(stream.getvalue())
+    return for_file(stream.getvalue())
 
 
 def cell(text: str) -> str:
@@ -213,15 +215,6 @@ def cell(text: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------- writing
-
-
-def printable(text: str) -> str:
-    """Without surrogates, which cannot be written to a file, and without control characters, which a terminal may interpret."""
-    cleaned = text.translate(CONTROLS)
-    return cleaned.encode("utf-8", "replace").decode("utf-8")
-
-
-CONTROLS = {number: "\ufffd" for number in (*range(32), *range(127, 160)) if chr(number) not in "\n\t"}
 
 
 def write_report(text: str, path: Path, *, replace: bool) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from launcher.doctor.node_facts import GIB
 from launcher.doctor.parse import read_disk_space
 from launcher.errors import ConfigRefused, ImageFailed, NodeFailed
+from launcher.redact import printable
 from launcher.run.delivery.broadcast import last_lines, send
 from launcher.run.delivery.script import read_script
 from launcher.run.run_folder import WorkingNode
@@ -52,8 +53,7 @@ class SyncPath:
         return below or os.fsencode(posixpath.basename(self.path))
 
     def shown(self, below: bytes) -> str:
-        text = posixpath.join(self.folder, os.fsdecode(self.name(below)))
-        return text if text.isprintable() else repr(text)
+        return printable(posixpath.join(self.folder, os.fsdecode(self.name(below))))
 
 
 @dataclass(frozen=True, kw_only=True)

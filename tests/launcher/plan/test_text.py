@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher.plan.text import duration, figure, measure, size, table, wants_colours, wrap
+from launcher.plan.text import duration, figure, measure, shorten, size, table, wants_colours, wrap
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,22 @@ def test_colours_follow_the_usual_variables(environ: dict[str, str], terminal: b
 @pytest.mark.parametrize(("text", "columns"), [("abc", 3), ("\u4e2d\u6587\u6a21\u578b", 8), ("e\u0301", 1), ("\uff21b", 3), ("", 0)])
 def test_wide_characters_take_two_columns(text: str, columns: int) -> None:
     assert measure(text) == columns
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "shown"),
+    [
+        ("short  \n one", 9, "short one"),
+        ("0123456789", 10, "0123456789"),
+        ("0123456789", 7, "012…789"),
+        ("0123456789", 6, "012…89"),
+        ("中文模型中文模型", 9, "中文…模型"),
+        ("中文模型中文模型", 8, "中文…型"),
+        ("中a", 1, "…"),
+    ],
+)
+def test_a_long_text_keeps_both_ends_and_its_columns(text: str, most: int, shown: str) -> None:
+    assert shorten(text, most) == shown and measure(shown) <= most
 
 
 def test_lines_are_broken_at_spaces_and_indented() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainer.data.rows.parsed_row import MARK, AddProblem, ParsedRow, Row, Turn
+from trainer.data.rows.parsed_row import MARK, AddProblem, ParsedRow, Row, Turn, shorten
 from trainer.data.rows.row_images import insert_marks
 
 # What chat templates end an answer with. The template of the model adds its own, so that one in the data would be trained twice.
@@ -61,7 +61,7 @@ def report_paths(parsed: ParsedRow, row: Row, folders: tuple[Path, ...], add_pro
     found = tuple(find_paths(parsed, folders))
     if found:
         first = found[0]
-        problem = f"the image path {shorten(first.path)!r} is in the message"
+        problem = f"the image path {shorten(first.path, SHOWN)!r} is in the message"
         add_problem(first.turn.text_field, problem, f"move it to image: {rewrite(row, found)}")
     return bool(found)
 
@@ -114,8 +114,4 @@ def shorten_texts(value: Any) -> Any:
         return {key: item if key == "image" else shorten_texts(item) for key, item in value.items()}
     if isinstance(value, list):
         return [shorten_texts(item) for item in value]
-    return shorten(value) if isinstance(value, str) else value
-
-
-def shorten(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+    return shorten(value, SHOWN) if isinstance(value, str) else value

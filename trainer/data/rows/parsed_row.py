@@ -61,5 +61,10 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def shorten(text: str, most: int) -> str:
+    """The beginning of a text of more than `most` characters."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def keys_of(item: Row) -> str:
     return ", ".join(map(repr, item)) or "none"

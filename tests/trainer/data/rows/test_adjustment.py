@@ -137,7 +137,7 @@ def test_a_path_in_the_message_is_a_problem_that_shows_the_row_rewritten(tmp_pat
 
 def test_a_long_row_is_shown_shortened(tmp_path: Path) -> None:
     _, (problem,) = read(tmp_path, {"messages": messages(f"a.png {'word ' * 100}", "x" * 500)})
-    assert len(problem.fix) < 300 and "..." in problem.fix and '"image": "a.png"' in problem.fix
+    assert len(problem.fix) < 300 and "…" in problem.fix and '"image": "a.png"' in problem.fix
 
 
 def test_a_very_long_name_is_no_path(tmp_path: Path) -> None:
