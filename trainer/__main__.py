@@ -94,7 +94,7 @@ def data(spec: TrainSpec) -> int:
 
 def refuse_changed(report: DataReport, inputs: Inputs, run: Path) -> None:
     """The ranks check only the annotation file; changed images are found here."""
-    from trainer.data.manifest import describe_changes
+    from trainer.contract.listing import describe_changes
 
     lines: list[str] = []
     try:

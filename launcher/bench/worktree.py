@@ -13,6 +13,7 @@ from launcher.errors import ConfigRefused, ImageFailed
 from launcher.image.stack import Image, load_stacks, render
 from launcher.record.recorded_run import RecordedRun
 from launcher.record.source import git
+from trainer.contract.listing import list_some
 
 TREES = "trees"
 DOCKERFILE = "Dockerfile"
@@ -73,8 +74,7 @@ def changed_files(left: Image, right: Image) -> tuple[str, ...]:
 
 
 def list_files(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return f"{', '.join(names[:MAX_NAMED])}{more}"
+    return list_some(names, MAX_NAMED)
 
 
 def open_worktree(recorded: RecordedRun, project: Path, scratch: Path) -> Path:

@@ -39,15 +39,20 @@ def decay_follows_warmup(config: Config, _: Mapping[str, Stack]) -> Iterator[Pro
         yield Problem(key="stage.optimizer.decay", what=what, changes=(f"stage.optimizer.decay={round((1 - warmup) / 2, 3):g}",))
 
 
-def early_stop_is_measured(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    run, data, stop = config.run, config.data, config.run.early_stop
-    if not stop.patience or config.stage.kind != "train":
-        return
+def list_lacking(config: Config, metric: str) -> list[str]:
+    """The overrides that evaluations during training lack to measure the metric."""
+    run, data = config.run, config.data
     lacks = [] if run.evaluation.enabled else ["run.evaluation.enabled=true"]
     lacks += [] if run.evaluation.every else [f"run.evaluation.every={max(1, run.steps // 10)}"]
-    lacks += ["run.evaluation.loss=true"] if stop.metric == "loss" and not run.evaluation.loss else []
-    lacks += [] if data.builtin or data.evaluation else ["data.evaluation=FILE.json"]
-    if lacks:
+    lacks += ["run.evaluation.loss=true"] if metric == "loss" and not run.evaluation.loss else []
+    return lacks + ([] if data.builtin or data.evaluation else ["data.evaluation=FILE.json"])
+
+
+def early_stop_is_measured(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    run, stop = config.run, config.run.early_stop
+    if not stop.patience or config.stage.kind != "train":
+        return
+    if lacks := list_lacking(config, stop.metric):
         what = f"{stop.metric} is not measured by any evaluation during training, so the run would never stop early"
         yield Problem(key="run.early_stop.patience", what=what, changes=(" ".join(lacks), "run.early_stop.patience=0"))
     elif stop.patience * run.evaluation.every >= run.steps:

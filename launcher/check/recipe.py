@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from launcher.check.learning import list_lacking
 from launcher.check.problem import Problem, Rule
 from launcher.check.row_count import refuse_few_rows
 from launcher.config.schema import GROUPS, Config
@@ -169,14 +170,10 @@ def evaluation_is_on(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem
 
 def best_is_measured(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     """The best checkpoint is selected by the evaluations during training, on the held-out rows."""
-    run, data = config.run, config.data
+    run = config.run
     if not run.keep_best or config.stage.kind != "train":
         return
-    lacks = [] if run.evaluation.enabled else ["run.evaluation.enabled=true"]
-    lacks += [] if run.evaluation.every else [f"run.evaluation.every={max(1, run.steps // 10)}"]
-    lacks += ["run.evaluation.loss=true"] if run.keep_best == "loss" and not run.evaluation.loss else []
-    lacks += [] if data.builtin or data.evaluation else ["data.evaluation=FILE.json"]
-    if lacks:
+    if lacks := list_lacking(config, run.keep_best):
         what = f"{run.keep_best} is not measured by any evaluation during training, so no checkpoint can be selected as the best"
         yield Problem(key="run.keep_best", what=what, changes=(" ".join(lacks), "run.keep_best=''"))
 

@@ -9,6 +9,7 @@ from launcher.doctor.offers import offer, offer_devices
 from launcher.doctor.smi import SmiDevice
 from launcher.memory.states import device_count
 from launcher.plan.devices import ASCEND_RUNTIME, NPU_SMI, OTHER_NPU_SMI, ascend_device_files, ascend_mounts, device_numbers, share_of
+from trainer.contract.listing import list_some
 
 TOOL = {"cuda": "nvidia-smi", "npu": "npu-smi info", "cpu": ""}
 LEAST_SHARE = 0.9  # of the memory in the hardware table: ECC and the driver take some
@@ -160,9 +161,8 @@ def check_device_access(checked: CheckedNode) -> CheckResult:
     fix = "install the driver with --install-for-all, which opens the device files to every user"
     if opening and (user := offer(checked, {"cluster.user": f"{uid}:{opening[0]}"})):
         fix = f"{user} runs as the group of the device files; or {fix}"
-    text = ", ".join(f"{name} ({mode.bits:o}, owner {mode.uid}:{mode.gid})" for name, mode in closed[:3])
-    more = f" and {len(closed) - 3} more" if len(closed) > 3 else ""
-    return failed(f"user {uid}:{gid} of the container may not use {text}{more}", fix)
+    text = list_some([f"{name} ({mode.bits:o}, owner {mode.uid}:{mode.gid})" for name, mode in closed], 3)
+    return failed(f"user {uid}:{gid} of the container may not use {text}", fix)
 
 
 def may_use(mode: FileMode, uid: int, gid: int) -> bool:

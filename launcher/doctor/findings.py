@@ -11,6 +11,7 @@ from launcher.doctor.node_facts import NodeFacts
 from launcher.image.stack import Stack
 from launcher.plan.commands import NodeCommand, docker_command
 from launcher.plan.plan import Plan
+from trainer.contract.listing import list_some
 
 Level = Literal["ok", "warning", "error", "unchecked"]
 ORDER: tuple[Level, ...] = ("error", "warning", "unchecked", "ok")
@@ -116,7 +117,7 @@ def describe_level(findings: Sequence[Finding], level: str) -> Iterator[str]:
         if finding.level == level:
             same.setdefault((finding.name, finding.evidence, finding.fix), []).append(finding.host)
     for (name, evidence, fix), hosts in same.items():
-        yield f"{level:{INDENT}}{describe_hosts(hosts)}: {name}"
+        yield f"{level:{INDENT}}{list_some(hosts, SHOWN_HOSTS)}: {name}"
         yield from (" " * INDENT + line for line in evidence.splitlines())
         yield from (" " * INDENT + f"{'fix: ' if index == 0 else '     '}{line}" for index, line in enumerate(fix.splitlines()))
 
@@ -132,9 +133,4 @@ def describe_unchecked(findings: Sequence[Finding]) -> Iterator[str]:
         same.setdefault((tuple(names), evidence, fix), []).append(host)
     for (checks, evidence, fix), hosts in same.items():
         what = checks[0] if len(checks) == 1 else f"{len(checks)} checks"
-        yield f"{'unchecked':{INDENT}}{describe_hosts(hosts)}: {what}: {evidence}" + (f" ({fix})" if fix else "")
-
-
-def describe_hosts(hosts: Sequence[str]) -> str:
-    shown, rest = hosts[:SHOWN_HOSTS], len(hosts) - SHOWN_HOSTS
-    return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
+        yield f"{'unchecked':{INDENT}}{list_some(hosts, SHOWN_HOSTS)}: {what}: {evidence}" + (f" ({fix})" if fix else "")

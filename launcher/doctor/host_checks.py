@@ -10,6 +10,7 @@ from launcher.doctor.parse import PODMAN
 from launcher.memory.states import DTYPE_BYTES
 from launcher.plan.commands import HCCL_PORT_VARIABLE, hccl_ports
 from launcher.plan.plan import Plan
+from trainer.contract.listing import list_some
 
 POSIX_SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "mksh", "ash", "busybox")
 OLDEST_KERNEL = (5, 5)  # accelerate, utils/other.py check_os_kernel: below it, ranks were seen to hang
@@ -246,9 +247,7 @@ def check_hccl_ports(checked: CheckedNode) -> CheckResult:
         return passed(f"ports {text} are free")
     first = free_hccl_ports({*checked.used_ports, checked.plan.config.cluster.rendezvous_port})
     fix = offer(checked, {f"cluster.environment.{HCCL_PORT_VARIABLE}": str(first)}) or "end the programs that use them"
-    more = f" and {len(in_use) - SHOWN_PORTS} more" if len(in_use) > SHOWN_PORTS else ""
-    taken = f"{', '.join(in_use[:SHOWN_PORTS])}{more}"
-    return failed(f"HCCL uses ports {text}, and {taken} are in use there (sudo ss -ltnp shows the programs)", fix)
+    return failed(f"HCCL uses ports {text}, and {list_some(in_use, SHOWN_PORTS)} are in use there (sudo ss -ltnp shows the programs)", fix)
 
 
 def check_hccl_reserved(checked: CheckedNode) -> CheckResult:

@@ -13,7 +13,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from launcher.config.schema import Delivery
 from launcher.errors import ImageFailed
 from launcher.image.lock import LockedPackage, lock_files, locked_packages
 from launcher.image.stack import Stack, digest
+from trainer.contract.listing import list_some
 
 MANIFEST = "wheelhouse.json"
 SYSTEM = "system"
@@ -117,14 +118,9 @@ def complete(packages: tuple[LockedPackage, ...], folder: Path) -> tuple[Path, .
             missing.append(str(package))
     if missing or altered:
         lists = {"not the locked file": altered, "missing": missing, "not a valid file name of a package": invalid if missing else ()}
-        lines = (f"  {what}: {shorten_list(names)}" for what, names in lists.items() if names)
+        lines = (f"  {what}: {list_some(names, SHOWN)}" for what, names in lists.items() if names)
         raise ImageFailed("\n".join((f"the wheelhouse {folder} does not have the files of the lock; {NEXT}", *lines)))
     return tuple(found)
-
-
-def shorten_list(names: Sequence[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def distributions(folder: Path) -> tuple[Files, list[str]]:
@@ -184,7 +180,7 @@ def system_files(delivery: Delivery) -> dict[str, Path]:
     found = {path.relative_to(folder.parent).as_posix(): path for path in sorted(folder.rglob("*.deb"))}
     wrong = [name for name in sorted({*listed, *found}) if name not in found or digest(found[name]) != listed.get(name)]
     if wrong:
-        raise ImageFailed(f"the wheelhouse {folder.parent} does not match its own {MANIFEST}: {shorten_list(wrong)}; {NEXT}")
+        raise ImageFailed(f"the wheelhouse {folder.parent} does not match its own {MANIFEST}: {list_some(wrong, SHOWN)}; {NEXT}")
     return {name.removeprefix(f"{SYSTEM}/"): path for name, path in found.items()}
 
 

@@ -55,28 +55,30 @@ class Curve:
     def speed(self) -> "Speed | None":
         """None if there are no steps after the warm-up."""
         first = self.warm_up
-        seconds = [value for value in self.seconds[first:] if math.isfinite(value) and value > 0]
-        if not seconds:
-            return None
-        return Speed(
-            steps=len(seconds),
-            step_s=(typical_s := median(seconds)),
-            samples_per_s=median(self.samples[first:]) / typical_s,
-            tokens_per_s=median(self.tokens[first:]) / typical_s,
-            peak_bytes=max(self.peak_bytes),
-        )
+        return measure_speed(self.seconds[first:], self.samples[first:], self.tokens[first:], max(self.peak_bytes, default=0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
     """Over the steps after the warm-up. `step_s` is the median, and the rates follow from it, so that a pause of the machine does not count.
-    This is the one speed of a run: in the record, in reports, comparisons and benchmarks."""
+    This is the one speed of a run: during it, in the record, in reports, comparisons and benchmarks."""
 
     steps: int
     step_s: float
     samples_per_s: float
     tokens_per_s: float
     peak_bytes: int
+
+
+def measure_speed(seconds: Sequence[float], samples: Sequence[int], tokens: Sequence[int], peak_bytes: int) -> Speed | None:
+    """Of steps with these times, samples and tokens. None where no time is a positive number."""
+    timed = [value for value in seconds if math.isfinite(value) and value > 0]
+    if not timed:
+        return None
+    step_s = median(timed)
+    return Speed(
+        steps=len(timed), step_s=step_s, samples_per_s=median(samples) / step_s, tokens_per_s=median(tokens) / step_s, peak_bytes=peak_bytes
+    )
 
 
 def count_warm_up(steps: int) -> int:

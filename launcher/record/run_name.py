@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from launcher.errors import ConfigRefused, suggest
+from trainer.contract.listing import list_some
 
 PLAN_FILE = "plan.json"  # a folder without one is not a run
 RECORD_FILE = "result.json"
@@ -124,8 +125,7 @@ def describe_runs(name: str, folders: Mapping[str, Path]) -> str:
 
 def list_newest(folders: Mapping[str, Path]) -> str:
     newest = sorted(folders, key=lambda run_id: read_start(folders[run_id]), reverse=True)
-    more = f" and {len(newest) - MOST_NAMES} more" if len(newest) > MOST_NAMES else ""
-    return f"{', '.join(newest[:MOST_NAMES])}{more}"
+    return list_some(newest, MOST_NAMES)
 
 
 def join_paths(runs: tuple[Path, ...]) -> str:

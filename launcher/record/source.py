@@ -18,6 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from launcher.redact import holds_credentials, printable
+from trainer.contract.listing import keep_some
 
 CODE = ("images", "launcher", "trainer", "pyproject.toml")  # what is copied into an image or imported by a run
 MAX_DIFF_BYTES = 4 * 2**20
@@ -89,8 +90,8 @@ def read_source(project: Path, used: Sequence[str] = ()) -> SourceTree:
         diff_bytes=len(diff),
         diff_lacks=lacks,
         record_schema=RECORD_SCHEMA,
-        untracked=list_some(status.untracked),
-        changed=list_some(name for name in status.changed if printable(name) not in conf),
+        untracked=list_names(status.untracked),
+        changed=list_names(name for name in status.changed if printable(name) not in conf),
         conf=conf,
     )
     return SourceTree(state=state, diff=diff, code=tuple(map(printable, (*status.code, *new))))
@@ -121,10 +122,8 @@ def find_changed_conf(project: Path, used: Sequence[str]) -> tuple[str, ...]:
     return tuple(map(printable, (*(name for name in inside if name in changed or name not in tracked), *outside)))
 
 
-def list_some(names: Iterable[str]) -> tuple[str, ...]:
-    found = [printable(name) for name in names]
-    more = [f"and {len(found) - MAX_LISTED:,} more"] if len(found) > MAX_LISTED else []
-    return (*found[:MAX_LISTED], *more)
+def list_names(names: Iterable[str]) -> tuple[str, ...]:
+    return keep_some([printable(name) for name in names], MAX_LISTED)
 
 
 def is_code(name: str) -> bool:

@@ -13,9 +13,9 @@ from launcher.run.node_process import NodeProcess
 from launcher.run.run_folder import WorkingNode, fetch_large
 from launcher.run.session import Session
 from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, INPUTS_FILE, DataProblem, DataReport, Inputs, SpecError, decode, describe_groups
+from trainer.contract.listing import describe_changes
 
 SHOWN_CAUSES = 20
-SHOWN_FILES = 20
 
 
 def refuse_data(folder: Path, check: NodeProcess) -> None:
@@ -45,16 +45,12 @@ def read_problems(file: Path) -> tuple[DataProblem, ...]:
         return ()
 
 
-def changed_files(folder: Path) -> list[str]:
-    """In a rerun, the data files that differ from those of the recorded run; [] when either list cannot be read."""
+def changed_files(folder: Path) -> tuple[str, ...]:
+    """In a rerun, the data files that differ from those of the recorded run; () when either list cannot be read."""
     recorded, now = (read_if_there(Inputs, folder / name) for name in (RECORDED_INPUTS_FILE, INPUTS_FILE))
     if recorded is None or now is None:
-        return []
-    names = sorted(name for name in {*recorded.data, *now.data} if recorded.data.get(name) != now.data.get(name))
-    lines = [
-        f"{name}: {'missing' if name not in now.data else 'new' if name not in recorded.data else 'content differs'}" for name in names
-    ]
-    return lines[:SHOWN_FILES] + ([f"and {len(lines) - SHOWN_FILES:,} more"] if len(lines) > SHOWN_FILES else [])
+        return ()
+    return describe_changes(recorded.data, now.data)
 
 
 def fetch_problems(folder: Path, session: Session, check: NodeProcess) -> None:

@@ -22,6 +22,7 @@ from launcher.run.session import Session
 from launcher.run.signals import STOPPED_CODE, StopRequest, handler_for
 from launcher.ssh.parallel import after, attempt_each
 from trainer.contract import ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE, SERVING_FILE, STREAM_FILE, Exit, TrainResult
+from trainer.contract.listing import list_some
 
 MIRROR_INTERVAL_S = 1.0
 SHOWN_RANKS = 8
@@ -102,13 +103,12 @@ def slow_start(plan: Plan, folder: Path, limit_s: int) -> Failure:
     first = slow[0]
     log = node_log_path(folder / "logs", plan.commands[first.rank // per_node])
     quiet_s = silence_s(log)
-    more = f" and {len(slow) - SHOWN_RANKS} more" if len(slow) > SHOWN_RANKS else ""
     return Failure(
         host=first.host,
         rank=first.rank,
         code=Exit.RUN,
         message=f"no rank was ready within run.start_timeout_s={limit_s}, and all were stopped. {len(slow)} of {len(found)} rank(s) were in the "
-        f"earliest phase: {'; '.join(start.describe() for start in slow[:SHOWN_RANKS])}{more}",
+        f"earliest phase: {list_some([start.describe() for start in slow], SHOWN_RANKS, '; ')}",
         log=str(log),
         tail=(first.last_line or "(no output)", *((f"(no further line for {quiet_s:.0f} s)",) if quiet_s is not None else ())),
     )

@@ -7,12 +7,11 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from statistics import median
 from types import TracebackType
 from typing import Any
 
 from launcher.plan.text import duration, figure, size
-from launcher.record.metrics import count_warm_up, parse_rows
+from launcher.record.metrics import count_warm_up, measure_speed, parse_rows
 from trainer.contract import METRICS_FILE, SERVING_FILE, STREAM_FILE, ServingReport, SpecError, StepRow, read
 
 PLAIN_INTERVAL_S = 5.0
@@ -54,12 +53,13 @@ class Rate:
     def describe(self, row: StepRow) -> dict[str, str]:
         self.window.append(row)
         counted = [each for each in self.window if each.step > count_warm_up(row.steps)] or list(self.window)
-        step_s = median(each.seconds for each in counted) or 1e-9
-        left_s = (row.steps - row.step) * sum(each.seconds for each in counted) / len(counted)
+        seconds, samples, tokens = zip(*((each.seconds, each.samples, each.tokens) for each in counted), strict=True)
+        speed = measure_speed(seconds, samples, tokens, row.peak_bytes)
+        left_s = (row.steps - row.step) * sum(seconds) / len(counted)
         return {
             "loss": figure(row.loss),
-            "samples_per_s": f"{figure(median(each.samples for each in counted) / step_s)} samples/s",
-            "tokens_per_s": f"{figure(median(each.tokens for each in counted) / step_s)} tokens/s",
+            "samples_per_s": f"{figure(speed.samples_per_s)} samples/s" if speed else "",
+            "tokens_per_s": f"{figure(speed.tokens_per_s)} tokens/s" if speed else "",
             "memory": size(row.peak_bytes),
             "left": f"{duration(left_s)} left" if row.step < row.steps else "",
         }
@@ -111,7 +111,7 @@ class ProgressView:
     def print_step(self, row: StepRow, values: dict[str, str]) -> None:
         if row.step in (1, row.steps) or time.monotonic() - self.printed_at >= PLAIN_INTERVAL_S:
             self.printed_at = time.monotonic()
-            self.say(f"step {row.step}/{row.steps}  loss {'  '.join(values.values()).rstrip()}")
+            self.say(f"step {row.step}/{row.steps}  loss {'  '.join(filter(None, values.values()))}")
 
     def draw(self, row: StepRow, values: dict[str, str]) -> None:
         if self.bar is None:

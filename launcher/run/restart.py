@@ -14,9 +14,8 @@ from launcher.run.run_folder import WorkingNode
 from launcher.ssh.parallel import each, together
 from trainer import contract
 from trainer.contract import CHECKPOINTS, ENVIRONMENT_FILE, FAILURE_FILES, METRICS_FILE, RESULT_FILE, SpecError
-from trainer.contract.checkpoint_files import STATE_FILE, CheckpointState, can_resume
+from trainer.contract.checkpoint_files import STATE_FILE, CheckpointState, can_resume, describe_missing
 
-SHOWN_FILES = 5  # missing files of a checkpoint that a message names
 INCOMING = ".incoming"  # a checkpoint that is being copied to a node; the trainer ignores hidden names
 
 
@@ -109,8 +108,8 @@ def find_states(node: WorkingNode, steps: int) -> FoundStates:
         except (ValueError, SpecError) as error:
             broken[name] = f"its {STATE_FILE} cannot be read: {error}" if text else f"it has no {STATE_FILE}"
             continue
-        if missing := lacking_files(node, folder, state):
-            broken[name] = f"{', '.join(missing[:SHOWN_FILES])} missing or not of the size that {STATE_FILE} says"
+        if lacks := describe_missing(lacking_files(node, folder, state)):
+            broken[name] = lacks
         elif can_resume(state, steps):
             return FoundStates(newest=name, broken=broken, ended=ended)
         else:

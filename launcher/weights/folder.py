@@ -14,7 +14,8 @@ from launcher.weights.identity import ADAPTER_CONFIG_FILE, CONFIG_FILE, Identity
 from launcher.weights.manifest import find_difference, read_manifest
 from launcher.weights.selection import is_plain_path
 from trainer.contract import InputRefused, SpecError, read
-from trainer.contract.checkpoint_files import STATE_FILE, CheckpointState, missing_files
+from trainer.contract.checkpoint_files import STATE_FILE, CheckpointState, describe_missing, missing_files
+from trainer.contract.listing import list_some
 from trainer.contract.weight_files import INDEX, PICKLED_INDEX, is_safetensors, read_header, weight_files
 
 POINTER = b"version https://git-lfs"  # begins a file that git wrote in place of the content
@@ -137,8 +138,7 @@ def read_tensors(folder: Path) -> tuple[Tensors, list[str]]:
         return found, ["the index of the weights cannot be read: it has no object weight_map. Copy it again"]
     missing = [file.name for file in files if not file.exists()]
     if missing:
-        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
-        wrong.append(f"{len(missing)} of {len(files)} weight file(s) missing: {', '.join(missing[:SHOWN])}{more}")
+        wrong.append(f"{len(missing)} of {len(files)} weight file(s) missing: {list_some(missing, SHOWN)}")
     for file in (file for file in files if file.is_file()):
         if ".." in file.parts or not file.is_relative_to(folder):
             wrong.append(f"the index names {file.name}, outside of the folder")
@@ -214,8 +214,8 @@ def check_state(folder: Path) -> Iterator[str]:
     except SpecError as error:
         yield str(error)
         return
-    if wrong := missing_files(folder, state):
-        yield f"{', '.join(wrong[:SHOWN])} missing or not of the size that {STATE_FILE} says"
+    if wrong := describe_missing(missing_files(folder, state)):
+        yield wrong
 
 
 def check_manifest(folder: Path, *, hashes: bool) -> Iterator[str]:

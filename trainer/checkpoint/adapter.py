@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trainer.contract import InputRefused
+from trainer.contract.listing import list_some
 from trainer.stages.lora import base_name
 from trainer.tensor.naming import find_tied, name_in_memory
 from trainer.tensor.stream import PIECE_ELEMENTS, TensorSource, TensorToWrite, open_tensors, read_float32, read_pieces
@@ -167,9 +168,8 @@ def refuse_misfits(folder: Path, adapter: Adapter, model: torch.nn.Module) -> No
     ]
     wrong += [f"the factors of {name} have different ranks" for name in ranks]
     if wrong:
-        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise InputRefused(
-            f"stage.checkpoint: the adapter {folder} does not fit its base: {'; '.join(wrong[:SHOWN])}{more}. Set base_model_name_or_path in its "
+            f"stage.checkpoint: the adapter {folder} does not fit its base: {list_some(wrong, SHOWN, '; ')}. Set base_model_name_or_path in its "
             f"{CONFIG} to the model that it was trained on, or name another checkpoint."
         )
     tied = find_tied(model)

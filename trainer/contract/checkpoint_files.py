@@ -5,12 +5,13 @@ Standard library only, so that the launcher can ask the same question before it 
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from trainer.contract import CHECKPOINTS, METRICS_FILE, SCHEMA, InputRefused, SpecError, TrainSpec, read, write_text
+from trainer.contract.listing import list_some
 
 STATE_FILE = "trainer_state.json"
 CHECKPOINT_NAME = "step-{step:06d}"
@@ -116,9 +117,12 @@ def inspect_checkpoint(folder: Path) -> tuple[CheckpointState | None, str]:
         return None, str(error)
     if folder.name != CHECKPOINT_NAME.format(step=state.step):
         return state, f"its {STATE_FILE} is of step {state.step}"
-    wrong = missing_files(folder, state)
-    more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-    return state, f"{', '.join(wrong[:SHOWN])}{more} missing or not of the size that {STATE_FILE} says" if wrong else ""
+    return state, describe_missing(missing_files(folder, state))
+
+
+def describe_missing(names: Sequence[str]) -> str:
+    """For files that are missing or have another size; '' for none."""
+    return f"{list_some(names, SHOWN)} missing or not of the size that {STATE_FILE} says" if names else ""
 
 
 def missing_files(folder: Path, state: CheckpointState) -> tuple[str, ...]:

@@ -10,13 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from trainer.contract import SCHEMA, Expectation, InputRefused, Inputs, TrainSpec, write_text
+from trainer.contract.listing import describe_changes
 from trainer.data.check import DataPaths
 from trainer.data.media.image import hash_file
 
 HASHES_FILE = "hashes.json"
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 STATE_FILE = "trainer_state.json"  # belongs to the run that saved the weights, not to the weights
-SHOWN = 10  # changed files in a message
 
 
 def list_inputs(spec: TrainSpec, paths: DataPaths, files: Mapping[Path, str]) -> Inputs:
@@ -115,10 +115,3 @@ def refuse_other_inputs(expects: Expectation | None, inputs: Inputs, data_sha256
     if wrong:
         lines = "\n".join(f"  {line}" for line in wrong)
         raise InputRefused(f"the inputs differ from those of run {expects.run_id}:\n{lines}")
-
-
-def describe_changes(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """A line for each file that is changed, missing or new; at most SHOWN, and their number."""
-    names = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
-    lines = [f"{name}: {'missing' if name not in found else 'new' if name not in expected else 'another file'}" for name in names]
-    return lines[:SHOWN] + ([f"and {len(lines) - SHOWN:,} more"] if len(lines) > SHOWN else [])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from trainer.contract import InputRefused, TrainSpec
+from trainer.contract.listing import list_some
 from trainer.stages.lora import ADAPTER, add_lora, base_name
 from trainer.stages.rate import find_rates
 
@@ -91,8 +92,7 @@ def assign_groups(groups: Mapping[str, str], names: Iterable[str]) -> dict[str, 
     empty = set(groups) - {group for where in found.values() for group in where} - {"head"}
     problems += [f"{group}: {groups[group]!r} matches no parameter" for group in sorted(empty)]
     if problems:
-        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise InputRefused(f"model.groups must put every parameter into one group: {'; '.join(problems[:10])}{more}.")
+        raise InputRefused(f"model.groups must put every parameter into one group: {list_some(problems, 10, '; ')}.")
     return {name: where[0] for name, where in found.items()}
 
 

@@ -22,6 +22,7 @@ from launcher.record.checkpoint.checkpoint_record import CheckpointRecord, read_
 from launcher.record.checkpoint_reference import locate_checkpoint, resolve_base, use_checkpoint
 from launcher.redact import printable
 from trainer.contract.checkpoint_files import flatten
+from trainer.contract.listing import keep_some
 
 OF_ADAPTER = ("r", "alpha", "rank_stabilised", "targets")  # of an adapter that a LoRA stage continues: its files have them
 SHOWN = 4  # differences that are named
@@ -116,8 +117,7 @@ def find_differences(model: Model, record: CheckpointRecord) -> tuple[str, ...]:
     there, here = (numbers_of(each) for each in (record.model, model))
     named = sorted({*there, *here}, key=lambda key: (not key.startswith(("text", "vision")), "options" in key, key))  # sizes first
     keys = [key for key in named if there.get(key) != here.get(key) and "unverified" not in key]
-    more = (f"and {len(keys) - SHOWN} more",) if len(keys) > SHOWN else ()
-    return (*(printable(f"its {key} is {there.get(key)}, and not {here.get(key)}") for key in keys[:SHOWN]), *more)
+    return keep_some([printable(f"its {key} is {there.get(key)}, and not {here.get(key)}") for key in keys], SHOWN)
 
 
 def numbers_of(model: Model) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from launcher.run.delivery.script import read_script
 from launcher.run.run_folder import WorkingNode
 from launcher.ssh.parallel import each, together
 from launcher.ssh.transport import Transport
+from trainer.contract.listing import keep_some
 
 # Prefix of the temporary folders, each with letters of its own, so that two launchers do not collide. They are created in the target folder,
 # which may be a mount: moving a file is then a rename.
@@ -130,11 +131,10 @@ def digest(files: dict[bytes, int]) -> str:
 def refusals(path: SyncPath, nodes: Sequence[WorkingNode], gaps: Sequence[Missing]) -> Iterator[NodeFailed]:
     for node, gap in zip(nodes, gaps, strict=True):
         if gap.other:
-            lines = [f"  {path.shown(name)}: {gap.other[name]} bytes there, {path.files[name]} here" for name in sorted(gap.other)[:SHOWN]]
-            lines += [f"  and {len(gap.other) - SHOWN} more"] if len(gap.other) > SHOWN else []
+            lines = [f"{path.shown(name)}: {gap.other[name]} bytes there, {path.files[name]} here" for name in sorted(gap.other)]
             yield NodeFailed(
                 f"{node.command.host} has other files with these names; nothing was copied, and none is overwritten:\n"
-                + "\n".join(lines)
+                + "\n".join(f"  {line}" for line in keep_some(lines, SHOWN))
                 + f"\n  Next: move them away there, or leave {path.path} out of cluster.sync"
             )
 

@@ -100,7 +100,7 @@ def test_one_changed_pixel_is_refused_by_its_file(clone: Path, first: Path, tmp_
     assert (
         done.returncode == 2
         and "the inputs differ from those of run first" in done.stderr
-        and "data images/0007.png: content differs" in done.stderr
+        and "data images/0007.png: another file" in done.stderr
     )
     assert result_of(tmp_path / "b/runs/second")["status"] == "refused"
 

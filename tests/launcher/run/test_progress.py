@@ -1,12 +1,14 @@
-"""Files that the trainer extends while they are read."""
+"""Files that the trainer extends while they are read, and the speed during a run."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from launcher.run.progress import Growing
+from launcher.plan.text import figure
+from launcher.record.metrics import read_curve
+from launcher.run.progress import Growing, Rate
 from trainer.contract import StepRow
 
 ROW = StepRow(step=1, steps=2, loss=1.5, lr=0.1, grad_norm=1.0, samples=64, tokens=2048, seconds=0.1, peak_bytes=1)
@@ -31,3 +33,18 @@ def test_rows_are_whole_wherever_they_are_cut(tmp_path: Path, size: int) -> None
         file.write_bytes(content[:end])
         found += tail.rows()
     assert found == [ROW, ROW]
+
+
+def test_the_last_speed_of_a_short_run_is_that_of_its_record(tmp_path: Path) -> None:
+    file, rate = tmp_path / "metrics.jsonl", Rate()
+    rows = [replace(ROW, step=step, steps=20, seconds=9.0 if step < 3 else 0.1 * (1 + step % 3)) for step in range(1, 21)]
+    file.write_text("".join(f"{json.dumps(asdict(row))}\n" for row in rows), encoding="utf-8")
+    *_, last = map(rate.describe, rows)
+    speed = read_curve(file).speed
+    assert speed is not None and last["samples_per_s"] == f"{figure(speed.samples_per_s)} samples/s" == "320 samples/s"
+    assert last["tokens_per_s"] == f"{figure(speed.tokens_per_s)} tokens/s" and last["left"] == ""
+
+
+def test_a_step_without_a_time_has_no_speed() -> None:
+    values = Rate().describe(replace(ROW, seconds=0.0))
+    assert (values["samples_per_s"], values["tokens_per_s"]) == ("", "") and values["loss"] == "1.500"

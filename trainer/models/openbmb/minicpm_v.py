@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.modeling_utils import load_state_dict
 
 from trainer.contract import InputRefused, ModelSpec
+from trainer.contract.listing import list_some
 from trainer.contract.weight_files import is_safetensors, weight_files
 from trainer.data.encode import image_id
 from trainer.data.processor import Processor
@@ -121,8 +122,7 @@ def describe_revision(folder: Path, model: ModelSpec, found: Mapping[str, Any], 
     lines = []
     for what, names in (("missing", found["missing_keys"]), ("unexpected", extra), ("with another shape", found["mismatched_keys"])):
         names = sorted(name if isinstance(name, str) else name[0] for name in names)
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        lines += [f"  {what}: {', '.join(names[:SHOWN])}{more}"] if names else []
+        lines += [f"  {what}: {list_some(names, SHOWN)}"] if names else []
     listed = "\n".join(lines)
     return (
         f"{folder} is not the revision of {model.name} that is supported: use the one that its config names, with all its files\n{listed}"
