@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -21,6 +20,7 @@ from launcher.record.record import SourceState
 from launcher.run.offline.render import write_bundle
 from tests.images.conftest import ROOT, Built, run
 from tests.images.test_train import SHORT, docker_overrides
+from tests.launcher.sshd import free_port
 
 pytestmark = pytest.mark.docker
 
@@ -149,11 +149,6 @@ def test_a_login_that_is_neither_root_nor_the_containers_user(render: Callable[.
     assert owners == {"runs": 4321, plan.run_id: 1000, "spec.json": 1000, "metrics.jsonl": 1000}
     script(bundle, "save", str(foreign_folder / "kept"), before=before, HOME=str(foreign_folder))
     assert (foreign_folder / "kept" / "node0" / "train_result.json").exists()
-
-
-def free_port() -> int:
-    with socket.create_server(("", 0)) as found:
-        return int(found.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], bool], *, seconds: float = 180) -> None:

@@ -8,11 +8,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.images.conftest import ROOT, Built, inspect, run
+from tests.launcher.planted import rows_of
 
 pytestmark = pytest.mark.docker
 
@@ -26,11 +26,6 @@ def command(folder: Path, name: str, *overrides: str) -> tuple[str, ...]:
 def docker_overrides(built: Built) -> tuple[str, ...]:
     given = {key: getattr(built.delivery, key) for key in ("base", "find_links", "ca_bundle", "index")}
     return ("cluster.runtime=docker", *(f"cluster.delivery.{key}='{value}'" for key, value in given.items() if value))
-
-
-def rows_of(run_folder: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("seconds", "peak_bytes")} for row in rows]
 
 
 def test_both_runtimes_give_the_same_bits(built: Built, tmp_path: Path, prove: Callable[..., None]) -> None:

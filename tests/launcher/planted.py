@@ -11,7 +11,9 @@ from typing import Any
 
 from launcher.plan.plan import Plan, to_plain
 from launcher.record.checksums import SEAL_FILE, make_seal
+from launcher.record.record import RECORD_FILE
 from trainer import contract
+from trainer.contract import METRICS_FILE
 
 PROJECT = Path(__file__).resolve().parents[2]
 REAL = Path(__file__).resolve().parents[1] / "golden" / "record" / "1"
@@ -77,6 +79,21 @@ def stretch(steps: int, *, loss: Callable[[int], float], seconds: Callable[[int]
 
 
 # --------------------------------------------------------------------------------------------------------------- whole runs
+
+
+def rows_of(folder: Path, name: str = "") -> list[dict[str, Any]]:
+    """Of run `name` below the folder, or of the run that the folder is. Without what a clock or a memory gauge says."""
+    rows = [json.loads(line) for line in (run_in(folder, name) / METRICS_FILE).read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "peak_bytes")} for row in rows]
+
+
+def result_of(folder: Path, name: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run_in(folder, name) / RECORD_FILE).read_text())
+    return found
+
+
+def run_in(folder: Path, name: str) -> Path:
+    return folder / "runs" / name if name else folder
 
 
 def clone_tree(project: Path) -> Path:

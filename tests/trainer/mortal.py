@@ -4,6 +4,9 @@ They are forked from a server that has imported everything: a start costs a seco
 can afford many deaths. Everything else is as under torchrun: the same variables, the same main, and all ranks end with the first.
 """
 
+import errno
+import itertools
+import json
 import multiprocessing
 import os
 import signal
@@ -24,8 +27,9 @@ import trainer.checkpoint.writer
 import trainer.distributed.engine
 import trainer.programs.dispatch
 import trainer.programs.train
+import trainer.tensor.shard
 from trainer.__main__ import main
-from trainer.contract import SPEC_FILE, TrainSpec, write
+from trainer.contract import METRICS_FILE, RESULT_FILE, SPEC_FILE, TrainResult, TrainSpec, read, write
 
 LIMIT_S = 240  # of any run here, on a machine that has other things to do
 LOOK_S = 0.005
@@ -141,3 +145,29 @@ def free_port() -> int:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return int(listening.getsockname()[1])
+
+
+# ------------------------------------------------------------------------------------------------------------- what they left
+
+
+def rows_of(spec: TrainSpec, name: str = METRICS_FILE) -> list[dict[str, Any]]:
+    """Without what a clock or a memory gauge says."""
+    rows = [json.loads(line) for line in (Path(spec.output) / name).read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "peak_bytes")} for row in rows]
+
+
+def result_of(spec: TrainSpec) -> TrainResult:
+    return read(TrainResult, Path(spec.output) / RESULT_FILE)
+
+
+def fill_the_disk_of_rank_1() -> None:
+    """While it writes its part of the second checkpoint."""
+    save, calls = trainer.tensor.shard.save_file, itertools.count(1)
+
+    def fail_once(*arguments: Any) -> None:
+        if next(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(*arguments)
+
+    if os.environ["RANK"] == "1":
+        trainer.tensor.shard.save_file = fail_once

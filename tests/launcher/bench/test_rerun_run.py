@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from launcher.record.recorded_run import load_recorded_run
-from tests.launcher.planted import clone_tree, omnilaunch, reseal
+from tests.launcher.planted import clone_tree, omnilaunch, reseal, result_of, rows_of
 
 SHORT = (
     "run.steps=3",
@@ -38,16 +38,6 @@ def first(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = omnilaunch(clone, here, "launch", *SHORT, "data=files", *mine, "stage.checkpoint=base", "--run-id", "first")
     assert done.returncode == 0, done.stdout + done.stderr
     return here / "runs/first"
-
-
-def rows_of(run: Path) -> list[dict[str, object]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("seconds", "peak_bytes")} for row in rows]
-
-
-def result_of(run: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads((run / "result.json").read_text())
-    return found
 
 
 def test_the_record_holds_what_a_rerun_needs(first: Path) -> None:

@@ -1,20 +1,15 @@
 """The two-stage recipe on real digits, and then LoRA: four runs that find each other's results by run id."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
 
-from launcher.record.record import RECORD_FILE, Record
-from trainer import contract
+from tests.launcher.commands.recipe import changed_tensors, launch_all, record_of
 
 pytestmark = pytest.mark.long  # four times half a minute on two quiet cores
 
-PROJECT = Path(__file__).resolve().parents[3]
 RECIPE = {
     "tower": ("stage=full",),
     "aligned": ("stage=projector", "stage.checkpoint=tower", "stage.reset=[projector]"),
@@ -28,24 +23,12 @@ LIMIT_S = 1200  # of one run, on a machine that has other things to do
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the four runs."""
-    root = tmp_path_factory.mktemp("recipe")
-    for run_id, words in RECIPE.items():
-        command = (sys.executable, "-m", "launcher.cli", "launch", f"cluster.root={root}", *words, "--run-id", run_id)
-        done = subprocess.run(command, cwd=PROJECT, env={**os.environ}, capture_output=True, text=True, timeout=LIMIT_S)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return root
-
-
-def record_of(root: Path, run_id: str) -> Record:
-    record: Record = contract.read(Record, root / "runs" / run_id / RECORD_FILE)
-    return record
+    return launch_all(tmp_path_factory.mktemp("recipe"), RECIPE, limit_s=LIMIT_S)
 
 
 def changed(root: Path, first: str, second: str) -> set[str]:
     """Groups with at least one tensor that differs."""
-    before, after = (load_file(root / "runs" / run / record_of(root, run).checkpoint / "model.safetensors") for run in (first, second))
-    assert before.keys() == after.keys()
-    names = [name for name in before if before[name].tobytes() != after[name].tobytes()]
+    names, _ = changed_tensors(root, first, second)
     return {next((group for group, regex in GROUPS.items() if re.match(regex, name)), name) for name in names}
 
 

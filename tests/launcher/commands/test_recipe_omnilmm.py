@@ -1,20 +1,15 @@
 """The tiny OmniLMM 3B and 12B on real digits: full training, the same on two ranks with ZeRO 3, the projector again, and LoRA."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
 
-from launcher.record.record import RECORD_FILE, Record
-from trainer import contract
+from tests.launcher.commands.recipe import changed_tensors, launch_all, record_of
 
 pytestmark = pytest.mark.long  # eight times up to a minute on two quiet cores
 
-PROJECT = Path(__file__).resolve().parents[3]
 RECIPE = {
     "whole": ("stage=full",),
     "apart": ("stage=full", "strategy=zero3", "cluster.devices_per_node=2", "hardware.threads=1"),
@@ -35,17 +30,7 @@ def model(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def root(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the four runs."""
-    root = tmp_path_factory.mktemp(model)
-    for run_id, words in RECIPE.items():
-        command = (sys.executable, "-m", "launcher.cli", "launch", f"cluster.root={root}", f"model={model}", *words, "--run-id", run_id)
-        done = subprocess.run(command, cwd=PROJECT, env={**os.environ}, capture_output=True, text=True, timeout=LIMIT_S)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return root
-
-
-def record_of(root: Path, run_id: str) -> Record:
-    record: Record = contract.read(Record, root / "runs" / run_id / RECORD_FILE)
-    return record
+    return launch_all(tmp_path_factory.mktemp(model), RECIPE, f"model={model}", limit_s=LIMIT_S)
 
 
 @pytest.mark.parametrize("run_id", RECIPE)
@@ -55,11 +40,9 @@ def test_every_stage_learns_its_question(run_id: str, root: Path) -> None:
 
 
 def test_frozen_groups_are_bitwise_unchanged(model: str, root: Path) -> None:
-    before, after = (load_file(root / "runs" / run / record_of(root, run).checkpoint / "model.safetensors") for run in ("whole", "aligned"))
-    assert before.keys() == after.keys()
-    changed = {name for name in before if before[name].tobytes() != after[name].tobytes()}
-    fixed = {name for name in before if name.endswith("resampler.pos_embed")}  # sines, which nothing trains
-    assert changed == {name for name in before if re.match(PROJECTOR[model], name)} - fixed
+    changed, names = changed_tensors(root, "whole", "aligned")
+    fixed = {name for name in names if name.endswith("resampler.pos_embed")}  # sines, which nothing trains
+    assert changed == {name for name in names if re.match(PROJECTOR[model], name)} - fixed
     adapter = root / "runs/adapted" / record_of(root, "adapted").checkpoint
     assert not (adapter / "model.safetensors").exists()
     assert not [name for name in load_file(adapter / "adapter_model.safetensors") if "resampler" in name or TOWER[model] in name]

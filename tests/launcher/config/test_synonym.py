@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from launcher.cli import VERBS, main, make_parser
-from launcher.config.compose import compose, judge, options
+from launcher.config.compose import judge, options
 from launcher.config.key import list_settings
 from launcher.config.synonym import FILE, HOLE, OVERRIDE, UNFILLED, Synonym, is_override, load_synonyms
-from launcher.errors import ConfigRefused
+from tests.launcher.config.test_compose import refusal
 
 CONF = Path(__file__).parents[3] / "conf"
 ROWS = load_synonyms()
@@ -30,12 +30,6 @@ VALUES = ("1", "true", "text", "cosine", "float16", "nccl", "0.5", "digits")
 
 def texts_of(row: Synonym) -> list[str]:
     return [*row.write, *(text for texts in row.values.values() for text in texts)]
-
-
-def refusal(*overrides: str) -> str:
-    with pytest.raises(ConfigRefused) as caught:
-        compose(overrides, CONF)
-    return str(caught.value)
 
 
 def test_the_file_has_no_other_fields() -> None:

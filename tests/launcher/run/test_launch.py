@@ -15,6 +15,7 @@ from PIL import Image
 from launcher.cli import main
 from launcher.plan.commands import FOLDER_VARIABLE, RUN_VARIABLE
 from launcher.ssh.transport import processes_with
+from tests.launcher.planted import result_of, rows_of
 
 PROJECT = Path(__file__).resolve().parents[3]
 SHORT = ("run.steps=3", "stage.optimizer.warmup=1", "run.evaluation.limit=8", "stage.global_batch=8")
@@ -35,15 +36,6 @@ def launch(folder: Path, *overrides: str, name: str = "r") -> subprocess.Complet
     return subprocess.run(command(folder, *overrides, name=name), cwd=PROJECT, capture_output=True, text=True, timeout=300)
 
 
-def result_of(folder: Path, name: str = "r") -> dict[str, object]:
-    return json.loads((folder / "runs" / name / "result.json").read_text())
-
-
-def rows_of(folder: Path, name: str) -> list[dict[str, object]]:
-    rows = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("seconds", "peak_bytes")} for row in rows]
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One short run for the tests below."""
@@ -55,7 +47,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_files_of_a_finished_run(finished: Path) -> None:
     run = finished / "runs/r"
-    record = result_of(finished)
+    record = result_of(finished, "r")
     assert (record["status"], record["steps"], record["exit_code"]) == ("finished", 3, 0)
     assert record["evaluation"]["count"] == 8 and 0 <= record["evaluation"]["exact_match"] <= 1  # type: ignore[index]
     assert len(str(record["data_sha256"])) == 64 and len(str(record["weights_sha256"])) == 64
@@ -67,7 +59,7 @@ def test_the_files_of_a_finished_run(finished: Path) -> None:
 
 
 def test_the_checkpoint_opens_in_transformers(finished: Path) -> None:
-    checkpoint = finished / "runs/r" / str(result_of(finished)["checkpoint"])
+    checkpoint = finished / "runs/r" / str(result_of(finished, "r")["checkpoint"])
     done = subprocess.run((sys.executable, "-c", OPEN, str(checkpoint)), capture_output=True, text=True)
     assert done.stdout.split() == ["614400", "True"], done.stderr
 
@@ -79,7 +71,7 @@ def test_the_same_seed_gives_bitwise_identical_runs(finished: Path) -> None:
     assert rows_of(finished, "again") == rows_of(finished, "r") != rows_of(finished, "other")
     assert (
         result_of(finished, "again")["weights_sha256"]
-        == result_of(finished)["weights_sha256"]
+        == result_of(finished, "r")["weights_sha256"]
         != result_of(finished, "other")["weights_sha256"]
     )
 
@@ -87,7 +79,7 @@ def test_the_same_seed_gives_bitwise_identical_runs(finished: Path) -> None:
 def test_evaluating_and_tuning_a_run_by_its_id(finished: Path) -> None:
     done = launch(finished, "stage=evaluate", "stage.checkpoint=r", "run.evaluation.limit=8", name="evaluated")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert result_of(finished, "evaluated")["evaluation"] == result_of(finished)["evaluation"]
+    assert result_of(finished, "evaluated")["evaluation"] == result_of(finished, "r")["evaluation"]
     tuned = launch(finished, *SHORT, "stage=lora", "stage.checkpoint=r", "data.max_length=128", name="tuned")
     assert tuned.returncode == 0, tuned.stdout + tuned.stderr
     checkpoint = finished / "runs/tuned" / str(result_of(finished, "tuned")["checkpoint"])
@@ -97,7 +89,7 @@ def test_evaluating_and_tuning_a_run_by_its_id(finished: Path) -> None:
 def test_two_ranks_under_zero_2(tmp_path: Path) -> None:
     done = launch(tmp_path, *SHORT, "cluster.devices_per_node=2", "strategy=zero2", "hardware.threads=1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert result_of(tmp_path)["steps"] == 3
+    assert result_of(tmp_path, "r")["steps"] == 3
     environment = json.loads((tmp_path / "runs/r/environment.json").read_text())
     assert environment["world_size"] == 2 and environment["deepspeed"]["taken"]["zero_stage"] == 2
 
@@ -163,7 +155,7 @@ def test_bad_data_is_refused_with_file_and_row(tmp_path: Path, images: Path, bad
     for part in ("rows.json", *said):
         assert part in done.stderr
     assert "Traceback" not in done.stderr
-    assert result_of(tmp_path)["status"] == "refused"
+    assert result_of(tmp_path, "r")["status"] == "refused"
     assert not (tmp_path / "runs/r/metrics.jsonl").exists(), "no step was taken"
     assert processes_with(FOLDER_VARIABLE, str(tmp_path / "runs/r")) == ()
 

@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from launcher.plan.commands import FOLDER_VARIABLE
 from launcher.record.recorded_run import load_recorded_run
 from launcher.ssh.transport import processes_with
+from tests.launcher.planted import result_of, rows_of
 
 PROJECT = Path(__file__).resolve().parents[3]
 BASE = (
@@ -37,16 +37,6 @@ def environment() -> dict[str, str]:
 
 def launch(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(folder, *words), cwd=folder, env=environment(), capture_output=True, text=True, timeout=LIMIT_S)
-
-
-def result_of(folder: Path, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "runs" / name / "result.json").read_text())
-    return found
-
-
-def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("seconds", "peak_bytes")} for row in rows]
 
 
 def end_at_step(folder: Path, name: str, step: int, *words: str, how: Callable[["subprocess.Popen[str]"], None]) -> str:

@@ -15,7 +15,7 @@ import tests.trainer.mortal
 import trainer.checkpoint.pending
 import trainer.checkpoint.writer
 import trainer.tensor.shard
-from tests.trainer.mortal import run_ranks
+from tests.trainer.mortal import fill_the_disk_of_rank_1, run_ranks
 from trainer.contract import CHECKPOINTS, Exit, TrainSpec
 from trainer.contract.checkpoint_files import whole_checkpoints
 
@@ -47,19 +47,6 @@ def test_behind_the_steps_are_the_same_bytes(arguments: dict[str, Any], tiny_spe
     assert "background checkpoints hold up to 0.00 GiB of the first node's memory" in gone.text
     assert files_of(before) == files_of(behind)
     assert sorted(state.step for state in whole_checkpoints(Path(behind.output))) == [1, 2, 3, 4, 5]
-
-
-def fill_the_disk_of_rank_1() -> None:
-    """While it writes its part of the second checkpoint."""
-    save, calls = trainer.tensor.shard.save_file, itertools.count(1)
-
-    def fail_once(*arguments: Any) -> None:
-        if next(calls) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(*arguments)
-
-    if os.environ["RANK"] == "1":
-        trainer.tensor.shard.save_file = fail_once
 
 
 def test_a_failure_behind_the_steps_is_raised_on_every_rank(tiny_spec: Any) -> None:

@@ -1,6 +1,5 @@
 """Runs that are killed and started again, compared with uninterrupted runs."""
 
-import errno
 import itertools
 import json
 import os
@@ -20,7 +19,7 @@ import trainer.contract
 import trainer.distributed.engine
 import trainer.tensor.shard
 from tests.trainer.conftest import make_spec
-from tests.trainer.mortal import Death, expect, run_ranks
+from tests.trainer.mortal import Death, expect, fill_the_disk_of_rank_1, result_of, rows_of, run_ranks
 from trainer.contract import (
     CHECKPOINTS,
     ENVIRONMENT_FILE,
@@ -33,7 +32,6 @@ from trainer.contract import (
     InputRefused,
     Lora,
     StageSpec,
-    TrainResult,
     TrainSpec,
     read,
 )
@@ -49,16 +47,6 @@ from trainer.contract.checkpoint_files import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LORA = StageSpec(name="lora", kind="train", trainable=("projector",), lora=Lora(r=4, alpha=8, dropout=0.05, targets=("q_proj", "v_proj")))
-
-
-def rows_of(spec: TrainSpec) -> list[dict[str, Any]]:
-    """Without what a clock or a memory gauge says."""
-    rows = [json.loads(line) for line in (Path(spec.output) / METRICS_FILE).read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("seconds", "peak_bytes")} for row in rows]
-
-
-def result_of(spec: TrainSpec) -> TrainResult:
-    return read(TrainResult, Path(spec.output) / RESULT_FILE)
 
 
 def environment_of(spec: TrainSpec) -> EnvReport:
@@ -299,19 +287,6 @@ def test_a_checkpoint_from_a_newer_version_or_of_another_family_is_refused_and_s
     gone = expect(run_ranks(half_done), Exit.USAGE)
     assert f"written with schema {trainer.contract.SCHEMA + 1}, this version reads {trainer.contract.SCHEMA}" in gone.text
     assert all(path.read_bytes() == content for path, content in before.items())
-
-
-def fill_the_disk_of_rank_1() -> None:
-    """While it writes its part of the second checkpoint."""
-    save, calls = trainer.tensor.shard.save_file, itertools.count(1)
-
-    def fail_once(*arguments: Any) -> None:
-        if next(calls) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(*arguments)
-
-    if os.environ["RANK"] == "1":
-        trainer.tensor.shard.save_file = fail_once
 
 
 def test_every_rank_of_a_node_writes_and_one_that_cannot_ends_all(tiny_spec: Any) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from tests.trainer.mortal import result_of
 from trainer.checkpoint.best import read_evaluations
-from trainer.contract import EnvReport, Evaluation, Exit, FailureReport, Lora, Source, StageSpec, StepRow, TrainResult, TrainSpec, read
+from trainer.contract import EnvReport, Evaluation, Exit, FailureReport, Lora, Source, StageSpec, StepRow, TrainSpec, read
 
 LORA = StageSpec(name="lora", kind="train", trainable=("projector",), lora=Lora(r=4, alpha=8, dropout=0.05, targets=("q_proj", "v_proj")))
 EVALUATE = StageSpec(name="evaluate", kind="evaluate", trainable=())
@@ -18,10 +19,6 @@ EVALUATE = StageSpec(name="evaluate", kind="evaluate", trainable=())
 
 def rows_of(spec: TrainSpec) -> list[StepRow]:
     return [StepRow(**json.loads(line)) for line in (Path(spec.output) / "metrics.jsonl").read_text().splitlines()]
-
-
-def result_of(spec: TrainSpec) -> TrainResult:
-    return read(TrainResult, Path(spec.output) / "train_result.json")
 
 
 def untimed(rows: list[StepRow]) -> list[StepRow]:

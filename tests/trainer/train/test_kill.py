@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from tests.trainer.mortal import run_ranks
-from trainer.contract import CHECKPOINTS, METRICS_FILE, RESULT_FILE, SAMPLES_FILE, Evaluation, TrainResult, TrainSpec, read
+from tests.trainer.mortal import result_of, rows_of, run_ranks
+from trainer.contract import CHECKPOINTS, METRICS_FILE, SAMPLES_FILE, Evaluation, TrainSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RANKS = (1, 2, 4)
@@ -117,10 +117,5 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(
     assert (Path(killed.output) / SAMPLES_FILE).read_text() == (Path(quiet.output) / SAMPLES_FILE).read_text()
 
 
-def result_of(spec: TrainSpec) -> TrainResult:
-    return read(TrainResult, Path(spec.output) / RESULT_FILE)
-
-
 def losses_of(spec: TrainSpec) -> list[tuple[int, float]]:
-    rows = [json.loads(line) for line in (Path(spec.output) / METRICS_FILE).read_text().splitlines()]
-    return [(row["step"], row["loss"]) for row in rows]
+    return [(row["step"], row["loss"]) for row in rows_of(spec)]

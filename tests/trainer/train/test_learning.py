@@ -1,6 +1,5 @@
 """What changes how a run learns, in real runs of the tiny model: noise, smoothing, averages of the weights, and early stopping."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,20 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.trainer.mortal import Death, expect, run_ranks
+from tests.trainer.mortal import Death, expect, result_of, rows_of, run_ranks
 from trainer.contract import (
     EVALUATIONS_FILE,
     METRICS_FILE,
-    RESULT_FILE,
     Augmentation,
     EarlyStop,
     Evaluation,
     EvaluationRow,
     Lora,
     StageSpec,
-    TrainResult,
     TrainSpec,
-    read,
 )
 from trainer.tensor.stream import find_stored_tensors
 from trainer.train.early_stop import find_reason_to_stop
@@ -30,16 +26,6 @@ from trainer.train.early_stop import find_reason_to_stop
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVALUATION = Evaluation(batch=16, max_new_tokens=4, limit=24, every=2, loss=True)
 LORA = StageSpec(name="lora", kind="train", trainable=("projector",), lora=Lora(r=4, alpha=8, dropout=0.3, targets=("q_proj", "v_proj")))
-
-
-def rows_of(spec: TrainSpec, name: str = METRICS_FILE) -> list[dict[str, Any]]:
-    """Without what a clock or a memory gauge says."""
-    rows = [json.loads(line) for line in (Path(spec.output) / name).read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("seconds", "peak_bytes")} for row in rows]
-
-
-def result_of(spec: TrainSpec) -> TrainResult:
-    return read(TrainResult, Path(spec.output) / RESULT_FILE)
 
 
 def losses_of(spec: TrainSpec, name: str = METRICS_FILE) -> list[float]:

@@ -1,6 +1,5 @@
 """Between two steps: evaluations and checkpoints that leave the steps as they were, also in a run that is killed."""
 
-import json
 import math
 import os
 import signal
@@ -12,20 +11,17 @@ import pytest
 
 import trainer.evaluation.evaluate
 import trainer.train.step_hooks
-from tests.trainer.mortal import Death, expect, run_ranks
+from tests.trainer.mortal import Death, expect, result_of, rows_of, run_ranks
 from trainer.checkpoint.best import find_best, is_better
 from trainer.contract import (
     BEST_FILE,
     EVALUATIONS_FILE,
     METRICS_FILE,
-    RESULT_FILE,
     Best,
     Evaluation,
     Exit,
     Lora,
     StageSpec,
-    TrainResult,
-    TrainSpec,
     read,
 )
 from trainer.contract.checkpoint_files import whole_checkpoints
@@ -34,16 +30,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LORA = StageSpec(name="lora", kind="train", trainable=("projector",), lora=Lora(r=4, alpha=8, dropout=0.3, targets=("q_proj", "v_proj")))
 EVALUATION = Evaluation(batch=16, max_new_tokens=4, limit=24)
 OFTEN = replace(EVALUATION, every=2, loss=True)
-
-
-def rows_of(spec: TrainSpec, name: str = METRICS_FILE) -> list[dict[str, Any]]:
-    """Without what a clock or a memory gauge says."""
-    rows = [json.loads(line) for line in (Path(spec.output) / name).read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("seconds", "peak_bytes")} for row in rows]
-
-
-def result_of(spec: TrainSpec) -> TrainResult:
-    return read(TrainResult, Path(spec.output) / RESULT_FILE)
 
 
 @pytest.mark.parametrize(
