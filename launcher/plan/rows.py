@@ -1,7 +1,8 @@
 """The rows to train on, counted on this machine, and the steps that run.epochs stands for.
 
-A row is counted as trainer.data.rows reads it: an item of a JSON list or a line of JSON Lines, each conversation of a list in it, and the
-files of an InternVL meta file as often as it says. Whether the rows are valid is not looked at: the data check refuses a run with others.
+A row is counted as trainer.data.rows reads it, by the same trainer.contract.annotation_file: an item of a JSON list or a line of JSON Lines,
+each conversation of a list in it, and the files of an InternVL meta file as often as it says. Whether the rows are valid is not looked at:
+the data check refuses a run with others.
 """
 
 import json
@@ -14,9 +15,9 @@ from launcher.check.problem import Problem
 from launcher.config.defaults import EPOCHS, count_steps, keys_of, with_short_warmup
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, suggest
+from trainer.contract.annotation_file import count_repeated, first_letter, is_list, read_meta
 
 BUILTIN_ROWS = 1500  # that train, of each of the built-in sets (trainer.data.digits.TRAIN_ROWS)
-META_BYTES = 8 * 2**20  # as trainer.data.rows.source: a larger file contains rows
 QUICK_BYTES = 64 * 2**20  # counted in a second, also where no epochs are asked for
 MOST_EPOCHS = 10**6
 
@@ -111,30 +112,13 @@ def count_rows(file: Path) -> int:
         return 0
 
 
-def read_meta(file: Path) -> dict[str, Any] | None:
-    if file.stat().st_size > META_BYTES or first_letter(file) != "{":
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except ValueError:
-        return None
-    is_meta = isinstance(content, dict) and any(isinstance(entry, dict) and "annotation" in entry for entry in content.values())
-    return content if is_meta else None
-
-
-def first_letter(file: Path) -> str:
-    with file.open(encoding="utf-8-sig") as opened:
-        return next((line.strip()[:1] for line in opened if line.strip()), "")
-
-
 def count_entry(entry: Any, folder: Path) -> int:
-    rows, repeat = count_rows(folder / entry["annotation"]), entry.get("repeat_time", 1)
-    return int(rows * repeat) if repeat < 1 else rows * int(repeat)
+    return count_repeated(count_rows(folder / entry["annotation"]), entry.get("repeat_time", 1))
 
 
 def read_rows(file: Path) -> Iterator[Any]:
     """The rows of a list; of JSON Lines only those that are lists, and None for the others, which are not parsed."""
-    if first_letter(file) == "[" and file.suffix != ".jsonl":
+    if is_list(file, first_letter(file)):
         yield from json.loads(file.read_text(encoding="utf-8-sig"))
         return
     with file.open(encoding="utf-8-sig", newline="\n") as opened:

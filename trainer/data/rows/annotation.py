@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.contract import DataProblem
+from trainer.contract.annotation_file import is_list
 
 # The two usual syntax errors of annotation files that were written by hand or with Python's str().
 SYNTAX_HELP = "JSON requires double quotes and no comma before a closing bracket; to find the error, run: python -m json.tool {file}"
@@ -23,7 +24,7 @@ def read_rows(file: Path) -> tuple[tuple[tuple[int, Any], ...], tuple[DataProble
         return (), (problem,)
     if not text.strip():
         return (), (file_problem(file, "is empty", ONE_ROW_EACH),)
-    if text.lstrip().startswith("[") and file.suffix != ".jsonl":
+    if is_list(file, text.lstrip()[:1]):
         return read_list(file, text)
     return read_lines(file, text)
 

@@ -5,10 +5,12 @@ An invalid row is reported and left out. It does not stop the reading and is nev
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 from trainer.contract import DataProblem
+from trainer.contract.annotation_file import count_repeated
 from trainer.data.rows.adjustment import adjust, report_paths, without_end_mark
 from trainer.data.rows.annotation import read_rows
 from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, ParsedRow, Role, Row, Turn, kind, printable
@@ -74,7 +76,7 @@ def read_samples(file: Path, images: Path) -> tuple[tuple[Sample, ...], tuple[Da
     problems = list(found)
     for source in sources:
         read, wrong = read_source(source)
-        samples += read[: int(len(read) * source.repeat)] if source.repeat < 1 else read * int(source.repeat)
+        samples += islice(cycle(read), count_repeated(len(read), source.repeat))
         problems += wrong
     return tuple(samples), tuple(problems)
 

@@ -7,17 +7,16 @@ the folder of the meta file; `root` too, or relative to data.images if that is s
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.contract import DataProblem
+from trainer.contract.annotation_file import read_meta
 from trainer.data.media.image import hash_file
 from trainer.data.rows.column_map import Columns, find_columns
 from trainer.data.rows.parsed_row import Row, keys_of, kind
 
-META_BYTES = 8 * 2**20  # a meta file lists a few hundred data sets; a larger file contains rows
 # Keys that would change the training: the values that are allowed, why, and the fix.
 UNREAD = {
     "data_augment": ((None, False), "data augmentation is not supported", "set it to false"),
@@ -57,21 +56,6 @@ def find_sources(file: Path, images: Path) -> tuple[tuple[AnnotationSource, ...]
             root = images / entry.get("root", "")
             sources.append(AnnotationSource(file=annotation, images=root, repeat=entry.get("repeat_time", 1), columns=columns))
     return tuple(sources), tuple(found)
-
-
-def read_meta(file: Path) -> dict[str, Any] | None:
-    """The content of a meta file; None for rows, invalid JSON or a missing file."""
-    try:
-        if file.stat().st_size > META_BYTES:
-            return None
-        with file.open("rb") as opened:
-            if opened.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"{":
-                return None
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    is_meta = isinstance(content, dict) and any(isinstance(entry, dict) and "annotation" in entry for entry in content.values())
-    return content if is_meta else None
 
 
 def find_entry_faults(entry: Any) -> list[tuple[str, str, str]]:
