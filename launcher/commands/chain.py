@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launcher.bench.paused_run import read_paused_run
 from launcher.config.chain import GROUP, Chain, overrides_of
 from launcher.config.compose import compose, compose_with_files
 from launcher.config.conf_folder import ConfFolder
@@ -23,23 +24,28 @@ from launcher.plan.weights_folder import judge_weights, with_found_model
 from launcher.record.checkpoint.checkpoint_config import compose_from_checkpoint
 from launcher.record.checkpoint.checkpoint_data import take_data
 from launcher.record.checkpoint_reference import with_full_ids
+from launcher.record.metrics import read_rows
 from launcher.record.reader import read_if_there, read_object
 from launcher.record.record import Record, valid_run_id
 from launcher.record.run_name import PLAN_FILE, RECORD_FILE, list_folders
 from launcher.weights.source import with_weights_folder
-from trainer.contract import Exit
+from trainer.contract import METRICS_FILE, Exit
+from trainer.contract.checkpoint_files import newest_resumable
 
 Launch = Callable[[Sequence[str], str], int]  # overrides, run id -> exit code
+Resume = Callable[[Path], int]  # the folder of a run -> exit code
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRun:
-    """The newest run of a step, '' where there is none; `status`: of its record, 'unfinished' where it has none."""
+    """The newest run of a step, '' where there is none; `status`: of its record, 'unfinished' where it has none. `overrides`: as recorded."""
 
     run_id: str = ""
     status: str = ""
     number: int = 0
+    folder: Path = Path()
+    overrides: tuple[str, ...] = ()
 
     @property
     def done(self) -> bool:
@@ -55,6 +61,11 @@ class PlannedStep:
     run_id: str
     plan: Plan
     overrides: tuple[str, ...]
+
+    @property
+    def resumes(self) -> bool:
+        """Whether its newest run is continued, as `launch --resume` does."""
+        return self.run_id == self.newest.run_id and not self.newest.done
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +89,17 @@ def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
     folders = tuple(dict.fromkeys((root, here / RUNS_FOLDER)))
     typed = with_full_ids(typed, *folders)
     newest = {step.name: find_newest(chain_id, step.name, folders) for step in chain.steps}
-    next_ids = {name: f"{chain_id}-{name}" + (f"-{run.number + 1}" if run.number else "") for name, run in newest.items()}
-    run_ids = {name: run.run_id if run.done else valid_run_id(next_ids[name]) for name, run in newest.items()}
-    results = {name: str(root / run_id) for name, run_id in run_ids.items()}
+    run_ids: dict[str, str] = {}
+    results: dict[str, str] = {}
     kinds: list[str] = []
     steps: list[PlannedStep] = []
-    for place, name in enumerate(run_ids):
+    for place, name in enumerate(newest):
         of_step = overrides_of(chain, place, typed, results, kinds)
+        by_id = overrides_of(chain, place, typed, run_ids, kinds)  # runs by their ids, which `launch` turns into folders
         try:
+            given = for_this_place(by_id, conf)
+            run_ids[name] = choose_run(newest[name], f"{chain_id}-{name}", given)
+            results[name] = str(root / run_ids[name])
             words = for_this_place(of_step, conf)
             with naming_devices(of_step, words, os.environ):
                 config, files = compose_with_files(words, conf)
@@ -96,13 +110,28 @@ def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
                 plan = judge_weights(plan, conf)
         except ConfigRefused as error:
             raise ConfigRefused(f"step {name} of {GROUP}={chain.name}: {error}") from error
-        by_id = overrides_of(chain, place, typed, run_ids, kinds)  # runs by their ids, which `launch` turns into folders
-        given = for_this_place(by_id, conf)
         steps.append(PlannedStep(name=name, newest=newest[name], run_id=run_ids[name], plan=plan, overrides=given))
         kinds.append(plan.spec.stage.kind)
     planned = PlannedChain(chain=chain, chain_id=chain_id, typed=typed, folders=folders, steps=tuple(steps))
     refuse_other_runs(planned)
     return planned
+
+
+def choose_run(newest: StepRun, first: str, overrides: Sequence[str]) -> str:
+    """The id of a step's run: of the newest one where it has finished or is resumed, else of a new one. `first`: the id of its first run."""
+    if newest.done or (sorted(newest.overrides) == sorted(overrides) and can_be_resumed(newest.folder)):
+        return newest.run_id
+    return valid_run_id(f"{first}-{newest.number + 1}" if newest.number else first)
+
+
+def can_be_resumed(folder: Path) -> bool:
+    """Whether `launch --resume` can continue the run from a checkpoint. Those of a run on other nodes are not looked for there: rows are enough."""
+    try:
+        paused = read_paused_run(folder)
+    except ConfigRefused:
+        return False
+    local = paused.plan.is_local
+    return newest_resumable(folder, paused.plan.spec.steps) is not None if local else bool(read_rows(folder / METRICS_FILE))
 
 
 def for_this_place(words: Sequence[str], conf: ConfFolder) -> tuple[str, ...]:
@@ -135,7 +164,7 @@ def refuse_other_runs(planned: PlannedChain) -> None:
                 "result. Start the chain again with another --run-id."
             )
         if step.newest.done:
-            refuse_other_overrides(step, planned.folders)
+            refuse_other_overrides(step)
         waiting = waiting or ("" if step.newest.done else step.name)
         if step.newest.status == "unfinished" and step.plan.config.cluster.runtime == "docker":
             first = command_line("attach", run_id)
@@ -147,9 +176,10 @@ def describe_chain(planned: PlannedChain) -> str:
     rows: dict[str, str] = {}
     for number, step in enumerate(planned.steps, start=1):
         newest, memory = step.newest, step.plan.memory
-        earlier = f" (earlier run {newest.run_id}: {newest.status})" if newest.run_id and not newest.done else ""
+        earlier = f" (earlier run {newest.run_id}: {newest.status})" if newest.run_id and not newest.done and not step.resumes else ""
         need = f"; {gib(memory.total_bytes).strip()} per device" if memory and memory.total_bytes else ""
-        state = f"{'finished: ' if newest.done else ''}run {step.run_id}{earlier}"
+        began = "finished: " if newest.done else f"{newest.status}, is resumed: " if step.resumes else ""
+        state = f"{began}run {step.run_id}{earlier}"
         rows[f"{number}  {step.name}"] = f"{state}\n      {describe_work(step.plan.spec)}{need}"
     return table(rows)
 
@@ -162,8 +192,10 @@ def show_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
     return Exit.OK
 
 
-def launch_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, conf: ConfFolder, launch: Launch, say: Say) -> int:
-    """Launch the steps that have not finished, one after the other. The first failure ends the chain, with its exit code."""
+def launch_chain(
+    chain: Chain, typed: Sequence[str], chain_id: str, project: Path, conf: ConfFolder, launch: Launch, resume: Resume, say: Say
+) -> int:
+    """Launch or resume the steps that have not finished, one after the other. The first failure ends the chain, with its exit code."""
     planned = plan_chain(chain, typed, chain_id, project, conf, Path.cwd())
     refuse_unlaunchable(planned)
     say(describe_chain(planned))
@@ -173,7 +205,7 @@ def launch_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Pat
         say(f"\n== step {number} of {len(planned.steps)}: {step.name}")
         stopped = f"\nthe chain stopped at step {step.name}. When the cause is fixed: {planned.resume}"
         try:
-            code = launch(step.overrides, step.run_id)
+            code = resume(step.newest.folder) if step.resumes else launch(step.overrides, step.run_id)
         except (LaunchError, KeyboardInterrupt):
             say(stopped)
             raise
@@ -209,13 +241,15 @@ def find_newest(chain_id: str, step: str, folders: Sequence[Path]) -> StepRun:
     if not found:
         return StepRun()
     number = max(found)
-    record = read_if_there(Record, found[number] / RECORD_FILE)
-    return StepRun(run_id=found[number].name, status=record.status if record else "unfinished", number=number)
+    folder = found[number]
+    record, overrides = read_if_there(Record, folder / RECORD_FILE), read_object(folder / PLAN_FILE, []).get("overrides", [])
+    status = record.status if record else "unfinished"
+    return StepRun(run_id=folder.name, status=status, number=number, folder=folder, overrides=tuple(map(str, overrides)))
 
 
-def refuse_other_overrides(step: PlannedStep, folders: Sequence[Path]) -> None:
+def refuse_other_overrides(step: PlannedStep) -> None:
     """Raises ConfigRefused where the step has finished with other overrides than it would get now."""
-    then = read_object(list_folders(*folders)[step.run_id] / PLAN_FILE, []).get("overrides", [])
+    then = step.newest.overrides
     if sorted(then) != sorted(step.overrides):
         raise ConfigRefused(
             f"run {step.run_id} has finished with other overrides:\n  then: {' '.join(then)}\n  now:  {' '.join(step.overrides)}\n"

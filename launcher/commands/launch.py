@@ -48,9 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if chained := find_chain_of(arguments):
         from launcher.commands.chain import launch_chain
+        from launcher.commands.live.resume import resume_run
 
         conf = conf_of(arguments)
-        return launch_chain(*chained, PROJECT, conf, partial(launch_one, say=arguments.say, conf=conf, following=False), arguments.say)
+        launch = partial(launch_one, say=arguments.say, conf=conf, following=False)
+        resume = partial(resume_run, overrides=(), accept=(), say=arguments.say, detach=False, conf=conf, following=False)
+        return launch_chain(*chained, PROJECT, conf, launch, lambda folder: resume(str(folder)), arguments.say)
     return launch_one(arguments.overrides, arguments.run_id, say=arguments.say, detach=arguments.detach, conf=conf_of(arguments))
 
 

@@ -7,7 +7,7 @@
 
 `words` are overrides, as of `launch`; those on the command line hold for all steps. A step starts from the last checkpoint of the steps
 above it, or from the step that it names: `stage.checkpoint=@aligned`, `run.evaluation.base=@merged`. Step `lora` of chain `x` is run
-`x-lora`, or `x-lora-2` where `x-lora` did not finish. Which steps have finished is read from the records of these runs.
+`x-lora`, or `x-lora-2` where `x-lora` cannot be resumed. Which steps have finished is read from the records of these runs.
 """
 
 import re

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
-def resume_run(name: str, overrides: Sequence[str], accept: Sequence[str], *, say: Say, detach: bool, conf: "ConfFolder") -> int:
+def resume_run(
+    name: str, overrides: Sequence[str], accept: Sequence[str], *, say: Say, detach: bool, conf: "ConfFolder", following: bool = True
+) -> int:
+    """`following`: print the next commands, which a chain carries out itself."""
     from launcher.bench.paused_run import read_paused_run
     from launcher.bench.rerun import accepted_kinds
     from launcher.bench.resume import KINDS
@@ -41,7 +44,7 @@ def resume_run(name: str, overrides: Sequence[str], accept: Sequence[str], *, sa
         refuse_detach(detach, paused.plan.config.cluster.runtime)
         planned = plan_again(paused, tuple(overrides), accepted, conf)
         record, plan = continue_run(paused, planned, tuple(overrides), say, detach=detach)
-    say(describe_record(record, plan) if record else describe_detached(plan.run_id))
+    say(describe_record(record, plan, following=following) if record else describe_detached(plan.run_id))
     return record.exit_code if record else Exit.OK
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from launcher.config.chain import Chain, Step, find_chain, list_chains, load_cha
 from launcher.config.conf_folder import ConfFolder
 from launcher.errors import ConfigRefused
 from launcher.plan.visible_devices import with_visible_devices
-from launcher.record.record import PLAN_FILE, RECORD_FILE
+from launcher.record.record import PLAN_FILE, RECORD_FILE, write_record
+from tests.launcher.planted import set_value, write_run
+from tests.launcher.run.test_resume import save, stopped_record
 
 PROJECT = Path(__file__).resolve().parents[3]
 CONF = PROJECT / "conf"
@@ -77,6 +80,11 @@ def test_a_step_starts_from_the_last_checkpoint_or_from_the_step_that_it_names()
     ]
 
 
+def never(folder: Path) -> int:
+    """In place of a resume."""
+    raise AssertionError(folder)
+
+
 class Launches:
     """In place of `launch`: writes a plan and a record with a given status."""
 
@@ -97,32 +105,64 @@ class Launches:
 def test_a_chain_is_resumed_at_the_step_that_failed(tmp_path: Path) -> None:
     chain, typed, said = load_chain(NAME, CONF), (f"experiment={NAME}", f"cluster.root={tmp_path}"), list[str]()
     first = Launches(tmp_path, failing="x-tuned")
-    assert launch_chain(chain, typed, "x", PROJECT, ConfFolder(project=CONF), first, said.append) == 5
+    assert launch_chain(chain, typed, "x", PROJECT, ConfFolder(project=CONF), first, never, said.append) == 5
     assert [run_id for run_id, _ in first.made] == ["x-tower", "x-aligned", "x-tuned"]
     assert "stopped at step tuned" in said[-1] and f"launch experiment={NAME}" in said[-1] and "--run-id x" in said[-1]
 
     second = Launches(tmp_path)
-    assert launch_chain(chain, typed, "x", PROJECT, ConfFolder(project=CONF), second, said.append) == 0
+    assert launch_chain(chain, typed, "x", PROJECT, ConfFolder(project=CONF), second, never, said.append) == 0
     assert [run_id for run_id, _ in second.made] == ["x-tuned-2", "x-adapted", "x-merged", "x-quantized", "x-judged"]
     words = dict(second.made)
     assert "stage.checkpoint=x-aligned" in words["x-tuned-2"] and "stage.checkpoint=x-tuned-2" in words["x-adapted"]
     assert {"stage.checkpoint=x-quantized", "run.evaluation.base=x-merged"} <= set(words["x-judged"])
 
     third = Launches(tmp_path)
-    assert launch_chain(chain, typed, "x", PROJECT, ConfFolder(project=CONF), third, said.append) == 0 and not third.made
+    assert launch_chain(chain, typed, "x", PROJECT, ConfFolder(project=CONF), third, never, said.append) == 0 and not third.made
     assert "run x-tuned-2" in said[-1]
+
+
+def test_a_step_that_was_stopped_is_resumed_from_its_checkpoint(tmp_path: Path) -> None:
+    """And only that: a run without a checkpoint, or with other overrides, is made again."""
+    chain, typed, conf = load_chain(NAME, CONF), (f"experiment={NAME}", f"cluster.root={tmp_path}"), ConfFolder(project=CONF)
+    launch_chain(chain, typed, "x", PROJECT, conf, Launches(tmp_path, failing="x-tuned"), never, lambda text: None)
+    shutil.rmtree(folder := tmp_path / "runs" / "x-tuned")
+    step = next(step for step in plan_chain(chain, typed, "x", PROJECT, conf, tmp_path).steps if step.name == "tuned")
+    plan = replace(step.plan, folder=str(folder), overrides=step.overrides, spec=replace(step.plan.spec, output=str(folder)))
+    write_run(folder, plan)
+    write_record(stopped_record(plan.run_id), folder)
+
+    def plan_again() -> dict[str, tuple[str, bool]]:
+        planned = plan_chain(chain, typed, "x", PROJECT, conf, tmp_path)
+        return {step.name: (step.run_id, step.resumes) for step in planned.steps}
+
+    assert plan_again()["tuned"] == ("x-tuned-2", False)
+    save(folder, 20)
+    set_value(PLAN_FILE, "overrides", [*step.overrides, "run.seed=3"])(folder)
+    assert plan_again()["tuned"] == ("x-tuned-2", False)
+    set_value(PLAN_FILE, "overrides", list(step.overrides))(folder)
+    assert plan_again()["tuned"] == ("x-tuned", True) and plan_again()["adapted"] == ("x-adapted", False)
+    said, resumed, later = list[str](), list[Path](), Launches(tmp_path)
+
+    def resume(run: Path) -> int:
+        resumed.append(run)
+        write_record(replace(stopped_record(plan.run_id), status="finished"), run)
+        return 0
+
+    assert launch_chain(chain, typed, "x", PROJECT, conf, later, resume, said.append) == 0
+    assert resumed == [folder] and [run_id for run_id, _ in later.made] == ["x-adapted", "x-merged", "x-quantized", "x-judged"]
+    assert "stopped, is resumed: run x-tuned" in said[0] and "stage.checkpoint=x-tuned" in dict(later.made)["x-adapted"]
 
 
 def test_a_chain_with_other_overrides_is_refused(tmp_path: Path) -> None:
     chain, typed = load_chain(NAME, CONF), (f"experiment={NAME}", f"cluster.root={tmp_path}")
-    launch_chain(chain, typed, "x", PROJECT, ConfFolder(project=CONF), Launches(tmp_path, failing="x-aligned"), lambda text: None)
+    launch_chain(chain, typed, "x", PROJECT, ConfFolder(project=CONF), Launches(tmp_path, failing="x-aligned"), never, lambda text: None)
     with pytest.raises(ConfigRefused, match="run x-tower has finished with other overrides"):
         plan_chain(chain, (*typed, "run.steps=70"), "x", PROJECT, ConfFolder(project=CONF), tmp_path)
 
 
 def test_a_step_that_finished_before_an_earlier_one_is_refused(tmp_path: Path) -> None:
     chain, typed = load_chain(NAME, CONF), (f"experiment={NAME}", f"cluster.root={tmp_path}")
-    launch_chain(chain, typed, "x", PROJECT, ConfFolder(project=CONF), Launches(tmp_path), lambda text: None)
+    launch_chain(chain, typed, "x", PROJECT, ConfFolder(project=CONF), Launches(tmp_path), never, lambda text: None)
     (tmp_path / "runs/x-aligned" / RECORD_FILE).unlink()
     assert find_newest("x", chain.steps[1].name, (tmp_path / "runs",)).status == "unfinished"
     with pytest.raises(ConfigRefused, match=r"step tuned has finished .* but the earlier step aligned has not"):
