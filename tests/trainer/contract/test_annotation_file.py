@@ -1,4 +1,4 @@
-"""What a file of rows is, told from its first letter and its name; and meta files."""
+"""What a file of rows is, by its first letter and its name; and meta files."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ META = {"one": {"annotation": "a.jsonl"}, "two": {"annotation": "b.json", "repea
         ("a.json", " \n", "", False),
     ],
 )
-def test_a_list_is_told_from_its_first_letter(tmp_path: Path, name: str, text: str, letter: str, listed: bool) -> None:
+def test_a_list_begins_with_a_bracket(tmp_path: Path, name: str, text: str, letter: str, listed: bool) -> None:
     file = tmp_path / name
     file.write_text(text, encoding="utf-8")
     assert first_letter(file) == letter and is_list(file, letter) == listed
