@@ -107,7 +107,8 @@ def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
                 config = settle_rows(with_weights_folder(for_this_machine(config, words), os.environ), keys_of(words), here)
                 context = context_for(config, stacks, project)
                 plan = with_files(make_plan(config, stacks, context, run_id=run_ids[name], overrides=words, conf=conf), conf, files)
-                plan = judge_weights(plan, conf)
+                if plan.spec.stage.checkpoint not in results.values():  # of a run of this chain: not there yet, or known from its plan
+                    plan = judge_weights(plan, conf)
         except ConfigRefused as error:
             raise ConfigRefused(f"step {name} of {GROUP}={chain.name}: {error}") from error
         steps.append(PlannedStep(name=name, newest=newest[name], run_id=run_ids[name], plan=plan, overrides=given))

@@ -86,7 +86,7 @@ def never(folder: Path) -> int:
 
 
 class Launches:
-    """In place of `launch`: writes a plan and a record with a given status."""
+    """In place of `launch`: writes a plan, a config and a record with a given status."""
 
     def __init__(self, root: Path, failing: str = "") -> None:
         self.root, self.failing, self.made = root, failing, list[tuple[str, tuple[str, ...]]]()
@@ -97,6 +97,7 @@ class Launches:
         folder = self.root / "runs" / run_id
         folder.mkdir(parents=True)
         (folder / PLAN_FILE).write_text(json.dumps({"overrides": list(words)}), encoding="utf-8")
+        (folder / "config.json").write_text("{}", encoding="utf-8")  # of the run, and not of a model
         record = json.loads((GOLDEN / RECORD_FILE).read_text(encoding="utf-8"))
         (folder / RECORD_FILE).write_text(json.dumps({**record, "status": "failed" if failed else "finished"}), encoding="utf-8")
         return 5 if failed else 0
@@ -129,6 +130,7 @@ def test_a_step_that_was_stopped_is_resumed_from_its_checkpoint(tmp_path: Path) 
     step = next(step for step in plan_chain(chain, typed, "x", PROJECT, conf, tmp_path).steps if step.name == "tuned")
     plan = replace(step.plan, folder=str(folder), overrides=step.overrides, spec=replace(step.plan.spec, output=str(folder)))
     write_run(folder, plan)
+    (folder / "config.json").write_text("{}", encoding="utf-8")
     write_record(stopped_record(plan.run_id), folder)
 
     def plan_again() -> dict[str, tuple[str, bool]]:
