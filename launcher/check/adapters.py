@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from launcher.check.problem import Problem, Rule
-from launcher.config.schema import Config
+from launcher.config.schema import GROUPS, Config
 from launcher.errors import suggest
 from launcher.image.stack import Stack
 from launcher.memory.states import REGEX, linear_names, linear_shapes
@@ -62,7 +62,10 @@ def quantized_base_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterat
 
 def group_rates_are_of_trained_groups(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     stage = config.stage
-    idle = sorted(set(stage.optimizer.group_lr) - set(stage.trainable))
+    unknown = sorted(set(stage.optimizer.group_lr) - set(GROUPS))
+    idle = sorted(set(stage.optimizer.group_lr) - set(stage.trainable) - set(unknown))
+    for group in unknown:
+        yield Problem(key=f"stage.optimizer.group_lr.{group}", what=f"there is no group {group}; {suggest(group, GROUPS)}")
     if stage.kind == "train" and idle:
         trained = ", ".join(stage.trainable) or "adapters only, whose rate is stage.optimizer.lr"
         what = f"this stage does not train {', '.join(idle)}; it trains {trained}"
