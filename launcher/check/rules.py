@@ -24,7 +24,7 @@ from launcher.check.source import SOURCE_RULES, write_source_notes
 from launcher.check.start import START_RULES, write_start_notes
 from launcher.check.strategy import Resolved, resolve
 from launcher.check.strings import TEXT_RULES
-from launcher.check.suggestions import MEMORY_RULES, check_memory, write_memory_notes
+from launcher.check.suggestions import MEMORY_RULES, check_memory, find_roomier, write_memory_notes
 from launcher.config.fact import may_set
 from launcher.config.schema import Config
 from launcher.image.stack import Stack
@@ -44,13 +44,16 @@ RULES_BUT_MEMORY = tuple(rule for rule in RULES if rule not in MEMORY_RULES)  # 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """`ok`: a plan can be made. `launchable`: it can be launched too. `problems` prevent that; those in `forced` would, if `run.force` did
-    not override them; `notes` refuse nothing."""
+    not override them; `notes` refuse nothing. `tight`: the peak fits by less than the estimate may be off, so that a run that is launched may
+    end for lack of memory; `roomier`: overrides that leave that margin."""
 
     ok: bool
     launchable: bool
     problems: tuple[Problem, ...]
     forced: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
+    tight: bool = False
+    roomier: tuple[str, ...] = ()
 
 
 def check(
@@ -72,12 +75,16 @@ def check(
         )
     forced = tuple(problem for problem in found if config.run.force and problem.forcible)
     standing = tuple(problem for problem in found if problem not in forced)
+    tight = resolved.memory is not None and resolved.memory.is_tight and bool(set(rules) & set(MEMORY_RULES))
+    ok = all(problem.launch_only for problem in standing)
     return Verdict(
-        ok=all(problem.launch_only for problem in standing),
+        ok=ok,
         launchable=not standing,
         problems=standing,
         forced=forced,
         notes=tuple(write_notes(resolved)),
+        tight=tight,
+        roomier=find_roomier(resolved, stacks) if tight and ok else (),
     )
 
 

@@ -14,7 +14,7 @@ from launcher.check.strategy import Estimates, Resolved, resolve
 from launcher.config.defaults import keys_of
 from launcher.config.schema import Config
 from launcher.image.stack import Stack
-from launcher.memory.estimate import Memory, split_weights, total
+from launcher.memory.estimate import SURE_SHARE, Memory, split_weights, total
 from launcher.memory.states import AVERAGE, GIB, world_size
 from launcher.memory.tokens import largest_image, smallest_image_tokens
 from trainer.contract import Lora
@@ -112,6 +112,13 @@ def find_changes(resolved: Resolved, stacks: Mapping[str, Stack], *, short_bytes
         if not any(problem for rule in ALSO_CHECKED for problem in rule(other.config, stacks)):
             found.append((change, memory))
     return tuple(found[:MOST_CHANGES])
+
+
+def find_roomier(resolved: Resolved, stacks: Mapping[str, Stack]) -> tuple[str, ...]:
+    """Overrides that bring a tight peak below SURE_SHARE, except for other hardware."""
+    limit = resolved.memory.limit_bytes or 0 if resolved.memory else 0
+    found = find_changes(resolved, stacks, short_bytes=int((1 - SURE_SHARE) * limit))
+    return tuple(str(change) for change, _ in found if change.cost != "hardware")
 
 
 def answers(config: Config, change: Change) -> bool:

@@ -29,7 +29,8 @@ from launcher.memory.tokens import Load, read_answer_load, read_evaluation_load,
 
 OFFLOADED = "offloaded states"
 SET_ASIDE = "weights set aside"
-ANSWER_SHARE = 0.95  # of a stage that answers requests which are not known when it is planned: the estimate is within 5 % (docs/fit.md)
+SURE_SHARE = 0.95  # of a device's memory: a peak above it may not fit, because the estimate is within 5 % (docs/fit.md)
+ANSWER_SHARE = SURE_SHARE  # that a stage may take which answers requests that are not known when it is planned
 Basis = Literal["arithmetic", "calibrated", "traced"]
 
 
@@ -64,6 +65,11 @@ class Memory:
     @property
     def fits(self) -> bool:
         return self.fits_within(self.share)
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether it fits by the estimate, but by less than the estimate may be off."""
+        return self.fits and self.limit_bytes is not None and self.total_bytes > SURE_SHARE * self.limit_bytes
 
     def fits_within(self, share: float) -> bool:
         """Whether the peak takes at most `share` of the device's memory, and the host's items fit in its memory. An unknown size fits."""
