@@ -10,6 +10,8 @@ from launcher.errors import suggest
 from launcher.image.stack import Stack
 from launcher.memory.states import REGEX, linear_names, linear_shapes
 
+DEFAULT_GROUPS = ("lm",)  # of Lora.base_groups
+
 
 def lora_targets_exist(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     """A target is the name of a linear layer of the decoder, or `re:` and a regular expression that matches whole module names."""
@@ -60,6 +62,21 @@ def quantized_base_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterat
         yield Problem(key="strategy", what=what, changes=("strategy=zero2 strategy.offload_parameters=false", "stage.lora.base=''"))
 
 
+def base_groups_are_frozen(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    lora, key = config.stage.lora, "stage.lora.base_groups"
+    if lora is None:
+        return
+    if not lora.base_groups:
+        yield Problem(key=key, what="is empty; stage.lora.base='' packs no group", changes=(f"{key}=[lm]",))
+    if not lora.base and lora.base_groups != DEFAULT_GROUPS:
+        what = f"{', '.join(lora.base_groups)} has no effect without stage.lora.base=nf4"
+        yield Problem(key=key, what=what, changes=("stage.lora.base=nf4", f"{key}=[{','.join(DEFAULT_GROUPS)}]"))
+    if lora.base and "vision" in lora.base_groups and "vision" in config.stage.trainable:
+        rest = ",".join(group for group in config.stage.trainable if group != "vision")
+        what = f"vision is trained whole, which is not possible in {lora.base}"
+        yield Problem(key=key, what=what, changes=(f"{key}=[lm]", f"stage.trainable=[{rest}]"))
+
+
 def group_rates_are_of_trained_groups(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     stage = config.stage
     unknown = sorted(set(stage.optimizer.group_lr) - set(GROUPS))
@@ -89,6 +106,7 @@ def reset_groups_are_trained(config: Config, _: Mapping[str, Stack]) -> Iterator
 ADAPTER_RULES: tuple[Rule, ...] = (
     lora_targets_exist,
     quantized_base_is_possible,
+    base_groups_are_frozen,
     group_rates_are_of_trained_groups,
     reset_groups_are_trained,
 )

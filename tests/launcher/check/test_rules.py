@@ -33,6 +33,7 @@ HYBRID, INTERVAL = ("model=minicpm_v_4_6", "tune=null"), "model.architecture.tex
 ROWS = ("data=files", "data.train=a.json")
 RANDOM = "model.source={kind: random}"
 LLAVA = ("model=llava_1_5_7b", "tune=null")
+NF4 = (*LLAVA, "hardware=rtx3090", "stage=lora", "stage.lora.base=nf4")
 
 # Overrides -> the key that is refused, and a change that is offered.
 REFUSED: tuple[tuple[tuple[str, ...], str, str], ...] = (
@@ -70,6 +71,9 @@ REFUSED: tuple[tuple[tuple[str, ...], str, str], ...] = (
         "hardware.capability.attention",
         "hardware.capability.attention=[sdpa]",
     ),
+    ((*NF4, "stage.lora.base_groups=[]"), "stage.lora.base_groups", "stage.lora.base_groups=[lm]"),
+    ((*LLAVA, "stage=lora", "stage.lora.base_groups=[lm,vision]"), "stage.lora.base_groups", "stage.lora.base_groups=[lm]"),
+    ((*NF4, "stage.lora.base_groups=[lm,vision]", "stage.trainable=[vision]"), "stage.lora.base_groups", "stage.trainable=[]"),
     (("strategy.kernels=fused",), "strategy.kernels", "strategy.kernels=auto"),
     (("hardware=p4", "strategy.kernels=fused"), "strategy.kernels", "strategy.kernels=plain"),
     (("strategy.checkpoint_every=0",), "strategy.checkpoint_every", "strategy.checkpoint_every=1"),
