@@ -10,7 +10,7 @@ from launcher.doctor.device_checks import NO_DEVICES, used
 from launcher.doctor.findings import CheckedNode, CheckResult, failed, passed, unchecked, warned
 from launcher.doctor.node_facts import GIB
 from launcher.doctor.offers import asked_config, offer
-from launcher.memory.estimate import Memory, estimate_memory
+from launcher.memory.estimate import SURE_SHARE, Memory, estimate_memory
 from launcher.plan.host_memory import list_needed
 
 END_PROCESSES, TOO_SMALL = "end the processes that use it on the node", "take nodes with larger devices"
@@ -53,6 +53,8 @@ def check_fit(checked: CheckedNode) -> CheckResult:
     short = memory.host_bytes > free.host_gib * GIB
     if memory.offloads or short:
         text += f"; up to {memory.host_bytes / GIB:.1f} GiB are taken of the node's own memory{list_needed(config, memory)}, {free.host_gib:.1f} are free"
+    if memory.is_tight:
+        return warned(f"{text}: tight, the estimate may be off by {1 - SURE_SHARE:.0%}", END_PROCESSES)
     if memory.fits:
         return passed(text)
     if config.run.force:

@@ -67,6 +67,17 @@ def test_a_forced_run_is_warned(plan_for: PlanFor) -> None:
     assert found(examination, "fit", HOSTS[1]).level == "warning"
 
 
+def test_a_peak_that_nearly_fills_what_is_free_is_warned_of(plan_for: PlanFor) -> None:
+    """As the plan calls a peak above 95 % of the device tight."""
+    plan = plan_for(*LORA, *PLAIN)
+    assert plan.memory is not None
+    used = int((64 * 2**30 - plan.memory.total_bytes / 0.98) / 2**20)
+    close = {"devices": (GOLDEN / SMALL).read_text().replace("2871 / 32768", f"{used} / 65536")}
+    examination = examined(plan, healthy_nodes(plan, first=answers(LARGE), second=close), launching=True)
+    finding = found(examination, "fit", HOSTS[1])
+    assert finding.level == "warning" and "tight, the estimate may be off by 5%" in finding.evidence
+
+
 def test_the_hosts_memory_is_the_figure_of_the_plan(plan_for: PlanFor) -> None:
     """The doctor counted offloaded states alone, and the plan their pinned buffers and the loading models too."""
     offloaded = ("strategy=zero2", "strategy.offload_optimizer=true", "strategy.micro_batch=1", "strategy.gradient_checkpointing=true")
