@@ -111,9 +111,9 @@ def test_a_peak_above_the_margin_is_tight(plan_for: Callable[..., Plan]) -> None
     """It said `ok: this run can be launched` at 98 % of the device."""
     plan = plan_for(*CLOSE, *REMOTE)
     assert plan.verdict.tight and plan.verdict.launchable and plan.memory is not None and plan.memory.fits
-    lines, told = describe_short(plan).splitlines(), " ".join(describe_short(plan).split())
+    lines, text = describe_short(plan).splitlines(), " ".join(describe_short(plan).split())
     assert lines[0] == "tight: this run can be launched, but it may end for lack of memory"
-    assert "tight: the estimate may be off by 5%, more than what is free. With a margin: " in told
+    assert "tight: the estimate may be off by 5%, more than what is free. With a margin: " in text
     assert "\ntight: this run can be launched" in describe_full(plan) and "\ntight: the estimate may be off" in describe_full(plan)
     data = json.loads(plan_json(plan))["verdict"]
     assert (data["ok"], data["launchable"], data["tight"]) == (True, True, True) and data["roomier"] == list(plan.verdict.roomier)
