@@ -153,10 +153,10 @@ def test_a_base_in_nf4_that_does_not_fit_names_zero_3_or_its_largest_parts() -> 
 
 def test_a_layer_out_of_nf4_is_counted() -> None:
     """bitsandbytes makes the whole weight again, in both passes: the tower's MLP of 1792 x 15360 is not the largest, the decoder's is."""
-    words = (*P4, "model=omnilmm_12b", "stage=lora", "data.max_length=512", "stage.lora.base=nf4", CHECKPOINTED)
-    items = {item.name: item.size_bytes for item in memory_of(*words).items}
+    words = (*P4, "model=omnilmm_12b", "stage=lora", "data.max_length=512", CHECKPOINTED)
+    items = {item.name: item.size_bytes for item in memory_of(*words, "stage.lora.base=nf4").items}
     assert items["a layer out of NF4"] == 4096 * 14336 * 2 + 4096 * 14336 * 4 // 64
-    assert "a layer out of NF4" not in {item.name for item in memory_of(*words, "stage.lora.base=''").items}
+    assert "a layer out of NF4" not in {item.name for item in memory_of(*words).items}
 
 
 def test_bfloat16_on_a_p4_is_refused_by_the_chip_and_float16_offered() -> None:
