@@ -5,10 +5,12 @@ import re
 from collections.abc import Iterator, Mapping
 
 from launcher.check.problem import Problem, Rule
-from launcher.config.schema import Config
+from launcher.config.schema import GROUPS, Config
 from launcher.errors import suggest
 from launcher.image.stack import Stack
 from launcher.memory.states import REGEX, linear_names, linear_shapes
+
+DEFAULT_GROUPS = ("lm",)  # of Lora.base_groups
 
 
 def lora_targets_exist(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -60,9 +62,27 @@ def quantized_base_is_possible(config: Config, _: Mapping[str, Stack]) -> Iterat
         yield Problem(key="strategy", what=what, changes=("strategy=zero2 strategy.offload_parameters=false", "stage.lora.base=''"))
 
 
+def base_groups_are_frozen(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    lora, key = config.stage.lora, "stage.lora.base_groups"
+    if lora is None:
+        return
+    if not lora.base_groups:
+        yield Problem(key=key, what="is empty; stage.lora.base='' packs no group", changes=(f"{key}=[lm]",))
+    if not lora.base and lora.base_groups != DEFAULT_GROUPS:
+        what = f"{', '.join(lora.base_groups)} has no effect without stage.lora.base=nf4"
+        yield Problem(key=key, what=what, changes=("stage.lora.base=nf4", f"{key}=[{','.join(DEFAULT_GROUPS)}]"))
+    if lora.base and "vision" in lora.base_groups and "vision" in config.stage.trainable:
+        rest = ",".join(group for group in config.stage.trainable if group != "vision")
+        what = f"vision is trained whole, which is not possible in {lora.base}"
+        yield Problem(key=key, what=what, changes=(f"{key}=[lm]", f"stage.trainable=[{rest}]"))
+
+
 def group_rates_are_of_trained_groups(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     stage = config.stage
-    idle = sorted(set(stage.optimizer.group_lr) - set(stage.trainable))
+    unknown = sorted(set(stage.optimizer.group_lr) - set(GROUPS))
+    idle = sorted(set(stage.optimizer.group_lr) - set(stage.trainable) - set(unknown))
+    for group in unknown:
+        yield Problem(key=f"stage.optimizer.group_lr.{group}", what=f"there is no group {group}; {suggest(group, GROUPS)}")
     if stage.kind == "train" and idle:
         trained = ", ".join(stage.trainable) or "adapters only, whose rate is stage.optimizer.lr"
         what = f"this stage does not train {', '.join(idle)}; it trains {trained}"
@@ -86,6 +106,7 @@ def reset_groups_are_trained(config: Config, _: Mapping[str, Stack]) -> Iterator
 ADAPTER_RULES: tuple[Rule, ...] = (
     lora_targets_exist,
     quantized_base_is_possible,
+    base_groups_are_frozen,
     group_rates_are_of_trained_groups,
     reset_groups_are_trained,
 )

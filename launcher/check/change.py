@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from launcher.config.schema import Config
 
+QUOTES = "''"  # an empty text, as it is typed
 Cost = Literal["speed", "quality", "context", "hardware"]
 
 
@@ -43,4 +44,6 @@ def write_override(pair: tuple[str, Any]) -> str:
     key, value = pair
     if key == "strategy.name":
         return f"strategy={value}"
-    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+    if isinstance(value, tuple):
+        return f"{key}=[{','.join(map(str, value))}]"
+    return f"{key}={str(value).lower() if isinstance(value, bool) else value if value != '' else QUOTES}"

@@ -14,6 +14,14 @@ BACKEND = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 HANG_GRACE_S = 30  # trainer.train.watchdog.GRACE_S
 HANG_MARGIN_S = 60  # for ranks whose collective began before the step in which another rank hangs
 LIGER = "liger-kernel"
+# Kernels of attention that only some devices have -> accelerator, least compute capability and the package that has them.
+# flash-attn needs Ampere, flash-attn-3 Hopper (Dao-AILab/flash-attention, README); CANN has its own.
+ATTENTION: dict[str, tuple[str, int, str]] = {
+    "flash2": ("cuda", 80, "flash-attn"),
+    "flash3": ("cuda", 90, "flash-attn-3"),
+    "npu_fusion": ("npu", 0, ""),
+}
+ATTENTION_KEY = "hardware.capability.attention"
 FAMILY = {"cpu": "cpu", "cuda": "cuda", "npu": "ascend"}
 
 # ---------------------------------------------------------------------------------------------------------------- kernels
@@ -51,7 +59,33 @@ def kernels_exist(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Probl
 def attention_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     if not config.hardware.capability.attention:
         what = "is empty, but the trainer needs a kernel: the first in the list is used"
-        yield Problem(key="hardware.capability.attention", what=what, changes=("hardware.capability.attention=[sdpa]",))
+        yield Problem(key=ATTENTION_KEY, what=what, changes=(f"{ATTENTION_KEY}=[sdpa]",))
+
+
+def attention_suits(config: Config, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
+    """Every kernel of the list is one that the chip can have; the first, which is used, is in the image."""
+    stack, given = stacks.get(config.hardware.stack), config.hardware.capability.attention
+    wrong = {name: why for name in given if (why := lacks_attention(config, name))}
+    kept = ",".join(name for name in given if name not in wrong) or "sdpa"
+    if wrong:
+        yield Problem(key=ATTENTION_KEY, what="; ".join(wrong.values()), changes=(f"{ATTENTION_KEY}=[{kept}]",))
+    elif given and stack and config.cluster.runtime == "docker":
+        package = ATTENTION.get(given[0], ("", 0, ""))[2]
+        if package and package not in stack.packages:
+            what = f"{given[0]} needs the package {package}, which is in no image; sdpa, torch's own kernel, has flash attention where the chip has it"
+            yield Problem(key=ATTENTION_KEY, what=what, changes=(f"{ATTENTION_KEY}=[sdpa]",))
+
+
+def lacks_attention(config: Config, name: str) -> str:
+    """Why the chip cannot have this kernel, '' where it can."""
+    hardware = config.hardware
+    accelerator, least, _ = ATTENTION.get(name, (hardware.accelerator, 0, ""))
+    if hardware.accelerator != accelerator:
+        return f"{name} is a kernel for {accelerator} devices; {hardware.title} is {hardware.accelerator}"
+    digits = hardware.architecture.removeprefix("sm_")
+    if least and digits.isdecimal() and int(digits) < least:
+        return f"{name} needs sm_{least} or newer; {hardware.title} is {hardware.architecture}"
+    return ""
 
 
 # ------------------------------------------------------------------------------------------------------ devices and hosts
@@ -166,6 +200,7 @@ def licence_is_accepted(config: Config, stacks: Mapping[str, Stack]) -> Iterator
 HARDWARE_RULES: tuple[Rule, ...] = (
     kernels_exist,
     attention_is_named,
+    attention_suits,
     devices_exist,
     devices_are_whole,
     host_architecture_is_supported,

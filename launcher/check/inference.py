@@ -87,17 +87,6 @@ def four_bits_are_possible(config: Config, _: Mapping[str, Stack]) -> Iterator[P
         yield Problem(key="stage.quantization.scheme", what=what, changes=("stage.quantization.scheme=int8",))
 
 
-def write_inference_notes(config: Config) -> Iterator[str]:
-    """Weights that are published in a dtype that the chip does not have."""
-    half = config.precision.weights == "float16" and config.hardware.capability.bf16 == "none"
-    if half and config.model.source.kind == "hub" and not config.stage.checkpoint and config.stage.kind not in ("convert", "quantize"):
-        command = f"omnilaunch launch stage=convert model={config.model.name} hardware=cpu"
-        yield (
-            f"{config.model.source.id} is published in bfloat16, which {config.hardware.title} does not have, and some values do not fit "
-            f"in float16: convert the model once, which reports those values, with {command}; then set stage.checkpoint=RUN_ID here"
-        )
-
-
 INFERENCE_RULES: tuple[Rule, ...] = (
     options_match_stage,
     question_is_given,

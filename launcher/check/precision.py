@@ -9,6 +9,9 @@ from launcher.check.problem import Problem, Rule
 from launcher.config.schema import Config
 from launcher.image.stack import Stack
 
+FILE_KINDS = ("merge", "convert", "quantize")
+FLOAT16_RANGE = "values above 65,504 become infinite, those below 6e-8 become 0"  # torch.finfo(torch.float16): max, smallest_normal * eps
+
 
 def bf16_is_native(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     precision, hardware = config.precision, config.hardware
@@ -89,6 +92,33 @@ def masters_suit_strategy(config: Config, _: Mapping[str, Stack]) -> Iterator[Pr
     if config.precision.optimizer == "bfloat16" and config.strategy.name in ("single", "ddp"):
         what = f"DeepSpeed keeps masters and states in bfloat16 with zero1, zero2 or zero3, not with {config.strategy.name}"
         yield Problem(key="strategy", what=what, changes=("strategy=auto", "strategy=zero1", "precision=bf16"))
+
+
+def write_cast_notes(config: Config) -> Iterator[str]:
+    """Weights that are saved in a dtype of a larger range than float16, in which the run loads them. A folder of this machine is read by
+    launcher.plan.weights_folder instead."""
+    recorded, source, checkpoint = config.stage.recorded, config.model.source, config.stage.checkpoint
+    if recorded is not None and recorded.dtype and not recorded.quantized:
+        yield from describe_cast(config, checkpoint, recorded.dtype)
+    elif not checkpoint and source.kind in ("hub", "modelscope"):
+        yield from describe_cast(config, source.id or source.modelscope, source.dtype)
+
+
+def describe_cast(config: Config, name: str, saved: str) -> Iterator[str]:
+    """`name`: of the weights; `saved`: their dtype, '' = not known. A stage that works file by file reports such values itself."""
+    if config.precision.weights != "float16" or saved == "float16" or config.stage.kind in FILE_KINDS:
+        return
+    whose = f"{name} is in {saved}" if saved else f"{name} may be in bfloat16"
+    chip = f", which {config.hardware.title} does not have" if saved == "bfloat16" and config.hardware.capability.bf16 == "none" else ""
+    source = config.model.source
+    folder = f" model.source.path={source.path}" if source.path else ""
+    start = f" stage.checkpoint={config.stage.checkpoint}" if config.stage.checkpoint else folder
+    command = f"omnilaunch launch stage=convert model={config.model.name} hardware=cpu{start}"
+    if config.stage.kind == "train":  # the engine gives all weights one dtype: what was kept in float32 cannot be trained
+        advice = f"to know before the run whether there are such values: {command} stage.conversion.unfit=refuse"
+    else:
+        advice = f"convert the model once, which reports those values, with {command}; then set stage.checkpoint=RUN_ID here"
+    yield f"{whose}{chip}, and is loaded in float16: {FLOAT16_RANGE}; {advice}"
 
 
 PRECISION_RULES: tuple[Rule, ...] = (

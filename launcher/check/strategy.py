@@ -9,12 +9,12 @@ from typing import Literal
 
 from launcher.check.recipe import counted_options_are_numbers, numbers_in_range
 from launcher.config.schema import Config, Strategy
-from launcher.memory.estimate import Memory, estimate_memory
+from launcher.memory.estimate import SURE_SHARE, Memory, estimate_memory
 from launcher.memory.states import GIB, model_states, world_size
 from launcher.memory.tokens import read_load
 
 STATES_SHARE = 0.7  # of the device's memory that `auto` gives to model states, at most; the rest is for activations
-PEAK_SHARE = 0.95  # of the device's memory that `auto` uses at the peak, at most: the estimate aims to be within 5 %
+PEAK_SHARE = SURE_SHARE  # of the device's memory that `auto` uses at the peak, at most
 TINY_PARAMETERS = 10_000_000
 TINY_MICRO_BATCH = 64  # makes one micro-batch of a step of the digits run
 MICRO_TOKENS = 16_384  # in a micro-batch, at most: matrix units are busy long before
@@ -163,8 +163,4 @@ def explain_strategy(resolved: Resolved) -> str:
     rule = f"at most {STATES_SHARE:.0%} for states and {PEAK_SHARE:.0%} at the peak"
     if share <= PEAK_SHARE:
         return f"{text}: the fastest with {rule}; the peak takes {share:.0%}"
-    margin = (
-        f"the peak takes {share:.0%}, above the margin of {PEAK_SHARE:.0%}, and the estimate may be off by 5 %: the run may "
-        "end for lack of memory. A smaller data.max_length takes less"
-    )
-    return f"{text}: nothing fits with {rule}; {margin}"
+    return f"{text}: nothing fits with {rule}; the peak takes {share:.0%}, above the margin of {PEAK_SHARE:.0%}. A smaller data.max_length takes less"

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
-from launcher.check.adapters import quantized_base_is_possible
+from launcher.check.adapters import DEFAULT_GROUPS, base_groups_are_frozen, quantized_base_is_possible
 from launcher.check.answering_changes import describe_fewer_bits, fewest_questions, list_answering_changes
 from launcher.check.change import Change, set_values as set_values, write_override as write_override
 from launcher.check.precision import masters_suit_strategy, rounding_suits, state_bits_suit
@@ -12,14 +12,15 @@ from launcher.check.problem import Problem, Rule
 from launcher.check.recipe import TEXT_TOKENS, batch_divides, offload_is_possible, strategy_suits_devices
 from launcher.check.strategy import Estimates, Resolved, resolve
 from launcher.config.defaults import keys_of
-from launcher.config.schema import Config
+from launcher.config.schema import GROUPS, Config
 from launcher.image.stack import Stack
-from launcher.memory.estimate import Memory, split_weights, total
-from launcher.memory.states import AVERAGE, GIB, world_size
+from launcher.memory.estimate import SURE_SHARE, Memory, split_weights, total
+from launcher.memory.states import AVERAGE, DTYPE_BYTES, GIB, packed_groups, world_size
 from launcher.memory.tokens import largest_image, smallest_image_tokens
 from trainer.contract import Lora
 
 MOST_CHANGES = 4
+LARGEST_PARTS = 3
 MOST_OF_A_COST = 2  # so that a change of each kind is offered where one fits
 ALSO_CHECKED: tuple[Rule, ...] = (
     offload_is_possible,
@@ -28,6 +29,7 @@ ALSO_CHECKED: tuple[Rule, ...] = (
     rounding_suits,
     state_bits_suit,
     quantized_base_is_possible,
+    base_groups_are_frozen,
     batch_divides,
 )
 
@@ -51,8 +53,16 @@ def refuse_memory(resolved: Resolved, memory: Memory, stacks: Mapping[str, Stack
     split = (
         "" if config.stage.kind == "train" else f"{describe_split(config)}\n    assumed: {memory.assumption}{describe_fewer_bits(config)}"
     )
-    what = f"{describe_need(config, memory)}{describe_host(memory, [other for _, other in found])}{split}"
+    none = "" if any(change.cost != "hardware" for change, _ in found) or split else describe_nothing(config, memory)
+    what = f"{describe_need(config, memory)}{describe_host(memory, [other for _, other in found])}{split}{none}"
     return Problem(key="strategy", what=what, changes=tuple(str(change) for change, _ in found), forcible=True)
+
+
+def describe_nothing(config: Config, memory: Memory) -> str:
+    """That no change of the run is enough, and which parts are the largest."""
+    parts = sorted((item for item in memory.items if item.size_bytes), key=lambda item: -item.size_bytes)[:LARGEST_PARTS]
+    listed = ", ".join(f"{item.name} {item.size_bytes / GIB:.1f}" for item in parts)
+    return f"\n    no strategy, precision or length that is known here fits on {config.hardware.title}; the largest parts, in GiB: {listed}"
 
 
 def describe_host(memory: Memory, offered: Sequence[Memory]) -> str:
@@ -77,7 +87,20 @@ def describe_need(config: Config, memory: Memory) -> str:
     return (
         f"the peak takes {memory.total_bytes / GIB:.1f} GiB on each device{strategy}, which has {limit / GIB:g}{most}: "
         f"{states / GIB:.1f} model states, {(memory.total_bytes - states) / GIB:.1f} activations, buffers and runtime"
+        f"{describe_weights(config)}"
     )
+
+
+def describe_weights(config: Config) -> str:
+    """The weights by group where some are in NF4, which says what is not; '' for others."""
+    packed, parameters = packed_groups(config), config.model.parameters
+    if not packed:
+        return ""
+    groups = {name: count for name in GROUPS if (count := getattr(parameters, name))}
+    kept = {name: count for name, count in groups.items() if name not in packed}
+    width = DTYPE_BYTES[config.precision.weights]
+    listed = ", ".join(f"{name} {count * width / GIB:.1f}" for name, count in sorted(kept.items(), key=lambda item: -item[1]))
+    return f" (in NF4: the linear layers of {' and '.join(packed)}; in {config.precision.weights}: {listed})"
 
 
 def list_host_items(memory: Memory) -> str:
@@ -112,6 +135,13 @@ def find_changes(resolved: Resolved, stacks: Mapping[str, Stack], *, short_bytes
         if not any(problem for rule in ALSO_CHECKED for problem in rule(other.config, stacks)):
             found.append((change, memory))
     return tuple(found[:MOST_CHANGES])
+
+
+def find_roomier(resolved: Resolved, stacks: Mapping[str, Stack]) -> tuple[str, ...]:
+    """Overrides that bring a tight peak below SURE_SHARE, except for other hardware."""
+    limit = resolved.memory.limit_bytes or 0 if resolved.memory else 0
+    found = find_changes(resolved, stacks, short_bytes=int((1 - SURE_SHARE) * limit))
+    return tuple(str(change) for change, _ in found if change.cost != "hardware")
 
 
 def answers(config: Config, change: Change) -> bool:
@@ -175,6 +205,9 @@ ADAPTER = Lora(
 )
 
 
+NF4 = {"stage.lora.base": "nf4"}
+
+
 def quality_changes(config: Config) -> Iterator[Change]:
     """Each by itself, then with gradient checkpointing."""
     precision, stage = config.precision, config.stage
@@ -183,11 +216,12 @@ def quality_changes(config: Config) -> Iterator[Change]:
         offered.append((PURE_BF16, "precision=pure_bf16"))
     if precision.optimizer == "float32" and not stage.optimizer.state_bits:
         offered.append(({"stage.optimizer.state_bits": 8}, "stage.optimizer.state_bits=8"))
-    if stage.lora is not None and not stage.lora.base:
-        offered.append(({"stage.lora.base": "nf4"}, "stage.lora.base=nf4"))
+    if stage.lora is not None:
+        offered += (({**({} if stage.lora.base else NF4), **more}, text) for more, text in fewer_bits(config))
     if stage.lora is None and config.model.source.kind != "random":
         values = {"stage.lora": ADAPTER, "stage.trainable": (), "stage.global_batch": 16, "stage.needs": ("checkpoint", "projector")}
         offered.append((values, "stage=lora"))
+        offered += (({**values, **NF4, **more}, f"stage=lora {text}") for more, text in fewer_bits(set_values(config, values)))
     yield from offload_changes(config)
     for values, override in offered:
         yield Change(cost="quality", values=values, override=override)
@@ -195,15 +229,33 @@ def quality_changes(config: Config) -> Iterator[Change]:
         yield Change(cost="quality", values=checkpointed, override=f"{override} strategy.gradient_checkpointing=true")
 
 
+def fewer_bits(config: Config) -> Iterator[tuple[dict[str, Any], str]]:
+    """Frozen layers in NF4: of the language model, and then of the vision tower too."""
+    lora, both = config.stage.lora, {"stage.lora.base_groups": ("lm", "vision")}
+    if lora is None:
+        return
+    base = "" if lora.base else "stage.lora.base=nf4"
+    if base:
+        yield {}, base
+    if "vision" not in lora.base_groups:
+        yield both, f"{base} stage.lora.base_groups=[lm,vision]".strip()
+
+
 def offload_changes(config: Config) -> Iterator[Change]:
-    """States in host memory, for a recipe whose optimizer DeepSpeedCPUAdam does not have: it rounds to nearest, and has no 8-bit states."""
+    """States in host memory, for a recipe whose optimizer DeepSpeedCPUAdam does not have: it rounds to nearest, and has no 8-bit states. ZeRO 3,
+    for a base in NF4, which it cannot shard."""
     own: dict[str, Any] = {}
     if config.precision.rounding != "nearest":
         own["precision.rounding"] = "nearest"
     if config.stage.optimizer.state_bits:
         own["stage.optimizer.state_bits"] = 0
+    packed = config.stage.lora is not None and bool(config.stage.lora.base)
+    if packed:
+        own["stage.lora.base"] = ""
+    if packed and config.stage.lora and config.stage.lora.base_groups != DEFAULT_GROUPS:
+        own["stage.lora.base_groups"] = DEFAULT_GROUPS
     for values in SHARDING if own else ():
-        if "strategy.offload_optimizer" in values:
+        if "strategy.offload_optimizer" in values or (packed and values["strategy.name"] == "zero3" and world_size(config) > 1):
             for recomputed in (False, True):
                 yield Change(cost="quality", values={**values, "strategy.gradient_checkpointing": recomputed, **own})
 

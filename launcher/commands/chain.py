@@ -188,7 +188,9 @@ def describe_chain(planned: PlannedChain) -> str:
 def show_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, conf: ConfFolder, say: Say) -> int:
     planned = plan_chain(chain, typed, chain_id, project, conf, Path.cwd())
     problems = dict.fromkeys(str(problem) for step in planned.steps for problem in step.plan.verdict.problems)
-    last = ("planned; a launch is refused:", *problems) if problems else ("ok", f"next: {planned.resume}")
+    tight = ", ".join(step.name for step in planned.steps if step.plan.verdict.tight)
+    word = f"tight: step {tight} may end for lack of memory" if tight else "ok"
+    last = ("planned; a launch is refused:", *problems) if problems else (word, f"next: {planned.resume}")
     say("\n".join((describe_chain(planned), *last)))
     return Exit.OK
 

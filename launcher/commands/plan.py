@@ -89,15 +89,15 @@ def describe_here(plan: "Plan", machine: "Machine | None" = None, *, full: bool 
 
     from launcher.plan.full import describe_full
     from launcher.plan.local_context import find_built, read_memory
-    from launcher.plan.short import describe_short
+    from launcher.plan.short import LINES, describe_short
     from launcher.plan.text import wants_colours
 
     notes = notes_here(plan)
     if full:
         return "\n".join((describe_full(plan), *(f"note: {line}" for line in notes)))
-    colours, columns = wants_colours(os.environ, terminal=sys.stdout.isatty()), get_terminal_size((100, 24)).columns
+    colours, (columns, rows) = wants_colours(os.environ, terminal=sys.stdout.isatty()), get_terminal_size((100, LINES))
     built, own = find_built(plan, machine), read_memory()
-    return describe_short(plan, colours=colours, width=columns, built=built, launching=launching, notes=notes, own_bytes=own)
+    return describe_short(plan, colours=colours, width=columns, height=rows, built=built, launching=launching, notes=notes, own_bytes=own)
 
 
 def plan_of(overrides: Sequence[str], run_id: str, *, conf: "ConfFolder | None" = None, only_data: bool = False) -> "Plan":

@@ -374,7 +374,7 @@ class Run:
     keep_best: Literal["", "exact_match", "loss"] = ""  # by the evaluation; kept in addition to the newest keep_checkpoints
     checkpoint_background: bool = False  # training continues while a copy in the memory of the first node is written
     early_stop: EarlyStop = field(default_factory=EarlyStop)
-    trackers: tuple[str, ...] = ("tensorboard",)  # also wandb, swanlab, mlflow, where they are installed
+    trackers: tuple[Literal["tensorboard", "wandb", "swanlab", "mlflow"], ...] = ("tensorboard",)  # those that are installed
     profile: Profile = field(default_factory=Profile)
     bands: Bands = field(default_factory=Bands)
     epochs: float | None = None  # instead of steps: how often each row is used; the plan turns it into steps, rounded up

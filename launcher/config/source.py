@@ -16,7 +16,8 @@ KINDS: tuple[str, ...] = get_args(SourceKind)
 class ModelSource:
     """Where weights come from: `random` (architecture only), `hub` (Hugging Face), `modelscope`, or `path` (a folder). `id`, `modelscope`: the
     repository on either hub, '' = not known. `revision`: a commit, branch or tag there. `path`: with modelscope the folder that `omnilaunch model
-    fetch` made. `endpoint`: the address of a mirror of the Hugging Face hub, '' = the caller's HF_ENDPOINT, or the hub itself."""
+    fetch` made. `endpoint`: the address of a mirror of the Hugging Face hub, '' = the caller's HF_ENDPOINT, or the hub itself. `dtype`: of the published
+    weights, '' = not known."""
 
     kind: SourceKind
     id: str = ""
@@ -24,6 +25,7 @@ class ModelSource:
     revision: str = ""
     path: str = ""
     endpoint: str = ""
+    dtype: Literal["", "float32", "float16", "bfloat16"] = ""
 
 
 def expand_source(override: str) -> str:

@@ -10,9 +10,11 @@ from launcher.doctor.device_checks import NO_DEVICES, used
 from launcher.doctor.findings import CheckedNode, CheckResult, failed, passed, unchecked, warned
 from launcher.doctor.node_facts import GIB
 from launcher.doctor.offers import asked_config, offer
-from launcher.memory.estimate import Memory, estimate_memory
+from launcher.memory.estimate import SURE_SHARE, Memory, estimate_memory
+from launcher.plan.host_memory import list_needed
 
 END_PROCESSES, TOO_SMALL = "end the processes that use it on the node", "take nodes with larger devices"
+MORE_MEMORY = "end processes that use memory on the node, or take nodes with more memory"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +50,18 @@ def check_fit(checked: CheckedNode) -> CheckResult:
         return unchecked("numbers of the config are out of range")
     memory = memory_within(config, free)
     text = f"the peak takes {memory.total_bytes / GIB:.1f} GiB, {free.free_gib:.1f} of {free.total_gib:.1f} are free"
-    if memory.offloads:
-        text += f"; with states offloaded, up to {memory.host_bytes / GIB:.1f} GiB are taken of the node's own memory, {free.host_gib:.1f} are free"
+    short = memory.host_bytes > free.host_gib * GIB
+    if memory.offloads or short:
+        text += f"; up to {memory.host_bytes / GIB:.1f} GiB are taken of the node's own memory{list_needed(config, memory)}, {free.host_gib:.1f} are free"
+    if memory.is_tight:
+        return warned(f"{text}: tight, the estimate may be off by {1 - SURE_SHARE:.0%}", END_PROCESSES)
     if memory.fits:
         return passed(text)
     if config.run.force:
         return warned(f"{text}; forced: {config.run.force}", END_PROCESSES)
     first = END_PROCESSES if memory.total_bytes <= (free.total_gib or 0) * GIB else TOO_SMALL
+    if short and memory.total_bytes <= memory.share * free.free_gib * GIB:
+        first = MORE_MEMORY
     return failed(text, "  or  ".join((first, *offer_fitting(checked, free))))
 
 

@@ -7,8 +7,10 @@ from launcher.doctor.findings import CheckedNode, CheckResult, failed, passed, u
 from launcher.doctor.node_facts import GIB
 from launcher.doctor.offers import free_hccl_ports, free_port, offer
 from launcher.doctor.parse import PODMAN
+from launcher.memory.estimate import estimate_memory
 from launcher.memory.states import DTYPE_BYTES
 from launcher.plan.commands import HCCL_PORT_VARIABLE, hccl_ports
+from launcher.plan.host_memory import host_bytes, list_needed
 from launcher.plan.plan import Plan
 from trainer.contract.listing import list_some
 
@@ -21,6 +23,7 @@ FEW_INODES = 20_000
 SHM_GIB = 1.0
 SHOWN_PORTS = 6
 UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+END_PROCESSES = "end processes that use memory on the node: ps -eo pid,user,rss,comm --sort=-rss"
 NO_ENGINE = "the Docker engine does not respond"
 
 # ------------------------------------------------------------------------------------------------------------- the host
@@ -49,13 +52,17 @@ def check_kernel(checked: CheckedNode) -> CheckResult:
 
 
 def check_memory(checked: CheckedNode) -> CheckResult:
-    """Offloaded states must fit into free memory. Nothing else is checked."""
-    needed, facts = checked.plan.states.host_bytes / GIB, checked.facts
-    text = f"{facts.memory_available_gib:.1f} of {facts.memory_total_gib:.1f} GiB free, {needed:.1f} needed for offloading"
+    """What the plan takes of the node's own memory, against what is free of it."""
+    config, facts = checked.plan.config, checked.facts
+    memory = checked.plan.memory or estimate_memory(config)
+    needed, what = host_bytes(config, memory) / GIB, list_needed(config, memory)
+    text = f"{facts.memory_available_gib:.1f} of {facts.memory_total_gib:.1f} GiB free, up to {needed:.1f} needed{what}"
     if needed <= facts.memory_available_gib:
         return passed(text)
+    if config.run.force:
+        return warned(f"{text}; forced: {config.run.force}", END_PROCESSES)
     if needed <= facts.memory_total_gib:
-        return warned(text, "end processes that use memory on the node: ps -eo pid,user,rss,comm --sort=-rss")
+        return warned(text, END_PROCESSES)
     without = offer(checked, {"strategy.offload_optimizer": False, "strategy.offload_parameters": False})
     return failed(text, "more nodes, or nodes with more memory" + (f"; or {without}" if without else ""))
 

@@ -61,7 +61,10 @@ class Kept:
 
 
 def count_kept(config: Config, load: Load) -> Kept:
-    """For one micro-batch on one device. A part of the model with no trained parameter in or before it keeps nothing."""
+    """For one micro-batch on one device. A part of the model with no trained parameter in or before it keeps nothing.
+
+    NEFTune (trainer/kernels/noise.py) adds nothing to a peak: the noise and the sum are two more tensors like the embeddings, in their dtype,
+    which exist before the first layer and leave one behind. `ends` alone is more than these three, and is counted from the loss on."""
     architecture, width = config.model.architecture, DTYPE_BYTES[config.precision.compute]
     trained = set(config.stage.trainable)
     vision_layer = tower_layer_bytes(config, architecture.vision, width) * load.patches if "vision" in trained else 0

@@ -24,12 +24,25 @@ from launcher.memory.buffers import (
     logits_bytes,
     runtime_bytes,
 )
-from launcher.memory.states import DTYPE_BYTES, GIB, States, engine_stage, model_states, packs, streams, weight_bytes, zero_stage
+from launcher.memory.states import (
+    DTYPE_BYTES,
+    GIB,
+    States,
+    engine_stage,
+    model_states,
+    packs,
+    streams,
+    unpacked_bytes,
+    weight_bytes,
+    zero_stage,
+)
 from launcher.memory.tokens import Load, read_answer_load, read_evaluation_load, read_load
 
 OFFLOADED = "offloaded states"
+UNPACKED = "a layer out of NF4"
 SET_ASIDE = "weights set aside"
-ANSWER_SHARE = 0.95  # of a stage that answers requests which are not known when it is planned: the estimate is within 5 % (docs/fit.md)
+SURE_SHARE = 0.95  # of a device's memory: a peak above it may not fit, because the estimate is within 5 % (docs/fit.md)
+ANSWER_SHARE = SURE_SHARE  # that a stage may take which answers requests that are not known when it is planned
 Basis = Literal["arithmetic", "calibrated", "traced"]
 
 
@@ -64,6 +77,11 @@ class Memory:
     @property
     def fits(self) -> bool:
         return self.fits_within(self.share)
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether it fits by the estimate, but by less than the estimate may be off."""
+        return self.fits and self.limit_bytes is not None and self.total_bytes > SURE_SHARE * self.limit_bytes
 
     def fits_within(self, share: float) -> bool:
         """Whether the peak takes at most `share` of the device's memory, and the host's items fit in its memory. An unknown size fits."""
@@ -115,7 +133,7 @@ def moving_items(config: Config, states: States, load: Load) -> tuple[Item, ...]
         tensor = largest_tensor(config) * DTYPE_BYTES[config.precision.weights]
         return (Item(name="layer at work", size_bytes=tensor, basis="arithmetic"),)
     if config.stage.kind != "train":
-        return tuple(count_items(answer_items(config, load), "arithmetic"))
+        return tuple(count_items({**answer_items(config, load), UNPACKED: unpacked_bytes(config)}, "arithmetic"))
     kept = count_kept(config, load)
     basis: Basis = "arithmetic" if kept.exact else "calibrated"
     gathered = Item(name="gathered weights", size_bytes=gather_bytes(config), basis="arithmetic")
@@ -126,10 +144,11 @@ def moving_items(config: Config, states: States, load: Load) -> tuple[Item, ...]
         Item(name="activations, language", size_bytes=kept.lm, basis=basis),
         Item(name="activations, vision", size_bytes=kept.vision, basis="arithmetic"),
     )
+    unpacked = Item(name=UNPACKED, size_bytes=unpacked_bytes(config), basis="arithmetic")
     others: dict[Moment, tuple[Item, ...]] = {
         "loss": (*activations, loss, gathered),
-        "last layer": (*activations, layer, gathered),
-        "first layer": (layer, gathered),
+        "last layer": (*activations, layer, unpacked, gathered),
+        "first layer": (layer, unpacked, gathered),
         "reduction": (gathered,),
         "update": (),
     }

@@ -21,7 +21,8 @@ MOST_LAYERS = 1000  # whose names are listed: a typing error may ask for a milli
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 REGEX = "re:"  # prefix of a LoRA target that is a regular expression over whole module names
 # Bits of an NF4 weight: 4, an 8-bit scale for 64 weights, and a float32 scale for 256 of those scales (Dettmers et al., arXiv 2305.14314, section 3).
-NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+NF4_BLOCK = 64  # weights that share a scale
+NF4_BITS = 4 + 8 / NF4_BLOCK + 32 / (NF4_BLOCK * 256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,25 +150,43 @@ def weight_bytes(config: Config, parameters: int) -> int:
     return (parameters - packed) * DTYPE_BYTES[config.precision.weights] + math.ceil(packed * NF4_BITS / 8)
 
 
-def packed_parameters(config: Config) -> int:
-    """Elements of the linear layers in NF4: of the base of a LoRA run, of a quantized checkpoint, or of the one that this stage quantizes."""
+def packed_groups(config: Config) -> tuple[str, ...]:
+    """Groups whose linear layers are in NF4: of the base of a LoRA run, of a quantized checkpoint, or of the one that this stage quantizes."""
     lora, recorded, quantization = config.stage.lora, config.stage.recorded, config.stage.quantization
     if lora is not None and lora.base:
-        kept: tuple[str, ...] = ("vision", "projector", "head")
-    elif recorded is not None and recorded.quantized == "nf4":
+        return lora.base_groups
+    if recorded is not None and recorded.quantized == "nf4":
         kept = recorded.kept
     elif quantization is not None and packs(config):
         kept = quantization.keep
     else:
-        return 0
+        return ()
+    return tuple(group for group in ("lm", "vision", "head") if group not in kept)
+
+
+def packed_parameters(config: Config) -> int:
+    """Elements of the linear layers of packed_groups."""
     text = config.model.architecture.text
     shapes, layers = linear_shapes(text), layer_counts(text)
-    decoder = sum(math.prod(shapes[name]) * layers[name] for name in shapes)
-    return (
-        (0 if "lm" in kept else decoder)
-        + (0 if "vision" in kept else tower_linears(config.model))
-        + (0 if "head" in kept else config.model.parameters.head)
-    )
+    sizes = {
+        "lm": sum(math.prod(shapes[name]) * layers[name] for name in shapes),
+        "vision": tower_linears(config.model),
+        "head": config.model.parameters.head,
+    }
+    return sum(sizes[group] for group in packed_groups(config))
+
+
+def unpacked_bytes(config: Config) -> int:
+    """A whole layer in the dtype of the weights, and its NF4 scales in float32: bitsandbytes multiplies with no weight in 4 bits, except for one
+    token alone (0.49.2, autograd/_functions.py, MatMul4Bit, in both passes)."""
+    vision = config.model.architecture.vision
+    largest = {
+        "lm": max(map(math.prod, linear_shapes(config.model.architecture.text).values())),
+        "vision": vision.hidden_size * vision.intermediate_size,
+        "head": config.model.parameters.head,
+    }
+    elements = max((largest[group] for group in packed_groups(config)), default=0)
+    return elements * DTYPE_BYTES[config.precision.weights] + elements * DTYPE_BYTES["float32"] // NF4_BLOCK
 
 
 def tower_linears(model: Model) -> int:

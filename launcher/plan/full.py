@@ -8,9 +8,8 @@ from launcher.config.schema import AXES
 from launcher.memory.estimate import estimate_memory
 from launcher.memory.states import GIB
 from launcher.plan.commands import NodeCommand
-from launcher.plan.host_memory import asks_for_host
 from launcher.plan.plan import Plan
-from launcher.plan.short import describe_work, list_assumptions
+from launcher.plan.short import describe_tight, describe_work, list_assumptions, name_verdict
 from launcher.plan.text import command_line, gib, table
 from launcher.redact import mask_credentials
 
@@ -64,7 +63,8 @@ def describe_memory(plan: Plan) -> str:
         of = f"of {memory.limit_bytes / GIB:g} GiB: {left / GIB:.3f} GiB free ({left / memory.limit_bytes:.0%})"
         rows["peak"] = f"{gib(memory.total_bytes)}  {of}"
     rows |= {f"host, a node: {item.name}": f"{gib(item.size_bytes)}  {item.basis}" for item in memory.host_items}
-    lines = [table(rows), *(f"assumption: {text}" for text in list_assumptions(plan))]
+    tight = (text,) if (text := describe_tight(plan.verdict)) else ()
+    lines = [table(rows), *tight, *(f"assumption: {text}" for text in list_assumptions(plan))]
     return "\n".join((*lines, f"strategy: {plan.choice}") if plan.choice and trains else lines)
 
 
@@ -77,7 +77,6 @@ def describe_verdict(plan: Plan) -> str:
         *(f"forced ({config.run.force}):\n{problem}" for problem in verdict.forced),
     ]
     if verdict.launchable:
-        unsure = asks_for_host(config, plan.memory or estimate_memory(config))
-        ok = "ok, if the nodes have the host memory that it needs" if unsure else "ok"
-        return "\n".join((*lines, ok, f"next: {command_line('launch', *plan.overrides, *plan.options)}"))
+        word = name_verdict(plan, plan.memory or estimate_memory(config))
+        return "\n".join((*lines, word, f"next: {command_line('launch', *plan.overrides, *plan.options)}"))
     return "\n".join((*lines, "planned; a launch is refused:", *map(str, verdict.problems)))

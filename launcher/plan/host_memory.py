@@ -12,7 +12,7 @@ from launcher.check.suggestions import find_changes, list_host_items
 from launcher.config.defaults import keys_of
 from launcher.config.schema import Config
 from launcher.image.stack import Stack
-from launcher.memory.estimate import Memory, total
+from launcher.memory.estimate import SURE_SHARE, Memory, total
 from launcher.memory.states import GIB, device_count, ranks_per_node
 
 RUNTIME = "its processes, libraries and the data come on top"
@@ -37,19 +37,27 @@ def with_own_memory(verdict: Verdict, resolved: Resolved, own_bytes: int, stacks
     """The verdict with what this machine cannot hold: a run on its CPU, whose memory is that of the machine. `own_bytes` 0 = not known."""
     problems = tuple(refuse_own_memory(resolved, own_bytes, stacks))
     if not problems:
-        return verdict
+        return replace(verdict, tight=verdict.tight or own_bytes_taken(resolved) > SURE_SHARE * own_bytes > 0)
     if resolved.config.run.force:
         return replace(verdict, forced=(*verdict.forced, *problems))
     return replace(verdict, ok=False, launchable=False, problems=(*verdict.problems, *problems))
 
 
+def own_bytes_taken(resolved: Resolved) -> int:
+    """Of this machine's memory, by a run on its CPU; 0 for any other."""
+    taken = resolved.memory.total_bytes if resolved.memory else 0
+    return taken * ranks_per_node(resolved.config) if is_on_own_cpu(resolved.config) else 0
+
+
+def is_on_own_cpu(config: Config) -> bool:
+    """Whether the run is on this machine's CPU, whose memory is then the device's."""
+    return config.hardware.accelerator == "cpu" and config.cluster.is_local and config.hardware.memory_gib is None
+
+
 def refuse_own_memory(resolved: Resolved, own_bytes: int, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
     config, memory = resolved.config, resolved.memory
-    on_own_cpu = config.hardware.accelerator == "cpu" and config.cluster.is_local and config.hardware.memory_gib is None
-    if not on_own_cpu or memory is None or not own_bytes:
-        return
     ranks = ranks_per_node(config)
-    if memory.total_bytes * ranks <= own_bytes:
+    if memory is None or not own_bytes or own_bytes_taken(resolved) <= own_bytes:
         return
     share = own_bytes / ranks / GIB
     asked, taken = (replace(each, hardware=replace(each.hardware, memory_gib=share)) for each in (resolved.asked, config))
@@ -58,6 +66,20 @@ def refuse_own_memory(resolved: Resolved, own_bytes: int, stacks: Mapping[str, S
     what = f"the peak takes {memory.total_bytes / GIB:.1f} GiB{each}, and this machine has {own_bytes / GIB:.1f} GiB of memory; {RUNTIME}"
     changes = tuple(str(change) for change, _ in find_changes(limited, stacks))
     yield Problem(key="hardware", what=what, changes=changes, forcible=True)
+
+
+def host_bytes(config: Config, memory: Memory) -> int:
+    """Of a node's own memory, at most: the items of the host, and on a CPU everything that its ranks take."""
+    on_cpu = memory.total_bytes * ranks_per_node(config) if config.hardware.accelerator == "cpu" else 0
+    return memory.host_bytes + on_cpu
+
+
+def list_needed(config: Config, memory: Memory) -> str:
+    """` (model while it loads 6.4)`: what host_bytes is made of; '' for nothing."""
+    ranks = ranks_per_node(config)
+    own = f"{ranks} rank(s) {memory.total_bytes * ranks / GIB:.1f}" if config.hardware.accelerator == "cpu" and memory.total_bytes else ""
+    found = "; ".join(filter(None, (list_host_items(memory), own)))
+    return f" ({found})" if found else ""
 
 
 def describe_host(config: Config, memory: Memory, own_bytes: int = 0) -> str:

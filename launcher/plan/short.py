@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 
+from launcher.check.rules import Verdict
 from launcher.check.start import name_run
 from launcher.config.schema import AXES
-from launcher.memory.estimate import Memory, estimate_memory
+from launcher.memory.estimate import SURE_SHARE, Memory, estimate_memory
 from launcher.memory.states import GIB, device_count
 from launcher.memory.tokens import read_load
 from launcher.plan.host_memory import asks_for_host, describe_host
@@ -14,7 +15,9 @@ from launcher.plan.text import command_line, measure, paint, size, wrap
 from trainer.contract import TrainSpec
 
 LABEL = 10  # columns of the names at the left
-LINES = 30  # of a whole description, notes cut to fit
+LINES = 30  # of a whole description, notes cut to fit, where the height of the terminal is not known
+TIGHT = "tight: this run can be launched, but it may end for lack of memory"
+OK, IF_HOST = "ok: this run can be launched", "ok, if the nodes have the host memory that it needs"
 BAR = 24  # characters of a full bar
 LARGEST = 3  # items of the estimate that are named
 # What brings an image to the nodes, where this machine's engine does not have it.
@@ -31,12 +34,13 @@ def describe_short(
     *,
     colours: bool = False,
     width: int = 100,
+    height: int = LINES,
     built: bool | None = None,
     launching: bool = False,
     notes: tuple[str, ...] = (),
     own_bytes: int = 0,
 ) -> str:
-    """One screen of `width` columns. `built`: whether this machine's Docker engine has the image, None = not known. `launching`: printed by
+    """One screen of `width` columns and `height` lines. `built`: whether this machine's Docker engine has the image, None = not known. `launching`: printed by
     `launch`, which needs no next command. `notes`: of this machine, before those of the plan; never left out. `own_bytes`: this machine's
     memory, 0 = not known."""
     choice = " ".join(f"{axis}={getattr(plan.config, axis).name}" for axis in AXES)
@@ -52,7 +56,7 @@ def describe_short(
     lines += [line for text in assumed for line in wrap(text, width, first="  ", indent="    ")]
     last = [f"next: {command_line('launch', *plan.overrides, *plan.options)}"] if plan.verdict.launchable and not launching else []
     last += [] if launching else [f"more: {command_line('plan', '--full', *plan.overrides, *plan.options)}"]
-    free = LINES - sum(-(-max(1, measure(line)) // width) for part in (*lines, *last) for line in part.splitlines())
+    free = height - sum(-(-max(1, measure(line)) // width) for part in (*lines, *last) for line in part.splitlines())
     own = [line for note in notes for line in wrap(f"note: {note}", width, indent="  ")]
     return "\n".join((*lines, *own, *describe_notes(plan.verdict.notes, width, free - len(own)), *last))
 
@@ -65,10 +69,25 @@ def describe_short_verdict(plan: Plan, *, colours: bool, own_bytes: int = 0) -> 
     elif verdict.forced:
         yield paint(f"forced ({plan.config.run.force}):", "yellow", colours=colours)
         yield from map(str, verdict.forced)
-    elif asks_for_host(plan.config, memory, own_bytes):
-        yield paint("ok, if the nodes have the host memory that it needs (below)", "yellow", colours=colours)
     else:
-        yield paint("ok: this run can be launched", "green", colours=colours)
+        word = name_verdict(plan, memory, own_bytes)
+        yield paint(f"{word} (below)" if word == IF_HOST else word, "green" if word == OK else "yellow", colours=colours)
+
+
+def name_verdict(plan: Plan, memory: Memory, own_bytes: int = 0) -> str:
+    """The verdict of a plan that can be launched."""
+    unsure = asks_for_host(plan.config, memory, own_bytes)
+    if plan.verdict.tight:
+        return f"{TIGHT}, and needs host memory that is not known to be there" if unsure else TIGHT
+    return IF_HOST if unsure else OK
+
+
+def describe_tight(verdict: Verdict) -> str:
+    """Why the peak is tight, and what leaves a margin; '' where it is not."""
+    if not verdict.tight:
+        return ""
+    changes = f". With a margin: {'  or  '.join(verdict.roomier)}" if verdict.roomier else ""
+    return f"tight: the estimate may be off by {1 - SURE_SHARE:.0%}, more than what is free{changes}"
 
 
 def describe_bar(plan: Plan, *, colours: bool, width: int) -> Iterator[str]:
@@ -81,7 +100,7 @@ def describe_bar(plan: Plan, *, colours: bool, width: int) -> Iterator[str]:
         share = memory.total_bytes / limit
         length = max(8, min(BAR, width - 62))
         bar = ("#" * min(length, round(share * length))).ljust(length, "-")
-        colour = "green" if memory.fits_within(0.95) else "yellow" if memory.fits else "red"
+        colour = "green" if memory.fits_within(SURE_SHARE) else "yellow" if memory.fits else "red"
         margin = (limit - memory.total_bytes) / GIB
         text = f"[{paint(bar, colour, colours=colours)}] {used:.1f} of {limit / GIB:g} GiB on each device ({share:.0%}), {margin:.1f} free"
     else:
@@ -89,6 +108,8 @@ def describe_bar(plan: Plan, *, colours: bool, width: int) -> Iterator[str]:
     yield f"{'memory':{LABEL}}{text}"
     unit = "GiB" if memory.total_bytes >= GIB else "MiB"
     yield from wrap("; ".join(largest_items(memory)), width, first=f"{'':{LABEL}}largest, in {unit}: ", indent=" " * LABEL)
+    if tight := describe_tight(plan.verdict):
+        yield from wrap(tight, width, first=" " * LABEL, indent=" " * LABEL)
 
 
 def largest_items(memory: Memory) -> Iterator[str]:

@@ -55,7 +55,7 @@ def go_by_trace(plan: Plan, report: TraceReport, stacks: Mapping[str, Stack]) ->
     traced peak does not fit and run.force is not set."""
     config, planned = plan.config, estimate_memory(plan.config)
     memory = traced_memory(config, planned, report)
-    verdict = plan.verdict
+    verdict = replace(plan.verdict, tight=memory.is_tight, roomier=())
     if not memory.fits:
         verdict = with_problem(verdict, refuse_traced(config, planned, memory, stacks), forced=bool(config.run.force))
     elif not planned.fits:

@@ -1,17 +1,20 @@
 """The folder of weights that a plan names, where it is on this machine: does it exist, and does it hold the plan's model?"""
 
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from launcher.check.precision import describe_cast
 from launcher.check.problem import Problem
 from launcher.config.conf_folder import ConfFolder
 from launcher.config.schema import Config
 from launcher.config.source import PATH, expand_source
 from launcher.errors import ConfigRefused
 from launcher.plan.plan import Plan, refuse, with_problems
+from launcher.weights.folder import DTYPES, Tensors, read_tensors
 from launcher.weights.identity import find_differences, identify, load_models, read_config
 from trainer.contract import SpecError
 from trainer.contract.weight_files import fetched_revision
@@ -25,7 +28,24 @@ def judge_weights(plan: Plan, conf: Path | ConfFolder) -> Plan:
     problems = tuple(problem for key, path in named_folders(plan) for problem in judge_folder(plan.config, key, Path(path), conf))
     if any(not problem.launch_only for problem in problems):
         refuse(replace(plan.verdict, problems=problems), launching=False, overrides=plan.overrides)
-    return with_problems(plan, problems)
+    notes = tuple(note for _, path in named_folders(plan) for note in note_cast(plan.config, Path(path)))
+    return with_problems(replace(plan, verdict=replace(plan.verdict, notes=(*plan.verdict.notes, *notes))) if notes else plan, problems)
+
+
+def note_cast(config: Config, folder: Path) -> Iterator[str]:
+    """For a folder of no run of ours, by the headers of its weight files; by conf/model where a folder of the model is only on the nodes."""
+    if config.stage.recorded is not None or config.precision.weights != "float16":
+        return
+    try:
+        found = read_tensors(folder)[0] if folder.is_dir() else Tensors()
+    except OSError:  # a folder of another user
+        found = Tensors()
+    elements = Counter[str]()
+    for name, dtype in found.dtypes.items():
+        elements[DTYPES.get(dtype, "")] += found.numbers[name]
+    (saved, _), *_ = elements.most_common(1) or [(config.model.source.dtype if not config.stage.checkpoint else "", 0)]
+    if saved:
+        yield from describe_cast(config, str(folder), saved)
 
 
 def with_found_model(overrides: Sequence[str], conf: Path | ConfFolder) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ RULES: tuple[tuple[ComparableKind, tuple[str, ...]], ...] = (
                 "config.model.source.path",
                 "config.model.source.modelscope",
                 "config.model.source.endpoint",
+                "config.model.source.dtype",
                 "config.stage.checkpoint",
                 "config.stage.needs",
                 "config.stage.recorded*",

@@ -33,7 +33,7 @@ def test_every_file_has_its_own_name(axis: str, name: str) -> None:
     assert getattr(compose([f"{axis}={name}"], CONF), axis).name == name
 
 
-def test_measured_cells_name_files_that_exist() -> None:
+def test_cells_of_tune_name_files_that_exist() -> None:
     groups = options(CONF)
     cells = {f"{model}_{stage}" for model in groups["model"] for stage in groups["stage"]}
     assert set(groups["tune"]) <= cells

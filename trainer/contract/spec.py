@@ -89,6 +89,7 @@ class Lora:
     targets: tuple[str, ...]  # linear layers of the language model: their own names, or 're:REGEX' over full module names
     rank_stabilised: bool = False
     base: Literal["", "nf4"] = ""  # nf4: the frozen layers are in 4 bits (Dettmers et al., QLoRA, arXiv 2305.14314); CUDA only
+    base_groups: tuple[Literal["lm", "vision"], ...] = ("lm",)  # groups whose linear layers `base` is for
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from trainer.checkpoint.best import record_best
 from trainer.checkpoint.checkpoint import warn_if_disk_is_small
 from trainer.checkpoint.pending import SavedCheckpoint, update_best_and_prune
 from trainer.checkpoint.resume import choose_resume_point, resume_engine
-from trainer.contract import RESULT_FILE, SAMPLES_FILE, SCHEMA, TrainResult, TrainSpec, write
+from trainer.contract import RESULT_FILE, SAMPLES_FILE, SCHEMA, TrainResult, TrainSpec, write, write_text
 from trainer.contract.checkpoint_files import fixed_settings
 from trainer.data.rows.source import hash_sources
 from trainer.device.rank import Rank
@@ -22,7 +22,7 @@ from trainer.programs.environment import write_environment
 from trainer.programs.inputs import load_samples, prepare_data, wait_for_data_check
 from trainer.train.loop import Progress, stop_on_signals
 from trainer.train.model import build_model
-from trainer.train.step_hooks import Job, make_evaluation_row, record_evaluation
+from trainer.train.step_hooks import Job, make_evaluation_row, record_evaluation, samples_file
 from trainer.train.steps import progress_of, run_steps, saved_checkpoint
 
 
@@ -66,7 +66,8 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
 
 
 def take_steps(job: Job) -> TrainResult:
-    """The result without an evaluation. It is also written as that of a stopped run, in case a signal ends the run during the evaluation."""
+    """The result without an evaluation of the last step, except where that has ended the run. It is also written as that of a stopped run, in
+    case a signal ends the run during the evaluation."""
     spec, engine, start = job.spec, job.engine, job.start
     untimed = start.step - start.rows.count  # steps without a metrics row; rank 0 has the rows
     with stop_on_signals() as stop:  # until the result is written: after a stop on one node, other nodes get the signal while they save
@@ -84,7 +85,14 @@ def take_steps(job: Job) -> TrainResult:
 
 
 def evaluate_last_step(job: Job, trained: TrainResult) -> TrainResult:
+    """The result with the scores of the final weights. Those of a run that its last evaluation has ended are known already."""
     spec = job.spec
+    if trained.evaluation:
+        if job.engine.rank == 0:
+            answers = (Path(spec.output) / samples_file(trained.steps)).read_text(encoding="utf-8")
+            write_text(answers, Path(spec.output) / SAMPLES_FILE)
+            trained = replace(trained, best=update_best_and_prune(spec))
+        return trained
     began = time.perf_counter()
     job.memory.enter("evaluation")
     scores = job.score(SAMPLES_FILE, None)
@@ -107,6 +115,6 @@ def summarize(spec: TrainSpec, progress: Progress, saved: SavedCheckpoint, *, un
         final_loss=progress.loss,
         checkpoint=saved.path,
         weights_sha256=saved.weights_sha256,
-        evaluation={},
+        evaluation=progress.scores,
         ended=progress.ended,
     )

@@ -1,7 +1,7 @@
 """LoRA inside the language model (Hu et al., arXiv 2106.09685), by peft.
 
 The targets are given to peft as one regex over module names: a list of layer names would also match the vision tower. With `base: nf4` the
-language model's linear layers are quantized first, and the adapters are trained on top of them.
+linear layers of `base_groups` are quantized first, and the adapters are trained on top of them.
 """
 
 import re
@@ -28,7 +28,7 @@ def add_lora(model: torch.nn.Module, lora: Lora, spec: ModelSpec, whole: set[str
 
     targets = find_targets(model, lora.targets, spec.groups["lm"])
     if lora.base:
-        quantize_linears(model, spec.groups["lm"])
+        quantize_linears(model, frozen_groups(lora, spec, whole))
     modules = find_modules(model, whole)
     config = LoraConfig(
         r=lora.r,
@@ -42,6 +42,18 @@ def add_lora(model: torch.nn.Module, lora: Lora, spec: ModelSpec, whole: set[str
     wrapped = get_peft_model(model, config)  # stores the folder or hub id of the model in the adapter's config
     drop_input_gradients(model)
     return wrapped
+
+
+def frozen_groups(lora: Lora, spec: ModelSpec, whole: set[str]) -> list[str]:
+    """The regexes of `lora.base_groups`. Raises InputRefused for a group that is trained: 4-bit weights have no gradient."""
+    regexes = {group: spec.groups[group] for group in lora.base_groups}
+    trained = [group for group, regex in regexes.items() if any(re.match(regex, name) for name in whole)]
+    if trained:
+        raise InputRefused(
+            f"stage.lora.base_groups: {', '.join(trained)} is trained whole, which is not possible in {lora.base}. Remove it there or from "
+            "stage.trainable."
+        )
+    return list(regexes.values())
 
 
 def merge_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""The frozen language model of a LoRA run in 4 bits: normal floats with double-quantized scales (Dettmers et al., QLoRA, arXiv 2305.14314,
+"""Frozen linear layers of a LoRA run in 4 bits: normal floats with double-quantized scales (Dettmers et al., QLoRA, arXiv 2305.14314,
 section 3), by bitsandbytes, whose kernels are for CUDA.
 
 A layer is marked here and quantized when the engine moves the model to its device. Embeddings, norms and the head keep their dtype.
@@ -6,15 +6,15 @@ A layer is marked here and quantized when the engine moves the model to its devi
 
 import importlib.util
 import re
+from collections.abc import Sequence
 
 import torch
 
 from trainer.contract import InputRefused
 
 
-def quantize_linears(model: torch.nn.Module, lm: str) -> None:
-    """Replace the linear layers of the language model, in place. `lm`: the group's regex over names. Raises InputRefused if the package is
-    missing."""
+def quantize_linears(model: torch.nn.Module, groups: Sequence[str]) -> None:
+    """Replace the linear layers of some groups, in place. `groups`: their regexes over names. Raises InputRefused if the package is missing."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputRefused(
             "stage.lora.base=nf4: the package bitsandbytes is not installed here. Add it to the environment, or set stage.lora.base=''."
@@ -22,7 +22,8 @@ def quantize_linears(model: torch.nn.Module, lm: str) -> None:
     import bitsandbytes
 
     linear = [(name, module) for name, module in model.named_modules() if type(module) is torch.nn.Linear]
-    for name, module in ((name, module) for name, module in linear if re.match(lm, f"{name}.weight")):
+    chosen = ((name, module) for name, module in linear if any(re.match(group, f"{name}.weight") for group in groups))
+    for name, module in chosen:
         packed = bitsandbytes.nn.Linear4bit(
             module.in_features,
             module.out_features,

@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FrameType
 
@@ -25,13 +25,14 @@ SKIPS_ALLOWED = 30  # a loss scale that starts at 2**16 is at 1 after 17
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """`step`: the last finished one. `seconds`: of all steps, also those before a resume, without saving. `loss`: of the last step. `ended`:
-    why the run is finished before its last step."""
+    why the run is finished before its last step; `scores`: of the evaluation that ended it, if this attempt made it."""
 
     step: int = 0
     stopped: bool = False
     seconds: float = 0.0
     loss: float | None = None
     ended: str = ""
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,7 @@ class StepHooks:
         self.saved_at = time.monotonic()
         self.saved_step = 0  # of the newest checkpoint, 0 for none
         self.evaluations = list(job.start.evaluations)
+        self.scores: dict[str, float] = {}  # all metrics of the newest evaluation of this attempt
 
     @property
     def ended(self) -> str:
@@ -111,7 +112,7 @@ class StepHooks:
         self.watchdog.begin(step, "evaluation", ends=False)  # no time limit
         self.memory.enter("evaluation")
         began = time.perf_counter()
-        file = f"{SAMPLES_FOLDER}/step-{step:06d}.jsonl"
+        file = samples_file(step)
         with keep_rng_state(self.device.name):
             scores = self.score(file, self.stop_requested)
         self.memory.enter("steps")
@@ -122,6 +123,7 @@ class StepHooks:
         if self.rank == 0:
             record_evaluation(self.spec, row, self.trackers, file)
         self.evaluations.append(row)
+        self.scores = scores
         better = bool(self.spec.keep_best) and is_better(self.spec.keep_best, getattr(row, self.spec.keep_best), self.best)
         if better:
             self.best = getattr(row, self.spec.keep_best)
@@ -144,6 +146,11 @@ class StepHooks:
             self._save(step)
         self.writer.settle()
         return f"The weights of step {step} are in {CHECKPOINTS}/{CHECKPOINT_NAME.format(step=step)}."
+
+
+def samples_file(step: int) -> str:
+    """In the run's folder: the answers of the evaluation after this step."""
+    return f"{SAMPLES_FOLDER}/step-{step:06d}.jsonl"
 
 
 def make_evaluation_row(step: int, scores: dict[str, float], *, seconds: float) -> EvaluationRow:

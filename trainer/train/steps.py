@@ -64,7 +64,7 @@ def finish_early(progress: Progress, hooks: StepHooks) -> Progress:
         return progress
     if hooks.rank == 0:
         print(hooks.ended, flush=True)
-    return replace(progress, stopped=False, ended=hooks.ended)
+    return replace(progress, stopped=False, ended=hooks.ended, scores=hooks.scores)
 
 
 @contextmanager

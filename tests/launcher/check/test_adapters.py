@@ -103,3 +103,21 @@ def test_why_audio_and_speech_are_not_trained(part: str) -> None:
     said = str(caught.value)
     assert f'stage.trainable.1 (override stage.trainable=[lm,{part}]): "{part}" is not allowed' in said
     assert "are never trained: the data has no sound" in said and "valid are: head, lm, projector, vision" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "change"),
+    [
+        (("stage.lora.base=nf4", "stage.lora.base_groups=[]"), "is empty", "stage.lora.base_groups=[lm]"),
+        (("stage.lora.base_groups=[lm,vision]",), "has no effect without stage.lora.base=nf4", "stage.lora.base=nf4"),
+        (
+            ("stage.lora.base=nf4", "stage.lora.base_groups=[lm,vision]", "stage.trainable=[vision]"),
+            "vision is trained whole, which is not possible in nf4",
+            "stage.trainable=[]",
+        ),
+    ],
+)
+def test_groups_in_four_bits_are_frozen(words: tuple[str, ...], said: str, change: str) -> None:
+    text = refusal(*LORA, *words)
+    assert f"stage.lora.base_groups: {said}" in text or f"stage.lora.base_groups: lm, vision {said}" in text
+    assert change in text

@@ -76,7 +76,7 @@ NODE_FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault(
             words=OFFLOAD,
             answers={"memory": "MemTotal: 4000 kB\nMemAvailable: 2000 kB\n"},
-            says="needed for offloading",
+            says="needed (offloaded states",
             fix="strategy.offload",
         ),
         Fault(

@@ -117,6 +117,48 @@ def test_omnilmm_12b_on_a_p4_is_led_to_nf4_and_not_to_int8() -> None:
     assert "with weights in NF4 (6.1 GiB) it fits" in problem.what and "in int8" not in problem.what
 
 
+def test_lora_of_omnilmm_12b_on_a_p4_is_led_to_nf4_with_its_tower() -> None:
+    """The tower has 4.28 of the 11.6 billion parameters: with it in 16 bits the base in NF4 takes 12 GiB."""
+    words = (*P4, "model=omnilmm_12b", "stage=lora", "data.max_length=512")
+    (problem,) = problems(*words)
+    both = "stage.lora.base=nf4 stage.lora.base_groups=[lm,vision]"
+    assert both in problem.changes and "stage.lora.base=nf4" not in problem.changes
+    memory, lm_alone = memory_of(*words, *both.split()), memory_of(*words, "stage.lora.base=nf4")
+    assert memory.fits and not lm_alone.fits
+    weights = [each.items[0].size_bytes / GIB for each in (lm_alone, memory)]
+    assert [round(size, 1) for size in weights] == [12.1, 6.2] and 13.2 < lm_alone.total_bytes / GIB < 13.7
+    (refused,) = problems(*words, "stage.lora.base=nf4")
+    assert "(in NF4: the linear layers of lm; in float16: vision 8.0, head 0.2, projector 0.2)" in refused.what
+    assert "stage.lora.base_groups=[lm,vision]" in refused.changes
+
+
+def test_full_of_omnilmm_12b_on_a_p4_is_led_to_lora_in_nf4() -> None:
+    (problem,) = problems(*P4, "model=omnilmm_12b", "stage=full", "data.max_length=512")
+    assert "stage=lora stage.lora.base=nf4 stage.lora.base_groups=[lm,vision]" in problem.changes
+
+
+def test_a_base_in_nf4_that_does_not_fit_names_zero_3_or_its_largest_parts() -> None:
+    words = (*P4, "model=qwen2_5_vl_32b", "stage=lora", "stage.lora.base=nf4", "data.max_length=512", "data.max_pixels=200704")
+    (problem,) = problems(*words)
+    (change,) = (change for change in problem.changes if "hardware" not in change)
+    assert change.startswith("strategy=zero3 strategy.offload_optimizer=true strategy.offload_parameters=true ")
+    assert change.endswith("stage.lora.base=''") and "largest parts" not in problem.what
+    (problem,) = problems(*words, "hardware.memory_gib=3")
+    assert (
+        "no strategy, precision or length that is known here fits on NVIDIA Tesla P4; the largest parts, in GiB: weights 19.4, "
+        in problem.what
+    )
+    assert all(change.startswith("hardware=") for change in problem.changes)
+
+
+def test_a_layer_out_of_nf4_is_counted() -> None:
+    """bitsandbytes makes the whole weight again, in both passes: the tower's MLP of 1792 x 15360 is not the largest, the decoder's is."""
+    words = (*P4, "model=omnilmm_12b", "stage=lora", "data.max_length=512", CHECKPOINTED)
+    items = {item.name: item.size_bytes for item in memory_of(*words, "stage.lora.base=nf4").items}
+    assert items["a layer out of NF4"] == 4096 * 14336 * 2 + 4096 * 14336 * 4 // 64
+    assert "a layer out of NF4" not in {item.name for item in memory_of(*words).items}
+
+
 def test_bfloat16_on_a_p4_is_refused_by_the_chip_and_float16_offered() -> None:
     verdict = check(compose((*P4, "model=omnilmm_3b", "precision=bf16", "stage=lora", *OWN), ROOT / "conf"), stacks())
     (problem,) = (problem for problem in verdict.problems if problem.key == "precision")

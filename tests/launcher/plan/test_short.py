@@ -1,14 +1,25 @@
 """The plan on one screen."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from launcher.plan.plan import Plan
+from launcher.check.rules import RULES, Verdict
+from launcher.check.strategy import resolve
+from launcher.config.compose import compose
+from launcher.image.stack import load_stacks
+from launcher.plan.full import describe_full
+from launcher.plan.host_memory import judge
+from launcher.plan.plan import Plan, plan_json
 from launcher.plan.rows import BUILTIN_ROWS
 from launcher.plan.short import describe_short
 from launcher.plan.text import measure
+from trainer.contract import decode
+
+CONF = Path(__file__).parents[3] / "conf"
 
 PLANS: tuple[tuple[str, ...], ...] = (
     (),
@@ -88,3 +99,60 @@ def test_notes_that_are_left_out_are_counted(plan_for: Callable[..., Plan]) -> N
 def test_the_rows_of_the_built_in_sets_are_those_that_the_trainer_writes() -> None:
     digits = pytest.importorskip("trainer.data.digits", reason="the trainer's packages are not installed in this environment")
     assert BUILTIN_ROWS == digits.TRAIN_ROWS
+
+
+# --------------------------------------------------------------------------------------------------- tight, and not only ok
+
+CLOSE = ("hardware=p4", "model=omnilmm_3b", "stage=lora", "data=files", "data.train=a.json", "data.images=b", "data.max_length=512")
+REMOTE = ("cluster.nodes=[{host: far}]", "cluster.root=/srv/x", "cluster.delivery.accept_licence=true")
+
+
+def test_a_peak_above_the_margin_is_tight(plan_for: Callable[..., Plan]) -> None:
+    """It said `ok: this run can be launched` at 98 % of the device."""
+    plan = plan_for(*CLOSE, *REMOTE)
+    assert plan.verdict.tight and plan.verdict.launchable and plan.memory is not None and plan.memory.fits
+    lines, text = describe_short(plan).splitlines(), " ".join(describe_short(plan).split())
+    assert lines[0] == "tight: this run can be launched, but it may end for lack of memory"
+    assert "tight: the estimate may be off by 5%, more than what is free. With a margin: " in text
+    assert "\ntight: this run can be launched" in describe_full(plan) and "\ntight: the estimate may be off" in describe_full(plan)
+    data = json.loads(plan_json(plan))["verdict"]
+    assert (data["ok"], data["launchable"], data["tight"]) == (True, True, True) and data["roomier"] == list(plan.verdict.roomier)
+    assert describe_short(plan, launching=True).startswith("tight: ")
+
+
+def test_what_a_tight_plan_offers_leaves_the_margin(plan_for: Callable[..., Plan]) -> None:
+    offered = plan_for(*CLOSE, *REMOTE).verdict.roomier
+    assert "data.max_length=256" in offered and len(offered) >= 2
+    for change in offered:
+        keys = {part.partition("=")[0] for part in change.split()}
+        plan = plan_for(*(word for word in CLOSE if word.partition("=")[0] not in keys), *REMOTE, *change.split())
+        assert plan.verdict.launchable and not plan.verdict.tight, change
+
+
+def test_a_plan_with_room_is_not_tight(plan_for: Callable[..., Plan]) -> None:
+    for words in ((), ("hardware=p4", *REMOTE), ("hardware=h200", "model=llava_1_5_7b", "stage=evaluate", *REMOTE)):
+        plan = plan_for(*words)
+        assert not plan.verdict.tight and not plan.verdict.roomier and describe_short(plan).startswith("ok: this run can be launched\n")
+
+
+def test_a_run_that_takes_nearly_all_of_this_machine_is_tight() -> None:
+    resolved = resolve(compose((), CONF))
+    assert resolved.memory is not None
+    taken = resolved.memory.total_bytes
+    for own, tight in ((taken + 1, True), (int(taken / 0.95) + 2, False), (0, False)):
+        verdict, _, _ = judge(compose((), CONF), dict(load_stacks(CONF.parent / "images")), RULES, None, own)
+        assert (verdict.launchable, verdict.tight) == (True, tight), own
+
+
+def test_an_earlier_record_has_no_word_about_it(plan_for: Callable[..., Plan]) -> None:
+    data = json.loads(plan_json(plan_for()))["verdict"]
+    verdict: Verdict = decode(Verdict, {key: value for key, value in data.items() if key not in ("tight", "roomier")})
+    assert (verdict.tight, verdict.roomier) == (False, ())
+
+
+def test_the_height_of_the_terminal_bounds_it(plan_for: Callable[..., Plan]) -> None:
+    plan = plan_for("hardware=ascend910b", "model=qwen2_5_vl_32b", "stage=lora", "cluster=example")
+    noisy = replace(plan, verdict=replace(plan.verdict, notes=("a note",) * 99))
+    for height in (24, 30, 50):
+        lines = describe_short(noisy, height=height).splitlines()
+        assert sum(-(-measure(line) // 100) for line in lines) == height

@@ -28,7 +28,6 @@ REMOTE = "cluster.nodes=[{host: far}]"
             ("swanlab",),
             "swanlab is in no lock; it must be installed on every node",
         ),
-        (("run.trackers=[wandbb]",), (), "there is no tracker wandbb, so that the run will be refused; valid are tensorboard, wandb"),
         (("run.trackers=[wandb]", "stage=infer"), (), ""),
     ],
 )
@@ -51,7 +50,9 @@ def test_what_is_installed_is_read_from_the_metadata() -> None:
 
 
 def test_a_plan_has_the_note(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "run.trackers=[tensorboard,wandbb]"]) == 0
-    assert "note: run.trackers: there is no tracker wandbb" in capsys.readouterr().out
+    assert main(["plan", "run.trackers=[tensorboard,wandb]", "cluster.runtime=docker"]) == 0
+    assert "note: run.trackers: no image has the package wandb" in capsys.readouterr().out
+    assert main(["plan", "run.trackers=[tensorboard,wandbb]"]) == 2
+    assert "did you mean 'wandb'?" in capsys.readouterr().err
     assert main(["plan"]) == 0
     assert "run.trackers" not in capsys.readouterr().out

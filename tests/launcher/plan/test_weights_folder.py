@@ -194,6 +194,16 @@ def test_a_folder_that_none_of_ours_fits(tmp_path: Path) -> None:
         plan_of([*QWEN, f"model.source.path={tmp_path / 'a'}"], "R")
 
 
+def test_the_files_of_a_folder_say_in_which_dtype_they_are(tmp_path: Path) -> None:
+    folder, words = write_folder(tmp_path / "a"), ("model=qwen2_5_vl_7b", "hardware=h200", "stage=lora")
+    for more, noted in ((("precision=fp16",), True), ((), False)):
+        for key in ("model.source.path", "stage.checkpoint"):
+            plan = plan_of([*words, *more, f"{key}={folder}"], "R")
+            notes = [note for note in plan.verdict.notes if "65,504" in note]
+            assert [note.startswith(f"{folder} is in bfloat16, and is loaded in float16") for note in notes] == [True] * noted
+            assert all(f"hardware=cpu {key}={folder} " in note for note in notes)
+
+
 def test_a_missing_folder_is_planned_for_this_machine_but_not_launched() -> None:
     plan = plan_of([*QWEN, "model.source.path=/models/q"], "R")
     (what,) = about(plan, "model.source.path")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.config.compose import compose
+from launcher.config.compose import compose, options
 from launcher.record.learning import describe_learning, find_standouts, load_recipes
 from launcher.record.metrics import Curve
 from launcher.record.report.page import render_html, render_markdown
@@ -141,3 +141,14 @@ def test_a_report_shows_it_as_text(tmp_path: Path) -> None:
     assert "stands out: 92 % of the answers are '<script>`|'" in markdown and "answers: 100, 2 different" in markdown
     older = render_html([read_run_files(copy_run(tmp_path, "older"))], None, "")
     assert "<h3>Learning</h3>" not in older, "a record of a version that did not count them"
+
+
+@pytest.mark.parametrize("stage", ["projector", "lm", "full", "lora"])
+def test_a_default_rate_is_one_that_the_report_does_not_wonder_at(stage: str) -> None:
+    """stage=projector of Qwen2.5-VL had 1e-3, and its report said `100 × the published recipe`."""
+    for model in options(CONF)["model"]:
+        made = config(f"model={model}", f"stage={stage}", "hardware=h200")
+        assert not [text for text in find_standouts(made, {}) if "learning rate" in text], model
+    rates = {model: config(f"model={model}", "stage=projector")["stage"]["optimizer"]["lr"] for model in ("qwen2_5_vl_7b", "llava_1_5_7b")}
+    assert rates == {"qwen2_5_vl_7b": 1e-5, "llava_1_5_7b": 1e-3}
+    assert config("model=minicpm_v_2_6", "stage=lora")["stage"]["optimizer"]["lr"] == 1e-5

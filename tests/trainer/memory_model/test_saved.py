@@ -17,12 +17,15 @@ from launcher.plan.plan import model_spec
 from tests.trainer.conftest import fuses_grouped_heads
 from trainer.contract import ModelSpec, TrainSpec
 from trainer.device.dtype import loading_dtype
+from trainer.kernels.noise import EmbeddingNoise
+from trainer.memory_model.allocation_tracker import AllocationTracker
 from trainer.models import find_family
 from trainer.stages.gradient_checkpointing import checkpoint_layers
 from trainer.stages.group import apply_stage
 
 CONF = Path(__file__).parents[3] / "conf"
 LENGTH = 96
+CHECKPOINTED = "strategy.gradient_checkpointing=true"
 WITHIN = 0.05
 LINEAR_WITHIN = 0.10  # launcher.memory.activations.LINEAR_ATTENTION is one number for all that the kernel's chunks keep
 
@@ -190,3 +193,24 @@ def test_an_eager_kernel_keeps_the_square_and_a_fused_one_does_not() -> None:
     long = replace(load(), length=4096)
     assert attention_bytes(fused, long) == attention_bytes(fused, load())
     assert attention_bytes(eager, long) - attention_bytes(eager, load()) == 32 * (4096 - LENGTH) * (4 + 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------- noise
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_noise_of_neftune_takes_less_than_is_counted_after_it(precision: str) -> None:
+    """Three tensors like the embeddings at most: their output, the noise and the sum. Only the sum is left, in place of the output."""
+    config = compose(("model=tiny_qwen2_5_vl", "tune=null", f"precision={precision}", "stage=projector", CHECKPOINTED), CONF)
+    text, dtype = config.model.architecture.text, loading_dtype(config.precision)
+    embedding = torch.nn.Embedding(text.vocab_size, text.hidden_size, dtype=dtype)
+    noise, ids, tracker = EmbeddingNoise(embedding, 5.0), torch.zeros(1, LENGTH, dtype=torch.int64), AllocationTracker()
+    with tracker, tracker.during("embedding", "activations"), noise.adding(torch.tensor([[0, 0, LENGTH, 7]])):
+        kept = embedding(ids)
+    one = kept.nbytes
+    assert one == LENGTH * text.hidden_size * dtype.itemsize and kept.grad_fn is not None
+    peak = tracker.peaks["embedding"].total_bytes
+    assert 3 * one <= peak < 3.1 * one, "the spans of the noise are a few bytes"
+    assert sum(tracker.alive_bytes.values()) < 1.1 * one, "what is left when the first layer begins"
+    assert saved_bytes(embedding, lambda: embedding(ids)) == ids.nbytes, "autograd keeps the ids alone"
+    assert count_kept(config, load()).lm >= 3 * one

@@ -100,6 +100,29 @@ def test_the_language_models_layers_are_packed_and_its_adapters_learn(model: str
     assert reached == {name for name, p in made.model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes, which the CPU's lock leaves out")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of bitsandbytes' own imports
+@pytest.mark.parametrize("model", MODELS)
+def test_the_tower_can_be_packed_too(model: str, tiny_spec: Any) -> None:
+    import bitsandbytes
+
+    stage = lora("q_proj", base="nf4")
+    assert stage.lora is not None
+    made, spec = staged(tiny_spec, model, replace(stage, lora=replace(stage.lora, base_groups=("lm", "vision"))))
+    made.model.to("cpu")
+    packed = {base_name(f"{name}.weight") for name, m in made.model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    groups = {group for group, regex in spec.model.groups.items() if any(re.match(regex, name) for name in packed)}
+    assert groups == {"lm", "vision"}
+
+
+def test_a_group_that_is_trained_is_not_packed(tiny_spec: Any) -> None:
+    stage = lora("q_proj", base="nf4")
+    assert stage.lora is not None
+    trained = replace(stage, trainable=("vision",), lora=replace(stage.lora, base_groups=("lm", "vision")))
+    with pytest.raises(InputRefused, match=r"stage\.lora\.base_groups: vision is trained whole, which is not possible in nf4"):
+        staged(tiny_spec, "tiny_llava", trained)
+
+
 def test_an_adapter_of_another_model_is_refused_in_a_few_lines(tiny_spec: Any, tmp_path: Path) -> None:
     """Where nothing tells before: an adapter from elsewhere, whose base_model_name_or_path leads to another model."""
     own, _ = staged(tiny_spec, "tiny_llava", lora("q_proj", "v_proj"))

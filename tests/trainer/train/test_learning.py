@@ -12,6 +12,7 @@ from tests.trainer.mortal import Death, expect, result_of, rows_of, run_ranks
 from trainer.contract import (
     EVALUATIONS_FILE,
     METRICS_FILE,
+    SAMPLES_FILE,
     Augmentation,
     EarlyStop,
     Evaluation,
@@ -22,6 +23,7 @@ from trainer.contract import (
 )
 from trainer.tensor.stream import find_stored_tensors
 from trainer.train.early_stop import find_reason_to_stop
+from trainer.train.step_hooks import samples_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVALUATION = Evaluation(batch=16, max_new_tokens=4, limit=24, every=2, loss=True)
@@ -213,7 +215,7 @@ def test_a_run_that_learns_nothing_stops_early_also_after_a_death(tiny_spec: Any
         "early_stop": EarlyStop(patience=3, metric="loss"),
     }
     quiet, killed = (standing(tiny_spec(name, changes=changes, ranks=2, micro=4)) for name in ("quiet", "killed"))
-    expect(run_ranks(quiet), 0, 0)
+    expect(run_ranks(quiet, Death(place="evaluate", call=5)), 0, 0)  # the last step is evaluated once: there is no fifth evaluation
     for death in (Death(place="evaluate", call=3), Death(place="complete", call=2)):  # the second one: as the last step is saved
         assert run_ranks(killed, death).codes[0] == -9
     expect(run_ranks(killed), 0, 0)
@@ -225,5 +227,7 @@ def test_a_run_that_learns_nothing_stops_early_also_after_a_death(tiny_spec: Any
         assert result.best is not None and result.best.step == 1 and (Path(spec.output) / result.best.path).is_dir()
         assert result.evaluation["loss"] == losses_of(spec, EVALUATIONS_FILE)[-1]
         assert [row["step"] for row in rows_of(spec)] == [1, 2, 3, 4]
+        answers = (Path(spec.output) / SAMPLES_FILE).read_text()
+        assert answers == (Path(spec.output) / samples_file(4)).read_text() and answers.count("\n") == EVALUATION.limit
     again = expect(run_ranks(quiet), 0, 0)
     assert "is finished" in again.text and len(rows_of(quiet)) == 4
