@@ -203,16 +203,28 @@ def raise_failure(record: Record, plan: Plan) -> None:
     if record.failure is None:
         return
     failure = record.failure
-    who = f"rank {failure.rank} on {failure.host}" if failure.rank >= 0 else failure.host
-    tail = "".join(f"\n    {line}" for line in failure.tail)
     left = "".join(f"\n  not cleared: {node.host}: {node.left.splitlines()[0]}" for node in record.nodes if node.left)
     left += f"\n  when it responds: omnilaunch stop {record.run_id}" if left else ""
     kept = f"\n  checkpoint: {checkpoint_place(record, plan)}" if record.checkpoint else ""
     resume = next_line(plan, record.status)
-    text = f"the run failed first at {who}: {failure.message}{tail}{advice(failure)}\n  log: {failure.log}{left}\n  record: {plan.folder}{kept}{resume}"
+    text = f"{describe_failure(failure)}\n  log: {failure.log}{left}\n  record: {plan.folder}{kept}{resume}"
     if record.status == "refused":
         raise ConfigRefused(text)
     raise NodeFailed(text) if record.exit_code == Exit.NODE else RunEnded(text)
+
+
+def describe_failure(failure: Failure) -> str:
+    """Where it failed, and why. Of a known failure first what it means and what to do; Python's traceback is in the log."""
+    who = f"the run failed first at {f'rank {failure.rank} on {failure.host}' if failure.rank >= 0 else failure.host}"
+    if not failure.meaning:
+        return f"{who}: {failure.message}" + "".join(f"\n    {line}" for line in failure.tail)
+    printed = dict.fromkeys((*failure.message.splitlines(), *filter(is_said, failure.tail)))  # the message ends the traceback too
+    return f"{who}{advice(failure)}\n  message: " + "\n    ".join(line for line in printed if line.strip())
+
+
+def is_said(line: str) -> bool:
+    """Whether a line is what a program says, and none of Python's traceback: a place in the code, the code, or the sentences between."""
+    return not (line.startswith((" ", "Traceback (most recent", "The above exception", "During handling of")) or not line.strip("^~ "))
 
 
 def next_line(plan: Plan, status: str) -> str:
