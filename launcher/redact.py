@@ -1,7 +1,7 @@
 """What is printed shows no credential, and gives a terminal no commands. Nor does what is written to a run's folder hold a credential."""
 
 import re
-from typing import Any
+from typing import Any, TextIO
 
 from trainer.contract.secret_name import names_a_secret as names_a_secret  # here too, for the launcher
 
@@ -43,3 +43,8 @@ def printable(text: str) -> str:
 def for_terminal(text: str) -> str:
     """Lines as they are printed: what a terminal would take as a command is written as an escape, which is also one of JSON. Colours stay."""
     return COLOUR_OR_COMMAND.sub(lambda found: found[1] or f"\\u{ord(found[0]):04x}", text)
+
+
+def show(text: str = "", *, end: str = "\n", file: TextIO | None = None) -> None:
+    """`print` for the terminal, as `for_terminal` writes it."""
+    print(for_terminal(text), end=end, file=file, flush=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigRefused
-from launcher.redact import for_terminal
+from launcher.redact import show
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     plan, machine = plan_here(arguments.overrides, arguments.run_id, traced=arguments.trace, conf=conf_of(arguments))
     if arguments.json:  # the text has them among its notes
         for line in notes_here(plan):
-            print(for_terminal(f"note: {line}"), file=sys.stderr)
+            show(f"note: {line}", file=sys.stderr)
     if arguments.trace:
         arguments.say(describe_traced(plan, as_json=arguments.json, full=arguments.full))
     else:
@@ -130,6 +130,7 @@ def make_plan_here(
     overrides: Sequence[str], run_id: str, conf: "ConfFolder", *, traced: bool, asks: bool, only_data: bool
 ) -> "tuple[Plan, Machine | None]":
     """As plan_here, of all overrides."""
+    from launcher.check.nodes import find_placeholders
     from launcher.check.rules import RULES, RULES_BUT_MEMORY
     from launcher.config.compose import compose_with_files
     from launcher.config.defaults import keys_of
@@ -155,7 +156,7 @@ def make_plan_here(
     context = replace(context, memory_bytes=0) if only_data else context
     plan = make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf, compose=compose_again)
     plan = judge_weights(plan, conf)
-    plan = with_problems(plan, find_missing(config, here)) if asks else plan
+    plan = with_problems(plan, (*find_placeholders(config), *find_missing(config, here))) if asks else plan
     return with_files(plan, conf, files), context.machine
 
 

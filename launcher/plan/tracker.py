@@ -6,7 +6,6 @@ from importlib.metadata import PackageNotFoundError, version
 from launcher.config.schema import Config
 
 IN_LOCKS = ("tensorboard",)  # of images/locks
-KNOWN = (*IN_LOCKS, "wandb", "swanlab", "mlflow")
 
 
 def describe_missing(config: Config, *, named: bool, has: Callable[[str], bool] | None = None) -> tuple[str, ...]:
@@ -19,8 +18,6 @@ def describe_missing(config: Config, *, named: bool, has: Callable[[str], bool] 
 
 
 def describe_one(name: str, config: Config, has: Callable[[str], bool]) -> str:
-    if name not in KNOWN:
-        return f"run.trackers: there is no tracker {name}, so that the run will be refused; valid are {', '.join(KNOWN)}"
     if config.cluster.runtime == "docker":
         return "" if name in IN_LOCKS else f"run.trackers: no image has the package {name}, so that the run will be refused: leave it out"
     if config.cluster.is_local:

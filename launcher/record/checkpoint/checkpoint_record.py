@@ -31,8 +31,8 @@ METHODS: dict[str, Literal["", "int8", "nf4"]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRecord:
-    """`model`: None where only its name is known, and perhaps its `architecture`. `max_pixels`, `max_tiles`: of an image, as its processor was saved; 0 = its own limit. `data`:
-    that it was trained on, None where that is not known."""
+    """`model`: None where only its name is known, and perhaps its `architecture`. `max_pixels`, `max_tiles`: of an image, as its processor was
+    saved; 0 = its own limit. `data`: that it was trained on, None where that is not known."""
 
     weights: RecordedWeights
     model: Model | None

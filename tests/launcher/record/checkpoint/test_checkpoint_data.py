@@ -138,7 +138,7 @@ def test_where_the_data_of_weights_is_unknown_a_stage_that_reads_rows_asks_for_i
     if not needs:
         assert composed(tmp_path, *words).data.builtin == "digits", "which it does not read"
         return
-    with pytest.raises(ConfigRefused, match="do not say which data it was trained on. Name yours: data=files data") as caught:
+    with pytest.raises(ConfigRefused, match=r"do not say which data it was trained on\. Name yours: data=files data") as caught:
         composed(tmp_path, *words)
     assert str(folder) in str(caught.value)
     assert composed(tmp_path, *words, "data=digits").data.builtin == "digits"
