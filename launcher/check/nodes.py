@@ -80,7 +80,7 @@ def describe_placeholders(hosts: Sequence[str]) -> str:
     are = "is a placeholder" if len(hosts) == 1 else "are placeholders"
     return (
         f"{', '.join(hosts)} {are}, reserved for documentation: no machine has such an address. Copy conf/cluster/example.yaml to "
-        "conf/cluster/YOURS.yaml, set name and the addresses of your nodes in it, and write cluster=YOURS"
+        "conf/cluster/YOURS.yaml, set the addresses of your nodes in it, and write cluster=YOURS"
     )
 
 

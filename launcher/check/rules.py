@@ -5,7 +5,7 @@ would pass. Every such override is applied and judged again by its rule before i
 checked elsewhere.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from launcher.check.adapters import ADAPTER_RULES
@@ -78,6 +78,12 @@ def check(
         forced=forced,
         notes=tuple(write_notes(resolved)),
     )
+
+
+def offering(verdict: Verdict, accepts: Callable[[str], bool]) -> Verdict:
+    """The verdict with those changes alone that the command can carry out."""
+    problems = (replace(problem, changes=tuple(filter(accepts, problem.changes))) for problem in verdict.problems)
+    return replace(verdict, problems=tuple(problems))
 
 
 def run_rule(rule: Rule, resolved: Resolved, stacks: Mapping[str, Stack]) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launcher.commands.plan import notes_here
 from launcher.config.chain import GROUP, Chain, overrides_of
 from launcher.config.compose import compose, compose_with_files
 from launcher.config.conf_folder import ConfFolder
@@ -157,8 +158,9 @@ def describe_chain(planned: PlannedChain) -> str:
 def show_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path, conf: ConfFolder, say: Say) -> int:
     planned = plan_chain(chain, typed, chain_id, project, conf, Path.cwd())
     problems = dict.fromkeys(str(problem) for step in planned.steps for problem in step.plan.verdict.problems)
+    notes = dict.fromkeys(f"note: {line}" for step in planned.steps for line in notes_here(step.plan))
     last = ("planned; a launch is refused:", *problems) if problems else ("ok", f"next: {planned.resume}")
-    say("\n".join((describe_chain(planned), *last)))
+    say("\n".join((describe_chain(planned), *notes, *last)))
     return Exit.OK
 
 
@@ -189,7 +191,8 @@ def refuse_unlaunchable(planned: PlannedChain) -> None:
     for step in planned.steps:
         if not step.plan.verdict.launchable:
             problems = "\n".join(map(str, step.plan.verdict.problems))
-            raise ConfigRefused(f"step {step.name} of {GROUP}={planned.chain.name} cannot be launched:\n{problems}")
+            with naming_devices(planned.typed, step.plan.overrides, os.environ):
+                raise ConfigRefused(f"step {step.name} of {GROUP}={planned.chain.name} cannot be launched:\n{problems}")
 
 
 def describe_results(planned: PlannedChain) -> str:

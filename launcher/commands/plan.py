@@ -135,7 +135,7 @@ def make_plan_here(
     from launcher.config.compose import compose_with_files
     from launcher.config.defaults import keys_of
     from launcher.image.stack import load_stacks
-    from launcher.plan.local_context import context_for, for_this_machine
+    from launcher.plan.local_context import context_for, find_taken_port, for_this_machine
     from launcher.plan.plan import make_plan, with_files, with_problems
     from launcher.plan.rows import find_missing, settle_rows
     from launcher.plan.weights_folder import judge_weights, with_found_model
@@ -156,7 +156,8 @@ def make_plan_here(
     context = replace(context, memory_bytes=0) if only_data else context
     plan = make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf, compose=compose_again)
     plan = judge_weights(plan, conf)
-    plan = with_problems(plan, (*find_placeholders(config), *find_missing(config, here))) if asks else plan
+    found = (*find_placeholders(config), *find_missing(config, here), *find_taken_port(config)) if asks else ()
+    plan = with_problems(plan, found)
     return with_files(plan, conf, files), context.machine
 
 

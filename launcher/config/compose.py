@@ -7,7 +7,7 @@ validation library is imported at all: it would take a quarter of the time of a 
 
 import json
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -262,7 +262,16 @@ def _compose(overrides: list[str], conf: ConfFolder) -> Composed:
         data = typing.cast(dict[str, Any], OmegaConf.to_container(config, throw_on_missing=True))
     except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
         raise ConfigRefused(f"{_name_broken(conf)}: cannot be composed: {str(error).replace('++', '')}") from error
+    _name_by_file(data, choices, overrides)
     return Composed(data=data, choices=choices)
+
+
+def _name_by_file(data: dict[str, Any], choices: Mapping[str, str | None], overrides: Sequence[str]) -> None:
+    """Each axis has the name of its file, which `axis=NAME` chooses: a copy often still has the `name` of the file that it was copied from."""
+    typed = keys_of([text.removeprefix("++") for text in overrides])
+    for axis in AXES:
+        if isinstance(data.get(axis), dict) and choices.get(axis) and f"{axis}.name" not in typed:
+            data[axis]["name"] = choices[axis]
 
 
 def _search_first(own: Path) -> None:

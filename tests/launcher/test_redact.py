@@ -111,7 +111,9 @@ def test_options_and_licences_give_the_terminal_no_commands(
 ) -> None:
     model = (Path(__file__).parents[2] / "conf/model/tiny_llava.yaml").read_text(encoding="utf-8")
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/own.yaml").write_text(re.sub("^title: .*$", lambda _: 'title: "x\\e[2Jy"', model, flags=re.MULTILINE), encoding="utf-8")
+    (tmp_path / "model/own.yaml").write_text(
+        re.sub("^title: .*$", lambda _: 'title: "x\\e[2Jy"', model, flags=re.MULTILINE), encoding="utf-8"
+    )
     words = ("--conf", str(tmp_path))
     for argv in (["options", "model", *words], ["options", "data.train", "data=files", "data.train=a\033[2Jb", *words]):
         assert main(argv) == 0

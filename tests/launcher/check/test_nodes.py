@@ -59,4 +59,4 @@ def test_placeholders_can_be_planned_and_not_launched(capsys: pytest.CaptureFixt
     assert main(["launch", *words]) == 4
     assert main(["doctor", *words]) == 4
     assert time.monotonic() - began < 60
-    assert capsys.readouterr().err.count("Copy conf/cluster/example.yaml to conf/cluster/YOURS.yaml, set name and the addresses") == 2
+    assert capsys.readouterr().err.count("Copy conf/cluster/example.yaml to conf/cluster/YOURS.yaml, set the addresses") == 2

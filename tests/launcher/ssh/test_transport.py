@@ -175,5 +175,7 @@ PACKAGES = "/usr/local/Ascend/ascend-toolkit/latest/python/site-packages"
 def test_a_process_on_a_bare_ascend_node_finds_cann() -> None:
     sourced = {**SET_ENV, "PYTHONPATH": f"{PACKAGES}:/home/ann/hacks:/usr/local/Ascend/ascend-toolkit/latestX", "TASK_QUEUE_ENABLE": "2"}
     printed = Local(sourced).run(("env",)).output.splitlines()
-    assert dict(line.split("=", 1) for line in printed) == {**SET_ENV, "PYTHONPATH": PACKAGES}, "no setting, and no folder of the user's own"
+    assert dict(line.split("=", 1) for line in printed) == {**SET_ENV, "PYTHONPATH": PACKAGES}, (
+        "no setting, and no folder of the user's own"
+    )
     assert "PYTHONPATH" not in Local({"PATH": "/usr/bin:/bin", "PYTHONPATH": PACKAGES}).run(("env",)).output

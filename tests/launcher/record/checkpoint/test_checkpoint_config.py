@@ -290,7 +290,7 @@ def test_a_foreign_record_cannot_command_the_terminal(copied: bool, make_run: Ma
         plan["config"]["model"]["name"] = f"m{bad}"
         plan["spec"]["stage"]["checkpoint"] = f"/x{bad}"
         file.write_text(json.dumps(plan), encoding="utf-8")
-    config = composed(tmp_path, "stage=evaluate", f"stage.checkpoint={folder}")
+    config = composed(tmp_path, "stage=evaluate", f"stage.checkpoint={folder}", "data=digits")
     texts = [str(problem) for problem in check(config, STACKS).problems]
     texts += describe_short(replace(plan_for(), config=config)).splitlines()
     assert any(r"A\x1b[31m\x1b[2J\n" in text for text in texts)
