@@ -105,9 +105,8 @@ def plan_resume(
     asked = replace(context_for(config, stacks, tree.project), project=tree.project) if context_for else local
     local = replace(local, accepted=asked.accepted)  # of this user, whatever is planned
     again = partial(make_plan, stacks=stacks, run_id=paused.run_id, overrides=words, accepts=can_change)
-    then = again(before, local=local)
     with naming_new_run(paused, overrides):
-        now = again(config, local=asked)
+        then, now = again(before, local=local), again(config, local=asked)
     if tree.from_image and now.image.stack == paused.plan.image.stack:
         now = with_image(now, paused.plan.image, local)
     changes = tuple(find_changes(then.config, now.config))

@@ -9,6 +9,7 @@ from launcher.check.problem import Problem, Rule
 from launcher.config.schema import Config, Node
 from launcher.image.stack import Stack
 from launcher.memory.states import device_count
+from trainer.contract.wording import plural
 
 SSH_PORT = 22
 ROOT = "/srv/omnilaunch"  # a folder for cluster.root that is offered
@@ -159,7 +160,7 @@ def devices_are_counted(config: Config, _: Mapping[str, Stack]) -> Iterator[Prob
             what = f"{', '.join(map(str, twice))} of node {node.host} is listed twice"
             yield Problem(key=key, what=what, changes=(f"{key}=[{once}]",))
         elif node.devices and count != wanted:
-            what = f"node {node.host} lists {count} device(s), but {wanted} are used on every node"
+            what = f"node {node.host} lists {plural(count, 'device')}, but {wanted} are used on every node"
             yield Problem(key=key, what=what, changes=(f"cluster.devices_per_node={count}", f"{key}=[]"))
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher.commands.plan import notes_here
 from launcher.config.chain import GROUP, Chain, overrides_of
 from launcher.config.compose import compose, compose_with_files
 from launcher.config.conf_folder import ConfFolder
@@ -14,7 +13,7 @@ from launcher.config.defaults import keys_of
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import load_stacks
-from launcher.plan.local_context import context_for, for_this_machine
+from launcher.plan.local_context import context_for, for_this_machine, notes_here
 from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan, with_files
 from launcher.plan.rows import settle_rows
 from launcher.plan.short import describe_work

@@ -64,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         return show_chain(*chained, PROJECT, conf_of(arguments), arguments.say)
     plan, machine = plan_here(arguments.overrides, arguments.run_id, traced=arguments.trace, conf=conf_of(arguments))
     if arguments.json:  # the text has them among its notes
+        from launcher.plan.local_context import notes_here
+
         for line in notes_here(plan):
             show(f"note: {line}", file=sys.stderr)
     if arguments.trace:
@@ -73,22 +75,12 @@ def run(arguments: argparse.Namespace) -> int:
     return Exit.OK
 
 
-def notes_here(plan: "Plan") -> tuple[str, ...]:
-    """What this machine's environment has to say of a plan: variables that are set, and packages of trackers that are missing."""
-    from launcher.config.variable import describe_variables
-    from launcher.plan.plan import names_trackers
-    from launcher.plan.tracker import describe_missing
-
-    missing = describe_missing(plan.config, named=names_trackers(plan.config, plan.overrides))
-    return (*missing, *describe_variables(os.environ, plan.config, plan.overrides))
-
-
 def describe_here(plan: "Plan", machine: "Machine | None" = None, *, full: bool = False, launching: bool = False) -> str:
     """The plan for this terminal: its width, and colours if it takes them. `machine`: where it was asked for the plan."""
     from shutil import get_terminal_size
 
     from launcher.plan.full import describe_full
-    from launcher.plan.local_context import find_built, read_memory
+    from launcher.plan.local_context import find_built, notes_here, read_memory
     from launcher.plan.short import describe_short
     from launcher.plan.text import wants_colours
 

@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from launcher.check.problem import Problem
 from launcher.config.schema import Config
+from launcher.config.variable import describe_variables
 from launcher.image.docker import ARCHITECTURES
 from launcher.image.licence import licence_of, store_path, valid_acceptance
 from launcher.image.stack import REPOSITORY, Stack
 from launcher.plan.accepted import take_licence
 from launcher.plan.machine import NVIDIA_TOOLS, TORCH, TORCH_NPU, TRAINER_PACKAGES, Machine, asked_paths
-from launcher.plan.plan import LocalContext, Plan
+from launcher.plan.plan import LocalContext, Plan, names_trackers
+from launcher.plan.tracker import describe_missing
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
@@ -53,6 +55,12 @@ def context_for(config: Config, stacks: Mapping[str, Stack], project: Path, *, a
     where the user's file of licences is needed and cannot be read."""
     machine = read_machine(config) if asks and config.cluster.is_local else None
     return replace(local_context(project), machine=machine, accepted=find_acceptance(config, stacks, os.environ))
+
+
+def notes_here(plan: Plan) -> tuple[str, ...]:
+    """What this machine's environment has to say of a plan: variables that are set, and packages of trackers that are missing."""
+    missing = describe_missing(plan.config, named=names_trackers(plan.config, plan.overrides))
+    return (*missing, *describe_variables(os.environ, plan.config, plan.overrides))
 
 
 def find_taken_port(config: Config) -> tuple[Problem, ...]:

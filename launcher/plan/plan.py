@@ -141,11 +141,10 @@ def make_plan(
     ConfigRefused with every problem at once; one that only prevents a launch (a licence to accept) is left in `verdict` for `launch` to refuse."""
     config, licence = take_licence(config, stacks, local.accepted)
     again = compose or (partial(compose_files, conf=conf) if conf else None)
-    recompose = partial(compose_change, overrides, compose=again) if again else None
-    rules = (*rules, *machine_rules(local.machine))
+    recompose, rules = partial(compose_change, overrides, compose=again) if again else None, (*rules, *machine_rules(local.machine))
     verdict, resolved, settled = judge(on_one_rank(config), stacks, rules, recompose, local.memory_bytes, overrides)
-    config, verdict = resolved.config, offering(verdict, accepts)
-    refuse(verdict, launching=False, overrides=overrides)
+    config = resolved.config
+    refuse(verdict := offering(verdict, accepts), launching=False, overrides=overrides)
     stack, cluster = stacks[config.hardware.stack], config.cluster
     image = render(stack, architecture=cluster.nodes[0].architecture, root=local.project, base=cluster.delivery.base)
     spec = train_spec(config, local, run_id=run_id, overrides=overrides)

@@ -38,6 +38,7 @@ from launcher.run.session import Session
 from launcher.run.signals import STOPPED_CODE, Stopped, StopRequest, catch_stops, handler_for
 from trainer import contract
 from trainer.contract import METRICS_FILE, Exit
+from trainer.contract.wording import plural
 
 # What the ranks do, by the kind of the stage.
 VERBS = {
@@ -69,7 +70,9 @@ def launch(plan: Plan, source: SourceTree, session: Session, *, detach: bool = F
             processes = prepare_and_start(plan, session, stop)
         except Stopped:
             return AttemptOutcome(status="stopped", code=STOPPED_CODE)
-        session.say(f"{VERBS[plan.spec.stage.kind]}: {plan.spec.device.world_size} rank(s) on {len(processes.trainers)} node(s)")
+        session.say(
+            f"{VERBS[plan.spec.stage.kind]}: {plural(plan.spec.device.world_size, 'rank')} on {plural(len(processes.trainers), 'node')}"
+        )
         return (detach_run if detach else supervise)(plan, folder, session, processes, stop)
 
     with lock_run(folder):

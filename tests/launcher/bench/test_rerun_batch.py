@@ -120,11 +120,14 @@ def test_the_rows_of_another_file_are_counted_against_the_recorded_batch(tmp_pat
     more.write_text(f"[{', '.join(['{}'] * 30)}]")
     recorded = record(*FILES, rows=60, steps=5)
     with pytest.raises(
-        ConfigRefused, match=r"24 samples, but data\.train has 4 rows(.|\n)*would pass: stage\.global_batch=1  or  stage"
+        ConfigRefused,
+        match=r"24 samples, but data\.train has 4 rows(.|\n)*would pass: stage\.global_batch=1 strategy\.micro_batch=1  or  stage",
     ) as refused:
         rerun(recorded, f"data.train={few}")
     assert "stage.global_batch=4" in str(refused.value)
-    assert rerun(recorded, f"data.train={few}", "stage.global_batch=4").plan.spec.batch.global_batch == 4, "as it was offered"
+    assert rerun(recorded, f"data.train={few}", "stage.global_batch=4", "strategy.micro_batch=1").plan.spec.batch.global_batch == 4, (
+        "as it was offered"
+    )
     plan = rerun(recorded, f"data.train={more}").plan
     assert (plan.config.data.rows, plan.spec.steps, plan.spec.batch.global_batch) == (30, 5, 24)
     assert rerun(recorded, "data.train=/not/here.json").plan.config.data.rows == 0, "not known, and not those of another file"

@@ -112,7 +112,8 @@ def test_every_file_that_a_spec_names_is_in_a_mount(plan_for: PlanFor) -> None:
         container = plan.commands[0].container
         assert container is not None
         mounted = [PurePosixPath(mount.path) for mount in container.mounts]
-        named = [text for _, text in flatten(asdict(plan.spec)) if isinstance(text, str) and text.startswith("/")]
+        values = {key: value for key, value in flatten(asdict(plan.spec)) if key != "data.root"}  # of built-in sets, of which this is none
+        named = [text for text in values.values() if isinstance(text, str) and text.startswith("/")]
         assert len(named) > 4
         for path in named:
             assert any(PurePosixPath(path).is_relative_to(folder) for folder in mounted), path
