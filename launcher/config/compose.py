@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.conf_folder import GROUPS, OPTIONAL_GROUPS, PRIMARY, ConfFolder, as_conf_folder
-from launcher.config.defaults import choose_duration, keys_of, settle
+from launcher.config.defaults import choose_duration, keys_of, settle, settle_rate
 from launcher.config.expected import describe_expected
 from launcher.config.fact import refuse_facts, refuse_fixed
 from launcher.config.hint import Known, explain_key, explain_value, join_words, read_foreign
@@ -51,8 +51,7 @@ def compose(overrides: Sequence[str], conf: Path | ConfFolder) -> Config:
 def compose_with_places(overrides: Sequence[str], conf: Path | ConfFolder) -> tuple[Config, Callable[[str], str]]:
     """The config, and what says of a dotted key which override or file sets it; '' where no file does. Raises ConfigRefused as `compose`."""
     conf = as_conf_folder(conf)
-    composed = _compose(_translate(overrides, conf), conf)
-    settle(composed.data, composed.choices, keys_of(overrides), conf)
+    composed = _compose_settled(overrides, conf)
 
     def find_place(key: str) -> str:
         place, (section, *inner) = _where(key.split("."), composed, overrides, conf), key.split(".")
@@ -66,11 +65,18 @@ def compose_with_places(overrides: Sequence[str], conf: Path | ConfFolder) -> tu
 def compose_with_files(overrides: Sequence[str], conf: Path | ConfFolder) -> tuple[Config, tuple[Path, ...]]:
     """The same, and the files that it was composed from, the first one that of config.yaml."""
     conf = as_conf_folder(conf)
-    composed = _compose(_translate(overrides, conf), conf)
-    settle(composed.data, composed.choices, keys_of(overrides), conf)
+    composed = _compose_settled(overrides, conf)
     files = (conf.find(group, choice) for group, choice in composed.choices.items() if choice)
     config = _complete(_validate(composed, overrides, conf), overrides)
     return config, (conf.project / f"{PRIMARY}.yaml", *(file for file in files if file.is_file()))
+
+
+def _compose_settled(overrides: Sequence[str], conf: ConfFolder) -> Composed:
+    """With the defaults that depend on other values."""
+    composed = _compose(_translate(overrides, conf), conf)
+    settle(composed.data, composed.choices, keys_of(overrides), conf)
+    settle_rate(composed.data, composed.choices, keys_of(overrides), conf)
+    return composed
 
 
 def compose_over(config: Config, overrides: Sequence[str], conf: Path | ConfFolder) -> Config:
