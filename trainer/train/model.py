@@ -114,8 +114,8 @@ def reading(folder: Path | None) -> Iterator[None]:
         if folder is None or getattr(error, "errno", None) is not None:
             raise
         raise InputRefused(
-            f"{folder}: its files cannot be read as those of a model: {type(error).__name__}: {error}\n    omnilaunch model check {folder} names what is "
-            "missing or damaged; copy those files again"
+            f"{folder}: its files cannot be read as those of a model: {type(error).__name__}: {error}\n    copy the folder again, whole; omnilaunch "
+            f"model check {folder} compares names, sizes and headers"
         ) from error
 
 
