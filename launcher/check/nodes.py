@@ -23,7 +23,7 @@ NAMES = {"host": HOST, "address": HOST, "user": USER, "interface": INTERFACE}
 JUMP = re.compile(r"(ssh://)?(\w[\w.+-]*@)?((\w[\w.-]*|\[[\w:.%]+\])(:\d{1,5})?|[\w.%]*(:[\w.%]*){2,})")
 # Reserved for documentation: RFC 5737 (TEST-NET-1 to 3), RFC 3849 and 9637 (IPv6), RFC 2606 (names).
 PLACEHOLDERS = tuple(map(ip_network, ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "2001:db8::/32", "3fff::/20")))
-PLACEHOLDER_NAMES, PLACEHOLDER_DOMAINS = ("example.com", "example.net", "example.org"), ("example", "invalid")
+PLACEHOLDER_NAMES, PLACEHOLDER_DOMAINS = ("example.com", "example.net", "example.org"), ("example",)
 LOOPBACK = re.compile(r"localhost|127\..*|::1")
 
 

@@ -40,7 +40,7 @@ def test_two_nodes_and_a_spare_can(plan_for: Callable[..., Plan]) -> None:
     ("host", "placeholder"),
     [
         ("192.0.2.11", True), ("198.51.100.1", True), ("203.0.113.255", True), ("2001:db8::7", True), ("[2001:db8::7]", True),
-        ("node1.example.com", True), ("Example.ORG.", True), ("gpu.example", True), ("x.invalid", True),
+        ("node1.example.com", True), ("Example.ORG.", True), ("gpu.example", True), ("x.invalid", False),
         ("192.0.3.1", False), ("10.0.0.1", False), ("gpu1", False), ("example", False), ("example.co", False), ("myexample.com", False),
         ("fd00::1", False),
     ],
