@@ -75,7 +75,7 @@ def test_a_whole_folder(tmp_path: Path, models: dict[str, Any]) -> None:
         (damage("model.safetensors.index.json", lambda _: b"{}"), "the index of the weights cannot be read"),
         (
             damage("model.safetensors.index.json", lambda _: b'{"weight_map": {"a": "../up.safetensors"}}'),
-            "weight files missing: up.safetensors",
+            "1 of 1 weight file missing: up.safetensors",
         ),
         (
             damage("model.safetensors.index.json", lambda _: b'{"weight_map": {"a": "/etc/passwd"}}'),
