@@ -25,6 +25,10 @@ INSTALL = .venv/bin/python -m pip install $(PIP_FLAGS) --disable-pip-version-che
 # Only the CPU of this machine needs the trainer's packages here; an accelerator has them in its image, and other machines have their own. A run
 # that is resumed has them where it started.
 TRAINER = .venv/.launcher $(if $(filter-out cpu,$(HW))$(filter-out local,$(CLUSTER))$(RESUME),,.venv/.trainer)
+# The same for a benchmark, by its file in conf/experiment. The id of a published result does not say its hardware.
+hardware_of = $(shell sed -n 's/^ *- override \/hardware: *//p' $(wildcard conf/experiment/$(1).yaml) /dev/null)
+BENCH = .venv/.launcher $(if $(filter-out local,$(CLUSTER))$(filter-out cpu,$(call hardware_of,$(EXP))),,$(if $(EXP),.venv/.trainer))
+RERUN = .venv/.launcher $(if $(filter-out local,$(CLUSTER))$(filter-out cpu,$(call hardware_of,$(RUN))),,.venv/.trainer)
 
 OFFLINE := not docker and not network and not cluster
 # Two processes with one thread each: more threads than cores wait for each other.
@@ -45,10 +49,10 @@ plan: .venv/.launcher ## Print what `make train` with the same variables would d
 train: $(TRAINER) ## Start the run, or continue the run RESUME; without variables, the tiny model on real digits
 	@.venv/bin/omnilaunch launch $(if $(RESUME),--resume $(RESUME)) $(OVERRIDES)
 
-bench: $(TRAINER) ## Run the repeats of benchmark EXP, and publish median and range in docs/results; without EXP list the benchmarks
+bench: $(BENCH) ## Run the repeats of benchmark EXP, and publish median and range in docs/results; without EXP list the benchmarks
 	@.venv/bin/omnilaunch bench $(EXP) $(if $(CLUSTER),cluster=$(CLUSTER)) $(ARGS)
 
-bench-rerun: $(TRAINER) ## Run the published result RUN again, and say whether it reproduces
+bench-rerun: $(RERUN) ## Run the published result RUN again, and say whether it reproduces
 	@.venv/bin/omnilaunch bench-rerun $(if $(RUN),$(RUN),$(error name a result: make bench-rerun RUN=RESULT)) $(if $(CLUSTER),cluster=$(CLUSTER)) $(ARGS)
 
 matrix: .venv/.launcher ## Update the table "What ran where" of docs/status.md from docs/results

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launcher.errors import ConfigRefused, LaunchError, suggest
-from launcher.redact import for_terminal
+from launcher.redact import show
 from trainer.contract import Exit
 
 
@@ -48,10 +48,10 @@ VERBS = {
         "prepare",
         "check the nodes of a cluster, or this machine",
         "doctor",
-        ("cluster=example", "cluster=example hardware=h200 --json", "data data=digits"),
+        ("cluster=YOURS", "cluster=YOURS hardware=h200 --json", "data data=digits"),
     ),
     "plan": Verb("prepare", "show what a run would do, without starting it", "plan", (LORA, "run.steps=100 --json")),
-    "launch": Verb("run", "start a run, or resume one", "launch", (f"{LORA} cluster=example --run-id monday", "--resume monday")),
+    "launch": Verb("run", "start a run, or resume one", "launch", (f"{LORA} cluster=YOURS --run-id monday", "--resume monday")),
     "attach": Verb("run", "supervise a run that is already running", "live.attach", ("last", "20261121-0245")),
     "stop": Verb("run", "stop a run on all its nodes, after it has saved", "live.stop", ("last", "monday")),
     "render": Verb("run", "write a run as scripts, for nodes without SSH", "render", (f"{LORA} --to monday/", "last --to monday/")),
@@ -61,7 +61,7 @@ VERBS = {
     "compare": Verb("look", "compare runs, and show where they diverge", "compare", ("monday last", "monday last --band loss=0.01")),
     "report": Verb("look", "write a report of one or several runs", "report", ("last", "monday tuesday --markdown --out -")),
     "fit-report": Verb("look", "compare planned memory with measured memory", "fit_report", ("", "last --markdown")),
-    "rerun": Verb("reproduce", "run a recorded run again", "rerun", ("last", "monday hardware=h200 cluster=example")),
+    "rerun": Verb("reproduce", "run a recorded run again", "rerun", ("last", "monday hardware=h200 cluster=YOURS")),
     "bench": Verb("reproduce", "run a benchmark and publish its result", "bench", ("", "cpu_tiny_llava_full cluster=local")),
     "bench-rerun": Verb(
         "reproduce", "check that a published result reproduces", "bench_rerun", ("cpu_tiny_llava_full", "last --repeats 5")
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # what cannot be written is found now, and not by the interpreter at its end
         return code
     except LaunchError as error:
-        print(f"\nomnilaunch: {for_terminal(str(error))}", file=sys.stderr)
+        show(f"\nomnilaunch: {error}", file=sys.stderr)
         return int(error.exit_code)
     except KeyboardInterrupt:
         return 130
@@ -137,7 +137,7 @@ def explain(error: OSError) -> int:
     else:
         raise error
     with suppress(OSError):  # a full disk
-        print(f"\nomnilaunch: {for_terminal(text)}", file=sys.stderr)
+        show(f"\nomnilaunch: {text}", file=sys.stderr)
     return int(Exit.USAGE)
 
 
@@ -272,7 +272,7 @@ def print_completions(words: Sequence[str]) -> int:
     with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere), suppress(Exception, SystemExit):
         from launcher.commands.completion import complete
 
-        for candidate in complete(words, (*VERBS, *SIMPLE), make_parser):
+        for candidate in filter(str.isprintable, complete(words, (*VERBS, *SIMPLE), make_parser)):
             print(candidate)  # no line at all where there is none: then the shell completes file names
     return int(Exit.OK)
 
@@ -287,7 +287,7 @@ class Terminal:
     def say(self, text: str) -> None:
         try:
             if self.error is None:
-                print(for_terminal(text), flush=True)
+                show(text)
         except OSError as error:
             self.error = error
             close_output()

@@ -1,7 +1,7 @@
 """What is printed shows no credential, and gives a terminal no commands. Nor does what is written to a run's folder hold a credential."""
 
 import re
-from typing import Any
+from typing import Any, TextIO
 
 from trainer.contract.secret_name import names_a_secret as names_a_secret  # here too, for the launcher
 
@@ -52,3 +52,8 @@ def for_file(text: str) -> str:
 
 def escape(found: re.Match[str]) -> str:
     return found[1] or f"\\u{ord(found[0]):04x}"
+
+
+def show(text: str = "", *, end: str = "\n", file: TextIO | None = None) -> None:
+    """`print` for the terminal, as `for_terminal` writes it."""
+    print(for_terminal(text), end=end, file=file, flush=True)

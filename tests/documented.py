@@ -127,7 +127,7 @@ def write_files(folder: Path) -> None:
     for name in ("train.json", "held_out.json", "a.json"):
         (folder / name).write_text(json.dumps(rows), encoding="utf-8")
     (folder / "rows.jsonl").write_text('{"image": "a.png", "prompt": "What is this?"}\n', encoding="utf-8")
-    example = (ROOT / "conf" / "cluster" / "example.yaml").read_text(encoding="utf-8")
+    example = (ROOT / "conf" / "cluster" / "example.yaml").read_text(encoding="utf-8").replace("192.0.2.", "10.0.0.")  # filled in
     for own in (folder / "conf" / "cluster", folder / "my-conf" / "cluster"):
         own.mkdir(parents=True)
         for name in ("lab", "pair"):

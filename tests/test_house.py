@@ -36,6 +36,8 @@ PUBLISHED_CLASSES = {"MiniCPMV", "MiniCPMVConfig"}  # two published families nam
 MOST_MODULES = 20  # in one folder, its __init__ not counted
 # Our own words and turns, and what the manuals of PyTorch, Docker and OpenSSH say instead. Case is ignored.
 WORDS = {
+    r"\b(rank|node|device|row|file|step|value|problem|run|line|image|question|answer|check|note|path|tensor|process|restart|other|override|thread)"
+    r"\((s|es)\)": "trainer.contract.wording.plural",
     r"\btold\b|\btells of\b": "reported, printed, says",
     r"\bheld against\b": "compared with, checked against",
     r"\bnobody\b": "the passive voice",

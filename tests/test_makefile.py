@@ -12,7 +12,7 @@ TRAINER = "setting up the trainer"
 def commands(folder: Path, *words: str) -> str:
     """Of a tree without a .venv."""
     argv = ("make", "--dry-run", "--file", str(ROOT / "Makefile"), *words)
-    for name in ("images", "pyproject.toml"):
+    for name in ("images", "conf", "pyproject.toml"):
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
     return subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=True).stdout
@@ -41,3 +41,25 @@ def test_the_packages_of_the_trainer_are_set_up_where_a_process_runs_here(
 
 def test_the_runtime_is_no_word_of_the_makefile() -> None:
     assert "runtime" not in (ROOT / "Makefile").read_text(encoding="utf-8").lower()
+
+
+@pytest.mark.parametrize(
+    ("words", "sets_up", "starts"),
+    [
+        (("bench",), False, "omnilaunch bench"),
+        *(
+            (("bench", f"EXP={path.stem}"), path.stem.startswith("cpu_"), f"omnilaunch bench {path.stem}")
+            for path in sorted((ROOT / "conf/experiment").glob("*.yaml"))
+        ),
+        (("bench", "EXP=cpu_tiny_llava_full", "CLUSTER=lab"), False, "omnilaunch bench cpu_tiny_llava_full cluster=lab"),
+        (("bench-rerun", "RUN=h200_qwen2_5_vl_7b_lora"), False, "omnilaunch bench-rerun h200_qwen2_5_vl_7b_lora"),
+        (("bench-rerun", "RUN=cpu_tiny_llava_full"), True, "omnilaunch bench-rerun cpu_tiny_llava_full"),
+        (("bench-rerun", "RUN=20261120-0101"), True, "omnilaunch bench-rerun 20261120-0101"),
+    ],
+)
+def test_a_benchmark_sets_up_the_trainer_where_its_hardware_is_the_cpu(
+    tmp_path: Path, words: tuple[str, ...], sets_up: bool, starts: str
+) -> None:
+    text = commands(tmp_path, *words)
+    assert (TRAINER in text) is sets_up and "setting up the launcher" in text
+    assert " ".join(text.splitlines()[-1].split()).endswith(starts)

@@ -23,7 +23,10 @@ from launcher.errors import ConfigRefused, suggest
 from launcher.image.stack import Image, Stack, load_stacks
 from launcher.plan.commands import FOLDER_VARIABLE, RUN_VARIABLE, node_commands
 from launcher.plan.plan import LocalContext, Plan, carry_over, make_plan
-from launcher.plan.rows import settle_rows
+from launcher.plan.rows import find_rows, settle_rows
+from launcher.record.checkpoint.checkpoint_config import find_differences, find_runs
+from launcher.record.checkpoint.checkpoint_record import read_checkpoint
+from launcher.record.checkpoint_reference import KEYS, locate_checkpoint, resolve_base, use_checkpoint, with_full_ids
 from launcher.record.record import OriginalRun
 from launcher.record.recorded_run import RecordedRun
 from launcher.weights.source import with_weights_folder
@@ -77,6 +80,7 @@ def plan_rerun(
     `place`; without it, nothing is asked."""
     refuse_code(recorded, tree, accepted)
     before = recorded_config(recorded, environ)
+    overrides = with_full_ids(overrides, *find_runs(before, place.here))
     config = config_again(before, recorded, overrides, place, environ, conf)
     stacks, place = load_stacks(tree.project / "images"), replace(place, project=tree.project)
     words = (*kept_overrides(recorded, overrides), *overrides)
@@ -109,6 +113,7 @@ def config_again(
 ) -> Config:
     """The recorded config with the overrides, with the runtime and the weights that they bring about."""
     config = change_config(before, recorded, overrides, place, conf) if overrides else before
+    config = start_again(config, overrides, place.here)
     config = choose_runtime_again(config, recorded, overrides)
     if any(word.startswith("model") for word in overrides):  # otherwise the source is the recorded one
         config = with_weights_folder(config, environ)
@@ -178,8 +183,31 @@ def change_config(
         config = with_short_warmup(config, named)
     if EPOCHS in typed:
         return settle_rows(replace(config, data=replace(config.data, rows=rows_again(config, typed))), named, place.here)
-    kept = config.stage.global_batch == before.stage.global_batch and not any(key.partition(".")[0] == "data" for key in typed)
-    return config if kept else replace(config, run=replace(config.run, epochs=None))
+    other = any(key.partition(".")[0] == "data" for key in typed)
+    if config.stage.global_batch == before.stage.global_batch and not other:
+        return config
+    config = replace(config, run=replace(config.run, epochs=None))
+    return with_rows(replace(config, data=replace(config.data, rows=rows_again(config, typed))), place.here) if other else config
+
+
+def with_rows(config: Config, here: Path) -> Config:
+    """The config with the rows of other data, against which its batch is judged; 0 where they are not known here."""
+    if config.stage.kind != "train" or config.data.builtin or not config.data.train:
+        return config
+    return replace(config, data=replace(config.data, rows=find_rows(config, here)))
+
+
+def start_again(config: Config, overrides: Sequence[str], here: Path) -> Config:
+    """The config with folders in place of runs, where an override names another checkpoint; the model stays that of the record, and a
+    checkpoint of another one is refused. Raises ConfigRefused."""
+    if not keys_of(overrides) & {*KEYS}:
+        return config
+    runs = find_runs(config, here)
+    text, found = locate_checkpoint(config, *runs)
+    if found is not None and (record := read_checkpoint(found, text)):
+        weights = replace(record.weights, differences=find_differences(config.model, record))
+        config = replace(config, stage=replace(config.stage, recorded=weights))
+    return resolve_base(use_checkpoint(config, found, text) if found else config, *runs)
 
 
 def rows_again(config: Config, typed: Set[str]) -> int:

@@ -22,6 +22,7 @@ from launcher.record.recorded_run import RecordedRun
 from launcher.record.source import RECORD_SCHEMA, SourceState
 from trainer import contract
 from trainer.contract import SCHEMA, Inputs, SpecError, TrainSpec
+from trainer.contract.wording import plural
 
 UNKNOWN_FILES = ("what the image is made of",)
 
@@ -47,7 +48,7 @@ def restore_config(result: PublishedResult, cluster: Cluster) -> Config:
     site = result.site
     if len(cluster.working) != site.nodes:
         raise ConfigRefused(
-            f"result {result.result_id} was made on {site.nodes} node(s), cluster={cluster.name} has {len(cluster.working)}: "
+            f"result {result.result_id} was made on {plural(site.nodes, 'node')}, cluster={cluster.name} has {len(cluster.working)}: "
             "choose a cluster with the same number of nodes with cluster=NAME"
         )
     paths = {name: value for name, value in cluster.environment.items() if PATH_IN_TEXT.search(value)}

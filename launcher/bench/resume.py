@@ -4,9 +4,12 @@ A table decides for each key of the config what a change of it does. The trainer
 """
 
 import json
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -101,7 +104,9 @@ def plan_resume(
     words = words if config.run.epochs is not None else without_keys(words, (EPOCHS,))
     asked = replace(context_for(config, stacks, tree.project), project=tree.project) if context_for else local
     local = replace(local, accepted=asked.accepted)  # of this user, whatever is planned
-    then, now = (make_plan(each, stacks, at, run_id=paused.run_id, overrides=words) for each, at in ((before, local), (config, asked)))
+    again = partial(make_plan, stacks=stacks, run_id=paused.run_id, overrides=words, accepts=can_change)
+    with naming_new_run(paused, overrides):
+        then, now = again(before, local=local), again(config, local=asked)
     if tree.from_image and now.image.stack == paused.plan.image.stack:
         now = with_image(now, paused.plan.image, local)
     changes = tuple(find_changes(then.config, now.config))
@@ -186,6 +191,12 @@ def kind_of_change(key: str) -> str:
     return next((kind for kind, patterns in RULES if any(fnmatchcase(key, pattern) for pattern in patterns)), LEARNING)
 
 
+def can_change(offered: str) -> bool:
+    """Whether a resume can take an offered change, with what --accept allows. `axis=NAME` is as its name."""
+    keys = (word.partition("=")[0] for word in shlex.split(offered))
+    return all(kind_of_change(key if "." in key else f"{key}.name") not in (LEARNING, PLACE) for key in keys)
+
+
 def describe_change(change: ChangedSetting, config: Config) -> str:
     text = f"{change.key}: {change.old or 'nothing'} → {change.new or 'nothing'}"
     optimizer = config.stage.optimizer
@@ -241,15 +252,32 @@ def compare_settings(then: Plan, now: Plan) -> list[str]:
     return [f"{key} of the trainer: {old.get(key)} → {new[key]}" for key in new if old.get(key) != new[key] and key not in allowed]
 
 
+@contextmanager
+def naming_new_run(paused: PausedRun, overrides: Sequence[str]) -> Iterator[None]:
+    """A refusal of what the overrides make of the run says where other settings can be given."""
+    try:
+        yield
+    except ConfigRefused as error:
+        if not overrides:
+            raise
+        raise type(error)(
+            f"{error}\nA run that is resumed keeps its batch, its model and what else it learns with. Leave out or change the overrides; or "
+            f"start a new run from its weights, with what else it needs: {new_run_command(paused, overrides)}"
+        ) from error
+
+
+def new_run_command(paused: PausedRun, overrides: Sequence[str]) -> str:
+    words = [word for word in overrides if not word.startswith(("run.steps=", "run.epochs="))]
+    return command_line("launch", f"stage.checkpoint={paused.run_id}", *words)
+
+
 def refuse_learning(paused: PausedRun, lines: Sequence[str], overrides: Sequence[str]) -> None:
     """Raises ConfigRefused for what would change what the run learns, except its steps and its data."""
     if lines:
-        words = without_keys(overrides, ("run.steps", EPOCHS))
-        new_run = command_line("launch", f"stage.checkpoint={paused.run_id}", *words)
         shown = "\n".join(f"  {line}" for line in lines)
         raise ConfigRefused(
             f"run {paused.run_id} cannot be resumed with settings that change what it learns:\n{shown}\nResume it without them; or start a "
-            f"new run from its weights, with what else it needs: {new_run}"
+            f"new run from its weights, with what else it needs: {new_run_command(paused, overrides)}"
         )
 
 

@@ -13,6 +13,7 @@ from launcher.record.verdict import judge_figure, judge_losses
 from trainer import contract
 from trainer.contract import SpecError
 from trainer.contract.environment_facts import changed_facts
+from trainer.contract.wording import plural
 
 # Figure of a summary -> (name, which is also that of its band; unit; which change is worse, as in record.verdict; divisor).
 JUDGED: dict[str, tuple[str, str, int, float]] = {
@@ -124,7 +125,7 @@ def describe_reproduction(found: Reproduction, result: PublishedResult) -> str:
     )
     lines.append("")
     if found.facts:
-        lines.append(f"  {len(found.facts)} value(s) of the environment, the code or the data differ:")
+        lines.append(f"  {plural(len(found.facts), 'difference')} in the environment, the code or the data:")
         lines += [f"    {key}: {then or 'missing'} -> {now or 'missing'}" for key, (then, now) in list(found.facts.items())[:MAX_LISTED]]
         lines += [f"    and {len(found.facts) - MAX_LISTED} more"] if len(found.facts) > MAX_LISTED else []
     else:

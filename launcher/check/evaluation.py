@@ -10,6 +10,7 @@ from launcher.config.schema import Config
 from launcher.image.stack import Stack
 from launcher.memory.estimate import answering_memory, estimate_memory
 from launcher.memory.states import GIB
+from trainer.contract.wording import plural
 
 KEY = "run.evaluation.batch"
 OFF = {"run.evaluation.enabled": False}
@@ -59,7 +60,7 @@ def evaluation_fits(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]
     limit = (memory.limit_bytes or 0) / GIB
     what = (
         f"the evaluation, beside what training keeps, takes {memory.total_bytes / GIB:.1f} GiB of the device's {limit:g}, of which "
-        f"{memory.share:.0%} may be taken: {config.run.evaluation.batch} question(s) at a time, answers of up to "
+        f"{memory.share:.0%} may be taken: {plural(config.run.evaluation.batch, 'question')} at a time, answers of up to "
         f"{config.run.evaluation.max_new_tokens:,} tokens{describe_one(config)}"
     )
     yield Problem(key=KEY, what=what, changes=tuple(list_fitting(config)), forcible=True)

@@ -2,12 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from ipaddress import ip_address, ip_network
 
 from launcher.check.problem import Problem, Rule
 from launcher.config.schema import Config, Node
 from launcher.image.stack import Stack
 from launcher.memory.states import device_count
+from trainer.contract.wording import plural
 
 SSH_PORT = 22
 ROOT = "/srv/omnilaunch"  # a folder for cluster.root that is offered
@@ -19,6 +21,9 @@ HOST_AND_PORT = re.compile(r"([\w.-]+):(\d{1,5})")  # an IPv6 address has more c
 NAMES = {"host": HOST, "address": HOST, "user": USER, "interface": INTERFACE}
 # user@, then a name, [v6] or a bare v6 address; the first two with :port
 JUMP = re.compile(r"(ssh://)?(\w[\w.+-]*@)?((\w[\w.-]*|\[[\w:.%]+\])(:\d{1,5})?|[\w.%]*(:[\w.%]*){2,})")
+# Reserved for documentation: RFC 5737 (TEST-NET-1 to 3), RFC 3849 and 9637 (IPv6), RFC 2606 (names).
+PLACEHOLDERS = tuple(map(ip_network, ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "2001:db8::/32", "3fff::/20")))
+PLACEHOLDER_NAMES, PLACEHOLDER_DOMAINS = ("example.com", "example.net", "example.org"), ("example",)
 LOOPBACK = re.compile(r"localhost|127\..*|::1")
 
 
@@ -62,6 +67,31 @@ def nodes_are_distinct(config: Config, _: Mapping[str, Stack]) -> Iterator[Probl
         if twice:
             what = f"listed twice: {', '.join(twice)}; a node runs one container"
             yield Problem(key=f"cluster.nodes.{name}", what=what, changes=("cluster=local",))
+
+
+def find_placeholders(config: Config) -> tuple[Problem, ...]:
+    """Addresses that stand for other ones in documentation, such as those of conf/cluster/example.yaml: no host ever has one."""
+    found = [node.host for node in config.cluster.nodes if is_placeholder(node.host) or is_placeholder(node.address)]
+    if not found:
+        return ()
+    return (Problem(key="cluster.nodes", what=describe_placeholders(found), launch_only=True),)
+
+
+def describe_placeholders(hosts: Sequence[str]) -> str:
+    are = "is a placeholder" if len(hosts) == 1 else "are placeholders"
+    return (
+        f"{', '.join(hosts)} {are}, reserved for documentation: no machine has such an address. Copy conf/cluster/example.yaml to "
+        "conf/cluster/YOURS.yaml, set the addresses of your nodes in it, and write cluster=YOURS"
+    )
+
+
+def is_placeholder(host: str) -> bool:
+    try:
+        address = ip_address(host.strip("[]"))
+    except ValueError:
+        parts = host.lower().rstrip(".").split(".")
+        return (len(parts) > 1 and parts[-1] in PLACEHOLDER_DOMAINS) or ".".join(parts[-2:]) in PLACEHOLDER_NAMES
+    return any(address in network for network in PLACEHOLDERS)
 
 
 def host_of(node: Node) -> str:
@@ -130,7 +160,7 @@ def devices_are_counted(config: Config, _: Mapping[str, Stack]) -> Iterator[Prob
             what = f"{', '.join(map(str, twice))} of node {node.host} is listed twice"
             yield Problem(key=key, what=what, changes=(f"{key}=[{once}]",))
         elif node.devices and count != wanted:
-            what = f"node {node.host} lists {count} device(s), but {wanted} are used on every node"
+            what = f"node {node.host} lists {plural(count, 'device')}, but {wanted} are used on every node"
             yield Problem(key=key, what=what, changes=(f"cluster.devices_per_node={count}", f"{key}=[]"))
 
 

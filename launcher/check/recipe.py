@@ -14,6 +14,7 @@ from launcher.image.stack import Stack
 from launcher.memory.deepspeed import ZERO_STAGE
 from launcher.memory.states import world_size
 from launcher.memory.tokens import smallest_image_tokens
+from trainer.contract.wording import plural
 
 TEXT_TOKENS = 32  # the shortest question and answer to an image
 
@@ -215,7 +216,9 @@ def batch_divides(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     micro = 1 if config.strategy.micro_batch is None else config.strategy.micro_batch
     unit = micro * ranks
     if config.stage.kind in ("train", "evaluate") and total > 0 and unit > 0 and total % unit:
-        what = f"{total} samples cannot be divided among {ranks} rank(s) in micro-batches of {micro}: it must be a multiple of {unit}"
+        what = (
+            f"{total} samples cannot be divided among {plural(ranks, 'rank')} in micro-batches of {micro}: it must be a multiple of {unit}"
+        )
         sizes = [size for size in (total - total % unit, total - total % unit + unit) if size]
         changes = [f"stage.global_batch={size}" for size in sizes]
         if micro > 1 and total % ranks == 0:  # the batch stays, and so does what it learns

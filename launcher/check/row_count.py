@@ -2,30 +2,10 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 from launcher.check.problem import Problem
-from launcher.config.defaults import SHORT_STEPS
+from launcher.config.defaults import SHORT_STEPS, load_random_rate
 from launcher.config.schema import Config
-
-
-@dataclass(frozen=True, kw_only=True)
-class RandomRate:
-    """The usual learning rates for random weights, far above those of fine-tuning: peak rates of AdamW. `source`: where they are from."""
-
-    low: float
-    high: float
-    source: str
-
-
-@cache
-def load_random_rate() -> RandomRate:
-    import yaml
-
-    return RandomRate(**yaml.safe_load(Path(__file__).with_name("random_rate.yaml").read_text(encoding="utf-8")))
-
 
 STEPS_AN_EPOCH = 8  # of a small data set, about: enough updates to learn from it
 MANY_EPOCHS = 10  # published recipes of fine-tuning have 1 to 3
@@ -69,7 +49,7 @@ def write_row_notes(config: Config) -> Iterator[str]:
     if has_own_rows(config) and config.model.source.kind == "random" and not config.stage.checkpoint and 0 < rate < usual.low:
         yield (
             f"stage.optimizer.lr={rate:g} is a rate of fine-tuning, and {config.model.name} has random weights: it will learn almost nothing. "
-            f"A rate of {usual.low:g} to {usual.high:g} is usual here: stage.optimizer.lr=5e-3"
+            f"A rate of {usual.low:g} to {usual.high:g} is usual here: stage.optimizer.lr={usual.default:g}"
         )
     rows, samples = config.data.rows, config.run.steps * config.stage.global_batch
     if has_own_rows(config) and rows and config.run.epochs is None and samples > MANY_EPOCHS * rows:

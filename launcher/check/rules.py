@@ -88,6 +88,12 @@ def check(
     )
 
 
+def offering(verdict: Verdict, accepts: Callable[[str], bool]) -> Verdict:
+    """The verdict with those changes alone that the command can carry out."""
+    problems = (replace(problem, changes=tuple(filter(accepts, problem.changes))) for problem in verdict.problems)
+    return replace(verdict, problems=tuple(problems))
+
+
 def run_rule(rule: Rule, resolved: Resolved, stacks: Mapping[str, Stack]) -> Iterator[Problem]:
     return check_memory(resolved, stacks) if rule in MEMORY_RULES else rule(resolved.config, stacks)
 

@@ -14,7 +14,7 @@ from launcher.config.defaults import keys_of, without_keys
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import load_stacks
-from launcher.plan.local_context import context_for, for_this_machine
+from launcher.plan.local_context import context_for, for_this_machine, notes_here
 from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan, with_files
 from launcher.plan.rows import settle_rows
 from launcher.plan.short import describe_work
@@ -190,8 +190,9 @@ def show_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
     problems = dict.fromkeys(str(problem) for step in planned.steps for problem in step.plan.verdict.problems)
     tight = ", ".join(step.name for step in planned.steps if step.plan.verdict.tight)
     word = f"tight: step {tight} may end for lack of memory" if tight else "ok"
+    notes = dict.fromkeys(f"note: {line}" for step in planned.steps for line in notes_here(step.plan))
     last = ("planned; a launch is refused:", *problems) if problems else (word, f"next: {planned.resume}")
-    say("\n".join((describe_chain(planned), *last)))
+    say("\n".join((describe_chain(planned), *notes, *last)))
     return Exit.OK
 
 
@@ -224,7 +225,8 @@ def refuse_unlaunchable(planned: PlannedChain) -> None:
     for step in planned.steps:
         if not step.plan.verdict.launchable:
             problems = "\n".join(map(str, step.plan.verdict.problems))
-            raise ConfigRefused(f"step {step.name} of {GROUP}={planned.chain.name} cannot be launched:\n{problems}")
+            with naming_devices(planned.typed, step.plan.overrides, os.environ):
+                raise ConfigRefused(f"step {step.name} of {GROUP}={planned.chain.name} cannot be launched:\n{problems}")
 
 
 def describe_results(planned: PlannedChain) -> str:

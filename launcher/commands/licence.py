@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from launcher.commands.plan import PROJECT
+from launcher.redact import show
 from trainer.contract import Exit
 
 WHEELHOUSE = "wheelhouse"  # where `image fetch` writes when --to is omitted
@@ -35,18 +36,18 @@ def list_licences(arguments: argparse.Namespace) -> int:
     accepted = read_acceptances(path)
     for licence in load_licences().values():
         found = accepted.get(licence.name)
-        print(f"{licence.name:8}{licence.title}")
+        show(f"{licence.name:8}{licence.title}")
         if found is None:
-            print(
+            show(
                 f"{'':8}not accepted; to read it: omnilaunch licence show {licence.name}; to accept it: omnilaunch licence accept {licence.name}"
             )
         elif found.sha256 != licence.sha256:
-            print(
+            show(
                 f"{'':8}accepted at {found.accepted_at} as {found.sha256[:12]}, and has changed since: omnilaunch licence accept {licence.name}"
             )
         else:
-            print(f"{'':8}accepted at {found.accepted_at} by {found.user} on {found.host}, sha256 {found.sha256}")
-    print(f"kept in {path}")
+            show(f"{'':8}accepted at {found.accepted_at} by {found.user} on {found.host}, sha256 {found.sha256}")
+    show(f"kept in {path}")
     return Exit.OK
 
 
@@ -60,18 +61,18 @@ def show_licence(arguments: argparse.Namespace) -> int:
     folders = (Path(arguments.folder),) if arguments.folder else (Path.cwd() / WHEELHOUSE, PROJECT / WHEELHOUSE)
     found = find_text(licence, folders)
     if found:
-        print(f"{found[0].rstrip()}\n\n---")
-    print(f"{licence.title}\npublished at {licence.url}")
+        show(f"{found[0].rstrip()}\n\n---")
+    show(f"{licence.title}\npublished at {licence.url}")
     if found:
         same = sha256(found[0].encode()).hexdigest() == licence.text_sha256
-        print(f"this text is from {found[1]}, and {'is' if same else 'is NOT'} the one that this project was made with")
+        show(f"this text is from {found[1]}, and {'is' if same else 'is NOT'} the one that this project was made with")
     elif licence.packages:
-        print(
+        show(
             f"its text is not part of this project, but of these wheels: {', '.join(licence.packages)}. To read it here: "
             f"pip download --no-deps --dest FOLDER {licence.packages[0]}, then omnilaunch licence show {licence.name} --from FOLDER"
         )
     else:
-        print(
+        show(
             "its text is not part of this project, and no package of the locks has it: it comes with the base image. Read it at the address above"
         )
     of = (
@@ -79,7 +80,7 @@ def show_licence(arguments: argparse.Namespace) -> int:
         if licence.text_sha256
         else "name, title and address; the text itself was not read"
     )
-    print(f"an acceptance is of sha256 {licence.sha256}\n  (of {of})\nto accept it: omnilaunch licence accept {licence.name}")
+    show(f"an acceptance is of sha256 {licence.sha256}\n  (of {of})\nto accept it: omnilaunch licence accept {licence.name}")
     return Exit.OK
 
 
@@ -92,11 +93,11 @@ def accept_licence(arguments: argparse.Namespace) -> int:
 
     licence, path = find_licence(arguments.name), store_path(os.environ)
     if earlier := valid_acceptance(licence, path):
-        print(f"{licence.name} is accepted already, at {earlier.accepted_at} by {earlier.user}")
+        show(f"{licence.name} is accepted already, at {earlier.accepted_at} by {earlier.user}")
         return Exit.OK
     made = accept(licence, path, at=utc_now().isoformat(timespec="seconds"), user=user_name() or str(os.getuid()), host=platform.node())
-    print(f"accepted: {licence.title}, sha256 {made.sha256}\n  {licence.url}\n  for {made.user} on {made.host}, in {path}")
-    print(f"to take it back: omnilaunch licence withdraw {licence.name}")
+    show(f"accepted: {licence.title}, sha256 {made.sha256}\n  {licence.url}\n  for {made.user} on {made.host}, in {path}")
+    show(f"to take it back: omnilaunch licence withdraw {licence.name}")
     return Exit.OK
 
 
@@ -105,7 +106,7 @@ def withdraw_licence(arguments: argparse.Namespace) -> int:
 
     licence, path = find_licence(arguments.name), store_path(os.environ)
     removed = withdraw(licence.name, path)
-    print(
+    show(
         f"{licence.name}: {'the acceptance is removed; images that were built stay' if removed else 'was not accepted; nothing to remove'}"
     )
     return Exit.OK

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.commands.plan import PROJECT
 from launcher.errors import ConfigRefused, suggest
 from launcher.plan.text import command_line
+from launcher.redact import printable
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ class Meter:
     def draw(self) -> None:
         speed = self.arrived / 1e6 / max(time.monotonic() - self.began_s, 1e-3)
         text = f"  {self.name[-40:]}  {self.have / 1e6:,.0f} of {self.size / 1e6:,.0f} MB, {speed:,.0f} MB/s"
-        print(f"\r\033[K{text[:79]}", end="", file=sys.stderr, flush=True)
+        print(f"\r\033[K{printable(text)[:79]}", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.terminal and self.name:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from launcher.commands.plan import add_overrides, conf_of
 from launcher.errors import ConfigRefused
+from launcher.redact import show
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
@@ -65,20 +66,20 @@ def describe(key: str, overrides: Sequence[str], conf: "ConfFolder") -> "list[Se
 def show_axes(values: dict[str, dict[str, str]], chosen: dict[str, str], settings: "Sequence[Setting]", *, as_json: bool) -> int:
     """The values of axes, and the settings of the one that was asked for."""
     if as_json:
-        print(json.dumps({"values": values, "keys": [asdict(each) for each in settings]}, indent=2, ensure_ascii=False))
+        show(json.dumps({"values": values, "keys": [asdict(each) for each in settings]}, indent=2, ensure_ascii=False))
         return Exit.OK
     for axis, lines in values.items():
-        print(axis)
+        show(axis)
         size = max(map(len, lines), default=0)
         for name, title in lines.items():
-            print(cut(f"{'*' if chosen.get(axis) == name else ' '} {name:{size}}{' ' * GAP}{title}"))
-    print("\n* chosen, or the default")
+            show(cut(f"{'*' if chosen.get(axis) == name else ' '} {name:{size}}{' ' * GAP}{title}"))
+    show("\n* chosen, or the default")
     if settings:
         axis = next(iter(values))
-        print(f"\nkeys of {axis}")
+        show(f"\nkeys of {axis}")
         show_table([each for each in settings if not each.fixed and each.key != f"{axis}.name"])
-    print("\nA key: omnilaunch options KEY")
-    print("The words of other tools: omnilaunch options --search WORD")
+    show("\nA key: omnilaunch options KEY")
+    show("The words of other tools: omnilaunch options --search WORD")
     return Exit.OK
 
 
@@ -99,13 +100,13 @@ def find_chosen(overrides: Sequence[str], conf: "ConfFolder") -> dict[str, str]:
 def show_key(key: str, overrides: Sequence[str], conf: "ConfFolder", *, as_json: bool) -> int:
     settings = describe(key, overrides, conf)
     if as_json:
-        print(json.dumps([asdict(each) for each in settings], indent=2, ensure_ascii=False))
+        show(json.dumps([asdict(each) for each in settings], indent=2, ensure_ascii=False))
     elif settings[0].key == key:
-        print("\n".join(write_setting(settings[0])))
+        show("\n".join(write_setting(settings[0])))
     else:
-        print(f"keys of {key}")
+        show(f"keys of {key}")
         show_table(settings)
-        print("\nA key: omnilaunch options KEY")
+        show("\nA key: omnilaunch options KEY")
     return Exit.OK
 
 
@@ -140,7 +141,7 @@ def show_table(settings: "Sequence[Setting]") -> None:
     named = [(f"{each.key}={each.current}" if len(each.current) <= SHORT else each.key, each.meaning) for each in settings]
     size = max((len(name) for name, _ in named if len(name) <= WIDEST), default=0)
     for name, meaning in named:
-        print(f"  {name}\n{cut(' ' * (size + 4) + meaning)}" if len(name) > size else cut(f"  {name:{size}}  {meaning}"))
+        show(f"  {name}\n{cut(' ' * (size + 4) + meaning)}" if len(name) > size else cut(f"  {name:{size}}  {meaning}"))
 
 
 def width() -> int:
@@ -168,17 +169,17 @@ def show_found(word: str, conf: "ConfFolder", *, as_json: bool) -> int:
 
     found = search(word, conf)
     if not any(found.values()) and (near := find_meant(word)):
-        print(f"nothing is called {word!r}; this is for {near[0]}{''.join(f', or search {each}' for each in near[1:])}", file=sys.stderr)
+        show(f"nothing is called {word!r}; this is for {near[0]}{''.join(f', or search {each}' for each in near[1:])}", file=sys.stderr)
         found = search(near[0], conf)
     if not any(found.values()):
         raise ConfigRefused(f"nothing is called or means {word!r}. All axes and values: omnilaunch options")
     if as_json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        show(json.dumps(found, indent=2, ensure_ascii=False))
         return Exit.OK
     titles = {"keys": "keys", "values": "values", "words": "words of other tools", "variables": "environment variables", "verbs": "verbs"}
     for name, lines in found.items():
         if lines:
-            print(titles[name])
+            show(titles[name])
             size = min(WIDEST - 14, max(map(measure, lines)))
             for left, right in lines.items():
                 print_found(f"  {left}{' ' * (size - measure(left))}", right, whole=len(lines) <= FEW)
@@ -190,4 +191,4 @@ def print_found(name: str, text: str, *, whole: bool) -> None:
     from launcher.plan.text import measure, wrap
 
     lines = wrap(text, width(), first=f"{name}  ", indent=" " * (measure(name) + 2)) if whole else (cut(f"{name}  {text}"),)
-    print("\n".join(lines))
+    show("\n".join(lines))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigRefused
-from launcher.redact import for_terminal
+from launcher.redact import show
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
@@ -64,8 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
         return show_chain(*chained, PROJECT, conf_of(arguments), arguments.say)
     plan, machine = plan_here(arguments.overrides, arguments.run_id, traced=arguments.trace, conf=conf_of(arguments))
     if arguments.json:  # the text has them among its notes
+        from launcher.plan.local_context import notes_here
+
         for line in notes_here(plan):
-            print(for_terminal(f"note: {line}"), file=sys.stderr)
+            show(f"note: {line}", file=sys.stderr)
     if arguments.trace:
         arguments.say(describe_traced(plan, as_json=arguments.json, full=arguments.full))
     else:
@@ -73,22 +75,12 @@ def run(arguments: argparse.Namespace) -> int:
     return Exit.OK
 
 
-def notes_here(plan: "Plan") -> tuple[str, ...]:
-    """What this machine's environment has to say of a plan: variables that are set, and packages of trackers that are missing."""
-    from launcher.config.variable import describe_variables
-    from launcher.plan.plan import names_trackers
-    from launcher.plan.tracker import describe_missing
-
-    missing = describe_missing(plan.config, named=names_trackers(plan.config, plan.overrides))
-    return (*missing, *describe_variables(os.environ, plan.config, plan.overrides))
-
-
 def describe_here(plan: "Plan", machine: "Machine | None" = None, *, full: bool = False, launching: bool = False) -> str:
     """The plan for this terminal: its width, and colours if it takes them. `machine`: where it was asked for the plan."""
     from shutil import get_terminal_size
 
     from launcher.plan.full import describe_full
-    from launcher.plan.local_context import find_built, read_memory
+    from launcher.plan.local_context import find_built, notes_here, read_memory
     from launcher.plan.short import LINES, describe_short
     from launcher.plan.text import wants_colours
 
@@ -130,11 +122,12 @@ def make_plan_here(
     overrides: Sequence[str], run_id: str, conf: "ConfFolder", *, traced: bool, asks: bool, only_data: bool
 ) -> "tuple[Plan, Machine | None]":
     """As plan_here, of all overrides."""
+    from launcher.check.nodes import find_placeholders
     from launcher.check.rules import RULES, RULES_BUT_MEMORY
     from launcher.config.compose import compose_with_files
     from launcher.config.defaults import keys_of
     from launcher.image.stack import load_stacks
-    from launcher.plan.local_context import context_for, for_this_machine
+    from launcher.plan.local_context import context_for, find_taken_port, for_this_machine
     from launcher.plan.plan import make_plan, with_files, with_problems
     from launcher.plan.rows import find_missing, settle_rows
     from launcher.plan.weights_folder import judge_weights, with_found_model
@@ -155,7 +148,8 @@ def make_plan_here(
     context = replace(context, memory_bytes=0) if only_data else context
     plan = make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf, compose=compose_again)
     plan = judge_weights(plan, conf)
-    plan = with_problems(plan, find_missing(config, here)) if asks else plan
+    found = (*find_placeholders(config), *find_missing(config, here), *find_taken_port(config)) if asks else ()
+    plan = with_problems(plan, found)
     return with_files(plan, conf, files), context.machine
 
 

@@ -9,6 +9,7 @@ from launcher.config.conf_folder import ConfFolder
 from launcher.config.official_name import read_files
 from launcher.config.schema import AXES
 from launcher.config.setting import load_meanings
+from trainer.contract.wording import plural
 
 
 def describe_values(conf: Path | ConfFolder) -> dict[str, dict[str, str]]:
@@ -35,7 +36,7 @@ def summarize(axis: str, data: Mapping[str, Any]) -> str:
         return f"measured: {run.get('steps')} steps of {stage.get('global_batch')}, learning rate {rate}"
     if axis == "cluster":
         hosts = [str(node.get("host")) for node in data.get("nodes") or () if isinstance(node, dict)]
-        return f"{len(hosts)} node(s), {data.get('runtime')}: {', '.join(hosts)}"
+        return f"{plural(len(hosts), 'node')}, {data.get('runtime')}: {', '.join(hosts)}"
     if axis == "precision":
         return f"weights {data.get('weights')}, optimizer {data.get('optimizer')}"
     return f"rows of {data['train']}" if data.get("train") else f"{data.get('builtin') or data.get('name')}"

@@ -7,14 +7,14 @@ validation library is imported at all: it would take a quarter of the time of a 
 
 import json
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launcher.config.conf_folder import GROUPS, OPTIONAL_GROUPS, PRIMARY, ConfFolder, as_conf_folder
-from launcher.config.defaults import choose_duration, keys_of, settle, without_keys
+from launcher.config.defaults import choose_duration, keys_of, settle, settle_rate, without_keys
 from launcher.config.expected import describe_expected
 from launcher.config.fact import refuse_facts, refuse_fixed
 from launcher.config.hint import Known, explain_key, explain_value, join_words, read_foreign
@@ -51,8 +51,7 @@ def compose(overrides: Sequence[str], conf: Path | ConfFolder) -> Config:
 def compose_with_places(overrides: Sequence[str], conf: Path | ConfFolder) -> tuple[Config, Callable[[str], str]]:
     """The config, and what says of a dotted key which override or file sets it; '' where no file does. Raises ConfigRefused as `compose`."""
     conf = as_conf_folder(conf)
-    composed = _compose(_translate(overrides, conf), conf)
-    settle(composed.data, composed.choices, keys_of(overrides), conf)
+    composed = _compose_settled(overrides, conf)
 
     def find_place(key: str) -> str:
         place, (section, *inner) = _where(key.split("."), composed, overrides, conf), key.split(".")
@@ -66,11 +65,18 @@ def compose_with_places(overrides: Sequence[str], conf: Path | ConfFolder) -> tu
 def compose_with_files(overrides: Sequence[str], conf: Path | ConfFolder) -> tuple[Config, tuple[Path, ...]]:
     """The same, and the files that it was composed from, the first one that of config.yaml."""
     conf = as_conf_folder(conf)
-    composed = _compose(_translate(overrides, conf), conf)
-    settle(composed.data, composed.choices, keys_of(overrides), conf)
+    composed = _compose_settled(overrides, conf)
     files = (conf.find(group, choice) for group, choice in composed.choices.items() if choice)
     config = _complete(_validate(composed, overrides, conf), overrides)
     return config, (conf.project / f"{PRIMARY}.yaml", *(file for file in files if file.is_file()))
+
+
+def _compose_settled(overrides: Sequence[str], conf: ConfFolder) -> Composed:
+    """With the defaults that depend on other values."""
+    composed = _compose(_translate(overrides, conf), conf)
+    settle(composed.data, composed.choices, keys_of(overrides), conf)
+    settle_rate(composed.data, composed.choices, keys_of(overrides), conf)
+    return composed
 
 
 def compose_over(config: Config, overrides: Sequence[str], conf: Path | ConfFolder) -> Config:
@@ -262,7 +268,16 @@ def _compose(overrides: list[str], conf: ConfFolder) -> Composed:
         data = typing.cast(dict[str, Any], OmegaConf.to_container(config, throw_on_missing=True))
     except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
         raise ConfigRefused(f"{_name_broken(conf)}: cannot be composed: {str(error).replace('++', '')}") from error
+    _name_by_file(data, choices, overrides)
     return Composed(data=data, choices=choices)
+
+
+def _name_by_file(data: dict[str, Any], choices: Mapping[str, str | None], overrides: Sequence[str]) -> None:
+    """Each axis has the name of its file, which `axis=NAME` chooses: a copy often still has the `name` of the file that it was copied from."""
+    typed = keys_of([text.removeprefix("++") for text in overrides])
+    for axis in AXES:
+        if isinstance(data.get(axis), dict) and choices.get(axis) and f"{axis}.name" not in typed:
+            data[axis]["name"] = choices[axis]
 
 
 def _search_first(own: Path) -> None:

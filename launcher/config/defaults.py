@@ -5,7 +5,8 @@ A value that the user typed is never changed.
 
 import math
 from collections.abc import Container, Iterable, Mapping, Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,29 @@ from launcher.config.conf_folder import ConfFolder
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused
 
+RATE = "stage.optimizer.lr"
 LENGTH, STEPS, EPOCHS, WARMUP = "data.max_length", "run.steps", "run.epochs", "stage.optimizer.warmup"
 SHORT_STEPS = 100  # a shorter run has less warm-up than a recipe says
 WARMUP_SHARE = 5  # at most one of so many steps, in a short run
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomRate:
+    """The usual learning rates for random weights, far above those of fine-tuning: peak rates of AdamW. `source`: where they are from. `default`:
+    for models of up to `most_parameters`."""
+
+    low: float
+    high: float
+    source: str
+    default: float
+    most_parameters: int
+
+
+@cache
+def load_random_rate() -> RandomRate:
+    import yaml
+
+    return RandomRate(**yaml.safe_load(Path(__file__).with_name("random_rate.yaml").read_text(encoding="utf-8")))
 
 
 def keys_of(overrides: Iterable[str]) -> frozenset[str]:
@@ -57,6 +78,25 @@ def _settle_length(data: dict[str, Any], file: Path) -> None:
     lengths = [length for length in (own or section.get("max_length"), model.get("context")) if isinstance(length, int) and length > 0]
     if len(lengths) == 2:
         section["max_length"] = min(lengths)
+
+
+def settle_rate(data: dict[str, Any], choices: Mapping[str, str | None], typed: Set[str], conf: ConfFolder) -> None:
+    """For a tiny model with random weights on the user's own rows, a learning rate that it learns with; that of a stage is for fine-tuning."""
+    usual, stage, model, rows = load_random_rate(), *(_section(data, name) for name in ("stage", "model", "data"))
+    optimizer, total = _section(stage, "optimizer"), _section(model, "parameters").get("total")
+    files = (conf.find(group, str(choices.get(group))) for group in ("tune", "experiment"))
+    given = RATE in typed or any("lr" in _section(_section(_read(file), "stage"), "optimizer") for file in files)
+    starts_random = _section(model, "source").get("kind") == "random" and not stage.get("checkpoint")
+    if given or rows.get("builtin") or stage.get("kind", "train") != "train" or not starts_random:
+        return
+    rate = optimizer.get("lr")
+    if isinstance(total, int) and total <= usual.most_parameters and isinstance(rate, float) and 0 < rate < usual.low:
+        optimizer["lr"] = usual.default
+
+
+def _section(data: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = data.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _sets_length(file: Path) -> bool:

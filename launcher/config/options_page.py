@@ -29,7 +29,8 @@ VARIABLES = """## Environment variables
 Ranks do not inherit the variables of your shell, so that a line of a .bashrc cannot change a result. Of those below, `plan` and `launch` name each that is
 set and matters for the run, with the override to write. Two are used: on this machine a run takes the devices that `CUDA_VISIBLE_DEVICES` or
 `ASCEND_RT_VISIBLE_DEVICES` leaves it, as `cluster.nodes.0.devices`, which is recorded like an override. With `cluster.runtime=process` the ranks also get
-`HF_HOME`, `HF_TOKEN` and `XDG_CACHE_HOME`; a container gets a secret only through `cluster.secrets`.
+`HF_HOME`, `HF_TOKEN` and `XDG_CACHE_HOME`, and where CANN is, as its `set_env.sh` exports it (`ASCEND_HOME_PATH` and the others); a container gets a
+secret only through `cluster.secrets`.
 """
 
 

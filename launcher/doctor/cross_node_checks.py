@@ -10,6 +10,7 @@ from launcher.doctor.findings import EVERY_NODE, CheckedNode, CheckResult, faile
 from launcher.doctor.network import NetworkChoice, choose_network
 from launcher.doctor.offers import offer_devices
 from launcher.memory.states import device_count
+from trainer.contract.wording import plural
 
 SKEW_WARNED_S = 1.0  # failures of several ranks are ordered by their time
 SKEW_REFUSED_S = 60.0  # shared file systems and credentials refuse larger differences
@@ -48,10 +49,11 @@ def check_same_count(nodes: Sequence[CheckedNode]) -> dict[str, CheckResult]:
     offered = offer_devices(nodes[0], least) if least < wanted else ""
     return {
         host: (failed if found < wanted else warned)(
-            f"it has {found} device(s), the others have {usual}; the run takes {wanted} of each", f"{offered}; or {fix}" if offered else fix
+            f"it has {plural(found, 'device')}, the others have {usual}; the run takes {wanted} of each",
+            f"{offered}; or {fix}" if offered else fix,
         )
         for host, found in different.items()
-    } or same(f"{usual} device(s)")
+    } or same(f"{plural(usual, 'device')}")
 
 
 def check_same_driver(nodes: Sequence[CheckedNode]) -> dict[str, CheckResult]:
@@ -140,13 +142,13 @@ def check_same_image(nodes: Sequence[CheckedNode]) -> dict[str, CheckResult]:
     if not having:
         return same("no node has the image yet")
     if plan.config.cluster.delivery.kind == "build_on_nodes":
-        return same(f"built by {len(having)} of {len(nodes)} node(s), each for itself")
+        return same(f"built by {len(having)} of {plural(len(nodes), 'node')}, each for itself")
     usual, different = find_different(having, lambda node: node.facts.image_id)
     result = failed if plan.config.cluster.delivery.kind == "pull" else warned
     return {
         host: result(f"{plan.image.tag} has the id {found[:19]}, on the others {usual[:19]}", f"docker image rm {plan.image.tag}")
         for host, found in different.items()
-    } or same(f"one id on {len(having)} of {len(nodes)} node(s)")
+    } or same(f"one id on {len(having)} of {plural(len(nodes), 'node')}")
 
 
 def same(evidence: str) -> dict[str, CheckResult]:

@@ -10,6 +10,7 @@ from launcher.doctor.smi import SmiDevice
 from launcher.memory.states import device_count
 from launcher.plan.devices import ASCEND_RUNTIME, NPU_SMI, OTHER_NPU_SMI, ascend_device_files, ascend_mounts, device_numbers, share_of
 from trainer.contract.listing import list_some
+from trainer.contract.wording import plural
 
 TOOL = {"cuda": "nvidia-smi", "npu": "npu-smi info", "cpu": ""}
 LEAST_SHARE = 0.9  # of the memory in the hardware table: ECC and the driver take some
@@ -43,10 +44,10 @@ def check_device_count(checked: CheckedNode) -> CheckResult:
     if checked.facts.devices_error:
         return unchecked(NO_DEVICES)
     if not missing:
-        return passed(f"{len(there)} device(s), {len(wanted)} used")
+        return passed(f"{plural(len(there), 'device')}, {len(wanted)} used")
     if not there or (len(there) < len(wanted) and not checked.node.devices):
         fix = offer_devices(checked, len(there)) or "look for the driver's messages in dmesg, or take the node out of the cluster file"
-        return failed(f"{len(there)} device(s), the plan takes {len(wanted)} of each node", fix)
+        return failed(f"{plural(len(there), 'device')}, the plan takes {len(wanted)} of each node", fix)
     named = f"{{host: {checked.host}, devices: [{', '.join(map(str, there[: len(wanted)]))}]}} in the cluster file"
     return failed(f"no device {', '.join(map(str, missing))}; the node has {', '.join(map(str, there))}", named)
 

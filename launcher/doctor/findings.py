@@ -12,6 +12,7 @@ from launcher.image.stack import Stack
 from launcher.plan.commands import NodeCommand, docker_command
 from launcher.plan.plan import Plan
 from trainer.contract.listing import list_some
+from trainer.contract.wording import plural
 
 Level = Literal["ok", "warning", "error", "unchecked"]
 ORDER: tuple[Level, ...] = ("error", "warning", "unchecked", "ok")
@@ -106,7 +107,7 @@ def describe_findings(findings: Sequence[Finding]) -> str:
     lines += describe_unchecked(findings)
     ok = Counter(finding.host for finding in findings if finding.level == "ok")
     width = max(map(len, ok), default=0)
-    lines += [f"{'ok':{INDENT}}{host:{width}}  {count} check(s)" for host, count in ok.items()]
+    lines += [f"{'ok':{INDENT}}{host:{width}}  {plural(count, 'check')}" for host, count in ok.items()]
     counts = Counter(finding.level for finding in findings)
     return "\n".join((*lines, ", ".join(f"{counts[level]} {level}" for level in ORDER)))
 

@@ -13,6 +13,7 @@ from launcher.plan.commands import HCCL_PORT_VARIABLE, hccl_ports
 from launcher.plan.host_memory import host_bytes, list_needed
 from launcher.plan.plan import Plan
 from trainer.contract.listing import list_some
+from trainer.contract.wording import plural
 
 POSIX_SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "mksh", "ash", "busybox")
 OLDEST_KERNEL = (5, 5)  # accelerate, utils/other.py check_os_kernel: below it, ranks were seen to hang
@@ -143,7 +144,7 @@ def check_contents(checked: CheckedNode) -> CheckResult:
         return failed("\n".join(f"{path}: {missing[path]}" for path in not_synced), fix)
     if missing:
         return passed(f"{', '.join(missing)} is not there yet; launch copies it (cluster.sync)")
-    return passed(f"{len(checked.facts.contents)} path(s) of data and model are there")
+    return passed(f"{plural(len(checked.facts.contents), 'path')} of data and model are there")
 
 
 def check_leftovers(checked: CheckedNode) -> CheckResult:

@@ -19,6 +19,7 @@ from launcher.plan.commands import env_lines
 from launcher.plan.docker_run import ContainerOptions, docker_run
 from launcher.ssh.parallel import attempt_each
 from launcher.ssh.transport import Result, Transport
+from trainer.contract.wording import plural
 
 START_TIMEOUT_S = 90.0
 REACH_LIMIT_S = 20  # for the slowest node to start its container, and for all connections
@@ -157,7 +158,7 @@ def try_reach(nodes: Sequence[AnsweredNode], choices: Sequence[NetworkChoice], t
             return unchecked(f"whether it reaches the others: {last_line(done)}")
         failures: dict[str, str] = {} if done.code else json.loads(done.output.strip().rpartition("\n")[2] or "{}")
         if done.code == 0 and not failures:
-            return passed(f"{own} reaches {len(others)} other(s)")
+            return passed(f"{own} reaches {plural(len(others), 'other')}")
         texts = [f"{own} cannot reach {address} ({others[address]}), {why}" for address, why in sorted(failures.items())]
         fix = f"a firewall: sudo ufw allow from {own} on the other node; a wrong network: name the interface in the cluster file"
         return failed("\n".join(texts) or f"{own}: {last_line(done)}", fix)

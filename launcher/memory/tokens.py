@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 from launcher.config.schema import Config, ImageTokens
+from trainer.contract.wording import plural
 
 TEXT_TOKENS = 64  # question, answer and template of the built-in sets: 30 with the tokenizer of a real model, rounded up
 QUESTION_TOKENS = 256  # of the text beside the largest image, in a question to a model that serves or infers
@@ -81,7 +82,7 @@ def read_answer_load(config: Config, *, rows: int, most_new: int) -> Load:
         patches=rows * (-(-patches * images // tokens) if tokens else patches),
         masked=rows > 1,
         answer=most_new,
-        assumption=f"{rows} question(s) at a time, {length:,} tokens each, {image}; answers of up to {most_new:,} tokens",
+        assumption=f"{plural(rows, 'question')} at a time, {length:,} tokens each, {image}; answers of up to {most_new:,} tokens",
     )
 
 
@@ -107,7 +108,7 @@ def read_question_load(config: Config, *, rows: int) -> Load:
         image_tokens=rows * shown,
         patches=rows * (-(-patches * shown // tokens) if tokens else patches * images),
         masked=rows > 1,
-        assumption=f"{rows} answer(s) at a time, each with a context of {context:,} tokens (question and answer) and {each}{size}",
+        assumption=f"{plural(rows, 'answer')} at a time, each with a context of {context:,} tokens (question and answer) and {each}{size}",
     )
 
 

@@ -1,6 +1,6 @@
 """The start command of each node, and the variables of its container or process. Pure: nothing here looks at this machine."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import PurePosixPath
@@ -165,7 +165,14 @@ def mounts(cluster: Cluster, spec: TrainSpec) -> tuple[Mount, ...]:
     writable = (spec.output, *((data.root,) if data.builtin else ()))
     questions = image_folder(inference.input, data.images) if inference else ""
     inputs = (inference.image, questions) if inference else ()
-    readable = (*data_paths(spec), spec.stage.checkpoint, spec.evaluation.base, spec.model.source.path, *inputs, *cluster.mounts)
+    readable = (
+        *map(beside(spec), data_paths(spec)),
+        spec.stage.checkpoint,
+        spec.evaluation.base,
+        spec.model.source.path,
+        *inputs,
+        *cluster.mounts,
+    )
     wanted = (*(Mount(path=path, read_only=False) for path in writable), *(Mount(path=path) for path in dict.fromkeys(readable) if path))
     for mount in wanted:  # the paths of the config were checked by key; these have the current folder in front
         if why := why_no_mount(mount.path):
@@ -180,6 +187,17 @@ def data_paths(spec: TrainSpec) -> tuple[str, ...]:
     files = () if data.builtin else (data.train, data.evaluation)
     named = (*(image_folder(file, data.images) for file in files), *(() if data.builtin else (data.images,)))
     return tuple(dict.fromkeys(path for path in named if path))
+
+
+def beside(spec: TrainSpec) -> Callable[[str], str]:
+    """The folder in place of an annotation file: what it names (dataset_info.json, the files that a meta file lists) is read from there."""
+    files = (spec.data.train, spec.data.evaluation)
+
+    def widen(path: str) -> str:
+        parent = PurePosixPath(path).parent
+        return str(parent) if path in files and parent != parent.parent else path
+
+    return widen
 
 
 def image_folder(file: str, images: str) -> str:

@@ -3,10 +3,12 @@
 Of this package, only this module and `weights_folder` read the machine.
 """
 
+import errno
 import getpass
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,18 +16,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from launcher.check.problem import Problem
 from launcher.config.schema import Config
+from launcher.config.variable import describe_variables
 from launcher.image.docker import ARCHITECTURES
 from launcher.image.licence import licence_of, store_path, valid_acceptance
 from launcher.image.stack import REPOSITORY, Stack
 from launcher.plan.accepted import take_licence
 from launcher.plan.machine import NVIDIA_TOOLS, TORCH, TORCH_NPU, TRAINER_PACKAGES, Machine, asked_paths
-from launcher.plan.plan import LocalContext, Plan
+from launcher.plan.plan import LocalContext, Plan, names_trackers
+from launcher.plan.tracker import describe_missing
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
 
 ENGINE_TIMEOUT_S = 5
+PORTS_TRIED = 100
 CONTAINER_USER = "1000:1000"  # where the launcher runs as root: a container does not need root
 BUILT_WITH_CUDA = re.compile(r"^cuda\b[^=]*= '(\d[\d.]*)'", re.MULTILINE)  # in torch/version.py, which torch's setup.py writes
 CUDA_LABEL = re.compile(r"\+cu(\d+)(\d)$")  # of a version: 2.7.1+cu126
@@ -49,6 +55,37 @@ def context_for(config: Config, stacks: Mapping[str, Stack], project: Path, *, a
     where the user's file of licences is needed and cannot be read."""
     machine = read_machine(config) if asks and config.cluster.is_local else None
     return replace(local_context(project), machine=machine, accepted=find_acceptance(config, stacks, os.environ))
+
+
+def notes_here(plan: Plan) -> tuple[str, ...]:
+    """What this machine's environment has to say of a plan: variables that are set, and packages of trackers that are missing."""
+    missing = describe_missing(plan.config, named=names_trackers(plan.config, plan.overrides))
+    return (*missing, *describe_variables(os.environ, plan.config, plan.overrides))
+
+
+def find_taken_port(config: Config) -> tuple[Problem, ...]:
+    """The port of a server on this machine that another program listens on: known before its model is loaded."""
+    serving = config.stage.serving
+    if serving is None or config.stage.kind != "serve" or not config.cluster.is_local or not is_port_taken(serving.address, serving.port):
+        return ()
+    nearby = range(serving.port + 1, min(serving.port + PORTS_TRIED, 65536))
+    free = next((port for port in nearby if not is_port_taken(serving.address, port)), 0)  # 0: any free one
+    what = f"port {serving.port} of {serving.address} is in use: stop that program (ss -ltnp 'sport = :{serving.port}' shows it)"
+    return (Problem(key="stage.serving.port", what=what, changes=(f"stage.serving.port={free}",), launch_only=True),)
+
+
+def is_port_taken(address: str, port: int) -> bool:
+    """Whether another program has the port. Any other trouble, such as an address that is none, is for the server to explain."""
+    if not 0 < port < 65536:
+        return False
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: TIME_WAIT is no program
+        try:
+            listener.bind((address, port))
+            listener.listen(1)
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
 
 
 def for_this_machine(config: Config, overrides: Sequence[str], architecture: str = "") -> Config:

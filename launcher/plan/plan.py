@@ -14,7 +14,7 @@ from typing import Any
 from launcher.check.hardware import choose_kernels
 from launcher.check.problem import Problem, Rule
 from launcher.check.recipe import leaves_padding_out
-from launcher.check.rules import RULES, Verdict, check
+from launcher.check.rules import RULES, Verdict, check, offering
 from launcher.check.strategy import explain_strategy
 from launcher.check.suggestions import with_typed_hardware
 from launcher.config.compose import compose as compose_files
@@ -135,17 +135,17 @@ def make_plan(
     rules: tuple[Rule, ...] = RULES,
     conf: Path | ConfFolder | None = None,
     compose: Callable[[Sequence[str]], Config] | None = None,
+    accepts: Callable[[str], bool] = bool,
 ) -> Plan:
     """Resolve the strategy, check, render the image, write the spec and the commands. `compose`, or the files of `conf`, made `config` of
-    `overrides`; offered overrides that choose an axis are judged with it. Raises ConfigRefused with every problem at once; one that only prevents
-    a launch (a module still to come, a licence to accept) is left in `verdict` for `launch` to refuse."""
+    `overrides`; offered overrides that choose an axis are judged with it, and only those that the command `accepts` are offered. Raises
+    ConfigRefused with every problem at once; one that only prevents a launch (a licence to accept) is left in `verdict` for `launch` to refuse."""
     config, licence = take_licence(config, stacks, local.accepted)
     again = compose or (partial(compose_files, conf=conf) if conf else None)
-    recompose = partial(compose_change, overrides, compose=again) if again else None
-    rules = (*rules, *machine_rules(local.machine))
+    recompose, rules = partial(compose_change, overrides, compose=again) if again else None, (*rules, *machine_rules(local.machine))
     verdict, resolved, settled = judge(on_one_rank(config), stacks, rules, recompose, local.memory_bytes, overrides)
     config = resolved.config
-    refuse(verdict, launching=False, overrides=overrides)
+    refuse(verdict := offering(verdict, accepts), launching=False, overrides=overrides)
     stack, cluster = stacks[config.hardware.stack], config.cluster
     image = render(stack, architecture=cluster.nodes[0].architecture, root=local.project, base=cluster.delivery.base)
     spec = train_spec(config, local, run_id=run_id, overrides=overrides)

@@ -13,6 +13,7 @@ from launcher.plan.plan import Plan
 from launcher.plan.rows import rows_of
 from launcher.plan.text import command_line, measure, paint, size, wrap
 from trainer.contract import TrainSpec
+from trainer.contract.wording import plural
 
 LABEL = 10  # columns of the names at the left
 LINES = 30  # of a whole description, notes cut to fit, where the height of the terminal is not known
@@ -126,7 +127,7 @@ def describe_rows(plan: Plan, *, built: bool | None, own_bytes: int = 0) -> dict
         "host": describe_host(config, memory, own_bytes),
         "strategy": plan.choice if trains else "",
         "image": describe_image_state(plan, built),
-        "ranks": f"{nodes} node(s) x {device_count(config)} device(s), {spec.device.world_size} rank(s)",
+        "ranks": f"{plural(nodes, 'node')} x {plural(device_count(config), 'device')}, {plural(spec.device.world_size, 'rank')}",
         "batch" if trains else "work": describe_work(spec),
         "cost": describe_cost(plan) if trains else "",
     }
@@ -161,7 +162,7 @@ def describe_image_state(plan: Plan, built: bool | None) -> str:
 def describe_work(spec: TrainSpec) -> str:
     """What the ranks will do, in one line."""
     stage, batch, ranks = spec.stage, spec.batch, spec.device.world_size
-    where = f"on {ranks} device(s)" if spec.device.cards == 1 else f"over the {spec.device.cards} devices of one node"
+    where = f"on {plural(ranks, 'device')}" if spec.device.cards == 1 else f"over the {spec.device.cards} devices of one node"
     source = spec.model.source
     weights = stage.checkpoint or (source.path if source.kind == "path" else source.id)
     if stage.kind == "merge":
@@ -177,7 +178,7 @@ def describe_work(spec: TrainSpec) -> str:
         return f"http://{stage.serving.address}:{stage.serving.port} on the node, {stage.serving.max_batch} answers at a time, {where}"
     if stage.kind == "evaluate":
         return f"{', '.join(spec.evaluation.metrics)} of {weights}, {spec.evaluation.batch} questions at a time, {where}"
-    shares = f"micro-batch {batch.micro_batch} x {batch.accumulation} accumulated x {ranks} rank(s)"
+    shares = f"micro-batch {batch.micro_batch} x {batch.accumulation} accumulated x {plural(ranks, 'rank')}"
     return f"{batch.global_batch} samples a step = {shares}, {spec.steps} steps"
 
 
@@ -196,6 +197,6 @@ def describe_notes(notes: tuple[str, ...], width: int, free: int) -> list[str]:
     for place, note in enumerate(notes):
         wrapped = list(wrap(f"note: {note}", width, indent="  "))
         if len(lines) + len(wrapped) > free - (place + 1 < len(notes)):
-            return [*lines, f"and {len(notes) - place} more note(s), with --full"]
+            return [*lines, f"and {plural(len(notes) - place, 'more note')}, with --full"]
         lines += wrapped
     return lines

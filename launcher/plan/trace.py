@@ -20,6 +20,7 @@ from launcher.memory.states import GIB
 from launcher.plan.plan import LocalContext, Plan, refuse
 from launcher.plan.text import gib, table
 from trainer.contract import SPEC_FILE, Exit, SpecError, TracePhase, TraceReport, decode, write
+from trainer.contract.wording import plural
 
 TIMEOUT_S = 1800
 HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "ASCEND_RT_VISIBLE_DEVICES": ""}  # a trace needs no accelerator, and must not wait for one
@@ -115,7 +116,9 @@ def describe_trace(report: TraceReport, plan: Plan) -> str:
     rows["peak by arithmetic"] = f"{gib(estimate_memory(plan.config).total_bytes)}  runtime and fragmentation included"
     if report.host_bytes:
         rows["host, a node"] = gib(report.host_bytes)
-    image = f"{report.images} image(s) of {report.image_size[0]} x {report.image_size[1]} pixels" if report.image_size else "no image"
+    image = (
+        f"{plural(report.images, 'image')} of {report.image_size[0]} x {report.image_size[1]} pixels" if report.image_size else "no image"
+    )
     lines = (
         f"the arithmetic assumed: {estimate_memory(plan.config).assumption}",
         f"one step of {report.samples} x {report.length} tokens: {image}, {report.image_tokens} image tokens, {report.trained_tokens} trained",

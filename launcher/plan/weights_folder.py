@@ -17,8 +17,10 @@ from launcher.plan.plan import Plan, refuse, with_problems
 from launcher.weights.folder import DTYPES, Tensors, read_tensors
 from launcher.weights.identity import find_differences, identify, load_models, read_config
 from trainer.contract import SpecError
+from trainer.contract.checkpoint_files import STATE_FILE
 from trainer.contract.weight_files import fetched_revision
 
+CHECKPOINT = "stage.checkpoint"
 SHOWN = 6  # differences in a message
 
 
@@ -51,9 +53,10 @@ def note_cast(config: Config, folder: Path) -> Iterator[str]:
 def with_found_model(overrides: Sequence[str], conf: Path | ConfFolder) -> tuple[str, ...]:
     """The overrides, with `model=NAME` in front where they name a folder but no model, and the folder holds one of ours."""
     given = {key.strip(): text.strip().strip("'\"") for key, _, text in map(partition, overrides)}
-    if not given.get(PATH) or {"model", "experiment"} & set(given):
+    place = given.get(PATH) or given.get(CHECKPOINT, "")
+    folder = Path(place)
+    if not place or {"model", "experiment"} & set(given) or (folder / STATE_FILE).exists():  # which says more than config.json
         return tuple(overrides)
-    folder = Path(given[PATH])
     try:
         found = identify(folder, load_models(conf)).model if folder.is_dir() else ""
     except (ConfigRefused, OSError):

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher.check.row_count import load_random_rate
+from launcher.config.defaults import load_random_rate
 from launcher.record.metrics import Curve
 from launcher.record.reader import nested
 

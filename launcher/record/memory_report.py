@@ -10,6 +10,7 @@ from launcher.record.reader import read_if_there
 from launcher.record.record import PLAN_FILE, RECORD_FILE
 from launcher.record.run_name import find_run
 from trainer.contract import RESULT_FILE, TrainResult
+from trainer.contract.wording import plural
 
 TRAINING = ("load", "first step", "steps")  # the phases that a plan predicts; evaluation and saving have peaks of their own
 HEADINGS = ("run", "model", "stage", "precision", "strategy", "length", "planned GiB", "allocated GiB", "reserved GiB", "error")
@@ -84,11 +85,12 @@ def describe_comparisons(comparisons: Sequence[PeakComparison], left_out: Sequen
 def summarise(kind: str, errors: Sequence[float]) -> str:
     if kind == "cpu":
         return (
-            f"cpu: {len(errors)} run(s), not compared: a CPU reports resident memory, most of which is the interpreter and its libraries, and a plan "
+            f"cpu: {plural(len(errors), 'run')}, not compared: a CPU reports resident memory, most of which is the interpreter and its libraries, and a plan "
             "counts tensors. python tests/benchmarks/fit_error.py measures these on a CPU"
         )
     mean = sum(map(abs, errors)) / len(errors)
-    return f"{kind}: {len(errors)} run(s), mean error {mean:.1%} of the measured peak, most above {max(0.0, *errors):.1%}, most below {-min(0.0, *errors):.1%}"
+    spread = f"most above {max(0.0, *errors):.1%}, most below {-min(0.0, *errors):.1%}"
+    return f"{kind}: {plural(len(errors), 'run')}, mean error {mean:.1%} of the measured peak, {spread}"
 
 
 def cells(comparison: PeakComparison) -> tuple[str, ...]:

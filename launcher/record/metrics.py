@@ -13,6 +13,7 @@ from typing import Any
 
 from launcher.plan.text import figure
 from trainer.contract import StepRow
+from trainer.contract.wording import plural
 
 COLUMNS: dict[str, type] = {
     **{"step": int, "loss": float, "lr": float, "grad_norm": float},
@@ -111,7 +112,7 @@ def read_curve(path: Path) -> Curve:
     columns = parse_whole(text, lines) or parse_lines(text.split("\n")[:-1])
     wrong = lines - len(columns["step"])
     if wrong:
-        problems.append(f"{path.name}: {wrong} line(s) are not whole rows")
+        problems.append(f"{path.name}: {plural(wrong, 'line')} cannot be read as whole rows")
     steps = columns["step"]
     if steps != tuple(range(1, len(steps) + 1)):
         gap = next(after for before, after in pairwise((0, *steps)) if after != before + 1)

@@ -14,6 +14,7 @@ from launcher.record.index import RunEntry
 from launcher.record.lock import is_locked
 from launcher.record.reader import read_bytes, read_json
 from launcher.record.record import PLAN_FILE, RECORD_FILE, SOURCE_FILE, attempt_files
+from trainer.contract.wording import plural
 
 AGE = re.compile(r"(\d{1,6})([hdw])")
 HOURS = {"h": 1, "d": 24, "w": 24 * 7}
@@ -129,4 +130,6 @@ def remove_runs(entries: Sequence[RunEntry]) -> Iterator[str]:
         yield entry.run_id
     if failures:
         lines = "\n".join(failures)
-        raise RunEnded(f"{len(failures)} run(s) could not be removed; their folders are unchanged, or begin with {REMOVING!r}:\n{lines}")
+        raise RunEnded(
+            f"{plural(len(failures), 'run')} could not be removed; what is left is unchanged, or has a name that begins with {REMOVING!r}:\n{lines}"
+        )

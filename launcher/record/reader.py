@@ -14,6 +14,7 @@ from typing import Any
 from launcher.errors import RecordRefused
 from trainer import contract
 from trainer.contract import SCHEMA, SpecError
+from trainer.contract.wording import plural
 
 Problems = list[str] | None  # None: strict
 
@@ -64,7 +65,7 @@ def read_lines(path: Path, problems: Problems = None) -> Iterator[dict[str, Any]
             else:
                 wrong += 1
     if wrong:
-        complain(path, f"has {wrong} line(s) that are not whole rows", problems)
+        complain(path, f"has {plural(wrong, 'line')} that cannot be read as whole rows", problems)
 
 
 def read_if_there(cls: Any, path: Path) -> Any:

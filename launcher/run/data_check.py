@@ -14,6 +14,7 @@ from launcher.run.run_folder import WorkingNode, fetch_large
 from launcher.run.session import Session
 from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, INPUTS_FILE, DataProblem, DataReport, Inputs, SpecError, decode, describe_groups
 from trainer.contract.listing import describe_changes
+from trainer.contract.wording import plural
 
 SHOWN_CAUSES = 20
 
@@ -33,7 +34,7 @@ def refuse_data(folder: Path, check: NodeProcess) -> None:
     lines = [f"  {text}" for text in describe_groups(problems, SHOWN_CAUSES)]
     lines += [f"  all problems, one JSON object per line: {here if here.is_file() else f'{check.command.host}:{there}'}"]
     where = f" on {check.command.host}" if check.command.runtime == "docker" else ""
-    raise ConfigRefused("\n".join((f"the data{where} has {count:,} problem(s), and the ranks were stopped:", *lines)))
+    raise ConfigRefused("\n".join((f"the data{where} has {plural(count, 'problem')}, and the ranks were stopped:", *lines)))
 
 
 def read_problems(file: Path) -> tuple[DataProblem, ...]:

@@ -1,5 +1,6 @@
 """Which failure came first, among the reports of the ranks and the logs of the nodes, and what it means."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from launcher.run.node_log import LAST_LINES, last_lines, lines_of, read_end, un
 from trainer import contract
 from trainer.contract import Exit, FailureReport
 
+MODEL = re.compile(r"\bMODEL\b")
 CAUSES = ("cause", "layer")  # kinds of a known failure that belong to the process which printed the line
 
 
@@ -45,7 +47,7 @@ def failure_of_report(plan: Plan, report: FailureReport) -> tuple[Failure, Kind 
         diagnosis = cause_in("\n".join(lines_of(text, report.rank))) or cause_in(unnamed(text)) or diagnosis
     tail = tuple(report.traceback.splitlines()[-10:]) if report.code == Exit.BUG else ()  # an expected error needs no traceback
     failure = Failure(host=plan.commands[rank].host, rank=report.rank, code=report.code, message=report.message, log=str(log), tail=tail)
-    return with_diagnosis(failure, diagnosis)
+    return with_diagnosis(plan, failure, diagnosis)
 
 
 def failure_of_node(plan: Plan, node: NodeResult) -> tuple[Failure, Kind | None]:
@@ -61,7 +63,7 @@ def failure_of_node(plan: Plan, node: NodeResult) -> tuple[Failure, Kind | None]
     # The exit code of processes that the launcher killed says nothing about the cause.
     diagnosis = cause_in("\n".join(own)) or explain_log(unnamed(text), 0 if node.killed else node.code)
     tail = own[-LAST_LINES:] or last_lines(log)
-    return with_diagnosis(Failure(host=node.host, rank=-1, code=node.code, message=message, log=str(log), tail=tail), diagnosis)
+    return with_diagnosis(plan, Failure(host=node.host, rank=-1, code=node.code, message=message, log=str(log), tail=tail), diagnosis)
 
 
 def cause_in(text: str) -> Diagnosis | None:
@@ -69,10 +71,12 @@ def cause_in(text: str) -> Diagnosis | None:
     return found if found and found.kind == "cause" else None
 
 
-def with_diagnosis(failure: Failure, diagnosis: Diagnosis | None) -> tuple[Failure, Kind | None]:
-    """The failure with its meaning, and with the line that shows it if its last lines do not; and the kind of the diagnosis."""
+def with_diagnosis(plan: Plan, failure: Failure, diagnosis: Diagnosis | None) -> tuple[Failure, Kind | None]:
+    """The failure with its meaning, and with the line that shows it if its last lines do not; and the kind of the diagnosis. A fix that names
+    MODEL gets that of the plan."""
     if diagnosis is None:
         return failure, None
     seen = any(diagnosis.line in line for line in (*failure.tail, failure.message))
     tail = failure.tail if seen else (diagnosis.line, "...", *failure.tail)
-    return replace(failure, tail=tail, meaning=diagnosis.means, fix=diagnosis.fix), diagnosis.kind
+    fix = MODEL.sub(lambda _: plan.config.model.name, diagnosis.fix)
+    return replace(failure, tail=tail, meaning=diagnosis.means, fix=fix), diagnosis.kind

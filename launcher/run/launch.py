@@ -38,6 +38,7 @@ from launcher.run.session import Session
 from launcher.run.signals import STOPPED_CODE, Stopped, StopRequest, catch_stops, handler_for
 from trainer import contract
 from trainer.contract import METRICS_FILE, Exit
+from trainer.contract.wording import plural
 
 # What the ranks do, by the kind of the stage.
 VERBS = {
@@ -69,7 +70,9 @@ def launch(plan: Plan, source: SourceTree, session: Session, *, detach: bool = F
             processes = prepare_and_start(plan, session, stop)
         except Stopped:
             return AttemptOutcome(status="stopped", code=STOPPED_CODE)
-        session.say(f"{VERBS[plan.spec.stage.kind]}: {plan.spec.device.world_size} rank(s) on {len(processes.trainers)} node(s)")
+        session.say(
+            f"{VERBS[plan.spec.stage.kind]}: {plural(plan.spec.device.world_size, 'rank')} on {plural(len(processes.trainers), 'node')}"
+        )
         return (detach_run if detach else supervise)(plan, folder, session, processes, stop)
 
     with lock_run(folder):
@@ -203,16 +206,28 @@ def raise_failure(record: Record, plan: Plan) -> None:
     if record.failure is None:
         return
     failure = record.failure
-    who = f"rank {failure.rank} on {failure.host}" if failure.rank >= 0 else failure.host
-    tail = "".join(f"\n    {line}" for line in failure.tail)
     left = "".join(f"\n  not cleared: {node.host}: {node.left.splitlines()[0]}" for node in record.nodes if node.left)
     left += f"\n  when it responds: omnilaunch stop {record.run_id}" if left else ""
     kept = f"\n  checkpoint: {checkpoint_place(record, plan)}" if record.checkpoint else ""
     resume = next_line(plan, record.status)
-    text = f"the run failed first at {who}: {failure.message}{tail}{advice(failure)}\n  log: {failure.log}{left}\n  record: {plan.folder}{kept}{resume}"
+    text = f"{describe_failure(failure)}\n  log: {failure.log}{left}\n  record: {plan.folder}{kept}{resume}"
     if record.status == "refused":
         raise ConfigRefused(text)
     raise NodeFailed(text) if record.exit_code == Exit.NODE else RunEnded(text)
+
+
+def describe_failure(failure: Failure) -> str:
+    """Where it failed, and why. Of a known failure first what it means and what to do; Python's traceback is in the log."""
+    who = f"the run failed first at {f'rank {failure.rank} on {failure.host}' if failure.rank >= 0 else failure.host}"
+    if not failure.meaning:
+        return f"{who}: {failure.message}" + "".join(f"\n    {line}" for line in failure.tail)
+    printed = dict.fromkeys((*failure.message.splitlines(), *filter(is_said, failure.tail)))  # the message ends the traceback too
+    return f"{who}{advice(failure)}\n  message: " + "\n    ".join(line for line in printed if line.strip())
+
+
+def is_said(line: str) -> bool:
+    """Whether a line is what a program says, and none of Python's traceback: a place in the code, the code, or the sentences between."""
+    return not (line.startswith((" ", "Traceback (most recent", "The above exception", "During handling of")) or not line.strip("^~ "))
 
 
 def next_line(plan: Plan, status: str) -> str:

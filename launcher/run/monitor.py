@@ -23,6 +23,7 @@ from launcher.run.signals import STOPPED_CODE, StopRequest, handler_for
 from launcher.ssh.parallel import after, attempt_each
 from trainer.contract import ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE, SERVING_FILE, STREAM_FILE, Exit, TrainResult
 from trainer.contract.listing import list_some
+from trainer.contract.wording import plural
 
 MIRROR_INTERVAL_S = 1.0
 SHOWN_RANKS = 8
@@ -107,8 +108,8 @@ def slow_start(plan: Plan, folder: Path, limit_s: int) -> Failure:
         host=first.host,
         rank=first.rank,
         code=Exit.RUN,
-        message=f"no rank was ready within run.start_timeout_s={limit_s}, and all were stopped. {len(slow)} of {len(found)} rank(s) were in the "
-        f"earliest phase: {list_some([start.describe() for start in slow], SHOWN_RANKS, '; ')}",
+        message=f"no rank was ready within run.start_timeout_s={limit_s}, and all were stopped. {len(slow)} of {plural(len(found), 'rank')} were in "
+        f"the earliest phase: {list_some([start.describe() for start in slow], SHOWN_RANKS, '; ')}",
         log=str(log),
         tail=(first.last_line or "(no output)", *((f"(no further line for {quiet_s:.0f} s)",) if quiet_s is not None else ())),
     )

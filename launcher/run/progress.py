@@ -12,6 +12,7 @@ from typing import Any
 
 from launcher.plan.text import duration, figure, size
 from launcher.record.metrics import count_warm_up, measure_speed, parse_rows
+from launcher.redact import show
 from trainer.contract import METRICS_FILE, SERVING_FILE, STREAM_FILE, ServingReport, SpecError, StepRow, read
 
 PLAIN_INTERVAL_S = 5.0
@@ -99,7 +100,7 @@ class ProgressView:
 
     def print_answer(self, text: str) -> None:
         with suppress(OSError):  # the reader of a pipe is gone
-            print(text, end="", flush=True)
+            show(text, end="")
 
     def show_server(self, file: Path) -> None:
         with suppress(SpecError):  # still being copied from another node: complete at the next tick

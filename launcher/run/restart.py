@@ -41,7 +41,7 @@ def reason_against_restart(attempts: Sequence[Attempt], last: Attempt, *, restar
     if not restarts:
         return "run.restarts=0"
     if len(attempts) >= restarts:
-        return f"all {restarts} restart(s) of run.restarts are used"
+        return f"run.restarts={restarts} is used up"
     if attempts and failed_the_same_way(attempts[-1], last):
         return f"two attempts in a row failed in the same way after step {last.steps}"
     return ""

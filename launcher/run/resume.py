@@ -50,6 +50,7 @@ from launcher.ssh.parallel import attempt_each
 from launcher.ssh.transport import kill_processes, processes_with
 from trainer import contract
 from trainer.contract import DATA_FILE, DATA_PENDING_FILE, INPUTS_FILE, METRICS_FILE, SPEC_FILE
+from trainer.contract.wording import plural
 
 POLL_S = 0.1
 KEPT = (DATA_FILE, INPUTS_FILE, IMAGES_FILE)  # of an attempt; the next one writes them again
@@ -168,7 +169,9 @@ def resume(plan: Plan, resumption: Resumption, last: LastAttempt, session: Sessi
             processes = prepare_and_start(plan, session, stop, again=AgainRequest(checks_first=True, sources=sources))
         except Stopped:
             return AttemptOutcome(status="stopped", code=STOPPED_CODE)
-        session.say(f"{VERBS[plan.spec.stage.kind]}: {plan.spec.device.world_size} rank(s) on {len(processes.trainers)} node(s)")
+        session.say(
+            f"{VERBS[plan.spec.stage.kind]}: {plural(plan.spec.device.world_size, 'rank')} on {plural(len(processes.trainers), 'node')}"
+        )
         return (detach_run if detach else supervise)(plan, folder, session, processes, stop)
 
     return conclude(plan, last.source, last.started, work)

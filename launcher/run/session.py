@@ -9,12 +9,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launcher.check.nodes import describe_placeholders, is_placeholder
 from launcher.config.schema import Cluster, Node
 from launcher.doctor.doctor import Examination, examine
 from launcher.doctor.findings import describe_findings, has_errors
 from launcher.doctor.free_memory import memory_within
 from launcher.doctor.network import take_network
-from launcher.errors import ConfigRefused, NodeFailed
+from launcher.errors import ConfigRefused, NodeFailed, NodesRefused
 from launcher.image.stack import Stack, load_stacks
 from launcher.plan.plan import LocalContext, Plan, move_plan
 from launcher.run.restart import replace_lost
@@ -49,10 +50,13 @@ class Session:
 def connect_with(
     cluster: Cluster, nodes: Sequence[Node], environ: Mapping[str, str]
 ) -> Iterator[tuple[ConnectionPool | None, tuple[Transport | NodeFailed, ...]]]:
-    """A transport to each node, or why it cannot be reached; and the pool of the connections, None where this machine is the node."""
+    """A transport to each node, or why it cannot be reached; and the pool of the connections, None where this machine is the node. Raises
+    NodesRefused for an address that no machine has: waiting for it would take minutes."""
     if cluster.is_local:
         yield None, tuple(Local(environ) for _ in nodes)
         return
+    if named := [node.host for node in nodes if is_placeholder(node.host)]:
+        raise NodesRefused(f"cluster.nodes: {describe_placeholders(named)}")
     raise_open_files_limit(len(nodes))
     pool = ConnectionPool(default_settings(Path(environ.get("HOME", "/")), getpass.getuser(), cluster))
     try:

@@ -75,4 +75,4 @@ def held_memory(node: WorkingNode, pids: frozenset[int], accelerator: str) -> st
     except UnreadableTable as error:
         return f"it is not known whether its device memory is free: {error}"
     held = sorted(holders & pids)
-    return f"device memory is still held by its process(es) {' '.join(map(str, held))}" if held else ""
+    return f"device memory is still held by pid {' '.join(map(str, held))}" if held else ""

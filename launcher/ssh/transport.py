@@ -18,6 +18,10 @@ from launcher.errors import NodeFailed
 # Variables that a process on this machine inherits from the launcher. The plan sets all others, so that a variable in a .bashrc cannot change
 # a result.
 KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "USER", "LOGNAME", "HF_HOME", "HF_TOKEN", "XDG_CACHE_HOME")
+# What set_env.sh of CANN and of its ATB export for a process on this machine, next to PATH and LD_LIBRARY_PATH: where they are installed. A
+# container sources them itself (images/entrypoint.sh). Of PYTHONPATH their own folders are kept, whose packages CANN's compiler imports.
+TOOLKIT_HOMES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "ATB_HOME_PATH")
+TOOLKIT_VARIABLES = (*TOOLKIT_HOMES, "ASCEND_OPP_PATH", "ASCEND_CUSTOM_OPP_PATH", "ASCEND_AICPU_PATH", "TOOLCHAIN_HOME")
 PIECE_BYTES = 1 << 18
 
 
@@ -66,12 +70,20 @@ class Transport(Protocol):
     def close(self) -> None: ...
 
 
+def python_path(environ: Mapping[str, str]) -> dict[str, str]:
+    """PYTHONPATH with the folders of the toolkit alone; {} without any."""
+    homes = [Path(environ[name]) for name in TOOLKIT_HOMES if environ.get(name)]
+    folders = [Path(text) for text in environ.get("PYTHONPATH", "").split(os.pathsep) if text]
+    kept = [str(folder) for folder in folders if any(folder.is_relative_to(home) for home in homes)]
+    return {"PYTHONPATH": os.pathsep.join(kept)} if kept else {}
+
+
 class Local:
     """This machine."""
 
     def __init__(self, environ: Mapping[str, str], host: str = "localhost") -> None:
         self.host = host
-        self.kept = {key: environ[key] for key in KEPT_VARIABLES if key in environ}
+        self.kept = {key: environ[key] for key in (*KEPT_VARIABLES, *TOOLKIT_VARIABLES) if key in environ} | python_path(environ)
 
     def run(
         self, argv: tuple[str, ...], *, environment: Mapping[str, str] | None = None, timeout_s: float = 60, folder: Path | None = None

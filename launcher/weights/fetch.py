@@ -24,6 +24,7 @@ from launcher.weights.modelscope import list_modelscope, modelscope_path
 from launcher.weights.selection import refuse_paths, small_files, weight_names
 from trainer.contract import SpecError, read, write, write_text
 from trainer.contract.weight_files import MANIFEST_FILE
+from trainer.contract.wording import plural
 
 UNFINISHED = ".fetch"
 PENDING_FILE, LOCK_FILE = "pending.json", "lock"
@@ -82,7 +83,7 @@ def fetch(
         place_all(call, small)
         weights = weight_names(listing.files, folder, name)
         refuse_small_disk(call, weights)
-        progress.say(f"{len(weights)} file(s) of weights, {sum(file.size for file in weights) / 1e9:,.2f} GB")
+        progress.say(f"{plural(len(weights), 'file')} of weights, {sum(file.size for file in weights) / 1e9:,.2f} GB")
         place_all(call, weights)
         return finish(call, (*small, *weights), now())
 

@@ -17,6 +17,7 @@ from trainer.contract import InputRefused, SpecError, read
 from trainer.contract.checkpoint_files import STATE_FILE, CheckpointState, describe_missing, missing_files
 from trainer.contract.listing import list_some
 from trainer.contract.weight_files import INDEX, PICKLED_INDEX, is_safetensors, read_header, weight_files
+from trainer.contract.wording import plural
 
 POINTER = b"version https://git-lfs"  # begins a file that git wrote in place of the content
 UNFINISHED_ENDINGS = (".part", ".incomplete", ".aria2", ".crdownload", ".____temp")
@@ -138,7 +139,7 @@ def read_tensors(folder: Path) -> tuple[Tensors, list[str]]:
         return found, ["the index of the weights cannot be read: it has no object weight_map. Copy it again"]
     missing = [file.name for file in files if not file.exists()]
     if missing:
-        wrong.append(f"{len(missing)} of {len(files)} weight file(s) missing: {list_some(missing, SHOWN)}")
+        wrong.append(f"{len(missing)} of {plural(len(files), 'weight file')} missing: {list_some(missing, SHOWN)}")
     for file in (file for file in files if file.is_file()):
         if ".." in file.parts or not file.is_relative_to(folder):
             wrong.append(f"the index names {file.name}, outside of the folder")
@@ -177,7 +178,7 @@ def compare_index(folder: Path, found: Tensors) -> list[str]:
     if not lacking:
         return []
     return [
-        f"{len(lacking)} tensor(s) are not in the file that {INDEX} names, such as {lacking[0]} in {named[lacking[0]]}. Copy the folder again"
+        f"the files that {INDEX} names lack {plural(len(lacking), 'tensor')}, such as {lacking[0]} in {named[lacking[0]]}. Copy the folder again"
     ]
 
 
@@ -260,7 +261,7 @@ def find_notes(folder: Path) -> Iterator[str]:
     if tied:
         yield "embeddings and output head are tied"
     if code := sorted(path.name for path in folder.glob("*.py")):
-        yield f"{len(code)} file(s) of code ({', '.join(code[:3])}{', ...' if len(code) > 3 else ''}): never run"
+        yield f"{plural(len(code), 'file')} of code ({', '.join(code[:3])}{', ...' if len(code) > 3 else ''}): never run"
     if (folder / PICKLED_INDEX).is_file() and not (folder / INDEX).is_file():
         yield "weights in .bin files: read with torch's loader for tensors only"
 

@@ -55,7 +55,7 @@ def main() -> None:
         plain, plain_s = answer_plainly(model, processor, spec, file)
         ours, ours_s = answer_file(model, processor, spec, file)
     same = sum(one == other for one, other in zip(plain, ours, strict=True))
-    print(f"{given.rows} rows, {given.new} new tokens each, batches of {given.batch}, {torch.get_num_threads()} thread(s)")
+    print(f"{given.rows} rows, {given.new} new tokens each, batches of {given.batch}, {torch.get_num_threads()} threads")
     print(f"plain {given.rows / plain_s:.2f} rows/s, infer {given.rows / ours_s:.2f} rows/s: {plain_s / ours_s:.2f} times as fast")
     print(f"{same} of {given.rows} answers are equal")
 

@@ -98,7 +98,7 @@ def test_the_doctor_finds_the_npus_and_what_prevents_a_launch(lab: Lab, nodes: t
     }  # fmt: skip
     refused = lab.run("launch", "--run-id", "refused", *words)
     assert refused.returncode == 4, refused.stdout
-    for text in ("process 1333928", "/dev/davinci7", f"{second.address}: device_count", "7 device(s), the plan takes 8"):
+    for text in ("process 1333928", "/dev/davinci7", f"{second.address}: device_count", "7 devices, the plan takes 8"):
         assert text in refused.stdout, refused.stdout
     assert not any("-refused-" in name for host in nodes for name in host.containers())
     assert errors(lab, *words, "cluster.devices_per_node=2") == {}, "the first two exist and are idle"

@@ -129,7 +129,7 @@ def test_an_image_goes_from_host_to_host(
     for host in lab.hosts:
         assert host.run("docker", "image", "inspect", "--format", "{{.Id}}", TAG) == image
         assert host.containers() == (), "no sending container stays"
-    assert said[1:] == ["  1 node(s) serve 1 other(s), 1 wait", "  1 node(s) serve 1 other(s), 0 wait"]
+    assert said[1:] == ["  from 1 node to 1 other, 1 waiting", "  from 1 node to 1 other, 0 waiting"]
     assert in_images(peers) == pytest.approx(1, rel=0.01)
     with capsys.disabled():
         print(f"\nthree hosts: {in_images(peers):.3f} images sent from here in place of 3")

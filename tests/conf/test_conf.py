@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from yaml import safe_load
 
 from launcher.config.compose import compose, options
 from launcher.config.schema import AXES, GROUPS, Hardware, Model
@@ -30,6 +31,7 @@ def model(name: str) -> Model:
 
 @pytest.mark.parametrize(("axis", "name"), [(axis, name) for axis in AXES for name in options(CONF)[axis]])
 def test_every_file_has_its_own_name(axis: str, name: str) -> None:
+    assert safe_load((CONF / axis / f"{name}.yaml").read_text(encoding="utf-8"))["name"] == name
     assert getattr(compose([f"{axis}={name}"], CONF), axis).name == name
 
 

@@ -1,10 +1,16 @@
 """What is taken for a credential, and what is left when it is masked."""
 
 import json
+import re
+import sys
+from pathlib import Path
 
 import pytest
 
-from launcher.redact import for_file, for_terminal, holds_credentials, mask_credentials, names_a_secret, printable
+from launcher.cli import main
+from launcher.redact import for_file, for_terminal, holds_credentials, mask_credentials, names_a_secret, printable, show
+from launcher.run.progress import ProgressView
+from trainer.contract import STREAM_FILE
 
 
 @pytest.mark.parametrize(
@@ -80,3 +86,44 @@ def test_one_line_of_another_ones_text() -> None:
 def test_a_file_has_no_colours_either_and_can_be_written() -> None:
     text = for_file("\033[31mred\033[0m\t中\n\ud800\u202e")
     assert text == "\\u001b[31mred\\u001b[0m\t中\n\\ud800\\u202e" and text.encode("utf-8")
+
+
+PRINTING = ("launcher/redact.py", "launcher/cli.py", "launcher/commands/completion.py", "launcher/commands/model.py")
+OF_NODES = ("launcher/doctor/node_scripts/", "launcher/run/delivery/node_scripts/")  # their output is read by the launcher
+
+
+def test_only_texts_of_our_own_are_printed_without_show() -> None:
+    root = Path(__file__).parents[2]
+    files = [str(path.relative_to(root)) for path in (root / "launcher").rglob("*.py") if re.search(r"(?<![\w.])print\(", path.read_text())]
+    assert {file for file in files if not file.startswith(OF_NODES)} == {*PRINTING}
+
+
+def test_show_gives_the_terminal_no_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    show("a\033[2Jb", end="")
+    show("c\a", file=sys.stderr)
+    assert capsys.readouterr() == ("a\\u001b[2Jb", "c\\u0007\n")
+
+
+def test_an_answer_of_a_model_gives_the_terminal_no_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / STREAM_FILE).write_text("7\033]0;title\a", encoding="utf-8")
+    with ProgressView(tmp_path, print, terminal=False) as progress:
+        progress.tick()
+    assert capsys.readouterr().out == "7\\u001b]0;title\\u0007\n"
+
+
+def test_options_and_licences_give_the_terminal_no_commands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = (Path(__file__).parents[2] / "conf/model/tiny_llava.yaml").read_text(encoding="utf-8")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/own.yaml").write_text(
+        re.sub("^title: .*$", lambda _: 'title: "x\\e[2Jy"', model, flags=re.MULTILINE), encoding="utf-8"
+    )
+    words = ("--conf", str(tmp_path))
+    for argv in (["options", "model", *words], ["options", "data.train", "data=files", "data.train=a\033[2Jb", *words]):
+        assert main(argv) == 0
+        printed = capsys.readouterr().out
+        assert "\\u001b[2J" in printed and "\033" not in printed
+    monkeypatch.setattr("launcher.image.licence.find_text", lambda *_: ("text\033[2J", "a\awheel"))
+    assert main(["licence", "show", "cann"]) == 0
+    assert "text\\u001b[2J" in (printed := capsys.readouterr().out) and "\033" not in printed and "\a" not in printed

@@ -74,7 +74,7 @@ def require_whole(folder: Path, key: str) -> None:
         ) from error
     if reason:
         raise InputRefused(
-            f"{key}: {folder} is not a complete checkpoint: {reason}. "
+            f"{key}: {folder} is not a complete checkpoint: {reason.rstrip('.')}. "
             "Name a folder like runs/<run>/checkpoints/step-<n>, or one that save_pretrained wrote."
         )
 

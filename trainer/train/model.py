@@ -5,13 +5,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 
 from trainer.checkpoint.checkpoint import require_whole
 from trainer.checkpoint.lineage import continues_adapter, find_lineage
 from trainer.checkpoint.resume import ResumePoint, load_adapter, resume_adapter, resume_weights_folder
-from trainer.contract import ModelSpec, TrainSpec, WeightsLineage
+from trainer.contract import InputRefused, ModelSpec, TrainSpec, WeightsLineage
 from trainer.device.dtype import loading_dtype
 from trainer.device.log_prefix import report_phase
 from trainer.device.rank import Rank
@@ -31,6 +33,7 @@ from trainer.tensor.fp32_exceptions import keep_float32
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 PICKLES = ("pytorch_model*.bin",)  # only if a model has no other files; torch reads tensors from them and no code
 CPU = torch.device("cpu")
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError, UnpicklingError)
 LARGE_PARAMETERS = 10**9  # so many take one core 13 s to draw, and 4 GB in float32
 
 
@@ -83,13 +86,15 @@ def load_or_create(
     dtype = loading_dtype(spec.precision)
     folder = Path(lineage.base or lineage.path) if lineage.path else None
     limit = Limit(max_pixels=spec.data.max_pixels, max_tiles=spec.data.max_tiles)
-    processor = family.load_processor(folder, spec.model, limit) if folder else family.create_processor(spec.model, limit)
+    with reading(folder):
+        processor = family.load_processor(folder, spec.model, limit) if folder else family.create_processor(spec.model, limit)
     if weights is not None:
         return family.load(weights, spec.model, dtype, on_meta=on_meta), processor
     if folder is None:
         create = create_on_meta if on_meta else partial(create_random, device=device, partitioned=spec.partitioned)
         return create(spec.model, family, dtype), processor
-    model = family.load(folder, spec.model, dtype, on_meta=on_meta)
+    with reading(folder):
+        model = family.load(folder, spec.model, dtype, on_meta=on_meta)
     if not on_meta:
         keep_float32(model, folder, spec, dtype)
     if lineage.base and not continues_adapter(lineage, spec.stage.lora):
@@ -97,6 +102,21 @@ def load_or_create(
     if not on_meta:
         reset_groups(model, spec)
     return model, processor
+
+
+@contextmanager
+def reading(folder: Path | None) -> Iterator[None]:
+    """Raises InputRefused for files of a folder that are damaged, or of another model: transformers' own errors name its code and not the file.
+    An error of the system, such as a full memory, passes."""
+    try:
+        yield
+    except DAMAGED as error:
+        if folder is None or getattr(error, "errno", None) is not None:
+            raise
+        raise InputRefused(
+            f"{folder}: its files cannot be read as those of a model: {type(error).__name__}: {error}\n    copy the folder again, whole; omnilaunch "
+            f"model check {folder} compares names, sizes and headers"
+        ) from error
 
 
 def create_random(

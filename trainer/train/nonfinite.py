@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.state import read_scaler
+from trainer.contract.wording import plural
 from trainer.distributed.collective import gather_objects
 from trainer.distributed.engine import Engine
 
@@ -112,5 +113,5 @@ def gather_first_finding(engine: Engine, watch: NonfiniteWatch) -> str:
     if not seen:
         return "When the step was repeated, every layer's output and gradient was finite: only a sum over micro-batches or ranks is not."
     _, rank, first = seen[0]
-    others = f"; {len(seen) - 1} other rank(s) found one too" if len(seen) > 1 else ""
+    others = f"; {plural(len(seen) - 1, 'other rank')} found one too" if len(seen) > 1 else ""
     return f"The first non-finite value: on rank {rank}, {first}{others}."

@@ -17,7 +17,7 @@ from launcher.config.schema import Config, Model
 from launcher.errors import ConfigRefused
 from launcher.plan.local_context import for_this_machine
 from launcher.plan.plan import RUNS_FOLDER, absolute
-from launcher.record.checkpoint.checkpoint_data import take_data
+from launcher.record.checkpoint.checkpoint_data import refuse_unknown_data, take_data
 from launcher.record.checkpoint.checkpoint_record import CheckpointRecord, read_checkpoint
 from launcher.record.checkpoint_reference import locate_checkpoint, resolve_base, use_checkpoint
 from launcher.redact import printable
@@ -43,6 +43,8 @@ def start_from_checkpoint(config: Config, overrides: Sequence[str], conf: Path |
     record = read_checkpoint(found, text)
     if record is not None:
         config = take_from_record(config, record, overrides, conf)
+    if not found.host and (record is None or record.data is None):
+        refuse_unknown_data(config, text, overrides)
     return resolve_base(use_checkpoint(config, found, text), *runs)
 
 
@@ -81,8 +83,13 @@ def take_model(
         more = (f"model={name}",) if known else () if "tune" in typed else ("tune=null",)
         config = for_this_machine(compose((*overrides, *more), conf), overrides)
     own = [override for override in overrides if override.startswith("model.")]
-    config = replace(config, model=record.model or config.model)
+    config = replace(config, model=record.model or with_architecture(config.model, record))
     return compose_over(config, own, conf) if own else config, (f"model={name}",)
+
+
+def with_architecture(model: Model, record: CheckpointRecord) -> Model:
+    """The model of conf/model with the sizes that the checkpoint was saved with. Of what comes from a hub, conf/model has them."""
+    return replace(model, architecture=record.architecture) if record.architecture and model.source.kind == "random" else model
 
 
 def take_limits(config: Config, record: CheckpointRecord, typed: Set[str]) -> tuple[Config, tuple[str, ...]]:

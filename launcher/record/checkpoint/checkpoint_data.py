@@ -11,14 +11,22 @@ from typing import Any
 
 from launcher.config.defaults import keys_of
 from launcher.config.schema import Config, Data
+from launcher.errors import ConfigRefused
 from launcher.record.checkpoint_reference import run_of
 from launcher.record.reader import decode_as, nested, read_object
 from launcher.record.run_name import PLAN_FILE
+from trainer.contract.checkpoint_files import STATE_FILE
 
 DERIVED = ("merge", "convert", "quantize")
 MOST_SOURCES = 20  # of a chain of derived checkpoints
 FILES = ("train", "evaluation", "images")
 NAMING = ("data", *(f"data.{name}" for name in ("builtin", *FILES)))  # what says which data is meant
+# The kinds of a stage that read rows -> how to name them.
+NEEDING_ROWS = {
+    "train": "data=files data.train=FILE",
+    "evaluate": "data=files data.evaluation=FILE",
+    "quantize": "data=files data.train=FILE",
+}
 OF_FILES = ("max_length", "workers")  # go with the user's own rows
 
 
@@ -36,10 +44,37 @@ def read_data(plan: dict[str, Any], file: Path) -> Data:
     return replace(data, train=train, evaluation=evaluation, images=images)
 
 
+def data_of_state(spec: dict[str, Any]) -> Data | None:
+    """The data that trainer_state.json names in its flat settings; None where it does not (earlier versions, derived weights)."""
+    named = {name: str(spec.get(f"data.{name}") or "") for name in ("name", "builtin", *FILES)}
+    if spec.get("stage.kind", "train") != "train" or not (named["builtin"] or named["train"]):
+        return None
+    length, workers = (int(spec.get(f"data.{name}") or 0) for name in OF_FILES)
+    return decode_as(Data, {**named, "max_length": length, "workers": workers}, Path(STATE_FILE))  # type: ignore[no-any-return]
+
+
+def names_data(overrides: Sequence[str]) -> bool:
+    """Whether the user named the data, or an experiment, which names it too."""
+    typed = keys_of(override for override in overrides if override != "experiment=null")
+    return bool(typed & {*NAMING, "experiment"})
+
+
+def refuse_unknown_data(config: Config, text: str, overrides: Sequence[str]) -> None:
+    """Raises ConfigRefused for a stage that needs rows, and starts from weights that do not say of which data they are: the data set of
+    conf/config.yaml would be another one."""
+    kind = config.stage.kind
+    if kind not in NEEDING_ROWS or names_data(overrides):
+        return
+    raise ConfigRefused(
+        f"data: stage={config.stage.name} needs rows, and the files of stage.checkpoint={text} do not say which data it was trained on. Name "
+        f"yours: {NEEDING_ROWS[kind]} data.images=FOLDER; or data=digits, the data set that comes with omnilaunch"
+    )
+
+
 def take_data(config: Config, recorded: Data | None, overrides: Sequence[str]) -> tuple[Config, tuple[str, ...]]:
     """The config with the recorded data, and what was taken; as it was where the user named the data, or an experiment, which names it too."""
-    typed = keys_of(override for override in overrides if override != "experiment=null")
-    if recorded is None or typed & {*NAMING, "experiment"}:
+    typed = keys_of(overrides)
+    if recorded is None or names_data(overrides):
         return config, ()
     if recorded.builtin and recorded.builtin == config.data.builtin:
         return config, ()

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.config.recorded_weights import RecordedWeights
-from launcher.config.schema import Data, Model, Stage
+from launcher.config.schema import Architecture, Data, Model, Stage
 from launcher.errors import ConfigRefused, RecordRefused
-from launcher.record.checkpoint.checkpoint_data import DERIVED, MOST_SOURCES, read_data
+from launcher.record.checkpoint.checkpoint_data import DERIVED, MOST_SOURCES, data_of_state, read_data
 from launcher.record.checkpoint_reference import ADAPTER_CONFIG, FoundCheckpoint, exists, run_of
 from launcher.record.reader import decode_as, nested, read_object
 from launcher.record.run_name import PLAN_FILE
@@ -21,6 +21,7 @@ from trainer.contract import InputRefused, Lora
 from trainer.contract.checkpoint_files import STATE_FILE
 from trainer.contract.weight_files import hash_weights
 
+ARCHITECTURE = "model.architecture."
 FINGERPRINT_BYTES = 4096  # trainer.checkpoint.lineage.FINGERPRINT_BYTES
 METHODS: dict[str, Literal["", "int8", "nf4"]] = {
     "compressed-tensors": "int8",
@@ -30,11 +31,12 @@ METHODS: dict[str, Literal["", "int8", "nf4"]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRecord:
-    """`model`: None where only its name is known. `max_pixels`, `max_tiles`: of an image, as its processor was saved; 0 = its own limit. `data`:
-    that it was trained on, None where that is not known."""
+    """`model`: None where only its name is known, and perhaps its `architecture`. `max_pixels`, `max_tiles`: of an image, as its processor was
+    saved; 0 = its own limit. `data`: that it was trained on, None where that is not known."""
 
     weights: RecordedWeights
     model: Model | None
+    architecture: Architecture | None = None
     max_pixels: int = 0
     max_tiles: int = 0
     data: Data | None = None
@@ -125,7 +127,28 @@ def read_state(folder: Path) -> CheckpointRecord | None:
         adapter=adapter,
     )
     pixels, tiles = (int(spec.get(f"data.{name}") or 0) for name in ("max_pixels", "max_tiles"))
-    return with_files(CheckpointRecord(weights=weights, model=None, max_pixels=pixels, max_tiles=tiles), folder)
+    record = CheckpointRecord(
+        weights=weights,
+        model=None,
+        architecture=read_architecture(spec, folder / STATE_FILE),
+        max_pixels=pixels,
+        max_tiles=tiles,
+        data=data_of_state(spec),
+    )
+    return with_files(record, folder)
+
+
+def read_architecture(spec: dict[str, Any], file: Path) -> Architecture | None:
+    """From flat settings: {"model.architecture.text.hidden_size": ...}. None where they have none. Raises RecordRefused."""
+    tree: dict[str, Any] = {}
+    for key, value in spec.items():
+        if key.startswith(ARCHITECTURE):
+            *parts, last = key.removeprefix(ARCHITECTURE).split(".")
+            place = tree
+            for part in parts:
+                place = place.setdefault(part, {})
+            place[last] = value
+    return decode_as(Architecture, tree, file) if tree else None
 
 
 def with_files(record: CheckpointRecord, folder: Path) -> CheckpointRecord:

@@ -39,7 +39,7 @@ def require_same(tag: str, reference: str, fingerprint: str, nodes: Sequence[Wor
     repository = reference.rpartition(":")[0]
     usual = max(images.values(), key=lambda image: sum(is_same_pull(image, other, repository) for other in images.values()))
     if other := [f"{host} ({image.id[:19]})" for host, image in images.items() if not is_same_pull(image, usual, repository)]:
-        raise NodeFailed(f"{', '.join(other)} pulled another {reference} than the other node(s), which have {usual.id[:19]}: {fix}")
+        raise NodeFailed(f"{', '.join(other)} pulled another {reference} than the rest, which have {usual.id[:19]}: {fix}")
 
 
 def is_same_pull(one: BuiltImage, other: BuiltImage, repository: str) -> bool:

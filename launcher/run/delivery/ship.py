@@ -10,6 +10,7 @@ from launcher.run.delivery.node_image import image_on, images_on, is_same
 from launcher.run.delivery.peer_transfer import Peer, assign_receivers, transfer_round
 from launcher.ssh.parallel import attempt_each, together
 from launcher.ssh.transport import Transport
+from trainer.contract.wording import plural
 
 # Receivers of one node at the same time, and of this machine when there are many nodes. An engine loads 70 MB/s (1.43 GB in 21 s), so that a
 # link of 10 Gbit/s is enough for more than six; and 6, 42, 294 nodes have the image after one, two, three rounds.
@@ -54,7 +55,7 @@ def spread(tag: str, sent: BuiltImage, holders: Sequence[Peer], waiting: Sequenc
     while holders and waiting:
         assigned = assign_receivers(holders, waiting, FAN_OUT)
         receivers = tuple(receiver for _, of_one in assigned for receiver in of_one)
-        say(f"  {len(assigned)} node(s) serve {len(receivers)} other(s), {len(waiting) - len(receivers)} wait")
+        say(f"  from {plural(len(assigned), 'node')} to {plural(len(receivers), 'other')}, {len(waiting) - len(receivers)} waiting")
         failures = [failure for of_one in transfer_round(tag, assigned) for failure in of_one]
         arrived = attempt_each(lambda peer: is_same(image_on(peer.node.transport, tag), sent), receivers)
         served = {id(receiver) for receiver, answer in zip(receivers, arrived, strict=True) if answer is True}

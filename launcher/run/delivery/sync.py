@@ -24,6 +24,7 @@ from launcher.run.run_folder import WorkingNode
 from launcher.ssh.parallel import each, together
 from launcher.ssh.transport import Transport
 from trainer.contract.listing import keep_some
+from trainer.contract.wording import plural
 
 # Prefix of the temporary folders, each with letters of its own, so that two launchers do not collide. They are created in the target folder,
 # which may be a mount: moving a file is then a rename.
@@ -147,18 +148,18 @@ def copy(path: SyncPath, lacking: Sequence[tuple[WorkingNode, Missing]], source:
     total_bytes, sent_bytes, sent = sum(path.files[name] for name in names), 0, 0
     receivers = open_folders(path, nodes, token, total_bytes)
     hosts = ", ".join(node.command.host for node in receivers)
-    say(f"copying {len(names)} file(s), {total_bytes / 1e9:.1f} GB, of {path.path} to {hosts}")
+    say(f"copying {plural(len(names), 'file')}, {total_bytes / 1e9:.1f} GB, of {path.path} to {hosts}")
     with tempfile.TemporaryDirectory(prefix="omnilaunch-") as folder:
         for batch in batches(names, path.files):
             listed = Path(folder) / "names"
             listed.write_bytes(b"".join(path.name(name) + b"\0" for name in batch))
             send_batch(path, listed, receivers, source, say, before_bytes=sent_bytes, total_bytes=total_bytes)
             sent_bytes, sent = sent_bytes + sum(path.files[name] for name in batch), sent + len(batch)
-            say(f"  {sent} of {len(names)} file(s)")
+            say(f"  {sent} of {plural(len(names), 'file')}")
     for node, gap in zip(nodes, each(partial(find_missing, path), nodes), strict=True):
         if wrong := sorted({*gap.missing, *gap.other}):
             raise NodeFailed(
-                f"after copying, {node.command.host} still lacks {len(wrong)} file(s) of {path.path}, or has them with another size, such as "
+                f"after copying, {node.command.host} still lacks {plural(len(wrong), 'file')} of {path.path}, or has them with another size, such as "
                 f"{path.shown(wrong[0])}: launch again to continue"
             )
 

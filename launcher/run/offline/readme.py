@@ -5,6 +5,7 @@ import textwrap
 from launcher.plan.plan import Plan
 from launcher.redact import MASK, holds_credentials, mask_credentials
 from launcher.run.offline.node_script import read_paths, script_name
+from trainer.contract.wording import plural
 
 WIDTH = 110
 RENDEZVOUS_WAIT_MINUTES = 10  # torch.distributed.elastic, static_tcp_rendezvous: 600 s
@@ -52,7 +53,7 @@ def describe_run(plan: Plan) -> str:
     spec, image = plan.spec, plan.image
     rows = [
         f"Run {plan.run_id}: {plan.config.model.title}, stage {spec.stage.name}, {spec.steps} steps,",
-        f"{spec.device.world_size} rank(s) on {len(plan.commands)} node(s), in containers of {image.tag}.",
+        f"{plural(spec.device.world_size, 'rank')} on {plural(len(plan.commands), 'node')}, in containers of {image.tag}.",
         "",
         "Written by `omnilaunch render`. Nothing here connects to another machine: a person who is logged in on the node, and may use Docker "
         "there (or uses sudo), starts its script. In this order:",

@@ -21,10 +21,12 @@ from launcher.image.licence import OVERRIDE, AcceptedLicence
 from launcher.image.stack import Stack, load_stacks, render
 from launcher.plan.machine import Machine
 from launcher.plan.plan import LocalContext, Plan, carry_over, encode_spec, move_plan
+from launcher.record.record import open_run
 from launcher.record.recorded_run import RecordedRun, load_recorded_run
 from launcher.record.source import SourceState, SourceTree, read_source
 from launcher.run import launch
 from tests.launcher.fake_nodes import CPU
+from tests.launcher.run.test_resume import save
 from trainer.contract import Expectation, Inputs, TrainSpec, decode, facts_of
 
 PROJECT = Path(__file__).resolve().parents[3]
@@ -359,3 +361,27 @@ def test_a_full_disk_ends_the_launch_with_a_clear_error(
     session = SimpleNamespace(project=tmp_path, say=print)
     with pytest.raises(RunEnded, match=r"runs/R could not be written: No space left on device\. Free some disk space there"):
         launch.launch(plan_for(), SourceTree(state=SourceState(commit="", dirty=False)), session)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_of_a_rerun_is_named_as_everywhere(recorded: RecordedRun, tmp_path: Path, plan_for: Callable[..., Plan]) -> None:
+    """By `last`, or by the beginning of an id; the plan has the folder, and its overrides the whole id."""
+    for run_id, model in (("first-1", recorded.plan.config.model.name), ("other-2", "tiny_internvl")):
+        plan = plan_for(f"cluster.root={tmp_path}", f"model={model}")
+        plan = replace(plan, run_id=run_id, folder=str(tmp_path / "runs" / run_id))
+        plan = replace(plan, spec=replace(plan.spec, run_id=run_id, output=plan.folder))
+        save(open_run(plan, SourceState(commit="", dirty=False)), 3)
+    place = replace(HERE, here=tmp_path)
+
+    def again(*words: str) -> Plan:
+        return plan_rerun(recorded, words, (), Tree(project=PROJECT), place, {}, conf=PROJECT / "conf", run_id="again").plan
+
+    folder = str(tmp_path / "runs/first-1/checkpoints/step-000003")
+    for text in ("first", "first-1", "first/3", folder):
+        plan = again(f"stage.checkpoint={text}")
+        assert plan.spec.stage.checkpoint == folder
+        full = {"first": "first-1", "first/3": "first-1/3"}.get(text, text)
+        assert f"stage.checkpoint={full}" in plan.overrides
+    with pytest.raises(ConfigRefused, match=r"is not the model of run other-2"):
+        again("stage.checkpoint=last")
+    with pytest.raises(ConfigRefused, match=r"there is no folder and no run of this name"):
+        again("stage.checkpoint=nothing")

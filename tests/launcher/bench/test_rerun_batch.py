@@ -112,3 +112,22 @@ def test_other_epochs_of_a_rerun_are_counted_in_the_file(tmp_path: Path) -> None
     assert [word for word in plan.overrides if word.startswith("run.")] == ["run.epochs=3"]
     (tmp_path / "b.json").write_text("[{}, {}, {}, {}]")
     assert rerun(recorded, "run.epochs=3", f"data.train={tmp_path}/b.json").plan.spec.steps == 6
+
+
+def test_the_rows_of_another_file_are_counted_against_the_recorded_batch(tmp_path: Path) -> None:
+    few, more = tmp_path / "few.json", tmp_path / "more.json"
+    few.write_text("[{}, {}, {}, {}]")
+    more.write_text(f"[{', '.join(['{}'] * 30)}]")
+    recorded = record(*FILES, rows=60, steps=5)
+    with pytest.raises(
+        ConfigRefused,
+        match=r"24 samples, but data\.train has 4 rows(.|\n)*would pass: stage\.global_batch=1 strategy\.micro_batch=1  or  stage",
+    ) as refused:
+        rerun(recorded, f"data.train={few}")
+    assert "stage.global_batch=4" in str(refused.value)
+    assert rerun(recorded, f"data.train={few}", "stage.global_batch=4", "strategy.micro_batch=1").plan.spec.batch.global_batch == 4, (
+        "as it was offered"
+    )
+    plan = rerun(recorded, f"data.train={more}").plan
+    assert (plan.config.data.rows, plan.spec.steps, plan.spec.batch.global_batch) == (30, 5, 24)
+    assert rerun(recorded, "data.train=/not/here.json").plan.config.data.rows == 0, "not known, and not those of another file"

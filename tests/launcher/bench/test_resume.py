@@ -9,7 +9,7 @@ import pytest
 
 from launcher.bench.paused_run import PausedRun, read_paused_run
 from launcher.bench.rerun import accepted_kinds
-from launcher.bench.resume import KINDS, LEARNING, ResumePlan, kind_of_change, plan_resume
+from launcher.bench.resume import KINDS, LEARNING, ResumePlan, can_change, kind_of_change, plan_resume
 from launcher.bench.worktree import Tree
 from launcher.config.conf_folder import ConfFolder
 from launcher.config.key import list_keys
@@ -151,8 +151,25 @@ def test_the_rows_of_other_data_are_counted(paused: Callable[..., PausedRun], ow
         assert (plan.config.data.rows, plan.spec.steps, plan.config.run.epochs, plan.spec.data.rows) == (60, 15, None, 0)
     plan = resume(run, f"data.train={more}", "run.epochs=4", accept=("data", "steps")).plan
     assert (plan.spec.steps, plan.spec.data.rows, plan.spec.accepted_changes) == (30, 60, ("steps", "data"))
-    with pytest.raises(ConfigRefused, match=r"4 rows|global_batch"):
+    with pytest.raises(ConfigRefused, match=r"8 samples, but data\.train has 4 rows") as refused:
         resume(run, f"data.train={few}", "run.steps=20", accept=("data", "steps"))
+    assert "would pass" not in str(refused.value), "a resume refuses another batch"
+    assert f"start a new run from its weights, with what else it needs: omnilaunch launch stage.checkpoint={run.run_id} data.train=" in str(
+        refused.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("offered", "taken"),
+    [
+        ("stage.global_batch=8", False), ("strategy.micro_batch=4", True), ("strategy.micro_batch=4 stage.global_batch=8", False),
+        ("hardware=h200", True), ("cluster.devices_per_node=1", True), ("stage=lora", False), ("model=tiny_llava", False),
+        ("precision=pure_bf16", False), ("cluster.runtime=docker cluster.root=/srv/omnilaunch", False), ("run.steps=9", True),
+        ("data.max_length=64", False),
+    ],
+)  # fmt: skip
+def test_only_changes_that_a_resume_takes_are_offered(offered: str, taken: bool) -> None:
+    assert can_change(offered) is taken
 
 
 def test_the_same_file_with_other_rows_is_counted_where_it_is_accepted(paused: Callable[..., PausedRun], own: Callable[..., str]) -> None:

@@ -50,7 +50,7 @@ FILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "an interface for one alone": (nodes("{host: a, interface: eth0}", "{host: b}"), ("no interface is set for b",)),
     "unequal counts": (
         ("cluster=example", "hardware=ascend910b", "cluster.devices_per_node=2", "cluster.nodes.1.devices=[1,2,3]"),
-        ("node 192.0.2.12 lists 3 device(s), but 2 are used",),
+        ("node 192.0.2.12 lists 3 devices, but 2 are used",),
     ),
     "only spares": (nodes("{host: a, spare: true}"), ("every node is a spare",)),
     "processes on other machines": ((*nodes(A), "cluster.runtime=process"), ("cluster.runtime=docker",)),
@@ -88,8 +88,8 @@ FIVE = "\n".join(ascend()["devices"].splitlines()[: 6 + 5 * 3]) + "\n"
 SEEN: dict[str, tuple[tuple[str, ...], Mapping[str, str | Said], str, str]] = {
     "mixed chips": (NPU, {"devices": ascend()["devices"].replace("910B3", "910B1")}, "same_chips", "it has 910B1, the others have 910B3"),
     "another chip": (P4, {"devices": p4()["devices"].replace("Tesla P4", "Tesla T4")}, "chip", "it has Tesla T4"),
-    "fewer devices": (NPU, {"devices": FIVE}, "same_count", "it has 5 device(s), the others have 8"),
-    "too few devices": (NPU, {"devices": FIVE}, "device_count", "5 device(s), the plan takes 8"),
+    "fewer devices": (NPU, {"devices": FIVE}, "same_count", "it has 5 devices, the others have 8"),
+    "too few devices": (NPU, {"devices": FIVE}, "device_count", "5 devices, the plan takes 8"),
     "HCCL's ports in use": (NPU, {"tcp": tcp(60003)}, "hccl_ports", "60003 are in use"),
     "interface lacking": (P4, network("198.51.100.7"), "network", "192.0.2.12 has no interface 'eth0' with address '192.0.2.12'"),
     "another architecture": (P4, {"machine": "aarch64\n"}, "architecture", "it is aarch64, the cluster file says x86_64"),

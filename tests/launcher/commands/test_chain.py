@@ -12,9 +12,10 @@ import pytest
 
 from launcher import cli
 from launcher.bench.cell import list_cells
-from launcher.commands.chain import find_newest, launch_chain, plan_chain
+from launcher.commands.chain import find_newest, launch_chain, plan_chain, refuse_unlaunchable, show_chain
 from launcher.config.chain import Chain, Step, find_chain, list_chains, load_chain, overrides_of
 from launcher.config.conf_folder import ConfFolder
+from launcher.config.variable import describe_devices
 from launcher.errors import ConfigRefused
 from launcher.plan.visible_devices import with_visible_devices
 from launcher.record.record import PLAN_FILE, RECORD_FILE, write_record
@@ -206,3 +207,29 @@ def test_the_weights_of_a_chain_are_judged_before_it_starts(tmp_path: Path) -> N
     chain, typed = load_chain(NAME, CONF), (f"cluster.root={tmp_path}", f"model.source.path={tmp_path / 'weights'}", "model=tiny_llava")
     with pytest.raises(ConfigRefused, match=r"step tower .*\n.*weights holds none of the models of conf/model, not tiny_llava"):
         plan_chain(chain, typed, "x", PROJECT, ConfFolder(project=CONF), tmp_path)
+
+
+def test_a_refused_chain_says_what_it_took_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a single plan does: the devices were not typed."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    words = (
+        f"cluster.root={tmp_path}",
+        "hardware=h200",
+        "cluster.runtime=docker",
+        "model=tiny_llava",
+        "cluster.delivery.accept_licence=false",
+    )
+    typed = (f"experiment={NAME}", *words)
+    chain = load_chain(NAME, CONF)
+    planned = plan_chain(chain, typed, "x", PROJECT, ConfFolder(project=CONF), tmp_path)
+    note = describe_devices(os.environ, planned.steps[0].plan.overrides)
+    assert note and "CUDA_VISIBLE_DEVICES" in note
+    with pytest.raises(ConfigRefused) as refused:
+        refuse_unlaunchable(planned)
+    assert str(refused.value).endswith(note) and "cannot be launched" in str(refused.value)
+    show_chain(chain, typed, "x", PROJECT, ConfFolder(project=CONF), print)
+    shown = capsys.readouterr().out
+    assert shown.count("note: NCCL_DEBUG=INFO in your environment is ignored") == 1 and "a launch is refused" in shown

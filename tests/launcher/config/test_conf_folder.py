@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from launcher.commands.completion import complete
 from launcher.commands.plan import PROJECT, plan_of
 from launcher.config.compose import compose, compose_over, compose_with_files, options
 from launcher.config.conf_folder import ConfFolder, find_conf
+from launcher.config.schema import AXES
 from launcher.errors import ConfigRefused
 
 CONF = PROJECT / "conf"
@@ -145,3 +147,16 @@ def test_a_chain_of_the_own_folder_is_found(own: Path, capsys: pytest.CaptureFix
     write(own / "experiment/two.yaml", "chain:\n  - {name: aligned, words: [stage=projector]}\n  - {name: adapted, words: [stage=lora]}\n")
     assert main(["plan", "experiment=two", "cluster=lab", "--conf", str(own)]) == 0
     assert shlex.split(capsys.readouterr().out.splitlines()[-1])[-2:] == ["--conf", str(own)]
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_a_copied_file_has_the_name_that_chooses_it(axis: str, tmp_path: Path) -> None:
+    """Its `name` is often that of the file that it was copied from; `strategy` has a closed list of names."""
+    source = sorted((CONF / axis).glob("*.yaml"))[-1]
+    name = "single" if axis == "strategy" else "mine"
+    (tmp_path / axis).mkdir()
+    shutil.copy(source, tmp_path / axis / f"{name}.yaml")
+    folder = ConfFolder(project=CONF, own=tmp_path)
+    config = compose((f"{axis}={name}",), folder)
+    assert getattr(config, axis).name == name
+    assert getattr(compose_over(compose((), CONF), (f"{axis}={name}",), folder), axis).name == name

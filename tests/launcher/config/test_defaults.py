@@ -88,3 +88,28 @@ def test_overrides_of_other_keys_are_kept_in_their_order() -> None:
     overrides = ("model=tiny_llava", "run.steps=3", "model.context=64", "run.steps=5", "experiment=null")
     assert without_keys(overrides, ("run.steps", "experiment")) == ("model=tiny_llava", "model.context=64")
     assert without_keys(overrides, keys_of(("model=x",))) == overrides[1:]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rate"),
+    [
+        ((*FILES, "model=tiny_qwen2_5_vl"), 5e-3),
+        ((*FILES, "model=tiny_qwen2_5_vl", "stage=lm"), 5e-3),
+        (("data.builtin=''", "data.train=a.json", "model=tiny_internvl"), 5e-3),
+        ((*FILES, "model=tiny_qwen2_5_vl", "stage=projector"), 1e-3),  # which learns
+        ((*FILES, "model=tiny_qwen2_5_vl", "stage.optimizer.lr=2e-5"), 2e-5),  # as typed
+        ((*FILES, "model=tiny_qwen2_5_vl", "stage.checkpoint=RUN"), 2e-5),  # trained weights
+        ((*FILES, "model=tiny_llava"), 2e-3),  # of conf/tune
+        ((*FILES, "model=tiny_llava", "tune=null"), 5e-3),
+        ((*FILES, "model=qwen2_5_vl_7b", "model.source=random"), 2e-5),  # it would diverge
+        ((*FILES, "model=qwen2_5_vl_7b"), 2e-5),
+        (("model=tiny_qwen2_5_vl",), 2e-5),  # the digits are what they were
+        (("model=tiny_qwen2_5_vl", "data=digits_even"), 2e-5),
+    ],
+)
+def test_a_tiny_model_learns_from_own_rows_with_its_default_rate(overrides: tuple[str, ...], rate: float) -> None:
+    assert compose(overrides, CONF).stage.optimizer.lr == rate
+
+
+def test_a_rerun_on_own_rows_keeps_its_rate() -> None:
+    assert compose_over(compose(("model=tiny_qwen2_5_vl",), CONF), FILES, CONF).stage.optimizer.lr == 2e-5

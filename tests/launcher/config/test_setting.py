@@ -37,7 +37,7 @@ def test_a_file_of_the_users_own_is_described_by_what_it_holds(tmp_path: Path) -
     (tmp_path / "precision" / "mine.yaml").write_text("weights: float16\noptimizer: float32\n", encoding="utf-8")
     (tmp_path / "data" / "mine.yaml").write_text("train: rows.json\n", encoding="utf-8")
     lines = describe_values(tmp_path)
-    assert lines["cluster"] == {"lab": "2 node(s), docker: gpu1, gpu2"}
+    assert lines["cluster"] == {"lab": "2 nodes, docker: gpu1, gpu2"}
     assert lines["precision"] == {"mine": "weights float16, optimizer float32"} and lines["data"] == {"mine": "rows of rows.json"}
 
 

@@ -75,8 +75,8 @@ def test_npus_without_a_container_are_named_by_their_own_numbers(plan_for: PlanF
     [
         (("cluster.nodes.0.devices=[3,3]", "cluster.devices_per_node=2"), ("3 of node 192.0.2.11 is listed twice",)),
         (("cluster.nodes.0.devices=[3,3]", "cluster.devices_per_node=1"), ("3 of node 192.0.2.11 is listed twice", "devices=[3]")),
-        (("cluster.nodes.1.devices=[3,4]",), ("192.0.2.12 lists 2 device(s), but 8 are used", "cluster.devices_per_node=2")),
-        ((*TWO, "cluster.nodes.1.devices=[1,2,3]"), ("192.0.2.12 lists 3 device(s), but 2 are used",)),
+        (("cluster.nodes.1.devices=[3,4]",), ("192.0.2.12 lists 2 devices, but 8 are used", "cluster.devices_per_node=2")),
+        ((*TWO, "cluster.nodes.1.devices=[1,2,3]"), ("192.0.2.12 lists 3 devices, but 2 are used",)),
         (("cluster.nodes.1.devices=[-1]",), ("-1 of node 192.0.2.12 is out of range",)),
     ],
 )

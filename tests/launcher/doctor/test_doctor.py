@@ -165,8 +165,8 @@ NODE_FAULTS: dict[str, tuple[Fault, ...]] = {
         ),
     ),
     "device_count": (
-        Fault(words=NPU, answers={"devices": FIVE}, says="5 device(s), the plan takes 8", fix="cluster.devices_per_node=4"),
-        Fault(words=P4, answers={"devices": "No devices were found\n"}, says="0 device(s)", fix="dmesg"),
+        Fault(words=NPU, answers={"devices": FIVE}, says="5 devices, the plan takes 8", fix="cluster.devices_per_node=4"),
+        Fault(words=P4, answers={"devices": "No devices were found\n"}, says="0 devices", fix="dmesg"),
     ),
     "chip": (
         Fault(words=NPU, answers=npu_table("910B3", "910A "), says="it has 910A; hardware=ascend910b is 910B1", fix="options hardware"),
@@ -255,7 +255,7 @@ CROSS_NODE_FAULTS: dict[str, tuple[Fault, ...]] = {
     "same_architecture": (Fault(answers={"machine": "aarch64\n"}, says="it is aarch64, the others are x86_64"),),
     "same_chips": (Fault(words=NPU, answers=npu_table("910B3", "910B1"), says="it has 910B1, the others have 910B3"),),
     "same_count": (
-        Fault(words=NPU, answers={"devices": FIVE}, says="it has 5 device(s), the others have 8", fix="cluster.devices_per_node=4"),
+        Fault(words=NPU, answers={"devices": FIVE}, says="it has 5 devices, the others have 8", fix="cluster.devices_per_node=4"),
         Fault(words=(*NPU, "cluster.devices_per_node=4"), answers={"devices": FIVE}, says="the run takes 4 of each", level="warning"),
     ),
     "same_driver": (

@@ -48,7 +48,7 @@ STILL_FAULTY = {
         ),
     ),
     "device_count": (
-        Fault(words=(*NPU, "cluster.devices_per_node=7", "stage.global_batch=14"), answers={"devices": FIVE}, says="5 device(s)"),
+        Fault(words=(*NPU, "cluster.devices_per_node=7", "stage.global_batch=14"), answers={"devices": FIVE}, says="5 devices"),
     ),
 }
 

@@ -107,7 +107,7 @@ def test_the_refusal_of_a_server_offers_batch_and_image_size_and_each_passes() -
     words = ("hardware=rtx3090", "model=qwen2_5_vl_7b", "stage=serve")
     (problem,) = memory_fits(on_one_rank(composed(*words)), STACKS)
     assert problem.changes[:2] == ("stage.serving.max_batch=8", "data.max_pixels=501760")
-    assert "assumed: 16 answer(s) at a time, each with a context of 2,048 tokens" in problem.what
+    assert "assumed: 16 answers at a time, each with a context of 2,048 tokens" in problem.what
     for change in problem.changes:
         config = on_one_rank(composed(*words, *shlex.split(change)))
         assert estimate_memory(config).fits and not list(memory_fits(config, STACKS)), change

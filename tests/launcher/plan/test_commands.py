@@ -1,12 +1,15 @@
 """Config -> the exact commands."""
 
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import PurePosixPath
 
 import pytest
 
 from launcher.errors import ConfigRefused
 from launcher.plan.commands import data_paths
 from launcher.plan.plan import Plan
+from trainer.contract.checkpoint_files import flatten
 
 PlanFor = Callable[..., Plan]
 ASCEND = ("hardware=ascend910b", "model=qwen2_5_vl_32b", "stage=lora", "precision=bf16", "cluster=example")
@@ -78,8 +81,42 @@ def test_never_privileged_never_root_never_secret(plan_for: PlanFor, cluster: tu
 def test_named_data_is_mounted_read_only(plan_for: PlanFor) -> None:
     data = ("data=files", "data.train=rows.json", "data.images=/data/images", "cluster.runtime=docker")
     (command,) = plan_for(*data).commands
-    assert "type=bind,source=/home/ann/work/rows.json,target=/home/ann/work/rows.json,readonly" in command.start
+    assert "type=bind,source=/home/ann/work,target=/home/ann/work,readonly" in command.start
     assert "type=bind,source=/data/images,target=/data/images,readonly" in command.start
+
+
+@pytest.mark.parametrize("images", ["", "data.images=/data/images"])
+def test_what_lies_beside_a_file_of_rows_is_mounted_with_it(plan_for: PlanFor, images: str) -> None:
+    """dataset_info.json, and the files that a meta file of InternVL lists. Of a file in / the file alone: no container takes another /."""
+    data = ("data=files", "data.train=set/rows.json", "data.evaluation=/held.json", "cluster.runtime=docker", *([images] if images else []))
+    if not images:
+        data = (*data[:2], "data.evaluation=/held/out.json", *data[3:])
+    (command,) = plan_for(*data).commands
+    assert command.container is not None
+    mounted = [mount.path for mount in command.container.mounts if mount.read_only]
+    assert mounted == ["/home/ann/work/set", *(["/held.json", "/data/images"] if images else ["/held"])]
+
+
+def test_every_file_that_a_spec_names_is_in_a_mount(plan_for: PlanFor) -> None:
+    """Every path of the spec: a new one must be mounted too."""
+    base, docker = "run.evaluation.base=/base", "cluster.runtime=docker"
+    data = ("data=files", "data.train=/rows/train.json", "data.evaluation=/rows/held.json", "data.images=/pictures")
+    plans = {
+        "train": plan_for(*data, base, docker, "stage=full", "stage.checkpoint=/weights", "model.source.path=/model"),
+        "infer": plan_for(*data, docker, "stage=infer", "stage.checkpoint=/weights", "stage.inference.input=/ask/questions.jsonl"),
+        "one": plan_for(
+            *data, docker, "stage=infer", "stage.checkpoint=/weights", "stage.inference.image=/one/a.png", "stage.inference.prompt=x"
+        ),
+    }
+    for plan in plans.values():
+        container = plan.commands[0].container
+        assert container is not None
+        mounted = [PurePosixPath(mount.path) for mount in container.mounts]
+        values = {key: value for key, value in flatten(asdict(plan.spec)) if key != "data.root"}  # of built-in sets, of which this is none
+        named = [text for text in values.values() if isinstance(text, str) and text.startswith("/")]
+        assert len(named) > 4
+        for path in named:
+            assert any(PurePosixPath(path).is_relative_to(folder) for folder in mounted), path
 
 
 def test_without_a_folder_of_images_the_folders_of_the_files_are_mounted(plan_for: PlanFor) -> None:

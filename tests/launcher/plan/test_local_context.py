@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,15 @@ from launcher.config.compose import compose
 from launcher.image.licence import accept, find_licence, store_path
 from launcher.image.stack import load_stacks
 from launcher.plan.full import describe_full
-from launcher.plan.local_context import context_for, find_built, for_this_machine, read_cuda, read_machine, with_own_licence
+from launcher.plan.local_context import (
+    context_for,
+    find_built,
+    find_taken_port,
+    for_this_machine,
+    read_cuda,
+    read_machine,
+    with_own_licence,
+)
 from launcher.plan.plan import Plan, make_plan
 from tests.launcher.conftest import PLACE, PROJECT
 
@@ -181,3 +190,23 @@ def test_a_file_of_licences_that_cannot_be_read_stops_only_what_needs_it(store: 
     assert str(store) in said and "Nothing was changed" in said and store.read_text(encoding="utf-8") == '{"accepted": '
     assert main(["plan", "--json"]) == 0 and json.loads(capsys.readouterr().out)["licence"] is None
     assert main(["plan", "--json", *ASCEND, "cluster.delivery.accept_licence=true"]) == 0
+
+
+def test_a_port_that_another_program_has_is_refused_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        words = [
+            "stage=serve",
+            "stage.checkpoint=/nowhere/else",
+            "model=tiny_llava",
+            "cluster.runtime=process",
+            f"stage.serving.port={port}",
+        ]
+        (problem,) = find_taken_port(compose(words, PROJECT / "conf"))
+        assert (problem.key, problem.launch_only) == ("stage.serving.port", True) and f"port {port} of 127.0.0.1 is in use" in problem.what
+        (change,) = problem.changes
+        assert find_taken_port(compose([*words[:-1], change], PROJECT / "conf")) == ()
+        far = "cluster.nodes=[{host: gpu1}]"
+        assert find_taken_port(compose([*words, far, "cluster.root=/srv/omnilaunch"], PROJECT / "conf")) == (), "of another machine"
+    assert find_taken_port(compose(words, PROJECT / "conf")) == (), "the program has ended"
+    assert find_taken_port(compose([*words[:-1], "stage.serving.port=0"], PROJECT / "conf")) == ()

@@ -62,7 +62,7 @@ def test_plan_runs_where_torch_cannot_be_imported() -> None:
         "== node 1: 192.0.2.12",
         "images/rendered/ascend910b/Dockerfile",
         "== verdict",
-        "16 rank(s)",
+        "16 ranks",
     ):
         assert part in done.stdout
 

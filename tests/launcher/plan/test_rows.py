@@ -115,7 +115,8 @@ def test_a_file_that_is_not_there_can_be_planned_with_and_not_launched(here: Pat
     with pytest.raises(ConfigRefused, match=r"there is no file row\.json"):
         refuse(plan.verdict, launching=True)
     for words in (FILES, (*FILES[:1], "data.train=row.json", "cluster=example"), ("data.train=row.json", "data=files", "cluster=example")):
-        assert plan_here(words, "R")[0].verdict.launchable, "the nodes have files of their own"
+        problems = plan_here(words, "R")[0].verdict.problems
+        assert {problem.key for problem in problems} <= {"cluster.nodes"}, "the nodes have files of their own"
 
 
 def test_rows_on_the_nodes_can_be_given(here: Path) -> None:

@@ -61,8 +61,8 @@ def test_what_a_person_reads(plan_for: Callable[..., Plan]) -> None:
         "          peak takes 17%",
     ]
     assert f"image     {tag}, not built; launch builds it, and sends it to the nodes" in text
-    assert "ranks     2 node(s) x 8 device(s), 16 rank(s)" in text
-    assert "batch     16 samples a step = micro-batch 1 x 1 accumulated x 16 rank(s), 1000 steps" in text
+    assert "ranks     2 nodes x 8 devices, 16 ranks" in text
+    assert "batch     16 samples a step = micro-batch 1 x 1 accumulated x 16 ranks, 1000 steps" in text
     assert "cost      1,000 steps = 16,000 samples = 10.7 epochs of 1,500 rows, at most 1,088,000 tokens" in text
     assert text[-2].startswith("next: omnilaunch launch hardware=ascend910b") and text[-1].startswith("more: omnilaunch plan --full ")
 
@@ -93,7 +93,7 @@ def test_notes_that_are_left_out_are_counted(plan_for: Callable[..., Plan]) -> N
     many = replace(plan, verdict=replace(plan.verdict, notes=tuple(f"note {number}" for number in range(40))))
     lines = describe_short(many).splitlines()
     shown = sum(line.startswith("note: note ") for line in lines)
-    assert f"and {40 - shown} more note(s), with --full" in lines and len(lines) == 30
+    assert f"and {40 - shown} more notes, with --full" in lines and len(lines) == 30
 
 
 def test_the_rows_of_the_built_in_sets_are_those_that_the_trainer_writes() -> None:

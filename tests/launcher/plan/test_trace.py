@@ -96,7 +96,7 @@ def test_a_failure_is_reported_with_what_the_trainer_said(
 def test_the_highest_moment_is_shown_beside_the_plan(plan: Plan) -> None:
     text = describe_trace(REPORT, plan)
     assert "peak, backward          3.000 GiB  the highest" in text
-    assert "peak by arithmetic" in text and "1 image(s) of 336 x 336 pixels, 576 image tokens, 1472 trained" in text
+    assert "peak by arithmetic" in text and "1 image of 336 x 336 pixels, 576 image tokens, 1472 trained" in text
     assert text.index("weights") < text.index("activations")
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from launcher.check.strings import TRACKERS
 from launcher.cli import main
 from launcher.config.compose import compose
 from launcher.plan.tracker import describe_missing, is_installed
+from trainer.observe import tracker
 
 CONF = Path(__file__).parents[3] / "conf"
 REMOTE = "cluster.nodes=[{host: far}]"
@@ -49,10 +51,24 @@ def test_what_is_installed_is_read_from_the_metadata() -> None:
     assert version("pytest") and is_installed("pytest") and not is_installed("no-such-package")
 
 
-def test_a_plan_has_the_note(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "run.trackers=[tensorboard,wandb]", "cluster.runtime=docker"]) == 0
-    assert "note: run.trackers: no image has the package wandb" in capsys.readouterr().out
-    assert main(["plan", "run.trackers=[tensorboard,wandbb]"]) == 2
-    assert "did you mean 'wandb'?" in capsys.readouterr().err
+def test_a_plan_has_the_note(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.plan.tracker.is_installed", lambda _: False)
+    assert main(["plan", "run.trackers=[wandb]"]) == 0
+    assert "note: run.trackers: this Python environment lacks wandb" in " ".join(capsys.readouterr().out.split())
     assert main(["plan"]) == 0
     assert "run.trackers" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "passes"),
+    [("wandbb", "wandb"), ("tensorboard,Swan_Lab", "tensorboard,swanlab"), ("mlflow,tensorbord", "mlflow,tensorboard")],
+)
+def test_a_tracker_that_does_not_exist_is_refused_with_the_nearest(given: str, passes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", f"run.trackers=[{given}]"]) == 2
+    said = capsys.readouterr().err
+    assert "run.trackers: there is no tracker" in said and f"would pass: run.trackers=[{passes}]" in said
+    assert main(["plan", f"run.trackers=[{passes}]"]) == 0
+
+
+def test_the_trackers_are_those_of_the_trainer() -> None:
+    assert set(TRACKERS) == set(tracker.TRACKERS)

@@ -178,7 +178,7 @@ def test_a_folder_alone_is_enough(tmp_path: Path) -> None:
 def test_a_folder_of_another_model_is_refused(tmp_path: Path, key: str) -> None:
     folder = write_folder(tmp_path / "a")
     with pytest.raises(ConfigRefused) as found:
-        plan_of(["model=qwen2_5_vl_3b", "hardware=h200", "stage=lora", f"{key}={folder}"], "R")
+        plan_of(["model=qwen2_5_vl_3b", "hardware=h200", "stage=lora", "data=digits", f"{key}={folder}"], "R")
     text = str(found.value)
     assert f"{key}: {folder} holds qwen2_5_vl_7b, not qwen2_5_vl_3b:\n    architecture.text.hidden_size: 2048, the folder has 3584" in text
     assert "would pass: model=qwen2_5_vl_7b" in text

@@ -79,7 +79,7 @@ def comparison_of(planned: int, measured: int) -> PeakComparison:
 @pytest.mark.parametrize("markdown", (True, False))
 def test_the_table_ends_with_the_errors(markdown: bool) -> None:
     text = describe_comparisons((comparison_of(11 * GIB, 10 * GIB), comparison_of(19 * GIB, 20 * GIB)), ("x: why",), markdown=markdown)
-    assert "cuda: 2 run(s), mean error 7.5% of the measured peak, most above 10.0%, most below 5.0%" in text
+    assert "cuda: 2 runs, mean error 7.5% of the measured peak, most above 10.0%, most below 5.0%" in text
     assert "left out: x: why" in text and "+10.0%" in text and "-5.0%" in text
     assert text.startswith("| run | model |") is markdown
 
@@ -87,7 +87,7 @@ def test_the_table_ends_with_the_errors(markdown: bool) -> None:
 def test_resident_memory_is_not_compared_with_tensors() -> None:
     """It said `cpu: mean error 91 %`, of a process whose interpreter takes most of its memory."""
     text = describe_comparisons((replace(comparison_of(GIB // 20, GIB // 2), accelerator="cpu"),), (), markdown=False)
-    assert "cpu: 1 run(s), not compared: a CPU reports resident memory" in text and "%" not in text
+    assert "cpu: 1 run, not compared: a CPU reports resident memory" in text and "%" not in text
     assert text.splitlines()[1].endswith("-")
 
 

@@ -38,7 +38,7 @@ def test_a_line_that_is_not_a_row_is_left_out_and_reported(tmp_path: Path, line:
     whole = [json.dumps(row.__dict__) for row in ROWS]
     curve = read_curve(write(tmp_path / "metrics.jsonl", whole[0], line, *whole[2:]))
     assert curve.step == (1, 3, 4) and curve.problems == (
-        "metrics.jsonl: 1 line(s) are not whole rows",
+        "metrics.jsonl: 1 line cannot be read as whole rows",
         "metrics.jsonl: the row before step 3 is missing or has another step",
     )
 

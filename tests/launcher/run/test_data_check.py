@@ -58,7 +58,7 @@ def test_all_problems_are_copied_and_the_refusal_names_the_file(tmp_path: Path, 
     with pytest.raises(ConfigRefused) as caught:
         refuse_data(here, check)
     said = str(caught.value)
-    assert "the data on 192.0.2.11 has 60 problem(s)" in said
+    assert "the data on 192.0.2.11 has 60 problems" in said
     assert "\n  /d/rows.json, 60 rows (1, 2, 3, ...), key 'image': no such file\n    put it there\n" in said
     assert said.endswith(f"all problems, one JSON object per line: {here / DATA_PROBLEMS_FILE}")
 

@@ -182,7 +182,7 @@ def test_a_start_that_takes_too_long_is_a_failed_attempt_that_names_the_slowest(
     mine = processes(plan, (None, 0.0), (0, 0.0))
     outcome = watch_attempt(plan, Path(plan.folder), session(), mine, StopRequest())
     assert (outcome.status, outcome.code) == ("failed", 5) and outcome.failure is not None
-    assert "run.start_timeout_s=1" in outcome.failure.message and "1 of 2 rank(s) were in the earliest phase" in outcome.failure.message
+    assert "run.start_timeout_s=1" in outcome.failure.message and "1 of 2 ranks were in the earliest phase" in outcome.failure.message
     assert "rank 1 on localhost: loading its libraries" in outcome.failure.message and outcome.failure.tail[0] == "Downloading shards"
     assert outcome.nodes[0].killed and mine.trainers[0].poll() == 137
 

@@ -71,7 +71,7 @@ def failed(number: int, *, steps: int = 7, rank: int = 1, message: str = "it bro
     [
         ((), failed(1), 0, "run.restarts=0"),
         ((), failed(1), 1, ""),
-        ((failed(1),), failed(2, steps=9), 1, "all 1 restart"),
+        ((failed(1),), failed(2, steps=9), 1, "run.restarts=1 is used up"),
         ((failed(1),), failed(2, steps=9), 2, ""),
         ((failed(1),), failed(2), 2, "in the same way after step 7"),
         ((failed(1),), failed(2, message="another"), 2, ""),

@@ -157,3 +157,25 @@ def test_codes_outputs_folder_and_missing_program(transport: Transport, tmp_path
         transport.run(("no-such-program", "x"))
     with pytest.raises(NodeFailed, match=r"(did not start(.|\n)*no/such/folder|/no/such/folder.* was not found)"):
         transport.run(("true",), folder=Path("/no/such/folder"))
+
+
+SET_ENV = {  # of CANN's and ATB's set_env.sh
+    "ASCEND_TOOLKIT_HOME": "/usr/local/Ascend/ascend-toolkit/latest",
+    "ASCEND_HOME_PATH": "/usr/local/Ascend/ascend-toolkit/latest",
+    "ASCEND_OPP_PATH": "/usr/local/Ascend/ascend-toolkit/latest/opp",
+    "ASCEND_AICPU_PATH": "/usr/local/Ascend/ascend-toolkit/latest",
+    "TOOLCHAIN_HOME": "/usr/local/Ascend/ascend-toolkit/latest/toolkit",
+    "ATB_HOME_PATH": "/usr/local/Ascend/nnal/atb/latest/atb/cxx_abi_1",
+    "LD_LIBRARY_PATH": "/usr/local/Ascend/ascend-toolkit/latest/lib64",
+    "PATH": "/usr/local/Ascend/ascend-toolkit/latest/bin:/usr/bin:/bin",
+}
+PACKAGES = "/usr/local/Ascend/ascend-toolkit/latest/python/site-packages"
+
+
+def test_a_process_on_a_bare_ascend_node_finds_cann() -> None:
+    sourced = {**SET_ENV, "PYTHONPATH": f"{PACKAGES}:/home/ann/hacks:/usr/local/Ascend/ascend-toolkit/latestX", "TASK_QUEUE_ENABLE": "2"}
+    printed = Local(sourced).run(("env",)).output.splitlines()
+    assert dict(line.split("=", 1) for line in printed) == {**SET_ENV, "PYTHONPATH": PACKAGES}, (
+        "no setting, and no folder of the user's own"
+    )
+    assert "PYTHONPATH" not in Local({"PATH": "/usr/bin:/bin", "PYTHONPATH": PACKAGES}).run(("env",)).output

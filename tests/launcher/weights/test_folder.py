@@ -47,7 +47,7 @@ def test_a_whole_folder(tmp_path: Path, models: dict[str, Any]) -> None:
     assert report.problems == ()
     assert (report.tensors, report.parameters, report.dtypes) == (3, 9000, {"bfloat16": 9000})
     assert report.identity and (report.identity.model, report.identity.family) == ("qwen2_5_vl_7b", "qwen2_5_vl")
-    assert report.notes == ("1 file(s) of code (modeling_qwen.py): never run",)
+    assert report.notes == ("1 file of code (modeling_qwen.py): never run",)
 
 
 @pytest.mark.parametrize(
@@ -59,13 +59,13 @@ def test_a_whole_folder(tmp_path: Path, models: dict[str, Any]) -> None:
         (damage("config.json", lambda _: b"[]"), "config.json holds no JSON object"),
         (damage("tokenizer.json", lambda _: POINTER), "tokenizer.json is a pointer of git LFS (70 bytes), not the content"),
         (damage(SHARDS[0], lambda _: POINTER), f"{SHARDS[0]} is a pointer of git LFS (70 bytes)"),
-        (damage(SHARDS[1], lambda _: None), f"1 of 2 weight file(s) missing: {SHARDS[1]}"),
+        (damage(SHARDS[1], lambda _: None), f"1 of 2 weight files missing: {SHARDS[1]}"),
         (damage(SHARDS[0], lambda text: text[:-1]), f"{SHARDS[0]} has 8136 bytes, but its header says 8137"),
         (damage(SHARDS[0], lambda _: b""), f"{SHARDS[0]} is not a safetensors file"),
         (damage(SHARDS[0], lambda _: b"\xff" * 100), f"{SHARDS[0]} is not a safetensors file"),
         (
             damage(SHARDS[0], lambda _: safetensors({"other": ("BF16", [2], b"1234")})),
-            "1 tensor(s) are not in the file that model.safetensors.index.json names",
+            "the files that model.safetensors.index.json names lack 1 tensor",
         ),
         (
             damage(SHARDS[0], lambda _: safetensors({"model.embed_tokens.weight": ("BF16", [3], b"1234")})),
@@ -75,7 +75,7 @@ def test_a_whole_folder(tmp_path: Path, models: dict[str, Any]) -> None:
         (damage("model.safetensors.index.json", lambda _: b"{}"), "the index of the weights cannot be read"),
         (
             damage("model.safetensors.index.json", lambda _: b'{"weight_map": {"a": "../up.safetensors"}}'),
-            "weight file(s) missing: up.safetensors",
+            "1 of 1 weight file missing: up.safetensors",
         ),
         (
             damage("model.safetensors.index.json", lambda _: b'{"weight_map": {"a": "/etc/passwd"}}'),
@@ -106,7 +106,7 @@ def test_a_link_that_leads_nowhere(tmp_path: Path, models: dict[str, Any]) -> No
         problems[0]
         == f"{SHARDS[0]} is a link to ../../blobs/4d7a, which does not exist. Copy the folder with its links followed: cp -rL, rsync -L"
     )
-    assert problems[1] == f"1 of 2 weight file(s) missing: {SHARDS[0]}"
+    assert problems[1] == f"1 of 2 weight files missing: {SHARDS[0]}"
 
 
 def test_missing_tensors_are_found_by_their_number(tmp_path: Path, models: dict[str, Any]) -> None:

@@ -144,7 +144,7 @@ def test_deaths_at_random_moments(ranks: int, tiny_spec: Any) -> None:
         deaths += any(run_ranks(killed, kill_when=at_random(killed, draw)).codes)
         assert deaths < 200
     assert deaths >= 5
-    print(f"{deaths} deaths of {ranks} rank(s)")
+    print(f"{deaths} deaths of {ranks} ranks")
     assert_same_run(quiet, killed)
 
 

@@ -40,11 +40,11 @@ def finish(spec: TrainSpec) -> tuple[str, list[float]]:
 
 def test_every_zero_stage_and_number_of_ranks_learns_alike(make: Callable[..., TrainSpec]) -> None:
     """Only the blocks that a partition cuts have other scales than without; the float32 run shows what a code's error costs."""
-    cells = {f"{ranks} rank(s), ZeRO {zero}": (ranks, zero) for ranks, zero in ((1, 0), (2, 0), (2, 1), (2, 2), (2, 3))}
+    cells = {f"{ranks} ranks, ZeRO {zero}": (ranks, zero) for ranks, zero in ((1, 0), (2, 0), (2, 1), (2, 2), (2, 3))}
     losses = {name: finish(make(name, *cell))[1] for name, cell in cells.items()}
     exact = finish(make("exact", 1, 0, bits=0))[1]
     print({name: [f"{loss:.5f}" for loss in found] for name, found in {**losses, "float32": exact}.items()})
-    reference = losses.pop("1 rank(s), ZeRO 0")
+    reference = losses.pop("1 ranks, ZeRO 0")
     for name, found in losses.items():
         assert found == pytest.approx(reference, abs=1e-4), name
     assert reference != exact and reference == pytest.approx(exact, abs=0.02)

@@ -108,7 +108,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(
     for number, moment in zip(range(1, kills + 1), cycle(MOMENTS), strict=False):
         rows = count_rows(killed)
         gone = run_ranks(killed, kill_when=aim_at(moment, killed, draw))
-        print(f"{ranks} rank(s), kill {number} {moment.name}: rows {rows} to {count_rows(killed)}, exit codes {gone.codes}")
+        print(f"{ranks} ranks, kill {number} {moment.name}: rows {rows} to {count_rows(killed)}, exit codes {gone.codes}")
         assert -9 in gone.codes, f"kill {number} {moment.name} came too late:\n{gone.text}"
     gone = run_ranks(killed)
     assert gone.codes == (0,) * ranks, gone.text

@@ -1,13 +1,17 @@
 """A random start: which numbers it draws, and where a large model is made."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import trainer.train.model
 from tests.trainer.models.conftest import TINY, model_spec
+from trainer.contract import InputRefused
 from trainer.models import find_family
 from trainer.models.weight import round_weights
-from trainer.train.model import count_parameters, create_on_meta, create_random, default_dtype
+from trainer.train.model import count_parameters, create_on_meta, create_random, default_dtype, reading
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -92,3 +96,24 @@ def test_counting_draws_no_random_number() -> None:
 
 def tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
+
+
+@pytest.mark.parametrize(
+    ("error", "refused"),
+    [
+        (KeyError("added_tokens"), True), (ValueError("no JSON"), True), (SafetensorError("header too large"), True),
+        (OSError("Can't load tokenizer"), True), (OSError(28, "No space left on device"), False), (RuntimeError("out of memory"), False),
+        (InputRefused("a text of ours"), False),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_a_folder_is_refused_with_the_next_command(error: Exception, refused: bool, tmp_path: Path) -> None:
+    with pytest.raises(InputRefused if refused else type(error)) as caught, reading(tmp_path):
+        raise error
+    if refused:
+        assert str(caught.value).startswith(f"{tmp_path}: its files cannot be read as those of a model: {type(error).__name__}")
+        assert f"omnilaunch model check {tmp_path}" in str(caught.value) and caught.value.__cause__ is error
+    else:
+        assert caught.value is error
+    with pytest.raises(type(error)) as caught, reading(None):
+        raise error
+    assert caught.value is error, "a random start reads no files: that is a bug"

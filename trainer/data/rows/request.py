@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.contract import DataProblem, InputRefused, describe_groups
+from trainer.contract.wording import plural
 from trainer.data.rows.annotation import read_rows
 from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, Row, Turn, ends_with_question, keys_of, kind
 from trainer.data.rows.row_images import choose_images, insert_marks, read_images
@@ -37,7 +38,7 @@ def read_requests(file: Path, folder: Path) -> tuple[Request, ...]:
         requests += [request] if request is not None else []
     if problems:
         listed = "\n".join(describe_groups(sorted(problems, key=lambda problem: problem.row), SHOWN))
-        raise InputRefused(f"stage.inference.input: {len(problems)} problem(s); nothing was answered\n{listed}")
+        raise InputRefused(f"stage.inference.input: {plural(len(problems), 'problem')}; nothing was answered\n{listed}")
     return tuple(requests)
 
 

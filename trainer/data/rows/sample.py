@@ -11,6 +11,7 @@ from typing import Any
 
 from trainer.contract import DataProblem
 from trainer.contract.annotation_file import count_repeated
+from trainer.contract.wording import plural
 from trainer.data.rows.adjustment import adjust, report_paths, without_end_mark
 from trainer.data.rows.annotation import read_rows
 from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, ParsedRow, Role, Row, Turn, kind, printable
@@ -262,7 +263,3 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # the name is too long for the file system, or the folder is not accessible
         return False
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

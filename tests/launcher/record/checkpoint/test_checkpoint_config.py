@@ -161,7 +161,7 @@ def test_the_short_plan_says_what_was_taken_and_from_where(make_run: Make, plan_
     plan = replace(plan_for("stage=serve", "stage.checkpoint=x"), config=composed(tmp_path, "stage=serve", "stage.checkpoint=A"))
     text = " ".join(describe_short(plan).split())
     assert "assumptions: from the record of run A (stage full of tiny_qwen2_5_vl): model=tiny_qwen2_5_vl, data.max_pixels=512" in text
-    assert "16 answer(s) at a time, each with a context of" in text
+    assert "16 answers at a time, each with a context of" in text
 
 
 # ---------------------------------------------------------------------------------------------------------- contradictions
@@ -290,7 +290,7 @@ def test_a_foreign_record_cannot_command_the_terminal(copied: bool, make_run: Ma
         plan["config"]["model"]["name"] = f"m{bad}"
         plan["spec"]["stage"]["checkpoint"] = f"/x{bad}"
         file.write_text(json.dumps(plan), encoding="utf-8")
-    config = composed(tmp_path, "stage=evaluate", f"stage.checkpoint={folder}")
+    config = composed(tmp_path, "stage=evaluate", f"stage.checkpoint={folder}", "data=digits")
     texts = [str(problem) for problem in check(config, STACKS).problems]
     texts += describe_short(replace(plan_for(), config=config)).splitlines()
     assert any(r"A\x1b[31m\x1b[2J\n" in text for text in texts)

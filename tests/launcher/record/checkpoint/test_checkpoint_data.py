@@ -1,5 +1,7 @@
 """The data of a stage after a training run is that of the run, unless the user names other data."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,12 +9,13 @@ import pytest
 
 from launcher.config.compose import compose
 from launcher.config.schema import Config, Data
+from launcher.errors import ConfigRefused
 from launcher.plan.rows import find_missing
 from launcher.record.checkpoint.checkpoint_config import compose_from_checkpoint
 from launcher.record.checkpoint.checkpoint_data import take_data
 from launcher.record.record import SourceState, open_run
-from trainer.contract import CHECKPOINTS
-from trainer.contract.checkpoint_files import CHECKPOINT_NAME
+from trainer.contract import CHECKPOINTS, SCHEMA, SPEC_FILE, TrainSpec, read
+from trainer.contract.checkpoint_files import CHECKPOINT_NAME, STATE_FILE, fixed_settings
 
 CONF = Path(__file__).resolve().parents[4] / "conf"
 OWN = ("data=files", "data.train=train.json", "data.evaluation=held.json", "data.images=pictures")
@@ -101,3 +104,42 @@ def test_files_that_are_gone_are_asked_for(stage: str, keys: list[str], make_run
     assert [problem.key for problem in found] == keys
     for problem in found:
         assert f"from the record of run A: type data=files {problem.key}=FILE with its place now" in problem.what
+
+
+def copied(make_run: Callable[..., Path], tmp_path: Path, *words: str) -> Path:
+    """A checkpoint that was copied out of its run, which is gone."""
+    folder, plan = make_run("A", *words), read_plan(tmp_path)
+    state = {"schema": SCHEMA, "step": 3, "weights_sha256": "", "data_sha256": "", "world_size": 0, "files": {}, "run_id": "A"}
+    (folder / STATE_FILE).write_text(json.dumps({**state, "spec": fixed_settings(plan)}), encoding="utf-8")
+    shutil.move(folder, tmp_path / "copied")
+    shutil.rmtree(tmp_path / "runs")
+    return tmp_path / "copied"
+
+
+def read_plan(tmp_path: Path) -> TrainSpec:
+    return read(TrainSpec, tmp_path / "runs/A" / SPEC_FILE)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_copied_checkpoint_has_the_model_and_the_data_in_its_own_files(stage: str, make_run: Callable[..., Path], tmp_path: Path) -> None:
+    size = "model.architecture.text.num_hidden_layers=5"
+    folder = copied(make_run, tmp_path, "model=tiny_internvl", size, *OWN, "data.max_length=300")
+    config = composed(tmp_path, f"stage={stage}", f"stage.checkpoint={folder}")
+    assert named(config) == ("files", "", "train.json", "held.json") and Path(config.data.train).is_absolute()
+    assert (config.data.max_length, config.model.name) == (300, "tiny_internvl")
+    assert config.model.architecture.text.num_hidden_layers == 5
+
+
+@pytest.mark.parametrize(("stage", "needs"), [(stage, stage in ("evaluate", "quantize", "lora", "lm", "full")) for stage in STAGES])
+def test_where_the_data_of_weights_is_unknown_a_stage_that_reads_rows_asks_for_it(stage: str, needs: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    words = (f"stage={stage}", f"stage.checkpoint={folder}")
+    if not needs:
+        assert composed(tmp_path, *words).data.builtin == "digits", "which it does not read"
+        return
+    with pytest.raises(ConfigRefused, match=r"do not say which data it was trained on\. Name yours: data=files data") as caught:
+        composed(tmp_path, *words)
+    assert str(folder) in str(caught.value)
+    assert composed(tmp_path, *words, "data=digits").data.builtin == "digits"
+    assert composed(tmp_path, *words, *OWN).data.train == "train.json"

@@ -142,7 +142,7 @@ def test_only_what_a_node_lacks_is_sent_and_nothing_is_removed(lab: Lab) -> None
     (lab.there(1) / "own").write_text("the node's", encoding="utf-8")
     lab.write(b"b/new")
     lab.sync()
-    assert "copying 2 file(s)" in lab.said[0]
+    assert "copying 2 files" in lab.said[0]
     assert (lab.there(1) / "own").read_text(encoding="utf-8") == "the node's"
     (lab.there(1) / "own").unlink()
     assert [lab.same(rank) for rank in range(3)] == [True] * 3
