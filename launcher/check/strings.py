@@ -9,7 +9,6 @@ from typing import Any
 
 from launcher.check.problem import Problem, Rule
 from launcher.config.schema import Config
-from launcher.errors import find_near, suggest
 from launcher.image.stack import Stack
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -17,7 +16,6 @@ OWN_VARIABLES = "OMNILAUNCH_"  # identify the processes of a run
 VALUE_LIMIT_BYTES = 60_000  # docker reads lines of an environment file up to 64 KiB
 PATH_LIMIT_BYTES = 4000  # PATH_MAX of Linux is 4096, and our own files are below these folders
 MOUNT_SYNTAX = re.compile(r'[,"\n\r]')  # docker reads --mount as a line of CSV, and drops a carriage return at its end
-TRACKERS = ("tensorboard", "wandb", "swanlab", "mlflow")  # trainer.observe.tracker
 IMAGE_NAME = re.compile(r"\w[\w./:@-]*")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 PATHS = ("cluster.root", "data.train", "data.evaluation", "data.images", "stage.checkpoint", "model.source.path")
@@ -103,12 +101,4 @@ def delivery_can_be_written(config: Config, _: Mapping[str, Stack]) -> Iterator[
         yield Problem(key="cluster.delivery.ca_bundle", what=what)
 
 
-def trackers_exist(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
-    for place, name in enumerate(config.run.trackers):
-        if name not in TRACKERS:
-            named = [(*config.run.trackers[:place], near, *config.run.trackers[place + 1 :]) for near in find_near(name, TRACKERS)]
-            changes = tuple(f"run.trackers=[{','.join(names)}]" for names in named)
-            yield Problem(key="run.trackers", what=f"there is no tracker {name!r}; {suggest(name, TRACKERS)}", changes=changes)
-
-
-TEXT_RULES: tuple[Rule, ...] = (trackers_exist, texts_are_utf8, variables_can_be_carried, paths_can_be_carried, delivery_can_be_written)
+TEXT_RULES: tuple[Rule, ...] = (texts_are_utf8, variables_can_be_carried, paths_can_be_carried, delivery_can_be_written)

@@ -33,6 +33,8 @@ def summarize(axis: str, data: Mapping[str, Any]) -> str:
     if axis == "tune":
         stage, run = data.get("stage") or {}, data.get("run") or {}
         rate = (stage.get("optimizer") or {}).get("lr")
+        if not run:  # a rate alone, as the model's owners publish it
+            return f"published: learning rate {rate:g}"
         return f"measured: {run.get('steps')} steps of {stage.get('global_batch')}, learning rate {rate}"
     if axis == "cluster":
         hosts = [str(node.get("host")) for node in data.get("nodes") or () if isinstance(node, dict)]

@@ -14,6 +14,7 @@ from launcher.config.schema import Config
 from launcher.image.stack import Stack
 from launcher.memory.estimate import SURE_SHARE, Memory, total
 from launcher.memory.states import GIB, device_count, ranks_per_node
+from trainer.contract.wording import plural
 
 RUNTIME = "its processes, libraries and the data come on top"
 
@@ -77,7 +78,11 @@ def host_bytes(config: Config, memory: Memory) -> int:
 def list_needed(config: Config, memory: Memory) -> str:
     """` (model while it loads 6.4)`: what host_bytes is made of; '' for nothing."""
     ranks = ranks_per_node(config)
-    own = f"{ranks} rank(s) {memory.total_bytes * ranks / GIB:.1f}" if config.hardware.accelerator == "cpu" and memory.total_bytes else ""
+    own = (
+        f"{plural(ranks, 'rank')} {memory.total_bytes * ranks / GIB:.1f}"
+        if config.hardware.accelerator == "cpu" and memory.total_bytes
+        else ""
+    )
     found = "; ".join(filter(None, (list_host_items(memory), own)))
     return f" ({found})" if found else ""
 

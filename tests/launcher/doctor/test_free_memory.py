@@ -109,4 +109,4 @@ def test_models_that_the_host_cannot_load_are_named_by_fit(plan_for: PlanFor) ->
 def test_on_a_cpu_the_ranks_are_what_takes_the_hosts_memory(plan_for: PlanFor) -> None:
     plan = plan_for("cluster.devices_per_node=2")
     assert plan.memory is not None and host_bytes(plan.config, plan.memory) == 2 * plan.memory.total_bytes
-    assert list_needed(plan.config, plan.memory) == f" (2 rank(s) {2 * plan.memory.total_bytes / 2**30:.1f})"
+    assert list_needed(plan.config, plan.memory) == f" (2 ranks {2 * plan.memory.total_bytes / 2**30:.1f})"

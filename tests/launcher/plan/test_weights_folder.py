@@ -195,7 +195,7 @@ def test_a_folder_that_none_of_ours_fits(tmp_path: Path) -> None:
 
 
 def test_the_files_of_a_folder_say_in_which_dtype_they_are(tmp_path: Path) -> None:
-    folder, words = write_folder(tmp_path / "a"), ("model=qwen2_5_vl_7b", "hardware=h200", "stage=lora")
+    folder, words = write_folder(tmp_path / "a"), ("model=qwen2_5_vl_7b", "hardware=h200", "stage=lora", "data=digits")
     for more, noted in ((("precision=fp16",), True), ((), False)):
         for key in ("model.source.path", "stage.checkpoint"):
             plan = plan_of([*words, *more, f"{key}={folder}"], "R")
