@@ -35,7 +35,17 @@ from launcher.redact import names_a_secret
 
 MOST_KEYS = 4  # of one last part, such as the four keys that end in .batch
 VARIABLE = re.compile(r"[A-Z][A-Z0-9_]{4,}")  # of the environment
-GENERIC_ENDS = ("enabled", "start", "path", "steps", "ranks", "stack", "memory", "token", "weights")  # of keys whose sections say what is meant
+GENERIC_ENDS = (
+    "enabled",
+    "start",
+    "path",
+    "steps",
+    "ranks",
+    "stack",
+    "memory",
+    "token",
+    "weights",
+)  # of keys whose sections say what is meant
 NEAR_LEAF = 0.8  # of a typing error in the last part of a key
 MODEL, HARDWARE, DEFAULT_STAGE = "model", "hardware", "full"
 CALLED = {"vision": "the vision tower", "projector": "the projector", "lm": "the language model"}
@@ -76,7 +86,9 @@ def explain_key(key: str, section: str, names: Collection[str], typed: Typed, kn
         write = f"cluster.secrets=[{key}]" if names_a_secret(key) else f"cluster.environment.{key}={typed.value.strip() or 'VALUE'}"
         return f"a variable that the ranks are to have is written {quote(write)}"
     about = find_topic(rest if decisive else rest.rpartition(".")[0])
-    return answer_foreign(about, typed, known) or (answer_unknown(key, typed, known) if decisive else f"valid are: {', '.join(sorted(names))}")
+    return answer_foreign(about, typed, known) or (
+        answer_unknown(key, typed, known) if decisive else f"valid are: {', '.join(sorted(names))}"
+    )
 
 
 def near_keys(word: str, names: Collection[str]) -> list[str]:

@@ -12,7 +12,8 @@ from launcher.errors import plain
 # The end of a published name. `-HF` is a layout of files. Any other tells weights apart, and may be left out only where a model has just these.
 LAYOUT = re.compile(r"[-_ ]+hf$", re.IGNORECASE)
 TAIL = re.compile(
-    r"[-_ ]+(instruct|chat|it|base|sft|dpo|mpo|rl|pretrained|preview|thinking|awq|gptq|gguf|fp8|nf4|w8a8|w4a16|int[48]|(unsloth[-_])?bnb([-_][48]bit)?)$", re.IGNORECASE
+    r"[-_ ]+(instruct|chat|it|base|sft|dpo|mpo|rl|pretrained|preview|thinking|awq|gptq|gguf|fp8|nf4|w8a8|w4a16|int[48]|(unsloth[-_])?bnb([-_][48]bit)?)$",
+    re.IGNORECASE,
 )
 # What nvidia-smi, npu-smi and shops write around the name of a chip.
 MAKERS = {"昇腾": "ascend", "华为": "", "英伟达": "", "显卡": "", "加速卡": "", "卡": ""}

@@ -247,7 +247,11 @@ def find_row(table: Mapping[str, Synonym], word: str) -> Synonym | None:
 
 
 def find_close(table: Mapping[str, Synonym], word: str, least: float) -> Synonym | None:
-    near = {id(table[name]): table[name] for name in find_near(plain(word), table, least=least) if least < NEAR or is_near_row(word, table[name])}
+    near = {
+        id(table[name]): table[name]
+        for name in find_near(plain(word), table, least=least)
+        if least < NEAR or is_near_row(word, table[name])
+    }
     return next(iter(near.values())) if len(near) == 1 and len(plain(word)) > 4 else None
 
 

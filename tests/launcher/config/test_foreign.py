@@ -20,7 +20,10 @@ from launcher.errors import ConfigRefused
 CONF = Path(__file__).parents[3] / "conf"
 LISTS = yaml.safe_load(Path(__file__).with_name("foreign_names.yaml").read_text(encoding="utf-8"))
 # Words of single letters or of no meaning by themselves, for which looking further is the right answer.
-SAYS_SO = re.compile(r"says too little by itself|not available|leave it out|not needed|not a setting|not a key|another tool|only images are|never;|omnilaunch |cluster\.environment\.|cluster file")
+SAYS_SO = re.compile(
+    r"says too little by itself|not available|leave it out|not needed|not a setting|not a key|another tool|only images are|never;"
+    r"|omnilaunch |cluster\.environment\.|cluster file"
+)
 NAMES_A_KEY = re.compile(r"\b(run|stage|data|model|cluster|hardware|precision|strategy|experiment)(\.[a-z_0-9]+|=)")
 
 
@@ -48,7 +51,9 @@ def test_every_argument_is_answered(tool: str) -> None:
 
 
 def test_the_lists_are_whole() -> None:
-    assert len({name for each in LISTS.values() for name in each["names"].split()}) > 4000 and all(each["version"] for each in LISTS.values())
+    assert len({name for each in LISTS.values() for name in each["names"].split()}) > 4000 and all(
+        each["version"] for each in LISTS.values()
+    )
 
 
 # A word that a rule must not turn into its opposite, or into a key of another meaning.
@@ -137,7 +142,9 @@ def test_every_published_model_is_known_by_its_names() -> None:
         source = yaml.safe_load(file.read_text(encoding="utf-8"))["source"]
         for name in {source.get("id"), source.get("modelscope")} - {None}:
             for written in (name, name.rpartition("/")[2], name.rpartition("/")[2].lower(), f"unsloth/{name.rpartition('/')[2]}"):
-                assert f"model={file.stem}" in explain_value("model", written, known().groups["model"], Typed(value=written), known()), written
+                assert f"model={file.stem}" in explain_value("model", written, known().groups["model"], Typed(value=written), known()), (
+                    written
+                )
 
 
 def test_words_without_meaning_get_no_guess() -> None:
@@ -151,7 +158,12 @@ def test_words_without_meaning_get_no_guess() -> None:
 
 @pytest.mark.parametrize(
     ("word", "name", "is_one"),
-    [("learing_rate", "learning_rate", True), ("max_lenght", "max_length", True), ("min_length", "max_length", False), ("top_h", "top_k", False)],
+    [
+        ("learing_rate", "learning_rate", True),
+        ("max_lenght", "max_length", True),
+        ("min_length", "max_length", False),
+        ("top_h", "top_k", False),
+    ],
 )
 def test_a_typing_error_is_in_a_part(word: str, name: str, is_one: bool) -> None:
     assert is_typing_error(word, name) is is_one
