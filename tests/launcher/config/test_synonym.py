@@ -26,7 +26,7 @@ EVERY = [
 SETTING = re.compile(r"\b(?:run|stage|data|model|cluster|hardware|precision|strategy)(?:\.[a-z_0-9]+)+")
 PLACEHOLDERS = ("NAME", "RUN", "FILE.json", "FOLDER", "TEXT", "N", "VALUE", "last", "held_out.json")
 # A value that each kind of key takes, tried in turn in place of {}.
-VALUES = ("1", "true", "text", "cosine", "float16", "nccl", "0.5", "digits")
+VALUES = ("1", "true", "text", "cosine", "float16", "nccl", "0.5", "digits", "tensorboard")
 
 
 def texts_of(row: Synonym) -> list[str]:
