@@ -16,13 +16,13 @@ from typing import Any
 from launcher.config.conf_folder import GROUPS, OPTIONAL_GROUPS, PRIMARY, ConfFolder, as_conf_folder
 from launcher.config.defaults import choose_duration, keys_of, settle, settle_rate, without_keys
 from launcher.config.expected import describe_expected
-from launcher.config.fact import refuse_facts, refuse_fixed
+from launcher.config.fact import refuse_facts, refuse_fixed, refuse_ignored
 from launcher.config.hint import Known, explain_key, explain_value, join_words, read_foreign
 from launcher.config.key import FROM_RECORD, list_settings, types_of, without_null
 from launcher.config.schema import AXES, Config
 from launcher.config.source import expand_source, kind_that_follows
 from launcher.config.synonym import Typed
-from launcher.config.written import UNREADABLE, parse, read_text, read_value, restate
+from launcher.config.written import UNREADABLE, parse, read_text, read_value, restate, separate
 from launcher.errors import NODES, ConfigRefused, refuse_config, suggest
 from trainer.contract import SpecError, decode
 
@@ -111,6 +111,7 @@ def compose_over(config: Config, overrides: Sequence[str], conf: Path | ConfFold
 def _complete(config: Config, overrides: Sequence[str]) -> Config:
     """Activations are in the dtype of the weights. Raises ConfigRefused for overrides of facts about weights that exist."""
     refuse_facts(overrides, config.model.source.kind)
+    refuse_ignored(overrides, config.model.name, config.model.image_tokens.rule)
     if "precision.weights" in keys_of(overrides):
         return replace(config, precision=replace(config.precision, compute=config.precision.weights))
     return config
@@ -134,7 +135,9 @@ def _translate(overrides: Sequence[str], conf: ConfFolder) -> list[str]:
             if translated.setdefault(key, text) != text:
                 raise ConfigRefused(f"{key} is given twice, with different values: keep one")
         except ConfigRefused as error:
-            problems.append(f"  {override}: {restate(override, partial(_refuse, overrides, known), groups) or error}")
+            parts = separate(override)
+            apart = f"separate overrides by a space: {parts}" if parts else ""
+            problems.append(f"  {override}: {apart or restate(override, partial(_refuse, overrides, known), groups) or error}")
     if problems:
         raise ConfigRefused("\n".join((_heading("override", len(problems)), *problems)))
     return [text for text in (*translated.values(), kind_that_follows(tuple(translated))) if text]

@@ -48,6 +48,21 @@ def refuse_facts(overrides: Sequence[str], source: str) -> None:
         raise ConfigRefused("\n".join((heading, *lines)))
 
 
+def refuse_ignored(overrides: Sequence[str], model: str, rule: str) -> None:
+    """Raises ConfigRefused for a limit of images that this model's processor does not have. `rule`: of model.image_tokens."""
+    for override in overrides:
+        key, _, text = override.partition("=")
+        row = next((row for row in load_facts()["limit"] if row["key"] == key), None)
+        if row and rule not in row["rules"] and text.strip() not in ("0", "null"):
+            other = next((each for each in load_facts()["limit"] if rule in each["rules"]), None)
+            instead = (
+                f"write {other['key']}=N, {other['means']}" if other else "every image has the same size and number of tokens: leave it out"
+            )
+            raise ConfigRefused(
+                f"the config is refused, one override is wrong:\n  {override}: {key} is {row['means']}, and {model} has no such limit; {instead}"
+            )
+
+
 def explain(key: str, text: str) -> str:
     """Why the key cannot be set, and what to write."""
     row, instead = find_row("fixed", key) or {}, load_facts()["instead"]

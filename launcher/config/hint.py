@@ -5,10 +5,10 @@ Nothing is offered that may do something else than what was asked: where it is n
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.config.conf_folder import OPTIONAL_GROUPS, ConfFolder
-from launcher.config.official_name import find_official, read_yaml
+from launcher.config.official_name import find_official, find_relative, read_yaml, shorten_chip
 from launcher.config.schema import GROUPS
 from launcher.config.synonym import (
     FALSE,
@@ -20,16 +20,34 @@ from launcher.config.synonym import (
     decides,
     find_key,
     find_row,
+    find_topic,
+    is_typing_error,
+    list_variants,
     load_synonyms,
+    translate,
+    turn_round,
     write_answer,
 )
 from launcher.config.variable import answer_variable
 from launcher.config.written import offer_number, quote, read_number
-from launcher.errors import find_near, join_or, suggest
+from launcher.errors import find_near, join_or, plain, suggest
+from launcher.redact import names_a_secret
 
 MOST_KEYS = 4  # of one last part, such as the four keys that end in .batch
-NEAR_LEAF = 0.8
-MODEL, DEFAULT_STAGE = "model", "full"
+VARIABLE = re.compile(r"[A-Z][A-Z0-9_]{4,}")  # of the environment
+GENERIC_ENDS = (
+    "enabled",
+    "start",
+    "path",
+    "steps",
+    "ranks",
+    "stack",
+    "memory",
+    "token",
+    "weights",
+)  # of keys whose sections say what is meant
+NEAR_LEAF = 0.8  # of a typing error in the last part of a key
+MODEL, HARDWARE, DEFAULT_STAGE = "model", "hardware", "full"
 CALLED = {"vision": "the vision tower", "projector": "the projector", "lm": "the language model"}
 
 
@@ -53,15 +71,58 @@ def explain_key(key: str, section: str, names: Collection[str], typed: Typed, kn
     if ending := [dotted for dotted in known.list_keys() if dotted.endswith(f".{rest}")]:
         return offer_keys(ending, typed)
     part, decisive = rest.partition(".")[0], decides(rest)
-    if decisive and not find_near(part, names) and (answer := answer_foreign(find_row(load_synonyms().keys, leaf), typed, known)):
+    if decisive and (answer := answer_variant(leaf, typed, known)):
         return answer
-    if section or not decisive or find_near(part, names):
+    if decisive and not near_keys(part, names) and (answer := answer_foreign(find_row(load_synonyms().keys, leaf), typed, known)):
+        return answer
+    if section or (near_keys(part, names) and "." not in rest):
         return suggest(part, names)
     leaves: dict[str, list[str]] = {}
-    for dotted in known.list_keys():
+    for dotted in known.list_keys() if decisive else ():
         leaves.setdefault(dotted.rpartition(".")[2], []).append(dotted)
-    near = [dotted for name in find_near(leaf, leaves, least=NEAR_LEAF) for dotted in leaves[name]]
-    return offer_keys(near, typed) if near else suggest(part, names)
+    if near := [dotted for name in near_keys(leaf, leaves) for dotted in leaves[name]]:
+        return offer_keys(near, typed)
+    if VARIABLE.fullmatch(key):
+        write = f"cluster.secrets=[{key}]" if names_a_secret(key) else f"cluster.environment.{key}={typed.value.strip() or 'VALUE'}"
+        return f"a variable that the ranks are to have is written {quote(write)}"
+    about = find_topic(rest if decisive else rest.rpartition(".")[0])
+    return answer_foreign(about, typed, known) or (
+        answer_unknown(key, typed, known) if decisive else f"valid are: {', '.join(sorted(names))}"
+    )
+
+
+def near_keys(word: str, names: Collection[str]) -> list[str]:
+    """The names that the word is a typing error of. Each part must be one of the same part: max_length is no error in min_length. A word
+    such as `mode` is none: it is right elsewhere."""
+    if plain(word) in load_synonyms().generic:
+        return []
+    return [name for name in find_near(word, names, least=NEAR_LEAF) if is_typing_error(word, name)]
+
+
+def answer_variant(word: str, typed: Typed, known: Known) -> str:
+    """The answer to the word without `peft_`, `use_`, `no_` and the like."""
+    for rest, negated in list_variants(word):
+        row = load_synonyms().keys.get(plain(rest))
+        turned = replace(typed, value=turn_round(typed.value)) if negated else typed
+        if row and (not negated or (turned.value and not row.group and translate(row, turned.value))):
+            return answer_foreign(row, turned, known)
+        keys = [dotted for dotted in known.list_keys() if dotted.endswith(f".{rest}")]
+        if negated and turned.value and keys and all(not typed.judge(f"{key}={turned.value}") for key in keys):
+            return f"write {join_or(f'{key}={turned.value}' for key in keys)}"
+        if keys and not negated:
+            return offer_keys(keys, typed)
+    return ""
+
+
+def answer_unknown(key: str, typed: Typed, known: Known) -> str:
+    """What is said of a word that nothing is known of: the nearest word if one is near, and where to look."""
+    table, word = load_synonyms().keys, key.rpartition(".")[2]
+    if plain(key) in load_synonyms().generic:
+        return f"{key} says too little by itself; omnilaunch options --search {quote(word)} lists what it may be here, and omnilaunch options all axes"
+    near = near_keys(word, dict.fromkeys(each for row in table.values() for each in row.words))
+    nearest = next((answer for each in near if (answer := answer_foreign(table[plain(each)], typed, known))), "")
+    called = f"the nearest word is {near[0]}: {nearest}. " if nearest else ""
+    return f"no key here and no word of another tool is called so; {called}Look for it with: omnilaunch options --search {quote(word)}"
 
 
 def answer_foreign(row: Synonym | None, typed: Typed, known: Known) -> str:
@@ -126,6 +187,8 @@ def write_groups(groups: Collection[str]) -> str:
 
 
 def offer_keys(keys: Sequence[str], typed: Typed) -> str:
+    if (leaf := keys[0].rpartition(".")[2]) in GENERIC_ENDS:
+        return f"{leaf} says too little by itself; omnilaunch options --search {leaf} lists the keys that end so, such as {keys[0]}"
     if len(keys) > MOST_KEYS:
         return f"{len(keys)} keys end so; omnilaunch options --search {keys[0].rpartition('.')[2]} lists them"
     number = read_number(keys[0], typed.value) if len(keys) == 1 and typed.judge(f"{keys[0]}={typed.value}") else None
@@ -163,14 +226,20 @@ def explain_value(axis: str, name: str, names: Sequence[str], typed: Typed, know
     official = find_official(axis, name, known.conf)
     if len(official) == 1 and "/" in name:
         return f"write {axis}={official[0]}"
+    if axis == MODEL and not official and (relative := find_relative(name, known.conf))[0]:
+        return f"not available; model={relative[0]} is {relative[1]}, which has other weights"
     if answer := answer_value(axis, name, names, typed):
         return answer if answer.startswith(("write ", "you already ")) else f"{answer}; valid are: {', '.join(names)}"
     if len(official) == 1:
         return f"write {axis}={official[0]}"
     if official:
         return f"which one: {join_or(f'{axis}={each}' for each in official)}?"
+    if axis == HARDWARE and (chip := shorten_chip(name)) != name.lower() and chip:
+        return explain_value(axis, chip, names, typed, known) if chip not in names else f"write {axis}={chip}"
     if axis == MODEL and not find_near(name, names) and any(letter.isdigit() for letter in name):
         return f"no file of conf/model describes it; valid are: {', '.join(published(names))}"
+    if axis == HARDWARE and not find_near(name, names) and any(letter.isdigit() for letter in name):
+        return f"no file describes it; CONTRIBUTING.md says how to add hardware: copy the nearest file of conf/hardware; valid are: {', '.join(names)}"
     return suggest(name, names)
 
 

@@ -9,8 +9,16 @@ from typing import Any
 from launcher.config.conf_folder import ConfFolder, as_conf_folder
 from launcher.errors import plain
 
-# Words of a published name that do not tell two models apart. `-HF` repositories hold the same weights.
-TAIL = re.compile(r"[-_ ]+(instruct|hf|chat|it|base|sft)$", re.IGNORECASE)
+# The end of a published name. `-HF` is a layout of files. Any other tells weights apart, and may be left out only where a model has just these.
+LAYOUT = re.compile(r"[-_ ]+hf$", re.IGNORECASE)
+TAIL = re.compile(
+    r"[-_ ]+(instruct|chat|it|base|sft|dpo|mpo|rl|pretrained|preview|thinking|awq|gptq|gguf|fp8|nf4|w8a8|w4a16|int[48]|(unsloth[-_])?bnb([-_][48]bit)?)$",
+    re.IGNORECASE,
+)
+# What nvidia-smi, npu-smi and shops write around the name of a chip.
+MAKERS = {"昇腾": "ascend", "华为": "", "英伟达": "", "显卡": "", "加速卡": "", "卡": ""}
+MAKER = re.compile(r"^(nvidia|tesla|geforce|quadro|huawei|ascend|atlas|gpu|npu)[-_ ]*(?=[a-z]*[-_ ]*\d|[a-z]+ )", re.IGNORECASE)
+FORM = re.compile(r"[-_ ]+(sxm\d?|pcie|nvl|oam|hgx|hbm\d?e?|\d+ ?gi?b?|x\d|laptop gpu|gpu|npu|card)$", re.IGNORECASE)
 VERSION = re.compile(r"(?<=[-_ ])v(?=\d)", re.IGNORECASE)  # llava-v1.5
 IN_BRACKETS = re.compile(r"\s*\([^)]*\)")
 LEAST = 4  # letters of the beginning of a name
@@ -23,11 +31,24 @@ def find_official(axis: str, text: str, conf: Path | ConfFolder) -> tuple[str, .
     known = {name: set(list_names(name, data)) for name, data in read_files(axis, conf)}
     if whole := [name for name, names in known.items() if text.lower() in {each.lower() for each in names if "/" in each}]:
         return tuple(whole)
-    word = normalize(text.rstrip("/").rpartition("/")[2])
+    last = text.rstrip("/").rpartition("/")[2]
+    word, tails = normalize(last), find_tails(last)
+    known = {name: names for name, names in known.items() if tails <= {tail for each in names for tail in find_tails(each)}}
     same = [name for name, names in known.items() if word in map(normalize, names)]
     begun = [name for name, names in known.items() if len(word) >= LEAST and any(normalize(each).startswith(word) for each in names)]
     found = dict.fromkeys((*same, *begun))  # MiniCPM-V is a whole name, and the beginning of two others
     return tuple(found) if len(found) <= MOST else tuple(same)
+
+
+def find_relative(text: str, conf: Path | ConfFolder) -> tuple[str, str]:
+    """(model, its repository) whose name differs from `text` in its end alone, so that it has other weights; ('', '') for none."""
+    last = text.strip().strip("'\"").rstrip("/").rpartition("/")[2]
+    if find_tails(last):
+        for name, data in read_files("model", conf):
+            source = data.get("source")
+            if isinstance(source, dict) and source.get("id") and normalize(last) in map(normalize, list_names(name, data)):
+                return name, str(source["id"])
+    return "", ""
 
 
 def read_files(axis: str, conf: Path | ConfFolder) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -62,8 +83,29 @@ def list_names(name: str, data: dict[str, Any]) -> Iterator[str]:
         yield from re.findall(r"\(([^)]*)\)", data["title"])
 
 
+def find_tails(name: str) -> set[str]:
+    """What tells the weights of a published name apart from others of the same model: {'instruct'}, {'instruct', 'awq'}, or nothing."""
+    tails = set()
+    while found := TAIL.search(name := LAYOUT.sub("", name)):
+        tails.add(found[1].lower())
+        name = name[: found.start()]
+    return tails
+
+
 def normalize(name: str) -> str:
-    """Letters and digits of a published name, without what does not tell models apart."""
-    while TAIL.search(name):
+    """Letters and digits of a published name without its tails."""
+    while TAIL.search(name := LAYOUT.sub("", name)):
         name = TAIL.sub("", name)
     return plain(VERSION.sub("", name))
+
+
+def shorten_chip(text: str) -> str:
+    """`a100` for `NVIDIA A100-SXM4-80GB`, `910b3` for a Chinese name of the Ascend 910B3: without maker, form factor and memory."""
+    name = text.strip().strip("'\"").lower()
+    for word, instead in MAKERS.items():
+        name = name.replace(word, instead)
+    while FORM.search(name):
+        name = FORM.sub("", name)
+    while MAKER.match(name):
+        name = MAKER.sub("", name, count=1)
+    return name.strip(" -_")

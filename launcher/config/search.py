@@ -8,7 +8,7 @@ from launcher.config.conf_folder import ConfFolder, as_conf_folder
 from launcher.config.key import list_settings
 from launcher.config.official_name import find_official
 from launcher.config.setting import load_meanings
-from launcher.config.synonym import Synonym, Typed, load_synonyms, write_answer
+from launcher.config.synonym import Synonym, Typed, find_family, find_topic, load_synonyms, write_answer
 from launcher.config.variable import load_variables
 from launcher.errors import find_near, join_or, plain
 
@@ -22,7 +22,7 @@ def search(word: str, conf: Path | ConfFolder) -> dict[str, dict[str, str]]:
     return {
         "keys": {key: meanings.get(key, "") for key in list_settings() if matches(wanted, f"{key} {meanings.get(key, '')}")},
         "values": find_values(wanted, conf),
-        "words": {name: answer(row, groups) for name, row in find_words(table.keys, wanted).items()}
+        "words": {name: answer(row, groups) for name, row in (find_words(table.keys, wanted) or find_rule(word)).items()}
         | {f"{axis}={name}": answer(row, groups) for axis, rows in table.values.items() for name, row in find_words(rows, wanted).items()},
         "variables": find_variables(wanted),
         "verbs": {
@@ -65,6 +65,12 @@ def find_words(rows: Mapping[str, Synonym], wanted: str) -> dict[str, Synonym]:
     """Word -> row, for the words that contain the one that is wanted, that one first."""
     found = {word: row for row in dict.fromkeys(rows.values()) for word in row.words if plain(wanted) and plain(wanted) in plain(word)}
     return dict(sorted(found.items(), key=lambda item: plain(item[0]) != plain(wanted)))
+
+
+def find_rule(word: str) -> dict[str, Synonym]:
+    """Of a word that no row has: what its beginning or a part of it says."""
+    row = find_family(word) or (find_topic(word) if "_" in word else None)
+    return {word: row} if row else {}
 
 
 def answer(row: Synonym, groups: Mapping[str, Sequence[str]]) -> str:

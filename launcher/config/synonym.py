@@ -1,20 +1,22 @@
 """The words of other tools and of daily speech, and what they are called here: `synonyms.yaml` is the table, this module answers from it.
+`synonyms_absent.yaml` has those that have no counterpart, and what a word is about as its parts tell.
 
 An answer is a part of an error's text: `write stage.optimizer.lr=1e-4`, with a formula where the value has to be converted; or why there is
 no such thing, and what is nearest. Nothing is ever applied by itself.
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from launcher.config.written import quote, read_number
-from launcher.errors import find_near, join_or, plain
+from launcher.errors import digits, find_near, join_or, plain
 
 FILE = Path(__file__).with_name("synonyms.yaml")
+ABSENT_FILE = Path(__file__).with_name("synonyms_absent.yaml")
 HOLE = "{}"
 UNFILLED = "VALUE"
 OVERRIDE = re.compile(r"[a-z][a-z0-9_]*(\.[A-Za-z0-9_]+)*=\S*")
@@ -26,6 +28,8 @@ ABSENT = "not available"
 ONE_DEVICE = re.compile(r"(\w+):(\d+(?:,\d+)*)")  # cuda:0
 FILLERS = ("run", "model", "cmd", "script", "job", "my")  # parts of a verb that do not tell two apart
 NEAR_VERB, VERY_NEAR = 0.85, 0.93  # of a verb that ends something
+NEAR_PART, NEAR_JOINED, LONG = 0.81, 0.95, 4  # of one part of a word, of a word with another number of parts; letters that it must have
+SHORTEST_REST = 3  # letters of a word without its beginning
 NEAR = 0.91  # of a typing error in a word of another tool: these are many, and some differ in two letters
 
 # (override) -> why it would be refused, '' = it would not.
@@ -52,7 +56,9 @@ class Synonym:
 @dataclass(frozen=True, kw_only=True)
 class Synonyms:
     """Rows by their words as `plain` makes them. `values`: axis -> rows. `tools`: code -> name. `families`: the beginning of words -> row.
-    `sections`: of the nested config files of other tools. `generic`: last parts of a dotted key that say nothing without the others."""
+    `sections`: of the nested config files of other tools. `generic`: last parts of a dotted key that say nothing without the others.
+    `topics`: (what a part of a word matches, row), the first one counts. `additions`: beginnings of a word that do not change what it means;
+    `negations`: those that turn it round."""
 
     tools: Mapping[str, str]
     families: Mapping[str, Synonym]
@@ -61,6 +67,9 @@ class Synonyms:
     generic: frozenset[str]
     values: Mapping[str, Mapping[str, Synonym]]
     verbs: Mapping[str, Synonym]
+    topics: Sequence[tuple[re.Pattern[str], Synonym]]
+    additions: tuple[str, ...]
+    negations: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,16 +86,28 @@ def load_synonyms() -> Synonyms:
     """The table. It is read only where an error or the options are printed."""
     import yaml
 
-    given = yaml.load(FILE.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    given, absent = (yaml.load(file.read_text(encoding="utf-8"), loader) for file in (FILE, ABSENT_FILE))
+    families = (*given["families"], *absent["families"])
     return Synonyms(
         tools=given["tools"],
-        families={prefix: read_row({**row, "words": row["prefixes"]}) for row in given["families"] for prefix in row["prefixes"]},
-        keys=by_word(given["keys"]),
+        families={prefix: read_row({**row, "words": row["prefixes"]}) for row in families for prefix in row["prefixes"]},
+        keys=by_word((*given["keys"], *absent["keys"])),
         sections=by_word(given["sections"]),
         generic=frozenset(map(plain, given["generic"])),
         values={axis: by_word(rows) for axis, rows in given["values"].items()},
         verbs=by_word(given["verbs"]),
+        topics=[(match_parts(row["parts"]), read_row({**row, "words": row["parts"]})) for row in absent["topics"]],
+        additions=tuple(absent["additions"]),
+        negations=tuple(absent["negations"]),
     )
+
+
+def match_parts(parts: Sequence[str]) -> re.Pattern[str]:
+    """Of a word in lower case with '_' between its parts. `optim*` begins a part, `cuda_graph` is two of them. A
+    beginning of three letters or less is followed by a number at most."""
+    inner = "|".join(re.escape(part).replace(r"\*", "[a-z0-9]*" if len(part) > LONG else "[0-9]*s?") for part in parts)
+    return re.compile(rf"(?:^|[_.])(?:{inner})(?:$|[_.])")
 
 
 def by_word(rows: Sequence[Mapping[str, Any]]) -> dict[str, Synonym]:
@@ -226,13 +247,65 @@ def find_row(table: Mapping[str, Synonym], word: str) -> Synonym | None:
 
 
 def find_close(table: Mapping[str, Synonym], word: str, least: float) -> Synonym | None:
-    near = {id(table[name]): table[name] for name in find_near(plain(word), table, least=least)}
+    near = {
+        id(table[name]): table[name]
+        for name in find_near(plain(word), table, least=least)
+        if least < NEAR or is_near_row(word, table[name])
+    }
     return next(iter(near.values())) if len(near) == 1 and len(plain(word)) > 4 else None
+
+
+def is_near_row(word: str, row: Synonym) -> bool:
+    """Whether it is a typing error of one of the row's words: `module` and `unfreeze_llm` are none, though others begin or end so."""
+    return any(is_typing_error(word, each) for each in row.words)
+
+
+def is_typing_error(word: str, name: str) -> bool:
+    """Whether every part of a word is nearly the same part of the name."""
+    if plain(word) == plain(name) or (len(plain(word)) >= LONG and sorted(plain(word)) == sorted(plain(name))):
+        return True
+    typed, meant = (re.split(r"[-_.]", text.lower()) for text in (word, name))
+    if len(typed) != len(meant):
+        return len(plain(word)) >= LONG and measure_likeness(plain(word), plain(name)) >= NEAR_JOINED
+    alike = (a[:1] == b[:1] and len(a) >= LONG and measure_likeness(a, b) >= NEAR_PART for a, b in zip(typed, meant, strict=True) if a != b)
+    return all(alike)
+
+
+def measure_likeness(word: str, name: str) -> float:
+    """0 to 1; 0 where they differ in a number, which is never a typing error, and 1 for swapped letters."""
+    from difflib import SequenceMatcher  # only errors need it
+
+    if digits(word) != digits(name):
+        return 0.0
+    return 1.0 if sorted(word) == sorted(name) else SequenceMatcher(None, word, name).ratio()
 
 
 def find_family(word: str) -> Synonym | None:
     name = word.lower().replace("-", "_")
     return next((row for prefix, row in load_synonyms().families.items() if name.startswith(prefix)), None)
+
+
+def find_topic(word: str) -> Synonym | None:
+    """What a word is about, as its parts tell: `moe_router_topk` has to do with experts."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", word).lower().replace("-", "_")
+    return next((row for pattern, row in load_synonyms().topics if pattern.search(name)), None)
+
+
+def list_variants(word: str) -> Iterator[tuple[str, bool]]:
+    """(the word without a beginning that adds nothing, whether it is turned round): `peft_use_dora` is use_dora, `no_shuffle` is shuffle."""
+    table, left = load_synonyms(), [(word.lower().replace("-", "_"), False)]
+    while left:
+        name, negated = left.pop(0)
+        for beginnings, turns in ((table.additions, False), (table.negations, True)):
+            rests = ((name.removeprefix(each), negated != turns) for each in beginnings if name.startswith(each))
+            for rest, turned in rests:
+                if len(rest) >= SHORTEST_REST and plain(rest) not in table.generic:
+                    yield rest, turned
+                    left.append((rest, turned))
+
+
+def turn_round(value: str) -> str:
+    return "true" if value.strip().lower() in FALSE else "false" if value.strip().lower() in ("", *TRUE) else ""
 
 
 def last_part(path: str) -> str:

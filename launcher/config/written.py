@@ -22,6 +22,7 @@ UNREADABLE = "cannot be parsed; write KEY=VALUE, and quote a value with commas, 
 PUNCTUATION = str.maketrans("“”„‘’【】〔〕「」、。—–−‐‑", '"""\'\'[][][],.-----')
 HARMLESS = re.compile(r"[\w.,:=/@+-]*")  # no shell changes a word of these
 CURLY = ("“", "”", "‘", "’", "「", "」")
+SEPARATED = re.compile(r"\s*[,，;；、]\s*(?=[A-Za-z_][\w.]*\s*[=＝])")  # between two overrides
 SPACED = re.compile(r"\s*([^\s=]+)\s*=\s*(.*?)\s*", re.DOTALL)
 MAKE = {"hw": "hardware", "exp": "experiment"}  # variables of the Makefile that are shorter than the axis
 
@@ -89,6 +90,13 @@ def restate(override: str, refuse: Callable[[str], str], groups: Mapping[str, Se
             return f"write {whole}, without commas"
         return offer_number(key, text) if number and not refuse(f"{key}={number[0]}") else ""
     return refuse(written) or f"write {quote(written)}, {' and '.join(forms)}"
+
+
+def separate(override: str) -> str:
+    """`data=digits model=tiny_llava` for overrides that a comma separates, ASCII or full-width; '' for anything else."""
+    parts = SEPARATED.split(override.strip().rstrip(",，;；、"))
+    whole = len(parts) > 1 and all(re.fullmatch(r"[A-Za-z_][\w.]*\s*[=＝]\s*[^\[\]{}'\"\s=]+", part) for part in parts)
+    return " ".join(close_up(to_ascii(part)) for part in parts) if whole else ""
 
 
 def to_ascii(override: str) -> str:

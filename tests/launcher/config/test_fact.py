@@ -29,6 +29,8 @@ BASES: dict[str, tuple[str, ...]] = {
     "stage.quantization": ("stage=quantize", CHECKPOINT),
     "stage.inference": ("stage=infer", CHECKPOINT),
     "stage.serving": ("stage=serve", CHECKPOINT),
+    "data.max_pixels": ("model=tiny_qwen2_5_vl",),
+    "data.max_tiles": ("model=tiny_internvl",),
     "hardware.stack": ("hardware=h200",),
     "cluster.devices_per_node": ("hardware=h200",),
     "cluster.ascend_runtime": ("hardware=ascend910b", "cluster=example"),

@@ -63,7 +63,7 @@ FORMS = {
     "foo.device=cpu": "'foo.device'; valid are: cluster",
     "foo.stage=3": "'foo.stage'; valid are: cluster",
     "foo.path=/x": "'foo.path'; valid are: cluster",
-    "profiler.steps=3": "'profiler.steps'; valid are: cluster",
+    "profiler.steps=3": "run.profile.steps=3 profiles three steps",
     # groups of weights: one answer for all, with the stage that was typed
     "stage=lora|freeze_vit=false": "write 'stage.trainable=[vision]' or 'stage.trainable=[vision,projector,head]'; these are trained in full, beside the adapters",
     "stage=lora|freeze_vit=true": "leave it out; stage=lora trains adapters in the language model alone",

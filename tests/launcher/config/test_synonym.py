@@ -10,7 +10,7 @@ import yaml
 from launcher.cli import VERBS, main, make_parser
 from launcher.config.compose import judge, options
 from launcher.config.key import list_settings
-from launcher.config.synonym import FILE, HOLE, OVERRIDE, UNFILLED, Synonym, is_override, load_synonyms
+from launcher.config.synonym import ABSENT_FILE, FILE, HOLE, OVERRIDE, UNFILLED, Synonym, is_override, load_synonyms
 from tests.launcher.config.test_compose import refusal
 
 CONF = Path(__file__).parents[3] / "conf"
@@ -18,6 +18,7 @@ ROWS = load_synonyms()
 EVERY = [
     *ROWS.keys.values(),
     *ROWS.families.values(),
+    *(row for _, row in ROWS.topics),
     *ROWS.sections.values(),
     *(row for rows in ROWS.values.values() for row in rows.values()),
     *ROWS.verbs.values(),
@@ -35,6 +36,12 @@ def texts_of(row: Synonym) -> list[str]:
 def test_the_file_has_no_other_fields() -> None:
     """A comma in a text that is not quoted would become a field."""
     given = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    absent = yaml.safe_load(ABSENT_FILE.read_text(encoding="utf-8"))
+    assert all(
+        set(row) <= {"prefixes", "parts", "words", "tools", "write", "values", "says"}
+        for part in ("keys", "families", "topics")
+        for row in absent[part]
+    )
     rows = [
         *given["keys"],
         *given["verbs"],
