@@ -31,6 +31,7 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     paths = prepare_data(spec)
     samples = load_samples(paths.train, paths)
     start = choose_resume_point(spec, hash_sources(paths.train, paths.images_of(paths.train)))
+    spec = replace(spec, earlier_steps=start.checkpoint.window_ends if start.checkpoint else ())
     built = build_model(spec, rank, start)
     if spec.partitioned:
         partition_model(built.staged.model, spec, rank.torch_device)
