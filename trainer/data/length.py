@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.contract import DataProblem, InputRefused, Template, TrainSpec
-from trainer.data.encode import NO_TOKEN_IN_LOSS, expand, image_id, opening, token_ids, tokenise, too_long
+from trainer.data.encode import NO_TOKEN_IN_LOSS, expand, image_id, opening, too_long
 from trainer.data.rows.sample import Sample
 from trainer.data.segment import Segment, cut
+from trainer.data.segment_ids import plain_backend, token_ids, tokenise
 
 if TYPE_CHECKING:
     from trainer.data.processor import Processor
@@ -148,11 +149,9 @@ class Counter:
 
 def count_texts(tokenizer: Any, texts: list[str]) -> list[int]:
     """Tokens of each text; in parallel on all cores with a fast tokenizer (tokenizers library)."""
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    if fast is None:
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
         return [len(token_ids(tokenizer, text)) for text in texts]
-    fast.no_padding(), fast.no_truncation()
-    return [len(encoding.ids) for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)]
+    return [len(encoding.ids) for encoding in plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def find_mark_problems(counter: Counter, samples: Sequence[Sample]) -> Iterator[DataProblem]:
