@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.trainer.data.conftest import CHATML, VICUNA
@@ -66,7 +66,9 @@ def grouped_digits() -> PreTrainedTokenizerFast:
 def takes_spaces() -> PreTrainedTokenizerFast:
     """Special tokens that swallow the spaces beside them."""
     tokenizer = byte_bpe(LOOK_AHEAD)
-    tokenizer.add_special_tokens([AddedToken("</s>", rstrip=True, special=True), AddedToken("<image>", lstrip=True, rstrip=True, special=True)])
+    tokenizer.add_special_tokens(
+        [AddedToken("</s>", rstrip=True, special=True), AddedToken("<image>", lstrip=True, rstrip=True, special=True)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
@@ -105,8 +107,10 @@ MAKERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
 }
 # Boundaries inside of words, between spaces, line feeds and digits, beside and within special tokens.
 PART = st.sampled_from(
-    ["<|im_start|>", "<|im_end|>", "</s>", "<image>", "<|im_", "end|>", "</", "s>", " ", "  ", "   ", "\n", "\n\n", "1", "23", "4567"]
-    + ["a", "the", " the", "ing", "It is", ".", " .", "é", "e\u0301", "\u0301", "漢", "assistant\n", "USER: ", "", "<s>", "▁", "\u200b"]
+    (
+        *("<|im_start|>", "<|im_end|>", "</s>", "<image>", "<|im_", "end|>", "</", "s>", " ", "  ", "   ", "\n", "\n\n", "1", "23", "4567"),
+        *("a", "the", " the", "ing", "It is", ".", " .", "é", "e\u0301", "\u0301", "漢", "assistant\n", "USER: ", "", "<s>", "▁", "\u200b"),
+    )
 )
 SEGMENTS = st.lists(st.lists(PART, max_size=5).map("".join), max_size=9)
 

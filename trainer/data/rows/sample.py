@@ -13,7 +13,7 @@ from trainer.contract import DataProblem
 from trainer.contract.annotation_file import count_repeated
 from trainer.contract.wording import plural
 from trainer.data.rows.adjustment import adjust, report_paths, without_end_mark
-from trainer.data.rows.annotation import read_rows
+from trainer.data.rows.annotation import Position, read_rows, stream_rows
 from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, ParsedRow, Role, Row, Turn, kind, printable
 from trainer.data.rows.row_format import USUAL, parse_row
 from trainer.data.rows.row_images import IMAGE_KEYS
@@ -87,12 +87,27 @@ def read_source(source: AnnotationSource) -> tuple[tuple[Sample, ...], tuple[Dat
     samples: list[Sample] = []
     problems = list(file_problems)
     for number, row in rows:
-        for part, name, item in split_row(row):
-            sample, found = read_row(item, number, source, part=part, prefix=name)
-            problems += found
-            if sample:
-                samples.append(sample)
+        for found in read_parts(row, number, source):
+            (samples if isinstance(found, Sample) else problems).append(found)  # type: ignore[arg-type]
     return tuple(samples), tuple(problems)
+
+
+def stream_source(source: AnnotationSource, position: Position | None = None) -> Iterator[Sample | DataProblem]:
+    """The valid samples and the problems of a file, in its order, without the whole file in memory. `position` is kept up to date."""
+    for found in stream_rows(source.file, position):
+        if isinstance(found, DataProblem):
+            yield found
+        else:
+            yield from read_parts(found[1], found[0], source)
+
+
+def read_parts(row: Any, number: int, source: AnnotationSource) -> Iterator[Sample | DataProblem]:
+    """The samples of a row, or the problems of each."""
+    for part, name, item in split_row(row):
+        sample, problems = read_row(item, number, source, part=part, prefix=name)
+        yield from problems
+        if sample:
+            yield sample
 
 
 def split_row(row: Any) -> Iterator[tuple[int, str, Any]]:
