@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from trainer.data.processor import Processor
 
 CHUNK = 512  # samples whose texts and ids are in memory at a time
-EDGE = 16  # characters without a token that may begin or end an answer
 SLACK = 8  # tokens that tokenizing a segment separately may add
 REPLACE = "use the tokenizer and processor that belong to the model"
 
@@ -137,18 +136,14 @@ class Counter:
     max_length: int
 
     def count(self, samples: Sequence[Sample]) -> tuple[list[tuple[Segment, ...]], list[int], int]:
-        """The segments of each sample, the number of tokens of its whole text, in which an image is one token, and the trained tokens of all. In
-        parallel on all cores with a fast tokenizer (tokenizers library)."""
+        """The segments of each sample, the number of tokens of its whole text, in which an image is one token, and the trained tokens of all."""
         cuts = [cut(sample, self.template, self.image_token) for sample in samples]
         texts = ["".join(segment.text for segment in segments) for segments in cuts]
         first = len(opening(self.tokenizer))
-        if getattr(self.tokenizer, "backend_tokenizer", None) is None:
-            answers = (segment.text for segments in cuts for segment in segments if segment.in_loss)
-            trained = sum(len(token_ids(self.tokenizer, answer)) for answer in answers)
-            return cuts, [first + len(token_ids(self.tokenizer, text)) for text in texts], trained
-        encodings = plain_backend(self.tokenizer).encode_batch(texts, add_special_tokens=False)
-        trained = sum(map(count_trained, encodings, cuts))
-        return cuts, [first + len(encoding) for encoding in encodings], trained
+        answers = [segment.text for segments in cuts for segment in segments if segment.in_loss]
+        distinct = list(dict.fromkeys(answers))  # often a few words that occur many times
+        trained = dict(zip(distinct, count_texts(self.tokenizer, distinct), strict=True))
+        return cuts, [first + count for count in count_texts(self.tokenizer, texts)], sum(trained[answer] for answer in answers)
 
     def count_exactly(self, sample: Sample, segments: tuple[Segment, ...], spans: Sequence[Sequence[int]]) -> tuple[int, list[DataProblem]]:
         """The exact length, as of `trainer.data.encode.encode`, and the problems that it would refuse."""
@@ -175,23 +170,11 @@ class Counter:
         return DataProblem(file=sample.file, row=sample.row, field="", problem=problem, fix=fix)
 
 
-def count_trained(encoding: Any, segments: Sequence[Segment]) -> int:
-    """The tokens of a whole text that are in its answers; one that crosses the beginning of an answer counts."""
-    trained = start = 0
-    for segment in segments:
-        end = start + len(segment.text)
-        if segment.in_loss:
-            first = next(filter(None, (at(encoding, place) for place in range(start, min(end, start + EDGE)))), None)
-            last = next(filter(None, (at(encoding, place) for place in range(end - 1, max(start, end - EDGE) - 1, -1))), None)
-            trained += last - first + 1 if first is not None and last is not None else 0
-        start = end
-    return trained
-
-
-def at(encoding: Any, place: int) -> int | None:
-    """The number, from 1, of the token of a character; None for one without a token, such as a space that is dropped."""
-    token = encoding.char_to_token(place)
-    return None if token is None else token + 1
+def count_texts(tokenizer: Any, texts: list[str]) -> list[int]:
+    """Tokens of each text; in parallel on all cores with a fast tokenizer (tokenizers library)."""
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        return [len(token_ids(tokenizer, text)) for text in texts]
+    return [len(encoding) for encoding in plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def find_mark_problems(counter: Counter, file: str) -> Iterator[DataProblem]:
