@@ -47,9 +47,7 @@ BUILTIN = {
 }
 
 
-def examine_data(
-    spec: TrainSpec, say: Callable[[str], None] = print
-) -> tuple[DataReport, tuple[DataProblem, ...], dict[Path, str]]:
+def examine_data(spec: TrainSpec, say: Callable[[str], None] = print) -> tuple[DataReport, tuple[DataProblem, ...], dict[Path, str]]:
     """Write the built-in set if the spec names one, read both annotation files, decode and hash every image, count the tokens of every text; or
     return the result of an earlier check, if the files and the rules are unchanged since (trainer.data.kept_check).
 

@@ -70,9 +70,7 @@ class LengthTally:
                 image_id(self.processor.tokenizer, model.image_token)
             except InputRefused as error:
                 problem, _, fix = str(error).partition("\n")
-                self.problems.append(
-                    DataProblem(file=source_of(self.spec), row=0, field="", problem=problem, fix=fix.strip() or REPLACE)
-                )
+                self.problems.append(DataProblem(file=source_of(self.spec), row=0, field="", problem=problem, fix=fix.strip() or REPLACE))
             except (ImportError, OSError, ValueError) as error:
                 first = str(error).strip().partition("\n")[0]
                 self.unmeasured = f"the processor of the model is not available on this machine ({first})"

@@ -155,7 +155,9 @@ def test_an_epoch_of_ten_steps_in_a_window_of_sixteen(spec: TrainSpec) -> None:
     """1,280 rows, a batch of 128, one epoch: a report of 476 rows that were never used."""
     lengths = [8 + 37 * (number * number % 23) for number in range(1280)]
     spec = replace(cut(spec, ranks=1, size=128, accumulation=1, length_aware="window"), steps=10)
-    used = [row for step in range(10) for row in samples_of_step(step, spec, count=1280, measure=lambda rows: [lengths[row] for row in rows])]
+    used = [
+        row for step in range(10) for row in samples_of_step(step, spec, count=1280, measure=lambda rows: [lengths[row] for row in rows])
+    ]
     assert sorted(used) == list(range(1280))
 
 
