@@ -47,8 +47,8 @@ def batches(
     """
     refuse_unusable(samples, processor, spec)
     cache, workers = Cache(CACHE_BYTES), spec.data.workers
-    own = spec.device.world_size == 1  # else most measured texts belong to other ranks, and would displace images from the cache
-    measure = keep_lengths(samples, processor, spec, cache if own else Cache(0), lengths)
+    alone = spec.device.world_size == 1  # else most measured texts belong to other ranks, and would displace images from the cache
+    measure = keep_lengths(samples, processor, spec, cache if alone else Cache(0), lengths)
 
     def share(step: int) -> tuple[Micro, ...] | InputRefused:
         try:
@@ -61,21 +61,13 @@ def batches(
         if isinstance(micro, InputRefused):
             raise micro
         rows = [[mark_draw(samples[number], spec, step=step, number=number) for number in row] for row in micro]
-        if spec.data.packing:
-            return collate_packed(rows, processor, spec, cache), last
-        make = collate_unpadded if spec.data.padding_free else collate
-        return make([sample for row in rows for sample in row], processor, spec, cache), last
+        return make_batch(rows, processor, spec, cache), last
 
     with (
         closing(prefetch(share, iter(range(first_step, spec.steps)), min(workers, 1), STEPS_AHEAD)) as shares,
         closing(prefetch(prepare, one_by_one(shares, first_step), workers, spec.batch.accumulation + workers)) as prepared,
     ):
-        whole: list[dict[str, Tensor]] = []
-        for tensors, last in prepared:
-            whole.append(tensors)
-            if last:
-                yield tuple(whole)
-                whole = []
+        yield from whole_steps(prepared)
 
 
 def refuse_unusable(samples: Sequence[Sample], processor: "Processor", spec: TrainSpec) -> None:
@@ -96,6 +88,22 @@ def one_by_one(shares: Iterable[tuple[Micro, ...] | InputRefused], first_step: i
     for step, share in enumerate(shares, start=first_step):
         micros = (share,) if isinstance(share, InputRefused) else share
         yield from ((micro, number == len(micros), step) for number, micro in enumerate(micros, start=1))
+
+
+def make_batch(rows: Sequence[Sequence[Sample]], processor: "Processor", spec: TrainSpec, cache: Cache) -> dict[str, Tensor]:
+    if spec.data.packing:
+        return collate_packed(rows, processor, spec, cache)
+    make = collate_unpadded if spec.data.padding_free else collate
+    return make([sample for row in rows for sample in row], processor, spec, cache)
+
+
+def whole_steps(prepared: Iterable[tuple[dict[str, Tensor], bool]]) -> Iterator[tuple[dict[str, Tensor], ...]]:
+    whole: list[dict[str, Tensor]] = []
+    for tensors, last in prepared:
+        whole.append(tensors)
+        if last:
+            yield tuple(whole)
+            whole = []
 
 
 def keep_lengths(
