@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trainer.contract import DATA_PROBLEMS_FILE, SCHEMA, DataProblem, DataReport, DataSpec, InputRefused, StageSpec, TrainSpec
 from trainer.data.digits import QUESTIONS, write_digits
-from trainer.data.examination import Examination, SourceTally
+from trainer.data.examination import DataExamination, SourceTally
 from trainer.data.kept_check import find_check, keep_check, key_of_check
 from trainer.data.media.image import hash_file
 from trainer.data.summary import summarise
@@ -75,7 +75,7 @@ def examine_files(
 ) -> tuple[DataReport, tuple[DataProblem, ...], dict[Path, str]]:
     """As `examine_data`, without the problems of the number of rows."""
     train, held_out = (file if file in files else None for file in (paths.train, paths.evaluation))
-    examined = Examination(spec, say)
+    examined = DataExamination(spec, say)
     examined.read(train, held_out, paths.images_of)
     hashes = hash_annotations(examined.tallies) | {path: image.sha256 for path, image in examined.images.items()}
     report = DataReport(

@@ -4,7 +4,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -23,18 +22,16 @@ REPORT_S = 10.0  # between two lines that report the progress
 BUILT_IN = "the rows of a built-in set are a few words long"
 
 
-@dataclass(kw_only=True)
 class SourceTally:
-    """What the hash of the data needs of a source: whether it has a sample, and the hashes of the images of its samples, in order. `times`: how
-    often its rows are used."""
+    """What the hash of the data needs of a source: the number of its samples, and the hashes of their images, in order. `times`: how often its rows
+    are used."""
 
-    file: Path
-    times: int
-    samples: int = 0
-    pictures: list[str] = field(default_factory=list)
+    def __init__(self, file: Path, times: int) -> None:
+        self.file, self.times, self.samples = file, times, 0
+        self.pictures: list[str] = []
 
 
-class Examination:
+class DataExamination:
     """`read` all annotation files once, first that of the training rows. A sample that occurs in several places is examined once."""
 
     def __init__(self, spec: TrainSpec, say: Callable[[str], None]) -> None:
@@ -71,7 +68,7 @@ class Examination:
         return (*self.row_problems, *self.wrong, *self.lengths.problems, *self.moved)
 
     def _read_source(self, source: AnnotationSource, training: bool, progress: "ReadingProgress") -> SourceTally:
-        tally = SourceTally(file=source.file, times=max(1, int(source.repeat)))
+        tally = SourceTally(source.file, max(1, int(source.repeat)))
         wanted = int(count_samples(source) * source.repeat) if source.repeat < 1 else sys.maxsize
         for found in in_chunks(stream_source(source, progress.begin())):
             samples = [item for item in found if isinstance(item, Sample)][: wanted - tally.samples]

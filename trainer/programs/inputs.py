@@ -1,7 +1,7 @@
 """What a stage starts with: its data and, if it does not train, its weights or model; and the result of such a stage."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.checkpoint.lineage import find_lineage
@@ -9,7 +9,7 @@ from trainer.contract import DATA_PENDING_FILE, SPEC_FILE, InputRefused, RunFail
 from trainer.data.check import DataPaths, prepare, resolve
 from trainer.data.kept_folder import kept_folder
 from trainer.data.rows.indexed_samples import INDEX_FOLDER, open_samples
-from trainer.data.rows.sample import Sample, read_samples
+from trainer.data.rows.sample import Sample, Samples, read_samples
 from trainer.data.rows.source import hash_sources
 from trainer.device.log_prefix import report_phase
 from trainer.device.rank import Rank
@@ -43,7 +43,7 @@ def load_samples(file: Path | None, paths: DataPaths) -> tuple[Sample, ...]:
     return samples
 
 
-def load_training_samples(spec: TrainSpec, paths: DataPaths) -> tuple[Sequence[Sample], str]:
+def load_training_samples(spec: TrainSpec, paths: DataPaths) -> tuple[Samples, str]:
     """The samples to train on, and the hash of their files. Rows of large files are read when they are used, and checked by the data check only.
     Raises InputRefused."""
     file, images = paths.train, paths.images_of(paths.train) if paths.train else Path()

@@ -36,7 +36,7 @@ def reused(spec: TrainSpec) -> bool:
 
 def test_an_unchanged_set_is_not_read_again(checked: TrainSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     first = examine_data(checked)
-    monkeypatch.setattr("trainer.data.check.Examination", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("trainer.data.check.DataExamination", lambda *_: pytest.fail("read again"))
     again, problems, hashes = examine_data(replace(checked, seed=9, output="/other", steps=99))
     assert (again, problems, hashes) == (first[0], (), first[2]) and again.reused
     assert again.train_rows == 6 and len(hashes) == 7

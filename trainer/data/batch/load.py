@@ -17,7 +17,7 @@ from trainer.data.batch.draw import mark_draw
 from trainer.data.batch.length_table import LengthTable, private_table
 from trainer.data.batch.pack import collate_packed, collate_unpadded
 from trainer.data.media.image import read_size
-from trainer.data.rows.sample import Sample
+from trainer.data.rows.sample import Sample, Samples
 
 if TYPE_CHECKING:
     from trainer.data.processor import Processor
@@ -31,7 +31,7 @@ Task = tuple[Micro | InputRefused, bool, int]  # a micro-batch, whether it is th
 
 
 def batches(
-    samples: Sequence[Sample],
+    samples: Samples,
     processor: "Processor",
     spec: TrainSpec,
     *,
@@ -70,9 +70,9 @@ def batches(
         yield from whole_steps(prepared)
 
 
-def refuse_unusable(samples: Sequence[Sample], processor: "Processor", spec: TrainSpec) -> None:
+def refuse_unusable(samples: Samples, processor: "Processor", spec: TrainSpec) -> None:
     """Raises InputRefused when there are no samples, and for packing with a family that does not support it."""
-    if not samples:
+    if not len(samples):
         raise InputRefused(
             f"{spec.data.train or spec.data.name} has no usable row\n    run omnilaunch data check with the same overrides: it lists the problem of each row"
         )
@@ -106,9 +106,7 @@ def whole_steps(prepared: Iterable[tuple[dict[str, Tensor], bool]]) -> Iterator[
             whole = []
 
 
-def keep_lengths(
-    samples: Sequence[Sample], processor: "Processor", spec: TrainSpec, cache: Cache, lengths: LengthTable | None = None
-) -> Measure:
+def keep_lengths(samples: Samples, processor: "Processor", spec: TrainSpec, cache: Cache, lengths: LengthTable | None = None) -> Measure:
     """A function from numbers of samples to their lengths in tokens, from the text and the sizes of the images. Each is computed once and kept.
     Every rank needs those of all samples of a step, not only of its own. Raises InputRefused for a sample that cannot be encoded."""
     table = lengths or private_table(len(samples))

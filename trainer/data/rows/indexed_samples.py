@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
@@ -48,7 +47,7 @@ class IndexedSource:
         raise InputRefused(f"{source.file} row {row}: it has changed since the run began\n    restore it, or start a new run")
 
 
-class IndexedSamples(Sequence[Sample]):
+class IndexedSamples:
     """The samples of an annotation file or of the files that a meta file lists, as `read_samples` returns them where no row has a problem. A row
     with one raises InputRefused when it is used."""
 
@@ -59,16 +58,9 @@ class IndexedSamples(Sequence[Sample]):
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
-    @overload
-    def __getitem__(self, place: int) -> Sample: ...
-    @overload
-    def __getitem__(self, place: slice) -> tuple[Sample, ...]: ...
-    def __getitem__(self, place: int | slice) -> Sample | tuple[Sample, ...]:
-        if isinstance(place, slice):
-            return tuple(self[number] for number in range(*place.indices(len(self))))
-        number = place + len(self) if place < 0 else place
+    def __getitem__(self, number: int) -> Sample:
         if not 0 <= number < len(self):
-            raise IndexError(place)
+            raise IndexError(number)
         which = bisect_right(self.ends, number)
         return self.sources[which].sample(number - (self.ends[which - 1] if which else 0))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from trainer.contract import DataProblem
 from trainer.contract.annotation_file import count_repeated
@@ -19,7 +19,7 @@ from trainer.data.rows.row_format import USUAL, parse_row
 from trainer.data.rows.row_images import IMAGE_KEYS
 from trainer.data.rows.source import AnnotationSource, find_sources
 
-__all__ = ["MARK", "Message", "Role", "Sample", "read_samples"]
+__all__ = ["MARK", "Message", "Role", "Sample", "Samples", "read_samples"]
 
 OTHER_MEDIA = ("only images are supported", "remove the row, or give frames of it as images")
 PREFERENCE = ("preference data is not supported", "give one answer for each question")
@@ -67,6 +67,13 @@ class Sample:
     accepted: tuple[str, ...] = ()
     adjustments: tuple[str, ...] = ()
     draw: str = ""  # what its random numbers depend on; '' = nothing is random about it
+
+
+class Samples(Protocol):
+    """Samples by number, from 0: a tuple, or `trainer.data.rows.indexed_samples.IndexedSamples`."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int, /) -> Sample: ...
 
 
 def read_samples(file: Path, images: Path) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:

@@ -46,7 +46,7 @@ def test_rows_are_those_that_are_read_whole(write, seed: int, tmp_path: Path, mo
     whole, problems = read_samples(file, tmp_path)
     found = index_samples(file, tmp_path, tmp_path)
     assert problems == () and tuple(found) == whole
-    assert found[-1] == whole[-1] and found[1:5] == whole[1:5]
+    assert found[len(found) - 1] == whole[-1]
     assert hash_sources(file, tmp_path, found.hash_of) == hash_sources(file, tmp_path)
     with pytest.raises(IndexError):
         found[len(found)]
