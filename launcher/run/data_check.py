@@ -13,7 +13,18 @@ from launcher.run.node_log import last_lines
 from launcher.run.node_process import NodeProcess
 from launcher.run.run_folder import WorkingNode, fetch_large
 from launcher.run.session import Session
-from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, INPUTS_FILE, METRICS_FILE, DataProblem, DataReport, Inputs, SpecError, decode, describe_groups
+from trainer.contract import (
+    DATA_FILE,
+    DATA_PROBLEMS_FILE,
+    INPUTS_FILE,
+    METRICS_FILE,
+    DataProblem,
+    DataReport,
+    Inputs,
+    SpecError,
+    decode,
+    describe_groups,
+)
 from trainer.contract.listing import describe_changes, list_some
 from trainer.contract.wording import plural
 

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from trainer.contract import DataProblem, TrainSpec
+from trainer.contract.annotation_file import count_repeated
 from trainer.data.learning_facts import FactTally
 from trainer.data.length import LengthTally
 from trainer.data.media.image import Examined
@@ -69,7 +70,7 @@ class DataExamination:
 
     def _read_source(self, source: AnnotationSource, training: bool, progress: "ReadingProgress") -> SourceTally:
         tally = SourceTally(source.file, max(1, int(source.repeat)))
-        wanted = int(count_samples(source) * source.repeat) if source.repeat < 1 else sys.maxsize
+        wanted = count_repeated(count_samples(source), source.repeat) if source.repeat < 1 else sys.maxsize
         for found in in_chunks(stream_source(source, progress.begin())):
             samples = [item for item in found if isinstance(item, Sample)][: wanted - tally.samples]
             self.row_problems += (item for item in found if isinstance(item, DataProblem))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.contract import DataProblem, InputRefused
+from trainer.contract.annotation_file import count_repeated
 from trainer.data.media.image import hash_file
 from trainer.data.rows.annotation import describe
 from trainer.data.rows.row_index import RowIndex, open_index
@@ -26,8 +27,7 @@ class IndexedSource:
 
     def __len__(self) -> int:
         """The samples, as often as they are used."""
-        times = self.source.repeat
-        return int(len(self.index) * times) if times < 1 else len(self.index) * int(times)
+        return count_repeated(len(self.index), self.source.repeat)
 
     def sample(self, place: int) -> Sample:
         """Raises InputRefused with the problems of the row."""

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.contract import InputRefused
+from trainer.contract.annotation_file import is_list
 from trainer.data.kept_folder import locked
 from trainer.data.rows.annotation import read_rows, scan_list
 
@@ -99,9 +100,9 @@ def make_index(file: Path, target: Path) -> None:
 def scan(file: Path, opened: BinaryIO, digest: Any) -> Iterator[NDArray[np.void]]:
     """Entries of a file, some thousand at a time. `digest` gets all of its bytes."""
     head = opened.read(EDGE_BYTES)
-    begins = head.removeprefix(BOM).lstrip()[:1]
+    letter = head.removeprefix(BOM).lstrip()[:1].decode("latin-1")
     opened.seek(0)
-    if begins == b"[" and file.suffix != ".jsonl":
+    if is_list(file, letter):
         yield from scan_values(file, opened, digest)
     else:
         yield from scan_lines(opened, digest)
