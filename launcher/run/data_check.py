@@ -62,7 +62,7 @@ def describe_uses(report: DataReport, folder: Path) -> list[str]:
         rows.setdefault(use.file, []).append(str(use.row))
     named = "; ".join(f"{file} rows {list_some(found, SHOWN_ROWS)}" for file, found in rows.items())
     may = "may have trained" if any(use.earliest for use in used) else "trained"
-    return [f"  {plural(done, 'step')} were taken before that, and {may} on {len(used):,} of these rows: {named}"]
+    return [f"  the ranks had taken {plural(done, 'step')} before that, and {may} on {len(used):,} of these rows: {named}"]
 
 
 def read_problems(file: Path) -> tuple[DataProblem, ...]:

@@ -72,7 +72,7 @@ ROWS = "".join(
 )
 # (uses of rows, steps were taken) -> what the refusal says of them
 USES: dict[str, tuple[list[tuple[int, int]], str, str]] = {
-    "before": ([(7, 1), (5, 3), (9, 4)], ROWS, "3 step(s) were taken before that, and trained on 2 of these rows: /d/rows.json rows 7, 5"),
+    "before": ([(7, 1), (5, 3), (9, 4)], ROWS, "the ranks had taken 3 steps before that, and trained on 2 of these rows: /d/rows.json rows 7, 5"),
     "none of them": ([(9, 4)], ROWS, ""),
     "no step": ([(7, 1)], "", ""),
     "many": ([(row, 1) for row in range(1, 31)], ROWS, "18, 19, 20 and 10 more"),
@@ -91,7 +91,7 @@ def test_rows_that_were_trained_on_before_are_named(tmp_path: Path, check: Any, 
     with pytest.raises(ConfigRefused) as caught:
         refuse_data(here, check)
     text = str(caught.value)
-    assert (said in text) if said else ("were taken before" not in text)
+    assert (said in text) if said else ("the ranks had taken" not in text)
 
 
 def test_a_list_that_cannot_be_copied_is_named_with_its_place_on_the_node(
