@@ -15,6 +15,7 @@ from trainer.data.summary import counted_percentile
 COMMON = 5  # answers that are listed
 SHOWN = 60  # characters of each
 SIDES = re.compile(r"\b(?:left|right)\b|[左右]", re.IGNORECASE)
+SIDE_WORDS = ("left", "right", "左", "右")
 
 
 class FactTally:
@@ -37,7 +38,7 @@ class FactTally:
                 self.add_answer(message.content.strip(), times)
         self.rows[digest_of(sample, images)] += times
         self.pictures.update(pictures_of(sample, images))
-        self.sided_rows += times * any(SIDES.search(message.content) for message in sample.messages)
+        self.sided_rows += times * any(names_side(message.content) for message in sample.messages)
 
     def add_answer(self, text: str, times: int) -> None:
         key = hash_text(text)
@@ -65,6 +66,12 @@ class FactTally:
             shared_images=len(self.shared_pictures),
             sided_rows=self.sided_rows,
         )
+
+
+def names_side(text: str) -> bool:
+    """The plain search first: it takes a tenth of the time of the other, and most texts name no side."""
+    lower = text.lower()
+    return any(word in lower for word in SIDE_WORDS) and SIDES.search(text) is not None
 
 
 def digest_of(sample: Sample, images: Mapping[Path, Examined]) -> bytes:
