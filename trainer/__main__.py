@@ -89,8 +89,6 @@ def data(spec: TrainSpec) -> int:
     refuse_other_inputs(spec.expects, inputs, report.sha256)
     for text in describe_groups(problems, SHOWN_CAUSES):
         print(text, file=sys.stderr)
-    if report.reused:
-        print("data: files and rules are those of an earlier check, whose result is used", flush=True)
     for change, rows in report.summary.adjustments.items():
         print(f"data: {change}: {rows:,} rows", flush=True)
     if not report.problems:

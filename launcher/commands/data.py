@@ -18,7 +18,7 @@ from trainer import contract
 from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, SPEC_FILE, DataReport, DataSummary, Exit, TrainSpec, read, write, write_text
 
 SHOWN_CAUSES = 20
-PROGRESS = re.compile(r"data: [\d,]+ rows checked, ")  # trainer.data.examination.ReadingProgress
+PROGRESS = re.compile(r"data: [\d,]+ rows checked, |data: files and rules are unchanged")  # trainer.data.examination, trainer.data.check
 ACTIONS = {"check": "read every row and every image, and print everything that is wrong with them"}
 
 
@@ -110,7 +110,6 @@ def describe_data(report: DataReport, max_length: int) -> str:
     lines = [
         ("rows", f"{report.train_rows:,} to train on, {report.evaluation_rows:,} held out; {summary.rows_with_images:,} with images"),
         ("images", describe_sizes(report)),
-        *((("check", "that of an earlier time: files and rules are unchanged"),) if report.reused else ()),
         *((("adjusted", describe_adjustments(summary)),) if summary.adjustments else ()),
         ("converted", ", ".join(f"{count:,} {word}" for word, count in summary.conversions.items()) or "none"),
         ("length", describe_lengths(summary, max_length)),

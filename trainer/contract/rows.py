@@ -97,8 +97,8 @@ class RowUse:
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """`sha256`: over the annotation files and every image they name, in order. `problem_count`: all problems; `problems`: the first ones. `reused`:
-    of an earlier check. `uses`: the first step that trains on a row with a problem."""
+    """`sha256`: over the annotation files and every image they name, in order. `problem_count`: all problems; `problems`: the first ones. `uses`:
+    the first step that trains on a row with a problem."""
 
     schema: int
     sha256: str
@@ -109,7 +109,6 @@ class DataReport:
     problem_count: int = 0
     summary: DataSummary = DataSummary()
     learning: LearningFacts = LearningFacts()
-    reused: bool = False
     uses: tuple[RowUse, ...] = ()
 
 

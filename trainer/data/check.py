@@ -15,6 +15,7 @@ from trainer.data.media.image import hash_file
 from trainer.data.summary import summarise
 
 KEPT_PROBLEMS = 50
+REUSED = "data: files and rules are unchanged since an earlier check, whose result is used"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,8 @@ def examine_data(spec: TrainSpec, say: Callable[[str], None] = print) -> tuple[D
         if not problems and (report.summary.rows == 0 or not report.summary.unmeasured or spec.data.builtin):
             keep_check(spec.data, key, report, hashes, began_ns=began_ns)
     else:
-        report, problems, hashes = replace(kept.report, reused=True), (), dict(kept.hashes)
+        say(REUSED)
+        report, problems, hashes = kept.report, (), dict(kept.hashes)
     problems = problems or tuple(find_count_problems(spec, report.train_rows))
     return replace(report, problems=bound(problems), problem_count=len(problems)), problems, hashes
 

@@ -72,7 +72,11 @@ ROWS = "".join(
 )
 # (uses of rows, steps were taken) -> what the refusal says of them
 USES: dict[str, tuple[list[tuple[int, int]], str, str]] = {
-    "before": ([(7, 1), (5, 3), (9, 4)], ROWS, "the ranks had taken 3 steps before that, and trained on 2 of these rows: /d/rows.json rows 7, 5"),
+    "before": (
+        [(7, 1), (5, 3), (9, 4)],
+        ROWS,
+        "the ranks had taken 3 steps before that, and trained on 2 of these rows: /d/rows.json rows 7, 5",
+    ),
     "none of them": ([(9, 4)], ROWS, ""),
     "no step": ([(7, 1)], "", ""),
     "many": ([(row, 1) for row in range(1, 31)], ROWS, "18, 19, 20 and 10 more"),

@@ -13,7 +13,7 @@ from PIL import Image
 from tests.trainer.data.conftest import conversation, with_data
 from trainer.contract import TrainSpec
 from trainer.data import kept_check
-from trainer.data.check import examine_data
+from trainer.data.check import REUSED, examine_data
 from trainer.data.kept_folder import kept_folder
 
 
@@ -25,27 +25,28 @@ def local_processor(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def checked(spec: TrainSpec, write_data: Callable[..., Path], tmp_path: Path) -> TrainSpec:
     write_data(6)
-    report, problems, _ = examine_data(spec)
-    assert problems == () and not report.reused
+    assert examine_data(spec)[1] == () and reused(spec)
     return spec
 
 
 def reused(spec: TrainSpec) -> bool:
-    return examine_data(spec)[0].reused
+    said: list[str] = []
+    examine_data(spec, said.append)
+    return REUSED in said
 
 
 def test_an_unchanged_set_is_not_read_again(checked: TrainSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     first = examine_data(checked)
     monkeypatch.setattr("trainer.data.check.DataExamination", lambda *_: pytest.fail("read again"))
     again, problems, hashes = examine_data(replace(checked, seed=9, output="/other", steps=99))
-    assert (again, problems, hashes) == (first[0], (), first[2]) and again.reused
+    assert (again, problems, hashes) == (first[0], (), first[2])
     assert again.train_rows == 6 and len(hashes) == 7
 
 
 def test_the_number_of_rows_is_judged_anew(checked: TrainSpec) -> None:
     few = replace(checked, batch=replace(checked.batch, global_batch=8))
     report, (problem,), _ = examine_data(few)
-    assert report.reused and "has 6 rows, fewer than stage.global_batch=8" in problem.problem and report.problem_count == 1
+    assert reused(few) and "has 6 rows, fewer than stage.global_batch=8" in problem.problem and report.problem_count == 1
 
 
 def change_row(folder: Path) -> None:
@@ -100,7 +101,7 @@ def test_problems_and_rows_that_could_not_be_measured_are_not_kept(
         raise OSError("not here")
 
     monkeypatch.setattr("trainer.data.length.open_processor", missing)
-    assert examine_data(away)[0].summary.unmeasured and not examine_data(away)[0].reused
+    assert examine_data(away)[0].summary.unmeasured and not reused(away)
     assert not list((tmp_path / "checks").glob("*"))
 
 
