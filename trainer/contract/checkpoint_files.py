@@ -26,6 +26,7 @@ CHANGEABLE_KEYS = {
     *("schema", "run_id", "output", "gradient_checkpointing", "hang_timeout_s"),
     *("checkpoint_every", "checkpoint_groups", "loss_chunk", "kernels", "expects"),
     *("batch.micro_batch", "batch.accumulation", "data.root", "data.workers", "data.rows", "accepted_changes"),
+    "earlier_steps",
 }
 # What `spec.accepted_changes` lets differ.
 ACCEPTABLE_KEYS: dict[str, tuple[str, ...]] = {
@@ -38,7 +39,8 @@ ACCEPTABLE_KEYS: dict[str, tuple[str, ...]] = {
 class CheckpointState:
     """trainer_state.json. `files`: name -> bytes of every other file of the checkpoint. `spec`: dotted key -> value of all settings that
     must be equal to resume. `data_sha256`: of the file of training rows. `world_size`: number of ranks that saved; 0 = weights only, of the
-    last step. `trained`: groups trained by this run and by those it started from. `base`: WeightsLineage.mark of an adapter's base."""
+    last step. `trained`: groups trained by this run and by those it started from. `base`: WeightsLineage.mark of an adapter's base.
+    `window_ends`: as of TrainSpec, with data.length_aware=window."""
 
     schema: int
     step: int
@@ -50,6 +52,7 @@ class CheckpointState:
     run_id: str = ""
     trained: tuple[str, ...] = ()
     base: str = ""
+    window_ends: tuple[int, ...] = ()
 
     @property
     def path(self) -> str:

@@ -260,6 +260,13 @@ class TrainSpec:
     expects: Expectation | None = None  # of a rerun, or of a run that is resumed
     accepted_changes: tuple[AcceptedChange, ...] = ()  # what differs from the checkpoints of this run because the user accepted it
     early_stop: EarlyStop = field(default_factory=EarlyStop)
+    earlier_steps: tuple[int, ...] = ()  # the last steps of earlier attempts that were given fewer: windows of samples end there too
+
+    @property
+    def window_ends(self) -> tuple[int, ...]:
+        """The steps after which windows of samples end, beside those at regular distances. A run that was given fewer steps keeps the windows that
+        it has begun."""
+        return self.earlier_steps if self.steps <= max(self.earlier_steps, default=0) else (*self.earlier_steps, self.steps)
 
     @property
     def zero(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """inputs.json: the files that a run reads, with their hashes. A rerun is refused when its inputs differ from those of the record.
 
 The hashes of weights are cached by size and times of the file (`HASHES_FILE`, beside the built-in data), because hashing 65 GB takes
-minutes on one core. Images are decoded and hashed in every check, without a cache.
+minutes on one core. Images are hashed by the data check (trainer.data.kept_check).
 """
 
 import json

@@ -7,7 +7,10 @@ from pathlib import Path
 from trainer.checkpoint.lineage import find_lineage
 from trainer.contract import DATA_PENDING_FILE, SPEC_FILE, InputRefused, RunFailed, TrainSpec, WeightsLineage, describe_groups
 from trainer.data.check import DataPaths, prepare, resolve
-from trainer.data.rows.sample import Sample, read_samples
+from trainer.data.kept_folder import kept_folder
+from trainer.data.rows.indexed_samples import INDEX_FOLDER, open_samples
+from trainer.data.rows.sample import Sample, Samples, read_samples
+from trainer.data.rows.source import hash_sources
 from trainer.device.log_prefix import report_phase
 from trainer.device.rank import Rank
 from trainer.export.derived_checkpoint import require_full_weights
@@ -38,6 +41,22 @@ def load_samples(file: Path | None, paths: DataPaths) -> tuple[Sample, ...]:
     if problems:
         raise InputRefused("\n".join(describe_groups(problems, SHOWN_CAUSES)))
     return samples
+
+
+def load_training_samples(spec: TrainSpec, paths: DataPaths) -> tuple[Samples, str]:
+    """The samples to train on, and the hash of their files. Rows of large files are read when they are used, and checked by the data check only.
+    Raises InputRefused."""
+    file, images = paths.train, paths.images_of(paths.train) if paths.train else Path()
+    if file is None:
+        return (), ""
+    try:
+        indexed = open_samples(file, images, kept_folder(spec.data, INDEX_FOLDER))
+    except OSError as error:
+        raise InputRefused(f"{file} cannot be read: {error}\n    set data.train to the path of a readable file") from error
+    if indexed is None:
+        return load_samples(file, paths), hash_sources(file, images)
+    print(f"{file.name}: {len(indexed):,} rows, read when they are used", flush=True)
+    return indexed, hash_sources(file, images, indexed.hash_of)
 
 
 def wait_for_data_check(folder: Path, rows: int) -> None:
