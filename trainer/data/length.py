@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.contract import DataProblem, InputRefused, Template, TrainSpec
+from trainer.contract.adapter_files import find_base
 from trainer.data.encode import NO_TOKEN_IN_LOSS, expand, image_id, opening, token_ids, tokenise, too_long
 from trainer.data.rows.sample import Sample
 from trainer.data.segment import Segment, cut
@@ -41,7 +42,11 @@ def measure(samples: Sequence[Sample], sizes: Mapping[Path, tuple[int, int]], sp
         image_id(processor.tokenizer, spec.model.image_token)
     except InputRefused as error:
         problem, _, fix = str(error).partition("\n")
-        return Lengths(problems=(DataProblem(file=source_of(spec), row=0, field="", problem=problem, fix=fix.strip() or REPLACE),))
+        return Lengths(
+            problems=(
+                DataProblem(file=spec.stage.checkpoint or source_of(spec), row=0, field="", problem=problem, fix=fix.strip() or REPLACE),
+            )
+        )
     except (ImportError, OSError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
         return Lengths(unmeasured=f"the processor of the model is not available on this machine ({first})")
@@ -70,9 +75,12 @@ def open_processor(spec: TrainSpec) -> "Processor":
 
 
 def source_of(spec: TrainSpec) -> str:
-    """The folder of the model, or its id on the hub; '' for a random start."""
+    """The folder of the model, or its id on the hub; '' for a random start. An adapter has the tokenizer and image processor of its base, as
+    trainer.train.model.load_or_create."""
     source = spec.model.source
-    return spec.stage.checkpoint or {"path": source.path, "hub": source.id}.get(source.kind, "")
+    if spec.stage.checkpoint:
+        return find_base(Path(spec.stage.checkpoint), spec) or spec.stage.checkpoint
+    return {"path": source.path, "hub": source.id}.get(source.kind, "")
 
 
 def measure_with(
