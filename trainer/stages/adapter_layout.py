@@ -19,6 +19,7 @@ import torch
 from trainer.contract import InputRefused
 from trainer.contract.adapter_files import ADAPTER_CONFIG, read_adapter_config
 from trainer.contract.listing import list_some
+from trainer.contract.wording import plural
 from trainer.tensor.naming import name_in_memory
 from trainer.tensor.stream import TensorSource, open_tensors
 
@@ -201,7 +202,7 @@ def refuse_unplaced(folder: Path, model: torch.nn.Module, lost: list[str], wante
     similar = max(model.state_dict(keep_vars=True), key=partial(count_shared, wanted[lost[0]]))
     has = f", which has {similar}" if count_shared(wanted[lost[0]], similar) > 1 else ""
     raise InputRefused(
-        f"stage.checkpoint: {len(lost)} tensor(s) of the adapter {folder} are of no module of its base: {list_some(lost, SHOWN)}. Looked for: "
+        f"stage.checkpoint: {plural(len(lost), 'tensor')} of the adapter {folder} without a module in its base: {list_some(lost, SHOWN)}. Looked for: "
         f"{list_some([wanted[name] for name in lost], SHOWN)}, as they are written and by the older names of transformers, in {type(model).__name__}{has}. The "
         "adapter was trained on another model: name its base in stage.base=FOLDER and its model in model=NAME, or name another checkpoint."
     )

@@ -189,7 +189,7 @@ def test_a_variant_of_other_sums_is_refused_by_name(
 def test_an_adapter_of_another_base_is_refused_with_what_does_not_fit(llava: tuple[ModelSpec, Path, Path], tmp_path: Path) -> None:
     model, _, adapter = llava
     other = write_model("tiny_qwen2_5_vl", tmp_path / "base")
-    with pytest.raises(InputRefused, match=r"\d+ tensor\(s\) of the adapter .* are of no module of its base: .*stage\.base"):
+    with pytest.raises(InputRefused, match=r"\d+ tensors of the adapter .* without a module in its base: .*stage\.base"):
         merge(other, change_config(adapter, tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base")), tmp_path / "run")
     tensors = load_file(adapter / "adapter_model.safetensors")
     key = next(key for key in tensors if key.endswith("q_proj.lora_B.weight"))

@@ -92,7 +92,7 @@ def test_a_key_of_no_module_is_refused_with_what_was_looked_for(make_tiny: Make,
     with pytest.raises(InputRefused) as caught:
         merge_adapter(load(made), tmp_path)
     said = str(caught.value)
-    assert "8 tensor(s) of the adapter" in said and " and 5 more. Looked for: model.decoder.blocks.0." in said
+    assert "8 tensors of the adapter" in said and " and 5 more. Looked for: model.decoder.blocks.0." in said
     assert said.count("lora_") == 3 and ", which has model." in said and "stage.base=FOLDER" in said
 
 

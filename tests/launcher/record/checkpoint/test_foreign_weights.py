@@ -67,7 +67,9 @@ def make_adapter(tmp_path: Path, base: Path) -> Make:
 
 
 def composed(tmp_path: Path, *words: str, **environ: str) -> Config:
-    return compose_from_checkpoint((f"cluster.root={tmp_path}", *words), CONF, tmp_path, {"HOME": str(tmp_path / "home"), **environ})
+    return compose_from_checkpoint(
+        (f"cluster.root={tmp_path}", "data=digits", *words), CONF, tmp_path, {"HOME": str(tmp_path / "home"), **environ}
+    )
 
 
 def problems(config: Config) -> str:
