@@ -187,7 +187,10 @@ def open_run(plan: Plan, source: SourceState, *, diff: bytes = b"", lock: Path |
         folder.mkdir(parents=True)
     except OSError as error:
         if isinstance(error, FileExistsError) and error.filename == str(folder):
-            raise ConfigRefused(f"{folder} exists already: a run is never overwritten. Leave out --run-id, or give another one.") from error
+            raise ConfigRefused(
+                f"{folder} exists already: a run is never overwritten. To continue it, also with more steps: omnilaunch launch --resume {plan.run_id} "
+                "[run.steps=N]. For a new run leave out --run-id, or give another one."
+            ) from error
         raise ConfigRefused(f"{folder} cannot be made: {error.strerror}. Choose another folder with cluster.root=FOLDER.") from error
     (folder / "logs").mkdir()
     plain = to_plain(plan)

@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.config.conf_folder import ConfFolder, as_conf_folder
 from launcher.errors import ConfigRefused
-from trainer.contract.checkpoint_files import STATE_FILE
+from trainer.contract.checkpoint_files import find_state_file
 
 CONFIG_FILE, ADAPTER_CONFIG_FILE = "config.json", "adapter_config.json"
 # model_type of a config -> our family; "minicpmv" is read by `family_of`. tests/launcher/weights checks them against the trainer's families.
@@ -107,7 +107,8 @@ def read_object(path: Path) -> dict[str, Any]:
 def recorded_model(folder: Path) -> str:
     """The model that a checkpoint of ours names, or ''."""
     try:
-        found = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["spec"]["model.name"]
+        file = find_state_file(folder)
+        found = json.loads(file.read_text(encoding="utf-8"))["spec"]["model.name"] if file else ""
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return str(found)

@@ -151,7 +151,8 @@ class ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
-    """`trainable`: groups whose parameters get gradients. `checkpoint`: weights to start from, or ''. `reset`: groups that are drawn again
+    """`trainable`: groups whose parameters get gradients. `checkpoint`: weights to start from, or ''. `base`: the folder of the model that an
+    adapter in `checkpoint` was trained on, '' = the one that it names. `reset`: groups that are drawn again
     from the run's seed. `needs`: groups that must be trained already (`projector`: by some earlier run). Of the options of the kinds
     that do not train, only those of `kind` are set. `label_smoothing`: as of torch's cross_entropy; `neftune_alpha`: noise on the embeddings
     of training (Jain et al., NEFTune, arXiv 2310.05914), 0 = none."""
@@ -170,6 +171,7 @@ class StageSpec:
     serving: Serving | None = None
     label_smoothing: float = 0.0
     neftune_alpha: float = 0.0
+    base: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

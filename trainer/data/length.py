@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.contract import DataProblem, InputRefused, Template, TrainSpec
+from trainer.contract.adapter_files import find_base
 from trainer.data.encode import NO_TOKEN_IN_LOSS, expand, image_id, opening, too_long
 from trainer.data.rows.sample import Sample
 from trainer.data.segment import Segment, cut
@@ -70,7 +71,8 @@ class LengthTally:
                 image_id(self.processor.tokenizer, model.image_token)
             except InputRefused as error:
                 problem, _, fix = str(error).partition("\n")
-                self.problems.append(DataProblem(file=source_of(self.spec), row=0, field="", problem=problem, fix=fix.strip() or REPLACE))
+                at = self.spec.stage.checkpoint or source_of(self.spec)
+                self.problems.append(DataProblem(file=at, row=0, field="", problem=problem, fix=fix.strip() or REPLACE))
             except (ImportError, OSError, ValueError) as error:
                 first = str(error).strip().partition("\n")[0]
                 self.unmeasured = f"the processor of the model is not available on this machine ({first})"
@@ -119,9 +121,12 @@ def open_processor(spec: TrainSpec) -> "Processor":
 
 
 def source_of(spec: TrainSpec) -> str:
-    """The folder of the model, or its id on the hub; '' for a random start."""
+    """The folder of the model, or its id on the hub; '' for a random start. An adapter has the tokenizer and image processor of its base, as
+    trainer.train.model.load_or_create."""
     source = spec.model.source
-    return spec.stage.checkpoint or {"path": source.path, "hub": source.id}.get(source.kind, "")
+    if spec.stage.checkpoint:
+        return find_base(Path(spec.stage.checkpoint), spec) or spec.stage.checkpoint
+    return {"path": source.path, "hub": source.id}.get(source.kind, "")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from trainer.checkpoint.lineage import find_lineage
 from trainer.contract import DATA_PENDING_FILE, SPEC_FILE, InputRefused, RunFailed, TrainSpec, WeightsLineage, describe_groups
 from trainer.data.check import DataPaths, prepare, resolve
 from trainer.data.kept_folder import kept_folder
@@ -19,7 +18,7 @@ from trainer.models import find_family
 from trainer.programs.device_map import dispatch_over_cards, measure_free_memory
 from trainer.programs.environment import write_environment
 from trainer.stages.group import apply_stage
-from trainer.train.model import CPU, BuiltModel, load_or_create, weights_folder
+from trainer.train.model import CPU, BuiltModel, load_or_create, trace_weights
 
 CHECKED_FIRST_ROWS = 50_000  # about a minute of checking on one core: 1.07 ms a row with an image (docs/benchmarks.md)
 SHOWN_CAUSES = 20
@@ -77,7 +76,7 @@ def wait_for_data_check(folder: Path, rows: int) -> None:
 def open_weights(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], *, adapter: bool = False) -> tuple[WeightsLineage, Path]:
     """The lineage and folder of full weights for a stage that works on files; with `adapter` the folder of the adapter's base. Writes
     environment.json. Raises InputRefused."""
-    lineage = find_lineage(spec, weights_folder(spec))
+    lineage = trace_weights(spec)
     folder = require_full_weights(spec, lineage, adapter=adapter)
     write_environment(spec, rank, environ, lineage=lineage)
     return lineage, folder
@@ -87,8 +86,8 @@ def open_model(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], *, sprea
     """The model of a stage that does not train, on this rank's device or `spread` over the rank's cards. Writes environment.json. Raises
     InputRefused."""
     family = find_family(spec.model.family)
-    lineage = find_lineage(spec, weights_folder(spec))
-    model, processor = load_or_create(spec, family, lineage, device=CPU if spread else rank.torch_device)
+    lineage = trace_weights(spec)
+    model, processor = load_or_create(spec, family, lineage, device=CPU if spread else rank.torch_device, probe=rank.number == 0)
     kernels = use_kernels(model, spec)
     staged = apply_stage(model, spec, family.unused(model))
     staged.model.eval()

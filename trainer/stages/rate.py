@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 
 from trainer.contract import InputRefused, TrainSpec
-from trainer.stages.lora import ADAPTER, base_name
+from trainer.stages.adapter_layout import base_name
+from trainer.stages.lora import ADAPTER
 
 
 def find_rates(model: torch.nn.Module, spec: TrainSpec, groups: Mapping[str, str]) -> dict[str, float]:

@@ -51,7 +51,7 @@ def test_steps_whose_rows_are_lost_do_not_make_a_run_faster(half_done: TrainSpec
 def test_a_newer_version_s_checkpoint_is_not_passed_over_for_an_older_one(half_done: TrainSpec) -> None:
     """The run would do its step again, and write over it."""
     run = Path(half_done.output)
-    path = run / CHECKPOINTS / "step-000003" / "trainer_state.json"
+    path = run / CHECKPOINTS / "step-000003" / "omnilaunch_state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": trainer.contract.SCHEMA + 1, "what": "is new"}))
     before = path.read_bytes()
     gone = expect(run_ranks(half_done), Exit.USAGE)
