@@ -108,6 +108,8 @@ class ProgressView:
             self.server = None
             self.say(f"serving {report.model} at {report.url} (Ctrl-C stops it)")
             self.say(f"  {report.example}")
+            if report.images:
+                self.say(f"  {report.images}")
 
     def print_step(self, row: StepRow, values: dict[str, str]) -> None:
         if row.step in (1, row.steps) or time.monotonic() - self.printed_at >= PLAIN_INTERVAL_S:
