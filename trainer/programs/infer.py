@@ -8,7 +8,18 @@ from pathlib import Path
 
 from trainer.checkpoint.journal import Journal, Row, gather_rows, open_journal, weights_fingerprints, write_rows
 from trainer.checkpoint.lineage import find_images
-from trainer.contract import ANSWERS_FILE, STREAM_FILE, ImageForm, Inference, InputRefused, RunFailed, TrainResult, TrainSpec
+from trainer.contract import (
+    ANSWERS_FILE,
+    IMAGES_FILE,
+    STREAM_FILE,
+    ImageForm,
+    Inference,
+    InputRefused,
+    RunFailed,
+    TrainResult,
+    TrainSpec,
+    write_text,
+)
 from trainer.contract.weight_files import hash_weights
 from trainer.data.batch.cache import Cache
 from trainer.data.batch.collate import Features
@@ -51,6 +62,7 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     requests = read_input(spec, options, form)
     if rank.number == 0 and any(request.images for request in requests):
         print(describe(form), flush=True)
+        write_text(f"{describe(form)}\n", Path(spec.output) / IMAGES_FILE)
     memory = MemoryPeaks(rank.device)
     built = open_model(spec, rank, environ, spread=options.spread == "auto")
     memory.enter("evaluation")
