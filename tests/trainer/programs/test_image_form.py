@@ -138,7 +138,7 @@ def test_a_stage_whose_rows_say_nothing_keeps_the_form_that_it_began_with(
 
 
 def test_checkpoints_without_a_record_are_asked_as_before(trained: TrainSpec) -> None:
-    """An older version's have a line feed; of what nobody trained here, the owner's template decides."""
+    """An older version's have a line feed; of weights that were trained elsewhere, the template of their owner decides."""
     checkpoint = saved(trained)
     state = json.loads((checkpoint / STATE_FILE).read_text())
     del state["images"]
