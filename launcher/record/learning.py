@@ -162,7 +162,15 @@ def of_rows(data: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[str]:
 
 def of_rate(config: Mapping[str, Any]) -> Iterator[str]:
     rate, recipes, trains = number_of(nested(config, "stage", "optimizer", "lr")), find_recipes(config), nested(config, "stage", "kind")
-    if rate and not recipes and trains == "train" and is_random(config) and not (usual := load_random_rate()).low <= rate <= usual.high:
+    own = nested(config, "data", "builtin") == ""  # a built-in set is for trying a config, with the rates of conf/stage
+    if (
+        rate
+        and own
+        and not recipes
+        and trains == "train"
+        and is_random(config)
+        and not (usual := load_random_rate()).low <= rate <= usual.high
+    ):
         yield f"the learning rate is {rate:g}: the weights are random, and {usual.low:g} to {usual.high:g} is usual for these (stage.optimizer.lr)"
     if not rate or not recipes:
         return

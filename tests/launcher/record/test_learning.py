@@ -32,7 +32,7 @@ def config(*overrides: str) -> dict[str, Any]:
 
 
 LLAVA = ("model=llava_1_5_7b", "stage=full", "hardware=h200")
-TINY = ("model=tiny_llava", "hardware=cpu")
+TINY = ("model=tiny_llava", "hardware=cpu", "data=files", "data.train=rows.json")
 STANDOUTS: tuple[tuple[tuple[str, ...], dict[str, Any], str], ...] = (
     (LLAVA, report(FACTS), "92 % of the answers are 'yes': a model that always says so is right that often"),
     (

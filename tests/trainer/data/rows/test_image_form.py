@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+import trainer.data.rows.sample
 from trainer.contract import LINE_FEED, ImageForm
 from trainer.data.rows.adjustment import IMAGE_FIRST, IMAGE_LAST
-from trainer.data.rows.image_form import as_trained, describe, describe_forms, find_form, join_images, most_frequent
+from trainer.data.rows.image_form import as_trained, describe, find_form, join_images, most_frequent, name_form
 from trainer.data.rows.request import read_requests
-from trainer.data.rows.sample import questions_of, read_samples
+from trainer.data.rows.sample import Message, Sample, questions_of, read_samples
 
 NOTHING = ImageForm(separator="", questions=2, counted=2)
 AFTER = ImageForm(place="after", separator=" ", between="\n", questions=3, counted=4)
@@ -47,15 +48,18 @@ def test_the_form_of_a_question(question: str) -> None:
 def test_the_most_frequent_form_is_taken_and_the_others_are_counted() -> None:
     questions = ["<image>A?", "<image>\nB?", "<image>C?", "D? <image>", "Is <image> E?", "<image>", "no image", "<image>\n<image>F?"]
     assert most_frequent(questions) == ImageForm(separator="", between="\n", questions=3, counted=6)
-    assert describe_forms(questions) == {
-        "before the question, followed by nothing": 3,
-        "before the question, followed by a line feed": 1,
-        "after the question, preceded by a space": 1,
-        "within the question": 1,
-    }
+    assert list(map(name_form, questions)) == [
+        "before the question, followed by nothing",
+        "before the question, followed by a line feed",
+        "before the question, followed by nothing",
+        "after the question, preceded by a space",
+        "within the question",
+        "",
+        "",
+        "before the question, followed by nothing",
+    ]
     assert most_frequent(["<image>\nA?", "<image>B?"]) == ImageForm(questions=1, counted=2), "the first of two equally frequent ones"
     assert most_frequent(["no image", "Is <image> E?", "<image>"]) is None
-    assert describe_forms(["no image"]) == {}
 
 
 def test_the_sentence_at_the_start_of_a_stage() -> None:
@@ -118,3 +122,12 @@ def test_held_out_rows_follow_the_training_rows_which_stay_as_they_are(tmp_path:
         samples, problems = read_samples(tmp_path / "rows.json", tmp_path, form)
         assert problems == () and list(questions_of(samples)) == said
         assert samples[0].adjustments == ((IMAGE_LAST if form is AFTER else IMAGE_FIRST),)
+
+
+def test_of_a_large_file_evenly_spread_rows_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.data.rows.sample, "MOST_ASKED", 3)
+    samples = [
+        Sample(id="", images=(), messages=(Message(role="user", content=f"{n}?"), Message(role="assistant", content="a")), file="", row=n)
+        for n in range(7)
+    ]
+    assert list(questions_of(samples)) == ["0?", "3?", "6?"] and list(questions_of(samples[:3])) == ["0?", "1?", "2?"]
