@@ -56,6 +56,7 @@ RULES: tuple[tuple[ComparableKind, tuple[str, ...]], ...] = (
             *("environment.ranks.*.hostname", "*.ASCEND_PROCESS_LOG_PATH", "*_VISIBLE_DEVICES"),
             *("origin.path", "origin.base", "origin.run_id", "result.attempts", "source.record_schema", "source.diff_bytes"),
             *("source.untracked", "source.changed", "source.conf"),
+            "origin.images.*",  # as the weights, whose hash is compared; earlier versions have none
         ),
     ),
     (
