@@ -17,11 +17,12 @@ from launcher.record.lock import ask_to_stop
 from launcher.record.record import AttemptOutcome
 from launcher.run import monitor
 from launcher.run.launch import detach_run
-from launcher.run.monitor import START_GRACE_S, grace_s, hangup_signals, watch_attempt
+from launcher.run.monitor import hangup_signals, watch_attempt
 from launcher.run.prepare import NodeProcesses
 from launcher.run.run_folder import Mirror, WorkingNode
 from launcher.run.session import Session
 from launcher.run.signals import StopRequest
+from launcher.run.stop_limit import START_GRACE_S, STEPS, describe_wait, grace_s
 from launcher.ssh.transport import Local
 from trainer import contract
 from trainer.contract import SCHEMA, DataProblem, DataReport, TrainResult
