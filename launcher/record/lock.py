@@ -99,14 +99,14 @@ def find_holder(folder: Path) -> Holder | None:
     found = HOLDER.fullmatch(described)
     if found is None or found["host"] != socket.gethostname():
         return None
-    pid, status = int(found["pid"]), file.stat()
+    pid = int(found["pid"])
     try:
-        opened = [os.stat(entry.path) for entry in os.scandir(f"/proc/{pid}/fd") if os.path.exists(entry.path)]
+        opened = any(entry.exists() and entry.samefile(file) for entry in Path(f"/proc/{pid}/fd").iterdir())
     except PermissionError:
         return Holder(pid=pid, described=described, problem="it belongs to another user, who can stop it")
     except OSError:
         return None
-    return Holder(pid=pid, described=described) if any(os.path.samestat(status, each) for each in opened) else None
+    return Holder(pid=pid, described=described) if opened else None
 
 
 def ask_to_stop(folder: Path, now: datetime) -> None:

@@ -54,8 +54,8 @@ def describe_end(record: Any, plan: "Plan") -> str:
 
 def describe_running(entry: "RunEntry", plan: "Plan", seconds: float) -> str:
     """The last step whose row is here. Only containers can be supervised again."""
-    from launcher.plan.text import duration, figure
     from launcher.plan.commands import FOLDER_VARIABLE
+    from launcher.plan.text import duration, figure
     from launcher.record.index import RUNNING
     from launcher.ssh.transport import processes_with
 
