@@ -19,7 +19,8 @@ class Mount:
 
 @dataclass(frozen=True, kw_only=True)
 class ContainerOptions:
-    """What `docker run` is asked for. `stop_timeout_s`: until `docker stop` kills, 0 = the engine's ten seconds. `user`: uid:gid, '' = the image's. `devices`: device files of the host. `gpus`: numbers for `--gpus`.
+    """What `docker run` is asked for. `stop_timeout_s`: until `docker stop` kills, 0 = the engine's ten seconds.
+    `user`: uid:gid, '' = the image's. `devices`: device files of the host. `gpus`: numbers for `--gpus`.
     `runtime`: name of an OCI runtime, '' = the engine's default. `entrypoint` replaces the image's own."""
 
     image: str

@@ -69,7 +69,7 @@ def catch_stops() -> Iterator[StopRequest]:
 @contextmanager
 def handler_for(signals: tuple[signal.Signals, ...], handler: Handler | signal.Handlers) -> Iterator[None]:
     """Handle these signals so inside; SIG_DFL lets them end the launcher. A signal that is ignored, as under nohup, stays ignored. Except for
-    SIGINT: a shell without job control starts `command &` with it ignored, and nobody means that."""
+    SIGINT: a shell without job control starts `command &` with it ignored, which is not asked for."""
     heard = (number for number in signals if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN)
     previous = {number: signal.signal(number, handler) for number in heard}
     try:

@@ -1,7 +1,6 @@
 """Two records are compared: every planted difference is found and named, and nothing is called noise without a measurement."""
 
 import json
-import math
 import random
 import shutil
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from launcher.record.comparable import ComparableKind, collect_comparables, find
 from launcher.record.comparison import Comparison, Level, Outcome, comparison_json, describe_comparison
 from launcher.record.noise import interval
 from launcher.record.run_files import bands_of, read_run_files
-from launcher.record.verdict import compare, judge_losses
+from launcher.record.verdict import compare
 from tests.launcher.conftest import PLACE, PROJECT
 from tests.launcher.planted import REAL, Change, copy_run, set_rows, set_value, stretch
 
@@ -326,34 +325,6 @@ def test_bands_are_those_that_the_run_stated(tmp_path: Path) -> None:
     assert bands_of(read_run_files(stated)) == Bands(loss=0.02), "how fast a machine is makes no run another one"
     with pytest.raises(ConfigRefused, match=r"bands"):
         bands_of(read_run_files(copy_run(tmp_path, "bad", set_value("plan.json", "config.run.bands", {"los": 1}))))
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("overrides", ["run.bands.throughput=0.05"]),
-        ("overrides", ["run.bands={loss: 0.02, throughput: 0.05}"]),
-        ("files", ["conf/config.yaml", "/home/me/conf/experiment/mine.yaml"]),
-    ],
-)
-def test_a_band_of_the_throughput_counts_where_the_user_stated_it(tmp_path: Path, key: str, value: list[str]) -> None:
-    bands = set_value("plan.json", "config.run.bands", {"loss": 0.02, "throughput": 0.05})
-    run = copy_run(tmp_path, "r", bands)
-    set_value("plan.json", key, value)(run)
-    assert bands_of(read_run_files(run)).throughput == 0.05
-    set_value("plan.json", key, ["experiment=cpu_tiny_llava_lora", "conf/experiment/cpu_tiny_llava_lora.yaml"])(run)
-    assert bands_of(read_run_files(run)).throughput is None
-
-
-def test_runs_of_different_length_are_told_so(tmp_path: Path) -> None:
-    assert judge_losses([1.0] * 94, [1.0] * 47, (), 0.01) == (None, Level.OUTSIDE, "any band, since one has 94 steps and the other 47")
-    assert "not finite" in judge_losses([math.nan], [1.0], (), 0.01)[2]
-
-
-def test_steps_that_may_differ_may_be_reached(tmp_path: Path) -> None:
-    left, right = {"config.run.steps": 94, "result.steps": 94}, {"config.run.steps": 47, "result.steps": 47}
-    assert [each.allowed for each in find_differences(left, right, ("config.run.steps",))] == [True, True]
-    assert [each.allowed for each in find_differences(left, right, ())] == [False, False]
 
 
 def test_bands_are_stated_in_an_experiment_and_are_in_the_plan(tmp_path: Path) -> None:
