@@ -269,7 +269,8 @@ def naming_new_run(paused: PausedRun, overrides: Sequence[str]) -> Iterator[None
 
 def new_run_command(paused: PausedRun, overrides: Sequence[str]) -> str:
     words = [word for word in overrides if not word.startswith(("run.steps=", "run.epochs="))]
-    return command_from_weights(paused.plan, *words)
+    stage = paused.plan.spec.stage.name  # a launch without it trains all weights
+    return command_line("launch", *((f"stage={stage}",) if stage != "full" else ()), f"stage.checkpoint={paused.run_id}", *words)
 
 
 def refuse_learning(paused: PausedRun, lines: Sequence[str], overrides: Sequence[str]) -> None:
