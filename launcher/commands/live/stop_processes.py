@@ -27,7 +27,9 @@ def stop_processes(folder: Path, plan: "Plan", say: Callable[[str], None]) -> in
 
     if not has_ended(folder) and (pid := find_launcher(folder, plan)):
         stop_launcher(folder, plan, pid, say)
-    elif processes_with(FOLDER_VARIABLE, plan.spec.output):
+    elif Path(plan.spec.output).resolve() == folder.resolve() and processes_with(
+        FOLDER_VARIABLE, plan.spec.output
+    ):  # not of a copied folder
         say(f"the ranks of run {plan.run_id} still run without a launcher: they are asked to save and end")
         end_processes(plan)
     else:
