@@ -23,6 +23,7 @@ from launcher.image.docker import ARCHITECTURES
 from launcher.image.licence import licence_of, store_path, valid_acceptance
 from launcher.image.stack import REPOSITORY, Stack
 from launcher.plan.accepted import take_licence
+from launcher.plan.busy import describe_busy
 from launcher.plan.machine import NVIDIA_TOOLS, TORCH, TORCH_NPU, TRAINER_PACKAGES, Machine, asked_paths
 from launcher.plan.plan import LocalContext, Plan, names_trackers
 from launcher.plan.tracker import describe_missing
@@ -58,9 +59,10 @@ def context_for(config: Config, stacks: Mapping[str, Stack], project: Path, *, a
 
 
 def notes_here(plan: Plan) -> tuple[str, ...]:
-    """What this machine's environment has to say of a plan: variables that are set, and packages of trackers that are missing."""
+    """What this machine has to say of a plan: that it is busy, variables that are set, and packages of trackers that are missing."""
     missing = describe_missing(plan.config, named=names_trackers(plan.config, plan.overrides))
-    return (*missing, *describe_variables(os.environ, plan.config, plan.overrides))
+    busy = describe_busy(plan, load=os.getloadavg()[0], cores=len(os.sched_getaffinity(0)))
+    return (*busy, *missing, *describe_variables(os.environ, plan.config, plan.overrides))
 
 
 def find_taken_port(config: Config) -> tuple[Problem, ...]:
