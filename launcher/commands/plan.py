@@ -92,10 +92,12 @@ def describe_here(plan: "Plan", machine: "Machine | None" = None, *, full: bool 
     return describe_short(plan, colours=colours, width=columns, height=rows, built=built, launching=launching, notes=notes, own_bytes=own)
 
 
-def plan_of(overrides: Sequence[str], run_id: str, *, conf: "ConfFolder | None" = None, only_data: bool = False) -> "Plan":
+def plan_of(
+    overrides: Sequence[str], run_id: str, *, conf: "ConfFolder | None" = None, only_data: bool = False, only_nodes: bool = False
+) -> "Plan":
     """The plan of these overrides, for a verb that starts nothing on this machine: what it has is not asked. `only_data`: nothing is
-    trained, so neither the memory nor the number of rows matters."""
-    return plan_here(overrides, run_id, asks=False, only_data=only_data, conf=conf)[0]
+    trained, so neither the memory nor the number of rows matters. `only_nodes`: nor does the batch, for a check of the nodes."""
+    return plan_here(overrides, run_id, asks=False, only_data=only_data, only_nodes=only_nodes, conf=conf)[0]
 
 
 def plan_here(
@@ -105,24 +107,26 @@ def plan_here(
     traced: bool = False,
     asks: bool = True,
     only_data: bool = False,
+    only_nodes: bool = False,
     conf: "ConfFolder | None" = None,
 ) -> "tuple[Plan, Machine | None]":
     """The plan, and what this machine has, where the run is on it and it `asks`. `traced`: the memory is judged later, by a traced step.
-    `only_data`: as of plan_of. `conf`: the project's when omitted."""
+    `only_data`, `only_nodes`: as of plan_of. `conf`: the project's when omitted."""
     from launcher.config.conf_folder import ConfFolder
     from launcher.plan.visible_devices import naming_devices, with_visible_devices
 
     conf = conf or ConfFolder(project=PROJECT / "conf")
     used = with_visible_devices(overrides, conf, os.environ) if asks else overrides
     with naming_devices(overrides, used, os.environ):
-        return make_plan_here(used, run_id, conf, traced=traced, asks=asks, only_data=only_data)
+        return make_plan_here(used, run_id, conf, traced=traced, asks=asks, only_data=only_data, only_nodes=only_nodes)
 
 
 def make_plan_here(
-    overrides: Sequence[str], run_id: str, conf: "ConfFolder", *, traced: bool, asks: bool, only_data: bool
+    overrides: Sequence[str], run_id: str, conf: "ConfFolder", *, traced: bool, asks: bool, only_data: bool, only_nodes: bool
 ) -> "tuple[Plan, Machine | None]":
     """As plan_here, of all overrides."""
     from launcher.check.nodes import find_placeholders
+    from launcher.check.row_count import with_whole_batch
     from launcher.check.rules import RULES, RULES_BUT_MEMORY
     from launcher.config.compose import compose_with_files
     from launcher.config.defaults import keys_of
@@ -140,6 +144,7 @@ def make_plan_here(
     config, files = compose_with_files(overrides, conf)
     config = start_from_checkpoint(for_this_machine(config, overrides), overrides, conf, here, os.environ)
     config = with_weights_folder(config if only_data else settle_rows(config, keys_of(overrides), here), os.environ)
+    config = with_whole_batch(config) if only_nodes else config
     run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))
     given = with_full_ids(overrides, *find_runs(config, here))
     rules = RULES_BUT_MEMORY if traced or only_data else RULES
