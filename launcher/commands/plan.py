@@ -132,6 +132,7 @@ def make_plan_here(
     from launcher.config.defaults import keys_of
     from launcher.image.stack import load_stacks
     from launcher.plan.local_context import context_for, find_taken_port, for_this_machine
+    from launcher.plan.named_files import find_missing_questions, with_unseen_note
     from launcher.plan.plan import make_plan, with_files, with_problems
     from launcher.plan.rows import find_missing, settle_rows
     from launcher.plan.weights_folder import judge_weights, with_found_model
@@ -152,8 +153,9 @@ def make_plan_here(
     context = context_for(config, stacks, PROJECT, asks=asks)
     context = replace(context, memory_bytes=0) if only_data else context
     plan = make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf, compose=compose_again)
-    plan = judge_weights(plan, conf)
-    found = (*find_placeholders(config), *find_missing(config, here), *find_taken_port(config)) if asks else ()
+    plan = with_unseen_note(judge_weights(plan, conf))
+    missing = (*find_missing(config, here), *find_missing_questions(plan))
+    found = (*find_placeholders(config), *missing, *find_taken_port(config)) if asks else ()
     plan = with_problems(plan, found)
     return with_files(plan, conf, files), context.machine
 
