@@ -9,9 +9,10 @@ from launcher.memory.estimate import estimate_memory
 from launcher.memory.states import GIB
 from launcher.plan.commands import NodeCommand
 from launcher.plan.plan import Plan
-from launcher.plan.short import describe_tight, describe_work, list_assumptions, name_verdict
+from launcher.plan.short import describe_tight, describe_work, list_assumptions, name_verdict, order_notes
 from launcher.plan.text import command_line, gib, table
 from launcher.redact import mask_credentials
+from trainer.contract.wording import plural
 
 
 def describe_full(plan: Plan) -> str:
@@ -25,7 +26,14 @@ def describe_full(plan: Plan) -> str:
         ("memory of the device with the highest peak", describe_memory(plan)),
         ("verdict", describe_verdict(plan)),
     )
-    return "\n".join(f"== {title}\n{text.rstrip()}\n" for title, text in parts).rstrip()
+    return "\n".join((head_verdict(plan), *(f"== {title}\n{text.rstrip()}\n" for title, text in parts))).rstrip()
+
+
+def head_verdict(plan: Plan) -> str:
+    """The verdict in a line, hundreds of lines before the reasons."""
+    if plan.verdict.launchable:
+        return f"{name_verdict(plan, plan.memory or estimate_memory(plan.config))}\n"
+    return f"planned; a launch is refused, for {plural(len(plan.verdict.problems), 'reason')} at the end\n"
 
 
 def describe_command(command: NodeCommand) -> str:
@@ -73,7 +81,7 @@ def describe_verdict(plan: Plan) -> str:
     lines = [
         " ".join(f"{axis}={getattr(config, axis).name}" for axis in AXES),
         describe_work(plan.spec),
-        *(f"note: {note}" for note in verdict.notes),
+        *(f"note: {note}" for note in order_notes(verdict.notes)),
         *(f"forced ({config.run.force}):\n{problem}" for problem in verdict.forced),
     ]
     if verdict.launchable:

@@ -19,6 +19,18 @@ LABEL = 10  # columns of the names at the left
 LINES = 30  # of a whole description, notes cut to fit, where the height of the terminal is not known
 TIGHT = "tight: this run can be launched, but it may end for lack of memory"
 OK, IF_HOST = "ok: this run can be launched", "ok, if the nodes have the host memory that it needs"
+ALWAYS = 3  # notes that are shown, however long the rest is
+CUT = " ..."
+# Words of a note -> its place among all: 0 = shown first.
+OTHER = 4
+COSTS: tuple[tuple[int, tuple[str, ...]], ...] = (
+    (0, ("run.save_every=0",)),
+    (1, ("uses each of the", "will learn almost nothing")),
+    (2, ("each container downloads the weights",)),
+    (3, ("is loaded in float16", "not on this machine, so that", "is read on the nodes", "no Docker engine")),
+    (5, ("the learning rate rises for",)),
+    (6, ("model.source.revision is empty",)),
+)
 BAR = 24  # characters of a full bar
 LARGEST = 3  # items of the estimate that are named
 # What brings an image to the nodes, where this machine's engine does not have it.
@@ -41,8 +53,8 @@ def describe_short(
     notes: tuple[str, ...] = (),
     own_bytes: int = 0,
 ) -> str:
-    """One screen of `width` columns and `height` lines. `built`: whether this machine's Docker engine has the image, None = not known. `launching`: printed by
-    `launch`, which needs no next command. `notes`: of this machine, before those of the plan; never left out. `own_bytes`: this machine's
+    """One screen of `width` columns and `height` lines; of more, where the first notes need them. `built`: whether this machine's Docker engine
+    has the image, None = not known. `launching`: printed by `launch`, which needs no next command. `notes`: of this machine, before those of the plan; never left out. `own_bytes`: this machine's
     memory, 0 = not known."""
     choice = " ".join(f"{axis}={getattr(plan.config, axis).name}" for axis in AXES)
     lines = [
@@ -192,11 +204,26 @@ def describe_cost(plan: Plan) -> str:
 
 
 def describe_notes(notes: tuple[str, ...], width: int, free: int) -> list[str]:
-    """In `free` lines at most: what is left out is counted."""
+    """In `free` lines, the dearest first: what is left out is counted. The first three are there in any case, each cut to a line where there
+    is no room for all of it."""
     lines: list[str] = []
-    for place, note in enumerate(notes):
+    ordered = order_notes(notes)
+    for place, note in enumerate(ordered):
         wrapped = list(wrap(f"note: {note}", width, indent="  "))
-        if len(lines) + len(wrapped) > free - (place + 1 < len(notes)):
-            return [*lines, f"and {plural(len(notes) - place, 'more note')}, with --full"]
+        waiting = max(0, min(ALWAYS, len(ordered)) - place - 1) + (max(ALWAYS, place + 1) < len(ordered))  # lines for what follows
+        if len(lines) + len(wrapped) > free - waiting:
+            if place >= ALWAYS:
+                return [*lines, f"and {plural(len(ordered) - place, 'more note')}, with --full"]
+            wrapped = cut(wrapped, width)
         lines += wrapped
     return lines
+
+
+def cut(wrapped: list[str], width: int) -> list[str]:
+    """The first line, with a mark that more follows."""
+    return wrapped if len(wrapped) == 1 else [f"{wrapped[0][: width - len(CUT)].rstrip()}{CUT}"]
+
+
+def order_notes(notes: tuple[str, ...]) -> tuple[str, ...]:
+    """By what they may cost: a run that is lost, hours, downloads, answers; notes that name no cost; what may change between two runs."""
+    return tuple(sorted(notes, key=lambda note: next((place for place, words in COSTS if any(map(note.count, words))), OTHER)))
