@@ -54,8 +54,8 @@ def describe_short(
     own_bytes: int = 0,
 ) -> str:
     """One screen of `width` columns and `height` lines; of more, where the first notes need them. `built`: whether this machine's Docker engine
-    has the image, None = not known. `launching`: printed by `launch`, which needs no next command. `notes`: of this machine, before those of the plan; never left out. `own_bytes`: this machine's
-    memory, 0 = not known."""
+    has the image, None = not known. `launching`: printed by `launch`, which needs no next command. `notes`: of this machine, before those of
+    the plan; never left out. `own_bytes`: this machine's memory, 0 = not known."""
     choice = " ".join(f"{axis}={getattr(plan.config, axis).name}" for axis in AXES)
     lines = [
         *describe_short_verdict(plan, colours=colours, own_bytes=own_bytes),
