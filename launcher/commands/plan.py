@@ -80,16 +80,17 @@ def describe_here(plan: "Plan", machine: "Machine | None" = None, *, full: bool 
     from shutil import get_terminal_size
 
     from launcher.plan.full import describe_full
-    from launcher.plan.local_context import find_built, notes_here, read_memory
+    from launcher.plan.local_context import find_built, notes_here, read_memory, why_not_sent
     from launcher.plan.short import LINES, describe_short
     from launcher.plan.text import wants_colours
 
-    notes = notes_here(plan)
+    notes, built = notes_here(plan), find_built(plan, machine)
+    unsent = why_not_sent(plan, built)
     if full:
-        return "\n".join((describe_full(plan), *(f"note: {line}" for line in notes)))
+        return "\n".join((describe_full(plan, unsent), *(f"note: {line}" for line in notes)))
     colours, (columns, rows) = wants_colours(os.environ, terminal=sys.stdout.isatty()), get_terminal_size((100, LINES))
-    built, own = find_built(plan, machine), read_memory()
-    return describe_short(plan, colours=colours, width=columns, height=rows, built=built, launching=launching, notes=notes, own_bytes=own)
+    size = {"width": columns, "height": rows, "own_bytes": read_memory()}
+    return describe_short(plan, colours=colours, built=built, launching=launching, notes=notes, unsent=unsent, **size)
 
 
 def plan_of(

@@ -197,3 +197,16 @@ def find_built(plan: Plan, machine: Machine | None = None) -> bool | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return True if done.returncode == 0 else False if "no such image" in done.stderr.lower() else None
+
+
+def why_not_sent(plan: Plan, built: bool | None, architecture: str = "") -> str:
+    """Why `launch` could bring the nodes no image from this machine; '' where it can, or need not. `built`: find_built; `architecture`: as
+    `uname -m` prints it, of this machine when omitted."""
+    kind, here = plan.config.cluster.delivery.kind, architecture or os.uname().machine
+    if plan.is_local or plan.config.cluster.runtime != "docker" or kind not in ("build", "ship") or built:
+        return ""
+    if built is None:
+        return "the Docker engine here does not answer" if shutil.which("docker") else "this machine has no docker command"
+    if kind == "ship":
+        return "the engine here does not have it, and cluster.delivery.kind=ship only sends it"
+    return f"this machine is {here}, and the nodes are {plan.image.architecture}" if here != plan.image.architecture else ""

@@ -18,6 +18,7 @@ from trainer.contract.wording import plural
 LABEL = 10  # columns of the names at the left
 LINES = 30  # of a whole description, notes cut to fit, where the height of the terminal is not known
 TIGHT = "tight: this run can be launched, but it may end for lack of memory"
+IF_IMAGE = "ok, if every node has the image: this machine cannot send it (below)"
 OK, IF_HOST = "ok: this run can be launched", "ok, if the nodes have the host memory that it needs"
 ALWAYS = 3  # notes that are shown, however long the rest is
 CUT = " ..."
@@ -52,17 +53,18 @@ def describe_short(
     launching: bool = False,
     notes: tuple[str, ...] = (),
     own_bytes: int = 0,
+    unsent: str = "",
 ) -> str:
     """One screen of `width` columns and `height` lines; of more, where the first notes need them. `built`: whether this machine's Docker engine
     has the image, None = not known. `launching`: printed by `launch`, which needs no next command. `notes`: of this machine, before those of
-    the plan; never left out. `own_bytes`: this machine's memory, 0 = not known."""
+    the plan; never left out. `own_bytes`: this machine's memory, 0 = not known. `unsent`: why this machine cannot send the image, '' = it can."""
     choice = " ".join(f"{axis}={getattr(plan.config, axis).name}" for axis in AXES)
     lines = [
-        *describe_short_verdict(plan, colours=colours, own_bytes=own_bytes),
+        *describe_short_verdict(plan, colours=colours, own_bytes=own_bytes, unsent=unsent),
         *wrap(choice, width, indent="  "),
         *describe_bar(plan, colours=colours, width=width),
     ]
-    for name, text in describe_rows(plan, built=built, own_bytes=own_bytes).items():
+    for name, text in describe_rows(plan, built=built, own_bytes=own_bytes, unsent=unsent).items():
         lines += wrap(text, width, first=f"{name:{LABEL}}", indent=" " * LABEL)
     assumed = tuple(list_assumptions(plan))
     lines += ["assumptions:"] if assumed else []
@@ -74,7 +76,7 @@ def describe_short(
     return "\n".join((*lines, *own, *describe_notes(plan.verdict.notes, width, free - len(own)), *last))
 
 
-def describe_short_verdict(plan: Plan, *, colours: bool, own_bytes: int = 0) -> Iterator[str]:
+def describe_short_verdict(plan: Plan, *, colours: bool, own_bytes: int = 0, unsent: str = "") -> Iterator[str]:
     verdict, memory = plan.verdict, plan.memory or estimate_memory(plan.config)
     if not verdict.launchable:
         yield paint("planned; a launch is refused:", "red", colours=colours)
@@ -82,6 +84,8 @@ def describe_short_verdict(plan: Plan, *, colours: bool, own_bytes: int = 0) -> 
     elif verdict.forced:
         yield paint(f"forced ({plan.config.run.force}):", "yellow", colours=colours)
         yield from map(str, verdict.forced)
+    elif unsent and not verdict.tight:
+        yield paint(IF_IMAGE, "yellow", colours=colours)
     else:
         word = name_verdict(plan, memory, own_bytes)
         yield paint(f"{word} (below)" if word == IF_HOST else word, "green" if word == OK else "yellow", colours=colours)
@@ -132,13 +136,13 @@ def largest_items(memory: Memory) -> Iterator[str]:
             yield f"{item.name} {item.size_bytes / 2**20:.0f}" if small else f"{item.name} {item.size_bytes / GIB:.2f}"
 
 
-def describe_rows(plan: Plan, *, built: bool | None, own_bytes: int = 0) -> dict[str, str]:
+def describe_rows(plan: Plan, *, built: bool | None, own_bytes: int = 0, unsent: str = "") -> dict[str, str]:
     config, spec, memory = plan.config, plan.spec, plan.memory or estimate_memory(plan.config)
     trains, nodes = spec.stage.kind == "train", len(config.cluster.working)
     rows = {
         "host": describe_host(config, memory, own_bytes),
         "strategy": plan.choice if trains else "",
-        "image": describe_image_state(plan, built),
+        "image": describe_unsent(plan, unsent) if unsent and plan.image.lock else describe_image_state(plan, built),
         "ranks": f"{plural(nodes, 'node')} x {plural(device_count(config), 'device')}, {plural(spec.device.world_size, 'rank')}",
         "batch" if trains else "work": describe_work(spec),
         "cost": describe_cost(plan) if trains else "",
@@ -155,6 +159,16 @@ def list_assumptions(plan: Plan) -> Iterator[str]:
         yield memory.assumption
     if plan.settled:
         yield plan.settled
+
+
+def describe_unsent(plan: Plan, why: str) -> str:
+    """Where this machine cannot send the image to the nodes of a cluster: the ways that are left."""
+    chosen = (override for override in plan.overrides if override.startswith(("hardware", "cluster")))
+    return (
+        f"{plan.image.tag}: {why}. Unless every node has it, take one of these: cluster.delivery.kind=build_on_nodes (each node builds it); "
+        "cluster.delivery.kind=pull with cluster.delivery.registry=HOST/PATH; or on a machine with an engine of the nodes' architecture "
+        f"{command_line('image', 'build', *chosen, *plan.options)}, then docker save, and docker load on each node"
+    )
 
 
 def describe_image_state(plan: Plan, built: bool | None) -> str:
