@@ -26,8 +26,8 @@ from launcher.record.checkpoint.run_to_come import describe_run_to_come
 from launcher.record.checkpoint.swift_settings import ARGS_FILE, read_swift, take_swift
 from launcher.record.checkpoint_reference import (
     ADAPTER_CONFIG,
-    CheckpointMissing,
     FoundCheckpoint,
+    MissingRefused,
     locate_checkpoint,
     resolve_base,
     use_checkpoint,
@@ -57,7 +57,7 @@ def start_from_checkpoint(
     runs = find_runs(config, here)
     try:
         text, found = locate_checkpoint(config, *runs)
-    except CheckpointMissing as error:
+    except MissingRefused as error:
         raise ConfigRefused(f"{error}{describe_run_to_come(config, keys_of(overrides))}") from error
     if found is None:
         return resolve_base(config, *runs)

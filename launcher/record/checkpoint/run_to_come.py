@@ -1,4 +1,4 @@
-"""The memory of a stage whose stage.checkpoint names a run that does not exist yet: told before the first of two runs, and its download."""
+"""The memory of a stage whose stage.checkpoint names a run that does not exist yet: known before the first of two runs, and its download."""
 
 from collections.abc import Iterator, Set
 from dataclasses import replace

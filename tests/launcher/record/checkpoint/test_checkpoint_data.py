@@ -146,7 +146,7 @@ def test_where_the_data_of_weights_is_unknown_a_stage_that_reads_rows_asks_for_i
 
 
 def test_one_file_takes_the_place_of_the_recorded_one(make_run: Callable[..., Path], tmp_path: Path) -> None:
-    """It was refused `together with the built-in set digits`, which nobody had named."""
+    """It was refused `together with the built-in set digits`, which was not named."""
     folder = make_run("A", *OWN, "data.max_length=300")
     config = composed(tmp_path, "stage=evaluate", f"stage.checkpoint={folder}", "data.evaluation=mine/other.json")
     assert named(config) == ("files", "", "train.json", "other.json") and config.data.max_length == 300
