@@ -53,7 +53,7 @@ def read_memory() -> int:
 def context_for(config: Config, stacks: Mapping[str, Stack], project: Path, *, asks: bool = True) -> LocalContext:
     """With the licence that the user has accepted, and with what this machine has for a run on it, unless it is not asked. Raises ConfigRefused
     where the user's file of licences is needed and cannot be read."""
-    machine = read_machine(config) if asks and config.cluster.is_local else None
+    machine = read_machine(config) if asks and config.cluster.is_local and config.cluster.nodes else None
     return replace(local_context(project), machine=machine, accepted=find_acceptance(config, stacks, os.environ))
 
 
