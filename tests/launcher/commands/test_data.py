@@ -167,7 +167,7 @@ def test_nothing_is_said_of_no_rows(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     """A file that is not there had lines of zeros, a hash, and nothing that stands out, before the one real line."""
     problem = asdict(DataProblem(file="no.json", row=0, field="", problem="is not there", fix="copy it"))
     empty = DataReport(schema=SCHEMA, sha256="ab", train_rows=0, evaluation_rows=0, images=0, problem_count=1, summary=DataSummary())
-    monkeypatch.setattr(data_action, "examine", lambda spec: (empty, [problem]))
+    monkeypatch.setattr(data_action, "examine", lambda *_: (empty, [problem]))
     assert main(("data", "check", "stage=full")) == Exit.USAGE
     said = capsys.readouterr().out
     assert said.startswith("rows       0 to train on, 0 held out; 0 with images\nproblems   1\n  no.json: is not there")
