@@ -38,7 +38,7 @@ Make = Callable[..., Path]
 def make_run(plan_for: Callable[..., Plan], tmp_path: Path) -> Make:
     """A finished run on this machine: its plan, and one checkpoint."""
 
-    def make(run_id: str, *words: str, trained: tuple[str, ...] = (), base: str | None = "x", config: dict[str, Any] | None = None) -> Path:
+    def make(run_id: str, *words: str, trained: tuple[str, ...] = (), base: str | None = "", config: dict[str, Any] | None = None) -> Path:
         made = plan_for(f"cluster.root={tmp_path}", "run.force=for a test", *words)
         plan = replace(made, run_id=run_id, folder=str(tmp_path / "runs" / run_id))
         plan = replace(plan, spec=replace(plan.spec, run_id=run_id, output=plan.folder))
@@ -46,7 +46,9 @@ def make_run(plan_for: Callable[..., Plan], tmp_path: Path) -> Make:
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(config or {"model_type": "x"}), encoding="utf-8")
         if plan.spec.stage.lora:
-            (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}), encoding="utf-8")
+            (folder / "adapter_config.json").write_text(
+                json.dumps({"base_model_name_or_path": str(tmp_path) if base == "" else base}), encoding="utf-8"
+            )
         spec = {"model.name": plan.spec.model.name, "stage.name": plan.spec.stage.name, "stage.kind": plan.spec.stage.kind}
         state = {"schema": SCHEMA, "step": 3, "weights_sha256": "", "data_sha256": "", "world_size": 0, "spec": spec, "files": {}}
         (folder / STATE_FILE).write_text(json.dumps({**state, "run_id": run_id, "trained": trained}), encoding="utf-8")
