@@ -156,6 +156,8 @@ def _translate_one(override: str, overrides: Sequence[str], known: Known) -> tup
     """(key, override for Hydra or '' where it needs none). Raises ConfigRefused with the reason alone. `overrides`: all that were typed."""
     if override.startswith(("+", "~")):
         raise ConfigRefused(f"'+' and '~' are refused, since the schema has every key; write {override.lstrip('+~')}")
+    if override.endswith((".json", ".jsonl")) and "=" not in override:
+        raise ConfigRefused(f"a file of rows is named by its key: data=files data.train={override}")
     if foreign := read_foreign(override):
         _refuse_foreign(*foreign, overrides, known)
     key, equals, text = override.partition("=")
