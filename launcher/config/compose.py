@@ -111,7 +111,8 @@ def compose_over(config: Config, overrides: Sequence[str], conf: Path | ConfFold
 def _complete(config: Config, overrides: Sequence[str]) -> Config:
     """Activations are in the dtype of the weights. Raises ConfigRefused for overrides of facts about weights that exist."""
     refuse_facts(overrides, config.model.source.kind)
-    refuse_ignored(overrides, config.model.name, config.model.image_tokens.rule)
+    if "stage.checkpoint" not in keys_of(overrides):  # whose model is judged where it is known
+        refuse_ignored(overrides, config.model.name, config.model.image_tokens.rule)
     if "precision.weights" in keys_of(overrides):
         return replace(config, precision=replace(config.precision, compute=config.precision.weights))
     return config

@@ -14,6 +14,7 @@ from typing import Any
 from launcher.config.compose import compose, compose_over, options
 from launcher.config.conf_folder import ConfFolder
 from launcher.config.defaults import keys_of
+from launcher.config.fact import refuse_ignored
 from launcher.config.schema import Config, Model
 from launcher.errors import ConfigRefused
 from launcher.plan.local_context import for_this_machine
@@ -68,6 +69,7 @@ def start_from_checkpoint(
         config = take_from_record(config, record, overrides, conf)
         config = replace(config, stage=replace(config.stage, base=folder))
         config = take_settings(config, found, keys_of(overrides), base)
+    refuse_ignored(overrides, config.model.name, config.model.image_tokens.rule)
     if not found.host and (record is None or record.data is None):
         refuse_unknown_data(config, text, overrides)
     return resolve_base(use_checkpoint(config, found, text), *runs)

@@ -101,6 +101,12 @@ def test_what_the_user_typed_is_kept(make_run: Make, tmp_path: Path) -> None:
     assert config.stage.recorded.taken == ("model=tiny_qwen2_5_vl",)
 
 
+def test_a_limit_that_the_recorded_model_ignores_is_refused(make_run: Make, tmp_path: Path) -> None:
+    make_run("A", "model=tiny_internvl")
+    with pytest.raises(ConfigRefused, match=r"tiny_internvl has no such limit; write data\.max_tiles=N"):
+        composed(tmp_path, "stage=serve", "stage.checkpoint=A", "data.max_pixels=1024")
+
+
 def test_the_recorded_section_is_used_and_not_todays_file(make_run: Make, tmp_path: Path) -> None:
     """The run was trained with another depth than conf/model has; its name, typed or not, means that model."""
     make_run("A", "model=tiny_llava", "model.architecture.text.num_hidden_layers=5")
