@@ -14,6 +14,7 @@ from typing import Any
 from launcher.commands.plan import PROJECT, add_overrides, conf_of, plan_of
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, LaunchError
+from launcher.redact import show
 from trainer import contract
 from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, SPEC_FILE, DataReport, DataSummary, Exit, TrainSpec, read, write, write_text
 
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     plan = plan_of(arguments.overrides, "", conf=conf_of(arguments), only_data=True)
     alone = replace(plan.spec, batch=replace(plan.spec.batch, global_batch=1))  # the batch is judged below
-    report, problems = examine(alone, lambda line: print(line, file=sys.stderr, flush=True))
+    report, problems = examine(alone, lambda line: show(line, file=sys.stderr))
     if arguments.out:
         write_text("".join(f"{json.dumps(problem, ensure_ascii=False)}\n" for problem in problems), Path(arguments.out))
     if arguments.json:

@@ -84,7 +84,7 @@ def describe_here(plan: "Plan", machine: "Machine | None" = None, *, full: bool 
     from launcher.plan.short import LINES, describe_short
     from launcher.plan.text import wants_colours
 
-    notes, built = notes_here(plan), find_built(plan, machine)
+    notes, built = notes_here(plan, launching=launching), find_built(plan, machine)
     unsent = why_not_sent(plan, built)
     if full:
         return "\n".join((describe_full(plan, unsent), *(f"note: {line}" for line in notes)))

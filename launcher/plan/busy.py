@@ -1,6 +1,7 @@
 """A note for a run on CPUs that are busy: its threads wait for each other by spinning, which then takes the cores that they wait for."""
 
 from launcher.plan.plan import Plan
+from trainer.contract.wording import plural
 
 POLICY = "OMP_WAIT_POLICY"  # of OpenMP 3.0; GNU's and Intel's libraries read it
 SLEEPING = f"cluster.environment.{POLICY}=passive"
@@ -17,6 +18,6 @@ def describe_busy(plan: Plan, *, load: float, cores: int) -> tuple[str, ...]:
         return ()
     why = f"its load is {load:.1f}" if load > cores else f"the ranks have {wanted} threads"
     return (
-        f"this machine has {cores} core(s), and {why}: threads that wait for each other would spin, and each step may take many times as long. "
+        f"this machine has {plural(cores, 'core')}, and {why}: threads that wait for each other would spin, and each step may take many times as long. "
         f"{SLEEPING} avoids it with the same results, hardware.threads=1 with other rounding",
     )

@@ -58,10 +58,11 @@ def context_for(config: Config, stacks: Mapping[str, Stack], project: Path, *, a
     return replace(local_context(project), machine=machine, accepted=find_acceptance(config, stacks, os.environ))
 
 
-def notes_here(plan: Plan) -> tuple[str, ...]:
-    """What this machine has to say of a plan: that it is busy, variables that are set, and packages of trackers that are missing."""
+def notes_here(plan: Plan, *, launching: bool = False) -> tuple[str, ...]:
+    """What this machine has to say of a plan: variables that are set, and packages of trackers that are missing; and of a run that starts now,
+    that the machine is busy."""
     missing = describe_missing(plan.config, named=names_trackers(plan.config, plan.overrides))
-    busy = describe_busy(plan, load=os.getloadavg()[0], cores=len(os.sched_getaffinity(0)))
+    busy = describe_busy(plan, load=os.getloadavg()[0] if launching else 0.0, cores=len(os.sched_getaffinity(0)))
     return (*busy, *missing, *describe_variables(os.environ, plan.config, plan.overrides))
 
 

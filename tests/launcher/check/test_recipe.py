@@ -30,7 +30,13 @@ AFTER = {"merging": Merging, "conversion": Conversion, "quantization": Quantizat
 @cache
 def with_numbers() -> Config:
     """A config in which no optional number is left out."""
-    optional = ("cluster.devices_per_node=8", "strategy.micro_batch=1", "hardware.host_memory_gib=1000", "cluster.nodes.0.port=22")
+    optional = (
+        "cluster.devices_per_node=8",
+        "strategy.micro_batch=1",
+        "hardware.host_memory_gib=1000",
+        "cluster.nodes.0.port=22",
+        "run.stop_timeout_s=60",
+    )
     config = compose(["hardware=h200", *LLAVA, "stage=lora", *optional], ROOT / "conf")
     counted = {"full_attention_interval": 1, "linear_num_key_heads": 1, "linear_key_head_dim": 1, "linear_num_value_heads": 1}
     text = replace(config.model.architecture.text, head_dim=128, options=counted)

@@ -54,10 +54,7 @@ REFUSED: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("strategy.checkpoint_every=0",), "strategy.checkpoint_every", "strategy.checkpoint_every=1"),
     (("hardware=rtx3090", "cluster.devices_per_node=4"), "cluster.devices_per_node", "cluster.devices_per_node=2"),
     (("hardware=ascend910c", "cluster.devices_per_node=3"), "cluster.devices_per_node", "cluster.devices_per_node=4"),
-    (("cluster.nodes=[]",), "cluster.nodes", "cluster=local"),
     (("cluster.nodes.0.spare=true",), "cluster.nodes", "cluster.nodes.0.spare=false"),
-    (("cluster=example", "cluster.nodes.1.host=192.0.2.11"), "cluster.nodes.host", "cluster=local"),
-    (("cluster=example", "cluster.nodes.1.address=192.0.2.11"), "cluster.nodes.address", "cluster=local"),
     (("cluster=example", "cluster.runtime=process"), "cluster.runtime", "cluster.runtime=docker"),
     (("cluster.nodes.0.host=192.0.2.11", "cluster.runtime=process"), "cluster.runtime", "cluster=local"),
     (("cluster=example", "cluster.root=runs"), "cluster.root", "cluster.root=/srv/omnilaunch"),
@@ -212,6 +209,13 @@ def test_random_weights_with_a_rate_of_fine_tuning_are_noted() -> None:
 
 # What no override can take back: the key itself has to go. The text says so.
 REMOVED: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("cluster.nodes=[]",), "cluster.nodes", "add them to the cluster file, local.yaml"),
+    (("cluster=example", "cluster.nodes.1.host=192.0.2.11"), "cluster.nodes.host", "Keep one of them in the cluster file, example.yaml"),
+    (
+        ("cluster=example", "cluster.nodes.1.address=192.0.2.11"),
+        "cluster.nodes.address",
+        "Keep one of them in the cluster file, example.yaml",
+    ),
     (("cluster.environment.HF_TOKEN=x",), "cluster.environment.HF_TOKEN", "export HF_TOKEN, and set cluster.secrets=[HF_TOKEN]"),
     (("cluster.secrets=[A]", "hardware.environment.API_KEY=x"), "hardware.environment.API_KEY", "set cluster.secrets=[A,API_KEY]"),
     (

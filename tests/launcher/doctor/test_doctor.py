@@ -75,7 +75,7 @@ NODE_FAULTS: dict[str, tuple[Fault, ...]] = {
     "memory": (
         Fault(
             words=OFFLOAD,
-            answers={"memory": "MemTotal: 4000 kB\nMemAvailable: 2000 kB\n"},
+            answers={"memory": "MemTotal: 12000 kB\nMemAvailable: 11000 kB\n"},
             says="needed (offloaded states",
             fix="strategy.offload",
         ),

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -151,6 +151,8 @@ def carries(key: str, text: str, command: NodeCommand, spec: TrainSpec) -> bool:
     if key in SETTINGS:
         return not any(letter in text for letter in "\n\r\0")
     path = text if key == "cluster.mounts.0" else absolute(text, PLACE.here)
+    if key in ("data.train", "data.evaluation"):  # the folder is mounted, which has what the file names
+        path = str(PurePosixPath(path).parent)
     source = spec.output if key == "cluster.root" else path
     assert source == path or source == absolute(f"{text}/runs/R", PLACE.here)
     return any(word.startswith(f"type=bind,source={source},target={source}") for word in command.start)
