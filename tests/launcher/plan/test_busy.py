@@ -11,7 +11,7 @@ from launcher.plan.plan import Plan
 @pytest.mark.parametrize(
     ("words", "load", "said"),
     [
-        ((), 20.6, "this machine has 2 core(s), and its load is 20.6"),
+        ((), 20.6, "this machine has 2 cores, and its load is 20.6"),
         ((), 1.9, ""),
         (("cluster.devices_per_node=2",), 0.1, "the ranks have 4 threads"),
         (("hardware.threads=1",), 20.6, ""),

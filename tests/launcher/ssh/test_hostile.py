@@ -152,7 +152,8 @@ def carries(key: str, text: str, command: NodeCommand, spec: TrainSpec) -> bool:
         return not any(letter in text for letter in "\n\r\0")
     path = text if key == "cluster.mounts.0" else absolute(text, PLACE.here)
     if key in ("data.train", "data.evaluation"):  # the folder is mounted, which has what the file names
-        path = str(PurePosixPath(path).parent)
+        parent = str(PurePosixPath(path).parent)
+        path = path if parent == "/" else parent
     source = spec.output if key == "cluster.root" else path
     assert source == path or source == absolute(f"{text}/runs/R", PLACE.here)
     return any(word.startswith(f"type=bind,source={source},target={source}") for word in command.start)
