@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from launcher.check.problem import Problem, Rule
@@ -11,6 +12,8 @@ from launcher.image.stack import Stack
 from launcher.memory.states import REGEX, linear_names, linear_shapes
 
 DEFAULT_GROUPS = ("lm",)  # of Lora.base_groups
+MOST_TOKENS = 10_000  # of model.add_tokens
+SHOWN_TOKENS = 5
 
 
 def lora_targets_exist(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -103,10 +106,45 @@ def reset_groups_are_trained(config: Config, _: Mapping[str, Stack]) -> Iterator
         yield Problem(key="stage.reset", what=what, changes=(f"stage.reset=[{kept}]", f"stage.trainable=[{trained}]"))
 
 
+def added_tokens_are_new_words(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    """What can be said without the tokenizer: the trainer refuses a token that the tokenizer has already."""
+    tokens, template = config.model.add_tokens, config.model.template
+    known = (template.system, template.user.replace("{content}", ""), template.assistant_open, template.end_mark, template.separator)
+    wrong = [f"{token!r} is empty or has a space" for token in tokens if not token or token.split() != [token]]
+    wrong += [f"{token!r} is listed {count} times" for token, count in Counter(tokens).items() if count > 1]
+    wrong += [f"{token!r} is the image token" for token in tokens if token == config.model.image_token]
+    wrong += [f"{token!r} is part of the chat template" for token in tokens if token.strip() and any(token in text for text in known)]
+    if wrong:
+        bad = {token for token in tokens if any(each.startswith(f"{token!r} is ") for each in wrong)}
+        kept = ",".join(
+            token for token in dict.fromkeys(tokens) if token not in bad or (tokens.count(token) > 1 and token.split() == [token])
+        )
+        more = f"; and {len(wrong) - SHOWN_TOKENS} more" if len(wrong) > SHOWN_TOKENS else ""
+        yield Problem(key="model.add_tokens", what="; ".join(wrong[:SHOWN_TOKENS]) + more, changes=(f"model.add_tokens=[{kept}]",))
+    if len(tokens) > MOST_TOKENS:
+        what = f"{len(tokens):,} tokens; at most {MOST_TOKENS:,}: each needs many rows that it occurs in"
+        yield Problem(key="model.add_tokens", what=what, changes=("model.add_tokens=[]",))
+
+
+def added_tokens_are_trained(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    """peft's trained rows are not gathered under ZeRO 3 (peft 0.21, tuners/trainable_tokens/layer.py, knows CUDA and its own partitioning)."""
+    stage = config.stage
+    if not config.model.add_tokens or stage.kind != "train":
+        return
+    if stage.lora is None and "lm" not in stage.trainable:
+        what = f"the stage {stage.name} trains neither embeddings nor rows of them: the tokens would stay as they start"
+        yield Problem(key="model.add_tokens", what=what, changes=("stage=lora", "stage=full"))
+    if stage.lora is not None and (config.strategy.name == "zero3" or config.strategy.offload_parameters):
+        what = "the rows of new tokens beside LoRA cannot be trained under ZeRO 3, which shards the embeddings that they replace"
+        yield Problem(key="strategy", what=what, changes=("strategy=zero2 strategy.offload_parameters=false", "stage=full"))
+
+
 ADAPTER_RULES: tuple[Rule, ...] = (
     lora_targets_exist,
     quantized_base_is_possible,
     base_groups_are_frozen,
     group_rates_are_of_trained_groups,
     reset_groups_are_trained,
+    added_tokens_are_new_words,
+    added_tokens_are_trained,
 )

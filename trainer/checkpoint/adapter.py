@@ -21,9 +21,11 @@ from trainer.contract.listing import list_some
 from trainer.stages.lora import base_name
 from trainer.tensor.naming import find_tied, name_in_memory
 from trainer.tensor.stream import PIECE_ELEMENTS, TensorSource, TensorToWrite, open_tensors, read_float32, read_pieces
+from trainer.tensor.table import replace_rows
 
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."  # of the names in an adapter's file
+ROWS = ".token_adapter.trainable_tokens_delta"  # trained rows of an embedding or of the head: the end of their name
 FACTOR = re.compile(r"(?P<module>.+)\.(?:lora_(?P<factor>[AB])\.(?P<kind>weight|bias)|lora_embedding_(?P<table>[AB]))")
 # Config keys that are read here, or that only describe how the adapter was trained. Any other key that is set makes it another variant.
 READ = frozenset(
@@ -31,7 +33,7 @@ READ = frozenset(
         *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "eva_config", "exclude_modules", "fan_in_fan_out"),
         *("inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout"),
         *("megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision"),
-        *("runtime_config", "target_modules", "task_type", "use_rslora", "ensure_weight_tying"),
+        *("runtime_config", "target_modules", "task_type", "use_rslora", "ensure_weight_tying", "trainable_token_indices"),
     )
 )
 # Other initializations take the adapter out of the base's weights and change those (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
@@ -57,15 +59,17 @@ class LowRankUpdate:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """Keys: names of parameters in memory. `whole`: tensors that replace those of the base. `biases`: (tensor, scale), to be added."""
+    """Keys: names of parameters in memory. `whole`: tensors that replace those of the base. `biases`: (tensor, scale), to be added. `rows`:
+    (ids, tensor), rows that replace those of the base."""
 
     additions: dict[str, LowRankUpdate] = field(default_factory=dict)
     biases: dict[str, tuple[TensorSource, float]] = field(default_factory=dict)
     whole: dict[str, TensorSource] = field(default_factory=dict)
+    rows: dict[str, tuple[tuple[int, ...], TensorSource]] = field(default_factory=dict)
 
     @property
     def changed(self) -> frozenset[str]:
-        return frozenset({*self.additions, *self.biases, *self.whole})
+        return frozenset({*self.additions, *self.biases, *self.whole, *self.rows})
 
 
 def read_adapter(folder: Path, model: torch.nn.Module) -> Adapter:
@@ -80,6 +84,8 @@ def read_adapter(folder: Path, model: torch.nn.Module) -> Adapter:
         if found := FACTOR.fullmatch(name):
             part = found["table"] or (found["factor"] if found["kind"] == "weight" else "bias")
             factors.setdefault(found["module"] + (":table" if found["table"] else ""), {})[part] = source
+        elif name.endswith(ROWS):
+            adapter.rows[find_parameter(model, name.removesuffix(ROWS) + ".weight")] = (row_ids(config, name.removesuffix(ROWS)), source)
         elif "lora_" in name or "token_adapter" in name:
             unread.append(name)
         else:
@@ -93,6 +99,12 @@ def read_adapter(folder: Path, model: torch.nn.Module) -> Adapter:
         add_factors(adapter, folder, model, config, module, parts)
     refuse_misfits(folder, adapter, model)
     return adapter
+
+
+def row_ids(config: Mapping[str, Any], module: str) -> tuple[int, ...]:
+    """The rows of `module` that the adapter has trained: peft lists them by module, or once for the embeddings."""
+    listed = config.get("trainable_token_indices") or ()
+    return tuple(next((ids for key, ids in listed.items() if module.endswith(key)), ()) if isinstance(listed, dict) else listed)
 
 
 def open_adapter(folder: Path) -> dict[str, TensorSource]:
@@ -161,19 +173,26 @@ def refuse_misfits(folder: Path, adapter: Adapter, model: torch.nn.Module) -> No
     has = model.state_dict(keep_vars=True)
     shapes = {name: addition.shape for name, addition in adapter.additions.items()}
     shapes |= {name: source.shape for name, (source, _) in adapter.biases.items()} | {n: s.shape for n, s in adapter.whole.items()}
+    has_rows = {name: (ids, source.shape) for name, (ids, source) in adapter.rows.items()}
     ranks = [name for name, one in adapter.additions.items() if one.a.shape[0] != one.b.shape[1] or len(one.a.shape) != 2]
     wrong = [f"{name} is not in the base" for name in shapes if name not in has]
     wrong += [
         f"{name} is {list(has[name].shape)}, not {list(s)}" for name, s in shapes.items() if name in has and tuple(has[name].shape) != s
     ]
     wrong += [f"the factors of {name} have different ranks" for name in ranks]
+    wrong += [f"{name} is not in the base" for name in has_rows if name not in has]
+    wrong += [
+        f"the rows {list(ids)[:SHOWN]} of {name} are {list(shape)}, and the base has {list(has[name].shape)}"
+        for name, (ids, shape) in has_rows.items()
+        if name in has and not (shape == (len(ids), has[name].shape[1]) and max(ids, default=0) < len(has[name]))
+    ]
     if wrong:
         raise InputRefused(
             f"stage.checkpoint: the adapter {folder} does not fit its base: {list_some(wrong, SHOWN, '; ')}. Set base_model_name_or_path in its "
             f"{CONFIG} to the model that it was trained on, or name another checkpoint."
         )
     tied = find_tied(model)
-    if both := sorted(adapter.changed & {*tied, *tied.values()}):
+    if both := sorted((adapter.changed - set(adapter.rows)) & {*tied, *tied.values()}):  # peft trains rows of both
         raise InputRefused(
             f"{folder} changes {', '.join(both)}, which the base uses in two places (tied embeddings): merged, both would change, or the "
             "model would grow. Train the adapter without it."
@@ -183,6 +202,9 @@ def refuse_misfits(folder: Path, adapter: Adapter, model: torch.nn.Module) -> No
 def merge_tensor(name: str, memory: str, base: TensorSource, adapter: Adapter) -> TensorToWrite:
     """The merged tensor `name` of the files (`memory` in memory): in the base's dtype, summed in float32."""
     source = adapter.whole.get(memory, base)
+    if memory in adapter.rows:
+        ids, rows = adapter.rows[memory]
+        source = base = replace_rows(source, ids, rows.read_whole())
 
     def pieces() -> Iterator[Tensor]:
         if memory in adapter.additions:

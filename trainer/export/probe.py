@@ -1,6 +1,7 @@
 """Compares the logits of two forms of a model on a few inputs, text and images, in float32 and layer by layer from the disk: a derived
 checkpoint is checked by its outputs, on a machine that could not hold the model."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trainer.checkpoint.adapter import FACTOR, find_parameter, name_without_wrapper, open_adapter
+from trainer.checkpoint.adapter import CONFIG, FACTOR, ROWS, find_parameter, name_without_wrapper, open_adapter, row_ids
 from trainer.contract import InputRefused, TrainSpec
 from trainer.data.batch.collate import collate
 from trainer.data.rows.sample import MARK, Message, Sample
@@ -20,7 +21,8 @@ from trainer.stages.lora import base_name, describe_mismatch
 from trainer.tensor.int8 import dequantize_sources
 from trainer.tensor.naming import find_tied, name_in_memory
 from trainer.tensor.paging import ReadTensor, fill_buffers, page
-from trainer.tensor.stream import TensorSource, open_tensors, read_float32
+from trainer.tensor.stream import PickledTensor, TensorSource, open_tensors, read_float32
+from trainer.tensor.table import grow_sources, replace_rows
 
 LAST = 8  # tokens of a row whose logits are compared: with a vocabulary of 150,000 all of them would be the largest tensor
 SIDE = (96, 64)  # pixels of the image
@@ -81,6 +83,7 @@ def compute_logits(folder: Path, spec: TrainSpec, batch: Mapping[str, Tensor], d
     """(positions, vocabulary) float32, on the CPU: of the checkpoint in `folder`, with `adapter` applied but not merged."""
     model = open_on_meta(folder, spec)
     sources = dequantize_sources(open_tensors(folder))
+    sources = grow_sources(sources, name_in_memory(model, sources), model)
     read = make_reader(model, sources)
     fill_buffers(model, read, set(name_in_memory(model, sources).values()), device)
     computing = page(
@@ -110,6 +113,7 @@ def add_adapter_layers(model: torch.nn.Module, adapter: Path) -> torch.nn.Module
 
     config = PeftConfig.from_pretrained(str(adapter))
     config.init_lora_weights = False  # type: ignore[attr-defined]  # some initializations need the base's values
+    config.trainable_token_indices = None  # type: ignore[attr-defined]  # these rows are read with those of the base
     try:
         return get_peft_model(model, config)  # type: ignore[arg-type]
     except (RuntimeError, ValueError) as error:
@@ -119,16 +123,23 @@ def add_adapter_layers(model: torch.nn.Module, adapter: Path) -> torch.nn.Module
 def read_adapted(model: torch.nn.Module, read: ReadTensor, adapter: Path) -> ReadTensor:
     """Reads by the names that peft gives to the parameters of `model`, which is not wrapped yet."""
     own: dict[str, TensorSource] = {}
+    rows: dict[str, tuple[tuple[int, ...], TensorSource]] = {}
+    config, tied = json.loads((adapter / CONFIG).read_text(encoding="utf-8")), find_tied(model)
     for name, source in open_adapter(adapter).items():
         if found := FACTOR.fullmatch(name):
             module = find_parameter(model, f"{found['module']}.weight").removesuffix(".weight")
             own[module + name.removeprefix(found["module"])] = source
+        elif name.endswith(ROWS):
+            module = name.removesuffix(ROWS)
+            rows[find_parameter(model, f"{module}.weight")] = (row_ids(config, module), source)
         else:
             own[find_parameter(model, name_without_wrapper(name))] = source
 
     def read_either(name: str) -> Tensor:
         plain = base_name(name.replace(".default", "")) if ".lora_" in name else base_name(name)
-        return read_float32(own[plain]) if plain in own else read(plain)
+        values = read_float32(own[plain]) if plain in own else read(plain)
+        changed = rows.get(plain) or rows.get(tied.get(plain, ""))
+        return read_float32(replace_rows(PickledTensor(tensor=values), changed[0], read_float32(changed[1]))) if changed else values
 
     return read_either
 

@@ -1,16 +1,18 @@
 """The stage merge: merges the adapter of stage.checkpoint into its base, tensor by tensor from file to file, and checks that the result gives
 the logits of base and adapter. It needs the memory of the largest layer, and no accelerator."""
 
+import json
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from trainer.checkpoint.adapter import Adapter, merge_tensor, read_adapter
-from trainer.contract import InputRefused, Merging, RunFailed, TrainResult, TrainSpec, WeightsLineage
+from trainer.contract import InputRefused, Merging, RunFailed, TrainResult, TrainSpec, WeightsLineage, write_text
 from trainer.device.rank import Rank
 from trainer.export.derived_checkpoint import DerivedCheckpoint, write_derived_checkpoint
 from trainer.export.probe import compare, compute_logits, make_probes, open_on_meta
@@ -19,6 +21,7 @@ from trainer.observe.memory import MemoryPeaks
 from trainer.programs.inputs import open_weights
 from trainer.tensor.naming import name_in_memory
 from trainer.tensor.stream import TensorSource, TensorToWrite, copy_tensor, open_tensors
+from trainer.tensor.table import grow_sources
 
 
 def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
@@ -28,18 +31,34 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     lineage, base = open_weights(spec, rank, environ, adapter=True)
     folder = Path(lineage.path)
     memory.enter("saving")
-    sources, meta_model = open_tensors(base), open_on_meta(base, spec)
+    own, meta_model = open_tensors(base), open_on_meta(base, spec)
+    names = name_in_memory(meta_model, own)
+    sources = grow_sources(own, names, meta_model)
     adapter = read_adapter(folder, meta_model)
-    tensors = merge_tensors(sources, adapter, name_in_memory(meta_model, sources), base)
+    tensors = merge_tensors(sources, adapter, names, base)
     print(f"{len(adapter.changed)} of {len(tensors)} tensors change: {len(adapter.additions)} by the adapter, {len(adapter.whole)} whole")
 
     def finish(partial_folder: Path) -> dict[str, float]:
         memory.enter("evaluation")
+        write_vocabulary(partial_folder, meta_model)
         return check_logits(spec, rank, lineage, partial_folder, logit_bound(merging_of(spec), sources, adapter))
 
     derived = DerivedCheckpoint(tensors=tensors, folders=(base, folder), shard_bytes=merging_of(spec).shard_bytes, finish=finish)
     result = write_derived_checkpoint(derived, spec, lineage)
     return replace(result, seconds=time.perf_counter() - began, peaks=memory.report())
+
+
+def write_vocabulary(partial_folder: Path, model: Any) -> None:
+    """The number of rows of the merged embeddings, where config.json has that of the base."""
+    file, rows = partial_folder / "config.json", model.config.get_text_config().vocab_size
+    content = json.loads(file.read_text(encoding="utf-8"))
+    thinker = content.get("thinker_config") or {}  # of Qwen2.5-Omni
+    whole = (content, content.get("text_config"), thinker.get("text_config"))
+    parts = [part for part in whole if isinstance(part, dict) and part.get("vocab_size", rows) != rows]
+    for part in parts:
+        part["vocab_size"] = rows
+    if parts:
+        write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", file)
 
 
 def merging_of(spec: TrainSpec) -> Merging:

@@ -12,11 +12,12 @@ import torch
 from trainer.contract import InputRefused, Lora, ModelSpec
 from trainer.stages.module import drop_input_gradients, find_whole_modules
 from trainer.stages.nf4_linears import quantize_linears
+from trainer.stages.token_row import find_token_rows, train_rows
 
 REGEX = "re:"  # prefix of a target that is a regex
 SHOWN_LINES = 2
 ADAPTER = ".lora_"  # part of the names of parameters that peft adds
-WRAPPER = re.compile(r"^base_model\.model\.|\.base_layer(?=\.)|\.(?:modules_to_save\.default|original_module)(?=\.)")
+WRAPPER = re.compile(r"^base_model\.model\.|\.token_adapter(?=\.)|\.base_layer(?=\.)|\.(?:modules_to_save\.default|original_module)(?=\.)")
 
 
 def add_lora(model: torch.nn.Module, lora: Lora, spec: ModelSpec, whole: set[str]) -> torch.nn.Module:
@@ -37,9 +38,11 @@ def add_lora(model: torch.nn.Module, lora: Lora, spec: ModelSpec, whole: set[str
         target_modules=targets,
         use_rslora=lora.rank_stabilised,
         modules_to_save=list(modules) or None,
+        trainable_token_indices=find_token_rows(model) or None,
         task_type="CAUSAL_LM",
     )
     wrapped = get_peft_model(model, config)  # stores the folder or hub id of the model in the adapter's config
+    train_rows(wrapped)
     drop_input_gradients(model)
     return wrapped
 
