@@ -17,13 +17,12 @@ from tokenizers import AddedToken
 from torch.nn import Parameter
 
 from trainer.contract import InputRefused, ModelSpec
+from trainer.contract.weight_files import ADDED_TOKENS, TOKENIZER_CONFIG
 from trainer.data.processor import Processor
 from trainer.models.family import UNBOUND, Family, Limit
 
-MARK = "added_for_training"  # key of tokenizer_config.json: the tokens that a run has added
 MULTIPLE = 64
 ADDED_IDS = "added_token_ids"  # attribute of a model: the ids of model.add_tokens
-CONFIG_FILE = "tokenizer_config.json"
 ADDED_FILE = "added_tokens.json"
 
 
@@ -51,7 +50,8 @@ def with_added_tokens(family: Family) -> Family:
 
 
 def add_to_processor(processor: Processor, model: ModelSpec) -> Processor:
-    """The processor, whose tokenizer has the tokens and writes them. Raises InputRefused for a token that it has already."""
+    """The processor, whose tokenizer has the tokens and writes them. Raises InputRefused for a token that it has already, or cannot
+    write."""
     if not model.add_tokens:
         return processor
     add_to_tokenizer(processor.tokenizer, model.add_tokens)
@@ -65,7 +65,7 @@ def add_to_processor(processor: Processor, model: ModelSpec) -> Processor:
 
 def add_to_tokenizer(tokenizer: Any, tokens: tuple[str, ...]) -> tuple[str, ...]:
     """Appends those that no earlier run has added, and returns these."""
-    known = tuple(tokenizer.init_kwargs.get(MARK) or ())
+    known = tuple(tokenizer.init_kwargs.get(ADDED_TOKENS) or ())
     fresh = tuple(token for token in tokens if token not in known)
     vocabulary = tokenizer.get_vocab()
     if taken := [f"{token!r} (id {vocabulary[token]})" for token in fresh if token in vocabulary]:
@@ -73,21 +73,32 @@ def add_to_tokenizer(tokenizer: Any, tokens: tuple[str, ...]) -> tuple[str, ...]
             f"model.add_tokens: the tokenizer has {', '.join(taken)} already\n    leave them out: they are trained as they are"
         )
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in fresh])
-    tokenizer.init_kwargs[MARK] = [*known, *fresh]
+    if lost := [repr(token) for token in fresh if not is_one_token(tokenizer, token)]:
+        raise InputRefused(
+            f"model.add_tokens: the tokenizer does not write {', '.join(lost)} back as it is: it takes some letters for bytes\n    use "
+            "letters of ASCII in new tokens"
+        )
+    tokenizer.init_kwargs[ADDED_TOKENS] = [*known, *fresh]
     return fresh
+
+
+def is_one_token(tokenizer: Any, token: str) -> bool:
+    """Whether its text is one id, and its id is this text. Byte-level decoders read an accented letter in a new token as a byte."""
+    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    return len(ids) == 1 and tokenizer.decode(ids, skip_special_tokens=True).strip() == token
 
 
 def write_tokens(tokenizer: Any, folder: Path) -> None:
     """Put the tokens into tokenizer files that were copied unchanged; files that the tokenizer has written itself have them."""
-    file, added = folder / CONFIG_FILE, list(tokenizer.init_kwargs[MARK])
+    file, added = folder / TOKENIZER_CONFIG, list(tokenizer.init_kwargs[ADDED_TOKENS])
     content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if content.get(MARK) == added:
+    if content.get(ADDED_TOKENS) == added:
         return
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in added}
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": False}
     decoder = {**content.get("added_tokens_decoder", {}), **{str(place): {"content": token, **flags} for token, place in ids.items()}}
-    write_json(file, {**content, "added_tokens_decoder": decoder, MARK: added})
+    write_json(file, {**content, "added_tokens_decoder": decoder, ADDED_TOKENS: added})
     if (folder / ADDED_FILE).is_file():
         write_json(folder / ADDED_FILE, {**json.loads((folder / ADDED_FILE).read_text(encoding="utf-8")), **ids})
 
