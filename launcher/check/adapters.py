@@ -1,12 +1,14 @@
 """Rules about what a stage trains: LoRA targets, the base model of an adapter, learning rates of groups, and groups that are reset."""
 
+import json
 import math
 import re
+import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from launcher.check.problem import Problem, Rule
-from launcher.config.schema import GROUPS, Config
+from launcher.config.schema import GROUPS, Config, Model
 from launcher.errors import suggest
 from launcher.image.stack import Stack
 from launcher.memory.states import REGEX, linear_names, linear_shapes
@@ -108,22 +110,30 @@ def reset_groups_are_trained(config: Config, _: Mapping[str, Stack]) -> Iterator
 
 def added_tokens_are_new_words(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     """What can be said without the tokenizer: the trainer refuses a token that the tokenizer has already."""
-    tokens, template = config.model.add_tokens, config.model.template
-    known = (template.system, template.user.replace("{content}", ""), template.assistant_open, template.end_mark, template.separator)
-    wrong = [f"{token!r} is empty or has a space" for token in tokens if not token or token.split() != [token]]
+    tokens, model = config.model.add_tokens, config.model
+    wrong = [f"{token!r} is empty or has a space" for token in tokens if token.split() != [token]]
     wrong += [f"{token!r} is listed {count} times" for token, count in Counter(tokens).items() if count > 1]
-    wrong += [f"{token!r} is the image token" for token in tokens if token == config.model.image_token]
-    wrong += [f"{token!r} is part of the chat template" for token in tokens if token.strip() and any(token in text for text in known)]
+    inside = (token for token in tokens if token.strip() and is_of_template(token, model))
+    wrong += [f"{token!r} is the image token or part of the chat template" for token in inside]
     if wrong:
-        bad = {token for token in tokens if any(each.startswith(f"{token!r} is ") for each in wrong)}
-        kept = ",".join(
-            token for token in dict.fromkeys(tokens) if token not in bad or (tokens.count(token) > 1 and token.split() == [token])
-        )
+        kept = [token for token in dict.fromkeys(tokens) if token.split() == [token] and not is_of_template(token, model)]
         more = f"; and {len(wrong) - SHOWN_TOKENS} more" if len(wrong) > SHOWN_TOKENS else ""
-        yield Problem(key="model.add_tokens", what="; ".join(wrong[:SHOWN_TOKENS]) + more, changes=(f"model.add_tokens=[{kept}]",))
+        yield Problem(key="model.add_tokens", what="; ".join(wrong[:SHOWN_TOKENS]) + more, changes=(write_tokens(kept),))
     if len(tokens) > MOST_TOKENS:
         what = f"{len(tokens):,} tokens; at most {MOST_TOKENS:,}: each needs many rows that it occurs in"
         yield Problem(key="model.add_tokens", what=what, changes=("model.add_tokens=[]",))
+
+
+def is_of_template(token: str, model: Model) -> bool:
+    """Whether a new token would cut the texts around messages in another way than those that the model was trained with."""
+    template = model.template
+    texts = (template.system, template.user.replace("{content}", ""), template.assistant_open, template.end_mark, template.separator)
+    return token == model.image_token or any(token in text for text in texts)
+
+
+def write_tokens(tokens: Sequence[str]) -> str:
+    """As an override that a shell passes on."""
+    return shlex.quote(f"model.add_tokens={json.dumps(list(tokens), ensure_ascii=False, separators=(',', ':'))}")
 
 
 def added_tokens_are_trained(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
