@@ -11,7 +11,7 @@ from launcher.check.problem import Problem, Rule
 from launcher.config.schema import GROUPS, Config, Model
 from launcher.errors import suggest
 from launcher.image.stack import Stack
-from launcher.memory.states import REGEX, linear_names, linear_shapes
+from launcher.memory.states import REGEX, linear_names, linear_shapes, vocabulary
 
 DEFAULT_GROUPS = ("lm",)  # of Lora.base_groups
 MOST_TOKENS = 10_000  # of model.add_tokens
@@ -147,6 +147,13 @@ def added_tokens_are_trained(config: Config, _: Mapping[str, Stack]) -> Iterator
     if stage.lora is not None and (config.strategy.name == "zero3" or config.strategy.offload_parameters):
         what = "the rows of new tokens beside LoRA cannot be trained under ZeRO 3, which shards the embeddings that they replace"
         yield Problem(key="strategy", what=what, changes=("strategy=zero2 strategy.offload_parameters=false", "stage=full"))
+
+
+def write_token_notes(config: Config) -> Iterator[str]:
+    tokens, rows = config.model.add_tokens, config.model.architecture.text.vocab_size
+    if tokens:
+        grown = f"embeddings and head grow from {rows:,} to at most {vocabulary(config):,} rows"
+        yield f"model.add_tokens: {len(tokens):,} new token(s); {grown}, fewer where the tokenizer leaves rows unused"
 
 
 ADAPTER_RULES: tuple[Rule, ...] = (

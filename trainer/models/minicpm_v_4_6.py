@@ -2,6 +2,7 @@
 decoder with mostly linear-attention layers. transformers' own classes."""
 
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -9,7 +10,6 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration, PreTrainedTokenizerBase
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
-from transformers.models.minicpmv4_6.modeling_minicpmv4_6 import MiniCPMV4_6Merger
 
 from trainer.contract import ModelSpec
 from trainer.data.encode import image_id
@@ -52,27 +52,27 @@ def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, on_meta: bool = 
 
 
 def complete(network: Any) -> torch.nn.Module:
-    network.model.merger.__class__ = PartitionedMerger
+    network.model.merger.forward = MethodType(merge_patches, network.model.merger)
     return choose_logits(network)
 
 
-class PartitionedMerger(MiniCPMV4_6Merger):
-    """transformers' merger calls its layers once for each image or slice. Under ZeRO 3 each call gathers their weights from all ranks, so
-    that ranks with different numbers of images wait for each other forever, or mix up their messages (ms-swift#9655, DeepSpeed#7170). With
-    weights that are partitioned this one calls each layer once, for all images together. Without, it is transformers' own, bit by bit."""
+def merge_patches(merger: Any, hidden_states: Tensor, target_sizes: Tensor) -> list[Tensor]:
+    """The forward pass of the merger: (1, patches, width) of all images side by side, and (images, 2) rows and columns of each -> for each
+    image (tokens, decoder width).
 
-    def forward(self, hidden_states: Tensor, target_sizes: Tensor) -> list[Tensor]:
-        """(1, patches, width) of all images side by side, and (images, 2) rows and columns of each -> for each image (tokens, decoder width);
-        partitioned one tensor for all, since DeepSpeed gathers the weights again in the backward pass for each tensor of an output."""
-        if not any(hasattr(parameter, "ds_id") for parameter in self.parameters()):  # the mark of DeepSpeed's ZeRO 3
-            own: list[Tensor] = super().forward(hidden_states, target_sizes)
-            return own
-        sizes = [tuple(size) for size in target_sizes.tolist()]
-        merged = hidden_states[0]
-        for layer in self.mlp:
-            merged, sizes = gather_squares(merged, sizes, self.merge_kernel_size)
-            merged = layer(merged)
-        return [merged]
+    transformers calls the layers once for each image or slice. Under ZeRO 3 each call gathers their weights from all ranks, so that ranks
+    with different numbers of images wait for each other forever, or mix up their messages (ms-swift#9655, DeepSpeed#7170). With partitioned
+    weights each layer is called once, for all images together, and the result is one tensor: DeepSpeed gathers the weights again in the
+    backward pass for each tensor of an output. Otherwise it is transformers' own pass, bit by bit."""
+    if not any(hasattr(parameter, "ds_id") for parameter in merger.parameters()):  # the mark of DeepSpeed's ZeRO 3
+        own: list[Tensor] = type(merger).forward(merger, hidden_states, target_sizes)
+        return own
+    sizes = [tuple(size) for size in target_sizes.tolist()]
+    merged = hidden_states[0]
+    for layer in merger.mlp:
+        merged, sizes = gather_squares(merged, sizes, merger.merge_kernel_size)
+        merged = layer(merged)
+    return [merged]
 
 
 def gather_squares(patches: Tensor, sizes: list[tuple[int, int]], kernel: tuple[int, int]) -> tuple[Tensor, list[tuple[int, int]]]:

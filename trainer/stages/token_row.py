@@ -5,11 +5,13 @@ does not call the layer that it wraps, so that hooks on it are lost. Here the fr
 its output (trainer.stages.token_layer). Names, files and what a merge gives are peft's.
 """
 
+from types import MethodType
 from typing import Any
 
 import torch
 
 from trainer.models.added_token import ADDED_IDS
+from trainer.stages.token_layer import put_rows
 
 TOKEN_ROWS = ".trainable_tokens_delta."  # part of the name of the parameter that has the rows
 
@@ -27,18 +29,16 @@ def find_token_rows(model: Any) -> dict[str, list[int]]:
 
 
 def train_rows(wrapped: torch.nn.Module) -> None:
-    """Use TokenRows in a model that peft has wrapped. Hooks before the head choose the positions whose logits are computed: they now act
+    """Use `put_rows` in a model that peft has wrapped. Hooks before the head choose the positions whose logits are computed: they now act
     before the trained rows too."""
     if not hasattr(wrapped.base_model.model, ADDED_IDS):  # type: ignore[union-attr]
         return
     from peft.utils.other import TrainableTokensWrapper
 
-    from trainer.stages.token_layer import TokenRows
-
     for module in wrapped.modules():
         if isinstance(module, TrainableTokensWrapper):
             layer = module.token_adapter
-            layer.__class__ = TokenRows
+            layer.forward_adapters = MethodType(put_rows, layer)
             if not isinstance(layer.base_layer, torch.nn.Embedding):
                 module._forward_pre_hooks.update(layer.base_layer._forward_pre_hooks)
                 layer.base_layer._forward_pre_hooks.clear()
