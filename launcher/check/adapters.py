@@ -12,6 +12,7 @@ from launcher.config.schema import GROUPS, Config, Model
 from launcher.errors import suggest
 from launcher.image.stack import Stack
 from launcher.memory.states import REGEX, linear_names, linear_shapes, vocabulary
+from trainer.contract.wording import plural
 
 DEFAULT_GROUPS = ("lm",)  # of Lora.base_groups
 MOST_TOKENS = 10_000  # of model.add_tokens
@@ -153,7 +154,7 @@ def write_token_notes(config: Config) -> Iterator[str]:
     tokens, rows = config.model.add_tokens, config.model.architecture.text.vocab_size
     if tokens:
         grown = f"embeddings and head grow from {rows:,} to at most {vocabulary(config):,} rows"
-        yield f"model.add_tokens: {len(tokens):,} new token(s); {grown}, fewer where the tokenizer leaves rows unused"
+        yield f"model.add_tokens: {plural(len(tokens), 'new token')}; {grown}, fewer where the tokenizer leaves rows unused"
 
 
 ADAPTER_RULES: tuple[Rule, ...] = (

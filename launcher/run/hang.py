@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from launcher.run.node_log import PREFIXED, lines_of
+from trainer.contract.wording import plural
 
 WAITED = re.compile(r"omnilaunch: rank (\d+) has waited [\d.]+ s in step (\d+) \((.*)\)$", re.MULTILINE)
 THREAD = re.compile(r"^(?:Current thread|Thread) 0x\w+.*\(most recent call first\):$")
@@ -110,7 +111,7 @@ def judge_timeouts(logs: Sequence[str], ranks: int) -> HangVerdict | None:
     named = ", ".join(map(str, missing[:SHOWN_RANKS]))
     return HangVerdict(
         rank=missing[0],
-        message=f"{len(found)} rank(s) waited in {next(iter(said.values()))} until it timed out, and rank {named} did not arrive there",
+        message=f"{plural(len(found), 'rank')} waited in {next(iter(said.values()))} until it timed out, and rank {named} did not arrive there",
     )
 
 
@@ -118,8 +119,8 @@ def describe_silent(step: int, silent: Sequence[WaitingRank], ranks: int) -> str
     named = ", ".join(str(each.rank) for each in silent[:SHOWN_RANKS])
     more = f" and {len(silent) - SHOWN_RANKS} more" if len(silent) > SHOWN_RANKS else ""
     return (
-        f"step {step} has not ended: rank {named}{more} reported nothing, while {ranks - len(silent)} other rank(s) wait and printed their "
-        "stacks: its process is stopped, or hangs in a library that holds Python's lock"
+        f"step {step} has not ended: rank {named}{more} reported nothing, while {plural(ranks - len(silent), 'other rank')} printed where "
+        "they wait: its process is stopped, or hangs in a library that holds Python's lock"
     )
 
 

@@ -75,5 +75,5 @@ def test_the_memory_counts_rows_of_embeddings_and_head() -> None:
 def test_the_plan_says_how_far_the_embeddings_grow() -> None:
     notes = check(config_of('model.add_tokens=["<a>","<b>"]'), load_stacks(ROOT / "images")).notes
     (note,) = (note for note in notes if "model.add_tokens" in note)
-    assert note.startswith("model.add_tokens: 2 new token(s); embeddings and head grow from 384 to at most 448 rows")
+    assert note.startswith("model.add_tokens: 2 new tokens; embeddings and head grow from 384 to at most 448 rows")
     assert not any("model.add_tokens" in note for note in check(config_of(), load_stacks(ROOT / "images")).notes)

@@ -60,7 +60,7 @@ def test_the_rank_that_prints_nothing_is_the_cause() -> None:
     """As the log was while that rank was stopped."""
     text = recorded("hang/stopped")
     verdict = judged([text[: text.index("[rank 1] omnilaunch")]])
-    assert verdict.rank == 1 and "rank 1 reported nothing, while 1 other rank(s) wait" in verdict.message
+    assert verdict.rank == 1 and "rank 1 reported nothing, while 1 other rank printed where they wait" in verdict.message
 
 
 def test_the_same_place_on_every_rank_blames_none() -> None:
@@ -84,7 +84,7 @@ def test_a_rank_whose_collective_did_not_time_out_is_the_cause() -> None:
     assert verdict is not None and verdict.rank == 0 and not verdict.mismatch
     assert (
         verdict.message
-        == "2 rank(s) waited in ALLREDUCE number 3106 of 16666624 elements until it timed out, and rank 0, 1, 3 did not arrive there"
+        == "2 ranks waited in ALLREDUCE number 3106 of 16666624 elements until it timed out, and rank 0, 1, 3 did not arrive there"
     )
     assert judge_timeouts([recorded("log/gloo-closed")], 5) is None
 
