@@ -13,7 +13,8 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from trainer.contract import (
@@ -70,9 +71,12 @@ def data(spec: TrainSpec) -> int:
     has changed since the run's checkpoints, and in a rerun for other inputs than those of its record."""
     from trainer.data.check import examine_data, resolve
     from trainer.data.manifest import list_inputs, refuse_other_inputs
+    from trainer.data.row_use import find_uses
 
-    report, problems, files = examine_data(spec)
-    inputs = list_inputs(spec, resolve(spec.data), files)
+    paths = resolve(spec.data)
+    report, problems, files = examine_data(spec, partial(print, flush=True))
+    report = replace(report, uses=find_uses(spec, paths, problems))
+    inputs = list_inputs(spec, paths, files)
     if "data" not in spec.accepted_changes:
         refuse_changed(report, inputs, Path(spec.output))
     listed = Path(spec.output) / DATA_PROBLEMS_FILE

@@ -166,7 +166,7 @@ def recorded_config(recorded: RecordedRun, environ: Mapping[str, str]) -> Config
         config,
         cluster=cluster,
         data=replace(config.data, **named),
-        stage=replace(config.stage, checkpoint=spec.stage.checkpoint),
+        stage=replace(config.stage, checkpoint=spec.stage.checkpoint, base=spec.stage.base),
         model=replace(config.model, source=replace(config.model.source, path=spec.model.source.path)),
     )
 

@@ -15,6 +15,8 @@ OF_ADAPTER = ("r", "alpha", "rank_stabilised")
 
 
 def name_run(recorded: RecordedWeights) -> str:
+    if not recorded.stage:
+        return f"the checkpoint (of {recorded.model}, from elsewhere)"
     whose = f"run {recorded.run_id}" if recorded.run_id else "the checkpoint"
     return f"{whose} (stage {recorded.stage} of {recorded.model})"
 
@@ -42,8 +44,10 @@ def adapter_is_there(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem
         )
         yield Problem(key=KEY, what=what)
     if kind != "merge" and recorded.adapter is not None:
-        first = f"omnilaunch launch stage=merge {KEY}={recorded.run_id} --run-id {recorded.run_id}-merged"
-        what = f"{kind} needs full weights, and {name_run(recorded)} saved an adapter. Merge it first: {first}; then {KEY}={recorded.run_id}-merged"
+        source, result = recorded.run_id or config.stage.checkpoint, f"{recorded.run_id}-merged" if recorded.run_id else "merged"
+        base = f" stage.base={config.stage.base}" if config.stage.base else ""
+        first = f"omnilaunch launch stage=merge {KEY}={source}{base} --run-id {result}"
+        what = f"{kind} needs full weights, and {name_run(recorded)} saved an adapter. Merge it first: {first}; then {KEY}={result}"
         yield Problem(key=KEY, what=what)
 
 
@@ -100,6 +104,7 @@ def needed_groups_are_trained(config: Config, _: Mapping[str, Stack]) -> Iterato
 def write_start_notes(config: Config) -> Iterator[str]:
     """Weights that only the nodes have: their files decide the model, and the plan cannot read them."""
     stage = config.stage
+    yield from stage.recorded.notes if stage.recorded else ()
     if stage.checkpoint and stage.recorded is None and not config.cluster.is_local:
         weights = f"an adapter of {config.model.name}" if stage.kind == "merge" else f"full weights of {config.model.name}"
         yield (

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from trainer import contract
 from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, SPEC_FILE, DataReport, DataSummary, Exit, TrainSpec, read, write, write_text
 
 SHOWN_CAUSES = 20
+PROGRESS = re.compile(r"data: [\d,]+ rows checked, |data: files and rules are unchanged")  # trainer.data.examination, trainer.data.check
 ACTIONS = {"check": "read every row and every image, and print everything that is wrong with them"}
 
 
@@ -32,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     plan = plan_of(arguments.overrides, "", conf=conf_of(arguments), only_data=True)
-    report, problems = examine(replace(plan.spec, batch=replace(plan.spec.batch, global_batch=1)))  # the batch is judged below
+    alone = replace(plan.spec, batch=replace(plan.spec.batch, global_batch=1))  # the batch is judged below
+    report, problems = examine(alone, lambda line: print(line, file=sys.stderr, flush=True))
     if arguments.out:
         write_text("".join(f"{json.dumps(problem, ensure_ascii=False)}\n" for problem in problems), Path(arguments.out))
     if arguments.json:
@@ -68,15 +71,20 @@ def say_learning(config: Config, report: DataReport, say: Callable[[str], None])
     say("\n".join(("what stands out:" if standouts else "what stands out: nothing", *(f"  {line}" for line in standouts))))
 
 
-def examine(spec: TrainSpec) -> tuple[DataReport, list[dict[str, Any]]]:
-    """The trainer's own check, in a separate process: it needs packages that the launcher does not import. Raises LaunchError."""
-    with tempfile.TemporaryDirectory(prefix="omnilaunch-data-") as name:
+def examine(spec: TrainSpec, say: Callable[[str], None] = lambda line: None) -> tuple[DataReport, list[dict[str, Any]]]:
+    """The trainer's own check, in a separate process: it needs packages that the launcher does not import. `say` gets the lines that a long check
+    prints about its progress. Raises LaunchError."""
+    with tempfile.TemporaryDirectory(prefix="omnilaunch-data-") as name, tempfile.TemporaryFile("w+", errors="replace") as errors:
         folder = Path(name)
         write(replace(spec, output=name), folder / SPEC_FILE)
         argv = (sys.executable, "-m", "trainer", "data", str(folder / SPEC_FILE))
-        done = subprocess.run(argv, cwd=PROJECT, capture_output=True, text=True, errors="replace", check=False)
+        with subprocess.Popen(argv, cwd=PROJECT, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace") as child:
+            for line in child.stdout or ():
+                if PROGRESS.match(line):
+                    say(line.rstrip())
         if not (folder / DATA_FILE).is_file():
-            raise refusal(done.returncode, done.stderr.strip())
+            errors.seek(0)
+            raise refusal(child.returncode, errors.read().strip())
         report: DataReport = read(DataReport, folder / DATA_FILE)
         listed = folder / DATA_PROBLEMS_FILE
         lines = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []

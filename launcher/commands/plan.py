@@ -138,12 +138,12 @@ def make_plan_here(
 
     here, overrides = Path.cwd(), with_found_model(overrides, conf)
     config, files = compose_with_files(overrides, conf)
-    config = start_from_checkpoint(for_this_machine(config, overrides), overrides, conf, here)
+    config = start_from_checkpoint(for_this_machine(config, overrides), overrides, conf, here, os.environ)
     config = with_weights_folder(config if only_data else settle_rows(config, keys_of(overrides), here), os.environ)
     run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))
     given = with_full_ids(overrides, *find_runs(config, here))
     rules = RULES_BUT_MEMORY if traced or only_data else RULES
-    stacks, compose_again = load_stacks(PROJECT / "images"), partial(compose_from_checkpoint, conf=conf, here=here)
+    stacks, compose_again = load_stacks(PROJECT / "images"), partial(compose_from_checkpoint, conf=conf, here=here, environ=os.environ)
     context = context_for(config, stacks, PROJECT, asks=asks)
     context = replace(context, memory_bytes=0) if only_data else context
     plan = make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf, compose=compose_again)

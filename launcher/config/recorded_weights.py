@@ -11,7 +11,8 @@ class RecordedWeights:
     """What the record of stage.checkpoint says about its weights. Set by the plan, never typed. `run_id`: the run that wrote them, by its stage
     `stage`; `source`: the checkpoint that it made them from, '' = none. `adapter`: its settings, null = full weights. `dtype`: of the weights,
     '' = not known. `quantized`: all linear layers but those of the groups in `kept`. `trained`: groups trained so far, () = not known.
-    `differences`: of the chosen model from the recorded one. `taken`: what the config has from the record, in words."""
+    `differences`: of the chosen model from the recorded one. `taken`: what the config has from the record, in words.
+    `notes`: what the files say that was not taken. Weights of no run of ours have no run_id."""
 
     run_id: str
     stage: str
@@ -24,3 +25,4 @@ class RecordedWeights:
     trained: tuple[str, ...] = ()
     differences: tuple[str, ...] = ()
     taken: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()

@@ -207,6 +207,7 @@ class Stage:
     lora: Lora | None = None
     needs: tuple[Literal["checkpoint", "adapter", "projector"], ...] = ()
     checkpoint: str = ""
+    base: str = ""  # the model that an adapter in `checkpoint` was trained on, where it names a folder that is not there
     global_batch: int
     optimizer: Optimizer
     reset: tuple[Literal["vision", "projector", "lm", "head"], ...] = ()

@@ -17,6 +17,7 @@ from trainer.contract.determinism import deterministic_variables
 RUN_LABEL = "omnilaunch.run"  # the containers of a run are found by this label
 RUN_VARIABLE = "OMNILAUNCH_RUN_ID"
 FOLDER_VARIABLE = "OMNILAUNCH_RUN_FOLDER"  # the processes of a run are found by this variable: two folders may hold runs of one id
+PART_VARIABLE = "OMNILAUNCH_RUN_PART"  # "<part> <folder>": the ranks of a run end while its data check goes on
 WRITABLE_HOME = "/tmp"  # HOME in the container: caches of torch and transformers are removed with it
 CANN_LOGS = "cann"  # folder of CANN's own logs in the run's folder, with one folder per node
 PINNED_VARIABLES = {

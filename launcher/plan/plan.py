@@ -326,6 +326,7 @@ def stage_spec(config: Config, local: LocalContext) -> StageSpec:
         serving = replace(serving, context=context)
     return StageSpec(
         checkpoint=absolute_if_set(stage.checkpoint, local),
+        base=absolute_if_set(stage.base, local),
         needs=tuple(group for group in stage.needs if group in config.model.groups),
         inference=inference,
         serving=serving,

@@ -74,7 +74,7 @@ def partition(override: str) -> tuple[str, str, str]:
 def named_folders(plan: Plan) -> Iterator[tuple[str, str]]:
     """(key, folder) of what the stage starts from."""
     if plan.spec.stage.checkpoint:
-        yield "stage.checkpoint", plan.spec.stage.checkpoint
+        yield ("stage.base", plan.spec.stage.base) if plan.spec.stage.base else ("stage.checkpoint", plan.spec.stage.checkpoint)
     elif plan.spec.model.source.path:
         yield "model.source.path", plan.spec.model.source.path
 

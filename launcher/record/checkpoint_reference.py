@@ -22,7 +22,7 @@ from trainer.contract.checkpoint_files import CHECKPOINT_NAME, broken_checkpoint
 
 ON_NODE = re.compile(r"(?:[^/:@]+@)?(?P<host>[^/:@]+|\[[0-9A-Fa-f:]+\]):(?P<path>/.*)")
 STEP = re.compile(r"(?:step-)?(\d{1,12})")
-KEYS = ("stage.checkpoint", "run.evaluation.base")
+KEYS = ("stage.checkpoint", "stage.base", "run.evaluation.base")
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -182,7 +182,7 @@ def refuse_run(folder: Path, text: str) -> NoReturn:
 
 
 def bases_of(folder: Path) -> tuple[str, ...]:
-    """The folder with the base weights, if the checkpoint is an adapter."""
+    """The folder with the base weights, if the checkpoint is an adapter that names one."""
     base = str(read_object(folder / ADAPTER_CONFIG, []).get("base_model_name_or_path", ""))
     return (base,) if base.startswith("/") else ()
 

@@ -39,6 +39,7 @@ RULES: tuple[tuple[ComparableKind, tuple[str, ...]], ...] = (
                 "config.model.source.endpoint",
                 "config.model.source.dtype",
                 "config.stage.checkpoint",
+                "config.stage.base",
                 "config.stage.needs",
                 "config.stage.recorded*",
             ),

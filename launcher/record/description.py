@@ -58,6 +58,8 @@ def describe_record(record: Record, plan: Plan, *, following: bool = True) -> st
     rows: dict[str, Any] = {"status": record.status} | ({"steps": f"{record.steps} of {plan.spec.steps}"} if trained else {})
     if record.ended:
         rows["ended"] = record.ended
+    if record.data_unchecked:
+        rows["data"] = f"not fully checked: {record.data_unchecked}"
     if record.final_loss is not None:
         rows["final loss"] = figure(record.final_loss)
     if trained and (speed := describe_speed(read_curve(folder / METRICS_FILE))):

@@ -78,10 +78,13 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptOutcome:
+    """`unchecked`: why the data was not checked to its end; '' if it was."""
+
     status: Status
     code: int
     nodes: tuple[NodeResult, ...] = ()
     failure: Failure | None = None
+    unchecked: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +159,7 @@ class Record:
     inputs_sha256: str = ""  # of inputs.json, which has the hash of every file that the run read
     resumptions: tuple[Resumption, ...] = ()
     ended: str = ""  # why a finished run has not done all steps of its plan
+    data_unchecked: str = ""  # why the data check did not end
 
 
 def name_run(config: Config, now: datetime, *, pid: int) -> str:
@@ -183,7 +187,10 @@ def open_run(plan: Plan, source: SourceState, *, diff: bytes = b"", lock: Path |
         folder.mkdir(parents=True)
     except OSError as error:
         if isinstance(error, FileExistsError) and error.filename == str(folder):
-            raise ConfigRefused(f"{folder} exists already: a run is never overwritten. Leave out --run-id, or give another one.") from error
+            raise ConfigRefused(
+                f"{folder} exists already: a run is never overwritten. To continue it, also with more steps: omnilaunch launch --resume {plan.run_id} "
+                "[run.steps=N]. For a new run leave out --run-id, or give another one."
+            ) from error
         raise ConfigRefused(f"{folder} cannot be made: {error.strerror}. Choose another folder with cluster.root=FOLDER.") from error
     (folder / "logs").mkdir()
     plain = to_plain(plan)
@@ -233,6 +240,7 @@ def close_run(plan: Plan, source: SourceState, outcome: AttemptOutcome, *, start
         attempts=load_attempts(folder),
         resumptions=load_resumptions(folder),
         ended=result.ended if result else "",
+        data_unchecked=outcome.unchecked,
         **identity_of(plan, folder),
     )
     written = write_record(record, folder)

@@ -18,7 +18,7 @@ from launcher.record.record import ATTEMPT_FILE, PLAN_FILE, RECORD_FILE, RESUMPT
 from launcher.record.recorded_run import load_recorded_run
 from trainer import contract
 from trainer.contract import InputRefused, SpecError
-from trainer.contract.checkpoint_files import STATE_FILE
+from trainer.contract.checkpoint_files import STATE_FILE, find_state_file
 from trainer.contract.weight_files import hash_weights, weight_files
 
 MAX_ANSWERS = 20_000  # of samples.jsonl
@@ -170,7 +170,11 @@ def find_contradictions(files: dict[str, dict[str, Any]], curve: Curve) -> Itera
 def find_other_weights(record: dict[str, Any], folder: Path, *, every_weight: bool) -> Iterator[str]:
     """Whether the last checkpoint, if it is on this machine, still has the weights that the run saved."""
     checkpoint, recorded = folder / str(record.get("checkpoint")), record.get("weights_sha256")
-    state = read_object(checkpoint / STATE_FILE, []) if record.get("checkpoint") and record.get("status") == "finished" else {}
+    state = (
+        read_object(find_state_file(checkpoint) or checkpoint / STATE_FILE, [])
+        if record.get("checkpoint") and record.get("status") == "finished"
+        else {}
+    )
     if not state:
         return
     found = state.get("weights_sha256")

@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from launcher.errors import ConfigRefused, NodeFailed
+from launcher.record.metrics import read_rows
 from launcher.record.reader import read_if_there
 from launcher.record.record import RECORDED_INPUTS_FILE, Failure
 from launcher.run.gang import node_log_path
@@ -12,11 +13,23 @@ from launcher.run.node_log import last_lines
 from launcher.run.node_process import NodeProcess
 from launcher.run.run_folder import WorkingNode, fetch_large
 from launcher.run.session import Session
-from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, INPUTS_FILE, DataProblem, DataReport, Inputs, SpecError, decode, describe_groups
-from trainer.contract.listing import describe_changes
+from trainer.contract import (
+    DATA_FILE,
+    DATA_PROBLEMS_FILE,
+    INPUTS_FILE,
+    METRICS_FILE,
+    DataProblem,
+    DataReport,
+    Inputs,
+    SpecError,
+    decode,
+    describe_groups,
+)
+from trainer.contract.listing import describe_changes, list_some
 from trainer.contract.wording import plural
 
 SHOWN_CAUSES = 20
+SHOWN_ROWS = 20
 
 
 def refuse_data(folder: Path, check: NodeProcess) -> None:
@@ -32,9 +45,24 @@ def refuse_data(folder: Path, check: NodeProcess) -> None:
     here, there = folder / DATA_PROBLEMS_FILE, PurePosixPath(check.command.folder) / DATA_PROBLEMS_FILE
     problems, count = read_problems(here) or report.problems, max(report.problem_count, len(report.problems))
     lines = [f"  {text}" for text in describe_groups(problems, SHOWN_CAUSES)]
+    lines += describe_uses(report, folder)
     lines += [f"  all problems, one JSON object per line: {here if here.is_file() else f'{check.command.host}:{there}'}"]
     where = f" on {check.command.host}" if check.command.runtime == "docker" else ""
     raise ConfigRefused("\n".join((f"the data{where} has {plural(count, 'problem')}, and the ranks were stopped:", *lines)))
+
+
+def describe_uses(report: DataReport, folder: Path) -> list[str]:
+    """Which rows with a problem the ranks had trained on before the check found it: none where they waited for it."""
+    done = max((row.step for row in read_rows(folder / METRICS_FILE)), default=0)
+    used = [use for use in report.uses if use.step <= done]
+    if not used:
+        return []
+    rows: dict[str, list[str]] = {}
+    for use in used:
+        rows.setdefault(use.file, []).append(str(use.row))
+    named = "; ".join(f"{file} rows {list_some(found, SHOWN_ROWS)}" for file, found in rows.items())
+    may = "may have trained" if any(use.earliest for use in used) else "trained"
+    return [f"  the ranks had taken {plural(done, 'step')} before that, and {may} on {len(used):,} of these rows: {named}"]
 
 
 def read_problems(file: Path) -> tuple[DataProblem, ...]:

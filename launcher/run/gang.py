@@ -92,7 +92,7 @@ def start_checks(commands: tuple[NodeCommand, ...], context: StartContext, stop:
         command, transport = pair
         log = node_log_path(context.logs, command, "data")
         if command.runtime == "process":
-            return ChildNodeProcess(command, command.prepare, transport, log, context.project, secrets={})
+            return ChildNodeProcess(command, command.prepare, transport, log, context.project, secrets={}, part="data")
         return CheckNodeProcess(command, transport, log, node_timeout_s=context.node_timeout_s)
 
     answers = attempt_each(start, list(zip(commands, context.transports, strict=True)), until=stop.limit(START_LIMIT_S))

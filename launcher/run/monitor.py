@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from launcher.plan.commands import CANN_LOGS
@@ -13,7 +14,7 @@ from launcher.record.record import AttemptOutcome, Failure, NodeResult
 from launcher.run.data_check import check_failure, fetch_problems, refuse_data
 from launcher.run.failure_search import find_failure
 from launcher.run.gang import TICK_S, clear_all, clear_and_report, node_log_path, node_results, watch
-from launcher.run.node_log import StartPhase, silence_s, start_phases
+from launcher.run.node_log import StartPhase, last_lines, silence_s, start_phases
 from launcher.run.node_process import NodeProcess
 from launcher.run.prepare import NodeProcesses, working_nodes
 from launcher.run.progress import ProgressView
@@ -26,6 +27,7 @@ from trainer.contract.listing import list_some
 from trainer.contract.wording import plural
 
 MIRROR_INTERVAL_S = 1.0
+SAY_INTERVAL_S = 10.0  # between two lines about a data check that is waited for
 SHOWN_RANKS = 8
 STOPPED_FETCH_S, STOPPED_AGAIN_FETCH_S = 20.0, 2.0  # in place of FETCH_S after a stop request, and after a second one
 # Before the first row there is nothing to save, and an interpreter that is still importing as the first process of a container ignores SIGTERM.
@@ -57,8 +59,7 @@ def watch_attempt(plan: Plan, folder: Path, session: Session, processes: NodePro
 
         try:
             nodes = watch(processes.trainers, stop, tick, grace_s=lambda: grace_s(plan, folder, started_here=bool(processes.checks)))
-            if not any(node.code for node in nodes):
-                wait_for_checks(folder, processes.checks, lambda: bool(stop.count) or is_asked_to_stop(folder))
+            unchecked = "" if any(node.code for node in nodes) else finish_checks(folder, session, processes.checks, stop)
         except AttemptFailed as error:
             return end_attempt(plan, folder, session, processes, error, stop)
         finally:
@@ -67,7 +68,8 @@ def watch_attempt(plan: Plan, folder: Path, session: Session, processes: NodePro
                 mirror.settle()
         fetch(plan, folder, session, stop)
         progress.tick()
-    return judge_attempt(plan, folder, nodes, stop, stopped_by_launcher=any(process.stopping for process in processes.trainers))
+    outcome = judge_attempt(plan, folder, nodes, stop, stopped_by_launcher=any(process.stopping for process in processes.trainers))
+    return replace(outcome, unchecked=unchecked)
 
 
 def grace_s(plan: Plan, folder: Path, *, started_here: bool = True) -> float:
@@ -122,8 +124,39 @@ def raise_bad_data(folder: Path, checks: tuple[NodeProcess, ...]) -> None:
             raise AttemptFailed(check_failure(folder, check), check)
 
 
+def finish_checks(folder: Path, session: Session, checks: tuple[NodeProcess, ...], stop: StopRequest) -> str:
+    """A run that was faster than its data check waits for it, and says how far it is. Returns why the data was not checked to its end, '' if it was:
+    what the ranks have finished is not lost with it. Raises AttemptFailed for problems in the data."""
+    said_at = time.monotonic()
+
+    def is_over() -> bool:
+        nonlocal said_at
+        if time.monotonic() - said_at >= SAY_INTERVAL_S:
+            session.say(f"the ranks have finished; waiting for the data check {describe_progress(folder, checks)}")
+            said_at = time.monotonic()
+        return bool(stop.count) or is_asked_to_stop(folder)
+
+    try:
+        wait_for_checks(folder, checks, is_over)
+    except AttemptFailed as error:
+        if error.check is None or error.check.poll() == Exit.USAGE:
+            raise
+        unchecked = f"on {error.failure.host}: {error.failure.message}"
+    else:
+        unchecked = "a stop was requested before the data check had ended" if any(check.poll() is None for check in checks) else ""
+    if unchecked:
+        session.say(f"the data was not checked to its end: {unchecked}. Check it: omnilaunch data check, with the same overrides")
+    return unchecked
+
+
+def describe_progress(folder: Path, checks: tuple[NodeProcess, ...]) -> str:
+    """The last line of each check that is under way."""
+    lines = [(check, last_lines(node_log_path(folder / "logs", check.command, "data"))) for check in checks if check.poll() is None]
+    return "; ".join(f"on {check.command.host}" + (f": {found[-1]}" if found else "") for check, found in lines)
+
+
 def wait_for_checks(folder: Path, checks: tuple[NodeProcess, ...], is_over: Callable[[], bool]) -> None:
-    """A run that was faster than its data check waits for it. Raises AttemptFailed."""
+    """Until the checks have ended, or `is_over`. Raises AttemptFailed."""
     while not is_over() and any(check.poll() is None for check in checks):
         time.sleep(TICK_S)
         raise_bad_data(folder, checks)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from launcher.errors import NodeFailed
-from launcher.plan.commands import FOLDER_VARIABLE, NodeCommand, data_env_file, data_name, env_file
+from launcher.plan.commands import FOLDER_VARIABLE, PART_VARIABLE, NodeCommand, data_env_file, data_name, env_file
 from launcher.run.container import NO_CONTAINER, container_state, remove_containers, remove_env_file, send_secrets, write_env_file
 from launcher.ssh.background import in_background
 from launcher.ssh.transport import Result, Running, Transport, kill_processes, processes_with
@@ -45,15 +45,24 @@ class NodeProcess(Protocol):
 
 
 class ChildNodeProcess:
-    """torchrun, or the data check, as a child of the launcher."""
+    """torchrun (`part` "ranks"), or the data check ("data"), as a child of the launcher."""
 
     lost = stopping = killed = False
 
     def __init__(
-        self, command: NodeCommand, argv: tuple[str, ...], transport: Transport, log: Path, folder: Path, *, secrets: Mapping[str, str]
+        self,
+        command: NodeCommand,
+        argv: tuple[str, ...],
+        transport: Transport,
+        log: Path,
+        folder: Path,
+        *,
+        secrets: Mapping[str, str],
+        part: str = "ranks",
     ) -> None:
-        self.command = command
-        self.running: Running = transport.start(argv, log=log, environment={**command.environment, **secrets}, folder=folder)
+        self.command, self.part = command, f"{part} {command.environment[FOLDER_VARIABLE]}"
+        environment = {**command.environment, **secrets, PART_VARIABLE: self.part}
+        self.running: Running = transport.start(argv, log=log, environment=environment, folder=folder)
 
     def poll(self) -> int | None:
         return self.running.poll()
@@ -69,7 +78,7 @@ class ChildNodeProcess:
 
     def clear(self) -> None:
         deadline = time.monotonic() + REAP_S
-        while (left := processes_with(FOLDER_VARIABLE, self.command.environment[FOLDER_VARIABLE])) and time.monotonic() < deadline:
+        while (left := processes_with(PART_VARIABLE, self.part)) and time.monotonic() < deadline:
             kill_processes(left)  # again, since a killed process may have started another one just before
             time.sleep(CHILD_POLL_S)
         self.running.wait(REAP_S)

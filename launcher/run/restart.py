@@ -14,7 +14,7 @@ from launcher.run.run_folder import WorkingNode
 from launcher.ssh.parallel import each, together
 from trainer import contract
 from trainer.contract import CHECKPOINTS, ENVIRONMENT_FILE, FAILURE_FILES, METRICS_FILE, RESULT_FILE, SpecError
-from trainer.contract.checkpoint_files import STATE_FILE, CheckpointState, can_resume, describe_missing
+from trainer.contract.checkpoint_files import EARLIER_STATE_FILE, STATE_FILE, CheckpointState, can_resume, describe_missing
 
 INCOMING = ".incoming"  # a checkpoint that is being copied to a node; the trainer ignores hidden names
 
@@ -97,18 +97,21 @@ class FoundStates:
 
 
 def find_states(node: WorkingNode, steps: int) -> FoundStates:
-    """Reads trainer_state.json and the sizes of the files, newest checkpoint first, as the trainer will do. Raises NodeFailed."""
+    """Reads omnilaunch_state.json and the sizes of the files, newest checkpoint first, as the trainer will do. Raises NodeFailed."""
     broken: dict[str, str] = {}
     ended = ""
     for name in list_checkpoints(node):
         folder = str(PurePosixPath(checkpoint_folder(node)) / name)
         try:
+            name_of_state = STATE_FILE
             text = node.transport.get(f"{folder}/{STATE_FILE}")
+            if text is None and (text := node.transport.get(f"{folder}/{EARLIER_STATE_FILE}")) is not None:
+                name_of_state = EARLIER_STATE_FILE
             state: CheckpointState = contract.decode(CheckpointState, json.loads(text or b"{}"))
         except (ValueError, SpecError) as error:
-            broken[name] = f"its {STATE_FILE} cannot be read: {error}" if text else f"it has no {STATE_FILE}"
+            broken[name] = f"its {name_of_state} cannot be read: {error}" if text else f"it has no {STATE_FILE}"
             continue
-        if lacks := describe_missing(lacking_files(node, folder, state)):
+        if lacks := describe_missing(lacking_files(node, folder, state), name_of_state):
             broken[name] = lacks
         elif can_resume(state, steps):
             return FoundStates(newest=name, broken=broken, ended=ended)

@@ -14,7 +14,7 @@ from launcher.weights.identity import ADAPTER_CONFIG_FILE, CONFIG_FILE, Identity
 from launcher.weights.manifest import find_difference, read_manifest
 from launcher.weights.selection import is_plain_path
 from trainer.contract import InputRefused, SpecError, read
-from trainer.contract.checkpoint_files import STATE_FILE, CheckpointState, describe_missing, missing_files
+from trainer.contract.checkpoint_files import CheckpointState, describe_missing, find_state_file, missing_files
 from trainer.contract.listing import list_some
 from trainer.contract.weight_files import INDEX, PICKLED_INDEX, is_safetensors, read_header, weight_files
 from trainer.contract.wording import plural
@@ -90,7 +90,7 @@ def check_folder(folder: Path, models: Mapping[str, Mapping[str, Any]], *, hashe
         parameters=sum(tensors.numbers.values()),
         dtypes=dict(elements.most_common()),
         source=describe_source(folder),
-        ours=(folder / STATE_FILE).is_file(),
+        ours=find_state_file(folder) is not None,
     )
 
 
@@ -208,14 +208,14 @@ def read_safely(path: Path) -> dict[str, Any]:
 
 def check_state(folder: Path) -> Iterator[str]:
     """The sizes that a checkpoint of ours records."""
-    if not (folder / STATE_FILE).is_file():
+    if (file := find_state_file(folder)) is None:
         return
     try:
-        state: CheckpointState = read(CheckpointState, folder / STATE_FILE)
+        state: CheckpointState = read(CheckpointState, file)
     except SpecError as error:
         yield str(error)
         return
-    if wrong := describe_missing(missing_files(folder, state)):
+    if wrong := describe_missing(missing_files(folder, state), file.name):
         yield wrong
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.config.conf_folder import ConfFolder, as_conf_folder
 from launcher.errors import ConfigRefused
-from trainer.contract.checkpoint_files import STATE_FILE
+from trainer.contract.checkpoint_files import find_state_file
 from trainer.contract.weight_files import ADDED_TOKENS, read_added_tokens
 
 CONFIG_FILE, ADAPTER_CONFIG_FILE = "config.json", "adapter_config.json"
@@ -112,7 +112,8 @@ def read_object(path: Path) -> dict[str, Any]:
 def recorded_model(folder: Path) -> str:
     """The model that a checkpoint of ours names, or ''."""
     try:
-        found = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["spec"]["model.name"]
+        file = find_state_file(folder)
+        found = json.loads(file.read_text(encoding="utf-8"))["spec"]["model.name"] if file else ""
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return str(found)

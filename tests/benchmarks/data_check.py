@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
 from tests.trainer.data.conftest import VICUNA, FakeProcessor, image_features
-from trainer.data.length import measure_with
+from trainer.data.length import LengthTally
 from trainer.data.rows.sample import read_samples
 from trainer.data.sample_check import examine_images, find_problems
 from trainer.models.tiny_tokenizer import tiny_tokenizer
@@ -28,6 +29,7 @@ from trainer.models.tiny_tokenizer import tiny_tokenizer
 WORDS = "which of these is shown in the picture and what would one say of it if it were asked by a child".split()  # noqa: SIM905
 SIZE = (320, 240)
 IMAGE_TOKENS = 16
+SPEC = SimpleNamespace(model=SimpleNamespace(template=VICUNA, image_token="<image>"), data=SimpleNamespace(max_length=2048))
 
 
 def main() -> None:
@@ -51,9 +53,10 @@ def compare(name: str, file: Path, rows: int) -> None:
         images = examine_images(image for sample in samples for image in sample.images)
     with timed(parts, "template"):
         wrong = list(find_problems(samples, images, VICUNA, "<image>"))
-    processor, sizes = make_processor(), {path: image.size for path, image in images.items()}
     with timed(parts, "lengths"):
-        lengths = measure_with(processor, samples, sizes, VICUNA, "<image>", max_length=2048)
+        tally = LengthTally(SPEC, make_processor())  # type: ignore[arg-type]  # the parts of a spec that it reads
+        tally.add(samples, lambda path: images[path].size)
+        lengths = tally.lengths()
     assert not problems and not wrong and not lengths.problems and len(samples) == rows, "the generated data set must be valid"
     bare = parts.pop("bare")
     ours = Took(wall_s=sum(part.wall_s for part in parts.values()), cpu_s=sum(part.cpu_s for part in parts.values()))

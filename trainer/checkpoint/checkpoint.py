@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent: written to a hidden folder, synced, renamed; opened only if every byte is there.
 
 A folder `checkpoints/step-000300` holds the weights in safetensors under the names that transformers publishes (so that the family's
-`from_pretrained` opens it; with LoRA peft's adapter instead), the processor's files, and `trainer_state.json`. The weights have the dtype
+`from_pretrained` opens it; with LoRA peft's adapter instead), the processor's files, and `omnilaunch_state.json`. The weights have the dtype
 of the model's parameters: in bf16 or fp16 training the compute weights, not the optimizer's float32 master weights. Before the last step
 there is also a folder `resume` with the state that is needed to continue. A checkpoint is on the disk of the first node; the launcher copies
 it to the others if they share no disk.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from trainer.checkpoint.state import full_state_bytes, weights_bytes
 from trainer.contract import CHECKPOINTS, SCHEMA, InputRefused, OtherSchema, SpecError, TrainSpec, read
-from trainer.contract.checkpoint_files import STATE_FILE, CheckpointState, missing_files, whole_checkpoints
+from trainer.contract.checkpoint_files import STATE_FILE, CheckpointState, find_state_file, missing_files, whole_checkpoints
 from trainer.contract.weight_files import is_safetensors, read_header, weight_files
 from trainer.distributed.engine import Engine
 from trainer.tensor.shard import sync
@@ -67,9 +67,10 @@ def require_whole(folder: Path, key: str) -> None:
     try:
         reason = find_defect(folder)
     except OtherSchema as error:
-        said = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["schema"]
+        file = find_state_file(folder) or folder / STATE_FILE
+        said = json.loads(file.read_text(encoding="utf-8"))["schema"]
         raise InputRefused(
-            f"{key}: {folder} was written by another version of the trainer: the schema of its {STATE_FILE} is {said}, this version reads "
+            f"{key}: {folder} was written by another version of the trainer: the schema of its {file.name} is {said}, this version reads "
             f"{SCHEMA}. Use the version that wrote it, or name a checkpoint of this version."
         ) from error
     if reason:
@@ -85,16 +86,16 @@ def find_defect(folder: Path) -> str:
         return "there is no such folder"
     if folder.name.endswith(".partial"):
         return "it was being written when its run ended"
-    if (folder / STATE_FILE).is_file():
+    if file := find_state_file(folder):
         try:
-            state: CheckpointState = read(CheckpointState, folder / STATE_FILE)
+            state: CheckpointState = read(CheckpointState, file)
         except OtherSchema:
             raise
         except SpecError as error:
             return str(error)
         wrong = missing_files(folder, state)
         if wrong:
-            return f"{', '.join(wrong)} missing or not of the size that {STATE_FILE} says"
+            return f"{', '.join(wrong)} missing or not of the size that {file.name} says"
     missing = [path.name for path in weight_files(folder) if not path.is_file()]
     if missing or not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         return f"{', '.join(missing) or 'config.json'} missing"
@@ -107,9 +108,3 @@ def find_defect(folder: Path) -> str:
     except InputRefused as error:
         return str(error)
     return ""
-
-
-def adapter_base(folder: Path) -> Path | None:
-    """The folder of the model that an adapter was trained on, or None if `folder` holds a full model."""
-    config = folder / "adapter_config.json"
-    return Path(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]) if config.is_file() else None

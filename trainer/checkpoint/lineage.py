@@ -4,12 +4,12 @@ A chain of stages can be followed from the checkpoints alone: each names its run
 fingerprint of its base's weights.
 """
 
-import json
 from pathlib import Path
 
-from trainer.checkpoint.checkpoint import adapter_base, require_whole
+from trainer.checkpoint.checkpoint import require_whole
 from trainer.contract import InputRefused, Lora, TrainSpec, WeightsLineage, read
-from trainer.contract.checkpoint_files import STATE_FILE, CheckpointState
+from trainer.contract.adapter_files import describe_missing_base, find_base, read_adapter_config
+from trainer.contract.checkpoint_files import CheckpointState, find_state_file
 from trainer.contract.weight_files import fetched_revision, hash_weights
 from trainer.stages.chain import groups_before
 
@@ -17,8 +17,9 @@ SNAPSHOTS = "snapshots"  # in the cache of huggingface_hub: <repository>/snapsho
 FINGERPRINT_BYTES = 4096  # of each tensor: enough to tell trained weights from their start, without reading 65 GB
 
 
-def find_lineage(spec: TrainSpec, folder: Path | None) -> WeightsLineage:
-    """The lineage of the weights in `folder`, a complete checkpoint, or None for a random start.
+def find_lineage(spec: TrainSpec, folder: Path | None, base: Path | None = None) -> WeightsLineage:
+    """The lineage of the weights in `folder`, a complete checkpoint, or None for a random start. `base`: the folder of an adapter's base, where it
+    is another than find_base says (it was downloaded).
 
     Raises InputRefused for a checkpoint of another family, for one that lacks what the stage needs, for an adapter whose base is missing or
     has other weights than it was trained on, and for an adapter that this stage cannot continue.
@@ -26,11 +27,10 @@ def find_lineage(spec: TrainSpec, folder: Path | None) -> WeightsLineage:
     if folder is None:
         lineage = WeightsLineage()
     else:
-        state: CheckpointState | None = read(CheckpointState, folder / STATE_FILE) if (folder / STATE_FILE).is_file() else None
+        file = find_state_file(folder)
+        state: CheckpointState | None = read(CheckpointState, file) if file else None
         refuse_family(spec, folder, state)
-        base = adapter_base(folder)
-        if base is not None:
-            require_whole(base, f"adapter_config.json of {folder}, base_model_name_or_path")
+        base = base or require_base(spec, folder)
         mark = fingerprint_weights(base or folder) if base is not None or spec.stage.lora is not None else ""
         lineage = WeightsLineage(
             path=str(folder),
@@ -48,6 +48,23 @@ def find_lineage(spec: TrainSpec, folder: Path | None) -> WeightsLineage:
             refuse_adapter(spec, folder)
     refuse_untrained(spec, lineage)
     return lineage
+
+
+def require_base(spec: TrainSpec, folder: Path) -> Path | None:
+    """The folder of the base of an adapter, whole; None if `folder` holds a full model. Raises InputRefused."""
+    base = find_base(folder, spec)
+    if not base:
+        if (folder / "adapter_config.json").is_file():
+            raise InputRefused(f"stage.checkpoint: {describe_missing_base(folder, base)}.")
+        return None
+    if not Path(base).is_dir():
+        raise InputRefused(f"stage.checkpoint: {describe_missing_base(folder, base)}.")
+    require_whole(Path(base), "stage.base" if spec.stage.base else f"adapter_config.json of {folder}, base_model_name_or_path")
+    if (Path(base) / "adapter_config.json").is_file():
+        raise InputRefused(
+            f"stage.checkpoint: the base of {folder} is itself an adapter, {base}. Merge that one first with stage=merge, and name the result in stage.base."
+        )
+    return Path(base)
 
 
 def fingerprint_weights(folder: Path) -> str:
@@ -69,8 +86,8 @@ def refuse_family(spec: TrainSpec, folder: Path, state: CheckpointState | None) 
 def refuse_base(lineage: WeightsLineage, state: CheckpointState | None) -> None:
     if state is not None and state.base and state.base != lineage.mark:
         raise InputRefused(
-            f"stage.checkpoint: the adapter {lineage.path} was trained on other weights than those now in {lineage.base}, which its "
-            "adapter_config.json names. Restore that base, or set base_model_name_or_path to its current folder."
+            f"stage.checkpoint: the adapter {lineage.path} was trained on other weights than those now in {lineage.base}. "
+            "Restore that base, or name its current folder in stage.base."
         )
 
 
@@ -78,8 +95,8 @@ def refuse_adapter(spec: TrainSpec, folder: Path) -> None:
     """A LoRA stage continues with the adapter that it is given; other stages merge it into its base."""
     if spec.stage.lora is None:
         return
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    has = {"r": config["r"], "alpha": config["lora_alpha"], "rank_stabilised": config.get("use_rslora", False)}
+    config = read_adapter_config(folder)
+    has = {"r": config.get("r"), "alpha": config.get("lora_alpha"), "rank_stabilised": config.get("use_rslora", False)}
     wanted = {key: getattr(spec.stage.lora, key) for key in has}
     wrong = [key for key in has if has[key] != wanted[key]]
     if wrong:

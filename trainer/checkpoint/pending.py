@@ -73,6 +73,7 @@ def plan_checkpoint(
         run_id=spec.run_id,
         trained=groups_trained(lineage, spec.stage),
         base=lineage.mark if spec.stage.lora is not None else "",
+        window_ends=spec.window_ends if spec.data.length_aware == "window" else (),
     )
     return PendingCheckpoint(
         final=final,

@@ -39,9 +39,11 @@ from trainer.contract.checkpoint_files import (
     whole_checkpoints,
     whole_state,
 )
+from trainer.contract.listing import list_some
 from trainer.distributed.collective import broadcast_object
 from trainer.distributed.engine import Engine
-from trainer.stages.lora import describe_mismatch
+from trainer.stages.adapter import describe_mismatch, load_layout
+from trainer.stages.adapter_layout import SHOWN, AdapterLayout
 
 ENDED = "ended-at-{name}"  # the weights of a last step, after the run was given more steps
 
@@ -198,6 +200,25 @@ def resume_adapter(model: torch.nn.Module, spec: TrainSpec, start: ResumePoint) 
     """Load the checkpoint's adapter into a model without an engine. It is not merged, so that the sums are those of training."""
     if start.checkpoint is not None and spec.stage.lora is not None:
         load_adapter(model, Path(spec.output) / start.checkpoint.path)
+
+
+def continue_adapter(model: torch.nn.Module, layout: AdapterLayout) -> None:
+    """Load the adapter that a LoRA stage starts from into the model that it is trained in. Raises InputRefused if the stage trains other modules
+    whole than the adapter has: a module that is not trained would not be saved, and the next stage would have that of the base."""
+    saved = tuple(model.peft_config["default"].modules_to_save or ())  # type: ignore[index,union-attr,operator]
+    inside = {name for name in layout.whole if any(name.startswith(f"{module}.") for module in saved)}
+    missing = [module for module in saved if not any(name.startswith(f"{module}.") for name in layout.whole)]
+    if lost := sorted(layout.whole.keys() - inside):
+        raise InputRefused(
+            f"stage.trainable: the adapter {layout.folder} also has weights that were trained whole, {list_some(lost, SHOWN)}, and this stage does not train "
+            "them, so they would not be saved. Add their group to stage.trainable, or merge the adapter first with stage=merge and start from the result."
+        )
+    if missing:
+        raise InputRefused(
+            f"{layout.folder} was saved with other trained parameters than this stage has, as {list_some(missing, SHOWN)}. Remove their group from "
+            "stage.trainable, or merge the adapter first with stage=merge and start from the result."
+        )
+    load_layout(model, layout)
 
 
 def load_adapter(model: torch.nn.Module, folder: Path) -> None:

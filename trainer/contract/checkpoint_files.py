@@ -13,7 +13,10 @@ from typing import Any, get_type_hints
 from trainer.contract import CHECKPOINTS, METRICS_FILE, SCHEMA, InputRefused, SpecError, TrainSpec, read, write_text
 from trainer.contract.listing import list_some
 
-STATE_FILE = "trainer_state.json"
+STATE_FILE = "omnilaunch_state.json"
+# The name in earlier versions. transformers' Trainer writes a file of that name beside its weights too, which is not ours: see find_state_file.
+EARLIER_STATE_FILE = "trainer_state.json"
+STATE_FILES = (STATE_FILE, EARLIER_STATE_FILE)
 CHECKPOINT_NAME = "step-{step:06d}"
 CHECKPOINT_PATTERN = re.compile(r"step-(\d{6,})")
 
@@ -26,6 +29,7 @@ CHANGEABLE_KEYS = {
     *("schema", "run_id", "output", "gradient_checkpointing", "hang_timeout_s"),
     *("checkpoint_every", "checkpoint_groups", "loss_chunk", "kernels", "expects"),
     *("batch.micro_batch", "batch.accumulation", "data.root", "data.workers", "data.rows", "accepted_changes"),
+    "earlier_steps",
 }
 # What `spec.accepted_changes` lets differ.
 ACCEPTABLE_KEYS: dict[str, tuple[str, ...]] = {
@@ -36,9 +40,10 @@ ACCEPTABLE_KEYS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointState:
-    """trainer_state.json. `files`: name -> bytes of every other file of the checkpoint. `spec`: dotted key -> value of all settings that
+    """omnilaunch_state.json. `files`: name -> bytes of every other file of the checkpoint. `spec`: dotted key -> value of all settings that
     must be equal to resume. `data_sha256`: of the file of training rows. `world_size`: number of ranks that saved; 0 = weights only, of the
-    last step. `trained`: groups trained by this run and by those it started from. `base`: WeightsLineage.mark of an adapter's base."""
+    last step. `trained`: groups trained by this run and by those it started from. `base`: WeightsLineage.mark of an adapter's base.
+    `window_ends`: as of TrainSpec, with data.length_aware=window."""
 
     schema: int
     step: int
@@ -50,6 +55,7 @@ class CheckpointState:
     run_id: str = ""
     trained: tuple[str, ...] = ()
     base: str = ""
+    window_ends: tuple[int, ...] = ()
 
     @property
     def path(self) -> str:
@@ -97,10 +103,28 @@ def broken_checkpoints(run: Path) -> dict[Path, str]:
 def is_newer(folder: Path) -> bool:
     """Whether a newer version of the trainer wrote this checkpoint, so that its state cannot be read here."""
     try:
-        schema = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["schema"]
+        schema = json.loads((find_state_file(folder) or folder / STATE_FILE).read_text(encoding="utf-8"))["schema"]
         return bool(schema > SCHEMA)
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return False
+
+
+def find_state_file(folder: Path) -> Path | None:
+    """The file with the CheckpointState of a folder that a run of ours saved; None for any other folder.
+
+    transformers' Trainer, and with it TRL, LLaMA-Factory, ms-swift and Unsloth, write a trainer_state.json into checkpoint-N (trainer_callback.py,
+    TrainerState): it has no schema. One that cannot be read is ours where the folder has a name that we give."""
+    if (folder / STATE_FILE).is_file():
+        return folder / STATE_FILE
+    earlier = folder / EARLIER_STATE_FILE
+    if not earlier.is_file():
+        return None
+    try:
+        content = json.loads(earlier.read_text(encoding="utf-8"))
+        ours = isinstance(content, dict) and "schema" in content
+    except (OSError, ValueError, RecursionError):
+        ours = False
+    return earlier if ours or CHECKPOINT_PATTERN.fullmatch(folder.name) else None
 
 
 def whole_state(folder: Path) -> CheckpointState | None:
@@ -111,18 +135,19 @@ def whole_state(folder: Path) -> CheckpointState | None:
 
 def inspect_checkpoint(folder: Path) -> tuple[CheckpointState | None, str]:
     """The state, and why the checkpoint is not complete ('' if it is)."""
+    file = find_state_file(folder) or folder / STATE_FILE
     try:
-        state: CheckpointState = read(CheckpointState, folder / STATE_FILE)
+        state: CheckpointState = read(CheckpointState, file)
     except SpecError as error:
         return None, str(error)
     if folder.name != CHECKPOINT_NAME.format(step=state.step):
-        return state, f"its {STATE_FILE} is of step {state.step}"
-    return state, describe_missing(missing_files(folder, state))
+        return state, f"its {file.name} is of step {state.step}"
+    return state, describe_missing(missing_files(folder, state), file.name)
 
 
-def describe_missing(names: Sequence[str]) -> str:
-    """For files that are missing or have another size; '' for none."""
-    return f"{list_some(names, SHOWN)} missing or not of the size that {STATE_FILE} says" if names else ""
+def describe_missing(names: Sequence[str], file: str = STATE_FILE) -> str:
+    """For files that are missing or have another size than `file` says; '' for none."""
+    return f"{list_some(names, SHOWN)} missing or not of the size that {file} says" if names else ""
 
 
 def missing_files(folder: Path, state: CheckpointState) -> tuple[str, ...]:

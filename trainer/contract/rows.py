@@ -86,8 +86,19 @@ class DataSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowUse:
+    """`step`: the first one that trains on the row. With `earliest`, it may be up to 15 steps later."""
+
+    file: str
+    row: int
+    step: int
+    earliest: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """`sha256`: over the annotation files and every image they name, in order. `problem_count`: all problems; `problems`: the first ones."""
+    """`sha256`: over the annotation files and every image they name, in order. `problem_count`: all problems; `problems`: the first ones. `uses`:
+    the first step that trains on a row with a problem."""
 
     schema: int
     sha256: str
@@ -98,6 +109,7 @@ class DataReport:
     problem_count: int = 0
     summary: DataSummary = DataSummary()
     learning: LearningFacts = LearningFacts()
+    uses: tuple[RowUse, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

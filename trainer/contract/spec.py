@@ -153,7 +153,8 @@ class ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
-    """`trainable`: groups whose parameters get gradients. `checkpoint`: weights to start from, or ''. `reset`: groups that are drawn again
+    """`trainable`: groups whose parameters get gradients. `checkpoint`: weights to start from, or ''. `base`: the folder of the model that an
+    adapter in `checkpoint` was trained on, '' = the one that it names. `reset`: groups that are drawn again
     from the run's seed. `needs`: groups that must be trained already (`projector`: by some earlier run). Of the options of the kinds
     that do not train, only those of `kind` are set. `label_smoothing`: as of torch's cross_entropy; `neftune_alpha`: noise on the embeddings
     of training (Jain et al., NEFTune, arXiv 2310.05914), 0 = none."""
@@ -172,6 +173,7 @@ class StageSpec:
     serving: Serving | None = None
     label_smoothing: float = 0.0
     neftune_alpha: float = 0.0
+    base: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +264,13 @@ class TrainSpec:
     expects: Expectation | None = None  # of a rerun, or of a run that is resumed
     accepted_changes: tuple[AcceptedChange, ...] = ()  # what differs from the checkpoints of this run because the user accepted it
     early_stop: EarlyStop = field(default_factory=EarlyStop)
+    earlier_steps: tuple[int, ...] = ()  # the last steps of earlier attempts that were given fewer: windows of samples end there too
+
+    @property
+    def window_ends(self) -> tuple[int, ...]:
+        """The steps after which windows of samples end, beside those at regular distances. A run that was given fewer steps keeps the windows that
+        it has begun."""
+        return self.earlier_steps if self.steps <= max(self.earlier_steps, default=0) else (*self.earlier_steps, self.steps)
 
     @property
     def zero(self) -> dict[str, Any]:

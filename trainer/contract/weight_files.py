@@ -17,6 +17,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 ADDED_TOKENS = "added_for_training"  # its key: the tokens of model.add_tokens
 WEIGHTS = "model.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_PICKLED = "adapter_model.bin"  # of peft before 0.7, and of save_safetensors=False
 INDEX = "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"  # published models only; torch loads no code from them
 MANIFEST_FILE = "omnilaunch.manifest"  # of a folder that was fetched from a hub: JSON, but no *.json, which are inputs of a run
@@ -53,6 +54,8 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     """The files that hold the weights: one, or those that the index names. Safetensors is preferred, as in transformers."""
     if (folder / ADAPTER_WEIGHTS).is_file() and not (folder / INDEX).is_file():
         return (folder / ADAPTER_WEIGHTS,)
+    if (folder / ADAPTER_PICKLED).is_file() and not any((folder / name).is_file() for name in (WEIGHTS, INDEX, PICKLED, PICKLED_INDEX)):
+        return (folder / ADAPTER_PICKLED,)
     for whole, index in ((WEIGHTS, INDEX), (PICKLED, PICKLED_INDEX)):
         if (folder / index).is_file():
             shards = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()

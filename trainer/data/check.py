@@ -1,23 +1,21 @@
 """The data check before a run: read all rows, decode all images, count all tokens. Imports torch only if lengths are measured."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from trainer.contract import DATA_PROBLEMS_FILE, SCHEMA, DataProblem, DataReport, DataSpec, InputRefused, StageSpec, TrainSpec
 from trainer.data.digits import QUESTIONS, write_digits
-from trainer.data.learning_facts import collect_facts
-from trainer.data.length import Lengths, measure
-from trainer.data.media.image import Examined, hash_file
-from trainer.data.rows.sample import Sample, read_samples
-from trainer.data.sample_check import examine_images, find_moved_boxes, find_problems
+from trainer.data.examination import DataExamination, SourceTally
+from trainer.data.kept_check import find_check, keep_check, key_of_check
+from trainer.data.media.image import hash_file
 from trainer.data.summary import summarise
 
 KEPT_PROBLEMS = 50
-
-Read = tuple[tuple[Sample, ...], tuple[DataProblem, ...]]
+REUSED = "data: files and rules are unchanged since an earlier check, whose result is used"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,37 +48,48 @@ BUILTIN = {
 }
 
 
-def examine_data(spec: TrainSpec) -> tuple[DataReport, tuple[DataProblem, ...], dict[Path, str]]:
-    """Write the built-in set if the spec names one, read both annotation files, decode and hash every image, count the tokens of every text.
+def examine_data(spec: TrainSpec, say: Callable[[str], None] = print) -> tuple[DataReport, tuple[DataProblem, ...], dict[Path, str]]:
+    """Write the built-in set if the spec names one, read both annotation files, decode and hash every image, count the tokens of every text; or
+    return the result of an earlier check, if the files and the rules are unchanged since (trainer.data.kept_check).
 
-    Returns the report (with the first KEPT_PROBLEMS problems), all problems, and the hash of every file. Raises InputRefused for a spec
-    without data.
+    Returns the report (with the first KEPT_PROBLEMS problems), all problems, and the hash of every file. `say` gets lines about the progress of a
+    long check. Raises InputRefused for a spec without data.
     """
     prepare(spec.data)
     paths = resolve(spec.data)
     files = needed(spec, paths)
-    read = {file: read_samples(file, paths.images_of(file)) for file in files}
-    samples = distinct(read)
-    images = examine_images(image for sample in samples for image in sample.images)
-    row_problems = (problem for _, problems in read.values() for problem in problems)
-    wrong = tuple(find_problems(samples, images, spec.model.template, spec.model.image_token))
-    lengths = measure_whole(samples, wrong, images, spec)
-    train, held_out = (read[file][0] if file in read else () for file in (paths.train, paths.evaluation))
-    moved = find_moved_boxes(train, spec.data.augmentation)
-    problems = in_order((*row_problems, *wrong, *lengths.problems, *moved)) or tuple(find_count_problems(spec, len(train)))
-    hashes = hash_annotations(read) | {path: image.sha256 for path, image in images.items()}
+    began_ns = time.time_ns()
+    key = key_of_check(spec, {file: paths.images_of(file) for file in files})
+    kept = find_check(spec.data, key)
+    if kept is None:
+        report, problems, hashes = examine_files(spec, paths, files, say)
+        if not problems and (report.summary.rows == 0 or not report.summary.unmeasured or spec.data.builtin):
+            keep_check(spec.data, key, report, hashes, began_ns=began_ns)
+    else:
+        say(REUSED)
+        report, problems, hashes = kept.report, (), dict(kept.hashes)
+    problems = problems or tuple(find_count_problems(spec, report.train_rows))
+    return replace(report, problems=bound(problems), problem_count=len(problems)), problems, hashes
+
+
+def examine_files(
+    spec: TrainSpec, paths: DataPaths, files: tuple[Path, ...], say: Callable[[str], None]
+) -> tuple[DataReport, tuple[DataProblem, ...], dict[Path, str]]:
+    """As `examine_data`, without the problems of the number of rows."""
+    train, held_out = (file if file in files else None for file in (paths.train, paths.evaluation))
+    examined = DataExamination(spec, say)
+    examined.read(train, held_out, paths.images_of)
+    hashes = hash_annotations(examined.tallies) | {path: image.sha256 for path, image in examined.images.items()}
     report = DataReport(
         schema=SCHEMA,
-        sha256=hash_data(read, hashes),
-        train_rows=len(train),
-        evaluation_rows=len(held_out),
-        images=len(images),
-        problems=bound(problems),
-        problem_count=len(problems),
-        summary=summarise(samples, images, lengths),
-        learning=collect_facts(train, held_out, images),
+        sha256=hash_data(examined.tallies, hashes),
+        train_rows=examined.count(train) if train else 0,
+        evaluation_rows=examined.count(held_out) if held_out else 0,
+        images=len(examined.images),
+        summary=summarise(examined.samples, examined.images.values(), examined.lengths.lengths()),
+        learning=examined.facts.facts(),
     )
-    return report, problems, hashes
+    return report, in_order(examined.problems), hashes
 
 
 def prepare(data: DataSpec) -> None:
@@ -154,24 +163,6 @@ def find_count_problems(spec: TrainSpec, rows: int) -> Iterator[DataProblem]:
 # ------------------------------------------------------------------------------------------------------------------- report
 
 
-def distinct(read: dict[Path, Read]) -> tuple[Sample, ...]:
-    """Every sample once, even if its rows are repeated."""
-    return tuple({(sample.file, sample.row, sample.part): sample for samples, _ in read.values() for sample in samples}.values())
-
-
-def measure_whole(samples: tuple[Sample, ...], wrong: tuple[DataProblem, ...], images: dict[Path, Examined], spec: TrainSpec) -> Lengths:
-    """Lengths of the samples without problems."""
-    if spec.data.builtin:
-        return Lengths(unmeasured="the rows of a built-in set are a few words long")
-    bad = {(problem.file, problem.row) for problem in wrong}
-    whole = [sample for sample in samples if (sample.file, sample.row) not in bad]
-    return (
-        measure(whole, {path: image.size for path, image in images.items()}, spec)
-        if whole
-        else Lengths(unmeasured="every row has a problem")
-    )
-
-
 def in_order(problems: Iterable[DataProblem]) -> tuple[DataProblem, ...]:
     """Grouped by file, in the order in which the files first appear; by row within a file."""
     listed = list(problems)
@@ -188,19 +179,23 @@ def bound(problems: tuple[DataProblem, ...]) -> tuple[DataProblem, ...]:
     return (*kept, DataProblem(file=others[0].file, row=0, field="", problem=f"{len(others)} more problems", fix=fix))
 
 
-def hash_annotations(read: dict[Path, Read]) -> dict[Path, str]:
-    """The hash of each annotation file, and of the files that a meta file lists; '' for a missing file."""
-    parts = {part for file, (samples, _) in read.items() for part in (file, *(Path(sample.file) for sample in samples))}
-    return {part: hash_file(part) if part.is_file() else "" for part in parts}
+def hash_annotations(tallies: Mapping[Path, Sequence[SourceTally]]) -> dict[Path, str]:
+    """The hash of each annotation file, and of the files with samples that a meta file lists; '' for a missing file."""
+    return {part: hash_file(part) if part.is_file() else "" for file, found in tallies.items() for part in parts_of(file, found)}
 
 
-def hash_data(read: dict[Path, Read], hashes: dict[Path, str]) -> str:
+def hash_data(tallies: Mapping[Path, Sequence[SourceTally]], hashes: Mapping[Path, str]) -> str:
     """SHA-256 over the hashes of each annotation file and of the images of its rows, in order. Independent of the paths."""
     digest = hashlib.sha256()
-    for file, (samples, _) in read.items():
-        for part in dict.fromkeys((file, *(Path(sample.file) for sample in samples))):
+    for file, found in tallies.items():
+        for part in parts_of(file, found):
             digest.update(hashes[part].encode())
-        for sample in samples:
-            for path in sample.images:
-                digest.update(hashes[path].encode())
+        for tally in found:
+            for _ in range(tally.times):
+                for picture in tally.pictures:
+                    digest.update(picture.encode())
     return digest.hexdigest()
+
+
+def parts_of(file: Path, tallies: Sequence[SourceTally]) -> tuple[Path, ...]:
+    return tuple(dict.fromkeys((file, *(tally.file for tally in tallies if tally.samples))))

@@ -5,15 +5,13 @@ UCI ML hand-written digits (Alpaydin and Kaynak, 1998), 8x8 pixels with 17 grey 
 `permute(1797, "digits")` fixes the split, independent of the seed of a run.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 
 from trainer.contract import write_text
 from trainer.data.batch.order import permute
+from trainer.data.kept_folder import locked
 
 ROWS = 1797
 TRAIN_ROWS = 1500
@@ -129,11 +128,3 @@ def png(image: NDArray[np.uint8]) -> bytes:
 
 def chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock. The kernel releases it when the process ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

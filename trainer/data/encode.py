@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from trainer.contract import DataProblem, InputRefused, Template
 from trainer.data.rows.sample import Sample
-from trainer.data.segment import Segment, cut
+from trainer.data.segment import cut
+from trainer.data.segment_ids import token_ids, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,30 +78,6 @@ def encode_prompt(
     ids = [*opening(tokenizer), *chain.from_iterable(pieces)]
     check_length(sample, len(ids), sum(map(len, spans)), max_length)
     return Prompt(input_ids=ids, reference=sample.messages[-1].content)
-
-
-def tokenise(tokenizer: "PreTrainedTokenizerBase", segments: Sequence[Segment]) -> list[list[int]]:
-    """The ids of each segment.
-
-    The whole text is tokenized at once, as a server does with a conversation: a SentencePiece tokenizer would add a word start to a segment
-    that is tokenized alone. Only where a token crosses the boundary of two segments, they are tokenized separately, because the ids of a
-    prompt must be the beginning of the ids in training.
-    """
-    text = ""
-    ids: list[int] = []
-    pieces: list[list[int]] = []
-    for segment in segments:
-        text += segment.text
-        whole = token_ids(tokenizer, text)
-        piece = whole[len(ids) :] if whole[: len(ids)] == ids else token_ids(tokenizer, segment.text)
-        pieces.append(piece)
-        ids = ids + piece
-    return pieces
-
-
-def token_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
 
 
 @lru_cache(maxsize=8)  # called for every sample; a tokenizer does not change during a run

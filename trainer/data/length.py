@@ -3,20 +3,23 @@
 torch is imported only together with the model's processor, because the import takes seconds that the rest of the check does not need.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.contract import DataProblem, InputRefused, Template, TrainSpec
-from trainer.data.encode import NO_TOKEN_IN_LOSS, expand, image_id, opening, token_ids, tokenise, too_long
+from trainer.contract.adapter_files import find_base
+from trainer.data.encode import NO_TOKEN_IN_LOSS, expand, image_id, opening, too_long
 from trainer.data.rows.sample import Sample
 from trainer.data.segment import Segment, cut
+from trainer.data.segment_ids import plain_backend, token_ids, tokenise
 
 if TYPE_CHECKING:
     from trainer.data.processor import Processor
 
-CHUNK = 1024  # samples whose texts and ids are in memory at a time
+CHUNK = 512  # samples whose texts and ids are in memory at a time
 SLACK = 8  # tokens that tokenizing a segment separately may add
 REPLACE = "use the tokenizer and processor that belong to the model"
 
@@ -34,18 +37,66 @@ class Lengths:
     unmeasured: str = ""
 
 
-def measure(samples: Sequence[Sample], sizes: Mapping[Path, tuple[int, int]], spec: TrainSpec) -> Lengths:
-    """Lengths, and samples that are too long. `sizes`: (width, height) of every image. `cut` must accept the samples."""
-    try:
-        processor = open_processor(spec)
-        image_id(processor.tokenizer, spec.model.image_token)
-    except InputRefused as error:
-        problem, _, fix = str(error).partition("\n")
-        return Lengths(problems=(DataProblem(file=source_of(spec), row=0, field="", problem=problem, fix=fix.strip() or REPLACE),))
-    except (ImportError, OSError, ValueError) as error:
-        first = str(error).strip().partition("\n")[0]
-        return Lengths(unmeasured=f"the processor of the model is not available on this machine ({first})")
-    return measure_with(processor, samples, sizes, spec.model.template, spec.model.image_token, max_length=spec.data.max_length)
+class LengthTally:
+    """Measures samples that are added a few at a time. `sizes`: (width, height) of every image. `cut` must accept the samples. Without a processor
+    there are no lengths, and `lengths` says why."""
+
+    def __init__(self, spec: TrainSpec, processor: "Processor | None" = None, *, unmeasured: str = "") -> None:
+        self.spec, self.processor, self.unmeasured = spec, processor, unmeasured
+        self.counter: Counter | None = None
+        self.tokens, self.image_tokens, self.trained = array("I"), array("I"), 0
+        self.problems: list[DataProblem] = []
+
+    def add(self, samples: Sequence[Sample], sizes: Callable[[Path], tuple[int, int]]) -> None:
+        if not samples or not self._begin(samples[0].file):
+            return
+        assert self.counter is not None and self.processor is not None
+        for start in range(0, len(samples), CHUNK):
+            self._measure(self.counter, self.processor, samples[start : start + CHUNK], sizes)
+
+    def lengths(self) -> Lengths:
+        """`unmeasured` without any sample: every row has a problem."""
+        begun = self.counter is not None or self.problems
+        reason = self.unmeasured or ("" if begun else "every row has a problem")
+        return Lengths(
+            tokens=self.tokens, image_tokens=self.image_tokens, trained=self.trained, problems=tuple(self.problems), unmeasured=reason
+        )
+
+    def _begin(self, file: str) -> bool:
+        """Open the processor with the first samples. Whether there is one."""
+        if self.counter is None and not self.problems and not self.unmeasured:
+            model = self.spec.model
+            try:
+                self.processor = self.processor or open_processor(self.spec)
+                image_id(self.processor.tokenizer, model.image_token)
+            except InputRefused as error:
+                problem, _, fix = str(error).partition("\n")
+                at = self.spec.stage.checkpoint or source_of(self.spec)
+                self.problems.append(DataProblem(file=at, row=0, field="", problem=problem, fix=fix.strip() or REPLACE))
+            except (ImportError, OSError, ValueError) as error:
+                first = str(error).strip().partition("\n")[0]
+                self.unmeasured = f"the processor of the model is not available on this machine ({first})"
+            else:
+                tokenizer, limit = self.processor.tokenizer, self.spec.data.max_length
+                self.counter = Counter(tokenizer=tokenizer, template=model.template, image_token=model.image_token, max_length=limit)
+                self.problems += find_mark_problems(self.counter, file)
+        return self.counter is not None
+
+    def _measure(
+        self, counter: "Counter", processor: "Processor", samples: Sequence[Sample], sizes: Callable[[Path], tuple[int, int]]
+    ) -> None:
+        cuts, counts, trained = counter.count(samples)
+        self.trained += trained
+        exact = counter.always_exact()
+        for sample, segments, count in zip(samples, cuts, counts, strict=True):
+            spans = [processor.span(sizes(path), index) for index, path in enumerate(sample.images)]
+            images = sum(map(len, spans))
+            length = count + images - len(spans)
+            if exact or length + SLACK * len(segments) > counter.max_length:
+                length, found = counter.count_exactly(sample, segments, spans)
+                self.problems += found
+            self.tokens.append(length)
+            self.image_tokens.append(images)
 
 
 def open_processor(spec: TrainSpec) -> "Processor":
@@ -70,39 +121,12 @@ def open_processor(spec: TrainSpec) -> "Processor":
 
 
 def source_of(spec: TrainSpec) -> str:
-    """The folder of the model, or its id on the hub; '' for a random start."""
+    """The folder of the model, or its id on the hub; '' for a random start. An adapter has the tokenizer and image processor of its base, as
+    trainer.train.model.load_or_create."""
     source = spec.model.source
-    return spec.stage.checkpoint or {"path": source.path, "hub": source.id}.get(source.kind, "")
-
-
-def measure_with(
-    processor: "Processor",
-    samples: Sequence[Sample],
-    sizes: Mapping[Path, tuple[int, int]],
-    template: Template,
-    image_token: str,
-    *,
-    max_length: int,
-) -> Lengths:
-    counter = Counter(tokenizer=processor.tokenizer, template=template, image_token=image_token, max_length=max_length)
-    problems = list(find_mark_problems(counter, samples))
-    tokens: list[int] = []
-    image_tokens: list[int] = []
-    exact, trained = counter.always_exact(), 0
-    for start in range(0, len(samples), CHUNK):
-        chunk = samples[start : start + CHUNK]
-        cuts, counts = counter.count(chunk)
-        trained += sum(count_texts(processor.tokenizer, [segment.text for segments in cuts for segment in segments if segment.in_loss]))
-        for sample, segments, count in zip(chunk, cuts, counts, strict=True):
-            spans = [processor.span(sizes[path], index) for index, path in enumerate(sample.images)]
-            images = sum(map(len, spans))
-            length = count + images - len(spans)
-            if exact or length + SLACK * len(segments) > max_length:
-                length, found = counter.count_exactly(sample, segments, spans)
-                problems += found
-            tokens.append(length)
-            image_tokens.append(images)
-    return Lengths(tokens=tuple(tokens), image_tokens=tuple(image_tokens), trained=trained, problems=tuple(problems))
+    if spec.stage.checkpoint:
+        return find_base(Path(spec.stage.checkpoint), spec) or spec.stage.checkpoint
+    return {"path": source.path, "hub": source.id}.get(source.kind, "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +138,15 @@ class Counter:
     image_token: str
     max_length: int
 
-    def count(self, samples: Sequence[Sample]) -> tuple[list[tuple[Segment, ...]], list[int]]:
-        """The segments of each sample, and the number of tokens of its whole text, in which an image is one token."""
+    def count(self, samples: Sequence[Sample]) -> tuple[list[tuple[Segment, ...]], list[int], int]:
+        """The segments of each sample, the number of tokens of its whole text, in which an image is one token, and the trained tokens of all."""
         cuts = [cut(sample, self.template, self.image_token) for sample in samples]
         texts = ["".join(segment.text for segment in segments) for segments in cuts]
         first = len(opening(self.tokenizer))
-        return cuts, [first + count for count in count_texts(self.tokenizer, texts)]
+        answers = [segment.text for segments in cuts for segment in segments if segment.in_loss]
+        distinct = list(dict.fromkeys(answers))  # often a few words that occur many times
+        trained = dict(zip(distinct, count_texts(self.tokenizer, distinct), strict=True))
+        return cuts, [first + count for count in count_texts(self.tokenizer, texts)], sum(trained[answer] for answer in answers)
 
     def count_exactly(self, sample: Sample, segments: tuple[Segment, ...], spans: Sequence[Sequence[int]]) -> tuple[int, list[DataProblem]]:
         """The exact length, as of `trainer.data.encode.encode`, and the problems that it would refuse."""
@@ -148,18 +175,16 @@ class Counter:
 
 def count_texts(tokenizer: Any, texts: list[str]) -> list[int]:
     """Tokens of each text; in parallel on all cores with a fast tokenizer (tokenizers library)."""
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    if fast is None:
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
         return [len(token_ids(tokenizer, text)) for text in texts]
-    fast.no_padding(), fast.no_truncation()
-    return [len(encoding.ids) for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)]
+    return [len(encoding) for encoding in plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def find_mark_problems(counter: Counter, samples: Sequence[Sample]) -> Iterator[DataProblem]:
+def find_mark_problems(counter: Counter, file: str) -> Iterator[DataProblem]:
     """An end mark that is not a single token: the model would learn pieces of it, and a server would not recognize the end of an answer."""
     mark, tokenizer = counter.template.end_mark.strip(), counter.tokenizer
     ids = token_ids(tokenizer, mark) if mark else []
-    if samples and (len(ids) > 1 or (mark and tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids)):
+    if len(ids) > 1 or (mark and tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids):
         problem = f"the end mark {mark!r} of the model's template is {len(ids)} tokens of the tokenizer, not a single special token"
         fix = "use the tokenizer that belongs to the model, or set model.template.end_mark to the token that ends its answers"
-        yield DataProblem(file=samples[0].file, row=0, field="", problem=problem, fix=fix)
+        yield DataProblem(file=file, row=0, field="", problem=problem, fix=fix)

@@ -1,7 +1,7 @@
 """inputs.json: the files that a run reads, with their hashes. A rerun is refused when its inputs differ from those of the record.
 
 The hashes of weights are cached by size and times of the file (`HASHES_FILE`, beside the built-in data), because hashing 65 GB takes
-minutes on one core. Images are decoded and hashed in every check, without a cache.
+minutes on one core. Images are hashed by the data check (trainer.data.kept_check).
 """
 
 import json
@@ -10,13 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from trainer.contract import SCHEMA, Expectation, InputRefused, Inputs, TrainSpec, write_text
+from trainer.contract.adapter_files import find_base
+from trainer.contract.checkpoint_files import STATE_FILES
 from trainer.contract.listing import describe_changes
 from trainer.data.check import DataPaths
 from trainer.data.media.image import hash_file
 
 HASHES_FILE = "hashes.json"
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
-STATE_FILE = "trainer_state.json"  # belongs to the run that saved the weights, not to the weights
 
 
 def list_inputs(spec: TrainSpec, paths: DataPaths, files: Mapping[Path, str]) -> Inputs:
@@ -43,7 +44,7 @@ def hash_weights_of(spec: TrainSpec) -> dict[str, str]:
         for what, folder in folders.items()
         for pattern in WEIGHT_FILES
         for path in sorted(folder.glob(pattern))
-        if path.is_file() and path.name != STATE_FILE
+        if path.is_file() and path.name not in STATE_FILES  # they belong to the run that saved the weights
     }
     if known != before:
         write_hashes(known, Path(spec.data.root) / HASHES_FILE)
@@ -56,17 +57,17 @@ def weight_folders(spec: TrainSpec) -> Iterable[tuple[str, Path]]:
     for what, text in named.items():
         if text and Path(text).is_dir():
             yield what, Path(text)
-            if base := read_base(Path(text)):
+            if base := read_base(Path(text), spec):
                 yield "base", base
 
 
-def read_base(folder: Path) -> Path | None:
+def read_base(folder: Path, spec: TrainSpec) -> Path | None:
     """The folder of the base model of an adapter; None for other weights. An invalid adapter is reported by the ranks when they load it."""
     try:
-        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
+        base = find_base(folder, spec)
+    except InputRefused:
         return None
-    return Path(named) if isinstance(named, str) and Path(named).is_dir() else None
+    return Path(base) if base and Path(base).is_dir() else None
 
 
 # -------------------------------------------------------------------------------------------------------------- known hashes

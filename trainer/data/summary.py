@@ -1,38 +1,60 @@
 """Statistics of a data set: rows, images and lengths."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
 
 from trainer.contract import DataSummary
 from trainer.data.length import Lengths
 from trainer.data.media.image import Examined
-from trainer.data.rows.sample import Sample
 
 
-def summarise(samples: Sequence[Sample], images: Mapping[Path, Examined], lengths: Lengths) -> DataSummary:
+class SampleTally:
+    """Counts samples that are added one at a time."""
+
+    def __init__(self) -> None:
+        self.rows = self.rows_with_images = 0
+        self.adjustments: Counter[str] = Counter()
+
+    def add(self, *, images: bool, adjustments: Sequence[str]) -> None:
+        self.rows += 1
+        self.rows_with_images += images
+        self.adjustments.update(adjustments)
+
+
+def summarise(samples: SampleTally, images: Collection[Examined], lengths: Lengths) -> DataSummary:
     """`lengths`: of the samples that could be measured."""
-    sizes = sorted((image.size for image in images.values() if not image.problem), key=lambda size: size[0] * size[1])
-    conversions = Counter(word for image in images.values() for word in image.conversions)
-    adjustments = Counter(word for sample in samples for word in sample.adjustments)
-    ordered = sorted(lengths.tokens)
+    sizes = sorted((image.size for image in images if not image.problem), key=lambda size: size[0] * size[1])
+    conversions = Counter(word for image in images for word in image.conversions)
+    ordered = np.sort(np.asarray(lengths.tokens, dtype=np.int64))
     return DataSummary(
-        rows=len(samples),
-        rows_with_images=sum(bool(sample.images) for sample in samples),
+        rows=samples.rows,
+        rows_with_images=samples.rows_with_images,
         smallest=sizes[0] if sizes else (),
         largest=sizes[-1] if sizes else (),
         conversions=dict(sorted(conversions.items())),
         length_p50=percentile(ordered, 50),
         length_p95=percentile(ordered, 95),
-        length_max=ordered[-1] if ordered else 0,
-        tokens=sum(ordered),
+        length_max=int(ordered[-1]) if len(ordered) else 0,
+        tokens=int(ordered.sum()),
         image_tokens=sum(lengths.image_tokens),
         unmeasured=lengths.unmeasured,
-        adjustments=dict(sorted(adjustments.items())),
+        adjustments=dict(sorted(samples.adjustments.items())),
         trained_tokens=lengths.trained,
     )
 
 
-def percentile(ordered: Sequence[int], percent: int) -> int:
+def percentile(ordered: Sequence[int] | np.ndarray, percent: int) -> int:
     """The smallest value that `percent` percent of the values do not exceed (nearest rank); 0 for an empty sequence."""
-    return ordered[-(-len(ordered) * percent // 100) - 1] if ordered else 0
+    return int(ordered[-(-len(ordered) * percent // 100) - 1]) if len(ordered) else 0
+
+
+def counted_percentile(counts: Mapping[int, int], percent: int) -> int:
+    """The same of values that are given with their counts."""
+    rank = -(-sum(counts.values()) * percent // 100)
+    for value in sorted(counts):
+        rank -= counts[value]
+        if rank <= 0:
+            return value
+    return 0

@@ -14,7 +14,7 @@ from trainer.checkpoint.checkpoint import MARGIN_BYTES, checkpoints_folder
 from trainer.checkpoint.pending import PendingCheckpoint, begin_folder, complete
 from trainer.checkpoint.retention import PARTIAL, remove
 from trainer.contract import SCHEMA, InputRefused, RunFailed, TrainResult, TrainSpec, WeightsLineage
-from trainer.contract.checkpoint_files import CHECKPOINT_NAME, STATE_FILE, CheckpointState, fixed_settings, whole_state
+from trainer.contract.checkpoint_files import CHECKPOINT_NAME, STATE_FILES, CheckpointState, fixed_settings, whole_state
 from trainer.contract.weight_files import INDEX, PICKLED_INDEX
 from trainer.models import find_family
 from trainer.stages.chain import groups_trained
@@ -22,7 +22,7 @@ from trainer.tensor.stream import TensorToWrite, open_tensors, write_shards
 
 # Files of a checkpoint beside its weights: configs, tokenizer, processor, templates, and code that a published config names.
 COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
-NOT_COPIED = (STATE_FILE, INDEX, PICKLED_INDEX, "adapter_config.json")
+NOT_COPIED = (*STATE_FILES, INDEX, PICKLED_INDEX, "adapter_config.json")
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 

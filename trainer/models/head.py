@@ -13,7 +13,20 @@ def choose_logits(model: torch.nn.Module) -> torch.nn.Module:
     """
     wanted: list[torch.Tensor] = []
 
+    def place() -> None:
+        """On the whole head, if peft has put an adapter around it since; a head that is trained whole is a copy, with the hook."""
+        head = model.get_output_embeddings()
+        if hasattr(head, "modules_to_save"):
+            return
+        inner = getattr(head, "base_layer", None)
+        for key, hook in tuple(inner._forward_pre_hooks.items()) if inner is not None else ():
+            if hook is choose:
+                del inner._forward_pre_hooks[key]
+        if choose not in head._forward_pre_hooks.values():
+            head.register_forward_pre_hook(choose)
+
     def take(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        place()
         wanted[:] = [kwargs["logits_to_keep"]] if "logits_to_keep" in kwargs else []
         return args, {key: value for key, value in kwargs.items() if key != "logits_to_keep"}
 
@@ -21,5 +34,5 @@ def choose_logits(model: torch.nn.Module) -> torch.nn.Module:
         return args[0][wanted[0]] if wanted else args[0]
 
     model.register_forward_pre_hook(take, with_kwargs=True)
-    model.get_output_embeddings().register_forward_pre_hook(choose)
+    place()
     return model

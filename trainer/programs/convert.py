@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from trainer.contract import Conversion, InputRefused, TrainResult, TrainSpec, write_text
+from trainer.data.batch.probe import make_probes
 from trainer.device.dtype import DTYPES
 from trainer.device.rank import Rank
 from trainer.export.derived_checkpoint import DerivedCheckpoint, write_derived_checkpoint
-from trainer.export.probe import compare, compute_logits, make_probes
+from trainer.export.probe import compare, compute_logits
 from trainer.models import find_family
 from trainer.observe.memory import MemoryPeaks
 from trainer.programs.inputs import open_weights

@@ -70,7 +70,7 @@ def read_held_out(spec: TrainSpec, paths: DataPaths) -> HeldOut:
 
 
 def spec_of_base(spec: TrainSpec) -> TrainSpec:
-    return replace(spec, stage=replace(spec.stage, checkpoint=spec.evaluation.base, needs=()))
+    return replace(spec, stage=replace(spec.stage, checkpoint=spec.evaluation.base, base="", needs=()))
 
 
 def answer_with_base(

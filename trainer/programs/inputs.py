@@ -4,10 +4,12 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from trainer.checkpoint.lineage import find_lineage
 from trainer.contract import DATA_PENDING_FILE, SPEC_FILE, InputRefused, RunFailed, TrainSpec, WeightsLineage, describe_groups
 from trainer.data.check import DataPaths, prepare, resolve
-from trainer.data.rows.sample import Sample, read_samples
+from trainer.data.kept_folder import kept_folder
+from trainer.data.rows.indexed_samples import INDEX_FOLDER, open_samples
+from trainer.data.rows.sample import Sample, Samples, read_samples
+from trainer.data.rows.source import hash_sources
 from trainer.device.log_prefix import report_phase
 from trainer.device.rank import Rank
 from trainer.export.derived_checkpoint import require_full_weights
@@ -16,7 +18,7 @@ from trainer.models import find_family
 from trainer.programs.device_map import dispatch_over_cards, measure_free_memory
 from trainer.programs.environment import write_environment
 from trainer.stages.group import apply_stage
-from trainer.train.model import CPU, BuiltModel, load_or_create, weights_folder
+from trainer.train.model import CPU, BuiltModel, load_or_create, trace_weights
 
 CHECKED_FIRST_ROWS = 50_000  # about a minute of checking on one core: 1.07 ms a row with an image (docs/benchmarks.md)
 SHOWN_CAUSES = 20
@@ -40,6 +42,22 @@ def load_samples(file: Path | None, paths: DataPaths) -> tuple[Sample, ...]:
     return samples
 
 
+def load_training_samples(spec: TrainSpec, paths: DataPaths) -> tuple[Samples, str]:
+    """The samples to train on, and the hash of their files. Rows of large files are read when they are used, and checked by the data check only.
+    Raises InputRefused."""
+    file, images = paths.train, paths.images_of(paths.train) if paths.train else Path()
+    if file is None:
+        return (), ""
+    try:
+        indexed = open_samples(file, images, kept_folder(spec.data, INDEX_FOLDER))
+    except OSError as error:
+        raise InputRefused(f"{file} cannot be read: {error}\n    set data.train to the path of a readable file") from error
+    if indexed is None:
+        return load_samples(file, paths), hash_sources(file, images)
+    print(f"{file.name}: {len(indexed):,} rows, read when they are used", flush=True)
+    return indexed, hash_sources(file, images, indexed.hash_of)
+
+
 def wait_for_data_check(folder: Path, rows: int) -> None:
     """Return when the data check that runs beside the ranks has passed, so that no step uses bad data. The launcher stops the ranks when it
     has not. A data set of more than CHECKED_FIRST_ROWS is not waited for. Raises RunFailed after CHECK_TIMEOUT_S.
@@ -58,7 +76,7 @@ def wait_for_data_check(folder: Path, rows: int) -> None:
 def open_weights(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], *, adapter: bool = False) -> tuple[WeightsLineage, Path]:
     """The lineage and folder of full weights for a stage that works on files; with `adapter` the folder of the adapter's base. Writes
     environment.json. Raises InputRefused."""
-    lineage = find_lineage(spec, weights_folder(spec))
+    lineage = trace_weights(spec)
     folder = require_full_weights(spec, lineage, adapter=adapter)
     write_environment(spec, rank, environ, lineage=lineage)
     return lineage, folder
@@ -68,8 +86,8 @@ def open_model(spec: TrainSpec, rank: Rank, environ: Mapping[str, str], *, sprea
     """The model of a stage that does not train, on this rank's device or `spread` over the rank's cards. Writes environment.json. Raises
     InputRefused."""
     family = find_family(spec.model.family)
-    lineage = find_lineage(spec, weights_folder(spec))
-    model, processor = load_or_create(spec, family, lineage, device=CPU if spread else rank.torch_device)
+    lineage = trace_weights(spec)
+    model, processor = load_or_create(spec, family, lineage, device=CPU if spread else rank.torch_device, probe=rank.number == 0)
     kernels = use_kernels(model, spec)
     staged = apply_stage(model, spec, family.unused(model))
     staged.model.eval()

@@ -4,21 +4,25 @@ the logits of base and adapter. It needs the memory of the largest layer, and no
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trainer.checkpoint.adapter import Adapter, merge_tensor, read_adapter
+from trainer.checkpoint.adapter import Adapter, changes_rows, merge_tensor, read_adapter
 from trainer.contract import InputRefused, Merging, RunFailed, TrainResult, TrainSpec, WeightsLineage, write_text
+from trainer.data.batch.probe import make_probes
 from trainer.device.rank import Rank
 from trainer.export.derived_checkpoint import DerivedCheckpoint, write_derived_checkpoint
-from trainer.export.probe import compare, compute_logits, make_probes, open_on_meta
+from trainer.export.probe import compare, compute_logits, open_on_meta
 from trainer.models import find_family
 from trainer.observe.memory import MemoryPeaks
 from trainer.programs.inputs import open_weights
+from trainer.stages.adapter import describe_idle, refuse_idle
+from trainer.stages.adapter_layout import read_layout
 from trainer.tensor.naming import name_in_memory
 from trainer.tensor.stream import TensorSource, TensorToWrite, copy_tensor, open_tensors
 from trainer.tensor.table import grow_sources
@@ -34,14 +38,19 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     own, meta_model = open_tensors(base), open_on_meta(base, spec)
     names = name_in_memory(meta_model, own)
     sources = grow_sources(own, names, meta_model)
-    adapter = read_adapter(folder, meta_model)
+    layout = read_layout(folder, meta_model)
+    refuse_idle(layout)
+    adapter = read_adapter(layout, meta_model)
     tensors = merge_tensors(sources, adapter, names, base)
     print(f"{len(adapter.changed)} of {len(tensors)} tensors change: {len(adapter.additions)} by the adapter, {len(adapter.whole)} whole")
 
     def finish(partial_folder: Path) -> dict[str, float]:
         memory.enter("evaluation")
         write_vocabulary(partial_folder, meta_model)
-        return check_logits(spec, rank, lineage, partial_folder, logit_bound(merging_of(spec), sources, adapter))
+        if adapter.untied:
+            untie_config(partial_folder)
+        bound, has_rows = logit_bound(merging_of(spec), sources, adapter), partial(changes_rows, sources, names, adapter)
+        return check_logits(spec, rank, lineage, partial_folder, bound, has_rows)
 
     derived = DerivedCheckpoint(tensors=tensors, folders=(base, folder), shard_bytes=merging_of(spec).shard_bytes, finish=finish)
     result = write_derived_checkpoint(derived, spec, lineage)
@@ -67,17 +76,32 @@ def merging_of(spec: TrainSpec) -> Merging:
 
 def merge_tensors(sources: Mapping[str, TensorSource], adapter: Adapter, memory: Mapping[str, str], base: Path) -> list[TensorToWrite]:
     """Raises InputRefused if the base's files hold a changed tensor in another form."""
-    lost = sorted(adapter.changed - set(memory.values()))
+    lost = sorted(adapter.changed - set(memory.values()) - set(adapter.untied))
     if lost:
         raise InputRefused(
             f"the adapter changes {', '.join(lost[:5])}, which the files of {base} hold in another form, so it cannot be merged file by file. "
             "Save the base with this version of transformers (stage=convert does), and merge into that."
         )
     changed = adapter.changed
-    return [
+    merged = [
         merge_tensor(name, memory[name], source, adapter) if memory.get(name) in changed else copy_tensor(name, source)
         for name, source in sources.items()
     ]
+    saved = {in_memory: source for name, in_memory in memory.items() if (source := sources[name])}
+    return merged + [
+        merge_tensor(name, name, saved[other], adapter) if name in changed else copy_tensor(name, saved[other])
+        for name, other in adapter.untied.items()
+        if name not in saved
+    ]
+
+
+def untie_config(folder: Path) -> None:
+    """In config.json of the merged weights, whose head has values of its own."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part["tie_word_embeddings"] = False
+    write_text(json.dumps(config, indent=2) + "\n", folder / "config.json")
 
 
 def logit_bound(merging: Merging, sources: Mapping[str, TensorSource], adapter: Adapter) -> float:
@@ -90,13 +114,21 @@ def logit_bound(merging: Merging, sources: Mapping[str, TensorSource], adapter: 
     return merging.tolerance + unit * math.sqrt(len(adapter.changed))
 
 
-def check_logits(spec: TrainSpec, rank: Rank, lineage: WeightsLineage, partial_folder: Path, bound: float) -> dict[str, float]:
-    """The figures of the result. Raises RunFailed above the bound."""
+def check_logits(
+    spec: TrainSpec, rank: Rank, lineage: WeightsLineage, partial_folder: Path, bound: float, has_rows: Callable[[], bool]
+) -> dict[str, float]:
+    """The figures of the result. `has_rows`: whether the adapter has rows of tokens, which the probes need not show. Raises RunFailed above the
+    bound, and InputRefused for an adapter that does nothing."""
     count = merging_of(spec).probes
     if not count:
         return {}
     batch = make_probes(spec, find_family(spec.model.family).load_processor(partial_folder, spec.model), count)
+    without = compute_logits(Path(lineage.base), spec, batch, rank.torch_device)
     apart = compute_logits(Path(lineage.base), spec, batch, rank.torch_device, adapter=Path(lineage.path))
+    if torch.equal(without, apart) and not has_rows():
+        raise InputRefused(
+            f"{describe_idle(Path(lineage.path))}: the logits of {count} probes are those of its base. Name another checkpoint."
+        )
     found = compare(apart, compute_logits(partial_folder, spec, batch, rank.torch_device), count)
     print(
         f"logits of base and adapter against merged, {found.probes} probes, {found.values:,} values: largest difference "

@@ -11,7 +11,6 @@ from trainer.checkpoint.pending import SavedCheckpoint, update_best_and_prune
 from trainer.checkpoint.resume import choose_resume_point, resume_engine
 from trainer.contract import RESULT_FILE, SAMPLES_FILE, SCHEMA, TrainResult, TrainSpec, write, write_text
 from trainer.contract.checkpoint_files import fixed_settings
-from trainer.data.rows.source import hash_sources
 from trainer.device.rank import Rank
 from trainer.distributed.engine import start_engine
 from trainer.distributed.zero3 import partition_model
@@ -19,7 +18,7 @@ from trainer.evaluation.evaluate import StopCheck, evaluate
 from trainer.observe.memory import MemoryPeaks
 from trainer.observe.tracker import open_trackers
 from trainer.programs.environment import write_environment
-from trainer.programs.inputs import load_samples, prepare_data, wait_for_data_check
+from trainer.programs.inputs import load_samples, load_training_samples, prepare_data, wait_for_data_check
 from trainer.train.loop import Progress, stop_on_signals
 from trainer.train.model import build_model
 from trainer.train.step_hooks import Job, make_evaluation_row, record_evaluation, samples_file
@@ -29,8 +28,9 @@ from trainer.train.steps import progress_of, run_steps, saved_checkpoint
 def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> TrainResult:
     memory = MemoryPeaks(rank.device)
     paths = prepare_data(spec)
-    samples = load_samples(paths.train, paths)
-    start = choose_resume_point(spec, hash_sources(paths.train, paths.images_of(paths.train)))
+    samples, sha256 = load_training_samples(spec, paths)
+    start = choose_resume_point(spec, sha256)
+    spec = replace(spec, earlier_steps=start.checkpoint.window_ends if start.checkpoint else ())
     built = build_model(spec, rank, start)
     if spec.partitioned:
         partition_model(built.staged.model, spec, rank.torch_device)

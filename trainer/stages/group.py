@@ -8,7 +8,8 @@ import torch
 
 from trainer.contract import InputRefused, TrainSpec
 from trainer.contract.listing import list_some
-from trainer.stages.lora import ADAPTER, add_lora, base_name
+from trainer.stages.adapter_layout import AdapterLayout, base_name
+from trainer.stages.lora import ADAPTER, add_lora
 from trainer.stages.rate import find_rates
 from trainer.stages.token_row import TOKEN_ROWS
 
@@ -35,11 +36,11 @@ class Staged:
     rates: Mapping[str, float] = field(default_factory=dict)
 
 
-def apply_stage(model: torch.nn.Module, spec: TrainSpec, unused: frozenset[str]) -> Staged:
+def apply_stage(model: torch.nn.Module, spec: TrainSpec, unused: frozenset[str], continued: AdapterLayout | None = None) -> Staged:
     """Mark what this stage trains, with `requires_grad` of the parameters: that of a module has no effect.
 
-    `unused`: Family.unused. Raises InputRefused if the groups do not divide the parameters into disjoint parts, and for a stage that trains
-    nothing.
+    `unused`: Family.unused. `continued`: the adapter that a LoRA stage continues with. Raises InputRefused if the groups do not divide the
+    parameters into disjoint parts, and for a stage that trains nothing.
     """
     names = assign_groups(spec.model.groups, [name for name, _ in model.named_parameters()])
     missing = sorted(set(spec.stage.trainable) - set(spec.model.groups))
@@ -48,7 +49,7 @@ def apply_stage(model: torch.nn.Module, spec: TrainSpec, unused: frozenset[str])
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     wanted = {name for name, group in names.items() if group in spec.stage.trainable}
     if spec.stage.lora is not None:
-        model = add_lora(model, spec.stage.lora, spec.model, wanted - unused)
+        model = add_lora(model, spec.stage.lora, spec.model, wanted - unused, continued)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_trained(name, wanted - unused, lora=spec.stage.lora is not None))
     groups = tuple(

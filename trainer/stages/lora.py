@@ -5,46 +5,73 @@ linear layers of `base_groups` are quantized first, and the adapters are trained
 """
 
 import re
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from trainer.contract import InputRefused, Lora, ModelSpec
+from trainer.stages.adapter import make_config
+from trainer.stages.adapter_layout import AdapterLayout
 from trainer.stages.module import drop_input_gradients, find_whole_modules
 from trainer.stages.nf4_linears import quantize_linears
 from trainer.stages.token_row import find_token_rows, train_rows
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 REGEX = "re:"  # prefix of a target that is a regex
-SHOWN_LINES = 2
 ADAPTER = ".lora_"  # part of the names of parameters that peft adds
-WRAPPER = re.compile(r"^base_model\.model\.|\.token_adapter(?=\.)|\.base_layer(?=\.)|\.(?:modules_to_save\.default|original_module)(?=\.)")
 
 
-def add_lora(model: torch.nn.Module, lora: Lora, spec: ModelSpec, whole: set[str]) -> torch.nn.Module:
-    """Wrap the model. `whole`: names of parameters that are also trained, whole; their modules are saved with the adapter.
+def add_lora(
+    model: torch.nn.Module, lora: Lora, spec: ModelSpec, whole: set[str], continued: AdapterLayout | None = None
+) -> torch.nn.Module:
+    """Wrap the model. `whole`: names of parameters that are also trained, whole; their modules are saved with the adapter. `continued`: the adapter
+    that the stage continues with, which decides what is wrapped.
 
     Raises InputRefused if a target matches no linear layer of the language model, or if a bare parameter should be trained whole.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    targets = find_targets(model, lora.targets, spec.groups["lm"])
+    targets = "" if continued and not covers(model, lora, spec, continued) else find_targets(model, lora.targets, spec.groups["lm"])
     if lora.base:
         quantize_linears(model, frozen_groups(lora, spec, whole))
     modules = find_modules(model, whole)
-    config = LoraConfig(
+    if targets:
+        config = config_of(lora, targets, modules)
+    else:
+        assert continued is not None
+        config = make_config(continued, model)
+        config.lora_dropout, config.modules_to_save = lora.dropout, list(modules) or None
+    config.trainable_token_indices = token_rows_of(model, modules, continued) or None
+    wrapped = get_peft_model(model, config)  # stores the folder or hub id of the model in the adapter's config
+    train_rows(wrapped)
+    drop_input_gradients(model)
+    return wrapped
+
+
+def token_rows_of(model: torch.nn.Module, whole: tuple[str, ...], continued: AdapterLayout | None) -> dict[str, list[int]]:
+    """Module -> the rows that are trained: of the tokens that the model adds, and those that the adapter has. A module in `whole` trains all of its
+    rows."""
+    rows = find_token_rows(model)
+    for name, of_adapter in continued.rows.items() if continued else ():
+        own = rows.setdefault(name.rpartition(".")[0], [])
+        own += [row for row in of_adapter.ids if row not in own]
+    return {name: ids for name, ids in rows.items() if not any(f"{name}.".startswith(f"{outer}.") for outer in whole)}
+
+
+def config_of(lora: Lora, targets: str, modules: tuple[str, ...]) -> "LoraConfig":
+    from peft import LoraConfig
+
+    return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
         use_rslora=lora.rank_stabilised,
         modules_to_save=list(modules) or None,
-        trainable_token_indices=find_token_rows(model) or None,
         task_type="CAUSAL_LM",
     )
-    wrapped = get_peft_model(model, config)  # stores the folder or hub id of the model in the adapter's config
-    train_rows(wrapped)
-    drop_input_gradients(model)
-    return wrapped
 
 
 def frozen_groups(lora: Lora, spec: ModelSpec, whole: set[str]) -> list[str]:
@@ -59,27 +86,17 @@ def frozen_groups(lora: Lora, spec: ModelSpec, whole: set[str]) -> list[str]:
     return list(regexes.values())
 
 
-def merge_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
-    """The model with the adapter of `folder` merged into its weights, without peft's wrappers; a model on the meta device gets the structure
-    that it has after that. Raises InputRefused for an adapter of another model."""
-    from peft import PeftConfig, PeftModel, get_peft_model
-
-    try:
-        if next(model.parameters()).is_meta:
-            return get_peft_model(model, PeftConfig.from_pretrained(str(folder))).merge_and_unload()
-        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-    except (RuntimeError, ValueError) as error:  # other shapes; no matching module
-        raise InputRefused(describe_mismatch(folder, error)) from error
-
-
-def describe_mismatch(folder: Path, error: Exception) -> str:
-    """The message for an adapter that does not fit; torch's error has one line per tensor."""
-    head, *lines = (line.strip() for line in str(error).splitlines() or [type(error).__name__])
-    more = f" ... and {len(lines) - SHOWN_LINES} more." if len(lines) > SHOWN_LINES else ""
-    return (
-        f"stage.checkpoint: the adapter {folder} does not fit its base: {' '.join((head, *lines[:SHOWN_LINES]))}{more} "
-        "Set base_model_name_or_path in its adapter_config.json to the model that it was trained on, or name another checkpoint."
+def covers(model: torch.nn.Module, lora: Lora, spec: ModelSpec, layout: AdapterLayout) -> bool:
+    """Whether the settings of the stage describe the adapter: plain LoRA of exactly their targets, of one rank and alpha, as our runs save it."""
+    plain = all(
+        (one.rank, one.alpha, set(one.tensors)) == (lora.r, lora.alpha, {"A", "B"}) and not one.table for one in layout.factors.values()
     )
+    try:
+        pattern = re.compile(find_targets(model, lora.targets, spec.groups["lm"]))
+    except InputRefused:
+        return False
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and pattern.fullmatch(name)}
+    return plain and linear == layout.factors.keys()
 
 
 def find_targets(model: torch.nn.Module, targets: tuple[str, ...], lm: str) -> str:
@@ -115,8 +132,3 @@ def find_modules(model: torch.nn.Module, whole: set[str]) -> tuple[str, ...]:
             "Remove their group from stage.trainable."
         )
     return found
-
-
-def base_name(name: str) -> str:
-    """A parameter's name before peft wrapped the model."""
-    return WRAPPER.sub("", name)

@@ -31,7 +31,7 @@ def find_token_rows(model: Any) -> dict[str, list[int]]:
 def train_rows(wrapped: torch.nn.Module) -> None:
     """Use `put_rows` in a model that peft has wrapped. Hooks before the head choose the positions whose logits are computed: they now act
     before the trained rows too."""
-    if not hasattr(wrapped.base_model.model, ADDED_IDS):  # type: ignore[union-attr]
+    if not wrapped.peft_config["default"].trainable_token_indices:  # type: ignore[index,union-attr]
         return
     from peft.utils.other import TrainableTokensWrapper
 

@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 
 from trainer.checkpoint.checkpoint import require_whole
 from trainer.checkpoint.lineage import continues_adapter, find_lineage
-from trainer.checkpoint.resume import ResumePoint, load_adapter, resume_adapter, resume_weights_folder
+from trainer.checkpoint.resume import ResumePoint, continue_adapter, resume_adapter, resume_weights_folder
 from trainer.contract import InputRefused, ModelSpec, TrainSpec, WeightsLineage
+from trainer.contract.adapter_files import find_base
 from trainer.device.dtype import loading_dtype
 from trainer.device.log_prefix import report_phase
 from trainer.device.rank import Rank
@@ -24,9 +25,11 @@ from trainer.models import find_family
 from trainer.models.attention import attend_by_sample
 from trainer.models.family import Family, Limit, Processor
 from trainer.models.weight import round_weights
+from trainer.stages.adapter import merge_adapter, refuse_idle
+from trainer.stages.adapter_layout import AdapterLayout, read_layout
+from trainer.stages.adapter_probe import refuse_idle_logits
 from trainer.stages.gradient_checkpointing import checkpoint_layers
 from trainer.stages.group import Staged, apply_stage
-from trainer.stages.lora import merge_adapter
 from trainer.stages.reset import reset_groups
 from trainer.tensor.fp32_exceptions import keep_float32
 
@@ -53,17 +56,19 @@ def build_model(spec: TrainSpec, rank: Rank, start: ResumePoint) -> BuiltModel:
     family = find_family(spec.model.family)
     on_meta = spec.partitioned and rank.number != SOURCE_RANK
     with refuse_on_all_ranks():
-        lineage = find_lineage(spec, weights_folder(spec))
-        weights = resume_weights_folder(spec, start)
-        model, processor = load_or_create(spec, family, lineage, weights=weights, device=rank.torch_device, on_meta=on_meta)
+        lineage = trace_weights(spec)
+        weights, first = resume_weights_folder(spec, start), start.checkpoint is None and rank.number == 0
+        model, processor = load_or_create(spec, family, lineage, weights=weights, device=rank.torch_device, on_meta=on_meta, probe=first)
+        continued = read_layout(Path(lineage.path), model) if continues_adapter(lineage, spec.stage.lora) else None
     report_phase(4)
     kernels = use_kernels(model, spec)
     with refuse_on_all_ranks():
         if spec.gradient_checkpointing:
             checkpoint_layers(model, spec)
-        staged = apply_stage(model, spec, family.unused(model))
-        if not on_meta and start.checkpoint is None and continues_adapter(lineage, spec.stage.lora):
-            load_adapter(staged.model, Path(lineage.path))
+        staged = apply_stage(model, spec, family.unused(model), continued)
+        if not on_meta and start.checkpoint is None and continued:
+            continue_adapter(staged.model, continued)
+            probe_adapter(staged.model, continued, spec, processor, first=first)
         if not on_meta:
             resume_adapter(staged.model, spec, start)
     return BuiltModel(staged=staged, processor=processor, lineage=lineage, kernels=kernels)
@@ -77,11 +82,13 @@ def load_or_create(
     weights: Path | None = None,
     device: torch.device = CPU,
     on_meta: bool = False,
+    probe: bool = False,
 ) -> tuple[torch.nn.Module, Processor]:
     """Model and processor: from the stage's checkpoint, else from the model's source; the weights from the folder `weights`, if it is given.
 
     An adapter is merged into its base, unless the stage continues with it. The model is on the CPU, except for a large random start, which is
-    on `device`. `on_meta`: the same modules on the meta device, without values, which trainer.distributed.zero3 then brings."""
+    on `device`. `on_meta`: the same modules on the meta device, without values, which trainer.distributed.zero3 then brings. `probe`: whether the
+    logits with and without an adapter that is merged are compared; once for a run is enough."""
     attend_by_sample()
     dtype = loading_dtype(spec.precision)
     folder = Path(lineage.base or lineage.path) if lineage.path else None
@@ -98,7 +105,8 @@ def load_or_create(
     if not on_meta:
         keep_float32(model, folder, spec, dtype)
     if lineage.base and not continues_adapter(lineage, spec.stage.lora):
-        model = merge_adapter(model, Path(lineage.path))
+        compare = partial(refuse_idle_logits, spec=spec, processor=processor) if probe else None
+        model = merge_adapter(model, Path(lineage.path), compare)
     if not on_meta:
         reset_groups(model, spec)
     return model, processor
@@ -154,6 +162,21 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def trace_weights(spec: TrainSpec) -> WeightsLineage:
+    """The lineage of what the stage starts from, which is on this node when it returns. Raises InputRefused."""
+    folder = weights_folder(spec)
+    base = find_base(folder, spec) if folder and spec.stage.checkpoint else ""
+    downloaded = download(spec) if base and base == spec.model.source.id and not Path(base).is_dir() else None
+    return find_lineage(spec, folder, downloaded)
+
+
+def probe_adapter(model: torch.nn.Module, layout: AdapterLayout, spec: TrainSpec, processor: Processor, *, first: bool) -> None:
+    """Raises InputRefused if the adapter that a LoRA stage continues with did nothing. `model`: wrapped, with the adapter's values."""
+    refuse_idle(layout)
+    if first and spec.stage.lora and not spec.stage.lora.base:  # the kernels of 4-bit weights need the device, where the model is not yet
+        refuse_idle_logits(model, model.disable_adapter, layout, spec=spec, processor=processor)  # type: ignore[operator]
+
+
 def weights_folder(spec: TrainSpec) -> Path | None:
     """The folder to load from, complete; None for a random start. Raises InputRefused."""
     report_phase(3)  # a download takes most of it
@@ -165,11 +188,18 @@ def weights_folder(spec: TrainSpec) -> Path | None:
         require_whole(Path(source.path), "model.source.path")
         return Path(source.path)
     if source.kind == "hub":
-        from huggingface_hub import snapshot_download
-
-        def fetch(*patterns: str) -> Path:
-            return Path(snapshot_download(source.id, revision=source.revision or None, allow_patterns=list(patterns)))
-
-        folder = fetch(*HUB_FILES)
-        return folder if any(folder.glob("*.safetensors")) else fetch(*HUB_FILES, *PICKLES)
+        return download(spec)
     return None
+
+
+def download(spec: TrainSpec) -> Path:
+    """The folder of model.source.id, from the hub or its cache."""
+    from huggingface_hub import snapshot_download
+
+    source = spec.model.source
+
+    def fetch(*patterns: str) -> Path:
+        return Path(snapshot_download(source.id, revision=source.revision or None, allow_patterns=list(patterns)))
+
+    folder = fetch(*HUB_FILES)
+    return folder if any(folder.glob("*.safetensors")) else fetch(*HUB_FILES, *PICKLES)

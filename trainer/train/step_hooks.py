@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from trainer.checkpoint.resume import ResumePoint
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.contract import CHECKPOINTS, EVALUATIONS_FILE, SAMPLES_FOLDER, EvaluationRow, TrainSpec, WeightsLineage
 from trainer.contract.checkpoint_files import CHECKPOINT_NAME
-from trainer.data.rows.sample import Sample
+from trainer.data.rows.sample import Samples
 from trainer.device.device import Device
 from trainer.device.rng import keep_rng_state
 from trainer.distributed.engine import Engine
@@ -35,7 +35,7 @@ class Job:
     spec: TrainSpec
     engine: Engine
     processor: Processor
-    samples: Sequence[Sample]
+    samples: Samples
     device: Device
     memory: MemoryPeaks
     start: ResumePoint

@@ -13,6 +13,7 @@ from trainer.contract import StepRow
 from trainer.contract.checkpoint_files import CheckpointState
 from trainer.data.batch.assign_to_ranks import samples_of_step
 from trainer.data.batch.cache import Cache
+from trainer.data.batch.length_table import open_table
 from trainer.data.batch.load import batches, keep_lengths
 from trainer.observe.metric import open_metrics
 from trainer.train.loop import Progress, StopFlag, train
@@ -26,11 +27,12 @@ def run_steps(job: Job, stop: StopFlag) -> tuple[Progress, SavedCheckpoint]:
     """All remaining steps, or those until `stop` is set; then a checkpoint of the last one."""
     spec, engine, start = job.spec, job.engine, job.start
     background = choose_background(engine, spec)
+    lengths = open_table(spec, len(job.samples), engine.rank)
     writer = CheckpointWriter(engine, job.processor, spec, data_sha256=start.data_sha256, lineage=job.lineage, background=background)
     with (
         watch_steps(spec.hang_timeout_s, rank=engine.rank, stream=sys.stderr, end=lambda why: end_hung(spec, engine.rank, why)) as watchdog,
         open_metrics(Path(spec.output), writes=engine.rank == 0) as write_row,
-        closing(batches(job.samples, job.processor, spec, rank=engine.rank, first_step=start.step)) as source,
+        closing(batches(job.samples, job.processor, spec, rank=engine.rank, first_step=start.step, lengths=lengths)) as source,
         finish_writing(writer),
         closing(StepHooks(job, writer, watchdog, stop)) as hooks,
     ):

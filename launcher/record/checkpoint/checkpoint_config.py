@@ -5,9 +5,10 @@ What the user typed is kept. Where it contradicts the record, stage.recorded say
 """
 
 import json
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from launcher.config.compose import compose, compose_over, options
@@ -17,35 +18,67 @@ from launcher.config.schema import Config, Model
 from launcher.errors import ConfigRefused
 from launcher.plan.local_context import for_this_machine
 from launcher.plan.plan import RUNS_FOLDER, absolute
+from launcher.record.checkpoint.adapter_base import find_base
 from launcher.record.checkpoint.checkpoint_data import refuse_unknown_data, take_data
 from launcher.record.checkpoint.checkpoint_record import CheckpointRecord, read_checkpoint
-from launcher.record.checkpoint_reference import locate_checkpoint, resolve_base, use_checkpoint
+from launcher.record.checkpoint.foreign_weights import read_foreign
+from launcher.record.checkpoint.swift_settings import ARGS_FILE, read_swift, take_swift
+from launcher.record.checkpoint_reference import ADAPTER_CONFIG, FoundCheckpoint, locate_checkpoint, resolve_base, use_checkpoint
 from launcher.redact import printable
+from launcher.weights.identity import load_models
 from trainer.contract.checkpoint_files import flatten
 from trainer.contract.listing import keep_some
 
+NO_ENVIRON: Mapping[str, str] = MappingProxyType({})
 OF_ADAPTER = ("r", "alpha", "rank_stabilised", "targets")  # of an adapter that a LoRA stage continues: its files have them
 SHOWN = 4  # differences that are named
 
 
-def compose_from_checkpoint(overrides: Sequence[str], conf: Path | ConfFolder, here: Path) -> Config:
+def compose_from_checkpoint(
+    overrides: Sequence[str], conf: Path | ConfFolder, here: Path, environ: Mapping[str, str] = NO_ENVIRON
+) -> Config:
     """The config of `conf` with overrides, with folders in place of run ids, and with what the record of stage.checkpoint says. `here`: the
     folder that relative paths start in. Raises ConfigRefused."""
-    return start_from_checkpoint(for_this_machine(compose(overrides, conf), overrides), overrides, conf, here)
+    return start_from_checkpoint(for_this_machine(compose(overrides, conf), overrides), overrides, conf, here, environ)
 
 
-def start_from_checkpoint(config: Config, overrides: Sequence[str], conf: Path | ConfFolder, here: Path) -> Config:
-    """The same, of a config that was composed from `conf` with the overrides."""
+def start_from_checkpoint(
+    config: Config, overrides: Sequence[str], conf: Path | ConfFolder, here: Path, environ: Mapping[str, str] = NO_ENVIRON
+) -> Config:
+    """The same, of a config that was composed from `conf` with the overrides. `environ`: says where this machine keeps models."""
     runs = find_runs(config, here)
     text, found = locate_checkpoint(config, *runs)
     if found is None:
         return resolve_base(config, *runs)
-    record = read_checkpoint(found, text)
+    config, found, base = find_base(config, found, text, runs, environ)
+    record = read_checkpoint(found, text) or read_foreign_here(found, config, conf)
     if record is not None:
+        folder = config.stage.base  # the model of the record is composed again, from what was typed
         config = take_from_record(config, record, overrides, conf)
+        config = replace(config, stage=replace(config.stage, base=folder))
+        config = take_settings(config, found, keys_of(overrides), base)
     if not found.host and (record is None or record.data is None):
         refuse_unknown_data(config, text, overrides)
     return resolve_base(use_checkpoint(config, found, text), *runs)
+
+
+def read_foreign_here(found: FoundCheckpoint, config: Config, conf: Path | ConfFolder) -> CheckpointRecord | None:
+    """The record of weights that no run of ours wrote, if their files say more than the weights. `conf`: has the models to compare with."""
+    if found.host or not any((Path(found.path) / name).is_file() for name in (ADAPTER_CONFIG, ARGS_FILE)):
+        return None
+    return read_foreign(found, config, load_models(conf))
+
+
+def take_settings(config: Config, found: FoundCheckpoint, typed: Set[str], base: tuple[str, ...]) -> Config:
+    """What ms-swift wrote beside the weights, and the base of an adapter that was found: they join what was taken."""
+    swift = read_swift(Path(found.path)) if not found.host else None
+    taken, notes = tuple[str, ...](), tuple[str, ...]()
+    if swift:
+        config, taken, notes = take_swift(config, swift, typed)
+    recorded = config.stage.recorded
+    assert recorded is not None
+    recorded = replace(recorded, taken=(*recorded.taken, *base, *taken), notes=notes)
+    return replace(config, stage=replace(config.stage, recorded=recorded))
 
 
 def find_runs(config: Config, here: Path) -> tuple[Path, Path]:

@@ -1,8 +1,8 @@
 """What the record of a run says about a checkpoint of it: its model, what the weights are, and the limits of its images.
 
 A checkpoint of a run is described by the run's plan.json, and, where its folder is on this machine, by the files in it. One that was copied out of
-its run's folder still has trainer_state.json. A folder without either is of no run of ours: read_checkpoint answers None, and the config stays as
-it was typed.
+its run's folder still has omnilaunch_state.json (trainer_state.json of an earlier version). A folder without either is of no run of ours:
+read_checkpoint answers None, and the config stays as it was typed.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from launcher.record.reader import decode_as, nested, read_object
 from launcher.record.run_name import PLAN_FILE
 from launcher.redact import printable
 from trainer.contract import InputRefused, Lora
-from trainer.contract.checkpoint_files import STATE_FILE
+from trainer.contract.checkpoint_files import STATE_FILE, find_state_file
 from trainer.contract.weight_files import hash_weights
 
 ARCHITECTURE = "model.architecture."
@@ -50,7 +50,7 @@ def read_checkpoint(found: FoundCheckpoint, text: str) -> CheckpointRecord | Non
         record = read_plan(found.run, folder) if found.run else read_state(folder) if folder else None
     except RecordRefused as error:
         raise ConfigRefused(
-            f"stage.checkpoint={text}: {error}. To use its weights alone, copy the checkpoint's folder elsewhere without {STATE_FILE}, and name "
+            f"stage.checkpoint={text}: {error}. To use its weights alone, copy the checkpoint's folder elsewhere without {name_of_state(folder)}, and name "
             "that folder and model=NAME"
         ) from error
     if record and folder and record.weights.adapter:
@@ -109,17 +109,18 @@ def name_source(path: str) -> str:
 
 
 def read_state(folder: Path) -> CheckpointRecord | None:
-    """From trainer_state.json alone, whose settings are flat: {"model.name": ...}. Raises RecordRefused."""
-    if not exists(folder / STATE_FILE):
+    """From omnilaunch_state.json alone, whose settings are flat: {"model.name": ...}. Raises RecordRefused."""
+    file = find_state(folder)
+    if file is None:
         return None
-    state = read_object(folder / STATE_FILE)
+    state = read_object(file)
     found = state.get("spec")
     spec: dict[str, Any] = found if isinstance(found, dict) else {}
     if not spec.get("model.name"):
         return None
     trains = spec.get("stage.kind", "train") == "train"
     lora = {key.removeprefix("stage.lora."): value for key, value in spec.items() if key.startswith("stage.lora.")}
-    adapter: Lora | None = decode_as(Lora, lora, folder / STATE_FILE) if lora and trains else None
+    adapter: Lora | None = decode_as(Lora, lora, file) if lora and trains else None
     weights = RecordedWeights(
         run_id=printable(str(state.get("run_id", ""))),
         stage=printable(str(spec.get("stage.name", ""))),
@@ -151,9 +152,27 @@ def read_architecture(spec: dict[str, Any], file: Path) -> Architecture | None:
     return decode_as(Architecture, tree, file) if tree else None
 
 
+def find_state(folder: Path) -> Path | None:
+    """None also where the folder may not be read."""
+    try:
+        return find_state_file(folder)
+    except OSError:
+        return None
+
+
+def name_of_state(folder: Path | None) -> str:
+    file = find_state(folder) if folder else None
+    return file.name if file else STATE_FILE
+
+
+def read_state_file(folder: Path) -> dict[str, Any]:
+    file = find_state(folder)
+    return read_object(file, []) if file else {}
+
+
 def with_files(record: CheckpointRecord, folder: Path) -> CheckpointRecord:
     """What the files of the checkpoint say is taken before what its plan says."""
-    weights, state = record.weights, read_object(folder / STATE_FILE, [])
+    weights, state = record.weights, read_state_file(folder)
     if not exists(folder / ADAPTER_CONFIG):
         weights = replace(weights, adapter=None)
     trained = state.get("trained")
@@ -173,16 +192,15 @@ def refuse_base(folder: Path, bases: tuple[str, ...], text: str) -> None:
         return
     if not exists(Path(base)):
         raise ConfigRefused(
-            f"stage.checkpoint={text}: it is an adapter, and its base {base} is not there. Put the base back, or write its new folder into "
-            f"base_model_name_or_path of {folder / ADAPTER_CONFIG}"
+            f"stage.checkpoint={text}: it is an adapter, and its base {base} is not there. Name the folder that has it now: stage.base=FOLDER"
         )
-    mark = str(read_object(folder / STATE_FILE, []).get("base", ""))
+    mark = str(read_state_file(folder).get("base", ""))
     try:
         other = bool(mark) and hash_weights(Path(base), most_bytes=FINGERPRINT_BYTES) != mark
     except (OSError, InputRefused) as error:
         raise ConfigRefused(f"stage.checkpoint={text}: it is an adapter, and its base cannot be read: {error}") from error
     if other:
         raise ConfigRefused(
-            f"stage.checkpoint={text}: it is an adapter that was trained on other weights than those now in {base}. Put that base back, or write "
-            f"its folder into base_model_name_or_path of {folder / ADAPTER_CONFIG}"
+            f"stage.checkpoint={text}: it is an adapter that was trained on other weights than those now in {base}. Put that base back, or name "
+            "the folder that has it: stage.base=FOLDER"
         )

@@ -54,14 +54,14 @@ def test_a_refused_config_is_refused_before_anything_is_read(chosen: tuple[str, 
 def test_data_without_problems_end_well(
     chosen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(data_action, "examine", lambda spec: (REPORT, []))
+    monkeypatch.setattr(data_action, "examine", lambda spec, say: (REPORT, []))
     assert main(chosen) == Exit.OK
     assert "problems   none\n" in capsys.readouterr().out
 
 
 def test_other_nodes_are_named(plan_for, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     plan: Plan = plan_for("hardware=h200", "model=qwen2_5_vl_7b", "cluster=example")
-    monkeypatch.setattr(data_action, "examine", lambda spec: (REPORT, []))
+    monkeypatch.setattr(data_action, "examine", lambda spec, say: (REPORT, []))
     monkeypatch.setattr("launcher.commands.data.plan_of", lambda overrides, run_id, **_: plan)
     assert main(("data", "check")) == Exit.OK
     hosts = ", ".join(node.host for node in plan.config.cluster.working)
@@ -137,7 +137,7 @@ def test_doctor_data_is_the_check_and_says_what_stands_out(
     chosen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     facts = LearningFacts(answers=100, distinct=2, common=(CommonAnswer(text="yes", count=92),), characters_p50=3)
-    monkeypatch.setattr(data_action, "examine", lambda spec: (replace(REPORT, learning=facts), []))
+    monkeypatch.setattr(data_action, "examine", lambda spec, say: (replace(REPORT, learning=facts), []))
     assert main(("doctor", *chosen[:1], *chosen[2:])) == Exit.OK
     said = capsys.readouterr().out
     assert "answers    100, 2 different; 92 % 'yes'" in said

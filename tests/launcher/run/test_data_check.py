@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from launcher.run.data_check import changed_files, fetch_problems, refuse_data
 from launcher.run.session import Session
 from launcher.ssh.transport import Local
 from trainer import contract
-from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, SCHEMA, DataProblem, DataReport
+from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, METRICS_FILE, SCHEMA, DataProblem, DataReport, RowUse
 
 
 @pytest.fixture
@@ -61,6 +61,41 @@ def test_all_problems_are_copied_and_the_refusal_names_the_file(tmp_path: Path, 
     assert "the data on 192.0.2.11 has 60 problems" in said
     assert "\n  /d/rows.json, 60 rows (1, 2, 3, ...), key 'image': no such file\n    put it there\n" in said
     assert said.endswith(f"all problems, one JSON object per line: {here / DATA_PROBLEMS_FILE}")
+
+
+ROWS = "".join(
+    json.dumps(
+        {"step": step, "steps": 9, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "samples": 2, "tokens": 9, "seconds": 1.0, "peak_bytes": 1}
+    )
+    + "\n"
+    for step in (1, 2, 3)
+)
+# (uses of rows, steps were taken) -> what the refusal says of them
+USES: dict[str, tuple[list[tuple[int, int]], str, str]] = {
+    "before": (
+        [(7, 1), (5, 3), (9, 4)],
+        ROWS,
+        "the ranks had taken 3 steps before that, and trained on 2 of these rows: /d/rows.json rows 7, 5",
+    ),
+    "none of them": ([(9, 4)], ROWS, ""),
+    "no step": ([(7, 1)], "", ""),
+    "many": ([(row, 1) for row in range(1, 31)], ROWS, "18, 19, 20 and 10 more"),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_rows_that_were_trained_on_before_are_named(tmp_path: Path, check: Any, name: str) -> None:
+    uses, rows, said = USES[name]
+    here = tmp_path / "here"
+    fetch_problems(here, session(), check)
+    report: DataReport = contract.read(DataReport, here / DATA_FILE)
+    report = replace(report, uses=tuple(RowUse(file="/d/rows.json", row=row, step=step) for row, step in uses))
+    contract.write(report, here / DATA_FILE)
+    (here / METRICS_FILE).write_text(rows)
+    with pytest.raises(ConfigRefused) as caught:
+        refuse_data(here, check)
+    text = str(caught.value)
+    assert (said in text) if said else ("the ranks had taken" not in text)
 
 
 def test_a_list_that_cannot_be_copied_is_named_with_its_place_on_the_node(

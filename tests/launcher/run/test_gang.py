@@ -14,7 +14,7 @@ import pytest
 from launcher.errors import NodeFailed
 from launcher.plan.commands import FOLDER_VARIABLE, NodeCommand
 from launcher.record.record import NodeResult
-from launcher.run.gang import StartContext, StopRequest, start_trainers, watch
+from launcher.run.gang import StartContext, StopRequest, start_checks, start_trainers, watch
 from launcher.ssh.transport import Local, Result, processes_with
 
 ENVIRON = {"PATH": "/usr/bin:/bin"}
@@ -91,6 +91,16 @@ def test_a_child_of_a_rank_that_ended_is_ended_too(tmp_path: Path) -> None:
     left = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {DEAF!r}], start_new_session=True)"
     assert run(tmp_path, left)[0].code == 0
     assert processes_with(FOLDER_VARIABLE, str(tmp_path)) == ()
+
+
+def test_the_end_of_the_ranks_does_not_end_the_data_check(tmp_path: Path) -> None:
+    """A short run on a large data set: its check goes on for minutes after its last step."""
+    checked = replace(command(tmp_path, 0, ""), prepare=(sys.executable, "-c", "import time; time.sleep(60)"))
+    (check,) = start_checks((checked,), context(tmp_path, 1), StopRequest())
+    assert run(tmp_path, "print('done')")[0].code == 0
+    assert check.poll() is None
+    check.kill()
+    assert check.poll() == -9 and processes_with(FOLDER_VARIABLE, str(tmp_path)) == ()
 
 
 def test_all_start_or_none(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from launcher.plan.commands import NodeCommand
 from launcher.plan.plan import Plan
 from launcher.record.lock import ask_to_stop
 from launcher.record.record import AttemptOutcome
+from launcher.run import monitor
 from launcher.run.launch import detach_run
 from launcher.run.monitor import START_GRACE_S, grace_s, hangup_signals, watch_attempt
 from launcher.run.prepare import NodeProcesses
@@ -115,6 +116,33 @@ def test_a_stop_ends_the_wait_for_a_check(plan: Plan) -> None:
     trained(plan, "finished", 10)
     ask_to_stop(Path(plan.folder), datetime.now(UTC))
     assert watched(plan, (0, 0.0), (None, 0.0)).status == "finished"
+
+    assert "a stop was requested" in watched(plan, (0, 0.0), (None, 0.0)).unchecked
+
+
+def test_a_check_that_ends_with_an_error_after_the_ranks_does_not_lose_their_work(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(plan, "finished", 10)
+    outcome = watched(plan, (0, 0.0), (137, 0.3))
+    assert (outcome.status, outcome.code) == ("finished", 0)
+    assert "the data check ended with exit code 137 and without a report" in outcome.unchecked
+    assert "the data was not checked to its end: on localhost" in capsys.readouterr().out
+
+
+def test_bad_data_refuses_a_run_that_has_finished(plan: Plan) -> None:
+    trained(plan, "finished", 10)
+    problem = DataProblem(file="/d/train.json", row=2, field="image", problem="no image file", fix="put it there")
+    report = DataReport(schema=SCHEMA, sha256="", train_rows=2, evaluation_rows=0, images=0, problems=(problem,))
+    contract.write(report, Path(plan.folder) / contract.DATA_FILE)
+    with pytest.raises(ConfigRefused, match=r"train\.json row 2"):
+        watched(plan, (0, 0.0), (2, 0.3))
+
+
+def test_a_wait_says_how_far_the_check_is(plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(plan, "finished", 10)
+    monkeypatch.setattr(monitor, "SAY_INTERVAL_S", 0.1)
+    (Path(plan.folder) / "logs/data0.log").write_text("data: 4,096 rows checked, 12 % of the files\n")
+    assert watched(plan, (0, 0.0), (0, 0.6)).unchecked == ""
+    assert "waiting for the data check on localhost: data: 4,096 rows checked, 12 % of the files" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("steps, status", [(10, "failed"), (4, "stopped")])

@@ -86,7 +86,7 @@ def test_a_whole_folder(tmp_path: Path, models: dict[str, Any]) -> None:
         (damage("preprocessor_config.json", lambda _: None), "no image processor: preprocessor_config.json or processor_config.json"),
         (damage("model-00002-of-00002.safetensors.part", lambda _: b"x"), "safetensors.part is an unfinished download"),
         (damage("omnilaunch.manifest", lambda _: b"{"), "the manifest cannot be read"),
-        (damage("trainer_state.json", lambda _: b"{}"), "trainer_state.json"),
+        (damage("omnilaunch_state.json", lambda _: b"{}"), "omnilaunch_state.json"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, models: dict[str, Any], apply: Callable[[Path], None], said: str) -> None:

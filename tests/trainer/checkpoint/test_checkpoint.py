@@ -68,7 +68,7 @@ def test_transformers_opens_a_checkpoint_and_finds_the_same_weights(parts: Any) 
     assert LlavaProcessor.from_pretrained(folder).image_token == "<image>"
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == processor.tokenizer.get_vocab()
     assert AutoImageProcessor.from_pretrained(folder).crop_size == {"height": 32, "width": 32}
-    state = json.loads((folder / "trainer_state.json").read_text())
+    state = json.loads((folder / "omnilaunch_state.json").read_text())
     assert (state["step"], state["weights_sha256"]) == (300, result.weights_sha256)
     require_whole(folder, "stage.checkpoint")
 
@@ -176,14 +176,14 @@ def test_a_truncated_file_is_refused_with_and_without_our_own_list(saved: Any) -
     folder, _ = saved
     os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 100)
     assert "model.safetensors missing or not of the size" in find_defect(folder)
-    (folder / "trainer_state.json").unlink()
+    (folder / "omnilaunch_state.json").unlink()
     assert "bytes, but its header says" in find_defect(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"1234", b"\xff" * 16, b"\x02" + b"\x00" * 7 + b"[]", b"\x0b" + b"\x00" * 7 + b'{"a":"b"  }'])
 def test_a_file_that_is_not_safetensors_is_refused(content: bytes, saved: Any) -> None:
     folder, _ = saved
-    (folder / "trainer_state.json").unlink()
+    (folder / "omnilaunch_state.json").unlink()
     (folder / "model.safetensors").write_bytes(content)
     assert "is not a safetensors file" in find_defect(folder) or "bytes where" in find_defect(folder)
 

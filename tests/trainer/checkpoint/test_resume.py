@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import trainer.contract
-import trainer.programs.train
+import trainer.programs.inputs
 from tests.trainer.mortal import Death, expect, run_ranks
 from trainer.checkpoint.resume import choose_checkpoint
 from trainer.contract import (
@@ -55,7 +55,7 @@ def test_steps_whose_rows_are_lost_do_not_make_a_run_faster(half_done: TrainSpec
 def test_a_newer_version_s_checkpoint_is_not_passed_over_for_an_older_one(half_done: TrainSpec) -> None:
     """The run would do its step again, and write over it."""
     run = Path(half_done.output)
-    path = run / CHECKPOINTS / "step-000003" / "trainer_state.json"
+    path = run / CHECKPOINTS / "step-000003" / "omnilaunch_state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": trainer.contract.SCHEMA + 1, "what": "is new"}))
     before = path.read_bytes()
     gone = expect(run_ranks(half_done), Exit.USAGE)
@@ -77,7 +77,7 @@ def test_a_rank_with_other_rows_says_so_before_the_first_step(tiny_spec: Any) ->
 def change_rows_of_rank_1() -> None:
     """As on a node with an older copy of the file."""
     if os.environ["RANK"] == "1":
-        trainer.programs.train.hash_sources = lambda *_: "0" * 64
+        trainer.programs.inputs.hash_sources = lambda *_: "0" * 64
 
 
 # ------------------------------------------------------------------------------------------------- changes that were accepted
@@ -98,6 +98,17 @@ def test_a_finished_run_that_gets_more_steps_continues_from_the_checkpoint_that_
     assert [json.loads(row)["step"] for row in after] == [1, 2, 3, 4, 5, 6] and after[:3] == before[:3]
     assert (run / CHECKPOINTS / "ended-at-step-000004" / "model.safetensors").is_file()
     assert read(TrainResult, run / RESULT_FILE).steps == 6
+
+
+def test_the_windows_of_a_run_that_gets_more_steps_still_end_where_it_ended(tiny_spec: Any) -> None:
+    spec = tiny_spec(changes={"steps": 2, "save_every": 1, "keep_checkpoints": 9})
+    spec = replace(spec, data=replace(spec.data, length_aware="window"))
+    expect(run_ranks(spec), 0)
+    run = Path(spec.output)
+    (run / RESULT_FILE).unlink()
+    expect(run_ranks(replace(spec, steps=3, accepted_changes=("steps",))), 0)
+    ends = {step: read(CheckpointState, run / CHECKPOINTS / f"step-{step:06d}" / STATE_FILE).window_ends for step in (1, 2, 3)}
+    assert ends == {1: (2,), 2: (2, 3), 3: (2, 3)}
 
 
 def checkpoint_of(run: Path, spec: TrainSpec, step: int, **changes: Any) -> CheckpointState:

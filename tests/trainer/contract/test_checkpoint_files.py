@@ -243,14 +243,14 @@ def test_only_a_whole_checkpoint_of_this_very_run_counts(half_done: TrainSpec) -
     assert newest_checkpoint(run / "nowhere") is None
     # the broken one of step 3 is ignored
     gone = expect(run_ranks(half_done), 0)
-    assert "step-000003: resume/rest.json missing or not of the size that trainer_state.json says" in gone.text
-    assert "step-000200: its trainer_state.json is of step 2" in gone.text
+    assert "step-000003: resume/rest.json missing or not of the size that omnilaunch_state.json says" in gone.text
+    assert "step-000200: its omnilaunch_state.json is of step 2" in gone.text
     assert [row["step"] for row in rows_of(half_done)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_where_no_checkpoint_is_whole_the_run_does_not_begin_again(half_done: TrainSpec) -> None:
     folder = Path(half_done.output) / CHECKPOINTS
-    (folder / "step-000001" / "trainer_state.json").unlink()
+    (folder / "step-000001" / "omnilaunch_state.json").unlink()
     for name in ("step-000002", "step-000003"):
         (folder / name / "config.json").unlink()
     gone = expect(run_ranks(half_done), Exit.USAGE)
@@ -281,7 +281,7 @@ def test_a_checkpoint_from_a_newer_version_or_of_another_family_is_refused_and_s
     assert state is not None
     with pytest.raises(InputRefused, match=r"model.family was 'llava' and is 'qwen2_5_vl'"):
         refuse_other_run(state, other, state.data_sha256)
-    for path in (run / CHECKPOINTS).glob("step-*/trainer_state.json"):
+    for path in (run / CHECKPOINTS).glob("step-*/omnilaunch_state.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": trainer.contract.SCHEMA + 1}))
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name not in ("log.txt", "spec.json")}
     gone = expect(run_ranks(half_done), Exit.USAGE)

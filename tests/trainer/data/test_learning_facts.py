@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,9 @@ import pytest
 from PIL import Image
 
 from tests.trainer.data.conftest import with_data
-from trainer.contract import Augmentation, CommonAnswer, Source, TrainSpec
+from trainer.contract import Augmentation, CommonAnswer, LearningFacts, Source, TrainSpec
 from trainer.data.check import examine_data
-from trainer.data.learning_facts import collect_facts
+from trainer.data.learning_facts import FactTally
 from trainer.data.rows.sample import Message, Sample
 from trainer.data.sample_check import find_moved_boxes
 
@@ -65,24 +67,42 @@ def talk(*texts: str, images: tuple[str, ...] = ("a.png",), in_loss: bool = True
     return Sample(id="1", images=tuple(map(Path, images)), messages=messages, file="rows.json", row=1)
 
 
+def collect_facts(train: Sequence[Sample], held_out: Sequence[Sample] = ()) -> LearningFacts:
+    tally = FactTally()
+    for sample in train:
+        tally.add_training(sample, {})
+    for sample in held_out:
+        tally.add_held_out(sample, {})
+    return tally.facts()
+
+
 def test_answers_outside_the_loss_are_not_counted() -> None:
-    facts = collect_facts([talk("a", "not trained", "b", "trained", in_loss=False)], (), {})
+    facts = collect_facts([talk("a", "not trained", "b", "trained", in_loss=False)])
     assert facts.common == (CommonAnswer(text="trained", count=1),)
 
 
 def test_long_answers_are_cut_and_no_row_is_no_fact() -> None:
-    facts = collect_facts([talk("a", "x" * 1000)], (), {})
+    facts = collect_facts([talk("a", "x" * 1000)])
     assert facts.common[0].text == "x" * 59 + "…" and facts.characters_max == 1000
-    assert collect_facts((), (), {}).answers == 0
+    assert collect_facts(()).answers == 0
 
 
 def test_200_000_rows_are_counted_in_seconds() -> None:
     """A bound a hundred times what it takes, so that no machine fails it but a pass over pairs would."""
     rows = [replace(talk("<image> Which?", f"answer {number % 1000}"), row=number) for number in range(200_000)]
     began = time.process_time()
-    facts = collect_facts(rows, rows[:100], {})
+    facts = collect_facts(rows, rows[:100])
     assert facts.answers == 200_000 and facts.repeated_rows == 199_000 and facts.shared_rows == 100
     assert time.process_time() - began < 200
+
+
+def test_the_common_answers_are_those_of_all_rows() -> None:
+    """Also those that come after many that occur once; of equally common ones the first."""
+    answers = [*(f"once {number}" for number in range(40)), *["late"] * 3, "twice", "once 7", "twice", "once 7"]
+    facts = collect_facts([talk("a", answer) for answer in answers])
+    counted = Counter(answers).most_common(5)
+    assert [(common.text, common.count) for common in facts.common] == counted
+    assert (facts.answers, facts.distinct) == (len(answers), len(set(answers)))
 
 
 BOXES = [

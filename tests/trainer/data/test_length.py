@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from tests.trainer.data.conftest import CHATML, TOKENS, VICUNA
 from trainer.contract import InputRefused, Source
 from trainer.data.encode import encode
-from trainer.data.length import SLACK, measure, measure_with
+from trainer.data.length import SLACK, Lengths, LengthTally
 from trainer.data.rows.sample import Message, Sample
 from trainer.data.segment import cut
 from trainer.data.summary import percentile
@@ -34,6 +35,19 @@ def random_talks(count: int) -> list[Sample]:
         names = tuple(rng.choice(("a.png", "b.png")) for _ in range(rng.randint(0, 2)))
         talks.append(talk("<image>" * len(names) + texts[0], *texts[1:], images=names, row=row))
     return talks
+
+
+def measure(samples: list[Sample], sizes: dict[Path, tuple[int, int]], spec: Any, processor: Any = None) -> Lengths:
+    tally = LengthTally(spec, processor)
+    tally.add(samples, sizes.__getitem__)
+    return tally.lengths()
+
+
+def measure_with(
+    processor: Any, samples: list[Sample], sizes: dict[Path, tuple[int, int]], template: Any, image_token: str, *, max_length: int
+) -> Lengths:
+    model, data = SimpleNamespace(template=template, image_token=image_token), SimpleNamespace(max_length=max_length)
+    return measure(samples, sizes, SimpleNamespace(model=model, data=data), processor)
 
 
 def by_size(processor: Any) -> Any:

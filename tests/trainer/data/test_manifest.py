@@ -22,7 +22,7 @@ def spec(tmp_path: Path) -> TrainSpec:
     """A spec that starts from a checkpoint."""
     folder = tmp_path / "step-000003"
     folder.mkdir()
-    for name in ("model.safetensors", "config.json", "trainer_state.json", "notes.md"):
+    for name in ("model.safetensors", "config.json", "trainer_state.json", "omnilaunch_state.json", "notes.md"):
         (folder / name).write_text(name)
     made = make_spec(tmp_path / "run", tmp_path / "data")
     return replace(made, stage=replace(made.stage, checkpoint=str(folder)))
@@ -30,7 +30,9 @@ def spec(tmp_path: Path) -> TrainSpec:
 
 def test_weights_are_what_a_stage_reads(spec: TrainSpec) -> None:
     found = hash_weights_of(spec)
-    assert set(found) == {"checkpoint/model.safetensors", "checkpoint/config.json"}, "trainer_state.json is not part of the weights"
+    assert set(found) == {"checkpoint/model.safetensors", "checkpoint/config.json"}, (
+        "what says which run saved them is not part of the weights"
+    )
     assert len(set(map(len, found.values()))) == 1
 
 

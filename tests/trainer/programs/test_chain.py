@@ -134,7 +134,7 @@ def test_an_adapter_is_for_the_base_that_it_was_trained_on(adapter: Path, run: R
     with pytest.raises(InputRefused, match=r"was trained on other weights than those now in "):
         find_lineage(spec, adapter)
     shutil.rmtree(base)
-    with pytest.raises(InputRefused, match=r"adapter_config\.json of .*, base_model_name_or_path: .* there is no such folder"):
+    with pytest.raises(InputRefused, match=r"its base .* is not there\. Name the folder that has it now: stage\.base=FOLDER"):
         find_lineage(spec, adapter)
 
 
@@ -151,7 +151,7 @@ def test_a_checkpoint_of_another_family_or_a_newer_schema_is_refused(adapter: Pa
     gone = run_ranks(spec)
     assert gone.codes == (Exit.USAGE,)
     said = refusal(spec)
-    assert "stage.checkpoint: " in said and "the schema of its trainer_state.json is 999, this version reads 1" in said
+    assert "stage.checkpoint: " in said and "the schema of its omnilaunch_state.json is 999, this version reads 1" in said
     assert "not a complete checkpoint" not in said and "image build" not in said
 
 

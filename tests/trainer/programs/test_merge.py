@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.trainer.models.conftest import TINY
 from tests.trainer.product import run_program, stage_spec, write_adapter, write_model
+from trainer.checkpoint.adapter import add_low_rank
 from trainer.checkpoint.checkpoint import require_whole
 from trainer.contract import InputRefused, Merging, ModelSpec, RunFailed, TrainResult
 from trainer.contract.checkpoint_files import newest_checkpoint
@@ -169,7 +170,7 @@ def change_config(adapter: Path, folder: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "said"),
     (
-        ({"use_dora": True}, "use_dora is True"),
+        ({"use_dora": True}, "use_dora is set, and there is no magnitude"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
         ({"target_parameters": ["experts.gate"]}, "target_parameters is"),
@@ -188,7 +189,7 @@ def test_a_variant_of_other_sums_is_refused_by_name(
 def test_an_adapter_of_another_base_is_refused_with_what_does_not_fit(llava: tuple[ModelSpec, Path, Path], tmp_path: Path) -> None:
     model, _, adapter = llava
     other = write_model("tiny_qwen2_5_vl", tmp_path / "base")
-    with pytest.raises(InputRefused, match=r"does not fit its base.*base_model_name_or_path"):
+    with pytest.raises(InputRefused, match=r"\d+ tensors of the adapter .* without a module in its base: .*stage\.base"):
         merge(other, change_config(adapter, tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base")), tmp_path / "run")
     tensors = load_file(adapter / "adapter_model.safetensors")
     key = next(key for key in tensors if key.endswith("q_proj.lora_B.weight"))
@@ -200,7 +201,7 @@ def test_an_adapter_of_another_base_is_refused_with_what_does_not_fit(llava: tup
 
 def test_the_base_of_an_adapter_that_is_gone_is_named(llava: tuple[ModelSpec, Path, Path], tmp_path: Path) -> None:
     model, _, adapter = llava
-    with pytest.raises(InputRefused, match=r"base_model_name_or_path: .*nowhere is not a complete checkpoint: there is no such folder"):
+    with pytest.raises(InputRefused, match=r"its base .*nowhere is not there. Name the folder that has it now: stage\.base=FOLDER"):
         merge(model, change_config(adapter, tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "nowhere")), tmp_path / "run")
 
 
@@ -210,12 +211,54 @@ def test_whole_weights_have_nothing_to_merge(llava: tuple[ModelSpec, Path, Path]
         merge(model, base, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    (
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]},
+    ),
+    ids=("embeddings", "head", "whole-head"),
+)
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # peft says as much, and goes on
-def test_embeddings_that_are_the_head_too_are_not_merged_in_one_of_their_places(tmp_path: Path) -> None:
+def test_a_tied_head_gets_its_own_weights_where_one_of_the_two_changes(settings: dict[str, Any], tmp_path: Path) -> None:
     model = write_model("tiny_minicpm_v_4_6", tmp_path / "base")
-    write_adapter(model, tmp_path / "base", tmp_path / "adapter", target_modules=["embed_tokens"], whole=False)
-    with pytest.raises(InputRefused, match=r"embed_tokens.weight, which the base uses in two places"):
-        merge(model, tmp_path / "adapter", tmp_path / "run")
+    write_adapter(model, tmp_path / "base", tmp_path / "adapter", whole=False, **settings)
+    result = merge(model, tmp_path / "adapter", tmp_path / "run")
+    folder = tmp_path / "run" / result.checkpoint
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert not config["tie_word_embeddings"] and not config["text_config"].get("tie_word_embeddings")
+    merged, base = values_of(folder), values_of(tmp_path / "base")
+    assert merged.keys() - base.keys() == {"lm_head.weight"}, "and every other tensor has the name that it had"
+    assert result.evaluation["logit_error"] <= result.evaluation["logit_bound"] == 1e-5
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_dora_is_merged_as_peft_does(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = write_model("tiny_qwen2_5_vl", tmp_path / "base", dtype)
+    write_adapter(model, tmp_path / "base", tmp_path / "adapter", dtype=dtype, use_dora=True)
+    merged = values_of(tmp_path / "run" / merge(model, tmp_path / "adapter", tmp_path / "run").checkpoint)
+    wanted = merge_by_peft(model, tmp_path / "base", tmp_path / "adapter", dtype, tmp_path / "peft")
+    bound = 1e-6 if dtype == torch.float32 else 2**-7  # peft takes the length of a row in the base's dtype
+    assert all(torch.allclose(merged[key].float(), wanted[key].float(), rtol=bound, atol=bound) for key in wanted)
+    assert any(not torch.equal(tensor, merged[key]) for key, tensor in values_of(tmp_path / "base").items())
+
+
+def test_an_adapter_that_did_nothing_is_not_merged(llava: tuple[ModelSpec, Path, Path], tmp_path: Path) -> None:
+    model, base, adapter = llava
+    idle = change_config(adapter, tmp_path / "idle")
+    tensors = {key: tensor * (0 if "lora_B" in key else 1) for key, tensor in load_file(adapter / "adapter_model.safetensors").items()}
+    save_file({key: tensor for key, tensor in tensors.items() if "lora_" in key}, idle / "adapter_model.safetensors")
+    with pytest.raises(InputRefused, match=r"did nothing: B A is zero in all"):
+        merge(model, idle, tmp_path / "run")
+    values = values_of(base)  # the projector was trained whole, and is what it was
+    same = {
+        key: tensor if "lora_" in key else values[key.removeprefix("base_model.model.model.")].clone() for key, tensor in tensors.items()
+    }
+    save_file(same, idle / "adapter_model.safetensors")
+    with pytest.raises(InputRefused, match=r"did nothing: the logits of 4 probes are those of its base"):
+        merge(model, idle, tmp_path / "again")
+    assert not list((tmp_path / "again").glob("checkpoints/*"))
 
 
 @pytest.mark.parametrize("harm", ("missing", "cut", "other revision"))
@@ -250,7 +293,11 @@ def test_merged_weights_that_answer_otherwise_are_not_kept(
     llava: tuple[ModelSpec, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _, adapter = llava
-    monkeypatch.setattr("trainer.checkpoint.adapter.scale_of", lambda *_: 3.9)  # of an alpha that is 4 times the rank
+
+    def wrong(*arguments: Any) -> Any:
+        yield from (piece * 1.01 for piece in add_low_rank(*arguments))
+
+    monkeypatch.setattr("trainer.checkpoint.adapter.add_low_rank", wrong)
     with pytest.raises(RunFailed, match=r"differ from those of base and adapter by .* the bound 1.00e-05"):
         merge(model, adapter, tmp_path / "run")
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []

@@ -4,32 +4,65 @@ A pure function of the seed, the step and the lengths of the samples. Which samp
 which rank takes which sample does not matter, because the loss is the mean over all trained tokens of the step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from trainer.contract import TrainSpec
 from trainer.data.batch.bin_packing import fill_bins
-from trainer.data.batch.order import permute, rows_of_rank, rows_of_step
+from trainer.data.batch.order import permute, rows_between, rows_of_rank, rows_of_step
 
 Row = tuple[int, ...]  # the samples in one row of a tensor: one; with packing any number
 Micro = tuple[Row, ...]  # the rows of one micro-batch
 Measure = Callable[[Sequence[int]], Sequence[int]]  # sample numbers -> tokens of each
 
-WINDOW = 16  # steps whose samples are sorted together with length_aware=window
+WINDOW = 16  # steps whose samples are sorted together with length_aware=window, at most
 
 
 def samples_of_step(step: int, spec: TrainSpec, *, count: int, measure: Measure) -> tuple[int, ...]:
     """The `global_batch` samples (numbers from 0 to `count` - 1) of `step` (from 0).
 
-    With length_aware=window, the samples of WINDOW steps are sorted by length and divided into steps again, in an order drawn from the seed.
-    Each sample is used as often as without it.
+    With length_aware=window, the samples of a window are sorted by length and divided into its steps again, in an order drawn from the seed.
     """
     size = spec.batch.global_batch
     if spec.data.length_aware != "window" or spec.data.packing:
         return rows_of_step(step, seed=spec.seed, rows=count, global_batch=size)
-    first = step - step % WINDOW
-    pool = [row for one in range(first, first + WINDOW) for row in rows_of_step(one, seed=spec.seed, rows=count, global_batch=size)]
-    part = int(permute(WINDOW, f"{spec.seed}:window:{first}")[step - first])
-    return tuple(longest_first(pool, measure)[part * size : (part + 1) * size])
+    chosen: list[int] = []
+    position, end = step * size, (step + 1) * size
+    while position < end:
+        window = window_around(position, spec, count)
+        chosen += part_of_window(window, position, spec, count=count, measure=measure)
+        position = min(end, window[1])
+    return tuple(chosen)
+
+
+def window_around(position: int, spec: TrainSpec, count: int) -> tuple[int, int]:
+    """(first, end) of the window of a position in the sequence of all steps. Windows end at every WINDOW-th step, and where an epoch or the run
+    ends, also that of an earlier attempt: each epoch has every sample once, and a run has the same samples as without windows. A step in which
+    an epoch ends has parts of two windows."""
+    size = spec.batch.global_batch
+    ends = [end * size for end in spec.window_ends]
+    lengths = (size * WINDOW, count)
+    first = max(*(position - position % length for length in lengths), *(end for end in ends if end <= position))
+    return first, min(*(position - position % length + length for length in lengths), *(end for end in ends if end > position))
+
+
+def part_of_window(window: tuple[int, int], position: int, spec: TrainSpec, *, count: int, measure: Measure) -> list[int]:
+    """The samples of the window in the step of `position`. The window has one part in each of its steps; each part gets the samples from a place
+    in the list of all, longest first."""
+    first, end = window
+    size = spec.batch.global_batch
+    sizes = list(part_sizes(first, end, size))
+    places = [int(place) for place in permute(len(sizes), f"{spec.seed}:window:{first // size}")]
+    number = position // size - first // size
+    start = sum(other for other, place in zip(sizes, places, strict=True) if place < places[number])
+    return longest_first(rows_between(first, end, seed=spec.seed, rows=count), measure)[start : start + sizes[number]]
+
+
+def part_sizes(first: int, end: int, size: int) -> Iterator[int]:
+    """How many of the positions `first` to `end` - 1 each step of `size` positions has."""
+    while first < end:
+        border = min(end, first - first % size + size)
+        yield border - first
+        first = border
 
 
 def share_of_rank(step: int, spec: TrainSpec, *, rank: int, count: int, measure: Measure) -> tuple[Micro, ...]:

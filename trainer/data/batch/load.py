@@ -1,6 +1,5 @@
 """The micro-batches of one rank for each step, prepared in threads ahead of the training loop."""
 
-from array import array
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +14,10 @@ from trainer.data.batch.assign_to_ranks import Measure, Micro, share_of_rank
 from trainer.data.batch.cache import Cache
 from trainer.data.batch.collate import Features, collate, encode_cached, naming_row
 from trainer.data.batch.draw import mark_draw
+from trainer.data.batch.length_table import LengthTable, private_table
 from trainer.data.batch.pack import collate_packed, collate_unpadded
 from trainer.data.media.image import read_size
-from trainer.data.rows.sample import Sample
+from trainer.data.rows.sample import Sample, Samples
 
 if TYPE_CHECKING:
     from trainer.data.processor import Processor
@@ -31,18 +31,24 @@ Task = tuple[Micro | InputRefused, bool, int]  # a micro-batch, whether it is th
 
 
 def batches(
-    samples: Sequence[Sample], processor: "Processor", spec: TrainSpec, *, rank: int, first_step: int
+    samples: Samples,
+    processor: "Processor",
+    spec: TrainSpec,
+    *,
+    rank: int,
+    first_step: int,
+    lengths: LengthTable | None = None,
 ) -> Iterator[tuple[dict[str, Tensor], ...]]:
     """For each step from `first_step` (the number of finished steps) to spec.steps, this rank's micro-batches: `accumulation` of them by
     `collate` or `collate_unpadded`; with packing as many as are needed, at most `accumulation`, by `collate_packed`. All ranks get the same
-    number.
+    number. `lengths`: those that are known; a table of several ranks gets what each of them measures.
 
     Closing the iterator stops its threads. Raises InputRefused with file and row at the step that has a bad sample.
     """
     refuse_unusable(samples, processor, spec)
     cache, workers = Cache(CACHE_BYTES), spec.data.workers
-    own = spec.device.world_size == 1  # else most measured texts belong to other ranks, and would displace images from the cache
-    measure = keep_lengths(samples, processor, spec, cache if own else Cache(0))
+    alone = spec.device.world_size == 1  # else most measured texts belong to other ranks, and would displace images from the cache
+    measure = keep_lengths(samples, processor, spec, cache if alone else Cache(0), lengths)
 
     def share(step: int) -> tuple[Micro, ...] | InputRefused:
         try:
@@ -55,26 +61,18 @@ def batches(
         if isinstance(micro, InputRefused):
             raise micro
         rows = [[mark_draw(samples[number], spec, step=step, number=number) for number in row] for row in micro]
-        if spec.data.packing:
-            return collate_packed(rows, processor, spec, cache), last
-        make = collate_unpadded if spec.data.padding_free else collate
-        return make([sample for row in rows for sample in row], processor, spec, cache), last
+        return make_batch(rows, processor, spec, cache), last
 
     with (
         closing(prefetch(share, iter(range(first_step, spec.steps)), min(workers, 1), STEPS_AHEAD)) as shares,
         closing(prefetch(prepare, one_by_one(shares, first_step), workers, spec.batch.accumulation + workers)) as prepared,
     ):
-        whole: list[dict[str, Tensor]] = []
-        for tensors, last in prepared:
-            whole.append(tensors)
-            if last:
-                yield tuple(whole)
-                whole = []
+        yield from whole_steps(prepared)
 
 
-def refuse_unusable(samples: Sequence[Sample], processor: "Processor", spec: TrainSpec) -> None:
+def refuse_unusable(samples: Samples, processor: "Processor", spec: TrainSpec) -> None:
     """Raises InputRefused when there are no samples, and for packing with a family that does not support it."""
-    if not samples:
+    if not len(samples):
         raise InputRefused(
             f"{spec.data.train or spec.data.name} has no usable row\n    run omnilaunch data check with the same overrides: it lists the problem of each row"
         )
@@ -92,18 +90,32 @@ def one_by_one(shares: Iterable[tuple[Micro, ...] | InputRefused], first_step: i
         yield from ((micro, number == len(micros), step) for number, micro in enumerate(micros, start=1))
 
 
-def keep_lengths(samples: Sequence[Sample], processor: "Processor", spec: TrainSpec, cache: Cache) -> Measure:
+def make_batch(rows: Sequence[Sequence[Sample]], processor: "Processor", spec: TrainSpec, cache: Cache) -> dict[str, Tensor]:
+    if spec.data.packing:
+        return collate_packed(rows, processor, spec, cache)
+    make = collate_unpadded if spec.data.padding_free else collate
+    return make([sample for row in rows for sample in row], processor, spec, cache)
+
+
+def whole_steps(prepared: Iterable[tuple[dict[str, Tensor], bool]]) -> Iterator[tuple[dict[str, Tensor], ...]]:
+    whole: list[dict[str, Tensor]] = []
+    for tensors, last in prepared:
+        whole.append(tensors)
+        if last:
+            yield tuple(whole)
+            whole = []
+
+
+def keep_lengths(samples: Samples, processor: "Processor", spec: TrainSpec, cache: Cache, lengths: LengthTable | None = None) -> Measure:
     """A function from numbers of samples to their lengths in tokens, from the text and the sizes of the images. Each is computed once and kept.
-    Every rank measures all samples of a step, not only its own. Raises InputRefused for a sample that cannot be encoded."""
-    known = array("q", bytes(8 * len(samples)))  # 0 = not measured yet
+    Every rank needs those of all samples of a step, not only of its own. Raises InputRefused for a sample that cannot be encoded."""
+    table = lengths or private_table(len(samples))
 
     def count(number: int) -> int:
-        if not known[number]:
-            sample = samples[number]
-            known[number] = len(encode_cached(sample, processor, spec, image_sizes(sample), cache).input_ids)
-        return known[number]
+        sample = samples[number]
+        return len(encode_cached(sample, processor, spec, image_sizes(sample), cache).input_ids)
 
-    return lambda numbers: [count(number) for number in numbers]
+    return lambda numbers: table.measure(numbers, count)
 
 
 def image_sizes(sample: Sample) -> list[Features]:

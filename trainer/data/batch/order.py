@@ -14,9 +14,18 @@ def rows_of_step(step: int, *, seed: int, rows: int, global_batch: int) -> tuple
     """
     if rows < 1 or global_batch < 1 or step < 0:
         raise ValueError(f"rows_of_step needs rows and global_batch >= 1 and step >= 0, got {rows}, {global_batch}, {step}")
-    first = step * global_batch
-    positions = (divmod(position, rows) for position in range(first, first + global_batch))
-    return tuple(int(permute(rows, f"{seed}:{epoch}")[offset]) for epoch, offset in positions)
+    return rows_between(step * global_batch, (step + 1) * global_batch, seed=seed, rows=rows)
+
+
+def rows_between(first: int, end: int, *, seed: int, rows: int) -> tuple[int, ...]:
+    """Indices of the rows at the positions `first` to `end` - 1 of the sequence of all steps."""
+    found: list[int] = []
+    while first < end:
+        epoch, offset = divmod(first, rows)
+        taken = min(end - first, rows - offset)
+        found += permute(rows, f"{seed}:{epoch}")[offset : offset + taken].tolist()
+        first += taken
+    return tuple(found)
 
 
 def rows_of_rank(rows: tuple[int, ...], *, rank: int, world_size: int) -> tuple[int, ...]:

@@ -53,7 +53,7 @@ def refusing(path: Path) -> Iterator[None]:
         raise InputRefused(f"{path}: {describe(error)}\n    replace the file, or remove its row") from error
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Examined:
     """`sha256`: of the bytes of the file, '' if it cannot be read. `size`: (width, height) in pixels, upright; (0, 0) with a `problem`.
     `conversions`: what is necessary to make it upright RGB."""

@@ -1,9 +1,12 @@
 """Read annotation files: a JSON list of rows, or JSON Lines. The content of a row is not interpreted here."""
 
 import json
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from trainer.contract import DataProblem
 from trainer.contract.annotation_file import is_list
@@ -12,58 +15,186 @@ from trainer.contract.annotation_file import is_list
 SYNTAX_HELP = "JSON requires double quotes and no comma before a closing bracket; to find the error, run: python -m json.tool {file}"
 LIST_OF_ROWS = "put the rows into a list: [ {...}, {...} ]"
 ONE_ROW_EACH = "write one row for each conversation"
+LIST_BYTES = 2**20  # characters of a list that are read at a time; a longer row is read whole
+NUMBER_GOES_ON = 4  # characters after 1 that may show it to be a part of 1e-5
+BLANK = re.compile(r"[ \t\n\r]*")  # JSON's white space
+
+Found = tuple[int, Any] | DataProblem
+
+
+class Position:
+    """How far a file is read, and how large it is, in bytes."""
+
+    opened: TextIO | None = None
+    size = 0
+
+    @property
+    def bytes_read(self) -> int:
+        return self.opened.buffer.tell() if self.opened is not None and not self.opened.closed else self.size
+
+    def start(self, opened: TextIO) -> None:
+        self.opened, self.size = opened, os.fstat(opened.fileno()).st_size
 
 
 def read_rows(file: Path) -> tuple[tuple[tuple[int, Any], ...], tuple[DataProblem, ...]]:
     """(number, row) for each row, and the problems of the file. Numbers start at 1: the position in the list, or the line.
 
-    A line that is not JSON is a problem of that line; a list that is not JSON is a problem of the file.
+    A line that is not JSON is a problem of that line; a list that is not JSON is a problem of the file, which has no rows then.
     """
-    text, problem = read_text(file)
-    if problem:
-        return (), (problem,)
-    if not text.strip():
-        return (), (file_problem(file, "is empty", ONE_ROW_EACH),)
-    if is_list(file, text.lstrip()[:1]):
-        return read_list(file, text)
-    return read_lines(file, text)
+    rows: list[tuple[int, Any]] = []
+    problems: list[DataProblem] = []
+    for found in stream_rows(file):
+        (problems if isinstance(found, DataProblem) else rows).append(found)  # type: ignore[arg-type]
+    whole = [problem for problem in problems if not problem.row]
+    return ((), (*whole,)) if whole else (tuple(rows), tuple(problems))
+
+
+def stream_rows(file: Path, position: Position | None = None) -> Iterator[Found]:
+    """The same, one at a time, without the whole file in memory. A problem of the file (row 0) may follow rows that were read before it was found;
+    nothing follows it. `position` is kept up to date."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="\n") as opened:
+            if position is not None:
+                position.start(opened)
+            first, lines = first_line(opened)
+            if not first:
+                yield file_problem(file, "is empty", ONE_ROW_EACH)
+            elif is_list(file, first.lstrip()[:1]):
+                yield from stream_list(file, first, opened)
+            else:
+                yield from stream_lines(file, lines, first, opened)
+    except UnicodeDecodeError:
+        yield read_text(file)[1] or file_problem(file, "is not UTF-8 text", "save it as UTF-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        yield file_problem(file, f"cannot be read: {reason}", "set data.train and data.evaluation to the paths of readable JSON files")
+
+
+def first_line(opened: TextIO) -> tuple[str, int]:
+    """The beginning of the first line that is not blank, with its number: of a list, which may be a single line of any length, LIST_BYTES at
+    most; '' for a blank file."""
+    number = 1
+    while line := opened.readline(LIST_BYTES):
+        if line.strip():
+            return line, number
+        number += line.endswith("\n")
+    return "", number
 
 
 def read_text(file: Path) -> tuple[str, DataProblem | None]:
+    """The whole file, and where it is not UTF-8 text."""
     try:
         return file.read_text(encoding="utf-8-sig"), None
     except UnicodeDecodeError as error:
         return "", file_problem(file, f"is not UTF-8 text: {error.reason} at byte {error.start}", "save it as UTF-8")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        return "", file_problem(file, f"cannot be read: {reason}", "set data.train and data.evaluation to the paths of readable JSON files")
 
 
-def read_list(file: Path, text: str) -> tuple[tuple[tuple[int, Any], ...], tuple[DataProblem, ...]]:
+# -------------------------------------------------------------------------------------------------------------------- list
+
+
+def stream_list(file: Path, text: str, opened: TextIO) -> Iterator[Found]:
+    """`text`: the beginning of the file, with the bracket of the list. A list that is not JSON is read once more as a whole, for a message with
+    line and column."""
+    count = 0
     try:
-        rows = json.loads(text)
+        for _, _, row in scan_list(text, opened.read):
+            count += 1
+            yield count, row
     except (ValueError, RecursionError) as error:
-        return (), (file_problem(file, describe(error), SYNTAX_HELP.format(file=file)),)
-    if not rows:
-        return (), (file_problem(file, "is an empty list", ONE_ROW_EACH),)
-    return tuple(enumerate(rows, start=1)), ()
+        if isinstance(error, UnicodeDecodeError):
+            raise
+        yield file_problem(file, describe_list(file, error), SYNTAX_HELP.format(file=file))
+        return
+    if not count:
+        yield file_problem(file, "is an empty list", ONE_ROW_EACH)
 
 
-def read_lines(file: Path, text: str) -> tuple[tuple[tuple[int, Any], ...], tuple[DataProblem, ...]]:
-    if spans_lines(text):
-        return (), (file_problem(file, "is a single JSON object, not a list of rows", LIST_OF_ROWS),)
-    rows: list[tuple[int, Any]] = []
-    problems: list[DataProblem] = []
-    for number, line in numbered_lines(text):
+def scan_list(text: str, read: Callable[[int], str]) -> Iterator[tuple[int, int, Any]]:
+    """(start, end, value) of each value of a JSON list, in characters from the beginning of `text`, which `read` continues. Raises ValueError and
+    RecursionError for what json.loads would refuse, without its line and column."""
+    decode = json.JSONDecoder().raw_decode
+    before, place, expects = 0, text.index("[") + 1, "value or end"
+    while True:
+        place = BLANK.match(text, place).end()  # type: ignore[union-attr]  # it matches an empty text
+        if place == len(text):
+            before, text, place = before + place, read(LIST_BYTES), 0
+            if not text:
+                break
+        elif expects == "comma or end":
+            raise_unless(text[place] in ",]")
+            expects, place = "value" if text[place] == "," else "nothing", place + 1
+        elif expects == "value or end" and text[place] == "]":
+            expects, place = "nothing", place + 1
+        else:
+            raise_unless(expects != "nothing")
+            value, start, end, text = decode_value(decode, text, place, read)
+            before += place - start
+            yield before + start, before + end, value
+            place, expects = end, "comma or end"
+    raise_unless(expects == "nothing")
+
+
+def decode_value(
+    decode: Callable[[str, int], tuple[Any, int]], text: str, place: int, read: Callable[[int], str]
+) -> tuple[Any, int, int, str]:
+    """The value at `place`, where it starts and ends, and the text of these places: continued as far as the value needs it, without what is before
+    the value."""
+    while True:
         try:
-            rows.append((number, json.loads(line)))
+            value, end = decode(text, place)
+        except ValueError:
+            more = read(max(LIST_BYTES, len(text) - place))
+            if not more:
+                raise
+        else:
+            more = read(LIST_BYTES) if len(text) - end < NUMBER_GOES_ON else ""
+            if not more:
+                return value, place, end, text
+        text, place = text[place:] + more, 0
+
+
+def raise_unless(valid: bool) -> None:
+    if not valid:
+        raise ValueError("not a list of JSON values")
+
+
+def describe_list(file: Path, error: Exception) -> str:
+    try:
+        json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as found:
+        return describe(found)
+    return describe(error)
+
+
+# ------------------------------------------------------------------------------------------------------------------- lines
+
+
+def stream_lines(file: Path, number: int, first: str, opened: TextIO) -> Iterator[Found]:
+    """`first`: the beginning of line `number`, which `opened` continues."""
+    rest = "" if first.endswith("\n") else opened.readline()
+    held: tuple[int, Any] | None = None  # a first row that may turn out to be the only one, with all rows under one of its keys
+    for place, line in chain(((number, first + rest),), enumerate(opened, start=number + 1)):
+        if not line.strip():
+            continue
+        try:
+            found: Found = (place, json.loads(line))
         except (ValueError, RecursionError) as error:
+            if place == number and spans_lines(file):
+                yield file_problem(file, "is a single JSON object, not a list of rows", LIST_OF_ROWS)
+                return
             fix = "write a list [ ... ], or one complete JSON object per line; " + SYNTAX_HELP.split(";")[0]
-            problems.append(DataProblem(file=str(file), row=number, field="", problem=describe(error), fix=fix))
-    if len(rows) == 1 and (key := find_wrapper(rows[0][1])):
-        problem = f"is a single JSON object, not a list of rows: they are under its key {key!r}"
-        return (), (file_problem(file, problem, LIST_OF_ROWS),)
-    return tuple(rows), tuple(problems)
+            yield DataProblem(file=str(file), row=place, field="", problem=describe(error), fix=fix)
+            continue
+        if place == number and find_wrapper(found[1]):
+            held = found
+            continue
+        if held is not None:
+            yield held
+            held = None
+        yield found
+    if held is not None:
+        problem = f"is a single JSON object, not a list of rows: they are under its key {find_wrapper(held[1])!r}"
+        yield file_problem(file, problem, LIST_OF_ROWS)
 
 
 def find_wrapper(row: Any) -> str:
@@ -75,19 +206,10 @@ def find_wrapper(row: Any) -> str:
     return str(values[0][0]) if not is_message and any(isinstance(value, list) for value in inner.values()) else ""
 
 
-def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank. Split only at line feeds: str.splitlines also splits at U+2028, which JSON allows in strings."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, line
-
-
-def spans_lines(text: str) -> bool:
+def spans_lines(file: Path) -> bool:
     """Whether the whole text is one JSON object over several lines, such as `{"data": [...]}`."""
-    if "\n" not in text.strip():
-        return False
     try:
-        return isinstance(json.loads(text), dict)
+        return isinstance(json.loads(file.read_text(encoding="utf-8-sig")), dict)
     except (ValueError, RecursionError):
         return False
 

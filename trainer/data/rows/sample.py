@@ -7,19 +7,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from trainer.contract import DataProblem
 from trainer.contract.annotation_file import count_repeated
 from trainer.contract.wording import plural
 from trainer.data.rows.adjustment import adjust, report_paths, without_end_mark
-from trainer.data.rows.annotation import read_rows
+from trainer.data.rows.annotation import Position, read_rows, stream_rows
 from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, ParsedRow, Role, Row, Turn, kind, printable
 from trainer.data.rows.row_format import USUAL, parse_row
 from trainer.data.rows.row_images import IMAGE_KEYS
 from trainer.data.rows.source import AnnotationSource, find_sources
 
-__all__ = ["MARK", "Message", "Role", "Sample", "read_samples"]
+__all__ = ["MARK", "Message", "Role", "Sample", "Samples", "read_samples"]
 
 OTHER_MEDIA = ("only images are supported", "remove the row, or give frames of it as images")
 PREFERENCE = ("preference data is not supported", "give one answer for each question")
@@ -69,6 +69,13 @@ class Sample:
     draw: str = ""  # what its random numbers depend on; '' = nothing is random about it
 
 
+class Samples(Protocol):
+    """Samples by number, from 0: a tuple, or `trainer.data.rows.indexed_samples.IndexedSamples`."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int, /) -> Sample: ...
+
+
 def read_samples(file: Path, images: Path) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:
     """The valid samples of an annotation file, or of the files that a meta file lists, and the problems of all other rows. Relative image
     paths start at `images`."""
@@ -87,12 +94,27 @@ def read_source(source: AnnotationSource) -> tuple[tuple[Sample, ...], tuple[Dat
     samples: list[Sample] = []
     problems = list(file_problems)
     for number, row in rows:
-        for part, name, item in split_row(row):
-            sample, found = read_row(item, number, source, part=part, prefix=name)
-            problems += found
-            if sample:
-                samples.append(sample)
+        for found in read_parts(row, number, source):
+            (samples if isinstance(found, Sample) else problems).append(found)  # type: ignore[arg-type]
     return tuple(samples), tuple(problems)
+
+
+def stream_source(source: AnnotationSource, position: Position | None = None) -> Iterator[Sample | DataProblem]:
+    """The valid samples and the problems of a file, in its order, without the whole file in memory. `position` is kept up to date."""
+    for found in stream_rows(source.file, position):
+        if isinstance(found, DataProblem):
+            yield found
+        else:
+            yield from read_parts(found[1], found[0], source)
+
+
+def read_parts(row: Any, number: int, source: AnnotationSource) -> Iterator[Sample | DataProblem]:
+    """The samples of a row, or the problems of each."""
+    for part, name, item in split_row(row):
+        sample, problems = read_row(item, number, source, part=part, prefix=name)
+        yield from problems
+        if sample:
+            yield sample
 
 
 def split_row(row: Any) -> Iterator[tuple[int, str, Any]]:

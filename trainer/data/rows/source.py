@@ -7,6 +7,7 @@ the folder of the meta file; `root` too, or relative to data.images if that is s
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,12 @@ def find_unread(entry: Row) -> list[tuple[str, str, str]]:
     return [(f".{key}", f"{entry[key]!r}: {why}", fix) for key, (valid, why, fix) in UNREAD.items() if entry.get(key) not in valid]
 
 
-def hash_sources(file: Path, images: Path) -> str:
-    """SHA-256 of an annotation file. For a meta file, over it and all files that it lists; with other names of keys, also over these. Raises
-    OSError."""
+def hash_sources(file: Path, images: Path, hash_of: Callable[[Path], str] = hash_file) -> str:
+    """SHA-256 of an annotation file. For a meta file, over it and all files that it lists; with other names of keys, also over these. `hash_of`: of
+    one file. Raises OSError."""
     sources, _ = find_sources(file, images)
     columns = [str(source.columns) for source in sources if source.columns is not None]
     if [source.file for source in sources] == [file] and not columns:
-        return hash_file(file)
+        return hash_of(file)
     parts = (file, *(source.file for source in sources))
-    return hashlib.sha256("".join([*(hash_file(part) for part in parts), *columns]).encode()).hexdigest()
+    return hashlib.sha256("".join([*(hash_of(part) for part in parts), *columns]).encode()).hexdigest()

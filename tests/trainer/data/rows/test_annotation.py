@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.rows.annotation import read_rows
+from trainer.contract import DataProblem
+from trainer.data.rows import annotation
+from trainer.data.rows.annotation import read_rows, stream_rows
 
 GOOD = {
     "a list": ('[{"a": 1}, {"a": 2}]', ((1, {"a": 1}), (2, {"a": 2}))),
@@ -63,3 +65,51 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert "not UTF-8 text: invalid continuation byte at byte 5" in read_rows(tmp_path / "latin.json")[1][0].problem
     assert "No such file" in read_rows(tmp_path / "absent.json")[1][0].problem
     assert "Is a directory" in read_rows(tmp_path)[1][0].problem
+
+
+LISTS = [
+    "[]",
+    " \n[1, 12345, -1.5e-3, true, null]\n ",
+    '[{"a": "]},{", "b": [[], {}]}, "é\u2028\\u00e9", [1, [2]]]',
+    '[\n  {\n    "a": 1\n  },\n  {\n    "a": 2\n  }\n]',
+    "[1,]",
+    "[1 2]",
+    "[1, 2",
+    "[1] 2",
+    "[,1]",
+    '[{"a": 1}, {"b": nothing}]',
+    "[1.2.3]",
+]
+
+
+@pytest.mark.parametrize("text", LISTS)
+@pytest.mark.parametrize("size", [1, 2, 5, 2**20])
+def test_a_list_is_read_in_parts(text: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same rows, and the same message with line and column, wherever a part ends."""
+    monkeypatch.setattr(annotation, "LIST_BYTES", size)
+    file = tmp_path / "rows.json"
+    file.write_text(text, encoding="utf-8")
+    try:
+        expected, problem = tuple(enumerate(json.loads(text), start=1)), "" if text != "[]" else "is an empty list"
+    except ValueError as error:
+        expected, problem = (), annotation.describe(error)
+    rows, problems = read_rows(file)
+    assert rows == expected and [found.problem for found in problems] == ([problem] if problem else [])
+
+
+def test_lines_are_read_one_at_a_time(tmp_path: Path) -> None:
+    """A bad line far behind does not keep the rows before it from being read, and is reported at its place."""
+    file, position = tmp_path / "rows.jsonl", annotation.Position()
+    file.write_text('{"a": 1}\n' * 20_000 + "{bad\n" + '{"a": 2}\n', encoding="utf-8")
+    stream = stream_rows(file, position)
+    assert next(stream) == (1, {"a": 1})
+    assert 0 < position.bytes_read < file.stat().st_size == position.size
+    rest = list(stream)
+    assert isinstance(rest[-2], DataProblem) and rest[-2].row == 20_001 and rest[-1] == (20_002, {"a": 2})
+    assert position.bytes_read == position.size
+
+
+def test_text_that_is_not_utf_8_after_many_rows(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"a": 1}\n' * 20_000 + b"\xff\n")
+    assert read_rows(file)[0] == () and "not UTF-8 text: invalid start byte at byte 180000" in read_rows(file)[1][0].problem
