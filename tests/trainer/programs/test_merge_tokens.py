@@ -11,7 +11,7 @@ from peft import PeftModel
 from tests.trainer.models.conftest import TINY
 from tests.trainer.product import run_program, stage_spec, write_model
 from trainer.contract import InputRefused, Lora, Merging, ModelSpec, StageSpec
-from trainer.contract.weight_files import read_added_tokens
+from trainer.contract.weight_files import TOKENIZER_CONFIG, read_added_tokens
 from trainer.models import find_family
 from trainer.stages.group import apply_stage
 from trainer.tensor.stream import PickledTensor, open_tensors
@@ -61,10 +61,11 @@ def test_a_merge_is_that_of_peft(name: str, tokens: tuple[str, ...], tmp_path: P
 
 
 def test_rows_that_do_not_fit_the_base_are_refused(tmp_path: Path) -> None:
-    """The base was planned without the tokens."""
+    """The stage was planned without the tokens, and nothing in the adapter's folder names them."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     spec = write_model("tiny_llava", base)
     write_adapter(replace(spec, add_tokens=MANY), base, adapter, tmp_path / "scratch")
+    (adapter / TOKENIZER_CONFIG).unlink()
     with pytest.raises(InputRefused, match=r"the rows \[323, 324, 325, 326, 327\] of \S+ are \[80, 96\], and the base has \[384, 96\]"):
         run_program(stage_spec("merge", spec, adapter, tmp_path / "run", merging=Merging()))
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -73,6 +74,18 @@ def test_rows_that_do_not_fit_the_base_are_refused(tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(InputRefused, match=r"are \[80, 96\], and the base has \[448, 96\]"):
         run_program(stage_spec("merge", replace(spec, add_tokens=MANY), adapter, tmp_path / "run2", merging=Merging()))
+
+
+def test_tokens_in_another_order_than_their_rows_are_refused(tmp_path: Path) -> None:
+    """A base without rows for all of them has unused rows, so that the numbers alone would fit."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    spec = write_model("tiny_llava", base)
+    write_adapter(replace(spec, add_tokens=FEW), base, adapter, tmp_path / "scratch")
+    for tokens in ((), FEW[:2], FEW[::-1], ("<new>", *FEW)):
+        with pytest.raises(InputRefused, match=r'other new tokens, or in another order.* Set model\.add_tokens=\["<l0>","<l1>","<l2>"\]'):
+            run_program(stage_spec("merge", replace(spec, add_tokens=tokens), adapter, tmp_path / "run", merging=Merging()))
+    merged = run_program(stage_spec("merge", replace(spec, add_tokens=(*FEW, "<new>")), adapter, tmp_path / "run", merging=Merging()))
+    assert read_added_tokens(tmp_path / "run" / merged.checkpoint)[:3] == FEW
 
 
 @pytest.mark.parametrize(("start", "count"), [(0, 12), (0, 24), (3, 10), (13, 9), (12, 3), (5, 1), (23, 1)])

@@ -1,5 +1,6 @@
 """Rows of new tokens beside LoRA: what is trained, and that peft opens and merges what is saved."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from trainer.checkpoint.resume import load_adapter
 from trainer.contract import Lora, StageSpec, TrainSpec
 from trainer.kernels.cross_entropy import sum_loss
 from trainer.stages.group import apply_stage
+from trainer.stages.token_row import TOKEN_ROWS
 
 LORA = StageSpec(name="lora", kind="train", trainable=(), lora=Lora(r=4, alpha=8, dropout=0.0, targets=("q_proj", "v_proj")))
 TOKENS = tuple(f"<l{number}>" for number in range(80))
@@ -86,6 +88,20 @@ def test_the_gradient_reaches_the_rows_that_occur(tiny: Made, tmp_path: Path) ->
     assert embeddings[0].abs().max() > 0
     if sum("token_adapter" in name for name in whole) == 2:
         assert embeddings[1:].abs().max() == 0, "only the token that occurs"
+
+
+def test_beside_modules_that_are_trained_whole(make_tiny: Callable[[str], Made], tmp_path: Path) -> None:  # noqa: F811
+    """A head that is trained whole trains its new rows too, and rows have the rate of adapters."""
+    made = make_tiny("tiny_llava")
+    spec = spec_of(made, tmp_path)
+    optimizer = replace(spec.optimizer, lr=1e-3, group_lr={"projector": 2e-3, "head": 2e-3})
+    spec = replace(spec, stage=replace(LORA, trainable=("projector", "head")), optimizer=optimizer)
+    model = made.family.load(made.folder, spec.model, torch.float32)
+    staged = apply_stage(model, spec, made.family.unused(model))
+    assert [name for name, p in staged.model.named_parameters() if TOKEN_ROWS in name and p.requires_grad] == [
+        "base_model.model.model.language_model.embed_tokens.token_adapter.trainable_tokens_delta.default"
+    ]
+    assert staged.rates and all("modules_to_save" in name for name in staged.rates)
 
 
 @pytest.mark.parametrize("stage", [LORA, StageSpec(name="full", kind="train", trainable=("projector", "lm", "head"))], ids=["LoRA", "full"])
