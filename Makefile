@@ -15,6 +15,13 @@ ARGS ?=       ## extra arguments: overrides for plan and train, arguments of pyt
 PYTHON ?= python3.11
 PIP_FLAGS ?= -qq
 
+# make itself takes any NAME=VALUE: a misspelt or lower-case one would be ignored, and another run started.
+VARIABLES := HW MODEL STAGE PRECISION STRATEGY DATA CLUSTER EXP RUN RESUME ARGS PYTHON PIP_FLAGS
+TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+ifneq ($(filter-out $(VARIABLES),$(TYPED)),)
+  $(error no variable is called $(filter-out $(VARIABLES),$(TYPED)); valid are $(VARIABLES), in capitals. A setting of the run goes into ARGS, as in ARGS='run.steps=100')
+endif
+
 OVERRIDES = $(if $(HW),hardware=$(HW)) $(if $(MODEL),model=$(MODEL)) $(if $(STAGE),stage=$(STAGE)) $(if $(PRECISION),precision=$(PRECISION)) \
   $(if $(STRATEGY),strategy=$(STRATEGY)) $(if $(DATA),data=$(DATA)) $(if $(CLUSTER),cluster=$(CLUSTER)) $(ARGS)
 

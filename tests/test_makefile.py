@@ -1,5 +1,6 @@
 """What `make train` sets up and starts, by its variables. Nothing is run: make prints the commands."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -63,3 +64,20 @@ def test_a_benchmark_sets_up_the_trainer_where_its_hardware_is_the_cpu(
     text = commands(tmp_path, *words)
     assert (TRAINER in text) is sets_up and "setting up the launcher" in text
     assert " ".join(text.splitlines()[-1].split()).endswith(starts)
+
+
+@pytest.mark.parametrize("typed", ["hw=ascend910b", "MODLE=qwen2_5_vl_7b", "hardware=h200", "run.steps=3"])
+def test_a_variable_that_does_not_exist_is_refused(typed: str) -> None:
+    """make itself takes any NAME=VALUE, and planned the default run."""
+    done = subprocess.run(("make", "--dry-run", "plan", "HW=cpu", typed), cwd=ROOT, capture_output=True, text=True, check=False)
+    name = typed.partition("=")[0]
+    assert done.returncode == 2 and f"no variable is called {name}; valid are HW MODEL STAGE " in done.stderr and not done.stdout
+
+
+def test_every_variable_of_the_help_is_valid() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    listed = re.findall(r"^([A-Z_]+) \?=", text, re.MULTILINE)
+    assert listed == re.findall(r"^VARIABLES := (.*)", text, re.MULTILINE)[0].split()
+    argv = ("make", "--dry-run", "plan", *(f"{name}=a b" for name in listed))
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "hardware=a b model=a b" in done.stdout

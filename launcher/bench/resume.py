@@ -39,6 +39,7 @@ from launcher.image.stack import load_stacks
 from launcher.plan.plan import LocalContext, Plan, make_plan
 from launcher.plan.rows import find_rows, with_steps
 from launcher.plan.text import command_line
+from launcher.record.description import command_from_weights
 from launcher.record.record import ChangedSetting
 from trainer.contract import SPEC_FILE, AcceptedChange, Expectation
 from trainer.contract.checkpoint_files import ACCEPTABLE_KEYS, fixed_settings, flatten, newest_resumable
@@ -217,7 +218,7 @@ def refuse_finished(paused: PausedRun, now: Plan) -> None:
     if not paused.is_finished or (now.spec.steps > paused.plan.spec.steps and not early):
         return
     done = paused.plan.spec.steps
-    ways = [f"a new run starts from its weights: {command_line('launch', f'stage.checkpoint={paused.run_id}')}"]
+    ways = [f"a new run starts from its weights: {command_from_weights(paused.plan)}"]
     if not early and (not paused.plan.is_local or newest_resumable(paused.folder, done + 1)):
         ways.insert(0, f"for more steps: {command_line('launch', '--resume', paused.run_id, f'run.steps={2 * done}', '--accept', 'steps')}")
     how = f"it ended early ({early}), and would end there again" if early else f"all {done} steps are done"
@@ -268,7 +269,8 @@ def naming_new_run(paused: PausedRun, overrides: Sequence[str]) -> Iterator[None
 
 def new_run_command(paused: PausedRun, overrides: Sequence[str]) -> str:
     words = [word for word in overrides if not word.startswith(("run.steps=", "run.epochs="))]
-    return command_line("launch", f"stage.checkpoint={paused.run_id}", *words)
+    stage = paused.plan.spec.stage.name  # a launch without it trains all weights
+    return command_line("launch", *((f"stage={stage}",) if stage != "full" else ()), f"stage.checkpoint={paused.run_id}", *words)
 
 
 def refuse_learning(paused: PausedRun, lines: Sequence[str], overrides: Sequence[str]) -> None:

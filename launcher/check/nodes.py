@@ -59,14 +59,18 @@ def ports_are_keys(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
 def nodes_are_distinct(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
     nodes = config.cluster.nodes
     if not config.cluster.working:
-        what = "every node is a spare, so no node can start the run" if nodes else "no node is listed"
-        yield Problem(key="cluster.nodes", what=what, changes=("cluster.nodes.0.spare=false" if nodes else "cluster=local",))
+        what = "every node is a spare, so no node can start the run" if nodes else f"no node is listed: add them to {file_of(config)}"
+        yield Problem(key="cluster.nodes", what=what, changes=("cluster.nodes.0.spare=false",) if nodes else ())
     for name, called in (("host", host_of), ("address", address_of)):
         counts = Counter(map(called, nodes))
         twice = sorted(value for value, count in counts.items() if count > 1)
         if twice:
-            what = f"listed twice: {', '.join(twice)}; a node runs one container"
-            yield Problem(key=f"cluster.nodes.{name}", what=what, changes=("cluster=local",))
+            what = f"listed twice: {', '.join(twice)}; a node runs one container. Keep one of them in {file_of(config)}"
+            yield Problem(key=f"cluster.nodes.{name}", what=what)
+
+
+def file_of(config: Config) -> str:
+    return f"the cluster file, {config.cluster.name}.yaml"
 
 
 def find_placeholders(config: Config) -> tuple[Problem, ...]:

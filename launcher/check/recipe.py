@@ -268,7 +268,8 @@ def data_is_one_set(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]
     data = config.data
     named = [name for name in ("train", "evaluation", "images") if getattr(data, name)]
     if data.builtin and named:
-        what = f"is set together with the built-in set {data.builtin}: the run would train on one and be evaluated on the other"
+        chosen = f"data={data.name}" if data.name != "files" else f"data.builtin={data.builtin}"
+        what = f"names a file of yours, and {chosen} is the built-in set {data.builtin}, which is taken where no data is chosen: a run reads one set"
         changes = ("data.builtin=''",) if data.name == "files" else ("data=files", "data.builtin=''")
         yield Problem(key=f"data.{named[0]}", what=what, changes=changes)
 

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from launcher.check.problem import Problem
 from launcher.config.defaults import SHORT_STEPS, load_random_rate
 from launcher.config.schema import Config
+from launcher.memory.states import world_size
 
 STEPS_AN_EPOCH = 8  # of a small data set, about: enough updates to learn from it
 MANY_EPOCHS = 10  # published recipes of fine-tuning have 1 to 3
@@ -34,6 +36,13 @@ def smaller_batches(config: Config, ranks: int) -> Iterator[str]:
     unit = unit if unit <= rows else ranks
     sizes = dict.fromkeys(unit * max(1, size // unit) for size in (small, rows))
     yield from (f"stage.global_batch={size}{more}" for size in sizes)
+
+
+def with_whole_batch(config: Config) -> Config:
+    """The config with a batch that its ranks can share, for a check of its nodes: whether the rows are enough for it is another matter."""
+    unit = (config.strategy.micro_batch or 1) * max(1, world_size(config))
+    batch = max(unit, config.stage.global_batch - config.stage.global_batch % unit)
+    return replace(config, stage=replace(config.stage, global_batch=batch), data=replace(config.data, rows=0))
 
 
 def has_own_rows(config: Config) -> bool:

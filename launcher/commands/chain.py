@@ -11,6 +11,7 @@ from launcher.config.chain import GROUP, Chain, overrides_of
 from launcher.config.compose import compose, compose_with_files
 from launcher.config.conf_folder import ConfFolder
 from launcher.config.defaults import keys_of, without_keys
+from launcher.config.recorded_weights import RecordedWeights
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import load_stacks
@@ -149,9 +150,20 @@ def compose_step(config: Config, words: Sequence[str], conf: ConfFolder, here: P
     if checkpoint in earlier:
         chosen = "model" in keys_of(words)
         config, _ = take_data(config, earlier[checkpoint].config.data, words)
+        config = with_weights_of(config, earlier[checkpoint])
         return config if chosen else replace(config, model=earlier[checkpoint].config.model)
     found = compose_from_checkpoint(without_keys(words, ("run.evaluation.base",)), conf, here)
     return replace(found, run=replace(found.run, evaluation=config.run.evaluation))
+
+
+def with_weights_of(config: Config, earlier: Plan) -> Config:
+    """The config with what a step above it will save, where the memory depends on it: weights in fewer bits."""
+    made = earlier.config.stage.quantization
+    if made is None:
+        return config
+    stage, model = earlier.config.stage.name, earlier.config.model.name
+    recorded = RecordedWeights(run_id=earlier.run_id, stage=stage, model=model, quantized=made.scheme, kept=made.keep)
+    return replace(config, stage=replace(config.stage, recorded=recorded))
 
 
 def refuse_other_runs(planned: PlannedChain) -> None:

@@ -41,8 +41,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         arguments.say(json.dumps(asdict(report) | {"problems": problems}, indent=2, ensure_ascii=False))
     else:
-        arguments.say(describe_data(report, plan.spec.data.max_length))
-        say_learning(plan.config, report, arguments.say)
+        described = describe_data(report, plan.spec.data.max_length)
+        if report.train_rows or report.evaluation_rows:
+            arguments.say(described)
+            say_learning(plan.config, report, arguments.say)
+        else:  # of no rows there is nothing to say but why
+            arguments.say(described.splitlines()[0])
         arguments.say(describe_problems(problems, arguments.out))
         if not problems and (note := describe_few_rows(report, plan.spec)):
             arguments.say(note)

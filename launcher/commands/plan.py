@@ -80,22 +80,25 @@ def describe_here(plan: "Plan", machine: "Machine | None" = None, *, full: bool 
     from shutil import get_terminal_size
 
     from launcher.plan.full import describe_full
-    from launcher.plan.local_context import find_built, notes_here, read_memory
+    from launcher.plan.local_context import find_built, notes_here, read_memory, why_not_sent
     from launcher.plan.short import LINES, describe_short
     from launcher.plan.text import wants_colours
 
-    notes = notes_here(plan)
+    notes, built = notes_here(plan), find_built(plan, machine)
+    unsent = why_not_sent(plan, built)
     if full:
-        return "\n".join((describe_full(plan), *(f"note: {line}" for line in notes)))
+        return "\n".join((describe_full(plan, unsent), *(f"note: {line}" for line in notes)))
     colours, (columns, rows) = wants_colours(os.environ, terminal=sys.stdout.isatty()), get_terminal_size((100, LINES))
-    built, own = find_built(plan, machine), read_memory()
-    return describe_short(plan, colours=colours, width=columns, height=rows, built=built, launching=launching, notes=notes, own_bytes=own)
+    size = {"width": columns, "height": rows, "own_bytes": read_memory()}
+    return describe_short(plan, colours=colours, built=built, launching=launching, notes=notes, unsent=unsent, **size)
 
 
-def plan_of(overrides: Sequence[str], run_id: str, *, conf: "ConfFolder | None" = None, only_data: bool = False) -> "Plan":
+def plan_of(
+    overrides: Sequence[str], run_id: str, *, conf: "ConfFolder | None" = None, only_data: bool = False, only_nodes: bool = False
+) -> "Plan":
     """The plan of these overrides, for a verb that starts nothing on this machine: what it has is not asked. `only_data`: nothing is
-    trained, so neither the memory nor the number of rows matters."""
-    return plan_here(overrides, run_id, asks=False, only_data=only_data, conf=conf)[0]
+    trained, so neither the memory nor the number of rows matters. `only_nodes`: nor does the batch, for a check of the nodes."""
+    return plan_here(overrides, run_id, asks=False, only_data=only_data, only_nodes=only_nodes, conf=conf)[0]
 
 
 def plan_here(
@@ -105,29 +108,32 @@ def plan_here(
     traced: bool = False,
     asks: bool = True,
     only_data: bool = False,
+    only_nodes: bool = False,
     conf: "ConfFolder | None" = None,
 ) -> "tuple[Plan, Machine | None]":
     """The plan, and what this machine has, where the run is on it and it `asks`. `traced`: the memory is judged later, by a traced step.
-    `only_data`: as of plan_of. `conf`: the project's when omitted."""
+    `only_data`, `only_nodes`: as of plan_of. `conf`: the project's when omitted."""
     from launcher.config.conf_folder import ConfFolder
     from launcher.plan.visible_devices import naming_devices, with_visible_devices
 
     conf = conf or ConfFolder(project=PROJECT / "conf")
     used = with_visible_devices(overrides, conf, os.environ) if asks else overrides
     with naming_devices(overrides, used, os.environ):
-        return make_plan_here(used, run_id, conf, traced=traced, asks=asks, only_data=only_data)
+        return make_plan_here(used, run_id, conf, traced=traced, asks=asks, only_data=only_data, only_nodes=only_nodes)
 
 
 def make_plan_here(
-    overrides: Sequence[str], run_id: str, conf: "ConfFolder", *, traced: bool, asks: bool, only_data: bool
+    overrides: Sequence[str], run_id: str, conf: "ConfFolder", *, traced: bool, asks: bool, only_data: bool, only_nodes: bool
 ) -> "tuple[Plan, Machine | None]":
     """As plan_here, of all overrides."""
     from launcher.check.nodes import find_placeholders
+    from launcher.check.row_count import with_whole_batch
     from launcher.check.rules import RULES, RULES_BUT_MEMORY
     from launcher.config.compose import compose_with_files
     from launcher.config.defaults import keys_of
     from launcher.image.stack import load_stacks
     from launcher.plan.local_context import context_for, find_taken_port, for_this_machine
+    from launcher.plan.named_files import find_missing_questions, with_unseen_note
     from launcher.plan.plan import make_plan, with_files, with_problems
     from launcher.plan.rows import find_missing, settle_rows
     from launcher.plan.weights_folder import judge_weights, with_found_model
@@ -140,6 +146,7 @@ def make_plan_here(
     config, files = compose_with_files(overrides, conf)
     config = start_from_checkpoint(for_this_machine(config, overrides), overrides, conf, here, os.environ)
     config = with_weights_folder(config if only_data else settle_rows(config, keys_of(overrides), here), os.environ)
+    config = with_whole_batch(config) if only_nodes else config
     run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))
     given = with_full_ids(overrides, *find_runs(config, here))
     rules = RULES_BUT_MEMORY if traced or only_data else RULES
@@ -147,8 +154,9 @@ def make_plan_here(
     context = context_for(config, stacks, PROJECT, asks=asks)
     context = replace(context, memory_bytes=0) if only_data else context
     plan = make_plan(config, stacks, context, run_id=run_id, overrides=given, rules=rules, conf=conf, compose=compose_again)
-    plan = judge_weights(plan, conf)
-    found = (*find_placeholders(config), *find_missing(config, here), *find_taken_port(config)) if asks else ()
+    plan = with_unseen_note(judge_weights(plan, conf))
+    missing = (*find_missing(config, here), *find_missing_questions(plan))
+    found = (*find_placeholders(config), *missing, *find_taken_port(config)) if asks else ()
     plan = with_problems(plan, found)
     return with_files(plan, conf, files), context.machine
 

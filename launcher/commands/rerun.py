@@ -10,7 +10,7 @@ from launcher.commands.launch import carry_out
 from launcher.commands.live.detach import describe_detached, refuse_detach
 from launcher.commands.live.live_run import RUN_HELP
 from launcher.commands.plan import PROJECT, RUN_ID_HELP, SCRATCH, add_overrides, conf_of
-from launcher.record.run_name import find_run, short_name
+from launcher.record.run_name import find_run, typed_name
 from trainer.contract import Exit
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.say(describe_record(record, plan))
     arguments.say(f"\nrerun of {archive.record.run_id}: weights {describe_weights(archive, record)}")
     if record.status == "finished":
-        again = short_name(Path(plan.folder), Path.cwd() / "runs")
+        again = typed_name(Path(plan.folder), Path.cwd() / "runs")
         arguments.say(f"to compare everything: {command_line('compare', archive.record.run_id, again)}")
     return int(record.exit_code)
 

@@ -111,7 +111,8 @@ def compose_over(config: Config, overrides: Sequence[str], conf: Path | ConfFold
 def _complete(config: Config, overrides: Sequence[str]) -> Config:
     """Activations are in the dtype of the weights. Raises ConfigRefused for overrides of facts about weights that exist."""
     refuse_facts(overrides, config.model.source.kind)
-    refuse_ignored(overrides, config.model.name, config.model.image_tokens.rule)
+    if "stage.checkpoint" not in keys_of(overrides):  # whose model is judged where it is known
+        refuse_ignored(overrides, config.model.name, config.model.image_tokens.rule)
     if "precision.weights" in keys_of(overrides):
         return replace(config, precision=replace(config.precision, compute=config.precision.weights))
     return config
@@ -156,6 +157,8 @@ def _translate_one(override: str, overrides: Sequence[str], known: Known) -> tup
     """(key, override for Hydra or '' where it needs none). Raises ConfigRefused with the reason alone. `overrides`: all that were typed."""
     if override.startswith(("+", "~")):
         raise ConfigRefused(f"'+' and '~' are refused, since the schema has every key; write {override.lstrip('+~')}")
+    if override.endswith((".json", ".jsonl")) and "=" not in override:
+        raise ConfigRefused(f"a file of rows is named by its key: data=files data.train={override}")
     if foreign := read_foreign(override):
         _refuse_foreign(*foreign, overrides, known)
     key, equals, text = override.partition("=")

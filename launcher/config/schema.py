@@ -364,7 +364,7 @@ class Run:
     deterministic: bool
     save_every: int
     keep_checkpoints: int
-    stop_timeout_s: int
+    stop_timeout_s: int | None  # null: launcher.plan.stop_limit, by the size of the states
     start_timeout_s: int
     collective_timeout_s: int
     hang_timeout_s: int  # a step that takes longer counts as hung; 0 = never

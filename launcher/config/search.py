@@ -8,7 +8,7 @@ from launcher.config.conf_folder import ConfFolder, as_conf_folder
 from launcher.config.key import list_settings
 from launcher.config.official_name import find_official
 from launcher.config.setting import load_meanings
-from launcher.config.synonym import Synonym, Typed, find_family, find_topic, load_synonyms, write_answer
+from launcher.config.synonym import NEAR, Synonym, Typed, find_family, find_topic, load_synonyms, write_answer
 from launcher.config.variable import load_variables
 from launcher.errors import find_near, join_or, plain
 
@@ -44,12 +44,12 @@ def find_variables(wanted: str) -> dict[str, str]:
     return {name: "; ".join(dict.fromkeys(says)) for name, says in found.items()}
 
 
-def find_meant(word: str) -> tuple[str, ...]:
+def find_meant(word: str, *, least: float = NEAR_WORD) -> tuple[str, ...]:
     """The words that one which is found nowhere may be a typing error of, as in a plan."""
     table = load_synonyms()
     keys = (part for key in list_settings() for part in (key, key.rpartition(".")[2]))
     words = (word for rows in (table.keys, *table.values.values(), table.verbs) for row in rows.values() for word in row.words)
-    near = find_near(word.strip(), dict.fromkeys((*keys, *words)), least=NEAR_WORD)
+    near = find_near(word.strip(), dict.fromkeys((*keys, *words)), least=least)
     return tuple({plain(each): each for each in near}.values())
 
 
@@ -68,8 +68,8 @@ def find_words(rows: Mapping[str, Synonym], wanted: str) -> dict[str, Synonym]:
 
 
 def find_rule(word: str) -> dict[str, Synonym]:
-    """Of a word that no row has: what its beginning or a part of it says."""
-    row = find_family(word) or (find_topic(word) if "_" in word else None)
+    """Of a word that no row has, and that is no typing error of one: what its beginning or a part of it says."""
+    row = find_family(word) or (find_topic(word) if "_" in word and not find_meant(word, least=NEAR) else None)
     return {word: row} if row else {}
 
 

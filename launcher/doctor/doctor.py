@@ -10,7 +10,19 @@ from typing import Literal
 from launcher.check.problem import Problem
 from launcher.config.schema import Node
 from launcher.doctor import cross_node_checks, device_checks, free_memory, host_checks, live_checks
-from launcher.doctor.findings import EVERY_NODE, CheckedNode, CheckResult, CrossCheck, Finding, NodeCheck, failed, named, passed, unchecked
+from launcher.doctor.findings import (
+    EVERY_NODE,
+    REACH,
+    CheckedNode,
+    CheckResult,
+    CrossCheck,
+    Finding,
+    NodeCheck,
+    failed,
+    named,
+    passed,
+    unchecked,
+)
 from launcher.doctor.free_memory import FreeMemory
 from launcher.doctor.live_checks import AnsweredNode
 from launcher.doctor.network import NetworkChoice
@@ -54,7 +66,6 @@ class CrossNodeCheck:
     launch: bool = True
 
 
-REACH = "reach"  # the node is reached and its shell runs a script: all other checks need it
 NODE_CHECKS: dict[str, Check] = {
     "shell": Check(run=host_checks.check_shell),
     "architecture": Check(run=host_checks.check_architecture),

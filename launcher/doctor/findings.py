@@ -17,6 +17,7 @@ from trainer.contract.wording import plural
 Level = Literal["ok", "warning", "error", "unchecked"]
 ORDER: tuple[Level, ...] = ("error", "warning", "unchecked", "ok")
 EVERY_NODE = "all nodes"
+REACH = "reach"  # the check that the node is reached and its shell runs a script: all others need it
 SHOWN_HOSTS = 4
 INDENT = 10
 
@@ -108,8 +109,16 @@ def describe_findings(findings: Sequence[Finding]) -> str:
     ok = Counter(finding.host for finding in findings if finding.level == "ok")
     width = max(map(len, ok), default=0)
     lines += [f"{'ok':{INDENT}}{host:{width}}  {plural(count, 'check')}" for host, count in ok.items()]
-    counts = Counter(finding.level for finding in findings)
-    return "\n".join((*lines, ", ".join(f"{counts[level]} {level}" for level in ORDER)))
+    return "\n".join((*lines, count_levels(findings)))
+
+
+def count_levels(findings: Sequence[Finding]) -> str:
+    """`1 error, 0 warning, 0 unchecked, 33 ok; 1 node not reached`: a check that could not be asked for that reason is not counted."""
+    unreached = {finding.host for finding in findings if finding.name == REACH and finding.level == "error"}
+    of_them = {*unreached, EVERY_NODE} if unreached else unreached
+    counts = Counter(finding.level for finding in findings if not (finding.level == "unchecked" and finding.host in of_them))
+    listed = ", ".join(f"{counts[level]} {level}" for level in ORDER)
+    return f"{listed}; {plural(len(unreached), 'node')} not reached" if unreached else listed
 
 
 def describe_level(findings: Sequence[Finding], level: str) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Checks of one node as a host: its shell, memory, disks, ports, Docker engine, and the containers of earlier runs. Pure."""
 
 import re
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from launcher.doctor.findings import CheckedNode, CheckResult, failed, passed, unchecked, warned
@@ -64,7 +65,9 @@ def check_memory(checked: CheckedNode) -> CheckResult:
         return warned(f"{text}; forced: {config.run.force}", END_PROCESSES)
     if needed <= facts.memory_total_gib:
         return warned(text, END_PROCESSES)
-    without = offer(checked, {"strategy.offload_optimizer": False, "strategy.offload_parameters": False})
+    held = replace(config, strategy=replace(config.strategy, offload_optimizer=False, offload_parameters=False))
+    fits = host_bytes(held, estimate_memory(held)) / GIB <= facts.memory_total_gib
+    without = offer(checked, {"strategy.offload_optimizer": False, "strategy.offload_parameters": False}) if fits else ""
     return failed(text, "more nodes, or nodes with more memory" + (f"; or {without}" if without else ""))
 
 

@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ConfigRefused, suggest
+from launcher.errors import SHORTEST, ConfigRefused, suggest
 from trainer.contract import SpecError, decode
 
 TABLE = Path(__file__).with_name("licences.yaml")
@@ -81,7 +81,10 @@ def find_licence(name: str) -> ImageLicence:
     """Raises ConfigRefused for an unknown name."""
     licences = load_licences()
     if name not in licences:
-        raise ConfigRefused(f"unknown licence {name!r}; {suggest(name, licences)}")
+        texts = {known: f"{licence.title} {licence.column}".lower() for known, licence in licences.items()}
+        meant = [known for known, text in texts.items() if len(name) > SHORTEST and name.lower() in text]
+        hint = f"did you mean {meant[0]!r} ({licences[meant[0]].title})? valid are: {', '.join(licences)}" if len(meant) == 1 else ""
+        raise ConfigRefused(f"unknown licence {name!r}; {hint or suggest(name, licences)}")
     return licences[name]
 
 

@@ -1,5 +1,6 @@
 """The start command of each node, and the variables of its container or process. Pure: nothing here looks at this machine."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -9,8 +10,10 @@ from launcher.check.strings import why_no_mount
 from launcher.config.schema import Cluster, Config, Node
 from launcher.errors import ConfigRefused
 from launcher.image.stack import Image
+from launcher.memory.states import model_states
 from launcher.plan.devices import DEVICE_OPTIONS, DeviceOptions, share_of
 from launcher.plan.docker_run import ContainerOptions, Mount, docker_run
+from launcher.plan.stop_limit import stop_limit_s
 from trainer.contract import SINGLE_PROCESS_KINDS, SPEC_FILE, TrainSpec
 from trainer.contract.determinism import deterministic_variables
 
@@ -18,6 +21,7 @@ RUN_LABEL = "omnilaunch.run"  # the containers of a run are found by this label
 RUN_VARIABLE = "OMNILAUNCH_RUN_ID"
 FOLDER_VARIABLE = "OMNILAUNCH_RUN_FOLDER"  # the processes of a run are found by this variable: two folders may hold runs of one id
 PART_VARIABLE = "OMNILAUNCH_RUN_PART"  # "<part> <folder>": the ranks of a run end while its data check goes on
+TORCHRUN = "torch.distributed.run"  # the module
 WRITABLE_HOME = "/tmp"  # HOME in the container: caches of torch and transformers are removed with it
 CANN_LOGS = "cann"  # folder of CANN's own logs in the run's folder, with one folder per node
 PINNED_VARIABLES = {
@@ -80,7 +84,7 @@ def process_command(config: Config, spec: TrainSpec, node: Node, rank: int, inte
 
 def docker_command(config: Config, image: Image, spec: TrainSpec, node: Node, rank: int, user: str) -> NodeCommand:
     container = container_options(config, image, spec, node, rank, user)
-    without_devices = replace(container, devices=(), gpus=(), runtime="", mounts=mounts(config.cluster, spec))
+    without_devices = replace(container, devices=(), gpus=(), runtime="", stop_timeout_s=0, mounts=mounts(config.cluster, spec))
     check = replace(without_devices, name=data_name(container.name), env_file=data_env_file(spec.output, rank))
     return NodeCommand(
         host=node.host,
@@ -114,6 +118,7 @@ def container_options(config: Config, image: Image, spec: TrainSpec, node: Node,
         devices=devices.devices,
         gpus=devices.gpus,
         runtime=devices.runtime,
+        stop_timeout_s=math.ceil(stop_limit_s(config, model_states(config))),
     )
 
 
@@ -156,7 +161,7 @@ def torchrun(config: Config, spec: TrainSpec, rank: int) -> tuple[str, ...]:
     if len(nodes) > 1:
         counts = ("--nnodes", str(len(nodes)), "--node-rank", str(rank))
         rendezvous = (*counts, "--master-addr", nodes[0].reachable_at, "--master-port", port)
-    return ("-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(spec.device.devices_per_node), *run)
+    return ("-m", TORCHRUN, *rendezvous, "--nproc-per-node", str(spec.device.devices_per_node), *run)
 
 
 def mounts(cluster: Cluster, spec: TrainSpec) -> tuple[Mount, ...]:

@@ -19,7 +19,8 @@ class Mount:
 
 @dataclass(frozen=True, kw_only=True)
 class ContainerOptions:
-    """What `docker run` is asked for. `user`: uid:gid, '' = the image's. `devices`: device files of the host. `gpus`: numbers for `--gpus`.
+    """What `docker run` is asked for. `stop_timeout_s`: until `docker stop` kills, 0 = the engine's ten seconds.
+    `user`: uid:gid, '' = the image's. `devices`: device files of the host. `gpus`: numbers for `--gpus`.
     `runtime`: name of an OCI runtime, '' = the engine's default. `entrypoint` replaces the image's own."""
 
     image: str
@@ -35,6 +36,7 @@ class ContainerOptions:
     gpus: tuple[int, ...] = ()
     runtime: str = ""
     entrypoint: str = ""
+    stop_timeout_s: int = 0
 
 
 def docker_run(options: ContainerOptions, command: tuple[str, ...], *, detach: bool = False) -> tuple[str, ...]:
@@ -54,6 +56,7 @@ def docker_run(options: ContainerOptions, command: tuple[str, ...], *, detach: b
         ("--gpus", gpus),
         ("--runtime", options.runtime),
         ("--entrypoint", options.entrypoint),
+        ("--stop-timeout", str(options.stop_timeout_s or "")),
     )
     given = (word for option, value in values if value for word in (option, value))
     return ("docker", "run", "--detach" if detach else "--rm", *given, options.image, *command)

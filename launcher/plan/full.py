@@ -9,23 +9,34 @@ from launcher.memory.estimate import estimate_memory
 from launcher.memory.states import GIB
 from launcher.plan.commands import NodeCommand
 from launcher.plan.plan import Plan
-from launcher.plan.short import describe_tight, describe_work, list_assumptions, name_verdict
+from launcher.plan.short import IF_IMAGE, describe_tight, describe_unsent, describe_work, list_assumptions, name_verdict, order_notes
 from launcher.plan.text import command_line, gib, table
 from launcher.redact import mask_credentials
+from trainer.contract.wording import plural
 
 
-def describe_full(plan: Plan) -> str:
+def describe_full(plan: Plan, unsent: str = "") -> str:
+    """`unsent`: as of describe_short."""
     import yaml
 
     parts = (
         ("config", yaml.safe_dump(mask_credentials(asdict(plan.config)), sort_keys=False, allow_unicode=True, width=140)),
         *((("DeepSpeed config", json.dumps(plan.spec.deepspeed, indent=2)),) if plan.spec.stage.kind == "train" else ()),
         *((f"node {command.node_rank}: {command.host}", describe_command(command)) for command in plan.commands),
-        ("image", describe_planned_image(plan)),
+        ("image", describe_planned_image(plan, unsent)),
         ("memory of the device with the highest peak", describe_memory(plan)),
         ("verdict", describe_verdict(plan)),
     )
-    return "\n".join(f"== {title}\n{text.rstrip()}\n" for title, text in parts).rstrip()
+    return "\n".join((head_verdict(plan, unsent), *(f"== {title}\n{text.rstrip()}\n" for title, text in parts))).rstrip()
+
+
+def head_verdict(plan: Plan, unsent: str = "") -> str:
+    """The verdict in a line, hundreds of lines before the reasons."""
+    if plan.verdict.launchable and unsent and not plan.verdict.tight:
+        return f"{IF_IMAGE}\n"
+    if plan.verdict.launchable:
+        return f"{name_verdict(plan, plan.memory or estimate_memory(plan.config))}\n"
+    return f"planned; a launch is refused, for {plural(len(plan.verdict.problems), 'reason')} at the end\n"
 
 
 def describe_command(command: NodeCommand) -> str:
@@ -34,13 +45,15 @@ def describe_command(command: NodeCommand) -> str:
     return "\n".join((*lines, *(f"{name}: {shlex.join(argv)}" for name, argv in argvs.items() if argv)))
 
 
-def describe_planned_image(plan: Plan) -> str:
+def describe_planned_image(plan: Plan, unsent: str = "") -> str:
     image = plan.image
     rows = {
         "tag": image.tag,
         "Dockerfile": f"images/rendered/{image.stack}/Dockerfile",
         "lock": image.lock or "none yet for this architecture: the image can be planned, not built",
     }
+    if unsent:
+        rows["sent"] = describe_unsent(plan, unsent)
     if plan.licence:
         at = f" at {plan.licence.accepted_at}" if plan.licence.accepted_at else ""
         rows["licence"] = f"{plan.licence.name}, accepted{at} with {plan.licence.how}"
@@ -73,7 +86,7 @@ def describe_verdict(plan: Plan) -> str:
     lines = [
         " ".join(f"{axis}={getattr(config, axis).name}" for axis in AXES),
         describe_work(plan.spec),
-        *(f"note: {note}" for note in verdict.notes),
+        *(f"note: {note}" for note in order_notes(verdict.notes)),
         *(f"forced ({config.run.force}):\n{problem}" for problem in verdict.forced),
     ]
     if verdict.launchable:

@@ -23,6 +23,7 @@ from launcher.image.docker import ARCHITECTURES
 from launcher.image.licence import licence_of, store_path, valid_acceptance
 from launcher.image.stack import REPOSITORY, Stack
 from launcher.plan.accepted import take_licence
+from launcher.plan.busy import describe_busy
 from launcher.plan.machine import NVIDIA_TOOLS, TORCH, TORCH_NPU, TRAINER_PACKAGES, Machine, asked_paths
 from launcher.plan.plan import LocalContext, Plan, names_trackers
 from launcher.plan.tracker import describe_missing
@@ -53,14 +54,15 @@ def read_memory() -> int:
 def context_for(config: Config, stacks: Mapping[str, Stack], project: Path, *, asks: bool = True) -> LocalContext:
     """With the licence that the user has accepted, and with what this machine has for a run on it, unless it is not asked. Raises ConfigRefused
     where the user's file of licences is needed and cannot be read."""
-    machine = read_machine(config) if asks and config.cluster.is_local else None
+    machine = read_machine(config) if asks and config.cluster.is_local and config.cluster.nodes else None
     return replace(local_context(project), machine=machine, accepted=find_acceptance(config, stacks, os.environ))
 
 
 def notes_here(plan: Plan) -> tuple[str, ...]:
-    """What this machine's environment has to say of a plan: variables that are set, and packages of trackers that are missing."""
+    """What this machine has to say of a plan: that it is busy, variables that are set, and packages of trackers that are missing."""
     missing = describe_missing(plan.config, named=names_trackers(plan.config, plan.overrides))
-    return (*missing, *describe_variables(os.environ, plan.config, plan.overrides))
+    busy = describe_busy(plan, load=os.getloadavg()[0], cores=len(os.sched_getaffinity(0)))
+    return (*busy, *missing, *describe_variables(os.environ, plan.config, plan.overrides))
 
 
 def find_taken_port(config: Config) -> tuple[Problem, ...]:
@@ -197,3 +199,16 @@ def find_built(plan: Plan, machine: Machine | None = None) -> bool | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return True if done.returncode == 0 else False if "no such image" in done.stderr.lower() else None
+
+
+def why_not_sent(plan: Plan, built: bool | None, architecture: str = "") -> str:
+    """Why `launch` could bring the nodes no image from this machine; '' where it can, or need not. `built`: find_built; `architecture`: as
+    `uname -m` prints it, of this machine when omitted."""
+    kind, here = plan.config.cluster.delivery.kind, architecture or os.uname().machine
+    if plan.is_local or plan.config.cluster.runtime != "docker" or kind not in ("build", "ship") or built:
+        return ""
+    if built is None:
+        return "the Docker engine here does not answer" if shutil.which("docker") else "this machine has no docker command"
+    if kind == "ship":
+        return "the engine here does not have it, and cluster.delivery.kind=ship only sends it"
+    return f"this machine is {here}, and the nodes are {plan.image.architecture}" if here != plan.image.architecture else ""

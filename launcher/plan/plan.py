@@ -33,6 +33,7 @@ from launcher.plan.accepted import take_licence
 from launcher.plan.commands import NodeCommand, node_commands
 from launcher.plan.host_memory import judge
 from launcher.plan.machine import Machine, machine_rules
+from launcher.plan.stop_limit import stop_limit_s
 from launcher.redact import mask_credentials
 from trainer.contract import (
     SCHEMA,
@@ -51,7 +52,6 @@ from trainer.contract import (
 DATA_FOLDER = ".cache/data"
 RUNS_FOLDER = "runs"
 FIXED_THREADS = 4
-LEAVING_S = 10  # for a server to exit after its last answer
 # Keys of the config that the trainer's spec takes over unchanged, under the same name.
 MODEL_KEYS = ("name", "family", "groups", "image_token", "template", "add_tokens")
 STAGE_KEYS = (
@@ -120,9 +120,8 @@ class Plan:
 
     @property
     def stop_limit_s(self) -> float:
-        """How long the ranks may take to end when they are asked to; a server first answers the requests that it has accepted."""
-        serving = self.spec.stage.serving if self.spec.stage.kind == "serve" else None
-        return max(self.config.run.stop_timeout_s, serving.drain_timeout_s + LEAVING_S if serving else 0)
+        """How long the ranks may take to save and end when they are asked to, apart from their steps."""
+        return stop_limit_s(self.config, self.states)
 
 
 def make_plan(

@@ -6,6 +6,7 @@ the data check refuses a run with others.
 """
 
 import json
+import shlex
 from collections.abc import Iterator, Set
 from dataclasses import replace
 from pathlib import Path
@@ -73,9 +74,15 @@ def ask_for_rows(config: Config) -> str:
     where = ", ".join(node.host for node in config.cluster.working) if not config.cluster.is_local else "this machine"
     return (
         f"{EPOCHS}={config.run.epochs:g} needs the number of rows of data.train={config.data.train}, and the file cannot be counted here; the "
-        f"nodes of the run: {where}\n  Next: add data.rows=NUMBER (for JSON Lines: wc -l FILE on the node; a launch refuses another number), or "
+        f"nodes of the run: {where}\n  Next: add data.rows=NUMBER ({count_with(config.data.train)} on the node; a launch refuses another number), or "
         "give run.steps instead"
     )
+
+
+def count_with(file: str) -> str:
+    """The command that counts the rows of a file, by its name."""
+    lines, items = f"wc -l {shlex.quote(file)}", f"jq length {shlex.quote(file)}"
+    return lines if file.endswith(".jsonl") else f"{items}, or for JSON Lines {lines}"
 
 
 def find_rows(config: Config, here: Path) -> int:

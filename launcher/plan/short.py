@@ -18,7 +18,20 @@ from trainer.contract.wording import plural
 LABEL = 10  # columns of the names at the left
 LINES = 30  # of a whole description, notes cut to fit, where the height of the terminal is not known
 TIGHT = "tight: this run can be launched, but it may end for lack of memory"
+IF_IMAGE = "ok, if every node has the image: this machine cannot send it (below)"
 OK, IF_HOST = "ok: this run can be launched", "ok, if the nodes have the host memory that it needs"
+ALWAYS = 3  # notes that are shown, however long the rest is
+CUT = " ..."
+# Words of a note -> its place among all: 0 = shown first.
+OTHER = 4
+COSTS: tuple[tuple[int, tuple[str, ...]], ...] = (
+    (0, ("run.save_every=0",)),
+    (1, ("uses each of the", "will learn almost nothing")),
+    (2, ("each container downloads the weights",)),
+    (3, ("is loaded in float16", "not on this machine, so that", "is read on the nodes", "no Docker engine")),
+    (5, ("the learning rate rises for",)),
+    (6, ("model.source.revision is empty",)),
+)
 BAR = 24  # characters of a full bar
 LARGEST = 3  # items of the estimate that are named
 # What brings an image to the nodes, where this machine's engine does not have it.
@@ -40,17 +53,18 @@ def describe_short(
     launching: bool = False,
     notes: tuple[str, ...] = (),
     own_bytes: int = 0,
+    unsent: str = "",
 ) -> str:
-    """One screen of `width` columns and `height` lines. `built`: whether this machine's Docker engine has the image, None = not known. `launching`: printed by
-    `launch`, which needs no next command. `notes`: of this machine, before those of the plan; never left out. `own_bytes`: this machine's
-    memory, 0 = not known."""
+    """One screen of `width` columns and `height` lines; of more, where the first notes need them. `built`: whether this machine's Docker engine
+    has the image, None = not known. `launching`: printed by `launch`, which needs no next command. `notes`: of this machine, before those of
+    the plan; never left out. `own_bytes`: this machine's memory, 0 = not known. `unsent`: why this machine cannot send the image, '' = it can."""
     choice = " ".join(f"{axis}={getattr(plan.config, axis).name}" for axis in AXES)
     lines = [
-        *describe_short_verdict(plan, colours=colours, own_bytes=own_bytes),
+        *describe_short_verdict(plan, colours=colours, own_bytes=own_bytes, unsent=unsent),
         *wrap(choice, width, indent="  "),
         *describe_bar(plan, colours=colours, width=width),
     ]
-    for name, text in describe_rows(plan, built=built, own_bytes=own_bytes).items():
+    for name, text in describe_rows(plan, built=built, own_bytes=own_bytes, unsent=unsent).items():
         lines += wrap(text, width, first=f"{name:{LABEL}}", indent=" " * LABEL)
     assumed = tuple(list_assumptions(plan))
     lines += ["assumptions:"] if assumed else []
@@ -62,7 +76,7 @@ def describe_short(
     return "\n".join((*lines, *own, *describe_notes(plan.verdict.notes, width, free - len(own)), *last))
 
 
-def describe_short_verdict(plan: Plan, *, colours: bool, own_bytes: int = 0) -> Iterator[str]:
+def describe_short_verdict(plan: Plan, *, colours: bool, own_bytes: int = 0, unsent: str = "") -> Iterator[str]:
     verdict, memory = plan.verdict, plan.memory or estimate_memory(plan.config)
     if not verdict.launchable:
         yield paint("planned; a launch is refused:", "red", colours=colours)
@@ -70,6 +84,8 @@ def describe_short_verdict(plan: Plan, *, colours: bool, own_bytes: int = 0) -> 
     elif verdict.forced:
         yield paint(f"forced ({plan.config.run.force}):", "yellow", colours=colours)
         yield from map(str, verdict.forced)
+    elif unsent and not verdict.tight:
+        yield paint(IF_IMAGE, "yellow", colours=colours)
     else:
         word = name_verdict(plan, memory, own_bytes)
         yield paint(f"{word} (below)" if word == IF_HOST else word, "green" if word == OK else "yellow", colours=colours)
@@ -120,13 +136,13 @@ def largest_items(memory: Memory) -> Iterator[str]:
             yield f"{item.name} {item.size_bytes / 2**20:.0f}" if small else f"{item.name} {item.size_bytes / GIB:.2f}"
 
 
-def describe_rows(plan: Plan, *, built: bool | None, own_bytes: int = 0) -> dict[str, str]:
+def describe_rows(plan: Plan, *, built: bool | None, own_bytes: int = 0, unsent: str = "") -> dict[str, str]:
     config, spec, memory = plan.config, plan.spec, plan.memory or estimate_memory(plan.config)
     trains, nodes = spec.stage.kind == "train", len(config.cluster.working)
     rows = {
         "host": describe_host(config, memory, own_bytes),
         "strategy": plan.choice if trains else "",
-        "image": describe_image_state(plan, built),
+        "image": describe_unsent(plan, unsent) if unsent and plan.image.lock else describe_image_state(plan, built),
         "ranks": f"{plural(nodes, 'node')} x {plural(device_count(config), 'device')}, {plural(spec.device.world_size, 'rank')}",
         "batch" if trains else "work": describe_work(spec),
         "cost": describe_cost(plan) if trains else "",
@@ -143,6 +159,16 @@ def list_assumptions(plan: Plan) -> Iterator[str]:
         yield memory.assumption
     if plan.settled:
         yield plan.settled
+
+
+def describe_unsent(plan: Plan, why: str) -> str:
+    """Where this machine cannot send the image to the nodes of a cluster: the ways that are left."""
+    chosen = (override for override in plan.overrides if override.startswith(("hardware", "cluster")))
+    return (
+        f"{plan.image.tag}: {why}. Unless every node has it, take one of these: cluster.delivery.kind=build_on_nodes (each node builds it); "
+        "cluster.delivery.kind=pull with cluster.delivery.registry=HOST/PATH; or on a machine with an engine of the nodes' architecture "
+        f"{command_line('image', 'build', *chosen, *plan.options)}, then docker save, and docker load on each node"
+    )
 
 
 def describe_image_state(plan: Plan, built: bool | None) -> str:
@@ -192,11 +218,26 @@ def describe_cost(plan: Plan) -> str:
 
 
 def describe_notes(notes: tuple[str, ...], width: int, free: int) -> list[str]:
-    """In `free` lines at most: what is left out is counted."""
+    """In `free` lines, the dearest first: what is left out is counted. The first three are there in any case, each cut to a line where there
+    is no room for all of it."""
     lines: list[str] = []
-    for place, note in enumerate(notes):
+    ordered = order_notes(notes)
+    for place, note in enumerate(ordered):
         wrapped = list(wrap(f"note: {note}", width, indent="  "))
-        if len(lines) + len(wrapped) > free - (place + 1 < len(notes)):
-            return [*lines, f"and {plural(len(notes) - place, 'more note')}, with --full"]
+        waiting = max(0, min(ALWAYS, len(ordered)) - place - 1) + (max(ALWAYS, place + 1) < len(ordered))  # lines for what follows
+        if len(lines) + len(wrapped) > free - waiting:
+            if place >= ALWAYS:
+                return [*lines, f"and {plural(len(ordered) - place, 'more note')}, with --full"]
+            wrapped = cut(wrapped, width)
         lines += wrapped
     return lines
+
+
+def cut(wrapped: list[str], width: int) -> list[str]:
+    """The first line, with a mark that more follows."""
+    return wrapped if len(wrapped) == 1 else [f"{wrapped[0][: width - len(CUT)].rstrip()}{CUT}"]
+
+
+def order_notes(notes: tuple[str, ...]) -> tuple[str, ...]:
+    """By what they may cost: a run that is lost, hours, downloads, answers; notes that name no cost; what may change between two runs."""
+    return tuple(sorted(notes, key=lambda note: next((place for place, words in COSTS if any(map(note.count, words))), OTHER)))

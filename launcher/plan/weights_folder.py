@@ -14,11 +14,12 @@ from launcher.config.schema import Config
 from launcher.config.source import PATH, expand_source
 from launcher.errors import ConfigRefused
 from launcher.plan.plan import Plan, refuse, with_problems
-from launcher.weights.folder import DTYPES, Tensors, read_tensors
+from launcher.weights.folder import DTYPES, Tensors, check_folder, read_tensors
 from launcher.weights.identity import find_differences, identify, load_models, read_config
 from trainer.contract import SpecError
 from trainer.contract.checkpoint_files import STATE_FILE
 from trainer.contract.weight_files import fetched_revision
+from trainer.contract.wording import plural
 
 CHECKPOINT = "stage.checkpoint"
 SHOWN = 6  # differences in a message
@@ -91,21 +92,39 @@ def judge_folder(config: Config, key: str, folder: Path, conf: Path | ConfFolder
     except OSError:  # a folder of another user, such as root's on a shared disk
         return
     except (ConfigRefused, SpecError) as error:
-        yield Problem(key=key, what=f"{error}. See: omnilaunch model check {shlex.quote(str(folder))}")
+        yield Problem(key=key, what=f"{error}. {see(folder)}")
         return
     if content is None:
+        if key == PATH:  # the trainer checks a checkpoint, which may be an adapter
+            yield Problem(key=key, what=f"{folder} holds no model: it has no config.json. {see(folder)}", launch_only=True)
         return
     model: dict[str, Any] = asdict(config.model)
     if lines := find_differences(model, content):
         yield another_model(config, key, folder, content, lines, conf)
-    elif (
-        key == "model.source.path" and (wanted := config.model.source.revision) and (found := fetched_revision(folder)) and found != wanted
-    ):
+        return
+    if key == PATH:
+        yield from find_broken(folder, conf)
+    if key == "model.source.path" and (wanted := config.model.source.revision) and (found := fetched_revision(folder)) and found != wanted:
         yield Problem(
             key="model.source.revision",
             what=f"is {wanted}, but {folder} was fetched at {found}",
             changes=(f"model.source.revision={found}",),
         )
+
+
+def find_broken(folder: Path, conf: Path | ConfFolder) -> Iterator[Problem]:
+    """What is wrong with the files of a folder with the right config.json: `omnilaunch model check` lists all of it."""
+    try:
+        wrong = check_folder(folder, load_models(conf)).problems
+    except OSError:
+        return
+    if wrong:
+        more = f", and {plural(len(wrong) - 1, 'more problem')}" if len(wrong) > 1 else ""
+        yield Problem(key=PATH, what=f"{folder} cannot be used: {wrong[0].rstrip('.')}{more}. {see(folder)}", launch_only=True)
+
+
+def see(folder: Path) -> str:
+    return f"See: omnilaunch model check {shlex.quote(str(folder))}"
 
 
 def another_model(config: Config, key: str, folder: Path, content: dict[str, Any], lines: list[str], conf: Path | ConfFolder) -> Problem:

@@ -26,6 +26,10 @@ KEYS = ("stage.checkpoint", "stage.base", "run.evaluation.base")
 ADAPTER_CONFIG = "adapter_config.json"
 
 
+class MissingRefused(ConfigRefused):
+    """There is no run and no folder of the name; the run may be still to come."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FoundCheckpoint:
     """`host`: the node that has the folder, '' for this machine. `shared`: all nodes of its cluster can read it. `bases`: folders on the same
@@ -110,7 +114,7 @@ def find_checkpoint(text: str, runs: tuple[Path, ...], *, local: bool) -> FoundC
         return FoundCheckpoint(path=text, bases=bases_of(folder), run=run_of(folder)) if local else None
     if local or is_run_name(text):
         there = "" if local else ". A folder that only the nodes have is given with its whole path, /PATH/FOLDER"
-        raise ConfigRefused(
+        raise MissingRefused(
             f"stage.checkpoint={text}: there is no folder and no run of this name in {join_paths(runs)}; "
             f"{describe_runs(name, list_folders(*runs))}{there}"
         )

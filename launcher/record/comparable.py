@@ -56,6 +56,7 @@ RULES: tuple[tuple[ComparableKind, tuple[str, ...]], ...] = (
             *("environment.ranks.*.hostname", "*.ASCEND_PROCESS_LOG_PATH", "*_VISIBLE_DEVICES"),
             *("origin.path", "origin.base", "origin.run_id", "result.attempts", "source.record_schema", "source.diff_bytes"),
             *("source.untracked", "source.changed", "source.conf"),
+            "origin.images.*",  # as the weights, whose hash is compared; earlier versions have none
         ),
     ),
     (
@@ -195,6 +196,9 @@ def find_changed_inputs(left: RunFiles, right: RunFiles, allow: tuple[str, ...] 
     return tuple(found[:MAX_FILES])
 
 
+FOLLOWING = {"config.run.steps": "result.steps"}  # a key that may differ, and the one that then does
+
+
 def find_differences(left: Mapping[str, Any], right: Mapping[str, Any], allow: tuple[str, ...] = ()) -> tuple[Difference, ...]:
     """Between the values of two runs, in the order of the left ones. `allow`: names of ALLOWANCES, or patterns of keys."""
     allowed = patterns_of(allow)
@@ -218,7 +222,8 @@ def is_open(key: str) -> bool:
 
 
 def patterns_of(allow: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(pattern for word in allow for pattern in ALLOWANCES.get(word, (word,)))
+    patterns = tuple(pattern for word in allow for pattern in ALLOWANCES.get(word, (word,)))
+    return (*patterns, *(follows for key, follows in FOLLOWING.items() if matches(key, patterns)))
 
 
 def have_same_files(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:

@@ -145,7 +145,8 @@ def describe_values(judgement: Judgement) -> Iterator[str]:
         yield f"  {title:20} {judgement.matching.get(kind.value, 0):4} match" + (f", {different[kind]} differ" if different[kind] else "")
         if kind is ComparableKind.FREE:
             continue
-        found = [difference for difference in judgement.differences if difference.kind is kind]
+        listed = [difference for difference in judgement.differences if difference.kind is kind]
+        found = [one for one in listed if f"{one.key}: {shorten(one.left)} -> {shorten(one.right)}" not in judgement.reasons]
         for one in found[:MAX_LISTED]:
             mark = "  (not in both records)" if not one.known else "  (allowed)" if one.allowed else ""
             yield f"    {one.key}: {shorten(one.left)} -> {shorten(one.right)}{mark}"

@@ -7,16 +7,25 @@ from typing import Any
 from launcher.check.rules import check
 from launcher.config.compose import compose
 from launcher.config.conf_folder import ConfFolder
-from launcher.config.defaults import keys_of
+from launcher.config.defaults import keys_of, without_keys
 from launcher.config.schema import Node
 from launcher.errors import ConfigRefused
 from launcher.image.stack import load_stacks
 from launcher.plan.plan import RUNS_FOLDER, Plan
 from launcher.plan.rows import settle_rows
 from launcher.plan.text import command_line, duration, figure, relative, table
-from launcher.record.metrics import describe_speed, read_curve
-from launcher.record.record import RECORD_FILE, Record, bracketed, checkpoint_place, first_node, load_attempts
-from launcher.record.run_name import short_name
+from launcher.record.metrics import describe_speed, newest_rows, read_curve
+from launcher.record.record import (
+    RECORD_FILE,
+    Record,
+    bracketed,
+    checkpoint_place,
+    first_node,
+    last_checkpoint,
+    load_attempts,
+    step_of,
+)
+from launcher.record.run_name import typed_name
 from trainer.contract import CHECKPOINTS, METRICS_FILE
 from trainer.contract.spec import StageSpec
 
@@ -72,8 +81,7 @@ def describe_record(record: Record, plan: Plan, *, following: bool = True) -> st
     if record.checkpoint:
         rows["checkpoint"] = relative(folder / record.checkpoint) if is_here(plan) else checkpoint_place(record, plan)
     elif trained and any(node.killed for node in record.nodes):
-        late = f"killed after run.stop_timeout_s={plan.config.run.stop_timeout_s} without saving; raise it, or set run.save_every"
-        rows["checkpoint"] = f"none: {late if record.steps else 'it ended before its first step'}"
+        rows["checkpoint"] = f"none: {describe_kill(plan, folder) if record.steps else 'it ended before its first step'}"
     left = [f"{node.host}: {node.left.splitlines()[0]}" for node in record.nodes if node.left]
     if left and record.failure is None:  # a failure names them too
         rows["not cleared"] = f"{'; '.join(left)}; when it answers: {command_line('stop', record.run_id)}"
@@ -93,18 +101,45 @@ def describe_count(count: float, kind: str) -> str:
     return f"{count:,.0f} {what.removesuffix('s') if count == 1 else what}"
 
 
+def describe_kill(plan: Plan, folder: Path) -> str:
+    """Why the ranks of a run that was stopped have saved nothing."""
+    limit = plan.config.run.stop_timeout_s
+    shorter = f", or after run.stop_timeout_s={limit}" if limit is not None else " or signal, or because they took too long"
+    return f"the ranks were killed before they had saved, at a second Ctrl-C{shorter}"
+
+
 def resume_line(folder: Path, plan: Plan, status: str) -> str:
-    """How to continue a run that did not finish; '' for any other. `status`: of its record, '' for a run without one."""
+    """How to continue a run that did not finish, and what of it was not saved; '' for any other. `status`: of its record, '' for a run without
+    one."""
     began = status != "refused" or bool(load_attempts(folder))
     if plan.spec.stage.kind != "train" or status == "finished" or not began:
         return ""
-    return f"to go on: {command_line('launch', '--resume', short_name(folder, Path.cwd() / RUNS_FOLDER))}"
+    lost = describe_loss(folder, plan)
+    command = command_line("launch", "--resume", typed_name(folder, Path.cwd() / RUNS_FOLDER))
+    return f"{lost}\nto go on: {command}" if lost else f"to go on: {command}"
+
+
+def describe_loss(folder: Path, plan: Plan) -> str:
+    """Which steps a resumption repeats; '' where none, and where the checkpoints are on other machines."""
+    rows = newest_rows(folder / METRICS_FILE)
+    if not rows or not is_here(plan):
+        return ""
+    last, saved = rows[-1].step, step_of(Path(last_checkpoint(folder)).name)
+    if not saved:
+        return f"nothing was saved: it starts again from the beginning, and repeats steps 1 to {last}"
+    return f"saved up to step {saved}: steps {saved + 1} to {last} are repeated" if saved < last else ""
+
+
+def command_from_weights(plan: Plan, *words: str) -> str:
+    """The launch of a run like this one, of the same stage, that starts from its weights. `words`: what it changes."""
+    start = (f"stage.checkpoint={plan.run_id}", *words)
+    return command_line("launch", *without_keys(plan.overrides, keys_of(start)), *start, *plan.options)
 
 
 def next_commands(record: Record, plan: Plan) -> str:
     """Launches of the following stages, from the checkpoint of this run, with the same overrides; only those that would be accepted."""
     kept = tuple(word for word in plan.overrides if word.partition("=")[0].partition(".")[0] != "stage")
-    stage, run = plan.spec.stage, short_name(Path(plan.folder), Path.cwd() / RUNS_FOLDER)
+    stage, run = plan.spec.stage, typed_name(Path(plan.folder), Path.cwd() / RUNS_FOLDER)
     after = FOLLOWING_STAGES.get(outcome_of(stage), ())
     batch = tuple(word for word in plan.overrides if word.startswith("stage.global_batch="))  # that of the rows, where they are few
     following = (

@@ -14,7 +14,7 @@ from typing import Any
 from launcher.config.schema import AXES
 from launcher.errors import ConfigRefused, suggest
 from launcher.record.lock import is_locked
-from launcher.record.metrics import parse_row
+from launcher.record.metrics import TAIL_BYTES, parse_row
 from launcher.record.reader import nested, read_as, read_object
 from launcher.record.record import CONFIG_FILE, PLAN_FILE, RECORD_FILE, Record
 from launcher.record.run_name import read_start
@@ -27,7 +27,6 @@ RUNNING = "running"  # a launcher supervises it
 OPEN = "open"  # a run without a record and without a launcher: it runs in the background, or its launcher was killed
 UNREADABLE = "unreadable"  # its record cannot be read
 STATUSES = ("finished", "stopped", "failed", "refused", RUNNING, OPEN, UNREADABLE)
-TAIL_BYTES = 2**14  # of metrics.jsonl: many rows
 
 
 @dataclass(frozen=True, kw_only=True)

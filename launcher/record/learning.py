@@ -21,6 +21,8 @@ FAR = 10  # times a published learning rate
 CHARACTERS = 6  # of an answer that one generated token holds at most, about
 FLAT, FEW_STEPS = 0.98, 20  # mean loss of the last tenth of the steps over that of the first, and steps that are enough to say so
 
+WITHIN = "within the question"  # as the trainer calls a form that no other question can be given
+
 LARGEST = 2**53  # a count beyond it is a damaged record
 
 Trains = Literal["lora", "projector", "model"]
@@ -56,6 +58,7 @@ def describe_learning(config: Mapping[str, Any], data: Mapping[str, Any]) -> tup
         "characters": f"of an answer: p50 {lengths[0]}, p95 {lengths[1]}, longest {lengths[2]}",
         "trained": describe_trained(summary if isinstance(summary, dict) else {}),
         "duplicates": describe_duplicates(facts),
+        "questions": describe_image_forms(facts),
         "lr": describe_rate(config),
     }
     return tuple((name, text) for name, text in rows.items() if text)
@@ -79,6 +82,19 @@ def describe_duplicates(facts: Mapping[str, Any]) -> str:
     return "; ".join(filter(None, parts)) or "none"
 
 
+def describe_image_forms(facts: Mapping[str, Any]) -> str:
+    """Where images are, and by which form a trained model will be asked if there are several."""
+    forms = forms_of(facts)
+    listed = "; ".join(f"{count:,} images {form}" if len(forms) > 1 else f"images {form}" for form, count in forms.items())
+    usable = next((form for form in forms if form != WITHIN), "")
+    return f"{listed}; infer and serve put them {usable}" if len(forms) > 1 and usable else listed
+
+
+def forms_of(facts: Mapping[str, Any]) -> dict[str, int]:
+    forms = facts.get("image_forms")
+    return {str(form)[:80]: count_of(forms, form) for form in forms if count_of(forms, form)} if isinstance(forms, dict) else {}
+
+
 def describe_trained(summary: Mapping[str, Any]) -> str:
     trained, tokens = count_of(summary, "trained_tokens"), count_of(summary, "tokens")
     return f"{percent(trained / tokens)} of {tokens:,} tokens are in the loss" if trained and tokens else ""
@@ -91,7 +107,7 @@ def describe_rate(config: Mapping[str, Any]) -> str:
     published = [f"{recipe.lr:g} ({recipe.name})" for recipe in find_recipes(config)]
     if published:
         return f"{rate:g}; published: {', '.join(published)}"
-    if nested(config, "model", "source", "kind") == "random" and not nested(config, "stage", "checkpoint"):
+    if is_random(config):
         usual = load_random_rate()
         return f"{rate:g}; random weights: a rate of {usual.low:g} to {usual.high:g} is usual here"
     return f"{rate:g}; no recipe was published for a model of this size"
@@ -145,7 +161,17 @@ def of_rows(data: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def of_rate(config: Mapping[str, Any]) -> Iterator[str]:
-    rate, recipes = number_of(nested(config, "stage", "optimizer", "lr")), find_recipes(config)
+    rate, recipes, trains = number_of(nested(config, "stage", "optimizer", "lr")), find_recipes(config), nested(config, "stage", "kind")
+    own = nested(config, "data", "builtin") == ""  # a built-in set is for trying a config, with the rates of conf/stage
+    if (
+        rate
+        and own
+        and not recipes
+        and trains == "train"
+        and is_random(config)
+        and not (usual := load_random_rate()).low <= rate <= usual.high
+    ):
+        yield f"the learning rate is {rate:g}: the weights are random, and {usual.low:g} to {usual.high:g} is usual for these (stage.optimizer.lr)"
     if not rate or not recipes:
         return
     high, low = (choose(recipes, key=lambda recipe: recipe.lr) for choose in (max, min))
@@ -153,6 +179,10 @@ def of_rate(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"the learning rate is {rate:g}, {rate / high.lr:,.0f} × the published recipe ({high.lr:g}, {high.name})"
     elif rate <= low.lr / FAR:
         yield f"the learning rate is {rate:g}, 1/{low.lr / rate:,.0f} of the published recipe ({low.lr:g}, {low.name})"
+
+
+def is_random(config: Mapping[str, Any]) -> bool:
+    return nested(config, "model", "source", "kind") == "random" and not nested(config, "stage", "checkpoint")
 
 
 def of_sides(config: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[str]:

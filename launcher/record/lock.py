@@ -7,10 +7,12 @@ it ends, in whatever way. F_OFD_GETLK asks who holds it without taking it, so th
 import fcntl
 import json
 import os
+import re
 import socket
 import struct
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -22,6 +24,7 @@ STOP_FILE = "stop.json"
 # struct flock of Linux on 64 bits: type, whence, start, length (0: to the end of the file), pid (0: F_OFD_* demands it).
 FLOCK = "hhqqi4x"
 WRITE_LOCK = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+HOLDER = re.compile(r"process (?P<pid>[0-9]+) on (?P<host>\S+)")  # the text of the file
 HELD: set[int] = set()  # file descriptors of the locks that this process holds
 
 
@@ -77,6 +80,33 @@ def is_locked(folder: Path) -> bool:
     finally:
         os.close(descriptor)
     return bool(struct.unpack(FLOCK, answer)[0] != fcntl.F_UNLCK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """The process of this machine that holds a lock. `problem`: why it cannot be signalled, '' where it can."""
+
+    pid: int
+    described: str
+    problem: str = ""
+
+
+def find_holder(folder: Path) -> Holder | None:
+    """Who holds the lock of a run now, by what it wrote into the file and by the files that it has open. None for a process of another machine
+    or container."""
+    file = folder / RUN_LOCK_FILE
+    described = file.read_text(encoding="utf-8", errors="replace").strip()
+    found = HOLDER.fullmatch(described)
+    if found is None or found["host"] != socket.gethostname():
+        return None
+    pid = int(found["pid"])
+    try:
+        opened = any(entry.exists() and entry.samefile(file) for entry in Path(f"/proc/{pid}/fd").iterdir())
+    except PermissionError:
+        return Holder(pid=pid, described=described, problem="it belongs to another user, who can stop it")
+    except OSError:
+        return None
+    return Holder(pid=pid, described=described) if opened else None
 
 
 def ask_to_stop(folder: Path, now: datetime) -> None:

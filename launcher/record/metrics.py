@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ ROW = re.compile(
     rf'\{{"step": (\d+), "steps": \d+, "loss": {NUMBER}, "lr": {NUMBER}, "grad_norm": {NUMBER}, '
     rf'"samples": (\d+), "tokens": (\d+), "seconds": {NUMBER}, "peak_bytes": (\d+)[^{{}}\n]*\}}\n'
 )
+TAIL_BYTES = 2**14  # of metrics.jsonl: many rows
 STEP_ROW_KEYS = frozenset(StepRow.__dataclass_fields__)
 WARM_UP_SHARE, WARM_UP_LIMIT = 10, 50  # the first tenth of the steps, at most 50, does not count for the speed
 
@@ -153,6 +155,16 @@ def read_rows(path: Path) -> tuple[StepRow, ...]:
     if not path.exists():
         return ()
     return parse_rows(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1])
+
+
+def newest_rows(path: Path) -> tuple[StepRow, ...]:
+    """Those at the end of metrics.jsonl: many, and without reading a long file. () where there are none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            return parse_rows(file.read().decode(errors="replace").split("\n")[:-1])
+    except OSError:
+        return ()
 
 
 def parse_rows(lines: Iterable[str]) -> tuple[StepRow, ...]:

@@ -5,9 +5,9 @@ Reports use it, since they must show a failed or damaged run too. A comparison c
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from launcher.config.schema import Bands
@@ -124,12 +124,21 @@ def require_whole(run: RunFiles) -> None:
 
 
 def bands_of(run: RunFiles) -> Bands:
-    """The bands that the run's config stated before it started. Raises ConfigRefused if they cannot be read."""
+    """The bands that the run's config stated before it started. That of the throughput counts only where the user stated it: a benchmark of the
+    project states one for its own reruns (launcher.bench.verdict), and how busy a machine is makes no run another one. Raises ConfigRefused
+    if they cannot be read."""
     try:
         bands: Bands = contract.decode(Bands, nested(run.plan, "config", "run", "bands") or {}, "config.run.bands")
     except SpecError as error:
         raise ConfigRefused(f"{run.folder / PLAN_FILE}: {error}") from error
-    return bands
+    return bands if states_speed(run.plan) else replace(bands, throughput=None)
+
+
+def states_speed(plan: dict[str, Any]) -> bool:
+    """Whether run.bands.throughput was typed, or is that of an experiment in the user's own conf folder."""
+    typed = any(str(word).startswith("run.bands") and "throughput" in str(word) for word in plan.get("overrides") or ())
+    files = (PurePath(str(name)) for name in plan.get("files") or ())
+    return typed or any(file.is_absolute() and file.parent.name == "experiment" for file in files)
 
 
 # ------------------------------------------------------------------------------------------------------------ problems

@@ -99,13 +99,10 @@ def read_start(folder: Path) -> tuple[datetime, str]:
         return datetime.fromtimestamp((folder / PLAN_FILE).stat().st_mtime, UTC), folder.name
 
 
-def short_name(folder: Path, runs: Path) -> str:
-    """What names this run in a command that is typed here: `last`, its id, or its path where it is not in `runs`."""
-    if folder.resolve().parent != runs.resolve():
-        return str(folder)
-    folders = list_folders(runs)
-    is_last = LAST not in folders and max(folders.values(), key=read_start, default=folder) == runs / folder.name
-    return LAST if is_last else folder.name
+def typed_name(folder: Path, runs: Path) -> str:
+    """What names this run in a command that is typed here: its id, or its path where it is not in `runs`. Never `last`: another run may have
+    begun before the command is typed."""
+    return folder.name if folder.resolve().parent == runs.resolve() else str(folder)
 
 
 def has_plan(folder: Path) -> bool:

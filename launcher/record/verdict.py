@@ -167,8 +167,10 @@ def judge_losses(
 ) -> tuple[float | None, Level, str]:
     """(largest change, level, limit). Curves of different length, or with non-finite values, are outside every limit."""
     means = window_means(left, WINDOWS), window_means(right, WINDOWS)
-    if len(left) != len(right) or not left or not all(map(math.isfinite, (*means[0], *means[1]))):
-        return None, Level.OUTSIDE, "any band: rows are missing or have non-finite values"
+    if len(left) != len(right):
+        return None, Level.OUTSIDE, f"any band, since one has {len(left):,} steps and the other {len(right):,}"
+    if not left or not all(map(math.isfinite, (*means[0], *means[1]))):
+        return None, Level.OUTSIDE, "any band: there are no losses, or some are not finite"
     change = max(abs(other - one) / max(abs(one), 1e-12) for one, other in zip(*means, strict=True))
     if band is not None:
         return change, Level.WITHIN if change <= band else Level.OUTSIDE, f"the stated band of {band:.3%}"

@@ -1,5 +1,6 @@
 """All nodes of a run as one: started together or not at all, watched together, stopped together. The first failure stops every node."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,9 +9,11 @@ from pathlib import Path
 from launcher.errors import NodeFailed
 from launcher.plan.commands import NodeCommand
 from launcher.record.record import NodeResult
+from launcher.run.ask_ranks import may_save
 from launcher.run.container import clear_node
 from launcher.run.node_process import CheckNodeProcess, ChildNodeProcess, ContainerNodeProcess, NodeProcess
 from launcher.run.signals import StopRequest
+from launcher.run.stop_limit import START_GRACE_S
 from launcher.ssh.parallel import after, attempt_each, together
 from launcher.ssh.transport import Transport
 
@@ -19,6 +22,7 @@ START_LIMIT_S = 3.0  # after a stop request, for the starts that are under way
 REMOVE_LIMIT_S, REMOVE_AGAIN_S = 6.0, 2.0  # after a stop request, and after a second one, for the removal of what did start
 CLEAR_LIMIT_S = 15.0  # after a stop request, for clearing the nodes; one that does not respond is then reported
 UNFOLLOW_LIMIT_S = 1.0  # for closing logs that are no longer needed
+FAILED_GRACE_S = 8.0  # for the ranks to end when another one has failed
 ASK_LIMIT_S = 5.0  # for the nodes to be asked to stop; the request to a node that responds later continues in the background
 
 
@@ -109,8 +113,9 @@ def watch(
     processes: tuple[NodeProcess, ...], stop: StopRequest, tick: Callable[[], None], *, grace_s: Callable[[], float]
 ) -> tuple[NodeResult, ...]:
     """Wait until every process has ended. When one fails, or at a stop request, all that still run are asked to stop; `grace_s()` later, or at a
-    second request, those that still run are killed. However this ends, nothing of the run is left on a node that responds."""
-    started, asked_at, killed = time.monotonic(), 0.0, False
+    second request, those that still run are killed. However this ends, nothing of the run is left on a node that responds. After a failure the
+    other ranks wait for the one that is gone, so they cannot save."""
+    started, asked_at, killed, most_s = time.monotonic(), 0.0, False, math.inf
     ended: dict[int, float] = {}
     left: dict[int, str] = {}
     try:
@@ -126,8 +131,9 @@ def watch(
             running = [process for process, code in zip(processes, codes, strict=True) if code is None]
             if not asked_at and (stop.count or any(codes)):
                 asked_at = now
-                attempt_each(lambda process: process.stop(), running, until=after(ASK_LIMIT_S))
-            if asked_at and not killed and (stop.count > 1 or now - asked_at > grace_s()):
+                saves = may_save(attempt_each(lambda process: process.stop(), running, until=after(ASK_LIMIT_S)))
+                most_s = FAILED_GRACE_S if any(codes) else math.inf if saves else START_GRACE_S
+            if asked_at and not killed and (stop.count > 1 or now - asked_at > min(most_s, grace_s())):
                 killed = True
                 attempt_each(lambda process: process.kill(), running, until=after(ASK_LIMIT_S))
             time.sleep(TICK_S)

@@ -21,6 +21,7 @@ from launcher.run.progress import ProgressView
 from launcher.run.run_folder import FETCH_S, Mirror, WorkingNode, fetch_large, fetch_results
 from launcher.run.session import Session
 from launcher.run.signals import STOPPED_CODE, StopRequest, handler_for
+from launcher.run.stop_limit import describe_wait, grace_s
 from launcher.ssh.parallel import after, attempt_each
 from trainer.contract import ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE, SERVING_FILE, STREAM_FILE, Exit, TrainResult
 from trainer.contract.listing import list_some
@@ -30,8 +31,6 @@ MIRROR_INTERVAL_S = 1.0
 SAY_INTERVAL_S = 10.0  # between two lines about a data check that is waited for
 SHOWN_RANKS = 8
 STOPPED_FETCH_S, STOPPED_AGAIN_FETCH_S = 20.0, 2.0  # in place of FETCH_S after a stop request, and after a second one
-# Before the first row there is nothing to save, and an interpreter that is still importing as the first process of a container ignores SIGTERM.
-START_GRACE_S = 3.0
 
 
 def watch_attempt(plan: Plan, folder: Path, session: Session, processes: NodeProcesses, stop: StopRequest) -> AttemptOutcome:
@@ -40,6 +39,7 @@ def watch_attempt(plan: Plan, folder: Path, session: Session, processes: NodePro
     limit_s, began = plan.config.run.start_timeout_s, time.monotonic()
     growing = () if plan.is_local else (progress_file(plan), ENVIRONMENT_FILE)  # files of node 0 that are copied here while they grow
     mirrors, mirrored_at = {name: Mirror(working_nodes(plan, session)[0], name, folder) for name in growing}, 0.0
+    asked = list[int]()  # the stop request, once it was answered
 
     with handler_for(hangup_signals(plan), signal.SIG_DFL), ProgressView(folder, session.say, terminal=session.terminal) as progress:
 
@@ -47,8 +47,11 @@ def watch_attempt(plan: Plan, folder: Path, session: Session, processes: NodePro
             nonlocal mirrored_at
             ready = (folder / ENVIRONMENT_FILE).exists()
             raise_bad_data(folder, processes.checks)
-            if not stop.count and is_asked_to_stop(folder):
+            if is_asked_to_stop(folder) and not stop.count:  # in this order: `omnilaunch stop` writes the file after its signal
                 stop.ask("omnilaunch stop")
+            if stop.count and not asked:
+                asked.append(stop.count)
+                session.say(describe_wait(plan, folder, started_here=bool(processes.checks)))
             if mirrors and time.monotonic() - mirrored_at >= MIRROR_INTERVAL_S:
                 mirrors[progress_file(plan) if ready else ENVIRONMENT_FILE].update()
                 mirrored_at = time.monotonic()
@@ -70,14 +73,6 @@ def watch_attempt(plan: Plan, folder: Path, session: Session, processes: NodePro
         progress.tick()
     outcome = judge_attempt(plan, folder, nodes, stop, stopped_by_launcher=any(process.stopping for process in processes.trainers))
     return replace(outcome, unchecked=unchecked)
-
-
-def grace_s(plan: Plan, folder: Path, *, started_here: bool = True) -> float:
-    """How long the ranks may take to save and end. Called repeatedly, since a first row may have been on its way here. A run that another launcher
-    started (`started_here` false) may have hours of rows that were not copied here yet."""
-    rows = folder / METRICS_FILE
-    nothing_done = started_here and plan.spec.stage.kind == "train" and not (rows.exists() and rows.stat().st_size)
-    return min(plan.config.run.stop_timeout_s, START_GRACE_S) if nothing_done else plan.stop_limit_s
 
 
 def hangup_signals(plan: Plan) -> tuple[signal.Signals, ...]:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from launcher.errors import NodeFailed
 from launcher.plan.commands import FOLDER_VARIABLE, PART_VARIABLE, NodeCommand, data_env_file, data_name, env_file
+from launcher.run.ask_ranks import ask_child, ask_container
 from launcher.run.container import NO_CONTAINER, container_state, remove_containers, remove_env_file, send_secrets, write_env_file
 from launcher.ssh.background import in_background
 from launcher.ssh.transport import Result, Running, Transport, kill_processes, processes_with
@@ -30,8 +31,9 @@ LOST = 255  # the exit code that stands for a node that stopped responding
 
 
 class NodeProcess(Protocol):
-    """`poll` returns the exit code, or None while the process runs; it never waits for a node. `stop` asks it to save and end, `kill` ends it,
-    `clear` also removes what it leaves on the node. `stopping`: it ran when it was asked to stop. `killed`: it ran when it was killed."""
+    """`poll` returns the exit code, or None while the process runs; it never waits for a node. `stop` asks it to save and end, and returns
+    whether it may have something to save; `kill` ends it, `clear` also removes what it leaves on the node. `stopping`: it ran when it was asked
+    to stop. `killed`: it ran when it was killed."""
 
     command: NodeCommand
     lost: bool
@@ -39,7 +41,7 @@ class NodeProcess(Protocol):
     killed: bool
 
     def poll(self) -> int | None: ...
-    def stop(self) -> None: ...
+    def stop(self) -> bool: ...
     def kill(self) -> None: ...
     def clear(self) -> None: ...
 
@@ -67,9 +69,9 @@ class ChildNodeProcess:
     def poll(self) -> int | None:
         return self.running.poll()
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
         self.stopping = True
-        self.running.signal(signal.SIGTERM)
+        return ask_child(self.command, self.running)
 
     def kill(self) -> None:
         self.killed = self.killed or self.poll() is None
@@ -122,9 +124,10 @@ class CheckNodeProcess:
             self.restarting = None
         return None
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
         self.stopping = True
         self.kill()
+        return False
 
     def kill(self) -> None:
         self.killed = True
@@ -235,9 +238,9 @@ class ContainerNodeProcess:
             return ""
         return f"{max(1, int(time.time() - self.log.stat().st_mtime) + 1)}s"
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
         self.stopping = True
-        self.transport.run(self.command.stop)  # fails for a container that has just ended, which is fine
+        return ask_container(self.command, self.transport)
 
     def kill(self) -> None:
         """End and remove the container. One that has ended by itself since the last poll keeps its exit code. Raises NodeFailed when the node does

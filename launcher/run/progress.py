@@ -13,7 +13,7 @@ from typing import Any
 from launcher.plan.text import duration, figure, size
 from launcher.record.metrics import count_warm_up, measure_speed, parse_rows
 from launcher.redact import show
-from trainer.contract import METRICS_FILE, SERVING_FILE, STREAM_FILE, ServingReport, SpecError, StepRow, read
+from trainer.contract import IMAGES_FILE, METRICS_FILE, SERVING_FILE, STREAM_FILE, ServingReport, SpecError, StepRow, read
 
 PLAIN_INTERVAL_S = 5.0
 RATE_WINDOW = 50  # steps
@@ -73,6 +73,7 @@ class ProgressView:
         self.rows, self.rate, self.say, self.terminal = Growing(folder / METRICS_FILE), Rate(), say, terminal
         self.printed_at = time.monotonic()
         self.server: Path | None = folder / SERVING_FILE  # until its address was printed
+        self.images: Path | None = folder / IMAGES_FILE  # until its sentence was printed
         self.answers, self.answering = Growing(folder / STREAM_FILE), False
         self.bar: Any = None
         self.task: Any = None
@@ -89,6 +90,9 @@ class ProgressView:
     def tick(self) -> None:
         if self.server is not None and self.server.exists():
             self.show_server(self.server)
+        if self.images is not None and (sentence := read_line(self.images)):
+            self.images = None
+            self.say(sentence)
         if text := self.answers.text():
             self.answering = True
             self.print_answer(text)
@@ -108,6 +112,8 @@ class ProgressView:
             self.server = None
             self.say(f"serving {report.model} at {report.url} (Ctrl-C stops it)")
             self.say(f"  {report.example}")
+            if report.images:
+                self.say(f"  {report.images}")
 
     def print_step(self, row: StepRow, values: dict[str, str]) -> None:
         if row.step in (1, row.steps) or time.monotonic() - self.printed_at >= PLAIN_INTERVAL_S:
@@ -118,6 +124,15 @@ class ProgressView:
         if self.bar is None:
             self.bar, self.task = open_bar(row.steps)
         self.bar.update(self.task, completed=row.step, **values)
+
+
+def read_line(file: Path) -> str:
+    """'' until the file is there, and whole."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return text.strip() if text.endswith("\n") else ""
 
 
 def open_bar(steps: int) -> tuple[Any, Any]:

@@ -1,10 +1,7 @@
 """Another attempt of a run that was stopped, killed or failed: what is left of the last one is ended, its files are archived, and the ranks start
 from the newest checkpoint. `settle` comes first, then `resume`; the caller holds the lock of the run."""
 
-import os
 import shutil
-import signal
-import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +10,7 @@ from launcher.errors import ConfigRefused, NodeFailed, RunEnded
 from launcher.plan.commands import FOLDER_VARIABLE
 from launcher.plan.plan import Plan, encode_spec, refuse
 from launcher.record.checksums import SEAL_FILE
+from launcher.record.description import command_from_weights
 from launcher.record.lock import STOP_FILE
 from launcher.record.metrics import read_rows
 from launcher.record.reader import read_if_there
@@ -45,14 +43,13 @@ from launcher.run.restart import FoundStates, archive_attempt, find_states
 from launcher.run.run_folder import WorkingNode
 from launcher.run.session import Session
 from launcher.run.signals import STOPPED_CODE, Stopped, StopRequest, catch_stops
-from launcher.run.stop import NO_CONTAINER, RUNNING, state_of
+from launcher.run.stop import NO_CONTAINER, RUNNING, end_processes, state_of
 from launcher.ssh.parallel import attempt_each
-from launcher.ssh.transport import kill_processes, processes_with
+from launcher.ssh.transport import processes_with
 from trainer import contract
 from trainer.contract import DATA_FILE, DATA_PENDING_FILE, INPUTS_FILE, METRICS_FILE, SPEC_FILE
 from trainer.contract.wording import plural
 
-POLL_S = 0.1
 KEPT = (DATA_FILE, INPUTS_FILE, IMAGES_FILE)  # of an attempt; the next one writes them again
 MOVED = (RECORD_FILE, SEAL_FILE, STOP_FILE)
 
@@ -102,39 +99,10 @@ def settle(last: LastAttempt) -> LastAttempt:
 
 
 def end_orphans(plan: Plan, session: Session) -> None:
-    """Ranks outlive a launcher that was killed. They are asked to save and end, and killed after run.stop_timeout_s."""
-    folder = plan.spec.output
-    if not (pids := processes_with(FOLDER_VARIABLE, folder)):
-        return
-    session.say(f"the ranks of run {plan.run_id} still run without their launcher: they are asked to save and end")
-    for pid in pids:
-        if parent_of(pid) not in pids:
-            kill(pid, signal.SIGTERM)  # torchrun passes it on to its ranks
-    deadline = time.monotonic() + plan.stop_limit_s
-    while (left := processes_with(FOLDER_VARIABLE, folder)) and time.monotonic() < deadline:
-        time.sleep(POLL_S)
-    while left:
-        kill_processes(left, kill)
-        time.sleep(POLL_S)
-        left = processes_with(FOLDER_VARIABLE, folder)
-
-
-def kill(pid: int, number: int) -> None:
-    """Raises NodeFailed for a process of another user."""
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return
-    except PermissionError as error:
-        raise NodeFailed(f"process {pid} of the run still runs, and belongs to another user: end it there, and resume again") from error
-
-
-def parent_of(pid: int) -> int:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return 0
-    return int(fields[1])
+    """Ranks outlive a launcher that was killed."""
+    if processes_with(FOLDER_VARIABLE, plan.spec.output):
+        session.say(f"the ranks of run {plan.run_id} still run without their launcher: they are asked to save and end")
+        end_processes(plan)
 
 
 def finish(last: LastAttempt) -> Record | None:
@@ -202,7 +170,7 @@ def choose_states(plan: Plan, nodes: tuple[WorkingNode, ...]) -> FoundStates:
     if not best.newest and ended:
         raise ConfigRefused(
             f"the checkpoint {ended} of run {run_id} has weights only, since it was its last step; a run of {steps} steps cannot resume from it. "
-            f"Start a new run from these weights: omnilaunch launch stage.checkpoint={run_id}"
+            f"Start a new run from these weights: {command_from_weights(plan)}"
         )
     if not best.newest and broken:
         lines = "".join(f"\n  {name}: {why}" for name, why in broken.items())

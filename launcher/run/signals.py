@@ -56,6 +56,8 @@ def catch_stops() -> Iterator[StopRequest]:
     stop = StopRequest()
 
     def handle(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP and stop.count:
+            return  # a terminal that is closed after Ctrl-C is no second request: the run is being saved
         stop.ask(signal.Signals(number).name)
         if stop.interrupts:
             raise Stopped
@@ -66,8 +68,10 @@ def catch_stops() -> Iterator[StopRequest]:
 
 @contextmanager
 def handler_for(signals: tuple[signal.Signals, ...], handler: Handler | signal.Handlers) -> Iterator[None]:
-    """Handle these signals so inside; SIG_DFL lets them end the launcher. A signal that is ignored, as under nohup, stays ignored."""
-    previous = {number: signal.signal(number, handler) for number in signals if signal.getsignal(number) != signal.SIG_IGN}
+    """Handle these signals so inside; SIG_DFL lets them end the launcher. A signal that is ignored, as under nohup, stays ignored. Except for
+    SIGINT: a shell without job control starts `command &` with it ignored, which is not asked for."""
+    heard = (number for number in signals if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN)
+    previous = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:

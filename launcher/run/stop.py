@@ -3,11 +3,17 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from launcher.doctor.smi import NPU_QUERY, NVIDIA_APPS_QUERY, UnreadableTable, nvidia_processes, read_npu
+from launcher.plan.commands import FOLDER_VARIABLE
+from launcher.plan.plan import Plan
+from launcher.run.ask_ranks import ask_container, ask_orphans, kill_own
 from launcher.run.container import NO_CONTAINER as NO_CONTAINER, POLL_S, clear_node, container_state
 from launcher.run.run_folder import WorkingNode
+from launcher.run.stop_limit import START_GRACE_S, find_limit_s
 from launcher.ssh.parallel import attempt_each
+from launcher.ssh.transport import kill_processes, processes_with
 
 RUNNING = ("running", "created", "restarting", "paused")
 
@@ -25,8 +31,8 @@ def end_run(nodes: Sequence[WorkingNode], *, accelerator: str, grace_s: float) -
 
     def end(node: WorkingNode) -> str:
         pids = processes_of(node)
-        node.transport.run(node.command.stop)  # fails for a container that has ended, which is fine
-        deadline = time.monotonic() + grace_s
+        saves = ask_container(node.command, node.transport)
+        deadline = time.monotonic() + (grace_s if saves else min(grace_s, START_GRACE_S))
         while state_of(node).startswith(RUNNING) and time.monotonic() < deadline:
             time.sleep(POLL_S)
         clear_node(node.command, node.transport)
@@ -35,6 +41,20 @@ def end_run(nodes: Sequence[WorkingNode], *, accelerator: str, grace_s: float) -
     answers = attempt_each(end, nodes)
     hosts = [node.command.host for node in nodes]
     return tuple(StopResult(host=host, left=str(answer).removeprefix(f"{host}: ")) for host, answer in zip(hosts, answers, strict=True))
+
+
+def end_processes(plan: Plan) -> None:
+    """Ask the ranks of a run of processes to save and end, and kill what is left after the limit. Raises NodeFailed for processes of another
+    user."""
+    folder = plan.spec.output
+    saves, began = ask_orphans(folder), time.monotonic()
+    limit_s = find_limit_s(plan, Path(plan.folder)) if saves else START_GRACE_S
+    while (left := processes_with(FOLDER_VARIABLE, folder)) and time.monotonic() - began < limit_s:
+        time.sleep(POLL_S)
+    while left:
+        kill_processes(left, kill_own)
+        time.sleep(POLL_S)
+        left = processes_with(FOLDER_VARIABLE, folder)
 
 
 def state_of(node: WorkingNode) -> str:

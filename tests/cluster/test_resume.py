@@ -42,7 +42,7 @@ def test_a_stopped_run_is_resumed_where_no_folder_is_shared(lab: Lab, calm: dict
     refused = lab.run("launch", "--resume", "paused")
     assert refused.returncode == 2 and "omnilaunch attach paused" in refused.stdout, refused.stdout
     stopped = lab.run("stop", "paused")
-    assert stopped.returncode == 0 and "to go on: omnilaunch launch --resume last" in stopped.stdout, stopped.stdout
+    assert stopped.returncode == 0 and "to go on: omnilaunch launch --resume paused" in stopped.stdout, stopped.stdout
     done = lab.run("launch", "--resume", "paused")
     assert done.returncode == 0 and "copying checkpoint" in done.stdout, done.stdout
     assert_same(lab, "paused", calm)

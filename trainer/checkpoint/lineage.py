@@ -8,10 +8,11 @@ import json
 from pathlib import Path
 
 from trainer.checkpoint.checkpoint import require_whole
-from trainer.contract import InputRefused, Lora, TrainSpec, WeightsLineage, read
+from trainer.contract import LINE_FEED, ImageForm, InputRefused, Lora, TrainSpec, WeightsLineage, read
 from trainer.contract.adapter_files import describe_missing_base, find_base, read_adapter_config
 from trainer.contract.checkpoint_files import CheckpointState, find_state_file
 from trainer.contract.weight_files import ADDED_TOKENS, TOKENIZER_CONFIG, fetched_revision, hash_weights, read_added_tokens
+from trainer.models import find_family
 from trainer.stages.chain import groups_before
 
 SNAPSHOTS = "snapshots"  # in the cache of huggingface_hub: <repository>/snapshots/<commit>
@@ -43,6 +44,7 @@ def find_lineage(spec: TrainSpec, folder: Path | None, base: Path | None = None)
             trained=state.trained if state else tuple(spec.model.groups),  # all groups of a published model are trained
             base=str(base or ""),
             mark=mark,
+            images=find_images(spec, folder),
             revision=folder.name if folder.parent.name == SNAPSHOTS else fetched_revision(folder),
         )
         if base is not None:
@@ -68,6 +70,16 @@ def require_base(spec: TrainSpec, folder: Path) -> Path | None:
             f"stage.checkpoint: the base of {folder} is itself an adapter, {base}. Merge that one first with stage=merge, and name the result in stage.base."
         )
     return Path(base)
+
+
+def find_images(spec: TrainSpec, folder: Path | None) -> ImageForm:
+    """How the questions that the weights in `folder` were trained on show images: `find_lineage(spec, folder).images`, from the state alone."""
+    if folder is None:
+        return LINE_FEED
+    if (file := find_state_file(folder)) is not None:
+        state: CheckpointState = read(CheckpointState, file)
+        return state.images
+    return find_family(spec.model.family).images
 
 
 def fingerprint_weights(folder: Path) -> str:

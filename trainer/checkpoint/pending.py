@@ -74,6 +74,7 @@ def plan_checkpoint(
         trained=groups_trained(lineage, spec.stage),
         base=lineage.mark if spec.stage.lora is not None else "",
         window_ends=spec.window_ends if spec.data.length_aware == "window" else (),
+        images=lineage.images,
     )
     return PendingCheckpoint(
         final=final,

@@ -10,7 +10,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from trainer.contract import CHECKPOINTS, METRICS_FILE, SCHEMA, InputRefused, SpecError, TrainSpec, read, write_text
+from trainer.contract import CHECKPOINTS, LINE_FEED, METRICS_FILE, SCHEMA, ImageForm, InputRefused, SpecError, TrainSpec, read, write_text
 from trainer.contract.listing import list_some
 
 STATE_FILE = "omnilaunch_state.json"
@@ -43,7 +43,7 @@ class CheckpointState:
     """omnilaunch_state.json. `files`: name -> bytes of every other file of the checkpoint. `spec`: dotted key -> value of all settings that
     must be equal to resume. `data_sha256`: of the file of training rows. `world_size`: number of ranks that saved; 0 = weights only, of the
     last step. `trained`: groups trained by this run and by those it started from. `base`: WeightsLineage.mark of an adapter's base.
-    `window_ends`: as of TrainSpec, with data.length_aware=window."""
+    `window_ends`: as of TrainSpec, with data.length_aware=window. `images`: WeightsLineage.images after this run."""
 
     schema: int
     step: int
@@ -56,6 +56,7 @@ class CheckpointState:
     trained: tuple[str, ...] = ()
     base: str = ""
     window_ends: tuple[int, ...] = ()
+    images: ImageForm = LINE_FEED
 
     @property
     def path(self) -> str:

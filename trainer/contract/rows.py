@@ -46,10 +46,25 @@ class CommonAnswer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageForm:
+    """How images are joined to the text of a question: on which side of it, and what is written between images and text, and `between` two
+    images. `questions`: of the `counted` training questions with images, those that have this form; both 0 where none were counted."""
+
+    place: Literal["before", "after"] = "before"
+    separator: str = "\n"
+    between: str = ""
+    questions: int = 0
+    counted: int = 0
+
+
+LINE_FEED = ImageForm()  # where no rows were counted: as in most data
+
+
+@dataclass(frozen=True, kw_only=True)
 class LearningFacts:
     """Of training rows: `answers` in the loss, how many of them are `distinct`, the most `common` ones, their lengths in characters, rows that
     are exact copies of an earlier one, and rows that speak of left or right. `shared_rows`, `shared_images`: held-out rows that are training
-    rows too, and images that are in both."""
+    rows too, and images that are in both. `image_forms`: where images stand in a question -> number of questions, the most frequent first."""
 
     answers: int = 0
     distinct: int = 0
@@ -61,6 +76,7 @@ class LearningFacts:
     shared_rows: int = 0
     shared_images: int = 0
     sided_rows: int = 0
+    image_forms: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +143,8 @@ class Inputs:
 class WeightsLineage:
     """What a stage starts from. `path`: the folder, '' for a random start. `run_id`, `step`, `stage`, `weights_sha256`: of the checkpoint in
     it, empty if none of our runs saved it. `trained`: groups trained so far; all groups of a published model. `base`: the folder of an
-    adapter's base model. `mark`: fingerprint of the base's weights, or of those that a new adapter starts from."""
+    adapter's base model. `mark`: fingerprint of the base's weights, or of those that a new adapter starts from. `images`: how the questions
+    that they were trained on show images."""
 
     path: str = ""
     run_id: str = ""
@@ -138,6 +155,7 @@ class WeightsLineage:
     base: str = ""
     mark: str = ""
     revision: str = ""  # of a hub's repository: the commit that was loaded
+    images: ImageForm = LINE_FEED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,10 +301,12 @@ class TraceReport:
 
 @dataclass(frozen=True, kw_only=True)
 class ServingReport:
-    """Where a server listens. `token`: the variable that holds the token, '' for none. `example`: a command that sends a request."""
+    """Where a server listens. `token`: the variable that holds the token, '' for none. `example`: a command that sends a request. `images`: one
+    sentence about how they are put into a question."""
 
     schema: int
     url: str
     model: str
     token: str
     example: str
+    images: str = ""

@@ -10,6 +10,7 @@ METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 ANSWERS_FILE = "answers.jsonl"  # of stage infer
 STREAM_FILE = "answer.txt"  # stage infer with one question: the text as it is generated
+IMAGES_FILE = "images.txt"  # stage infer: one sentence about how they are put into the questions
 SERVING_FILE = "serving.json"  # of stage serve, once the model is ready
 RESULT_FILE = "train_result.json"
 FAILURE_FILES = "failure-rank{rank}.json"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trainer.contract import CommonAnswer, LearningFacts
 from trainer.data.media.image import Examined
+from trainer.data.rows.image_form import name_form
 from trainer.data.rows.parsed_row import shorten
 from trainer.data.rows.sample import Sample
 from trainer.data.summary import counted_percentile
@@ -27,6 +28,7 @@ class FactTally:
         self.texts: dict[bytes, str] = {}  # the beginnings of answers that may be among the common ones
         self.lengths: Counter[int] = Counter()
         self.rows: Counter[bytes] = Counter()
+        self.forms: Counter[str] = Counter()
         self.pictures: set[str] = set()
         self.shared_pictures: set[str] = set()
         self.shared_rows = self.sided_rows = 0
@@ -36,6 +38,8 @@ class FactTally:
         for message in sample.messages:
             if message.role == "assistant" and message.in_loss:
                 self.add_answer(message.content.strip(), times)
+            if message.role == "user" and (form := name_form(message.content)):
+                self.forms[form] += times
         self.rows[digest_of(sample, images)] += times
         self.pictures.update(pictures_of(sample, images))
         self.sided_rows += times * any(names_side(message.content) for message in sample.messages)
@@ -65,6 +69,7 @@ class FactTally:
             shared_rows=self.shared_rows,
             shared_images=len(self.shared_pictures),
             sided_rows=self.sided_rows,
+            image_forms=dict(self.forms.most_common()),
         )
 
 

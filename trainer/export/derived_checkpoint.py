@@ -85,6 +85,7 @@ def describe_state(spec: TrainSpec, lineage: WeightsLineage) -> CheckpointState:
         files={},
         run_id=spec.run_id,
         trained=groups_trained(lineage, spec.stage),
+        images=lineage.images,
     )
 
 

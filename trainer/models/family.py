@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.contract import ModelSpec
+from trainer.contract import LINE_FEED, ImageForm, ModelSpec
 from trainer.data.processor import Processor as Processor
 
 
@@ -34,7 +34,8 @@ class Family:
     """`create`: random weights in float32, drawn from torch's current seed. `load`: weights from a local folder in a dtype; with `on_meta`
     without values, on the meta device, which reads only the config of the folder.
     `create_processor`, `load_processor`: with a limit on the size of an image.
-    `unused`: names of parameters that are computed in the forward pass but not used, so that they get no gradient."""
+    `unused`: names of parameters that are computed in the forward pass but not used, so that they get no gradient. `images`: how the owner's
+    own template shows them in a question, for weights that none of our runs saved."""
 
     name: str
     create: Callable[[ModelSpec], torch.nn.Module]
@@ -42,6 +43,7 @@ class Family:
     create_processor: Callable[..., Processor]  # (model, limit=UNBOUND)
     load_processor: Callable[..., Processor]  # (folder, model, limit=UNBOUND)
     unused: Callable[[torch.nn.Module], frozenset[str]] = nothing_unused
+    images: ImageForm = LINE_FEED
 
 
 def named_parts(model: torch.nn.Module, parts: tuple[str, ...]) -> frozenset[str]:

@@ -20,7 +20,7 @@ from trainer.models.architecture import create_native, find_sizes, find_text, lo
 from trainer.models.family import UNBOUND, Family, Limit, named_parts
 from trainer.models.head import choose_logits
 from trainer.models.processor import find_ids, open_tokenizer
-from trainer.models.qwen_vision import IMAGE_KEYS, NAMES, assemble, create_images, load_images
+from trainer.models.qwen_vision import IMAGE_KEYS, JOINED, NAMES, assemble, create_images, load_images
 from trainer.models.tiny_tokenizer import tiny_tokenizer
 
 TOKENS = {
@@ -88,4 +88,5 @@ QWEN2_5_OMNI = Family(
     create_processor=create_processor,
     load_processor=load_processor,
     unused=unused,
+    images=JOINED,
 )

@@ -14,7 +14,7 @@ from trainer.data.processor import Processor
 from trainer.models.architecture import create_native, find_sizes, find_text, load_native, refuse_another
 from trainer.models.family import UNBOUND, Family, Limit
 from trainer.models.processor import find_ids, open_tokenizer
-from trainer.models.qwen_vision import IMAGE_KEYS, NAMES, add_token_types, assemble, create_images, load_images
+from trainer.models.qwen_vision import IMAGE_KEYS, JOINED, NAMES, add_token_types, assemble, create_images, load_images
 from trainer.models.tiny_tokenizer import tiny_tokenizer
 
 TOKENS = {
@@ -57,4 +57,5 @@ QWEN2_5_VL = Family(
     load=partial(load_native, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig),
     create_processor=create_processor,
     load_processor=load_processor,
+    images=JOINED,
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from trainer.contract import ModelSpec
+from trainer.contract import ImageForm, ModelSpec
 from trainer.data.encode import image_id
 from trainer.data.processor import Inputs, Processor
 from trainer.models.architecture import split_options
@@ -24,6 +24,8 @@ from trainer.models.family import Limit
 from trainer.models.processor import find_ids, processor_writer
 from trainer.models.span import Grid
 
+# Their chat templates write a text straight after an image.
+JOINED = ImageForm(separator="")
 IMAGE_KEYS = ("min_pixels", "max_pixels", "image_mean", "image_std", "resample")  # options that are the image processor's
 NAMES = {"num_hidden_layers": "depth", "num_attention_heads": "num_heads"}  # of the vision tower's config
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer.checkpoint.journal import Journal, Row, open_journal, weights_fingerprints, write_rows
+from trainer.checkpoint.lineage import find_images
 from trainer.contract import SAMPLES_FILE, InputRefused, TrainResult, TrainSpec
 from trainer.contract.weight_files import hash_weights
 from trainer.data.check import DataPaths
@@ -22,7 +23,7 @@ from trainer.evaluation.score_change import compare_rows, compare_scores
 from trainer.export.derived_checkpoint import finished_result
 from trainer.observe.memory import MemoryPeaks
 from trainer.programs.inputs import load_samples, open_model, prepare_data
-from trainer.train.model import BuiltModel
+from trainer.train.model import BuiltModel, weights_folder
 
 BASE_FILE = "samples_base.jsonl"
 
@@ -44,7 +45,7 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     journals: list[Journal] = []
     base = {}
     if spec.evaluation.base and held_out.samples:
-        base, journal = answer_with_base(spec_of_base(spec), rank, environ, held_out, BASE_FILE)
+        base, journal = answer_with_base(spec_of_base(spec), rank, environ, paths, BASE_FILE)
         journals.append(journal)
         gc.collect()  # only one model is in memory at a time
     built = open_model(spec, rank, environ)
@@ -63,10 +64,13 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
 
 
 def read_held_out(spec: TrainSpec, paths: DataPaths) -> HeldOut:
-    """Empty if the run has no evaluation or no held-out file."""
+    """Empty if the run has no evaluation or no held-out file. Images without a mark are shown as the weights were trained."""
     if not spec.evaluation.enabled or paths.evaluation is None:
         return HeldOut(samples=(), sha256="")
-    return HeldOut(samples=load_samples(paths.evaluation, paths), sha256=hash_sources(paths.evaluation, paths.images_of(paths.evaluation)))
+    return HeldOut(
+        samples=load_samples(paths.evaluation, paths, find_images(spec, weights_folder(spec))),
+        sha256=hash_sources(paths.evaluation, paths.images_of(paths.evaluation)),
+    )
 
 
 def spec_of_base(spec: TrainSpec) -> TrainSpec:
@@ -74,10 +78,11 @@ def spec_of_base(spec: TrainSpec) -> TrainSpec:
 
 
 def answer_with_base(
-    spec: TrainSpec, rank: Rank, environ: Mapping[str, str], held_out: HeldOut, file: str
+    spec: TrainSpec, rank: Rank, environ: Mapping[str, str], paths: DataPaths, file: str
 ) -> tuple[dict[str, float], Journal]:
     """The base's scores; its model is freed when this returns. Raises InputRefused."""
     try:
+        held_out = read_held_out(spec, paths)
         built = open_model(spec, rank, environ)
     except InputRefused as error:
         raise InputRefused(f"run.evaluation.base: {str(error).replace('stage.checkpoint', spec.stage.checkpoint)}") from error

@@ -7,12 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.checkpoint.journal import Journal, Row, gather_rows, open_journal, weights_fingerprints, write_rows
-from trainer.contract import ANSWERS_FILE, STREAM_FILE, Inference, InputRefused, RunFailed, TrainResult, TrainSpec
+from trainer.checkpoint.lineage import find_images
+from trainer.contract import (
+    ANSWERS_FILE,
+    IMAGES_FILE,
+    STREAM_FILE,
+    ImageForm,
+    Inference,
+    InputRefused,
+    RunFailed,
+    TrainResult,
+    TrainSpec,
+    write_text,
+)
 from trainer.contract.weight_files import hash_weights
 from trainer.data.batch.cache import Cache
 from trainer.data.batch.collate import Features
 from trainer.data.batch.load import prefetch
 from trainer.data.media.image import hash_file, open_image, read_size
+from trainer.data.rows.image_form import describe
 from trainer.data.rows.parsed_row import Turn
 from trainer.data.rows.request import Request, place_images, read_requests
 from trainer.data.rows.sample import Message
@@ -23,7 +36,7 @@ from trainer.generation.sampling import check_sampling
 from trainer.models.family import Processor
 from trainer.observe.memory import MemoryPeaks
 from trainer.programs.inputs import open_model
-from trainer.train.model import BuiltModel
+from trainer.train.model import BuiltModel, weights_folder
 
 WINDOW = 16  # batches whose rows are sorted by length together
 SHOWN = 3  # failed rows in a message
@@ -45,7 +58,11 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     end if rows could not be answered; their errors are in the file."""
     began = time.perf_counter()
     options = require_options(spec)
-    requests = read_input(spec, options)
+    form = find_images(spec, weights_folder(spec))
+    requests = read_input(spec, options, form)
+    if rank.number == 0 and any(request.images for request in requests):
+        print(describe(form), flush=True)
+        write_text(f"{describe(form)}\n", Path(spec.output) / IMAGES_FILE)
     memory = MemoryPeaks(rank.device)
     built = open_model(spec, rank, environ, spread=options.spread == "auto")
     memory.enter("evaluation")
@@ -74,14 +91,14 @@ def require_options(spec: TrainSpec) -> Inference:
     return options
 
 
-def read_input(spec: TrainSpec, options: Inference) -> tuple[Request, ...]:
+def read_input(spec: TrainSpec, options: Inference, form: ImageForm) -> tuple[Request, ...]:
     """The questions of the file, or the one question. Raises InputRefused."""
     if options.input:
         file = Path(options.input)
-        return read_requests(file, Path(spec.data.images) if spec.data.images else file.parent)
+        return read_requests(file, Path(spec.data.images) if spec.data.images else file.parent, form)
     images = (Path(options.image),) if options.image else ()
     turns = (Turn(role="user", content=options.prompt, field="stage.inference.prompt"),)
-    asked = place_images(turns, len(images), refuse_prompt)
+    asked = place_images(turns, len(images), form, refuse_prompt)
     return (Request(row=1, messages=tuple(Message(role=turn.role, content=turn.content) for turn in asked), images=images),)
 
 

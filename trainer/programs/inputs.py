@@ -4,7 +4,17 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from trainer.contract import DATA_PENDING_FILE, SPEC_FILE, InputRefused, RunFailed, TrainSpec, WeightsLineage, describe_groups
+from trainer.contract import (
+    DATA_PENDING_FILE,
+    LINE_FEED,
+    SPEC_FILE,
+    ImageForm,
+    InputRefused,
+    RunFailed,
+    TrainSpec,
+    WeightsLineage,
+    describe_groups,
+)
 from trainer.data.check import DataPaths, prepare, resolve
 from trainer.data.kept_folder import kept_folder
 from trainer.data.rows.indexed_samples import INDEX_FOLDER, open_samples
@@ -32,11 +42,11 @@ def prepare_data(spec: TrainSpec) -> DataPaths:
     return resolve(spec.data)
 
 
-def load_samples(file: Path | None, paths: DataPaths) -> tuple[Sample, ...]:
-    """Raises InputRefused with every problem: skipping bad rows would silently change the data set."""
+def load_samples(file: Path | None, paths: DataPaths, form: ImageForm = LINE_FEED) -> tuple[Sample, ...]:
+    """Raises InputRefused with every problem: skipping bad rows would silently change the data set. `form`: of images in rows to ask."""
     if file is None:
         return ()
-    samples, problems = read_samples(file, paths.images_of(file))
+    samples, problems = read_samples(file, paths.images_of(file), form)
     if problems:
         raise InputRefused("\n".join(describe_groups(problems, SHOWN_CAUSES)))
     return samples

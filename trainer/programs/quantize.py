@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.contract import SAMPLES_FILE, InputRefused, Quantization, TrainResult, TrainSpec, write_text
+from trainer.contract import SAMPLES_FILE, ImageForm, InputRefused, Quantization, TrainResult, TrainSpec, write_text
 from trainer.device.dtype import loading_dtype
 from trainer.device.rank import Rank
 from trainer.evaluation.evaluate import evaluate
@@ -42,7 +42,7 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
     chosen = choose_weights(meta_model, spec, names, sources)
     if wanted.scheme == "nf4":
         return write_nf4_checkpoint(spec, rank, lineage, folder, meta_model, frozenset(names[name] for name in chosen))
-    power = measure_inputs(spec, rank, folder, calibration_samples(spec, wanted), frozenset(names[name] for name in chosen))
+    power = measure_inputs(spec, rank, folder, calibration_samples(spec, wanted, lineage.images), frozenset(names[name] for name in chosen))
     scales = {name: scale_rows(sources[name], power.get(names[name])) for name in chosen}
     tensors = quantize_tensors(sources, {name: made for name, (made, _) in scales.items()})
     memory.enter("saving")
@@ -52,7 +52,7 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
         figures = report_size(sources, tensors)
         memory.enter("evaluation")
         figures |= compare_logits(spec, rank, folder, partial_folder, wanted.probes)
-        figures |= compare_answers(spec, rank, folder, partial_folder) if wanted.compare else {}
+        figures |= compare_answers(spec, rank, folder, partial_folder, lineage.images) if wanted.compare else {}
         write_report(spec, wanted, {name: coarse for name, (_, coarse) in scales.items()}, sources, figures)
         return figures
 
@@ -111,12 +111,12 @@ def quantize_tensors(sources: Mapping[str, TensorSource], scales: Mapping[str, T
     return tensors
 
 
-def calibration_samples(spec: TrainSpec, wanted: Quantization) -> tuple:
+def calibration_samples(spec: TrainSpec, wanted: Quantization, form: ImageForm) -> tuple:
     """Evenly spread over the training rows."""
     if not wanted.calibration:
         return ()
     paths = prepare_data(spec)
-    samples = load_samples(paths.train, paths)
+    samples = load_samples(paths.train, paths, form)
     step = max(1, len(samples) // wanted.calibration)
     return samples[::step][: wanted.calibration]
 
@@ -131,10 +131,10 @@ def report_size(sources: Mapping[str, TensorSource], tensors: Sequence[TensorToW
     return {"bytes": float(after), "bytes_before": float(before), "size_ratio": after / before, "size_of_16_bits": after / halves}
 
 
-def compare_answers(spec: TrainSpec, rank: Rank, before: Path, after: Path) -> dict[str, float]:
+def compare_answers(spec: TrainSpec, rank: Rank, before: Path, after: Path, form: ImageForm) -> dict[str, float]:
     """The run's evaluation of both; {} without held-out rows."""
     paths = prepare_data(spec)
-    held_out = load_samples(paths.evaluation, paths) if spec.evaluation.enabled else ()
+    held_out = load_samples(paths.evaluation, paths, form) if spec.evaluation.enabled else ()
     if not held_out:
         return {}
     found = {}

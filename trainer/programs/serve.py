@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from trainer.contract import SCHEMA, SERVING_FILE, InputRefused, RunFailed, Serving, ServingReport, TrainResult, TrainSpec, write
+from trainer.data.rows.image_form import describe
 from trainer.device.rank import Rank
 from trainer.export.derived_checkpoint import finished_result
 from trainer.generation.answerer import Answerer
@@ -55,9 +56,10 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
         app = make_app(chat, admission, metrics, endpoint, began=int(time.time()))
         with listening(app, endpoint.listener, serving.request_timeout_s + LATE_S + BODY_TIMEOUT_S) as listener:
             built = open_model(spec, rank, environ, spread=serving.spread == "auto")
+            chat.images = built.lineage.images
             chat.answerer = Answerer(built.staged.model, built.processor, spec, rank.torch_device)
             admission.ready = True
-            announce(spec, serving, endpoint, chat.name)
+            announce(spec, serving, endpoint, chat.name, describe(chat.images))
             try:
                 work(queue, chat.answerer, admission, metrics, limit_s=serving.request_timeout_s, check=lambda: check(listener, rank))
             finally:
@@ -88,14 +90,14 @@ def serving_of(spec: TrainSpec, environ: Mapping[str, str]) -> Serving:
     return serving
 
 
-def announce(spec: TrainSpec, serving: Serving, endpoint: Endpoint, name: str) -> None:
-    """Print the address, and write it to the run's folder."""
+def announce(spec: TrainSpec, serving: Serving, endpoint: Endpoint, name: str, images: str) -> None:
+    """Print the address and how images are put into questions, and write both to the run's folder."""
     token = f' -H "Authorization: Bearer ${serving.token}"' if endpoint.token else ""
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     example = f"curl {endpoint.url}{COMPLETIONS} -H 'Content-Type: application/json'{token} -d '{body}'"
-    report = ServingReport(schema=SCHEMA, url=endpoint.url, model=name, token=serving.token, example=example)
+    report = ServingReport(schema=SCHEMA, url=endpoint.url, model=name, token=serving.token, example=example, images=images)
     write(report, Path(spec.output) / SERVING_FILE)
-    print(f"serving {name} at {endpoint.url}\n  {example}", flush=True)
+    print(f"serving {name} at {endpoint.url}\n  {example}\n  {images}", flush=True)
 
 
 def check(listener: Listener, rank: Rank) -> None:

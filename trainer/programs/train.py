@@ -11,6 +11,8 @@ from trainer.checkpoint.pending import SavedCheckpoint, update_best_and_prune
 from trainer.checkpoint.resume import choose_resume_point, resume_engine
 from trainer.contract import RESULT_FILE, SAMPLES_FILE, SCHEMA, TrainResult, TrainSpec, write, write_text
 from trainer.contract.checkpoint_files import fixed_settings
+from trainer.data.rows.image_form import most_frequent
+from trainer.data.rows.sample import questions_of
 from trainer.device.rank import Rank
 from trainer.distributed.engine import start_engine
 from trainer.distributed.zero3 import partition_model
@@ -36,7 +38,8 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
         partition_model(built.staged.model, spec, rank.torch_device)
     engine = start_engine(built.staged.model, spec, rank.torch_device, rates=built.staged.rates)
     write_environment(spec, rank, environ, lineage=built.lineage, built=built, engine=engine)
-    held_out = load_samples(paths.evaluation, paths) if spec.evaluation.enabled else ()
+    lineage = replace(built.lineage, images=most_frequent(questions_of(samples)) or built.lineage.images)
+    held_out = load_samples(paths.evaluation, paths, lineage.images) if spec.evaluation.enabled else ()
 
     def score(file: str, stop_requested: StopCheck | None) -> dict[str, float]:
         """{} if the run has no evaluation or no held-out file."""
@@ -57,7 +60,7 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
             device=rank.device,
             memory=memory,
             start=start,
-            lineage=built.lineage,
+            lineage=lineage,
             trackers=trackers,
             score=score,
         )

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from trainer.contract import InputRefused, Serving
+from trainer.contract import LINE_FEED, InputRefused, Serving
 from trainer.data.batch.collate import Features
 from trainer.generation.answerer import Answerer
 from trainer.generation.question import Answer, Prepared, Question
@@ -40,6 +40,7 @@ class ChatHandler:
         self.serving, self.name = serving, name
         self.queue, self.metrics, self.fetcher = queue, metrics, fetcher
         self.answerer: Answerer | None = None
+        self.images = LINE_FEED  # of the model's training rows, set with `answerer`
         self.waiting = 0  # requests whose body was read and that are not in a batch yet
         self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix="prepare")
         self.budget = ByteBudget(BODIES * serving.max_body_bytes)
@@ -83,7 +84,7 @@ class ChatHandler:
 
     def _parse(self, body: bytes) -> ChatRequest:
         most = CHARACTERS_PER_TOKEN * self._model.context
-        return read_request(parse_body(body), self.name, self.serving.sampling, self.serving.max_images, most)
+        return read_request(parse_body(body), self.name, self.serving.sampling, self.serving.max_images, most, self.images)
 
     async def _start(self, chat: ChatRequest, reservation: Reservation, deadline: float) -> PendingRequest:
         try:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trainer.contract import Sampling
+from trainer.contract import LINE_FEED, ImageForm, Sampling
+from trainer.data.rows.image_form import as_trained
 from trainer.data.rows.parsed_row import MARK, Role, ends_with_question, kind, printable, shorten
 from trainer.data.rows.sample import Message
 from trainer.serving.refusal import RequestRefused, invalid
@@ -51,14 +52,16 @@ class ChatRequest:
     usage: bool  # send the token counts at the end of a stream
 
 
-def read_request(body: Mapping[str, Any], name: str, sampling: Sampling, most_images: int, most_characters: int) -> ChatRequest:
-    """`name`: of the model; `sampling`: the defaults. Raises RequestRefused with the name of the key."""
+def read_request(
+    body: Mapping[str, Any], name: str, sampling: Sampling, most_images: int, most_characters: int, form: ImageForm = LINE_FEED
+) -> ChatRequest:
+    """`name`: of the model; `sampling`: the defaults; `form`: of images in its training rows. Raises RequestRefused with the name of the key."""
     given = {key: value for key, value in body.items() if value is not None}
     refuse_unread(given)
     model = read_text(given.get("model"), "model")
     if model != name:
         raise RequestRefused(404, f"model: {model[:100]!r} does not exist; this server has {name!r}", param="model", code="model_not_found")
-    messages, images = read_messages(given.get("messages"), most_images, most_characters)
+    messages, images = read_messages(given.get("messages"), most_images, most_characters, form)
     stream = read_flag(given, "stream")
     options = given.get("stream_options", {})
     if options and (not stream or not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}):
@@ -122,11 +125,11 @@ def read_stop(value: Any) -> tuple[str, ...]:
 # ---------------------------------------------------------------------------------------------------------------- messages
 
 
-def read_messages(value: Any, most_images: int, most_characters: int) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+def read_messages(value: Any, most_images: int, most_characters: int, form: ImageForm) -> tuple[tuple[Message, ...], tuple[str, ...]]:
     if not isinstance(value, list) or not 0 < len(value) <= MOST_MESSAGES:
         raise invalid("messages", f"must be a list of 1 to {MOST_MESSAGES} messages")
     images: list[str] = []
-    messages = tuple(read_message(item, f"messages[{number}]", images) for number, item in enumerate(value))
+    messages = tuple(read_message(item, f"messages[{number}]", images, form) for number, item in enumerate(value))
     if len(images) > most_images:
         raise invalid("messages", f"{len(images)} images; at most {most_images} are allowed in a request")
     if sum(len(message.content) for message in messages) > most_characters:
@@ -136,7 +139,7 @@ def read_messages(value: Any, most_images: int, most_characters: int) -> tuple[t
     return messages, tuple(images)
 
 
-def read_message(item: Any, field: str, images: list[str]) -> Message:
+def read_message(item: Any, field: str, images: list[str], form: ImageForm) -> Message:
     if not isinstance(item, dict):
         raise invalid(field, f"is {kind(item)}, not a message")
     role = item.get("role")
@@ -149,14 +152,15 @@ def read_message(item: Any, field: str, images: list[str]) -> Message:
             f"has the keys {', '.join(sorted(map(repr, map(printable, more))))[:200]}; only role and content are supported",
             "unknown_parameter",
         )
-    content = read_content(item.get("content"), f"{field}.content", images if role == "user" else None)
+    content = read_content(item.get("content"), f"{field}.content", images if role == "user" else None, form)
     if not content or content.isspace():
         raise invalid(f"{field}.content", "is empty")
     return Message(role=ROLES[role], content=content)
 
 
-def read_content(value: Any, field: str, images: list[str] | None) -> str:
-    """The text with a MARK for each image. URLs are appended to `images`, which is None where images are not allowed."""
+def read_content(value: Any, field: str, images: list[str] | None, form: ImageForm) -> str:
+    """The text with a MARK for each image, in the form of the training rows where these are known. URLs are appended to
+    `images`, which is None where images are not allowed."""
     if isinstance(value, str):
         return read_words(value, field)
     if not isinstance(value, list):
@@ -164,9 +168,8 @@ def read_content(value: Any, field: str, images: list[str] | None) -> str:
     text = ""
     for number, part in enumerate(value):
         found = read_part(part, f"{field}[{number}]", images)
-        # As in training data, which the model has learned: the image on a line of its own above the question.
-        text += "\n" + found if text.endswith(MARK) and found != MARK and not found[:1].isspace() else found
-    return text
+        text += form.separator + found if text.endswith(MARK) and found != MARK and not found[:1].isspace() else found
+    return as_trained(text, form)
 
 
 def read_part(part: Any, field: str, images: list[str] | None) -> str:

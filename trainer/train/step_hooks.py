@@ -30,7 +30,8 @@ Score = Callable[[str, StopCheck | None], dict[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What the steps need. `start`: where the run continues; `lineage`: the weights that the stage began with."""
+    """What the steps need. `start`: where the run continues; `lineage`: the weights that the stage began with, and
+    how its rows show images."""
 
     spec: TrainSpec
     engine: Engine

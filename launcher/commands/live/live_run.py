@@ -89,10 +89,13 @@ def read_record(folder: Path) -> Any:
 
 
 def say_resume(folder: Path, plan: "Plan", say: Callable[[str], None], *, status: str) -> None:
-    """How to continue a run that has ended without finishing. `status`: of its record, '' for a run without one."""
+    """How to continue a run that has ended without finishing; a server is started again. `status`: of its record, '' for a run without one."""
+    from launcher.plan.text import command_line
     from launcher.record.description import resume_line
 
-    if line := resume_line(folder, plan, status):
+    if plan.spec.stage.kind == "serve":
+        say(f"a server keeps nothing to continue from; to start one again: {command_line('launch', *plan.overrides, *plan.options)}")
+    elif line := resume_line(folder, plan, status):
         say(line)
 
 
@@ -102,10 +105,10 @@ def has_ended(folder: Path) -> bool:
 
 def require_containers(plan: "Plan", verb: str) -> None:
     if plan.config.cluster.runtime != "docker":
+        resumed = f"; when it has ended, omnilaunch launch --resume {plan.run_id} continues it" if plan.spec.stage.kind == "train" else ""
         raise ConfigRefused(
-            f"run {plan.run_id} has no containers (cluster.runtime=process): its processes belong to its launcher. Press Ctrl-C there to stop "
-            f"it; when it has ended, omnilaunch launch --resume {plan.run_id} continues it. `omnilaunch {verb}` works for runs with "
-            "cluster.runtime=docker"
+            f"run {plan.run_id} has no containers (cluster.runtime=process): its processes belong to its launcher. To stop it: omnilaunch stop "
+            f"{plan.run_id}{resumed}. `omnilaunch {verb}` works for runs with cluster.runtime=docker"
         )
 
 

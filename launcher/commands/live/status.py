@@ -54,14 +54,20 @@ def describe_end(record: Any, plan: "Plan") -> str:
 
 def describe_running(entry: "RunEntry", plan: "Plan", seconds: float) -> str:
     """The last step whose row is here. Only containers can be supervised again."""
+    from launcher.plan.commands import FOLDER_VARIABLE
     from launcher.plan.text import duration, figure
     from launcher.record.index import RUNNING
+    from launcher.ssh.transport import processes_with
 
     row, has_containers = entry.last_row, plan.config.cluster.runtime == "docker"
     step = f", step {row['step']:,} of {plan.spec.steps:,}, loss {figure(row['loss'])}" if row else ", before its first step"
     where = step if plan.spec.stage.kind == "train" else ""
     if entry.status == RUNNING:
         return f"running for {duration(seconds)}{where}"
+    if not has_containers and processes_with(FOLDER_VARIABLE, plan.spec.output):
+        return (
+            f"no record{where}: its launcher was killed, and its ranks still run. To let them save and end: omnilaunch stop {entry.run_id}"
+        )
     if not has_containers:
         return f"no record{where}: its launcher was killed. To see the output: omnilaunch logs {entry.run_id}"
     return f"no launcher supervises it{where}. To supervise it: omnilaunch attach {entry.run_id}"

@@ -11,10 +11,10 @@ from launcher.commands.live.live_run import (
     find_named,
     has_ended,
     load_plans,
-    require_containers,
     say_resume,
     supervise,
 )
+from launcher.commands.live.stop_processes import stop_processes
 from launcher.errors import NodeFailed, RunEnded
 from launcher.record.lock import ask_to_stop, is_locked
 from trainer.contract import Exit
@@ -33,17 +33,19 @@ def run(arguments: argparse.Namespace) -> int:
     from launcher.plan.text import command_line
     from launcher.record.reader import read_object
     from launcher.record.record import RECORD_FILE, utc_now
-    from launcher.record.run_name import short_name
+    from launcher.record.run_name import typed_name
     from launcher.run.stop import end_run
+    from launcher.run.stop_limit import find_limit_s
 
     folder = find_named(arguments)
     plan = load_plans(folder)[-1]
-    require_containers(plan, "stop")
+    if plan.config.cluster.runtime != "docker":
+        return stop_processes(folder, plan, arguments.say)
     ask_to_stop(folder, utc_now())
     if not has_ended(folder) and not is_locked(folder):
         with suppress(RunEnded, NodeFailed):  # how it ended is in the record; what is left is checked below
             supervise(folder, plan, arguments.say)
-    deadline = time.monotonic() + plan.stop_limit_s
+    deadline = time.monotonic() + find_limit_s(plan, folder)
     busy = is_busy(folder, until=deadline)
     with connect_nodes(load_plans(folder)) as nodes:  # read again: another attempt may have started meanwhile
         stops = end_run(nodes, accelerator=plan.config.hardware.accelerator, grace_s=max(0.0, deadline - time.monotonic()))
@@ -55,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     if clear := [stop.host for stop in stops if not stop.left]:
         arguments.say(f"nothing of run {plan.run_id} is left on {', '.join(clear)}")
     if has_ended(folder):
-        arguments.say(f"how it ended: {command_line('status', short_name(folder, Path.cwd() / 'runs'))}")
+        arguments.say(f"how it ended: {command_line('status', typed_name(folder, Path.cwd() / 'runs'))}")
         say_resume(folder, plan, arguments.say, status=str(read_object(folder / RECORD_FILE, []).get("status", "")))
     if left:
         lines = "\n".join(left)

@@ -14,6 +14,7 @@ from typing import Any
 from launcher.config.compose import compose, compose_over, options
 from launcher.config.conf_folder import ConfFolder
 from launcher.config.defaults import keys_of
+from launcher.config.fact import refuse_ignored
 from launcher.config.schema import Config, Model
 from launcher.errors import ConfigRefused
 from launcher.plan.local_context import for_this_machine
@@ -22,8 +23,16 @@ from launcher.record.checkpoint.adapter_base import find_base
 from launcher.record.checkpoint.checkpoint_data import refuse_unknown_data, take_data
 from launcher.record.checkpoint.checkpoint_record import CheckpointRecord, read_checkpoint
 from launcher.record.checkpoint.foreign_weights import read_foreign
+from launcher.record.checkpoint.run_to_come import describe_run_to_come
 from launcher.record.checkpoint.swift_settings import ARGS_FILE, read_swift, take_swift
-from launcher.record.checkpoint_reference import ADAPTER_CONFIG, FoundCheckpoint, locate_checkpoint, resolve_base, use_checkpoint
+from launcher.record.checkpoint_reference import (
+    ADAPTER_CONFIG,
+    FoundCheckpoint,
+    MissingRefused,
+    locate_checkpoint,
+    resolve_base,
+    use_checkpoint,
+)
 from launcher.redact import printable
 from launcher.weights.identity import load_models
 from trainer.contract.checkpoint_files import flatten
@@ -47,7 +56,10 @@ def start_from_checkpoint(
 ) -> Config:
     """The same, of a config that was composed from `conf` with the overrides. `environ`: says where this machine keeps models."""
     runs = find_runs(config, here)
-    text, found = locate_checkpoint(config, *runs)
+    try:
+        text, found = locate_checkpoint(config, *runs)
+    except MissingRefused as error:
+        raise ConfigRefused(f"{error}{describe_run_to_come(config, keys_of(overrides))}") from error
     if found is None:
         return resolve_base(config, *runs)
     config, found, base = find_base(config, found, text, runs, environ)
@@ -57,6 +69,7 @@ def start_from_checkpoint(
         config = take_from_record(config, record, overrides, conf)
         config = replace(config, stage=replace(config.stage, base=folder))
         config = take_settings(config, found, keys_of(overrides), base)
+    refuse_ignored(overrides, config.model.name, config.model.image_tokens.rule)
     if not found.host and (record is None or record.data is None):
         refuse_unknown_data(config, text, overrides)
     return resolve_base(use_checkpoint(config, found, text), *runs)

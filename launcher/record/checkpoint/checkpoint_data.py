@@ -20,7 +20,8 @@ from trainer.contract.checkpoint_files import STATE_FILE
 DERIVED = ("merge", "convert", "quantize")
 MOST_SOURCES = 20  # of a chain of derived checkpoints
 FILES = ("train", "evaluation", "images")
-NAMING = ("data", *(f"data.{name}" for name in ("builtin", *FILES)))  # what says which data is meant
+CHOOSING = ("data", "data.builtin")
+NAMING = (*CHOOSING, *(f"data.{name}" for name in FILES))  # what says which data is meant
 # The kinds of a stage that read rows -> how to name them.
 NEEDING_ROWS = {
     "train": "data=files data.train=FILE",
@@ -53,6 +54,11 @@ def data_of_state(spec: dict[str, Any]) -> Data | None:
     return decode_as(Data, {**named, "max_length": length, "workers": workers}, Path(STATE_FILE))  # type: ignore[no-any-return]
 
 
+def names_set(overrides: Sequence[str]) -> bool:
+    """Whether the user chose a data set or files, and not only one of the files."""
+    return bool(keys_of(override for override in overrides if override != "experiment=null") & {*CHOOSING, "experiment"})
+
+
 def names_data(overrides: Sequence[str]) -> bool:
     """Whether the user named the data, or an experiment, which names it too."""
     typed = keys_of(override for override in overrides if override != "experiment=null")
@@ -72,13 +78,15 @@ def refuse_unknown_data(config: Config, text: str, overrides: Sequence[str]) -> 
 
 
 def take_data(config: Config, recorded: Data | None, overrides: Sequence[str]) -> tuple[Config, tuple[str, ...]]:
-    """The config with the recorded data, and what was taken; as it was where the user named the data, or an experiment, which names it too."""
+    """The config with the recorded data, and what was taken; as it was where the user named the data, or an experiment, which names it too.
+    A single file that is named, such as data.evaluation, takes the place of the recorded one."""
     typed = keys_of(overrides)
-    if recorded is None or names_data(overrides):
+    others = names_data(overrides) if recorded is None or recorded.builtin else names_set(overrides)
+    if recorded is None or others:
         return config, ()
     if recorded.builtin and recorded.builtin == config.data.builtin:
         return config, ()
     keys = ["name", "builtin", *FILES, *(() if recorded.builtin else OF_FILES)]
     data = replace(config.data, **{key: getattr(recorded, key) for key in keys if f"data.{key}" not in typed})
-    files = [f"data.{name}={getattr(recorded, name)}" for name in FILES if getattr(recorded, name)]
+    files = [f"data.{name}={getattr(data, name)}" for name in FILES if getattr(data, name) and f"data.{name}" not in typed]
     return replace(config, data=data), (f"data={recorded.name}", *files)

@@ -53,6 +53,8 @@ def read_checkpoint(found: FoundCheckpoint, text: str) -> CheckpointRecord | Non
             f"stage.checkpoint={text}: {error}. To use its weights alone, copy the checkpoint's folder elsewhere without {name_of_state(folder)}, and name "
             "that folder and model=NAME"
         ) from error
+    if record and (exists(folder / ADAPTER_CONFIG) if folder else record.weights.adapter):
+        refuse_random_base(record, found, text)
     if record and folder and record.weights.adapter:
         refuse_base(folder, found.bases, text)
     return record
@@ -183,6 +185,23 @@ def with_files(record: CheckpointRecord, folder: Path) -> CheckpointRecord:
         method = nested(config, "quantization_config", "quant_method")
         weights = replace(weights, quantized=METHODS.get(str(method), ""))
     return replace(record, weights=weights)
+
+
+def refuse_random_base(record: CheckpointRecord, found: FoundCheckpoint, text: str) -> None:
+    """Raises ConfigRefused for an adapter of random weights: they are on no disk, and nothing can be done with the adapter alone."""
+    if found.host:
+        plan = read_object(found.run / PLAN_FILE, []) if found.run else {}
+        named = nested(plan, "spec", "stage", "checkpoint") or nested(plan, "config", "model", "source", "kind") != "random"
+    else:
+        named = read_object(Path(found.path) / ADAPTER_CONFIG, []).get("base_model_name_or_path")
+    if named or found.bases:
+        return
+    run_id, model = record.weights.run_id, record.weights.model
+    raise ConfigRefused(
+        f"stage.checkpoint={text}: it is an adapter, and its base was random weights of {model}, which no disk has: it cannot be used without "
+        f"them. What it scored is in the record: omnilaunch report {run_id}\n  Next: an adapter of saved weights: omnilaunch launch model={model} "
+        f"stage=full --run-id {model}-base, and then omnilaunch launch stage=lora stage.checkpoint={model}-base"
+    )
 
 
 def refuse_base(folder: Path, bases: tuple[str, ...], text: str) -> None:

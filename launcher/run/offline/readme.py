@@ -2,12 +2,14 @@
 
 import textwrap
 
+from launcher.plan.devices import ASCEND_MOUNTS, ASCEND_NETWORK_MOUNTS
 from launcher.plan.plan import Plan
 from launcher.redact import MASK, holds_credentials, mask_credentials
 from launcher.run.offline.node_script import read_paths, script_name
 from trainer.contract.wording import plural
 
 WIDTH = 110
+DRIVER_FILES = (*ASCEND_MOUNTS, *ASCEND_NETWORK_MOUNTS)  # are on a node with the driver, and belong to no other: `check` looks for them
 RENDEZVOUS_WAIT_MINUTES = 10  # torch.distributed.elastic, static_tcp_rendezvous: 600 s
 EXIT_CODES = (
     "Exit code of a container: 0 the run is finished, 1 it was stopped or failed (train_result.json or failure-rank*.json in the run's folder "
@@ -116,11 +118,16 @@ def describe_build(plan: Plan) -> list[str]:
 
 def describe_files(plan: Plan) -> str:
     cluster, spec = plan.config.cluster, plan.spec
-    paths = tuple(dict.fromkeys((*(path for command in plan.commands for path in read_paths(command)), *cluster.sync)))
+    mounted = (path for command in plan.commands for path in read_paths(command) if path not in DRIVER_FILES)
+    paths = tuple(dict.fromkeys((*mounted, *cluster.sync)))
     lines = ["These must be at the same path on every node; they are only read:\n", *(f"    {path}" for path in paths), ""] if paths else []
     if spec.model.source.kind == "hub":
         lines.append(
             f"The weights of {spec.model.source.id} are downloaded from the Hugging Face hub at the start: the nodes need access to it."
+        )
+    if plan.config.hardware.accelerator == "npu":
+        lines.append(
+            f"The files of the driver, such as {ASCEND_NETWORK_MOUNTS[-1]}, come with it on each node: the check below looks for them."
         )
     written = "one folder that all nodes share" if cluster.shared else "the script makes it on each node"
     lines.append(f"The run writes to {spec.output} ({written}){f' and {spec.data.root} (the built-in data)' if spec.data.builtin else ''}.")

@@ -231,7 +231,7 @@ def test_what_would_change_what_is_learned_is_refused_with_a_new_run(
     run = paused()
     with pytest.raises(ConfigRefused, match="change what it learns") as caught:
         resume(run, *words, accept=KINDS)
-    assert said in str(caught.value) and f"launch stage.checkpoint={run.run_id} {' '.join(words)}" in str(caught.value)
+    assert said in str(caught.value) and f" stage.checkpoint={run.run_id} {' '.join(words)}" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_other_nodes_are_reported_by_name_and_the_strategy_follows(paused: Calla
 
 def test_a_finished_run_gets_more_steps_or_a_new_run(paused: Callable[..., PausedRun]) -> None:
     run = paused("run.steps=300", status="finished")
-    with pytest.raises(ConfigRefused, match=r"is finished: all 300 steps are done.*launch stage\.checkpoint=R$") as caught:
+    with pytest.raises(ConfigRefused, match=r"is finished: all 300 steps are done.*launch .*run\.steps=300 stage\.checkpoint=R$") as caught:
         resume(run, "run.save_every=3")
     assert "--resume" not in str(caught.value), "no checkpoint of it could be resumed"
     save(run.folder, 250)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.cli import main
+from launcher.doctor.doctor import Examination
 from launcher.plan.plan import Plan
 from tests.launcher.fake_docker import FakeDocker
 from tests.launcher.fake_nodes import HOSTS, NPU, P4, Said, ascend, examined, found, healthy_nodes, network, p4, tcp
@@ -27,7 +28,7 @@ def nodes(*texts: str) -> tuple[str, ...]:
 # ----------------------------------------------------------------------------------------------- what the file alone shows
 
 FILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "host twice": (nodes(A, A), ("cluster.nodes.host", "listed twice: 192.0.2.1")),
+    "host twice": (nodes(A, A), ("cluster.nodes.host", "listed twice: 192.0.2.1;", "Keep one of them in the cluster file")),
     "host twice, once with the usual port": (nodes(A, "{host: 192.0.2.1, port: 22}"), ("listed twice: 192.0.2.1:22",)),
     "host twice, once in capitals": (nodes("{host: gpu1}", "{host: GPU1.}"), ("listed twice: gpu1:22",)),
     "this machine twice": (nodes("{host: localhost}", "{host: 127.0.0.1}"), ("listed twice: localhost",)),
@@ -53,6 +54,7 @@ FILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("node 192.0.2.12 lists 3 devices, but 2 are used",),
     ),
     "only spares": (nodes("{host: a, spare: true}"), ("every node is a spare",)),
+    "no nodes": (nodes(), ("no node is listed: add them to the cluster file, example.yaml",)),
     "processes on other machines": ((*nodes(A), "cluster.runtime=process"), ("cluster.runtime=docker",)),
     "this machine among others": (nodes(A, "{host: localhost}"), ("this machine is listed as localhost next to 192.0.2.1",)),
     "a folder that means nothing there": ((*nodes(A), "cluster.root=runs"), ("'runs' is a relative path, which is not defined on 192.0.2.1",)),
@@ -72,6 +74,7 @@ def test_what_the_file_alone_shows(
     said = capsys.readouterr().err
     for word in words:
         assert word in said
+    assert name == "processes on other machines" or "cluster=local" not in said, "that is another machine"
     assert list(tmp_path.iterdir()) == [], "nothing was made"
 
 
@@ -224,3 +227,22 @@ def test_a_node_that_refuses_the_login(
     assert {call[0] for call in lab.docker.commands()} <= {"info", "--version", "ps", "image"}, "and nothing was started there"
     assert not lab.root.exists() and not (Path.cwd() / "runs").exists()
     assert os.environ["HOME"] == str(lab.home), "the real ~/.ssh is neither read nor written"
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("model=qwen2_5_vl_32b", "stage=lora"), ("stage.global_batch=7",), ("model=qwen2_5_vl_7b", "stage=evaluate")]
+)
+def test_the_doctor_asks_nodes_that_cannot_share_the_batch(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 samples cannot be divided among 24 ranks: a matter of the run, and not of its nodes."""
+    asked: list[Plan] = []
+
+    def examine(plan: Plan, *_: object, **__: object) -> Examination:
+        asked.append(plan)
+        return Examination(findings=(), facts={}, choices=())
+
+    monkeypatch.setattr("launcher.run.session.examine_nodes", examine)
+    three = nodes(*(f"{{host: gpu{number}}}" for number in range(3)))
+    assert main(["doctor", *three, "hardware=ascend910b", "cluster.delivery.accept_licence=true", *words]) == Exit.OK
+    (plan,) = asked
+    assert plan.spec.device.world_size == 24
+    assert len(plan.config.cluster.working) == 3 and plan.spec.batch.global_batch % plan.spec.device.world_size == 0

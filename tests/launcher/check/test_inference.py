@@ -17,8 +17,9 @@ from launcher.config.defaults import keys_of, without_keys
 from launcher.errors import ConfigRefused
 from launcher.image.stack import Stack, load_stacks
 from launcher.memory.estimate import estimate_memory
-from launcher.plan.plan import LEAVING_S, Plan
+from launcher.plan.plan import Plan
 from launcher.plan.short import describe_short
+from launcher.plan.stop_limit import LEAST_S, LEAVING_S
 from trainer.contract import SINGLE_PROCESS_KINDS
 
 ROOT = Path(__file__).parents[3]
@@ -113,9 +114,10 @@ def test_a_spread_model_is_one_rank_that_sees_every_card(plan_for: Callable[...,
 
 
 def test_a_server_has_the_time_to_answer_what_it_has_accepted(plan_for: Callable[..., Plan]) -> None:
-    plan = plan_for("stage=serve", RUN)
-    assert plan.stop_limit_s == plan.config.stage.serving.drain_timeout_s + LEAVING_S  # type: ignore[union-attr]
-    assert plan_for("stage=full").stop_limit_s == plan.config.run.stop_timeout_s
+    plan = plan_for("stage=serve", "stage.serving.drain_timeout_s=300", RUN)
+    assert plan.stop_limit_s == 300 + LEAVING_S
+    assert plan_for("stage=serve", "stage.serving.drain_timeout_s=1", RUN).stop_limit_s == LEAST_S
+    assert plan_for("stage=serve", "run.stop_timeout_s=20", "stage.serving.drain_timeout_s=1", RUN).stop_limit_s == 20
 
 
 def test_a_p4_asks_for_converted_weights_and_names_the_command() -> None:

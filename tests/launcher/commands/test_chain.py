@@ -233,3 +233,18 @@ def test_a_refused_chain_says_what_it_took_from_the_environment(
     show_chain(chain, typed, "x", PROJECT, ConfFolder(project=CONF), print)
     shown = capsys.readouterr().out
     assert shown.count("note: NCCL_DEBUG=INFO in your environment is ignored") == 1 and "a launch is refused" in shown
+
+
+def test_a_step_is_judged_for_the_bits_of_the_weights_that_it_will_get(copied: Path, tmp_path: Path) -> None:
+    """Of NF4 weights that an earlier step makes; without them, OmniLMM-12B takes three times the memory of a P4."""
+    quantized = (
+        "stage=quantize, stage.quantization.scheme=nf4, stage.quantization.compare=false, 'stage.quantization.keep=[projector,head]'"
+    )
+    steps = f"- {{name: small, words: [{quantized}]}}\n- {{name: judged, words: [stage=evaluate, 'stage.checkpoint=@small']}}"
+    (copied / "experiment" / "route.yaml").write_text(f"chain:\n{steps}\n", encoding="utf-8")
+    words = ("experiment=route", "model=omnilmm_12b", "hardware=p4", "run.evaluation.batch=1")
+    chain = find_chain(words, copied)
+    assert chain is not None
+    judged = plan_chain(chain, words, "C", PROJECT, ConfFolder(project=copied), tmp_path).steps[1].plan
+    assert judged.memory is not None and judged.memory.fits and judged.memory.total_bytes < 8 * 2**30
+    assert judged.config.stage.recorded is not None and judged.config.stage.recorded.kept == ("projector", "head")

@@ -1,7 +1,7 @@
 """`omnilaunch data check`: what it reads, what it prints, and its exit code."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -155,3 +155,20 @@ def test_doctor_data_refuses_what_the_check_refuses(chosen: tuple[str, ...], cap
 def test_the_stage_that_was_judged_is_named() -> None:
     assert name_stage("full", ["data=files"]) == "batch and learning rate are those of stage=full; for another one add it, as in stage=lora"
     assert name_stage("lora", ["stage=lora"]) == "batch and learning rate are those of stage=lora"
+
+
+@pytest.mark.parametrize("file", ["train.json", "a/train.jsonl"])
+def test_a_file_without_its_key_is_answered_with_the_key(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(("data", "check", file)) == Exit.USAGE
+    assert f"{file}: a file of rows is named by its key: data=files data.train={file}" in capsys.readouterr().err
+
+
+def test_nothing_is_said_of_no_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that is not there had lines of zeros, a hash, and nothing that stands out, before the one real line."""
+    problem = asdict(DataProblem(file="no.json", row=0, field="", problem="is not there", fix="copy it"))
+    empty = DataReport(schema=SCHEMA, sha256="ab", train_rows=0, evaluation_rows=0, images=0, problem_count=1, summary=DataSummary())
+    monkeypatch.setattr(data_action, "examine", lambda *_: (empty, [problem]))
+    assert main(("data", "check", "stage=full")) == Exit.USAGE
+    said = capsys.readouterr().out
+    assert said.startswith("rows       0 to train on, 0 held out; 0 with images\nproblems   1\n  no.json: is not there")
+    assert "stands out" not in said and "sha256" not in said

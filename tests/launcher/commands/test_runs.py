@@ -28,7 +28,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (("status", "RUN"), 0, "finished at"),
         (("logs", "RUN"), 0, ""),
         (("attach", "RUN"), 2, "has no containers"),
-        (("stop", "RUN"), 2, "has no containers"),
+        (("stop", "RUN"), 0, "finished at"),
         (("report", "RUN", "--markdown", "--out", "-"), 0, "# `tuesday`"),
         (("compare", "monday", "RUN"), 0, "tuesday"),
         (("fit-report", "RUN"), 0, "tuesday"),

@@ -3,6 +3,7 @@
 import json
 
 from launcher.doctor.findings import Finding, describe_findings, findings_json, has_errors
+from launcher.errors import NodeFailed
 from tests.launcher.fake_nodes import CPU, DENIED, HOSTS, STOPPED, PlanFor, Said, examined, healthy_nodes
 
 
@@ -34,3 +35,12 @@ def test_the_json(plan_for: PlanFor) -> None:
     data = json.loads(findings_json(examined(plan, healthy_nodes(plan, second={"docker": STOPPED})).findings))
     (error,) = [finding for finding in data["findings"] if finding["level"] == "error"]
     assert (error["name"], error["host"]) == ("docker_engine", HOSTS[1]) and data["summary"]["error"] == 1
+
+
+def test_checks_of_nodes_that_were_not_reached_are_not_counted(plan_for: PlanFor) -> None:
+    """`137 unchecked` said nothing of three nodes that are down."""
+    plan = plan_for(*CPU)
+    ways = [NodeFailed(f"{node.host}: timed out\nssh {node.host} true") for node in plan.config.cluster.nodes]
+    lines = describe_findings(examined(plan, ways).findings).splitlines()
+    assert lines[-1] == "2 error, 0 warning, 0 unchecked, 0 ok; 2 nodes not reached"
+    assert any("checks: the node could not be reached" in line for line in lines)

@@ -53,6 +53,9 @@ def test_what_is_accepted_is_identified_by_all_that_is_known_of_it() -> None:
 def test_a_licence_that_the_table_lacks_can_only_be_accepted_by_the_override() -> None:
     assert licence_of("Licence of an earlier commit") is None and "omnilaunch" not in how_to_accept("Licence of an earlier commit")
     assert how_to_accept(CANN.column).endswith("omnilaunch licence accept cann")
+    for name in ("nvidia", "EULA"):
+        with pytest.raises(ConfigRefused, match=rf"unknown licence '{name}'; did you mean 'cuda' \(NVIDIA End User License Agreement"):
+            find_licence(name)
     with pytest.raises(ConfigRefused, match=r"unknown licence 'can'; did you mean 'cann'"):
         find_licence("can")
 

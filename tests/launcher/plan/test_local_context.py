@@ -23,9 +23,11 @@ from launcher.plan.local_context import (
     for_this_machine,
     read_cuda,
     read_machine,
+    why_not_sent,
     with_own_licence,
 )
 from launcher.plan.plan import Plan, make_plan
+from launcher.plan.short import describe_short
 from tests.launcher.conftest import PLACE, PROJECT
 
 STACKS, CONF = load_stacks(PROJECT / "images"), PROJECT / "conf"
@@ -210,3 +212,41 @@ def test_a_port_that_another_program_has_is_refused_before_the_model_is_loaded(c
         assert find_taken_port(compose([*words, far, "cluster.root=/srv/omnilaunch"], PROJECT / "conf")) == (), "of another machine"
     assert find_taken_port(compose(words, PROJECT / "conf")) == (), "the program has ended"
     assert find_taken_port(compose([*words[:-1], "stage.serving.port=0"], PROJECT / "conf")) == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "docker", "built", "said"),
+    [
+        ((), None, None, "this machine has no docker command"),
+        ((), "/usr/bin/docker", None, "the Docker engine here does not answer"),
+        ((), "/usr/bin/docker", False, "this machine is aarch64, and the nodes are x86_64"),
+        (("cluster.delivery.kind=ship",), "/usr/bin/docker", False, "the engine here does not have it"),
+        ((), "/usr/bin/docker", True, ""),
+        (("cluster.delivery.kind=build_on_nodes",), None, None, ""),
+        (("cluster.delivery.kind=pull", "cluster.delivery.registry=lan/x"), None, None, ""),
+    ],
+)
+def test_a_machine_that_cannot_send_the_image_says_why_and_what_is_left(
+    plan_for: Callable[..., Plan],
+    words: tuple[str, ...],
+    docker: str | None,
+    built: bool | None,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A cluster was `ok: this run can be launched` from a machine that can build nothing."""
+    monkeypatch.setattr("launcher.plan.local_context.shutil.which", lambda _: docker)
+    plan = plan_for("hardware=ascend910b", "cluster=example", "cluster.delivery.accept_licence=true", *words)
+    why = why_not_sent(plan, built, "aarch64")
+    assert why.startswith(said) and bool(why) == bool(said)
+    for text in (describe_short(plan, built=built, unsent=why), describe_full(plan, why)):
+        assert text.startswith("ok, if every node has the image: this machine cannot send it" if said else "ok: this run can be launched")
+        words_of = " ".join(text.split())
+        assert all(
+            (word in words_of) == bool(said) for word in ("each node builds it", "kind=pull with cluster.delivery.registry", "docker load")
+        )
+
+
+def test_the_same_architecture_and_this_machine_need_no_word(plan_for: Callable[..., Plan]) -> None:
+    assert why_not_sent(plan_for("hardware=h200", "cluster=example"), False, "x86_64") == ""
+    assert why_not_sent(plan_for("hardware=h200", "cluster.runtime=docker"), None) == "", "it is refused with the missing engine"

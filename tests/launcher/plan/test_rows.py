@@ -12,7 +12,7 @@ from launcher.config.defaults import keys_of
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused
 from launcher.plan.plan import refuse
-from launcher.plan.rows import count_rows, settle_rows
+from launcher.plan.rows import count_rows, count_with, settle_rows
 from launcher.plan.short import describe_short
 from tests.launcher.conftest import PROJECT
 
@@ -155,3 +155,12 @@ def test_a_batch_of_more_rows_than_there_are_is_refused_by_the_plan(here: Path) 
     with pytest.raises(ConfigRefused, match=r"128 samples, but data\.train has 60 rows"):
         plan_of((*FILES[:2], "model=tiny_internvl"), "R")
     assert plan_of(FILES[:2], "R", only_data=True).spec.data.rows == 0, "rows can be checked with any batch"
+
+
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [("/d/a.jsonl", "wc -l /d/a.jsonl"), ("/d/a b.json", "jq length '/d/a b.json', or for JSON Lines wc -l '/d/a b.json'")],
+)
+def test_rows_are_counted_by_what_the_file_is(file: str, command: str) -> None:
+    """wc -l was offered for a list, which may have one line."""
+    assert count_with(file) == command

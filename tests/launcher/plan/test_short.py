@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.check.problem import Problem
 from launcher.check.rules import RULES, Verdict
 from launcher.check.strategy import resolve
 from launcher.config.compose import compose
@@ -15,7 +16,7 @@ from launcher.plan.full import describe_full
 from launcher.plan.host_memory import judge
 from launcher.plan.plan import Plan, plan_json
 from launcher.plan.rows import BUILTIN_ROWS
-from launcher.plan.short import describe_short
+from launcher.plan.short import describe_short, order_notes
 from launcher.plan.text import measure
 from trainer.contract import decode
 
@@ -33,6 +34,15 @@ PLANS: tuple[tuple[str, ...], ...] = (
 )
 
 
+def without_notes(plan: Plan) -> Plan:
+    return replace(plan, verdict=replace(plan.verdict, notes=()))
+
+
+def count_rows(lines: list[str], width: int) -> int:
+    """Of a terminal."""
+    return sum(-(-measure(line) // width) for line in lines)
+
+
 @pytest.mark.parametrize("overrides", PLANS, ids=" ".join)
 @pytest.mark.parametrize("width", [80, 100])
 def test_it_fits_on_a_screen(plan_for: Callable[..., Plan], overrides: tuple[str, ...], width: int) -> None:
@@ -40,7 +50,7 @@ def test_it_fits_on_a_screen(plan_for: Callable[..., Plan], overrides: tuple[str
     noisy = replace(plan, verdict=replace(plan.verdict, notes=plan.verdict.notes * 9 + ("long " * 200,)))
     for each in (plan, noisy):
         lines = describe_short(each, width=width).splitlines()
-        assert sum(-(-measure(line) // width) for line in lines) <= 30
+        assert count_rows(lines, width) <= max(30, count_rows(describe_short(without_notes(each), width=width).splitlines(), width) + 4)
         assert not [line for line in lines if line != line.rstrip() or "\033" in line]
 
 
@@ -155,4 +165,50 @@ def test_the_height_of_the_terminal_bounds_it(plan_for: Callable[..., Plan]) -> 
     noisy = replace(plan, verdict=replace(plan.verdict, notes=("a note",) * 99))
     for height in (24, 30, 50):
         lines = describe_short(noisy, height=height).splitlines()
-        assert sum(-(-measure(line) // 100) for line in lines) == height
+        rest = count_rows(describe_short(without_notes(plan), height=height).splitlines(), 100)
+        assert count_rows(lines, 100) == max(height, rest + 4), "three notes are always there, and how many more there are"
+
+
+def test_notes_stand_in_the_order_of_their_cost(plan_for: Callable[..., Plan]) -> None:
+    """A plan of a long run said which revision it takes, and not that nothing is saved before the end."""
+    words = ("hardware=h200", "model=qwen2_5_vl_7b", "stage=full", "cluster=example", "data=files", "data.train=/d/a.json", "data.rows=250")
+    notes = order_notes(plan_for(*words, "run.steps=99", "precision=fp16").verdict.notes)
+    begin = (
+        "run.save_every=0",
+        "run.steps=99 uses each of",
+        "each container downloads the weights",
+        "Qwen/Qwen2.5-VL-7B-Instruct is in bfloat16",
+    )
+    assert [note.startswith(words) for note, words in zip(notes, begin, strict=False)] == [True] * 4
+    assert notes[-1].startswith("model.source.revision is empty")
+    slow = plan_for(*TINY, "run.steps=99", "stage.optimizer.lr=1e-5").verdict.notes
+    assert ["will learn almost nothing" in note for note in order_notes(slow)][:1] == [True]
+
+
+TINY = ("data=files", "data.train=/d/a.json", "data.rows=250", "data.max_length=64", "stage.optimizer.warmup=5")
+
+
+def test_a_refused_plan_has_the_three_dearest_notes(plan_for: Callable[..., Plan]) -> None:
+    words = (
+        "hardware=h200",
+        "model=qwen2_5_vl_7b",
+        "stage=full",
+        "cluster.runtime=docker",
+        "data=files",
+        "data.train=/d/a.json",
+        "data.rows=250",
+    )
+    plan = plan_for(*words)
+    problem = Problem(key="hardware", what="\n".join(["a long reason"] * 40), launch_only=True)
+    refused = replace(plan, verdict=replace(plan.verdict, problems=(*plan.verdict.problems, problem), launchable=False))
+    lines = describe_short(refused, width=80).splitlines()
+    shown = [line for line in lines if line.startswith("note: ")]
+    assert [line.split()[1] for line in shown] == ["run.save_every=0:", "run.steps=1000", "each"]
+    assert all(line.endswith(" ...") and measure(line) <= 80 for line in shown)
+    assert lines[lines.index(shown[2]) + 1] == "and 1 more note, with --full" and len(plan.verdict.notes) == 4
+
+
+def test_the_full_plan_begins_with_the_verdict(plan_for: Callable[..., Plan]) -> None:
+    assert describe_full(plan_for()).splitlines()[0] == "ok: this run can be launched"
+    refused = describe_full(plan_for("hardware=h200", "cluster.runtime=docker")).splitlines()
+    assert refused[0] == "planned; a launch is refused, for 1 reason at the end" and "planned; a launch is refused:" in refused[1:]

@@ -11,7 +11,7 @@ from launcher.config.compose import compose, compose_over
 from launcher.errors import ConfigRefused
 from launcher.plan.plan import Plan
 from launcher.weights.source import find_cached, with_weights_folder
-from tests.launcher.weights.conftest import write_folder
+from tests.launcher.weights.conftest import SHARDS, write_folder
 from tests.launcher.weights.test_fetch import COMMIT, NAME
 from trainer.contract.weight_files import MANIFEST_FILE
 
@@ -210,6 +210,21 @@ def test_a_missing_folder_is_planned_for_this_machine_but_not_launched() -> None
     assert (plan.verdict.ok, plan.verdict.launchable) == (True, False)
     assert f"there is no folder /models/q on this machine. To download the weights: omnilaunch model fetch {NAME} --to /models/q" in what
     assert not about(plan_of([*QWEN, "model.source.path=/models/q", "cluster=example"], "R"), "model.source.path"), "it may be on the nodes"
+
+
+@pytest.mark.parametrize("where", ["cluster=local", "cluster=example"])
+def test_a_folder_that_cannot_be_used_is_looked_into(where: str, tmp_path: Path) -> None:
+    """A folder without config.json was planned without a word, and for a cluster with the verdict ok."""
+    (tmp_path / "mine").mkdir()
+    words = [*QWEN, where, "cluster.delivery.accept_licence=true", f"model.source.path={tmp_path / 'mine'}"]
+    (what,) = about(plan_of(words, "R"), "model.source.path")
+    assert what == f"{tmp_path / 'mine'} holds no model: it has no config.json. See: omnilaunch model check {tmp_path / 'mine'}"
+    (tmp_path / "mine").rmdir()
+    write_folder(tmp_path / "mine")
+    (tmp_path / "mine" / SHARDS[1]).unlink()
+    (tmp_path / "mine" / "tokenizer.json").unlink()
+    (what,) = about(plan_of(words, "R"), "model.source.path")
+    assert SHARDS[1] in what and "and 1 more problem. See: omnilaunch model check" in what
 
 
 def test_a_tiny_model_has_nothing_to_download() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from launcher.plan.plan import Plan
 from launcher.record.checkpoint_reference import ON_NODE
-from launcher.record.description import describe_record, next_commands
+from launcher.record.description import command_from_weights, describe_record, next_commands
 from launcher.record.metrics import read_rows
 from launcher.record.record import AttemptOutcome, NodeResult, Record, SourceState, Status, close_run, open_run
 from launcher.record.report.summary import list_figures
@@ -51,9 +51,9 @@ def test_a_run_is_followed_by_what_was_typed_with_another_stage(plan_for: Callab
     kept = (f"cluster.root={tmp_path}", "run.seed=3", "precision=bf16")
     plan = plan_for("stage=full", "stage.optimizer.lr=1e-3", *kept)
     assert commands(plan, tmp_path) == [
-        ["launch", *kept, "stage=evaluate", "stage.checkpoint=last"],
-        ["launch", *kept, "stage=lora", "stage.checkpoint=last"],
-        ["launch", *kept, "stage=serve", "stage.checkpoint=last"],
+        ["launch", *kept, "stage=evaluate", "stage.checkpoint=R"],
+        ["launch", *kept, "stage=lora", "stage.checkpoint=R"],
+        ["launch", *kept, "stage=serve", "stage.checkpoint=R"],
         ["runs"],
     ]
 
@@ -62,17 +62,17 @@ def test_what_only_a_training_stage_reads_is_left_out_for_the_others(plan_for: C
     steps = ("run.steps=300", "run.save_every=10", "run.evaluation.every=10", "run.early_stop.patience=2", "data.augmentation.colour=0.2")
     kept = (f"cluster.root={tmp_path}", "run.force=it's fine")
     assert commands(plan_for(*kept, *steps), tmp_path)[:-1] == [
-        ["launch", *kept, "stage=evaluate", "stage.checkpoint=last"],
-        ["launch", *kept, *steps, "stage=lora", "stage.checkpoint=last"],
-        ["launch", *kept, "stage=serve", "stage.checkpoint=last"],
+        ["launch", *kept, "stage=evaluate", "stage.checkpoint=R"],
+        ["launch", *kept, *steps, "stage=lora", "stage.checkpoint=R"],
+        ["launch", *kept, "stage=serve", "stage.checkpoint=R"],
     ]
 
 
 def test_a_projector_run_is_followed_by_the_language_model(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
     kept = (f"cluster.root={tmp_path}", "run.force=for a test", "run.steps=300")
     found = commands(plan_for(*kept, "stage=projector"), tmp_path)
-    assert ["launch", *kept, "stage=lm", "stage.checkpoint=last"] in found
-    assert ["launch", *kept, "stage=lora", "stage.checkpoint=last"] in found
+    assert ["launch", *kept, "stage=lm", "stage.checkpoint=R"] in found
+    assert ["launch", *kept, "stage=lora", "stage.checkpoint=R"] in found
 
 
 def test_figures_of_derived_weights_have_labels_that_say_what_they_are(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
@@ -92,13 +92,13 @@ def test_a_run_is_named_so_that_the_command_works_from_here(
     assert f"stage.checkpoint={plan.folder}" in next_commands(record, plan) and "=last" not in next_commands(record, plan)
 
 
-def test_a_run_is_called_last_only_while_it_is_the_newest(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+def test_a_next_command_stays_true_when_another_run_begins(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
     plan = plan_for(f"cluster.root={tmp_path}")
     record = end(plan)
-    assert "stage.checkpoint=last" in next_commands(record, plan)
+    before = next_commands(record, plan)
     newer = Path(shutil.copytree(plan.folder, tmp_path / "runs/newer"))
     set_value("result.json", "started_at", "2026-11-22T00:00:00+00:00")(newer)
-    assert "stage.checkpoint=R" in next_commands(record, plan) and "=last" not in next_commands(record, plan)
+    assert next_commands(record, plan) == before and "stage.checkpoint=R" in before and "=last" not in before
 
 
 def test_the_next_commands_find_the_users_own_folder(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_the_next_commands_find_the_users_own_folder(plan_for: Callable[..., Pla
     (tmp_path / "my conf/cluster/lab.yaml").write_text(text.replace("name: local", "name: lab"))
     plan = replace(plan_for(f"cluster.root={tmp_path}"), overrides=("cluster=lab",), conf=str(tmp_path / "my conf"))
     assert commands(plan, tmp_path)[0] == [
-        *("launch", "cluster=lab", "stage=evaluate", "stage.checkpoint=last", "--conf", str(tmp_path / "my conf"))
+        *("launch", "cluster=lab", "stage=evaluate", "stage.checkpoint=R", "--conf", str(tmp_path / "my conf"))
     ]
 
 
@@ -144,7 +144,7 @@ def test_what_cannot_follow_is_not_offered(plan_for: Callable[..., Plan], tmp_pa
     """LoRA's 16 samples cannot be cut into micro-batches of 64, and an evaluation that is switched off does nothing."""
     root = f"cluster.root={tmp_path}"
     assert [words[2:] for words in commands(plan_for(root, "tune=null", "strategy.micro_batch=64"), tmp_path)[:-1]] == [
-        ["tune=null", "strategy.micro_batch=64", f"stage={stage}", "stage.checkpoint=last"] for stage in ("evaluate", "serve")
+        ["tune=null", "strategy.micro_batch=64", f"stage={stage}", "stage.checkpoint=R"] for stage in ("evaluate", "serve")
     ]
     assert [
         words[2:] for words in commands(replace_folder(plan_for(root, "run.evaluation.enabled=false"), tmp_path / "b"), tmp_path)[:-1]
@@ -158,12 +158,40 @@ def replace_folder(plan: Plan, folder: Path) -> Plan:
 # ------------------------------------------------------------------------------------------------------------------ records
 
 
-def test_a_killed_run_that_saved_nothing_says_what_to_change(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+def test_a_killed_run_that_saved_nothing_says_why(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
     plan = plan_for(f"cluster.root={tmp_path}")
     record = end(plan, "stopped", checkpoint=False, nodes=(replace(ENDED, code=-9, killed=True),))
     assert "checkpoint  none: it ended before its first step" in describe_record(record, plan)
     text = describe_record(replace(record, steps=4), plan)
-    assert "killed after run.stop_timeout_s=8 without saving; raise it, or set run.save_every" in text
+    assert "none: the ranks were killed before they had saved, at a second Ctrl-C or signal, or because they took too long" in text
+    limited = plan_for(f"cluster.root={tmp_path}", "run.stop_timeout_s=8")
+    assert "at a second Ctrl-C, or after run.stop_timeout_s=8" in describe_record(replace(record, steps=4), limited)
+
+
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        (0, ["nothing was saved: it starts again from the beginning, and repeats steps 1 to 41"]),
+        (40, ["saved up to step 40: steps 41 to 41 are repeated"]),
+        (41, []),
+    ],
+)
+def test_the_last_lines_say_what_a_resumption_repeats(plan_for: Callable[..., Plan], tmp_path: Path, saved: int, said: list[str]) -> None:
+    plan = plan_for(f"cluster.root={tmp_path}")
+    record = end(plan, "stopped", checkpoint=False)
+    folder = Path(plan.folder)
+    (folder / "metrics.jsonl").write_text("".join(row(step, 14.0) for step in range(1, 42)))
+    if saved:
+        (folder / f"checkpoints/step-{saved:06d}").mkdir(parents=True)
+    lines = describe_record(replace(record, steps=41), plan).splitlines()
+    assert lines[lines.index("") + 1 :] == [*said, "to go on: omnilaunch launch --resume R"]
+
+
+def test_a_new_run_from_the_weights_of_another_is_of_its_stage(plan_for: Callable[..., Plan]) -> None:
+    plan = replace(plan_for(), overrides=("stage=lora", "stage.checkpoint=base", "run.steps=40", "data=digits_even"))
+    words = "omnilaunch launch stage=lora run.steps=40 data=digits_even stage.checkpoint=R"
+    assert command_from_weights(plan) == words
+    assert command_from_weights(plan, "run.steps=9") == "omnilaunch launch stage=lora data=digits_even stage.checkpoint=R run.steps=9"
 
 
 @pytest.mark.parametrize(("checkpoint", "killed"), [(True, True), (False, False)])
@@ -171,7 +199,7 @@ def test_a_run_that_saved_or_was_not_killed_says_no_such_thing(
     plan_for: Callable[..., Plan], tmp_path: Path, checkpoint: bool, killed: bool
 ) -> None:
     plan = plan_for(f"cluster.root={tmp_path}")
-    assert "without saving" not in describe_record(
+    assert "before they had saved" not in describe_record(
         end(plan, "stopped", checkpoint=checkpoint, nodes=(replace(ENDED, killed=killed),)), plan
     )
 
@@ -217,7 +245,7 @@ def test_a_checkpoint_on_a_node_is_named_by_its_node(plan_for: Callable[..., Pla
 def test_where_every_node_sees_it_nothing_is_copied(plan_for: Callable[..., Plan], tmp_path: Path, words: tuple[str, ...]) -> None:
     plan = elsewhere(plan_for(*REMOTE, *words), tmp_path)
     first, *_ = next_commands(saved(plan, "a"), plan).splitlines()
-    assert "stage=evaluate stage.checkpoint=last" in first
+    assert "stage=evaluate stage.checkpoint=R" in first
 
 
 def test_why_a_run_ended_early_is_in_its_record_and_in_the_text(plan_for: Callable[..., Plan], tmp_path: Path) -> None:

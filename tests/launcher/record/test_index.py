@@ -213,7 +213,7 @@ def test_a_run_that_cannot_be_removed_is_named_and_the_others_are_removed(runs: 
 
     monkeypatch.setattr(Path, "rename", rename)
     gone = []
-    with pytest.raises(RunEnded, match=r"1 run\(s\) could not be removed.*\n.*/a: Permission denied"):
+    with pytest.raises(RunEnded, match=r"1 run could not be removed.*\n.*/a: Permission denied"):
         for name in remove_runs(every[:2]):
             gone.append(name)
     assert gone == ["b"] and (runs / "a" / "plan.json").is_file() and not (runs / "b").exists()

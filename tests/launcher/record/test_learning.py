@@ -1,7 +1,7 @@
 """What is said about data and recipe, in the words that a user reads."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ def config(*overrides: str) -> dict[str, Any]:
 
 
 LLAVA = ("model=llava_1_5_7b", "stage=full", "hardware=h200")
+TINY = ("model=tiny_llava", "hardware=cpu", "data=files", "data.train=rows.json")
 STANDOUTS: tuple[tuple[tuple[str, ...], dict[str, Any], str], ...] = (
     (LLAVA, report(FACTS), "92 % of the answers are 'yes': a model that always says so is right that often"),
     (
@@ -58,6 +59,16 @@ STANDOUTS: tuple[tuple[tuple[str, ...], dict[str, Any], str], ...] = (
         ("model=omnilmm_12b", "stage=projector", "stage.optimizer.lr=1e-5", "hardware=h200"),
         report(),
         "the learning rate is 1e-05, 1/100 of the published recipe (0.001, LLaVA-1.5 pretraining)",
+    ),
+    (
+        (*TINY, "stage=full", "stage.optimizer.lr=2e-5"),
+        report(),
+        "the learning rate is 2e-05: the weights are random, and 0.001 to 0.01 is usual for these (stage.optimizer.lr)",
+    ),
+    (
+        (*TINY, "stage=full", "stage.optimizer.lr=0.5"),
+        report(),
+        "the learning rate is 0.5: the weights are random, and 0.001 to 0.01 is usual for these (stage.optimizer.lr)",
     ),
     (LLAVA, report(LearningFacts(repeated_rows=12)), "12 % of the training rows are exact copies of another one"),
     (
@@ -91,6 +102,30 @@ def test_nothing_stands_out_about_quiet_data(model: str) -> None:
         assert find_standouts(config(f"model={model}", f"stage={stage}", "hardware=h200"), report()) == (), stage
 
 
+@pytest.mark.parametrize(
+    "typed", [("stage.optimizer.lr=1e-3",), ("stage.optimizer.lr=1e-2",), ("stage.checkpoint=RUN",), ("stage=evaluate",)]
+)
+def test_a_usual_rate_and_one_that_nothing_is_known_of_do_not_stand_out(typed: tuple[str, ...]) -> None:
+    assert find_standouts(config(*TINY, *typed), report()) == ()
+
+
+FORMS = {"before the question, followed by nothing": 90, "within the question": 8, "after the question, preceded by a space": 2}
+
+
+def test_where_images_stand_in_the_questions() -> None:
+    """One form says itself; of several, the most frequent one is what will be asked."""
+
+    def said(forms: dict[str, int]) -> str:
+        return dict(describe_learning(config(*TINY), report(replace(QUIET, image_forms=forms)))).get("questions", "")
+
+    assert said({"before the question, followed by nothing": 90}) == "images before the question, followed by nothing"
+    assert said(FORMS) == (
+        "90 images before the question, followed by nothing; 8 images within the question; 2 images after the question, preceded by a space; "
+        "infer and serve put them before the question, followed by nothing"
+    )
+    assert said({"within the question": 8}) == "images within the question" and said({}) == ""
+
+
 def test_a_loss_that_does_not_fall() -> None:
     flat, falling = (Curve(step=tuple(range(40)), loss=tuple(6 - fall * step for step in range(40))) for fall in (0.0, 0.1))
     assert find_standouts({}, {}, flat) == ("the loss did not fall: 6 in the first tenth of the steps, 6 in the last",)
@@ -112,7 +147,17 @@ def test_the_rows_that_describe_it() -> None:
 @pytest.mark.parametrize("value", [None, [], {}, "x", True, -1, 1e400, float("nan"), 10**400, [{"text": {}, "count": []}]])
 def test_a_damaged_record_breaks_nothing(value: Any) -> None:
     """Whatever a stranger's record holds in place of a section or of a number."""
-    names = ("answers", "distinct", "common", "characters_p50", "repeated_rows", "shared_rows", "shared_images", "sided_rows")
+    names = (
+        "answers",
+        "distinct",
+        "common",
+        "characters_p50",
+        "repeated_rows",
+        "shared_rows",
+        "shared_images",
+        "sided_rows",
+        "image_forms",
+    )
     damaged = {"train_rows": value, "summary": {"tokens": value, "trained_tokens": value}, "learning": dict.fromkeys(names, value)}
     stage = {"kind": "train", "lora": value, "trainable": value, "optimizer": {"lr": value}}
     recipe = {"stage": stage, "model": {"family": value, "parameters": {"total": 10**10}}, "run": {"evaluation": value}}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import ConfigRefused
-from launcher.record.run_name import find_run, list_folders, short_name
+from launcher.record.run_name import find_run, list_folders, typed_name
 
 
 def plant(runs: Path, run_id: str, started_at: str = "", *, written_at: float = 1.0) -> Path:
@@ -142,11 +142,9 @@ def test_many_runs_are_not_all_listed(runs: Path) -> None:
         find_run("many", runs)
 
 
-def test_a_command_names_a_run_as_shortly_as_it_can(runs: Path, tmp_path: Path) -> None:
-    assert short_name(runs / "monday-2", runs) == "last" and short_name(runs / "monday", runs) == "monday"
+def test_a_command_names_a_run_by_what_stays_true_when_another_one_begins(runs: Path, tmp_path: Path) -> None:
+    assert typed_name(runs / "monday-2", runs) == "monday-2", "the newest run, which `last` would name today"
     elsewhere = plant(tmp_path / "else", "tuesday", "2026-11-23T00:00:00+00:00")
-    assert short_name(elsewhere, runs) == str(elsewhere)
-    plant(runs, "last", "2026-11-24T00:00:00+00:00")
-    assert short_name(runs / "monday-2", runs) == "monday-2", "a run has the id `last`"
+    assert typed_name(elsewhere, runs) == str(elsewhere)
     for name in ("monday-2", "monday"):
-        assert find_run(short_name(runs / name, runs), runs) == runs / name
+        assert find_run(typed_name(runs / name, runs), runs) == runs / name

@@ -322,7 +322,7 @@ def test_the_interval_holds_999_of_1000() -> None:
 
 def test_bands_are_those_that_the_run_stated(tmp_path: Path) -> None:
     stated = copy_run(tmp_path, "r", set_value("plan.json", "config.run.bands", {"loss": 0.02, "throughput": 0.05}))
-    assert bands_of(read_run_files(stated)) == Bands(loss=0.02, throughput=0.05)
+    assert bands_of(read_run_files(stated)) == Bands(loss=0.02), "how fast a machine is makes no run another one"
     with pytest.raises(ConfigRefused, match=r"bands"):
         bands_of(read_run_files(copy_run(tmp_path, "bad", set_value("plan.json", "config.run.bands", {"los": 1}))))
 

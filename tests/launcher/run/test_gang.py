@@ -155,8 +155,9 @@ class Scripted:
             return self.after_stop
         return self.code if self.code is not None and time.monotonic() >= self.ends_at else None
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
         self.stopping = True
+        return True
 
     def kill(self) -> None:
         self.killed = self.killed or self.poll() is None

@@ -1,10 +1,11 @@
 """The ranks and the data check run in parallel: whichever ends first, the outcome is right."""
 
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,18 +14,20 @@ import pytest
 from launcher.errors import ConfigRefused
 from launcher.plan.commands import NodeCommand
 from launcher.plan.plan import Plan
+from launcher.plan.stop_limit import LEAST_S
 from launcher.record.lock import ask_to_stop
 from launcher.record.record import AttemptOutcome
 from launcher.run import monitor
 from launcher.run.launch import detach_run
-from launcher.run.monitor import START_GRACE_S, grace_s, hangup_signals, watch_attempt
+from launcher.run.monitor import hangup_signals, watch_attempt
 from launcher.run.prepare import NodeProcesses
 from launcher.run.run_folder import Mirror, WorkingNode
 from launcher.run.session import Session
 from launcher.run.signals import StopRequest
+from launcher.run.stop_limit import START_GRACE_S, STEPS, describe_wait, grace_s
 from launcher.ssh.transport import Local
 from trainer import contract
-from trainer.contract import SCHEMA, DataProblem, DataReport, TrainResult
+from trainer.contract import SCHEMA, DataProblem, DataReport, StepRow, TrainResult
 
 Code = int | None
 
@@ -42,9 +45,10 @@ class Scripted:
             return 137
         return self.code if self.code is not None and time.monotonic() >= self.ends_at else None
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
         self.stopping = True
         self.kill()
+        return True
 
     def kill(self) -> None:
         self.killed = self.killed or self.poll() is None
@@ -155,8 +159,9 @@ def test_a_run_that_fails_after_its_last_step_was_not_stopped(plan: Plan, steps:
 class Saving(Scripted):
     """It saves and ends with 0 when it is asked to stop."""
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
         self.stopping, self.code, self.ends_at = True, 0, 0.0
+        return True
 
 
 @pytest.mark.parametrize("code", [137, 143, 5])
@@ -192,6 +197,42 @@ def test_before_the_first_row_the_grace_time_is_short(plan_for: Callable[..., Pl
     rows.write_text("{}\n", encoding="utf-8")
     assert grace_s(plan, tmp_path) == 60
     assert grace_s(replace(plan, spec=replace(plan.spec, stage=replace(plan.spec.stage, kind="evaluate"))), Path("/nowhere")) == 60
+
+
+def row(step: int, seconds: float) -> str:
+    made = StepRow(step=step, steps=300, loss=1.0, lr=0.1, grad_norm=1.0, samples=8, tokens=80, seconds=seconds, peak_bytes=1)
+    return json.dumps(asdict(made)) + "\n"
+
+
+def test_the_limit_of_a_stop_follows_the_steps_and_the_states(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    """41 steps of 14 s were lost to a limit of 8 s."""
+    plan = plan_for(f"cluster.root={tmp_path}")
+    (tmp_path / contract.METRICS_FILE).write_text("".join(row(step, 14.0) for step in range(1, 42)))
+    assert LEAST_S < plan.stop_limit_s < LEAST_S + 2, "the states of the tiny model are written in no time"
+    assert grace_s(plan, tmp_path) == plan.stop_limit_s + STEPS * 14.0
+    assert describe_wait(plan, tmp_path) == (
+        "step 42 is being finished and saved. This may take up to 3 min 11 s; press Ctrl-C again to end without saving"
+    )
+    chosen = plan_for(f"cluster.root={tmp_path}", "run.stop_timeout_s=20")
+    assert grace_s(chosen, tmp_path) == 20, "what the user says counts"
+
+
+def test_before_the_first_row_a_stop_says_that_there_is_nothing_to_save(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
+    assert describe_wait(plan_for(), tmp_path).startswith("it is ending; before the first step there is nothing to save")
+    assert describe_wait(plan_for("stage=serve", "stage.checkpoint=/a"), tmp_path).startswith("the requests that were accepted")
+
+
+def test_the_states_of_a_large_model_have_the_time_to_be_written(plan_for: Callable[..., Plan]) -> None:
+    words = ("hardware=ascend910b", "model=qwen2_5_vl_32b", "stage=full", "precision=bf16", "cluster=example")
+    plan = plan_for(*words, "cluster.devices_per_node=8")
+    node_bytes = plan.states.total_bytes * 8
+    assert node_bytes > 100 * 2**30 and plan.stop_limit_s >= LEAST_S + node_bytes / 1e8
+    shared = plan_for(*words, "cluster.devices_per_node=8", "cluster.shared=true")
+    assert shared.stop_limit_s > 1.9 * (plan.stop_limit_s - LEAST_S), "both nodes write at the same disks"
+    (first, *_) = plan.commands
+    assert first.container is not None and first.container.stop_timeout_s >= plan.stop_limit_s
+    assert first.start[first.start.index("--stop-timeout") + 1] == str(first.container.stop_timeout_s)
+    assert "--stop-timeout" not in first.prepare
 
 
 def test_a_closed_terminal_ends_only_the_launcher_of_containers(plan_for: Callable[..., Plan]) -> None:

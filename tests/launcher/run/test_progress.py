@@ -8,8 +8,8 @@ import pytest
 
 from launcher.plan.text import figure
 from launcher.record.metrics import read_curve
-from launcher.run.progress import Growing, Rate
-from trainer.contract import StepRow
+from launcher.run.progress import Growing, ProgressView, Rate
+from trainer.contract import IMAGES_FILE, SCHEMA, SERVING_FILE, ServingReport, StepRow, write
 
 ROW = StepRow(step=1, steps=2, loss=1.5, lr=0.1, grad_norm=1.0, samples=64, tokens=2048, seconds=0.1, peak_bytes=1)
 TEXT = "é漢🙂\n漢字"
@@ -48,3 +48,20 @@ def test_the_last_speed_of_a_short_run_is_that_of_its_record(tmp_path: Path) -> 
 def test_a_step_without_a_time_has_no_speed() -> None:
     values = Rate().describe(replace(ROW, seconds=0.0))
     assert (values["samples_per_s"], values["tokens_per_s"]) == ("", "") and values["loss"] == "1.500"
+
+
+def test_how_images_are_put_into_questions_is_said_once(tmp_path: Path) -> None:
+    sentence, said = "images are put before the question, followed by nothing, as in the training rows", list[str]()
+    view = ProgressView(tmp_path, said.append, terminal=False)
+    (tmp_path / IMAGES_FILE).write_text(sentence[:20], encoding="utf-8")
+    view.tick()
+    assert said == [], "still being written"
+    (tmp_path / IMAGES_FILE).write_text(f"{sentence}\n", encoding="utf-8")
+    view.tick()
+    view.tick()
+    assert said == [sentence]
+    report = ServingReport(schema=SCHEMA, url="http://127.0.0.1:8000", model="m", token="", example="curl ...", images=sentence)
+    write(report, tmp_path / SERVING_FILE)
+    view.tick()
+    view.tick()
+    assert said[1:] == ["serving m at http://127.0.0.1:8000 (Ctrl-C stops it)", "  curl ...", f"  {sentence}"]

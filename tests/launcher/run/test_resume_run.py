@@ -97,7 +97,7 @@ def test_a_run_whose_machine_lost_its_power_is_resumed_bitwise(calm: Path) -> No
         (sys.executable, "-m", "launcher.cli", "status", "dark"), cwd=calm, env=environment(), capture_output=True, text=True, timeout=60
     )
     assert status.returncode == 0 and "no record, step " in status.stdout, status.stdout + status.stderr
-    assert "to go on: omnilaunch launch --resume last" in status.stdout
+    assert "to go on: omnilaunch launch --resume dark" in status.stdout
     done = launch(calm, "--resume", "dark")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resuming run dark after step {saved} of 12, from checkpoint step-{saved:06d}" in done.stdout
@@ -126,7 +126,7 @@ def test_a_run_that_is_stopped_twice_and_has_no_checkpoints_of_its_own_is_resume
     """run.save_every=0: Ctrl-C saves. The last lines name the command."""
     ctrl_c: Callable[[subprocess.Popen[str]], None] = lambda run: run.send_signal(signal.SIGINT)  # noqa: E731
     said = end_at_step(calm, "paused", 2, *BASE, "run.save_every=0", how=ctrl_c)
-    assert said.rstrip().endswith("to go on: omnilaunch launch --resume last"), said
+    assert said.rstrip().endswith("to go on: omnilaunch launch --resume paused"), said
     assert result_of(calm, "paused")["status"] == "stopped"
     first = result_of(calm, "paused")["steps"]
     end_at_step(calm, "paused", first + 2, "--resume", "last", how=ctrl_c)
@@ -163,7 +163,7 @@ def test_a_failed_run_is_resumed_after_a_checkpoint_was_damaged(calm: Path) -> N
         os.kill(rank, signal.SIGKILL)
 
     said = end_at_step(calm, "failed", 7, *words, how=kill_rank)
-    assert "to go on: omnilaunch launch --resume last" in said and result_of(calm, "failed")["status"] == "failed"
+    assert "to go on: omnilaunch launch --resume failed" in said and result_of(calm, "failed")["status"] == "failed"
     newest = max(path.name for path in (run / "checkpoints").glob("step-*"))
     with (run / "checkpoints" / newest / "model.safetensors").open("ab") as file:
         file.write(b"more")

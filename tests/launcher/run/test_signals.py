@@ -148,3 +148,27 @@ def test_a_call_that_hangs_is_not_waited_for() -> None:
     answers = attempt_each(lambda item: over.wait(30) if item else "well", [0, 1], until=after(0.3))
     over.set()
     assert answers[0] == "well" and isinstance(answers[1], NodeFailed) and time.monotonic() - began < 5
+
+
+def test_a_terminal_that_is_closed_after_ctrl_c_is_no_second_request() -> None:
+    with catch_stops() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.count == 1, "the run is being saved"
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.count == 2
+
+
+def test_ctrl_c_is_heard_where_a_script_started_the_launcher_in_the_background() -> None:
+    """A shell without job control starts it with SIGINT ignored; SIGHUP stays ignored, as nohup asks for."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    try:
+        with catch_stops() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.count == 0
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.count == 1
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from trainer.contract import Sampling
+from trainer.contract import LINE_FEED, ImageForm, Sampling
 from trainer.serving.body import MOST_DELIMITERS, parse_body
 from trainer.serving.refusal import RequestRefused
 from trainer.serving.request import READ, WITHOUT_EFFECT, ChatRequest, read_request
@@ -160,6 +160,32 @@ def test_valid_messages() -> None:
     assert asked.images == ("data:image/png;base64,AAAA",)
     assert read(messages=[user(TEXT, URL, URL, TEXT)]).messages[0].content == "what?<image><image>\nwhat?"
     assert read(messages=[user(URL, {"type": "text", "text": "\nwhat?"})]).messages[0].content == "<image>\nwhat?"
+
+
+@pytest.mark.parametrize(
+    ("form", "before", "after", "many"),
+    [
+        (LINE_FEED, "<image>\nwhat?", "what?<image>", "<image><image>\nwhat?"),
+        (ImageForm(separator=""), "<image>what?", "what?<image>", "<image><image>what?"),
+        (ImageForm(questions=3, counted=3), "<image>\nwhat?", "<image>\nwhat?", "<image><image>\nwhat?"),
+        (ImageForm(separator="", questions=3, counted=3), "<image>what?", "<image>what?", "<image><image>what?"),
+        (
+            ImageForm(place="after", separator=" ", between=" ", questions=3, counted=4),
+            "what? <image>",
+            "what? <image>",
+            "what? <image> <image>",
+        ),
+    ],
+)
+def test_images_stand_where_the_training_rows_had_them(form: ImageForm, before: str, after: str, many: str) -> None:
+    """An unknown form leaves the order to the client, as published weights do."""
+
+    def text_of(*parts: Any) -> str:
+        return read_request({"model": "m", "messages": [user(*parts)]}, "m", DEFAULT, 4, 1000, form).messages[0].content
+
+    assert (text_of(URL, TEXT), text_of(TEXT, URL), text_of(URL, URL, TEXT)) == (before, after, many)
+    assert text_of(TEXT, URL, TEXT).startswith("what?<image>"), "one within the question stays there"
+    assert text_of(URL) == "<image>" and text_of(TEXT) == "what?"
 
 
 @pytest.mark.parametrize(

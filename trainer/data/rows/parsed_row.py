@@ -15,13 +15,14 @@ KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a n
 @dataclass(frozen=True, kw_only=True)
 class Turn:
     """One message. `content` has a MARK for each image. `in_loss`: whether an answer is trained on. `field`: its path in the row; `text_key`:
-    the key of its text there, '' if the field is the text itself."""
+    the key of its text there, '' if the field is the text itself. `in_parts`: the content was a list of texts and images."""
 
     role: Role
     content: str
     field: str
     text_key: str = ""
     in_loss: bool = True
+    in_parts: bool = False
 
     @property
     def text_field(self) -> str:

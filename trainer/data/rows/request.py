@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.contract import DataProblem, InputRefused, describe_groups
+from trainer.contract import LINE_FEED, DataProblem, ImageForm, InputRefused, describe_groups
 from trainer.contract.wording import plural
 from trainer.data.rows.annotation import read_rows
 from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, Row, Turn, ends_with_question, keys_of, kind
-from trainer.data.rows.row_images import choose_images, insert_marks, read_images
+from trainer.data.rows.row_images import choose_images, insert_marks, join_parts, read_images
 from trainer.data.rows.sample import Message, check_name, check_text, collect_problems, path_text, refuse_unread
 from trainer.data.rows.turn import WRITE_TEXT, read_system, read_turns
 
@@ -27,13 +27,13 @@ class Request:
     id: str | int | None = None
 
 
-def read_requests(file: Path, folder: Path) -> tuple[Request, ...]:
-    """Relative image paths start at `folder`; whether the files exist is not checked. Raises InputRefused that lists the invalid rows, before
-    anything is answered."""
+def read_requests(file: Path, folder: Path, form: ImageForm = LINE_FEED) -> tuple[Request, ...]:
+    """Relative image paths start at `folder`; whether the files exist is not checked. `form`: of the model's training rows.
+    Raises InputRefused that lists the invalid rows, before anything is answered."""
     rows, found = read_rows(file)
     requests, problems = [], list(found)
     for number, row in rows:
-        request, wrong = read_request(row, number, file, folder)
+        request, wrong = read_request(row, number, file, folder, form)
         problems += wrong
         requests += [request] if request is not None else []
     if problems:
@@ -42,7 +42,7 @@ def read_requests(file: Path, folder: Path) -> tuple[Request, ...]:
     return tuple(requests)
 
 
-def read_request(row: Any, number: int, file: Path, folder: Path) -> tuple[Request | None, list[DataProblem]]:
+def read_request(row: Any, number: int, file: Path, folder: Path, form: ImageForm) -> tuple[Request | None, list[DataProblem]]:
     problems: list[DataProblem] = []
     add_problem = collect_problems(problems, file, number)
     if not isinstance(row, dict):
@@ -52,7 +52,7 @@ def read_request(row: Any, number: int, file: Path, folder: Path) -> tuple[Reque
     turns, images = read_question(row, add_problem)
     for image in images:
         check_name(image, add_problem)
-    turns = place_images(turns, len(images), add_problem) if turns is not None else None
+    turns = place_images(turns, len(images), form, add_problem) if turns is not None else None
     if problems or turns is None:
         return None, problems
     return Request(
@@ -94,12 +94,12 @@ def check_turns(turns: Sequence[Turn], add_problem: AddProblem) -> None:
         )
 
 
-def place_images(turns: tuple[Turn, ...], images: int, add_problem: AddProblem) -> tuple[Turn, ...]:
-    """The turns with one MARK for each image. If there are none at all, they are inserted before the first question."""
+def place_images(turns: tuple[Turn, ...], images: int, form: ImageForm, add_problem: AddProblem) -> tuple[Turn, ...]:
+    """The turns with one MARK for each image. If there are none at all, they are inserted into the first question."""
     marks = sum(turn.content.count(MARK) for turn in turns if turn.role == "user")
     if marks == images:
-        return turns
+        return join_parts(turns, form)
     if marks or all(turn.role != "user" for turn in turns):
         add_problem(turns[0].field, f"{marks} {MARK} marks for {images} images", f"write {MARK} once for each image, or not at all")
         return turns
-    return insert_marks(turns, images)
+    return insert_marks(turns, images, form)

@@ -37,7 +37,7 @@ def find_format(row: Row, add_problem: AddProblem) -> RowFormat | None:
         similar = nearest_format(row)
         add_problem(
             "",
-            f"unknown row format: keys {keys_of(row)}{suggest_keys(row)}",
+            f"unknown row format: keys {keys_of(row)}{suggest_keys(row) or f'; it lacks {similar.key!r}, which holds the texts'}",
             f"the most similar format is {similar.name}: {similar.example}",
         )
     return None

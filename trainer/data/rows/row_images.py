@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from trainer.contract import ImageForm
+from trainer.data.rows.image_form import as_trained, join_images
 from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, Row, Turn, keys_of
 from trainer.data.rows.turn import FROM_IMAGES
 
@@ -46,12 +48,17 @@ def choose_images(
     return tuple(named)
 
 
-def insert_marks(turns: tuple[Turn, ...], images: int) -> tuple[Turn, ...]:
-    """A MARK for each image before the first question, if no turn has any (as MiniCPM does for one image)."""
+def insert_marks(turns: tuple[Turn, ...], images: int, form: ImageForm) -> tuple[Turn, ...]:
+    """A MARK for each image in the first question, if no turn has any (as MiniCPM does for one image)."""
     first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
     if first is None or any(MARK in turn.content for turn in turns):
         return turns
-    return (*turns[:first], replace(turns[first], content=f"{MARK * images}\n{turns[first].content}"), *turns[first + 1 :])
+    return (*turns[:first], replace(turns[first], content=join_images(turns[first].content, images, form)), *turns[first + 1 :])
+
+
+def join_parts(turns: tuple[Turn, ...], form: ImageForm) -> tuple[Turn, ...]:
+    """Questions of texts and images in parts, which have no text between an image and the question, as the model was trained."""
+    return tuple(replace(turn, content=as_trained(turn.content, form)) if turn.in_parts and turn.role == "user" else turn for turn in turns)
 
 
 def replace_named_marks(

@@ -9,7 +9,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from trainer.contract import DataProblem
+from trainer.contract import LINE_FEED, DataProblem, ImageForm
 from trainer.contract.annotation_file import count_repeated
 from trainer.contract.wording import plural
 from trainer.data.rows.adjustment import adjust, report_paths, without_end_mark
@@ -40,6 +40,7 @@ IMAGE_MEANT = {
     "image": "image", "img": "image", "picture": "image", "photo": "image", "image_path": "image", "img_path": "image", "image_file": "image",
     "images": "images", "imgs": "images", "pictures": "images", "photos": "images", "image_paths": "images",
 }  # fmt: skip
+MOST_ASKED = 10_000  # enough for a form that most questions have; of a large file each is read from the disk
 GROUNDING = ("<bbox>", "<ref-object>")  # ms-swift replaces them by the `objects` of the row
 
 
@@ -76,25 +77,32 @@ class Samples(Protocol):
     def __getitem__(self, number: int, /) -> Sample: ...
 
 
-def read_samples(file: Path, images: Path) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:
+def read_samples(file: Path, images: Path, form: ImageForm = LINE_FEED) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:
     """The valid samples of an annotation file, or of the files that a meta file lists, and the problems of all other rows. Relative image
-    paths start at `images`."""
+    paths start at `images`. `form`: of rows to ask: that of the rows that the model was trained on."""
     sources, found = find_sources(file, images)
     samples: list[Sample] = []
     problems = list(found)
     for source in sources:
-        read, wrong = read_source(source)
+        read, wrong = read_source(source, form)
         samples += islice(cycle(read), count_repeated(len(read), source.repeat))
         problems += wrong
     return tuple(samples), tuple(problems)
 
 
-def read_source(source: AnnotationSource) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:
+def questions_of(samples: Samples) -> Iterator[str]:
+    """Of at most MOST_ASKED samples, evenly spread."""
+    step = max(1, -(-len(samples) // MOST_ASKED))
+    chosen = (samples[number] for number in range(0, len(samples), step))
+    return (message.content for sample in chosen for message in sample.messages if message.role == "user")
+
+
+def read_source(source: AnnotationSource, form: ImageForm) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:
     rows, file_problems = read_rows(source.file)
     samples: list[Sample] = []
     problems = list(file_problems)
     for number, row in rows:
-        for found in read_parts(row, number, source):
+        for found in read_parts(row, number, source, form):
             (samples if isinstance(found, Sample) else problems).append(found)  # type: ignore[arg-type]
     return tuple(samples), tuple(problems)
 
@@ -108,10 +116,10 @@ def stream_source(source: AnnotationSource, position: Position | None = None) ->
             yield from read_parts(found[1], found[0], source)
 
 
-def read_parts(row: Any, number: int, source: AnnotationSource) -> Iterator[Sample | DataProblem]:
+def read_parts(row: Any, number: int, source: AnnotationSource, form: ImageForm = LINE_FEED) -> Iterator[Sample | DataProblem]:
     """The samples of a row, or the problems of each."""
     for part, name, item in split_row(row):
-        sample, problems = read_row(item, number, source, part=part, prefix=name)
+        sample, problems = read_row(item, number, source, form, part=part, prefix=name)
         yield from problems
         if sample:
             yield sample
@@ -128,7 +136,7 @@ def split_row(row: Any) -> Iterator[tuple[int, str, Any]]:
 
 
 def read_row(
-    row: Any, number: int, source: AnnotationSource, *, part: int = 0, prefix: str = ""
+    row: Any, number: int, source: AnnotationSource, form: ImageForm = LINE_FEED, *, part: int = 0, prefix: str = ""
 ) -> tuple[Sample | None, list[DataProblem]]:
     """The sample, or None and every problem that can be found without decoding an image."""
     problems: list[DataProblem] = []
@@ -141,7 +149,7 @@ def read_row(
     refuse_unread(row, add_problem)
     parsed, adjustments = parse_row(row, add_problem), ()
     if parsed is not None and not report_paths(parsed, row, (source.images, source.file.parent), add_problem):
-        parsed, adjustments = adjust(parsed)
+        parsed, adjustments = adjust(parsed, form)
         check_parsed(parsed, row, source.images, add_problem)
     if problems or parsed is None or parsed.turns is None:
         return None, problems

@@ -42,7 +42,8 @@ def read_turn(item: Any, field: str, add_problem: AddProblem) -> Read | None:
     in_loss = read_loss(item, ROLES[role], field, add_problem) if "loss" in item else True
     if content is None or in_loss is None:
         return None
-    return Turn(role=ROLES[role], content=content[0], field=field, text_key=text_key, in_loss=in_loss), content[1]
+    parts = isinstance(item[text_key], list)
+    return Turn(role=ROLES[role], content=content[0], field=field, text_key=text_key, in_loss=in_loss, in_parts=parts), content[1]
 
 
 def read_loss(item: Row, role: Role, field: str, add_problem: AddProblem) -> bool | None:

@@ -82,7 +82,10 @@ def test_the_status_of_a_run_of_processes(tmp_path: Path, plan_for: Callable[...
         row = StepRow(step=12, steps=300, loss=1.23456, lr=0.1, grad_norm=1.0, samples=64, tokens=2048, seconds=0.1, peak_bytes=1)
         (folder / "metrics.jsonl").write_text(json.dumps(asdict(row)) + "\n{")
         assert re.fullmatch(r"running for .*, step 12 of 300, loss 1\.235", asked())
-    assert asked() == "to go on: omnilaunch launch --resume last"
+    assert asked().splitlines() == [
+        "nothing was saved: it starts again from the beginning, and repeats steps 1 to 12",
+        "to go on: omnilaunch launch --resume 20261121-000000",
+    ]
     assert heard[-2] == "no record, step 12 of 300, loss 1.235: its launcher was killed. To see the output: omnilaunch logs 20261121-000000"
 
 
@@ -131,6 +134,6 @@ def test_attaching_to_a_run_whose_containers_are_gone_says_how_to_resume_it(
     monkeypatch.chdir(tmp_path)
     assert main(["status", "R"]) == 0
     said = capsys.readouterr().out
-    assert "no container" in said and said.rstrip().endswith("to go on: omnilaunch launch --resume last")
+    assert "no container" in said and said.rstrip().endswith("to go on: omnilaunch launch --resume R")
     assert main(["attach", "R"]) == 5
-    assert capsys.readouterr().err.rstrip().endswith("to go on: omnilaunch launch --resume last")
+    assert capsys.readouterr().err.rstrip().endswith("to go on: omnilaunch launch --resume R")

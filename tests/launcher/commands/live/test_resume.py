@@ -141,11 +141,11 @@ def test_runs_and_status_print_the_command(stopped: Stopped, capsys: pytest.Capt
     folder = stopped(status="failed")
     for words in (("runs",), ("status", "R")):
         assert main(list(words)) == 0
-        assert capsys.readouterr().out.rstrip().endswith("to go on: omnilaunch launch --resume last")
+        assert capsys.readouterr().out.rstrip().endswith("to go on: omnilaunch launch --resume R")
     (folder / "result.json").unlink()
     assert main(["status", "R"]) == 0
     said = capsys.readouterr().out
-    assert "no record, before its first step: its launcher was killed" in said and "--resume last" in said
+    assert "no record, before its first step: its launcher was killed" in said and "--resume R" in said
     with lock_run(folder):
         assert main(["status", "R"]) == 0
         assert main(["runs"]) == 0

@@ -1,6 +1,7 @@
 """What a checkpoint is decides the plan: model, limits of images and adapter come from its record, and contradictions are refused."""
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -37,7 +38,7 @@ Make = Callable[..., Path]
 def make_run(plan_for: Callable[..., Plan], tmp_path: Path) -> Make:
     """A finished run on this machine: its plan, and one checkpoint."""
 
-    def make(run_id: str, *words: str, trained: tuple[str, ...] = (), base: str = "", config: dict[str, Any] | None = None) -> Path:
+    def make(run_id: str, *words: str, trained: tuple[str, ...] = (), base: str | None = "", config: dict[str, Any] | None = None) -> Path:
         made = plan_for(f"cluster.root={tmp_path}", "run.force=for a test", *words)
         plan = replace(made, run_id=run_id, folder=str(tmp_path / "runs" / run_id))
         plan = replace(plan, spec=replace(plan.spec, run_id=run_id, output=plan.folder))
@@ -45,7 +46,9 @@ def make_run(plan_for: Callable[..., Plan], tmp_path: Path) -> Make:
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(config or {"model_type": "x"}), encoding="utf-8")
         if plan.spec.stage.lora:
-            (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}), encoding="utf-8")
+            (folder / "adapter_config.json").write_text(
+                json.dumps({"base_model_name_or_path": str(tmp_path) if base == "" else base}), encoding="utf-8"
+            )
         spec = {"model.name": plan.spec.model.name, "stage.name": plan.spec.stage.name, "stage.kind": plan.spec.stage.kind}
         state = {"schema": SCHEMA, "step": 3, "weights_sha256": "", "data_sha256": "", "world_size": 0, "spec": spec, "files": {}}
         (folder / STATE_FILE).write_text(json.dumps({**state, "run_id": run_id, "trained": trained}), encoding="utf-8")
@@ -96,6 +99,12 @@ def test_what_the_user_typed_is_kept(make_run: Make, tmp_path: Path) -> None:
     config = composed(tmp_path, "stage=serve", "stage.checkpoint=A", "data.max_pixels=1024", "model.context=900")
     assert config.data.max_pixels == 1024 and config.model.context == 900 and config.stage.recorded is not None
     assert config.stage.recorded.taken == ("model=tiny_qwen2_5_vl",)
+
+
+def test_a_limit_that_the_recorded_model_ignores_is_refused(make_run: Make, tmp_path: Path) -> None:
+    make_run("A", "model=tiny_internvl")
+    with pytest.raises(ConfigRefused, match=r"tiny_internvl has no such limit; write data\.max_tiles=N"):
+        composed(tmp_path, "stage=serve", "stage.checkpoint=A", "data.max_pixels=1024")
 
 
 def test_the_recorded_section_is_used_and_not_todays_file(make_run: Make, tmp_path: Path) -> None:
@@ -238,6 +247,20 @@ def write_weights(folder: Path, content: bytes) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     header = json.dumps({"w": {"dtype": "U8", "shape": [len(content)], "data_offsets": [0, len(content)]}}).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + content)
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "merge", "infer", "serve", "convert", "quantize", "lora", "full"])
+def test_an_adapter_of_random_weights_is_refused(stage: str, make_run: Make, tmp_path: Path) -> None:
+    """Its plan was ok, and rank 0 ended with a TypeError of pathlib."""
+    folder = make_run("A", "stage=lora", "stage.needs=[]", "model=tiny_llava", base=None)
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    for name in ("A", str(copied)):
+        with pytest.raises(ConfigRefused) as found:
+            composed(tmp_path, f"stage={stage}", f"stage.checkpoint={name}")
+        said = str(found.value)
+        assert f"stage.checkpoint={name}: it is an adapter, and its base was random weights of tiny_llava, which no disk has" in said
+    advice = [words.split(" --run-id")[0] for words in re.findall(r"omnilaunch launch (.*? --run-id \S+)", said)]
+    assert advice == ["model=tiny_llava stage=full"] and problems(tmp_path, *advice[0].split()) == {}
 
 
 def test_an_adapter_without_its_base_or_with_another_is_refused(make_run: Make, tmp_path: Path) -> None:

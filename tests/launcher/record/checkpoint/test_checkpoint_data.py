@@ -143,3 +143,15 @@ def test_where_the_data_of_weights_is_unknown_a_stage_that_reads_rows_asks_for_i
     assert str(folder) in str(caught.value)
     assert composed(tmp_path, *words, "data=digits").data.builtin == "digits"
     assert composed(tmp_path, *words, *OWN).data.train == "train.json"
+
+
+def test_one_file_takes_the_place_of_the_recorded_one(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """It was refused `together with the built-in set digits`, which was not named."""
+    folder = make_run("A", *OWN, "data.max_length=300")
+    config = composed(tmp_path, "stage=evaluate", f"stage.checkpoint={folder}", "data.evaluation=mine/other.json")
+    assert named(config) == ("files", "", "train.json", "other.json") and config.data.max_length == 300
+    assert config.stage.recorded is not None
+    keys = [word.partition("=")[0] for word in config.stage.recorded.taken]
+    assert "data.train" in keys and "data.images" in keys and "data.evaluation" not in keys
+    other = make_run("B")
+    assert named(composed(tmp_path, "stage=evaluate", f"stage.checkpoint={other}", "data.evaluation=x.json"))[:2] == ("digits", "digits")

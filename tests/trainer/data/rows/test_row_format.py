@@ -292,6 +292,11 @@ def test_the_most_similar_format_is_shown(tmp_path: Path, keys: tuple[str, ...])
     assert NEAREST[keys] in problem.fix
 
 
+def test_a_row_without_its_texts_is_told_the_key_that_it_lacks(tmp_path: Path) -> None:
+    _, (problem,) = read(tmp_path, {"id": 1, "image": "a.png"})
+    assert problem.problem == "unknown row format: keys 'id', 'image'; it lacks 'conversations', which holds the texts"
+
+
 # ---------------------------------------------------------------------------------------------------------------- random JSON
 
 KEYS = (
