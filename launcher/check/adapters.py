@@ -1,16 +1,22 @@
 """Rules about what a stage trains: LoRA targets, the base model of an adapter, learning rates of groups, and groups that are reset."""
 
+import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 from launcher.check.problem import Problem, Rule
-from launcher.config.schema import GROUPS, Config
+from launcher.config.schema import GROUPS, Config, Model
 from launcher.errors import suggest
 from launcher.image.stack import Stack
-from launcher.memory.states import REGEX, linear_names, linear_shapes
+from launcher.memory.states import REGEX, linear_names, linear_shapes, vocabulary
+from trainer.contract.wording import plural
 
 DEFAULT_GROUPS = ("lm",)  # of Lora.base_groups
+MOST_TOKENS = 10_000  # of model.add_tokens
+SHOWN_TOKENS = 5
 
 
 def lora_targets_exist(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
@@ -103,10 +109,60 @@ def reset_groups_are_trained(config: Config, _: Mapping[str, Stack]) -> Iterator
         yield Problem(key="stage.reset", what=what, changes=(f"stage.reset=[{kept}]", f"stage.trainable=[{trained}]"))
 
 
+def added_tokens_are_new_words(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    """What can be said without the tokenizer: the trainer refuses a token that the tokenizer has already."""
+    tokens, model = config.model.add_tokens, config.model
+    wrong = [f"{token!r} is empty or has a space" for token in tokens if token.split() != [token]]
+    wrong += [f"{token!r} is listed {count} times" for token, count in Counter(tokens).items() if count > 1]
+    inside = (token for token in tokens if token.strip() and is_of_template(token, model))
+    wrong += [f"{token!r} is the image token or part of the chat template" for token in inside]
+    if wrong:
+        kept = [token for token in dict.fromkeys(tokens) if token.split() == [token] and not is_of_template(token, model)]
+        more = f"; and {len(wrong) - SHOWN_TOKENS} more" if len(wrong) > SHOWN_TOKENS else ""
+        yield Problem(key="model.add_tokens", what="; ".join(wrong[:SHOWN_TOKENS]) + more, changes=(write_tokens(kept),))
+    if len(tokens) > MOST_TOKENS:
+        what = f"{len(tokens):,} tokens; at most {MOST_TOKENS:,}: each needs many rows that it occurs in"
+        yield Problem(key="model.add_tokens", what=what, changes=("model.add_tokens=[]",))
+
+
+def is_of_template(token: str, model: Model) -> bool:
+    """Whether a new token would cut the texts around messages in another way than those that the model was trained with."""
+    template = model.template
+    texts = (template.system, template.user.replace("{content}", ""), template.assistant_open, template.end_mark, template.separator)
+    return token == model.image_token or any(token in text for text in texts)
+
+
+def write_tokens(tokens: Sequence[str]) -> str:
+    """As an override that a shell passes on."""
+    return shlex.quote(f"model.add_tokens={json.dumps(list(tokens), ensure_ascii=False, separators=(',', ':'))}")
+
+
+def added_tokens_are_trained(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
+    """peft's trained rows are not gathered under ZeRO 3 (peft 0.21, tuners/trainable_tokens/layer.py, knows CUDA and its own partitioning)."""
+    stage = config.stage
+    if not config.model.add_tokens or stage.kind != "train":
+        return
+    if stage.lora is None and "lm" not in stage.trainable:
+        what = f"the stage {stage.name} trains neither embeddings nor rows of them: the tokens would stay as they start"
+        yield Problem(key="model.add_tokens", what=what, changes=("stage=lora", "stage=full"))
+    if stage.lora is not None and (config.strategy.name == "zero3" or config.strategy.offload_parameters):
+        what = "the rows of new tokens beside LoRA cannot be trained under ZeRO 3, which shards the embeddings that they replace"
+        yield Problem(key="strategy", what=what, changes=("strategy=zero2 strategy.offload_parameters=false", "stage=full"))
+
+
+def write_token_notes(config: Config) -> Iterator[str]:
+    tokens, rows = config.model.add_tokens, config.model.architecture.text.vocab_size
+    if tokens:
+        grown = f"embeddings and head grow from {rows:,} to at most {vocabulary(config):,} rows"
+        yield f"model.add_tokens: {plural(len(tokens), 'new token')}; {grown}, fewer where the tokenizer leaves rows unused"
+
+
 ADAPTER_RULES: tuple[Rule, ...] = (
     lora_targets_exist,
     quantized_base_is_possible,
     base_groups_are_frozen,
     group_rates_are_of_trained_groups,
     reset_groups_are_trained,
+    added_tokens_are_new_words,
+    added_tokens_are_trained,
 )

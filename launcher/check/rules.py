@@ -8,7 +8,7 @@ checked elsewhere.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from launcher.check.adapters import ADAPTER_RULES
+from launcher.check.adapters import ADAPTER_RULES, write_token_notes
 from launcher.check.docker import CONTAINER_RULES
 from launcher.check.evaluation import EVALUATION_RULES
 from launcher.check.hardware import HARDWARE_RULES
@@ -131,6 +131,7 @@ def write_notes(resolved: Resolved) -> Iterator[str]:
         yield f"model.source.revision is empty: the main branch of {source.id} may change between two runs"
     if config.stage.kind == "train" and config.run.save_every == 0 and source.kind != "random":
         yield "run.save_every=0: nothing is saved before the end, and a run that is killed is lost; run.save_every=N saves every Nth step"
+    yield from write_token_notes(config)
     yield from write_start_notes(config)
     yield from write_source_notes(config)
     yield from write_memory_notes(resolved)

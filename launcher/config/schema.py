@@ -189,6 +189,7 @@ class Model:
     context: int
     notes: tuple[str, ...] = ()
     packable: bool = True  # false: samples packed into one row would attend to each other
+    add_tokens: tuple[str, ...] = ()  # new tokens: embeddings and head get a row for each
 
 
 # ------------------------------------------------------------------------------------------------ stage, strategy, data

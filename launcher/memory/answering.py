@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from launcher.config.schema import Config
-from launcher.memory.states import DTYPE_BYTES, is_hybrid, layer_counts, linear_shapes
+from launcher.memory.states import DTYPE_BYTES, is_hybrid, layer_counts, linear_shapes, vocabulary
 from launcher.memory.tokens import Load
 
 FLOAT32, INT64 = DTYPE_BYTES["float32"], 8
@@ -165,4 +165,4 @@ def decode_bytes(config: Config, load: Load) -> int:
     """For one more token: a layer's keys, copied with the new ones, and the logits with their copies in float32."""
     text, width = config.model.architecture.text, DTYPE_BYTES[config.precision.compute]
     copied = linear_shapes(text)["k_proj"][1] * width * load.length * load.rows
-    return copied + text.vocab_size * (width + 2 * FLOAT32) * load.rows + INT64 * 4 * load.length * load.rows
+    return copied + vocabulary(config) * (width + 2 * FLOAT32) * load.rows + INT64 * 4 * load.length * load.rows

@@ -18,6 +18,7 @@ from launcher.memory.states import (
     ranks_per_node,
     streams,
     takes_bf16_optimizer,
+    vocabulary,
     weight_bytes,
     world_size,
     zero_stage,
@@ -43,11 +44,11 @@ COLLECTIVE_GIB = {"hccl": 0.8, "nccl": 0.4, "gloo": 0.0}
 
 def logits_bytes(config: Config, load: Load) -> int:
     """At the peak of the loss, for the tokens whose logits exist at the same time. Every text token is assumed to be trained on."""
-    vocabulary, chunk = config.model.architecture.text.vocab_size, config.strategy.loss_chunk
+    words, chunk = vocabulary(config), config.strategy.loss_chunk
     tokens = max(1, load.tokens - load.image_tokens)  # image tokens have no labels
     if chunk and tokens > chunk:
-        return CHUNKED * FLOAT32 * vocabulary * chunk
-    return WHOLE * FLOAT32 * vocabulary * tokens
+        return CHUNKED * FLOAT32 * words * chunk
+    return WHOLE * FLOAT32 * words * tokens
 
 
 def gradient_moments(config: Config, states: States) -> dict[Moment, dict[str, int]]:
@@ -107,7 +108,7 @@ def late_gradient_bytes(config: Config) -> int:
 
 
 def embedding_elements(config: Config) -> int:
-    return config.model.architecture.text.vocab_size * config.model.architecture.text.hidden_size
+    return vocabulary(config) * config.model.architecture.text.hidden_size
 
 
 def bucket_bytes(config: Config, trained: int) -> int:
@@ -162,7 +163,7 @@ def gather_bytes(config: Config) -> int:
 def largest_tensor(config: Config) -> int:
     """Elements of the largest weight tensor: the embeddings, or one of the MLP."""
     text = config.model.architecture.text
-    return max(text.vocab_size * text.hidden_size, *(a * b for a, b in linear_shapes(text).values()))
+    return max(vocabulary(config) * text.hidden_size, *(a * b for a, b in linear_shapes(text).values()))
 
 
 def update_bytes(config: Config, trained: int) -> int:

@@ -16,6 +16,7 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 AVERAGE = "weight average"  # name of its item
 STATE_BLOCK = 256  # trainer.optim.blockwise.BLOCK: elements of an 8-bit moment that share a float32 scale
+VOCABULARY_MULTIPLE = 64  # trainer.models.added_token.MULTIPLE
 MOST_LAYERS = 1000  # whose names are listed: a typing error may ask for a million
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -88,7 +89,7 @@ def model_states(config: Config) -> States:
     strategy, precision, zero = config.strategy, config.precision, engine_stage(config)
     ranks = max(1, world_size(config))
     adapter, trainable = lora_parameters(config), trainable_parameters(config)
-    parameters = config.model.parameters.total + adapter
+    parameters = config.model.parameters.total + added_parameters(config) + adapter
     state_bytes = DTYPE_BYTES[precision.optimizer]
     master_bytes = state_bytes if zero or precision.optimizer != precision.weights else 0
     devices = device_count(config) if spreads(config) else 1
@@ -202,11 +203,30 @@ def trainable_parameters(config: Config) -> int:
     if config.stage.kind != "train":
         return 0
     whole: int = sum(getattr(config.model.parameters, group) for group in config.stage.trainable)
-    return whole + lora_parameters(config)
+    return whole + (added_parameters(config) if "lm" in config.stage.trainable else 0) + lora_parameters(config)
+
+
+def vocabulary(config: Config) -> int:
+    """Rows of the embeddings, at most: a checkpoint may have unused ones for the tokens of model.add_tokens, which only its tokenizer tells
+    (trainer.models.added_token)."""
+    rows, added = config.model.architecture.text.vocab_size, len(config.model.add_tokens)
+    return -(-(rows + added) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE if added else rows
+
+
+def row_parameters(config: Config, rows: int) -> int:
+    """Elements of so many rows of the embeddings, and of the head if it is not tied."""
+    text = config.model.architecture.text
+    return rows * text.hidden_size * (1 if text.tie_word_embeddings else 2)
+
+
+def added_parameters(config: Config) -> int:
+    """Elements that model.add_tokens adds to the model."""
+    return row_parameters(config, vocabulary(config) - config.model.architecture.text.vocab_size)
 
 
 def lora_parameters(config: Config) -> int:
-    """Elements of LoRA: r (in + out) for every target in every layer of the decoder (Hu et al., arXiv 2106.09685, section 4.1)."""
+    """Elements of LoRA: r (in + out) for every target in every layer of the decoder (Hu et al., arXiv 2106.09685, section 4.1), and the rows of
+    new tokens."""
     lora, text = config.stage.lora, config.model.architecture.text
     if lora is None or config.stage.kind != "train":
         return 0
@@ -215,7 +235,8 @@ def lora_parameters(config: Config) -> int:
     named = sum(lora.r * sum(shapes[name]) * layers[name] for name in lora.targets if name in shapes)
     regexes = tuple(target.removeprefix(REGEX) for target in lora.targets if target.startswith(REGEX))
     others = (name for name in linear_names(config.model) if name.rpartition(".")[2] not in lora.targets) if regexes else ()
-    return named + sum(lora.r * sum(shapes[name.rpartition(".")[2]]) for name in others if matches(name, regexes))
+    rows = row_parameters(config, len(config.model.add_tokens))
+    return rows + named + sum(lora.r * sum(shapes[name.rpartition(".")[2]]) for name in others if matches(name, regexes))
 
 
 def matches(name: str, regexes: tuple[str, ...]) -> bool:

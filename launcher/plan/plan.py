@@ -53,7 +53,7 @@ DATA_FOLDER = ".cache/data"
 RUNS_FOLDER = "runs"
 FIXED_THREADS = 4
 # Keys of the config that the trainer's spec takes over unchanged, under the same name.
-MODEL_KEYS = ("name", "family", "groups", "image_token", "template")
+MODEL_KEYS = ("name", "family", "groups", "image_token", "template", "add_tokens")
 STAGE_KEYS = (
     *("name", "kind", "trainable", "lora", "reset", "merging", "conversion", "quantization"),
     *("label_smoothing", "neftune_alpha"),

@@ -12,6 +12,7 @@ from launcher.run.failures.symptom import KINDS, TABLES, Kind, Symptom, load_sym
 
 SHOWN = 300  # characters of a line: a C++ trace can be a page in one line
 ROOT_RANK = re.compile(r"^Root Cause [^\n]*\n(?:[^\n]*\n){1,4}?\s*rank\s*: (\d+) [^\n]*\n\s*exitcode\s*: (-?\d+)", re.MULTILINE)
+FAILED_RANK = re.compile(r"^\[\d+\]:\s*\n(?:[^\n]*\n){1,3}?\s*rank\s*: (\d+) [^\n]*\n\s*exitcode\s*: (-?\d+)", re.MULTILINE)
 TITLES = {
     "cause": "names the cause",
     "layer": "names the layer that failed",
@@ -57,6 +58,18 @@ def root_rank(text: str) -> tuple[int, int] | None:
     """The rank that torchrun saw end first, and its exit code (negative: by a signal), from torchrun's closing summary."""
     found = ROOT_RANK.search(text)
     return (int(found[1]), int(found[2])) if found else None
+
+
+def failed_ranks(text: str) -> tuple[tuple[int, int], ...]:
+    """All ranks that torchrun's closing summary lists, and their exit codes; the one of `root_rank` first."""
+    root = root_rank(text)
+    listed = [(int(rank), int(code)) for rank, code in FAILED_RANK.findall(text)]
+    return tuple(dict.fromkeys(([root] if root else []) + listed))
+
+
+def find_known(name: str) -> Symptom:
+    """The row of the tables with this name."""
+    return next(symptom for symptom in load_symptoms() if symptom.name == name)
 
 
 # ---------------------------------------------------------------------------------------------------------------- docs

@@ -7,20 +7,23 @@ from pathlib import Path
 from launcher.plan.plan import Plan
 from launcher.record.reader import read_if_there
 from launcher.record.record import Failure, NodeResult
-from launcher.run.diagnosis import Diagnosis, explain_log, root_rank
+from launcher.run.diagnosis import Diagnosis, explain_log, failed_ranks, find_known
 from launcher.run.failures.symptom import Kind
-from launcher.run.node_log import LAST_LINES, last_lines, lines_of, read_end, unnamed
+from launcher.run.hang import HangVerdict, judge_hang, judge_timeouts
+from launcher.run.node_log import LAST_LINES, NO_RANK, last_lines, lines_of, read_end, unnamed
 from trainer import contract
 from trainer.contract import Exit, FailureReport
 
 MODEL = re.compile(r"\bMODEL\b")
 CAUSES = ("cause", "layer")  # kinds of a known failure that belong to the process which printed the line
+MISMATCH = "collective-mismatch"  # the known failure of ranks that are in different collectives
+ENDED_BY_TORCHRUN = (-15, -9)  # exit codes of the ranks that torchrun ends because another one has ended
 
 
 def find_failure(plan: Plan, nodes: tuple[NodeResult, ...]) -> Failure | None:
-    """The failure that came first. In this order: the first rank whose report is not a mere consequence of the end of another rank; the first
-    node whose log holds a cause; the first failure of all. Where a node was lost, an error that is not a known one, except one of usage, is
-    taken for a consequence of that."""
+    """The failure that came first. In this order: the rank that a hung step waits for; the first rank whose report is not a mere consequence
+    of the end of another rank; the first node whose log holds a cause; the first node with a rank that died without a report; the first
+    failure of all. Where a node was lost, an error that is not a known one, except one of usage, is taken for a consequence of that."""
     folder = Path(plan.folder)
     written = (read_if_there(FailureReport, path) for path in sorted(folder.glob(contract.FAILURE_FILES.format(rank="*"))))
     reports = sorted(
@@ -29,12 +32,46 @@ def find_failure(plan: Plan, nodes: tuple[NodeResult, ...]) -> Failure | None:
     failed = sorted((node for node in nodes if node.code), key=lambda node: node.seconds)
     reported = [failure_of_report(plan, report) for report in reports]
     lost = any(node.lost for node in failed)
+    if not lost and any(report.code == Exit.HUNG for report in reports) and (hung := failure_of_hang(plan, reports)):
+        return hung
     for failure, kind in reported:
         if kind in CAUSES or (kind != "consequence" and (failure.code == Exit.USAGE or not lost)):
             return failure
-    ended = [failure_of_node(plan, node) for node in failed]
+    silent = frozenset(range(plan.spec.device.world_size)) - {report.rank for report in reports}
+    ended = [failure_of_node(plan, node, silent) for node in failed]
     caused = (failure for failure, kind in ended if kind in CAUSES)
-    return next(caused, None) or next((failure for failure, _ in (*reported, *ended)), None)
+    died = (failure for failure, kind in ended if kind != "consequence" and failure.rank in silent)  # in whose lines no cause is known
+    first = next((failure for failure, _ in (*reported, *ended)), None)
+    return next(caused, None) or next(died, None) or failure_of_timeout(plan, first, lost=lost)
+
+
+def failure_of_timeout(plan: Plan, first: Failure | None, *, lost: bool) -> Failure | None:
+    """`first`, or where the ranks' collectives timed out the rank that did not arrive."""
+    verdict = judge_timeouts(read_logs(plan), plan.spec.device.world_size) if first is not None and not lost else None
+    return failure_of_verdict(plan, verdict, first) if first is not None and verdict is not None else first
+
+
+def failure_of_hang(plan: Plan, reports: list[FailureReport]) -> Failure | None:
+    """Of a step that did not end, by the stacks of all ranks; None if they are not in the logs."""
+    verdict = judge_hang(read_logs(plan), plan.spec.device.world_size)
+    first = next(report for report in reports if report.code == Exit.HUNG)
+    return failure_of_verdict(plan, verdict, failure_of_report(plan, first)[0]) if verdict is not None else None
+
+
+def read_logs(plan: Plan) -> list[str]:
+    return [read_end(Path(plan.folder) / "logs" / f"node{command.node_rank}.log") for command in plan.commands]
+
+
+def failure_of_verdict(plan: Plan, verdict: HangVerdict, noticed: Failure) -> Failure:
+    """`noticed`: the failure of a rank that waited."""
+    failure = replace(noticed, rank=verdict.rank, message=f"{verdict.message}. {noticed.message}", tail=())
+    if verdict.rank >= 0:
+        node = verdict.rank // plan.spec.device.devices_per_node
+        failure = replace(failure, host=plan.commands[node].host, log=str(Path(plan.folder) / "logs" / f"node{node}.log"))
+    if not verdict.mismatch:
+        return replace(failure, meaning="", fix="")
+    known = find_known(MISMATCH)
+    return replace(failure, meaning=known.means, fix=known.fix)
 
 
 def failure_of_report(plan: Plan, report: FailureReport) -> tuple[Failure, Kind | None]:
@@ -50,20 +87,32 @@ def failure_of_report(plan: Plan, report: FailureReport) -> tuple[Failure, Kind 
     return with_diagnosis(plan, failure, diagnosis)
 
 
-def failure_of_node(plan: Plan, node: NodeResult) -> tuple[Failure, Kind | None]:
-    """A node without a report as a failure, by its exit code and its log, and its kind."""
+def failure_of_node(plan: Plan, node: NodeResult, silent: frozenset[int]) -> tuple[Failure, Kind | None]:
+    """A node as a failure, by its exit code and its log, and its kind. `silent`: the ranks that left no report; of those that torchrun saw end,
+    the first one that it did not end itself has failed."""
     log = Path(plan.folder) / "logs" / f"node{node.node_rank}.log"
     text = read_end(log)
-    message, own = f"the ranks ended with exit code {node.code} and left no report", tuple[str, ...]()
+    message, own, rank = f"the ranks ended with exit code {node.code} and left no report", tuple[str, ...](), -1
     if node.lost:
         text = message = f"the node stopped responding (cluster.node_timeout_s={plan.config.cluster.node_timeout_s})"
-    elif root := root_rank(unnamed(text)):
-        message = f"rank {root[0]} ended with exit code {root[1]} and left no report"
-        own = lines_of(text, root[0])
+    elif root := dead_rank(failed_ranks(unnamed(text)), silent):
+        rank = root[0]
+        message = f"rank {rank} ended with exit code {root[1]} and left no report"
+        own = lines_of(text, rank)
     # The exit code of processes that the launcher killed says nothing about the cause.
-    diagnosis = cause_in("\n".join(own)) or explain_log(unnamed(text), 0 if node.killed else node.code)
+    code = 0 if node.killed else node.code
+    diagnosis = cause_in("\n".join(own)) or explain_log(unnamed(text), code)
+    if rank >= 0 and diagnosis and diagnosis.kind == "consequence":  # what another rank has printed
+        diagnosis = explain_log("\n".join((*own, *lines_of(text, NO_RANK))), code)
     tail = own[-LAST_LINES:] or last_lines(log)
-    return with_diagnosis(plan, Failure(host=node.host, rank=-1, code=node.code, message=message, log=str(log), tail=tail), diagnosis)
+    return with_diagnosis(plan, Failure(host=node.host, rank=rank, code=node.code, message=message, log=str(log), tail=tail), diagnosis)
+
+
+def dead_rank(ended: tuple[tuple[int, int], ...], silent: frozenset[int]) -> tuple[int, int] | None:
+    """The first of `ended`, torchrun's root cause first, that left no report and was not ended by torchrun; else the root cause, if it left no
+    report."""
+    own = (each for number, each in enumerate(ended) if each[0] in silent and (each[1] not in ENDED_BY_TORCHRUN or not number))
+    return next(own, None)
 
 
 def cause_in(text: str) -> Diagnosis | None:
@@ -79,4 +128,9 @@ def with_diagnosis(plan: Plan, failure: Failure, diagnosis: Diagnosis | None) ->
     seen = any(diagnosis.line in line for line in (*failure.tail, failure.message))
     tail = failure.tail if seen else (diagnosis.line, "...", *failure.tail)
     fix = MODEL.sub(lambda _: plan.config.model.name, diagnosis.fix)
-    return replace(failure, tail=tail, meaning=diagnosis.means, fix=fix), diagnosis.kind
+    explained = replace(failure, tail=tail, meaning=diagnosis.means, fix=fix)
+    if diagnosis.name == MISMATCH and failure.rank >= 0:  # that rank has only noticed it
+        explained = replace(
+            explained, rank=-1, message=f"the ranks were in different collectives, which rank {failure.rank} noticed: {failure.message}"
+        )
+    return explained, diagnosis.kind

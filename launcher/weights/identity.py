@@ -9,6 +9,7 @@ from typing import Any
 from launcher.config.conf_folder import ConfFolder, as_conf_folder
 from launcher.errors import ConfigRefused
 from trainer.contract.checkpoint_files import find_state_file
+from trainer.contract.weight_files import ADDED_TOKENS, read_added_tokens
 
 CONFIG_FILE, ADAPTER_CONFIG_FILE = "config.json", "adapter_config.json"
 # model_type of a config -> our family; "minicpmv" is read by `family_of`. tests/launcher/weights checks them against the trainer's families.
@@ -86,12 +87,16 @@ def identify(folder: Path, models: Mapping[str, Mapping[str, Any]]) -> Identity:
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """config.json of the folder, or of the base of an adapter; None if there is none. Raises ConfigRefused for one that cannot be read."""
+    """config.json of the folder, or of the base of an adapter, and the tokens that a run has added; None if there is none. Raises ConfigRefused
+    for one that cannot be read."""
     base = folder
     if (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
         named = read_object(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
         base = Path(str(named)) if named else folder
-    return read_object(base / CONFIG_FILE) if (base / CONFIG_FILE).is_file() else None
+    if not (base / CONFIG_FILE).is_file():
+        return None
+    added = read_added_tokens(base)
+    return read_object(base / CONFIG_FILE) | ({ADDED_TOKENS: list(added)} if added else {})
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -143,6 +148,7 @@ def find_differences(model: Mapping[str, Any], content: Mapping[str, Any]) -> li
         and (wanted := wanted_value(model["architecture"][part], key)) is not None
         and (found := one_side(parts[part].get(key, parts[part].get(NAMES.get(key, key))))) is not None
         and found != wanted
+        and not (key == "vocab_size" and content.get(ADDED_TOKENS) and isinstance(found, int) and found > wanted)
     ]
 
 

@@ -48,7 +48,7 @@ def train_by_peft(made: Made, folder: Path, **settings: Any) -> torch.Tensor:
     wrapped = get_peft_model(load(made), LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": EVERYWHERE, **settings}))
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
-            if ".lora_" in name or ".modules_to_save." in name:
+            if any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_delta.")):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     wrapped.peft_config["default"].base_model_name_or_path = str(made.folder)
     wrapped.save_pretrained(folder, save_embedding_layers=False)

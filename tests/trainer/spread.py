@@ -40,34 +40,34 @@ CPU = torch.device("cpu")
 Task = tuple[Callable[..., Any], tuple[Any, ...]]  # a function of this module, and what follows after the rank's number
 
 
-def carry_out(tasks: dict[str, Task], log: Path) -> dict[str, list[Any]]:
-    """Every task on two ranks, one after the other: name -> what each rank returned. Raises AssertionError with the traceback of a rank."""
+def carry_out(tasks: dict[str, Task], log: Path, *, ranks: int = RANKS) -> dict[str, list[Any]]:
+    """Every task on all ranks, one after the other: name -> what each rank returned. Raises AssertionError with the traceback of a rank."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "deepspeed", "peft"])
     answers, port = context.Queue(), free_port()
-    ranks = [context.Process(target=be_rank, args=(rank, port, tasks, log, answers)) for rank in range(RANKS)]
-    for rank in ranks:
-        rank.start()
-    found: dict[str, list[Any]] = {name: [None] * RANKS for name in tasks}
+    processes = [context.Process(target=be_rank, args=(rank, ranks, port, tasks, log, answers)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    found: dict[str, list[Any]] = {name: [None] * ranks for name in tasks}
     try:
-        for _ in range(RANKS * len(tasks)):
+        for _ in range(ranks * len(tasks)):
             name, number, answer, error = answers.get(timeout=SILENT_S)
             assert not error, f"{name}, rank {number}: {error}"
             found[name][number] = answer
     except queue.Empty:
         raise AssertionError(f"the ranks fell silent: {log.read_text(errors='replace')[-3000:]}") from None
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.join()
+        for process in processes:
+            process.kill()
+            process.join()
     return found
 
 
-def be_rank(number: int, port: int, tasks: dict[str, Task], log: Path, answers: Any) -> None:
+def be_rank(number: int, ranks: int, port: int, tasks: dict[str, Task], log: Path, answers: Any) -> None:
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    variables = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "MASTER_PORT": port}
+    variables = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in variables.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
     silence_libraries()

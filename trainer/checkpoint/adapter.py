@@ -6,7 +6,7 @@ rank-stabilised LoRA (Kalajdzievski, arXiv 2312.03732); each layer may have its 
 DoraLinearVariant.merge_safe) then scales each row of the sum to the length that its magnitude says.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 from trainer.contract import InputRefused
 from trainer.contract.adapter_files import ADAPTER_CONFIG
 from trainer.contract.listing import list_some
-from trainer.stages.adapter_layout import AdapterLayout
-from trainer.tensor.naming import find_tied
+from trainer.stages.adapter import find_apart
+from trainer.stages.adapter_layout import AdapterLayout, TokenRows
 from trainer.tensor.stream import PIECE_ELEMENTS, TensorSource, TensorToWrite, read_float32, read_pieces
+from trainer.tensor.table import replace_rows
 
 # Other initializations take the adapter out of the base's weights and change those (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", None)
@@ -44,22 +45,25 @@ class LowRankUpdate:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """Keys: names of parameters in memory. `whole`: tensors that replace those of the base. `biases`: (tensor, scale), to be added."""
+    """Keys: names of parameters in memory. `whole`: tensors that replace those of the base. `biases`: (tensor, scale), to be added. `untied`:
+    tied parameter -> the one that it is tied to, where the merged model has both."""
 
     additions: dict[str, LowRankUpdate] = field(default_factory=dict)
     biases: dict[str, tuple[TensorSource, float]] = field(default_factory=dict)
     whole: dict[str, TensorSource] = field(default_factory=dict)
+    rows: dict[str, TokenRows] = field(default_factory=dict)
+    untied: dict[str, str] = field(default_factory=dict)
 
     @property
     def changed(self) -> frozenset[str]:
-        return frozenset({*self.additions, *self.biases, *self.whole})
+        return frozenset({*self.additions, *self.biases, *self.whole, *self.rows})
 
 
 def read_adapter(layout: AdapterLayout, model: torch.nn.Module) -> Adapter:
     """What the adapter changes in `model`, its base, which may be on the meta device. Raises InputRefused for an adapter that cannot be merged file by
     file, and for another base."""
     refuse_variant(layout, model)
-    adapter = Adapter(whole=dict(layout.whole))
+    adapter = Adapter(whole=dict(layout.whole), rows=dict(layout.rows), untied=find_apart(layout, model))
     for module, one in layout.factors.items():
         # peft sets fan_in_fan_out by the kind of the layer, whatever the config says
         transposed = one.table or type(model.get_submodule(module)).__name__ == "Conv1D"
@@ -77,7 +81,7 @@ def refuse_variant(layout: AdapterLayout, model: torch.nn.Module) -> None:
     start, wrong = layout.config.get("init_lora_weights"), []
     if start not in PLAIN_STARTS:
         wrong.append(f"init_lora_weights is {start!r}, which also changes the base")
-    if layout.config.get("ensure_weight_tying") and find_tied(model):
+    if layout.config.get("ensure_weight_tying") and find_apart(layout, model):
         wrong.append("ensure_weight_tying is set, and the base ties its embeddings")
     wrong += [
         f"{name} has DoRA on an embedding or a Conv1D" for name, one in layout.factors.items() if "magnitude" in one.tensors and one.table
@@ -107,14 +111,12 @@ def refuse_misfits(layout: AdapterLayout, adapter: Adapter, model: torch.nn.Modu
         )
 
 
-def find_untied(adapter: Adapter, model: torch.nn.Module) -> dict[str, str]:
-    """Tied parameter -> the one that it is tied to, where the adapter changes one of them: the merged model has both."""
-    return {name: source for name, source in find_tied(model).items() if {name, source} & adapter.changed}
-
-
 def merge_tensor(name: str, memory: str, base: TensorSource, adapter: Adapter) -> TensorToWrite:
     """The merged tensor `name` of the files (`memory` in memory): in the base's dtype, summed in float32."""
     source = adapter.whole.get(memory, base)
+    if memory in adapter.rows:
+        rows = adapter.rows[memory]
+        source = replace_rows(source, rows.ids, rows.values.read_whole())
 
     def pieces() -> Iterator[Tensor]:
         if memory in adapter.additions:
@@ -126,6 +128,16 @@ def merge_tensor(name: str, memory: str, base: TensorSource, adapter: Adapter) -
             yield from (piece.to(base.dtype) for piece in read_pieces(source))
 
     return TensorToWrite(name=name, dtype=base.dtype, shape=base.shape, pieces=pieces)
+
+
+def changes_rows(sources: Mapping[str, TensorSource], memory: Mapping[str, str], adapter: Adapter) -> bool:
+    """Whether the adapter has other rows than the base. `memory`: name in the files -> name in memory."""
+    saved = {in_memory: sources[name] for name, in_memory in memory.items()}
+    for name, rows in adapter.rows.items():
+        base = saved[name if name in saved else adapter.untied[name]]
+        if not torch.equal(base.read_whole()[list(rows.ids)].float(), rows.values.read_whole().to(base.dtype).float()):
+            return True
+    return False
 
 
 def add_low_rank(base: TensorSource, addition: LowRankUpdate, dtype: torch.dtype) -> Iterator[Tensor]:

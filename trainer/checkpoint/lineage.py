@@ -4,17 +4,19 @@ A chain of stages can be followed from the checkpoints alone: each names its run
 fingerprint of its base's weights.
 """
 
+import json
 from pathlib import Path
 
 from trainer.checkpoint.checkpoint import require_whole
 from trainer.contract import LINE_FEED, ImageForm, InputRefused, Lora, TrainSpec, WeightsLineage, read
 from trainer.contract.adapter_files import describe_missing_base, find_base, read_adapter_config
 from trainer.contract.checkpoint_files import CheckpointState, find_state_file
-from trainer.contract.weight_files import fetched_revision, hash_weights
+from trainer.contract.weight_files import ADDED_TOKENS, TOKENIZER_CONFIG, fetched_revision, hash_weights, read_added_tokens
 from trainer.models import find_family
 from trainer.stages.chain import groups_before
 
 SNAPSHOTS = "snapshots"  # in the cache of huggingface_hub: <repository>/snapshots/<commit>
+SHOWN_LETTERS = 500  # of a list of tokens
 FINGERPRINT_BYTES = 4096  # of each tensor: enough to tell trained weights from their start, without reading 65 GB
 
 
@@ -47,6 +49,7 @@ def find_lineage(spec: TrainSpec, folder: Path | None, base: Path | None = None)
         )
         if base is not None:
             refuse_base(lineage, state)
+            refuse_tokens(spec, folder, base)
             refuse_adapter(spec, folder)
     refuse_untrained(spec, lineage)
     return lineage
@@ -100,6 +103,23 @@ def refuse_base(lineage: WeightsLineage, state: CheckpointState | None) -> None:
         raise InputRefused(
             f"stage.checkpoint: the adapter {lineage.path} was trained on other weights than those now in {lineage.base}. "
             "Restore that base, or name its current folder in stage.base."
+        )
+
+
+def refuse_tokens(spec: TrainSpec, folder: Path, base: Path) -> None:
+    """The rows of new tokens have their numbers by the order of the tokens: in another order an adapter's rows would be those of other tokens."""
+    known, wanted = read_added_tokens(base), read_added_tokens(folder)
+    has = (*known, *(token for token in spec.model.add_tokens if token not in known))
+    if has[: len(wanted)] != wanted:
+        added = json.dumps([token for token in wanted if token not in known], ensure_ascii=False, separators=(",", ":"))
+        shown = (
+            f"model.add_tokens={added}"
+            if len(added) <= SHOWN_LETTERS
+            else f"the {len(wanted)} tokens of {ADDED_TOKENS} in {folder / TOKENIZER_CONFIG}"
+        )
+        raise InputRefused(
+            f"model.add_tokens: the adapter {folder} was trained with other new tokens, or in another order, and its rows are theirs. Set {shown}; more "
+            "tokens go behind them."
         )
 
 

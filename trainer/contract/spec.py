@@ -137,7 +137,8 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """`groups`: name (vision, projector, lm, head) -> regex over parameter names in memory. `architecture`: for a random start only."""
+    """`groups`: name (vision, projector, lm, head) -> regex over parameter names in memory. `architecture`: for a random start only.
+    `add_tokens`: new tokens, for which embeddings and head get rows."""
 
     name: str
     family: str
@@ -147,6 +148,7 @@ class ModelSpec:
     image_token: str
     template: Template
     attention: str
+    add_tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

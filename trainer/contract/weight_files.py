@@ -13,6 +13,8 @@ from typing import Any
 
 from trainer.contract import InputRefused
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
+ADDED_TOKENS = "added_for_training"  # its key: the tokens of model.add_tokens
 WEIGHTS = "model.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PICKLED = "adapter_model.bin"  # of peft before 0.7, and of save_safetensors=False
@@ -91,3 +93,12 @@ def fetched_revision(folder: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return found if isinstance(found, str) else ""
+
+
+def read_added_tokens(folder: Path) -> tuple[str, ...]:
+    """The tokens that runs have added to the tokenizer in `folder`; () also where its file cannot be read, which is reported elsewhere."""
+    try:
+        found = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))[ADDED_TOKENS]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ()
+    return tuple(map(str, found)) if isinstance(found, list) else ()

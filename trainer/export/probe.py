@@ -10,12 +10,13 @@ from torch import Tensor
 
 from trainer.contract import TrainSpec
 from trainer.models import find_family
-from trainer.stages.adapter import wrap
+from trainer.stages.adapter import untie, wrap
 from trainer.stages.adapter_layout import AdapterLayout, base_name, read_layout
 from trainer.tensor.int8 import dequantize_sources
 from trainer.tensor.naming import find_tied, name_in_memory
 from trainer.tensor.paging import ReadTensor, fill_buffers, page
-from trainer.tensor.stream import TensorSource, open_tensors, read_float32
+from trainer.tensor.stream import PickledTensor, TensorSource, open_tensors, read_float32
+from trainer.tensor.table import grow_sources, replace_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +39,15 @@ def compute_logits(folder: Path, spec: TrainSpec, batch: Mapping[str, Tensor], d
     """(positions, vocabulary) float32, on the CPU: of the checkpoint in `folder`, with `adapter` applied but not merged."""
     model = open_on_meta(folder, spec)
     sources = dequantize_sources(open_tensors(folder))
+    sources = grow_sources(sources, name_in_memory(model, sources), model)
     read = make_reader(model, sources)
     fill_buffers(model, read, set(name_in_memory(model, sources).values()), device)
     layout = read_layout(adapter, model) if adapter else None
-    computing = page(add_adapter_layers(model, layout) if layout else model, read_adapted(read, layout) if layout else read, device)
+    if layout is not None:
+        computing = add_adapter_layers(model, layout)
+        computing = page(computing, read_adapted(read, layout, find_tied(model)), device)
+    else:
+        computing = page(model, read, device)
     with torch.no_grad():
         logits = computing(**{key: value.to(device) for key, value in batch.items()}, use_cache=False).logits
     if logits.ndim == 3:
@@ -62,12 +68,14 @@ def make_reader(model: torch.nn.Module, sources: Mapping[str, TensorSource]) -> 
 
 def add_adapter_layers(model: torch.nn.Module, layout: AdapterLayout) -> torch.nn.Module:
     """Adds peft's layers to a model on the meta device. Raises InputRefused for an adapter of another model."""
-    # Some initializations need the base's values.
-    return wrap(model, replace(layout, config={**layout.config, "init_lora_weights": False}))
+    # Some initializations need the base's values. Rows of tokens are read with those of the base.
+    if not layout.config.get("ensure_weight_tying"):
+        untie(model, layout)
+    return wrap(model, replace(layout, config={**layout.config, "init_lora_weights": False}, rows={}))
 
 
-def read_adapted(read: ReadTensor, layout: AdapterLayout) -> ReadTensor:
-    """Reads by the names that peft gives to the parameters of the wrapped model."""
+def read_adapted(read: ReadTensor, layout: AdapterLayout, tied: Mapping[str, str]) -> ReadTensor:
+    """Reads by the names that peft gives to the parameters of the wrapped model. `tied`: those that still are."""
     parts = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "bias", "lora_embedding_A": "A", "lora_embedding_B": "B"}
     parts |= {"lora_magnitude_vector.weight": "magnitude"}
 
@@ -76,7 +84,9 @@ def read_adapted(read: ReadTensor, layout: AdapterLayout) -> ReadTensor:
         module, _, part = plain.partition(".lora_")
         if part:
             return read_float32(layout.factors[module].tensors[parts[f"lora_{part}"]])
-        return read_float32(layout.whole[plain]) if plain in layout.whole else read(plain)
+        values = read_float32(layout.whole[plain]) if plain in layout.whole else read(plain)
+        rows = layout.rows.get(plain) or layout.rows.get(tied.get(plain, ""))
+        return read_float32(replace_rows(PickledTensor(tensor=values), rows.ids, read_float32(rows.values))) if rows else values
 
     return read_either
 

@@ -10,6 +10,7 @@ import torch
 from transformers import CompressedTensorsConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.contract import InputRefused, ModelSpec
+from trainer.contract.weight_files import read_added_tokens
 from trainer.models.family import FAMILY_NAMES
 
 ATTENTION = {
@@ -105,7 +106,8 @@ def refuse_kind(folder: Path, model: ModelSpec, config: type[PreTrainedConfig], 
 
 def refuse_differences(folder: Path, model: ModelSpec, found: Any) -> None:
     """`found`: the config of the checkpoint, with the config of each part as an attribute PART_config."""
-    lines = [line for part in ("vision", "text", "audio") for line in differences(model, found, part)]
+    grown = bool(read_added_tokens(folder))
+    lines = [line for part in ("vision", "text", "audio") for line in differences(model, found, part, grown=grown)]
     refuse_lines(folder, model, lines)
 
 
@@ -140,11 +142,14 @@ def load_native(
     return loaded
 
 
-def differences(model: ModelSpec, config: Any, part: str) -> list[str]:
+def differences(model: ModelSpec, config: Any, part: str, *, grown: bool = False) -> list[str]:
+    """`grown`: a run has added tokens, so that the checkpoint may have more embeddings."""
     given = model.architecture.get(part) or {}
     wanted = {**given, **given.get("options", {})}
     has = getattr(config, f"{part}_config", None)
     pairs = {key: (wanted[key], one_side(getattr(has, key, None))) for key in SHAPE if wanted.get(key) is not None}
+    if grown and pairs.get("vocab_size") and pairs["vocab_size"][1] > pairs["vocab_size"][0]:
+        del pairs["vocab_size"]
     return [f"  model.architecture.{part}.{key}: {ours}, the checkpoint has {its}" for key, (ours, its) in pairs.items() if ours != its]
 
 

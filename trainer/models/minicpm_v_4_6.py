@@ -2,9 +2,12 @@
 decoder with mostly linear-attention layers. transformers' own classes."""
 
 from pathlib import Path
+from types import MethodType
+from typing import Any
 
 import torch
 from PIL.Image import Image
+from torch import Tensor
 from transformers import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration, PreTrainedTokenizerBase
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
@@ -41,11 +44,46 @@ def create(model: ModelSpec) -> torch.nn.Module:
     (video,) = find_ids(tokenizer, TOKENS, "video_token")
     ids = {"image_token_id": image_id(tokenizer, model.image_token), "video_token_id": video}
     parts = {"vision_config": find_sizes(model, "vision"), "text_config": {"model_type": "qwen3_5_text", **text}}
-    return choose_logits(create_native(MiniCPMV4_6ForConditionalGeneration, MiniCPMV4_6Config, model, IMAGE_KEYS, **parts, **ids))
+    return complete(create_native(MiniCPMV4_6ForConditionalGeneration, MiniCPMV4_6Config, model, IMAGE_KEYS, **parts, **ids))
 
 
 def load(folder: Path, model: ModelSpec, dtype: torch.dtype, *, on_meta: bool = False) -> torch.nn.Module:
-    return choose_logits(load_native(MiniCPMV4_6ForConditionalGeneration, MiniCPMV4_6Config, folder, model, dtype, on_meta=on_meta))
+    return complete(load_native(MiniCPMV4_6ForConditionalGeneration, MiniCPMV4_6Config, folder, model, dtype, on_meta=on_meta))
+
+
+def complete(network: Any) -> torch.nn.Module:
+    network.model.merger.forward = MethodType(merge_patches, network.model.merger)
+    return choose_logits(network)
+
+
+def merge_patches(merger: Any, hidden_states: Tensor, target_sizes: Tensor) -> list[Tensor]:
+    """The forward pass of the merger: (1, patches, width) of all images side by side, and (images, 2) rows and columns of each -> for each
+    image (tokens, decoder width).
+
+    transformers calls the layers once for each image or slice. Under ZeRO 3 each call gathers their weights from all ranks, so that ranks
+    with different numbers of images wait for each other forever, or mix up their messages (ms-swift#9655, DeepSpeed#7170). With partitioned
+    weights each layer is called once, for all images together, and the result is one tensor: DeepSpeed gathers the weights again in the
+    backward pass for each tensor of an output. Otherwise it is transformers' own pass, bit by bit."""
+    if not any(hasattr(parameter, "ds_id") for parameter in merger.parameters()):  # the mark of DeepSpeed's ZeRO 3
+        own: list[Tensor] = type(merger).forward(merger, hidden_states, target_sizes)
+        return own
+    sizes = [tuple(size) for size in target_sizes.tolist()]
+    merged = hidden_states[0]
+    for layer in merger.mlp:
+        merged, sizes = gather_squares(merged, sizes, merger.merge_kernel_size)
+        merged = layer(merged)
+    return [merged]
+
+
+def gather_squares(patches: Tensor, sizes: list[tuple[int, int]], kernel: tuple[int, int]) -> tuple[Tensor, list[tuple[int, int]]]:
+    """(patches, width) of grids with these rows and columns -> (squares, patches of a square * width), and the grids of squares."""
+    high, wide = kernel
+    grids = [(rows // high, columns // wide) for rows, columns in sizes]
+    parts = [
+        part.view(rows, high, columns, wide, -1).transpose(1, 2).reshape(rows * columns, -1)
+        for part, (rows, columns) in zip(patches.split([rows * columns for rows, columns in sizes]), grids, strict=True)
+    ]
+    return torch.cat(parts), grids
 
 
 def create_processor(model: ModelSpec, limit: Limit = UNBOUND) -> Processor:

@@ -1,6 +1,7 @@
 """All model families by name."""
 
 from trainer.contract import InputRefused
+from trainer.models.added_token import with_added_tokens
 from trainer.models.family import Family
 from trainer.models.internvl import INTERNVL
 from trainer.models.llava import LLAVA
@@ -19,4 +20,4 @@ def find_family(name: str) -> Family:
     """Raises InputRefused with the names of all families for an unknown one."""
     if name not in FAMILIES:
         raise InputRefused(f"model.family: {name!r} is not a family of the trainer; valid families: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[name]
+    return with_added_tokens(FAMILIES[name])

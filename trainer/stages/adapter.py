@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainer.contract import InputRefused
 from trainer.contract.listing import list_some
-from trainer.stages.adapter_layout import PREFIX, SHOWN, AdapterLayout, read_layout
+from trainer.stages.adapter_layout import PREFIX, SHOWN, AdapterLayout, base_name, read_layout
 from trainer.stages.module import find_whole_modules
 from trainer.tensor.naming import find_tied
 
@@ -68,6 +68,7 @@ def make_config(layout: AdapterLayout, model: torch.nn.Module) -> "LoraConfig":
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.use_dora, config.lora_bias = layout.dora, any("bias" in one.tensors for one in layout.factors.values())
     config.modules_to_save = list(find_saved_modules(layout, model)) or None
+    config.trainable_token_indices = {name.rpartition(".")[0]: list(rows.ids) for name, rows in layout.rows.items()} or None
     config.base_model_name_or_path = None  # peft writes that of the model, and warns of another one
     return config
 
@@ -85,6 +86,7 @@ def load_layout(wrapped: torch.nn.Module, layout: AdapterLayout) -> None:
     inside = {name for name in layout.whole if any(name.startswith(f"{module}.") for module in saved)}
     state = {PREFIX + name: value for name, value in tensors_of(layout).items()}
     state |= {PREFIX + name: layout.whole[name].read_whole() for name in inside}
+    state |= rows_of(wrapped, layout)
     if layout.config.get("ensure_weight_tying"):  # the file has them once
         tied = find_tied(wrapped.base_model.model)  # type: ignore[union-attr,arg-type]
         state |= {PREFIX + name: state[PREFIX + source] for name, source in tied.items() if PREFIX + source in state}
@@ -105,6 +107,20 @@ def load_layout(wrapped: torch.nn.Module, layout: AdapterLayout) -> None:
             place.copy_(layout.whole[name].read_whole())
 
 
+def rows_of(wrapped: torch.nn.Module, layout: AdapterLayout) -> dict[str, Tensor]:
+    """The rows of tokens by the names that peft gives them in a file. Rows that the model trains and the adapter does not have, as those of tokens that
+    this stage adds, are those of the model."""
+    found: dict[str, Tensor] = {}
+    for name, module in wrapped.named_modules():
+        if not name.endswith(".token_adapter") or getattr(module, "tied_adapter", None) is not None:
+            continue
+        trained, ids = module.trainable_tokens_delta["default"].detach().clone(), list(module.token_indices["default"])  # type: ignore[union-attr,index,operator,arg-type]
+        if rows := layout.rows.get(base_name(name.removesuffix(".token_adapter") + ".weight")):
+            trained[[ids.index(row) for row in rows.ids]] = rows.values.read_whole().to(trained)
+        found[f"{name}.trainable_tokens_delta"] = trained
+    return found
+
+
 def tensors_of(layout: AdapterLayout) -> dict[str, Tensor]:
     """The low-rank parts by the names that peft gives them in a file."""
     found: dict[str, Tensor] = {}
@@ -115,12 +131,17 @@ def tensors_of(layout: AdapterLayout) -> dict[str, Tensor]:
     return found
 
 
+def find_apart(layout: AdapterLayout, model: torch.nn.Module) -> dict[str, str]:
+    """Tied parameter of `model` -> the one that it is tied to, where the adapter changes one of them by itself. Rows of embeddings are of both."""
+    changed = {f"{module}.weight" for module in layout.factors} | layout.whole.keys()
+    return {name: source for name, source in find_tied(model).items() if {name, source} & changed or name in layout.rows}
+
+
 def untie(model: torch.nn.Module, layout: AdapterLayout) -> None:
     """Give a tied head its own weights, if the adapter changes it or the embeddings: a merge into weights that are used twice would change both. In
     training only one of them had the update (peft, tuners_utils.py, _check_tied_modules)."""
-    changed = {f"{module}.weight" for module in layout.factors} | layout.whole.keys()
-    tied = [(name, source) for name, source in find_tied(model).items() if {name, source} & changed]
-    for name, source in tied:
+    tied = find_apart(layout, model)
+    for name, source in tied.items():
         owner: Any = model.get_submodule(name.rpartition(".")[0])
         values = model.get_parameter(source)
         owner.weight = torch.nn.Parameter(values.detach().clone(), requires_grad=values.requires_grad)
@@ -135,8 +156,8 @@ def untie(model: torch.nn.Module, layout: AdapterLayout) -> None:
 
 
 def refuse_idle(layout: AdapterLayout) -> None:
-    """Raises InputRefused for an adapter whose update is zero in every module."""
-    if layout.whole or layout.dora or any("bias" in one.tensors for one in layout.factors.values()):
+    """Raises InputRefused for an adapter whose update is zero in every module. Whether rows of tokens differ is not known without the base."""
+    if layout.whole or layout.rows or layout.dora or any("bias" in one.tensors for one in layout.factors.values()):
         return
     if any(one.scale and is_set(one.tensors["A"]) and is_set(one.tensors["B"]) for one in layout.factors.values()):
         return

@@ -29,8 +29,9 @@ FACTOR = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<factor>[AB])(?:\.default)?\.(?P<kind>weight|bias)|lora_embedding_(?P<table>[AB])(?:\.default)?"
     r"|lora_(?P<magnitude>magnitude)_vector(?:\.default)?(?:\.weight)?)"
 )
-WRAPPER = re.compile(r"^base_model\.model\.|\.base_layer(?=\.)|\.(?:modules_to_save\.default|original_module)(?=\.)")
-SHOWN = 3
+ROWS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
+WRAPPER = re.compile(r"^base_model\.model\.|\.token_adapter(?=\.)|\.base_layer(?=\.)|\.(?:modules_to_save\.default|original_module)(?=\.)")
+SHOWN, SHOWN_ROWS = 3, 5
 # What peft saves of an adapter that this version cannot read, by a part of the tensor's name.
 OTHER_TENSORS = ("lora_", "token_adapter", "hada_", "lokr_", "oft_", "vera_", "ia3_", "prompt_", "router.")
 # Config keys that are read, or that describe training only. Another key that is set changes what the tensors mean.
@@ -49,7 +50,7 @@ KNOWN = frozenset(
         *("inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias"),
         *("lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save", "peft_type", "peft_version"),
         *("qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
-        "ensure_weight_tying",
+        *("ensure_weight_tying", "trainable_token_indices"),
         # ms-swift before 3.0 wrote its own settings into the same file: swift/tuners/lora.py, LoRAConfig
         *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "swift_type"),
     )
@@ -73,13 +74,23 @@ class Factors:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenRows:
+    """Rows of embeddings or head that replace those of the base. `ids`: of the rows; `values`: (number of ids, width)."""
+
+    ids: tuple[int, ...]
+    values: TensorSource
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdapterLayout:
-    """Keys are names in memory: `factors` of modules, `whole` of parameters that were trained whole."""
+    """Keys are names in memory: `factors` of modules, `whole` of parameters that were trained whole, `rows` of parameters of which single rows were. Rows
+    of embeddings are also those of a head that is tied to them."""
 
     folder: Path
     config: Mapping[str, Any]
     factors: Mapping[str, Factors] = field(default_factory=dict)
     whole: Mapping[str, TensorSource] = field(default_factory=dict)
+    rows: Mapping[str, TokenRows] = field(default_factory=dict)
 
     @property
     def dora(self) -> bool:
@@ -93,37 +104,49 @@ def read_layout(folder: Path, model: torch.nn.Module) -> AdapterLayout:
     refuse_kind(folder, config)
     tensors = open_adapter(folder)
     refuse_tensors(folder, tensors)
-    found = {name: FACTOR.fullmatch(name) for name in tensors}
-    wanted = {
-        name: f"{match['module']}.{'bias' if match['kind'] == 'bias' else 'weight'}" if match else plain(name)
-        for name, match in found.items()
-    }
+    wanted = {name: wanted_parameter(name) for name in tensors}
     places = find_parameters(model, set(wanted.values()))
     refuse_unplaced(folder, model, [name for name in tensors if wanted[name] not in places], wanted)
+    own = {name: places[wanted[name]] for name in tensors}
+    rows = {own[name]: read_rows(folder, config, name, source) for name, source in tensors.items() if ROWS.fullmatch(name)}
+    whole = {own[name]: source for name, source in tensors.items() if not ROWS.fullmatch(name) and not FACTOR.fullmatch(name)}
+    refuse_rows(folder, config, rows, model)
+    return AdapterLayout(folder=folder, config=config, factors=read_factors(folder, config, tensors, own), whole=whole, rows=rows)
+
+
+def read_factors(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorSource], places: Mapping[str, str]
+) -> dict[str, Factors]:
+    """`places`: name of a tensor -> the parameter that it changes. Raises InputRefused for two updates of one module, and for parts that are missing."""
     parts: dict[str, dict[str, TensorSource]] = {}
     names: dict[str, str] = {}
-    whole: dict[str, TensorSource] = {}
+    tables = set()
     for name, source in tensors.items():
-        place, match = places[wanted[name]], found[name]
-        if match is None:
-            whole[place] = source
+        if not (match := FACTOR.fullmatch(name)):
             continue
-        module = place.rpartition(".")[0]
+        module = places[name].rpartition(".")[0]
         if names.setdefault(module, match["module"]) != match["module"]:
             raise InputRefused(
                 f"stage.checkpoint: the adapter {folder} has two updates of {module}: of {names[module]} and of {match['module']}."
             )
         part = match["table"] or match["factor"] or "magnitude"
         parts.setdefault(module, {})["bias" if match["kind"] == "bias" else part] = source
-    tables = {places[wanted[name]].rpartition(".")[0] for name, match in found.items() if match and match["table"]}
+        tables |= {module} if match["table"] else set()
     if config.get("use_dora") and not any("magnitude" in of_module for of_module in parts.values()):
         raise InputRefused(
             f"{folder / ADAPTER_CONFIG}: use_dora is set, and there is no magnitude among the tensors. Copy the adapter again."
         )
-    factors = {
-        module: make_factors(folder, config, names[module], of_module, table=module in tables) for module, of_module in parts.items()
-    }
-    return AdapterLayout(folder=folder, config=config, factors=factors, whole=whole)
+    return {module: make_factors(folder, config, names[module], of_module, table=module in tables) for module, of_module in parts.items()}
+
+
+def read_rows(folder: Path, config: Mapping[str, Any], name: str, values: TensorSource) -> TokenRows:
+    """peft lists the ids by module, or once for the embeddings. Raises InputRefused for another form."""
+    listed, found = config.get("trainable_token_indices") or (), ROWS.fullmatch(name)
+    assert found is not None
+    ids = next((ids for key, ids in listed.items() if found["module"].endswith(key)), ()) if isinstance(listed, dict) else listed
+    if not isinstance(ids, (list, tuple)) or not all(isinstance(one, int) for one in ids):
+        raise InputRefused(f"{folder / ADAPTER_CONFIG}: trainable_token_indices has no list of numbers for {name}. Copy the adapter again.")
+    return TokenRows(ids=tuple(ids), values=values)
 
 
 def open_adapter(folder: Path) -> dict[str, TensorSource]:
@@ -135,6 +158,14 @@ def open_adapter(folder: Path) -> dict[str, TensorSource]:
 def base_name(name: str) -> str:
     """A parameter's name before peft wrapped the model."""
     return WRAPPER.sub("", name)
+
+
+def wanted_parameter(name: str) -> str:
+    """The name of the parameter that a tensor of an adapter's file changes, in the version that wrote the file."""
+    if match := FACTOR.fullmatch(name):
+        return f"{match['module']}.{'bias' if match['kind'] == 'bias' else 'weight'}"
+    rows = ROWS.fullmatch(name)
+    return f"{rows['module']}.weight" if rows else plain(name)
 
 
 def plain(name: str) -> str:
@@ -178,21 +209,41 @@ def refuse_kind(folder: Path, config: Mapping[str, Any]) -> None:
         wrong.insert(0, f"peft_type is {kind!r}")
     if wrong:
         raise InputRefused(
-            f"{folder / ADAPTER_CONFIG}: {'; '.join(wrong)}: only LoRA is read (with DoRA, rank-stabilised scales, ranks and alphas by layer, biases and "
-            "whole modules). Merge this adapter with peft's merge_and_unload, and name the merged folder in stage.checkpoint."
+            f"{folder / ADAPTER_CONFIG}: {'; '.join(wrong)}: only LoRA is read (with DoRA, rank-stabilised scales, ranks and alphas by layer, biases, "
+            "whole modules and rows of tokens). Merge this adapter with peft's merge_and_unload, and name the merged folder in stage.checkpoint."
         )
 
 
 def refuse_tensors(folder: Path, tensors: Mapping[str, TensorSource]) -> None:
-    other = [name for name in tensors if not FACTOR.fullmatch(name) and any(part in name for part in OTHER_TENSORS)]
+    unknown = [name for name in tensors if not FACTOR.fullmatch(name) and not ROWS.fullmatch(name)]
+    other = [name for name in unknown if any(part in name for part in OTHER_TENSORS)]
     if other:
         raise InputRefused(
-            f"{folder}: {list_some(other, SHOWN)} cannot be read, only LoRA of linear layers and embeddings. Merge this adapter with peft's merge_and_unload, "
-            "and name the merged folder in stage.checkpoint."
+            f"{folder}: {list_some(other, SHOWN)} cannot be read, only LoRA of linear layers and embeddings, and rows of tokens. Merge this "
+            "adapter with peft's merge_and_unload, and name the merged folder in stage.checkpoint."
         )
     if not tensors:
         raise InputRefused(
             f"{folder}: its weight file has no tensors. Copy the adapter again; one that was saved under ZeRO 3 may be empty."
+        )
+
+
+def refuse_rows(folder: Path, config: Mapping[str, Any], rows: Mapping[str, TokenRows], model: torch.nn.Module) -> None:
+    """Raises InputRefused for rows that the base does not have: a run that adds tokens gives them to it."""
+    if config.get("trainable_token_indices") and not rows:
+        raise InputRefused(
+            f"{folder / ADAPTER_CONFIG}: trainable_token_indices is set, and there are no rows among the tensors. Copy the adapter again."
+        )
+    has = model.state_dict(keep_vars=True)
+    wrong = [
+        f"the rows {list(one.ids)[:SHOWN_ROWS]} of {name} are {list(one.values.shape)}, and the base has {list(has[name].shape)}"
+        for name, one in rows.items()
+        if tuple(one.values.shape) != (len(one.ids), *has[name].shape[1:]) or not all(0 <= row < len(has[name]) for row in one.ids)
+    ]
+    if wrong:
+        raise InputRefused(
+            f"stage.checkpoint: the adapter {folder} does not fit its base: {list_some(wrong, SHOWN, '; ')}. Set model.add_tokens to what its run had, name "
+            "the model that it was trained on in stage.base, or name another checkpoint."
         )
 
 

@@ -11,6 +11,7 @@ from trainer.contract.listing import list_some
 from trainer.stages.adapter_layout import AdapterLayout, base_name
 from trainer.stages.lora import ADAPTER, add_lora
 from trainer.stages.rate import find_rates
+from trainer.stages.token_row import TOKEN_ROWS
 
 Names = Mapping[str, str]
 
@@ -61,7 +62,7 @@ def apply_stage(model: torch.nn.Module, spec: TrainSpec, unused: frozenset[str],
         for group in spec.model.groups
     )
     if spec.stage.lora is not None:
-        adapters = sum(parameter.numel() for name, parameter in model.named_parameters() if ADAPTER in name)
+        adapters = sum(p.numel() for name, p in model.named_parameters() if ADAPTER in name or TOKEN_ROWS in name)
         groups = (*groups, Group(name="lora", parameters=adapters, trainable=adapters))
     if spec.stage.kind == "train" and not any(group.trainable for group in groups):
         raise InputRefused(f"stage {spec.stage.name} trains no parameter. Set stage.trainable to some of {', '.join(spec.model.groups)}.")
@@ -72,7 +73,7 @@ def is_trained(name: str, wanted: set[str], *, lora: bool) -> bool:
     """Under peft a module that is trained whole is a copy beside the frozen original: only the copy is trained."""
     if not lora:
         return name in wanted
-    return ADAPTER in name or (base_name(name) in wanted and ".original_module." not in name)
+    return ADAPTER in name or TOKEN_ROWS in name or (base_name(name) in wanted and ".original_module." not in name)
 
 
 def count(sizes: Mapping[str, int], names: Iterable[str]) -> int:

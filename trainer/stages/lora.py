@@ -14,6 +14,7 @@ from trainer.stages.adapter import make_config
 from trainer.stages.adapter_layout import AdapterLayout
 from trainer.stages.module import drop_input_gradients, find_whole_modules
 from trainer.stages.nf4_linears import quantize_linears
+from trainer.stages.token_row import find_token_rows, train_rows
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -42,9 +43,21 @@ def add_lora(
         assert continued is not None
         config = make_config(continued, model)
         config.lora_dropout, config.modules_to_save = lora.dropout, list(modules) or None
+    config.trainable_token_indices = token_rows_of(model, modules, continued) or None
     wrapped = get_peft_model(model, config)  # stores the folder or hub id of the model in the adapter's config
+    train_rows(wrapped)
     drop_input_gradients(model)
     return wrapped
+
+
+def token_rows_of(model: torch.nn.Module, whole: tuple[str, ...], continued: AdapterLayout | None) -> dict[str, list[int]]:
+    """Module -> the rows that are trained: of the tokens that the model adds, and those that the adapter has. A module in `whole` trains all of its
+    rows."""
+    rows = find_token_rows(model)
+    for name, of_adapter in continued.rows.items() if continued else ():
+        own = rows.setdefault(name.rpartition(".")[0], [])
+        own += [row for row in of_adapter.ids if row not in own]
+    return {name: ids for name, ids in rows.items() if not any(f"{name}.".startswith(f"{outer}.") for outer in whole)}
 
 
 def config_of(lora: Lora, targets: str, modules: tuple[str, ...]) -> "LoraConfig":

@@ -115,7 +115,7 @@ def end_hung(spec: TrainSpec, rank: int, reason: str) -> None:
         unix_s=time.time(),
         code=Exit.HUNG,
         kind="Hung",
-        message=f"{reason}. Every rank's stacks are in its log; check the rank that waits in no collective.",
+        message=f"{reason}. Every rank's stacks are in its node's log.",
         traceback="",
     )
     try:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import trainer.contract
 import trainer.programs.inputs
@@ -19,6 +21,8 @@ from trainer.contract import (
     Exit,
     FailureReport,
     InputRefused,
+    Lora,
+    StageSpec,
     TrainResult,
     TrainSpec,
     read,
@@ -165,3 +169,20 @@ def test_weights_without_their_state_are_not_resumed(saved: TrainSpec) -> None:
     (run / CHECKPOINTS / "step-000002").mkdir()
     checkpoint_of(run, saved, 2)
     assert (found := choose_checkpoint(saved, "rows")) and found.step == 2
+
+
+@pytest.mark.slow
+def test_rows_of_new_tokens_go_on_bit_by_bit(tiny_spec: Any) -> None:
+    """Beside LoRA, killed in step 3 of 4, against a run that was not."""
+    stage = StageSpec(name="lora", kind="train", trainable=(), lora=Lora(r=4, alpha=8, dropout=0.0, targets=("q_proj", "v_proj")))
+    found = []
+    for name, death in (("whole", None), ("killed", Death(place="backward", call=3))):
+        spec: TrainSpec = tiny_spec(name, changes={"steps": 4, "save_every": 2, "stage": stage})
+        spec = replace(spec, model=replace(spec.model, add_tokens=tuple(f"<l{number}>" for number in range(80))))
+        if death:
+            run_ranks(spec, death)
+        expect(run_ranks(spec), 0)
+        found.append(load_file(Path(spec.output) / CHECKPOINTS / "step-000004" / "adapter_model.safetensors"))
+    whole, again = found
+    assert whole.keys() == again.keys() and sum("trainable_tokens_delta" in key for key in whole) == 2
+    assert all(torch.equal(value, again[key]) for key, value in whole.items())

@@ -14,6 +14,7 @@ import pytest
 import trainer.data.batch.load
 import trainer.train.watchdog
 from launcher.check.hardware import HANG_GRACE_S
+from launcher.run.hang import judge_hang
 from tests.trainer.mortal import run_ranks
 from trainer.contract import Exit, FailureReport, read
 from trainer.train.watchdog import Watchdog, watch_steps
@@ -128,6 +129,8 @@ def test_of_two_ranks_the_log_shows_which_one_hangs_and_the_run_ends(tiny_spec: 
         r"^\[rank 0\] .* in all_reduce$", gone.text, re.MULTILINE
     )
     assert re.search(r"\((data|forward and backward)\) has not ended in [78] s; run.hang_timeout_s is 4", gone.text)
+    verdict = judge_hang([gone.text], 2)
+    assert verdict is not None and verdict.rank == 1 and "in sleep_for_ever" in verdict.message, "the rank that the other one waits for"
     reports = [read(FailureReport, path) for path in Path(spec.output).glob("failure-rank*.json")]
     first = min(reports, key=lambda report: report.unix_s)  # another rank may still tell that it has lost this one
     assert (first.code, first.kind) == (Exit.HUNG, "Hung") and "step 3" in first.message

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedConfig, PreTra
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from trainer.contract import InputRefused, ModelSpec
+from trainer.contract.weight_files import read_added_tokens
 from trainer.data.encode import image_id
 from trainer.data.processor import Inputs, Processor
 from trainer.models.architecture import differences, loading_options, refuse_kind, refuse_lines
@@ -68,7 +69,8 @@ def read_config(folder: Path, model: ModelSpec, kind: type[PreTrainedConfig], pa
     config = kind.from_pretrained(folder, local_files_only=True)
     options = model.architecture["options"]
     unverified, queries = options.get("unverified", ()), getattr(config, "query_num", getattr(config, "num_query", None))
-    lines = [line for part in ("vision", "text") for line in differences(model, parts(config), part)]
+    grown = bool(read_added_tokens(folder))
+    lines = [line for part in ("vision", "text") for line in differences(model, parts(config), part, grown=grown)]
     if queries != options["num_query"]:
         lines.append(f"  model.architecture.options.num_query: {options['num_query']}, the checkpoint has {queries}")
     lines = [line for line in lines if not any(line.startswith(f"  model.architecture.{name}:") for name in unverified)]
