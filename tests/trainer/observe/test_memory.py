@@ -23,14 +23,15 @@ def test_a_peak_belongs_to_the_phase_that_it_was_in(process_group: None) -> None
     DEVICES["cpu"].reset_peaks()
     memory = MemoryPeaks(DEVICES["cpu"])
     memory.enter("first step")
-    held = torch.ones(64 * MIB // 4)
+    held = torch.ones(256 * MIB // 4)
     memory.enter("steps")
     del held
     memory.enter("evaluation")
     peaks = {peak.phase: peak.allocated_bytes for peak in memory.report()}
     assert list(peaks) == ["load", "first step", "steps", "evaluation"]
-    if DEVICES["cpu"].peak_bytes() >= before + 64 * MIB:
+    if DEVICES["cpu"].peak_bytes() >= before + 256 * MIB:
         pytest.skip("this kernel does not reset a process's peak")
+    # What earlier tests of this process left may go meanwhile: hence less than the 256 MiB.
     assert peaks["first step"] >= peaks["load"] + 60 * MIB
     assert peaks["evaluation"] <= peaks["steps"] - 60 * MIB
     assert memory.highest() == max(peaks.values())
