@@ -47,6 +47,7 @@ GENERIC_ENDS = (
     "weights",
 )  # of keys whose sections say what is meant
 NEAR_LEAF = 0.8  # of a typing error in the last part of a key
+ROWS = re.compile(r"(?!-)[^\s=]+\.jsonl?")  # a bare name of a file
 MODEL, HARDWARE, DEFAULT_STAGE = "model", "hardware", "full"
 CALLED = {"vision": "the vision tower", "projector": "the projector", "lm": "the language model"}
 
@@ -128,6 +129,8 @@ def answer_unknown(key: str, typed: Typed, known: Known) -> str:
 def answer_foreign(row: Synonym | None, typed: Typed, known: Known) -> str:
     if row is None:
         return ""
+    if row.modules:
+        return answer_modules(row, typed)
     return answer_group(row, typed, known) if row.group else answer_key(row, typed, explain_axis(typed, known))
 
 
@@ -171,6 +174,37 @@ def answer_beside_adapters(stage: str, trains: Mapping[str, bool], before: Colle
         return f"leave it out; stage={stage} trains adapters in the language model{f', and {join_or(before)}' if before else ' alone'}"
     more = f" or {write_groups(('vision', 'projector', 'head'))}" if full == ["vision"] and "projector" not in trains else ""
     return f"write {write_groups(full)}{more}; these are trained in full, beside the adapters of stage={stage}"
+
+
+def answer_modules(row: Synonym, typed: Typed) -> str:
+    """The groups that hold the modules of a list, trained in full beside the adapters; what is not possible there is said."""
+    names = re.findall(r"[^\s,\[\]'\"]+", typed.value)
+    if not names:
+        return row.says if typed.value == "" else f"leave it out; {row.says}"
+    if all(name.lower() in FALSE for name in names):
+        return f"leave it out; {row.says}"
+    groups = {name: find_module(row, name) for name in names}
+    inside = [name for name, group in groups.items() if group == "lm"]
+    unknown = [name for name, group in groups.items() if not group]
+    notes = (
+        [f"{', '.join(inside)} cannot be trained beside adapters: stage=full trains the whole language model in their place"]
+        if inside
+        else []
+    )
+    notes += [f"{', '.join(unknown)}: {row.says}"] if unknown else []
+    before = next((text.partition("=")[2].strip("[]").split(",") for text in typed.overrides if text.startswith("stage.trainable=")), [])
+    wanted = {group for group in groups.values() if group not in ("", "lm")}
+    if not wanted:
+        return "; ".join(notes)
+    listed = ",".join(group for group in GROUPS if group in {*wanted, *before})
+    return "; ".join((write_answer((f"stage=lora stage.trainable=[{listed}]",), Synonym(words=()), typed), *notes))
+
+
+def find_module(row: Synonym, name: str) -> str:
+    """The group of `model.visual.merger`: by its whole name, else by the longest end that the row has; '' = none."""
+    parts = name.split(".")
+    ends = (plain(".".join(parts[start:])) for start in range(len(parts)))
+    return next((row.modules[end] for end in ends if end in row.modules), "")
 
 
 def find_wishes(overrides: Sequence[str]) -> Iterator[tuple[str, Synonym, str]]:
@@ -241,6 +275,14 @@ def explain_value(axis: str, name: str, names: Sequence[str], typed: Typed, know
     if axis == HARDWARE and not find_near(name, names) and any(letter.isdigit() for letter in name):
         return f"no file describes it; CONTRIBUTING.md says how to add hardware: copy the nearest file of conf/hardware; valid are: {', '.join(names)}"
     return suggest(name, names)
+
+
+def explain_file(word: str, known: Known) -> str:
+    """What to write in place of a bare `rows.json`; '' for any other word, and for the value of an option: `--data_path rows.json`."""
+    if not ROWS.fullmatch(word):
+        return ""
+    strategy = answer_value("strategy", word, known.groups["strategy"], Typed())
+    return strategy or f"a file of rows is named by its key: data=files data.train={word}"
 
 
 def is_path(text: str) -> bool:

@@ -51,6 +51,7 @@ class Synonym:
     group: str = ""
     frozen: bool = False
     leaves: tuple[str, ...] = ()
+    modules: Mapping[str, str] = field(default_factory=dict)  # a module's name as `plain` makes it -> its group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +134,7 @@ def read_row(row: Mapping[str, Any]) -> Synonym:
         group=row.get("group", ""),
         frozen=row.get("frozen", False),
         leaves=tuple(map(plain, row.get("leaves", ()))),
+        modules={plain(name): group for group, names in row.get("modules", {}).items() for name in names},
     )
 
 
