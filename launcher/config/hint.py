@@ -8,10 +8,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from launcher.config.conf_folder import OPTIONAL_GROUPS, ConfFolder
-from launcher.config.official_name import find_official, find_relative, read_yaml, shorten_chip
+from launcher.config.official_name import LIKE_A_CHIP, find_official, find_relative, read_yaml, shorten_chip, split_cards
 from launcher.config.schema import GROUPS
 from launcher.config.synonym import (
     FALSE,
+    HOLE,
     Judge,
     Synonym,
     Typed,
@@ -48,6 +49,8 @@ GENERIC_ENDS = (
 )  # of keys whose sections say what is meant
 NEAR_LEAF = 0.8  # of a typing error in the last part of a key
 ROWS = re.compile(r"(?!-)[^\s=]+\.jsonl?")  # a bare name of a file
+DEVICES = re.compile(r"\d{1,3}(,\d{1,3})+")  # their numbers
+COUNT = "cluster.devices_per_node"
 MODEL, HARDWARE, DEFAULT_STAGE = "model", "hardware", "full"
 CALLED = {"vision": "the vision tower", "projector": "the projector", "lm": "the language model"}
 
@@ -131,6 +134,8 @@ def answer_foreign(row: Synonym | None, typed: Typed, known: Known) -> str:
         return ""
     if row.modules:
         return answer_modules(row, typed)
+    if f"{COUNT}={HOLE}" in row.write and (answer := explain_devices(typed, known)):
+        return answer
     return answer_group(row, typed, known) if row.group else answer_key(row, typed, explain_axis(typed, known))
 
 
@@ -262,6 +267,8 @@ def explain_value(axis: str, name: str, names: Sequence[str], typed: Typed, know
         return f"write {axis}={official[0]}"
     if axis == MODEL and not official and (relative := find_relative(name, known.conf))[0]:
         return f"not available; model={relative[0]} is {relative[1]}, which has other weights"
+    if axis == HARDWARE and not official and (answer := explain_cards(name, typed, known, alone=True)):
+        return answer
     if answer := answer_value(axis, name, names, typed):
         return answer if answer.startswith(("write ", "you already ")) else f"{answer}; valid are: {', '.join(names)}"
     if len(official) == 1:
@@ -275,6 +282,55 @@ def explain_value(axis: str, name: str, names: Sequence[str], typed: Typed, know
     if axis == HARDWARE and not find_near(name, names) and any(letter.isdigit() for letter in name):
         return f"no file describes it; CONTRIBUTING.md says how to add hardware: copy the nearest file of conf/hardware; valid are: {', '.join(names)}"
     return suggest(name, names)
+
+
+def explain_devices(typed: Typed, known: Known) -> str:
+    """`gpus=8xH200` names the cards too, and `gpus=0,1` the devices; '' for a number."""
+    value = typed.value.strip().strip("[]'\"")
+    if DEVICES.fullmatch(value) and len(set(value.split(","))) == value.count(",") + 1:
+        count = value.count(",") + 1
+        chosen = write_answer((f"{COUNT}={count} cluster.nodes.0.devices=[{value}]",), Synonym(words=()), typed)
+        return f"{chosen}; these devices of the node are used"
+    return explain_cards(value, typed, known, alone=False)
+
+
+def explain_cards(text: str, typed: Typed, known: Known, *, alone: bool) -> str:
+    """What to write for a number of cards of a kind, such as `8xH200`; '' for anything else. `alone`: as the value of hardware, where
+    `h200:1` may be the number of a device."""
+    others = replace(typed, overrides=[text for text in typed.overrides if not text.startswith(f"{HARDWARE}=")])
+    readings = []
+    for chip, count, between in split_cards(text):
+        explained = explain_value(HARDWARE, chip, known.groups[HARDWARE], others, known) if chip not in known.groups[HARDWARE] else ""
+        explained = explained or f"write {HARDWARE}={chip}"
+        readings.append((not explained.startswith("write "), chip, count, between, explained))
+    for unknown, chip, count, between, explained in sorted(readings):
+        if alone and between == ":" and chip.lower() in ("cuda", "npu"):
+            return ""  # as torch names one device
+        if not unknown:
+            return write_cards(chip, count, explained, typed, known, may_be_one=alone and between == ":")
+        if between not in ("", "-") and LIKE_A_CHIP.fullmatch(chip) and explained.startswith(("no file", "not available")):
+            return f"the number of devices is {COUNT}={count}; {chip}: {explained}"
+    return ""
+
+
+def write_cards(chip: str, count: int, explained: str, typed: Typed, known: Known, *, may_be_one: bool) -> str:
+    """`explained`: what is written for one card. `may_be_one`: whether the number may be the id of a device."""
+    head, _, says = explained.removeprefix("write ").partition("; ")
+    names = re.findall(rf"{HARDWARE}=(\w+)", head)
+    files = [read_yaml(known.conf.find(HARDWARE, name)) for name in names]
+    held = max((int(file.get("devices_per_node") or 0) for file in files), default=0)
+    if may_be_one and count < held:
+        both = f"; cluster.nodes.0.devices=[{count}] chooses the device {count}"
+        return f"{explained}{both}{f', {COUNT}={count} takes {count} devices' if count else ''}"
+    if len(names) > 1:
+        return f"{explained}; {COUNT}={count} is the number of devices of a node"
+    more = f"{COUNT}={count}"
+    if count > held and files[0].get("accelerator") != "cpu":
+        if not any(str(note).startswith("devices_per_node") for note in files[0].get("notes") or ()):
+            nodes = f"{count} devices are {-(-count // held)} nodes of {held}: copy conf/cluster/example.yaml to conf/cluster/NAME.yaml"
+            return f"{write_answer((head,), Synonym(words=()), typed)}; {nodes}, fill it in, and write cluster=NAME"
+        more = f"{more} {HARDWARE}.devices_per_node={count}"  # that of the file is assumed
+    return "; ".join(part for part in (write_answer((f"{head} {more}",), Synonym(words=()), typed), says) if part)
 
 
 def explain_file(word: str, known: Known) -> str:

@@ -21,6 +21,11 @@ MAKER = re.compile(r"^(nvidia|tesla|geforce|quadro|huawei|ascend|atlas|gpu|npu)[
 FORM = re.compile(r"[-_ ]+(sxm\d?|pcie|nvl|oam|hgx|hbm\d?e?|\d+ ?gi?b?|x\d|laptop gpu|gpu|npu|card)$", re.IGNORECASE)
 VERSION = re.compile(r"(?<=[-_ ])v(?=\d)", re.IGNORECASE)  # llava-v1.5
 IN_BRACKETS = re.compile(r"\s*\([^)]*\)")
+# A number of cards beside the name of one: `8xH200`, `8卡 H200`; `3090*8`, `H200:8`, `h200-8`, `h200 8卡`.
+COUNT_FIRST = re.compile(r"(?P<count>\d{1,4})(?P<between>\s*[x*×]\s*|\s*[卡张块个]\s*|\s+)(?P<chip>\S.*)", re.IGNORECASE)
+COUNT_LAST = re.compile(r"(?P<chip>\S.*?)(?P<between>\s*[x*×:-]\s*|\s+)(?P<count>\d{1,4})(?P<unit>\s*[卡张块个])?", re.IGNORECASE)
+MOST_CARDS, FEW_CARDS = 1024, 16  # of a number beside a chip; of one that a blank or '-' divides, which may be a part of its name
+LIKE_A_CHIP = re.compile(r"(?=.*\d)(?=.*[A-Za-z]).*|\d{4}")
 LEAST = 4  # letters of the beginning of a name
 MOST = 4  # names that a beginning may stand for
 
@@ -97,6 +102,17 @@ def normalize(name: str) -> str:
     while TAIL.search(name := LAYOUT.sub("", name)):
         name = TAIL.sub("", name)
     return plain(VERSION.sub("", name))
+
+
+def split_cards(text: str) -> Iterator[tuple[str, int, str]]:
+    """(chip, number of cards, what is between them) of `8xH200` and the like, in each way that it can be read."""
+    text = text.strip().strip("'\"")
+    for pattern in (COUNT_FIRST, COUNT_LAST):
+        if found := pattern.fullmatch(text):
+            count, between = int(found["count"]), found["between"].strip()
+            most = FEW_CARDS if between in ("", "-") and not found.groupdict().get("unit") else MOST_CARDS
+            if 0 <= count <= most:
+                yield found["chip"], count, between
 
 
 def shorten_chip(text: str) -> str:
