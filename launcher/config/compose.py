@@ -17,12 +17,12 @@ from launcher.config.conf_folder import GROUPS, OPTIONAL_GROUPS, PRIMARY, ConfFo
 from launcher.config.defaults import choose_duration, keys_of, settle, settle_rate, without_keys
 from launcher.config.expected import describe_expected
 from launcher.config.fact import refuse_facts, refuse_fixed, refuse_ignored
-from launcher.config.hint import Known, explain_file, explain_key, explain_value, join_words, read_foreign
+from launcher.config.hint import Known, explain_file, explain_key, explain_value
 from launcher.config.key import FROM_RECORD, list_settings, types_of, without_null
 from launcher.config.schema import AXES, Config
 from launcher.config.source import expand_source, kind_that_follows
 from launcher.config.synonym import Typed
-from launcher.config.written import UNREADABLE, parse, read_text, read_value, restate, separate
+from launcher.config.written import UNREADABLE, join_words, parse, read_foreign, read_text, read_value, restate, separate
 from launcher.errors import NODES, ConfigRefused, refuse_config, suggest
 from trainer.contract import SpecError, decode
 

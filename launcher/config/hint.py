@@ -6,11 +6,13 @@ Nothing is offered that may do something else than what was asked: where it is n
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from launcher.config.conf_folder import OPTIONAL_GROUPS, ConfFolder
-from launcher.config.official_name import LIKE_A_CHIP, find_official, find_relative, read_yaml, shorten_chip, split_cards
+from launcher.config.official_name import COUNT, HARDWARE, explain_cards, find_official, find_relative, read_yaml, shorten_chip
 from launcher.config.schema import GROUPS
 from launcher.config.synonym import (
+    ABSENT,
     FALSE,
     HOLE,
     Judge,
@@ -30,7 +32,7 @@ from launcher.config.synonym import (
     write_answer,
 )
 from launcher.config.variable import answer_variable
-from launcher.config.written import offer_number, quote, read_number
+from launcher.config.written import join_words, offer_number, quote, read_foreign, read_number
 from launcher.errors import find_near, join_or, plain, suggest
 from launcher.redact import names_a_secret
 
@@ -50,8 +52,9 @@ GENERIC_ENDS = (
 NEAR_LEAF = 0.8  # of a typing error in the last part of a key
 ROWS = re.compile(r"(?!-)[^\s=]+\.jsonl?")  # a bare name of a file
 DEVICES = re.compile(r"\d{1,3}(,\d{1,3})+")  # their numbers
-COUNT = "cluster.devices_per_node"
-MODEL, HARDWARE, DEFAULT_STAGE = "model", "hardware", "full"
+TARGETS = "stage.lora.targets"
+REGEX = re.compile(r"[\\^$*+?(|{]")  # in no name of a layer
+MODEL, DEFAULT_STAGE = "model", "full"
 CALLED = {"vision": "the vision tower", "projector": "the projector", "lm": "the language model"}
 
 
@@ -134,9 +137,58 @@ def answer_foreign(row: Synonym | None, typed: Typed, known: Known) -> str:
         return ""
     if row.modules:
         return answer_modules(row, typed)
+    if f"{TARGETS}=[{HOLE}]" in " ".join(row.write) and REGEX.search(typed.value):
+        return answer_regex(typed)
+    if not row.write and is_turned_off(row, typed):
+        return "leave it out"
+    if row.axis == "" and len(row.write) == 1 and (answer := explain_without(row.write[0], typed, known)):
+        return answer
     if f"{COUNT}={HOLE}" in row.write and (answer := explain_devices(typed, known)):
         return answer
     return answer_group(row, typed, known) if row.group else answer_key(row, typed, explain_axis(typed, known))
+
+
+def answer_regex(typed: Typed) -> str:
+    """`lora_target=.*_proj`: one regex over the whole names of modules, which `re:` begins here; a choice of names is a list."""
+    value = typed.value.strip().strip("'\"")
+    if re.fullmatch(r"[\w|]+", value):
+        return write_answer((f"stage=lora {TARGETS}=[{value.strip('|').replace('|', ',')}]",), Synonym(words=()), typed)
+    text = value.replace(" ", "\0").replace('"', '\\"')
+    chosen = write_answer((f'stage=lora {TARGETS}=["re:{text}"]',), Synonym(words=()), typed)
+    return f"{chosen}; the regex is over the whole names of modules"
+
+
+def is_turned_off(row: Synonym, typed: Typed) -> bool:
+    """Whether the value turns off what is not available, so that nothing is missing: `use_galore=false`."""
+    word = next((text.partition("=")[0] for text in typed.overrides if text.endswith(f"={typed.value}")), row.words[0])
+    turned = word.lstrip("-").startswith(load_synonyms().negations)
+    off = typed.value.strip().lower() in FALSE and not typed.value.strip().isdigit()  # a loss scale of 0 is a dynamic one
+    return row.says.startswith(ABSENT) and off and not turned
+
+
+def explain_without(write: str, typed: Typed, known: Known) -> str:
+    """The answer to `bf16=false` where bf16 is what the hardware has by default; '' where leaving it out is right, and for other words."""
+    axis, _, precision = write.partition("=")
+    chosen = dict(text.split("=", 1) for text in typed.overrides if "=" in text)
+    if axis != "precision" or typed.value.strip().lower() not in FALSE:
+        return ""
+    other = "bf16" if precision == "fp32" else "fp32"
+    if axis in chosen:
+        return f"{write} is given; {axis}={other} is without it" if chosen[axis] == precision else ""
+    hardware = chosen.get(HARDWARE, "").strip()
+    recipe = (
+        read_yaml(known.conf.find(HARDWARE, hardware))
+        if hardware in known.groups[HARDWARE]
+        else read_yaml(known.conf.project / "config.yaml")
+    )
+    given = next((each for each in map(read_default, recipe.get("defaults") or ()) if each), "")
+    return f"the default here is {precision}; {axis}={other} is without it" if given == precision else ""
+
+
+def read_default(entry: object) -> str:
+    """The precision that an entry of a file's defaults list chooses; '' = none."""
+    chosen = entry.items() if isinstance(entry, Mapping) else ()
+    return next((str(value) for key, value in chosen if "precision" in str(key)), "")
 
 
 def answer_group(row: Synonym, typed: Typed, known: Known) -> str:
@@ -267,7 +319,7 @@ def explain_value(axis: str, name: str, names: Sequence[str], typed: Typed, know
         return f"write {axis}={official[0]}"
     if axis == MODEL and not official and (relative := find_relative(name, known.conf))[0]:
         return f"not available; model={relative[0]} is {relative[1]}, which has other weights"
-    if axis == HARDWARE and not official and (answer := explain_cards(name, typed, known, alone=True)):
+    if axis == HARDWARE and not official and (answer := explain_cards(name, typed, name_card(typed, known), known.conf, alone=True)):
         return answer
     if answer := answer_value(axis, name, names, typed):
         return answer if answer.startswith(("write ", "you already ")) else f"{answer}; valid are: {', '.join(names)}"
@@ -291,46 +343,16 @@ def explain_devices(typed: Typed, known: Known) -> str:
         count = value.count(",") + 1
         chosen = write_answer((f"{COUNT}={count} cluster.nodes.0.devices=[{value}]",), Synonym(words=()), typed)
         return f"{chosen}; these devices of the node are used"
-    return explain_cards(value, typed, known, alone=False)
+    if (answer := explain_cards(value, typed, name_card(typed, known), known.conf, alone=False)) or value[:1].isdigit() or not value:
+        return answer
+    named = explain_axis(typed, known)(HARDWARE, value)
+    return named if named.startswith((f"write {HARDWARE}=", "you already")) else ""
 
 
-def explain_cards(text: str, typed: Typed, known: Known, *, alone: bool) -> str:
-    """What to write for a number of cards of a kind, such as `8xH200`; '' for anything else. `alone`: as the value of hardware, where
-    `h200:1` may be the number of a device."""
+def name_card(typed: Typed, known: Known) -> Callable[[str], str]:
+    """What is written for one card, whatever hardware is typed."""
     others = replace(typed, overrides=[text for text in typed.overrides if not text.startswith(f"{HARDWARE}=")])
-    readings = []
-    for chip, count, between in split_cards(text):
-        explained = explain_value(HARDWARE, chip, known.groups[HARDWARE], others, known) if chip not in known.groups[HARDWARE] else ""
-        explained = explained or f"write {HARDWARE}={chip}"
-        readings.append((not explained.startswith("write "), chip, count, between, explained))
-    for unknown, chip, count, between, explained in sorted(readings):
-        if alone and between == ":" and chip.lower() in ("cuda", "npu"):
-            return ""  # as torch names one device
-        if not unknown:
-            return write_cards(chip, count, explained, typed, known, may_be_one=alone and between == ":")
-        if between not in ("", "-") and LIKE_A_CHIP.fullmatch(chip) and explained.startswith(("no file", "not available")):
-            return f"the number of devices is {COUNT}={count}; {chip}: {explained}"
-    return ""
-
-
-def write_cards(chip: str, count: int, explained: str, typed: Typed, known: Known, *, may_be_one: bool) -> str:
-    """`explained`: what is written for one card. `may_be_one`: whether the number may be the id of a device."""
-    head, _, says = explained.removeprefix("write ").partition("; ")
-    names = re.findall(rf"{HARDWARE}=(\w+)", head)
-    files = [read_yaml(known.conf.find(HARDWARE, name)) for name in names]
-    held = max((int(file.get("devices_per_node") or 0) for file in files), default=0)
-    if may_be_one and count < held:
-        both = f"; cluster.nodes.0.devices=[{count}] chooses the device {count}"
-        return f"{explained}{both}{f', {COUNT}={count} takes {count} devices' if count else ''}"
-    if len(names) > 1:
-        return f"{explained}; {COUNT}={count} is the number of devices of a node"
-    more = f"{COUNT}={count}"
-    if count > held and files[0].get("accelerator") != "cpu":
-        if not any(str(note).startswith("devices_per_node") for note in files[0].get("notes") or ()):
-            nodes = f"{count} devices are {-(-count // held)} nodes of {held}: copy conf/cluster/example.yaml to conf/cluster/NAME.yaml"
-            return f"{write_answer((head,), Synonym(words=()), typed)}; {nodes}, fill it in, and write cluster=NAME"
-        more = f"{more} {HARDWARE}.devices_per_node={count}"  # that of the file is assumed
-    return "; ".join(part for part in (write_answer((f"{head} {more}",), Synonym(words=()), typed), says) if part)
+    return partial(explain_axis(others, known), HARDWARE)
 
 
 def explain_file(word: str, known: Known) -> str:
@@ -347,36 +369,3 @@ def is_path(text: str) -> bool:
 
 def published(names: Sequence[str]) -> list[str]:
     return [name for name in names if not name.startswith("tiny_")]
-
-
-# ------------------------------------------------------------------------------------------- the forms of other tools
-
-
-EQUALS = ("=", "＝")
-OPTION = re.compile(r"--?([A-Za-z][\w.-]*)(?:[=\s]\s*(.*))?", re.DOTALL)
-YAML_LINE = re.compile(r"([A-Za-z][\w.-]*):(?:\s*([^\s/\\=][^=]*|\s.*))?", re.DOTALL)
-BARE = re.compile(r"([A-Za-z][\w.-]*)(?:\s+(.*))?", re.DOTALL)
-
-
-def read_foreign(override: str) -> tuple[str, str] | None:
-    """(word, value) of an override that is written as an option, as a line of YAML, or without `=`; None where it is KEY=VALUE."""
-    if found := OPTION.fullmatch(override) or YAML_LINE.fullmatch(override):
-        return found[1], (found[2] or "").strip()
-    found = BARE.fullmatch(override) if "=" not in override else None
-    return (found[1], (found[2] or "").strip()) if found else None
-
-
-def join_words(overrides: Sequence[str]) -> list[str]:
-    """`--lr 1e-4` and `lr: 1e-4` arrive as two words: joined, so that the value is in the answer."""
-    joined: list[str] = []
-    for word in overrides:
-        before = joined[-1] if joined else ""
-        is_value = "=" not in word and not word.startswith("-") and not word.endswith(":")
-        opens = (before.startswith("--") and "=" not in before) or before.endswith(":") or bool(BARE.fullmatch(before) and before)
-        if is_value and opens and (" " not in before or before.startswith("--")):
-            joined[-1] = f"{before} {word}"
-        elif (word[:1] in EQUALS and BARE.fullmatch(before)) or (is_value and before[-1:] in EQUALS and before):  # stage = lora
-            joined[-1] = f"{before} {word}" if before.endswith(" =") or word[:1] in EQUALS else f"{before[:-1]} = {word}"
-        else:
-            joined.append(word)
-    return joined
