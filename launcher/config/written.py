@@ -133,7 +133,7 @@ def lower(groups: Mapping[str, Sequence[str]], override: str) -> str:
 
 
 EQUALS = ("=", "＝")
-OPTION = re.compile(r"--?([A-Za-z][\w.-]*)(?:[=\s]\s*(.*))?", re.DOTALL)
+OPTION = re.compile(r"--?([^\W\d_][\w.-]*)(?:[=\s]\s*(.*))?", re.DOTALL)
 YAML_LINE = re.compile(r"([A-Za-z][\w.-]*):(?:\s*([^\s/\\=][^=]*|\s.*))?", re.DOTALL)
 BARE = re.compile(r"([A-Za-z][\w.-]*)(?:\s+(.*))?", re.DOTALL)
 
