@@ -193,6 +193,9 @@ FORMS = {
     # off, and without a limit
     "save_total_limit=-1": "write run.keep_checkpoints=1000, which keeps all",
     "save_total_limit=none": "write run.keep_checkpoints=1000, which keeps all",
+    "max_steps=1": "write run.steps=1",
+    "max_steps=-1": "leave it out; run.steps is the number of steps",
+    "tensor_parallel_size=-1": "not available; training divides a model",
     "save_total_limit=3": "write run.keep_checkpoints=3",
     "use_galore=false": "leave it out",
     "disable_mtp=false": "not available",
@@ -279,6 +282,10 @@ def test_a_regex_is_kept_as_it_is(word: str) -> None:
 def test_the_regex_that_is_offered_is_read_as_it_was_typed(regex: str) -> None:
     offered = shlex.split(re.findall(r"write (.*);", refusal(f"lora_target={regex}"))[0])
     assert compose(offered, CONF).stage.lora.targets == (f"re:{regex}",)  # type: ignore[union-attr]
+
+
+def test_a_limit_of_one_is_another_than_no_limit() -> None:
+    assert refusal("save_total_limit=1").endswith("write run.keep_checkpoints=1")
 
 
 @pytest.mark.parametrize("words", FORMS)
