@@ -6,14 +6,14 @@ import gc
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import redirect_stderr, suppress
 from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launcher.errors import ConfigRefused, LaunchError, suggest
+from launcher.errors import ConfigRefused, LaunchError, find_near, suggest
 from launcher.redact import show
 from trainer.contract import Exit
 
@@ -68,6 +68,7 @@ VERBS = {
     ),
     "completion": Verb("shell", "print the completion script of bash or zsh", "completion", ("bash", "zsh")),
 }
+NEGATIVE = re.compile(r"-\.?\d[\d.e+-]*")  # the value of an option, and no option
 COMPLETE = "--complete"  # hidden; the completion scripts call it
 # Without a module: the verbs that look at no project, no folder and no node.
 SIMPLE = {"help": "show the help of a verb: omnilaunch help launch", "version": "print the version"}
@@ -197,7 +198,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         return parser.parse_args(rest)  # ends the program where the verb does nothing without an action
     given = argparse.Namespace(**vars(into))
     arguments, unknown = parser.parse_known_intermixed_args(rest, into)
-    if unknown and hasattr(arguments, "overrides") and (foreign := find_foreign(rest, unknown)):
+    if unknown and hasattr(arguments, "overrides") and (foreign := find_foreign(rest, unknown, own_options(parser))):
         arguments, unknown = parser.parse_known_intermixed_args(remove(rest, [word for option in foreign for word in option]), given)
         arguments.overrides += map(" ".join, foreign)  # composing explains them, together with all others
     if unknown:
@@ -212,17 +213,27 @@ def parser_of_action(parser: argparse.ArgumentParser, action: str) -> argparse.A
     return found
 
 
-def find_foreign(words: Sequence[str], unparsed: Sequence[str]) -> list[list[str]]:
-    """The options of other tools among `words`, each with its values: `--learning_rate 1e-4`. `unparsed`: what the parser did not take."""
-    options = [word for word in unparsed if word.startswith("--")]
+def own_options(parser: argparse.ArgumentParser) -> set[str]:
+    return set(re.findall(r"--[a-z][a-z-]*", parser.format_help()))
+
+
+def find_foreign(words: Sequence[str], unparsed: Sequence[str], own: Collection[str]) -> list[list[str]]:
+    """The options of other tools among `words`, each with its values: `--learning_rate 1e-4`. Where there is one, options of which nothing is
+    known are listed with it: they must not hide its answer. `unparsed`: what the parser did not take; `own`: the options of the verb, of
+    which a word may be a typing error."""
+    options = {word: word.lstrip("-").partition("=")[0] for word in unparsed if re.match(r"--\w", word)}
     if not options:
         return []
-    from launcher.config.key import is_known_elsewhere
+    from launcher.config.key import is_about_known, is_known_elsewhere
 
+    known = {word for word, name in options.items() if is_known_elsewhere(name)}
+    other = {word for word in {*options} - known if not find_near(word.partition("=")[0], own)}
+    if not known and not any(is_about_known(options[word]) for word in other):
+        return []
     found = []
     for place, word in enumerate(words):
-        if word in options and is_known_elsewhere(word.lstrip("-").partition("=")[0]):
-            values = takewhile(lambda text: not text.startswith("-") and "=" not in text, words[place + 1 :])
+        if word in known | other:
+            values = takewhile(lambda text: (text[:1] != "-" or NEGATIVE.fullmatch(text)) and "=" not in text, words[place + 1 :])
             found.append([word, *(values if "=" not in word else ())])
     return found
 
@@ -263,7 +274,7 @@ def make_parser(name: str) -> tuple[argparse.ArgumentParser, Any]:
 def refuse_unknown(unknown: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Ends the program, as argparse does. An unknown option gets the nearest one."""
     option = next((word for word in unknown if word.startswith("-")), "")
-    hint = suggest(option.partition("=")[0], set(re.findall(r"--[a-z][a-z-]*", parser.format_help()))) if option else ""
+    hint = suggest(option.partition("=")[0], own_options(parser)) if option else ""
     parser.error(f"unrecognized arguments: {' '.join(unknown)}{f'; {hint}' if hint else ''}")
 
 

@@ -71,12 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.trace:
         arguments.say(describe_traced(plan, as_json=arguments.json, full=arguments.full))
     else:
-        arguments.say(plan_json(plan) if arguments.json else describe_here(plan, machine, full=arguments.full))
+        arguments.say(plan_json(plan) if arguments.json else describe_here(plan, machine, full=arguments.full, named=arguments.run_id))
     return Exit.OK
 
 
-def describe_here(plan: "Plan", machine: "Machine | None" = None, *, full: bool = False, launching: bool = False) -> str:
-    """The plan for this terminal: its width, and colours if it takes them. `machine`: where it was asked for the plan."""
+def describe_here(plan: "Plan", machine: "Machine | None" = None, *, full: bool = False, launching: bool = False, named: str = "") -> str:
+    """The plan for this terminal: its width, and colours if it takes them. `machine`: where it was asked for the plan. `named`: the run id
+    that was typed, which the next command keeps."""
     from shutil import get_terminal_size
 
     from launcher.plan.full import describe_full
@@ -87,10 +88,10 @@ def describe_here(plan: "Plan", machine: "Machine | None" = None, *, full: bool 
     notes, built = notes_here(plan, launching=launching), find_built(plan, machine)
     unsent = why_not_sent(plan, built)
     if full:
-        return "\n".join((describe_full(plan, unsent), *(f"note: {line}" for line in notes)))
+        return "\n".join((describe_full(plan, unsent, named), *(f"note: {line}" for line in notes)))
     colours, (columns, rows) = wants_colours(os.environ, terminal=sys.stdout.isatty()), get_terminal_size((100, LINES))
     size = {"width": columns, "height": rows, "own_bytes": read_memory()}
-    return describe_short(plan, colours=colours, built=built, launching=launching, notes=notes, unsent=unsent, **size)
+    return describe_short(plan, colours=colours, built=built, launching=launching, notes=notes, unsent=unsent, named=named, **size)
 
 
 def plan_of(

@@ -17,12 +17,12 @@ from launcher.config.conf_folder import GROUPS, OPTIONAL_GROUPS, PRIMARY, ConfFo
 from launcher.config.defaults import choose_duration, keys_of, settle, settle_rate, without_keys
 from launcher.config.expected import describe_expected
 from launcher.config.fact import refuse_facts, refuse_fixed, refuse_ignored
-from launcher.config.hint import Known, explain_key, explain_value, join_words, read_foreign
+from launcher.config.hint import Known, explain_file, explain_key, explain_value
 from launcher.config.key import FROM_RECORD, list_settings, types_of, without_null
 from launcher.config.schema import AXES, Config
 from launcher.config.source import expand_source, kind_that_follows
 from launcher.config.synonym import Typed
-from launcher.config.written import UNREADABLE, parse, read_text, read_value, restate, separate
+from launcher.config.written import UNREADABLE, join_words, parse, read_foreign, read_text, read_value, restate, separate
 from launcher.errors import NODES, ConfigRefused, refuse_config, suggest
 from trainer.contract import SpecError, decode
 
@@ -157,8 +157,8 @@ def _translate_one(override: str, overrides: Sequence[str], known: Known) -> tup
     """(key, override for Hydra or '' where it needs none). Raises ConfigRefused with the reason alone. `overrides`: all that were typed."""
     if override.startswith(("+", "~")):
         raise ConfigRefused(f"'+' and '~' are refused, since the schema has every key; write {override.lstrip('+~')}")
-    if override.endswith((".json", ".jsonl")) and "=" not in override:
-        raise ConfigRefused(f"a file of rows is named by its key: data=files data.train={override}")
+    if answer := explain_file(override, known):
+        raise ConfigRefused(answer)
     if foreign := read_foreign(override):
         _refuse_foreign(*foreign, overrides, known)
     key, equals, text = override.partition("=")

@@ -6,12 +6,15 @@ Nothing is offered that may do something else than what was asked: where it is n
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from launcher.config.conf_folder import OPTIONAL_GROUPS, ConfFolder
-from launcher.config.official_name import find_official, find_relative, read_yaml, shorten_chip
+from launcher.config.official_name import COUNT, HARDWARE, explain_cards, find_official, find_relative, read_yaml, shorten_chip
 from launcher.config.schema import GROUPS
 from launcher.config.synonym import (
+    ABSENT,
     FALSE,
+    HOLE,
     Judge,
     Synonym,
     Typed,
@@ -29,7 +32,7 @@ from launcher.config.synonym import (
     write_answer,
 )
 from launcher.config.variable import answer_variable
-from launcher.config.written import offer_number, quote, read_number
+from launcher.config.written import join_words, offer_number, quote, read_foreign, read_number
 from launcher.errors import find_near, join_or, plain, suggest
 from launcher.redact import names_a_secret
 
@@ -47,7 +50,11 @@ GENERIC_ENDS = (
     "weights",
 )  # of keys whose sections say what is meant
 NEAR_LEAF = 0.8  # of a typing error in the last part of a key
-MODEL, HARDWARE, DEFAULT_STAGE = "model", "hardware", "full"
+ROWS = re.compile(r"(?!-)[^\s=]+\.jsonl?")  # a bare name of a file
+DEVICES = re.compile(r"\d{1,3}(,\d{1,3})+")  # their numbers
+TARGETS = "stage.lora.targets"
+REGEX = re.compile(r"[\\^$*+?(|{]")  # in no name of a layer
+MODEL, DEFAULT_STAGE = "model", "full"
 CALLED = {"vision": "the vision tower", "projector": "the projector", "lm": "the language model"}
 
 
@@ -128,7 +135,60 @@ def answer_unknown(key: str, typed: Typed, known: Known) -> str:
 def answer_foreign(row: Synonym | None, typed: Typed, known: Known) -> str:
     if row is None:
         return ""
+    if row.modules:
+        return answer_modules(row, typed)
+    if f"{TARGETS}=[{HOLE}]" in " ".join(row.write) and REGEX.search(typed.value):
+        return answer_regex(typed)
+    if not row.write and is_turned_off(row, typed):
+        return "leave it out"
+    if row.axis == "" and len(row.write) == 1 and (answer := explain_without(row.write[0], typed, known)):
+        return answer
+    if f"{COUNT}={HOLE}" in row.write and (answer := explain_devices(typed, known)):
+        return answer
     return answer_group(row, typed, known) if row.group else answer_key(row, typed, explain_axis(typed, known))
+
+
+def answer_regex(typed: Typed) -> str:
+    """`lora_target=.*_proj`: one regex over the whole names of modules, which `re:` begins here; a choice of names is a list."""
+    value = typed.value.strip().strip("'\"")
+    if re.fullmatch(r"[\w|]+", value):
+        return write_answer((f"stage=lora {TARGETS}=[{value.strip('|').replace('|', ',')}]",), Synonym(words=()), typed)
+    text = value.replace(" ", "\0").replace('"', '\\"')
+    chosen = write_answer((f'stage=lora {TARGETS}=["re:{text}"]',), Synonym(words=()), typed)
+    return f"{chosen}; the regex is over the whole names of modules"
+
+
+def is_turned_off(row: Synonym, typed: Typed) -> bool:
+    """Whether the value turns off what is not available, so that nothing is missing: `use_galore=false`."""
+    word = next((text.partition("=")[0] for text in typed.overrides if text.endswith(f"={typed.value}")), row.words[0])
+    turned = word.lstrip("-").startswith(load_synonyms().negations)
+    off = typed.value.strip().lower() in FALSE and not typed.value.strip().isdigit()  # a loss scale of 0 is a dynamic one
+    return row.says.startswith(ABSENT) and off and not turned
+
+
+def explain_without(write: str, typed: Typed, known: Known) -> str:
+    """The answer to `bf16=false` where bf16 is what the hardware has by default; '' where leaving it out is right, and for other words."""
+    axis, _, precision = write.partition("=")
+    chosen = dict(text.split("=", 1) for text in typed.overrides if "=" in text)
+    if axis != "precision" or typed.value.strip().lower() not in FALSE:
+        return ""
+    other = "bf16" if precision == "fp32" else "fp32"
+    if axis in chosen:
+        return f"{write} is given; {axis}={other} is without it" if chosen[axis] == precision else ""
+    hardware = chosen.get(HARDWARE, "").strip()
+    recipe = (
+        read_yaml(known.conf.find(HARDWARE, hardware))
+        if hardware in known.groups[HARDWARE]
+        else read_yaml(known.conf.project / "config.yaml")
+    )
+    given = next((each for each in map(read_default, recipe.get("defaults") or ()) if each), "")
+    return f"the default here is {precision}; {axis}={other} is without it" if given == precision else ""
+
+
+def read_default(entry: object) -> str:
+    """The precision that an entry of a file's defaults list chooses; '' = none."""
+    chosen = entry.items() if isinstance(entry, Mapping) else ()
+    return next((str(value) for key, value in chosen if "precision" in str(key)), "")
 
 
 def answer_group(row: Synonym, typed: Typed, known: Known) -> str:
@@ -171,6 +231,37 @@ def answer_beside_adapters(stage: str, trains: Mapping[str, bool], before: Colle
         return f"leave it out; stage={stage} trains adapters in the language model{f', and {join_or(before)}' if before else ' alone'}"
     more = f" or {write_groups(('vision', 'projector', 'head'))}" if full == ["vision"] and "projector" not in trains else ""
     return f"write {write_groups(full)}{more}; these are trained in full, beside the adapters of stage={stage}"
+
+
+def answer_modules(row: Synonym, typed: Typed) -> str:
+    """The groups that hold the modules of a list, trained in full beside the adapters; what is not possible there is said."""
+    names = re.findall(r"[^\s,\[\]'\"]+", typed.value)
+    if not names:
+        return row.says if typed.value == "" else f"leave it out; {row.says}"
+    if all(name.lower() in FALSE for name in names):
+        return f"leave it out; {row.says}"
+    groups = {name: find_module(row, name) for name in names}
+    inside = [name for name, group in groups.items() if group == "lm"]
+    unknown = [name for name, group in groups.items() if not group]
+    notes = (
+        [f"{', '.join(inside)} cannot be trained beside adapters: stage=full trains the whole language model in their place"]
+        if inside
+        else []
+    )
+    notes += [f"{', '.join(unknown)}: {row.says}"] if unknown else []
+    before = next((text.partition("=")[2].strip("[]").split(",") for text in typed.overrides if text.startswith("stage.trainable=")), [])
+    wanted = {group for group in groups.values() if group not in ("", "lm")}
+    if not wanted:
+        return "; ".join(notes)
+    listed = ",".join(group for group in GROUPS if group in {*wanted, *before})
+    return "; ".join((write_answer((f"stage=lora stage.trainable=[{listed}]",), Synonym(words=()), typed), *notes))
+
+
+def find_module(row: Synonym, name: str) -> str:
+    """The group of `model.visual.merger`: by its whole name, else by the longest end that the row has; '' = none."""
+    parts = name.split(".")
+    ends = (plain(".".join(parts[start:])) for start in range(len(parts)))
+    return next((row.modules[end] for end in ends if end in row.modules), "")
 
 
 def find_wishes(overrides: Sequence[str]) -> Iterator[tuple[str, Synonym, str]]:
@@ -228,6 +319,8 @@ def explain_value(axis: str, name: str, names: Sequence[str], typed: Typed, know
         return f"write {axis}={official[0]}"
     if axis == MODEL and not official and (relative := find_relative(name, known.conf))[0]:
         return f"not available; model={relative[0]} is {relative[1]}, which has other weights"
+    if axis == HARDWARE and not official and (answer := explain_cards(name, typed, name_card(typed, known), known.conf, alone=True)):
+        return answer
     if answer := answer_value(axis, name, names, typed):
         return answer if answer.startswith(("write ", "you already ")) else f"{answer}; valid are: {', '.join(names)}"
     if len(official) == 1:
@@ -243,42 +336,36 @@ def explain_value(axis: str, name: str, names: Sequence[str], typed: Typed, know
     return suggest(name, names)
 
 
+def explain_devices(typed: Typed, known: Known) -> str:
+    """`gpus=8xH200` names the cards too, and `gpus=0,1` the devices; '' for a number."""
+    value = typed.value.strip().strip("[]'\"")
+    if DEVICES.fullmatch(value) and len(set(value.split(","))) == value.count(",") + 1:
+        count = value.count(",") + 1
+        chosen = write_answer((f"{COUNT}={count} cluster.nodes.0.devices=[{value}]",), Synonym(words=()), typed)
+        return f"{chosen}; these devices of the node are used"
+    if (answer := explain_cards(value, typed, name_card(typed, known), known.conf, alone=False)) or value[:1].isdigit() or not value:
+        return answer
+    named = explain_axis(typed, known)(HARDWARE, value)
+    return named if named.startswith((f"write {HARDWARE}=", "you already")) else ""
+
+
+def name_card(typed: Typed, known: Known) -> Callable[[str], str]:
+    """What is written for one card, whatever hardware is typed."""
+    others = replace(typed, overrides=[text for text in typed.overrides if not text.startswith(f"{HARDWARE}=")])
+    return partial(explain_axis(others, known), HARDWARE)
+
+
+def explain_file(word: str, known: Known) -> str:
+    """What to write in place of a bare `rows.json`; '' for any other word, and for the value of an option: `--data_path rows.json`."""
+    if not ROWS.fullmatch(word):
+        return ""
+    strategy = answer_value("strategy", word, known.groups["strategy"], Typed())
+    return strategy or f"a file of rows is named by its key: data=files data.train={word}"
+
+
 def is_path(text: str) -> bool:
     return text.startswith(("/", "./", "../", "~")) or text.endswith((".json", ".jsonl", ".csv", ".parquet", ".tsv"))
 
 
 def published(names: Sequence[str]) -> list[str]:
     return [name for name in names if not name.startswith("tiny_")]
-
-
-# ------------------------------------------------------------------------------------------- the forms of other tools
-
-
-EQUALS = ("=", "＝")
-OPTION = re.compile(r"--?([A-Za-z][\w.-]*)(?:[=\s]\s*(.*))?", re.DOTALL)
-YAML_LINE = re.compile(r"([A-Za-z][\w.-]*):(?:\s*([^\s/\\=][^=]*|\s.*))?", re.DOTALL)
-BARE = re.compile(r"([A-Za-z][\w.-]*)(?:\s+(.*))?", re.DOTALL)
-
-
-def read_foreign(override: str) -> tuple[str, str] | None:
-    """(word, value) of an override that is written as an option, as a line of YAML, or without `=`; None where it is KEY=VALUE."""
-    if found := OPTION.fullmatch(override) or YAML_LINE.fullmatch(override):
-        return found[1], (found[2] or "").strip()
-    found = BARE.fullmatch(override) if "=" not in override else None
-    return (found[1], (found[2] or "").strip()) if found else None
-
-
-def join_words(overrides: Sequence[str]) -> list[str]:
-    """`--lr 1e-4` and `lr: 1e-4` arrive as two words: joined, so that the value is in the answer."""
-    joined: list[str] = []
-    for word in overrides:
-        before = joined[-1] if joined else ""
-        is_value = "=" not in word and not word.startswith("-") and not word.endswith(":")
-        opens = (before.startswith("--") and "=" not in before) or before.endswith(":") or bool(BARE.fullmatch(before) and before)
-        if is_value and opens and (" " not in before or before.startswith("--")):
-            joined[-1] = f"{before} {word}"
-        elif (word[:1] in EQUALS and BARE.fullmatch(before)) or (is_value and before[-1:] in EQUALS and before):  # stage = lora
-            joined[-1] = f"{before} {word}" if before.endswith(" =") or word[:1] in EQUALS else f"{before[:-1]} = {word}"
-        else:
-            joined.append(word)
-    return joined

@@ -8,7 +8,8 @@ from typing import Any
 
 from launcher.config.fact import may_set
 from launcher.config.schema import AXES, Config
-from launcher.config.synonym import find_row, load_synonyms
+from launcher.config.synonym import find_row, find_topic, list_variants, load_synonyms
+from launcher.errors import plain
 
 FROM_RECORD = "stage.recorded"  # a section that the plan sets, never typed
 
@@ -18,6 +19,12 @@ def is_known_elsewhere(word: str) -> bool:
     keys = list_keys()
     name = word.replace("-", "_")
     return bool(find_row(load_synonyms().keys, name)) or name in AXES or name in keys or any(key.endswith(f".{name}") for key in keys)
+
+
+def is_about_known(word: str) -> bool:
+    """Whether the parts of an option say what it is about, so that it has an answer: `--moe_router_topk`."""
+    name, rows = word.replace("-", "_"), load_synonyms().keys
+    return find_topic(name) is not None or any(plain(rest) in rows for rest, _ in list_variants(name))
 
 
 def list_settings() -> list[str]:

@@ -24,6 +24,7 @@ TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "none", "n
 PART_OF_FILE = re.compile(r"(.+)#(\d+)")  # ms-swift: the first rows of a data set
 DATA_FILE = "=files data."
 ON_A_HUB = re.compile(r"[\w-]+/[\w-]+")
+NUMBER = re.compile(r"[-+.\d]*")
 ABSENT = "not available"
 ONE_DEVICE = re.compile(r"(\w+):(\d+(?:,\d+)*)")  # cuda:0
 FILLERS = ("run", "model", "cmd", "script", "job", "my")  # parts of a verb that do not tell two apart
@@ -51,6 +52,7 @@ class Synonym:
     group: str = ""
     frozen: bool = False
     leaves: tuple[str, ...] = ()
+    modules: Mapping[str, str] = field(default_factory=dict)  # a module's name as `plain` makes it -> its group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +135,7 @@ def read_row(row: Mapping[str, Any]) -> Synonym:
         group=row.get("group", ""),
         frozen=row.get("frozen", False),
         leaves=tuple(map(plain, row.get("leaves", ()))),
+        modules={plain(name): group for group, names in row.get("modules", {}).items() for name in names},
     )
 
 
@@ -317,8 +320,8 @@ def translate(row: Synonym, value: str) -> tuple[str, ...]:
     value = value.strip().strip("'\"").lower()
     if value in row.values:
         return row.values[value]
-    same = {plain(key): text for key, text in row.values.items()}
-    if plain(value) in same and plain(value):
+    same = {plain(key): text for key, text in row.values.items() if not NUMBER.fullmatch(key)}
+    if plain(value) in same:  # `-1` is another number than 1
         return same[plain(value)]
     switch = "true" if value in TRUE else "false" if value in FALSE else value
     return row.values.get(switch, ())

@@ -27,7 +27,7 @@ SPACED = re.compile(r"\s*([^\s=]+)\s*=\s*(.*?)\s*", re.DOTALL)
 MAKE = {"hw": "hardware", "exp": "experiment"}  # variables of the Makefile that are shorter than the axis
 
 NUMBER = re.compile(
-    r"(\d{1,3}(?:[,，]\d{3})+|\d[\d_]*(?:\.\d+)?)(?:e\+?(\d{1,2}))?\s*(k|m|g|b|w|千|万|亿)?i?\s*(?:b|tokens?|steps?|px|pixels?)?",
+    r"(\d{1,3}(?:[,，]\d{3})+|\d[\d_]*(?:\.\d+)?)(?:e\+?(\d{1,2}))?\s*(k|m|g|b|w|千|万|亿)?i?\s*(?:b|tokens?|steps?|epochs?|px|pixels?|gpus?|npus?|cards?|[卡张块个步轮条])?",
     re.IGNORECASE,
 )
 PRODUCT = re.compile(r"\d+(\s*([x*×])\s*\d+)+", re.IGNORECASE)
@@ -127,6 +127,39 @@ def lower(groups: Mapping[str, Sequence[str]], override: str) -> str:
     if not equals or key == name or not (name in groups or "." in name):
         return override
     return f"{name}={value.lower() if value.lower() in groups.get(name, ()) else value}"
+
+
+# ------------------------------------------------------------------------------------------- the forms of other tools
+
+
+EQUALS = ("=", "＝")
+OPTION = re.compile(r"--?([^\W\d_][\w.-]*)(?:[=\s]\s*(.*))?", re.DOTALL)
+YAML_LINE = re.compile(r"([A-Za-z][\w.-]*):(?:\s*([^\s/\\=][^=]*|\s.*))?", re.DOTALL)
+BARE = re.compile(r"([A-Za-z][\w.-]*)(?:\s+(.*))?", re.DOTALL)
+
+
+def read_foreign(override: str) -> tuple[str, str] | None:
+    """(word, value) of an override that is written as an option, as a line of YAML, or without `=`; None where it is KEY=VALUE."""
+    if found := OPTION.fullmatch(override) or YAML_LINE.fullmatch(override):
+        return found[1], (found[2] or "").strip()
+    found = BARE.fullmatch(override) if "=" not in override else None
+    return (found[1], (found[2] or "").strip()) if found else None
+
+
+def join_words(overrides: Sequence[str]) -> list[str]:
+    """`--lr 1e-4` and `lr: 1e-4` arrive as two words: joined, so that the value is in the answer."""
+    joined: list[str] = []
+    for word in overrides:
+        before = joined[-1] if joined else ""
+        is_value = "=" not in word and not word.startswith("-") and not word.endswith(":")
+        opens = (before.startswith("--") and "=" not in before) or before.endswith(":") or bool(BARE.fullmatch(before) and before)
+        if is_value and opens and (" " not in before or before.startswith("--")):
+            joined[-1] = f"{before} {word}"
+        elif (word[:1] in EQUALS and BARE.fullmatch(before)) or (is_value and before[-1:] in EQUALS and before):  # stage = lora
+            joined[-1] = f"{before} {word}" if before.endswith(" =") or word[:1] in EQUALS else f"{before[:-1]} = {word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 # ----------------------------------------------------------------------------------------------------------- numbers

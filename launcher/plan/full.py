@@ -15,7 +15,7 @@ from launcher.redact import mask_credentials
 from trainer.contract.wording import plural
 
 
-def describe_full(plan: Plan, unsent: str = "") -> str:
+def describe_full(plan: Plan, unsent: str = "", named: str = "") -> str:
     """`unsent`: as of describe_short."""
     import yaml
 
@@ -25,7 +25,7 @@ def describe_full(plan: Plan, unsent: str = "") -> str:
         *((f"node {command.node_rank}: {command.host}", describe_command(command)) for command in plan.commands),
         ("image", describe_planned_image(plan, unsent)),
         ("memory of the device with the highest peak", describe_memory(plan)),
-        ("verdict", describe_verdict(plan)),
+        ("verdict", describe_verdict(plan, named)),
     )
     return "\n".join((head_verdict(plan, unsent), *(f"== {title}\n{text.rstrip()}\n" for title, text in parts))).rstrip()
 
@@ -81,7 +81,7 @@ def describe_memory(plan: Plan) -> str:
     return "\n".join((*lines, f"strategy: {plan.choice}") if plan.choice and trains else lines)
 
 
-def describe_verdict(plan: Plan) -> str:
+def describe_verdict(plan: Plan, named: str = "") -> str:
     config, verdict = plan.config, plan.verdict
     lines = [
         " ".join(f"{axis}={getattr(config, axis).name}" for axis in AXES),
@@ -91,5 +91,6 @@ def describe_verdict(plan: Plan) -> str:
     ]
     if verdict.launchable:
         word = name_verdict(plan, plan.memory or estimate_memory(config))
-        return "\n".join((*lines, word, f"next: {command_line('launch', *plan.overrides, *plan.options)}"))
+        words = (*plan.overrides, *(("--run-id", named) if named else ()), *plan.options)
+        return "\n".join((*lines, word, f"next: {command_line('launch', *words)}"))
     return "\n".join((*lines, "planned; a launch is refused:", *map(str, verdict.problems)))

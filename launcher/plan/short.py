@@ -54,10 +54,12 @@ def describe_short(
     notes: tuple[str, ...] = (),
     own_bytes: int = 0,
     unsent: str = "",
+    named: str = "",
 ) -> str:
     """One screen of `width` columns and `height` lines; of more, where the first notes need them. `built`: whether this machine's Docker engine
     has the image, None = not known. `launching`: printed by `launch`, which needs no next command. `notes`: of this machine, before those of
-    the plan; never left out. `own_bytes`: this machine's memory, 0 = not known. `unsent`: why this machine cannot send the image, '' = it can."""
+    the plan; never left out. `own_bytes`: this machine's memory, 0 = not known. `unsent`: why this machine cannot send the image, '' = it can.
+    `named`: the run id that was typed."""
     choice = " ".join(f"{axis}={getattr(plan.config, axis).name}" for axis in AXES)
     lines = [
         *describe_short_verdict(plan, colours=colours, own_bytes=own_bytes, unsent=unsent),
@@ -69,8 +71,9 @@ def describe_short(
     assumed = tuple(list_assumptions(plan))
     lines += ["assumptions:"] if assumed else []
     lines += [line for text in assumed for line in wrap(text, width, first="  ", indent="    ")]
-    last = [f"next: {command_line('launch', *plan.overrides, *plan.options)}"] if plan.verdict.launchable and not launching else []
-    last += [] if launching else [f"more: {command_line('plan', '--full', *plan.overrides, *plan.options)}"]
+    words = (*plan.overrides, *(("--run-id", named) if named else ()), *plan.options)
+    last = [f"next: {command_line('launch', *words)}"] if plan.verdict.launchable and not launching else []
+    last += [] if launching else [f"more: {command_line('plan', '--full', *words)}"]
     free = height - sum(-(-max(1, measure(line)) // width) for part in (*lines, *last) for line in part.splitlines())
     own = [line for note in notes for line in wrap(f"note: {note}", width, indent="  ")]
     return "\n".join((*lines, *own, *describe_notes(plan.verdict.notes, width, free - len(own)), *last))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launcher.cli import main
 from launcher.config.compose import compose, judge, options
 from launcher.config.conf_folder import as_conf_folder
 from launcher.config.hint import Known, explain_key, explain_value
@@ -192,3 +193,39 @@ def test_a_limit_that_the_processor_ignores_is_refused(model: str, override: str
 
 def test_searching_finds_what_rules_say() -> None:
     assert any("experts" in line for line in search("moe_router_topk", CONF)["words"].values())
+
+
+COMMANDS = {
+    # a word that nothing is known of hides no answer
+    "plan --learning_rate 1e-4 --zzgk 3 --num_train_epochs 3": (
+        "3 overrides are wrong",
+        "write stage.optimizer.lr=1e-4",
+        "write run.epochs=3",
+        "--zzgk 3: unknown key 'zzgk'; no key here and no word of another tool is called so",
+    ),
+    "plan --moe_router_topk 2": ("one override is wrong", "none of the models of conf/model has experts"),
+    # a negative value belongs to its word
+    "plan --vision_select_layer -1 --learning_rate 1e-4": (
+        "2 overrides are wrong",
+        "--vision_select_layer -1: unknown key 'vision_select_layer'; comes with the model; leave it out",
+        "write stage.optimizer.lr=1e-4",
+    ),
+    "plan --save_total_limit -1": ("one override is wrong", "write run.keep_checkpoints=1000"),
+    "plan --学习率 1e-5": ("one override is wrong", "write stage.optimizer.lr=1e-5"),
+    "plan --学习率=1e-5": ("one override is wrong", "write stage.optimizer.lr=1e-5"),
+    "launch --deepspeed ds_z3_offload_config.json": ("one override is wrong", "write strategy=zero3 strategy.offload_optimizer=true"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_a_command_is_answered(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command.split()) == 2
+    said = capsys.readouterr().err
+    assert all(text in said for text in COMMANDS[command]), said
+
+
+@pytest.mark.parametrize("word", ["--zzgk", "--detatch", "--run-idd"])
+def test_a_word_that_no_tool_has_is_no_override(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["launch", word])
+    assert f"unrecognized arguments: {word}" in capsys.readouterr().err

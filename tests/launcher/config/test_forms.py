@@ -1,6 +1,7 @@
 """Words of other tools in the forms that people type: dotted keys, several words with one answer, capitals, full width, numbers."""
 
 import re
+import shlex
 
 import pytest
 
@@ -92,6 +93,118 @@ FORMS = {
     "val_dataset=val.jsonl#100": "data.evaluation=val.jsonl; #100 is not available: give a shorter file, or fewer answers with run.evaluation.limit=100",
     "dataset=AI-ModelScope/alpaca-gpt4-data-zh#500": "a data set of a hub is not read",
     "dataset=a.json,b.json": "one file: put the rows of these 2 into it",
+    # files of other tools
+    "--deepspeed ds_z3_offload_config.json": "write strategy=zero3 strategy.offload_optimizer=true strategy.offload_parameters=true",
+    "--deepspeed|ds_z3_offload_config.json": "write strategy=zero3 strategy.offload_optimizer=true strategy.offload_parameters=true",
+    "--deepspeed_config|ds_z2_config.json": "write strategy=zero2",
+    "deepspeed|ds_z3_config.json": "write strategy=zero3",
+    "ds_z3_config.json": "write strategy=zero3",
+    "--hostfile|hosts.json": "nodes are listed in a file",
+    "--data_path|data.json": "write data=files data.train=data.json",
+    "--dataset|data/train.jsonl": "write data=files data.train=data/train.jsonl",
+    "--train_dataset|my.jsonl": "write data=files data.train=my.jsonl",
+    "--eval_dataset|val.json": "write data=files data.evaluation=val.json",
+    "--lora_config|lora.json": "its parts are single keys: stage=lora, with stage.lora.r",
+    "--deepspeed|ds.json": "write strategy=zero2 or strategy=zero3",
+    "data/train.jsonl": "a file of rows is named by its key: data=files data.train=data/train.jsonl",
+    # modules that are trained in full beside adapters
+    "modules_to_save=lm_head": "write stage=lora 'stage.trainable=[head]'",
+    "stage=lora|additional_target=lm_head": "write 'stage.trainable=[head]'",
+    "modules_to_save=embed_tokens": "embed_tokens cannot be trained beside adapters: stage=full trains the whole language model",
+    "modules_to_save=embed_tokens,lm_head": "write stage=lora 'stage.trainable=[head]'; embed_tokens cannot be trained",
+    "modules_to_save=[multi_modal_projector,lm_head]": "write stage=lora 'stage.trainable=[projector,head]'",
+    "lora_modules_to_save=visual.merger": "write stage=lora 'stage.trainable=[projector]'",
+    "modules_to_save=model.visual": "write stage=lora 'stage.trainable=[vision]'",
+    "modules_to_save=vision_tower,mlp1": "write stage=lora 'stage.trainable=[vision,projector]'",
+    "modules_to_save=resampler": "write stage=lora 'stage.trainable=[projector]'",
+    "modules_to_save=vpm": "write stage=lora 'stage.trainable=[vision]'",
+    "stage=lora|stage.trainable=[vision]|modules_to_save=lm_head": "write 'stage.trainable=[vision,head]'",
+    "stage=lora|stage.trainable=[head]|modules_to_save=lm_head": "leave it out",
+    "modules_to_save=none": "leave it out; stage.trainable lists",
+    "modules_to_save=[]": "leave it out; stage.trainable lists",
+    "modules_to_save=my_layer": "my_layer: stage.trainable lists whole groups",
+    # a number of cards
+    "gpus=8xA100": "the number of devices is cluster.devices_per_node=8; A100: no file describes it",
+    "gpus=8x4090": "the number of devices is cluster.devices_per_node=8; 4090: no file describes it",
+    "gpus=A100:8": "the number of devices is cluster.devices_per_node=8; A100: no file describes it",
+    "gpus=8xH200": "write hardware=h200 cluster.devices_per_node=8",
+    "hardware=h200|gpus=8xH200": "write cluster.devices_per_node=8",
+    "hardware=cpu|gpus=8xH200": "write hardware=h200 cluster.devices_per_node=8 in place of hardware=cpu",
+    "gpus=8x910B": "write hardware=ascend910b cluster.devices_per_node=8",
+    "gpus=h200:4": "write hardware=h200 cluster.devices_per_node=4",
+    "gpus=8x3090": "write hardware=rtx3090 cluster.devices_per_node=8 hardware.devices_per_node=8",
+    "gpus=3090x8": "write hardware=rtx3090 cluster.devices_per_node=8 hardware.devices_per_node=8",
+    "hardware=8xH200": "write hardware=h200 cluster.devices_per_node=8",
+    "hardware=2xH200": "write hardware=h200 cluster.devices_per_node=2",
+    "hardware=h200x8": "write hardware=h200 cluster.devices_per_node=8",
+    "hardware=h200*8": "write hardware=h200 cluster.devices_per_node=8",
+    "hardware=h200-8": "write hardware=h200 cluster.devices_per_node=8",
+    "hardware=8卡H200": "write hardware=h200 cluster.devices_per_node=8",
+    "hardware=h200 8卡": "write hardware=h200 cluster.devices_per_node=8",
+    "hardware=8*910B": "write hardware=ascend910b cluster.devices_per_node=8",
+    "hardware=8卡910B": "write hardware=ascend910b cluster.devices_per_node=8",
+    "hardware=8x910B4": "write hardware=ascend910b hardware.memory_gib=32 cluster.devices_per_node=8",
+    "hardware=8x3090": "write hardware=rtx3090 cluster.devices_per_node=8",
+    "hardware=3090x8": "write hardware=rtx3090 cluster.devices_per_node=8",
+    "hardware=3090*4": "write hardware=rtx3090 cluster.devices_per_node=4",
+    "hardware=4卡3090": "write hardware=rtx3090 cluster.devices_per_node=4",
+    "hardware=RTX 3090 x2": "write hardware=rtx3090 cluster.devices_per_node=2",
+    "device=8卡昇腾910B": "write hardware=ascend910b cluster.devices_per_node=8",
+    "hardware=8xA100": "the number of devices is cluster.devices_per_node=8; A100: no file describes it",
+    "hardware=16xH200": "write hardware=h200; 16 devices are 2 nodes of 8: copy conf/cluster/example.yaml",
+    "hardware=8卡昇腾": "write hardware=ascend910b or hardware=ascend910c",
+    "hardware=RTX 4090": "no file describes it; CONTRIBUTING.md",
+    "hardware=v100-16": "no file describes it; CONTRIBUTING.md",
+    "hardware=910B4-1": "write hardware=ascend910b",
+    # of Slurm, where it is no index of a device
+    "hardware=h200:8": "write hardware=h200 cluster.devices_per_node=8",
+    "hardware=910B:8": "write hardware=ascend910b cluster.devices_per_node=8",
+    "hardware=h200:4": "write hardware=h200; cluster.nodes.0.devices=[4] chooses the device 4, cluster.devices_per_node=4 takes 4 devices",
+    "hardware=h200:0": "write hardware=h200; cluster.nodes.0.devices=[0] chooses the device 0",
+    "hardware=2x8xH200": "write hardware=h200 cluster.devices_per_node=8; 2 nodes are a file: copy conf/cluster/example.yaml",
+    "hardware=0xH200": "no file describes it",
+    "gpus=h200": "write hardware=h200",
+    # a precision that is turned off
+    "model=qwen2_5_vl_7b|hardware=h200|bf16=false": "the default here is bf16; precision=fp32 is without it",
+    "hardware=h200|--bf16|false": "the default here is bf16; precision=fp32 is without it",
+    "hardware=p4|fp16=false": "the default here is fp16; precision=fp32 is without it",
+    "hardware=p4|bf16=false": "leave it out",
+    "hardware=h200|fp16=false": "leave it out",
+    "fp32=false": "the default here is fp32; precision=bf16 is without it",
+    "hardware=h200|fp32=false": "leave it out",
+    "hardware=h200|precision=fp32|bf16=false": "leave it out",
+    "hardware=h200|precision=bf16|bf16=false": "precision=bf16 is given; precision=fp32 is without it",
+    # numbers of devices
+    "gpus=0,1,2,3": "write cluster.devices_per_node=4 'cluster.nodes.0.devices=[0,1,2,3]'",
+    "gpus=8卡": "write cluster.devices_per_node=8",
+    "gpus=8张": "write cluster.devices_per_node=8",
+    "num_train_epochs=3轮": "write run.epochs=3",
+    "run.steps=100步": "write run.steps=100",
+    # InternVL
+    "meta_path=shell/data/meta.json": "write data=files data.train=FILE.json data.images=FOLDER",
+    "use_llm_lora=16": "write stage=lora stage.lora.r=16",
+    "use_llm_lora=0": "leave it out",
+    "use_backbone_lora=16": "not available; adapters are in the language model",
+    "use_backbone_lora=0": "leave it out",
+    # a regex
+    "lora_target=.*": """write stage=lora 'stage.lora.targets=["re:.*"]'""",
+    r"stage=lora|target_modules=^model\.language_model.*\.q_proj$": r"""write 'stage.lora.targets=["re:^model\.language_model.*\.q_proj$"]'""",
+    r"--lora_target_modules|llm\..*layers\.\d+\.self_attn\.q_proj": r"""write stage=lora 'stage.lora.targets=["re:llm\..*layers\.\d+\.self_attn\.q_proj"]'""",
+    # off, and without a limit
+    "save_total_limit=-1": "write run.keep_checkpoints=1000, which keeps all",
+    "save_total_limit=none": "write run.keep_checkpoints=1000, which keeps all",
+    "max_steps=1": "write run.steps=1",
+    "max_steps=-1": "leave it out; run.steps is the number of steps",
+    "tensor_parallel_size=-1": "not available; training divides a model",
+    "save_total_limit=3": "write run.keep_checkpoints=3",
+    "use_galore=false": "leave it out",
+    "disable_mtp=false": "not available",
+    "hardware=lora:8": "no file describes it",
+    "use_galore=true": "not available; the nearest is stage=lora",
+    "sequence_parallel_size=1": "leave it out",
+    "expert-model-parallel-size=1": "leave it out",
+    "expert-model-parallel-size=2": "not available; training divides a model",
+    "split_dataset_ratio=0": "leave it out",
     # the web
     "stage=webui": "write stage=serve; there is no web interface for training; stage=serve has a page to try an image and a prompt, and an API",
     "webui=true": "write stage=serve; there is no web interface for training",
@@ -151,6 +264,28 @@ FORMS = {
     "批大小=4": "write stage.global_batch=4 or strategy.micro_batch=4",
     "断点续训=true": "write omnilaunch launch --resume last",
 }  # fmt: skip
+
+
+# Here `|` belongs to the value.
+CHOICES = {
+    "target_modules=q_proj|v_proj": "write stage=lora 'stage.lora.targets=[q_proj,v_proj]'",
+    r"target_modules=.*\.(q|k)_proj": r"""write stage=lora 'stage.lora.targets=["re:.*\.(q|k)_proj"]'""",
+}
+
+
+@pytest.mark.parametrize("word", CHOICES)
+def test_a_regex_is_kept_as_it_is(word: str) -> None:
+    assert CHOICES[word] in refusal(word)
+
+
+@pytest.mark.parametrize("regex", [".*", r"^model\.language_model\..*\.(q|k)_proj$", r"a{1,2}\d+"])
+def test_the_regex_that_is_offered_is_read_as_it_was_typed(regex: str) -> None:
+    offered = shlex.split(re.findall(r"write (.*);", refusal(f"lora_target={regex}"))[0])
+    assert compose(offered, CONF).stage.lora.targets == (f"re:{regex}",)  # type: ignore[union-attr]
+
+
+def test_a_limit_of_one_is_another_than_no_limit() -> None:
+    assert refusal("save_total_limit=1").endswith("write run.keep_checkpoints=1")
 
 
 @pytest.mark.parametrize("words", FORMS)

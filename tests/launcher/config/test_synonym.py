@@ -61,9 +61,13 @@ def test_the_file_has_no_other_fields() -> None:
         "group",
         "frozen",
         "leaves",
+        "modules",
     }
     assert {tool for row in rows for tool in row.get("tools", ())} <= set(given["tools"])
-    assert all(row.get("write") or row.get("says") or row.get("group") or row.get("axis") or row.get("values") for row in rows)
+    assert all(
+        row.get("write") or row.get("says") or row.get("group") or row.get("modules") or row.get("axis") or row.get("values")
+        for row in rows
+    )
     assert all(isinstance(row.get("says", ""), str) for row in rows)
 
 

@@ -39,6 +39,12 @@ def test_next_is_the_same_run(plan_for: Callable[..., Plan], overrides: tuple[st
         assert tuple(shlex.split(last.removeprefix("next: omnilaunch launch"))) == overrides
 
 
+def test_next_keeps_the_run_id_that_was_typed(plan_for: Callable[..., Plan]) -> None:
+    plan = plan_for("run.steps=100")
+    for lines in (describe_short(plan, named="exp1").splitlines(), describe_full(plan, named="exp1").splitlines()):
+        assert "next: omnilaunch launch run.steps=100 --run-id exp1" in lines
+
+
 def test_credentials_are_shown_and_written_nowhere(plan_for: Callable[..., Plan], tmp_path: Path) -> None:
     plan = plan_for(
         f"cluster.root={tmp_path}",
