@@ -211,11 +211,7 @@ def test_random_weights_with_a_rate_of_fine_tuning_are_noted() -> None:
 REMOVED: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("cluster.nodes=[]",), "cluster.nodes", "add them to the cluster file, local.yaml"),
     (("cluster=example", "cluster.nodes.1.host=192.0.2.11"), "cluster.nodes.host", "Keep one of them in the cluster file, example.yaml"),
-    (
-        ("cluster=example", "cluster.nodes.1.address=192.0.2.11"),
-        "cluster.nodes.address",
-        "Keep one of them in the cluster file, example.yaml",
-    ),
+    (("cluster=example", "cluster.nodes.1.address=192.0.2.11"), "cluster.nodes.address", "Keep one of them in the cluster file"),
     (("cluster.environment.HF_TOKEN=x",), "cluster.environment.HF_TOKEN", "export HF_TOKEN, and set cluster.secrets=[HF_TOKEN]"),
     (("cluster.secrets=[A]", "hardware.environment.API_KEY=x"), "hardware.environment.API_KEY", "set cluster.secrets=[A,API_KEY]"),
     (
