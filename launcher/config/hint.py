@@ -330,7 +330,7 @@ def explain_value(axis: str, name: str, names: Sequence[str], typed: Typed, know
     if axis == HARDWARE and (chip := shorten_chip(name)) != name.lower() and chip:
         return explain_value(axis, chip, names, typed, known) if chip not in names else f"write {axis}={chip}"
     if axis == MODEL and not find_near(name, names) and any(letter.isdigit() for letter in name):
-        return f"no file of conf/model describes it; valid are: {', '.join(published(names))}"
+        return f"no file of conf/model describes {name}; CONTRIBUTING.md says how a model is added. Those of model=NAME: {', '.join(published(names))}"
     if axis == HARDWARE and not find_near(name, names) and any(letter.isdigit() for letter in name):
         return f"no file describes it; CONTRIBUTING.md says how to add hardware: copy the nearest file of conf/hardware; valid are: {', '.join(names)}"
     return suggest(name, names)
