@@ -8,6 +8,8 @@ from typing import Any
 
 from launcher.config.conf_folder import ConfFolder, as_conf_folder
 from launcher.errors import ConfigRefused
+from trainer.contract import InputRefused
+from trainer.contract.adapter_files import read_json_object
 from trainer.contract.checkpoint_files import find_state_file
 from trainer.contract.weight_files import ADDED_TOKENS, read_added_tokens
 
@@ -101,12 +103,9 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 def read_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigRefused(f"{path} is no JSON file: {str(error)[:200]}. Copy the folder again") from error
-    if not isinstance(content, dict):
-        raise ConfigRefused(f"{path} holds no JSON object. Copy the folder again")
-    return content
+        return read_json_object(path, part="folder")
+    except InputRefused as error:
+        raise ConfigRefused(str(error)) from error
 
 
 def recorded_model(folder: Path) -> str:

@@ -18,13 +18,17 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Raises InputRefused for a file that is no JSON object."""
-    file = folder / ADAPTER_CONFIG
+    return read_json_object(folder / ADAPTER_CONFIG, part="adapter")
+
+
+def read_json_object(file: Path, *, part: str) -> dict[str, Any]:
+    """Raises InputRefused for a file that is no JSON object. `part`: what has to be copied again then."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputRefused(f"{file} is no JSON file: {str(error)[:200]}. Copy the adapter again.") from error
+        raise InputRefused(f"{file} is no JSON file: {str(error)[:200]}. Copy the {part} again") from error
     if not isinstance(content, dict):
-        raise InputRefused(f"{file} holds no JSON object. Copy the adapter again.")
+        raise InputRefused(f"{file} holds no JSON object. Copy the {part} again")
     return content
 
 

@@ -3,18 +3,16 @@
 import json
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from launcher.cli import main
 from launcher.commands.live import resume as resume_command
-from launcher.plan.plan import Plan
 from launcher.record.lock import lock_run
-from launcher.record.record import Attempt, write_record
-from tests.launcher.planted import set_value, write_run
-from tests.launcher.run.test_resume import stopped_record
+from launcher.record.record import Attempt
+from tests.launcher.planted import set_value
 from trainer import contract
 
 PROJECT = Path(__file__).resolve().parents[4]
@@ -22,19 +20,8 @@ Stopped = Callable[..., Path]
 
 
 @pytest.fixture
-def stopped(tmp_path: Path, plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> Stopped:
-    monkeypatch.chdir(tmp_path)
-
-    def make(*words: str, status: str = "stopped") -> Path:
-        plan = plan_for(f"cluster.root={tmp_path}", *words)
-        folder = tmp_path / "runs" / "R"
-        plan = replace(plan, folder=str(folder), spec=replace(plan.spec, output=str(folder)))
-        write_run(folder, plan)
-        if status:
-            write_record(replace(stopped_record("R"), status=status), folder)  # type: ignore[arg-type]
-        return folder
-
-    return make
+def stopped(run: Callable[..., Path]) -> Stopped:
+    return partial(run, status="stopped")
 
 
 def content(folder: Path) -> dict[str, bytes]:

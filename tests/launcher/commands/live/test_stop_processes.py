@@ -6,19 +6,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launcher.cli import main
 from launcher.plan.commands import FOLDER_VARIABLE
-from launcher.plan.plan import Plan
 from launcher.record.lock import find_holder, is_locked, lock_run
-from launcher.record.record import write_record
 from launcher.ssh.transport import processes_with
-from tests.launcher.planted import write_run
-from tests.launcher.run.test_resume import stopped_record
 
 # A launcher that takes a second to end after Ctrl-C, and counts the requests.
 LAUNCHER = """import sys, time
@@ -33,22 +28,6 @@ with lock_run(Path(sys.argv[1])), catch_stops() as stop:
     Path(sys.argv[1], 'asked').write_text(f'{stop.reason} {stop.count}')
 """
 RANK = "import pathlib, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); pathlib.Path('ready').touch(); time.sleep(60)"
-
-
-@pytest.fixture
-def run(tmp_path: Path, plan_for: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    monkeypatch.chdir(tmp_path)
-
-    def make(*words: str, status: str = "") -> Path:
-        folder = tmp_path / "runs" / "R"
-        plan = plan_for(f"cluster.root={tmp_path}", *words)
-        plan = replace(plan, folder=str(folder), spec=replace(plan.spec, output=str(folder)))
-        write_run(folder, plan)
-        if status:
-            write_record(replace(stopped_record("R"), status=status), folder)  # type: ignore[arg-type]
-        return folder
-
-    return make
 
 
 @contextmanager
