@@ -1,6 +1,6 @@
 """How the rows of a data set are laid out in files, before any row is looked at: the launcher counts the rows that the trainer reads.
 
-A file is a JSON list, or JSON Lines; or it is a meta file of InternVL, which lists other files (trainer.data.rows.source).
+A file is a JSON list, or JSON Lines; or it is a meta file of InternVL, which lists other files (trainer.data.sources.source).
 """
 
 import json

@@ -7,9 +7,9 @@ from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 from trainer.contract import DataProblem, InputRefused, Template
+from trainer.data.chat.segment import cut
+from trainer.data.chat.segment_ids import token_ids, tokenise
 from trainer.data.rows.sample import Sample
-from trainer.data.segment import cut
-from trainer.data.segment_ids import token_ids, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

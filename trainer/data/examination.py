@@ -9,13 +9,13 @@ from pathlib import Path
 
 from trainer.contract import DataProblem, TrainSpec
 from trainer.contract.annotation_file import count_repeated
+from trainer.data.containers.annotation import Position
 from trainer.data.learning_facts import FactTally
 from trainer.data.length import LengthTally
 from trainer.data.media.image import Examined
-from trainer.data.rows.annotation import Position
 from trainer.data.rows.sample import Sample, stream_source
-from trainer.data.rows.source import AnnotationSource, find_sources
 from trainer.data.sample_check import examine_images, find_moved_boxes, find_problems
+from trainer.data.sources.source import AnnotationSource, find_sources
 from trainer.data.summary import SampleTally
 
 CHUNK = 512  # rows at a time

@@ -20,7 +20,7 @@ from trainer.contract import DataReport, DataSpec, SpecError, TrainSpec, decode,
 from trainer.data.kept_folder import kept_folder
 from trainer.data.length import source_of
 from trainer.data.media.image import hash_file
-from trainer.data.rows.source import find_sources
+from trainer.data.sources.source import find_sources
 
 FOLDER = "checks"
 KEPT = 20  # results; the oldest ones are removed

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.contract import DataProblem, InputRefused, Template, TrainSpec
 from trainer.contract.adapter_files import find_base
+from trainer.data.chat.segment import Segment, cut
+from trainer.data.chat.segment_ids import plain_backend, token_ids, tokenise
 from trainer.data.encode import NO_TOKEN_IN_LOSS, expand, image_id, opening, too_long
 from trainer.data.rows.sample import Sample
-from trainer.data.segment import Segment, cut
-from trainer.data.segment_ids import plain_backend, token_ids, tokenise
 
 if TYPE_CHECKING:
     from trainer.data.processor import Processor

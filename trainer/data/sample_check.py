@@ -8,10 +8,10 @@ from itertools import islice
 from pathlib import Path
 
 from trainer.contract import Augmentation, DataProblem, Template
+from trainer.data.chat.segment import find_template_problems
 from trainer.data.media.image import Examined, examine_image
 from trainer.data.rows.parsed_row import printable
 from trainer.data.rows.sample import Sample
-from trainer.data.segment import find_template_problems
 
 # Marks and coordinates of a place in an image, as Qwen, InternVL, MiniCPM, LLaVA and ms-swift write them.
 BOXES = re.compile(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from trainer.contract import TrainSpec
 from trainer.data.batch.collate import Features, join, make_features
+from trainer.data.chat.segment_ids import token_ids
 from trainer.data.encode import IGNORED
-from trainer.data.segment_ids import token_ids
 from trainer.models.family import Processor
 
 BUILTIN_SIDE, BUILTIN_TEXT_TOKENS = 8, 64  # launcher.memory.tokens

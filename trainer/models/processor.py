@@ -8,8 +8,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from trainer.contract import InputRefused, ModelSpec
+from trainer.data.chat.segment_ids import token_ids
 from trainer.data.encode import image_id
-from trainer.data.segment_ids import token_ids
 from trainer.models.architecture import refuse_another
 from trainer.models.span import Frame, Ids, Slices
 from trainer.models.template import chat_template

@@ -21,7 +21,7 @@ TURNS = """\
 
 
 def chat_template(template: Template, image_token: str) -> str:
-    """Produces the same text as trainer.data.segment.frame. As there, a generation prompt ends without the spaces of `assistant_open`."""
+    """Produces the same text as trainer.data.chat.segment.frame. As there, a generation prompt ends without the spaces of `assistant_open`."""
     before, _, after = template.user.partition(CONTENT)
     values = {
         "image_mark": image_token,

@@ -16,7 +16,7 @@ from trainer.contract import SAMPLES_FILE, InputRefused, TrainResult, TrainSpec
 from trainer.contract.weight_files import hash_weights
 from trainer.data.check import DataPaths
 from trainer.data.rows.sample import Sample
-from trainer.data.rows.source import hash_sources
+from trainer.data.sources.source import hash_sources
 from trainer.device.rank import Rank
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.score_change import compare_rows, compare_scores

@@ -19,7 +19,7 @@ from trainer.data.check import DataPaths, prepare, resolve
 from trainer.data.kept_folder import kept_folder
 from trainer.data.rows.indexed_samples import INDEX_FOLDER, open_samples
 from trainer.data.rows.sample import Sample, Samples, read_samples
-from trainer.data.rows.source import hash_sources
+from trainer.data.sources.source import hash_sources
 from trainer.device.log_prefix import report_phase
 from trainer.device.rank import Rank
 from trainer.export.derived_checkpoint import require_full_weights

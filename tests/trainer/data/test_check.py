@@ -112,7 +112,7 @@ def test_many_problems_are_counted_not_listed(spec, tmp_path) -> None:
 
 def test_an_image_that_is_deleted_after_reading(spec, write_data, tmp_path, monkeypatch) -> None:
     write_data(1)
-    monkeypatch.setattr("trainer.data.rows.sample.is_file", lambda _: True)
+    monkeypatch.setattr("trainer.data.rows.row_check.is_file", lambda _: True)
     (tmp_path / "0.png").unlink()
     (problem,) = check_data(spec).problems
     assert "0.png cannot be read: No such file" in problem.problem

@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.trainer.data.conftest import CHATML, VICUNA
 from trainer.contract import InputRefused, Template
+from trainer.data.chat.segment import cut
+from trainer.data.chat.segment_ids import tokenise
 from trainer.data.encode import IGNORED, encode, encode_prompt
 from trainer.data.rows.sample import Message, Sample
-from trainer.data.segment import cut
-from trainer.data.segment_ids import tokenise
 from trainer.models.tiny_tokenizer import tiny_tokenizer
 
 

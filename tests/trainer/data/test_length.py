@@ -10,10 +10,10 @@ import pytest
 
 from tests.trainer.data.conftest import CHATML, TOKENS, VICUNA
 from trainer.contract import InputRefused, Source
+from trainer.data.chat.segment import cut
 from trainer.data.encode import encode
 from trainer.data.length import SLACK, Lengths, LengthTally
 from trainer.data.rows.sample import Message, Sample
-from trainer.data.segment import cut
 from trainer.data.summary import percentile
 from trainer.models.tiny_tokenizer import tiny_tokenizer
 

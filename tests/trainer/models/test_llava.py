@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from trainer.contract import InputRefused, Template
+from trainer.data.chat.segment import cut
 from trainer.data.rows.sample import Message, Sample
-from trainer.data.segment import cut
 from trainer.models.llava import LLAVA
 from trainer.models.registry import FAMILIES, find_family
 from trainer.models.template import chat_template

@@ -10,11 +10,11 @@ import numpy as np
 
 from trainer.contract import DataProblem, InputRefused
 from trainer.contract.annotation_file import count_repeated
+from trainer.data.containers.annotation import describe
+from trainer.data.containers.row_index import RowIndex, open_index
 from trainer.data.media.image import hash_file
-from trainer.data.rows.annotation import describe
-from trainer.data.rows.row_index import RowIndex, open_index
 from trainer.data.rows.sample import Sample, read_row, split_row
-from trainer.data.rows.source import AnnotationSource, find_sources
+from trainer.data.sources.source import AnnotationSource, find_sources
 
 INDEX_FOLDER = "index"  # of trainer.data.kept_folder
 LARGE_BYTES = 64 * 2**20  # of annotation files; smaller ones are read whole, in some seconds

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 Row = dict[str, Any]
 AddProblem = Callable[[str, str, str], None]  # (field, problem, fix)
 
@@ -13,9 +13,18 @@ KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a n
 
 
 @dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """`arguments`: a JSON object, as text."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Turn:
     """One message. `content` has a MARK for each image. `in_loss`: whether an answer is trained on. `field`: its path in the row; `text_key`:
-    the key of its text there, '' if the field is the text itself. `in_parts`: the content was a list of texts and images."""
+    the key of its text there, '' if the field is the text itself. `in_parts`: the content was a list of texts and images. `reasoning`, `calls`: as
+    of `trainer.data.rows.sample.Message`."""
 
     role: Role
     content: str
@@ -23,6 +32,8 @@ class Turn:
     text_key: str = ""
     in_loss: bool = True
     in_parts: bool = False
+    reasoning: str = ""
+    calls: tuple[ToolCall, ...] = ()
 
     @property
     def text_field(self) -> str:
@@ -39,11 +50,13 @@ class ImageReference:
 
 @dataclass(frozen=True, kw_only=True)
 class ParsedRow:
-    """`turns` is None if one of them could not be parsed; their order and marks are not checked then. `field`: the key of the messages."""
+    """`turns` is None if one of them could not be parsed; their order and marks are not checked then. `field`: the key of the messages.
+    `tools`: the JSON of each tool."""
 
     field: str
     turns: tuple[Turn, ...] | None
     images: tuple[ImageReference, ...]
+    tools: tuple[str, ...] = ()
 
 
 def kind(value: Any) -> str:

@@ -7,10 +7,11 @@ from typing import Any
 
 from trainer.contract import LINE_FEED, DataProblem, ImageForm, InputRefused, describe_groups
 from trainer.contract.wording import plural
-from trainer.data.rows.annotation import read_rows
+from trainer.data.containers.annotation import read_rows
 from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, Row, Turn, ends_with_question, keys_of, kind
+from trainer.data.rows.row_check import check_name, check_text, path_text, refuse_unread
 from trainer.data.rows.row_images import choose_images, insert_marks, join_parts, read_images
-from trainer.data.rows.sample import Message, check_name, check_text, collect_problems, path_text, refuse_unread
+from trainer.data.rows.sample import Message, collect_problems
 from trainer.data.rows.turn import WRITE_TEXT, read_system, read_turns
 
 SHOWN = 20  # causes in a message

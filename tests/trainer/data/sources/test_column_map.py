@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from trainer.data.rows.column_map import INFO_FILE, find_columns
 from trainer.data.rows.sample import read_samples
-from trainer.data.rows.source import hash_sources
+from trainer.data.sources.column_map import INFO_FILE, find_columns
+from trainer.data.sources.source import hash_sources
 
 MESSAGES = [{"speaker": "customer", "words": "<image>\nWhat?"}, {"speaker": "clerk", "words": "A cat."}]
 TAGS = {"role_tag": "speaker", "content_tag": "words", "user_tag": "customer", "assistant_tag": "clerk"}

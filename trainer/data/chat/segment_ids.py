@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from trainer.data.segment import Segment
+from trainer.data.chat.segment import Segment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

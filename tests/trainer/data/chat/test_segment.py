@@ -5,8 +5,8 @@ import pytest
 
 from tests.trainer.data.conftest import CHATML, VICUNA
 from trainer.contract import InputRefused
+from trainer.data.chat.segment import cut, find_template_problems
 from trainer.data.rows.sample import Message, Sample
-from trainer.data.segment import cut, find_template_problems
 
 SYSTEM = Message(role="system", content="Be brief.")
 TURNS = (

@@ -25,7 +25,7 @@ FORMAT_KEYS = ("conversations", "messages", "conversation", "query", "instructio
 class Columns:
     """`keys`: of a row, name in the file -> name here. `message_keys`: of a message. `roles`: values of the role of a message.
 
-    The hash of a data set contains the repr of this class (trainer.data.rows.source.hash_sources)."""
+    The hash of a data set contains the repr of this class (trainer.data.sources.source.hash_sources)."""
 
     keys: dict[str, str] = field(default_factory=dict)
     message_keys: dict[str, str] = field(default_factory=dict)

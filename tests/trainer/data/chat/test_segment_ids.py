@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.trainer.data.conftest import CHATML, VICUNA
 from tests.trainer.data.test_encode import byte_level, sentence_piece
-from trainer.data.segment import Segment
-from trainer.data.segment_ids import find_anchors, token_ids, tokenise
+from trainer.data.chat.segment import Segment
+from trainer.data.chat.segment_ids import find_anchors, token_ids, tokenise
 
 LINES = ["USER: Which digit is  this?\n\n ASSISTANT: It is 12345 of them.</s>", "a  b \n c\n\n\nthe end. éè 漢字 "] * 4
 # Of Qwen2.5 and Llama 3: what a space belongs to depends on what follows it.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from trainer.data.rows.sample import read_samples
-from trainer.data.rows.source import find_sources, hash_sources
+from trainer.data.sources.source import find_sources, hash_sources
 
 
 def row(number: int, image: str = "") -> dict[str, Any]:

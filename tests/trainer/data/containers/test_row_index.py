@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from trainer.contract import InputRefused
-from trainer.data.rows import indexed_samples, row_index
+from trainer.data.containers import row_index
+from trainer.data.containers.row_index import identity, open_index
+from trainer.data.rows import indexed_samples
 from trainer.data.rows.indexed_samples import index_samples, open_samples
-from trainer.data.rows.row_index import identity, open_index
 from trainer.data.rows.sample import read_samples
-from trainer.data.rows.source import hash_sources
+from trainer.data.sources.source import hash_sources
 
 
 def talk(number: int, text: str = "") -> dict[str, Any]:

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from trainer.contract import DataProblem
-from trainer.data.rows import annotation
-from trainer.data.rows.annotation import read_rows, stream_rows
+from trainer.data.containers import annotation
+from trainer.data.containers.annotation import read_rows, stream_rows
 
 GOOD = {
     "a list": ('[{"a": 1}, {"a": 2}]', ((1, {"a": 1}), (2, {"a": 2}))),

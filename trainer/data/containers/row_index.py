@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from trainer.contract import InputRefused
 from trainer.contract.annotation_file import is_list
+from trainer.data.containers.annotation import read_rows, scan_list
 from trainer.data.kept_folder import locked
-from trainer.data.rows.annotation import read_rows, scan_list
 
 ENTRY = np.dtype([("start", "<u8"), ("size", "<u4"), ("row", "<u4"), ("part", "<u4")])  # bytes; numbers of row and of conversation in it
 HEADER_BYTES = 64  # SHA-256 of the annotation file, in hex

@@ -15,8 +15,8 @@ from typing import Any
 from trainer.contract import DataProblem
 from trainer.contract.annotation_file import read_meta
 from trainer.data.media.image import hash_file
-from trainer.data.rows.column_map import Columns, find_columns
 from trainer.data.rows.parsed_row import Row, keys_of, kind
+from trainer.data.sources.column_map import Columns, find_columns
 
 # Keys that would change the training: the values that are allowed, why, and the fix.
 UNREAD = {
