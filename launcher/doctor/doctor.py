@@ -3,13 +3,13 @@
 Each finding has a name, the evidence, and the command or override that fixes the problem.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from launcher.check.problem import Problem
 from launcher.config.schema import Node
-from launcher.doctor import cross_node_checks, device_checks, free_memory, host_checks, live_checks
+from launcher.doctor import cross_node_checks, device_checks, free_memory, gpu_checks, host_checks, live_checks
 from launcher.doctor.findings import (
     EVERY_NODE,
     REACH,
@@ -95,6 +95,10 @@ NODE_CHECKS: dict[str, Check] = {
     "fit": Check(run=free_memory.check_fit, needs=("device",)),
     "device_health": Check(run=device_checks.check_device_health, needs=("device",)),
     "device_idle": Check(run=device_checks.check_device_idle, needs=("device",)),
+    "mig": Check(run=gpu_checks.check_mig, needs=("cuda",)),
+    "compute_mode": Check(run=gpu_checks.check_compute_mode, needs=("cuda",)),
+    "memory_repair": Check(run=gpu_checks.check_memory_repair, needs=("cuda",)),
+    "fabric": Check(run=gpu_checks.check_fabric, needs=("cuda",)),
     "driver": Check(run=device_checks.check_driver, needs=("driver",)),
     "device_files": Check(run=device_checks.check_device_files, needs=("device",)),
     "device_access": Check(run=device_checks.check_device_access, needs=("npu", "docker")),
@@ -129,7 +133,7 @@ class Examination:
 
 def examine(
     plan: Plan,
-    stack: Stack,
+    stacks: Mapping[str, Stack],
     nodes: Sequence[Node],
     transports: Sequence[Transport | NodeFailed],
     *,
@@ -145,7 +149,7 @@ def examine(
     used_ports = frozenset(port for facts in answers if isinstance(facts, NodeFacts) for port in facts.ports)
     answered = tuple(
         AnsweredNode(
-            checked=CheckedNode(plan=plan, stack=stack, node=node, rank=rank_of(plan, node), facts=facts, used_ports=used_ports),
+            checked=CheckedNode(plan=plan, stacks=stacks, node=node, rank=rank_of(plan, node), facts=facts, used_ports=used_ports),
             transport=transport,
         )
         for node, transport, facts in zip(nodes, transports, answers, strict=True)

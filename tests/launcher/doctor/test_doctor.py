@@ -8,11 +8,13 @@ import pytest
 
 from launcher.doctor.doctor import CROSS_NODE_CHECKS, LIVE_CHECKS, NODE_CHECKS
 from launcher.doctor.findings import EVERY_NODE, has_errors
+from launcher.doctor.smi import NVIDIA_FIELDS
 from launcher.errors import NodeFailed
 from tests.launcher.fake_nodes import (
     CPU,
     DATA,
     DENIED,
+    H200,
     HOSTS,
     LOCAL,
     NO_DOCKER,
@@ -59,6 +61,19 @@ class Fault:
 
 def npu_table(old: str, new: str) -> dict[str, str | Said]:
     return {"devices": ascend()["devices"].replace(old, new)}
+
+
+def gpu(
+    mig: str = "Disabled",
+    mode: str = "Default",
+    retired: str = "No",
+    remapped: str = "No",
+    failure: str = "No",
+    fabric: str = "Completed, Success",
+) -> dict[str, str | Said]:
+    """The answer of a driver that knows all fields."""
+    states = ", ".join((mig, mode, retired, remapped, failure, fabric))
+    return {"devices": f"fields: {','.join(NVIDIA_FIELDS)}\n{p4()['devices'].strip()}, {states}\n"}
 
 
 FIVE = "\n".join(ascend()["devices"].splitlines()[: 6 + 5 * 3]) + "\n"
@@ -154,19 +169,33 @@ NODE_FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault(
             words=NPU,
             answers={"devices": (1, "", "dcmi model initialized failed, ret is -8005")},
-            says="ret is -8005",
-            fix="npu-smi info must work",
+            says="npu-smi info: the driver is there, but it does not answer this user",
+            fix="sudo usermod -aG HwHiAiUser trainer",
         ),
         Fault(
             words=P4,
             answers={"devices": (9, "NVIDIA-SMI has failed\n", "")},
-            says="nvidia-smi: NVIDIA-SMI has failed",
-            fix="nvidia-smi must",
+            says="its kernel module is not loaded",
+            fix="sudo modprobe nvidia",
         ),
+        Fault(words=P4, answers={"devices": (77, "cannot\n", "")}, says="nvidia-smi: cannot", fix="nvidia-smi must work for trainer"),
+        Fault(
+            words=P4,
+            answers={"devices": (14, p4()["devices"] + "WARNING: infoROM is corrupted at gpu 0000:3B:00.0\n", "")},
+            says="the infoROM of GPU 0000:3B:00.0 is corrupted",
+            fix="nothing for this run",
+            level="warning",
+        ),
+        Fault(words=P4, answers={"devices": (6, "No devices were found\n", "")}, says="it could start no GPU", fix="dmesg"),
     ),
     "device_count": (
         Fault(words=NPU, answers={"devices": FIVE}, says="5 devices, the plan takes 8", fix="cluster.devices_per_node=4"),
-        Fault(words=P4, answers={"devices": "No devices were found\n"}, says="0 devices", fix="dmesg"),
+        Fault(
+            words=P4,
+            answers={"devices": p4()["devices"].replace("0, Tesla", "1, Tesla")},
+            says="no device 0; the node has 1",
+            fix="devices: [1]",
+        ),
     ),
     "chip": (
         Fault(words=NPU, answers=npu_table("910B3", "910A "), says="it has 910A; hardware=ascend910b is 910B1", fix="options hardware"),
@@ -208,12 +237,27 @@ NODE_FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault(words=P4, answers={"apps": "GPU-7af15080-238c-fd1d-66da-4f8984053664, 77, python, 900\n"}, says="process 77", fix="kill 77"),
         Fault(words=NPU, answers=npu_table("3400 / 65536", "41052/ 65536"), says="device 2: 40.1 GiB", fix="docker ps", level="warning"),
     ),
+    "mig": (Fault(words=P4, answers=gpu("Enabled"), says="MIG is on: device 0", fix="nvidia-smi -i 0 -mig 0"),),
+    "compute_mode": (
+        Fault(words=P4, answers=gpu(mode="Prohibited"), says="Prohibited (no process may use it)", fix="nvidia-smi -i 0 -c DEFAULT"),
+        Fault(words=P4, answers=gpu(mode="Exclusive_Process"), says="one process may use it", fix="-c DEFAULT", level="warning"),
+    ),
+    "memory_repair": (
+        Fault(words=P4, answers=gpu(retired="Yes"), says="bad memory of device 0 waits", fix="--gpu-reset -i 0", level="warning"),
+        Fault(words=P4, answers=gpu(remapped="1"), says="bad memory of device 0 waits", fix="--gpu-reset -i 0", level="warning"),
+        Fault(words=P4, answers=gpu(failure="Yes"), says="could not be replaced", fix="vendor"),
+    ),
+    "fabric": (
+        Fault(
+            words=P4, answers=gpu(fabric="In Progress, N/A"), says="device 0: In Progress", fix="nvidia-fabricmanager; its version must be"
+        ),
+    ),
     "driver": (
         Fault(
             words=NPU,
             answers={"driver": "Version=25.0.rc1.1\n"},
             says="older than 25.2, the oldest for Huawei Ascend 910B",
-            fix="docs/images.md",
+            fix="upgrade the driver to 25.2 or newer",
         ),
         Fault(
             words=P4,
@@ -276,9 +320,9 @@ CROSS_NODE_FAULTS: dict[str, tuple[Fault, ...]] = {
 
 
 def test_the_number_of_checks() -> None:
-    assert (len(NODE_CHECKS), len(CROSS_NODE_CHECKS), len(LIVE_CHECKS)) == (33, 10, 3)
+    assert (len(NODE_CHECKS), len(CROSS_NODE_CHECKS), len(LIVE_CHECKS)) == (37, 10, 3)
     assert set(NODE_FAULTS) == set(NODE_CHECKS) and set(CROSS_NODE_FAULTS) | {"clocks"} == set(CROSS_NODE_CHECKS)
-    assert sum(check.launch for check in (*NODE_CHECKS.values(), *CROSS_NODE_CHECKS.values())) == 34
+    assert sum(check.launch for check in (*NODE_CHECKS.values(), *CROSS_NODE_CHECKS.values())) == 38
 
 
 @pytest.mark.parametrize("words", [CPU, NPU, NPU_RUNTIME, P4, LOCAL, OFFLOAD, DATA, PULL], ids=lambda words: " ".join(words[:2]))
@@ -286,6 +330,24 @@ def test_healthy_nodes(plan_for: PlanFor, words: tuple[str, ...]) -> None:
     plan = plan_for(*words)
     findings = examined(plan, healthy_nodes(plan)).findings
     assert [finding for finding in findings if finding.level != "ok"] == []
+
+
+def test_a_gpu_without_a_fault_in_any_field(plan_for: PlanFor) -> None:
+    plan = plan_for(*P4)
+    for states in (gpu(), gpu(mig="[N/A]", retired="[N/A]", remapped="[N/A]", failure="[N/A]", fabric="[N/A], [N/A]")):
+        findings = examined(plan, healthy_nodes(plan, first=states, second=states)).findings
+        assert [finding for finding in findings if finding.level != "ok"] == []
+
+
+def test_a_driver_that_only_another_stack_takes(plan_for: PlanFor) -> None:
+    """That stack is offered where the plan can have it; a driver that is too old for all of them is to be upgraded."""
+    plan = plan_for("cluster=example", "hardware=h200", "hardware.stack=cuda130")
+    for driver, fix in {
+        "570.133.20": "upgrade the driver to 580 or newer; or hardware.stack=cuda126",
+        "470.10": "upgrade the driver to 580 or newer",
+    }.items():
+        answers = {"devices": H200["devices"].replace("580.159.03", driver)}
+        assert found(examined(plan, healthy_nodes(plan, first=answers)), "driver", HOSTS[0]).fix.split(", which")[0] == fix
 
 
 def test_every_check_passes_on_healthy_nodes(plan_for: PlanFor) -> None:
