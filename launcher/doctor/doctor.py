@@ -3,6 +3,7 @@
 Each finding has a name, the evidence, and the command or override that fixes the problem.
 """
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -35,6 +36,7 @@ from launcher.plan.plan import Plan
 from launcher.ssh.parallel import attempt_each
 from launcher.ssh.transport import Transport
 
+NEXT = "Next: "  # begins the next step in the text of a NodeFailed
 Need = Literal["docker", "cuda", "npu", "ascend_runtime", "device", "several", "named_data", "driver"]
 NEEDS: dict[Need, Callable[[Plan], bool]] = {
     "docker": lambda plan: plan.config.cluster.runtime == "docker",
@@ -68,6 +70,7 @@ class CrossNodeCheck:
 
 NODE_CHECKS: dict[str, Check] = {
     "shell": Check(run=host_checks.check_shell),
+    "ssh_config": Check(run=host_checks.check_ssh_config, launch=False),
     "architecture": Check(run=host_checks.check_architecture),
     "kernel": Check(run=host_checks.check_kernel, launch=False),
     "memory": Check(run=host_checks.check_memory),
@@ -208,13 +211,20 @@ def check_node(
 ) -> Iterator[Finding]:
     checks = {name: check for name, check in NODE_CHECKS.items() if applies(plan, check.needs) and (check.launch or not launching)}
     if isinstance(facts, NodeFailed):
-        evidence, _, fix = str(facts).partition("\n")
-        yield named(REACH, node.host, failed(evidence, fix.strip() or f"ssh {node.host} true"))
+        evidence, _, fix = str(facts).partition(NEXT)
+        yield named(REACH, node.host, failed(evidence.rstrip(), fix.strip() or ssh_command(node)))
         yield from (named(name, node.host, unchecked("the node could not be reached")) for name in checks)
         return
     yield named(REACH, node.host, passed(f"reached as {facts.user}@{facts.hostname}"))
     for name, check in checks.items():
         yield named(name, node.host, check.run(checked[node.host]))
+
+
+def ssh_command(node: Node) -> str:
+    """By which a person reaches the node as the launcher does."""
+    jump = ("-J", node.jump) if node.jump and node.jump != "none" else ()
+    port = ("-p", str(node.port)) if node.port is not None else ()
+    return shlex.join(("ssh", *jump, *port, f"{node.user}@{node.host}" if node.user else node.host, "true"))
 
 
 def compare_nodes(plan: Plan, nodes: Sequence[CheckedNode], launching: bool) -> Iterator[Finding]:

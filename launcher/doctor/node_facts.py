@@ -100,3 +100,4 @@ class NodeFacts:
     files: tuple[str, ...]
     contents: dict[str, PathDigest]
     modes: dict[str, FileMode] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()  # of how the node is reached

@@ -118,6 +118,8 @@ class FakeNode:
         self.files: dict[str, bytes] = {}
         self.asked: list[tuple[str, ...]] = []
 
+    remarks: tuple[str, ...] = ()
+
     def run(self, argv: tuple[str, ...], **_: Any) -> Result:
         self.asked.append(argv)
         if argv[0] == "date":

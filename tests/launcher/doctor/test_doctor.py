@@ -80,9 +80,8 @@ FIVE = "\n".join(ascend()["devices"].splitlines()[: 6 + 5 * 3]) + "\n"
 BUSY = ascend()["devices"].replace("| No running processes found in NPU 2 |", "| 2       0  | 1333928  |  python3  | 37709  |")
 
 NODE_FAULTS: dict[str, tuple[Fault, ...]] = {
-    "shell": (
-        Fault(answers={"shell": "/usr/bin/fish\n"}, says="/usr/bin/fish is not a POSIX shell", fix="sudo chsh -s /bin/bash trainer"),
-    ),
+    "ssh_config": (),  # not a fault of a node: what the launcher does not honour
+    "shell": (),  # commands are run by /bin/sh where the login shell is another one
     "architecture": (
         Fault(answers={"machine": "aarch64\n"}, says="it is aarch64, the cluster file says x86_64", fix="architecture: aarch64"),
     ),
@@ -320,7 +319,7 @@ CROSS_NODE_FAULTS: dict[str, tuple[Fault, ...]] = {
 
 
 def test_the_number_of_checks() -> None:
-    assert (len(NODE_CHECKS), len(CROSS_NODE_CHECKS), len(LIVE_CHECKS)) == (37, 10, 3)
+    assert (len(NODE_CHECKS), len(CROSS_NODE_CHECKS), len(LIVE_CHECKS)) == (38, 10, 3)
     assert set(NODE_FAULTS) == set(NODE_CHECKS) and set(CROSS_NODE_FAULTS) | {"clocks"} == set(CROSS_NODE_CHECKS)
     assert sum(check.launch for check in (*NODE_CHECKS.values(), *CROSS_NODE_CHECKS.values())) == 38
 
@@ -397,13 +396,19 @@ def test_a_node_that_cannot_be_reached(plan_for: PlanFor) -> None:
     ways = [healthy_nodes(plan)[0], NodeFailed("trainer@192.0.2.12:22: no answer within 10 s\n  Next: ssh trainer@192.0.2.12 true")]
     examination = examined(plan, ways)
     theirs = [finding for finding in examination.findings if finding.host == HOSTS[1]]
-    assert [(finding.name, finding.fix) for finding in theirs if finding.level == "error"] == [
-        ("reach", "Next: ssh trainer@192.0.2.12 true")
-    ]
+    assert [(finding.name, finding.fix) for finding in theirs if finding.level == "error"] == [("reach", "ssh trainer@192.0.2.12 true")]
     assert {finding.level for finding in theirs if finding.name != "reach"} == {"unchecked"} and len(theirs) > 10
     assert {finding.level for finding in examination.findings if finding.host == EVERY_NODE} == {"unchecked"}
     assert {finding.level for finding in examination.findings if finding.host == HOSTS[0]} == {"ok"}
     assert examination.choices == () and set(examination.facts) == {HOSTS[0]}
+
+
+def test_all_lines_of_a_failure_are_evidence_but_the_next_step(plan_for: PlanFor) -> None:
+    plan = plan_for("cluster=example", "hardware=cpu", "cluster.nodes.1={host: gpu2, user: me, port: 2200, jump: gate}")
+    tried = "gpu2: the login of user 'me' was refused. Tried:\n  id_rsa: refused\n  agent key x: refused"
+    for text, fix in {f"{tried}\n  Next: ssh-copy-id gpu2": "ssh-copy-id gpu2", tried: "ssh -J gate -p 2200 me@gpu2 true"}.items():
+        finding = found(examined(plan, [healthy_nodes(plan)[0], NodeFailed(text)]), "reach", "gpu2")
+        assert (finding.evidence, finding.fix) == (tried, fix)
 
 
 def test_a_launch_waits_for_less_and_tries_nothing(plan_for: PlanFor) -> None:
