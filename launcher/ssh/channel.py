@@ -49,7 +49,7 @@ class Exchange:
     errors: bytes
 
 
-class NotStarted(NodeFailed):
+class StartFailed(NodeFailed):
     """The login shell did not start the command."""
 
 
@@ -189,5 +189,5 @@ def ended(node: str, channel: Channel, marker: Marker, output: bytes, errors: by
             channel.exit_status,
             next((why for pattern, why in REFUSALS.items() if re.search(pattern, said, re.IGNORECASE)), NO_SHELL),
         )
-        raise NotStarted(f"{node}: {said!r}: {why}" if said else f"{node}: the command did not start (exit code {code}): {why}")
+        raise StartFailed(f"{node}: {said!r}: {why}" if said else f"{node}: the command did not start (exit code {code}): {why}")
     return Exchange(pid=marker.pid, code=channel.exit_status, output=output, errors=errors)

@@ -19,7 +19,7 @@ from launcher.ssh.channel import (
     ConnectionLost,
     Exchange,
     Marker,
-    NotStarted,
+    StartFailed,
     collect,
     command_line,
     ended,
@@ -148,13 +148,13 @@ class Ssh:
         of it."""
         try:
             return self._exchange_once(argv, environment=environment, timeout_s=timeout_s, folder=folder)
-        except NotStarted as first:
+        except StartFailed as first:
             if self.connection.wraps is not None:
                 raise
             self.connection.wraps = True
             try:
                 return self._exchange_once(argv, environment=environment, timeout_s=timeout_s, folder=folder)
-            except NotStarted:
+            except StartFailed:
                 self.connection.wraps = None
                 raise first from None
 

@@ -219,7 +219,7 @@ def test_the_config_of_the_machine_comes_after_that_of_the_user(start: Start, ke
     sshd, system = start(), tmp_path / "ssh_config"
     system.write_text(f"Host gpu*\n  HostName 127.0.0.1\n  Port {sshd.port}\n  User games\n")
     access = access_in(tmp_path / "a", key, sshd.known_line(), system_configs=(system,))
-    access.config.write_text(f"Host other\n  User nobody\nHost gpu7\n  User {USER}\n")
+    access.config.write_text(f"Host other\n  User daemon\nHost gpu7\n  User {USER}\n")
     assert echo(Node(host="gpu7"), access) == "here\n"
     assert "the login of user 'games' was refused" in failure(Node(host="gpu8"), access)
 
