@@ -5,7 +5,7 @@ Each finding has a name, the evidence, and the command or override that fixes th
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from launcher.check.problem import Problem
@@ -125,12 +125,14 @@ LIVE_CHECKS: dict[str, tuple[Need, ...]] = {"container": ("docker",), "connectio
 
 @dataclass(frozen=True, kw_only=True)
 class Examination:
-    """`facts` by host, of the nodes that answered; `choices`: interface and address of the working nodes, in their order, () where some did
-    not answer or share no network; `free_memory`: the least of all of them, None where a node does not print sizes."""
+    """`facts` by host, of the nodes that answered; `choices`: interface and address of the working nodes, in their order, () where some did not
+    answer or share no network; `groups` by host: of the container's user, so that it may open the devices; `free_memory`: the least of all of
+    them, None where a node does not print sizes."""
 
     findings: tuple[Finding, ...]
     facts: dict[str, NodeFacts]
     choices: tuple[NetworkChoice, ...]
+    groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
     free_memory: FreeMemory | None = None
 
 
@@ -170,6 +172,7 @@ def examine(
         findings=tuple(findings),
         facts={host: node.facts for host, node in checked.items()},
         choices=choices,
+        groups={host: found for host, node in checked.items() if (found := device_checks.device_groups(node))},
         free_memory=free_memory.least_free(checked.values()),
     )
 

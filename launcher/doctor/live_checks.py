@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
+from launcher.doctor.device_checks import device_groups
 from launcher.doctor.findings import EVERY_NODE, CheckedNode, CheckResult, failed, passed, unchecked
 from launcher.doctor.host_checks import root_of
 from launcher.doctor.network import NetworkChoice
@@ -131,7 +132,8 @@ def trial_options(checked: CheckedNode, folder: str, token: str) -> tuple[Contai
     )
     mounts = tuple(mount if mount.read_only else replace(mount, source=folder) for mount in options.mounts if mount.path not in left_out)
     name, labels = f"omnilaunch-doctor-{token}-start", {DOCTOR_LABEL: token}
-    return replace(options, name=name, labels=labels, mounts=mounts, env_file=f"{folder}/env", entrypoint="touch"), left_out
+    groups = options.groups or device_groups(checked)
+    return replace(options, name=name, labels=labels, mounts=mounts, groups=groups, env_file=f"{folder}/env", entrypoint="touch"), left_out
 
 
 # ------------------------------------------------------------------------------------------------------------ connections

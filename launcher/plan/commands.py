@@ -84,7 +84,7 @@ def process_command(config: Config, spec: TrainSpec, node: Node, rank: int, inte
 
 def docker_command(config: Config, image: Image, spec: TrainSpec, node: Node, rank: int, user: str) -> NodeCommand:
     container = container_options(config, image, spec, node, rank, user)
-    without_devices = replace(container, devices=(), gpus=(), runtime="", stop_timeout_s=0, mounts=mounts(config.cluster, spec))
+    without_devices = replace(container, devices=(), gpus=(), runtime="", groups=(), stop_timeout_s=0, mounts=mounts(config.cluster, spec))
     check = replace(without_devices, name=data_name(container.name), env_file=data_env_file(spec.output, rank))
     return NodeCommand(
         host=node.host,
@@ -119,6 +119,7 @@ def container_options(config: Config, image: Image, spec: TrainSpec, node: Node,
         gpus=devices.gpus,
         runtime=devices.runtime,
         stop_timeout_s=math.ceil(stop_limit_s(config, model_states(config))),
+        groups=node.groups,
     )
 
 

@@ -256,9 +256,9 @@ NODE_FAULTS: dict[str, tuple[Fault, ...]] = {
     "device_access": (
         Fault(
             words=NPU,
-            answers={"modes": ascend()["modes"].replace("/dev/davinci6 666 0 1000", "/dev/davinci6 660 0 1900")},
-            says="user 1000:1000 of the container may not use /dev/davinci6 (660, owner 0:1900)",
-            fix="cluster.user=1000:1900",
+            answers={"modes": ascend()["modes"].replace("/dev/davinci6 666 0 1000", "/dev/davinci6 660 0 0")},
+            says="user 1000:1000 of the container may not use /dev/davinci6 (660, owner 0:0)",
+            fix="--install-for-all",
         ),
         Fault(words=NPU, answers={"modes": ascend()["modes"].replace("666 0 1000", "600 0 0")}, says="and 8 more", fix="--install-for-all"),
     ),

@@ -153,6 +153,25 @@ def test_a_trial_start_asks_for_the_same_devices(plan_for: PlanFor) -> None:
             assert after(trial, option) == after(plan.commands[0].start, option)
 
 
+def test_the_container_gets_the_groups_that_own_the_devices(plan_for: PlanFor) -> None:
+    """The trial has them, and so has the run (launcher.run.session); root's group is never given."""
+    plan = plan_for(*NPU)
+    closed = {"modes": ascend()["modes"].replace("davinci6 666 0 1000", "davinci6 660 0 1900").replace("svm 666 0 1000", "svm 660 0 1901")}
+    ways = healthy_nodes(plan, first=closed)
+    examination = examined(plan, ways)
+    finding = found(examination, "device_access", HOSTS[0])
+    assert (finding.level, finding.evidence) == (
+        "ok",
+        "user 1000:1000 of the container, in group 1900, 1901 of the node may use the device files",
+    )
+    assert examination.groups == {HOSTS[0]: (1900, 1901)}
+    trials = [next(argv for argv in way.asked if argv[:2] == ("docker", "run") and "touch" in argv) for way in ways]
+    assert [after(trial, "--group-add") for trial in trials] == [["1900", "1901"], []]
+    named = plan_for(*NPU, "cluster.nodes.0.groups=[44]")
+    assert after(named.commands[0].start, "--group-add") == ["44"] and after(named.commands[1].start, "--group-add") == []
+    assert after(named.commands[0].prepare, "--group-add") == [], "the check of the data needs no device"
+
+
 @pytest.mark.parametrize(("name", "query"), [("npu-smi", NPU_QUERY), ("nvidia-smi", NVIDIA_APPS_QUERY)])
 def test_a_tool_outside_the_path_of_the_login_is_found(tmp_path: Path, name: str, query: tuple[str, ...]) -> None:
     assert {"/usr/local/sbin", "/usr/local/bin", "/usr/bin", "/usr/lib/wsl/lib"} <= set(TOOL_FOLDERS.split(":"))
