@@ -10,7 +10,7 @@ from typing import Literal
 
 from launcher.check.problem import Problem
 from launcher.config.schema import Node
-from launcher.doctor import cross_node_checks, device_checks, free_memory, gpu_checks, host_checks, live_checks
+from launcher.doctor import cross_node_checks, device_checks, engine_checks, free_memory, gpu_checks, host_checks, live_checks
 from launcher.doctor.findings import (
     EVERY_NODE,
     REACH,
@@ -86,6 +86,11 @@ NODE_CHECKS: dict[str, Check] = {
     "docker_version": Check(run=host_checks.check_docker_version, needs=("docker",)),
     "docker_storage": Check(run=host_checks.check_docker_storage, needs=("docker",), launch=False),
     "docker_room": Check(run=host_checks.check_docker_room, needs=("docker",)),
+    "rootless": Check(run=engine_checks.check_rootless, needs=("docker",)),
+    "user_namespace": Check(run=engine_checks.check_user_namespace, needs=("docker",)),
+    "snap": Check(run=engine_checks.check_snap, needs=("docker",)),
+    "docker_disk": Check(run=engine_checks.check_docker_disk, needs=("docker",), launch=False),
+    "docker_proxy": Check(run=engine_checks.check_docker_proxy, needs=("docker",)),
     "toolkit": Check(run=host_checks.check_toolkit, needs=("docker", "cuda")),
     "image": Check(run=host_checks.check_image, needs=("docker",)),
     "rendezvous_port": Check(run=host_checks.check_rendezvous_port, needs=("several",)),

@@ -153,6 +153,7 @@ def read_docker(answers: Mapping[str, CommandOutput]) -> Docker:
         facts = {}
     engine = str(facts.get("ServerVersion") or "")
     error = " ".join(facts.get("ServerErrors") or ()) or said.failure
+    security = {str(option).partition(",")[0] for option in facts.get("SecurityOptions") or ()}
     if "host" in facts and not engine:  # the output of podman's `info`
         error = PODMAN
     return Docker(
@@ -163,6 +164,10 @@ def read_docker(answers: Mapping[str, CommandOutput]) -> Docker:
         storage_driver=str(facts.get("Driver") or ""),
         space=read_disk_space(str(facts.get("DockerRootDir") or ""), answers["docker_room"].good),
         toolkit=bool(answers["toolkit"].output.strip()),
+        file_system=answers.get("docker_disk", NOT_ASKED).good.strip(),
+        rootless="name=rootless" in security,
+        remapped="name=userns" in security,
+        proxy=str(facts.get("HttpsProxy") or facts.get("HttpProxy") or ""),
     )
 
 

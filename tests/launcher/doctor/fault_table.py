@@ -124,7 +124,40 @@ NODE_FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault(answers={"docker": STOPPED}, says="Cannot connect", fix="sudo systemctl enable --now docker"),
         Fault(answers={"docker": (124, "", "")}, says="no answer in time", fix="systemctl"),
     ),
-    "docker_version": (Fault(answers={"docker": docker_info("19.03.15")}, says="19.03.15 is older than 20.10"),),
+    "docker_version": (
+        Fault(answers={"docker": docker_info("19.03.15")}, says="19.03.15 is older than 20.10.10"),
+        Fault(answers={"docker": docker_info("20.10.7")}, says="can start no thread", fix="update it"),
+    ),
+    "rootless": (
+        Fault(
+            answers={"docker": docker_info(SecurityOptions=["name=seccomp", "name=rootless"])}, says="cannot reach", fix="unset DOCKER_HOST"
+        ),
+        Fault(
+            words=("cluster.runtime=docker", "cluster.user=1000:1000"),
+            answers={"docker": docker_info(SecurityOptions=["name=rootless"])},
+            says="user 1000:1000 of the container may not write",
+            fix="cluster.user=0:0",
+            place=0,
+        ),
+    ),
+    "user_namespace": (Fault(answers={"docker": docker_info(SecurityOptions=["name=userns"])}, says="userns-remap", fix="daemon.json"),),
+    "snap": (
+        Fault(
+            answers={"docker": docker_info(DockerRootDir="/var/snap/docker/common/var-lib-docker")},
+            says="sees no files at /srv/omnilaunch",
+            fix="cluster.root=FOLDER below /home",
+        ),
+    ),
+    "docker_disk": (Fault(answers={"docker_disk": "nfs\n"}, says="/var/lib/docker is on nfs", fix="data-root", level="warning"),),
+    "docker_proxy": (
+        Fault(
+            words=(*CPU, "cluster.delivery.kind=build_on_nodes"),
+            answers={"docker": docker_info(HttpsProxy="http://xxxxx:xxxxx@proxy:3128"), "image": (1, "", "No such image")},
+            says="the build of the image would not use it",
+            fix="cluster.delivery.proxy=URL",
+            level="warning",
+        ),
+    ),
     "docker_storage": (Fault(answers={"docker": docker_info(storage="vfs")}, says="vfs", fix="overlay2", level="warning"),),
     "docker_room": (
         Fault(answers={"docker_room": df(1_000_000)}, says="1.0 GiB free", fix="docker system df"),
