@@ -148,7 +148,9 @@ def test_a_trial_start_asks_for_the_same_devices(plan_for: PlanFor) -> None:
         plan = plan_for(*words)
         ways = healthy_nodes(plan, first={"docker": docker_info()})
         examined(plan, ways)
-        trial = next(argv for argv in ways[0].asked if argv[:2] == ("docker", "run") and "touch" in argv)
+        trial = next(
+            argv for argv in ways[0].asked if argv[:2] == ("docker", "run") and "-c" in argv and "trial" in argv[argv.index("-c") + 1]
+        )
         for option in ("--device", "--runtime"):
             assert after(trial, option) == after(plan.commands[0].start, option)
 
@@ -165,7 +167,10 @@ def test_the_container_gets_the_groups_that_own_the_devices(plan_for: PlanFor) -
         "user 1000:1000 of the container, in group 1900, 1901 of the node may use the device files",
     )
     assert examination.groups == {HOSTS[0]: (1900, 1901)}
-    trials = [next(argv for argv in way.asked if argv[:2] == ("docker", "run") and "touch" in argv) for way in ways]
+    trials = [
+        next(argv for argv in way.asked if argv[:2] == ("docker", "run") and "-c" in argv and "trial" in argv[argv.index("-c") + 1])
+        for way in ways
+    ]
     assert [after(trial, "--group-add") for trial in trials] == [["1900", "1901"], []]
     named = plan_for(*NPU, "cluster.nodes.0.groups=[44]")
     assert after(named.commands[0].start, "--group-add") == ["44"] and after(named.commands[1].start, "--group-add") == []
