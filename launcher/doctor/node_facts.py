@@ -74,6 +74,16 @@ class FileMode:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RdmaPort:
+    """`state`: ACTIVE where it can be used; `kind`: InfiniBand or Ethernet."""
+
+    device: str
+    number: str
+    state: str
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class NodeFacts:
     """The answers of a node. `memlock_kib` None = unlimited; `ports`: TCP ports in use for listening; `image_id` '' = the image is not on
     the node; `device_faults`: what nvidia-smi or npu-smi warns of, or why no devices could be read; `modes`: of the device files that are
@@ -106,3 +116,5 @@ class NodeFacts:
     contents: dict[str, PathDigest]
     modes: dict[str, FileMode] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()  # of how the node is reached
+    rdma_ports: tuple[RdmaPort, ...] = ()
+    rdma_files: tuple[str, ...] = ()

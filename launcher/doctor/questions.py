@@ -57,7 +57,7 @@ DOCKER_QUESTIONS: dict[str, tuple[str, ...]] = {
 }
 DEVICE_QUESTIONS: dict[Accelerator, dict[str, tuple[str, ...]]] = {
     "cpu": {},
-    "cuda": {"devices": NVIDIA_QUERY, "apps": NVIDIA_APPS_QUERY, "files": ("sh", "-c", "ls -d /dev/nvidia*")},
+    "cuda": {"devices": NVIDIA_QUERY, "apps": NVIDIA_APPS_QUERY, "files": ("sh", "-c", "ls -d /dev/nvidia*"), "rdma": ("rdma.sh",)},
     "npu": {
         "devices": NPU_QUERY,
         "driver": ("cat", ASCEND_DRIVER_FILE),

@@ -100,7 +100,12 @@ def healthy(address: str = HOSTS[0]) -> dict[str, str]:
 
 
 def p4() -> dict[str, str]:
-    return {"devices": (GOLDEN / "nvidia-p4.csv").read_text(), "apps": "", "files": "/dev/nvidia0\n/dev/nvidiactl\n/dev/nvidia-uvm\n"}
+    return {
+        "devices": (GOLDEN / "nvidia-p4.csv").read_text(),
+        "apps": "",
+        "files": "/dev/nvidia0\n/dev/nvidiactl\n/dev/nvidia-uvm\n",
+        "rdma": "",
+    }
 
 
 def ascend() -> dict[str, str]:

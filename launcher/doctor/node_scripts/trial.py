@@ -26,9 +26,14 @@ def write(path: str) -> None:
         return
 
 
-for path in sys.argv[1:]:
-    attempt(f"{path} cannot be written by uid {os.getuid()}", partial(write, path))
-attempt("a thread cannot be started", lambda: threading.Thread(target=int).start())
-for path in sorted(glob.glob("/dev/davinci[0-9]*")):  # noqa: PTH207
-    attempt(f"{path} cannot be opened by uid {os.getuid()} with groups {os.getgroups()}", partial(open_device, path))
-attempt("torch cannot be imported", lambda: __import__("torch"))
+def main(files: list[str]) -> None:
+    for path in files:
+        attempt(f"{path} cannot be written by uid {os.getuid()}", partial(write, path))
+    attempt("a thread cannot be started", lambda: threading.Thread(target=int).start())
+    for path in sorted(glob.glob("/dev/davinci[0-9]*")):  # noqa: PTH207
+        attempt(f"{path} cannot be opened by uid {os.getuid()} with groups {os.getgroups()}", partial(open_device, path))
+    attempt("torch cannot be imported", lambda: __import__("torch"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -58,6 +58,7 @@ def gpu(
     return {"devices": f"fields: {','.join(NVIDIA_FIELDS)}\n{p4()['devices'].strip()}, {states}\n"}
 
 
+RDMA = "port mlx5_0 1 ACTIVE InfiniBand\nport mlx5_1 1 DOWN InfiniBand\nfile /dev/infiniband/uverbs0\n"
 FIVE = "\n".join(ascend()["devices"].splitlines()[: 6 + 5 * 3]) + "\n"
 BUSY = ascend()["devices"].replace("| No running processes found in NPU 2 |", "| 2       0  | 1333928  |  python3  | 37709  |")
 
@@ -266,6 +267,28 @@ NODE_FAULTS: dict[str, tuple[Fault, ...]] = {
             words=P4, answers=gpu(fabric="In Progress, N/A"), says="device 0: In Progress", fix="nvidia-fabricmanager; its version must be"
         ),
     ),
+    "rdma": (
+        Fault(
+            words=P4,
+            answers={"rdma": "port mlx5_0 1 DOWN InfiniBand\n"},
+            says="mlx5_0 port 1 (InfiniBand, DOWN)",
+            fix="ibstat",
+            level="warning",
+        ),
+        Fault(
+            words=P4,
+            answers={"rdma": "port mlx5_0 1 ACTIVE Ethernet\n"},
+            says="no /dev/infiniband/uverbs*",
+            fix="modprobe ib_uverbs",
+            level="warning",
+        ),
+        Fault(
+            words=(*P4, "cluster.runtime=docker", "cluster.ulimits={memlock: '65536'}"),
+            answers={"rdma": RDMA},
+            says="cluster.ulimits.memlock=65536 forbids it",
+            fix="cluster.ulimits.memlock=-1",
+        ),
+    ),
     "driver": (
         Fault(
             words=NPU,
@@ -315,6 +338,9 @@ CROSS_NODE_FAULTS: dict[str, tuple[Fault, ...]] = {
     "same_count": (
         Fault(words=NPU, answers={"devices": FIVE}, says="it has 5 devices, the others have 8", fix="cluster.devices_per_node=4"),
         Fault(words=(*NPU, "cluster.devices_per_node=4"), answers={"devices": FIVE}, says="the run takes 4 of each", level="warning"),
+    ),
+    "same_rdma": (
+        Fault(words=P4, answers={"rdma": RDMA}, says="it has InfiniBand, the others have sockets", fix="NCCL_IB_DISABLE", level="warning"),
     ),
     "same_driver": (
         Fault(words=NPU, answers={"driver": "Version=25.5.1\n"}, says="driver 25.5.1, the others have 25.2.0", level="warning"),

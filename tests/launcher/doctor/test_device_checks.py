@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from launcher.doctor.findings import EVERY_NODE
 from launcher.doctor.smi import NPU_QUERY, NVIDIA_APPS_QUERY, TOOL_FOLDERS
 from launcher.errors import ConfigRefused
 from launcher.plan.plan import Plan
 from launcher.ssh.transport import Local
+from tests.launcher.doctor.fault_table import RDMA
 from tests.launcher.fake_nodes import HOSTS, NPU, NPU_RUNTIME, P4, ascend, docker_info, examined, found, healthy_nodes, p4
 
 PlanFor = Callable[..., Plan]
@@ -175,6 +177,20 @@ def test_the_container_gets_the_groups_that_own_the_devices(plan_for: PlanFor) -
     named = plan_for(*NPU, "cluster.nodes.0.groups=[44]")
     assert after(named.commands[0].start, "--group-add") == ["44"] and after(named.commands[1].start, "--group-add") == []
     assert after(named.commands[0].prepare, "--group-add") == [], "the check of the data needs no device"
+
+
+def test_a_node_with_rdma_hands_it_to_the_container(plan_for: PlanFor) -> None:
+    plan = plan_for(*P4)
+    examination = examined(plan, healthy_nodes(plan, first={"rdma": RDMA}, second={"rdma": RDMA}))
+    assert (
+        examination.rdma == set(HOSTS) and found(examination, "rdma", HOSTS[0]).evidence == "NCCL takes mlx5_0 port 1 (InfiniBand, ACTIVE)"
+    )
+    assert found(examination, "same_rdma", EVERY_NODE).evidence == "all have InfiniBand"
+    without = plan_for(*P4, "cluster.environment.NCCL_IB_DISABLE='1'")
+    assert examined(without, healthy_nodes(without, first={"rdma": RDMA})).rdma == frozenset()
+    given = plan_for(*P4, "cluster.nodes.0.rdma=true")
+    assert after(given.commands[0].start, "--device") == ["/dev/infiniband"] and "memlock=-1" in after(given.commands[0].start, "--ulimit")
+    assert after(given.commands[1].start, "--device") == [] and after(given.commands[0].prepare, "--device") == []
 
 
 @pytest.mark.parametrize(("name", "query"), [("npu-smi", NPU_QUERY), ("nvidia-smi", NVIDIA_APPS_QUERY)])
