@@ -23,6 +23,7 @@ FOLDER_VARIABLE = "OMNILAUNCH_RUN_FOLDER"  # the processes of a run are found by
 PART_VARIABLE = "OMNILAUNCH_RUN_PART"  # "<part> <folder>": the ranks of a run end while its data check goes on
 TORCHRUN = "torch.distributed.run"  # the module
 WRITABLE_HOME = "/tmp"  # HOME in the container: caches of torch and transformers are removed with it
+RDMA_LIMITS = {"memlock": "-1"}  # it registers memory, which the kernel then may not move
 CANN_LOGS = "cann"  # folder of CANN's own logs in the run's folder, with one folder per node
 PINNED_VARIABLES = {
     "PYTHONUNBUFFERED": "1",
@@ -113,7 +114,7 @@ def container_options(config: Config, image: Image, spec: TrainSpec, node: Node,
         user=user,
         labels={RUN_LABEL: spec.run_id, "omnilaunch.node": str(rank)},
         shm_size=cluster.shm_size,
-        ulimits=dict(sorted(cluster.ulimits.items())),
+        ulimits=dict(sorted({**(RDMA_LIMITS if node.rdma else {}), **cluster.ulimits}.items())),
         mounts=(*mounts(cluster, spec), *devices.mounts),
         devices=devices.devices,
         gpus=devices.gpus,
