@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from trainer.contract import DataProblem
-from trainer.data.containers import annotation
+from trainer.data.containers import annotation, json_text
 from trainer.data.containers.annotation import read_rows, stream_rows
 
 GOOD = {
@@ -86,7 +86,7 @@ LISTS = [
 @pytest.mark.parametrize("size", [1, 2, 5, 2**20])
 def test_a_list_is_read_in_parts(text: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same rows, and the same message with line and column, wherever a part ends."""
-    monkeypatch.setattr(annotation, "LIST_BYTES", size)
+    monkeypatch.setattr(json_text, "LIST_BYTES", size)
     file = tmp_path / "rows.json"
     file.write_text(text, encoding="utf-8")
     try:
