@@ -4,6 +4,7 @@ Whether the rows are valid is not looked at: the data check refuses a run with o
 """
 
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from itertools import chain, groupby
@@ -15,6 +16,7 @@ from trainer.contract.json_shape import find_shape, rows_of_object
 from trainer.contract.row_file import find_container, import_pyarrow, open_binary, open_text, split_member
 from trainer.contract.table_text import read_table
 
+BLANK = re.compile(r"\s*")
 UNREADABLE = (OSError, ValueError, EOFError, RecursionError, TypeError, KeyError, AttributeError, tarfile.TarError, ModuleNotFoundError)
 
 
@@ -87,11 +89,12 @@ def parse_list(line: str) -> Any:
 
 
 def read_values(text: str) -> Iterator[Any]:
-    decode, place, values = json.JSONDecoder().raw_decode, 0, []
-    while text[place:].strip():
-        place += len(text[place:]) - len(text[place:].lstrip())
-        value, place = decode(text, place)
+    decode, values = json.JSONDecoder().raw_decode, list[Any]()
+    place = BLANK.match(text).end()  # type: ignore[union-attr]  # it matches an empty text
+    while place < len(text):
+        value, end = decode(text, place)
         values.append(value)
+        place = BLANK.match(text, end).end()  # type: ignore[union-attr]
     yield from values if len(values) > 1 else read_single(*values)
 
 

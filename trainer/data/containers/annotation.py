@@ -183,6 +183,7 @@ def stream_lines(file: Path, begin: Begin, opened: TextIO) -> Iterator[Found]:
             row = decoder.decode(line)
         except (ValueError, RecursionError) as error:
             fix = "write a list [ ... ], or one complete JSON object per line; " + SYNTAX_HELP.split(";")[0]
+            fix = fix if isinstance(error, json.JSONDecodeError) else "shorten this value, or remove the row"
             yield row_problem(file, place, describe(error), fix)
             continue
         yield row_or_problem(file, place, row, decoder)
