@@ -12,6 +12,7 @@ from trainer.contract.row_file import Container
 MOST_CHARACTERS = 2**28  # of a cell: one may hold an image in base64
 # Cells that may hold a list or an object. Other texts that begin with a bracket stay texts.
 LISTED = frozenset(("messages", "conversations", "conversation", "history", "images", "image", "answers", "objects", "tools", "texts"))
+WRITE_TABLE = "write the names of the keys in the first line, then one row for each conversation"
 OPENING = ("[", "{")
 
 
@@ -28,26 +29,28 @@ def read_table(opened: TextIO, container: Container) -> Iterator[tuple[int, dict
     header is a TableFault in its place. Raises TableFault for a table without rows or with an unusable header, and for one in which quotes are not
     closed."""
     csv.field_size_limit(MOST_CHARACTERS)
-    first = opened.readline(MOST_CHARACTERS)
+    blank = 0
+    while (first := opened.readline(MOST_CHARACTERS)) and not first.strip():
+        blank += 1
+    if not first:
+        raise TableFault("is empty", WRITE_TABLE)
     if not first.endswith("\n") and "\r" in first.rstrip("\r"):
         raise TableFault("has lines that end with a carriage return alone", "save it with line feeds")
     delimiter = find_delimiter(first, container)
     reader = csv.reader(chain((first,), iter(lambda: opened.readline(MOST_CHARACTERS), "")), delimiter=delimiter, strict=True)
     try:
         names = check_header(next(reader, []))
-        begin, count = reader.line_num + 1, 0
+        begin, count = blank + reader.line_num + 1, 0
         for cells in reader:
             if cells:
                 count += 1
                 yield begin, make_row(names, cells)
-            begin = reader.line_num + 1
+            begin = blank + reader.line_num + 1
     except csv.Error as error:
         fix = 'write a text with a quote, a delimiter or a line feed in quotes, and each quote in it twice: "He said ""yes"""'
-        raise TableFault(f"is not a valid table: {error} at line {reader.line_num}", fix) from error
+        raise TableFault(f"is not a valid table: {error} at line {blank + reader.line_num}", fix) from error
     if not count:
-        raise TableFault(
-            "has a header and no rows" if first.strip() else "is empty", "write the names of the keys, then one row for each conversation"
-        )
+        raise TableFault("has a header and no rows", WRITE_TABLE)
 
 
 def find_delimiter(header: str, container: Container) -> str:
