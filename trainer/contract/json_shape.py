@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.contract.row_file import suffix_of
+from trainer.contract.annotation_file import is_list
 
 Shape = Literal["list", "lines", "objects"]
 
@@ -30,7 +30,7 @@ def find_shape(file: Path, first: str, second: str, *, cut: bool) -> Shape:
     """`first`: the first line that is not blank, or its beginning if it is `cut`; `second`: the line after it. A .jsonl file is read line by line,
     where a line may be a list of conversations, unless its first line is only the beginning of a list or of an object."""
     letter = first.lstrip()[:1]
-    if letter == "[" and suffix_of(file) != ".jsonl":
+    if is_list(file, letter):
         return "list"
     if letter not in ("[", "{"):
         return "lines"
