@@ -283,7 +283,7 @@ def data_is_named(config: Config, _: Mapping[str, Stack]) -> Iterator[Problem]:
         wanted = ["train"] * bool(stage.quantization.calibration) + ["evaluation"] * stage.quantization.compare
     for name in wanted:
         if not getattr(data, name):
-            what = "is empty: set its path (a JSON list of rows, or JSON Lines)"
+            what = "is empty: set its path (JSON, JSON Lines, csv, parquet, Arrow or tar)"
             yield Problem(key=f"data.{name}", what=what, changes=(f"data.{name}=FILE.json",))
 
 

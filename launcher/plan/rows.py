@@ -1,22 +1,20 @@
 """The rows to train on, counted on this machine, and the steps that run.epochs stands for.
 
-A row is counted as trainer.data.rows reads it, by the same trainer.contract.annotation_file: an item of a JSON list or a line of JSON Lines,
-each conversation of a list in it, and the files of an InternVL meta file as often as it says. Whether the rows are valid is not looked at:
-the data check refuses a run with others.
+A row is counted as trainer.data.rows reads it (launcher.plan.row_count), each conversation of a list in it, and the files of an InternVL meta file
+as often as it says.
 """
 
-import json
 import shlex
-from collections.abc import Iterator, Set
+from collections.abc import Set
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from launcher.check.problem import Problem
 from launcher.config.defaults import EPOCHS, count_steps, keys_of, with_short_warmup
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused, suggest
-from trainer.contract.annotation_file import count_repeated, first_letter, is_list, read_meta
+from launcher.plan.row_count import count_rows
+from trainer.contract.row_file import BY_SUFFIX, COMPRESSED, suffix_of
 
 BUILTIN_ROWS = 1500  # that train, of each of the built-in sets (trainer.data.digits.TRAIN_ROWS)
 QUICK_BYTES = 64 * 2**20  # counted in a second, also where no epochs are asked for
@@ -81,7 +79,10 @@ def ask_for_rows(config: Config) -> str:
 
 def count_with(file: str) -> str:
     """The command that counts the rows of a file, by its name."""
-    lines, items = f"wc -l {shlex.quote(file)}", f"jq length {shlex.quote(file)}"
+    quoted = shlex.quote(file)
+    if suffix_of(Path(file)) in BY_SUFFIX or Path(file).suffix in COMPRESSED:
+        return f"omnilaunch data check data=files data.train={quoted}"
+    lines, items = f"wc -l {quoted}", f"jq length {quoted}"
     return lines if file.endswith(".jsonl") else f"{items}, or for JSON Lines {lines}"
 
 
@@ -96,43 +97,14 @@ def find_rows(config: Config, here: Path) -> int:
     return data.rows or counted
 
 
+def is_named_as_rows(path: Path) -> bool:
+    return suffix_of(path) in (*BY_SUFFIX, ".json", ".jsonl")
+
+
 def suggest_file(file: Path) -> str:
     if file.is_dir():
         return "that is a folder: name the JSON file in it"
-    names = sorted(path.name for path in file.parent.glob("*.json*")) if file.parent.is_dir() else []
+    names = sorted(path.name for path in file.parent.iterdir() if is_named_as_rows(path)) if file.parent.is_dir() else []
     if not names:
-        return f"no JSON file is in {file.parent}" if file.parent.is_dir() else f"there is no folder {file.parent} either"
+        return f"no file of rows is in {file.parent}" if file.parent.is_dir() else f"there is no folder {file.parent} either"
     return suggest(file.name, names)
-
-
-# ---------------------------------------------------------------------------------------------------------------- count
-
-
-def count_rows(file: Path) -> int:
-    """Rows of a file; 0 for one that cannot be read, or that is not JSON: the data check says what is wrong with it."""
-    try:
-        meta = read_meta(file)
-        if meta is not None:
-            return sum(count_entry(entry, file.parent) for entry in meta.values())
-        return sum(map(count_conversations, read_rows(file)))
-    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
-        return 0
-
-
-def count_entry(entry: Any, folder: Path) -> int:
-    return count_repeated(count_rows(folder / entry["annotation"]), entry.get("repeat_time", 1))
-
-
-def read_rows(file: Path) -> Iterator[Any]:
-    """The rows of a list; of JSON Lines only those that are lists, and None for the others, which are not parsed."""
-    if is_list(file, first_letter(file)):
-        yield from json.loads(file.read_text(encoding="utf-8-sig"))
-        return
-    with file.open(encoding="utf-8-sig", newline="\n") as opened:
-        for line in opened:
-            if line.strip():
-                yield json.loads(line) if line.lstrip().startswith("[") else None
-
-
-def count_conversations(row: Any) -> int:
-    return len(row) if isinstance(row, list) and row else 1

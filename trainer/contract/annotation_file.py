@@ -1,11 +1,14 @@
 """How the rows of a data set are laid out in files, before any row is looked at: the launcher counts the rows that the trainer reads.
 
-A file is a JSON list, or JSON Lines; or it is a meta file of InternVL, which lists other files (trainer.data.sources.source).
+A file has rows in one of the containers of trainer.contract.row_file, JSON in the shapes of trainer.contract.json_shape; or it is a meta file of
+InternVL, which lists other files (trainer.data.sources.source).
 """
 
 import json
 from pathlib import Path
 from typing import Any
+
+from trainer.contract.row_file import suffix_of
 
 META_BYTES = 8 * 2**20  # a meta file lists a few hundred data sets; a larger file contains rows
 
@@ -33,7 +36,7 @@ def first_letter(file: Path) -> str:
 
 def is_list(file: Path, letter: str) -> bool:
     """Whether the rows are one JSON list, and not JSON Lines, where a line may be a list too. `letter`: the first of the file."""
-    return letter == "[" and file.suffix != ".jsonl"
+    return letter == "[" and suffix_of(file) != ".jsonl"
 
 
 def count_repeated(rows: int, repeat: float) -> int:

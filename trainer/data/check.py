@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from trainer.data.digits import QUESTIONS, write_digits
 from trainer.data.examination import DataExamination, SourceTally
 from trainer.data.kept_check import find_check, keep_check, key_of_check
 from trainer.data.media.image import hash_file
+from trainer.data.media.store import MediaStore
 from trainer.data.summary import summarise
 
 KEPT_PROBLEMS = 50
@@ -21,11 +22,12 @@ REUSED = "data: files and rules are unchanged since an earlier check, whose resu
 @dataclass(frozen=True, kw_only=True)
 class DataPaths:
     """The paths of the data. `train` and `evaluation` are None when the spec has none. `images` None: image paths start at the folder of
-    the file that has them."""
+    the file that has them. `store`: for images that are not files."""
 
     train: Path | None
     evaluation: Path | None
     images: Path | None
+    store: MediaStore = field(default_factory=MediaStore)
 
     def images_of(self, file: Path) -> Path:
         """The folder that the image paths of an annotation file start at."""

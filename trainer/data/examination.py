@@ -9,10 +9,11 @@ from pathlib import Path
 
 from trainer.contract import DataProblem, TrainSpec
 from trainer.contract.annotation_file import count_repeated
-from trainer.data.containers.annotation import Position
+from trainer.data.containers.found import Position
 from trainer.data.learning_facts import FactTally
 from trainer.data.length import LengthTally
 from trainer.data.media.image import Examined
+from trainer.data.media.store import MediaStore, store_of
 from trainer.data.rows.sample import Sample, stream_source
 from trainer.data.sample_check import examine_images, find_moved_boxes, find_problems
 from trainer.data.sources.source import AnnotationSource, find_sources
@@ -37,7 +38,7 @@ class DataExamination:
 
     def __init__(self, spec: TrainSpec, say: Callable[[str], None]) -> None:
         self.spec, self.say, self.images = spec, say, dict[Path, Examined]()
-        self.samples, self.facts = SampleTally(), FactTally()
+        self.samples, self.facts, self.store = SampleTally(), FactTally(), store_of(spec)
         self.lengths = LengthTally(spec, unmeasured=BUILT_IN if spec.data.builtin else "")
         self.row_problems: list[DataProblem] = []
         self.wrong: list[DataProblem] = []
@@ -56,7 +57,7 @@ class DataExamination:
             self.tallies[file] = [self._read_source(source, file == training, progress) for source in sources]
         if held_out is not None and held_out == training:
             for source in found[held_out][0]:
-                for sample in stream_source(source):
+                for sample in stream_source(source, store=self.store):
                     if isinstance(sample, Sample):
                         self.facts.add_held_out(sample, self.images, max(1, int(source.repeat)))
 
@@ -70,8 +71,8 @@ class DataExamination:
 
     def _read_source(self, source: AnnotationSource, training: bool, progress: "ReadingProgress") -> SourceTally:
         tally = SourceTally(source.file, max(1, int(source.repeat)))
-        wanted = count_repeated(count_samples(source), source.repeat) if source.repeat < 1 else sys.maxsize
-        for found in in_chunks(stream_source(source, progress.begin())):
+        wanted = count_repeated(count_samples(source, self.store), source.repeat) if source.repeat < 1 else sys.maxsize
+        for found in in_chunks(stream_source(source, progress.begin(), self.store)):
             samples = [item for item in found if isinstance(item, Sample)][: wanted - tally.samples]
             self.row_problems += (item for item in found if isinstance(item, DataProblem))
             tally.samples += len(samples)
@@ -107,8 +108,8 @@ def in_chunks(items: Iterator[Sample | DataProblem]) -> Iterator[list[Sample | D
         yield chunk
 
 
-def count_samples(source: AnnotationSource) -> int:
-    return sum(isinstance(found, Sample) for found in stream_source(source))
+def count_samples(source: AnnotationSource, store: MediaStore) -> int:
+    return sum(isinstance(found, Sample) for found in stream_source(source, store=store))
 
 
 class ReadingProgress:

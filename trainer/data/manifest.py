@@ -15,6 +15,7 @@ from trainer.contract.checkpoint_files import STATE_FILES
 from trainer.contract.listing import describe_changes
 from trainer.data.check import DataPaths
 from trainer.data.media.image import hash_file
+from trainer.data.media.store import MEDIA_FOLDER, store_of
 
 HASHES_FILE = "hashes.json"
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
@@ -27,6 +28,9 @@ def list_inputs(spec: TrainSpec, paths: DataPaths, files: Mapping[Path, str]) ->
 
 
 def name_below(path: Path, paths: DataPaths, spec: TrainSpec) -> str:
+    for folder in store_of(spec).folders:
+        if path.is_relative_to(folder):
+            return f"{MEDIA_FOLDER}/{path.relative_to(folder).as_posix()}"
     first = paths.train or paths.evaluation
     below = paths.images or (first.parent if first else Path(spec.data.root))
     for folder in (below, Path(spec.data.root)):

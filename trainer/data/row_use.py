@@ -10,6 +10,7 @@ from trainer.data.batch.assign_to_ranks import window_around
 from trainer.data.batch.order import permute
 from trainer.data.check import DataPaths
 from trainer.data.kept_folder import kept_folder
+from trainer.data.media.store import store_of
 from trainer.data.rows.indexed_samples import INDEX_FOLDER, index_samples
 
 LISTED = 1000  # uses of a report: the earliest ones
@@ -26,7 +27,7 @@ def find_uses(spec: TrainSpec, paths: DataPaths, problems: Iterable[DataProblem]
     if spec.stage.kind != "train" or file is None or not rows:
         return ()
     try:
-        samples = index_samples(file, paths.images_of(file), kept_folder(spec.data, INDEX_FOLDER))
+        samples = index_samples(file, paths.images_of(file), kept_folder(spec.data, INDEX_FOLDER), store_of(spec))
     except (OSError, InputRefused):
         return ()
     return first_uses(spec, len(samples), [(named, row, number) for number, named, row in samples.find_rows(rows)])

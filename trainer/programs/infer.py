@@ -25,6 +25,7 @@ from trainer.data.batch.cache import Cache
 from trainer.data.batch.collate import Features
 from trainer.data.batch.load import prefetch
 from trainer.data.media.image import hash_file, open_image, read_size
+from trainer.data.media.store import store_of
 from trainer.data.rows.image_form import describe
 from trainer.data.rows.parsed_row import Turn
 from trainer.data.rows.request import Request, place_images, read_requests
@@ -95,7 +96,7 @@ def read_input(spec: TrainSpec, options: Inference, form: ImageForm) -> tuple[Re
     """The questions of the file, or the one question. Raises InputRefused."""
     if options.input:
         file = Path(options.input)
-        return read_requests(file, Path(spec.data.images) if spec.data.images else file.parent, form)
+        return read_requests(file, Path(spec.data.images) if spec.data.images else file.parent, form, store_of(spec))
     images = (Path(options.image),) if options.image else ()
     turns = (Turn(role="user", content=options.prompt, field="stage.inference.prompt"),)
     asked = place_images(turns, len(images), form, refuse_prompt)

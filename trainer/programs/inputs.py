@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from trainer.contract import (
@@ -17,6 +18,7 @@ from trainer.contract import (
 )
 from trainer.data.check import DataPaths, prepare, resolve
 from trainer.data.kept_folder import kept_folder
+from trainer.data.media.store import store_of
 from trainer.data.rows.indexed_samples import INDEX_FOLDER, open_samples
 from trainer.data.rows.sample import Sample, Samples, read_samples
 from trainer.data.sources.source import hash_sources
@@ -39,14 +41,14 @@ def prepare_data(spec: TrainSpec) -> DataPaths:
     """Also writes a builtin data set that this node does not have yet."""
     report_phase(2)
     prepare(spec.data)
-    return resolve(spec.data)
+    return replace(resolve(spec.data), store=store_of(spec))
 
 
 def load_samples(file: Path | None, paths: DataPaths, form: ImageForm = LINE_FEED) -> tuple[Sample, ...]:
     """Raises InputRefused with every problem: skipping bad rows would silently change the data set. `form`: of images in rows to ask."""
     if file is None:
         return ()
-    samples, problems = read_samples(file, paths.images_of(file), form)
+    samples, problems = read_samples(file, paths.images_of(file), form, paths.store)
     if problems:
         raise InputRefused("\n".join(describe_groups(problems, SHOWN_CAUSES)))
     return samples
@@ -59,7 +61,7 @@ def load_training_samples(spec: TrainSpec, paths: DataPaths) -> tuple[Samples, s
     if file is None:
         return (), ""
     try:
-        indexed = open_samples(file, images, kept_folder(spec.data, INDEX_FOLDER))
+        indexed = open_samples(file, images, kept_folder(spec.data, INDEX_FOLDER), paths.store)
     except OSError as error:
         raise InputRefused(f"{file} cannot be read: {error}\n    set data.train to the path of a readable file") from error
     if indexed is None:

@@ -13,13 +13,14 @@ from typing import Any
 
 from trainer.contract import ImageForm
 from trainer.data.rows.parsed_row import MARK, AddProblem, ParsedRow, Row, Turn, shorten
-from trainer.data.rows.row_images import insert_marks, join_parts
+from trainer.data.rows.row_images import insert_marks, join_parts, without_empty
 
 # What chat templates end an answer with. The template of the model adds its own, so that one in the data would be trained twice.
 # tests/conf/test_conf.py: those of all models of conf/model.
 END_MARKS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 OPENING = {"</s>": "<s>"}  # an answer about HTML: <s>struck through</s>
 IMAGE_FIRST, IMAGE_LAST = "one image without a mark, put first", "one image without a mark, put last"
+NO_IMAGE = "an empty image path in a row without a mark, read as no image"
 END_MARK = "end mark in the text of an answer, removed"
 ENCLOSED = re.compile(r"<image>\s*(?P<path>[^<>\n]+?)\s*</image>[ \t]*\n?")
 LEADING = re.compile(r"\s*(?:<image>\s*)?(?P<path>\S[^<>\n]*?\.(?:png|jpe?g|webp|bmp|gif|tiff?|ppm))(?=\s|$)\s*", re.IGNORECASE)
@@ -40,10 +41,12 @@ def adjust(parsed: ParsedRow, form: ImageForm) -> tuple[ParsedRow, tuple[str, ..
     """The row as it was meant, and what was changed. `form`: of an image without a mark."""
     if parsed.turns is None:
         return parsed, ()
+    given, images = parsed.images, without_empty(parsed.images, parsed.turns)
+    parsed = replace(parsed, images=images)
     placed = IMAGE_FIRST if form.place == "before" else IMAGE_LAST
     marked = insert_marks(parsed.turns, 1, form) if len(parsed.images) == 1 else parsed.turns
     turns = tuple(replace(turn, content=without_end_mark(turn.content)) if turn.role == "assistant" else turn for turn in marked)
-    changes = ((placed, marked != parsed.turns), (END_MARK, turns != marked))
+    changes = ((NO_IMAGE, images != given), (placed, marked != parsed.turns), (END_MARK, turns != marked))
     return replace(parsed, turns=join_parts(turns, form)), tuple(name for name, changed in changes if changed)
 
 

@@ -10,9 +10,10 @@ import numpy as np
 
 from trainer.contract import DataProblem, InputRefused
 from trainer.contract.annotation_file import count_repeated
-from trainer.data.containers.annotation import describe
+from trainer.data.containers.json_text import describe
 from trainer.data.containers.row_index import RowIndex, open_index
 from trainer.data.media.image import hash_file
+from trainer.data.media.store import MediaStore
 from trainer.data.rows.sample import Sample, read_row, split_row
 from trainer.data.sources.source import AnnotationSource, find_sources
 
@@ -24,6 +25,7 @@ LARGE_BYTES = 64 * 2**20  # of annotation files; smaller ones are read whole, in
 class IndexedSource:
     source: AnnotationSource
     index: RowIndex
+    store: MediaStore | None = None
 
     def __len__(self) -> int:
         """The samples, as often as they are used."""
@@ -40,7 +42,7 @@ class IndexedSource:
             raise InputRefused(str(problem)) from error
         for number, name, item in split_row(content):
             if number == part:
-                sample, problems = read_row(item, row, source, part=part, prefix=name)
+                sample, problems = read_row(item, row, source, part=part, prefix=name, store=self.store)
                 if sample is None:
                     raise InputRefused("\n".join(map(str, problems)))
                 return sample
@@ -79,15 +81,15 @@ class IndexedSamples:
                     yield end - len(each) + int(place), name, int(numbers[place])
 
 
-def open_samples(file: Path, images: Path, folder: Path) -> IndexedSamples | None:
+def open_samples(file: Path, images: Path, folder: Path, store: MediaStore | None = None) -> IndexedSamples | None:
     """The samples by index, if the files are large; None for those that are read whole, and those with a problem that reading them reports.
-    `folder`: for the indexes. Raises OSError, InputRefused."""
+    `folder`: for the indexes. `store`: for images that are not files. Raises OSError, InputRefused."""
     sources, problems = find_sources(file, images)
     size = sum(source.file.stat().st_size if source.file.is_file() else 0 for source in sources)
-    return None if problems or size < LARGE_BYTES else index_samples(file, images, folder)
+    return None if problems or size < LARGE_BYTES else index_samples(file, images, folder, store)
 
 
-def index_samples(file: Path, images: Path, folder: Path) -> IndexedSamples:
+def index_samples(file: Path, images: Path, folder: Path, store: MediaStore | None = None) -> IndexedSamples:
     """Raises OSError, and InputRefused for a list that is not JSON."""
     sources, _ = find_sources(file, images)
-    return IndexedSamples([IndexedSource(source=source, index=open_index(source.file, folder)) for source in sources])
+    return IndexedSamples([IndexedSource(source=source, index=open_index(source.file, folder, store), store=store) for source in sources])

@@ -9,6 +9,7 @@ Row = dict[str, Any]
 AddProblem = Callable[[str, str, str], None]  # (field, problem, fix)
 
 MARK = "<image>"
+REPORTED = object()  # the name of an image whose problem is known
 KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
 
 

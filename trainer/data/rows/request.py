@@ -8,9 +8,11 @@ from typing import Any
 from trainer.contract import LINE_FEED, DataProblem, ImageForm, InputRefused, describe_groups
 from trainer.contract.wording import plural
 from trainer.data.containers.annotation import read_rows
+from trainer.data.media.store import MediaStore
+from trainer.data.rows.inline_image import keep_images
 from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, Row, Turn, ends_with_question, keys_of, kind
 from trainer.data.rows.row_check import check_name, check_text, path_text, refuse_unread
-from trainer.data.rows.row_images import choose_images, insert_marks, join_parts, read_images
+from trainer.data.rows.row_images import choose_images, insert_marks, join_parts, read_images, without_empty
 from trainer.data.rows.sample import Message, collect_problems
 from trainer.data.rows.turn import WRITE_TEXT, read_system, read_turns
 
@@ -28,13 +30,13 @@ class Request:
     id: str | int | None = None
 
 
-def read_requests(file: Path, folder: Path, form: ImageForm = LINE_FEED) -> tuple[Request, ...]:
+def read_requests(file: Path, folder: Path, form: ImageForm = LINE_FEED, store: MediaStore | None = None) -> tuple[Request, ...]:
     """Relative image paths start at `folder`; whether the files exist is not checked. `form`: of the model's training rows.
     Raises InputRefused that lists the invalid rows, before anything is answered."""
-    rows, found = read_rows(file)
+    rows, found = read_rows(file, store)
     requests, problems = [], list(found)
     for number, row in rows:
-        request, wrong = read_request(row, number, file, folder, form)
+        request, wrong = read_request(row, number, file, folder, form, store or MediaStore())
         problems += wrong
         requests += [request] if request is not None else []
     if problems:
@@ -43,7 +45,9 @@ def read_requests(file: Path, folder: Path, form: ImageForm = LINE_FEED) -> tupl
     return tuple(requests)
 
 
-def read_request(row: Any, number: int, file: Path, folder: Path, form: ImageForm) -> tuple[Request | None, list[DataProblem]]:
+def read_request(
+    row: Any, number: int, file: Path, folder: Path, form: ImageForm, store: MediaStore
+) -> tuple[Request | None, list[DataProblem]]:
     problems: list[DataProblem] = []
     add_problem = collect_problems(problems, file, number)
     if not isinstance(row, dict):
@@ -51,6 +55,7 @@ def read_request(row: Any, number: int, file: Path, folder: Path, form: ImageFor
         return None, problems
     refuse_unread(row, add_problem)
     turns, images = read_question(row, add_problem)
+    images = keep_images(without_empty(images, turns), folder, store, add_problem)
     for image in images:
         check_name(image, add_problem)
     turns = place_images(turns, len(images), form, add_problem) if turns is not None else None

@@ -1,9 +1,10 @@
 """What is checked of a parsed row without decoding its images: keys, texts, order of the messages, paths and marks of the images."""
 
+import json
 from pathlib import Path
 
 from trainer.contract.wording import plural
-from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, ParsedRow, Role, Row, Turn, kind
+from trainer.data.rows.parsed_row import MARK, REPORTED, AddProblem, ImageReference, ParsedRow, Role, Row, Turn, kind, shorten
 from trainer.data.rows.row_images import IMAGE_KEYS
 
 OTHER_MEDIA = ("only images are supported", "remove the row, or give frames of it as images")
@@ -25,6 +26,8 @@ IMAGE_MEANT = {
     "image": "image", "img": "image", "picture": "image", "photo": "image", "image_path": "image", "img_path": "image", "image_file": "image",
     "images": "images", "imgs": "images", "pictures": "images", "photos": "images", "image_paths": "images",
 }  # fmt: skip
+FETCH = "save it with omnilaunch data fetch, then give the path of the file that it writes"
+SHOWN = 300  # characters of a path
 GROUNDING = ("<bbox>", "<ref-object>")  # ms-swift replaces them by the `objects` of the row
 
 
@@ -92,19 +95,25 @@ def check_order(parsed: ParsedRow, add_problem: AddProblem) -> None:
 
 def check_path(image: ImageReference, folder: Path, add_problem: AddProblem) -> None:
     if check_name(image, add_problem) and not is_file(folder / path_text(image.name)):
-        problem = f"no image file at {folder / path_text(image.name)}"
-        add_problem(image.field, problem, f"put the file there, or set data.images (now {folder}) to the folder of the images")
+        problem = f"no image file at {shorten(str(folder / path_text(image.name)), SHOWN)}"
+        parts = [part.strip() for part in image.name.split(",")]
+        fix = f"put the file there, or set data.images (now {folder}) to the folder of the images"
+        if len(parts) > 1 and all(is_file(folder / part) for part in parts):
+            fix = f"write several images as a list: {shorten(json.dumps(parts), SHOWN)}"
+        add_problem(image.field, problem, fix)
 
 
 def check_name(image: ImageReference, add_problem: AddProblem) -> bool:
     """Whether it is the path of a file."""
     name = image.name
+    if name is REPORTED:
+        return False
     if not isinstance(name, str) or not name:
         problem = "is an empty path" if name == "" else f"is {kind(name)}, not a path"
         add_problem(image.field, problem, "give the path of the image as a string")
         return False
-    if name.startswith(("http://", "https://", "data:")):
-        add_problem(image.field, f"{name[:60]!r} is not a file; images are not downloaded", "save the image as a file and give its path")
+    if name.startswith(("http://", "https://")):
+        add_problem(image.field, f"{name[:60]!r} is not a file; images are not downloaded", FETCH)
         return False
     return True
 

@@ -8,7 +8,7 @@ from typing import Any
 from trainer.contract import ImageForm
 from trainer.data.rows.image_form import as_trained, join_images
 from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, Row, Turn, keys_of
-from trainer.data.rows.turn import FROM_IMAGES
+from trainer.data.rows.turn import FROM_IMAGES, PATH_KEYS
 
 IMAGE_KEYS = ("image", "images")
 NAMED_MARK = re.compile(r"<image_\d+>")  # OpenBMB/MiniCPM-V: finetune/dataset.py
@@ -22,14 +22,29 @@ def read_images(row: Row, add_problem: AddProblem) -> tuple[ImageReference, ...]
     if not given:
         return ()
     key = given[0]
-    if isinstance(row[key], list):
-        return tuple(ImageReference(name=path_of(item), field=f"{key}[{index}]") for index, item in enumerate(row[key]))
-    return (ImageReference(name=path_of(row[key]), field=key),)
+    if not isinstance(row[key], list):
+        return (ImageReference(name=path_of(row[key]), field=key),)
+    if all(isinstance(item, list) for item in row[key]):  # transformers' processors take a list for each text
+        named = ((f"{key}[{outer}][{index}]", item) for outer, items in enumerate(row[key]) for index, item in enumerate(items))
+    else:
+        named = ((f"{key}[{index}]", item) for index, item in enumerate(row[key]))
+    return tuple(ImageReference(name=path_of(item), field=field) for field, item in named)
 
 
 def path_of(item: Any) -> Any:
-    """ms-swift and the datasets library write {"path": ..., "bytes": null}."""
-    return item["path"] if isinstance(item, dict) and item.get("path") is not None else item
+    """ms-swift and the datasets library write {"path": ..., "bytes": null}, others a block of a message without its type; bytes are kept as a file later
+    (trainer.data.rows.inline_image)."""
+    if not isinstance(item, dict) or item.get("bytes"):
+        return item
+    given = [item[key] for key in PATH_KEYS if item.get(key) is not None]
+    return given[0] if len(given) == 1 else item
+
+
+def without_empty(images: tuple[ImageReference, ...], turns: Sequence[Turn] | None) -> tuple[ImageReference, ...]:
+    """Without null and '', which text rows of sets with images have, if no question has a mark."""
+    if any(MARK in turn.content for turn in turns or ()):
+        return images
+    return tuple(image for image in images if image.name not in (None, ""))
 
 
 def choose_images(

@@ -4,7 +4,7 @@ An invalid row is reported and left out. It does not stop the reading and is nev
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +12,9 @@ from typing import Any, Protocol
 from trainer.contract import LINE_FEED, DataProblem, ImageForm
 from trainer.contract.annotation_file import count_repeated
 from trainer.data.containers.annotation import Position, read_rows, stream_rows
+from trainer.data.media.store import MediaStore
 from trainer.data.rows.adjustment import adjust, report_paths, without_end_mark
+from trainer.data.rows.inline_image import keep_images
 from trainer.data.rows.parsed_row import MARK, AddProblem, Role, Row, ToolCall, Turn, kind, printable
 from trainer.data.rows.row_check import check_parsed, path_text, refuse_unread
 from trainer.data.rows.row_format import USUAL, parse_row
@@ -61,14 +63,17 @@ class Samples(Protocol):
     def __getitem__(self, number: int, /) -> Sample: ...
 
 
-def read_samples(file: Path, images: Path, form: ImageForm = LINE_FEED) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:
+def read_samples(
+    file: Path, images: Path, form: ImageForm = LINE_FEED, store: MediaStore | None = None
+) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:
     """The valid samples of an annotation file, or of the files that a meta file lists, and the problems of all other rows. Relative image
-    paths start at `images`. `form`: of rows to ask: that of the rows that the model was trained on."""
+    paths start at `images`. `form`: of rows to ask: that of the rows that the model was trained on. `store`: for images that are not files. Raises
+    InputRefused where one cannot be kept."""
     sources, found = find_sources(file, images)
     samples: list[Sample] = []
     problems = list(found)
     for source in sources:
-        read, wrong = read_source(source, form)
+        read, wrong = read_source(source, form, store)
         samples += islice(cycle(read), count_repeated(len(read), source.repeat))
         problems += wrong
     return tuple(samples), tuple(problems)
@@ -81,29 +86,35 @@ def questions_of(samples: Samples) -> Iterator[str]:
     return (message.content for sample in chosen for message in sample.messages if message.role == "user")
 
 
-def read_source(source: AnnotationSource, form: ImageForm) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:
-    rows, file_problems = read_rows(source.file)
+def read_source(
+    source: AnnotationSource, form: ImageForm, store: MediaStore | None = None
+) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:
+    rows, file_problems = read_rows(source.file, store)
     samples: list[Sample] = []
     problems = list(file_problems)
     for number, row in rows:
-        for found in read_parts(row, number, source, form):
+        for found in read_parts(row, number, source, form, store):
             (samples if isinstance(found, Sample) else problems).append(found)  # type: ignore[arg-type]
     return tuple(samples), tuple(problems)
 
 
-def stream_source(source: AnnotationSource, position: Position | None = None) -> Iterator[Sample | DataProblem]:
+def stream_source(
+    source: AnnotationSource, position: Position | None = None, store: MediaStore | None = None
+) -> Iterator[Sample | DataProblem]:
     """The valid samples and the problems of a file, in its order, without the whole file in memory. `position` is kept up to date."""
-    for found in stream_rows(source.file, position):
+    for found in stream_rows(source.file, position, store):
         if isinstance(found, DataProblem):
             yield found
         else:
-            yield from read_parts(found[1], found[0], source)
+            yield from read_parts(found[1], found[0], source, store=store)
 
 
-def read_parts(row: Any, number: int, source: AnnotationSource, form: ImageForm = LINE_FEED) -> Iterator[Sample | DataProblem]:
+def read_parts(
+    row: Any, number: int, source: AnnotationSource, form: ImageForm = LINE_FEED, store: MediaStore | None = None
+) -> Iterator[Sample | DataProblem]:
     """The samples of a row, or the problems of each."""
     for part, name, item in split_row(row):
-        sample, problems = read_row(item, number, source, form, part=part, prefix=name)
+        sample, problems = read_row(item, number, source, form, part=part, prefix=name, store=store)
         yield from problems
         if sample:
             yield sample
@@ -120,7 +131,14 @@ def split_row(row: Any) -> Iterator[tuple[int, str, Any]]:
 
 
 def read_row(
-    row: Any, number: int, source: AnnotationSource, form: ImageForm = LINE_FEED, *, part: int = 0, prefix: str = ""
+    row: Any,
+    number: int,
+    source: AnnotationSource,
+    form: ImageForm = LINE_FEED,
+    *,
+    part: int = 0,
+    prefix: str = "",
+    store: MediaStore | None = None,
 ) -> tuple[Sample | None, list[DataProblem]]:
     """The sample, or None and every problem that can be found without decoding an image."""
     problems: list[DataProblem] = []
@@ -132,6 +150,8 @@ def read_row(
         row, add_problem = source.columns.rename(row), source.columns.with_names_of_the_file(add_problem)
     refuse_unread(row, add_problem)
     parsed, adjustments = parse_row(row, add_problem), ()
+    if parsed is not None and parsed.images:
+        parsed = replace(parsed, images=keep_images(parsed.images, source.images, store or MediaStore(), add_problem))
     if parsed is not None and not report_paths(parsed, row, (source.images, source.file.parent), add_problem):
         parsed, adjustments = adjust(parsed, form)
         check_parsed(parsed, row, source.images, add_problem)

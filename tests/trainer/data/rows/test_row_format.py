@@ -223,7 +223,7 @@ PROBLEMS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
     ),
     "an image in the text": (
         {"messages": talk([address({"url": "data:image/png;base64,iVBOR"})], TELL)},
-        [("messages[0].content[0].image_url", "is not a file")],
+        [("messages[0].content[0].image_url", "is not valid base64")],
     ),
     "a block of video": (
         {"messages": talk([{"type": "video", "video": "a.mp4"}, text("?")], TELL)},
