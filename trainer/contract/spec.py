@@ -5,7 +5,7 @@ A change of the meaning or shape of anything in this package raises `SCHEMA`; a 
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from trainer.contract.environment_facts import Expectation
 from trainer.contract.options import (
@@ -177,6 +177,24 @@ class StageSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataEntry:
+    """One of several sets of rows in data.train or data.evaluation; its `file` alone may be written as a text. `images`: the folder that its image
+    paths start at, '' = data.images. `samples`: rows that are drawn from it, more than it has: some again; 0 = all. `repeat`: how often they are used
+    in an epoch, below 1 the first part of them. `weight`: its part of an epoch with data.mixing=interleave."""
+
+    SHORT: ClassVar[str] = "file"  # see trainer.contract.codec
+
+    file: str
+    images: str = ""
+    samples: int = 0
+    repeat: float = 1.0
+    weight: float | None = None
+
+
+Entries = str | tuple[DataEntry, ...]  # of data.train and data.evaluation; '' = none
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSpec:
     """Conversations with images. `builtin`: a data set that the trainer writes itself into `root` before the first step.
 
@@ -185,13 +203,17 @@ class DataSpec:
     `padding_free`: the samples of a micro-batch are concatenated, as in a packed row, instead of padded.
     `rows`: of `train`, where the steps were planned for that number; another one is refused. 0 = any.
     `max_pixels` (families that scale an image) and `max_tiles` (families that cut it) limit an image's tokens; 0 = the processor's limit.
+    `split`: what is held out of `train`: a share below 1, or a number of rows; 0 = nothing. `split_seed` chooses these rows, and the `samples` of an
+    entry. `max_samples`: the first rows of each set of `train`; 0 = all. `mixing`: of the sets of `train`; `interleave` takes of each so many rows
+    that they have the proportions of their weights, until the first set, or all of them, are used up (`mixing_stop`). `info`: a dataset_info.json
+    that has the names in `train` and `evaluation`. `mirror`: a folder with copies of the data sets of a hub.
     """
 
     name: str
     builtin: str
     root: str
-    train: str
-    evaluation: str
+    train: Entries
+    evaluation: Entries
     images: str
     max_length: int
     workers: int
@@ -202,6 +224,13 @@ class DataSpec:
     padding_free: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
     rows: int = 0
+    split: float = 0.0
+    split_seed: int = 0
+    max_samples: int = 0
+    mixing: Literal["concat", "interleave"] = "concat"
+    mixing_stop: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
+    info: str = ""
+    mirror: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,14 @@ the folder of the meta file; `root` too, or relative to data.images if that is s
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.contract import DataProblem
 from trainer.contract.annotation_file import read_meta
+from trainer.contract.data_set_info import InfoEntry
 from trainer.data.media.image import hash_file
 from trainer.data.rows.parsed_row import Row, keys_of, kind
 from trainer.data.sources.column_map import Columns, find_columns
@@ -34,13 +35,17 @@ class AnnotationSource:
     images: Path
     repeat: float = 1.0
     columns: Columns | None = None
+    name: str = ""  # in the meta file
 
 
-def find_sources(file: Path, images: Path) -> tuple[tuple[AnnotationSource, ...], tuple[DataProblem, ...]]:
-    """The sources, and the problems of the meta file or dataset_info.json. An unreadable file is a source; reading it reports the problem."""
+def find_sources(
+    file: Path, images: Path, info: InfoEntry | None = None
+) -> tuple[tuple[AnnotationSource, ...], tuple[DataProblem, ...]]:
+    """The sources, and the problems of the meta file or dataset_info.json. An unreadable file is a source; reading it reports the problem. `info`: the
+    data set whose names of keys count, where the file was found by its name."""
     meta = read_meta(file)
     if meta is None:
-        columns, problems = find_columns(file)
+        columns, problems = find_columns(file, info)
         return (AnnotationSource(file=file, images=images, columns=columns),), problems
     sources: list[AnnotationSource] = []
     found: list[DataProblem] = []
@@ -55,7 +60,8 @@ def find_sources(file: Path, images: Path) -> tuple[tuple[AnnotationSource, ...]
             columns, problems = find_columns(annotation)
             found += problems
             root = images / entry.get("root", "")
-            sources.append(AnnotationSource(file=annotation, images=root, repeat=entry.get("repeat_time", 1), columns=columns))
+            repeat = entry.get("repeat_time", 1)
+            sources.append(AnnotationSource(file=annotation, images=root, repeat=repeat, columns=columns, name=name))
     return tuple(sources), tuple(found)
 
 
@@ -84,9 +90,16 @@ def find_unread(entry: Row) -> list[tuple[str, str, str]]:
 def hash_sources(file: Path, images: Path, hash_of: Callable[[Path], str] = hash_file) -> str:
     """SHA-256 of an annotation file. For a meta file, over it and all files that it lists; with other names of keys, also over these. `hash_of`: of
     one file. Raises OSError."""
-    sources, _ = find_sources(file, images)
+    return hash_files((file,), find_sources(file, images)[0], hash_of)
+
+
+def hash_files(
+    listing: Sequence[Path], sources: Sequence[AnnotationSource], hash_of: Callable[[Path], str] = hash_file, chosen: str = ""
+) -> str:
+    """The same of several sources. `listing`: the file of rows itself, or those that list the files. `chosen`: the options that choose rows. Raises
+    OSError."""
     columns = [str(source.columns) for source in sources if source.columns is not None]
-    if [source.file for source in sources] == [file] and not columns:
-        return hash_of(file)
-    parts = (file, *(source.file for source in sources))
-    return hashlib.sha256("".join([*(hash_of(part) for part in parts), *columns]).encode()).hexdigest()
+    files = [source.file for source in sources]
+    if len(files) == 1 and list(listing) == files and not columns and not chosen:
+        return hash_of(files[0])
+    return hashlib.sha256("".join([*(hash_of(part) for part in (*listing, *files)), *columns, chosen]).encode()).hexdigest()
