@@ -40,17 +40,25 @@ POWERS_OF_TWO = re.compile(r"(max_length|max_new_tokens|\.context|_bytes)$")
 # ------------------------------------------------------------------------------------------------------------ syntax
 
 
-def read_text(text: str) -> str:
+def read_text(text: str, *, listed: bool = False) -> str:
     """A text in Hydra's syntax, quoted where the user did not quote it: it may contain what is syntax for Hydra, or look like a number, as
-    the revision 12345e6 does. Null, lists and sections stay what they are, and are refused by their type. Raises ConfigRefused for quotes
-    that are none for a shell."""
+    the revision 12345e6 does. Null, lists and sections stay what they are, and are refused by their type, unless the key takes one (`listed`).
+    Raises ConfigRefused for quotes that are none for a shell."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
     text = text.strip()
     if text[:1] in CURLY and text[-1:] in CURLY and len(text) > 1:
         raise ConfigRefused(f"has the quotes of a word processor; write it as {shlex.quote(text.strip(''.join(CURLY)))}")
+    text = quote_items(text) if listed else text
     parsed = parse(f"text={text}") if text[:1] in tuple("'\"[{") or text == "null" else None
     return text if parsed and not parsed.is_sweep_override() else QuotedString(text=text, quote=Quote.single).with_quotes()
+
+
+def quote_items(text: str) -> str:
+    """A list of plain texts with each of them in quotes: `[a.json#500,b.json]`, where # begins a comment. Any other text as it is."""
+    if text[:1] != "[" or text[-1:] != "]" or set(text) & set("'\"{}\\"):
+        return text
+    return "[" + ",".join(f"'{item.strip()}'" for item in text[1:-1].split(",") if item.strip()) + "]"
 
 
 def read_value(key: str, text: str) -> str:

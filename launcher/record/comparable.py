@@ -44,6 +44,8 @@ RULES: tuple[tuple[ComparableKind, tuple[str, ...]], ...] = (
                 "config.stage.recorded*",
             ),
             *("config.data.train", "config.data.evaluation", "config.data.images", "config.data.workers"),
+            *("config.data.train.*.file", "config.data.train.*.images", "config.data.evaluation.*.file", "config.data.evaluation.*.images"),
+            *("config.data.info", "config.data.mirror"),
             *("config.data.rows", "config.run.epochs"),  # config.run.steps decides, and the hash of the data
             *("config.run.*timeout_s", "config.run.save_every*", "config.run.keep_*", "config.run.checkpoint_background"),
             *("config.run.trackers", "config.run.profile.*", "config.run.restarts", "config.run.minimum_nodes", "config.run.force"),

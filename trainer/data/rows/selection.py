@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.contract import DataSpec
-from trainer.contract.selection import CannotSelect, SetCount, SetSize, count_selected
+from trainer.contract.row_sets.selection import CannotSelect, Choice, SetCount, SetSize, count_selected
 from trainer.data.batch.order import permute
 
 Numbers = NDArray[np.int64]
@@ -86,13 +86,16 @@ def select(sizes: Sequence[SetSize], data: DataSpec, groups: Numbers | None = No
     """(trained, held out). `groups`: a number for each row; rows with the same one share an image, and stay on one side of a split. Raises
     CannotSelect for options that do not fit the rows."""
     firsts = [0, *accumulate(size.rows for size in sizes)]
-    counts = count_selected(sizes, data)
+    choice = Choice(max_samples=data.max_samples, split=data.split, mixing=data.mixing, mixing_stop=data.mixing_stop)
+    counts = count_selected(sizes, choice)
     chosen = [choose_rows(size, count, data.split_seed) for size, count in zip(sizes, counts, strict=True)]
     apart: list[Numbers] = [np.empty(0, np.int64)] * len(sizes)
     if any(count.held_out for count in counts):
-        numbers = [first + (np.arange(size.rows) if rows is None else rows) for first, size, rows in zip(firsts, sizes, chosen, strict=False)]
+        numbers = [
+            first + (np.arange(size.rows) if rows is None else rows) for first, size, rows in zip(firsts, sizes, chosen, strict=False)
+        ]
         apart = hold_out(numbers, [count.held_out for count in counts], data.split_seed, groups)
-        counts = count_selected(sizes, data, [len(each) for each in apart])
+        counts = count_selected(sizes, choice, [len(each) for each in apart])
         check_rest(sizes, counts)
     trained, held = [], []
     for first, size, count, rows, taken in zip(firsts, sizes, counts, chosen, apart, strict=False):
@@ -113,7 +116,9 @@ def check_rest(sizes: Sequence[SetSize], counts: Sequence[SetCount]) -> None:
         raise CannotSelect(f"{problem}\n    set a larger data.evaluation, or name a file of held-out rows")
     for size, count in zip(sizes, counts, strict=True):
         if count.chosen and not count.trained:
-            raise CannotSelect(f"data.evaluation leaves no row of {size.name} to train on\n    set a smaller data.evaluation, or leave it out")
+            raise CannotSelect(
+                f"data.evaluation leaves no row of {size.name} to train on\n    set a smaller data.evaluation, or leave it out"
+            )
 
 
 def choose_rows(size: SetSize, count: SetCount, seed: int) -> Numbers | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.contract import DataProblem
-from trainer.contract.data_set_info import INFO_FILE as INFO_FILE, SWIFT_NAMES, InfoEntry, entries_of_file
+from trainer.contract.row_sets.data_set_info import INFO_FILE as INFO_FILE, SWIFT_NAMES, InfoEntry, entries_of_file
 from trainer.data.rows.parsed_row import AddProblem, Row
 
 # Name of a key in dataset_info.json -> its name in the row formats. hiyouga/LLaMA-Factory: src/llamafactory/data/parser.py

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from trainer.contract import DataEntry, DataProblem, DataSpec
-from trainer.contract.row_set import RowSet, describe_entries, find_sets, make_places
+from trainer.contract.row_sets.row_set import RowSet, describe_entries, find_sets, make_places
 from trainer.data.media.image import hash_file
 from trainer.data.sources.source import AnnotationSource, find_sources, hash_files
 
@@ -56,7 +56,9 @@ class DataSet:
         """The options that choose rows, '' where all rows are used as often as their files say. A part of the hash of the data."""
         data = self.data
         mixed = (data.mixing, data.mixing_stop, *(each.weight for each in self.sets)) if data.mixing != "concat" else ()
-        named = tuple((each.samples, each.repeat) for each in self.sets) if any(each.samples or each.repeat != 1 for each in self.sets) else ()
+        named = (
+            tuple((each.samples, each.repeat) for each in self.sets) if any(each.samples or each.repeat != 1 for each in self.sets) else ()
+        )
         split = (data.split, self.part) if self.part != "all" else ()
         seed = (data.split_seed,) if split or any(each.samples for each in self.sets) else ()
         most = (data.max_samples,) if data.max_samples else ()

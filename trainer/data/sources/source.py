@@ -14,7 +14,7 @@ from typing import Any
 
 from trainer.contract import DataProblem
 from trainer.contract.annotation_file import read_meta
-from trainer.contract.data_set_info import InfoEntry
+from trainer.contract.row_sets.data_set_info import InfoEntry
 from trainer.data.media.image import hash_file
 from trainer.data.rows.parsed_row import Row, keys_of, kind
 from trainer.data.sources.column_map import Columns, find_columns
@@ -38,9 +38,7 @@ class AnnotationSource:
     name: str = ""  # in the meta file
 
 
-def find_sources(
-    file: Path, images: Path, info: InfoEntry | None = None
-) -> tuple[tuple[AnnotationSource, ...], tuple[DataProblem, ...]]:
+def find_sources(file: Path, images: Path, info: InfoEntry | None = None) -> tuple[tuple[AnnotationSource, ...], tuple[DataProblem, ...]]:
     """The sources, and the problems of the meta file or dataset_info.json. An unreadable file is a source; reading it reports the problem. `info`: the
     data set whose names of keys count, where the file was found by its name."""
     meta = read_meta(file)

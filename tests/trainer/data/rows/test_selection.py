@@ -8,7 +8,7 @@ import pytest
 
 from tests.trainer.conftest import make_spec
 from trainer.contract import DataSpec
-from trainer.contract.selection import CannotSelect, SetSize, count_selected
+from trainer.contract.row_sets.selection import CannotSelect, Choice, SetSize, count_selected
 from trainer.data.rows.selection import Selection, place_of, select
 
 A, B = {"name": "a", "rows": 6}, {"name": "b", "rows": 4}
@@ -48,7 +48,7 @@ def test_the_rows_that_are_trained_on(data: DataSpec, name: str) -> None:
     sets, options, expected = PLAIN[name]
     trained, held = select(sizes_of(*sets), replace(data, **options))
     assert trained.rows().tolist() == expected and len(trained) == len(expected) and len(held) == 0
-    assert [count.trained for count in count_selected(sizes_of(*sets), replace(data, **options))] == [pick.count for pick in trained.picks]
+    assert [count.trained for count in count_selected(sizes_of(*sets), Choice(**options))] == [pick.count for pick in trained.picks]
 
 
 @pytest.mark.parametrize("samples", [1, 3, 6, 8, 12, 15])
@@ -58,7 +58,9 @@ def test_drawn_samples(data: DataSpec, samples: int) -> None:
     rows = trained.rows()[4:]
     times = np.bincount(rows - 4, minlength=6)
     assert len(rows) == samples and times.sum() == samples and times.max() - times.min() <= 1
-    drawn = {seed: tuple(select(sizes_of(A | {"samples": samples}), replace(data, split_seed=seed))[0].rows().tolist()) for seed in range(6)}
+    drawn = {
+        seed: tuple(select(sizes_of(A | {"samples": samples}), replace(data, split_seed=seed))[0].rows().tolist()) for seed in range(6)
+    }
     assert len(set(drawn.values())) > 1 or samples == 6
 
 
@@ -84,8 +86,8 @@ def test_a_split_divides_every_set(data: DataSpec, name: str) -> None:
     ends = np.cumsum([each["rows"] for each in sets])
     assert np.bincount(np.searchsorted(ends, held.rows(), side="right"), minlength=len(sets)).tolist() == expected
     assert len(held) == len(set(held.rows().tolist()))
-    assert [count.held_out for count in count_selected(sizes_of(*sets), data)] == expected
-    assert [count.trained for count in count_selected(sizes_of(*sets), data)] == [pick.count for pick in trained.picks]
+    assert [count.held_out for count in count_selected(sizes_of(*sets), Choice(split=split))] == expected
+    assert [count.trained for count in count_selected(sizes_of(*sets), Choice(split=split))] == [pick.count for pick in trained.picks]
     if all(not {"samples"} & set(each) for each in sets):
         assert sorted({*trained.rows().tolist(), *held.rows().tolist()}) == list(range(int(ends[-1]))), "every row is on one of them"
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+REPOSITORY = "datasets--"  # its folder in the cache of huggingface_hub: datasets--OWNER--NAME
 IDENTIFIER = re.compile(r"(?:(HF|MS)::)?([\w.-]+/[\w.-]+)", re.IGNORECASE)
 
 
@@ -26,20 +27,27 @@ def read_name(text: str) -> HubName | None:
 
 
 def find_copy(named: HubName, folders: tuple[Path, ...], environ: Mapping[str, str]) -> Path | None:
-    """The first folder with the data set: below one of `folders`, in the caches of the two hubs. Variables that `environ` lacks have their
-    defaults only if it has HOME."""
-    for folder in folders:
-        for below in (folder / named.name, *snapshots(folder, named), *modelscope_folders(folder, named)):
-            if below.is_dir():
-                return below
-    caches = [*(snapshots(hub, named) for hub in hub_caches(environ) if named.hub != "MS")]
-    caches += [modelscope_folders(root, named) for root in modelscope_caches(environ) if named.hub != "HF"]
-    return next((folder for found in caches for folder in found if folder.is_dir()), None)
+    """The first folder with the data set: below one of `folders`, in the caches of the two hubs. A cache whose variable `environ` lacks is looked
+    for below its HOME."""
+    found = [below for folder in folders for below in (folder / named.name, *snapshots(folder, named), *modelscope_folders(folder, named))]
+    found += [below for hub in hub_caches(environ) if named.hub != "MS" for below in snapshots(hub, named)]
+    found += [below for root in modelscope_caches(environ) if named.hub != "HF" for below in modelscope_folders(root, named)]
+    return next((folder for folder in found if folder.is_dir()), None)
 
 
-def snapshots(hub: Path, named: HubName) -> tuple[Path, ...]:
-    """The snapshot of `refs/main` first, then the others, the newest first."""
-    repository = hub / f"datasets--{named.name.replace('/', '--')}"
+def find_repository(named: HubName, environ: Mapping[str, str]) -> Path | None:
+    """The folder of a cache that, as a mirror, has the data set: that of the repository, or the whole cache of ModelScope."""
+    copy = find_copy(named, (), environ)
+    if copy is None:
+        return None
+    repository = next((above for above in copy.parents if above.name.startswith(REPOSITORY)), None)
+    return repository or copy.parents[2]
+
+
+def snapshots(folder: Path, named: HubName) -> tuple[Path, ...]:
+    """Those of the repository, which is `folder` or in it: that of `refs/main` first, then the others, the newest first."""
+    name = f"{REPOSITORY}{named.name.replace('/', '--')}"
+    repository = folder if folder.name == name else folder / name
     try:
         main = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
@@ -63,7 +71,9 @@ def hub_caches(environ: Mapping[str, str]) -> tuple[Path, ...]:
 
 
 def modelscope_caches(environ: Mapping[str, str]) -> tuple[Path, ...]:
-    roots = (Path(environ["MODELSCOPE_CACHE"]),) if environ.get("MODELSCOPE_CACHE") else tuple(c / "modelscope" for c in user_cache(environ))
+    roots = (
+        (Path(environ["MODELSCOPE_CACHE"]),) if environ.get("MODELSCOPE_CACHE") else tuple(c / "modelscope" for c in user_cache(environ))
+    )
     return tuple(path for root in roots for path in (root, root / "hub"))
 
 

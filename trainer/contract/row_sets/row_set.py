@@ -1,23 +1,26 @@
 """The sets of rows that data.train or data.evaluation names, as files on this machine. The launcher counts the rows of these files, the trainer
 reads them; nothing is downloaded.
 
-An entry is a file, a glob, a folder (trainer.contract.row_files), a name in a dataset_info.json (trainer.contract.data_set_info), or that of a
-hub's data set with a copy here (trainer.contract.hub_copy). NAME:SUBSET and NAME#500, 500 rows that are drawn from it, are those of ms-swift
+An entry is a file, a glob, a folder (trainer.contract.row_sets.row_files), a name in a dataset_info.json (trainer.contract.row_sets.data_set_info), or that of a
+hub's data set with a copy here (trainer.contract.row_sets.hub_copy). NAME:SUBSET and NAME#500, 500 rows that are drawn from it, are those of ms-swift
 (modelscope/ms-swift: swift/llm/dataset/loader.py, DatasetSyntax).
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from trainer.contract.data_set_info import INFO_FILE, InfoEntry, choose_subsets, find_named, list_names
-from trainer.contract.hub_copy import HubName, find_copy, read_name, tell_commands
 from trainer.contract.listing import list_some
-from trainer.contract.row_files import HELD_OUT, KINDS, NotFound, find_in_folder, find_in_glob, is_glob, list_subsets
+from trainer.contract.row_sets.data_set_info import INFO_FILE, InfoEntry, choose_subsets, find_named, list_names
+from trainer.contract.row_sets.hub_copy import HubName, find_copy, read_name, tell_commands
+from trainer.contract.row_sets.row_files import HELD_OUT, NotFound, find_in_folder, find_in_glob, is_glob, list_subsets
 from trainer.contract.rows import DataProblem
 from trainer.contract.spec import DataEntry, Entries
 
 MOST_NAMES = 12
+NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+ENDING = re.compile(r"\.[A-Za-z]{2,7}$")  # of the name of a file: no data set is called rows.jsonl or rows.txt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +92,7 @@ def find_entry(entry: DataEntry, places: Places) -> Iterator[RowSet]:
     """Raises NotFound, OSError."""
     text, samples = split_samples(entry.file, places.root)
     images = places.root / entry.images if entry.images else places.images
-    given = RowSet(
-        name=entry.file, files=(), images=images, samples=entry.samples or samples, repeat=entry.repeat, weight=entry.weight
-    )
+    given = RowSet(name=entry.file, files=(), images=images, samples=entry.samples or samples, repeat=entry.repeat, weight=entry.weight)
     path = places.root / text
     if path.is_dir():
         yield replace(given, files=find_in_folder(path, places.splits))
@@ -105,13 +106,20 @@ def find_entry(entry: DataEntry, places: Places) -> Iterator[RowSet]:
 
 def split_samples(text: str, root: Path) -> tuple[str, int]:
     """`name#500` -> ('name', 500); a file with such a name is what it is."""
+    name, samples = read_samples_mark(text)
+    return (name, samples) if samples and not (root / text).exists() else (text, 0)
+
+
+def read_samples_mark(text: str) -> tuple[str, int]:
     name, mark, number = text.rpartition("#")
-    return (name, int(number)) if mark and number.isdecimal() and int(number) and not (root / text).exists() else (text, 0)
+    return (name, int(number)) if mark and number.isdecimal() and int(number) else (text, 0)
 
 
 def is_name(text: str) -> bool:
-    """Whether a text may name a data set: it is no path of a file of rows by its form."""
-    return not text.startswith(("/", ".", "~")) and Path(text).suffix.lower() not in KINDS and text.count("/") <= (2 if ":" in text else 1)
+    """Whether a text may name a data set: by its form it is no path of a file or folder, and no glob."""
+    text, _ = read_samples_mark(text)
+    parts = text.rpartition("::")[2].partition(":")[0]
+    return bool(NAME.fullmatch(parts)) and not ENDING.search(parts)
 
 
 def find_by_name(text: str, given: RowSet, places: Places) -> Iterator[RowSet]:
@@ -128,7 +136,11 @@ def find_by_name(text: str, given: RowSet, places: Places) -> Iterator[RowSet]:
     named = read_name(f"{prefix}::{name}" if prefix else name)
     if named is None:
         known = list_names(places.infos)
-        listed = f"{', '.join(map(str, places.infos))} has {list_some(known, MOST_NAMES)}" if places.infos else f"no {INFO_FILE} is in {places.root}"
+        listed = (
+            f"{', '.join(map(str, places.infos))} has {list_some(known, MOST_NAMES)}"
+            if places.infos
+            else f"no {INFO_FILE} is in {places.root}"
+        )
         fix = "name a file, a folder, or a data set of data.info=FOLDER, which has a dataset_info.json"
         raise NotFound(problem=f"is neither a file nor a folder of {places.root}, and no data set of that name is known: {listed}", fix=fix)
     for subset in wanted or ("",):
@@ -159,7 +171,9 @@ def find_of_hub(named: tuple[HubName, ...], subset: str, splits: tuple[str, ...]
         target = places.copies[0] if places.copies else places.root
         commands = ", or ".join(tell_commands(each, str(target)) for each in named)
         problem = f"is no file or folder of {places.root}, and no copy of a hub's data set {named[0].name} is on this machine"
-        raise NotFound(problem=problem, fix=f"data sets are read from local copies only. Make one: {commands}; with data.mirror={target} it is found")
+        raise NotFound(
+            problem=problem, fix=f"data sets are read from local copies only. Make one: {commands}; with data.mirror={target} it is found"
+        )
     if not subset and (subsets := list_subsets(folder)):
         fix = f"write {named[0].name}:{subsets[0]}; for several {named[0].name}:{'/'.join(subsets[:2])}"
         raise NotFound(problem=f"has the subsets {list_some(subsets, MOST_NAMES)} in {folder}", fix=fix)

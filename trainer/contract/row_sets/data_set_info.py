@@ -1,7 +1,7 @@
 """dataset_info.json: data sets by name, in the shapes of two tools. How a set names the keys of its rows is in trainer.data.sources.column_map.
 
-    {"NAME": {"file_name": "rows.json", "num_samples": 100, "columns": {...}, ...}, ...}     hiyouga/LLaMA-Factory: src/llamafactory/data/parser.py
-    [{"dataset_path": "rows.jsonl", "subsets": [...], "columns": {...}}, ...]                modelscope/ms-swift: swift/llm/dataset/register.py
+{"NAME": {"file_name": "rows.json", "num_samples": 100, "columns": {...}, ...}, ...}     hiyouga/LLaMA-Factory: src/llamafactory/data/parser.py
+[{"dataset_path": "rows.jsonl", "subsets": [...], "columns": {...}}, ...]                modelscope/ms-swift: swift/llm/dataset/register.py
 """
 
 import json
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.contract.row_files import NotFound
+from trainer.contract.row_sets.row_files import NotFound
 
 INFO_FILE = "dataset_info.json"
 PARENTS = 3  # folders above a file of rows in which a dataset_info.json that lists it is looked for
@@ -72,7 +72,9 @@ def find_named(name: str, files: tuple[Path, ...]) -> InfoEntry | None:
         try:
             entries = read_info(file)
         except (OSError, ValueError, RecursionError) as error:
-            raise NotFound(problem=f"is a name, and {file} cannot be read: {error}", fix="correct that file, or name the file of rows") from error
+            raise NotFound(
+                problem=f"is a name, and {file} cannot be read: {error}", fix="correct that file, or name the file of rows"
+            ) from error
         for entry in entries:
             if entry.name == name:
                 return entry
@@ -118,7 +120,9 @@ def choose_subsets(entry: InfoEntry, wanted: tuple[str, ...]) -> tuple[str, ...]
     if wanted == ("all",) and "all" not in named:
         return tuple(named.values())
     if unknown := [name for name in wanted if named and name not in named]:
-        raise NotFound(problem=f"has no subset {unknown[0]!r}; {entry.info} lists {', '.join(named)}", fix="name one of them after the colon")
+        raise NotFound(
+            problem=f"has no subset {unknown[0]!r}; {entry.info} lists {', '.join(named)}", fix="name one of them after the colon"
+        )
     if not wanted and len(named) > 1:
         fix = f"write {entry.name}:{next(iter(named))}, or {entry.name}:all"
         raise NotFound(problem=f"has the subsets {', '.join(named)}", fix=fix)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from math import floor
 
 from trainer.contract.annotation_file import count_repeated
-from trainer.contract.spec import DataSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +34,21 @@ class SetCount:
     trained: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The options of trainer.contract.DataSpec with these names."""
+
+    max_samples: int = 0
+    split: float = 0.0
+    mixing: str = "concat"
+    mixing_stop: str = "first_exhausted"
+
+
 class CannotSelect(Exception):
     """The options of the data do not fit the rows."""
 
 
-def count_selected(sizes: Sequence[SetSize], data: DataSpec, held_out: Sequence[int] | None = None) -> tuple[SetCount, ...]:
+def count_selected(sizes: Sequence[SetSize], data: Choice, held_out: Sequence[int] | None = None) -> tuple[SetCount, ...]:
     """`held_out`: rows of each set that a split takes, where rows with the same image made it other than asked. Raises CannotSelect."""
     chosen = [count_chosen(size, data.max_samples) for size in sizes]
     apart = list(held_out) if held_out is not None else divide_split(sizes, chosen, data.split)
@@ -97,7 +106,9 @@ def interleave(sizes: Sequence[SetSize], trained: Sequence[int], *, whole: bool)
     given = [size.weight for size in sizes]
     if any(weight is None for weight in given) and any(weight is not None for weight in given):
         lacking = next(size.name for size in sizes if size.weight is None)
-        raise CannotSelect(f"{lacking} has no weight, and other sets have one\n    give every entry of data.train a weight, or none of them")
+        raise CannotSelect(
+            f"{lacking} has no weight, and other sets have one\n    give every entry of data.train a weight, or none of them"
+        )
     if not all(trained):
         empty = next(size.name for size, rows in zip(sizes, trained, strict=True) if not rows)
         raise CannotSelect(f"{empty} has no rows to mix\n    leave it out, or set data.mixing=concat")

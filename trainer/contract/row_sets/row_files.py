@@ -18,6 +18,7 @@ KINDS = {
     **{".json": "JSON", ".jsonl": "JSON", ".ndjson": "JSON"},
     **{".csv": "CSV", ".tsv": "CSV", ".parquet": "parquet", ".arrow": "arrow", ".tar": "tar"},
 }
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 STATE, SPLITS = "state.json", "dataset_dict.json"
 # JSON files that describe data or a model, and have no rows.
@@ -29,6 +30,7 @@ WORDS = {
 }
 HELD_OUT = ("validation", "test")  # what data.evaluation takes of a folder, the first that there is
 BETWEEN = "-._ 0-9"
+SPLIT_NAMES = {split: re.compile(rf"(?:^|[{BETWEEN}])(?:{'|'.join(words)})(?:[{BETWEEN}]|$)") for split, words in WORDS.items()}
 MOST_NAMES = 8
 WILD = re.compile(r"[*?\[]")
 
@@ -41,8 +43,14 @@ class NotFound(Exception):
         self.problem, self.fix = problem, fix
 
 
+def kind_of(path: Path) -> str:
+    """By the ending of the name, without that of the compression: `rows.jsonl.gz`; '' for no file of rows."""
+    name = Path(path.name.lower())
+    return KINDS.get(Path(name.stem).suffix if name.suffix in COMPRESSED else ".tar" if name.suffix == ".tgz" else name.suffix, "")
+
+
 def is_row_file(path: Path) -> bool:
-    return path.suffix.lower() in KINDS and path.name not in DESCRIPTIONS and not path.name.startswith(".")
+    return bool(kind_of(path)) and path.name not in DESCRIPTIONS and not path.name.startswith(".")
 
 
 def find_in_glob(pattern: str) -> tuple[Path, ...]:
@@ -113,19 +121,21 @@ def is_hidden(path: Path, folder: Path) -> bool:
 def of_one_kind(files: Sequence[Path]) -> tuple[Path, ...]:
     kinds: dict[str, Path] = {}
     for path in files:
-        kinds.setdefault(KINDS[path.suffix.lower()], path)
+        kinds.setdefault(kind_of(path), path)
     if len(kinds) > 1:
         shown = ", ".join(f"{kind} ({path.name})" for kind, path in kinds.items())
-        raise NotFound(problem=f"has files of several kinds: {shown}", fix="name those of one kind with a glob, as in data.train='FOLDER/*.json'")
+        raise NotFound(
+            problem=f"has files of several kinds: {shown}", fix="name those of one kind with a glob, as in data.train='FOLDER/*.json'"
+        )
     return tuple(files)
 
 
 def split_of(path: Path) -> str:
     """'train', 'validation' or 'test' by the name of the file, else by those of its folders; '' for none."""
     for name in (path.stem, *reversed(path.parent.parts)):
-        for split, words in WORDS.items():
-            if any(re.search(rf"(^|[{BETWEEN}]){word}([{BETWEEN}]|$)", name.lower()) for word in words):
-                return split
+        found = next((split for split, pattern in SPLIT_NAMES.items() if pattern.search(name.lower())), "")
+        if found:
+            return found
     return ""
 
 
@@ -133,7 +143,9 @@ def choose_split(folder: Path, present: Sequence[str], wanted: Sequence[str]) ->
     for name in wanted:
         if name in present:
             return name
-    raise NotFound(problem=f"has no split {' or '.join(wanted)}; it has {', '.join(present)}", fix="name the files of the split that is meant")
+    raise NotFound(
+        problem=f"has no split {' or '.join(wanted)}; it has {', '.join(present)}", fix="name the files of the split that is meant"
+    )
 
 
 def find_subset(folder: Path, subset: str) -> Path:
@@ -141,7 +153,9 @@ def find_subset(folder: Path, subset: str) -> Path:
         if below.is_dir():
             return below
     there = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    raise NotFound(problem=f"has no subset {subset!r}; its folders are {', '.join(there) or 'none'}", fix="name one of them after the colon")
+    raise NotFound(
+        problem=f"has no subset {subset!r}; its folders are {', '.join(there) or 'none'}", fix="name one of them after the colon"
+    )
 
 
 def list_subsets(folder: Path) -> tuple[str, ...]:
