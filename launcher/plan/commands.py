@@ -194,7 +194,7 @@ def data_paths(spec: TrainSpec) -> tuple[str, ...]:
     if data.builtin:
         return (data.images,) if data.images else ()
     info = str(PurePosixPath(data.info).parent) if data.info.endswith(".json") else data.info
-    named = (*(path for files in (data.train, data.evaluation) for path in folders_of(files, data.images)), data.images, info, data.mirror)
+    named = (*(path for files in (data.train, data.evaluation) for path in folders_of(files)), data.images, info, data.mirror)
     return tuple(dict.fromkeys(path for path in named if path))
 
 

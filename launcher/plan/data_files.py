@@ -65,11 +65,11 @@ def spec_file(text: str, absolute: Absolute) -> str:
     return text if not text or is_name(text) else absolute(text)
 
 
-def folders_of(entries: Entries, images: str) -> tuple[str, ...]:
-    """What a container needs of the paths in data.train or data.evaluation, besides data.images and data.info. A file is mounted with its folder,
-    since a dataset_info.json beside it counts, and image paths start there without `images`."""
+def folders_of(entries: Entries) -> tuple[str, ...]:
+    """What a container needs of the paths in data.train or data.evaluation. A file is mounted with its folder, since a dataset_info.json beside it
+    counts, and image paths start there without data.images."""
     named = ((read_samples_mark(entry.file)[0], entry.images) for entry in as_entries(entries))
-    return tuple(path for text, own in named if text.startswith("/") for path in (folder_of(text), own or images) if path)
+    return tuple(path for text, images in named for path in (folder_of(text) if text.startswith("/") else "", images) if path)
 
 
 def folder_of(path: str) -> str:

@@ -68,7 +68,7 @@ def create_folders(nodes: Sequence[WorkingNode], request: FolderRequest) -> None
 def create_on(node: WorkingNode, request: FolderRequest) -> None:
     """By one command: each command costs a login shell of the node, and the user waits for it."""
     host, output = node.command.host, request.spec.output
-    pending = DATA_PENDING_FILE if request.spec.stage.kind == "train" else ""
+    pending = DATA_PENDING_FILE if request.spec.waits_for_check else ""
     script, parent = CREATE_SCRIPT.read_text(encoding="utf-8"), str(PurePosixPath(output).parent)
     argv = ("sh", "-c", script, "sh", SPEC_FILE, str(len(request.text)), request.user, pending, parent, *request.folders)
     made = node.transport.feed(argv, (request.text,), timeout_s=60)
@@ -117,7 +117,7 @@ def reopen_on(node: WorkingNode, request: FolderRequest) -> None:
     argv = ("find", output, "-maxdepth", "1", "-type", "f", "(", *list(stale)[1:], ")", "-delete")
     transport.run(argv).expect(f"{host}: removing the result files of the last attempt")
     transport.put(request.text, str(PurePosixPath(output) / SPEC_FILE), mode=0o644)
-    if request.checks_first:
+    if request.checks_first or request.spec.data.leaves_rows_out:
         transport.put(b"", str(PurePosixPath(output) / DATA_PENDING_FILE), mode=0o644)
 
 

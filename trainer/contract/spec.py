@@ -207,6 +207,8 @@ class DataSpec:
     entry. `max_samples`: the first rows of each set of `train`; 0 = all. `mixing`: of the sets of `train`; `interleave` takes of each so many rows
     that they have the proportions of their weights, until the first set, or all of them, are used up (`mixing_stop`). `info`: a dataset_info.json
     that has the names in `train` and `evaluation`. `mirror`: a folder with copies of the data sets of a hub.
+    `bad_rows`, `too_long`: what happens to a row with a problem, and to one of more than `max_length` tokens (trainer.data.left_out); `unmarked`,
+    `turns`, `learn`: how rows are read (trainer.data.rows.row_rules).
     """
 
     name: str
@@ -231,6 +233,16 @@ class DataSpec:
     mixing_stop: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
     info: str = ""
     mirror: str = ""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    too_long: Literal["refuse", "skip", "cut"] = "refuse"
+    unmarked: Literal["refuse", "first", "last"] = "refuse"
+    turns: Literal["strict", "trim", "join"] = "strict"
+    learn: Literal["all", "last"] = "all"
+
+    @property
+    def leaves_rows_out(self) -> bool:
+        """Whether a run may use fewer rows than its files have. Then the data check decides which, and every rank waits for it."""
+        return self.bad_rows == "skip" or self.too_long != "refuse"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,6 +312,11 @@ class TrainSpec:
         """The steps after which windows of samples end, beside those at regular distances. A run that was given fewer steps keeps the windows that
         it has begun."""
         return self.earlier_steps if self.steps <= max(self.earlier_steps, default=0) else (*self.earlier_steps, self.steps)
+
+    @property
+    def waits_for_check(self) -> bool:
+        """Whether the ranks wait for the data check: to train on checked rows, or to know which rows are left out."""
+        return self.stage.kind == "train" or self.data.leaves_rows_out
 
     @property
     def zero(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ IMAGE_MEANT = {
     "image": "image", "img": "image", "picture": "image", "photo": "image", "image_path": "image", "img_path": "image", "image_file": "image",
     "images": "images", "imgs": "images", "pictures": "images", "photos": "images", "image_paths": "images",
 }  # fmt: skip
+NO_FILE = "no image file at "
 GROUNDING = ("<bbox>", "<ref-object>")  # ms-swift replaces them by the `objects` of the row
 
 
@@ -92,8 +93,13 @@ def check_order(parsed: ParsedRow, add_problem: AddProblem) -> None:
 
 def check_path(image: ImageReference, folder: Path, add_problem: AddProblem) -> None:
     if check_name(image, add_problem) and not is_file(folder / path_text(image.name)):
-        problem = f"no image file at {folder / path_text(image.name)}"
+        problem = f"{NO_FILE}{folder / path_text(image.name)}"
         add_problem(image.field, problem, f"put the file there, or set data.images (now {folder}) to the folder of the images")
+
+
+def missing_file(problem: str) -> str:
+    """The path that a problem says is not there; '' for another problem."""
+    return problem.removeprefix(NO_FILE) if problem.startswith(NO_FILE) else ""
 
 
 def check_name(image: ImageReference, add_problem: AddProblem) -> bool:

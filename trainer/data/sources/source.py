@@ -17,6 +17,7 @@ from trainer.contract.annotation_file import read_meta
 from trainer.contract.row_sets.data_set_info import InfoEntry
 from trainer.data.media.image import hash_file
 from trainer.data.rows.parsed_row import Row, keys_of, kind
+from trainer.data.rows.row_rules import DEFAULT, RowRules
 from trainer.data.sources.column_map import Columns, find_columns
 
 # Keys that would change the training: the values that are allowed, why, and the fix.
@@ -29,22 +30,25 @@ UNREAD = {
 @dataclass(frozen=True, kw_only=True)
 class AnnotationSource:
     """One annotation file. `images`: the folder that its image paths start at. `repeat`: how often its rows are used; below 1 the first part of
-    them. `columns`: other names of its keys."""
+    them. `columns`: other names of its keys. `rules`: how its rows are read."""
 
     file: Path
     images: Path
     repeat: float = 1.0
     columns: Columns | None = None
+    rules: RowRules = DEFAULT
     name: str = ""  # in the meta file
 
 
-def find_sources(file: Path, images: Path, info: InfoEntry | None = None) -> tuple[tuple[AnnotationSource, ...], tuple[DataProblem, ...]]:
+def find_sources(
+    file: Path, images: Path, rules: RowRules = DEFAULT, info: InfoEntry | None = None
+) -> tuple[tuple[AnnotationSource, ...], tuple[DataProblem, ...]]:
     """The sources, and the problems of the meta file or dataset_info.json. An unreadable file is a source; reading it reports the problem. `info`: the
     data set whose names of keys count, where the file was found by its name."""
     meta = read_meta(file)
     if meta is None:
         columns, problems = find_columns(file, info)
-        return (AnnotationSource(file=file, images=images, columns=columns),), problems
+        return (AnnotationSource(file=file, images=images, columns=columns, rules=rules),), problems
     sources: list[AnnotationSource] = []
     found: list[DataProblem] = []
     for name, entry in meta.items():
@@ -59,7 +63,7 @@ def find_sources(file: Path, images: Path, info: InfoEntry | None = None) -> tup
             found += problems
             root = images / entry.get("root", "")
             repeat = entry.get("repeat_time", 1)
-            sources.append(AnnotationSource(file=annotation, images=root, repeat=repeat, columns=columns, name=name))
+            sources.append(AnnotationSource(file=annotation, images=root, repeat=repeat, columns=columns, rules=rules, name=name))
     return tuple(sources), tuple(found)
 
 
