@@ -16,7 +16,9 @@ from trainer.data.rows.parsed_row import MARK, AddProblem, Role, Row, ToolCall, 
 from trainer.data.rows.row_check import check_parsed, path_text, refuse_unread
 from trainer.data.rows.row_format import USUAL, parse_row
 from trainer.data.rows.row_rules import DEFAULT, RowRules
-from trainer.data.sources.source import AnnotationSource, find_sources
+from trainer.data.rows.selection import Selection
+from trainer.data.sources.data_set import DataSet, set_of_file
+from trainer.data.sources.source import AnnotationSource
 
 __all__ = ["MARK", "Message", "Role", "Sample", "Samples", "read_samples"]
 
@@ -75,13 +77,28 @@ def read_samples(
 ) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:
     """The valid samples of an annotation file, or of the files that a meta file lists, and the problems of all other rows. Relative image
     paths start at `images`. `form`: of rows to ask: that of the rows that the model was trained on."""
-    sources, found = find_sources(file, images, rules)
+    return read_set(set_of_file(file, images, rules), form)
+
+
+def read_set(
+    found: DataSet, form: ImageForm = LINE_FEED, selection: Selection | None = None
+) -> tuple[tuple[Sample, ...], tuple[DataProblem, ...]]:
+    """The same of a data set. `selection`: of its conversations, and problems of those only; None for all, as often as their files are used."""
     samples: list[Sample] = []
-    problems = list(found)
-    for source in sources:
+    problems = list(found.problems)
+    rows: list[Conversation] = []
+    for source in found.sources:
         read, wrong = read_source(source, form)
-        samples += chosen_samples(read, source.repeat)
-        problems += wrong
+        if selection is None:
+            samples += chosen_samples(read, source.repeat)
+            problems += wrong
+        else:
+            rows += read
+            problems += (problem for problem in wrong if not problem.row)
+    if selection is not None:
+        used = [rows[number] for number in selection.rows() if number < len(rows)]  # fewer than were counted in a file that is no JSON
+        samples = [each.sample for each in used if each.sample is not None]
+        problems += dict.fromkeys(problem for each in used for problem in each.problems)
     return tuple(samples), tuple(problems)
 
 
@@ -103,7 +120,7 @@ def read_source(source: AnnotationSource, form: ImageForm) -> tuple[tuple[Conver
     """Of a file that is not JSON there is no conversation."""
     rows, file_problems = read_rows(source.file)
     read = tuple(each for number, row in rows for each in read_parts(row, number, source, form))
-    unread = [Conversation(row=problem.row, sample=None, problems=()) for problem in file_problems if problem.row]
+    unread = [Conversation(row=problem.row, sample=None, problems=(problem,)) for problem in file_problems if problem.row]
     ordered = tuple(sorted((*read, *unread), key=lambda each: each.row)) if unread else read
     return ordered, (*file_problems, *(problem for each in read for problem in each.problems))
 

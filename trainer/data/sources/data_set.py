@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from trainer.contract import DataEntry, DataProblem, DataSpec
+from trainer.contract import DataProblem, DataSpec
 from trainer.contract.row_sets.row_set import RowSet, describe_entries, find_sets, make_places
 from trainer.data.media.image import hash_file
+from trainer.data.rows.row_rules import DEFAULT, RowRules, rules_of
 from trainer.data.sources.source import AnnotationSource, find_sources, hash_files
 
 Side = Literal["train", "evaluation"]
@@ -33,11 +34,11 @@ class SourceSet:
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
     """`name`: for messages. `listing`: files that list the files of rows (meta files), or the one file of rows; the hash begins with them. `data`: the
-    options by which rows are chosen. `problems`: those of finding the files."""
+    options by which rows are chosen, None where all are used. `problems`: those of finding the files."""
 
     name: str
     sets: tuple[SourceSet, ...]
-    data: DataSpec
+    data: DataSpec | None = None
     listing: tuple[Path, ...] = ()
     problems: tuple[DataProblem, ...] = ()
     part: Part = "all"
@@ -55,6 +56,8 @@ class DataSet:
     def chosen(self) -> str:
         """The options that choose rows, '' where all rows are used as often as their files say. A part of the hash of the data."""
         data = self.data
+        if data is None:
+            return ""
         mixed = (data.mixing, data.mixing_stop, *(each.weight for each in self.sets)) if data.mixing != "concat" else ()
         named = (
             tuple((each.samples, each.repeat) for each in self.sets) if any(each.samples or each.repeat != 1 for each in self.sets) else ()
@@ -75,40 +78,40 @@ def find_data(data: DataSpec, side: Side) -> DataSet | None:
         return None
     places = make_places(data.root, data.images, data.info, data.mirror, {}, held_out=side == "evaluation" and not split)
     sets, problems = find_sets(entries, places)
-    options = data if side == "train" or split else without_choice(data)
-    part: Part = ("held out" if split else "trained") if data.split and (split or side == "train") else "all"
-    return gather_sets(describe_entries(entries), sets, options, problems=problems, part=part)
-
-
-def without_choice(data: DataSpec) -> DataSpec:
-    """For rows that are held out by themselves: all of them."""
-    return replace(data, split=0.0, max_samples=0, mixing="concat")
+    options = data if side == "train" or split else replace(data, split=0.0, max_samples=0, mixing="concat")  # held-out rows are all used
+    part: Part = ("held out" if split else "trained") if options.split else "all"
+    return gather_sets(describe_entries(entries), sets, options, rules=rules_of(data), problems=problems, part=part)
 
 
 def gather_sets(
-    name: str, found: tuple[RowSet, ...], data: DataSpec, *, problems: tuple[DataProblem, ...] = (), part: Part = "all"
+    name: str,
+    found: tuple[RowSet, ...],
+    data: DataSpec | None = None,
+    *,
+    rules: RowRules = DEFAULT,
+    problems: tuple[DataProblem, ...] = (),
+    part: Part = "all",
 ) -> DataSet:
     """A meta file is as many sets as it lists."""
     sets: list[SourceSet] = []
     listing: list[Path] = []
     wrong = list(problems)
     for each in found:
-        plain = SourceSet(name=each.name, sources=(), samples=each.samples, repeat=each.repeat, weight=each.weight)
-        one_file = len(each.files) == 1
+        plain, one_file = not (each.samples or each.repeat != 1 or each.weight is not None), len(each.files) == 1
         sources: list[AnnotationSource] = []
         for file in each.files:
-            read, more = find_sources(file, each.images or file.parent, each.info)
+            read, more = find_sources(file, each.images or file.parent, rules, each.info)
             wrong += more
             if [source.file for source in read] == [file]:
                 sources += read
                 listing += [file] * one_file
-            elif one_file and plain == replace(plain, samples=0, repeat=1.0, weight=None):
+            elif one_file and plain:
                 listing.append(file)
                 sets += (SourceSet(name=source.name or each.name, sources=(source,)) for source in read)
             else:
                 wrong.append(refuse_meta(file, one_file=one_file))
         if sources:
-            sets.append(replace(plain, sources=tuple(sources)))
+            sets.append(SourceSet(name=each.name, sources=tuple(sources), samples=each.samples, repeat=each.repeat, weight=each.weight))
     return DataSet(name=name, sets=tuple(sets), data=data, listing=tuple(listing), problems=tuple(wrong), part=part)
 
 
@@ -118,13 +121,9 @@ def refuse_meta(file: Path, *, one_file: bool) -> DataProblem:
     return DataProblem(file=str(file), row=0, field="", problem=f"is a meta file, which lists sets of its own: {what}", fix=fix)
 
 
-def set_of_file(file: Path, images: Path, data: DataSpec | None = None) -> DataSet:
+def set_of_file(file: Path, images: Path, rules: RowRules = DEFAULT) -> DataSet:
     """One annotation file or meta file, all rows of it."""
-    plain = without_choice(data) if data else EMPTY
-    return gather_sets(str(file), (RowSet(name=str(file), files=(file,), images=images),), plain)
-
-
-EMPTY = DataSpec(name="", builtin="", root="", train=(DataEntry(file=""),), evaluation="", images="", max_length=0, workers=0)
+    return gather_sets(str(file), (RowSet(name=str(file), files=(file,), images=images),), rules=rules)
 
 
 def hash_data_set(found: DataSet, hash_of: Callable[[Path], str] = hash_file) -> str:
