@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.bench.paused_run import read_paused_run
+from launcher.commands.data import with_usable_rows
 from launcher.config.chain import GROUP, Chain, overrides_of
 from launcher.config.compose import compose, compose_with_files
 from launcher.config.conf_folder import ConfFolder
@@ -106,6 +107,7 @@ def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
                 config, files = compose_with_files(words, conf)
                 config = compose_step(config, words, conf, here, {results[step.name]: step.plan for step in steps})
                 config = with_data_files(with_weights_folder(for_this_machine(config, words), os.environ), here, os.environ)
+                config = with_usable_rows(config, keys_of(words))
                 config = settle_rows(config, keys_of(words), here)
                 context = context_for(config, stacks, project)
                 plan = with_files(make_plan(config, stacks, context, run_id=run_ids[name], overrides=words, conf=conf), conf, files)

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,23 @@ def examine(spec: TrainSpec, say: Callable[[str], None] = lambda line: None) -> 
     return report, [json.loads(line) for line in lines if line]
 
 
+def with_usable_rows(config: Config, typed: Set[str]) -> Config:
+    """With the number of rows that run.epochs counts: those that a data check does not leave out. Its result is kept, and the launch uses it
+    again. Unchanged where the check finds problems that no option leaves out: it refuses the launch. Raises LaunchError."""
+    from launcher.plan.local_context import local_context
+    from launcher.plan.plan import train_spec
+    from launcher.plan.rows import asks_for_usable_rows
+
+    here = Path.cwd()
+    if not asks_for_usable_rows(config, typed, here):
+        return config
+    show("data: run.epochs counts the rows that are used, and the data is checked to know them", file=sys.stderr)
+    spec = train_spec(replace(config, run=replace(config.run, steps=1)), local_context(PROJECT), run_id="rows")
+    alone = replace(spec, batch=replace(spec.batch, global_batch=1), data=replace(spec.data, rows=0))
+    report, problems = examine(alone, lambda line: show(line, file=sys.stderr))
+    return config if problems else replace(config, data=replace(config.data, rows=report.train_rows))
+
+
 def refusal(code: int, output: str) -> LaunchError:
     if "ModuleNotFoundError" in output:
         return ConfigRefused(
@@ -116,6 +133,7 @@ def describe_data(report: DataReport, max_length: int) -> str:
         ("rows", f"{report.train_rows:,} to train on, {report.evaluation_rows:,} held out; {summary.rows_with_images:,} with images"),
         ("images", describe_sizes(report)),
         *((("adjusted", describe_adjustments(summary)),) if summary.adjustments else ()),
+        *((("left out", contract.describe_left_out(report.left_out)),) if report.left_out else ()),
         ("converted", ", ".join(f"{count:,} {word}" for word, count in summary.conversions.items()) or "none"),
         ("length", describe_lengths(summary, max_length)),
         ("sha256", report.sha256),

@@ -130,6 +130,7 @@ def make_plan_here(
     from launcher.check.nodes import find_placeholders
     from launcher.check.row_count import with_whole_batch
     from launcher.check.rules import RULES, RULES_BUT_MEMORY
+    from launcher.commands.data import with_usable_rows
     from launcher.config.compose import compose_with_files
     from launcher.config.defaults import keys_of
     from launcher.image.stack import load_stacks
@@ -147,6 +148,7 @@ def make_plan_here(
     config, files = compose_with_files(overrides, conf)
     config = start_from_checkpoint(for_this_machine(config, overrides), overrides, conf, here, os.environ)
     config = with_data_files(config, here, os.environ)
+    config = config if only_data or not asks else with_usable_rows(config, keys_of(overrides))
     config = with_weights_folder(config if only_data else settle_rows(config, keys_of(overrides), here), os.environ)
     config = with_whole_batch(config) if only_nodes else config
     run_id = valid_run_id(run_id or name_run(config, utc_now(), pid=os.getpid()))

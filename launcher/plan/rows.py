@@ -132,6 +132,22 @@ def with_steps(config: Config, here: Path) -> Config:
     return replace(config, run=replace(config.run, steps=count_steps(epochs, rows, batch)))
 
 
+def leaves_rows_out(config: Config) -> bool:
+    """Whether a run may use fewer rows than its file has, as DataSpec.leaves_rows_out."""
+    return config.data.bad_rows == "skip" or config.data.too_long != "refuse"
+
+
+def asks_for_usable_rows(config: Config, typed: Set[str], here: Path) -> bool:
+    """Whether run.epochs counts rows of which only the data check knows how many are used, and it can be asked on this machine: rows may be left
+    out, and rows that share an image are not divided by a split."""
+    data = config.data
+    known = data.builtin or "data.rows" in typed or config.stage.kind != "train" or config.run.epochs is None
+    if known or not (leaves_rows_out(config) or split_of(data)) or not config.cluster.is_local or not data.train:
+        return False
+    sets, problems = local_sets(config, here, "train")
+    return not problems and all(file.is_file() for each in sets for file in each.files)
+
+
 def rows_of(config: Config) -> int:
     """Rows of an epoch; 0 where they are not known."""
     return BUILTIN_ROWS if config.data.builtin else config.data.rows
@@ -164,9 +180,8 @@ def find_rows(config: Config, here: Path) -> int:
     if config.run.epochs is None and sum(file.stat().st_size for file in files) > QUICK_BYTES:
         return data.rows
     counted = count_sets(sets, data)
-    if split_of(data):  # rows that share an image are not divided, so that a few more may be trained on: the data check counts them
-        return data.rows or counted
-    if data.rows and counted and counted != data.rows and config.cluster.is_local:
+    fits = data.rows == counted or (leaves_rows_out(config) and data.rows < counted)
+    if data.rows and counted and not fits and config.cluster.is_local and not split_of(data):  # rows that share images are not divided
         name = describe_entries(data.train)
         raise ConfigRefused(f"data.rows={data.rows}: {name} has {counted:,} rows. Leave data.rows out: they are counted")
     return data.rows or counted

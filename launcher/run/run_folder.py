@@ -13,7 +13,17 @@ from launcher.run.container import remove_containers
 from launcher.ssh.background import in_background
 from launcher.ssh.parallel import attempt_each, each
 from launcher.ssh.transport import Transport
-from trainer.contract import DATA_FILE, DATA_PENDING_FILE, ENVIRONMENT_FILE, FAILURE_FILES, METRICS_FILE, RESULT_FILE, SPEC_FILE, TrainSpec
+from trainer.contract import (
+    DATA_FILE,
+    DATA_LEFT_OUT_FILE,
+    DATA_PENDING_FILE,
+    ENVIRONMENT_FILE,
+    FAILURE_FILES,
+    METRICS_FILE,
+    RESULT_FILE,
+    SPEC_FILE,
+    TrainSpec,
+)
 
 ROOT = "0:0"
 FOLDER_BYTES = 2**28
@@ -170,7 +180,7 @@ def fetch_results(nodes: Sequence[WorkingNode], folder: Path, *, ranks_per_node:
         ranks = range(node.command.node_rank * ranks_per_node, (node.command.node_rank + 1) * ranks_per_node)
         names = [FAILURE_FILES.format(rank=rank) for rank in ranks]
         if node.command.node_rank == 0:
-            names += [RESULT_FILE, ENVIRONMENT_FILE, DATA_FILE, METRICS_FILE]
+            names += [RESULT_FILE, ENVIRONMENT_FILE, DATA_FILE, DATA_LEFT_OUT_FILE, METRICS_FILE]
         for name in names:
             content = node.transport.get(str(PurePosixPath(node.command.folder) / name))
             if content is not None:
