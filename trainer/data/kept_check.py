@@ -22,7 +22,7 @@ from trainer.data.left_out import decode_rows
 from trainer.data.length import source_of
 from trainer.data.media.image import hash_file
 from trainer.data.rows.row_check import missing_file
-from trainer.data.sources.source import find_sources
+from trainer.data.sources.data_set import DataSet, Side
 
 FOLDER = "checks"
 KEPT_ROWS = 100_000  # that are left out
@@ -38,15 +38,14 @@ class KeptCheck:
     left_out: tuple[LeftOutRow, ...] = ()
 
 
-def key_of_check(spec: TrainSpec, files: Mapping[Path, Path]) -> str:
-    """`files`: annotation file -> the folder that its image paths start at. '' for what cannot be identified: a file that is missing, a model
-    that only its hub knows."""
+def key_of_check(spec: TrainSpec, sets: Mapping[Side, DataSet]) -> str:
+    """'' for what cannot be identified: a file that is missing, a model that only its hub knows."""
     model = source_of(spec)
     if model and not Path(model).is_dir():
         return ""
     options = {key: value for key, value in asdict(spec.data).items() if key not in OTHER_KEYS}
-    sources = [(str(file), str(images), [str(source) for source in find_sources(file, images)[0]]) for file, images in files.items()]
-    parts = dict.fromkeys((*files, *(source.file for file, images in files.items() for source in find_sources(file, images)[0])))
+    sources = [(side, found.part, [str(each) for each in found.sets]) for side, found in sets.items()]
+    parts = dict.fromkeys(part for found in sets.values() for part in found.files)
     try:
         contents = {str(part): hash_file(part) for part in parts}
         around = {str(path): mark_of(path) for path in sorted(Path(model).iterdir()) if path.is_file()} if model else {}

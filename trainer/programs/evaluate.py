@@ -16,7 +16,7 @@ from trainer.contract import SAMPLES_FILE, InputRefused, TrainResult, TrainSpec
 from trainer.contract.weight_files import hash_weights
 from trainer.data.check import DataPaths
 from trainer.data.rows.sample import Sample
-from trainer.data.sources.source import hash_sources
+from trainer.data.sources.data_set import hash_data_set
 from trainer.device.rank import Rank
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.score_change import compare_rows, compare_scores
@@ -65,11 +65,12 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
 
 def read_held_out(spec: TrainSpec, rank: Rank, paths: DataPaths) -> HeldOut:
     """Empty if the run has no evaluation or no held-out file. Images without a mark are shown as the weights were trained."""
-    if not spec.evaluation.enabled or paths.evaluation is None:
+    found = paths.rows_of("evaluation") if spec.evaluation.enabled else None
+    if found is None:
         return HeldOut(samples=(), sha256="")
     return HeldOut(
-        samples=load_samples(paths.evaluation, paths, find_images(spec, weights_folder(spec)), find_left_out(spec, rank, "evaluation")),
-        sha256=hash_sources(paths.evaluation, paths.images_of(paths.evaluation)),
+        samples=load_samples(found, find_images(spec, weights_folder(spec)), find_left_out(spec, rank, "evaluation")),
+        sha256=hash_data_set(found),
     )
 
 

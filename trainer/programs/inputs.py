@@ -19,9 +19,10 @@ from trainer.contract import (
 from trainer.data.check import DataPaths, prepare, resolve
 from trainer.data.kept_folder import kept_folder
 from trainer.data.left_out import NOTHING, Rows, Use, find_others, hash_left_out, leave_out, read_left_out, rows_left_out
-from trainer.data.rows.indexed_samples import INDEX_FOLDER, open_samples
-from trainer.data.rows.sample import Sample, Samples, read_samples
-from trainer.data.sources.source import hash_sources
+from trainer.data.rows.indexed_samples import INDEX_FOLDER, open_set
+from trainer.data.rows.row_choice import choose_rows
+from trainer.data.rows.sample import Sample, Samples, read_set
+from trainer.data.sources.data_set import DataSet, hash_data_set as hash_sources
 from trainer.device.log_prefix import report_phase
 from trainer.device.rank import Rank
 from trainer.distributed.collective import broadcast_object
@@ -45,14 +46,14 @@ def prepare_data(spec: TrainSpec) -> DataPaths:
     return resolve(spec.data)
 
 
-def load_samples(file: Path | None, paths: DataPaths, form: ImageForm = LINE_FEED, left_out: Rows = NOTHING) -> tuple[Sample, ...]:
+def load_samples(found: DataSet | None, form: ImageForm = LINE_FEED, left_out: Rows = NOTHING) -> tuple[Sample, ...]:
     """Raises InputRefused with every problem: skipping bad rows would silently change the data set. `form`: of images in rows to ask. `left_out`: rows
     that the data check has left out, with their problems."""
-    if file is None:
+    if found is None:
         return ()
-    samples, problems = read_samples(file, paths.images_of(file), form, paths.rules)
+    samples, problems = read_set(found, form, choose_rows(found))
     if others := find_others(problems, left_out):
-        changed = "" if not left_out else f"\n{file} has changed since the data check, which did not find these problems"
+        changed = "" if not left_out else f"\n{found.name} has changed since the data check, which did not find these problems"
         raise InputRefused("\n".join(describe_groups(others, SHOWN_CAUSES)) + changed)
     return tuple(sample for sample in samples if sample.row not in left_out.get(sample.file, ()))
 
@@ -60,28 +61,29 @@ def load_samples(file: Path | None, paths: DataPaths, form: ImageForm = LINE_FEE
 def load_training_samples(spec: TrainSpec, paths: DataPaths, left_out: Rows = NOTHING) -> tuple[Samples, str]:
     """The samples to train on, and the hash of their files. Rows of large files are read when they are used, and checked by the data check only.
     Raises InputRefused."""
-    file, images = paths.train, paths.images_of(paths.train) if paths.train else Path()
-    if file is None:
+    found = paths.rows_of("train")
+    if found is None:
         return (), ""
     try:
-        indexed = open_samples(file, images, kept_folder(spec.data, INDEX_FOLDER), paths.rules)
+        indexed = open_set(found, kept_folder(spec.data, INDEX_FOLDER))
+        if indexed is None:
+            return load_samples(found, left_out=left_out), hash_sources(found)
     except OSError as error:
-        raise InputRefused(f"{file} cannot be read: {error}\n    set data.train to the path of a readable file") from error
-    if indexed is None:
-        return load_samples(file, paths, left_out=left_out), hash_sources(file, images)
+        raise InputRefused(f"{found.name} cannot be read: {error}\n    set data.train to the path of a readable file") from error
     samples = leave_out(indexed, left_out)
-    print(f"{file.name}: {len(samples):,} rows, read when they are used", flush=True)
-    return samples, hash_sources(file, images, indexed.hash_of)
+    print(f"{Path(found.name).name}: {len(samples):,} rows, read when they are used", flush=True)
+    return samples, hash_sources(found, indexed.hash_of)
 
 
 def hash_training_files(paths: DataPaths) -> str:
     """The hash that `load_training_samples` returns, without reading rows. Raises InputRefused."""
-    if paths.train is None:
+    found = paths.rows_of("train")
+    if found is None:
         return ""
     try:
-        return hash_sources(paths.train, paths.images_of(paths.train))
+        return hash_sources(found)
     except OSError as error:
-        raise InputRefused(f"{paths.train} cannot be read: {error}\n    set data.train to the path of a readable file") from error
+        raise InputRefused(f"{found.name} cannot be read: {error}\n    set data.train to the path of a readable file") from error
 
 
 def find_left_out(spec: TrainSpec, rank: Rank, use: Use) -> Rows:

@@ -118,7 +118,7 @@ def calibration_samples(spec: TrainSpec, rank: Rank, wanted: Quantization, form:
     if not wanted.calibration:
         return ()
     paths = prepare_data(spec)
-    samples = load_samples(paths.train, paths, form, find_left_out(spec, rank, "train"))
+    samples = load_samples(paths.rows_of("train"), form, find_left_out(spec, rank, "train"))
     step = max(1, len(samples) // wanted.calibration)
     return samples[::step][: wanted.calibration]
 
@@ -137,7 +137,7 @@ def compare_answers(spec: TrainSpec, rank: Rank, before: Path, after: Path, form
     """The run's evaluation of both; {} without held-out rows."""
     paths = prepare_data(spec)
     left_out = find_left_out(spec, rank, "evaluation")
-    held_out = load_samples(paths.evaluation, paths, form, left_out) if spec.evaluation.enabled else ()
+    held_out = load_samples(paths.rows_of("evaluation"), form, left_out) if spec.evaluation.enabled else ()
     if not held_out:
         return {}
     found = {}

@@ -50,7 +50,9 @@ def run_program(spec: TrainSpec, rank: Rank, environ: Mapping[str, str]) -> Trai
         samples, _ = load_training_samples(spec, paths, find_left_out(spec, rank, "train"))
     lineage = replace(built.lineage, images=most_frequent(questions_of(samples)) or built.lineage.images)
     held_out = (
-        load_samples(paths.evaluation, paths, lineage.images, find_left_out(spec, rank, "evaluation")) if spec.evaluation.enabled else ()
+        load_samples(paths.rows_of("evaluation"), lineage.images, find_left_out(spec, rank, "evaluation"))
+        if spec.evaluation.enabled
+        else ()
     )
 
     def score(file: str, stop_requested: StopCheck | None) -> dict[str, float]:

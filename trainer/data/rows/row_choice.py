@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -26,11 +27,11 @@ EDGE_BYTES = 2**15  # at both ends of an image, which tell it from others of the
 
 
 def choose_rows(found: DataSet, counts: Sequence[int] | None = None) -> Selection | None:
-    """None where all rows are used as often as their files say. `counts`: conversations of each source, where they are known. Raises InputRefused for
-    options that do not fit the rows."""
+    """None where all rows are used as often as their files say, and where files are missing. `counts`: conversations of each source, where they are
+    known. Raises InputRefused for options that do not fit the rows."""
     data = found.data
-    if data is None or not found.chosen or found.problems:
-        return None
+    if data is None or not found.chosen or found.problems or not all(source.file.is_file() for source in found.sources):
+        return None  # reading the files reports the problems
     groups = None
     if data.split:
         counts, groups = group_rows(found, data)
@@ -40,7 +41,7 @@ def choose_rows(found: DataSet, counts: Sequence[int] | None = None) -> Selectio
         trained, held_out = select(sizes_of(found.sets, counts), data, groups)
     except CannotSelect as error:
         raise InputRefused(str(error)) from error
-    return held_out if found.part == "held out" else trained
+    return replace(held_out if found.part == "held out" else trained, sources=tuple(counts))
 
 
 def sizes_of(sets: Iterable[SourceSet], counts: Sequence[int]) -> list[SetSize]:

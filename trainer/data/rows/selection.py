@@ -7,6 +7,7 @@ that of the sets, of each its rows in the order of the file, as often as they ar
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -51,16 +52,22 @@ class Pick:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The sequence of samples: those of each pick, one pick after the other."""
+    """The sequence of samples: those of each pick, one pick after the other. `sources`: the rows of each source of the data set."""
 
     picks: tuple[Pick, ...]
+    sources: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def ends(self) -> tuple[int, ...]:
         return tuple(accumulate(pick.count for pick in self.picks))
 
     def __len__(self) -> int:
-        return sum(pick.count for pick in self.picks)
+        return self.ends[-1] if self.picks else 0
+
+    def row(self, number: int) -> int:
+        """The row of a sample."""
+        which = bisect_right(self.ends, number)
+        return self.picks[which].row(number - (self.ends[which - 1] if which else 0))
 
     def rows(self) -> Numbers:
         """The row of each sample."""

@@ -133,7 +133,7 @@ def test_uses_of_a_row(data: DataSpec, options: dict[str, Any]) -> None:
     assert trained.times().tolist() == [rows.count(row) for row in range(10)]
     assert [trained.find(row) for row in range(10)] == [rows.index(row) if row in rows else None for row in range(10)]
     picked = [pick.row(number) for pick in trained.picks for number in range(pick.count)]
-    assert picked == rows
+    assert picked == rows == [trained.row(number) for number in range(len(trained))]
 
 
 def test_places() -> None:
