@@ -191,12 +191,10 @@ def count_sets(sets: Sequence[RowSet], data: Data) -> int:
     """The samples of an epoch; 0 for files that cannot be counted."""
     try:
         sizes = [size for each in sets for size in sizes_of(each)]
+        known = all(size.rows for size in sizes)
+        return sum(count.trained for count in count_selected(sizes, choice_of(data))) if known else 0
     except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
         return 0
-    if not all(size.rows for size in sizes):
-        return 0
-    try:
-        return sum(count.trained for count in count_selected(sizes, choice_of(data)))
     except CannotSelect as error:
         raise ConfigRefused(str(error)) from error
 
