@@ -35,6 +35,7 @@ TIMES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "w": 10**4, "千
 BINARY = {"k": 2**10, "m": 2**20, "g": 2**30}
 # Keys whose k is 1,024: lengths in tokens, as people name those of models, and sizes in bytes.
 POWERS_OF_TWO = re.compile(r"(max_length|max_new_tokens|\.context|_bytes)$")
+OUTSIDE_BRACES = re.compile(r",(?![^{]*\})")  # commas between the items of a list of sections
 
 
 # ------------------------------------------------------------------------------------------------------------ syntax
@@ -55,10 +56,16 @@ def read_text(text: str, *, listed: bool = False) -> str:
 
 
 def quote_items(text: str) -> str:
-    """A list of plain texts with each of them in quotes: `[a.json#500,b.json]`, where # begins a comment. Any other text as it is."""
-    if text[:1] != "[" or text[-1:] != "]" or set(text) & set("'\"{}\\"):
+    """A list with its plain texts in quotes: `[a.json#500,{file: b.json}]`, where # begins a comment for Hydra. Any other text as it is. Raises
+    ConfigRefused for a list that is none for Hydra."""
+    if text[:1] != "[" or text[-1:] != "]":
         return text
-    return "[" + ",".join(f"'{item.strip()}'" for item in text[1:-1].split(",") if item.strip()) + "]"
+    if not set(text) & set("'\"\\"):
+        items = [item.strip() for item in OUTSIDE_BRACES.split(text[1:-1]) if item.strip()]
+        text = "[" + ",".join(item if item[:1] == "{" else f"'{item}'" for item in items) + "]"
+    if parse(f"text={text}") is None:
+        raise ConfigRefused("a list that cannot be parsed; write \"['a.json#500', {file: 'b.json', repeat: 2}]\", with quotes around texts")
+    return text
 
 
 def read_value(key: str, text: str) -> str:
