@@ -11,31 +11,18 @@ from trainer.contract import Entries
 from trainer.contract.row_sets.hub_copy import REPOSITORY
 from trainer.contract.row_sets.row_files import is_glob, split_glob
 from trainer.contract.row_sets.row_set import as_entries, is_name, read_samples_mark
-from trainer.contract.row_sets.selection import Choice
+from trainer.contract.row_sets.selection import Choice, read_split
 
 Absolute = Callable[[str], str]
 
 
-def split_of(data: Data) -> float:
-    """What data.evaluation holds out of data.train: a share below 1, or a number of rows; 0 where it names rows of its own."""
-    return read_split(data.evaluation) if isinstance(data.evaluation, str) else 0.0
-
-
-def read_split(text: str) -> float:
-    """`0.05`, `5%`, `200`; 0 for a text that is no number."""
-    number = text.strip().removesuffix("%")
-    if not number.isascii() or not number.replace(".", "", 1).isdecimal():
-        return 0.0
-    return float(number) / 100 if text.strip().endswith("%") else float(number)
-
-
 def choice_of(data: Data) -> Choice:
-    return Choice(max_samples=data.max_samples, split=split_of(data), mixing=data.mixing, mixing_stop=data.mixing_stop)
+    return Choice(max_samples=data.max_samples, split=read_split(data.evaluation), mixing=data.mixing, mixing_stop=data.mixing_stop)
 
 
 def spec_files(config: Config, absolute: Absolute) -> dict[str, Any]:
     """The keys of trainer.contract.DataSpec that say which rows are meant. `absolute`: of a path that the user gives."""
-    data, split = config.data, split_of(config.data)
+    data, split = config.data, read_split(config.data.evaluation)
     seed = config.run.seed if data.split_seed is None and chooses(data) else data.split_seed or 0
     return {
         "train": spec_entries(data.train, absolute),
@@ -50,7 +37,7 @@ def spec_files(config: Config, absolute: Absolute) -> dict[str, Any]:
 def chooses(data: Data) -> bool:
     """Whether a seed may choose rows: those of a split, or the samples of an entry, which a dataset_info.json may ask for too."""
     drawn = (entry.samples or read_samples_mark(entry.file)[1] or is_name(entry.file) for entry in as_entries(data.train))
-    return bool(split_of(data)) or any(drawn)
+    return bool(read_split(data.evaluation)) or any(drawn)
 
 
 def spec_entries(entries: Entries, absolute: Absolute) -> Entries:

@@ -17,7 +17,7 @@ from launcher.check.problem import Problem
 from launcher.config.defaults import EPOCHS, count_steps, keys_of, with_short_warmup
 from launcher.config.schema import Config, Data
 from launcher.errors import ConfigRefused, suggest
-from launcher.plan.data_files import choice_of, split_of
+from launcher.plan.data_files import choice_of
 from trainer.contract import DataEntry, DataProblem, Entries
 from trainer.contract.annotation_file import first_letter, is_list, read_meta
 from trainer.contract.row_sets.data_set_info import entries_of_file
@@ -33,7 +33,7 @@ from trainer.contract.row_sets.row_set import (
     read_samples_mark,
     split_samples,
 )
-from trainer.contract.row_sets.selection import CannotSelect, SetSize, count_selected
+from trainer.contract.row_sets.selection import CannotSelect, SetSize, count_selected, read_split
 
 BUILTIN_ROWS = 1500  # that train, of each of the built-in sets (trainer.data.digits.TRAIN_ROWS)
 QUICK_BYTES = 64 * 2**20  # counted in a second, also where no epochs are asked for
@@ -92,7 +92,7 @@ def local_places(data: Data, here: Path, environ: Mapping[str, str], *, held_out
 
 def local_sets(config: Config, here: Path, side: str) -> tuple[tuple[RowSet, ...], tuple[DataProblem, ...]]:
     """The sets of data.train or data.evaluation on this machine; none for a split. `side`: 'train' or 'evaluation'."""
-    if side == "evaluation" and split_of(config.data):
+    if side == "evaluation" and read_split(config.data.evaluation):
         return (), ()
     return find_sets(getattr(config.data, side), local_places(config.data, here, os.environ, held_out=side == "evaluation"))
 
@@ -103,7 +103,7 @@ def find_missing(config: Config, here: Path) -> tuple[Problem, ...]:
     if data.builtin or not config.cluster.is_local or kind not in ("train", "evaluate", "quantize"):
         return ()
     missing: list[Problem] = []
-    for side in ("train", "evaluation") if kind != "evaluate" or split_of(data) else ("evaluation",):
+    for side in ("train", "evaluation") if kind != "evaluate" or read_split(data.evaluation) else ("evaluation",):
         sets, problems = local_sets(config, here, side)
         absent = [f"there is no file {each.name}; {suggest_file(file)}" for each in sets for file in each.files if not file.is_file()]
         listed = [f"{problem.file} {problem.problem}; {problem.fix}" for problem in problems]
@@ -142,7 +142,7 @@ def asks_for_usable_rows(config: Config, typed: Set[str], here: Path) -> bool:
     out, and rows that share an image are not divided by a split."""
     data = config.data
     known = data.builtin or "data.rows" in typed or config.stage.kind != "train" or config.run.epochs is None
-    if known or not (leaves_rows_out(config) or split_of(data)) or not config.cluster.is_local or not data.train:
+    if known or not (leaves_rows_out(config) or read_split(data.evaluation)) or not config.cluster.is_local or not data.train:
         return False
     sets, problems = local_sets(config, here, "train")
     return not problems and all(file.is_file() for each in sets for file in each.files)
@@ -181,7 +181,9 @@ def find_rows(config: Config, here: Path) -> int:
         return data.rows
     counted = count_sets(sets, data)
     fits = data.rows == counted or (leaves_rows_out(config) and data.rows < counted)
-    if data.rows and counted and not fits and config.cluster.is_local and not split_of(data):  # rows that share images are not divided
+    if (
+        data.rows and counted and not fits and config.cluster.is_local and not read_split(data.evaluation)
+    ):  # rows that share images are not divided
         name = describe_entries(data.train)
         raise ConfigRefused(f"data.rows={data.rows}: {name} has {counted:,} rows. Leave data.rows out: they are counted")
     return data.rows or counted

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import floor
 
 from trainer.contract.annotation_file import count_repeated
+from trainer.contract.spec import Entries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,14 @@ class Choice:
     split: float = 0.0
     mixing: str = "concat"
     mixing_stop: str = "first_exhausted"
+
+
+def read_split(evaluation: Entries) -> float:
+    """What data.evaluation holds out of data.train: a share below 1, or a number of rows; 0 where it names rows of its own. `0.05`, `5%`, `200`."""
+    number = evaluation.removesuffix("%") if isinstance(evaluation, str) else ""
+    if not number.isascii() or not number.replace(".", "", 1).isdecimal():
+        return 0.0
+    return float(number) / (100 if str(evaluation).endswith("%") else 1)
 
 
 class CannotSelect(Exception):
