@@ -15,7 +15,7 @@ from launcher.errors import ConfigRefused
 from launcher.record.checkpoint_reference import run_of
 from launcher.record.reader import decode_as, nested, read_object
 from launcher.record.run_name import PLAN_FILE
-from trainer.contract import Entries, decode
+from trainer.contract import Entries
 from trainer.contract.checkpoint_files import STATE_FILE
 from trainer.contract.row_sets.row_set import describe_entries
 
@@ -46,7 +46,7 @@ def read_data(plan: dict[str, Any], file: Path) -> Data:
         plan = read_object(file)
     data: Data = decode_as(Data, nested(plan, "config", "data"), file)
     spec = nested(plan, "spec", "data") or {}
-    whole = {name: decode(Entries, found) for name in (*FILES, *PLACES) if (found := spec.get(name))}
+    whole = {name: decode_as(Entries, found, file) for name in (*FILES, *PLACES) if (found := spec.get(name))}
     seed = spec.get("split_seed", 0) if spec.get("split") else data.split_seed  # with it, an evaluation has the rows that this run held out
     return replace(data, **whole, split_seed=seed)
 
