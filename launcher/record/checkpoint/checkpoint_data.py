@@ -4,7 +4,7 @@ Without this, every stage after a training run on the user's own rows would take
 other rows. Settings of how rows are trained on (packing, augmentation) are not of the data, and stay as they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from launcher.record.run_name import PLAN_FILE
 from trainer.contract import Entries
 from trainer.contract.checkpoint_files import STATE_FILE
 from trainer.contract.row_sets.row_set import describe_entries
+from trainer.contract.row_sets.selection import read_split
 
 DERIVED = ("merge", "convert", "quantize")
 MOST_SOURCES = 20  # of a chain of derived checkpoints
@@ -85,13 +86,22 @@ def refuse_unknown_data(config: Config, text: str, overrides: Sequence[str]) -> 
     )
 
 
+def with_recorded_split(config: Config, recorded: Data | None, typed: Set[str]) -> Config:
+    """The same split of data that the user named again: with the seed of the run that trained, so that no row it trained on is held out now."""
+    data = config.data
+    same = recorded is not None and read_split(data.evaluation) and data.evaluation == recorded.evaluation and data.split_seed is None
+    if recorded is None or not same or "data.split_seed" in typed:
+        return config
+    return replace(config, data=replace(data, split_seed=recorded.split_seed))
+
+
 def take_data(config: Config, recorded: Data | None, overrides: Sequence[str]) -> tuple[Config, tuple[str, ...]]:
     """The config with the recorded data, and what was taken; as it was where the user named the data, or an experiment, which names it too.
     A single file that is named, such as data.evaluation, takes the place of the recorded one."""
     typed = keys_of(overrides)
     others = names_data(overrides) if recorded is None or recorded.builtin else names_set(overrides)
     if recorded is None or others:
-        return config, ()
+        return with_recorded_split(config, recorded, typed), ()
     if recorded.builtin and recorded.builtin == config.data.builtin:
         return config, ()
     keys = ["name", "builtin", *FILES, *(() if recorded.builtin else (*PLACES, *CHOICE, *OF_FILES))]
