@@ -100,7 +100,7 @@ def gather_sets(
         plain, one_file = not (each.samples or each.repeat != 1 or each.weight is not None), len(each.files) == 1
         sources: list[AnnotationSource] = []
         for file in each.files:
-            read, more = find_sources(file, each.images or file.parent, rules, each.info)
+            read, more = find_sources(file, each.images or file.parent, rules, each.info, data)
             wrong += more
             if [source.file for source in read] == [file]:
                 sources += read

@@ -150,3 +150,16 @@ def test_problems_of_finding_files(spec: TrainSpec, files: Path, name: str) -> N
 def test_options_that_do_not_fit_the_rows(spec: TrainSpec, files: Path) -> None:
     with pytest.raises(InputRefused, match=r"data\.evaluation=0\.01 holds out no row of 8"):
         check_data(with_data(spec, train="b.jsonl", split=0.01))
+
+
+def test_a_meta_file_may_ask_for_what_the_run_does(spec: TrainSpec, files: Path) -> None:
+    """OpenGVLab/InternVL: internvl_chat_finetune.py, build_datasets. Its conv_style is an option of the script, and a root may be left out."""
+    entry = {"annotation": "a.json", "data_augment": True, "max_dynamic_patch": 6, "length": 12, "conv_style": "internvl2_5"}
+    (files / "meta.json").write_text(json.dumps({"one": entry}))
+    augmented = replace(spec.data.augmentation, jpeg=75)
+    found = check_data(with_data(spec, train="meta.json")).problems
+    assert [(problem.field, problem.fix.partition(",")[0]) for problem in found] == [
+        ("one.data_augment", "set data.augmentation.jpeg=75"),
+        ("one.max_dynamic_patch", "set data.max_tiles=6"),
+    ]
+    assert check_data(with_data(spec, train="meta.json", augmentation=augmented, max_tiles=6)).problems == ()
