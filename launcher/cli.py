@@ -37,10 +37,10 @@ GROUPS = {
 LORA = "hardware=h200 model=qwen2_5_vl_7b stage=lora"
 IMAGES = ("build hardware=h200", "fetch hardware=cpu --to wheelhouse/")
 WEIGHTS = ("fetch qwen2_5_vl_7b --to /models/qwen", "check /models/qwen")
-DATA = ("check data=files data.train=train.json data.images=images/", "check data=digits --out problems.jsonl")
+DATA = ("check data=files data.train=train.json data.images=images/", "fetch rows.jsonl --to with_images/")
 VERBS = {
     "options": Verb("prepare", "list the values of each axis; explain and search keys", "options", ("hardware", "--search batch")),
-    "data": Verb("prepare", "check every row and every image of the data", "data", DATA),
+    "data": Verb("prepare", "check every row and every image of the data; fetch images by URL", "data", DATA),
     "model": Verb("prepare", "download, check and list the weights of models", "model", WEIGHTS),
     "image": Verb("prepare", "build, inspect and list the container images", "image", IMAGES),
     "licence": Verb("prepare", "show and accept the licences of software inside the images", "licence", ("show cann", "accept cann")),

@@ -16,7 +16,7 @@ from pathlib import Path
 LAUNCHER_ORDER = (
     ("errors", "redact"),
     ("config",),
-    ("weights",),
+    ("weights", "media"),
     ("image",),
     ("memory",),
     ("check",),

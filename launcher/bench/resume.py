@@ -51,7 +51,8 @@ FREE, LEARNING, PLACE = "", "learning", "place"
 # there. A key without a pattern is LEARNING: it would change what the run learns, and is refused.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("steps", ("run.steps",)),
-    ("data", ("data.name", "data.builtin", "data.train", "data.evaluation", "data.images", "data.rows")),
+    ("data", ("data.name", "data.builtin", "data.train", "data.evaluation", "data.images", "data.rows", "data.info", "data.mirror")),
+    ("data", ("data.split_seed", "data.max_samples", "data.mixing", "data.mixing_stop")),
     (PLACE, ("cluster.runtime",)),
     ("variable", ("cluster.environment.*", "hardware.environment.*")),
     (

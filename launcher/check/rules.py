@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from launcher.check.adapters import ADAPTER_RULES, write_token_notes
+from launcher.check.data_set import DATA_RULES
 from launcher.check.docker import CONTAINER_RULES
 from launcher.check.evaluation import EVALUATION_RULES
 from launcher.check.hardware import HARDWARE_RULES
@@ -37,6 +38,7 @@ RULES = (
     *LEARNING_RULES,
     *SOURCE_RULES,
     *START_RULES,
+    *DATA_RULES,
 )
 RULES_BUT_MEMORY = tuple(rule for rule in RULES if rule not in MEMORY_RULES)  # for a plan whose memory a traced step decides
 

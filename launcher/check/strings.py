@@ -10,6 +10,7 @@ from typing import Any
 from launcher.check.problem import Problem, Rule
 from launcher.config.schema import Config
 from launcher.image.stack import Stack
+from trainer.contract.row_sets.row_set import as_entries
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 OWN_VARIABLES = "OMNILAUNCH_"  # identify the processes of a run
@@ -18,7 +19,7 @@ PATH_LIMIT_BYTES = 4000  # PATH_MAX of Linux is 4096, and our own files are belo
 MOUNT_SYNTAX = re.compile(r'[,"\n\r]')  # docker reads --mount as a line of CSV, and drops a carriage return at its end
 IMAGE_NAME = re.compile(r"\w[\w./:@-]*")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-PATHS = ("cluster.root", "data.train", "data.evaluation", "data.images", "stage.checkpoint", "model.source.path")
+PATHS = ("cluster.root", "data.images", "data.info", "data.mirror", "stage.checkpoint", "model.source.path")
 PATH_LISTS = ("cluster.mounts", "cluster.sync")
 
 
@@ -75,6 +76,10 @@ def paths_can_be_carried(config: Config, _: Mapping[str, Stack]) -> Iterator[Pro
 
 def read_paths(config: Config) -> Iterator[tuple[str, str]]:
     yield from ((key, attrgetter(key)(config)) for key in PATHS)
+    for side in ("train", "evaluation"):
+        for place, entry in enumerate(as_entries(entries := getattr(config.data, side))):
+            key = f"data.{side}.{place}.file" if isinstance(entries, tuple) else f"data.{side}"
+            yield from ((name, path) for name, path in ((key, entry.file), (f"data.{side}.{place}.images", entry.images)) if path)
     for key in PATH_LISTS:
         yield from ((f"{key}.{place}", path) for place, path in enumerate(attrgetter(key)(config)))
 

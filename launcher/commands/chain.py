@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.bench.paused_run import read_paused_run
+from launcher.commands.data import with_usable_rows
 from launcher.config.chain import GROUP, Chain, overrides_of
 from launcher.config.compose import compose, compose_with_files
 from launcher.config.conf_folder import ConfFolder
@@ -17,7 +18,7 @@ from launcher.errors import ConfigRefused, LaunchError
 from launcher.image.stack import load_stacks
 from launcher.plan.local_context import context_for, for_this_machine, notes_here
 from launcher.plan.plan import RUNS_FOLDER, Plan, absolute, make_plan, with_files
-from launcher.plan.rows import settle_rows
+from launcher.plan.rows import settle_rows, with_data_files
 from launcher.plan.short import describe_work
 from launcher.plan.text import command_line, figure, gib, table
 from launcher.plan.visible_devices import naming_devices, with_visible_devices
@@ -105,7 +106,9 @@ def plan_chain(chain: Chain, typed: Sequence[str], chain_id: str, project: Path,
             with naming_devices(of_step, words, os.environ):
                 config, files = compose_with_files(words, conf)
                 config = compose_step(config, words, conf, here, {results[step.name]: step.plan for step in steps})
-                config = settle_rows(with_weights_folder(for_this_machine(config, words), os.environ), keys_of(words), here)
+                config = with_data_files(with_weights_folder(for_this_machine(config, words), os.environ), here, os.environ)
+                config = with_usable_rows(config, keys_of(words))
+                config = settle_rows(config, keys_of(words), here)
                 context = context_for(config, stacks, project)
                 plan = with_files(make_plan(config, stacks, context, run_id=run_ids[name], overrides=words, conf=conf), conf, files)
                 if plan.spec.stage.checkpoint not in results.values():  # of a run of this chain: not there yet, or known from its plan

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,71 @@ from trainer.contract import DATA_FILE, DATA_PROBLEMS_FILE, SPEC_FILE, DataRepor
 
 SHOWN_CAUSES = 20
 PROGRESS = re.compile(r"data: [\d,]+ rows checked, |data: files and rules are unchanged")  # trainer.data.examination, trainer.data.check
-ACTIONS = {"check": "read every row and every image, and print everything that is wrong with them"}
+ACTIONS = {
+    "check": "read every row and every image, and print everything that is wrong with them",
+    "fetch": "download the images that rows name by URL, and write the rows with paths in their place; continues where it was stopped",
+}
+SHOWN_FAILURES = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    for name, text in ACTIONS.items():
-        sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
-        add_overrides(sub, "as for plan: data=files data.train=rows.json model=NAME")
-        sub.add_argument("--json", action="store_true", help="print the report with all problems as JSON")
-        sub.add_argument("--out", default="", metavar="FILE", help="write all problems, one JSON object per line")
-        sub.set_defaults(parser=sub)
+    check, fetch = (actions.add_parser(name, help=text, description=text, allow_abbrev=False) for name, text in ACTIONS.items())
+    add_overrides(check, "as for plan: data=files data.train=rows.json model=NAME")
+    check.add_argument("--json", action="store_true", help="print the report with all problems as JSON")
+    check.add_argument("--out", default="", metavar="FILE", help="write all problems, one JSON object per line")
+    check.set_defaults(parser=check, run=run_check)
+    fetch.add_argument("file", metavar="FILE", help="the rows: a JSON list or JSON Lines; it is only read")
+    fetch.add_argument("--to", required=True, metavar="FOLDER", help="where the images and the new file of rows are written")
+    fetch.add_argument(
+        "--key", action="append", default=[], metavar="NAME", help="a key that also has images, besides image, images, image_url ..."
+    )
+    fetch.add_argument("--jobs", type=int, default=8, metavar="N", help="images at a time (8)")
+    fetch.add_argument("--max-bytes", type=int, default=64 * 2**20, metavar="N", help="of one image (64 MiB)")
+    fetch.add_argument("--max-total-bytes", type=int, default=200 * 2**30, metavar="N", help="that this run downloads (200 GiB)")
+    fetch.add_argument(
+        "--timeout", type=float, default=30.0, metavar="SECONDS", help="without a byte (30); an image takes at most ten times that"
+    )
+    fetch.add_argument("--allow-private", action="store_true", help="also fetch from this machine and from private networks")
+    fetch.set_defaults(parser=fetch, run=run_fetch)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    return int(arguments.run(arguments))
+
+
+def run_fetch(arguments: argparse.Namespace) -> int:
+    from launcher.media.fetch import Fetching, fetch_rows
+    from launcher.media.row_url import KEYS
+    from launcher.media.web_image import Limits
+
+    if min(arguments.jobs, arguments.max_bytes, arguments.max_total_bytes, arguments.timeout) <= 0:
+        raise ConfigRefused("--jobs, --max-bytes, --max-total-bytes and --timeout must be above 0")
+    limits = Limits(
+        most_bytes=arguments.max_bytes,
+        timeout_s=arguments.timeout,
+        whole_s=10 * arguments.timeout,
+        private=arguments.allow_private,
+    )
+    options = Fetching(limits=limits, most_total_bytes=arguments.max_total_bytes, jobs=arguments.jobs, keys=KEYS | frozenset(arguments.key))
+    done = fetch_rows(Path(arguments.file), Path(arguments.to), options, lambda line: show(line, file=sys.stderr))
+    arguments.say(
+        f"{done.images:,} images by URL in {done.rows:,} rows: {done.fetched:,} fetched ({done.bytes:,} bytes), {done.kept:,} here already"
+    )
+    for row, url, reason in done.failed[:SHOWN_FAILURES]:
+        arguments.say(f"  {arguments.file} row {row}: {url}: {reason}")
+    if done.failed:
+        rows = len({row for row, _, _ in done.failed})
+        more = f", {len(done.failed) - SHOWN_FAILURES:,} of them not shown" if len(done.failed) > SHOWN_FAILURES else ""
+        arguments.say(
+            f"{len(done.failed):,} images of {rows:,} rows are missing{more}. Run the command again to try them again; these rows keep their URLs"
+        )
+    arguments.say(f"rows       {done.written}")
+    arguments.say(f"next       omnilaunch data check data=files data.train={done.written}")
+    return Exit.NODE if done.failed else Exit.OK
+
+
+def run_check(arguments: argparse.Namespace) -> int:
     plan = plan_of(arguments.overrides, "", conf=conf_of(arguments), only_data=True)
     alone = replace(plan.spec, batch=replace(plan.spec.batch, global_batch=1))  # the batch is judged below
     report, problems = examine(alone, lambda line: show(line, file=sys.stderr))
@@ -96,6 +147,23 @@ def examine(spec: TrainSpec, say: Callable[[str], None] = lambda line: None) -> 
     return report, [json.loads(line) for line in lines if line]
 
 
+def with_usable_rows(config: Config, typed: Set[str]) -> Config:
+    """With the number of rows that run.epochs counts: those that a data check does not leave out. Its result is kept, and the launch uses it
+    again. Unchanged where the check finds problems that no option leaves out: it refuses the launch. Raises LaunchError."""
+    from launcher.plan.local_context import local_context
+    from launcher.plan.plan import train_spec
+    from launcher.plan.rows import asks_for_usable_rows
+
+    here = Path.cwd()
+    if not asks_for_usable_rows(config, typed, here):
+        return config
+    show("data: run.epochs counts the rows that are used, and the data is checked to know them", file=sys.stderr)
+    spec = train_spec(replace(config, run=replace(config.run, steps=1)), local_context(PROJECT), run_id="rows")
+    alone = replace(spec, batch=replace(spec.batch, global_batch=1), data=replace(spec.data, rows=0))
+    report, problems = examine(alone, lambda line: show(line, file=sys.stderr))
+    return config if problems else replace(config, data=replace(config.data, rows=report.train_rows))
+
+
 def refusal(code: int, output: str) -> LaunchError:
     if "ModuleNotFoundError" in output:
         return ConfigRefused(
@@ -116,6 +184,7 @@ def describe_data(report: DataReport, max_length: int) -> str:
         ("rows", f"{report.train_rows:,} to train on, {report.evaluation_rows:,} held out; {summary.rows_with_images:,} with images"),
         ("images", describe_sizes(report)),
         *((("adjusted", describe_adjustments(summary)),) if summary.adjustments else ()),
+        *((("left out", contract.describe_left_out(report.left_out)),) if report.left_out else ()),
         ("converted", ", ".join(f"{count:,} {word}" for word, count in summary.conversions.items()) or "none"),
         ("length", describe_lengths(summary, max_length)),
         ("sha256", report.sha256),

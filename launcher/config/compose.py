@@ -18,7 +18,7 @@ from launcher.config.defaults import choose_duration, keys_of, settle, settle_ra
 from launcher.config.expected import describe_expected
 from launcher.config.fact import refuse_facts, refuse_fixed, refuse_ignored
 from launcher.config.hint import Known, explain_file, explain_key, explain_value
-from launcher.config.key import FROM_RECORD, list_settings, types_of, without_null
+from launcher.config.key import FROM_RECORD, list_settings, member_of, takes_list, types_of, without_null
 from launcher.config.schema import AXES, Config
 from launcher.config.source import expand_source, kind_that_follows
 from launcher.config.synonym import Typed
@@ -179,7 +179,10 @@ def _translate_one(override: str, overrides: Sequence[str], known: Known) -> tup
         raise ConfigRefused(INTERPOLATION)
     refuse_fixed(key, text)
     is_text = without_null(kind) is str
-    return key, f"++{key}={read_text(text) if is_text else read_value(key, text)}"  # ++: a file may omit a key that has a default
+    return (
+        key,
+        f"++{key}={read_text(text, listed=takes_list(kind)) if is_text else read_value(key, text)}",
+    )  # ++: a file may omit a key that has a default
 
 
 def _refuse_foreign(word: str, value: str, overrides: Sequence[str], known: Known) -> None:
@@ -342,7 +345,7 @@ def _whose(key: str, composed: Composed) -> str:
 def _build(kind: Any, data: Any, key: str, problems: list[tuple[str, str]]) -> Any:
     """A value of a schema type from plain data. All problems are collected, not only the first; the contract's decoder reads the leaves.
     Where there is a problem the value is None and must not be used."""
-    inner = without_null(kind)
+    inner = member_of(kind, data)
     if is_dataclass(inner) and isinstance(data, dict):
         return _build_section(typing.cast(type, inner), data, key, problems)
     if typing.get_origin(inner) is tuple and isinstance(data, list):

@@ -10,6 +10,7 @@ from launcher.config.fact import may_set
 from launcher.config.schema import AXES, Config
 from launcher.config.synonym import find_row, find_topic, list_variants, load_synonyms
 from launcher.errors import plain
+from trainer.contract import choose_member
 
 FROM_RECORD = "stage.recorded"  # a section that the plan sets, never typed
 
@@ -52,3 +53,14 @@ def without_null(kind: Any) -> Any:
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return next(inner for inner in typing.get_args(kind) if inner is not type(None))
     return kind
+
+
+def member_of(kind: Any, data: Any) -> Any:
+    """The type of a union that plain data is read as; a type that is no union is itself."""
+    is_union = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    return choose_member(typing.get_args(kind), data) if is_union else kind
+
+
+def takes_list(kind: Any) -> bool:
+    """Whether a key is a text or a list."""
+    return any(typing.get_origin(inner) is tuple for inner in typing.get_args(kind))

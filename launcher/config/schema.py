@@ -13,6 +13,7 @@ from trainer.contract import (
     Augmentation,
     Conversion,
     EarlyStop,
+    Entries,
     Evaluation,
     Inference,
     Kind,
@@ -241,12 +242,13 @@ class Strategy:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """`builtin`: a data set that the trainer creates; otherwise `train` and `evaluation` are JSON files, and `images` the folder of images."""
+    """`builtin`: a data set that the trainer creates; otherwise `train` and `evaluation` are files of rows, globs, folders, names of data sets, or a list
+    of these, and `images` the folder of images. `evaluation` may be a number: the rows that are held out of `train`, or their share of them."""
 
     name: str
     builtin: Literal["", "digits", "digits_even", "digits_large"]
-    train: str
-    evaluation: str
+    train: Entries
+    evaluation: Entries
     images: str
     max_length: int
     workers: int = 0
@@ -257,6 +259,19 @@ class Data:
     augmentation: Augmentation = field(default_factory=Augmentation)  # of the images of training rows
     padding_free: bool | None = None  # concatenate the samples of a micro-batch instead of padding them; null = only on a CPU
     rows: int = 0  # of `train`, in which run.epochs counts; 0 = they are counted, where the file is on this machine
+    split_seed: int | None = None  # chooses the rows that are held out of `train`, and the `samples` of an entry; null = run.seed
+    max_samples: int = 0  # of each set of `train`, the first ones; 0 = all
+    mixing: Literal["concat", "interleave"] = "concat"  # all rows of all sets, or of each set as many as its weight says
+    mixing_stop: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"  # where an epoch of mixing=interleave ends
+    info: str = ""  # a dataset_info.json, or its folder, that has the names in `train` and `evaluation`
+    mirror: str = ""  # a folder with copies of data sets of a hub, OWNER/NAME
+    bad_rows: Literal["refuse", "skip"] = "refuse"  # a row with a problem of its own: the run is refused, or goes on without the row
+    too_long: Literal["refuse", "skip", "cut"] = "refuse"  # a row of more than max_length tokens; cut = at its end, if an answer is left
+    unmarked: Literal["refuse", "first", "last"] = "refuse"  # several images without marks: put before or after the first question
+    turns: Literal["strict", "trim", "join"] = (
+        "strict"  # trim answers before the first question and questions after the last answer; join also joins two messages of one role
+    )
+    learn: Literal["all", "last"] = "all"  # answers that are in the loss: all, or the last one of each conversation
 
 
 # -------------------------------------------------------------------------------------------------------------- cluster

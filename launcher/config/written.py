@@ -35,22 +35,37 @@ TIMES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "w": 10**4, "千
 BINARY = {"k": 2**10, "m": 2**20, "g": 2**30}
 # Keys whose k is 1,024: lengths in tokens, as people name those of models, and sizes in bytes.
 POWERS_OF_TWO = re.compile(r"(max_length|max_new_tokens|\.context|_bytes)$")
+OUTSIDE_BRACES = re.compile(r",(?![^{]*\})")  # commas between the items of a list of sections
 
 
 # ------------------------------------------------------------------------------------------------------------ syntax
 
 
-def read_text(text: str) -> str:
+def read_text(text: str, *, listed: bool = False) -> str:
     """A text in Hydra's syntax, quoted where the user did not quote it: it may contain what is syntax for Hydra, or look like a number, as
-    the revision 12345e6 does. Null, lists and sections stay what they are, and are refused by their type. Raises ConfigRefused for quotes
-    that are none for a shell."""
+    the revision 12345e6 does. Null, lists and sections stay what they are, and are refused by their type, unless the key takes one (`listed`).
+    Raises ConfigRefused for quotes that are none for a shell."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
     text = text.strip()
     if text[:1] in CURLY and text[-1:] in CURLY and len(text) > 1:
         raise ConfigRefused(f"has the quotes of a word processor; write it as {shlex.quote(text.strip(''.join(CURLY)))}")
+    text = quote_items(text) if listed else text
     parsed = parse(f"text={text}") if text[:1] in tuple("'\"[{") or text == "null" else None
     return text if parsed and not parsed.is_sweep_override() else QuotedString(text=text, quote=Quote.single).with_quotes()
+
+
+def quote_items(text: str) -> str:
+    """A list with its plain texts in quotes: `[a.json#500,{file: b.json}]`, where # begins a comment for Hydra. Any other text as it is. Raises
+    ConfigRefused for a list that is none for Hydra."""
+    if text[:1] != "[" or text[-1:] != "]":
+        return text
+    if not set(text) & set("'\"\\"):
+        items = [item.strip() for item in OUTSIDE_BRACES.split(text[1:-1]) if item.strip()]
+        text = "[" + ",".join(item if item[:1] == "{" else f"'{item}'" for item in items) + "]"
+    if parse(f"text={text}") is None:
+        raise ConfigRefused("a list that cannot be parsed; write \"['a.json#500', {file: 'b.json', repeat: 2}]\", with quotes around texts")
+    return text
 
 
 def read_value(key: str, text: str) -> str:

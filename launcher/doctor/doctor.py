@@ -35,6 +35,8 @@ from launcher.plan.commands import data_paths
 from launcher.plan.plan import Plan
 from launcher.ssh.parallel import attempt_each
 from launcher.ssh.transport import Transport
+from trainer.contract.row_sets.row_files import is_glob
+from trainer.contract.row_sets.row_set import as_entries
 
 NEXT = "Next: "  # begins the next step in the text of a NodeFailed
 Need = Literal["docker", "cuda", "npu", "ascend_runtime", "device", "several", "named_data", "driver"]
@@ -199,7 +201,8 @@ def query_of(plan: Plan, launching: bool) -> NodeQuery:
 def paths_compared(plan: Plan) -> tuple[str, ...]:
     """Paths of data and model, which must be the same on all nodes."""
     spec = plan.spec
-    files = () if spec.data.builtin else (spec.data.train, spec.data.evaluation)
+    named = (entry.file for files in (spec.data.train, spec.data.evaluation) for entry in as_entries(files))
+    files = () if spec.data.builtin else tuple(name for name in named if name.startswith("/") and not is_glob(name))
     return tuple(dict.fromkeys(path for path in (*files, *data_paths(spec), spec.model.source.path, spec.stage.checkpoint) if path))
 
 

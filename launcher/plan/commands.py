@@ -1,7 +1,7 @@
 """The start command of each node, and the variables of its container or process. Pure: nothing here looks at this machine."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import PurePosixPath
@@ -11,6 +11,7 @@ from launcher.config.schema import Cluster, Config, Node
 from launcher.errors import ConfigRefused
 from launcher.image.stack import Image
 from launcher.memory.states import model_states
+from launcher.plan.data_files import folders_of
 from launcher.plan.devices import DEVICE_OPTIONS, DeviceOptions, share_of
 from launcher.plan.docker_run import ContainerOptions, Mount, docker_run
 from launcher.plan.stop_limit import stop_limit_s
@@ -174,7 +175,7 @@ def mounts(cluster: Cluster, spec: TrainSpec) -> tuple[Mount, ...]:
     questions = image_folder(inference.input, data.images) if inference else ""
     inputs = (inference.image, questions) if inference else ()
     readable = (
-        *map(beside(spec), data_paths(spec)),
+        *data_paths(spec),
         spec.stage.checkpoint,
         spec.evaluation.base,
         spec.model.source.path,
@@ -189,23 +190,14 @@ def mounts(cluster: Cluster, spec: TrainSpec) -> tuple[Mount, ...]:
 
 
 def data_paths(spec: TrainSpec) -> tuple[str, ...]:
-    """What a run reads of the user's own data: the annotation files and the folder of images; without data.images the folders of the files,
-    where image paths start then."""
+    """What a run reads of the user's own data: the folders of the annotation files and of images; without data.images image paths start at the
+    folders of the files."""
     data = spec.data
-    files = () if data.builtin else (data.train, data.evaluation)
-    named = (*(image_folder(file, data.images) for file in files), *(() if data.builtin else (data.images,)))
+    if data.builtin:
+        return (data.images,) if data.images else ()
+    info = str(PurePosixPath(data.info).parent) if data.info.endswith(".json") else data.info
+    named = (*(path for files in (data.train, data.evaluation) for path in folders_of(files)), data.images, info, data.mirror)
     return tuple(dict.fromkeys(path for path in named if path))
-
-
-def beside(spec: TrainSpec) -> Callable[[str], str]:
-    """The folder in place of an annotation file: what it names (dataset_info.json, the files that a meta file lists) is read from there."""
-    files = (spec.data.train, spec.data.evaluation)
-
-    def widen(path: str) -> str:
-        parent = PurePosixPath(path).parent
-        return str(parent) if path in files and parent != parent.parent else path
-
-    return widen
 
 
 def image_folder(file: str, images: str) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 from launcher.check.problem import Problem
 from launcher.plan.plan import Plan
 from launcher.plan.rows import suggest_file
+from trainer.contract.row_sets.row_files import is_glob
+from trainer.contract.row_sets.row_set import as_entries, read_samples_mark
 
 
 def find_missing_questions(plan: Plan) -> tuple[Problem, ...]:
@@ -50,7 +52,8 @@ def named_paths(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "model.source.path", spec.model.source.path
     if config.stage.kind in ("train", "evaluate", "quantize") and not spec.data.builtin:
         names = ("train", "evaluation") if config.stage.kind != "evaluate" else ("evaluation",)
-        yield from ((f"data.{name}", path) for name in names if (path := getattr(spec.data, name)))
+        listed = ((name, read_samples_mark(entry.file)[0]) for name in names for entry in as_entries(getattr(spec.data, name)))
+        yield from ((f"data.{name}", path) for name, path in listed if path.startswith("/") and not is_glob(path))
     if spec.stage.inference is not None:
         yield from ((f"stage.inference.{name}", path) for name in ("image", "input") if (path := getattr(spec.stage.inference, name)))
 

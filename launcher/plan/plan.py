@@ -31,6 +31,7 @@ from launcher.memory.states import States, device_count, model_states, ranks_per
 from launcher.memory.tokens import bound_of_questions, resolve_context
 from launcher.plan.accepted import take_licence
 from launcher.plan.commands import NodeCommand, node_commands
+from launcher.plan.data_files import spec_files
 from launcher.plan.host_memory import judge
 from launcher.plan.machine import Machine, machine_rules
 from launcher.plan.stop_limit import stop_limit_s
@@ -58,7 +59,8 @@ STAGE_KEYS = (
     *("name", "kind", "trainable", "lora", "reset", "merging", "conversion", "quantization"),
     *("label_smoothing", "neftune_alpha"),
 )
-DATA_KEYS = ("name", "builtin", "max_length", "workers", "packing", "length_aware", "max_tiles", "augmentation")
+ROW_KEYS = ("bad_rows", "too_long", "unmarked", "turns", "learn")
+DATA_KEYS = ("name", "builtin", "max_length", "workers", "packing", "length_aware", "max_tiles", "augmentation", *ROW_KEYS)
 RUN_KEYS = (
     *("seed", "deterministic", "steps", "save_every", "save_every_s", "keep_checkpoints", "keep_best", "checkpoint_background"),
     *("hang_timeout_s", "trackers", "profile", "early_stop"),
@@ -338,12 +340,10 @@ def data_spec(config: Config, local: LocalContext, root: str) -> DataSpec:
     return DataSpec(
         root=str(PurePosixPath(root) / DATA_FOLDER),
         padding_free=leaves_padding_out(config),
-        train=absolute_if_set(data.train, local),
-        evaluation=absolute_if_set(data.evaluation, local),
-        images=absolute_if_set(data.images, local),
         rows=data.rows if config.run.epochs is not None else 0,
         max_pixels=data.max_pixels or bound_of_questions(config),
         **{name: getattr(data, name) for name in DATA_KEYS},
+        **spec_files(config, partial(absolute, here=local.here)),
     )
 
 

@@ -44,6 +44,8 @@ RULES: tuple[tuple[ComparableKind, tuple[str, ...]], ...] = (
                 "config.stage.recorded*",
             ),
             *("config.data.train", "config.data.evaluation", "config.data.images", "config.data.workers"),
+            *("config.data.train.*.file", "config.data.train.*.images", "config.data.evaluation.*.file", "config.data.evaluation.*.images"),
+            *("config.data.info", "config.data.mirror"),
             *("config.data.rows", "config.run.epochs"),  # config.run.steps decides, and the hash of the data
             *("config.run.*timeout_s", "config.run.save_every*", "config.run.keep_*", "config.run.checkpoint_background"),
             *("config.run.trackers", "config.run.profile.*", "config.run.restarts", "config.run.minimum_nodes", "config.run.force"),
@@ -89,6 +91,7 @@ ALLOWANCES: dict[str, tuple[str, ...]] = {
 OPEN = (
     *("variables.*", "image.files.*", "config.*.environment.*"),
     *("environment.environment.*", "environment.packages.*", "environment.kernels.*", "result.resumed.*"),
+    "data.left_out.*",
 )
 REPORTED = (  # keys of environment.json
     *("python", "platform", "packages", "accelerator", "devices", "driver", "world_size", "threads", "environment"),
@@ -136,7 +139,7 @@ def collect_comparables(run: RunFiles) -> dict[str, Any]:
     changed = {f"resumed.{key}": value for key, value in run.accepted_changes.items()}
     sections = {
         "config": plan.get("config") or {},
-        "data": {key: run.data.get(key, "") for key in DATA_KEYS} if run.data else {},
+        "data": {key: run.data.get(key, "") for key in DATA_KEYS} | {"left_out": run.data.get("left_out") or {}} if run.data else {},
         "origin": record.get("origin") or {},
         "source": comparable_source(run.source),
         "image": pick(plan.get("image") or {}, IMAGE_KEYS),

@@ -40,6 +40,7 @@ from trainer.contract.checkpoint_files import (
     whole_state,
 )
 from trainer.contract.listing import list_some
+from trainer.contract.row_sets.row_set import describe_entries
 from trainer.distributed.collective import broadcast_object
 from trainer.distributed.engine import Engine
 from trainer.stages.adapter import describe_mismatch, load_layout
@@ -103,7 +104,7 @@ def choose_resume_point(spec: TrainSpec, data_sha256: str) -> ResumePoint:
         raise InputRefused(refusal)
     if data_sha256 != rows_sha256:  # rows are assigned to ranks by number, and each rank reads its own file
         raise InputRefused(
-            f"rank {rank} on {socket.gethostname()} has other training rows than rank 0 in {spec.data.train or spec.data.name}. Let the nodes "
+            f"rank {rank} on {socket.gethostname()} has other training rows than rank 0 in {describe_entries(spec.data.train) or spec.data.name}. Let the nodes "
             "share the file, or copy that of the first node to this one, and start again."
         )
     if checkpoint is not None and whole_state(run / checkpoint.path) != checkpoint:

@@ -29,12 +29,16 @@ CHANGEABLE_KEYS = {
     *("schema", "run_id", "output", "gradient_checkpointing", "hang_timeout_s"),
     *("checkpoint_every", "checkpoint_groups", "loss_chunk", "kernels", "expects"),
     *("batch.micro_batch", "batch.accumulation", "data.root", "data.workers", "data.rows", "accepted_changes"),
+    *("data.info", "data.mirror"),
     "earlier_steps",
 }
 # What `spec.accepted_changes` lets differ.
 ACCEPTABLE_KEYS: dict[str, tuple[str, ...]] = {
     "steps": ("steps",),
-    "data": ("data.name", "data.builtin", "data.train", "data.evaluation", "data.images"),
+    "data": (
+        *("data.name", "data.builtin", "data.train", "data.evaluation", "data.images", "data.split", "data.split_seed"),
+        *("data.max_samples", "data.mixing", "data.mixing_stop"),
+    ),
 }
 
 

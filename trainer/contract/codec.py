@@ -22,6 +22,8 @@ def decode(cls: Any, data: Any, where: str = "") -> Any:
     if type(data) is cls:  # the common case: a text, a number
         return data
     if is_dataclass(cls) and isinstance(cls, type):
+        if isinstance(data, str) and (short := getattr(cls, "SHORT", "")):  # the key that a text alone stands for
+            data = {short: data}
         if not isinstance(data, dict):
             raise SpecError(f"{where or cls.__name__}: expected an object, got {type(data).__name__}")
         hints = types_of(cls)
@@ -39,7 +41,7 @@ def decode(cls: Any, data: Any, where: str = "") -> Any:
     if origin in (types.UnionType, typing.Union):
         if data is None and type(None) in args:
             return None
-        return decode(next(a for a in args if a is not type(None)), data, where)
+        return decode(choose_member(args, data), data, where)
     if origin is Literal:
         if data in args:
             return data
@@ -53,6 +55,12 @@ def decode(cls: Any, data: Any, where: str = "") -> Any:
     if isinstance(cls, type) and isinstance(data, cls) and not (cls is int and isinstance(data, bool)):
         return data
     raise SpecError(f"{where}: expected {getattr(cls, '__name__', cls)}, got {data!r}")
+
+
+def choose_member(args: tuple[Any, ...], data: Any) -> Any:
+    """The type of a union that plain data is read as: the tuple for a list, else the first one that is not None."""
+    others = [a for a in args if a is not type(None)]
+    return next((a for a in others if typing.get_origin(a) is tuple and isinstance(data, (list, tuple))), others[0])
 
 
 @cache

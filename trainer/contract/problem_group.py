@@ -1,7 +1,7 @@
 """Problems of data as text: rows with the same cause are one entry, with their number and three examples."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from trainer.contract.rows import DataProblem
 
@@ -17,6 +17,13 @@ def describe_groups(problems: Sequence[DataProblem], groups: int) -> tuple[str, 
     shown = tuple(map(describe_group, found[:groups]))
     rest = sum(map(len, found[groups:]))
     return (*shown, f"... and {rest:,} more") if rest else shown
+
+
+def describe_left_out(counts: Mapping[str, int]) -> str:
+    """`counts`: as of DataReport.left_out. "3 training rows left out, 1 held-out row cut"."""
+    names = {"train": "training row", "evaluation": "held-out row"}
+    parts = ((names.get(use, use), count, done) for key, count in counts.items() for use, _, done in (key.partition(" "),))
+    return ", ".join(f"{count:,} {name}{'' if count == 1 else 's'} {done}" for name, count, done in parts)
 
 
 def group_problems(problems: Sequence[DataProblem]) -> tuple[tuple[DataProblem, ...], ...]:

@@ -5,7 +5,7 @@ A change of the meaning or shape of anything in this package raises `SCHEMA`; a 
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from trainer.contract.environment_facts import Expectation
 from trainer.contract.options import (
@@ -177,6 +177,24 @@ class StageSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataEntry:
+    """One of several sets of rows in data.train or data.evaluation; its `file` alone may be written as a text. `images`: the folder that its image
+    paths start at, '' = data.images. `samples`: rows that are drawn from it, more than it has: some again; 0 = all. `repeat`: how often they are used
+    in an epoch, below 1 the first part of them. `weight`: its part of an epoch with data.mixing=interleave."""
+
+    SHORT: ClassVar[str] = "file"  # see trainer.contract.codec
+
+    file: str
+    images: str = ""
+    samples: int = 0
+    repeat: float = 1.0
+    weight: float | None = None
+
+
+Entries = str | tuple[DataEntry, ...]  # of data.train and data.evaluation; '' = none
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSpec:
     """Conversations with images. `builtin`: a data set that the trainer writes itself into `root` before the first step.
 
@@ -185,13 +203,19 @@ class DataSpec:
     `padding_free`: the samples of a micro-batch are concatenated, as in a packed row, instead of padded.
     `rows`: of `train`, where the steps were planned for that number; another one is refused. 0 = any.
     `max_pixels` (families that scale an image) and `max_tiles` (families that cut it) limit an image's tokens; 0 = the processor's limit.
+    `split`: what is held out of `train`: a share below 1, or a number of rows; 0 = nothing. `split_seed` chooses these rows, and the `samples` of an
+    entry. `max_samples`: the first rows of each set of `train`; 0 = all. `mixing`: of the sets of `train`; `interleave` takes of each so many rows
+    that they have the proportions of their weights, until the first set, or all of them, are used up (`mixing_stop`). `info`: a dataset_info.json
+    that has the names in `train` and `evaluation`. `mirror`: a folder with copies of the data sets of a hub.
+    `bad_rows`, `too_long`: what happens to a row with a problem, and to one of more than `max_length` tokens (trainer.data.left_out); `unmarked`,
+    `turns`, `learn`: how rows are read (trainer.data.rows.row_rules).
     """
 
     name: str
     builtin: str
     root: str
-    train: str
-    evaluation: str
+    train: Entries
+    evaluation: Entries
     images: str
     max_length: int
     workers: int
@@ -202,6 +226,23 @@ class DataSpec:
     padding_free: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
     rows: int = 0
+    split: float = 0.0
+    split_seed: int = 0
+    max_samples: int = 0
+    mixing: Literal["concat", "interleave"] = "concat"
+    mixing_stop: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
+    info: str = ""
+    mirror: str = ""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    too_long: Literal["refuse", "skip", "cut"] = "refuse"
+    unmarked: Literal["refuse", "first", "last"] = "refuse"
+    turns: Literal["strict", "trim", "join"] = "strict"
+    learn: Literal["all", "last"] = "all"
+
+    @property
+    def leaves_rows_out(self) -> bool:
+        """Whether a run may use fewer rows than its files have. Then the data check decides which, and every rank waits for it."""
+        return self.bad_rows == "skip" or self.too_long != "refuse"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +312,11 @@ class TrainSpec:
         """The steps after which windows of samples end, beside those at regular distances. A run that was given fewer steps keeps the windows that
         it has begun."""
         return self.earlier_steps if self.steps <= max(self.earlier_steps, default=0) else (*self.earlier_steps, self.steps)
+
+    @property
+    def waits_for_check(self) -> bool:
+        """Whether the ranks wait for the data check: to train on checked rows, or to know which rows are left out."""
+        return self.stage.kind == "train" or self.data.leaves_rows_out
 
     @property
     def zero(self) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from trainer.data.batch.assign_to_ranks import window_around
 from trainer.data.batch.order import permute
 from trainer.data.check import DataPaths
 from trainer.data.kept_folder import kept_folder
-from trainer.data.media.store import store_of
-from trainer.data.rows.indexed_samples import INDEX_FOLDER, index_samples
+from trainer.data.rows.indexed_samples import INDEX_FOLDER, index_set
 
 LISTED = 1000  # uses of a report: the earliest ones
 
@@ -23,11 +22,11 @@ def find_uses(spec: TrainSpec, paths: DataPaths, problems: Iterable[DataProblem]
     for problem in problems:
         if problem.row:
             rows.setdefault(problem.file, set()).add(problem.row)
-    file = paths.train
-    if spec.stage.kind != "train" or file is None or not rows:
+    found = paths.rows_of("train")
+    if spec.stage.kind != "train" or found is None or not rows or spec.data.leaves_rows_out:  # then the ranks wait for the check
         return ()
     try:
-        samples = index_samples(file, paths.images_of(file), kept_folder(spec.data, INDEX_FOLDER), store_of(spec))
+        samples = index_set(found, kept_folder(spec.data, INDEX_FOLDER))
     except (OSError, InputRefused):
         return ()
     return first_uses(spec, len(samples), [(named, row, number) for number, named, row in samples.find_rows(rows)])

@@ -11,7 +11,7 @@ from typing import Any
 import h11
 
 from trainer.contract import InputRefused
-from trainer.serving.public_address import choose
+from trainer.contract.public_address import choose
 from trainer.serving.refusal import RequestRefused, invalid
 
 # The only URL parser: what does not match is refused, so that no second parser can read it differently. No user, no backslash, no non-ASCII

@@ -141,18 +141,19 @@ def test_wrong_overrides_are_reported_together() -> None:
         "the config is refused, 3 overrides are wrong:\n"
         "  hardware=asend910b: unknown hardware 'asend910b'; did you mean 'ascend910b'? "
         "valid are: ascend910b, ascend910c, cpu, h200, p4, rtx3090\n"
-        "  data.trian=3: unknown key 'data.trian' in data; did you mean 'train'? valid are: augmentation, builtin, evaluation, images, length_aware, "
-        "max_length, max_pixels, max_tiles, name, packing, padding_free, rows, train, workers\n"
+        "  data.trian=3: unknown key 'data.trian' in data; did you mean 'train'? valid are: augmentation, bad_rows, builtin, evaluation, images, info, "
+        "learn, length_aware, max_length, max_pixels, max_samples, max_tiles, mirror, mixing, mixing_stop, name, packing, padding_free, rows, "
+        "split_seed, too_long, train, turns, unmarked, workers\n"
         "  micro_batch=4: unknown key 'micro_batch'; did you mean 'strategy.micro_batch'?"
     )
 
 
 def test_wrong_values_are_reported_together() -> None:
-    assert refusal("run.steps=abc", "data.train=[a.json]", "cluster.delivery.kind=pushh", "stage.trainable=[lm,vison]") == (
+    assert refusal("run.steps=abc", "data.images=[a.json]", "cluster.delivery.kind=pushh", "stage.trainable=[lm,vison]") == (
         "the config is refused, 4 values are wrong:\n"
         "  stage.trainable.1 (override stage.trainable=[lm,vison]): \"vison\" is not allowed; did you mean 'vision'? "
         "valid are: head, lm, projector, vision\n"
-        '  data.train (override data.train=[a.json]): ["a.json"] is not allowed; it must be text; put it in quotes\n'
+        '  data.images (override data.images=[a.json]): ["a.json"] is not allowed; it must be text; put it in quotes\n'
         '  cluster.delivery.kind (override cluster.delivery.kind=pushh): "pushh" is not allowed; valid are: build, build_on_nodes, pull, ship\n'
         '  run.steps (override run.steps=abc): "abc" is not allowed; it must be a whole number'
     )

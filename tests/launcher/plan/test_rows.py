@@ -12,7 +12,8 @@ from launcher.config.defaults import keys_of
 from launcher.config.schema import Config
 from launcher.errors import ConfigRefused
 from launcher.plan.plan import refuse
-from launcher.plan.rows import count_rows, count_with, settle_rows
+from launcher.plan.row_count import count_rows
+from launcher.plan.rows import count_with, settle_rows
 from launcher.plan.short import describe_short
 from tests.launcher.conftest import PROJECT
 
@@ -36,6 +37,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, rows in (("b.jsonl", 2), ("c.json", 1), ("d.json", 7)):
         (tmp_path / name).write_text(json.dumps([ROW] * rows) if name.endswith(".json") else f"{json.dumps(ROW)}\n" * rows)
     (tmp_path / "rows.json").write_text(json.dumps([ROW] * 60))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.png").write_text("")
     return tmp_path
 
 
@@ -71,6 +74,14 @@ FILES = ("data=files", "data.train=rows.json", "stage.global_batch=8")
         ((*FILES, "run.epochs=0.5"), 60, 4),
         ((*FILES, "run.epochs=1", "data.packing=true"), 60, 8),
         ((*FILES, "run.epochs=1", "data.rows=60"), 60, 8),
+        (("data=files", "stage.global_batch=8", "data.train=[rows.json,b.jsonl]", "run.epochs=1"), 62, 8),
+        (("data=files", "stage.global_batch=8", "data.train=[rows.json#12,{file: b.jsonl, repeat: 2}]", "run.epochs=1"), 16, 2),
+        (("data=files", "stage.global_batch=8", "data.train=[bcd].json*", "run.epochs=1"), 10, 2),
+        ((*FILES, "data.max_samples=20", "run.epochs=1"), 20, 3),
+        ((*FILES, "data.evaluation=0.05", "run.epochs=1"), 57, 8),
+        ((*FILES, "data.evaluation=12", "run.epochs=1"), 48, 6),
+        ((*FILES, "data.evaluation=12", "run.epochs=1", "data.rows=50"), 50, 7),  # of rows that share images, which are not divided
+        (("data=files", "stage.global_batch=8", "data.train=[rows.json,d.json]", "data.mixing=interleave", "run.epochs=1"), 14, 2),
         (("run.epochs=2",), 0, 47),  # of the 1,500 digits, in batches of 64
         ((*FILES, "run.epochs=1", "run.steps=null"), 60, None),
     ],
@@ -87,7 +98,13 @@ def test_epochs_become_steps(here: Path, overrides: tuple[str, ...], rows: int, 
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "no file": (("data.train=row.json", "run.epochs=1"), r"data\.train: there is no file row\.json; did you mean 'rows\.json'"),
     "no folder": (("data.train=set/rows.json", "run.epochs=1"), "there is no folder .*/set either"),
-    "a folder": (("data.train=.", "run.epochs=1"), "that is a folder: name the JSON file in it"),
+    "a folder without rows": (
+        ("data.train=empty", "run.epochs=1"),
+        r"data\.train: empty is a folder without a file of rows; it has a\.png",
+    ),
+    "a glob": (("data.train=x*.json", "run.epochs=1"), r"data\.train: x\*\.json matches nothing; .* has b\.jsonl, bad\.json, c\.json"),
+    "a hub's data set": (("data.train=somebody/llava", "run.epochs=1"), r"huggingface-cli download --repo-type dataset somebody/llava"),
+    "a split of nothing": (("data.train=c.json", "data.evaluation=0.5", "run.epochs=1"), r"data\.evaluation=0\.5 holds out no row of 1"),
     "another number": (("data.train=rows.json", "data.rows=7"), r"data\.rows=7: rows\.json has 60 rows"),
     "on the nodes only": (
         ("data.train=/srv/x.json", "cluster=example", "run.epochs=2"),

@@ -11,7 +11,7 @@ import pytest
 from tests.trainer.data.conftest import conversation, with_data
 from trainer.contract import TrainSpec
 from trainer.data import examination
-from trainer.data.check import examine_data, examine_files, resolve
+from trainer.data.check import examine_data, examine_sets, needed, resolve
 from trainer.data.rows.sample import read_samples
 
 
@@ -68,15 +68,16 @@ def test_the_result_does_not_depend_on_the_parts(
     rows[4]["image"], rows[9]["conversations"][1]["value"] = "absent.png", "</s> again"
     file.write_text(json.dumps(rows))
     alone = replace(spec, batch=replace(spec.batch, global_batch=1))
-    paths = resolve(alone.data)
-    whole = examine_files(alone, paths, (file,), print)
+    sets = needed(alone, resolve(alone.data))
+    whole = examine_sets(alone, sets, print)
     monkeypatch.setattr(examination, "CHUNK", chunk)
-    assert examine_files(alone, paths, (file,), print) == whole and [problem.row for problem in whole[1]] == [5, 10]
+    assert examine_sets(alone, sets, print) == whole and [problem.row for problem in whole.problems] == [5, 10]
 
 
 def test_a_long_check_says_how_far_it_is(spec: TrainSpec, write_data: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examination, "REPORT_S", 0.0)
     monkeypatch.setattr(examination, "CHUNK", 4)
-    file, said = write_data(10), list[str]()
-    examine_files(spec, resolve(spec.data), (file,), said.append)
+    write_data(10)
+    said = list[str]()
+    examine_sets(spec, needed(spec, resolve(spec.data)), said.append)
     assert said[-1] == "data: 10 rows checked, 100 % of the files" and len(said) == 3

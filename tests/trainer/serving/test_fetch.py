@@ -16,8 +16,8 @@ import pytest
 
 from tests.trainer.serving.service import EchoAnswerer, open_files, png, serve, settled
 from trainer.contract import InputRefused
+from trainer.contract.public_address import choose, is_public
 from trainer.serving.fetch import Fetcher, read_hosts
-from trainer.serving.public_address import choose, is_public
 from trainer.serving.refusal import RequestRefused
 
 PUBLIC, NAME = "93.184.216.34", "images.example.org"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import Tensor
 
 from trainer.contract import InputRefused, TrainSpec
+from trainer.contract.row_sets.row_set import describe_entries
 from trainer.data.batch.assign_to_ranks import Measure, Micro, share_of_rank
 from trainer.data.batch.cache import Cache
 from trainer.data.batch.collate import Features, collate, encode_cached, naming_row
@@ -73,8 +74,9 @@ def batches(
 def refuse_unusable(samples: Samples, processor: "Processor", spec: TrainSpec) -> None:
     """Raises InputRefused when there are no samples, and for packing with a family that does not support it."""
     if not len(samples):
+        name = describe_entries(spec.data.train) or spec.data.name
         raise InputRefused(
-            f"{spec.data.train or spec.data.name} has no usable row\n    run omnilaunch data check with the same overrides: it lists the problem of each row"
+            f"{name} has no usable row\n    run omnilaunch data check with the same overrides: it lists the problem of each row"
         )
     key = "packing" if spec.data.packing else "padding_free"
     if getattr(spec.data, key) and processor.position_ids is None:

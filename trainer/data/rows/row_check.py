@@ -28,6 +28,7 @@ IMAGE_MEANT = {
 }  # fmt: skip
 FETCH = "save it with omnilaunch data fetch, then give the path of the file that it writes"
 SHOWN = 300  # characters of a path
+NO_FILE = "no image file at "
 GROUNDING = ("<bbox>", "<ref-object>")  # ms-swift replaces them by the `objects` of the row
 
 
@@ -95,12 +96,17 @@ def check_order(parsed: ParsedRow, add_problem: AddProblem) -> None:
 
 def check_path(image: ImageReference, folder: Path, add_problem: AddProblem) -> None:
     if check_name(image, add_problem) and not is_file(folder / path_text(image.name)):
-        problem = f"no image file at {shorten(str(folder / path_text(image.name)), SHOWN)}"
+        problem = f"{NO_FILE}{shorten(str(folder / path_text(image.name)), SHOWN)}"
         parts = [part.strip() for part in image.name.split(",")]
         fix = f"put the file there, or set data.images (now {folder}) to the folder of the images"
         if len(parts) > 1 and all(is_file(folder / part) for part in parts):
             fix = f"write several images as a list: {shorten(json.dumps(parts), SHOWN)}"
         add_problem(image.field, problem, fix)
+
+
+def missing_file(problem: str) -> str:
+    """The path that a problem says is not there; '' for another problem."""
+    return problem.removeprefix(NO_FILE) if problem.startswith(NO_FILE) else ""
 
 
 def check_name(image: ImageReference, add_problem: AddProblem) -> bool:

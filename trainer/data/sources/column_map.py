@@ -1,15 +1,14 @@
 """Maps the keys of a file to the names used here, from the dataset_info.json of LLaMA-Factory and MindSpeed-MM beside it."""
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trainer.contract import DataProblem
+from trainer.contract.row_sets.data_set_info import INFO_FILE as INFO_FILE, SWIFT_NAMES, InfoEntry, entries_of_file
 from trainer.data.rows.parsed_row import AddProblem, Row
 
-INFO_FILE = "dataset_info.json"
 # Name of a key in dataset_info.json -> its name in the row formats. hiyouga/LLaMA-Factory: src/llamafactory/data/parser.py
 COLUMNS = {
     "messages": "messages", "images": "images", "system": "system", "videos": "videos", "audios": "audios", "tools": "tools",
@@ -61,33 +60,27 @@ class Columns:
         return add_renamed
 
 
-def find_columns(file: Path) -> tuple[Columns | None, tuple[DataProblem, ...]]:
-    """The map for an annotation file; None if no dataset_info.json beside it lists the file."""
-    info = file.parent / INFO_FILE
-    try:
-        entries = json.loads(info.read_text(encoding="utf-8-sig"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None, ()
-    except (OSError, ValueError, RecursionError) as error:
+def find_columns(file: Path, named: InfoEntry | None = None) -> tuple[Columns | None, tuple[DataProblem, ...]]:
+    """The map for an annotation file; None if no dataset_info.json beside it or above lists the file. `named`: the data set that the file was found
+    by."""
+    entries, info, error = ((named,), named.info, None) if named else entries_of_file(file)
+    if error is not None:
         fix = f"fix it; if {file.name} needs no other names for its keys, move it to another folder"
         return None, (DataProblem(file=str(info), row=0, field="", problem=f"cannot be read: {error}", fix=fix),)
-    named = {name: entry for name, entry in entries.items() if names(entry, file)} if isinstance(entries, dict) else {}
-    maps = {name: read_columns(entry) for name, entry in named.items()}
-    problems = [problem for name, entry in named.items() for problem in find_entry_problems(info, name, entry)]
+    maps = {entry.name: read_columns(entry.content) for entry in entries}
+    problems = [problem for entry in entries for problem in find_entry_problems(entry.info, entry.name, entry.content)]
     first = next(iter(maps.values()), None)
     if any(columns != first for columns in maps.values()):
-        fix = "keep one of the entries, or copy the file for each of them"
+        fix = "keep one of the entries, copy the file for each of them, or name one of them: data.train=NAME"
         problem = f"the entries {' and '.join(maps)} map {file.name} differently"
         problems.append(DataProblem(file=str(info), row=0, field="", problem=problem, fix=fix))
     return first, tuple(problems)
 
 
-def names(entry: Any, file: Path) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("file_name"), str) and Path(entry["file_name"]) == Path(file.name)
-
-
 def read_columns(entry: Row) -> Columns:
-    """`columns` and `tags` of LLaMA-Factory, or `attr` of MindSpeed-MM, which has both."""
+    """`columns` and `tags` of LLaMA-Factory, or `attr` of MindSpeed-MM, which has both; `columns` and `messages` of ms-swift."""
+    if any(key in entry for key in SWIFT_NAMES):
+        return read_swift_columns(entry)
     parts = [entry[part] for part in PARTS if isinstance(entry.get(part), dict)]
     given = {key: value for part in parts for key, value in part.items() if isinstance(value, str)}
     tags = {"role_tag": "role", "content_tag": "content"}
@@ -98,10 +91,26 @@ def read_columns(entry: Row) -> Columns:
     )
 
 
+def read_swift_columns(entry: Row) -> Columns:
+    """`columns` maps names of the file to names of ms-swift, and `messages` has the arguments of its MessagesPreprocessor."""
+    columns, messages = (each if isinstance(each, dict) else {} for each in (entry.get("columns"), entry.get("messages")))
+    names = {"role_key": "role", "content_key": "content"}
+    roles = {"user_role": "user", "assistant_role": "assistant", "system_role": "system"}
+    return Columns(
+        keys={str(key): ours for key, ours in columns.items() if isinstance(ours, str)},
+        message_keys={messages[key]: ours for key, ours in names.items() if isinstance(messages.get(key), str)},
+        roles={messages[key]: ours for key, ours in roles.items() if isinstance(messages.get(key), str)},
+    )
+
+
 def find_entry_problems(info: Path, name: str, entry: Row) -> tuple[DataProblem, ...]:
     if entry.get("ranking"):
         fix = "use a data set with one answer for each question"
         return (DataProblem(file=str(info), row=0, field=f"{name}.ranking", problem="preference data is not supported", fix=fix),)
+    columns = entry.get("columns")
+    if isinstance(columns, dict) and columns.get("kto_tag"):
+        fix = "use a data set of right answers, or keep those rows of it"
+        return (DataProblem(file=str(info), row=0, field=f"{name}.columns.kto_tag", problem="KTO data is not supported", fix=fix),)
     for part in PARTS:
         if not isinstance(entry.get(part) or {}, dict):
             return (

@@ -67,11 +67,11 @@ BAD: dict[str, tuple[Any, str, str]] = {
     "never": ({"annotation": "one.jsonl", "repeat_time": 0}, "bad.repeat_time", "is 0"),
     "one and a half times": ({"annotation": "one.jsonl", "repeat_time": 1.5}, "bad.repeat_time", "is 1.5"),
     "a word": ({"annotation": "one.jsonl", "repeat_time": "often"}, "bad.repeat_time", "is 'often'"),
-    "augmented": ({"annotation": "one.jsonl", "data_augment": True}, "bad.data_augment", "data augmentation is not supported"),
+    "augmented": ({"annotation": "one.jsonl", "data_augment": True}, "bad.data_augment", "True: its images change at random"),
     "tiles of its own": (
         {"annotation": "one.jsonl", "max_dynamic_patch": 12},
         "bad.max_dynamic_patch",
-        "a value for a single data set is not supported",
+        "12: the most tiles of an image are an option of the run",
     ),
 }
 
