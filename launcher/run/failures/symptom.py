@@ -17,6 +17,7 @@ TABLES = {
     "docker": "Docker and registries",
     "network": "Rendezvous and SSH",
     "hub": "Downloads and weights",
+    "training": "Training, data and schedulers",
     "host": "Host, torch, DeepSpeed, hub",
 }  # file -> title, the more specific first: of two rows that match one line the first is used
 
