@@ -48,7 +48,7 @@ def read(name: str) -> "LogText":
             regular = stat.S_ISREG(path.stat().st_mode)
             return read_log(file, name, most=0 if regular else PIPE_BYTES)
     except FileNotFoundError:
-        other = "To explain what a program prints: PROGRAM 2>&1 | omnilaunch explain -"
+        other = "A run has its logs in runs/RUN/logs. To explain what a program prints: PROGRAM 2>&1 | omnilaunch explain -"
         raise ConfigRefused(f"there is no file {name}{name_logs(Path('runs') / name)}. {other}") from None
     except OSError as error:
         raise ConfigRefused(f"{name} cannot be read: {error.strerror}") from error

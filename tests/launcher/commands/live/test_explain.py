@@ -89,8 +89,8 @@ def test_of_a_long_log_it_says_what_was_not_searched(here: Path, capsys: pytest.
 
 # (words of the command, what is said)
 REFUSED = {
-    "nothing.log": "there is no file nothing.log. To explain what a program prints: PROGRAM 2>&1 | omnilaunch explain -",
-    "monday": "there is no file monday: omnilaunch explain runs/monday/logs/node0.log, omnilaunch explain runs/monday/logs/node1.log. To explain",
+    "nothing.log": "there is no file nothing.log. A run has its logs in runs/RUN/logs. To explain what a program prints: PROGRAM 2>&1 | omnilaunch explain -",
+    "monday": "there is no file monday: omnilaunch explain runs/monday/logs/node0.log, omnilaunch explain runs/monday/logs/node1.log. A run",
     "runs/monday": "runs/monday is a folder; explain reads one file: omnilaunch explain runs/monday/logs/node0.log, ",
     "runs": "runs is a folder; explain reads one file\n",
     "empty.log": "empty.log is empty: there is nothing to explain",
