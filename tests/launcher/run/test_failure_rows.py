@@ -107,6 +107,10 @@ def test_no_advice_does_harm(symptom: Any) -> None:
 
 # Lines in shapes other than the examples of the rows -> the row.
 LINES = {
+    "docker: Error response from daemon: driver failed programming external connectivity on endpoint a (0ab): iptables failed: iptables --wait -t nat "
+    "-A DOCKER -p tcp -d 0/0 --dport 9000 -j DNAT ! -i docker0: iptables: No chain/target/match by that name. (exit status 1).": "docker-firewall",
+    "docker: Error response from daemon: driver failed programming external connectivity on endpoint b (1cd): Error starting userland proxy: listen "
+    "tcp4 0.0.0.0:9001: bind: address already in use.": "docker-port",
     "torch.distributed.DistNetworkError: The client socket has failed to connect to any network address of (gpu-b, 29511). The client socket has "
     "failed to connect to [10.4.0.2]:29511 (errno: 113 - No route to host).": "rendezvous-unreachable",
     "RuntimeError: The client socket has failed to connect to any network address of (gpu-b, 29511). The client socket has failed to connect to "
