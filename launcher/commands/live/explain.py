@@ -39,10 +39,12 @@ def read(name: str) -> "LogText":
     from launcher.run.failures.log_text import PIPE_BYTES, read_log
 
     if name == STDIN:
+        if sys.stdin is None:  # closed by who started this
+            raise ConfigRefused("there is no input. PROGRAM 2>&1 | omnilaunch explain -")
         return read_log(sys.stdin.buffer, "the input", most=PIPE_BYTES)
     path = Path(name)
     if path.is_dir():
-        raise ConfigRefused(f"{name} is a folder; explain reads one file{name_logs(path)}")
+        raise ConfigRefused(f"{path} is a folder; explain reads one file{name_logs(path)}")
     try:
         with path.open("rb") as file:
             regular = stat.S_ISREG(path.stat().st_mode)

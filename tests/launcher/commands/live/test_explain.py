@@ -71,6 +71,12 @@ def test_what_is_piped_in(here: Path, capsys: pytest.CaptureFixture[str], monkey
     assert capsys.readouterr().out.startswith("the input: 1 line, ")
 
 
+def test_an_input_that_is_closed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["explain", "-"]) == 2
+    assert "there is no input" in capsys.readouterr().err
+
+
 def test_a_pipe_by_its_name(here: Path) -> None:
     os.mkfifo("pipe")
     command = (sys.executable, "-m", "launcher.cli", "explain", "pipe")
