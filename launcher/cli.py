@@ -57,6 +57,9 @@ VERBS = {
     "render": Verb("run", "write a run as scripts, for nodes without SSH", "render", (f"{LORA} --to monday/", "last --to monday/")),
     "status": Verb("look", "show the state of a run", "live.status", ("last", "monday")),
     "logs": Verb("look", "print the output of all ranks of a run", "live.logs", ("last", "-f monday")),
+    "explain": Verb(
+        "look", "explain a log: the known failure in it, and what to do", "live.explain", ("runs/monday/logs/node0.log", "- --json")
+    ),
     "runs": Verb("look", "list the runs of this folder; tag and remove runs", "runs", ("stage=lora --status finished", "prune --keep 10")),
     "compare": Verb("look", "compare runs, and show where they diverge", "compare", ("monday last", "monday last --band loss=0.01")),
     "report": Verb("look", "write a report of one or several runs", "report", ("last", "monday tuesday --markdown --out -")),
@@ -78,7 +81,7 @@ HELP = f"""
 KEY=VALUE is an axis (hardware=h200) or a setting (run.steps=100). Axes: {AXES}.
 RUN is a run id, the beginning of one that no other id has, `last` for the newest run, or the path of a run's folder.
 
-Exit codes: 0 done, 2 refused, 3 image, 4 node, 5 run failed, 7 different or not reproduced, 130 stopped, 1 a bug in omnilaunch.
+Exit codes: 0 done, 2 refused, 3 image, 4 node, 5 run failed, 7 different or not reproduced or known, 130 stopped, 1 a bug in omnilaunch.
 omnilaunch VERB --help shows the options of a verb and two examples.
 """
 

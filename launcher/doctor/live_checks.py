@@ -33,6 +33,12 @@ TRIAL_FILE = ".omnilaunch-trial"
 NO_ASCEND_RUNTIME = "install Ascend Docker Runtime and sudo systemctl restart docker, or leave cluster.ascend_runtime out"
 # Part of docker's message when a container cannot start -> fix. The first that matches.
 START_FIXES = (
+    ("failed to add device rules", "update nvidia-container-toolkit on the node, then: sudo systemctl restart docker"),
+    ("cdi device", "sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml, and again after each update of the driver"),
+    ("driver/library version mismatch", "the driver was updated, and the kernel runs the old one: reboot the node"),
+    ("exec format error", "`architecture` of this node in the cluster file as uname -m prints it there, then omnilaunch image build"),
+    ("seccomp", "update Docker Engine, containerd.io and libseccomp on the node together, then: sudo systemctl restart docker"),
+    ("apparmor", "sudo apt install apparmor, then: sudo systemctl restart apparmor docker; if it stays, update Docker Engine"),
     ("could not select device driver", "install nvidia-container-toolkit, then: sudo systemctl restart docker"),
     ("unknown runtime specified", NO_ASCEND_RUNTIME),
     ("invalid runtime name", NO_ASCEND_RUNTIME),

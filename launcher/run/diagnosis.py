@@ -21,6 +21,28 @@ TITLES = {
 }
 
 
+EXPLAIN = """
+## Explain any log
+
+```console
+$ omnilaunch explain runs/monday/logs/node0.log
+$ omnilaunch explain train.log                  # of any program, started in any way
+$ docker logs NAME 2>&1 | omnilaunch explain -
+$ omnilaunch explain train.log --json
+```
+
+It prints up to three failures that name a cause: the line and its number, the meaning, what to do, and the source. They stand in the order of
+their times if all these lines have one, else of their lines, since the first cause is often the only one. Failures that only follow are listed
+below. In the log of a rank that was ended by the others there is no cause: explain the logs of the other nodes too.
+
+- Exit code 0: a known failure is in it. 7: none is; then the lines that look most like errors are printed. 2: no such file, a folder, or not text.
+- A log is read as UTF-8, GB 18030, or UTF-16 with a mark. Colours and control characters are removed before anything is printed.
+- Of a long log the first 1 MiB and the last 2 MiB are searched, and it says how much was not. A pipe is read up to 256 MiB.
+- Compressed logs: `zcat node0-cann.tgz | omnilaunch explain -`.
+- No connection is made, and nothing in the log is executed.
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
     """`line`: the one of the log that matched, '' when only the exit code did."""
@@ -83,7 +105,7 @@ def describe_symptoms() -> str:
         "When a run fails, the logs of all nodes are compared with these, and the one that says most about the cause is printed once: a line that\n"
         "names the cause, before one that names only the layer, before what other ranks print because of it.\n"
     )
-    return head + "".join(f"\n## {title}\n" + "".join(map(describe_symptom, load_table(name))) for name, title in TABLES.items())
+    return head + EXPLAIN + "".join(f"\n## {title}\n" + "".join(map(describe_symptom, load_table(name))) for name, title in TABLES.items())
 
 
 def describe_symptom(symptom: Symptom) -> str:

@@ -11,9 +11,15 @@ Kind = Literal["cause", "layer", "consequence", "wrapper"]
 KINDS: tuple[Kind, ...] = ("cause", "layer", "consequence", "wrapper")
 TABLES = {
     "ascend": "Ascend: HCCL, CANN, torch_npu",
-    "cuda": "CUDA and NCCL",
-    "host": "Host, docker, torch, DeepSpeed, hub",
-}  # file -> title
+    "cann": "Ascend: codes of CANN and of the NPU",
+    "cuda": "CUDA, its driver and its containers",
+    "nccl": "NCCL",
+    "docker": "Docker and registries",
+    "network": "Rendezvous and SSH",
+    "hub": "Downloads and weights",
+    "training": "Training, data and schedulers",
+    "host": "Host, torch, DeepSpeed, hub",
+}  # file -> title, the more specific first: of two rows that match one line the first is used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +46,12 @@ def load_table(name: str) -> tuple[Symptom, ...]:
 
 
 def read_symptom(row: dict[str, Any]) -> Symptom:
-    """A row with `signal: N` also matches torchrun's line about the first rank that it saw end, by that signal, and the exit codes for it."""
+    """A row with `signal: N` also matches the line of torchrun or DeepSpeed about the first rank that it saw end, by that signal, and
+    the exit codes for it."""
     number = row.pop("signal", None)
     if number is not None:
-        ended = rf"failed \(exitcode: -{number}\)|Root Cause [^\n]*\n(?:[^\n]*\n){{1,5}}?\s*exitcode\s*: -{number}\b"
+        summary = rf"Root Cause [^\n]{{0,500}}\n(?:[^\n]{{0,500}}\n){{1,5}}?[ \t]{{0,40}}exitcode {{0,20}}: -{number}\b"
+        ended = rf"failed \(exitcode: -{number}\)|exits with return code = -{number}\b|{summary}"
         row |= {"pattern": f"{row['pattern']}|{ended}" if "pattern" in row else ended, "codes": (128 + number, -number)}
     return Symptom(**{**row, "codes": tuple(row.get("codes", ()))})
 

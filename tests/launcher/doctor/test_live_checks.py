@@ -35,6 +35,15 @@ CONTAINER_FAULTS = {
     "docker: Error response from daemon: error setting rlimit type 8: operation not permitted: unknown": "cluster.ulimits",
     'docker: Error response from daemon: could not select device driver "" with capabilities: [[gpu]]': "nvidia-container-toolkit",
     'docker: Error response from daemon: error gathering device information while adding custom device "/dev/davinci9"': "devices_per_node",
+    # texts with "operation not permitted" or "permission denied" in them that no limit or user helps against
+    "nvidia-container-cli: mount error: failed to add device rules: bpf_prog_query(BPF_CGROUP_DEVICE) failed: operation not permitted: unknown": (
+        "nvidia-container-toolkit"
+    ),
+    "docker: Error response from daemon: failed to create task: error loading seccomp filter: errno 1: operation not permitted": "libseccomp",
+    "runc create failed: unable to apply apparmor profile: write /proc/thread-self/attr/apparmor/exec: permission denied": "apt install apparmor",
+    "docker: Error response from daemon: CDI device injection failed: unresolvable CDI devices nvidia.com/gpu=1": "nvidia-ctk cdi generate",
+    "nvidia-container-cli: initialization error: nvml error: driver/library version mismatch: unknown": "reboot",
+    "exec /usr/bin/touch: exec format error": "architecture",
 }
 
 
