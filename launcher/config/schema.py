@@ -257,6 +257,7 @@ class Data:
     augmentation: Augmentation = field(default_factory=Augmentation)  # of the images of training rows
     padding_free: bool | None = None  # concatenate the samples of a micro-batch instead of padding them; null = only on a CPU
     rows: int = 0  # of `train`, in which run.epochs counts; 0 = they are counted, where the file is on this machine
+    truncated_images: Literal["refuse", "read"] = "refuse"  # a PNG or JPEG whose end is missing; read = as far as it goes
 
 
 # -------------------------------------------------------------------------------------------------------------- cluster

@@ -202,6 +202,7 @@ class DataSpec:
     padding_free: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
     rows: int = 0
+    truncated_images: Literal["refuse", "read"] = "refuse"  # an image file whose end is missing
 
 
 @dataclass(frozen=True, kw_only=True)

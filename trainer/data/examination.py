@@ -84,7 +84,7 @@ class DataExamination:
     def _examine(self, samples: Sequence[Sample], file: Path, *, training: bool, times: int) -> None:
         new = dict.fromkeys(path for sample in samples for path in sample.images if path not in self.images)
         if new:
-            self.images |= examine_images(new)
+            self.images |= examine_images(new, truncated=self.spec.data.truncated_images == "read")
         for sample in samples:
             add = self.facts.add_training if training else self.facts.add_held_out
             add(sample, self.images, times)

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -20,13 +21,13 @@ BOXES = re.compile(
 CHUNK = 4096  # images submitted at a time: a million futures would take a gigabyte
 
 
-def examine_images(paths: Iterable[Path]) -> dict[Path, Examined]:
+def examine_images(paths: Iterable[Path], *, truncated: bool = False) -> dict[Path, Examined]:
     """Decode and hash every image once, on all cores: Pillow and hashlib release the global interpreter lock."""
     distinct = iter(dict.fromkeys(paths))
     found: dict[Path, Examined] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while chunk := list(islice(distinct, CHUNK)):
-            found.update(zip(chunk, pool.map(examine_image, chunk), strict=True))
+            found.update(zip(chunk, pool.map(partial(examine_image, truncated=truncated), chunk), strict=True))
     return found
 
 
@@ -45,7 +46,7 @@ def find_image_problems(sample: Sample, images: dict[Path, Examined]) -> Iterato
                 row=sample.row,
                 field="image",
                 problem=printable(f"{path} {images[path].problem}"),
-                fix="replace the image file, or remove the row",
+                fix=images[path].fix,
             )
 
 

@@ -92,17 +92,23 @@ def load_images(sample: Sample, processor: "Processor", spec: TrainSpec, cache: 
     """Augmented ones are different in every step, and are not kept in the cache."""
     if sample.draw and spec.data.augmentation.any:
         return tuple(draw_image(path, sample, index, processor, spec) for index, path in enumerate(sample.images))
-    return tuple(load_image(path, sample, processor, cache) for path in sample.images)
+    return tuple(load_image(path, sample, processor, spec, cache) for path in sample.images)
 
 
 def draw_image(path: Path, sample: Sample, index: int, processor: "Processor", spec: TrainSpec) -> Features:
     with naming_row(sample):
-        return make_features(augment(open_image(path), spec.data.augmentation, image_key(sample, index, spec)), processor)
+        return make_features(
+            augment(open_image(path, truncated=reads_truncated(spec)), spec.data.augmentation, image_key(sample, index, spec)), processor
+        )
 
 
-def load_image(path: Path, sample: Sample, processor: "Processor", cache: Cache) -> Features:
+def load_image(path: Path, sample: Sample, processor: "Processor", spec: TrainSpec, cache: Cache) -> Features:
     with naming_row(sample):
-        return cache.get(path, lambda: make_features(open_image(path), processor), feature_bytes)
+        return cache.get(path, lambda: make_features(open_image(path, truncated=reads_truncated(spec)), processor), feature_bytes)
+
+
+def reads_truncated(spec: TrainSpec) -> bool:
+    return spec.data.truncated_images == "read"
 
 
 @contextmanager
