@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from trainer.contract.wording import plural
+from trainer.data.rows.image_path import path_text, suggest
 from trainer.data.rows.parsed_row import MARK, AddProblem, ImageReference, ParsedRow, Role, Row, Turn, kind
 from trainer.data.rows.row_images import IMAGE_KEYS
 
@@ -91,9 +92,10 @@ def check_order(parsed: ParsedRow, add_problem: AddProblem) -> None:
 
 
 def check_path(image: ImageReference, folder: Path, add_problem: AddProblem) -> None:
-    if check_name(image, add_problem) and not is_file(folder / path_text(image.name)):
-        problem = f"no image file at {folder / path_text(image.name)}"
-        add_problem(image.field, problem, f"put the file there, or set data.images (now {folder}) to the folder of the images")
+    if check_name(image, add_problem) and not image.exists and not is_file(folder / path_text(image.name)):
+        problem, near = f"no image file at {folder / path_text(image.name)}", suggest(image.name, folder)
+        hint = f"write {near!r} if that is meant; else " if near else ""
+        add_problem(image.field, problem, f"{hint}put the file there, or set data.images (now {folder}) to the folder of the images")
 
 
 def check_name(image: ImageReference, add_problem: AddProblem) -> bool:
@@ -107,10 +109,6 @@ def check_name(image: ImageReference, add_problem: AddProblem) -> bool:
         add_problem(image.field, f"{name[:60]!r} is not a file; images are not downloaded", "save the image as a file and give its path")
         return False
     return True
-
-
-def path_text(name: str) -> str:
-    return name.removeprefix("file://")
 
 
 def check_image_key(parsed: ParsedRow, row: Row, add_problem: AddProblem) -> bool:

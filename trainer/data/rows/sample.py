@@ -13,8 +13,9 @@ from trainer.contract import LINE_FEED, DataProblem, ImageForm
 from trainer.contract.annotation_file import count_repeated
 from trainer.data.containers.annotation import Position, read_rows, stream_rows
 from trainer.data.rows.adjustment import adjust, report_paths, without_end_mark
+from trainer.data.rows.image_path import find_images, path_text
 from trainer.data.rows.parsed_row import MARK, AddProblem, Role, Row, ToolCall, Turn, kind, printable
-from trainer.data.rows.row_check import check_parsed, path_text, refuse_unread
+from trainer.data.rows.row_check import check_parsed, refuse_unread
 from trainer.data.rows.row_format import USUAL, parse_row
 from trainer.data.sources.source import AnnotationSource, find_sources
 
@@ -134,6 +135,8 @@ def read_row(
     parsed, adjustments = parse_row(row, add_problem), ()
     if parsed is not None and not report_paths(parsed, row, (source.images, source.file.parent), add_problem):
         parsed, adjustments = adjust(parsed, form)
+        parsed, renamed = find_images(parsed, source.images)
+        adjustments += renamed
         check_parsed(parsed, row, source.images, add_problem)
     if problems or parsed is None or parsed.turns is None:
         return None, problems
