@@ -258,6 +258,8 @@ class Data:
     padding_free: bool | None = None  # concatenate the samples of a micro-batch instead of padding them; null = only on a CPU
     rows: int = 0  # of `train`, in which run.epochs counts; 0 = they are counted, where the file is on this machine
     truncated_images: Literal["refuse", "read"] = "refuse"  # a PNG or JPEG whose end is missing; read = as far as it goes
+    # what boxes in texts are: pixels of the file, 0 to 1, thousandths; they are converted to the form of the model. as_written = left alone
+    boxes: Literal["as_written", "original", "norm1", "norm1000"] = "as_written"
 
 
 # -------------------------------------------------------------------------------------------------------------- cluster

@@ -203,6 +203,7 @@ class DataSpec:
     augmentation: Augmentation = field(default_factory=Augmentation)
     rows: int = 0
     truncated_images: Literal["refuse", "read"] = "refuse"  # an image file whose end is missing
+    boxes: Literal["as_written", "original", "norm1", "norm1000"] = "as_written"  # what the numbers of boxes in texts are
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,12 @@ from pathlib import Path
 from trainer.contract import DataProblem, TrainSpec
 from trainer.contract.annotation_file import count_repeated
 from trainer.data.containers.annotation import Position
+from trainer.data.grounding.placement import name_conversion
 from trainer.data.learning_facts import FactTally
 from trainer.data.length import LengthTally
 from trainer.data.media.image import Examined
 from trainer.data.rows.sample import Sample, stream_source
-from trainer.data.sample_check import examine_images, find_moved_boxes, find_problems
+from trainer.data.sample_check import examine_images, find_moved_boxes, find_problems, find_wrong_boxes
 from trainer.data.sources.source import AnnotationSource, find_sources
 from trainer.data.summary import SampleTally
 
@@ -94,9 +95,11 @@ class DataExamination:
         if seen is not None:
             seen.update((sample.row, sample.part) for sample in samples)
         for sample in fresh:
-            self.samples.add(images=bool(sample.images), adjustments=sample.adjustments)
+            converted = name_conversion(sample, self.spec.data.boxes)
+            self.samples.add(images=bool(sample.images), adjustments=(*sample.adjustments, *converted))
         model = self.spec.model
         wrong = list(find_problems(fresh, self.images, model.template, model.image_token))
+        wrong += find_wrong_boxes(fresh, self.images, self.spec.data.boxes)
         bad = {(problem.file, problem.row) for problem in wrong}
         self.wrong += wrong
         self.lengths.add([sample for sample in fresh if (sample.file, sample.row) not in bad], lambda path: self.images[path].size)

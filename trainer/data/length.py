@@ -14,6 +14,7 @@ from trainer.contract.adapter_files import find_base
 from trainer.data.chat.segment import Segment, cut
 from trainer.data.chat.segment_ids import plain_backend, token_ids, tokenise
 from trainer.data.encode import NO_TOKEN_IN_LOSS, expand, image_id, opening, too_long
+from trainer.data.grounding.placement import make_placement
 from trainer.data.rows.sample import Sample
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ class LengthTally:
     def _measure(
         self, counter: "Counter", processor: "Processor", samples: Sequence[Sample], sizes: Callable[[Path], tuple[int, int]]
     ) -> None:
+        placement = make_placement(self.spec, processor.scaled)
+        samples = [placement.place(sample, [sizes(path) for path in sample.images]) for sample in samples]
         cuts, counts, trained = counter.count(samples)
         self.trained += trained
         exact = counter.always_exact()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trainer.contract import Augmentation, DataProblem, Template
 from trainer.data.chat.segment import find_template_problems
+from trainer.data.grounding.placement import find_box_problems
 from trainer.data.media.image import Examined, examine_image
 from trainer.data.rows.parsed_row import printable
 from trainer.data.rows.sample import Sample
@@ -48,6 +49,13 @@ def find_image_problems(sample: Sample, images: dict[Path, Examined]) -> Iterato
                 problem=printable(f"{path} {images[path].problem}"),
                 fix=images[path].fix,
             )
+
+
+def find_wrong_boxes(samples: Iterable[Sample], images: dict[Path, Examined], boxes: str) -> Iterator[DataProblem]:
+    """Boxes outside of their image. `boxes`: data.boxes."""
+    for sample in samples:
+        if not any(images[path].problem for path in sample.images):
+            yield from find_box_problems(sample, [images[path].size for path in sample.images], boxes)
 
 
 def find_moved_boxes(samples: Iterable[Sample], augmentation: Augmentation) -> Iterator[DataProblem]:

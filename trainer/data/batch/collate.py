@@ -15,6 +15,7 @@ from trainer.contract import InputRefused, TrainSpec
 from trainer.data.batch.cache import Cache
 from trainer.data.batch.draw import image_key, noise_spans
 from trainer.data.encode import IGNORED, Encoded, encode, encode_prompt
+from trainer.data.grounding.placement import make_placement
 from trainer.data.media.augment import augment
 from trainer.data.media.image import open_image
 from trainer.data.rows.sample import Sample
@@ -65,7 +66,10 @@ def collate_prompts(
     """
     cache = Cache(0) if cache is None else cache
     images = [load_images(sample, processor, spec, cache) for sample in samples]
-    prompts = [encode_prompt(sample, *encode_arguments(processor, spec, found)) for sample, found in zip(samples, images, strict=True)]
+    prompts = [
+        encode_prompt(place_boxes(sample, found, processor, spec), *encode_arguments(processor, spec, found))
+        for sample, found in zip(samples, images, strict=True)
+    ]
     dummy = dummy_images(processor, cache) if needs_dummy(images, spec) else ()
     tensors = collate_left([prompt.input_ids for prompt in prompts], [image for found in images for image in found], dummy, processor)
     return tensors, tuple(prompt.reference for prompt in prompts)
@@ -130,7 +134,7 @@ def feature_bytes(features: Features) -> int:
 
 def encode_cached(sample: Sample, processor: "Processor", spec: TrainSpec, images: Sequence[Features], cache: Cache) -> Encoded:
     def make() -> Encoded:
-        return encode(sample, *encode_arguments(processor, spec, images))
+        return encode(place_boxes(sample, images, processor, spec), *encode_arguments(processor, spec, images))
 
     key = (
         sample.file,
@@ -139,6 +143,11 @@ def encode_cached(sample: Sample, processor: "Processor", spec: TrainSpec, image
         *(image.size for image in images),
     )  # the size in a header may differ from that of the decoded image
     return cache.get(key, make, lambda encoded: BYTES_PER_TOKEN * len(encoded.input_ids))
+
+
+def place_boxes(sample: Sample, images: Sequence[Features], processor: "Processor", spec: TrainSpec) -> Sample:
+    """With boxes as the model writes them. Raises InputRefused for boxes outside of their image."""
+    return make_placement(spec, processor.scaled).place(sample, [image.size for image in images])
 
 
 def encode_arguments(processor: "Processor", spec: TrainSpec, images: Sequence[Features]) -> tuple[Any, ...]:

@@ -71,10 +71,20 @@ def decode(stream: BinaryIO, name: str) -> Image.Image:
         return flatten(upright)
 
 
+def read_whole_size(path: Path) -> tuple[int, int]:
+    """(width, height) of the image in the file, upright; larger than what `open_image` returns if it has more than MAX_PIXELS."""
+    with refusing(path):
+        return repairing(path, measure_whole, truncated=True)
+
+
 def measure(stream: BinaryIO, name: str) -> tuple[int, int]:
+    return shrink(measure_whole(stream, name))
+
+
+def measure_whole(stream: BinaryIO, name: str) -> tuple[int, int]:
     with recognise(stream, name) as image:
         check_size(image.size, LARGEST_PIXELS)
-        return shrink(turn_size(image, read_turn(image)))
+        return turn_size(image, read_turn(image))
 
 
 def read_turn(image: ImageFile.ImageFile) -> int:

@@ -26,7 +26,6 @@ IMAGE_MEANT = {
     "image": "image", "img": "image", "picture": "image", "photo": "image", "image_path": "image", "img_path": "image", "image_file": "image",
     "images": "images", "imgs": "images", "pictures": "images", "photos": "images", "image_paths": "images",
 }  # fmt: skip
-GROUNDING = ("<bbox>", "<ref-object>")  # ms-swift replaces them by the `objects` of the row
 
 
 def refuse_unread(row: Row, add_problem: AddProblem) -> None:
@@ -42,8 +41,6 @@ def check_parsed(parsed: ParsedRow, row: Row, folder: Path, add_problem: AddProb
         return
     for turn in parsed.turns:
         check_text(turn, add_problem)
-        if row.get("objects") and any(mark in turn.content for mark in GROUNDING):
-            add_problem(turn.text_field, "ms-swift's objects are not supported", "write the boxes into the text as the model writes them")
     check_order(parsed, add_problem)
     if check_image_key(parsed, row, add_problem):
         check_marks(parsed, add_problem)
