@@ -34,7 +34,7 @@ def recognise(stream: BinaryIO, name: str = "") -> ImageFile.ImageFile:
             continue
         stream.seek(0)
         try:
-            return factory(stream, name)
+            return factory(stream, "")  # with a name, Pillow would map the file of that name into memory instead of reading the stream
         except (SyntaxError, IndexError, TypeError, struct.error):
             continue
     raise UnidentifiedImageError(f"cannot identify image file {name!r}")
